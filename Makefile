@@ -1,0 +1,42 @@
+# make run    the quickstart: concat against MI on real text, a table and curves, about ten minutes
+# make test   checks and all tests
+# make fast   the tests that take seconds
+# make check  lint, format and types
+# Everything runs in .venv, which is made on first use with Python 3.11 to 3.13.
+
+PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
+	&& echo $$p && break; done)
+BIN = .venv/bin
+WORKDIR ?= runs/quickstart
+
+.PHONY: run test fast check clean
+
+run: .venv/ready
+	$(BIN)/python -m launch.local --sweep=experiments/quickstart.py --workdir=$(WORKDIR)
+
+test: check
+	$(BIN)/python -m pytest
+
+fast: .venv/ready
+	$(BIN)/python -m pytest -m 'not slow'
+
+check: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/ready: setup.py pyproject.toml requirements/lock.txt
+	@test -n "$(PYTHON)" || { echo 'error: Python 3.11, 3.12 or 3.13 is needed: install one, or make PYTHON=/path/to/python3.12'; exit 1; }
+	@if command -v uv >/dev/null; then \
+		uv venv --quiet --allow-existing --python "$(PYTHON)" .venv && \
+		uv pip install --quiet --python $(BIN)/python -e '.[test]' -c requirements/lock.txt; \
+	else \
+		"$(PYTHON)" -m venv .venv && \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+			-e '.[test]' -c requirements/lock.txt; \
+	fi
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,31 @@
+"""Concatenation against multiplicative interaction where a token meets its context.
+
+An LSTM language model on six Jane Austen novels, byte by byte. Arms differ in one word, the fusion
+of the token's embedding with a recurrent context; the LSTM is made larger or smaller so that all
+have the parameters of the concat arm. Three seeds.
+
+    make run
+
+Source: the question is that of Jayakumar et al. (ICLR 2020); model, data and sizes are ours.
+"""
+
+from typing import Any
+
+from launch.sweep import product
+
+CONFIG = 'configs/lm.py:quickstart'
+TITLE = 'Concatenation against multiplicative interaction, LSTM on Austen'
+METRIC = 'bits_per_byte'
+SPLIT = 'test'
+BASELINE = 'concat'
+NOTES = [
+    'Test text: Persuasion, read once from beginning to end in 32 parts with carried state. '
+    'Validation: Northanger Abbey. Training: the other four novels, less than one pass.',
+    'Hidden size of the LSTM set per arm so that all arms have the parameters of concat. '
+    'The arm none has no context, and a larger LSTM in its place.',
+    'A few minutes of training of small models: it shows the machinery, and settles nothing.',
+]
+
+
+def sweep() -> list[dict[str, Any]]:
+    return product(**{'model.fusion.name': ['none', 'concat', 'film', 'mi_low_rank', 'mi']})

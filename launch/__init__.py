@@ -1,0 +1,1 @@
+"""Engines that run a sweep's members, each an ordinary `python -m mi.main …` command."""

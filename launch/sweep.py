@@ -1,0 +1,109 @@
+"""Sweeps as data: a file with the config, the overrides, and what to compare.
+
+CONFIG = 'configs/lm.py:quickstart'      TITLE, METRIC, SPLIT, BASELINE, NOTES
+def sweep() -> list[dict[str, Any]]      overrides of CONFIG, one dict for each member
+"""
+
+import dataclasses
+import importlib.util
+import itertools
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from mi.config import UserError
+from mi.run import write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One run of a sweep.
+
+    Attributes:
+      name: of its run directory, made of what differs between the members.
+      label: its name in tables and figures: the values that differ.
+      command: what runs it.
+      overrides: dotted key → value.
+    """
+
+    name: str
+    label: str
+    command: list[str]
+    overrides: dict[str, Any]
+
+
+def product(**values: Sequence[Any]) -> list[dict[str, Any]]:
+    """Every combination: product(**{'model.fusion.name': ['mi', 'film'], …}) → overrides."""
+    return [
+        dict(zip(values, combination, strict=True))
+        for combination in itertools.product(*values.values())
+    ]
+
+
+def load(file: str, workdir: pathlib.Path) -> list[Member]:
+    """Reads a sweep file and writes workdir/sweep.json, which the report reads.
+
+    Raises:
+      UserError: if the file is not a sweep, or the directory holds another one.
+    """
+    path = pathlib.Path(file)
+    if not path.is_file():
+        raise UserError(f'--sweep={file}: no such file; the sweeps are in experiments/')
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name in ('CONFIG', 'TITLE', 'METRIC', 'SPLIT', 'BASELINE', 'NOTES', 'sweep'):
+        if not hasattr(module, name):
+            raise UserError(f'--sweep={file}: it does not define {name}')
+
+    members = _members(module.sweep(), module.CONFIG, workdir)
+    description = {
+        'name': path.stem,
+        'title': module.TITLE,
+        'metric': module.METRIC,
+        'split': module.SPLIT,
+        'lower_is_better': True,
+        'baseline': module.BASELINE,
+        'notes': module.NOTES,
+        'config': module.CONFIG,
+        'command': f'python -m launch.local --sweep={file} --workdir={workdir}',
+        'members': [{'name': m.name, 'label': m.label, 'overrides': m.overrides} for m in members],
+    }
+    workdir.mkdir(parents=True, exist_ok=True)
+    record = workdir / 'sweep.json'
+    if record.exists():
+        before = json.loads(record.read_text())
+        changed = {m['name'] for m in before['members']} ^ {m.name for m in members}
+        if before['config'] != module.CONFIG or changed:
+            what = f'members {", ".join(sorted(changed))}' if changed else before['config']
+            raise UserError(
+                f'{workdir} holds another sweep, {before["name"]} (it differs in {what}); '
+                f'name another --workdir'
+            )
+    write_json(record, description)
+    return members
+
+
+def _members(overrides: list[dict[str, Any]], config: str, workdir: pathlib.Path) -> list[Member]:
+    keys = list(dict.fromkeys(key for changes in overrides for key in changes))
+    differing = [k for k in keys if len({repr(changes.get(k)) for changes in overrides}) > 1]
+    members = []
+    for changes in overrides:
+        shown = {k: changes[k] for k in (differing or keys) if k in changes}
+        name = ','.join(f'{_short(k)}={v}' for k, v in shown.items()).replace('/', '_') or 'only'
+        command = [sys.executable, '-m', 'mi.main', f'--config={config}']
+        command += [f'--config.{key}={value}' for key, value in changes.items()]
+        command += [f'--workdir={workdir / name}']
+        label = ', '.join(str(value) for value in shown.values()) or 'only'
+        members.append(Member(name, label, command, changes))
+    if len({m.name for m in members}) < len(members):
+        raise UserError('two members of the sweep have the same overrides')
+    return members
+
+
+def _short(key: str) -> str:
+    """model.fusion.name → fusion: the part of a key that tells it apart."""
+    return '.'.join(part for part in key.split('.')[1:] if part != 'name') or key

@@ -1,0 +1,134 @@
+"""Checkpoints that a run can be continued from bit for bit, or not at all.
+
+    checkpoints/00000500/state/          the arrays, by orbax
+    checkpoints/00000500/meta.json       step, position in the metrics file, hash of the data
+    checkpoints/00000500/manifest.json   SHA-256 of every file above
+
+Orbax restores flipped bits without a word, and a directory can be left half-written. So a step is
+written in a hidden directory, gets its manifest, and is renamed into place last; on restore every
+hash is compared, and a step that fails is set aside as NAME.damaged for the newest one that holds.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import warnings
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from mi.config import UserError
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+      directory: where they are, made on the first save.
+      keep: how many of the newest to keep. With fewer than 2 a damaged one has no predecessor.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], keep: int = 2):
+        self._directory = pathlib.Path(directory).absolute()
+        self._keep = keep
+        self._orbax = ocp.StandardCheckpointer()
+
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+        """Writes `state`, a tree of arrays, as the checkpoint of a step; returns when on disk."""
+        final = self._directory / f'{step:08d}'
+        if final.exists():  # a run that was stopped at this very step
+            return
+        for leftover in self._directory.glob('.saving-*'):
+            shutil.rmtree(leftover)
+        saving = self._directory / f'.saving-{step:08d}'
+        saving.mkdir(parents=True)
+        self._orbax.save(saving / 'state', state)
+        self._orbax.wait_until_finished()
+        (saving / 'meta.json').write_text(json.dumps(meta | {'step': step}, indent=2) + '\n')
+        manifest = {name: digest(saving / name) for name in _files(saving)}
+        (saving / 'manifest.json').write_text(json.dumps(manifest, indent=2) + '\n')
+        os.rename(saving, final)
+        for old in self._steps()[self._keep :]:
+            shutil.rmtree(old)
+
+    def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
+        """The newest checkpoint whose every hash holds, as (state, meta); None if there is none.
+
+        Args:
+          like: a tree of arrays with the shapes, dtypes and shardings to restore to.
+
+        Raises:
+          UserError: if there are checkpoints but none of them holds, or the newest good one is of
+            another model. Nothing is deleted.
+        """
+        steps = self._steps()
+        for path in steps:
+            damage = _damage(path)
+            if not damage:
+                return self._load(path, like)
+            aside = _free_name(path)
+            os.rename(path, aside)
+            warnings.warn(
+                f'checkpoint {path} is damaged ({damage}); it is kept as {aside.name} and the run '
+                f'goes on from the one before',
+                stacklevel=2,
+            )
+        if steps:
+            raise UserError(
+                f'no checkpoint in {self._directory} is whole; they are kept as *.damaged: restore '
+                f'one from a backup, or name another --workdir to start afresh'
+            )
+        return None
+
+    def _load(self, path: pathlib.Path, like: Any) -> tuple[Any, dict[str, Any]]:
+        meta = json.loads((path / 'meta.json').read_text())
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        try:
+            return self._orbax.restore(path / 'state', abstract), meta
+        except ValueError as error:
+            raise UserError(
+                f'checkpoint {path} does not fit this model ({str(error).splitlines()[0]}); '
+                f'was the code changed since? name another --workdir to start afresh'
+            ) from error
+
+    def _steps(self) -> list[pathlib.Path]:
+        """The directories of the steps in place, newest first."""
+        found = [path for path in self._directory.glob('*') if path.name.isdigit()]
+        return sorted(found, key=lambda path: int(path.name), reverse=True)
+
+
+def digest(file: pathlib.Path) -> str:
+    """SHA-256 of a file's bytes, as hex."""
+    with open(file, 'rb') as stream:
+        return hashlib.file_digest(stream, 'sha256').hexdigest()
+
+
+def _files(path: pathlib.Path) -> list[str]:
+    return sorted(str(f.relative_to(path)) for f in path.rglob('*') if f.is_file())
+
+
+def _damage(path: pathlib.Path) -> str:
+    """What is wrong with a checkpoint, '' if nothing is."""
+    try:
+        manifest = json.loads((path / 'manifest.json').read_text())
+    except FileNotFoundError:
+        return 'it has no manifest.json'
+    except ValueError:
+        return 'its manifest.json is not JSON'
+    for name, expected in manifest.items():
+        if not (path / name).is_file():
+            return f'{name} is missing'
+        if digest(path / name) != expected:
+            return f'{name} has another SHA-256 than when it was written'
+    return ''
+
+
+def _free_name(path: pathlib.Path) -> pathlib.Path:
+    for i in range(1, 1000):
+        aside = path.with_name(f'{path.name}.damaged' + (f'-{i}' if i > 1 else ''))
+        if not aside.exists():
+            return aside
+    raise UserError(f'{path.parent} holds 999 damaged copies of {path.name}; clear them away')

@@ -1,0 +1,106 @@
+"""Checking a config against a schema before anything is built from it.
+
+A schema maps every dotted key to a rule. A rule takes the value and returns what was expected,
+'' where the value is fine.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import ml_collections
+
+Rule = Callable[[Any], str]
+
+
+class UserError(Exception):
+    """Something the user can mend; its message is one line that says how. Ends with exit code 1."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint for an unknown word: the closest known one, if any is close, and all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    hint = f'did you mean {close[0]!r}? ' if close else ''
+    return f'{hint}known: {", ".join(known)}'
+
+
+def flat(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+    """{'optim': {'name': 'adam'}} → {'optim.name': 'adam'}."""
+    leaves: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            leaves |= flat(value, f'{prefix}{key}.')
+        else:
+            leaves[f'{prefix}{key}'] = value
+    return leaves
+
+
+def check(config: ml_collections.ConfigDict, schema: Mapping[str, Rule]) -> None:
+    """Raises UserError on the first unknown key, missing key, or value that its rule refuses."""
+    values = flat(config.to_dict())
+    for key in values:
+        if key not in schema:
+            close = difflib.get_close_matches(key, schema, n=1)
+            hint = f'; did you mean config.{close[0]}?' if close else ''
+            raise UserError(f'config.{key} is unknown{hint}')
+    for key, rule in schema.items():
+        if key not in values:
+            raise UserError(f'config.{key} is missing')
+        expected = rule(values[key])
+        if expected:
+            raise UserError(f'config.{key} = {values[key]!r}: expected {expected}')
+
+
+def one_of(known: Iterable[str]) -> Rule:
+    known = tuple(known)
+
+    def rule(value: Any) -> str:
+        if isinstance(value, str) and value in known:
+            return ''
+        return f'one of the known words; {nearest(str(value), known)}'
+
+    return rule
+
+
+def integer(low: int, high: float = math.inf) -> Rule:
+    bounds = f'an integer of at least {low}' + ('' if math.isinf(high) else f', at most {high}')
+
+    def rule(value: Any) -> str:
+        fine = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+        return '' if fine else bounds
+
+    return rule
+
+
+def number(low: float, high: float = math.inf, *, exclusive: bool = False) -> Rule:
+    """A finite number in [low, high], or in (low, high] where exclusive."""
+    bounds = f'a finite number {"above" if exclusive else "of at least"} {low}'
+    bounds += '' if math.isinf(high) else f', at most {high}'
+
+    def rule(value: Any) -> str:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return bounds
+        above = value > low if exclusive else value >= low
+        return '' if math.isfinite(value) and above and value <= high else bounds
+
+    return rule
+
+
+def boolean(value: Any) -> str:
+    return '' if isinstance(value, bool) else 'True or False'
+
+
+def text(value: Any) -> str:
+    return '' if isinstance(value, str) else 'a string'
+
+
+def seeds(value: Any) -> str:
+    fine = (
+        isinstance(value, tuple | list)
+        and len(value) > 0
+        and all(isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 2**31 for s in value)
+        and len(set(value)) == len(value)
+    )
+    return '' if fine else 'a non-empty tuple of distinct non-negative integers, such as (0, 1, 2)'

@@ -1,0 +1,76 @@
+"""What a module costs: parameters and FLOPs from shapes alone, and the size that meets a target.
+
+Nothing is allocated or compiled: shapes come from `jax.eval_shape`, FLOPs from the jaxpr.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend import core
+
+
+def parameters(tree: Any) -> int:
+    """Number of entries of a tree of arrays or of `jax.ShapeDtypeStruct`s."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def flops(function: Callable[..., Any], *args: Any) -> int:
+    """Floating-point operations of the products in function(*args); args may be shapes only.
+
+    A product of [a, b] and [b, c] counts 2·a·b·c; additions, activations and look-ups count
+    nothing, a loop counts its body once per iteration, and of a branch the dearer side counts.
+    `compiled.cost_analysis()` would count a loop's body once in all.
+    """
+    return _flops(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _flops(jaxpr: core.Jaxpr) -> int:
+    total = 0
+    for eqn in jaxpr.eqns:
+        shapes: list[tuple[int, ...]] = [getattr(v.aval, 'shape', ()) for v in eqn.invars]
+        out = math.prod(getattr(eqn.outvars[0].aval, 'shape', ())) if eqn.outvars else 0
+        if eqn.primitive.name == 'dot_general':
+            (contracted, _), _ = eqn.params['dimension_numbers']
+            total += 2 * math.prod(shapes[0][axis] for axis in contracted) * out
+        elif eqn.primitive.name == 'conv_general_dilated':
+            out_features = shapes[1][eqn.params['dimension_numbers'].rhs_spec[0]]
+            total += 2 * math.prod(shapes[1]) // out_features * out
+        elif eqn.primitive.name == 'cond':
+            total += max(_flops(branch.jaxpr) for branch in eqn.params['branches'])
+        else:
+            times = eqn.params['length'] if eqn.primitive.name == 'scan' else 1
+            total += times * sum(_flops(inner) for inner in _inner(eqn))
+    return total
+
+
+def _inner(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
+    """The jaxprs that an equation calls: scan's body, a jit's or custom_vjp's function."""
+    jaxprs = []
+    for value in eqn.params.values():
+        if isinstance(value, core.ClosedJaxpr):
+            jaxprs.append(value.jaxpr)
+        elif isinstance(value, core.Jaxpr):
+            jaxprs.append(value)
+    return jaxprs
+
+
+def nearest_size(cost: Callable[[int], int], target: int, low: int = 1) -> int:
+    """The size s ≥ low whose cost is nearest to the target, for a cost that never falls with s.
+
+    Raises:
+      ValueError: if even the smallest size costs more than twice the target: nothing matches.
+    """
+    smallest = cost(low)
+    if smallest > 2 * target:
+        raise ValueError(f'the smallest size, {low}, costs {smallest:,}, the target is {target:,}')
+    high = low + 1
+    while cost(high) < target:
+        low, high = high, 2 * high
+        if high > 2**24:
+            raise ValueError(f'no size up to {low:,} reaches the target {target:,}')
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if cost(middle) < target else (low, middle)
+    return min((low, high), key=lambda size: abs(cost(size) - target))

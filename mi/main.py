@@ -1,0 +1,51 @@
+"""The one entry point: python -m mi.main --config=configs/lm.py --workdir=runs/first
+
+Exit codes: 0 done; 1 something to mend, one line on stderr says what; 143 stopped by a signal,
+after saving: the same command continues the run.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from mi.config import UserError
+from mi.lm import train as lm
+
+CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file.', lock_config=True)
+WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory, made or continued.')
+
+TASKS = {'lm': lm.train}
+
+
+def main(argv: Sequence[str]) -> None:
+    if not flags.FLAGS['verbosity'].present:
+        logging.set_verbosity(logging.WARNING)  # orbax writes a page per checkpoint
+    if len(argv) > 1:
+        raise UserError(f'unexpected argument {argv[1]!r}; flags are --NAME=VALUE')
+    if CONFIG.value is None or WORKDIR.value is None:
+        raise UserError('--config=FILE and --workdir=DIRECTORY are both needed')
+    task = CONFIG.value.get_ref('task').get() if 'task' in CONFIG.value else None
+    if task not in TASKS:
+        raise UserError(f'config.task = {task!r}: expected one of {", ".join(TASKS)}')
+    TASKS[task](CONFIG.value, WORKDIR.value)
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+    """Parses flags; what is wrong with them becomes a UserError."""
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise UserError(' '.join(str(error).split())) from error
+
+
+def run() -> None:
+    try:
+        app.run(main, flags_parser=parse)
+    except UserError as error:
+        sys.exit(f'error: {error}')
+
+
+if __name__ == '__main__':
+    run()

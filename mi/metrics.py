@@ -1,0 +1,108 @@
+"""What a run measured: files for machines, one line for the person who waits.
+
+metrics.jsonl   what was learnt, {"step", "seed", "split", …}: the same bits on every run
+timing.jsonl    what it took here, {"step", "seconds", "tokens_per_second"}: never the same
+tensorboard/    a copy of both
+"""
+
+import json
+import os
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import rich.console
+import rich.progress
+import tensorboardX
+
+
+class Metrics:
+    """Writes the metrics of one run.
+
+    Args:
+      path: the run directory.
+      position: length in bytes at which metrics.jsonl is continued; what a killed run wrote after
+        its last checkpoint is cut off, because the continued run writes it again.
+      step: the step that is continued from.
+    """
+
+    def __init__(self, path: pathlib.Path, position: int = 0, step: int = 0):
+        self._metrics = open(path / 'metrics.jsonl', 'ab')  # noqa: SIM115
+        self._metrics.truncate(position)
+        self._timing = open(path / 'timing.jsonl', 'a')  # noqa: SIM115
+        self._tensorboard = tensorboardX.SummaryWriter(
+            str(path / 'tensorboard'), purge_step=step or None, write_to_disk=True
+        )
+
+    def write(self, step: int, seed: int, split: str, values: Mapping[str, Any]) -> None:
+        """One record of a seed's metrics; None for a value that has no meaning here.
+
+        What is not a number, such as how an evaluation was done, goes to the file alone.
+        """
+        record = {'step': step, 'seed': seed, 'split': split, **values}
+        self._metrics.write(json.dumps(record).encode() + b'\n')
+        self._metrics.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._tensorboard.add_scalar(f'{split}/{name}/seed{seed}', value, step)
+
+    def timing(self, step: int, values: Mapping[str, float]) -> None:
+        """One record of what the steps since the last one took."""
+        self._timing.write(json.dumps({'step': step, **values}) + '\n')
+        self._timing.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(f'timing/{name}', value, step)
+
+    def position(self) -> int:
+        """Length of metrics.jsonl in bytes, all of it on disk: what a checkpoint remembers."""
+        os.fsync(self._metrics.fileno())
+        return self._metrics.tell()
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._timing.close()
+        self._tensorboard.close()
+
+
+class Progress:
+    """One line with step, rate, time left and the last loss; plain lines where no terminal is.
+
+    Args:
+      total: number of steps.
+      done: steps done before.
+      every: seconds between two plain lines.
+    """
+
+    def __init__(self, total: int, done: int = 0, every: float = 15.0):
+        self._total, self._first, self._every = total, done, every
+        self._console = rich.console.Console(stderr=True)
+        self._start = self._last_line = time.monotonic()
+        self._bar: rich.progress.Progress | None = None
+        if self._console.is_terminal:
+            self._bar = rich.progress.Progress(
+                rich.progress.TextColumn('{task.fields[note]}'),
+                rich.progress.BarColumn(),
+                rich.progress.MofNCompleteColumn(),
+                rich.progress.TextColumn('{task.fields[rate]}'),
+                rich.progress.TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._bar.add_task('', total=total, completed=done, note='', rate='')
+            self._bar.start()
+
+    def update(self, step: int, note: str, rate: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step, note=note, rate=rate)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= self._every or step == self._total:
+            per_step = (now - self._start) / max(1, step - self._first)
+            left = time.strftime('%H:%M:%S', time.gmtime(per_step * (self._total - step)))
+            self._console.print(f'step {step}/{self._total}  {note}  {rate}  {left} left')
+            self._last_line = now
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()

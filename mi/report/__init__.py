@@ -1,0 +1,63 @@
+"""What a sweep showed: a page, tables and figures from its run directories.
+
+report.html   the page, in one file        table.csv   every digit
+curves.png, .pdf   learning curves         table.md    for a README
+finals.png, .pdf   final values            table.tex   for a paper
+"""
+
+import os
+import pathlib
+
+import rich.console
+
+from mi.config import UserError
+from mi.report import html, plots, runs, statistics, tables
+
+
+def write(
+    workdir: str | os.PathLike[str], out: str | os.PathLike[str] | None = None
+) -> list[pathlib.Path]:
+    """Reports on a sweep or a single run; prints the table and returns the files it wrote.
+
+    Args:
+      workdir: a sweep directory or a run directory; runs that have not ended are welcome.
+      out: where to write, workdir/report unless given.
+
+    Raises:
+      UserError: if workdir is neither, a file in it is malformed, or out cannot be made.
+    """
+    sweep = runs.read(pathlib.Path(workdir))
+    rows = statistics.rows(sweep)
+    folder = sweep.path / 'report' if out is None else pathlib.Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'--out={folder}: {error.strerror}; name another directory') from error
+    images, remarks = plots.draw(sweep, rows, folder)
+    notes = [*tables.notes(sweep, rows), *remarks, *sweep.warnings]
+    texts = {
+        'report.html': html.page(sweep, rows, images, notes),
+        'table.csv': tables.to_csv(sweep, rows),
+        'table.md': tables.to_markdown(sweep, rows),
+        'table.tex': tables.to_latex(sweep, rows),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding='utf-8')
+    _say(sweep, rows, [*remarks, *sweep.warnings])
+    paths = [folder / name for name in texts]
+    paths += [folder / f'{name}.{kind}' for name in images for kind in ('png', 'pdf')]
+    for path in paths:
+        print(path)
+    return paths
+
+
+def _say(sweep: runs.Sweep, rows: list[statistics.Row], remarks: list[str]) -> None:
+    console = rich.console.Console(soft_wrap=False)
+    if not console.is_terminal:
+        console.width = 140
+    console.print(tables.to_terminal(sweep, rows))
+    for note in tables.notes(sweep, rows):
+        console.print(note, markup=False, highlight=False)
+    warn = rich.console.Console(stderr=True, soft_wrap=True)
+    for remark in remarks:
+        warn.print(f'warning: {remark}', markup=False, highlight=False)

@@ -1,0 +1,199 @@
+"""Two figures for a paper of 5.5 inches: learning curves with bands, and final values with seeds.
+
+Matplotlib is used through its objects, never pyplot, so that nothing is left behind in a process
+that trains; equal input gives equal bytes.
+"""
+
+import io
+import logging
+import pathlib
+import re
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from mi.report import statistics
+from mi.report.runs import Sweep
+from mi.report.statistics import Row
+from mi.report.tables import words
+
+INK = '#1b1b1f'  # replaced by the colour of the text in the page's figures
+GREY = '#808080'  # the baseline
+# Okabe & Ito's palette, which the colour-blind can tell apart, less black and yellow: these are
+# seen on white and on black.
+PALETTE = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+DASHES = ('-', (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))  # one per round of the palette
+WIDTH = 5.5
+STYLE: dict[Any, Any] = {
+    'pdf.fonttype': 42,
+    'svg.hashsalt': 'mi.report',
+    'svg.fonttype': 'path',
+    'text.parse_math': False,  # a label may hold dollars
+    'font.size': 8,
+    'axes.labelsize': 8,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.linewidth': 0.6,
+    'legend.fontsize': 7,
+    'xtick.labelsize': 7,
+    'ytick.labelsize': 7,
+    'figure.constrained_layout.w_pad': 0.06,
+    **{f'{name}tick.major.width': 0.6 for name in 'xy'},
+    **{f'{name}tick.color': INK for name in 'xy'},
+    **{name: INK for name in ('text.color', 'axes.labelcolor', 'axes.edgecolor')},
+}
+METADATA: dict[str, dict[str, None]] = {
+    'png': {'Software': None},
+    'pdf': {'Creator': None, 'Producer': None, 'CreationDate': None},
+    'svg': {'Creator': None, 'Date': None, 'Format': None, 'Type': None},
+}
+
+# It reports every glyph of a PDF at INFO, which absl prints.
+logging.getLogger('fontTools').setLevel(logging.WARNING)
+
+
+def draw(sweep: Sweep, rows: list[Row], out: pathlib.Path) -> tuple[dict[str, str], list[str]]:
+    """Writes curves and finals as PNG and PDF; returns {name: SVG to put in a page} and remarks."""
+    remarks: list[str] = []
+    images = {}
+    with matplotlib.rc_context(STYLE):
+        for name, figure in (
+            ('curves', _curves(sweep, remarks)),
+            ('finals', _finals(sweep, rows)),
+        ):
+            for kind in ('png', 'pdf'):
+                figure.savefig(out / f'{name}.{kind}', dpi=200, metadata=METADATA[kind])
+            images[name] = _svg(figure, name)
+    return images, remarks
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """An element for a page: ids of its own, lines and letters in the colour of the page's text."""
+    file = io.StringIO()
+    figure.savefig(file, format='svg', transparent=True, metadata=METADATA['svg'])
+    svg = file.getvalue()
+    svg = svg[svg.index('<svg') :]
+    svg = re.sub(r'<metadata>.*?</metadata>|\sxmlns(:xlink)?="[^"]*"', '', svg, flags=re.DOTALL)
+    svg = re.sub(r'( id="|url\(#|href="#)', rf'\1{name}-', svg)
+    return svg.replace(INK, 'currentColor')
+
+
+def _style(sweep: Sweep) -> list[tuple[str, object]]:
+    """Colour and dashes of each arm, the same in every figure: the baseline is grey."""
+    others = [arm.label for arm in sweep.arms if arm.label != sweep.baseline]
+    n = len(PALETTE)
+    styles: dict[str, tuple[str, object]] = {
+        label: (PALETTE[i % n], DASHES[i // n % len(DASHES)]) for i, label in enumerate(others)
+    }
+    return [styles.get(arm.label, (GREY, '-')) for arm in sweep.arms]
+
+
+def _curves(sweep: Sweep, remarks: list[str]) -> Figure:
+    """The metric of the valid split over steps and over seconds, a line and a band per arm."""
+    figure = Figure(figsize=(WIDTH, 2.4), layout='constrained')
+    left, right = figure.subplots(1, 2, sharey=True)
+    lines, ends = [], []
+    for arm, (colour, dashes) in zip(sweep.arms, _style(sweep), strict=True):
+        steps, values = arm.curve(sweep.metric, 'valid')
+        finite = np.isfinite(values).all(axis=0)
+        if not finite.all():
+            remarks.append(f'{arm.label}: its curve leaves out steps that are NaN or infinite')
+        steps, values = steps[finite], values[:, finite]
+        if not len(steps):
+            remarks.append(f'{arm.label}: no curve, no {sweep.metric} in the valid records')
+            continue
+        mean, low, high = statistics.band(values)
+        lines.append((mean, mean if low is None else low, mean if high is None else high))
+        label = _label(arm.label) + ('' if arm.state == 'done' else f' ({arm.state})')
+        timed, seconds = arm.seconds()
+        panels = [(left, steps.astype(float))]
+        if len(timed):
+            panels.append((right, np.interp(steps, np.append(0, timed), np.append(0, seconds))))
+        else:
+            remarks.append(f'{arm.label}: no curve over seconds, timing.jsonl has no record')
+        for axes, x in panels:
+            marker = '.' if len(steps) == 1 else ''
+            (line,) = axes.plot(x, mean, color=colour, ls=dashes, lw=1.2, marker=marker)
+            if low is not None and high is not None:
+                axes.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
+        ends.append((mean[-1], label, line))
+    left.set_ylabel(f'{words(sweep.metric)} (valid)')
+    for axes, label in ((left, 'training step'), (right, 'training seconds')):
+        axes.set_xlabel(label)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=''))
+    if lines:
+        left.set_ylim(_zoom(lines))
+        # Top to bottom as the lines end, so that legend and lines are read in the same order.
+        ends.sort(key=lambda end: -end[0])
+        labels, handles = [end[1] for end in ends], [end[2] for end in ends]
+        figure.legend(handles, labels, loc='outside right center', frameon=False, handlelength=1.6)
+    else:
+        for axes in (left, right):
+            _say(axes, 'no records yet')
+    return figure
+
+
+def _zoom(lines: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple[float, float]:
+    """Limits of y that show the later half of training, and the ends of the lines apart.
+
+    Early losses are so much larger than the differences at the end that they would hide them.
+    """
+    low = min(float(line[1].min()) for line in lines)
+    high = max(float(line[2].max()) for line in lines)
+    late = [[part[len(part) // 2 :] for part in line] for line in lines]
+    late_low = min(float(line[1].min()) for line in late)
+    late_high = max(float(line[2].max()) for line in late)
+    margin = 0.08 * (late_high - late_low) or 0.05 * abs(late_high) or 1.0
+    falls = sum(line[0][-1] - line[0][0] for line in lines) < 0
+    if falls:
+        return late_low - margin, min(high, late_high) + 2 * margin
+    return max(low, late_low) - 2 * margin, late_high + margin
+
+
+def _finals(sweep: Sweep, rows: list[Row]) -> Figure:
+    """A line per arm: a point per seed, the mean as a bar, its interval; dashed: the baseline."""
+    figure = Figure(figsize=(WIDTH, 0.75 + 0.26 * len(rows)), layout='constrained')
+    axes = figure.subplots()
+    for y, (row, (colour, _)) in enumerate(zip(rows, _style(sweep), strict=True)):
+        if row.metric is None:
+            text = row.arm.state if not row.final else 'not finite'
+            axes.text(0.5, y, text, transform=axes.get_yaxis_transform(), color=GREY,
+                      ha='center', va='center', fontsize=7, style='italic')  # fmt: skip
+            continue
+        values = list(row.final.values())
+        axes.plot(values, [y] * len(values), 'o', color=colour, alpha=0.5, ms=4, mew=0, zorder=2)
+        if row.metric.low is not None and row.metric.high is not None:
+            ends = [row.metric.low, row.metric.high]
+            axes.plot(ends, [y, y], color=colour, lw=1.4, solid_capstyle='butt', zorder=3)
+        axes.plot(row.metric.mean, y, '|', color=colour, ms=11, mew=2, zorder=4)
+        if row.arm.label == sweep.baseline:
+            axes.axvline(row.metric.mean, color=GREY, ls=(0, (4, 3)), lw=0.8, zorder=1)
+    axes.set_yticks(range(len(rows)), [_label(row.arm.label) for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.tick_params(axis='y', length=0)
+    axes.spines['left'].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.ticklabel_format(axis='x', useOffset=False)
+    if not any(row.metric for row in rows):
+        axes.set_xticks([])
+    better = ', lower is better' if sweep.lower_is_better else ', higher is better'
+    axes.set_xlabel(f'{words(sweep.metric)} ({sweep.split}{better if len(rows) > 1 else ""})')
+    return figure
+
+
+def _say(axes: Axes, text: str) -> None:
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha='center', va='center', color=GREY)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _label(text: str) -> str:
+    """Short enough for a legend, on one line."""
+    text = ' '.join(text.split())
+    return text if len(text) <= 24 else f'{text[:23]}…'

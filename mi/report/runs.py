@@ -1,0 +1,275 @@
+"""Reads run directories and sweeps of them; what a run was trained with is not needed for it.
+
+sweep.json    what is compared, and one folder per member, each a run directory:
+config.json   resolved config          status.json    how the run stands, where it ran
+metrics.jsonl one record per step,     timing.jsonl   seconds since the record before
+              seed and split           cost.json      parameters and FLOPs per token
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from mi.config import UserError
+
+Record = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One side of a comparison: a run directory with all its seeds.
+
+    Attributes:
+      label: what tables and figures call it; unique in a sweep.
+      state: running, done, failed or preempted as the run wrote it; 'missing' without a status.
+      reason: why it failed or is missing.
+      seeds: the seeds that the config asks for, whether they have finished or not.
+      overrides: how sweep.json says that the arm differs, {dotted key: value}.
+      config, cost, status: the JSON files, empty where absent.
+      metrics, timing: the records, in the order of the files.
+    """
+
+    label: str
+    state: str
+    reason: str | None
+    seeds: tuple[int, ...] = ()
+    overrides: Record = dataclasses.field(default_factory=dict)
+    config: Record = dataclasses.field(default_factory=dict)
+    cost: Record = dataclasses.field(default_factory=dict)
+    status: Record = dataclasses.field(default_factory=dict)
+    metrics: list[Record] = dataclasses.field(default_factory=list)
+    timing: list[Record] = dataclasses.field(default_factory=list)
+
+    def names(self, split: str) -> list[str]:
+        """The names of all numbers in the records of a split, in order of appearance."""
+        rows = (r for r in self.metrics if r['split'] == split)
+        names = {name: None for r in rows for name, value in r.items() if _is_number(value)}
+        return [name for name in names if name not in ('step', 'seed')]
+
+    def by_seed(self, metric: str, split: str) -> dict[int, dict[int, float]]:
+        """{seed: {step: value}}, both sorted; where a step was written twice, the last counts."""
+        found: dict[int, dict[int, float]] = {}
+        for r in self.metrics:
+            if r['split'] == split and _is_number(r.get(metric)):
+                found.setdefault(r['seed'], {})[r['step']] = float(r[metric])
+        return {seed: dict(sorted(found[seed].items())) for seed in sorted(found)}
+
+    def final(self, metric: str, split: str) -> dict[int, float]:
+        """{seed: value} at the end of training; empty where that has not been reached.
+
+        The record of the test split is written once, at the end: where it exists, it is final.
+        Other splits are recorded on the way, so their last record is final once the run is done.
+        """
+        if split != 'test' and self.state != 'done':
+            return {}
+        return {seed: values[max(values)] for seed, values in self.by_seed(metric, split).items()}
+
+    def curve(self, metric: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps [N] and values [seeds, N], at the steps that every recorded seed has."""
+        seeds = list(self.by_seed(metric, split).values())
+        steps = sorted(set.intersection(*map(set, seeds))) if seeds else []
+        values = np.array([[seed[step] for step in steps] for seed in seeds], float)
+        return np.array(steps, int), values.reshape(len(seeds), len(steps))
+
+    def seconds(self) -> tuple[np.ndarray, np.ndarray]:
+        """Steps [M] and the seconds of training up to each [M]; a resumed run repeats steps."""
+        last = {r['step']: float(r['seconds']) for r in self.timing}
+        steps = sorted(last)
+        return np.array(steps, int), np.cumsum([last[step] for step in steps])
+
+    def tokens_per_second(self) -> float | None:
+        """Tokens over seconds of the whole training, not the mean of the recorded rates."""
+        last = {r['step']: r for r in self.timing if _is_number(r.get('tokens_per_second'))}
+        seconds = math.fsum(r['seconds'] for r in last.values())
+        tokens = math.fsum(r['seconds'] * r['tokens_per_second'] for r in last.values())
+        return tokens / seconds if seconds > 0 else None
+
+    def counted(self, what: str, part: str) -> int | None:
+        """cost.json's number for what ∈ {'parameters', 'flops_per_token'} of a part."""
+        counts = self.cost.get(what)
+        value = counts.get(part) if isinstance(counts, dict) else None
+        return value if isinstance(value, int) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A comparison; a single run is a sweep of one arm without a baseline.
+
+    Attributes:
+      baseline: the label of the arm that the others are compared with, if there is one.
+      metric, split: the number that is compared, in the last record of that split.
+      warnings: what had to be left out while reading, one line each.
+    """
+
+    path: pathlib.Path
+    title: str
+    metric: str
+    split: str
+    lower_is_better: bool
+    baseline: str | None
+    arms: list[Arm]
+    notes: list[str]
+    command: str | None
+    warnings: list[str]
+
+
+def read(workdir: pathlib.Path) -> Sweep:
+    """Reads a sweep directory or a single run directory.
+
+    Raises:
+      UserError: if it is neither, or a file in it is not what it should be.
+    """
+    if not workdir.is_dir():
+        raise UserError(f'--workdir={workdir} is not a directory')
+    if (workdir / 'sweep.json').exists():
+        return _read_sweep(workdir)
+    if (workdir / 'config.json').exists():
+        return _read_single(workdir)
+    raise UserError(
+        f'--workdir={workdir} is neither a sweep (no sweep.json) nor a run (no config.json)'
+    )
+
+
+def _read_sweep(workdir: pathlib.Path) -> Sweep:
+    path = workdir / 'sweep.json'
+    sweep = _read_object(path)
+    members = _field(sweep, 'members', list, path)
+    warnings: list[str] = []
+    arms = []
+    for member in members:
+        if not isinstance(member, dict):
+            raise UserError(f'{path}: a member is {member!r}: expected an object with a name')
+        name = _field(member, 'name', str, path)
+        overrides = _field({'overrides': {}} | member, 'overrides', dict, path)
+        label = _field({'label': name} | member, 'label', str, path)
+        arms.append(_read_run(workdir / name, label, overrides, warnings))
+    labels = [arm.label for arm in arms]
+    if not labels or len(set(labels)) < len(labels):
+        raise UserError(
+            f'{path}: labels of members = {labels}: expected one or more, all different'
+        )
+    baseline = sweep.get('baseline')
+    if baseline is not None and baseline not in labels:
+        raise UserError(f'{path}: baseline = {baseline!r}: expected null or one of {labels}')
+    return Sweep(
+        path=workdir,
+        title=sweep.get('title') or _field(sweep, 'name', str, path),
+        metric=_field(sweep, 'metric', str, path),
+        split=_field(sweep, 'split', str, path),
+        lower_is_better=_field(sweep, 'lower_is_better', bool, path),
+        baseline=baseline,
+        arms=arms,
+        notes=[str(note) for note in _field({'notes': []} | sweep, 'notes', list, path)],
+        command=sweep.get('command'),
+        warnings=warnings,
+    )
+
+
+def _read_single(workdir: pathlib.Path) -> Sweep:
+    warnings: list[str] = []
+    arm = _read_run(workdir, workdir.resolve().name, {}, warnings)
+    names = arm.names('test') or arm.names('valid')
+    # Bytes are the unit that runs with different vocabularies share; a run of one-hot targets or
+    # of reinforcement learning has none, and is shown by its first number.
+    metric = 'bits_per_byte' if 'bits_per_byte' in names or not names else names[0]
+    return Sweep(
+        path=workdir,
+        title=arm.label,
+        metric=metric,
+        split='test',
+        lower_is_better=True,
+        baseline=None,
+        arms=[arm],
+        notes=[],
+        command=None,
+        warnings=warnings,
+    )
+
+
+def _read_run(path: pathlib.Path, label: str, overrides: Record, warnings: list[str]) -> Arm:
+    if not path.is_dir():
+        return Arm(label, 'missing', f'no folder {path.name}', overrides=overrides)
+    # The status is read first: a run that ends meanwhile counts as running, never the reverse.
+    status = _read_object(path / 'status.json', missing={})
+    state, reason = status.get('state'), status.get('reason')
+    if not isinstance(state, str):
+        state, reason = 'missing', f'no state in {path.name}/status.json'
+    config = _read_object(path / 'config.json', missing={})
+    done = state == 'done'
+    metrics = _read_lines(path / 'metrics.jsonl', done, warnings)
+    for number, r in metrics.items():
+        fine = isinstance(r.get('step'), int) and isinstance(r.get('seed'), int)
+        if not fine or not isinstance(r.get('split'), str):
+            raise UserError(f'{path / "metrics.jsonl"}, line {number}: no step, seed and split')
+    timing = _read_lines(path / 'timing.jsonl', done, warnings)
+    for number, r in timing.items():
+        if not isinstance(r.get('step'), int) or not _is_number(r.get('seconds')):
+            raise UserError(f'{path / "timing.jsonl"}, line {number}: no step and seconds')
+    seeds = config.get('seeds')
+    if not isinstance(seeds, list):
+        seeds = sorted({r['seed'] for r in metrics.values()})
+    return Arm(
+        label=label,
+        state=state,
+        reason=None if reason is None else str(reason),
+        seeds=tuple(seeds),
+        overrides=overrides,
+        config=config,
+        cost=_read_object(path / 'cost.json', missing={}),
+        status=status,
+        metrics=list(metrics.values()),
+        timing=list(timing.values()),
+    )
+
+
+def _read_lines(path: pathlib.Path, done: bool, warnings: list[str]) -> dict[int, Record]:
+    """{line number: record}. What follows the last newline is a record that was being written."""
+    if not path.exists():
+        return {}
+    *lines, rest = path.read_bytes().split(b'\n')
+    records = {n: _record(line, path, n) for n, line in enumerate(lines, 1) if line.strip()}
+    if rest.strip():
+        try:
+            records[len(lines) + 1] = _record(rest, path, len(lines) + 1)
+        except UserError:
+            if done:
+                raise
+            warnings.append(f'{path}, line {len(lines) + 1}: skipped, it is half written')
+    return records
+
+
+def _record(line: bytes, path: pathlib.Path, number: int) -> Record:
+    try:
+        record = json.loads(line)
+    except ValueError:  # also of bytes that are not text
+        record = None
+    if not isinstance(record, dict):
+        raise UserError(f'{path}, line {number}: not a JSON object')
+    return record
+
+
+def _read_object(path: pathlib.Path, missing: Record | None = None) -> Record:
+    if missing is not None and not path.exists():
+        return missing
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f'{path}: not JSON ({error})') from error
+    if not isinstance(value, dict):
+        raise UserError(f'{path}: not a JSON object')
+    return value
+
+
+def _field(record: Mapping[str, Any], key: str, kind: type, path: pathlib.Path) -> Any:
+    if not isinstance(record.get(key), kind):
+        raise UserError(f'{path}: {key} = {record.get(key)!r}: expected a {kind.__name__}')
+    return record[key]
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,279 @@
+"""One row per arm, as CSV with every digit and as Markdown, LaTeX and text with those that count.
+
+`cells` puts the numbers in words; what writes a format only escapes and lays out these cells.
+"""
+
+import csv
+import io
+import math
+import re
+import textwrap
+from typing import NamedTuple
+
+import rich.table
+import rich.text
+
+from mi.report import statistics
+from mi.report.runs import Sweep
+from mi.report.statistics import Estimate, Row
+
+NONE = '—'
+PREFIX = {12: ' T', 9: ' G', 6: ' M', 3: ' k', 0: ''}
+
+
+class Cell(NamedTuple):
+    """A number or word, and what stands smaller beside or under it."""
+
+    main: str
+    detail: str = ''
+
+    def __str__(self) -> str:
+        return f'{self.main} {self.detail}'.strip()
+
+
+class Table(NamedTuple):
+    """Cells of the header and of the rows, and the indices of the rows with the best mean."""
+
+    header: list[Cell]
+    body: list[list[Cell]]
+    best: set[int]
+
+
+def notes(sweep: Sweep, rows: list[Row]) -> list[str]:
+    """What has to be read with the table, in every format."""
+    counts = sorted({row.metric.n for row in rows if row.metric is not None})
+    if len(counts) == 1:
+        seeds = f'{counts[0]} {"seed" if counts == [1] else "seeds"} per arm.'
+    elif counts:
+        each = (f'{r.arm.label} {r.metric.n}' for r in rows if r.metric is not None)
+        seeds = f'The arms differ in their number of seeds: {", ".join(each)}.'
+    else:
+        seeds = 'No arm has a final record yet.'
+    standing = [f'{seeds} {statistics.CAUTION}' + ' One seed has no interval.' * (1 in counts)]
+    if sweep.baseline is not None:
+        text = (
+            f'Differences are arm − {sweep.baseline}, paired by seed; better and worse say '
+            'that their interval excludes zero.'
+        )
+        several = ' Nothing is corrected for comparing several arms.' * (len(rows) > 2)
+        standing.append(text + several)
+    standing.append(
+        'Parameters and FLOPs: the whole model / the fusion alone. FLOPs per token: forward, '
+        'matrix products only, a multiply-add counts as two. Seconds and tokens/s: training '
+        'steps, all seeds of the run together.'
+    )
+    if len(rows) > 1:
+        standing.append('Bold marks the best mean and claims no significance.')
+    return [*standing, *(remark for row in rows for remark in row.remarks), *sweep.notes]
+
+
+def words(name: str) -> str:
+    """bits_per_byte → bits per byte."""
+    return name.replace('_', ' ')
+
+
+def cells(sweep: Sweep, rows: list[Row]) -> Table:
+    """The table in words, the same for every format but CSV."""
+    estimates = [e for row in rows for e in (row.metric, row.difference) if e is not None]
+    digits = _digits(estimates)
+    several = len(rows) > 1
+    arrow = (' ↓' if sweep.lower_is_better else ' ↑') if several else ''
+    secondary = _secondary(rows)
+    header = [Cell('arm'), Cell(f'{words(sweep.metric)}{arrow}', '[95 %]')]
+    if sweep.baseline is not None:
+        header += [Cell(f'difference to {sweep.baseline}', '[95 %]'), Cell('verdict')]
+    header += [Cell(words(name)) for name in secondary]
+    header += [Cell('parameters', '/ fusion'), Cell('FLOPs per token', '/ fusion')]
+    header += [Cell('train seconds'), Cell('tokens/s'), Cell('seeds'), Cell('state')]
+    body = []
+    for row in rows:
+        line = [Cell(row.arm.label), _interval(row.metric, digits)]
+        if sweep.baseline is not None:
+            is_baseline = row.arm.label == sweep.baseline
+            line += [_interval(row.difference, digits, '+')]
+            line += [Cell('baseline' if is_baseline else row.verdict or NONE)]
+        line += [Cell(_significant(row.secondary.get(name))) for name in secondary]
+        parameters, flops = (
+            [row.arm.counted(what, part) for part in ('model', 'fusion')]
+            for what in ('parameters', 'flops_per_token')
+        )
+        line += [_pair([NONE if p is None else f'{p:,}' for p in parameters])]
+        line += [_pair([_short(f) for f in flops])]
+        line += [Cell(_seconds(row.seconds)), Cell(_short(row.tokens_per_second))]
+        have, asked = len(row.final), len(row.arm.seeds)
+        line += [Cell(f'{have}' if have == asked else f'{have} of {asked}')]
+        line += [Cell(row.arm.state, f'({_one_line(row.arm.reason)})' if row.arm.reason else '')]
+        body.append(line)
+    means = {i: row.metric.mean for i, row in enumerate(rows) if row.metric is not None}
+    target = (min if sweep.lower_is_better else max)(means.values(), default=None)
+    best = {i for i, mean in means.items() if mean == target} if several else set()
+    return Table(header, body, best)
+
+
+def to_csv(sweep: Sweep, rows: list[Row]) -> str:
+    """Every digit, one name per column, empty where there is no value."""
+    secondary = _secondary(rows)
+    lines = []
+    for row in rows:
+        line: dict[str, object] = {'arm': row.arm.label, 'state': row.arm.state}
+        line |= {'reason': row.arm.reason, 'split': sweep.split, 'metric': sweep.metric}
+        for name, e in (('', row.metric), ('difference_', row.difference)):
+            line |= {f'{name}{key}': getattr(e, key, None) for key in ('mean', 'low', 'high')}
+        line |= {'difference_pairs': row.difference and row.difference.n, 'verdict': row.verdict}
+        line |= {name: row.secondary.get(name) for name in secondary}
+        for what in ('parameters', 'flops_per_token'):
+            line |= {f'{what}_{part}': row.arm.counted(what, part) for part in ('model', 'fusion')}
+        line |= {'train_seconds': row.seconds, 'tokens_per_second': row.tokens_per_second}
+        line |= {'seeds': len(row.final), 'seeds_asked': len(row.arm.seeds)}
+        lines.append(line | {'remarks': '; '.join(row.remarks)})
+    file = io.StringIO()
+    writer = csv.DictWriter(file, lines[0], lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(lines)
+    return file.getvalue()
+
+
+def to_markdown(sweep: Sweep, rows: list[Row]) -> str:
+    header, body, best = cells(sweep, rows)
+    text = [[_markdown(str(cell)) for cell in line] for line in body]
+    for i in best:
+        mean, detail = body[i][1]
+        text[i][1] = f'**{_markdown(mean)}** {_markdown(detail)}'.strip()
+    lines = [[_markdown(str(cell)) for cell in header], ['---'] + ['---:'] * (len(header) - 1)]
+    table = '\n'.join(f'| {" | ".join(line)} |' for line in lines + text)
+    listed = '\n'.join(f'- {_markdown(note)}' for note in notes(sweep, rows))
+    return f'### {_markdown(sweep.title)}\n\n{table}\n\n{listed}\n'
+
+
+def to_latex(sweep: Sweep, rows: list[Row]) -> str:
+    """A booktabs table, made smaller only if it is wider than the line."""
+    header, body, best = cells(sweep, rows)
+    text = [[_latex(str(cell)) for cell in line] for line in body]
+    for i in best:
+        mean, detail = body[i][1]
+        text[i][1] = rf'\textbf{{{_latex(mean)}}} {_latex(detail)}'.strip()
+    heads = [[_latex(cell.main) for cell in header], [_latex(cell.detail) for cell in header]]
+    above, below = (' & '.join(line) + r' \\' for line in heads)
+    inner = '\n'.join(' & '.join(line) + r' \\' for line in text)
+    caption = _latex(
+        ' '.join(f'{note.rstrip(".")}.' for note in [sweep.title, *notes(sweep, rows)])
+    )
+    made = f'Made by python -m mi.report --workdir={sweep.path}'
+    made += f' from runs of: {sweep.command}' if sweep.command else ''
+    return f"""% {' '.join(made.split())}
+% Needs \\usepackage{{booktabs,graphicx}}.
+\\begin{{table}}
+\\centering
+\\caption{{{caption}}}
+\\resizebox{{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}}{{!}}{{%
+\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}
+\\toprule
+{above}
+{below}
+\\midrule
+{inner}
+\\bottomrule
+\\end{{tabular}}}}
+\\end{{table}}
+"""
+
+
+def to_terminal(sweep: Sweep, rows: list[Row]) -> rich.table.Table:
+    """The table without the secondary metrics, so that it fits on a screen."""
+    header, body, best = cells(sweep, rows)
+    first = 4 if sweep.baseline is not None else 2
+    keep = [i for i in range(len(header)) if not first <= i < first + len(_secondary(rows))]
+    table = rich.table.Table(title=rich.text.Text(sweep.title), title_justify='left')
+    for i in keep:
+        title = rich.text.Text('\n'.join(filter(None, header[i])))
+        left = i in (0, len(header) - 1)
+        table.add_column(title, justify='left' if left else 'right', overflow='fold')
+    for number, line in enumerate(body):
+        styles = {1: 'bold'} if number in best else {}
+        table.add_row(
+            *(
+                rich.text.Text.assemble(
+                    (line[i].main, styles.get(i, '')), '\n' * bool(line[i].detail), line[i].detail
+                )
+                for i in keep
+            )
+        )
+    return table
+
+
+def _secondary(rows: list[Row]) -> list[str]:
+    return list({name: None for row in rows for name in row.secondary})
+
+
+def _digits(estimates: list[Estimate]) -> int:
+    """Digits after the point: two of the typical interval's width, five of the largest mean."""
+    size = max((abs(e.mean) for e in estimates), default=0.0) or 1.0
+    most = 4 - math.floor(math.log10(size))
+    widths = sorted(
+        e.high - e.low
+        for e in estimates
+        if e.low is not None and e.high is not None and e.high > e.low
+    )
+    wanted = 1 - math.floor(math.log10(widths[len(widths) // 2])) if widths else most - 1
+    return max(0, min(wanted, most))
+
+
+def _interval(estimate: Estimate | None, digits: int, sign: str = '') -> Cell:
+    if estimate is None:
+        return Cell(NONE)
+    mean, low, high = (
+        NONE if x is None else f'{x:{sign}z.{digits}f}'.replace('-', '−')
+        for x in (estimate.mean, estimate.low, estimate.high)
+    )
+    return Cell(mean, '' if estimate.low is None else f'[{low}, {high}]')
+
+
+def _pair(values: list[str]) -> Cell:
+    model, fusion = values
+    return Cell(NONE) if model == fusion == NONE else Cell(model, f'/ {fusion}')
+
+
+def _significant(value: float | None) -> str:
+    """Four significant digits without an exponent, unless it would be mostly zeros."""
+    if value is None:
+        return NONE
+    if value and not 1e-4 <= abs(value) < 1e7:
+        return f'{value:.3e}'.replace('-', '−')
+    digits = 3 - math.floor(math.log10(abs(value))) if value else 0
+    return f'{value:,.{max(0, digits)}f}'.replace('-', '−')
+
+
+def _short(value: float | None) -> str:
+    """Three significant digits with a unit's prefix: 2400000 → 2.40 M."""
+    if value is None:
+        return NONE
+    power = next((p for p in (12, 9, 6, 3) if abs(value) >= 0.9995 * 10**p), 0)
+    scaled = abs(value) / 10**power
+    digits = 0 if scaled >= 99.95 or scaled == abs(value) == int(scaled) else 1 + (scaled < 9.995)
+    return f'{value / 10**power:.{digits}f}{PREFIX[power]}'
+
+
+def _seconds(value: float | None) -> str:
+    return NONE if value is None else f'{value:,.1f}' if value < 100 else f'{value:,.0f}'
+
+
+def _one_line(text: str) -> str:
+    return textwrap.shorten(text, 80, placeholder='…')
+
+
+def _markdown(text: str) -> str:
+    # A bracket makes a link only before one of ([: and is left alone elsewhere: [2.1, 2.3].
+    text = re.sub(r'[\\|*_`~$]|\](?=[(\[:])', r'\\\g<0>', text)
+    return ' '.join(text.replace('&', '&amp;').replace('<', '&lt;').split())
+
+
+LATEX = str.maketrans({
+    '\\': r'\textbackslash{}', '{': r'\{', '}': r'\}', '&': r'\&', '%': r'\%', '$': r'\$',
+    '#': r'\#', '_': r'\_', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}',
+    '−': '$-$', '↓': r'$\downarrow$', '↑': r'$\uparrow$', '—': '---', '…': r'\dots{}',
+    '<': '$<$', '>': '$>$', '[': '{[}', ']': '{]}', '\n': ' ',
+})  # fmt: skip
+
+
+def _latex(text: str) -> str:
+    return text.translate(LATEX)

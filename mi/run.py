@@ -1,0 +1,167 @@
+"""A run directory: who may write to it, what it was made with, how its run ended, when to stop.
+
+config.json   resolved config          status.json   running, done, failed, preempted
+cost.json     parameters and FLOPs     lock          held by the process that writes here
+metrics.jsonl, timing.jsonl, tensorboard/ (mi.metrics), checkpoints/ (mi.checkpoint)
+"""
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import pathlib
+import platform
+import signal
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import ml_collections
+
+from mi.config import UserError, flat
+
+PREEMPTED = 143  # 128 + SIGTERM, what a scheduler expects of a job that it stopped
+
+
+class Run:
+    """An open run directory; made by `start`.
+
+    Attributes:
+      path: the directory.
+      stop: set once SIGTERM or SIGINT came; the loop saves and calls `preempted`.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        self.stop = False
+        self.step = 0
+
+    def write(self, name: str, value: dict[str, Any]) -> None:
+        """Writes a JSON file whole or not at all."""
+        write_json(self.path / name, value)
+
+    def status(self, state: str, reason: str | None = None) -> None:
+        self.write(
+            'status.json',
+            {
+                'state': state,
+                'reason': reason,
+                'step': self.step,
+                'pid': os.getpid(),
+                'host': platform.node(),
+                'machine': machine(),
+                'updated': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+            },
+        )
+
+    def preempted(self) -> None:
+        """Ends the process after its state was saved; the same command continues the run."""
+        raise Preempted
+
+    def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
+        self.stop = True
+        signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+        name = signal.Signals(number).name
+        print(f'{name}: saving after this step; the same command continues', file=sys.stderr)
+
+
+class Preempted(SystemExit):
+    """Exit code 143, after a checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__(PREEMPTED)
+
+
+@contextlib.contextmanager
+def start(workdir: str | os.PathLike[str], config: ml_collections.ConfigDict) -> Iterator[Run]:
+    """Opens a run directory, new or to be continued, and records how the run ends.
+
+    Raises:
+      UserError: if another process holds it, or it was made with another config.
+    """
+    path = pathlib.Path(workdir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'--workdir={path}: {error.strerror}; name another directory') from error
+    with _locked(path / 'lock', path):
+        _same_config(path / 'config.json', config)
+        run = Run(path)
+        handlers = {s: signal.signal(s, run._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            run.status('running')
+            yield run
+            run.status('done')
+        except Preempted:
+            run.status('preempted')
+            raise
+        except BaseException as error:
+            run.status('failed', f'{type(error).__name__}: {error}'.strip())
+            raise
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _locked(lock: pathlib.Path, path: pathlib.Path) -> Iterator[None]:
+    with open(lock, 'a+') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or 'another process'
+            raise UserError(
+                f'{path} is in use by {holder}; wait for it or name another --workdir'
+            ) from error
+        file.truncate(0)
+        file.write(f'process {os.getpid()} on {platform.node()}')
+        file.flush()
+        yield  # closing the file releases the lock, also when the process is killed
+
+
+def _same_config(file: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+    now = json.loads(config.to_json())
+    if not file.exists():
+        write_json(file, now)
+        return
+    try:
+        before = flat(json.loads(file.read_text()))
+    except json.JSONDecodeError as error:
+        raise UserError(f'{file} is not JSON ({error}); restore it or start afresh') from error
+    after = flat(now)
+    changed = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
+    if changed:
+        first = changed[0]
+        more = f' and {len(changed) - 1} more' if len(changed) > 1 else ''
+        raise UserError(
+            f'{file.parent} was made with another config: {first} was {before.get(first)!r} and '
+            f'is {after.get(first)!r} now{more}; name another --workdir'
+        )
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes to a file beside it and renames: a reader never sees a half-written file."""
+    beside = path.with_name(f'.{path.name}.{os.getpid()}')
+    beside.write_text(json.dumps(value, indent=2) + '\n')
+    os.replace(beside, path)
+
+
+def machine() -> str:
+    """What the run ran on, in words, for the report."""
+    device = jax.devices()[0]
+    if device.platform != 'cpu':
+        return f'{jax.device_count()} × {device.device_kind}'
+    return f'{_processor()}, {len(os.sched_getaffinity(0))} cores'
+
+
+def _processor() -> str:
+    info = pathlib.Path('/proc/cpuinfo')
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith('model name'):
+                return line.partition(':')[2].strip()
+    return platform.processor() or platform.machine()

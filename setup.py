@@ -1,0 +1,43 @@
+"""Metadata of the distribution multiplicative-interactions, imported as mi."""
+
+import pathlib
+
+import setuptools
+
+HERE = pathlib.Path(__file__).parent
+
+RUN = [
+    'absl-py>=2.1',
+    'flax>=0.12',
+    'jax>=0.10,<0.13',
+    'matplotlib>=3.10',
+    'ml_collections>=1.0',
+    'numpy>=2.0',
+    'optax>=0.2.6',
+    'orbax-checkpoint>=0.11.33',
+    'rich>=14.0',
+    'scipy>=1.15',
+    'tensorboardX>=2.6.4',
+    'tokenizers>=0.22',
+]
+EXTRAS = {
+    'cuda': ['jax[cuda13]'],
+    'tpu': ['jax[tpu]'],
+    # Other versions of torch pull gigabytes; only benchmarks and the golden file's script use it.
+    'benchmark': ['torch==2.13.0'],
+    'test': ['mypy>=2.0', 'pytest>=9.0', 'pytest-xdist>=3.8', 'ruff>=0.15'],
+}
+
+setuptools.setup(
+    name='multiplicative-interactions',
+    version='0.1.0',
+    description='Multiplicative interactions for JAX: fusing and conditioning streams',
+    long_description=(HERE / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    python_requires='>=3.11,<3.14',
+    packages=setuptools.find_packages(include=['mi', 'mi.*']),
+    package_data={'mi': ['py.typed', 'data/*.xz']},
+    install_requires=RUN,
+    extras_require=EXTRAS,
+)

@@ -1,0 +1,21 @@
+import os
+import pathlib
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import jax
+import pytest
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _from_the_root() -> None:
+    os.chdir(ROOT)  # configs/ and experiments/ are named relative to it
+
+
+@pytest.fixture(scope='session')
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp('tokens'))

@@ -1,0 +1,103 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mi import cells
+
+T, B, N, H = 7, 3, 4, 5
+
+
+def inputs(seed=0):
+    keys = jax.random.split(jax.random.key(seed), 5)
+    carry = (jax.random.normal(keys[0], (B, H)), jax.random.normal(keys[1], (B, H)))
+    gates = jax.random.normal(keys[2], (T, B, 4 * H))
+    U = jax.random.normal(keys[3], (H, 4 * H))
+    return carry, gates, U, jax.random.bernoulli(keys[4], 0.3, (T, B))
+
+
+def assert_trees_close(a, b, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+@pytest.mark.parametrize('with_reset', [False, True])
+@pytest.mark.parametrize('over_seeds', [False, True])
+def test_own_backward_pass_is_automatic_differentiation(with_reset, over_seeds):
+    carry, gates, U, reset = inputs()
+    reset = reset if with_reset else None
+
+    def weighted(function, carry, gates, U):
+        outputs = jax.tree.leaves(function(carry, gates, U, reset))
+        weights = [jnp.cos(jnp.arange(o.size).reshape(o.shape)) for o in outputs]
+        return sum((w * o).sum() for w, o in zip(weights, outputs, strict=True))
+
+    def gradients(function):
+        grad = jax.value_and_grad(lambda *a: weighted(function, *a), argnums=(0, 1, 2))
+        if not over_seeds:
+            return grad(carry, gates, U)
+        stacked = jax.tree.map(lambda *a: jnp.stack(a), inputs(0)[:3], inputs(1)[:3])
+        return jax.vmap(grad)(*stacked)
+
+    assert_trees_close(gradients(cells.lstm), gradients(cells.lstm_reference), rtol=2e-4, atol=2e-5)
+
+
+def test_lstm_is_flax_s():
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (T, B, N))
+    lstm = cells.LSTM(H)
+    params = lstm.init(keys[1], cells.initial(B, H), x)['params']
+    W = dict(zip('ifog', jnp.split(params['W'], 4, axis=1), strict=True))
+    U = dict(zip('ifog', jnp.split(params['U'], 4, axis=1), strict=True))
+    b = dict(zip('ifog', jnp.split(params['b'], 4), strict=True))
+    theirs = {f'i{g}': {'kernel': W[g]} for g in 'ifog'}
+    theirs |= {f'h{g}': {'kernel': U[g], 'bias': b[g]} for g in 'ifog'}
+    cell = nn.OptimizedLSTMCell(H)
+    state = cells.initial(B, H)
+    hs = []
+    for t in range(T):
+        state, h = cell.apply({'params': theirs}, state, x[t])
+        hs.append(h)
+    ours, h = lstm.apply({'params': params}, cells.initial(B, H), x)
+    np.testing.assert_allclose(h, jnp.stack(hs), rtol=1e-5, atol=1e-6)
+    assert_trees_close(ours, state, rtol=1e-5, atol=1e-6)
+
+
+def test_reset_starts_afresh():
+    carry, gates, U, _ = inputs()
+    reset = jnp.zeros((T, B), bool).at[3].set(True)
+    last, h = cells.lstm(carry, gates, U, reset)
+    fresh_last, fresh = cells.lstm(cells.initial(B, H), gates[3:], U)
+    np.testing.assert_allclose(h[3:], fresh, rtol=1e-6)
+    assert_trees_close(last, fresh_last, rtol=1e-6)
+
+
+def test_two_halves_with_the_carry_are_the_whole():
+    carry, gates, U, _ = inputs()
+    middle, first = cells.lstm(carry, gates[:4], U)
+    last, second = cells.lstm(middle, gates[4:], U)
+    whole_last, whole = cells.lstm(carry, gates, U)
+    np.testing.assert_allclose(jnp.concatenate([first, second]), whole, rtol=1e-6)
+    assert_trees_close(last, whole_last, rtol=1e-6)
+
+
+def test_forget_bias_is_one_and_recurrent_weights_orthogonal():
+    params = cells.LSTM(H).init(jax.random.key(0), cells.initial(B, H), jnp.zeros((T, B, N)))[
+        'params'
+    ]
+    np.testing.assert_array_equal(params['b'], np.repeat([0, 1, 0, 0], H))
+    for U in jnp.split(params['U'], 4, axis=1):
+        np.testing.assert_allclose(U.T @ U, np.eye(H), atol=1e-5)
+
+
+def test_bf16_products_keep_an_f32_state():
+    x = jax.random.normal(jax.random.key(0), (T, B, N))
+    lstm = cells.LSTM(H, dtype=jnp.bfloat16)
+    ((c, h), y), variables = lstm.init_with_output(jax.random.key(1), cells.initial(B, H), x)
+    assert (c.dtype, h.dtype, y.dtype) == (jnp.float32, jnp.float32, jnp.bfloat16)
+    _, exact = cells.LSTM(H).apply(variables, cells.initial(B, H), x)
+    np.testing.assert_allclose(y.astype(jnp.float32), exact, atol=2e-2)
+    grads = jax.grad(lambda v: lstm.apply(v, cells.initial(B, H), x)[1].sum().astype(jnp.float32))(
+        variables
+    )
+    assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))

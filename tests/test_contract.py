@@ -1,0 +1,109 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from mi import contract, cost
+
+M, N, K = 3, 4, 5
+ORDERS = ('outer', 'x_first', 'z_first')
+LEADING = [
+    ((), ()),
+    ((6,), (6,)),
+    ((2, 6), (1, 6)),
+    ((2, 6), (6,)),
+    ((2, 6), (2, 1)),
+    ((1, 6), (2, 1)),
+]
+
+
+def streams(x_lead=(), z_lead=(), dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (*x_lead, N), dtype)
+    z = jax.random.normal(keys[1], (*z_lead, M), dtype)
+    W = jax.random.normal(keys[2], (M, N, K), dtype)
+    return x, z, W
+
+
+def triple_loop(x, z, W):
+    """y_k = Σ_m Σ_n z_m W_mnk x_n, one product at a time, in float64."""
+    lead = np.broadcast_shapes(x.shape[:-1], z.shape[:-1])
+    x = np.broadcast_to(np.asarray(x, np.float64), (*lead, N))
+    z = np.broadcast_to(np.asarray(z, np.float64), (*lead, M))
+    W = np.asarray(W, np.float64)
+    y = np.zeros((*lead, K))
+    for at in np.ndindex(*lead):
+        for m, n, k in itertools.product(range(M), range(N), range(K)):
+            y[(*at, k)] += z[(*at, m)] * W[m, n, k] * x[(*at, n)]
+    return y
+
+
+@pytest.mark.parametrize('order', [None, *ORDERS])
+@pytest.mark.parametrize('leads', LEADING, ids=str)
+def test_every_order_is_the_triple_loop(leads, order):
+    x, z, W = streams(*leads)
+    y = contract.bilinear(x, z, W, order=order)
+    np.testing.assert_allclose(y, triple_loop(x, z, W), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('order', ORDERS)
+def test_gradients(order):
+    args = streams((2, 3), (2, 1))
+    check_grads(lambda *a: contract.bilinear(*a, order=order), args, order=2, atol=2e-2, rtol=2e-2)
+
+
+def test_context_shared_over_time_is_contracted_once():
+    S, T = 2, 50
+    shared, per_step = (jax.ShapeDtypeStruct((S, t, M), jnp.float32) for t in (1, T))
+    x = jax.ShapeDtypeStruct((S, T, N), jnp.float32)
+    W = jax.ShapeDtypeStruct((M, N, K), jnp.float32)
+    once = 2 * S * M * N * K + 2 * S * T * N * K  # W' for each sequence, then W'x for each step
+    assert cost.flops(contract.bilinear, x, shared, W) == once
+    assert cost.flops(contract.bilinear, x, per_step, W) > 2 * once
+
+
+def test_shared_context_equals_the_context_repeated():
+    x, z, W = streams((2, 7), (2, 1))
+    repeated = jnp.repeat(z, 7, axis=1)
+    np.testing.assert_allclose(
+        contract.bilinear(x, z, W), contract.bilinear(x, repeated, W), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_plan_follows_the_shapes():
+    assert contract.plan((64, 20, 256), (64, 1, 32), 256) == 'z_first'
+    assert contract.plan((64, 1, 256), (64, 20, 32), 256) == 'x_first'
+    assert contract.plan((8, 256), (8, 30), 256) == 'outer'
+    assert contract.plan((256, 256), (256, 30), 15) == 'x_first'
+
+
+@pytest.mark.parametrize('order', ORDERS)
+def test_bf16_accumulates_in_f32(order):
+    keys = jax.random.split(jax.random.key(1), 3)
+    x = jax.random.normal(keys[0], (64, 128), jnp.bfloat16)
+    z = jax.random.normal(keys[1], (64, 96), jnp.bfloat16)
+    W = jax.random.normal(keys[2], (96, 128, 32), jnp.bfloat16)
+    exact = np.einsum('bm,mnk,bn->bk', *(np.asarray(a, np.float64) for a in (z, W, x)))
+    y = contract.bilinear(x, z, W, order=order)
+    assert y.dtype == jnp.bfloat16
+    error = np.linalg.norm(np.asarray(y, np.float64) - exact) / np.linalg.norm(exact)
+    assert error < 4e-3  # accumulation over m or n in bf16 gives 1e-2
+
+
+def test_linear_is_the_matrix_product():
+    x = jax.random.normal(jax.random.key(0), (2, 3, N))
+    V = jax.random.normal(jax.random.key(1), (N, K))
+    np.testing.assert_allclose(contract.linear(x, V), np.asarray(x) @ np.asarray(V), rtol=1e-5)
+
+
+def test_errors_say_what_was_given():
+    x, z, W = streams((6,), (6,))
+    with pytest.raises(ValueError, match=r'W must be \[m, n, k\].*\(4, 3, 5\)'):
+        contract.bilinear(x, z, jnp.swapaxes(W, 0, 1))
+    with pytest.raises(ValueError, match="unknown order 'inner'; known: outer, x_first, z_first"):
+        contract.bilinear(x, z, W, order='inner')
+    with pytest.raises(ValueError, match='do not broadcast'):
+        contract.bilinear(x, z[:4], W)

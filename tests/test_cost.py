@@ -1,0 +1,60 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mi import cost
+
+
+def test_parameters_counts_shapes():
+    tree = {
+        'W': jax.ShapeDtypeStruct((3, 4, 5), jnp.float32),
+        'b': jnp.zeros(5),
+        's': jnp.zeros(()),
+    }
+    assert cost.parameters(tree) == 66
+
+
+def test_flops_of_products_scans_convolutions_and_branches():
+    x, W = jax.ShapeDtypeStruct((7, 3), jnp.float32), jax.ShapeDtypeStruct((3, 3), jnp.float32)
+    one = 2 * 7 * 3 * 3
+    assert cost.flops(lambda x, W: jnp.tanh(x @ W) + 1, x, W) == one
+
+    def loop(x, W):
+        return jax.lax.scan(lambda x, _: (x @ W, None), x, length=10)[0]
+
+    assert cost.flops(loop, x, W) == 10 * one
+    assert cost.flops(jax.jit(loop), x, W) == 10 * one
+    assert (
+        cost.flops(
+            jax.vmap(loop, in_axes=(0, None)), jax.ShapeDtypeStruct((4, 7, 3), jnp.float32), W
+        )
+        == 40 * one
+    )
+
+    def branch(x, W):
+        return jax.lax.cond(x[0, 0] > 0, lambda: x @ W, lambda: (x @ W) @ W)
+
+    assert cost.flops(branch, x, W) == 2 * one
+
+    image, kernel = (
+        jax.ShapeDtypeStruct((1, 3, 8, 8), jnp.float32),
+        jax.ShapeDtypeStruct((5, 3, 2, 2), jnp.float32),
+    )
+    conv = lambda i, k: jax.lax.conv(i, k, (1, 1), 'VALID')  # noqa: E731
+    assert cost.flops(conv, image, kernel) == 2 * (3 * 2 * 2) * (5 * 7 * 7)
+
+
+@pytest.mark.parametrize('target', [1, 17, 100, 101, 5000, 123_456])
+def test_nearest_size_is_the_nearest(target):
+    price = lambda s: 3 * s * s + 2 * s  # noqa: E731
+    nearest = min(range(1, 400), key=lambda s: abs(price(s) - target))
+    if price(1) > 2 * target:
+        with pytest.raises(ValueError, match='the smallest size, 1, costs 5'):
+            cost.nearest_size(price, target)
+    else:
+        assert cost.nearest_size(price, target) == nearest
+
+
+def test_nearest_size_refuses_a_cost_that_does_not_grow():
+    with pytest.raises(ValueError, match='no size up to'):
+        cost.nearest_size(lambda size: 5, 100)

@@ -1,0 +1,165 @@
+import json
+import pathlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+import mi
+
+GOLDEN = json.loads((pathlib.Path(__file__).parent / 'golden/bilinear.json').read_text())
+FORMS = {
+    'full': lambda n, **options: mi.MultiplicativeInteraction(n, **options),
+    'low_rank': lambda n, **options: mi.LowRankMultiplicativeInteraction(n, rank=7, **options),
+    'diagonal': lambda n, **options: mi.DiagonalMultiplicativeInteraction(**options),
+}
+
+
+def random(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def test_full_form_is_torch_bilinear_plus_linear_terms():
+    values = {k: jnp.asarray(v, jnp.float32) for k, v in GOLDEN.items() if k != 'torch'}
+    params = {name: values[name] for name in 'WUVb'}
+    layer = mi.MultiplicativeInteraction(2)
+    y, vjp = jax.vjp(
+        lambda p, x, z: layer.apply({'params': p}, x, z), params, values['x'], values['z']
+    )
+    dparams, dx, dz = vjp(values['dy'])
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # noqa: E731
+    close(y, values['y'])
+    close(dx, values['dx'])
+    close(dz, values['dz'])
+    for name, gradient in dparams.items():
+        close(gradient, values[f'd{name}'])
+
+
+def test_without_W_it_is_a_dense_layer_on_the_concatenation():
+    x, z = random(0, 6, 4), random(1, 6, 3)
+    layer = mi.MultiplicativeInteraction(5)
+    params = layer.init(jax.random.key(2), x, z)['params']
+    params = {**params, 'b': random(3, 5), 'W': jnp.zeros_like(params['W'])}
+    kernel = jnp.concatenate([params['V'], params['U']])
+    dense = nn.Dense(5).apply(
+        {'params': {'kernel': kernel, 'bias': params['b']}}, jnp.concatenate([x, z], axis=-1)
+    )
+    np.testing.assert_allclose(layer.apply({'params': params}, x, z), dense, rtol=1e-5, atol=1e-6)
+    concat = mi.MultiplicativeInteraction(5, use_W=False)
+    del params['W']
+    np.testing.assert_allclose(concat.apply({'params': params}, x, z), dense, rtol=1e-5, atol=1e-6)
+
+
+def test_one_hot_context_is_a_multi_head_read_out():
+    x, task = random(0, 6, 4), jnp.array([0, 2, 1, 1, 0, 2])
+    layer = mi.MultiplicativeInteraction(5, context='one_hot')
+    params = layer.init(jax.random.key(2), x, jax.nn.one_hot(task, 3))['params']
+    heads = jnp.einsum('bn,bnk->bk', x, params['W'][task] + params['V'][None])
+    heads += params['U'][task]
+    y = layer.apply({'params': params}, x, jax.nn.one_hot(task, 3))
+    np.testing.assert_allclose(y, heads, rtol=1e-5, atol=1e-6)
+
+
+def test_low_rank_form_is_the_full_form_of_its_tensor():
+    x, z = random(0, 6, 4), random(1, 6, 3)
+    layer = mi.LowRankMultiplicativeInteraction(5, rank=7)
+    p = layer.init(jax.random.key(2), x, z)['params']
+    full = {'W': jnp.einsum('mr,nr,rk->mnk', p['P'], p['Q'], p['O'])} | {k: p[k] for k in 'UVb'}
+    np.testing.assert_allclose(
+        layer.apply({'params': p}, x, z),
+        mi.MultiplicativeInteraction(5).apply({'params': full}, x, z),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+def test_diagonal_form_is_the_full_form_of_its_tensor():
+    x, z = random(0, 6, 4), random(1, 6, 3)
+    layer = mi.DiagonalMultiplicativeInteraction()
+    p = layer.init(jax.random.key(2), x, z)['params']
+    p = {**p, 'b': random(3, 4)}
+    eye = jnp.eye(4)
+    full = {
+        'W': p['W'][:, :, None] * eye[None],
+        'V': p['V'][:, None] * eye,
+        'U': p['U'],
+        'b': p['b'],
+    }
+    np.testing.assert_allclose(
+        layer.apply({'params': p}, x, z),
+        mi.MultiplicativeInteraction(4).apply({'params': full}, x, z),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize('context', ['dense', 'one_hot'])
+@pytest.mark.parametrize('form', FORMS)
+def test_the_sum_of_the_terms_has_the_variance_of_a_dense_layer(form, context):
+    n, m, batch, draws = 64, 32, 256, 8
+    variances = []
+    for seed in range(draws):
+        x = random(seed, batch, n)
+        if context == 'dense':
+            z = random(seed + draws, batch, m)
+        else:
+            z = jax.nn.one_hot(jnp.arange(batch) % m, m)
+        y, _ = FORMS[form](n, context=context).init_with_output(jax.random.key(seed), x, z)
+        dense, _ = nn.Dense(n).init_with_output(jax.random.key(seed), x)
+        variances.append((float(y.var()), float(dense.var())))
+    ours, theirs = np.mean(variances, axis=0)
+    assert abs(ours / theirs - 1) < 0.08, variances
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_gradients(form):
+    layer = FORMS[form](4)
+    x, z = random(0, 2, 3, 4), random(1, 2, 1, 3)
+    variables = layer.init(jax.random.key(2), x, z)
+    check_grads(layer.apply, (variables, x, z), order=2, modes=['rev'], atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_context_shared_over_time_equals_the_context_at_each_step(form):
+    x, z = random(0, 2, 5, 4), random(1, 2, 1, 3)
+    layer = FORMS[form](4)
+    variables = layer.init(jax.random.key(2), x, z)
+    shared = layer.apply(variables, x, z)
+    steps = [layer.apply(variables, x[:, t], z[:, 0]) for t in range(5)]
+    np.testing.assert_allclose(shared, jnp.stack(steps, axis=1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_parameters_are_f32_and_the_computation_bf16(form):
+    x, z = random(0, 64, 16), random(1, 64, 8)
+    layer = FORMS[form](16, dtype=jnp.bfloat16)
+    y, variables = layer.init_with_output(jax.random.key(2), x, z)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
+    assert y.dtype == jnp.bfloat16
+    exact = FORMS[form](16).apply(variables, x, z)
+    assert float(jnp.linalg.norm(y.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)) < 1e-2
+
+
+@pytest.mark.parametrize('use', ['use_W', 'use_U', 'use_V', 'use_b'])
+def test_a_term_that_is_switched_off_is_gone(use):
+    x, z = random(0, 6, 4), random(1, 6, 3)
+    layer = mi.MultiplicativeInteraction(5, **{use: False})
+    params = layer.init(jax.random.key(2), x, z)['params']
+    name = use.removeprefix('use_')
+    assert name not in params
+    shape = {'W': (3, 4, 5), 'U': (3, 5), 'V': (4, 5), 'b': (5,)}[name]
+    full = mi.MultiplicativeInteraction(5).apply(
+        {'params': {**params, name: jnp.zeros(shape)}}, x, z
+    )
+    np.testing.assert_allclose(layer.apply({'params': params}, x, z), full, rtol=1e-5, atol=1e-6)
+
+
+def test_streams_that_do_not_fit_are_refused():
+    layer = mi.MultiplicativeInteraction(5)
+    with pytest.raises(ValueError, match=r'x \(6, 4\) and z \(5, 3\) do not broadcast'):
+        layer.init(jax.random.key(0), random(0, 6, 4), random(1, 5, 3))
+    with pytest.raises(ValueError, match=r'x must be \[..., n\]'):
+        layer.init(jax.random.key(0), jnp.float32(1), random(1, 3))
