@@ -63,6 +63,7 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     config.eval = evaluation = ml_collections.ConfigDict()
     evaluation.batch = 32
     evaluation.length = 256
+    evaluation.valid_tokens = 0  # of the validation text on the way; 0 for all. All at the end
 
     config.optim = optim.get_config()
     config.optim.learning_rate = 2e-3

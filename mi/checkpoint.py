@@ -1,7 +1,7 @@
 """Checkpoints that a run can be continued from bit for bit, or not at all.
 
     checkpoints/00000500/state/          the arrays, by orbax
-    checkpoints/00000500/meta.json       step, position in the metrics file, hash of the data
+    checkpoints/00000500/meta.json       step, what its arrays are, and what the loop adds
     checkpoints/00000500/manifest.json   SHA-256 of every file above
 
 Orbax restores flipped bits without a word, and a directory can be left half-written. So a step is
@@ -47,7 +47,8 @@ class Checkpoints:
         saving.mkdir(parents=True)
         self._orbax.save(saving / 'state', state)
         self._orbax.wait_until_finished()
-        (saving / 'meta.json').write_text(json.dumps(meta | {'step': step}, indent=2) + '\n')
+        meta = meta | {'step': step, 'arrays': _arrays(state)}
+        (saving / 'meta.json').write_text(json.dumps(meta, indent=2) + '\n')
         manifest = {name: digest(saving / name) for name in _files(saving)}
         (saving / 'manifest.json').write_text(json.dumps(manifest, indent=2) + '\n')
         os.rename(saving, final)
@@ -64,8 +65,7 @@ class Checkpoints:
           UserError: if there are checkpoints but none of them holds, or the newest good one is of
             another model. Nothing is deleted.
         """
-        steps = self._steps()
-        for path in steps:
+        for path in self._steps():
             damage = _damage(path)
             if not damage:
                 return self._load(path, like)
@@ -76,7 +76,7 @@ class Checkpoints:
                 f'goes on from the one before',
                 stacklevel=2,
             )
-        if steps:
+        if list(self._directory.glob('*.damaged*')):
             raise UserError(
                 f'no checkpoint in {self._directory} is whole; they are kept as *.damaged: restore '
                 f'one from a backup, or name another --workdir to start afresh'
@@ -85,14 +85,15 @@ class Checkpoints:
 
     def _load(self, path: pathlib.Path, like: Any) -> tuple[Any, dict[str, Any]]:
         meta = json.loads((path / 'meta.json').read_text())
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        try:
-            return self._orbax.restore(path / 'state', abstract), meta
-        except ValueError as error:
+        before, now = meta.pop('arrays'), _arrays(like)
+        changed = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
+        if changed:
             raise UserError(
-                f'checkpoint {path} does not fit this model ({str(error).splitlines()[0]}); '
-                f'was the code changed since? name another --workdir to start afresh'
-            ) from error
+                f'checkpoint {path} is of another model: {changed[0]} was {before.get(changed[0])} '
+                f'and is {now.get(changed[0])}; was the code changed since? Name another --workdir'
+            )
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        return self._orbax.restore(path / 'state', abstract), meta
 
     def _steps(self) -> list[pathlib.Path]:
         """The directories of the steps in place, newest first."""
@@ -104,6 +105,12 @@ def digest(file: pathlib.Path) -> str:
     """SHA-256 of a file's bytes, as hex."""
     with open(file, 'rb') as stream:
         return hashlib.file_digest(stream, 'sha256').hexdigest()
+
+
+def _arrays(tree: Any) -> dict[str, str]:
+    """Name of each array of a tree → its dtype and shape, in words."""
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): f'{a.dtype}{list(a.shape)}' for path, a in leaves}
 
 
 def _files(path: pathlib.Path) -> list[str]:

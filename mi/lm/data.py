@@ -191,20 +191,8 @@ def _text(file: pathlib.Path) -> str:
 
 def _build(directory: pathlib.Path, texts: dict[str, str], level: Level, size: int) -> None:
     """Trains the tokeniser on the training text and writes ids; the directory appears last."""
-    tokenizer = _bpe() if level == 'bpe' else _words(level)
     pieces = {split: _pieces(text, level) for split, text in texts.items()}
-    trainer: trainers.Trainer
-    if level == 'bpe':
-        trainer = trainers.BpeTrainer(
-            vocab_size=size,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-    else:
-        trainer = trainers.WordLevelTrainer(
-            vocab_size=size, special_tokens=['<unk>', '<eos>'], show_progress=False
-        )
-    tokenizer.train_from_iterator(pieces['train'], trainer)
+    tokenizer = (_bpe if level == 'bpe' else _words)(level, size, pieces['train'])
     vocabulary = tokenizer.get_vocab_size()
     dtype = np.uint16 if vocabulary <= 2**16 else np.int32
     tokens, unknown = {}, 0
@@ -232,20 +220,35 @@ def _build(directory: pathlib.Path, texts: dict[str, str], level: Level, size: i
         shutil.rmtree(beside)
 
 
-def _bpe() -> tokenizers.Tokenizer:
+def _bpe(level: Level, size: int, pieces: list[str]) -> tokenizers.Tokenizer:
+    del level
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        pieces,
+        trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False),
+    )
     return tokenizer
 
 
-def _words(level: Level) -> tokenizers.Tokenizer:
-    tokenizer = tokenizers.Tokenizer(models.WordLevel(unk_token='<unk>'))
+def _words(level: Level, size: int, pieces: list[str]) -> tokenizers.Tokenizer:
+    """The `size` most frequent words; <unk> is one of them, or takes the place of the rarest."""
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({}, unk_token='<unk>'))
     if level == 'token':
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     else:
         words = tokenizers.Regex(r"<unk>|<eos>|[\w']+|[^\w\s]")
         tokenizer.pre_tokenizer = pre_tokenizers.Split(words, 'removed', invert=True)
+    # Not as a special token: where the text has the word <unk> too, the trainer would give it a
+    # second id and leave a hole in the numbering.
+    trainer = trainers.WordLevelTrainer(vocab_size=size, special_tokens=[], show_progress=False)
+    tokenizer.train_from_iterator(pieces, trainer)
+    vocabulary = tokenizer.get_vocab(with_added_tokens=False)
+    if '<unk>' not in vocabulary:
+        kept = {word: i for word, i in vocabulary.items() if i < size - 1}
+        tokenizer.model = models.WordLevel({**kept, '<unk>': len(kept)}, unk_token='<unk>')
     return tokenizer
 
 

@@ -28,7 +28,13 @@ def _segment(
 
 
 def evaluate(
-    model: LanguageModel, params: Any, corpus: data.Corpus, split: str, batch: int, length: int
+    model: LanguageModel,
+    params: Any,
+    corpus: data.Corpus,
+    split: str,
+    batch: int,
+    length: int,
+    most: int = 0,
 ) -> list[dict[str, Any]]:
     """The metrics of each seed on a split.
 
@@ -43,12 +49,14 @@ def evaluate(
       split: 'valid' or 'test'.
       batch: number of parts, B.
       length: tokens a segment, T; no effect on the result but rounding.
+      most: how many tokens from the start of the text; 0 for all of them.
 
     Returns:
       For each seed: nats_per_token, perplexity, bits_per_byte (None where the tokens do not
       determine the text), and what they were measured over.
     """
-    tokens = corpus.tokens[split]
+    whole = corpus.tokens[split]
+    tokens = whole[: most or len(whole)]
     seeds = len(jax.tree.leaves(params)[0])
     batch = min(batch, len(tokens) - 1)
     carry = jax.tree.map(
@@ -61,7 +69,7 @@ def evaluate(
     predictions = len(tokens) - 1
     results: list[dict[str, Any]] = []
     for mean in (total / predictions).tolist():
-        per_byte = loss.bits_per_byte(mean, len(tokens), corpus.bytes[split])
+        per_byte = loss.bits_per_byte(mean, len(whole), corpus.bytes[split])
         results.append(
             {
                 'nats_per_token': mean,

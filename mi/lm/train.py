@@ -54,6 +54,7 @@ SCHEMA: dict[str, Rule] = {
     'train.keep': integer(1),
     'eval.batch': integer(1),
     'eval.length': integer(1),
+    'eval.valid_tokens': integer(0),
     **optim.SCHEMA,
 }
 
@@ -207,8 +208,8 @@ def _train(config: ml_collections.ConfigDict, corpus: data.Corpus, this: run.Run
     def tokens(step: int) -> np.ndarray:  # [S, T + 1, B]
         return np.stack([stream[step] for stream in streams])
 
-    def held_out(params: Any, split: str) -> list[dict[str, Any]]:
-        return evaluate(model, params, corpus, split, config.eval.batch, config.eval.length)
+    def held_out(params: Any, split: str, most: int = 0) -> list[dict[str, Any]]:
+        return evaluate(model, params, corpus, split, config.eval.batch, config.eval.length, most)
 
     one_seed = functools.partial(train_step, model, optimiser)
     of_all_seeds = jax.jit(jax.vmap(one_seed, in_axes=(0, 0, None, 0)), donate_argnums=0)
@@ -223,13 +224,16 @@ def _train(config: ml_collections.ConfigDict, corpus: data.Corpus, this: run.Run
                 log.training(step)
             if step % config.train.eval_every == 0 or step == steps:
                 log.stop_clock()
-                log.evaluation(step, 'valid', held_out(state.params, 'valid'))
+                log.evaluation(
+                    step, 'valid', held_out(state.params, 'valid', config.eval.valid_tokens)
+                )
             if step % config.train.save_every == 0 or step == steps or this.stop:
                 saved.save(step, state, log.position() | {'data': corpus.sha256})
                 log.resume_clock()
                 if this.stop and step < steps:
                     this.preempted()
-        log.evaluation(steps, 'test', held_out(state.params, 'test'))
+        for split, name in (('valid', 'valid_whole'), ('test', 'test')):
+            log.evaluation(steps, name, held_out(state.params, split))
 
 
 class _Log(contextlib.AbstractContextManager['_Log']):
