@@ -9,17 +9,19 @@ PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3; do \
 	&& echo $$p && break; done)
 BIN = .venv/bin
 WORKDIR ?= runs/quickstart
+PARALLEL ?= 2
 
 .PHONY: run test fast check clean
 
 run: .venv/ready
-	$(BIN)/python -m launch.local --sweep=experiments/quickstart.py --workdir=$(WORKDIR)
+	$(BIN)/python -m launch.local \
+		--sweep=experiments/quickstart.py --workdir=$(WORKDIR) --parallel=$(PARALLEL)
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(PARALLEL) --dist worksteal
 
 fast: .venv/ready
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -n $(PARALLEL) --dist worksteal -m 'not slow'
 
 check: .venv/ready
 	$(BIN)/ruff check .

@@ -79,16 +79,21 @@ def _apply(config: ml_collections.ConfigDict, word: str) -> None:
         config.model.fusion.name = value
     elif equals and key == 'site':
         config.model.site = value
-    elif word == 'quickstart':
+    elif word == 'quickstart':  # minutes on two cores
         config.seeds = (0, 1, 2)
+        config.data.level = 'bpe'
+        config.data.vocabulary = 1024
         config.model.embed = 64
         config.model.hidden = 256
         config.model.dropout = 0.0
         config.model.fusion.hidden = 64
         config.match.by = 'parameters'
-        config.train.steps = 500
-        config.train.eval_every = 100
+        config.train.steps = 400
+        config.train.log_every = 20
+        config.train.eval_every = 50
         config.train.save_every = 100
+        config.eval.batch = 64
+        config.eval.valid_tokens = 30_000
         config.optim.learning_rate = 4e-3
     elif word == 'tiny':  # seconds, for tests
         config.model.embed = 16
@@ -103,6 +108,8 @@ def _apply(config: ml_collections.ConfigDict, word: str) -> None:
         config.train.eval_every = 10
         config.train.save_every = 5
         config.optim.warmup_steps = 5
+        config.eval.batch = 128
+        config.eval.valid_tokens = 5_000
     elif word != 'default':
         raise UserError(
             f'configs/lm.py:{word}: neither fusion=… nor site=… nor a preset; '

@@ -29,7 +29,9 @@ from mi.run import PREEMPTED
 
 SWEEP = flags.DEFINE_string('sweep', None, 'Sweep file, such as experiments/quickstart.py.')
 WORKDIR = flags.DEFINE_string('workdir', None, 'Sweep directory, made or continued.')
-PARALLEL = flags.DEFINE_integer('parallel', 1, 'Members at once.', lower_bound=1)
+PARALLEL = flags.DEFINE_integer(
+    'parallel', 1, 'Members at once, each on its share of the cores.', lower_bound=1
+)
 
 
 class _Stop(BaseException):
@@ -44,13 +46,17 @@ def run(members: Sequence[sweep.Member], workdir: pathlib.Path, parallel: int) -
     """Runs the unfinished members, `parallel` at once; returns the names of those that failed."""
     waiting = [m for m in members if _status(workdir / m.name).get('state') != 'done']
     running: dict[str, subprocess.Popen[bytes]] = {}
+    slots: dict[str, int] = {}
     failed: list[str] = []
     watch = _Watch(members, workdir)
     try:
         while waiting or running:
             while waiting and len(running) < parallel:
                 member = waiting.pop(0)
-                running[member.name] = _start(member, workdir / member.name)
+                slots[member.name] = min(set(range(parallel)) - {slots[name] for name in running})
+                running[member.name] = _start(
+                    member, workdir / member.name, _share(slots[member.name], parallel)
+                )
             time.sleep(0.5)
             for name, process in list(running.items()):
                 code = process.poll()
@@ -73,12 +79,23 @@ def run(members: Sequence[sweep.Member], workdir: pathlib.Path, parallel: int) -
     return failed
 
 
-def _start(member: sweep.Member, path: pathlib.Path) -> subprocess.Popen[bytes]:
+def _share(slot: int, parallel: int) -> set[int]:
+    """The cores of one of so many members: small programs run best on few cores of their own."""
+    cores = sorted(os.sched_getaffinity(0))
+    return set(cores[slot::parallel]) or set(cores)
+
+
+def _start(member: sweep.Member, path: pathlib.Path, cores: set[int]) -> subprocess.Popen[bytes]:
     path.mkdir(parents=True, exist_ok=True)
     with open(path / 'log.txt', 'ab') as log:
         # A group of its own: Ctrl-C reaches the launcher alone, which then asks members to save.
         return subprocess.Popen(
-            member.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, process_group=0
+            member.command,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            process_group=0,
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
         )
 
 
@@ -110,7 +127,7 @@ class _Watch:
             self._live.start()
 
     def say(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False)
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def update(self, running: dict[str, Any], waiting: Sequence[sweep.Member]) -> None:
         del waiting

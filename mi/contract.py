@@ -7,6 +7,7 @@ intermediate that is written and read back. Where one stream is shared over an a
 varies over, contracting the shared one first does that part once instead of once per position.
 """
 
+import functools
 import math
 import string
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from jax.typing import DTypeLike
 Order = Literal['outer', 'x_first', 'z_first']
 
 _FEW_ROWS = 32
+_NARROW = 512
 _CACHE = 4 * 2**20  # bytes: an outer product that fits a core's cache is free to keep
 
 
@@ -132,10 +134,38 @@ def linear(
     Leading axes are flattened, so that the product and both of its gradients are plain matrix
     products: XLA on CPU takes twice as long for the gradient of a [T, B, n] by [n, k] product.
     """
-    y = _accumulated(
-        jnp.matmul, x.reshape(-1, x.shape[-1]), V, out_dtype=out_dtype, precision=precision
-    )
+    rows = x.reshape(-1, x.shape[-1])
+    y = _matmul(rows, V, out_dtype, precision)
     return y.reshape(*x.shape[:-1], V.shape[-1])
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _matmul(
+    x: Array, V: Array, out_dtype: DTypeLike | None, precision: jax.lax.PrecisionLike
+) -> Array:
+    return _accumulated(jnp.matmul, x, V, out_dtype=out_dtype, precision=precision)
+
+
+@_matmul.defjvp
+def _matmul_jvp(
+    out_dtype: DTypeLike | None,
+    precision: jax.lax.PrecisionLike,
+    primals: tuple[Array, Array],
+    tangents: tuple[Array, Array],
+) -> tuple[Array, Array]:
+    """x dV is written as (dVᵀ xᵀ)ᵀ with xᵀ in memory, where that makes ∂V, its transpose, faster.
+
+    XLA on CPU has no fast product that contracts the first axes of both operands, as xᵀ dy does;
+    for a narrow x its transpose costs less than it saves (8.0 → 4.9 ms for 64 × 2048 × 1024).
+    """
+    (x, V), (dx, dV) = primals, tangents
+    dot = functools.partial(_accumulated, out_dtype=out_dtype, precision=precision)
+    if jax.default_backend() == 'cpu' and x.shape[-1] <= _NARROW < x.shape[0]:
+        x_T = jax.lax.optimization_barrier(x.T)
+        of_V = dot(functools.partial(jnp.einsum, 'nk,nb->kb'), dV, x_T).T
+    else:
+        of_V = dot(jnp.matmul, x, dV)
+    return _matmul(x, V, out_dtype, precision), dot(jnp.matmul, dx, V) + of_V
 
 
 def _accumulated(

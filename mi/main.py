@@ -12,6 +12,7 @@ from ml_collections import config_flags
 
 from mi.config import UserError
 from mi.lm import train as lm
+from mi.run import keep_freed_memory
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file.', lock_config=True)
 WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory, made or continued.')
@@ -26,9 +27,13 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f'unexpected argument {argv[1]!r}; flags are --NAME=VALUE')
     if CONFIG.value is None or WORKDIR.value is None:
         raise UserError('--config=FILE and --workdir=DIRECTORY are both needed')
-    task = CONFIG.value.get_ref('task').get() if 'task' in CONFIG.value else None
+    try:
+        task = CONFIG.value.task
+    except (OSError, AttributeError) as error:  # a file that is not there fails when first read
+        raise UserError(f'--config: {_one_line(error)}') from error
     if task not in TASKS:
         raise UserError(f'config.task = {task!r}: expected one of {", ".join(TASKS)}')
+    keep_freed_memory()
     TASKS[task](CONFIG.value, WORKDIR.value)
 
 
@@ -37,7 +42,11 @@ def parse(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(' '.join(str(error).split())) from error
+        raise UserError(_one_line(error)) from error
+
+
+def _one_line(error: Exception) -> str:
+    return ' '.join(str(error).split())
 
 
 def run() -> None:

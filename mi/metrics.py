@@ -30,7 +30,8 @@ class Metrics:
     def __init__(self, path: pathlib.Path, position: int = 0, step: int = 0):
         self._metrics = open(path / 'metrics.jsonl', 'ab')  # noqa: SIM115
         self._metrics.truncate(position)
-        self._timing = open(path / 'timing.jsonl', 'a')  # noqa: SIM115
+        self._timing = open(path / 'timing.jsonl', 'ab')  # noqa: SIM115
+        self._timing.truncate(_whole_lines(path / 'timing.jsonl'))
         self._tensorboard = tensorboardX.SummaryWriter(
             str(path / 'tensorboard'), purge_step=step or None, write_to_disk=True
         )
@@ -49,7 +50,7 @@ class Metrics:
 
     def timing(self, step: int, values: Mapping[str, float]) -> None:
         """One record of what the steps since the last one took."""
-        self._timing.write(json.dumps({'step': step, **values}) + '\n')
+        self._timing.write(json.dumps({'step': step, **values}).encode() + b'\n')
         self._timing.flush()
         for name, value in values.items():
             self._tensorboard.add_scalar(f'timing/{name}', value, step)
@@ -63,6 +64,11 @@ class Metrics:
         self._metrics.close()
         self._timing.close()
         self._tensorboard.close()
+
+
+def _whole_lines(file: pathlib.Path) -> int:
+    """Length of a file up to its last newline; a killed run may leave half a line after it."""
+    return file.read_bytes().rfind(b'\n') + 1
 
 
 class Progress:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import optax
 
@@ -49,7 +50,7 @@ def schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
         'constant': optax.constant_schedule(peak),
         'cosine': optax.cosine_decay_schedule(peak, after, config.final_scale),
         'linear': optax.linear_schedule(peak, peak * config.final_scale, after),
-        'rsqrt': lambda step: peak * (max(1, warmup) / (step + max(1, warmup))) ** 0.5,
+        'rsqrt': lambda step: peak * (1 + jnp.maximum(step, 0) / max(1, warmup)) ** -0.5,
     }
     if warmup == 0:
         return decays[config.schedule]

@@ -6,6 +6,7 @@ metrics.jsonl, timing.jsonl, tensorboard/ (mi.metrics), checkpoints/ (mi.checkpo
 """
 
 import contextlib
+import ctypes
 import datetime
 import fcntl
 import json
@@ -148,6 +149,22 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     beside = path.with_name(f'.{path.name}.{os.getpid()}')
     beside.write_text(json.dumps(value, indent=2) + '\n')
     os.replace(beside, path)
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what is freed: faster steps on CPU, at the price of a larger process.
+
+    XLA on CPU allocates the temporaries of a program at every call, by default from the system, and
+    touching their pages for the first time took 15 to 20 % of a training step. Elsewhere than on
+    glibc it does nothing. It has to be called before the arrays are made.
+    """
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+    if mallopt is not None:
+        mmap_max, trim_threshold, top_pad, arena_max = -4, -1, -2, -8
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(top_pad, 2**26)
+        mallopt(arena_max, 1)
 
 
 def machine() -> str:

@@ -6,6 +6,8 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 import jax
 import pytest
 
+from mi.lm import data
+
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -14,6 +16,15 @@ ROOT = pathlib.Path(__file__).parents[1]
 @pytest.fixture(scope='session', autouse=True)
 def _from_the_root() -> None:
     os.chdir(ROOT)  # configs/ and experiments/ are named relative to it
+
+
+@pytest.fixture(scope='session')
+def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A directory with a little of each split of Austen: real text, evaluated in no time."""
+    directory = tmp_path_factory.mktemp('texts')
+    for split, text in data.austen().items():
+        (directory / f'{split}.txt').write_text(text[:12_000])
+    return str(directory)
 
 
 @pytest.fixture(scope='session')

@@ -182,8 +182,25 @@ def train_step(
     (nats, carry), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
     updates, opt_state = optimiser.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    measured = {'nats_per_token': nats, 'gradient_norm': optax.global_norm(gradient)}
+    measured = {'nats_per_token': nats, 'gradient_norm': optax.tree.norm(gradient)}
     return State(params, opt_state, carry), measured
+
+
+def compile_step(
+    model: LanguageModel,
+    optimiser: optax.GradientTransformation,
+    state: State,
+    seeds: Array,
+    tokens: np.ndarray,
+) -> jax.stages.Compiled:
+    """`train_step` of all seeds at once, (state, seeds, step, tokens [S, T + 1, B]) → …
+
+    Compiled ahead, so that another shape is an error and not another compilation. The state is
+    donated.
+    """
+    one_seed = functools.partial(train_step, model, optimiser)
+    all_seeds = jax.jit(jax.vmap(one_seed, in_axes=(0, 0, None, 0)), donate_argnums=0)
+    return all_seeds.lower(state, seeds, jnp.asarray(0), tokens).compile()
 
 
 def _train(config: ml_collections.ConfigDict, corpus: data.Corpus, this: run.Run) -> None:
@@ -211,9 +228,7 @@ def _train(config: ml_collections.ConfigDict, corpus: data.Corpus, this: run.Run
     def held_out(params: Any, split: str, most: int = 0) -> list[dict[str, Any]]:
         return evaluate(model, params, corpus, split, config.eval.batch, config.eval.length, most)
 
-    one_seed = functools.partial(train_step, model, optimiser)
-    of_all_seeds = jax.jit(jax.vmap(one_seed, in_axes=(0, 0, None, 0)), donate_argnums=0)
-    compiled = of_all_seeds.lower(state, seeds, jnp.asarray(0), tokens(0)).compile()
+    compiled = compile_step(model, optimiser, state, seeds, tokens(0))
 
     with _Log(config, this, meta) as log:
         for step in range(this.step + 1, steps + 1):

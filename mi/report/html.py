@@ -14,7 +14,7 @@ STYLE = """
   --paper: #ffffff; --tint: #f4f4f6; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e6ea; --soft: #a2a3ad; --rule: #3a3b42;
   --paper: #17181c; --tint: #212228; } }
-body { margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 68rem; background: var(--paper);
+body { margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 78rem; background: var(--paper);
   color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .5rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.1rem; margin: 2.5rem 0 .75rem; }
@@ -22,15 +22,17 @@ p, li { max-width: 46rem; }
 li { margin: .25rem 0; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .7rem; text-align: right; vertical-align: top; white-space: nowrap;
+th, td { padding: .4rem .6rem; text-align: right; vertical-align: top; white-space: nowrap;
   border-bottom: 1px solid var(--rule); }
 th { vertical-align: bottom; border-bottom: 2px solid var(--ink); font-weight: 600; }
 thead th { white-space: normal; }
 tbody th { font-weight: 600; border-bottom: 1px solid var(--rule); vertical-align: top; }
 td small, th small { display: block; color: var(--soft); font-weight: 400; white-space: nowrap; }
 th:first-child, td:last-child, th:last-child, .words td, .words th { text-align: left; }
-td:last-child small, .words td { white-space: normal; overflow-wrap: anywhere; min-width: 5rem; }
-tr.baseline { background: var(--tint); }
+td:last-child small { white-space: normal; overflow-wrap: anywhere; min-width: 13rem; }
+.words td { white-space: normal; overflow-wrap: anywhere; min-width: 5rem; max-width: 24rem; }
+tbody th { position: sticky; left: 0; background: var(--paper); }
+tr.baseline > * { background: var(--tint); }
 .better { color: #00855f; } .worse { color: #c2410c; }
 @media (prefers-color-scheme: dark) { .better { color: #3ecf9f; } .worse { color: #ff8f5a; } }
 figure { margin: 1.5rem 0; } figcaption, .soft { color: var(--soft); font-size: .87rem; }
@@ -146,7 +148,8 @@ def _curves_caption(sweep: Sweep) -> str:
     order = ' Legend in the order of the last values.' if len(sweep.arms) > 1 else ''
     return (
         'Mean over seeds and its 95 % bootstrap interval at each step, valid split. The vertical '
-        f'axis is zoomed to the later half of training.{order}'
+        'axis is zoomed to the later half of training; an arm that stopped before may lie outside.'
+        f'{order}'
     )
 
 
@@ -174,6 +177,7 @@ def _runs(sweep: Sweep) -> str:
         facts = [arm.status.get(key) for key in ('step', 'machine', 'updated')]
         seeds = ', '.join(map(str, arm.seeds))
         words = [tables.NONE if fact is None else str(fact) for fact in facts]
+        words[-1] = words[-1].replace('T', ' ').replace('+00:00', ' UTC')
         return [arm.label, arm.state, arm.reason or tables.NONE, seeds or tables.NONE, *words]
 
     header = ['arm', 'state', 'reason', 'seeds', 'step', 'machine', 'updated']

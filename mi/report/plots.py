@@ -8,7 +8,7 @@ import io
 import logging
 import pathlib
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -92,6 +92,15 @@ def _style(sweep: Sweep) -> list[tuple[str, object]]:
     return [styles.get(arm.label, (GREY, '-')) for arm in sweep.arms]
 
 
+class Line(NamedTuple):
+    """A curve [N] with its band, which is the curve itself where there is one seed."""
+
+    steps: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
 def _curves(sweep: Sweep, remarks: list[str]) -> Figure:
     """The metric of the valid split over steps and over seconds, a line and a band per arm."""
     figure = Figure(figsize=(WIDTH, 2.4), layout='constrained')
@@ -107,7 +116,8 @@ def _curves(sweep: Sweep, remarks: list[str]) -> Figure:
             remarks.append(f'{arm.label}: no curve, no {sweep.metric} in the valid records')
             continue
         mean, low, high = statistics.band(values)
-        lines.append((mean, mean if low is None else low, mean if high is None else high))
+        line = Line(steps, mean, mean if low is None else low, mean if high is None else high)
+        lines.append(line)
         label = _label(arm.label) + ('' if arm.state == 'done' else f' ({arm.state})')
         timed, seconds = arm.seconds()
         panels = [(left, steps.astype(float))]
@@ -117,10 +127,10 @@ def _curves(sweep: Sweep, remarks: list[str]) -> Figure:
             remarks.append(f'{arm.label}: no curve over seconds, timing.jsonl has no record')
         for axes, x in panels:
             marker = '.' if len(steps) == 1 else ''
-            (line,) = axes.plot(x, mean, color=colour, ls=dashes, lw=1.2, marker=marker)
-            if low is not None and high is not None:
-                axes.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
-        ends.append((mean[-1], label, line))
+            (handle,) = axes.plot(x, mean, color=colour, ls=dashes, lw=1.2, marker=marker)
+            if low is not None:
+                axes.fill_between(x, line.low, line.high, color=colour, alpha=0.2, lw=0)
+        ends.append((mean[-1], label, handle))
     left.set_ylabel(f'{words(sweep.metric)} (valid)')
     for axes, label in ((left, 'training step'), (right, 'training seconds')):
         axes.set_xlabel(label)
@@ -131,34 +141,33 @@ def _curves(sweep: Sweep, remarks: list[str]) -> Figure:
         left.set_ylim(_zoom(lines))
         # Top to bottom as the lines end, so that legend and lines are read in the same order.
         ends.sort(key=lambda end: -end[0])
-        labels, handles = [end[1] for end in ends], [end[2] for end in ends]
-        figure.legend(handles, labels, loc='outside right center', frameon=False, handlelength=1.6)
+        _, labels, handles = zip(*ends, strict=True)
+        if len(sweep.arms) > 1:
+            figure.legend(
+                handles, labels, loc='outside right center', frameon=False, handlelength=1.6
+            )
     else:
         for axes in (left, right):
             _say(axes, 'no records yet')
     return figure
 
 
-def _zoom(lines: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple[float, float]:
-    """Limits of y that show the later half of training, and the ends of the lines apart.
+def _zoom(lines: list[Line]) -> tuple[float, float]:
+    """Limits of y that show the later half of training, and so the ends of the lines apart.
 
     Early losses are so much larger than the differences at the end that they would hide them.
     """
-    low = min(float(line[1].min()) for line in lines)
-    high = max(float(line[2].max()) for line in lines)
-    late = [[part[len(part) // 2 :] for part in line] for line in lines]
-    late_low = min(float(line[1].min()) for line in late)
-    late_high = max(float(line[2].max()) for line in late)
-    margin = 0.08 * (late_high - late_low) or 0.05 * abs(late_high) or 1.0
-    falls = sum(line[0][-1] - line[0][0] for line in lines) < 0
-    if falls:
-        return late_low - margin, min(high, late_high) + 2 * margin
-    return max(low, late_low) - 2 * margin, late_high + margin
+    half = max(line.steps[-1] for line in lines) / 2
+    late = [(line, line.steps >= half) for line in lines]
+    low = min(float(line.low[part].min()) for line, part in late if part.any())
+    high = max(float(line.high[part].max()) for line, part in late if part.any())
+    margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - margin, high + margin
 
 
 def _finals(sweep: Sweep, rows: list[Row]) -> Figure:
     """A line per arm: a point per seed, the mean as a bar, its interval; dashed: the baseline."""
-    figure = Figure(figsize=(WIDTH, 0.75 + 0.26 * len(rows)), layout='constrained')
+    figure = Figure(figsize=(WIDTH, 0.75 + 0.28 * len(rows)), layout='constrained')
     axes = figure.subplots()
     for y, (row, (colour, _)) in enumerate(zip(rows, _style(sweep), strict=True)):
         if row.metric is None:
@@ -167,7 +176,9 @@ def _finals(sweep: Sweep, rows: list[Row]) -> Figure:
                       ha='center', va='center', fontsize=7, style='italic')  # fmt: skip
             continue
         values = list(row.final.values())
-        axes.plot(values, [y] * len(values), 'o', color=colour, alpha=0.5, ms=4, mew=0, zorder=2)
+        # Below the line: the interval of few seeds ends exactly at their extremes.
+        seeds = [y + 0.27] * len(values)
+        axes.plot(values, seeds, 'o', color=colour, alpha=0.6, ms=3.5, mew=0, zorder=2)
         if row.metric.low is not None and row.metric.high is not None:
             ends = [row.metric.low, row.metric.high]
             axes.plot(ends, [y, y], color=colour, lw=1.4, solid_capstyle='butt', zorder=3)
@@ -178,7 +189,7 @@ def _finals(sweep: Sweep, rows: list[Row]) -> Figure:
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.tick_params(axis='y', length=0)
     axes.spines['left'].set_visible(False)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     axes.ticklabel_format(axis='x', useOffset=False)
     if not any(row.metric for row in rows):
         axes.set_xticks([])

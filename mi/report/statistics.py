@@ -33,6 +33,11 @@ class Estimate:
     high: float | None
     n: int
 
+    @property
+    def width(self) -> float:
+        """Of the interval; 0 where there is none."""
+        return 0.0 if self.low is None or self.high is None else self.high - self.low
+
 
 def estimate(values: Mapping[int, float], arm: str) -> Estimate:
     """The mean of {seed: value} with its interval.

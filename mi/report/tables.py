@@ -74,8 +74,7 @@ def words(name: str) -> str:
 
 def cells(sweep: Sweep, rows: list[Row]) -> Table:
     """The table in words, the same for every format but CSV."""
-    estimates = [e for row in rows for e in (row.metric, row.difference) if e is not None]
-    digits = _digits(estimates)
+    digits = _digits(rows)
     several = len(rows) > 1
     arrow = (' ↓' if sweep.lower_is_better else ' ↑') if several else ''
     secondary = _secondary(rows)
@@ -146,30 +145,42 @@ def to_markdown(sweep: Sweep, rows: list[Row]) -> str:
 
 
 def to_latex(sweep: Sweep, rows: list[Row]) -> str:
-    """A booktabs table, made smaller only if it is wider than the line."""
+    """A booktabs table, made smaller only if it is wider than the line; details on a second line.
+
+    Reasons stand in the caption, where there is room for them.
+    """
     header, body, best = cells(sweep, rows)
-    text = [[_latex(str(cell)) for cell in line] for line in body]
-    for i in best:
-        mean, detail = body[i][1]
-        text[i][1] = rf'\textbf{{{_latex(mean)}}} {_latex(detail)}'.strip()
-    heads = [[_latex(cell.main) for cell in header], [_latex(cell.detail) for cell in header]]
-    above, below = (' & '.join(line) + r' \\' for line in heads)
-    inner = '\n'.join(' & '.join(line) + r' \\' for line in text)
-    caption = _latex(
-        ' '.join(f'{note.rstrip(".")}.' for note in [sweep.title, *notes(sweep, rows)])
-    )
+    head = ' & '.join(map(_stack, header))
+    lines = []
+    for i, line in enumerate(body):
+        mains = [_latex(cell.main) for cell in line]
+        details = [rf'\scriptsize {_latex(cell.detail)}' * bool(cell.detail) for cell in line[:-1]]
+        if i in best:
+            mains[1] = rf'\textbf{{{mains[1]}}}'
+        lines.append(' & '.join(mains) + r' \\')
+        if any(details):
+            lines.append(' & '.join([*details, '']) + r' \\')
+    inner = '\n'.join(lines)
+    ends = [
+        f'{row.arm.label}: {row.arm.state}, {_one_line(row.arm.reason)}'
+        for row in rows
+        if row.arm.reason
+    ]
+    said = [sweep.title, *notes(sweep, rows), *ends]
+    caption = ' '.join(f'{_latex(text.rstrip(".…"))}.' for text in said)
     made = f'Made by python -m mi.report --workdir={sweep.path}'
     made += f' from runs of: {sweep.command}' if sweep.command else ''
     return f"""% {' '.join(made.split())}
 % Needs \\usepackage{{booktabs,graphicx}}.
 \\begin{{table}}
 \\centering
+\\setlength{{\\tabcolsep}}{{4pt}}
 \\caption{{{caption}}}
+\\medskip
 \\resizebox{{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}}{{!}}{{%
 \\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}
 \\toprule
-{above}
-{below}
+{head} \\\\
 \\midrule
 {inner}
 \\bottomrule
@@ -205,17 +216,19 @@ def _secondary(rows: list[Row]) -> list[str]:
     return list({name: None for row in rows for name in row.secondary})
 
 
-def _digits(estimates: list[Estimate]) -> int:
-    """Digits after the point: two of the typical interval's width, five of the largest mean."""
-    size = max((abs(e.mean) for e in estimates), default=0.0) or 1.0
+def _digits(rows: list[Row]) -> int:
+    """Digits after the point, of means and differences alike, so that they add up for the eye.
+
+    Two digits of the typical interval of whichever is narrower, at most five of the largest mean.
+    """
+    size = max((abs(row.metric.mean) for row in rows if row.metric), default=0.0) or 1.0
     most = 4 - math.floor(math.log10(size))
-    widths = sorted(
-        e.high - e.low
-        for e in estimates
-        if e.low is not None and e.high is not None and e.high > e.low
-    )
-    wanted = 1 - math.floor(math.log10(widths[len(widths) // 2])) if widths else most - 1
-    return max(0, min(wanted, most))
+    wanted = []
+    for column in ([row.metric for row in rows], [row.difference for row in rows]):
+        widths = sorted(e.width for e in column if e and e.width > 0)
+        if widths:
+            wanted.append(1 - math.floor(math.log10(widths[len(widths) // 2])))
+    return max(0, min(max(wanted, default=most - 1), most))
 
 
 def _interval(estimate: Estimate | None, digits: int, sign: str = '') -> Cell:
@@ -273,6 +286,13 @@ LATEX = str.maketrans({
     '−': '$-$', '↓': r'$\downarrow$', '↑': r'$\uparrow$', '—': '---', '…': r'\dots{}',
     '<': '$<$', '>': '$>$', '[': '{[}', ']': '{]}', '\n': ' ',
 })  # fmt: skip
+
+
+def _stack(cell: Cell) -> str:
+    """A head of narrow lines, so that the numbers set the width of the column."""
+    lines = textwrap.wrap(cell.main, 12, break_long_words=False)
+    stacked = r' \\ '.join(map(_latex, [*lines, *filter(None, [cell.detail])]))
+    return rf'\shortstack[r]{{{stacked}}}'
 
 
 def _latex(text: str) -> str:

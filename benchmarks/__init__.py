@@ -1,0 +1,1 @@
+"""Benchmarks: one command per table, each with its peer beside it."""

@@ -1,0 +1,201 @@
+import json
+import math
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import lm as configs
+from mi import optim
+from mi.config import UserError, check
+from mi.lm import train
+
+
+def tiny(**changes):
+    config = configs.get_config('tiny').unlock()
+    config.update_from_flattened_dict(changes)
+    return config.lock()
+
+
+def records(path):
+    return [json.loads(line) for line in (path / 'metrics.jsonl').read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    'key, value, expected',
+    [
+        ('model.fusion.name', 'filmm', "did you mean 'film'"),
+        ('model.site', 'encodr', "did you mean 'encoder'"),
+        ('model.hidden', 0, 'an integer of at least 1'),
+        ('model.hidden', -3, 'an integer of at least 1'),
+        ('model.hidden', 2.5, 'an integer of at least 1'),
+        ('model.hidden', True, 'an integer of at least 1'),
+        ('model.dropout', 1.0, 'at most 0.99'),
+        ('optim.learning_rate', math.nan, 'a finite number above 0'),
+        ('optim.learning_rate', 0.0, 'a finite number above 0'),
+        ('optim.learning_rate', -1e-3, 'a finite number above 0'),
+        ('optim.learning_rate', '1e-3', 'a finite number above 0'),
+        ('seeds', (), 'a non-empty tuple of distinct'),
+        ('seeds', (1, 1), 'a non-empty tuple of distinct'),
+        ('data.level', 'words', "did you mean 'word'"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(key, value, expected):
+    config = configs.get_config('tiny').unlock()
+    *parents, last = key.split('.')
+    section = config
+    for parent in parents:
+        section = section[parent]
+    with section.ignore_type():
+        section[last] = value
+    with pytest.raises(UserError) as error:
+        check(config, train.SCHEMA)
+    assert str(error.value).startswith(f'config.{key} = {value!r}: expected')
+    assert expected in str(error.value)
+
+
+def test_unknown_and_missing_keys():
+    config = configs.get_config('tiny').unlock()
+    config.model.hiden = 3
+    with pytest.raises(
+        UserError, match=r'config\.model\.hiden is unknown; did you mean config\.model\.hidden'
+    ):
+        check(config, train.SCHEMA)
+    del config.model.hiden, config.model.hidden
+    with pytest.raises(UserError, match=r'config\.model\.hidden is missing'):
+        check(config, train.SCHEMA)
+
+
+@pytest.mark.parametrize('fuse', ['none', 'film', 'mi', 'mi_low_rank'])
+@pytest.mark.parametrize('by, kind', [('parameters', 'parameters'), ('flops', 'flops_per_token')])
+def test_matched_arms_cost_what_concat_costs(fuse, by, kind):
+    base = {'model.hidden': 96, 'model.context': 16}
+    target = train.costs(tiny(**base, **{'model.fusion.name': 'concat'}), 256)[kind]['model']
+    config = train.matched(tiny(**base, **{'model.fusion.name': fuse, 'match.by': by}), 256)
+    costs = train.costs(config, 256)
+    assert abs(costs[kind]['model'] / target - 1) < 0.01
+    for other in (-1, 1):  # no neighbour is nearer
+        near = tiny(**base, **{'model.fusion.name': fuse}).unlock()
+        near.model.hidden = config.model.hidden + other
+        miss = abs(train.costs(near, 256)[kind]['model'] - target)
+        assert miss >= abs(costs[kind]['model'] - target)
+
+
+def test_matching_by_rank_and_what_cannot_match():
+    changes = {'model.fusion.name': 'mi_low_rank', 'match.by': 'parameters', 'match.knob': 'rank'}
+    base = tiny(**changes)
+    target = train.costs(base, 256)['parameters']['model'] + 1000
+    matched = train.matched(tiny(**changes, **{'match.target': target}), 256)
+    E, m = base.model.embed, base.model.context
+    assert matched.model.fusion.rank == base.model.fusion.rank + round(1000 / (2 * E + m))
+    with pytest.raises(UserError, match="the fusion 'mi' has no rank"):
+        train.matched(tiny(**{'match.by': 'parameters', 'match.knob': 'rank'}), 256)
+    with pytest.raises(UserError, match='the smallest size, 1, costs'):
+        train.matched(tiny(**{'match.by': 'parameters', 'match.target': 10}), 256)
+
+
+def test_costs_of_the_fusion_alone():
+    costs = train.costs(tiny(**{'model.fusion.name': 'mi'}), 256)
+    E, m = 16, 8
+    assert costs['parameters']['fusion'] == m * E * E + m * E + E * E + E
+    both = train.costs(tiny(**{'model.fusion.name': 'mi', 'model.site': 'both'}), 256)
+    H = 32
+    assert (
+        both['parameters']['fusion']
+        == costs['parameters']['fusion'] + m * H * E + m * E + H * E + E
+    )
+    assert train.costs(tiny(**{'model.site': 'none'}), 256)['parameters']['fusion'] == 0
+
+
+def golden_step():
+    config = tiny(**{'model.dropout': 0.1})
+    model = train.build(config, 11)
+    optimiser = optim.optimiser(config.optim, config.train.steps)
+    state = jax.jit(lambda seed: train.init(model, optimiser, seed, batch=2))(jnp.asarray(3))
+    tokens = jnp.arange(2 * 9).reshape(9, 2) * 7 % 11
+    one_step = jax.jit(lambda *args: train.train_step(model, optimiser, *args))
+    measured = []
+    for step in range(3):
+        state, values = one_step(state, jnp.asarray(3), jnp.asarray(step), tokens)
+        measured.append([float(values['nats_per_token']), float(values['gradient_norm'])])
+    return measured
+
+
+def test_golden_step():
+    """Changes only with the model, its initialisation, the optimiser or jax's random numbers.
+
+    If you changed one of these on purpose, say so in the commit and put the new numbers here.
+    """
+    expected = [[2.468375, 0.518544], [2.468054, 0.516893], [2.411419, 0.470545]]
+    np.testing.assert_allclose(golden_step(), expected, rtol=2e-4)
+
+
+def test_a_seed_among_others_is_the_seed_alone(tmp_path, texts):
+    small = {'data.source': texts}
+    train.train(tiny(seeds=(0, 1, 2), **small), str(tmp_path / 'together'))
+    train.train(tiny(seeds=(1,), **small), str(tmp_path / 'alone'))
+    together = [r for r in records(tmp_path / 'together') if r['seed'] == 1]
+    alone = records(tmp_path / 'alone')
+    assert len(alone) == len(together) == 4 + 2 + 2
+    for a, b in zip(together, alone, strict=True):
+        assert (a['step'], a['split']) == (b['step'], b['split'])
+        assert a['nats_per_token'] == pytest.approx(b['nats_per_token'], rel=1e-4)
+    others = {
+        r['seed']: r['nats_per_token'] for r in records(tmp_path / 'together') if r['step'] == 5
+    }
+    assert len(set(others.values())) == 3
+
+
+def test_it_learns_and_leaves_a_run_directory(tmp_path):
+    train.train(tiny(**{'train.steps': 60, 'train.log_every': 30}), str(tmp_path))  # on Austen
+    first, last = (r['nats_per_token'] for r in records(tmp_path) if r['split'] == 'train')
+    assert last < first < math.log(256) + 0.1
+    assert json.loads((tmp_path / 'status.json').read_text())['state'] == 'done'
+    test = records(tmp_path)[-1]
+    assert test['split'] == 'test' and test['over']['predictions'] == 466_856 - 1
+    assert test['bits_per_byte'] == pytest.approx(test['nats_per_token'] / math.log(2), rel=1e-6)
+    assert test['perplexity'] == pytest.approx(math.exp(test['nats_per_token']))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, texts):
+    config = tiny(**{
+        'optim.learning_rate': 1e30, 'optim.clip_norm': 0.0, 'train.save_every': 1,
+        'model.site': 'none', 'optim.schedule': 'constant', 'optim.warmup_steps': 0,
+        'data.source': texts,
+    })  # fmt: skip
+    with pytest.raises(
+        UserError, match=r'of seed 0 is not finite at step \d+; nothing of that is saved'
+    ):
+        train.train(config, str(tmp_path))
+    status = json.loads((tmp_path / 'status.json').read_text())
+    assert status['state'] == 'failed' and 'not finite' in status['reason']
+    for record in records(tmp_path):
+        assert np.isfinite(record['nats_per_token'])
+
+
+def test_tokens_that_changed_since_are_noticed(tmp_path, texts):
+    shutil.copytree(texts, tmp_path / 'texts')
+    config = tiny(**{'data.source': str(tmp_path / 'texts'), 'train.steps': 5})
+    train.train(config, str(tmp_path / 'run'))
+    (tmp_path / 'texts' / 'test.txt').write_text('that is the question\n' * 50)
+    with pytest.raises(UserError, match='was trained on other tokens'):
+        train.train(config, str(tmp_path / 'run'))
+
+
+def test_bf16_trains(tmp_path, texts):
+    config = tiny(**{'model.dtype': 'bfloat16', 'data.source': texts})
+    train.train(config, str(tmp_path))
+    assert np.isfinite([r['nats_per_token'] for r in records(tmp_path)]).all()
+
+
+def test_the_step_lowers_for_accelerators():
+    config = tiny()
+    model, optimiser = train.build(config, 256), optim.optimiser(config.optim, 20)
+    seed = jnp.asarray(0)
+    state = jax.eval_shape(lambda: train.init(model, optimiser, seed, 4))
+    tokens = jax.ShapeDtypeStruct((17, 4), jnp.int32)
+    step = jax.jit(lambda *args: train.train_step(model, optimiser, *args))
+    exported = jax.export.export(step, platforms=['cuda', 'tpu'])(state, seed, seed, tokens)
+    assert exported.platforms == ('cuda', 'tpu')

@@ -1,0 +1,305 @@
+"""A report on a small sweep of known numbers, and on directories that are not what they should."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from mi import report
+from mi.config import UserError
+
+SEEDS = [0, 1, 2]
+CONCAT = {0: 2.0, 1: 3.0, 2: 4.0}
+MI = {0: 1.75, 1: 2.5, 2: 3.75}  # − CONCAT: −0.25, −0.5, −0.25
+
+
+def lines(path, records):
+    path.write_text(''.join(json.dumps(record) + '\n' for record in records))
+
+
+def make_run(path, fusion, final, state='done', reason=None):
+    """A run of three seeds, 20 steps; 1 bit per byte is 0.5 nats per token here."""
+    path.mkdir(parents=True)
+    config = {'seeds': SEEDS, 'model': {'fusion': {'name': fusion}, 'width': 8}}
+    status = {'state': state, 'reason': reason, 'step': 20, 'machine': 'a <machine>'}
+    status['updated'] = '2026-11-22T10:00:00+00:00'
+    cost = {'parameters': {'model': 412345, 'fusion': 20480}}
+    cost['flops_per_token'] = {'model': 2400000, 'fusion': 40960}
+    for name, value in (('config', config), ('status', status), ('cost', cost)):
+        (path / f'{name}.json').write_text(json.dumps(value))
+    records = [
+        {'step': step, 'seed': seed, 'split': 'valid', 'bits_per_byte': 9.0 - step / 5 + seed}
+        for step in (0, 10, 20)
+        for seed in SEEDS
+    ]
+    for seed, value in final.items():
+        values = {'nats_per_token': value / 2, 'perplexity': None, 'bits_per_byte': value}
+        records.append({'step': 20, 'seed': seed, 'split': 'test', **values})
+    lines(path / 'metrics.jsonl', records)
+    timing = [
+        {'step': 10, 'seconds': 2.0, 'tokens_per_second': 100.0},
+        {'step': 20, 'seconds': 99.0, 'tokens_per_second': 1.0},
+        {'step': 20, 'seconds': 6.0, 'tokens_per_second': 300.0},  # resumed: this one counts
+    ]
+    lines(path / 'timing.jsonl', timing)
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    path = tmp_path / 'sweep'
+    make_run(path / 'fusion=concat', 'concat', CONCAT)
+    make_run(path / 'fusion=mi', 'mi', MI)
+    make_run(path / 'fusion=film', 'film', {}, 'failed', 'OOM: 5 % & 2_000 bytes')
+    members = [{'name': f'fusion={x}', 'label': x, 'overrides': {}} for x in ('concat', 'mi')]
+    members.append({'name': 'fusion=film', 'label': '<script>|_', 'overrides': {}})
+    write_sweep(path, members)
+    return path
+
+
+def write_sweep(path, members, **changes):
+    sweep = {'name': 'small', 'title': 'A & B', 'baseline': 'concat', 'metric': 'bits_per_byte'}
+    sweep |= {'split': 'test', 'lower_is_better': True, 'notes': ['a <note>']}
+    sweep |= {'command': 'python -m launch', 'members': members}
+    (path / 'sweep.json').write_text(json.dumps(sweep | changes))
+
+
+def change(path, **changes):
+    (path / 'sweep.json').write_text(
+        json.dumps(json.loads((path / 'sweep.json').read_text()) | changes)
+    )
+
+
+def table(workdir):
+    with open(workdir / 'report' / 'table.csv', newline='') as file:
+        return {row['arm']: row for row in csv.DictReader(file)}
+
+
+def text(workdir, name='report.html'):
+    return (workdir / 'report' / name).read_text()
+
+
+def test_csv_holds_the_numbers(sweep):
+    paths = report.write(sweep)
+    assert sorted(p.name for p in paths) == sorted(
+        [
+            'report.html',
+            'table.csv',
+            'table.md',
+            'table.tex',
+            'curves.png',
+            'curves.pdf',
+            'finals.png',
+            'finals.pdf',
+        ]
+    )
+    assert all(path.stat().st_size > 0 for path in paths)
+    rows = table(sweep)
+    concat, mi = rows['concat'], rows['mi']
+    assert [float(concat[key]) for key in ('mean', 'low', 'high')] == [3.0, 2.0, 4.0]
+    assert [concat[f'difference_{key}'] for key in ('mean', 'low', 'high')] == ['', '', '']
+    assert float(mi['mean']) == pytest.approx(8 / 3)
+    assert float(mi['difference_mean']) == pytest.approx(-1 / 3)
+    assert [float(mi[f'difference_{key}']) for key in ('low', 'high')] == [-0.5, -0.25]
+    assert (concat['verdict'], mi['verdict']) == ('', 'better')
+    assert float(mi['nats_per_token']) == pytest.approx(4 / 3)
+    assert (mi['parameters_model'], mi['parameters_fusion']) == ('412345', '20480')
+    assert (mi['flops_per_token_model'], mi['flops_per_token_fusion']) == ('2400000', '40960')
+    assert float(mi['train_seconds']) == 8.0
+    assert float(mi['tokens_per_second']) == (2 * 100 + 6 * 300) / 8
+    assert (mi['seeds'], mi['state']) == ('3', 'done')
+
+
+def test_higher_is_better_turns_the_verdict_and_the_best(sweep):
+    change(sweep, lower_is_better=False)
+    report.write(sweep)
+    assert table(sweep)['mi']['verdict'] == 'worse'
+    assert '| concat | **3.00** [2.00, 4.00] |' in text(sweep, 'table.md')
+
+
+def test_tables_in_words(sweep, capsys):
+    report.write(sweep)
+    markdown, latex = text(sweep, 'table.md'), text(sweep, 'table.tex')
+    assert '| mi | **2.67** [1.75, 3.75] | −0.33 [−0.50, −0.25] | better |' in markdown
+    assert '| concat | 3.00 [2.00, 4.00] | — | baseline |' in markdown
+    assert '412,345 / 20,480 | 2.40 M / 41.0 k | 8.0 | 250 | 3 | done |' in markdown
+    assert r'mi & \textbf{2.67} & $-$0.33 & better &' in latex
+    printed = capsys.readouterr().out
+    assert '2.67' in printed and str(sweep / 'report' / 'table.tex') in printed
+    for said in (markdown, latex, text(sweep), printed):
+        assert 'treat as descriptive' in ' '.join(said.split())
+        assert '3 seeds per arm' in said
+
+
+def test_an_arm_that_failed_is_shown_with_its_reason(sweep):
+    report.write(sweep)
+    row = table(sweep)['<script>|_']
+    assert (row['state'], row['reason'], row['mean']) == ('failed', 'OOM: 5 % & 2_000 bytes', '')
+    assert r'| &lt;script>\|\_ | — | — | — |' in text(sweep, 'table.md')
+    assert r'OOM: 5 % &amp; 2\_000 bytes' in text(sweep, 'table.md')
+    assert r'OOM: 5 \% \& 2\_000 bytes' in text(sweep, 'table.tex')
+    assert 'OOM: 5 % &amp; 2_000 bytes' in text(sweep)
+
+
+def test_the_page_escapes_and_fetches_nothing(sweep):
+    report.write(sweep)
+    page = text(sweep)
+    assert '<script' not in page and '&lt;script&gt;|_' in page
+    assert 'a &lt;note&gt;' in page and 'a &lt;machine&gt;' in page and 'A &amp; B' in page
+    assert not re.search(r'https?:|<link|<img|@import|url\((?!#)', page)
+    assert page.count('<svg role="img" aria-label=') == 2
+    ids = re.findall(r' id="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+    assert '<td>model.fusion.name</td><td>&quot;concat&quot;</td><td>&quot;mi&quot;</td>' in page
+    assert 'model.width' not in page
+
+
+def test_the_same_runs_give_the_same_bytes(sweep, tmp_path):
+    first = report.write(sweep, tmp_path / 'first')
+    second = report.write(sweep, tmp_path / 'second')
+    for a, b in zip(first, second, strict=True):
+        assert a.read_bytes() == b.read_bytes(), a.name
+        assert b'CreationDate' not in a.read_bytes()  # equal only within one second
+
+
+def test_missing_seeds_are_said_and_pairs_are_common(sweep):
+    file = sweep / 'fusion=mi' / 'metrics.jsonl'
+    file.write_text(''.join(file.read_text().splitlines(True)[:-1]))  # seed 2 has no record
+    report.write(sweep)
+    row = table(sweep)['mi']
+    assert (row['seeds'], row['seeds_asked'], row['difference_pairs']) == ('2', '3', '2')
+    assert float(row['difference_mean']) == -0.375
+    page = text(sweep)
+    assert '2 of 3 seeds have a final record' in page and 'concat 3, mi 2' in page
+
+
+def test_a_run_that_diverged_has_no_mean_but_its_row(sweep):
+    file = sweep / 'fusion=concat' / 'metrics.jsonl'
+    file.write_text(file.read_text().replace('"bits_per_byte": 4.0', '"bits_per_byte": NaN'))
+    report.write(sweep)
+    rows = table(sweep)
+    assert rows['concat']['mean'] == '' and 'seed 2 is nan' in rows['concat']['remarks']
+    assert rows['mi']['mean'] and rows['mi']['difference_mean'] == ''
+    assert rows['mi']['remarks'] == 'mi: no difference, concat has no value to pair'
+    assert 'concat: the value of seed 2 is nan' in text(sweep)
+
+
+def test_a_member_without_folder_is_missing(sweep):
+    members = json.loads((sweep / 'sweep.json').read_text())['members']
+    change(sweep, members=[*members, {'name': 'fusion=gone', 'label': 'gone', 'overrides': {}}])
+    report.write(sweep)
+    row = table(sweep)['gone']
+    assert (row['state'], row['reason']) == ('missing', 'no folder fusion=gone')
+
+
+def test_without_a_baseline_there_is_no_difference(sweep):
+    change(sweep, baseline=None)
+    report.write(sweep)
+    assert 'difference' not in text(sweep, 'table.md')
+    assert table(sweep)['mi']['difference_mean'] == ''
+
+
+def test_a_single_run_is_a_table_of_one_row(sweep):
+    report.write(sweep / 'fusion=mi')
+    rows = table(sweep / 'fusion=mi')
+    assert list(rows) == ['fusion=mi'] and float(rows['fusion=mi']['mean']) == pytest.approx(8 / 3)
+    assert 'difference' not in text(sweep / 'fusion=mi', 'table.md')
+
+
+def test_a_single_run_without_bytes_shows_its_first_number(sweep):
+    file = sweep / 'fusion=mi' / 'metrics.jsonl'
+    file.write_text(re.sub(r'"bits_per_byte": [\d.]+', '"bits_per_byte": null', file.read_text()))
+    report.write(sweep / 'fusion=mi')
+    assert table(sweep / 'fusion=mi')['fusion=mi']['metric'] == 'nats_per_token'
+
+
+def test_nothing_recorded_yet_is_still_a_report(sweep):
+    for name in ('metrics.jsonl', 'timing.jsonl'):
+        for arm in ('concat', 'mi', 'film'):
+            (sweep / f'fusion={arm}' / name).unlink()
+    report.write(sweep)
+    assert 'No arm has a final record yet' in text(sweep)
+
+
+def half_write(sweep, state):
+    run = sweep / 'fusion=mi'
+    status = json.loads((run / 'status.json').read_text()) | {'state': state}
+    (run / 'status.json').write_text(json.dumps(status))
+    with open(run / 'metrics.jsonl', 'a') as file:
+        file.write('{"step": 2')
+
+
+def test_the_half_written_line_of_a_running_run_is_skipped(sweep, capsys):
+    half_write(sweep, 'running')
+    report.write(sweep)
+    assert 'line 13: skipped, it is half written' in capsys.readouterr().err
+    assert 'line 13: skipped' in text(sweep)
+    assert table(sweep)['mi']['state'] == 'running'
+
+
+def test_only_the_test_record_is_final_before_the_end(sweep):
+    half_write(sweep, 'running')
+    report.write(sweep)
+    assert float(table(sweep)['mi']['mean']) == pytest.approx(8 / 3)
+    change(sweep, split='valid')
+    report.write(sweep)
+    rows = table(sweep)
+    assert rows['mi']['mean'] == '' and float(rows['concat']['mean']) == 6.0
+
+
+def test_a_half_written_line_of_a_done_run_is_an_error(sweep):
+    half_write(sweep, 'done')
+    with pytest.raises(UserError, match=r'fusion=mi/metrics\.jsonl, line 13: not a JSON object'):
+        report.write(sweep)
+
+
+@pytest.mark.parametrize('line', ['{"step": 1, ', '[1]', '{"step": 1, "seed": 0}', '\x00'])
+def test_a_corrupted_line_names_file_and_line(sweep, line):
+    file = sweep / 'fusion=film' / 'metrics.jsonl'
+    records = file.read_text().splitlines()
+    file.write_text('\n'.join([*records[:2], line, *records[2:]]) + '\n')
+    with pytest.raises(UserError, match=r'fusion=film/metrics\.jsonl, line 3: '):
+        report.write(sweep)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'baseline': 'film'}, "baseline = 'film'"),
+        ({'metric': None}, 'metric = None'),
+        ({'lower_is_better': 'yes'}, "lower_is_better = 'yes'"),
+        ({'members': []}, 'one or more'),
+        ({'members': [{'name': 'a'}, {'name': 'a'}], 'baseline': None}, 'all different'),
+    ],
+)
+def test_a_malformed_sweep_is_one_line(sweep, changes, message):
+    change(sweep, **changes)
+    with pytest.raises(UserError, match=message) as raised:
+        report.write(sweep)
+    assert '\n' not in str(raised.value)
+
+
+def test_directories_that_are_neither(tmp_path):
+    with pytest.raises(UserError, match='is not a directory'):
+        report.write(tmp_path / 'nowhere')
+    with pytest.raises(UserError, match='neither a sweep'):
+        report.write(tmp_path)
+
+
+def test_a_failure_of_the_command_is_one_line(tmp_path):
+    command = [sys.executable, '-m', 'mi.report', f'--workdir={tmp_path}']
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, '')
+    assert done.stderr.count('\n') == 1 and 'neither a sweep' in done.stderr
+
+
+def test_the_command_needs_no_jax(sweep):
+    code = "import sys, mi.report.__main__; assert not any('jax' in name for name in sys.modules)"
+    subprocess.run([sys.executable, '-c', code], check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, '-W', 'error', '-m', 'mi.report', f'--workdir={sweep}'],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0 and 'table.csv' in done.stdout and 'Traceback' not in done.stderr

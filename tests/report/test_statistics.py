@@ -1,0 +1,121 @@
+"""Intervals against values that are known without them: enumeration, symmetry, simulation."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from mi.report import statistics
+
+THREE = {0: 1.0, 1: 2.0, 2: 4.5}
+
+
+def enumerated(values):
+    """The percentile bootstrap of the mean over all nⁿ equally likely resamples."""
+    means = [np.mean(draw) for draw in itertools.product(values, repeat=len(values))]
+    return np.quantile(means, [0.025, 0.975], method='inverted_cdf')
+
+
+@pytest.mark.parametrize(
+    'values', [[1.0, 2.0], [1.0, 2.0, 4.5], [0.3, -0.1, 0.2, 0.9], [0.0, 1.0, 1.0, 1.0, 7.0]]
+)
+def test_estimate_is_the_enumerated_bootstrap(values):
+    found = statistics.estimate(dict(enumerate(values)), 'mi')
+    low, high = enumerated(values)
+    assert found.mean == pytest.approx(sum(values) / len(values))
+    assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
+    assert min(values) <= found.low < found.mean < found.high <= max(values)
+
+
+def test_three_seeds_give_their_range():
+    """P(all three draws are the smallest) = 1/27 > 2.5 %: what the standing note warns of."""
+    found = statistics.estimate(THREE, 'mi')
+    assert (found.low, found.high, found.n) == (1.0, 4.5, 3)
+
+
+def test_equal_values_have_an_interval_without_width():
+    found = statistics.estimate({0: 0.1, 1: 0.1, 2: 0.1}, 'mi')
+    assert (found.mean, found.low, found.high) == (0.1, 0.1, 0.1)
+
+
+def test_one_seed_has_no_interval():
+    found = statistics.estimate({3: 2.5}, 'mi')
+    assert (found.mean, found.low, found.high, found.n) == (2.5, None, None, 1)
+    assert statistics.verdict(found, lower_is_better=True) is None
+
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
+def test_a_value_that_is_not_finite_names_arm_and_seed(bad):
+    with pytest.raises(ValueError, match='film: the value of seed 7'):
+        statistics.estimate({0: 1.0, 7: bad}, 'film')
+
+
+def test_the_same_numbers_give_the_same_interval_in_any_order():
+    other = {2: 4.5, 0: 1.0, 1: 2.0}
+    assert statistics.estimate(THREE, 'mi') == statistics.estimate(other, 'mi')
+
+
+def test_coverage_of_twenty_seeds_is_roughly_nominal():
+    rng = np.random.default_rng(1)
+    samples = rng.normal(size=(300, 20))
+    found = [statistics.estimate(dict(enumerate(sample)), 'mi') for sample in samples]
+    covered = np.mean([e.low <= 0.0 <= e.high for e in found])
+    # Known to be a little below 0.95 (about 0.93 at n = 20); its standard error here is 0.015.
+    assert 0.88 < covered < 0.975
+
+
+def test_difference_is_arm_minus_baseline_paired_by_seed():
+    """What all seeds share cancels: unpaired, the interval would be as wide as the seeds are."""
+    baseline = {0: 1.0, 1: 5.0, 2: 9.0}
+    arm = {2: 8.75, 0: 0.5, 1: 4.75}
+    found = statistics.difference(arm, baseline, 'mi')
+    assert found.mean == pytest.approx(-1 / 3)
+    assert (found.low, found.high, found.n) == (-0.5, -0.25, 3)
+
+
+def test_difference_uses_the_seeds_that_both_have():
+    found = statistics.difference({0: 1.0, 1: 2.0}, {1: 1.5, 2: 100.0}, 'mi')
+    assert (found.mean, found.low, found.n) == (0.5, None, 1)
+    assert statistics.difference({0: 1.0}, {1: 1.0}, 'mi') is None
+
+
+@pytest.mark.parametrize(
+    ('low', 'high', 'lower', 'higher'),
+    [
+        (-2.0, -1.0, 'better', 'worse'),
+        (1.0, 2.0, 'worse', 'better'),
+        (-1.0, 1.0, 'no difference seen', 'no difference seen'),
+        (-1.0, 0.0, 'no difference seen', 'no difference seen'),
+    ],
+)
+def test_verdict(low, high, lower, higher):
+    gap = statistics.Estimate((low + high) / 2, low, high, 3)
+    assert statistics.verdict(gap, lower_is_better=True) == lower
+    assert statistics.verdict(gap, lower_is_better=False) == higher
+
+
+def test_band_of_three_seeds_is_their_mean_and_range_at_each_step():
+    values = np.random.default_rng(2).normal(size=(3, 600))  # more steps than one piece
+    mean, low, high = statistics.band(values)
+    np.testing.assert_allclose(mean, values.sum(axis=0) / 3)
+    np.testing.assert_allclose(low, values.min(axis=0))
+    np.testing.assert_allclose(high, values.max(axis=0))
+
+
+def test_band_of_many_seeds_is_the_normal_interval():
+    """At n = 400 the bootstrap is the textbook mean ± 1.96·σ/√n."""
+    values = np.random.default_rng(3).normal(size=(400, 2))
+    mean, low, high = statistics.band(values)
+    half = 1.96 * values.std(axis=0) / 20
+    np.testing.assert_allclose(low, mean - half, atol=0.01)
+    np.testing.assert_allclose(high, mean + half, atol=0.01)
+
+
+def test_band_of_one_seed_is_a_line():
+    mean, low, high = statistics.band(np.array([[3.0, 2.0]]))
+    assert mean.tolist() == [3.0, 2.0] and low is None and high is None
+
+
+def test_band_refuses_nan():
+    with pytest.raises(ValueError, match='finite'):
+        statistics.band(np.array([[1.0, np.nan], [1.0, 2.0]]))

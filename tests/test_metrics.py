@@ -1,0 +1,35 @@
+import json
+
+from mi import metrics
+
+
+def lines(path):
+    return [json.loads(line) for line in (path / 'metrics.jsonl').read_text().splitlines()]
+
+
+def test_a_continued_file_loses_what_came_after_the_checkpoint(tmp_path):
+    log = metrics.Metrics(tmp_path)
+    log.write(1, 0, 'train', {'nats_per_token': 0.1 + 0.2, 'bits_per_byte': None})
+    position = log.position()
+    log.write(2, 0, 'train', {'nats_per_token': 9.0})
+    log.close()
+
+    log = metrics.Metrics(tmp_path, position, 1)
+    log.write(2, 0, 'train', {'nats_per_token': 0.25, 'over': {'batch': 2}})
+    log.timing(2, {'seconds': 1.5})
+    log.close()
+    first = {'step': 1, 'seed': 0, 'split': 'train', 'nats_per_token': 0.1 + 0.2}
+    assert lines(tmp_path) == [
+        {**first, 'bits_per_byte': None},
+        {'step': 2, 'seed': 0, 'split': 'train', 'nats_per_token': 0.25, 'over': {'batch': 2}},
+    ]
+    assert json.loads((tmp_path / 'timing.jsonl').read_text()) == {'step': 2, 'seconds': 1.5}
+    assert list((tmp_path / 'tensorboard').iterdir())
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(capfd):
+    progress = metrics.Progress(total=10, done=5, every=1000)
+    for step in range(6, 11):
+        progress.update(step, '1.5 nats', '7 tokens/s')
+    progress.close()
+    assert capfd.readouterr().err.strip() == 'step 10/10  1.5 nats  7 tokens/s  00:00:00 left'

@@ -1,0 +1,69 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mi import optim
+
+
+def config(**values):
+    config = optim.get_config()
+    config.update(values)
+    return config
+
+
+@pytest.mark.parametrize(
+    'name, expected',
+    [
+        ('constant', [0.1, 0.2, 0.4, 0.4, 0.4]),
+        ('linear', [0.1, 0.2, 0.4, 0.22, 0.04]),
+        ('cosine', [0.1, 0.2, 0.4, 0.22, 0.04]),
+        ('rsqrt', [0.1, 0.2, 0.4, 0.4 * (4 / 8) ** 0.5, 0.4 * (4 / 12) ** 0.5]),
+    ],
+)
+def test_schedules(name, expected):
+    schedule = optim.schedule(
+        config(learning_rate=0.4, schedule=name, warmup_steps=4, final_scale=0.1), steps=12
+    )
+    at = [float(schedule(step)) for step in (0, 4 / 3, 4, 8, 12)]
+    np.testing.assert_allclose(at, expected, rtol=1e-5)
+
+
+def test_without_warmup_the_first_step_has_the_full_rate():
+    schedule = optim.schedule(config(learning_rate=0.4, warmup_steps=0), steps=12)
+    assert float(schedule(0)) == pytest.approx(0.4)
+
+
+def update(params, gradients, **values):
+    values = {'schedule': 'constant', 'warmup_steps': 0, 'clip_norm': 0.0} | values
+    optimiser = optim.optimiser(config(**values), steps=10)
+    return optimiser.update(gradients, optimiser.init(params), params)[0]
+
+
+def test_adam_s_first_step_is_the_sign_of_the_gradient():
+    step = update({'w': jnp.zeros(3)}, {'w': jnp.array([3.0, -0.5, 0.0])}, learning_rate=0.1)
+    np.testing.assert_allclose(step['w'], [-0.1, 0.1, 0.0], atol=1e-6)
+
+
+def test_decay_is_decoupled_and_spares_vectors():
+    params = {'W': jnp.full((2, 2), 5.0), 'b': jnp.full(2, 5.0)}
+    zeros = {'W': jnp.zeros((2, 2)), 'b': jnp.zeros(2)}
+    step = update(params, zeros, name='adamw', learning_rate=0.1, weight_decay=0.2)
+    np.testing.assert_allclose(step['W'], -0.1 * 0.2 * 5.0, rtol=1e-6)
+    np.testing.assert_array_equal(step['b'], 0)
+
+
+def test_rmsprop_is_tensorflow_s():
+    g, rate, decay, eps = 0.3, 0.01, 0.99, 0.1
+    step = update(
+        {'w': jnp.zeros(1)}, {'w': jnp.array([g])},
+        name='rmsprop', learning_rate=rate, b1=0.0, b2=decay, eps=eps,
+    )  # fmt: skip
+    mean_square = decay * 1.0 + (1 - decay) * g**2
+    np.testing.assert_allclose(step['w'], -rate * g / np.sqrt(mean_square + eps), rtol=1e-5)
+
+
+def test_clipping_is_by_global_norm():
+    gradients = {'a': jnp.array([3.0]), 'b': jnp.array([4.0])}
+    params = {'a': jnp.zeros(1), 'b': jnp.zeros(1)}
+    step = update(params, gradients, name='sgd', learning_rate=1.0, b1=0.0, clip_norm=1.0)
+    np.testing.assert_allclose([step['a'][0], step['b'][0]], [-0.6, -0.8], rtol=1e-6)

@@ -1,0 +1,82 @@
+import json
+import signal
+import subprocess
+import sys
+
+import ml_collections
+import pytest
+
+from mi import run
+from mi.config import UserError
+
+
+def config(**values):
+    return ml_collections.ConfigDict({'seeds': (0,), 'model': {'width': 3}, **values})
+
+
+def status(path):
+    return json.loads((path / 'status.json').read_text())
+
+
+def test_a_run_says_how_it_ended(tmp_path):
+    with run.start(tmp_path, config()) as this:
+        this.step = 7
+        assert status(tmp_path)['state'] == 'running'
+    assert (status(tmp_path)['state'], status(tmp_path)['step']) == ('done', 7)
+    assert json.loads((tmp_path / 'config.json').read_text())['model'] == {'width': 3}
+
+    with pytest.raises(UserError), run.start(tmp_path, config()):
+        raise UserError('the loss is NaN')
+    assert status(tmp_path)['state'] == 'failed'
+    assert status(tmp_path)['reason'] == 'UserError: the loss is NaN'
+
+    with pytest.raises(SystemExit) as stopped, run.start(tmp_path, config()) as this:
+        this.preempted()
+    assert stopped.value.code == 143
+    assert status(tmp_path)['state'] == 'preempted'
+
+
+def test_a_directory_has_one_writer(tmp_path):
+    with run.start(tmp_path, config()):
+        code = (
+            'import sys, ml_collections; from mi import run\n'
+            'with run.start(sys.argv[1], ml_collections.ConfigDict()): pass'
+        )
+        other = subprocess.run(
+            [sys.executable, '-c', code, tmp_path], capture_output=True, text=True
+        )
+        assert other.returncode == 1
+        assert f'{tmp_path} is in use by process ' in other.stderr
+    with run.start(tmp_path, config()):
+        pass  # free again
+
+
+def test_another_config_is_refused_and_named(tmp_path):
+    with run.start(tmp_path, config()):
+        pass
+    before = (tmp_path / 'config.json').read_bytes()
+    with (
+        pytest.raises(UserError, match=r'model\.width was 3 and is 4 now and 1 more; name another'),
+        run.start(tmp_path, config(model={'width': 4}, seeds=(1,))),
+    ):
+        pass
+    assert (tmp_path / 'config.json').read_bytes() == before
+
+
+def test_signals_ask_once_and_handlers_come_back(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with run.start(tmp_path, config()) as this:
+        assert not this.stop
+        signal.raise_signal(signal.SIGTERM)
+        assert this.stop
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one ends at once
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_file_in_the_way(tmp_path):
+    (tmp_path / 'taken').write_text('')
+    with (
+        pytest.raises(UserError, match='name another directory'),
+        run.start(tmp_path / 'taken', config()),
+    ):
+        pass
