@@ -199,8 +199,15 @@ def compile_step(
     donated.
     """
     one_seed = functools.partial(train_step, model, optimiser)
-    all_seeds = jax.jit(jax.vmap(one_seed, in_axes=(0, 0, None, 0)), donate_argnums=0)
-    return all_seeds.lower(state, seeds, jnp.asarray(0), tokens).compile()
+
+    def all_seeds(state: State, seeds: Array, step: Array, tokens: Array) -> Any:
+        if len(seeds) > 1:
+            return jax.vmap(one_seed, in_axes=(0, 0, None, 0))(state, seeds, step, tokens)
+        alone = jax.tree.map(lambda a: a[0], (state, seeds))  # a batch of one product is slower
+        return jax.tree.map(lambda a: a[None], one_seed(*alone, step, tokens[0]))
+
+    step = jax.jit(all_seeds, donate_argnums=0)
+    return step.lower(state, seeds, jnp.asarray(0), tokens).compile()
 
 
 def _train(config: ml_collections.ConfigDict, corpus: data.Corpus, this: run.Run) -> None:

@@ -56,7 +56,14 @@ def notes(sweep: Sweep, rows: list[Row]) -> list[str]:
             'that their interval excludes zero.'
         )
         several = ' Nothing is corrected for comparing several arms.' * (len(rows) > 2)
-        standing.append(text + several)
+        pairs = min((row.difference.n for row in rows if row.difference is not None), default=0)
+        chance = ''
+        if 2 <= pairs <= 3:  # where the interval is the range, as quantiles of n^n resamples
+            chance = (
+                f' With {pairs} seeds that means no more than that all {pairs} differences have '
+                f'the same sign, as they have once in {2 ** (pairs - 1)} times by chance alone.'
+            )
+        standing.append(text + chance + several)
     standing.append(
         'Parameters and FLOPs: the whole model / the fusion alone. FLOPs per token: forward, '
         'matrix products only, a multiply-add counts as two. Seconds and tokens/s: training '
@@ -90,7 +97,10 @@ def cells(sweep: Sweep, rows: list[Row]) -> Table:
         if sweep.baseline is not None:
             is_baseline = row.arm.label == sweep.baseline
             line += [_interval(row.difference, digits, '+')]
-            line += [Cell('baseline' if is_baseline else row.verdict or NONE)]
+            verdict = Cell('baseline' if is_baseline else row.verdict or NONE)
+            if row.verdict and row.difference:
+                verdict = Cell(row.verdict, f'(n = {row.difference.n})')
+            line += [verdict]
         line += [Cell(_significant(row.secondary.get(name))) for name in secondary]
         parameters, flops = (
             [row.arm.counted(what, part) for part in ('model', 'fusion')]

@@ -1,0 +1,41 @@
+"""The code of the README runs, and its files exist."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import mi.fusion
+from tests.conftest import ROOT
+
+README = (ROOT / 'README.md').read_text()
+USE, ADD = re.findall(r'```python\n(.*?)```', README, flags=re.DOTALL)
+
+
+def test_the_layer_is_used_as_shown():
+    names: dict[str, object] = {}
+    exec(USE, names)
+    assert names['y'].shape == (32, 20, 128)
+
+
+def test_a_fusion_is_added_as_shown():
+    names = {**vars(mi.fusion), 'nn': nn, 'FUSIONS': dict(mi.FUSIONS)}
+    exec(ADD, names)
+    x, z = (
+        jax.random.normal(jax.random.key(0), (6, 4)),
+        jax.random.normal(jax.random.key(1), (6, 3)),
+    )
+    y, variables = names['FUSIONS']['scale'](5).init_with_output(jax.random.key(2), x, z)
+    p = variables['params']
+    scale = 1 + z @ p['Affine_0']['V']
+    np.testing.assert_allclose(y, scale * (x @ p['Affine_1']['V']), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    'path',
+    sorted(set(re.findall(r'`((?:mi|configs|experiments|launch|benchmarks)/[\w/.]*)`', README))),
+)
+def test_what_it_names_is_there(path):
+    assert (ROOT / path).exists()
