@@ -203,11 +203,11 @@ def compile_step(
     def all_seeds(state: State, seeds: Array, step: Array, tokens: Array) -> Any:
         if len(seeds) > 1:
             return jax.vmap(one_seed, in_axes=(0, 0, None, 0))(state, seeds, step, tokens)
-        alone = jax.tree.map(lambda a: a[0], (state, seeds))  # a batch of one product is slower
-        return jax.tree.map(lambda a: a[None], one_seed(*alone, step, tokens[0]))
+        alone = jax.tree.map(lambda a: a[0], state)  # a batch of one product is slower
+        result = one_seed(alone, seeds[0], step, tokens[0])
+        return jax.tree.map(lambda a: a[None], result)
 
-    step = jax.jit(all_seeds, donate_argnums=0)
-    return step.lower(state, seeds, jnp.asarray(0), tokens).compile()
+    return jax.jit(all_seeds, donate_argnums=0).lower(state, seeds, jnp.asarray(0), tokens).compile()
 
 
 def _train(config: ml_collections.ConfigDict, corpus: data.Corpus, this: run.Run) -> None:
