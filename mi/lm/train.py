@@ -207,7 +207,9 @@ def compile_step(
         result = one_seed(alone, seeds[0], step, tokens[0])
         return jax.tree.map(lambda a: a[None], result)
 
-    return jax.jit(all_seeds, donate_argnums=0).lower(state, seeds, jnp.asarray(0), tokens).compile()
+    return (
+        jax.jit(all_seeds, donate_argnums=0).lower(state, seeds, jnp.asarray(0), tokens).compile()
+    )
 
 
 def _train(config: ml_collections.ConfigDict, corpus: data.Corpus, this: run.Run) -> None:
