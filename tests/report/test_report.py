@@ -122,7 +122,7 @@ def test_higher_is_better_turns_the_verdict_and_the_best(sweep):
 def test_tables_in_words(sweep, capsys):
     report.write(sweep)
     markdown, latex = text(sweep, 'table.md'), text(sweep, 'table.tex')
-    assert '| mi | **2.67** [1.75, 3.75] | −0.33 [−0.50, −0.25] | better |' in markdown
+    assert '| mi | **2.67** [1.75, 3.75] | −0.33 [−0.50, −0.25] | better (n = 3) |' in markdown
     assert '| concat | 3.00 [2.00, 4.00] | — | baseline |' in markdown
     assert '412,345 / 20,480 | 2.40 M / 41.0 k | 8.0 | 250 | 3 | done |' in markdown
     assert r'mi & \textbf{2.67} & $-$0.33 & better &' in latex
