@@ -6,6 +6,7 @@ import pathlib
 
 import pytest
 
+from mi.config import flat
 from mi.lm.train import SCHEMA, check
 from tests.conftest import ROOT
 
@@ -84,4 +85,6 @@ def test_every_key_of_the_config_has_a_rule_and_no_rule_is_without_a_key():
     from configs import lm
 
     for preset in lm.PRESETS:
-        check(lm.get_config(preset), SCHEMA)
+        config = lm.get_config(preset)
+        assert set(flat(config.to_dict())) == set(SCHEMA)
+        check(config, SCHEMA)
