@@ -5,6 +5,8 @@ Pure functions; no parameters, no modules. Shapes: x [..., n], z [..., m], W [m,
 Where x and z vary together, every order costs about 2·B·m·n·k operations and what differs is the
 intermediate that is written and read back. Where one stream is shared over an axis that the other
 varies over, contracting the shared one first does that part once instead of once per position.
+Where the context is one of m choices, given as integers, only its own W[i] x is computed: m times
+fewer operations. docs/evaluation.md has what was measured.
 """
 
 import functools
@@ -18,47 +20,76 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-Order = Literal['outer', 'x_first', 'z_first']
+Order = Literal['outer', 'outer_chunks', 'x_first', 'z_first', 'z_first_chunks', 'groups', 'rows']
+Platform = Literal['cpu', 'gpu', 'tpu']
+
+_DENSE = ('outer', 'outer_chunks', 'x_first', 'z_first', 'z_first_chunks')
+_BY_ID = ('groups', 'rows')
 
 _FEW_ROWS = 32
 _NARROW = 512
 _CACHE = 4 * 2**20  # bytes: an outer product that fits a core's cache is free to keep
+_WEIGHTS = 32 * 2**20  # bytes: generated weights up to here may be kept whole
+_CHUNK = 6 * 2**20  # bytes of generated weights in a chunk
+_BLOCK = 32  # rows with the same id that are multiplied together
 
 
-def plan(x_shape: Sequence[int], z_shape: Sequence[int], features: int) -> Order:
-    """Chooses the order of evaluation of zᵀWx from static shapes alone.
+def plan(
+    x_shape: Sequence[int],
+    z_shape: Sequence[int],
+    features: int,
+    context: Literal['dense', 'ids'] = 'dense',
+    platform: Platform = 'cpu',
+) -> Order:
+    """Chooses the order of evaluation of zᵀWx from static shapes and the kind of context alone.
 
-    =========  =============  =====================================
-    order      first product  intermediate (B rows together)
-    =========  =============  =====================================
-    `outer`    z ⊗ x          B·m·n, the input of a product
-    `x_first`  xW             B_x·m·k, the output of a product
-    `z_first`  zᵀW            B_z·n·k, generated weights W'(z)
-    =========  =============  =====================================
+    ================  =================  ====================================  ===================
+    order             first product      intermediate (B rows together)        kept for backward
+    ================  =================  ====================================  ===================
+    `outer`           z ⊗ x              B·m·n, the input of a product         it
+    `outer_chunks`    z ⊗ x, by parts    of some rows of W at a time           x, z and W
+    `x_first`         xW                 B_x·m·k, the output of a product      it
+    `z_first`         zᵀW                B_z·n·k, generated weights W'(z)      it
+    `z_first_chunks`  zᵀW, by parts      of some columns of W'(z) at a time    x, z and W
+    `rows`            W[ids]             B_z·n·k, the rows of W                it
+    `groups`          none               x sorted by id                        x and W
+    ================  =================  ====================================  ===================
 
-    Where a stream is shared over some axis, the order with fewer operations; otherwise thresholds
-    that were measured on one x86 core. They choose speed, never the value.
+    The chunks recompute their intermediate in the backward pass. Where a stream is shared over some
+    axis, the order with fewer operations is chosen; otherwise by thresholds that were measured on
+    one x86 core. They choose speed, never the value.
 
     Args:
       x_shape: [..., n].
-      z_shape: [..., m].
+      z_shape: [..., m]; with `context='ids'` the shape of the integers, [...].
       features: k.
+      context: 'dense', or 'ids' for integers in [0, m).
+      platform: where it runs. On 'gpu' and 'tpu' nothing was measured: there the order with fewest
+        operations is chosen, whole while its intermediate is small, and in chunks above that.
     """
+    n, k = x_shape[-1], features
+    if context == 'ids':
+        x_axes, z_axes = _aligned(x_shape, (*z_shape, 1))
+        return 'rows' if math.prod(x_axes) >= _BLOCK * math.prod(z_axes) else 'groups'
     x_axes, z_axes = _aligned(x_shape, z_shape)
-    m, n, k = z_shape[-1], x_shape[-1], features
+    m = z_shape[-1]
     x_rows, z_rows = math.prod(x_axes), math.prod(z_axes)
     rows = math.prod(max(pair) for pair in zip(x_axes, z_axes, strict=True))
     if x_axes != z_axes:
         z_first = z_rows * m * n * k + rows * n * k
         x_first = x_rows * m * n * k + rows * m * k
-        return 'z_first' if z_first <= x_first else 'x_first'
+        if x_first < z_first:
+            return 'x_first'
+        return 'z_first' if 4 * z_rows * n * k <= _CHUNK else 'z_first_chunks'
+    if platform != 'cpu':
+        return 'outer_chunks' if 4 * rows * m * min(n, k) > _WEIGHTS else 'x_first'
     if rows <= _FEW_ROWS:
         return 'outer'
     if k < 64 or 4 * k <= n:
         return 'x_first'
     if m >= 2 * max(n, k):
-        return 'z_first'
-    return 'outer' if rows * m * n * 4 <= _CACHE else 'x_first'
+        return 'z_first' if 4 * rows * n * k <= _WEIGHTS else 'outer_chunks'
+    return 'outer' if 4 * rows * m * n <= _CACHE else 'outer_chunks'
 
 
 def bilinear(
@@ -76,9 +107,12 @@ def bilinear(
     Args:
       x: [..., n], the input.
       z: [..., m], the context. Its leading axes broadcast against those of x; over an axis that is
-        missing or of length 1 it is contracted once, not once per position.
+        missing or of length 1 it is contracted once, not once per position. Or integers [...] in
+        [0, m), each standing for the one-hot context with its 1 there; out of range they are
+        clipped.
       W: [m, n, k].
-      order: one of the orders of `plan`; None lets `plan` choose.
+      order: one of the orders of `plan`; None lets `plan` choose. 'groups' has no forward-mode
+        derivative.
       precision: as in `jax.lax.dot_general`.
 
     Returns:
@@ -87,39 +121,183 @@ def bilinear(
     Raises:
       ValueError: if the shapes do not fit or the order is unknown.
     """
-    if W.ndim != 3 or z.shape[-1:] != W.shape[:1] or x.shape[-1:] != W.shape[1:2]:
+    if order is not None and order not in get_args(Order):
+        raise ValueError(f'unknown order {order!r}; known: {", ".join(get_args(Order))}')
+    by_id = jnp.issubdtype(z.dtype, jnp.integer)
+    if W.ndim != 3 or x.shape[-1:] != W.shape[1:2] or not (by_id or z.shape[-1:] == W.shape[:1]):
         raise ValueError(
             f'W must be [m, n, k] with z [..., m] and x [..., n]; '
             f'got W {W.shape}, z {z.shape}, x {x.shape}'
         )
-    if order is not None and order not in get_args(Order):
-        raise ValueError(f'unknown order {order!r}; known: {", ".join(get_args(Order))}')
-    order = order or plan(x.shape, z.shape, W.shape[2])
+    if order is not None and order not in (_BY_ID if by_id else _DENSE):
+        raise ValueError(
+            f'the order {order!r} is for {"a dense context" if by_id else "integer ids"}, but z is '
+            f'{z.dtype}; known for it: {", ".join(_BY_ID if by_id else _DENSE)}'
+        )
+    if order is None:
+        context = 'ids' if by_id else 'dense'
+        order = plan(x.shape, z.shape, W.shape[2], context, jax.default_backend())  # type: ignore
+    if by_id:
+        return _by_id(x, z, W, order, precision)
+    return _dense(x, z, W, order, precision)
 
-    # One letter an axis; an axis of length 1 is dropped, so that each einsum is one dot_general.
+
+def _dense(x: Array, z: Array, W: Array, order: Order, precision: jax.lax.PrecisionLike) -> Array:
     x_axes, z_axes = _aligned(x.shape, z.shape)
-    out_shape = (*map(max, x_axes, z_axes), W.shape[2])
-    letters = string.ascii_uppercase[: len(x_axes)]
-    X = ''.join(c for c, size in zip(letters, x_axes, strict=True) if size != 1)
-    Z = ''.join(c for c, size in zip(letters, z_axes, strict=True) if size != 1)
-    Y = ''.join(c for c in letters if c in X or c in Z)
-    x = x.reshape(*(size for size in x.shape[:-1] if size != 1), x.shape[-1])
-    z = z.reshape(*(size for size in z.shape[:-1] if size != 1), z.shape[-1])
+    out_axes = tuple(map(max, x_axes, z_axes))
+    X, Z, Y = _letters(x_axes, z_axes)
+    x, z = _squeezed(x, 1), _squeezed(z, 1)
+    m, n, k = W.shape
+    dtype = jnp.result_type(x, z, W)
 
-    def product(equation: str, a: Array, b: Array) -> Array:
-        return _accumulated(jnp.einsum, equation, a, b, precision=precision)
+    def product(equation: str, a: Array, b: Array, out_dtype: DTypeLike | None = None) -> Array:
+        return _accumulated(
+            jnp.einsum, equation, a, b, precision=precision, out_dtype=out_dtype or dtype
+        )
+
+    def chunks(part: Callable[..., Array], *rows: Array) -> Array:
+        """Σ of part over the rows, in f32; what a part makes is made again for its gradient."""
+
+        def add(y: Array, row: tuple[Array, ...]) -> tuple[Array, None]:
+            return y + part(*row), None
+
+        zeros = jnp.zeros(
+            (*(size for size in out_axes if size != 1), k), jnp.promote_types(dtype, jnp.float32)
+        )
+        y, _ = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), zeros, rows)
+        return y.astype(dtype)
 
     match order:
         case 'outer':
             zx = jnp.einsum(f'{Z}m,{X}n->{Y}mn', z, x)
             y = product(f'{Y}mn,mnk->{Y}k', zx, W)
+        case 'outer_chunks':
+            size = _divisor(m, at_most=max(1, 2 * _NARROW // n))
+
+            def outer(z: Array, W: Array) -> Array:
+                zx = jnp.einsum(f'{Z}m,{X}n->{Y}mn', z, x)
+                return product(f'{Y}mn,mnk->{Y}k', zx, W, jnp.float32)
+
+            zs = jnp.moveaxis(z.reshape(*z.shape[:-1], m // size, size), -2, 0)
+            y = chunks(outer, zs, W.reshape(m // size, size, n, k))
         case 'x_first':
             xW = product(f'{X}n,mnk->{X}mk', x, W)
             y = product(f'{Z}m,{X}mk->{Y}k', z, xW)
         case 'z_first':
             zW = product(f'{Z}m,mnk->{Z}nk', z, W)
             y = product(f'{X}n,{Z}nk->{Y}k', x, zW)
-    return y.reshape(out_shape)
+        case 'z_first_chunks':
+            size = _divisor(n, at_most=max(1, _CHUNK // (4 * math.prod(z_axes) * k)))
+
+            def generated(x: Array, W: Array) -> Array:
+                zW = product(f'{Z}m,mnk->{Z}nk', z, W)
+                return product(f'{X}n,{Z}nk->{Y}k', x, zW, jnp.float32)
+
+            xs = jnp.moveaxis(x.reshape(*x.shape[:-1], n // size, size), -2, 0)
+            y = chunks(generated, xs, jnp.moveaxis(W.reshape(m, n // size, size, k), 1, 0))
+    return y.reshape(*out_axes, k)
+
+
+def _divisor(size: int, at_most: int) -> int:
+    """The largest divisor of size that is not above `at_most`."""
+    return next(part for part in range(min(size, at_most), 0, -1) if size % part == 0)
+
+
+def _by_id(x: Array, ids: Array, W: Array, order: Order, precision: jax.lax.PrecisionLike) -> Array:
+    """W[ids] x: x [..., n], ids [...], W [m, n, k] → [..., k]."""
+    x_axes, axes = _aligned(x.shape, (*ids.shape, 1))
+    out_axes = tuple(map(max, x_axes, axes))
+    ids = jnp.clip(ids, 0, W.shape[0] - 1)
+    dtype = jnp.result_type(x, W)
+    if order == 'rows':
+        X, Z, Y = _letters(x_axes, axes)
+        rows = _squeezed(W.astype(dtype)[ids.reshape(axes)], 2)
+        y = _accumulated(
+            jnp.einsum, f'{X}n,{Z}nk->{Y}k', _squeezed(x, 1), rows, precision=precision
+        )
+        return y.reshape(*out_axes, W.shape[2])
+    x = jnp.broadcast_to(x.reshape(*x_axes, x.shape[-1]), (*out_axes, x.shape[-1]))
+    ids = jnp.broadcast_to(ids.reshape(axes), out_axes).reshape(-1)
+    y = _groups(x.reshape(-1, x.shape[-1]).astype(dtype), ids, W.astype(dtype), precision)
+    return y.reshape(*out_axes, W.shape[2])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _groups(x: Array, ids: Array, W: Array, precision: jax.lax.PrecisionLike) -> Array:
+    """W[ids] x by rows [B, n] sorted by id, so many of one id at a time; reverse mode only."""
+    order, sizes, starts = _sorted(ids, W.shape[0])
+    ys = _grouped(_padded(x[order]), sizes, starts, W, precision)
+    return ys[jnp.argsort(order)]
+
+
+def _groups_forward(
+    x: Array, ids: Array, W: Array, precision: jax.lax.PrecisionLike
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    return _groups(x, ids, W, precision), (x, ids, W)
+
+
+def _groups_backward(
+    precision: jax.lax.PrecisionLike, residuals: tuple[Array, Array, Array], dy: Array
+) -> tuple[Array, None, Array]:
+    x, ids, W = residuals
+    order, sizes, starts = _sorted(ids, W.shape[0])
+    xs, dys = _padded(x[order]), _padded(dy[order])
+    dx = _grouped(dys, sizes, starts, W.swapaxes(1, 2), precision)[jnp.argsort(order)]
+
+    def group(_: None, of: tuple[Array, Array]) -> tuple[None, Array]:
+        size, start = of
+
+        def block(i: Array, dW: Array) -> Array:
+            at = start + i * _BLOCK
+            row = jnp.arange(_BLOCK)[:, None] < size - i * _BLOCK
+            x_block = jnp.where(row, jax.lax.dynamic_slice_in_dim(xs, at, _BLOCK), 0)
+            dy_block = jax.lax.dynamic_slice_in_dim(dys, at, _BLOCK)
+            return dW + jnp.matmul(
+                x_block.T, dy_block, precision=precision, preferred_element_type=jnp.float32
+            )
+
+        zeros = jnp.zeros(W.shape[1:], jnp.float32)
+        return None, jax.lax.fori_loop(0, -(-size // _BLOCK), block, zeros).astype(W.dtype)
+
+    _, dW = jax.lax.scan(group, None, (sizes, starts))
+    return dx, None, dW
+
+
+_groups.defvjp(_groups_forward, _groups_backward)
+
+
+def _sorted(ids: Array, m: int) -> tuple[Array, Array, Array]:
+    """The order that sorts the ids; how many there are of each, and where each begins: [m]."""
+    sizes = jnp.bincount(ids, length=m)
+    return jnp.argsort(ids), sizes, jnp.cumsum(sizes) - sizes
+
+
+def _padded(rows: Array) -> Array:
+    return jnp.concatenate([rows, jnp.zeros((_BLOCK, rows.shape[1]), rows.dtype)])
+
+
+def _grouped(
+    xs: Array, sizes: Array, starts: Array, W: Array, precision: jax.lax.PrecisionLike
+) -> Array:
+    """Rows sorted by id and padded by a block, [B + _BLOCK, n] → [B, k].
+
+    The last block of a group runs over its end; the groups after it write their rows again.
+    """
+
+    def group(ys: Array, of: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        W_i, size, start = of
+
+        def block(i: Array, ys: Array) -> Array:
+            at = start + i * _BLOCK
+            rows = jax.lax.dynamic_slice_in_dim(xs, at, _BLOCK)
+            y = _accumulated(jnp.matmul, rows, W_i, precision=precision)
+            return jax.lax.dynamic_update_slice_in_dim(ys, y, at, 0)
+
+        return jax.lax.fori_loop(0, -(-size // _BLOCK), block, ys), None
+
+    zeros = jnp.zeros((xs.shape[0], W.shape[2]), jnp.result_type(xs, W))
+    ys, _ = jax.lax.scan(group, zeros, (W, sizes, starts))
+    return ys[:-_BLOCK]
 
 
 def linear(
@@ -179,6 +357,22 @@ def _accumulated(
     accumulator = jnp.promote_types(dtype, jnp.float32)
     y = product(*operands, precision=precision, preferred_element_type=accumulator)
     return y.astype(out_dtype or dtype)
+
+
+def _letters(x_axes: Sequence[int], z_axes: Sequence[int]) -> tuple[str, str, str]:
+    """A letter for each leading axis of x, of z and of both, none for an axis of length 1.
+
+    Without those axes each einsum of two is one dot_general.
+    """
+    letters = string.ascii_uppercase[: len(x_axes)]
+    X = ''.join(c for c, size in zip(letters, x_axes, strict=True) if size != 1)
+    Z = ''.join(c for c, size in zip(letters, z_axes, strict=True) if size != 1)
+    return X, Z, ''.join(c for c in letters if c in X or c in Z)
+
+
+def _squeezed(a: Array, kept: int) -> Array:
+    """a without its axes of length 1, but for the last `kept`."""
+    return a.reshape(*(size for size in a.shape[:-kept] if size != 1), *a.shape[-kept:])
 
 
 def _aligned(

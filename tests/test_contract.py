@@ -9,7 +9,7 @@ from jax.test_util import check_grads
 from mi import contract, cost
 
 M, N, K = 3, 4, 5
-ORDERS = ('outer', 'x_first', 'z_first')
+ORDERS = ('outer', 'outer_chunks', 'x_first', 'z_first', 'z_first_chunks')
 LEADING = [
     ((), ()),
     ((6,), (6,)),
@@ -73,11 +73,79 @@ def test_shared_context_equals_the_context_repeated():
     )
 
 
-def test_plan_follows_the_shapes():
-    assert contract.plan((64, 20, 256), (64, 1, 32), 256) == 'z_first'
-    assert contract.plan((64, 1, 256), (64, 20, 32), 256) == 'x_first'
-    assert contract.plan((8, 256), (8, 30), 256) == 'outer'
-    assert contract.plan((256, 256), (256, 30), 15) == 'x_first'
+@pytest.mark.parametrize(
+    'x, z, k, order',
+    [
+        ((64, 20, 64), (64, 1, 32), 64, 'z_first'),  # shared over time: W'(z) once
+        ((64, 20, 256), (64, 1, 32), 256, 'z_first_chunks'),  # and in chunks where it is large
+        ((64, 1, 256), (64, 20, 32), 256, 'x_first'),
+        ((8, 256), (8, 30), 256, 'outer'),
+        ((256, 256), (256, 30), 15, 'x_first'),
+        ((4096, 512), (4096, 64), 512, 'outer_chunks'),
+        ((256, 64), (256, 128), 64, 'z_first'),
+    ],
+)
+def test_plan_follows_the_shapes(x, z, k, order):
+    assert contract.plan(x, z, k) == order
+
+
+def test_plan_of_ids_takes_the_rows_of_W_where_many_inputs_share_one():
+    assert contract.plan((512, 256), (512,), 256, 'ids') == 'groups'
+    assert contract.plan((4, 100, 256), (4, 1), 256, 'ids') == 'rows'
+
+
+def test_plan_of_another_platform_keeps_no_large_intermediate():
+    assert contract.plan((4096, 512), (4096, 64), 512, platform='gpu') == 'outer_chunks'
+    assert contract.plan((256, 64), (256, 16), 64, platform='tpu') == 'x_first'
+
+
+@pytest.mark.parametrize('order', [None, 'groups', 'rows'])
+@pytest.mark.parametrize('lead, ids', [((), ()), ((90,), (90,)), ((3, 40), (3, 1)), ((40,), ())])
+def test_ids_are_one_hot_contexts(order, lead, ids):
+    x, _, W = streams(lead)
+    z = jax.random.randint(jax.random.key(3), ids, 0, M)
+    expected = triple_loop(x, jax.nn.one_hot(z, M), W)
+    y = contract.bilinear(x, z, W, order=order)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('ids', [np.zeros(80, int), np.arange(80) % M, np.r_[[2] * 79, 0]])
+def test_gradients_of_groups_are_those_of_the_dense_product(ids):
+    x, _, W = streams((80,))
+    ids, dy = jnp.asarray(ids), jax.random.normal(jax.random.key(4), (80, K))
+
+    def of(z):
+        return jax.grad(lambda x, W: (contract.bilinear(x, z, W) * dy).sum(), (0, 1))(x, W)
+
+    for got, expected in zip(of(ids), of(jax.nn.one_hot(ids, M)), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_groups_under_vmap():
+    x, _, W = streams((2, 70))
+    ids = jax.random.randint(jax.random.key(3), (2, 70), 0, M)
+    one = jax.vmap(lambda x, z: contract.bilinear(x, z, W, order='groups'))
+    expected = triple_loop(x, jax.nn.one_hot(ids, M), W)
+    np.testing.assert_allclose(one(x, ids), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_keep_a_tenth_of_the_temporaries_of_einsum():
+    shapes = (512, 256), (512, 64), (64, 256, 256)
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+
+    def temporaries(f):
+        gradient = jax.jit(jax.grad(lambda *a: (f(*a) ** 2).sum(), (0, 1, 2)))
+        return gradient.lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+    einsum = temporaries(lambda x, z, W: jnp.einsum('bm,mnk,bn->bk', z, W, x))
+    assert contract.plan(*shapes[:2], 256) == 'outer_chunks'
+    assert temporaries(contract.bilinear) <= einsum / 10
+
+
+def test_forward_mode_of_every_dense_order():
+    args = streams((2, 3), (2, 1))
+    for order in ORDERS:
+        check_grads(lambda *a, o=order: contract.bilinear(*a, order=o), args, 1, modes=['fwd'])
 
 
 @pytest.mark.parametrize('order', ORDERS)
@@ -103,7 +171,11 @@ def test_errors_say_what_was_given():
     x, z, W = streams((6,), (6,))
     with pytest.raises(ValueError, match=r'W must be \[m, n, k\].*\(4, 3, 5\)'):
         contract.bilinear(x, z, jnp.swapaxes(W, 0, 1))
-    with pytest.raises(ValueError, match="unknown order 'inner'; known: outer, x_first, z_first"):
+    with pytest.raises(
+        ValueError, match="unknown order 'inner'; known: outer, outer_chunks, x_first"
+    ):
         contract.bilinear(x, z, W, order='inner')
+    with pytest.raises(ValueError, match="'groups' is for integer ids, but z is float32"):
+        contract.bilinear(x, z, W, order='groups')
     with pytest.raises(ValueError, match='do not broadcast'):
         contract.bilinear(x, z[:4], W)
