@@ -6,18 +6,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mi.contract import bilinear as bilinear
     from mi.fusion import FUSIONS as FUSIONS
+    from mi.layers import BlockMultiplicativeInteraction as BlockMultiplicativeInteraction
     from mi.layers import DiagonalMultiplicativeInteraction as DiagonalMultiplicativeInteraction
     from mi.layers import LowRankMultiplicativeInteraction as LowRankMultiplicativeInteraction
+    from mi.layers import MultiHead as MultiHead
     from mi.layers import MultiplicativeInteraction as MultiplicativeInteraction
+    from mi.layers import ScalarMultiplicativeInteraction as ScalarMultiplicativeInteraction
+    from mi.layers import TuckerMultiplicativeInteraction as TuckerMultiplicativeInteraction
+    from mi.unify import as_mi as as_mi
+    from mi.unify import explain as explain
 
 __version__ = '0.1.0'
 
 _HOME = {
     'FUSIONS': 'mi.fusion',
+    'BlockMultiplicativeInteraction': 'mi.layers',
     'DiagonalMultiplicativeInteraction': 'mi.layers',
     'LowRankMultiplicativeInteraction': 'mi.layers',
+    'MultiHead': 'mi.layers',
     'MultiplicativeInteraction': 'mi.layers',
+    'ScalarMultiplicativeInteraction': 'mi.layers',
+    'TuckerMultiplicativeInteraction': 'mi.layers',
+    'as_mi': 'mi.unify',
     'bilinear': 'mi.contract',
+    'explain': 'mi.unify',
 }
 __all__ = list(_HOME)
 

@@ -307,11 +307,13 @@ def linear(
     out_dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> Array:
-    """Vx, [..., n] and [n, k] → [..., k], accumulated in f32 at least.
+    """Vx, [..., n] and [n, k] → [..., k], accumulated in f32 at least; of integers, rows of V.
 
     Leading axes are flattened, so that the product and both of its gradients are plain matrix
     products: XLA on CPU takes twice as long for the gradient of a [T, B, n] by [n, k] product.
     """
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return V[x].astype(out_dtype or V.dtype)
     rows = x.reshape(-1, x.shape[-1])
     y = _matmul(rows, V, out_dtype, precision)
     return y.reshape(*x.shape[:-1], V.shape[-1])

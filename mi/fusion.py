@@ -124,7 +124,7 @@ class Diagonal(nn.Module):
         if x.shape[-1] != self.features:
             x = Affine(self.features, self.dtype, self.param_dtype, name='x')(x)
         return DiagonalMultiplicativeInteraction(
-            self.context, self.dtype, self.param_dtype, name='diagonal'
+            self.context, dtype=self.dtype, param_dtype=self.param_dtype, name='diagonal'
         )(x, z)
 
 

@@ -11,7 +11,8 @@ Dense layer with `lecun_normal` weights, an equal share of it from each term. Th
 unit-variance entries ('dense'), or one entry that is 1 and the rest 0 ('one_hot').
 """
 
-from typing import Literal
+import functools
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -52,23 +53,25 @@ def interaction_init(context: Context, variance: float = 1.0) -> Initializer:
 
 
 def streams(x: Array, z: Array) -> tuple[Array, Array]:
-    """x and z with the same number of axes, [..., n] and [..., m].
+    """x and z with the same leading axes in number: [..., n] and [..., m], or integers [...].
 
     Raises:
       ValueError: if one is a scalar or their leading axes do not broadcast.
     """
-    if x.ndim < 1 or z.ndim < 1:
+    ids = jnp.issubdtype(z.dtype, jnp.integer)
+    if x.ndim < 1 or (z.ndim < 1 and not ids):
         raise ValueError(f'x must be [..., n] and z [..., m]; got x {x.shape}, z {z.shape}')
+    z_axes = z.shape if ids else z.shape[:-1]
     try:
-        jnp.broadcast_shapes(x.shape[:-1], z.shape[:-1])
+        jnp.broadcast_shapes(x.shape[:-1], z_axes)
     except ValueError as error:
         raise ValueError(
             f'the leading axes of x {x.shape} and z {z.shape} do not broadcast; '
             f'give z an axis of length 1 where it is shared'
         ) from error
-    ndim = max(x.ndim, z.ndim)
-    x = x.reshape((1,) * (ndim - x.ndim) + x.shape)
-    z = z.reshape((1,) * (ndim - z.ndim) + z.shape)
+    axes = max(x.ndim - 1, len(z_axes))
+    x = x.reshape((1,) * (axes + 1 - x.ndim) + x.shape)
+    z = z.reshape((1,) * (axes - len(z_axes)) + z.shape)
     return x, z
 
 
@@ -101,11 +104,13 @@ class MultiplicativeInteraction(nn.Module):
     """The full form: f(x, z) = zᵀWx + zᵀU + Vx + b (Jayakumar et al., 2020).
 
     With `use_W=False` it is a Dense layer on the concatenation of x and z; with a one-hot context,
-    a multi-head read-out; read as (zᵀW + V) x + (zᵀU + b), a linear hypernetwork.
+    a multi-head read-out; read as (zᵀW + V) x + (zᵀU + b), a linear hypernetwork. The forms that
+    inherit from it differ in nothing but W, for which they have fewer parameters.
 
     Attributes:
       features: k.
       context: 'dense' or 'one_hot'; decides the scale at which W and U are initialised.
+      contexts: m, where the contexts come as integers.
       use_W, use_U, use_V, use_b: which terms there are.
       dtype: of the computation; None for the promoted dtype of inputs and parameters.
       param_dtype: of the parameters.
@@ -116,6 +121,7 @@ class MultiplicativeInteraction(nn.Module):
 
     features: int
     context: Context = 'dense'
+    contexts: int | None = None
     use_W: bool = True
     use_U: bool = True
     use_V: bool = True
@@ -130,67 +136,156 @@ class MultiplicativeInteraction(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array) -> Array:
-        """x [..., n], z [..., m] → [..., k]; ValueError if the leading axes do not broadcast."""
-        x, z = streams(x, z)
-        m, n, k = z.shape[-1], x.shape[-1], self.features
+        """x [..., n], z [..., m] → [..., k].
+
+        z may also be integers [...] in [0, m), one-hot contexts without their zeros: of W and U
+        only those rows are read and multiplied. The field `contexts` says m then.
+
+        Raises:
+          ValueError: if the leading axes do not broadcast, or integers come without `contexts`.
+        """
+        return self._sum(*_inputs(self, x, z))
+
+    def _sum(self, x: Array, z: Array, m: int) -> Array:
+        n, k, dtype = x.shape[-1], self.features, x.dtype
         share = 1 / max(1, self.use_W + self.use_U + self.use_V)
-        W_init = self.W_init or interaction_init(self.context, share)
         U_init = self.U_init or context_init(self.context, share)
         V_init = self.V_init or input_init(share)
 
-        W = self.param('W', W_init, (m, n, k), self.param_dtype) if self.use_W else None
-        U = self.param('U', U_init, (m, k), self.param_dtype) if self.use_U else None
-        V = self.param('V', V_init, (n, k), self.param_dtype) if self.use_V else None
-        b = self.param('b', self.b_init, (k,), self.param_dtype) if self.use_b else None
-        x, z, W, U, V, b = nn.dtypes.promote_dtype(x, z, W, U, V, b, dtype=self.dtype)
+        y = jnp.zeros((1,) * x.ndim, dtype)
+        if self.use_W:
+            y = y + self._interaction(x, z, m, share)
+        if self.use_U:
+            U = self.param('U', U_init, (m, k), self.param_dtype)
+            y = y + linear(z, U.astype(dtype), precision=self.precision)
+        if self.use_V:
+            V = self.param('V', V_init, (n, k), self.param_dtype)
+            y = y + linear(x, V.astype(dtype), precision=self.precision)
+        if self.use_b:
+            b = self.param('b', self.b_init, (k,), self.param_dtype)
+            y = y + b.astype(dtype).reshape((1,) * (x.ndim - 1) + (k,))
+        z_axes = z.shape if jnp.issubdtype(z.dtype, jnp.integer) else z.shape[:-1]
+        return jnp.broadcast_to(y, (*jnp.broadcast_shapes(x.shape[:-1], z_axes), k))
 
-        y = jnp.zeros((), x.dtype) if b is None else b
-        y = jnp.broadcast_to(y, (*jnp.broadcast_shapes(x.shape[:-1], z.shape[:-1]), k))
-        if W is not None:
-            y = y + bilinear(x, z, W, precision=self.precision)
-        if U is not None:
-            y = y + linear(z, U, precision=self.precision)
-        if V is not None:
-            y = y + linear(x, V, precision=self.precision)
-        return y
+    def _interaction(self, x: Array, z: Array, m: int, variance: float) -> Array:
+        """zᵀWx, each entry of this variance at initialisation."""
+        init = self.W_init or interaction_init(self.context, variance)
+        W = self.param('W', init, (m, x.shape[-1], self.features), self.param_dtype)
+        return bilinear(x, z, W.astype(x.dtype), precision=self.precision)
 
 
-class LowRankMultiplicativeInteraction(nn.Module):
-    """The low-rank form: W = Σ_r p_r ⊗ q_r ⊗ o_r, a CP decomposition of the full form's W.
+class LowRankMultiplicativeInteraction(MultiplicativeInteraction, kw_only=True):
+    """The low-rank form: W = Σ_r p_r ⊗ q_r ⊗ o_r, a CP decomposition.
 
-        f(x, z) = Oᵀ(zᵀP ⊙ xᵀQ) + zᵀU + Vx + b,   P [m, r], Q [n, r], O [r, k]
+        zᵀWx = Oᵀ(zᵀP ⊙ xᵀQ),   P [m, r], Q [n, r], O [r, k]
 
     Attributes:
-      features: k.
       rank: r.
-      context, dtype, param_dtype, precision: as in `MultiplicativeInteraction`.
+      features, …: as in `MultiplicativeInteraction`.
     """
 
-    features: int
     rank: int
-    context: Context = 'dense'
-    dtype: DTypeLike | None = None
-    param_dtype: DTypeLike = jnp.float32
-    precision: jax.lax.PrecisionLike = None
+
+    def _interaction(self, x: Array, z: Array, m: int, variance: float) -> Array:
+        n, k, r = x.shape[-1], self.features, self.rank
+        P = self.param('P', context_init(self.context), (m, r), self.param_dtype)
+        Q = self.param('Q', input_init(), (n, r), self.param_dtype)
+        O = self.param('O', input_init(variance), (r, k), self.param_dtype)  # noqa: E741
+        P, Q, O = (a.astype(x.dtype) for a in (P, Q, O))  # noqa: E741
+        p = self.precision
+        return linear(linear(z, P, precision=p) * linear(x, Q, precision=p), O, precision=p)
+
+
+class TuckerMultiplicativeInteraction(MultiplicativeInteraction, kw_only=True):
+    """The Tucker form: W = Σ_abc G_abc p_a ⊗ q_b ⊗ o_c, a small full form between three maps.
+
+        zᵀWx = Oᵀ((zᵀP) G (xᵀQ)),   P [m, r], Q [n, r], G [r, r, r], O [r, k]
+
+    Attributes:
+      rank: r.
+      features, …: as in `MultiplicativeInteraction`.
+    """
+
+    rank: int
+
+    def _interaction(self, x: Array, z: Array, m: int, variance: float) -> Array:
+        n, k, r = x.shape[-1], self.features, self.rank
+        P = self.param('P', context_init(self.context), (m, r), self.param_dtype)
+        Q = self.param('Q', input_init(), (n, r), self.param_dtype)
+        G = self.param('G', interaction_init('dense'), (r, r, r), self.param_dtype)
+        O = self.param('O', input_init(variance), (r, k), self.param_dtype)  # noqa: E741
+        P, Q, G, O = (a.astype(x.dtype) for a in (P, Q, G, O))  # noqa: E741
+        p = self.precision
+        core = bilinear(linear(x, Q, precision=p), linear(z, P, precision=p), G, precision=p)
+        return linear(core, O, precision=p)
+
+
+class BlockMultiplicativeInteraction(MultiplicativeInteraction, kw_only=True):
+    """The block-diagonal form: x and y in g blocks, and W only from a block to its own.
+
+        y_i = zᵀW_i x_i,   i = 1…g,   W [g, m, ⌈n/g⌉, ⌈k/g⌉]
+
+    Where g does not divide n or k, the last block is cut.
+
+    Attributes:
+      blocks: g.
+      features, …: as in `MultiplicativeInteraction`.
+    """
+
+    blocks: int
+
+    def _interaction(self, x: Array, z: Array, m: int, variance: float) -> Array:
+        g, n, k = self.blocks, -(-x.shape[-1] // self.blocks), -(-self.features // self.blocks)
+        one_hot = self.context == 'one_hot'
+        within = initializers.variance_scaling(
+            variance,
+            'fan_in',
+            'truncated_normal',
+            in_axis=2 if one_hot else (1, 2),
+            out_axis=3,
+            batch_axis=(0, 1) if one_hot else 0,
+        )
+        W = self.param('W', self.W_init or within, (g, m, n, k), self.param_dtype)
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, g * n - x.shape[-1])])
+        each = functools.partial(bilinear, precision=self.precision)
+        y = jax.vmap(each, in_axes=(-2, None, 0), out_axes=-2)(
+            x.reshape(*x.shape[:-1], g, n), z, W.astype(x.dtype)
+        )
+        return y.reshape(*y.shape[:-2], g * k)[..., : self.features]
+
+
+class MultiHead(MultiplicativeInteraction):
+    """A read-out for each of m one-hot contexts: f(x, e_i) = W_i x + U_i, that row alone computed.
+
+    The full form with V = b = 0, which would add nothing where z is one-hot.
+
+    Attributes:
+      features, …: as in `MultiplicativeInteraction`; `context` must be 'one_hot'.
+    """
+
+    context: Context = 'one_hot'
+    use_V: bool = False
+    use_b: bool = False
 
     @nn.compact
     def __call__(self, x: Array, z: Array) -> Array:
-        """x [..., n], z [..., m] → [..., k]; ValueError if the leading axes do not broadcast."""
-        x, z = streams(x, z)
-        m, n, k, r = z.shape[-1], x.shape[-1], self.features, self.rank
-        P = self.param('P', context_init(self.context), (m, r), self.param_dtype)
-        Q = self.param('Q', input_init(), (n, r), self.param_dtype)
-        O = self.param('O', input_init(1 / 3), (r, k), self.param_dtype)  # noqa: E741
-        U = self.param('U', context_init(self.context, 1 / 3), (m, k), self.param_dtype)
-        V = self.param('V', input_init(1 / 3), (n, k), self.param_dtype)
-        b = self.param('b', initializers.zeros, (k,), self.param_dtype)
-        x, z, P, Q, O, U, V, b = nn.dtypes.promote_dtype(  # noqa: E741
-            x, z, P, Q, O, U, V, b, dtype=self.dtype
-        )
-        p = self.precision
-        zWx = linear(linear(z, P, precision=p) * linear(x, Q, precision=p), O, precision=p)
-        b = b.reshape((1,) * (x.ndim - 1) + b.shape)
-        return zWx + linear(z, U, precision=p) + linear(x, V, precision=p) + b
+        """x [..., n] and z one-hot [..., m], or integers [...] with `contexts` → [..., k].
+
+        Of a z in a float dtype the largest entry is what counts: zᵀWx + zᵀU where it is the only
+        one, so that the context of zeros gives zeros.
+
+        Raises:
+          ValueError: if `context` is not 'one_hot', or as the full form.
+        """
+        if self.context != 'one_hot':
+            raise ValueError(
+                f'MultiHead takes one-hot contexts alone, context is {self.context!r}; for others '
+                f'use MultiplicativeInteraction'
+            )
+        x, z, m = _inputs(self, x, z)
+        if jnp.issubdtype(z.dtype, jnp.integer):
+            return self._sum(x, z, m)
+        return self._sum(x, jnp.argmax(z, -1), m) * z.max(-1, keepdims=True)
 
 
 class DiagonalMultiplicativeInteraction(nn.Module):
@@ -200,26 +295,56 @@ class DiagonalMultiplicativeInteraction(nn.Module):
     b [n]. V starts at √(1/3) in every entry, the equal share of the other terms.
 
     Attributes:
-      context, dtype, param_dtype, precision: as in `MultiplicativeInteraction`.
+      context, contexts, dtype, param_dtype, precision: as in `MultiplicativeInteraction`.
     """
 
     context: Context = 'dense'
+    contexts: int | None = None
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     precision: jax.lax.PrecisionLike = None
 
     @nn.compact
     def __call__(self, x: Array, z: Array) -> Array:
-        """x [..., n], z [..., m] → [..., n]; ValueError if the leading axes do not broadcast."""
-        x, z = streams(x, z)
-        m, n = z.shape[-1], x.shape[-1]
+        """x [..., n], z [..., m] or integers [...] → [..., n]; ValueError as the full form."""
+        x, z, m = _inputs(self, x, z)
+        n, scales = x.shape[-1], self._scales(x.shape[-1])
         third = context_init(self.context, 1 / 3)
-        W = self.param('W', third, (m, n), self.param_dtype)
+        W = self.param('W', third, (m, scales), self.param_dtype)
         U = self.param('U', third, (m, n), self.param_dtype)
-        V = self.param('V', initializers.constant(3**-0.5), (n,), self.param_dtype)
+        V = self.param('V', initializers.constant(3**-0.5), (scales,), self.param_dtype)
         b = self.param('b', initializers.zeros, (n,), self.param_dtype)
-        x, z, W, U, V, b = nn.dtypes.promote_dtype(x, z, W, U, V, b, dtype=self.dtype)
-        row = (1,) * (x.ndim - 1) + (n,)
-        a = linear(z, W, precision=self.precision) + V.reshape(row)
-        c = linear(z, U, precision=self.precision) + b.reshape(row)
+        W, U, V, b = (a.astype(x.dtype) for a in (W, U, V, b))
+        lead = (1,) * (x.ndim - 1)
+        a = linear(z, W, precision=self.precision) + V.reshape(*lead, scales)
+        c = linear(z, U, precision=self.precision) + b.reshape(*lead, n)
         return a * x + c
+
+    def _scales(self, n: int) -> int:
+        return n
+
+
+class ScalarMultiplicativeInteraction(DiagonalMultiplicativeInteraction):
+    """The scalar form: f(x, z) = s(z) x + c(z), s = zᵀW + V, c = zᵀU + b.
+
+    The diagonal form with one scale for all features: W [m, 1], V [1], U [m, n], b [n].
+    """
+
+    def _scales(self, n: int) -> int:
+        return 1
+
+
+def _inputs(module: Any, x: Array, z: Array) -> tuple[Array, Array, int]:
+    """x and z with as many leading axes and in the dtype of the computation; m."""
+    ids = jnp.issubdtype(z.dtype, jnp.integer)
+    if ids and module.contexts is None:
+        raise ValueError(
+            f'z is {z.dtype}, ids of one-hot contexts: say by contexts=m how many there are, or '
+            f'give z in a float dtype'
+        )
+    x, z = streams(x, z)
+    floats = [x] if ids else [x, z]
+    dtype = module.dtype or jnp.result_type(*floats, module.param_dtype)
+    if ids:
+        return x.astype(dtype), z, module.contexts
+    return x.astype(dtype), z.astype(dtype), z.shape[-1]

@@ -14,7 +14,10 @@ GOLDEN = json.loads((pathlib.Path(__file__).parent / 'golden/bilinear.json').rea
 FORMS = {
     'full': lambda n, **options: mi.MultiplicativeInteraction(n, **options),
     'low_rank': lambda n, **options: mi.LowRankMultiplicativeInteraction(n, rank=7, **options),
+    'tucker': lambda n, **options: mi.TuckerMultiplicativeInteraction(n, rank=6, **options),
+    'block': lambda n, **options: mi.BlockMultiplicativeInteraction(n, blocks=3, **options),
     'diagonal': lambda n, **options: mi.DiagonalMultiplicativeInteraction(**options),
+    'scalar': lambda n, **options: mi.ScalarMultiplicativeInteraction(**options),
 }
 
 
@@ -100,6 +103,10 @@ def test_diagonal_form_is_the_full_form_of_its_tensor():
 @pytest.mark.parametrize('form', FORMS)
 def test_the_sum_of_the_terms_has_the_variance_of_a_dense_layer(form, context):
     n, m, batch, draws = 64, 32, 256, 8
+    if form == 'scalar':  # one draw of m numbers is all that the scale has
+        draws = 64
+    if form == 'tucker':
+        draws = 64
     variances = []
     for seed in range(draws):
         x = random(seed, batch, n)
@@ -112,6 +119,75 @@ def test_the_sum_of_the_terms_has_the_variance_of_a_dense_layer(form, context):
         variances.append((float(y.var()), float(dense.var())))
     ours, theirs = np.mean(variances, axis=0)
     assert abs(ours / theirs - 1) < 0.08, variances
+
+
+def test_tucker_form_is_the_full_form_of_its_tensor():
+    x, z = random(0, 6, 4), random(1, 6, 3)
+    layer = mi.TuckerMultiplicativeInteraction(5, rank=2)
+    p = layer.init(jax.random.key(2), x, z)['params']
+    W = np.einsum('ma,nb,abc,ck->mnk', p['P'], p['Q'], p['G'], p['O'])
+    is_the_full_form(layer, p, x, z, W=W, U=p['U'], V=p['V'], b=p['b'])
+
+
+@pytest.mark.parametrize('n, k', [(6, 3), (5, 4)], ids=['divides', 'last block cut'])
+def test_block_form_is_the_full_form_of_its_tensor(n, k):
+    x, z = random(0, 6, n), random(1, 6, 3)
+    layer = mi.BlockMultiplicativeInteraction(k, blocks=3)
+    p = layer.init(jax.random.key(2), x, z)['params']
+    rows, columns = p['W'].shape[2:]
+    W = np.zeros((3, 3 * rows, 3 * columns))
+    for i in range(3):
+        W[:, i * rows : (i + 1) * rows, i * columns : (i + 1) * columns] = p['W'][i]
+    is_the_full_form(layer, p, x, z, W=W[:, :n, :k], U=p['U'], V=p['V'], b=p['b'])
+
+
+def test_scalar_form_is_the_full_form_of_its_tensor():
+    x, z = random(0, 6, 4), random(1, 6, 3)
+    layer = mi.ScalarMultiplicativeInteraction()
+    p = {**layer.init(jax.random.key(2), x, z)['params'], 'b': random(3, 4)}
+    eye = np.eye(4)
+    W = np.asarray(p['W'])[:, :, None] * eye[None]
+    is_the_full_form(layer, p, x, z, W=W, U=p['U'], V=np.asarray(p['V']) * eye, b=p['b'])
+
+
+def is_the_full_form(layer, params, x, z, W, U, V, b):
+    expected = np.einsum('bm,mnk,bn->bk', *(np.asarray(a, np.float64) for a in (z, W, x)))
+    expected += z @ U + x @ V + np.asarray(b)[None]
+    y = layer.apply({'params': params}, x, z)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('lead, ids', [((90,), (90,)), ((3, 40), (3, 1)), ((40,), ())], ids=str)
+@pytest.mark.parametrize('form', FORMS)
+def test_integers_are_one_hot_contexts(form, lead, ids):
+    x, z = random(0, *lead, 4), jax.random.randint(jax.random.key(1), ids, 0, 3)
+    layer = FORMS[form](4, context='one_hot', contexts=3)
+    y, variables = layer.init_with_output(jax.random.key(2), x, z)
+    expected = layer.apply(variables, x, jax.nn.one_hot(z, 3))
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_multi_head_computes_the_chosen_head_alone():
+    x, ids = random(0, 64, 16), jnp.arange(64) % 30
+    layer = mi.MultiHead(8, contexts=30)
+    y, variables = layer.init_with_output(jax.random.key(2), x, ids)
+    p = variables['params']
+    assert set(p) == {'W', 'U'}
+    expected = np.einsum('bn,bnk->bk', x, np.asarray(p['W'])[ids]) + np.asarray(p['U'])[ids]
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    one_hot = jax.nn.one_hot(ids, 30)
+    np.testing.assert_allclose(layer.apply(variables, x, one_hot), y, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(layer.apply(variables, x, 0 * one_hot), 0)
+    jaxpr = str(jax.make_jaxpr(layer.apply)(variables, x, one_hot))
+    assert '64,30,' not in jaxpr  # no [B, m, k] and no [B, m, n]
+
+
+def test_integers_need_the_number_of_contexts_and_heads_need_one_hot_contexts():
+    x, ids = random(0, 6, 4), jnp.arange(6) % 3
+    with pytest.raises(ValueError, match=r'z is int32.*contexts=m'):
+        mi.MultiplicativeInteraction(5).init(jax.random.key(0), x, ids)
+    with pytest.raises(ValueError, match="one-hot contexts alone, context is 'dense'"):
+        mi.MultiHead(5, context='dense').init(jax.random.key(0), x, random(1, 6, 3))
 
 
 @pytest.mark.parametrize('form', FORMS)

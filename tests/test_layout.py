@@ -17,6 +17,7 @@ FLOORS = [
     ['motifs'],
     ['fusion'],
     ['cells'],
+    ['unify'],
     ['optim', 'checkpoint', 'metrics', 'run', 'parallel'],
     ['lm', 'rl'],
     ['main'],

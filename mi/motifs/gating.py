@@ -1,0 +1,242 @@
+"""Gates: one stream, squashed or not, times the other, entry by entry.
+
+Shapes: x [..., n] the input, z [..., m] what makes the gate. Leading axes of x and z broadcast.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+from jax.nn import initializers
+from jax.typing import DTypeLike
+
+from mi.config import nearest
+from mi.contract import linear
+from mi.layers import Affine, Context, context_init, input_init, streams
+
+Activation = Literal['sigmoid', 'gelu', 'silu', 'relu', 'tanh', 'identity']
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    'sigmoid': nn.sigmoid,
+    'gelu': functools.partial(nn.gelu, approximate=False),
+    'silu': nn.silu,
+    'relu': nn.relu,
+    'tanh': jnp.tanh,
+    'identity': lambda a: a,
+}
+
+
+def activation(word: str) -> Callable[[Array], Array]:
+    """ACTIVATIONS[word]; ValueError on an unknown word, naming the nearest known one."""
+    if word not in ACTIVATIONS:
+        raise ValueError(f'unknown activation {word!r}; {nearest(word, ACTIVATIONS)}')
+    return ACTIVATIONS[word]
+
+
+def valid_positions(x: Array, mask: Array | None) -> Array:
+    """The mask over x [..., C] as bool [..., 1]; all true for None.
+
+    Raises:
+      ValueError: if the mask does not broadcast to the axes of x before the last.
+    """
+    if mask is None:
+        return jnp.ones((*x.shape[:-1], 1), bool)
+    try:
+        valid = jnp.broadcast_to(jnp.asarray(mask, bool), x.shape[:-1])
+    except ValueError as error:
+        raise ValueError(
+            f'the mask {mask.shape} does not fit x {x.shape}; '
+            f'give one entry per position, {x.shape[:-1]}'
+        ) from error
+    return valid[..., None]
+
+
+class GatedLinearUnit(nn.Module):
+    """The gated linear unit: y = act(Az + a) ⊙ (Bx + b), A [m, k], B [n, k], a and b [k].
+
+    With z = x and the activation 'sigmoid' it is the GLU of Dauphin et al. (2017); 'gelu' GEGLU
+    (the exact gelu), 'silu' SwiGLU, 'relu' ReGLU and 'identity' the bilinear layer of Shazeer
+    (2020). The bilinear layer of two streams is the multiplicative interaction with W of rank k.
+
+    Attributes:
+      features: k.
+      activation: 'sigmoid', 'gelu', 'silu', 'relu', 'tanh' or 'identity'.
+      use_bias: whether there are a and b.
+      context, dtype, param_dtype: as in `MultiplicativeInteraction`.
+    """
+
+    features: int
+    activation: Activation = 'sigmoid'
+    use_bias: bool = True
+    context: Context = 'dense'
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, z: Array | None = None) -> Array:
+        """x [..., n], z [..., m] or None for x → [..., k].
+
+        Raises:
+          ValueError: on an unknown activation, or if the leading axes do not broadcast.
+        """
+        act = activation(self.activation)
+        x, z = streams(x, x if z is None else z)
+        m, n, k = z.shape[-1], x.shape[-1], self.features
+        A = self.param('A', context_init(self.context), (m, k), self.param_dtype)
+        B = self.param('B', input_init(), (n, k), self.param_dtype)
+        x, z, A, B = nn.dtypes.promote_dtype(x, z, A, B, dtype=self.dtype)
+        gate, y = linear(z, A), linear(x, B)
+        if self.use_bias:
+            a = self.param('a', initializers.zeros, (k,), self.param_dtype)
+            b = self.param('b', initializers.zeros, (k,), self.param_dtype)
+            row = (1,) * (x.ndim - 1) + (k,)
+            gate, y = gate + a.reshape(row).astype(x.dtype), y + b.reshape(row).astype(x.dtype)
+        return act(gate) * y
+
+
+class GatedFeedForward(nn.Module):
+    """The Transformer's feed-forward with a gate (Shazeer, 2020): y = (act(xA) ⊙ xB) C.
+
+    A and B [n, h], C [h, k]; with biases, a and b inside and c [k] outside. Two thirds of the
+    hidden width of the plain feed-forward give it as many parameters.
+
+    Attributes:
+      hidden: h.
+      features: k; None for n.
+      activation: as in `GatedLinearUnit`.
+      use_bias: whether there are a, b and c; the paper has none.
+      dropout: rate, on the hidden units.
+      dtype, param_dtype: as in `MultiplicativeInteraction`.
+    """
+
+    hidden: int
+    features: int | None = None
+    activation: Activation = 'silu'
+    use_bias: bool = False
+    dropout: float = 0.0
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, deterministic: bool = True) -> Array:
+        """x [..., n] → [..., k]; ValueError on an unknown activation.
+
+        Args:
+          x: [..., n].
+          deterministic: False turns dropout on, which needs the rng 'dropout'.
+        """
+        k = self.features or x.shape[-1]
+        hidden = GatedLinearUnit(
+            self.hidden,
+            self.activation,
+            self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name='glu',
+        )(x)
+        hidden = nn.Dropout(self.dropout)(hidden, deterministic=deterministic)
+        C = self.param('C', input_init(), (self.hidden, k), self.param_dtype)
+        hidden, C = nn.dtypes.promote_dtype(hidden, C, dtype=self.dtype)
+        y = linear(hidden, C)
+        if self.use_bias:
+            c = self.param('c', initializers.zeros, (k,), self.param_dtype)
+            y = y + c.reshape((1,) * (x.ndim - 1) + (k,)).astype(y.dtype)
+        return y
+
+
+class Highway(nn.Module):
+    """The highway layer (Srivastava et al., 2015): y = T ⊙ H + (1 − T) ⊙ x.
+
+    H = act(V_H x + b_H) is the transform, T = σ(V_T z + b_T) the gate; in the paper z = x. Where
+    the gate is shut, x passes unchanged.
+
+    Attributes:
+      activation: of H, a word as in `GatedLinearUnit`.
+      gate_bias: what b_T starts at; negative, as −1 or −3 in the paper.
+      context, dtype, param_dtype: as in `MultiplicativeInteraction`.
+    """
+
+    activation: Activation = 'relu'
+    gate_bias: float = -1.0
+    context: Context = 'dense'
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, z: Array | None = None) -> Array:
+        """x [..., n], z [..., m] or None for x → [..., n].
+
+        Raises:
+          ValueError: on an unknown activation, or if the leading axes do not broadcast.
+        """
+        act = activation(self.activation)
+        x, z = streams(x, x if z is None else z)
+        x, z = nn.dtypes.promote_dtype(x, z, dtype=self.dtype)
+        affine = functools.partial(Affine, x.shape[-1], self.dtype, self.param_dtype)
+        H = act(affine(name='H')(x))
+        gate = affine(
+            V_init=context_init(self.context),
+            b_init=initializers.constant(self.gate_bias),
+            name='T',
+        )
+        T = nn.sigmoid(gate(z))
+        return T * H + (1 - T) * x
+
+
+class SqueezeExcitation(nn.Module):
+    """Squeeze-and-excitation (Hu et al., 2018): y = s ⊙ x, s = σ(relu(pool(x) W₁) W₂).
+
+    The context is x itself, its mean over space; W₁ [C, C/r], W₂ [C/r, C], without biases, as in
+    the paper's equation. The mean is taken in f32.
+
+    Attributes:
+      ratio: r, the reduction in the bottleneck.
+      axes: the axes of space, (-3, -2) for images [..., H, W, C], (-2,) for sequences [..., T, C].
+      dtype, param_dtype: as in `MultiplicativeInteraction`.
+    """
+
+    ratio: int = 16
+    axes: tuple[int, ...] = (-3, -2)
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """x [..., H, W, C] → [..., H, W, C].
+
+        Args:
+          x: the feature map.
+          mask: [..., H, W], true at the positions that the mean is over; None for all. The mean
+            over no position is 0.
+
+        Raises:
+          ValueError: if r does not divide C, an axis is not one of x before its last or comes
+            twice, or the mask does not fit.
+        """
+        C, r = x.shape[-1], self.ratio
+        if r < 1 or C % r:
+            raise ValueError(
+                f'ratio {r} does not divide the {C} channels of x {x.shape}; choose one that does'
+            )
+        axes = {axis % x.ndim for axis in self.axes if -x.ndim <= axis < x.ndim}
+        if not axes or len(axes) < len(self.axes) or x.ndim - 1 in axes:
+            raise ValueError(
+                f'axes {self.axes} are not axes of space in x {x.shape}; '
+                f'name each once and leave out the last, which is C'
+            )
+        W1 = self.param('W1', input_init(), (C, C // r), self.param_dtype)
+        W2 = self.param('W2', initializers.he_normal(), (C // r, C), self.param_dtype)
+        pooled = _mean(x, tuple(sorted(axes)), valid_positions(x, mask))
+        x, W1, W2 = nn.dtypes.promote_dtype(x, W1, W2, dtype=self.dtype)
+        s = nn.sigmoid(linear(nn.relu(linear(pooled.astype(x.dtype), W1)), W2))
+        return s * x
+
+
+def _mean(x: Array, axes: tuple[int, ...], valid: Array) -> Array:
+    """The mean over the valid positions, in f32 at least; the axes stay, with length 1."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    total = jnp.sum(x, axes, dtype, keepdims=True, where=valid)
+    return total / jnp.maximum(jnp.sum(valid, axes, dtype, keepdims=True), 1)
