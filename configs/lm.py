@@ -42,8 +42,8 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     model.context = 32  # m
     model.fusion = fusion = ml_collections.ConfigDict()
     fusion.name = 'mi'  # a word of mi.fusion.FUSIONS
-    fusion.rank = 32  # mi_low_rank
-    fusion.hidden = 128  # concat_mlp
+    fusion.rank = 32  # of the words that have one: mi_low_rank, mi_tucker, mlb, …
+    fusion.hidden = 128  # of those that have a hidden layer: concat_mlp, hypernetwork, …
 
     # Gives every arm of a comparison the same cost, by changing one size of the model.
     config.match = match = ml_collections.ConfigDict()

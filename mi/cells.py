@@ -1,9 +1,28 @@
-"""Recurrent cells, run over a sequence.
+"""CELLS: one config word → one recurrent cell, run over a sequence.
 
-Shapes: T steps, B sequences, n input features, H state features; sequences are [T, B, n]. Where
-`reset` [T, B] is true, the state is zeroed before the step.
+Shapes: T steps, B sequences, n input features, H state features; sequences are [T, B, n].
+
+Every cell is a Linen module with the fields `features` (H), `dtype` and `param_dtype`, called
+
+    carry, h = cell(carry, x, reset)    x [T, B, n], reset [T, B] bool or None → h [T, B, H]
+
+Where `reset` is true, the state is zeroed before the step. The carry is a tuple of f32 arrays that
+starts with c and h, each [B, H]; `cell.initial(batch)` is the carry before the first step, and the
+one that is returned continues the sequence in the next call. `dtype` is that of the products with
+the weights; gates and state are f32, as is what the products add up in. What depends on x alone is
+made for the whole sequence before the loop. The four gates stand side by side in the order
+i, f, o, j; W are weights of x, U of h, and the forget gate's bias starts at 1.
+
+    word           class                 options
+    'lstm'         LSTM
+    'mlstm'        MultiplicativeLSTM
+    'mi_lstm'      MILSTM                alpha, beta
+    'mogrifier'    MogrifierLSTM         rounds, rank, capped
+    'hyper_lstm'   HyperLSTM             hyper_features, embedding, layer_norm
 """
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +35,7 @@ from jax.typing import DTypeLike
 from mi.contract import linear
 
 Carry = tuple[Array, Array]  # (c, h), each [B, H], f32
+HyperCarry = tuple[Array, Array, Array, Array]  # (c, h) of the main cell, (c, h) of the small one
 
 
 class LSTM(nn.Module):
@@ -39,8 +59,14 @@ class LSTM(nn.Module):
 
     @nn.compact
     def __call__(self, carry: Carry, x: Array, reset: Array | None = None) -> tuple[Carry, Array]:
-        """(c, h), [T, B, n] → (c, h) after the last step, h of every step [T, B, H]."""
-        n, H = x.shape[-1], self.features
+        """(c, h), [T, B, n] → (c, h) after the last step, h of every step [T, B, H].
+
+        Raises:
+          ValueError: if the shapes of carry, x and reset do not fit; so do all cells.
+        """
+        H = self.features
+        _check(carry, x, reset, (H, H))
+        n = x.shape[-1]
         W = self.param('W', initializers.lecun_normal(), (n, 4 * H), self.param_dtype)
         U = self.param('U', _orthogonal_gates, (H, 4 * H), self.param_dtype)
         b = self.param('b', _forget_bias, (4 * H,), self.param_dtype)
@@ -54,6 +80,294 @@ class LSTM(nn.Module):
         return initial(batch, self.features)
 
 
+class MultiplicativeLSTM(nn.Module):
+    """Multiplicative LSTM, mLSTM (Krause et al., 2016).
+
+        m_t = (x_t W_m) ⊙ (h_{t−1} U_m)
+        i, f, o, j = x_t W + m_t U + b
+        c_t = σ(f) ⊙ c_{t−1} + σ(i) ⊙ tanh(j),   h_t = σ(o) ⊙ tanh(c_t)
+
+    W_m [n, H], U_m [H, H], W [n, 4H], U [H, 4H]. It is the LSTM whose recurrent weights depend on
+    the input: h_{t−1} U becomes h_{t−1} U_m diag(x_t W_m) U.
+
+    Attributes:
+      features, dtype, param_dtype: as in `LSTM`.
+    """
+
+    features: int
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, carry: Carry, x: Array, reset: Array | None = None) -> tuple[Carry, Array]:
+        """(c, h), [T, B, n] → (c, h) after the last step, h of every step [T, B, H]."""
+        H = self.features
+        _check(carry, x, reset, (H, H))
+        n = x.shape[-1]
+        W_m = self.param('W_m', initializers.lecun_normal(), (n, H), self.param_dtype)
+        U_m = self.param('U_m', _orthogonal, (H, H), self.param_dtype)
+        W = self.param('W', initializers.lecun_normal(), (n, 4 * H), self.param_dtype)
+        U = self.param('U', _orthogonal_gates, (H, 4 * H), self.param_dtype)
+        b = self.param('b', _forget_bias, (4 * H,), self.param_dtype)
+        x, W_m, U_m, W, U = nn.dtypes.promote_dtype(x, W_m, U_m, W, U, dtype=self.dtype)
+
+        def step(carry: Carry, row: tuple[Array, Array]) -> tuple[Carry, Array]:
+            (c, h), (Wx_m, Wx) = carry, row
+            m = Wx_m * _times(h, U_m)
+            c, h = _update(c, Wx + _times(m, U))
+            return (c, h), h
+
+        carry, h = _scan(step, carry, (_times(x, W_m), _times(x, W) + _row(b, 3)), reset)
+        return carry, h.astype(x.dtype)
+
+    def initial(self, batch: int) -> Carry:
+        """The zero state."""
+        return initial(batch, self.features)
+
+
+class MILSTM(nn.Module):
+    """LSTM with multiplicative integration, MI-LSTM (Wu et al., 2016).
+
+        i, f, o, j = α ⊙ Wx ⊙ Uh + β₁ ⊙ Uh + β₂ ⊙ Wx + b,   Wx = x_t W, Uh = h_{t−1} U
+        c_t = σ(f) ⊙ c_{t−1} + σ(i) ⊙ tanh(j),   h_t = σ(o) ⊙ tanh(c_t)
+
+    W [n, 4H], U [H, 4H]; α, β₁, β₂, b [4H]. With α = 0 and β₁ = β₂ = 1 it is the LSTM.
+
+    α starts at 1 and β₁, β₂ at ½: recalled from the paper, where they differ between experiments,
+    and not checked against it; public code has 1, 1, 1 too. The paper's b starts at 0; the forget
+    gate's 1 is ours.
+
+    Attributes:
+      features, dtype, param_dtype: as in `LSTM`.
+      alpha, beta: where α, and where β₁ and β₂ start.
+    """
+
+    features: int
+    alpha: float = 1.0
+    beta: float = 0.5
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, carry: Carry, x: Array, reset: Array | None = None) -> tuple[Carry, Array]:
+        """(c, h), [T, B, n] → (c, h) after the last step, h of every step [T, B, H]."""
+        H = self.features
+        _check(carry, x, reset, (H, H))
+        n = x.shape[-1]
+        alpha_init, beta_init = map(initializers.constant, (self.alpha, self.beta))
+        W = self.param('W', initializers.lecun_normal(), (n, 4 * H), self.param_dtype)
+        U = self.param('U', _orthogonal_gates, (H, 4 * H), self.param_dtype)
+        alpha = self.param('alpha', alpha_init, (4 * H,), self.param_dtype)
+        beta_1 = self.param('beta_1', beta_init, (4 * H,), self.param_dtype)
+        beta_2 = self.param('beta_2', beta_init, (4 * H,), self.param_dtype)
+        b = self.param('b', _forget_bias, (4 * H,), self.param_dtype)
+        x, W, U = nn.dtypes.promote_dtype(x, W, U, dtype=self.dtype)
+
+        def step(carry: Carry, row: tuple[Array, Array]) -> tuple[Carry, Array]:
+            (c, h), (of_Uh, rest) = carry, row
+            c, h = _update(c, of_Uh * _times(h, U) + rest)
+            return (c, h), h
+
+        Wx = _times(x, W)
+        of_Uh = _row(alpha, 3) * Wx + _row(beta_1, 3)
+        rest = _row(beta_2, 3) * Wx + _row(b, 3)
+        carry, h = _scan(step, carry, (of_Uh, rest), reset)
+        return carry, h.astype(x.dtype)
+
+    def initial(self, batch: int) -> Carry:
+        """The zero state."""
+        return initial(batch, self.features)
+
+
+class MogrifierLSTM(nn.Module):
+    """Mogrifier LSTM (Melis et al., 2020): x and h gate one another before the LSTM sees them.
+
+        for round i = 1 … r:   x ← 2σ(h Q_i + q_i) ⊙ x   for odd i
+                               h ← 2σ(x R_i + r_i) ⊙ h   for even i
+        i, f, o, j = x W + h U + b
+        c_t = σ(f) ⊙ c_{t−1} + σ(i) ⊙ tanh(j),   h_t = σ(o) ⊙ tanh(c_t)
+
+    starting from x_t and h_{t−1}; Q_i [H, n], R_i [n, H], the LSTM's weights as in `LSTM`. With a
+    rank, Q_i = Q_i_left Q_i_right, [H, rank] and [rank, n], and R_i likewise. The biases q_i [n]
+    and r_i [H] are those of the released code; the paper's equations have none. They start at 0.
+
+    Nothing is made before the loop: already the first round needs h_{t−1}.
+
+    Attributes:
+      features, dtype, param_dtype: as in `LSTM`.
+      rounds: r; 0 for the LSTM.
+      rank: of every Q_i and R_i; None for full matrices.
+      capped: whether the input gate is min(1 − σ(f), σ(i)), which keeps c in [−1, 1].
+    """
+
+    features: int
+    rounds: int = 5
+    rank: int | None = None
+    capped: bool = False
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, carry: Carry, x: Array, reset: Array | None = None) -> tuple[Carry, Array]:
+        """(c, h), [T, B, n] → (c, h) after the last step, h of every step [T, B, H].
+
+        Raises:
+          ValueError: also if rounds < 0 or rank < 1.
+        """
+        H = self.features
+        _check(carry, x, reset, (H, H))
+        n = x.shape[-1]
+        if self.rounds < 0 or (self.rank is not None and self.rank < 1):
+            raise ValueError(
+                f'rounds must be at least 0 and rank at least 1, or None for full matrices; '
+                f'got rounds={self.rounds}, rank={self.rank}'
+            )
+        W = self.param('W', initializers.lecun_normal(), (n, 4 * H), self.param_dtype)
+        U = self.param('U', _orthogonal_gates, (H, 4 * H), self.param_dtype)
+        b = self.param('b', _forget_bias, (4 * H,), self.param_dtype)
+        x, W, U = nn.dtypes.promote_dtype(x, W, U, dtype=self.dtype)
+        maps = []
+        for i in range(1, self.rounds + 1):
+            letter, size_in, size_out = ('Q', H, n) if i % 2 else ('R', n, H)
+            shapes = {f'{letter}_{i}': (size_in, size_out)}
+            if self.rank is not None:
+                shapes = {
+                    f'{letter}_{i}_left': (size_in, self.rank),
+                    f'{letter}_{i}_right': (self.rank, size_out),
+                }
+            lecun = initializers.lecun_normal()
+            factors = [self.param(k, lecun, s, self.param_dtype) for k, s in shapes.items()]
+            bias = self.param(
+                f'{letter.lower()}_{i}', initializers.zeros, (size_out,), self.param_dtype
+            )
+            maps.append(([factor.astype(x.dtype) for factor in factors], bias))
+
+        def step(carry: Carry, x: Array) -> tuple[Carry, Array]:
+            c, h = carry
+            x = x.astype(jnp.float32)
+            for i, (factors, bias) in enumerate(maps, start=1):
+                gate = 2 * nn.sigmoid(
+                    functools.reduce(_times, factors, h if i % 2 else x) + _row(bias, 2)
+                )
+                x, h = (gate * x, h) if i % 2 else (x, gate * h)
+            c, h = _update(c, _times(x, W) + _times(h, U) + _row(b, 2), capped=self.capped)
+            return (c, h), h
+
+        carry, h = _scan(step, carry, x, reset)
+        return carry, h.astype(x.dtype)
+
+    def initial(self, batch: int) -> Carry:
+        """The zero state."""
+        return initial(batch, self.features)
+
+
+class HyperLSTM(nn.Module):
+    """HyperLSTM (Ha et al., 2017): a small LSTM scales the weights of a large one.
+
+        ĉ_t, ĥ_t = LSTM of G features, on [x_t; h_{t−1}]
+        z_x = ĥ_t Z_x + z_x⁰,   z_h = ĥ_t Z_h + z_h⁰,   z_b = ĥ_t Z_b     E for each gate
+        i, f, o, j = α_x(z_x) ⊙ x_t W + α_h(z_h) ⊙ h_{t−1} U + β(z_b) + b
+        c_t = σ(f) ⊙ c_{t−1} + σ(i) ⊙ tanh(j),   h_t = σ(o) ⊙ tanh(c_t)
+
+    α_x, α_h and β are linear for each gate on its own: D_x, D_h, D_b [4, E, H]; Z_x, Z_h, Z_b
+    [G, 4E]. The small LSTM has the weights hyper_W of x, hyper_U of h and hyper_V of ĥ. The paper
+    writes ĥ_{t−1} where the z are made; ĥ_t, here, is what the authors' code has.
+
+    Initialisation as published: W, U and the small LSTM's weights orthogonal; Z_x = Z_h = 0,
+    z_x⁰ = z_h⁰ = 1 and D_x = D_h = 0.1/E, so that α_x = α_h = 0.1; Z_b normal of deviation 0.01,
+    D_b = 0, so that β = 0. The forget gates' bias of 1 is the code's, the paper's is 0.
+
+    Attributes:
+      features, dtype, param_dtype: as in `LSTM`.
+      hyper_features: G; 128 on characters of Penn Treebank, 256 on enwik8.
+      embedding: E; 4 and 64 there.
+      layer_norm: whether every i, f, o, j, and the c inside tanh(c), are normalised over its
+        features, with a gain and a shift, in both LSTMs; the forget gates' 1 is in the shift then.
+        The paper's recurrent dropout is left out.
+    """
+
+    features: int
+    hyper_features: int = 128
+    embedding: int = 4
+    layer_norm: bool = False
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, carry: HyperCarry, x: Array, reset: Array | None = None
+    ) -> tuple[HyperCarry, Array]:
+        """(c, h, ĉ, ĥ), [T, B, n] → the carry after the last step, h of every step [T, B, H]."""
+        H, G, E = self.features, self.hyper_features, self.embedding
+        _check(carry, x, reset, (H, H, G, G))
+        n = x.shape[-1]
+        zeros, ones, scale = initializers.zeros, initializers.ones, initializers.constant(0.1 / E)
+        bias = zeros if self.layer_norm else _forget_bias
+
+        def param(name: str, init: Callable[..., Array], *shape: int) -> Array:
+            return self.param(name, init, shape, self.param_dtype)
+
+        def norm(name: str, groups: int, size: int) -> Callable[[Array], Array]:
+            if not self.layer_norm:
+                return lambda a: a
+            gain = param(f'{name}_gain', ones, groups * size)
+            shift = param(f'{name}_shift', _forget_bias if groups == 4 else zeros, groups * size)
+            return functools.partial(_normalised, gain=gain, shift=shift, groups=groups)
+
+        weights = (
+            param('W', _orthogonal_gates, n, 4 * H),
+            param('U', _orthogonal_gates, H, 4 * H),
+            param('hyper_W', _orthogonal_gates, n, 4 * G),
+            param('hyper_U', _orthogonal_gates, H, 4 * G),
+            param('hyper_V', _orthogonal_gates, G, 4 * G),
+            param('Z_x', zeros, G, 4 * E),
+            param('Z_h', zeros, G, 4 * E),
+            param('Z_b', initializers.normal(0.01), G, 4 * E),
+            param('D_x', scale, 4, E, H),
+            param('D_h', scale, 4, E, H),
+            param('D_b', zeros, 4, E, H),
+        )
+        promoted = nn.dtypes.promote_dtype(x, *weights, dtype=self.dtype)
+        x, W, U, hyper_W, hyper_U, hyper_V, Z_x, Z_h, Z_b, D_x, D_h, D_b = promoted
+        b, hyper_b = param('b', bias, 4 * H), param('hyper_b', bias, 4 * G)
+        z_x, z_h = param('z_x', ones, 4 * E), param('z_h', ones, 4 * E)
+        gates, cell = norm('gates', 4, H), norm('c', 1, H)
+        hyper_gates, hyper_cell = norm('hyper_gates', 4, G), norm('hyper_c', 1, G)
+
+        def generated(z: Array, D: Array) -> Array:
+            z = z.reshape(-1, 4, E).astype(D.dtype)
+            y = jnp.einsum('bge,geh->bgh', z, D, preferred_element_type=jnp.float32)
+            return y.reshape(-1, 4 * H)
+
+        def step(carry: HyperCarry, row: tuple[Array, Array]) -> tuple[HyperCarry, Array]:
+            (c, h, hyper_c, hyper_h), (Wx, hyper_Wx) = carry, row
+            a = hyper_Wx + _times(h, hyper_U) + _times(hyper_h, hyper_V)
+            hyper_c, hyper_h = _update(hyper_c, hyper_gates(a), cell=hyper_cell)
+            alpha_x = generated(_times(hyper_h, Z_x) + _row(z_x, 2), D_x)
+            alpha_h = generated(_times(hyper_h, Z_h) + _row(z_h, 2), D_h)
+            beta = generated(_times(hyper_h, Z_b), D_b)
+            a = alpha_x * Wx + alpha_h * _times(h, U) + beta + _row(b, 2)
+            c, h = _update(c, gates(a), cell=cell)
+            return (c, h, hyper_c, hyper_h), h
+
+        rows = _times(x, W), _times(x, hyper_W) + _row(hyper_b, 3)
+        carry, h = _scan(step, carry, rows, reset)
+        return carry, h.astype(x.dtype)
+
+    def initial(self, batch: int) -> HyperCarry:
+        """The zero state of both LSTMs."""
+        return *initial(batch, self.features), *initial(batch, self.hyper_features)
+
+
+CELLS: dict[str, Callable[..., nn.Module]] = {
+    'lstm': LSTM,
+    'mlstm': MultiplicativeLSTM,
+    'mi_lstm': MILSTM,
+    'mogrifier': MogrifierLSTM,
+    'hyper_lstm': HyperLSTM,
+}
+
+
 def initial(batch: int, features: int) -> Carry:
     """The zero state of an LSTM: (c, h), each [B, H]."""
     return jnp.zeros((batch, features)), jnp.zeros((batch, features))
@@ -64,18 +378,71 @@ def lstm_reference(
 ) -> tuple[Carry, Array]:
     """`lstm` as the equation says it, left to automatic differentiation: for forward mode."""
 
-    def step(carry: Carry, row: tuple[Array, Array | None]) -> tuple[Carry, Array]:
-        gates_t, reset_t = row
-        if reset_t is not None:
-            carry = jax.tree.map(lambda a: jnp.where(reset_t[:, None], 0, a), carry)
+    def step(carry: Carry, gates_t: Array) -> tuple[Carry, Array]:
         c, h = carry
-        a = gates_t + linear(h.astype(U.dtype), U, out_dtype=jnp.float32)
-        i, f, o, j = jnp.split(a, 4, axis=-1)
-        c = nn.sigmoid(f) * c + nn.sigmoid(i) * jnp.tanh(j)
-        h = nn.sigmoid(o) * jnp.tanh(c)
+        c, h = _update(c, gates_t + _times(h, U))
         return (c, h), h
 
-    return jax.lax.scan(step, carry, (gates, reset))
+    return _scan(step, carry, gates, reset)
+
+
+def _scan(
+    step: Callable[[Any, Any], tuple[Any, Array]], carry: Any, rows: Any, reset: Array | None
+) -> tuple[Any, Array]:
+    """The step over the rows, [T, …] each, with the carry zeroed before it where reset [T, B]."""
+
+    def reset_and_step(carry: Any, row: tuple[Any, Array | None]) -> tuple[Any, Array]:
+        row_t, reset_t = row
+        if reset_t is not None:
+            carry = jax.tree.map(lambda a: jnp.where(reset_t[:, None], 0, a), carry)
+        return step(carry, row_t)
+
+    return jax.lax.scan(reset_and_step, carry, (rows, reset))
+
+
+def _update(
+    c: Array,
+    gates: Array,
+    *,
+    capped: bool = False,
+    cell: Callable[[Array], Array] = lambda c: c,
+) -> Carry:
+    """(c, h) after the step, from c before it and i, f, o, j [B, 4H] before their activations."""
+    i, f, o, j = jnp.split(gates, 4, axis=-1)
+    i, f = nn.sigmoid(i), nn.sigmoid(f)
+    c = f * c + (jnp.minimum(1 - f, i) if capped else i) * jnp.tanh(j)
+    return c, nn.sigmoid(o) * jnp.tanh(cell(c))
+
+
+def _times(a: Array, W: Array) -> Array:
+    """a W in f32, a product of W's dtype."""
+    return linear(a.astype(W.dtype), W, out_dtype=jnp.float32)
+
+
+def _row(b: Array, ndim: int) -> Array:
+    """b [k] in f32, with as many axes as what it is added to."""
+    return b.reshape((1,) * (ndim - 1) + b.shape).astype(jnp.float32)
+
+
+def _normalised(a: Array, *, gain: Array, shift: Array, groups: int) -> Array:
+    """a [B, groups · H], each group with mean 0 and variance 1, times gain, plus shift."""
+    each = a.reshape(a.shape[0], groups, -1)
+    each = jax.nn.standardize(each, axis=-1, epsilon=1e-3)  # the ε of the authors' code
+    return each.reshape(a.shape) * _row(gain, 2) + _row(shift, 2)
+
+
+def _check(carry: Sequence[Array], x: Array, reset: Array | None, features: Sequence[int]) -> None:
+    """Raises ValueError where carry, x and reset do not fit; features are those of the carry."""
+    if x.ndim != 3:
+        raise ValueError(f'x must be [T, B, n]; got {x.shape}; one step is x[None]')
+    T, B, _ = x.shape
+    expected, got = [(B, H) for H in features], [a.shape for a in carry]
+    if got != expected:
+        raise ValueError(
+            f'for x {x.shape} the carry must be {expected}; got {got}; initial({B}) makes one'
+        )
+    if reset is not None and reset.shape != (T, B):
+        raise ValueError(f'for x {x.shape} reset must be {(T, B)}; got {reset.shape}')
 
 
 @jax.custom_vjp
@@ -187,10 +554,15 @@ lstm.defvjp(_lstm_forward, _lstm_backward)
 
 
 def _orthogonal_gates(key: Array, shape: tuple[int, int], dtype: DTypeLike) -> Array:
-    """[H, 4H]: an orthogonal matrix for each gate."""
-    H = shape[0]
-    one = initializers.orthogonal()
-    return jnp.concatenate([one(k, (H, H), dtype) for k in jax.random.split(key, 4)], axis=1)
+    """[n, 4H]: an orthogonal matrix [n, H] for each gate."""
+    n, H = shape[0], shape[1] // 4
+    each = jax.vmap(lambda k: _orthogonal(k, (n, H), dtype))(jax.random.split(key, 4))
+    return each.swapaxes(0, 1).reshape(shape)
+
+
+def _orthogonal(key: Array, shape: tuple[int, int], dtype: DTypeLike) -> Array:
+    """An orthogonal matrix of any dtype; its decomposition is one of f32."""
+    return initializers.orthogonal()(key, shape, jnp.float32).astype(dtype)
 
 
 def _forget_bias(key: Array, shape: tuple[int], dtype: DTypeLike) -> Array:

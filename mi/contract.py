@@ -23,8 +23,8 @@ from jax.typing import DTypeLike
 Order = Literal['outer', 'outer_chunks', 'x_first', 'z_first', 'z_first_chunks', 'groups', 'rows']
 Platform = Literal['cpu', 'gpu', 'tpu']
 
-_DENSE = ('outer', 'outer_chunks', 'x_first', 'z_first', 'z_first_chunks')
-_BY_ID = ('groups', 'rows')
+DENSE: tuple[Order, ...] = ('outer', 'outer_chunks', 'x_first', 'z_first', 'z_first_chunks')
+BY_ID: tuple[Order, ...] = ('groups', 'rows')
 
 _FEW_ROWS = 32
 _NARROW = 512
@@ -70,7 +70,9 @@ def plan(
     n, k = x_shape[-1], features
     if context == 'ids':
         x_axes, z_axes = _aligned(x_shape, (*z_shape, 1))
-        return 'rows' if math.prod(x_axes) >= _BLOCK * math.prod(z_axes) else 'groups'
+        few = math.prod(map(max, x_axes, z_axes)) <= _BLOCK
+        shared = math.prod(x_axes) >= _BLOCK * math.prod(z_axes)
+        return 'rows' if few or shared else 'groups'
     x_axes, z_axes = _aligned(x_shape, z_shape)
     m = z_shape[-1]
     x_rows, z_rows = math.prod(x_axes), math.prod(z_axes)
@@ -129,10 +131,10 @@ def bilinear(
             f'W must be [m, n, k] with z [..., m] and x [..., n]; '
             f'got W {W.shape}, z {z.shape}, x {x.shape}'
         )
-    if order is not None and order not in (_BY_ID if by_id else _DENSE):
+    if order is not None and order not in (BY_ID if by_id else DENSE):
         raise ValueError(
             f'the order {order!r} is for {"a dense context" if by_id else "integer ids"}, but z is '
-            f'{z.dtype}; known for it: {", ".join(_BY_ID if by_id else _DENSE)}'
+            f'{z.dtype}; known for it: {", ".join(BY_ID if by_id else DENSE)}'
         )
     if order is None:
         context = 'ids' if by_id else 'dense'

@@ -39,7 +39,7 @@ SCHEMA: dict[str, Rule] = {
     'model.site': one_of(SITES),
     'model.source': one_of(SOURCES),
     'model.context': integer(1),
-    'model.fusion.name': one_of(fusion.FUSIONS),
+    'model.fusion.name': one_of([word for word in fusion.FUSIONS if word not in fusion.ONE_HOT]),
     'model.fusion.rank': integer(1),
     'model.fusion.hidden': integer(1),
     'match.by': one_of(['none', 'parameters', 'flops']),
@@ -131,7 +131,7 @@ def matched(config: ml_collections.ConfigDict, vocabulary: int) -> ml_collection
     """
     if config.match.by == 'none':
         return config
-    if config.match.knob == 'rank' and config.model.fusion.name != 'mi_low_rank':
+    if config.match.knob == 'rank' and 'rank' not in fusion.has_options(config.model.fusion.name):
         raise UserError(
             f"config.match.knob = 'rank': the fusion {config.model.fusion.name!r} has no rank; "
             f"use 'hidden'"

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 from jax.nn import initializers
+from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from mi.config import nearest
@@ -66,6 +67,7 @@ class GatedLinearUnit(nn.Module):
       activation: 'sigmoid', 'gelu', 'silu', 'relu', 'tanh' or 'identity'.
       use_bias: whether there are a and b.
       context, dtype, param_dtype: as in `MultiplicativeInteraction`.
+      B_init: `lecun_normal`; the activation takes variance away, which a wider one gives back.
     """
 
     features: int
@@ -74,6 +76,7 @@ class GatedLinearUnit(nn.Module):
     context: Context = 'dense'
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
+    B_init: Initializer = input_init()
 
     @nn.compact
     def __call__(self, x: Array, z: Array | None = None) -> Array:
@@ -86,7 +89,7 @@ class GatedLinearUnit(nn.Module):
         x, z = streams(x, x if z is None else z)
         m, n, k = z.shape[-1], x.shape[-1], self.features
         A = self.param('A', context_init(self.context), (m, k), self.param_dtype)
-        B = self.param('B', input_init(), (n, k), self.param_dtype)
+        B = self.param('B', self.B_init, (n, k), self.param_dtype)
         x, z, A, B = nn.dtypes.promote_dtype(x, z, A, B, dtype=self.dtype)
         gate, y = linear(z, A), linear(x, B)
         if self.use_bias:

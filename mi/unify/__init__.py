@@ -1,9 +1,15 @@
 """Any motif as the one equation: `as_mi` gives the tensors, `explain` says it in words."""
 
 from mi.unify import (  # noqa: F401
+    attention,
+    cells,
+    dynamic_conv,
+    experts,
     fusion,
     gating,
+    hypernetwork,
     normalization,
+    pooling,
 )
 from mi.unify.composition import Composition as Composition
 from mi.unify.composition import Product as Product

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from mi.fusion import ConcatMLP, Gate
+from mi.fusion import ConcatMLP, FeatureAttention, Gate, SameWidth
 from mi.layers import MultiHead
-from mi.unify.composition import Composition, Product, as_mi
+from mi.motifs.normalization import ConditionalLayerNorm
+from mi.unify.composition import Composition, Product, affine_in_both, as_mi, pointwise
 
 
 @as_mi.register
@@ -58,6 +59,44 @@ def multi_head(module: MultiHead, variables: Any, x: Array, z: Array) -> Composi
         z = nn.one_hot(z, p['U'].shape[0])
     product = Product('heads', 'the input', 'the one-hot context', x, z, W=p['W'], U=p['U'])
     return Composition((product,), product())
+
+
+@as_mi.register
+def feature_attention(module: FeatureAttention, variables: Any, x: Array, z: Array) -> Composition:
+    """The scores, a low-rank form, and their softmax times the values."""
+    p = variables['params']
+    s = p['scores']
+    scores = Product(
+        name='scores',
+        x_is='the input',
+        z_is='the context',
+        x=x,
+        z=z,
+        W=jnp.einsum('mr,nr,rk->mnk', s['P'], s['Q'], s['O']),
+        U=s['U'],
+        V=s['V'],
+        b=s['b'],
+    )
+    attended = Product(
+        name='attention',
+        x_is='the values, an affine map of the input',
+        z_is='k times the softmax of the scores',
+        x=_affine(p['value'], x),
+        z=module.features * nn.softmax(scores()),
+        W=pointwise(module.features),
+    )
+    return Composition((scores, attended), attended(), around='softmax of the scores')
+
+
+@as_mi.register
+def same_width(module: SameWidth, variables: Any, x: Array, z: Array) -> Composition:
+    """That of the module inside, after the affine map of x; one product where that is affine."""
+    p = variables['params']
+    if module.module is not ConditionalLayerNorm:
+        return affine_in_both(module, variables, x, z)
+    if 'x' in p:
+        x = _affine(p['x'], x)
+    return as_mi(ConditionalLayerNorm(), {'params': p['form']}, x, z)
 
 
 def _affine(p: Any, x: Array) -> Array:
