@@ -15,6 +15,7 @@ def run(*arguments):
     return done.returncode, done.stderr.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'arguments, said',
     [

@@ -15,7 +15,7 @@ from mi import (
 )
 from mi.unify import as_mi, explain
 from mi.unify.explanation import form as form_of
-from tests.motifs.checks import is_its_composition, off_the_zeros, random
+from tests.motifs.checks import drawn, is_its_composition, random
 
 N, M, K = 5, 3, 4
 
@@ -23,7 +23,7 @@ N, M, K = 5, 3, 4
 def test_the_tensors_of_the_full_form_are_its_parameters():
     x, z = random(0, 7, N), random(1, 7, M)
     module = MultiplicativeInteraction(K)
-    variables = off_the_zeros(module.init(random_key(), x, z))
+    variables = drawn(module, x, z)
     W, U, V, b = as_mi(module, variables, x, z)
     for got, name in zip((W, U, V, b), 'WUVb', strict=True):
         np.testing.assert_allclose(got, variables['params'][name], rtol=1e-5, atol=1e-6)
@@ -32,7 +32,7 @@ def test_the_tensors_of_the_full_form_are_its_parameters():
 def test_the_low_rank_forms_W_is_the_sum_of_its_outer_products():
     x, z = random(0, 7, N), random(1, 7, M)
     module = LowRankMultiplicativeInteraction(K, rank=2)
-    variables = off_the_zeros(module.init(random_key(), x, z))
+    variables = drawn(module, x, z)
     p = variables['params']
     W, *_ = is_its_composition(module, variables, x, z)
     np.testing.assert_allclose(
@@ -43,7 +43,7 @@ def test_the_low_rank_forms_W_is_the_sum_of_its_outer_products():
 def test_the_diagonal_forms_W_is_zero_off_the_diagonal_of_input_and_output():
     x, z = random(0, 7, N), random(1, 7, M)
     module = DiagonalMultiplicativeInteraction()
-    variables = off_the_zeros(module.init(random_key(), x, z))
+    variables = drawn(module, x, z)
     W, *_ = is_its_composition(module, variables, x, z)
     off_diagonal = W * (1 - jnp.eye(N))[None]
     np.testing.assert_allclose(off_diagonal, 0, atol=1e-7)
@@ -62,13 +62,9 @@ def test_a_module_that_no_equation_fits_is_refused():
 def test_a_composition_of_several_products_has_no_tensors_of_its_own():
     x, z = random(0, 7, N), random(1, 7, M)
     module = fusion.Gate(K)
-    variables = module.init(random_key(), x, z)
+    variables = drawn(module, x, z)
     with pytest.raises(ValueError, match=r'use \.products'):
         list(as_mi(module, variables, x, z))
-
-
-def random_key():
-    return jax.random.key(2)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +81,7 @@ def random_key():
 )
 def test_explain_tells_the_form_and_the_ranks(module, form, ranks):
     x, z = random(0, 7, N), random(1, 7, M)
-    variables = off_the_zeros(module.init(random_key(), x, z))
+    variables = drawn(module, x, z)
     text = explain(module, variables, x, z)
     assert f'{form}' in text
     assert ranks in text
@@ -96,7 +92,7 @@ def test_explain_tells_the_form_and_the_ranks(module, form, ranks):
 def test_explain_counts_flops_and_bytes():
     x, z = random(0, 7, N), random(1, 7, M)
     module = MultiplicativeInteraction(K)
-    variables = module.init(random_key(), x, z)
+    variables = drawn(module, x, z)
     text = explain(module, variables, x, z)
     assert f'{cost.flops(module.apply, variables, x, z):,} in products' in text
     parameters = M * N * K + M * K + N * K + K

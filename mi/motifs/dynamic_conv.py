@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from mi.contract import linear
 from mi.layers import Context, context_init, streams
+from mi.motifs.gating import valid_positions
 
 
 class LightweightConvolution(nn.Module):
@@ -67,7 +68,7 @@ class LightweightConvolution(nn.Module):
         kernel = jax.nn.softmax(W.astype(jnp.float32))
         kernel = nn.Dropout(self.dropconnect, deterministic=deterministic)(kernel)
         kernel = kernel.reshape((1,) * (x.ndim - 1) + W.shape)
-        return convolve(_valid(x, mask), kernel, self.causal)
+        return convolve(jnp.where(valid_positions(x, mask), x, 0), kernel, self.causal)
 
 
 class DynamicConvolution(nn.Module):
@@ -127,7 +128,7 @@ class DynamicConvolution(nn.Module):
         logits = linear(z, Q, out_dtype=jnp.float32)
         kernel = jax.nn.softmax(logits.reshape(*z.shape[:-1], self.heads, self.width))
         kernel = nn.Dropout(self.dropconnect, deterministic=deterministic)(kernel)
-        return convolve(_valid(x, mask), kernel, self.causal)
+        return convolve(jnp.where(valid_positions(x, mask), x, 0), kernel, self.causal)
 
 
 class ConditionalConvolution(nn.Module):
@@ -237,20 +238,6 @@ def _windows(
         ],
         axis=-1,
     )
-
-
-def _valid(x: Array, mask: Array | None) -> Array:
-    """x [..., T, C], zero where the mask [..., T] is false."""
-    if mask is None:
-        return x
-    try:
-        keep = jnp.broadcast_to(jnp.asarray(mask, bool), x.shape[:-1])
-    except ValueError as error:
-        raise ValueError(
-            f'the mask {mask.shape} does not fit x {x.shape}; '
-            f'give one entry per position, {x.shape[:-1]}'
-        ) from error
-    return jnp.where(keep[..., None], x, 0)
 
 
 def _check(heads: int, width: int, x: Array) -> None:

@@ -132,6 +132,7 @@ def test_golden_step():
     np.testing.assert_allclose(golden_step(), expected, rtol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_seed_among_others_is_the_seed_alone(tmp_path, texts):
     small = {'data.source': texts}
     train.train(tiny(seeds=(0, 1, 2), **small), str(tmp_path / 'together'))

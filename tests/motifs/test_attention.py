@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-import mi.unify.attention  # noqa: F401
 from mi.motifs.attention import (
     Attention,
     ConvolutionalSelfAttention,

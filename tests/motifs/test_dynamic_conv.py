@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-import mi.unify.dynamic_conv  # noqa: F401
 from mi.motifs.dynamic_conv import (
     ConditionalConvolution,
     DynamicConvolution,

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-import mi.unify.experts  # noqa: F401
 from mi.motifs.experts import DenseMixture, RoutedMixture, blocks
 from tests.motifs.checks import is_its_composition
 

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import mi.unify.gating  # noqa: F401
 from mi.motifs.gating import (
     ACTIVATIONS,
     GatedFeedForward,

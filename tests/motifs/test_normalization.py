@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-import mi.unify.normalization  # noqa: F401
 from mi import DiagonalMultiplicativeInteraction
 from mi.layers import Affine
 from mi.motifs.normalization import (

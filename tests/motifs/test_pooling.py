@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-import mi.unify.pooling  # noqa: F401  registers the compositions
 from mi.motifs.pooling import BLOCK, MFB, MLB, MUTAN, CompactBilinear
 from mi.unify import as_mi
 from tests.motifs.checks import is_its_composition

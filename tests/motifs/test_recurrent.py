@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from jax.test_util import check_vjp
 
-import mi.unify.cells  # noqa: F401  registers the compositions
 from mi import cells
 from mi.unify import as_mi
 from tests.motifs.checks import is_its_composition

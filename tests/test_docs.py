@@ -1,0 +1,44 @@
+import inspect
+
+import pytest
+from flax import linen as nn
+
+from docs import build
+from mi import cells, layers
+from mi.motifs import attention, dynamic_conv, experts, gating, hypernetwork, normalization, pooling
+
+PARTS = {'Affine', 'Hypernetwork'}  # of motifs, not motifs
+
+
+def test_the_table_of_fusions_is_the_dictionary():
+    assert (build.HERE / 'fusions.md').read_text() == build.fusions(), 'run python -m docs.build'
+
+
+def test_every_module_has_a_place_on_a_page():
+    homes = [
+        *(attention, cells, dynamic_conv, experts, gating, hypernetwork, layers, normalization),
+        pooling,
+    ]
+    modules = {
+        name
+        for home in homes
+        for name, kind in vars(home).items()
+        if inspect.isclass(kind)
+        and issubclass(kind, nn.Module)
+        and kind.__module__ == home.__name__
+        and '__call__' in vars(kind)
+        and not name.startswith('_')
+    }
+    shown = {type(e.module).__name__ for _, examples in build.pages().values() for e in examples}
+    assert modules - shown <= PARTS, modules - shown - PARTS
+    for _, examples in build.pages().values():
+        for example in examples:
+            title = type(example.module).__name__
+            assert (build.HERE / f'motifs/figures/{title}.png').exists(), title
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', build.pages())
+def test_the_page_is_what_the_code_says(name):
+    written = (build.HERE / f'motifs/{name}.md').read_text()
+    assert written == build.page(name), 'run python -m docs.build'
