@@ -4,11 +4,12 @@
 
 Every regime is timed with all terms (zᵀU, Vx and b too) in f32; 'fb' is the forward pass and the
 gradients of x, z and all parameters. Ours and PyTorch's sides have a process each with the same
-allocator settings, take turns, and a turn starts with an untimed call. The tables have medians over
-the rounds: `share` is useful operations over time, of the fastest product of two 2048 × 2048
-matrices of the same run; a ratio above 1 means that ours is faster. Memory is the peak resident
-size above inputs in one call of a fresh process; the error is that of the f32 output against
-float64. `--orders` compares `contract.plan` with every order on shapes drawn at random.
+allocator settings, take turns, and a turn starts with an untimed call, but for calls of more than a
+second. The tables have medians over the rounds: `share` is useful operations over time, of the
+fastest product of two 2048 × 2048 matrices of the same run; a ratio above 1 means that ours is
+faster. Memory, for R1 to R6, is the peak resident size above inputs in one call of a fresh process;
+the error is that of the f32 output against float64. `--orders` compares `contract.plan` with every
+order on shapes drawn at random.
 """
 
 import ctypes
@@ -320,7 +321,10 @@ def work(library: str, memory: bool) -> None:
 def seconds(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()
-    repeats = max(1, math.ceil(0.03 / (time.perf_counter() - start)))
+    once = time.perf_counter() - start
+    if once > 1:  # nothing to warm up
+        return once
+    repeats = math.ceil(0.03 / once)
     start = time.perf_counter()
     for _ in range(repeats):
         call()
@@ -384,24 +388,29 @@ def measure(workers: dict[str, Worker], index: int, rounds: int) -> tuple[dict, 
     """(library, side, phase) → seconds by round, and the facts."""
     started = {library: worker.ask(regime=index) for library, worker in workers.items()}
     times: dict[tuple[str, str, str], list[float]] = {}
+    slow = set()
     for i in range(rounds + 1):
         for library, worker in workers.items():
             time.sleep(0.05)  # the threads of the library before spin for a while
             for side in started[library]['sides']:
                 for phase in ('f', 'fb'):
+                    if (library, side, phase) in slow:
+                        continue
                     took = worker.ask(side=side, phase=phase)
-                    if i:
+                    if took > 5:  # tens of times what is compared: one round of it will do
+                        slow.add((library, side, phase))
+                    if i or took > 5:
                         times.setdefault((library, side, phase), []).append(took)
     return times, {library: s['facts'] for library, s in started.items()}
 
 
-def memory(index: int) -> dict[tuple[str, str], float]:
+def memory(index: int, sides: Sequence[tuple[str, str]]) -> dict[tuple[str, str], float]:
     """(library, side) → peak resident bytes of forward and backward."""
     result = {}
-    for library in ('jax', 'torch'):
+    for library, side in sides:
         worker = Worker(library, memory=True)
-        for side in worker.ask(regime=index)['sides']:
-            result[library, side] = worker.ask(side=side, phase='fb')
+        worker.ask(regime=index)
+        result[library, side] = worker.ask(side=side, phase='fb')
         worker.close()
     return result
 
@@ -419,7 +428,6 @@ def table(chosen: list[int]) -> list[dict[str, Any]]:
         times, facts = measure(workers, index, ROUNDS.value)
         peaks += [w.ask(peak=True) for w in workers.values() for _ in range(3)]
         fastest = max(statistics.median(peaks[i::6]) for i in range(6))
-        used = memory(index)
         for phase in ('f', 'fb'):
             took = {
                 (library, side): statistics.median(s)
@@ -429,6 +437,11 @@ def table(chosen: list[int]) -> list[dict[str, Any]]:
             naive = next((s for s in ('einsum', 'one product') if ('jax', s) in took), 'mi')
             by_torch = {side: t for (library, side), t in took.items() if library == 'torch'}
             best = min(by_torch, key=lambda side: by_torch[side])
+            sides = [('jax', 'mi'), ('jax', naive), ('torch', best)]
+            if phase == 'f' or not regime.name.startswith('R'):
+                used = dict.fromkeys(sides, math.nan)
+            else:
+                used = memory(index, sides)
             share = regime.operations() * (3 if phase == 'fb' else 1) / ours / fastest
             figure = {
                 'regime': regime.name, 'phase': phase, 'mi_ms': 1e3 * ours, 'share': share,

@@ -1,4 +1,4 @@
-"""Writes docs/fusions.md and docs/motifs/ from the code: equation, `explain`, a figure of W.
+"""Writes docs/fusions.md, docs/motifs/ and the tables of docs/evaluation.md from code and results.
 
     python -m docs.build
 
@@ -8,6 +8,7 @@ Sizes are tiny, parameters random; nothing is trained. tests/test_docs.py compar
 import dataclasses
 import functools
 import inspect
+import json
 import pathlib
 import re
 import textwrap
@@ -130,7 +131,7 @@ def pages() -> dict[str, tuple[Any, list[Example]]]:
                 cell(cells.MultiplicativeLSTM(K)),
                 cell(cells.MILSTM(K)),
                 cell(cells.MogrifierLSTM(K, rounds=2)),
-                cell(cells.HyperLSTM(K)),
+                cell(cells.HyperLSTM(K, hyper_features=3, embedding=2)),
             ],
         ),
     }
@@ -152,6 +153,12 @@ def page(name: str) -> str:
             f'![W of {title}](figures/{title}.png)',
         ]
     return '\n\n'.join(part for part in parts if part) + '\n'
+
+
+def equation(module: mi.MultiplicativeInteraction) -> str:
+    """The terms that it has."""
+    terms = {'zᵀWx': module.use_W, 'zᵀU': module.use_U, 'Vx': module.use_V, 'b': module.use_b}
+    return 'f(x, z) = ' + ' + '.join(term for term, used in terms.items() if used)
 
 
 def fusions() -> str:
@@ -181,12 +188,47 @@ def fusions() -> str:
             if isinstance(value, str | int | bool)
         )
         summary = inspect.getdoc(about).split('\n\n')[0].replace('\n', ' ').replace('|', r'\|')
+        if about is mi.MultiplicativeInteraction:
+            summary = equation(module)
         lines.append(
             f'| `{word}` | `{about.__name__}`{f" ({changed})" if changed else ""} | {summary} | '
             f'{", ".join(fusion.has_options(word))} | '
             f'{mi.cost.parameters(shapes.get("params", {})):,} | {flops:,} |'
         )
     return '\n'.join(lines) + '\n'
+
+
+def evaluation() -> str:
+    """The text of docs/evaluation.md, with its tables made from benchmarks/results/."""
+    text = (HERE / 'evaluation.md').read_text()
+    results = HERE.parent / 'benchmarks/results'
+    layers = json.loads((results / 'layers_cpu.json').read_text())
+    head = '| regime | pass | ms | share | over einsum | best torch | over it | over Bilinear |'
+    lines = [f'{layers["machine"]}, jax {layers["jax"]}, f32.', '', head + ' MiB, einsum, torch |']
+    lines.append('|---|---|---:|---:|---:|---|---:|---:|---:|')
+    for f in layers['figures']:
+        used = [f['mi_mib'], f['einsum_mib'], f['torch_mib']]
+        lines.append(
+            f'| {f["regime"]} | {f["phase"]} | {f["mi_ms"]:.2f} | {f["share"]:.2f} | '
+            f'{f["einsum_over_mi"]:.2f}× | {f["best_torch"]} | {f["best_torch_over_mi"]:.2f}× | '
+            f'{_number(f["bilinear_over_mi"], "×", 2)} | '
+            f'{", ".join(_number(u) for u in used) if used[0] == used[0] else ""} |'
+        )
+    orders = json.loads((results / 'orders_cpu.json').read_text())
+    rule = ['| B, m, n, k | plan | fastest | plan over fastest |', '|---|---|---|---:|']
+    rule += [
+        f'| {f["shape"]} | {f["plan"]} | {f["best"]} | {f["ratio"]:.2f} |'
+        for f in orders['figures']
+    ]
+    for name, table in (('layers_cpu', lines), ('orders_cpu', rule)):
+        pattern = f'(?s)(<!-- {name} -->\n).*?(<!-- end -->)'
+        made = '\n' + '\n'.join(table) + '\n\n'
+        text = re.sub(pattern, lambda found, made=made: found[1] + made + found[2], text)
+    return text
+
+
+def _number(value: float, unit: str = '', digits: int = 0) -> str:
+    return '' if value != value else f'{value:.{digits}f}{unit}'
 
 
 def variables(example: Example) -> Any:
@@ -204,11 +246,15 @@ def figure(example: Example) -> Any:
     products = as_mi(example.module, variables(example), *example.inputs).products
     most = 8
     columns = min(most, max(len(p.W) for p in products))
-    drawn = Figure(figsize=(1.1 * columns + 1, 1.5 * len(products) + 0.3), dpi=110)
-    axes = drawn.subplots(len(products), columns, squeeze=False)
-    for row, product in zip(axes, products, strict=True):
+    drawn = Figure(
+        figsize=(1.1 * columns + 0.4, 1.6 * len(products)), dpi=110, layout='constrained'
+    )
+    rows = drawn.subfigures(len(products), 1, squeeze=False)[:, 0]
+    for row, product in zip(rows, products, strict=True):
         W = np.abs(np.asarray(product.W))
-        for i, axis in enumerate(row):
+        shown = f', {most} of {len(W)} slices' if len(W) > most else ''
+        row.suptitle(f'{product.name}{shown}', fontsize=8)
+        for i, axis in enumerate(row.subplots(1, columns, squeeze=False)[0]):
             axis.set_xticks([])
             axis.set_yticks([])
             if i >= min(len(W), most):
@@ -216,16 +262,16 @@ def figure(example: Example) -> Any:
                 continue
             axis.imshow(W[i], vmin=0, vmax=W.max() or 1, cmap='Blues', aspect='auto')
             axis.set_title(f'W[{i}]', fontsize=7)
-        more = f' of {len(W)}' if len(W) > most else ''
-        row[0].set_ylabel(f'{product.name}{more}\nx', fontsize=7)
-        row[0].set_xlabel('y', fontsize=7)
-    drawn.tight_layout()
+            if not i:
+                axis.set_xlabel('y', fontsize=7)
+                axis.set_ylabel('x', fontsize=7)
     return drawn
 
 
 def texts() -> Iterator[tuple[pathlib.Path, Callable[[], str]]]:
     """Every file that is made, and what makes its text."""
     yield HERE / 'fusions.md', fusions
+    yield HERE / 'evaluation.md', evaluation
     for name in pages():
         yield HERE / 'motifs' / f'{name}.md', functools.partial(page, name)
 

@@ -26,11 +26,10 @@ Platform = Literal['cpu', 'gpu', 'tpu']
 DENSE: tuple[Order, ...] = ('outer', 'outer_chunks', 'x_first', 'z_first', 'z_first_chunks')
 BY_ID: tuple[Order, ...] = ('groups', 'rows')
 
-_FEW_ROWS = 32
+_FEW_ROWS = 64
 _NARROW = 512
-_CACHE = 4 * 2**20  # bytes: an outer product that fits a core's cache is free to keep
-_WEIGHTS = 32 * 2**20  # bytes: generated weights up to here may be kept whole
-_CHUNK = 6 * 2**20  # bytes of generated weights in a chunk
+_KEPT = 64 * 2**20  # bytes: an intermediate up to here may be kept whole
+_CHUNK = 12 * 2**20  # bytes of generated weights in a chunk
 _BLOCK = 32  # rows with the same id that are multiplied together
 
 
@@ -57,7 +56,7 @@ def plan(
 
     The chunks recompute their intermediate in the backward pass. Where a stream is shared over some
     axis, the order with fewer operations is chosen; otherwise by thresholds that were measured on
-    one x86 core. They choose speed, never the value.
+    two x86 cores. They choose speed, never the value.
 
     Args:
       x_shape: [..., n].
@@ -82,16 +81,17 @@ def plan(
         x_first = x_rows * m * n * k + rows * m * k
         if x_first < z_first:
             return 'x_first'
-        return 'z_first' if 4 * z_rows * n * k <= _CHUNK else 'z_first_chunks'
+        return 'z_first' if 4 * z_rows * n * k <= _KEPT else 'z_first_chunks'
     if platform != 'cpu':
-        return 'outer_chunks' if 4 * rows * m * min(n, k) > _WEIGHTS else 'x_first'
+        return 'outer_chunks' if 4 * rows * m * min(n, k) > _KEPT else 'x_first'
+    generated = 4 * rows * n * k
     if rows <= _FEW_ROWS:
-        return 'outer'
-    if k < 64 or 4 * k <= n:
-        return 'x_first'
-    if m >= 2 * max(n, k):
-        return 'z_first' if 4 * rows * n * k <= _WEIGHTS else 'outer_chunks'
-    return 'outer' if 4 * rows * m * n <= _CACHE else 'outer_chunks'
+        return 'z_first' if k < m and generated <= _KEPT else 'outer'
+    if m > max(n, k) and generated <= _KEPT:
+        return 'z_first'
+    if 4 * rows * m * min(n, k) > _KEPT:
+        return 'outer_chunks'
+    return 'x_first' if k <= n else 'outer'
 
 
 def bilinear(
@@ -172,22 +172,25 @@ def _dense(x: Array, z: Array, W: Array, order: Order, precision: jax.lax.Precis
     match order:
         case 'outer':
             zx = jnp.einsum(f'{Z}m,{X}n->{Y}mn', z, x)
-            y = product(f'{Y}mn,mnk->{Y}k', zx, W)
+            zx = zx.reshape(*zx.shape[:-2], m * n)
+            y = linear(zx, W.reshape(m * n, k), precision=precision).astype(dtype)
         case 'outer_chunks':
             size = _divisor(m, at_most=max(1, 2 * _NARROW // n))
 
             def outer(z: Array, W: Array) -> Array:
                 zx = jnp.einsum(f'{Z}m,{X}n->{Y}mn', z, x)
-                return product(f'{Y}mn,mnk->{Y}k', zx, W, jnp.float32)
+                zx = zx.reshape(*zx.shape[:-2], size * n)
+                W = W.reshape(size * n, k)
+                return linear(zx, W, out_dtype=jnp.float32, precision=precision)
 
             zs = jnp.moveaxis(z.reshape(*z.shape[:-1], m // size, size), -2, 0)
             y = chunks(outer, zs, W.reshape(m // size, size, n, k))
         case 'x_first':
-            xW = product(f'{X}n,mnk->{X}mk', x, W)
-            y = product(f'{Z}m,{X}mk->{Y}k', z, xW)
+            xW = linear(x, W.swapaxes(0, 1).reshape(n, m * k), precision=precision).astype(dtype)
+            y = product(f'{Z}m,{X}mk->{Y}k', z, xW.reshape(*x.shape[:-1], m, k))
         case 'z_first':
-            zW = product(f'{Z}m,mnk->{Z}nk', z, W)
-            y = product(f'{X}n,{Z}nk->{Y}k', x, zW)
+            zW = linear(z, W.reshape(m, n * k), precision=precision).astype(dtype)
+            y = product(f'{X}n,{Z}nk->{Y}k', x, zW.reshape(*z.shape[:-1], n, k))
         case 'z_first_chunks':
             size = _divisor(n, at_most=max(1, _CHUNK // (4 * math.prod(z_axes) * k)))
 

@@ -78,10 +78,12 @@ def test_shared_context_equals_the_context_repeated():
     'x, z, k, order',
     [
         ((64, 20, 64), (64, 1, 32), 64, 'z_first'),  # shared over time: W'(z) once
-        ((64, 20, 256), (64, 1, 32), 256, 'z_first_chunks'),  # and in chunks where it is large
+        ((512, 20, 256), (512, 1, 32), 256, 'z_first_chunks'),  # and in chunks where it is large
         ((64, 1, 256), (64, 20, 32), 256, 'x_first'),
         ((8, 256), (8, 30), 256, 'outer'),
+        ((8, 256), (8, 300), 64, 'z_first'),
         ((256, 256), (256, 30), 15, 'x_first'),
+        ((256, 64), (256, 30), 128, 'outer'),
         ((4096, 512), (4096, 64), 512, 'outer_chunks'),
         ((256, 64), (256, 128), 64, 'z_first'),
     ],
@@ -131,7 +133,7 @@ def test_groups_under_vmap():
 
 
 def test_chunks_keep_a_tenth_of_the_temporaries_of_einsum():
-    shapes = (512, 256), (512, 64), (64, 256, 256)
+    shapes = (2048, 256), (2048, 64), (64, 256, 256)
     args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
 
     def temporaries(f):

@@ -14,6 +14,12 @@ def test_the_table_of_fusions_is_the_dictionary():
     assert (build.HERE / 'fusions.md').read_text() == build.fusions(), 'run python -m docs.build'
 
 
+def test_the_measured_tables_are_the_results():
+    assert (build.HERE / 'evaluation.md').read_text() == build.evaluation(), (
+        'run python -m docs.build'
+    )
+
+
 def test_every_module_has_a_place_on_a_page():
     homes = [
         *(attention, cells, dynamic_conv, experts, gating, hypernetwork, layers, normalization),
