@@ -11,13 +11,24 @@ import mi.fusion
 from tests.conftest import ROOT
 
 README = (ROOT / 'README.md').read_text()
-USE, ADD = re.findall(r'```python\n(.*?)```', README, flags=re.DOTALL)
+USE, EXPLAIN, ADD = re.findall(r'```python\n(.*?)```', README, flags=re.DOTALL)
 
 
 def test_the_layer_is_used_as_shown():
     names: dict[str, object] = {}
     exec(USE, names)
     assert names['y'].shape == (32, 20, 128)
+
+
+def test_a_motif_is_explained_as_shown(capsys):
+    names: dict[str, object] = {}
+    exec(EXPLAIN, names)
+    assert names['W'].shape == (6, 6, 8)
+    assert 'W       [6, 6, 8]' in capsys.readouterr().out
+
+
+def test_the_dictionary_has_as_many_words_as_it_says():
+    assert f'`FUSIONS` has {len(mi.FUSIONS)} words' in README
 
 
 def test_a_fusion_is_added_as_shown():
@@ -35,7 +46,13 @@ def test_a_fusion_is_added_as_shown():
 
 @pytest.mark.parametrize(
     'path',
-    sorted(set(re.findall(r'`((?:mi|configs|experiments|launch|benchmarks)/[\w/.]*)`', README))),
+    sorted(
+        set(
+            re.findall(
+                r'[`(]((?:mi|configs|experiments|launch|benchmarks|docs)/[\w/.]*)[`)]', README
+            )
+        )
+    ),
 )
 def test_what_it_names_is_there(path):
     assert (ROOT / path).exists()
