@@ -13,30 +13,32 @@ PARALLEL ?= 2
 
 .PHONY: run test fast check clean
 
-run: .venv/ready
+run: .venv/run
 	$(BIN)/python -m launch.local \
 		--sweep=experiments/quickstart.py --workdir=$(WORKDIR) --parallel=$(PARALLEL)
 
 test: check
 	$(BIN)/python -m pytest -n $(PARALLEL) --dist worksteal
 
-fast: .venv/ready
+fast: .venv/test
 	$(BIN)/python -m pytest -n $(PARALLEL) --dist worksteal -m 'not slow'
 
-check: .venv/ready
+check: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.venv/ready: setup.py pyproject.toml requirements/lock.txt
+.venv/run: EXTRA =
+.venv/test: EXTRA = [test]
+.venv/run .venv/test: setup.py pyproject.toml requirements/lock.txt
 	@test -n "$(PYTHON)" || { echo 'error: Python 3.11, 3.12 or 3.13 is needed: install one, or make PYTHON=/path/to/python3.12'; exit 1; }
 	@if command -v uv >/dev/null; then \
 		uv venv --quiet --allow-existing --python "$(PYTHON)" .venv && \
-		uv pip install --quiet --python $(BIN)/python -e '.[test]' -c requirements/lock.txt; \
+		uv pip install --quiet --python $(BIN)/python -e '.$(EXTRA)' -c requirements/lock.txt; \
 	else \
 		"$(PYTHON)" -m venv .venv && \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-			-e '.[test]' -c requirements/lock.txt; \
+			-e '.$(EXTRA)' -c requirements/lock.txt; \
 	fi
 	@touch $@
 

@@ -25,8 +25,16 @@ EXTRAS = {
     'tpu': ['jax[tpu]'],
     # Other versions of torch pull gigabytes; only benchmarks and the golden file's script use it.
     'benchmark': ['torch==2.13.0'],
-    'test': ['mypy>=2.0', 'pytest>=9.0', 'pytest-xdist>=3.8', 'ruff>=0.15'],
+    'envpool': ['envpool>=1.2'],
+    'gym': ['gymnasium>=1.2'],
+    'vizdoom': ['gymnasium>=1.2', 'vizdoom>=1.3'],
+    'ray': ['ray>=2.50'],
 }
+EXTRAS['test'] = [
+    *('mypy>=2.0', 'pytest>=9.0', 'pytest-xdist>=3.8', 'ruff>=0.15'),
+    *('minigrid>=3.0', 'xminigrid>=0.9'),  # peers that the environments are compared with
+    *(package for extra in ('envpool', 'vizdoom', 'ray') for package in EXTRAS[extra]),
+]
 
 setuptools.setup(
     name='multiplicative-interactions',

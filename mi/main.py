@@ -12,12 +12,13 @@ from ml_collections import config_flags
 
 from mi.config import UserError
 from mi.lm import train as lm
+from mi.rl import train as rl
 from mi.run import keep_freed_memory
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file.', lock_config=True)
 WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory, made or continued.')
 
-TASKS = {'lm': lm.train}
+TASKS = {'lm': lm.train, 'rl': rl.train}
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -60,6 +61,22 @@ def test_rmsprop_is_tensorflow_s():
     )  # fmt: skip
     mean_square = decay * 1.0 + (1 - decay) * g**2
     np.testing.assert_allclose(step['w'], -rate * g / np.sqrt(mean_square + eps), rtol=1e-5)
+
+
+@pytest.mark.parametrize('momentum', [0.0, 0.9])
+def test_rmsprop_follows_tensorflow_s_rule_for_20_steps(momentum):
+    """ms ← ρ ms + (1 − ρ) g², from one; mom ← μ mom + lr g / √(ms + ε), from zero; w ← w − mom."""
+    rate, rho, eps = 0.01, 0.99, 0.1
+    values = {'learning_rate': rate, 'b1': momentum, 'b2': rho, 'eps': eps}
+    constant = {'schedule': 'constant', 'warmup_steps': 0, 'clip_norm': 0.0}
+    optimiser = optim.optimiser(config(name='rmsprop', **values, **constant), steps=20)
+    step, state = jax.jit(optimiser.update), optimiser.init(jnp.zeros(3))
+    ms, mom = np.ones(3), np.zeros(3)
+    for g in np.random.default_rng(0).normal(size=(20, 3)) * [0.1, 1, 10]:
+        got, state = step(jnp.asarray(g, jnp.float32), state)
+        ms = rho * ms + (1 - rho) * g**2
+        mom = momentum * mom + rate * g / np.sqrt(ms + eps)
+        np.testing.assert_allclose(got, -mom, rtol=1e-5, atol=1e-8)
 
 
 def test_clipping_is_by_global_norm():

@@ -1,0 +1,121 @@
+"""Reinforcement learning by IMPALA, where task and instruction meet the agent by one word.
+
+Source: the question is that of Jayakumar et al. (ICLR 2020), section on multi-task RL, which has
+DMLab-30; every size here is ours, and none is the paper's.
+
+    python -m mi.main --config=configs/rl.py --workdir=runs/rl
+    python -m mi.main --config=configs/rl.py:fusion=concat --workdir=runs/concat
+
+The argument after the colon: a preset (catch, tiny), and `fusion=WORD`, `env=NAME`.
+"""
+
+import ml_collections
+
+from mi import optim
+from mi.config import UserError, nearest
+
+PRESETS = ('default', 'catch', 'tiny')
+
+
+def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.task = 'rl'
+    config.seeds = (0,)  # all trained at once, logged apart
+
+    config.env = env = ml_collections.ConfigDict()
+    env.name = 'xland'  # a word of mi.rl.envs.JAX or HOST, with its suite after a slash
+
+    config.model = model = ml_collections.ConfigDict()
+    model.torso = 'auto'  # auto, dense, conv, shallow, deep
+    model.features = 128  # F
+    model.core = 'lstm'  # a word of mi.cells.CELLS, transformer, or none
+    model.hidden = 128  # H
+    model.instruction = False  # whether the agent reads the instruction
+    model.dtype = 'float32'  # of the products: float32, bfloat16
+
+    model.sites = ('readout',)  # instruction, core_input, readout: any of them
+    model.source = 'task'  # the context: task, embedding, inferred, instruction
+    model.context = 32  # m, for all sources but task
+    model.fusion = fusion = ml_collections.ConfigDict()
+    fusion.name = 'mi'  # a word of mi.fusion.FUSIONS
+    fusion.rank = 32
+    fusion.hidden = 128
+
+    config.loss = loss = ml_collections.ConfigDict()
+    loss.discount = 0.99
+    loss.lambda_ = 1.0
+    loss.rho_clip = 1.0
+    loss.c_clip = 1.0
+    loss.entropy_cost = 0.01
+    loss.baseline_cost = 0.5
+    loss.reward_clip = 'none'  # none, unit, paper, code
+    loss.popart = 3e-4  # step of the statistics; 0 for none
+
+    config.train = train = ml_collections.ConfigDict()
+    train.topology = 'fused'  # fused, threads, ray
+    train.steps = 20_000_000  # of the environments, a seed
+    train.batch = 256  # B: environments
+    train.length = 20  # T: steps of each per update
+    train.log_every = 20  # updates
+    train.eval_every = 400
+    train.save_every = 400
+    train.keep = 2  # checkpoints
+
+    config.actors = actors = ml_collections.ConfigDict()  # of the topologies threads and ray
+    actors.number = 1  # threads, or processes
+    actors.groups = 2  # of each: one simulates while the policy looks at another
+    actors.batch = 128  # environments of a group; a trajectory in the queue has as many
+    actors.queue = 4  # trajectories
+    actors.max_lag = 20  # updates; trajectories of older parameters are dropped
+    actors.timeout = 120.0  # seconds without a trajectory after which a run ends
+
+    config.eval = evaluation = ml_collections.ConfigDict()
+    evaluation.episodes = 16  # per task
+    evaluation.greedy = False  # the greedy policy too, beside the one that was trained
+    evaluation.held_out = ''  # tasks to be evaluated and never trained, as xland/test
+
+    config.optim = optim.get_config()
+    config.optim.learning_rate = 1e-3
+    config.optim.schedule = 'linear'
+    config.optim.warmup_steps = 0
+    config.optim.clip_norm = 40.0
+
+    for word in arg.split(','):
+        _apply(config, word)
+    return config.lock()
+
+
+def _apply(config: ml_collections.ConfigDict, word: str) -> None:
+    key, equals, value = word.partition('=')
+    if equals and key == 'fusion':
+        config.model.fusion.name = value
+    elif equals and key == 'env':
+        config.env.name = value
+    elif word == 'catch':  # solved within a minute on two cores
+        config.env.name = 'catch'
+        config.model.features = 64
+        config.model.hidden = 64
+        config.train.batch = 64
+        config.actors.batch = 32
+        config.train.steps = 500_000
+        config.train.eval_every = 100
+        config.train.save_every = 100
+    elif word == 'tiny':  # seconds, for tests
+        config.model.features = 16
+        config.model.hidden = 16
+        config.model.context = 8
+        config.model.fusion.rank = 4
+        config.model.fusion.hidden = 16
+        config.train.batch = 8
+        config.actors.batch = 4
+        config.train.length = 5
+        config.train.steps = 40 * 20
+        config.train.log_every = 5
+        config.train.eval_every = 10
+        config.train.save_every = 5
+        config.eval.episodes = 2
+    elif word != 'default':
+        raise UserError(
+            f'configs/rl.py:{word}: neither fusion=… nor env=… nor a preset; '
+            f'{nearest(word, PRESETS)}'
+        )

@@ -1,0 +1,36 @@
+"""A `JaxEnvironment` on the host: B rows of it as a `HostEnvironment`, for actors with a queue."""
+
+import jax
+import numpy as np
+
+from mi.rl.envs.spec import JaxEnvironment, Step
+
+
+class Batched:
+    """B rows of a `JaxEnvironment`, their first tasks dealt out evenly.
+
+    Args:
+      environment: pure functions of one row.
+      batch: B.
+      seed: makes all that is drawn.
+    """
+
+    def __init__(self, environment: JaxEnvironment, batch: int, seed: int):
+        self.spec, self.batch, self._seed = environment.spec, batch, seed
+        self._reset = jax.jit(jax.vmap(environment.reset))
+        self._step = jax.jit(jax.vmap(environment.step), donate_argnums=0)
+
+    def reset(self) -> Step:
+        keys = jax.random.split(jax.random.key(self._seed), self.batch)
+        tasks = np.arange(self.batch, dtype=np.int32) % len(self.spec.tasks)
+        self._state, self._result = self._reset(keys, tasks)
+        return self.recv()
+
+    def send(self, actions: np.ndarray) -> None:
+        self._state, self._result = self._step(self._state, actions)
+
+    def recv(self) -> Step:
+        return jax.tree.map(np.asarray, self._result)
+
+    def close(self) -> None:
+        """Nothing is held."""

@@ -1,0 +1,338 @@
+"""DMLab-30: thirty levels of DeepMind Lab (Beattie et al., 2016), one task each.
+
+The engine, `deepmind_lab`, is built with bazel and installed by hand: docs/dmlab.md. One engine
+runs per process, so that a batch of B rows is B spawned processes.
+
+Observations: 'pixels' [72, 96, 3] uint8; 'instruction' [L], words hashed to 1000 tokens above the
+padding; 'task'. Every action is repeated 4 times. The engine has no observation once an episode is
+over, and its episodes end by their time: as in scalable_agent, a new one starts at once.
+
+Levels, scores, the nine actions and the test levels are those of scalable_agent's dmlab30.py and
+environments.py (Espeholt et al., 2018; read at commit cd66d00); the fifteen actions are those of
+sample_factory's dmlab_gym.py (Petrenko et al., 2020; read), after Hessel et al. (2019; not read).
+"""
+
+import contextlib
+import importlib.util
+import multiprocessing
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mi.config import UserError, nearest
+from mi.rl.envs.spec import Spec, Step
+from mi.rl.envs.text import hashed
+
+# Level → score of the uniform random policy, and of a human.
+SCORES = {
+    'rooms_collect_good_objects_train': (0.073, 10.0),
+    'rooms_exploit_deferred_effects_train': (8.501, 85.65),
+    'rooms_select_nonmatching_object': (0.312, 65.9),
+    'rooms_watermaze': (4.065, 54.0),
+    'rooms_keys_doors_puzzle': (4.135, 53.8),
+    'language_select_described_object': (-0.07, 389.5),
+    'language_select_located_object': (1.929, 280.7),
+    'language_execute_random_task': (-5.913, 254.05),
+    'language_answer_quantitative_question': (-0.33, 184.5),
+    'lasertag_one_opponent_small': (-0.224, 12.65),
+    'lasertag_three_opponents_small': (-0.214, 18.55),
+    'lasertag_one_opponent_large': (-0.083, 18.6),
+    'lasertag_three_opponents_large': (-0.102, 31.5),
+    'natlab_fixed_large_map': (2.173, 36.9),
+    'natlab_varying_map_regrowth': (2.989, 24.45),
+    'natlab_varying_map_randomized': (7.346, 42.35),
+    'skymaze_irreversible_path_hard': (0.1, 100.0),
+    'skymaze_irreversible_path_varied': (14.4, 100.0),
+    'psychlab_arbitrary_visuomotor_mapping': (0.163, 58.75),
+    'psychlab_continuous_recognition': (0.224, 58.3),
+    'psychlab_sequential_comparison': (0.129, 39.5),
+    'psychlab_visual_search': (0.085, 78.5),
+    'explore_object_locations_small': (3.575, 74.45),
+    'explore_object_locations_large': (4.673, 65.65),
+    'explore_obstructed_goals_small': (6.76, 206.0),
+    'explore_obstructed_goals_large': (2.61, 119.5),
+    'explore_goal_locations_small': (7.66, 267.5),
+    'explore_goal_locations_large': (3.14, 194.5),
+    'explore_object_rewards_few': (2.073, 77.7),
+    'explore_object_rewards_many': (2.438, 106.7),
+}
+LEVELS = tuple(SCORES)
+# The levels that are tested on held-out variants; the published scores were measured on those.
+HELD_OUT = {
+    'rooms_collect_good_objects_train': 'rooms_collect_good_objects_test',
+    'rooms_exploit_deferred_effects_train': 'rooms_exploit_deferred_effects_test',
+}
+# look left/right, look down/up (pixels a frame), strafe, move, fire, jump, crouch
+ACTIONS = {
+    'impala': (
+        (0, 0, 0, 1, 0, 0, 0),
+        (0, 0, 0, -1, 0, 0, 0),
+        (0, 0, -1, 0, 0, 0, 0),
+        (0, 0, 1, 0, 0, 0, 0),
+        (-20, 0, 0, 0, 0, 0, 0),
+        (20, 0, 0, 0, 0, 0, 0),
+        (-20, 0, 0, 1, 0, 0, 0),
+        (20, 0, 0, 1, 0, 0, 0),
+        (0, 0, 0, 0, 1, 0, 0),
+    ),
+    'extended': (
+        (0, 0, 0, 1, 0, 0, 0),
+        (0, 0, 0, -1, 0, 0, 0),
+        (0, 0, -1, 0, 0, 0, 0),
+        (0, 0, 1, 0, 0, 0, 0),
+        (-10, 0, 0, 0, 0, 0, 0),
+        (10, 0, 0, 0, 0, 0, 0),
+        (-60, 0, 0, 0, 0, 0, 0),
+        (60, 0, 0, 0, 0, 0, 0),
+        (0, 10, 0, 0, 0, 0, 0),
+        (0, -10, 0, 0, 0, 0, 0),
+        (-10, 0, 0, 1, 0, 0, 0),
+        (10, 0, 0, 1, 0, 0, 0),
+        (-60, 0, 0, 1, 0, 0, 0),
+        (60, 0, 0, 1, 0, 0, 0),
+        (0, 0, 0, 0, 1, 0, 0),
+    ),
+}
+BUCKETS = 1000
+REPEAT = 4
+HEIGHT, WIDTH = 72, 96
+
+
+def capped_score(returns: Mapping[str, float]) -> float:
+    """Mean capped human-normalised score in per cent: mean of min(100, 100 (s − r)/(h − r)).
+
+    s is the mean return of a level, r and h its random and human scores (Espeholt et al., 2018).
+
+    Args:
+      returns: training level → mean return; all thirty.
+
+    Raises:
+      ValueError: if a level is missing or unknown.
+    """
+    if set(returns) != set(LEVELS):
+        missing = sorted(set(LEVELS) - set(returns))
+        unknown = sorted(set(returns) - set(LEVELS))
+        raise ValueError(f'returns must have all levels: missing {missing}, unknown {unknown}')
+    scores = [
+        min(100.0, 100 * (returns[level] - random) / (human - random))
+        for level, (random, human) in SCORES.items()
+    ]
+    return float(np.mean(scores))
+
+
+class LevelCache:
+    """Compiled maps on disk, as the engine wants its `level_cache`: making one takes seconds."""
+
+    def __init__(self, folder: str):
+        self._folder = Path(folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def fetch(self, key: str, pk3_path: str) -> bool:
+        """Copies the map of this key to the path, if there is one."""
+        try:
+            shutil.copyfile(self._folder / key, pk3_path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def write(self, key: str, pk3_path: str) -> None:
+        """Keeps the map at the path; whole or not at all, for processes that share the folder."""
+        handle, temporary = tempfile.mkstemp(dir=self._folder)
+        os.close(handle)
+        shutil.copyfile(pk3_path, temporary)
+        os.replace(temporary, self._folder / key)
+
+
+def _engine(pipe: Connection, arguments: dict[str, Any], seed: int, actions: np.ndarray) -> None:
+    """One engine in its own process: None resets it, an action steps it; errors come as text."""
+    try:
+        import deepmind_lab
+
+        cache = arguments.pop('cache')
+        lab = deepmind_lab.Lab(**arguments, level_cache=LevelCache(cache) if cache else None)
+        random = np.random.default_rng(seed)
+        while True:
+            action = pipe.recv()
+            reward = 0.0
+            if action is not None:
+                reward = lab.step(actions[action], num_steps=REPEAT)
+            first = action is None or not lab.is_running()
+            if first:
+                lab.reset(seed=int(random.integers(2**31 - 1)))
+            seen = lab.observations()
+            text = seen['INSTR']
+            text = text.decode() if isinstance(text, bytes) else str(text)
+            pipe.send((seen['RGB_INTERLEAVED'], text, reward, first))
+    except (EOFError, BrokenPipeError, ConnectionResetError):  # the parent closed its end
+        lab.close()
+    except Exception as error:
+        pipe.send(f'{type(error).__name__}: {error}')
+
+
+class DMLab:
+    """A `HostEnvironment`, row i an engine of the level of task i modulo the number of tasks."""
+
+    def __init__(
+        self,
+        spec: Spec,
+        engines: Sequence[dict[str, Any]],
+        actions: np.ndarray,
+        seed: int,
+        timeout: float,
+    ):
+        """`engines`: the arguments of each row's Lab, and its cache's folder or None."""
+        self.spec = spec
+        self.batch = len(engines)
+        self._timeout = timeout
+        self._levels = [engine['level'] for engine in engines]
+        self._task = np.arange(self.batch, dtype=np.int32) % len(spec.tasks)
+        self._tokens = hashed(BUCKETS, spec.observation['instruction'].shape[0])
+        context = multiprocessing.get_context('spawn')
+        seeds = np.random.SeedSequence(seed).generate_state(self.batch)
+        self._pipes, self._processes = [], []
+        for arguments, row_seed in zip(engines, seeds, strict=True):
+            pipe, theirs = context.Pipe()
+            process = context.Process(
+                target=_engine, args=(theirs, arguments, int(row_seed), actions), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._pipes.append(pipe)
+            self._processes.append(process)
+
+    def reset(self) -> Step:
+        self._send([None] * self.batch)
+        return self.recv()._replace(discount=np.ones(self.batch, np.float32))
+
+    def send(self, actions: np.ndarray) -> None:
+        self._send(actions.tolist())
+
+    def recv(self) -> Step:
+        """Raises UserError if an engine fails, or does not answer within the timeout."""
+        deadline = time.monotonic() + self._timeout
+        answers = []
+        for pipe, level in zip(self._pipes, self._levels, strict=True):
+            if not pipe.poll(max(0.0, deadline - time.monotonic())):
+                raise UserError(
+                    f'{level} did not answer in {self._timeout:g} s; raise timeout, or see '
+                    f'docs/dmlab.md on how to try the engine alone'
+                )
+            try:
+                answer = pipe.recv()
+            except (EOFError, ConnectionResetError):
+                answer = 'its process died'
+            if isinstance(answer, str):
+                raise UserError(f'{level}: {answer}; see docs/dmlab.md')
+            answers.append(answer)
+        pixels, texts, rewards, firsts = zip(*answers, strict=True)
+        first = np.array(firsts)
+        return Step(
+            observation={
+                'pixels': np.stack(pixels),
+                'instruction': np.stack([self._tokens(text) for text in texts]),
+                'task': self._task,
+            },
+            reward=np.array(rewards, np.float32),
+            discount=(~first).astype(np.float32),
+            is_first=first,
+            is_last=np.zeros(self.batch, bool),
+            success=np.zeros(self.batch, bool),
+        )
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(5)
+            if process.is_alive():
+                process.terminate()
+                process.join()
+
+    def _send(self, requests: Sequence[int | None]) -> None:
+        for pipe, request in zip(self._pipes, requests, strict=True):
+            with contextlib.suppress(BrokenPipeError):  # recv says that the process died
+                pipe.send(request)
+
+
+def make(
+    suite: str,
+    *,
+    batch: int,
+    seed: int = 0,
+    actions: str = 'impala',
+    renderer: str = 'software',
+    cache: str | None = None,
+    dataset: str | None = None,
+    length: int = 16,
+    timeout: float = 600.0,
+) -> DMLab:
+    """Rows of DMLab-30, spread over the levels in turn.
+
+    Args:
+      suite: 'train' or '' for the thirty levels, 'test' for them with the held-out variants,
+        or levels joined by commas.
+      batch: B, at least one row for each level.
+      seed: of the engines.
+      actions: 'impala' (9) or 'extended' (15).
+      renderer: 'software' or 'hardware'.
+      cache: a folder for compiled maps.
+      dataset: folder of the images of two psychlab levels, `datasetPath` of the engine.
+      length: most words of an instruction.
+      timeout: most seconds of a step; compiling a map takes long.
+
+    Raises:
+      UserError: on an unknown word, too few rows, or if the engine is not installed.
+    """
+    if actions not in ACTIONS:
+        raise UserError(f'actions = {actions!r} is unknown; {nearest(actions, ACTIONS)}')
+    tasks = LEVELS if suite in ('', 'train', 'test') else tuple(suite.split(','))
+    for task in tasks:
+        if task not in SCORES:
+            hint = nearest(task, (*LEVELS, 'train', 'test'))
+            raise UserError(f'dmlab30/{task} is unknown; {hint}')
+    if batch < len(tasks):
+        raise UserError(
+            f'{batch} rows for {len(tasks)} levels: expected a row for each; raise the batch or '
+            f'name fewer levels'
+        )
+    if importlib.util.find_spec('deepmind_lab') is None:
+        raise UserError('deepmind_lab is not installed, and pip has none; docs/dmlab.md builds it')
+    config = {'width': str(WIDTH), 'height': str(HEIGHT), 'logLevel': 'WARN'}
+    if suite == 'test':
+        config['allowHoldOutLevels'] = 'true'
+    if dataset is not None:
+        config['datasetPath'] = dataset
+    names = [HELD_OUT.get(task, task) if suite == 'test' else task for task in tasks]
+    spec = Spec(
+        name='dmlab30',
+        observation={
+            'pixels': jax.ShapeDtypeStruct((HEIGHT, WIDTH, 3), np.uint8),
+            'instruction': jax.ShapeDtypeStruct((length,), np.int32),
+            'task': jax.ShapeDtypeStruct((), np.int32),
+        },
+        actions=len(ACTIONS[actions]),
+        tasks=tasks,
+        random=tuple(SCORES[task][0] for task in tasks),
+        reference=tuple(SCORES[task][1] for task in tasks),
+        sources="random and human scores of scalable_agent's dmlab30.py (Espeholt et al., 2018)",
+        vocabulary=BUCKETS + 1,
+    )
+    engines = [
+        {
+            'level': f'contributed/dmlab30/{names[row % len(names)]}',
+            'observations': ['RGB_INTERLEAVED', 'INSTR'],
+            'config': config,
+            'renderer': renderer,
+            'cache': cache,
+        }
+        for row in range(batch)
+    ]
+    return DMLab(spec, engines, np.array(ACTIONS[actions], np.intc), seed, timeout)

@@ -1,0 +1,77 @@
+"""Instructions as tokens: [L] int32 below a vocabulary, padded with 0 at the end.
+
+Words are lower-case runs of letters and digits; punctuation is left out. Two ways to number them:
+the closed vocabulary of BabyAI's grammar (Chevalier-Boisvert et al., 2019), and hashing for text
+that is not known in advance, as in IMPALA (Espeholt et al., 2018).
+"""
+
+import re
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+
+from mi.config import UserError
+
+# In the order of the grammar: actions, articles, colours, objects, places, connectives.
+_GRAMMAR = (
+    'go to pick up open put next the a red green blue purple yellow grey object door key ball box '
+    'in front of you behind on your left right and then after'
+)
+BABYAI_WORDS = tuple(_GRAMMAR.split())
+BABYAI_VOCABULARY = len(BABYAI_WORDS) + 1
+# Four times 'put a grey ball in front of you next to …', joined by two 'and' and one 'after you'.
+BABYAI_LENGTH = 72
+_NUMBERS = {word: i for i, word in enumerate(BABYAI_WORDS, start=1)}
+
+
+class Tokenizer:
+    """text → its tokens [length] int32; each distinct text is tokenised once.
+
+    Attributes:
+      number: word → token, at least 1.
+      length: L.
+    """
+
+    def __init__(self, number: Callable[[str], int], length: int):
+        self.number = number
+        self.length = length
+        self._known: dict[str, np.ndarray] = {}
+
+    def __call__(self, text: str) -> np.ndarray:
+        """Read-only tokens.
+
+        Raises:
+          UserError: if there are more than `length` words, or `number` refuses one.
+        """
+        if text not in self._known:
+            words = re.findall('[a-z0-9]+', text.lower())
+            if len(words) > self.length:
+                raise UserError(
+                    f'the instruction {text!r} has {len(words)} words, expected at most '
+                    f'{self.length}; raise the environment option length'
+                )
+            tokens = np.zeros(self.length, np.int32)
+            tokens[: len(words)] = [self.number(word) for word in words]
+            tokens.flags.writeable = False
+            self._known[text] = tokens
+        return self._known[text]
+
+
+def babyai(length: int = BABYAI_LENGTH) -> Tokenizer:
+    """Tokens below BABYAI_VOCABULARY; a word outside the grammar raises UserError."""
+
+    def number(word: str) -> int:
+        if word not in _NUMBERS:
+            raise UserError(f'{word!r} is not in BabyAI; expected one of {" ".join(BABYAI_WORDS)}')
+        return _NUMBERS[word]
+
+    return Tokenizer(number, length)
+
+
+def hashed(buckets: int, length: int) -> Tokenizer:
+    """Tokens 1 + CRC-32 of the word modulo `buckets`: the same in every process and on any machine.
+
+    The published agent hashes with another function, so its buckets are not these.
+    """
+    return Tokenizer(lambda word: 1 + zlib.crc32(word.encode()) % buckets, length)

@@ -1,0 +1,227 @@
+"""Topology 'fused': acting and learning are one program, deterministic, all seeds of a run vmapped.
+
+Arrays with a leading axis of seeds are marked [S, …]. On several devices the environments are
+split over them and everything else is on each; the program is the same.
+"""
+
+import functools
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax import Array
+
+from mi import checkpoint, metrics, optim, parallel, run
+from mi.rl import actor, envs, learner, records, setup
+from mi.rl.envs.spec import JaxEnvironment
+from mi.rl.evaluate import episodes, summary
+from mi.rl.networks import Agent
+
+
+class State(NamedTuple):
+    """What an update changes; in a run every array has a leading axis of seeds."""
+
+    learner: learner.State
+    actor: actor.State
+
+
+def init(
+    environment: JaxEnvironment,
+    agent: Agent,
+    optimiser: optax.GradientTransformation,
+    batch: int,
+    seed: Array,
+) -> State:
+    """The state before the first update of one seed."""
+    of_params, of_actor = jax.random.split(jax.random.key(seed))
+    params = setup.init_params(agent, of_params)
+    tasks = len(environment.spec.tasks)
+    acting = actor.start(environment, agent, batch, of_actor)
+    return State(learner.start(params, optimiser, tasks), acting)
+
+
+def update(
+    environment: JaxEnvironment,
+    agent: Agent,
+    optimiser: optax.GradientTransformation,
+    hyperparameters: learner.Hyperparameters,
+    length: int,
+    state: State,
+) -> tuple[State, dict[str, Array], actor.Episodes]:
+    """One unroll and one update of one seed; a pure function."""
+    acting, trajectory, ended = actor.unroll(
+        environment, agent, length, state.learner.params, state.actor
+    )
+    learning, measured = learner.update(
+        agent, optimiser, hyperparameters, state.learner, trajectory
+    )
+    return State(learning, acting), measured, ended
+
+
+def compile_updates(
+    environment: JaxEnvironment,
+    agent: Agent,
+    optimiser: optax.GradientTransformation,
+    config: ml_collections.ConfigDict,
+    state: State,
+    count: int,
+) -> jax.stages.Compiled:
+    """`count` updates of all seeds, state → state, their mean metrics and episodes, each [S, …].
+
+    Compiled ahead; the state is donated.
+    """
+    one = functools.partial(
+        update,
+        environment,
+        agent,
+        optimiser,
+        setup.hyperparameters(config),
+        config.train.length,
+    )
+
+    def several(state: State) -> tuple[State, tuple[dict[str, Array], actor.Episodes]]:
+        def step(state: State, _: None) -> tuple[State, tuple[dict[str, Array], actor.Episodes]]:
+            state, measured, ended = one(state)
+            return state, (measured, ended)
+
+        state, (measured, ended) = jax.lax.scan(step, state, None, count)
+        mean = jax.tree.map(lambda a: a.mean(0), measured)
+        return state, (mean, jax.tree.map(lambda a: a.sum(0), ended))
+
+    def all_seeds(state: State) -> Any:
+        if len(config.seeds) > 1:
+            return jax.vmap(several)(state)
+        result = several(jax.tree.map(lambda a: a[0], state))  # a batch of one product is slower
+        return jax.tree.map(lambda a: a[None], result)
+
+    shardings = jax.tree.map(lambda a: a.sharding, state)
+    compiled = jax.jit(all_seeds, donate_argnums=0, out_shardings=(shardings, None))
+    return compiled.lower(state).compile()
+
+
+def start(
+    config: ml_collections.ConfigDict,
+    environment: JaxEnvironment,
+    agent: Agent,
+    optimiser: optax.GradientTransformation,
+) -> State:
+    """The state of all seeds, [S, …], its rows of environments split over the devices."""
+    fresh = functools.partial(init, environment, agent, optimiser, config.train.batch)
+    state = jax.jit(jax.vmap(fresh))(jnp.asarray(config.seeds))
+    mesh = parallel.mesh(config.train.batch)
+    acting = state.actor
+    split = parallel.split(acting._replace(key=None), mesh, axis=1)._replace(
+        key=parallel.replicate(acting.key, mesh)
+    )
+    return State(parallel.replicate(state.learner, mesh), split)
+
+
+def train(config: ml_collections.ConfigDict, workdir: str) -> None:
+    """Trains, evaluates and leaves a run directory; continues it where there is one."""
+    environment = envs.make(config.env.name)
+    agent = setup.agent(config, environment.spec)
+    evaluations = {'eval': environment}
+    if config.eval.held_out:
+        evaluations['held_out'] = envs.make(config.eval.held_out)
+    with run.start(workdir, config) as this:
+        _train(config, evaluations, agent, this)
+
+
+def _train(
+    config: ml_collections.ConfigDict,
+    evaluations: dict[str, JaxEnvironment],
+    agent: Agent,
+    this: run.Run,
+) -> None:
+    total, B, T = setup.updates(config), config.train.batch, config.train.length
+    environment = evaluations['eval']
+    tasks = environment.spec.tasks
+    optimiser = optim.optimiser(config.optim, total)
+    this.write('cost.json', setup.costs(agent, B, T))
+    state = start(config, environment, agent, optimiser)
+    saved = checkpoint.Checkpoints(this.path / 'checkpoints', config.train.keep)
+    restored = saved.restore(_plain(state))
+    meta: dict[str, Any] = {'step': 0, 'metrics': 0}
+    if restored is not None:
+        state, meta = _keyed(restored[0], state), restored[1]
+    this.step = meta['step']
+
+    compiled: dict[int, jax.stages.Compiled] = {}
+    files = metrics.Metrics(this.path, meta['metrics'], this.step)
+    progress = metrics.Progress(total, this.step)
+    frames = B * T * len(config.seeds)
+    try:
+        while this.step < total:
+            count = min(config.train.log_every, total - this.step)
+            if count not in compiled:
+                compiled[count] = compile_updates(
+                    environment, agent, optimiser, config, state, count
+                )
+            began = time.perf_counter()
+            state, (measured, ended) = compiled[count](state)
+            measured, ended, statistics = jax.device_get(
+                (measured, ended, state.learner.statistics)
+            )
+            seconds = time.perf_counter() - began
+            this.step += count
+            step, rate = this.step, count * frames / seconds
+            records.refuse_non_finite(config.seeds, step, measured)
+            for i, seed in enumerate(config.seeds):
+                of_seed = jax.tree.map(lambda a, i=i: a[i], (measured, ended, statistics))
+                values: records.Record = {n: float(value) for n, value in of_seed[0].items()}
+                values |= records.of_episodes(of_seed[1], tasks)
+                values |= records.of_statistics(of_seed[2], tasks)
+                files.write(step, seed, 'train', {'env_steps': step * B * T, **values})
+            files.timing(step, {'seconds': seconds, 'steps_per_second': rate})
+            success = ended.successes.sum() / max(1, ended.number.sum())
+            progress.update(step, f'success {success:.3f}', f'{rate:,.0f} steps/s')
+            if step % config.train.eval_every == 0 or step == total:
+                for split, evaluation in evaluations.items():
+                    _evaluate(config, evaluation, split, agent, state, files, step)
+            if step % config.train.save_every == 0 or step == total or this.stop:
+                saved.save(step, _plain(state), {'metrics': files.position()})
+                if this.stop and step < total:
+                    this.preempted()
+    finally:
+        progress.close()
+        files.close()
+
+
+def _evaluate(
+    config: ml_collections.ConfigDict,
+    environment: JaxEnvironment,
+    split: str,
+    agent: Agent,
+    state: State,
+    files: metrics.Metrics,
+    step: int,
+) -> None:
+    for i, seed in enumerate(config.seeds):
+        params = jax.tree.map(lambda a, i=i: a[i], state.learner.params)
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        for greedy in (False, True) if config.eval.greedy else (False,):
+            played = jax.device_get(
+                episodes(environment, agent, params, key, config.eval.episodes, greedy)
+            )
+            values = {
+                'env_steps': step * config.train.batch * config.train.length,
+                'episodes_per_task': config.eval.episodes,
+                **summary(environment.spec, *played),
+            }
+            files.write(step, seed, f'{split}_greedy' if greedy else split, values)
+
+
+def _plain(state: State) -> State:
+    """The state with random keys as the numbers that they are, for the checkpoint."""
+    return jax.tree.map(lambda a: jax.random.key_data(a) if _is_key(a) else a, state)
+
+
+def _keyed(plain: State, like: State) -> State:
+    return jax.tree.map(lambda a, b: jax.random.wrap_key_data(a) if _is_key(b) else a, plain, like)
+
+
+def _is_key(a: Array) -> bool:
+    return jnp.issubdtype(a.dtype, jax.dtypes.prng_key)

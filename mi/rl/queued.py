@@ -1,0 +1,238 @@
+"""Topologies 'threads' and 'ray': actors feed a bounded queue, the learner takes what there is.
+
+The learner's state is saved and continued exactly; the environments start anew. The lag of a
+trajectory is how many updates older the parameters are that acted on it; what is older than
+`config.actors.max_lag` is dropped and counted.
+"""
+
+import contextlib
+import functools
+import time
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import optax
+
+from mi import checkpoint, metrics, optim, parallel, run
+from mi.rl import envs, learner, records, remote, setup
+from mi.rl.actor import Episodes, Trajectory
+from mi.rl.evaluate import episodes, play, summary
+from mi.rl.networks import Agent
+from mi.rl.threads import Actors, Item
+from mi.rl.worker import Policy, Worker, compile_policy, joined
+
+
+def make_worker(
+    config: ml_collections.ConfigDict,
+    version: int,
+    index: int,
+    agent: Agent | None = None,
+    policy: Policy | None = None,
+) -> Worker:
+    """Worker `index` of a run that goes on at `version`; agent and policy if they are there."""
+    actors = config.actors
+    key = jax.random.key(config.seeds[0])
+    for number in (version, index):
+        key = jax.random.fold_in(key, number)
+    seeds = np.asarray(jax.random.randint(key, (actors.groups,), 0, 2**30))
+    groups = [envs.pool(config.env.name, actors.batch, int(seed)) for seed in seeds]
+    agent = agent or setup.agent(config, groups[0].spec)
+    policy = policy or compile_policy(agent)
+    return Worker(groups, agent, policy, config.train.length, key)
+
+
+def train(config: ml_collections.ConfigDict, workdir: str) -> None:
+    """Trains, evaluates and leaves a run directory; continues it where there is one."""
+    with contextlib.ExitStack() as stack:
+        splits = {'eval': config.env.name, 'held_out': config.eval.held_out}
+        evaluations = {
+            split: stack.enter_context(_Evaluation(name, config))
+            for split, name in splits.items()
+            if name
+        }
+        agent = setup.agent(config, evaluations['eval'].spec)
+        with run.start(workdir, config) as this:
+            _train(config, evaluations, agent, this)
+
+
+def _train(
+    config: ml_collections.ConfigDict,
+    evaluations: dict[str, '_Evaluation'],
+    agent: Agent,
+    this: run.Run,
+) -> None:
+    total, B, T = setup.updates(config), config.train.batch, config.train.length
+    seed, tasks = config.seeds[0], agent.spec.tasks
+    optimiser = optim.optimiser(config.optim, total)
+    this.write('cost.json', setup.costs(agent, B, T))
+    mesh = parallel.mesh(B)
+    state = parallel.replicate(_start(agent, optimiser, seed), mesh)
+    saved = checkpoint.Checkpoints(this.path / 'checkpoints', config.train.keep)
+    restored = saved.restore(state)
+    meta: dict[str, Any] = {'step': 0, 'metrics': 0}
+    if restored is not None:
+        state, meta = restored
+    this.step = meta['step']
+
+    hyperparameters = setup.hyperparameters(config)
+    update = jax.jit(functools.partial(learner.update, agent, optimiser, hyperparameters))
+    files = metrics.Metrics(this.path, meta['metrics'], this.step)
+    progress = metrics.Progress(total, this.step)
+    window = _Window()
+    try:
+        with _actors(config, agent, state.params, this.step) as actors:
+            while this.step < total:
+                items = _take(config, actors, this.step, window)
+                trajectory = _on_devices(joined([item.trajectory for item in items]), mesh)
+                state, measured = update(state, trajectory)
+                this.step += 1
+                step = this.step
+                actors.publish(state.params, step)
+                window.add(measured, items)
+                saves = step % config.train.save_every == 0 or step == total or this.stop
+                if step % config.train.log_every == 0 or saves:
+                    values, timing = window.take(whole=saves)
+                    means = {name: value.mean(keepdims=True) for name, value in values.items()}
+                    records.refuse_non_finite([seed], step, means)
+                    record: records.Record = {n: float(value[0]) for n, value in means.items()}
+                    record |= records.of_episodes(window.episodes(), tasks)
+                    record |= records.of_statistics(state.statistics, tasks)
+                    files.write(step, seed, 'train', {'env_steps': step * B * T, **record})
+                    rate = timing['updates'] * B * T / timing['seconds']
+                    timing |= {'steps_per_second': rate, 'queue': actors.waiting()}
+                    files.timing(step, timing)
+                    progress.update(
+                        step, f'success {record["success"] or 0:.3f}', f'{rate:,.0f} steps/s'
+                    )
+                    window = _Window()
+                if step % config.train.eval_every == 0 or step == total:
+                    for split, evaluation in evaluations.items():
+                        for policy, scores in evaluation(agent, state.params, step).items():
+                            files.write(step, seed, split + policy, scores)
+                if saves:
+                    saved.save(step, state, {'metrics': files.position()})
+                    if this.stop and step < total:
+                        this.preempted()
+    finally:
+        progress.close()
+        files.close()
+
+
+def _start(agent: Agent, optimiser: optax.GradientTransformation, seed: int) -> learner.State:
+    params = jax.jit(functools.partial(setup.init_params, agent))(jax.random.key(seed))
+    return learner.start(params, optimiser, len(agent.spec.tasks))
+
+
+def _actors(config: ml_collections.ConfigDict, agent: Agent, params: Any, version: int) -> Actors:
+    numbers = range(config.actors.number)
+    make = functools.partial(make_worker, config, version)
+    queue = params, version, config.actors.queue, config.actors.timeout
+    if config.train.topology == 'ray':
+        makers: Any = [
+            functools.partial(remote.Remote, functools.partial(make, i)) for i in numbers
+        ]
+        return Actors(makers, *queue, share=remote.share)
+    policy = compile_policy(agent)
+    makers = [functools.partial(make, i, agent, policy) for i in numbers]
+    return Actors(makers, *queue)
+
+
+def _take(
+    config: ml_collections.ConfigDict, actors: Actors, step: int, window: '_Window'
+) -> list[Item]:
+    """The trajectories of one update."""
+    items: list[Item] = []
+    began = time.perf_counter()
+    while len(items) < config.train.batch // config.actors.batch:
+        item = actors.get()
+        lag = step - item.version
+        if lag > config.actors.max_lag:
+            window.dropped += 1
+            continue
+        window.lags.append(lag)
+        items.append(item)
+    window.waited += time.perf_counter() - began
+    return items
+
+
+def _on_devices(trajectory: Trajectory, mesh: jax.sharding.Mesh) -> Trajectory:
+    carry = parallel.split(trajectory.carry, mesh, axis=0)
+    return parallel.split(trajectory._replace(carry={}), mesh, axis=1)._replace(carry=carry)
+
+
+class _Window:
+    """What was measured since the last record."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._measured: list[dict[str, jax.Array]] = []
+        self._episodes: list[Episodes] = []
+        self._actors_waited = 0.0
+        self.lags: list[int] = []
+        self.dropped = 0
+        self.waited = 0.0
+
+    def add(self, measured: dict[str, jax.Array], items: list[Item]) -> None:
+        self._measured.append(measured)
+        self._episodes += [item.episodes for item in items]
+        self._actors_waited += sum(item.waited for item in items)
+
+    def take(self, whole: bool) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """Values of the updates, [updates], and what they took in seconds.
+
+        Unless `whole`, the newest update is left out, as waiting for it would hold the learner up.
+        """
+        updates = len(self._measured)
+        there = self._measured if whole or updates == 1 else self._measured[:-1]
+        fetched = jax.device_get(there)
+        values = {name: np.stack([m[name] for m in fetched]) for name in fetched[0]}
+        values |= {
+            'lag': np.asarray(self.lags),
+            'lag_max': np.max(self.lags, keepdims=True),
+            'dropped': np.asarray([self.dropped]),
+        }
+        timing = {
+            'seconds': time.perf_counter() - self._began,
+            'updates': updates,
+            'learner_waited': self.waited,
+            'actors_waited': self._actors_waited,
+        }
+        return values, timing
+
+    def episodes(self) -> Episodes:
+        return records.total(self._episodes)
+
+
+class _Evaluation:
+    """Episodes of one environment, with rows of its own."""
+
+    def __init__(self, name: str, config: ml_collections.ConfigDict):
+        self._config = config
+        self._compiled = None if envs.on_host(name) else envs.make(name)
+        self._pool = envs.pool(name, config.actors.batch, config.seeds[0])
+        self.spec = self._pool.spec
+
+    def __enter__(self) -> '_Evaluation':
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.close()
+
+    def __call__(self, agent: Agent, params: Any, step: int) -> dict[str, dict[str, float]]:
+        """What is measured, for the policy '' and for '_greedy' if it is asked for."""
+        config, measured = self._config, {}
+        key = jax.random.fold_in(jax.random.key(config.seeds[0]), step)
+        for greedy in (False, True) if config.eval.greedy else (False,):
+            how = agent, params, key, config.eval.episodes, greedy
+            if self._compiled is None:
+                played: Any = play(self._pool, *how)
+            else:
+                played = jax.device_get(episodes(self._compiled, *how))
+            measured['_greedy' if greedy else ''] = {
+                'env_steps': step * config.train.batch * config.train.length,
+                'episodes_per_task': config.eval.episodes,
+                **summary(self.spec, *played),
+            }
+        return measured

@@ -1,0 +1,182 @@
+"""From a config to typed parts: what may stand in it, and the agent and optimiser that it names."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import linen as nn
+
+from mi import cells, cost, fusion, optim
+from mi.config import Rule, UserError, boolean, check, integer, number, one_of, seeds, text
+from mi.rl import learner
+from mi.rl.envs.spec import Spec
+from mi.rl.loss import CLIPS
+from mi.rl.networks import SITES, SOURCES, TORSOS, Agent, Inputs
+from mi.rl.transformer import GatedTransformer
+
+CORES: dict[str, Callable[..., nn.Module]] = {**cells.CELLS, 'transformer': GatedTransformer}
+TOPOLOGIES = ('fused', 'threads', 'ray')
+
+
+def sites(value: Any) -> str:
+    fine = isinstance(value, tuple | list) and len(set(value)) == len(value)
+    if fine and all(word in SITES for word in value):
+        return ''
+    return f'a tuple of distinct words out of {", ".join(SITES)}; () for none'
+
+
+SCHEMA: dict[str, Rule] = {
+    'task': one_of(['rl']),
+    'seeds': seeds,
+    'env.name': text,
+    'model.torso': one_of(TORSOS),
+    'model.features': integer(1),
+    'model.core': one_of([*CORES, 'none']),
+    'model.hidden': integer(1),
+    'model.instruction': boolean,
+    'model.dtype': one_of(['float32', 'bfloat16']),
+    'model.sites': sites,
+    'model.source': one_of(SOURCES),
+    'model.context': integer(1),
+    'model.fusion.name': one_of(fusion.FUSIONS),
+    'model.fusion.rank': integer(1),
+    'model.fusion.hidden': integer(1),
+    'loss.discount': number(0, 1),
+    'loss.lambda_': number(0, 1),
+    'loss.rho_clip': number(0, exclusive=True),
+    'loss.c_clip': number(0, exclusive=True),
+    'loss.entropy_cost': number(0),
+    'loss.baseline_cost': number(0),
+    'loss.reward_clip': one_of(CLIPS),
+    'loss.popart': number(0, 1),
+    'train.topology': one_of(TOPOLOGIES),
+    'train.steps': integer(1),
+    'train.batch': integer(1),
+    'train.length': integer(1),
+    'train.log_every': integer(1),
+    'train.eval_every': integer(1),
+    'train.save_every': integer(1),
+    'train.keep': integer(1),
+    'actors.number': integer(1),
+    'actors.batch': integer(1),
+    'actors.groups': integer(1),
+    'actors.queue': integer(1),
+    'actors.max_lag': integer(1),
+    'actors.timeout': number(0, exclusive=True),
+    'eval.episodes': integer(1),
+    'eval.greedy': boolean,
+    'eval.held_out': text,
+    **optim.SCHEMA,
+}
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Refuses a config that cannot work, before anything is built.
+
+    Raises:
+      UserError: which key, what was expected, what to change.
+    """
+    check(config, SCHEMA)
+    model, training, actors = config.model, config.train, config.actors
+    word = model.fusion.name
+    if word in fusion.ONE_HOT and ('instruction' in model.sites or model.source != 'task'):
+        raise UserError(
+            f'config.model.fusion.name = {word!r} takes one-hot contexts alone; it needs '
+            f"config.model.source = 'task' and no site 'instruction'"
+        )
+    for name in ('eval_every', 'save_every'):
+        if training[name] % training.log_every:
+            raise UserError(
+                f'config.train.{name} = {training[name]}: expected a multiple of '
+                f'config.train.log_every = {training.log_every}, the updates of one record'
+            )
+    if config.eval.held_out and model.source in ('task', 'embedding'):
+        raise UserError(
+            f'config.eval.held_out = {config.eval.held_out!r}: tasks that were never trained have '
+            f"no index; it needs config.model.source = 'instruction' or 'inferred'"
+        )
+    if training.topology == 'fused':
+        return
+    if len(config.seeds) > 1:
+        raise UserError(
+            f'config.seeds = {tuple(config.seeds)}: the topology {training.topology!r} trains one '
+            f'seed; start a run for each'
+        )
+    if training.batch % actors.batch:
+        raise UserError(
+            f'config.train.batch = {training.batch}: expected a multiple of config.actors.batch = '
+            f'{actors.batch}, the rows of one trajectory in the queue'
+        )
+
+
+def updates(config: ml_collections.ConfigDict) -> int:
+    """How many updates a run has."""
+    return max(1, config.train.steps // (config.train.batch * config.train.length))
+
+
+def agent(config: ml_collections.ConfigDict, spec: Spec) -> Agent:
+    """The agent of a config, with typed fields.
+
+    Raises:
+      UserError: if the environment has not what the agent is to look at.
+    """
+    model = config.model
+    instructed = 'instruction' in model.sites or model.source == 'instruction'
+    if instructed and not (model.instruction and spec.vocabulary):
+        what = 'has no instructions' if model.instruction else 'is not to be read'
+        raise UserError(
+            f'config.model.sites and source name the instruction, but it {what}: '
+            f'config.env.name = {spec.name!r}, config.model.instruction = {model.instruction}'
+        )
+    core = None
+    if model.core != 'none':
+        core = functools.partial(CORES[model.core], model.hidden)
+    word = model.fusion
+    return Agent(
+        spec=spec,
+        torso=model.torso,
+        features=model.features,
+        core=core,
+        sites=tuple(model.sites),
+        source=model.source,
+        context=model.context,
+        fusion=fusion.get(word.name, rank=word.rank, hidden=word.hidden),
+        see_instruction=model.instruction,
+        dtype=jnp.dtype(model.dtype),
+    )
+
+
+def hyperparameters(config: ml_collections.ConfigDict) -> learner.Hyperparameters:
+    return learner.Hyperparameters(**config.loss)
+
+
+def example(spec: Spec, length: int, batch: int) -> Inputs:
+    """Shapes of inputs [T, B, …], without memory."""
+
+    def rows(shape: tuple[int, ...], dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct((length, batch, *shape), dtype)
+
+    observation = {name: rows(a.shape, a.dtype) for name, a in spec.observation.items()}
+    inputs: Any = observation, rows((), jnp.int32), rows((), jnp.float32), rows((), jnp.bool_)
+    return Inputs(*inputs)
+
+
+def init_params(agent: Agent, key: jax.Array) -> Any:
+    """The parameters of an agent."""
+    inputs = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), example(agent.spec, 1, 1))
+    return agent.init(key, agent.initial_carry(1), inputs)['params']
+
+
+def costs(agent: Agent, batch: int, length: int) -> dict[str, dict[str, int]]:
+    """Parameters of the agent, and forward FLOPs of its products per step of an environment."""
+    rows = example(agent.spec, length, batch)
+    carry = jax.eval_shape(lambda: agent.initial_carry(batch))
+    variables = jax.eval_shape(agent.init, jax.random.key(0), carry, rows)
+    flops = cost.flops(agent.apply, variables, carry, rows) / (batch * length)
+    return {
+        'parameters': {'model': cost.parameters(variables)},
+        'flops_per_step': {'model': round(flops)},
+    }

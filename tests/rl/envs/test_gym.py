@@ -1,0 +1,143 @@
+import builtins
+
+import numpy as np
+import pytest
+
+from mi.config import UserError
+from mi.rl.envs import gym
+
+
+def test_cartpole_is_the_package_itself_with_the_reset_one_step_later():
+    gymnasium = pytest.importorskip('gymnasium', reason='the extra gym is not installed')
+    environment = gym.make_gym('CartPole-v1', batch=2, seed=5)
+    theirs = [gymnasium.make('CartPole-v1') for _ in range(2)]
+    step = environment.reset()
+    seen = [env.reset(seed=5 + i)[0] for i, env in enumerate(theirs)]
+    np.testing.assert_array_equal(step.observation['features'], seen)
+    over = np.zeros(2, bool)
+    ends = 0
+    for action in np.random.default_rng(0).integers(0, 2, (60, 2)):
+        environment.send(action)
+        step = environment.recv()
+        for i, env in enumerate(theirs):
+            if over[i]:
+                expected = (env.reset()[0], 0.0, False, False)
+            else:
+                expected = env.step(action[i])[:4]
+            np.testing.assert_array_equal(step.observation['features'][i], expected[0])
+            assert step.reward[i] == expected[1]
+            assert step.discount[i] == (0 if expected[2] else 1)
+            assert step.is_first[i] == over[i]
+            over[i] = expected[2] or expected[3]
+            assert step.is_last[i] == over[i]
+            ends += over[i]
+    assert ends > 2
+    environment.close()
+
+
+def test_an_episode_that_is_cut_keeps_its_discount():
+    pytest.importorskip('gymnasium', reason='the extra gym is not installed')
+    environment = gym.make_gym('MountainCar-v0', batch=1)
+    assert environment.spec.episode == 200
+    environment.reset()
+    lasts = []
+    for _ in range(201):
+        environment.send(np.array([1]))
+        step = environment.recv()
+        lasts.append(bool(step.is_last[0]))
+        assert step.discount[0] == 1
+    assert lasts == [False] * 199 + [True, False]
+    assert step.is_first[0] and step.reward[0] == 0
+    environment.close()
+
+
+@pytest.mark.slow
+def test_processes_give_what_one_process_gives():
+    pytest.importorskip('gymnasium', reason='the extra gym is not installed')
+    here = gym.make_gym('CartPole-v1', batch=2, seed=3)
+    there = gym.make_gym('CartPole-v1', batch=2, seed=3, asynchronous=True)
+    pairs = [(here.reset(), there.reset())]
+    for action in np.random.default_rng(0).integers(0, 2, (40, 2)):
+        for environment in (here, there):
+            environment.send(action)
+        pairs.append((here.recv(), there.recv()))
+    for mine, theirs in pairs:
+        for name in mine.observation:
+            np.testing.assert_array_equal(mine.observation[name], theirs.observation[name])
+        for a, b in zip(mine[1:], theirs[1:], strict=True):
+            np.testing.assert_array_equal(a, b)
+    here.close()
+    there.close()
+
+
+def test_spaces_that_no_network_takes_are_refused():
+    pytest.importorskip('gymnasium', reason='the extra gym is not installed')
+    with pytest.raises(UserError, match=r'Pendulum-v1 has actions .*expected Discrete'):
+        gym.make_gym('Pendulum-v1', batch=1)
+    with pytest.raises(UserError, match=r'FrozenLake-v1 observes .*expected a Box'):
+        gym.make_gym('FrozenLake-v1', batch=1)
+    with pytest.raises(UserError, match="did you mean 'CartPole-v1'"):
+        gym.make_gym('CartPol-v1', batch=1)
+
+
+def test_a_missing_package_names_the_extra(monkeypatch):
+    def without(name, *rest):
+        if name.split('.')[0] == 'gymnasium':
+            raise ImportError(name)
+        return real(name, *rest)
+
+    real = builtins.__import__
+    monkeypatch.setattr(builtins, '__import__', without)
+    with pytest.raises(UserError, match=r'pip install multiplicative-interactions\[gym\]'):
+        gym.make_gym('CartPole-v1', batch=1)
+    with pytest.raises(UserError, match=r'pip install multiplicative-interactions\[vizdoom\]'):
+        gym.make_vizdoom('basic', batch=1)
+
+
+def test_scenarios_share_their_buttons_by_name():
+    pytest.importorskip('vizdoom', reason='the extra vizdoom is not installed')
+    environment = gym.make_vizdoom('basic,health_gathering', batch=2)
+    # basic has MOVE_LEFT, MOVE_RIGHT, ATTACK; health_gathering TURN_LEFT, TURN_RIGHT, MOVE_FORWARD.
+    assert environment.spec.actions == 7
+    pressed = []
+    for row, env in enumerate(environment._vector.envs):
+        game = env.unwrapped.game
+        names = [button.name for button in game.get_available_buttons()]
+        environment.reset()
+        for action in range(7):
+            env.step(action)
+            down = [name for name, on in zip(names, game.get_last_action(), strict=True) if on]
+            pressed.append((row, action, down))
+    buttons = ['MOVE_LEFT', 'MOVE_RIGHT', 'ATTACK', 'TURN_LEFT', 'TURN_RIGHT', 'MOVE_FORWARD']
+    expected = [(0, 0, [])]
+    expected += [(0, i, [b] if i <= 3 else []) for i, b in enumerate(buttons, start=1)]
+    expected += [(1, 0, [])]
+    expected += [(1, i, [b] if i > 3 else []) for i, b in enumerate(buttons, start=1)]
+    assert pressed == expected
+    environment.close()
+
+
+def test_a_scenario_steps_with_the_shapes_of_its_spec():
+    pytest.importorskip('vizdoom', reason='the extra vizdoom is not installed')
+    environment = gym.make_vizdoom('basic,take_cover', batch=3)
+    step = environment.reset()
+    lasts = np.zeros(3, bool)
+    for _ in range(80):  # basic is cut after 300 tics of 4
+        environment.send(np.zeros(3, np.int32))
+        step = environment.recv()
+        for name, value in step.observation.items():
+            expected = environment.spec.observation[name]
+            assert (value.shape, value.dtype) == ((3, *expected.shape), expected.dtype)
+        lasts |= step.is_last
+    np.testing.assert_array_equal(step.observation['task'], [0, 1, 0])
+    assert lasts[0] and lasts[2]
+    assert step.observation['pixels'].std() > 1
+    environment.close()
+
+
+def test_wrong_words_of_vizdoom_are_the_users_to_mend():
+    pytest.importorskip('vizdoom', reason='the extra vizdoom is not installed')
+    with pytest.raises(UserError, match="did you mean 'basic'"):
+        gym.make_vizdoom('basics', batch=1)
+    with pytest.raises(UserError, match='1 rows for the 9 tasks'):
+        gym.make_vizdoom('all', batch=1)

@@ -1,0 +1,88 @@
+import functools
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from configs import rl as configs
+from mi import optim
+from mi.rl import envs, learner, setup
+from tests.conftest import ROOT
+
+
+def parts(**changes):
+    config = configs.get_config('tiny').unlock()
+    config.update_from_flattened_dict(changes)
+    environment = envs.make(config.env.name)
+    agent = setup.agent(config, environment.spec)
+    return config, environment, agent, optim.optimiser(config.optim, 100)
+
+
+@pytest.mark.parametrize('platform', ['cuda', 'tpu'])
+def test_the_update_lowers_for_accelerators(platform):
+    config, environment, agent, optimiser = parts()
+    B, T = config.train.batch, config.train.length
+    state = jax.eval_shape(
+        lambda: learner.start(setup.init_params(agent, jax.random.key(0)), optimiser, 30)
+    )
+    carry = jax.eval_shape(lambda: agent.initial_carry(B))
+    inputs = setup.example(environment.spec, T + 1, B)
+    rows = [inputs.action, inputs.reward, inputs.reward, inputs.is_first]
+    rows = [jax.ShapeDtypeStruct((T, B), a.dtype) for a in rows]
+    update = functools.partial(learner.update, agent, optimiser, setup.hyperparameters(config))
+    exported = jax.export.export(jax.jit(update), platforms=[platform])(
+        state, learner.Trajectory(inputs, *rows, carry)
+    )
+    assert exported.platforms == (platform,)
+
+
+MESH = """
+import json, sys
+import jax
+from tests.rl.test_learner import parts
+from mi.rl import fused
+
+config, environment, agent, optimiser = parts(seeds=(0, 1))
+state = fused.start(config, environment, agent, optimiser)
+update = fused.compile_updates(environment, agent, optimiser, config, state, 3)
+for _ in range(2):
+    state, (measured, ended) = jax.block_until_ready(update(state))
+rows = state.actor.returned.sharding.shard_shape(state.actor.returned.shape)
+print(json.dumps({
+    'rows': rows,
+    'loss': measured['loss'].tolist(),
+    'mu': state.learner.statistics.mu.tolist(),
+    'params': [float(abs(a).sum()) for a in jax.tree.leaves(state.learner.params)],
+    'episodes': ended.number.sum().tolist(),
+    'positions': state.actor.environment.y.tolist(),
+}))
+"""
+
+
+def on_devices(count):
+    flags = f'--xla_force_host_platform_device_count={count}'
+    done = subprocess.run(
+        [sys.executable, '-c', MESH],
+        cwd=ROOT,
+        env={'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags, 'PATH': '', 'PYTHONPATH': str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_environments_split_over_devices_learn_the_same():
+    """PopArt's statistics too: the tasks of all devices count."""
+    one, two = on_devices(1), on_devices(2)
+    assert one.pop('rows') == [2, 8]
+    assert two.pop('rows') == [2, 4]
+    assert one['positions'] == two['positions']
+    assert one['episodes'] == two['episodes']
+    for name in ('loss', 'mu', 'params'):
+        np.testing.assert_allclose(one[name], two[name], rtol=2e-4, atol=1e-6)

@@ -1,0 +1,185 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mi import FUSIONS, cells, fusion
+from mi.rl.envs.spec import Spec
+from mi.rl.networks import Agent, Inputs
+from tests.motifs.checks import drawn
+
+T, B, TASKS, VOCABULARY = 4, 3, 5, 7
+GRID = Spec(
+    name='toy',
+    observation={
+        'grid': jax.ShapeDtypeStruct((3, 3, 2), jnp.int32),
+        'task': jax.ShapeDtypeStruct((), jnp.int32),
+        'instruction': jax.ShapeDtypeStruct((4,), jnp.int32),
+    },
+    actions=3,
+    tasks=tuple(f'task {i}' for i in range(TASKS)),
+    categories=(4, 2),
+    vocabulary=VOCABULARY,
+)
+PIXELS = Spec(
+    name='screen',
+    observation={
+        'pixels': jax.ShapeDtypeStruct((36, 36, 3), jnp.uint8),
+        'task': jax.ShapeDtypeStruct((), jnp.int32),
+    },
+    actions=3,
+    tasks=('only',),
+)
+
+
+def make(spec=GRID, fuse='mi', **options):
+    sizes = {'features': 8, 'core': functools.partial(cells.LSTM, 6), 'context': 4} | options
+    return Agent(spec=spec, fusion=fusion.get(fuse, rank=3, hidden=4), **sizes)
+
+
+def inputs(spec=GRID, seed=0, length=T):
+    rng = np.random.default_rng(seed)
+    high = {'grid': 2, 'task': len(spec.tasks), 'instruction': VOCABULARY, 'pixels': 256}
+    observation = {
+        name: jnp.asarray(rng.integers(high[name], size=(length, B, *a.shape)).astype(a.dtype))
+        for name, a in spec.observation.items()
+    }
+    action = jnp.asarray(rng.integers(spec.actions, size=(length, B)), jnp.int32)
+    reward = jnp.asarray(rng.normal(size=(length, B)), jnp.float32)
+    return Inputs(observation, action, reward, jnp.zeros((length, B), bool))
+
+
+def changed(given, row, **values):
+    """The inputs with another value of some observation in one row."""
+    observation = {
+        name: a.at[row].set(values[name]) if name in values else a
+        for name, a in given.observation.items()
+    }
+    return given._replace(observation=observation)
+
+
+@pytest.mark.parametrize(
+    'fuse',
+    [
+        pytest.param(word, marks=() if word in ('concat', 'mi', 'multi_head') else pytest.mark.slow)
+        for word in FUSIONS
+    ],
+)
+def test_every_fusion_fits_every_site_and_all_its_parameters_learn(fuse):
+    sites = ('core_input', 'readout') + (() if fuse in fusion.ONE_HOT else ('instruction',))
+    agent = make(fuse=fuse, sites=sites)
+    carry, given = agent.initial_carry(B), inputs()
+    variables = drawn(agent, carry, given)
+
+    def objective(variables):
+        _, outputs = agent.apply(variables, carry, given)
+        return (outputs.logits**2).sum() + (outputs.value**2).sum()
+
+    gradients = jax.tree.leaves_with_path(jax.jit(jax.grad(objective))(variables))
+    dead = [jax.tree_util.keystr(path) for path, g in gradients if not (g != 0).any()]
+    if fuse == 'none':  # which looks at no context
+        dead = [name for name in dead if 'instruction_encoder' not in name]
+    assert not dead
+
+
+@pytest.mark.parametrize('source', ['task', 'embedding', 'inferred', 'instruction'])
+def test_the_outputs_depend_on_the_task_where_the_context_is_told_it(source):
+    agent = make(source=source, sites=('core_input', 'readout'), see_instruction=True)
+    carry, given = agent.initial_carry(B), inputs()
+    variables = drawn(agent, carry, given)
+    # gain and shift are of the task by intention: set alike, what is left is the context's
+    params = variables['params'] | {'gain': jnp.ones(TASKS), 'shift': jnp.zeros(TASKS)}
+    apply = jax.jit(agent.apply)
+    _, before = apply({'params': params}, carry, given)
+    other = given._replace(
+        observation=given.observation | {'task': (given.observation['task'] + 1) % TASKS}
+    )
+    _, after = apply({'params': params}, carry, other)
+    assert bool((before.logits != after.logits).any()) == (source in ('task', 'embedding'))
+    assert bool((before.value != after.value).any()) == (source in ('task', 'embedding'))
+
+
+def test_no_output_depends_on_a_later_input_and_the_core_remembers_earlier_ones():
+    agent = make(source='inferred', sites=('instruction', 'core_input', 'readout'))
+    carry, given = agent.initial_carry(B), inputs()
+    variables = drawn(agent, carry, given)
+    apply = jax.jit(agent.apply)
+    _, before = apply(variables, carry, given)
+    _, after = apply(variables, carry, changed(given, 1, grid=1 - given.observation['grid'][1]))
+    np.testing.assert_array_equal(before.logits[:1], after.logits[:1])
+    assert (before.logits[1:] != after.logits[1:]).any(-1).all()
+
+
+def test_an_episodes_start_forgets_what_was_before():
+    agent = make(source='inferred', sites=('core_input',))
+    carry, given = agent.initial_carry(B), inputs()
+    variables = drawn(agent, carry, given)
+    given = given._replace(is_first=given.is_first.at[2].set(True))
+    apply = jax.jit(agent.apply)
+    _, whole = apply(variables, carry, given)
+    from_there = jax.tree.map(lambda a: a[2:], given)
+    zeros = from_there._replace(
+        action=from_there.action.at[0].set(0), reward=from_there.reward.at[0].set(9.0)
+    )
+    _, alone = apply(variables, carry, zeros)
+    np.testing.assert_allclose(whole.logits[2:], alone.logits, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(whole.value[2:], alone.value, rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_at_a_time_is_the_whole_sequence():
+    agent = make(source='inferred', sites=('core_input', 'readout'))
+    carry, given = agent.initial_carry(B), inputs()
+    variables = drawn(agent, carry, given)
+    apply = jax.jit(agent.apply)
+    _, whole = apply(variables, carry, given)
+    for t in range(T):
+        row = jax.tree.map(lambda a, t=t: a[t : t + 1], given)
+        carry, outputs = apply(variables, carry, row)
+        np.testing.assert_allclose(outputs.logits[0], whole.logits[t], rtol=1e-5, atol=1e-5)
+
+
+def test_padding_of_an_instruction_is_not_read():
+    agent = make(sites=('instruction',), source='task')
+    given = inputs()
+    padded = given.observation['instruction'].at[..., 2:].set(0).at[..., :2].set(3)
+    given = given._replace(observation=given.observation | {'instruction': padded})
+    longer = jnp.pad(padded, [(0, 0), (0, 0), (0, 3)])
+    other = given._replace(observation=given.observation | {'instruction': longer})
+    carry = agent.initial_carry(B)
+    variables = drawn(agent, carry, given)
+    _, before = jax.jit(agent.apply)(variables, carry, given)
+    _, after = jax.jit(agent.apply)(variables, carry, other)
+    np.testing.assert_allclose(before.logits, after.logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('torso', ['shallow', 'deep'])
+def test_pixels_pass_the_convolutions(torso):
+    agent = make(PIXELS, torso=torso, sites=(), core=None)
+    carry, given = agent.initial_carry(B), inputs(PIXELS, length=1)
+    variables = drawn(agent, carry, given)
+    apply = jax.jit(agent.apply)
+    _, outputs = apply(variables, carry, given)
+    assert outputs.logits.shape == (1, B, 3)
+    dark = changed(given, 0, pixels=jnp.zeros((B, 36, 36, 3), jnp.uint8))
+    assert (outputs.logits != apply(variables, carry, dark)[1].logits).any(-1).all()
+
+
+def test_ids_and_one_hot_contexts_are_the_same_agent():
+    given = inputs()
+    by_id = make()
+    carry = by_id.initial_carry(B)
+    variables = drawn(by_id, carry, given)
+    _, outputs = jax.jit(by_id.apply)(variables, carry, given)
+    p = variables['params']
+    h = jax.jit(lambda v: by_id.apply(v, carry, given, capture_intermediates=True))(variables)
+    h = h[1]['intermediates']['core']['__call__'][0][1]
+    z = jax.nn.one_hot(given.observation['task'], TASKS)
+    logits = (
+        jnp.einsum('tbm,mnk,tbn->tbk', z, p['readout']['W'], h)
+        + z @ p['readout']['U']
+        + h @ p['readout']['V']
+        + p['readout']['b'].reshape(1, 1, -1)
+    )
+    np.testing.assert_allclose(outputs.logits, logits[..., :-1], rtol=1e-4, atol=1e-4)

@@ -1,0 +1,148 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from configs import rl as configs
+from mi import checkpoint
+from mi.config import UserError
+from mi.rl import train
+from tests.conftest import ROOT
+
+
+def tiny(**changes):
+    config = configs.get_config('tiny,env=catch').unlock()
+    config.update_from_flattened_dict(changes)
+    return config.lock()
+
+
+def records(path):
+    return [json.loads(line) for line in (path / 'metrics.jsonl').read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_run_leaves_its_directory_and_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    config = tiny(seeds=(3, 4))
+    train.train(config, str(tmp_path / 'whole'))
+    whole = records(tmp_path / 'whole')
+    assert {r['split'] for r in whole} == {'train', 'eval'}
+    assert {r['seed'] for r in whole} == {3, 4}
+    assert json.loads((tmp_path / 'whole/status.json').read_text())['state'] == 'done'
+
+    save = checkpoint.Checkpoints.save
+
+    def save_and_die(self, step, *rest):
+        save(self, step, *rest)
+        if step == 10:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(checkpoint.Checkpoints, 'save', save_and_die)
+        train.train(config, str(tmp_path / 'cut'))
+    train.train(config, str(tmp_path / 'cut'))
+    name = 'metrics.jsonl'
+    assert (tmp_path / 'cut' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
+
+
+def test_threads_leave_a_directory_and_the_learner_goes_on_exactly(tmp_path):
+    """What the continued run starts from are the bits that the stopped one saved."""
+    config = tiny(**{'train.topology': 'threads', 'train.steps': 40 * 10, 'eval.greedy': True})
+    train.train(config, str(tmp_path / 'run'))
+    written = records(tmp_path / 'run')
+    assert [r['step'] for r in written if r['split'] == 'train'] == [5, 10]
+    assert {r['split'] for r in written} == {'train', 'eval', 'eval_greedy'}
+    assert all(r['lag_max'] <= config.actors.max_lag for r in written if r['split'] == 'train')
+    saved = checkpoint.Checkpoints(tmp_path / 'run' / 'checkpoints')
+    assert (tmp_path / 'run/checkpoints/00000010').exists()
+
+    seen = []
+    restore = checkpoint.Checkpoints.restore
+
+    def restored(self, like):
+        result = restore(self, like)
+        seen.append(result)
+        return result
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(checkpoint.Checkpoints, 'restore', restored)
+        train.train(config, str(tmp_path / 'run'))
+    state, meta = seen[0]
+    assert meta['step'] == 10
+    assert records(tmp_path / 'run') == written
+    again, _ = saved.restore(state)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('topology', ['fused', 'threads'])
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, topology):
+    workdir = tmp_path / 'run'
+    command = [
+        *(sys.executable, '-m', 'mi.main', '--config=configs/rl.py:tiny,env=catch'),
+        *(f'--workdir={workdir}', f'--config.train.topology={topology}'),
+        *('--config.train.steps=40_000', '--config.eval.episodes=1'),
+        *('--config.train.eval_every=1000', '--config.train.save_every=1000'),
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    metrics = workdir / 'metrics.jsonl'
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 143, said
+    assert 'SIGTERM: saving after this step' in said
+    status = json.loads((workdir / 'status.json').read_text())
+    assert status['state'] == 'preempted'
+    assert 0 < status['step'] < 1000
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    steps = [r['step'] for r in records(workdir) if r['split'] == 'train']
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('topology', ['fused', 'threads'])
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path, topology):
+    config = tiny(**{'train.topology': topology, 'optim.learning_rate': 1e30})
+    with pytest.raises(UserError, match='is not finite by update'):
+        train.train(config, str(tmp_path / 'run'))
+    assert json.loads((tmp_path / 'run/status.json').read_text())['state'] == 'failed'
+    assert not list((tmp_path / 'run').glob('checkpoints/0*'))
+
+
+@pytest.mark.parametrize(
+    'changes, said',
+    [
+        ({'env.name': 'katch'}, "config.env.name = 'katch' is unknown; did you mean 'catch'"),
+        ({'env.name': 'babyai/goto'}, "set config.train.topology = 'threads'"),
+        ({'train.topology': 'threads', 'seeds': (0, 1)}, 'trains one seed'),
+        ({'train.topology': 'threads', 'actors.batch': 3}, 'a multiple of config.actors.batch = 3'),
+        ({'eval.held_out': 'xland/test'}, 'tasks that were never trained have no index'),
+        ({'model.source': 'instruction'}, 'name the instruction, but it'),
+        ({'env.name': 'catch/hard'}, 'catch has no suites'),
+        ({'model.sites': ('readuot',)}, 'a tuple of distinct words out of instruction'),
+        ({'model.fusion.name': 'multi_head', 'model.source': 'embedding'}, 'one-hot contexts'),
+        ({'train.save_every': 7}, 'a multiple of config.train.log_every = 5'),
+        ({'loss.reward_clip': 'papr'}, "did you mean 'paper'"),
+    ],
+    ids=str,
+)
+def test_a_config_that_cannot_work_is_refused(tmp_path, changes, said):
+    with pytest.raises(UserError, match=said):
+        train.train(tiny(**changes), str(tmp_path / 'run'))
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.slow
+def test_catch_is_solved_in_half_a_million_steps(tmp_path):
+    train.train(configs.get_config('catch'), str(tmp_path / 'run'))
+    last = [r for r in records(tmp_path / 'run') if r['split'] == 'train'][-1]
+    assert last['success'] > 0.95
