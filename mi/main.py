@@ -12,13 +12,21 @@ from ml_collections import config_flags
 
 from mi.config import UserError
 from mi.lm import train as lm
+from mi.rl import assess
 from mi.rl import train as rl
 from mi.run import keep_freed_memory
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file.', lock_config=True)
 WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory, made or continued.')
 
-TASKS = {'lm': lm.train, 'rl': rl.train}
+MODE = flags.DEFINE_enum(
+    'mode', 'train', ['train', 'eval'], 'eval: the scores and videos of what a run has learnt.'
+)
+
+TASKS = {
+    'train': {'lm': lm.train, 'rl': rl.train},
+    'eval': {'rl': assess.assess},
+}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -32,10 +40,13 @@ def main(argv: Sequence[str]) -> None:
         task = CONFIG.value.task
     except (OSError, AttributeError) as error:  # a file that is not there fails when first read
         raise UserError(f'--config: {_one_line(error)}') from error
-    if task not in TASKS:
-        raise UserError(f'config.task = {task!r}: expected one of {", ".join(TASKS)}')
+    tasks = TASKS[MODE.value]
+    if task not in tasks:
+        raise UserError(
+            f'config.task = {task!r}: --mode={MODE.value} expects one of {", ".join(tasks)}'
+        )
     keep_freed_memory()
-    TASKS[task](CONFIG.value, WORKDIR.value)
+    tasks[task](CONFIG.value, WORKDIR.value)
 
 
 def parse(argv: Sequence[str]) -> list[str]:

@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from jax import Array
 
+from mi.rl import envs
 from mi.rl.actor import act, start
 from mi.rl.envs.spec import HostEnvironment, JaxEnvironment, Spec
 from mi.rl.networks import Agent, Inputs
@@ -115,3 +117,36 @@ def summary(
         result['capped_mean'] = float(capped.mean())
         result['capped_median'] = float(np.median(capped))
     return result
+
+
+class Evaluation:
+    """Episodes of one environment, with rows of its own."""
+
+    def __init__(self, name: str, config: ml_collections.ConfigDict):
+        self._config = config
+        self._compiled = None if envs.on_host(name) else envs.make(name)
+        self._pool = envs.pool(name, config.actors.batch, config.seeds[0])
+        self.spec = self._pool.spec
+
+    def __enter__(self) -> 'Evaluation':
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.close()
+
+    def __call__(self, agent: Agent, params: Any, step: int) -> dict[str, dict[str, float]]:
+        """What is measured, for the policy '' and for '_greedy' if it is asked for."""
+        config, measured = self._config, {}
+        key = jax.random.fold_in(jax.random.key(config.seeds[0]), step)
+        for greedy in (False, True) if config.eval.greedy else (False,):
+            how = agent, params, key, config.eval.episodes, greedy
+            if self._compiled is None:
+                played: Any = play(self._pool, *how)
+            else:
+                played = jax.device_get(episodes(self._compiled, *how))
+            measured['_greedy' if greedy else ''] = {
+                'env_steps': step * config.train.batch * config.train.length,
+                'episodes_per_task': config.eval.episodes,
+                **summary(self.spec, *played),
+            }
+        return measured

@@ -18,7 +18,7 @@ import optax
 from mi import checkpoint, metrics, optim, parallel, run
 from mi.rl import envs, learner, records, remote, setup
 from mi.rl.actor import Episodes, Trajectory
-from mi.rl.evaluate import episodes, play, summary
+from mi.rl.evaluate import Evaluation
 from mi.rl.networks import Agent
 from mi.rl.threads import Actors, Item
 from mi.rl.worker import Policy, Worker, compile_policy, joined
@@ -48,7 +48,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
     with contextlib.ExitStack() as stack:
         splits = {'eval': config.env.name, 'held_out': config.eval.held_out}
         evaluations = {
-            split: stack.enter_context(_Evaluation(name, config))
+            split: stack.enter_context(Evaluation(name, config))
             for split, name in splits.items()
             if name
         }
@@ -59,7 +59,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
 
 def _train(
     config: ml_collections.ConfigDict,
-    evaluations: dict[str, '_Evaluation'],
+    evaluations: dict[str, Evaluation],
     agent: Agent,
     this: run.Run,
 ) -> None:
@@ -118,6 +118,17 @@ def _train(
     finally:
         progress.close()
         files.close()
+
+
+def restore(
+    config: ml_collections.ConfigDict, agent: Agent, saved: checkpoint.Checkpoints
+) -> tuple[Any, int] | None:
+    """The parameters, [1, …], of the newest checkpoint, and its step."""
+    optimiser = optim.optimiser(config.optim, setup.updates(config))
+    restored = saved.restore(_start(agent, optimiser, config.seeds[0]))
+    if restored is None:
+        return None
+    return jax.tree.map(lambda a: a[None], restored[0].params), restored[1]['step']
 
 
 def _start(agent: Agent, optimiser: optax.GradientTransformation, seed: int) -> learner.State:
@@ -203,36 +214,3 @@ class _Window:
 
     def episodes(self) -> Episodes:
         return records.total(self._episodes)
-
-
-class _Evaluation:
-    """Episodes of one environment, with rows of its own."""
-
-    def __init__(self, name: str, config: ml_collections.ConfigDict):
-        self._config = config
-        self._compiled = None if envs.on_host(name) else envs.make(name)
-        self._pool = envs.pool(name, config.actors.batch, config.seeds[0])
-        self.spec = self._pool.spec
-
-    def __enter__(self) -> '_Evaluation':
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._pool.close()
-
-    def __call__(self, agent: Agent, params: Any, step: int) -> dict[str, dict[str, float]]:
-        """What is measured, for the policy '' and for '_greedy' if it is asked for."""
-        config, measured = self._config, {}
-        key = jax.random.fold_in(jax.random.key(config.seeds[0]), step)
-        for greedy in (False, True) if config.eval.greedy else (False,):
-            how = agent, params, key, config.eval.episodes, greedy
-            if self._compiled is None:
-                played: Any = play(self._pool, *how)
-            else:
-                played = jax.device_get(episodes(self._compiled, *how))
-            measured['_greedy' if greedy else ''] = {
-                'env_steps': step * config.train.batch * config.train.length,
-                'episodes_per_task': config.eval.episodes,
-                **summary(self.spec, *played),
-            }
-        return measured

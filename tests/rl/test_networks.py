@@ -7,7 +7,7 @@ import pytest
 
 from mi import FUSIONS, cells, fusion
 from mi.rl.envs.spec import Spec
-from mi.rl.networks import Agent, Inputs
+from mi.rl.networks import Agent, Inputs, once_per_episode
 from tests.motifs.checks import drawn
 
 T, B, TASKS, VOCABULARY = 4, 3, 5, 7
@@ -152,6 +152,27 @@ def test_padding_of_an_instruction_is_not_read():
     _, before = jax.jit(agent.apply)(variables, carry, given)
     _, after = jax.jit(agent.apply)(variables, carry, other)
     np.testing.assert_allclose(before.logits, after.logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('likely', [0.05, 0.4], ids=['few episodes', 'many episodes'])
+def test_instructions_are_encoded_once_per_episode(likely):
+    rng = np.random.default_rng(0)
+    is_first = rng.random((21, 6)) < likely
+    assert (is_first[1:].sum(0).max() < 4) == (likely == 0.05)
+    tokens = np.zeros((21, 6, 9), np.int32)
+    for t in range(21):
+        new = is_first[t] | (t == 0)
+        tokens[t] = np.where(new[:, None], rng.integers(0, 9, (6, 9)), tokens[t - 1])
+    weights = rng.normal(size=(9, 2)).astype(np.float32)
+    rows = []
+
+    def counted(tokens):
+        rows.append(tokens.shape[0])
+        return jnp.einsum('tbl,lh->tbh', tokens.astype(jnp.float32), weights)
+
+    got = jax.jit(lambda tokens: once_per_episode(counted, tokens, is_first))(tokens)
+    np.testing.assert_allclose(got, tokens @ weights, rtol=1e-5, atol=1e-5)
+    assert sorted(rows) == [4, 21]
 
 
 @pytest.mark.parametrize('torso', ['shallow', 'deep'])

@@ -42,6 +42,7 @@ class Spec:
       sources: where those come from, in words.
       categories: of each layer of 'grid'.
       vocabulary: number of tokens of 'instruction', padding included; 0 if there is none.
+      words: of the tokens 1, 2, …; empty where they are not known.
       episode: most steps of an episode.
     """
 
@@ -54,6 +55,7 @@ class Spec:
     sources: str = ''
     categories: tuple[int, ...] = ()
     vocabulary: int = 0
+    words: tuple[str, ...] = ()
     episode: int = 0
 
 

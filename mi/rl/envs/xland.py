@@ -156,6 +156,7 @@ class XLand:
             ),
             categories=(TILES, COLOURS),
             vocabulary=1 + len(words),
+            words=words,
             episode=STEPS,
         )
 

@@ -1,0 +1,113 @@
+"""A trained agent, looked at again: scores of every task, greedy and sampled, and videos."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import rich.console
+import rich.table
+
+from mi import checkpoint
+from mi.config import UserError
+from mi.rl import envs, fused, queued, setup, video
+from mi.rl.envs.spec import Spec
+from mi.rl.evaluate import Evaluation
+from mi.run import write_json
+
+
+def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
+    """Evaluates the newest checkpoint of a run directory and writes below its evaluation/.
+
+        scores.json    by split ('eval', 'held_out'; greedy or not) and seed, as in metrics.jsonl
+        TASK.gif       the greedy policy of the first seed
+
+    Raises:
+      UserError: if the directory has no whole checkpoint, or is of another config.
+    """
+    setup.validate(config)
+    path = pathlib.Path(workdir)
+    _same_model(path, config)
+    config = config.copy_and_resolve_references().unlock()
+    config.eval.greedy = True
+    scores: dict[str, Any] = {}
+    splits = {'eval': config.env.name, 'held_out': config.eval.held_out}
+    for split, name in splits.items():
+        if not name:
+            continue
+        with Evaluation(name, config) as evaluation:
+            if split == 'eval':
+                agent = setup.agent(config, evaluation.spec)
+                params, step = _restored(config, agent, path)
+            for i, seed in enumerate(config.seeds):
+                of_seed = jax.tree.map(lambda a, i=i: a[i], params)
+                for policy, values in evaluation(agent, of_seed, step).items():
+                    scores.setdefault(split + policy, {})[str(seed)] = values
+        _print(evaluation.spec, split, scores)
+    folder = path / 'evaluation'
+    folder.mkdir(exist_ok=True)
+    write_json(folder / 'scores.json', {'step': step, **scores})
+    first = jax.tree.map(lambda a: a[0], params)
+    rows = max(config.actors.batch, len(agent.spec.tasks))
+    pool = envs.pool(config.env.name, rows, config.seeds[0])
+    try:
+        frames = video.episodes(pool, agent, first, jax.random.key(config.seeds[0]), greedy=True)
+    finally:
+        pool.close()
+    for task, of_task in frames.items():
+        name = task.replace(' ', '_').replace('/', '_')
+        video.write(folder / f'{name}.gif', pool.spec, task, of_task)
+    print(f'{folder}: scores.json and {len(frames)} videos')
+
+
+def _same_model(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+    """The run's own config, but for how it is evaluated."""
+    if not (path / 'config.json').exists():
+        raise UserError(f'--workdir={path} has no config.json: expected the directory of a run')
+    before, now = json.loads((path / 'config.json').read_text()), json.loads(config.to_json())
+    for part in ('env', 'model', 'optim'):
+        if before[part] != now[part]:
+            raise UserError(
+                f'{path} was made with another config.{part}: {before[part]}; give the same '
+                f'--config and overrides, of which only config.eval may differ'
+            )
+
+
+def _restored(config: ml_collections.ConfigDict, agent: Any, path: pathlib.Path) -> Any:
+    topology = fused if config.train.topology == 'fused' else queued
+    saved = checkpoint.Checkpoints(path / 'checkpoints', config.train.keep)
+    restored = topology.restore(config, agent, saved)
+    if restored is None:
+        raise UserError(f'{path} has no checkpoint yet: train it first')
+    return restored
+
+
+def _print(spec: Spec, split: str, scores: dict[str, Any]) -> None:
+    """A row for each task: mean over seeds of return and success, sampled and greedy."""
+    table = rich.table.Table('task', 'return', '± 2 s.e.', 'success', 'greedy', title=split)
+
+    def mean(policy: str, name: str) -> float:
+        return float(np.mean([of[name] for of in scores[split + policy].values()]))
+
+    for task in spec.tasks:
+        error = f'stderr/{task}'
+        errors = [of.get(error, float('nan')) for of in scores[split].values()]
+        width = 2 * np.sqrt(np.sum(np.square(errors))) / len(errors)
+        table.add_row(
+            task,
+            f'{mean("", f"return/{task}"):.3f}',
+            f'{width:.3f}',
+            f'{mean("", f"success/{task}"):.2f}',
+            f'{mean("_greedy", f"success/{task}"):.2f}',
+        )
+    table.add_section()
+    table.add_row(
+        'mean',
+        f'{mean("", "return"):.3f}',
+        '',
+        f'{mean("", "success"):.2f}',
+        f'{mean("_greedy", "success"):.2f}',
+    )
+    rich.console.Console().print(table)
