@@ -46,10 +46,10 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     loss.lambda_ = 1.0
     loss.rho_clip = 1.0
     loss.c_clip = 1.0
-    loss.entropy_cost = 0.01
+    loss.entropy_cost = 0.003
     loss.baseline_cost = 0.5
     loss.reward_clip = 'none'  # none, unit, paper, code
-    loss.popart = 3e-4  # step of the statistics; 0 for none
+    loss.popart = 0.01  # step of the statistics, published with 3e-4 for longer runs; 0 for none
 
     config.train = train = ml_collections.ConfigDict()
     train.topology = 'fused'  # fused, threads, ray
@@ -95,6 +95,7 @@ def _apply(config: ml_collections.ConfigDict, word: str) -> None:
         config.env.name = 'catch'
         config.model.features = 64
         config.model.hidden = 64
+        config.optim.learning_rate = 3e-3
         config.train.batch = 64
         config.actors.batch = 32
         config.train.steps = 500_000

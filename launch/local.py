@@ -27,6 +27,8 @@ from mi import report
 from mi.config import UserError
 from mi.run import PREEMPTED
 
+RATE = '_per_second'  # how the rates in timing.jsonl end
+
 SWEEP = flags.DEFINE_string('sweep', None, 'Sweep file, such as experiments/quickstart.py.')
 WORKDIR = flags.DEFINE_string('workdir', None, 'Sweep directory, made or continued.')
 PARALLEL = flags.DEFINE_integer(
@@ -150,19 +152,21 @@ class _Watch:
         path = self._workdir / member.name
         state = 'running' if running else _status(path).get('state', '')
         timing = path / 'timing.jsonl'
-        if not timing.exists() or not (path / 'config.json').exists():
+        if not timing.exists() or not (path / 'cost.json').exists():
             return state, '', '', ''
         lines = timing.read_text().splitlines()
         if not lines:
             return state, '', '', ''
         last = json.loads(lines[-1])
-        steps = json.loads((path / 'config.json').read_text())['train']['steps']
+        steps = json.loads((path / 'cost.json').read_text())['steps']
         every = last['step'] - json.loads(lines[-2])['step'] if len(lines) > 1 else last['step']
         left = (steps - last['step']) * last['seconds'] / max(1, every)
         return (
             state,
             f'{last["step"]}/{steps}',
-            f'{last["tokens_per_second"]:,.0f} tokens/s',
+            ', '.join(
+                f'{v:,.0f} {k.removesuffix(RATE)}/s' for k, v in last.items() if k.endswith(RATE)
+            ),
             f'{left:.0f} s' if running else '',
         )
 

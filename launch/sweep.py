@@ -1,6 +1,7 @@
 """Sweeps as data: a file with the config, the overrides, and what to compare.
 
 CONFIG = 'configs/lm.py:quickstart'      TITLE, METRIC, SPLIT, BASELINE, NOTES
+LOWER_IS_BETTER = True                   CURVES = 'valid'; both may be left out
 def sweep() -> list[dict[str, Any]]      overrides of CONFIG, one dict for each member
 """
 
@@ -65,7 +66,8 @@ def load(file: str, workdir: pathlib.Path) -> list[Member]:
         'title': module.TITLE,
         'metric': module.METRIC,
         'split': module.SPLIT,
-        'lower_is_better': True,
+        'lower_is_better': getattr(module, 'LOWER_IS_BETTER', True),
+        'curves': getattr(module, 'CURVES', 'valid'),
         'baseline': module.BASELINE,
         'notes': module.NOTES,
         'config': module.CONFIG,

@@ -215,7 +215,7 @@ def compile_step(
 def _train(config: ml_collections.ConfigDict, corpus: data.Corpus, this: run.Run) -> None:
     model = build(config, corpus.vocabulary)
     optimiser = optim.optimiser(config.optim, config.train.steps)
-    this.write('cost.json', costs(config, corpus.vocabulary))
+    this.write('cost.json', {'steps': config.train.steps, **costs(config, corpus.vocabulary)})
     B, T, steps = config.train.batch, config.train.length, config.train.steps
     seeds = jnp.asarray(config.seeds)
     streams = [data.Stream(corpus.tokens['train'], B, T, seed) for seed in config.seeds]

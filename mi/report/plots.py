@@ -102,18 +102,20 @@ class Line(NamedTuple):
 
 
 def _curves(sweep: Sweep, remarks: list[str]) -> Figure:
-    """The metric of the valid split over steps and over seconds, a line and a band per arm."""
+    """The metric of one split over steps and over seconds, a line and a band per arm."""
     figure = Figure(figsize=(WIDTH, 2.4), layout='constrained')
     left, right = figure.subplots(1, 2, sharey=True)
     lines, ends = [], []
     for arm, (colour, dashes) in zip(sweep.arms, _style(sweep), strict=True):
-        steps, values = arm.curve(sweep.metric, 'valid')
+        steps, values = arm.curve(sweep.metric, sweep.curves)
         finite = np.isfinite(values).all(axis=0)
         if not finite.all():
             remarks.append(f'{arm.label}: its curve leaves out steps that are NaN or infinite')
         steps, values = steps[finite], values[:, finite]
         if not len(steps):
-            remarks.append(f'{arm.label}: no curve, no {sweep.metric} in the valid records')
+            remarks.append(
+                f'{arm.label}: no curve, no {sweep.metric} in the {sweep.curves} records'
+            )
             continue
         mean, low, high = statistics.band(values)
         line = Line(steps, mean, mean if low is None else low, mean if high is None else high)
@@ -131,7 +133,7 @@ def _curves(sweep: Sweep, remarks: list[str]) -> Figure:
             if low is not None:
                 axes.fill_between(x, line.low, line.high, color=colour, alpha=0.2, lw=0)
         ends.append((mean[-1], label, handle))
-    left.set_ylabel(f'{words(sweep.metric)} (valid)')
+    left.set_ylabel(f'{words(sweep.metric)} ({sweep.curves})')
     for axes, label in ((left, 'training step'), (right, 'training seconds')):
         axes.set_xlabel(label)
         axes.set_xlim(left=0)

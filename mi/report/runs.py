@@ -3,7 +3,7 @@
 sweep.json    what is compared, and one folder per member, each a run directory:
 config.json   resolved config          status.json    how the run stands, where it ran
 metrics.jsonl one record per step,     timing.jsonl   seconds since the record before
-              seed and split           cost.json      parameters and FLOPs per token
+              seed and split           cost.json      parameters and FLOPs per token or step
 """
 
 import dataclasses
@@ -82,15 +82,16 @@ class Arm:
         steps = sorted(last)
         return np.array(steps, int), np.cumsum([last[step] for step in steps])
 
-    def tokens_per_second(self) -> float | None:
-        """Tokens over seconds of the whole training, not the mean of the recorded rates."""
-        last = {r['step']: r for r in self.timing if _is_number(r.get('tokens_per_second'))}
+    def rate(self, unit: str) -> float | None:
+        """Tokens (or steps) over seconds of all training, not the mean of the recorded rates."""
+        name = f'{unit}s_per_second'
+        last = {r['step']: r for r in self.timing if _is_number(r.get(name))}
         seconds = math.fsum(r['seconds'] for r in last.values())
-        tokens = math.fsum(r['seconds'] * r['tokens_per_second'] for r in last.values())
-        return tokens / seconds if seconds > 0 else None
+        done = math.fsum(r['seconds'] * r[name] for r in last.values())
+        return done / seconds if seconds > 0 else None
 
     def counted(self, what: str, part: str) -> int | None:
-        """cost.json's number for what ∈ {'parameters', 'flops_per_token'} of a part."""
+        """cost.json's number for what, 'parameters' or 'flops_per_…', of a part."""
         counts = self.cost.get(what)
         value = counts.get(part) if isinstance(counts, dict) else None
         return value if isinstance(value, int) else None
@@ -103,6 +104,7 @@ class Sweep:
     Attributes:
       baseline: the label of the arm that the others are compared with, if there is one.
       metric, split: the number that is compared, in the last record of that split.
+      curves: the split of the learning curves.
       warnings: what had to be left out while reading, one line each.
     """
 
@@ -110,12 +112,18 @@ class Sweep:
     title: str
     metric: str
     split: str
+    curves: str
     lower_is_better: bool
     baseline: str | None
     arms: list[Arm]
     notes: list[str]
     command: str | None
     warnings: list[str]
+
+    @property
+    def unit(self) -> str:
+        """What speed and FLOPs are counted in: 'token', or 'step' of an environment."""
+        return 'step' if any('flops_per_step' in arm.cost for arm in self.arms) else 'token'
 
 
 def read(workdir: pathlib.Path) -> Sweep:
@@ -161,6 +169,7 @@ def _read_sweep(workdir: pathlib.Path) -> Sweep:
         title=sweep.get('title') or _field(sweep, 'name', str, path),
         metric=_field(sweep, 'metric', str, path),
         split=_field(sweep, 'split', str, path),
+        curves=_field({'curves': 'valid'} | sweep, 'curves', str, path),
         lower_is_better=_field(sweep, 'lower_is_better', bool, path),
         baseline=baseline,
         arms=arms,
@@ -173,16 +182,18 @@ def _read_sweep(workdir: pathlib.Path) -> Sweep:
 def _read_single(workdir: pathlib.Path) -> Sweep:
     warnings: list[str] = []
     arm = _read_run(workdir, workdir.resolve().name, {}, warnings)
-    names = arm.names('test') or arm.names('valid')
-    # Bytes are the unit that runs with different vocabularies share; a run of one-hot targets or
-    # of reinforcement learning has none, and is shown by its first number.
+    learns = bool(arm.names('eval'))  # by reinforcement: there are returns, and no test text
+    names = arm.names('eval') or arm.names('test') or arm.names('valid')
+    # Bytes are the unit that runs with different vocabularies share; a run of one-hot targets has
+    # none, and is shown by its first number.
     metric = 'bits_per_byte' if 'bits_per_byte' in names or not names else names[0]
     return Sweep(
         path=workdir,
         title=arm.label,
-        metric=metric,
-        split='test',
-        lower_is_better=True,
+        metric='return' if learns else metric,
+        split='eval' if learns else 'test',
+        curves='eval' if learns else 'valid',
+        lower_is_better=not learns,
         baseline=None,
         arms=[arm],
         notes=[],

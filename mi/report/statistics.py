@@ -122,7 +122,8 @@ class Row:
     Attributes:
       final: the compared metric per seed, empty where the arm has no final record.
       metric: mean of these, difference: to the baseline, paired by seed.
-      secondary: means of the other numbers in the final records.
+      secondary: means of the other numbers in the final records, but those of single tasks.
+      rate: tokens, or steps of environments, per second of training.
       remarks: why something is missing here.
     """
 
@@ -133,7 +134,7 @@ class Row:
     verdict: str | None
     secondary: dict[str, float]
     seconds: float | None
-    tokens_per_second: float | None
+    rate: float | None
     remarks: list[str]
 
 
@@ -168,7 +169,8 @@ def _row(sweep: Sweep, arm: Arm, final: dict[int, float], baseline: dict[int, fl
     elif mean is not None and against is None and sweep.baseline not in (None, arm.label):
         remarks.append(f'{arm.label}: no difference, {sweep.baseline} has no value to pair')
     secondary = {}
-    for name in arm.names(sweep.split) if final else []:
+    names = [name for name in arm.names(sweep.split) if '/' not in name]
+    for name in names if final else []:
         values = arm.final(name, sweep.split).values()
         if name != sweep.metric and all(map(math.isfinite, values)):
             secondary[name] = math.fsum(values) / len(values)
@@ -181,6 +183,6 @@ def _row(sweep: Sweep, arm: Arm, final: dict[int, float], baseline: dict[int, fl
         verdict=verdict(against, sweep.lower_is_better),
         secondary=secondary,
         seconds=float(seconds[-1]) if len(seconds) else None,
-        tokens_per_second=arm.tokens_per_second(),
+        rate=arm.rate(sweep.unit),
         remarks=remarks,
     )

@@ -65,9 +65,9 @@ def notes(sweep: Sweep, rows: list[Row]) -> list[str]:
             )
         standing.append(text + chance + several)
     standing.append(
-        'Parameters and FLOPs: the whole model / the fusion alone. FLOPs per token: forward, '
-        'matrix products only, a multiply-add counts as two. Seconds and tokens/s: training '
-        'steps, all seeds of the run together.'
+        'Parameters and FLOPs: the whole model / the fusion alone. FLOPs per '
+        f'{sweep.unit}: forward, matrix products only, a multiply-add counts as two. Seconds and '
+        f'{sweep.unit}s/s: training, all seeds of the run together.'
     )
     if len(rows) > 1:
         standing.append('Bold marks the best mean and claims no significance.')
@@ -89,8 +89,8 @@ def cells(sweep: Sweep, rows: list[Row]) -> Table:
     if sweep.baseline is not None:
         header += [Cell(f'difference to {sweep.baseline}', '[95 %]'), Cell('verdict')]
     header += [Cell(words(name)) for name in secondary]
-    header += [Cell('parameters', '/ fusion'), Cell('FLOPs per token', '/ fusion')]
-    header += [Cell('train seconds'), Cell('tokens/s'), Cell('seeds'), Cell('state')]
+    header += [Cell('parameters', '/ fusion'), Cell(f'FLOPs per {sweep.unit}', '/ fusion')]
+    header += [Cell('train seconds'), Cell(f'{sweep.unit}s/s'), Cell('seeds'), Cell('state')]
     body = []
     for row in rows:
         line = [Cell(row.arm.label), _interval(row.metric, digits)]
@@ -104,11 +104,11 @@ def cells(sweep: Sweep, rows: list[Row]) -> Table:
         line += [Cell(_significant(row.secondary.get(name))) for name in secondary]
         parameters, flops = (
             [row.arm.counted(what, part) for part in ('model', 'fusion')]
-            for what in ('parameters', 'flops_per_token')
+            for what in ('parameters', f'flops_per_{sweep.unit}')
         )
         line += [_pair([NONE if p is None else f'{p:,}' for p in parameters])]
         line += [_pair([_short(f) for f in flops])]
-        line += [Cell(_seconds(row.seconds)), Cell(_short(row.tokens_per_second))]
+        line += [Cell(_seconds(row.seconds)), Cell(_short(row.rate))]
         have, asked = len(row.final), len(row.arm.seeds)
         line += [Cell(f'{have}' if have == asked else f'{have} of {asked}')]
         line += [Cell(row.arm.state, f'({_one_line(row.arm.reason)})' if row.arm.reason else '')]
@@ -130,9 +130,9 @@ def to_csv(sweep: Sweep, rows: list[Row]) -> str:
             line |= {f'{name}{key}': getattr(e, key, None) for key in ('mean', 'low', 'high')}
         line |= {'difference_pairs': row.difference and row.difference.n, 'verdict': row.verdict}
         line |= {name: row.secondary.get(name) for name in secondary}
-        for what in ('parameters', 'flops_per_token'):
+        for what in ('parameters', f'flops_per_{sweep.unit}'):
             line |= {f'{what}_{part}': row.arm.counted(what, part) for part in ('model', 'fusion')}
-        line |= {'train_seconds': row.seconds, 'tokens_per_second': row.tokens_per_second}
+        line |= {'train_seconds': row.seconds, f'{sweep.unit}s_per_second': row.rate}
         line |= {'seeds': len(row.final), 'seeds_asked': len(row.arm.seeds)}
         lines.append(line | {'remarks': '; '.join(row.remarks)})
     file = io.StringIO()

@@ -140,7 +140,7 @@ def _train(
     environment = evaluations['eval']
     tasks = environment.spec.tasks
     optimiser = optim.optimiser(config.optim, total)
-    this.write('cost.json', setup.costs(agent, B, T))
+    this.write('cost.json', {'steps': total, **setup.costs(agent, B, T)})
     state = start(config, environment, agent, optimiser)
     saved = checkpoint.Checkpoints(this.path / 'checkpoints', config.train.keep)
     restored = saved.restore(_plain(state))

@@ -53,7 +53,7 @@ def update(
         μ ← (1 − β) μ + β mean(v),   ν ← (1 − β) ν + β mean(v²)
 
     The second is the same as: variance ← (1 − β) variance + β mean(d²) − β² mean(d)², d = v − μ,
-    which loses nothing in f32.
+    without that difference.
 
     The *means* over a task's targets are used once an update: a step for each target, or their sum,
     diverges at the batches of an actor-learner. A task without targets keeps its moments.

@@ -66,7 +66,7 @@ def _train(
     total, B, T = setup.updates(config), config.train.batch, config.train.length
     seed, tasks = config.seeds[0], agent.spec.tasks
     optimiser = optim.optimiser(config.optim, total)
-    this.write('cost.json', setup.costs(agent, B, T))
+    this.write('cost.json', {'steps': total, **setup.costs(agent, B, T)})
     mesh = parallel.mesh(B)
     state = parallel.replicate(_start(agent, optimiser, seed), mesh)
     saved = checkpoint.Checkpoints(this.path / 'checkpoints', config.train.keep)

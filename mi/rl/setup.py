@@ -170,13 +170,35 @@ def init_params(agent: Agent, key: jax.Array) -> Any:
     return agent.init(key, agent.initial_carry(1), inputs)['params']
 
 
-def costs(agent: Agent, batch: int, length: int) -> dict[str, dict[str, int]]:
-    """Parameters of the agent, and forward FLOPs of its products per step of an environment."""
+def costs(agent: Agent, batch: int, length: int) -> dict[str, Any]:
+    """Parameters, and forward FLOPs of products per step of an environment: agent and fusions."""
     rows = example(agent.spec, length, batch)
     carry = jax.eval_shape(lambda: agent.initial_carry(batch))
-    variables = jax.eval_shape(agent.init, jax.random.key(0), carry, rows)
-    flops = cost.flops(agent.apply, variables, carry, rows) / (batch * length)
+    variables: Any = jax.eval_shape(agent.init, jax.random.key(0), carry, rows)
+    flops = cost.flops(agent.apply, variables, carry, rows)
+    of_fusions = parameters = 0.0
+    for name, (module, inputs) in _fusions(agent, variables, carry, rows).items():
+        own = {'params': variables['params'].get(name, {})}
+        parameters += cost.parameters(own)
+        of_fusions += cost.flops(module.apply, own, *inputs)
+    steps = batch * length
     return {
-        'parameters': {'model': cost.parameters(variables)},
-        'flops_per_step': {'model': round(flops)},
+        'parameters': {'model': cost.parameters(variables), 'fusion': round(parameters)},
+        'flops_per_step': {'model': round(flops / steps), 'fusion': round(of_fusions / steps)},
     }
+
+
+def _fusions(agent: Agent, *arguments: Any) -> dict[str, tuple[nn.Module, Any]]:
+    """Site → the fusion there, unbound, and the shapes of its x and z."""
+    found: dict[str, tuple[nn.Module, Any]] = {}
+
+    def watch(call: Any, inputs: Any, options: Any, context: Any) -> Any:
+        module = context.module
+        if context.method_name == '__call__' and module.path in [(site,) for site in agent.sites]:
+            shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in inputs]
+            found[module.name] = module.clone(parent=None), shapes
+        return call(*inputs, **options)
+
+    with nn.intercept_methods(watch):
+        jax.eval_shape(agent.apply, *arguments)
+    return found

@@ -28,6 +28,11 @@ BABYAI_SUITES = {
     'unlock': ('Unlock', 'BlockedUnlock', 'KeyInBox'),
     'synth': ('Synth', 'ActionObjDoor', 'MiniBoss', 'Boss'),
 }
+# How the names of levels start whose instructions have several clauses.
+BABYAI_SEQUENCES = (
+    *('GoToSeq', 'SynthSeq', 'Boss', 'MiniBoss', 'MoveTwoAcross'),
+    *('OpenDoorsOrder', 'OpenTwoDoors', 'OpenRedBlueDoors'),
+)
 # Object, colour and state of a cell, as in minigrid (Chevalier-Boisvert et al., 2023).
 BABYAI_CATEGORIES = (11, 6, 3)
 
@@ -223,7 +228,7 @@ def make_babyai(
     seed: int = 0,
     threads: int = 0,
     timeout: float = 60.0,
-    length: int = text.BABYAI_LENGTH,
+    length: int = 0,
 ) -> Pools:
     """BabyAI (Chevalier-Boisvert et al., 2019): instructions in a grid world, 96 levels.
 
@@ -239,7 +244,7 @@ def make_babyai(
       seed: of row 0; row i has seed + i.
       threads: in all, at least one for each level; 0 for one for each row.
       timeout: most seconds of a step.
-      length: most words of an instruction.
+      length: most words of an instruction; 0 for what the levels' grammar needs.
 
     Raises:
       UserError: on an unknown word, too few rows, or if envpool is not installed.
@@ -253,6 +258,8 @@ def make_babyai(
         if word not in ids and word not in BABYAI_SUITES:
             raise UserError(f'babyai/{word} is unknown; {nearest(word, (*BABYAI_SUITES, *ids))}')
     tasks = tuple(dict.fromkeys(levels))
+    clauses = any(task.startswith(BABYAI_SEQUENCES) for task in tasks)
+    length = length or (text.BABYAI_LENGTH if clauses else text.BABYAI_CLAUSE)
     tokens = text.babyai(length)
     instruction = np.zeros((batch, length), np.int32)
     directions = np.eye(4, dtype=np.float32)
@@ -283,6 +290,7 @@ def make_babyai(
         sources='a return is 1 − 0.9 t / limit when solved at step t, 0 otherwise',
         categories=BABYAI_CATEGORIES,
         vocabulary=text.BABYAI_VOCABULARY,
+        words=text.BABYAI_WORDS,
     )
     pools = _pools(spec, [ids[task] for task in tasks], batch, seed, threads)
     return Pools(spec, pools, read, goal=True, timeout=timeout)

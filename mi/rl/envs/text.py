@@ -22,6 +22,8 @@ BABYAI_WORDS = tuple(_GRAMMAR.split())
 BABYAI_VOCABULARY = len(BABYAI_WORDS) + 1
 # Four times 'put a grey ball in front of you next to …', joined by two 'and' and one 'after you'.
 BABYAI_LENGTH = 72
+# One clause: 'put a grey ball in front of you next to a grey ball in front of you'.
+BABYAI_CLAUSE = 17
 _NUMBERS = {word: i for i, word in enumerate(BABYAI_WORDS, start=1)}
 
 

@@ -94,7 +94,7 @@ def test_the_capped_score_is_0_for_random_100_for_human_and_not_above():
 
 
 def test_a_score_without_all_levels_is_refused():
-    with pytest.raises(ValueError, match="missing .*'rooms_watermaze'"):
+    with pytest.raises(ValueError, match=r"missing .*'rooms_watermaze'"):
         dmlab30.capped_score({k: 0.0 for k in dmlab30.LEVELS if k != 'rooms_watermaze'})
 
 

@@ -20,10 +20,7 @@ def test_cartpole_is_the_package_itself_with_the_reset_one_step_later():
         environment.send(action)
         step = environment.recv()
         for i, env in enumerate(theirs):
-            if over[i]:
-                expected = (env.reset()[0], 0.0, False, False)
-            else:
-                expected = env.step(action[i])[:4]
+            expected = (env.reset()[0], 0.0, False, False) if over[i] else env.step(action[i])[:4]
             np.testing.assert_array_equal(step.observation['features'][i], expected[0])
             assert step.reward[i] == expected[1]
             assert step.discount[i] == (0 if expected[2] else 1)
