@@ -3,6 +3,7 @@
 A new episode starts one step later (see `spec`), as in gymnasium's AutoresetMode.NEXT_STEP.
 """
 
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -207,6 +208,7 @@ class _DoomMaker:
 
         _doom()
         env = _make(_doom_id(self.task), **_DOOM_OPTIONS)
+        env.unwrapped.game.set_doom_config_path(os.devnull)  # else written where the user stands
         own = _buttons(env)
         # The package's action k presses the buttons of row k of its map.
         presses = [tuple(row) for row in env.unwrapped.button_map]
