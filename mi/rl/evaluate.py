@@ -14,7 +14,7 @@ from mi.rl import envs
 from mi.rl.actor import act, start
 from mi.rl.envs.spec import HostEnvironment, JaxEnvironment, Spec
 from mi.rl.networks import Agent, Inputs
-from mi.rl.worker import compile_policy
+from mi.rl.worker import Policy
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 4, 5))
@@ -63,15 +63,15 @@ def play(
     Every row plays the same number of episodes, however long they are, so that short ones are not
     preferred.
     """
-    policy: Any = compile_policy(agent, greedy)
+    policy = Policy(agent, greedy)
     tasks, B = len(pool.spec.tasks), pool.batch
     quota = -(-each * tasks // B)
-    step, carry, action = pool.reset(), agent.initial_carry(B), jnp.zeros(B, jnp.int32)
+    step, acting, action = pool.reset(), policy.start(B, key), jnp.zeros(B, jnp.int32)
     returned, length, played = np.zeros(B), np.zeros(B, np.int64), np.zeros(B, np.int64)
     ended: list[list[tuple[float, bool, int]]] = [[] for _ in range(tasks)]
     while (played < quota).any():
         row: Any = step.observation, action, step.reward, step.is_first
-        key, carry, action, _ = policy(params, key, carry, Inputs(*row))
+        acting, action, _ = policy(params, acting, Inputs(*row))
         task, ignored = step.observation['task'], step.is_last
         pool.send(np.asarray(action))
         step = pool.recv()

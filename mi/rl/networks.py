@@ -32,7 +32,8 @@ class Inputs(NamedTuple):
     """What the agent sees at each step, [T, B, …].
 
     Attributes:
-      observation: name → array, as the environment's `Spec.observation`.
+      observation: name → array, as the environment's `Spec.observation`; 'instruction' as tokens,
+        or encoded by `encode_instruction`.
       action: int32, the one before; not looked at where `is_first`.
       reward: float32, of the action before; not looked at where `is_first`.
       is_first: bool, whether an episode starts here; the core's state is reset there.
@@ -111,14 +112,16 @@ class Agent(nn.Module):
             inputs.observation
         )
         instruction = None
-        if spec.vocabulary and self.see_instruction:
+        if reads_instructions(self):
             encoder = InstructionEncoder(spec.vocabulary, dtype=dtype, parent=None)
-            given = inputs.observation['instruction']
+            given = instruction = inputs.observation['instruction']
+            tokens = jnp.zeros((1, 1), jnp.int32)
             params = self.param(
-                'instruction_encoder', lambda key: encoder.init(key, given)['params']
+                'instruction_encoder', lambda key: encoder.init(key, tokens)['params']
             )
-            encode = functools.partial(encoder.apply, {'params': params})
-            instruction = once_per_episode(encode, given, inputs.is_first)
+            if jnp.issubdtype(given.dtype, jnp.integer):
+                encode = functools.partial(encoder.apply, {'params': params})
+                instruction = once_per_episode(encode, given, inputs.is_first)
         if 'instruction' in self.sites:
             v = nn.relu(fuse(self.features, context='dense', name='instruction')(v, instruction))
 
@@ -184,6 +187,16 @@ class Agent(nn.Module):
 def forward(agent: Agent, params: Any, carry: Carry, inputs: Inputs) -> tuple[Carry, Outputs]:
     """The agent with these parameters, on inputs [T, B, …]."""
     return agent.apply({'params': params}, carry, inputs)  # type: ignore[return-value,unused-ignore]
+
+
+def reads_instructions(agent: Agent) -> bool:
+    return bool(agent.spec.vocabulary) and agent.see_instruction
+
+
+def encode_instruction(agent: Agent, params: Any, tokens: Array) -> Array:
+    """Tokens [..., L] → what the agent's inputs may hold in their place, [..., hidden]."""
+    encoder = InstructionEncoder(agent.spec.vocabulary, dtype=agent.dtype)
+    return encoder.apply({'params': params['instruction_encoder']}, tokens)  # type: ignore[return-value,unused-ignore]
 
 
 def once_per_episode(

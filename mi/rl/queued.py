@@ -21,26 +21,24 @@ from mi.rl.actor import Episodes, Trajectory
 from mi.rl.evaluate import Evaluation
 from mi.rl.networks import Agent
 from mi.rl.threads import Actors, Item
-from mi.rl.worker import Policy, Worker, compile_policy, joined
+from mi.rl.worker import Policy, Worker, joined
 
 
 def make_worker(
     config: ml_collections.ConfigDict,
     version: int,
     index: int,
-    agent: Agent | None = None,
     policy: Policy | None = None,
 ) -> Worker:
-    """Worker `index` of a run that goes on at `version`; agent and policy if they are there."""
+    """Worker `index` of a run that goes on at `version`; with the policy if there is one."""
     actors = config.actors
     key = jax.random.key(config.seeds[0])
     for number in (version, index):
         key = jax.random.fold_in(key, number)
     seeds = np.asarray(jax.random.randint(key, (actors.groups,), 0, 2**30))
     groups = [envs.pool(config.env.name, actors.batch, int(seed)) for seed in seeds]
-    agent = agent or setup.agent(config, groups[0].spec)
-    policy = policy or compile_policy(agent)
-    return Worker(groups, agent, policy, config.train.length, key)
+    policy = policy or Policy(setup.agent(config, groups[0].spec))
+    return Worker(groups, policy, config.train.length, key)
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -145,8 +143,8 @@ def _actors(config: ml_collections.ConfigDict, agent: Agent, params: Any, versio
             functools.partial(remote.Remote, functools.partial(make, i)) for i in numbers
         ]
         return Actors(makers, *queue, share=remote.share)
-    policy = compile_policy(agent)
-    makers = [functools.partial(make, i, agent, policy) for i in numbers]
+    policy = Policy(agent)
+    makers = [functools.partial(make, i, policy) for i in numbers]
     return Actors(makers, *queue)
 
 

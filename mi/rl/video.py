@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from mi.rl.envs.spec import HostEnvironment, Observation, Spec
 from mi.rl.networks import Agent, Inputs
-from mi.rl.worker import compile_policy
+from mi.rl.worker import Policy
 
 SIDE = 240  # of the picture, pixels
 CAPTION = 30  # below it, pixels
@@ -36,9 +36,8 @@ def episodes(
     pool: HostEnvironment, agent: Agent, params: Any, key: jax.Array, greedy: bool, most: int = 500
 ) -> dict[str, list[Frame]]:
     """The first episode of one row of each task, observation and return up to there, by task."""
-    policy = compile_policy(agent, greedy)
-    B = pool.batch
-    step, carry, action = pool.reset(), agent.initial_carry(B), jnp.zeros(B, jnp.int32)
+    policy, B = Policy(agent, greedy), pool.batch
+    step, acting, action = pool.reset(), policy.start(B, key), jnp.zeros(B, jnp.int32)
     first = {int(task): row for row, task in reversed(list(enumerate(step.observation['task'])))}
     frames: dict[str, list[Frame]] = {pool.spec.tasks[task]: [] for task in first}
     running, returned = dict(first), np.zeros(B)
@@ -47,7 +46,7 @@ def episodes(
             observation = {name: np.array(a[row]) for name, a in step.observation.items()}
             frames[pool.spec.tasks[task]].append((observation, float(returned[row])))
         inputs: Any = step.observation, action, step.reward, step.is_first
-        key, carry, action, _ = policy(params, key, carry, Inputs(*inputs))
+        acting, action, _ = policy(params, acting, Inputs(*inputs))
         pool.send(np.asarray(action))
         step = pool.recv()
         returned += step.reward

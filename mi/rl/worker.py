@@ -9,30 +9,105 @@ Its trajectories are those of `mi.rl.actor`, with the host's convention for the 
 the step whose action was ignored stays in, not valid.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from mi.rl.actor import Episodes, Trajectory, act
 from mi.rl.envs.spec import HostEnvironment, Step
-from mi.rl.networks import Agent, Carry, Inputs
+from mi.rl.networks import (
+    Agent,
+    Carry,
+    Inputs,
+    InstructionEncoder,
+    encode_instruction,
+    reads_instructions,
+)
 
-Policy = Callable[[Any, Array, Carry, Inputs], tuple[Array, Carry, Array, Array]]
+
+class Acting(NamedTuple):
+    """What a policy continues from.
+
+    Attributes:
+      key: random key of the actions.
+      carry: of the agent.
+      instruction: of each row's episode, encoded [B, …]; None if the agent reads none.
+    """
+
+    key: Array
+    carry: Carry
+    instruction: Array | None
 
 
-def compile_policy(agent: Agent, greedy: bool = False) -> Policy:
-    """(params, key, carry, inputs [B, …]) → (key, carry, action [B], log-probability [B])."""
+class Policy:
+    """An agent's actions on B environments, one step at a time.
 
-    @jax.jit
-    def policy(params: Any, key: Array, carry: Carry, inputs: Inputs) -> Any:
-        key, of_actions = jax.random.split(key)
-        carry, action, log_prob = act(agent, params, carry, inputs, of_actions, greedy)
-        return key, carry, action, log_prob
+    An instruction is encoded where its episode begins and remembered; where the parameters are new,
+    all are.
+    """
 
-    return policy
+    def __init__(self, agent: Agent, greedy: bool = False):
+        self._agent, self._greedy = agent, greedy
+        self._step: Any = jax.jit(self._act)
+
+    def start(self, batch: int, key: Array) -> Acting:
+        """Before the first step of B episodes."""
+        shape = batch, InstructionEncoder.hidden
+        read = reads_instructions(self._agent)
+        return Acting(key, self._agent.initial_carry(batch), jnp.zeros(shape) if read else None)
+
+    def __call__(
+        self, params: Any, acting: Acting, inputs: Inputs, new: bool = False
+    ) -> tuple[Acting, Array, Array]:
+        """The next actions on inputs [B, …], and their log-probabilities, [B].
+
+        Args:
+          params: of the agent.
+          acting: after the step before.
+          inputs: what the agent sees.
+          new: whether these are not the parameters of the step before.
+        """
+        return self._step(params, acting, inputs, new)
+
+    def _act(
+        self, params: Any, acting: Acting, inputs: Inputs, new: Array
+    ) -> tuple[Acting, Array, Array]:
+        key, of_actions = jax.random.split(acting.key)
+        instruction = acting.instruction
+        if instruction is not None:
+            observation = dict(inputs.observation)
+            encode = functools.partial(encode_instruction, self._agent, params)
+            instruction = _refreshed(
+                encode, observation['instruction'], instruction, inputs.is_first | new
+            )
+            observation['instruction'] = instruction
+            inputs = inputs._replace(observation=observation)
+        carry, action, log_prob = act(
+            self._agent, params, acting.carry, inputs, of_actions, self._greedy
+        )
+        return Acting(key, carry, instruction), action, log_prob
+
+
+def _refreshed(
+    encode: Callable[[Array], Array], tokens: Array, encoded: Array, outdated: Array
+) -> Array:
+    """encode(tokens) in the outdated rows, the encoding that is there in the others.
+
+    Up to an eighth of the rows are taken out and encoded alone, all of them where it is more.
+    """
+    B = len(tokens)
+    few = -(-B // 8)
+
+    def some() -> Array:
+        rows = jnp.nonzero(outdated, size=few, fill_value=B)[0]
+        return encoded.at[rows].set(encode(tokens.at[rows].get(mode='clip')), mode='drop')
+
+    return jax.lax.cond(outdated.sum() <= few, some, lambda: encode(tokens).astype(encoded.dtype))
 
 
 class Worker:
@@ -40,8 +115,7 @@ class Worker:
 
     Args:
       groups: batches of environments, which it closes; two let simulation and policy overlap.
-      agent: acts on all of them.
-      policy: of `compile_policy`, which workers of one process share.
+      policy: of that agent; the workers of one process share it.
       length: T.
       key: random key of the actions.
     """
@@ -49,14 +123,13 @@ class Worker:
     def __init__(
         self,
         groups: Sequence[HostEnvironment],
-        agent: Agent,
         policy: Policy,
         length: int,
         key: Array,
     ):
-        self._environments, self._policy, self._length = groups, policy, length
+        self._environments, self._length = groups, length
         keys = jax.random.split(key, len(groups))
-        self._groups = [_Group(g, agent, k) for g, k in zip(groups, keys, strict=True)]
+        self._groups = [_Group(g, policy, k) for g, k in zip(groups, keys, strict=True)]
 
     def collect(self, params: Any) -> list[tuple[Trajectory, Episodes]]:
         """The next T transitions of each group, NumPy, and the episodes that ended in them."""
@@ -65,7 +138,7 @@ class Worker:
         for _ in range(self._length):
             for group in self._groups:
                 group.receive()
-                group.send(self._policy, params)
+                group.send(params)
         for group in self._groups:
             group.receive()
         return [group.take() for group in self._groups]
@@ -78,10 +151,10 @@ class Worker:
 class _Group:
     """A batch of environments, and what a trajectory of it has so far."""
 
-    def __init__(self, environment: HostEnvironment, agent: Agent, key: Array):
-        self._environment, self._key = environment, key
+    def __init__(self, environment: HostEnvironment, policy: Policy, key: Array):
+        self._environment, self._policy = environment, policy
         B = environment.batch
-        self._carry: Carry = agent.initial_carry(B)
+        self._acting = policy.start(B, key)
         self._step: Step = environment.reset()
         self._action = np.zeros(B, np.int32)
         self._sent = False
@@ -94,7 +167,7 @@ class _Group:
         self._discounts: list[np.ndarray] = []
         self._valid: list[np.ndarray] = []
         self._episodes = np.zeros((4, len(self._environment.spec.tasks)), np.float32)
-        self._first_carry = self._carry
+        self._first_carry, self._new = self._acting.carry, True
 
     def receive(self) -> None:
         """The next row of the inputs: what the action sent before led to."""
@@ -109,11 +182,12 @@ class _Group:
         row: Any = step.observation, self._action, step.reward, step.is_first
         self._rows.append(jax.tree.map(np.array, Inputs(*row)))  # a copy
 
-    def send(self, policy: Policy, params: Any) -> None:
+    def send(self, params: Any) -> None:
         """The action on the newest row."""
-        self._key, self._carry, action, log_prob = policy(
-            params, self._key, self._carry, self._rows[-1]
+        self._acting, action, log_prob = self._policy(
+            params, self._acting, self._rows[-1], self._new
         )
+        self._new = False
         self._action = np.asarray(action)
         self._actions.append(self._action)
         self._log_probs.append(log_prob)

@@ -8,7 +8,7 @@ import pytest
 from mi.config import UserError
 from mi.rl import remote
 from mi.rl.threads import Actors
-from mi.rl.worker import Worker, compile_policy
+from mi.rl.worker import Policy, Worker
 from tests.rl.catch_late import CatchLate, Knows
 from tests.rl.test_worker import learnt
 
@@ -28,7 +28,7 @@ def make(**options):
     def maker():
         agent = Knows()
         groups = [CatchLate(**options)]
-        return Worker(groups, agent, compile_policy(agent), 25, jax.random.key(0))
+        return Worker(groups, Policy(agent), 25, jax.random.key(0))
 
     return maker
 

@@ -8,15 +8,15 @@ import pytest
 from mi.config import UserError
 from mi.rl.actor import Episodes
 from mi.rl.threads import Actors
-from mi.rl.worker import Worker, compile_policy
+from mi.rl.worker import Policy, Worker
 from tests.rl.catch_late import CatchLate, Knows
 
 AGENT = Knows()
-POLICY = compile_policy(AGENT)
+POLICY = Policy(AGENT)
 
 
 def worker(**options):
-    return lambda: Worker([CatchLate(**options)], AGENT, POLICY, 5, jax.random.key(0))
+    return lambda: Worker([CatchLate(**options)], POLICY, 5, jax.random.key(0))
 
 
 class Counts:

@@ -8,7 +8,9 @@ import pytest
 from mi.rl import actor, loss, popart
 from mi.rl.envs.batched import Batched
 from mi.rl.envs.catch import Catch
-from mi.rl.worker import Worker, compile_policy, joined
+from mi.rl.threads import Actors
+from mi.rl.worker import Policy, Worker, joined
+from tests.rl import test_networks
 from tests.rl.catch_late import GAMMA, CatchLate, Knows
 
 AGENT = Knows()
@@ -41,7 +43,7 @@ def fused():
 
 
 def from_worker(*groups):
-    worker = Worker(groups, AGENT, compile_policy(AGENT), 25, jax.random.key(1))
+    worker = Worker(groups, Policy(AGENT), 25, jax.random.key(1))
     collected = worker.collect({})
     trajectory = joined([trajectory for trajectory, _ in collected])
     return trajectory, jax.tree.map(lambda *a: sum(a), *[episodes for _, episodes in collected])
@@ -55,14 +57,29 @@ def one_step_later():
     return from_worker(CatchLate(4, 0), CatchLate(4, 1))
 
 
-@pytest.mark.parametrize('collected', [fused, at_once, one_step_later])
+def from_threads():
+    def maker(seed):
+        return Worker([CatchLate(4, seed)], Policy(AGENT), 25, jax.random.key(1))
+
+    makers = [functools.partial(maker, 0), functools.partial(maker, 1)]
+    with Actors(makers, {}, version=0, capacity=1, timeout=60.0) as actors:
+        items = {}
+        while len(items) < 2:  # the first of each: only they begin with an episode
+            item = actors.get()
+            if item.trajectory.inputs.is_first[0].all():
+                items[item.trajectory.inputs.observation['grid'].tobytes()] = item
+    trajectory = joined([item.trajectory for item in items.values()])
+    return trajectory, jax.tree.map(lambda *a: sum(a), *[i.episodes for i in items.values()])
+
+
+@pytest.mark.parametrize('collected', [fused, at_once, one_step_later, from_threads])
 def test_exact_values_and_their_own_policy_leave_nothing_to_learn(collected):
     trajectory, episodes = collected()
     assert trajectory.action.shape == (25, 8)
     assert float(episodes.number.sum()) == 8 * 2
     assert float(episodes.lengths.sum()) == 8 * 2 * 9
     assert (np.asarray(trajectory.discount) == 0).sum() == 8 * 2
-    ignored = 0 if collected is not one_step_later else 8 * 2
+    ignored = 8 * 2 if collected in (one_step_later, from_threads) else 0
     assert (~np.asarray(trajectory.valid)).sum() == ignored
     exact = learnt(trajectory)
     np.testing.assert_allclose(exact.baseline, 0, atol=1e-9)
@@ -74,7 +91,7 @@ def test_exact_values_and_their_own_policy_leave_nothing_to_learn(collected):
 
 def test_trajectories_follow_each_other():
     """The last row of one is the first of the next, and so is the agent's state."""
-    worker = Worker([CatchLate(3, 5)], AGENT, compile_policy(AGENT), 7, jax.random.key(1))
+    worker = Worker([CatchLate(3, 5)], Policy(AGENT), 7, jax.random.key(1))
     (first, _), (second, _) = worker.collect({})[0], worker.collect({})[0]
     for a, b in zip(jax.tree.leaves(first.inputs), jax.tree.leaves(second.inputs), strict=True):
         np.testing.assert_array_equal(a[-1], b[0])
@@ -86,7 +103,7 @@ def test_trajectories_follow_each_other():
 
 def test_a_worker_closes_its_environments():
     groups = [CatchLate(), CatchLate()]
-    Worker(groups, AGENT, compile_policy(AGENT), 3, jax.random.key(1)).close()
+    Worker(groups, Policy(AGENT), 3, jax.random.key(1)).close()
     assert all(group.closed for group in groups)
 
 
@@ -107,8 +124,37 @@ def test_groups_take_turns():
             log.append(('recv', self.name))
             return super().recv()
 
-    worker = Worker([Logged('a'), Logged('b')], AGENT, compile_policy(AGENT), 2, jax.random.key(0))
+    worker = Worker([Logged('a'), Logged('b')], Policy(AGENT), 2, jax.random.key(0))
     worker.collect({})
     turns = [('send', 'a'), ('send', 'b'), ('recv', 'a')]
     assert log[:3] == turns
     assert log[3:5] == [('send', 'a'), ('recv', 'b')]
+
+
+def test_an_instruction_is_encoded_where_it_or_the_parameters_are_new():
+    """The same as without memory, whether few, many, all or no rows begin an episode."""
+    agent = test_networks.make(source='instruction', core=None)
+    rng, rows, steps = np.random.default_rng(0), 24, 6
+    many = jax.tree.map(lambda a: np.repeat(a, 8, axis=1), test_networks.inputs(length=steps))
+    first = rng.random((steps, rows)) < np.array([1, 0, 0.1, 0.5, 0, 0])[:, None]
+    first[2, :2] = True
+    tokens = rng.integers(1, test_networks.VOCABULARY, (steps, rows, 4))
+    for t in range(1, steps):
+        tokens[t] = np.where(first[t][:, None], tokens[t], tokens[t - 1])
+    observation = {**many.observation, 'instruction': tokens.astype(np.int32)}
+    given = many._replace(observation=observation, is_first=first)
+    init = jax.jit(agent.init)
+    params = [init(jax.random.key(i), {}, given)['params'] for i in range(2)]
+    policy, reference = Policy(agent), jax.jit(functools.partial(actor.act, agent))
+    acting = policy.start(rows, jax.random.key(2))
+    compared = set()
+    for t in range(steps):
+        now, row = params[t > 3], jax.tree.map(lambda a, t=t: a[t], given)
+        key, of_actions = jax.random.split(acting.key)
+        _, action, log_prob = reference(now, {}, row, of_actions)
+        acting, *measured = policy(now, acting, row, new=t == 4)
+        np.testing.assert_array_equal(measured[0], action)
+        np.testing.assert_allclose(measured[1], log_prob, rtol=1e-5)
+        assert (jax.random.key_data(acting.key) == jax.random.key_data(key)).all()
+        compared.add(float(log_prob[0]))
+    assert len(compared) == steps
