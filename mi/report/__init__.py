@@ -3,6 +3,9 @@
 report.html   the page, in one file        table.csv   every digit
 curves.png, .pdf   learning curves         table.md    for a README
 finals.png, .pdf   final values            table.tex   for a paper
+tasks.png, .pdf    each task               tasks.csv   each task and seed
+
+The last line where there are scores of several tasks.
 """
 
 import os
@@ -11,7 +14,7 @@ import pathlib
 import rich.console
 
 from mi.config import UserError
-from mi.report import html, plots, runs, statistics, tables
+from mi.report import arms, html, plots, runs, tables
 
 
 def write(
@@ -27,7 +30,7 @@ def write(
       UserError: if workdir is neither, a file in it is malformed, or out cannot be made.
     """
     sweep = runs.read(pathlib.Path(workdir))
-    rows = statistics.rows(sweep)
+    rows = arms.rows(sweep)
     folder = sweep.path / 'report' if out is None else pathlib.Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -41,6 +44,8 @@ def write(
         'table.md': tables.to_markdown(sweep, rows),
         'table.tex': tables.to_latex(sweep, rows),
     }
+    if any(row.tasks for row in rows):
+        texts['tasks.csv'] = tables.tasks_to_csv(rows)
     for name, text in texts.items():
         (folder / name).write_text(text, encoding='utf-8')
     _say(sweep, rows, [*remarks, *sweep.warnings])
@@ -51,10 +56,10 @@ def write(
     return paths
 
 
-def _say(sweep: runs.Sweep, rows: list[statistics.Row], remarks: list[str]) -> None:
+def _say(sweep: runs.Sweep, rows: list[arms.Row], remarks: list[str]) -> None:
     console = rich.console.Console(soft_wrap=False)
     if not console.is_terminal:
-        console.width = 140
+        console.width = 160
     console.print(tables.to_terminal(sweep, rows))
     for note in tables.notes(sweep, rows):
         console.print(note, markup=False, highlight=False)

@@ -6,8 +6,9 @@ from html import escape
 
 from mi.config import flat
 from mi.report import tables
+from mi.report.arms import Row
 from mi.report.runs import Arm, Sweep
-from mi.report.statistics import Estimate, Row
+from mi.report.statistics import Estimate
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1f; --soft: #5f6068; --rule: #d9d9de;
@@ -57,6 +58,7 @@ def page(sweep: Sweep, rows: list[Row], images: dict[str, str], notes: list[str]
         _figure(images['finals'], _finals_text(sweep, rows), _finals_caption(sweep)),
         '<h2>Learning curves</h2>',
         _figure(images['curves'], _curves_text(sweep), _curves_caption(sweep)),
+        *([] if 'tasks' not in images else ['<h2>Tasks</h2>', _tasks(sweep, rows, images)]),
         '<h2>What differs</h2>' + _differences(sweep) if len(rows) > 1 else '',
         '<h2>Runs</h2>',
         _runs(sweep),
@@ -141,16 +143,26 @@ def _finals_caption(sweep: Sweep) -> str:
 
 def _curves_text(sweep: Sweep) -> str:
     labels = ', '.join(arm.label for arm in sweep.arms)
-    return f'{tables.words(sweep.metric)} of the valid split over steps and seconds: {labels}'
+    return (
+        f'{tables.words(sweep.metric)} of the {sweep.curves} split over steps and seconds: {labels}'
+    )
 
 
 def _curves_caption(sweep: Sweep) -> str:
     order = ' Legend in the order of the last values.' if len(sweep.arms) > 1 else ''
     return (
-        'Mean over seeds and its 95 % bootstrap interval at each step, valid split. The vertical '
-        'axis is zoomed to the later half of training; an arm that stopped before may lie outside.'
-        f'{order}'
+        f'Mean over seeds and its 95 % bootstrap interval at each step, {sweep.curves} split. The '
+        'vertical axis is zoomed to the later half of training; an arm that stopped before may lie '
+        f'outside.{order}'
     )
+
+
+def _tasks(sweep: Sweep, rows: list[Row], images: dict[str, str]) -> str:
+    there = [row for row in rows if row.tasks is not None]
+    labels = ', '.join(row.arm.label for row in there)
+    text = f'{tables.words(sweep.metric)} of each task: {labels}'
+    caption = 'Mean over seeds of each task, the tasks in the order of the mean over arms.'
+    return _figure(images['tasks'], text, caption)
 
 
 def _differences(sweep: Sweep) -> str:

@@ -1,4 +1,4 @@
-"""Two figures for a paper of 5.5 inches: learning curves with bands, and final values with seeds.
+"""Figures for a paper of 5.5 inches: learning curves with bands, final values, and single tasks.
 
 Matplotlib is used through its objects, never pyplot, so that nothing is left behind in a process
 that trains; equal input gives equal bytes.
@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from mi.report import statistics
+from mi.report.arms import Row
 from mi.report.runs import Sweep
-from mi.report.statistics import Row
 from mi.report.tables import words
 
 INK = '#1b1b1f'  # replaced by the colour of the text in the page's figures
@@ -57,14 +57,14 @@ logging.getLogger('fontTools').setLevel(logging.WARNING)
 
 
 def draw(sweep: Sweep, rows: list[Row], out: pathlib.Path) -> tuple[dict[str, str], list[str]]:
-    """Writes curves and finals as PNG and PDF; returns {name: SVG to put in a page} and remarks."""
+    """Writes PNG and PDF of each figure; returns {name: SVG to put in a page} and remarks."""
     remarks: list[str] = []
     images = {}
     with matplotlib.rc_context(STYLE):
-        for name, figure in (
-            ('curves', _curves(sweep, remarks)),
-            ('finals', _finals(sweep, rows)),
-        ):
+        figures = {'curves': _curves(sweep, remarks), 'finals': _finals(sweep, rows)}
+        if any(row.tasks for row in rows):
+            figures['tasks'] = _tasks(sweep, rows)
+        for name, figure in figures.items():
             for kind in ('png', 'pdf'):
                 figure.savefig(out / f'{name}.{kind}', dpi=200, metadata=METADATA[kind])
             images[name] = _svg(figure, name)
@@ -197,6 +197,34 @@ def _finals(sweep: Sweep, rows: list[Row]) -> Figure:
         axes.set_xticks([])
     better = ', lower is better' if sweep.lower_is_better else ', higher is better'
     axes.set_xlabel(f'{words(sweep.metric)} ({sweep.split}{better if len(rows) > 1 else ""})')
+    return figure
+
+
+def _tasks(sweep: Sweep, rows: list[Row]) -> Figure:
+    """A line per task and a point per arm, the tasks sorted by the mean over arms."""
+    means: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row.tasks is not None:
+            each = row.tasks.scores.mean(axis=0)
+            for task, mean in zip(row.tasks.tasks, each, strict=True):
+                means.setdefault(task, {})[row.arm.label] = float(mean)
+    order = sorted(means, key=lambda task: np.mean(list(means[task].values())))
+    figure = Figure(figsize=(WIDTH, 0.8 + 0.14 * len(order)), layout='constrained')
+    axes = figure.subplots()
+    for row, (colour, _) in zip(rows, _style(sweep), strict=True):
+        there = [(means[t][row.arm.label], y) for y, t in enumerate(order)
+                 if row.arm.label in means[t]]  # fmt: skip
+        if there:
+            x, y = zip(*there, strict=True)
+            axes.plot(x, y, 'o', color=colour, ms=3.5, mew=0, alpha=0.85, label=row.arm.label)
+    axes.set_yticks(range(len(order)), [_label(task) for task in order])
+    axes.tick_params(axis='y', length=0, labelsize=6)
+    axes.set_ylim(-0.7, len(order) - 0.3)
+    axes.grid(axis='y', lw=0.3, color=GREY, alpha=0.5)
+    axes.spines['left'].set_visible(False)
+    axes.set_xlabel(f'{words(sweep.metric)} ({sweep.split}), mean over seeds')
+    if len(rows) > 1:
+        figure.legend(loc='outside right center', frameon=False, handlelength=1.0)
     return figure
 
 

@@ -76,6 +76,17 @@ class Arm:
         values = np.array([[seed[step] for step in steps] for seed in seeds], float)
         return np.array(steps, int), values.reshape(len(seeds), len(steps))
 
+    def scores(self, metric: str, split: str) -> tuple[tuple[str, ...], np.ndarray]:
+        """Tasks and [seeds, tasks] of `metric/TASK` at the end, of seeds that are finite in all."""
+        prefix = f'{metric}/'
+        names = [name for name in self.names(split) if name.startswith(prefix)]
+        finals = [self.final(name, split) for name in names]
+        seeds = sorted(set.intersection(*map(set, finals))) if finals else []
+        values = np.array([[final[seed] for final in finals] for seed in seeds], float)
+        values = values.reshape(len(seeds), len(names))
+        values = values[np.isfinite(values).all(axis=1)]
+        return tuple(name.removeprefix(prefix) for name in names) if len(values) else (), values
+
     def seconds(self) -> tuple[np.ndarray, np.ndarray]:
         """Steps [M] and the seconds of training up to each [M]; a resumed run repeats steps."""
         last = {r['step']: float(r['seconds']) for r in self.timing}

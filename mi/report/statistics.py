@@ -2,20 +2,22 @@
 
 The percentile bootstrap draws n of the n seeds with replacement, takes the mean, many times, and
 reports the 2.5 % and 97.5 % quantiles of these means. All of them lie between the smallest and the
-largest seed, so the interval is too short for few seeds: see CAUTION. `rows` applies this to the
-arms of a sweep.
+largest seed, so the interval is too short for few seeds: see CAUTION.
+
+Scores of many tasks, [seeds, tasks], are summed up as in Agarwal et al. (2021), "Deep Reinforcement
+Learning at the Edge of the Statistical Precipice", with another bootstrap. There each task has runs
+of its own, which are drawn on their own. Here one agent learns all tasks, so that its scores hang
+together, and whole seeds are drawn.
 """
 
 import dataclasses
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import scipy.stats
 
-from mi.report.runs import Arm, Sweep
-
 LEVEL = 0.95
+QUANTILES = (0.5 - LEVEL / 2, 0.5 + LEVEL / 2)
 RESAMPLES = 10_000
 CAUTION = (
     'Intervals are 95 % percentile bootstrap intervals over the seeds. Such an interval cannot be '
@@ -105,84 +107,51 @@ def band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, np.ndarray 
         return mean, None, None
     rng = np.random.default_rng(0)
     weights = rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n  # [RESAMPLES, seeds]
-    quantiles = (0.5 - LEVEL / 2, 0.5 + LEVEL / 2)
     # In pieces of 256 steps, for [RESAMPLES, N] of a long run would fill the memory.
     pieces = [
-        np.quantile(weights @ values[:, i : i + 256], quantiles, axis=0)
+        np.quantile(weights @ values[:, i : i + 256], QUANTILES, axis=0)
         for i in range(0, steps, 256)
     ]
     low, high = np.concatenate(pieces, axis=1) if pieces else np.empty((2, 0))
     return mean, low, high
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """What the table says of an arm; None where there is nothing to say yet.
+def over_seeds(scores: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> Estimate:
+    """statistic([..., seeds, tasks]) → [...] of the scores, with its interval."""
+    n = len(scores)
+    here = float(statistic(scores))
+    if n == 1:
+        return Estimate(here, None, None, n)
+    rng = np.random.default_rng(0)
+    draws = (rng.integers(n, size=(RESAMPLES // 10, n)) for _ in range(10))  # for the memory
+    low, high = np.quantile(np.concatenate([statistic(scores[d]) for d in draws]), QUANTILES)
+    return Estimate(here, float(low), float(high), n)
 
-    Attributes:
-      final: the compared metric per seed, empty where the arm has no final record.
-      metric: mean of these, difference: to the baseline, paired by seed.
-      secondary: means of the other numbers in the final records, but those of single tasks.
-      rate: tokens, or steps of environments, per second of training.
-      remarks: why something is missing here.
+
+def iqm(scores: np.ndarray) -> np.ndarray:
+    """Interquartile mean of [..., seeds, tasks]: a quarter of all is cut off at each end."""
+    flat = np.sort(scores.reshape(*scores.shape[:-2], -1), axis=-1)
+    cut = flat.shape[-1] // 4
+    return flat[..., cut : flat.shape[-1] - cut].mean(-1)
+
+
+def probability_of_improvement(
+    scores: np.ndarray, baseline: np.ndarray, lower_is_better: bool
+) -> Estimate:
+    """P(a seed is better than one of the baseline), ties counted half; the mean over tasks.
+
+    Args:
+      scores: [seeds, tasks].
+      baseline: [other seeds, tasks].
+      lower_is_better: of the scores.
     """
-
-    arm: Arm
-    final: dict[int, float]
-    metric: Estimate | None
-    difference: Estimate | None
-    verdict: str | None
-    secondary: dict[str, float]
-    seconds: float | None
-    rate: float | None
-    remarks: list[str]
-
-
-def rows(sweep: Sweep) -> list[Row]:
-    """A row per arm, in the order of the sweep; an arm without numbers has its row as well."""
-    finals = [arm.final(sweep.metric, sweep.split) for arm in sweep.arms]
-    baseline = next(
-        (f for f, a in zip(finals, sweep.arms, strict=True) if a.label == sweep.baseline), {}
-    )
-    if not all(map(math.isfinite, baseline.values())):
-        baseline = {}  # the seeds that did not diverge would be a selection
-    return [_row(sweep, a, f, baseline) for a, f in zip(sweep.arms, finals, strict=True)]
-
-
-def _row(sweep: Sweep, arm: Arm, final: dict[int, float], baseline: dict[int, float]) -> Row:
-    mean = against = None
-    remarks = []
-    try:
-        mean = estimate(final, arm.label) if final else None
-        if arm.label != sweep.baseline:
-            against = difference(final, baseline, arm.label)
-    except ValueError as error:
-        remarks.append(f'{error}; no mean')
-    if not final and arm.state == 'done':
-        remarks.append(f'{arm.label}: no {sweep.metric} in the {sweep.split} records')
-    if 0 < len(final) < len(arm.seeds):
-        remarks.append(f'{arm.label}: {len(final)} of {len(arm.seeds)} seeds have a final record')
-    if against is not None and against.n < max(len(final), len(baseline)):
-        remarks.append(
-            f'{arm.label}: the difference pairs the {against.n} seeds that both arms have'
-        )
-    elif mean is not None and against is None and sweep.baseline not in (None, arm.label):
-        remarks.append(f'{arm.label}: no difference, {sweep.baseline} has no value to pair')
-    secondary = {}
-    names = [name for name in arm.names(sweep.split) if '/' not in name]
-    for name in names if final else []:
-        values = arm.final(name, sweep.split).values()
-        if name != sweep.metric and all(map(math.isfinite, values)):
-            secondary[name] = math.fsum(values) / len(values)
-    _, seconds = arm.seconds()
-    return Row(
-        arm=arm,
-        final=final,
-        metric=mean,
-        difference=against,
-        verdict=verdict(against, sweep.lower_is_better),
-        secondary=secondary,
-        seconds=float(seconds[-1]) if len(seconds) else None,
-        rate=arm.rate(sweep.unit),
-        remarks=remarks,
-    )
+    sign = -1 if lower_is_better else 1
+    gap = sign * (scores[:, None] - baseline[None])
+    wins = np.where(gap == 0, 0.5, gap > 0).mean(-1)  # [seeds, other seeds]
+    n, m = wins.shape
+    if min(n, m) == 1:
+        return Estimate(float(wins.mean()), None, None, min(n, m))
+    rng = np.random.default_rng(0)
+    own, others = (rng.multinomial(k, np.full(k, 1 / k), size=RESAMPLES) / k for k in (n, m))
+    low, high = np.quantile(np.einsum('ri,ij,rj->r', own, wins, others), QUANTILES)
+    return Estimate(float(wins.mean()), float(low), float(high), min(n, m))

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import rich.table
 import rich.text
 
-from mi.report import statistics
+from mi.report import arms, statistics
+from mi.report.arms import Row
 from mi.report.runs import Sweep
-from mi.report.statistics import Estimate, Row
+from mi.report.statistics import Estimate
 
 NONE = '—'
 PREFIX = {12: ' T', 9: ' G', 6: ' M', 3: ' k', 0: ''}
@@ -64,6 +65,19 @@ def notes(sweep: Sweep, rows: list[Row]) -> list[str]:
                 f'the same sign, as they have once in {2 ** (pairs - 1)} times by chance alone.'
             )
         standing.append(text + chance + several)
+    of_tasks, equal_time = _optional(rows)
+    if of_tasks:
+        standing.append(
+            'Means are over tasks and seeds. IQM: the mean of the middle half of all scores of '
+            'tasks and seeds. P(improvement): how probably a seed of this arm beats a seed of '
+            f'{sweep.baseline} on a task, ties counted half; 0.5 means neither. Their intervals '
+            'draw whole seeds with all their tasks, which one agent learns.'
+        )
+    if equal_time:
+        standing.append(
+            f'At equal time: the last {sweep.curves} record that an arm had reached when the '
+            f'quickest was done, {_seconds(arms.quickest(sweep))} s of training.'
+        )
     standing.append(
         'Parameters and FLOPs: the whole model / the fusion alone. FLOPs per '
         f'{sweep.unit}: forward, matrix products only, a multiply-add counts as two. Seconds and '
@@ -88,6 +102,12 @@ def cells(sweep: Sweep, rows: list[Row]) -> Table:
     header = [Cell('arm'), Cell(f'{words(sweep.metric)}{arrow}', '[95 %]')]
     if sweep.baseline is not None:
         header += [Cell(f'difference to {sweep.baseline}', '[95 %]'), Cell('verdict')]
+    of_tasks, equal_time = _optional(rows)
+    if of_tasks:
+        header += [Cell(f'IQM{arrow}', '[95 %]'), Cell('P(improvement)', '[95 %]')]
+    if equal_time:
+        seconds = _seconds(arms.quickest(sweep))
+        header += [Cell(f'{sweep.curves} after {seconds} s{arrow}', '[95 %]')]
     header += [Cell(words(name)) for name in secondary]
     header += [Cell('parameters', '/ fusion'), Cell(f'FLOPs per {sweep.unit}', '/ fusion')]
     header += [Cell('train seconds'), Cell(f'{sweep.unit}s/s'), Cell('seeds'), Cell('state')]
@@ -101,6 +121,13 @@ def cells(sweep: Sweep, rows: list[Row]) -> Table:
             if row.verdict and row.difference:
                 verdict = Cell(row.verdict, f'(n = {row.difference.n})')
             line += [verdict]
+        if of_tasks:
+            line += [
+                _interval(row.tasks.iqm if row.tasks else None, digits),
+                _interval(row.tasks.improvement if row.tasks else None, 2),
+            ]
+        if equal_time:
+            line += [_interval(row.equal_time, digits)]
         line += [Cell(_significant(row.secondary.get(name))) for name in secondary]
         parameters, flops = (
             [row.arm.counted(what, part) for part in ('model', 'fusion')]
@@ -128,6 +155,11 @@ def to_csv(sweep: Sweep, rows: list[Row]) -> str:
         line |= {'reason': row.arm.reason, 'split': sweep.split, 'metric': sweep.metric}
         for name, e in (('', row.metric), ('difference_', row.difference)):
             line |= {f'{name}{key}': getattr(e, key, None) for key in ('mean', 'low', 'high')}
+        for name in ('iqm', 'improvement'):
+            e = getattr(row.tasks, name, None)
+            line |= {f'{name}_{key}': getattr(e, key, None) for key in ('mean', 'low', 'high')}
+        e = row.equal_time
+        line |= {f'equal_time_{key}': getattr(e, key, None) for key in ('mean', 'low', 'high')}
         line |= {'difference_pairs': row.difference and row.difference.n, 'verdict': row.verdict}
         line |= {name: row.secondary.get(name) for name in secondary}
         for what in ('parameters', f'flops_per_{sweep.unit}'):
@@ -139,6 +171,19 @@ def to_csv(sweep: Sweep, rows: list[Row]) -> str:
     writer = csv.DictWriter(file, lines[0], lineterminator='\n')
     writer.writeheader()
     writer.writerows(lines)
+    return file.getvalue()
+
+
+def tasks_to_csv(rows: list[Row]) -> str:
+    """Every final score of a task, in the order of the seeds that have all of them."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator='\n')
+    writer.writerow(['arm', 'task', 'number', 'score'])
+    for row in rows:
+        for i, task in enumerate(row.tasks.tasks if row.tasks else ()):
+            assert row.tasks is not None
+            for number, value in enumerate(row.tasks.scores[:, i]):
+                writer.writerow([row.arm.label, task, number, value])
     return file.getvalue()
 
 
@@ -202,7 +247,8 @@ def to_latex(sweep: Sweep, rows: list[Row]) -> str:
 def to_terminal(sweep: Sweep, rows: list[Row]) -> rich.table.Table:
     """The table without the secondary metrics, so that it fits on a screen."""
     header, body, best = cells(sweep, rows)
-    first = 4 if sweep.baseline is not None else 2
+    of_tasks, equal_time = _optional(rows)
+    first = (4 if sweep.baseline is not None else 2) + 2 * of_tasks + equal_time
     keep = [i for i in range(len(header)) if not first <= i < first + len(_secondary(rows))]
     table = rich.table.Table(title=rich.text.Text(sweep.title), title_justify='left')
     for i in keep:
@@ -220,6 +266,11 @@ def to_terminal(sweep: Sweep, rows: list[Row]) -> rich.table.Table:
             )
         )
     return table
+
+
+def _optional(rows: list[Row]) -> tuple[bool, bool]:
+    """Whether there are columns for scores of tasks, and for equal time."""
+    return any(row.tasks for row in rows), any(row.equal_time for row in rows)
 
 
 def _secondary(rows: list[Row]) -> list[str]:

@@ -303,3 +303,45 @@ def test_the_command_needs_no_jax(sweep):
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 0 and 'table.csv' in done.stdout and 'Traceback' not in done.stderr
+
+
+def test_several_tasks_and_arms_of_unequal_speed(tmp_path, capsys):
+    """concat needs 10 s for its 20 steps, mi 40 s: at equal time it has its record of step 5."""
+    members = []
+    for arm, gain, seconds in (('concat', 0.0, 5.0), ('mi', 0.25, 20.0)):
+        path = tmp_path / arm
+        make_run(path, arm, {})
+        records, timing = [], []
+        for step in (5, 10, 20):
+            timing.append({'step': step, 'seconds': seconds / 2 if step < 20 else seconds})
+            timing[-1]['steps_per_second'] = 8.0
+            for seed in SEEDS:
+                easy, hard = 0.5 + gain + step / 100, step / 100 + seed / 100
+                mean = (easy + hard) / 2
+                record = {'step': step, 'seed': seed, 'split': 'eval', 'success': mean}
+                records.append(record | {'success/easy': easy, 'success/hard': hard})
+        lines(path / 'metrics.jsonl', records)
+        lines(path / 'timing.jsonl', timing)
+        cost = {'parameters': {'model': 9, 'fusion': 1}, 'flops_per_step': {'model': 8}}
+        (path / 'cost.json').write_text(json.dumps(cost))
+        members.append({'name': arm, 'label': arm, 'overrides': {}})
+    what = {'metric': 'success', 'split': 'eval', 'curves': 'eval', 'lower_is_better': False}
+    write_sweep(tmp_path, members, **what)
+    names = {path.name for path in report.write(tmp_path)}
+    assert {'tasks.csv', 'tasks.png', 'tasks.pdf'} <= names
+    mi = table(tmp_path)['mi']
+    # easy: always won; hard: equal seeds tie, so of 9 pairs 3 are won and 3 are ties.
+    assert float(mi['improvement_mean']) == pytest.approx((1 + (3 + 1.5) / 9) / 2)
+    assert float(mi['iqm_mean']) == pytest.approx((0.95 * 2 + 0.21 + 0.22) / 4)
+    assert float(mi['equal_time_mean']) == pytest.approx((0.5 + 0.25 + 0.05 + 0.06) / 2)
+    assert float(table(tmp_path)['concat']['equal_time_mean']) == pytest.approx((0.7 + 0.21) / 2)
+    assert mi['steps_per_second'] == '8.0'
+    assert text(tmp_path, 'tasks.csv').splitlines()[:2] == [
+        'arm,task,number,score',
+        'concat,easy,0,0.7',
+    ]
+    page = text(tmp_path)
+    for words in ('<h2>Tasks</h2>', 'P(improvement)', 'eval after 10.0 s', 'eval split'):
+        assert words in page
+    assert 'success/easy' not in page
+    assert 'steps/s' in capsys.readouterr().out

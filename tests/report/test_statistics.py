@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from mi.report import statistics
 
@@ -119,3 +120,39 @@ def test_band_of_one_seed_is_a_line():
 def test_band_refuses_nan():
     with pytest.raises(ValueError, match='finite'):
         statistics.band(np.array([[1.0, np.nan], [1.0, 2.0]]))
+
+
+def drawn(seed, shift=0.0, seeds=5, tasks=8):
+    return np.random.default_rng(seed).normal(shift, 1.0, (seeds, tasks)).round(1)
+
+
+def test_the_interquartile_mean_is_the_trimmed_mean():
+    scores = drawn(0)
+    expected = scipy.stats.trim_mean(scores, 0.25, axis=None)
+    assert statistics.iqm(scores) == pytest.approx(expected)
+    both = statistics.iqm(np.stack([scores, scores + 1]))
+    np.testing.assert_allclose(both, [expected, expected + 1])
+
+
+def test_probability_of_improvement_is_mann_whitneys():
+    scores, baseline = drawn(1, shift=0.5), drawn(2, seeds=4)
+    u = scipy.stats.mannwhitneyu(scores, baseline, axis=0).statistic  # ties count half
+    found = statistics.probability_of_improvement(scores, baseline, lower_is_better=False)
+    assert found.mean == pytest.approx(np.mean(u / (5 * 4)))
+    assert found.low < found.mean < found.high
+    less = statistics.probability_of_improvement(scores, baseline, lower_is_better=True)
+    assert less.mean == pytest.approx(1 - found.mean)
+    same = statistics.probability_of_improvement(scores, scores, lower_is_better=True)
+    assert same.mean == pytest.approx(0.5)
+
+
+def test_intervals_over_tasks_draw_whole_seeds():
+    """Of the mean over tasks it is the interval of the seeds' means, however many tasks."""
+    scores = drawn(3, seeds=4) + np.array([0.0, 1.0, 3.0, 9.0])[:, None]
+    means = scores.mean(axis=1)
+    found = statistics.over_seeds(scores, lambda drawn: drawn.mean((-2, -1)))
+    low, high = enumerated(means)
+    assert (found.mean, found.n) == (pytest.approx(means.mean()), 4)
+    assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
+    alone = statistics.over_seeds(scores[:1], statistics.iqm)
+    assert (alone.low, alone.high) == (None, None)
