@@ -4,16 +4,12 @@
 
 Both sides: embedding → one LSTM layer → affine H → E → affine E → V, mean cross-entropy, gradient
 through T steps with carried state, global-norm clipping, Adam; f32, all cores, the same allocator
-settings. Each side has a process of its own (in one, their threads disturb each other), and they
-take turns; a turn starts with an untimed step. The table has medians over the rounds, and the
+settings; the sides take turns (`benchmarks.rounds`). The table has medians over the rounds, and the
 median of the rounds' ratios. `plain` is ours with the recurrence left to automatic differentiation.
 """
 
 import json
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 
 import jax
@@ -22,6 +18,7 @@ import numpy as np
 import torch
 from absl import app, flags
 
+from benchmarks import rounds
 from configs import lm as configs
 from mi import optim, run
 from mi.cells import lstm_reference
@@ -101,65 +98,19 @@ def plain_step(*size: int) -> Callable[[], object]:
 SIDES = {'torch': torch_step, 'plain': plain_step, 'mi': jax_step}
 
 
-def work(side: str, size: tuple[int, ...]) -> None:
-    """One side, in a process of its own: for each line that is read, times some steps."""
-    run.keep_freed_memory()
-    step = SIDES[side](*size)
-    step()
-    start = time.perf_counter()
-    step()
-    repeats = max(1, round(0.7 / (time.perf_counter() - start)))
-    print('ready', flush=True)
-    for _ in sys.stdin:
-        step()
-        start = time.perf_counter()
-        for _ in range(repeats):
-            step()
-        print((time.perf_counter() - start) / repeats, flush=True)
-
-
-def race(name: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds a step of each side, by round."""
-    workers = {
-        side: subprocess.Popen(
-            [sys.executable, '-m', 'benchmarks.lm', f'--side={side}', f'--size={name}'],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )
-        for side in SIDES
-    }  # fmt: skip
-
-    def ask(side: str) -> str:
-        worker = workers[side]
-        assert worker.stdin is not None and worker.stdout is not None
-        worker.stdin.write('\n')
-        worker.stdin.flush()
-        return worker.stdout.readline()
-
-    try:
-        for worker in workers.values():
-            assert worker.stdout is not None and worker.stdout.readline() == 'ready\n'
-        seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-        for i in range(rounds):
-            for side in list(SIDES) if i % 2 else list(SIDES)[::-1]:
-                time.sleep(0.3)  # the threads of the side before spin for a while
-                seconds[side].append(float(ask(side)))
-        return seconds
-    finally:
-        for worker in workers.values():
-            worker.kill()
-
-
 def main(argv: Sequence[str]) -> None:
     del argv
     if SIDE.value:
-        work(SIDE.value, SIZES[SIZE.value])
+        run.keep_freed_memory()
+        rounds.serve(SIDES[SIDE.value](*SIZES[SIZE.value]))
         return
     print(f'{run.machine()}, jax {jax.__version__}, torch {torch.__version__}, tokens per second')
     print(f'{"size":<12}{"V, E, H, T, B":>24}', end='')
     print(f'{"torch":>10}{"plain":>10}{"mi":>10}{"mi/torch":>10}  range')
     figures = []
     for name, size in SIZES.items():
-        seconds = race(name, ROUNDS.value)
+        worker = ['-m', 'benchmarks.lm', f'--size={name}']
+        seconds = rounds.race({s: [*worker, f'--side={s}'] for s in SIDES}, ROUNDS.value)
         tokens = size[3] * size[4]
         rates = {side: tokens / statistics.median(s) for side, s in seconds.items()}
         ratios = sorted(t / m for t, m in zip(seconds['torch'], seconds['mi'], strict=True))

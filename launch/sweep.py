@@ -24,7 +24,8 @@ class Member:
 
     Attributes:
       name: of its run directory, made of what differs between the members.
-      label: its name in tables and figures: the values that differ.
+      label: its name in tables and figures: the values that differ, but for the seeds. Members of
+        one label are one arm.
       command: what runs it.
       overrides: dotted key → value.
     """
@@ -99,7 +100,7 @@ def _members(overrides: list[dict[str, Any]], config: str, workdir: pathlib.Path
         command = [sys.executable, '-m', 'mi.main', f'--config={config}']
         command += [f'--config.{key}={value}' for key, value in changes.items()]
         command += [f'--workdir={workdir / name}']
-        label = ', '.join(str(value) for value in shown.values()) or 'only'
+        label = ', '.join(str(v) for k, v in shown.items() if k != 'seeds') or 'only'
         members.append(Member(name, label, command, changes))
     if len({m.name for m in members}) < len(members):
         raise UserError('two members of the sweep have the same overrides')

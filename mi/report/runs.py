@@ -159,22 +159,19 @@ def _read_sweep(workdir: pathlib.Path) -> Sweep:
     sweep = _read_object(path)
     members = _field(sweep, 'members', list, path)
     warnings: list[str] = []
-    arms = []
+    arms: dict[str, list[Arm]] = {}
     for member in members:
         if not isinstance(member, dict):
             raise UserError(f'{path}: a member is {member!r}: expected an object with a name')
         name = _field(member, 'name', str, path)
         overrides = _field({'overrides': {}} | member, 'overrides', dict, path)
         label = _field({'label': name} | member, 'label', str, path)
-        arms.append(_read_run(workdir / name, label, overrides, warnings))
-    labels = [arm.label for arm in arms]
-    if not labels or len(set(labels)) < len(labels):
-        raise UserError(
-            f'{path}: labels of members = {labels}: expected one or more, all different'
-        )
+        arms.setdefault(label, []).append(_read_run(workdir / name, label, overrides, warnings))
+    if not arms:
+        raise UserError(f'{path}: members = []: expected one or more')
     baseline = sweep.get('baseline')
-    if baseline is not None and baseline not in labels:
-        raise UserError(f'{path}: baseline = {baseline!r}: expected null or one of {labels}')
+    if baseline is not None and baseline not in arms:
+        raise UserError(f'{path}: baseline = {baseline!r}: expected null or one of {list(arms)}')
     return Sweep(
         path=workdir,
         title=sweep.get('title') or _field(sweep, 'name', str, path),
@@ -183,10 +180,41 @@ def _read_sweep(workdir: pathlib.Path) -> Sweep:
         curves=_field({'curves': 'valid'} | sweep, 'curves', str, path),
         lower_is_better=_field(sweep, 'lower_is_better', bool, path),
         baseline=baseline,
-        arms=arms,
+        arms=[_joined(members, path) for members in arms.values()],
         notes=[str(note) for note in _field({'notes': []} | sweep, 'notes', list, path)],
         command=sweep.get('command'),
         warnings=warnings,
+    )
+
+
+def _joined(members: list[Arm], path: pathlib.Path) -> Arm:
+    """The runs of one arm, each with seeds of its own; its seconds are their means."""
+    first = members[0]
+    if len(members) == 1:
+        return first
+    seeds = [seed for arm in members for seed in arm.seeds]
+    if len(set(seeds)) < len(seeds):
+        raise UserError(
+            f'{path}: members of label {first.label!r} have seeds {seeds}: expected different '
+            f'labels, or different seeds'
+        )
+    # The state that is furthest from the end, for the arm is not there before.
+    worst = next((arm for arm in members if arm.state != 'done'), first)
+    by_step = [{r['step']: r for r in arm.timing} for arm in members]
+    timing: list[Record] = []
+    for step in sorted(set.intersection(*map(set, by_step))):
+        rows = [rows[step] for rows in by_step]
+        names = [name for name in rows[0] if all(_is_number(r.get(name)) for r in rows)]
+        timing.append({name: sum(r[name] for r in rows) / len(rows) for name in names})
+        timing[-1]['step'] = step
+    return dataclasses.replace(
+        first,
+        state=worst.state,
+        reason=worst.reason,
+        seeds=tuple(seeds),
+        status=worst.status,
+        metrics=[record for arm in members for record in arm.metrics],
+        timing=timing,
     )
 
 

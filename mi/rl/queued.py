@@ -66,7 +66,7 @@ def _train(
     optimiser = optim.optimiser(config.optim, total)
     this.write('cost.json', {'steps': total, **setup.costs(agent, B, T)})
     mesh = parallel.mesh(B)
-    state = parallel.replicate(_start(agent, optimiser, seed), mesh)
+    state = parallel.replicate(start(agent, optimiser, seed), mesh)
     saved = checkpoint.Checkpoints(this.path / 'checkpoints', config.train.keep)
     restored = saved.restore(state)
     meta: dict[str, Any] = {'step': 0, 'metrics': 0}
@@ -78,12 +78,12 @@ def _train(
     update = jax.jit(functools.partial(learner.update, agent, optimiser, hyperparameters))
     files = metrics.Metrics(this.path, meta['metrics'], this.step)
     progress = metrics.Progress(total, this.step)
-    window = _Window()
+    window = Window()
     try:
-        with _actors(config, agent, state.params, this.step) as actors:
+        with start_actors(config, agent, state.params, this.step) as actors:
             while this.step < total:
-                items = _take(config, actors, this.step, window)
-                trajectory = _on_devices(joined([item.trajectory for item in items]), mesh)
+                items = take(config, actors, this.step, window)
+                trajectory = on_devices(joined([item.trajectory for item in items]), mesh)
                 state, measured = update(state, trajectory)
                 this.step += 1
                 step = this.step
@@ -104,7 +104,7 @@ def _train(
                     progress.update(
                         step, f'success {record["success"] or 0:.3f}', f'{rate:,.0f} steps/s'
                     )
-                    window = _Window()
+                    window = Window()
                 if step % config.train.eval_every == 0 or step == total:
                     for split, evaluation in evaluations.items():
                         for policy, scores in evaluation(agent, state.params, step).items():
@@ -123,18 +123,20 @@ def restore(
 ) -> tuple[Any, int] | None:
     """The parameters, [1, …], of the newest checkpoint, and its step."""
     optimiser = optim.optimiser(config.optim, setup.updates(config))
-    restored = saved.restore(_start(agent, optimiser, config.seeds[0]))
+    restored = saved.restore(start(agent, optimiser, config.seeds[0]))
     if restored is None:
         return None
     return jax.tree.map(lambda a: a[None], restored[0].params), restored[1]['step']
 
 
-def _start(agent: Agent, optimiser: optax.GradientTransformation, seed: int) -> learner.State:
+def start(agent: Agent, optimiser: optax.GradientTransformation, seed: int) -> learner.State:
     params = jax.jit(functools.partial(setup.init_params, agent))(jax.random.key(seed))
     return learner.start(params, optimiser, len(agent.spec.tasks))
 
 
-def _actors(config: ml_collections.ConfigDict, agent: Agent, params: Any, version: int) -> Actors:
+def start_actors(
+    config: ml_collections.ConfigDict, agent: Agent, params: Any, version: int
+) -> Actors:
     numbers = range(config.actors.number)
     make = functools.partial(make_worker, config, version)
     queue = params, version, config.actors.queue, config.actors.timeout
@@ -148,8 +150,8 @@ def _actors(config: ml_collections.ConfigDict, agent: Agent, params: Any, versio
     return Actors(makers, *queue)
 
 
-def _take(
-    config: ml_collections.ConfigDict, actors: Actors, step: int, window: '_Window'
+def take(
+    config: ml_collections.ConfigDict, actors: Actors, step: int, window: 'Window'
 ) -> list[Item]:
     """The trajectories of one update."""
     items: list[Item] = []
@@ -166,12 +168,12 @@ def _take(
     return items
 
 
-def _on_devices(trajectory: Trajectory, mesh: jax.sharding.Mesh) -> Trajectory:
+def on_devices(trajectory: Trajectory, mesh: jax.sharding.Mesh) -> Trajectory:
     carry = parallel.split(trajectory.carry, mesh, axis=0)
     return parallel.split(trajectory._replace(carry={}), mesh, axis=1)._replace(carry=carry)
 
 
-class _Window:
+class Window:
     """What was measured since the last record."""
 
     def __init__(self) -> None:

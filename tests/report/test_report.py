@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -67,9 +68,11 @@ def write_sweep(path, members, **changes):
 
 
 def change(path, **changes):
-    (path / 'sweep.json').write_text(
-        json.dumps(json.loads((path / 'sweep.json').read_text()) | changes)
-    )
+    change_json(path / 'sweep.json', **changes)
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def table(workdir):
@@ -186,6 +189,29 @@ def test_a_run_that_diverged_has_no_mean_but_its_row(sweep):
     assert 'concat: the value of seed 2 is nan' in text(sweep)
 
 
+def test_runs_of_other_seeds_are_one_arm(sweep):
+    """mi as two runs: one of seeds 0 and 1, and one of seed 2 that takes twice as long."""
+    for name, seeds, times in (('mi', [0, 1], 1), ('more', [2], 2)):
+        path = sweep / f'fusion={name}'
+        shutil.copytree(sweep / 'fusion=concat', path, dirs_exist_ok=True)
+        make_run(path / 'made', 'mi', {seed: MI[seed] for seed in seeds})
+        for file in (path / 'made').iterdir():
+            file.replace(path / file.name)
+        change_json(path / 'config.json', seeds=seeds)
+        timing = [{'step': 20, 'seconds': 8.0 * times, 'tokens_per_second': 100.0 / times}]
+        lines(path / 'timing.jsonl', timing)
+    labels = {'fusion=concat': 'concat', 'fusion=mi': 'mi', 'fusion=more': 'mi'}
+    change(sweep, members=[{'name': name, 'label': label} for name, label in labels.items()])
+    report.write(sweep)
+    assert list(table(sweep)) == ['concat', 'mi']
+    mi = table(sweep)['mi']
+    assert (mi['seeds'], mi['seeds_asked'], float(mi['mean'])) == ('3', '3', sum(MI.values()) / 3)
+    assert float(mi['train_seconds']) == 12.0
+    change_json(sweep / 'fusion=more' / 'status.json', state='running')
+    report.write(sweep)
+    assert table(sweep)['mi']['state'] == 'running'
+
+
 def test_a_member_without_folder_is_missing(sweep):
     members = json.loads((sweep / 'sweep.json').read_text())['members']
     change(sweep, members=[*members, {'name': 'fusion=gone', 'label': 'gone', 'overrides': {}}])
@@ -271,7 +297,11 @@ def test_a_corrupted_line_names_file_and_line(sweep, line):
         ({'metric': None}, 'metric = None'),
         ({'lower_is_better': 'yes'}, "lower_is_better = 'yes'"),
         ({'members': []}, 'one or more'),
-        ({'members': [{'name': 'a'}, {'name': 'a'}], 'baseline': None}, 'all different'),
+        (
+            {'members': [{'name': 'fusion=mi'}, {'name': 'fusion=film', 'label': 'fusion=mi'}]}
+            | {'baseline': None},
+            'expected different labels, or different seeds',
+        ),
     ],
 )
 def test_a_malformed_sweep_is_one_line(sweep, changes, message):

@@ -1,0 +1,72 @@
+"""Sides of a comparison in processes of their own, which take turns.
+
+In one process the threads of two frameworks disturb each other. Two runs after another would meet
+two different machines. So each side has its process, sleeps while another has its turn, and is
+compared round by round.
+"""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+PAUSE = 0.3  # seconds; the threads of the side before spin for a while
+
+
+def serve(step: Callable[[], object], seconds: float = 0.7) -> None:
+    """In a side's process: for each line that is read, times steps for about so many seconds."""
+    step()
+    start = time.perf_counter()
+    step()
+    repeats = max(1, round(seconds / (time.perf_counter() - start)))
+    print('ready', flush=True)
+    for _ in sys.stdin:
+        step()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            step()
+        print((time.perf_counter() - start) / repeats, flush=True)
+
+
+def race(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of a step of each side, by round.
+
+    Args:
+      commands: side → arguments of python, which end in `serve`.
+
+    Raises:
+      RuntimeError: if a side ends; its own message has gone to stderr.
+    """
+    workers: dict[str, subprocess.Popen[str]] = {}
+
+    def answer(side: str) -> str:
+        worker = workers[side]
+        assert worker.stdout is not None
+        line = worker.stdout.readline()
+        if not line:
+            raise RuntimeError(f'{side} ended with exit code {worker.wait()}')
+        return line
+
+    try:
+        for side, arguments in commands.items():  # one after another, to build in peace
+            workers[side] = subprocess.Popen(
+                [sys.executable, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            while answer(side) != 'ready\n':
+                pass
+        seconds: dict[str, list[float]] = {side: [] for side in commands}
+        for i in range(rounds):
+            for side in list(commands) if i % 2 else list(commands)[::-1]:
+                time.sleep(PAUSE)
+                worker = workers[side]
+                assert worker.stdin is not None
+                worker.stdin.write('\n')
+                worker.stdin.flush()
+                seconds[side].append(float(answer(side)))
+        return seconds
+    finally:
+        for worker in workers.values():
+            worker.kill()
