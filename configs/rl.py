@@ -6,6 +6,10 @@ DMLab-30; every size here is ours, and none is the paper's.
     python -m mi.main --config=configs/rl.py --workdir=runs/rl
     python -m mi.main --config=configs/rl.py:fusion=concat --workdir=runs/concat
 
+The defaults are those with which 30 goals of XLand are learnt in minutes on two cores: a short
+horizon (γ = 0.9, as episodes have 40 steps), and enough entropy that the policy does not settle, in
+the first million steps, on what serves every task a little.
+
 The argument after the colon: a preset (catch, tiny), and `fusion=WORD`, `env=NAME`.
 """
 
@@ -33,7 +37,7 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     model.instruction = False  # whether the agent reads the instruction
     model.dtype = 'float32'  # of the products: float32, bfloat16
 
-    model.sites = ('readout',)  # instruction, core_input, readout: any of them
+    model.sites = ('core_input',)  # instruction, core_input, readout: any of them
     model.source = 'task'  # the context: task, embedding, inferred, instruction
     model.context = 32  # m, for all sources but task
     model.fusion = fusion = ml_collections.ConfigDict()
@@ -42,29 +46,29 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     fusion.hidden = 128
 
     config.loss = loss = ml_collections.ConfigDict()
-    loss.discount = 0.99
-    loss.lambda_ = 1.0
+    loss.discount = 0.9
+    loss.lambda_ = 0.95
     loss.rho_clip = 1.0
     loss.c_clip = 1.0
-    loss.entropy_cost = 0.003
+    loss.entropy_cost = 0.01
     loss.baseline_cost = 0.5
     loss.reward_clip = 'none'  # none, unit, paper, code
     loss.popart = 0.01  # step of the statistics, published with 3e-4 for longer runs; 0 for none
 
     config.train = train = ml_collections.ConfigDict()
     train.topology = 'fused'  # fused, threads, ray
-    train.steps = 20_000_000  # of the environments, a seed
-    train.batch = 256  # B: environments
+    train.steps = 6_000_000  # of the environments, a seed
+    train.batch = 128  # B: environments
     train.length = 20  # T: steps of each per update
-    train.log_every = 20  # updates
-    train.eval_every = 400
-    train.save_every = 400
+    train.log_every = 40  # updates
+    train.eval_every = 200
+    train.save_every = 200
     train.keep = 2  # checkpoints
 
     config.actors = actors = ml_collections.ConfigDict()  # of the topologies threads and ray
     actors.number = 1  # threads, or processes
     actors.groups = 2  # of each: one simulates while the policy looks at another
-    actors.batch = 128  # environments of a group; a trajectory in the queue has as many
+    actors.batch = 64  # environments of a group; a trajectory in the queue has as many
     actors.queue = 4  # trajectories
     actors.max_lag = 20  # updates; trajectories of older parameters are dropped
     actors.timeout = 120.0  # seconds without a trajectory after which a run ends
@@ -76,7 +80,7 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
 
     config.optim = optim.get_config()
     config.optim.learning_rate = 1e-3
-    config.optim.schedule = 'linear'
+    config.optim.schedule = 'constant'
     config.optim.warmup_steps = 0
     config.optim.clip_norm = 40.0
 
