@@ -113,7 +113,6 @@ def parts_step(config: ml_collections.ConfigDict, part: str) -> Callable[[], obj
     start = functools.partial(fused.init, environment, agent, optimiser, config.train.batch)
     state = jax.jit(start)(jnp.asarray(0))
     params, T = state.learner.params, config.train.length
-    inputs = state.actor.inputs
 
     def simulate(acting: actor.State) -> Any:
         def step(state: Any, key: jax.Array) -> Any:
@@ -124,12 +123,14 @@ def parts_step(config: ml_collections.ConfigDict, part: str) -> Callable[[], obj
         keys = jax.random.split(jax.random.key(0), T)
         return jax.lax.scan(step, acting.environment, keys)
 
-    def act(acting: actor.State) -> Any:
-        def step(carry: Any, key: jax.Array) -> Any:
+    def act(acting: actor.State, inputs: Any) -> Any:
+        def step(carry: Any, row: Any) -> Any:
+            key, inputs = row
             carry, action, log_prob = actor.act(agent, params, carry, inputs, key)
             return carry, (action, log_prob)
 
-        return jax.lax.scan(step, acting.carry, jax.random.split(jax.random.key(0), T))
+        keys = jax.random.split(jax.random.key(0), T)
+        return jax.lax.scan(step, acting.carry, (keys, inputs))
 
     h = setup.hyperparameters(config)
     _, trajectory, _ = jax.jit(functools.partial(actor.unroll, environment, agent, T))(
@@ -137,7 +138,9 @@ def parts_step(config: ml_collections.ConfigDict, part: str) -> Callable[[], obj
     )
     work: dict[str, Callable[[], Any]] = {
         'environment': functools.partial(jax.jit(simulate), state.actor),
-        'policy': functools.partial(jax.jit(act), state.actor),
+        'policy': functools.partial(
+            jax.jit(act), state.actor, jax.tree.map(lambda a: a[:-1], trajectory.inputs)
+        ),
         'learning': functools.partial(
             jax.jit(functools.partial(learner.update, agent, optimiser, h)),
             state.learner,

@@ -103,8 +103,8 @@ def _apply(config: ml_collections.ConfigDict, word: str) -> None:
         config.train.batch = 64
         config.actors.batch = 32
         config.train.steps = 500_000
-        config.train.eval_every = 100
-        config.train.save_every = 100
+        config.train.eval_every = 120
+        config.train.save_every = 120
     elif word == 'tiny':  # seconds, for tests
         config.model.features = 16
         config.model.hidden = 16

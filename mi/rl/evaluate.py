@@ -56,14 +56,13 @@ def episodes(
 
 
 def play(
-    pool: HostEnvironment, agent: Agent, params: Any, key: Array, each: int, greedy: bool
+    pool: HostEnvironment, policy: Policy, params: Any, key: Array, each: int
 ) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
     """Return, success and length of at least `each` episodes of every task, by task.
 
     Every row plays the same number of episodes, however long they are, so that short ones are not
     preferred.
     """
-    policy = Policy(agent, greedy)
     tasks, B = len(pool.spec.tasks), pool.batch
     quota = -(-each * tasks // B)
     step, acting, action = pool.reset(), policy.start(B, key), jnp.zeros(B, jnp.int32)
@@ -126,6 +125,7 @@ class Evaluation:
         self._config = config
         self._compiled = None if envs.on_host(name) else envs.make(name)
         self._pool = envs.pool(name, config.actors.batch, config.seeds[0])
+        self._policy = functools.lru_cache(Policy)  # compiled once, not at every evaluation
         self.spec = self._pool.spec
 
     def __enter__(self) -> 'Evaluation':
@@ -139,11 +139,12 @@ class Evaluation:
         config, measured = self._config, {}
         key = jax.random.fold_in(jax.random.key(config.seeds[0]), step)
         for greedy in (False, True) if config.eval.greedy else (False,):
-            how = agent, params, key, config.eval.episodes, greedy
+            each = config.eval.episodes
             if self._compiled is None:
-                played: Any = play(self._pool, *how)
+                policy = self._policy(agent, greedy)
+                played: Any = play(self._pool, policy, params, key, each)
             else:
-                played = jax.device_get(episodes(self._compiled, *how))
+                played = jax.device_get(episodes(self._compiled, agent, params, key, each, greedy))
             measured['_greedy' if greedy else ''] = {
                 'env_steps': step * config.train.batch * config.train.length,
                 'episodes_per_task': config.eval.episodes,

@@ -1,0 +1,42 @@
+"""An instruction in words meets what the agent sees: concat, FiLM, gated attention, MI.
+
+Three levels of BabyAI (EnvPool), one agent, topology `threads`. The arms differ in the word of the
+fusion at the site `instruction`: features of the view ⊗ the encoded instruction. `gate` is the
+gated attention of Chaplot et al. (2018). A run for each seed, joined in the report.
+
+    pip install -e '.[envpool]'
+    python -m launch.local --sweep=experiments/rl_language.py --workdir=runs/rl_language
+
+Source: the question is that of Jayakumar et al. (ICLR 2020); levels, agent and sizes are ours.
+"""
+
+from typing import Any
+
+from launch.sweep import product
+
+CONFIG = 'configs/rl.py'
+TITLE = 'Three levels of BabyAI: how the instruction comes in'
+METRIC = 'success'
+SPLIT = 'eval'
+CURVES = 'eval'
+LOWER_IS_BETTER = False
+BASELINE = 'concat'
+NOTES = [
+    'Equal environment steps; the column at equal time has the same wall time instead. Actors and '
+    'learner run side by side, which is not deterministic, unlike the other experiments.',
+    'Sizes of torso, encoder and LSTM are the same in all arms, so that the arms differ in '
+    'parameters: see that column.',
+]
+
+
+def sweep() -> list[dict[str, Any]]:
+    return product(
+        **{
+            'seeds': [(0,), (1,), (2,)],
+            'model.fusion.name': ['concat', 'film', 'gate', 'mi'],
+            'env.name': ['babyai/GoToObj,GoToLocal,PickupLoc'],
+            'train.topology': ['threads'],
+            'model.instruction': [True],
+            'model.sites': [('instruction',)],
+        }
+    )

@@ -1,0 +1,69 @@
+import pytest
+
+from configs import rl as configs
+from mi.config import UserError
+from mi.rl import envs, setup
+from mi.rl.envs.spec import Spec
+
+FEATURES, TASKS = 16, 30
+INPUT = FEATURES + 6 + 1  # what the site core_input sees: features, action, reward
+
+
+def tiny(**changes):
+    config = configs.get_config('tiny').unlock()
+    config.update_from_flattened_dict(changes)
+    return config.lock()
+
+
+def costs(config):
+    return setup.costs(setup.agent(config, envs.make('xland').spec), 8, 5)
+
+
+@pytest.mark.parametrize(
+    ('word', 'parameters', 'flops'),
+    [
+        # With V and b; the bias of a known task is read, not multiplied.
+        ('none', (INPUT + 1) * FEATURES, 2 * INPUT * FEATURES),
+        ('mi', (TASKS * INPUT + TASKS + INPUT + 1) * FEATURES, 4 * INPUT * FEATURES),
+    ],
+)
+def test_costs_of_the_fusion_alone(word, parameters, flops):
+    found = costs(tiny(**{'model.fusion.name': word}))
+    assert found['parameters']['fusion'] == parameters
+    assert found['flops_per_step']['fusion'] >= flops
+    assert found['parameters']['model'] > parameters
+
+
+def test_arms_differ_in_cost_by_their_fusions():
+    concat, mi = (costs(tiny(**{'model.fusion.name': word})) for word in ('concat', 'mi'))
+    for what in ('parameters', 'flops_per_step'):
+        gap = mi[what]['model'] - concat[what]['model']
+        assert gap == pytest.approx(mi[what]['fusion'] - concat[what]['fusion'], abs=1)
+
+
+def test_no_site_no_cost_of_fusions():
+    found = costs(tiny(**{'model.sites': ()}))
+    assert (found['parameters']['fusion'], found['flops_per_step']['fusion']) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'said'),
+    [
+        ({'model.fusion.name': 'multi_head', 'model.source': 'inferred'}, 'one-hot contexts alone'),
+        ({'train.eval_every': 7}, 'a multiple of'),
+        ({'eval.held_out': 'xland/test'}, "config.model.source = 'instruction'"),
+        ({'train.topology': 'threads', 'seeds': (0, 1)}, 'trains one seed'),
+        ({'train.topology': 'ray', 'actors.batch': 3}, 'config.actors.batch'),
+        ({'model.sites': ('readout', 'readout')}, 'distinct words'),
+    ],
+)
+def test_what_cannot_work_is_refused_with_a_way_out(changes, said):
+    with pytest.raises(UserError, match=said):
+        setup.validate(tiny(**changes))
+
+
+def test_an_instruction_that_is_not_there_is_refused():
+    config = tiny(**{'model.source': 'instruction', 'model.instruction': True})
+    spec = Spec(name='mute', observation={}, actions=2, tasks=('only',))
+    with pytest.raises(UserError, match='has no instructions'):
+        setup.agent(config, spec)
