@@ -4,9 +4,12 @@ Shapes: T steps, B sequences, n input features, H state features; sequences are 
 
 Every cell is a Linen module with the fields `features` (H), `dtype` and `param_dtype`, called
 
-    carry, h = cell(carry, x, reset)    x [T, B, n], reset [T, B] bool or None → h [T, B, H]
+    carry, h = cell(carry, x, reset, keep)
+    x [T, B, n], reset [T, B] bool or None, keep [B, H] or None → h [T, B, H]
 
-Where `reset` is true, the state is zeroed before the step. The carry is a tuple of f32 arrays that
+Where `reset` is true, the state is zeroed before the step. `keep` is what h_{t−1} is multiplied by,
+at every step, before anything reads it: a mask of state dropout, the same for all steps (Gal &
+Ghahramani, 2016), or None. The carry is a tuple of f32 arrays that
 starts with c and h, each [B, H]; `cell.initial(batch)` is the carry before the first step, and the
 one that is returned continues the sequence in the next call. `dtype` is that of the products with
 the weights; gates and state are f32, as is what the products add up in. What depends on x alone is
@@ -58,21 +61,23 @@ class LSTM(nn.Module):
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, carry: Carry, x: Array, reset: Array | None = None) -> tuple[Carry, Array]:
+    def __call__(
+        self, carry: Carry, x: Array, reset: Array | None = None, keep: Array | None = None
+    ) -> tuple[Carry, Array]:
         """(c, h), [T, B, n] → (c, h) after the last step, h of every step [T, B, H].
 
         Raises:
-          ValueError: if the shapes of carry, x and reset do not fit; so do all cells.
+          ValueError: if the shapes of carry, x, reset and keep do not fit; so do all cells.
         """
         H = self.features
-        _check(carry, x, reset, (H, H))
+        _check(carry, x, reset, keep, (H, H))
         n = x.shape[-1]
         W = self.param('W', initializers.lecun_normal(), (n, 4 * H), self.param_dtype)
         U = self.param('U', _orthogonal_gates, (H, 4 * H), self.param_dtype)
         b = self.param('b', _forget_bias, (4 * H,), self.param_dtype)
         x, W, U = nn.dtypes.promote_dtype(x, W, U, dtype=self.dtype)
         gates = linear(x, W).astype(jnp.float32) + b.reshape(1, 1, 4 * H).astype(jnp.float32)
-        carry, h = lstm(carry, gates, U, reset)
+        carry, h = lstm(carry, gates, U, reset, keep)
         return carry, h.astype(x.dtype)
 
     def initial(self, batch: int) -> Carry:
@@ -99,10 +104,12 @@ class MultiplicativeLSTM(nn.Module):
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, carry: Carry, x: Array, reset: Array | None = None) -> tuple[Carry, Array]:
+    def __call__(
+        self, carry: Carry, x: Array, reset: Array | None = None, keep: Array | None = None
+    ) -> tuple[Carry, Array]:
         """(c, h), [T, B, n] → (c, h) after the last step, h of every step [T, B, H]."""
         H = self.features
-        _check(carry, x, reset, (H, H))
+        _check(carry, x, reset, keep, (H, H))
         n = x.shape[-1]
         W_m = self.param('W_m', initializers.lecun_normal(), (n, H), self.param_dtype)
         U_m = self.param('U_m', _orthogonal, (H, H), self.param_dtype)
@@ -117,7 +124,7 @@ class MultiplicativeLSTM(nn.Module):
             c, h = _update(c, Wx + _times(m, U))
             return (c, h), h
 
-        carry, h = _scan(step, carry, (_times(x, W_m), _times(x, W) + _row(b, 3)), reset)
+        carry, h = _scan(step, carry, (_times(x, W_m), _times(x, W) + _row(b, 3)), reset, keep)
         return carry, h.astype(x.dtype)
 
     def initial(self, batch: int) -> Carry:
@@ -149,10 +156,12 @@ class MILSTM(nn.Module):
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, carry: Carry, x: Array, reset: Array | None = None) -> tuple[Carry, Array]:
+    def __call__(
+        self, carry: Carry, x: Array, reset: Array | None = None, keep: Array | None = None
+    ) -> tuple[Carry, Array]:
         """(c, h), [T, B, n] → (c, h) after the last step, h of every step [T, B, H]."""
         H = self.features
-        _check(carry, x, reset, (H, H))
+        _check(carry, x, reset, keep, (H, H))
         n = x.shape[-1]
         alpha_init, beta_init = map(initializers.constant, (self.alpha, self.beta))
         W = self.param('W', initializers.lecun_normal(), (n, 4 * H), self.param_dtype)
@@ -171,7 +180,7 @@ class MILSTM(nn.Module):
         Wx = _times(x, W)
         of_Uh = _row(alpha, 3) * Wx + _row(beta_1, 3)
         rest = _row(beta_2, 3) * Wx + _row(b, 3)
-        carry, h = _scan(step, carry, (of_Uh, rest), reset)
+        carry, h = _scan(step, carry, (of_Uh, rest), reset, keep)
         return carry, h.astype(x.dtype)
 
     def initial(self, batch: int) -> Carry:
@@ -208,14 +217,16 @@ class MogrifierLSTM(nn.Module):
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, carry: Carry, x: Array, reset: Array | None = None) -> tuple[Carry, Array]:
+    def __call__(
+        self, carry: Carry, x: Array, reset: Array | None = None, keep: Array | None = None
+    ) -> tuple[Carry, Array]:
         """(c, h), [T, B, n] → (c, h) after the last step, h of every step [T, B, H].
 
         Raises:
           ValueError: also if rounds < 0 or rank < 1.
         """
         H = self.features
-        _check(carry, x, reset, (H, H))
+        _check(carry, x, reset, keep, (H, H))
         n = x.shape[-1]
         if self.rounds < 0 or (self.rank is not None and self.rank < 1):
             raise ValueError(
@@ -253,7 +264,7 @@ class MogrifierLSTM(nn.Module):
             c, h = _update(c, _times(x, W) + _times(h, U) + _row(b, 2), capped=self.capped)
             return (c, h), h
 
-        carry, h = _scan(step, carry, x, reset)
+        carry, h = _scan(step, carry, x, reset, keep)
         return carry, h.astype(x.dtype)
 
     def initial(self, batch: int) -> Carry:
@@ -295,11 +306,15 @@ class HyperLSTM(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: HyperCarry, x: Array, reset: Array | None = None
+        self,
+        carry: HyperCarry,
+        x: Array,
+        reset: Array | None = None,
+        keep: Array | None = None,
     ) -> tuple[HyperCarry, Array]:
         """(c, h, ĉ, ĥ), [T, B, n] → the carry after the last step, h of every step [T, B, H]."""
         H, G, E = self.features, self.hyper_features, self.embedding
-        _check(carry, x, reset, (H, H, G, G))
+        _check(carry, x, reset, keep, (H, H, G, G))
         n = x.shape[-1]
         zeros, ones, scale = initializers.zeros, initializers.ones, initializers.constant(0.1 / E)
         bias = zeros if self.layer_norm else _forget_bias
@@ -351,7 +366,7 @@ class HyperLSTM(nn.Module):
             return (c, h, hyper_c, hyper_h), h
 
         rows = _times(x, W), _times(x, hyper_W) + _row(hyper_b, 3)
-        carry, h = _scan(step, carry, rows, reset)
+        carry, h = _scan(step, carry, rows, reset, keep)
         return carry, h.astype(x.dtype)
 
     def initial(self, batch: int) -> HyperCarry:
@@ -374,7 +389,11 @@ def initial(batch: int, features: int) -> Carry:
 
 
 def lstm_reference(
-    carry: Carry, gates: Array, U: Array, reset: Array | None = None
+    carry: Carry,
+    gates: Array,
+    U: Array,
+    reset: Array | None = None,
+    keep: Array | None = None,
 ) -> tuple[Carry, Array]:
     """`lstm` as the equation says it, left to automatic differentiation: for forward mode."""
 
@@ -383,18 +402,28 @@ def lstm_reference(
         c, h = _update(c, gates_t + _times(h, U))
         return (c, h), h
 
-    return _scan(step, carry, gates, reset)
+    return _scan(step, carry, gates, reset, keep)
 
 
 def _scan(
-    step: Callable[[Any, Any], tuple[Any, Array]], carry: Any, rows: Any, reset: Array | None
+    step: Callable[[Any, Any], tuple[Any, Array]],
+    carry: Any,
+    rows: Any,
+    reset: Array | None,
+    keep: Array | None,
 ) -> tuple[Any, Array]:
-    """The step over the rows, [T, …] each, with the carry zeroed before it where reset [T, B]."""
+    """The step over the rows, [T, …] each.
+
+    Before it, the carry is zeroed where reset [T, B], and its h multiplied by keep [B, H].
+    """
 
     def reset_and_step(carry: Any, row: tuple[Any, Array | None]) -> tuple[Any, Array]:
         row_t, reset_t = row
         if reset_t is not None:
             carry = jax.tree.map(lambda a: jnp.where(reset_t[:, None], 0, a), carry)
+        if keep is not None:
+            c, h, *rest = carry
+            carry = (c, keep * h, *rest)
         return step(carry, row_t)
 
     return jax.lax.scan(reset_and_step, carry, (rows, reset))
@@ -431,8 +460,14 @@ def _normalised(a: Array, *, gain: Array, shift: Array, groups: int) -> Array:
     return each.reshape(a.shape) * _row(gain, 2) + _row(shift, 2)
 
 
-def _check(carry: Sequence[Array], x: Array, reset: Array | None, features: Sequence[int]) -> None:
-    """Raises ValueError where carry, x and reset do not fit; features are those of the carry."""
+def _check(
+    carry: Sequence[Array],
+    x: Array,
+    reset: Array | None,
+    keep: Array | None,
+    features: Sequence[int],
+) -> None:
+    """Raises ValueError where the shapes do not fit; features are those of the carry."""
     if x.ndim != 3:
         raise ValueError(f'x must be [T, B, n]; got {x.shape}; one step is x[None]')
     T, B, _ = x.shape
@@ -443,10 +478,18 @@ def _check(carry: Sequence[Array], x: Array, reset: Array | None, features: Sequ
         )
     if reset is not None and reset.shape != (T, B):
         raise ValueError(f'for x {x.shape} reset must be {(T, B)}; got {reset.shape}')
+    if keep is not None and keep.shape != expected[1]:
+        raise ValueError(f'for x {x.shape} keep must be {expected[1]}; got {keep.shape}')
 
 
 @jax.custom_vjp
-def lstm(carry: Carry, gates: Array, U: Array, reset: Array | None = None) -> tuple[Carry, Array]:
+def lstm(
+    carry: Carry,
+    gates: Array,
+    U: Array,
+    reset: Array | None = None,
+    keep: Array | None = None,
+) -> tuple[Carry, Array]:
     """The recurrence of `LSTM`, with a backward pass of its own; reverse mode only.
 
     What makes it faster than `lstm_reference` on CPU (benchmarks/lm.py has the figures):
@@ -462,16 +505,17 @@ def lstm(carry: Carry, gates: Array, U: Array, reset: Array | None = None) -> tu
       gates: [T, B, 4H], f32: x_t W + b in the order i, f, o, j.
       U: [H, 4H]; its dtype is that of the products with h.
       reset: [T, B] bool, or None.
+      keep: [B, H] f32, or None; it is not differentiated.
 
     Returns:
       (c, h) after the last step and h of every step [T, B, H], all f32.
     """
-    (c, h), (hs, _, _) = _forward(carry, gates, U, reset)
+    (c, h), (hs, _, _) = _forward(carry, gates, U, reset, keep)
     return (c.T, h.T), hs.swapaxes(1, 2)
 
 
 def _forward(
-    carry: Carry, gates: Array, U: Array, reset: Array | None
+    carry: Carry, gates: Array, U: Array, reset: Array | None, keep: Array | None
 ) -> tuple[Carry, tuple[Array, Array, Array]]:
     """(c, h), each [H, B]; h, c and the activated gates of every step, each [T, …, B]."""
     H = U.shape[0]
@@ -485,6 +529,7 @@ def _forward(
     ) -> tuple[Carry, tuple[Array, Array, Array]]:
         gates_t, reset_t = row
         c, h = _zeroed(carry, reset_t)
+        h = h if keep is None else h * keep.T
         a = gates_t + linear(U_T, h.astype(U.dtype), out_dtype=jnp.float32)
         activated = jnp.tanh(a * half) * half + (1 - half)
         i, f, o, j = jnp.split(activated, 4)
@@ -503,17 +548,17 @@ def _zeroed(carry: Carry, reset: Array | None) -> Carry:
 
 
 def _lstm_forward(
-    carry: Carry, gates: Array, U: Array, reset: Array | None
+    carry: Carry, gates: Array, U: Array, reset: Array | None, keep: Array | None
 ) -> tuple[tuple[Carry, Array], tuple[Any, ...]]:
-    (c, h), (hs, cs, activated) = _forward(carry, gates, U, reset)
+    (c, h), (hs, cs, activated) = _forward(carry, gates, U, reset, keep)
     hs = hs.swapaxes(1, 2)
-    return ((c.T, h.T), hs), (carry, hs, cs, activated, U, reset)
+    return ((c.T, h.T), hs), (carry, hs, cs, activated, U, reset, keep)
 
 
 def _lstm_backward(
     residuals: tuple[Any, ...], cotangents: tuple[Carry, Array]
-) -> tuple[Carry, Array, Array, None]:
-    carry, hs, cs, activated, U, reset = residuals
+) -> tuple[Carry, Array, Array, None, None]:
+    carry, hs, cs, activated, U, reset, keep = residuals
     (dc, dh), dhs = cotangents
     T, B, H = hs.shape
     c_tm1 = jnp.concatenate([carry[0].T[None], cs[:-1]])  # [T, H, B]
@@ -523,6 +568,8 @@ def _lstm_backward(
         c_tm1 = jnp.where(reset[:, None, :], 0, c_tm1)
         h_tm1 = jnp.where(reset[:, :, None], 0, h_tm1)
         resets = reset[:, None, :]
+    if keep is not None:
+        h_tm1 = h_tm1 * keep[None]
     # With dc and dh those of step t: dgates = (dc, dc, dh, dc) ⊙ factor, dc += dh ⊙ into_c.
     i, f, o, j = jnp.split(activated, 4, axis=1)
     tanh_c = jnp.tanh(cs)
@@ -539,6 +586,7 @@ def _lstm_backward(
         dc = dc + dh * into_c_t
         dgates_t = jax.lax.optimization_barrier(jnp.concatenate([dc, dc, dh, dc])) * factor_t
         dh_tm1 = linear(U, dgates_t.astype(U.dtype), out_dtype=jnp.float32)
+        dh_tm1 = dh_tm1 if keep is None else dh_tm1 * keep.T
         return _zeroed((dc * f_t, dh_tm1), reset_t), dgates_t
 
     (dc, dh), dgates = jax.lax.scan(step, (dc.T, dh.T), (rows, resets), reverse=True)
@@ -547,7 +595,7 @@ def _lstm_backward(
         (dgates.swapaxes(1, 2), h_tm1.reshape(T * B, H).T.astype(U.dtype))
     )
     dU = linear(h_T, dgates.reshape(T * B, 4 * H).astype(U.dtype))
-    return (dc.T, dh.T), dgates, dU, None
+    return (dc.T, dh.T), dgates, dU, None, None
 
 
 lstm.defvjp(_lstm_forward, _lstm_backward)

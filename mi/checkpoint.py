@@ -7,6 +7,9 @@
 Orbax restores flipped bits without a word, and a directory can be left half-written. So a step is
 written in a hidden directory, gets its manifest, and is renamed into place last; on restore every
 hash is compared, and a step that fails is set aside as NAME.damaged for the newest one that holds.
+
+Of several processes (mi.parallel) each writes the arrays that it has, so that all have to call and
+see the same file system; the first one does everything else.
 """
 
 import hashlib
@@ -20,6 +23,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from mi import parallel
 from mi.config import UserError
 
 
@@ -39,21 +43,26 @@ class Checkpoints:
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Writes `state`, a tree of arrays, as the checkpoint of a step; returns when on disk."""
         final = self._directory / f'{step:08d}'
-        if final.exists():  # a run that was stopped at this very step
+        if parallel.of_first(final.exists()):  # a run that was stopped at this very step
             return
-        for leftover in self._directory.glob('.saving-*'):
-            shutil.rmtree(leftover)
         saving = self._directory / f'.saving-{step:08d}'
-        saving.mkdir(parents=True)
+        if parallel.first():
+            for leftover in self._directory.glob('.saving-*'):
+                shutil.rmtree(leftover)
+            saving.mkdir(parents=True)
+        parallel.wait('checkpoint begun')
         self._orbax.save(saving / 'state', state)
         self._orbax.wait_until_finished()
-        meta = meta | {'step': step, 'arrays': _arrays(state)}
-        (saving / 'meta.json').write_text(json.dumps(meta, indent=2) + '\n')
-        manifest = {name: digest(saving / name) for name in _files(saving)}
-        (saving / 'manifest.json').write_text(json.dumps(manifest, indent=2) + '\n')
-        os.rename(saving, final)
-        for old in self._steps()[self._keep :]:
-            shutil.rmtree(old)
+        parallel.wait('checkpoint written')
+        if parallel.first():
+            meta = meta | {'step': step, 'arrays': _arrays(state)}
+            (saving / 'meta.json').write_text(json.dumps(meta, indent=2) + '\n')
+            manifest = {name: digest(saving / name) for name in _files(saving)}
+            (saving / 'manifest.json').write_text(json.dumps(manifest, indent=2) + '\n')
+            os.rename(saving, final)
+            for old in self._steps()[self._keep :]:
+                shutil.rmtree(old)
+        parallel.wait('checkpoint in place')
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
         """The newest checkpoint whose every hash holds, as (state, meta); None if there is none.
@@ -65,23 +74,28 @@ class Checkpoints:
           UserError: if there are checkpoints but none of them holds, or the newest good one is of
             another model. Nothing is deleted.
         """
+        step = parallel.of_first(self._newest() if parallel.first() else 0)
+        return None if step < 0 else self._load(self._directory / f'{step:08d}', like)
+
+    def _newest(self) -> int:
+        """The newest step whose every hash holds; −1 if there are none."""
         for path in self._steps():
             damage = _damage(path)
             if not damage:
-                return self._load(path, like)
+                return int(path.name)
             aside = _free_name(path)
             os.rename(path, aside)
             warnings.warn(
                 f'checkpoint {path} is damaged ({damage}); it is kept as {aside.name} and the run '
                 f'goes on from the one before',
-                stacklevel=2,
+                stacklevel=3,
             )
         if list(self._directory.glob('*.damaged*')):
             raise UserError(
                 f'no checkpoint in {self._directory} is whole; they are kept as *.damaged: restore '
                 f'one from a backup, or name another --workdir to start afresh'
             )
-        return None
+        return -1
 
     def _load(self, path: pathlib.Path, like: Any) -> tuple[Any, dict[str, Any]]:
         meta = json.loads((path / 'meta.json').read_text())

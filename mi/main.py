@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from mi import parallel
 from mi.config import UserError
 from mi.lm import train as lm
 from mi.rl import assess
@@ -21,6 +22,9 @@ WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory, made or continued
 
 MODE = flags.DEFINE_enum(
     'mode', 'train', ['train', 'eval'], 'eval: the scores and videos of what a run has learnt.'
+)
+DISTRIBUTED = flags.DEFINE_string(
+    'distributed', '', "One of several processes: 'auto', or 'HOST:PORT,COUNT,INDEX'."
 )
 
 TASKS = {
@@ -46,6 +50,7 @@ def main(argv: Sequence[str]) -> None:
             f'config.task = {task!r}: --mode={MODE.value} expects one of {", ".join(tasks)}'
         )
     keep_freed_memory()
+    parallel.join(DISTRIBUTED.value)
     tasks[task](CONFIG.value, WORKDIR.value)
 
 

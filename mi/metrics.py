@@ -5,6 +5,7 @@ timing.jsonl    what it took here, {"step", "seconds", "tokens_per_second"}: nev
 tensorboard/    a copy of both
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -112,3 +113,42 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+class Log(contextlib.AbstractContextManager['Log']):
+    """The files and the line of one run; nothing at all in a process that does not write.
+
+    Args:
+      path: the run directory; None for a process that does not write.
+      total: number of steps.
+      done: the step that is continued from.
+      position: as in `Metrics`.
+    """
+
+    def __init__(self, path: pathlib.Path | None, total: int, done: int, position: int):
+        self._files = path and Metrics(path, position, done)
+        self._progress = path and Progress(total, done)
+
+    def write(self, step: int, seed: int, split: str, values: Mapping[str, Any]) -> None:
+        """As in `Metrics`."""
+        if self._files:
+            self._files.write(step, seed, split, values)
+
+    def timing(self, step: int, values: Mapping[str, float]) -> None:
+        """As in `Metrics`."""
+        if self._files:
+            self._files.timing(step, values)
+
+    def progress(self, step: int, note: str, rate: str) -> None:
+        """Shows how far the run is."""
+        if self._progress:
+            self._progress.update(step, note, rate)
+
+    def position(self) -> int:
+        """As in `Metrics`."""
+        return self._files.position() if self._files else 0
+
+    def __exit__(self, *exception: object) -> None:
+        if self._files and self._progress:
+            self._progress.close()
+            self._files.close()

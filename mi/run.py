@@ -3,6 +3,9 @@
 config.json   resolved config          status.json   running, done, failed, preempted
 cost.json     parameters and FLOPs     lock          held by the process that writes here
 metrics.jsonl, timing.jsonl, tensorboard/ (mi.metrics), checkpoints/ (mi.checkpoint)
+
+Of several processes (mi.parallel) the first writes all of it, but that process 1 has its own
+status.1.json, and each has its part of a checkpoint.
 """
 
 import contextlib
@@ -22,6 +25,7 @@ from typing import Any
 import jax
 import ml_collections
 
+from mi import metrics, parallel
 from mi.config import UserError, flat
 
 PREEMPTED = 143  # 128 + SIGTERM, what a scheduler expects of a job that it stopped
@@ -32,21 +36,23 @@ class Run:
 
     Attributes:
       path: the directory.
-      stop: set once SIGTERM or SIGINT came; the loop saves and calls `preempted`.
+      step: how far the run is.
     """
 
     def __init__(self, path: pathlib.Path):
         self.path = path
-        self.stop = False
         self.step = 0
+        self._asked = False
 
     def write(self, name: str, value: dict[str, Any]) -> None:
-        """Writes a JSON file whole or not at all."""
-        write_json(self.path / name, value)
+        """Writes a JSON file whole or not at all; nothing if this is not the first process."""
+        if parallel.first():
+            write_json(self.path / name, value)
 
     def status(self, state: str, reason: str | None = None) -> None:
-        self.write(
-            'status.json',
+        process = jax.process_index()
+        write_json(
+            self.path / (f'status.{process}.json' if process else 'status.json'),
             {
                 'state': state,
                 'reason': reason,
@@ -58,12 +64,31 @@ class Run:
             },
         )
 
+    def log(self, total: int, position: int) -> metrics.Log:
+        """What the run writes down as it goes on.
+
+        Args:
+          total: steps that the run has.
+          position: where metrics.jsonl is continued; 0 for a new one.
+        """
+        return metrics.Log(self.path if parallel.first() else None, total, self.step, position)
+
+    def stops(self, recorded: bool) -> bool:
+        """Whether the loop is to save and end: SIGTERM or SIGINT came, in any process.
+
+        Args:
+          recorded: whether this step has a record. Several processes agree there, and only there.
+        """
+        if jax.process_count() == 1:
+            return self._asked
+        return recorded and parallel.any_of(self._asked)
+
     def preempted(self) -> None:
         """Ends the process after its state was saved; the same command continues the run."""
         raise Preempted
 
     def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
-        self.stop = True
+        self._asked = True
         signal.signal(number, signal.SIG_DFL)  # a second one ends at once
         name = signal.Signals(number).name
         print(f'{name}: saving after this step; the same command continues', file=sys.stderr)
@@ -88,8 +113,11 @@ def start(workdir: str | os.PathLike[str], config: ml_collections.ConfigDict) ->
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f'--workdir={path}: {error.strerror}; name another directory') from error
-    with _locked(path / 'lock', path):
-        _same_config(path / 'config.json', config)
+    with contextlib.ExitStack() as stack:
+        if parallel.first():
+            stack.enter_context(_locked(path / 'lock', path))
+            _same_config(path / 'config.json', config)
+        parallel.wait('run directory')
         run = Run(path)
         handlers = {s: signal.signal(s, run._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         try:

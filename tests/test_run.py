@@ -66,9 +66,9 @@ def test_another_config_is_refused_and_named(tmp_path):
 def test_signals_ask_once_and_handlers_come_back(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     with run.start(tmp_path, config()) as this:
-        assert not this.stop
+        assert not this.stops(recorded=False)
         signal.raise_signal(signal.SIGTERM)
-        assert this.stop
+        assert this.stops(recorded=False)
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one ends at once
     assert signal.getsignal(signal.SIGTERM) is before
 

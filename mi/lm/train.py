@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from mi import checkpoint, cost, fusion, metrics, optim, run
+from mi import checkpoint, cost, fusion, optim, run
 from mi.config import Rule, UserError, boolean, check, integer, number, one_of, seeds, text
 from mi.lm import data, loss
 from mi.lm.evaluate import evaluate
@@ -251,10 +251,11 @@ def _train(config: ml_collections.ConfigDict, corpus: data.Corpus, this: run.Run
                 log.evaluation(
                     step, 'valid', held_out(state.params, 'valid', config.eval.valid_tokens)
                 )
-            if step % config.train.save_every == 0 or step == steps or this.stop:
+            stops = this.stops(recorded=step % config.train.log_every == 0)
+            if step % config.train.save_every == 0 or step == steps or stops:
                 saved.save(step, state, log.position() | {'data': corpus.sha256})
                 log.resume_clock()
-                if this.stop and step < steps:
+                if stops and step < steps:
                     this.preempted()
         for split, name in (('valid', 'valid_whole'), ('test', 'test')):
             log.evaluation(steps, name, held_out(state.params, split))
@@ -270,8 +271,7 @@ class _Log(contextlib.AbstractContextManager['_Log']):
     def __init__(self, config: ml_collections.ConfigDict, this: run.Run, meta: dict[str, Any]):
         self._seeds: tuple[int, ...] = tuple(config.seeds)
         self._tokens_per_step = config.train.batch * config.train.length * len(self._seeds)
-        self._files = metrics.Metrics(this.path, meta['metrics'], this.step)
-        self._progress = metrics.Progress(config.train.steps, this.step)
+        self._log = this.log(config.train.steps, meta['metrics'])
         self._unlogged: list[list[float]] = meta['unlogged']  # nats of each seed, by step
         self._unread: tuple[int, dict[str, Array]] | None = None
         self._steps, self._seconds = 0, 0.0  # since the last record, stepping alone
@@ -289,23 +289,23 @@ class _Log(contextlib.AbstractContextManager['_Log']):
         mean = np.mean(self._unlogged, axis=0).tolist()
         self._unlogged.clear()
         for seed, nats in zip(self._seeds, mean, strict=True):
-            self._files.write(step, seed, 'train', {'nats_per_token': nats})
+            self._log.write(step, seed, 'train', {'nats_per_token': nats})
         rate = self._steps * self._tokens_per_step / self._seconds
-        self._files.timing(step, {'seconds': self._seconds, 'tokens_per_second': rate})
-        self._progress.update(step, f'{np.mean(mean):.4f} nats/token', f'{rate:,.0f} tokens/s')
+        self._log.timing(step, {'seconds': self._seconds, 'tokens_per_second': rate})
+        self._log.progress(step, f'{np.mean(mean):.4f} nats/token', f'{rate:,.0f} tokens/s')
         self._steps, self._seconds = 0, 0.0
         self.resume_clock()
 
     def evaluation(self, step: int, split: str, results: list[dict[str, Any]]) -> None:
         """Writes each seed's metrics of a held-out split."""
         for seed, result in zip(self._seeds, results, strict=True):
-            self._files.write(step, seed, split, result)
+            self._log.write(step, seed, split, result)
         self.resume_clock()
 
     def position(self) -> dict[str, Any]:
         """What a checkpoint needs to continue the log where it is."""
         self.stop_clock()
-        return {'metrics': self._files.position(), 'unlogged': self._unlogged}
+        return {'metrics': self._log.position(), 'unlogged': self._unlogged}
 
     def stop_clock(self) -> None:
         """Waits for the steps on their way; what follows is not training, until `resume_clock`."""
@@ -331,8 +331,7 @@ class _Log(contextlib.AbstractContextManager['_Log']):
         self._unlogged.append(values['nats_per_token'].tolist())
 
     def __exit__(self, *exception: object) -> None:
-        self._progress.close()
-        self._files.close()
+        self._log.__exit__(*exception)
 
 
 def _changed(

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from jax import Array
 
@@ -98,7 +99,8 @@ def compile_updates(
         return jax.vmap(several)(state)
 
     shardings = jax.tree.map(lambda a: a.sharding, state)
-    compiled = jax.jit(all_seeds, donate_argnums=0, out_shardings=(shardings, None))
+    whole = state.learner.statistics.mu.sharding
+    compiled = jax.jit(all_seeds, donate_argnums=0, out_shardings=(shardings, whole))
     return compiled.lower(state).compile()
 
 
@@ -110,13 +112,11 @@ def start(
 ) -> State:
     """The state of all seeds, [S, …], its rows of environments split over the devices."""
     fresh = functools.partial(init, environment, agent, optimiser, config.train.batch)
-    state = jax.jit(jax.vmap(fresh))(jnp.asarray(config.seeds))
+    seeds = np.asarray(config.seeds, np.int32)
     mesh = parallel.mesh(config.train.batch)
-    acting = state.actor
-    split = parallel.split(acting._replace(key=None), mesh, axis=1)._replace(
-        key=parallel.replicate(acting.key, mesh)
-    )
-    return State(parallel.replicate(state.learner, mesh), split)
+    whole, rows = parallel.whole(mesh), parallel.by_rows(mesh, axis=1)
+    shardings: Any = State(whole, actor.State(*[rows] * 6)._replace(key=whole))  # type: ignore[arg-type]
+    return jax.jit(jax.vmap(fresh), out_shardings=shardings)(seeds)
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -150,10 +150,8 @@ def _train(
     this.step = meta['step']
 
     compiled: dict[int, jax.stages.Compiled] = {}
-    files = metrics.Metrics(this.path, meta['metrics'], this.step)
-    progress = metrics.Progress(total, this.step)
     frames = B * T * len(config.seeds)
-    try:
+    with this.log(total, meta['metrics']) as log:
         while this.step < total:
             count = min(config.train.log_every, total - this.step)
             if count not in compiled:
@@ -174,20 +172,18 @@ def _train(
                 values: records.Record = {n: float(value) for n, value in of_seed[0].items()}
                 values |= records.of_episodes(of_seed[1], tasks)
                 values |= records.of_statistics(of_seed[2], tasks)
-                files.write(step, seed, 'train', {'env_steps': step * B * T, **values})
-            files.timing(step, {'seconds': seconds, 'steps_per_second': rate})
+                log.write(step, seed, 'train', {'env_steps': step * B * T, **values})
+            log.timing(step, {'seconds': seconds, 'steps_per_second': rate})
             success = ended.successes.sum() / max(1, ended.number.sum())
-            progress.update(step, f'success {success:.3f}', f'{rate:,.0f} steps/s')
-            if step % config.train.eval_every == 0 or step == total:
+            log.progress(step, f'success {success:.3f}', f'{rate:,.0f} steps/s')
+            if (step % config.train.eval_every == 0 or step == total) and parallel.first():
                 for split, evaluation in evaluations.items():
-                    _evaluate(config, evaluation, split, agent, state, files, step)
-            if step % config.train.save_every == 0 or step == total or this.stop:
-                saved.save(step, _plain(state), {'metrics': files.position()})
-                if this.stop and step < total:
+                    _evaluate(config, evaluation, split, agent, state, log, step)
+            stops = this.stops(recorded=True)
+            if step % config.train.save_every == 0 or step == total or stops:
+                saved.save(step, _plain(state), {'metrics': log.position()})
+                if stops and step < total:
                     this.preempted()
-    finally:
-        progress.close()
-        files.close()
 
 
 def restore(
@@ -206,11 +202,11 @@ def _evaluate(
     split: str,
     agent: Agent,
     state: State,
-    files: metrics.Metrics,
+    log: metrics.Log,
     step: int,
 ) -> None:
     for i, seed in enumerate(config.seeds):
-        params = jax.tree.map(lambda a, i=i: a[i], state.learner.params)
+        params = jax.tree.map(lambda a, i=i: a[i], parallel.here(state.learner.params))
         key = jax.random.fold_in(jax.random.key(seed), step)
         for greedy in (False, True) if config.eval.greedy else (False,):
             played = jax.device_get(
@@ -221,7 +217,7 @@ def _evaluate(
                 'episodes_per_task': config.eval.episodes,
                 **summary(environment.spec, *played),
             }
-            files.write(step, seed, f'{split}_greedy' if greedy else split, values)
+            log.write(step, seed, f'{split}_greedy' if greedy else split, values)
 
 
 def _plain(state: State) -> State:

@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from mi import checkpoint, metrics, optim, parallel, run
+from mi import checkpoint, optim, parallel, run
 from mi.rl import envs, learner, records, remote, setup
 from mi.rl.actor import Episodes, Trajectory
 from mi.rl.evaluate import Evaluation
@@ -30,10 +30,13 @@ def make_worker(
     index: int,
     policy: Policy | None = None,
 ) -> Worker:
-    """Worker `index` of a run that goes on at `version`; with the policy if there is one."""
+    """Worker `index` of this process of a run that goes on at `version`.
+
+    With the policy, where there is one to share.
+    """
     actors = config.actors
     key = jax.random.key(config.seeds[0])
-    for number in (version, index):
+    for number in (version, index, jax.process_index()):
         key = jax.random.fold_in(key, number)
     seeds = np.asarray(jax.random.randint(key, (actors.groups,), 0, 2**30))
     groups = [envs.pool(config.env.name, actors.batch, int(seed)) for seed in seeds]
@@ -66,7 +69,7 @@ def _train(
     optimiser = optim.optimiser(config.optim, total)
     this.write('cost.json', {'steps': total, **setup.costs(agent, B, T)})
     mesh = parallel.mesh(B)
-    state = parallel.replicate(start(agent, optimiser, seed), mesh)
+    state = start(agent, optimiser, seed, mesh)
     saved = checkpoint.Checkpoints(this.path / 'checkpoints', config.train.keep)
     restored = saved.restore(state)
     meta: dict[str, Any] = {'step': 0, 'metrics': 0}
@@ -76,46 +79,46 @@ def _train(
 
     hyperparameters = setup.hyperparameters(config)
     update = jax.jit(functools.partial(learner.update, agent, optimiser, hyperparameters))
-    files = metrics.Metrics(this.path, meta['metrics'], this.step)
-    progress = metrics.Progress(total, this.step)
     window = Window()
-    try:
-        with start_actors(config, agent, state.params, this.step) as actors:
-            while this.step < total:
-                items = take(config, actors, this.step, window)
-                trajectory = on_devices(joined([item.trajectory for item in items]), mesh)
-                state, measured = update(state, trajectory)
-                this.step += 1
-                step = this.step
-                actors.publish(state.params, step)
-                window.add(measured, items)
-                saves = step % config.train.save_every == 0 or step == total or this.stop
-                if step % config.train.log_every == 0 or saves:
-                    values, timing = window.take(whole=saves)
-                    means = {name: value.mean(keepdims=True) for name, value in values.items()}
-                    records.refuse_non_finite([seed], step, means)
-                    record: records.Record = {n: float(value[0]) for n, value in means.items()}
-                    record |= records.of_episodes(window.episodes(), tasks)
-                    record |= records.of_statistics(state.statistics, tasks)
-                    files.write(step, seed, 'train', {'env_steps': step * B * T, **record})
-                    rate = timing['updates'] * B * T / timing['seconds']
-                    timing |= {'steps_per_second': rate, 'queue': actors.waiting()}
-                    files.timing(step, timing)
-                    progress.update(
-                        step, f'success {record["success"] or 0:.3f}', f'{rate:,.0f} steps/s'
-                    )
-                    window = Window()
-                if step % config.train.eval_every == 0 or step == total:
-                    for split, evaluation in evaluations.items():
-                        for policy, scores in evaluation(agent, state.params, step).items():
-                            files.write(step, seed, split + policy, scores)
-                if saves:
-                    saved.save(step, state, {'metrics': files.position()})
-                    if this.stop and step < total:
-                        this.preempted()
-    finally:
-        progress.close()
-        files.close()
+    with (
+        this.log(total, meta['metrics']) as log,
+        start_actors(config, agent, parallel.here(state.params), this.step) as actors,
+    ):
+        while this.step < total:
+            items = take(config, actors, this.step, window)
+            trajectory = on_devices(joined([item.trajectory for item in items]), mesh)
+            state, measured = update(state, trajectory)
+            this.step += 1
+            step = this.step
+            params = parallel.here(state.params)
+            actors.publish(params, step)
+            window.add(measured, items)
+            recorded = step % config.train.log_every == 0
+            stops = this.stops(recorded)
+            saves = step % config.train.save_every == 0 or step == total or stops
+            if recorded or saves:
+                values, timing = window.take(whole=saves)
+                means = {name: value.mean(keepdims=True) for name, value in values.items()}
+                records.refuse_non_finite([seed], step, means)
+                record: records.Record = {n: float(value[0]) for n, value in means.items()}
+                record |= records.of_episodes(window.episodes(), tasks)
+                record |= records.of_statistics(parallel.here(state.statistics), tasks)
+                log.write(step, seed, 'train', {'env_steps': step * B * T, **record})
+                rate = timing['updates'] * B * T / timing['seconds']
+                timing |= {'steps_per_second': rate, 'queue': actors.waiting()}
+                log.timing(step, timing)
+                success = record['success'] or 0
+                log.progress(step, f'success {success:.3f}', f'{rate:,.0f} steps/s')
+                window = Window()
+            evaluates = step % config.train.eval_every == 0 or step == total
+            if evaluates and parallel.first():
+                for split, evaluation in evaluations.items():
+                    for policy, scores in evaluation(agent, params, step).items():
+                        log.write(step, seed, split + policy, scores)
+            if saves:
+                saved.save(step, state, {'metrics': log.position()})
+                if stops and step < total:
+                    this.preempted()
 
 
 def restore(
@@ -123,15 +126,23 @@ def restore(
 ) -> tuple[Any, int] | None:
     """The parameters, [1, …], of the newest checkpoint, and its step."""
     optimiser = optim.optimiser(config.optim, setup.updates(config))
-    restored = saved.restore(start(agent, optimiser, config.seeds[0]))
+    mesh = parallel.mesh(config.train.batch)
+    restored = saved.restore(start(agent, optimiser, config.seeds[0], mesh))
     if restored is None:
         return None
     return jax.tree.map(lambda a: a[None], restored[0].params), restored[1]['step']
 
 
-def start(agent: Agent, optimiser: optax.GradientTransformation, seed: int) -> learner.State:
-    params = jax.jit(functools.partial(setup.init_params, agent))(jax.random.key(seed))
-    return learner.start(params, optimiser, len(agent.spec.tasks))
+def start(
+    agent: Agent, optimiser: optax.GradientTransformation, seed: int, mesh: jax.sharding.Mesh
+) -> learner.State:
+    """The learner's state before the first update, on every device."""
+
+    def fresh() -> learner.State:
+        params = setup.init_params(agent, jax.random.key(seed))
+        return learner.start(params, optimiser, len(agent.spec.tasks))
+
+    return jax.jit(fresh, out_shardings=parallel.whole(mesh))()
 
 
 def start_actors(
@@ -153,10 +164,11 @@ def start_actors(
 def take(
     config: ml_collections.ConfigDict, actors: Actors, step: int, window: 'Window'
 ) -> list[Item]:
-    """The trajectories of one update."""
+    """The trajectories of one update, of this process's actors."""
     items: list[Item] = []
     began = time.perf_counter()
-    while len(items) < config.train.batch // config.actors.batch:
+    each = config.train.batch // jax.process_count()
+    while len(items) < each // config.actors.batch:
         item = actors.get()
         lag = step - item.version
         if lag > config.actors.max_lag:

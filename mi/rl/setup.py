@@ -105,10 +105,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f'config.seeds = {tuple(config.seeds)}: the topology {training.topology!r} trains one '
             f'seed; start a run for each'
         )
-    if training.batch % actors.batch:
+    processes = jax.process_count()
+    if training.batch % (actors.batch * processes):
+        each = f', in each of {processes} processes' if processes > 1 else ''
         raise UserError(
             f'config.train.batch = {training.batch}: expected a multiple of config.actors.batch = '
-            f'{actors.batch}, the rows of one trajectory in the queue'
+            f'{actors.batch}, the rows of one trajectory in the queue{each}'
         )
 
 

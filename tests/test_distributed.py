@@ -1,0 +1,90 @@
+"""Two processes over loopback: they train to what one process with two devices trains to."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+FUSED = ['--config=configs/rl.py:tiny,env=catch', '--config.train.steps=4000']
+THREADS = [*FUSED, '--config.train.topology=threads', '--config.actors.batch=2']
+
+
+def start(workdir, arguments, *, process=None, port=0, devices=1):
+    flags = f'--xla_force_host_platform_device_count={devices}'
+    command = [sys.executable, '-m', 'mi.main', f'--workdir={workdir}', *arguments]
+    if process is not None:
+        command.append(f'--distributed=localhost:{port},2,{process}')
+    environment = os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def two(workdir, arguments):
+    with socket.socket() as probe:
+        probe.bind(('localhost', 0))
+        port = probe.getsockname()[1]
+    return [start(workdir, arguments, process=i, port=port) for i in range(2)]
+
+
+def finish(processes, codes):
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == codes, errors
+
+
+def records(path, split='train'):
+    rows = [json.loads(line) for line in (path / 'metrics.jsonl').read_text().splitlines()]
+    return [row for row in rows if row['split'] == split]
+
+
+def status(path, name='status.json'):
+    return json.loads((path / name).read_text())['state']
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_continue_as_one_with_two_devices(tmp_path):
+    finish([start(tmp_path / 'one', FUSED, devices=2)], [0])
+    processes = two(tmp_path / 'two', FUSED)
+    while not list((tmp_path / 'two').glob('checkpoints/0*')):
+        assert processes[0].poll() is None, processes[0].communicate()
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGTERM)  # one of them is enough
+    finish(processes, [143, 143])
+    assert status(tmp_path / 'two') == status(tmp_path / 'two', 'status.1.json') == 'preempted'
+    before = len(records(tmp_path / 'two'))
+    finish(two(tmp_path / 'two', FUSED), [0, 0])
+    assert status(tmp_path / 'two') == status(tmp_path / 'two', 'status.1.json') == 'done'
+
+    one, both = records(tmp_path / 'one'), records(tmp_path / 'two')
+    assert [row['step'] for row in both] == [row['step'] for row in one]
+    assert 0 < before < len(both)
+    for name in ('loss', 'entropy', 'gradient_norm'):
+        expected = [row[name] for row in one]
+        np.testing.assert_allclose([row[name] for row in both], expected, rtol=2e-4, atol=1e-6)
+    assert records(tmp_path / 'two', 'eval')
+
+
+@pytest.mark.slow
+def test_each_process_has_actors_of_its_own_and_one_learner_over_all(tmp_path):
+    finish(two(tmp_path, THREADS), [0, 0])
+    assert status(tmp_path) == status(tmp_path, 'status.1.json') == 'done'
+    assert all(row['lag_max'] >= 0 for row in records(tmp_path))
+    assert records(tmp_path, 'eval')
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_other_within_a_minute(tmp_path):
+    processes = two(tmp_path, [*FUSED, '--config.train.steps=100000000'])
+    while not (tmp_path / 'metrics.jsonl').exists() or not records(tmp_path):
+        assert processes[0].poll() is None, processes[0].communicate()
+        time.sleep(0.1)
+    processes[1].kill()
+    began = time.monotonic()
+    _, error = processes[0].communicate(timeout=90)
+    assert processes[0].returncode not in (0, 143)
+    assert time.monotonic() - began < 60
+    assert 'heartbeat' in error or 'peer' in error or 'task' in error.lower(), error[-2000:]
