@@ -1,42 +1,75 @@
-"""Tokens per second of the LSTM language model's training step, against PyTorch's nn.LSTM.
+"""Tokens per second of the language models' training steps, against PyTorch.
 
     pip install -e '.[benchmark]' && python -m benchmarks.lm
 
-Both sides: embedding → one LSTM layer → affine H → E → affine E → V, mean cross-entropy, gradient
-through T steps with carried state, global-norm clipping, Adam; f32, all cores, the same allocator
-settings; the sides take turns (`benchmarks.rounds`). The table has medians over the rounds, and the
-median of the rounds' ratios. `plain` is ours with the recurrence left to automatic differentiation.
+    lstm          embedding → one LSTM layer → affine H → E → affine E → V, against nn.LSTM; `plain`
+                  is ours with the recurrence left to automatic differentiation
+    transformer   pre-norm blocks, RMSNorm, rotary positions, SwiGLU, against the same of torch,
+                  with its scaled_dot_product_attention, eager and compiled
+    cells         every cell of mi.cells against the plain LSTM
+    fusions       every fusion at the encoder, at the decoder and at both, against concat there, all
+                  with the parameters of concat
+    loop          a run of the trainer, with data, records and checkpoints, against steps alone
+
+All sides: mean cross-entropy, gradient through T steps with carried state, global-norm clipping,
+Adam; f32, all cores, the same allocator settings; the sides take turns (`benchmarks.rounds`). The
+table has medians over the rounds, and the median of the rounds' ratios to the first side.
 """
 
+import contextlib
+import functools
 import json
 import statistics
+import tempfile
+import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
+import ml_collections
 import numpy as np
-import torch
 from absl import app, flags
 
 from benchmarks import rounds
 from configs import lm as configs
-from mi import optim, run
+from mi import cells, optim, parallel, run
 from mi.cells import lstm_reference
-from mi.lm import train
+from mi.fusion import FUSIONS, ONE_HOT
+from mi.lm import setup, train
 
-ROUNDS = flags.DEFINE_integer('rounds', 11, 'Interleaved rounds.', lower_bound=1)
-SIDE = flags.DEFINE_string('side', None, 'For the workers: torch, plain, mi.')
-SIZE = flags.DEFINE_string('size', None, 'For the workers.')
+ROUNDS = flags.DEFINE_integer('rounds', 7, 'Interleaved rounds.', lower_bound=1)
+ONLY = flags.DEFINE_list('only', None, 'Of lstm, transformer, cells, fusions, loop.')
+SIDE = flags.DEFINE_string('side', None, 'For the workers: set/size/side.')
 JSON = flags.DEFINE_string('json', None, 'Where to write the figures too.')
 
-SIZES = {  # V, E, H, T, B
-    'quickstart': (1024, 64, 256, 64, 32),
-    'default': (256, 128, 512, 64, 32),
-    'ptb': (10_000, 650, 650, 35, 20),
+WORDS = [word for word in FUSIONS if word not in ONE_HOT]
+SIZES: dict[str, dict[str, tuple[int, ...]]] = {
+    'lstm': {  # V, E, H, T, B
+        'quickstart': (1024, 64, 256, 64, 32),
+        'default': (256, 128, 512, 64, 32),
+        'ptb': (10_000, 650, 650, 35, 20),
+    },
+    'transformer': {  # V, E = H, layers, heads, T, B
+        'small': (256, 128, 2, 4, 64, 16),
+        'default': (256, 256, 4, 4, 64, 32),
+        'long': (1024, 256, 4, 4, 256, 8),
+    },
+    'cells': {'default': (256, 128, 512, 64, 32)},
+    'fusions': {site: (256, 128, 512, 64, 32) for site in ('encoder', 'decoder', 'both')},
+    'loop': {'default': (256, 128, 512, 64, 32)},
+}
+SIDES: dict[str, tuple[str, ...]] = {
+    'lstm': ('torch', 'plain', 'mi'),
+    'transformer': ('torch', 'torch compiled', 'mi'),
+    'cells': tuple(cells.CELLS),
+    'fusions': ('concat', *(word for word in WORDS if word != 'concat')),
+    'loop': ('steps', 'run'),
 }
 
 
-def torch_step(V: int, E: int, H: int, T: int, B: int) -> Callable[[], object]:
+def torch_lstm(V: int, E: int, H: int, T: int, B: int) -> Callable[[], object]:
+    import torch
+
     class Model(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -52,7 +85,7 @@ def torch_step(V: int, E: int, H: int, T: int, B: int) -> Callable[[], object]:
     tokens = torch.randint(0, V, (T + 1, B))
     carry = torch.zeros(1, B, H), torch.zeros(1, B, H)
 
-    def step() -> float:
+    def step() -> None:
         nonlocal carry
         logits, after = model(tokens[:-1], carry)
         carry = tuple(a.detach() for a in after)
@@ -61,68 +94,176 @@ def torch_step(V: int, E: int, H: int, T: int, B: int) -> Callable[[], object]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
         optimiser.step()
-        return loss.item()
+        loss.item()
 
     return step
 
 
-def jax_step(V: int, E: int, H: int, T: int, B: int) -> Callable[[], object]:
-    """The step of `mi.lm.train`, compiled as there, for one seed."""
+def torch_transformer(
+    V: int, H: int, layers: int, heads: int, T: int, B: int, compiled: bool
+) -> Callable[[], object]:
+    import torch
+    from torch.nn import functional
+
+    d = H // heads
+    angles = torch.arange(T)[:, None] * 10_000.0 ** (-torch.arange(0, d, 2) / d)
+    cos, sin = angles.cos(), angles.sin()
+
+    def rotate(a):  # [B, heads, T, d], the halves as pairs
+        left, right = a.chunk(2, -1)
+        return torch.cat([left * cos - right * sin, left * sin + right * cos], -1)
+
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norms = torch.nn.ModuleList(torch.nn.RMSNorm(H) for _ in range(2))
+            self.qkv, self.out = torch.nn.Linear(H, 3 * H), torch.nn.Linear(H, H)
+            self.gate_up, self.down = torch.nn.Linear(H, 8 * H), torch.nn.Linear(4 * H, H)
+
+        def forward(self, x):
+            qkv = self.qkv(self.norms[0](x)).view(B, T, 3, heads, d).permute(2, 0, 3, 1, 4)
+            q, k, v = rotate(qkv[0]), rotate(qkv[1]), qkv[2]
+            y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + self.out(y.transpose(1, 2).reshape(B, T, H))
+            gate, up = self.gate_up(self.norms[1](x)).chunk(2, -1)
+            return x + self.down(functional.silu(gate) * up)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = torch.nn.Embedding(V, H)
+            self.blocks = torch.nn.Sequential(*(Block() for _ in range(layers)))
+            self.norm, self.decoder = torch.nn.RMSNorm(H), torch.nn.Linear(H, H)
+            self.output = torch.nn.Linear(H, V)
+
+        def forward(self, tokens):
+            return self.output(self.decoder(self.norm(self.blocks(self.embedding(tokens)))))
+
+    model = Model()
+    optimiser = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
+    forward = torch.compile(model) if compiled else model
+    tokens = torch.randint(0, V, (B, T + 1))
+
+    def step() -> None:
+        loss = functional.cross_entropy(
+            forward(tokens[:, :-1]).reshape(-1, V), tokens[:, 1:].reshape(-1)
+        )
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+        optimiser.step()
+        loss.item()
+
+    return step
+
+
+def config_of(name: str, size: str, side: str) -> ml_collections.ConfigDict:
     config = configs.get_config().unlock()
-    config.model.update({'embed': E, 'hidden': H, 'site': 'none', 'tied': False, 'dropout': 0.0})
-    model, optimiser = train.build(config, V), optim.optimiser(config.optim, 1000)
-    seeds = jnp.zeros(1, jnp.int32)
-    state = jax.vmap(lambda seed: train.init(model, optimiser, seed, B))(seeds)
-    tokens = np.random.default_rng(0).integers(V, size=(1, T + 1, B)).astype(np.int32)
-    compiled = train.compile_step(model, optimiser, state, seeds, tokens)
+    numbers = SIZES[name][size]
+    for rate in ('input', 'layer', 'output'):
+        config.dropout[rate] = 0.0
+    if name == 'transformer':
+        _, H, layers, heads, T, B = numbers
+        config.model.update(
+            {'core': 'transformer', 'embed': H, 'hidden': H, 'layers': layers, 'heads': heads}
+        )
+        config.model.update({'ffn': 4 * H, 'site': 'none', 'tied': False})
+    else:
+        _, E, H, T, B = numbers
+        config.model.update({'embed': E, 'hidden': H, 'site': 'none', 'tied': False})
+        if name == 'cells':
+            config.model.update({'core': side, 'rank': 64})
+        elif name == 'fusions':
+            config.model.site, config.model.fusion.name = size, side
+            config.match.by = 'parameters'
+    config.train.update({'length': T, 'batch': B})
+    return config
 
-    def step() -> np.ndarray:
+
+def mi_step(config: ml_collections.ConfigDict, V: int) -> Callable[[], object]:
+    """The step of `mi.lm.train`, compiled as there, for one seed."""
+    config = setup.matched(config, V)
+    T, B = config.train.length, config.train.batch
+    model, optimiser = setup.build(config, V), optim.optimiser(config.optim, 1000)
+    seeds, mesh = np.zeros(1, np.int32), parallel.mesh(B)
+    state = train.start(model, optimiser, seeds, B, mesh)
+    rng = np.random.default_rng(0)
+    tokens = parallel.split(rng.integers(V, size=(1, T + 1, B)).astype(np.int32), mesh, axis=2)
+    compiled = train.compile_step(model, optimiser, 1, state, seeds, tokens, None, mesh)
+
+    def step() -> None:
         nonlocal state
-        state, measured = compiled(state, seeds, jnp.asarray(0), tokens)
-        return np.asarray(measured['nats_per_token'])
+        state, measured = compiled(state, seeds, np.int32(0), tokens, None)
+        jax.block_until_ready(measured)
 
     return step
 
 
-def plain_step(*size: int) -> Callable[[], object]:
-    """The same with the recurrence as a plain scan, left to automatic differentiation."""
-    from mi import cells
+def run_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
+    """Runs of the trainer; returns how many steps were made, evaluation and set-up taken out."""
+    config.train.update({'steps': 150, 'log_every': 50, 'eval_every': 150, 'save_every': 150})
+    config.eval.update({'valid_tokens': 2, 'final_tokens': 2})
+    config.model.tied = True
 
-    ours, cells.lstm = cells.lstm, lstm_reference
-    try:
-        return jax_step(*size)
-    finally:
-        cells.lstm = ours
+    def once() -> float:
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as workdir:
+            train.train(config, workdir)
+            with open(f'{workdir}/timing.jsonl') as file:
+                rows = [json.loads(line) for line in file]
+        of_loop = sum(row['seconds'] for row in rows)
+        return config.train.steps * (time.perf_counter() - began) / of_loop
+
+    return once
 
 
-SIDES = {'torch': torch_step, 'plain': plain_step, 'mi': jax_step}
+def step_of(name: str, size: str, side: str) -> Callable[[], object]:
+    numbers = SIZES[name][size]
+    if side == 'torch' and name == 'lstm':
+        return torch_lstm(*numbers)
+    if side.startswith('torch'):
+        return torch_transformer(*numbers, compiled=side.endswith('compiled'))
+    config = config_of(name, size, side)
+    if side == 'run':
+        return run_step(config)
+    with contextlib.ExitStack() as stack:
+        if side == 'plain':  # the recurrence as a plain scan, left to automatic differentiation
+            stack.callback(functools.partial(setattr, cells, 'lstm', cells.lstm))
+            cells.lstm = lstm_reference
+        return mi_step(config, numbers[0])
 
 
 def main(argv: Sequence[str]) -> None:
     del argv
     if SIDE.value:
         run.keep_freed_memory()
-        rounds.serve(SIDES[SIDE.value](*SIZES[SIZE.value]))
+        rounds.serve(step_of(*SIDE.value.split('/')))
         return
-    print(f'{run.machine()}, jax {jax.__version__}, torch {torch.__version__}, tokens per second')
-    print(f'{"size":<12}{"V, E, H, T, B":>24}', end='')
-    print(f'{"torch":>10}{"plain":>10}{"mi":>10}{"mi/torch":>10}  range')
-    figures = []
-    for name, size in SIZES.items():
-        worker = ['-m', 'benchmarks.lm', f'--size={name}']
-        seconds = rounds.race({s: [*worker, f'--side={s}'] for s in SIDES}, ROUNDS.value)
-        tokens = size[3] * size[4]
-        rates = {side: tokens / statistics.median(s) for side, s in seconds.items()}
-        ratios = sorted(t / m for t, m in zip(seconds['torch'], seconds['mi'], strict=True))
-        ratio = statistics.median(ratios)
-        print(
-            f'{name:<12}{str(size)[1:-1]:>24}{rates["torch"]:10,.0f}{rates["plain"]:10,.0f}'
-            f'{rates["mi"]:10,.0f}{ratio:10.2f}  {ratios[0]:.2f}–{ratios[-1]:.2f}',
-            flush=True,
-        )
-        figures.append({'size': name, **rates, 'ratio': ratio, 'rounds': ROUNDS.value})
+    print(f'{run.machine()}, jax {jax.__version__}')
+    figures: list[dict[str, Any]] = []
+    for name in ONLY.value or SIZES:
+        sides = SIDES[name]
+        for size, numbers in SIZES[name].items():
+            commands = {s: ['-m', 'benchmarks.lm', f'--side={name}/{size}/{s}'] for s in sides}
+            seconds = rounds.race(commands, ROUNDS.value)
+            tokens = numbers[-1] * numbers[-2]
+            print(f'\n{name}, {size} {numbers}')
+            print(f'{"":<16}{"ms a step":>12}{"tokens/s":>12}{"× " + sides[0]:>18}  range')
+            for side in sides:
+                pairs = zip(seconds[sides[0]], seconds[side], strict=True)
+                ratios = sorted(first / own for first, own in pairs)
+                median, ratio = statistics.median(seconds[side]), statistics.median(ratios)
+                print(
+                    f'{side:<16}{1000 * median:12.2f}{tokens / median:12,.0f}{ratio:18.2f}'
+                    f'  {ratios[0]:.2f}–{ratios[-1]:.2f}',
+                    flush=True,
+                )
+                figures.append(
+                    {'set': name, 'size': size, 'side': side, 'seconds': median,
+                     'tokens_per_second': tokens / median, 'ratio': ratio, 'ratios': ratios}
+                )  # fmt: skip
     if JSON.value:
-        record = {'machine': run.machine(), 'jax': jax.__version__, 'torch': torch.__version__}
+        record = {'machine': run.machine(), 'jax': jax.__version__, 'rounds': ROUNDS.value}
         with open(JSON.value, 'w') as file:
             json.dump(record | {'figures': figures}, file, indent=2)
 

@@ -158,10 +158,10 @@ def xland_step(config: ml_collections.ConfigDict, fusion: Literal['concat', 'mi'
         compiled = jax.jit(update).lower(learning, state, jax.random.key(0)).compile()
     keys = iter(jax.random.split(jax.random.key(2), 100_000))
 
-    def once() -> float:
+    def once() -> None:
         nonlocal learning, state
         learning, state, loss = compiled(learning, state, next(keys))
-        return float(loss)
+        jax.block_until_ready(loss)
 
     return once
 
@@ -181,7 +181,7 @@ def host_step(config: ml_collections.ConfigDict) -> Callable:
     keys = iter(jax.random.split(jax.random.key(2), 1_000_000))
     now, action, carry = pool.reset(), np.zeros(B, np.int32), agent.initial_carry(B)
 
-    def once() -> float:
+    def once() -> None:
         nonlocal learning, now, action, carry
         start, rows, kept = carry, [], []
         for t in range(T + 1):
@@ -197,6 +197,6 @@ def host_step(config: ml_collections.ConfigDict) -> Callable:
         stacked = [np.stack(a) for a in zip(*kept, strict=True)]
         inputs = jax.tree.map(lambda *a: np.stack(a), *rows)
         learning, measured = update(learning, Trajectory(inputs, *stacked, start))
-        return float(measured['loss'])
+        jax.block_until_ready(measured)
 
     return once

@@ -4,13 +4,14 @@
 
     xland     30 tasks, topology 'fused', LSTM-128, B = 128, T = 20: every fusion at the read-out,
               and the plain fused loop with concat and with the full mi
-    babyai    4 levels with instructions, topology 'threads', against the plain loop
-    pong      the convolutions of DQN, topology 'threads', against the plain loop
+    babyai    4 levels with instructions, topology 'threads', against the plain loop and RLlib
+    pong      the convolutions of DQN, topology 'threads', against the plain loop and RLlib
     parts     where the time of a fused update goes: each part compiled and timed alone
     conv      an update with the convolutions of DQN, against PyTorch's forward and backward pass of
               them alone: XLA's CPU backend is many times slower at them inside a scan
 
-The sides take turns (`benchmarks.rounds`), the plain loops are in `benchmarks.plain_rl`. The table
+The sides take turns (`benchmarks.rounds`), the peers are in `benchmarks.plain_rl` and
+`benchmarks.rllib`. The table
 has medians over the rounds, and the median of the rounds' ratios to the peer.
 """
 
@@ -28,7 +29,7 @@ from absl import app, flags
 
 from benchmarks import rounds
 from configs import rl as configs
-from mi import optim, run
+from mi import optim, parallel, run
 from mi.rl import actor, envs, fused, learner, queued, setup
 
 ROUNDS = flags.DEFINE_integer('rounds', 5, 'Interleaved rounds.', lower_bound=1)
@@ -41,8 +42,8 @@ FUSIONS = ('none', 'concat', 'multi_head', 'film', 'mi_low_rank', 'mi')
 # Set → sides, the peer of the ratios first.
 SETS = {
     'xland': ('plain concat', 'plain mi', *FUSIONS),
-    'babyai': ('plain', 'threads'),
-    'pong': ('plain', 'threads'),
+    'babyai': ('plain', 'rllib', 'threads'),
+    'pong': ('plain', 'rllib', 'threads'),
     'parts': ('whole', 'environment', 'policy', 'learning'),
     'conv': ('torch convolutions', 'update'),
 }
@@ -78,10 +79,10 @@ def fused_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
     state = fused.start(config, environment, agent, optimiser)
     compiled = fused.compile_updates(environment, agent, optimiser, config, state, 1)
 
-    def once() -> float:
+    def once() -> None:
         nonlocal state
         state, (measured, _) = compiled(state)
-        return float(measured['loss'][0])
+        jax.block_until_ready(measured)
 
     return once
 
@@ -91,7 +92,7 @@ def threads_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
     pool = envs.pool(config.env.name, config.actors.batch, 0)
     agent, optimiser = setup.agent(config, pool.spec), optim.optimiser(config.optim, 1000)
     pool.close()
-    state = queued.start(agent, optimiser, 0)
+    state = queued.start(agent, optimiser, 0, parallel.mesh(config.train.batch))
     hyperparameters = setup.hyperparameters(config)
     update = jax.jit(functools.partial(learner.update, agent, optimiser, hyperparameters))
     actors = queued.start_actors(config, agent, state.params, 0)
@@ -167,7 +168,7 @@ def conv_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
     inputs: Any = actor.Inputs(observation, no.astype(np.int32), zero, no)
     rows: Any = zero[1:].astype(np.int32), zero[1:], 1 + zero[1:], ~no[1:]
     trajectory = actor.Trajectory(inputs, *rows, agent.initial_carry(B))
-    state = queued.start(agent, optimiser, 0)
+    state = queued.start(agent, optimiser, 0, parallel.mesh(config.train.batch))
     h = setup.hyperparameters(config)
     update = jax.jit(functools.partial(learner.update, agent, optimiser, h))
     return lambda: jax.block_until_ready(update(state, trajectory))
@@ -197,6 +198,10 @@ def step_of(name: str, side: str) -> Callable[[], object]:
         if name != 'xland':
             return plain_rl.host_step(config)
         return plain_rl.xland_step(config, 'mi' if side.endswith('mi') else 'concat')
+    if side == 'rllib':
+        from benchmarks import rllib
+
+        return rllib.step(name, config)
     if name in ('babyai', 'pong'):
         return threads_step(config)
     if name == 'conv':

@@ -14,7 +14,10 @@ PAUSE = 0.3  # seconds; the threads of the side before spin for a while
 
 
 def serve(step: Callable[[], object], seconds: float = 0.7) -> None:
-    """In a side's process: for each line that is read, times steps for about so many seconds."""
+    """In a side's process: for each line that is read, times steps for about so many seconds.
+
+    A call that does not do one step returns how many it did, as a float.
+    """
     step()
     start = time.perf_counter()
     step()
@@ -23,9 +26,9 @@ def serve(step: Callable[[], object], seconds: float = 0.7) -> None:
     for _ in sys.stdin:
         step()
         start = time.perf_counter()
-        for _ in range(repeats):
-            step()
-        print((time.perf_counter() - start) / repeats, flush=True)
+        done = [step() for _ in range(repeats)]
+        steps = sum(n if isinstance(n, float) else 1 for n in done)
+        print((time.perf_counter() - start) / steps, flush=True)
 
 
 def race(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[float]]:

@@ -1,13 +1,16 @@
-"""Language models: an LSTM with one place where the token stream meets a context.
+"""Language models: an LSTM or a Transformer with a place where the token stream meets a context.
 
 Source: the question is that of Jayakumar et al. (ICLR 2020), section on language modelling; every
-size here is ours, chosen for a laptop, and none is the paper's.
+size here is ours, chosen for a laptop, and none is the paper's. configs/lm_*.py have the settings
+of known benchmarks.
 
     python -m mi.main --config=configs/lm.py --workdir=runs/lm
     python -m mi.main --config=configs/lm.py:quickstart,fusion=concat --workdir=runs/concat
+    python -m mi.main --config=configs/lm.py:core=transformer,site=attention --workdir=runs/xl
     python -m mi.main --config=configs/lm.py --config.optim.learning_rate=5e-4 --workdir=runs/slow
 
-The argument after the colon: a preset (quickstart, tiny), and `fusion=WORD`, `site=WORD`.
+The argument after the colon: a preset (quickstart, tiny), and `fusion=WORD`, `site=WORD`,
+`core=WORD`, `source=WORD`.
 """
 
 import ml_collections
@@ -15,7 +18,8 @@ import ml_collections
 from mi import optim
 from mi.config import UserError, nearest
 
-PRESETS = ('default', 'quickstart', 'tiny')
+PRESETS = ('default', 'quickstart', 'fusion_study', 'tiny')
+WORDS = ('fusion', 'site', 'core', 'source')
 
 
 def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
@@ -24,26 +28,59 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     config.seeds = (0,)  # all trained at once, logged apart
 
     config.data = data = ml_collections.ConfigDict()
-    data.source = 'austen'  # or a text file, or a directory with train, valid and test files
+    data.source = 'austen'  # a word of mi.lm.corpora.CORPORA, or a text file or directory
+    data.path = ''  # where the files of a known corpus are; '' is $MI_DATA/SOURCE
     data.level = 'byte'  # byte, bpe, word, token
     data.vocabulary = 10_000  # at most; bpe, word and token
+    data.train_tokens = 0  # the first so many of the training text; 0 for all
     data.cache = ''  # directory for token files; '' is $MI_CACHE or ~/.cache/mi
 
     config.model = model = ml_collections.ConfigDict()
+    model.core = 'lstm'  # a word of mi.cells.CELLS, or transformer
     model.embed = 128  # E
     model.hidden = 512  # H
     model.layers = 1
-    model.tied = True
-    model.dropout = 0.1
+    model.tied = True  # input and output embedding
+    model.cutoffs = ()  # of an adaptive softmax: first id of each tail cluster; () for a full one
+    model.divisor = 4  # of the adaptive softmax: by which each tail's features are fewer
     model.dtype = 'float32'  # of the products: float32, bfloat16
 
-    model.site = 'encoder'  # encoder, decoder, both, none
-    model.source = 'recurrent'  # the context: recurrent (an LSTM of its own), state (the core's)
-    model.context = 32  # m
+    model.rounds = 5  # of the Mogrifier
+    model.rank = 0  # of its matrices; 0 for full ones
+    model.capped = True  # its input gate: min(1 − f, i)
+
+    model.heads = 4  # from here on: of the Transformer
+    model.kv_heads = 0  # heads of keys and values; 0 for as many
+    model.ffn = 1024  # hidden features of feed-forward layers, also those of the LSTM's site ffn
+    model.activation = 'swiglu'  # swiglu, relu, gelu
+    model.positions = 'rotary'  # rotary, relative (Transformer-XL's)
+    model.memory = 0  # M: tokens of the segments before that are attended to
+    model.remat = False  # make the activations of each block anew in the backward pass
+
+    model.site = 'encoder'  # none, encoder, decoder, both, input_gate, norm, ffn, attention
+    # The context: recurrent (an LSTM of its own), summary (a decaying mean), domain (one-hot), or
+    # state (the core's), with which fusion and input projection run in the loop over time, unless
+    # the site is the decoder; docs/lm.md has what that costs.
+    model.source = 'recurrent'
+    model.context = 32  # m; for domain it is their number
     model.fusion = fusion = ml_collections.ConfigDict()
     fusion.name = 'mi'  # a word of mi.fusion.FUSIONS
     fusion.rank = 32  # of the words that have one: mi_low_rank, mi_tucker, mlb, …
     fusion.hidden = 128  # of those that have a hidden layer: concat_mlp, hypernetwork, …
+
+    config.dropout = dropout = ml_collections.ConfigDict()  # rates, see mi.lm.dropout
+    dropout.word = 0.0
+    dropout.input = 0.1
+    dropout.layer = 0.1
+    dropout.state = 0.0
+    dropout.attention = 0.0
+    dropout.output = 0.1
+    dropout.locked = False  # the same features at all steps of a segment
+
+    config.loss = loss = ml_collections.ConfigDict()
+    loss.label_smoothing = 0.0
+    loss.z_loss = 0.0  # weight of (ln Z)²
+    loss.chunk = 0  # tokens whose logits are there at once, for large vocabularies; 0 for all
 
     # Gives every arm of a comparison the same cost, by changing one size of the model.
     config.match = match = ml_collections.ConfigDict()
@@ -53,8 +90,10 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
 
     config.train = train = ml_collections.ConfigDict()
     train.steps = 5_000
-    train.batch = 32  # B: streams read in parallel, a seed
+    train.batch = 32  # B: streams read in parallel, a seed, over all devices
     train.length = 64  # T: tokens a stream and step; gradients stop there, the state goes on
+    train.accumulate = 1  # parts of the batch, one after another, whose gradients are added
+    train.fsdp = 1  # devices that share one copy of parameters and optimiser
     train.log_every = 50
     train.eval_every = 500  # on the validation text
     train.save_every = 500
@@ -63,30 +102,53 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     config.eval = evaluation = ml_collections.ConfigDict()
     evaluation.batch = 32
     evaluation.length = 256
-    evaluation.valid_tokens = 0  # of the validation text on the way; 0 for all. All at the end
+    evaluation.memory = -1  # of a Transformer, tokens; -1 for that of training
+    evaluation.stride = 0  # of a sliding window of `length`; 0 to carry state instead
+    evaluation.valid_tokens = 0  # of the validation text on the way; 0 for all
+    evaluation.final_tokens = 0  # of the validation and test text at the end; 0 for all
+
+    config.dynamic = dynamic = ml_collections.ConfigDict()  # evaluation, with --mode=eval
+    dynamic.tokens = 0  # of each text; 0 for none of it
+    dynamic.length = 5  # tokens between two updates
+    dynamic.learning_rate = 2e-3
+    dynamic.decay = 2e-2  # back to the trained parameters
+    dynamic.statistics = 200  # segments of the training text for the mean square of gradients
+
+    config.sample = sample = ml_collections.ConfigDict()  # with --mode=sample
+    sample.prompt = 'It is a truth universally acknowledged,'
+    sample.tokens = 400
+    sample.temperature = 0.8  # 0 for the likeliest token
+    sample.top_p = 0.95  # of the distribution, the likeliest tokens
 
     config.optim = optim.get_config()
     config.optim.learning_rate = 2e-3
 
     for word in arg.split(','):
-        _apply(config, word)
+        apply(config, word)
     return config.lock()
 
 
-def _apply(config: ml_collections.ConfigDict, word: str) -> None:
+def apply(config: ml_collections.ConfigDict, word: str) -> None:
+    """Changes the config as one word of the argument says."""
     key, equals, value = word.partition('=')
     if equals and key == 'fusion':
         config.model.fusion.name = value
-    elif equals and key == 'site':
-        config.model.site = value
+    elif equals and key in WORDS:
+        config.model[key] = value
+        if value == 'transformer':
+            config.model.layers = 4
+            config.model.hidden = config.model.embed = 256
+            config.optim.learning_rate = 1e-3
+            config.optim.warmup_steps = 200
     elif word == 'quickstart':  # minutes on two cores
         config.seeds = (0, 1, 2)
         config.data.level = 'bpe'
         config.data.vocabulary = 1024
         config.model.embed = 64
         config.model.hidden = 256
-        config.model.dropout = 0.0
         config.model.fusion.hidden = 64
+        for name in ('input', 'layer', 'output'):
+            config.dropout[name] = 0.0
         config.match.by = 'parameters'
         config.train.steps = 400
         config.train.log_every = 20
@@ -95,9 +157,28 @@ def _apply(config: ml_collections.ConfigDict, word: str) -> None:
         config.eval.batch = 64
         config.eval.valid_tokens = 30_000
         config.optim.learning_rate = 4e-3
+    elif word == 'fusion_study':  # experiments/lm_fusion.py: ten minutes an arm on one core
+        config.seeds = (0, 1, 2)
+        config.model.embed = config.model.hidden = 128
+        config.model.layers = 2
+        config.model.heads = 4
+        config.model.ffn = 352
+        config.model.memory = 64
+        for name in ('input', 'layer', 'output'):
+            config.dropout[name] = 0.0
+        config.match.by = 'parameters'
+        config.train.steps = 3_000
+        config.train.batch = 16
+        config.train.log_every = 50
+        config.train.eval_every = config.train.save_every = 500
+        config.eval.batch = 64
+        config.eval.valid_tokens = 50_000
+        config.eval.final_tokens = 500_000
+        config.optim.learning_rate = 3e-3
     elif word == 'tiny':  # seconds, for tests
         config.model.embed = 16
         config.model.hidden = 32
+        config.model.ffn = 32
         config.model.context = 8
         config.model.fusion.rank = 4
         config.model.fusion.hidden = 16
@@ -112,6 +193,6 @@ def _apply(config: ml_collections.ConfigDict, word: str) -> None:
         config.eval.valid_tokens = 5_000
     elif word != 'default':
         raise UserError(
-            f'configs/lm.py:{word}: neither fusion=… nor site=… nor a preset; '
+            f'configs/lm.py:{word}: neither {", ".join(f"{w}=…" for w in WORDS)} nor a preset; '
             f'{nearest(word, PRESETS)}'
         )

@@ -3,11 +3,14 @@
 Nothing is allocated or compiled: shapes come from `jax.eval_shape`, FLOPs from the jaxpr.
 """
 
+import functools
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from flax import linen as nn
 from jax.extend import core
 
 
@@ -54,6 +57,31 @@ def _inner(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
         elif isinstance(value, core.Jaxpr):
             jaxprs.append(value)
     return jaxprs
+
+
+def modules(
+    model: nn.Module, pattern: str, variables: Any, *args: Any
+) -> Iterator[tuple[nn.Module, Any, list[jax.ShapeDtypeStruct]]]:
+    """The parts of a Linen model whose names match: what a part of the model costs.
+
+    Yields, for each: the module unbound, its variables, and the shapes of the arrays it is called
+    with in model(*args); variables and args may be shapes only.
+    """
+    found: dict[tuple[str, ...], tuple[nn.Module, list[jax.ShapeDtypeStruct]]] = {}
+
+    def watch(call: Any, inputs: Any, options: Any, context: Any) -> Any:
+        module = context.module
+        named = module.name and re.fullmatch(pattern, module.name)
+        if named and context.method_name == '__call__':
+            shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in inputs]
+            found[module.path] = module.clone(parent=None), shapes
+        return call(*inputs, **options)
+
+    with nn.intercept_methods(watch):
+        jax.eval_shape(model.apply, variables, *args)
+    for path, (module, shapes) in found.items():
+        own = functools.reduce(lambda tree, key: tree.get(key, {}), path, variables['params'])
+        yield module, {'params': own}, shapes
 
 
 def nearest_size(cost: Callable[[int], int], target: int, low: int = 1) -> int:

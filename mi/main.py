@@ -12,8 +12,10 @@ from ml_collections import config_flags
 
 from mi import parallel
 from mi.config import UserError
+from mi.lm import assess as assess_lm
+from mi.lm import sample
 from mi.lm import train as lm
-from mi.rl import assess
+from mi.rl import assess as assess_rl
 from mi.rl import train as rl
 from mi.run import keep_freed_memory
 
@@ -21,7 +23,10 @@ CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file.', lock_co
 WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory, made or continued.')
 
 MODE = flags.DEFINE_enum(
-    'mode', 'train', ['train', 'eval'], 'eval: the scores and videos of what a run has learnt.'
+    'mode',
+    'train',
+    ['train', 'eval', 'sample'],
+    'eval: the scores, and videos, of what a run has learnt. sample: text that it writes.',
 )
 DISTRIBUTED = flags.DEFINE_string(
     'distributed', '', "One of several processes: 'auto', or 'HOST:PORT,COUNT,INDEX'."
@@ -29,7 +34,8 @@ DISTRIBUTED = flags.DEFINE_string(
 
 TASKS = {
     'train': {'lm': lm.train, 'rl': rl.train},
-    'eval': {'rl': assess.assess},
+    'eval': {'lm': assess_lm.assess, 'rl': assess_rl.assess},
+    'sample': {'lm': sample.sample},
 }
 
 

@@ -19,7 +19,7 @@ import platform
 import signal
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -170,6 +170,23 @@ def _same_config(file: pathlib.Path, config: ml_collections.ConfigDict) -> None:
             f'{file.parent} was made with another config: {first} was {before.get(first)!r} and '
             f'is {after.get(first)!r} now{more}; name another --workdir'
         )
+
+
+def same_model(path: pathlib.Path, config: ml_collections.ConfigDict, parts: Sequence[str]) -> None:
+    """Refuses a run directory that was made with another of these parts of the config.
+
+    Raises:
+      UserError: also if it is not the directory of a run.
+    """
+    if not (path / 'config.json').exists():
+        raise UserError(f'--workdir={path} has no config.json: expected the directory of a run')
+    before, now = json.loads((path / 'config.json').read_text()), json.loads(config.to_json())
+    for part in parts:
+        if before[part] != now[part]:
+            raise UserError(
+                f'{path} was made with another config.{part}: {before[part]}; give the same '
+                f'--config and overrides, of which only how it is evaluated may differ'
+            )
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -6,7 +6,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 import jax
 import pytest
 
-from mi.lm import data
+from mi.lm import corpora
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
@@ -22,8 +22,8 @@ def _from_the_root() -> None:
 def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A directory with a little of each split of Austen: real text, evaluated in no time."""
     directory = tmp_path_factory.mktemp('texts')
-    for split, text in data.austen().items():
-        (directory / f'{split}.txt').write_text(text[:12_000])
+    for split, [(_, text)] in corpora.austen().items():
+        (directory / f'{split}.txt').write_bytes(text[:12_000])
     return str(directory)
 
 

@@ -25,10 +25,11 @@ def assert_trees_close(a, b, **tolerance):
 @pytest.mark.parametrize('over_seeds', [False, True])
 def test_own_backward_pass_is_automatic_differentiation(with_reset, over_seeds):
     carry, gates, U, reset = inputs()
-    reset = reset if with_reset else None
+    keep = jnp.asarray([0.0, 2.0, 2.0])[jnp.arange(B * H).reshape(B, H) % 3]
+    reset, keep = (reset, keep) if with_reset else (None, None)
 
     def weighted(function, carry, gates, U):
-        outputs = jax.tree.leaves(function(carry, gates, U, reset))
+        outputs = jax.tree.leaves(function(carry, gates, U, reset, keep))
         weights = [jnp.cos(jnp.arange(o.size).reshape(o.shape)) for o in outputs]
         return sum((w * o).sum() for w, o in zip(weights, outputs, strict=True))
 
@@ -70,6 +71,25 @@ def test_reset_starts_afresh():
     fresh_last, fresh = cells.lstm(cells.initial(B, H), gates[3:], U)
     np.testing.assert_allclose(h[3:], fresh, rtol=1e-6)
     assert_trees_close(last, fresh_last, rtol=1e-6)
+
+
+@pytest.mark.parametrize('word', cells.CELLS)
+def test_a_state_that_is_dropped_is_not_read(word):
+    """keep = 0 is every step from h = 0; keep = 1 is no keep."""
+    cell = cells.CELLS[word](H)
+    carry = cell.initial(B)
+    x = jax.random.normal(jax.random.key(0), (T, B, N))
+    params = jax.jit(cell.init)(jax.random.key(1), carry, x)
+    apply = jax.jit(cell.apply)
+    ones = apply(params, carry, x, None, jnp.ones((B, H)))
+    assert_trees_close(ones, apply(params, carry, x), rtol=1e-5, atol=1e-6)
+    _, dropped = apply(params, carry, x, None, jnp.zeros((B, H)))
+    state, rows = carry, []
+    for row in x:
+        (c, h, *rest), _ = apply(params, state, row[None])
+        rows.append(h)
+        state = (c, jnp.zeros_like(h), *rest)
+    np.testing.assert_allclose(dropped, jnp.stack(rows), rtol=1e-5, atol=1e-6)
 
 
 def test_two_halves_with_the_carry_are_the_whole():

@@ -83,6 +83,7 @@ def test_a_process_that_is_killed_ends_the_other_within_a_minute(tmp_path):
         assert processes[0].poll() is None, processes[0].communicate()
         time.sleep(0.1)
     processes[1].kill()
+    processes[1].communicate()
     began = time.monotonic()
     _, error = processes[0].communicate(timeout=90)
     assert processes[0].returncode not in (0, 143)

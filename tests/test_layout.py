@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from mi.config import flat
-from mi.lm.train import SCHEMA, check
+from mi.lm.setup import SCHEMA, check
 from tests.conftest import ROOT
 
 FLOORS = [
@@ -67,6 +67,8 @@ def test_no_config_passes_the_boundary():
         'lm/data',
         'lm/evaluate',
         'lm/loss',
+        'lm/dynamic',
+        'lm/transformer',
     ):
         assert 'ml_collections' not in (ROOT / f'mi/{name}.py').read_text()
 
@@ -83,9 +85,9 @@ def test_four_files_from_main_to_the_product_of_x_and_z():
 
 
 def test_every_key_of_the_config_has_a_rule_and_no_rule_is_without_a_key():
-    from configs import lm
+    from configs import lm, lm_enwik8, lm_ptb, lm_wikitext103
 
-    for preset in lm.PRESETS:
-        config = lm.get_config(preset)
+    files = lm, lm_enwik8, lm_ptb, lm_wikitext103
+    for config in (file.get_config(preset) for file in files for preset in file.PRESETS):
         assert set(flat(config.to_dict())) == set(SCHEMA)
         check(config, SCHEMA)

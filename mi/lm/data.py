@@ -1,41 +1,38 @@
 """Text → token ids → contiguous streams.
 
-A corpus is three texts, train, valid and test. Levels: 'byte'; 'bpe', byte-level and lossless;
-'word', words and punctuation marks of raw text; 'token', whatever stands between white space, for
-corpora that come tokenised (WikiText, PTB). The last two end each line with <eos> and write
-<unk> for what the training text does not hold often enough.
+A corpus is three texts, train, valid and test, see `mi.lm.corpora`. Levels: 'byte'; 'bpe',
+byte-level and lossless; 'word', words and punctuation marks of raw text; 'token', whatever stands
+between white space, for corpora that come tokenised (WikiText, PTB). The last two end each line
+with <eos> and write <unk> for what the training text does not hold often enough.
+
+Shapes: N tokens of a text, T steps, B readers.
 """
 
 import dataclasses
 import hashlib
+import itertools
 import json
-import lzma
-import os
 import pathlib
-import shutil
-import tempfile
-from collections.abc import Iterator
-from importlib import metadata, resources
-from typing import Literal, get_args
+import re
+from collections.abc import Collection, Iterator
+from importlib import metadata
+from typing import IO, Literal, get_args
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from mi.config import UserError
+from mi.config import UserError, nearest
+from mi.lm import corpora
+from mi.lm.corpora import SPLITS, Text, Texts
 
 Level = Literal['byte', 'bpe', 'word', 'token']
 LEVELS = get_args(Level)
-SPLITS = ('train', 'valid', 'test')
+Piece = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
-_AUSTEN = {  # title line as it stands in the file → split
-    'EMMA': 'train',
-    'MANSFIELD PARK': 'train',
-    'NORTHANGER ABBEY': 'valid',
-    'Persuasion': 'test',
-    'PRIDE AND PREJUDICE': 'train',
-    'SENSE AND SENSIBILITY': 'train',
-}
+HASHED = 64 * 2**20  # bytes of the token files up to which every load looks at all of them
+_FORMAT = 2  # of token files; another number and they are made anew
+_UNKNOWN = re.compile(r'(?<!\S)<unk>(?!\S)')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +41,15 @@ class Corpus:
 
     Attributes:
       name: for messages.
-      vocabulary: number of token ids.
+      vocabulary: number of token ids; those of words are sorted, the most frequent first.
       tokens: split → ids [N].
-      bytes: split → length of its text in UTF-8.
+      bytes: split → length of its text in UTF-8; without train where `train_tokens` cuts it at
+        another level than 'byte'.
       lossless: whether the tokens determine the text, so that bits per byte mean something.
       sha256: of the tokens of all splits; a run continues on the same tokens or not at all.
+      domains: their names, sorted; () where there are none.
+      starts: split → the position at which each domain starts, [domains]; [0] without.
+      tokenizer: makes ids of text; None for bytes.
     """
 
     name: str
@@ -57,53 +58,109 @@ class Corpus:
     bytes: dict[str, int]
     lossless: bool
     sha256: str
+    domains: tuple[str, ...]
+    starts: dict[str, np.ndarray]
+    tokenizer: tokenizers.Tokenizer | None
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Numbers of token ids and of domains."""
+        return self.vocabulary, len(self.domains)
+
+    def domain(self, split: str, positions: np.ndarray) -> np.ndarray:
+        """The number in `domains` of the tokens at these positions, int32 of the same shape."""
+        return (np.searchsorted(self.starts[split], positions, 'right') - 1).astype(np.int32)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a text that does not end its last line, [N]."""
+        if self.tokenizer is None:
+            return np.frombuffer(text.encode(), np.uint8)
+        if not self._bpe:
+            text = _marked(text)
+        return np.asarray(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, tokens: np.ndarray) -> str:
+        """The text of ids [N]; of words, with a space between all of them."""
+        if self.tokenizer is None:
+            return np.asarray(tokens, np.uint8).tobytes().decode(errors='replace')
+        text = self.tokenizer.decode(np.asarray(tokens).tolist())
+        return text if self._bpe else re.sub(' ?<eos> ?', '\n', text)
+
+    @property
+    def _bpe(self) -> bool:
+        return self.tokenizer is not None and isinstance(self.tokenizer.model, models.BPE)
 
 
-def load(source: str, level: Level, vocabulary: int, cache: str = '') -> Corpus:
-    """Reads and tokenises a corpus; the tokens are kept on disk and read from there next time.
+def load(
+    source: str,
+    level: Level,
+    vocabulary: int,
+    cache: str = '',
+    *,
+    path: str = '',
+    splits: Collection[str] = SPLITS,
+    fit: Collection[str] = ('train',),
+    train_tokens: int = 0,
+    verify: bool = False,
+) -> Corpus:
+    """Reads and tokenises a corpus; the tokens are kept on disk and mapped from there next time.
+
+    Bytes of a plain file are mapped where they are.
 
     Args:
-      source: 'austen', which comes with the package; a text file, of which the last tenth becomes
-        valid and test; or a directory with one file for each of *train*, *valid* and *test*.
+      source: a word of `mi.lm.corpora.CORPORA`; 'hub:OWNER/NAME/CONFIG'; a text file, of which the
+        last tenth of the lines becomes valid and test; or a directory with one file for each of
+        *train*, *valid* and *test*. Files may be packed: .gz, .xz, .zip.
       level: see above.
       vocabulary: at most so many ids, for 'bpe', 'word' and 'token'.
       cache: directory for the tokens; '' for $MI_CACHE or ~/.cache/mi.
+      path: where the files of a word of `CORPORA` are; '' for $MI_DATA/SOURCE.
+      splits: those that are wanted; files of others may be missing.
+      fit: the splits that the vocabulary is made of. With another than train, for want of it, no
+        figure compares with those of the literature.
+      train_tokens: the first so many of train; 0 for all. The vocabulary is that of all.
+      verify: whether to look at all of the token files also where they are larger than `HASHED`.
 
     Raises:
-      UserError: if a file is missing, empty, ambiguous, or not UTF-8.
+      UserError: if a file is missing, empty, ambiguous, damaged or not UTF-8, or if the counts of
+        a known corpus are not those that are known.
     """
-    texts = austen() if source == 'austen' else _read(pathlib.Path(source).expanduser())
-    for split, text in texts.items():
-        if len(text.split()) < 2:
-            raise UserError(f'config.data.source = {source!r}: the {split} text is empty')
+    for split in (*splits, *fit):
+        if split not in SPLITS:
+            raise ValueError(f'{split!r} is no split; {nearest(split, SPLITS)}')
+    if train_tokens and 'train' not in splits:
+        raise ValueError(
+            f'train_tokens = {train_tokens}, but splits = {tuple(splits)} has no train'
+        )
+    root = corpora.cache_directory(cache)
+    read = splits if level == 'byte' else {*splits, *fit}
+    texts = corpora.texts(source, path, read, root)
+    fit = () if level == 'byte' else tuple(split for split in SPLITS if split in fit)
+    splits = tuple(split for split in SPLITS if split in splits)
+    domains = tuple(text.domain for text in texts[splits[0]] if text.domain)
+    sizes = {split: sum(text.stop - text.start for text in texts[split]) for split in splits}
     name = pathlib.Path(source).name
-    sizes = {split: len(text.encode()) for split, text in texts.items()}
-    if level == 'byte':
-        tokens = {s: np.frombuffer(text.encode(), np.uint8) for s, text in texts.items()}
-        return Corpus(name, 256, tokens, sizes, True, _sha256(*tokens.values()))
 
-    recipe = json.dumps([level, vocabulary, metadata.version('tokenizers'), 1]).encode()
-    key = _sha256(recipe, *(text.encode() for text in texts.values()))[:16]
-    root = cache or os.environ.get('MI_CACHE') or '~/.cache/mi'
-    directory = pathlib.Path(root).expanduser() / f'{name}-{level}-{key}'
-    if not directory.exists():
-        _build(directory, texts, level, vocabulary)
-    meta = json.loads((directory / 'meta.json').read_text())
-    tokens = {s: np.load(directory / f'{s}.npy', mmap_mode='r') for s in SPLITS}
-    if _sha256(*tokens.values()) != meta['sha256']:
-        raise UserError(f'the token files in {directory} are damaged; delete that directory')
-    return Corpus(name, meta['vocabulary'], tokens, sizes, meta['lossless'], meta['sha256'])
-
-
-def austen() -> dict[str, str]:
-    """Six novels by Jane Austen, public domain: four to train, Northanger Abbey, Persuasion."""
-    packed = resources.files('mi').joinpath('data/austen.txt.xz').read_bytes()
-    lines = lzma.decompress(packed).decode().splitlines(keepends=True)
-    titles = [(i, line.strip()) for i, line in enumerate(lines) if line.strip() in _AUSTEN]
-    texts = dict.fromkeys(SPLITS, '')
-    for (start, title), (end, _) in zip(titles, [*titles[1:], (len(lines), '')], strict=True):
-        texts[_AUSTEN[title]] += ''.join(lines[start:end])
-    return texts
+    if level == 'byte' and all(len(texts[split]) == 1 for split in splits):
+        tokens = {split: texts[split][0].array() for split in splits}
+        for split in splits:
+            _check_length(source, split, texts[split][0], len(tokens[split]))
+        sha256 = _sha256(*tokens.values())
+        starts = {split: np.zeros(1, np.int64) for split in splits}
+        corpus = Corpus(name, 256, tokens, sizes, True, sha256, domains, starts, None)
+    else:
+        known = corpora.find(source)
+        checks = [dict(known.tokens), known.vocabulary]
+        versions = [_FORMAT, metadata.version('tokenizers')]
+        recipe = json.dumps([level, vocabulary, splits, fit, checks, *versions]).encode()
+        spans = [text.array() for parts in texts.values() for text in parts]
+        edges = np.array([len(span) for span in spans])
+        key = _sha256(recipe, edges, *spans)[:16]
+        directory = root / f'{name}-{level}-{key}'
+        if not directory.exists():
+            _build(directory, texts, source, level, vocabulary, splits, fit)
+        corpus = _stored(directory, name, sizes, domains, verify)
+    return _shortened(corpus, train_tokens, level) if train_tokens else corpus
 
 
 class Stream:
@@ -118,110 +175,153 @@ class Stream:
       batch: B.
       length: T.
       seed: where in the text the first reader starts, so that seeds read in different order.
+      rows: the readers of this host, b ≤ B of them; None for all. Batches of hosts with disjoint
+        rows are together the batch of a host with all.
     """
 
-    def __init__(self, tokens: np.ndarray, batch: int, length: int, seed: int):
+    def __init__(
+        self, tokens: np.ndarray, batch: int, length: int, seed: int, rows: slice | None = None
+    ):
         if len(tokens) < batch + 1:
             raise UserError(
                 f'the training text has {len(tokens)} tokens, fewer than the batch of {batch}'
             )
         self._tokens, self._length = tokens, length
         first = np.random.default_rng(seed).integers(len(tokens))
-        self._starts = first + np.arange(batch) * (len(tokens) // batch)
+        starts = first + np.arange(batch) * (len(tokens) // batch)
+        self._starts = starts if rows is None else starts[rows]
+        self._epoch = max(1, len(tokens) // (batch * length))
+
+    def __len__(self) -> int:
+        """Whole steps of an epoch; any step may be asked for."""
+        return self._epoch
 
     def __getitem__(self, step: int) -> np.ndarray:
-        """[T + 1, B]: rows 0…T−1 are the inputs, rows 1…T the targets."""
+        """int32 [T + 1, b]: rows 0…T−1 are the inputs, rows 1…T the targets."""
+        return self._tokens[self.positions(step)].astype(np.int32)
+
+    def positions(self, step: int) -> np.ndarray:
+        """[T + 1, b]: where in the text the tokens of a step stand, see `Corpus.domain`."""
         rows = step * self._length + np.arange(self._length + 1)
-        window = (self._starts[None, :] + rows[:, None]) % len(self._tokens)
-        return self._tokens[window].astype(np.int32)
+        return (self._starts[None, :] + rows[:, None]) % len(self._tokens)
 
 
-def segments(
-    tokens: np.ndarray, batch: int, length: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """The whole text once: inputs, targets and mask, each [T, B], of consecutive segments.
+def segments(tokens: np.ndarray, batch: int, length: int) -> Iterator[Piece]:
+    """The whole text once: inputs, targets, mask and positions of the inputs, each [T, B].
 
     The N − 1 predictions are split into B contiguous parts; parts are padded, masked with 0, to
     the same number of segments. State is to be carried from segment to segment.
     """
     predictions = len(tokens) - 1
     part = -(-predictions // batch)
-    steps = -(-part // length)
-    index = np.arange(batch)[None, :] * part + np.arange(steps * length)[:, None]  # [steps·T, B]
-    inside = (index < predictions) & (np.arange(steps * length)[:, None] < part)
-    index = np.where(inside, index, 0)
-    for i in range(steps):
-        rows = slice(i * length, (i + 1) * length)
-        at = index[rows]
-        yield (
-            tokens[at].astype(np.int32),
-            tokens[at + 1].astype(np.int32),
-            inside[rows].astype(np.float32),
+    starts = np.arange(batch)[None, :] * part
+    for at in range(0, part, length):
+        rows = at + np.arange(length)[:, None]
+        yield _piece(tokens, starts + rows, (starts + rows < predictions) & (rows < part))
+
+
+def windows(tokens: np.ndarray, batch: int, length: int, stride: int) -> Iterator[Piece]:
+    """The whole text once, in windows of T tokens that move on by `stride`, B side by side.
+
+    Inputs, targets, mask and positions of the inputs, each [T, B], T = min(length, N − 1). The mask
+    is 1 for all of the first window and for the last `stride` of the others: each of the N − 1
+    predictions is scored once, from at least T − stride + 1 tokens but for the first T − stride of
+    the text. No state is to be carried.
+
+    Raises:
+      ValueError: unless 1 ≤ stride ≤ length.
+    """
+    if not 1 <= stride <= length:
+        raise ValueError(f'stride = {stride}: expected 1 to {length}, the length of a window')
+    predictions = len(tokens) - 1
+    length = min(length, predictions)
+    count = 1 + -(-(predictions - length) // stride)
+    rows = np.arange(length)[:, None]
+    for at in range(0, count, batch):
+        window = at + np.arange(batch)[None, :]
+        index = window * stride + rows
+        scored = (rows >= length - stride) | (window == 0)
+        yield _piece(tokens, index, scored & (index < predictions) & (window < count))
+
+
+def _piece(tokens: np.ndarray, index: np.ndarray, mask: np.ndarray) -> Piece:
+    index = np.minimum(index, len(tokens) - 2)
+    inputs, targets = tokens[index], tokens[index + 1]
+    return inputs.astype(np.int32), targets.astype(np.int32), mask.astype(np.float32), index
+
+
+def _build(
+    directory: pathlib.Path,
+    texts: Texts,
+    source: str,
+    level: Level,
+    size: int,
+    splits: Collection[str],
+    fit: Collection[str],
+) -> None:
+    """Makes the vocabulary and writes ids, some pieces at a time; the directory appears last."""
+    known = corpora.find(source) if level == 'token' else None
+    tokenizer, types = _fitted(texts, level, size, fit)
+    counted = known and known.vocabulary and fit == ('train',) and size >= known.vocabulary
+    if known and counted and types != known.vocabulary:
+        raise known.refuse(
+            f'{texts["train"][0].given}: {types:,} different tokens with <eos>, expected '
+            f'{known.vocabulary:,}'
         )
+    ids = 256 if tokenizer is None else tokenizer.get_vocab_size()
+    dtype = np.dtype(np.uint8 if ids <= 2**8 else np.uint16 if ids <= 2**16 else np.int32)
+    lossless, sha256 = level != 'word', hashlib.sha256()
+    counts: dict[str, int] = {}
+    starts: dict[str, list[int]] = {}
+    with corpora.appearing(directory) as new:
+        new.mkdir()
+        for split in splits:
+            counts[split], starts[split] = 0, []
+            with open(new / f'{split}.npy', 'wb') as stream:
+                _write_header(stream, dtype, 0)
+                for text in texts[split]:
+                    starts[split].append(counts[split])
+                    for piece, numbers in _encoded(text, level, tokenizer):
+                        if level == 'token' and tokenizer and lossless:
+                            unknown = numbers == tokenizer.token_to_id('<unk>')
+                            lossless = int(unknown.sum()) == len(_UNKNOWN.findall(piece))
+                        written = numbers.astype(dtype)
+                        stream.write(written.data)
+                        sha256.update(written.data)
+                        counts[split] += len(written)
+                    _check_length(source, split, text, counts[split] - starts[split][-1])
+                stream.seek(0)
+                _write_header(stream, dtype, counts[split])
+            if known and counts[split] != known.tokens.get(split, counts[split]):
+                raise known.refuse(
+                    f'{texts[split][0].given}: {counts[split]:,} tokens with <eos>, expected '
+                    f'{known.tokens[split]:,}'
+                )
+        if tokenizer:
+            tokenizer.save(str(new / 'tokenizer.json'))
+        meta = {
+            'vocabulary': ids,
+            'lossless': lossless,
+            'sha256': sha256.hexdigest(),
+            'tokens': counts,
+            'starts': starts,
+        }
+        (new / 'meta.json').write_text(json.dumps(meta, indent=2) + '\n')
 
 
-def _read(path: pathlib.Path) -> dict[str, str]:
-    if path.is_file():
-        lines = _text(path).splitlines(keepends=True)
-        a, b = int(len(lines) * 0.9), int(len(lines) * 0.95)
-        parts = (lines[:a], lines[a:b], lines[b:])
-        return {split: ''.join(part) for split, part in zip(SPLITS, parts, strict=True)}
-    if not path.is_dir():
-        raise UserError(
-            f'config.data.source = {str(path)!r}: no such file or directory; give a text file, a '
-            f"directory with train, valid and test files, or 'austen'"
-        )
-    texts = {}
-    for split in SPLITS:
-        found = sorted(f for f in path.iterdir() if split in f.name and f.is_file())
-        if len(found) != 1:
-            names = ', '.join(f.name for f in found) or 'none'
-            raise UserError(f'{path}: expected one file with {split!r} in its name, found {names}')
-        texts[split] = _text(found[0])
-    return texts
+def _fitted(
+    texts: Texts, level: Level, size: int, fit: Collection[str]
+) -> tuple[tokenizers.Tokenizer | None, int]:
+    """The tokeniser made of the splits `fit`, None for bytes, and how many words they have."""
+    pieces = (p for split in fit for text in texts[split] for p in _pieces(text, level))
+    if level == 'byte':
+        return None, 0
+    if level == 'bpe':
+        return _bpe(size, pieces), 0
+    return _words(level, size, pieces)
 
 
-def _text(file: pathlib.Path) -> str:
-    try:
-        with open(file, encoding='utf-8', newline='') as stream:
-            return stream.read()
-    except UnicodeDecodeError as error:
-        raise UserError(f'{file} is not UTF-8 text (byte {error.start})') from error
-
-
-def _build(directory: pathlib.Path, texts: dict[str, str], level: Level, size: int) -> None:
-    """Trains the tokeniser on the training text and writes ids; the directory appears last."""
-    pieces = {split: _pieces(text, level) for split, text in texts.items()}
-    tokenizer = (_bpe if level == 'bpe' else _words)(level, size, pieces['train'])
-    vocabulary = tokenizer.get_vocab_size()
-    dtype = np.uint16 if vocabulary <= 2**16 else np.int32
-    tokens, unknown = {}, 0
-    for split, part in pieces.items():
-        encoded = tokenizer.encode_batch_fast(part, add_special_tokens=False)
-        tokens[split] = np.concatenate([np.asarray(e.ids, dtype) for e in encoded])
-        if level != 'bpe':
-            known = sum(piece.split().count('<unk>') for piece in part)
-            unknown += int((tokens[split] == tokenizer.token_to_id('<unk>')).sum()) - known
-    meta = {
-        'vocabulary': vocabulary,
-        'lossless': level == 'bpe' or (level == 'token' and unknown == 0),
-        'sha256': _sha256(*tokens.values()),
-        'tokens': {split: len(ids) for split, ids in tokens.items()},
-    }
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    beside = pathlib.Path(tempfile.mkdtemp(prefix='.building-', dir=directory.parent))
-    for split, ids in tokens.items():
-        np.save(beside / f'{split}.npy', ids)
-    tokenizer.save(str(beside / 'tokenizer.json'))
-    (beside / 'meta.json').write_text(json.dumps(meta, indent=2) + '\n')
-    try:
-        os.rename(beside, directory)
-    except OSError:  # another process built the same tokens meanwhile
-        shutil.rmtree(beside)
-
-
-def _bpe(level: Level, size: int, pieces: list[str]) -> tokenizers.Tokenizer:
-    del level
+def _bpe(size: int, pieces: Iterator[str]) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -233,7 +333,7 @@ def _bpe(level: Level, size: int, pieces: list[str]) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _words(level: Level, size: int, pieces: list[str]) -> tokenizers.Tokenizer:
+def _words(level: Level, size: int, pieces: Iterator[str]) -> tuple[tokenizers.Tokenizer, int]:
     """The `size` most frequent words; <unk> is one of them, or takes the place of the rarest."""
     tokenizer = tokenizers.Tokenizer(models.WordLevel({}, unk_token='<unk>'))
     if level == 'token':
@@ -243,21 +343,116 @@ def _words(level: Level, size: int, pieces: list[str]) -> tokenizers.Tokenizer:
         tokenizer.pre_tokenizer = pre_tokenizers.Split(words, 'removed', invert=True)
     # Not as a special token: where the text has the word <unk> too, the trainer would give it a
     # second id and leave a hole in the numbering.
-    trainer = trainers.WordLevelTrainer(vocab_size=size, special_tokens=[], show_progress=False)
+    trainer = trainers.WordLevelTrainer(vocab_size=2**31, special_tokens=[], show_progress=False)
     tokenizer.train_from_iterator(pieces, trainer)
     vocabulary = tokenizer.get_vocab(with_added_tokens=False)
-    if '<unk>' not in vocabulary:
+    if vocabulary.get('<unk>', size) >= size:
         kept = {word: i for word, i in vocabulary.items() if i < size - 1}
-        tokenizer.model = models.WordLevel({**kept, '<unk>': len(kept)}, unk_token='<unk>')
-    return tokenizer
+        kept['<unk>'] = len(kept)
+    else:
+        kept = {word: i for word, i in vocabulary.items() if i < size}
+    tokenizer.model = models.WordLevel(kept, unk_token='<unk>')
+    return tokenizer, len(vocabulary)
 
 
-def _pieces(text: str, level: Level) -> list[str]:
-    """Parts that are tokenised apart, in parallel; each ends with a line."""
-    lines = text.splitlines(keepends=True)
-    if level != 'bpe':
-        lines = [line.rstrip('\r\n') + ' <eos>\n' for line in lines]
-    return [''.join(lines[i : i + 100]) for i in range(0, len(lines), 100)]
+def _encoded(
+    text: Text, level: Level, tokenizer: tokenizers.Tokenizer | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Pieces of a text and their ids; of bytes the ids alone."""
+    if tokenizer is None:
+        array, block = text.array(), 2**24
+        yield from (('', array[at : at + block]) for at in range(0, len(array), block))
+        return
+    pieces = _pieces(text, level)
+    while batch := list(itertools.islice(pieces, 32)):  # tokenised in parallel
+        encoded = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        for piece, encoding in zip(batch, encoded, strict=True):
+            yield piece, np.asarray(encoding.ids, np.int32)
+
+
+def _pieces(text: Text, level: Level) -> Iterator[str]:
+    """Parts that are tokenised apart; those of words with an <eos> a line, also the last one."""
+    piece = ''
+    for piece in text.pieces():
+        yield piece if level == 'bpe' else _marked(piece)
+    if level != 'bpe' and piece and not piece.endswith('\n'):
+        yield '<eos>'
+
+
+def _marked(text: str) -> str:
+    return text.replace('\n', ' <eos>\n')
+
+
+def _write_header(stream: IO[bytes], dtype: np.dtype, length: int) -> None:
+    """The head of an .npy file, padded by numpy so that it can be written anew when it grows."""
+    head = {'descr': dtype.str, 'fortran_order': False, 'shape': (length,)}
+    np.lib.format.write_array_header_1_0(stream, head)
+
+
+def _stored(
+    directory: pathlib.Path,
+    name: str,
+    sizes: dict[str, int],
+    domains: tuple[str, ...],
+    verify: bool,
+) -> Corpus:
+    """What `_build` wrote.
+
+    Lengths are always compared, the hash for small files or if asked for: the directory appeared
+    when it was whole, and after that only a failing disk or a hand changes it; to read all of it at
+    every start, on every host, takes as long as to read the text itself.
+    """
+    try:
+        meta = json.loads((directory / 'meta.json').read_text())
+        tokens = {split: np.load(directory / f'{split}.npy', mmap_mode='r') for split in sizes}
+    except (OSError, ValueError) as error:
+        raise _damaged(directory) from error
+    small = sum(ids.nbytes for ids in tokens.values()) <= HASHED
+    if {split: len(ids) for split, ids in tokens.items()} != meta['tokens'] or (
+        (small or verify) and _sha256(*tokens.values()) != meta['sha256']
+    ):
+        raise _damaged(directory)
+    file = directory / 'tokenizer.json'
+    return Corpus(
+        name,
+        meta['vocabulary'],
+        tokens,
+        sizes,
+        meta['lossless'],
+        meta['sha256'],
+        domains,
+        {s: np.array(at if domains else [0]) for s, at in meta['starts'].items()},
+        tokenizers.Tokenizer.from_file(str(file)) if file.exists() else None,
+    )
+
+
+def _damaged(directory: pathlib.Path) -> UserError:
+    return UserError(f'the token files in {directory} are damaged; delete that directory')
+
+
+def _shortened(corpus: Corpus, count: int, level: Level) -> Corpus:
+    """With the first `count` tokens of train."""
+    train, starts = corpus.tokens['train'], corpus.starts['train']
+    if not starts[-1] < count <= len(train):
+        least = f'more than {starts[-1]:,}, so that no domain is left out, and '
+        raise UserError(
+            f'config.data.train_tokens = {count}: expected 0 for all, or '
+            f'{least if corpus.domains else ""}at most {len(train):,}, the tokens of train'
+        )
+    sizes = {split: size for split, size in corpus.bytes.items() if split != 'train'}
+    if level == 'byte':
+        sizes['train'] = count
+    return dataclasses.replace(
+        corpus,
+        tokens=corpus.tokens | {'train': train[:count]},
+        bytes=sizes,
+        sha256=_sha256(f'{corpus.sha256} {count}'.encode()),
+    )
+
+
+def _check_length(source: str, split: str, text: Text, count: int) -> None:
+    if count < 2:
+        raise corpora.find(source).refuse(f'{text.given}: the {split} text is empty')
 
 
 def _sha256(*parts: bytes | np.ndarray) -> str:

@@ -1,28 +1,64 @@
-"""Evaluation of a language model on a whole text, once, with carried state."""
+"""Evaluation of a language model on a whole text, once.
+
+Three ways, and the results say which:
+
+- Carried state: the text in contiguous parts, in segments one after another, with the recurrent
+  state or the Transformer's memory carried on.
+- Sliding window (`stride`): a window of `length` tokens that moves on by `stride` and predicts so
+  many; every token but the first ones sees at least length − stride tokens, nothing is carried.
+- Dynamic: see `mi.lm.dynamic`.
+"""
 
 import functools
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from mi import parallel
 from mi.lm import data, loss
 from mi.lm.model import Carry, LanguageModel
 
 
-@functools.partial(jax.jit, static_argnums=0)
+class Reading(NamedTuple):
+    """How a text is read.
+
+    Attributes:
+      batch: parts of it, or windows, that are read side by side.
+      length: tokens of a segment or a window.
+      stride: of the windows; 0 to carry state from segment to segment instead.
+    """
+
+    batch: int
+    length: int
+    stride: int = 0
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _segment(
-    model: LanguageModel, params: Any, carry: Carry, inputs: Array, targets: Array, mask: Array
+    model: LanguageModel,
+    split: bool,
+    params: Any,
+    carry: Carry,
+    inputs: Array,
+    targets: Array,
+    mask: Array,
+    domains: Array | None,
 ) -> tuple[Carry, Array]:
-    """Carry and Σ nats over a segment, for every seed."""
+    """Carry and Σ nats over a segment, for every seed; rows over the devices if `split`."""
+    if split:
+        inputs, targets, mask = (parallel.keep_rows(a, 1) for a in (inputs, targets, mask))
 
     def one_seed(params: Any, carry: Carry) -> tuple[Carry, Array]:
-        logits: Array
-        carry, logits = model.apply({'params': params}, carry, inputs)  # type: ignore[assignment]
-        return carry, (loss.nats(logits, targets) * mask).sum()
+        losses: loss.Losses
+        carry, losses = model.apply(  # type: ignore[assignment]
+            {'params': params}, carry, inputs, targets, domains
+        )
+        return carry, (losses.nats * mask).sum()
 
     return jax.vmap(one_seed)(params, carry)
 
@@ -32,50 +68,66 @@ def evaluate(
     params: Any,
     corpus: data.Corpus,
     split: str,
-    batch: int,
-    length: int,
-    most: int = 0,
+    reading: Reading,
+    most: int,
+    mesh: jax.sharding.Mesh,
 ) -> list[dict[str, Any]]:
     """The metrics of each seed on a split.
-
-    The text is cut into `batch` contiguous parts, each read from a zero state to its end in
-    segments of `length` tokens with the state carried; every token but the first of the text is
-    predicted exactly once.
 
     Args:
       model: the model.
       params: its parameters, with a leading axis of seeds.
       corpus: the corpus.
       split: 'valid' or 'test'.
-      batch: number of parts, B.
-      length: tokens a segment, T; no effect on the result but rounding.
+      reading: how.
       most: how many tokens from the start of the text; 0 for all of them.
+      mesh: of devices; they share the batch if they divide it.
 
     Returns:
       For each seed: nats_per_token, perplexity, bits_per_byte (None where the tokens do not
-      determine the text), and what they were measured over.
+      determine the text), and how they were measured.
     """
-    whole = corpus.tokens[split]
-    tokens = whole[: most or len(whole)]
+    tokens = corpus.tokens[split]
+    tokens = tokens[: most or len(tokens)]
     seeds = len(jax.tree.leaves(params)[0])
-    batch = min(batch, len(tokens) - 1)
-    carry = jax.tree.map(
+    batch = min(reading.batch, len(tokens) - 1)
+    total = np.zeros(seeds, np.float64)
+    shared = batch % mesh.size == 0
+    start = jax.tree.map(
         lambda leaf: jnp.broadcast_to(leaf, (seeds, *leaf.shape)), model.initial_carry(batch)
     )
-    total = np.zeros(seeds, np.float64)
-    for inputs, targets, mask in data.segments(tokens, batch, length):
-        carry, summed = _segment(model, params, carry, inputs, targets, mask)
-        total += np.asarray(summed, np.float64)
-    predictions = len(tokens) - 1
-    results: list[dict[str, Any]] = []
-    for mean in (total / predictions).tolist():
-        per_byte = loss.bits_per_byte(mean, len(whole), corpus.bytes[split])
-        results.append(
-            {
-                'nats_per_token': mean,
-                'perplexity': math.exp(min(mean, 700.0)),
-                'bits_per_byte': per_byte if corpus.lossless else None,
-                'over': {'predictions': predictions, 'batch': batch, 'length': length},
-            }
-        )
-    return results
+    carry = start
+    with jax.set_mesh(mesh):
+        for inputs, targets, mask, positions in _pieces(tokens, batch, reading):
+            domains = None
+            if model.source == 'domain':
+                domains = corpus.domain(split, positions)
+            carry, summed = _segment(model, shared, params, carry, inputs, targets, mask, domains)
+            total += np.asarray(summed, np.float64)
+            carry = start if reading.stride else carry
+    over = {'predictions': len(tokens) - 1, 'batch': batch, 'length': reading.length}
+    if reading.stride:
+        over['stride'] = reading.stride
+    if model.memory is not None:
+        over['memory'] = model.memory
+    return [result(mean, corpus, split, over) for mean in (total / over['predictions']).tolist()]
+
+
+def _pieces(tokens: np.ndarray, batch: int, reading: Reading) -> Iterator[data.Piece]:
+    if reading.stride:
+        return data.windows(tokens, batch, reading.length, reading.stride)
+    return data.segments(tokens, batch, reading.length)
+
+
+def result(
+    nats_per_token: float, corpus: data.Corpus, split: str, over: dict[str, Any]
+) -> dict[str, Any]:
+    """The metrics that follow from a loss."""
+    whole = corpus.tokens[split]
+    per_byte = loss.bits_per_byte(nats_per_token, len(whole), corpus.bytes[split])
+    return {
+        'nats_per_token': nats_per_token,
+        'perplexity': math.exp(min(nats_per_token, 700.0)),
+        'bits_per_byte': per_byte if corpus.lossless else None,
+        'over': over,
+    }

@@ -1,169 +1,172 @@
-"""A recurrent language model with a place, its site, where a token stream meets a context.
+"""A language model with a place, its site, where a token stream meets a context.
 
 Shapes: T steps, B sequences, E embedding, H hidden, m context, V vocabulary; tokens are [T, B].
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
-from jax.nn import initializers
 from jax.typing import DTypeLike
 
-from mi import cells
-from mi.contract import linear
 from mi.layers import Affine, MultiplicativeInteraction
+from mi.lm.adaptive import AdaptiveWords
+from mi.lm.context import NETWORKS, Source, previous
+from mi.lm.dropout import Rates, drop
+from mi.lm.loss import Losses
+from mi.lm.recurrent import Recurrent
+from mi.lm.words import Words
 
-Site = Literal['none', 'encoder', 'decoder', 'both']
-Source = Literal['recurrent', 'state']
-SITES, SOURCES = get_args(Site), get_args(Source)
+Site = Literal['none', 'encoder', 'decoder', 'both', 'input_gate', 'norm', 'ffn', 'attention']
+SITES = get_args(Site)
 
 Carry = dict[str, Any]
 
 
 class LanguageModel(nn.Module):
-    """Embedding → [encoder fusion] → LSTM layers → decoder fusion or affine map → logits.
+    """Words → [encoder fusion] → core → decoder fusion or affine map → words.
 
         e_t = embedding of token t                       [E]
         x_t = fuse(e_t, z_t)  or  e_t                    [E]   site 'encoder', 'both'
-        h_t = LSTM(x_t, h_{t−1})                         [H]
+        h_t = core(x_≤t)                                 [H]   the other sites are in the core
         y_t = fuse(h_t, z_t)  or  an affine map of h_t   [E]   site 'decoder', 'both'
         logits_t = y_t · output embedding + bias         [V]   predicts token t + 1
 
-    The context z_t [m] has seen the tokens before t and no other. It is the state of a small LSTM
-    of its own ('recurrent'), or an affine map of the core's state h_{t−1} ('state').
+    At the decoder the logits are a multiplicative interaction of h and z, bilinear in both, whose W
+    is factored through the E features of the output embedding: m·H·E numbers and not m·H·V.
 
-    With source 'state' at the encoder, x_t depends on h_{t−1}, so that fusion and input projection
-    run inside the loop over time; in all other cases they are one product for all steps.
+    The context z_t [m] has seen the tokens before t and no other, see `mi.lm.context`.
+
+    With the source 'state' at any other site than the decoder, x_t depends on h_{t−1}, so that
+    fusion and input projection run inside the loop over time; in all other cases they are one
+    product for all steps.
 
     Attributes:
-      vocabulary: V.
-      embed: E.
-      hidden: H.
-      layers: number of LSTM layers.
-      site: where the fusion is; 'none' for a plain LSTM.
+      words: constructor of the embedding and the softmax, `Words` or `AdaptiveWords`, with E.
+      core: constructor of `Recurrent` or `Transformer`.
+      site: where the fusion is; 'none' for a plain model.
       source: where the context comes from.
       context: m; 0 for no context at all, as the fusion 'none' wants it.
       fusion: constructor of the module (x, z) → y, one of `mi.fusion.FUSIONS`.
-      dropout: rate, on the embedding, between layers and on the output.
-      tied: whether the output embedding is the input embedding.
+      rates: of dropout.
       dtype: of the products; parameters, state and logits are f32.
     """
 
-    vocabulary: int
-    embed: int
-    hidden: int
-    layers: int = 1
+    words: Callable[..., Words | AdaptiveWords]
+    core: Callable[..., nn.Module] = Recurrent
     site: Site = 'encoder'
     source: Source = 'recurrent'
     context: int = 64
     fusion: Callable[..., nn.Module] = MultiplicativeInteraction
-    dropout: float = 0.0
-    tied: bool = True
+    rates: Rates = Rates()
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, carry: Carry, tokens: Array, train: bool = False) -> tuple[Carry, Array]:
-        """Carry, [T, B] ids → carry after the last token, logits [T, B, V] in f32.
+    def __call__(
+        self,
+        carry: Carry,
+        tokens: Array,
+        targets: Array | None = None,
+        domains: Array | None = None,
+        train: bool = False,
+    ) -> tuple[Carry, Array | Losses]:
+        """Carry, [T, B] ids → carry after the last token, and what is predicted.
 
         Args:
           carry: from `initial_carry`, or from the call on the tokens before these.
-          tokens: the inputs; logits[t] is for the token after tokens[t].
-          train: whether dropout is on; needs the rng 'dropout'.
-        """
-        V, E = self.vocabulary, self.embed
-        at_encoder, at_decoder = self.site in ('encoder', 'both'), self.site in ('decoder', 'both')
-        table = self.param('embedding', initializers.normal(E**-0.5), (V, E))
-        drop = nn.Dropout(self.dropout, deterministic=not train)
-        x = drop((table[tokens] * E**0.5).astype(self.dtype))
+          tokens: the inputs; what is predicted at t is the token after tokens[t].
+          targets: [T, B], those tokens, if only what they cost is wanted.
+          domains: [T, B], of the tokens, for the source 'domain'.
+          train: whether dropout is on; needs the rngs 'dropout' and 'state'.
 
-        core = _Core(
-            hidden=self.hidden,
-            layers=self.layers,
-            fusion=self.fusion if at_encoder else None,
-            context=self.context,
-            dropout=self.dropout,
-            dtype=self.dtype,
-            name='core',
-        )
-        before: Carry = carry
+        Returns:
+          The carry, and logits [T, B, V] in f32 (log-probabilities of an adaptive softmax), or the
+          losses of the targets, each [T, B].
+        """
+        rates = self.rates
+        words = self.words(dtype=self.dtype, name='words')
+        x = words.embed(tokens)
+        if train and rates.word:
+            kept = nn.Dropout(rates.word)(jnp.ones(words.vocabulary), False)
+            x = x * kept[tokens][..., None].astype(x.dtype)
+        x = drop(rates.input, rates, x, train)
+
+        core = self._core(name='core')
         after: Carry = {}
-        if not self._has_context():
-            z = jnp.zeros((1, x.shape[1], 0), self.dtype)
-            after['core'], (h, _) = core(before['core'], x, z, train)
-        elif self.source == 'recurrent':
-            context = cells.LSTM(self.context, dtype=self.dtype, name='context')
-            after['context'], states = context(before['context'], x)
-            z = _previous(before['context'], states)
-            after['core'], (h, _) = core(before['core'], x, z, train)
-        elif at_encoder:
+        if self.source == 'state' and self._has_context() and self.site != 'decoder':
             loop = nn.scan(
-                lambda core, state, x_t: core(state, x_t[None], None, train),
+                lambda core, state, x_t: _pair(core(state, x_t[None], None, train)),
                 variable_broadcast='params',
-                split_rngs={'params': False, 'dropout': True},
+                split_rngs={'params': False, 'dropout': not rates.locked, 'state': False},
             )
-            after['core'], (h, z) = loop(core, before['core'], x)
+            after['core'], (h, z) = loop(core, carry['core'], x)
             h, z = h[:, 0], z[:, 0]
         else:
-            after['core'], (h, _) = core(before['core'], x, None, train)
-            z = Affine(self.context, dtype=self.dtype, name='context')(
-                _previous(before['core'][-1], h)
-            )
+            after, z = self._context(carry, x, domains)
+            after['core'], h, _ = core(carry['core'], x, z, train)
+            if z is None:
+                z = Affine(self.context, dtype=self.dtype, name='context')(
+                    previous(carry['core'][-1][1], h)
+                )
 
-        h = drop(h)
-        if at_decoder:
-            y = self.fusion(E, dtype=self.dtype, name='decoder')(h, z)
+        h = drop(rates.output, rates, h, train)
+        if self.site in ('decoder', 'both'):
+            y = self.fusion(words.features, dtype=self.dtype, name='fuse_decoder')(h, z)
         else:
-            y = Affine(E, dtype=self.dtype, name='decoder')(h)
-        output = table.T if self.tied else self.param('output', initializers.lecun_normal(), (E, V))
-        bias = self.param('bias', initializers.zeros, (V,))
-        logits = linear(y, output.astype(self.dtype), out_dtype=jnp.float32)
-        return after, logits + bias.reshape(1, 1, V)
+            y = Affine(words.features, dtype=self.dtype, name='decoder')(h)
+        return after, words.logits(y) if targets is None else words.losses(y, targets)
 
     def initial_carry(self, batch: int) -> Carry:
         """The state before the first token: zeros."""
-        carry: Carry = {'core': [cells.initial(batch, self.hidden) for _ in range(self.layers)]}
-        if self._has_context() and self.source == 'recurrent':
-            carry['context'] = cells.initial(batch, self.context)
+        carry: Carry = {'core': self._core(parent=None).initial(batch)}
+        if self._has_context() and self.source in NETWORKS:
+            carry['context'] = NETWORKS[self.source](self.context, parent=None).initial(batch)
         return carry
+
+    def decoder(self) -> 'LanguageModel':
+        """The same model, going on from call to call by keys and values, see `Transformer`."""
+        if self.memory is None:
+            return self
+        return self.clone(core=functools.partial(self.core, decode=True))
+
+    @property
+    def memory(self) -> int | None:
+        """Tokens that a Transformer remembers from segment to segment; None for another core."""
+        return getattr(self._core(parent=None), 'memory', None)
+
+    def _core(self, **options: Any) -> Any:
+        of_state = self._has_context() and self.source == 'state' and self.site != 'decoder'
+        extra = {'context': self.context} if of_state else {}
+        return self.core(
+            site=self.site,
+            fusion=self.fusion,
+            rates=self.rates,
+            dtype=self.dtype,
+            **extra,
+            **options,
+        )
+
+    def _context(self, carry: Carry, x: Array, domains: Array | None) -> tuple[Carry, Array | None]:
+        """What of the carry is the context's, and z; no z for one that is made of the states."""
+        if not self._has_context():
+            return {}, jnp.zeros((1, x.shape[1], 0), self.dtype)
+        if self.source == 'domain':
+            if domains is None:
+                raise ValueError("the source 'domain' needs domains, [T, B]")
+            return {}, jax.nn.one_hot(domains, self.context, dtype=self.dtype)
+        if self.source == 'state':
+            return {}, None
+        network = NETWORKS[self.source](self.context, dtype=self.dtype, name='context')
+        after, z = network(carry['context'], x)
+        return {'context': after}, z
 
     def _has_context(self) -> bool:
         return self.site != 'none' and self.context > 0
 
 
-class _Core(nn.Module):
-    """Encoder fusion, where there is one, and LSTM layers; attributes as in `LanguageModel`."""
-
-    hidden: int
-    layers: int
-    fusion: Callable[..., nn.Module] | None
-    context: int
-    dropout: float
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(
-        self, state: list[cells.Carry], x: Array, z: Array | None, train: bool
-    ) -> tuple[list[cells.Carry], tuple[Array, Array | None]]:
-        """States, x [T, B, E], z [T, B, m] → states, h [T, B, H] and the z that was fused.
-
-        Without z, the fusion's context is made from the top layer's state; T is 1 then.
-        """
-        if self.fusion is not None:
-            if z is None:
-                z = Affine(self.context, dtype=self.dtype, name='context')(state[-1][1][None])
-            x = self.fusion(x.shape[-1], dtype=self.dtype, name='encoder')(x, z)
-        after = []
-        for i in range(self.layers):
-            if i > 0:
-                x = nn.Dropout(self.dropout, deterministic=not train)(x)
-            last, x = cells.LSTM(self.hidden, dtype=self.dtype, name=f'lstm_{i}')(state[i], x)
-            after.append(last)
-        return after, (x, z)
-
-
-def _previous(carry: cells.Carry, h: Array) -> Array:
-    """[T, B, H] with row t the state before step t."""
-    return jnp.concatenate([carry[1][None].astype(h.dtype), h[:-1]])
+def _pair(result: tuple[Any, Any, Any]) -> tuple[Any, tuple[Any, Any]]:
+    return result[0], result[1:]

@@ -1,11 +1,14 @@
 """Training a language model: config → corpus → model → loop → run directory.
 
 All seeds of a run are trained by one program, vmapped over initialisation, data order and dropout;
-arrays with a leading axis of seeds are marked [S, …].
+arrays with a leading axis of seeds are marked [S, …]. On several devices, in one process or in
+many, batches are split over all of them and parameters over `config.train.fsdp` of them; the
+program is the same.
 """
 
 import contextlib
 import functools
+import pathlib
 import time
 from typing import Any
 
@@ -17,46 +20,12 @@ import numpy as np
 import optax
 from jax import Array
 
-from mi import checkpoint, cost, fusion, optim, run
-from mi.config import Rule, UserError, boolean, check, integer, number, one_of, seeds, text
-from mi.lm import data, loss
+from mi import checkpoint, optim, parallel, run
+from mi.config import UserError
+from mi.lm import data, setup
 from mi.lm.evaluate import evaluate
-from mi.lm.model import SITES, SOURCES, Carry, LanguageModel
-
-SCHEMA: dict[str, Rule] = {
-    'task': one_of(['lm']),
-    'seeds': seeds,
-    'data.source': text,
-    'data.level': one_of(data.LEVELS),
-    'data.vocabulary': integer(2),
-    'data.cache': text,
-    'model.embed': integer(1),
-    'model.hidden': integer(1),
-    'model.layers': integer(1),
-    'model.tied': boolean,
-    'model.dropout': number(0, 0.99),
-    'model.dtype': one_of(['float32', 'bfloat16']),
-    'model.site': one_of(SITES),
-    'model.source': one_of(SOURCES),
-    'model.context': integer(1),
-    'model.fusion.name': one_of([word for word in fusion.FUSIONS if word not in fusion.ONE_HOT]),
-    'model.fusion.rank': integer(1),
-    'model.fusion.hidden': integer(1),
-    'match.by': one_of(['none', 'parameters', 'flops']),
-    'match.knob': one_of(['hidden', 'rank']),
-    'match.target': integer(0),
-    'train.steps': integer(1),
-    'train.batch': integer(1),
-    'train.length': integer(1),
-    'train.log_every': integer(1),
-    'train.eval_every': integer(1),
-    'train.save_every': integer(1),
-    'train.keep': integer(1),
-    'eval.batch': integer(1),
-    'eval.length': integer(1),
-    'eval.valid_tokens': integer(0),
-    **optim.SCHEMA,
-}
+from mi.lm.loss import Losses
+from mi.lm.model import Carry, LanguageModel
 
 
 @flax.struct.dataclass
@@ -74,80 +43,11 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
     Raises:
       UserError: for a config, corpus or directory that cannot work, and for a non-finite loss.
     """
-    check(config, SCHEMA)
-    corpus = data.load(
-        config.data.source, config.data.level, config.data.vocabulary, config.data.cache
-    )
-    config = matched(config, corpus.vocabulary)
+    setup.validate(config)
+    corpus = setup.corpus(config)
+    config = setup.matched(config, *corpus.sizes)
     with run.start(workdir, config) as this:
         _train(config, corpus, this)
-
-
-def build(config: ml_collections.ConfigDict, vocabulary: int) -> LanguageModel:
-    """The model of a config; from here on there are typed fields and no config."""
-    model = config.model
-    return LanguageModel(
-        vocabulary=vocabulary,
-        embed=model.embed,
-        hidden=model.hidden,
-        layers=model.layers,
-        site=model.site,
-        source=model.source,
-        context=0 if model.fusion.name == 'none' else model.context,
-        fusion=fusion.get(model.fusion.name, rank=model.fusion.rank, hidden=model.fusion.hidden),
-        dropout=model.dropout,
-        tied=model.tied,
-        dtype=jnp.dtype(model.dtype),
-    )
-
-
-def costs(config: ml_collections.ConfigDict, vocabulary: int) -> dict[str, dict[str, int]]:
-    """Parameters, and forward FLOPs of products per token, of the model and of its fusion alone."""
-    model = build(config, vocabulary)
-    T, B, E, m = config.train.length, config.train.batch, config.model.embed, model.context
-    tokens = jax.ShapeDtypeStruct((T, B), jnp.int32)
-    carry = jax.eval_shape(lambda: model.initial_carry(B))
-    variables = jax.eval_shape(model.init, jax.random.key(0), carry, tokens)
-    flops = cost.flops(model.apply, variables, carry, tokens) / (T * B)
-
-    fusion_parameters, fusion_flops = 0, 0.0
-    inputs = {'encoder': [E], 'decoder': [model.hidden], 'both': [E, model.hidden], 'none': []}
-    for n in inputs[model.site]:
-        module = model.fusion(E, dtype=model.dtype)
-        x, z = (jax.ShapeDtypeStruct((T, B, size), model.dtype) for size in (n, m))
-        parameters = jax.eval_shape(module.init, jax.random.key(0), x, z)
-        fusion_parameters += cost.parameters(parameters)
-        fusion_flops += cost.flops(module.apply, parameters, x, z) / (T * B)
-    return {
-        'parameters': {'model': cost.parameters(variables), 'fusion': fusion_parameters},
-        'flops_per_token': {'model': round(flops), 'fusion': round(fusion_flops)},
-    }
-
-
-def matched(config: ml_collections.ConfigDict, vocabulary: int) -> ml_collections.ConfigDict:
-    """The config with the size `match.knob` at which `match.by` comes nearest to its target.
-
-    The target is `match.target`, or the cost of this config as given with the fusion 'concat'.
-    """
-    if config.match.by == 'none':
-        return config
-    if config.match.knob == 'rank' and 'rank' not in fusion.has_options(config.model.fusion.name):
-        raise UserError(
-            f"config.match.knob = 'rank': the fusion {config.model.fusion.name!r} has no rank; "
-            f"use 'hidden'"
-        )
-    kind = 'parameters' if config.match.by == 'parameters' else 'flops_per_token'
-    key = 'model.hidden' if config.match.knob == 'hidden' else 'model.fusion.rank'
-
-    def at(changes: dict[str, Any]) -> int:
-        return costs(_changed(config, changes), vocabulary)[kind]['model']
-
-    target = config.match.target or at({'model.fusion.name': 'concat'})
-    try:
-        size = cost.nearest_size(lambda size: at({key: size}), target)
-    except ValueError as error:
-        raise UserError(f'config.match: {error}; give another config.match.target') from error
-    return _changed(config, {key: size})
 
 
 def init(
@@ -163,64 +63,132 @@ def init(
 def train_step(
     model: LanguageModel,
     optimiser: optax.GradientTransformation,
+    parts: int,
     state: State,
     seed: Array,
     step: Array,
     tokens: Array,
+    domains: Array | None,
 ) -> tuple[State, dict[str, Array]]:
-    """One update of one seed on tokens [T + 1, B]; a pure function."""
+    """One update of one seed on tokens [T + 1, B]; a pure function.
+
+    The gradient is that of the mean over all tokens, made of `parts` parts of the batch one after
+    another, so that activations of one part are there at a time.
+    """
     _, key = jax.random.split(jax.random.key(seed))
-    rngs = {'dropout': jax.random.fold_in(key, step)}
+    key = jax.random.fold_in(key, step)
 
-    def objective(params: Any) -> tuple[Array, Carry]:
-        logits: Array
-        carry, logits = model.apply(  # type: ignore[assignment]
-            {'params': params}, state.carry, tokens[:-1], train=True, rngs=rngs
+    def objective(params: Any, carry: Carry, part: Any, key: Array) -> tuple[Array, Any]:
+        tokens, domains = part
+        rngs = {'dropout': key, 'state': jax.random.fold_in(key, 0)}
+        losses: Losses
+        carry, losses = model.apply(  # type: ignore[assignment]
+            {'params': params},
+            carry,
+            tokens[:-1],
+            tokens[1:],
+            None if domains is None else domains[:-1],
+            train=True,
+            rngs=rngs,
         )
-        return loss.nats(logits, tokens[1:]).mean(), carry
+        return losses.objective.mean(), (losses.nats.mean(), carry)
 
-    (nats, carry), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
+    differentiate = jax.grad(objective, has_aux=True)
+    whole = tokens, domains
+    if parts == 1:
+        gradient, (nats, carry) = differentiate(state.params, state.carry, whole, key)
+    else:
+
+        def add(total: Any, row: Any) -> tuple[Any, Carry]:
+            carry, part, number = row
+            gradient, (nats, carry) = differentiate(
+                state.params, carry, part, jax.random.fold_in(key, number)
+            )
+            return jax.tree.map(lambda a, b: a + b / parts, total, (gradient, nats)), carry
+
+        zeros = jax.tree.map(jnp.zeros_like, (state.params, jnp.zeros(())))
+        rows = _parts(state.carry, parts, 0), _parts(whole, parts, 1), jnp.arange(parts)
+        (gradient, nats), carries = jax.lax.scan(add, zeros, rows)
+        carry = jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:]), carries)
     updates, opt_state = optimiser.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     measured = {'nats_per_token': nats, 'gradient_norm': optax.tree.norm(gradient)}
     return State(params, opt_state, carry), measured
 
 
+def _parts(tree: Any, parts: int, axis: int) -> Any:
+    """Arrays […, B, …] → [parts, …, B / parts, …]: row i is in part i % parts.
+
+    So that every device has rows of every part, where the rows are split over devices.
+    """
+
+    def of(a: Array) -> Array:
+        rows = a.reshape(*a.shape[:axis], -1, parts, *a.shape[axis + 1 :])
+        return jnp.moveaxis(rows, axis + 1, 0)
+
+    return jax.tree.map(of, tree)
+
+
+def start(
+    model: LanguageModel,
+    optimiser: optax.GradientTransformation,
+    seeds: np.ndarray,
+    batch: int,
+    mesh: jax.sharding.Mesh,
+) -> State:
+    """The state of all seeds, [S, …], each array where the mesh has it."""
+    fresh = jax.vmap(lambda seed: init(model, optimiser, seed, batch))
+    shapes = jax.eval_shape(fresh, seeds)
+    shardings = State(
+        params=parallel.by_size(shapes.params, mesh, skip=1),
+        opt_state=parallel.by_size(shapes.opt_state, mesh, skip=1),
+        carry=jax.tree.map(lambda _: parallel.by_rows(mesh, axis=1), shapes.carry),
+    )
+    return jax.jit(fresh, out_shardings=shardings)(seeds)
+
+
 def compile_step(
     model: LanguageModel,
     optimiser: optax.GradientTransformation,
+    parts: int,
     state: State,
-    seeds: Array,
-    tokens: np.ndarray,
+    seeds: np.ndarray,
+    tokens: Array,
+    domains: Array | None,
+    mesh: jax.sharding.Mesh,
 ) -> jax.stages.Compiled:
-    """`train_step` of all seeds at once, (state, seeds, step, tokens [S, T + 1, B]) → …
+    """`train_step` of all seeds, (state, seeds, step, tokens [S, T + 1, B], domains) → …
 
     Compiled ahead, so that another shape is an error and not another compilation. The state is
     donated.
     """
-    one_seed = functools.partial(train_step, model, optimiser)
+    one_seed: Any = functools.partial(train_step, model, optimiser, parts)
 
-    def all_seeds(state: State, seeds: Array, step: Array, tokens: Array) -> Any:
+    def all_seeds(state: State, seeds: Array, step: Array, tokens: Array, domains: Any) -> Any:
         if len(seeds) > 1:
-            return jax.vmap(one_seed, in_axes=(0, 0, None, 0))(state, seeds, step, tokens)
-        alone = jax.tree.map(lambda a: a[0], state)  # a batch of one product is slower
-        result = one_seed(alone, seeds[0], step, tokens[0])
+            over_seeds = jax.vmap(one_seed, in_axes=(0, 0, None, 0, 0))
+            return over_seeds(state, seeds, step, tokens, domains)
+        alone = jax.tree.map(lambda a: a[0], (state, seeds, tokens, domains))
+        result = one_seed(*alone[:2], step, *alone[2:])  # a batch of one product is slower
         return jax.tree.map(lambda a: a[None], result)
 
-    return (
-        jax.jit(all_seeds, donate_argnums=0).lower(state, seeds, jnp.asarray(0), tokens).compile()
-    )
+    shardings = jax.tree.map(lambda a: a.sharding, state), parallel.whole(mesh)
+    jitted = jax.jit(all_seeds, donate_argnums=0, out_shardings=shardings)
+    with jax.set_mesh(mesh):
+        return jitted.lower(state, seeds, np.int32(0), tokens, domains).compile()
 
 
 def _train(config: ml_collections.ConfigDict, corpus: data.Corpus, this: run.Run) -> None:
-    model = build(config, corpus.vocabulary)
-    optimiser = optim.optimiser(config.optim, config.train.steps)
-    this.write('cost.json', {'steps': config.train.steps, **costs(config, corpus.vocabulary)})
+    model = setup.build(config, *corpus.sizes)
     B, T, steps = config.train.batch, config.train.length, config.train.steps
-    seeds = jnp.asarray(config.seeds)
-    streams = [data.Stream(corpus.tokens['train'], B, T, seed) for seed in config.seeds]
+    optimiser = optim.optimiser(config.optim, steps)
+    this.write('cost.json', {'steps': steps, **setup.costs(config, *corpus.sizes)})
+    seeds = np.asarray(config.seeds, np.int32)
+    mesh = parallel.mesh(B, config.train.fsdp)
+    mine = parallel.rows(B)
+    streams = [data.Stream(corpus.tokens['train'], B, T, seed, mine) for seed in config.seeds]
 
-    state = jax.jit(jax.vmap(lambda seed: init(model, optimiser, seed, B)))(seeds)
+    state = start(model, optimiser, seeds, B, mesh)
     saved = checkpoint.Checkpoints(this.path / 'checkpoints', config.train.keep)
     fresh: dict[str, Any] = {'step': 0, 'metrics': 0, 'unlogged': [], 'data': corpus.sha256}
     state, meta = saved.restore(state) or (state, fresh)
@@ -231,34 +199,69 @@ def _train(config: ml_collections.ConfigDict, corpus: data.Corpus, this: run.Run
         )
     this.step = meta['step']
 
-    def tokens(step: int) -> np.ndarray:  # [S, T + 1, B]
-        return np.stack([stream[step] for stream in streams])
+    def batch(step: int) -> tuple[Array, Array | None]:  # tokens and domains, each [S, T + 1, B]
+        tokens = parallel.split(np.stack([stream[step] for stream in streams]), mesh, axis=2)
+        if config.model.source != 'domain':
+            return tokens, None
+        domains = [corpus.domain('train', stream.positions(step)) for stream in streams]
+        return tokens, parallel.split(np.stack(domains), mesh, axis=2)
 
-    def held_out(params: Any, split: str, most: int = 0) -> list[dict[str, Any]]:
-        return evaluate(model, params, corpus, split, config.eval.batch, config.eval.length, most)
+    def held_out(params: Any, split: str, most: int) -> list[dict[str, Any]]:
+        return evaluate(
+            setup.for_evaluation(model, config),
+            params,
+            corpus,
+            split,
+            setup.reading(config),
+            most,
+            mesh,
+        )
 
-    compiled = compile_step(model, optimiser, state, seeds, tokens(0))
+    compiled = compile_step(
+        model, optimiser, config.train.accumulate, state, seeds, *batch(0), mesh
+    )
+    one_at_a_time = jax.default_backend() == 'cpu' and mesh.size > 1  # queued ones hang there
 
     with _Log(config, this, meta) as log:
         for step in range(this.step + 1, steps + 1):
-            state, measured = compiled(state, seeds, jnp.asarray(step - 1), tokens(step - 1))
+            state, measured = compiled(state, seeds, np.int32(step - 1), *batch(step - 1))
+            if one_at_a_time:
+                jax.block_until_ready(measured)
             log.measured(step, measured)
             this.step = step
-            if step % config.train.log_every == 0 or step == steps:
+            recorded = step % config.train.log_every == 0
+            if recorded or step == steps:
                 log.training(step)
             if step % config.train.eval_every == 0 or step == steps:
                 log.stop_clock()
-                log.evaluation(
-                    step, 'valid', held_out(state.params, 'valid', config.eval.valid_tokens)
-                )
-            stops = this.stops(recorded=step % config.train.log_every == 0)
+                scores = held_out(state.params, 'valid', config.eval.valid_tokens)
+                log.evaluation(step, 'valid', scores)
+            stops = this.stops(recorded)
             if step % config.train.save_every == 0 or step == steps or stops:
                 saved.save(step, state, log.position() | {'data': corpus.sha256})
                 log.resume_clock()
                 if stops and step < steps:
                     this.preempted()
         for split, name in (('valid', 'valid_whole'), ('test', 'test')):
-            log.evaluation(steps, name, held_out(state.params, split))
+            log.evaluation(steps, name, held_out(state.params, split, config.eval.final_tokens))
+
+
+def restore(
+    config: ml_collections.ConfigDict, corpus: data.Corpus, path: pathlib.Path
+) -> tuple[Any, int]:
+    """The parameters of all seeds, [S, …], of a run's newest checkpoint, and its step.
+
+    Raises:
+      UserError: if it has none.
+    """
+    optimiser = optim.optimiser(config.optim, config.train.steps)
+    mesh = parallel.mesh(config.train.batch, config.train.fsdp)
+    seeds = np.asarray(config.seeds, np.int32)
+    like = start(setup.build(config, *corpus.sizes), optimiser, seeds, config.train.batch, mesh)
+    restored = checkpoint.Checkpoints(path / 'checkpoints', config.train.keep).restore(like)
+    if restored is None:
+        raise UserError(f'{path} has no checkpoint yet: train it first')
+    return restored[0].params, restored[1]['step']
 
 
 class _Log(contextlib.AbstractContextManager['_Log']):
@@ -332,11 +335,3 @@ class _Log(contextlib.AbstractContextManager['_Log']):
 
     def __exit__(self, *exception: object) -> None:
         self._log.__exit__(*exception)
-
-
-def _changed(
-    config: ml_collections.ConfigDict, changes: dict[str, Any]
-) -> ml_collections.ConfigDict:
-    config = config.copy_and_resolve_references()
-    config.update_from_flattened_dict(changes)
-    return config

@@ -122,12 +122,12 @@ class Attention(nn.Module):
         Raises:
           ValueError: if sizes, shapes or words do not fit, or there is no cache or it is too short.
         """
-        if decode and (z is not None or not self.causal):
-            raise ValueError(
-                f'decode=True is for causal self-attention; got causal={self.causal} and '
-                f'{"no z" if z is None else "a z"}: leave decode out'
-            )
         x, z = tokens(x, x if z is None else z)
+        if decode and (z.shape[-2] != x.shape[-2] or not self.causal):
+            raise ValueError(
+                f'decode=True is for causal self-attention; got causal={self.causal}, x {x.shape} '
+                f'and z {z.shape}: leave decode out'
+            )
         T, n = x.shape[-2:]
         features, kv_heads, d = self._sizes(n)
         affine = functools.partial(Affine, dtype=self.dtype, param_dtype=self.param_dtype)

@@ -1,6 +1,5 @@
 """A trained agent, looked at again: scores of every task, greedy and sampled, and videos."""
 
-import json
 import pathlib
 from typing import Any
 
@@ -15,7 +14,7 @@ from mi.config import UserError
 from mi.rl import envs, fused, queued, setup, video
 from mi.rl.envs.spec import Spec
 from mi.rl.evaluate import Evaluation
-from mi.run import write_json
+from mi.run import same_model, write_json
 
 
 def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -29,7 +28,7 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
     """
     setup.validate(config)
     path = pathlib.Path(workdir)
-    _same_model(path, config)
+    same_model(path, config, ('env', 'model', 'optim'))
     config = config.copy_and_resolve_references().unlock()
     config.eval.greedy = True
     scores: dict[str, Any] = {}
@@ -60,19 +59,6 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
         name = task.replace(' ', '_').replace('/', '_')
         video.write(folder / f'{name}.gif', pool.spec, task, of_task)
     print(f'{folder}: scores.json and {len(frames)} videos')
-
-
-def _same_model(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """The run's own config, but for how it is evaluated."""
-    if not (path / 'config.json').exists():
-        raise UserError(f'--workdir={path} has no config.json: expected the directory of a run')
-    before, now = json.loads((path / 'config.json').read_text()), json.loads(config.to_json())
-    for part in ('env', 'model', 'optim'):
-        if before[part] != now[part]:
-            raise UserError(
-                f'{path} was made with another config.{part}: {before[part]}; give the same '
-                f'--config and overrides, of which only config.eval may differ'
-            )
 
 
 def _restored(config: ml_collections.ConfigDict, agent: Any, path: pathlib.Path) -> Any:

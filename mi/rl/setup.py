@@ -179,28 +179,11 @@ def costs(agent: Agent, batch: int, length: int) -> dict[str, Any]:
     variables: Any = jax.eval_shape(agent.init, jax.random.key(0), carry, rows)
     flops = cost.flops(agent.apply, variables, carry, rows)
     of_fusions = parameters = 0.0
-    for name, (module, inputs) in _fusions(agent, variables, carry, rows).items():
-        own = {'params': variables['params'].get(name, {})}
+    for module, own, shapes in cost.modules(agent, '|'.join(agent.sites), variables, carry, rows):
         parameters += cost.parameters(own)
-        of_fusions += cost.flops(module.apply, own, *inputs)
+        of_fusions += cost.flops(module.apply, own, *shapes)
     steps = batch * length
     return {
         'parameters': {'model': cost.parameters(variables), 'fusion': round(parameters)},
         'flops_per_step': {'model': round(flops / steps), 'fusion': round(of_fusions / steps)},
     }
-
-
-def _fusions(agent: Agent, *arguments: Any) -> dict[str, tuple[nn.Module, Any]]:
-    """Site → the fusion there, unbound, and the shapes of its x and z."""
-    found: dict[str, tuple[nn.Module, Any]] = {}
-
-    def watch(call: Any, inputs: Any, options: Any, context: Any) -> Any:
-        module = context.module
-        if context.method_name == '__call__' and module.path in [(site,) for site in agent.sites]:
-            shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in inputs]
-            found[module.name] = module.clone(parent=None), shapes
-        return call(*inputs, **options)
-
-    with nn.intercept_methods(watch):
-        jax.eval_shape(agent.apply, *arguments)
-    return found

@@ -1,0 +1,121 @@
+"""RLlib's IMPALA on the environments of `benchmarks.rl`, as its users would set it up.
+
+The environment is the same EnvPool game or level, one in each of RLlib's sub-environments. Pong has
+the convolutions of DQN and 512 features, as ours. For BabyAI RLlib's own models have no encoder of
+instructions: its network gets the one-hot grid and a bag of the instruction's words, two dense
+layers and an LSTM-128, which is less work than ours.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import envpool
+import gymnasium
+import ml_collections
+import numpy as np
+
+from mi.rl import envs
+
+
+class Pong(gymnasium.Env[np.ndarray, int]):
+    """One game of EnvPool, frames [84, 84, 4] in [0, 1]."""
+
+    def __init__(self, config: Any):
+        del config
+        self._pool = envpool.make('Pong-v5', 'gymnasium', num_envs=1, stack_num=4)
+        self.action_space = gymnasium.spaces.Discrete(int(self._pool.action_space.n))
+        self.observation_space = gymnasium.spaces.Box(0, 1, (84, 84, 4), np.float32)
+
+    def reset(self, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        del options
+        return self._frames(self._pool.reset()[0]), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        frames, reward, terminated, truncated, _ = self._pool.step(np.array([action]))
+        over = bool(terminated[0]), bool(truncated[0])
+        return self._frames(frames), float(reward[0]), *over, {}
+
+    def _frames(self, frames: np.ndarray) -> np.ndarray:
+        return frames[0].transpose(1, 2, 0).astype(np.float32) / 255
+
+
+class BabyAI(gymnasium.Env[np.ndarray, int]):
+    """One row of our pool of BabyAI levels: the same engine, grids and words."""
+
+    def __init__(self, config: Any):
+        self._pool = envs.pool(config['name'], 1, config.worker_index)
+        spec = self._pool.spec
+        self._words = len(spec.vocabulary)
+        self.action_space = gymnasium.spaces.Discrete(spec.actions)
+        size = len(self._seen(self._pool.reset()))
+        self.observation_space = gymnasium.spaces.Box(0, 1, (size,), np.float32)
+
+    def reset(self, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        del options
+        return self._seen(self._pool.reset()), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self._pool.send(np.array([action], np.int32))
+        step = self._pool.recv()
+        over = bool(step.discount[0] == 0), bool(step.is_last[0] and step.discount[0] != 0)
+        return self._seen(step), float(step.reward[0]), *over, {}
+
+    def _seen(self, step: Any) -> np.ndarray:
+        observation = step.observation
+        grid = observation['grid'][0]
+        cells = [grid[..., i, None] == np.arange(11) for i in range(grid.shape[-1])]
+        words = np.zeros(self._words + 1)
+        words[observation['instruction'][0]] = 1
+        return np.concatenate([*(c.ravel() for c in cells), words]).astype(np.float32)
+
+
+def step(name: str, config: ml_collections.ConfigDict) -> Callable[[], float]:
+    """One `train()` of the algorithm; returns how many updates of our size its steps are."""
+    import ray
+    from ray.rllib.algorithms.impala import IMPALAConfig
+    from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
+
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)  # processes, not cores
+    T, B, loss = config.train.length, config.train.batch, config.loss
+    if name == 'pong':
+        environment, options = Pong, {}
+        model = DefaultModelConfig(
+            conv_filters=[[32, 8, 4], [64, 4, 2], [64, 3, 1]],
+            conv_activation='relu',
+            head_fcnet_hiddens=[512],
+            vf_share_layers=True,
+        )
+    else:
+        environment, options = BabyAI, {'name': config.env.name}
+        model = DefaultModelConfig(
+            fcnet_hiddens=[128, 128], use_lstm=True, lstm_cell_size=128, max_seq_len=T,
+            vf_share_layers=True,
+        )  # fmt: skip
+    algorithm = (
+        IMPALAConfig()
+        .environment(environment, env_config=options)
+        .env_runners(num_env_runners=2, num_envs_per_env_runner=B // 4, rollout_fragment_length=T)
+        .learners(num_learners=0)
+        .rl_module(model_config=model)
+        .training(
+            train_batch_size_per_learner=B * T,
+            lr=config.optim.learning_rate,
+            gamma=loss.discount,
+            entropy_coeff=loss.entropy_cost,
+            vf_loss_coeff=loss.baseline_cost,
+            grad_clip=config.optim.clip_norm,
+        )
+        .reporting(min_time_s_per_iteration=2)
+        .build_algo()
+    )
+    trained = 0
+
+    def once() -> float:
+        nonlocal trained
+        before = trained
+        while trained == before:
+            result = algorithm.train()
+            trained = result['learners']['__all_modules__']['num_env_steps_trained_lifetime']
+        return (trained - before) / (B * T)
+
+    return once

@@ -1,0 +1,115 @@
+"""WikiText-103, word level: the LSTM of the paper's question, and Transformer-XL base.
+
+    python -m mi.main --config=configs/lm_wikitext103.py --config.data.path=DIR --workdir=runs/wt103
+    python -m mi.main --config=configs/lm_wikitext103.py:transformer --config.data.path=DIR …
+    python -m mi.main --config=configs/lm_wikitext103.py:smoke --workdir=runs/smoke
+
+DIR holds wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens, 103,227,021 training tokens.
+
+lstm         Jayakumar et al. (ICLR 2020) train an LSTM on WikiText-103 with multiplicative encoder,
+             decoder or both. Its sizes are not known to us: H = 2048, E = 512 and an adaptive
+             softmax are those of a strong LSTM (Rae et al., 2018, test perplexity 36.4), recalled;
+             optimiser, dropout and the context are ours.
+transformer  Transformer-XL base (Dai et al., 2019, test perplexity 24.0): 16 layers of 410, 10
+             heads of 41, here 40 as rotary and relative positions go in pairs and 400 features;
+             feed-forward 2100 with relu, segment and memory of 150, batch 60, dropout 0.1, adaptive
+             softmax with the cutoffs of its code. Norms are before the layers here, RMSNorm.
+smoke        a minute on a laptop, on Austen's words instead: that everything runs.
+
+Nothing here was measured by us: no machine of ours has trained it.
+"""
+
+import ml_collections
+
+from configs import lm
+from mi.config import UserError, nearest
+
+PRESETS = ('lstm', 'transformer', 'smoke')
+
+
+def get_config(arg: str = 'lstm') -> ml_collections.ConfigDict:
+    config = lm.get_config().unlock()
+    config.data.source = 'wikitext-103'
+    config.data.level = 'token'
+    config.data.vocabulary = 267_735
+    config.model.cutoffs = (20_000, 40_000, 200_000)
+    config.loss.chunk = 2048
+    config.eval.batch = 10
+    config.eval.valid_tokens = 50_000
+    config.train.log_every = 100
+    config.train.eval_every = 4_000
+    config.train.save_every = 4_000
+    _lstm(config)
+    for word in arg.split(','):
+        if word == 'transformer':
+            _transformer(config)
+        elif word == 'smoke':
+            _smoke(config)
+        elif '=' in word:
+            lm.apply(config, word)
+        elif word != 'lstm':
+            raise UserError(f'configs/lm_wikitext103.py:{word}: {nearest(word, PRESETS)}')
+    return config.lock()
+
+
+def _lstm(config: ml_collections.ConfigDict) -> None:
+    config.model.embed = 512
+    config.model.hidden = 2048
+    config.model.context = 128
+    config.model.dtype = 'bfloat16'
+    config.dropout.input = config.dropout.output = 0.3
+    config.dropout.locked = True
+    config.train.batch = 64
+    config.train.length = 128
+    config.train.steps = 250_000  # 20 epochs
+    config.eval.length = 128
+    config.optim.learning_rate = 1e-3
+    config.optim.warmup_steps = 1_000
+    config.optim.clip_norm = 0.25
+
+
+def _transformer(config: ml_collections.ConfigDict) -> None:
+    config.model.core = 'transformer'
+    config.model.layers = 16
+    config.model.embed = config.model.hidden = 400
+    config.model.heads = 10
+    config.model.ffn = 2100
+    config.model.activation = 'relu'
+    config.model.positions = 'relative'
+    config.model.memory = 150
+    config.model.divisor = 1
+    config.model.site = 'none'
+    for name in ('input', 'layer', 'output'):
+        config.dropout[name] = 0.1
+    config.dropout.locked = False
+    config.train.batch = 60
+    config.train.length = 150
+    config.train.steps = 200_000
+    config.eval.length = 64
+    config.eval.memory = 640
+    config.optim.learning_rate = 2.5e-4
+    config.optim.warmup_steps = 0
+    config.optim.clip_norm = 0.25
+
+
+def _smoke(config: ml_collections.ConfigDict) -> None:
+    config.data.source = 'austen'
+    config.data.level = 'word'
+    config.data.vocabulary = 8_000
+    config.model.cutoffs = (1_000, 4_000)
+    config.loss.chunk = 256
+    transformer = config.model.core == 'transformer'
+    config.model.layers = min(2, config.model.layers)
+    config.model.embed = config.model.hidden = 40 if transformer else 64
+    config.model.ffn = 128
+    config.model.memory = min(32, config.model.memory)
+    config.model.context = 16
+    config.train.batch = 16
+    config.train.length = 32
+    config.train.steps = 60
+    config.train.log_every = config.train.save_every = config.train.eval_every = 20
+    config.eval.memory = min(32, config.eval.memory)
+    config.eval.length = 32
+    config.eval.batch = 32
+    config.eval.valid_tokens = config.eval.final_tokens = 20_000
+    config.optim.warmup_steps = 10

@@ -1,0 +1,151 @@
+"""Dynamic evaluation: the parameters go on learning from the text that they have predicted.
+
+The RMS variant of Krause et al. (2018). After each segment, whose loss has been counted,
+
+    θ ← θ − η g / (√MS + ε) + λ ⊙ (θ₀ − θ),   λ = min(1, decay · √MS / mean(√MS))
+
+with g the gradient of the segment's mean loss, MS the mean of g² over segments of the training
+text, and θ₀ the trained parameters. The text is one stream, and every segment is seen once.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from mi.lm import data
+from mi.lm.evaluate import result
+from mi.lm.loss import Losses
+from mi.lm.model import Carry, LanguageModel
+
+EPSILON = 1e-8
+
+
+class Adaptation(NamedTuple):
+    """How the parameters go on learning.
+
+    Attributes:
+      tokens: of the text, from its start.
+      length: tokens of a segment.
+      learning_rate: η.
+      decay: see above.
+      statistics: segments of the training text that MS is the mean over.
+    """
+
+    tokens: int
+    length: int = 5
+    learning_rate: float = 2e-3
+    decay: float = 2e-2
+    statistics: int = 200
+
+
+ROUND = 50  # segments in one call of a program
+
+
+def evaluate(
+    model: LanguageModel,
+    params: Any,
+    corpus: data.Corpus,
+    split: str,
+    adaptation: Adaptation,
+) -> dict[str, Any]:
+    """The metrics of one seed on the first `adaptation.tokens` tokens of a split.
+
+    Args:
+      model: the model.
+      params: its parameters, of one seed.
+      corpus: the corpus.
+      split: 'valid' or 'test'.
+      adaptation: how.
+    """
+    statistics = np.asarray(corpus.tokens['train'][: adaptation.statistics * adaptation.length + 1])
+    squares = jax.tree.map(jnp.zeros_like, params)
+    carry, count = model.initial_carry(1), 0
+    for rows in _rounds(corpus, 'train', statistics, model, adaptation.length):
+        carry, squares = _add_squares(model, params, carry, squares, rows)
+        count += len(rows[0])
+    roots = jax.tree.map(lambda total: jnp.sqrt(total / count), squares)
+
+    tokens = corpus.tokens[split]
+    tokens = np.asarray(tokens[: adaptation.tokens])
+    total, now, carry = 0.0, params, model.initial_carry(1)
+    rates = jnp.float32(adaptation.learning_rate), jnp.float32(adaptation.decay)
+    for rows in _rounds(corpus, split, tokens, model, adaptation.length):
+        now, carry, nats = _adapt(model, params, roots, rates, now, carry, rows)
+        total += float(nats)
+    over = {'predictions': len(tokens) - 1, 'batch': 1} | adaptation._asdict()
+    return result(total / over['predictions'], corpus, split, over)
+
+
+def _rounds(
+    corpus: data.Corpus, split: str, tokens: np.ndarray, model: LanguageModel, length: int
+) -> Any:
+    """Inputs, targets, mask and domains of consecutive segments, [≤ ROUND, T, 1] each."""
+    rows: list[Any] = []
+    for *row, positions in data.segments(tokens, 1, length):
+        domains = corpus.domain(split, positions) if model.source == 'domain' else None
+        rows.append((*row, domains))
+        if len(rows) == ROUND:
+            yield jax.tree.map(lambda *a: np.stack(a), *rows)
+            rows = []
+    if rows:
+        yield jax.tree.map(lambda *a: np.stack(a), *rows)
+
+
+def _gradient(model: LanguageModel, params: Any, carry: Carry, row: Any) -> Any:
+    """Gradient of a segment's mean loss, carry after it, Σ nats."""
+    inputs, targets, mask, domains = row
+
+    def objective(params: Any) -> tuple[Array, tuple[Carry, Array]]:
+        losses: Losses
+        after, losses = model.apply(  # type: ignore[assignment]
+            {'params': params}, carry, inputs, targets, domains
+        )
+        total = (losses.nats * mask).sum()
+        return total / jnp.maximum(mask.sum(), 1), (after, total)
+
+    gradient, (after, total) = jax.grad(objective, has_aux=True)(params)
+    return gradient, after, total
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _add_squares(
+    model: LanguageModel, params: Any, carry: Carry, squares: Any, rows: Any
+) -> tuple[Carry, Any]:
+    def step(carried: Any, row: Any) -> tuple[Any, None]:
+        carry, squares = carried
+        gradient, carry, _ = _gradient(model, params, carry, row)
+        return (carry, jax.tree.map(lambda s, g: s + g * g, squares, gradient)), None
+
+    return jax.lax.scan(step, (carry, squares), rows)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _adapt(
+    model: LanguageModel,
+    trained: Any,
+    roots: Any,
+    rates: tuple[Array, Array],
+    params: Any,
+    carry: Carry,
+    rows: Any,
+) -> tuple[Any, Carry, Array]:
+    """Parameters and carry after the segments, and Σ nats of them."""
+    learning_rate, decay = rates
+    leaves = jax.tree.leaves(roots)
+    mean = sum(root.sum() for root in leaves) / sum(root.size for root in leaves)
+
+    def move(now: Array, before: Array, g: Array, root: Array) -> Array:
+        back = jnp.minimum(1, decay * root / mean)
+        return now - learning_rate * g / (root + EPSILON) + back * (before - now)
+
+    def step(carried: Any, row: Any) -> tuple[Any, Array]:
+        params, carry = carried
+        gradient, carry, nats = _gradient(model, params, carry, row)
+        return (jax.tree.map(move, params, trained, gradient, roots), carry), nats
+
+    (params, carry), nats = jax.lax.scan(step, (params, carry), rows)
+    return params, carry, nats.sum()

@@ -1,0 +1,44 @@
+"""The feed-forward layer of a Transformer, whose first product may be a fusion."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+from jax.typing import DTypeLike
+
+from mi.layers import Affine
+
+ACTIVATIONS = ('swiglu', 'relu', 'gelu')
+
+
+class FeedForward(nn.Module):
+    """y = A₂ (silu(Gx + g) ⊙ f(x, z)) + a,   or   y = A₂ act(f(x, z)) + a.
+
+    f is an affine map to `hidden` features, or the fusion. SwiGLU: Shazeer, 2020.
+
+    Attributes:
+      hidden: F.
+      activation: a word of ACTIVATIONS.
+      fusion: constructor of f; None for an affine map of x.
+      dtype: of the products.
+    """
+
+    hidden: int
+    activation: str = 'swiglu'
+    fusion: Callable[..., nn.Module] | None = None
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, z: Array | None) -> Array:
+        """x [..., n], z [..., m] → [..., n]; z is for the fusion alone."""
+        if self.fusion is None:
+            hidden = Affine(self.hidden, self.dtype, name='hidden')(x)
+        else:
+            hidden = self.fusion(self.hidden, dtype=self.dtype, name='fuse_ffn')(x, z)
+        if self.activation == 'swiglu':
+            hidden = jax.nn.silu(Affine(self.hidden, self.dtype, name='gate')(x)) * hidden
+        else:
+            hidden = getattr(jax.nn, self.activation)(hidden)
+        return Affine(x.shape[-1], self.dtype, name='out')(hidden)

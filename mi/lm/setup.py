@@ -1,0 +1,307 @@
+"""From a config to typed parts: what may stand in it, and the corpus and model that it names."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import linen as nn
+
+from mi import cells, cost, fusion, optim
+from mi.config import Rule, UserError, boolean, check, integer, number, one_of, seeds, text
+from mi.lm import data
+from mi.lm.adaptive import AdaptiveWords
+from mi.lm.context import SOURCES
+from mi.lm.dropout import Rates
+from mi.lm.evaluate import Reading
+from mi.lm.feed_forward import ACTIVATIONS
+from mi.lm.model import SITES, LanguageModel
+from mi.lm.recurrent import Recurrent
+from mi.lm.transformer import Transformer
+from mi.lm.words import Objective, Words
+
+CORES = (*cells.CELLS, 'transformer')
+RATE = number(0, 0.99)
+
+
+def cutoffs(value: Any) -> str:
+    fine = isinstance(value, tuple | list) and all(isinstance(n, int) and n > 0 for n in value)
+    return '' if fine and sorted(set(value)) == list(value) else 'a tuple of rising integers'
+
+
+SCHEMA: dict[str, Rule] = {
+    'task': one_of(['lm']),
+    'seeds': seeds,
+    'data.source': text,
+    'data.path': text,
+    'data.level': one_of(data.LEVELS),
+    'data.vocabulary': integer(2),
+    'data.train_tokens': integer(0),
+    'data.cache': text,
+    'model.core': one_of(CORES),
+    'model.embed': integer(1),
+    'model.hidden': integer(1),
+    'model.layers': integer(1),
+    'model.ffn': integer(1),
+    'model.rounds': integer(0),
+    'model.rank': integer(0),
+    'model.capped': boolean,
+    'model.heads': integer(1),
+    'model.kv_heads': integer(0),
+    'model.activation': one_of(ACTIVATIONS),
+    'model.positions': one_of(['rotary', 'relative']),
+    'model.memory': integer(0),
+    'model.remat': boolean,
+    'model.tied': boolean,
+    'model.cutoffs': cutoffs,
+    'model.divisor': integer(1),
+    'model.dtype': one_of(['float32', 'bfloat16']),
+    'model.site': one_of(SITES),
+    'model.source': one_of(SOURCES),
+    'model.context': integer(1),
+    'model.fusion.name': one_of(fusion.FUSIONS),
+    'model.fusion.rank': integer(1),
+    'model.fusion.hidden': integer(1),
+    **{f'dropout.{name}': RATE for name in Rates._fields if name != 'locked'},
+    'dropout.locked': boolean,
+    'loss.label_smoothing': number(0, 0.99),
+    'loss.z_loss': number(0),
+    'loss.chunk': integer(0),
+    'match.by': one_of(['none', 'parameters', 'flops']),
+    'match.knob': one_of(['hidden', 'rank']),
+    'match.target': integer(0),
+    'train.steps': integer(1),
+    'train.batch': integer(1),
+    'train.length': integer(1),
+    'train.accumulate': integer(1),
+    'train.fsdp': integer(1),
+    'train.log_every': integer(1),
+    'train.eval_every': integer(1),
+    'train.save_every': integer(1),
+    'train.keep': integer(1),
+    'eval.batch': integer(1),
+    'eval.length': integer(1),
+    'eval.memory': integer(-1),
+    'eval.stride': integer(0),
+    'eval.valid_tokens': integer(0),
+    'eval.final_tokens': integer(0),
+    'dynamic.tokens': integer(0),
+    'dynamic.length': integer(1),
+    'dynamic.learning_rate': number(0),
+    'dynamic.decay': number(0),
+    'dynamic.statistics': integer(1),
+    'sample.prompt': text,
+    'sample.tokens': integer(1),
+    'sample.temperature': number(0),
+    'sample.top_p': number(0, 1, exclusive=True),
+    **optim.SCHEMA,
+}
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Refuses a config that cannot work, before anything is built.
+
+    Raises:
+      UserError: which key, what was expected, what to change.
+    """
+    check(config, SCHEMA)
+    model, training = config.model, config.train
+    transformer = model.core == 'transformer'
+    if transformer and model.source == 'state':
+        raise UserError(
+            "config.model.source = 'state': a Transformer has no state of one step; use "
+            "'recurrent' or 'summary'"
+        )
+    if model.site == 'attention' and not transformer:
+        raise UserError(
+            f"config.model.site = 'attention': config.model.core = {model.core!r} has none; use "
+            f"'transformer'"
+        )
+    for key, heads in (('heads', model.heads), ('kv_heads', model.kv_heads or model.heads)):
+        whole = model.hidden if key == 'heads' else model.heads
+        if transformer and whole % heads:
+            raise UserError(f'config.model.{key} = {heads}: expected a divisor of {whole}')
+    if transformer and model.hidden // model.heads % 2:
+        raise UserError(
+            f'config.model.hidden / config.model.heads = {model.hidden // model.heads}: positions '
+            f'turn pairs of features; make it even'
+        )
+    if model.fusion.name in fusion.ONE_HOT and model.source != 'domain':
+        raise UserError(
+            f'config.model.fusion.name = {model.fusion.name!r} takes one-hot contexts alone; it '
+            f"needs config.model.source = 'domain'"
+        )
+    if model.cutoffs and (config.loss.label_smoothing or config.loss.z_loss):
+        raise UserError(
+            'config.model.cutoffs: an adaptive softmax has no whole distribution to smooth or to '
+            'normalise; set config.loss.label_smoothing and config.loss.z_loss to 0'
+        )
+    if training.batch % training.accumulate:
+        raise UserError(
+            f'config.train.accumulate = {training.accumulate}: expected a divisor of '
+            f'config.train.batch = {training.batch}'
+        )
+    if config.eval.memory >= 0 and not transformer:
+        raise UserError(
+            f'config.eval.memory = {config.eval.memory} is for Transformers; a recurrent state is '
+            f'carried through the whole text: use -1'
+        )
+    if not 0 <= config.eval.stride <= config.eval.length:
+        raise UserError(
+            f'config.eval.stride = {config.eval.stride}: expected at most config.eval.length = '
+            f'{config.eval.length}'
+        )
+
+
+def corpus(config: ml_collections.ConfigDict) -> data.Corpus:
+    """The corpus of a config."""
+    source = config.data
+    corpus = data.load(
+        source.source,
+        source.level,
+        source.vocabulary,
+        source.cache,
+        path=source.path,
+        train_tokens=source.train_tokens,
+    )
+    if config.model.source == 'domain' and not corpus.domains:
+        raise UserError(
+            f"config.model.source = 'domain': config.data.source = {source.source!r} has no "
+            f"domains; use 'domains' or 'austen-domains'"
+        )
+    return corpus
+
+
+def build(config: ml_collections.ConfigDict, vocabulary: int, domains: int = 0) -> LanguageModel:
+    """The model of a config; from here on there are typed fields and no config."""
+    model, word = config.model, config.model.fusion
+    objective = Objective(**config.loss)
+    words: Callable[..., Any]
+    if model.cutoffs:
+        words = functools.partial(
+            AdaptiveWords,
+            cutoffs=tuple(model.cutoffs),
+            divisor=model.divisor,
+            chunk=objective.chunk,
+        )
+    else:
+        words = functools.partial(Words, objective=objective)
+    core: Callable[..., Any]
+    if model.core == 'transformer':
+        core = functools.partial(
+            Transformer,
+            heads=model.heads,
+            kv_heads=model.kv_heads or None,
+            activation=model.activation,
+            positions=model.positions,
+            memory=model.memory,
+            remat=model.remat,
+        )
+    else:
+        core = functools.partial(Recurrent, cell=_cell(model))
+    domain = model.source == 'domain'
+    context = domains if domain else model.context
+    kind = {'context': 'one_hot'} if domain and word.name != 'none' else {}
+    return LanguageModel(
+        words=functools.partial(
+            words, vocabulary=vocabulary, features=model.embed, tied=model.tied
+        ),
+        core=functools.partial(core, features=model.hidden, layers=model.layers, hidden=model.ffn),
+        site=model.site,
+        source=model.source,
+        context=0 if word.name == 'none' else context,
+        fusion=functools.partial(fusion.get(word.name, rank=word.rank, hidden=word.hidden), **kind),
+        rates=Rates(**config.dropout),
+        dtype=jnp.dtype(model.dtype),
+    )
+
+
+def for_evaluation(model: LanguageModel, config: ml_collections.ConfigDict) -> LanguageModel:
+    """The model with the memory that it is evaluated with."""
+    if config.model.core != 'transformer' or config.eval.memory < 0:
+        return model
+    return model.clone(core=functools.partial(model.core, memory=config.eval.memory))
+
+
+def reading(config: ml_collections.ConfigDict) -> Reading:
+    return Reading(config.eval.batch, config.eval.length, config.eval.stride)
+
+
+def costs(
+    config: ml_collections.ConfigDict, vocabulary: int, domains: int = 0
+) -> dict[str, dict[str, int]]:
+    """Parameters, and forward FLOPs of products per token, of the model and of its fusions."""
+    model = build(config, vocabulary, domains)
+    T, B = config.train.length, config.train.batch
+    tokens = jax.ShapeDtypeStruct((T, B), jnp.int32)
+    carry = jax.eval_shape(lambda: model.initial_carry(B))
+    inputs = carry, tokens, None, tokens if model.source == 'domain' else None
+    variables: Any = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    parameters = per_token = 0.0
+    for module, own, shapes in cost.modules(model, 'fuse_.*', variables, *inputs):
+        parameters += cost.parameters(own)
+        x = shapes[0]
+        per_token += cost.flops(module.apply, own, *shapes) / (x.shape[0] * x.shape[1])
+    return {
+        'parameters': {'model': cost.parameters(variables), 'fusion': round(parameters)},
+        'flops_per_token': {
+            'model': round(cost.flops(model.apply, variables, *inputs) / (T * B)),
+            'fusion': round(per_token),
+        },
+    }
+
+
+def matched(
+    config: ml_collections.ConfigDict, vocabulary: int, domains: int = 0
+) -> ml_collections.ConfigDict:
+    """The config with the size `match.knob` at which `match.by` comes nearest to its target.
+
+    The target is `match.target`, or the cost of this config as given with the fusion 'concat'. The
+    hidden size of a Transformer goes up in steps of 2 · heads, its feed-forward layer with it.
+    """
+    if config.match.by == 'none':
+        return config
+    if config.match.knob == 'rank' and 'rank' not in fusion.has_options(config.model.fusion.name):
+        raise UserError(
+            f"config.match.knob = 'rank': the fusion {config.model.fusion.name!r} has no rank; "
+            f"use 'hidden'"
+        )
+    kind = 'parameters' if config.match.by == 'parameters' else 'flops_per_token'
+    model = config.model
+
+    def of_size(size: int) -> dict[str, Any]:
+        if config.match.knob == 'rank':
+            return {'model.fusion.rank': size}
+        if model.core != 'transformer':
+            return {'model.hidden': size}
+        hidden = 2 * model.heads * size
+        return {'model.hidden': hidden, 'model.ffn': round(hidden * model.ffn / model.hidden)}
+
+    def at(changes: dict[str, Any]) -> int:
+        return costs(_changed(config, changes), vocabulary, domains)[kind]['model']
+
+    target = config.match.target or at({'model.fusion.name': 'concat'})
+    try:
+        size = cost.nearest_size(lambda size: at(of_size(size)), target)
+    except ValueError as error:
+        raise UserError(f'config.match: {error}; give another config.match.target') from error
+    return _changed(config, of_size(size))
+
+
+def _cell(model: ml_collections.ConfigDict) -> Callable[..., nn.Module]:
+    cell = cells.CELLS[model.core]
+    if model.core != 'mogrifier':
+        return cell
+    return functools.partial(
+        cell, rounds=model.rounds, rank=model.rank or None, capped=model.capped
+    )
+
+
+def _changed(
+    config: ml_collections.ConfigDict, changes: dict[str, Any]
+) -> ml_collections.ConfigDict:
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(changes)
+    return config

@@ -1,0 +1,318 @@
+"""The real files are read where they are: in $MI_TEST_DATA, or ../shared/data."""
+
+import dataclasses
+import gzip
+import hashlib
+import itertools
+import lzma
+import os
+import pathlib
+import shutil
+import sys
+import types
+import zipfile
+
+import numpy as np
+import pytest
+
+from mi.config import UserError
+from mi.lm import corpora, data
+from tests.conftest import ROOT
+
+REAL = pathlib.Path(os.environ.get('MI_TEST_DATA', ROOT / '../shared/data'))
+HELD_OUT = ('valid', 'test')
+WIKITEXT_2 = 'hub:Salesforce/wikitext/wikitext-2-v1'
+
+
+def real(name):
+    if not (REAL / name).exists():
+        pytest.skip(f'{REAL / name} is not there; set MI_TEST_DATA')
+    return REAL / name
+
+
+def of_splits(directory, name, text='a b\n'):
+    directory.mkdir(exist_ok=True)
+    for split in corpora.SPLITS:
+        (directory / name.format(split)).write_text(text)
+    return str(directory)
+
+
+def read(source, path='', splits=corpora.SPLITS, cache=pathlib.Path('/nonexistent')):
+    found = corpora.texts(source, str(path), splits, cache)
+    return {s: [bytes(text.array()).decode() for text in texts] for s, texts in found.items()}
+
+
+@pytest.mark.parametrize('source', ['wikitext-2', 'wikitext-103'])
+def test_the_real_evaluation_texts_of_wikitext_have_the_known_tokens(source, tmp_path, cache):
+    for split in HELD_OUT:
+        name = f'wikitext-2.{split}.txt.gz'
+        shutil.copy(
+            real(name), tmp_path / (name if source == 'wikitext-2' else f'wiki.{name[11:]}')
+        )
+    options = {'path': str(tmp_path), 'splits': HELD_OUT, 'fit': HELD_OUT}
+    corpus = data.load(source, 'token', 50_000, cache, **options)
+    assert {s: len(ids) for s, ids in corpus.tokens.items()} == {'valid': 217_646, 'test': 245_569}
+    of = corpus.tokenizer.get_vocab()
+    for split, ids in corpus.tokens.items():
+        text = gzip.decompress(real(f'wikitext-2.{split}.txt.gz').read_bytes()).decode()
+        words = [w for line in text.splitlines() for w in [*line.split(), '<eos>']]
+        np.testing.assert_array_equal(ids, [of[word] for word in words])
+        assert corpus.bytes[split] == len(text.encode())
+    assert corpus.lossless
+
+
+def test_a_wikitext_that_is_cut_or_has_no_train_is_refused(tmp_path, cache):
+    text = gzip.decompress(real('wikitext-2.valid.txt.gz').read_bytes())
+    (tmp_path / 'wiki.valid.tokens').write_bytes(text[:-4])  # two lines less
+    options = {'path': str(tmp_path), 'splits': ('valid',), 'fit': ('valid',)}
+    with pytest.raises(UserError) as error:
+        data.load('wikitext-2', 'token', 50_000, cache, **options)
+    assert str(error.value).startswith(
+        f'{tmp_path}/wiki.valid.tokens: 217,644 tokens with <eos>, expected 217,646; get it from '
+        f'https://huggingface.co/datasets/Salesforce/wikitext'
+    )
+    assert '\n' not in str(error.value)
+    with pytest.raises(UserError, match=r'expected wiki\.train\.tokens or .*, found none; get it'):
+        data.load('wikitext-2', 'token', 50_000, cache, path=str(tmp_path), splits=('valid',))
+    assert len(data.load('wikitext-2', 'byte', 256, cache, **options).tokens['valid']) > 1e6
+
+
+def test_enwik8_packed_and_plain(tmp_path):
+    packed = data.load('enwik8', 'byte', 256, str(tmp_path), path=str(real('enwik8.gz')))
+    sizes = {'train': 90_000_000, 'valid': 5_000_000, 'test': 5_000_000}
+    assert {s: len(ids) for s, ids in packed.tokens.items()} == packed.bytes == sizes
+    assert bytes(packed.tokens['train'][:10]) == b'<mediawiki'
+    md5 = hashlib.md5(usedforsecurity=False)
+    for tokens in packed.tokens.values():
+        md5.update(tokens.data)
+    assert md5.hexdigest() == 'a1fa5ffddb56f4953e226637dabbb36a'
+
+    (tmp_path / 'enwik8').hardlink_to(packed.tokens['train'].filename)
+    options = {'path': str(tmp_path), 'train_tokens': 9_000_000}
+    plain = data.load('enwik8', 'byte', 256, str(tmp_path / 'none'), **options)
+    np.testing.assert_array_equal(plain.tokens['train'], packed.tokens['train'][:9_000_000])
+    assert plain.tokens['test'].filename == tmp_path / 'enwik8'
+    assert not (tmp_path / 'none').exists()
+    assert len(plain.tokens['train']) == plain.bytes['train'] == 9_000_000
+
+
+@pytest.mark.parametrize('source', ['enwik8', 'text8'])
+def test_bytes_that_are_not_those_of_the_corpus_are_refused(source, tmp_path):
+    (tmp_path / source).write_bytes(b'<mediawiki')
+    with pytest.raises(UserError) as error:
+        read(source, tmp_path)
+    assert str(error.value) == (
+        f'{tmp_path}/{source}: 10 bytes, expected 100,000,000; get it from '
+        f'http://mattmahoney.net/dc/{source}.zip'
+    )
+    os.truncate(tmp_path / source, 100_000_000)
+    with pytest.raises(UserError, match=f'{source}: md5 [0-9a-f]+, expected .*/{source}.zip'):
+        read(source, tmp_path)
+
+
+def test_the_counts_of_ptb_are_those_of_its_words(tmp_path, cache, monkeypatch):
+    path = of_splits(tmp_path, 'ptb.{}.txt', ' a <unk> N \n b \n')
+    with pytest.raises(UserError, match=r'train\.txt: 6 tokens with <eos>, expected 929,589; get'):
+        data.load('ptb', 'token', 100, cache, path=path)
+    known = dataclasses.replace(corpora.CORPORA['ptb'], tokens=dict.fromkeys(corpora.SPLITS, 6))
+    monkeypatch.setitem(corpora.CORPORA, 'ptb', known)
+    with pytest.raises(UserError, match='txt: 5 different tokens with <eos>, expected 10,000; get'):
+        data.load('ptb', 'token', 10_000, cache, path=path)
+    assert data.load('ptb', 'token', 100, cache, path=path).vocabulary == 5  # cut: not to be known
+    known = dataclasses.replace(known, vocabulary=5)
+    monkeypatch.setitem(corpora.CORPORA, 'ptb', known)
+    assert data.load('ptb', 'token', 5, cache, path=path).lossless
+
+
+@pytest.mark.parametrize('source', ['wikitext-103', 'wikitext-2', 'ptb', 'enwik8', 'text8'])
+def test_a_missing_file_is_named_with_where_it_was_expected_and_where_it_is(
+    source, tmp_path, monkeypatch
+):
+    monkeypatch.setenv('MI_DATA', str(tmp_path))
+    file = {'ptb': 'ptb/ptb.train.txt', 'enwik8': 'enwik8', 'text8': 'text8'}.get(
+        source, f'{source}/wiki.train.tokens'
+    )
+    place = (tmp_path / file).parent
+    with pytest.raises(UserError) as error:
+        read(source)
+    message = str(error.value)
+    assert message.startswith(f'{place}: expected {(tmp_path / file).name}')
+    assert '; get it from ' in message and '://' in message and '\n' not in message
+    monkeypatch.delenv('MI_DATA')
+    with pytest.raises(UserError, match=r"config\.data\.path = '': expected the place.*; get it"):
+        read(source)
+
+
+def test_a_path_that_is_not_asked_for_is_refused(tmp_path):
+    for source in ('austen', str(tmp_path), WIKITEXT_2):
+        with pytest.raises(UserError, match='says already where it is; use'):
+            read(source, tmp_path)
+
+
+def test_an_unknown_word_has_a_nearest_one():
+    with pytest.raises(UserError, match=r"'enwik9': no such file or directory.*mean 'enwik8'"):
+        read('enwik9')
+
+
+def test_the_lines_of_a_large_file_are_counted_over_its_blocks(tmp_path):
+    lines = [b'%09d\n' % i for i in range(2_000_000)]  # 20 MB, more than one block
+    (tmp_path / 'large.txt').write_bytes(b''.join(lines))
+    texts = corpora.texts(str(tmp_path / 'large.txt'), '', ('valid',), tmp_path)
+    [text] = texts['valid']
+    assert bytes(text.array()) == b''.join(lines[1_800_000:1_900_000])
+
+
+@pytest.mark.parametrize('ending', ['', '.gz', '.xz', '.zip'])
+def test_packed_files_are_read_as_plain_ones(ending, tmp_path):
+    lines = ''.join(f'{i}\n' for i in range(40))
+    file = tmp_path / f'text8{ending}'
+    if ending == '.zip':
+        with zipfile.ZipFile(file, 'w') as archive:
+            archive.writestr('anything', lines)
+    else:
+        pack = {'': bytes, '.gz': gzip.compress, '.xz': lzma.compress}[ending]
+        file.write_bytes(pack(lines.encode()))
+    for _ in range(2):
+        assert read(str(file), cache=tmp_path / 'cache')['test'] == ['38\n39\n']
+    assert (tmp_path / 'cache').exists() == (ending != '')
+
+
+@pytest.mark.parametrize('ending', ['.gz', '.xz', '.zip'])
+def test_a_packed_file_that_is_cut_is_refused_and_leaves_nothing(ending, tmp_path):
+    file = tmp_path / f'book.txt{ending}'
+    if ending == '.zip':
+        with zipfile.ZipFile(file, 'w') as archive:
+            archive.writestr('book', 'a b\n' * 1000)
+    else:
+        pack = gzip.compress if ending == '.gz' else lzma.compress
+        file.write_bytes(pack(b'a b\n' * 1000))
+    os.truncate(file, file.stat().st_size - 9)
+    with pytest.raises(UserError, match=rf'book\.txt\{ending} is damaged: '):
+        read(str(file), cache=tmp_path / 'cache')
+    assert list((tmp_path / 'cache').rglob('*.txt')) == []
+    with zipfile.ZipFile(tmp_path / 'two.zip', 'w') as archive:
+        archive.writestr('a', '')
+        archive.writestr('b', '')
+    with pytest.raises(UserError, match=r'two\.zip: expected one file in it, found a, b'):
+        read(str(tmp_path / 'two.zip'), cache=tmp_path / 'cache')
+
+
+def test_the_tokenised_text_of_wikitext_goes_before_the_raw_one(tmp_path):
+    of_splits(tmp_path, 'wiki.{}.raw', 'raw\n')
+    assert read('wikitext-2', tmp_path)['valid'] == ['raw\n']
+    of_splits(tmp_path, 'wiki.{}.tokens', 'tokens\n')
+    assert read('wikitext-2', tmp_path)['valid'] == ['tokens\n']
+
+
+@pytest.mark.parametrize('size', [4, 7, 16, 1000])
+def test_pieces_are_whole_lines_or_words_and_together_the_text(size, tmp_path):
+    words = 'naïve — a\n\nb c d e f g h i j\n extraordinarily, k\n …end'
+    (tmp_path / 'text').write_text(words)
+    whole = len(words.encode())
+    text = corpora.Text(tmp_path / 'text', 0, whole, tmp_path)
+    pieces = list(text.pieces(size))
+    assert ''.join(pieces) == words
+    for piece, following in itertools.pairwise(pieces):
+        assert piece.endswith('\n') or following.startswith(' ')
+    assert len(pieces) == 1 if size > whole else len(pieces) > 2
+    middle = dataclasses.replace(text, start=7, stop=whole - 6)
+    assert ''.join(middle.pieces(size)).encode() == words.encode()[7:-6]
+
+
+def test_directories_and_files_as_domains(tmp_path, cache):
+    (tmp_path / 'news.txt').write_text(''.join(f'news {i % 3}\n' for i in range(20)))
+    of_splits(tmp_path / 'poems', '{}.txt', 'a poem\n')
+    packed = gzip.compress(b''.join(b'law %d\n' % (i % 3) for i in range(20)))
+    (tmp_path / 'law.txt.gz').write_bytes(packed)
+    (tmp_path / '.hidden').write_text('')
+    corpus = data.load('domains', 'token', 99, cache, path=str(tmp_path))
+    assert corpus.domains == ('law', 'news', 'poems') and corpus.sizes[1] == 3
+    assert corpus.decode(corpus.tokens['valid']) == 'law 0\nnews 0\na poem\n'
+    positions = np.array([[0, 2, 3], [5, 6, 8]])
+    np.testing.assert_array_equal(corpus.domain('valid', positions), [[0, 0, 1], [1, 2, 2]])
+    assert corpus.domain('train', np.array([18 * 3 - 1, 18 * 3])).tolist() == [0, 1]
+
+    stream = data.Stream(corpus.tokens['train'], 2, 7, seed=0)
+    law, news = (corpus.tokenizer.token_to_id(word) for word in ('law', 'news'))
+    domains = corpus.domain('train', stream.positions(3))
+    assert (domains[stream[3] == law] == 0).all() and (domains[stream[3] == news] == 1).all()
+
+
+def test_domains_that_cannot_be(tmp_path, cache):
+    with pytest.raises(UserError, match='expected a directory with a text file or directory for'):
+        read('domains', tmp_path)
+    of_splits(tmp_path / 'poems', '{}.txt')
+    (tmp_path / 'poems' / 'valid.txt').write_text('')
+    with pytest.raises(UserError, match=r'poems/valid\.txt: the valid text is empty'):
+        data.load('domains', 'byte', 256, cache, path=str(tmp_path))
+    (tmp_path / 'poems.txt').write_text('a\n')
+    with pytest.raises(UserError, match=r'poems and poems\.txt are both domain poems'):
+        read('domains', tmp_path)
+
+
+def test_the_hub_needs_its_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'datasets', None)
+    with pytest.raises(UserError, match=r"pip install 'multiplicative-interactions\[hub\]'$"):
+        read(WIKITEXT_2, cache=tmp_path)
+    with pytest.raises(UserError, match='expected hub:OWNER/NAME or hub:OWNER/NAME/CONFIG'):
+        read('hub:wikitext', cache=tmp_path)
+
+
+class Rows:
+    """The interface of datasets.Dataset, as documented, as far as it is used."""
+
+    column_names = ('text',)
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def iter(self, batch_size):
+        for i in range(0, len(self.rows), batch_size):
+            yield {'text': self.rows[i : i + batch_size]}
+
+
+def hub(monkeypatch, splits):
+    calls = []
+
+    def load_dataset(*names):
+        calls.append(names)
+        return splits
+
+    package = types.SimpleNamespace(
+        load_dataset=load_dataset, exceptions=types.SimpleNamespace(DatasetsError=LookupError)
+    )
+    monkeypatch.setitem(sys.modules, 'datasets', package)
+    return calls
+
+
+def test_rows_of_the_hub_are_lines_and_copied_once(tmp_path, cache, monkeypatch):
+    rows = Rows(['', ' = Title = \n', 'a\nb', ''])
+    calls = hub(monkeypatch, dict.fromkeys(('train', 'validation', 'test'), rows))
+    for _ in range(2):
+        assert read(WIKITEXT_2, cache=tmp_path)['valid'] == ['\n = Title = \na\nb\n\n']
+    assert calls == [('Salesforce/wikitext', 'wikitext-2-v1')]
+    with pytest.raises(UserError, match='10 tokens with <eos>, expected 2,088,628'):
+        data.load(WIKITEXT_2, 'token', 100, str(tmp_path))
+    with pytest.raises(UserError, match=r"expected train, validation and test .*\{'train'"):
+        hub(monkeypatch, {'train': rows})
+        read('hub:some/thing', cache=tmp_path)
+    assert sorted(f.name for f in (tmp_path / 'hub').iterdir()) == [
+        'Salesforce--wikitext--wikitext-2-v1'
+    ]
+
+
+def test_a_directory_by_the_package_of_the_hub_itself(tmp_path, monkeypatch):
+    pytest.importorskip('datasets', reason='the extra hub is not installed')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('HF_HOME', str(tmp_path / 'home'))
+    (tmp_path / 'owner' / 'name').mkdir(parents=True)
+    for split in ('train', 'validation', 'test'):
+        (tmp_path / 'owner' / 'name' / f'{split}.txt').write_text(f' {split} \n\nnaïve\n')
+    texts = read('hub:owner/name', cache=tmp_path / 'cache')
+    assert texts == {
+        split: [f' {name} \n\nnaïve\n']
+        for split, name in zip(corpora.SPLITS, ('train', 'validation', 'test'), strict=True)
+    }
+    with pytest.raises(UserError, match="'hub:owner/nothing': "):
+        monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+        read('hub:owner/nothing', cache=tmp_path / 'cache')

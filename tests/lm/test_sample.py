@@ -1,0 +1,116 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import lm as configs
+from mi.config import UserError
+from mi.lm import assess, dynamic, sample, setup, train
+from mi.lm.data import load
+
+
+def tiny(word='core=lstm', **changes):
+    config = configs.get_config(f'{word},tiny').unlock()
+    config.update_from_flattened_dict(changes)
+    return config.lock()
+
+
+@pytest.mark.parametrize('word', ['core=lstm,source=state', 'core=transformer'])
+def test_the_likeliest_tokens_are_those_of_the_whole_text(word):
+    """Greedy sampling from kept state is the argmax of logits computed for all tokens at once."""
+    config = tiny(word, **{'model.memory': 0})
+    model = setup.build(config, 11)
+    carry = model.initial_carry(1)
+    params = jax.jit(model.init)(jax.random.key(3), carry, jnp.zeros((1, 1), int))['params']
+    params = jax.tree.map(lambda a: 2 * a, params)  # far from uniform
+    prompt = jnp.array([1, 4, 2])
+    drawn = sample.generate(model, params, prompt, jax.random.key(0), 12, 0.0, 1.0)
+    text = jnp.concatenate([prompt, drawn])
+    _, logits = model.apply({'params': params}, carry, text[:, None])
+    np.testing.assert_array_equal(drawn, logits[2:-1, 0].argmax(-1))
+    again = sample.generate(model, params, prompt, jax.random.key(1), 12, 1.5, 1.0)
+    assert (again != drawn).any()
+
+
+def test_nucleus_and_temperature_draw_from_the_distribution_they_say():
+    p = jnp.array([0.05, 0.5, 0.15, 0.3])
+    draw = jax.vmap(sample.draw, (None, 0, None, None))
+    keys = jax.random.split(jax.random.key(0), 20_000)
+
+    def shares(temperature, top_p):
+        return np.bincount(draw(jnp.log(p), keys, temperature, top_p), minlength=4) / len(keys)
+
+    np.testing.assert_allclose(shares(1.0, 1.0), p, atol=0.02)
+    np.testing.assert_allclose(shares(1.0, 0.75), [0, 0.5 / 0.8, 0, 0.3 / 0.8], atol=0.02)
+    np.testing.assert_allclose(shares(1.0, 0.01), [0, 1, 0, 0])
+    np.testing.assert_allclose(shares(0.5, 1.0), p**2 / (p**2).sum(), atol=0.02)
+    np.testing.assert_allclose(shares(0.0, 1.0), [0, 1, 0, 0])
+
+
+def test_dynamic_evaluation_is_the_update_written_out(texts):
+    """Against a loop over segments in NumPy, with gradients of a model that is linear in words."""
+    config = tiny('core=lstm', **{'model.site': 'none', 'data.source': texts})
+    corpus = load(texts, 'byte', 256)
+    model = setup.build(config, 256)
+    carry = model.initial_carry(1)
+    params = jax.jit(model.init)(jax.random.key(0), carry, jnp.zeros((1, 1), int))['params']
+    how = dynamic.Adaptation(tokens=25, length=6, learning_rate=1e-2, decay=0.5, statistics=4)
+    measured = dynamic.evaluate(model, params, corpus, 'valid', how)
+
+    def loss(params, carry, tokens):
+        after, losses = model.apply({'params': params}, carry, tokens[:-1, None], tokens[1:, None])
+        return losses.nats.mean(), after
+
+    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    leaves, tree = jax.tree.flatten(params)
+    squares = [np.zeros(a.shape) for a in leaves]
+    text, state = jnp.asarray(corpus.tokens['train'][:25], jnp.int32), carry
+    for i in range(4):
+        (_, state), g = gradient(params, state, text[6 * i : 6 * i + 7])
+        squares = [
+            s + np.asarray(a, np.float64) ** 2
+            for s, a in zip(squares, jax.tree.leaves(g), strict=True)
+        ]
+    roots = [np.sqrt(s / 4) for s in squares]
+    mean = sum(r.sum() for r in roots) / sum(r.size for r in roots)
+    text, state, total = jnp.asarray(corpus.tokens['valid'][:25], jnp.int32), carry, 0.0
+    now = [np.asarray(a, np.float64) for a in leaves]
+    for i in range(4):
+        current = jax.tree.unflatten(tree, [jnp.asarray(a, jnp.float32) for a in now])
+        (nats, state), g = gradient(current, state, text[6 * i : 6 * i + 7])
+        total += 6 * float(nats)
+        now = [
+            a - 1e-2 * np.asarray(b) / (r + 1e-8) + np.minimum(1, 0.5 * r / mean) * (start - a)
+            for a, b, r, start in zip(now, jax.tree.leaves(g), roots, leaves, strict=True)
+        ]
+    assert measured['nats_per_token'] == pytest.approx(total / 24, rel=1e-3)
+    assert measured['over']['predictions'] == 24 and measured['over']['batch'] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('word', ['core=lstm', 'core=transformer'])
+def test_a_run_is_evaluated_in_other_ways_and_sampled(word, tmp_path, texts, capsys):
+    source = {'data.source': texts, 'seeds': (0, 1), 'model.memory': 8 if 'trans' in word else 0}
+    with pytest.raises(UserError, match=r'no config\.json: expected the directory of a run'):
+        assess.assess(tiny(word, **source), str(tmp_path / 'nothing'))
+    train.train(tiny(word, **source), str(tmp_path))
+    with pytest.raises(UserError, match=r'made with another config\.model'):
+        assess.assess(tiny(word, **source, **{'model.hidden': 64}), str(tmp_path))
+    written = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+    test = [row for row in written if row['split'] == 'test']
+    assess.assess(tiny(word, **source, **{'dynamic.tokens': 500}), str(tmp_path))
+    scores = json.loads((tmp_path / 'evaluation.json').read_text())
+    assert set(scores) == {'step', 'valid', 'test', 'valid_dynamic', 'test_dynamic'}
+    for row in test:  # the same checkpoint, evaluated in the same way
+        again = scores['test'][str(row['seed'])]
+        assert again['nats_per_token'] == pytest.approx(row['nats_per_token'], rel=1e-6)
+    assess.assess(tiny(word, **source, **{'eval.stride': 4, 'eval.length': 16}), str(tmp_path))
+    sliding = json.loads((tmp_path / 'evaluation.json').read_text())['test']['0']
+    assert sliding['over']['stride'] == 4
+    assert sliding['nats_per_token'] == pytest.approx(test[0]['nats_per_token'], rel=0.2)
+    assert 'nats/token' in capsys.readouterr().out
+    sample.sample(tiny(word, **source, **{'sample.tokens': 5}), str(tmp_path))
+    texts_drawn = json.loads((tmp_path / 'samples.json').read_text())['texts']
+    assert len(texts_drawn) == 2 and texts_drawn[0] in capsys.readouterr().out

@@ -1,0 +1,105 @@
+"""Devices, parts of a batch and blocks made anew change what a step costs, and not what it does."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import lm, lm_enwik8, lm_ptb, lm_wikitext103
+from mi import optim
+from mi.lm import setup, train
+from tests.conftest import ROOT
+
+LSTM = ['--config=configs/lm.py:tiny']
+TRANSFORMER = [
+    '--config=configs/lm.py:core=transformer,tiny',
+    '--config.model.memory=8',
+    '--config.model.source=summary',
+    '--config.model.site=attention',
+]
+
+
+def losses(workdir, arguments, devices=1):
+    """The metrics of a run with so many devices."""
+    flags = f'--xla_force_host_platform_device_count={devices}'
+    done = subprocess.run(
+        [sys.executable, '-m', 'mi.main', f'--workdir={workdir}', *arguments],
+        env=os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('model', [LSTM, TRANSFORMER], ids=['lstm', 'transformer'])
+def test_the_losses_are_the_same_on_1_2_and_4_devices_and_with_split_parameters(
+    tmp_path, texts, model
+):
+    model = [*model, f'--config.data.source={texts}']
+    arms = {
+        'one': ([], 1),
+        'two': ([], 2),
+        'four': (['--config.train.fsdp=2'], 4),
+        'split': (['--config.train.fsdp=4', '--config.train.accumulate=1'], 4),
+        'parts': (['--config.train.accumulate=2', '--config.train.fsdp=2'], 2),
+    }
+    no_dropout = [f'--config.dropout.{name}=0.0' for name in ('input', 'layer', 'output')]
+    found = {
+        name: losses(tmp_path / name, [*model, *no_dropout, *options], devices)
+        for name, (options, devices) in arms.items()
+    }
+    for name, rows in found.items():
+        for row, expected in zip(rows, found['one'], strict=True):
+            assert row['nats_per_token'] == pytest.approx(expected['nats_per_token'], rel=2e-4), (
+                name
+            )
+
+
+@pytest.mark.parametrize('word', ['core=lstm', 'core=transformer'])
+def test_the_gradient_of_parts_is_that_of_the_batch(word):
+    config = lm.get_config(f'{word},tiny').unlock()
+    config.dropout.update({'input': 0.0, 'layer': 0.0, 'output': 0.0})
+    config.optim.name = 'sgd'
+    model, optimiser = setup.build(config, 11), optim.optimiser(config.optim, 10)
+    tokens = jax.random.randint(jax.random.key(0), (9, 4), 0, 11)
+    after = []
+    for parts in (1, 2, 4):
+        state = train.init(model, optimiser, jnp.asarray(0), 4)
+        step = jax.jit(lambda *a, parts=parts: train.train_step(model, optimiser, parts, *a, None))
+        after.append(step(state, jnp.asarray(0), jnp.asarray(0), tokens))
+    for other in after[1:]:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), after[0], other
+        )
+
+
+ALL = [
+    (file, preset) for file in (lm, lm_enwik8, lm_ptb, lm_wikitext103) for preset in file.PRESETS
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'file, preset', ALL, ids=[f'{f.__name__.rpartition(".")[2]}-{p}' for f, p in ALL]
+)
+def test_the_step_of_every_config_lowers_for_accelerators(file, preset):
+    config = file.get_config(preset)
+    setup.validate(config)
+    vocabulary = 256 if config.data.level == 'byte' else config.data.vocabulary
+    model, optimiser = setup.build(config, vocabulary), optim.optimiser(config.optim, 20)
+    seed = jnp.asarray(0)
+    state = jax.eval_shape(lambda: train.init(model, optimiser, seed, config.train.batch))
+    shape = config.train.length + 1, config.train.batch
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+    step = jax.jit(lambda *args: train.train_step(model, optimiser, 1, *args, None))
+    exported = jax.export.export(step, platforms=['cuda', 'tpu'])(state, seed, seed, tokens)
+    assert exported.platforms == ('cuda', 'tpu')
