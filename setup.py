@@ -24,7 +24,8 @@ EXTRAS = {
     'cuda': ['jax[cuda13]'],
     'tpu': ['jax[tpu]'],
     # Other versions of torch pull gigabytes; only benchmarks and the golden file's script use it.
-    'benchmark': ['torch==2.13.0'],
+    'benchmark': ['torch==2.13.0', 'ray[rllib]>=2.50', 'envpool>=1.2'],
+    'hub': ['datasets>=4.0'],
     'envpool': ['envpool>=1.2'],
     'gym': ['gymnasium>=1.2'],
     'vizdoom': ['gymnasium>=1.2', 'vizdoom>=1.3'],

@@ -1,6 +1,6 @@
 """Environment steps per second of the RL trainer, against the loops one would write without it.
 
-    pip install -e '.[benchmark,envpool]' && python -m benchmarks.rl
+    pip install -e '.[benchmark]' && python -m benchmarks.rl
 
     xland     30 tasks, topology 'fused', LSTM-128, B = 128, T = 20: every fusion at the read-out,
               and the plain fused loop with concat and with the full mi
