@@ -139,12 +139,13 @@ def texts(source: str, path: str, splits: Collection[str], cache: pathlib.Path) 
     known = find(source)
     place = path or source
     if source in CORPORA and not known.here:
-        if not path and 'MI_DATA' not in os.environ:
+        root = os.environ.get('MI_DATA', '')
+        if not path and not root:
             raise known.refuse(
                 f"config.data.path = '': expected the place of {source!r}, or its parent directory "
                 f'in $MI_DATA'
             )
-        place = path or os.path.join(os.environ['MI_DATA'], source)
+        place = path or os.path.join(root, source)
     elif path:
         raise UserError(
             f'config.data.path = {path!r}: the source {source!r} says already where it is; use '
@@ -207,10 +208,7 @@ def _novels(cache: pathlib.Path) -> list[tuple[str, Text]]:
         at += len(line)
     ends = [start for start, _ in titles[1:]] + [at]
     return [
-        (
-            _AUSTEN[title],
-            Text(whole.file, start, end, whole.given, title.title()),
-        )
+        (_AUSTEN[title], Text(whole.file, start, end, whole.given, title.title()))
         for (start, title), end in zip(titles, ends, strict=True)
     ]
 
@@ -335,11 +333,10 @@ def _whole(file: pathlib.Path, cache: pathlib.Path) -> Text:
             key = hashlib.file_digest(stream, 'sha256').hexdigest()[:16]
         plain = cache / 'unpacked' / f'{key}-{file.stem}'
         if not plain.exists():
-            with appearing(plain) as new, _unpacked(file) as packed, open(new, 'wb') as to:
-                shutil.copyfileobj(packed, to, 2**20)
-                os.fchmod(
-                    to.fileno(), 0o444
-                )  # its hash is that of the packed file, never looked at
+            with appearing(plain) as new:
+                with _unpacked(file) as packed, open(new, 'wb') as to:
+                    shutil.copyfileobj(packed, to, 2**20)
+                new.chmod(0o444)  # found again by the hash of the packed file, not by its own
     return Text(plain, 0, plain.stat().st_size, file)
 
 

@@ -206,7 +206,7 @@ def test_the_tokenised_text_of_wikitext_goes_before_the_raw_one(tmp_path):
 
 @pytest.mark.parametrize('size', [4, 7, 16, 1000])
 def test_pieces_are_whole_lines_or_words_and_together_the_text(size, tmp_path):
-    words = 'naïve — a\n\nb c d e f g h i j\n extraordinarily, k\n …end'
+    words = 'naïve — a\n\nb c d e f g h i j\n extraordinarily, k l m n o p q r s t u\n …end'
     (tmp_path / 'text').write_text(words)
     whole = len(words.encode())
     text = corpora.Text(tmp_path / 'text', 0, whole, tmp_path)
@@ -215,6 +215,7 @@ def test_pieces_are_whole_lines_or_words_and_together_the_text(size, tmp_path):
     for piece, following in itertools.pairwise(pieces):
         assert piece.endswith('\n') or following.startswith(' ')
     assert len(pieces) == 1 if size > whole else len(pieces) > 2
+    assert all(len(piece.encode()) <= 16 for piece in pieces if size == 16 and 'extra' not in piece)
     middle = dataclasses.replace(text, start=7, stop=whole - 6)
     assert ''.join(middle.pieces(size)).encode() == words.encode()[7:-6]
 

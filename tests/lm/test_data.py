@@ -108,6 +108,15 @@ def test_tokens_are_kept_and_checked(tmp_path):
         data.load('austen', 'byte', 256, cache)
 
 
+def test_texts_that_differ_in_a_word_or_in_where_they_end_have_tokens_of_their_own(tmp_path, cache):
+    first = data.load(write(tmp_path, train='a b\na b\n', valid='b a\n'), 'token', 9, cache)
+    word = data.load(write(tmp_path, train='a b\nb b\n', valid='b a\n'), 'token', 9, cache)
+    end = data.load(write(tmp_path, train='a b\n', valid='a b\nb a\n'), 'token', 9, cache)
+    assert len(first.tokens['train']) == len(word.tokens['train']) == 6
+    assert first.sha256 != word.sha256
+    assert len(end.tokens['train']) == 3 and len(end.tokens['valid']) == 6
+
+
 def test_large_token_files_are_hashed_when_asked_and_always_measured(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(data, 'HASHED', 10)
     source = write(tmp_path, train='a few words of training text\n')
@@ -131,12 +140,15 @@ def test_a_build_that_fails_leaves_nothing(tmp_path):
     assert list(cache.rglob('*')) == []
 
 
-def test_a_single_file_is_split_by_lines_and_mapped_where_it_is(tmp_path):
+@pytest.mark.parametrize('count, end', [(100, '\n'), (40, ''), (21, ''), (39, '\n')])
+def test_a_single_file_is_split_by_lines_and_mapped_where_it_is(count, end, tmp_path):
     file = tmp_path / 'book.txt'
-    file.write_text(''.join(f'line {i}\n' for i in range(100)))
+    lines = [f'line {i}\n' for i in range(count - 1)] + [f'last{end}']
+    file.write_text(''.join(lines))
     corpus = data.load(str(file), 'byte', 256)
-    assert bytes(corpus.tokens['valid']).decode() == ''.join(f'line {i}\n' for i in range(90, 95))
-    assert bytes(corpus.tokens['test']).decode() == ''.join(f'line {i}\n' for i in range(95, 100))
+    a, b = int(count * 0.9), int(count * 0.95)
+    for split, part in zip(data.SPLITS, (lines[:a], lines[a:b], lines[b:]), strict=True):
+        assert bytes(corpus.tokens[split]).decode() == ''.join(part)
     assert all(tokens.filename == file for tokens in corpus.tokens.values())
     assert corpus.bytes == {split: len(tokens) for split, tokens in corpus.tokens.items()}
 
