@@ -6,6 +6,7 @@ instructions: its network gets the one-hot grid and a bag of the instruction's w
 layers and an LSTM-128, which is less work than ours.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -75,6 +76,8 @@ def step(name: str, config: ml_collections.ConfigDict) -> Callable[[], float]:
     from ray.rllib.algorithms.impala import IMPALAConfig
     from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
 
+    # By default its processes yield to the learner's, and starve on two cores.
+    os.environ.update({'RAY_worker_niceness': '0'})
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)  # processes, not cores
     T, B, loss = config.train.length, config.train.batch, config.loss
     if name == 'pong':

@@ -18,21 +18,27 @@ pytestmark = pytest.mark.slow
 STEPS = 40
 
 
-def command(workdir, texts):
-    return [
-        sys.executable, '-m', 'mi.main', '--config=configs/lm.py:tiny,fusion=mi',
-        '--config.seeds=(0, 1)', f'--config.data.source={texts}', f'--config.train.steps={STEPS}',
-        '--config.train.log_every=3', '--config.model.source=state', f'--workdir={workdir}',
-    ]  # fmt: skip
+LSTM = [
+    '--config=configs/lm.py:tiny,fusion=mi', '--config.seeds=(0, 1)', '--config.model.source=state',
+    '--config.dropout.state=0.1',
+]  # fmt: skip
+TRANSFORMER = [
+    '--config=configs/lm.py:core=transformer,tiny', '--config.model.memory=8',
+    '--config.model.dtype=bfloat16', '--config.train.accumulate=2',
+]  # fmt: skip
 
 
-def start(workdir, texts):
+def start(workdir, texts, model=LSTM):
+    command = [
+        *(sys.executable, '-m', 'mi.main', *model, f'--config.data.source={texts}'),
+        *(f'--config.train.steps={STEPS}', '--config.train.log_every=3', f'--workdir={workdir}'),
+    ]
     with open(workdir.with_suffix('.log'), 'a') as log:
-        return subprocess.Popen(command(workdir, texts), stdout=log, stderr=log)
+        return subprocess.Popen(command, stdout=log, stderr=log)
 
 
-def finish(workdir, texts):
-    assert start(workdir, texts).wait() == 0, workdir.with_suffix('.log').read_text()
+def finish(workdir, texts, model=LSTM):
+    assert start(workdir, texts, model).wait() == 0, workdir.with_suffix('.log').read_text()
 
 
 def wait_for_step(workdir, step, process):
@@ -72,17 +78,26 @@ def uninterrupted(tmp_path_factory, texts):
     return workdir
 
 
-def test_killed_at_random_moments(tmp_path, texts, uninterrupted):
+def killed_at_random_moments(workdir, texts, model, times):
     moments = random.Random(os.environ.get('PYTEST_SEED'))
-    workdir = tmp_path / 'run'
-    for _ in range(3):
-        process = start(workdir, texts)
+    for _ in range(times):
+        process = start(workdir, texts, model)
         wait_for_step(workdir, moments.randrange(1, STEPS), process)
         time.sleep(moments.random() * 0.2)
         process.kill()
         process.wait()
-    finish(workdir, texts)
-    assert_same_end(workdir, uninterrupted)
+    finish(workdir, texts, model)
+
+
+def test_killed_at_random_moments(tmp_path, texts, uninterrupted):
+    killed_at_random_moments(tmp_path / 'run', texts, LSTM, 3)
+    assert_same_end(tmp_path / 'run', uninterrupted)
+
+
+def test_a_transformer_in_bf16_with_parts_of_the_batch(tmp_path, texts):
+    finish(tmp_path / 'whole', texts, TRANSFORMER)
+    killed_at_random_moments(tmp_path / 'run', texts, TRANSFORMER, 2)
+    assert_same_end(tmp_path / 'run', tmp_path / 'whole')
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
