@@ -47,9 +47,7 @@ def test_the_losses_are_the_same_on_1_2_and_4_devices_and_with_split_parameters(
     model = [*model, f'--config.data.source={texts}']
     arms = {
         'one': ([], 1),
-        'two': ([], 2),
         'four': (['--config.train.fsdp=2'], 4),
-        'split': (['--config.train.fsdp=4', '--config.train.accumulate=1'], 4),
         'parts': (['--config.train.accumulate=2', '--config.train.fsdp=2'], 2),
     }
     no_dropout = [f'--config.dropout.{name}=0.0' for name in ('input', 'layer', 'output')]
