@@ -1,4 +1,5 @@
-# make run    the quickstart: concat against MI on real text, a table and curves, about ten minutes
+# make run    the quickstart: concat against MI on real text and on six tasks of an agent, tables
+#             and curves, about ten minutes
 # make test   checks and all tests
 # make fast   the tests that take seconds
 # make check  lint, format and types
@@ -16,6 +17,8 @@ PARALLEL ?= 2
 run: .venv/run
 	$(BIN)/python -m launch.local \
 		--sweep=experiments/quickstart.py --workdir=$(WORKDIR) --parallel=$(PARALLEL)
+	$(BIN)/python -m launch.local \
+		--sweep=experiments/quickstart_rl.py --workdir=$(WORKDIR)_rl --parallel=$(PARALLEL)
 
 test: check
 	$(BIN)/python -m pytest -n $(PARALLEL) --dist worksteal

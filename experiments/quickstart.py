@@ -31,4 +31,4 @@ NOTES = [
 
 def sweep() -> list[dict[str, Any]]:
     # The dearest arm early: two at once, the last one does not wait alone for it.
-    return product(**{'model.fusion.name': ['concat', 'mi', 'none', 'film', 'mi_low_rank']})
+    return product(**{'model.fusion.name': ['mi', 'concat', 'none', 'mi_low_rank']})
