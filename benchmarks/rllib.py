@@ -6,6 +6,7 @@ instructions: its network gets the one-hot grid and a bag of the instruction's w
 layers and an LSTM-128, which is less work than ours.
 """
 
+import itertools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -41,12 +42,17 @@ class Pong(gymnasium.Env[np.ndarray, int]):
 
 
 class BabyAI(gymnasium.Env[np.ndarray, int]):
-    """One row of our pool of BabyAI levels: the same engine, grids and words."""
+    """One row of our pools of BabyAI levels: the same engine, grids and words, level by level."""
+
+    made = itertools.count()
 
     def __init__(self, config: Any):
-        self._pool = envs.pool(config['name'], 1, config.worker_index)
+        number = next(self.made)
+        word, _, levels = config['name'].partition('/')
+        level = levels.split(',')[number % len(levels.split(','))]
+        self._pool = envs.pool(f'{word}/{level}', 1, 1000 * config.worker_index + number)
         spec = self._pool.spec
-        self._words = len(spec.vocabulary)
+        self._words = spec.vocabulary
         self.action_space = gymnasium.spaces.Discrete(spec.actions)
         size = len(self._seen(self._pool.reset()))
         self.observation_space = gymnasium.spaces.Box(0, 1, (size,), np.float32)
@@ -65,7 +71,7 @@ class BabyAI(gymnasium.Env[np.ndarray, int]):
         observation = step.observation
         grid = observation['grid'][0]
         cells = [grid[..., i, None] == np.arange(11) for i in range(grid.shape[-1])]
-        words = np.zeros(self._words + 1)
+        words = np.zeros(self._words)
         words[observation['instruction'][0]] = 1
         return np.concatenate([*(c.ravel() for c in cells), words]).astype(np.float32)
 
@@ -117,8 +123,9 @@ def step(name: str, config: ml_collections.ConfigDict) -> Callable[[], float]:
         nonlocal trained
         before = trained
         while trained == before:
-            result = algorithm.train()
-            trained = result['learners']['__all_modules__']['num_env_steps_trained_lifetime']
+            learners = algorithm.train().get('learners', {})  # none before the first update
+            counts = learners.get('__all_modules__', {})
+            trained = counts.get('num_env_steps_trained_lifetime', before)
         return (trained - before) / (B * T)
 
     return once

@@ -15,51 +15,24 @@ from mi import optim
 from mi.lm import setup, train
 from tests.conftest import ROOT
 
-LSTM = ['--config=configs/lm.py:tiny']
-TRANSFORMER = [
-    '--config=configs/lm.py:core=transformer,tiny',
-    '--config.model.memory=8',
-    '--config.model.source=summary',
-    '--config.model.site=attention',
-]
-
-
-def losses(workdir, arguments, devices=1):
-    """The metrics of a run with so many devices."""
-    flags = f'--xla_force_host_platform_device_count={devices}'
+@pytest.mark.slow
+@pytest.mark.parametrize('core', ['lstm', 'transformer'])
+def test_the_losses_are_the_same_on_1_2_and_4_devices_and_with_split_parameters(texts, core):
     done = subprocess.run(
-        [sys.executable, '-m', 'mi.main', f'--workdir={workdir}', *arguments],
-        env=os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
+        [sys.executable, '-m', 'tests.lm.devices', core, texts],
+        env=os.environ
+        | {'XLA_FLAGS': '--xla_force_host_platform_device_count=4', 'JAX_PLATFORMS': 'cpu'},
         capture_output=True,
         text=True,
         timeout=300,
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('model', [LSTM, TRANSFORMER], ids=['lstm', 'transformer'])
-def test_the_losses_are_the_same_on_1_2_and_4_devices_and_with_split_parameters(
-    tmp_path, texts, model
-):
-    model = [*model, f'--config.data.source={texts}']
-    arms = {
-        'one': ([], 1),
-        'four': (['--config.train.fsdp=2'], 4),
-        'parts': (['--config.train.accumulate=2', '--config.train.fsdp=2'], 2),
-    }
-    no_dropout = [f'--config.dropout.{name}=0.0' for name in ('input', 'layer', 'output')]
-    found = {
-        name: losses(tmp_path / name, [*model, *no_dropout, *options], devices)
-        for name, (options, devices) in arms.items()
-    }
-    for name, rows in found.items():
-        for row, expected in zip(rows, found['one'], strict=True):
-            assert row['nats_per_token'] == pytest.approx(expected['nats_per_token'], rel=2e-4), (
-                name
-            )
+    found = json.loads(done.stdout)
+    for how in found.values():
+        np.testing.assert_allclose(how['nats'], found['one']['nats'], rtol=2e-4)
+    assert not found['one']['split'] and not found['four']['split']
+    assert found['split']['split'] and found['parts']['split']
 
 
 @pytest.mark.parametrize('word', ['core=lstm', 'core=transformer'])
