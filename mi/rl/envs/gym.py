@@ -111,19 +111,23 @@ def make_gym(suite: str, *, batch: int, seed: int = 0, asynchronous: bool = Fals
     try:
         one = gymnasium.make(suite)
     except gymnasium.error.DependencyNotInstalled as error:
-        raise UserError(f'gym/{suite}: {error}') from error
+        raise UserError(f'gymnasium/{suite}: {error}') from error
     except gymnasium.error.Error as error:
         known = [name for name in gymnasium.registry if '/' not in name]
-        raise UserError(f'gym/{suite} is unknown; {nearest(suite, known)}') from error
+        raise UserError(f'gymnasium/{suite} is unknown; {nearest(suite, known)}') from error
     space, actions = one.observation_space, one.action_space
     limit = one.spec.max_episode_steps or 0
     one.close()
     if not isinstance(actions, gymnasium.spaces.Discrete) or actions.start != 0:
-        raise UserError(f'gym/{suite} has actions {actions}: expected Discrete, counted from 0')
+        raise UserError(
+            f'gymnasium/{suite} has actions {actions}: expected Discrete, counted from 0'
+        )
     if not isinstance(space, gymnasium.spaces.Box) or not (
         len(space.shape) == 1 or (len(space.shape) == 3 and space.dtype == np.uint8)
     ):
-        raise UserError(f'gym/{suite} observes {space}: expected a Box [n], or [h, w, c] of uint8')
+        raise UserError(
+            f'gymnasium/{suite} observes {space}: expected a Box [n], or [h, w, c] of uint8'
+        )
     entry, dtype = ('features', np.float32) if len(space.shape) == 1 else ('pixels', np.uint8)
     spec = Spec(
         name='gym',
