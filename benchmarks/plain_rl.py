@@ -24,7 +24,7 @@ from mi import optim
 from mi.rl import actor, envs, learner, setup
 from mi.rl.actor import Trajectory
 from mi.rl.envs import xland
-from mi.rl.networks import Inputs, Outputs
+from mi.rl.networks import Inputs, InstructionEncoder, Outputs
 
 GOALS = {
     'hold': kinds.AgentHoldGoal,
@@ -36,36 +36,58 @@ GOALS = {
 }
 
 
+def lstm(hidden: int, carry: Any, x: Array, is_first: Array) -> tuple[Any, Array]:
+    """The textbook's LSTM along the first axis, from zeros at the first step of an episode."""
+
+    def step(cell: nn.Module, carry: Any, row: Any) -> Any:
+        x, first = row
+        carry = jax.tree.map(lambda a: jnp.where(first[:, None], 0.0, a), carry)
+        return cell(carry, x)
+
+    scan = nn.scan(step, variable_broadcast='params', split_rngs={'params': False})
+    return scan(nn.OptimizedLSTMCell(hidden), carry, (x, is_first))
+
+
 class Net(nn.Module):
-    """Grid, action and reward → LSTM → policy and value, with the task joined or multiplied."""
+    """Grid, action and reward → LSTM → policy and value, with the task joined or multiplied.
+
+    Where there are instructions, their encoding at every step is joined to what is seen.
+    """
 
     tasks: int
     actions: int
     features: int
     hidden: int
-    fusion: Literal['concat', 'mi']
+    fusion: Literal['concat', 'mi', 'none']
+    categories: tuple[int, ...] = (xland.TILES, xland.COLOURS)
+    vocabulary: int = 0
 
     @nn.compact
     def __call__(self, carry: Any, inputs: Inputs) -> tuple[Any, Outputs]:
         grid = inputs.observation['grid']
-        tile = jax.nn.one_hot(grid[..., 0], xland.TILES)
-        paint = jax.nn.one_hot(grid[..., 1], xland.COLOURS)
-        x = jnp.concatenate([tile, paint], -1).reshape(*grid.shape[:2], -1)
-        x = jnp.concatenate([x, inputs.observation['features']], -1)
+        parts = [jax.nn.one_hot(grid[..., i], c) for i, c in enumerate(self.categories)]
+        x = jnp.concatenate(parts, -1).reshape(*grid.shape[:2], -1)
+        if 'features' in inputs.observation:
+            x = jnp.concatenate([x, inputs.observation['features']], -1)
         for _ in range(2):
             x = nn.relu(nn.Dense(self.features)(x))
+        if self.vocabulary:
+            tokens = inputs.observation['instruction']
+            words = tokens.reshape(-1, tokens.shape[-1]).T  # [L, T · B]
+            embedded = nn.Embed(self.vocabulary, InstructionEncoder.embed)(words)
+            zeros = (jnp.zeros((words.shape[1], InstructionEncoder.hidden)),) * 2
+            _, states = lstm(InstructionEncoder.hidden, zeros, embedded, words < 0)
+            last = jnp.maximum((words > 0).sum(0) - 1, 0)
+            read = jnp.take_along_axis(states, last[None, :, None], axis=0)[0]
+            read = read.reshape(*tokens.shape[:-1], -1)
+            x = nn.relu(nn.Dense(self.features)(jnp.concatenate([x, read], -1)))
         action = jax.nn.one_hot(inputs.action, self.actions)
         x = jnp.concatenate([x, action, inputs.reward[..., None]], -1)
-
-        def step(cell: nn.Module, carry: Any, row: Any) -> Any:
-            x, first = row
-            carry = jax.tree.map(lambda a: jnp.where(first[:, None], 0.0, a), carry)
-            return cell(carry, x)
-
-        scan = nn.scan(step, variable_broadcast='params', split_rngs={'params': False})
-        carry, h = scan(nn.OptimizedLSTMCell(self.hidden), carry, (x, inputs.is_first))
+        carry, h = lstm(self.hidden, carry, x, inputs.is_first)
         z = jax.nn.one_hot(inputs.observation['task'], self.tasks)
-        if self.fusion == 'concat':
+        if self.fusion == 'none':
+            y = nn.Dense(self.actions + 1)(h)
+        elif self.fusion == 'concat':
             y = nn.Dense(self.actions + 1)(jnp.concatenate([h, z], -1))
         else:
             shape = self.tasks, self.hidden, self.actions + 1
@@ -167,19 +189,26 @@ def xland_step(config: ml_collections.ConfigDict, fusion: Literal['concat', 'mi'
 
 
 def host_step(config: ml_collections.ConfigDict) -> Callable:
-    """One update of the plain loop on environments of the host, with our network."""
+    """One update of the plain loop on environments of the host; pixels go through our network."""
     B, T = config.train.batch, config.train.length
     pool = envs.pool(config.env.name, B, 0)
-    agent = setup.agent(config, pool.spec)
+    agent: Any = setup.agent(config, pool.spec)
+    carry = agent.initial_carry(B)
+    if pool.spec.vocabulary:
+        spec, sizes = pool.spec, (config.model.features, config.model.hidden)
+        agent = Net(len(spec.tasks), spec.actions, *sizes, 'none', spec.categories, spec.vocabulary)
+        carry = (jnp.zeros((B, config.model.hidden)),) * 2
     optimiser = optim.optimiser(config.optim, 1000)
     update = jax.jit(
         functools.partial(learner.update, agent, optimiser, setup.hyperparameters(config))
     )
     policy = jax.jit(functools.partial(actor.act, agent))
-    weights = setup.init_params(agent, jax.random.key(0))
+    now, action = pool.reset(), np.zeros(B, np.int32)
+    row = Inputs(now.observation, action, now.reward, now.is_first)
+    rows = jax.tree.map(lambda a: jnp.asarray(a)[None], row)
+    weights = jax.jit(agent.init)(jax.random.key(0), carry, rows)['params']
     learning = learner.start(weights, optimiser, len(pool.spec.tasks))
     keys = iter(jax.random.split(jax.random.key(2), 1_000_000))
-    now, action, carry = pool.reset(), np.zeros(B, np.int32), agent.initial_carry(B)
 
     def once() -> None:
         nonlocal learning, now, action, carry

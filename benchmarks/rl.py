@@ -4,15 +4,16 @@
 
     xland     30 tasks, topology 'fused', LSTM-128, B = 128, T = 20: every fusion at the read-out,
               and the plain fused loop with concat and with the full mi
-    babyai    4 levels with instructions, topology 'threads', against the plain loop and RLlib
+    babyai    4 levels, topology 'threads', instructions joined to what is seen, against the plain
+              loop and RLlib; and with the full mi of both
     pong      the convolutions of DQN, topology 'threads', against the plain loop and RLlib
     parts     where the time of a fused update goes: each part compiled and timed alone
     conv      an update with the convolutions of DQN, against PyTorch's forward and backward pass of
               them alone: XLA's CPU backend is many times slower at them inside a scan
 
 The sides take turns (`benchmarks.rounds`), the peers are in `benchmarks.plain_rl` and
-`benchmarks.rllib`. The table
-has medians over the rounds, and the median of the rounds' ratios to the peer.
+`benchmarks.rllib`. The table has medians over the rounds, and the median of the rounds' ratios to
+the peer.
 """
 
 import functools
@@ -42,7 +43,7 @@ FUSIONS = ('none', 'concat', 'multi_head', 'film', 'mi_low_rank', 'mi')
 # Set → sides, the peer of the ratios first.
 SETS = {
     'xland': ('plain concat', 'plain mi', *FUSIONS),
-    'babyai': ('plain', 'rllib', 'threads'),
+    'babyai': ('plain', 'rllib', 'threads', 'threads mi'),
     'pong': ('plain', 'rllib', 'threads'),
     'parts': ('whole', 'environment', 'policy', 'learning'),
     'conv': ('torch convolutions', 'update'),
@@ -57,6 +58,7 @@ def config_of(name: str) -> ml_collections.ConfigDict:
     elif name == 'babyai':
         config.env.name = LEVELS
         config.model.update({'instruction': True, 'sites': ('instruction',)})
+        config.model.fusion.name = 'concat'
         config.train.topology = 'threads'
     elif name in ('pong', 'conv'):
         config.env.name = 'atari/Pong'
@@ -203,6 +205,7 @@ def step_of(name: str, side: str) -> Callable[[], object]:
 
         return rllib.step(name, config)
     if name in ('babyai', 'pong'):
+        config.model.fusion.name = 'mi' if side.endswith('mi') else config.model.fusion.name
         return threads_step(config)
     if name == 'conv':
         return conv_step(config) if side == 'update' else torch_convolutions(config)
