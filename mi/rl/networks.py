@@ -16,7 +16,7 @@ from jax import Array
 from jax.nn import initializers
 from jax.typing import DTypeLike
 
-from mi import cells
+from mi import cells, cost
 from mi.layers import Affine, MultiplicativeInteraction
 from mi.rl.envs.spec import Spec
 
@@ -111,7 +111,7 @@ class Agent(nn.Module):
         v = TORSOS_BY_NAME[self._torso()](self.features, spec, dtype, name='torso')(
             inputs.observation
         )
-        instruction = None
+        instruction: Any = None
         if reads_instructions(self):
             encoder = InstructionEncoder(spec.vocabulary, dtype=dtype, parent=None)
             given = instruction = inputs.observation['instruction']
@@ -123,7 +123,8 @@ class Agent(nn.Module):
                 encode = functools.partial(encoder.apply, {'params': params})
                 instruction = once_per_episode(encode, given, inputs.is_first)
         if 'instruction' in self.sites:
-            v = nn.relu(fuse(self.features, context='dense', name='instruction')(v, instruction))
+            meet = fuse(self.features, context='dense', name='instruction')
+            v = nn.relu(fused_per_episode(meet, v, instruction, inputs.is_first))
 
         first = inputs.is_first[..., None]
         action = jnp.where(first, 0, jax.nn.one_hot(inputs.action, spec.actions, dtype=dtype))
@@ -134,7 +135,7 @@ class Agent(nn.Module):
             u = jnp.concatenate([u, instruction], axis=-1)
 
         kind: dict[str, Any] = {'context': 'dense'}
-        z: Array | None = None
+        z: Any = None
         if self.source == 'task':
             kind = {'context': 'one_hot'}
             if takes_ids(self.fusion):
@@ -150,8 +151,14 @@ class Agent(nn.Module):
             own = cells.LSTM(self.context, dtype=dtype, name='context')
             after['context'], z = own(before['context'], u, inputs.is_first)
 
+        def met(site: str, features: int, x: Array) -> Array:
+            meet = fuse(features, **kind, name=site)
+            if self.source == 'instruction':
+                return fused_per_episode(meet, x, z, inputs.is_first)
+            return meet(x, z)
+
         if 'core_input' in self.sites:
-            u = nn.relu(fuse(self.features, **kind, name='core_input')(u, z))
+            u = nn.relu(met('core_input', self.features, u))
         if self.core is None:
             h = nn.relu(Affine(self.features, dtype, name='core')(u))
         else:
@@ -160,7 +167,7 @@ class Agent(nn.Module):
             )
 
         if 'readout' in self.sites:
-            y = fuse(spec.actions + 1, **kind, name='readout')(h, z)
+            y = met('readout', spec.actions + 1, h)
         else:
             y = Affine(spec.actions + 1, dtype, name='readout')(h)
         logits, raw = y[..., :-1], y[..., -1]
@@ -199,26 +206,65 @@ def encode_instruction(agent: Agent, params: Any, tokens: Array) -> Array:
     return encoder.apply({'params': params['instruction_encoder']}, tokens)  # type: ignore[return-value,unused-ignore]
 
 
-def once_per_episode(
-    encode: Callable[[Array], Any], tokens: Array, is_first: Array, episodes: int = 4
-) -> Array:
+EPISODES = 4  # of a column that are looked at one by one
+
+
+def once_per_episode(encode: Callable[[Array], Any], tokens: Array, is_first: Array) -> Array:
     """encode(tokens) for tokens [T, B, L] that change where `is_first` alone, [T, B, …].
 
-    Where no column has more than `episodes` of them, only one row of each is encoded: for 20 steps
+    Where no column has more than `EPISODES` of them, only one row of each is encoded: for 20 steps
     a fifth of the work. Otherwise, and where it would not be less work, every row is.
     """
     T, _, L = tokens.shape
-    if 2 * episodes >= T or episodes >= L:
+    if 2 * EPISODES >= T or EPISODES >= L:
         return encode(tokens)
-    later = is_first & (jnp.arange(T) > 0).reshape(-1, 1)
-    number = jnp.cumsum(later, axis=0)  # of the row's episode, [T, B]
+    number, begins, few = _episodes(is_first)
 
     def some() -> Array:
-        begins = (number[None] == jnp.arange(episodes).reshape(-1, 1, 1)).argmax(1)
         encoded = encode(jnp.take_along_axis(tokens, begins[..., None], axis=0))
         return jnp.take_along_axis(encoded, number[..., None], axis=0, mode='clip')
 
-    return jax.lax.cond((number < episodes).all(), some, lambda: encode(tokens))
+    return jax.lax.cond(few, some, lambda: encode(tokens))
+
+
+def fused_per_episode(meet: nn.Module, x: Array, z: Array, is_first: Array) -> Array:
+    """meet(x, z) for x [T, B, n] and z [T, B, m] that changes where `is_first` alone, [T, B, k].
+
+    As `once_per_episode`: x meets each of the column's few z, and each step keeps its own. A full
+    form, which contracts z first, has a quarter of the work then for 20 steps; where it would not
+    be half of it, every row meets its own z alone.
+    """
+    if meet.is_initializing() or len(x) <= 2 * EPISODES or not _halved(meet, x, z):
+        return meet(x, z)
+    number, begins, few = _episodes(is_first)
+
+    def some(meet: nn.Module, x: Array, z: Array) -> Array:
+        of_episodes = jnp.take_along_axis(z, begins[..., None], axis=0)
+        y = meet(x[None], of_episodes[:, None])
+        return jnp.take_along_axis(y, number[None, ..., None], axis=0, mode='clip')[0]
+
+    return nn.cond(few, some, lambda meet, x, z: meet(x, z), meet, x, z)  # type: ignore[no-any-return,unused-ignore]
+
+
+def _halved(meet: nn.Module, x: Array, z: Array) -> bool:
+    """Whether meeting every z of `EPISODES` is half the products of meeting one z a step."""
+    (T, B, n), m, dtype = x.shape, z.shape[-1], x.dtype
+    apply, variables = meet.clone(parent=None).apply, meet.variables
+
+    def flops(*axes: tuple[int, ...]) -> int:
+        x, z = (jax.ShapeDtypeStruct(a, dtype) for a in axes)
+        return cost.flops(apply, variables, x, z)
+
+    shared = flops((1, T, B, n), (EPISODES, 1, B, m))
+    return 2 * shared <= flops((T, B, n), (T, B, m))
+
+
+def _episodes(is_first: Array) -> tuple[Array, Array, Array]:
+    """Of columns [T, B]: each row's episode, counted from 0; where each begins; whether few."""
+    later = is_first & (jnp.arange(len(is_first)) > 0).reshape(-1, 1)
+    number = jnp.cumsum(later, axis=0)  # [T, B]
+    begins = (number[None] == jnp.arange(EPISODES).reshape(-1, 1, 1)).argmax(1)  # [EPISODES, B]
+    return number, begins, (number < EPISODES).all()
 
 
 def takes_ids(constructor: Callable[..., nn.Module]) -> bool:

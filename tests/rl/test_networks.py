@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from mi import FUSIONS, cells, fusion
 from mi.rl.envs.spec import Spec
-from mi.rl.networks import Agent, Inputs, once_per_episode
+from mi.rl.networks import Agent, Inputs, fused_per_episode, once_per_episode
 from tests.motifs.checks import drawn
 
 T, B, TASKS, VOCABULARY = 4, 3, 5, 7
@@ -173,6 +174,38 @@ def test_instructions_are_encoded_once_per_episode(likely):
     got = jax.jit(lambda tokens: once_per_episode(counted, tokens, is_first))(tokens)
     np.testing.assert_allclose(got, tokens @ weights, rtol=1e-5, atol=1e-5)
     assert sorted(rows) == [4, 21]
+
+
+class Meeting(nn.Module):
+    fuse: nn.Module
+    shared: bool
+
+    @nn.compact
+    def __call__(self, x, z, is_first):
+        return fused_per_episode(self.fuse, x, z, is_first) if self.shared else self.fuse(x, z)
+
+
+@pytest.mark.parametrize('likely', [0.05, 0.4], ids=['few episodes', 'many episodes'])
+@pytest.mark.parametrize(
+    'word, m, halved', [('mi', 32, True), ('concat', 8, False), ('hypernetwork', 8, True)]
+)
+def test_streams_meet_once_per_episode_where_that_is_less_work(word, m, halved, likely):
+    rng = np.random.default_rng(0)
+    is_first = rng.random((21, 6)) < likely
+    x, z = (rng.normal(size=(21, 6, n)).astype(np.float32) for n in (12, m))
+    for t in range(1, 21):
+        z[t] = np.where(is_first[t][:, None], z[t], z[t - 1])
+    fuse = fusion.get(word, rank=3, hidden=16)(14)
+    every, shared = Meeting(fuse, shared=False), Meeting(fuse, shared=True)
+    variables = shared.init(jax.random.key(0), x, z, is_first)
+    f, g = (
+        lambda v, m=m: (lambda y: ((y**2).sum(), y))(m.apply(v, x, z, is_first))
+        for m in (every, shared)
+    )
+    grads = [jax.jit(jax.grad(function, has_aux=True))(variables) for function in (f, g)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *grads)
+    made = str(jax.make_jaxpr(shared.apply)(variables, x, z, is_first))
+    assert ('cond[' in made) == halved
 
 
 @pytest.mark.parametrize('torso', ['shallow', 'deep'])
