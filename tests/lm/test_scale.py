@@ -15,6 +15,7 @@ from mi import optim
 from mi.lm import setup, train
 from tests.conftest import ROOT
 
+
 @pytest.mark.slow
 @pytest.mark.parametrize('core', ['lstm', 'transformer'])
 def test_the_losses_are_the_same_on_1_2_and_4_devices_and_with_split_parameters(texts, core):
