@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 
 from mi import cells, cost
 from mi.layers import Affine, MultiplicativeInteraction
+from mi.rl.convolution import convolve
 from mi.rl.envs.spec import Spec
 
 Site = Literal['instruction', 'core_input', 'readout']
@@ -274,6 +275,9 @@ def takes_ids(constructor: Callable[..., nn.Module]) -> bool:
     return 'contexts' in getattr(constructor, '__dataclass_fields__', {})
 
 
+_conv = functools.partial(nn.Conv, conv_general_dilated=convolve)
+
+
 class Dense(nn.Module):
     """Grids as one-hot categories, and features, through two dense layers.
 
@@ -303,7 +307,7 @@ class Conv(nn.Module):
     def __call__(self, observation: Mapping[str, Array]) -> Array:
         x = _images(_one_hot(observation['grid'], self.spec.categories, self.dtype))
         for i, channels in enumerate((32, 64)):
-            x = nn.relu(nn.Conv(channels, (3, 3), dtype=self.dtype, name=f'conv_{i}')(x))
+            x = nn.relu(_conv(channels, (3, 3), dtype=self.dtype, name=f'conv_{i}')(x))
         return _read(x, observation, self.spec, self.features, self.dtype)
 
 
@@ -318,7 +322,7 @@ class Shallow(nn.Module):
     def __call__(self, observation: Mapping[str, Array]) -> Array:
         x = _images(observation['pixels'].astype(self.dtype) / 255)
         for i, (channels, size, stride) in enumerate(((32, 8, 4), (64, 4, 2), (64, 3, 1))):
-            conv = nn.Conv(
+            conv = _conv(
                 channels,
                 (size, size),
                 (stride, stride),
@@ -345,7 +349,7 @@ class Deep(nn.Module):
     def __call__(self, observation: Mapping[str, Array]) -> Array:
         x = _images(observation['pixels'].astype(self.dtype) / 255)
         for i, channels in enumerate((16, 32, 32)):
-            conv = functools.partial(nn.Conv, channels, (3, 3), dtype=self.dtype)
+            conv = functools.partial(_conv, channels, (3, 3), dtype=self.dtype)
             x = conv(name=f'section_{i}')(x)
             x = nn.max_pool(x, (3, 3), (2, 2), 'SAME')
             for j in range(2):

@@ -1,0 +1,61 @@
+"""Against XLA's own convolution, values and gradients."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from mi.rl.convolution import convolve
+
+
+@pytest.mark.parametrize(
+    'size, stride, padding, channels, options',
+    [
+        (8, 4, 'VALID', 4, {}),
+        (4, 2, 'VALID', 32, {}),
+        (3, 1, 'VALID', 5, {}),
+        (3, 1, 'SAME', 5, {}),
+        (4, 2, 'SAME', 3, {}),
+        (3, 1, ((1, 0), (2, 1)), 3, {}),
+        (3, 2, 'SAME', 3, {}),  # a stride that does not divide, and other kinds: left as they are
+        (3, 1, 'SAME', 4, {'feature_group_count': 2}),
+        (3, 1, 'SAME', 4, {'kernel_dilation': 2}),
+    ],
+)
+def test_it_is_the_convolution(size, stride, padding, channels, options):
+    make = functools.partial(nn.Conv, 6, (size, size), (stride, stride), padding=padding, **options)
+    theirs, ours = make(), make(conv_general_dilated=convolve)
+    x = jax.random.normal(jax.random.key(0), (2, 21, 23, channels))
+    params = ours.init(jax.random.key(1), x)
+    assert jax.tree.map(np.shape, params) == jax.tree.map(
+        np.shape, theirs.init(jax.random.key(1), x)
+    )
+
+    def gradients(conv):
+        def loss(params, x):
+            y = conv.apply(params, x)
+            return (y * jax.random.normal(jax.random.key(2), y.shape)).sum(), y
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, x)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        gradients(ours), gradients(theirs),
+    )  # fmt: skip
+
+
+def test_accelerators_keep_their_own():
+    conv = nn.Conv(6, (4, 4), (2, 2), conv_general_dilated=convolve)
+    x = jax.ShapeDtypeStruct((2, 8, 8, 3), np.float32)
+    params = jax.eval_shape(conv.init, jax.random.key(0), x)
+
+    def gradient(params, x):
+        return jax.grad(lambda params: conv.apply(params, x).sum())(params)
+
+    def lowered(platform):
+        return jax.export.export(jax.jit(gradient), platforms=[platform])(params, x).mlir_module()
+
+    assert lowered('cuda').count('stablehlo.convolution') == 1
+    assert lowered('cpu').count('stablehlo.dot_general') == 4
