@@ -250,7 +250,7 @@ def fused_per_episode(meet: nn.Module, x: Array, z: Array, is_first: Array) -> A
 def _halved(meet: nn.Module, x: Array, z: Array) -> bool:
     """Whether meeting every z of `EPISODES` is half the products of meeting one z a step."""
     (T, B, n), m, dtype = x.shape, z.shape[-1], x.dtype
-    apply, variables = meet.clone(parent=None).apply, meet.variables
+    apply, variables = meet.clone(parent=None, name=None).apply, meet.variables
 
     def flops(*axes: tuple[int, ...]) -> int:
         x, z = (jax.ShapeDtypeStruct(a, dtype) for a in axes)
