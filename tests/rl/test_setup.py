@@ -41,6 +41,16 @@ def test_arms_differ_in_cost_by_their_fusions():
         assert gap == pytest.approx(mi[what]['fusion'] - concat[what]['fusion'], abs=1)
 
 
+def test_the_cost_where_streams_meet_once_per_episode_is_that_of_each_step():
+    config = tiny(**{'model.instruction': True, 'model.sites': ('instruction',)})
+    agent = setup.agent(config, envs.make('xland').spec)
+    of_fusions = [
+        [cost['fusion'] for cost in setup.costs(agent, 8, length).values()] for length in (5, 20)
+    ]
+    assert of_fusions[0] == pytest.approx(of_fusions[1], rel=0.15)
+    assert min(of_fusions[1]) > 64 * FEATURES**2
+
+
 def test_no_site_no_cost_of_fusions():
     found = costs(tiny(**{'model.sites': ()}))
     assert (found['parameters']['fusion'], found['flops_per_step']['fusion']) == (0, 0)
