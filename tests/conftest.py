@@ -1,7 +1,18 @@
+import atexit
 import os
 import pathlib
+import shutil
+import tempfile
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    # Many tests start the same program in a process of its own: only the first one compiles it. The
+    # process that starts the workers gets here first, and they and theirs inherit what it sets.
+    cache_of_programs = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, cache_of_programs, ignore_errors=True)
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = cache_of_programs
+    os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
+    os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 
 import jax
 import pytest
