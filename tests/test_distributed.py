@@ -12,6 +12,14 @@ import numpy as np
 import pytest
 
 FUSED = ['--config=configs/rl.py:tiny,env=catch', '--config.train.steps=4000']
+LM = [
+    '--config=configs/lm.py:core=transformer,tiny',
+    '--config.model.memory=8',
+    '--config.train.fsdp=2',
+    '--config.train.steps=100',
+    '--config.train.save_every=25',
+    '--config.train.eval_every=50',
+]
 THREADS = [*FUSED, '--config.train.topology=threads', '--config.actors.batch=2']
 
 
@@ -46,9 +54,13 @@ def status(path, name='status.json'):
 
 
 @pytest.mark.slow
-def test_two_processes_train_and_continue_as_one_with_two_devices(tmp_path):
-    finish([start(tmp_path / 'one', FUSED, devices=2)], [0])
-    processes = two(tmp_path / 'two', FUSED)
+@pytest.mark.parametrize('arguments', [FUSED, LM], ids=['rl', 'lm'])
+def test_two_processes_train_and_continue_as_one_with_two_devices(tmp_path, texts, arguments):
+    """The language model's parameters are split over the processes too."""
+    if arguments is LM:
+        arguments = [*LM, f'--config.data.source={texts}']
+    finish([start(tmp_path / 'one', arguments, devices=2)], [0])
+    processes = two(tmp_path / 'two', arguments)
     while not list((tmp_path / 'two').glob('checkpoints/0*')):
         assert processes[0].poll() is None, processes[0].communicate()
         time.sleep(0.1)
@@ -56,16 +68,19 @@ def test_two_processes_train_and_continue_as_one_with_two_devices(tmp_path):
     finish(processes, [143, 143])
     assert status(tmp_path / 'two') == status(tmp_path / 'two', 'status.1.json') == 'preempted'
     before = len(records(tmp_path / 'two'))
-    finish(two(tmp_path / 'two', FUSED), [0, 0])
+    finish(two(tmp_path / 'two', arguments), [0, 0])
     assert status(tmp_path / 'two') == status(tmp_path / 'two', 'status.1.json') == 'done'
 
     one, both = records(tmp_path / 'one'), records(tmp_path / 'two')
     assert [row['step'] for row in both] == [row['step'] for row in one]
     assert 0 < before < len(both)
-    for name in ('loss', 'entropy', 'gradient_norm'):
+    for name in {'loss', 'entropy', 'gradient_norm', 'nats_per_token'} & set(one[0]):
         expected = [row[name] for row in one]
         np.testing.assert_allclose([row[name] for row in both], expected, rtol=2e-4, atol=1e-6)
-    assert records(tmp_path / 'two', 'eval')
+    of_rl, of_lm = (records(tmp_path / 'two', split) for split in ('eval', 'test'))
+    assert of_rl or of_lm[0]['nats_per_token'] == pytest.approx(
+        records(tmp_path / 'one', 'test')[0]['nats_per_token'], rel=2e-4
+    )
 
 
 @pytest.mark.slow
