@@ -189,6 +189,7 @@ def main(argv: Sequence[str]) -> None:
     except _Stop:
         sys.exit(PREEMPTED)
     report.write(workdir)
+    sweep.report(SWEEP.value, workdir)
     if failed:
         sys.exit(f'error: {len(failed)} of {len(members)} members failed: {", ".join(failed)}')
 

@@ -3,6 +3,7 @@
 CONFIG = 'configs/lm.py:quickstart'      TITLE, METRIC, SPLIT, BASELINE, NOTES
 LOWER_IS_BETTER = True                   CURVES = 'valid'; both may be left out
 def sweep() -> list[dict[str, Any]]      overrides of CONFIG, one dict for each member
+def report(workdir, out) -> None         figures and tables of its own; may be left out
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import itertools
 import json
 import pathlib
 import sys
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,20 +52,10 @@ def load(file: str, workdir: pathlib.Path) -> list[Member]:
     Raises:
       UserError: if the file is not a sweep, or the directory holds another one.
     """
-    path = pathlib.Path(file)
-    if not path.is_file():
-        raise UserError(f'--sweep={file}: no such file; the sweeps are in experiments/')
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    for name in ('CONFIG', 'TITLE', 'METRIC', 'SPLIT', 'BASELINE', 'NOTES', 'sweep'):
-        if not hasattr(module, name):
-            raise UserError(f'--sweep={file}: it does not define {name}')
-
+    module = _module(file)
     members = _members(module.sweep(), module.CONFIG, workdir)
     description = {
-        'name': path.stem,
+        'name': pathlib.Path(file).stem,
         'title': module.TITLE,
         'metric': module.METRIC,
         'split': module.SPLIT,
@@ -88,6 +80,27 @@ def load(file: str, workdir: pathlib.Path) -> list[Member]:
             )
     write_json(record, description)
     return members
+
+
+def report(file: str, workdir: pathlib.Path) -> None:
+    """Adds what the sweep file draws itself to workdir/report, if it draws anything."""
+    draw = getattr(_module(file), 'report', None)
+    if draw is not None:
+        draw(workdir, workdir / 'report')
+
+
+def _module(file: str) -> types.ModuleType:
+    path = pathlib.Path(file)
+    if not path.is_file():
+        raise UserError(f'--sweep={file}: no such file; the sweeps are in experiments/')
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name in ('CONFIG', 'TITLE', 'METRIC', 'SPLIT', 'BASELINE', 'NOTES', 'sweep'):
+        if not hasattr(module, name):
+            raise UserError(f'--sweep={file}: it does not define {name}')
+    return module
 
 
 def _members(overrides: list[dict[str, Any]], config: str, workdir: pathlib.Path) -> list[Member]:

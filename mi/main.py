@@ -12,6 +12,8 @@ from ml_collections import config_flags
 
 from mi import parallel
 from mi.config import UserError
+from mi.fit import search
+from mi.fit import train as fit
 from mi.lm import assess as assess_lm
 from mi.lm import sample
 from mi.lm import train as lm
@@ -33,7 +35,7 @@ DISTRIBUTED = flags.DEFINE_string(
 )
 
 TASKS = {
-    'train': {'lm': lm.train, 'rl': rl.train},
+    'train': {'lm': lm.train, 'rl': rl.train, 'fit': fit.train, 'search': search.search},
     'eval': {'lm': assess_lm.assess, 'rl': assess_rl.assess},
     'sample': {'lm': sample.sample},
 }

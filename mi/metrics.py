@@ -10,12 +10,17 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import rich.console
 import rich.progress
 import tensorboardX
+
+from mi.config import UserError
+
+Record = dict[str, Any]  # name → value
 
 
 class Metrics:
@@ -70,6 +75,23 @@ class Metrics:
 def _whole_lines(file: pathlib.Path) -> int:
     """Length of a file up to its last newline; a killed run may leave half a line after it."""
     return file.read_bytes().rfind(b'\n') + 1
+
+
+def refuse_non_finite(seeds: Sequence[int], step: int, measured: dict[str, np.ndarray]) -> None:
+    """Ends a run that has gone wrong, before anything of it is saved.
+
+    Args:
+      seeds: those of the leading axis.
+      step: number of steps or updates.
+      measured: name → [S].
+    """
+    for name, value in measured.items():
+        if not np.isfinite(value).all():
+            seed = seeds[int(np.argmin(np.isfinite(value)))]
+            raise UserError(
+                f'{name} of seed {seed} is not finite by step {step}; nothing of that is saved. '
+                f'Lower config.optim.learning_rate or config.optim.clip_norm'
+            )
 
 
 class Progress:

@@ -19,11 +19,12 @@ import platform
 import signal
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 
 from mi import metrics, parallel
 from mi.config import UserError, flat
@@ -48,6 +49,13 @@ class Run:
         """Writes a JSON file whole or not at all; nothing if this is not the first process."""
         if parallel.first():
             write_json(self.path / name, value)
+
+    def write_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes an .npz file whole or not at all; nothing if this is not the first process."""
+        if parallel.first():
+            beside = self.path / f'.{os.getpid()}.{name}'
+            np.savez_compressed(beside, allow_pickle=False, **arrays)
+            os.replace(beside, self.path / name)
 
     def status(self, state: str, reason: str | None = None) -> None:
         process = jax.process_index()

@@ -40,7 +40,7 @@ def two(workdir, arguments):
 
 
 def finish(processes, codes):
-    errors = [process.communicate(timeout=300)[1] for process in processes]
+    errors = [process.communicate(timeout=900)[1] for process in processes]
     assert [process.returncode for process in processes] == codes, errors
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from mi import checkpoint, optim, parallel, run
+from mi import checkpoint, metrics, optim, parallel, run
 from mi.config import UserError
 from mi.lm import data, setup
 from mi.lm.evaluate import evaluate
@@ -144,7 +144,7 @@ def start(
         opt_state=parallel.by_size(shapes.opt_state, mesh, skip=1),
         carry=jax.tree.map(lambda _: parallel.by_rows(mesh, axis=1), shapes.carry),
     )
-    return jax.jit(fresh, out_shardings=shardings)(seeds)
+    return parallel.once(fresh, seeds, out_shardings=shardings)
 
 
 def compile_step(
@@ -324,13 +324,7 @@ class _Log(contextlib.AbstractContextManager['_Log']):
         step, measured = self._unread
         self._unread = None
         values = {name: np.asarray(value) for name, value in measured.items()}
-        for name, value in values.items():
-            if not np.isfinite(value).all():
-                seed = self._seeds[int(np.argmin(np.isfinite(value)))]
-                raise UserError(
-                    f'{name} of seed {seed} is not finite at step {step}; nothing of that is saved.'
-                    f' Lower config.optim.learning_rate or config.optim.clip_norm'
-                )
+        metrics.refuse_non_finite(self._seeds, step, values)
         self._unlogged.append(values['nats_per_token'].tolist())
 
     def __exit__(self, *exception: object) -> None:

@@ -5,7 +5,9 @@ curves.png, .pdf   learning curves         table.md    for a README
 finals.png, .pdf   final values            table.tex   for a paper
 tasks.png, .pdf    each task               tasks.csv   each task and seed
 
-The last line where there are scores of several tasks.
+draws.md           ranks in each set of seeds
+
+The last two lines where there are scores of several tasks, and several sets of seeds.
 """
 
 import os
@@ -14,7 +16,7 @@ import pathlib
 import rich.console
 
 from mi.config import UserError
-from mi.report import arms, html, plots, runs, tables
+from mi.report import arms, draws, html, plots, runs, tables
 
 
 def write(
@@ -46,6 +48,8 @@ def write(
     }
     if any(row.tasks for row in rows):
         texts['tasks.csv'] = tables.tasks_to_csv(rows)
+    if sets := draws.to_markdown(sweep):
+        texts['draws.md'] = sets
     for name, text in texts.items():
         (folder / name).write_text(text, encoding='utf-8')
     _say(sweep, rows, [*remarks, *sweep.warnings])

@@ -65,10 +65,17 @@ def draw(sweep: Sweep, rows: list[Row], out: pathlib.Path) -> tuple[dict[str, st
         if any(row.tasks for row in rows):
             figures['tasks'] = _tasks(sweep, rows)
         for name, figure in figures.items():
-            for kind in ('png', 'pdf'):
-                figure.savefig(out / f'{name}.{kind}', dpi=200, metadata=METADATA[kind])
+            save(figure, out, name)
             images[name] = _svg(figure, name)
     return images, remarks
+
+
+def save(figure: Figure, out: pathlib.Path, name: str) -> list[pathlib.Path]:
+    """Writes NAME.png and NAME.pdf, the same bytes for the same figure; within STYLE."""
+    paths = [out / f'{name}.{kind}' for kind in ('png', 'pdf')]
+    for path in paths:
+        figure.savefig(path, dpi=200, metadata=METADATA[path.suffix[1:]])
+    return paths
 
 
 def _svg(figure: Figure, name: str) -> str:

@@ -116,6 +116,8 @@ class Sweep:
       baseline: the label of the arm that the others are compared with, if there is one.
       metric, split: the number that is compared, in the last record of that split.
       curves: the split of the learning curves.
+      draws: the sets of two or more seeds that every arm was trained with, a run for each; empty
+        unless there are several.
       warnings: what had to be left out while reading, one line each.
     """
 
@@ -130,11 +132,15 @@ class Sweep:
     notes: list[str]
     command: str | None
     warnings: list[str]
+    draws: tuple[tuple[int, ...], ...] = ()
 
     @property
     def unit(self) -> str:
-        """What speed and FLOPs are counted in: 'token', or 'step' of an environment."""
-        return 'step' if any('flops_per_step' in arm.cost for arm in self.arms) else 'token'
+        """What speed and FLOPs are counted in: token, example, or step of an environment."""
+        units = (
+            u for u in ('step', 'example') if any(f'flops_per_{u}' in a.cost for a in self.arms)
+        )
+        return next(units, 'token')
 
 
 def read(workdir: pathlib.Path) -> Sweep:
@@ -184,7 +190,16 @@ def _read_sweep(workdir: pathlib.Path) -> Sweep:
         notes=[str(note) for note in _field({'notes': []} | sweep, 'notes', list, path)],
         command=sweep.get('command'),
         warnings=warnings,
+        draws=_draws(list(arms.values())),
     )
+
+
+def _draws(arms: list[list[Arm]]) -> tuple[tuple[int, ...], ...]:
+    """The sets of seeds that all arms have in common, if they have several and no others."""
+    sets = {tuple(sorted({run.seeds for run in members})) for members in arms}
+    common = sets.pop()
+    several = len(common) > 1 and all(len(seeds) > 1 for seeds in common)
+    return common if several and not sets else ()
 
 
 def _joined(members: list[Arm], path: pathlib.Path) -> Arm:

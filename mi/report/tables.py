@@ -8,6 +8,7 @@ import io
 import math
 import re
 import textwrap
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import rich.table
@@ -95,7 +96,7 @@ def words(name: str) -> str:
 
 def cells(sweep: Sweep, rows: list[Row]) -> Table:
     """The table in words, the same for every format but CSV."""
-    digits = _digits(rows)
+    places = digits([row.metric for row in rows], [row.difference for row in rows])
     several = len(rows) > 1
     arrow = (' ↓' if sweep.lower_is_better else ' ↑') if several else ''
     secondary = _secondary(rows)
@@ -113,21 +114,21 @@ def cells(sweep: Sweep, rows: list[Row]) -> Table:
     header += [Cell('train seconds'), Cell(f'{sweep.unit}s/s'), Cell('seeds'), Cell('state')]
     body = []
     for row in rows:
-        line = [Cell(row.arm.label), _interval(row.metric, digits)]
+        line = [Cell(row.arm.label), interval(row.metric, places)]
         if sweep.baseline is not None:
             is_baseline = row.arm.label == sweep.baseline
-            line += [_interval(row.difference, digits, '+')]
+            line += [interval(row.difference, places, '+')]
             verdict = Cell('baseline' if is_baseline else row.verdict or NONE)
             if row.verdict and row.difference:
                 verdict = Cell(row.verdict, f'(n = {row.difference.n})')
             line += [verdict]
         if of_tasks:
             line += [
-                _interval(row.tasks.iqm if row.tasks else None, digits),
-                _interval(row.tasks.improvement if row.tasks else None, 2),
+                interval(row.tasks.iqm if row.tasks else None, places),
+                interval(row.tasks.improvement if row.tasks else None, 2),
             ]
         if equal_time:
-            line += [_interval(row.equal_time, digits)]
+            line += [interval(row.equal_time, places)]
         line += [Cell(_significant(row.secondary.get(name))) for name in secondary]
         parameters, flops = (
             [row.arm.counted(what, part) for part in ('model', 'fusion')]
@@ -193,10 +194,19 @@ def to_markdown(sweep: Sweep, rows: list[Row]) -> str:
     for i in best:
         mean, detail = body[i][1]
         text[i][1] = f'**{_markdown(mean)}** {_markdown(detail)}'.strip()
-    lines = [[_markdown(str(cell)) for cell in header], ['---'] + ['---:'] * (len(header) - 1)]
-    table = '\n'.join(f'| {" | ".join(line)} |' for line in lines + text)
+    table = _grid([_markdown(str(cell)) for cell in header], text)
     listed = '\n'.join(f'- {_markdown(note)}' for note in notes(sweep, rows))
     return f'### {_markdown(sweep.title)}\n\n{table}\n\n{listed}\n'
+
+
+def markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A table of plain words, the first column to the left and the others to the right."""
+    return _grid(list(map(_markdown, header)), [list(map(_markdown, line)) for line in body])
+
+
+def _grid(header: list[str], body: list[list[str]]) -> str:
+    lines = [header, ['---'] + ['---:'] * (len(header) - 1), *body]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
 def to_latex(sweep: Sweep, rows: list[Row]) -> str:
@@ -277,22 +287,24 @@ def _secondary(rows: list[Row]) -> list[str]:
     return list({name: None for row in rows for name in row.secondary})
 
 
-def _digits(rows: list[Row]) -> int:
+def digits(means: Sequence[Estimate | None], *others: Sequence[Estimate | None]) -> int:
     """Digits after the point, of means and differences alike, so that they add up for the eye.
 
-    Two digits of the typical interval of whichever is narrower, at most five of the largest mean.
+    Two digits of the typical interval of whichever column is narrowest, at most five of the largest
+    of the first column.
     """
-    size = max((abs(row.metric.mean) for row in rows if row.metric), default=0.0) or 1.0
+    size = max((abs(e.mean) for e in means if e), default=0.0) or 1.0
     most = 4 - math.floor(math.log10(size))
     wanted = []
-    for column in ([row.metric for row in rows], [row.difference for row in rows]):
+    for column in (means, *others):
         widths = sorted(e.width for e in column if e and e.width > 0)
         if widths:
             wanted.append(1 - math.floor(math.log10(widths[len(widths) // 2])))
     return max(0, min(max(wanted, default=most - 1), most))
 
 
-def _interval(estimate: Estimate | None, digits: int, sign: str = '') -> Cell:
+def interval(estimate: Estimate | None, digits: int, sign: str = '') -> Cell:
+    """mean and [low, high] in so many digits after the point."""
     if estimate is None:
         return Cell(NONE)
     mean, low, high = (

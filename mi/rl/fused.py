@@ -116,7 +116,7 @@ def start(
     mesh = parallel.mesh(config.train.batch)
     whole, rows = parallel.whole(mesh), parallel.by_rows(mesh, axis=1)
     shardings: Any = State(whole, actor.State(*[rows] * 6)._replace(key=whole))  # type: ignore[arg-type]
-    return jax.jit(jax.vmap(fresh), out_shardings=shardings)(seeds)
+    return parallel.once(jax.vmap(fresh), seeds, out_shardings=shardings)
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -166,7 +166,7 @@ def _train(
             seconds = time.perf_counter() - began
             this.step += count
             step, rate = this.step, count * frames / seconds
-            records.refuse_non_finite(config.seeds, step, measured)
+            metrics.refuse_non_finite(config.seeds, step, measured)
             for i, seed in enumerate(config.seeds):
                 of_seed = jax.tree.map(lambda a, i=i: a[i], (measured, ended, statistics))
                 values: records.Record = {n: float(value) for n, value in of_seed[0].items()}

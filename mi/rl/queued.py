@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from mi import checkpoint, optim, parallel, run
+from mi import checkpoint, metrics, optim, parallel, run
 from mi.rl import envs, learner, records, remote, setup
 from mi.rl.actor import Episodes, Trajectory
 from mi.rl.evaluate import Evaluation
@@ -99,7 +99,7 @@ def _train(
             if recorded or saves:
                 values, timing = window.take(whole=saves)
                 means = {name: value.mean(keepdims=True) for name, value in values.items()}
-                records.refuse_non_finite([seed], step, means)
+                metrics.refuse_non_finite([seed], step, means)
                 record: records.Record = {n: float(value[0]) for n, value in means.items()}
                 record |= records.of_episodes(window.episodes(), tasks)
                 record |= records.of_statistics(parallel.here(state.statistics), tasks)
@@ -142,7 +142,7 @@ def start(
         params = setup.init_params(agent, jax.random.key(seed))
         return learner.start(params, optimiser, len(agent.spec.tasks))
 
-    return jax.jit(fresh, out_shardings=parallel.whole(mesh))()
+    return parallel.once(fresh, out_shardings=parallel.whole(mesh))
 
 
 def start_actors(

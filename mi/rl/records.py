@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from mi.config import UserError
 from mi.rl import popart
 from mi.rl.actor import Episodes
 
@@ -33,23 +32,6 @@ def of_statistics(statistics: popart.Statistics, tasks: Sequence[str]) -> Record
     for task, m, s in zip(tasks, mu, sigma, strict=True):
         record[f'popart_mu/{task}'], record[f'popart_sigma/{task}'] = float(m), float(s)
     return record
-
-
-def refuse_non_finite(seeds: Sequence[int], step: int, measured: dict[str, np.ndarray]) -> None:
-    """Ends a run that has gone wrong, before anything of it is saved.
-
-    Args:
-      seeds: those of the leading axis.
-      step: number of updates.
-      measured: name → [S].
-    """
-    for name, value in measured.items():
-        if not np.isfinite(value).all():
-            seed = seeds[int(np.argmin(np.isfinite(value)))]
-            raise UserError(
-                f'{name} of seed {seed} is not finite by update {step}; nothing of that is saved. '
-                f'Lower config.optim.learning_rate or config.optim.clip_norm'
-            )
 
 
 def total(episodes: Iterable[Episodes]) -> Episodes:

@@ -25,7 +25,7 @@ def test_the_losses_are_the_same_on_1_2_and_4_devices_and_with_split_parameters(
         | {'XLA_FLAGS': '--xla_force_host_platform_device_count=4', 'JAX_PLATFORMS': 'cpu'},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr

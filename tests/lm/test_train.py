@@ -167,7 +167,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, tex
         'data.source': texts,
     })  # fmt: skip
     with pytest.raises(
-        UserError, match=r'of seed 0 is not finite at step \d+; nothing of that is saved'
+        UserError, match=r'of seed 0 is not finite by step \d+; nothing of that is saved'
     ):
         train.train(config, str(tmp_path))
     status = json.loads((tmp_path / 'status.json').read_text())

@@ -112,7 +112,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, topology):
 @pytest.mark.parametrize('topology', ['fused', 'threads'])
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path, topology):
     config = tiny(**{'train.topology': topology, 'optim.learning_rate': 1e30})
-    with pytest.raises(UserError, match='is not finite by update'):
+    with pytest.raises(UserError, match='is not finite by step'):
         train.train(config, str(tmp_path / 'run'))
     assert json.loads((tmp_path / 'run/status.json').read_text())['state'] == 'failed'
     assert not list((tmp_path / 'run').glob('checkpoints/0*'))

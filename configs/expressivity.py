@@ -1,0 +1,63 @@
+"""Fitting xᵀz: the smallest network that reaches an error (task 'search'), or one of them (fit).
+
+Source: the question is that of Jayakumar et al. (ICLR 2020), expressivity; the target of 0.1 mean
+squared error on Gaussian inputs is recalled from it, and everything else here is ours.
+
+    python -m mi.main --config=configs/expressivity.py --workdir=runs/product
+    python -m mi.main --config=configs/expressivity.py:fit --workdir=runs/surface
+
+A dozen widths or so, each trained with three learning rates for five seeds at once.
+"""
+
+import ml_collections
+
+from mi import optim
+from mi.config import UserError, nearest
+
+PRESETS = ('search', 'fit')
+
+
+def get_config(arg: str = 'search') -> ml_collections.ConfigDict:
+    if arg not in PRESETS:
+        raise UserError(f'configs/expressivity.py:{arg}: {nearest(arg, PRESETS)}')
+    config = ml_collections.ConfigDict()
+    config.task = arg
+    config.seeds = (0, 1, 2, 3, 4)
+
+    config.problem = problem = ml_collections.ConfigDict()
+    problem.name = 'products'
+    problem.target = 'product'  # product, additive, x_only
+    problem.dimension = 4  # d, of x and of z
+    problem.examples = 8192  # of the evaluation
+
+    config.model = model = ml_collections.ConfigDict()
+    model.width = 32
+    model.parameters = 0  # or so many, the width that comes nearest
+    model.depth = 1  # hidden layers
+    model.site = 'first'  # first, last, all: the maps that meet z
+    model.activation = 'relu'  # relu, identity
+    model.fusion = fusion = ml_collections.ConfigDict()
+    fusion.name = 'concat'
+    fusion.rank = 0  # as the width
+    fusion.hidden = 0  # as the width
+
+    config.train = train = ml_collections.ConfigDict()
+    train.steps = 4000
+    train.batch = 256
+    train.log_every = 500
+    train.eval_every = 1000
+    train.save_every = 2000
+    train.keep = 2
+
+    if arg == 'search':
+        config.search = search = ml_collections.ConfigDict()
+        search.metric = 'mse'
+        search.split = 'eval'
+        search.target = 0.1
+        search.largest = 512  # width
+        search.per_octave = 4  # widths
+        search.rates = (1e-3, 3e-3, 1e-2)  # learning rates, in place of config.optim.learning_rate
+
+    config.optim = optim.get_config()
+    config.optim.learning_rate = 3e-3
+    return config.lock()

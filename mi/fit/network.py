@@ -1,0 +1,94 @@
+"""The network of the small problems: affine maps with ReLU between them, some fused with a context.
+
+Shapes: x [..., n] the input, z [..., m] the context, y [..., k] the output.
+"""
+
+from collections.abc import Callable
+
+import jax
+import ml_collections
+from flax import linen as nn
+from jax import Array
+
+from mi import cost, fusion
+from mi.config import Rule, integer, one_of
+from mi.layers import Context
+
+SITES = ('first', 'last', 'all')
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {'relu': nn.relu, 'identity': lambda h: h}
+
+SCHEMA: dict[str, Rule] = {
+    'model.depth': integer(0),
+    'model.site': one_of(SITES),
+    'model.activation': one_of(ACTIVATIONS),
+    'model.fusion.name': one_of(fusion.FUSIONS),
+    'model.fusion.rank': integer(0),
+    'model.fusion.hidden': integer(0),
+}
+
+
+class FusedMLP(nn.Module):
+    """y = A_d(φ(… φ(A_0(x)))), where the A at the site are fusions with z and the others affine.
+
+    With the fusion 'concat' at the site 'first' it is the MLP of the concatenation [x; z].
+
+    Attributes:
+      features: k.
+      width: of the hidden layers.
+      depth: d, the number of hidden layers.
+      fusion: features → module (x, z) → y.
+      site: 'first', 'last' or 'all': which of the d + 1 maps meet z.
+      activation: φ, a word of ACTIVATIONS.
+    """
+
+    features: int
+    width: int
+    depth: int
+    fusion: Callable[..., nn.Module]
+    site: str = 'first'
+    activation: str = 'relu'
+
+    @nn.compact
+    def __call__(self, x: Array, z: Array) -> Array:
+        fused = {'first': {0}, 'last': {self.depth}, 'all': set(range(self.depth + 1))}[self.site]
+        h = x
+        for i in range(self.depth + 1):
+            features = self.features if i == self.depth else self.width
+            if i in fused:
+                h = self.fusion(features, name=f'fusion_{i}')(h, z)
+            else:
+                h = nn.Dense(features, name=f'affine_{i}')(h)
+            if i < self.depth:
+                h = ACTIVATIONS[self.activation](h)
+        return h
+
+
+def make(model: ml_collections.ConfigDict, features: int, context: Context) -> FusedMLP:
+    """The network of a config's section `model`; rank and hidden size 0 stand for the width."""
+    word = model.fusion
+    fuse = fusion.get(word.name, rank=word.rank or model.width, hidden=word.hidden or model.width)
+
+    def fused(features: int, name: str) -> nn.Module:
+        return fuse(features, context=context, name=name)
+
+    return FusedMLP(features, model.width, model.depth, fused, model.site, model.activation)
+
+
+def costs(model: nn.Module, *inputs: jax.ShapeDtypeStruct) -> dict[str, dict[str, int]]:
+    """Parameters and FLOPs per example of a network and of the modules in it named fusion….
+
+    Args:
+      inputs: the shapes of one example.
+    """
+    variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    fused = list(cost.modules(model, r'fusion.*', variables, *inputs))
+    return {
+        'parameters': {
+            'model': cost.parameters(variables),
+            'fusion': sum(cost.parameters(of) for _, of, _ in fused),
+        },
+        'flops_per_example': {
+            'model': cost.flops(model.apply, variables, *inputs),
+            'fusion': sum(cost.flops(part.apply, of, *shapes) for part, of, shapes in fused),
+        },
+    }

@@ -1,0 +1,36 @@
+"""What a run of mi.fit learns: pure functions of one seed, which the trainer maps over all seeds.
+
+To add a problem, write a module with SCHEMA, the rules of its keys of the config, and `make`, and
+give it a line in mi.fit.setup.PROBLEMS.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jax import Array
+
+Metrics = dict[str, Array]
+
+
+class Problem(NamedTuple):
+    """A problem and the model that is to learn it.
+
+    Attributes:
+      world: key → what a seed draws once, such as its tasks and their data; {} for nothing.
+      init: (key, world) → parameters.
+      loss: (parameters, world, key) → the loss of the batch that the key draws, and metrics of it.
+      evaluations: split → (parameters, world, key) → metrics, scalars; `metric/TASK` for those of
+        one task. The key is the same at every evaluation of a seed.
+      costs: 'parameters' and 'flops_per_example', each {'model': …, 'fusion': …}.
+      examples: in a batch.
+      artefacts: (parameters, world, key) → arrays to keep at the end of training, as what a figure
+        is drawn from; None for none.
+    """
+
+    world: Callable[[Array], Any]
+    init: Callable[[Array, Any], Any]
+    loss: Callable[[Any, Any, Array], tuple[Array, Metrics]]
+    evaluations: dict[str, Callable[[Any, Any, Array], Metrics]]
+    costs: dict[str, dict[str, int]]
+    examples: int
+    artefacts: Callable[[Any, Any, Array], Metrics] | None = None

@@ -1,0 +1,94 @@
+"""From a config, checked, to the problem that it names, its model of the size that is asked for."""
+
+import types
+from typing import Any
+
+import jax
+import ml_collections
+
+from mi import cost, optim
+from mi.config import Rule, UserError, check, flat, integer, number, one_of, seeds
+from mi.fit import products
+from mi.fit.problem import Problem
+
+PROBLEMS: dict[str, types.ModuleType] = {'products': products}
+"""Word of config.problem.name → a module with SCHEMA and make(config) → Problem."""
+
+SCHEMA: dict[str, Rule] = {
+    'task': one_of(['fit', 'search']),
+    'seeds': seeds,
+    'problem.name': one_of(PROBLEMS),
+    'model.width': integer(1),
+    'model.parameters': integer(0),
+    'train.steps': integer(1),
+    'train.batch': integer(1),
+    'train.log_every': integer(1),
+    'train.eval_every': integer(1),
+    'train.save_every': integer(1),
+    'train.keep': integer(1),
+    **optim.SCHEMA,
+}
+
+
+def rates(value: Any) -> str:
+    rule = number(0, exclusive=True)
+    fine = isinstance(value, tuple | list) and len(value) > 0
+    return '' if fine and not any(map(rule, value)) else 'a non-empty tuple of positive numbers'
+
+
+SEARCH: dict[str, Rule] = {
+    'search.split': one_of(['eval']),
+    'search.metric': one_of(['mse']),
+    'search.target': number(0, exclusive=True),
+    'search.largest': integer(1),
+    'search.per_octave': integer(1),
+    'search.rates': rates,
+}
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Refuses a config that cannot work, before anything is built.
+
+    Raises:
+      UserError: which key, what was expected, what to change.
+    """
+    word = flat(config).get('problem.name')
+    schema = SCHEMA | (PROBLEMS[word].SCHEMA if word in PROBLEMS else {})
+    check(config, schema | (SEARCH if config.task == 'search' else {}))
+    for key in ('eval_every', 'save_every'):
+        if config.train[key] % config.train.log_every:
+            raise UserError(
+                f'config.train.{key} = {config.train[key]}: expected a multiple of '
+                f'config.train.log_every = {config.train.log_every}, the steps of one record'
+            )
+    if jax.process_count() > 1:
+        raise UserError("config.task = 'fit' runs in one process; leave --distributed away")
+
+
+def problem(config: ml_collections.ConfigDict) -> Problem:
+    """The problem of a config; where `model.parameters` is not 0, at the width that comes nearest.
+
+    Raises:
+      UserError: on a config that cannot work, or if no width has so few parameters.
+    """
+    validate(config)
+    make = PROBLEMS[config.problem.name].make
+    if not config.model.parameters:
+        return make(config)
+    try:
+        width = cost.nearest_size(
+            lambda width: make(of_width(config, width)).costs['parameters']['model'],
+            config.model.parameters,
+        )
+    except ValueError as error:
+        raise UserError(
+            f'config.model.parameters: {error}; give more of them, or another fusion'
+        ) from error
+    return make(of_width(config, width))
+
+
+def of_width(config: ml_collections.ConfigDict, width: int) -> ml_collections.ConfigDict:
+    """The config with another width of the model."""
+    config = config.copy_and_resolve_references()
+    config.model.width = width
+    return config

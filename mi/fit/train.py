@@ -1,0 +1,151 @@
+"""The loop that fits a problem: all seeds of a run at once, by vmap; deterministic.
+
+Arrays with a leading axis of seeds are marked [S, …].
+"""
+
+import functools
+import math
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from jax import Array
+
+from mi import checkpoint, metrics, optim, parallel, run
+from mi.fit import setup
+from mi.fit.problem import Metrics, Problem
+
+
+class State(NamedTuple):
+    """What a step changes; in a run every array has a leading axis of seeds."""
+
+    params: Any
+    optimiser: Any
+    step: Array
+
+
+def keys(seed: Array) -> tuple[Array, Array, Array, Array]:
+    """The keys of a seed: of its world, its initial parameters, its batches, its evaluations."""
+    world, init, batches, evaluations = jax.random.split(jax.random.key(seed), 4)
+    return world, init, batches, evaluations
+
+
+def start(problem: Problem, optimiser: optax.GradientTransformation, seed: Array) -> State:
+    """The state of one seed before its first step."""
+    of_world, of_init, _, _ = keys(seed)
+    params = problem.init(of_init, problem.world(of_world))
+    return State(params, optimiser.init(params), jnp.int32(0))
+
+
+def steps(
+    problem: Problem,
+    optimiser: optax.GradientTransformation,
+    count: int,
+    state: State,
+    seed: Array,
+    rate: Array | float = 1.0,
+) -> tuple[State, Metrics]:
+    """`count` steps of one seed and the means of their metrics; the updates are times `rate`."""
+    of_world, _, of_batches, _ = keys(seed)
+    world = problem.world(of_world)
+
+    def step(state: State, _: None) -> tuple[State, Metrics]:
+        key = jax.random.fold_in(of_batches, state.step)
+        (loss, measured), gradients = jax.value_and_grad(problem.loss, has_aux=True)(
+            state.params, world, key
+        )
+        updates, memory = optimiser.update(gradients, state.optimiser, state.params)
+        updates = jax.tree.map(lambda u: rate * u, updates)
+        params = optax.apply_updates(state.params, updates)
+        return State(params, memory, state.step + 1), {'loss': loss, **measured}
+
+    state, measured = jax.lax.scan(step, state, None, count)
+    return state, {name: values.mean() for name, values in measured.items()}
+
+
+def evaluate(problem: Problem, params: Any, seed: Array) -> dict[str, Metrics]:
+    """The metrics of one seed, by split."""
+    of_world, _, _, key = keys(seed)
+    world = problem.world(of_world)
+    return {split: f(params, world, key) for split, f in problem.evaluations.items()}
+
+
+def train(config: ml_collections.ConfigDict, workdir: str) -> None:
+    """Trains, evaluates and leaves a run directory; continues it where there is one."""
+    problem = setup.problem(config)
+    with run.start(workdir, config) as this:
+        _train(config, problem, this)
+
+
+def _train(config: ml_collections.ConfigDict, problem: Problem, this: run.Run) -> None:
+    total = config.train.steps
+    optimiser = optim.optimiser(config.optim, total)
+    seeds = np.asarray(config.seeds, np.int32)
+    this.write('cost.json', {'steps': total, **problem.costs})
+    state = parallel.once(jax.vmap(functools.partial(start, problem, optimiser)), seeds)
+    saved = checkpoint.Checkpoints(this.path / 'checkpoints', config.train.keep)
+    restored = saved.restore(state)
+    meta: dict[str, Any] = {'step': 0, 'metrics': 0}
+    if restored is not None:
+        state, meta = restored
+    this.step = meta['step']
+
+    measure = jax.jit(jax.vmap(functools.partial(evaluate, problem)))
+    compiled: dict[int, jax.stages.Compiled] = {}
+    with this.log(total, meta['metrics']) as log:
+        while this.step < total:
+            count = min(config.train.log_every, total - this.step)
+            if count not in compiled:
+                several = jax.vmap(functools.partial(steps, problem, optimiser, count))
+                program = jax.jit(several, donate_argnums=0).lower(state, seeds)
+                compiled[count] = program.compile()
+            began = time.perf_counter()
+            state, measured = compiled[count](state, seeds)
+            measured = jax.device_get(measured)
+            seconds = time.perf_counter() - began
+            this.step += count
+            step = this.step
+            metrics.refuse_non_finite(config.seeds, step, measured)
+            write(log, step, config.seeds, {'train': measured})
+            rate = count * problem.examples * len(seeds) / seconds
+            log.timing(step, {'seconds': seconds, 'examples_per_second': rate})
+            log.progress(step, f'loss {measured["loss"].mean():.4g}', f'{rate:,.0f} examples/s')
+            if step % config.train.eval_every == 0 or step == total:
+                write(log, step, config.seeds, jax.device_get(measure(state.params, seeds)))
+            if step == total:
+                _keep(problem, this, state, seeds)
+            stops = this.stops(recorded=True)
+            if step % config.train.save_every == 0 or step == total or stops:
+                saved.save(step, state, {'metrics': log.position()})
+                if stops and step < total:
+                    this.preempted()
+
+
+def write(
+    log: metrics.Log, step: int, seeds: Sequence[int], measured: dict[str, dict[str, np.ndarray]]
+) -> None:
+    """A record for each seed and split, of metrics [S]; one that is not finite is None."""
+    for split, named in measured.items():
+        for i, seed in enumerate(seeds):
+            values = {name: float(value[i]) for name, value in named.items()}
+            finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
+            log.write(step, seed, split, finite)
+
+
+def _keep(problem: Problem, this: run.Run, state: State, seeds: np.ndarray) -> None:
+    """Writes the problem's artefacts, [S, …] each, to artefacts.npz."""
+    draw = problem.artefacts
+    if draw is None:
+        return
+
+    def of_seed(params: Any, seed: Array) -> Metrics:
+        of_world, _, _, key = keys(seed)
+        return draw(params, problem.world(of_world), key)
+
+    arrays = jax.device_get(jax.jit(jax.vmap(of_seed))(state.params, seeds))
+    this.write_arrays('artefacts.npz', arrays)
