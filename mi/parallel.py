@@ -78,7 +78,9 @@ def once(function: Callable[..., Any], *args: Any, out_shardings: Any = None) ->
     On CPU it is compiled without optimisation: to compile one that draws many truncated normals
     takes 20 seconds otherwise and 3 so, and to run it no time at all.
     """
-    quick = {'xla_backend_optimization_level': '0'} if jax.default_backend() == 'cpu' else None
+    quick: dict[str, str | bool] = {}
+    if jax.default_backend() == 'cpu':
+        quick['xla_backend_optimization_level'] = '0'
     program = jax.jit(function, out_shardings=out_shardings).lower(*args)
     return program.compile(compiler_options=quick)(*args)
 
