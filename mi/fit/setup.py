@@ -52,7 +52,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     Raises:
       UserError: which key, what was expected, what to change.
     """
-    word = flat(config).get('problem.name')
+    word = flat(config.to_dict()).get('problem.name')
     schema = SCHEMA | (PROBLEMS[word].SCHEMA if word in PROBLEMS else {})
     check(config, schema | (SEARCH if config.task == 'search' else {}))
     for key in ('eval_every', 'save_every'):
