@@ -6,7 +6,8 @@ squared error on Gaussian inputs is recalled from it, and everything else here i
     python -m mi.main --config=configs/expressivity.py --workdir=runs/product
     python -m mi.main --config=configs/expressivity.py:fit --workdir=runs/surface
 
-A dozen widths or so, each trained with three learning rates for five seeds at once.
+A dozen widths or so of each dimension, each trained with three learning rates for five seeds at
+once.
 """
 
 import ml_collections
@@ -42,21 +43,22 @@ def get_config(arg: str = 'search') -> ml_collections.ConfigDict:
     fusion.hidden = 0  # as the width
 
     config.train = train = ml_collections.ConfigDict()
-    train.steps = 4000
+    train.steps = 2000
     train.batch = 256
-    train.log_every = 500
-    train.eval_every = 1000
-    train.save_every = 2000
+    train.log_every = 250
+    train.eval_every = 500
+    train.save_every = 1000
     train.keep = 2
 
     if arg == 'search':
         config.search = search = ml_collections.ConfigDict()
-        search.metric = 'mse'
-        search.split = 'eval'
-        search.target = 0.1
-        search.largest = 512  # width
+        search.over = 'problem.dimension'
+        search.at = (1, 2, 4, 8, 16)
+        search.fit_from = 4  # the growth law is that of these values and above
+        search.target = 0.1  # mean squared error, in the units of y²
+        search.parameters = 60_000  # at most
         search.per_octave = 4  # widths
-        search.rates = (1e-3, 3e-3, 1e-2)  # learning rates, in place of config.optim.learning_rate
+        search.rates = (1e-2, 3e-2, 1e-1)  # learning rates, in place of config.optim.learning_rate
 
     config.optim = optim.get_config()
     config.optim.learning_rate = 3e-3

@@ -1,34 +1,37 @@
 """The smallest width at which a network reaches a target, by bisection, for each seed.
 
-Widths are those of a geometric grid. At a width that is tried, every seed trains with each learning
-rate, and its error is that of the best one; a seed reaches the target if it is not above it.
-Reaching is not monotone in the width where training is noisy: what is found is a width that reaches
-the target next to one that does not.
+At every value of one number of the config, as the problem's dimension. Widths are those of a
+geometric grid. At a width that is tried, every seed trains with each learning rate, and its error
+is that of the best one; a seed reaches the target if it is not above it. Reaching is not monotone
+in the width where training is noisy: what is found is a width that reaches the target next to one
+that does not.
 """
 
 import json
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 from jax import Array
 
-from mi import metrics, optim, run
+from mi import metrics, optim, parallel, run
 from mi.fit import setup, train
 
 Bracket = tuple[int, int]  # the places, in the grid, of a width that fails and one that reaches
+Probes = dict[int, list[metrics.Record]]  # place in the grid → a record of each seed
 
 
 def grid(largest: int, per_octave: int) -> list[int]:
-    """1, …, largest in steps of a factor 2^(1/per_octave), as far as they are integers."""
-    sizes: set[int] = set()
+    """1, … in steps of a factor 2^(1/per_octave), as far as they are integers, up to `largest`."""
+    sizes = {1}
     i = 0
-    while (size := round(2 ** (i / per_octave))) < largest:
+    while (size := round(2 ** (i / per_octave))) <= largest:
         sizes.add(size)
         i += 1
-    return sorted(sizes | {largest})
+    return sorted(sizes)
 
 
 def brackets(reached: dict[int, list[bool]], seeds: int, sizes: int) -> list[Bracket]:
@@ -46,26 +49,37 @@ def brackets(reached: dict[int, list[bool]], seeds: int, sizes: int) -> list[Bra
     return found
 
 
-def next_place(found: list[Bracket], sizes: int, octave: int) -> int | None:
+def next_place(found: list[Bracket], sizes: int, guess: int, octave: int) -> int | None:
     """What to try next, None when every bracket is closed.
 
-    An octave up where nothing has reached the target yet, for small widths are cheap; the middle of
-    the widest bracket otherwise.
+    The guess first; from there up or down in octaves, as a width that is too large costs most; the
+    middle of the widest bracket once it has two ends.
     """
     low, high = max(found, key=lambda bracket: bracket[1] - bracket[0])
     if high - low <= 1:
         return None
+    if low < 0 and high == sizes:
+        return min(guess, sizes - 1)
     if high == sizes:
-        return 0 if low < 0 else min(low + octave, sizes - 1)
+        return min(low + octave, sizes - 1)
+    if low < 0:
+        return max(high - octave, 0)
     return (low + high) // 2
+
+
+def exponent(values: Sequence[float], parameters: Sequence[float]) -> float | None:
+    """p of the law parameters = a · valueᵖ, by least squares of logarithms; None of under two."""
+    if len(values) < 2:
+        return None
+    return float(np.polynomial.polynomial.polyfit(np.log(values), np.log(parameters), 1)[1])
 
 
 def search(config: ml_collections.ConfigDict, workdir: str) -> None:
     """Searches and leaves a run directory; continues it where there is one.
 
-    metrics.jsonl has a record 'probe' of each seed and width tried, and at the end an 'eval' with
-    the smallest one: width, parameters, error and the learning rate that gave it. Its 'reached' is
-    0 and its width the largest of the grid for a seed that never reached the target.
+    metrics.jsonl has a record 'probe' of each seed, value and width tried, and at the end an 'eval'
+    of each seed: `parameters/VALUE`, `width/VALUE`, `mse/VALUE` and `learning_rate/VALUE` of the
+    smallest network that reached the target, where one did, and the `exponent` of their growth.
     """
     setup.validate(config)
     with run.start(workdir, config) as this:
@@ -73,40 +87,66 @@ def search(config: ml_collections.ConfigDict, workdir: str) -> None:
 
 
 def _search(config: ml_collections.ConfigDict, this: run.Run) -> None:
-    sizes = grid(config.search.largest, config.search.per_octave)
     memory = this.path / 'probes.json'
-    probes: dict[int, list[metrics.Record]] = {}  # place in the grid → a record of each seed
+    probes: dict[int, Probes] = {}  # value →
     if memory.exists():
-        probes = {int(place): of for place, of in json.loads(memory.read_text()).items()}
-    this.step = len(probes)
-    this.write('cost.json', {'steps': len(sizes)})
-    with this.log(len(sizes), 0) as log:
-        for step, records in enumerate(probes.values(), 1):
-            _write(log, step, config.seeds, 'probe', records)
-        while True:
-            reached = {
-                place: [r['mse'] <= config.search.target for r in records]
-                for place, records in probes.items()
-            }
-            found = brackets(reached, len(config.seeds), len(sizes))
-            place = next_place(found, len(sizes), config.search.per_octave)
-            if place is None:
-                break
-            began = time.perf_counter()
-            probes[place] = records = probe(config, sizes[place])
-            this.step = len(probes)
-            this.write('probes.json', {str(place): records for place, records in probes.items()})
-            _write(log, this.step, config.seeds, 'probe', records)
-            log.timing(this.step, {'seconds': time.perf_counter() - began})
-            best = sorted(r['mse'] for r in records)
-            log.progress(this.step, f'width {sizes[place]}: mse {best[0]:.4g} … {best[-1]:.4g}', '')
-            if this.stops(recorded=True):
-                this.preempted()
-        smallest = [
-            probes[min(high, len(sizes) - 1)][i] | {'reached': float(high < len(sizes))}
-            for i, (_, high) in enumerate(found)
-        ]
-        _write(log, this.step, config.seeds, 'eval', smallest)
+        probes = {
+            int(value): {int(place): records for place, records in of.items()}
+            for value, of in json.loads(memory.read_text()).items()
+        }
+    values = config.search.at
+    this.write('cost.json', {'steps': len(values)})
+    found: dict[int, list[metrics.Record | None]] = {}
+    guess = 0
+    with this.log(len(values), 0) as log:
+        for i, value in enumerate(values):
+            of_value = config.copy_and_resolve_references()
+            of_value.update_from_flattened_dict({config.search.over: value})
+            tried = probes.setdefault(value, {})
+            sizes = grid(setup.largest_width(of_value), config.search.per_octave)
+            for records in tried.values():
+                _write(log, i, config.seeds, value, records)
+            while True:
+                places = _brackets(of_value, tried, len(sizes))
+                place = next_place(places, len(sizes), guess, config.search.per_octave)
+                if place is None:
+                    break
+                began = time.perf_counter()
+                tried[place] = records = probe(of_value, sizes[place])
+                this.write('probes.json', {str(value): of for value, of in probes.items()})
+                _write(log, i, config.seeds, value, records)
+                log.timing(i, {'seconds': time.perf_counter() - began})
+                best = sorted(r['mse'] for r in records)
+                where = f'{config.search.over} {value}, width {sizes[place]}'
+                log.progress(i, f'{where}: mse {best[0]:.4g} … {best[-1]:.4g}', '')
+                if this.stops(recorded=True):
+                    this.preempted()
+            found[value] = [
+                tried[high][seed] if high < len(sizes) else None
+                for seed, (_, high) in enumerate(places)
+            ]
+            guess = max(high for _, high in places)
+            this.step = i + 1
+        for seed, number in enumerate(config.seeds):
+            of_seed = {value: r for value, of in found.items() if (r := of[seed]) is not None}
+            log.write(this.step, number, 'eval', _summary(of_seed, config.search.fit_from))
+
+
+def _brackets(config: ml_collections.ConfigDict, tried: Probes, sizes: int) -> list[Bracket]:
+    reached = {
+        place: [r['mse'] <= config.search.target for r in records]
+        for place, records in tried.items()
+    }
+    return brackets(reached, len(config.seeds), sizes)
+
+
+def _summary(found: dict[int, metrics.Record], fit_from: int) -> metrics.Record:
+    """Of one seed, from the smallest network at each value."""
+    fitted = {value: r['parameters'] for value, r in found.items() if value >= fit_from}
+    summary: metrics.Record = {'exponent': exponent(list(fitted), list(fitted.values()))}
+    for name in ('parameters', 'width', 'mse', 'learning_rate'):
+        summary |= {f'{name}/{value}': record[name] for value, record in found.items()}
+    return summary
 
 
 def probe(config: ml_collections.ConfigDict, width: int) -> list[metrics.Record]:
@@ -125,14 +165,13 @@ def probe(config: ml_collections.ConfigDict, width: int) -> list[metrics.Record]
     seeds = np.asarray(config.seeds, np.int32)
     rates = np.asarray(config.search.rates, np.float32)
     scales = rates / config.optim.learning_rate
-    every = jax.jit(jax.vmap(jax.vmap(error, in_axes=(None, 0)), in_axes=(0, None)))
-    errors = np.asarray(every(seeds, scales), np.float64)  # [S, rates]
+    every = jax.vmap(jax.vmap(error, in_axes=(None, 0)), in_axes=(0, None))
+    errors = np.asarray(parallel.once(every, seeds, scales, level=1), np.float64)  # [S, rates]
     errors = np.where(np.isfinite(errors), errors, np.finfo(np.float64).max)
     return [
         {
             'width': width,
             'parameters': problem.costs['parameters']['model'],
-            'flops': problem.costs['flops_per_example']['model'],
             'mse': float(of_seed.min()),
             'learning_rate': float(rates[of_seed.argmin()]),
         }
@@ -141,7 +180,7 @@ def probe(config: ml_collections.ConfigDict, width: int) -> list[metrics.Record]
 
 
 def _write(
-    log: metrics.Log, step: int, seeds: Sequence[int], split: str, records: list[metrics.Record]
+    log: metrics.Log, step: int, seeds: Sequence[int], value: Any, records: list[metrics.Record]
 ) -> None:
     for seed, record in zip(seeds, records, strict=True):
-        log.write(step, seed, split, record)
+        log.write(step, seed, 'probe', {'value': value, **record})

@@ -30,19 +30,24 @@ SCHEMA: dict[str, Rule] = {
 }
 
 
-def rates(value: Any) -> str:
-    rule = number(0, exclusive=True)
-    fine = isinstance(value, tuple | list) and len(value) > 0
-    return '' if fine and not any(map(rule, value)) else 'a non-empty tuple of positive numbers'
+def several(rule: Rule, what: str) -> Rule:
+    """A non-empty tuple whose every entry passes a rule."""
+
+    def check_entries(value: Any) -> str:
+        fine = isinstance(value, tuple | list) and len(value) > 0 and not any(map(rule, value))
+        return '' if fine else f'a non-empty tuple of {what}'
+
+    return check_entries
 
 
 SEARCH: dict[str, Rule] = {
-    'search.split': one_of(['eval']),
-    'search.metric': one_of(['mse']),
+    'search.over': one_of(['problem.dimension']),
+    'search.at': several(integer(1), 'positive integers'),
+    'search.fit_from': integer(1),
     'search.target': number(0, exclusive=True),
-    'search.largest': integer(1),
+    'search.parameters': integer(1),
     'search.per_octave': integer(1),
-    'search.rates': rates,
+    'search.rates': several(number(0, exclusive=True), 'positive numbers'),
 }
 
 
@@ -85,6 +90,26 @@ def problem(config: ml_collections.ConfigDict) -> Problem:
             f'config.model.parameters: {error}; give more of them, or another fusion'
         ) from error
     return make(of_width(config, width))
+
+
+def largest_width(config: ml_collections.ConfigDict) -> int:
+    """The largest width of at most `search.parameters`; 1 if there is none.
+
+    Raises:
+      UserError: if no width costs so many: nothing grows with it.
+    """
+    most, make = config.search.parameters, PROBLEMS[config.problem.name].make
+
+    def parameters(width: int) -> int:
+        return make(of_width(config, width)).costs['parameters']['model']
+
+    if parameters(1) > most:
+        return 1
+    try:
+        width = cost.nearest_size(parameters, most)
+    except ValueError as error:
+        raise UserError(f'config.search.parameters: {error}') from error
+    return width if parameters(width) <= most else width - 1
 
 
 def of_width(config: ml_collections.ConfigDict, width: int) -> ml_collections.ConfigDict:
