@@ -39,6 +39,8 @@ NOTES = [
     'counted as one that does not.',
 ]
 
+Style = tuple[str, Any]  # colour and dashes
+
 SEEDS = [(0, 1, 2, 3, 4), (5, 6, 7, 8, 9)]
 TARGETS = {'product': 'y = xᵀz', 'additive': 'y = Σ u(xᵢ) + u(zᵢ)', 'x_only': 'y = Σ u(xᵢ)'}
 
@@ -68,9 +70,12 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(plots.WIDTH, 2.6), layout='constrained')
         panels = figure.subplots(1, len(TARGETS), sharey=True)
-        names = list(dict.fromkeys(_name(arm) for arm in arms))
+        others = dict.fromkeys(_name(arm) for arm in arms if 'concat' not in arm.label)
+        styles: dict[str, Style] = dict(zip(others, ((c, '-') for c in plots.PALETTE), strict=True))
+        concat = dict.fromkeys(_name(arm) for arm in arms if 'concat' in arm.label)
+        styles |= dict(zip(concat, ((plots.GREY, dashes) for dashes in plots.DASHES), strict=False))
         for axes, (target, of_target) in zip(panels, by_target.items(), strict=True):
-            _draw(axes, TARGETS[target], of_target, dict(zip(names, plots.PALETTE, strict=False)))
+            _draw(axes, TARGETS[target], of_target, styles)
         figure.axes[0].set_ylabel('parameters')
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc='outside lower center', ncols=4, frameon=False)
@@ -95,13 +100,15 @@ def _name(arm: runs.Arm) -> str:
     return tables.words(fusion) + ('' if depth == '1' else f', {depth} hidden layers')
 
 
-def _draw(axes: Axes, title: str, arms: Sequence[runs.Arm], colours: dict[str, str]) -> None:
+def _draw(axes: Axes, title: str, arms: Sequence[runs.Arm], styles: dict[str, Style]) -> None:
     """Medians over the seeds, and the whole range of them."""
     for arm in arms:
-        found, colour = smallest(arm), colours[_name(arm)]
+        found, (colour, dashes) = smallest(arm), styles[_name(arm)]
         d = list(found)
         values = [list(of.values()) for of in found.values()]
-        axes.plot(d, [np.median(v) for v in values], color=colour, marker='.', label=_name(arm))
+        axes.plot(
+            d, [np.median(v) for v in values], color=colour, ls=dashes, marker='.', label=_name(arm)
+        )
         axes.fill_between(
             d, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.2, lw=0
         )

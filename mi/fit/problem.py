@@ -21,7 +21,7 @@ class Problem(NamedTuple):
       loss: (parameters, world, key) → the loss of the batch that the key draws, and metrics of it.
       evaluations: split → (parameters, world, key) → metrics, scalars; `metric/TASK` for those of
         one task. The key is the same at every evaluation of a seed.
-      costs: 'parameters' and 'flops_per_example', each {'model': …, 'fusion': …}.
+      costs: () → 'parameters' and 'flops_per_example', each {'model': …, 'fusion': …}.
       examples: in a batch.
       artefacts: (parameters, world, key) → arrays to keep at the end of training, as what a figure
         is drawn from; None for none.
@@ -31,6 +31,6 @@ class Problem(NamedTuple):
     init: Callable[[Array, Any], Any]
     loss: Callable[[Any, Any, Array], tuple[Array, Metrics]]
     evaluations: dict[str, Callable[[Any, Any, Array], Metrics]]
-    costs: dict[str, dict[str, int]]
+    costs: Callable[[], dict[str, dict[str, int]]]
     examples: int
     artefacts: Callable[[Any, Any, Array], Metrics] | None = None

@@ -77,7 +77,7 @@ def make(config: ml_collections.ConfigDict) -> Problem:
         init=lambda key, world: model.init(key, jnp.zeros(d), jnp.zeros(d)),
         loss=loss,
         evaluations={'eval': evaluation},
-        costs=network.costs(model, one, one),
+        costs=lambda: network.costs(model, one, one),
         examples=config.train.batch,
         artefacts=surface if d == 1 else None,
     )

@@ -82,11 +82,21 @@ def search(config: ml_collections.ConfigDict, workdir: str) -> None:
     smallest network that reached the target, where one did, and the `exponent` of their growth.
     """
     setup.validate(config)
+    grids = {}
+    for value in config.search.at:
+        largest = setup.largest_width(_at(config, value))
+        grids[value] = grid(largest, config.search.per_octave)
     with run.start(workdir, config) as this:
-        _search(config, this)
+        _search(config, grids, this)
 
 
-def _search(config: ml_collections.ConfigDict, this: run.Run) -> None:
+def _at(config: ml_collections.ConfigDict, value: int) -> ml_collections.ConfigDict:
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict({config.search.over: value})
+    return config
+
+
+def _search(config: ml_collections.ConfigDict, grids: dict[int, list[int]], this: run.Run) -> None:
     memory = this.path / 'probes.json'
     probes: dict[int, Probes] = {}  # value →
     if memory.exists():
@@ -94,25 +104,21 @@ def _search(config: ml_collections.ConfigDict, this: run.Run) -> None:
             int(value): {int(place): records for place, records in of.items()}
             for value, of in json.loads(memory.read_text()).items()
         }
-    values = config.search.at
-    this.write('cost.json', {'steps': len(values)})
+    this.write('cost.json', {'steps': len(grids)})
     found: dict[int, list[metrics.Record | None]] = {}
     guess = 0
-    with this.log(len(values), 0) as log:
-        for i, value in enumerate(values):
-            of_value = config.copy_and_resolve_references()
-            of_value.update_from_flattened_dict({config.search.over: value})
+    with this.log(len(grids), 0) as log:
+        for i, (value, sizes) in enumerate(grids.items()):
             tried = probes.setdefault(value, {})
-            sizes = grid(setup.largest_width(of_value), config.search.per_octave)
             for records in tried.values():
                 _write(log, i, config.seeds, value, records)
             while True:
-                places = _brackets(of_value, tried, len(sizes))
+                places = _brackets(config, tried, len(sizes))
                 place = next_place(places, len(sizes), guess, config.search.per_octave)
                 if place is None:
                     break
                 began = time.perf_counter()
-                tried[place] = records = probe(of_value, sizes[place])
+                tried[place] = records = probe(_at(config, value), sizes[place])
                 this.write('probes.json', {str(value): of for value, of in probes.items()})
                 _write(log, i, config.seeds, value, records)
                 log.timing(i, {'seconds': time.perf_counter() - began})
@@ -171,7 +177,7 @@ def probe(config: ml_collections.ConfigDict, width: int) -> list[metrics.Record]
     return [
         {
             'width': width,
-            'parameters': problem.costs['parameters']['model'],
+            'parameters': setup.parameters(problem),
             'mse': float(of_seed.min()),
             'learning_rate': float(rates[of_seed.argmin()]),
         }

@@ -7,7 +7,7 @@ import jax
 import ml_collections
 
 from mi import cost, optim
-from mi.config import Rule, UserError, check, flat, integer, number, one_of, seeds
+from mi.config import Rule, UserError, check, flat, integer, nearest, number, one_of, seeds
 from mi.fit import products
 from mi.fit.problem import Problem
 
@@ -58,7 +58,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
       UserError: which key, what was expected, what to change.
     """
     word = flat(config.to_dict()).get('problem.name')
-    schema = SCHEMA | (PROBLEMS[word].SCHEMA if word in PROBLEMS else {})
+    if word not in PROBLEMS:
+        raise UserError(f'config.problem.name = {word!r}: {nearest(str(word), PROBLEMS)}')
+    schema = SCHEMA | PROBLEMS[word].SCHEMA
     check(config, schema | (SEARCH if config.task == 'search' else {}))
     for key in ('eval_every', 'save_every'):
         if config.train[key] % config.train.log_every:
@@ -82,8 +84,7 @@ def problem(config: ml_collections.ConfigDict) -> Problem:
         return make(config)
     try:
         width = cost.nearest_size(
-            lambda width: make(of_width(config, width)).costs['parameters']['model'],
-            config.model.parameters,
+            lambda width: parameters(make(of_width(config, width))), config.model.parameters
         )
     except ValueError as error:
         raise UserError(
@@ -100,16 +101,22 @@ def largest_width(config: ml_collections.ConfigDict) -> int:
     """
     most, make = config.search.parameters, PROBLEMS[config.problem.name].make
 
-    def parameters(width: int) -> int:
-        return make(of_width(config, width)).costs['parameters']['model']
+    def of(width: int) -> int:
+        return parameters(make(of_width(config, width)))
 
-    if parameters(1) > most:
+    if of(1) > most:
         return 1
     try:
-        width = cost.nearest_size(parameters, most)
+        width = cost.nearest_size(of, most)
     except ValueError as error:
         raise UserError(f'config.search.parameters: {error}') from error
-    return width if parameters(width) <= most else width - 1
+    return width if of(width) <= most else width - 1
+
+
+def parameters(problem: Problem) -> int:
+    """Of the model of a problem."""
+    key = jax.random.key(0)
+    return cost.parameters(jax.eval_shape(lambda key: problem.init(key, problem.world(key)), key))
 
 
 def of_width(config: ml_collections.ConfigDict, width: int) -> ml_collections.ConfigDict:

@@ -86,7 +86,7 @@ def _train(config: ml_collections.ConfigDict, problem: Problem, this: run.Run) -
     total = config.train.steps
     optimiser = optim.optimiser(config.optim, total)
     seeds = np.asarray(config.seeds, np.int32)
-    this.write('cost.json', {'steps': total, **problem.costs})
+    this.write('cost.json', {'steps': total, **problem.costs()})
     state = parallel.once(jax.vmap(functools.partial(start, problem, optimiser)), seeds)
     saved = checkpoint.Checkpoints(this.path / 'checkpoints', config.train.keep)
     restored = saved.restore(state)

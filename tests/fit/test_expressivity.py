@@ -1,0 +1,242 @@
+"""What networks of ReLU layers and fusions can represent, and the search for the smallest one."""
+
+import json
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import integrate, stats
+
+from configs import expressivity
+from mi.config import UserError
+from mi.fit import network, products, search, setup, train
+from mi.run import PREEMPTED
+
+
+def config(word='search', **changes):
+    config = expressivity.get_config(word).unlock()
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def records(path, split):
+    lines = (pathlib.Path(path) / 'metrics.jsonl').read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r['split'] == split]
+
+
+def model(**changes):
+    return network.make(config(**changes).model, features=1, context='dense')
+
+
+def test_targets_have_mean_0_and_variance_d():
+    def moment(power):
+        return integrate.quad(
+            lambda a: float(products._folded(jnp.float32(a))) ** power * stats.norm.pdf(a), 0, 8
+        )[0]
+
+    assert 2 * moment(1) == pytest.approx(0, abs=1e-5)
+    assert 2 * moment(2) == pytest.approx(1, abs=1e-5)
+    x, z = jnp.array([1.0, -2.0]), jnp.array([3.0, 0.5])
+    u = [(abs(a) - 0.7978846) / 0.6028103 for a in (1.0, -2.0, 3.0, 0.5)]  # √(2/π), √(1 − 2/π)
+    assert products.TARGETS['product'](x, z) == pytest.approx(2.0)
+    assert products.TARGETS['additive'](x, z) == pytest.approx(sum(u) / 2**0.5, rel=1e-5)
+    assert products.TARGETS['x_only'](x, z) == pytest.approx(u[0] + u[1], rel=1e-5)
+
+
+@pytest.mark.parametrize('depth', [1, 3])
+def test_an_mi_network_is_any_relu_network_if_W_and_U_are_0(depth):
+    """V, b of an MI network are A, a of a ReLU MLP of x: the same function, bit for bit."""
+    widths = {'model.depth': depth, 'model.width': 7, 'model.site': 'all'}
+    mlp = model(**widths, **{'model.fusion.name': 'none'})
+    ours = model(**widths, **{'model.fusion.name': 'mi'})
+    x, z = jax.random.normal(jax.random.key(0), (2, 50, 5))
+    given = mlp.init(jax.random.key(1), x, z)
+    params = jax.tree.map(jnp.zeros_like, ours.init(jax.random.key(2), x, z))
+    for name, of in given['params'].items():
+        assert set(of) == {'V', 'b'} and set(params['params'][name]) == {'W', 'U', 'V', 'b'}
+        params['params'][name] |= of
+    np.testing.assert_array_equal(ours.apply(params, x, z), mlp.apply(given, x, z))
+    h = np.asarray(x, np.float64)  # and that function is an MLP
+    for i in range(depth + 1):
+        V, b = (np.asarray(given['params'][f'fusion_{i}'][name], np.float64) for name in 'Vb')
+        h = h @ V + b
+        h = np.maximum(h, 0) if i < depth else h
+    np.testing.assert_allclose(mlp.apply(given, x, z), h, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('d', [1, 3, 64])
+def test_an_mi_with_the_identity_for_W_is_the_product(d):
+    layer = model(**{'model.depth': 0, 'model.fusion.name': 'mi'})
+    x, z = jax.random.normal(jax.random.key(0), (2, 1000, d))
+    params = jax.tree.map(jnp.zeros_like, layer.init(jax.random.key(1), x, z))
+    params['params']['fusion_0']['W'] = jnp.eye(d)[..., None]
+    exact = np.sum(np.asarray(x, np.float64) * np.asarray(z, np.float64), -1)
+    scale = np.sum(np.abs(np.asarray(x) * np.asarray(z)), -1).max()
+    error = np.abs(layer.apply(params, x, z)[:, 0] - exact)
+    assert error.max() <= 4 * np.finfo(np.float32).eps * scale
+
+
+def test_the_best_relu_network_on_a_line_is_no_better_than_its_pieces():
+    """On the diagonal x = z a product is a parabola, and a ReLU network of w units has at most
+    w + 1 straight pieces there, if the maps that meet z are concatenations: no choice of weights
+    beats the best of as many, L⁵/(180 n⁴) for n pieces on an interval of length L."""
+    w, L = 4, 4.0
+    mlp = model(**{'model.width': w})
+    t = jnp.linspace(-L / 2, L / 2, 2001)[:, None]
+    params = mlp.init(jax.random.key(0), t, t)
+    knots = np.linspace(-L / 2, L / 2, w + 2)[1:-1]
+    rows = np.stack([np.maximum(t[:, 0] - k, 0) for k in knots] + [t[:, 0] ** 0], 1)
+    rows = np.concatenate([rows, np.maximum(-t + knots[0], 0)], 1)  # more than the network has
+    fit = rows @ np.linalg.lstsq(rows, t[:, 0] ** 2, rcond=None)[0]
+    bound = L**4 / (180 * (w + 1) ** 4)
+    assert np.mean((fit - t[:, 0] ** 2) ** 2) >= 0.99 * bound
+    second = np.diff(np.asarray(mlp.apply(params, t, t))[:, 0], 2)
+    assert np.sum(np.abs(second) > 1e-4) <= 2 * w  # each kink lies between two points
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_bisection_finds_what_trying_every_width_finds(seed):
+    rng = np.random.default_rng(seed)
+    sizes, seeds = int(rng.integers(1, 30)), int(rng.integers(1, 6))
+    first = rng.integers(0, sizes + 3, seeds)  # of each seed, from where on it reaches the target
+    tried = {}
+    while True:
+        found = search.brackets(tried, seeds, sizes)
+        place = search.next_place(found, sizes, int(rng.integers(0, 30)), 4)
+        if place is None:
+            break
+        assert place not in tried
+        tried[place] = [bool(place >= f) for f in first]
+    assert [high for _, high in found] == [min(f, sizes) for f in first]
+
+
+def test_widths_and_growth():
+    assert search.grid(16, 2) == [1, 2, 3, 4, 6, 8, 11, 16]
+    assert search.grid(15, 2) == [1, 2, 3, 4, 6, 8, 11]
+    assert search.exponent([4, 8, 16], [3 * d**2.5 for d in (4, 8, 16)]) == pytest.approx(2.5)
+    assert search.exponent([4], [10]) is None
+    of = config(**{'search.parameters': 73, 'problem.dimension': 2})
+    assert setup.largest_width(of) == 12  # 2·12·2 + 12 + 12 + 1
+    of.search.parameters = 72
+    assert setup.largest_width(of) == 11
+
+
+@pytest.mark.slow
+def test_a_low_rank_interaction_needs_fewer_parameters_than_a_relu_network_for_a_product(tmp_path):
+    changes = {
+        'search.at': (2,), 'search.rates': (3e-2,), 'seeds': (0, 1), 'problem.examples': 2000,
+        'train.steps': 800, 'search.per_octave': 1, 'optim.warmup_steps': 20,
+    }  # fmt: skip
+    for name in ('mi_low_rank', 'concat'):
+        search.search(config(**changes, **{'model.fusion.name': name}), str(tmp_path / name))
+    ours, theirs = (records(tmp_path / name, 'eval') for name in ('mi_low_rank', 'concat'))
+    for of, than in zip(ours, theirs, strict=True):
+        assert of['mse/2'] <= 0.1 and than['mse/2'] <= 0.1
+        assert of['parameters/2'] < than['parameters/2']
+
+
+def test_a_search_that_was_stopped_goes_on_and_tries_nothing_twice(tmp_path, monkeypatch):
+    """Where a seed reaches the target from width 3 d² + seed on."""
+    probed = []
+
+    def probe(config, width):
+        probed.append((config.problem.dimension, width))
+        reached = [width >= 3 * config.problem.dimension**2 + seed for seed in config.seeds]
+        return [
+            {'width': width, 'parameters': width, 'mse': 0.1 - 0.01 * r + 0.01, 'learning_rate': 1}
+            for r in reached
+        ]
+
+    monkeypatch.setattr(search, 'probe', probe)
+    monkeypatch.setattr('mi.fit.setup.largest_width', lambda config: 300)
+    changes = {'search.at': (2, 4, 8), 'search.fit_from': 2, 'search.per_octave': 32}
+    search.search(config(**changes), str(tmp_path / 'whole'))
+    at_once, probed[:] = len(probed), []
+    monkeypatch.setattr('mi.run.Run.stops', lambda this, recorded: True)
+    for _ in range(at_once):
+        with pytest.raises(SystemExit) as stopped:
+            search.search(config(**changes), str(tmp_path / 'stopped'))
+        assert stopped.value.code == PREEMPTED
+    search.search(config(**changes), str(tmp_path / 'stopped'))
+    assert len(probed) == len(set(probed)) == at_once
+    whole, stopped = ((tmp_path / at / 'metrics.jsonl').read_bytes() for at in ('whole', 'stopped'))
+    assert whole == stopped
+    for found in records(tmp_path / 'whole', 'eval'):
+        for d in (2, 4, 8):
+            wanted = 3 * d * d + found['seed']
+            assert wanted <= found[f'width/{d}'] <= max(wanted + 1, 1.05 * wanted)
+        assert found['exponent'] == pytest.approx(2, abs=0.2)
+
+
+@pytest.fixture(scope='module')
+def fitted(tmp_path_factory):
+    """Networks of about 60 parameters on the product of two numbers, and where they are."""
+    path = tmp_path_factory.mktemp('fitted')
+    for name in ('concat', 'mi'):
+        changes = {'model.fusion.name': name, 'model.parameters': 61, 'problem.dimension': 1}
+        changes |= {'optim.learning_rate': 3e-2, 'seeds': (0, 1)}
+        train.train(config('fit', **changes), str(path / name))
+    return path
+
+
+def test_of_the_same_parameters_an_mi_fits_a_product_better_by_far(fitted):
+    ours, theirs = (
+        {r['seed']: r['mse'] for r in records(fitted / name, 'eval') if r['step'] == 2000}
+        for name in ('mi', 'concat')
+    )
+    for seed in (0, 1):
+        assert ours[seed] < theirs[seed] / 10
+    counted = [json.loads((fitted / n / 'cost.json').read_text()) for n in ('mi', 'concat')]
+    assert [of['parameters']['model'] for of in counted] == [61, 61]
+
+
+def test_the_surface_is_the_error_at_each_point(fitted):
+    surface = np.load(fitted / 'concat/artefacts.npz')['surface']
+    assert surface.shape == (2, products.POINTS, products.POINTS)
+    of = config('fit', **{'problem.dimension': 1, 'model.width': 5})
+    problem = products.make(of)
+    params = problem.init(jax.random.key(3), {})
+    surface = problem.artefacts(params, {}, jax.random.key(4))['surface']
+    x, z = 1.5, -0.75  # three quarters and three eighths of the way
+    y = network.make(of.model, 1, 'dense').apply(params, jnp.array([x]), jnp.array([z]))[0]
+    assert surface[45, 90] == pytest.approx(float(y) - x * z, abs=1e-6)
+    assert abs(surface[45, 90] - surface[90, 45]) > 1e-3
+
+
+def test_a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not(tmp_path, monkeypatch):
+    changes = {'seeds': (0, 1), 'train.steps': 40, 'train.log_every': 10, 'train.eval_every': 20,
+               'train.save_every': 40, 'problem.dimension': 1}  # fmt: skip
+    train.train(config('fit', **changes), str(tmp_path / 'whole'))
+    with monkeypatch.context() as patch:
+        patch.setattr('mi.run.Run.stops', lambda this, recorded: this.step == 10)
+        with pytest.raises(SystemExit):
+            train.train(config('fit', **changes), str(tmp_path / 'stopped'))
+    assert os.listdir(tmp_path / 'stopped/checkpoints') == ['00000010']
+    train.train(config('fit', **changes), str(tmp_path / 'stopped'))
+    for name in ('metrics.jsonl', 'artefacts.npz', 'cost.json'):
+        whole, stopped = ((tmp_path / at / name).read_bytes() for at in ('whole', 'stopped'))
+        assert whole == stopped
+
+
+@pytest.mark.parametrize(
+    ('word', 'changes', 'message'),
+    [
+        ('search', {'problem.name': 'product'}, r"problem\.name = 'product': .*products"),
+        ('search', {'problem.target': 'sum'}, r"problem\.target = 'sum'"),
+        ('search', {'problem.dimension': 0}, r'problem\.dimension = 0'),
+        ('search', {'search.rates': ()}, r'search\.rates.*non-empty tuple of positive numbers'),
+        ('search', {'search.at': (1, 0)}, r'search\.at.*tuple of positive integers'),
+        ('search', {'search.over': 'model.width'}, r'search\.over'),
+        ('search', {'model.depth': 0}, r'no size up to .* reaches the target'),
+        ('search', {'train.eval_every': 333}, r'expected a multiple of config\.train\.log_every'),
+        ('fit', {'model.parameters': 3}, r'model\.parameters: the smallest size, 1, costs'),
+    ],
+)
+def test_bad_values_are_refused(word, changes, message, tmp_path):
+    task = search.search if word == 'search' else train.train
+    with pytest.raises(UserError, match=message):
+        task(config(word, **changes), str(tmp_path / 'run'))
+    assert not (tmp_path / 'run/metrics.jsonl').exists()
