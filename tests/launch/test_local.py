@@ -110,3 +110,13 @@ def test_a_stopped_sweep_saves_and_goes_on(tmp_path, texts):
     done = subprocess.run(launch(file, runs), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert {status(runs / f'site={s}')['state'] for s in ('none', 'both')} == {'done'}
+
+
+def test_a_sweep_may_draw_figures_of_its_own(tmp_path):
+    file = tmp_path / 'drawn.py'
+    draws = "def report(workdir, out):\n    (out / 'own.txt').write_text(workdir.name)\n"
+    file.write_text(SWEEP.format(overrides=[{'model.site': 'none'}], baseline=None) + draws)
+    (tmp_path / 'runs/report').mkdir(parents=True)
+    sweep.report(str(file), tmp_path / 'runs')
+    assert (tmp_path / 'runs/report/own.txt').read_text() == 'runs'
+    sweep.report(write(tmp_path, [{'model.site': 'none'}]), tmp_path / 'runs')  # draws nothing

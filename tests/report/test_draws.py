@@ -1,0 +1,67 @@
+"""Ranks in each set of seeds, on a sweep of known numbers."""
+
+import itertools
+import json
+
+import pytest
+import scipy.stats
+
+from mi import report
+from mi.report import draws, runs
+
+FINALS = {  # arm → seed → error
+    'concat': {0: 3.0, 1: 5.0, 7: 4.0, 9: 4.0},
+    'mi': {0: 1.0, 1: 2.0, 7: 1.0, 9: 2.4},
+    'film': {0: 2.0, 1: 3.0, 7: 5.0, 9: 4.4},
+}
+
+
+def write(workdir, sets, finals=FINALS):
+    members = []
+    for (arm, of_arm), seeds in itertools.product(finals.items(), sets):
+        path = workdir / f'{arm},{seeds}'
+        path.mkdir(parents=True)
+        (path / 'config.json').write_text(json.dumps({'seeds': seeds}))
+        (path / 'status.json').write_text(json.dumps({'state': 'done', 'step': 1}))
+        rows = [{'step': 1, 'seed': s, 'split': 'eval', 'error': of_arm[s]} for s in seeds]
+        (path / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+        members.append({'name': path.name, 'label': arm})
+    spec = {'name': 'a', 'metric': 'error', 'split': 'eval', 'lower_is_better': True}
+    (workdir / 'sweep.json').write_text(json.dumps(spec | {'baseline': None, 'members': members}))
+    return workdir
+
+
+def test_each_set_has_its_means_and_ranks(tmp_path):
+    report.write(write(tmp_path, ([0, 1], [7, 9])))
+    lines = (tmp_path / 'report/draws.md').read_text().splitlines()
+    header, _, *rows = [[c.strip() for c in line.strip('|').split('|')] for line in lines[:5]]
+    assert header[1].startswith('error, seeds 0 to 1') and header[3].startswith('error, seeds 7, 9')
+    found = {row[0]: (float(row[1].split()[0]), row[2], float(row[3].split()[0]), row[4])
+             for row in rows}  # fmt: skip
+    assert found == {
+        'concat': (4.0, '3', 4.0, '2'), 'mi': (1.5, '1', 1.7, '1'), 'film': (2.5, '2', 4.7, '3')
+    }  # fmt: skip
+    tau = scipy.stats.kendalltau([4.0, 1.5, 2.5], [4.0, 1.7, 4.7]).statistic
+    assert tau == pytest.approx(1 / 3) and lines[-1].endswith(f'{tau:.2f}.')
+
+
+def test_where_higher_is_better_the_ranks_turn(tmp_path):
+    write(tmp_path, ([0, 1], [7, 9]))
+    file = tmp_path / 'sweep.json'
+    file.write_text(json.dumps(json.loads(file.read_text()) | {'lower_is_better': False}))
+    lines = draws.to_markdown(runs.read(tmp_path)).splitlines()
+    ranks = [[cell.strip() for cell in line.strip('|').split('|')][2::2] for line in lines[2:5]]
+    assert ranks == [['1', '2'], ['3', '3'], ['2', '1']]
+
+
+@pytest.mark.parametrize('sets', [([0, 1, 7, 9],), ([0], [1], [7])])
+def test_one_set_or_one_seed_each_are_no_draws(tmp_path, sets):
+    report.write(write(tmp_path, sets))
+    assert not (tmp_path / 'report/draws.md').exists()
+
+
+def test_nothing_is_ranked_before_every_arm_has_every_seed(tmp_path):
+    write(tmp_path, ([0, 1], [7, 9]))
+    (tmp_path / 'mi,[7, 9]/status.json').write_text(json.dumps({'state': 'running', 'step': 0}))
+    report.write(tmp_path)
+    assert not (tmp_path / 'report/draws.md').exists()
