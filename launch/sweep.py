@@ -38,12 +38,46 @@ class Member:
     overrides: dict[str, Any]
 
 
-def product(**values: Sequence[Any]) -> list[dict[str, Any]]:
-    """Every combination: product(**{'model.fusion.name': ['mi', 'film'], …}) → overrides."""
-    return [
-        dict(zip(values, combination, strict=True))
-        for combination in itertools.product(*values.values())
-    ]
+Overrides = dict[str, Any]  # dotted key → value
+
+
+def product(*sweeps: list[Overrides], **values: Sequence[Any]) -> list[Overrides]:
+    """Every combination: product(**{'model.fusion.name': ['mi', 'film'], …}), the last one fastest.
+
+    Sweeps that stand before the keys are multiplied too: product(zip_(…), seeds=[(0,), (1,)]).
+
+    Raises:
+      UserError: if two of them set the same key.
+    """
+    factors = [*sweeps, *([{key: value} for value in of_key] for key, of_key in values.items())]
+    return [_union(combination) for combination in itertools.product(*factors)]
+
+
+def zip_(**values: Sequence[Any]) -> list[Overrides]:
+    """One after the other: zip_(**{'model.width': [64, 128], 'optim.learning_rate': [0.1, 0.03]}).
+
+    Raises:
+      UserError: if they are not as many.
+    """
+    if len({len(of_key) for of_key in values.values()}) > 1:
+        counts = ', '.join(f'{key} {len(of_key)}' for key, of_key in values.items())
+        raise UserError(f'zip_: as many values are needed of every key, and there are {counts}')
+    return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
+
+
+def chain(*sweeps: list[Overrides]) -> list[Overrides]:
+    """The members of all of them, each once, where it comes first."""
+    members = itertools.chain(*sweeps)
+    return list({json.dumps(m, sort_keys=True, default=repr): m for m in members}.values())
+
+
+def _union(parts: Sequence[Overrides]) -> Overrides:
+    union: Overrides = {}
+    for part in parts:
+        if twice := union.keys() & part.keys():
+            raise UserError(f'product: {", ".join(sorted(twice))} is set by two of its sweeps')
+        union |= part
+    return union
 
 
 def load(file: str, workdir: pathlib.Path) -> list[Member]:

@@ -51,6 +51,24 @@ def test_members_are_named_by_what_differs(tmp_path):
     assert [m['label'] for m in record['members']] == [m.label for m in members]
 
 
+def test_helpers_make_the_members_they_say():
+    widths = sweep.zip_(**{'model.width': [64, 128], 'optim.learning_rate': [0.1, 0.03]})
+    assert widths == [
+        {'model.width': 64, 'optim.learning_rate': 0.1},
+        {'model.width': 128, 'optim.learning_rate': 0.03},
+    ]
+    both = sweep.product(widths, seeds=[(0,), (1,)])
+    assert [(m['model.width'], m['seeds']) for m in both] == [
+        (64, (0,)), (64, (1,)), (128, (0,)), (128, (1,)),
+    ]  # fmt: skip
+    first = sweep.product(seeds=[(0,)], **{'model.width': [64]})
+    assert sweep.chain(first, widths, first) == [*first, *widths]
+    with pytest.raises(UserError, match=r'model\.width 2, seeds 1'):
+        sweep.zip_(**{'model.width': [1, 2], 'seeds': [(0,)]})
+    with pytest.raises(UserError, match=r'model\.width is set by two'):
+        sweep.product(widths, widths)
+
+
 def test_another_sweep_in_the_same_directory_is_refused(tmp_path):
     sweep.load(write(tmp_path, [{'model.site': 'none'}]), tmp_path / 'runs')
     with pytest.raises(UserError, match='holds another sweep'):
