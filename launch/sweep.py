@@ -75,7 +75,7 @@ def _union(parts: Sequence[Overrides]) -> Overrides:
     union: Overrides = {}
     for part in parts:
         if twice := union.keys() & part.keys():
-            raise UserError(f'product: {", ".join(sorted(twice))} is set by two of its sweeps')
+            raise UserError(f'product: two of its sweeps set {", ".join(sorted(twice))}')
         union |= part
     return union
 

@@ -65,7 +65,7 @@ def test_helpers_make_the_members_they_say():
     assert sweep.chain(first, widths, first) == [*first, *widths]
     with pytest.raises(UserError, match=r'model\.width 2, seeds 1'):
         sweep.zip_(**{'model.width': [1, 2], 'seeds': [(0,)]})
-    with pytest.raises(UserError, match=r'model\.width is set by two'):
+    with pytest.raises(UserError, match=r'two of its sweeps set model\.width, optim'):
         sweep.product(widths, widths)
 
 
