@@ -14,6 +14,10 @@
 All sides: mean cross-entropy, gradient through T steps with carried state, global-norm clipping,
 Adam; f32, all cores, the same allocator settings; the sides take turns (`benchmarks.rounds`). The
 table has medians over the rounds, and the median of the rounds' ratios to the first side.
+
+On a GPU, with larger sizes: torch's LSTM is cuDNN's there, and `cudnn` is ours with it
+(`config.model.impl`); f32 products are TF32 on both sides, and the Transformers are bf16 with f32
+parameters on both (autocast in torch). Every step is waited for.
 """
 
 import contextlib
@@ -43,6 +47,7 @@ SIDE = flags.DEFINE_string('side', None, 'For the workers: set/size/side.')
 JSON = flags.DEFINE_string('json', None, 'Where to write the figures too.')
 
 WORDS = [word for word in FUSIONS if word not in ONE_HOT]
+GPU = jax.default_backend() == 'gpu'
 SIZES: dict[str, dict[str, tuple[int, ...]]] = {
     'lstm': {  # V, E, H, T, B
         'quickstart': (1024, 64, 256, 64, 32),
@@ -58,8 +63,22 @@ SIZES: dict[str, dict[str, tuple[int, ...]]] = {
     'fusions': {site: (256, 128, 512, 64, 32) for site in ('encoder', 'decoder', 'both')},
     'loop': {'default': (256, 128, 512, 64, 32)},
 }
+if GPU:
+    SIZES |= {
+        'lstm': {
+            'default': (256, 128, 512, 64, 32),
+            'ptb': (10_000, 650, 650, 35, 128),
+            'large': (256, 512, 2048, 128, 128),
+        },
+        'transformer': {
+            'default': (256, 512, 8, 8, 256, 64),
+            'long': (32_000, 1024, 12, 16, 1024, 16),
+        },
+        'cells': {'large': (256, 512, 2048, 64, 128)},
+        'fusions': {site: (256, 128, 512, 64, 128) for site in ('encoder', 'decoder', 'both')},
+    }
 SIDES: dict[str, tuple[str, ...]] = {
-    'lstm': ('torch', 'plain', 'mi'),
+    'lstm': ('torch', 'plain', 'mi', *(('cudnn',) if GPU else ())),
     'transformer': ('torch', 'torch compiled', 'mi'),
     'cells': tuple(cells.CELLS),
     'fusions': ('concat', *(word for word in WORDS if word != 'concat')),
@@ -80,10 +99,11 @@ def torch_lstm(V: int, E: int, H: int, T: int, B: int) -> Callable[[], object]:
             h, carry = self.lstm(self.embedding(tokens), carry)
             return self.output(self.decoder(h)), carry
 
-    model = Model()
+    device = _torch_device()
+    model = Model().to(device)
     optimiser = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
-    tokens = torch.randint(0, V, (T + 1, B))
-    carry = torch.zeros(1, B, H), torch.zeros(1, B, H)
+    tokens = torch.randint(0, V, (T + 1, B), device=device)
+    carry = torch.zeros(1, B, H, device=device), torch.zeros(1, B, H, device=device)
 
     def step() -> None:
         nonlocal carry
@@ -105,8 +125,9 @@ def torch_transformer(
     import torch
     from torch.nn import functional
 
-    d = H // heads
-    angles = torch.arange(T)[:, None] * 10_000.0 ** (-torch.arange(0, d, 2) / d)
+    d, device = H // heads, _torch_device()
+    position, pair = torch.arange(T, device=device), torch.arange(0, d, 2, device=device)
+    angles = position[:, None] * 10_000.0 ** (-pair / d)
     cos, sin = angles.cos(), angles.sin()
 
     def rotate(a):  # [B, heads, T, d], the halves as pairs
@@ -139,15 +160,15 @@ def torch_transformer(
         def forward(self, tokens):
             return self.output(self.decoder(self.norm(self.blocks(self.embedding(tokens)))))
 
-    model = Model()
+    model = Model().to(device)
     optimiser = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
     forward = torch.compile(model) if compiled else model
-    tokens = torch.randint(0, V, (B, T + 1))
+    tokens = torch.randint(0, V, (B, T + 1), device=device)
 
     def step() -> None:
-        loss = functional.cross_entropy(
-            forward(tokens[:, :-1]).reshape(-1, V), tokens[:, 1:].reshape(-1)
-        )
+        with torch.autocast(device, torch.bfloat16, enabled=device == 'cuda'):
+            logits = forward(tokens[:, :-1])
+        loss = functional.cross_entropy(logits.float().reshape(-1, V), tokens[:, 1:].reshape(-1))
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
@@ -155,6 +176,13 @@ def torch_transformer(
         loss.item()
 
     return step
+
+
+def _torch_device() -> str:
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = True  # as XLA's f32 products, and cuDNN's by default
+    return 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
 def config_of(name: str, size: str, side: str) -> ml_collections.ConfigDict:
@@ -168,9 +196,12 @@ def config_of(name: str, size: str, side: str) -> ml_collections.ConfigDict:
             {'core': 'transformer', 'embed': H, 'hidden': H, 'layers': layers, 'heads': heads}
         )
         config.model.update({'ffn': 4 * H, 'site': 'none', 'tied': False})
+        config.model.dtype = 'bfloat16' if GPU else 'float32'
     else:
         _, E, H, T, B = numbers
         config.model.update({'embed': E, 'hidden': H, 'site': 'none', 'tied': False})
+        if side == 'cudnn':
+            config.model.impl = 'cudnn'
         if name == 'cells':
             config.model.update({'core': side, 'rank': 64})
         elif name == 'fusions':

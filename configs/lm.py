@@ -44,6 +44,7 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     model.cutoffs = ()  # of an adaptive softmax: first id of each tail cluster; () for a full one
     model.divisor = 4  # of the adaptive softmax: by which each tail's features are fewer
     model.dtype = 'float32'  # of the products: float32, bfloat16
+    model.impl = 'xla'  # of the LSTM: xla, or cudnn on an NVIDIA GPU
 
     model.rounds = 5  # of the Mogrifier
     model.rank = 0  # of its matrices; 0 for full ones

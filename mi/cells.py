@@ -17,7 +17,7 @@ made for the whole sequence before the loop. The four gates stand side by side i
 i, f, o, j; W are weights of x, U of h, and the forget gate's bias starts at 1.
 
     word           class                 options
-    'lstm'         LSTM
+    'lstm'         LSTM                  impl
     'mlstm'        MultiplicativeLSTM
     'mi_lstm'      MILSTM                alpha, beta
     'mogrifier'    MogrifierLSTM         rounds, rank, capped
@@ -26,7 +26,7 @@ i, f, o, j; W are weights of x, U of h, and the forget gate's bias starts at 1.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +35,10 @@ from jax import Array
 from jax.nn import initializers
 from jax.typing import DTypeLike
 
+from mi import cudnn
 from mi.contract import linear
 
+Impl = Literal['xla', 'cudnn']
 Carry = tuple[Array, Array]  # (c, h), each [B, H], f32
 HyperCarry = tuple[Array, Array, Array, Array]  # (c, h) of the main cell, (c, h) of the small one
 
@@ -52,11 +54,14 @@ class LSTM(nn.Module):
 
     Attributes:
       features: H.
+      impl: 'xla', or 'cudnn' for NVIDIA's own, which is f32 and has neither reset nor keep; on its
+        GPUs alone.
       dtype: of the products with W and U; the gates and the state are f32.
       param_dtype: of the parameters.
     """
 
     features: int
+    impl: Impl = 'xla'
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
 
@@ -67,7 +72,8 @@ class LSTM(nn.Module):
         """(c, h), [T, B, n] → (c, h) after the last step, h of every step [T, B, H].
 
         Raises:
-          ValueError: if the shapes of carry, x, reset and keep do not fit; so do all cells.
+          ValueError: if the shapes of carry, x, reset and keep do not fit, as with all cells, or
+            cuDNN has not what is asked for.
         """
         H = self.features
         _check(carry, x, reset, keep, (H, H))
@@ -76,6 +82,13 @@ class LSTM(nn.Module):
         U = self.param('U', _orthogonal_gates, (H, 4 * H), self.param_dtype)
         b = self.param('b', _forget_bias, (4 * H,), self.param_dtype)
         x, W, U = nn.dtypes.promote_dtype(x, W, U, dtype=self.dtype)
+        if self.impl == 'cudnn':
+            if x.dtype != jnp.float32 or reset is not None or keep is not None:
+                raise ValueError(
+                    f"impl='cudnn' is for f32 without reset and keep; got {x.dtype}, reset "
+                    f"{reset is not None}, keep {keep is not None}; use impl='xla'"
+                )
+            return cudnn.lstm(carry, x, (W, U, b))
         gates = linear(x, W).astype(jnp.float32) + b.reshape(1, 1, 4 * H).astype(jnp.float32)
         carry, h = lstm(carry, gates, U, reset, keep)
         return carry, h.astype(x.dtype)

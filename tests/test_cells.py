@@ -3,8 +3,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import rnn
 
-from mi import cells
+from mi import cells, cudnn
 
 T, B, N, H = 7, 3, 4, 5
 
@@ -121,3 +122,54 @@ def test_bf16_products_keep_an_f32_state():
         variables
     )
     assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
+
+
+def test_weights_are_packed_as_cudnn_takes_them():
+    """By jax's own reference of cuDNN's LSTM, which runs everywhere."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (T, B, N))
+    carry, _, _, _ = inputs()
+    lstm = cells.LSTM(H)
+    params = lstm.init(keys[1], carry, x)['params']
+    params['b'] = jax.random.normal(keys[2], (4 * H,))
+    vector = cudnn.packed(params['W'], params['U'], params['b'])
+    assert vector.size == rnn.get_num_params_in_lstm(N, H, 1, False)
+    y, h, c = rnn.lstm_ref(
+        x.swapaxes(0, 1), carry[1][None], carry[0][None],
+        *rnn.unpack_lstm_weights(vector, N, H, 1, False), jnp.full(B, T, jnp.int32),
+        input_size=N, hidden_size=H, num_layers=1, dropout=0.0, bidirectional=False,
+    )  # fmt: skip
+    ours = lstm.apply({'params': params}, carry, x)
+    assert_trees_close(((c[0], h[0]), y.swapaxes(0, 1)), ours, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(jax.default_backend() != 'gpu', reason='needs an NVIDIA GPU')
+@pytest.mark.parametrize('over_seeds', [False, True])
+def test_cudnn_is_the_lstm(over_seeds):
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (2, T, B, N))
+    carry, _, _, _ = inputs()
+    sides = []
+    for impl in ('xla', 'cudnn'):
+        lstm = cells.LSTM(H, impl=impl)
+        params = lstm.init(keys[1], carry, x[0])
+
+        def weighted(params, carry, x, lstm=lstm):
+            outputs = jax.tree.leaves(lstm.apply(params, carry, x))
+            return sum((jnp.cos(jnp.arange(o.size).reshape(o.shape)) * o).sum() for o in outputs)
+
+        gradient = jax.value_and_grad(weighted, argnums=(0, 1, 2))
+        with jax.default_matmul_precision('highest'):
+            if over_seeds:
+                gradient = jax.vmap(gradient, in_axes=(None, None, 0))
+                sides.append(jax.jit(gradient)(params, carry, x))
+            else:
+                sides.append(jax.jit(gradient)(params, carry, x[0]))
+    assert_trees_close(*sides, rtol=2e-4, atol=2e-5)
+
+
+def test_cudnn_refuses_what_it_has_not():
+    carry, x = cells.initial(B, H), jnp.zeros((T, B, N))
+    lstm = cells.LSTM(H, impl='cudnn', dtype=jnp.bfloat16)
+    with pytest.raises(ValueError, match="use impl='xla'"):
+        lstm.init(jax.random.key(0), carry, x)

@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 
 FLOORS = [
     ['config'],
-    ['contract', 'cost'],
+    ['contract', 'cost', 'cudnn'],
     ['layers'],
     ['motifs'],
     ['fusion'],

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ SCHEMA: dict[str, Rule] = {
     'model.hidden': integer(1),
     'model.layers': integer(1),
     'model.ffn': integer(1),
+    'model.impl': one_of(get_args(cells.Impl)),
     'model.rounds': integer(0),
     'model.rank': integer(0),
     'model.capped': boolean,
@@ -133,6 +134,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f'config.model.fusion.name = {model.fusion.name!r} takes one-hot contexts alone; it '
             f"needs config.model.source = 'domain'"
         )
+    if model.impl == 'cudnn':
+        fits = model.core == 'lstm' and model.dtype == 'float32' and not config.dropout.state
+        if not fits or jax.default_backend() != 'gpu':
+            raise UserError(
+                "config.model.impl = 'cudnn': expected an NVIDIA GPU, config.model.core = 'lstm', "
+                "config.model.dtype = 'float32' and config.dropout.state = 0; use 'xla'"
+            )
     if model.cutoffs and (config.loss.label_smoothing or config.loss.z_loss):
         raise UserError(
             'config.model.cutoffs: an adaptive softmax has no whole distribution to smooth or to '
@@ -233,7 +241,8 @@ def costs(
     config: ml_collections.ConfigDict, vocabulary: int, domains: int = 0
 ) -> dict[str, dict[str, int]]:
     """Parameters, and forward FLOPs of products per token, of the model and of its fusions."""
-    model = build(config, vocabulary, domains)
+    # Of cuDNN's call nothing could be counted.
+    model = build(_changed(config, {'model.impl': 'xla'}), vocabulary, domains)
     T, B = config.train.length, config.train.batch
     tokens = jax.ShapeDtypeStruct((T, B), jnp.int32)
     carry = jax.eval_shape(lambda: model.initial_carry(B))
@@ -292,6 +301,8 @@ def matched(
 
 def _cell(model: ml_collections.ConfigDict) -> Callable[..., nn.Module]:
     cell = cells.CELLS[model.core]
+    if model.core == 'lstm':
+        return functools.partial(cell, impl=model.impl)
     if model.core != 'mogrifier':
         return cell
     return functools.partial(
