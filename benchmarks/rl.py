@@ -8,6 +8,7 @@
               loop and RLlib; and with the full mi of both
     pong      the convolutions of DQN, topology 'threads', against the plain loop and RLlib
     parts     where the time of a fused update goes: each part compiled and timed alone
+    seeds     for a GPU: xland's fusions at 4,096 environments, one seed and eight in one program
     conv      an update with the convolutions of DQN, against PyTorch's forward and backward pass of
               them alone: XLA's CPU backend is many times slower at them inside a scan
 
@@ -34,7 +35,7 @@ from mi import optim, parallel, run
 from mi.rl import actor, envs, fused, learner, queued, setup
 
 ROUNDS = flags.DEFINE_integer('rounds', 5, 'Interleaved rounds.', lower_bound=1)
-ONLY = flags.DEFINE_list('only', None, 'Of xland, babyai, pong, parts, conv; all by default.')
+ONLY = flags.DEFINE_list('only', None, 'Of the sets; by default all that this device is for.')
 SIDE = flags.DEFINE_string('side', None, 'For the workers: set/side.')
 JSON = flags.DEFINE_string('json', None, 'Where to write the figures too.')
 
@@ -46,6 +47,9 @@ SETS = {
     'babyai': ('plain', 'rllib', 'threads', 'threads mi'),
     'pong': ('plain', 'rllib', 'threads'),
     'parts': ('whole', 'environment', 'policy', 'learning'),
+    'seeds': tuple(
+        f'{seeds} {word}' for word in ('concat', 'mi', 'mi_low_rank') for seeds in (1, 8)
+    ),
     'conv': ('torch convolutions', 'update'),
 }
 
@@ -60,6 +64,8 @@ def config_of(name: str) -> ml_collections.ConfigDict:
         config.model.update({'instruction': True, 'sites': ('instruction',)})
         config.model.fusion.name = 'concat'
         config.train.topology = 'threads'
+    elif name == 'seeds':
+        config.train.batch = 4096
     elif name in ('pong', 'conv'):
         config.env.name = 'atari/Pong'
         config.model.update({'core': 'none', 'sites': (), 'features': 512})
@@ -68,10 +74,11 @@ def config_of(name: str) -> ml_collections.ConfigDict:
     return config
 
 
-def steps_of(name: str) -> int:
-    """Environment steps of an update."""
+def steps_of(name: str, side: str) -> int:
+    """Environment steps of an update, of all seeds."""
     config = config_of(name)
-    return config.train.batch * config.train.length
+    seeds = int(side.split()[0]) if name == 'seeds' else 1
+    return config.train.batch * config.train.length * seeds
 
 
 def fused_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
@@ -209,6 +216,10 @@ def step_of(name: str, side: str) -> Callable[[], object]:
         return threads_step(config)
     if name == 'conv':
         return conv_step(config) if side == 'update' else torch_convolutions(config)
+    if name == 'seeds':
+        seeds, config.model.fusion.name = side.split()
+        config.seeds = tuple(range(int(seeds)))
+        return fused_step(config)
     if side in FUSIONS:
         config.model.fusion.name = side
     return fused_step(config) if side in (*FUSIONS, 'whole') else parts_step(config, side)
@@ -223,7 +234,8 @@ def main(argv: Sequence[str]) -> None:
         return
     print(f'{run.machine()}, jax {jax.__version__}')
     figures = []
-    for name in ONLY.value or SETS:
+    on_gpu = jax.default_backend() == 'gpu'
+    for name in ONLY.value or [name for name in SETS if (name == 'seeds') == on_gpu]:
         sides = SETS[name]
         commands = {s: ['-m', 'benchmarks.rl', f'--side={name}/{s}'] for s in sides}
         seconds = rounds.race(commands, ROUNDS.value)
@@ -231,7 +243,7 @@ def main(argv: Sequence[str]) -> None:
         for side in sides:
             ratios = sorted(a / b for a, b in zip(seconds[sides[0]], seconds[side], strict=True))
             median, ratio = statistics.median(seconds[side]), statistics.median(ratios)
-            rate = steps_of(name) / median
+            rate = steps_of(name, side) / median
             print(
                 f'{side:<20}{1000 * median:14.2f}{rate:12,.0f}{ratio:22.2f}  '
                 f'{ratios[0]:.2f}–{ratios[-1]:.2f}',

@@ -20,6 +20,8 @@ import pytest
 from mi.lm import corpora
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+if os.environ['JAX_PLATFORMS'] != 'cpu':  # f32 products are TF32 on a GPU, bf16 on a TPU
+    jax.config.update('jax_default_matmul_precision', 'highest')
 
 ROOT = pathlib.Path(__file__).parents[1]
 

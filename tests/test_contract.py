@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import jax
@@ -97,9 +98,14 @@ def test_plan_of_ids_takes_the_rows_of_W_where_many_inputs_share_one():
     assert contract.plan((4, 100, 256), (4, 1), 256, 'ids') == 'rows'
 
 
-def test_plan_of_another_platform_keeps_no_large_intermediate():
-    assert contract.plan((4096, 512), (4096, 64), 512, platform='gpu') == 'outer_chunks'
-    assert contract.plan((256, 64), (256, 16), 64, platform='tpu') == 'x_first'
+def test_plan_of_a_gpu_keeps_larger_intermediates():
+    of_gpu = functools.partial(contract.plan, platform='gpu')
+    assert of_gpu((4096, 512), (4096, 64), 512) == 'outer'
+    assert of_gpu((16384, 512), (16384, 64), 512) == 'outer_chunks'  # 2 GiB
+    assert of_gpu((4096, 512), (4096, 30), 128) == 'x_first'
+    assert of_gpu((4096, 64), (4096, 16), 1024) == 'outer'
+    assert of_gpu((8, 64), (8, 256), 32) == 'z_first'
+    assert contract.plan((4096, 512), (4096, 64), 512, platform='tpu') == 'outer_chunks'
 
 
 @pytest.mark.parametrize('order', [None, 'groups', 'rows'])
