@@ -20,11 +20,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-Order = Literal['outer', 'outer_chunks', 'x_first', 'z_first', 'z_first_chunks', 'groups', 'rows']
+Order = Literal[
+    'outer', 'outer_chunks', 'x_first', 'z_first', 'z_first_chunks', 'groups', 'rows', 'one_hot'
+]
 Platform = Literal['cpu', 'gpu', 'tpu']
 
 DENSE: tuple[Order, ...] = ('outer', 'outer_chunks', 'x_first', 'z_first', 'z_first_chunks')
-BY_ID: tuple[Order, ...] = ('groups', 'rows')
+BY_ID: tuple[Order, ...] = ('groups', 'rows', 'one_hot')
 
 _FEW_ROWS = 64
 _NARROW = 512
@@ -39,6 +41,7 @@ def plan(
     features: int,
     context: Literal['dense', 'ids'] = 'dense',
     platform: Platform = 'cpu',
+    contexts: int = 0,
 ) -> Order:
     """Chooses the order of evaluation of zᵀWx from static shapes and the kind of context alone.
 
@@ -52,6 +55,7 @@ def plan(
     `z_first_chunks`  zᵀW, by parts      of some columns of W'(z) at a time    x, z and W
     `rows`            W[ids]             B_z·n·k, the rows of W                it
     `groups`          none               x sorted by id                        x and W
+    `one_hot`         a dense order's, m times the operations of the two above
     ================  =================  ====================================  ===================
 
     The chunks recompute their intermediate in the backward pass. Where a stream is shared over some
@@ -65,12 +69,15 @@ def plan(
       features: k.
       context: 'dense', or 'ids' for integers in [0, m).
       platform: where it runs. On 'tpu' nothing was measured.
+      contexts: m, with `context='ids'`.
     """
     n, k, kept = x_shape[-1], features, _KEPT[platform]
     if context == 'ids':
         x_axes, z_axes = _aligned(x_shape, (*z_shape, 1))
         few = math.prod(map(max, x_axes, z_axes)) <= _BLOCK
         shared = math.prod(x_axes) >= _BLOCK * math.prod(z_axes)
+        if platform == 'gpu' and not shared and contexts <= max(n, k):
+            return 'one_hot'  # one large product instead of a loop of small ones
         return 'rows' if few or shared else 'groups'
     x_axes, z_axes = _aligned(x_shape, z_shape)
     m = z_shape[-1]
@@ -138,7 +145,11 @@ def bilinear(
         )
     if order is None:
         context = 'ids' if by_id else 'dense'
-        order = plan(x.shape, z.shape, W.shape[2], context, jax.default_backend())  # type: ignore
+        platform: Any = jax.default_backend()
+        order = plan(x.shape, z.shape, W.shape[2], context, platform, len(W))  # type: ignore
+    if order == 'one_hot':
+        one_hot = jax.nn.one_hot(jnp.clip(z, 0, len(W) - 1), len(W), dtype=x.dtype)
+        return bilinear(x, one_hot, W, precision=precision)
     if by_id:
         return _by_id(x, z, W, order, precision)
     return _dense(x, z, W, order, precision)

@@ -96,6 +96,8 @@ def test_plan_follows_the_shapes(x, z, k, order):
 def test_plan_of_ids_takes_the_rows_of_W_where_many_inputs_share_one():
     assert contract.plan((512, 256), (512,), 256, 'ids') == 'groups'
     assert contract.plan((4, 100, 256), (4, 1), 256, 'ids') == 'rows'
+    assert contract.plan((4096, 256), (4096,), 128, 'ids', 'gpu', contexts=30) == 'one_hot'
+    assert contract.plan((4096, 256), (4096,), 128, 'ids', 'gpu', contexts=1000) == 'groups'
 
 
 def test_plan_of_a_gpu_keeps_larger_intermediates():
@@ -108,7 +110,7 @@ def test_plan_of_a_gpu_keeps_larger_intermediates():
     assert contract.plan((4096, 512), (4096, 64), 512, platform='tpu') == 'outer_chunks'
 
 
-@pytest.mark.parametrize('order', [None, 'groups', 'rows'])
+@pytest.mark.parametrize('order', [None, *contract.BY_ID])
 @pytest.mark.parametrize('lead, ids', [((), ()), ((90,), (90,)), ((3, 40), (3, 1)), ((40,), ())])
 def test_ids_are_one_hot_contexts(order, lead, ids):
     x, _, W = streams(lead)
