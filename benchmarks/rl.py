@@ -8,7 +8,7 @@
               loop and RLlib; and with the full mi of both
     pong      the convolutions of DQN, topology 'threads', against the plain loop and RLlib
     parts     where the time of a fused update goes: each part compiled and timed alone
-    seeds     for a GPU: xland's fusions at 4,096 environments, one seed and eight in one program
+    seeds     for a GPU: xland at 4,096 environments, concat and mi, one seed and eight in a program
     conv      an update with the convolutions of DQN, against PyTorch's forward and backward pass of
               them alone: XLA's CPU backend is many times slower at them inside a scan
 

@@ -5,6 +5,7 @@ two different machines. So each side has its process, sleeps while another has i
 compared round by round.
 """
 
+import os
 import subprocess
 import sys
 import time
@@ -51,16 +52,24 @@ def race(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[f
             raise RuntimeError(f'{side} ended with exit code {worker.wait()}')
         return line
 
+    def ready(side: str) -> None:
+        while answer(side) != 'ready\n':
+            pass
+
     try:
-        for side, arguments in commands.items():  # one after another, to build in peace
+        together = len(os.sched_getaffinity(0)) >= 2 * len(commands)
+        for side, arguments in commands.items():
             workers[side] = subprocess.Popen(
                 [sys.executable, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
             )
-            while answer(side) != 'ready\n':
-                pass
+            if not together:  # on few cores one after another, to build in peace
+                ready(side)
+        if together:
+            for side in commands:
+                ready(side)
         seconds: dict[str, list[float]] = {side: [] for side in commands}
         for i in range(rounds):
             for side in list(commands) if i % 2 else list(commands)[::-1]:
