@@ -3,6 +3,7 @@
 # make test   checks and all tests
 # make fast   the tests that take seconds
 # make check  lint, format and types
+# make docs   the documentation in site/: open site/index.html
 # Everything runs in .venv, which is made on first use with Python 3.11 to 3.13.
 
 PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3; do \
@@ -12,7 +13,7 @@ BIN = .venv/bin
 WORKDIR ?= runs/quickstart
 PARALLEL ?= 2
 
-.PHONY: run test fast check clean
+.PHONY: run test fast check docs clean
 
 run: .venv/run
 	$(BIN)/python -m launch.local \
@@ -31,9 +32,14 @@ check: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: .venv/docs
+	$(BIN)/mkdocs build --quiet
+
 .venv/run: EXTRA =
 .venv/test: EXTRA = [test]
-.venv/run .venv/test: setup.py pyproject.toml requirements/lock.txt
+.venv/docs: EXTRA = [docs]
+.venv/run .venv/test .venv/docs: setup.py pyproject.toml requirements/lock.txt
 	@test -n "$(PYTHON)" || { echo 'error: Python 3.11, 3.12 or 3.13 is needed: install one, or make PYTHON=/path/to/python3.12'; exit 1; }
 	@if command -v uv >/dev/null; then \
 		uv venv --quiet --allow-existing --python "$(PYTHON)" .venv && \
@@ -46,4 +52,4 @@ check: .venv/test
 	@touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build site *.egg-info

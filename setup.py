@@ -30,11 +30,12 @@ EXTRAS = {
     'gym': ['gymnasium>=1.2'],
     'vizdoom': ['gymnasium>=1.2', 'vizdoom>=1.3'],
     'ray': ['ray>=2.50'],
+    'docs': ['mkdocs>=1.6,<2', 'mkdocs-material>=9.7', 'mkdocstrings[python]>=1.0'],
 }
 EXTRAS['test'] = [
     *('mypy>=2.0', 'pytest>=9.0', 'pytest-xdist>=3.8', 'ruff>=0.15'),
     *('minigrid>=3.0', 'xminigrid>=0.9'),  # peers that the environments are compared with
-    *(package for extra in ('envpool', 'vizdoom', 'ray') for package in EXTRAS[extra]),
+    *(package for extra in ('envpool', 'vizdoom', 'ray', 'docs') for package in EXTRAS[extra]),
 ]
 
 setuptools.setup(

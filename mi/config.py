@@ -6,7 +6,7 @@ A schema maps every dotted key to a rule. A rule takes the value and returns wha
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import ml_collections
@@ -53,8 +53,8 @@ def check(config: ml_collections.ConfigDict, schema: Mapping[str, Rule]) -> None
             raise UserError(f'config.{key} = {values[key]!r}: expected {expected}')
 
 
-def one_of(known: Iterable[str]) -> Rule:
-    known = tuple(known)
+def one_of(known: Collection[str]) -> Rule:
+    """A word that is in `known` when the config is checked: a dictionary may have got more."""
 
     def rule(value: Any) -> str:
         if isinstance(value, str) and value in known:

@@ -7,7 +7,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import linen as nn
@@ -19,6 +19,28 @@ def parameters(tree: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
+class Product(NamedTuple):
+    """A product of a function, as often as the function computes it.
+
+    Attributes:
+      flops: 2·a·b·c for [a, b] and [b, c].
+      bytes: of both factors and of what comes out.
+      times: how often.
+    """
+
+    flops: int
+    bytes: int
+    times: int
+
+
+def products(function: Callable[..., Any], *args: Any) -> list[Product]:
+    """The products and convolutions of function(*args); args may be shapes only.
+
+    The body of a loop counts once per iteration, and of a branch the side with more FLOPs.
+    """
+    return _products(jax.make_jaxpr(function)(*args).jaxpr, 1)
+
+
 def flops(function: Callable[..., Any], *args: Any) -> int:
     """Floating-point operations of the products in function(*args); args may be shapes only.
 
@@ -26,26 +48,38 @@ def flops(function: Callable[..., Any], *args: Any) -> int:
     nothing, a loop counts its body once per iteration, and of a branch the dearer side counts.
     `compiled.cost_analysis()` would count a loop's body once in all.
     """
-    return _flops(jax.make_jaxpr(function)(*args).jaxpr)
+    return _flops(products(function, *args))
 
 
-def _flops(jaxpr: core.Jaxpr) -> int:
-    total = 0
+def _flops(found: list[Product]) -> int:
+    return sum(product.flops * product.times for product in found)
+
+
+def _products(jaxpr: core.Jaxpr, times: int) -> list[Product]:
+    found: list[Product] = []
     for eqn in jaxpr.eqns:
         shapes: list[tuple[int, ...]] = [getattr(v.aval, 'shape', ()) for v in eqn.invars]
         out = math.prod(getattr(eqn.outvars[0].aval, 'shape', ())) if eqn.outvars else 0
         if eqn.primitive.name == 'dot_general':
             (contracted, _), _ = eqn.params['dimension_numbers']
-            total += 2 * math.prod(shapes[0][axis] for axis in contracted) * out
+            each = 2 * math.prod(shapes[0][axis] for axis in contracted) * out
+            found.append(Product(each, _bytes(eqn), times))
         elif eqn.primitive.name == 'conv_general_dilated':
             out_features = shapes[1][eqn.params['dimension_numbers'].rhs_spec[0]]
-            total += 2 * math.prod(shapes[1]) // out_features * out
+            each = 2 * math.prod(shapes[1]) // out_features * out
+            found.append(Product(each, _bytes(eqn), times))
         elif eqn.primitive.name == 'cond':
-            total += max(_flops(branch.jaxpr) for branch in eqn.params['branches'])
+            sides = [_products(branch.jaxpr, times) for branch in eqn.params['branches']]
+            found += max(sides, key=_flops)
         else:
-            times = eqn.params['length'] if eqn.primitive.name == 'scan' else 1
-            total += times * sum(_flops(inner) for inner in _inner(eqn))
-    return total
+            length = eqn.params['length'] if eqn.primitive.name == 'scan' else 1
+            for inner in _inner(eqn):
+                found += _products(inner, times * length)
+    return found
+
+
+def _bytes(eqn: core.JaxprEqn) -> int:
+    return sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in (*eqn.invars, *eqn.outvars))
 
 
 def _inner(eqn: core.JaxprEqn) -> list[core.Jaxpr]:

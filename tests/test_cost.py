@@ -44,6 +44,17 @@ def test_flops_of_products_scans_convolutions_and_branches():
     assert cost.flops(conv, image, kernel) == 2 * (3 * 2 * 2) * (5 * 7 * 7)
 
 
+def test_products_have_the_bytes_of_both_factors_and_of_the_result():
+    x, W = jax.ShapeDtypeStruct((7, 3), jnp.bfloat16), jax.ShapeDtypeStruct((3, 5), jnp.bfloat16)
+
+    def loop(x, W):
+        return jax.lax.scan(lambda _, row: (0, row @ W), 0, jnp.stack([x] * 4))[1]
+
+    assert cost.products(loop, x, W) == [
+        cost.Product(2 * 7 * 3 * 5, 2 * (7 * 3 + 3 * 5 + 7 * 5), 4),
+    ]
+
+
 @pytest.mark.parametrize('target', [1, 17, 100, 101, 5000, 123_456])
 def test_nearest_size_is_the_nearest(target):
     price = lambda s: 3 * s * s + 2 * s  # noqa: E731

@@ -262,6 +262,24 @@ class DMLab:
                 pipe.send(request)
 
 
+def spec_of(tasks: tuple[str, ...] = LEVELS, actions: str = 'impala', length: int = 16) -> Spec:
+    """The spec of levels, which needs no engine; the arguments are those of `make`."""
+    return Spec(
+        name='dmlab30',
+        observation={
+            'pixels': jax.ShapeDtypeStruct((HEIGHT, WIDTH, 3), np.uint8),
+            'instruction': jax.ShapeDtypeStruct((length,), np.int32),
+            'task': jax.ShapeDtypeStruct((), np.int32),
+        },
+        actions=len(ACTIONS[actions]),
+        tasks=tasks,
+        random=tuple(SCORES[task][0] for task in tasks),
+        reference=tuple(SCORES[task][1] for task in tasks),
+        sources="random and human scores of scalable_agent's dmlab30.py (Espeholt et al., 2018)",
+        vocabulary=BUCKETS + 1,
+    )
+
+
 def make(
     suite: str,
     *,
@@ -311,20 +329,6 @@ def make(
     if dataset is not None:
         config['datasetPath'] = dataset
     names = [HELD_OUT.get(task, task) if suite == 'test' else task for task in tasks]
-    spec = Spec(
-        name='dmlab30',
-        observation={
-            'pixels': jax.ShapeDtypeStruct((HEIGHT, WIDTH, 3), np.uint8),
-            'instruction': jax.ShapeDtypeStruct((length,), np.int32),
-            'task': jax.ShapeDtypeStruct((), np.int32),
-        },
-        actions=len(ACTIONS[actions]),
-        tasks=tasks,
-        random=tuple(SCORES[task][0] for task in tasks),
-        reference=tuple(SCORES[task][1] for task in tasks),
-        sources="random and human scores of scalable_agent's dmlab30.py (Espeholt et al., 2018)",
-        vocabulary=BUCKETS + 1,
-    )
     engines = [
         {
             'level': f'contributed/dmlab30/{names[row % len(names)]}',
@@ -335,4 +339,6 @@ def make(
         }
         for row in range(batch)
     ]
-    return DMLab(spec, engines, np.array(ACTIONS[actions], np.intc), seed, timeout)
+    return DMLab(
+        spec_of(tasks, actions, length), engines, np.array(ACTIONS[actions], np.intc), seed, timeout
+    )

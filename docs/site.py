@@ -1,0 +1,184 @@
+"""Hooks of MkDocs: pages that are no files of docs/, links that leave it, the navigation.
+
+    make docs     or: mkdocs build
+
+index.md            README.md
+api/*.md            a page for each module of mi that has something public, from its docstrings
+results/index.md    what docs/results has: each claim with its figure
+"""
+
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import griffe
+from mkdocs.structure.files import File, Files
+
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parent
+
+# Section → its pages, in order; pages of docs/ that stand nowhere here are added to 'Guides', or
+# to 'Results' if they are there.
+SECTIONS: dict[str, list[str]] = {
+    'Tutorials': [
+        'tutorials/fusion.md',
+        'tutorials/slurm.md',
+        'tutorials/eight_gpus.md',
+        'tutorials/wikitext103.md',
+        'tutorials/dmlab30.md',
+    ],
+    'Guides': ['lm.md', 'rl.md', 'data.md', 'dmlab.md', 'evaluation.md', 'scaling.md'],
+    'Fusions and motifs': ['fusions.md'],
+    'Results': ['results/index.md'],
+}
+PACKAGES = {
+    '': 'mi',
+    'motifs': 'Motifs',
+    'unify': 'As one equation',
+    'lm': 'Language models',
+    'rl': 'Reinforcement learning',
+    'rl.envs': 'Environments',
+    'fit': 'Small functions',
+    'report': 'Report',
+}
+LINK = re.compile(r'(!?)\[([^\]\n]*)\]\(([^)\s]+)\)')
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Adds the pages that are made."""
+    made = {'index.md': readme(), 'results/index.md': gallery(files)}
+    made |= {f'api/{name}.md': f'# {name}\n\n::: {name}\n' for name in modules()}
+    for path, text in made.items():
+        files.append(File.generated(config, path, content=text))
+    config.nav = navigation([file.src_uri for file in files.documentation_pages()])
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Links to folders, and out of docs/, become text: the site has neither."""
+    folder = pathlib.PurePosixPath(page.file.src_uri).parent
+
+    def of(match: re.Match[str]) -> str:
+        image, text, target = match.groups()
+        path = target.partition('#')[0]
+        if image or not path or re.match(r'[a-z]+:', path):
+            return match[0]
+        place = (HERE / folder / path).resolve()
+        inside = place.is_relative_to(HERE) and not place.is_dir()
+        return match[0] if inside else text if '`' in text else f'`{text}`'
+
+    return re.sub(LINK, of, markdown)
+
+
+def readme() -> str:
+    """README.md, its links as from within docs/."""
+    return (ROOT / 'README.md').read_text().replace('](docs/', '](')
+
+
+def modules() -> list[str]:
+    """Dotted names of the modules of mi with a docstring, but for packages."""
+    paths = sorted((ROOT / 'mi').rglob('*.py'), key=lambda path: (len(path.parts), path))
+    names = [path.relative_to(ROOT).with_suffix('').parts for path in paths]
+    return ['.'.join(name) for name in names if not name[-1].startswith('__')]
+
+
+def gallery(files: Files) -> str:
+    """Every figure of docs/results that stands beside a report, under what it is about."""
+    parts = [
+        '# Results',
+        'What was measured and is kept in `docs/results`; figures are made of run directories, by '
+        'the command that their page names.',
+        '<div class="gallery" markdown>',
+    ]
+    for folder in sorted(path for path in (HERE / 'results').iterdir() if path.is_dir()):
+        figures = sorted(folder.glob('*.png'))
+        reports = sorted(folder.glob('*.html'))
+        if not figures:
+            continue
+        shown = next((f for f in figures if f.stem == 'curves'), figures[0])
+        title = _title(folder)
+        links = [f'[{r.stem}]({folder.name}/{r.name})' for r in reports]
+        pages = [page for page in sorted((HERE / 'results').glob('*.md')) if _names(page, folder)]
+        links += [f'[{page.stem}.md]({page.name})' for page in pages]
+        parts += [
+            '<figure markdown>',
+            f'**{title}**',
+            f'![{title}]({folder.name}/{shown.name})',
+            ' · '.join(links),
+            '</figure>',
+        ]
+    parts.append('</div>')
+    return '\n\n'.join(parts) + '\n'
+
+
+def _title(folder: pathlib.Path) -> str:
+    """Of the folder's report, or its name."""
+    for report in sorted(folder.glob('*.html')):
+        found = re.search(r'<title>(.*?)</title>', report.read_text(), flags=re.S)
+        if found:
+            return found[1].strip()
+    return folder.name.replace('_', ' ')
+
+
+def _names(page: pathlib.Path, folder: pathlib.Path) -> bool:
+    return f'{folder.name}/' in page.read_text()
+
+
+def navigation(pages: list[str]) -> list[Any]:
+    """MkDocs' nav, with every page in it."""
+    known = {page for section in SECTIONS.values() for page in section} | {'index.md'}
+    sections = {title: [p for p in section if p in pages] for title, section in SECTIONS.items()}
+    for page in sorted(pages):
+        if page in known or page.startswith('api/'):
+            continue
+        home = page.partition('/')[0]
+        title = {'results': 'Results', 'motifs': 'Fusions and motifs', 'tutorials': 'Tutorials'}
+        sections[title.get(home, 'Guides')].append(page)
+    nav: list[Any] = [{'Home': 'index.md'}]
+    nav += [{title: section} for title, section in sections.items() if section]
+    return [*nav, {'API': list(_api(pages))}]
+
+
+def _api(pages: list[str]) -> Iterator[dict[str, list[str]]]:
+    for package, title in PACKAGES.items():
+        inside = f'api/mi.{package}.' if package else 'api/mi.'
+        own = [
+            page
+            for page in pages
+            if page.startswith(inside) and '.' not in page[len(inside) : -len('.md')]
+        ]
+        yield {title: own}
+
+
+class Layout(griffe.Extension):
+    """Docstrings as they stand: what is set in columns is code, 'a, b: …' is an entry for each."""
+
+    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        if obj.docstring:
+            obj.docstring.value = fenced(apart(obj.docstring.value))
+
+
+def apart(text: str) -> str:
+    """Entries of several names, as one entry each with the same words."""
+    entry = re.compile(r'^( +)(\w+(?:, \w+)+)(: .*(?:\n\1 +.*)*)', flags=re.M)
+    section = re.compile(r'^(?:Attributes|Args|Returns):\n(?:(?: .*)?\n?)*', flags=re.M)
+
+    def each(match: re.Match[str]) -> str:
+        indent, names, words = match.groups()
+        return '\n'.join(f'{indent}{name}{words}' for name in names.split(', '))
+
+    return section.sub(lambda found: entry.sub(each, found[0]), text)
+
+
+def fenced(text: str) -> str:
+    """Paragraphs with two lines or more in columns, as blocks of code."""
+    paragraphs = re.split(r'\n{2,}', text)
+    return '\n\n'.join(f'```text\n{p}\n```' if _columns(p) else p for p in paragraphs)
+
+
+def _columns(paragraph: str) -> bool:
+    lines = paragraph.split('\n')
+    if any(line.startswith((' ', '\t', '- ', '```')) for line in lines[:1]):
+        return False
+    return sum(bool(re.search(r'\S {3,}\S', line)) for line in lines) >= 2
