@@ -77,28 +77,48 @@ def policy_call() -> float:
     return min(f['seconds']['act'] for f in figures if f['set'] == 'catch')
 
 
-# V, E, H, T, B of the set lstm of benchmarks.lm.
-LSTM_SIZES = {
+# Sizes of benchmarks.lm, on a CPU and on a GPU: V, E, H, T, B, and V, H, layers, heads, T, B.
+LSTM_CPU = {
     'quickstart': (1024, 64, 256, 64, 32),
     'default': (256, 128, 512, 64, 32),
     'ptb': (10_000, 650, 650, 35, 20),
 }
+LSTM_GPU = {
+    'default': (256, 128, 512, 64, 32),
+    'ptb': (10_000, 650, 650, 35, 128),
+    'large': (256, 512, 2048, 128, 128),
+}
+TRANSFORMER_GPU = {
+    'default': (256, 512, 8, 8, 256, 64),
+    'long': (32_000, 1024, 12, 16, 1024, 16),
+}
+Seconds = Callable[[Sequence[cost.Product]], float]  # of products, at some bound
 
 
-def lm_share(record: dict[str, Any], seconds: Callable[[Sequence[cost.Product]], float]) -> float:
-    """Share of a bound that LSTM training steps reached in a record of benchmarks.lm.
+def lm_share(
+    record: dict[str, Any], name: str, sizes: dict[str, tuple[int, ...]], seconds: Seconds
+) -> float:
+    """Median share of a bound that training steps reached in a record of benchmarks.lm.
 
     Args:
       record: the file's content.
+      name: of the set, lstm or transformer.
+      sizes: its shapes.
       seconds: of products, at the bound.
     """
     shares = []
     for figure in record['figures']:
-        if figure.get('set', 'lstm') != 'lstm' or figure.get('side', 'mi') != 'mi':
+        if figure.get('set', 'lstm') != name or figure.get('side', 'mi') != 'mi':
             continue
-        V, E, H, T, B = LSTM_SIZES[figure['size']]
         config = configs_lm.get_config().unlock()
-        config.model.update({'embed': E, 'hidden': H, 'site': 'none', 'tied': False})
+        V, *middle, T, B = sizes[figure['size']]
+        config.model.update({'site': 'none', 'tied': False})
+        if name == 'lstm':
+            config.model.update({'embed': middle[0], 'hidden': middle[1]})
+        else:
+            H, layers, heads = middle
+            config.model.update({'core': 'transformer', 'embed': H, 'hidden': H, 'ffn': 4 * H})
+            config.model.update({'layers': layers, 'heads': heads, 'dtype': 'bfloat16'})
         config.train.update({'length': T, 'batch': B})
         rate = figure['mi'] if 'mi' in figure else figure['tokens_per_second']
         shares.append(seconds(lm_work(config, V, B).products) * rate / (T * B))
@@ -231,22 +251,29 @@ def core_seconds(inference: bool) -> float:
 
 
 def shares(chip: Chip) -> dict[str, tuple[float, str]]:
-    """Share of the roofline that products reach, of language models and agents, and its source."""
+    """Share of the roofline that products reach, by kind of model, and where that is from."""
     bound = 1.0, f'not measured on {chip.name}: datasheet roofline, a bound'
-    found = {'lm': bound, 'rl': bound}
+    found = dict.fromkeys(('lstm', 'transformer', 'agent'), bound)
 
-    def seconds(products: Sequence[cost.Product]) -> float:
-        return sum(cluster.roofline(products, chip, f32=True))
+    def seconds(f32: bool, products: Sequence[cost.Product]) -> float:
+        return sum(cluster.roofline(products, chip, f32))
 
     record = read('lm_gpu.json')
     if chip.name in record.get('machine', ''):
-        found['lm'] = lm_share(record, seconds), f'lm_gpu.json, {record["machine"]}'
+        source = f'lm_gpu.json, {record["machine"]}'
+        f32, bf16 = (functools.partial(seconds, f32) for f32 in (True, False))
+        sets = {figure['set'] for figure in record['figures']}
+        if 'lstm' in sets:
+            found['lstm'] = lm_share(record, 'lstm', LSTM_GPU, f32), source
+        if 'transformer' in sets:
+            share = lm_share(record, 'transformer', TRANSFORMER_GPU, bf16)
+            found['transformer'] = share, source
     record = read('rl_gpu.json')
     updates = [f for f in record.get('figures', []) if (f['set'], f['side']) == ('conv', 'update')]
     if chip.name in record.get('machine', '') and updates:
         products = rl_work(pong_config(), pong_spec(), 64).products
-        share = seconds(products) / updates[0]['seconds']
-        found['rl'] = share, f'rl_gpu.json, {record["machine"]}'
+        share = seconds(True, products) / updates[0]['seconds']
+        found['agent'] = share, f'rl_gpu.json, {record["machine"]}'
     return found
 
 
@@ -269,7 +296,8 @@ Table = list[list[str]]  # the first row is the head
 def lm_table(job: Job, chip: Chip, share: float, price: float, weak: bool) -> Table:
     """One row for each number of chips: the same batch on all, or the same rows on each."""
     head = ['chips', 'FSDP', 'rows a chip', 'GB a chip', 'products ms', 'optimiser ms', 'sent MB']
-    table = [[*head, 'network ms', 'step ms', 'bound by', 'tokens/s', 'of linear', 'hours', 'cost']]
+    head += ['network ms', 'step ms', 'bound by', 'tokens/s', 'of linear', 'updates']
+    table = [[*head, 'hours', 'cost']]
     one = cluster.step(job, chip, 1, WIKITEXT_BATCH, share=share).rate
     for chips in NUMBERS:
         rows = WIKITEXT_BATCH * (chips if weak else 1)
@@ -296,6 +324,7 @@ def _lm_row(job: Job, step: Step, fsdp: int, efficiency: float, price: float) ->
         step.bottleneck,
         f'{step.rate:,.0f}',
         f'{efficiency:.2f}',
+        f'{job.total / step.units:,.0f}',
         f'{hours:.2f}',
         f'{hours * step.chips * price:,.0f}',
     ]
@@ -304,7 +333,8 @@ def _lm_row(job: Job, step: Step, fsdp: int, efficiency: float, price: float) ->
 def rl_table(chip: Chip, share: float, price: float, core_price: float) -> Table:
     """The learner on so many chips, what it needs to be fed, and what the hosts' cores give."""
     head = ['chips', 'GB a chip', 'update ms', 'network ms', 'learner steps/s', 'received MB/s']
-    table = [[*head, 'cores to feed it', 'cores there', 'bound by', 'steps/s', 'hours', 'cost']]
+    head += ['cores to feed it', 'cores there', 'bound by', 'steps/s', 'updates']
+    table = [[*head, 'hours', 'cost']]
     job, rows, size = rl_job(), rl_dmlab30.get_config().train.batch, trajectory_bytes()
     of_core = core_seconds(inference=True)
     for chips in NUMBERS:
@@ -330,6 +360,7 @@ def rl_table(chip: Chip, share: float, price: float, core_price: float) -> Table
                     f'{cores:,}',
                     bound,
                     f'{rates[bound]:,.0f}',
+                    f'{job.total / step.units:,.0f}',
                     f'{hours:,.1f}',
                     f'{bill:,.0f}',
                 ]
@@ -337,55 +368,78 @@ def rl_table(chip: Chip, share: float, price: float, core_price: float) -> Table
     return table
 
 
+# Topology, rows of a group, cores of a group's engines, rows of an update, actors.
+SYSTEMS = (
+    *(('threads', 30, 6, 60, actors) for actors in (1, 4, 8, 16)),
+    *(('threads', 120, 24, 240, actors) for actors in (1, 4, 8)),
+    *(('ray', 30, 6, 60, actors) for actors in (4, 16, 64)),
+    *(('ray', 30, 6, 480, actors) for actors in (16, 64, 256)),
+)
+
+
 def actors_table(chip: Chip, share: float) -> Table:
-    """The topology `threads` on one chip, in simulated time: actors, and cores of engines."""
-    head = ['actors', 'cores', 'steps/s', 'learner busy', 'lag', 'largest', 'waits in queue ms']
-    table = [[*head, 'actor waits ms']]
-    config, spec = rl_dmlab30.get_config(), dmlab30.spec_of()
-    rows, groups = config.actors.batch, config.actors.groups
-    update = cluster.step(rl_job(), chip, 1, config.train.batch, share=share).seconds
-    agent, _, state, _ = rl_shapes(config, spec, rows)
-    acting = cost.products(
-        functools.partial(learner.forward, agent),
-        state.params,
-        jax.eval_shape(lambda: agent.initial_carry(rows)),
-        rl.example(spec, 1, rows),
-    )
-    act = policy_call() + sum(cluster.roofline(acting, chip)) / share
-    for cores in (rows, rows // 2, rows // 5):
-        for actors in (1, 2, 4, 8, 16):
-            topology = pipeline.Topology(
-                actors=actors,
-                groups=groups,
-                rows=rows,
-                batch=config.train.batch,
-                length=config.train.length,
-                queue=config.actors.queue,
-                max_lag=config.actors.max_lag,
-                one_device=True,
-            )
-            stages = pipeline.Stages(
-                simulate=pipeline.engines(rows, cores, STEP, SPREAD, RESET, EPISODE),
-                act=pipeline.constant(act),
-                first=pipeline.constant(act),
-                pack=pipeline.constant(0.0),
-                join=pipeline.constant(0.0),
-                update=pipeline.constant(update),
-            )
-            it = pipeline.simulate(topology, stages, updates=60, warmup=20)
-            table.append(
-                [
-                    str(actors),
-                    str(actors * groups * cores),
-                    f'{it.steps_per_second:,.0f}',
-                    f'{it.utilisation:.2f}',
-                    f'{it.lag:.1f}',
-                    str(it.lag_max),
-                    f'{1e3 * it.queue_wait:.0f}',
-                    f'{1e3 * it.actor_wait:.0f}',
-                ]
-            )
+    """Actors of one learner on one chip, in simulated time.
+
+    Threads share the chip, and the interpreter's lock, with the learner; actors of Ray act on the
+    cores of their engines, and their learner waits for each update, as it has to send it.
+    """
+    head = ['topology', 'actors', 'rows of a group', 'of an update', 'cores', 'steps/s']
+    table = [[*head, 'learner busy', 'lag', 'largest', 'dropped', 'hours']]
+    config, spec, job = rl_dmlab30.get_config(), dmlab30.spec_of(), rl_job()
+    flops = rl.costs(rl.agent(config, spec), 1, 1)['flops_per_step']['model']
+    for kind, rows, cores, batch, actors in SYSTEMS:
+        threads, groups = kind == 'threads', config.actors.groups
+        if threads:
+            seconds = sum(cluster.roofline(acting(config, spec, rows), chip)) / share
+        else:
+            seconds = rows * flops / (groups * cores * core_flops())
+        topology = pipeline.Topology(
+            actors=actors,
+            groups=groups,
+            rows=rows,
+            batch=batch,
+            length=config.train.length,
+            queue=config.actors.queue,
+            max_lag=config.actors.max_lag,
+            ahead=32 if threads else 0,
+            one_device=threads,
+        )
+        act = pipeline.constant(policy_call() + seconds)
+        stages = pipeline.Stages(
+            simulate=pipeline.engines(rows, cores, STEP, SPREAD, RESET, EPISODE),
+            act=act,
+            first=act,
+            pack=pipeline.constant(0.0),
+            join=pipeline.constant(0.0),
+            update=pipeline.constant(cluster.step(job, chip, 1, batch, share=share).seconds),
+        )
+        round_ = max(8, actors * groups * rows // batch)  # updates in which every actor is heard
+        it = pipeline.simulate(topology, stages, updates=8 * round_, warmup=3 * round_)
+        heard = it.dropped + 8 * round_ * batch // rows
+        table.append(
+            [
+                kind,
+                str(actors),
+                str(rows),
+                str(batch),
+                f'{actors * groups * cores:,}',
+                f'{it.steps_per_second:,.0f}',
+                f'{it.utilisation:.2f}',
+                f'{it.lag:.1f}',
+                str(it.lag_max),
+                f'{it.dropped / heard:.0%}',
+                f'{job.total / it.steps_per_second / 3600:,.1f}',
+            ]
+        )
     return table
+
+
+def acting(config: ml_collections.ConfigDict, spec: Spec, rows: int) -> list[cost.Product]:
+    """The products of one step of the policy on so many rows."""
+    agent, _, state, _ = rl_shapes(config, spec, rows)
+    carry = jax.eval_shape(lambda: agent.initial_carry(rows))
+    policy = functools.partial(learner.forward, agent)
+    return cost.products(policy, state.params, carry, rl.example(spec, 1, rows))
 
 
 def check_table() -> Table:
@@ -433,14 +487,16 @@ def inputs_table(chip: Chip) -> Table:
     flops = rl.costs(agent, 1, 1)['flops_per_step']['model']
     rows = [
         ('f32 products of one core', f'{peak / 1e9:.0f} GFLOP/s', 'layers_cpu.json'),
-        ('share of it in LSTM training steps', f'{lm_share(cpu, seconds):.2f}', 'lm_cpu.json'),
-        ('host, for one call of a policy', f'{1e3 * policy_call():.2f} ms', 'actors_cpu.json'),
         (
-            f'share of {chip.name}’s roofline, language models',
-            f'{found["lm"][0]:.2f}',
-            found['lm'][1],
+            'share of it in LSTM training steps',
+            f'{lm_share(cpu, "lstm", LSTM_CPU, seconds):.2f}',
+            'lm_cpu.json',
         ),
-        (f'share of {chip.name}’s roofline, agents', f'{found["rl"][0]:.2f}', found['rl'][1]),
+        ('host, for one call of a policy', f'{1e3 * policy_call():.2f} ms', 'actors_cpu.json'),
+        *(
+            (f'share of {chip.name}’s roofline, {kind}', f'{share:.2f}', source)
+            for kind, (share, source) in found.items()
+        ),
         ('DMLab, a core', f'{1 / STEP:.0f} steps/s', 'Petrenko et al. (2020), recalled'),
         ('policy of DMLab-30, forward', f'{flops / 1e6:.0f} MFLOP a step', 'mi.cost'),
         ('the same on a core', f'{1e3 * flops / peak:.1f} ms', 'of the two'),
@@ -460,10 +516,10 @@ def tables(chip: Chip, price: float, core_price: float) -> Iterator[tuple[str, s
             yield (
                 f'{name}_{"weak" if weak else "strong"}',
                 f'{size}: {WIKITEXT_BATCH} {kind}',
-                lm_table(job, chip, found['lm'][0], price, weak),
+                lm_table(job, chip, found[name][0], price, weak),
             )
-    yield 'dmlab', f'DMLab-30, {chip.name}', rl_table(chip, found['rl'][0], price, core_price)
-    yield 'actors', 'Actors for one learner', actors_table(chip, found['rl'][0])
+    yield 'dmlab', f'DMLab-30, {chip.name}', rl_table(chip, found['agent'][0], price, core_price)
+    yield 'actors', 'Actors for one learner', actors_table(chip, found['agent'][0])
     yield 'check', 'Model and topology', check_table()
 
 

@@ -1,4 +1,4 @@
-"""Writes docs/fusions.md, docs/motifs/ and the tables of docs/evaluation.md from code and results.
+"""Writes docs/fusions.md, docs/motifs/, and tables of other pages, from code and results.
 
     python -m docs.build
 
@@ -220,9 +220,27 @@ def evaluation() -> str:
         f'| {f["shape"]} | {f["plan"]} | {f["best"]} | {f["ratio"]:.2f} |'
         for f in orders['figures']
     ]
-    for name, table in (('layers_cpu', lines), ('orders_cpu', rule)):
+    return filled(text, {'layers_cpu': lines, 'orders_cpu': rule})
+
+
+def scaling() -> str:
+    """The text of docs/scaling.md, with its tables made from benchmarks/results/scaling.json."""
+    written = json.loads((HERE.parent / 'benchmarks/results/scaling.json').read_text())
+    blocks = {}
+    for name, table in written['tables'].items():
+        head, *rows = table['rows']
+        words = [all(re.match('[^0-9]', row[i] or 'x') for row in rows) for i in range(len(head))]
+        rule = ['---' if word else '---:' for word in words]
+        lines = [f'| {" | ".join(row)} |' for row in (head, rule, *rows)]
+        blocks[name] = [f'{table["heading"]}:', '', *lines]
+    return filled((HERE / 'scaling.md').read_text(), blocks)
+
+
+def filled(text: str, blocks: dict[str, list[str]]) -> str:
+    """The text, with lines between `<!-- name -->` and `<!-- end -->`."""
+    for name, lines in blocks.items():
         pattern = f'(?s)(<!-- {name} -->\n).*?(<!-- end -->)'
-        made = '\n' + '\n'.join(table) + '\n\n'
+        made = '\n' + '\n'.join(lines) + '\n\n'
         text = re.sub(pattern, lambda found, made=made: found[1] + made + found[2], text)
     return text
 
@@ -272,6 +290,7 @@ def texts() -> Iterator[tuple[pathlib.Path, Callable[[], str]]]:
     """Every file that is made, and what makes its text."""
     yield HERE / 'fusions.md', fusions
     yield HERE / 'evaluation.md', evaluation
+    yield HERE / 'scaling.md', scaling
     for name in pages():
         yield HERE / 'motifs' / f'{name}.md', functools.partial(page, name)
 

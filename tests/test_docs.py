@@ -20,6 +20,10 @@ def test_the_measured_tables_are_the_results():
     )
 
 
+def test_the_tables_of_scaling_are_the_results():
+    assert (build.HERE / 'scaling.md').read_text() == build.scaling(), 'run python -m docs.build'
+
+
 def test_every_module_has_a_place_on_a_page():
     homes = [
         *(attention, cells, dynamic_conv, experts, gating, hypernetwork, layers, normalization),

@@ -1,0 +1,192 @@
+"""What the documentation shows can be done: its commands exist, its code runs, its site builds."""
+
+import ast
+import importlib
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from mi import fusion
+from mi.config import check, flat
+from mi.fit import setup as fit
+from mi.lm import setup as lm
+from mi.rl import setup as rl
+from tests.conftest import ROOT
+
+PAGES = [
+    ROOT / 'README.md',
+    *(p for p in sorted((ROOT / 'docs').rglob('*.md')) if p.parent.name != 'motifs'),
+]
+SCHEMAS = {'lm': lm.SCHEMA, 'rl': rl.SCHEMA, 'fit': fit.SCHEMA, 'search': fit.SCHEMA}
+
+
+def shell(text):
+    """What stands in the blocks of a page that name no language."""
+    inside, kept = None, []
+    for line in text.split('\n'):
+        if line.startswith('```'):
+            inside = line[3:] if inside is None else None
+        elif inside == '':
+            kept.append(line)
+    return '\n'.join(kept)
+
+
+def commands(page):
+    """The lines of a page's blocks that run something of ours, continued lines joined."""
+    lines = shell(page.read_text()).replace('\\\n', ' ').split('\n')
+    return [line for line in lines if re.search(r'\bpython -m (mi|launch|benchmarks|docs)\b', line)]
+
+
+COMMANDS = [
+    pytest.param(line, id=f'{page.relative_to(ROOT)}:{line[:60]}')
+    for page in PAGES
+    for line in dict.fromkeys(commands(page))
+]
+
+
+def source(module):
+    path = ROOT / module.replace('.', '/')
+    return path / '__main__.py' if path.is_dir() else path.with_suffix('.py')
+
+
+def known_flags(module, seen=None):
+    """Names of the flags that a module and what it imports of ours define."""
+    seen = set() if seen is None else seen
+    path = source(module)
+    if module in seen or not path.exists():
+        return set()
+    seen.add(module)
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if node.func.attr.upper().startswith('DEFINE') or node.func.attr == 'add_argument':
+                names |= {a.value.lstrip('-') for a in node.args[:1] if isinstance(a, ast.Constant)}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inside = [node.module, *(f'{node.module}.{alias.name}' for alias in node.names)]
+            for name in inside:
+                if name.split('.')[0] in ('launch', 'benchmarks') or name == 'mi.report':
+                    names |= known_flags(name, seen)
+    return names
+
+
+def config_of(word):
+    """The config that --config=FILE:ARGUMENT names; None if the file is the reader's own."""
+    file, _, argument = word.partition(':')
+    if not (ROOT / file).exists():
+        assert file.startswith('my_'), f'{file}: neither there nor said to be the reader’s'
+        return None
+    module = importlib.import_module(file.removesuffix('.py').replace('/', '.'))
+    return module.get_config(argument) if argument else module.get_config()
+
+
+@pytest.mark.parametrize('line', COMMANDS)
+def test_a_command_names_what_there_is(line):
+    words = [word for word in shlex.split(line, comments=True) if word != '…']
+    module = words[words.index('-m') + 1]
+    if module.startswith('launch.') and not source('launch.engine').exists():
+        pytest.skip('launch.engine is not there yet')
+    assert source(module).exists(), module
+    given = words[words.index('-m') + 2 :]
+    assert all(word.startswith('--') for word in given), given
+    flags = dict(word[2:].partition('=')[::2] for word in given)
+    config = config_of(flags['config']) if 'config' in flags else None
+    for name, value in flags.items():
+        if name.startswith('config.'):
+            if config is not None:
+                assert name[len('config.') :] in flat(config.to_dict()), name
+        else:
+            assert name in known_flags(module), name
+        if name == 'sweep' and not value.startswith('my_'):
+            assert (ROOT / value).exists(), value
+    if config is not None:
+        check(config, SCHEMAS[config.task])
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_is_installed_and_made_exists(page):
+    text = page.read_text()
+    extras = re.search(r'EXTRAS = \{(.*?)\n\}', (ROOT / 'setup.py').read_text(), flags=re.S)[1]
+    for name in re.findall(r"pip install -e '\.\[(\w+)\]'", text):
+        assert f"'{name}':" in extras or name == 'test', name
+    for target in re.findall(r'^make (\w+)', shell(text), flags=re.M):
+        assert re.search(rf'^{target}:', (ROOT / 'Makefile').read_text(), flags=re.M), target
+
+
+def code(name):
+    return re.findall(
+        r'```python\n(.*?)```', (ROOT / f'docs/tutorials/{name}.md').read_text(), flags=re.S
+    )
+
+
+@pytest.mark.slow
+def test_your_own_fusion_in_ten_lines(tmp_path, monkeypatch, capsys):
+    module, of_lm, of_rl, sweep, explained = code('fusion')
+    for name in ('configs', 'launch', 'experiments'):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fusion, 'FUSIONS', fusion.FUSIONS)
+    (tmp_path / 'my_fusion.py').write_text(module)
+    (tmp_path / 'my_sweep.py').write_text(sweep)
+    body = module.partition('class Sine')[2]
+    assert len([line for line in body.partition('FUSIONS[')[0].split('\n') if line.strip()]) == 10
+    try:
+        names = runpy.run_path('my_fusion.py')
+        exec(of_lm, names)
+        exec(of_rl, names)
+        exec(explained, names)
+    finally:
+        fusion.FUSIONS.pop('sine', None)
+    assert 'Sine is not affine in x and in z' in capsys.readouterr().out
+    for run in ('sine_lm', 'sine_rl'):
+        assert '"state": "done"' in (tmp_path / 'runs' / run / 'status.json').read_text()
+        assert '"name": "sine"' in (tmp_path / 'runs' / run / 'config.json').read_text()
+    names = runpy.run_path('my_sweep.py')
+    assert [m['model.fusion.name'] for m in names['sweep']()] == ['concat', 'sine']
+
+
+@pytest.mark.slow
+def test_a_fusion_of_a_config_file_is_known_to_the_entry_point(tmp_path):
+    (tmp_path / 'my_fusion.py').write_text(code('fusion')[0])
+    command = [sys.executable, '-m', 'mi.main', f'--workdir={tmp_path / "run"}']
+    command += [f'--config={tmp_path / "my_fusion.py"}:lm,tiny,fusion=sine']
+    command += ['--config.train.steps=2', '--config.train.log_every=1']
+    command += ['--config.train.eval_every=2', '--config.train.save_every=2']
+    command += ['--config.eval.final_tokens=2000', '--config.eval.valid_tokens=2000']
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_config_of_the_dmlab_tutorial_is_fine():
+    from mi.rl import envs
+
+    before = envs.HOST['dmlab30']
+    try:
+        names = {}
+        exec(code('dmlab30')[0], names)
+        rl.validate(names['get_config']())
+        assert envs.HOST['dmlab30'].keywords['renderer'] == 'hardware'
+    finally:
+        envs.HOST['dmlab30'] = before
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip('mkdocs', reason='the extra docs is not installed')
+    command = [sys.executable, '-m', 'mkdocs', 'build', '--quiet', f'--site-dir={tmp_path}']
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={'NO_MKDOCS_2_WARNING': '1', 'PATH': '/usr/bin:/bin'},
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    page = (tmp_path / 'api/mi.layers.html').read_text()
+    assert 'zᵀWx' in page and 'LowRankMultiplicativeInteraction' in page
+    index = (tmp_path / 'index.html').read_text()
+    assert 'results/quickstart/curves.png' in index and 'tutorials/fusion.html' in index
