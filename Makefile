@@ -3,7 +3,7 @@
 # make test   checks and all tests
 # make fast   the tests that take seconds
 # make check  lint, format and types
-# make docs   the documentation in site/: open site/index.html
+# make docs   the documentation in site/; its search needs a server: python3 -m http.server -d site
 # Everything runs in .venv, which is made on first use with Python 3.11 to 3.13.
 
 PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3; do \

@@ -535,9 +535,10 @@ def main(argv: Sequence[str]) -> None:
         for row in table:
             print('  '.join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)))
     if WRITE.value:
-        pathlib.Path(WRITE.value).write_text(
-            json.dumps(written, indent=1, ensure_ascii=False) + '\n'
-        )
+        record = {'chip': chip.name, 'price': PRICE.value, 'core_price': CORE_PRICE.value}
+        with open(WRITE.value, 'w') as file:
+            json.dump(record | {'tables': written}, file, indent=1, ensure_ascii=False)
+            file.write('\n')
 
 
 if __name__ == '__main__':

@@ -56,7 +56,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Links to folders, and out of docs/, become text: the site has neither."""
+    """Links to folders go to the report in them; others, and those out of docs/, become text."""
     folder = pathlib.PurePosixPath(page.file.src_uri).parent
 
     def of(match: re.Match[str]) -> str:
@@ -65,6 +65,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         if image or not path or re.match(r'[a-z]+:', path):
             return match[0]
         place = (HERE / folder / path).resolve()
+        if (place / 'report.html').exists() and place.is_relative_to(HERE):
+            return f'[{text}]({path.rstrip("/")}/report.html)'
         inside = place.is_relative_to(HERE) and not place.is_dir()
         return match[0] if inside else text if '`' in text else f'`{text}`'
 

@@ -69,7 +69,9 @@ def _products(jaxpr: core.Jaxpr, times: int) -> list[Product]:
             each = 2 * math.prod(shapes[1]) // out_features * out
             found.append(Product(each, _bytes(eqn), times))
         elif eqn.primitive.name == 'cond':
-            sides = [_products(branch.jaxpr, times) for branch in eqn.params['branches']]
+            sides: list[list[Product]] = [
+                _products(branch.jaxpr, times) for branch in eqn.params['branches']
+            ]
             found += max(sides, key=_flops)
         else:
             length = eqn.params['length'] if eqn.primitive.name == 'scan' else 1
@@ -79,7 +81,8 @@ def _products(jaxpr: core.Jaxpr, times: int) -> list[Product]:
 
 
 def _bytes(eqn: core.JaxprEqn) -> int:
-    return sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in (*eqn.invars, *eqn.outvars))
+    arrays: list[Any] = [v.aval for v in (*eqn.invars, *eqn.outvars)]
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
 
 
 def _inner(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
