@@ -295,9 +295,8 @@ Table = list[list[str]]  # the first row is the head
 
 def lm_table(job: Job, chip: Chip, share: float, price: float, weak: bool) -> Table:
     """One row for each number of chips: the same batch on all, or the same rows on each."""
-    head = ['chips', 'FSDP', 'rows a chip', 'GB a chip', 'products ms', 'optimiser ms', 'sent MB']
-    head += ['network ms', 'step ms', 'bound by', 'tokens/s', 'of linear', 'updates']
-    table = [[*head, 'hours', 'cost']]
+    head = ['chips', 'FSDP', 'rows', 'GB', 'products', 'optimiser', 'MB', 'network', 'step']
+    table = [[*head, 'bound by', 'k tokens/s', 'of linear', 'updates', 'hours', 'cost']]
     one = cluster.step(job, chip, 1, WIKITEXT_BATCH, share=share).rate
     for chips in NUMBERS:
         rows = WIKITEXT_BATCH * (chips if weak else 1)
@@ -322,7 +321,7 @@ def _lm_row(job: Job, step: Step, fsdp: int, efficiency: float, price: float) ->
         f'{1e3 * step.network:.2f}',
         f'{1e3 * step.seconds:.2f}',
         step.bottleneck,
-        f'{step.rate:,.0f}',
+        f'{step.rate / 1e3:,.0f}',
         f'{efficiency:.2f}',
         f'{job.total / step.units:,.0f}',
         f'{hours:.2f}',
@@ -332,9 +331,8 @@ def _lm_row(job: Job, step: Step, fsdp: int, efficiency: float, price: float) ->
 
 def rl_table(chip: Chip, share: float, price: float, core_price: float) -> Table:
     """The learner on so many chips, what it needs to be fed, and what the hosts' cores give."""
-    head = ['chips', 'GB a chip', 'update ms', 'network ms', 'learner steps/s', 'received MB/s']
-    head += ['cores to feed it', 'cores there', 'bound by', 'steps/s', 'updates']
-    table = [[*head, 'hours', 'cost']]
+    head = ['chips', 'GB', 'update', 'network', 'learner steps/s', 'MB/s', 'cores it wants']
+    table = [[*head, 'cores', 'bound by', 'steps/s', 'updates', 'hours', 'cost']]
     job, rows, size = rl_job(), rl_dmlab30.get_config().train.batch, trajectory_bytes()
     of_core = core_seconds(inference=True)
     for chips in NUMBERS:
@@ -445,7 +443,7 @@ def acting(config: ml_collections.ConfigDict, spec: Spec, rows: int) -> list[cos
 def check_table() -> Table:
     """The model beside the real topology, from actors_cpu.json."""
     record = read('actors_cpu.json')
-    table = [['set', 'actors', '', 'steps/s', 'learner busy', 'lag', 'largest', 'actor waits ms']]
+    table = [['set', 'actors', '', 'steps/s', 'learner busy', 'lag', 'largest', 'actor waits']]
     for figure in record['figures']:
         for side in ('measured', 'model'):
             it = figure[side]
@@ -515,12 +513,13 @@ def tables(chip: Chip, price: float, core_price: float) -> Iterator[tuple[str, s
             kind = 'rows a chip' if weak else 'rows in all'
             yield (
                 f'{name}_{"weak" if weak else "strong"}',
-                f'{size}: {WIKITEXT_BATCH} {kind}',
+                f'{size}: {WIKITEXT_BATCH} {kind}; rows, GB, MB sent and ms of a chip',
                 lm_table(job, chip, found[name][0], price, weak),
             )
-    yield 'dmlab', f'DMLab-30, {chip.name}', rl_table(chip, found['agent'][0], price, core_price)
+    title = f'DMLab-30, {chip.name}; GB, ms and MB received of a chip'
+    yield 'dmlab', title, rl_table(chip, found['agent'][0], price, core_price)
     yield 'actors', 'Actors for one learner', actors_table(chip, found['agent'][0])
-    yield 'check', 'Model and topology', check_table()
+    yield 'check', 'Model and topology; waits in ms', check_table()
 
 
 def main(argv: Sequence[str]) -> None:

@@ -69,10 +69,9 @@ def _products(jaxpr: core.Jaxpr, times: int) -> list[Product]:
             each = 2 * math.prod(shapes[1]) // out_features * out
             found.append(Product(each, _bytes(eqn), times))
         elif eqn.primitive.name == 'cond':
-            sides: list[list[Product]] = [
-                _products(branch.jaxpr, times) for branch in eqn.params['branches']
-            ]
-            found += max(sides, key=_flops)
+            sides = [_products(branch.jaxpr, times) for branch in eqn.params['branches']]
+            dearest: list[Product] = max(sides, key=_flops)
+            found += dearest
         else:
             length = eqn.params['length'] if eqn.primitive.name == 'scan' else 1
             for inner in _inner(eqn):
