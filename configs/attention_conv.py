@@ -36,19 +36,20 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     model.depth = 3  # layers
     model.layer = 'attention'  # attention, convolution
     model.heads = 9  # of attention
-    model.start = 'drawn'  # drawn, grid: the centres; N(0, 2), or the offsets of a kernel
-    model.alpha = 1.0  # of all heads, at the start
-    model.learns_centres = True  # and α
+    # learnt: drawn from N(0, 2) at first; fixed: as drawn, and α too; grid: learnt, at first the
+    # offsets of a kernel.
+    model.centres = 'learnt'
+    model.alpha = 1.0  # of all heads, at first
     model.kernel = 3  # of convolution
 
     config.train = train = ml_collections.ConfigDict()
-    train.steps = 2000
+    train.steps = 1200
     train.batch = 32
     train.log_every = 100
     train.eval_every = 200
-    train.save_every = 1000
+    train.save_every = 600
     train.keep = 1
 
     config.optim = optim.get_config()
-    config.optim.learning_rate = 3e-3
+    config.optim.learning_rate = 1e-2
     return config.lock()

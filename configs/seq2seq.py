@@ -46,11 +46,11 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     fusion.hidden = 0  # as the features
 
     config.train = train = ml_collections.ConfigDict()
-    train.steps = 2000
+    train.steps = 1500
     train.batch = 32
     train.log_every = 250
     train.eval_every = 500
-    train.save_every = 2000
+    train.save_every = 1500
     train.keep = 1
 
     config.optim = optim.get_config()

@@ -71,10 +71,10 @@ def make(config: ml_collections.ConfigDict) -> Problem:
       UserError: if the heads cannot start as a square grid, or scikit-learn is not there.
     """
     of, word = config.problem, config.model
-    if word.start == 'grid' and round(word.heads**0.5) ** 2 != word.heads:
+    if word.centres == 'grid' and round(word.heads**0.5) ** 2 != word.heads:
         raise UserError(
-            f'config.model.heads = {word.heads}: expected a square number, where config.model.start '
-            f"= 'grid'"
+            f'config.model.heads = {word.heads}: expected a square number, for they start '
+            f"as a grid; or give config.model.centres = 'learnt'"
         )
     images, labels = (jnp.asarray(a) for a in load())
     model = vision.make(word, CLASSES)
@@ -90,7 +90,7 @@ def make(config: ml_collections.ConfigDict) -> Problem:
         return model.init(world['start'], jnp.zeros(one.shape))
 
     def score(params: Any, rows: Array) -> Metrics:
-        if not word.learns_centres:
+        if word.centres == 'fixed':
             params = _with_fixed_centres(params)
         logits: Any = model.apply(params, images[rows])
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows]).mean()

@@ -13,12 +13,12 @@ from jax.nn import initializers
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from mi.config import Rule, boolean, integer, number, one_of
+from mi.config import Rule, integer, number, one_of
 from mi.contract import linear
 from mi.layers import Affine
 from mi.motifs.attention import ConvolutionalSelfAttention
 
-STARTS = ('drawn', 'grid')
+CENTRES = ('learnt', 'fixed', 'grid')
 DRAWN = initializers.normal(2**0.5)
 
 
@@ -73,9 +73,8 @@ SCHEMA: dict[str, Rule] = {
     'model.depth': integer(1),
     'model.layer': one_of(LAYERS),
     'model.heads': integer(1),
-    'model.start': one_of(STARTS),
+    'model.centres': one_of(CENTRES),
     'model.alpha': number(0, exclusive=True),
-    'model.learns_centres': boolean,
     'model.kernel': integer(1),
 }
 
@@ -111,7 +110,7 @@ def make(model: ml_collections.ConfigDict, outputs: int) -> ImageNetwork:
             model.depth,
         )
     centres = DRAWN
-    if model.start == 'grid':
+    if model.centres == 'grid':
         centres = initializers.constant(grid(model.heads))
     return attention(outputs, model.heads, model.width, model.depth, centres, model.alpha)
 
