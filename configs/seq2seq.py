@@ -29,7 +29,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     problem.features = 2  # d, of a token
     problem.temperature = 0.5  # τ, of the target 'farthest'
     problem.examples = 4096  # of the evaluation
-    problem.floor_examples = 256  # of the floors, times n!, the orders of the tokens
+    problem.orbits = 64  # sequences that are taken in all n! orders, for the equivariant floor
+    problem.floor_examples = 16384  # of the additive floor
 
     config.model = model = ml_collections.ConfigDict()
     model.width = 32  # of the feed-forward layers

@@ -131,6 +131,7 @@ def _construction(figure: Figure, kernels: dict[str, Kept]) -> None:
         left.plot(alphas, np.exp(-alphas), color=plots.GREY, ls=(0, (1, 1)), lw=1, label='e^−α')
     left.set(xlabel='α of every head', ylabel='relative error of a layer')
     left.set(yscale='log', xlim=(0, 24), ylim=(1e-9, 2))
+    left.yaxis.set_major_formatter('{x:g}')
     right.set(xlabel='α of every head', ylabel='accuracy, less that of\nthe convolutions (points)')
     right.set_xlim(0, 12)
     left.legend(frameon=False)
@@ -142,13 +143,12 @@ def _centres(shown: dict[str, Kept]) -> Figure:
     figure = Figure(figsize=(plots.WIDTH, 0.5 + 1.75 * len(shown)), layout='constrained')
     panels = figure.subplots(len(shown), depth, squeeze=False, sharex=True, sharey=True)
     for row, (title, of) in zip(panels, shown.items(), strict=True):
-        row[0].set_ylabel(f'{title}\nrows', fontsize=7)
+        row[0].set_ylabel(f'{title}\nrows')
         for layer, axes in enumerate(row):
-            if row is panels[0]:
-                axes.set_title(f'layer {layer + 1}', fontsize=8)
-            if row is panels[-1]:
-                axes.set_xlabel('columns')
             _heads(axes, {name: a[0, layer] for name, a in of.arrays.items()})
+    for layer in range(depth):
+        panels[0, layer].set_title(f'layer {layer + 1}')
+        panels[-1, layer].set_xlabel('columns')
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside lower center', ncols=4, frameon=False)
     return figure
@@ -168,7 +168,9 @@ def _heads(axes: Axes, of: dict[str, np.ndarray]) -> None:
             axes.add_patch(
                 Circle(centre[::-1], width(alpha), color=plots.PALETTE[0], alpha=0.12, lw=0)
             )
-    axes.set(aspect='equal', xlim=(-5, 5), ylim=(5, -5), xticks=(-4, 0, 4), yticks=(-4, 0, 4))
+    axes.set(
+        aspect='equal', xlim=(-4.5, 4.5), ylim=(4.5, -4.5), xticks=(-4, 0, 4), yticks=(-4, 0, 4)
+    )
 
 
 def width(alpha: Any) -> Any:

@@ -21,12 +21,12 @@ Two bounds hold for any number of parameters, and are computed here:
                       layers that see one token. What is left of f is what it owes to no token
                       alone, Var f − Σ_s Var E[f | x_s].
 
-A run trains a network for each target: they share the inputs of a batch and nothing else.
+A run trains a network for each target: they share the inputs of a batch and nothing else. At the
+end it keeps both bounds, and its errors on the sequences of the first, each in all its orders.
 """
 
 import functools
 import itertools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -71,7 +71,8 @@ SCHEMA: dict[str, Rule] = {
     'problem.features': integer(1),
     'problem.temperature': number(0, exclusive=True),
     'problem.examples': integer(1),
-    'problem.floor_examples': integer(1),
+    'problem.orbits': integer(1),
+    'problem.floor_examples': integer(2),
     **transformer.SCHEMA,
 }
 
@@ -109,25 +110,26 @@ def make(config: ml_collections.ConfigDict) -> Problem:
         each = jax.random.split(key, len(words))
         return jax.vmap(lambda key: model.init(key, jnp.zeros(one.shape)))(each)
 
-    def errors(params: Any, key: Array, examples: int) -> Array:
+    def errors(params: Any, X: Array) -> Array:
         """The mean squared error of each network on the target that is its own."""
-        X = draw(key, examples)
         Y: Any = jax.vmap(model.apply, in_axes=(0, None))(params, X)
         return jnp.square(Y - targets(X)).mean((1, 2, 3))
 
     def loss(params: Any, world: Any, key: Array) -> tuple[Array, Metrics]:
-        mse = errors(params, key, config.train.batch)
+        mse = errors(params, draw(key, config.train.batch))
         return mse.sum(), {'mse': mse.mean()}
 
     def evaluation(params: Any, world: Any, key: Array) -> Metrics:
-        mse = errors(params, key, of.examples)
+        mse = errors(params, draw(key, of.examples))
         return {'mse': mse.mean()} | {f'mse/{w}': e for w, e in zip(words, mse, strict=True)}
 
     def floors(params: Any, world: Any, key: Array) -> Metrics:
-        some, many = of.floor_examples, of.floor_examples * math.factorial(of.length)
-        X, again = (draw(k, many) for k in jax.random.split(key))
+        X, again = (draw(k, of.floor_examples) for k in jax.random.split(key))
+        some = X[: of.orbits]
+        each = jax.lax.map(lambda order: errors(params, some[:, order]), orders(of.length))
         return {
-            'equivariant_floor': equivariant_floor(targets, X[:some]),
+            'equivariant_floor': equivariant_floor(targets, some),
+            'error_in_all_orders': each.mean(0),
             'additive_floor': additive_floor(targets, X, again),
         }
 
@@ -153,20 +155,27 @@ def scale(word: str, n: int, d: int, tau: float) -> float:
     return float(jnp.sqrt(jnp.square(TARGETS[word](X, tau)).mean()))
 
 
+def orders(n: int) -> Array:
+    """All permutations of n places [n!, n]."""
+    return jnp.array(list(itertools.permutations(range(n))))
+
+
 def equivariant_floor(f: Callable[[Array], Array], X: Array) -> Array:
     """E‖f(X) − g(X)‖² / nd with g the mean of f over all orders: no equivariant function has less.
+
+    Of the errors on the same sequences in all their orders that is so exactly, not on average.
 
     Args:
       f: [N, n, d] → [targets, N, n, d].
       X: [N, n, d], a sample of a distribution that is the same in each order of the tokens.
     """
-    orders = jnp.array(list(itertools.permutations(range(X.shape[-2]))))
+    every = orders(X.shape[-2])
 
     def add(total: Array, order: Array) -> tuple[Array, None]:
         return total + f(X[:, order])[:, :, jnp.argsort(order)], None
 
-    total, _ = jax.lax.scan(add, jnp.zeros_like(f(X)), orders)
-    return jnp.square(f(X) - total / len(orders)).mean((1, 2, 3))
+    total, _ = jax.lax.scan(add, jnp.zeros_like(f(X)), every)
+    return jnp.square(f(X) - total / len(every)).mean((1, 2, 3))
 
 
 def additive_floor(f: Callable[[Array], Array], X: Array, again: Array) -> Array:
