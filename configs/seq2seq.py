@@ -47,14 +47,14 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     fusion.hidden = 0  # as the features
 
     config.train = train = ml_collections.ConfigDict()
-    train.steps = 1500
+    train.steps = 1200
     train.batch = 32
-    train.log_every = 250
-    train.eval_every = 500
-    train.save_every = 1500
+    train.log_every = 200
+    train.eval_every = 200
+    train.save_every = 600
     train.keep = 1
 
     config.optim = optim.get_config()
-    config.optim.learning_rate = 3e-3
+    config.optim.learning_rate = 5e-3
     config.optim.clip_norm = 0.0  # the networks of the targets are not to be clipped together
     return config.lock()

@@ -46,7 +46,7 @@ NOTES = [
     'A label is the mixer, how many of them, the features, and the parameters of all networks, '
     'the same for all arms of this size; then the fusion, where there is one, and what is unusual: '
     "one head, no positions ('none'), no feed-forward layer at the end ('mixer').",
-    'One learning rate for all. 1,500 steps of 32 sequences: a network that would fit with more '
+    'One learning rate for all. 1,200 steps of 32 sequences: a network that would fit with more '
     'training is counted as one that does not.',
 ]
 

@@ -103,9 +103,9 @@ def test_the_digits_are_split_anew_for_each_seed_and_centres_are_fixed_where_the
 
 
 SMALL = {
-    'model.depth': 1, 'model.heads': 4, 'model.width': 6, 'seeds': (0, 1), 'train.steps': 60,
-    'train.log_every': 20, 'train.eval_every': 60, 'train.save_every': 60, 'train.batch': 16,
-    'optim.warmup_steps': 5, 'optim.learning_rate': 5e-2, 'problem.train': 1600,
+    'model.depth': 1, 'model.heads': 4, 'model.width': 16, 'seeds': (0, 1), 'train.steps': 200,
+    'train.log_every': 50, 'train.eval_every': 200, 'train.save_every': 200, 'train.batch': 16,
+    'optim.warmup_steps': 5, 'optim.learning_rate': 2e-2, 'problem.train': 1600,
 }  # fmt: skip
 
 
@@ -113,17 +113,17 @@ SMALL = {
 def test_a_network_learns_digits_and_resumes_to_the_same_bits(tmp_path, monkeypatch):
     train.train(config(**SMALL), str(tmp_path / 'whole'))
     with monkeypatch.context() as patch:
-        patch.setattr('mi.run.Run.stops', lambda this, recorded: this.step == 20)
+        patch.setattr('mi.run.Run.stops', lambda this, recorded: this.step == 50)
         with pytest.raises(SystemExit):
             train.train(config(**SMALL), str(tmp_path / 'stopped'))
-    assert os.listdir(tmp_path / 'stopped/checkpoints') == ['00000020']
+    assert os.listdir(tmp_path / 'stopped/checkpoints') == ['00000050']
     train.train(config(**SMALL), str(tmp_path / 'stopped'))
     for name in ('metrics.jsonl', 'artefacts.npz'):
         whole, stopped = ((tmp_path / at / name).read_bytes() for at in ('whole', 'stopped'))
         assert whole == stopped
     lines = (pathlib.Path(tmp_path) / 'whole/metrics.jsonl').read_text().splitlines()
     finals = [r['accuracy'] for r in map(json.loads, lines) if r['split'] == 'eval']
-    assert len(finals) == 2 and min(finals) > 0.2  # of ten classes
+    assert len(finals) == 2 and min(finals) > 0.3  # of ten classes
     kept = np.load(tmp_path / 'whole/artefacts.npz')
     assert kept['Delta'].shape == (2, 1, 4, 2) and np.all(kept['alpha_before'] == 1)
     moved = np.linalg.norm(kept['Delta'] - kept['Delta_before'], axis=-1)
