@@ -282,12 +282,22 @@ def _predictions(arms: Sequence[runs.Arm], floors: Floors) -> str:
 
     for name in ('attention', 'pairs, mi_low_rank'):
         own = [arm for arm in arms if word(arm) == name]
-        row(f'{NAMES[name]}, no positions', True, chosen(own, depth=None, positions='none'), '≥ 0')
-        row(f'{NAMES[name]}, positions', True, chosen(own, depth=None), '< 0')
+        row(
+            f'{NAMES[name]}, no positions',
+            True,
+            chosen(own, depth=None, positions='none'),
+            '0 or above',
+        )
+        row(f'{NAMES[name]}, positions', True, chosen(own, depth=None), 'below 0')
     for name in ('fixed', 'attention'):
         own = [arm for arm in arms if word(arm) == name]
         last = chosen(own, features=None, depth=1, ends='mixer')
-        row(f'one {NAMES[name]} at the end', False, last, '≥ 0' if name == 'fixed' else '< 0')
+        row(
+            f'one {NAMES[name]} at the end',
+            False,
+            last,
+            '0 or above' if name == 'fixed' else 'below 0',
+        )
     fixed = [arm for arm in arms if word(arm) == 'fixed']
     after = [*chosen(fixed, features=None), *chosen(fixed, depth=1), *chosen(fixed, depth=3)]
     row('fixed mixings, a feed-forward layer last', False, after, 'any')
