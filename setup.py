@@ -26,6 +26,7 @@ EXTRAS = {
     # Other versions of torch pull gigabytes; only benchmarks and the golden file's script use it.
     'benchmark': ['torch==2.13.0', 'ray[rllib]>=2.50', 'envpool>=1.2'],
     'hub': ['datasets>=4.0'],
+    'digits': ['scikit-learn>=1.6'],  # its images, for experiments/attention_conv.py
     'envpool': ['envpool>=1.2'],
     'gym': ['gymnasium>=1.2'],
     'vizdoom': ['gymnasium>=1.2', 'vizdoom>=1.3'],
@@ -35,7 +36,11 @@ EXTRAS = {
 EXTRAS['test'] = [
     *('mypy>=2.0', 'pytest>=9.0', 'pytest-xdist>=3.8', 'ruff>=0.15'),
     *('minigrid>=3.0', 'xminigrid>=0.9'),  # peers that the environments are compared with
-    *(package for extra in ('envpool', 'vizdoom', 'ray', 'docs') for package in EXTRAS[extra]),
+    *(
+        package
+        for extra in ('digits', 'docs', 'envpool', 'ray', 'vizdoom')
+        for package in EXTRAS[extra]
+    ),
 ]
 
 setuptools.setup(

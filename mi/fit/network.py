@@ -74,14 +74,17 @@ def make(model: ml_collections.ConfigDict, features: int, context: Context) -> F
     return FusedMLP(features, model.width, model.depth, fused, model.site, model.activation)
 
 
-def costs(model: nn.Module, *inputs: jax.ShapeDtypeStruct) -> dict[str, dict[str, int]]:
-    """Parameters and FLOPs per example of a network and of the modules in it named fusion….
+def costs(
+    model: nn.Module, *inputs: jax.ShapeDtypeStruct, part: str = r'fusion.*'
+) -> dict[str, dict[str, int]]:
+    """Parameters and FLOPs per example of a network and of what is fused in it.
 
     Args:
       inputs: the shapes of one example.
+      part: the names of the modules that count as fusions, a regular expression.
     """
     variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-    fused = list(cost.modules(model, r'fusion.*', variables, *inputs))
+    fused = list(cost.modules(model, part, variables, *inputs))
     return {
         'parameters': {
             'model': cost.parameters(variables),

@@ -8,10 +8,14 @@ import ml_collections
 
 from mi import cost, optim
 from mi.config import Rule, UserError, check, flat, integer, nearest, number, one_of, seeds
-from mi.fit import products
+from mi.fit import digits, products, sequences
 from mi.fit.problem import Problem
 
-PROBLEMS: dict[str, types.ModuleType] = {'products': products}
+PROBLEMS: dict[str, types.ModuleType] = {
+    'products': products,
+    'sequences': sequences,
+    'digits': digits,
+}
 """Word of config.problem.name → a module with SCHEMA and make(config) → Problem."""
 
 SCHEMA: dict[str, Rule] = {

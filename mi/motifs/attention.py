@@ -395,7 +395,7 @@ def _axis_weights(size: int, Delta: Array, alpha: Array) -> Array:
 
 
 def from_convolution(
-    kernel: Array, b: Array | None = None, alpha: float = 100.0
+    kernel: Array, b: Array | None = None, alpha: float | Array = 100.0
 ) -> dict[str, Array]:
     """Parameters with which `ConvolutionalSelfAttention` is this convolution (their Theorem 1).
 
