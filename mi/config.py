@@ -104,3 +104,13 @@ def seeds(value: Any) -> str:
         and len(set(value)) == len(value)
     )
     return '' if fine else 'a non-empty tuple of distinct non-negative integers, such as (0, 1, 2)'
+
+
+def several(rule: Rule, what: str) -> Rule:
+    """A non-empty tuple whose every entry passes a rule."""
+
+    def check_entries(value: Any) -> str:
+        fine = isinstance(value, tuple | list) and len(value) > 0 and not any(map(rule, value))
+        return '' if fine else f'a non-empty tuple of {what}'
+
+    return check_entries

@@ -1,20 +1,32 @@
 """From a config, checked, to the problem that it names, its model of the size that is asked for."""
 
 import types
-from typing import Any
 
 import jax
 import ml_collections
 
 from mi import cost, optim
-from mi.config import Rule, UserError, check, flat, integer, nearest, number, one_of, seeds
-from mi.fit import digits, products, sequences
+from mi.config import (
+    Rule,
+    UserError,
+    check,
+    flat,
+    integer,
+    nearest,
+    number,
+    one_of,
+    seeds,
+    several,
+)
+from mi.fit import composition, digits, products, regression, sequences
 from mi.fit.problem import Problem
 
 PROBLEMS: dict[str, types.ModuleType] = {
     'products': products,
     'sequences': sequences,
     'digits': digits,
+    'composition': composition,
+    'regression': regression,
 }
 """Word of config.problem.name → a module with SCHEMA and make(config) → Problem."""
 
@@ -32,16 +44,6 @@ SCHEMA: dict[str, Rule] = {
     'train.keep': integer(1),
     **optim.SCHEMA,
 }
-
-
-def several(rule: Rule, what: str) -> Rule:
-    """A non-empty tuple whose every entry passes a rule."""
-
-    def check_entries(value: Any) -> str:
-        fine = isinstance(value, tuple | list) and len(value) > 0 and not any(map(rule, value))
-        return '' if fine else f'a non-empty tuple of {what}'
-
-    return check_entries
 
 
 SEARCH: dict[str, Rule] = {

@@ -1,0 +1,73 @@
+"""What figures of experiments share: styles, lines of means with intervals, ticks, rankings."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from scipy import stats
+
+from mi.report import plots, statistics, tables
+
+Values = Mapping[float, Mapping[int, float]]  # {x: {seed: value}}
+Style = tuple[str, Any]  # colour and dashes
+
+
+def styles(labels: Iterable[str], grey: Iterable[str] = ()) -> dict[str, Style]:
+    """A colour for each label, shades of dashes for those that are grey."""
+    labels, grey = dict.fromkeys(labels), dict.fromkeys(grey)
+    n = len(plots.PALETTE)
+    found: dict[str, Style] = {
+        label: (plots.PALETTE[i % n], plots.DASHES[i // n % len(plots.DASHES)])
+        for i, label in enumerate(label for label in labels if label not in grey)
+    }
+    dashes = zip(grey, plots.DASHES, strict=False)
+    return found | {label: (plots.GREY, dash) for label, dash in dashes}
+
+
+def line(axes: Axes, values: Values, label: str, style: Style) -> None:
+    """Means over the seeds, with bars for their 95 % intervals."""
+    estimates = {x: statistics.estimate(of, label) for x, of in values.items() if of}
+    if not estimates:
+        return
+    middle = [e.mean for e in estimates.values()]
+    ends = np.array([[e.low, e.high] if e.low is not None else [e.mean] * 2
+                     for e in estimates.values()], float)  # fmt: skip
+    colour, dashes = style
+    axes.errorbar(
+        list(estimates), middle, np.abs(ends.T - middle), color=colour, ls=dashes, marker='.',
+        ms=4, lw=1.2, elinewidth=0.8, label=label,
+    )  # fmt: skip
+
+
+def ticks(axes: Axes, numbers: Sequence[float]) -> None:
+    """A logarithmic axis of x with these numbers and no others."""
+    axes.set_xscale('log')
+    axes.set_xticks(list(numbers), [f'{n:g}' for n in numbers])
+    axes.set_xticks([], minor=True)
+
+
+def interval(values: Mapping[int, float], label: str, digits: int = 3) -> str:
+    """mean [low, high] in so many digits that count, — for no values."""
+    if not values:
+        return tables.NONE
+    estimate = statistics.estimate(values, label)
+    size = max(abs(estimate.mean), 1e-9)
+    places = max(0, digits - 1 - int(np.floor(np.log10(size))))
+    return str(tables.interval(estimate, min(places, 6)))
+
+
+def agreement(
+    values: Mapping[str, Mapping[int, float]], draws: Sequence[Sequence[int]]
+) -> float | None:
+    """Kendall's τ of the rankings of the arms by the means of two sets of seeds; None if undefined.
+
+    Args:
+      values: {arm: {seed: value}}.
+      draws: the first two are compared.
+    """
+    if len(draws) < 2 or len(values) < 2:
+        return None
+    means = [[np.mean([of[s] for s in seeds]) for of in values.values()] for seeds in draws[:2]]
+    tau = float(stats.kendalltau(*means).statistic)
+    return tau if np.isfinite(tau) else None
