@@ -46,7 +46,7 @@ def get_config(arg: str = 'search') -> ml_collections.ConfigDict:
     train.steps = 2000
     train.batch = 256
     train.log_every = 250
-    train.eval_every = 500
+    train.eval_every = 250  # a search looks there whether the target is reached
     train.save_every = 1000
     train.keep = 2
 
@@ -56,8 +56,8 @@ def get_config(arg: str = 'search') -> ml_collections.ConfigDict:
         search.at = (1, 2, 4, 8, 16)
         search.fit_from = 4  # the growth law is that of these values and above
         search.target = 0.1  # mean squared error, in the units of y²
-        search.parameters = 60_000  # at most
-        search.per_octave = 4  # widths
+        search.parameters = 30_000  # at most
+        search.per_octave = 3  # widths
         search.rates = (1e-2, 3e-2, 1e-1)  # learning rates, in place of config.optim.learning_rate
 
     config.optim = optim.get_config()

@@ -2,9 +2,10 @@
 
 At every value of one number of the config, as the problem's dimension. Widths are those of a
 geometric grid. At a width that is tried, every seed trains with each learning rate, and its error
-is that of the best one; a seed reaches the target if it is not above it. Reaching is not monotone
-in the width where training is noisy: what is found is a width that reaches the target next to one
-that does not.
+is the lowest that it has with any of them, at any of the evaluations; a seed reaches the target if
+that is not above it. A width that all seeds have reached the target with is trained no further.
+Reaching is not monotone in the width where training is noisy: what is found is a width that reaches
+the target next to one that does not.
 """
 
 import json
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax import Array
@@ -106,7 +108,7 @@ def _search(config: ml_collections.ConfigDict, grids: dict[int, list[int]], this
         }
     this.write('cost.json', {'steps': len(grids)})
     found: dict[int, list[metrics.Record | None]] = {}
-    guess = 0
+    highest: list[int] = []  # of each value, the place where all seeds reach the target
     with this.log(len(grids), 0) as log:
         for i, (value, sizes) in enumerate(grids.items()):
             tried = probes.setdefault(value, {})
@@ -114,7 +116,7 @@ def _search(config: ml_collections.ConfigDict, grids: dict[int, list[int]], this
                 _write(log, i, config.seeds, value, records)
             while True:
                 places = _brackets(config, tried, len(sizes))
-                place = next_place(places, len(sizes), guess, config.search.per_octave)
+                place = next_place(places, len(sizes), _guess(highest), config.search.per_octave)
                 if place is None:
                     break
                 began = time.perf_counter()
@@ -131,11 +133,18 @@ def _search(config: ml_collections.ConfigDict, grids: dict[int, list[int]], this
                 tried[high][seed] if high < len(sizes) else None
                 for seed, (_, high) in enumerate(places)
             ]
-            guess = max(high for _, high in places)
+            highest.append(max(high for _, high in places))
             this.step = i + 1
         for seed, number in enumerate(config.seeds):
             of_seed = {value: r for value, of in found.items() if (r := of[seed]) is not None}
             log.write(this.step, number, 'eval', _summary(of_seed, config.search.fit_from))
+
+
+def _guess(highest: list[int]) -> int:
+    """Where to try first: as far above the place of the last value as that was above its own."""
+    if len(highest) < 2:
+        return highest[-1] if highest else 0
+    return max(0, 2 * highest[-1] - highest[-2])
 
 
 def _brackets(config: ml_collections.ConfigDict, tried: Probes, sizes: int) -> list[Bracket]:
@@ -161,18 +170,39 @@ def probe(config: ml_collections.ConfigDict, width: int) -> list[metrics.Record]
     An error that is not finite, of a learning rate that is too high, counts as infinite.
     """
     problem = setup.problem(setup.of_width(config, width))
-    optimiser = optim.optimiser(config.optim, config.train.steps)
-
-    def error(seed: Array, scale: Array) -> Array:
-        state = train.start(problem, optimiser, seed)
-        state, _ = train.steps(problem, optimiser, config.train.steps, state, seed, scale)
-        return train.evaluate(problem, state.params, seed)['eval']['mse']
-
+    total, every = config.train.steps, config.train.eval_every
+    optimiser = optim.optimiser(config.optim, total)
     seeds = np.asarray(config.seeds, np.int32)
     rates = np.asarray(config.search.rates, np.float32)
     scales = rates / config.optim.learning_rate
-    every = jax.vmap(jax.vmap(error, in_axes=(None, 0)), in_axes=(0, None))
-    errors = np.asarray(parallel.once(every, seeds, scales, level=1), np.float64)  # [S, rates]
+
+    def start(seed: Array, scale: Array) -> train.State:
+        return train.start(problem, optimiser, seed)
+
+    def further(state: train.State, seed: Array, scale: Array) -> tuple[train.State, Array]:
+        state, _ = train.steps(problem, optimiser, every, state, seed, scale)
+        error = train.evaluate(problem, state.params, seed)['eval']['mse']
+        return state, jnp.where(jnp.isfinite(error), error, jnp.inf)
+
+    def lowest(seeds: Array, scales: Array) -> Array:
+        """[S, rates]"""
+
+        def goes_on(carry: tuple[train.State, Array]) -> Array:
+            state, errors = carry
+            reached = errors.min(1) <= config.search.target
+            return (state.step[0, 0] < total) & ~reached.all()
+
+        def go_on(carry: tuple[train.State, Array]) -> tuple[train.State, Array]:
+            state, before = carry
+            grid = jax.vmap(jax.vmap(further, (0, None, 0)), (0, 0, None))
+            state, errors = grid(state, seeds, scales)
+            return state, jnp.minimum(before, errors)
+
+        states = jax.vmap(jax.vmap(start, (None, 0)), (0, None))(seeds, scales)
+        none = jnp.full((len(seeds), len(scales)), jnp.inf)
+        return jax.lax.while_loop(goes_on, go_on, (states, none))[1]
+
+    errors = np.asarray(parallel.once(lowest, seeds, scales, level=1), np.float64)
     errors = np.where(np.isfinite(errors), errors, np.finfo(np.float64).max)
     return [
         {

@@ -74,6 +74,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
                 f'config.train.{key} = {config.train[key]}: expected a multiple of '
                 f'config.train.log_every = {config.train.log_every}, the steps of one record'
             )
+    if config.task == 'search' and config.train.steps % config.train.eval_every:
+        raise UserError(
+            f'config.train.steps = {config.train.steps}: expected a multiple of '
+            f'config.train.eval_every = {config.train.eval_every}, where the error is looked at'
+        )
     if jax.process_count() > 1:
         raise UserError("config.task = 'fit' runs in one process; leave --distributed away")
 
