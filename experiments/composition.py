@@ -84,12 +84,12 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     shown = [c for c in CONTEXTS if any(context == c for _, context, _ in found)]
     with matplotlib.rc_context(plots.STYLE):
         rows = max((len(_students(found, c)) for c in shown), default=1)
-        figure = Figure(figsize=(plots.WIDTH, 1.2 + 0.24 * rows), layout='constrained')
+        figure = Figure(figsize=(plots.WIDTH, 1.3 + 0.2 * rows), layout='constrained')
         grid = figure.subplots(1, max(1, len(shown)), squeeze=False)[0]
         for axes, context in zip(grid, shown, strict=False):
             _draw(axes, found, context)
         handles, labels = grid[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc='outside lower center', ncols=4, frameon=False)
+        figure.legend(handles, labels, loc='outside lower center', ncols=2, frameon=False)
         plots.save(figure, out, 'composition')
     texts = [_table(found, context, sweep.draws) for context in shown]
     (out / 'composition.md').write_text('\n\n'.join(texts) + '\n', encoding='utf-8')
@@ -98,7 +98,7 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
 def _key(arm: runs.Arm) -> tuple[str, str, str]:
     said, depth = arm.overrides, arm.overrides['model.depth']
     name = tables.words(said['model.fusion.name'])
-    name += f', {depth} hidden layers' if depth > 1 else ''
+    name += f', depth {depth}' if depth > 1 else ''
     return name, said['problem.context'], said['problem.support']
 
 
@@ -131,6 +131,7 @@ def _draw(axes: Axes, found: Found, context: str) -> None:
     axes.spines['left'].set_visible(False)
     axes.grid(axis='x', lw=0.3, color=plots.GREY, alpha=0.5)
     axes.set(xscale='log', xlabel='variance not explained', title=CONTEXTS[context])
+    panels.powers(axes.xaxis)
 
 
 def _table(found: Found, context: str, draws: tuple[tuple[int, ...], ...]) -> str:

@@ -7,7 +7,7 @@ best of three learning rates, for each of five seeds; once more with five others
 
     python -m launch.local --sweep=experiments/expressivity.py --workdir=runs/growth --parallel=2
 
-An hour on two cores. The report also has expressivity.png, .pdf and .md: parameters against the
+The report also has expressivity.png, .pdf and .md: parameters against the
 dimension, and the law of their growth.
 
 Source: the question, xᵀz and 0.1 are of Jayakumar et al. (ICLR 2020), recalled; networks, the
@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from launch.sweep import product
-from mi.report import plots, runs, statistics, tables
+from mi.report import panels, plots, runs, statistics, tables
 
 CONFIG = 'configs/expressivity.py:search'
 TITLE = 'Growth of the smallest network that reaches an error of 0.1'
@@ -35,11 +35,11 @@ NOTES = [
     'The exponent p of parameters = a · dᵖ, by least squares of logarithms over the dimensions d '
     'from 4 on that were reached.',
     'A label is the target, the fusion and the number of hidden layers.',
-    'Every network is trained for 2,000 steps of 256 examples. One that would fit with more is '
-    'counted as one that does not.',
+    'A network has at most 2,000 steps of 256 examples, and reaches the target if it does so at '
+    'any multiple of 250 steps. One that would fit with more is counted as one that does not.',
+    'The widths that are tried are in steps of a factor of 1.26, and networks have at most 30,000 '
+    'parameters.',
 ]
-
-Style = tuple[str, Any]  # colour and dashes
 
 SEEDS = [(0, 1, 2, 3, 4), (5, 6, 7, 8, 9)]
 TARGETS = {'product': 'y = xᵀz', 'additive': 'y = Σ u(xᵢ) + u(zᵢ)', 'x_only': 'y = Σ u(xᵢ)'}
@@ -69,12 +69,10 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     }
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(plots.WIDTH, 2.6), layout='constrained')
-        panels = figure.subplots(1, len(TARGETS), sharey=True)
-        others = dict.fromkeys(_name(arm) for arm in arms if 'concat' not in arm.label)
-        styles: dict[str, Style] = dict(zip(others, ((c, '-') for c in plots.PALETTE), strict=True))
-        concat = dict.fromkeys(_name(arm) for arm in arms if 'concat' in arm.label)
-        styles |= dict(zip(concat, ((plots.GREY, dashes) for dashes in plots.DASHES), strict=False))
-        for axes, (target, of_target) in zip(panels, by_target.items(), strict=True):
+        grid = figure.subplots(1, len(TARGETS), sharey=True)
+        names = [_name(arm) for arm in arms]
+        styles = panels.styles(names, grey=[name for name in names if name.startswith('concat')])
+        for axes, (target, of_target) in zip(grid, by_target.items(), strict=True):
             _draw(axes, TARGETS[target], of_target, styles)
         figure.axes[0].set_ylabel('parameters')
         handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -100,7 +98,9 @@ def _name(arm: runs.Arm) -> str:
     return tables.words(fusion) + ('' if depth == '1' else f', {depth} hidden layers')
 
 
-def _draw(axes: Axes, title: str, arms: Sequence[runs.Arm], styles: dict[str, Style]) -> None:
+def _draw(
+    axes: Axes, title: str, arms: Sequence[runs.Arm], styles: dict[str, panels.Style]
+) -> None:
     """Medians over the seeds, and the whole range of them."""
     for arm in arms:
         found, (colour, dashes) = smallest(arm), styles[_name(arm)]
@@ -112,11 +112,9 @@ def _draw(axes: Axes, title: str, arms: Sequence[runs.Arm], styles: dict[str, St
         axes.fill_between(
             d, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.2, lw=0
         )
-    axes.set(title=title, xlabel='dimension of x and z', xscale='log', yscale='log')
-    axes.xaxis.set_major_formatter('{x:g}')
-    ticks = sorted({d for arm in arms for d in smallest(arm)})
-    axes.set_xticks(ticks, minor=False)
-    axes.set_xticks([], minor=True)
+    axes.set(title=title, xlabel='dimension of x and z', yscale='log')
+    panels.powers(axes.yaxis)
+    panels.ticks(axes, sorted({d for arm in arms for d in smallest(arm)}))
 
 
 def _table(arms: Sequence[runs.Arm]) -> str:

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 
 from launch.sweep import product
 from mi.fit.products import SURFACE
-from mi.report import plots, runs
+from mi.report import panels, plots, runs
 
 CONFIG = 'configs/expressivity.py:fit'
 TITLE = 'Error of the product of two numbers'
@@ -62,7 +62,7 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Draws the error against the size, and two surfaces of errors."""
     arms = {arm.label: arm for arm in runs.read(workdir).arms if arm.final(METRIC, SPLIT)}
     with matplotlib.rc_context(plots.STYLE):
-        figure = Figure(figsize=(plots.WIDTH, 2.1), layout='constrained')
+        figure = Figure(figsize=(plots.WIDTH, 2.3), layout='constrained')
         left, *maps = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
         for depth, dashes in zip((1, 2), plots.DASHES, strict=False):
             label = f'concat, {depth} hidden layer{"s" if depth > 1 else ""}'
@@ -70,14 +70,17 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
             _errors(left, kind, label, plots.GREY, dashes)
         _errors(left, [a for n, a in arms.items() if n.startswith('mi')], 'MI', plots.PALETTE[0])
         left.set(xscale='log', yscale='log', xlabel='parameters', ylabel='mean squared error')
-        left.legend(frameon=False)
+        panels.powers(left.xaxis)
+        panels.powers(left.yaxis)
+        figure.legend(loc='outside lower center', ncols=3, frameon=False)
         shown = {'concat, 1, 16': 'concat, width 16', 'mi, 0, 1': 'MI'}
         for axes, (label, title) in zip(maps, shown.items(), strict=True):
             image = _surface(axes, workdir, label, title)
         maps[0].set_ylabel('z')
         maps[1].set_yticklabels([])
         if image is not None:
-            figure.colorbar(image, ax=maps, label='|error|', extend='both')
+            bar = figure.colorbar(image, ax=maps, label='|error|', extend='both')
+            panels.powers(bar.ax.yaxis)
         plots.save(figure, out, 'inclusion')
 
 

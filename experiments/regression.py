@@ -102,10 +102,11 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
             for fusion in fusions:
                 if fusion != 'none':
                     panels.line(known, _known(found, fusion, context), fusion, styles[fusion])
-                panels.line(new, _new(found, fusion, context), fusion, styles[fusion])
-            _axes(known, 'examples of each known task', sorted({n for _, _, n in found}))
+                later = {K: of for K, of in _new(found, fusion, context).items() if K}
+                panels.line(new, later, fusion, styles[fusion])
+            _axes(known, 'examples per task', sorted({n for _, _, n in found}))
             shots = sorted({K for f in fusions for K in _new(found, f, context) if K})
-            _axes(new, 'examples of a new task', shots)
+            _axes(new, 'examples per new task', shots)
         grid[0, 0].set_ylabel('error, known tasks')
         grid[1, 0].set_ylabel('error, new tasks')
         handles = {
@@ -147,6 +148,7 @@ def _new(found: Found, fusion: str, context: str) -> dict[float, dict[int, float
 
 def _axes(axes: Axes, label: str, numbers: list[float]) -> None:
     axes.set_yscale('log')
+    panels.powers(axes.yaxis)
     axes.set_xlabel(label)
     if numbers:
         panels.ticks(axes, numbers)
@@ -195,12 +197,11 @@ def _tables(found: Found, fusions: list[str], draws: tuple[tuple[int, ...], ...]
             if not numbers:
                 continue
             body = [
-                [f, *(panels.interval(v.get(n, {}), f) for n in numbers)]
+                [tables.words(f), *(panels.interval(v.get(n, {}), f) for n in numbers)]
                 for f, v in values.items()
                 if v
             ]
-            after = 'examples of each' if what == 'Known tasks' else 'examples of the new task'
-            header = ['fusion', *(f'{n:g} {after} [95 %]' for n in numbers)]
+            header = ['fusion', *(f'{n:g} examples [95 %]' for n in numbers)]
             text = f'**{what}**, told by {title}\n\n{tables.markdown(header, body)}'
             agree = [
                 (n, panels.agreement({f: v[n] for f, v in values.items() if n in v}, draws))

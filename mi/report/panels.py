@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from scipy import stats
 
 from mi.report import plots, statistics, tables
@@ -38,6 +40,21 @@ def line(axes: Axes, values: Values, label: str, style: Style) -> None:
         list(estimates), middle, np.abs(ends.T - middle), color=colour, ls=dashes, marker='.',
         ms=4, lw=1.2, elinewidth=0.8, label=label,
     )  # fmt: skip
+
+
+SUPERSCRIPTS = str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹')
+
+
+def power(value: float, position: Any = None) -> str:
+    """10⁻³ for 0.001, in letters, as figures here do not parse mathematics."""
+    return '10' + f'{round(np.log10(value))}'.translate(SUPERSCRIPTS)
+
+
+def powers(axis: Axis) -> None:
+    """Ticks at powers of ten, on an axis that is logarithmic."""
+    axis.set_major_locator(LogLocator(numticks=5))
+    axis.set_major_formatter(FuncFormatter(power))
+    axis.set_minor_locator(NullLocator())
 
 
 def ticks(axes: Axes, numbers: Sequence[float]) -> None:

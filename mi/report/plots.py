@@ -35,6 +35,7 @@ STYLE: dict[Any, Any] = {
     'text.parse_math': False,  # a label may hold dollars
     'font.size': 8,
     'axes.labelsize': 8,
+    'axes.titlesize': 8,
     'axes.spines.top': False,
     'axes.spines.right': False,
     'axes.linewidth': 0.6,
