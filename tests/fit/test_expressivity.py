@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +13,11 @@ from configs import expressivity
 from mi.config import UserError
 from mi.fit import network, products, search, setup, train
 from mi.run import PREEMPTED
+from tests.fit.runs import edited, records
 
 
 def config(word='search', **changes):
-    config = expressivity.get_config(word).unlock()
-    config.update_from_flattened_dict(changes)
-    return config
-
-
-def records(path, split):
-    lines = (pathlib.Path(path) / 'metrics.jsonl').read_text().splitlines()
-    return [r for r in map(json.loads, lines) if r['split'] == split]
+    return edited(expressivity.get_config(word), **changes)
 
 
 def model(**changes):
@@ -118,6 +111,7 @@ def test_widths_and_growth():
     assert search.grid(15, 2) == [1, 2, 3, 4, 6, 8, 11]
     assert search.exponent([4, 8, 16], [3 * d**2.5 for d in (4, 8, 16)]) == pytest.approx(2.5)
     assert search.exponent([4], [10]) is None
+    assert [search._guess(h) for h in ([], [3], [3, 5], [7, 2])] == [0, 3, 7, 0]
     of = config(**{'search.parameters': 73, 'problem.dimension': 2})
     assert setup.largest_width(of) == 12  # 2·12·2 + 12 + 12 + 1
     of.search.parameters = 72
@@ -128,7 +122,7 @@ def test_widths_and_growth():
 def test_a_low_rank_interaction_needs_fewer_parameters_than_a_relu_network_for_a_product(tmp_path):
     changes = {
         'search.at': (2,), 'search.rates': (3e-2,), 'seeds': (0, 1), 'problem.examples': 2000,
-        'train.steps': 800, 'search.per_octave': 1, 'optim.warmup_steps': 20,
+        'train.steps': 1000, 'search.per_octave': 1, 'optim.warmup_steps': 20,
     }  # fmt: skip
     for name in ('mi_low_rank', 'concat'):
         search.search(config(**changes, **{'model.fusion.name': name}), str(tmp_path / name))
@@ -232,6 +226,7 @@ def test_a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not(tmp_path,
         ('search', {'search.over': 'model.width'}, r'search\.over'),
         ('search', {'model.depth': 0}, r'no size up to .* reaches the target'),
         ('search', {'train.eval_every': 333}, r'expected a multiple of config\.train\.log_every'),
+        ('search', {'train.steps': 1100}, r'train\.steps = 1100: expected a multiple of .* 250'),
         ('fit', {'model.parameters': 3}, r'model\.parameters: the smallest size, 1, costs'),
     ],
 )

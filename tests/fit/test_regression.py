@@ -126,6 +126,7 @@ def test_the_report_tabulates_known_and_new_tasks_and_the_agreement_of_two_draws
             {'step': 1, 'seed': s, 'split': split, **{n: value * (1 + s % 10) for n in names}}
             for s in range(20)
             for split, names in (('eval', ['mse']), ('new', ['mse/2', 'mse/16']))
+            if split == 'eval' or overrides['model.fusion.name'] != 'multi_head'
         ]
         return Arm('label', 'done', None, tuple(range(20)), overrides, metrics=metrics)
 
