@@ -35,8 +35,10 @@ NOTES = [
     'A label is the fusion, the map of three that meets the task, what says which task it is, and '
     'the training examples of each. Errors are those of the functions without noise.',
     'concat meets the task at the first map and film at all of them, as neither could make other '
-    'functions of it at the last; the rest at the last map, a read-out for each task. At the '
-    'first map, or at all, mi was worse than at the last in runs of three seeds.',
+    'functions of it at the last; the rest at the last map, a read-out for each task. On seeds 100 '
+    'to 102, by number, with 16 examples and 2,000 steps, mi was better at the last map (0.050) '
+    'than at the first (0.076) or at all (0.097); concat was better at the first (0.070) than at '
+    'all (0.082); film the same (0.073).',
     'multi_head is not defined for a descriptor, for an inferred context, and for new tasks: it '
     'takes a task by its number alone, and a new one has none.',
     'none is not told the task. Its errors on new tasks are those of a network for each of them, '

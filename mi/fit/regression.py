@@ -184,7 +184,7 @@ def make(config: ml_collections.ConfigDict) -> Problem:
     def evaluation(params: Any, world: World, key: Array) -> Metrics:
         _, found, wanted = of_known(params, world)
         error = jnp.mean(jnp.square(found - wanted), -1)
-        each = {f'mse/{name}': error[i::2].mean() for i, name in enumerate(FAMILIES)}
+        each = {f'mse_{name}': error[i::2].mean() for i, name in enumerate(FAMILIES)}
         return {'mse': error.mean(), **each}
 
     def new(params: Any, world: World, key: Array) -> Metrics:

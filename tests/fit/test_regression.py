@@ -81,8 +81,8 @@ def test_the_number_of_a_task_tells_it_from_the_others(trained):
     told, not_told = (finals(trained / f'{n}_one_hot', 'mse', 'eval') for n in ('mi', 'none'))
     for seed in (0, 1):
         assert told[seed] < not_told[seed] / 2
-        family = finals(trained / 'mi_one_hot', 'mse/affine', 'eval')[seed]
-        other = finals(trained / 'mi_one_hot', 'mse/sinusoid', 'eval')[seed]
+        family = finals(trained / 'mi_one_hot', 'mse_affine', 'eval')[seed]
+        other = finals(trained / 'mi_one_hot', 'mse_sinusoid', 'eval')[seed]
         assert told[seed] == pytest.approx((family + other) / 2, rel=1e-4)
 
 
