@@ -117,6 +117,7 @@ def trained(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_an_mi_knows_combinations_that_it_has_not_seen_and_concatenation_does_not(trained):
     ours, theirs = (finals(trained / name, 'error', 'unseen') for name in ('mi', 'concat'))
     for seed in (0, 1):

@@ -77,6 +77,7 @@ def trained(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_the_number_of_a_task_tells_it_from_the_others(trained):
     told, not_told = (finals(trained / f'{n}_one_hot', 'mse', 'eval') for n in ('mi', 'none'))
     for seed in (0, 1):
@@ -86,6 +87,7 @@ def test_the_number_of_a_task_tells_it_from_the_others(trained):
         assert told[seed] == pytest.approx((family + other) / 2, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_what_was_learnt_of_other_tasks_is_worth_more_than_four_examples_alone(trained):
     alone = finals(trained / 'none_one_hot', 'mse/4', 'new')
     for run in ('mi_one_hot', 'mi_inferred'):
@@ -96,6 +98,7 @@ def test_what_was_learnt_of_other_tasks_is_worth_more_than_four_examples_alone(t
         assert after[seed] < before[seed]
 
 
+@pytest.mark.slow
 def test_what_a_figure_shows_are_predictions_of_known_tasks(trained):
     arrays = np.load(trained / 'mi_one_hot/artefacts.npz')
     assert arrays['found'].shape == (2, regression.SHOWN, regression.POINTS)
@@ -107,6 +110,7 @@ def test_what_a_figure_shows_are_predictions_of_known_tasks(trained):
     assert error < 0.3
 
 
+@pytest.mark.slow
 def test_the_parameters_of_an_encoder_are_counted(trained):
     cost = json.loads((trained / 'mi_inferred/cost.json').read_text())
     problem = setup.problem(config(**TOY, **{'problem.context': 'inferred'}))
