@@ -8,10 +8,14 @@ import ml_collections
 
 from mi import cost, optim
 from mi.config import Rule, UserError, check, flat, integer, nearest, number, one_of, seeds
-from mi.fit import products
+from mi.fit import frames, phase_space, products
 from mi.fit.problem import Problem
 
-PROBLEMS: dict[str, types.ModuleType] = {'products': products}
+PROBLEMS: dict[str, types.ModuleType] = {
+    'products': products,
+    'phase_space': phase_space,
+    'frames': frames,
+}
 """Word of config.problem.name → a module with SCHEMA and make(config) → Problem."""
 
 SCHEMA: dict[str, Rule] = {
