@@ -15,7 +15,12 @@ from mi.config import Rule, integer, one_of
 from mi.layers import Context
 
 SITES = ('first', 'last', 'all')
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {'relu': nn.relu, 'identity': lambda h: h}
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    'relu': nn.relu,
+    'softplus': nn.softplus,
+    'tanh': nn.tanh,
+    'identity': lambda h: h,
+}
 
 SCHEMA: dict[str, Rule] = {
     'model.depth': integer(0),

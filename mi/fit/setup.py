@@ -18,7 +18,7 @@ from mi.config import (
     seeds,
     several,
 )
-from mi.fit import composition, digits, products, regression, sequences
+from mi.fit import composition, digits, frames, phase_space, products, regression, sequences
 from mi.fit.problem import Problem
 
 PROBLEMS: dict[str, types.ModuleType] = {
@@ -27,6 +27,8 @@ PROBLEMS: dict[str, types.ModuleType] = {
     'digits': digits,
     'composition': composition,
     'regression': regression,
+    'phase_space': phase_space,
+    'frames': frames,
 }
 """Word of config.problem.name → a module with SCHEMA and make(config) → Problem."""
 
