@@ -52,7 +52,7 @@ setuptools.setup(
     license='Apache-2.0',
     python_requires='>=3.11,<3.14',
     packages=setuptools.find_packages(include=['mi', 'mi.*']),
-    package_data={'mi': ['py.typed', 'data/*.xz']},
+    package_data={'mi': ['py.typed', 'data/*.xz', 'report/page.*']},
     install_requires=RUN,
     extras_require=EXTRAS,
 )

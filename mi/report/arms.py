@@ -98,23 +98,23 @@ def _row(
     reference: Arm | None,
     seconds_of_quickest: float | None,
 ) -> Row:
-    mean = against = test = None
+    mean = difference = test = None
     remarks = []
     try:
         mean = _mean(sweep, arm, final)
         if arm.label != sweep.baseline:
-            against, test = _against(sweep, arm, final, baseline, reference)
+            difference, test = against(sweep, arm, final, baseline, reference)
     except ValueError as error:
         remarks.append(f'{error}; no mean')
     if not final and arm.state == 'done':
         remarks.append(f'{arm.label}: no {sweep.metric} in the {sweep.split} records')
     if 0 < len(final) < len(arm.seeds):
         remarks.append(f'{arm.label}: {len(final)} of {len(arm.seeds)} seeds have a final record')
-    if against is not None and against.n < max(len(final), len(baseline)):
+    if difference is not None and difference.n < max(len(final), len(baseline)):
         remarks.append(
-            f'{arm.label}: the difference pairs the {against.n} seeds that both arms have'
+            f'{arm.label}: the difference pairs the {difference.n} seeds that both arms have'
         )
-    elif mean is not None and against is None and sweep.baseline not in (None, arm.label):
+    elif mean is not None and difference is None and sweep.baseline not in (None, arm.label):
         remarks.append(f'{arm.label}: no difference, {sweep.baseline} has no value to pair')
     secondary = {}
     names = [name for name in arm.names(sweep.split) if '/' not in name]
@@ -127,9 +127,9 @@ def _row(
         arm=arm,
         final=final,
         metric=mean,
-        difference=against,
+        difference=difference,
         test=test,
-        verdict=statistics.verdict(against, sweep.lower_is_better),
+        verdict=statistics.verdict(difference, sweep.lower_is_better),
         summary=_summary(sweep, arm, reference),
         equal_time=_at(sweep, arm, seconds_of_quickest),
         secondary=secondary,
@@ -162,7 +162,7 @@ def _mean(sweep: Sweep, arm: Arm, final: dict[int, float]) -> Estimate | None:
     return statistics.over_runs(scores, statistics.mean)
 
 
-def _against(
+def against(
     sweep: Sweep,
     arm: Arm,
     final: dict[int, float],

@@ -8,7 +8,7 @@ import io
 import math
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import rich.table
@@ -156,7 +156,7 @@ def cells(sweep: Sweep, rows: list[Row]) -> Table:
             verdict = Cell('baseline' if is_baseline else row.verdict or NONE)
             if row.verdict and row.difference:
                 verdict = Cell(row.verdict, f'(n = {row.difference.n})')
-            line += [verdict, _test(row.test)]
+            line += [verdict, tested(row.test)]
         if of_tasks:
             line += [
                 interval(row.tasks.median if row.tasks else None, places),
@@ -229,18 +229,18 @@ def tasks_to_csv(rows: list[Row]) -> str:
 
 def to_markdown(sweep: Sweep, rows: list[Row]) -> str:
     header, body, best = cells(sweep, rows)
-    text = [[_markdown(str(cell)) for cell in line] for line in body]
+    text = [[escaped(str(cell)) for cell in line] for line in body]
     for i in best:
         mean, detail, _ = body[i][1]
-        text[i][1] = f'**{_markdown(mean)}** {_markdown(detail)}'.strip()
-    table = _grid([_markdown(str(cell)) for cell in header], text)
-    listed = '\n'.join(f'- {_markdown(note)}' for note in notes(sweep, rows))
-    return f'### {_markdown(sweep.title)}\n\n{table}\n\n{listed}\n'
+        text[i][1] = f'**{escaped(mean)}** {escaped(detail)}'.strip()
+    table = _grid([escaped(str(cell)) for cell in header], text)
+    listed = '\n'.join(f'- {escaped(note)}' for note in notes(sweep, rows))
+    return f'### {escaped(sweep.title)}\n\n{table}\n\n{listed}\n'
 
 
 def markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     """A table of plain words, the first column to the left and the others to the right."""
-    return _grid(list(map(_markdown, header)), [list(map(_markdown, line)) for line in body])
+    return _grid(list(map(escaped, header)), [list(map(escaped, line)) for line in body])
 
 
 def _grid(header: list[str], body: list[list[str]]) -> str:
@@ -299,19 +299,32 @@ def to_terminal(sweep: Sweep, rows: list[Row]) -> rich.table.Table:
     of_tasks, equal_time = _optional(rows)
     first = (5 if sweep.baseline is not None else 2) + 3 * of_tasks + equal_time
     keep = [i for i in range(len(header)) if not first <= i < first + len(_secondary(rows))]
-    table = rich.table.Table(title=rich.text.Text(sweep.title), title_justify='left')
-    for i in keep:
-        title = rich.text.Text('\n'.join(filter(None, header[i][:2])))
+    return terminal(
+        sweep.title,
+        [header[i] for i in keep],
+        [[line[i] for i in keep] for line in body],
+        best,
+    )
+
+
+def terminal(
+    title: str, header: list[Cell], body: list[list[Cell]], best: Collection[int] = ()
+) -> rich.table.Table:
+    """Cells for a screen: the first and the last column to the left; the second of `best` bold."""
+    table = rich.table.Table(title=rich.text.Text(title), title_justify='left')
+    for i, head in enumerate(header):
+        text = rich.text.Text('\n'.join(filter(None, head[:2])))
         left = i in (0, len(header) - 1)
-        table.add_column(title, justify='left' if left else 'right', overflow='fold')
+        table.add_column(text, justify='left' if left else 'right', overflow='fold')
     for number, line in enumerate(body):
-        styles = {1: 'bold'} if number in best else {}
         table.add_row(
             *(
                 rich.text.Text.assemble(
-                    (line[i].main, styles.get(i, '')), '\n' * bool(line[i].detail), line[i].detail
+                    (cell.main, 'bold' * (i == 1 and number in best)),
+                    '\n' * bool(cell.detail),
+                    cell.detail,
                 )
-                for i in keep
+                for i, cell in enumerate(line)
             )
         )
     return table
@@ -354,7 +367,7 @@ def interval(estimate: Estimate | None, digits: int, sign: str = '') -> Cell:
     return Cell(mean, detail, estimate.mean)
 
 
-def _test(test: Test | None) -> Cell:
+def tested(test: Test | None) -> Cell:
     if test is None:
         return Cell(NONE)
     return Cell(_p(test.holm), '' if test.can_tell else 'too few', test.holm)
@@ -398,7 +411,8 @@ def _one_line(text: str) -> str:
     return textwrap.shorten(text, 80, placeholder='…')
 
 
-def _markdown(text: str) -> str:
+def escaped(text: str) -> str:
+    """A text in Markdown, on one line."""
     # A bracket makes a link only before one of ([: and is left alone elsewhere: [2.1, 2.3].
     text = re.sub(r'[\\|*_`~$]|\](?=[(\[:])', r'\\\g<0>', text)
     return ' '.join(text.replace('&', '&amp;').replace('<', '&lt;').split())
