@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from mi import cost, optim
+from mi import cost, optim, tracking
 from mi.config import Rule, UserError, check, flat, integer, nearest, number, one_of, seeds
 from mi.fit import digits, products, sequences
 from mi.fit.problem import Problem
@@ -21,6 +21,7 @@ PROBLEMS: dict[str, types.ModuleType] = {
 SCHEMA: dict[str, Rule] = {
     'task': one_of(['fit', 'search']),
     'seeds': seeds,
+    'tracker': tracking.known,
     'problem.name': one_of(PROBLEMS),
     'model.width': integer(1),
     'model.parameters': integer(0),

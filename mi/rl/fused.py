@@ -119,14 +119,16 @@ def start(
     return parallel.once(jax.vmap(fresh), seeds, out_shardings=shardings)
 
 
-def train(config: ml_collections.ConfigDict, workdir: str) -> None:
+def train(
+    config: ml_collections.ConfigDict, workdir: str, profile: run.Steps | None = None
+) -> None:
     """Trains, evaluates and leaves a run directory; continues it where there is one."""
     environment = envs.make(config.env.name)
     agent = setup.agent(config, environment.spec)
     evaluations = {'eval': environment}
     if config.eval.held_out:
         evaluations['held_out'] = envs.make(config.eval.held_out)
-    with run.start(workdir, config) as this:
+    with run.start(workdir, config, profile) as this:
         _train(config, evaluations, agent, this)
 
 
@@ -159,7 +161,7 @@ def _train(
                     environment, agent, optimiser, config, state, count
                 )
             began = time.perf_counter()
-            state, (measured, ended) = compiled[count](state)
+            state, (measured, ended) = this.traced(count, compiled[count], state)
             measured, ended, statistics = jax.device_get(
                 (measured, ended, state.learner.statistics)
             )
