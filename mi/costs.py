@@ -1,15 +1,17 @@
 """What a run of a config will cost, from shapes alone: no data is read and nothing is trained.
 
-The counterpart of a run's cost.json, for `python -m launch.local --dry_run` and the like.
+The counterpart of a run's cost.json, for `python -m launch.local --dry_run` and the like. What it
+takes in memory, which needs a compilation, is `mi.memory`.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import optax
 
 from mi import cost, optim
 from mi.config import UserError, nearest
@@ -18,9 +20,12 @@ from mi.fit import train as train_fit
 from mi.lm import corpora
 from mi.lm import setup as lm
 from mi.lm import train as train_lm
+from mi.lm.model import LanguageModel
 from mi.rl import envs, learner
 from mi.rl import setup as rl
 from mi.rl.actor import Trajectory
+from mi.rl.envs.spec import JaxEnvironment
+from mi.rl.networks import Agent
 
 Costs = dict[str, Any]
 
@@ -49,7 +54,17 @@ def of_config(config: ml_collections.ConfigDict) -> Costs:
     return TASKS[task](config)
 
 
-def _lm(config: ml_collections.ConfigDict) -> Costs:
+class Text(NamedTuple):
+    """A language model of a config, as far as it can be known without the text."""
+
+    config: ml_collections.ConfigDict
+    model: LanguageModel
+    optimiser: optax.GradientTransformation
+    vocabulary: int
+    domains: int  # 0 where the model is not told the domain
+
+
+def text(config: ml_collections.ConfigDict) -> Text:
     lm.validate(config)
     by_domain = config.model.source == 'domain'
     domains = _domains(config) if by_domain else 0
@@ -57,6 +72,11 @@ def _lm(config: ml_collections.ConfigDict) -> Costs:
     config = lm.matched(config, vocabulary, domains)
     model = lm.build(config, vocabulary, domains)
     optimiser = optim.optimiser(config.optim, config.train.steps)
+    return Text(config, model, optimiser, vocabulary, domains)
+
+
+def _lm(config: ml_collections.ConfigDict) -> Costs:
+    config, model, optimiser, vocabulary, domains = text(config)
     B, T = config.train.batch, config.train.length
     number = jax.ShapeDtypeStruct((), jnp.int32)
     tokens = jax.ShapeDtypeStruct((T + 1, B), jnp.int32)
@@ -67,7 +87,7 @@ def _lm(config: ml_collections.ConfigDict) -> Costs:
         'steps': config.train.steps,
         'seeds': len(config.seeds),
         'units': B * T,
-        'flops': cost.flops(step, state, number, number, tokens, tokens if by_domain else None),
+        'flops': cost.flops(step, state, number, number, tokens, tokens if domains else None),
     }
 
 
@@ -78,15 +98,27 @@ def _domains(config: ml_collections.ConfigDict) -> int:
     return len([text for text in texts if text.domain])
 
 
-def _rl(config: ml_collections.ConfigDict) -> Costs:
+class Acting(NamedTuple):
+    """An agent of a config; the environment where it is a JAX one."""
+
+    environment: JaxEnvironment | None
+    agent: Agent
+    optimiser: optax.GradientTransformation
+    learner: learner.State  # shapes, of one seed
+    trajectory: Trajectory  # shapes, of one seed's update
+
+
+def acting(config: ml_collections.ConfigDict) -> Acting:
     rl.validate(config)
     B, T = config.train.batch, config.train.length
+    environment = None
     if envs.on_host(config.env.name):
         pool = envs.pool(config.env.name, config.actors.batch, config.seeds[0])
         spec = pool.spec
         pool.close()
     else:
-        spec = envs.make(config.env.name).spec
+        environment = envs.make(config.env.name)
+        spec = environment.spec
     agent = rl.agent(config, spec)
     optimiser = optim.optimiser(config.optim, rl.updates(config))
 
@@ -106,15 +138,21 @@ def _rl(config: ml_collections.ConfigDict) -> Costs:
         carry=jax.eval_shape(lambda: agent.initial_carry(B)),
     )
     state = jax.eval_shape(start, jax.ShapeDtypeStruct((), jnp.int32))
+    return Acting(environment, agent, optimiser, state, trajectory)
+
+
+def _rl(config: ml_collections.ConfigDict) -> Costs:
+    _, agent, optimiser, state, trajectory = acting(config)
+    B, T = config.train.batch, config.train.length
     update = functools.partial(learner.update, agent, optimiser, rl.hyperparameters(config))
     costs = rl.costs(agent, B, T)
-    acting = B * T * costs['flops_per_step']['model']
+    of_acting = B * T * costs['flops_per_step']['model']
     return {
         **costs,
         'steps': rl.updates(config),
         'seeds': len(config.seeds),
         'units': B * T,
-        'flops': acting + cost.flops(update, state, trajectory),
+        'flops': of_acting + cost.flops(update, state, trajectory),
     }
 
 

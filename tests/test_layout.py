@@ -21,6 +21,7 @@ FLOORS = [
     ['optim', 'checkpoint', 'metrics', 'tracking', 'run', 'parallel'],
     ['lm', 'rl', 'fit'],
     ['main', 'costs'],
+    ['memory'],
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 

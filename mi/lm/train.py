@@ -143,13 +143,27 @@ def start(
 ) -> State:
     """The state of all seeds, [S, …], each array where the mesh has it."""
     fresh = jax.vmap(lambda seed: init(model, optimiser, seed, batch))
-    shapes = jax.eval_shape(fresh, seeds)
-    shardings = State(
-        params=parallel.by_size(shapes.params, mesh, skip=1),
-        opt_state=parallel.by_size(shapes.opt_state, mesh, skip=1),
-        carry=jax.tree.map(lambda _: parallel.by_rows(mesh, axis=1), shapes.carry),
+    like = shapes(model, optimiser, seeds, batch, mesh)
+    return parallel.once(fresh, seeds, out_shardings=jax.tree.map(lambda a: a.sharding, like))
+
+
+def shapes(
+    model: LanguageModel,
+    optimiser: optax.GradientTransformation,
+    seeds: np.ndarray,
+    batch: int,
+    mesh: jax.sharding.Mesh,
+) -> State:
+    """What `start` makes, as `jax.ShapeDtypeStruct`s with their shardings."""
+    state = jax.eval_shape(jax.vmap(lambda seed: init(model, optimiser, seed, batch)), seeds)
+    return parallel.placed(
+        state,
+        State(
+            params=parallel.by_size(state.params, mesh, skip=1),
+            opt_state=parallel.by_size(state.opt_state, mesh, skip=1),
+            carry=jax.tree.map(lambda _: parallel.by_rows(mesh, axis=1), state.carry),
+        ),
     )
-    return parallel.once(fresh, seeds, out_shardings=shardings)
 
 
 def compile_step(

@@ -112,11 +112,26 @@ def start(
 ) -> State:
     """The state of all seeds, [S, …], its rows of environments split over the devices."""
     fresh = functools.partial(init, environment, agent, optimiser, config.train.batch)
+    like = shapes(config, environment, agent, optimiser)
+    shardings = jax.tree.map(lambda a: a.sharding, like)
     seeds = np.asarray(config.seeds, np.int32)
+    return parallel.once(jax.vmap(fresh), seeds, out_shardings=shardings)
+
+
+def shapes(
+    config: ml_collections.ConfigDict,
+    environment: JaxEnvironment,
+    agent: Agent,
+    optimiser: optax.GradientTransformation,
+) -> State:
+    """What `start` makes, as `jax.ShapeDtypeStruct`s with their shardings."""
+    fresh = functools.partial(init, environment, agent, optimiser, config.train.batch)
+    state: State = jax.eval_shape(jax.vmap(fresh), np.asarray(config.seeds, np.int32))
     mesh = parallel.mesh(config.train.batch)
     whole, rows = parallel.whole(mesh), parallel.by_rows(mesh, axis=1)
-    shardings: Any = State(whole, actor.State(*[rows] * 6)._replace(key=whole))  # type: ignore[arg-type]
-    return parallel.once(jax.vmap(fresh), seeds, out_shardings=shardings)
+    split = jax.tree.map(lambda _: rows, state.actor)._replace(key=whole)
+    shardings: Any = State(jax.tree.map(lambda _: whole, state.learner), split)
+    return parallel.placed(state, shardings)
 
 
 def train(
