@@ -306,7 +306,9 @@ function place(text, x, y, f, taken) {
   const free = places.find(b => !taken.some(t => b.x < t.x + t.w && t.x < b.x + b.w && b.y < t.y + t.h && t.y < b.y + b.h));
   const spot = free ?? places[0] ?? {x: f.x0, y: y - 6, w, h};
   taken.push(spot);
-  return label(text, w + 7, {x: spot.x, y: spot.y + 10});
+  const left = spot.x + w < x;
+  const at = {x: left ? spot.x + w : spot.x, y: spot.y + 10, 'text-anchor': left ? 'end' : 'start'};
+  return label(text, w + 7, at);
 }
 
 // ---------------------------------------------------------------------------------------- tasks
@@ -366,7 +368,9 @@ function redrawn(object, key) {
   return word => { object[key] = word; for (const redraw of redraws) redraw(); };
 }
 
-for (const table of document.querySelectorAll('table.sortable')) sortable(table);
+for (const table of document.querySelectorAll('table.sortable')) {
+  if (table.tBodies[0].rows.length > 1) sortable(table);
+}
 if (ARMS.length > 1) legend(document.getElementById('legend'));
 chart('curves', drawCurves);
 chart('finals', drawFinals);
