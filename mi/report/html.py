@@ -131,7 +131,6 @@ def _table(sweep: Sweep, rows: list[Row]) -> str:
     header, body, best = tables.cells(sweep, rows)
     columns = list(zip(*body, strict=True))
     numeric = [any(cell.value is not None for cell in column) for column in columns]
-    # A column without any number, such as that of an arm that has failed, is not one of words.
     word = [i == 0 or header[i].main in ('verdict', 'state') for i in range(len(header))]
     head = ''.join(
         f'<th scope="col"{_class("word", on=word[i])}>{_cell(cell)}</th>'

@@ -58,7 +58,7 @@ function sortable(table) {
 
 /** By the number in data-value where there is one, else by the words; what is empty comes last. */
 function ordered(rows, column, sign) {
-  const key = row => row.cells[column].dataset.value ?? row.cells[column].textContent;
+  const key = ({cells: {[column]: cell}}) => cell.dataset.value ?? cell.textContent.replace(/^—$/, '');
   const numbers = rows.some(row => row.cells[column].dataset.value !== undefined);
   return rows.toSorted((a, b) => {
     const [x, y] = [key(a), key(b)];
