@@ -32,6 +32,8 @@ EXTRAS = {
     'vizdoom': ['gymnasium>=1.2', 'vizdoom>=1.3'],
     'ray': ['ray>=2.50'],
     'docs': ['mkdocs>=1.6,<2', 'mkdocs-material>=9.7', 'mkdocstrings[python]>=1.0'],
+    'wandb': ['wandb>=0.22'],
+    'trackio': ['trackio>=0.30'],
 }
 EXTRAS['test'] = [
     *('mypy>=2.0', 'pytest>=9.0', 'pytest-xdist>=3.8', 'ruff>=0.15'),
@@ -52,7 +54,7 @@ setuptools.setup(
     license='Apache-2.0',
     python_requires='>=3.11,<3.14',
     packages=setuptools.find_packages(include=['mi', 'mi.*']),
-    package_data={'mi': ['py.typed', 'data/*.xz']},
+    package_data={'mi': ['py.typed', 'data/*.xz', 'report/page.*']},
     install_requires=RUN,
     extras_require=EXTRAS,
 )

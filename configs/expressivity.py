@@ -23,6 +23,7 @@ def get_config(arg: str = 'search') -> ml_collections.ConfigDict:
         raise UserError(f'configs/expressivity.py:{arg}: {nearest(arg, PRESETS)}')
     config = ml_collections.ConfigDict()
     config.task = arg
+    config.tracker = 'none'  # a word of mi.tracking.TRACKERS: none, wandb, trackio
     config.seeds = (0, 1, 2, 3, 4)
 
     config.problem = problem = ml_collections.ConfigDict()

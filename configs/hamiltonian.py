@@ -23,6 +23,7 @@ def get_config(arg: str = 'phase') -> ml_collections.ConfigDict:
         raise UserError(f'configs/hamiltonian.py:{arg}: {nearest(arg, PRESETS)}')
     config = ml_collections.ConfigDict()
     config.task = 'fit'
+    config.tracker = 'none'  # a word of mi.tracking.TRACKERS: none, wandb, trackio
     config.seeds = (0, 1, 2, 3, 4)
 
     phase = arg == 'phase'

@@ -26,6 +26,7 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.task = 'lm'
     config.seeds = (0,)  # all trained at once, logged apart
+    config.tracker = 'none'  # a word of mi.tracking.TRACKERS: none, wandb, trackio
 
     config.data = data = ml_collections.ConfigDict()
     data.source = 'austen'  # a word of mi.lm.corpora.CORPORA, or a text file or directory

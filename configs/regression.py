@@ -16,6 +16,7 @@ from mi import optim
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.task = 'fit'
+    config.tracker = 'none'  # a word of mi.tracking.TRACKERS: none, wandb, trackio
     config.seeds = tuple(range(10))
 
     config.problem = problem = ml_collections.ConfigDict()

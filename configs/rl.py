@@ -25,6 +25,7 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.task = 'rl'
     config.seeds = (0,)  # all trained at once, logged apart
+    config.tracker = 'none'  # a word of mi.tracking.TRACKERS: none, wandb, trackio
 
     config.env = env = ml_collections.ConfigDict()
     env.name = 'xland'  # a word of mi.rl.envs.JAX or HOST, with its suite after a slash

@@ -20,6 +20,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
         raise UserError(f'configs/seq2seq.py:{arg}: it has no variants; leave {arg!r} away')
     config = ml_collections.ConfigDict()
     config.task = 'fit'
+    config.tracker = 'none'  # a word of mi.tracking.TRACKERS: none, wandb, trackio
     config.seeds = (0, 1, 2, 3, 4)
 
     config.problem = problem = ml_collections.ConfigDict()

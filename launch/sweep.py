@@ -2,6 +2,7 @@
 
 CONFIG = 'configs/lm.py:quickstart'      TITLE, METRIC, SPLIT, BASELINE, NOTES
 LOWER_IS_BETTER = True                   CURVES = 'valid'; both may be left out
+TASK = 'env.name'                        of runs that learn one task each: its key; may be left out
 def sweep() -> list[dict[str, Any]]      overrides of CONFIG, one dict for each member
 def report(workdir, out) -> None         figures and tables of its own; may be left out
 """
@@ -26,8 +27,8 @@ class Member:
 
     Attributes:
       name: of its run directory, made of what differs between the members.
-      label: its name in tables and figures: the values that differ, but for the seeds. Members of
-        one label are one arm.
+      label: its name in tables and figures: the values that differ, but for seeds and task. Members
+        of one label are one arm.
       command: what runs it.
       overrides: dotted key → value.
     """
@@ -87,7 +88,8 @@ def load(file: str, workdir: pathlib.Path) -> list[Member]:
       UserError: if the file is not a sweep, or the directory holds another one.
     """
     module = _module(file)
-    members = _members(module.sweep(), module.CONFIG, workdir)
+    task = getattr(module, 'TASK', None)
+    members = _members(module.sweep(), module.CONFIG, workdir, task)
     description = {
         'name': pathlib.Path(file).stem,
         'title': module.TITLE,
@@ -99,7 +101,11 @@ def load(file: str, workdir: pathlib.Path) -> list[Member]:
         'notes': module.NOTES,
         'config': module.CONFIG,
         'command': f'python -m launch.local --sweep={file} --workdir={workdir}',
-        'members': [{'name': m.name, 'label': m.label, 'overrides': m.overrides} for m in members],
+        'members': [
+            {'name': m.name, 'label': m.label, 'overrides': m.overrides}
+            | ({'task': str(m.overrides[task])} if task in m.overrides else {})
+            for m in members
+        ],
     }
     workdir.mkdir(parents=True, exist_ok=True)
     record = workdir / 'sweep.json'
@@ -137,7 +143,9 @@ def _module(file: str) -> types.ModuleType:
     return module
 
 
-def _members(overrides: list[dict[str, Any]], config: str, workdir: pathlib.Path) -> list[Member]:
+def _members(
+    overrides: list[dict[str, Any]], config: str, workdir: pathlib.Path, task: str | None
+) -> list[Member]:
     keys = list(dict.fromkeys(key for changes in overrides for key in changes))
     differing = [k for k in keys if len({repr(changes.get(k)) for changes in overrides}) > 1]
     members = []
@@ -147,7 +155,7 @@ def _members(overrides: list[dict[str, Any]], config: str, workdir: pathlib.Path
         command = [sys.executable, '-m', 'mi.main', f'--config={config}']
         command += [f'--config.{key}={value}' for key, value in changes.items()]
         command += [f'--workdir={workdir / name}']
-        label = ', '.join(str(v) for k, v in shown.items() if k != 'seeds') or 'only'
+        label = ', '.join(str(v) for k, v in shown.items() if k not in ('seeds', task)) or 'only'
         members.append(Member(name, label, command, changes))
     if len({m.name for m in members}) < len(members):
         raise UserError('two members of the sweep have the same overrides')

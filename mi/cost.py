@@ -1,11 +1,14 @@
 """What a module costs: parameters and FLOPs from shapes alone, and the size that meets a target.
 
 Nothing is allocated or compiled: shapes come from `jax.eval_shape`, FLOPs from the jaxpr.
+
+python -m mi.cost --config=configs/lm.py prints what a run of a config costs: see `mi.memory`.
 """
 
 import functools
 import math
 import re
+import runpy
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -138,3 +141,7 @@ def nearest_size(cost: Callable[[int], int], target: int, low: int = 1) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if cost(middle) < target else (low, middle)
     return min((low, high), key=lambda size: abs(cost(size) - target))
+
+
+if __name__ == '__main__':  # trainers stand above this floor, and what looks at them
+    runpy.run_module('mi.memory', run_name='__main__')

@@ -19,7 +19,7 @@ from mi.lm import sample
 from mi.lm import train as lm
 from mi.rl import assess as assess_rl
 from mi.rl import train as rl
-from mi.run import keep_freed_memory
+from mi.run import Steps, keep_freed_memory
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file.', lock_config=True)
 WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory, made or continued.')
@@ -29,6 +29,9 @@ MODE = flags.DEFINE_enum(
     'train',
     ['train', 'eval', 'sample'],
     'eval: the scores, and videos, of what a run has learnt. sample: text that it writes.',
+)
+PROFILE = flags.DEFINE_string(
+    'profile', '', 'FIRST:LAST, the steps of training that a trace in WORKDIR/profile is made of.'
 )
 DISTRIBUTED = flags.DEFINE_string(
     'distributed', '', "One of several processes: 'auto', or 'HOST:PORT,COUNT,INDEX'."
@@ -57,9 +60,22 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(
             f'config.task = {task!r}: --mode={MODE.value} expects one of {", ".join(tasks)}'
         )
+    profile = {'profile': steps(PROFILE.value)} if PROFILE.value else {}
+    if profile and (MODE.value != 'train' or task == 'search'):
+        raise UserError(f'--profile={PROFILE.value} is of training; leave it away here')
     keep_freed_memory()
     parallel.join(DISTRIBUTED.value)
-    tasks[task](CONFIG.value, WORKDIR.value)
+    tasks[task](CONFIG.value, WORKDIR.value, **profile)
+
+
+def steps(text: str) -> Steps:
+    """'10:20' → (10, 20)."""
+    first, colon, last = text.removeprefix('steps=').partition(':')
+    if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise UserError(
+            f'--profile={text}: expected FIRST:LAST, such as 10:20, the first step is 1'
+        )
+    return int(first), int(last)
 
 
 def parse(argv: Sequence[str]) -> list[str]:

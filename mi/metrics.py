@@ -2,7 +2,7 @@
 
 metrics.jsonl   what was learnt, {"step", "seed", "split", …}: the same bits on every run
 timing.jsonl    what it took here, {"step", "seconds", "tokens_per_second"}: never the same
-tensorboard/    a copy of both
+tensorboard/    a copy of both, and another one where config.tracker says (mi.tracking)
 """
 
 import contextlib
@@ -19,6 +19,7 @@ import rich.progress
 import tensorboardX
 
 from mi.config import UserError
+from mi.tracking import Tracker
 
 Record = dict[str, Any]  # name → value
 
@@ -31,9 +32,17 @@ class Metrics:
       position: length in bytes at which metrics.jsonl is continued; what a killed run wrote after
         its last checkpoint is cut off, because the continued run writes it again.
       step: the step that is continued from.
+      tracker: what gets a copy beside TensorBoard; closed with the files.
     """
 
-    def __init__(self, path: pathlib.Path, position: int = 0, step: int = 0):
+    def __init__(
+        self,
+        path: pathlib.Path,
+        position: int = 0,
+        step: int = 0,
+        tracker: Tracker | None = None,
+    ):
+        self._tracker = tracker
         self._metrics = open(path / 'metrics.jsonl', 'ab')  # noqa: SIM115
         self._metrics.truncate(position)
         self._timing = open(path / 'timing.jsonl', 'ab')  # noqa: SIM115
@@ -50,16 +59,20 @@ class Metrics:
         record = {'step': step, 'seed': seed, 'split': split, **values}
         self._metrics.write(json.dumps(record).encode() + b'\n')
         self._metrics.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._tensorboard.add_scalar(f'{split}/{name}/seed{seed}', value, step)
+        numbers = {n: value for n, value in values.items() if isinstance(value, int | float)}
+        self._copy(step, {f'{split}/{name}/seed{seed}': value for name, value in numbers.items()})
 
     def timing(self, step: int, values: Mapping[str, float]) -> None:
         """One record of what the steps since the last one took."""
         self._timing.write(json.dumps({'step': step, **values}).encode() + b'\n')
         self._timing.flush()
+        self._copy(step, {f'timing/{name}': value for name, value in values.items()})
+
+    def _copy(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
-            self._tensorboard.add_scalar(f'timing/{name}', value, step)
+            self._tensorboard.add_scalar(name, value, step)
+        if self._tracker and values:
+            self._tracker.write(step, values)
 
     def position(self) -> int:
         """Length of metrics.jsonl in bytes, all of it on disk: what a checkpoint remembers."""
@@ -70,6 +83,8 @@ class Metrics:
         self._metrics.close()
         self._timing.close()
         self._tensorboard.close()
+        if self._tracker:
+            self._tracker.close()
 
 
 def _whole_lines(file: pathlib.Path) -> int:
@@ -144,11 +159,18 @@ class Log(contextlib.AbstractContextManager['Log']):
       path: the run directory; None for a process that does not write.
       total: number of steps.
       done: the step that is continued from.
-      position: as in `Metrics`.
+      position, tracker: as in `Metrics`.
     """
 
-    def __init__(self, path: pathlib.Path | None, total: int, done: int, position: int):
-        self._files = path and Metrics(path, position, done)
+    def __init__(
+        self,
+        path: pathlib.Path | None,
+        total: int,
+        done: int,
+        position: int,
+        tracker: Tracker | None = None,
+    ):
+        self._files = path and Metrics(path, position, done, tracker)
         self._progress = path and Progress(total, done)
 
     def write(self, step: int, seed: int, split: str, values: Mapping[str, Any]) -> None:

@@ -146,6 +146,15 @@ def by_size(tree: Any, mesh: Mesh, skip: int = 0, least: int = 2**12) -> Any:
     return jax.tree.map(of, tree)
 
 
+def placed(shapes: Any, shardings: Any) -> Any:
+    """The shapes with a sharding each, as `jax.ShapeDtypeStruct`s."""
+    return jax.tree.map(
+        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
 def split(tree: Any, mesh: Mesh, axis: int) -> Any:
     """Arrays of which this process has its rows, their `axis` split over all devices."""
     sharding = by_rows(mesh, axis)

@@ -3,6 +3,7 @@
 config.json   resolved config          status.json   running, done, failed, preempted
 cost.json     parameters and FLOPs     lock          held by the process that writes here
 metrics.jsonl, timing.jsonl, tensorboard/ (mi.metrics), checkpoints/ (mi.checkpoint)
+profile/, where one was asked for        tracker.json, where there is one (mi.tracking)
 
 Of several processes (mi.parallel) the first writes all of it, but that process 1 has its own
 status.1.json, and each has its part of a checkpoint.
@@ -19,15 +20,17 @@ import platform
 import signal
 import sys
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 
-from mi import metrics, parallel
+from mi import metrics, parallel, tracking
 from mi.config import UserError, flat
+
+Steps = tuple[int, int]  # first and last
 
 PREEMPTED = 143  # 128 + SIGTERM, what a scheduler expects of a job that it stopped
 
@@ -37,13 +40,18 @@ class Run:
 
     Attributes:
       path: the directory.
+      config: what it was started with.
       step: how far the run is.
     """
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(
+        self, path: pathlib.Path, config: ml_collections.ConfigDict, profile: Steps | None = None
+    ):
         self.path = path
+        self.config = config
         self.step = 0
         self._asked = False
+        self._profile, self._tracing = profile, False
 
     def write(self, name: str, value: dict[str, Any]) -> None:
         """Writes a JSON file whole or not at all; nothing if this is not the first process."""
@@ -79,7 +87,38 @@ class Run:
           total: steps that the run has.
           position: where metrics.jsonl is continued; 0 for a new one.
         """
-        return metrics.Log(self.path if parallel.first() else None, total, self.step, position)
+        if not parallel.first():
+            return metrics.Log(None, total, self.step, position)
+        config = json.loads(self.config.to_json())
+        tracker = tracking.start(self.config.tracker, self.path, config)
+        return metrics.Log(self.path, total, self.step, position, tracker)
+
+    def traced(self, count: int, program: Callable[..., Any], *args: Any) -> Any:
+        """program(*args), the next `count` steps; recorded if they are to be.
+
+        The trace begins before the first of the steps that were asked for and ends when the last of
+        them has been computed: a program of several steps is recorded as a whole. Each call is
+        marked 'train' with its first step, as the profiler's overview needs it.
+        """
+        first, last = self.step + 1, self.step + count
+        if self._profile is None or last < self._profile[0] or first > self._profile[1]:
+            return program(*args)
+        if not self._tracing:
+            jax.profiler.start_trace(str(self.path / 'profile'))
+            self._tracing = True
+        with jax.profiler.StepTraceAnnotation('train', step_num=first):
+            result = program(*args)
+        if last >= self._profile[1]:
+            jax.block_until_ready(result)
+            self.end_trace()
+        return result
+
+    def end_trace(self) -> None:
+        """Writes the trace that has begun, if one has."""
+        if self._tracing:
+            jax.profiler.stop_trace()
+            print(f'profile of steps in {self.path / "profile"}', file=sys.stderr)
+            self._profile, self._tracing = None, False
 
     def stops(self, recorded: bool) -> bool:
         """Whether the loop is to save and end: SIGTERM or SIGINT came, in any process.
@@ -110,8 +149,17 @@ class Preempted(SystemExit):
 
 
 @contextlib.contextmanager
-def start(workdir: str | os.PathLike[str], config: ml_collections.ConfigDict) -> Iterator[Run]:
+def start(
+    workdir: str | os.PathLike[str],
+    config: ml_collections.ConfigDict,
+    profile: Steps | None = None,
+) -> Iterator[Run]:
     """Opens a run directory, new or to be continued, and records how the run ends.
+
+    Args:
+      workdir: the directory.
+      config: what the run is made with.
+      profile: first and last of the steps that `Run.traced` records; None for none.
 
     Raises:
       UserError: if another process holds it, or it was made with another config.
@@ -126,7 +174,7 @@ def start(workdir: str | os.PathLike[str], config: ml_collections.ConfigDict) ->
             stack.enter_context(_locked(path / 'lock', path))
             _same_config(path / 'config.json', config)
         parallel.wait('run directory')
-        run = Run(path)
+        run = Run(path, config, profile)
         handlers = {s: signal.signal(s, run._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
             run.status('running')
@@ -139,6 +187,7 @@ def start(workdir: str | os.PathLike[str], config: ml_collections.ConfigDict) ->
             run.status('failed', f'{type(error).__name__}: {error}'.strip())
             raise
         finally:
+            run.end_trace()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
@@ -170,6 +219,8 @@ def _same_config(file: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     except json.JSONDecodeError as error:
         raise UserError(f'{file} is not JSON ({error}); restore it or start afresh') from error
     after = flat(now)
+    for side in (before, after):
+        side.pop('tracker', None)  # who else is told has no part in what is learnt
     changed = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
     if changed:
         first = changed[0]

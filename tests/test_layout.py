@@ -18,9 +18,10 @@ FLOORS = [
     ['fusion'],
     ['cells'],
     ['unify'],
-    ['optim', 'checkpoint', 'metrics', 'run', 'parallel'],
+    ['optim', 'checkpoint', 'metrics', 'tracking', 'run', 'parallel'],
     ['lm', 'rl', 'fit'],
-    ['main'],
+    ['main', 'costs'],
+    ['memory'],
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 

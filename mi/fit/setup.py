@@ -5,7 +5,7 @@ import types
 import jax
 import ml_collections
 
-from mi import cost, optim
+from mi import cost, optim, tracking
 from mi.config import (
     Rule,
     UserError,
@@ -35,6 +35,7 @@ PROBLEMS: dict[str, types.ModuleType] = {
 SCHEMA: dict[str, Rule] = {
     'task': one_of(['fit', 'search']),
     'seeds': seeds,
+    'tracker': tracking.known,
     'problem.name': one_of(PROBLEMS),
     'model.width': integer(1),
     'model.parameters': integer(0),

@@ -75,10 +75,12 @@ def evaluate(problem: Problem, params: Any, seed: Array) -> dict[str, Metrics]:
     return {split: f(params, world, key) for split, f in problem.evaluations.items()}
 
 
-def train(config: ml_collections.ConfigDict, workdir: str) -> None:
+def train(
+    config: ml_collections.ConfigDict, workdir: str, profile: run.Steps | None = None
+) -> None:
     """Trains, evaluates and leaves a run directory; continues it where there is one."""
     problem = setup.problem(config)
-    with run.start(workdir, config) as this:
+    with run.start(workdir, config, profile) as this:
         _train(config, problem, this)
 
 
@@ -105,7 +107,7 @@ def _train(config: ml_collections.ConfigDict, problem: Problem, this: run.Run) -
                 program = jax.jit(several, donate_argnums=0).lower(state, seeds)
                 compiled[count] = program.compile()
             began = time.perf_counter()
-            state, measured = compiled[count](state, seeds)
+            state, measured = this.traced(count, compiled[count], state, seeds)
             measured = jax.device_get(measured)
             seconds = time.perf_counter() - began
             this.step += count

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 from flax import linen as nn
 
-from mi import cells, cost, fusion, optim
+from mi import cells, cost, fusion, optim, tracking
 from mi.config import Rule, UserError, boolean, check, integer, number, one_of, seeds, text
 from mi.lm import data
 from mi.lm.adaptive import AdaptiveWords
@@ -34,6 +34,7 @@ def cutoffs(value: Any) -> str:
 SCHEMA: dict[str, Rule] = {
     'task': one_of(['lm']),
     'seeds': seeds,
+    'tracker': tracking.known,
     'data.source': text,
     'data.path': text,
     'data.level': one_of(data.LEVELS),

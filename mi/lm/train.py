@@ -37,8 +37,13 @@ class State:
     carry: Carry
 
 
-def train(config: ml_collections.ConfigDict, workdir: str) -> None:
+def train(
+    config: ml_collections.ConfigDict, workdir: str, profile: run.Steps | None = None
+) -> None:
     """Trains, evaluates and leaves a run directory; continues it where there is one.
+
+    Args:
+      profile: first and last of the steps that are recorded, as in `run.start`.
 
     Raises:
       UserError: for a config, corpus or directory that cannot work, and for a non-finite loss.
@@ -46,7 +51,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
     setup.validate(config)
     corpus = setup.corpus(config)
     config = setup.matched(config, *corpus.sizes)
-    with run.start(workdir, config) as this:
+    with run.start(workdir, config, profile) as this:
         _train(config, corpus, this)
 
 
@@ -138,13 +143,27 @@ def start(
 ) -> State:
     """The state of all seeds, [S, …], each array where the mesh has it."""
     fresh = jax.vmap(lambda seed: init(model, optimiser, seed, batch))
-    shapes = jax.eval_shape(fresh, seeds)
-    shardings = State(
-        params=parallel.by_size(shapes.params, mesh, skip=1),
-        opt_state=parallel.by_size(shapes.opt_state, mesh, skip=1),
-        carry=jax.tree.map(lambda _: parallel.by_rows(mesh, axis=1), shapes.carry),
+    like = shapes(model, optimiser, seeds, batch, mesh)
+    return parallel.once(fresh, seeds, out_shardings=jax.tree.map(lambda a: a.sharding, like))
+
+
+def shapes(
+    model: LanguageModel,
+    optimiser: optax.GradientTransformation,
+    seeds: np.ndarray,
+    batch: int,
+    mesh: jax.sharding.Mesh,
+) -> State:
+    """What `start` makes, as `jax.ShapeDtypeStruct`s with their shardings."""
+    state = jax.eval_shape(jax.vmap(lambda seed: init(model, optimiser, seed, batch)), seeds)
+    return parallel.placed(
+        state,
+        State(
+            params=parallel.by_size(state.params, mesh, skip=1),
+            opt_state=parallel.by_size(state.opt_state, mesh, skip=1),
+            carry=jax.tree.map(lambda _: parallel.by_rows(mesh, axis=1), state.carry),
+        ),
     )
-    return parallel.once(fresh, seeds, out_shardings=shardings)
 
 
 def compile_step(
@@ -224,7 +243,8 @@ def _train(config: ml_collections.ConfigDict, corpus: data.Corpus, this: run.Run
 
     with _Log(config, this, meta) as log:
         for step in range(this.step + 1, steps + 1):
-            state, measured = compiled(state, seeds, np.int32(step - 1), *batch(step - 1))
+            arrays = state, seeds, np.int32(step - 1), *batch(step - 1)
+            state, measured = this.traced(1, compiled, *arrays)
             if one_at_a_time:
                 jax.block_until_ready(measured)
             log.measured(step, measured)

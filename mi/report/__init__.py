@@ -1,13 +1,13 @@
 """What a sweep showed: a page, tables and figures from its run directories.
 
-report.html   the page, in one file        table.csv   every digit
-curves.png, .pdf   learning curves         table.md    for a README
-finals.png, .pdf   final values            table.tex   for a paper
-tasks.png, .pdf    each task               tasks.csv   each task and seed
+report.html   the page, in one file         table.csv   every digit
+curves        learning curves               table.md    for a README
+finals        final values                  table.tex   for a paper
+pareto        cost against quality          tasks.csv   each task and seed
+tasks         each task                     draws.md    ranks in each set of seeds
 
-draws.md           ranks in each set of seeds
-
-The last two lines where there are scores of several tasks, and several sets of seeds.
+Figures as .png, .pdf and .svg; those of tasks and of sets of seeds where there are several, pareto
+where there are costs. `mi.report.compare` sets two sweeps side by side.
 """
 
 import os
@@ -38,10 +38,10 @@ def write(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f'--out={folder}: {error.strerror}; name another directory') from error
-    images, remarks = plots.draw(sweep, rows, folder)
+    figures, remarks = plots.draw(sweep, rows, folder)
     notes = [*tables.notes(sweep, rows), *remarks, *sweep.warnings]
     texts = {
-        'report.html': html.page(sweep, rows, images, notes),
+        'report.html': html.page(sweep, rows, notes),
         'table.csv': tables.to_csv(sweep, rows),
         'table.md': tables.to_markdown(sweep, rows),
         'table.tex': tables.to_latex(sweep, rows),
@@ -53,8 +53,7 @@ def write(
     for name, text in texts.items():
         (folder / name).write_text(text, encoding='utf-8')
     _say(sweep, rows, [*remarks, *sweep.warnings])
-    paths = [folder / name for name in texts]
-    paths += [folder / f'{name}.{kind}' for name in images for kind in ('png', 'pdf')]
+    paths = [*(folder / name for name in texts), *figures]
     for path in paths:
         print(path)
     return paths

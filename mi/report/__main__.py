@@ -1,4 +1,9 @@
-"""python -m mi.report --workdir=runs/quickstart [--out=DIR]: see mi.report.write."""
+"""What a sweep showed, or how two differ.
+
+python -m mi.report --workdir=runs/quickstart [--out=DIR]: see mi.report.write
+python -m mi.report --baseline=runs/before --candidate=runs/after [--fail_on_worse] [--out=DIR]:
+    see mi.report.compare; exit code 1 if an arm is worse, or lost, and --fail_on_worse is given
+"""
 
 import sys
 
@@ -6,18 +11,34 @@ from absl import app, flags
 
 from mi import report
 from mi.config import UserError
+from mi.report import compare
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'Sweep or run directory.')
-OUT = flags.DEFINE_string('out', None, 'Where to write; WORKDIR/report unless given.')
+BASELINE = flags.DEFINE_string('baseline', None, 'Sweep or run directory that is compared with.')
+CANDIDATE = flags.DEFINE_string('candidate', None, 'Sweep or run directory that is compared.')
+FAIL_ON_WORSE = flags.DEFINE_bool(
+    'fail_on_worse', False, 'Exit with 1 if an arm of the candidate is worse than the baseline.'
+)
+OUT = flags.DEFINE_string('out', None, 'Where to write; DIRECTORY/report unless given.')
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        sys.exit(f'error: unknown argument {argv[1]!r}; known: --workdir, --out')
-    if WORKDIR.value is None:
-        sys.exit('error: --workdir=DIRECTORY is needed, of a sweep or a run')
+        sys.exit(f'error: unknown argument {argv[1]!r}; flags are --NAME=VALUE, see --help')
+    workdir, baseline, candidate = WORKDIR.value, BASELINE.value, CANDIDATE.value
     try:
-        report.write(WORKDIR.value, OUT.value)
+        if workdir and not baseline and not candidate:
+            report.write(workdir, OUT.value)
+        elif baseline and candidate and not workdir:
+            found = compare.compare(baseline, candidate, OUT.value)
+            worse = [pair.label for pair in found if compare.is_worse(pair)]
+            if worse and FAIL_ON_WORSE.value:
+                sys.exit(f'error: worse or lost: {", ".join(worse)}')
+        else:
+            sys.exit(
+                'error: --workdir=DIRECTORY of a sweep or a run is needed, or --baseline=DIRECTORY '
+                'and --candidate=DIRECTORY'
+            )
     except UserError as error:
         sys.exit(f'error: {error}')
 

@@ -7,22 +7,25 @@ import numpy as np
 
 from mi.report import statistics
 from mi.report.runs import Arm, Sweep
-from mi.report.statistics import Estimate
+from mi.report.statistics import Estimate, Test
 
 
 @dataclasses.dataclass(frozen=True)
-class OfTasks:
-    """Final scores of one arm on several tasks.
+class Summary:
+    """Final scores of one arm, [seeds, tasks], by statistics that outliers move less than a mean.
 
     Attributes:
-      tasks: their names.
+      tasks: their names; empty where there is one number per seed.
       scores: [seeds, tasks].
-      iqm: interquartile mean over all of them.
+      own_runs: whether each task has runs of its own, which decides what the bootstrap draws.
+      median, iqm: as in `statistics`, with their intervals.
       improvement: how probably a seed is better than one of the baseline's on a task.
     """
 
     tasks: tuple[str, ...]
     scores: np.ndarray
+    own_runs: bool
+    median: Estimate
     iqm: Estimate
     improvement: Estimate | None
 
@@ -34,7 +37,8 @@ class Row:
     Attributes:
       final: the compared metric per seed, empty where the arm has no final record.
       metric: mean of these, difference: to the baseline, paired by seed.
-      tasks: of the scores of each task, where there are several.
+      test: of that difference, corrected for the number of arms.
+      summary: of the scores of each seed, and of each task where there are several.
       equal_time: mean of the curve when the quickest arm was done.
       secondary: means of the other numbers in the final records, but those of single tasks.
       rate: tokens, or steps of environments, per second of training.
@@ -45,13 +49,19 @@ class Row:
     final: dict[int, float]
     metric: Estimate | None
     difference: Estimate | None
+    test: Test | None
     verdict: str | None
-    tasks: 'OfTasks | None'
+    summary: Summary | None
     equal_time: Estimate | None
     secondary: dict[str, float]
     seconds: float | None
     rate: float | None
     remarks: list[str]
+
+    @property
+    def tasks(self) -> Summary | None:
+        """The summary where it is of several tasks."""
+        return self.summary if self.summary is not None and self.summary.tasks else None
 
 
 def rows(sweep: Sweep) -> list[Row]:
@@ -64,10 +74,12 @@ def rows(sweep: Sweep) -> list[Row]:
         baseline = {}  # the seeds that did not diverge would be a selection
     reference = next((a for a in sweep.arms if a.label == sweep.baseline), None)
     seconds = quickest(sweep)
-    return [
+    found = [
         _row(sweep, a, f, baseline, reference, seconds)
         for a, f in zip(sweep.arms, finals, strict=True)
     ]
+    corrected = statistics.holm([row.test for row in found])
+    return [dataclasses.replace(r, test=t) for r, t in zip(found, corrected, strict=True)]
 
 
 def quickest(sweep: Sweep) -> float | None:
@@ -86,23 +98,23 @@ def _row(
     reference: Arm | None,
     seconds_of_quickest: float | None,
 ) -> Row:
-    mean = against = None
+    mean = difference = test = None
     remarks = []
     try:
-        mean = statistics.estimate(final, arm.label) if final else None
+        mean = _mean(sweep, arm, final)
         if arm.label != sweep.baseline:
-            against = statistics.difference(final, baseline, arm.label)
+            difference, test = against(sweep, arm, final, baseline, reference)
     except ValueError as error:
         remarks.append(f'{error}; no mean')
     if not final and arm.state == 'done':
         remarks.append(f'{arm.label}: no {sweep.metric} in the {sweep.split} records')
     if 0 < len(final) < len(arm.seeds):
         remarks.append(f'{arm.label}: {len(final)} of {len(arm.seeds)} seeds have a final record')
-    if against is not None and against.n < max(len(final), len(baseline)):
+    if difference is not None and difference.n < max(len(final), len(baseline)):
         remarks.append(
-            f'{arm.label}: the difference pairs the {against.n} seeds that both arms have'
+            f'{arm.label}: the difference pairs the {difference.n} seeds that both arms have'
         )
-    elif mean is not None and against is None and sweep.baseline not in (None, arm.label):
+    elif mean is not None and difference is None and sweep.baseline not in (None, arm.label):
         remarks.append(f'{arm.label}: no difference, {sweep.baseline} has no value to pair')
     secondary = {}
     names = [name for name in arm.names(sweep.split) if '/' not in name]
@@ -115,9 +127,10 @@ def _row(
         arm=arm,
         final=final,
         metric=mean,
-        difference=against,
-        verdict=statistics.verdict(against, sweep.lower_is_better),
-        tasks=_of_tasks(sweep, arm, reference),
+        difference=difference,
+        test=test,
+        verdict=statistics.verdict(difference, sweep.lower_is_better),
+        summary=_summary(sweep, arm, reference),
         equal_time=_at(sweep, arm, seconds_of_quickest),
         secondary=secondary,
         seconds=float(seconds[-1]) if len(seconds) else None,
@@ -139,18 +152,64 @@ def _at(sweep: Sweep, arm: Arm, seconds: float | None) -> Estimate | None:
     return statistics.estimate(dict(enumerate(values[:, last])), arm.label)
 
 
-def _of_tasks(sweep: Sweep, arm: Arm, reference: Arm | None) -> OfTasks | None:
+def _mean(sweep: Sweep, arm: Arm, final: dict[int, float]) -> Estimate | None:
+    if not final:
+        return None
+    over_seeds = statistics.estimate(final, arm.label)
     tasks, scores = arm.scores(sweep.metric, sweep.split)
-    if len(tasks) < 2:
+    if not (arm.own_runs and tasks and len(scores) == len(final)):
+        return over_seeds
+    return statistics.over_runs(scores, statistics.mean)
+
+
+def against(
+    sweep: Sweep,
+    arm: Arm,
+    final: dict[int, float],
+    baseline: dict[int, float],
+    reference: Arm | None,
+) -> tuple[Estimate | None, Test | None]:
+    """The difference to the baseline and its test, both paired by seed, or by task and seed."""
+    paired = {seed: final[seed] - baseline[seed] for seed in sorted(final) if seed in baseline}
+    over_seeds = statistics.difference(final, baseline, arm.label)
+    if (
+        reference is not None
+        and arm.own_runs
+        and reference.own_runs
+        and final.keys() == baseline.keys()
+    ):
+        (tasks, scores), (theirs, of_baseline) = (
+            a.scores(sweep.metric, sweep.split) for a in (arm, reference)
+        )
+        if tasks == theirs and scores.shape == of_baseline.shape and len(scores) == len(paired):
+            gaps = scores - of_baseline
+            over_runs = statistics.over_runs(gaps, statistics.mean)
+            return over_runs, statistics.sign_flips(gaps.ravel())
+    return over_seeds, statistics.sign_flips(np.array(list(paired.values())))
+
+
+def _summary(sweep: Sweep, arm: Arm, reference: Arm | None) -> Summary | None:
+    tasks, scores = _scores(sweep, arm)
+    if not len(scores):
         return None
     against = None
+    own_runs = arm.own_runs and bool(tasks)
     if reference is not None and reference is not arm:
-        theirs, baseline = reference.scores(sweep.metric, sweep.split)
-        if theirs == tasks:
-            against = statistics.probability_of_improvement(scores, baseline, sweep.lower_is_better)
-    return OfTasks(
-        tasks,
-        scores,
-        statistics.over_seeds(scores, statistics.iqm),
-        against,
-    )
+        theirs, baseline = _scores(sweep, reference)
+        if theirs == tasks and len(baseline):
+            against = statistics.probability_of_improvement(
+                scores, baseline, sweep.lower_is_better, own_runs=own_runs
+            )
+    interval = statistics.over_runs if own_runs else statistics.over_seeds
+    median, iqm = (interval(scores, f) for f in (statistics.median, statistics.iqm))
+    return Summary(tasks, scores, own_runs, median, iqm, against)
+
+
+def _scores(sweep: Sweep, arm: Arm) -> tuple[tuple[str, ...], np.ndarray]:
+    """Of each seed and task; of each seed, [seeds, 1], where there is one task or none."""
+    tasks, scores = arm.scores(sweep.metric, sweep.split)
+    if len(tasks) > 1:
+        return tasks, scores
+    final = arm.final(sweep.metric, sweep.split)
+    values = np.array([final[seed] for seed in sorted(final)], float).reshape(-1, 1)
+    return (), values if np.isfinite(values).all() else values[:0]

@@ -1,13 +1,11 @@
-"""Figures for a paper of 5.5 inches: learning curves with bands, final values, and single tasks.
+"""Figures for a paper of 5.5 inches: learning curves with bands, final values, cost, single tasks.
 
 Matplotlib is used through its objects, never pyplot, so that nothing is left behind in a process
 that trains; equal input gives equal bytes.
 """
 
-import io
 import logging
 import pathlib
-import re
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -18,10 +16,10 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from mi.report import statistics
 from mi.report.arms import Row
-from mi.report.runs import Sweep
+from mi.report.runs import Arm, Sweep
 from mi.report.tables import words
 
-INK = '#1b1b1f'  # replaced by the colour of the text in the page's figures
+INK = '#1b1b1f'
 GREY = '#808080'  # the baseline
 # Okabe & Ito's palette, which the colour-blind can tell apart, less black and yellow: these are
 # seen on white and on black.
@@ -57,37 +55,35 @@ METADATA: dict[str, dict[str, None]] = {
 logging.getLogger('fontTools').setLevel(logging.WARNING)
 
 
-def draw(sweep: Sweep, rows: list[Row], out: pathlib.Path) -> tuple[dict[str, str], list[str]]:
-    """Writes PNG and PDF of each figure; returns {name: SVG to put in a page} and remarks."""
+def draw(sweep: Sweep, rows: list[Row], out: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
+    """Writes each figure in every format; returns the files and remarks."""
     remarks: list[str] = []
-    images = {}
+    paths = []
     with matplotlib.rc_context(STYLE):
         figures = {'curves': _curves(sweep, remarks), 'finals': _finals(sweep, rows)}
         if any(row.tasks for row in rows):
             figures['tasks'] = _tasks(sweep, rows)
+        if figure := _pareto(sweep, rows):
+            figures['pareto'] = figure
         for name, figure in figures.items():
-            save(figure, out, name)
-            images[name] = _svg(figure, name)
-    return images, remarks
+            paths += save(figure, out, name)
+    return paths, remarks
 
 
 def save(figure: Figure, out: pathlib.Path, name: str) -> list[pathlib.Path]:
-    """Writes NAME.png and NAME.pdf, the same bytes for the same figure; within STYLE."""
-    paths = [out / f'{name}.{kind}' for kind in ('png', 'pdf')]
+    """Writes NAME.png, .pdf and .svg, the same bytes for the same figure; within STYLE."""
+    paths = [out / f'{name}.{kind}' for kind in METADATA]
+    figure.draw_without_rendering()
+    figure.set_layout_engine('none')  # what is laid out once stays so, instead of at every draw
     for path in paths:
         figure.savefig(path, dpi=200, metadata=METADATA[path.suffix[1:]])
     return paths
 
 
-def _svg(figure: Figure, name: str) -> str:
-    """An element for a page: ids of its own, lines and letters in the colour of the page's text."""
-    file = io.StringIO()
-    figure.savefig(file, format='svg', transparent=True, metadata=METADATA['svg'])
-    svg = file.getvalue()
-    svg = svg[svg.index('<svg') :]
-    svg = re.sub(r'<metadata>.*?</metadata>|\sxmlns(:xlink)?="[^"]*"', '', svg, flags=re.DOTALL)
-    svg = re.sub(r'( id="|url\(#|href="#)', rf'\1{name}-', svg)
-    return svg.replace(INK, 'currentColor')
+def web_styles(sweep: Sweep) -> list[tuple[str, str]]:
+    """Colour and dashes of each arm as SVG has them, the same in the page as in the figures."""
+    dashes = dict(zip(map(str, DASHES), ('none', '7 3', '2 2', '7 2 2 2'), strict=True))
+    return [(colour, dashes[str(style)]) for colour, style in _style(sweep)]
 
 
 def _style(sweep: Sweep) -> list[tuple[str, object]]:
@@ -109,38 +105,50 @@ class Line(NamedTuple):
     high: np.ndarray
 
 
+def line(sweep: Sweep, arm: Arm) -> Line | None:
+    """The curve of an arm where all its seeds are finite; None without a point."""
+    steps, values = arm.curve(sweep.metric, sweep.curves)
+    finite = np.isfinite(values).all(axis=0)
+    if not finite.any():
+        return None
+    mean, low, high = statistics.band(values[:, finite])
+    return Line(steps[finite], mean, mean if low is None else low, mean if high is None else high)
+
+
+def seconds_at(arm: Arm, steps: np.ndarray) -> np.ndarray | None:
+    """The seconds of training up to each step; None without a record of them."""
+    timed, seconds = arm.seconds()
+    return np.interp(steps, np.append(0, timed), np.append(0, seconds)) if len(timed) else None
+
+
 def _curves(sweep: Sweep, remarks: list[str]) -> Figure:
     """The metric of one split over steps and over seconds, a line and a band per arm."""
     figure = Figure(figsize=(WIDTH, 2.4), layout='constrained')
     left, right = figure.subplots(1, 2, sharey=True)
     lines, ends = [], []
     for arm, (colour, dashes) in zip(sweep.arms, _style(sweep), strict=True):
-        steps, values = arm.curve(sweep.metric, sweep.curves)
-        finite = np.isfinite(values).all(axis=0)
-        if not finite.all():
+        curve = line(sweep, arm)
+        if not np.isfinite(arm.curve(sweep.metric, sweep.curves)[1]).all():
             remarks.append(f'{arm.label}: its curve leaves out steps that are NaN or infinite')
-        steps, values = steps[finite], values[:, finite]
-        if not len(steps):
+        if curve is None:
             remarks.append(
                 f'{arm.label}: no curve, no {sweep.metric} in the {sweep.curves} records'
             )
             continue
-        mean, low, high = statistics.band(values)
-        line = Line(steps, mean, mean if low is None else low, mean if high is None else high)
-        lines.append(line)
+        lines.append(curve)
         label = _label(arm.label) + ('' if arm.state == 'done' else f' ({arm.state})')
-        timed, seconds = arm.seconds()
-        panels = [(left, steps.astype(float))]
-        if len(timed):
-            panels.append((right, np.interp(steps, np.append(0, timed), np.append(0, seconds))))
+        seconds = seconds_at(arm, curve.steps)
+        panels = [(left, curve.steps.astype(float))]
+        if seconds is not None:
+            panels.append((right, seconds))
         else:
             remarks.append(f'{arm.label}: no curve over seconds, timing.jsonl has no record')
         for axes, x in panels:
-            marker = '.' if len(steps) == 1 else ''
-            (handle,) = axes.plot(x, mean, color=colour, ls=dashes, lw=1.2, marker=marker)
-            if low is not None:
-                axes.fill_between(x, line.low, line.high, color=colour, alpha=0.2, lw=0)
-        ends.append((mean[-1], label, handle))
+            marker = '.' if len(curve.steps) == 1 else ''
+            (handle,) = axes.plot(x, curve.mean, color=colour, ls=dashes, lw=1.2, marker=marker)
+            if curve.low is not curve.mean:
+                axes.fill_between(x, curve.low, curve.high, color=colour, alpha=0.2, lw=0)
+        ends.append((curve.mean[-1], label, handle))
     left.set_ylabel(f'{words(sweep.metric)} ({sweep.curves})')
     for axes, label in ((left, 'training step'), (right, 'training seconds')):
         axes.set_xlabel(label)
@@ -205,6 +213,58 @@ def _finals(sweep: Sweep, rows: list[Row]) -> Figure:
         axes.set_xticks([])
     better = ', lower is better' if sweep.lower_is_better else ', higher is better'
     axes.set_xlabel(f'{words(sweep.metric)} ({sweep.split}{better if len(rows) > 1 else ""})')
+    return figure
+
+
+COSTS = {'parameters': 'parameters', 'flops': 'FLOPs per {unit}', 'seconds': 'training seconds'}
+
+
+def costs(sweep: Sweep, row: Row) -> dict[str, float | None]:
+    """What an arm costs, by the words of COSTS."""
+    counted = row.arm.counted
+    return {
+        'parameters': counted('parameters', 'model'),
+        'flops': counted(f'flops_per_{sweep.unit}', 'model'),
+        'seconds': row.seconds,
+    }
+
+
+def _pareto(sweep: Sweep, rows: list[Row]) -> Figure | None:
+    """The final metric against each cost; a line through the arms that no other beats in both."""
+    there = [
+        (row, row.metric, style, costs(sweep, row))
+        for row, style in zip(rows, _style(sweep), strict=True)
+        if row.metric is not None
+    ]
+    panels = [name for name in COSTS if all(cost[name] for *_, cost in there)]
+    if len(there) < 2 or not panels:
+        return None
+    figure = Figure(figsize=(WIDTH, 2.2), layout='constrained')
+    sign = 1 if sweep.lower_is_better else -1
+    for axes, name in zip(
+        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True
+    ):
+        front: list[tuple[float, float]] = []
+        for _, e, _, cost in sorted(there, key=lambda t: (t[3][name] or 0, sign * t[1].mean)):
+            if not front or sign * e.mean < sign * front[-1][1]:
+                front.append((cost[name] or 0, e.mean))
+        axes.step(*zip(*front, strict=True), where='post', color=GREY, ls=(0, (4, 3)), lw=0.8)
+        for row, e, (colour, _), cost in there:
+            if e.low is not None and e.high is not None:
+                axes.plot([cost[name]] * 2, [e.low, e.high], color=colour, lw=1.0, alpha=0.6)
+            text = _label(row.arm.label)
+            axes.plot(cost[name], e.mean, 'o', color=colour, ms=4, mew=0, label=text)
+        values = [cost[name] or 0 for *_, cost in there]
+        if max(values) > 8 * min(values):
+            axes.set_xscale('log')
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 2.5, 5, 10]))
+            axes.xaxis.set_major_formatter(EngFormatter(sep=''))
+        axes.margins(x=0.1)
+        axes.set_xlabel(COSTS[name].format(unit=sweep.unit))
+    figure.axes[0].set_ylabel(f'{words(sweep.metric)} ({sweep.split})')
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside right center', frameon=False, handlelength=1.0)
     return figure
 
 

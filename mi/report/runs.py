@@ -1,6 +1,7 @@
 """Reads run directories and sweeps of them; what a run was trained with is not needed for it.
 
-sweep.json    what is compared, and one folder per member, each a run directory:
+sweep.json    what is compared, and one folder per member, each a run directory;
+              members of one label are one arm: of several seeds, or of a task each
 config.json   resolved config          status.json    how the run stands, where it ran
 metrics.jsonl one record per step,     timing.jsonl   seconds since the record before
               seed and split           cost.json      parameters and FLOPs per token or step
@@ -32,6 +33,7 @@ class Arm:
       overrides: how sweep.json says that the arm differs, {dotted key: value}.
       config, cost, status: the JSON files, empty where absent.
       metrics, timing: the records, in the order of the files.
+      own_runs: whether its tasks were learnt by runs of their own, and not all by each agent.
     """
 
     label: str
@@ -44,6 +46,7 @@ class Arm:
     status: Record = dataclasses.field(default_factory=dict)
     metrics: list[Record] = dataclasses.field(default_factory=list)
     timing: list[Record] = dataclasses.field(default_factory=list)
+    own_runs: bool = False
 
     def names(self, split: str) -> list[str]:
         """The names of all numbers in the records of a split, in order of appearance."""
@@ -164,33 +167,45 @@ def _read_sweep(workdir: pathlib.Path) -> Sweep:
     path = workdir / 'sweep.json'
     sweep = _read_object(path)
     members = _field(sweep, 'members', list, path)
+    metric = _field(sweep, 'metric', str, path)
     warnings: list[str] = []
     arms: dict[str, list[Arm]] = {}
+    tasks: dict[str, dict[str, list[Arm]]] = {}
     for member in members:
         if not isinstance(member, dict):
             raise UserError(f'{path}: a member is {member!r}: expected an object with a name')
         name = _field(member, 'name', str, path)
         overrides = _field({'overrides': {}} | member, 'overrides', dict, path)
         label = _field({'label': name} | member, 'label', str, path)
-        arms.setdefault(label, []).append(_read_run(workdir / name, label, overrides, warnings))
+        run = _read_run(workdir / name, label, overrides, warnings)
+        if 'task' in member:
+            task = _field(member, 'task', str, path)
+            tasks.setdefault(label, {}).setdefault(task, []).append(run)
+        arms.setdefault(label, []).append(run)
     if not arms:
         raise UserError(f'{path}: members = []: expected one or more')
+    joined = [
+        _of_tasks({task: _joined(runs, path) for task, runs in tasks[label].items()}, metric)
+        if label in tasks
+        else _joined(members, path)
+        for label, members in arms.items()
+    ]
     baseline = sweep.get('baseline')
     if baseline is not None and baseline not in arms:
         raise UserError(f'{path}: baseline = {baseline!r}: expected null or one of {list(arms)}')
     return Sweep(
         path=workdir,
         title=sweep.get('title') or _field(sweep, 'name', str, path),
-        metric=_field(sweep, 'metric', str, path),
+        metric=metric,
         split=_field(sweep, 'split', str, path),
         curves=_field({'curves': 'valid'} | sweep, 'curves', str, path),
         lower_is_better=_field(sweep, 'lower_is_better', bool, path),
         baseline=baseline,
-        arms=[_joined(members, path) for members in arms.values()],
+        arms=joined,
         notes=[str(note) for note in _field({'notes': []} | sweep, 'notes', list, path)],
         command=sweep.get('command'),
         warnings=warnings,
-        draws=_draws(list(arms.values())),
+        draws=() if tasks else _draws(list(arms.values())),
     )
 
 
@@ -215,13 +230,6 @@ def _joined(members: list[Arm], path: pathlib.Path) -> Arm:
         )
     # The state that is furthest from the end, for the arm is not there before.
     worst = next((arm for arm in members if arm.state != 'done'), first)
-    by_step = [{r['step']: r for r in arm.timing} for arm in members]
-    timing: list[Record] = []
-    for step in sorted(set.intersection(*map(set, by_step))):
-        rows = [rows[step] for rows in by_step]
-        names = [name for name in rows[0] if all(_is_number(r.get(name)) for r in rows)]
-        timing.append({name: sum(r[name] for r in rows) / len(rows) for name in names})
-        timing[-1]['step'] = step
     return dataclasses.replace(
         first,
         state=worst.state,
@@ -229,7 +237,52 @@ def _joined(members: list[Arm], path: pathlib.Path) -> Arm:
         seeds=tuple(seeds),
         status=worst.status,
         metrics=[record for arm in members for record in arm.metrics],
-        timing=timing,
+        timing=_mean_timing([arm.timing for arm in members]),
+    )
+
+
+def _mean_timing(of_runs: list[list[Record]]) -> list[Record]:
+    """The means of the records that all runs have."""
+    by_step = [{r['step']: r for r in timing} for timing in of_runs]
+    timing: list[Record] = []
+    for step in sorted(set.intersection(*map(set, by_step))):
+        rows = [rows[step] for rows in by_step]
+        names = [name for name in rows[0] if all(_is_number(r.get(name)) for r in rows)]
+        timing.append({name: sum(r[name] for r in rows) / len(rows) for name in names})
+        timing[-1]['step'] = step
+    return timing
+
+
+def _of_tasks(arms: dict[str, Arm], metric: str) -> Arm:
+    """One arm of the runs of several tasks, whose metric is the mean over them.
+
+    Each record holds the metric of every task, as that of an agent that learns all of them does;
+    there is one where every task has a record of that step, seed and split.
+    """
+    first = next(iter(arms.values()))
+    if len(arms) == 1:
+        return first
+    worst = next((arm for arm in arms.values() if arm.state != 'done'), first)
+    values: dict[tuple[int, int, str], dict[str, float]] = {}
+    for task, arm in arms.items():
+        for r in arm.metrics:
+            if _is_number(r.get(metric)):
+                values.setdefault((r['step'], r['seed'], r['split']), {})[task] = float(r[metric])
+    records: list[Record] = []
+    for (step, seed, split), of_task in values.items():
+        if len(of_task) == len(arms):
+            whole = math.fsum(of_task.values()) / len(of_task)
+            records.append({'step': step, 'seed': seed, 'split': split, metric: whole})
+            records[-1] |= {f'{metric}/{task}': value for task, value in of_task.items()}
+    return dataclasses.replace(
+        first,
+        state=worst.state,
+        reason=worst.reason,
+        seeds=tuple(sorted(set.intersection(*(set(arm.seeds) for arm in arms.values())))),
+        status=worst.status,
+        metrics=records,
+        timing=_mean_timing([arm.timing for arm in arms.values()]),
+        own_runs=True,
     )
 
 

@@ -1,17 +1,20 @@
-"""Means over seeds with bootstrap intervals: the only randomness that is measured is the seed's.
+"""Means over seeds with bootstrap intervals, and tests of differences that are paired by seed.
 
-The percentile bootstrap draws n of the n seeds with replacement, takes the mean, many times, and
-reports the 2.5 % and 97.5 % quantiles of these means. All of them lie between the smallest and the
-largest seed, so the interval is too short for few seeds: see CAUTION.
+The only randomness that is measured is the seed's. The percentile bootstrap draws n of the n seeds
+with replacement, takes the statistic, many times, and reports the 2.5 % and 97.5 % quantiles. All
+means lie between the smallest and the largest seed, so the interval is too short for few seeds: see
+CAUTION.
 
 Scores of many tasks, [seeds, tasks], are summed up as in Agarwal et al. (2021), "Deep Reinforcement
-Learning at the Edge of the Statistical Precipice", with another bootstrap. There each task has runs
-of its own, which are drawn on their own. Here one agent learns all tasks, so that its scores hang
-together, and whole seeds are drawn.
+Learning at the Edge of the Statistical Precipice". What is drawn depends on who learnt them:
+
+    over_seeds   one agent learns all tasks, so that its scores hang together: whole seeds, rows
+    over_runs    each task has runs of its own: each column on its own, which is that paper's
+                 stratified bootstrap and what its library, rliable, computes
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import scipy.stats
@@ -19,6 +22,7 @@ import scipy.stats
 LEVEL = 0.95
 QUANTILES = (0.5 - LEVEL / 2, 0.5 + LEVEL / 2)
 RESAMPLES = 10_000
+ALPHA = 0.05  # of the tests
 CAUTION = (
     'Intervals are 95 % percentile bootstrap intervals over the seeds. Such an interval cannot be '
     'wider than the range of the n seeds, and covers less than its nominal 95 % for small n '
@@ -117,15 +121,49 @@ def band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, np.ndarray 
 
 
 def over_seeds(scores: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> Estimate:
-    """statistic([..., seeds, tasks]) → [...] of the scores, with its interval."""
+    """statistic([..., seeds, tasks]) → [...] of the scores; whole seeds are drawn."""
+    n = len(scores)
+    return _bootstrap(scores, statistic, lambda rng, draws: scores[rng.integers(n, size=draws)])
+
+
+def over_runs(scores: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> Estimate:
+    """As `over_seeds`, but the runs of each task are drawn on their own: stratified by task."""
+    n, tasks = scores.shape
+
+    def draw(rng: np.random.Generator, draws: tuple[int, int]) -> np.ndarray:
+        return scores[rng.integers(n, size=(*draws, tasks)), np.arange(tasks)]
+
+    return _bootstrap(scores, statistic, draw)
+
+
+def _bootstrap(
+    scores: np.ndarray,
+    statistic: Callable[[np.ndarray], np.ndarray],
+    draw: Callable[[np.random.Generator, tuple[int, int]], np.ndarray],
+) -> Estimate:
+    """draw(rng, (count, n)) → [count, n, tasks]."""
     n = len(scores)
     here = float(statistic(scores))
     if n == 1:
         return Estimate(here, None, None, n)
     rng = np.random.default_rng(0)
-    draws = (rng.integers(n, size=(RESAMPLES // 10, n)) for _ in range(10))  # for the memory
-    low, high = np.quantile(np.concatenate([statistic(scores[d]) for d in draws]), QUANTILES)
+    pieces = [statistic(draw(rng, (RESAMPLES // 10, n))) for _ in range(10)]  # for the memory
+    low, high = np.quantile(np.concatenate(pieces), QUANTILES)
     return Estimate(here, float(low), float(high), n)
+
+
+def mean(scores: np.ndarray) -> np.ndarray:
+    """Mean of [..., seeds, tasks]."""
+    return scores.mean((-2, -1))
+
+
+def median(scores: np.ndarray) -> np.ndarray:
+    """Of [..., seeds, tasks] the median over tasks of their means over seeds.
+
+    So in the paper and its library; of a single task it is the median over the seeds.
+    """
+    each = scores[..., 0] if scores.shape[-1] == 1 else scores.mean(-2)
+    return np.median(each, axis=-1)
 
 
 def iqm(scores: np.ndarray) -> np.ndarray:
@@ -136,7 +174,7 @@ def iqm(scores: np.ndarray) -> np.ndarray:
 
 
 def probability_of_improvement(
-    scores: np.ndarray, baseline: np.ndarray, lower_is_better: bool
+    scores: np.ndarray, baseline: np.ndarray, lower_is_better: bool, *, own_runs: bool = False
 ) -> Estimate:
     """P(a seed is better than one of the baseline), ties counted half; the mean over tasks.
 
@@ -144,14 +182,90 @@ def probability_of_improvement(
       scores: [seeds, tasks].
       baseline: [other seeds, tasks].
       lower_is_better: of the scores.
+      own_runs: whether each task has runs of its own, which are then drawn on their own, as in
+        `over_runs`.
     """
     sign = -1 if lower_is_better else 1
     gap = sign * (scores[:, None] - baseline[None])
-    wins = np.where(gap == 0, 0.5, gap > 0).mean(-1)  # [seeds, other seeds]
-    n, m = wins.shape
+    wins = np.where(gap == 0, 0.5, gap > 0)  # [seeds, other seeds, tasks]
+    if not own_runs:
+        wins = wins.mean(-1, keepdims=True)
+    n, m, strata = wins.shape
+    here = float(wins.mean())
     if min(n, m) == 1:
-        return Estimate(float(wins.mean()), None, None, min(n, m))
+        return Estimate(here, None, None, min(n, m))
     rng = np.random.default_rng(0)
-    own, others = (rng.multinomial(k, np.full(k, 1 / k), size=RESAMPLES) / k for k in (n, m))
-    low, high = np.quantile(np.einsum('ri,ij,rj->r', own, wins, others), QUANTILES)
-    return Estimate(float(wins.mean()), float(low), float(high), min(n, m))
+    total = np.zeros(RESAMPLES)
+    for i in range(strata):
+        own, others = (rng.multinomial(k, np.full(k, 1 / k), size=RESAMPLES) / k for k in (n, m))
+        total += ((own @ wins[..., i]) * others).sum(-1)
+    low, high = np.quantile(total / strata, QUANTILES)
+    return Estimate(here, float(low), float(high), min(n, m))
+
+
+@dataclasses.dataclass(frozen=True)
+class Test:
+    """A two-sided test of a mean difference of zero.
+
+    Attributes:
+      p: how probably chance alone gives a mean at least as far from zero.
+      least: the smallest p that so many differences can give, however large they are.
+      holm: p corrected for the number of arms that are tested, by `holm`; p itself before.
+      least_holm: the smallest that the first arm of these can reach.
+    """
+
+    p: float
+    least: float
+    holm: float
+    least_holm: float
+
+    @property
+    def can_tell(self) -> bool:
+        """Whether there are differences enough that any could be significant at 5 %."""
+        return self.least_holm <= ALPHA
+
+
+def sign_flips(differences: np.ndarray) -> Test | None:
+    """The exact permutation test of paired differences [n]; None for less than two.
+
+    If arms do not differ, each difference is as probable with the other sign: all 2ⁿ choices of
+    signs are equally likely, and p is the share of them whose mean is at least as far from zero.
+    Nothing is assumed about the distribution of the seeds. More than 2¹⁶ choices are sampled.
+    """
+    n = len(differences)
+    if n < 2:
+        return None
+    observed = abs(differences.sum())
+    close = 1e-12 * np.abs(differences).sum()  # sums of the same numbers in another order
+    if n <= 16:
+        signs = 1 - 2 * (np.arange(2 ** (n - 1))[:, None] >> np.arange(n) & 1)  # half: ± are alike
+        p = float(np.mean(np.abs(signs @ differences) >= observed - close))
+    else:
+        rng = np.random.default_rng(0)
+        signs = 1 - 2 * rng.integers(2, size=(RESAMPLES, n))
+        p = float(np.sum(np.abs(signs @ differences) >= observed - close) + 1) / (RESAMPLES + 1)
+    least = max(2.0 ** (1 - n), 1 / (RESAMPLES + 1) if n > 16 else 0.0)
+    return Test(p, least, p, least)
+
+
+def holm(tests: Sequence[Test | None]) -> list[Test | None]:
+    """The same tests with p corrected for their number, by Holm's (1979) method.
+
+    The smallest p is multiplied by their number, the next one by one less, and so on, and none ends
+    below one before it: the probability of any false claim among them stays below ALPHA.
+    """
+    order = sorted((t.p, i) for i, t in enumerate(tests) if t is not None)
+    corrected: list[Test | None] = list(tests)
+    largest = 0.0
+    for rank, (p, i) in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p))
+        test = tests[i]
+        assert test is not None
+        least = min(1.0, len(order) * test.least)
+        corrected[i] = dataclasses.replace(test, holm=largest, least_holm=least)
+    return corrected
+
+
+def seeds_needed(arms: int) -> int:
+    """Of how many seeds on one of so many arms could be significant at 5 % after Holm."""
+    return next(n for n in range(2, 64) if arms * 2.0 ** (1 - n) <= ALPHA)

@@ -8,7 +8,7 @@ import io
 import math
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import rich.table
@@ -17,17 +17,18 @@ import rich.text
 from mi.report import arms, statistics
 from mi.report.arms import Row
 from mi.report.runs import Sweep
-from mi.report.statistics import Estimate
+from mi.report.statistics import Estimate, Test
 
 NONE = '—'
 PREFIX = {12: ' T', 9: ' G', 6: ' M', 3: ' k', 0: ''}
 
 
 class Cell(NamedTuple):
-    """A number or word, and what stands smaller beside or under it."""
+    """A number or word, what stands smaller beside or under it, and what a column is sorted by."""
 
     main: str
     detail: str = ''
+    value: float | None = None
 
     def __str__(self) -> str:
         return f'{self.main} {self.detail}'.strip()
@@ -53,26 +54,25 @@ def notes(sweep: Sweep, rows: list[Row]) -> list[str]:
         seeds = 'No arm has a final record yet.'
     standing = [f'{seeds} {statistics.CAUTION}' + ' One seed has no interval.' * (1 in counts)]
     if sweep.baseline is not None:
-        text = (
+        standing.append(
             f'Differences are arm − {sweep.baseline}, paired by seed; better and worse say '
             'that their interval excludes zero.'
         )
-        several = ' Nothing is corrected for comparing several arms.' * (len(rows) > 2)
-        pairs = min((row.difference.n for row in rows if row.difference is not None), default=0)
-        chance = ''
-        if 2 <= pairs <= 3:  # where the interval is the range, as quantiles of n^n resamples
-            chance = (
-                f' With {pairs} seeds that means no more than that all {pairs} differences have '
-                f'the same sign, as they have once in {2 ** (pairs - 1)} times by chance alone.'
-            )
-        standing.append(text + chance + several)
+        standing += _of_tests(rows)
     of_tasks, equal_time = _optional(rows)
     if of_tasks:
+        own_runs = any(row.tasks.own_runs for row in rows if row.tasks)
+        drawn = (
+            'All intervals of this table draw the runs of each task on their own: every task was '
+            'learnt by runs of its own (stratified bootstrap)'
+            if own_runs
+            else 'Their intervals draw whole seeds with all their tasks, which one agent learns'
+        )
         standing.append(
-            'Means are over tasks and seeds. IQM: the mean of the middle half of all scores of '
-            'tasks and seeds. P(improvement): how probably a seed of this arm beats a seed of '
-            f'{sweep.baseline} on a task, ties counted half; 0.5 means neither. Their intervals '
-            'draw whole seeds with all their tasks, which one agent learns.'
+            'Means are over tasks and seeds. Median: over tasks, of their means over seeds. IQM: '
+            'the mean of the middle half of all scores of tasks and seeds. P(improvement): how '
+            f'probably a seed of this arm beats a seed of {sweep.baseline} on a task, ties counted '
+            f'half; 0.5 means neither. {drawn}.'
         )
     if equal_time:
         standing.append(
@@ -89,6 +89,38 @@ def notes(sweep: Sweep, rows: list[Row]) -> list[str]:
     return [*standing, *(remark for row in rows for remark in row.remarks), *sweep.notes]
 
 
+def _of_tests(rows: list[Row]) -> list[str]:
+    tests = [row.test for row in rows if row.test is not None]
+    if not tests:
+        return []
+    corrected = (
+        f', corrected by Holm for the {len(tests)} arms; the intervals are not'
+        if len(tests) > 1
+        else ''
+    )
+    what = (
+        'p: how probably differences of these sizes have a mean so far from zero if each sign is '
+        f'chance, an exact two-sided permutation test{corrected}.'
+    )
+    return [what, *([warning] if (warning := too_few(rows)) else [])]
+
+
+def too_few(rows: list[Row]) -> str | None:
+    """A warning where no difference could be significant, however large; None where one could."""
+    tests = [row.test for row in rows if row.test is not None]
+    if not tests or any(test.can_tell for test in tests):
+        return None
+    pairs = max(row.difference.n for row in rows if row.difference is not None)
+    best = min(tests, key=lambda test: test.least_holm)
+    holm = f', {_p(best.least_holm)} after Holm for {len(tests)} arms' if len(tests) > 1 else ''
+    return (
+        f'Too few seeds to call any difference significant: with {pairs} pairs even differences '
+        f'that all agree in sign have p = {_p(best.least)}{holm}. '
+        f'{statistics.seeds_needed(len(tests))} seeds are the fewest '
+        f'that can reach {statistics.ALPHA}.'
+    )
+
+
 def words(name: str) -> str:
     """bits_per_byte → bits per byte."""
     return name.replace('_', ' ')
@@ -103,9 +135,12 @@ def cells(sweep: Sweep, rows: list[Row]) -> Table:
     header = [Cell('arm'), Cell(f'{words(sweep.metric)}{arrow}', '[95 %]')]
     if sweep.baseline is not None:
         header += [Cell(f'difference to {sweep.baseline}', '[95 %]'), Cell('verdict')]
+        holm = sum(row.test is not None for row in rows) > 1
+        header += [Cell('p', 'Holm' if holm else '')]
     of_tasks, equal_time = _optional(rows)
     if of_tasks:
-        header += [Cell(f'IQM{arrow}', '[95 %]'), Cell('P(improvement)', '[95 %]')]
+        header += [Cell(f'median{arrow}', '[95 %]'), Cell(f'IQM{arrow}', '[95 %]')]
+        header += [Cell('P(improvement)', '[95 %]')]
     if equal_time:
         seconds = _seconds(arms.quickest(sweep))
         header += [Cell(f'{sweep.curves} after {seconds} s{arrow}', '[95 %]')]
@@ -121,24 +156,27 @@ def cells(sweep: Sweep, rows: list[Row]) -> Table:
             verdict = Cell('baseline' if is_baseline else row.verdict or NONE)
             if row.verdict and row.difference:
                 verdict = Cell(row.verdict, f'(n = {row.difference.n})')
-            line += [verdict]
+            line += [verdict, tested(row.test)]
         if of_tasks:
             line += [
+                interval(row.tasks.median if row.tasks else None, places),
                 interval(row.tasks.iqm if row.tasks else None, places),
                 interval(row.tasks.improvement if row.tasks else None, 2),
             ]
         if equal_time:
             line += [interval(row.equal_time, places)]
-        line += [Cell(_significant(row.secondary.get(name))) for name in secondary]
+        others = [row.secondary.get(name) for name in secondary]
+        line += [Cell(_significant(value), value=value) for value in others]
         parameters, flops = (
             [row.arm.counted(what, part) for part in ('model', 'fusion')]
             for what in ('parameters', f'flops_per_{sweep.unit}')
         )
-        line += [_pair([NONE if p is None else f'{p:,}' for p in parameters])]
-        line += [_pair([_short(f) for f in flops])]
-        line += [Cell(_seconds(row.seconds)), Cell(_short(row.rate))]
+        line += [_pair([NONE if p is None else f'{p:,}' for p in parameters], parameters[0])]
+        line += [_pair([_short(f) for f in flops], flops[0])]
+        line += [Cell(_seconds(row.seconds), value=row.seconds)]
+        line += [Cell(_short(row.rate), value=row.rate)]
         have, asked = len(row.final), len(row.arm.seeds)
-        line += [Cell(f'{have}' if have == asked else f'{have} of {asked}')]
+        line += [Cell(f'{have}' if have == asked else f'{have} of {asked}', value=have)]
         line += [Cell(row.arm.state, f'({_one_line(row.arm.reason)})' if row.arm.reason else '')]
         body.append(line)
     means = {i: row.metric.mean for i, row in enumerate(rows) if row.metric is not None}
@@ -156,8 +194,9 @@ def to_csv(sweep: Sweep, rows: list[Row]) -> str:
         line |= {'reason': row.arm.reason, 'split': sweep.split, 'metric': sweep.metric}
         for name, e in (('', row.metric), ('difference_', row.difference)):
             line |= {f'{name}{key}': getattr(e, key, None) for key in ('mean', 'low', 'high')}
-        for name in ('iqm', 'improvement'):
-            e = getattr(row.tasks, name, None)
+        line |= {'p': row.test and row.test.p, 'p_holm': row.test and row.test.holm}
+        for name in ('median', 'iqm', 'improvement'):
+            e = getattr(row.summary, name, None)
             line |= {f'{name}_{key}': getattr(e, key, None) for key in ('mean', 'low', 'high')}
         e = row.equal_time
         line |= {f'equal_time_{key}': getattr(e, key, None) for key in ('mean', 'low', 'high')}
@@ -190,18 +229,18 @@ def tasks_to_csv(rows: list[Row]) -> str:
 
 def to_markdown(sweep: Sweep, rows: list[Row]) -> str:
     header, body, best = cells(sweep, rows)
-    text = [[_markdown(str(cell)) for cell in line] for line in body]
+    text = [[escaped(str(cell)) for cell in line] for line in body]
     for i in best:
-        mean, detail = body[i][1]
-        text[i][1] = f'**{_markdown(mean)}** {_markdown(detail)}'.strip()
-    table = _grid([_markdown(str(cell)) for cell in header], text)
-    listed = '\n'.join(f'- {_markdown(note)}' for note in notes(sweep, rows))
-    return f'### {_markdown(sweep.title)}\n\n{table}\n\n{listed}\n'
+        mean, detail, _ = body[i][1]
+        text[i][1] = f'**{escaped(mean)}** {escaped(detail)}'.strip()
+    table = _grid([escaped(str(cell)) for cell in header], text)
+    listed = '\n'.join(f'- {escaped(note)}' for note in notes(sweep, rows))
+    return f'### {escaped(sweep.title)}\n\n{table}\n\n{listed}\n'
 
 
 def markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     """A table of plain words, the first column to the left and the others to the right."""
-    return _grid(list(map(_markdown, header)), [list(map(_markdown, line)) for line in body])
+    return _grid(list(map(escaped, header)), [list(map(escaped, line)) for line in body])
 
 
 def _grid(header: list[str], body: list[list[str]]) -> str:
@@ -258,21 +297,34 @@ def to_terminal(sweep: Sweep, rows: list[Row]) -> rich.table.Table:
     """The table without the secondary metrics, so that it fits on a screen."""
     header, body, best = cells(sweep, rows)
     of_tasks, equal_time = _optional(rows)
-    first = (4 if sweep.baseline is not None else 2) + 2 * of_tasks + equal_time
+    first = (5 if sweep.baseline is not None else 2) + 3 * of_tasks + equal_time
     keep = [i for i in range(len(header)) if not first <= i < first + len(_secondary(rows))]
-    table = rich.table.Table(title=rich.text.Text(sweep.title), title_justify='left')
-    for i in keep:
-        title = rich.text.Text('\n'.join(filter(None, header[i])))
+    return terminal(
+        sweep.title,
+        [header[i] for i in keep],
+        [[line[i] for i in keep] for line in body],
+        best,
+    )
+
+
+def terminal(
+    title: str, header: list[Cell], body: list[list[Cell]], best: Collection[int] = ()
+) -> rich.table.Table:
+    """Cells for a screen: the first and the last column to the left; the second of `best` bold."""
+    table = rich.table.Table(title=rich.text.Text(title), title_justify='left')
+    for i, head in enumerate(header):
+        text = rich.text.Text('\n'.join(filter(None, head[:2])))
         left = i in (0, len(header) - 1)
-        table.add_column(title, justify='left' if left else 'right', overflow='fold')
+        table.add_column(text, justify='left' if left else 'right', overflow='fold')
     for number, line in enumerate(body):
-        styles = {1: 'bold'} if number in best else {}
         table.add_row(
             *(
                 rich.text.Text.assemble(
-                    (line[i].main, styles.get(i, '')), '\n' * bool(line[i].detail), line[i].detail
+                    (cell.main, 'bold' * (i == 1 and number in best)),
+                    '\n' * bool(cell.detail),
+                    cell.detail,
                 )
-                for i in keep
+                for i, cell in enumerate(line)
             )
         )
     return table
@@ -311,12 +363,24 @@ def interval(estimate: Estimate | None, digits: int, sign: str = '') -> Cell:
         NONE if x is None else f'{x:{sign}z.{digits}f}'.replace('-', '−')
         for x in (estimate.mean, estimate.low, estimate.high)
     )
-    return Cell(mean, '' if estimate.low is None else f'[{low}, {high}]')
+    detail = '' if estimate.low is None else f'[{low}, {high}]'
+    return Cell(mean, detail, estimate.mean)
 
 
-def _pair(values: list[str]) -> Cell:
+def tested(test: Test | None) -> Cell:
+    if test is None:
+        return Cell(NONE)
+    return Cell(_p(test.holm), '' if test.can_tell else 'too few', test.holm)
+
+
+def _p(value: float) -> str:
+    """Two significant digits, as more are never meant."""
+    return '<0.001' if value < 0.001 else f'{value:.{2 if value >= 0.0995 else 3}f}'
+
+
+def _pair(values: list[str], value: float | None) -> Cell:
     model, fusion = values
-    return Cell(NONE) if model == fusion == NONE else Cell(model, f'/ {fusion}')
+    return Cell(NONE) if model == fusion == NONE else Cell(model, f'/ {fusion}', value)
 
 
 def _significant(value: float | None) -> str:
@@ -347,7 +411,8 @@ def _one_line(text: str) -> str:
     return textwrap.shorten(text, 80, placeholder='…')
 
 
-def _markdown(text: str) -> str:
+def escaped(text: str) -> str:
+    """A text in Markdown, on one line."""
     # A bracket makes a link only before one of ([: and is left alone elsewhere: [2.1, 2.3].
     text = re.sub(r'[\\|*_`~$]|\](?=[(\[:])', r'\\\g<0>', text)
     return ' '.join(text.replace('&', '&amp;').replace('<', '&lt;').split())

@@ -112,21 +112,38 @@ def start(
 ) -> State:
     """The state of all seeds, [S, …], its rows of environments split over the devices."""
     fresh = functools.partial(init, environment, agent, optimiser, config.train.batch)
+    like = shapes(config, environment, agent, optimiser)
+    shardings = jax.tree.map(lambda a: a.sharding, like)
     seeds = np.asarray(config.seeds, np.int32)
-    mesh = parallel.mesh(config.train.batch)
-    whole, rows = parallel.whole(mesh), parallel.by_rows(mesh, axis=1)
-    shardings: Any = State(whole, actor.State(*[rows] * 6)._replace(key=whole))  # type: ignore[arg-type]
     return parallel.once(jax.vmap(fresh), seeds, out_shardings=shardings)
 
 
-def train(config: ml_collections.ConfigDict, workdir: str) -> None:
+def shapes(
+    config: ml_collections.ConfigDict,
+    environment: JaxEnvironment,
+    agent: Agent,
+    optimiser: optax.GradientTransformation,
+) -> State:
+    """What `start` makes, as `jax.ShapeDtypeStruct`s with their shardings."""
+    fresh = functools.partial(init, environment, agent, optimiser, config.train.batch)
+    state: State = jax.eval_shape(jax.vmap(fresh), np.asarray(config.seeds, np.int32))
+    mesh = parallel.mesh(config.train.batch)
+    whole, rows = parallel.whole(mesh), parallel.by_rows(mesh, axis=1)
+    split = jax.tree.map(lambda _: rows, state.actor)._replace(key=whole)
+    shardings: Any = State(jax.tree.map(lambda _: whole, state.learner), split)
+    return parallel.placed(state, shardings)
+
+
+def train(
+    config: ml_collections.ConfigDict, workdir: str, profile: run.Steps | None = None
+) -> None:
     """Trains, evaluates and leaves a run directory; continues it where there is one."""
     environment = envs.make(config.env.name)
     agent = setup.agent(config, environment.spec)
     evaluations = {'eval': environment}
     if config.eval.held_out:
         evaluations['held_out'] = envs.make(config.eval.held_out)
-    with run.start(workdir, config) as this:
+    with run.start(workdir, config, profile) as this:
         _train(config, evaluations, agent, this)
 
 
@@ -159,7 +176,7 @@ def _train(
                     environment, agent, optimiser, config, state, count
                 )
             began = time.perf_counter()
-            state, (measured, ended) = compiled[count](state)
+            state, (measured, ended) = this.traced(count, compiled[count], state)
             measured, ended, statistics = jax.device_get(
                 (measured, ended, state.learner.statistics)
             )

@@ -44,7 +44,9 @@ def make_worker(
     return Worker(groups, policy, config.train.length, key)
 
 
-def train(config: ml_collections.ConfigDict, workdir: str) -> None:
+def train(
+    config: ml_collections.ConfigDict, workdir: str, profile: run.Steps | None = None
+) -> None:
     """Trains, evaluates and leaves a run directory; continues it where there is one."""
     with contextlib.ExitStack() as stack:
         splits = {'eval': config.env.name, 'held_out': config.eval.held_out}
@@ -54,7 +56,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
             if name
         }
         agent = setup.agent(config, evaluations['eval'].spec)
-        with run.start(workdir, config) as this:
+        with run.start(workdir, config, profile) as this:
             _train(config, evaluations, agent, this)
 
 
@@ -87,7 +89,7 @@ def _train(
         while this.step < total:
             items = take(config, actors, this.step, window)
             trajectory = on_devices(joined([item.trajectory for item in items]), mesh)
-            state, measured = update(state, trajectory)
+            state, measured = this.traced(1, update, state, trajectory)
             this.step += 1
             step = this.step
             params = parallel.here(state.params)

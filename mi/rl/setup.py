@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 from flax import linen as nn
 
-from mi import cells, cost, fusion, optim
+from mi import cells, cost, fusion, optim, tracking
 from mi.config import Rule, UserError, boolean, check, integer, number, one_of, seeds, text
 from mi.rl import learner
 from mi.rl.envs.spec import Spec
@@ -31,6 +31,7 @@ def sites(value: Any) -> str:
 SCHEMA: dict[str, Rule] = {
     'task': one_of(['rl']),
     'seeds': seeds,
+    'tracker': tracking.known,
     'env.name': text,
     'model.torso': one_of(TORSOS),
     'model.features': integer(1),

@@ -9,17 +9,23 @@ One agent, one loss and one update (`mi.rl.learner`), and three ways to feed it:
 
 import ml_collections
 
+from mi import run
 from mi.rl import fused, queued, setup
 
 
-def train(config: ml_collections.ConfigDict, workdir: str) -> None:
+def train(
+    config: ml_collections.ConfigDict, workdir: str, profile: run.Steps | None = None
+) -> None:
     """Trains, evaluates and leaves a run directory; continues it where there is one.
+
+    Args:
+      profile: first and last of the updates that are recorded, as in `run.start`.
 
     Raises:
       UserError: for a config or directory that cannot work, and for a loss that is not finite.
     """
     setup.validate(config)
     if config.train.topology == 'fused':
-        fused.train(config, workdir)
+        fused.train(config, workdir, profile)
     else:
-        queued.train(config, workdir)
+        queued.train(config, workdir, profile)

@@ -51,6 +51,18 @@ def test_members_are_named_by_what_differs(tmp_path):
     assert [m['label'] for m in record['members']] == [m.label for m in members]
 
 
+def test_runs_of_a_task_each_are_one_arm(tmp_path):
+    overrides = sweep.product(**{'model.site': ['none', 'both'], 'data.source': ['a', 'b']})
+    file = write(tmp_path, overrides)
+    with open(file, 'a') as more:
+        more.write("TASK = 'data.source'\n")
+    members = sweep.load(file, tmp_path / 'runs')
+    assert [m.label for m in members] == ['none', 'none', 'both', 'both']
+    assert len({m.name for m in members}) == 4
+    record = json.loads((tmp_path / 'runs/sweep.json').read_text())
+    assert [m['task'] for m in record['members']] == ['a', 'b', 'a', 'b']
+
+
 def test_helpers_make_the_members_they_say():
     widths = sweep.zip_(**{'model.width': [64, 128], 'optim.learning_rate': [0.1, 0.03]})
     assert widths == [

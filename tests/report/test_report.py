@@ -11,6 +11,7 @@ import pytest
 
 from mi import report
 from mi.config import UserError
+from tests.conftest import ROOT
 
 SEEDS = [0, 1, 2]
 CONCAT = {0: 2.0, 1: 3.0, 2: 4.0}
@@ -86,18 +87,9 @@ def text(workdir, name='report.html'):
 
 def test_csv_holds_the_numbers(sweep):
     paths = report.write(sweep)
-    assert sorted(p.name for p in paths) == sorted(
-        [
-            'report.html',
-            'table.csv',
-            'table.md',
-            'table.tex',
-            'curves.png',
-            'curves.pdf',
-            'finals.png',
-            'finals.pdf',
-        ]
-    )
+    figures = {f'{n}.{k}' for n in ('curves', 'finals', 'pareto') for k in ('png', 'pdf', 'svg')}
+    tables = {'report.html', 'table.csv', 'table.md', 'table.tex'}
+    assert len(paths) == 13 and {p.name for p in paths} == figures | tables
     assert all(path.stat().st_size > 0 for path in paths)
     rows = table(sweep)
     concat, mi = rows['concat'], rows['mi']
@@ -107,6 +99,10 @@ def test_csv_holds_the_numbers(sweep):
     assert float(mi['difference_mean']) == pytest.approx(-1 / 3)
     assert [float(mi[f'difference_{key}']) for key in ('low', 'high')] == [-0.5, -0.25]
     assert (concat['verdict'], mi['verdict']) == ('', 'better')
+    # All three differences are below zero, as they are in 2 of the 8 choices of signs. Of the 9
+    # pairs of seeds, 6 are won.
+    assert (concat['p'], float(mi['p']), float(mi['p_holm'])) == ('', 0.25, 0.25)
+    assert float(mi['median_mean']) == 2.5 and float(mi['improvement_mean']) == pytest.approx(6 / 9)
     assert float(mi['nats_per_token']) == pytest.approx(4 / 3)
     assert (mi['parameters_model'], mi['parameters_fusion']) == ('412345', '20480')
     assert (mi['flops_per_token_model'], mi['flops_per_token_fusion']) == ('2400000', '40960')
@@ -133,6 +129,7 @@ def test_tables_in_words(sweep, capsys):
     assert '2.67' in printed and str(sweep / 'report' / 'table.tex') in printed
     for said in (markdown, latex, text(sweep), printed):
         assert 'treat as descriptive' in ' '.join(said.split())
+        assert 'Too few seeds to call any difference significant' in ' '.join(said.split())
         assert '3 seeds per arm' in said
 
 
@@ -149,14 +146,18 @@ def test_an_arm_that_failed_is_shown_with_its_reason(sweep):
 def test_the_page_escapes_and_fetches_nothing(sweep):
     report.write(sweep)
     page = text(sweep)
-    assert '<script' not in page and '&lt;script&gt;|_' in page
+    assert '<script>|' not in page and '&lt;script&gt;|_' in page
+    assert page.count('<script') == page.count('</script>') == 2  # the numbers, and what draws them
     assert 'a &lt;note&gt;' in page and 'a &lt;machine&gt;' in page and 'A &amp; B' in page
-    assert not re.search(r'https?:|<link|<img|@import|url\((?!#)', page)
-    assert page.count('<svg role="img" aria-label=') == 2
+    alone = page.replace('http://www.w3.org/2000/svg', '')  # the name of SVG, which nothing fetches
+    assert not re.search(r'https?:|<img|@import|url\((?!#)|src=', alone)
+    assert re.findall('<link[^>]*>', page) == ['<link rel="icon" href="data:,">']
     ids = re.findall(r' id="([^"]*)"', page)
     assert len(ids) == len(set(ids))
-    assert '<td>model.fusion.name</td><td>&quot;concat&quot;</td><td>&quot;mi&quot;</td>' in page
-    assert 'model.width' not in page
+    assert '<th scope="col">model.<wbr>fusion.<wbr>name</th>' in page
+    assert '<td>&quot;concat&quot;</td>' in page
+    assert '<td class="other">&quot;mi&quot;</td>' in page
+    assert 'width</th>' not in page
 
 
 def test_the_same_runs_give_the_same_bytes(sweep, tmp_path):
@@ -371,7 +372,50 @@ def test_several_tasks_and_arms_of_unequal_speed(tmp_path, capsys):
         'concat,easy,0,0.7',
     ]
     page = text(tmp_path)
-    for words in ('<h2>Tasks</h2>', 'P(improvement)', 'eval after 10.0 s', 'eval split'):
+    for words in ('<h2>Tasks</h2>', 'P(improvement)', 'eval after 10.0 s', 'eval split', 'heat'):
         assert words in page
     assert 'success/easy' not in page
     assert 'steps/s' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('kind', ['over_seeds', 'over_runs'])
+def test_known_scores_have_the_statistics_of_other_libraries(tmp_path, kind):
+    """Ten seeds of eight tasks: learnt by one agent, or each by a run of its own.
+
+    Then the intervals are those of arch's bootstrap of rows, and of rliable's stratified one.
+    """
+    golden = json.loads((ROOT / 'tests/golden/statistics.json').read_text())
+    members = []
+    for arm, scores in golden['scores'].items():
+        each = [[f'task {i}', [row[i] for row in scores]] for i in range(len(scores[0]))]
+        for task, of_seeds in [[None, None]] if kind == 'over_seeds' else each:
+            path = tmp_path / f'{arm}-{task}'
+            make_run(path, arm, {})
+            change_json(path / 'config.json', seeds=list(range(len(scores))))
+            records = []
+            for seed, row in enumerate(scores):
+                value = sum(row) / len(row) if task is None else of_seeds[seed]
+                record = {'step': 20, 'seed': seed, 'split': 'eval', 'success': value}
+                if task is None:
+                    record |= {f'success/{name}': values[seed] for name, values in each}
+                records.append(record)
+            lines(path / 'metrics.jsonl', records)
+            members.append({'name': path.name, 'label': arm} | ({'task': task} if task else {}))
+    what = {'metric': 'success', 'split': 'eval', 'curves': 'eval', 'lower_is_better': False}
+    write_sweep(tmp_path, members, baseline='baseline', **what)
+    report.write(tmp_path)
+    rows = table(tmp_path)
+    assert list(rows) == list(golden['scores'])
+    for arm, row in rows.items():
+        for name in ('mean', 'median', 'iqm'):
+            point, low, high = golden[kind][arm][name]
+            prefix = '' if name == 'mean' else f'{name}_'
+            assert float(row[f'{prefix}mean']) == pytest.approx(point)
+            for key, value in (('low', low), ('high', high)):
+                assert float(row[prefix + key]) == pytest.approx(value, abs=0.05 * (high - low))
+        if arm != 'baseline':
+            assert float(row['improvement_mean']) == pytest.approx(golden['improvement'][arm][0])
+            if kind == 'over_seeds':
+                assert float(row['p']) == pytest.approx(golden['sign_flips'][arm])
+    said = 'learnt by runs of its own' if kind == 'over_runs' else 'which one agent learns'
+    assert said in text(tmp_path, 'table.md')

@@ -1,13 +1,16 @@
-"""Intervals against values that are known without them: enumeration, symmetry, simulation."""
+"""Intervals against values that are known without them: enumeration, symmetry, other libraries."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
 import scipy.stats
 
 from mi.report import statistics
+from tests.conftest import ROOT
 
+GOLDEN = json.loads((ROOT / 'tests/golden/statistics.json').read_text())
 THREE = {0: 1.0, 1: 2.0, 2: 4.5}
 
 
@@ -156,3 +159,84 @@ def test_intervals_over_tasks_draw_whole_seeds():
     assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
     alone = statistics.over_seeds(scores[:1], statistics.iqm)
     assert (alone.low, alone.high) == (None, None)
+
+
+@pytest.mark.parametrize('arm', list(GOLDEN['scores']))
+@pytest.mark.parametrize('name', ['mean', 'median', 'iqm'])
+def test_of_many_tasks_the_numbers_are_rliables_and_archs(arm, name):
+    """over_runs is rliable's stratified bootstrap, over_seeds arch's of rows; 50,000 draws each.
+
+    The quantiles of 10,000 draws differ from theirs by chance: by a few hundredths of a width.
+    """
+    scores = np.array(GOLDEN['scores'][arm])
+    widths = {}
+    for kind in ('over_runs', 'over_seeds'):
+        point, low, high = GOLDEN[kind][arm][name]
+        found = getattr(statistics, kind)(scores, getattr(statistics, name))
+        assert found.mean == pytest.approx(point)
+        widths[kind] = high - low
+        near = 0.05 * widths[kind]
+        assert (found.low, found.high) == (
+            pytest.approx(low, abs=near),
+            pytest.approx(high, abs=near),
+        )
+    # A seed that is lucky in all tasks at once is what drawing each task alone does not see.
+    assert name == 'median' or widths['over_seeds'] > 1.1 * widths['over_runs']
+
+
+@pytest.mark.parametrize('arm', ['better', 'same'])
+def test_probability_of_improvement_is_rliables_where_tasks_have_their_own_runs(arm):
+    scores, baseline = (np.array(GOLDEN['scores'][a]) for a in (arm, 'baseline'))
+    point, low, high = GOLDEN['improvement'][arm]
+    found = statistics.probability_of_improvement(scores, baseline, False, own_runs=True)
+    assert found.mean == pytest.approx(point)
+    near = 0.1 * (high - low)  # theirs are 2,000 draws
+    assert (found.low, found.high) == (pytest.approx(low, abs=near), pytest.approx(high, abs=near))
+    seeds = statistics.probability_of_improvement(scores, baseline, False)
+    assert seeds.mean == found.mean and seeds.width > found.width
+
+
+@pytest.mark.parametrize('arm', ['better', 'same'])
+def test_sign_flips_are_scipys_permutation_test(arm):
+    scores, baseline = (np.array(GOLDEN['scores'][a]) for a in (arm, 'baseline'))
+    found = statistics.sign_flips((scores - baseline).mean(1))
+    assert found.p == pytest.approx(GOLDEN['sign_flips'][arm])
+    assert found.least == 2 / 2**10 and found.can_tell
+
+
+@pytest.mark.parametrize('n', range(2, 17))
+def test_differences_of_one_sign_have_the_least_p(n):
+    found = statistics.sign_flips(0.1 + np.arange(n) / 7)
+    assert found.p == found.least == 2 / 2**n
+    assert found.can_tell == (n >= 6)
+    assert statistics.sign_flips(np.zeros(n)).p == 1.0
+
+
+def test_more_than_sixteen_differences_are_tested_by_sampled_signs():
+    rng = np.random.default_rng(5)
+    differences = rng.normal(0.4, 1.0, 30)
+    t = scipy.stats.ttest_1samp(differences, 0.0).pvalue  # nearly the same for normal ones
+    assert statistics.sign_flips(differences).p == pytest.approx(t, abs=0.01)
+    assert statistics.sign_flips(np.ones(30)).p == 1 / (statistics.RESAMPLES + 1)
+
+
+def test_one_difference_is_not_tested():
+    assert statistics.sign_flips(np.array([1.0])) is None
+
+
+def test_holm_is_statsmodels():
+    p = GOLDEN['holm']['p']
+    tests = [statistics.Test(x, 0.001, x, 0.001) for x in p]
+    found = statistics.holm([None, *tests])
+    assert found[0] is None
+    assert [t.holm for t in found[1:]] == pytest.approx(GOLDEN['holm']['corrected'])
+    assert all(t.least_holm == pytest.approx(0.001 * len(p)) for t in found[1:])
+
+
+@pytest.mark.parametrize('arms', [1, 2, 5])
+def test_the_seeds_needed_are_the_fewest_that_can_tell(arms):
+    def can_tell(n):
+        return statistics.holm([statistics.sign_flips(np.ones(n))] * arms)[0].can_tell
+
+    n = statistics.seeds_needed(arms)
+    assert can_tell(n) and not can_tell(n - 1)

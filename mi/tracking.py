@@ -1,0 +1,98 @@
+"""Where else the metrics of a run are shown, by the word config.tracker.
+
+JSONL and TensorBoard are always there (mi.metrics) and are what reports read; a tracker gets a
+copy. It is told the project, the run directory's name, and an id that tracker.json keeps, so that a
+continued run goes on where it is. Whether it is online is its own affair: WANDB_MODE=offline, and
+trackio, which keeps a local database unless TRACKIO_SPACE_ID names a Space, need no network.
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import pathlib
+import secrets
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mi.config import UserError, nearest
+
+PROJECT = 'mi'  # where WANDB_PROJECT names no other
+
+
+class Wandb:
+    """Weights & Biases: metrics over their step; wandb's own step only counts records."""
+
+    def __init__(self, path: pathlib.Path, id: str, config: dict[str, Any]):
+        wandb = importlib.import_module('wandb')
+        try:
+            self._run = wandb.init(
+                project=os.environ.get('WANDB_PROJECT', PROJECT),
+                dir=path,
+                name=path.name,
+                group=path.parent.name,
+                id=id,
+                resume='allow',
+                config=config,
+                settings=wandb.Settings(console='off'),
+            )
+        except wandb.errors.Error as error:
+            raise UserError(
+                f"config.tracker = 'wandb': {' '.join(str(error).split())}; run wandb login, or "
+                f'set WANDB_MODE=offline'
+            ) from error
+        self._run.define_metric('*', step_metric='step')
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({'step': step, **values})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Trackio:
+    """Hugging Face's trackio: a local database, or a Space."""
+
+    def __init__(self, path: pathlib.Path, id: str, config: dict[str, Any]):
+        trackio = importlib.import_module('trackio')
+        name, group = f'{path.name}-{id}', path.parent.name
+        self._run = trackio.init(
+            PROJECT, name=name, group=group, config=config, resume='allow', embed=False
+        )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+Tracker = Wandb | Trackio
+TRACKERS: dict[str, Callable[[pathlib.Path, str, dict[str, Any]], Tracker] | None] = {
+    'none': None,
+    'wandb': Wandb,
+    'trackio': Trackio,
+}
+
+
+def known(value: Any) -> str:
+    """A rule: one of TRACKERS, whose package is there."""
+    if not isinstance(value, str) or value not in TRACKERS:
+        return f'one of the known words; {nearest(str(value), TRACKERS)}'
+    if value != 'none' and importlib.util.find_spec(value) is None:
+        return (
+            f'its package to be there: pip install '
+            f"'multiplicative-interactions[{value}]', or take 'none'"
+        )
+    return ''
+
+
+def start(word: str, path: pathlib.Path, config: dict[str, Any]) -> Tracker | None:
+    """The tracker of a run directory, new or continued; None for 'none'."""
+    make = TRACKERS[word]
+    if make is None:
+        return None
+    file = path / 'tracker.json'
+    if not file.exists():
+        file.write_text(json.dumps({'id': secrets.token_hex(4)}) + '\n')
+    return make(path.resolve(), json.loads(file.read_text())['id'], config)
