@@ -20,7 +20,7 @@ FLOORS = [
     ['unify'],
     ['optim', 'checkpoint', 'metrics', 'run', 'parallel'],
     ['lm', 'rl', 'fit'],
-    ['main'],
+    ['main', 'costs'],
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -1,0 +1,146 @@
+"""What a run of a config will cost, from shapes alone: no data is read and nothing is trained.
+
+The counterpart of a run's cost.json, for `python -m launch.local --dry_run` and the like.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from mi import cost, optim
+from mi.config import UserError, nearest
+from mi.fit import setup as fit
+from mi.fit import train as train_fit
+from mi.lm import corpora
+from mi.lm import setup as lm
+from mi.lm import train as train_lm
+from mi.rl import envs, learner
+from mi.rl import setup as rl
+from mi.rl.actor import Trajectory
+
+Costs = dict[str, Any]
+
+
+def of_config(config: ml_collections.ConfigDict) -> Costs:
+    """What a run of a config will cost.
+
+    - 'parameters' and 'flops_per_token' ('…_step' of an environment, '…_example'): {'model': …,
+      'fusion': …} of one seed and of a forward pass, as in cost.json;
+    - 'steps': how many the run has; 'seeds': how many it trains at once;
+    - 'units': tokens, steps of environments or examples of one step and one seed;
+    - 'flops': of one step and one seed, forward and backward, for an agent acting too.
+
+    Of a search (task 'search'), which finds the sizes of its models itself, there are only 'steps'
+    and 'seeds'. Evaluations count nothing anywhere.
+
+    A model of words or byte pairs has `data.vocabulary` of them here. A run has as many where its
+    text has.
+
+    Raises:
+      UserError: on a config that cannot work.
+    """
+    task = config.task
+    if task not in TASKS:
+        raise UserError(f'config.task = {task!r}: {nearest(str(task), TASKS)}')
+    return TASKS[task](config)
+
+
+def _lm(config: ml_collections.ConfigDict) -> Costs:
+    lm.validate(config)
+    by_domain = config.model.source == 'domain'
+    domains = _domains(config) if by_domain else 0
+    vocabulary = 256 if config.data.level == 'byte' else config.data.vocabulary
+    config = lm.matched(config, vocabulary, domains)
+    model = lm.build(config, vocabulary, domains)
+    optimiser = optim.optimiser(config.optim, config.train.steps)
+    B, T = config.train.batch, config.train.length
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((T + 1, B), jnp.int32)
+    state = jax.eval_shape(lambda seed: train_lm.init(model, optimiser, seed, B), number)
+    step = functools.partial(train_lm.train_step, model, optimiser, config.train.accumulate)
+    return {
+        **lm.costs(config, vocabulary, domains),
+        'steps': config.train.steps,
+        'seeds': len(config.seeds),
+        'units': B * T,
+        'flops': cost.flops(step, state, number, number, tokens, tokens if by_domain else None),
+    }
+
+
+def _domains(config: ml_collections.ConfigDict) -> int:
+    source = config.data
+    cache = corpora.cache_directory(source.cache)
+    texts = corpora.texts(source.source, source.path, ['train'], cache)['train']
+    return len([text for text in texts if text.domain])
+
+
+def _rl(config: ml_collections.ConfigDict) -> Costs:
+    rl.validate(config)
+    B, T = config.train.batch, config.train.length
+    if envs.on_host(config.env.name):
+        pool = envs.pool(config.env.name, config.actors.batch, config.seeds[0])
+        spec = pool.spec
+        pool.close()
+    else:
+        spec = envs.make(config.env.name).spec
+    agent = rl.agent(config, spec)
+    optimiser = optim.optimiser(config.optim, rl.updates(config))
+
+    def start(seed: jax.Array) -> learner.State:
+        params = rl.init_params(agent, jax.random.key(seed))
+        return learner.start(params, optimiser, len(spec.tasks))
+
+    def rows(dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct((T, B), dtype)
+
+    trajectory = Trajectory(
+        inputs=rl.example(spec, T + 1, B),
+        action=rows(jnp.int32),
+        log_prob=rows(jnp.float32),
+        discount=rows(jnp.float32),
+        valid=rows(jnp.bool_),
+        carry=jax.eval_shape(lambda: agent.initial_carry(B)),
+    )
+    state = jax.eval_shape(start, jax.ShapeDtypeStruct((), jnp.int32))
+    update = functools.partial(learner.update, agent, optimiser, rl.hyperparameters(config))
+    costs = rl.costs(agent, B, T)
+    acting = B * T * costs['flops_per_step']['model']
+    return {
+        **costs,
+        'steps': rl.updates(config),
+        'seeds': len(config.seeds),
+        'units': B * T,
+        'flops': acting + cost.flops(update, state, trajectory),
+    }
+
+
+def _fit(config: ml_collections.ConfigDict) -> Costs:
+    problem = fit.problem(config)
+    optimiser = optim.optimiser(config.optim, config.train.steps)
+    seed = jax.ShapeDtypeStruct((), jnp.int32)
+    state = jax.eval_shape(functools.partial(train_fit.start, problem, optimiser), seed)
+    one = functools.partial(train_fit.steps, problem, optimiser, 1)
+    return {
+        **problem.costs(),
+        'steps': config.train.steps,
+        'seeds': len(config.seeds),
+        'units': problem.examples,
+        'flops': cost.flops(one, state, seed),
+    }
+
+
+def _search(config: ml_collections.ConfigDict) -> Costs:
+    fit.validate(config)
+    return {'steps': len(config.search.at), 'seeds': len(config.seeds)}
+
+
+TASKS: dict[str, Callable[[ml_collections.ConfigDict], Costs]] = {
+    'lm': _lm,
+    'rl': _rl,
+    'fit': _fit,
+    'search': _search,
+}

@@ -1,0 +1,82 @@
+"""What is told before a run is what the run then writes down, and FLOPs counted by hand."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from configs import expressivity, lm, lm_ptb, rl
+from mi import costs
+from mi.config import UserError
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'file, changes',
+    [
+        ('configs/lm.py:tiny', {'match.by': 'parameters', 'train.steps': 1}),
+        ('configs/rl.py:tiny,env=catch', {'train.steps': 40}),
+        ('configs/expressivity.py:fit', {'train.steps': 1, 'model.parameters': 500}),
+    ],
+    ids=['lm', 'rl', 'fit'],
+)
+def test_a_run_writes_down_what_was_told_before_it(tmp_path, texts, file, changes):
+    if file.startswith('configs/lm.py'):
+        changes = changes | {'data.source': texts}
+    flags = [f'--config.{key}={value}' for key, value in changes.items()]
+    command = [sys.executable, '-m', 'mi.main', f'--config={file}', f'--workdir={tmp_path}', *flags]
+    subprocess.run(command, check=True)
+    module = {'lm': lm, 'rl': rl}.get(file[8:10], expressivity)
+    config = module.get_config(file.partition(':')[2])
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    told = costs.of_config(config)
+    for name, value in json.loads((tmp_path / 'cost.json').read_text()).items():
+        assert told[name] == value, name
+
+
+def test_flops_of_a_step_are_those_of_its_products():
+    """A layer of n to m features for B rows: 2·B·n·m forward, as much for the gradient of its
+    weights, and for that of its input, which the first layer has not.
+    """
+    config = expressivity.get_config('fit')
+    with config.unlocked():
+        config.problem.dimension, config.model.width, config.train.batch = 3, 16, 8
+        config.model.site = 'last'  # x → 16 features, and these with z → y
+    forward = [2 * 8 * 3 * 16, 2 * 8 * (16 + 3) * 1]
+    told = costs.of_config(config)
+    assert told['flops_per_example']['model'] == sum(forward) / 8
+    assert told['flops'] == 2 * forward[0] + 3 * forward[1]
+    assert told['units'] == 8 and told['seeds'] == 5
+
+
+def test_training_costs_three_times_its_forward_pass_and_acting_once_more():
+    for module, task in ((lm, 'token'), (rl, 'step')):
+        told = costs.of_config(module.get_config())
+        forward = told['units'] * told[f'flops_per_{task}']['model']
+        times = 3 if module is lm else 4
+        assert (times - 0.7) * forward < told['flops'] < (times + 0.3) * forward
+
+
+def test_the_parameters_of_a_corpus_that_is_not_here_can_be_told():
+    config = lm_ptb.get_config()
+    told = costs.of_config(config)
+    with config.unlocked():
+        config.data.vocabulary -= 1000
+    of_words = 1000 * (config.model.embed + 1)  # and a bias
+    fewer = costs.of_config(config)['parameters']['model']
+    assert told['parameters']['model'] - fewer == of_words
+
+
+def test_a_search_has_no_parameters_before_it_is_done():
+    told = costs.of_config(expressivity.get_config('search'))
+    assert 'parameters' not in told and told['steps'] == 5
+
+
+def test_an_unknown_task_is_named():
+    config = lm.get_config('tiny')
+    with config.unlocked():
+        config.task = 'lmm'
+    with pytest.raises(UserError, match="did you mean 'lm'"):
+        costs.of_config(config)
