@@ -1,0 +1,139 @@
+"""One run on this machine: its process or processes, its log, and the lock that they live under.
+
+The lock file `launched` in the run directory is locked before the process starts and is inherited
+by it. So it is held from before the first instruction of a run to its very end, whatever happens to
+the launcher: a launcher that was killed and started again sees which runs still go on.
+"""
+
+import fcntl
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Collection, Mapping, Sequence
+from typing import IO, Any
+
+from mi.run import PREEMPTED
+
+SAVING = 120.0  # seconds that processes have to save and end when one of them has
+DYING = 10.0  # seconds that they have when one of them died: without it they cannot save
+
+
+class Process:
+    """A run that this launcher has started; made by `start`."""
+
+    def __init__(self, processes: list[subprocess.Popen[bytes]]):
+        self._processes = processes
+        self._ended: float | None = None  # when the first of several was seen to have ended
+
+    def poll(self) -> int | None:
+        """The exit code; None as long as it runs.
+
+        Of several processes, that of one that did not succeed, if there is one. Where one has ended
+        the others have to follow, and are killed when they do not.
+        """
+        codes = [process.poll() for process in self._processes]
+        over = [code for code in codes if code is not None]
+        bad = [code for code in over if code]
+        if len(over) == len(codes):
+            return next((code for code in bad if code != PREEMPTED), max(bad, default=0))
+        if over:
+            now = time.monotonic()
+            self._ended = self._ended or now
+            fine = all(code in (0, PREEMPTED) for code in over)
+            if now - self._ended > (SAVING if fine else DYING):
+                self.kill()
+        return None
+
+    def stop(self) -> None:
+        """Asks it to save and end."""
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._signal(signal.SIGKILL)
+
+    def wait(self) -> int:
+        while (code := self.poll()) is None:
+            time.sleep(0.1)
+        return code
+
+    def _signal(self, number: int) -> None:
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+
+def start(
+    path: pathlib.Path,
+    command: Sequence[str],
+    *,
+    processes: int = 1,
+    environments: Sequence[Mapping[str, str]] = ({},),
+    cores: Collection[int] = (),
+    slot: int = 0,
+) -> Process | None:
+    """Starts a run; None if one that was started before still goes on in its directory.
+
+    Args:
+      path: the run directory.
+      command: what runs it. One of several processes is told by --distributed which it is.
+      processes: how many.
+      environments: what is added to the environment of each.
+      cores: of the CPU; () for all.
+      slot: what it takes of the launcher, which `slot_of` tells another launcher.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    with open(path / 'launched', 'a+') as lock, open(path / 'log.txt', 'ab') as log:
+        if not _taken(lock):
+            return None
+        lock.truncate(0)
+        lock.write(json.dumps({'slot': slot, 'host': socket.gethostname()}))
+        lock.flush()
+        started: list[subprocess.Popen[bytes]] = []
+        address = f'localhost:{_free_port()}' if processes > 1 else ''
+        for i in range(processes):
+            each = [*command, f'--distributed={address},{processes},{i}'] if address else command
+            started.append(
+                subprocess.Popen(
+                    each,
+                    stdout=log,
+                    stderr=log,
+                    stdin=subprocess.DEVNULL,
+                    env={**os.environ, **environments[i % len(environments)]},
+                    # A group of its own: Ctrl-C reaches the launcher alone, which then asks the
+                    # runs to save.
+                    process_group=0,
+                    preexec_fn=(lambda: os.sched_setaffinity(0, cores)) if cores else None,
+                    pass_fds=[lock.fileno()],
+                )
+            )
+    return Process(started)
+
+
+def _taken(lock: IO[str]) -> bool:
+    """Locks a file; tries for a moment, as `launch.state.held` may just be looking."""
+    for _ in range(10):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.05)
+    return False
+
+
+def slot_of(path: pathlib.Path) -> int:
+    """The slot of the run that goes on in a directory; −1 if that is not known."""
+    try:
+        told: dict[str, Any] = json.loads((path / 'launched').read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return -1
+    return int(told['slot']) if told['host'] == socket.gethostname() else -1
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(('localhost', 0))
+        return int(probe.getsockname()[1])
