@@ -10,6 +10,7 @@ import dataclasses
 import pathlib
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import jax
@@ -19,8 +20,10 @@ import rich.table
 from absl import app, flags, logging
 
 from launch import state, sweep
+from launch.asha import Asha
 from mi import costs, report
 from mi.config import UserError
+from mi.run import PREEMPTED
 
 SWEEP = flags.DEFINE_string('sweep', None, 'Sweep file, such as experiments/quickstart.py.')
 WORKDIR = flags.DEFINE_string('workdir', None, 'Sweep directory, made or continued.')
@@ -47,6 +50,16 @@ RETRIES = flags.DEFINE_integer(
     'retries', 0, 'How often a member that fails is started again.', lower_bound=0
 )
 
+ASHA = flags.DEFINE_integer(
+    'asha', 0, 'Stop members that are behind, from this step on; see launch/asha.py.', lower_bound=0
+)
+ASHA_FACTOR = flags.DEFINE_integer(
+    'asha_factor',
+    3,
+    'Of those that come to a step, the best one in so many goes on.',
+    lower_bound=2,
+)
+
 Commands = dict[pathlib.Path, list[str]]  # run directory → what runs it
 States = dict[pathlib.Path, str]  # run directory → how it stands, a word of launch.state
 
@@ -71,7 +84,35 @@ class Resources:
     retries: int = 0
 
 
-Submit = Callable[[Commands, Resources], States]
+class Attempts:
+    """Which members are started again: preempted ones, and failed ones as often as configured."""
+
+    def __init__(self, retries: int):
+        self._retries = retries
+        self._failures: Counter[pathlib.Path] = Counter()
+        self._saved: dict[pathlib.Path, int] = {}  # the step at which one was preempted before
+
+    def ended(self, path: pathlib.Path, code: int) -> tuple[str, bool, str]:
+        """How it stands, whether it is to be started again, and what there is to say of it.
+
+        One that is preempted twice at the same step has failed: it would be so for ever.
+        """
+        if code == 0 or state.done(path):
+            return 'done' if code == 0 else 'stopped', False, ''
+        step = state.read(path).step
+        if code == PREEMPTED and step > self._saved.get(path, -1):
+            self._saved[path] = step
+            return 'preempted', True, ''
+        self._failures[path] += 1
+        again = self._failures[path] <= self._retries
+        last = state.last_line(path / 'log.txt') or 'no output'
+        how = f'killed by signal {-code}' if code < 0 else f'exit code {code}'
+        said = f'{path.name} failed{", starting it again" * again}: {how}: {last}'
+        return 'died' if code < 0 else 'failed', again, f'{said} ({path / "log.txt"})'
+
+
+Submit = Callable[..., States]  # (commands, resources)
+Rule = Callable[[Sequence[pathlib.Path]], None]  # marks run directories that are to be stopped
 
 
 def resources() -> Resources:
@@ -79,18 +120,21 @@ def resources() -> Resources:
     return Resources(PARALLEL.value, PROCESSES.value, GPUS.value, CORES.value, RETRIES.value)
 
 
-def run(name: str, submit: Submit) -> None:
+def run(name: str, submit: Submit, watches: bool) -> None:
     """What `python -m launch.NAME` does; the exit code is 1 if a member failed.
 
     The report is written when no member goes on elsewhere.
     """
+    if ASHA.value and not watches:
+        raise UserError(f'--asha: launch.{name} does not watch its members; use local or ray')
     file, workdir = arguments()
     members = sweep.load(file, workdir, name)
     if DRY_RUN.value:
         plan(members, workdir)
         return
     commands = {workdir / m.name: m.command for m in members if not state.done(workdir / m.name)}
-    states = submit(commands, resources())
+    rule = [Asha(workdir, ASHA.value, ASHA_FACTOR.value)] if ASHA.value else []
+    states = submit(commands, resources(), *rule)
     if any(word in ('waiting', 'running', 'preempted') for word in states.values()):
         return
     report.write(workdir)
@@ -152,7 +196,18 @@ def measured(
     return flops / seconds if seconds else 0.0
 
 
-def main(name: str, submit: Submit) -> None:
+def main(name: str, submit: Submit, *, watches: bool = False) -> None:
+    """What stands at the end of an engine's file.
+
+    Args:
+      name: of the module.
+      submit: its engine. One that watches its members takes a `Rule` too.
+      watches: whether it does.
+    """
+    start(lambda: run(name, submit, watches))
+
+
+def start(program: Callable[[], None]) -> None:
     """Parses the flags and runs; a mistake ends with one line."""
 
     def body(argv: Sequence[str]) -> None:
@@ -161,9 +216,11 @@ def main(name: str, submit: Submit) -> None:
         jax.config.update('jax_platforms', 'cpu')  # the GPUs are the members'
         if len(argv) > 1:
             raise UserError(f'unexpected argument {argv[1]!r}; flags are --NAME=VALUE')
-        run(name, submit)
+        program()
 
     try:
         app.run(body)
     except UserError as error:
         sys.exit(f'error: {error}')
+    except KeyboardInterrupt:  # before a member was started
+        sys.exit(PREEMPTED)

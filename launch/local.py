@@ -17,89 +17,76 @@ import re
 import signal
 import sys
 import time
-from collections import Counter
 from typing import Any
 
 import rich.console
 import rich.live
 
 from launch import engine, process, state
-from launch.engine import Commands, Resources, States
+from launch.engine import Commands, Resources, Rule, States
 from mi.config import UserError
 from mi.run import PREEMPTED
 
 TICK = 0.2  # seconds between two looks at the members
-ELSEWHERE = None  # in place of the process of a member that another launcher started
+LINE = 30.0  # seconds between two lines of how far they are, where no terminal is
 
 
-class _Stop(BaseException):
+class Stop(BaseException):
     """SIGTERM or SIGINT came."""
 
 
-def _on_signal(number: int, frame: Any) -> None:
-    for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, signal.SIG_DFL)  # a second one ends this launcher alone, at once
-    raise _Stop
+def heed_signals() -> None:
+    """From here on SIGTERM and SIGINT raise `Stop`; a second one ends the launcher at once."""
+
+    def on_signal(number: int, frame: Any) -> None:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
+        raise Stop
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
 
 
-def submit(commands: Commands, resources: Resources) -> States:
+def submit(commands: Commands, resources: Resources, rule: Rule | None = None) -> States:
     """Runs them to their ends, some at once; returns what became of each."""
-    slots = Slots(resources)
+    slots, attempts = Slots(resources), engine.Attempts(resources.retries)
     waiting, states = list(commands), States()
-    running: dict[pathlib.Path, process.Process | None] = {}
+    running: dict[pathlib.Path, process.Process | process.Elsewhere] = {}
     taken: dict[pathlib.Path, int] = {}
-    failures: Counter[pathlib.Path] = Counter()
-    saved: dict[pathlib.Path, int] = {}  # the step at which a member was preempted before
-    watch = _Watch(list(commands))
+    watch = Watch(list(commands))
     for path in commands:  # what a launcher that was killed has left
         if state.held(path / 'launched'):
-            running[path], taken[path] = ELSEWHERE, process.slot_of(path)
+            running[path] = process.Elsewhere(path / 'launched')
+            taken[path] = process.slot_of(path)
             waiting.remove(path)
+    heed_signals()
     try:
         while waiting or running:
             while waiting and (slot := slots.free(taken.values())) is not None:
                 path = waiting.pop(0)
-                if state.done(path):
+                if state.done(path):  # by another launcher
                     states[path] = state.read(path).word
                     continue
                 running[path], taken[path] = slots.start(slot, path, commands[path]), slot
             time.sleep(TICK)
             for path, member in list(running.items()):
-                if member is ELSEWHERE:
-                    if state.held(path / 'launched'):
-                        continue
-                    code = {'done': 0, 'preempted': PREEMPTED}.get(state.read(path).word, 1)
-                elif (ended := member.poll()) is None:
-                    if (path / state.STOPPED).exists():
-                        member.stop()
+                if (path / state.STOPPED).exists():
+                    member.stop()
+                if (code := member.poll()) is None:
                     continue
-                else:
-                    code = ended
                 del running[path], taken[path]
-                if code == 0 or state.done(path):
-                    states[path] = 'done' if code == 0 else 'stopped'
-                    continue
-                now = state.read(path)
-                if code == PREEMPTED and now.step > saved.get(path, -1):
-                    saved[path] = now.step
-                    waiting.append(path)
-                    continue
-                failures[path] += 1
-                again = failures[path] <= resources.retries
-                watch.say(f'{path.name} failed{", starting it again" * again}: {_why(path, code)}')
+                states[path], again, said = attempts.ended(path, code)
+                if said:
+                    watch.say(said)
                 if again:
                     waiting.append(path)
-                else:
-                    states[path] = 'died' if code < 0 else 'failed'
-            watch.update()
-    except _Stop:
+            watch.update(rule)
+    except Stop:
         watch.say('stopping: waiting for the running members to save')
         for member in running.values():
-            if member is not ELSEWHERE:
-                member.stop()
+            member.stop()
         for member in running.values():
-            if member is not ELSEWHERE:
-                member.wait()
+            member.wait()
         sys.exit(PREEMPTED)
     finally:
         watch.close()
@@ -135,8 +122,10 @@ class Slots:
         left = set(range(self.number)) - set(taken)
         return min(left) if left and len(taken) < self.number else None
 
-    def start(self, slot: int, path: pathlib.Path, command: list[str]) -> process.Process | None:
-        """Starts a member there; ELSEWHERE if it runs already."""
+    def start(
+        self, slot: int, path: pathlib.Path, command: list[str]
+    ) -> process.Process | process.Elsewhere:
+        """Starts a member there."""
         count, each = self._resources.processes, self._resources.gpus
         environments: list[dict[str, str]] = [{'PYTHONUNBUFFERED': '1'} for _ in range(count)]
         for i, environment in enumerate(environments):
@@ -166,46 +155,48 @@ def gpus() -> list[str]:
     return sorted((match[0] for p in found if (match := re.search(r'\d+$', p.name))), key=int)
 
 
-def _why(path: pathlib.Path, code: int) -> str:
-    """The last line that the member wrote, and its exit code."""
-    last = state.last_line(path / 'log.txt') or 'no output'
-    how = f'killed by signal {-code}' if code < 0 else f'exit code {code}'
-    return f'{how}: {last} ({path / "log.txt"})'
-
-
-class _Watch:
-    """A table of the members on a terminal; elsewhere a line when something changes."""
+class Watch:
+    """A table of the members on a terminal; elsewhere a line when one starts or ends."""
 
     def __init__(self, paths: list[pathlib.Path], every: float = 1.0):
         self._paths, self._every = paths, every
         self._metric = _metric(paths[0].parent) if paths else ''
         self._console = rich.console.Console(stderr=True)
-        self._start, self._next = time.monotonic(), 0.0
+        self._start, self._next, self._next_line = time.monotonic(), 0.0, 0.0
         self._said: dict[str, str] = {}
         self._live: rich.live.Live | None = None
         if self._console.is_terminal:
             self._live = rich.live.Live(console=self._console, auto_refresh=False)
             self._live.start()
 
+    def follow(self, paths: list[pathlib.Path]) -> None:
+        """Shows these from now on."""
+        self._paths = paths
+
     def say(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def update(self, *, last: bool = False) -> None:
+    def update(self, rule: Rule | None = None, *, last: bool = False) -> None:
+        """Shows how they stand and applies the rule, once in a while."""
         if time.monotonic() < self._next and not last:
             return
         self._next = time.monotonic() + self._every
+        if rule is not None:
+            rule(self._paths)
         states = {path.name: state.read(path, self._metric) for path in self._paths}
         minutes = f'{(time.monotonic() - self._start) / 60:.1f} min'
         if self._live is not None:
             self._live.update(state.table(minutes, states), refresh=True)
             return
-        now = {name: ' '.join(filter(None, state.cells(name, s)[:3])) for name, s in states.items()}
-        new = [
-            line for name, line in now.items() if self._said.get(name, f'{name} waiting') != line
-        ]
-        if new:
-            self.say(f'[{minutes:>9}] {"; ".join(new)}')
-            self._said = now
+        now = {name: of.word for name, of in states.items()}
+        changed = {name for name in now if now[name] != self._said.get(name, 'waiting')}
+        if not changed and time.monotonic() < self._next_line and not last:
+            return
+        self._next_line, self._said = time.monotonic() + LINE, now
+        shown = [name for name in now if name in changed or now[name] == 'running']
+        lines = [' '.join(filter(None, state.cells(name, states[name])[:3])) for name in shown]
+        if lines:
+            self.say(f'[{minutes:>9}] {"; ".join(lines)}')
 
     def close(self) -> None:
         self.update(last=True)
@@ -222,6 +213,4 @@ def _metric(workdir: pathlib.Path) -> str:
 
 
 if __name__ == '__main__':
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _on_signal)
-    engine.main('local', submit)
+    engine.main('local', submit, watches=True)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import IO, Any
 
+from launch import state
 from mi.run import PREEMPTED
 
 SAVING = 120.0  # seconds that processes have to save and end when one of them has
@@ -28,6 +29,7 @@ class Process:
     def __init__(self, processes: list[subprocess.Popen[bytes]]):
         self._processes = processes
         self._ended: float | None = None  # when the first of several was seen to have ended
+        self._asked = False
 
     def poll(self) -> int | None:
         """The exit code; None as long as it runs.
@@ -49,8 +51,10 @@ class Process:
         return None
 
     def stop(self) -> None:
-        """Asks it to save and end."""
-        self._signal(signal.SIGTERM)
+        """Asks it to save and end; once, as a second signal ends a run at once."""
+        if not self._asked:
+            self._asked = True
+            self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
         self._signal(signal.SIGKILL)
@@ -66,6 +70,36 @@ class Process:
                 process.send_signal(number)
 
 
+class Elsewhere:
+    """A run that goes on in a directory and that another launcher has started."""
+
+    def __init__(self, lock: pathlib.Path):
+        self._lock = lock
+        self._asked = False
+
+    def poll(self) -> int | None:
+        """The exit code as far as the run directory knows it; None as long as it runs."""
+        if state.held(self._lock):
+            return None
+        return {'done': 0, 'preempted': PREEMPTED}.get(state.read(self._lock.parent).word, 1)
+
+    def stop(self) -> None:
+        """As `Process.stop`, where it has said already which process of this machine it is."""
+        told = state.status(self._lock.parent)
+        here = told.get('host') == socket.gethostname() and told.get('state') == 'running'
+        if here and not self._asked and state.held(self._lock.parent / 'lock'):
+            self._asked = True
+            os.kill(int(told['pid']), signal.SIGTERM)
+
+    def wait(self) -> int:
+        """Waits for one that was asked to stop; leaves any other alone."""
+        while (code := self.poll()) is None:
+            if not self._asked:
+                return PREEMPTED
+            time.sleep(0.1)
+        return code
+
+
 def start(
     path: pathlib.Path,
     command: Sequence[str],
@@ -74,8 +108,10 @@ def start(
     environments: Sequence[Mapping[str, str]] = ({},),
     cores: Collection[int] = (),
     slot: int = 0,
-) -> Process | None:
-    """Starts a run; None if one that was started before still goes on in its directory.
+    cwd: str | None = None,
+    lock_name: str = 'launched',
+) -> Process | Elsewhere:
+    """Starts a run, unless one that was started before still goes on in its directory.
 
     Args:
       path: the run directory.
@@ -84,16 +120,18 @@ def start(
       environments: what is added to the environment of each.
       cores: of the CPU; () for all.
       slot: what it takes of the launcher, which `slot_of` tells another launcher.
+      cwd: where it runs; None for here.
+      lock_name: of the lock; another for each that are started apart and share a directory.
     """
     path.mkdir(parents=True, exist_ok=True)
-    with open(path / 'launched', 'a+') as lock, open(path / 'log.txt', 'ab') as log:
+    with open(path / lock_name, 'a+') as lock, open(path / 'log.txt', 'ab') as log:
         if not _taken(lock):
-            return None
+            return Elsewhere(path / lock_name)
         lock.truncate(0)
         lock.write(json.dumps({'slot': slot, 'host': socket.gethostname()}))
         lock.flush()
         started: list[subprocess.Popen[bytes]] = []
-        address = f'localhost:{_free_port()}' if processes > 1 else ''
+        address = f'localhost:{free_port()}' if processes > 1 else ''
         for i in range(processes):
             each = [*command, f'--distributed={address},{processes},{i}'] if address else command
             started.append(
@@ -102,6 +140,7 @@ def start(
                     stdout=log,
                     stderr=log,
                     stdin=subprocess.DEVNULL,
+                    cwd=cwd,
                     env={**os.environ, **environments[i % len(environments)]},
                     # A group of its own: Ctrl-C reaches the launcher alone, which then asks the
                     # runs to save.
@@ -111,6 +150,47 @@ def start(
                 )
             )
     return Process(started)
+
+
+def run(
+    path: str, command: list[str], cwd: str, address: str = '', processes: int = 1, index: int = 0
+) -> int:
+    """Starts a run, or one process of several, and waits for it: its exit code.
+
+    An interrupt, or a rule of the sweep, makes it save and end.
+
+    Args:
+      path: the run directory.
+      command: what runs it.
+      cwd: where.
+      address: 'HOST:PORT' at which the first process listens, where there are several.
+      processes: how many.
+      index: which one this is.
+    """
+    if processes > 1:
+        command = [*command, f'--distributed={address},{processes},{index}']
+    lock = f'launched.{index}' if index else 'launched'
+    this = start(pathlib.Path(path), command, cwd=cwd, lock_name=lock)
+    try:
+        while (code := this.poll()) is None:
+            if (pathlib.Path(path) / state.STOPPED).exists():
+                this.stop()
+            time.sleep(0.2)
+        return code
+    except KeyboardInterrupt:
+        this.stop()
+        return this.wait()
+
+
+def address() -> str:
+    """'HOST:PORT' of this machine, at which others may reach a process that is about to start."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(('10.255.255.255', 1))  # asks for the route and sends nothing
+            host = probe.getsockname()[0]
+        except OSError:
+            host = '127.0.0.1'
+    return f'{host}:{free_port()}'
 
 
 def _taken(lock: IO[str]) -> bool:
@@ -133,7 +213,8 @@ def slot_of(path: pathlib.Path) -> int:
     return int(told['slot']) if told['host'] == socket.gethostname() else -1
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """One that is free now; whoever it is for has to be quick."""
     with socket.socket() as probe:
-        probe.bind(('localhost', 0))
+        probe.bind(('', 0))
         return int(probe.getsockname()[1])

@@ -50,9 +50,9 @@ def read(path: pathlib.Path, metric: str = '') -> State:
       metric: whose newest value is wanted. Where it has none yet, the first number of the newest
         record is shown.
     """
-    status = _object(path / 'status.json')
-    word = str(status.get('state', 'waiting'))
-    reason = str(status.get('reason') or '')
+    told = status(path)
+    word = str(told.get('state', 'waiting'))
+    reason = str(told.get('reason') or '')
     alive = held(path / 'lock') or held(path / 'launched')
     if alive:
         word, reason = 'running', ''
@@ -60,7 +60,7 @@ def read(path: pathlib.Path, metric: str = '') -> State:
         word, reason = 'stopped', str(_object(path / STOPPED).get('reason', ''))
     elif word == 'running':
         word, reason = 'died', last_line(path / 'log.txt') or 'its process is gone'
-    step, steps = int(status.get('step', 0)), int(_object(path / 'cost.json').get('steps', 0))
+    step, steps = int(told.get('step', 0)), int(_object(path / 'cost.json').get('steps', 0))
     rate, left = '', None
     timing = records(path / 'timing.jsonl')
     if timing:
@@ -76,7 +76,12 @@ def read(path: pathlib.Path, metric: str = '') -> State:
 
 def done(path: pathlib.Path) -> bool:
     """Whether there is nothing left to run: all steps are done, or a rule has stopped it."""
-    return (path / STOPPED).exists() or _object(path / 'status.json').get('state') == 'done'
+    return (path / STOPPED).exists() or status(path).get('state') == 'done'
+
+
+def status(path: pathlib.Path) -> dict[str, Any]:
+    """What a run has written of itself last; {} if it has not yet."""
+    return _object(path / 'status.json')
 
 
 def held(lock: pathlib.Path) -> bool:
@@ -95,9 +100,14 @@ def held(lock: pathlib.Path) -> bool:
     return False
 
 
-def records(file: pathlib.Path) -> list[dict[str, Any]]:
-    """The newest records of a file of one JSON object a line; half a line at its end is left."""
-    lines = _tail(file).split(b'\n')[:-1]
+def records(file: pathlib.Path, most: int = TAIL) -> list[dict[str, Any]]:
+    """The newest records of a file of one JSON object a line; half a line at its end is left.
+
+    Args:
+      file: it need not exist.
+      most: bytes that are read, from the end.
+    """
+    lines = _tail(file, most).split(b'\n')[:-1]
     return [json.loads(line) for line in lines if line.startswith(b'{') and line.endswith(b'}')]
 
 
@@ -107,16 +117,25 @@ def last_line(log: pathlib.Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), '')
 
 
-def _tail(file: pathlib.Path) -> bytes:
+def _tail(file: pathlib.Path, most: int = TAIL) -> bytes:
     try:
         with open(file, 'rb') as stream:
             stream.seek(0, 2)
             size = stream.tell()
-            stream.seek(max(0, size - TAIL))
+            stream.seek(max(0, size - most))
             text = stream.read()
     except FileNotFoundError:
         return b''
-    return text.partition(b'\n')[2] if size > TAIL else text
+    return text.partition(b'\n')[2] if size > most else text
+
+
+def curve(path: pathlib.Path, metric: str, split: str) -> dict[int, float]:
+    """Step → the metric of a run, the mean over its seeds; all that it has."""
+    found: dict[int, list[float]] = {}
+    for record in records(path / 'metrics.jsonl', most=2**62):
+        if record['split'] == split and isinstance(record.get(metric), int | float):
+            found.setdefault(record['step'], []).append(record[metric])
+    return {step: sum(values) / len(values) for step, values in found.items()}
 
 
 def _newest(file: pathlib.Path, metric: str) -> str:

@@ -48,7 +48,8 @@ def main():
         sys.exit(1)
     for step in range(done + 1, steps + 1):
         time.sleep(seconds)
-        write('metrics.jsonl', step=step, seed=0, split='train', loss=1 / step)
+        loss = float(flags.get('scale', 1)) / step
+        write('metrics.jsonl', step=step, seed=0, split='train', loss=loss)
         write('timing.jsonl', step=step, seconds=seconds, steps_per_second=1 / max(seconds, 1e-9))
         if asked and step < steps:
             status('preempted', step)

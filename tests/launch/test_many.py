@@ -55,9 +55,9 @@ def kill(path):
 @pytest.fixture
 def folder(tmp_path):
     yield tmp_path
-    for path in tmp_path.iterdir():  # where the test failed, some may still run
-        if state.held(path / 'lock'):
-            kill(path)
+    for lock in tmp_path.glob('*/lock'):  # where the test failed, some may still run
+        if state.held(lock):
+            kill(lock.parent)
 
 
 @pytest.mark.slow
