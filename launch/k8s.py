@@ -25,7 +25,6 @@ from typing import Any
 import yaml
 from absl import flags
 
-from launch import engine
 from launch.engine import Commands, Resources, States
 from mi.config import UserError
 from mi.run import PREEMPTED
@@ -177,4 +176,6 @@ def submit(commands: Commands, resources: Resources) -> States:
 
 
 if __name__ == '__main__':
-    engine.main('k8s', submit)
+    from launch import cli
+
+    cli.main('k8s', submit)

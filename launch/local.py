@@ -10,6 +10,7 @@ member that fails does not stop the others; the exit code is 1 then. Ctrl-C or S
 running members save, and exits with 143.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -17,7 +18,8 @@ import re
 import signal
 import sys
 import time
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NoReturn
 
 import rich.console
 import rich.live
@@ -35,16 +37,30 @@ class Stop(BaseException):
     """SIGTERM or SIGINT came."""
 
 
-def heed_signals() -> None:
-    """From here on SIGTERM and SIGINT raise `Stop`; a second one ends the launcher at once."""
+@contextlib.contextmanager
+def heeding_signals() -> Iterator[None]:
+    """Within, SIGTERM and SIGINT raise `Stop`; what comes after ends the launcher at once."""
 
     def on_signal(number: int, frame: Any) -> None:
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_DFL)
         raise Stop
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
+    before = {each: signal.signal(each, on_signal) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def end(watch: 'Watch', running: Iterable[process.Process | process.Elsewhere]) -> NoReturn:
+    """Lets the members that run save, and ends the launcher as one that was stopped."""
+    watch.say('stopping: waiting for the running members to save')
+    members = list(running)
+    for member in members:
+        member.stop()
+    for member in members:
+        member.wait()
+    sys.exit(PREEMPTED)
 
 
 def submit(commands: Commands, resources: Resources, rule: Rule | None = None) -> States:
@@ -59,37 +75,30 @@ def submit(commands: Commands, resources: Resources, rule: Rule | None = None) -
             running[path] = process.Elsewhere(path / 'launched')
             taken[path] = process.slot_of(path)
             waiting.remove(path)
-    heed_signals()
     try:
-        while waiting or running:
-            while waiting and (slot := slots.free(taken.values())) is not None:
-                path = waiting.pop(0)
-                if state.done(path):  # by another launcher
-                    states[path] = state.read(path).word
-                    continue
-                running[path], taken[path] = slots.start(slot, path, commands[path]), slot
-            time.sleep(TICK)
-            for path, member in list(running.items()):
-                if (path / state.STOPPED).exists():
-                    member.stop()
-                if (code := member.poll()) is None:
-                    continue
-                del running[path], taken[path]
-                states[path], again, said = attempts.ended(path, code)
-                if said:
-                    watch.say(said)
-                if again:
-                    waiting.append(path)
-            watch.update(rule)
+        with watch, heeding_signals():
+            while waiting or running:
+                while waiting and (slot := slots.free(taken.values())) is not None:
+                    path = waiting.pop(0)
+                    if state.done(path):  # by another launcher
+                        states[path] = state.read(path).word
+                        continue
+                    running[path], taken[path] = slots.start(slot, path, commands[path]), slot
+                time.sleep(TICK)
+                for path, member in list(running.items()):
+                    if (path / state.STOPPED).exists():
+                        member.stop()
+                    if (code := member.poll()) is None:
+                        continue
+                    del running[path], taken[path]
+                    states[path], again, said = attempts.ended(path, code)
+                    if said:
+                        watch.say(said)
+                    if again:
+                        waiting.append(path)
+                watch.update(rule)
     except Stop:
-        watch.say('stopping: waiting for the running members to save')
-        for member in running.values():
-            member.stop()
-        for member in running.values():
-            member.wait()
-        sys.exit(PREEMPTED)
-    finally:
-        watch.close()
+        end(watch, running.values())
     return states
 
 
@@ -155,7 +164,7 @@ def gpus() -> list[str]:
     return sorted((match[0] for p in found if (match := re.search(r'\d+$', p.name))), key=int)
 
 
-class Watch:
+class Watch(contextlib.AbstractContextManager['Watch']):
     """A table of the members on a terminal; elsewhere a line when one starts or ends."""
 
     def __init__(self, paths: list[pathlib.Path], every: float = 1.0):
@@ -198,7 +207,7 @@ class Watch:
         if lines:
             self.say(f'[{minutes:>9}] {"; ".join(lines)}')
 
-    def close(self) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.update(last=True)
         if self._live is not None:
             self._live.stop()
@@ -213,4 +222,6 @@ def _metric(workdir: pathlib.Path) -> str:
 
 
 if __name__ == '__main__':
-    engine.main('local', submit, watches=True)
+    from launch import cli
+
+    cli.main('local', submit, watches=True)

@@ -32,7 +32,7 @@ from absl import flags
 from launch import engine, local, process, state, sweep
 from launch.engine import Resources
 from mi.config import UserError, flat
-from mi.run import PREEMPTED, write_json
+from mi.run import write_json
 
 INTERVAL = flags.DEFINE_integer('interval', 0, 'Steps between two looks at another.', lower_bound=0)
 MARGIN = flags.DEFINE_float('margin', 0.05, 'By how much another has to be better, absolute.')
@@ -196,60 +196,57 @@ def train(
     running: dict[str, process.Process | process.Elsewhere] = {}
     taken: dict[str, int] = {}
     watch = local.Watch([population.path(name) for name in names])
-    local.heed_signals()
     try:
-        while waiting or running:
-            while waiting and (slot := slots.free(taken.values())) is not None:
-                name = waiting.pop(0)
-                path = population.path(name)
-                if state.done(path):
-                    states[name] = 'done'
-                    continue
-                if saved(path) >= population.next_look(name, interval):  # and then we were killed
-                    population.decide(name)
+        with watch, local.heeding_signals():
+            while waiting or running:
+                while waiting and (slot := slots.free(taken.values())) is not None:
+                    name = waiting.pop(0)
                     path = population.path(name)
-                running[name] = slots.start(slot, path, population.command(name))
-                taken[name] = slot
-            time.sleep(local.TICK)
-            for name, member in list(running.items()):
-                path = population.path(name)
-                looks = saved(path) >= population.next_look(name, interval)
-                if looks:
-                    member.stop()
-                if (code := member.poll()) is None:
-                    continue
-                del running[name], taken[name]
-                states[name], again, said = attempts.ended(path, code)
-                if said:
-                    watch.say(said)
-                if states[name] == 'preempted' and looks:
-                    population.decide(name)
-                    watch.follow([population.path(each) for each in names])
-                if again:
-                    waiting.append(name)
-            watch.update()
+                    if state.done(path):
+                        states[name] = 'done'
+                        continue
+                    if saved(path) >= population.next_look(
+                        name, interval
+                    ):  # and then we were killed
+                        population.decide(name)
+                        path = population.path(name)
+                    running[name] = slots.start(slot, path, population.command(name))
+                    taken[name] = slot
+                time.sleep(local.TICK)
+                for name, member in list(running.items()):
+                    path = population.path(name)
+                    looks = saved(path) >= population.next_look(name, interval)
+                    if looks:
+                        member.stop()
+                    if (code := member.poll()) is None:
+                        continue
+                    del running[name], taken[name]
+                    states[name], again, said = attempts.ended(path, code)
+                    if said:
+                        watch.say(said)
+                    if states[name] == 'preempted' and looks:
+                        population.decide(name)
+                        watch.follow([population.path(each) for each in names])
+                    if again:
+                        waiting.append(name)
+                watch.update()
     except local.Stop:
-        watch.say('stopping: waiting for the running members to save')
-        for member in running.values():
-            member.stop()
-        for member in running.values():
-            member.wait()
-        sys.exit(PREEMPTED)
-    finally:
-        watch.close()
+        local.end(watch, running.values())
     return states
 
 
 def run() -> None:
     """What `python -m launch.pbt` does; it ends with where each member has come to."""
+    from launch import cli
+
     if not INTERVAL.value:
         raise UserError('--interval=STEPS is needed: how often a member looks at another')
-    file, workdir = engine.arguments()
+    file, workdir = cli.arguments()
     members = sweep.load(file, workdir, 'pbt')
     metric = json.loads((workdir / 'sweep.json').read_text())['metric']
     population = Population(workdir, members, MARGIN.value, PERTURB.value, SEED.value)
     names = [m.name for m in members]
-    states = train(population, names, INTERVAL.value, engine.resources())
+    states = train(population, names, INTERVAL.value, cli.resources())
     for name in names:
         path = population.path(name)
         print(f'{name}: {states[name]} in {path}, {state.read(path, metric).metric}')
@@ -259,4 +256,6 @@ def run() -> None:
 
 
 if __name__ == '__main__':
-    engine.start(run)
+    from launch import cli
+
+    cli.start(run)

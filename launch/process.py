@@ -5,6 +5,7 @@ by it. So it is held from before the first instruction of a run to its very end,
 the launcher: a launcher that was killed and started again sees which runs still go on.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -13,7 +14,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 from launch import state
@@ -132,24 +133,41 @@ def start(
         lock.flush()
         started: list[subprocess.Popen[bytes]] = []
         address = f'localhost:{free_port()}' if processes > 1 else ''
-        for i in range(processes):
-            each = [*command, f'--distributed={address},{processes},{i}'] if address else command
-            started.append(
-                subprocess.Popen(
-                    each,
-                    stdout=log,
-                    stderr=log,
-                    stdin=subprocess.DEVNULL,
-                    cwd=cwd,
-                    env={**os.environ, **environments[i % len(environments)]},
-                    # A group of its own: Ctrl-C reaches the launcher alone, which then asks the
-                    # runs to save.
-                    process_group=0,
-                    preexec_fn=(lambda: os.sched_setaffinity(0, cores)) if cores else None,
-                    pass_fds=[lock.fileno()],
+        with _on(cores):
+            for i in range(processes):
+                each = (
+                    [*command, f'--distributed={address},{processes},{i}'] if address else command
                 )
-            )
+                started.append(
+                    subprocess.Popen(
+                        each,
+                        stdout=log,
+                        stderr=log,
+                        stdin=subprocess.DEVNULL,
+                        cwd=cwd,
+                        env={**os.environ, **environments[i % len(environments)]},
+                        # A group of its own: Ctrl-C reaches the launcher alone, which then asks the
+                        # runs to save.
+                        process_group=0,
+                        pass_fds=[lock.fileno()],
+                    )
+                )
     return Process(started)
+
+
+@contextlib.contextmanager
+def _on(cores: Collection[int]) -> Iterator[None]:
+    """What is started within stays on these cores: it inherits those of the thread that starts it.
+
+    A function that the child calls before it runs its program could do the same, and is not safe in
+    a process that has threads.
+    """
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores or before)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def run(

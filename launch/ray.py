@@ -52,30 +52,31 @@ def submit(commands: Commands, resources: Resources, rule: Rule | None = None) -
         )
     except ConnectionError as error:
         raise UserError(f'--address={ADDRESS.value}: {error}') from error
-    local.heed_signals()  # after ray.init, which sets handlers of its own
     needs = {'num_cpus': resources.cores or 1, 'num_gpus': resources.gpus}
-    has = max((node['Resources'].get('GPU', 0) for node in ray.nodes()), default=0)
-    if resources.gpus > has and not ADDRESS.value:
-        raise UserError(f'--gpus={resources.gpus}: this machine has {has:.0f} of them for Ray')
+    for kind, flag in (('CPU', 'cores'), ('GPU', 'gpus')):
+        has, wants = ray.cluster_resources().get(kind, 0), getattr(resources, flag)
+        if wants * resources.processes > has and not ADDRESS.value:  # a cluster may grow
+            raise UserError(f'--{flag}={wants}: Ray finds {has:.0f} of them on this machine')
     attempts, watch = engine.Attempts(resources.retries), local.Watch(list(commands))
     waiting, states = list(commands), States()
     running: dict[pathlib.Path, _Run] = {}
     try:
-        while waiting or running:
-            while waiting and len(running) < (resources.parallel or len(commands)):
-                path = waiting.pop(0)
-                running[path] = _Run(path, commands[path], resources.processes, needs)
-            time.sleep(local.TICK)
-            for path, member in list(running.items()):
-                if (code := member.poll()) is None:
-                    continue
-                del running[path]
-                states[path], again, said = attempts.ended(path, code)
-                if said:
-                    watch.say(said)
-                if again:
-                    waiting.append(path)
-            watch.update(rule)
+        with watch, local.heeding_signals():
+            while waiting or running:
+                while waiting and len(running) < (resources.parallel or len(commands)):
+                    path = waiting.pop(0)
+                    running[path] = _Run(path, commands[path], resources.processes, needs)
+                time.sleep(local.TICK)
+                for path, member in list(running.items()):
+                    if (code := member.poll()) is None:
+                        continue
+                    del running[path]
+                    states[path], again, said = attempts.ended(path, code)
+                    if said:
+                        watch.say(said)
+                    if again:
+                        waiting.append(path)
+                watch.update(rule)
     except local.Stop:
         watch.say('stopping: waiting for the running members to save')
         left = [task for member in running.values() for task in member.tasks]
@@ -84,7 +85,6 @@ def submit(commands: Commands, resources: Resources, rule: Rule | None = None) -
         ray.wait(left, num_returns=len(left), timeout=process.SAVING)
         sys.exit(PREEMPTED)
     finally:
-        watch.close()
         ray.shutdown()
     return states
 
@@ -139,4 +139,6 @@ class _Run:
 
 
 if __name__ == '__main__':
-    engine.main('ray', submit, watches=True)
+    from launch import cli
+
+    cli.main('ray', submit, watches=True)

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from launch import engine, state
+from launch import state
 from launch.engine import Commands, Resources, States
 from mi.config import UserError
 from mi.run import PREEMPTED, write_json
@@ -164,4 +164,6 @@ def _slurm(*command: str) -> str:
 
 
 if __name__ == '__main__':
-    engine.main('slurm', submit)
+    from launch import cli
+
+    cli.main('slurm', submit)

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import rich.markup
 import rich.table
 
+from mi.config import UserError
+
 RATE = '_per_second'  # how the rates in timing.jsonl end
 STOPPED = 'stopped.json'  # why a rule of the sweep has stopped the run; it is not started again
 TAIL = 2**16  # bytes of a file of records that are read, from its end
@@ -72,6 +74,23 @@ def read(path: pathlib.Path, metric: str = '') -> State:
         if alive and steps and every > 0:
             left = (steps - last['step']) * last['seconds'] / every
     return State(word, step, steps, rate, left, _newest(path / 'metrics.jsonl', metric), reason)
+
+
+def of_sweep(workdir: pathlib.Path) -> dict[str, State]:
+    """Of the members of a sweep, in its order, by name; or of a single run.
+
+    Raises:
+      UserError: if it is neither.
+    """
+    record = workdir / 'sweep.json'
+    if record.exists():
+        sweep = json.loads(record.read_text())
+        return {m['name']: read(workdir / m['name'], sweep['metric']) for m in sweep['members']}
+    if not (workdir / 'status.json').exists():
+        raise UserError(
+            f'--workdir={workdir}: no sweep.json and no status.json, so neither a sweep nor a run'
+        )
+    return {workdir.name: read(workdir)}
 
 
 def done(path: pathlib.Path) -> bool:

@@ -8,7 +8,6 @@ its machine was. Where runs are on other machines, the lock has to be one that t
 knows of (NFS does, Lustre if it was mounted with `flock`).
 """
 
-import json
 import pathlib
 import sys
 import time
@@ -25,25 +24,6 @@ WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of a sweep or of a run
 EVERY = flags.DEFINE_float('every', 2.0, 'Seconds between two looks.', lower_bound=0.1)
 
 
-def states(workdir: pathlib.Path) -> dict[str, state.State]:
-    """Of the members of a sweep, in its order, by their labels; or of a single run.
-
-    Raises:
-      UserError: if it is neither.
-    """
-    record = workdir / 'sweep.json'
-    if record.exists():
-        sweep = json.loads(record.read_text())
-        return {
-            m['name']: state.read(workdir / m['name'], sweep['metric']) for m in sweep['members']
-        }
-    if not (workdir / 'status.json').exists():
-        raise UserError(
-            f'--workdir={workdir}: no sweep.json and no status.json, so neither a sweep nor a run'
-        )
-    return {workdir.name: state.read(workdir)}
-
-
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise UserError(f'unexpected argument {argv[1]!r}; flags are --NAME=VALUE')
@@ -53,11 +33,11 @@ def main(argv: Sequence[str]) -> None:
     console = rich.console.Console()
     if not console.is_terminal:
         console.width = 200
-        console.print(state.table(str(workdir), states(workdir)))
+        console.print(state.table(str(workdir), state.of_sweep(workdir)))
         return
     with rich.live.Live(console=console, auto_refresh=False) as live:
         while True:
-            now = states(workdir)
+            now = state.of_sweep(workdir)
             live.update(state.table(str(workdir), now), refresh=True)
             if not any(of.word in ('running', 'waiting') for of in now.values()):
                 return

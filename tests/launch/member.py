@@ -46,12 +46,19 @@ def main():
         status('failed', done, 'ValueError: so it was asked')
         print('ValueError: so it was asked', file=sys.stderr)
         sys.exit(1)
+    if 'stops' in flags:  # as if it were asked to after so many steps
+        stop_at = done + int(flags['stops'])
+        if stop_at == done:
+            status('preempted', done)
+            sys.exit(143)
+    else:
+        stop_at = steps
     for step in range(done + 1, steps + 1):
         time.sleep(seconds)
         loss = float(flags.get('scale', 1)) / step
         write('metrics.jsonl', step=step, seed=0, split='train', loss=loss)
         write('timing.jsonl', step=step, seconds=seconds, steps_per_second=1 / max(seconds, 1e-9))
-        if asked and step < steps:
+        if (asked or step == stop_at) and step < steps:
             status('preempted', step)
             sys.exit(143)
     status('done', steps)
