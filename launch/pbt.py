@@ -1,7 +1,6 @@
 """Population based training, on this machine: the members of a sweep learn from each other.
 
-    python -m launch.pbt --sweep=experiments/rl_population.py --workdir=runs/population \\
-        --interval=2000 --parallel=8 --gpus=1
+    python -m launch.pbt --sweep=… --workdir=runs/population --interval=2000 --parallel=8 --gpus=1
 
 Every `--interval` steps a member saves and stops. It looks at one other, drawn at random; if that
 one's fitness, the newest value of the sweep's METRIC in its SPLIT, is more than `--margin` better,

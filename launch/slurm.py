@@ -42,9 +42,12 @@ WAIT = flags.DEFINE_bool('wait', False, 'Wait until no member is in the queue, t
 
 # The batch script of one job. USR1 is for it alone and comes when time is nearly up; TERM comes to
 # the processes too, when Slurm requeues or cancels the job, and what becomes of it is Slurm's then.
-# A signal ends `wait` early, so that it is called until the step is gone.
+# A signal ends `wait` early, so that it is called until the step is gone. The lock is the one that
+# launch.process holds for a run of this machine.
 RUN = """\
 mkdir -p "$path"
+exec 9>>"$path/launched"
+flock --timeout 5 9 || {{ echo "$path: runs already" >&2; exit 1; }}
 job="${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
 expired=
 trap 'expired=1; scancel --signal=TERM "$job"' USR1

@@ -60,6 +60,8 @@ def read(path: pathlib.Path, metric: str = '') -> State:
         word, reason = 'running', ''
     elif (path / STOPPED).exists():
         word, reason = 'stopped', str(_object(path / STOPPED).get('reason', ''))
+    elif word == 'waiting' and last_line(path / 'log.txt'):  # refused before it had begun
+        word, reason = 'failed', last_line(path / 'log.txt')
     elif word == 'running':
         word, reason = 'died', last_line(path / 'log.txt') or 'its process is gone'
     step, steps = int(told.get('step', 0)), int(_object(path / 'cost.json').get('steps', 0))
