@@ -50,6 +50,8 @@ def of_config(config: ml_collections.ConfigDict) -> Costs:
 
 
 def _lm(config: ml_collections.ConfigDict) -> Costs:
+    config = config.copy_and_resolve_references()
+    config.model.impl = 'xla'  # of cuDNN's calls nothing could be counted, nor is a GPU needed here
     lm.validate(config)
     by_domain = config.model.source == 'domain'
     domains = _domains(config) if by_domain else 0
