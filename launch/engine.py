@@ -51,7 +51,7 @@ class Attempts:
         One that is preempted twice at the same step has failed: it would be so for ever.
         """
         if code == 0 or state.done(path):
-            return 'done' if code == 0 else 'stopped', False, ''
+            return 'stopped' if (path / state.STOPPED).exists() else 'done', False, ''
         step = state.read(path).step
         if code == PREEMPTED and step > self._saved.get(path, -1):
             self._saved[path] = step

@@ -90,7 +90,8 @@ class Elsewhere:
         here = told.get('host') == socket.gethostname() and told.get('state') == 'running'
         if here and not self._asked and state.held(self._lock.parent / 'lock'):
             self._asked = True
-            os.kill(int(told['pid']), signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # it has ended this moment
+                os.kill(int(told['pid']), signal.SIGTERM)
 
     def wait(self) -> int:
         """Waits for one that was asked to stop; leaves any other alone."""
