@@ -104,10 +104,12 @@ class Population:
         mine = [d['to'] for d in self._decisions if d['member'] == member]
         return self._workdir / (mine[-1] if mine else member)
 
-    def next_look(self, member: str, interval: int) -> int:
-        """The step at which it looks at another."""
+    def looks(self, member: str, interval: int) -> bool:
+        """Whether it has saved where it is to look at another, and has not come to its end."""
         mine = [d['step'] for d in self._decisions if d['member'] == member]
-        return (mine[-1] // interval + 1) * interval if mine else interval
+        at = (mine[-1] // interval + 1) * interval if mine else interval
+        path = self.path(member)
+        return at <= saved(path) < state.read(path).steps
 
     def command(self, member: str) -> list[str]:
         """What runs it where it is."""
@@ -204,9 +206,7 @@ def train(
                     if state.done(path):
                         states[name] = 'done'
                         continue
-                    if saved(path) >= population.next_look(
-                        name, interval
-                    ):  # and then we were killed
+                    if population.looks(name, interval):  # and the launcher was killed
                         population.decide(name)
                         path = population.path(name)
                     running[name] = slots.start(slot, path, population.command(name))
@@ -214,7 +214,7 @@ def train(
                 time.sleep(local.TICK)
                 for name, member in list(running.items()):
                     path = population.path(name)
-                    looks = saved(path) >= population.next_look(name, interval)
+                    looks = population.looks(name, interval)
                     if looks:
                         member.stop()
                     if (code := member.poll()) is None:
