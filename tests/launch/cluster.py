@@ -1,6 +1,7 @@
 """A Slurm of one node, this machine, with daemons and a key of its own; nothing of it stays."""
 
 import contextlib
+import fcntl
 import os
 import pathlib
 import secrets
@@ -8,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 
 import pytest
@@ -50,15 +52,16 @@ def programs():
     if os.geteuid() != 0:
         pytest.skip('the daemons of Slurm have to be started by root')
     path = f'{os.environ["PATH"]}:/usr/sbin:/sbin'
-    if all(shutil.which(name, path=path) for name in PROGRAMS):
-        return path
-    if os.environ.get('MI_TEST_SLURM') != 'install':
-        pytest.skip(f'no Slurm: apt-get install {" ".join(PACKAGES)}, or MI_TEST_SLURM=install')
-    apt = ['apt-get', '-qq', '-o', 'DPkg::Lock::Timeout=300']
-    quiet = os.environ | {'DEBIAN_FRONTEND': 'noninteractive'}
-    subprocess.run([*apt, 'update'], check=True, env=quiet)
-    install = [*apt, 'install', '-y', '--no-install-recommends', *PACKAGES]
-    subprocess.run(install, check=True, env=quiet, stdout=subprocess.DEVNULL)
+    with open(pathlib.Path(tempfile.gettempdir()) / 'mi-test-slurm.lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other workers of this test run may want the same
+        if all(shutil.which(name, path=path) for name in PROGRAMS):
+            return path
+        if os.environ.get('MI_TEST_SLURM') != 'install':
+            pytest.skip(f'no Slurm: apt-get install {" ".join(PACKAGES)}, or MI_TEST_SLURM=install')
+        quiet = {'env': os.environ | {'DEBIAN_FRONTEND': 'noninteractive'}, 'check': True}
+        subprocess.run(['apt-get', '-qq', 'update'], **quiet)
+        install = ['apt-get', '-qq', 'install', '-y', '--no-install-recommends', *PACKAGES]
+        subprocess.run(install, stdout=subprocess.DEVNULL, **quiet)
     return path
 
 
