@@ -15,6 +15,7 @@ RUN = [
     'numpy>=2.0',
     'optax>=0.2.6',
     'orbax-checkpoint>=0.11.33',
+    'pyyaml>=6.0',
     'rich>=14.0',
     'scipy>=1.15',
     'tensorboardX>=2.6.4',
@@ -37,6 +38,7 @@ EXTRAS = {
 }
 EXTRAS['test'] = [
     *('mypy>=2.0', 'pytest>=9.0', 'pytest-xdist>=3.8', 'ruff>=0.15'),
+    *('jsonschema>=4.23', 'kubernetes-validate>=1.34'),  # manifests
     *('minigrid>=3.0', 'xminigrid>=0.9'),  # peers that the environments are compared with
     *(
         package

@@ -1,202 +1,227 @@
 """Runs a sweep on this machine and writes its report.
 
-    python -m launch.local --sweep=experiments/quickstart.py --workdir=runs/quickstart
+    python -m launch.local --sweep=experiments/quickstart.py --workdir=runs/quickstart --parallel=2
+    python -m launch.local --sweep=… --workdir=… --gpus=1 --retries=2
+    python -m launch.local --sweep=… --workdir=… --dry_run
 
 Finished members are skipped and interrupted ones continued, so the same command can be given again
-at any time. A member that fails does not stop the others; the exit code is 1 then. Ctrl-C or
-SIGTERM lets the running members save, and exits with 143.
+at any time, after a `kill -9` of this one too: members that it left running are waited for. A
+member that fails does not stop the others; the exit code is 1 then. Ctrl-C or SIGTERM lets the
+running members save, and exits with 143.
 """
 
+import contextlib
 import json
 import os
 import pathlib
+import re
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NoReturn
 
 import rich.console
 import rich.live
-import rich.table
-from absl import app, flags
 
-from launch import sweep
-from mi import report
+from launch import engine, process, state
+from launch.engine import Commands, Resources, Rule, States
 from mi.config import UserError
 from mi.run import PREEMPTED
 
-RATE = '_per_second'  # how the rates in timing.jsonl end
-
-SWEEP = flags.DEFINE_string('sweep', None, 'Sweep file, such as experiments/quickstart.py.')
-WORKDIR = flags.DEFINE_string('workdir', None, 'Sweep directory, made or continued.')
-PARALLEL = flags.DEFINE_integer(
-    'parallel', 1, 'Members at once, each on its share of the cores.', lower_bound=1
-)
+TICK = 0.2  # seconds between two looks at the members
+LINE = 30.0  # seconds between two lines of how far they are, where no terminal is
 
 
-class _Stop(BaseException):
+class Stop(BaseException):
     """SIGTERM or SIGINT came."""
 
 
-def _on_signal(number: int, frame: Any) -> None:
-    raise _Stop
+@contextlib.contextmanager
+def heeding_signals() -> Iterator[None]:
+    """Within, SIGTERM and SIGINT raise `Stop`; what comes after ends the launcher at once."""
 
+    def on_signal(number: int, frame: Any) -> None:
+        raise Stop
 
-def run(members: Sequence[sweep.Member], workdir: pathlib.Path, parallel: int) -> list[str]:
-    """Runs the unfinished members, `parallel` at once; returns the names of those that failed."""
-    waiting = [m for m in members if _status(workdir / m.name).get('state') != 'done']
-    running: dict[str, subprocess.Popen[bytes]] = {}
-    slots: dict[str, int] = {}
-    failed: list[str] = []
-    watch = _Watch(members, workdir)
+    before = {each: signal.signal(each, on_signal) for each in (signal.SIGTERM, signal.SIGINT)}
     try:
-        while waiting or running:
-            while waiting and len(running) < parallel:
-                member = waiting.pop(0)
-                slots[member.name] = min(set(range(parallel)) - {slots[name] for name in running})
-                running[member.name] = _start(
-                    member, workdir / member.name, _share(slots[member.name], parallel)
-                )
-            time.sleep(0.5)
-            for name, process in list(running.items()):
-                code = process.poll()
-                if code is None:
-                    continue
-                del running[name]
-                if code:
-                    failed.append(name)
-                    watch.say(f'{name} failed: {_reason(workdir / name, code)}')
-            watch.update(running, waiting)
-    except _Stop:
-        for process in running.values():
-            process.send_signal(signal.SIGTERM)
-        watch.say('stopping: waiting for the running members to save')
-        for process in running.values():
-            process.wait()
-        raise
+        yield
     finally:
-        watch.close()
-    return failed
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
-def _share(slot: int, parallel: int) -> set[int]:
-    """The cores of one of so many members: small programs run best on few cores of their own."""
-    cores = sorted(os.sched_getaffinity(0))
-    return set(cores[slot::parallel]) or set(cores)
+def end(watch: 'Watch', running: Iterable[process.Process | process.Elsewhere]) -> NoReturn:
+    """Lets the members that run save, and ends the launcher as one that was stopped."""
+    watch.say('stopping: waiting for the running members to save')
+    members = list(running)
+    for member in members:
+        member.stop()
+    for member in members:
+        member.wait()
+    sys.exit(PREEMPTED)
 
 
-def _start(member: sweep.Member, path: pathlib.Path, cores: set[int]) -> subprocess.Popen[bytes]:
-    path.mkdir(parents=True, exist_ok=True)
-    with open(path / 'log.txt', 'ab') as log:
-        # A group of its own: Ctrl-C reaches the launcher alone, which then asks members to save.
-        return subprocess.Popen(
-            member.command,
-            stdout=log,
-            stderr=log,
-            stdin=subprocess.DEVNULL,
-            process_group=0,
-            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+def submit(commands: Commands, resources: Resources, rule: Rule | None = None) -> States:
+    """Runs them to their ends, some at once; returns what became of each."""
+    slots, attempts = Slots(resources), engine.Attempts(resources.retries)
+    waiting, states = list(commands), States()
+    running: dict[pathlib.Path, process.Process | process.Elsewhere] = {}
+    taken: dict[pathlib.Path, int] = {}
+    watch = Watch(list(commands))
+    for path in commands:  # what a launcher that was killed has left
+        if state.held(path / 'launched'):
+            running[path] = process.Elsewhere(path / 'launched')
+            taken[path] = process.slot_of(path)
+            waiting.remove(path)
+    try:
+        with watch, heeding_signals():
+            while waiting or running:
+                while waiting and (slot := slots.free(taken.values())) is not None:
+                    path = waiting.pop(0)
+                    if state.done(path):  # by another launcher
+                        states[path] = state.read(path).word
+                        continue
+                    running[path], taken[path] = slots.start(slot, path, commands[path]), slot
+                time.sleep(TICK)
+                for path, member in list(running.items()):
+                    if (path / state.STOPPED).exists():
+                        member.stop()
+                    if (code := member.poll()) is None:
+                        continue
+                    del running[path], taken[path]
+                    states[path], again, said = attempts.ended(path, code)
+                    if said:
+                        watch.say(said)
+                    if again:
+                        waiting.append(path)
+                watch.update(rule)
+    except Stop:
+        end(watch, running.values())
+    return states
+
+
+class Slots:
+    """The parts of this machine that members take: a share of the cores, and GPUs of their own.
+
+    Raises:
+      UserError: if the machine has not as many GPUs as one member is to have.
+    """
+
+    def __init__(self, resources: Resources):
+        self._resources = resources
+        self._gpus = gpus() if resources.gpus else []
+        each = resources.gpus * resources.processes
+        if each > len(self._gpus):
+            raise UserError(
+                f'--gpus={resources.gpus}: {resources.processes} process(es) of a member need '
+                f'{each}, and this machine has {len(self._gpus)}; give fewer, or --gpus=0'
+            )
+        fitting = len(self._gpus) // each if each else 1
+        self.number = resources.parallel or fitting
+        if each and self.number > fitting:
+            raise UserError(
+                f'--parallel={self.number}: the {len(self._gpus)} GPUs of this machine are enough '
+                f'for {fitting} at once'
+            )
+
+    def free(self, taken: Any) -> int | None:
+        """The first that is free, None if none is; a member that has an unknown one counts."""
+        left = set(range(self.number)) - set(taken)
+        return min(left) if left and len(taken) < self.number else None
+
+    def start(
+        self, slot: int, path: pathlib.Path, command: list[str]
+    ) -> process.Process | process.Elsewhere:
+        """Starts a member there."""
+        count, each = self._resources.processes, self._resources.gpus
+        environments: list[dict[str, str]] = [{'PYTHONUNBUFFERED': '1'} for _ in range(count)]
+        for i, environment in enumerate(environments):
+            first = (slot * count + i) * each
+            if each:
+                environment['CUDA_VISIBLE_DEVICES'] = ','.join(self._gpus[first : first + each])
+        cores = self._cores(slot)
+        return process.start(
+            path, command, processes=count, environments=environments, cores=cores, slot=slot
         )
 
-
-def _status(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((path / 'status.json').read_text()))
-    except FileNotFoundError:
-        return {}
-
-
-def _reason(path: pathlib.Path, code: int) -> str:
-    """The last line that the member wrote, and its exit code."""
-    lines = (path / 'log.txt').read_text(errors='replace').split('\n')
-    last = next((line for line in reversed(lines) if line.strip()), 'no output')
-    return f'exit code {code}: {last} ({path / "log.txt"})'
+    def _cores(self, slot: int) -> set[int]:
+        """Small programs run best on few cores of their own."""
+        cores = sorted(os.sched_getaffinity(0))
+        if self._resources.cores:
+            count = self._resources.cores * self._resources.processes
+            return {cores[(slot * count + i) % len(cores)] for i in range(count)}
+        return set(cores[slot :: self.number]) or set(cores)
 
 
-class _Watch:
-    """A table of the members on a terminal; elsewhere a line when something changes."""
+def gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get('CUDA_VISIBLE_DEVICES')
+    if visible is not None:
+        return [name for name in visible.split(',') if name]
+    found = pathlib.Path('/dev').glob('nvidia[0-9]*')
+    return sorted((match[0] for p in found if (match := re.search(r'\d+$', p.name))), key=int)
 
-    def __init__(self, members: Sequence[sweep.Member], workdir: pathlib.Path):
-        self._members, self._workdir = members, workdir
+
+class Watch(contextlib.AbstractContextManager['Watch']):
+    """A table of the members on a terminal; elsewhere a line when one starts or ends."""
+
+    def __init__(self, paths: list[pathlib.Path], every: float = 1.0):
+        self._paths, self._every = paths, every
+        self._metric = _metric(paths[0].parent) if paths else ''
         self._console = rich.console.Console(stderr=True)
-        self._start = time.monotonic()
-        self._said = ''
+        self._start, self._next, self._next_line = time.monotonic(), 0.0, 0.0
+        self._said: dict[str, str] = {}
         self._live: rich.live.Live | None = None
         if self._console.is_terminal:
             self._live = rich.live.Live(console=self._console, auto_refresh=False)
             self._live.start()
 
+    def follow(self, paths: list[pathlib.Path]) -> None:
+        """Shows these from now on."""
+        self._paths = paths
+
     def say(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def update(self, running: dict[str, Any], waiting: Sequence[sweep.Member]) -> None:
-        del waiting
-        rows = [(m.label, *self._row(m, m.name in running)) for m in self._members]
-        minutes = (time.monotonic() - self._start) / 60
-        if self._live is not None:
-            table = rich.table.Table(title=f'{self._workdir}, {minutes:.1f} min', box=None)
-            for heading in ('member', 'state', 'step', 'rate', 'left'):
-                table.add_column(heading, justify='left' if heading == 'member' else 'right')
-            for row in rows:
-                table.add_row(*row)
-            self._live.update(table, refresh=True)
+    def update(self, rule: Rule | None = None, *, last: bool = False) -> None:
+        """Shows how they stand and applies the rule, once in a while."""
+        if time.monotonic() < self._next and not last:
             return
-        now = '; '.join(f'{label} {state} {step}' for label, state, step, *_ in rows if state)
-        if now != self._said:
-            self.say(f'[{minutes:5.1f} min] {now}')
-            self._said = now
+        self._next = time.monotonic() + self._every
+        if rule is not None:
+            rule(self._paths)
+        states = {path.name: state.read(path, self._metric) for path in self._paths}
+        minutes = f'{(time.monotonic() - self._start) / 60:.1f} min'
+        if self._live is not None:
+            self._live.update(state.table(minutes, states), refresh=True)
+            return
+        now = {name: of.word for name, of in states.items()}
+        changed = {name for name in now if now[name] != self._said.get(name, 'waiting')}
+        if not changed and time.monotonic() < self._next_line and not last:
+            return
+        self._next_line, self._said = time.monotonic() + LINE, now
+        shown = [name for name in now if name in changed or now[name] == 'running']
+        lines = [' '.join(filter(None, state.cells(name, states[name])[:3])) for name in shown]
+        if lines:
+            self.say(f'[{minutes:>9}] {"; ".join(lines)}')
 
-    def _row(self, member: sweep.Member, running: bool) -> tuple[str, str, str, str]:
-        path = self._workdir / member.name
-        state = 'running' if running else _status(path).get('state', '')
-        timing = path / 'timing.jsonl'
-        if not timing.exists() or not (path / 'cost.json').exists():
-            return state, '', '', ''
-        lines = timing.read_text().splitlines()
-        if not lines:
-            return state, '', '', ''
-        last = json.loads(lines[-1])
-        steps = json.loads((path / 'cost.json').read_text())['steps']
-        every = last['step'] - json.loads(lines[-2])['step'] if len(lines) > 1 else last['step']
-        left = (steps - last['step']) * last['seconds'] / max(1, every)
-        return (
-            state,
-            f'{last["step"]}/{steps}',
-            ', '.join(
-                f'{v:,.0f} {k.removesuffix(RATE)}/s' for k, v in last.items() if k.endswith(RATE)
-            ),
-            f'{left:.0f} s' if running else '',
-        )
-
-    def close(self) -> None:
+    def __exit__(self, *exception: object) -> None:
+        self.update(last=True)
         if self._live is not None:
             self._live.stop()
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise UserError(f'unexpected argument {argv[1]!r}; flags are --NAME=VALUE')
-    if not SWEEP.value or not WORKDIR.value:
-        raise UserError('--sweep=FILE and --workdir=DIRECTORY are both needed')
-    workdir = pathlib.Path(WORKDIR.value)
-    members = sweep.load(SWEEP.value, workdir)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _on_signal)
+def _metric(workdir: pathlib.Path) -> str:
+    """What the sweep of a directory compares; '' if it is not that of a sweep."""
     try:
-        failed = run(members, workdir, PARALLEL.value)
-    except _Stop:
-        sys.exit(PREEMPTED)
-    report.write(workdir)
-    sweep.report(SWEEP.value, workdir)
-    if failed:
-        sys.exit(f'error: {len(failed)} of {len(members)} members failed: {", ".join(failed)}')
+        return str(json.loads((workdir / 'sweep.json').read_text())['metric'])
+    except FileNotFoundError:
+        return ''
 
 
 if __name__ == '__main__':
-    os.environ.setdefault('PYTHONUNBUFFERED', '1')
-    try:
-        app.run(main)
-    except UserError as error:
-        sys.exit(f'error: {error}')
+    from launch import cli
+
+    cli.main('local', submit, watches=True)

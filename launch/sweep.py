@@ -17,7 +17,11 @@ import types
 from collections.abc import Sequence
 from typing import Any
 
-from mi.config import UserError
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from mi.config import UserError, difference, flat
 from mi.run import write_json
 
 
@@ -81,11 +85,13 @@ def _union(parts: Sequence[Overrides]) -> Overrides:
     return union
 
 
-def load(file: str, workdir: pathlib.Path) -> list[Member]:
+def load(file: str, workdir: pathlib.Path, engine: str = 'local') -> list[Member]:
     """Reads a sweep file and writes workdir/sweep.json, which the report reads.
 
+    A directory that holds the sweep already may get more members, and none of another config.
+
     Raises:
-      UserError: if the file is not a sweep, or the directory holds another one.
+      UserError: if the file is not a sweep, or the directory holds another one: what differs.
     """
     module = _module(file)
     task = getattr(module, 'TASK', None)
@@ -100,26 +106,60 @@ def load(file: str, workdir: pathlib.Path) -> list[Member]:
         'baseline': module.BASELINE,
         'notes': module.NOTES,
         'config': module.CONFIG,
-        'command': f'python -m launch.local --sweep={file} --workdir={workdir}',
+        'base': json.loads(parsed([f'--config={module.CONFIG}']).to_json()),
+        'command': f'python -m launch.{engine} --sweep={file} --workdir={workdir}',
         'members': [
             {'name': m.name, 'label': m.label, 'overrides': m.overrides}
             | ({'task': str(m.overrides[task])} if task in m.overrides else {})
             for m in members
         ],
     }
-    workdir.mkdir(parents=True, exist_ok=True)
     record = workdir / 'sweep.json'
     if record.exists():
-        before = json.loads(record.read_text())
-        changed = {m['name'] for m in before['members']} ^ {m.name for m in members}
-        if before['config'] != module.CONFIG or changed:
-            what = f'members {", ".join(sorted(changed))}' if changed else before['config']
-            raise UserError(
-                f'{workdir} holds another sweep, {before["name"]} (it differs in {what}); '
-                f'name another --workdir'
-            )
+        before, now = record.read_text(), json.dumps(description)
+        _refuse_changes(json.loads(before), json.loads(now), workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
     write_json(record, description)
     return members
+
+
+def parsed(arguments: Sequence[str]) -> ml_collections.ConfigDict:
+    """The config that `mi.main` makes of its arguments --config=FILE and --config.KEY=VALUE.
+
+    Raises:
+      UserError: if there is no such file or key, or a value is not of the key's type.
+    """
+    values = flags.FlagValues()
+    argv = ['', *(a for a in arguments if a.startswith('--config'))]
+    config_flags.DEFINE_config_file('config', lock_config=True, flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+        return values['config'].value
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise UserError(f'{" ".join(argv[1:])}: {" ".join(str(error).split())}') from error
+
+
+def _refuse_changes(before: dict[str, Any], now: dict[str, Any], workdir: pathlib.Path) -> None:
+    """Refuses members that are gone or changed: their runs would not be those of the sweep."""
+    members = {m['name']: m['overrides'] for m in now['members']}
+    changes: dict[str, list[str]] = {}  # what differs → the members that it differs in
+    for member in before['members']:
+        name = member['name']
+        if name not in members:
+            changes.setdefault('it is there no more', []).append(name)
+            continue
+        was = flat(before.get('base', now['base'])) | member['overrides']
+        if changed := difference(was, flat(now['base']) | members[name]):
+            changes.setdefault(changed, []).append(name)
+    if changes:
+        what = '; '.join(f'{_some(names)}: {changed}' for changed, names in changes.items())
+        raise UserError(
+            f'{workdir} holds another sweep, {before["name"]} ({what}); name another --workdir'
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
 
 
 def report(file: str, workdir: pathlib.Path) -> None:

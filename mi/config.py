@@ -37,6 +37,22 @@ def flat(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
     return leaves
 
 
+def difference(before: Mapping[str, Any], now: Mapping[str, Any], most: int = 8) -> str:
+    """What differs between two configs, 'model.width was 3 and is 4, …'; '' if nothing does."""
+    old, new = flat(before), flat(now)
+
+    def value(of: Mapping[str, Any], key: str) -> str:
+        return repr(of[key]) if key in of else 'absent'
+
+    changed = [
+        f'{key} was {value(old, key)} and is {value(new, key)} now'
+        for key in sorted(old | new)
+        if not (key in old and key in new and old[key] == new[key])
+    ]
+    more = [f'{len(changed) - most} more'] if len(changed) > most else []
+    return ', '.join(changed[:most] + more)
+
+
 def check(config: ml_collections.ConfigDict, schema: Mapping[str, Rule]) -> None:
     """Raises UserError on the first unknown key, missing key, or value that its rule refuses."""
     values = flat(config.to_dict())

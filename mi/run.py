@@ -19,6 +19,7 @@ import pathlib
 import platform
 import signal
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -28,7 +29,7 @@ import ml_collections
 import numpy as np
 
 from mi import metrics, parallel, tracking
-from mi.config import UserError, flat
+from mi.config import UserError, difference
 
 Steps = tuple[int, int]  # first and last
 
@@ -195,14 +196,19 @@ def start(
 @contextlib.contextmanager
 def _locked(lock: pathlib.Path, path: pathlib.Path) -> Iterator[None]:
     with open(lock, 'a+') as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read().strip() or 'another process'
-            raise UserError(
-                f'{path} is in use by {holder}; wait for it or name another --workdir'
-            ) from error
+        for attempt in range(10):  # who looks whether it is held, as launch.status, holds it too
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if attempt < 9:
+                    time.sleep(0.1)
+                    continue
+                file.seek(0)
+                holder = file.read().strip() or 'another process'
+                raise UserError(
+                    f'{path} is in use by {holder}; wait for it or name another --workdir'
+                ) from error
         file.truncate(0)
         file.write(f'process {os.getpid()} on {platform.node()}')
         file.flush()
@@ -215,19 +221,14 @@ def _same_config(file: pathlib.Path, config: ml_collections.ConfigDict) -> None:
         write_json(file, now)
         return
     try:
-        before = flat(json.loads(file.read_text()))
+        before = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f'{file} is not JSON ({error}); restore it or start afresh') from error
-    after = flat(now)
-    for side in (before, after):
+    for side in (before, now):
         side.pop('tracker', None)  # who else is told has no part in what is learnt
-    changed = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
-    if changed:
-        first = changed[0]
-        more = f' and {len(changed) - 1} more' if len(changed) > 1 else ''
+    if changed := difference(before, now):
         raise UserError(
-            f'{file.parent} was made with another config: {first} was {before.get(first)!r} and '
-            f'is {after.get(first)!r} now{more}; name another --workdir'
+            f'{file.parent} was made with another config: {changed}; name another --workdir'
         )
 
 

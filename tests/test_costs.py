@@ -69,6 +69,13 @@ def test_the_parameters_of_a_corpus_that_is_not_here_can_be_told():
     assert told['parameters']['model'] - fewer == of_words
 
 
+def test_what_runs_on_a_gpu_alone_can_be_told_anywhere():
+    config = lm.get_config('tiny')
+    told = costs.of_config(config)
+    config.model.impl = 'cudnn'
+    assert costs.of_config(config) == told
+
+
 def test_a_search_has_no_parameters_before_it_is_done():
     told = costs.of_config(expressivity.get_config('search'))
     assert 'parameters' not in told and told['steps'] == 5

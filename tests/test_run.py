@@ -56,8 +56,12 @@ def test_another_config_is_refused_and_named(tmp_path):
         pass
     before = (tmp_path / 'config.json').read_bytes()
     with (
-        pytest.raises(UserError, match=r'model\.width was 3 and is 4 now and 1 more; name another'),
-        run.start(tmp_path, config(model={'width': 4}, seeds=(1,))),
+        pytest.raises(
+            UserError,
+            match=r'extra was absent and is 1 now, model\.width was 3 and is 4 now, '
+            r'seeds was \[0\] and is \[1\] now; name another',
+        ),
+        run.start(tmp_path, config(model={'width': 4}, seeds=(1,), extra=1)),
     ):
         pass
     assert (tmp_path / 'config.json').read_bytes() == before

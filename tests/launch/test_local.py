@@ -1,13 +1,22 @@
+import io
 import json
+import os
+import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
+import rich.console
 
-from launch import sweep
+from launch import engine, local, plan, process, state, sweep
+from mi import costs
 from mi.config import UserError
+
+MEMBER = str(pathlib.Path(__file__).with_name('member.py'))
+ONE = engine.Resources()
 
 SWEEP = """
 from launch.sweep import product
@@ -28,8 +37,8 @@ def launch(file, workdir, *more):
     return [sys.executable, '-m', 'launch.local', f'--sweep={file}', f'--workdir={workdir}', *more]
 
 
-def status(path):
-    return json.loads((path / 'status.json').read_text())
+def status(path, name='status.json'):
+    return json.loads((path / name).read_text())
 
 
 def test_members_are_named_by_what_differs(tmp_path):
@@ -87,6 +96,133 @@ def test_another_sweep_in_the_same_directory_is_refused(tmp_path):
         sweep.load(write(tmp_path, [{'model.site': 'both'}]), tmp_path / 'runs')
 
 
+def test_a_changed_sweep_is_refused_by_keys_and_values_and_a_longer_one_is_not(tmp_path):
+    runs = tmp_path / 'runs'
+    overrides = [{'model.site': site, 'train.steps': 7} for site in ('none', 'both')]
+    sweep.load(write(tmp_path, overrides), runs)
+    sweep.load(write(tmp_path, [*overrides, {'model.site': 'encoder', 'train.steps': 7}]), runs)
+    changed = [{'model.site': site, 'train.steps': 8, 'seeds': (1,)} for site in ('none', 'both')]
+    said = (
+        r'site=none, site=both: seeds was \[0\] and is \[1\] now, train\.steps was 7 and is 8 now'
+    )
+    with pytest.raises(UserError, match=said + '; site=encoder: it is there no more|' + said):
+        sweep.load(write(tmp_path, changed), runs)
+    other = write(tmp_path, overrides).replace('a_sweep', 'other')
+    pathlib.Path(other).write_text(
+        (tmp_path / 'a_sweep.py').read_text().replace('lm.py:tiny', 'lm.py:tiny,core=gru')
+    )
+    with pytest.raises(UserError, match=r"model\.core was 'lstm' and is 'gru' now"):
+        sweep.load(other, runs)
+
+
+def test_a_dry_run_tells_what_members_cost_and_hours_by_the_rate_of_those_that_ran(
+    tmp_path, capsys
+):
+    values = {'model.width': [16, 32], 'seeds': [(0, 1)], 'train.steps': [100], 'train.batch': [8]}
+    file = tmp_path / 'fits.py'
+    text = SWEEP.format(overrides=sweep.product(**values), baseline=None)
+    file.write_text(text.replace('configs/lm.py:tiny', 'configs/expressivity.py:fit'))
+    runs = tmp_path / 'runs'
+    members = sweep.load(str(file), runs)
+    told = [costs.of_config(sweep.parsed(m.command)) for m in members]
+    flops = [told[i]['flops'] * 100 * 2 for i in range(2)]
+    plan.show(members, runs)
+    lines = capsys.readouterr().out.splitlines()
+    row = next(line.split() for line in lines if line.split()[:1] == ['width=16'])
+    count = f'{told[0]["parameters"]["model"]:,}'
+    assert row == ['width=16', 'waiting', count, f'{told[0]["flops"]:.3g}', '100', '2',
+                   f'{flops[0]:.3g}']  # fmt: skip
+    assert any(line.endswith(f'--workdir={runs}/width=32') for line in lines)
+    assert f'{sum(flops):.3g} FLOPs' in lines[-1] and ' h' not in lines[-1]
+
+    (runs / 'width=16').mkdir()
+    timing = [{'step': 50, 'seconds': 99.0}, {'step': 100, 'seconds': 36.0}]  # the first compiles
+    (runs / 'width=16/timing.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in timing))
+    plan.show(members, runs)
+    pace = flops[0] / 2 / 36
+    hours = f'{sum(flops) / pace / 3600:.2g} h at {pace:.3g} FLOP/s'
+    assert hours in capsys.readouterr().out.splitlines()[-1]
+
+
+def counting(path, **options):
+    """A command that counts to --steps in a run directory; see tests/launch/member.py."""
+    flags = [f'--{name}={value}' for name, value in options.items()]
+    return [sys.executable, MEMBER, f'--workdir={path}', *flags]
+
+
+def starts(path):
+    return [json.loads(line) for line in (path / 'starts.jsonl').read_text().splitlines()]
+
+
+def test_gpus_are_dealt_out_so_that_no_two_members_share_one(tmp_path, monkeypatch):
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '3,5,6,GPU-a1')
+    paths = [tmp_path / str(i) for i in range(4)]
+    commands = {path: counting(path, steps=4, seconds=0.1) for path in paths}
+    states = local.submit(commands, engine.Resources(gpus=2))
+    assert set(states.values()) == {'done'}
+    first, second, *_ = (starts(path)[0]['cuda'] for path in paths)
+    assert {first, second} == {'3,5', '6,GPU-a1'}  # at once
+    assert {starts(path)[0]['cuda'] for path in paths[2:]} <= {first, second}
+    with pytest.raises(UserError, match='this machine has 4; give fewer'):
+        local.submit(commands, engine.Resources(gpus=5))
+    with pytest.raises(UserError, match='enough for 2 at once'):
+        local.submit(commands, engine.Resources(gpus=2, parallel=3))
+
+
+def test_failures_are_retried_as_configured_and_preemptions_as_long_as_they_get_further(tmp_path):
+    paths = {name: tmp_path / name for name in ('once', 'twice', 'preempted')}
+    commands = {
+        paths['once']: counting(paths['once'], steps=2, fails=1),
+        paths['twice']: counting(paths['twice'], steps=2, fails=2),
+        paths['preempted']: counting(paths['preempted'], steps=4, stops=1),
+    }
+    states = local.submit(commands, engine.Resources(parallel=3, retries=1))
+    assert states == {
+        paths['once']: 'done', paths['twice']: 'failed', paths['preempted']: 'done',
+    }  # fmt: skip
+    assert [len(starts(path)) for path in paths.values()] == [2, 2, 4]
+    assert state.read(paths['twice']).reason == 'ValueError: so it was asked'
+
+    stuck = tmp_path / 'stuck'
+    commands = {stuck: counting(stuck, steps=2, stops=0)}  # stops before its first step, for ever
+    assert local.submit(commands, engine.Resources()) == {stuck: 'failed'}
+    assert len(starts(stuck)) == 2
+
+
+def test_a_run_whose_process_is_gone_has_died(tmp_path):
+    path = tmp_path / 'run'
+    this = process.start(path, counting(path, steps=1000, seconds=0.05))
+    while not (path / 'metrics.jsonl').exists():
+        assert this.poll() is None
+        time.sleep(0.02)
+    now = state.read(path, 'loss')
+    assert (now.word, now.steps, now.reason) == ('running', 1000, '')
+    assert now.metric.startswith('loss ') and now.metric.endswith('(train)')
+    other = process.start(path, counting(path, steps=1000))  # one is enough
+    assert isinstance(other, process.Elsewhere) and other.poll() is None
+    this.kill()
+    assert this.wait() == other.poll() * -signal.SIGKILL  # the other one only sees that it failed
+    assert state.read(path).word == 'died' and status(path)['state'] == 'running'
+    assert len(starts(path)) == 1
+
+
+def test_status_shows_the_members_of_a_sweep_and_why_one_failed(tmp_path):
+    file, runs = write(tmp_path, [{'model.site': s} for s in ('none', 'both')]), tmp_path / 'runs'
+    sweep.load(file, runs)
+    local.submit({runs / 'site=none': counting(runs / 'site=none', steps=1, fails=9)}, ONE)
+    states = state.of_sweep(runs)
+    assert {name: of.word for name, of in states.items()} == {
+        'site=none': 'failed', 'site=both': 'waiting',
+    }  # fmt: skip
+    assert states['site=none'].reason == 'ValueError: so it was asked'
+    console = rich.console.Console(width=150, file=io.StringIO())
+    console.print(state.table('runs', states))
+    assert 'runs, 1 failed, 1 waiting' in console.file.getvalue()
+    assert list(state.of_sweep(runs / 'site=none')) == ['site=none']
+    with pytest.raises(UserError, match='neither a sweep nor a run'):
+        state.of_sweep(tmp_path)
+
+
 def test_what_is_no_sweep_is_refused(tmp_path):
     with pytest.raises(UserError, match='no such file'):
         sweep.load(str(tmp_path / 'none.py'), tmp_path / 'runs')
@@ -140,6 +276,36 @@ def test_a_stopped_sweep_saves_and_goes_on(tmp_path, texts):
     done = subprocess.run(launch(file, runs), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert {status(runs / f'site={s}')['state'] for s in ('none', 'both')} == {'done'}
+
+
+@pytest.mark.slow
+def test_a_member_of_two_processes_of_which_one_is_killed_is_tried_again(tmp_path):
+    """The other one cannot go on without it and is gone within seconds."""
+    path = tmp_path / 'run'
+    command = [sys.executable, '-m', 'mi.main', '--config=configs/rl.py:tiny,env=catch']
+    command += ['--config.train.steps=2000', f'--workdir={path}']
+    took = []
+
+    def kill_one():
+        while not list(path.glob('checkpoints/0*')):
+            time.sleep(0.05)
+        pids = [status(path, name)['pid'] for name in ('status.json', 'status.1.json')]
+        os.kill(pids[1], signal.SIGKILL)
+        began = time.monotonic()
+        while pathlib.Path(f'/proc/{pids[0]}/stat').exists() and status(path)['pid'] == pids[0]:
+            time.sleep(0.05)
+        took.append(time.monotonic() - began)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    states = local.submit({path: command}, engine.Resources(processes=2, retries=1))
+    killer.join()
+    assert states == {path: 'done'}
+    assert status(path)['state'] == status(path, 'status.1.json')['state'] == 'done'
+    assert took[0] < 60
+    lines = (path / 'metrics.jsonl').read_text().splitlines()
+    steps = [r['step'] for r in map(json.loads, lines) if r['split'] == 'train']
+    assert steps == list(range(5, 51, 5))
 
 
 def test_a_sweep_may_draw_figures_of_its_own(tmp_path):

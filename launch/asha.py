@@ -1,0 +1,104 @@
+"""Asynchronous successive halving: members that are behind are stopped early.
+
+At the steps r, r·η, r·η², … (the rungs) a member's value is compared with those that the others had
+there. It goes on if it is among the best 1/η of those that have come so far, itself included, or
+the best of all; else it saves and is stopped for good. Nobody waits for anybody, so that what is
+decided depends on who comes first: it is written down in WORKDIR/asha.jsonl in that order, and a
+launcher that is started again decides no rung twice.
+
+Source: Li et al., *A System for Massively Parallel Hyperparameter Tuning* (MLSys 2020), in the
+variant that stops members instead of promoting them.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterable, Sequence
+
+from launch import state
+from mi.run import write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrival:
+    """A member that has come to a rung.
+
+    Attributes:
+      rung: its step.
+      name: of the member.
+      value: of the metric there, the mean over seeds.
+    """
+
+    rung: int
+    name: str
+    value: float
+
+
+def rungs(first: int, factor: int, steps: int) -> list[int]:
+    """The steps at which members are compared: all below the last one."""
+    found = []
+    while first < steps:
+        found.append(first)
+        first *= factor
+    return found
+
+
+def stops(before: Iterable[Arrival], new: Arrival, factor: int, lower_is_better: bool) -> str:
+    """Why a member is stopped where it has come to; '' if it goes on.
+
+    Args:
+      before: who has come anywhere before it.
+      new: the member.
+      factor: η.
+      lower_is_better: of the metric.
+    """
+    sign = 1 if lower_is_better else -1
+    values = sorted(sign * a.value for a in before if a.rung == new.rung)
+    better = sum(value < sign * new.value for value in values)
+    stay = max(1, (len(values) + 1) // factor)
+    if better < stay:
+        return ''
+    place = f'place {better + 1} of {len(values) + 1}, and {stay} stay'
+    return f'{new.value:.4g} at step {new.rung} is {place}'
+
+
+class Asha:
+    """The rule, applied to the members of a sweep by an engine that calls it now and then.
+
+    Args:
+      workdir: of the sweep.
+      first: the first rung.
+      factor: η.
+    """
+
+    def __init__(self, workdir: pathlib.Path, first: int, factor: int):
+        sweep = json.loads((workdir / 'sweep.json').read_text())
+        self._workdir, self._first, self._factor = workdir, first, factor
+        self._metric, self._split = sweep['metric'], sweep['curves']
+        self._lower_is_better = sweep['lower_is_better']
+        self._file = workdir / 'asha.jsonl'
+        self._arrivals = [Arrival(**record) for record in state.records(self._file)]
+        for i, arrival in enumerate(self._arrivals):  # one that was decided and not carried out
+            self._stop(arrival, self._arrivals[:i])
+
+    def __call__(self, paths: Sequence[pathlib.Path]) -> None:
+        """Compares members that have come to a rung since, and marks those that are to stop."""
+        known = {(a.rung, a.name) for a in self._arrivals}
+        for path in paths:
+            steps = state.read(path).steps
+            values = state.curve(path, self._metric, self._split)
+            for rung in rungs(self._first, self._factor, steps):
+                there = [step for step in values if step >= rung]
+                if not there or (rung, path.name) in known or (path / state.STOPPED).exists():
+                    continue
+                arrival = Arrival(rung, path.name, values[min(there)])
+                with open(self._file, 'a') as file:
+                    file.write(json.dumps(dataclasses.asdict(arrival)) + '\n')
+                self._stop(arrival, self._arrivals)
+                self._arrivals.append(arrival)
+
+    def _stop(self, arrival: Arrival, before: Sequence[Arrival]) -> None:
+        reason = stops(before, arrival, self._factor, self._lower_is_better)
+        if reason:
+            mark = self._workdir / arrival.name / state.STOPPED
+            write_json(mark, {'reason': f'asha: {reason}', 'step': arrival.rung})

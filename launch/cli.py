@@ -1,0 +1,116 @@
+"""What stands behind `python -m launch.ENGINE`: flags, and the way from a sweep to a report."""
+
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+
+import jax
+from absl import app, flags, logging
+
+from launch import plan, state, sweep
+from launch.asha import Asha
+from launch.engine import Resources, Submit
+from mi import report
+from mi.config import UserError
+from mi.run import PREEMPTED
+
+SWEEP = flags.DEFINE_string('sweep', None, 'Sweep file, such as experiments/quickstart.py.')
+WORKDIR = flags.DEFINE_string('workdir', None, 'Sweep directory, made or continued.')
+DRY_RUN = flags.DEFINE_bool(
+    'dry_run', False, 'List the members, what runs them and what they cost; run nothing.'
+)
+FLOPS_PER_SECOND = flags.DEFINE_float(
+    'flops_per_second',
+    None,
+    'With --dry_run: what one member gets, for hours. Left out, that of the members that ran.',
+    lower_bound=1,
+)
+PARALLEL = flags.DEFINE_integer(
+    'parallel', 0, 'Members at once; 0 for as many as fit, 1 without GPUs.', lower_bound=0
+)
+PROCESSES = flags.DEFINE_integer(
+    'processes', 1, 'Of each member, joined by jax.distributed.', lower_bound=1
+)
+GPUS = flags.DEFINE_integer(
+    'gpus', 0, 'Of each process; with 0 it sees those that the engine sees.', lower_bound=0
+)
+CORES = flags.DEFINE_integer('cores', 0, 'Of each process; 0 for an even share.', lower_bound=0)
+RETRIES = flags.DEFINE_integer(
+    'retries', 0, 'How often a member that fails is started again.', lower_bound=0
+)
+
+ASHA = flags.DEFINE_integer(
+    'asha', 0, 'Stop members that are behind, from this step on; see launch/asha.py.', lower_bound=0
+)
+ASHA_FACTOR = flags.DEFINE_integer(
+    'asha_factor',
+    3,
+    'Of those that come to a step, the best one in so many goes on.',
+    lower_bound=2,
+)
+
+
+def resources() -> Resources:
+    """As the flags say."""
+    return Resources(PARALLEL.value, PROCESSES.value, GPUS.value, CORES.value, RETRIES.value)
+
+
+def run(name: str, submit: Submit, watches: bool) -> None:
+    """What `python -m launch.NAME` does; the exit code is 1 if a member failed.
+
+    The report is written when no member goes on elsewhere.
+    """
+    if ASHA.value and not watches:
+        raise UserError(f'--asha: launch.{name} does not watch its members; use local or ray')
+    file, workdir = arguments()
+    members = sweep.load(file, workdir, name)
+    if DRY_RUN.value:
+        plan.show(members, workdir, FLOPS_PER_SECOND.value)
+        return
+    commands = {workdir / m.name: m.command for m in members if not state.done(workdir / m.name)}
+    rule = [Asha(workdir, ASHA.value, ASHA_FACTOR.value)] if ASHA.value else []
+    states = submit(commands, resources(), *rule)
+    if any(word in ('waiting', 'running', 'preempted') for word in states.values()):
+        return
+    report.write(workdir)
+    sweep.report(file, workdir)
+    failed = [path.name for path, word in states.items() if word in ('failed', 'died')]
+    if failed:
+        sys.exit(f'error: {len(failed)} of {len(members)} members failed: {", ".join(failed)}')
+
+
+def arguments() -> tuple[str, pathlib.Path]:
+    """--sweep and --workdir."""
+    if not SWEEP.value or not WORKDIR.value:
+        raise UserError('--sweep=FILE and --workdir=DIRECTORY are both needed')
+    return SWEEP.value, pathlib.Path(WORKDIR.value)
+
+
+def main(name: str, submit: Submit, *, watches: bool = False) -> None:
+    """What stands at the end of an engine's file.
+
+    Args:
+      name: of the module.
+      submit: its engine. One that watches its members takes a `Rule` too.
+      watches: whether it does.
+    """
+    start(lambda: run(name, submit, watches))
+
+
+def start(program: Callable[[], None]) -> None:
+    """Parses the flags and runs; a mistake ends with one line."""
+
+    def body(argv: Sequence[str]) -> None:
+        if not flags.FLAGS['verbosity'].present:
+            logging.set_verbosity(logging.WARNING)
+        jax.config.update('jax_platforms', 'cpu')  # the GPUs are the members'
+        if len(argv) > 1:
+            raise UserError(f'unexpected argument {argv[1]!r}; flags are --NAME=VALUE')
+        program()
+
+    try:
+        app.run(body)
+    except UserError as error:
+        sys.exit(f'error: {error}')
+    except KeyboardInterrupt:  # before a member was started
+        sys.exit(PREEMPTED)

@@ -1,0 +1,207 @@
+"""What a run directory says of its run, read from outside while it goes on or after it.
+
+waiting     nothing was started yet           done        all steps
+running     somebody holds its lock           preempted   stopped and saved: goes on if started
+died        it said it was running, and       failed      with a reason
+            nobody holds its lock             stopped     by a rule of the sweep, for good
+"""
+
+import fcntl
+import json
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import rich.markup
+import rich.table
+
+from mi.config import UserError
+
+RATE = '_per_second'  # how the rates in timing.jsonl end
+STOPPED = 'stopped.json'  # why a rule of the sweep has stopped the run; it is not started again
+TAIL = 2**16  # bytes of a file of records that are read, from its end
+
+
+class State(NamedTuple):
+    """How a run stands.
+
+    Attributes:
+      word: one of those above.
+      step, steps: how far it is, and how far it will go; 0 where that is not known yet.
+      rate: in words, as '1,200 tokens/s'.
+      left: seconds, by the pace of the last record; None where it is not running.
+      metric: the newest value of what the sweep compares, in words.
+      reason: why it failed, died or was stopped.
+    """
+
+    word: str
+    step: int = 0
+    steps: int = 0
+    rate: str = ''
+    left: float | None = None
+    metric: str = ''
+    reason: str = ''
+
+
+def read(path: pathlib.Path, metric: str = '') -> State:
+    """The state of a run directory.
+
+    Args:
+      path: of the run; it need not exist.
+      metric: whose newest value is wanted. Where it has none yet, the first number of the newest
+        record is shown.
+    """
+    told = status(path)
+    word = str(told.get('state', 'waiting'))
+    reason = str(told.get('reason') or '')
+    alive = held(path / 'lock') or held(path / 'launched')
+    if alive:
+        word, reason = 'running', ''
+    elif (path / STOPPED).exists():
+        word, reason = 'stopped', str(_object(path / STOPPED).get('reason', ''))
+    elif word == 'waiting' and last_line(path / 'log.txt'):  # refused before it had begun
+        word, reason = 'failed', last_line(path / 'log.txt')
+    elif word == 'running':
+        word, reason = 'died', last_line(path / 'log.txt') or 'its process is gone'
+    step, steps = int(told.get('step', 0)), int(_object(path / 'cost.json').get('steps', 0))
+    rate, left = '', None
+    timing = records(path / 'timing.jsonl')
+    if timing:
+        last = timing[-1]
+        step = max(step, last['step'])
+        every = last['step'] - (timing[-2]['step'] if len(timing) > 1 else 0)
+        rates = {k.removesuffix(RATE): v for k, v in last.items() if k.endswith(RATE)}
+        rate = ', '.join(f'{v:,.0f} {k}/s' for k, v in rates.items())
+        if alive and steps and every > 0:
+            left = (steps - last['step']) * last['seconds'] / every
+    return State(word, step, steps, rate, left, _newest(path / 'metrics.jsonl', metric), reason)
+
+
+def of_sweep(workdir: pathlib.Path) -> dict[str, State]:
+    """Of the members of a sweep, in its order, by name; or of a single run.
+
+    Raises:
+      UserError: if it is neither.
+    """
+    record = workdir / 'sweep.json'
+    if record.exists():
+        sweep = json.loads(record.read_text())
+        return {m['name']: read(workdir / m['name'], sweep['metric']) for m in sweep['members']}
+    if not (workdir / 'status.json').exists():
+        raise UserError(
+            f'--workdir={workdir}: no sweep.json and no status.json, so neither a sweep nor a run'
+        )
+    return {workdir.name: read(workdir)}
+
+
+def done(path: pathlib.Path) -> bool:
+    """Whether there is nothing left to run: all steps are done, or a rule has stopped it."""
+    return (path / STOPPED).exists() or status(path).get('state') == 'done'
+
+
+def status(path: pathlib.Path) -> dict[str, Any]:
+    """What a run has written of itself last; {} if it has not yet."""
+    return _object(path / 'status.json')
+
+
+def held(lock: pathlib.Path) -> bool:
+    """Whether a process holds a lock file.
+
+    It is taken for an instant to find out, shared, so that those who ask do not see each other.
+    `mi.run` tries for a second before it gives up.
+    """
+    try:
+        with open(lock) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def records(file: pathlib.Path, most: int = TAIL) -> list[dict[str, Any]]:
+    """The newest records of a file of one JSON object a line; half a line at its end is left.
+
+    Args:
+      file: it need not exist.
+      most: bytes that are read, from the end.
+    """
+    lines = _tail(file, most).split(b'\n')[:-1]
+    return [json.loads(line) for line in lines if line.startswith(b'{') and line.endswith(b'}')]
+
+
+def last_line(log: pathlib.Path) -> str:
+    """The last line of a log that says something."""
+    lines = _tail(log).decode(errors='replace').splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), '')
+
+
+def _tail(file: pathlib.Path, most: int = TAIL) -> bytes:
+    try:
+        with open(file, 'rb') as stream:
+            stream.seek(0, 2)
+            size = stream.tell()
+            stream.seek(max(0, size - most))
+            text = stream.read()
+    except FileNotFoundError:
+        return b''
+    return text.partition(b'\n')[2] if size > most else text
+
+
+def curve(path: pathlib.Path, metric: str, split: str) -> dict[int, float]:
+    """Step → the metric of a run, the mean over its seeds; all that it has."""
+    found: dict[int, list[float]] = {}
+    for record in records(path / 'metrics.jsonl', most=2**62):
+        if record['split'] == split and isinstance(record.get(metric), int | float):
+            found.setdefault(record['step'], []).append(record[metric])
+    return {step: sum(values) / len(values) for step, values in found.items()}
+
+
+def _newest(file: pathlib.Path, metric: str) -> str:
+    """'bits_per_byte 2.1 (valid)': of the newest step and split, the mean over seeds."""
+    found = records(file)
+    have = [r for r in found if isinstance(r.get(metric), int | float)]
+    if not have:
+        have = found
+        numbers = [k for k, v in found[-1].items() if isinstance(v, float)] if found else []
+        if not numbers:
+            return ''
+        metric = numbers[0]
+    last = have[-1]
+    values = [
+        r[metric]
+        for r in have
+        if (r['step'], r['split']) == (last['step'], last['split']) and r.get(metric) is not None
+    ]
+    return f'{metric} {sum(values) / len(values):.4g} ({last["split"]})' if values else ''
+
+
+def _object(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text()))
+    except FileNotFoundError:
+        return {}
+
+
+def table(title: str, states: Mapping[str, State], notes: Sequence[str] = ()) -> rich.table.Table:
+    """A line for each run, by its label, and how many there are of each kind."""
+    count: dict[str, int] = {}
+    for state in states.values():
+        count[state.word] = count.get(state.word, 0) + 1
+    summary = ', '.join(f'{number} {word}' for word, number in count.items())
+    shown = rich.table.Table(title=', '.join([title, summary, *notes]), box=None)
+    for heading in ('run', 'state', 'step', 'rate', 'left', 'metric', 'reason'):
+        right = heading in ('step', 'rate', 'left')
+        shown.add_column(heading, justify='right' if right else 'left', overflow='fold')
+    for label, state in states.items():
+        shown.add_row(*(rich.markup.escape(cell) for cell in cells(label, state)))
+    return shown
+
+
+def cells(label: str, state: State) -> tuple[str, ...]:
+    """What the table shows of a run."""
+    steps = f'{state.step}/{state.steps}' if state.steps else ''
+    left = '' if state.left is None else time.strftime('%H:%M:%S', time.gmtime(state.left))
+    return label, state.word, steps, state.rate, left, state.metric, state.reason

@@ -1,0 +1,75 @@
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from launch import asha, state
+from launch.asha import Arrival
+
+MEMBER = str(pathlib.Path(__file__).with_name('member.py'))
+
+
+def decide(values, factor=3, lower_is_better=True):
+    """Which of the members that come to one rung, in this order, go on."""
+    come, stay = [], []
+    for i, value in enumerate(values):
+        new = Arrival(10, str(i), value)
+        if not asha.stops(come, new, factor, lower_is_better):
+            stay.append(value)
+        come.append(new)
+    return stay
+
+
+def test_the_best_third_of_those_that_have_come_goes_on():
+    assert asha.rungs(10, 3, 100) == [10, 30, 90] and asha.rungs(10, 3, 90) == [10, 30]
+    # The first is the best of one; from six on two of them stay.
+    assert decide([5, 6, 4, 7, 8, 4.5]) == [5, 4, 4.5]
+    assert decide([1, 2, 3, 4, 5, 6, 7, 8, 9]) == [1]
+    assert decide([9, 8, 7, 6]) == [9, 8, 7, 6]  # each the best when it came
+    assert decide([1, 2, 3], lower_is_better=False) == [1, 2, 3]
+    assert decide([4, 1, 3, 2], factor=2) == [4, 1, 2]
+    new = Arrival(30, 'a', 9.0)
+    assert not asha.stops(
+        [Arrival(10, 'b', 1.0), Arrival(10, 'c', 2.0)], new, 3, True
+    )  # other rung
+
+
+@pytest.mark.slow
+def test_members_that_are_behind_save_and_are_stopped_and_stay_so(tmp_path):
+    """Nine members whose losses differ by a factor; on this machine, nine at once."""
+    launcher = (
+        'import json, pathlib, sys\n'
+        'from launch import asha, engine, local\n'
+        'workdir = pathlib.Path(sys.argv[1])\n'
+        'commands = {workdir / n: c for n, c in json.loads(sys.argv[2]).items()}\n'
+        'rule = asha.Asha(workdir, 5, 3)\n'
+        'states = local.submit(commands, engine.Resources(parallel=9), rule)\n'
+        'print(json.dumps({path.name: word for path, word in states.items()}))\n'
+    )
+    sweep = {'metric': 'loss', 'curves': 'train', 'lower_is_better': True}
+    (tmp_path / 'sweep.json').write_text(json.dumps(sweep))
+    commands = {
+        f'{i}': [
+            sys.executable,
+            MEMBER,
+            f'--workdir={tmp_path / str(i)}',
+            f'--scale={1 + i}',
+            '--steps=80',
+            '--seconds=0.1',
+        ]
+        for i in range(9)
+    }
+    command = [sys.executable, '-c', launcher, str(tmp_path), json.dumps(commands)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    states = json.loads(done.stdout)
+    assert states['0'] == 'done' and 5 <= list(states.values()).count('stopped') <= 8
+    stopped = [tmp_path / name for name, word in states.items() if word == 'stopped']
+    assert all(state.read(path).step < 80 for path in stopped)
+    assert all('place' in state.read(path).reason for path in stopped)
+
+    arrivals = (tmp_path / 'asha.jsonl').read_text()
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(again.stdout) == states
+    assert (tmp_path / 'asha.jsonl').read_text() == arrivals

@@ -1,0 +1,157 @@
+"""One sweep on this machine, on a real Slurm and on a real Ray: the same metrics to the last bit.
+
+Slurm is started by the test where its programs are installed and the user is root, and with
+MI_TEST_SLURM=install, as in CI, Debian's packages are installed for it; elsewhere it is skipped.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+from launch import slurm, state
+from launch.engine import Resources
+from tests.launch import cluster
+
+SWEEP = """
+from launch.sweep import product
+CONFIG = {config!r}
+TITLE, METRIC, SPLIT, BASELINE, NOTES = 'a test', 'mse', 'eval', None, []
+def sweep():
+    return product(**{values!r})
+"""
+FIT = {
+    'model.width': [4, 16],
+    'seeds': [(0,)],
+    'train.steps': [5000],
+    'train.log_every': [50],
+    'train.save_every': [50],  # so that a signal finds it on its way
+    'train.eval_every': [2500],
+}
+NAMES = ['width=4', 'width=16']
+
+
+def launch(engine, folder, config, values, *more):
+    file = folder / 'a_sweep.py'
+    file.write_text(SWEEP.format(config=config, values=values))
+    command = [sys.executable, '-m', f'launch.{engine}', f'--sweep={file}', *more]
+    return [*command, f'--workdir={folder / "runs"}']
+
+
+def wait_for(what, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope='module')
+def on_this_machine(tmp_path_factory):
+    """What the members' metrics are when nothing disturbs them, by name."""
+    folder = tmp_path_factory.mktemp('local')
+    command = launch('local', folder, 'configs/expressivity.py:fit', FIT, '--parallel=2')
+    subprocess.run(command, check=True, capture_output=True)
+    return {name: (folder / 'runs' / name / 'metrics.jsonl').read_bytes() for name in NAMES}
+
+
+@pytest.fixture(scope='module')
+def a_slurm(tmp_path_factory):
+    with cluster.slurm(tmp_path_factory.mktemp('slurm')) as environment:
+        yield environment
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_metrics(tmp_path, on_this_machine):
+    command = launch('ray', tmp_path, 'configs/expressivity.py:fit', FIT)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in NAMES:
+        metrics = (tmp_path / 'runs' / name / 'metrics.jsonl').read_bytes()
+        assert metrics == on_this_machine[name]
+    assert (tmp_path / 'runs/report/report.html').exists()
+
+
+@pytest.mark.slow
+def test_slurm_gives_the_same_metrics_also_to_jobs_that_are_sent_back(
+    tmp_path, on_this_machine, a_slurm
+):
+    """One is requeued by Slurm; the other gets the signal that Slurm sends before the time-out."""
+    runs = tmp_path / 'runs'
+    command = launch('slurm', tmp_path, 'configs/expressivity.py:fit', FIT, '--time=30')
+    submitted = subprocess.run(command, check=True, capture_output=True, text=True, env=a_slurm)
+    assert '2 members' in submitted.stdout
+    jobs = json.loads((runs / 'slurm/jobs.json').read_text())
+    left = set(NAMES)
+    while left:
+        wait_for(lambda: any(list((runs / name).glob('checkpoints/0*')) for name in left))
+        name = next(name for name in left if list((runs / name).glob('checkpoints/0*')))
+        left.remove(name)
+        if name == NAMES[0]:
+            cluster.run(a_slurm, 'scontrol', 'requeue', jobs[name])
+        else:
+            cluster.run(a_slurm, 'scancel', '--signal=USR1', '--batch', jobs[name])
+    for name in NAMES:
+        wait_for(lambda name=name: state.read(runs / name).word == 'preempted')
+        wait_for(lambda name=name: 'PENDING' in job(a_slurm, jobs[name]))
+        assert 'Restarts=1' in job(a_slurm, jobs[name])
+    again = subprocess.run(command, check=True, capture_output=True, text=True, env=a_slurm)
+    assert 'members' not in again.stdout  # they are in the queue
+    for name in NAMES:
+        # Slurm would wait for two minutes.
+        cluster.run(a_slurm, 'scontrol', 'update', f'JobId={jobs[name]}', 'StartTime=now')
+    waited = subprocess.run([*command, '--wait'], capture_output=True, text=True, env=a_slurm)
+    assert waited.returncode == 0, waited.stderr
+    for name in NAMES:
+        assert state.read(runs / name).word == 'done'
+        assert (runs / name / 'metrics.jsonl').read_bytes() == on_this_machine[name]
+    assert (runs / 'report/report.html').exists()
+
+
+def job(environment, name):
+    return cluster.run(environment, 'scontrol', 'show', 'job', name)
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_member_find_each_other_by_what_slurm_tells_them(tmp_path, a_slurm):
+    values = {'train.steps': [400], 'env.name': ['catch']}
+    command = launch('slurm', tmp_path, 'configs/rl.py:tiny', values, '--processes=2', '--wait')
+    done = subprocess.run(command, capture_output=True, text=True, env=a_slurm)
+    (run,) = (path.parent for path in (tmp_path / 'runs').glob('*/config.json'))
+    assert done.returncode == 0, done.stderr + (run / 'log.txt').read_text()
+    second = json.loads((run / 'status.1.json').read_text())
+    assert state.read(run).word == second['state'] == 'done'
+
+
+@pytest.mark.slow
+def test_a_member_that_fails_on_slurm_is_tried_again_and_named(tmp_path, a_slurm):
+    values = {'optim.learning_rate': [-1.0], 'env.name': ['catch']}
+    more = ['--wait', '--retries=1']
+    command = launch('slurm', tmp_path, 'configs/rl.py:tiny', values, *more)
+    done = subprocess.run(command, capture_output=True, text=True, env=a_slurm)
+    assert done.returncode == 1
+    assert '1 of 1 members failed' in done.stderr
+    (log,) = (tmp_path / 'runs').glob('*/log.txt')
+    assert log.read_text().count('config.optim.learning_rate = -1.0: expected') == 2
+
+
+def test_a_batch_script_says_what_was_asked_for():
+    commands = {pathlib.Path("runs/it's"): ['python', '-m', 'mi.main', '--config.seeds=(0, 1)']}
+    resources = Resources(parallel=3, processes=2, gpus=1, cores=4, retries=2)
+    options = slurm.Options('gpu', '1:00:00', '', 90, ['--account=me'])
+    text = slurm.script(commands, resources, options, pathlib.Path('runs/slurm'))
+    for line in (
+        '--array=0-0%3', '--ntasks=2', '--cpus-per-task=4', '--gpus-per-task=1', '--account=me',
+        '--partition=gpu', '--time=1:00:00', '--signal=B:USR1@90', '--requeue',
+    ):  # fmt: skip
+        assert f'#SBATCH {line}\n' in text
+    start = text.index('case'), text.index('esac') + 4
+    shown = (
+        f'SLURM_ARRAY_TASK_ID=0\n{text[slice(*start)]}\nprintf "%s\\n" "$path" "${{command[@]}}"'
+    )
+    words = subprocess.run(['bash', '-c', shown], capture_output=True, text=True, check=True).stdout
+    assert words.splitlines() == [
+        "runs/it's", 'python', '-m', 'mi.main', '--config.seeds=(0, 1)', '--distributed=auto',
+    ]  # fmt: skip

@@ -1,0 +1,90 @@
+import collections
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+
+from launch import pbt
+
+SWEEP = """
+from launch.sweep import product
+CONFIG = 'configs/expressivity.py:fit'
+TITLE, METRIC, SPLIT, BASELINE, NOTES = 'a test', 'mse', 'eval', None, []
+def sweep():
+    return product(**{
+        'optim.learning_rate': [1e-2, 1e-6],
+        'seeds': [(0,)],
+        'train.batch': [64],
+        'train.steps': [1200],
+        'train.log_every': [20],
+        'train.eval_every': [20],
+        'train.save_every': [20],
+    })
+"""
+
+
+def test_only_one_that_is_more_than_the_margin_better_is_copied():
+    def copied(mine, others, margin=0.05):
+        fitness = {'me': mine, **{str(i): value for i, value in enumerate(others)}}
+        draws = (pbt.exploit(fitness, 'me', margin, random.Random(i)) for i in range(200))
+        return {None if other is None else fitness[other] for other in draws}
+
+    assert copied(0.5, [0.6, 0.54, 0.2]) == {0.6, None}  # each is drawn, one is copied
+    assert copied(0.5, [0.5625]) == {0.5625}
+    assert copied(0.5, [0.5625], margin=0.0625) == {None}  # more than, and absolute
+    assert copied(0.5, []) == {None}
+    assert pbt.exploit({'a': 1.0}, 'me', 0.05, random.Random(0)) is None  # no fitness yet
+
+
+def test_each_hyperparameter_changes_by_a_fifth_a_third_of_the_time():
+    draw = random.Random(0)
+    values = {'a': 1.0, 'b': 10.0, 'c': 1e-3}
+    tries = [pbt.explore(values, draw) for _ in range(6000)]
+    for key, value in values.items():
+        ratios = collections.Counter(round(t[key] / value, 6) for t in tries)
+        assert ratios.keys() == {1.0, 1.2, 0.833333}
+        assert ratios[1.0] == pytest.approx(4000, abs=150)
+        assert ratios[1.2] == pytest.approx(1000, abs=120)
+    together = sum(t['a'] != 1.0 and t['b'] != 10.0 for t in tries)
+    assert together == pytest.approx(6000 / 9, abs=100)  # independent
+    assert values == {'a': 1.0, 'b': 10.0, 'c': 1e-3}
+
+
+@pytest.mark.slow
+def test_a_member_that_is_behind_goes_on_from_the_better_one(tmp_path):
+    (tmp_path / 'a_sweep.py').write_text(SWEEP)
+    runs = tmp_path / 'runs'
+    command = [sys.executable, '-m', 'launch.pbt', f'--sweep={tmp_path / "a_sweep.py"}']
+    command += [f'--workdir={runs}', '--interval=800', '--parallel=2']
+    command += ['--perturb=optim.learning_rate']
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    decisions = [json.loads(line) for line in (runs / 'pbt.jsonl').read_text().splitlines()]
+    (copy,) = [d for d in decisions if d['copied']]
+    assert copy['member'] == 'learning_rate=1e-06' and copy['copied'] == 'learning_rate=0.01'
+    child, parent = runs / copy['to'], runs / copy['from']
+    assert json.loads((child / 'fork.json').read_text())['parent'] == parent.name
+    rate = json.loads((child / 'config.json').read_text())['optim']['learning_rate']
+    assert rate == copy['overrides']['optim.learning_rate']
+    before = json.loads((parent / 'config.json').read_text())['optim']['learning_rate']
+    assert round(rate / before, 6) in {1.0, 1.2, 0.833333}
+    history = [json.loads(line) for line in (child / 'metrics.jsonl').read_text().splitlines()]
+    steps = [record['step'] for record in history if record['split'] == 'train']
+    assert steps == list(range(20, 1201, 20))  # the parent's, and then its own
+    assert (
+        (child / 'metrics.jsonl')
+        .read_text()
+        .startswith(''.join(json.dumps(r) + '\n' for r in history if r['step'] <= copy['step']))
+    )
+    finals = {d: _last(runs / d, 'eval') for d in (copy['to'], copy['member'])}
+    assert finals[copy['to']] < 0.8 * finals[copy['member']]  # it has left its own bad start
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert len((runs / 'pbt.jsonl').read_text().splitlines()) == len(decisions)
+
+
+def _last(run, split):
+    records = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
+    return [record['mse'] for record in records if record['split'] == split][-1]
