@@ -89,8 +89,7 @@ class LSTM(nn.Module):
                     f"{reset is not None}, keep {keep is not None}; use impl='xla'"
                 )
             return cudnn.lstm(carry, x, (W, U, b))
-        gates = linear(x, W).astype(jnp.float32) + b.reshape(1, 1, 4 * H).astype(jnp.float32)
-        carry, h = lstm(carry, gates, U, reset, keep)
+        carry, h = lstm(carry, x, W, U, b.astype(jnp.float32), reset, keep)
         return carry, h.astype(x.dtype)
 
     def initial(self, batch: int) -> Carry:
@@ -403,19 +402,21 @@ def initial(batch: int, features: int) -> Carry:
 
 def lstm_reference(
     carry: Carry,
-    gates: Array,
+    x: Array,
+    W: Array,
     U: Array,
+    b: Array,
     reset: Array | None = None,
     keep: Array | None = None,
 ) -> tuple[Carry, Array]:
     """`lstm` as the equation says it, left to automatic differentiation: for forward mode."""
 
-    def step(carry: Carry, gates_t: Array) -> tuple[Carry, Array]:
+    def step(carry: Carry, Wx: Array) -> tuple[Carry, Array]:
         c, h = carry
-        c, h = _update(c, gates_t + _times(h, U))
+        c, h = _update(c, Wx + _times(h, U))
         return (c, h), h
 
-    return _scan(step, carry, gates, reset, keep)
+    return _scan(step, carry, _times(x, W) + _row(b, 3), reset, keep)
 
 
 def _scan(
@@ -498,59 +499,144 @@ def _check(
 @jax.custom_vjp
 def lstm(
     carry: Carry,
-    gates: Array,
+    x: Array,
+    W: Array,
     U: Array,
+    b: Array,
     reset: Array | None = None,
     keep: Array | None = None,
 ) -> tuple[Carry, Array]:
-    """The recurrence of `LSTM`, with a backward pass of its own; reverse mode only.
+    """`LSTM` as a function, with a backward pass of its own; reverse mode only.
 
     What makes it faster than `lstm_reference` on CPU (benchmarks/lm.py has the figures):
-    - In the loop, features come first and the batch last: the product of Uᵀ (large, on the left)
-      with h (narrow) takes half the time of h U, for which U is packed anew at every step.
+    - Features come first and the batch last, before the loop, in it and after it: the product of Uᵀ
+      (large, on the left) with h (narrow) takes half the time of h U, for which U is packed anew at
+      every step; and xᵀ, hᵀ and ∂gatesᵀ, which are in memory so, make ∂W, ∂U and ∂x at the rate of
+      a plain product.
     - σ(a) = ½ tanh(½a) + ½, so that one tanh over the whole array makes all gates, which XLA
       vectorises, as it does not activations of slices.
+    - i, f, o, j take the place of what they are made of, and ∂gates the place of i, f, o, j: two
+      arrays [T, 4H, B] less to fill with zeros and to keep.
+    - (dc, dc, dh, dc) is a choice by gate and not a concatenation, which XLA does not vectorise.
     - The backward loop holds only what depends on the step after it; the factors of ∂gates are
-      made for all steps at once, and ∂U is one product over all steps.
+      made for all steps at once, and ∂W and ∂U are one product each over all steps.
 
     Args:
       carry: (c, h), each [B, H], f32.
-      gates: [T, B, 4H], f32: x_t W + b in the order i, f, o, j.
-      U: [H, 4H]; its dtype is that of the products with h.
+      x: [T, B, n], in the dtype of W.
+      W: [n, 4H], for i, f, o, j in this order.
+      U: [H, 4H]; the dtypes of W and U are those of the products with x and h.
+      b: [4H], f32.
       reset: [T, B] bool, or None.
       keep: [B, H] f32, or None; it is not differentiated.
 
     Returns:
       (c, h) after the last step and h of every step [T, B, H], all f32.
     """
-    (c, h), (hs, _, _) = _forward(carry, gates, U, reset, keep)
-    return (c.T, h.T), hs.swapaxes(1, 2)
+    return _lstm_forward(carry, x, W, U, b, reset, keep)[0]
 
 
-def _forward(
-    carry: Carry, gates: Array, U: Array, reset: Array | None, keep: Array | None
-) -> tuple[Carry, tuple[Array, Array, Array]]:
-    """(c, h), each [H, B]; h, c and the activated gates of every step, each [T, …, B]."""
-    H = U.shape[0]
+def _lstm_forward(
+    carry: Carry,
+    x: Array,
+    W: Array,
+    U: Array,
+    b: Array,
+    reset: Array | None,
+    keep: Array | None,
+) -> tuple[tuple[Carry, Array], tuple[Any, ...]]:
+    (T, B, n), H = x.shape, U.shape[0]
+    W_T, U_T = jax.lax.optimization_barrier((W.T, U.T))
+    gates = _of_rows('gn,rn->gr', W_T, x.reshape(T * B, n)).reshape(4 * H, T, B)
+    # Flat behind the barrier: what is only transposed XLA on CPU copies twice.
+    gates = jax.lax.optimization_barrier(gates.swapaxes(0, 1).reshape(T * 4 * H, B))
+    gates = gates.reshape(T, 4 * H, B)
     half = jnp.where(jnp.arange(4 * H) < 3 * H, 0.5, 1.0)[:, None]
-    U_T, gates, resets = jax.lax.optimization_barrier(
-        (U.T, gates.swapaxes(1, 2), None if reset is None else reset[:, None, :])
-    )
 
     def step(
-        carry: Carry, row: tuple[Array, Array | None]
-    ) -> tuple[Carry, tuple[Array, Array, Array]]:
-        gates_t, reset_t = row
+        state: tuple[Carry, Array], at: tuple[Array, Array | None]
+    ) -> tuple[tuple[Carry, Array], Carry]:
+        (carry, gates), (t, reset_t) = state, at
         c, h = _zeroed(carry, reset_t)
         h = h if keep is None else h * keep.T
-        a = gates_t + linear(U_T, h.astype(U.dtype), out_dtype=jnp.float32)
+        Wx = jax.lax.dynamic_index_in_dim(gates, t, 0, keepdims=False)
+        a = Wx + linear(U_T, h.astype(U.dtype), out_dtype=jnp.float32) + b[:, None]
         activated = jnp.tanh(a * half) * half + (1 - half)
         i, f, o, j = jnp.split(activated, 4)
         c = f * c + i * j
         h = o * jnp.tanh(c)
-        return (c, h), (h, c, activated)
+        gates = jax.lax.dynamic_update_index_in_dim(gates, activated, t, 0)
+        return ((c, h), gates), (c, h)
 
-    return jax.lax.scan(step, (carry[0].T, carry[1].T), (gates, resets))
+    at = jnp.arange(T), _row_by_row(reset)
+    ((c, h), gates), (cs, hs) = jax.lax.scan(step, ((carry[0].T, carry[1].T), gates), at)
+    residuals = carry, x, W, U, gates, cs, hs, reset, keep
+    return ((c.T, h.T), hs.swapaxes(1, 2)), residuals
+
+
+def _lstm_backward(
+    residuals: tuple[Any, ...], cotangents: tuple[Carry, Array]
+) -> tuple[Carry, Array, Array, Array, Array, None, None]:
+    carry, x, W, U, gates, cs, hs, reset, keep = residuals
+    (dc, dh), dhs = cotangents
+    (T, B, n), H = x.shape, U.shape[0]
+    resets = _row_by_row(reset)
+    c_tm1, h_tm1 = (
+        jnp.concatenate([first.T[None], later[:-1]])
+        for first, later in zip(carry, (cs, hs), strict=True)
+    )
+    if resets is not None:
+        c_tm1, h_tm1 = jnp.where(resets, 0, c_tm1), jnp.where(resets, 0, h_tm1)
+    if keep is not None:
+        h_tm1 = h_tm1 * keep.T[None]
+    # With dc and dh those of step t: dgates = (dc, dc, dh, dc) ⊙ factor, dc += dh ⊙ into_c.
+    i, f, o, j = jnp.moveaxis(gates.reshape(T, 4, H, B), 1, 0)
+    tanh_c = jnp.tanh(cs)
+    factor = jnp.stack(
+        [j * i * (1 - i), c_tm1 * f * (1 - f), tanh_c * o * (1 - o), i * (1 - j * j)], axis=1
+    )
+    into_c = o * (1 - tanh_c * tanh_c)
+    rows = jax.lax.optimization_barrier((dhs.swapaxes(1, 2), factor, into_c, f))
+    is_o = (jnp.arange(4) == 2)[:, None, None]
+
+    def step(state: tuple[Carry, Array], at: tuple[Any, ...]) -> tuple[tuple[Carry, Array], None]:
+        ((dc, dh), dgates), (t, (dh_t, factor_t, into_c_t, f_t), reset_t) = state, at
+        dh = dh + dh_t
+        dc = dc + dh * into_c_t
+        dgates_t = (jnp.where(is_o, dh[None], dc[None]) * factor_t).reshape(4 * H, B)
+        dgates = jax.lax.dynamic_update_index_in_dim(dgates, dgates_t, t, 0)
+        dh = linear(U, dgates_t.astype(U.dtype), out_dtype=jnp.float32)
+        dh = dh if keep is None else dh * keep.T
+        return (_zeroed((dc * f_t, dh), reset_t), dgates), None
+
+    ((dc, dh), dgates), _ = jax.lax.scan(
+        step, ((dc.T, dh.T), gates), (jnp.arange(T), rows, resets), reverse=True
+    )
+    dgates, h_first, x_first = jax.lax.optimization_barrier(
+        (
+            dgates.swapaxes(0, 1).reshape(4 * H, T * B),
+            h_tm1.swapaxes(0, 1).reshape(H, T * B).astype(U.dtype),
+            x.reshape(T * B, n).T,
+        )
+    )
+    dW = _of_rows('nr,gr->ng', x_first, dgates).astype(W.dtype)
+    dU = _of_rows('hr,gr->hg', h_first, dgates).astype(U.dtype)
+    dx = jax.lax.optimization_barrier(_of_rows('ng,gr->nr', W, dgates))
+    dx = dx.reshape(n, T, B).transpose(1, 2, 0).astype(x.dtype)
+    return (dc.T, dh.T), dx, dW, dU, dgates.sum(axis=1), None, None
+
+
+lstm.defvjp(_lstm_forward, _lstm_backward)
+
+
+def _of_rows(equation: str, a: Array, b: Array) -> Array:
+    """A product of the dtype of a, in f32; r stands for the T · B rows."""
+    return jnp.einsum(equation, a, b.astype(a.dtype), preferred_element_type=jnp.float32)
+
+
+def _row_by_row(reset: Array | None) -> Array | None:
+    """[T, B] → [T, 1, B], to go with the [H, B] of a step."""
+    return None if reset is None else reset[:, None, :]
 
 
 def _zeroed(carry: Carry, reset: Array | None) -> Carry:
@@ -558,60 +644,6 @@ def _zeroed(carry: Carry, reset: Array | None) -> Carry:
     if reset is None:
         return carry
     return jnp.where(reset, 0, carry[0]), jnp.where(reset, 0, carry[1])
-
-
-def _lstm_forward(
-    carry: Carry, gates: Array, U: Array, reset: Array | None, keep: Array | None
-) -> tuple[tuple[Carry, Array], tuple[Any, ...]]:
-    (c, h), (hs, cs, activated) = _forward(carry, gates, U, reset, keep)
-    hs = hs.swapaxes(1, 2)
-    return ((c.T, h.T), hs), (carry, hs, cs, activated, U, reset, keep)
-
-
-def _lstm_backward(
-    residuals: tuple[Any, ...], cotangents: tuple[Carry, Array]
-) -> tuple[Carry, Array, Array, None, None]:
-    carry, hs, cs, activated, U, reset, keep = residuals
-    (dc, dh), dhs = cotangents
-    T, B, H = hs.shape
-    c_tm1 = jnp.concatenate([carry[0].T[None], cs[:-1]])  # [T, H, B]
-    h_tm1 = jnp.concatenate([carry[1][None], hs[:-1]])  # [T, B, H]
-    resets = None
-    if reset is not None:
-        c_tm1 = jnp.where(reset[:, None, :], 0, c_tm1)
-        h_tm1 = jnp.where(reset[:, :, None], 0, h_tm1)
-        resets = reset[:, None, :]
-    if keep is not None:
-        h_tm1 = h_tm1 * keep[None]
-    # With dc and dh those of step t: dgates = (dc, dc, dh, dc) ⊙ factor, dc += dh ⊙ into_c.
-    i, f, o, j = jnp.split(activated, 4, axis=1)
-    tanh_c = jnp.tanh(cs)
-    factor = jnp.concatenate(
-        [j * i * (1 - i), c_tm1 * f * (1 - f), tanh_c * o * (1 - o), i * (1 - j * j)], axis=1
-    )
-    into_c = o * (1 - tanh_c * tanh_c)
-    rows = jax.lax.optimization_barrier((dhs.swapaxes(1, 2), factor, into_c, f))
-
-    def step(d: Carry, row: tuple[Any, ...]) -> tuple[Carry, Array]:
-        dc, dh = d
-        (dh_t, factor_t, into_c_t, f_t), reset_t = row
-        dh = dh + dh_t
-        dc = dc + dh * into_c_t
-        dgates_t = jax.lax.optimization_barrier(jnp.concatenate([dc, dc, dh, dc])) * factor_t
-        dh_tm1 = linear(U, dgates_t.astype(U.dtype), out_dtype=jnp.float32)
-        dh_tm1 = dh_tm1 if keep is None else dh_tm1 * keep.T
-        return _zeroed((dc * f_t, dh_tm1), reset_t), dgates_t
-
-    (dc, dh), dgates = jax.lax.scan(step, (dc.T, dh.T), (rows, resets), reverse=True)
-    # Materialised transposes: XLA on CPU has no fast product that contracts both first axes.
-    dgates, h_T = jax.lax.optimization_barrier(
-        (dgates.swapaxes(1, 2), h_tm1.reshape(T * B, H).T.astype(U.dtype))
-    )
-    dU = linear(h_T, dgates.reshape(T * B, 4 * H).astype(U.dtype))
-    return (dc.T, dh.T), dgates, dU, None, None
-
-
-lstm.defvjp(_lstm_forward, _lstm_backward)
 
 
 def _orthogonal_gates(key: Array, shape: tuple[int, int], dtype: DTypeLike) -> Array:

@@ -11,11 +11,11 @@ T, B, N, H = 7, 3, 4, 5
 
 
 def inputs(seed=0):
-    keys = jax.random.split(jax.random.key(seed), 5)
-    carry = (jax.random.normal(keys[0], (B, H)), jax.random.normal(keys[1], (B, H)))
-    gates = jax.random.normal(keys[2], (T, B, 4 * H))
-    U = jax.random.normal(keys[3], (H, 4 * H))
-    return carry, gates, U, jax.random.bernoulli(keys[4], 0.3, (T, B))
+    """carry, x, W, U, b; and reset."""
+    keys = jax.random.split(jax.random.key(seed), 7)
+    shapes = (B, H), (B, H), (T, B, N), (N, 4 * H), (H, 4 * H), (4 * H,)
+    c, h, *rest = (jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=False))
+    return ((c, h), *rest), jax.random.bernoulli(keys[-1], 0.3, (T, B))
 
 
 def assert_trees_close(a, b, **tolerance):
@@ -25,20 +25,20 @@ def assert_trees_close(a, b, **tolerance):
 @pytest.mark.parametrize('with_reset', [False, True])
 @pytest.mark.parametrize('over_seeds', [False, True])
 def test_own_backward_pass_is_automatic_differentiation(with_reset, over_seeds):
-    carry, gates, U, reset = inputs()
+    args, reset = inputs()
     keep = jnp.asarray([0.0, 2.0, 2.0])[jnp.arange(B * H).reshape(B, H) % 3]
     reset, keep = (reset, keep) if with_reset else (None, None)
 
-    def weighted(function, carry, gates, U):
-        outputs = jax.tree.leaves(function(carry, gates, U, reset, keep))
+    def weighted(function, *args):
+        outputs = jax.tree.leaves(function(*args, reset, keep))
         weights = [jnp.cos(jnp.arange(o.size).reshape(o.shape)) for o in outputs]
         return sum((w * o).sum() for w, o in zip(weights, outputs, strict=True))
 
     def gradients(function):
-        grad = jax.value_and_grad(lambda *a: weighted(function, *a), argnums=(0, 1, 2))
+        grad = jax.value_and_grad(lambda *a: weighted(function, *a), argnums=range(5))
         if not over_seeds:
-            return grad(carry, gates, U)
-        stacked = jax.tree.map(lambda *a: jnp.stack(a), inputs(0)[:3], inputs(1)[:3])
+            return grad(*args)
+        stacked = jax.tree.map(lambda *a: jnp.stack(a), inputs(0)[0], inputs(1)[0])
         return jax.vmap(grad)(*stacked)
 
     assert_trees_close(gradients(cells.lstm), gradients(cells.lstm_reference), rtol=2e-4, atol=2e-5)
@@ -66,12 +66,12 @@ def test_lstm_is_flax_s():
 
 
 def test_reset_starts_afresh():
-    carry, gates, U, _ = inputs()
+    (carry, x, *weights), _ = inputs()
     reset = jnp.zeros((T, B), bool).at[3].set(True)
-    last, h = cells.lstm(carry, gates, U, reset)
-    fresh_last, fresh = cells.lstm(cells.initial(B, H), gates[3:], U)
-    np.testing.assert_allclose(h[3:], fresh, rtol=1e-6)
-    assert_trees_close(last, fresh_last, rtol=1e-6)
+    last, h = cells.lstm(carry, x, *weights, reset)
+    fresh_last, fresh = cells.lstm(cells.initial(B, H), x[3:], *weights)
+    np.testing.assert_allclose(h[3:], fresh, rtol=1e-5, atol=1e-6)
+    assert_trees_close(last, fresh_last, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize('word', cells.CELLS)
@@ -94,12 +94,12 @@ def test_a_state_that_is_dropped_is_not_read(word):
 
 
 def test_two_halves_with_the_carry_are_the_whole():
-    carry, gates, U, _ = inputs()
-    middle, first = cells.lstm(carry, gates[:4], U)
-    last, second = cells.lstm(middle, gates[4:], U)
-    whole_last, whole = cells.lstm(carry, gates, U)
-    np.testing.assert_allclose(jnp.concatenate([first, second]), whole, rtol=1e-6)
-    assert_trees_close(last, whole_last, rtol=1e-6)
+    (carry, x, *weights), _ = inputs()
+    middle, first = cells.lstm(carry, x[:4], *weights)
+    last, second = cells.lstm(middle, x[4:], *weights)
+    whole_last, whole = cells.lstm(carry, x, *weights)
+    np.testing.assert_allclose(jnp.concatenate([first, second]), whole, rtol=1e-5, atol=1e-6)
+    assert_trees_close(last, whole_last, rtol=1e-5, atol=1e-6)
 
 
 def test_forget_bias_is_one_and_recurrent_weights_orthogonal():
