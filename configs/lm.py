@@ -161,7 +161,10 @@ def apply(config: ml_collections.ConfigDict, word: str) -> None:
         config.optim.learning_rate = 4e-3
     elif word == 'fusion_study':  # experiments/lm_fusion.py: five minutes an arm on one core
         config.seeds = (0, 1, 2)
-        config.model.embed = config.model.hidden = 128
+        config.model.embed = 48  # so that W of a full MI is a fifth of the model and not all of it
+        config.model.context = 16
+        config.model.fusion.rank = 16
+        config.model.hidden = 128
         config.model.layers = 2
         config.model.heads = 4
         config.model.ffn = 352

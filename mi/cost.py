@@ -127,10 +127,10 @@ def nearest_size(cost: Callable[[int], int], target: int, low: int = 1) -> int:
     """The size s ≥ low whose cost is nearest to the target, for a cost that never falls with s.
 
     Raises:
-      ValueError: if even the smallest size costs more than twice the target: nothing matches.
+      ValueError: if even the smallest size costs a tenth more than the target: nothing matches.
     """
     smallest = cost(low)
-    if smallest > 2 * target:
+    if smallest > 1.1 * target:
         raise ValueError(f'the smallest size, {low}, costs {smallest:,}, the target is {target:,}')
     high = low + 1
     while cost(high) < target:
