@@ -28,7 +28,15 @@ SECTIONS: dict[str, list[str]] = {
         'tutorials/wikitext103.md',
         'tutorials/dmlab30.md',
     ],
-    'Guides': ['lm.md', 'rl.md', 'data.md', 'dmlab.md', 'evaluation.md', 'scaling.md'],
+    'Guides': [
+        'lm.md',
+        'rl.md',
+        'report.md',
+        'data.md',
+        'dmlab.md',
+        'evaluation.md',
+        'scaling.md',
+    ],
     'Fusions and motifs': ['fusions.md'],
     'Results': ['results/index.md'],
 }
