@@ -268,6 +268,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     if SIDE.value:
         run.keep_freed_memory()
+        run.in_one_order()
         rounds.serve(step_of(*SIDE.value.split('/')))
         return
     print(f'{run.machine()}, jax {jax.__version__}')

@@ -272,6 +272,19 @@ def keep_freed_memory() -> None:
         mallopt(arena_max, 1)
 
 
+def in_one_order() -> None:
+    """Keeps XLA on CPU from ordering a program for several of its parts to run at once.
+
+    So ordered, by jaxlib 0.10.2 on two cores, a training step can stop for ever, all its threads
+    waiting: one LSTM with a full MI did in a quarter of its starts. It has to be called before
+    anything is computed, and leaves an XLA_FLAGS that mentions it alone.
+    """
+    flag = '--xla_cpu_enable_concurrency_optimized_scheduler'
+    given = os.environ.get('XLA_FLAGS', '')
+    if flag not in given:
+        os.environ['XLA_FLAGS'] = f'{given} {flag}=false'.strip()
+
+
 def machine() -> str:
     """What the run ran on, in words, for the report."""
     device = jax.devices()[0]

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault('XLA_FLAGS', '--xla_cpu_enable_concurrency_optimized_scheduler=false')
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     # Many tests start the same program in a process of its own: only the first one compiles it. The
     # process that starts the workers gets here first, and they and theirs inherit what it sets.
