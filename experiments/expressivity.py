@@ -29,7 +29,7 @@ from mi.report import panels, plots, runs, statistics, tables
 CONFIG = 'configs/expressivity.py:search'
 TITLE = 'Growth of the smallest network that reaches an error of 0.1'
 METRIC = 'exponent'
-SPLIT = 'eval'
+SPLIT = CURVES = 'eval'
 BASELINE = None
 NOTES = [
     'The exponent p of parameters = a · dᵖ, by least squares of logarithms over the dimensions d '

@@ -32,7 +32,7 @@ from mi.report.roll_outs import Style
 CONFIG = 'configs/hamiltonian.py:phase'
 TITLE = 'Laws of motion from states: error over ten horizons'
 METRIC = 'error_long'
-SPLIT = 'eval'
+SPLIT = CURVES = 'eval'
 BASELINE = None
 NOTES = [
     'Squared distance to the true state in units of the variance of states, mean over 50 fresh '

@@ -32,7 +32,7 @@ from mi.report.roll_outs import Style
 CONFIG = 'configs/hamiltonian.py:frames'
 TITLE = 'Laws of motion from frames: error over ten horizons'
 METRIC = 'error_long'
-SPLIT = 'eval'
+SPLIT = CURVES = 'eval'
 BASELINE = None
 NOTES = [
     'Squared distance of the bodies in predicted frames to those in true ones, in units of its '

@@ -30,7 +30,7 @@ from mi.report import panels, plots, runs
 CONFIG = 'configs/expressivity.py:fit'
 TITLE = 'Error of the product of two numbers'
 METRIC = 'mse'
-SPLIT = 'eval'
+SPLIT = CURVES = 'eval'
 BASELINE = None
 NOTES = [
     'Mean squared error on 8,192 pairs of Gaussian numbers, after 4,000 steps of 256 pairs.',

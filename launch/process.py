@@ -201,17 +201,6 @@ def run(
         return this.wait()
 
 
-def address() -> str:
-    """'HOST:PORT' of this machine, at which others may reach a process that is about to start."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(('10.255.255.255', 1))  # asks for the route and sends nothing
-            host = probe.getsockname()[0]
-        except OSError:
-            host = '127.0.0.1'
-    return f'{host}:{free_port()}'
-
-
 def _taken(lock: IO[str]) -> bool:
     """Locks a file; tries for a moment, as `launch.state.held` may just be looking."""
     for _ in range(10):

@@ -112,7 +112,7 @@ class _Run:
             )
             return task.options(scheduling_strategy=strategy)
 
-        address = at(0, ray.remote(process.address).options(num_cpus=0)).remote()
+        address = at(0, ray.remote(_address).options(num_cpus=0)).remote()
         self.tasks = [
             at(i, task).remote(*arguments, address, processes, i) for i in range(processes)
         ]
@@ -136,6 +136,13 @@ class _Run:
         if self._group is not None:
             ray.util.remove_placement_group(self._group)
         return next((code for code in codes if code not in (0, PREEMPTED)), max(codes))
+
+
+def _address() -> str:
+    """'HOST:PORT' of a node, at which the others may reach a process that is about to start."""
+    import ray
+
+    return f'{ray.util.get_node_ip_address()}:{process.free_port()}'
 
 
 if __name__ == '__main__':

@@ -126,14 +126,13 @@ def _curves(sweep: Sweep, remarks: list[str]) -> Figure:
     figure = Figure(figsize=(WIDTH, 2.4), layout='constrained')
     left, right = figure.subplots(1, 2, sharey=True)
     lines, ends = [], []
+    missing: list[str] = []
     for arm, (colour, dashes) in zip(sweep.arms, _style(sweep), strict=True):
         curve = line(sweep, arm)
         if not np.isfinite(arm.curve(sweep.metric, sweep.curves)[1]).all():
             remarks.append(f'{arm.label}: its curve leaves out steps that are NaN or infinite')
         if curve is None:
-            remarks.append(
-                f'{arm.label}: no curve, no {sweep.metric} in the {sweep.curves} records'
-            )
+            missing.append(arm.label)
             continue
         lines.append(curve)
         label = _label(arm.label) + ('' if arm.state == 'done' else f' ({arm.state})')
@@ -149,6 +148,10 @@ def _curves(sweep: Sweep, remarks: list[str]) -> Figure:
             if curve.low is not curve.mean:
                 axes.fill_between(x, curve.low, curve.high, color=colour, alpha=0.2, lw=0)
         ends.append((curve.mean[-1], label, handle))
+    if missing:
+        remarks.append(
+            f'No {sweep.metric} in the {sweep.curves} records, and no curve: {", ".join(missing)}'
+        )
     left.set_ylabel(f'{words(sweep.metric)} ({sweep.curves})')
     for axes, label in ((left, 'training step'), (right, 'training seconds')):
         axes.set_xlabel(label)

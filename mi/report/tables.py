@@ -356,11 +356,14 @@ def digits(means: Sequence[Estimate | None], *others: Sequence[Estimate | None])
 
 
 def interval(estimate: Estimate | None, digits: int, sign: str = '') -> Cell:
-    """mean and [low, high] in so many digits after the point."""
+    """mean and [low, high] in so many digits after the point, or by powers of ten if all are 0."""
     if estimate is None:
         return Cell(NONE)
+    known = [x for x in (estimate.mean, estimate.low, estimate.high) if x is not None]
+    vanishes = 0 < max(map(abs, known)) < 0.5 * 10**-digits
+    form = f'{sign}.0e' if vanishes else f'{sign}z.{digits}f'
     mean, low, high = (
-        NONE if x is None else f'{x:{sign}z.{digits}f}'.replace('-', '−')
+        NONE if x is None else f'{x:{form}}'.replace('-', '−')
         for x in (estimate.mean, estimate.low, estimate.high)
     )
     detail = '' if estimate.low is None else f'[{low}, {high}]'
