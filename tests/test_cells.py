@@ -128,7 +128,7 @@ def test_weights_are_packed_as_cudnn_takes_them():
     """By jax's own reference of cuDNN's LSTM, which runs everywhere."""
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (T, B, N))
-    carry, _, _, _ = inputs()
+    (carry, *_), _ = inputs()
     lstm = cells.LSTM(H)
     params = lstm.init(keys[1], carry, x)['params']
     params['b'] = jax.random.normal(keys[2], (4 * H,))
@@ -148,7 +148,7 @@ def test_weights_are_packed_as_cudnn_takes_them():
 def test_cudnn_is_the_lstm(over_seeds):
     keys = jax.random.split(jax.random.key(0), 2)
     x = jax.random.normal(keys[0], (2, T, B, N))
-    carry, _, _, _ = inputs()
+    (carry, *_), _ = inputs()
     sides = []
     for impl in ('xla', 'cudnn'):
         lstm = cells.LSTM(H, impl=impl)
