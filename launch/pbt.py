@@ -150,7 +150,7 @@ class Population:
         self._fork(decision)
 
     def _hyperparameters(self, path: pathlib.Path) -> dict[str, float]:
-        config = flat(json.loads((path / 'config.json').read_text()))
+        config = _config(path)
         unknown = [key for key in self._perturb if not isinstance(config.get(key), int | float)]
         if unknown:
             raise UserError(f'--perturb={unknown[0]}: the config of {path} has no such number')
@@ -182,6 +182,14 @@ def saved(path: pathlib.Path) -> int:
     return max(
         (int(p.name) for p in (path / 'checkpoints').glob('*') if p.name.isdigit()), default=0
     )
+
+
+def _config(path: pathlib.Path) -> dict[str, Any]:
+    """The flat config of a run; of a copy that has not begun, the one that it will have."""
+    if (path / 'config.json').exists():
+        return flat(json.loads((path / 'config.json').read_text()))
+    fork = json.loads((path / 'fork.json').read_text())
+    return {**_config(path.with_name(fork['parent'])), **fork['overrides']}
 
 
 def _flags(overrides: Mapping[str, Any]) -> dict[str, str]:

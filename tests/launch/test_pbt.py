@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from launch import pbt
+from launch import pbt, sweep
 
 SWEEP = """
 from launch.sweep import product
@@ -50,6 +50,37 @@ def test_each_hyperparameter_changes_by_a_fifth_a_third_of_the_time():
     together = sum(t['a'] != 1.0 and t['b'] != 10.0 for t in tries)
     assert together == pytest.approx(6000 / 9, abs=100)  # independent
     assert values == {'a': 1.0, 'b': 10.0, 'c': 1e-3}
+
+
+def test_one_that_was_made_and_has_not_begun_can_be_copied(tmp_path):
+    """The copy of a copy: its parent has no config.json until its process has started."""
+    told = {'metric': 'return', 'split': 'eval', 'lower_is_better': False}
+    (tmp_path / 'sweep.json').write_text(json.dumps(told))
+    for name, fitness in ('good', 0.9), ('bad', 0.1):
+        saved = tmp_path / name / 'checkpoints' / '00000800'
+        saved.mkdir(parents=True)
+        record = json.dumps({'split': 'eval', 'step': 800, 'return': fitness}) + '\n'
+        (tmp_path / name / 'metrics.jsonl').write_text(record)
+        (saved / 'meta.json').write_text(json.dumps({'metrics': len(record)}))
+        config = {'optim': {'learning_rate': 1.0, 'eps': 0.5}, 'seeds': [0]}
+        (tmp_path / name / 'config.json').write_text(json.dumps(config))
+    members = [sweep.Member(name, name, {}, []) for name in ('good', 'bad')]
+    seed = next(  # of a draw in which the good one is perturbed
+        seed
+        for seed in range(100)
+        if pbt.explore({'optim.learning_rate': 1.0}, random.Random(f'{seed} good 800'))
+        != {'optim.learning_rate': 1.0}
+    )
+    population = pbt.Population(tmp_path, members, 0.05, ['optim.learning_rate'], seed)
+    population.decide('good')
+    assert population.path('good').name == 'good.1'
+    assert not (population.path('good') / 'config.json').exists()
+    population.decide('bad')
+    first, second = (json.loads(line) for line in (tmp_path / 'pbt.jsonl').read_text().splitlines())
+    assert (second['copied'], second['from'], second['to']) == ('good', 'good.1', 'bad.1')
+    rates = [d['overrides']['optim.learning_rate'] for d in (first, second)]
+    assert rates[0] in (1.2, 1 / 1.2)
+    assert round(rates[1] / rates[0], 6) in {1.0, 1.2, 0.833333}
 
 
 @pytest.mark.slow
