@@ -21,7 +21,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from mi.config import UserError, difference, flat
+from mi.config import UserError, difference, flat, nearest
 from mi.run import write_json
 
 
@@ -91,11 +91,16 @@ def load(file: str, workdir: pathlib.Path, engine: str = 'local') -> list[Member
     A directory that holds the sweep already may get more members, and none of another config.
 
     Raises:
-      UserError: if the file is not a sweep, or the directory holds another one: what differs.
+      UserError: if the file is not a sweep, its BASELINE is none of its arms, or the directory
+        holds another sweep: what differs.
     """
     module = _module(file)
     task = getattr(module, 'TASK', None)
     members = _members(module.sweep(), module.CONFIG, workdir, task)
+    labels = list(dict.fromkeys(m.label for m in members))
+    if module.BASELINE not in (None, *labels):
+        hint = nearest(str(module.BASELINE), labels)
+        raise UserError(f'--sweep={file}: BASELINE = {module.BASELINE!r} is no arm; {hint}')
     description = {
         'name': pathlib.Path(file).stem,
         'title': module.TITLE,

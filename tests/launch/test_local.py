@@ -231,6 +231,10 @@ def test_what_is_no_sweep_is_refused(tmp_path):
         sweep.load(str(tmp_path / 'empty.py'), tmp_path / 'runs')
     with pytest.raises(UserError, match='the same overrides'):
         sweep.load(write(tmp_path, [{'model.site': 'none'}] * 2), tmp_path / 'runs')
+    arms = sweep.product(**{'model.site': ['none', 'encoder']})
+    with pytest.raises(UserError, match="'encodr' is no arm; did you mean 'encoder'"):
+        sweep.load(write(tmp_path, arms, baseline='encodr'), tmp_path / 'runs')
+    assert not (tmp_path / 'runs').exists()  # before anything has run
 
 
 @pytest.mark.slow
