@@ -4,7 +4,7 @@
 
 index.md            README.md
 api/*.md            a page for each module of mi that has something public, from its docstrings
-results/index.md    what docs/results has: each claim with its figure
+results/index.md    a card for each page of docs/results: claim, figure, command, machine, date
 """
 
 import pathlib
@@ -55,7 +55,7 @@ LINK = re.compile(r'(!?)\[([^\]\n]*)\]\(([^)\s]+)\)')
 
 def on_files(files: Files, config: Any) -> Files:
     """Adds the pages that are made."""
-    made = {'index.md': readme(), 'results/index.md': gallery(files)}
+    made = {'index.md': readme(), 'results/index.md': gallery()}
     made |= {f'api/{name}.md': f'# {name}\n\n::: {name}\n' for name in modules()}
     for path, text in made.items():
         files.append(File.generated(config, path, content=text))
@@ -93,46 +93,50 @@ def modules() -> list[str]:
     return ['.'.join(name) for name in names if not name[-1].startswith('__')]
 
 
-def gallery(files: Files) -> str:
-    """Every figure of docs/results that stands beside a report, under what it is about."""
-    parts = [
+def gallery() -> str:
+    """A card for every page of results: its claim, its first figure, how and where it was made."""
+    cards = [
         '# Results',
-        'What was measured and is kept in `docs/results`; figures are made of run directories, by '
-        'the command that their page names.',
+        'Each claim with a figure, and the command that makes it again. Pages have the tables, and '
+        'what the figures do not say.',
         '<div class="gallery" markdown>',
     ]
-    for folder in sorted(path for path in (HERE / 'results').iterdir() if path.is_dir()):
-        figures = sorted(folder.glob('*.png'))
-        reports = sorted(folder.glob('*.html'))
-        if not figures:
-            continue
-        shown = next((f for f in figures if f.stem == 'curves'), figures[0])
-        title = _title(folder)
-        links = [f'[{r.stem}]({folder.name}/{r.name})' for r in reports]
-        pages = [page for page in sorted((HERE / 'results').glob('*.md')) if _names(page, folder)]
-        links += [f'[{page.stem}.md]({page.name})' for page in pages]
-        parts += [
+    for path in sorted((HERE / 'results').glob('*.md')):
+        title, claim, command, measured, figure = _card(path)
+        cards += [
             '<figure markdown>',
-            f'**{title}**',
-            f'![{title}]({folder.name}/{shown.name})',
-            ' · '.join(links),
+            f'**[{title[0].upper()}{title[1:]}]({path.name})**',
+            claim,
+            figure,
+            f'<small>{measured}</small>',
+            f'```\n{command}\n```',
             '</figure>',
         ]
-    parts.append('</div>')
-    return '\n\n'.join(parts) + '\n'
+    return '\n\n'.join([*cards, '</div>']) + '\n'
 
 
-def _title(folder: pathlib.Path) -> str:
-    """Of the folder's report, or its name."""
-    for report in sorted(folder.glob('*.html')):
-        found = re.search(r'<title>(.*?)</title>', report.read_text(), flags=re.S)
-        if found:
-            return found[1].strip()
-    return folder.name.replace('_', ' ')
+def _card(path: pathlib.Path) -> list[str]:
+    """Title, claim, command, machine and date, and figure of a page of results, as Markdown.
 
-
-def _names(page: pathlib.Path, folder: pathlib.Path) -> bool:
-    return f'{folder.name}/' in page.read_text()
+    Raises:
+      ValueError: if the page lacks one of them: what.
+    """
+    text = path.read_text()
+    parts = {
+        'a title "# Results: …"': r'\A# Results: (.+)',
+        'a claim, its first paragraph': r'\A# .+\n\n((?:(?!Measured on)\S.*\n)+)',
+        'a command, in ```': r'```\n(.+?)\n```',
+        'where it was "Measured on"': r'(?m)^(Measured on (?:.+\n)+)',
+        'a figure': r'(!\[[^\]]*\]\([^)]+\))',
+    }
+    found = {
+        what: re.search(pattern, text, flags=re.S if '`' in what else 0)
+        for what, pattern in parts.items()
+    }
+    missing = [what for what, match in found.items() if match is None]
+    if missing:
+        raise ValueError(f'{path}: it has not {missing[0]}, which the gallery shows')
+    return [match[1].strip() for match in found.values() if match is not None]
 
 
 def navigation(pages: list[str]) -> list[Any]:
