@@ -47,7 +47,7 @@ def get_config(arg: str = 'phase') -> ml_collections.ConfigDict:
     model.form = 'joint'  # joint, square, separable: of the energy; field: none
     model.width = 64
     # or so many of all, the width that comes nearest; 0 for the width
-    model.parameters = 4500 if phase else 300_000
+    model.parameters = 4500 if phase else 286_600
     model.depth = 2  # hidden layers
     model.site = 'first'  # first, last, all: the maps at which the two streams meet
     model.activation = 'softplus'  # relu, softplus, tanh, identity

@@ -24,16 +24,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from launch.sweep import product
+from mi.fit import search
 from mi.report import panels, plots, runs, statistics, tables
 
 CONFIG = 'configs/expressivity.py:search'
-TITLE = 'Growth of the smallest network that reaches an error of 0.1'
-METRIC = 'exponent'
+TITLE = 'The smallest network that reaches an error of 0.1'
+METRIC = 'parameters/4'
 SPLIT = CURVES = 'eval'
 BASELINE = None
+PROBLEMS = ('problem.target',)
 NOTES = [
+    'Parameters of the smallest network for dimension 4; other dimensions stand beside it. An arm '
+    'that some seeds did not reach the error with has a mean over the others.',
     'The exponent p of parameters = a · dᵖ, by least squares of logarithms over the dimensions d '
-    'from 4 on that were reached.',
+    'from 4 on that all seeds of a run reached: not the same for all arms.',
     'A label is the target, the fusion and the number of hidden layers.',
     'A network has at most 2,000 steps of 256 examples, and reaches the target if it does so at '
     'any multiple of 250 steps. One that would fit with more is counted as one that does not.',
@@ -63,7 +67,8 @@ def sweep() -> list[dict[str, Any]]:
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Draws parameters against the dimension, and writes them and the growth laws as tables."""
-    arms = runs.read(workdir).arms
+    sweep = runs.read(workdir)
+    arms = [arm for arm in sweep.arms if arm.state == 'done']
     by_target = {
         target: [arm for arm in arms if arm.label.startswith(f'{target},')] for target in TARGETS
     }
@@ -83,14 +88,31 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
         for target, of_target in by_target.items()
         if of_target
     ]
+    texts += [
+        'Medians over all seeds, of which one that did not reach the error counts as larger than '
+        f'all others. {sweep.left_out()}\n',
+        f'{statistics.CAUTION}\n',
+    ]
     (out / 'expressivity.md').write_text('\n'.join(texts), encoding='utf-8')
 
 
 def smallest(arm: runs.Arm) -> dict[int, dict[int, float]]:
-    """{dimension: {seed: parameters of the smallest network that reached the target}}."""
-    names = [name for name in arm.names('eval') if name.startswith('parameters/')]
-    found = {int(name.partition('/')[2]): arm.final(name, 'eval') for name in names}
-    return {d: found[d] for d in sorted(found)}
+    """{dimension: {seed: parameters}}; ∞ where the target was not reached."""
+    reached = {d: arm.final(f'parameters/{d}', SPLIT) for d in arm.config['search']['at']}
+    return {d: {seed: of.get(seed, np.inf) for seed in arm.seeds} for d, of in reached.items()}
+
+
+def laws(arm: runs.Arm) -> tuple[list[int], dict[int, float]]:
+    """The dimensions that all seeds reached, from the first of the law on, and {seed: exponent}."""
+    found, first = smallest(arm), arm.config['search']['fit_from']
+    dimensions = [
+        d for d, of in found.items() if d >= first and np.isfinite(list(of.values())).all()
+    ]
+    powers = {
+        seed: search.exponent(dimensions, [found[d][seed] for d in dimensions])
+        for seed in arm.seeds
+    }
+    return dimensions, {seed: p for seed, p in powers.items() if p is not None}
 
 
 def _name(arm: runs.Arm) -> str:
@@ -101,17 +123,20 @@ def _name(arm: runs.Arm) -> str:
 def _draw(
     axes: Axes, title: str, arms: Sequence[runs.Arm], styles: dict[str, panels.Style]
 ) -> None:
-    """Medians over the seeds, and the whole range of them."""
-    for arm in arms:
+    """Medians and the whole range of the seeds; a triangle where half of them need more."""
+    for i, arm in enumerate(arms):
         found, (colour, dashes) = smallest(arm), styles[_name(arm)]
-        d = list(found)
-        values = [list(of.values()) for of in found.values()]
-        axes.plot(
-            d, [np.median(v) for v in values], color=colour, ls=dashes, marker='.', label=_name(arm)
-        )
-        axes.fill_between(
-            d, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.2, lw=0
-        )
+        most = arm.config['search']['parameters']
+        d = np.array(list(found), float)
+        values = np.sort([list(of.values()) for of in found.values()], 1)
+        middle = np.median(values, 1)
+        there = np.isfinite(middle)
+        axes.plot(d[there], middle[there], color=colour, ls=dashes, marker='.', label=_name(arm))
+        ends = values[there, 0], np.minimum(values[there, -1], most)
+        axes.fill_between(d[there], *ends, color=colour, alpha=0.2, lw=0)
+        if not there.all():  # beside each other, the arms that do not get further
+            place = d[~there][:1] * 1.06**i
+            axes.plot(place, [most], '^', color=colour, mfc='none', ms=4, clip_on=False)
     axes.set(title=title, xlabel='dimension of x and z', yscale='log')
     panels.powers(axes.yaxis)
     panels.ticks(axes, sorted({d for arm in arms for d in smallest(arm)}))
@@ -120,20 +145,23 @@ def _draw(
 def _table(arms: Sequence[runs.Arm]) -> str:
     """Median parameters by dimension, where not all seeds got there how many; and the law."""
     dimensions = sorted({d for arm in arms for d in smallest(arm)})
-    seeds = len({seed for arm in arms for seed in arm.seeds})
     body = []
     for arm in arms:
-        found, line = smallest(arm), [_name(arm)]
-        for d in dimensions:
-            of = list(found.get(d, {}).values())
-            few = '' if len(of) == seeds else f' ({len(of)} of {seeds} seeds)'
-            line.append(f'{np.median(of):,.0f}{few}' if of else 'not reached')
-        laws = arm.final('exponent', 'eval')
+        line = [_name(arm)]
+        for of in smallest(arm).values():
+            values = list(of.values())
+            reached = int(np.isfinite(values).sum())
+            few = '' if reached == len(values) else f'{reached} of {len(values)} seeds'
+            middle = np.median(values)
+            text = f'{middle:,.0f}' if np.isfinite(middle) else 'not reached'
+            line.append(f'{text} ({few})' if few and reached else text)
+        fitted, powers = laws(arm)
+        line.append(', '.join(map(str, fitted)) if powers else tables.NONE)
         for drawn in SEEDS:
-            of_draw = {seed: laws[seed] for seed in drawn if seed in laws}
+            of_draw = {seed: powers[seed] for seed in drawn if seed in powers}
             law = statistics.estimate(of_draw, arm.label) if of_draw else None
             line.append(str(tables.interval(law, 2)))
         body.append(line)
-    header = ['network', *(f'd = {d}' for d in dimensions)]
+    header = ['network', *(f'd = {d}' for d in dimensions), 'law of d =']
     header += [f'exponent, seeds {s[0]} to {s[-1]} [95 %]' for s in SEEDS]
     return tables.markdown(header, body)

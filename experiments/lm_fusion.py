@@ -2,8 +2,8 @@
 
 An LSTM and a Transformer, byte level, a recurrent context; the fusion stands at the token's
 embedding or at the output embedding. Arms of one core and site differ in the word of the fusion;
-the core is made larger or smaller so that all have the parameters of the concat arm there. Three
-seeds.
+the core is made larger or smaller so that all have the parameters of the concat arm there, within
+3 %. Three seeds.
 
     python -m launch.local --sweep=experiments/lm_fusion.py --workdir=runs/lm_fusion --parallel=2
     MI_ENWIK8=enwik8.gz python -m launch.local --sweep=experiments/lm_fusion.py …
@@ -42,8 +42,8 @@ NOTES = [
     if ENWIK8
     else 'Text: four novels by Jane Austen, evaluated on Northanger Abbey.',
     'Read once from a zero state, in 64 parts, with state or memory carried.',
-    'Sizes set per arm so that all arms of one core and site have the parameters of concat. none '
-    'has no context, and a larger core in its place.',
+    'Sizes set per arm so that all arms of one core and site have the parameters of concat, within '
+    '3 %. none has no context, and a larger core in its place.',
 ]
 
 COUNTS = [('parameters', 'model'), ('parameters', 'fusion'), ('flops_per_token', 'model')]
@@ -74,7 +74,8 @@ def sweep() -> list[dict[str, Any]]:
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Compares each arm with concat of its own core and site, as a table and a figure."""
     found: dict[tuple[str, str], dict[str, runs.Arm]] = {}
-    for arm in runs.read(workdir).arms:
+    sweep = runs.read(workdir)
+    for arm in sweep.arms:
         if arm.final(METRIC, SPLIT):
             core, site, fusion = arm.label.split(', ')
             found.setdefault((core, site), {})[fusion] = arm
@@ -99,13 +100,16 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
                     *(f'{arms[fusion].counted(what, part):,}' for what, part in COUNTS),
                     f'{arms[fusion].seconds()[1][-1]:.0f}',
                 ])  # fmt: skip
-                if gap is not None and gap.low is not None and gap.high is not None:
-                    ends = [[gap.mean - gap.low], [gap.high - gap.mean]]
-                    axes.errorbar([gap.mean], [i], xerr=ends, fmt='o', color=plots.PALETTE[0])
+                if gap is not None:
+                    base = finals['concat']
+                    seeds = [value - base[seed] for seed, value in final.items() if seed in base]
+                    axes.plot(seeds, [i] * len(seeds), 'o', mfc='none', ms=3, color=plots.GREY)
+                    axes.plot([gap.mean], [i], '|', ms=10, mew=1.6, color=plots.PALETTE[0])
             axes.axvline(0, color=plots.GREY, lw=0.8)
             axes.set(title=f'{core}, {site}', yticks=range(1, len(finals)))
             axes.set_yticklabels([tables.words(fusion) for fusion in list(finals)[1:]])
             axes.invert_yaxis()
         figure.supxlabel('bits per byte − concat', fontsize='medium')
         plots.save(figure, out, 'lm_fusion')
-    (out / 'lm_fusion.md').write_text(tables.markdown(header, body) + '\n', encoding='utf-8')
+    notes = [tables.markdown(header, body), statistics.CAUTION, sweep.left_out()]
+    (out / 'lm_fusion.md').write_text('\n\n'.join(filter(None, notes)) + '\n', encoding='utf-8')

@@ -41,6 +41,7 @@ METRIC = 'mse'
 SPLIT = 'eval'
 CURVES = 'eval'
 BASELINE = None
+PROBLEMS = ('model.parameters',)
 NOTES = [
     'The error is a share of the mean square of the target; the mean is that over four targets.',
     'A label is the mixer, how many of them, the features, and the parameters of all networks, '
@@ -127,7 +128,8 @@ class Floors(NamedTuple):
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Draws the errors against depth and parameters, and writes them with the floors as tables."""
-    arms = [arm for arm in runs.read(workdir).arms if arm.final(METRIC, SPLIT)]
+    read = runs.read(workdir)
+    arms = [arm for arm in read.arms if arm.final(METRIC, SPLIT)]
     floors = read_floors(workdir)
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(plots.WIDTH, 4.4), layout='constrained')
@@ -158,8 +160,8 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
             handles.values(), handles.keys(), loc='outside lower center', ncols=3, frameon=False
         )
         plots.save(figure, out, 'seq2seq')
-    parts = [_predictions(arms, floors), _errors(arms)]
-    (out / 'seq2seq.md').write_text('\n\n'.join(parts) + '\n', encoding='utf-8')
+    parts = [_predictions(arms, floors), _errors(arms), statistics.CAUTION, read.left_out()]
+    (out / 'seq2seq.md').write_text('\n\n'.join(filter(None, parts)) + '\n', encoding='utf-8')
 
 
 def read_floors(workdir: pathlib.Path) -> Floors:

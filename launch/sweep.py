@@ -3,6 +3,8 @@
 CONFIG = 'configs/lm.py:quickstart'      TITLE, METRIC, SPLIT, BASELINE, NOTES
 LOWER_IS_BETTER = True                   CURVES = 'valid'; both may be left out
 TASK = 'env.name'                        of runs that learn one task each: its key; may be left out
+PROBLEMS = ('problem.system',)           keys that make arms problems of their own, not to be ranked
+                                         with each other; may be left out
 def sweep() -> list[dict[str, Any]]      overrides of CONFIG, one dict for each member
 def report(workdir, out) -> None         figures and tables of its own; may be left out
 """
@@ -109,6 +111,7 @@ def load(file: str, workdir: pathlib.Path, engine: str = 'local') -> list[Member
         'lower_is_better': getattr(module, 'LOWER_IS_BETTER', True),
         'curves': getattr(module, 'CURVES', 'valid'),
         'baseline': module.BASELINE,
+        'problems': list(getattr(module, 'PROBLEMS', ())),
         'notes': module.NOTES,
         'config': module.CONFIG,
         'base': json.loads(parsed([f'--config={module.CONFIG}']).to_json()),

@@ -7,8 +7,10 @@ import tempfile
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # One order of operations: see mi.run.in_one_order. And no optimisation by LLVM: nearly all of the
 # time of these tests is compilation. XLA's own passes, and with them the operations, are the same.
-FLAGS = '--xla_cpu_enable_concurrency_optimized_scheduler=false --xla_backend_optimization_level=0'
-os.environ.setdefault('XLA_FLAGS', FLAGS)
+os.environ.setdefault(
+    'XLA_FLAGS',
+    '--xla_cpu_enable_concurrency_optimized_scheduler=false --xla_backend_optimization_level=0',
+)
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     # Many tests start the same program in a process of its own: only the first one compiles it. The
     # process that starts the workers gets here first, and they and theirs inherit what it sets.

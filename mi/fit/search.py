@@ -27,8 +27,8 @@ Probes = dict[int, list[metrics.Record]]  # place in the grid → a record of ea
 
 
 def grid(largest: int, per_octave: int) -> list[int]:
-    """1, … in steps of a factor 2^(1/per_octave), as far as they are integers, up to `largest`."""
-    sizes = {1}
+    """1, … in steps of a factor 2^(1/per_octave), as far as they are integers; and `largest`."""
+    sizes = {1, largest}
     i = 0
     while (size := round(2 ** (i / per_octave))) <= largest:
         sizes.add(size)
@@ -81,7 +81,8 @@ def search(config: ml_collections.ConfigDict, workdir: str) -> None:
 
     metrics.jsonl has a record 'probe' of each seed, value and width tried, and at the end an 'eval'
     of each seed: `parameters/VALUE`, `width/VALUE`, `mse/VALUE` and `learning_rate/VALUE` of the
-    smallest network that reached the target, where one did, and the `exponent` of their growth.
+    smallest network that reached the target, where one did, and the `exponent` of their growth over
+    the values that all seeds of the run reached, where these are two or more.
     """
     setup.validate(config)
     grids = {}
@@ -135,9 +136,12 @@ def _search(config: ml_collections.ConfigDict, grids: dict[int, list[int]], this
             ]
             highest.append(max(high for _, high in places))
             this.step = i + 1
+        fitted = [
+            value for value, of in found.items() if value >= config.search.fit_from and all(of)
+        ]
         for seed, number in enumerate(config.seeds):
             of_seed = {value: r for value, of in found.items() if (r := of[seed]) is not None}
-            log.write(this.step, number, 'eval', _summary(of_seed, config.search.fit_from))
+            log.write(this.step, number, 'eval', _summary(of_seed, fitted))
 
 
 def _guess(highest: list[int]) -> int:
@@ -155,10 +159,10 @@ def _brackets(config: ml_collections.ConfigDict, tried: Probes, sizes: int) -> l
     return brackets(reached, len(config.seeds), sizes)
 
 
-def _summary(found: dict[int, metrics.Record], fit_from: int) -> metrics.Record:
-    """Of one seed, from the smallest network at each value."""
-    fitted = {value: r['parameters'] for value, r in found.items() if value >= fit_from}
-    summary: metrics.Record = {'exponent': exponent(list(fitted), list(fitted.values()))}
+def _summary(found: dict[int, metrics.Record], fitted: list[int]) -> metrics.Record:
+    """Of one seed, from the smallest network at each value; the law is that of those `fitted`."""
+    law = exponent(fitted, [found[value]['parameters'] for value in fitted])
+    summary: metrics.Record = {'exponent': law}
     for name in ('parameters', 'width', 'mse', 'learning_rate'):
         summary |= {f'{name}/{value}': record[name] for value, record in found.items()}
     return summary

@@ -1,20 +1,32 @@
 """Whether a ranking is one of the arms or of the seeds: each set of seeds reported by itself."""
 
 import itertools
+from collections.abc import Sequence
 
 import scipy.stats
 
 from mi.report import statistics, tables
-from mi.report.runs import Sweep
+from mi.report.runs import Arm, Sweep
 
 
 def to_markdown(sweep: Sweep) -> str:
     """A table with the means and ranks of every arm in each set of seeds; '' unless there are sets.
 
     Under it, Kendall's τ of the rankings of each two sets: 1 where they are the same, 0 on average
-    where they are drawn at random, −1 where one is the reverse of the other.
+    where they are drawn at random, −1 where one is the reverse of the other. A table for each
+    problem, if there are several: arms of different problems have no ranks among each other.
     """
-    finals = {arm.label: arm.final(sweep.metric, sweep.split) for arm in sweep.arms}
+    problems = sweep.by_problem()
+    texts = {name: _table(sweep, arms) for name, arms in problems.items() if len(arms) > 1}
+    return '\n'.join(
+        f'**{tables.words(name)}**\n\n{text}' if len(problems) > 1 else text
+        for name, text in texts.items()
+        if text
+    )
+
+
+def _table(sweep: Sweep, arms: Sequence[Arm]) -> str:
+    finals = {arm.label: arm.final(sweep.metric, sweep.split) for arm in arms}
     if not sweep.draws or not all(
         seed in final for final in finals.values() for seeds in sweep.draws for seed in seeds
     ):

@@ -81,10 +81,11 @@ def agreement(
 
     Args:
       values: {arm: {seed: value}}.
-      draws: the first two are compared.
+      draws: the first two are compared; of arms that lack none of their seeds.
     """
-    if len(draws) < 2 or len(values) < 2:
+    whole = [of for of in values.values() if all(s in of for seeds in draws[:2] for s in seeds)]
+    if len(draws) < 2 or len(whole) < 2:
         return None
-    means = [[np.mean([of[s] for s in seeds]) for of in values.values()] for seeds in draws[:2]]
+    means = [[np.mean([of[s] for s in seeds]) for of in whole] for seeds in draws[:2]]
     tau = float(stats.kendalltau(*means).statistic)
     return tau if np.isfinite(tau) else None

@@ -64,15 +64,30 @@ def legend(figure: Figure, columns: int) -> None:
     )
 
 
+LEARNT = 0.5  # an error below which a law has learnt to move at all; it is 1 for a body at rest
+NOTE = (
+    'Geometric means over seeds, but for `valid`, a share: its means are arithmetic. Drifts are '
+    f'those of the seeds whose error is below {LEARNT}, as a body that rests has none; where these '
+    'are not all, their number is given.'
+)
+
+
 def table(
-    arms: Mapping[str, Arm], scores: Sequence[str], metric: str, split: str, reference: str
+    arms: Mapping[str, Arm],
+    scores: Sequence[str],
+    metric: str,
+    split: str,
+    reference: str,
+    draws: Sequence[Sequence[int]],
 ) -> str:
     """Parameters and scores of {name: arm}; the ratio of the metric to that of the reference.
 
-    Geometric means over seeds with intervals, but for `valid`, a share: that one's is arithmetic.
+    Means over seeds with intervals, as NOTE says; the ratio in each of the sets of seeds `draws`,
+    or of all seeds if there are none.
     """
     header = ['law', 'parameters', *map(tables.words, scores), 'valid']
-    header.append(f'{tables.words(metric)} / that of {reference}')
+    against = f'{tables.words(metric)} / that of {reference}'
+    header += [f'{against}, seeds {seeds[0]} to {seeds[-1]}' for seeds in draws] or [against]
     baseline = arms[reference].final(metric, split) if reference in arms else {}
     body = []
     for name, arm in arms.items():
@@ -80,8 +95,17 @@ def table(
         line = [name, tables.NONE if parameters is None else f'{parameters:,}']
         for score in scores:
             values = arm.final(score, split)
-            line.append(ratios.text(ratios.geometric(values, name) if values else None))
+            text = ratios.text(ratios.geometric(values, name) if values else None)
+            if score.startswith('drift') and values:
+                moving = {s for s, error in arm.final('error', split).items() if error < LEARNT}
+                some = {seed: value for seed, value in values.items() if seed in moving}
+                text = ratios.text(ratios.geometric(some, name) if some else None)
+                text += f' ({len(some)} of {len(values)})' * (len(some) < len(values))
+            line.append(text)
         line.append(str(tables.interval(statistics.estimate(arm.final('valid', split), name), 2)))
-        against = ratios.ratio(arm.final(metric, split), baseline, name)
-        body.append([*line, ratios.text(None if name == reference else against)])
+        found = arm.final(metric, split)
+        for seeds in draws or [tuple(found)]:
+            ratio = ratios.ratio({s: found[s] for s in seeds if s in found}, baseline, name)
+            line.append(ratios.text(None if name == reference else ratio))
+        body.append(line)
     return tables.markdown(header, body)

@@ -122,6 +122,8 @@ class Sweep:
       draws: the sets of two or more seeds that every arm was trained with, a run for each; empty
         unless there are several.
       warnings: what had to be left out while reading, one line each.
+      problems: keys of overrides; arms that differ in one of them learn different problems, and are
+        not ranked with each other.
     """
 
     path: pathlib.Path
@@ -136,6 +138,22 @@ class Sweep:
     command: str | None
     warnings: list[str]
     draws: tuple[tuple[int, ...], ...] = ()
+    problems: tuple[str, ...] = ()
+
+    def by_problem(self) -> dict[str, list[Arm]]:
+        """The arms of each problem, in order; all under '' where there is only one."""
+        found: dict[str, list[Arm]] = {}
+        for arm in self.arms:
+            name = ', '.join(
+                str(arm.overrides[key]) for key in self.problems if key in arm.overrides
+            )
+            found.setdefault(name, []).append(arm)
+        return found
+
+    def left_out(self) -> str:
+        """A sentence that names the arms that are not done, for tables that do not show them."""
+        labels = [f'{arm.label} ({arm.state})' for arm in self.arms if arm.state != 'done']
+        return f'Not here, as not done: {"; ".join(labels)}.' if labels else ''
 
     @property
     def unit(self) -> str:
@@ -206,6 +224,7 @@ def _read_sweep(workdir: pathlib.Path) -> Sweep:
         command=sweep.get('command'),
         warnings=warnings,
         draws=() if tasks else _draws(list(arms.values())),
+        problems=tuple(map(str, _field({'problems': []} | sweep, 'problems', list, path))),
     )
 
 

@@ -85,7 +85,8 @@ def notes(sweep: Sweep, rows: list[Row]) -> list[str]:
         f'{sweep.unit}s/s: training, all seeds of the run together.'
     )
     if len(rows) > 1:
-        standing.append('Bold marks the best mean and claims no significance.')
+        of_what = ' of each problem' if len(sweep.by_problem()) > 1 else ''
+        standing.append(f'Bold marks the best mean{of_what} and claims no significance.')
     return [*standing, *(remark for row in rows for remark in row.remarks), *sweep.notes]
 
 
@@ -179,9 +180,16 @@ def cells(sweep: Sweep, rows: list[Row]) -> Table:
         line += [Cell(f'{have}' if have == asked else f'{have} of {asked}', value=have)]
         line += [Cell(row.arm.state, f'({_one_line(row.arm.reason)})' if row.arm.reason else '')]
         body.append(line)
-    means = {i: row.metric.mean for i, row in enumerate(rows) if row.metric is not None}
-    target = (min if sweep.lower_is_better else max)(means.values(), default=None)
-    best = {i for i, mean in means.items() if mean == target} if several else set()
+    best: set[int] = set()
+    for of_problem in sweep.by_problem().values():
+        labels = {arm.label for arm in of_problem}
+        means = {
+            i: row.metric.mean
+            for i, row in enumerate(rows)
+            if row.metric is not None and row.arm.label in labels
+        }
+        target = (min if sweep.lower_is_better else max)(means.values(), default=None)
+        best |= {i for i, mean in means.items() if mean == target and len(labels) > 1}
     return Table(header, body, best)
 
 

@@ -10,6 +10,7 @@ import pytest
 from scipy import integrate, stats
 
 from configs import expressivity
+from experiments import expressivity as experiment
 from mi.config import UserError
 from mi.fit import network, products, search, setup, train
 from mi.run import PREEMPTED
@@ -108,7 +109,7 @@ def test_bisection_finds_what_trying_every_width_finds(seed):
 
 def test_widths_and_growth():
     assert search.grid(16, 2) == [1, 2, 3, 4, 6, 8, 11, 16]
-    assert search.grid(15, 2) == [1, 2, 3, 4, 6, 8, 11]
+    assert search.grid(15, 2) == [1, 2, 3, 4, 6, 8, 11, 15]  # the largest too
     assert search.exponent([4, 8, 16], [3 * d**2.5 for d in (4, 8, 16)]) == pytest.approx(2.5)
     assert search.exponent([4], [10]) is None
     assert [search._guess(h) for h in ([], [3], [3, 5], [7, 2])] == [0, 3, 7, 0]
@@ -163,6 +164,39 @@ def test_a_search_that_was_stopped_goes_on_and_tries_nothing_twice(tmp_path, mon
             wanted = 3 * d * d + found['seed']
             assert wanted <= found[f'width/{d}'] <= max(wanted + 1, 1.05 * wanted)
         assert found['exponent'] == pytest.approx(2, abs=0.2)
+
+
+def test_a_seed_that_did_not_get_there_is_larger_than_all_that_did(tmp_path):
+    """Medians and laws of the report, of an arm with 2 d², one that 4 of 10 seeds lose at d = 8."""
+    members = []
+    for fusion, lost in ('mi', ()), ('concat', (0, 3, 5, 6)), ('film', range(10)):
+        for seeds in experiment.SEEDS:
+            name = f'{fusion}, {seeds[0]}'
+            (tmp_path / name).mkdir()
+            said = {'seeds': seeds, 'search': {'at': [2, 4, 8], 'fit_from': 2, 'parameters': 200}}
+            (tmp_path / name / 'config.json').write_text(json.dumps(said))
+            (tmp_path / name / 'status.json').write_text('{"state": "done", "step": 3}')
+            lines = [
+                {f'parameters/{d}': (2 + 0.1 * seed) * d * d for d in (2, 4, 8)
+                 if d < 8 or seed not in lost} | {'step': 3, 'seed': seed, 'split': 'eval'}
+                for seed in seeds
+            ]  # fmt: skip
+            text = ''.join(json.dumps(line) + '\n' for line in lines)
+            (tmp_path / name / 'metrics.jsonl').write_text(text)
+            members.append({'name': name, 'label': f'product, {fusion}, 1'})
+    told = {'name': 'a', 'metric': 'parameters/4', 'split': 'eval', 'lower_is_better': True}
+    (tmp_path / 'sweep.json').write_text(json.dumps(told | {'members': members}))
+    experiment.report(tmp_path, tmp_path)
+    rows = {
+        line.split('|')[1].strip(): [cell.strip() for cell in line.split('|')[2:-1]]
+        for line in (tmp_path / 'expressivity.md').read_text().splitlines()
+        if line.startswith('|')
+    }
+    # Of concat 1, 2, 4, 7, 8, 9 are left at d = 8: the middle of ten is between the 5th and 6th.
+    assert rows['mi'][:4] == ['10', '39', '157', '2, 4, 8']
+    assert rows['concat'][:4] == ['10', '39', '182 (6 of 10 seeds)', '2, 4']
+    assert rows['film'][:4] == ['10', '39', 'not reached', '2, 4']
+    assert [rows[name][4] for name in ('mi', 'concat')] == ['2.00 [2.00, 2.00]'] * 2
 
 
 @pytest.fixture(scope='module')

@@ -65,3 +65,26 @@ def test_nothing_is_ranked_before_every_arm_has_every_seed(tmp_path):
     (tmp_path / 'mi,[7, 9]/status.json').write_text(json.dumps({'state': 'running', 'step': 0}))
     report.write(tmp_path)
     assert not (tmp_path / 'report/draws.md').exists()
+
+
+def test_arms_of_different_problems_are_not_ranked_with_each_other(tmp_path):
+    """Two arms in one system, and with ten times the errors in another."""
+    small = {'a': {0: 1.0, 1: 1.0, 7: 1.0, 9: 1.0}, 'b': {0: 2.0, 1: 2.0, 7: 0.5, 9: 0.5}}
+    large = {arm: {seed: 10 * e for seed, e in of.items()} for arm, of in small.items()}
+    finals = {
+        f'{arm}, {s}': of for s, arms in (('x', small), ('y', large)) for arm, of in arms.items()
+    }
+    write(tmp_path, ([0, 1], [7, 9]), finals)
+    file = tmp_path / 'sweep.json'
+    said = json.loads(file.read_text())
+    for member in said['members']:
+        member['overrides'] = {'system': member['label'][-1]}
+    file.write_text(json.dumps(said | {'problems': ['system']}))
+    report.write(tmp_path)
+    text = (tmp_path / 'report/draws.md').read_text()
+    lines = [line for line in text.splitlines() if line.startswith('| a, y ')]
+    assert [c.strip() for c in lines[0].strip('|').split('|')][2::2] == ['1', '2']
+    assert text.count(': -1.00.') == 2 and '**x**' in text and '**y**' in text
+    table = (tmp_path / 'report/table.md').read_text().splitlines()
+    bold = [line.split('|')[1].strip() for line in table if '| **' in line]
+    assert bold == ['a, x', 'a, y']  # the best of each
