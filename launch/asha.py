@@ -77,7 +77,7 @@ class Asha:
         self._metric, self._split = sweep['metric'], sweep['curves']
         self._lower_is_better = sweep['lower_is_better']
         self._file = workdir / 'asha.jsonl'
-        self._arrivals = [Arrival(**record) for record in state.records(self._file)]
+        self._arrivals = [Arrival(**record) for record in state.records(self._file, most=2**62)]
         for i, arrival in enumerate(self._arrivals):  # one that was decided and not carried out
             self._stop(arrival, self._arrivals[:i])
 

@@ -1,13 +1,14 @@
 """What stands behind `python -m launch.ENGINE`: flags, and the way from a sweep to a report."""
 
+import contextlib
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from absl import app, flags, logging
 
-from launch import plan, state, sweep
+from launch import plan, process, state, sweep
 from launch.asha import Asha
 from launch.engine import Resources, Submit
 from mi import report
@@ -68,8 +69,9 @@ def run(name: str, submit: Submit, watches: bool) -> None:
         plan.show(members, workdir, FLOPS_PER_SECOND.value)
         return
     commands = {workdir / m.name: m.command for m in members if not state.done(workdir / m.name)}
-    rule = [Asha(workdir, ASHA.value, ASHA_FACTOR.value)] if ASHA.value else []
-    states = submit(commands, resources(), *rule)
+    with alone(workdir) if ASHA.value else contextlib.nullcontext():
+        rule = [Asha(workdir, ASHA.value, ASHA_FACTOR.value)] if ASHA.value else []
+        states = submit(commands, resources(), *rule)
     if any(word in ('waiting', 'running', 'preempted') for word in states.values()):
         return
     report.write(workdir)
@@ -77,6 +79,22 @@ def run(name: str, submit: Submit, watches: bool) -> None:
     failed = [path.name for path, word in states.items() if word in ('failed', 'died')]
     if failed:
         sys.exit(f'error: {len(failed)} of {len(members)} members failed: {", ".join(failed)}')
+
+
+@contextlib.contextmanager
+def alone(workdir: pathlib.Path) -> Iterator[None]:
+    """Holds a sweep directory for a launcher that decides which of its members go on.
+
+    Raises:
+      UserError: if another one does.
+    """
+    with open(workdir / 'launcher', 'a') as lock:
+        if not process.taken(lock):
+            raise UserError(
+                f'--workdir={workdir}: another launcher decides about its members; wait until it '
+                'has ended, or stop it'
+            )
+        yield
 
 
 def arguments() -> tuple[str, pathlib.Path]:

@@ -18,7 +18,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
 import rich.console
@@ -38,15 +38,24 @@ class Stop(BaseException):
 
 
 @contextlib.contextmanager
-def heeding_signals() -> Iterator[None]:
-    """Within, SIGTERM and SIGINT raise `Stop`; what comes after ends the launcher at once."""
+def heeding_signals() -> Iterator[Callable[[], None]]:
+    """Within, SIGTERM and SIGINT are kept for the function it gives, which then raises `Stop`.
+
+    So that none comes in the middle of starting a member. What comes after ends the launcher at
+    once.
+    """
+    asked: list[int] = []
 
     def on_signal(number: int, frame: Any) -> None:
-        raise Stop
+        asked.append(number)
+
+    def heed() -> None:
+        if asked:
+            raise Stop
 
     before = {each: signal.signal(each, on_signal) for each in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield heed
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
@@ -76,9 +85,11 @@ def submit(commands: Commands, resources: Resources, rule: Rule | None = None) -
             taken[path] = process.slot_of(path)
             waiting.remove(path)
     try:
-        with watch, heeding_signals():
+        with watch, heeding_signals() as heed:
             while waiting or running:
+                heed()
                 while waiting and (slot := slots.free(taken.values())) is not None:
+                    heed()
                     path = waiting.pop(0)
                     if state.done(path):  # by another launcher
                         states[path] = state.read(path).word

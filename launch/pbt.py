@@ -17,6 +17,7 @@ absolute, and learning rate, entropy cost and RMSProp's ε are perturbed, whethe
 not. Recalled, as are the defaults.
 """
 
+import contextlib
 import json
 import pathlib
 import random
@@ -30,6 +31,7 @@ from absl import flags
 
 from launch import engine, local, process, state, sweep
 from launch.engine import Resources
+from mi import checkpoint
 from mi.config import UserError, flat
 from mi.run import write_json
 
@@ -43,6 +45,7 @@ PERTURB = flags.DEFINE_list(
 SEED = flags.DEFINE_integer('seed', 0, 'Of what is drawn at random.')
 
 FACTOR, CHANCE = 1.2, 1 / 3
+TRIES = 10  # looks at the checkpoints of a run that clears old ones away at the same time
 
 
 def exploit(
@@ -128,7 +131,7 @@ class Population:
         fitness = {}
         for name in self._members:
             scores = state.curve(self.path(name), self._metric, self._split)
-            if scores:
+            if scores and saved(self.path(name)):
                 fitness[name] = self._sign * scores[max(scores)]
         other = exploit(fitness, member, self._margin, draw)
         parent = self.path(other) if other else path
@@ -162,26 +165,42 @@ class Population:
         if child.exists():
             return
         beside = child.with_name(f'.{child.name}')
-        shutil.rmtree(beside, ignore_errors=True)
-        while True:
-            newest = parent / 'checkpoints' / f'{saved(parent):08d}'
-            try:
-                shutil.copytree(newest, beside / 'checkpoints' / newest.name, dirs_exist_ok=True)
-                break
-            except (FileNotFoundError, shutil.Error):  # the parent has moved on and cleared it away
-                shutil.rmtree(beside)
-        meta = json.loads((beside / 'checkpoints' / newest.name / 'meta.json').read_text())
+        copy = self._copied(parent, beside)
+        meta = json.loads((copy / 'meta.json').read_text())
         history = (parent / 'metrics.jsonl').read_bytes()[: meta['metrics']]
         (beside / 'metrics.jsonl').write_bytes(history)
         write_json(beside / 'fork.json', {'parent': parent.name, **decision})
         beside.rename(child)
 
+    def _copied(self, parent: pathlib.Path, beside: pathlib.Path) -> pathlib.Path:
+        """The parent's newest checkpoint that is whole, copied; it may be clearing old ones away.
+
+        Raises:
+          UserError: if it has none.
+        """
+        for _ in range(TRIES):
+            for step in steps_saved(parent):
+                shutil.rmtree(beside, ignore_errors=True)
+                copy = beside / 'checkpoints' / f'{step:08d}'
+                with contextlib.suppress(FileNotFoundError, shutil.Error):
+                    shutil.copytree(parent / 'checkpoints' / copy.name, copy)
+                if not checkpoint.damage(copy):
+                    return copy
+        raise UserError(
+            f'{parent} has no checkpoint that is whole; take the last line away from {self._file} '
+            f'to decide again'
+        )
+
+
+def steps_saved(path: pathlib.Path) -> list[int]:
+    """The steps of the checkpoints of a run, newest first."""
+    found = (int(p.name) for p in (path / 'checkpoints').glob('*') if p.name.isdigit())
+    return sorted(found, reverse=True)
+
 
 def saved(path: pathlib.Path) -> int:
     """The step of the newest checkpoint of a run; 0 if it has none."""
-    return max(
-        (int(p.name) for p in (path / 'checkpoints').glob('*') if p.name.isdigit()), default=0
-    )
+    return next(iter(steps_saved(path)), 0)
 
 
 def _config(path: pathlib.Path) -> dict[str, Any]:
@@ -205,10 +224,18 @@ def train(
     running: dict[str, process.Process | process.Elsewhere] = {}
     taken: dict[str, int] = {}
     watch = local.Watch([population.path(name) for name in names])
+    for name in names:  # what a launcher that was killed has left
+        path = population.path(name)
+        if state.held(path / 'launched'):
+            running[name] = process.Elsewhere(path / 'launched')
+            taken[name] = process.slot_of(path)
+            waiting.remove(name)
     try:
-        with watch, local.heeding_signals():
+        with watch, local.heeding_signals() as heed:
             while waiting or running:
+                heed()
                 while waiting and (slot := slots.free(taken.values())) is not None:
+                    heed()
                     name = waiting.pop(0)
                     path = population.path(name)
                     if state.done(path):
@@ -251,9 +278,10 @@ def run() -> None:
     file, workdir = cli.arguments()
     members = sweep.load(file, workdir, 'pbt')
     metric = json.loads((workdir / 'sweep.json').read_text())['metric']
-    population = Population(workdir, members, MARGIN.value, PERTURB.value, SEED.value)
     names = [m.name for m in members]
-    states = train(population, names, INTERVAL.value, cli.resources())
+    with cli.alone(workdir):
+        population = Population(workdir, members, MARGIN.value, PERTURB.value, SEED.value)
+        states = train(population, names, INTERVAL.value, cli.resources())
     for name in names:
         path = population.path(name)
         print(f'{name}: {states[name]} in {path}, {state.read(path, metric).metric}')

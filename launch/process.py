@@ -127,7 +127,7 @@ def start(
     """
     path.mkdir(parents=True, exist_ok=True)
     with open(path / lock_name, 'a+') as lock, open(path / 'log.txt', 'ab') as log:
-        if not _taken(lock):
+        if not taken(lock):
             return Elsewhere(path / lock_name)
         lock.truncate(0)
         lock.write(json.dumps({'slot': slot, 'host': socket.gethostname()}))
@@ -201,7 +201,7 @@ def run(
         return this.wait()
 
 
-def _taken(lock: IO[str]) -> bool:
+def taken(lock: IO[str]) -> bool:
     """Locks a file; tries for a moment, as `launch.state.held` may just be looking."""
     for _ in range(10):
         try:

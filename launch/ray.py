@@ -61,8 +61,9 @@ def submit(commands: Commands, resources: Resources, rule: Rule | None = None) -
     waiting, states = list(commands), States()
     running: dict[pathlib.Path, _Run] = {}
     try:
-        with watch, local.heeding_signals():
+        with watch, local.heeding_signals() as heed:
             while waiting or running:
+                heed()
                 while waiting and len(running) < (resources.parallel or len(commands)):
                     path = waiting.pop(0)
                     running[path] = _Run(path, commands[path], resources.processes, needs)

@@ -179,9 +179,10 @@ def _newest(file: pathlib.Path, metric: str) -> str:
 
 
 def _object(file: pathlib.Path) -> dict[str, Any]:
+    """{} where there is no file, or an empty one, as a power failure may leave it."""
     try:
         return dict(json.loads(file.read_text()))
-    except FileNotFoundError:
+    except (FileNotFoundError, json.JSONDecodeError):
         return {}
 
 

@@ -61,32 +61,36 @@ class Checkpoints:
             (saving / 'manifest.json').write_text(json.dumps(manifest, indent=2) + '\n')
             os.rename(saving, final)
             for old in self._steps()[self._keep :]:
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)
         parallel.wait('checkpoint in place')
 
-    def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
+    def restore(self, like: Any, *, mend: bool = True) -> tuple[Any, dict[str, Any]] | None:
         """The newest checkpoint whose every hash holds, as (state, meta); None if there is none.
 
         Args:
           like: a tree of arrays with the shapes, dtypes and shardings to restore to.
+          mend: whether damaged ones are set aside; not by one who does not hold the run, and may
+            see one that is just being cleared away.
 
         Raises:
           UserError: if there are checkpoints but none of them holds, or the newest good one is of
             another model. Nothing is deleted.
         """
-        step = parallel.of_first(self._newest() if parallel.first() else 0)
+        step = parallel.of_first(self._newest(mend) if parallel.first() else 0)
         return None if step < 0 else self._load(self._directory / f'{step:08d}', like)
 
-    def _newest(self) -> int:
+    def _newest(self, mend: bool) -> int:
         """The newest step whose every hash holds; −1 if there are none."""
         for path in self._steps():
-            damage = _damage(path)
-            if not damage:
+            wrong = damage(path)
+            if not wrong:
                 return int(path.name)
+            if not mend:
+                continue
             aside = _free_name(path)
             os.rename(path, aside)
             warnings.warn(
-                f'checkpoint {path} is damaged ({damage}); it is kept as {aside.name} and the run '
+                f'checkpoint {path} is damaged ({wrong}); it is kept as {aside.name} and the run '
                 f'goes on from the one before',
                 stacklevel=3,
             )
@@ -131,7 +135,7 @@ def _files(path: pathlib.Path) -> list[str]:
     return sorted(str(f.relative_to(path)) for f in path.rglob('*') if f.is_file())
 
 
-def _damage(path: pathlib.Path) -> str:
+def damage(path: pathlib.Path) -> str:
     """What is wrong with a checkpoint, '' if nothing is."""
     try:
         manifest = json.loads((path / 'manifest.json').read_text())
@@ -140,10 +144,11 @@ def _damage(path: pathlib.Path) -> str:
     except ValueError:
         return 'its manifest.json is not JSON'
     for name, expected in manifest.items():
-        if not (path / name).is_file():
+        try:
+            if digest(path / name) != expected:
+                return f'{name} has another SHA-256 than when it was written'
+        except FileNotFoundError:
             return f'{name} is missing'
-        if digest(path / name) != expected:
-            return f'{name} has another SHA-256 than when it was written'
     return ''
 
 

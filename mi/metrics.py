@@ -45,6 +45,7 @@ class Metrics:
         self._tracker = tracker
         self._metrics = open(path / 'metrics.jsonl', 'ab')  # noqa: SIM115
         self._metrics.truncate(position)
+        self._metrics.seek(0, os.SEEK_END)  # or `tell` is where the file ended before
         self._timing = open(path / 'timing.jsonl', 'ab')  # noqa: SIM115
         self._timing.truncate(_whole_lines(path / 'timing.jsonl'))
         self._tensorboard = tensorboardX.SummaryWriter(

@@ -20,8 +20,8 @@ def save(directory, *steps, keep=3):
         checkpoints.save(step, state(step), {'metrics': 10 * step})
 
 
-def restore(directory):
-    return Checkpoints(directory).restore(jax.tree.map(jnp.zeros_like, state(0)))
+def restore(directory, **options):
+    return Checkpoints(directory).restore(jax.tree.map(jnp.zeros_like, state(0)), **options)
 
 
 def assert_is(step, restored):
@@ -92,6 +92,13 @@ def test_a_damaged_one_is_set_aside_for_the_one_before(tmp_path, damage, said):
     assert (tmp_path / '00000010.damaged').exists()
     save(tmp_path, 10)  # the run comes by here again
     assert_is(10, restore(tmp_path))
+
+
+def test_who_only_reads_leaves_a_damaged_one_where_it_is(tmp_path):
+    save(tmp_path, 5, 10)
+    lose_a_file(tmp_path / '00000010')  # as one that the run is clearing away looks
+    assert_is(5, restore(tmp_path, mend=False))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['00000005', '00000010']
 
 
 def test_one_that_was_being_written_does_not_count(tmp_path):

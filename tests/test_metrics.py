@@ -15,6 +15,7 @@ def test_a_continued_file_loses_what_came_after_the_checkpoint(tmp_path):
     log.close()
 
     log = metrics.Metrics(tmp_path, position, 1)
+    assert log.position() == position  # of a checkpoint that is saved before another record
     log.write(2, 0, 'train', {'nats_per_token': 0.25, 'over': {'batch': 2}})
     log.timing(2, {'seconds': 1.5})
     log.close()

@@ -278,7 +278,9 @@ def restore(
     mesh = parallel.mesh(config.train.batch, config.train.fsdp)
     seeds = np.asarray(config.seeds, np.int32)
     like = start(setup.build(config, *corpus.sizes), optimiser, seeds, config.train.batch, mesh)
-    restored = checkpoint.Checkpoints(path / 'checkpoints', config.train.keep).restore(like)
+    restored = checkpoint.Checkpoints(path / 'checkpoints', config.train.keep).restore(
+        like, mend=False
+    )
     if restored is None:
         raise UserError(f'{path} has no checkpoint yet: train it first')
     return restored[0].params, restored[1]['step']

@@ -209,7 +209,7 @@ def restore(
     """The parameters of all seeds, [S, …], of the newest checkpoint, and its step."""
     environment = envs.make(config.env.name)
     optimiser = optim.optimiser(config.optim, setup.updates(config))
-    restored = saved.restore(_plain(start(config, environment, agent, optimiser)))
+    restored = saved.restore(_plain(start(config, environment, agent, optimiser)), mend=False)
     return restored and (restored[0].learner.params, restored[1]['step'])
 
 

@@ -129,7 +129,7 @@ def restore(
     """The parameters, [1, …], of the newest checkpoint, and its step."""
     optimiser = optim.optimiser(config.optim, setup.updates(config))
     mesh = parallel.mesh(config.train.batch)
-    restored = saved.restore(start(agent, optimiser, config.seeds[0], mesh))
+    restored = saved.restore(start(agent, optimiser, config.seeds[0], mesh), mend=False)
     if restored is None:
         return None
     return jax.tree.map(lambda a: a[None], restored[0].params), restored[1]['step']

@@ -21,7 +21,7 @@ def main():
     seconds = float(flags.get('seconds', 0))
     path.mkdir(parents=True, exist_ok=True)
     lock = open(path / 'lock', 'w')  # noqa: SIM115
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # `launched` keeps a second one away
     asked = []
     signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
 
@@ -39,7 +39,8 @@ def main():
     records = path / 'metrics.jsonl'
     done = len(records.read_text().splitlines()) if records.exists() else 0
     write('starts.jsonl', step=done, pid=os.getpid(), cuda=os.environ.get('CUDA_VISIBLE_DEVICES'))
-    (path / 'cost.json').write_text(json.dumps({'steps': steps}))
+    (path / '.cost').write_text(json.dumps({'steps': steps}))
+    os.replace(path / '.cost', path / 'cost.json')
     status('running', done)
     starts = len((path / 'starts.jsonl').read_text().splitlines())
     if starts <= int(flags.get('fails', 0)):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -5,8 +6,9 @@ import sys
 
 import pytest
 
-from launch import asha, state
+from launch import asha, cli, state
 from launch.asha import Arrival
+from mi.config import UserError
 
 MEMBER = str(pathlib.Path(__file__).with_name('member.py'))
 
@@ -34,6 +36,31 @@ def test_the_best_third_of_those_that_have_come_goes_on():
     assert not asha.stops(
         [Arrival(10, 'b', 1.0), Arrival(10, 'c', 2.0)], new, 3, True
     )  # other rung
+
+
+def test_decisions_are_all_read_again_however_many(tmp_path):
+    """900 members come from the worst to the best, so that none was stopped when it came."""
+    sweep = {'metric': 'loss', 'curves': 'train', 'lower_is_better': True}
+    (tmp_path / 'sweep.json').write_text(json.dumps(sweep))
+    arrivals = [
+        Arrival(10, f'a member with a name that is long, {i}', 1000.0 - i) for i in range(900)
+    ]
+    arrivals.append(Arrival(10, 'the last', 999.5))  # and is second to the worst
+    text = ''.join(json.dumps(dataclasses.asdict(a)) + '\n' for a in arrivals)
+    assert len(text) > state.TAIL
+    (tmp_path / 'asha.jsonl').write_text(text)
+    (tmp_path / 'the last').mkdir()
+    asha.Asha(tmp_path, 10, 3)
+    (stopped,) = tmp_path.glob(f'*/{state.STOPPED}')
+    assert 'place 900 of 901' in json.loads(stopped.read_text())['reason']
+
+
+def test_one_launcher_alone_decides(tmp_path):
+    refused = pytest.raises(UserError, match='another launcher decides')
+    with cli.alone(tmp_path), refused, cli.alone(tmp_path):
+        pass
+    with cli.alone(tmp_path):  # again when the first has ended
+        pass
 
 
 @pytest.mark.slow

@@ -66,7 +66,9 @@ def test_a_sweep_survives_failures_kills_and_the_death_of_its_launcher(folder):
     paths = [folder / f'{i:02d}' for i in range(40)]
     failing, killed, real = paths[2:7], [*paths[8:12], paths[0]], paths[:2]
     commands = {
-        path: member(path, steps=20, seconds=0.06, fails=1 if path in failing else 0)
+        path: member(
+            path, steps=20, seconds=0.3 if path in killed else 0.06, fails=int(path in failing)
+        )
         for path in paths
     }
     for path in real:
@@ -86,6 +88,8 @@ def test_a_sweep_survives_failures_kills_and_the_death_of_its_launcher(folder):
     assert set(real) < set(orphans) and not paths[-1].exists()  # some run, some have not begun
 
     second = subprocess.Popen([*launch, '1'], stderr=subprocess.PIPE, text=True)
+    # It starts this one anew only after it has seen who runs.
+    wait_for(lambda: len(records(failing[0] / 'starts.jsonl')) == 2)
     wait_for(lambda: list((real[0] / 'checkpoints').glob('0*')))
     kill(real[0])  # an orphan, which the second launcher waits for
     errors = second.communicate(timeout=300)[1]
