@@ -46,6 +46,7 @@ NOTES = [
     '3 %. none has no context, and a larger core in its place.',
 ]
 
+WORDS = ['concat', 'mi', 'mi_low_rank', 'film', 'none']
 COUNTS = [('parameters', 'model'), ('parameters', 'fusion'), ('flops_per_token', 'model')]
 
 
@@ -85,12 +86,13 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     body = []
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(plots.WIDTH, 2.4), layout='constrained')
-        panels = figure.subplots(1, max(1, len(found)), sharex=True, squeeze=False)[0]
+        panels = figure.subplots(1, max(1, len(found)), sharex=True, sharey=True, squeeze=False)[0]
         for axes, ((core, site), arms) in zip(panels, found.items(), strict=False):
             if site == 'encoder' and (core, 'decoder') in found and 'none' in arms:
                 found[core, 'decoder'] |= {'none': arms['none']}
+            arms = {fusion: arms[fusion] for fusion in WORDS if fusion in arms}
             finals = {fusion: arm.final(METRIC, SPLIT) for fusion, arm in arms.items()}
-            for i, (fusion, final) in enumerate(finals.items()):
+            for fusion, final in finals.items():
                 mean = statistics.estimate(final, fusion)
                 gap = statistics.difference(final, finals['concat'], fusion)
                 gap = None if fusion == 'concat' else gap
@@ -103,12 +105,13 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
                 if gap is not None:
                     base = finals['concat']
                     seeds = [value - base[seed] for seed, value in final.items() if seed in base]
-                    axes.plot(seeds, [i] * len(seeds), 'o', mfc='none', ms=3, color=plots.GREY)
-                    axes.plot([gap.mean], [i], '|', ms=10, mew=1.6, color=plots.PALETTE[0])
+                    row = WORDS.index(fusion)
+                    axes.plot(seeds, [row] * len(seeds), 'o', mfc='none', ms=3, color=plots.GREY)
+                    axes.plot([gap.mean], [row], '|', ms=10, mew=1.6, color=plots.PALETTE[0])
             axes.axvline(0, color=plots.GREY, lw=0.8)
-            axes.set(title=f'{core}, {site}', yticks=range(1, len(finals)))
-            axes.set_yticklabels([tables.words(fusion) for fusion in list(finals)[1:]])
-            axes.invert_yaxis()
+            axes.set_title(f'{core},\n{site}')
+            axes.set_yticks(range(1, len(WORDS)), [tables.words(fusion) for fusion in WORDS[1:]])
+        panels[0].set_ylim(len(WORDS) - 0.5, 0.5)
         figure.supxlabel('bits per byte − concat', fontsize='medium')
         plots.save(figure, out, 'lm_fusion')
     notes = [tables.markdown(header, body), statistics.CAUTION, sweep.left_out()]

@@ -32,6 +32,11 @@ if os.environ['JAX_PLATFORMS'] != 'cpu':  # f32 products are TF32 on a GPU, bf16
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+def forced(devices: int) -> str:
+    """XLA_FLAGS of a program of its own: those of the tests, and so many devices of the CPU."""
+    return f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={devices}'
+
+
 @pytest.fixture(scope='session', autouse=True)
 def _from_the_root() -> None:
     os.chdir(ROOT)  # configs/ and experiments/ are named relative to it

@@ -11,6 +11,8 @@ import time
 import numpy as np
 import pytest
 
+from tests.conftest import forced
+
 FUSED = ['--config=configs/rl.py:tiny,env=catch', '--config.train.steps=4000']
 LM = [
     '--config=configs/lm.py:core=transformer,tiny',
@@ -24,11 +26,10 @@ THREADS = [*FUSED, '--config.train.topology=threads', '--config.actors.batch=2']
 
 
 def start(workdir, arguments, *, process=None, port=0, devices=1):
-    flags = f'--xla_force_host_platform_device_count={devices}'
     command = [sys.executable, '-m', 'mi.main', f'--workdir={workdir}', *arguments]
     if process is not None:
         command.append(f'--distributed=localhost:{port},2,{process}')
-    environment = os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
+    environment = os.environ | {'XLA_FLAGS': forced(devices), 'JAX_PLATFORMS': 'cpu'}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 

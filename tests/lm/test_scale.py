@@ -13,7 +13,7 @@ import pytest
 from configs import lm, lm_enwik8, lm_ptb, lm_wikitext103
 from mi import optim
 from mi.lm import setup, train
-from tests.conftest import ROOT
+from tests.conftest import ROOT, forced
 
 
 @pytest.mark.slow
@@ -21,8 +21,7 @@ from tests.conftest import ROOT
 def test_the_losses_are_the_same_on_1_2_and_4_devices_and_with_split_parameters(texts, core):
     done = subprocess.run(
         [sys.executable, '-m', 'tests.lm.devices', core, texts],
-        env=os.environ
-        | {'XLA_FLAGS': '--xla_force_host_platform_device_count=4', 'JAX_PLATFORMS': 'cpu'},
+        env=os.environ | {'XLA_FLAGS': forced(4), 'JAX_PLATFORMS': 'cpu'},
         capture_output=True,
         text=True,
         timeout=900,

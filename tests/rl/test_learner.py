@@ -10,7 +10,7 @@ import pytest
 from configs import rl as configs
 from mi import optim
 from mi.rl import envs, learner, setup
-from tests.conftest import ROOT
+from tests.conftest import ROOT, forced
 
 
 def parts(**changes):
@@ -63,11 +63,15 @@ print(json.dumps({
 
 
 def on_devices(count):
-    flags = f'--xla_force_host_platform_device_count={count}'
     done = subprocess.run(
         [sys.executable, '-c', MESH],
         cwd=ROOT,
-        env={'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags, 'PATH': '', 'PYTHONPATH': str(ROOT)},
+        env={
+            'JAX_PLATFORMS': 'cpu',
+            'XLA_FLAGS': forced(count),
+            'PATH': '',
+            'PYTHONPATH': str(ROOT),
+        },
         capture_output=True,
         text=True,
         timeout=300,
