@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 
 from launch.sweep import product, zip_
-from mi.report import plots, statistics, tables
+from mi.report import panels, plots, statistics, tables
 
 CONFIG = 'configs/attention_conv.py'
 TITLE = 'Digits by convolutions and by self-attention'
@@ -128,10 +128,10 @@ def _construction(figure: Figure, kernels: dict[str, Kept]) -> None:
                 right.fill_between(alphas, low, high, color=colour, alpha=0.15, lw=0)
     if kernels:
         alphas = np.linspace(0.5, 21, 50)
-        left.plot(alphas, np.exp(-alphas), color=plots.GREY, ls=(0, (1, 1)), lw=1, label='e^−α')
+        left.plot(alphas, np.exp(-alphas), color=plots.GREY, ls=(0, (1, 1)), lw=1, label='e⁻ᵅ')
     left.set(xlabel='α of every head', ylabel='relative error of a layer')
     left.set(yscale='log', xlim=(0, 24), ylim=(1e-9, 2))
-    left.yaxis.set_major_formatter('{x:g}')
+    panels.powers(left.yaxis)
     right.set(xlabel='α of every head', ylabel='accuracy, less that of\nthe convolutions (points)')
     right.set_xlim(0, 12)
     left.legend(frameon=False)
@@ -141,15 +141,15 @@ def _centres(shown: dict[str, Kept]) -> Figure:
     """Of the first seed, the centres of every layer's heads before and after, and their widths."""
     depth = next(iter(shown.values())).arrays['Delta'].shape[1]
     figure = Figure(figsize=(plots.WIDTH, 0.5 + 1.75 * len(shown)), layout='constrained')
-    panels = figure.subplots(len(shown), depth, squeeze=False, sharex=True, sharey=True)
-    for row, (title, of) in zip(panels, shown.items(), strict=True):
+    grid = figure.subplots(len(shown), depth, squeeze=False, sharex=True, sharey=True)
+    for row, (title, of) in zip(grid, shown.items(), strict=True):
         row[0].set_ylabel(f'{title}\nrows')
         for layer, axes in enumerate(row):
             _heads(axes, {name: a[0, layer] for name, a in of.arrays.items()})
     for layer in range(depth):
-        panels[0, layer].set_title(f'layer {layer + 1}')
-        panels[-1, layer].set_xlabel('columns')
-    handles, labels = panels[0, 0].get_legend_handles_labels()
+        grid[0, layer].set_title(f'layer {layer + 1}')
+        grid[-1, layer].set_xlabel('columns')
+    handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside lower center', ncols=4, frameon=False)
     return figure
 
@@ -207,6 +207,7 @@ def _moved(kept: dict[str, Kept]) -> str:
         for layer in range(of.arrays['Delta'].shape[1]):
             before, after = (of.arrays[name][:, layer] for name in ('Delta_before', 'Delta'))
             moved = np.linalg.norm(after - before, axis=-1).mean(-1)
+            moved[moved < 1e-6] = 0  # rounding
             near = [
                 np.linalg.norm(D[:, :, None] - offsets, axis=-1) <= NEAR for D in (before, after)
             ]  # [S, H, 9]
