@@ -46,12 +46,17 @@ def _table(sweep: Sweep, arms: Sequence[Arm]) -> str:
     body = [list(line) for line in zip(finals, *columns, strict=True)]
     agree = [
         f"Kendall's τ of the ranking by seeds {_span(a)} and that by {_span(b)}: "
-        f'{scipy.stats.kendalltau(of_a, of_b).statistic:.2f}.'
+        f'{_tau(of_a, of_b)}.'
         for (a, of_a), (b, of_b) in itertools.combinations(
             zip(sweep.draws, rankings, strict=True), 2
         )
     ]
     return tables.markdown(header, body) + '\n\n' + '\n'.join(agree) + '\n'
+
+
+def _tau(of_a: Sequence[float], of_b: Sequence[float]) -> str:
+    tau = float(scipy.stats.kendalltau(of_a, of_b).statistic)
+    return f'{tau:.2f}' if tau == tau else 'not defined, as all means of one are equal'
 
 
 def _span(seeds: tuple[int, ...]) -> str:

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 
-from mi.report import ratios, statistics, tables
+from mi.report import panels, ratios, statistics, tables
 from mi.report.runs import Arm
 
 
@@ -51,8 +50,7 @@ def curve(axes: Axes, time: np.ndarray, values: np.ndarray, style: Style) -> Non
         ends = np.exp(low), np.exp(high)
         axes.fill_between(time[there], *ends, color=style.colour, alpha=0.15, lw=0)
     axes.set_yscale('log')
-    axes.yaxis.set_major_formatter('{x:g}')
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    panels.powers(axes.yaxis)
 
 
 def legend(figure: Figure, columns: int) -> None:
