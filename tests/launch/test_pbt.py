@@ -82,7 +82,11 @@ def test_one_that_was_made_and_has_not_begun_can_be_copied(tmp_path):
     population.decide('good')
     assert population.path('good').name == 'good.1'
     assert not (population.path('good') / 'config.json').exists()
+    # The newest checkpoint of its parent is just being cleared away: the one before is copied.
+    (population.path('good') / 'checkpoints/00000820').mkdir()
     population.decide('bad')
+    copied = [p.name for p in (population.path('bad') / 'checkpoints').iterdir()]
+    assert copied == ['00000800']
     first, second = (json.loads(line) for line in (tmp_path / 'pbt.jsonl').read_text().splitlines())
     assert (second['copied'], second['from'], second['to']) == ('good', 'good.1', 'bad.1')
     rates = [d['overrides']['optim.learning_rate'] for d in (first, second)]
