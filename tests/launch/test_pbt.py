@@ -72,12 +72,14 @@ def test_one_that_was_made_and_has_not_begun_can_be_copied(tmp_path):
     (tmp_path / 'late').mkdir()  # it is the best, and has nothing yet that could be copied
     (tmp_path / 'late/metrics.jsonl').write_text(record.replace('0.1', '2.0'))
     members = [sweep.Member(name, name, [], {}) for name in ('good', 'bad', 'late')]
-    seed = next(  # of a draw in which the good one is perturbed
-        seed
-        for seed in range(100)
-        if pbt.explore({'optim.learning_rate': 1.0}, random.Random(f'{seed} good 800'))
-        != {'optim.learning_rate': 1.0}
-    )
+
+    def fits(seed):  # the good one is perturbed, and the bad one would take the late
+        draw = random.Random(f'{seed} good 800')
+        pbt.exploit({'good': 0.9, 'bad': 0.1}, 'good', 0.05, draw)
+        late = random.Random(f'{seed} bad 800').choice(['good', 'late']) == 'late'
+        return late and pbt.explore({'rate': 1.0}, draw) != {'rate': 1.0}
+
+    seed = next(filter(fits, range(100)))
     population = pbt.Population(tmp_path, members, 0.05, ['optim.learning_rate'], seed)
     population.decide('good')
     assert population.path('good').name == 'good.1'
