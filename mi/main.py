@@ -19,7 +19,7 @@ from mi.lm import sample
 from mi.lm import train as lm
 from mi.rl import assess as assess_rl
 from mi.rl import train as rl
-from mi.run import Steps, in_one_order, keep_freed_memory
+from mi.run import in_one_order, keep_freed_memory, steps
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file.', lock_config=True)
 WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory, made or continued.')
@@ -67,16 +67,6 @@ def main(argv: Sequence[str]) -> None:
     in_one_order()
     parallel.join(DISTRIBUTED.value)
     tasks[task](CONFIG.value, WORKDIR.value, **profile)
-
-
-def steps(text: str) -> Steps:
-    """'10:20' → (10, 20)."""
-    first, colon, last = text.removeprefix('steps=').partition(':')
-    if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise UserError(
-            f'--profile={text}: expected FIRST:LAST, such as 10:20, the first step is 1'
-        )
-    return int(first), int(last)
 
 
 def parse(argv: Sequence[str]) -> list[str]:

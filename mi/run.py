@@ -256,6 +256,16 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     os.replace(beside, path)
 
 
+def steps(text: str) -> Steps:
+    """'10:20' → (10, 20)."""
+    first, colon, last = text.removeprefix('steps=').partition(':')
+    if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise UserError(
+            f'--profile={text}: expected FIRST:LAST, such as 10:20, the first step is 1'
+        )
+    return int(first), int(last)
+
+
 def keep_freed_memory() -> None:
     """Lets glibc keep what is freed: faster steps on CPU, at the price of a larger process.
 

@@ -8,8 +8,8 @@ from jax.profiler import ProfileData
 from mi.config import UserError
 from mi.fit import train as fit
 from mi.lm import train as lm
-from mi.main import steps
 from mi.rl import train as rl
+from mi.run import steps
 
 LM = {'train.steps': 6, 'train.log_every': 2, 'train.eval_every': 6, 'train.save_every': 6}
 FIT = {'train.steps': 20, 'seeds': (0,), 'problem.examples': 64} | {
