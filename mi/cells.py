@@ -654,8 +654,17 @@ def _orthogonal_gates(key: Array, shape: tuple[int, int], dtype: DTypeLike) -> A
 
 
 def _orthogonal(key: Array, shape: tuple[int, int], dtype: DTypeLike) -> Array:
-    """An orthogonal matrix of any dtype; its decomposition is one of f32."""
-    return initializers.orthogonal()(key, shape, jnp.float32).astype(dtype)
+    """An orthogonal matrix of any dtype; its decomposition is one of f32.
+
+    Of many keys, one after another: on CPU, jaxlib's decomposition of a batch waits in one of XLA's
+    threads for others of them, and two at once, as on two devices, can wait for ever.
+    """
+
+    @jax.custom_batching.sequential_vmap
+    def draw(key: Array) -> Array:
+        return initializers.orthogonal()(key, shape, jnp.float32)
+
+    return draw(key).astype(dtype)
 
 
 def _forget_bias(key: Array, shape: tuple[int], dtype: DTypeLike) -> Array:

@@ -1,3 +1,5 @@
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -109,6 +111,19 @@ def test_forget_bias_is_one_and_recurrent_weights_orthogonal():
     np.testing.assert_array_equal(params['b'], np.repeat([0, 1, 0, 0], H))
     for U in jnp.split(params['U'], 4, axis=1):
         np.testing.assert_allclose(U.T @ U, np.eye(H), atol=1e-5)
+
+
+def test_recurrent_weights_are_decomposed_one_at_a_time():
+    """jaxlib's decomposition of a batch stands still on CPU if two of them run at once."""
+
+    def draw(key):
+        args = jnp.zeros((B, H)), jnp.zeros((B, H))
+        return cells.LSTM(H).init(key, args, jnp.zeros((T, B, N)))
+
+    seeds = jax.random.split(jax.random.key(0), 3)
+    text = jax.jit(jax.vmap(draw)).lower(seeds).as_text()
+    batches = re.findall(r'@lapack_s\w+.*num_batch_dims = "(\d+)"', text)
+    assert batches == ['0', '0']  # Q R, and Q from it
 
 
 def test_bf16_products_keep_an_f32_state():
