@@ -22,7 +22,7 @@ run: .venv/run
 		--sweep=experiments/quickstart_rl.py --workdir=$(WORKDIR)_rl --parallel=$(PARALLEL)
 
 test: check
-	$(BIN)/python -m pytest -n $(PARALLEL) --dist worksteal
+	$(BIN)/python -m pytest -n $(PARALLEL) --dist worksteal --durations=20
 
 fast: .venv/test
 	$(BIN)/python -m pytest -n $(PARALLEL) --dist worksteal -m 'not slow'
