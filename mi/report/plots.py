@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from mi.report import statistics
 from mi.report.arms import Row
@@ -123,7 +123,7 @@ def seconds_at(arm: Arm, steps: np.ndarray) -> np.ndarray | None:
 
 def _curves(sweep: Sweep, remarks: list[str]) -> Figure:
     """The metric of one split over steps and over seconds, a line and a band per arm."""
-    figure = Figure(figsize=(WIDTH, 2.4), layout='constrained')
+    figure = Figure(figsize=(WIDTH, _beside(2.4, len(sweep.arms))), layout='constrained')
     left, right = figure.subplots(1, 2, sharey=True)
     lines, ends = [], []
     missing: list[str] = []
@@ -242,7 +242,7 @@ def _pareto(sweep: Sweep, rows: list[Row]) -> Figure | None:
     panels = [name for name in COSTS if all(cost[name] for *_, cost in there)]
     if len(there) < 2 or not panels:
         return None
-    figure = Figure(figsize=(WIDTH, 2.2), layout='constrained')
+    figure = Figure(figsize=(WIDTH, _beside(2.2, len(there))), layout='constrained')
     sign = 1 if sweep.lower_is_better else -1
     for axes, name in zip(
         figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True
@@ -260,9 +260,11 @@ def _pareto(sweep: Sweep, rows: list[Row]) -> Figure | None:
         values = [cost[name] or 0 for *_, cost in there]
         if max(values) > 8 * min(values):
             axes.set_xscale('log')
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=5))
+            axes.xaxis.set_minor_locator(NullLocator())
         else:
             axes.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 2.5, 5, 10]))
-            axes.xaxis.set_major_formatter(EngFormatter(sep=''))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=''))
         axes.margins(x=0.1)
         axes.set_xlabel(COSTS[name].format(unit=sweep.unit))
     figure.axes[0].set_ylabel(f'{words(sweep.metric)} ({sweep.split})')
@@ -280,7 +282,8 @@ def _tasks(sweep: Sweep, rows: list[Row]) -> Figure:
             for task, mean in zip(row.tasks.tasks, each, strict=True):
                 means.setdefault(task, {})[row.arm.label] = float(mean)
     order = sorted(means, key=lambda task: np.mean(list(means[task].values())))
-    figure = Figure(figsize=(WIDTH, 0.8 + 0.14 * len(order)), layout='constrained')
+    height = _beside(0.8 + 0.14 * len(order), len(rows) if len(rows) > 1 else 0)
+    figure = Figure(figsize=(WIDTH, height), layout='constrained')
     axes = figure.subplots()
     for row, (colour, _) in zip(rows, _style(sweep), strict=True):
         there = [(means[t][row.arm.label], y) for y, t in enumerate(order)
@@ -303,6 +306,11 @@ def _say(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha='center', va='center', color=GREY)
     axes.set_xticks([])
     axes.set_yticks([])
+
+
+def _beside(height: float, entries: int) -> float:
+    """Inches of a figure of this height or more that a legend beside it fits into."""
+    return max(height, 0.15 * entries + 0.1)
 
 
 def _label(text: str) -> str:

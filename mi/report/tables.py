@@ -68,11 +68,15 @@ def notes(sweep: Sweep, rows: list[Row]) -> list[str]:
             if own_runs
             else 'Their intervals draw whole seeds with all their tasks, which one agent learns'
         )
+        improvement = (
+            f'P(improvement): how probably a seed of this arm beats a seed of {sweep.baseline} on '
+            'a task, ties counted half; 0.5 means neither. '
+            if sweep.baseline is not None
+            else ''
+        )
         standing.append(
             'Means are over tasks and seeds. Median: over tasks, of their means over seeds. IQM: '
-            'the mean of the middle half of all scores of tasks and seeds. P(improvement): how '
-            f'probably a seed of this arm beats a seed of {sweep.baseline} on a task, ties counted '
-            f'half; 0.5 means neither. {drawn}.'
+            f'the mean of the middle half of all scores of tasks and seeds. {improvement}{drawn}.'
         )
     if equal_time:
         standing.append(
@@ -141,7 +145,8 @@ def cells(sweep: Sweep, rows: list[Row]) -> Table:
     of_tasks, equal_time = _optional(rows)
     if of_tasks:
         header += [Cell(f'median{arrow}', '[95 %]'), Cell(f'IQM{arrow}', '[95 %]')]
-        header += [Cell('P(improvement)', '[95 %]')]
+        if sweep.baseline is not None:
+            header += [Cell('P(improvement)', '[95 %]')]
     if equal_time:
         seconds = _seconds(arms.quickest(sweep))
         header += [Cell(f'{sweep.curves} after {seconds} s{arrow}', '[95 %]')]
@@ -162,8 +167,9 @@ def cells(sweep: Sweep, rows: list[Row]) -> Table:
             line += [
                 interval(row.tasks.median if row.tasks else None, places),
                 interval(row.tasks.iqm if row.tasks else None, places),
-                interval(row.tasks.improvement if row.tasks else None, 2),
             ]
+            if sweep.baseline is not None:
+                line += [interval(row.tasks.improvement if row.tasks else None, 2)]
         if equal_time:
             line += [interval(row.equal_time, places)]
         others = [row.secondary.get(name) for name in secondary]

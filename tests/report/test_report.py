@@ -377,6 +377,27 @@ def test_several_tasks_and_arms_of_unequal_speed(tmp_path, capsys):
     assert 'success/easy' not in page
     assert 'steps/s' in capsys.readouterr().out
 
+    write_sweep(tmp_path, members, **what, baseline=None)
+    report.write(tmp_path)
+    assert 'IQM' in text(tmp_path) and 'P(improvement)' not in text(tmp_path)
+
+
+def test_forty_arms_of_many_sizes_fit_into_the_figures(tmp_path):
+    """An axis that nothing is left of is a warning of matplotlib's, and so an error here."""
+    members = []
+    for i in range(40):
+        name = f'of_a_rather_long_name_{i}'
+        make_run(tmp_path / name, name, {seed: 2 + i / 10 + seed / 100 for seed in SEEDS})
+        cost = {'parameters': {'model': 1000 + 2000 * i, 'fusion': 1}}
+        cost['flops_per_token'] = {'model': 9 * (1 + i)}
+        (tmp_path / name / 'cost.json').write_text(json.dumps(cost))
+        members.append({'name': name, 'label': name, 'overrides': {}})
+    write_sweep(tmp_path, members, baseline=None)
+    report.write(tmp_path)
+    drawn = text(tmp_path, 'pareto.svg')
+    assert '<!-- 10k -->' in drawn and 'mathdefault' not in drawn
+    assert all(f'<!-- {name[:20]}' in drawn for name in (members[0]['label'], name))
+
 
 @pytest.mark.parametrize('kind', ['over_seeds', 'over_runs'])
 def test_known_scores_have_the_statistics_of_other_libraries(tmp_path, kind):
