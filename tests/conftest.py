@@ -8,7 +8,7 @@ import tempfile
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # One order of operations: see mi.run.in_one_order. And what compiles sooner: no optimisation by
 # LLVM, and, where jaxlib still has it, the older emitter of loops, which halved the time of the
-# tests of agents' networks. XLA's own passes are the same.
+# tests of agents' networks.
 os.environ.setdefault(
     'XLA_FLAGS',
     '--xla_cpu_enable_concurrency_optimized_scheduler=false --xla_backend_optimization_level=0'
