@@ -116,11 +116,13 @@ def _construction(figure: Figure, kernels: dict[str, Kept]) -> None:
             errors = of.arrays['layer_error'][:, d]  # [S, alphas, L]
             style = {'color': colour, 'ls': dashes, 'lw': 1.2}
             label = f'{title}, {dtype}'
-            errors = np.maximum(errors, 1e-9)  # the logarithm of 0
-            left.plot(alphas, np.median(errors, (0, 2)), label=label, **style)
+            median = np.median(errors, (0, 2))
+            median[median == 0] = np.nan  # no point on a logarithmic axis
+            left.plot(alphas, median, label=label, **style)
             left.fill_between(
-                alphas, errors.min((0, 2)), errors.max((0, 2)), color=colour, alpha=0.15, lw=0
-            )
+                alphas, errors.min((0, 2)), errors.max((0, 2)), median > 0,
+                color=colour, alpha=0.15, lw=0,
+            )  # fmt: skip
             lost = of.arrays['accuracy'][:, d] - of.arrays['own_accuracy'][:, None]
             mean, low, high = statistics.band(100 * lost)
             right.plot(alphas, mean, label=label, **style)

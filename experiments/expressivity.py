@@ -81,7 +81,8 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
             _draw(axes, TARGETS[target], of_target, styles)
         figure.axes[0].set_ylabel('parameters')
         handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc='outside lower center', ncols=4, frameon=False)
+        figure.legend(handles, labels, loc='outside lower center', ncols=4, handlelength=3,
+                      frameon=False)  # fmt: skip
         plots.save(figure, out, 'expressivity')
     texts = [
         f'**{target}**, {TARGETS[target]}\n\n{_table(of_target)}\n'

@@ -72,7 +72,7 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
         left.set(xscale='log', yscale='log', xlabel='parameters', ylabel='mean squared error')
         panels.powers(left.xaxis)
         panels.powers(left.yaxis)
-        figure.legend(loc='outside lower center', ncols=3, frameon=False)
+        figure.legend(loc='outside lower center', ncols=3, handlelength=3, frameon=False)
         shown = {'concat, 1, 16': 'concat, width 16', 'mi, 0, 1': 'MI'}
         for axes, (label, title) in zip(maps, shown.items(), strict=True):
             image = _surface(axes, workdir, label, title)

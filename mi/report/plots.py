@@ -314,6 +314,6 @@ def _beside(height: float, entries: int) -> float:
 
 
 def _label(text: str) -> str:
-    """Short enough for a legend, on one line."""
+    """Short enough for a legend, on one line; of a long one both ends, which tell arms apart."""
     text = ' '.join(text.split())
-    return text if len(text) <= 24 else f'{text[:23]}…'
+    return text if len(text) <= 34 else f'{text[:14]}…{text[-19:]}'
