@@ -187,6 +187,7 @@ def make(config: ml_collections.ConfigDict) -> Problem:
         evaluations={'seen': seen, 'unseen': unseen},
         costs=lambda: network.costs(model, one, context),
         examples=len(trained) * config.train.batch,
+        model=lambda params: params['network'],
     )
 
 

@@ -25,6 +25,7 @@ class Problem(NamedTuple):
       examples: in a batch.
       artefacts: (parameters, world, key) → arrays to keep at the end of training, as what a figure
         is drawn from; None for none.
+      model: all parameters → those that count as the model's, as in `costs`.
     """
 
     world: Callable[[Array], Any]
@@ -34,3 +35,4 @@ class Problem(NamedTuple):
     costs: Callable[[], dict[str, dict[str, int]]]
     examples: int
     artefacts: Callable[[Any, Any, Array], Metrics] | None = None
+    model: Callable[[Any], Any] = lambda params: params

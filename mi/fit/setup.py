@@ -130,7 +130,8 @@ def largest_width(config: ml_collections.ConfigDict) -> int:
 def parameters(problem: Problem) -> int:
     """Of the model of a problem."""
     key = jax.random.key(0)
-    return cost.parameters(jax.eval_shape(lambda key: problem.init(key, problem.world(key)), key))
+    everything = jax.eval_shape(lambda key: problem.init(key, problem.world(key)), key)
+    return cost.parameters(problem.model(everything))
 
 
 def of_width(config: ml_collections.ConfigDict, width: int) -> ml_collections.ConfigDict:

@@ -160,10 +160,22 @@ def test_the_report_draws_and_tabulates_what_is_there(tmp_path):
     assert 'connected 1.00, disconnected 1.00, alone 1.00' in text
 
 
-def test_every_member_of_the_sweep_can_be_built():
-    for overrides in experiment.sweep()[::25]:
+def test_every_student_of_the_sweep_is_one_network_of_the_size_asked_for_whatever_the_support():
+    sizes = {}
+    for overrides in experiment.sweep():
+        given = overrides['problem.context'] == 'given'  # no parameters but the network's
+        if overrides['seeds'] != experiment.SEEDS[0] or (
+            given and overrides['problem.support'] != 'connected'
+        ):
+            continue
         problem = setup.problem(config(**overrides))
-        assert setup.parameters(problem) == pytest.approx(overrides['model.parameters'], rel=0.07)
+        counted = problem.costs()['parameters']['model']
+        assert counted == setup.parameters(problem)
+        assert counted == pytest.approx(overrides['model.parameters'], rel=0.07)
+        of = [v for k, v in overrides.items() if k not in ('problem.support', 'seeds')]
+        sizes.setdefault(tuple(of), set()).add(counted)
+    assert len(sizes) == len(experiment.STUDENTS) + len(experiment.LEARNED)
+    assert all(len(found) == 1 for found in sizes.values())
 
 
 @pytest.mark.parametrize(
