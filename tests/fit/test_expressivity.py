@@ -73,22 +73,64 @@ def test_an_mi_with_the_identity_for_W_is_the_product(d):
     assert error.max() <= 4 * np.finfo(np.float32).eps * scale
 
 
-def test_the_best_relu_network_on_a_line_is_no_better_than_its_pieces():
+LENGTH, POINTS = 4.0, 2000  # of an interval of the diagonal x = z
+T = ((np.arange(POINTS) + 0.5) / POINTS - 0.5)[:, None] * LENGTH
+
+
+def on_the_diagonal(of, params):
+    with jax.enable_x64(True):
+        y = np.asarray(of.apply(params, T, T))[:, 0]
+    assert y.dtype == np.float64
+    return y
+
+
+@pytest.mark.parametrize('seed', range(10))
+def test_on_a_line_a_relu_network_has_a_kink_a_unit_and_an_mi_network_is_curved(seed):
+    w, rng = 8, np.random.default_rng(seed)
+    curved = {}
+    for name in ('concat', 'mi'):
+        of = model(**{'model.width': w, 'model.fusion.name': name})
+        shapes = jax.eval_shape(of.init, jax.random.key(0), T, T)
+        params = jax.tree.map(lambda a: rng.normal(size=a.shape), shapes)
+        curved[name] = np.abs(np.diff(on_the_diagonal(of, params), 2)) > 1e-9
+    # Each kink lies between two points, and shows at one of them or both.
+    kinks = np.sum(np.diff(curved['concat'], prepend=False) & curved['concat'])
+    assert 2 <= kinks <= w and np.sum(curved['concat']) <= 2 * w
+    assert np.sum(curved['mi']) > 2 * w
+
+
+@pytest.mark.parametrize('w', [2, 4, 8])
+def test_no_relu_network_on_a_line_is_better_than_its_pieces_and_the_best_is_as_good(w):
     """On the diagonal x = z a product is a parabola, and a ReLU network of w units has at most
-    w + 1 straight pieces there, if the maps that meet z are concatenations: no choice of weights
-    beats the best of as many, L⁵/(180 n⁴) for n pieces on an interval of length L."""
-    w, L = 4, 4.0
-    mlp = model(**{'model.width': w})
-    t = jnp.linspace(-L / 2, L / 2, 2001)[:, None]
-    params = mlp.init(jax.random.key(0), t, t)
-    knots = np.linspace(-L / 2, L / 2, w + 2)[1:-1]
-    rows = np.stack([np.maximum(t[:, 0] - k, 0) for k in knots] + [t[:, 0] ** 0], 1)
-    rows = np.concatenate([rows, np.maximum(-t + knots[0], 0)], 1)  # more than the network has
-    fit = rows @ np.linalg.lstsq(rows, t[:, 0] ** 2, rcond=None)[0]
-    bound = L**4 / (180 * (w + 1) ** 4)
-    assert np.mean((fit - t[:, 0] ** 2) ** 2) >= 0.99 * bound
-    second = np.diff(np.asarray(mlp.apply(params, t, t))[:, 0], 2)
-    assert np.sum(np.abs(second) > 1e-4) <= 2 * w  # each kink lies between two points
+    n = w + 1 straight pieces there, if the maps that meet z are concatenations. The least mean
+    squared error of those is L⁴/(180 n⁴) on an interval of length L: each is affine on a length l,
+    where that of t² is l⁴/180, and equal lengths are best."""
+    n = w + 1
+    points = POINTS / n  # of a piece; the mean over these is a little less than that of the length
+    bound = (LENGTH / n) ** 4 / 180 * (1 - 1 / points**2) * (1 - 4 / points**2)
+    of = model(**{'model.width': w})
+
+    def least(kinks, signs):
+        """The error of the network with these units, by least squares of its last map."""
+        rows = np.maximum(signs * (T - kinks), 0)
+        best, *_ = np.linalg.lstsq(np.c_[rows, np.ones(POINTS)], T**2, rcond=None)
+        half = signs[None] / 2
+        params = {
+            'fusion_0': {'U': half, 'V': half, 'b': -signs * kinks},
+            'affine_1': {'kernel': best[:-1], 'bias': best[-1]},
+        }
+        return np.mean((on_the_diagonal(of, {'params': params}) - T[:, 0] ** 2) ** 2)
+
+    rng = np.random.default_rng(w)
+    equal = np.linspace(-LENGTH / 2, LENGTH / 2, n + 1)[1:-1]
+    for spread in np.repeat([0.01, 0.1, 1], 30):
+        kinks = equal + spread * rng.normal(size=w)
+        assert least(kinks, rng.choice([-1, 1], w)) >= bound * (1 - 1e-9)
+    assert least(equal, np.sign(equal)) == pytest.approx(bound, rel=1e-3)
+    exact = model(**{'model.depth': 0, 'model.fusion.name': 'mi'})
+    params = jax.tree.map(jnp.zeros_like, exact.init(jax.random.key(0), T, T))
+    params['params']['fusion_0']['W'] = jnp.ones((1, 1, 1))
+    assert np.mean((on_the_diagonal(exact, params) - T[:, 0] ** 2) ** 2) < 1e-9 * bound
 
 
 @pytest.mark.parametrize('seed', range(20))
