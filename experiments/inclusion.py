@@ -2,8 +2,9 @@
 
 Networks of ReLU layers on the concatenation of x and z, of one and two hidden layers of several
 widths, and one MI without a hidden layer, all trained on y = xz with Gaussian x and z. That an MI
-network can be any of these ReLU networks as well, with W = U = 0, needs no training: a test shows
-it bit for bit (tests/fit/test_expressivity.py). Five seeds, and once more with five others.
+network can be any of these ReLU networks as well, with W = 0 and their U, V and b, needs no
+training: a test shows it bit for bit (tests/fit/test_expressivity.py). Five seeds, and once more
+with five others.
 
     python -m launch.local --sweep=experiments/inclusion.py --workdir=runs/inclusion --parallel=2
 

@@ -41,24 +41,38 @@ def test_targets_have_mean_0_and_variance_d():
 
 
 @pytest.mark.parametrize('depth', [1, 3])
-def test_an_mi_network_is_any_relu_network_if_W_and_U_are_0(depth):
-    """V, b of an MI network are A, a of a ReLU MLP of x: the same function, bit for bit."""
-    widths = {'model.depth': depth, 'model.width': 7, 'model.site': 'all'}
-    mlp = model(**widths, **{'model.fusion.name': 'none'})
-    ours = model(**widths, **{'model.fusion.name': 'mi'})
+@pytest.mark.parametrize('site', ['first', 'all'])
+@pytest.mark.parametrize('word', ['concat', 'none'])
+def test_an_mi_network_is_any_relu_network_if_W_is_0(word, site, depth):
+    """With its U, V and b an MI network is a ReLU network of the concatenation, and with U = 0 too
+    one of x alone: the same function, bit for bit."""
+    shape = {'model.depth': depth, 'model.width': 7, 'model.site': site}
+    mlp = model(**shape, **{'model.fusion.name': word})
+    ours = model(**shape, **{'model.fusion.name': 'mi'})
     x, z = jax.random.normal(jax.random.key(0), (2, 50, 5))
     given = mlp.init(jax.random.key(1), x, z)
+    leaves, tree = jax.tree.flatten(given)  # biases are 0 at the start
+    drawn = [jax.random.normal(jax.random.key(2 + i), a.shape) for i, a in enumerate(leaves)]
+    given = jax.tree.unflatten(tree, drawn)
     params = jax.tree.map(jnp.zeros_like, ours.init(jax.random.key(2), x, z))
     for name, of in given['params'].items():
-        assert set(of) == {'V', 'b'} and set(params['params'][name]) == {'W', 'U', 'V', 'b'}
+        extra = {'concat': {'W'}, 'none': {'W', 'U'}}[word] if name.startswith('fusion') else set()
+        assert set(params['params'][name]) - set(of) == extra
         params['params'][name] |= of
     np.testing.assert_array_equal(ours.apply(params, x, z), mlp.apply(given, x, z))
     h = np.asarray(x, np.float64)  # and that function is an MLP
     for i in range(depth + 1):
-        V, b = (np.asarray(given['params'][f'fusion_{i}'][name], np.float64) for name in 'Vb')
-        h = h @ V + b
+        fused = given['params'].get(f'fusion_{i}')
+        if fused is None:
+            A, a = (given['params'][f'affine_{i}'][name] for name in ('kernel', 'bias'))
+        elif word == 'concat':
+            h = np.concatenate([h, z], -1)
+            A, a = np.concatenate([fused['V'], fused['U']]), fused['b']
+        else:
+            A, a = fused['V'], fused['b']
+        h = h @ np.asarray(A, np.float64) + np.asarray(a, np.float64)
         h = np.maximum(h, 0) if i < depth else h
-    np.testing.assert_allclose(mlp.apply(given, x, z), h, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(mlp.apply(given, x, z), h, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('d', [1, 3, 64])
