@@ -161,9 +161,11 @@ def orders(n: int) -> Array:
 
 
 def equivariant_floor(f: Callable[[Array], Array], X: Array) -> Array:
-    """E‖f(X) − g(X)‖² / nd with g the mean of f over all orders: no equivariant function has less.
+    """The least error of an equivariant function on the same sequences in all their orders.
 
-    Of the errors on the same sequences in all their orders that is so exactly, not on average.
+        mean_π ‖π⁻¹f(πX) − g(X)‖² / nd,   g(X) = mean_π π⁻¹f(πX)
+
+    Of these sequences that is so exactly, of others of the distribution on average.
 
     Args:
       f: [N, n, d] → [targets, N, n, d].
@@ -171,11 +173,17 @@ def equivariant_floor(f: Callable[[Array], Array], X: Array) -> Array:
     """
     every = orders(X.shape[-2])
 
+    def back(order: Array) -> Array:
+        """π⁻¹f(πX)."""
+        return f(X[:, order])[:, :, jnp.argsort(order)]
+
     def add(total: Array, order: Array) -> tuple[Array, None]:
-        return total + f(X[:, order])[:, :, jnp.argsort(order)], None
+        return total + back(order), None
 
     total, _ = jax.lax.scan(add, jnp.zeros_like(f(X)), every)
-    return jnp.square(f(X) - total / len(every)).mean((1, 2, 3))
+    best = total / len(every)
+    each = jax.lax.map(lambda order: jnp.square(back(order) - best).mean((1, 2, 3)), every)
+    return each.mean(0)
 
 
 def additive_floor(f: Callable[[Array], Array], X: Array, again: Array) -> Array:

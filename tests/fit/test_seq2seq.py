@@ -88,6 +88,25 @@ def test_the_best_equivariant_function_has_the_floor_as_its_error_and_no_other_h
     assert 0.98 * floor <= best <= 1.3 * floor
 
 
+def test_the_equivariant_floor_is_that_of_each_sequence_in_all_its_orders():
+    """What is Y on X is Y's tokens in the order of X's on all of them: the best Y is the mean."""
+    n, X = 4, draw(9, 8, n=4)
+
+    def f(X):
+        return jnp.stack([target(X, TAU) for target in sequences.TARGETS.values()])
+
+    each = []
+    for order in map(list, itertools.permutations(range(n))):
+        y = np.empty((4, 8, n, D))
+        y[:, :, order] = f(X[:, order])
+        each.append(y)
+    least = np.var(each, 0).mean((1, 2, 3))
+    floor = dict(zip(sequences.TARGETS, sequences.equivariant_floor(f, X), strict=True))
+    np.testing.assert_allclose(list(floor.values()), least, rtol=1e-5, atol=1e-10)
+    assert floor['difference'] < 1e-10 and floor['farthest'] < 1e-10
+    assert floor['reverse'] > 0.1 and floor['sort'] > 0.1
+
+
 @pytest.mark.parametrize('word', mixers.MIXERS)
 def test_which_mixers_commute_with_permutations(word):
     x = jnp.asarray(np.random.default_rng(4).normal(size=(3, N, 8)), jnp.float32)
