@@ -34,7 +34,7 @@ def get_config(arg: str = 'search') -> ml_collections.ConfigDict:
 
     config.model = model = ml_collections.ConfigDict()
     model.width = 32
-    model.parameters = 0  # or so many, the width that comes nearest
+    model.parameters = 0  # or so many, the width that comes nearest; 0 for a search, which sets it
     model.depth = 1  # hidden layers
     model.site = 'first'  # first, last, all: the maps that meet z
     model.activation = 'relu'  # relu, identity

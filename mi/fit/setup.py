@@ -78,12 +78,19 @@ def validate(config: ml_collections.ConfigDict) -> None:
                 f'config.train.log_every = {config.train.log_every}, the steps of one record'
             )
     if config.task == 'search' and config.train.steps % config.train.eval_every:
+    if config.task == 'search' and config.model.parameters:
+        raise UserError(
+            f'config.model.parameters = {config.model.parameters}: expected 0, for a search sets '
+            f'the width; the most is config.search.parameters'
+        )
         raise UserError(
             f'config.train.steps = {config.train.steps}: expected a multiple of '
             f'config.train.eval_every = {config.train.eval_every}, where the error is looked at'
         )
     if jax.process_count() > 1:
-        raise UserError("config.task = 'fit' runs in one process; leave --distributed away")
+        raise UserError(
+            f'config.task = {config.task!r} runs in one process; leave --distributed away'
+        )
 
 
 def problem(config: ml_collections.ConfigDict) -> Problem:
