@@ -1,5 +1,6 @@
 """From a config, checked, to the problem that it names, its model of the size that is asked for."""
 
+import functools
 import types
 
 import jax
@@ -77,12 +78,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
                 f'config.train.{key} = {config.train[key]}: expected a multiple of '
                 f'config.train.log_every = {config.train.log_every}, the steps of one record'
             )
-    if config.task == 'search' and config.train.steps % config.train.eval_every:
     if config.task == 'search' and config.model.parameters:
         raise UserError(
             f'config.model.parameters = {config.model.parameters}: expected 0, for a search sets '
             f'the width; the most is config.search.parameters'
         )
+    if config.task == 'search' and config.train.steps % config.train.eval_every:
         raise UserError(
             f'config.train.steps = {config.train.steps}: expected a multiple of '
             f'config.train.eval_every = {config.train.eval_every}, where the error is looked at'
@@ -97,21 +98,13 @@ def problem(config: ml_collections.ConfigDict) -> Problem:
     """The problem of a config; where `model.parameters` is not 0, at the width that comes nearest.
 
     Raises:
-      UserError: on a config that cannot work, or if no width has so few parameters.
+      UserError: on a config that cannot work, or if no width has about so many parameters.
     """
     validate(config)
-    make = PROBLEMS[config.problem.name].make
-    if not config.model.parameters:
-        return make(config)
-    try:
-        width = cost.nearest_size(
-            lambda width: parameters(make(of_width(config, width))), config.model.parameters
-        )
-    except ValueError as error:
-        raise UserError(
-            f'config.model.parameters: {error}; give more of them, or another fusion'
-        ) from error
-    return make(of_width(config, width))
+    wanted = config.model.parameters
+    if wanted:
+        config = of_width(config, _nearest_width(config, 'config.model.parameters', wanted))
+    return PROBLEMS[config.problem.name].make(config)
 
 
 def largest_width(config: ml_collections.ConfigDict) -> int:
@@ -120,18 +113,31 @@ def largest_width(config: ml_collections.ConfigDict) -> int:
     Raises:
       UserError: if no width costs so many: nothing grows with it.
     """
-    most, make = config.search.parameters, PROBLEMS[config.problem.name].make
-
-    def of(width: int) -> int:
-        return parameters(make(of_width(config, width)))
-
-    if of(1) > most:
+    most = config.search.parameters
+    if _parameters_at(config, 1) > most:
         return 1
+    width = _nearest_width(config, 'config.search.parameters', most)
+    return width if _parameters_at(config, width) <= most else width - 1
+
+
+def _nearest_width(config: ml_collections.ConfigDict, key: str, wanted: int) -> int:
+    """Where the number of parameters comes nearest to the one wanted, which stands at the key."""
     try:
-        width = cost.nearest_size(of, most)
+        return cost.nearest_size(functools.partial(_parameters_at, config), wanted)
     except ValueError as error:
-        raise UserError(f'config.search.parameters: {error}') from error
-    return width if of(width) <= most else width - 1
+        smallest = _parameters_at(config, 1)
+        if smallest == _parameters_at(config, 2):
+            expected = '0, or ' * (key == 'config.model.parameters') + 'a model that grows'
+            raise UserError(
+                f'{key} = {wanted}: nothing in the model grows with config.model.width, it has '
+                f'{smallest:,} at any; expected {expected}, as with config.model.depth = 1'
+            ) from error
+        change = 'give more of them, or another fusion' if smallest > wanted else 'give fewer'
+        raise UserError(f'{key}: {error}; {change}') from error
+
+
+def _parameters_at(config: ml_collections.ConfigDict, width: int) -> int:
+    return parameters(PROBLEMS[config.problem.name].make(of_width(config, width)))
 
 
 def parameters(problem: Problem) -> int:
