@@ -13,7 +13,8 @@ CEILING = 100.0
 def error(ours: Array, true: Array) -> Array:
     """Squared distance in units of the variance of the true ones: [T, N, features] → [T, N].
 
-    It is 1 on average for a prediction that rests in the middle, 2 for a motion out of phase.
+    It is 1 on average for a prediction that rests in the middle, 2 for a motion a quarter of a
+    period off or of a phase that has nothing to do with the true one, and 4 for the opposite phase.
     """
     apart = jnp.sum(jnp.square(ours - true), -1)
     return ceiled(apart / jnp.sum(jnp.var(true, (0, 1))))

@@ -180,6 +180,8 @@ def test_discs_are_where_the_bodies_are():
     assert at[27, 4, 1] > 0.9 and at[4, 27, 1] < 0.01
     area = float(seen[..., 0].sum((1, 2)).mean()) * (2 * rendering.VIEW / rendering.SIDE) ** 2
     soft = math.pi * (rendering.RADIUS**2 + (math.pi * rendering.SOFTNESS) ** 2 / 3)
+    quarter = jnp.roll(wave, 25, 0)
+    np.testing.assert_allclose(scores.error(quarter, wave).mean(), 2, rtol=1e-5)
     assert area == pytest.approx(soft, rel=0.01)
 
 
