@@ -22,7 +22,7 @@ import optax
 from jax import Array
 from jax.typing import DTypeLike
 
-from mi.config import Rule, UserError, integer, number
+from mi.config import Rule, UserError, integer, number, several
 from mi.fit import network, vision
 from mi.fit.problem import Metrics, Problem
 from mi.motifs.attention import from_convolution
@@ -32,15 +32,9 @@ COUNT = 1797
 DTYPES: dict[str, DTypeLike] = {'f32': jnp.float32, 'bf16': jnp.bfloat16}
 
 
-def _alphas(value: Any) -> str:
-    positive = number(0, exclusive=True)
-    fine = isinstance(value, tuple | list) and len(value) > 0 and not any(map(positive, value))
-    return '' if fine else 'a non-empty tuple of positive numbers'
-
-
 SCHEMA: dict[str, Rule] = {
     'problem.train': integer(1, COUNT - 1),
-    'problem.alphas': _alphas,
+    'problem.alphas': several(number(0, exclusive=True), 'positive numbers'),
     **vision.SCHEMA,
 }
 

@@ -1,8 +1,6 @@
 """Mixers of tokens, functions of sequences, and the errors that theory says are the least."""
 
 import itertools
-import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +12,13 @@ from mi import fusion
 from mi.config import UserError
 from mi.fit import mixers, sequences, setup, train, transformer
 from mi.motifs.attention import Attention
+from tests.fit.runs import edited, finals
 
 N, D, TAU = 5, 2, 0.5
 
 
 def config(**changes):
-    config = seq2seq.get_config().unlock()
-    config.update_from_flattened_dict(changes)
-    return config
+    return edited(seq2seq.get_config(), **changes)
 
 
 def draw(seed, examples, n=N):
@@ -176,12 +173,6 @@ SHORT = {
 }  # fmt: skip
 
 
-def finals(path, metric):
-    lines = (pathlib.Path(path) / 'metrics.jsonl').read_text().splitlines()
-    rows = [r for r in map(json.loads, lines) if r['split'] == 'eval']
-    return [r[metric] for r in rows if r['step'] == rows[-1]['step']]
-
-
 @pytest.mark.slow
 def test_without_positions_the_error_stays_at_the_floor_and_with_them_it_goes_below(tmp_path):
     kept = {}
@@ -204,7 +195,7 @@ def test_a_fixed_mixing_at_the_end_stays_above_its_floor_and_attention_goes_belo
         changes = {'model.mixer': word, 'model.ends': 'mixer', 'model.width': 32}
         changes |= {'train.steps': 900, 'problem.targets': ('farthest',)}
         train.train(config(**SHORT | changes), str(tmp_path / word))
-        errors[word] = finals(tmp_path / word, 'mse/farthest')
+        errors[word] = finals(tmp_path / word, 'mse/farthest', 'eval').values()
     floors = np.load(tmp_path / 'fixed/artefacts.npz')['additive_floor'][:, 0]
     for fixed, attention, floor in zip(*errors.values(), floors, strict=True):
         assert floor > 0.1
