@@ -35,7 +35,9 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
 
     config.model = model = ml_collections.ConfigDict()
     model.width = 32  # of the feed-forward layers
-    model.parameters = 0  # or so many, of the networks of all targets, by the nearest width
+    # or so many, by the nearest width; of the networks of all targets together, where cost.json and
+    # the report count those of one: with four targets, 8,000 here are 2,000 there
+    model.parameters = 0
     model.depth = 2  # L, mixers
     model.features = 16  # C, of the stream
     model.heads = 4  # H; a divisor of the features

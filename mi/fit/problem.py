@@ -21,11 +21,12 @@ class Problem(NamedTuple):
       loss: (parameters, world, key) → the loss of the batch that the key draws, and metrics of it.
       evaluations: split → (parameters, world, key) → metrics, scalars; `metric/TASK` for those of
         one task. The key is the same at every evaluation of a seed.
-      costs: () → 'parameters' and 'flops_per_example', each {'model': …, 'fusion': …}.
+      costs: () → 'parameters' and 'flops_per_example', each {'model': …, 'fusion': …}; of one
+        network where a seed trains several, as in mi.fit.sequences.
       examples: in a batch.
       artefacts: (parameters, world, key) → arrays to keep at the end of training, as what a figure
         is drawn from; None for none.
-      model: all parameters → those that count as the model's, as in `costs`.
+      model: all parameters → those that count as the model's, as in `costs`; of all networks.
     """
 
     world: Callable[[Array], Any]

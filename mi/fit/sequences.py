@@ -21,8 +21,10 @@ Two bounds hold for any number of parameters, and are computed here:
                       layers that see one token. What is left of f is what it owes to no token
                       alone, Var f − Σ_s Var E[f | x_s].
 
-A run trains a network for each target: they share the inputs of a batch and nothing else. At the
-end it keeps both bounds, and its errors on the sequences of the first, each in all its orders.
+A run trains a network for each target: they share the inputs of a batch and nothing else. The
+parameters that a config asks for, `model.parameters`, are those of all these networks together; the
+parameters and FLOPs that a run writes down (cost.json) are those of one. At the end it keeps both
+bounds, and its errors on the sequences of the first, each in all its orders.
 """
 
 import functools
