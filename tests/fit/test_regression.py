@@ -157,8 +157,9 @@ def test_the_report_tabulates_known_and_new_tasks_and_the_agreement_of_two_draws
         ({'problem.tasks': 1}, r'problem\.tasks = 1'),
         (
             {'model.parameters': 5, 'model.depth': 0},
-            r'model\.parameters: the smallest size, 1, costs',
+            r'model\.parameters = 5: nothing in the model grows with config\.model\.width',
         ),
+        ({'model.parameters': 5}, r'model\.parameters: the smallest size, 1, costs'),
     ],
 )
 def test_bad_values_are_refused(changes, message, tmp_path):
