@@ -60,7 +60,7 @@ def sweep() -> list[dict[str, Any]]:
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Draws the error against the size, and two surfaces of errors."""
-    arms = {arm.label: arm for arm in runs.read(workdir).arms if arm.final(METRIC, SPLIT)}
+    arms = {arm.label: arm for arm in runs.read(workdir).arms if arm.finite(METRIC, SPLIT)}
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(plots.WIDTH, 2.3), layout='constrained')
         left, *maps = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))

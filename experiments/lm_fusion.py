@@ -77,7 +77,7 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     found: dict[tuple[str, str], dict[str, runs.Arm]] = {}
     sweep = runs.read(workdir)
     for arm in sweep.arms:
-        if arm.final(METRIC, SPLIT):
+        if arm.finite(METRIC, SPLIT):
             core, site, fusion = arm.label.split(', ')
             found.setdefault((core, site), {})[fusion] = arm
     found = {place: arms for place, arms in found.items() if 'concat' in arms}

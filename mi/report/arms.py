@@ -67,12 +67,8 @@ class Row:
 def rows(sweep: Sweep) -> list[Row]:
     """A row per arm, in the order of the sweep; an arm without numbers has its row as well."""
     finals = [arm.final(sweep.metric, sweep.split) for arm in sweep.arms]
-    baseline = next(
-        (f for f, a in zip(finals, sweep.arms, strict=True) if a.label == sweep.baseline), {}
-    )
-    if not all(map(math.isfinite, baseline.values())):
-        baseline = {}  # the seeds that did not diverge would be a selection
     reference = next((a for a in sweep.arms if a.label == sweep.baseline), None)
+    baseline = reference.finite(sweep.metric, sweep.split) if reference else {}
     seconds = quickest(sweep)
     found = [
         _row(sweep, a, f, baseline, reference, seconds)
@@ -119,8 +115,8 @@ def _row(
     secondary = {}
     names = [name for name in arm.names(sweep.split) if '/' not in name]
     for name in names if final else []:
-        values = arm.final(name, sweep.split).values()
-        if name != sweep.metric and all(map(math.isfinite, values)):
+        values = arm.finite(name, sweep.split).values()
+        if name != sweep.metric and values:
             secondary[name] = math.fsum(values) / len(values)
     _, seconds = arm.seconds()
     return Row(
@@ -143,12 +139,14 @@ def _at(sweep: Sweep, arm: Arm, seconds: float | None) -> Estimate | None:
     """The last point of the curve that the arm had reached after so many seconds."""
     steps, values = arm.curve(sweep.metric, sweep.curves)
     timed, passed = arm.seconds()
-    if seconds is None or not len(steps) or not np.isfinite(values).all():
+    if seconds is None or not len(steps):
         return None
     reached = np.interp(steps, np.append(0, timed), np.append(0, passed)) <= seconds * 1.001
     if not reached.any():
         return None
     last = int(np.flatnonzero(reached)[-1])
+    if not np.isfinite(values[:, last]).all():
+        return None
     return statistics.estimate(dict(enumerate(values[:, last])), arm.label)
 
 
@@ -208,8 +206,7 @@ def _summary(sweep: Sweep, arm: Arm, reference: Arm | None) -> Summary | None:
 def _scores(sweep: Sweep, arm: Arm) -> tuple[tuple[str, ...], np.ndarray]:
     """Of each seed and task; of each seed, [seeds, 1], where there is one task or none."""
     tasks, scores = arm.scores(sweep.metric, sweep.split)
-    if len(tasks) > 1:
+    final = arm.finite(sweep.metric, sweep.split)
+    if final and len(tasks) > 1:
         return tasks, scores
-    final = arm.final(sweep.metric, sweep.split)
-    values = np.array([final[seed] for seed in sorted(final)], float).reshape(-1, 1)
-    return (), values if np.isfinite(values).all() else values[:0]
+    return (), np.array([final[seed] for seed in sorted(final)], float).reshape(-1, 1)

@@ -156,7 +156,7 @@ def _why(pair: Pair) -> str:
         if row is None:
             return f'not in the {side}'
         if row.metric is None:
-            return f'{row.arm.state} in the {side}'
+            return f'{"not finite" if row.final else row.arm.state} in the {side}'
     return ''
 
 

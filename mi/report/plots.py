@@ -130,7 +130,7 @@ def _curves(sweep: Sweep, remarks: list[str]) -> Figure:
     for arm, (colour, dashes) in zip(sweep.arms, _style(sweep), strict=True):
         curve = line(sweep, arm)
         if not np.isfinite(arm.curve(sweep.metric, sweep.curves)[1]).all():
-            remarks.append(f'{arm.label}: its curve leaves out steps that are NaN or infinite')
+            remarks.append(f'{arm.label}: its curve leaves out steps that are not finite')
         if curve is None:
             missing.append(arm.label)
             continue

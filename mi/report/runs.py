@@ -55,11 +55,16 @@ class Arm:
         return [name for name in names if name not in ('step', 'seed')]
 
     def by_seed(self, metric: str, split: str) -> dict[int, dict[int, float]]:
-        """{seed: {step: value}}, both sorted; where a step was written twice, the last counts."""
+        """{seed: {step: value}}, both sorted; where a step was written twice, the last counts.
+
+        What is not finite is written as null: it is nan here, and not left out, or a seed that
+        diverged would have the value before that.
+        """
         found: dict[int, dict[int, float]] = {}
         for r in self.metrics:
-            if r['split'] == split and _is_number(r.get(metric)):
-                found.setdefault(r['seed'], {})[r['step']] = float(r[metric])
+            value = math.nan if metric in r and r[metric] is None else r.get(metric)
+            if r['split'] == split and _is_number(value):
+                found.setdefault(r['seed'], {})[r['step']] = float(value)
         return {seed: dict(sorted(found[seed].items())) for seed in sorted(found)}
 
     def final(self, metric: str, split: str) -> dict[int, float]:
@@ -71,6 +76,11 @@ class Arm:
         if split != 'test' and self.state != 'done':
             return {}
         return {seed: values[max(values)] for seed, values in self.by_seed(metric, split).items()}
+
+    def finite(self, metric: str, split: str) -> dict[int, float]:
+        """As `final`; empty where a seed is not finite, for the others would be a selection."""
+        values = self.final(metric, split)
+        return values if all(map(math.isfinite, values.values())) else {}
 
     def curve(self, metric: str, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps [N] and values [seeds, N], at the steps that every recorded seed has."""
@@ -151,9 +161,16 @@ class Sweep:
         return found
 
     def left_out(self) -> str:
-        """A sentence that names the arms that are not done, for tables that do not show them."""
-        labels = [f'{arm.label} ({arm.state})' for arm in self.arms if arm.state != 'done']
-        return f'Not here, as not done: {"; ".join(labels)}.' if labels else ''
+        """Names the arms that are not done or not finite, for tables that do not show them."""
+        undone = [f'{arm.label} ({arm.state})' for arm in self.arms if arm.state != 'done']
+        diverged = [
+            arm.label
+            for arm in self.arms
+            if arm.final(self.metric, self.split) and not arm.finite(self.metric, self.split)
+        ]
+        said = [f'Not here, as not done: {"; ".join(undone)}.'] if undone else []
+        said += [f'Not here, as a seed is not finite: {"; ".join(diverged)}.'] if diverged else []
+        return ' '.join(said)
 
     @property
     def unit(self) -> str:
@@ -276,21 +293,23 @@ def _of_tasks(arms: dict[str, Arm], metric: str) -> Arm:
     """One arm of the runs of several tasks, whose metric is the mean over them.
 
     Each record holds the metric of every task, as that of an agent that learns all of them does;
-    there is one where every task has a record of that step, seed and split.
+    there is one where every task has a record of that step, seed and split. The mean is null where
+    a task is, which is not finite there.
     """
     first = next(iter(arms.values()))
     if len(arms) == 1:
         return first
     worst = next((arm for arm in arms.values() if arm.state != 'done'), first)
-    values: dict[tuple[int, int, str], dict[str, float]] = {}
+    values: dict[tuple[int, int, str], dict[str, float | None]] = {}
     for task, arm in arms.items():
         for r in arm.metrics:
-            if _is_number(r.get(metric)):
-                values.setdefault((r['step'], r['seed'], r['split']), {})[task] = float(r[metric])
+            if metric in r and (r[metric] is None or _is_number(r[metric])):
+                values.setdefault((r['step'], r['seed'], r['split']), {})[task] = r[metric]
     records: list[Record] = []
     for (step, seed, split), of_task in values.items():
         if len(of_task) == len(arms):
-            whole = math.fsum(of_task.values()) / len(of_task)
+            finite = [value for value in of_task.values() if value is not None]
+            whole = math.fsum(finite) / len(arms) if len(finite) == len(arms) else None
             records.append({'step': step, 'seed': seed, 'split': split, metric: whole})
             records[-1] |= {f'{metric}/{task}': value for task, value in of_task.items()}
     return dataclasses.replace(

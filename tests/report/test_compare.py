@@ -75,6 +75,14 @@ def test_arms_that_one_side_has_not_are_lost_or_new(sweeps, tmp_path):
     assert 'lost missing in the candidate' in text and '— not in the baseline' in text
 
 
+def test_an_arm_that_diverges_is_lost(sweeps, tmp_path):
+    file = sweeps[1] / 'mi' / 'metrics.jsonl'
+    file.write_text(file.read_text().replace('"bits_per_byte": 3.125', '"bits_per_byte": null'))
+    found = {p.label: p for p in compare.compare(*sweeps, tmp_path / 'out')}
+    assert found['mi'].verdict == 'lost' and compare.is_worse(found['mi'])
+    assert 'lost not finite in the candidate' in (tmp_path / 'out' / 'compare.md').read_text()
+
+
 def test_what_differs_in_configs_and_costs_is_said(sweeps):
     before, after = sweeps
     for arm in AFTER:

@@ -11,6 +11,7 @@ import pytest
 
 from mi import report
 from mi.config import UserError
+from mi.report import runs
 from tests.conftest import ROOT
 
 SEEDS = [0, 1, 2]
@@ -179,15 +180,41 @@ def test_missing_seeds_are_said_and_pairs_are_common(sweep):
     assert '2 of 3 seeds have a final record' in page and 'concat 3, mi 2' in page
 
 
-def test_a_run_that_diverged_has_no_mean_but_its_row(sweep):
+@pytest.mark.parametrize('value', ['NaN', 'null'])
+def test_a_run_that_diverged_has_no_mean_but_its_row(sweep, value):
     file = sweep / 'fusion=concat' / 'metrics.jsonl'
-    file.write_text(file.read_text().replace('"bits_per_byte": 4.0', '"bits_per_byte": NaN'))
+    file.write_text(file.read_text().replace('"bits_per_byte": 4.0', f'"bits_per_byte": {value}'))
     report.write(sweep)
     rows = table(sweep)
     assert rows['concat']['mean'] == '' and 'seed 2 is nan' in rows['concat']['remarks']
     assert rows['mi']['mean'] and rows['mi']['difference_mean'] == ''
     assert rows['mi']['remarks'] == 'mi: no difference, concat has no value to pair'
     assert 'concat: the value of seed 2 is nan' in text(sweep)
+
+
+def test_a_seed_that_diverges_late_is_not_scored_by_what_it_had_before(sweep):
+    """mi is better than concat up to step 10, and seed 2 is not finite at step 20."""
+    file = sweep / 'fusion=mi' / 'metrics.jsonl'
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    for r in records:
+        if r['split'] == 'valid':
+            r['bits_per_byte'] -= 4
+            r['nats_per_token'] = 1.0
+        if (r['split'], r['step'], r['seed']) == ('valid', 20, 2):
+            r['bits_per_byte'] = r['nats_per_token'] = None
+    lines(file, records)
+    change(sweep, split='valid')
+    report.write(sweep)
+    rows = table(sweep)
+    assert float(rows['concat']['mean']) == 6.0
+    given = ('mean', 'difference_mean', 'p', 'verdict', 'median_mean', 'improvement_mean')
+    assert [rows['mi'][key] for key in given] == [''] * 6 and 'nats_per_token' not in rows['mi']
+    assert 'seed 2 is nan; no mean' in rows['mi']['remarks']
+    assert 'its curve leaves out steps that are not finite' in text(sweep)
+    read = runs.read(sweep)
+    curve = read.arms[1].curve('bits_per_byte', 'valid')
+    assert curve[0].tolist() == [0, 10, 20] and curve[1][2].tolist()[:2] == [7.0, 5.0]
+    assert 'Not here, as a seed is not finite: mi.' in read.left_out()
 
 
 def test_runs_of_other_seeds_are_one_arm(sweep):
