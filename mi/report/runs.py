@@ -33,7 +33,7 @@ class Arm:
       overrides: how sweep.json says that the arm differs, {dotted key: value}.
       config, cost, status: the JSON files, empty where absent.
       metrics, timing: the records, in the order of the files.
-      own_runs: whether its tasks were learnt by runs of their own, and not all by each agent.
+      tasks: those that its runs learnt, each run one of them; empty where each agent learns all.
     """
 
     label: str
@@ -46,7 +46,12 @@ class Arm:
     status: Record = dataclasses.field(default_factory=dict)
     metrics: list[Record] = dataclasses.field(default_factory=list)
     timing: list[Record] = dataclasses.field(default_factory=list)
-    own_runs: bool = False
+    tasks: tuple[str, ...] = ()
+
+    @property
+    def own_runs(self) -> bool:
+        """Whether it has several tasks, learnt by runs of their own and not all by each agent."""
+        return len(self.tasks) > 1
 
     def names(self, split: str) -> list[str]:
         """The names of all numbers in the records of a split, in order of appearance."""
@@ -89,13 +94,23 @@ class Arm:
         values = np.array([[seed[step] for step in steps] for seed in seeds], float)
         return np.array(steps, int), values.reshape(len(seeds), len(steps))
 
-    def scores(self, metric: str, split: str) -> tuple[tuple[str, ...], np.ndarray]:
-        """Tasks and [seeds, tasks] of `metric/TASK` at the end, of seeds that are finite in all."""
+    def scores(
+        self, metric: str, split: str, step: int | None = None
+    ) -> tuple[tuple[str, ...], np.ndarray]:
+        """Tasks and [seeds, tasks] of `metric/TASK`, of seeds that are finite in all.
+
+        At a step, or at the end.
+        """
         prefix = f'{metric}/'
         names = [name for name in self.names(split) if name.startswith(prefix)]
-        finals = [self.final(name, split) for name in names]
-        seeds = sorted(set.intersection(*map(set, finals))) if finals else []
-        values = np.array([[final[seed] for final in finals] for seed in seeds], float)
+        found = [
+            self.final(name, split)
+            if step is None
+            else {s: of[step] for s, of in self.by_seed(name, split).items() if step in of}
+            for name in names
+        ]
+        seeds = sorted(set.intersection(*map(set, found))) if found else []
+        values = np.array([[of[seed] for of in found] for seed in seeds], float)
         values = values.reshape(len(seeds), len(names))
         values = values[np.isfinite(values).all(axis=1)]
         return tuple(name.removeprefix(prefix) for name in names) if len(values) else (), values
@@ -160,6 +175,20 @@ class Sweep:
             found.setdefault(name, []).append(arm)
         return found
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What arms have to have learnt to be compared, where each task has runs of its own.
+
+        The tasks of the baseline; without one, all that any arm has learnt.
+        """
+        of_baseline = [arm.tasks for arm in self.arms if arm.label == self.baseline]
+        every = (task for arm in self.arms for task in arm.tasks)
+        return of_baseline[0] if of_baseline else tuple(dict.fromkeys(every))
+
+    def compares(self, arm: Arm) -> bool:
+        """Whether an arm has learnt these tasks: a mean over others is another number."""
+        return set(arm.tasks) == set(self.tasks)
+
     def left_out(self) -> str:
         """Names the arms that are not done or not finite, for tables that do not show them."""
         undone = [f'{arm.label} ({arm.state})' for arm in self.arms if arm.state != 'done']
@@ -219,8 +248,9 @@ def _read_sweep(workdir: pathlib.Path) -> Sweep:
         arms.setdefault(label, []).append(run)
     if not arms:
         raise UserError(f'{path}: members = []: expected one or more')
+    every = dict.fromkeys(task for of_label in tasks.values() for task in of_label)
     joined = [
-        _of_tasks({task: _joined(runs, path) for task, runs in tasks[label].items()}, metric)
+        _of_tasks({t: _joined(tasks[label][t], path) for t in every if t in tasks[label]}, metric)
         if label in tasks
         else _joined(members, path)
         for label, members in arms.items()
@@ -298,7 +328,7 @@ def _of_tasks(arms: dict[str, Arm], metric: str) -> Arm:
     """
     first = next(iter(arms.values()))
     if len(arms) == 1:
-        return first
+        return dataclasses.replace(first, tasks=tuple(arms))
     worst = next((arm for arm in arms.values() if arm.state != 'done'), first)
     values: dict[tuple[int, int, str], dict[str, float | None]] = {}
     for task, arm in arms.items():
@@ -320,7 +350,7 @@ def _of_tasks(arms: dict[str, Arm], metric: str) -> Arm:
         status=worst.status,
         metrics=records,
         timing=_mean_timing([arm.timing for arm in arms.values()]),
-        own_runs=True,
+        tasks=tuple(arms),
     )
 
 
