@@ -53,7 +53,8 @@ def compare(
     Raises:
       UserError: if they cannot be read, or do not measure the same.
     """
-    before, after = (runs.read(pathlib.Path(path)) for path in (baseline, candidate))
+    before = runs.read(pathlib.Path(baseline), 'baseline')
+    after = runs.read(pathlib.Path(candidate), 'candidate')
     for key in ('metric', 'split', 'lower_is_better'):
         one, other = getattr(before, key), getattr(after, key)
         if one != other:
@@ -112,6 +113,16 @@ def is_worse(pair: Pair) -> bool:
     return pair.verdict in ('worse', 'lost')
 
 
+def why_not(pair: Pair) -> str:
+    """Why both sides have values and there is no verdict; '' where there is one, or no values."""
+    if pair.verdict or not (pair.before and pair.after and pair.before.metric):
+        return ''
+    ours, theirs = pair.after.arm.tasks, pair.before.arm.tasks
+    if set(ours) != set(theirs):
+        return f'learnt {arms.others(ours, theirs)}'
+    return 'no seed in common' if pair.difference is None else 'one seed in common'
+
+
 def _cells(sweep: Sweep, found: list[Pair]) -> tuple[list[Cell], list[list[Cell]]]:
     arrow = '↓' if sweep.lower_is_better else '↑'
     metric = f'{tables.words(sweep.metric)} {arrow}'
@@ -135,7 +146,7 @@ def _cells(sweep: Sweep, found: list[Pair]) -> tuple[list[Cell], list[list[Cell]
         line += [tables.interval(pair.difference, places, '+'), tables.tested(pair.test)]
         for what in ('parameters', f'flops_per_{sweep.unit}', 'seconds'):
             line.append(_ratio(*(_cost(row, what) for row in (pair.before, pair.after))))
-        n = f'(n = {pair.difference.n})' if pair.difference else _why(pair)
+        n = f'(n = {pair.difference.n})' if pair.difference else why_not(pair) or _why(pair)
         line.append(Cell(pair.verdict or tables.NONE, n))
         body.append(line)
     return header, body

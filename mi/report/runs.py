@@ -210,20 +210,24 @@ class Sweep:
         return next(units, 'token')
 
 
-def read(workdir: pathlib.Path) -> Sweep:
+def read(workdir: pathlib.Path, flag: str = 'workdir') -> Sweep:
     """Reads a sweep directory or a single run directory.
+
+    Args:
+      workdir: the directory.
+      flag: what it was given as.
 
     Raises:
       UserError: if it is neither, or a file in it is not what it should be.
     """
     if not workdir.is_dir():
-        raise UserError(f'--workdir={workdir} is not a directory')
+        raise UserError(f'--{flag}={workdir} is not a directory')
     if (workdir / 'sweep.json').exists():
         return _read_sweep(workdir)
     if (workdir / 'config.json').exists():
         return _read_single(workdir)
     raise UserError(
-        f'--workdir={workdir} is neither a sweep (no sweep.json) nor a run (no config.json)'
+        f'--{flag}={workdir} is neither a sweep (no sweep.json) nor a run (no config.json)'
     )
 
 

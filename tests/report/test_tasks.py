@@ -117,3 +117,4 @@ def test_two_sweeps_of_other_tasks_are_not_compared(tmp_path, candidate):
     after = write(tmp_path / 'after', {'mi': candidate}, baseline=None)
     (pair,) = compare.pairs(runs.read(before), runs.read(after))
     assert pair.verdict == ('equal' if candidate is BOTH else None)
+    assert compare.why_not(pair) == ('' if candidate is BOTH else 'learnt 1 of 2 tasks')
