@@ -1,6 +1,8 @@
 """A report on a small sweep of known numbers, and on directories that are not what they should."""
 
+import contextlib
 import csv
+import fcntl
 import json
 import re
 import shutil
@@ -236,7 +238,8 @@ def test_runs_of_other_seeds_are_one_arm(sweep):
     assert (mi['seeds'], mi['seeds_asked'], float(mi['mean'])) == ('3', '3', sum(MI.values()) / 3)
     assert float(mi['train_seconds']) == 12.0
     change_json(sweep / 'fusion=more' / 'status.json', state='running')
-    report.write(sweep)
+    with locked(sweep / 'fusion=more'):
+        report.write(sweep)
     assert table(sweep)['mi']['state'] == 'running'
 
 
@@ -277,6 +280,40 @@ def test_nothing_recorded_yet_is_still_a_report(sweep):
     assert 'No arm has a final record yet' in text(sweep)
 
 
+@contextlib.contextmanager
+def locked(run):
+    """As while it goes on."""
+    with open(run / 'lock', 'a+') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def test_a_run_that_was_killed_has_died(sweep):
+    """Its status says running for ever, and nobody holds its lock."""
+    mi = sweep / 'fusion=mi'
+    change_json(mi / 'status.json', state='running')
+    with locked(mi):
+        assert runs.read(sweep).arms[1].state == 'running'
+    (arm,) = runs.read(mi).arms
+    assert (arm.state, arm.reason) == ('died', 'its process is gone')
+    report.write(sweep)
+    assert 'died (its process is gone)' in text(sweep, 'table.md')
+
+
+@pytest.mark.parametrize('state', ['preempted', 'running'])
+def test_a_run_that_a_rule_has_stopped_says_why(sweep, state):
+    mi = sweep / 'fusion=mi'
+    change_json(mi / 'status.json', state=state)
+    (mi / 'stopped.json').write_text('{"reason": "rung 1: 5.2 is not among the best 1 of 3"}')
+    report.write(sweep)
+    row = table(sweep)['mi']
+    assert row['state'] == 'stopped' and row['reason'].startswith('rung 1: 5.2 is not')
+    with locked(mi):  # it saves, and ends soon
+        assert runs.read(sweep).arms[1].state == state
+    change_json(mi / 'status.json', state='done')  # it had ended before it saw that
+    assert runs.read(sweep).arms[1].state == 'done'
+
+
 def half_write(sweep, state):
     run = sweep / 'fusion=mi'
     status = json.loads((run / 'status.json').read_text()) | {'state': state}
@@ -287,7 +324,8 @@ def half_write(sweep, state):
 
 def test_the_half_written_line_of_a_running_run_is_skipped(sweep, capsys):
     half_write(sweep, 'running')
-    report.write(sweep)
+    with locked(sweep / 'fusion=mi'):
+        report.write(sweep)
     assert 'line 13: skipped, it is half written' in capsys.readouterr().err
     assert 'line 13: skipped' in text(sweep)
     assert table(sweep)['mi']['state'] == 'running'
