@@ -11,7 +11,7 @@ import pathlib
 import rich.console
 
 from mi.config import UserError, flat
-from mi.report import arms, runs, statistics, tables
+from mi.report import arms, files, runs, statistics, tables
 from mi.report.arms import Row
 from mi.report.runs import Arm, Sweep
 from mi.report.statistics import Estimate, Test
@@ -51,7 +51,7 @@ def compare(
       out: where compare.md goes, candidate/report unless given.
 
     Raises:
-      UserError: if they cannot be read, or do not measure the same.
+      UserError: if they cannot be read, do not measure the same, or out cannot be written to.
     """
     before = runs.read(pathlib.Path(baseline), 'baseline')
     after = runs.read(pathlib.Path(candidate), 'candidate')
@@ -66,15 +66,12 @@ def compare(
     header, body = _cells(after, found)
     said = _notes(before, after, found)
     folder = after.path / 'report' if out is None else pathlib.Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'--out={folder}: {error.strerror}; name another directory') from error
     title = f'{before.path} → {after.path}'
     table = tables.markdown([str(cell) for cell in header], [list(map(str, line)) for line in body])
     text = '\n'.join(f'- {tables.escaped(note)}' for note in said)
     file = folder / 'compare.md'
-    file.write_text(f'### {tables.escaped(title)}\n\n{table}\n\n{text}\n', encoding='utf-8')
+    with files.written_to(folder):
+        file.write_text(f'### {tables.escaped(title)}\n\n{table}\n\n{text}\n', encoding='utf-8')
     console = rich.console.Console(soft_wrap=False)
     if not console.is_terminal:
         console.width = 160

@@ -1,9 +1,10 @@
-"""The files of a run directory as the report reads them: JSON objects, records, and a lock."""
+"""The files of a run directory as the report reads them, and where it writes its own."""
 
+import contextlib
 import fcntl
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
 from mi.config import UserError
@@ -59,6 +60,20 @@ def field(record: Mapping[str, Any], key: str, kind: type, path: pathlib.Path) -
 
 def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@contextlib.contextmanager
+def written_to(folder: pathlib.Path) -> Iterator[None]:
+    """Makes a folder, and says in a line where it cannot be made or written to.
+
+    Raises:
+      UserError: then.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise UserError(f'--out={folder}: {error.strerror}; name another directory') from error
 
 
 def held(lock: pathlib.Path) -> bool:

@@ -153,6 +153,12 @@ def test_a_directory_that_is_not_there_is_named_by_its_flag(sweeps, tmp_path):
         compare.compare(sweeps[0], tmp_path)
 
 
+def test_a_comparison_that_cannot_be_written_is_one_line(sweeps, tmp_path):
+    (tmp_path / 'out' / 'compare.md').mkdir(parents=True)
+    with pytest.raises(UserError, match=r'--out=.*/out: Is a directory; name another'):
+        compare.compare(*sweeps, tmp_path / 'out')
+
+
 def test_half_a_comparison_is_refused(sweeps):
     command = [sys.executable, '-m', 'mi.report', f'--baseline={sweeps[0]}']
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)

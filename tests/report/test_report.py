@@ -384,6 +384,17 @@ def test_directories_that_are_neither(tmp_path):
         report.write(tmp_path)
 
 
+@pytest.mark.parametrize('name', ['table.md', 'finals.pdf'])
+def test_a_directory_that_cannot_be_written_to_is_one_line(sweep, tmp_path, name):
+    (tmp_path / 'out' / name).mkdir(parents=True)  # root may write to what is read-only
+    with pytest.raises(UserError, match=r'--out=.*/out: Is a directory; name another') as raised:
+        report.write(sweep, tmp_path / 'out')
+    assert '\n' not in str(raised.value)
+    (tmp_path / 'file').touch()
+    with pytest.raises(UserError, match=r'--out=.*/file: File exists; name another'):
+        report.write(sweep, tmp_path / 'file')
+
+
 def test_a_failure_of_the_command_is_one_line(tmp_path):
     command = [sys.executable, '-m', 'mi.report', f'--workdir={tmp_path}']
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
