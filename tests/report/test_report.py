@@ -482,6 +482,18 @@ def test_forty_arms_of_many_sizes_fit_into_the_figures(tmp_path):
     assert '<!-- 10k -->' in drawn and 'mathdefault' not in drawn
 
 
+def test_arms_that_differ_in_their_last_word_have_entries_of_their_own(tmp_path):
+    labels = [f'transformer, decoder, recurrent context, {word}' for word in ('film', 'gate')]
+    for label in labels:
+        make_run(tmp_path / label, label, MI)
+    write_sweep(tmp_path, [{'name': label} for label in labels], baseline=None)
+    report.write(tmp_path)
+    for figure in ('curves', 'finals', 'pareto'):
+        entries = re.findall('<!-- (transformer.*?) -->', text(tmp_path, f'{figure}.svg'))
+        entries = [entry for entry in entries if len(entry) <= 34]
+        assert sorted(entry[-4:] for entry in entries) == ['film', 'gate']
+
+
 @pytest.mark.parametrize('kind', ['over_seeds', 'over_runs'])
 def test_known_scores_have_the_statistics_of_other_libraries(tmp_path, kind):
     """Ten seeds of eight tasks: learnt by one agent, or each by a run of its own.
