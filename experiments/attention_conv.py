@@ -69,9 +69,10 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
         f'{K} × {K}': kept[f'convolution, {K}'] for K in (3, 5) if f'convolution, {K}' in kept
     }
     with matplotlib.rc_context(plots.STYLE):
-        figure = Figure(figsize=(plots.WIDTH, 2.3), layout='constrained')
-        _construction(figure, kernels)
-        plots.save(figure, out, 'construction')
+        if kernels:
+            figure = Figure(figsize=(plots.WIDTH, 2.3), layout='constrained')
+            _construction(figure, kernels)
+            plots.save(figure, out, 'construction')
         shown = {title: kept[label] for label, title in SHOWN.items() if label in kept}
         if shown:
             plots.save(_centres(shown), out, 'centres')
@@ -128,9 +129,8 @@ def _construction(figure: Figure, kernels: dict[str, Kept]) -> None:
             right.plot(alphas, mean, label=label, **style)
             if low is not None and high is not None:
                 right.fill_between(alphas, low, high, color=colour, alpha=0.15, lw=0)
-    if kernels:
-        alphas = np.linspace(0.5, 21, 50)
-        left.plot(alphas, np.exp(-alphas), color=plots.GREY, ls=(0, (1, 1)), lw=1, label='e⁻ᵅ')
+    alphas = np.linspace(0.5, 21, 50)
+    left.plot(alphas, np.exp(-alphas), color=plots.GREY, ls=(0, (1, 1)), lw=1, label='e⁻ᵅ')
     left.set(xlabel='α of every head', ylabel='relative error of a layer')
     left.set(yscale='log', xlim=(0, 24), ylim=(1e-9, 2))
     panels.powers(left.yaxis)

@@ -88,7 +88,7 @@ Found = dict[tuple[str, str, str], runs.Arm]  # student, context, support →
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Draws errors in and out of the support, and writes them as a table."""
     sweep = runs.read(workdir)
-    found = {_key(arm): arm for arm in sweep.arms if arm.final(METRIC, SPLIT)}
+    found = {_key(arm): arm for arm in sweep.arms if arm.finite(METRIC, SPLIT)}
     shown = [c for c in CONTEXTS if any(context == c for _, context, _ in found)]
     with matplotlib.rc_context(plots.STYLE):
         rows = max((len(_students(found, c)) for c in shown), default=1)

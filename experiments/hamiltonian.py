@@ -72,7 +72,7 @@ def sweep() -> list[dict[str, Any]]:
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Draws portraits and curves of each system, and writes the scores as tables."""
     sweep = runs.read(workdir)
-    ended = {arm.label: arm for arm in sweep.arms if arm.final(METRIC, SPLIT)}
+    ended = {arm.label: arm for arm in sweep.arms if arm.finite(METRIC, SPLIT)}
     texts = []
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(plots.WIDTH, 0.6 + 1.5 * len(SYSTEMS)), layout='constrained')

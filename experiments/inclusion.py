@@ -60,8 +60,10 @@ def sweep() -> list[dict[str, Any]]:
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
-    """Draws the error against the size, and two surfaces of errors."""
-    arms = {arm.label: arm for arm in runs.read(workdir).arms if arm.final(METRIC, SPLIT)}
+    """Draws the error against the size, and two surfaces of errors; nothing if no run is done."""
+    arms = {arm.label: arm for arm in runs.read(workdir).arms if arm.finite(METRIC, SPLIT)}
+    if not arms:
+        return
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(plots.WIDTH, 2.3), layout='constrained')
         left, *maps = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
@@ -87,6 +89,8 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
 
 def _errors(axes: Axes, arms: list[runs.Arm], label: str, colour: str, dashes: Any = '-') -> None:
     """Medians over the seeds, and the whole range of them."""
+    if not arms:
+        return
     sizes = [arm.counted('parameters', 'model') for arm in arms]
     values = [list(arm.final(METRIC, SPLIT).values()) for arm in arms]
     middle = np.array([np.median(of) for of in values])

@@ -98,7 +98,7 @@ Found = dict[tuple[str, str, int], runs.Arm]  # fusion, context, examples →
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Draws errors against examples, of known tasks and of new ones, and tables of both."""
     sweep = runs.read(workdir)
-    found = {_key(arm): arm for arm in sweep.arms if arm.final(METRIC, SPLIT)}
+    found = {_key(arm): arm for arm in sweep.arms if arm.finite(METRIC, SPLIT)}
     fusions = list(dict.fromkeys(fusion for fusion, _, _ in found))
     styles = panels.styles(fusions, grey=[f for f in ('concat', 'none') if f in fusions])
     with matplotlib.rc_context(plots.STYLE):

@@ -129,7 +129,7 @@ class Floors(NamedTuple):
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Draws the errors against depth and parameters, and writes them with the floors as tables."""
     read = runs.read(workdir)
-    arms = [arm for arm in read.arms if arm.final(METRIC, SPLIT)]
+    arms = [arm for arm in read.arms if arm.finite(METRIC, SPLIT)]
     floors = read_floors(workdir)
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(plots.WIDTH, 4.4), layout='constrained')

@@ -15,8 +15,7 @@ import pathlib
 
 import rich.console
 
-from mi.config import UserError
-from mi.report import arms, draws, html, plots, runs, tables
+from mi.report import arms, draws, files, html, plots, runs, tables
 
 
 def write(
@@ -29,16 +28,13 @@ def write(
       out: where to write, workdir/report unless given.
 
     Raises:
-      UserError: if workdir is neither, a file in it is malformed, or out cannot be made.
+      UserError: if workdir is neither, a file in it is malformed, or out cannot be written to.
     """
     sweep = runs.read(pathlib.Path(workdir))
     rows = arms.rows(sweep)
     folder = sweep.path / 'report' if out is None else pathlib.Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'--out={folder}: {error.strerror}; name another directory') from error
-    figures, remarks = plots.draw(sweep, rows, folder)
+    with files.written_to(folder):
+        figures, remarks = plots.draw(sweep, rows, folder)
     notes = [*tables.notes(sweep, rows), *remarks, *sweep.warnings]
     texts = {
         'report.html': html.page(sweep, rows, notes),
@@ -50,8 +46,9 @@ def write(
         texts['tasks.csv'] = tables.tasks_to_csv(rows)
     if sets := draws.to_markdown(sweep):
         texts['draws.md'] = sets
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding='utf-8')
+    with files.written_to(folder):
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding='utf-8')
     _say(sweep, rows, [*remarks, *sweep.warnings])
     paths = [*(folder / name for name in texts), *figures]
     for path in paths:

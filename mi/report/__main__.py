@@ -2,7 +2,8 @@
 
 python -m mi.report --workdir=runs/quickstart [--out=DIR]: see mi.report.write
 python -m mi.report --baseline=runs/before --candidate=runs/after [--fail_on_worse] [--out=DIR]:
-    see mi.report.compare; exit code 1 if an arm is worse, or lost, and --fail_on_worse is given
+    see mi.report.compare; exit code 1 if --fail_on_worse is given and an arm is worse, or lost, or
+    has values on both sides and no verdict
 """
 
 import sys
@@ -17,7 +18,9 @@ WORKDIR = flags.DEFINE_string('workdir', None, 'Sweep or run directory.')
 BASELINE = flags.DEFINE_string('baseline', None, 'Sweep or run directory that is compared with.')
 CANDIDATE = flags.DEFINE_string('candidate', None, 'Sweep or run directory that is compared.')
 FAIL_ON_WORSE = flags.DEFINE_bool(
-    'fail_on_worse', False, 'Exit with 1 if an arm of the candidate is worse than the baseline.'
+    'fail_on_worse',
+    False,
+    'Exit with 1 if an arm of the candidate is worse than the baseline, or cannot be judged.',
 )
 OUT = flags.DEFINE_string('out', None, 'Where to write; DIRECTORY/report unless given.')
 
@@ -31,9 +34,8 @@ def main(argv: list[str]) -> None:
             report.write(workdir, OUT.value)
         elif baseline and candidate and not workdir:
             found = compare.compare(baseline, candidate, OUT.value)
-            worse = [pair.label for pair in found if compare.is_worse(pair)]
-            if worse and FAIL_ON_WORSE.value:
-                sys.exit(f'error: worse or lost: {", ".join(worse)}')
+            if FAIL_ON_WORSE.value:
+                _fail(found)
         else:
             sys.exit(
                 'error: --workdir=DIRECTORY of a sweep or a run is needed, or --baseline=DIRECTORY '
@@ -41,6 +43,20 @@ def main(argv: list[str]) -> None:
             )
     except UserError as error:
         sys.exit(f'error: {error}')
+
+
+def _fail(found: list[compare.Pair]) -> None:
+    """Exits if an arm is worse, or there is no telling: what is not judged has not passed."""
+    worse = [pair.label for pair in found if compare.is_worse(pair)]
+    unknown = [f'{pair.label} ({why})' for pair in found if (why := compare.why_not(pair))]
+    said = [f'worse or lost: {", ".join(worse)}'] if worse else []
+    if unknown:
+        said.append(
+            f'cannot be judged: {", ".join(unknown)}; expected the same tasks, and two seeds or '
+            f'more that both have'
+        )
+    if said:
+        sys.exit(f'error: {"; ".join(said)}')
 
 
 if __name__ == '__main__':

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -67,12 +68,8 @@ class Row:
 def rows(sweep: Sweep) -> list[Row]:
     """A row per arm, in the order of the sweep; an arm without numbers has its row as well."""
     finals = [arm.final(sweep.metric, sweep.split) for arm in sweep.arms]
-    baseline = next(
-        (f for f, a in zip(finals, sweep.arms, strict=True) if a.label == sweep.baseline), {}
-    )
-    if not all(map(math.isfinite, baseline.values())):
-        baseline = {}  # the seeds that did not diverge would be a selection
     reference = next((a for a in sweep.arms if a.label == sweep.baseline), None)
+    baseline = reference.finite(sweep.metric, sweep.split) if reference else {}
     seconds = quickest(sweep)
     found = [
         _row(sweep, a, f, baseline, reference, seconds)
@@ -84,8 +81,9 @@ def rows(sweep: Sweep) -> list[Row]:
 
 def quickest(sweep: Sweep) -> float | None:
     """Seconds of training of the quickest arm; None unless all of several are done and timed."""
-    seconds = [arm.seconds()[1] for arm in sweep.arms]
-    if len(sweep.arms) < 2 or any(a.state != 'done' for a in sweep.arms):
+    compared = [arm for arm in sweep.arms if sweep.compares(arm)]
+    seconds = [arm.seconds()[1] for arm in compared]
+    if len(compared) < 2 or any(arm.state != 'done' for arm in compared):
         return None
     return min((float(s[-1]) for s in seconds), default=None) if all(map(len, seconds)) else None
 
@@ -114,13 +112,15 @@ def _row(
         remarks.append(
             f'{arm.label}: the difference pairs the {difference.n} seeds that both arms have'
         )
+    elif mean is not None and not sweep.compares(arm):
+        remarks.append(f'{arm.label} learnt {others(arm.tasks, sweep.tasks)}: not compared')
     elif mean is not None and difference is None and sweep.baseline not in (None, arm.label):
         remarks.append(f'{arm.label}: no difference, {sweep.baseline} has no value to pair')
     secondary = {}
     names = [name for name in arm.names(sweep.split) if '/' not in name]
     for name in names if final else []:
-        values = arm.final(name, sweep.split).values()
-        if name != sweep.metric and all(map(math.isfinite, values)):
+        values = arm.finite(name, sweep.split).values()
+        if name != sweep.metric and values:
             secondary[name] = math.fsum(values) / len(values)
     _, seconds = arm.seconds()
     return Row(
@@ -143,12 +143,17 @@ def _at(sweep: Sweep, arm: Arm, seconds: float | None) -> Estimate | None:
     """The last point of the curve that the arm had reached after so many seconds."""
     steps, values = arm.curve(sweep.metric, sweep.curves)
     timed, passed = arm.seconds()
-    if seconds is None or not len(steps) or not np.isfinite(values).all():
+    if seconds is None or not len(steps) or not sweep.compares(arm):
         return None
     reached = np.interp(steps, np.append(0, timed), np.append(0, passed)) <= seconds * 1.001
     if not reached.any():
         return None
     last = int(np.flatnonzero(reached)[-1])
+    if not np.isfinite(values[:, last]).all():
+        return None
+    tasks, scores = arm.scores(sweep.metric, sweep.curves, int(steps[last]))
+    if arm.own_runs and tasks:
+        return statistics.over_runs(scores, statistics.mean)
     return statistics.estimate(dict(enumerate(values[:, last])), arm.label)
 
 
@@ -169,23 +174,28 @@ def against(
     baseline: dict[int, float],
     reference: Arm | None,
 ) -> tuple[Estimate | None, Test | None]:
-    """The difference to the baseline and its test, both paired by seed, or by task and seed."""
-    paired = {seed: final[seed] - baseline[seed] for seed in sorted(final) if seed in baseline}
-    over_seeds = statistics.difference(final, baseline, arm.label)
-    if (
-        reference is not None
-        and arm.own_runs
-        and reference.own_runs
-        and final.keys() == baseline.keys()
-    ):
-        (tasks, scores), (theirs, of_baseline) = (
-            a.scores(sweep.metric, sweep.split) for a in (arm, reference)
-        )
-        if tasks == theirs and scores.shape == of_baseline.shape and len(scores) == len(paired):
-            gaps = scores - of_baseline
-            over_runs = statistics.over_runs(gaps, statistics.mean)
-            return over_runs, statistics.sign_flips(gaps.ravel())
-    return over_seeds, statistics.sign_flips(np.array(list(paired.values())))
+    """The difference to the baseline and its test, both paired by seed, or by task and seed.
+
+    None where they have learnt other tasks, each by runs of its own.
+    """
+    if reference is not None and set(arm.tasks) != set(reference.tasks):
+        return None, None
+    seeds = sorted(final.keys() & baseline.keys())
+    if reference is not None and arm.own_runs and seeds:
+        names = [f'{sweep.metric}/{task}' for task in arm.tasks]
+        pairs = [[a.final(name, sweep.split) for a in (arm, reference)] for name in names]
+        gaps = np.array([[ours[s] - theirs[s] for ours, theirs in pairs] for s in seeds])
+        over_runs = statistics.over_runs(gaps, statistics.mean)
+        return over_runs, statistics.sign_flips(gaps.ravel())
+    gaps = np.array([final[seed] - baseline[seed] for seed in seeds])
+    return statistics.difference(final, baseline, arm.label), statistics.sign_flips(gaps)
+
+
+def others(tasks: Sequence[str], wanted: Sequence[str]) -> str:
+    """How the tasks of an arm differ from those that it would have to have learnt."""
+    if set(tasks) < set(wanted):
+        return f'{len(tasks)} of {len(wanted)} tasks'
+    return 'other tasks'
 
 
 def _summary(sweep: Sweep, arm: Arm, reference: Arm | None) -> Summary | None:
@@ -194,7 +204,7 @@ def _summary(sweep: Sweep, arm: Arm, reference: Arm | None) -> Summary | None:
         return None
     against = None
     own_runs = arm.own_runs and bool(tasks)
-    if reference is not None and reference is not arm:
+    if reference is not None and reference is not arm and sweep.compares(arm):
         theirs, baseline = _scores(sweep, reference)
         if theirs == tasks and len(baseline):
             against = statistics.probability_of_improvement(
@@ -208,8 +218,7 @@ def _summary(sweep: Sweep, arm: Arm, reference: Arm | None) -> Summary | None:
 def _scores(sweep: Sweep, arm: Arm) -> tuple[tuple[str, ...], np.ndarray]:
     """Of each seed and task; of each seed, [seeds, 1], where there is one task or none."""
     tasks, scores = arm.scores(sweep.metric, sweep.split)
-    if len(tasks) > 1:
+    final = arm.finite(sweep.metric, sweep.split)
+    if final and len(tasks) > 1:
         return tasks, scores
-    final = arm.final(sweep.metric, sweep.split)
-    values = np.array([final[seed] for seed in sorted(final)], float).reshape(-1, 1)
-    return (), values if np.isfinite(values).all() else values[:0]
+    return (), np.array([final[seed] for seed in sorted(final)], float).reshape(-1, 1)

@@ -11,7 +11,7 @@ import pathlib
 import rich.console
 
 from mi.config import UserError, flat
-from mi.report import arms, runs, statistics, tables
+from mi.report import arms, files, runs, statistics, tables
 from mi.report.arms import Row
 from mi.report.runs import Arm, Sweep
 from mi.report.statistics import Estimate, Test
@@ -51,9 +51,10 @@ def compare(
       out: where compare.md goes, candidate/report unless given.
 
     Raises:
-      UserError: if they cannot be read, or do not measure the same.
+      UserError: if they cannot be read, do not measure the same, or out cannot be written to.
     """
-    before, after = (runs.read(pathlib.Path(path)) for path in (baseline, candidate))
+    before = runs.read(pathlib.Path(baseline), 'baseline')
+    after = runs.read(pathlib.Path(candidate), 'candidate')
     for key in ('metric', 'split', 'lower_is_better'):
         one, other = getattr(before, key), getattr(after, key)
         if one != other:
@@ -65,15 +66,12 @@ def compare(
     header, body = _cells(after, found)
     said = _notes(before, after, found)
     folder = after.path / 'report' if out is None else pathlib.Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'--out={folder}: {error.strerror}; name another directory') from error
     title = f'{before.path} → {after.path}'
     table = tables.markdown([str(cell) for cell in header], [list(map(str, line)) for line in body])
     text = '\n'.join(f'- {tables.escaped(note)}' for note in said)
     file = folder / 'compare.md'
-    file.write_text(f'### {tables.escaped(title)}\n\n{table}\n\n{text}\n', encoding='utf-8')
+    with files.written_to(folder):
+        file.write_text(f'### {tables.escaped(title)}\n\n{table}\n\n{text}\n', encoding='utf-8')
     console = rich.console.Console(soft_wrap=False)
     if not console.is_terminal:
         console.width = 160
@@ -112,6 +110,16 @@ def is_worse(pair: Pair) -> bool:
     return pair.verdict in ('worse', 'lost')
 
 
+def why_not(pair: Pair) -> str:
+    """Why both sides have values and there is no verdict; '' where there is one, or no values."""
+    if pair.verdict or not (pair.before and pair.after and pair.before.metric):
+        return ''
+    ours, theirs = pair.after.arm.tasks, pair.before.arm.tasks
+    if set(ours) != set(theirs):
+        return f'learnt {arms.others(ours, theirs)}'
+    return 'no seed in common' if pair.difference is None else 'one seed in common'
+
+
 def _cells(sweep: Sweep, found: list[Pair]) -> tuple[list[Cell], list[list[Cell]]]:
     arrow = '↓' if sweep.lower_is_better else '↑'
     metric = f'{tables.words(sweep.metric)} {arrow}'
@@ -135,7 +143,7 @@ def _cells(sweep: Sweep, found: list[Pair]) -> tuple[list[Cell], list[list[Cell]
         line += [tables.interval(pair.difference, places, '+'), tables.tested(pair.test)]
         for what in ('parameters', f'flops_per_{sweep.unit}', 'seconds'):
             line.append(_ratio(*(_cost(row, what) for row in (pair.before, pair.after))))
-        n = f'(n = {pair.difference.n})' if pair.difference else _why(pair)
+        n = f'(n = {pair.difference.n})' if pair.difference else why_not(pair) or _why(pair)
         line.append(Cell(pair.verdict or tables.NONE, n))
         body.append(line)
     return header, body
@@ -156,7 +164,7 @@ def _why(pair: Pair) -> str:
         if row is None:
             return f'not in the {side}'
         if row.metric is None:
-            return f'{row.arm.state} in the {side}'
+            return f'{"not finite" if row.final else row.arm.state} in the {side}'
     return ''
 
 

@@ -27,8 +27,16 @@ def to_markdown(sweep: Sweep) -> str:
 
 def _table(sweep: Sweep, arms: Sequence[Arm]) -> str:
     finals = {arm.label: arm.final(sweep.metric, sweep.split) for arm in arms}
-    if not sweep.draws or not all(
-        seed in final for final in finals.values() for seeds in sweep.draws for seed in seeds
+    diverged = [
+        arm.label for arm in arms if finals[arm.label] and not arm.finite(sweep.metric, sweep.split)
+    ]
+    finals = {label: final for label, final in finals.items() if label not in diverged}
+    if (
+        len(finals) < 2
+        or not sweep.draws
+        or not all(
+            seed in final for final in finals.values() for seeds in sweep.draws for seed in seeds
+        )
     ):
         return ''
     sign = 1 if sweep.lower_is_better else -1
@@ -51,7 +59,8 @@ def _table(sweep: Sweep, arms: Sequence[Arm]) -> str:
             zip(sweep.draws, rankings, strict=True), 2
         )
     ]
-    return tables.markdown(header, body) + '\n\n' + '\n'.join(agree) + '\n'
+    said = [f'Not ranked, as a seed is not finite: {"; ".join(diverged)}.'] if diverged else []
+    return tables.markdown(header, body) + '\n\n' + '\n'.join([*agree, *said]) + '\n'
 
 
 def _tau(of_a: Sequence[float], of_b: Sequence[float]) -> str:

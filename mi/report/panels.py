@@ -28,8 +28,8 @@ def styles(labels: Iterable[str], grey: Iterable[str] = ()) -> dict[str, Style]:
 
 
 def line(axes: Axes, values: Values, label: str, style: Style) -> None:
-    """Means over the seeds, with bars for their 95 % intervals."""
-    estimates = {x: statistics.estimate(of, label) for x, of in values.items() if of}
+    """Means over the seeds, with bars for their 95 % intervals; none where one is not finite."""
+    estimates = {x: statistics.estimate(of, label) for x, of in values.items() if _finite(of)}
     if not estimates:
         return
     middle = [e.mean for e in estimates.values()]
@@ -65,8 +65,8 @@ def ticks(axes: Axes, numbers: Sequence[float]) -> None:
 
 
 def interval(values: Mapping[int, float], label: str, digits: int = 3) -> str:
-    """mean [low, high] in so many digits that count, — for no values."""
-    if not values:
+    """mean [low, high] in so many digits that count, — for no values or one that is not finite."""
+    if not _finite(values):
         return tables.NONE
     estimate = statistics.estimate(values, label)
     size = max(abs(estimate.mean), 1e-9)
@@ -81,11 +81,20 @@ def agreement(
 
     Args:
       values: {arm: {seed: value}}.
-      draws: the first two are compared; of arms that lack none of their seeds.
+      draws: the first two are compared; of arms that lack none of their seeds and are finite.
     """
-    whole = [of for of in values.values() if all(s in of for seeds in draws[:2] for s in seeds)]
+    whole = [
+        of
+        for of in values.values()
+        if _finite(of) and all(s in of for seeds in draws[:2] for s in seeds)
+    ]
     if len(draws) < 2 or len(whole) < 2:
         return None
     means = [[np.mean([of[s] for s in seeds]) for of in whole] for seeds in draws[:2]]
     tau = float(stats.kendalltau(*means).statistic)
     return tau if np.isfinite(tau) else None
+
+
+def _finite(values: Mapping[int, float]) -> bool:
+    """Whether there are values, and all are finite: the mean of the others is a selection."""
+    return bool(values) and bool(np.isfinite(list(values.values())).all())

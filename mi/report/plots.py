@@ -130,7 +130,7 @@ def _curves(sweep: Sweep, remarks: list[str]) -> Figure:
     for arm, (colour, dashes) in zip(sweep.arms, _style(sweep), strict=True):
         curve = line(sweep, arm)
         if not np.isfinite(arm.curve(sweep.metric, sweep.curves)[1]).all():
-            remarks.append(f'{arm.label}: its curve leaves out steps that are NaN or infinite')
+            remarks.append(f'{arm.label}: its curve leaves out steps that are not finite')
         if curve is None:
             missing.append(arm.label)
             continue
@@ -223,7 +223,9 @@ COSTS = {'parameters': 'parameters', 'flops': 'FLOPs per {unit}', 'seconds': 'tr
 
 
 def costs(sweep: Sweep, row: Row) -> dict[str, float | None]:
-    """What an arm costs, by the words of COSTS."""
+    """What an arm costs, by the words of COSTS; nothing where it is not compared."""
+    if not sweep.compares(row.arm):
+        return dict.fromkeys(COSTS)
     counted = row.arm.counted
     return {
         'parameters': counted('parameters', 'model'),
@@ -237,7 +239,7 @@ def _pareto(sweep: Sweep, rows: list[Row]) -> Figure | None:
     there = [
         (row, row.metric, style, costs(sweep, row))
         for row, style in zip(rows, _style(sweep), strict=True)
-        if row.metric is not None
+        if row.metric is not None and sweep.compares(row.arm)
     ]
     panels = [name for name in COSTS if all(cost[name] for *_, cost in there)]
     if len(there) < 2 or not panels:

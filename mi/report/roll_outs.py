@@ -81,18 +81,18 @@ def table(
     """Parameters and scores of {name: arm}; the ratio of the metric to that of the reference.
 
     Means over seeds with intervals, as NOTE says; the ratio in each of the sets of seeds `draws`,
-    or of all seeds if there are none.
+    or of all seeds if there are none. There are none where a seed is not finite.
     """
     header = ['law', 'parameters', *map(tables.words, scores), 'valid']
     against = f'{tables.words(metric)} / that of {reference}'
     header += [f'{against}, seeds {seeds[0]} to {seeds[-1]}' for seeds in draws] or [against]
-    baseline = arms[reference].final(metric, split) if reference in arms else {}
+    baseline = arms[reference].finite(metric, split) if reference in arms else {}
     body = []
     for name, arm in arms.items():
         parameters = arm.counted('parameters', 'model')
         line = [name, tables.NONE if parameters is None else f'{parameters:,}']
         for score in scores:
-            values = arm.final(score, split)
+            values = arm.finite(score, split)
             text = ratios.text(ratios.geometric(values, name) if values else None)
             if score.startswith('drift') and values:
                 moving = {s for s, error in arm.final('error', split).items() if error < LEARNT}
@@ -100,8 +100,9 @@ def table(
                 text = ratios.text(ratios.geometric(some, name) if some else None)
                 text += f' ({len(some)} of {len(values)})' * (len(some) < len(values))
             line.append(text)
-        line.append(str(tables.interval(statistics.estimate(arm.final('valid', split), name), 2)))
-        found = arm.final(metric, split)
+        valid = arm.finite('valid', split)
+        line.append(str(tables.interval(statistics.estimate(valid, name) if valid else None, 2)))
+        found = arm.finite(metric, split)
         for seeds in draws or [tuple(found)]:
             ratio = ratios.ratio({s: found[s] for s in seeds if s in found}, baseline, name)
             line.append(ratios.text(None if name == reference else ratio))

@@ -3,22 +3,19 @@
 sweep.json    what is compared, and one folder per member, each a run directory;
               members of one label are one arm: of several seeds, or of a task each
 config.json   resolved config          status.json    how the run stands, where it ran
+lock          held while it goes on    stopped.json   why a rule of the sweep has ended it
 metrics.jsonl one record per step,     timing.jsonl   seconds since the record before
               seed and split           cost.json      parameters and FLOPs per token or step
 """
 
 import dataclasses
-import json
 import math
 import pathlib
-from collections.abc import Mapping
-from typing import Any, TypeGuard
 
 import numpy as np
 
 from mi.config import UserError
-
-Record = dict[str, Any]
+from mi.report.files import Record, field, held, is_number, read_lines, read_object
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +24,14 @@ class Arm:
 
     Attributes:
       label: what tables and figures call it; unique in a sweep.
-      state: running, done, failed or preempted as the run wrote it; 'missing' without a status.
-      reason: why it failed or is missing.
+      state: running, done, failed or preempted as the run wrote it; 'died' if it wrote running and
+        is no more; 'stopped' by a rule of the sweep; 'missing' without a status.
+      reason: why it failed, died, was stopped or is missing.
       seeds: the seeds that the config asks for, whether they have finished or not.
       overrides: how sweep.json says that the arm differs, {dotted key: value}.
       config, cost, status: the JSON files, empty where absent.
       metrics, timing: the records, in the order of the files.
-      own_runs: whether its tasks were learnt by runs of their own, and not all by each agent.
+      tasks: those that its runs learnt, each run one of them; empty where each agent learns all.
     """
 
     label: str
@@ -46,20 +44,30 @@ class Arm:
     status: Record = dataclasses.field(default_factory=dict)
     metrics: list[Record] = dataclasses.field(default_factory=list)
     timing: list[Record] = dataclasses.field(default_factory=list)
-    own_runs: bool = False
+    tasks: tuple[str, ...] = ()
+
+    @property
+    def own_runs(self) -> bool:
+        """Whether it has several tasks, learnt by runs of their own and not all by each agent."""
+        return len(self.tasks) > 1
 
     def names(self, split: str) -> list[str]:
         """The names of all numbers in the records of a split, in order of appearance."""
         rows = (r for r in self.metrics if r['split'] == split)
-        names = {name: None for r in rows for name, value in r.items() if _is_number(value)}
+        names = {name: None for r in rows for name, value in r.items() if is_number(value)}
         return [name for name in names if name not in ('step', 'seed')]
 
     def by_seed(self, metric: str, split: str) -> dict[int, dict[int, float]]:
-        """{seed: {step: value}}, both sorted; where a step was written twice, the last counts."""
+        """{seed: {step: value}}, both sorted; where a step was written twice, the last counts.
+
+        What is not finite is written as null: it is nan here, and not left out, or a seed that
+        diverged would have the value before that.
+        """
         found: dict[int, dict[int, float]] = {}
         for r in self.metrics:
-            if r['split'] == split and _is_number(r.get(metric)):
-                found.setdefault(r['seed'], {})[r['step']] = float(r[metric])
+            value = math.nan if metric in r and r[metric] is None else r.get(metric)
+            if r['split'] == split and is_number(value):
+                found.setdefault(r['seed'], {})[r['step']] = float(value)
         return {seed: dict(sorted(found[seed].items())) for seed in sorted(found)}
 
     def final(self, metric: str, split: str) -> dict[int, float]:
@@ -72,6 +80,11 @@ class Arm:
             return {}
         return {seed: values[max(values)] for seed, values in self.by_seed(metric, split).items()}
 
+    def finite(self, metric: str, split: str) -> dict[int, float]:
+        """As `final`; empty where a seed is not finite, for the others would be a selection."""
+        values = self.final(metric, split)
+        return values if all(map(math.isfinite, values.values())) else {}
+
     def curve(self, metric: str, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps [N] and values [seeds, N], at the steps that every recorded seed has."""
         seeds = list(self.by_seed(metric, split).values())
@@ -79,13 +92,23 @@ class Arm:
         values = np.array([[seed[step] for step in steps] for seed in seeds], float)
         return np.array(steps, int), values.reshape(len(seeds), len(steps))
 
-    def scores(self, metric: str, split: str) -> tuple[tuple[str, ...], np.ndarray]:
-        """Tasks and [seeds, tasks] of `metric/TASK` at the end, of seeds that are finite in all."""
+    def scores(
+        self, metric: str, split: str, step: int | None = None
+    ) -> tuple[tuple[str, ...], np.ndarray]:
+        """Tasks and [seeds, tasks] of `metric/TASK`, of seeds that are finite in all.
+
+        At a step, or at the end.
+        """
         prefix = f'{metric}/'
         names = [name for name in self.names(split) if name.startswith(prefix)]
-        finals = [self.final(name, split) for name in names]
-        seeds = sorted(set.intersection(*map(set, finals))) if finals else []
-        values = np.array([[final[seed] for final in finals] for seed in seeds], float)
+        found = [
+            self.final(name, split)
+            if step is None
+            else {s: of[step] for s, of in self.by_seed(name, split).items() if step in of}
+            for name in names
+        ]
+        seeds = sorted(set.intersection(*map(set, found))) if found else []
+        values = np.array([[of[seed] for of in found] for seed in seeds], float)
         values = values.reshape(len(seeds), len(names))
         values = values[np.isfinite(values).all(axis=1)]
         return tuple(name.removeprefix(prefix) for name in names) if len(values) else (), values
@@ -99,7 +122,7 @@ class Arm:
     def rate(self, unit: str) -> float | None:
         """Tokens (or steps) over seconds of all training, not the mean of the recorded rates."""
         name = f'{unit}s_per_second'
-        last = {r['step']: r for r in self.timing if _is_number(r.get(name))}
+        last = {r['step']: r for r in self.timing if is_number(r.get(name))}
         seconds = math.fsum(r['seconds'] for r in last.values())
         done = math.fsum(r['seconds'] * r[name] for r in last.values())
         return done / seconds if seconds > 0 else None
@@ -150,10 +173,31 @@ class Sweep:
             found.setdefault(name, []).append(arm)
         return found
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What arms have to have learnt to be compared, where each task has runs of its own.
+
+        The tasks of the baseline; without one, all that any arm has learnt.
+        """
+        of_baseline = [arm.tasks for arm in self.arms if arm.label == self.baseline]
+        every = (task for arm in self.arms for task in arm.tasks)
+        return of_baseline[0] if of_baseline else tuple(dict.fromkeys(every))
+
+    def compares(self, arm: Arm) -> bool:
+        """Whether an arm has learnt these tasks: a mean over others is another number."""
+        return set(arm.tasks) == set(self.tasks)
+
     def left_out(self) -> str:
-        """A sentence that names the arms that are not done, for tables that do not show them."""
-        labels = [f'{arm.label} ({arm.state})' for arm in self.arms if arm.state != 'done']
-        return f'Not here, as not done: {"; ".join(labels)}.' if labels else ''
+        """Names the arms that are not done or not finite, for tables that do not show them."""
+        undone = [f'{arm.label} ({arm.state})' for arm in self.arms if arm.state != 'done']
+        diverged = [
+            arm.label
+            for arm in self.arms
+            if arm.final(self.metric, self.split) and not arm.finite(self.metric, self.split)
+        ]
+        said = [f'Not here, as not done: {"; ".join(undone)}.'] if undone else []
+        said += [f'Not here, as a seed is not finite: {"; ".join(diverged)}.'] if diverged else []
+        return ' '.join(said)
 
     @property
     def unit(self) -> str:
@@ -164,46 +208,51 @@ class Sweep:
         return next(units, 'token')
 
 
-def read(workdir: pathlib.Path) -> Sweep:
+def read(workdir: pathlib.Path, flag: str = 'workdir') -> Sweep:
     """Reads a sweep directory or a single run directory.
+
+    Args:
+      workdir: the directory.
+      flag: what it was given as.
 
     Raises:
       UserError: if it is neither, or a file in it is not what it should be.
     """
     if not workdir.is_dir():
-        raise UserError(f'--workdir={workdir} is not a directory')
+        raise UserError(f'--{flag}={workdir} is not a directory')
     if (workdir / 'sweep.json').exists():
         return _read_sweep(workdir)
     if (workdir / 'config.json').exists():
         return _read_single(workdir)
     raise UserError(
-        f'--workdir={workdir} is neither a sweep (no sweep.json) nor a run (no config.json)'
+        f'--{flag}={workdir} is neither a sweep (no sweep.json) nor a run (no config.json)'
     )
 
 
 def _read_sweep(workdir: pathlib.Path) -> Sweep:
     path = workdir / 'sweep.json'
-    sweep = _read_object(path)
-    members = _field(sweep, 'members', list, path)
-    metric = _field(sweep, 'metric', str, path)
+    sweep = read_object(path)
+    members = field(sweep, 'members', list, path)
+    metric = field(sweep, 'metric', str, path)
     warnings: list[str] = []
     arms: dict[str, list[Arm]] = {}
     tasks: dict[str, dict[str, list[Arm]]] = {}
     for member in members:
         if not isinstance(member, dict):
             raise UserError(f'{path}: a member is {member!r}: expected an object with a name')
-        name = _field(member, 'name', str, path)
-        overrides = _field({'overrides': {}} | member, 'overrides', dict, path)
-        label = _field({'label': name} | member, 'label', str, path)
+        name = field(member, 'name', str, path)
+        overrides = field({'overrides': {}} | member, 'overrides', dict, path)
+        label = field({'label': name} | member, 'label', str, path)
         run = _read_run(workdir / name, label, overrides, warnings)
         if 'task' in member:
-            task = _field(member, 'task', str, path)
+            task = field(member, 'task', str, path)
             tasks.setdefault(label, {}).setdefault(task, []).append(run)
         arms.setdefault(label, []).append(run)
     if not arms:
         raise UserError(f'{path}: members = []: expected one or more')
+    every = dict.fromkeys(task for of_label in tasks.values() for task in of_label)
     joined = [
-        _of_tasks({task: _joined(runs, path) for task, runs in tasks[label].items()}, metric)
+        _of_tasks({t: _joined(tasks[label][t], path) for t in every if t in tasks[label]}, metric)
         if label in tasks
         else _joined(members, path)
         for label, members in arms.items()
@@ -213,18 +262,18 @@ def _read_sweep(workdir: pathlib.Path) -> Sweep:
         raise UserError(f'{path}: baseline = {baseline!r}: expected null or one of {list(arms)}')
     return Sweep(
         path=workdir,
-        title=sweep.get('title') or _field(sweep, 'name', str, path),
+        title=sweep.get('title') or field(sweep, 'name', str, path),
         metric=metric,
-        split=_field(sweep, 'split', str, path),
-        curves=_field({'curves': 'valid'} | sweep, 'curves', str, path),
-        lower_is_better=_field(sweep, 'lower_is_better', bool, path),
+        split=field(sweep, 'split', str, path),
+        curves=field({'curves': 'valid'} | sweep, 'curves', str, path),
+        lower_is_better=field(sweep, 'lower_is_better', bool, path),
         baseline=baseline,
         arms=joined,
-        notes=[str(note) for note in _field({'notes': []} | sweep, 'notes', list, path)],
+        notes=[str(note) for note in field({'notes': []} | sweep, 'notes', list, path)],
         command=sweep.get('command'),
         warnings=warnings,
         draws=() if tasks else _draws(list(arms.values())),
-        problems=tuple(map(str, _field({'problems': []} | sweep, 'problems', list, path))),
+        problems=tuple(map(str, field({'problems': []} | sweep, 'problems', list, path))),
     )
 
 
@@ -266,7 +315,7 @@ def _mean_timing(of_runs: list[list[Record]]) -> list[Record]:
     timing: list[Record] = []
     for step in sorted(set.intersection(*map(set, by_step))):
         rows = [rows[step] for rows in by_step]
-        names = [name for name in rows[0] if all(_is_number(r.get(name)) for r in rows)]
+        names = [name for name in rows[0] if all(is_number(r.get(name)) for r in rows)]
         timing.append({name: sum(r[name] for r in rows) / len(rows) for name in names})
         timing[-1]['step'] = step
     return timing
@@ -276,21 +325,23 @@ def _of_tasks(arms: dict[str, Arm], metric: str) -> Arm:
     """One arm of the runs of several tasks, whose metric is the mean over them.
 
     Each record holds the metric of every task, as that of an agent that learns all of them does;
-    there is one where every task has a record of that step, seed and split.
+    there is one where every task has a record of that step, seed and split. The mean is null where
+    a task is, which is not finite there.
     """
     first = next(iter(arms.values()))
     if len(arms) == 1:
-        return first
+        return dataclasses.replace(first, tasks=tuple(arms))
     worst = next((arm for arm in arms.values() if arm.state != 'done'), first)
-    values: dict[tuple[int, int, str], dict[str, float]] = {}
+    values: dict[tuple[int, int, str], dict[str, float | None]] = {}
     for task, arm in arms.items():
         for r in arm.metrics:
-            if _is_number(r.get(metric)):
-                values.setdefault((r['step'], r['seed'], r['split']), {})[task] = float(r[metric])
+            if metric in r and (r[metric] is None or is_number(r[metric])):
+                values.setdefault((r['step'], r['seed'], r['split']), {})[task] = r[metric]
     records: list[Record] = []
     for (step, seed, split), of_task in values.items():
         if len(of_task) == len(arms):
-            whole = math.fsum(of_task.values()) / len(of_task)
+            finite = [value for value in of_task.values() if value is not None]
+            whole = math.fsum(finite) / len(arms) if len(finite) == len(arms) else None
             records.append({'step': step, 'seed': seed, 'split': split, metric: whole})
             records[-1] |= {f'{metric}/{task}': value for task, value in of_task.items()}
     return dataclasses.replace(
@@ -301,7 +352,7 @@ def _of_tasks(arms: dict[str, Arm], metric: str) -> Arm:
         status=worst.status,
         metrics=records,
         timing=_mean_timing([arm.timing for arm in arms.values()]),
-        own_runs=True,
+        tasks=tuple(arms),
     )
 
 
@@ -332,20 +383,28 @@ def _read_run(path: pathlib.Path, label: str, overrides: Record, warnings: list[
     if not path.is_dir():
         return Arm(label, 'missing', f'no folder {path.name}', overrides=overrides)
     # The status is read first: a run that ends meanwhile counts as running, never the reverse.
-    status = _read_object(path / 'status.json', missing={})
+    status = read_object(path / 'status.json', missing={})
+    alive = held(path / 'lock') or held(path / 'launched')
+    if status.get('state') == 'running' and not alive:  # or it has just ended, and says so now
+        status = read_object(path / 'status.json', missing={})
     state, reason = status.get('state'), status.get('reason')
-    if not isinstance(state, str):
+    stopped = read_object(path / 'stopped.json', missing={})
+    if stopped and state != 'done' and not alive:
+        state, reason = 'stopped', stopped.get('reason')
+    elif not isinstance(state, str):
         state, reason = 'missing', f'no state in {path.name}/status.json'
-    config = _read_object(path / 'config.json', missing={})
+    elif state == 'running' and not alive:
+        state, reason = 'died', 'its process is gone'
+    config = read_object(path / 'config.json', missing={})
     done = state == 'done'
-    metrics = _read_lines(path / 'metrics.jsonl', done, warnings)
+    metrics = read_lines(path / 'metrics.jsonl', done, warnings)
     for number, r in metrics.items():
         fine = isinstance(r.get('step'), int) and isinstance(r.get('seed'), int)
         if not fine or not isinstance(r.get('split'), str):
             raise UserError(f'{path / "metrics.jsonl"}, line {number}: no step, seed and split')
-    timing = _read_lines(path / 'timing.jsonl', done, warnings)
+    timing = read_lines(path / 'timing.jsonl', done, warnings)
     for number, r in timing.items():
-        if not isinstance(r.get('step'), int) or not _is_number(r.get('seconds')):
+        if not isinstance(r.get('step'), int) or not is_number(r.get('seconds')):
             raise UserError(f'{path / "timing.jsonl"}, line {number}: no step and seconds')
     seeds = config.get('seeds')
     if not isinstance(seeds, list):
@@ -357,56 +416,8 @@ def _read_run(path: pathlib.Path, label: str, overrides: Record, warnings: list[
         seeds=tuple(seeds),
         overrides=overrides,
         config=config,
-        cost=_read_object(path / 'cost.json', missing={}),
+        cost=read_object(path / 'cost.json', missing={}),
         status=status,
         metrics=list(metrics.values()),
         timing=list(timing.values()),
     )
-
-
-def _read_lines(path: pathlib.Path, done: bool, warnings: list[str]) -> dict[int, Record]:
-    """{line number: record}. What follows the last newline is a record that was being written."""
-    if not path.exists():
-        return {}
-    *lines, rest = path.read_bytes().split(b'\n')
-    records = {n: _record(line, path, n) for n, line in enumerate(lines, 1) if line.strip()}
-    if rest.strip():
-        try:
-            records[len(lines) + 1] = _record(rest, path, len(lines) + 1)
-        except UserError:
-            if done:
-                raise
-            warnings.append(f'{path}, line {len(lines) + 1}: skipped, it is half written')
-    return records
-
-
-def _record(line: bytes, path: pathlib.Path, number: int) -> Record:
-    try:
-        record = json.loads(line)
-    except ValueError:  # also of bytes that are not text
-        record = None
-    if not isinstance(record, dict):
-        raise UserError(f'{path}, line {number}: not a JSON object')
-    return record
-
-
-def _read_object(path: pathlib.Path, missing: Record | None = None) -> Record:
-    if missing is not None and not path.exists():
-        return missing
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f'{path}: not JSON ({error})') from error
-    if not isinstance(value, dict):
-        raise UserError(f'{path}: not a JSON object')
-    return value
-
-
-def _field(record: Mapping[str, Any], key: str, kind: type, path: pathlib.Path) -> Any:
-    if not isinstance(record.get(key), kind):
-        raise UserError(f'{path}: {key} = {record.get(key)!r}: expected a {kind.__name__}')
-    return record[key]
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)

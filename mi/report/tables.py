@@ -192,7 +192,7 @@ def cells(sweep: Sweep, rows: list[Row]) -> Table:
         means = {
             i: row.metric.mean
             for i, row in enumerate(rows)
-            if row.metric is not None and row.arm.label in labels
+            if row.metric is not None and row.arm.label in labels and sweep.compares(row.arm)
         }
         target = (min if sweep.lower_is_better else max)(means.values(), default=None)
         best |= {i for i, mean in means.items() if mean == target and len(labels) > 1}

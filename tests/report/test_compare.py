@@ -75,6 +75,14 @@ def test_arms_that_one_side_has_not_are_lost_or_new(sweeps, tmp_path):
     assert 'lost missing in the candidate' in text and '— not in the baseline' in text
 
 
+def test_an_arm_that_diverges_is_lost(sweeps, tmp_path):
+    file = sweeps[1] / 'mi' / 'metrics.jsonl'
+    file.write_text(file.read_text().replace('"bits_per_byte": 3.125', '"bits_per_byte": null'))
+    found = {p.label: p for p in compare.compare(*sweeps, tmp_path / 'out')}
+    assert found['mi'].verdict == 'lost' and compare.is_worse(found['mi'])
+    assert 'lost not finite in the candidate' in (tmp_path / 'out' / 'compare.md').read_text()
+
+
 def test_what_differs_in_configs_and_costs_is_said(sweeps):
     before, after = sweeps
     for arm in AFTER:
@@ -109,6 +117,46 @@ def test_the_exit_code_says_whether_an_arm_is_worse(sweeps, swapped, flags, code
     done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=60)
     assert done.returncode == code
     assert done.stderr == ('error: worse or lost: mi\n' if code else '')
+
+
+@pytest.mark.parametrize(
+    ('seeds', 'message'),
+    [
+        ((2,), 'mi (one seed in common), film (one seed in common)'),
+        ((), 'concat (no seed in common), mi (no seed in common), film (no seed in common)'),
+    ],
+)
+def test_what_cannot_be_judged_has_not_passed(sweeps, seeds, message):
+    """Of the candidate's seeds only these are the baseline's; of concat, seed 2 is equal."""
+    before, after = sweeps
+    for arm in AFTER:
+        file = after / arm / 'metrics.jsonl'
+        records = [json.loads(line) for line in file.read_text().splitlines()]
+        records = [r | {'seed': r['seed'] + 10 * (r['seed'] not in seeds)} for r in records]
+        made.lines(file, records)
+    if seeds:  # a better one, that one seed does not show
+        file = after / 'film' / 'metrics.jsonl'
+        file.write_text(file.read_text().replace('"bits_per_byte": 4.0', '"bits_per_byte": 1.0'))
+    command = [sys.executable, '-m', 'mi.report', f'--baseline={before}', f'--candidate={after}']
+    done = subprocess.run([*command, '--fail_on_worse'], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.count('\n') == 1
+    assert done.stderr.startswith(f'error: cannot be judged: {message}; expected ')
+    found = compare.pairs(*map(runs.read, sweeps))
+    assert [pair.verdict for pair in found] == (['equal', None, None] if seeds else [None] * 3)
+    assert not any(map(compare.why_not, compare.pairs(runs.read(before), runs.read(before))))
+
+
+def test_a_directory_that_is_not_there_is_named_by_its_flag(sweeps, tmp_path):
+    with pytest.raises(UserError, match=r'--baseline=.*nowhere is not a directory'):
+        compare.compare(tmp_path / 'nowhere', sweeps[1])
+    with pytest.raises(UserError, match=r'--candidate=.* is neither a sweep'):
+        compare.compare(sweeps[0], tmp_path)
+
+
+def test_a_comparison_that_cannot_be_written_is_one_line(sweeps, tmp_path):
+    (tmp_path / 'out' / 'compare.md').mkdir(parents=True)
+    with pytest.raises(UserError, match=r'--out=.*/out: Is a directory; name another'):
+        compare.compare(*sweeps, tmp_path / 'out')
 
 
 def test_half_a_comparison_is_refused(sweeps):

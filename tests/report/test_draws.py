@@ -54,6 +54,14 @@ def test_where_higher_is_better_the_ranks_turn(tmp_path):
     assert ranks == [['1', '2'], ['3', '3'], ['2', '1']]
 
 
+def test_an_arm_that_diverged_is_named_and_not_ranked(tmp_path):
+    finals = FINALS | {'gate': {0: 0.1, 1: None, 7: 0.1, 9: 0.1}}
+    text = draws.to_markdown(runs.read(write(tmp_path, ([0, 1], [7, 9]), finals)))
+    lines = text.splitlines()
+    assert [line.split('|')[3].strip() for line in lines[2:5]] == ['3', '1', '2']
+    assert lines[-1] == 'Not ranked, as a seed is not finite: gate.' and '| gate' not in text
+
+
 @pytest.mark.parametrize('sets', [([0, 1, 7, 9],), ([0], [1], [7])])
 def test_one_set_or_one_seed_each_are_no_draws(tmp_path, sets):
     report.write(write(tmp_path, sets))

@@ -1,6 +1,8 @@
 """A report on a small sweep of known numbers, and on directories that are not what they should."""
 
+import contextlib
 import csv
+import fcntl
 import json
 import re
 import shutil
@@ -11,6 +13,7 @@ import pytest
 
 from mi import report
 from mi.config import UserError
+from mi.report import runs
 from tests.conftest import ROOT
 
 SEEDS = [0, 1, 2]
@@ -179,15 +182,41 @@ def test_missing_seeds_are_said_and_pairs_are_common(sweep):
     assert '2 of 3 seeds have a final record' in page and 'concat 3, mi 2' in page
 
 
-def test_a_run_that_diverged_has_no_mean_but_its_row(sweep):
+@pytest.mark.parametrize('value', ['NaN', 'null'])
+def test_a_run_that_diverged_has_no_mean_but_its_row(sweep, value):
     file = sweep / 'fusion=concat' / 'metrics.jsonl'
-    file.write_text(file.read_text().replace('"bits_per_byte": 4.0', '"bits_per_byte": NaN'))
+    file.write_text(file.read_text().replace('"bits_per_byte": 4.0', f'"bits_per_byte": {value}'))
     report.write(sweep)
     rows = table(sweep)
     assert rows['concat']['mean'] == '' and 'seed 2 is nan' in rows['concat']['remarks']
     assert rows['mi']['mean'] and rows['mi']['difference_mean'] == ''
     assert rows['mi']['remarks'] == 'mi: no difference, concat has no value to pair'
     assert 'concat: the value of seed 2 is nan' in text(sweep)
+
+
+def test_a_seed_that_diverges_late_is_not_scored_by_what_it_had_before(sweep):
+    """mi is better than concat up to step 10, and seed 2 is not finite at step 20."""
+    file = sweep / 'fusion=mi' / 'metrics.jsonl'
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    for r in records:
+        if r['split'] == 'valid':
+            r['bits_per_byte'] -= 4
+            r['nats_per_token'] = 1.0
+        if (r['split'], r['step'], r['seed']) == ('valid', 20, 2):
+            r['bits_per_byte'] = r['nats_per_token'] = None
+    lines(file, records)
+    change(sweep, split='valid')
+    report.write(sweep)
+    rows = table(sweep)
+    assert float(rows['concat']['mean']) == 6.0
+    given = ('mean', 'difference_mean', 'p', 'verdict', 'median_mean', 'improvement_mean')
+    assert [rows['mi'][key] for key in given] == [''] * 6 and 'nats_per_token' not in rows['mi']
+    assert 'seed 2 is nan; no mean' in rows['mi']['remarks']
+    assert 'its curve leaves out steps that are not finite' in text(sweep)
+    read = runs.read(sweep)
+    curve = read.arms[1].curve('bits_per_byte', 'valid')
+    assert curve[0].tolist() == [0, 10, 20] and curve[1][2].tolist()[:2] == [7.0, 5.0]
+    assert 'Not here, as a seed is not finite: mi.' in read.left_out()
 
 
 def test_runs_of_other_seeds_are_one_arm(sweep):
@@ -209,7 +238,8 @@ def test_runs_of_other_seeds_are_one_arm(sweep):
     assert (mi['seeds'], mi['seeds_asked'], float(mi['mean'])) == ('3', '3', sum(MI.values()) / 3)
     assert float(mi['train_seconds']) == 12.0
     change_json(sweep / 'fusion=more' / 'status.json', state='running')
-    report.write(sweep)
+    with locked(sweep / 'fusion=more'):
+        report.write(sweep)
     assert table(sweep)['mi']['state'] == 'running'
 
 
@@ -250,6 +280,40 @@ def test_nothing_recorded_yet_is_still_a_report(sweep):
     assert 'No arm has a final record yet' in text(sweep)
 
 
+@contextlib.contextmanager
+def locked(run):
+    """As while it goes on."""
+    with open(run / 'lock', 'a+') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def test_a_run_that_was_killed_has_died(sweep):
+    """Its status says running for ever, and nobody holds its lock."""
+    mi = sweep / 'fusion=mi'
+    change_json(mi / 'status.json', state='running')
+    with locked(mi):
+        assert runs.read(sweep).arms[1].state == 'running'
+    (arm,) = runs.read(mi).arms
+    assert (arm.state, arm.reason) == ('died', 'its process is gone')
+    report.write(sweep)
+    assert 'died (its process is gone)' in text(sweep, 'table.md')
+
+
+@pytest.mark.parametrize('state', ['preempted', 'running'])
+def test_a_run_that_a_rule_has_stopped_says_why(sweep, state):
+    mi = sweep / 'fusion=mi'
+    change_json(mi / 'status.json', state=state)
+    (mi / 'stopped.json').write_text('{"reason": "rung 1: 5.2 is not among the best 1 of 3"}')
+    report.write(sweep)
+    row = table(sweep)['mi']
+    assert row['state'] == 'stopped' and row['reason'].startswith('rung 1: 5.2 is not')
+    with locked(mi):  # it saves, and ends soon
+        assert runs.read(sweep).arms[1].state == state
+    change_json(mi / 'status.json', state='done')  # it had ended before it saw that
+    assert runs.read(sweep).arms[1].state == 'done'
+
+
 def half_write(sweep, state):
     run = sweep / 'fusion=mi'
     status = json.loads((run / 'status.json').read_text()) | {'state': state}
@@ -260,7 +324,8 @@ def half_write(sweep, state):
 
 def test_the_half_written_line_of_a_running_run_is_skipped(sweep, capsys):
     half_write(sweep, 'running')
-    report.write(sweep)
+    with locked(sweep / 'fusion=mi'):
+        report.write(sweep)
     assert 'line 13: skipped, it is half written' in capsys.readouterr().err
     assert 'line 13: skipped' in text(sweep)
     assert table(sweep)['mi']['state'] == 'running'
@@ -317,6 +382,17 @@ def test_directories_that_are_neither(tmp_path):
         report.write(tmp_path / 'nowhere')
     with pytest.raises(UserError, match='neither a sweep'):
         report.write(tmp_path)
+
+
+@pytest.mark.parametrize('name', ['table.md', 'finals.pdf'])
+def test_a_directory_that_cannot_be_written_to_is_one_line(sweep, tmp_path, name):
+    (tmp_path / 'out' / name).mkdir(parents=True)  # root may write to what is read-only
+    with pytest.raises(UserError, match=r'--out=.*/out: Is a directory; name another') as raised:
+        report.write(sweep, tmp_path / 'out')
+    assert '\n' not in str(raised.value)
+    (tmp_path / 'file').touch()
+    with pytest.raises(UserError, match=r'--out=.*/file: File exists; name another'):
+        report.write(sweep, tmp_path / 'file')
 
 
 def test_a_failure_of_the_command_is_one_line(tmp_path):
@@ -404,6 +480,18 @@ def test_forty_arms_of_many_sizes_fit_into_the_figures(tmp_path):
         assert len(ys) == 40 and all(0 < float(y) < height for y in ys)
     drawn = text(tmp_path, 'pareto.svg')
     assert '<!-- 10k -->' in drawn and 'mathdefault' not in drawn
+
+
+def test_arms_that_differ_in_their_last_word_have_entries_of_their_own(tmp_path):
+    labels = [f'transformer, decoder, recurrent context, {word}' for word in ('film', 'gate')]
+    for label in labels:
+        make_run(tmp_path / label, label, MI)
+    write_sweep(tmp_path, [{'name': label} for label in labels], baseline=None)
+    report.write(tmp_path)
+    for figure in ('curves', 'finals', 'pareto'):
+        entries = re.findall('<!-- (transformer.*?) -->', text(tmp_path, f'{figure}.svg'))
+        entries = [entry for entry in entries if len(entry) <= 34]
+        assert sorted(entry[-4:] for entry in entries) == ['film', 'gate']
 
 
 @pytest.mark.parametrize('kind', ['over_seeds', 'over_runs'])

@@ -8,7 +8,7 @@ def arm(label, error, drift):
     seeds = range(4)
     rows = [
         {'step': 1, 'seed': s, 'split': 'eval', 'error': error[s], 'drift': drift[s], 'valid': 0.5}
-        | {'long': 2.0 * error[s]}
+        | {'long': 2.0 * (error[s] or 0)}
         for s in seeds
     ]
     cost = {'parameters': {'model': 10}}
@@ -32,3 +32,14 @@ def test_a_law_that_rests_does_not_count_as_one_that_keeps_its_energy():
     assert found['ours'][header[-2]].startswith('0.50 [')  # 0.1 / 0.2
     assert found['ours'][header[-1]].startswith('2.4 [')  # √(3 · 2)
     assert found['base'][header[-1]] == '—'
+
+
+def test_an_arm_that_diverged_has_no_scores():
+    ours = arm('ours', error=[0.1, None, 0.9, 0.4], drift=[4.0, 1.0, 1.0, 2.0])
+    ours.metrics[1]['long'] = None
+    base = arm('base', error=[0.2, 0.2, 0.3, 0.2], drift=[1.0, 1.0, 1.0, 1.0])
+    arms = {'base': base, 'ours': ours}
+    text = roll_outs.table(arms, ('error', 'drift'), 'long', 'eval', 'base', ((0, 1), (2, 3)))
+    cells = [c.strip() for c in text.splitlines()[-1].strip('|').split('|')]
+    assert cells[2] == '—' and cells[-2:] == ['—', '—']
+    assert cells[3].startswith('2.8 [') and cells[3].endswith('(2 of 4)')  # √(4 · 2)

@@ -1,0 +1,120 @@
+"""Sweeps in which each task has runs of its own, of known numbers."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mi import report
+from mi.report import arms, compare, runs, statistics
+from tests.report import test_report as made
+
+PONG, BREAKOUT = {0: 10.0, 1: 12.0, 2: 11.0}, {0: 100.0, 1: 101.0, 2: 105.0}
+BOTH = {'Pong': PONG, 'Breakout': BREAKOUT}
+
+
+def more(of, by):
+    return {seed: value + by for seed, value in of.items()}
+
+
+def write(path, scores, baseline='concat'):
+    """{arm: {task: {seed: return}}}, at step 20; half of it at step 10."""
+    members = []
+    for arm, of_arm in scores.items():
+        for task, of_seed in of_arm.items():
+            run = path / f'{arm},{task}'
+            made.make_run(run, arm, {})
+            made.lines(run / 'metrics.jsonl', [
+                {'step': step, 'seed': seed, 'split': 'eval'}
+                | {'return': value if value is None else value * step / 20}
+                for step in (10, 20)
+                for seed, value in of_seed.items()
+            ])  # fmt: skip
+            made.change_json(run / 'config.json', seeds=list(of_seed))
+            members.append({'name': run.name, 'label': arm, 'task': task})
+    what = {'metric': 'return', 'split': 'eval', 'curves': 'eval', 'lower_is_better': False}
+    made.write_sweep(path, members, baseline=baseline, **what)
+    return path
+
+
+def bold(path):
+    lines = made.text(path, 'table.md').splitlines()
+    return [line.split('|')[1].strip() for line in lines if '| **' in line]
+
+
+def test_an_arm_of_fewer_tasks_is_not_compared(tmp_path):
+    """mi has learnt Pong alone, and better than concat has; its mean is that of an easier set."""
+    gate = {task: more(of, 2) for task, of in BOTH.items()}
+    write(tmp_path, {'concat': BOTH, 'mi': {'Pong': more(PONG, 500)}, 'gate': gate})
+    report.write(tmp_path)
+    rows = made.table(tmp_path)
+    given = ('difference_mean', 'p', 'verdict', 'improvement_mean', 'equal_time_mean')
+    assert [rows['mi'][key] for key in given] == [''] * 5
+    assert float(rows['mi']['mean']) == 511.0
+    assert rows['mi']['remarks'] == 'mi learnt 1 of 2 tasks: not compared'
+    assert (float(rows['gate']['difference_mean']), rows['gate']['verdict']) == (2.0, 'better')
+    assert float(rows['gate']['p_holm']) == 2 / 2**6  # of six pairs, and one arm
+    assert bold(tmp_path) == ['gate']
+    assert '<!-- mi -->' not in made.text(tmp_path, 'pareto.svg')
+    page = made.text(tmp_path)
+    data = json.loads(page.partition('id="data">')[2].partition('</script>')[0])
+    assert [any(arm['costs'].values()) for arm in data['arms']] == [True, False, True]
+
+
+def test_without_a_baseline_the_arms_of_all_tasks_are_compared(tmp_path):
+    write(tmp_path, {'concat': BOTH, 'mi': {'Pong': more(PONG, 500)}}, baseline=None)
+    report.write(tmp_path)
+    assert bold(tmp_path) == ['concat']
+    assert made.table(tmp_path)['mi']['remarks'] == 'mi learnt 1 of 2 tasks: not compared'
+
+
+def test_arms_of_one_task_each_are_not_compared_where_it_is_another(tmp_path):
+    write(tmp_path, {'concat': {'Pong': PONG}, 'mi': {'Breakout': BREAKOUT}})
+    concat, mi = arms.rows(runs.read(tmp_path))
+    assert (mi.difference, mi.test, mi.verdict, mi.summary.improvement) == (None,) * 4
+    assert mi.remarks == ['mi learnt other tasks: not compared'] and concat.remarks == []
+
+
+def test_the_tasks_are_paired_in_whatever_order_the_members_come(tmp_path):
+    turned = {task: more(BOTH[task], 1) for task in ('Breakout', 'Pong')}
+    write(tmp_path, {'concat': BOTH, 'mi': turned})
+    _, mi = arms.rows(runs.read(tmp_path))
+    assert (mi.difference.mean, mi.difference.low, mi.difference.high) == (1, 1, 1)
+    assert mi.test.p == 2 / 2**6 and mi.summary.tasks == ('Pong', 'Breakout')
+
+
+def test_every_interval_draws_the_runs_of_each_task_on_their_own(tmp_path):
+    """Also at equal time, and of the difference where an arm lacks a seed."""
+    rng = np.random.default_rng(0)
+    scores = {
+        arm: {task: dict(enumerate(rng.normal(size=seeds).tolist())) for task in BOTH}
+        for arm, seeds in (('concat', 6), ('mi', 5))
+    }
+    write(tmp_path, scores)
+    read = runs.read(tmp_path)
+    _, mi = arms.rows(read)
+    theirs, ours = (np.array([list(of.values()) for of in scores[a].values()]).T for a in scores)
+    assert mi.metric == statistics.over_runs(ours, statistics.mean)
+    assert mi.difference == statistics.over_runs(ours - theirs[:5], statistics.mean)
+    assert mi.test.p == statistics.sign_flips((ours - theirs[:5]).ravel()).p
+    assert mi.equal_time == mi.metric
+    late = tmp_path / 'mi,Pong' / 'timing.jsonl'  # concat is done when mi has made half its steps
+    made.lines(late, [{'step': 20, 'seconds': 24.0}])
+    _, mi = arms.rows(runs.read(tmp_path))
+    assert mi.equal_time == statistics.over_runs(ours / 2, statistics.mean)
+
+
+def test_a_task_that_diverged_leaves_its_arm_without_a_mean(tmp_path):
+    write(tmp_path, {'concat': BOTH, 'mi': {'Pong': PONG, 'Breakout': BREAKOUT | {1: None}}})
+    _, mi = arms.rows(runs.read(tmp_path))
+    assert (mi.metric, mi.difference, mi.verdict, mi.summary) == (None,) * 4
+    assert mi.remarks == ['mi: the value of seed 1 is nan; no mean']
+
+
+@pytest.mark.parametrize('candidate', [{'Pong': more(PONG, 500)}, BOTH])
+def test_two_sweeps_of_other_tasks_are_not_compared(tmp_path, candidate):
+    before = write(tmp_path / 'before', {'mi': BOTH}, baseline=None)
+    after = write(tmp_path / 'after', {'mi': candidate}, baseline=None)
+    (pair,) = compare.pairs(runs.read(before), runs.read(after))
+    assert pair.verdict == ('equal' if candidate is BOTH else None)
+    assert compare.why_not(pair) == ('' if candidate is BOTH else 'learnt 1 of 2 tasks')
