@@ -33,6 +33,9 @@ class Metrics:
         its last checkpoint is cut off, because the continued run writes it again.
       step: the step that is continued from.
       tracker: what gets a copy beside TensorBoard; closed with the files.
+
+    Raises:
+      UserError: if metrics.jsonl has no line that ends at `position`. It is left as it is.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class Metrics:
         tracker: Tracker | None = None,
     ):
         self._tracker = tracker
+        _refuse_cut(path / 'metrics.jsonl', position)
         self._metrics = open(path / 'metrics.jsonl', 'ab')  # noqa: SIM115
         self._metrics.truncate(position)
         self._metrics.seek(0, os.SEEK_END)  # or `tell` is where the file ended before
@@ -86,6 +90,23 @@ class Metrics:
         self._tensorboard.close()
         if self._tracker:
             self._tracker.close()
+
+
+def _refuse_cut(file: pathlib.Path, position: int) -> None:
+    """Refuses a file that was cut: `truncate` would fill it up with zeros to the position."""
+    if position == 0:
+        return
+    size = file.stat().st_size if file.exists() else 0
+    mend = 'restore it, or name another --workdir'
+    if size < position:
+        raise UserError(f'{file} has {size} bytes and the checkpoint needs {position}; {mend}')
+    with open(file, 'rb') as stream:
+        stream.seek(position - 1)
+        if stream.read(1) != b'\n':
+            raise UserError(
+                f'{file} has no line that ends at byte {position}, where the checkpoint goes on; '
+                f'{mend}'
+            )
 
 
 def _whole_lines(file: pathlib.Path) -> int:

@@ -1,6 +1,9 @@
 import json
 
+import pytest
+
 from mi import metrics
+from mi.config import UserError
 
 
 def lines(path):
@@ -26,6 +29,24 @@ def test_a_continued_file_loses_what_came_after_the_checkpoint(tmp_path):
     ]
     assert json.loads((tmp_path / 'timing.jsonl').read_text()) == {'step': 2, 'seconds': 1.5}
     assert list((tmp_path / 'tensorboard').iterdir())
+
+
+@pytest.mark.parametrize(
+    'left, said',
+    [
+        (None, 'has 0 bytes and the checkpoint needs 27'),
+        (b'{"step": 1}\n', 'has 12 bytes and the checkpoint needs 27'),
+        (b'{"step": 1}\n' * 2 + b'{"step": 2', 'has no line that ends at byte 27'),
+    ],
+)
+def test_a_file_without_the_lines_of_the_checkpoint_is_refused_as_it_is(tmp_path, left, said):
+    file = tmp_path / 'metrics.jsonl'
+    if left is not None:
+        file.write_bytes(left)
+    with pytest.raises(UserError, match=f'{said}.*; restore it, or name another --workdir'):
+        metrics.Metrics(tmp_path, 27, 2)
+    assert (file.read_bytes() if file.exists() else None) == left
+    assert list(tmp_path.iterdir()) == ([] if left is None else [file])
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(capfd):
