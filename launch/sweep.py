@@ -23,6 +23,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from launch import state
 from mi.config import UserError, difference, flat, nearest
 from mi.run import write_json
 
@@ -124,8 +125,8 @@ def load(file: str, workdir: pathlib.Path, engine: str = 'local') -> list[Member
     }
     record = workdir / 'sweep.json'
     if record.exists():
-        before, now = record.read_text(), json.dumps(description)
-        _refuse_changes(json.loads(before), json.loads(now), workdir)
+        before = state.described(workdir, {'name': str, 'members': list})
+        _refuse_changes(before, json.loads(json.dumps(description)), workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(record, description)
     return members

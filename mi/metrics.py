@@ -19,6 +19,7 @@ import rich.progress
 import tensorboardX
 
 from mi.config import UserError
+from mi.files import whole_lines
 from mi.tracking import Tracker
 
 Record = dict[str, Any]  # name → value
@@ -51,7 +52,7 @@ class Metrics:
         self._metrics.truncate(position)
         self._metrics.seek(0, os.SEEK_END)  # or `tell` is where the file ended before
         self._timing = open(path / 'timing.jsonl', 'ab')  # noqa: SIM115
-        self._timing.truncate(_whole_lines(path / 'timing.jsonl'))
+        self._timing.truncate(whole_lines(path / 'timing.jsonl'))
         self._tensorboard = tensorboardX.SummaryWriter(
             str(path / 'tensorboard'), purge_step=step or None, write_to_disk=True
         )
@@ -107,11 +108,6 @@ def _refuse_cut(file: pathlib.Path, position: int) -> None:
                 f'{file} has no line that ends at byte {position}, where the checkpoint goes on; '
                 f'{mend}'
             )
-
-
-def _whole_lines(file: pathlib.Path) -> int:
-    """Length of a file up to its last newline; a killed run may leave half a line after it."""
-    return file.read_bytes().rfind(b'\n') + 1
 
 
 def refuse_non_finite(seeds: Sequence[int], step: int, measured: dict[str, np.ndarray]) -> None:

@@ -55,6 +55,26 @@ def test_decisions_are_all_read_again_however_many(tmp_path):
     assert 'place 900 of 901' in json.loads(stopped.read_text())['reason']
 
 
+def test_half_a_line_of_a_killed_launcher_is_cut_off(tmp_path):
+    file, half = tmp_path / 'asha.jsonl', b'{"rung": 10, "na'
+    first, second = ({'rung': 10, 'name': name, 'value': 1.0} for name in 'ab')
+    file.write_bytes(json.dumps(first).encode() + b'\n' + half)
+    state.append(file, second)
+    assert [json.loads(line) for line in file.read_text().splitlines()] == [first, second]
+
+    sweep = {'metric': 'loss', 'curves': 'train', 'lower_is_better': True}
+    (tmp_path / 'sweep.json').write_text(json.dumps(sweep))
+    file.write_bytes(b'{"rung": 10}\n' + half)
+    (tmp_path / 'a').mkdir()
+    (tmp_path / 'a/cost.json').write_text('{"steps": 20}')
+    record = {'step': 10, 'split': 'train', 'loss': 2.0}
+    (tmp_path / 'a/metrics.jsonl').write_text(json.dumps(record) + '\n')
+    asha.Asha(tmp_path, 10, 3)([tmp_path / 'a'])
+    assert file.read_bytes().splitlines()[1:] == [b'{"rung": 10, "name": "a", "value": 2.0}']
+    asha.Asha(tmp_path, 10, 3)([tmp_path / 'a'])  # it is read again, and nothing decided twice
+    assert len(file.read_bytes().splitlines()) == 2
+
+
 def test_one_launcher_alone_decides(tmp_path):
     refused = pytest.raises(UserError, match='another launcher decides')
     with cli.alone(tmp_path), refused, cli.alone(tmp_path):

@@ -223,6 +223,32 @@ def test_status_shows_the_members_of_a_sweep_and_why_one_failed(tmp_path):
         state.of_sweep(tmp_path)
 
 
+def test_damaged_files_of_a_member_cost_nothing_but_what_they_say(tmp_path):
+    file, runs = write(tmp_path, [{'model.site': s} for s in ('none', 'both')]), tmp_path / 'runs'
+    sweep.load(file, runs)
+    path = runs / 'site=none'
+    commands = {path: counting(path, steps=3)}
+    assert local.submit(commands, ONE) == {path: 'done'}
+    before = state.read(path, 'loss')
+    for name in ('timing.jsonl', 'metrics.jsonl'):
+        with open(path / name, 'ab') as records:  # not JSON, no object, not what is needed, half
+            records.write(b'{"step": 9, \xff}\n[9]\n{"loss": 9.0}\n{"step": "9"}\n{"step": 9, "lo')
+    assert state.read(path, 'loss') == before
+    assert state.curve(path, 'loss', 'train') == {1: 1.0, 2: 0.5, 3: 1 / 3}
+    for damaged in (b'', b'[1]', b'\xff\xfe', b'{"state": ', b'{"step": null}', b'7'):
+        (path / 'status.json').write_bytes(damaged)
+        (path / 'cost.json').write_bytes(damaged)
+        assert state.read(path).word == 'waiting' and state.read(path).step == 3
+        assert not state.done(path)
+    (path / 'launched').write_bytes(b'[1]')
+    assert process.slot_of(path) == -1
+    for damaged in (b'', b'[1]', b'\xff\xfe', b'{"metric": "loss"}', b'{"members": [{}]}'):
+        (runs / 'sweep.json').write_bytes(damaged)
+        for reads in (lambda: state.of_sweep(runs), lambda: sweep.load(file, runs)):
+            with pytest.raises(UserError, match=r'sweep\.json.*; restore it, or name another'):
+                reads()
+
+
 def test_what_is_no_sweep_is_refused(tmp_path):
     with pytest.raises(UserError, match='no such file'):
         sweep.load(str(tmp_path / 'none.py'), tmp_path / 'runs')

@@ -80,6 +80,7 @@ def test_one_that_was_made_and_has_not_begun_can_be_copied(tmp_path):
         return late and pbt.explore({'rate': 1.0}, draw) != {'rate': 1.0}
 
     seed = next(filter(fits, range(100)))
+    (tmp_path / 'pbt.jsonl').write_text('{"member": "go')  # of a launcher that was killed
     population = pbt.Population(tmp_path, members, 0.05, ['optim.learning_rate'], seed)
     population.decide('good')
     assert population.path('good').name == 'good.1'

@@ -189,7 +189,7 @@ def test_a_continued_run_keeps_the_time_since_the_last_record(tmp_path):
                 log.training(step)
             meta = json.loads(json.dumps(log.position()))
     (record,) = map(json.loads, (tmp_path / 'timing.jsonl').read_text().splitlines())
-    assert 0.4 <= record['seconds']
+    assert record['seconds'] >= 0.4
     tokens = 2 * config.train.batch * config.train.length * len(config.seeds)
     assert record['tokens_per_second'] == tokens / record['seconds']
     assert meta['unlogged'] == [] and meta['untimed'][0] == 0
