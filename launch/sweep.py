@@ -34,8 +34,9 @@ class Member:
 
     Attributes:
       name: of its run directory, made of what differs between the members.
-      label: its name in tables and figures: the values that differ, but for seeds and task. Members
-        of one label are one arm.
+      label: its name in tables and figures: the values that differ, but for seeds and task, with
+        their keys where the values alone would be those of two arms. Members of one label are one
+        arm.
       command: what runs it.
       overrides: dotted key → value.
     """
@@ -94,8 +95,8 @@ def load(file: str, workdir: pathlib.Path, engine: str = 'local') -> list[Member
     A directory that holds the sweep already may get more members, and none of another config.
 
     Raises:
-      UserError: if the file is not a sweep, its BASELINE is none of its arms, or the directory
-        holds another sweep: what differs.
+      UserError: if the file is not a sweep, its BASELINE is none of its arms, two members train
+        the same seed of an arm, or the directory holds another sweep: what differs.
     """
     module = _module(file)
     task = getattr(module, 'TASK', None)
@@ -104,6 +105,7 @@ def load(file: str, workdir: pathlib.Path, engine: str = 'local') -> list[Member
     if module.BASELINE not in (None, *labels):
         hint = nearest(str(module.BASELINE), labels)
         raise UserError(f'--sweep={file}: BASELINE = {module.BASELINE!r} is no arm; {hint}')
+    _refuse_twice(members, task)
     description = {
         'name': pathlib.Path(file).stem,
         'title': module.TITLE,
@@ -197,18 +199,54 @@ def _members(
 ) -> list[Member]:
     keys = list(dict.fromkeys(key for changes in overrides for key in changes))
     differing = [k for k in keys if len({repr(changes.get(k)) for changes in overrides}) > 1]
+    shown = [{k: c[k] for k in (differing or keys) if k in c} for c in overrides]
     members = []
-    for changes in overrides:
-        shown = {k: changes[k] for k in (differing or keys) if k in changes}
-        name = ','.join(f'{_short(k)}={v}' for k, v in shown.items()).replace('/', '_') or 'only'
+    for changes, of, label in zip(overrides, shown, _labels(overrides, shown, task), strict=True):
+        name = ','.join(f'{_short(k)}={v}' for k, v in of.items()).replace('/', '_') or 'only'
         command = [sys.executable, '-m', 'mi.main', f'--config={config}']
         command += [f'--config.{key}={value}' for key, value in changes.items()]
         command += [f'--workdir={workdir / name}']
-        label = ', '.join(str(v) for k, v in shown.items() if k not in ('seeds', task)) or 'only'
         members.append(Member(name, label, command, changes))
     if len({m.name for m in members}) < len(members):
         raise UserError('two members of the sweep have the same overrides')
     return members
+
+
+def _labels(overrides: list[Overrides], shown: list[Overrides], task: str | None) -> list[str]:
+    """One for each arm: its values, with their keys where another arm has the same values."""
+
+    def apart(changes: Overrides) -> Overrides:
+        return {k: changes[k] for k in sorted(changes) if k not in ('seeds', task)}
+
+    arms = [repr(apart(changes)) for changes in overrides]
+    words = [{k: v for k, v in of.items() if k not in ('seeds', task)} for of in shown]
+    labels = [', '.join(map(str, of.values())) or 'only' for of in words]
+    for name in (_short, str):  # of a key
+        with_keys = [', '.join(f'{name(k)}={v}' for k, v in of.items()) or 'only' for of in words]
+        arms_of: dict[str, set[str]] = {}
+        for label, arm in zip(labels, arms, strict=True):
+            arms_of.setdefault(label, set()).add(arm)
+        labels = [
+            label if len(arms_of[label]) == 1 else other
+            for label, other in zip(labels, with_keys, strict=True)
+        ]
+    return labels
+
+
+def _refuse_twice(members: list[Member], task: str | None) -> None:
+    """Refuses two runs of the same seed of an arm: the report would not know which one counts."""
+    trained: dict[tuple[str, str, int], str] = {}
+    for member in members:
+        values = flat(parsed(member.command).to_dict())
+        for seed in values.get('seeds', ()):
+            first = trained.setdefault(
+                (member.label, str(values.get(task or '')), seed), member.name
+            )
+            if first != member.name:
+                raise UserError(
+                    f'{first} and {member.name} both train seed {seed} of {member.label!r}, and '
+                    f'are one arm; give them different seeds'
+                )
 
 
 def _short(key: str) -> str:

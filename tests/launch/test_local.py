@@ -72,6 +72,38 @@ def test_runs_of_a_task_each_are_one_arm(tmp_path):
     assert [m['task'] for m in record['members']] == ['a', 'b', 'a', 'b']
 
 
+def test_arms_of_the_same_values_are_told_apart_by_their_keys(tmp_path):
+    overrides = [
+        {'model.hidden': 24, 'seeds': (0,)},
+        {'model.embed': 24, 'seeds': (0,)},
+        {'model.embed': 24, 'seeds': (1,)},
+        {'model.hidden': 32, 'seeds': (0,)},
+        {'optim.name': 'adam', 'seeds': (0,)},
+        {'model.fusion.name': 'adam', 'seeds': (0,)},
+    ]
+    members = sweep.load(write(tmp_path, overrides), tmp_path / 'runs')
+    assert [m.label for m in members] == [
+        'hidden=24', 'embed=24', 'embed=24', '32', 'optim.name=adam', 'fusion=adam',
+    ]  # fmt: skip
+    both = [{'model.context': 24, 'data.context': 24}, {'model.context': 24}]
+    shown = [{'model.context': 24}, {'data.context': 24}]
+    assert sweep._labels(shown, shown, None) == ['model.context=24', 'data.context=24']
+    assert sweep._labels(both, both, None) == ['24, 24', '24']
+
+
+def test_a_seed_of_an_arm_is_trained_once(tmp_path):
+    arms = sweep.product(**{'model.site': ['none'], 'seeds': [(0, 1), (1, 2)]})
+    with pytest.raises(UserError, match=r"seed 1 of 'only'.*; give them different seeds"):
+        sweep.load(write(tmp_path, arms), tmp_path / 'runs')
+    configured = [{}, {'seeds': (0,)}]  # the first has the config's own
+    with pytest.raises(UserError, match=r'only and seeds=\(0,\) both train seed 0'):
+        sweep.load(write(tmp_path, configured), tmp_path / 'runs')
+    file = write(tmp_path, sweep.product(**{'data.source': ['a', 'b'], 'seeds': [(0,), (1,)]}))
+    with open(file, 'a') as more:
+        more.write("TASK = 'data.source'\n")
+    assert {m.label for m in sweep.load(file, tmp_path / 'runs')} == {'only'}
+
+
 def test_helpers_make_the_members_they_say():
     widths = sweep.zip_(**{'model.width': [64, 128], 'optim.learning_rate': [0.1, 0.03]})
     assert widths == [
