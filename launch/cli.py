@@ -64,7 +64,7 @@ def run(name: str, submit: Submit, watches: bool) -> None:
     if ASHA.value and not watches:
         raise UserError(f'--asha: launch.{name} does not watch its members; use local or ray')
     file, workdir = arguments()
-    members = sweep.load(file, workdir, name)
+    members = sweep.load(file, workdir, name, dry=DRY_RUN.value)
     if DRY_RUN.value:
         plan.show(members, workdir, FLOPS_PER_SECOND.value)
         return

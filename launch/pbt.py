@@ -29,7 +29,7 @@ from typing import Any
 
 from absl import flags
 
-from launch import engine, local, process, state, sweep
+from launch import engine, local, plan, process, state, sweep
 from launch.engine import Resources
 from mi import checkpoint
 from mi.config import UserError, flat
@@ -278,7 +278,10 @@ def run() -> None:
     if not INTERVAL.value:
         raise UserError('--interval=STEPS is needed: how often a member looks at another')
     file, workdir = cli.arguments()
-    members = sweep.load(file, workdir, 'pbt')
+    members = sweep.load(file, workdir, 'pbt', dry=cli.DRY_RUN.value)
+    if cli.DRY_RUN.value:
+        plan.show(members, workdir, cli.FLOPS_PER_SECOND.value)
+        return
     metric = state.described(workdir, {'metric': str})['metric']
     names = [m.name for m in members]
     with cli.alone(workdir):

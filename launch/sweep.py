@@ -24,8 +24,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch import state
-from mi.config import UserError, difference, flat, nearest
+from mi.config import MISTAKES, UserError, difference, flat, nearest, one_line
 from mi.run import write_json
+
+WATCHING = ('local', 'ray', 'pbt')  # engines that queue no member elsewhere, out of their sight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,14 +91,24 @@ def _union(parts: Sequence[Overrides]) -> Overrides:
     return union
 
 
-def load(file: str, workdir: pathlib.Path, engine: str = 'local') -> list[Member]:
+def load(
+    file: str, workdir: pathlib.Path, engine: str = 'local', *, dry: bool = False
+) -> list[Member]:
     """Reads a sweep file and writes workdir/sweep.json, which the report reads.
 
-    A directory that holds the sweep already may get more members, and none of another config.
+    A directory that holds the sweep already may get more members, and none of another config; those
+    that have not begun may change.
+
+    Args:
+      file: the sweep.
+      workdir: its directory.
+      engine: what is to run it.
+      dry: whether nothing is written, as nothing is to be run.
 
     Raises:
-      UserError: if the file is not a sweep, its BASELINE is none of its arms, two members train
-        the same seed of an arm, or the directory holds another sweep: what differs.
+      UserError: if the file is not a sweep, its config has not a key that a member sets, its
+        BASELINE is none of its arms, two members train the same seed of an arm, or the directory
+        holds another sweep: what differs.
     """
     module = _module(file)
     task = getattr(module, 'TASK', None)
@@ -118,6 +130,7 @@ def load(file: str, workdir: pathlib.Path, engine: str = 'local') -> list[Member
         'notes': module.NOTES,
         'config': module.CONFIG,
         'base': json.loads(parsed([f'--config={module.CONFIG}']).to_json()),
+        'engine': engine,
         'command': f'python -m launch.{engine} --sweep={file} --workdir={workdir}',
         'members': [
             {'name': m.name, 'label': m.label, 'overrides': m.overrides}
@@ -129,8 +142,9 @@ def load(file: str, workdir: pathlib.Path, engine: str = 'local') -> list[Member
     if record.exists():
         before = state.described(workdir, {'name': str, 'members': list})
         _refuse_changes(before, json.loads(json.dumps(description)), workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(record, description)
+    if not dry:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(record, description)
     return members
 
 
@@ -146,16 +160,21 @@ def parsed(arguments: Sequence[str]) -> ml_collections.ConfigDict:
     try:
         values(argv)
         return values['config'].value
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(f'{" ".join(argv[1:])}: {" ".join(str(error).split())}') from error
+    except MISTAKES as error:
+        raise UserError(f'{" ".join(argv[1:])}: {one_line(error)}') from error
 
 
 def _refuse_changes(before: dict[str, Any], now: dict[str, Any], workdir: pathlib.Path) -> None:
-    """Refuses members that are gone or changed: their runs would not be those of the sweep."""
+    """Refuses members that have begun and are gone or changed: their runs would not be its own."""
     members = {m['name']: m['overrides'] for m in now['members']}
+    may_be_queued = before.get('engine') not in WATCHING
     changes: dict[str, list[str]] = {}  # what differs → the members that it differs in
     for member in before['members']:
         name = member['name']
+        path = workdir / name
+        begun = (path / 'config.json').exists() or state.held(path / 'launched')
+        if not begun and not may_be_queued:
+            continue
         if name not in members:
             changes.setdefault('it is there no more', []).append(name)
             continue

@@ -122,8 +122,15 @@ def test_helpers_make_the_members_they_say():
         sweep.product(widths, widths)
 
 
+def begin(runs, *names):
+    for name in names:
+        (runs / name).mkdir(exist_ok=True)
+        (runs / name / 'config.json').write_text('{}')
+
+
 def test_another_sweep_in_the_same_directory_is_refused(tmp_path):
     sweep.load(write(tmp_path, [{'model.site': 'none'}]), tmp_path / 'runs')
+    begin(tmp_path / 'runs', 'site=none')
     with pytest.raises(UserError, match='holds another sweep'):
         sweep.load(write(tmp_path, [{'model.site': 'both'}]), tmp_path / 'runs')
 
@@ -133,6 +140,7 @@ def test_a_changed_sweep_is_refused_by_keys_and_values_and_a_longer_one_is_not(t
     overrides = [{'model.site': site, 'train.steps': 7} for site in ('none', 'both')]
     sweep.load(write(tmp_path, overrides), runs)
     sweep.load(write(tmp_path, [*overrides, {'model.site': 'encoder', 'train.steps': 7}]), runs)
+    begin(runs, *(f'site={site}' for site in ('none', 'both', 'encoder')))
     changed = [{'model.site': site, 'train.steps': 8, 'seeds': (1,)} for site in ('none', 'both')]
     said = (
         r'site=none, site=both: seeds was \[0\] and is \[1\] now, train\.steps was 7 and is 8 now'
@@ -145,6 +153,40 @@ def test_a_changed_sweep_is_refused_by_keys_and_values_and_a_longer_one_is_not(t
     )
     with pytest.raises(UserError, match=r"model\.core was 'lstm' and is 'gru' now"):
         sweep.load(other, runs)
+
+
+def test_what_has_not_begun_may_change_and_a_dry_run_claims_nothing(tmp_path):
+    runs = tmp_path / 'runs'
+    overrides = [{'model.site': site, 'train.steps': 7} for site in ('none', 'both')]
+    changed = [{**each, 'train.steps': 8} for each in overrides]
+    sweep.load(write(tmp_path, overrides), runs, dry=True)
+    assert not runs.exists()
+    sweep.load(write(tmp_path, overrides), runs)
+    sweep.load(write(tmp_path, changed), runs)  # none has begun
+    before = (runs / 'sweep.json').read_bytes()
+    begin(runs, 'site=none')
+    with pytest.raises(UserError, match=r'\(site=none: train\.steps was 8 and is 7 now\)'):
+        sweep.load(write(tmp_path, overrides), runs)
+    other = [changed[0], {**changed[1], 'model.site': 'encoder'}]  # site=both is there no more
+    sweep.load(write(tmp_path, other), runs, dry=True)
+    assert (runs / 'sweep.json').read_bytes() == before
+    sweep.load(write(tmp_path, other), runs)
+
+    sweep.load(write(tmp_path, overrides), tmp_path / 'queued', 'slurm')
+    with pytest.raises(UserError, match='holds another sweep'):  # a job may be in the queue
+        sweep.load(write(tmp_path, changed), tmp_path / 'queued', 'slurm')
+
+
+def test_a_key_that_the_config_has_not_is_one_line_before_anything_is_written(tmp_path):
+    overrides = [{'model.hidden': 24}, {'model.hiden': 24}]
+    with pytest.raises(
+        UserError, match=r'--config\.model\.hiden=24.*Did you mean "hidden"'
+    ) as said:
+        sweep.load(write(tmp_path, overrides), tmp_path / 'runs')
+    assert '\n' not in str(said.value) and '\\n' not in str(said.value)
+    with pytest.raises(UserError, match=r'model\.hidden=wide'):
+        sweep.load(write(tmp_path, [{'model.hidden': 'wide'}]), tmp_path / 'runs')
+    assert not (tmp_path / 'runs').exists()
 
 
 def test_a_dry_run_tells_what_members_cost_and_hours_by_the_rate_of_those_that_ran(
