@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from launch import state
-from launch.engine import Commands, Resources, States
+from launch.engine import QUEUED, Commands, Resources, States
 from mi.config import UserError
 from mi.files import read_json
 from mi.run import PREEMPTED, write_json
@@ -144,11 +144,11 @@ def submit(commands: Commands, resources: Resources) -> States:
         write_json(record, jobs)
         print(f'job {job}: {len(new)} members ({batch})')
     print(f'python -m launch.status --workdir={folder.parent}')
-    if WAIT.value:
-        while queue() & set(jobs.values()):
-            time.sleep(2)
-    words = {path: state.read(path).word for path in commands}
-    return words if WAIT.value else dict.fromkeys(words, 'waiting')
+    if not WAIT.value:
+        return dict.fromkeys(commands, QUEUED)
+    while queue() & set(jobs.values()):
+        time.sleep(2)
+    return {path: state.read(path).word for path in commands}
 
 
 def queue() -> set[str]:
