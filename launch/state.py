@@ -9,7 +9,6 @@ died        it said it was running, and       failed      with a reason
 import fcntl
 import json
 import pathlib
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import rich.markup
 import rich.table
 
 from mi.config import UserError
-from mi.files import read_json, whole_lines
+from mi.files import clock, read_json, whole_lines
 
 RATE = '_per_second'  # how the rates in timing.jsonl end
 STOPPED = 'stopped.json'  # why a rule of the sweep has stopped the run; it is not started again
@@ -263,5 +262,5 @@ def table(title: str, states: Mapping[str, State], notes: Sequence[str] = ()) ->
 def cells(label: str, state: State) -> tuple[str, ...]:
     """What the table shows of a run."""
     steps = f'{state.step}/{state.steps}' if state.steps else ''
-    left = '' if state.left is None else time.strftime('%H:%M:%S', time.gmtime(state.left))
+    left = '' if state.left is None else clock(state.left)
     return label, state.word, steps, state.rate, left, state.metric, state.reason

@@ -1,4 +1,7 @@
-"""Reading again what runs and launchers wrote, also where a failure has left less of it."""
+"""Reading again what runs and launchers wrote, also where a failure has left less of it.
+
+And how long they will go on, as both show it.
+"""
 
 import json
 import pathlib
@@ -32,3 +35,9 @@ def whole_lines(path: pathlib.Path) -> int:
     0 where there is no file.
     """
     return path.read_bytes().rfind(b'\n') + 1 if path.exists() else 0
+
+
+def clock(seconds: float) -> str:
+    """'00:00:09', '250:05:09': hours, minutes and seconds, the hours beyond a day too."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f'{minutes // 60:02}:{minutes % 60:02}:{rest:02}'

@@ -19,7 +19,7 @@ import rich.progress
 import tensorboardX
 
 from mi.config import UserError
-from mi.files import whole_lines
+from mi.files import clock, whole_lines
 from mi.tracking import Tracker
 
 Record = dict[str, Any]  # name → value
@@ -161,7 +161,7 @@ class Progress:
         now = time.monotonic()
         if now - self._last_line >= self._every or step == self._total:
             per_step = (now - self._start) / max(1, step - self._first)
-            left = time.strftime('%H:%M:%S', time.gmtime(per_step * (self._total - step)))
+            left = clock(per_step * (self._total - step))
             self._console.print(f'step {step}/{self._total}  {note}  {rate}  {left} left')
             self._last_line = now
 

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from launch import state
 from mi import metrics
 from mi.config import UserError
 
@@ -55,3 +56,13 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(capfd):
         progress.update(step, '1.5 nats', '7 tokens/s')
     progress.close()
     assert capfd.readouterr().err.strip() == 'step 10/10  1.5 nats  7 tokens/s  00:00:00 left'
+
+
+def test_more_than_a_day_is_left(capfd):
+    progress = metrics.Progress(total=1000, every=-1)
+    progress._start -= 3600 * 100  # two of a thousand steps
+    progress.update(2, '', '')
+    progress.close()
+    assert '  49900:' in capfd.readouterr().err
+    row = state.cells('a', state.State('running', left=36 * 3600 + 61.9))
+    assert '36:01:01' in row and '00:00:59' in state.cells('a', state.State('running', left=59.9))
