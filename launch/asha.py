@@ -11,6 +11,7 @@ variant that stops members instead of promoting them.
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Iterable, Sequence
 
@@ -52,8 +53,12 @@ def stops(before: Iterable[Arrival], new: Arrival, factor: int, lower_is_better:
       lower_is_better: of the metric.
     """
     sign = 1 if lower_is_better else -1
-    values = sorted(sign * a.value for a in before if a.rung == new.rung)
-    better = sum(value < sign * new.value for value in values)
+
+    def loss(arrival: Arrival) -> float:  # NaN compares with nothing and is the worst
+        return math.inf if math.isnan(arrival.value) else sign * arrival.value
+
+    values = [loss(a) for a in before if a.rung == new.rung]
+    better = sum(value < loss(new) for value in values)
     stay = max(1, (len(values) + 1) // factor)
     if better < stay:
         return ''

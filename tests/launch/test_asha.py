@@ -32,6 +32,10 @@ def test_the_best_third_of_those_that_have_come_goes_on():
     assert decide([9, 8, 7, 6]) == [9, 8, 7, 6]  # each the best when it came
     assert decide([1, 2, 3], lower_is_better=False) == [1, 2, 3]
     assert decide([4, 1, 3, 2], factor=2) == [4, 1, 2]
+    nan = float('nan')
+    for lower in (True, False):  # the worst, and only the best of others like it
+        assert decide([5, nan, 5, 5], lower_is_better=lower) == [5, 5, 5]
+        assert str(decide([nan, nan, 5], lower_is_better=lower)) == '[nan, nan, 5]'
     new = Arrival(30, 'a', 9.0)
     assert not asha.stops(
         [Arrival(10, 'b', 1.0), Arrival(10, 'c', 2.0)], new, 3, True
