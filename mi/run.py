@@ -196,7 +196,11 @@ def start(
 
 @contextlib.contextmanager
 def _locked(lock: pathlib.Path, path: pathlib.Path) -> Iterator[None]:
-    with open(lock, 'a+') as file:
+    try:
+        opened = open(lock, 'a+')  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f'{lock}: {error.strerror}; name another --workdir') from error
+    with opened as file:
         for attempt in range(10):  # who looks whether it is held, as launch.status, holds it too
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

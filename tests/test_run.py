@@ -93,6 +93,13 @@ def test_signals_ask_once_and_handlers_come_back(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_lock_that_cannot_be_written(tmp_path):
+    (tmp_path / 'lock').mkdir()  # as good as read-only, also for root
+    said = pytest.raises(UserError, match=r'/lock: Is a directory; name another --workdir')
+    with said, run.start(tmp_path, config()):
+        pass
+
+
 def test_a_file_in_the_way(tmp_path):
     (tmp_path / 'taken').write_text('')
     with (
