@@ -9,17 +9,21 @@ def sweep() -> list[dict[str, Any]]      overrides of CONFIG, one dict for each 
 def report(workdir, out) -> None         figures and tables of its own; may be left out
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import importlib.util
 import itertools
 import json
 import pathlib
 import sys
+import traceback
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_collections
+import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
@@ -112,7 +116,9 @@ def load(
     """
     module = _module(file)
     task = getattr(module, 'TASK', None)
-    members = _members(module.sweep(), module.CONFIG, workdir, task)
+    with _in_one_line(file):
+        overrides = [{k: _plain(k, v) for k, v in changes.items()} for changes in module.sweep()]
+    members = _members(overrides, module.CONFIG, workdir, task)
     labels = list(dict.fromkeys(m.label for m in members))
     if module.BASELINE not in (None, *labels):
         hint = nearest(str(module.BASELINE), labels)
@@ -143,8 +149,13 @@ def load(
         before = state.described(workdir, {'name': str, 'members': list})
         _refuse_changes(before, json.loads(json.dumps(description)), workdir)
     if not dry:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(record, description)
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_json(record, description)
+        except OSError as error:
+            raise UserError(
+                f'--workdir={workdir}: {error.strerror}; name another directory'
+            ) from error
     return members
 
 
@@ -200,17 +211,47 @@ def report(file: str, workdir: pathlib.Path) -> None:
 
 
 def _module(file: str) -> types.ModuleType:
-    path = pathlib.Path(file)
+    path = pathlib.Path(file).absolute()
     if not path.is_file():
         raise UserError(f'--sweep={file}: no such file; the sweeps are in experiments/')
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with _in_one_line(file):
+        spec.loader.exec_module(module)
     for name in ('CONFIG', 'TITLE', 'METRIC', 'SPLIT', 'BASELINE', 'NOTES', 'sweep'):
         if not hasattr(module, name):
             raise UserError(f'--sweep={file}: it does not define {name}')
     return module
+
+
+@contextlib.contextmanager
+def _in_one_line(file: str) -> Iterator[None]:
+    """What goes wrong in a sweep file becomes one line, with the line of the file that it is in."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # it is the user's program: anything may
+        path = str(pathlib.Path(file).absolute())  # as `_module` has it
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == path]
+        said = one_line(error)
+        if isinstance(error, SyntaxError) and error.filename == path:
+            lines, said = [error.lineno], error.msg
+        where = f', line {lines[-1]}' if lines else ''
+        raise UserError(f'--sweep={file}{where}: {type(error).__name__}: {said}') from error
+
+
+def _plain(key: str, value: Any) -> Any:
+    """A value as JSON and flags have it: NumPy's numbers and arrays as Python's."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, tuple | list):
+        return type(value)(_plain(key, each) for each in value)
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise UserError(f'{key} = {value!r}: expected a number, a word, or a tuple of them')
 
 
 def _members(
@@ -222,6 +263,7 @@ def _members(
     members = []
     for changes, of, label in zip(overrides, shown, _labels(overrides, shown, task), strict=True):
         name = ','.join(f'{_short(k)}={v}' for k, v in of.items()).replace('/', '_') or 'only'
+        name = _file_name(name)
         command = [sys.executable, '-m', 'mi.main', f'--config={config}']
         command += [f'--config.{key}={value}' for key, value in changes.items()]
         command += [f'--workdir={workdir / name}']
@@ -229,6 +271,14 @@ def _members(
     if len({m.name for m in members}) < len(members):
         raise UserError('two members of the sweep have the same overrides')
     return members
+
+
+def _file_name(name: str, most: int = 255) -> str:
+    """The name; its beginning and a hash, where it has more bytes than that of a file may have."""
+    if len(name.encode()) <= most:
+        return name
+    mark = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f'{name.encode()[: most - 55].decode(errors="ignore")}-{mark}'
 
 
 def _labels(overrides: list[Overrides], shown: list[Overrides], task: str | None) -> list[str]:

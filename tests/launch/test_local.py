@@ -2,12 +2,14 @@ import io
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 import rich.console
 
@@ -321,6 +323,66 @@ def test_damaged_files_of_a_member_cost_nothing_but_what_they_say(tmp_path):
         for reads in (lambda: state.of_sweep(runs), lambda: sweep.load(file, runs)):
             with pytest.raises(UserError, match=r'sweep\.json.*; restore it, or name another'):
                 reads()
+
+
+@pytest.mark.parametrize(
+    'text, said',
+    [
+        ('CONFIG = (\n', "line 1: SyntaxError: '(' was never closed"),
+        ('\nimport nothing_such\n', "line 2: ModuleNotFoundError: No module named 'nothing_such'"),
+        (
+            SWEEP.format(baseline=None, overrides=0).replace('return 0', "return {}['a']"),
+            'line 6: KeyError: a',
+        ),
+        (
+            SWEEP.format(baseline=None, overrides=0).replace('return 0', 'return product(a=[{1}])'),
+            'a = {1}: expected a number, a word, or a tuple of them',
+        ),
+    ],
+)
+def test_what_goes_wrong_in_a_sweep_file_is_one_line(tmp_path, text, said):
+    (tmp_path / 'a_sweep.py').write_text(text)
+    file = os.path.relpath(tmp_path / 'a_sweep.py')
+    with pytest.raises(UserError, match=re.escape(said)) as error:
+        sweep.load(file, tmp_path / 'runs')
+    assert '\n' not in str(error.value)
+
+
+def test_numbers_of_numpy_are_those_of_python(tmp_path):
+    overrides = sweep.product(
+        **{
+            'model.hidden': np.arange(24, 40, 8),
+            'optim.learning_rate': [np.float64(0.5), np.float32(0.25)],
+            'seeds': [tuple(np.arange(2))],
+        }
+    )
+    file = tmp_path / 'a_sweep.py'
+    made = 'import numpy as np\n' + SWEEP.format(baseline=None, overrides=overrides)
+    file.write_text(made)
+    members = sweep.load(str(file), tmp_path / 'runs')
+    assert members[0].name == 'hidden=24,learning_rate=0.5'
+    assert '--config.seeds=(0, 1)' in members[0].command
+    record = json.loads((tmp_path / 'runs/sweep.json').read_text())
+    assert record['members'][3]['overrides'] == {
+        'model.hidden': 32, 'optim.learning_rate': 0.25, 'seeds': [0, 1],
+    }  # fmt: skip
+
+
+def test_a_name_that_no_file_can_have_is_shortened_and_only_that(tmp_path):
+    sources = ['b' * 242, 'a' * 243, 'ä' * 300 + '1', 'ä' * 300 + '2']  # 'source=' has seven
+    members = sweep.load(write(tmp_path, sweep.product(**{'data.source': sources})), tmp_path / 'r')
+    names = [m.name for m in members]
+    assert names[:2] == [f'source={source}' for source in sources[:2]]
+    assert len(set(names)) == 4 and all(len(name.encode()) <= 255 for name in names)
+    for member in members:
+        (tmp_path / 'r' / member.name).mkdir()
+
+
+def test_a_directory_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / 'file').write_text('')
+    for workdir in (tmp_path / 'file', tmp_path / 'file/runs', pathlib.Path('/proc/runs')):
+        with pytest.raises(UserError, match=f'--workdir={workdir}: .*; name another directory'):
+            sweep.load(write(tmp_path, [{'model.site': 'none'}]), workdir)
 
 
 def test_what_is_no_sweep_is_refused(tmp_path):
