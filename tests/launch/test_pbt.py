@@ -117,6 +117,17 @@ def test_what_a_killed_launcher_has_left_keeps_its_slot_and_is_waited_for(tmp_pa
 
 
 @pytest.mark.slow
+def test_a_dry_run_trains_nothing(tmp_path):
+    (tmp_path / 'a_sweep.py').write_text(SWEEP)
+    command = [sys.executable, '-m', 'launch.pbt', f'--sweep={tmp_path / "a_sweep.py"}']
+    command += [f'--workdir={tmp_path / "runs"}', '--interval=800', '--dry_run']
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'learning_rate=1e-06' in done.stdout and 'all of it' in done.stdout
+    assert not (tmp_path / 'runs').exists()
+
+
+@pytest.mark.slow
 def test_a_member_that_is_behind_goes_on_from_the_better_one(tmp_path):
     (tmp_path / 'a_sweep.py').write_text(SWEEP)
     runs = tmp_path / 'runs'
