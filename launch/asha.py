@@ -11,7 +11,7 @@ variant that stops members instead of promoting them.
 """
 
 import dataclasses
-import json
+import math
 import pathlib
 from collections.abc import Iterable, Sequence
 
@@ -53,8 +53,12 @@ def stops(before: Iterable[Arrival], new: Arrival, factor: int, lower_is_better:
       lower_is_better: of the metric.
     """
     sign = 1 if lower_is_better else -1
-    values = sorted(sign * a.value for a in before if a.rung == new.rung)
-    better = sum(value < sign * new.value for value in values)
+
+    def loss(arrival: Arrival) -> float:  # NaN compares with nothing and is the worst
+        return math.inf if math.isnan(arrival.value) else sign * arrival.value
+
+    values = [loss(a) for a in before if a.rung == new.rung]
+    better = sum(value < loss(new) for value in values)
     stay = max(1, (len(values) + 1) // factor)
     if better < stay:
         return ''
@@ -72,12 +76,16 @@ class Asha:
     """
 
     def __init__(self, workdir: pathlib.Path, first: int, factor: int):
-        sweep = json.loads((workdir / 'sweep.json').read_text())
+        sweep = state.described(workdir, {'metric': str, 'curves': str, 'lower_is_better': bool})
         self._workdir, self._first, self._factor = workdir, first, factor
         self._metric, self._split = sweep['metric'], sweep['curves']
         self._lower_is_better = sweep['lower_is_better']
         self._file = workdir / 'asha.jsonl'
-        self._arrivals = [Arrival(**record) for record in state.records(self._file, most=2**62)]
+        needs: state.Needs = {'rung': int, 'name': str, 'value': state.NUMBER}
+        self._arrivals = [
+            Arrival(record['rung'], record['name'], record['value'])
+            for record in state.records(self._file, needs, most=2**62)
+        ]
         for i, arrival in enumerate(self._arrivals):  # one that was decided and not carried out
             self._stop(arrival, self._arrivals[:i])
 
@@ -92,8 +100,7 @@ class Asha:
                 if not there or (rung, path.name) in known or (path / state.STOPPED).exists():
                     continue
                 arrival = Arrival(rung, path.name, values[min(there)])
-                with open(self._file, 'a') as file:
-                    file.write(json.dumps(dataclasses.asdict(arrival)) + '\n')
+                state.append(self._file, dataclasses.asdict(arrival))
                 self._stop(arrival, self._arrivals)
                 self._arrivals.append(arrival)
 

@@ -10,7 +10,7 @@ from absl import app, flags, logging
 
 from launch import plan, process, state, sweep
 from launch.asha import Asha
-from launch.engine import Resources, Submit
+from launch.engine import QUEUED, Resources, States, Submit
 from mi import report
 from mi.config import UserError
 from mi.run import PREEMPTED
@@ -57,14 +57,14 @@ def resources() -> Resources:
 
 
 def run(name: str, submit: Submit, watches: bool) -> None:
-    """What `python -m launch.NAME` does; the exit code is 1 if a member failed.
+    """What `python -m launch.NAME` does; the exit code is 1 if a member is not finished.
 
-    The report is written when no member goes on elsewhere.
+    The report is written unless the members are only queued.
     """
     if ASHA.value and not watches:
         raise UserError(f'--asha: launch.{name} does not watch its members; use local or ray')
     file, workdir = arguments()
-    members = sweep.load(file, workdir, name)
+    members = sweep.load(file, workdir, name, dry=DRY_RUN.value)
     if DRY_RUN.value:
         plan.show(members, workdir, FLOPS_PER_SECOND.value)
         return
@@ -72,13 +72,32 @@ def run(name: str, submit: Submit, watches: bool) -> None:
     with alone(workdir) if ASHA.value else contextlib.nullcontext():
         rule = [Asha(workdir, ASHA.value, ASHA_FACTOR.value)] if ASHA.value else []
         states = submit(commands, resources(), *rule)
-    if any(word in ('waiting', 'running', 'preempted') for word in states.values()):
+    if QUEUED in states.values():
         return
+    wrong = unfinished(states, len(members))
+    for line in wrong:  # before the sweep file's own report, which may raise
+        print(f'error: {line}', file=sys.stderr)
     report.write(workdir)
     sweep.report(file, workdir)
+    if wrong:
+        sys.exit(1)
+
+
+def unfinished(states: States, number: int) -> list[str]:
+    """A line for those of so many members that failed, and one for those that have to go on."""
     failed = [path.name for path, word in states.items() if word in ('failed', 'died')]
-    if failed:
-        sys.exit(f'error: {len(failed)} of {len(members)} members failed: {", ".join(failed)}')
+    others = [
+        f'{path.name} ({word})'
+        for path, word in states.items()
+        if word not in ('done', 'stopped', 'failed', 'died')
+    ]
+    lines = [f'{len(failed)} of {number} members failed: {", ".join(failed)}'] if failed else []
+    if others:
+        lines.append(
+            f'{len(others)} of {number} members are not finished: {", ".join(others)}; the same '
+            'command goes on with them'
+        )
+    return lines
 
 
 @contextlib.contextmanager

@@ -14,7 +14,8 @@ from launch import state
 from mi.run import PREEMPTED
 
 Commands = dict[pathlib.Path, list[str]]  # run directory → what runs it
-States = dict[pathlib.Path, str]  # run directory → how it stands, a word of launch.state
+QUEUED = 'queued'  # how one stands that was given to somebody else, who is not waited for
+States = dict[pathlib.Path, str]  # run directory → how it stands: QUEUED, or a word of launch.state
 
 
 @dataclasses.dataclass(frozen=True)

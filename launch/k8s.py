@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 from absl import flags
 
-from launch.engine import Commands, Resources, States
+from launch.engine import QUEUED, Commands, Resources, States
 from mi.config import UserError
 from mi.run import PREEMPTED
 
@@ -172,7 +172,7 @@ def submit(commands: Commands, resources: Resources) -> States:
         namespace=NAMESPACE.value,
     )
     yaml.safe_dump_all(manifests(commands, resources, options), sys.stdout, sort_keys=False)
-    return dict.fromkeys(commands, 'waiting')
+    return dict.fromkeys(commands, QUEUED)
 
 
 if __name__ == '__main__':

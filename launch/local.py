@@ -11,7 +11,6 @@ running members save, and exits with 143.
 """
 
 import contextlib
-import json
 import os
 import pathlib
 import re
@@ -226,10 +225,9 @@ class Watch(contextlib.AbstractContextManager['Watch']):
 
 def _metric(workdir: pathlib.Path) -> str:
     """What the sweep of a directory compares; '' if it is not that of a sweep."""
-    try:
-        return str(json.loads((workdir / 'sweep.json').read_text())['metric'])
-    except FileNotFoundError:
+    if not (workdir / 'sweep.json').exists():
         return ''
+    return str(state.described(workdir, {'metric': str})['metric'])
 
 
 if __name__ == '__main__':

@@ -29,10 +29,11 @@ from typing import Any
 
 from absl import flags
 
-from launch import engine, local, process, state, sweep
+from launch import engine, local, plan, process, state, sweep
 from launch.engine import Resources
 from mi import checkpoint
 from mi.config import UserError, flat
+from mi.files import read_json
 from mi.run import write_json
 
 INTERVAL = flags.DEFINE_integer('interval', 0, 'Steps between two looks at another.', lower_bound=0)
@@ -92,13 +93,15 @@ class Population:
         perturb: Iterable[str],
         seed: int,
     ):
-        described = json.loads((workdir / 'sweep.json').read_text())
+        described = state.described(workdir, {'metric': str, 'split': str, 'lower_is_better': bool})
         self._metric, self._split = described['metric'], described['split']
         self._sign = -1 if described['lower_is_better'] else 1
         self._workdir, self._members = workdir, {m.name: m for m in members}
         self._margin, self._perturb, self._seed = margin, list(perturb), seed
         self._file = workdir / 'pbt.jsonl'
-        self._decisions = state.records(self._file, most=2**62)
+        names = dict.fromkeys(('member', 'from', 'to'), str)
+        needs: state.Needs = {**names, 'step': int, 'overrides': dict}
+        self._decisions = state.records(self._file, needs, most=2**62)
         for decision in self._decisions:  # one that was written down and not carried out
             self._fork(decision)
 
@@ -119,7 +122,7 @@ class Population:
         path = self.path(member)
         command = [a for a in self._members[member].command if not a.startswith('--workdir=')]
         if (path / 'fork.json').exists():
-            changed = json.loads((path / 'fork.json').read_text())['overrides']
+            changed = read_json(path / 'fork.json')['overrides']
             command = [a for a in command if a.partition('=')[0] not in _flags(changed)]
             command += [f'{flag}={value}' for flag, value in _flags(changed).items()]
         return [*command, f'--workdir={path}']
@@ -147,8 +150,7 @@ class Population:
             'to': f'{member}.{generation}' if other or now != values else path.name,
             'overrides': now,
         }
-        with open(self._file, 'a') as file:
-            file.write(json.dumps(decision) + '\n')
+        state.append(self._file, decision)
         self._decisions.append(decision)
         self._fork(decision)
 
@@ -206,8 +208,8 @@ def saved(path: pathlib.Path) -> int:
 def _config(path: pathlib.Path) -> dict[str, Any]:
     """The flat config of a run; of a copy that has not begun, the one that it will have."""
     if (path / 'config.json').exists():
-        return flat(json.loads((path / 'config.json').read_text()))
-    fork = json.loads((path / 'fork.json').read_text())
+        return flat(read_json(path / 'config.json'))
+    fork = read_json(path / 'fork.json')
     return {**_config(path.with_name(fork['parent'])), **fork['overrides']}
 
 
@@ -276,8 +278,11 @@ def run() -> None:
     if not INTERVAL.value:
         raise UserError('--interval=STEPS is needed: how often a member looks at another')
     file, workdir = cli.arguments()
-    members = sweep.load(file, workdir, 'pbt')
-    metric = json.loads((workdir / 'sweep.json').read_text())['metric']
+    members = sweep.load(file, workdir, 'pbt', dry=cli.DRY_RUN.value)
+    if cli.DRY_RUN.value:
+        plan.show(members, workdir, cli.FLOPS_PER_SECOND.value)
+        return
+    metric = state.described(workdir, {'metric': str})['metric']
     names = [m.name for m in members]
     with cli.alone(workdir):
         population = Population(workdir, members, MARGIN.value, PERTURB.value, SEED.value)

@@ -54,7 +54,7 @@ def measured(
     """FLOP/s of those members that have run, by their own clocks; 0 if there are none."""
     flops = seconds = 0.0
     for member, cost in zip(members, told, strict=True):
-        timing = state.records(workdir / member.name / 'timing.jsonl')
+        timing = state.records(workdir / member.name / 'timing.jsonl', state.TIMING)
         if len(timing) < 2 or 'flops' not in cost:
             continue
         steps = timing[-1]['step'] - timing[0]['step']  # the first may have compiled

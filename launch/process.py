@@ -15,7 +15,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import IO, Any
+from typing import IO
 
 from launch import state
 from mi.run import PREEMPTED
@@ -214,11 +214,8 @@ def taken(lock: IO[str]) -> bool:
 
 def slot_of(path: pathlib.Path) -> int:
     """The slot of the run that goes on in a directory; −1 if that is not known."""
-    try:
-        told: dict[str, Any] = json.loads((path / 'launched').read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return -1
-    return int(told['slot']) if told['host'] == socket.gethostname() else -1
+    told = state.written(path / 'launched')
+    return int(told.get('slot', -1)) if told.get('host') == socket.gethostname() else -1
 
 
 def free_port() -> int:

@@ -14,7 +14,6 @@ from what they saved, to the same bits. `scancel` ends a job for good.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import shlex
@@ -25,8 +24,9 @@ from collections.abc import Sequence
 from absl import flags
 
 from launch import state
-from launch.engine import Commands, Resources, States
+from launch.engine import QUEUED, Commands, Resources, States
 from mi.config import UserError
+from mi.files import read_json
 from mi.run import PREEMPTED, write_json
 
 PARTITION = flags.DEFINE_string('partition', '', 'Partition; the default one if left out.')
@@ -131,7 +131,7 @@ def submit(commands: Commands, resources: Resources) -> States:
         return {}
     folder = next(iter(commands)).parent / 'slurm'
     record = folder / 'jobs.json'  # name of a member → its newest job
-    jobs: dict[str, str] = json.loads(record.read_text()) if record.exists() else {}
+    jobs: dict[str, str] = read_json(record) if record.exists() else {}
     there = queue()
     new = {path: command for path, command in commands.items() if jobs.get(path.name) not in there}
     if new:
@@ -144,11 +144,11 @@ def submit(commands: Commands, resources: Resources) -> States:
         write_json(record, jobs)
         print(f'job {job}: {len(new)} members ({batch})')
     print(f'python -m launch.status --workdir={folder.parent}')
-    if WAIT.value:
-        while queue() & set(jobs.values()):
-            time.sleep(2)
-    words = {path: state.read(path).word for path in commands}
-    return words if WAIT.value else dict.fromkeys(words, 'waiting')
+    if not WAIT.value:
+        return dict.fromkeys(commands, QUEUED)
+    while queue() & set(jobs.values()):
+        time.sleep(2)
+    return {path: state.read(path).word for path in commands}
 
 
 def queue() -> set[str]:

@@ -9,22 +9,29 @@ def sweep() -> list[dict[str, Any]]      overrides of CONFIG, one dict for each 
 def report(workdir, out) -> None         figures and tables of its own; may be left out
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import importlib.util
 import itertools
 import json
 import pathlib
 import sys
+import traceback
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_collections
+import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from mi.config import UserError, difference, flat, nearest
+from launch import state
+from mi.config import MISTAKES, UserError, difference, flat, nearest, one_line
 from mi.run import write_json
+
+WATCHING = ('local', 'ray', 'pbt')  # engines that queue no member elsewhere, out of their sight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +40,9 @@ class Member:
 
     Attributes:
       name: of its run directory, made of what differs between the members.
-      label: its name in tables and figures: the values that differ, but for seeds and task. Members
-        of one label are one arm.
+      label: its name in tables and figures: the values that differ, but for seeds and task, with
+        their keys where the values alone would be those of two arms. Members of one label are one
+        arm.
       command: what runs it.
       overrides: dotted key → value.
     """
@@ -87,22 +95,35 @@ def _union(parts: Sequence[Overrides]) -> Overrides:
     return union
 
 
-def load(file: str, workdir: pathlib.Path, engine: str = 'local') -> list[Member]:
+def load(
+    file: str, workdir: pathlib.Path, engine: str = 'local', *, dry: bool = False
+) -> list[Member]:
     """Reads a sweep file and writes workdir/sweep.json, which the report reads.
 
-    A directory that holds the sweep already may get more members, and none of another config.
+    A directory that holds the sweep already may get more members, and none of another config; those
+    that have not begun may change.
+
+    Args:
+      file: the sweep.
+      workdir: its directory.
+      engine: what is to run it.
+      dry: whether nothing is written, as nothing is to be run.
 
     Raises:
-      UserError: if the file is not a sweep, its BASELINE is none of its arms, or the directory
+      UserError: if the file is not a sweep, its config has not a key that a member sets, its
+        BASELINE is none of its arms, two members train the same seed of an arm, or the directory
         holds another sweep: what differs.
     """
     module = _module(file)
     task = getattr(module, 'TASK', None)
-    members = _members(module.sweep(), module.CONFIG, workdir, task)
+    with _in_one_line(file):
+        overrides = [{k: _plain(k, v) for k, v in changes.items()} for changes in module.sweep()]
+    members = _members(overrides, module.CONFIG, workdir, task)
     labels = list(dict.fromkeys(m.label for m in members))
     if module.BASELINE not in (None, *labels):
         hint = nearest(str(module.BASELINE), labels)
         raise UserError(f'--sweep={file}: BASELINE = {module.BASELINE!r} is no arm; {hint}')
+    _refuse_twice(members, task)
     description = {
         'name': pathlib.Path(file).stem,
         'title': module.TITLE,
@@ -115,6 +136,7 @@ def load(file: str, workdir: pathlib.Path, engine: str = 'local') -> list[Member
         'notes': module.NOTES,
         'config': module.CONFIG,
         'base': json.loads(parsed([f'--config={module.CONFIG}']).to_json()),
+        'engine': engine,
         'command': f'python -m launch.{engine} --sweep={file} --workdir={workdir}',
         'members': [
             {'name': m.name, 'label': m.label, 'overrides': m.overrides}
@@ -124,10 +146,16 @@ def load(file: str, workdir: pathlib.Path, engine: str = 'local') -> list[Member
     }
     record = workdir / 'sweep.json'
     if record.exists():
-        before, now = record.read_text(), json.dumps(description)
-        _refuse_changes(json.loads(before), json.loads(now), workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(record, description)
+        before = state.described(workdir, {'name': str, 'members': list})
+        _refuse_changes(before, json.loads(json.dumps(description)), workdir)
+    if not dry:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_json(record, description)
+        except OSError as error:
+            raise UserError(
+                f'--workdir={workdir}: {error.strerror}; name another directory'
+            ) from error
     return members
 
 
@@ -143,16 +171,21 @@ def parsed(arguments: Sequence[str]) -> ml_collections.ConfigDict:
     try:
         values(argv)
         return values['config'].value
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(f'{" ".join(argv[1:])}: {" ".join(str(error).split())}') from error
+    except MISTAKES as error:
+        raise UserError(f'{" ".join(argv[1:])}: {one_line(error)}') from error
 
 
 def _refuse_changes(before: dict[str, Any], now: dict[str, Any], workdir: pathlib.Path) -> None:
-    """Refuses members that are gone or changed: their runs would not be those of the sweep."""
+    """Refuses members that have begun and are gone or changed: their runs would not be its own."""
     members = {m['name']: m['overrides'] for m in now['members']}
+    may_be_queued = before.get('engine') not in WATCHING
     changes: dict[str, list[str]] = {}  # what differs → the members that it differs in
     for member in before['members']:
         name = member['name']
+        path = workdir / name
+        begun = (path / 'config.json').exists() or state.held(path / 'launched')
+        if not begun and not may_be_queued:
+            continue
         if name not in members:
             changes.setdefault('it is there no more', []).append(name)
             continue
@@ -178,17 +211,47 @@ def report(file: str, workdir: pathlib.Path) -> None:
 
 
 def _module(file: str) -> types.ModuleType:
-    path = pathlib.Path(file)
+    path = pathlib.Path(file).absolute()
     if not path.is_file():
         raise UserError(f'--sweep={file}: no such file; the sweeps are in experiments/')
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with _in_one_line(file):
+        spec.loader.exec_module(module)
     for name in ('CONFIG', 'TITLE', 'METRIC', 'SPLIT', 'BASELINE', 'NOTES', 'sweep'):
         if not hasattr(module, name):
             raise UserError(f'--sweep={file}: it does not define {name}')
     return module
+
+
+@contextlib.contextmanager
+def _in_one_line(file: str) -> Iterator[None]:
+    """What goes wrong in a sweep file becomes one line, with the line of the file that it is in."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # it is the user's program: anything may
+        path = str(pathlib.Path(file).absolute())  # as `_module` has it
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == path]
+        said = one_line(error)
+        if isinstance(error, SyntaxError) and error.filename == path:
+            lines, said = [error.lineno], error.msg
+        where = f', line {lines[-1]}' if lines else ''
+        raise UserError(f'--sweep={file}{where}: {type(error).__name__}: {said}') from error
+
+
+def _plain(key: str, value: Any) -> Any:
+    """A value as JSON and flags have it: NumPy's numbers and arrays as Python's."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, tuple | list):
+        return type(value)(_plain(key, each) for each in value)
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise UserError(f'{key} = {value!r}: expected a number, a word, or a tuple of them')
 
 
 def _members(
@@ -196,18 +259,63 @@ def _members(
 ) -> list[Member]:
     keys = list(dict.fromkeys(key for changes in overrides for key in changes))
     differing = [k for k in keys if len({repr(changes.get(k)) for changes in overrides}) > 1]
+    shown = [{k: c[k] for k in (differing or keys) if k in c} for c in overrides]
     members = []
-    for changes in overrides:
-        shown = {k: changes[k] for k in (differing or keys) if k in changes}
-        name = ','.join(f'{_short(k)}={v}' for k, v in shown.items()).replace('/', '_') or 'only'
+    for changes, of, label in zip(overrides, shown, _labels(overrides, shown, task), strict=True):
+        name = ','.join(f'{_short(k)}={v}' for k, v in of.items()).replace('/', '_') or 'only'
+        name = _file_name(name)
         command = [sys.executable, '-m', 'mi.main', f'--config={config}']
         command += [f'--config.{key}={value}' for key, value in changes.items()]
         command += [f'--workdir={workdir / name}']
-        label = ', '.join(str(v) for k, v in shown.items() if k not in ('seeds', task)) or 'only'
         members.append(Member(name, label, command, changes))
     if len({m.name for m in members}) < len(members):
         raise UserError('two members of the sweep have the same overrides')
     return members
+
+
+def _file_name(name: str, most: int = 255) -> str:
+    """The name; its beginning and a hash, where it has more bytes than that of a file may have."""
+    if len(name.encode()) <= most:
+        return name
+    mark = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f'{name.encode()[: most - 55].decode(errors="ignore")}-{mark}'
+
+
+def _labels(overrides: list[Overrides], shown: list[Overrides], task: str | None) -> list[str]:
+    """One for each arm: its values, with their keys where another arm has the same values."""
+
+    def apart(changes: Overrides) -> Overrides:
+        return {k: changes[k] for k in sorted(changes) if k not in ('seeds', task)}
+
+    arms = [repr(apart(changes)) for changes in overrides]
+    words = [{k: v for k, v in of.items() if k not in ('seeds', task)} for of in shown]
+    labels = [', '.join(map(str, of.values())) or 'only' for of in words]
+    for name in (_short, str):  # of a key
+        with_keys = [', '.join(f'{name(k)}={v}' for k, v in of.items()) or 'only' for of in words]
+        arms_of: dict[str, set[str]] = {}
+        for label, arm in zip(labels, arms, strict=True):
+            arms_of.setdefault(label, set()).add(arm)
+        labels = [
+            label if len(arms_of[label]) == 1 else other
+            for label, other in zip(labels, with_keys, strict=True)
+        ]
+    return labels
+
+
+def _refuse_twice(members: list[Member], task: str | None) -> None:
+    """Refuses two runs of the same seed of an arm: the report would not know which one counts."""
+    trained: dict[tuple[str, str, int], str] = {}
+    for member in members:
+        values = flat(parsed(member.command).to_dict())
+        for seed in values.get('seeds', ()):
+            first = trained.setdefault(
+                (member.label, str(values.get(task or '')), seed), member.name
+            )
+            if first != member.name:
+                raise UserError(
+                    f'{first} and {member.name} both train seed {seed} of {member.label!r}, and '
+                    f'are one arm; give them different seeds'
+                )
 
 
 def _short(key: str) -> str:

@@ -11,7 +11,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from mi import parallel
-from mi.config import UserError
+from mi.config import MISTAKES, UserError, one_line
 from mi.fit import search
 from mi.fit import train as fit
 from mi.lm import assess as assess_lm
@@ -53,8 +53,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError('--config=FILE and --workdir=DIRECTORY are both needed')
     try:
         task = CONFIG.value.task
-    except (OSError, AttributeError) as error:  # a file that is not there fails when first read
-        raise UserError(f'--config: {_one_line(error)}') from error
+    except MISTAKES as error:  # a file that is not there fails when first read
+        raise UserError(f'--config: {one_line(error)}') from error
     tasks = TASKS[MODE.value]
     if task not in tasks:
         raise UserError(
@@ -73,12 +73,8 @@ def parse(argv: Sequence[str]) -> list[str]:
     """Parses flags; what is wrong with them becomes a UserError."""
     try:
         return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(_one_line(error)) from error
-
-
-def _one_line(error: Exception) -> str:
-    return ' '.join(str(error).split())
+    except MISTAKES as error:
+        raise UserError(one_line(error)) from error
 
 
 def run() -> None:

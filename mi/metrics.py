@@ -19,6 +19,7 @@ import rich.progress
 import tensorboardX
 
 from mi.config import UserError
+from mi.files import clock, whole_lines
 from mi.tracking import Tracker
 
 Record = dict[str, Any]  # name → value
@@ -33,6 +34,9 @@ class Metrics:
         its last checkpoint is cut off, because the continued run writes it again.
       step: the step that is continued from.
       tracker: what gets a copy beside TensorBoard; closed with the files.
+
+    Raises:
+      UserError: if metrics.jsonl has no line that ends at `position`. It is left as it is.
     """
 
     def __init__(
@@ -43,11 +47,12 @@ class Metrics:
         tracker: Tracker | None = None,
     ):
         self._tracker = tracker
+        _refuse_cut(path / 'metrics.jsonl', position)
         self._metrics = open(path / 'metrics.jsonl', 'ab')  # noqa: SIM115
         self._metrics.truncate(position)
         self._metrics.seek(0, os.SEEK_END)  # or `tell` is where the file ended before
         self._timing = open(path / 'timing.jsonl', 'ab')  # noqa: SIM115
-        self._timing.truncate(_whole_lines(path / 'timing.jsonl'))
+        self._timing.truncate(whole_lines(path / 'timing.jsonl'))
         self._tensorboard = tensorboardX.SummaryWriter(
             str(path / 'tensorboard'), purge_step=step or None, write_to_disk=True
         )
@@ -88,9 +93,21 @@ class Metrics:
             self._tracker.close()
 
 
-def _whole_lines(file: pathlib.Path) -> int:
-    """Length of a file up to its last newline; a killed run may leave half a line after it."""
-    return file.read_bytes().rfind(b'\n') + 1
+def _refuse_cut(file: pathlib.Path, position: int) -> None:
+    """Refuses a file that was cut: `truncate` would fill it up with zeros to the position."""
+    if position == 0:
+        return
+    size = file.stat().st_size if file.exists() else 0
+    mend = 'restore it, or name another --workdir'
+    if size < position:
+        raise UserError(f'{file} has {size} bytes and the checkpoint needs {position}; {mend}')
+    with open(file, 'rb') as stream:
+        stream.seek(position - 1)
+        if stream.read(1) != b'\n':
+            raise UserError(
+                f'{file} has no line that ends at byte {position}, where the checkpoint goes on; '
+                f'{mend}'
+            )
 
 
 def refuse_non_finite(seeds: Sequence[int], step: int, measured: dict[str, np.ndarray]) -> None:
@@ -144,7 +161,7 @@ class Progress:
         now = time.monotonic()
         if now - self._last_line >= self._every or step == self._total:
             per_step = (now - self._start) / max(1, step - self._first)
-            left = time.strftime('%H:%M:%S', time.gmtime(per_step * (self._total - step)))
+            left = clock(per_step * (self._total - step))
             self._console.print(f'step {step}/{self._total}  {note}  {rate}  {left} left')
             self._last_line = now
 

@@ -30,6 +30,7 @@ import numpy as np
 
 from mi import metrics, parallel, tracking
 from mi.config import UserError, difference
+from mi.files import read_json
 
 Steps = tuple[int, int]  # first and last
 
@@ -195,7 +196,11 @@ def start(
 
 @contextlib.contextmanager
 def _locked(lock: pathlib.Path, path: pathlib.Path) -> Iterator[None]:
-    with open(lock, 'a+') as file:
+    try:
+        opened = open(lock, 'a+')  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f'{lock}: {error.strerror}; name another --workdir') from error
+    with opened as file:
         for attempt in range(10):  # who looks whether it is held, as launch.status, holds it too
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -220,10 +225,7 @@ def _same_config(file: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     if not file.exists():
         write_json(file, now)
         return
-    try:
-        before = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f'{file} is not JSON ({error}); restore it or start afresh') from error
+    before = read_json(file)
     for side in (before, now):
         side.pop('tracker', None)  # who else is told has no part in what is learnt
     if changed := difference(before, now):
@@ -240,11 +242,11 @@ def same_model(path: pathlib.Path, config: ml_collections.ConfigDict, parts: Seq
     """
     if not (path / 'config.json').exists():
         raise UserError(f'--workdir={path} has no config.json: expected the directory of a run')
-    before, now = json.loads((path / 'config.json').read_text()), json.loads(config.to_json())
+    before, now = read_json(path / 'config.json'), json.loads(config.to_json())
     for part in parts:
-        if before[part] != now[part]:
+        if before.get(part) != now[part]:
             raise UserError(
-                f'{path} was made with another config.{part}: {before[part]}; give the same '
+                f'{path} was made with another config.{part}: {before.get(part)}; give the same '
                 f'--config and overrides, of which only how it is evaluated may differ'
             )
 

@@ -26,7 +26,9 @@ def run(*arguments):
         ([CONFIG + ',quikstart', '--workdir={0}'], "did you mean 'quickstart'"),
         ([CONFIG + ',fusion=fim', '--workdir={0}'], "did you mean 'film'"),
         ([CONFIG + ',site=decoderr', '--workdir={0}'], "did you mean 'decoder'"),
-        ([CONFIG, '--config.model.hiden=3', '--workdir={0}'], 'hiden'),
+        ([CONFIG, '--config.model.hiden=3', '--workdir={0}'], '\'hiden\' Did you mean "hidden"'),
+        (['--config={1}', '--workdir={0}'], '(broken.py, line 2)'),
+        (['--config={1}', '--config.seeds=(1,)', '--workdir={0}'], '(broken.py, line 2)'),
         ([CONFIG, '--config.model.hidden=big', '--workdir={0}'], 'config.model.hidden=big'),
         (
             [CONFIG, '--config.optim.learning_rate=nan', '--workdir={0}'],
@@ -38,8 +40,10 @@ def run(*arguments):
     ids=lambda value: ' '.join(value) if isinstance(value, list) else '',
 )
 def test_mistakes(arguments, said, tmp_path):
-    code, err = run(*(a.format(tmp_path / 'run') for a in arguments))
+    broken = tmp_path / 'broken.py'
+    broken.write_text('def get_config():\n    return (\n')
+    code, err = run(*(a.format(tmp_path / 'run', broken) for a in arguments))
     assert code == 1
-    assert err.startswith('error: ') and '\n' not in err
+    assert err.startswith('error: ') and '\n' not in err and '\\n' not in err
     assert said in err
     assert not (tmp_path / 'run').exists()  # refused before anything was made

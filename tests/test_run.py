@@ -67,6 +67,22 @@ def test_another_config_is_refused_and_named(tmp_path):
     assert (tmp_path / 'config.json').read_bytes() == before
 
 
+@pytest.mark.parametrize('damaged', [b'', b'[]', b'{"seeds": [0', b'\xff\xfe'])
+def test_a_damaged_config_is_named(tmp_path, damaged):
+    (tmp_path / 'config.json').write_bytes(damaged)
+    said = pytest.raises(
+        UserError, match=r'config\.json is no.* JSON.*; restore it, or name another'
+    )
+    with said, run.start(tmp_path, config()):
+        pass
+    with said:
+        run.same_model(tmp_path, config(), ['model'])
+    assert (tmp_path / 'config.json').read_bytes() == damaged
+    (tmp_path / 'config.json').write_text('{}')
+    with pytest.raises(UserError, match=r'another config\.model: None'):
+        run.same_model(tmp_path, config(), ['model'])
+
+
 def test_signals_ask_once_and_handlers_come_back(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     with run.start(tmp_path, config()) as this:
@@ -75,6 +91,13 @@ def test_signals_ask_once_and_handlers_come_back(tmp_path):
         assert this.stops(recorded=False)
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one ends at once
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_lock_that_cannot_be_written(tmp_path):
+    (tmp_path / 'lock').mkdir()  # as good as read-only, also for root
+    said = pytest.raises(UserError, match=r'/lock: Is a directory; name another --workdir')
+    with said, run.start(tmp_path, config()):
+        pass
 
 
 def test_a_file_in_the_way(tmp_path):

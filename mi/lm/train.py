@@ -299,7 +299,8 @@ class _Log(contextlib.AbstractContextManager['_Log']):
         self._log = this.log(config.train.steps, meta['metrics'])
         self._unlogged: list[list[float]] = meta['unlogged']  # nats of each seed, by step
         self._unread: tuple[int, dict[str, Array]] | None = None
-        self._steps, self._seconds = 0, 0.0  # since the last record, stepping alone
+        # Since the last record, stepping alone; older checkpoints do not have it.
+        self._steps, self._seconds = meta.get('untimed', (0, 0.0))
         self._clock = time.perf_counter()
 
     def measured(self, step: int, values: dict[str, Array]) -> None:
@@ -330,7 +331,11 @@ class _Log(contextlib.AbstractContextManager['_Log']):
     def position(self) -> dict[str, Any]:
         """What a checkpoint needs to continue the log where it is."""
         self.stop_clock()
-        return {'metrics': self._log.position(), 'unlogged': self._unlogged}
+        return {
+            'metrics': self._log.position(),
+            'unlogged': self._unlogged,
+            'untimed': [self._steps, self._seconds],
+        }
 
     def stop_clock(self) -> None:
         """Waits for the steps on their way; what follows is not training, until `resume_clock`."""

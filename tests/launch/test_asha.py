@@ -32,6 +32,10 @@ def test_the_best_third_of_those_that_have_come_goes_on():
     assert decide([9, 8, 7, 6]) == [9, 8, 7, 6]  # each the best when it came
     assert decide([1, 2, 3], lower_is_better=False) == [1, 2, 3]
     assert decide([4, 1, 3, 2], factor=2) == [4, 1, 2]
+    nan = float('nan')
+    for lower in (True, False):  # the worst, and only the best of others like it
+        assert decide([5, nan, 5, 5], lower_is_better=lower) == [5, 5, 5]
+        assert str(decide([nan, nan, 5], lower_is_better=lower)) == '[nan, nan, 5]'
     new = Arrival(30, 'a', 9.0)
     assert not asha.stops(
         [Arrival(10, 'b', 1.0), Arrival(10, 'c', 2.0)], new, 3, True
@@ -53,6 +57,26 @@ def test_decisions_are_all_read_again_however_many(tmp_path):
     asha.Asha(tmp_path, 10, 3)
     (stopped,) = tmp_path.glob(f'*/{state.STOPPED}')
     assert 'place 900 of 901' in json.loads(stopped.read_text())['reason']
+
+
+def test_half_a_line_of_a_killed_launcher_is_cut_off(tmp_path):
+    file, half = tmp_path / 'asha.jsonl', b'{"rung": 10, "na'
+    first, second = ({'rung': 10, 'name': name, 'value': 1.0} for name in 'ab')
+    file.write_bytes(json.dumps(first).encode() + b'\n' + half)
+    state.append(file, second)
+    assert [json.loads(line) for line in file.read_text().splitlines()] == [first, second]
+
+    sweep = {'metric': 'loss', 'curves': 'train', 'lower_is_better': True}
+    (tmp_path / 'sweep.json').write_text(json.dumps(sweep))
+    file.write_bytes(b'{"rung": 10}\n' + half)
+    (tmp_path / 'a').mkdir()
+    (tmp_path / 'a/cost.json').write_text('{"steps": 20}')
+    record = {'step': 10, 'split': 'train', 'loss': 2.0}
+    (tmp_path / 'a/metrics.jsonl').write_text(json.dumps(record) + '\n')
+    asha.Asha(tmp_path, 10, 3)([tmp_path / 'a'])
+    assert file.read_bytes().splitlines()[1:] == [b'{"rung": 10, "name": "a", "value": 2.0}']
+    asha.Asha(tmp_path, 10, 3)([tmp_path / 'a'])  # it is read again, and nothing decided twice
+    assert len(file.read_bytes().splitlines()) == 2
 
 
 def test_one_launcher_alone_decides(tmp_path):

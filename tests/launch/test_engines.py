@@ -5,6 +5,7 @@ MI_TEST_SLURM=install, as in CI, Debian's packages are installed for it; elsewhe
 """
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -135,6 +136,29 @@ def test_a_member_that_fails_on_slurm_is_tried_again_and_named(tmp_path, a_slurm
     assert '1 of 1 members failed' in done.stderr
     (log,) = (tmp_path / 'runs').glob('*/log.txt')
     assert log.read_text().count('config.optim.learning_rate = -1.0: expected') == 2
+
+
+@pytest.mark.slow
+def test_members_that_left_the_queue_unfinished_are_reported_and_named(tmp_path):
+    """A Slurm that loses its jobs; and figures of the sweep's own that cannot be drawn of that."""
+    for name, does in ('sbatch', 'echo 7'), ('squeue', 'true'):
+        (tmp_path / name).write_text(f'#!/bin/sh\n{does}\n')
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {'PATH': f'{tmp_path}:{os.environ["PATH"]}'}
+    command = launch('slurm', tmp_path, 'configs/expressivity.py:fit', FIT)
+    with open(tmp_path / 'a_sweep.py', 'a') as file:
+        file.write("def report(workdir, out):\n    raise ValueError('nothing to draw')\n")
+    queued = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert queued.returncode == 0 and 'job 7: 2 members' in queued.stdout
+    assert not (tmp_path / 'runs/report').exists()
+    (tmp_path / 'runs/width=16').mkdir()
+    (tmp_path / 'runs/width=16/log.txt').write_text('error: no disk')
+    waited = subprocess.run([*command, '--wait'], capture_output=True, text=True, env=environment)
+    assert waited.returncode == 1
+    said = 'error: 1 of 2 members are not finished: width=4 (waiting)'
+    for line in ('error: 1 of 2 members failed: width=16', said):
+        assert 0 <= waited.stderr.index(line) < waited.stderr.index('nothing to draw')
+    assert (tmp_path / 'runs/report/report.html').exists()
 
 
 def test_a_batch_script_says_what_was_asked_for():

@@ -2,12 +2,14 @@ import io
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 import rich.console
 
@@ -72,6 +74,38 @@ def test_runs_of_a_task_each_are_one_arm(tmp_path):
     assert [m['task'] for m in record['members']] == ['a', 'b', 'a', 'b']
 
 
+def test_arms_of_the_same_values_are_told_apart_by_their_keys(tmp_path):
+    overrides = [
+        {'model.hidden': 24, 'seeds': (0,)},
+        {'model.embed': 24, 'seeds': (0,)},
+        {'model.embed': 24, 'seeds': (1,)},
+        {'model.hidden': 32, 'seeds': (0,)},
+        {'optim.name': 'adam', 'seeds': (0,)},
+        {'model.fusion.name': 'adam', 'seeds': (0,)},
+    ]
+    members = sweep.load(write(tmp_path, overrides), tmp_path / 'runs')
+    assert [m.label for m in members] == [
+        'hidden=24', 'embed=24', 'embed=24', '32', 'optim.name=adam', 'fusion=adam',
+    ]  # fmt: skip
+    both = [{'model.context': 24, 'data.context': 24}, {'model.context': 24}]
+    shown = [{'model.context': 24}, {'data.context': 24}]
+    assert sweep._labels(shown, shown, None) == ['model.context=24', 'data.context=24']
+    assert sweep._labels(both, both, None) == ['24, 24', '24']
+
+
+def test_a_seed_of_an_arm_is_trained_once(tmp_path):
+    arms = sweep.product(**{'model.site': ['none'], 'seeds': [(0, 1), (1, 2)]})
+    with pytest.raises(UserError, match=r"seed 1 of 'only'.*; give them different seeds"):
+        sweep.load(write(tmp_path, arms), tmp_path / 'runs')
+    configured = [{}, {'seeds': (0,)}]  # the first has the config's own
+    with pytest.raises(UserError, match=r'only and seeds=\(0,\) both train seed 0'):
+        sweep.load(write(tmp_path, configured), tmp_path / 'runs')
+    file = write(tmp_path, sweep.product(**{'data.source': ['a', 'b'], 'seeds': [(0,), (1,)]}))
+    with open(file, 'a') as more:
+        more.write("TASK = 'data.source'\n")
+    assert {m.label for m in sweep.load(file, tmp_path / 'runs')} == {'only'}
+
+
 def test_helpers_make_the_members_they_say():
     widths = sweep.zip_(**{'model.width': [64, 128], 'optim.learning_rate': [0.1, 0.03]})
     assert widths == [
@@ -90,8 +124,15 @@ def test_helpers_make_the_members_they_say():
         sweep.product(widths, widths)
 
 
+def begin(runs, *names):
+    for name in names:
+        (runs / name).mkdir(exist_ok=True)
+        (runs / name / 'config.json').write_text('{}')
+
+
 def test_another_sweep_in_the_same_directory_is_refused(tmp_path):
     sweep.load(write(tmp_path, [{'model.site': 'none'}]), tmp_path / 'runs')
+    begin(tmp_path / 'runs', 'site=none')
     with pytest.raises(UserError, match='holds another sweep'):
         sweep.load(write(tmp_path, [{'model.site': 'both'}]), tmp_path / 'runs')
 
@@ -101,6 +142,7 @@ def test_a_changed_sweep_is_refused_by_keys_and_values_and_a_longer_one_is_not(t
     overrides = [{'model.site': site, 'train.steps': 7} for site in ('none', 'both')]
     sweep.load(write(tmp_path, overrides), runs)
     sweep.load(write(tmp_path, [*overrides, {'model.site': 'encoder', 'train.steps': 7}]), runs)
+    begin(runs, *(f'site={site}' for site in ('none', 'both', 'encoder')))
     changed = [{'model.site': site, 'train.steps': 8, 'seeds': (1,)} for site in ('none', 'both')]
     said = (
         r'site=none, site=both: seeds was \[0\] and is \[1\] now, train\.steps was 7 and is 8 now'
@@ -113,6 +155,40 @@ def test_a_changed_sweep_is_refused_by_keys_and_values_and_a_longer_one_is_not(t
     )
     with pytest.raises(UserError, match=r"model\.core was 'lstm' and is 'gru' now"):
         sweep.load(other, runs)
+
+
+def test_what_has_not_begun_may_change_and_a_dry_run_claims_nothing(tmp_path):
+    runs = tmp_path / 'runs'
+    overrides = [{'model.site': site, 'train.steps': 7} for site in ('none', 'both')]
+    changed = [{**each, 'train.steps': 8} for each in overrides]
+    sweep.load(write(tmp_path, overrides), runs, dry=True)
+    assert not runs.exists()
+    sweep.load(write(tmp_path, overrides), runs)
+    sweep.load(write(tmp_path, changed), runs)  # none has begun
+    before = (runs / 'sweep.json').read_bytes()
+    begin(runs, 'site=none')
+    with pytest.raises(UserError, match=r'\(site=none: train\.steps was 8 and is 7 now\)'):
+        sweep.load(write(tmp_path, overrides), runs)
+    other = [changed[0], {**changed[1], 'model.site': 'encoder'}]  # site=both is there no more
+    sweep.load(write(tmp_path, other), runs, dry=True)
+    assert (runs / 'sweep.json').read_bytes() == before
+    sweep.load(write(tmp_path, other), runs)
+
+    sweep.load(write(tmp_path, overrides), tmp_path / 'queued', 'slurm')
+    with pytest.raises(UserError, match='holds another sweep'):  # a job may be in the queue
+        sweep.load(write(tmp_path, changed), tmp_path / 'queued', 'slurm')
+
+
+def test_a_key_that_the_config_has_not_is_one_line_before_anything_is_written(tmp_path):
+    overrides = [{'model.hidden': 24}, {'model.hiden': 24}]
+    with pytest.raises(
+        UserError, match=r'--config\.model\.hiden=24.*Did you mean "hidden"'
+    ) as said:
+        sweep.load(write(tmp_path, overrides), tmp_path / 'runs')
+    assert '\n' not in str(said.value) and '\\n' not in str(said.value)
+    with pytest.raises(UserError, match=r'model\.hidden=wide'):
+        sweep.load(write(tmp_path, [{'model.hidden': 'wide'}]), tmp_path / 'runs')
+    assert not (tmp_path / 'runs').exists()
 
 
 def test_a_dry_run_tells_what_members_cost_and_hours_by_the_rate_of_those_that_ran(
@@ -221,6 +297,92 @@ def test_status_shows_the_members_of_a_sweep_and_why_one_failed(tmp_path):
     assert list(state.of_sweep(runs / 'site=none')) == ['site=none']
     with pytest.raises(UserError, match='neither a sweep nor a run'):
         state.of_sweep(tmp_path)
+
+
+def test_damaged_files_of_a_member_cost_nothing_but_what_they_say(tmp_path):
+    file, runs = write(tmp_path, [{'model.site': s} for s in ('none', 'both')]), tmp_path / 'runs'
+    sweep.load(file, runs)
+    path = runs / 'site=none'
+    commands = {path: counting(path, steps=3)}
+    assert local.submit(commands, ONE) == {path: 'done'}
+    before = state.read(path, 'loss')
+    for name in ('timing.jsonl', 'metrics.jsonl'):
+        with open(path / name, 'ab') as records:  # not JSON, no object, not what is needed, half
+            records.write(b'{"step": 9, \xff}\n[9]\n{"loss": 9.0}\n{"step": "9"}\n{"step": 9, "lo')
+    assert state.read(path, 'loss') == before
+    assert state.curve(path, 'loss', 'train') == {1: 1.0, 2: 0.5, 3: 1 / 3}
+    for damaged in (b'', b'[1]', b'\xff\xfe', b'{"state": ', b'{"step": null}', b'7'):
+        (path / 'status.json').write_bytes(damaged)
+        (path / 'cost.json').write_bytes(damaged)
+        assert state.read(path).word == 'waiting' and state.read(path).step == 3
+        assert not state.done(path)
+    (path / 'launched').write_bytes(b'[1]')
+    assert process.slot_of(path) == -1
+    for damaged in (b'', b'[1]', b'\xff\xfe', b'{"metric": "loss"}', b'{"members": [{}]}'):
+        (runs / 'sweep.json').write_bytes(damaged)
+        for reads in (lambda: state.of_sweep(runs), lambda: sweep.load(file, runs)):
+            with pytest.raises(UserError, match=r'sweep\.json.*; restore it, or name another'):
+                reads()
+
+
+@pytest.mark.parametrize(
+    'text, said',
+    [
+        ('CONFIG = (\n', "line 1: SyntaxError: '(' was never closed"),
+        ('\nimport nothing_such\n', "line 2: ModuleNotFoundError: No module named 'nothing_such'"),
+        (
+            SWEEP.format(baseline=None, overrides=0).replace('return 0', "return {}['a']"),
+            'line 6: KeyError: a',
+        ),
+        (
+            SWEEP.format(baseline=None, overrides=0).replace('return 0', 'return product(a=[{1}])'),
+            'a = {1}: expected a number, a word, or a tuple of them',
+        ),
+    ],
+)
+def test_what_goes_wrong_in_a_sweep_file_is_one_line(tmp_path, text, said):
+    (tmp_path / 'a_sweep.py').write_text(text)
+    file = os.path.relpath(tmp_path / 'a_sweep.py')
+    with pytest.raises(UserError, match=re.escape(said)) as error:
+        sweep.load(file, tmp_path / 'runs')
+    assert '\n' not in str(error.value)
+
+
+def test_numbers_of_numpy_are_those_of_python(tmp_path):
+    overrides = sweep.product(
+        **{
+            'model.hidden': np.arange(24, 40, 8),
+            'optim.learning_rate': [np.float64(0.5), np.float32(0.25)],
+            'seeds': [tuple(np.arange(2))],
+        }
+    )
+    file = tmp_path / 'a_sweep.py'
+    made = 'import numpy as np\n' + SWEEP.format(baseline=None, overrides=overrides)
+    file.write_text(made)
+    members = sweep.load(str(file), tmp_path / 'runs')
+    assert members[0].name == 'hidden=24,learning_rate=0.5'
+    assert '--config.seeds=(0, 1)' in members[0].command
+    record = json.loads((tmp_path / 'runs/sweep.json').read_text())
+    assert record['members'][3]['overrides'] == {
+        'model.hidden': 32, 'optim.learning_rate': 0.25, 'seeds': [0, 1],
+    }  # fmt: skip
+
+
+def test_a_name_that_no_file_can_have_is_shortened_and_only_that(tmp_path):
+    sources = ['b' * 242, 'a' * 243, 'ä' * 300 + '1', 'ä' * 300 + '2']  # 'source=' has seven
+    members = sweep.load(write(tmp_path, sweep.product(**{'data.source': sources})), tmp_path / 'r')
+    names = [m.name for m in members]
+    assert names[:2] == [f'source={source}' for source in sources[:2]]
+    assert len(set(names)) == 4 and all(len(name.encode()) <= 255 for name in names)
+    for member in members:
+        (tmp_path / 'r' / member.name).mkdir()
+
+
+def test_a_directory_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / 'file').write_text('')
+    for workdir in (tmp_path / 'file', tmp_path / 'file/runs', pathlib.Path('/proc/runs')):
+        with pytest.raises(UserError, match=f'--workdir={workdir}: .*; name another directory'):
+            sweep.load(write(tmp_path, [{'model.site': 'none'}]), workdir)
 
 
 def test_what_is_no_sweep_is_refused(tmp_path):

@@ -80,6 +80,7 @@ def test_one_that_was_made_and_has_not_begun_can_be_copied(tmp_path):
         return late and pbt.explore({'rate': 1.0}, draw) != {'rate': 1.0}
 
     seed = next(filter(fits, range(100)))
+    (tmp_path / 'pbt.jsonl').write_text('{"member": "go')  # of a launcher that was killed
     population = pbt.Population(tmp_path, members, 0.05, ['optim.learning_rate'], seed)
     population.decide('good')
     assert population.path('good').name == 'good.1'
@@ -113,6 +114,17 @@ def test_what_a_killed_launcher_has_left_keeps_its_slot_and_is_waited_for(tmp_pa
     begun, ended = tmp_path / 'first/starts.jsonl', path / 'status.json'
     assert begun.stat().st_mtime >= ended.stat().st_mtime
     assert len((path / 'starts.jsonl').read_text().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_dry_run_trains_nothing(tmp_path):
+    (tmp_path / 'a_sweep.py').write_text(SWEEP)
+    command = [sys.executable, '-m', 'launch.pbt', f'--sweep={tmp_path / "a_sweep.py"}']
+    command += [f'--workdir={tmp_path / "runs"}', '--interval=800', '--dry_run']
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'learning_rate=1e-06' in done.stdout and 'all of it' in done.stdout
+    assert not (tmp_path / 'runs').exists()
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import lm as configs
-from mi import optim
+from mi import optim, run
 from mi.config import UserError
 from mi.lm import setup, train
 
@@ -174,6 +175,24 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, tex
     assert status['state'] == 'failed' and 'not finite' in status['reason']
     for record in records(tmp_path):
         assert np.isfinite(record['nats_per_token'])
+
+
+def test_a_continued_run_keeps_the_time_since_the_last_record(tmp_path):
+    """Two steps, with a checkpoint and the end of a process between them, and then the record."""
+    config = tiny()
+    meta = {'metrics': 0, 'unlogged': []}
+    for step in (1, 2):
+        with run.start(tmp_path, config) as this, train._Log(config, this, meta) as log:
+            log.measured(step, {'nats_per_token': jnp.ones(len(config.seeds))})
+            time.sleep(0.2)
+            if step == 2:
+                log.training(step)
+            meta = json.loads(json.dumps(log.position()))
+    (record,) = map(json.loads, (tmp_path / 'timing.jsonl').read_text().splitlines())
+    assert record['seconds'] >= 0.4
+    tokens = 2 * config.train.batch * config.train.length * len(config.seeds)
+    assert record['tokens_per_second'] == tokens / record['seconds']
+    assert meta['unlogged'] == [] and meta['untimed'][0] == 0
 
 
 def test_tokens_that_changed_since_are_noticed(tmp_path, texts):

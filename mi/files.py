@@ -1,0 +1,43 @@
+"""Reading again what runs and launchers wrote, also where a failure has left less of it.
+
+And how long they will go on, as both show it.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+from mi.config import UserError
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The JSON object of a file that has to be whole.
+
+    Raises:
+      UserError: if it holds something else.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:  # also of bytes that are not text
+        raise UserError(
+            f'{path} is not JSON ({error}); restore it, or name another --workdir'
+        ) from error
+    if not isinstance(value, dict):
+        raise UserError(
+            f'{path} is no JSON object: expected {{…}}; restore it, or name another --workdir'
+        )
+    return value
+
+
+def whole_lines(path: pathlib.Path) -> int:
+    """Length of a file up to its last newline; who was killed may have left half a line after it.
+
+    0 where there is no file.
+    """
+    return path.read_bytes().rfind(b'\n') + 1 if path.exists() else 0
+
+
+def clock(seconds: float) -> str:
+    """'00:00:09', '250:05:09': hours, minutes and seconds, the hours beyond a day too."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f'{minutes // 60:02}:{minutes % 60:02}:{rest:02}'
