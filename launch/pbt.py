@@ -33,7 +33,7 @@ from launch import engine, local, plan, process, state, sweep
 from launch.engine import Resources
 from mi import checkpoint
 from mi.config import UserError, flat
-from mi.files import read_json
+from mi.files import held, read_json
 from mi.run import write_json
 
 INTERVAL = flags.DEFINE_integer('interval', 0, 'Steps between two looks at another.', lower_bound=0)
@@ -228,7 +228,7 @@ def train(
     watch = local.Watch([population.path(name) for name in names])
     for name in names:  # what a launcher that was killed has left
         path = population.path(name)
-        if state.held(path / 'launched'):
+        if held(path / 'launched'):
             running[name] = process.Elsewhere(path / 'launched')
             taken[name] = process.slot_of(path)
             waiting.remove(name)

@@ -18,6 +18,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import IO
 
 from launch import state
+from mi.files import held
 from mi.run import PREEMPTED
 
 SAVING = 120.0  # seconds that processes have to save and end when one of them has
@@ -80,7 +81,7 @@ class Elsewhere:
 
     def poll(self) -> int | None:
         """The exit code as far as the run directory knows it; None as long as it runs."""
-        if state.held(self._lock):
+        if held(self._lock):
             return None
         return {'done': 0, 'preempted': PREEMPTED}.get(state.read(self._lock.parent).word, 1)
 
@@ -88,7 +89,7 @@ class Elsewhere:
         """As `Process.stop`, where it has said already which process of this machine it is."""
         told = state.status(self._lock.parent)
         here = told.get('host') == socket.gethostname() and told.get('state') == 'running'
-        if here and not self._asked and state.held(self._lock.parent / 'lock'):
+        if here and not self._asked and held(self._lock.parent / 'lock'):
             self._asked = True
             with contextlib.suppress(ProcessLookupError):  # it has ended this moment
                 os.kill(int(told['pid']), signal.SIGTERM)

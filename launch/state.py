@@ -6,7 +6,6 @@ died        it said it was running, and       failed      with a reason
             nobody holds its lock             stopped     by a rule of the sweep, for good
 """
 
-import fcntl
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ import rich.markup
 import rich.table
 
 from mi.config import UserError
-from mi.files import clock, read_json, whole_lines
+from mi.files import clock, held, read_json, whole_lines
 
 RATE = '_per_second'  # how the rates in timing.jsonl end
 STOPPED = 'stopped.json'  # why a rule of the sweep has stopped the run; it is not started again
@@ -131,22 +130,6 @@ def done(path: pathlib.Path) -> bool:
 def status(path: pathlib.Path) -> dict[str, Any]:
     """What a run has written of itself last; {} if it has not yet."""
     return written(path / 'status.json')
-
-
-def held(lock: pathlib.Path) -> bool:
-    """Whether a process holds a lock file.
-
-    It is taken for an instant to find out, shared, so that those who ask do not see each other.
-    `mi.run` tries for a second before it gives up.
-    """
-    try:
-        with open(lock) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 def records(file: pathlib.Path, needs: Needs, most: int = TAIL) -> list[dict[str, Any]]:

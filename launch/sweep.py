@@ -29,6 +29,7 @@ from ml_collections import config_flags
 
 from launch import state
 from mi.config import MISTAKES, UserError, difference, flat, nearest, one_line
+from mi.files import held
 from mi.run import write_json
 
 WATCHING = ('local', 'ray', 'pbt')  # engines that queue no member elsewhere, out of their sight
@@ -183,7 +184,7 @@ def _refuse_changes(before: dict[str, Any], now: dict[str, Any], workdir: pathli
     for member in before['members']:
         name = member['name']
         path = workdir / name
-        begun = (path / 'config.json').exists() or state.held(path / 'launched')
+        begun = (path / 'config.json').exists() or held(path / 'launched')
         if not begun and not may_be_queued:
             continue
         if name not in members:

@@ -3,6 +3,7 @@
 And how long they will go on, as both show it.
 """
 
+import fcntl
 import json
 import pathlib
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 from mi.config import UserError
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The JSON object of a file that has to be whole.
+def read_json(path: pathlib.Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The JSON object of a file that has to be whole; `missing`, if given, where there is none.
 
     Raises:
       UserError: if it holds something else.
     """
+    if missing is not None and not path.exists():
+        return missing
     try:
         value = json.loads(path.read_bytes())
     except ValueError as error:  # also of bytes that are not text
@@ -35,6 +38,22 @@ def whole_lines(path: pathlib.Path) -> int:
     0 where there is no file.
     """
     return path.read_bytes().rfind(b'\n') + 1 if path.exists() else 0
+
+
+def held(lock: pathlib.Path) -> bool:
+    """Whether a process holds a lock file.
+
+    It is taken for an instant to find out, shared, so that those who ask do not see each other.
+    `mi.run` tries for a second before it gives up.
+    """
+    try:
+        with open(lock) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def clock(seconds: float) -> str:

@@ -1,7 +1,6 @@
 """The files of a run directory as the report reads them, and where it writes its own."""
 
 import contextlib
-import fcntl
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -38,19 +37,6 @@ def _record(line: bytes, path: pathlib.Path, number: int) -> Record:
     return record
 
 
-def read_object(path: pathlib.Path, missing: Record | None = None) -> Record:
-    """A JSON object; `missing`, where that is given, for a file that is not there."""
-    if missing is not None and not path.exists():
-        return missing
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f'{path}: not JSON ({error})') from error
-    if not isinstance(value, dict):
-        raise UserError(f'{path}: not a JSON object')
-    return value
-
-
 def field(record: Mapping[str, Any], key: str, kind: type, path: pathlib.Path) -> Any:
     """A value of a record that has to be there, of this type."""
     if not isinstance(record.get(key), kind):
@@ -74,19 +60,3 @@ def written_to(folder: pathlib.Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f'--out={folder}: {error.strerror}; name another directory') from error
-
-
-def held(lock: pathlib.Path) -> bool:
-    """Whether a process holds a lock file.
-
-    It is taken for an instant to find out, shared, so that those who ask do not see each other.
-    `mi.run` tries for a second before it gives up.
-    """
-    try:
-        with open(lock) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False

@@ -15,7 +15,8 @@ import pathlib
 import numpy as np
 
 from mi.config import UserError
-from mi.report.files import Record, field, held, is_number, read_lines, read_object
+from mi.files import held, read_json
+from mi.report.files import Record, field, is_number, read_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +232,7 @@ def read(workdir: pathlib.Path, flag: str = 'workdir') -> Sweep:
 
 def _read_sweep(workdir: pathlib.Path) -> Sweep:
     path = workdir / 'sweep.json'
-    sweep = read_object(path)
+    sweep = read_json(path)
     members = field(sweep, 'members', list, path)
     metric = field(sweep, 'metric', str, path)
     warnings: list[str] = []
@@ -383,19 +384,19 @@ def _read_run(path: pathlib.Path, label: str, overrides: Record, warnings: list[
     if not path.is_dir():
         return Arm(label, 'missing', f'no folder {path.name}', overrides=overrides)
     # The status is read first: a run that ends meanwhile counts as running, never the reverse.
-    status = read_object(path / 'status.json', missing={})
+    status = read_json(path / 'status.json', missing={})
     alive = held(path / 'lock') or held(path / 'launched')
     if status.get('state') == 'running' and not alive:  # or it has just ended, and says so now
-        status = read_object(path / 'status.json', missing={})
+        status = read_json(path / 'status.json', missing={})
     state, reason = status.get('state'), status.get('reason')
-    stopped = read_object(path / 'stopped.json', missing={})
+    stopped = read_json(path / 'stopped.json', missing={})
     if stopped and state != 'done' and not alive:
         state, reason = 'stopped', stopped.get('reason')
     elif not isinstance(state, str):
         state, reason = 'missing', f'no state in {path.name}/status.json'
     elif state == 'running' and not alive:
         state, reason = 'died', 'its process is gone'
-    config = read_object(path / 'config.json', missing={})
+    config = read_json(path / 'config.json', missing={})
     done = state == 'done'
     metrics = read_lines(path / 'metrics.jsonl', done, warnings)
     for number, r in metrics.items():
@@ -416,7 +417,7 @@ def _read_run(path: pathlib.Path, label: str, overrides: Record, warnings: list[
         seeds=tuple(seeds),
         overrides=overrides,
         config=config,
-        cost=read_object(path / 'cost.json', missing={}),
+        cost=read_json(path / 'cost.json', missing={}),
         status=status,
         metrics=list(metrics.values()),
         timing=list(timing.values()),
