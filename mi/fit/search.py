@@ -113,6 +113,7 @@ def _search(config: ml_collections.ConfigDict, grids: dict[int, list[int]], this
     with this.log(len(grids), 0) as log:
         for i, (value, sizes) in enumerate(grids.items()):
             tried = probes.setdefault(value, {})
+            seconds = 0.0  # of all probes of the value; the last record of a step is what counts
             for records in tried.values():
                 _write(log, i, config.seeds, value, records)
             while True:
@@ -124,7 +125,8 @@ def _search(config: ml_collections.ConfigDict, grids: dict[int, list[int]], this
                 tried[place] = records = probe(_at(config, value), sizes[place])
                 this.write('probes.json', {str(value): of for value, of in probes.items()})
                 _write(log, i, config.seeds, value, records)
-                log.timing(i, {'seconds': time.perf_counter() - began})
+                seconds += time.perf_counter() - began
+                log.timing(i, {'seconds': seconds})
                 best = sorted(r['mse'] for r in records)
                 where = f'{config.search.over} {value}, width {sizes[place]}'
                 log.progress(i, f'{where}: mse {best[0]:.4g} … {best[-1]:.4g}', '')

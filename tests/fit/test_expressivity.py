@@ -1,5 +1,6 @@
 """What networks of ReLU layers and fusions can represent, and the search for the smallest one."""
 
+import itertools
 import json
 import os
 
@@ -13,6 +14,7 @@ from configs import expressivity
 from experiments import expressivity as experiment
 from mi.config import UserError
 from mi.fit import network, products, search, setup, train
+from mi.report import runs
 from mi.run import PREEMPTED
 from tests.fit.runs import edited, records
 
@@ -204,7 +206,12 @@ def test_a_search_that_was_stopped_goes_on_and_tries_nothing_twice(tmp_path, mon
     monkeypatch.setattr(search, 'probe', probe)
     monkeypatch.setattr('mi.fit.setup.largest_width', lambda config: 300)
     changes = {'search.at': (2, 4, 8), 'search.fit_from': 2, 'search.per_octave': 32}
-    search.search(config(**changes), str(tmp_path / 'whole'))
+    ticks = itertools.count()
+    with monkeypatch.context() as patch:
+        patch.setattr(search.time, 'perf_counter', lambda: float(next(ticks)))
+        search.search(config(**changes), str(tmp_path / 'whole'))
+    arm = runs.read(tmp_path / 'whole').arms[0]
+    assert arm.seconds()[1][-1] >= len(probed)  # a probe is a tick at least
     at_once, probed[:] = len(probed), []
     monkeypatch.setattr('mi.run.Run.stops', lambda this, recorded: True)
     for _ in range(at_once):
