@@ -49,8 +49,8 @@ class LSTM(nn.Module):
         i, f, o, j = x_t W + h_{t−1} U + b
         c_t = σ(f) ⊙ c_{t−1} + σ(i) ⊙ tanh(j),   h_t = σ(o) ⊙ tanh(c_t)
 
-    W [n, 4H], U [H, 4H]; the four gates stand side by side in this order. The forget gate's bias
-    starts at 1.
+    W [n, 4H] is applied to the whole sequence at once, U [H, 4H] in the loop; the four gates stand
+    side by side in this order. The forget gate's bias starts at 1.
 
     Attributes:
       features: H.
@@ -513,11 +513,8 @@ def lstm(
       (large, on the left) with h (narrow) takes half the time of h U, for which U is packed anew at
       every step; and xᵀ, hᵀ and ∂gatesᵀ, which are in memory so, make ∂W, ∂U and ∂x at the rate of
       a plain product.
-    - Of a narrow x, 4n ≤ H, the product with W is made in the loop, on CPU: that costs less than
-      to write [T, 4H, B], to turn it and to read it again (forward 66 → 50 ms on two cores for n =
-      128, H = 512, T = 64, B = 32; no difference for n = 256, and more for n = H).
     - σ(a) = ½ tanh(½a) + ½, so that one tanh over the whole array makes all gates, which XLA
-      vectorises, as it does not activations of slices. The ½ is in the weights, where it is exact.
+      vectorises, as it does not activations of slices.
     - i, f, o, j take the place of what they are made of, and ∂gates the place of i, f, o, j: two
       arrays [T, 4H, B] less to fill with zeros and to keep.
     - (dc, dc, dh, dc) is a choice by gate and not a concatenation, which XLA does not vectorise.
@@ -549,37 +546,29 @@ def _lstm_forward(
     keep: Array | None,
 ) -> tuple[tuple[Carry, Array], tuple[Any, ...]]:
     (T, B, n), H = x.shape, U.shape[0]
+    W_T, U_T = jax.lax.optimization_barrier((W.T, U.T))
+    gates = _of_rows('gn,rn->gr', W_T, x.reshape(T * B, n)).reshape(4 * H, T, B)
+    # Flat behind the barrier: what is only transposed XLA on CPU copies twice.
+    gates = jax.lax.optimization_barrier(gates.swapaxes(0, 1).reshape(T * 4 * H, B))
+    gates = gates.reshape(T, 4 * H, B)
     half = jnp.where(jnp.arange(4 * H) < 3 * H, 0.5, 1.0)[:, None]
-    W_T, U_T = jax.lax.optimization_barrier(
-        tuple(half.astype(weight.dtype) * weight.T for weight in (W, U))
-    )
-    if jax.default_backend() == 'cpu' and 4 * n <= H:
-        rows, gates = jax.lax.optimization_barrier(x.swapaxes(1, 2)), jnp.zeros((T, 4 * H, B))
-    else:
-        rows, gates = None, _of_rows('gn,rn->gr', W_T, x.reshape(T * B, n)).reshape(4 * H, T, B)
-        # Flat behind the barrier: what is only transposed XLA on CPU copies twice.
-        gates = jax.lax.optimization_barrier(gates.swapaxes(0, 1).reshape(T * 4 * H, B))
-        gates = gates.reshape(T, 4 * H, B)
 
     def step(
-        state: tuple[Carry, Array], at: tuple[Array, Array | None, Array | None]
+        state: tuple[Carry, Array], at: tuple[Array, Array | None]
     ) -> tuple[tuple[Carry, Array], Carry]:
-        (carry, gates), (t, x_t, reset_t) = state, at
+        (carry, gates), (t, reset_t) = state, at
         c, h = _zeroed(carry, reset_t)
         h = h if keep is None else h * keep.T
-        if x_t is None:
-            Wx = jax.lax.dynamic_index_in_dim(gates, t, 0, keepdims=False)
-        else:
-            Wx = linear(W_T, x_t, out_dtype=jnp.float32)
-        Uh = linear(U_T, h.astype(U.dtype), out_dtype=jnp.float32)
-        activated = jnp.tanh(Wx + Uh + half * b[:, None]) * half + (1 - half)
+        Wx = jax.lax.dynamic_index_in_dim(gates, t, 0, keepdims=False)
+        a = Wx + linear(U_T, h.astype(U.dtype), out_dtype=jnp.float32) + b[:, None]
+        activated = jnp.tanh(a * half) * half + (1 - half)
         i, f, o, j = jnp.split(activated, 4)
         c = f * c + i * j
         h = o * jnp.tanh(c)
         gates = jax.lax.dynamic_update_index_in_dim(gates, activated, t, 0)
         return ((c, h), gates), (c, h)
 
-    at = jnp.arange(T), rows, _row_by_row(reset)
+    at = jnp.arange(T), _row_by_row(reset)
     ((c, h), gates), (cs, hs) = jax.lax.scan(step, ((carry[0].T, carry[1].T), gates), at)
     residuals = carry, x, W, U, gates, cs, hs, reset, keep
     return ((c.T, h.T), hs.swapaxes(1, 2)), residuals
