@@ -3,7 +3,8 @@
     pip install -e '.[benchmark]' && python -m benchmarks.lm
 
     lstm          embedding → one LSTM layer → affine H → E → affine E → V, against nn.LSTM; `plain`
-                  is ours with the recurrence left to automatic differentiation
+                  is ours with the recurrence left to automatic differentiation, `products` with
+                  nothing of the layer but its six products: below it no other layout of ours comes
     transformer   pre-norm blocks, RMSNorm, rotary positions, SwiGLU, against the same of torch,
                   with its scaled_dot_product_attention, eager and compiled
     cells         every cell of mi.cells against the plain LSTM
@@ -30,14 +31,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import app, flags
+from jax import Array
 
 from benchmarks import rounds
 from configs import lm as configs
 from mi import cells, optim, parallel, run
-from mi.cells import lstm_reference
+from mi.cells import Carry, lstm_reference
+from mi.contract import linear
 from mi.fusion import FUSIONS, ONE_HOT
 from mi.lm import setup, train
 
@@ -47,6 +51,9 @@ SIDE = flags.DEFINE_string('side', None, 'For the workers: set/size/side.')
 JSON = flags.DEFINE_string('json', None, 'Where to write the figures too.')
 
 WORDS = [word for word in FUSIONS if word not in ONE_HOT]
+# As mi.main does it, and before jax has threads, which the line after these gives it.
+run.keep_freed_memory()
+run.in_one_order()
 GPU = jax.default_backend() == 'gpu'
 SIZES: dict[str, dict[str, tuple[int, ...]]] = {
     'lstm': {  # V, E, H, T, B
@@ -78,7 +85,7 @@ if GPU:
         'fusions': {site: (256, 128, 512, 64, 128) for site in ('encoder', 'decoder', 'both')},
     }
 SIDES: dict[str, tuple[str, ...]] = {
-    'lstm': ('torch', 'plain', 'mi', *(('cudnn',) if GPU else ())),
+    'lstm': ('torch', 'plain', 'products', 'mi', *(('cudnn',) if GPU else ())),
     'transformer': ('torch', 'torch compiled', 'mi'),
     'cells': tuple(cells.CELLS),
     'fusions': ('concat', *(word for word in WORDS if word != 'concat')),
@@ -185,6 +192,46 @@ def _torch_device() -> str:
     return 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
+@jax.custom_vjp
+def products_alone(
+    carry: Carry, x: Array, W: Array, U: Array, b: Array, reset: None, keep: None
+) -> tuple[Carry, Array]:
+    """The products of `mi.cells.lstm`, of the same shapes; its values mean nothing."""
+    return _products_forward(carry, x, W, U, b, reset, keep)[0]
+
+
+def _products_forward(
+    carry: Carry, x: Array, W: Array, U: Array, b: Array, reset: None, keep: None
+) -> tuple[tuple[Carry, Array], tuple[Array, ...]]:
+    del b, reset, keep
+    (T, B, n), H = x.shape, U.shape[0]
+    W_T, U_T = jax.lax.optimization_barrier((W.T, U.T))
+    gates = jnp.einsum('gn,rn->gr', W_T, x.reshape(T * B, n))
+    h, _ = jax.lax.scan(lambda h, _: (linear(U_T, h)[:H], None), carry[1].T, None, length=T)
+    return ((carry[0], h.T), jnp.broadcast_to(h.T, (T, B, H))), (x, W, U, gates)
+
+
+def _products_backward(
+    residuals: tuple[Array, ...], cotangents: tuple[Carry, Array]
+) -> tuple[Any, ...]:
+    x, W, U, dgates = residuals
+    (dc, _), dhs = cotangents
+    (T, B, n), H = x.shape, U.shape[0]
+    dh, _ = jax.lax.scan(
+        lambda dh, _: (linear(U, jnp.pad(dh, ((0, 3 * H), (0, 0)))), None),
+        dhs[-1].T,
+        None,
+        length=T,
+    )
+    dW = jnp.einsum('nr,gr->ng', x.reshape(T * B, n).T, dgates)
+    dU = jnp.einsum('hr,gr->hg', dgates[:H], dgates)
+    dx = jnp.einsum('ng,gr->nr', W, dgates).reshape(n, T, B).transpose(1, 2, 0)
+    return (dc, dh.T), dx, dW, dU, jnp.tile(dh.mean(axis=1), 4), None, None  # dh is used: it stays
+
+
+products_alone.defvjp(_products_forward, _products_backward)
+
+
 def config_of(name: str, size: str, side: str) -> ml_collections.ConfigDict:
     config = configs.get_config().unlock()
     numbers = SIZES[name][size]
@@ -257,18 +304,17 @@ def step_of(name: str, size: str, side: str) -> Callable[[], object]:
     config = config_of(name, size, side)
     if side == 'run':
         return run_step(config)
+    instead = {'plain': lstm_reference, 'products': products_alone}
     with contextlib.ExitStack() as stack:
-        if side == 'plain':  # the recurrence as a plain scan, left to automatic differentiation
+        if side in instead:
             stack.callback(functools.partial(setattr, cells, 'lstm', cells.lstm))
-            cells.lstm = lstm_reference
+            cells.lstm = instead[side]
         return mi_step(config, numbers[0])
 
 
 def main(argv: Sequence[str]) -> None:
     del argv
     if SIDE.value:
-        run.keep_freed_memory()
-        run.in_one_order()
         rounds.serve(step_of(*SIDE.value.split('/')))
         return
     print(f'{run.machine()}, jax {jax.__version__}')
