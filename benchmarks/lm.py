@@ -205,8 +205,8 @@ def _products_forward(
 ) -> tuple[tuple[Carry, Array], tuple[Array, ...]]:
     del b, reset, keep
     (T, B, n), H = x.shape, U.shape[0]
-    W_T, U_T = jax.lax.optimization_barrier((W.T, U.T))
-    gates = jnp.einsum('gn,rn->gr', W_T, x.reshape(T * B, n))
+    U_T = jax.lax.optimization_barrier(U.T)
+    gates = jnp.einsum('ng,rn->gr', W, x.reshape(T * B, n))
     h, _ = jax.lax.scan(lambda h, _: (linear(U_T, h)[:H], None), carry[1].T, None, length=T)
     return ((carry[0], h.T), jnp.broadcast_to(h.T, (T, B, H))), (x, W, U, gates)
 

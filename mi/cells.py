@@ -546,8 +546,8 @@ def _lstm_forward(
     keep: Array | None,
 ) -> tuple[tuple[Carry, Array], tuple[Any, ...]]:
     (T, B, n), H = x.shape, U.shape[0]
-    W_T, U_T = jax.lax.optimization_barrier((W.T, U.T))
-    gates = _of_rows('gn,rn->gr', W_T, x.reshape(T * B, n)).reshape(4 * H, T, B)
+    U_T = jax.lax.optimization_barrier(U.T)
+    gates = _of_rows('ng,rn->gr', W, x.reshape(T * B, n)).reshape(4 * H, T, B)
     # Flat behind the barrier: what is only transposed XLA on CPU copies twice.
     gates = jax.lax.optimization_barrier(gates.swapaxes(0, 1).reshape(T * 4 * H, B))
     gates = gates.reshape(T, 4 * H, B)
