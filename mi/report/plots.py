@@ -176,12 +176,19 @@ def _curves(sweep: Sweep, remarks: list[str]) -> Figure:
 def _zoom(lines: list[Line]) -> tuple[float, float]:
     """Limits of y that show the later half of training, and so the ends of the lines apart.
 
-    Early losses are so much larger than the differences at the end that they would hide them.
+    Early losses are so much larger than the differences at the end that they would hide them. Where
+    they are not, up to twice the range of the later half, all is shown.
     """
-    half = max(line.steps[-1] for line in lines) / 2
-    late = [(line, line.steps >= half) for line in lines]
-    low = min(float(line.low[part].min()) for line, part in late if part.any())
-    high = max(float(line.high[part].max()) for line, part in late if part.any())
+
+    def limits(since: float) -> tuple[float, float]:
+        parts = [(line, line.steps >= since) for line in lines]
+        low = min(float(line.low[part].min()) for line, part in parts if part.any())
+        return low, max(float(line.high[part].max()) for line, part in parts if part.any())
+
+    low, high = limits(max(line.steps[-1] for line in lines) / 2)
+    whole = limits(0)
+    if whole[1] - whole[0] <= 2 * (high - low):
+        low, high = whole
     margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
     return low - margin, high + margin
 
