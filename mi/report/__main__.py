@@ -55,6 +55,8 @@ def _fail(found: list[compare.Pair]) -> None:
             f'cannot be judged: {", ".join(unknown)}; expected the same tasks, and two seeds or '
             f'more that both have'
         )
+    if not said and not any(pair.verdict for pair in found):
+        said.append('nothing could be compared: no arm of the baseline has values; see its states')
     if said:
         sys.exit(f'error: {"; ".join(said)}')
 

@@ -146,6 +146,16 @@ def test_what_cannot_be_judged_has_not_passed(sweeps, seeds, message):
     assert not any(map(compare.why_not, compare.pairs(runs.read(before), runs.read(before))))
 
 
+def test_a_baseline_without_values_passes_nobody(sweeps):
+    before, after = sweeps
+    for file in before.glob('*/metrics.jsonl'):
+        file.unlink()
+    command = [sys.executable, '-m', 'mi.report', f'--baseline={before}', f'--candidate={after}']
+    done = subprocess.run([*command, '--fail_on_worse'], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith('error: nothing could be compared: no arm of the baseline ')
+
+
 def test_a_directory_that_is_not_there_is_named_by_its_flag(sweeps, tmp_path):
     with pytest.raises(UserError, match=r'--baseline=.*nowhere is not a directory'):
         compare.compare(tmp_path / 'nowhere', sweeps[1])
