@@ -40,9 +40,10 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
             if split == 'eval':
                 agent = setup.agent(config, evaluation.spec)
                 params, step = _restored(config, agent, path)
+            setup.fits(config, agent.spec, evaluation.spec)
             for i, seed in enumerate(config.seeds):
                 of_seed = jax.tree.map(lambda a, i=i: a[i], params)
-                for policy, values in evaluation(agent, of_seed, step).items():
+                for policy, values in evaluation(agent, of_seed, step, seed).items():
                     scores.setdefault(split + policy, {})[str(seed)] = values
         _print(evaluation.spec, split, scores)
     folder = path / 'evaluation'

@@ -60,14 +60,15 @@ def play(
 ) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
     """Return, success and length of at least `each` episodes of every task, by task.
 
-    Every row plays the same number of episodes, however long they are, so that short ones are not
-    preferred.
+    Every row of a task plays the same number of episodes, however long they are, so that short ones
+    are not preferred.
     """
     tasks, B = len(pool.spec.tasks), pool.batch
-    quota = -(-each * tasks // B)
     step, acting, action = pool.reset(), policy.start(B, key), jnp.zeros(B, jnp.int32)
     returned, length, played = np.zeros(B), np.zeros(B, np.int64), np.zeros(B, np.int64)
     ended: list[list[tuple[float, bool, int]]] = [[] for _ in range(tasks)]
+    of_row = np.asarray(step.observation['task'])
+    quota = -(-each // np.bincount(of_row, minlength=tasks)[of_row])  # rows of a task share it
     while (played < quota).any():
         row: Any = step.observation, action, step.reward, step.is_first
         acting, action, _ = policy(params, acting, Inputs(*row))
@@ -92,7 +93,8 @@ def summary(
     """Means over tasks, and of scores where the spec says what random and best are.
 
     The normalised score of a task is (s − random) / (reference − random), of which the capped one
-    is at most 1. `stderr/…` is the standard error of a task's mean return.
+    is at most 1. `stderr/…` is the standard error of a task's mean return, `episodes_per_task` how
+    many were played of the task that has fewest.
 
     Args:
       spec: of the environment.
@@ -104,6 +106,7 @@ def summary(
         'return': float(by_task.mean()),
         'success': float(won.mean()),
         'length': float(np.mean([values.mean() for values in length])),
+        'episodes_per_task': min(len(values) for values in returned),
     }
     for i, name in enumerate(spec.tasks):
         result[f'return/{name}'], result[f'success/{name}'] = float(by_task[i]), float(won[i])
@@ -134,10 +137,18 @@ class Evaluation:
     def __exit__(self, *exception: object) -> None:
         self._pool.close()
 
-    def __call__(self, agent: Agent, params: Any, step: int) -> dict[str, dict[str, float]]:
-        """What is measured, for the policy '' and for '_greedy' if it is asked for."""
+    def __call__(
+        self, agent: Agent, params: Any, step: int, seed: int
+    ) -> dict[str, dict[str, float]]:
+        """What is measured, for the policy '' and for '_greedy' if it is asked for.
+
+        Args:
+          agent, params: of one seed.
+          step: how many updates they have had.
+          seed: of the run's; it and the step decide what is drawn.
+        """
         config, measured = self._config, {}
-        key = jax.random.fold_in(jax.random.key(config.seeds[0]), step)
+        key = jax.random.fold_in(jax.random.key(seed), step)
         for greedy in (False, True) if config.eval.greedy else (False,):
             each = config.eval.episodes
             if self._compiled is None:
@@ -147,7 +158,6 @@ class Evaluation:
                 played = jax.device_get(episodes(self._compiled, agent, params, key, each, greedy))
             measured['_greedy' if greedy else ''] = {
                 'env_steps': step * config.train.batch * config.train.length,
-                'episodes_per_task': config.eval.episodes,
                 **summary(self.spec, *played),
             }
         return measured

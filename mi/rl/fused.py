@@ -143,6 +143,7 @@ def train(
     evaluations = {'eval': environment}
     if config.eval.held_out:
         evaluations['held_out'] = envs.make(config.eval.held_out)
+        setup.fits(config, environment.spec, evaluations['held_out'].spec)
     with run.start(workdir, config, profile) as this:
         _train(config, evaluations, agent, this)
 
@@ -231,7 +232,6 @@ def _evaluate(
             )
             values = {
                 'env_steps': step * config.train.batch * config.train.length,
-                'episodes_per_task': config.eval.episodes,
                 **summary(environment.spec, *played),
             }
             log.write(step, seed, f'{split}_greedy' if greedy else split, values)

@@ -113,19 +113,22 @@ class Agent(nn.Module):
             inputs.observation
         )
         instruction: Any = None
+        is_new = inputs.is_first  # where the instruction is
         if reads_instructions(self):
             encoder = InstructionEncoder(spec.vocabulary, dtype=dtype, parent=None)
             given = instruction = inputs.observation['instruction']
+            changes = (given[1:] != given[:-1]).any(-1)
+            is_new = is_new | jnp.pad(changes, ((1, 0), (0, 0)))
             tokens = jnp.zeros((1, 1), jnp.int32)
             params = self.param(
                 'instruction_encoder', lambda key: encoder.init(key, tokens)['params']
             )
             if jnp.issubdtype(given.dtype, jnp.integer):
                 encode = functools.partial(encoder.apply, {'params': params})
-                instruction = once_per_episode(encode, given, inputs.is_first)
+                instruction = once_per_instruction(encode, given, is_new)
         if 'instruction' in self.sites:
             meet = fuse(self.features, context='dense', name='instruction')
-            v = nn.relu(fused_per_episode(meet, v, instruction, inputs.is_first))
+            v = nn.relu(fused_per_instruction(meet, v, instruction, is_new))
 
         first = inputs.is_first[..., None]
         action = jnp.where(first, 0, jax.nn.one_hot(inputs.action, spec.actions, dtype=dtype))
@@ -155,7 +158,7 @@ class Agent(nn.Module):
         def met(site: str, features: int, x: Array) -> Array:
             meet = fuse(features, **kind, name=site)
             if self.source == 'instruction':
-                return fused_per_episode(meet, x, z, inputs.is_first)
+                return fused_per_instruction(meet, x, z, is_new)
             return meet(x, z)
 
         if 'core_input' in self.sites:
@@ -207,19 +210,19 @@ def encode_instruction(agent: Agent, params: Any, tokens: Array) -> Array:
     return encoder.apply({'params': params['instruction_encoder']}, tokens)  # type: ignore[return-value,unused-ignore]
 
 
-EPISODES = 4  # of a column that are looked at one by one
+INSTRUCTIONS = 4  # of a column that are looked at one by one
 
 
-def once_per_episode(encode: Callable[[Array], Any], tokens: Array, is_first: Array) -> Array:
-    """encode(tokens) for tokens [T, B, L] that change where `is_first` alone, [T, B, …].
+def once_per_instruction(encode: Callable[[Array], Any], tokens: Array, is_new: Array) -> Array:
+    """encode(tokens) for tokens [T, B, L] that change where `is_new` alone, [T, B, …].
 
-    Where no column has more than `EPISODES` of them, only one row of each is encoded: for 20 steps
-    a fifth of the work. Otherwise, and where it would not be less work, every row is.
+    Where no column has more than `INSTRUCTIONS` of them, only one row of each is encoded: for 20
+    steps a fifth of the work. Otherwise, and where it would not be less work, every row is.
     """
     T, _, L = tokens.shape
-    if 2 * EPISODES >= T or EPISODES >= L:
+    if 2 * INSTRUCTIONS >= T or INSTRUCTIONS >= L:
         return encode(tokens)
-    number, begins, few = _episodes(is_first)
+    number, begins, few = _instructions(is_new)
 
     def some() -> Array:
         encoded = encode(jnp.take_along_axis(tokens, begins[..., None], axis=0))
@@ -228,27 +231,27 @@ def once_per_episode(encode: Callable[[Array], Any], tokens: Array, is_first: Ar
     return jax.lax.cond(few, some, lambda: encode(tokens))
 
 
-def fused_per_episode(meet: nn.Module, x: Array, z: Array, is_first: Array) -> Array:
-    """meet(x, z) for x [T, B, n] and z [T, B, m] that changes where `is_first` alone, [T, B, k].
+def fused_per_instruction(meet: nn.Module, x: Array, z: Array, is_new: Array) -> Array:
+    """meet(x, z) for x [T, B, n] and z [T, B, m] that changes where `is_new` alone, [T, B, k].
 
-    As `once_per_episode`: x meets each of the column's few z, and each step keeps its own. A full
-    form, which contracts z first, has a quarter of the work then for 20 steps; where it would not
-    be half of it, every row meets its own z alone.
+    As `once_per_instruction`: x meets each of the column's few z, and each step keeps its own. A
+    full form, which contracts z first, has a quarter of the work then for 20 steps; where it would
+    not be half of it, every row meets its own z alone.
     """
-    if meet.is_initializing() or len(x) <= 2 * EPISODES or not _halved(meet, x, z):
+    if meet.is_initializing() or len(x) <= 2 * INSTRUCTIONS or not _halved(meet, x, z):
         return meet(x, z)
-    number, begins, few = _episodes(is_first)
+    number, begins, few = _instructions(is_new)
 
     def some(meet: nn.Module, x: Array, z: Array) -> Array:
-        of_episodes = jnp.take_along_axis(z, begins[..., None], axis=0)
-        y = meet(x[None], of_episodes[:, None])
+        of_instructions = jnp.take_along_axis(z, begins[..., None], axis=0)
+        y = meet(x[None], of_instructions[:, None])
         return jnp.take_along_axis(y, number[None, ..., None], axis=0, mode='clip')[0]
 
     return nn.cond(few, some, lambda meet, x, z: meet(x, z), meet, x, z)  # type: ignore[no-any-return,unused-ignore]
 
 
 def _halved(meet: nn.Module, x: Array, z: Array) -> bool:
-    """Whether meeting every z of `EPISODES` is half the products of meeting one z a step."""
+    """Whether meeting every z of `INSTRUCTIONS` is half the products of meeting one z a step."""
     (T, B, n), m, dtype = x.shape, z.shape[-1], x.dtype
     apply, variables = meet.clone(parent=None, name=None).apply, meet.variables
 
@@ -256,16 +259,17 @@ def _halved(meet: nn.Module, x: Array, z: Array) -> bool:
         x, z = (jax.ShapeDtypeStruct(a, dtype) for a in axes)
         return cost.flops(apply, variables, x, z)
 
-    shared = flops((1, T, B, n), (EPISODES, 1, B, m))
+    shared = flops((1, T, B, n), (INSTRUCTIONS, 1, B, m))
     return 2 * shared <= flops((T, B, n), (T, B, m))
 
 
-def _episodes(is_first: Array) -> tuple[Array, Array, Array]:
-    """Of columns [T, B]: each row's episode, counted from 0; where each begins; whether few."""
-    later = is_first & (jnp.arange(len(is_first)) > 0).reshape(-1, 1)
+def _instructions(is_new: Array) -> tuple[Array, Array, Array]:
+    """Of columns [T, B]: each row's instruction, counted from 0; where each begins; whether few."""
+    later = is_new & (jnp.arange(len(is_new)) > 0).reshape(-1, 1)
     number = jnp.cumsum(later, axis=0)  # [T, B]
-    begins = (number[None] == jnp.arange(EPISODES).reshape(-1, 1, 1)).argmax(1)  # [EPISODES, B]
-    return number, begins, (number < EPISODES).all()
+    of_number = number[None] == jnp.arange(INSTRUCTIONS).reshape(-1, 1, 1)
+    begins = of_number.argmax(1)  # [INSTRUCTIONS, B]
+    return number, begins, (number < INSTRUCTIONS).all()
 
 
 def takes_ids(constructor: Callable[..., nn.Module]) -> bool:

@@ -29,14 +29,16 @@ def make_worker(
     version: int,
     index: int,
     policy: Policy | None = None,
+    birth: int = 0,
 ) -> Worker:
     """Worker `index` of this process of a run that goes on at `version`.
 
-    With the policy, where there is one to share.
+    With the policy, where there is one to share. The one that takes its place when it dies has the
+    next number of birth, and with it other episodes.
     """
     actors = config.actors
     key = jax.random.key(config.seeds[0])
-    for number in (version, index, jax.process_index()):
+    for number in (version, index, jax.process_index(), birth):
         key = jax.random.fold_in(key, number)
     seeds = np.asarray(jax.random.randint(key, (actors.groups,), 0, 2**30))
     groups = [envs.pool(config.env.name, actors.batch, int(seed)) for seed in seeds]
@@ -56,6 +58,8 @@ def train(
             if name
         }
         agent = setup.agent(config, evaluations['eval'].spec)
+        for evaluation in evaluations.values():
+            setup.fits(config, agent.spec, evaluation.spec)
         with run.start(workdir, config, profile) as this:
             _train(config, evaluations, agent, this)
 
@@ -111,16 +115,17 @@ def _train(
                 log.timing(step, timing)
                 success = record['success'] or 0
                 log.progress(step, f'success {success:.3f}', f'{rate:,.0f} steps/s')
-                window = Window()
             evaluates = step % config.train.eval_every == 0 or step == total
             if evaluates and parallel.first():
                 for split, evaluation in evaluations.items():
-                    for policy, scores in evaluation(agent, params, step).items():
+                    for policy, scores in evaluation(agent, params, step, seed).items():
                         log.write(step, seed, split + policy, scores)
             if saves:
                 saved.save(step, state, {'metrics': log.position()})
                 if stops and step < total:
                     this.preempted()
+            if recorded or saves:
+                window = Window()  # after evaluation and saving, which are not training
 
 
 def restore(

@@ -4,6 +4,7 @@ A cluster is joined where RAY_ADDRESS names one; otherwise Ray starts here. Para
 through Ray's object store, once for each update; trajectories come back the same way.
 """
 
+import functools
 import logging
 import os
 import sys
@@ -27,11 +28,11 @@ class Remote:
     memory, a lost host, kill -9) is replaced, with new environments.
 
     Args:
-      make: makes the worker, in the process.
+      make: makes the worker, in the process; it is told how many were there before, `birth`.
     """
 
-    def __init__(self, make: Callable[[], Worker]):
-        self._ray, self._make = start(), make
+    def __init__(self, make: Callable[..., Worker]):
+        self._ray, self._make, self._births = start(), make, 0
         self._process = self._new()
 
     def collect(self, params: Any) -> list[tuple[Trajectory, Episodes]]:
@@ -59,7 +60,9 @@ class Remote:
         self._ray.kill(self._process)
 
     def _new(self) -> Any:
-        return self._ray.remote(_Process).options(num_cpus=1).remote(self._make)
+        make = functools.partial(self._make, birth=self._births)
+        self._births += 1
+        return self._ray.remote(_Process).options(num_cpus=1).remote(make)
 
 
 class _Process:

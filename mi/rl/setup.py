@@ -18,6 +18,12 @@ from mi.rl.networks import SITES, SOURCES, TORSOS, Agent, Inputs
 from mi.rl.transformer import GatedTransformer
 
 CORES: dict[str, Callable[..., nn.Module]] = {**cells.CELLS, 'transformer': GatedTransformer}
+LOOKS = {  # torso → entries of the observation, of which it needs one
+    'dense': ('grid', 'features'),
+    'conv': ('grid',),
+    'shallow': ('pixels',),
+    'deep': ('pixels',),
+}
 TOPOLOGIES = ('fused', 'threads', 'ray')
 
 
@@ -94,11 +100,6 @@ def validate(config: ml_collections.ConfigDict) -> None:
                 f'config.train.{name} = {training[name]}: expected a multiple of '
                 f'config.train.log_every = {training.log_every}, the updates of one record'
             )
-    if config.eval.held_out and model.source in ('task', 'embedding'):
-        raise UserError(
-            f'config.eval.held_out = {config.eval.held_out!r}: tasks that were never trained have '
-            f"no index; it needs config.model.source = 'instruction' or 'inferred'"
-        )
     if training.topology == 'fused':
         return
     if len(config.seeds) > 1:
@@ -134,9 +135,21 @@ def agent(config: ml_collections.ConfigDict, spec: Spec) -> Agent:
             f'config.model.sites and source name the instruction, but it {what}: '
             f'config.env.name = {spec.name!r}, config.model.instruction = {model.instruction}'
         )
+    looks = LOOKS.get(model.torso, ())
+    if looks and not spec.observation.keys() & set(looks):
+        there = ', '.join(name for name in spec.observation if name != 'task')
+        raise UserError(
+            f'config.model.torso = {model.torso!r} looks at {" or ".join(looks)}, and '
+            f"config.env.name = {config.env.name!r} has {there}; 'auto' takes what fits"
+        )
     core = None
     if model.core != 'none':
         core = functools.partial(CORES[model.core], model.hidden)
+    if model.core == 'transformer' and model.hidden % GatedTransformer.heads:
+        raise UserError(
+            f'config.model.hidden = {model.hidden}: expected a multiple of '
+            f'{GatedTransformer.heads}, the heads of the transformer'
+        )
     word = model.fusion
     return Agent(
         spec=spec,
@@ -150,6 +163,35 @@ def agent(config: ml_collections.ConfigDict, spec: Spec) -> Agent:
         see_instruction=model.instruction,
         dtype=jnp.dtype(model.dtype),
     )
+
+
+def fits(config: ml_collections.ConfigDict, trained: Spec, held_out: Spec) -> None:
+    """Refuses an environment for evaluation in which the agent cannot act.
+
+    Raises:
+      UserError: if it does not look as what the agent was trained on, or if its tasks are others
+        and the agent is told the index.
+    """
+
+    def looks(spec: Spec) -> dict[str, Any]:
+        shapes = {n: a.shape for n, a in spec.observation.items() if n != 'instruction'}
+        words = spec.vocabulary if config.model.instruction else 0
+        return {'observation': shapes, 'actions': spec.actions, 'categories': spec.categories,
+                'vocabulary': words}  # fmt: skip
+
+    name = f'config.eval.held_out = {config.eval.held_out!r}'
+    one, other = looks(trained), looks(held_out)
+    for key, value in one.items():
+        if value != other[key]:
+            raise UserError(
+                f'{name}: its {key} is {other[key]} and that of config.env.name = '
+                f'{config.env.name!r} {value}; expected the same world with other tasks'
+            )
+    if config.model.source in ('task', 'embedding') and trained.tasks != held_out.tasks:
+        raise UserError(
+            f'{name}: tasks that were never trained have no index; it needs config.model.source = '
+            f"'instruction' or 'inferred'"
+        )
 
 
 def hyperparameters(config: ml_collections.ConfigDict) -> learner.Hyperparameters:

@@ -36,19 +36,20 @@ class Acting(NamedTuple):
     Attributes:
       key: random key of the actions.
       carry: of the agent.
-      instruction: of each row's episode, encoded [B, …]; None if the agent reads none.
+      tokens, instruction: the newest of each row, [B, L], and encoded, [B, …]; None if the agent
+        reads none.
     """
 
     key: Array
     carry: Carry
-    instruction: Array | None
+    tokens: Array | None = None
+    instruction: Array | None = None
 
 
 class Policy:
     """An agent's actions on B environments, one step at a time.
 
-    An instruction is encoded where its episode begins and remembered; where the parameters are new,
-    all are.
+    An instruction is encoded where it is new and remembered; where the parameters are new, all are.
     """
 
     def __init__(self, agent: Agent, greedy: bool = False):
@@ -57,9 +58,16 @@ class Policy:
 
     def start(self, batch: int, key: Array) -> Acting:
         """Before the first step of B episodes."""
-        shape = batch, InstructionEncoder.hidden
-        read = reads_instructions(self._agent)
-        return Acting(key, self._agent.initial_carry(batch), jnp.zeros(shape) if read else None)
+        carry = self._agent.initial_carry(batch)
+        if not reads_instructions(self._agent):
+            return Acting(key, carry)
+        tokens = self._agent.spec.observation['instruction']
+        return Acting(
+            key,
+            carry,
+            jnp.zeros((batch, *tokens.shape), tokens.dtype),
+            jnp.zeros((batch, InstructionEncoder.hidden)),
+        )
 
     def __call__(
         self, params: Any, acting: Acting, inputs: Inputs, new: bool = False
@@ -78,19 +86,19 @@ class Policy:
         self, params: Any, acting: Acting, inputs: Inputs, new: Array
     ) -> tuple[Acting, Array, Array]:
         key, of_actions = jax.random.split(acting.key)
-        instruction = acting.instruction
-        if instruction is not None:
+        tokens, instruction = acting.tokens, acting.instruction
+        if tokens is not None and instruction is not None:
             observation = dict(inputs.observation)
             encode = functools.partial(encode_instruction, self._agent, params)
-            instruction = _refreshed(
-                encode, observation['instruction'], instruction, inputs.is_first | new
-            )
+            before, tokens = tokens, observation['instruction']
+            outdated = inputs.is_first | new | (tokens != before).any(-1)
+            instruction = _refreshed(encode, tokens, instruction, outdated)
             observation['instruction'] = instruction
             inputs = inputs._replace(observation=observation)
         carry, action, log_prob = act(
             self._agent, params, acting.carry, inputs, of_actions, self._greedy
         )
-        return Acting(key, carry, instruction), action, log_prob
+        return Acting(key, carry, tokens, instruction), action, log_prob
 
 
 def _refreshed(

@@ -8,16 +8,24 @@ from mi.config import UserError
 from mi.rl import train, video
 from mi.rl.assess import assess
 from mi.rl.envs import xland
-from tests.rl.test_train import tiny
+from tests.rl.test_train import records, tiny
 
 
 @pytest.mark.slow
 def test_a_run_is_scored_and_filmed(tmp_path, capsys):
-    config = tiny(**{'train.steps': 40 * 5, 'seeds': (0, 1)})
+    config = tiny(**{'train.steps': 40 * 5, 'seeds': (0, 1), 'eval.greedy': True})
     train.train(config, str(tmp_path))
     assess(config, str(tmp_path))
     scores = json.loads((tmp_path / 'evaluation' / 'scores.json').read_text())
     assert scores['step'] == 5
+    recorded = {
+        (record['split'], str(record['seed'])): record
+        for record in records(tmp_path)
+        if record['step'] == 5 and record['split'].startswith('eval')
+    }
+    for (split, seed), record in recorded.items():  # each seed draws what it drew in training
+        assert scores[split][seed].items() <= record.items()
+    assert len(recorded) == 2 * len(scores['eval'])
     for split in ('eval', 'eval_greedy'):
         assert set(scores[split]) == {'0', '1'}
         assert scores[split]['0']['length'] == 9  # every game of Catch

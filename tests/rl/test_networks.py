@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from mi import FUSIONS, cells, fusion
 from mi.rl.envs.spec import Spec
-from mi.rl.networks import Agent, Inputs, fused_per_episode, once_per_episode
+from mi.rl.networks import Agent, Inputs, fused_per_instruction, once_per_instruction
 from tests.motifs.checks import drawn
 
 T, B, TASKS, VOCABULARY = 4, 3, 5, 7
@@ -156,7 +156,7 @@ def test_padding_of_an_instruction_is_not_read():
 
 
 @pytest.mark.parametrize('likely', [0.05, 0.4], ids=['few episodes', 'many episodes'])
-def test_instructions_are_encoded_once_per_episode(likely):
+def test_instructions_are_encoded_once_per_instruction(likely):
     rng = np.random.default_rng(0)
     is_first = rng.random((21, 6)) < likely
     assert (is_first[1:].sum(0).max() < 4) == (likely == 0.05)
@@ -171,7 +171,7 @@ def test_instructions_are_encoded_once_per_episode(likely):
         rows.append(tokens.shape[0])
         return jnp.einsum('tbl,lh->tbh', tokens.astype(jnp.float32), weights)
 
-    got = jax.jit(lambda tokens: once_per_episode(counted, tokens, is_first))(tokens)
+    got = jax.jit(lambda tokens: once_per_instruction(counted, tokens, is_first))(tokens)
     np.testing.assert_allclose(got, tokens @ weights, rtol=1e-5, atol=1e-5)
     assert sorted(rows) == [4, 21]
 
@@ -182,14 +182,14 @@ class Meeting(nn.Module):
 
     @nn.compact
     def __call__(self, x, z, is_first):
-        return fused_per_episode(self.fuse, x, z, is_first) if self.shared else self.fuse(x, z)
+        return fused_per_instruction(self.fuse, x, z, is_first) if self.shared else self.fuse(x, z)
 
 
 @pytest.mark.parametrize('likely', [0.05, 0.4], ids=['few episodes', 'many episodes'])
 @pytest.mark.parametrize(
     'word, m, halved', [('mi', 32, True), ('concat', 8, False), ('hypernetwork', 8, True)]
 )
-def test_streams_meet_once_per_episode_where_that_is_less_work(word, m, halved, likely):
+def test_streams_meet_once_per_instruction_where_that_is_less_work(word, m, halved, likely):
     rng = np.random.default_rng(0)
     is_first = rng.random((21, 6)) < likely
     x, z = (rng.normal(size=(21, 6, n)).astype(np.float32) for n in (12, m))

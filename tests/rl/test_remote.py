@@ -25,7 +25,8 @@ def _cluster():
 
 
 def make(**options):
-    def maker():
+    def maker(birth=0):
+        del birth
         agent = Knows()
         groups = [CatchLate(**options)]
         return Worker(groups, Policy(agent), 25, jax.random.key(0))
@@ -61,6 +62,23 @@ def test_a_killed_actor_is_replaced_and_the_learner_goes_on():
         assert workers[0].pid() != before
 
 
+def test_a_replacement_is_told_that_it_is_one():
+    def maker(birth):
+        return make(seed=birth)()
+
+    far = remote.Remote(maker)
+    try:
+        params = remote.share({})
+        far.collect(params)
+        os.kill(far.pid(), signal.SIGKILL)
+        there = far.collect(params)
+    finally:
+        far.close()
+    here = make(seed=1)().collect({})
+    for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_what_an_environment_raises_is_raised_here():
     far = remote.Remote(make(fails_at=3))
     with pytest.raises(RuntimeError, match='the ball is lost'):
@@ -69,7 +87,7 @@ def test_what_an_environment_raises_is_raised_here():
 
 
 def test_an_actor_that_cannot_live_ends_the_run():
-    def dies():
+    def dies(birth):
         os._exit(1)
 
     far = remote.Remote(dies)

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from configs import rl as configs
@@ -61,7 +63,6 @@ def test_no_site_no_cost_of_fusions():
     [
         ({'model.fusion.name': 'multi_head', 'model.source': 'inferred'}, 'one-hot contexts alone'),
         ({'train.eval_every': 7}, 'a multiple of'),
-        ({'eval.held_out': 'xland/test'}, "config.model.source = 'instruction'"),
         ({'train.topology': 'threads', 'seeds': (0, 1)}, 'trains one seed'),
         ({'train.topology': 'ray', 'actors.batch': 3}, 'config.actors.batch'),
         ({'model.sites': ('readout', 'readout')}, 'distinct words'),
@@ -77,3 +78,32 @@ def test_an_instruction_that_is_not_there_is_refused():
     spec = Spec(name='mute', observation={}, actions=2, tasks=('only',))
     with pytest.raises(UserError, match='has no instructions'):
         setup.agent(config, spec)
+
+
+def test_held_out_tasks_need_a_context_that_knows_them():
+    world = envs.make('xland/kinds').spec
+    others = envs.make('xland/test').spec
+    assert world.tasks != others.tasks
+    with pytest.raises(UserError, match=r"config\.model\.source = 'instruction'"):
+        setup.fits(tiny(**{'model.source': 'task'}), world, others)
+    setup.fits(tiny(**{'model.source': 'inferred'}), world, others)
+    # The same tasks with other levels, as procgen/test.
+    setup.fits(tiny(**{'model.source': 'task'}), world, dataclasses.replace(world, name='again'))
+
+
+def test_a_world_that_looks_different_is_refused_before_training():
+    config = tiny(**{'model.source': 'inferred', 'eval.held_out': 'catch'})
+    with pytest.raises(UserError, match=r'its observation is .* expected the same world'):
+        setup.fits(config, envs.make('xland/kinds').spec, envs.make('catch').spec)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'said'),
+    [
+        ({'model.torso': 'shallow'}, "'shallow' looks at pixels, and .*'catch' has grid"),
+        ({'model.core': 'transformer', 'model.hidden': 10}, 'expected a multiple of 4'),
+    ],
+)
+def test_an_agent_that_does_not_fit_is_refused(changes, said):
+    with pytest.raises(UserError, match=said):
+        setup.agent(tiny(**{'env.name': 'catch', **changes}), envs.make('catch').spec)

@@ -11,7 +11,7 @@ import pytest
 from configs import rl as configs
 from mi import checkpoint
 from mi.config import UserError
-from mi.rl import train
+from mi.rl import queued, train
 from tests.conftest import ROOT
 
 
@@ -108,6 +108,31 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, topology):
     assert steps[-1] == 1000
 
 
+def test_seconds_of_threads_are_without_evaluation_and_saving(tmp_path, monkeypatch):
+    """As those of the fused topology: a clock that both set forward shows."""
+    ahead = [0.0]
+
+    class Clock:
+        @staticmethod
+        def perf_counter():
+            return time.perf_counter() + ahead[0]
+
+    def slow(method):
+        def later(*arguments, **named):
+            ahead[0] += 1000
+            return method(*arguments, **named)
+
+        return later
+
+    monkeypatch.setattr(queued, 'time', Clock)
+    monkeypatch.setattr(queued.Evaluation, '__call__', slow(queued.Evaluation.__call__))
+    monkeypatch.setattr(checkpoint.Checkpoints, 'save', slow(checkpoint.Checkpoints.save))
+    train.train(tiny(**{'train.topology': 'threads'}), str(tmp_path / 'run'))
+    lines = (tmp_path / 'run' / 'timing.jsonl').read_text().splitlines()
+    assert len(lines) > 2 and ahead[0] >= 4000
+    assert all(json.loads(line)['seconds'] < 1000 for line in lines)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('topology', ['fused', 'threads'])
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path, topology):
@@ -125,7 +150,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path, topol
         ({'env.name': 'babyai/goto'}, "set config.train.topology = 'threads'"),
         ({'train.topology': 'threads', 'seeds': (0, 1)}, 'trains one seed'),
         ({'train.topology': 'threads', 'actors.batch': 3}, 'a multiple of config.actors.batch = 3'),
-        ({'eval.held_out': 'xland/test'}, 'tasks that were never trained have no index'),
+        (
+            {'env.name': 'xland/kinds', 'eval.held_out': 'xland/test'},
+            'tasks that were never trained',
+        ),
+        ({'eval.held_out': 'xland/test', 'model.source': 'inferred'}, 'expected the same world'),
         ({'model.source': 'instruction'}, 'name the instruction, but it'),
         ({'env.name': 'catch/hard'}, 'catch has no suites'),
         ({'model.sites': ('readuot',)}, 'a tuple of distinct words out of instruction'),

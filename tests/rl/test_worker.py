@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mi.rl import actor, loss, popart
+from mi.rl import actor, loss, popart, queued, setup
 from mi.rl.envs.batched import Batched
 from mi.rl.envs.catch import Catch
 from mi.rl.threads import Actors
 from mi.rl.worker import Policy, Worker, joined
 from tests.rl import test_networks
 from tests.rl.catch_late import GAMMA, CatchLate, Knows
+from tests.rl.test_train import tiny
 
 AGENT = Knows()
 
@@ -158,3 +159,46 @@ def test_an_instruction_is_encoded_where_it_or_the_parameters_are_new():
         assert (jax.random.key_data(acting.key) == jax.random.key_data(key)).all()
         compared.add(float(log_prob[0]))
     assert len(compared) == steps
+
+
+def test_an_instruction_may_change_within_an_episode():
+    """Actors see the newest one, and so does the learner, where the columns have few and many."""
+    agent = test_networks.make(source='instruction', sites=('instruction', 'readout'))
+    steps, rows = 12, 3
+    given = test_networks.inputs(length=steps)
+    rng = np.random.default_rng(0)
+    init, one = jax.jit(agent.init), jax.jit(agent.apply)
+    carry = agent.initial_carry(rows)
+    for changes in ({4, 9}, set(range(1, steps))):
+        tokens = rng.integers(1, test_networks.VOCABULARY, (steps, rows, 4)).astype(np.int32)
+        for t in range(1, steps):
+            tokens[t] = tokens[t] if t in changes else tokens[t - 1]
+        first = np.zeros((steps, rows), bool)
+        first[0] = True
+        observation = {**given.observation, 'instruction': tokens}
+        inputs = given._replace(observation=observation, is_first=first)
+        params = init(jax.random.key(0), carry, inputs)['params']
+        learner = one({'params': params}, carry, inputs)[1]
+        policy, acting, state = Policy(agent), None, carry
+        acting = policy.start(rows, jax.random.key(1))
+        for t in range(steps):
+            row = jax.tree.map(lambda a, t=t: a[t], inputs)
+            state, truth = one({'params': params}, state, jax.tree.map(lambda a: a[None], row))
+            np.testing.assert_allclose(learner.logits[t], truth.logits[0], rtol=1e-4, atol=1e-5)
+            acting, action, log_prob = policy(params, acting, row)
+            expected = actor.log_probability(truth.logits[0], action)
+            np.testing.assert_allclose(log_prob, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_worker_that_replaces_a_dead_one_has_other_episodes():
+    config = tiny(**{'train.topology': 'threads'})
+    firsts = []
+    for birth in (0, 0, 1):
+        worker = queued.make_worker(config, 0, 0, birth=birth)
+        params = setup.init_params(setup.agent(config, Catch.spec), jax.random.key(0))
+        firsts.append(worker.collect(params)[0][0])
+        worker.close()
+    for a, b in zip(*map(jax.tree.leaves, firsts[:2]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert (firsts[0].action != firsts[2].action).any()
+    assert (firsts[0].inputs.observation['grid'] != firsts[2].inputs.observation['grid']).any()

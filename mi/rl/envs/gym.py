@@ -46,7 +46,7 @@ class GymVector:
 
         self.spec = spec
         self.batch = len(makers)
-        self._seed = seed
+        self._seed: int | None = seed
         self._asynchronous = asynchronous
         self._entry = next(name for name in spec.observation if name != 'task')
         self._task = np.array(tasks, np.int32)
@@ -60,6 +60,7 @@ class GymVector:
 
     def reset(self) -> Step:
         seen, _ = self._vector.reset(seed=self._seed)
+        self._seed = None  # the next time, other episodes
         zero, no = np.zeros(self.batch, np.float32), np.zeros(self.batch, bool)
         self._last = no
         return Step(self._observe(seen), zero, zero + 1, ~no, no, no)
@@ -79,7 +80,7 @@ class GymVector:
         return Step(
             observation=self._observe(seen),
             reward=reward.astype(np.float32),
-            discount=np.where(terminated & ~truncated, 0, 1).astype(np.float32),
+            discount=np.where(terminated, 0, 1).astype(np.float32),
             is_first=first,
             is_last=last,
             success=np.zeros(self.batch, bool),
@@ -224,7 +225,30 @@ class _DoomMaker:
             env, lambda action: table[action], gymnasium.spaces.Discrete(len(table))
         )
         pixels = gymnasium.spaces.Box(0, 255, (60, 80, 3), np.uint8)
-        return gymnasium.wrappers.TransformObservation(env, _screen, pixels)
+        return gymnasium.wrappers.TransformObservation(_ends(env), _screen, pixels)
+
+
+def _ends(env: Any) -> Any:
+    """ViZDoom's episodes end as gymnasium's do.
+
+    Its wrapper shows a black screen after the last step, from whose value an episode that was cut
+    would be bootstrapped: the screen before is shown instead. And it calls an episode that was cut
+    by the time limit terminated too.
+    """
+    import gymnasium
+
+    class Ends(gymnasium.Wrapper):  # type: ignore[misc, type-arg, unused-ignore]
+        def reset(self, **arguments: Any) -> Any:
+            self._seen, info = self.env.reset(**arguments)
+            return self._seen, info
+
+        def step(self, action: Any) -> Any:
+            seen, reward, terminated, truncated, info = self.env.step(action)
+            if not (terminated or truncated):
+                self._seen = seen
+            return self._seen, reward, terminated and not truncated, truncated, info
+
+    return Ends(env)
 
 
 def _screen(seen: dict[str, np.ndarray]) -> np.ndarray:

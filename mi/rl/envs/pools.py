@@ -371,7 +371,10 @@ def make_procgen(
     """
     split, _, names = (suite or 'train').partition('/')
     if split not in ('train', 'test'):
-        raise UserError(f'procgen/{suite} is unknown; {nearest(split, ("train", "test"))}')
+        raise UserError(
+            f'procgen/{suite} is unknown; {nearest(split, ("train", "test"))}, each with games '
+            f"behind it if not all are wanted, as 'procgen/train/Coinrun,Maze'"
+        )
     games = _games('procgen', names, PROCGEN)
     spec = Spec(
         name='procgen',

@@ -138,3 +138,51 @@ def test_wrong_words_of_vizdoom_are_the_users_to_mend():
         gym.make_vizdoom('basics', batch=1)
     with pytest.raises(UserError, match='1 rows for the 9 tasks'):
         gym.make_vizdoom('all', batch=1)
+
+
+def test_what_ends_at_the_time_limit_by_itself_has_ended():
+    gymnasium = pytest.importorskip('gymnasium', reason='the extra gym is not installed')
+
+    class TenSteps(gymnasium.Env):
+        observation_space = gymnasium.spaces.Box(0, 1, (1,), np.float32)
+        action_space = gymnasium.spaces.Discrete(2)
+
+        def reset(self, *, seed=None, options=None):
+            self.steps = 0
+            return np.zeros(1, np.float32), {}
+
+        def step(self, action):
+            self.steps += 1
+            return np.ones(1, np.float32), 1.0, self.steps == 10, False, {}
+
+    gymnasium.register('TenSteps-v0', TenSteps, max_episode_steps=10)
+    environment = gym.make_gym('TenSteps-v0', batch=1)
+    environment.reset()
+    for _ in range(10):
+        environment.send(np.array([0]))
+        step = environment.recv()
+    assert step.is_last[0] and step.discount[0] == 0
+    environment.close()
+
+
+def test_every_evaluation_has_other_episodes():
+    pytest.importorskip('gymnasium', reason='the extra gym is not installed')
+    environment = gym.make_gym('CartPole-v1', batch=2)
+    starts = [environment.reset().observation['features'] for _ in range(2)]
+    assert (starts[0] != starts[1]).all()
+    environment.close()
+
+
+def test_a_scenario_that_is_cut_shows_a_screen_from_which_it_goes_on():
+    pytest.importorskip('vizdoom', reason='the extra vizdoom is not installed')
+    environment = gym.make_vizdoom('basic,health_gathering', batch=2)
+    environment.reset()
+    ends = {}
+    for _ in range(120):  # basic is cut after 75 steps, health_gathering ends before by itself
+        environment.send(np.zeros(2, np.int32))
+        step = environment.recv()
+        for row in np.flatnonzero(step.is_last):
+            assert step.observation['pixels'][row].std() > 1  # not the package's black screen
+            ends.setdefault(int(row), float(step.discount[row]))
+    assert ends == {0: 1.0, 1: 0.0}
+    environment.close()
