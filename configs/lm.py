@@ -112,8 +112,9 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     config.dynamic = dynamic = ml_collections.ConfigDict()  # evaluation, with --mode=eval
     dynamic.tokens = 0  # of each text; 0 for none of it
     dynamic.length = 5  # tokens between two updates
-    dynamic.learning_rate = 2e-3
-    dynamic.decay = 2e-2  # back to the trained parameters
+    dynamic.learning_rate = 5e-5
+    dynamic.decay = 2e-3  # back to the trained parameters
+    dynamic.epsilon = 2e-5  # beside the root of the mean square of gradients
     dynamic.statistics = 200  # segments of the training text for the mean square of gradients
 
     config.sample = sample = ml_collections.ConfigDict()  # with --mode=sample
@@ -142,6 +143,7 @@ def apply(config: ml_collections.ConfigDict, word: str) -> None:
             config.model.hidden = config.model.embed = 256
             config.optim.learning_rate = 1e-3
             config.optim.warmup_steps = 200
+            config.eval.length = config.train.length  # positions that training has seen
     elif word == 'quickstart':  # minutes on two cores
         config.seeds = (0, 1, 2)
         config.data.level = 'bpe'
@@ -177,6 +179,7 @@ def apply(config: ml_collections.ConfigDict, word: str) -> None:
         config.train.log_every = 50
         config.train.eval_every = config.train.save_every = 250
         config.eval.batch = 64
+        config.eval.length = 256
         config.eval.valid_tokens = 50_000
         config.eval.final_tokens = 500_000
         config.optim.learning_rate = 3e-3

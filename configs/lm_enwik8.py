@@ -8,8 +8,8 @@ FILE is enwik8, plain or packed: 90, 5 and 5 million bytes.
 
 mogrifier_48m, mogrifier_96m  Melis et al. (2020): two layers, capped input gates, 5 rounds of rank
              61 (tuned for 96M parameters), segments of 70 bytes; test bits per byte 1.122 at 96M.
-             The layer sizes are ours, found so that the parameters are 48 and 96 million; so are
-             dropout, optimiser and batch, which the paper tunes by search.
+             The layer sizes are ours, with 45 and 88 million parameters; so are dropout, optimiser
+             and batch, which the paper tunes by search.
 transformer  12 layers of 512, 8 heads, feed-forward 2048, segment and memory of 512: the sizes of
              Transformer-XL's small enwik8 model (Dai et al., 2019; 1.06), with rotary positions,
              SwiGLU and RMSNorm; batch and optimiser ours.

@@ -98,5 +98,11 @@ def optimiser(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTr
 
 
 def _matrices(params: Any) -> Any:
-    """True for the leaves that weight decay applies to: all but biases and scales."""
-    return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+    """True for the leaves that weight decay applies to: all but biases and scales.
+
+    Biases of two axes are u and v [heads, d] of relative attention.
+    """
+    return jax.tree.map_with_path(
+        lambda path, leaf: leaf.ndim >= 2 and getattr(path[-1], 'key', None) not in ('u', 'v'),
+        params,
+    )

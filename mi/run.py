@@ -237,16 +237,27 @@ def _same_config(file: pathlib.Path, config: ml_collections.ConfigDict) -> None:
 def same_model(path: pathlib.Path, config: ml_collections.ConfigDict, parts: Sequence[str]) -> None:
     """Refuses a run directory that was made with another of these parts of the config.
 
+    Args:
+      path: of the run.
+      config: of now.
+      parts: their keys, as 'model' or 'train.batch'.
+
     Raises:
       UserError: also if it is not the directory of a run.
     """
     if not (path / 'config.json').exists():
         raise UserError(f'--workdir={path} has no config.json: expected the directory of a run')
     before, now = read_json(path / 'config.json'), json.loads(config.to_json())
+
+    def at(tree: Any, part: str) -> Any:
+        for key in part.split('.'):
+            tree = tree.get(key) if isinstance(tree, dict) else None
+        return tree
+
     for part in parts:
-        if before.get(part) != now[part]:
+        if at(before, part) != at(now, part):
             raise UserError(
-                f'{path} was made with another config.{part}: {before.get(part)}; give the same '
+                f'{path} was made with another config.{part}: {at(before, part)}; give the same '
                 f'--config and overrides, of which only how it is evaluated may differ'
             )
 

@@ -46,11 +46,13 @@ def test_adam_s_first_step_is_the_sign_of_the_gradient():
 
 
 def test_decay_is_decoupled_and_spares_vectors():
-    params = {'W': jnp.full((2, 2), 5.0), 'b': jnp.full(2, 5.0)}
-    zeros = {'W': jnp.zeros((2, 2)), 'b': jnp.zeros(2)}
+    # u and v of relative attention, [heads, d], are biases too.
+    params = {'W': jnp.full((2, 2), 5.0), 'b': jnp.full(2, 5.0), 'u': jnp.full((2, 2), 5.0)}
+    zeros = {'W': jnp.zeros((2, 2)), 'b': jnp.zeros(2), 'u': jnp.zeros((2, 2))}
     step = update(params, zeros, name='adamw', learning_rate=0.1, weight_decay=0.2)
     np.testing.assert_allclose(step['W'], -0.1 * 0.2 * 5.0, rtol=1e-6)
     np.testing.assert_array_equal(step['b'], 0)
+    np.testing.assert_array_equal(step['u'], 0)
 
 
 def test_rmsprop_is_tensorflow_s():

@@ -29,7 +29,7 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
     path = pathlib.Path(workdir)
     corpus = setup.corpus(config)
     config = setup.matched(config, *corpus.sizes)
-    same_model(path, config, ('data', 'model', 'optim'))
+    same_model(path, config, ('data', 'model', 'optim', 'seeds', 'train.batch'))
     params, step = train.restore(config, corpus, path)
     model = setup.for_evaluation(setup.build(config, *corpus.sizes), config)
     mesh = parallel.mesh(config.train.batch, config.train.fsdp)

@@ -41,7 +41,8 @@ class Corpus:
 
     Attributes:
       name: for messages.
-      vocabulary: number of token ids; those of words are sorted, the most frequent first.
+      vocabulary: number of token ids; those of words are sorted, the most frequent first, but for
+        an <unk> that the text itself has not, which is the last.
       tokens: split → ids [N].
       bytes: split → length of its text in UTF-8; without train where `train_tokens` cuts it at
         another level than 'byte'.

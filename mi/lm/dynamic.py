@@ -6,9 +6,13 @@ The RMS variant of Krause et al. (2018). After each segment, whose loss has been
 
 with g the gradient of the segment's mean loss, MS the mean of g² over segments of the training
 text, and θ₀ the trained parameters. The text is one stream, and every segment is seen once.
+
+The defaults are those of the authors' code, as recalled, where MS is a mean as here. With η = 2e-3,
+which goes with another scale of MS, small LSTMs on Austen diverged.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -16,12 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from mi.config import UserError
 from mi.lm import data
 from mi.lm.evaluate import result
 from mi.lm.loss import Losses
 from mi.lm.model import Carry, LanguageModel
-
-EPSILON = 1e-8
 
 
 class Adaptation(NamedTuple):
@@ -31,14 +34,15 @@ class Adaptation(NamedTuple):
       tokens: of the text, from its start.
       length: tokens of a segment.
       learning_rate: η.
-      decay: see above.
+      decay, epsilon: see above.
       statistics: segments of the training text that MS is the mean over.
     """
 
     tokens: int
     length: int = 5
-    learning_rate: float = 2e-3
-    decay: float = 2e-2
+    learning_rate: float = 5e-5
+    decay: float = 2e-3
+    epsilon: float = 2e-5
     statistics: int = 200
 
 
@@ -60,6 +64,9 @@ def evaluate(
       corpus: the corpus.
       split: 'valid' or 'test'.
       adaptation: how.
+
+    Raises:
+      UserError: if the loss is not finite any more.
     """
     statistics = np.asarray(corpus.tokens['train'][: adaptation.statistics * adaptation.length + 1])
     squares = jax.tree.map(jnp.zeros_like, params)
@@ -72,10 +79,17 @@ def evaluate(
     tokens = corpus.tokens[split]
     tokens = np.asarray(tokens[: adaptation.tokens])
     total, now, carry = 0.0, params, model.initial_carry(1)
-    rates = jnp.float32(adaptation.learning_rate), jnp.float32(adaptation.decay)
+    settings = adaptation.learning_rate, adaptation.decay, adaptation.epsilon
+    rates: Any = tuple(map(jnp.float32, settings))
     for rows in _rounds(corpus, split, tokens, model, adaptation.length):
         now, carry, nats = _adapt(model, params, roots, rates, now, carry, rows)
         total += float(nats)
+        if not math.isfinite(total):
+            raise UserError(
+                f'dynamic evaluation of {split}: the loss is not finite any more; lower '
+                f'config.dynamic.learning_rate = {adaptation.learning_rate}, or raise '
+                f'config.dynamic.epsilon = {adaptation.epsilon} or config.dynamic.statistics'
+            )
     over = {'predictions': len(tokens) - 1, 'batch': 1} | adaptation._asdict()
     return result(total / over['predictions'], corpus, split, over)
 
@@ -128,19 +142,19 @@ def _adapt(
     model: LanguageModel,
     trained: Any,
     roots: Any,
-    rates: tuple[Array, Array],
+    rates: tuple[Array, Array, Array],
     params: Any,
     carry: Carry,
     rows: Any,
 ) -> tuple[Any, Carry, Array]:
     """Parameters and carry after the segments, and Σ nats of them."""
-    learning_rate, decay = rates
+    learning_rate, decay, epsilon = rates
     leaves = jax.tree.leaves(roots)
     mean = sum(root.sum() for root in leaves) / sum(root.size for root in leaves)
 
     def move(now: Array, before: Array, g: Array, root: Array) -> Array:
         back = jnp.minimum(1, decay * root / mean)
-        return now - learning_rate * g / (root + EPSILON) + back * (before - now)
+        return now - learning_rate * g / (root + epsilon) + back * (before - now)
 
     def step(carried: Any, row: Any) -> tuple[Any, Array]:
         params, carry = carried

@@ -25,10 +25,15 @@ def sample(config: ml_collections.ConfigDict, workdir: str) -> None:
         empty.
     """
     setup.validate(config)
+    if config.model.source == 'domain':
+        raise UserError(
+            "config.model.source = 'domain': what is written has no domain; --mode=sample is for "
+            'models with another context'
+        )
     path = pathlib.Path(workdir)
     corpus = setup.corpus(config)
     config = setup.matched(config, *corpus.sizes)
-    same_model(path, config, ('data', 'model', 'optim'))
+    same_model(path, config, ('data', 'model', 'optim', 'seeds', 'train.batch'))
     params, step = train.restore(config, corpus, path)
     options = config.sample
     prompt = corpus.encode(options.prompt)

@@ -31,6 +31,11 @@ def cutoffs(value: Any) -> str:
     return '' if fine and sorted(set(value)) == list(value) else 'a tuple of rising integers'
 
 
+def tokens(value: Any) -> str:
+    fine = isinstance(value, int) and not isinstance(value, bool) and value >= 0 and value != 1
+    return '' if fine else 'an integer of at least 2, of which one is predicted, or 0'
+
+
 SCHEMA: dict[str, Rule] = {
     'task': one_of(['lm']),
     'seeds': seeds,
@@ -87,12 +92,13 @@ SCHEMA: dict[str, Rule] = {
     'eval.length': integer(1),
     'eval.memory': integer(-1),
     'eval.stride': integer(0),
-    'eval.valid_tokens': integer(0),
-    'eval.final_tokens': integer(0),
-    'dynamic.tokens': integer(0),
+    'eval.valid_tokens': tokens,
+    'eval.final_tokens': tokens,
+    'dynamic.tokens': tokens,
     'dynamic.length': integer(1),
     'dynamic.learning_rate': number(0),
     'dynamic.decay': number(0),
+    'dynamic.epsilon': number(0, exclusive=True),
     'dynamic.statistics': integer(1),
     'sample.prompt': text,
     'sample.tokens': integer(1),
@@ -110,6 +116,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
     """
     check(config, SCHEMA)
     model, training = config.model, config.train
+    if config.data.level == 'bpe' and config.data.vocabulary < 256:
+        raise UserError(
+            f'config.data.vocabulary = {config.data.vocabulary}: at the level bpe the 256 bytes '
+            f'are in it; expected at least 256'
+        )
     transformer = model.core == 'transformer'
     if transformer and model.source == 'state':
         raise UserError(
@@ -189,6 +200,11 @@ def build(config: ml_collections.ConfigDict, vocabulary: int, domains: int = 0) 
     objective = Objective(**config.loss)
     words: Callable[..., Any]
     if model.cutoffs:
+        if model.cutoffs[-1] >= vocabulary:
+            raise UserError(
+                f'config.model.cutoffs = {tuple(model.cutoffs)}: expected all below the '
+                f'vocabulary, which has {vocabulary} ids'
+            )
         words = functools.partial(
             AdaptiveWords,
             cutoffs=tuple(model.cutoffs),

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import pathlib
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -61,7 +62,9 @@ def init(
     """The state before the first step of one seed."""
     carry = model.initial_carry(batch)
     key, _ = jax.random.split(jax.random.key(seed))
-    params = model.init(key, carry, jnp.zeros((1, batch), jnp.int32))['params']
+    row = jnp.zeros((1, batch), jnp.int32)
+    domains = row if model.source == 'domain' else None
+    params = model.init(key, carry, row, None, domains)['params']
     return State(params=params, opt_state=optimiser.init(params), carry=carry)
 
 
@@ -211,11 +214,7 @@ def _train(config: ml_collections.ConfigDict, corpus: data.Corpus, this: run.Run
     saved = checkpoint.Checkpoints(this.path / 'checkpoints', config.train.keep)
     fresh: dict[str, Any] = {'step': 0, 'metrics': 0, 'unlogged': [], 'data': corpus.sha256}
     state, meta = saved.restore(state) or (state, fresh)
-    if meta['data'] != corpus.sha256:
-        raise UserError(
-            f'{this.path} was trained on other tokens than {config.data.source} has now; restore '
-            f'the text, or name another --workdir'
-        )
+    _same_tokens(this.path, config, corpus, meta)
     this.step = meta['step']
 
     def batch(step: int) -> tuple[Array, Array | None]:  # tokens and domains, each [S, T + 1, B]
@@ -272,7 +271,7 @@ def restore(
     """The parameters of all seeds, [S, …], of a run's newest checkpoint, and its step.
 
     Raises:
-      UserError: if it has none.
+      UserError: if it has none, or the text is another now.
     """
     optimiser = optim.optimiser(config.optim, config.train.steps)
     mesh = parallel.mesh(config.train.batch, config.train.fsdp)
@@ -283,7 +282,21 @@ def restore(
     )
     if restored is None:
         raise UserError(f'{path} has no checkpoint yet: train it first')
+    _same_tokens(path, config, corpus, restored[1])
     return restored[0].params, restored[1]['step']
+
+
+def _same_tokens(
+    path: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    corpus: data.Corpus,
+    meta: Mapping[str, Any],
+) -> None:
+    if meta['data'] != corpus.sha256:
+        raise UserError(
+            f'{path} was trained on other tokens than {config.data.source} has now; restore the '
+            f'text, or name another --workdir'
+        )
 
 
 class _Log(contextlib.AbstractContextManager['_Log']):

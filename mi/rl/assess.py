@@ -28,7 +28,7 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
     """
     setup.validate(config)
     path = pathlib.Path(workdir)
-    same_model(path, config, ('env', 'model', 'optim'))
+    same_model(path, config, ('env', 'model', 'optim', 'seeds'))
     config = config.copy_and_resolve_references().unlock()
     config.eval.greedy = True
     scores: dict[str, Any] = {}

@@ -56,7 +56,9 @@ def test_dynamic_evaluation_is_the_update_written_out(texts):
     model = setup.build(config, 256)
     carry = model.initial_carry(1)
     params = jax.jit(model.init)(jax.random.key(0), carry, jnp.zeros((1, 1), int))['params']
-    how = dynamic.Adaptation(tokens=25, length=6, learning_rate=1e-2, decay=0.5, statistics=4)
+    how = dynamic.Adaptation(
+        tokens=25, length=6, learning_rate=1e-2, decay=0.5, epsilon=1e-8, statistics=4
+    )
     measured = dynamic.evaluate(model, params, corpus, 'valid', how)
 
     def loss(params, carry, tokens):
@@ -111,6 +113,27 @@ def test_a_run_is_evaluated_in_other_ways_and_sampled(word, tmp_path, texts, cap
     assert sliding['over']['stride'] == 4
     assert sliding['nats_per_token'] == pytest.approx(test[0]['nats_per_token'], rel=0.2)
     assert 'nats/token' in capsys.readouterr().out
+    for key, value in (('seeds', (7, 8)), ('train.batch', 8)):
+        with pytest.raises(UserError, match=f'made with another config.{key}'):
+            assess.assess(tiny(word, **{**source, key: value}), str(tmp_path))
     sample.sample(tiny(word, **source, **{'sample.tokens': 5}), str(tmp_path))
     texts_drawn = json.loads((tmp_path / 'samples.json').read_text())['texts']
     assert len(texts_drawn) == 2 and texts_drawn[0] in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_dynamic_evaluation_as_it_is_set_helps_a_trained_model_or_says_that_it_diverged(tmp_path):
+    changes = {'train.steps': 200, 'optim.learning_rate': 1e-2, 'eval.final_tokens': 2_000}
+    config = tiny('core=lstm', **changes)
+    train.train(config, str(tmp_path))
+    corpus = setup.corpus(config)
+    params = jax.tree.map(lambda a: a[0], train.restore(config, corpus, tmp_path)[0])
+    model = setup.for_evaluation(setup.build(config, *corpus.sizes), config)
+
+    def nats(**changes):
+        how = dynamic.Adaptation(tokens=3_000)._replace(**changes)
+        return dynamic.evaluate(model, params, corpus, 'test', how)['nats_per_token']
+
+    assert nats() < nats(learning_rate=0.0) - 0.01
+    with pytest.raises(UserError, match=r'not finite any more; lower config\.dynamic\.learning'):
+        nats(learning_rate=1e30)

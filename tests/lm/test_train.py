@@ -11,7 +11,7 @@ import pytest
 from configs import lm as configs
 from mi import optim, run
 from mi.config import UserError
-from mi.lm import setup, train
+from mi.lm import assess, sample, setup, train
 
 
 def tiny(**changes):
@@ -34,6 +34,8 @@ def records(path):
         ('model.hidden', 2.5, 'an integer of at least 1'),
         ('model.hidden', True, 'an integer of at least 1'),
         ('dropout.input', 1.0, 'at most 0.99'),
+        ('eval.final_tokens', 1, 'at least 2'),
+        ('dynamic.tokens', 1, 'at least 2'),
         ('optim.learning_rate', math.nan, 'a finite number above 0'),
         ('optim.learning_rate', 0.0, 'a finite number above 0'),
         ('optim.learning_rate', -1e-3, 'a finite number above 0'),
@@ -202,6 +204,33 @@ def test_tokens_that_changed_since_are_noticed(tmp_path, texts):
     (tmp_path / 'texts' / 'test.txt').write_text('that is the question\n' * 50)
     with pytest.raises(UserError, match='was trained on other tokens'):
         train.train(config, str(tmp_path / 'run'))
+    with pytest.raises(UserError, match='was trained on other tokens'):
+        assess.assess(config, str(tmp_path / 'run'))
+
+
+@pytest.mark.slow
+def test_the_context_may_be_the_domain(tmp_path):
+    config = configs.get_config('source=domain,tiny').unlock()
+    config.data.source, config.train.steps = 'austen-domains', 10
+    config.eval.final_tokens, config.dynamic.tokens = 2_000, 50
+    train.train(config, str(tmp_path))
+    assert {r['split'] for r in records(tmp_path)} == {'train', 'valid', 'valid_whole', 'test'}
+    assess.assess(config, str(tmp_path))
+    assert np.isfinite(json.loads((tmp_path / 'cost.json').read_text())['parameters']['fusion'])
+    with pytest.raises(UserError, match='what is written has no domain'):
+        sample.sample(config, str(tmp_path))
+
+
+def test_cutoffs_and_vocabularies_that_cannot_be_are_refused():
+    with pytest.raises(UserError, match='expected all below the vocabulary, which has 300 ids'):
+        setup.build(tiny(**{'model.cutoffs': (100, 300)}), 300)
+    with pytest.raises(UserError, match='expected at least 256'):
+        setup.validate(tiny(**{'data.level': 'bpe', 'data.vocabulary': 100}))
+
+
+def test_a_transformer_without_memory_is_evaluated_on_positions_that_it_has_seen():
+    config = configs.get_config('core=transformer')
+    assert config.model.memory == 0 and config.eval.length == config.train.length
 
 
 def test_bf16_trains(tmp_path, texts):
