@@ -4,7 +4,7 @@
 
     lstm          embedding → one LSTM layer → affine H → E → affine E → V, against nn.LSTM; `plain`
                   is ours with the recurrence left to automatic differentiation, `products` with
-                  nothing of the layer but its six products: below it no other layout of ours comes
+                  nothing of the layer but its six products: as if its gates cost nothing
     transformer   pre-norm blocks, RMSNorm, rotary positions, SwiGLU, against the same of torch,
                   with its scaled_dot_product_attention, eager and compiled
     cells         every cell of mi.cells against the plain LSTM

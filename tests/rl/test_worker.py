@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -163,14 +164,18 @@ def test_an_instruction_is_encoded_where_it_or_the_parameters_are_new():
 
 def test_an_instruction_may_change_within_an_episode():
     """Actors see the newest one, and so does the learner, where the columns have few and many."""
-    agent = test_networks.make(source='instruction', sites=('instruction', 'readout'))
+    words = 6  # more than `INSTRUCTIONS`: else every row is encoded anyway
+    observation = dict(test_networks.GRID.observation)
+    observation['instruction'] = jax.ShapeDtypeStruct((words,), jnp.int32)
+    spec = dataclasses.replace(test_networks.GRID, observation=observation)
+    agent = test_networks.make(spec, source='instruction', sites=('instruction', 'readout'))
     steps, rows = 12, 3
     given = test_networks.inputs(length=steps)
     rng = np.random.default_rng(0)
     init, one = jax.jit(agent.init), jax.jit(agent.apply)
     carry = agent.initial_carry(rows)
     for changes in ({4, 9}, set(range(1, steps))):
-        tokens = rng.integers(1, test_networks.VOCABULARY, (steps, rows, 4)).astype(np.int32)
+        tokens = rng.integers(1, test_networks.VOCABULARY, (steps, rows, words)).astype(np.int32)
         for t in range(1, steps):
             tokens[t] = tokens[t] if t in changes else tokens[t - 1]
         first = np.zeros((steps, rows), bool)
@@ -179,7 +184,7 @@ def test_an_instruction_may_change_within_an_episode():
         inputs = given._replace(observation=observation, is_first=first)
         params = init(jax.random.key(0), carry, inputs)['params']
         learner = one({'params': params}, carry, inputs)[1]
-        policy, acting, state = Policy(agent), None, carry
+        policy, state = Policy(agent), carry
         acting = policy.start(rows, jax.random.key(1))
         for t in range(steps):
             row = jax.tree.map(lambda a, t=t: a[t], inputs)
