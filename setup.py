@@ -9,7 +9,8 @@ HERE = pathlib.Path(__file__).parent
 RUN = [
     'absl-py>=2.1',
     'flax>=0.12',
-    'jax>=0.10,<0.13',
+    'jax>=0.10,!=0.10.2,<0.13',
+    'jaxlib!=0.10.2',
     'matplotlib>=3.10',
     'ml_collections>=1.0',
     'numpy>=2.0',
