@@ -273,7 +273,7 @@ def _rest(policy: ClockedPolicy, worker: ClockedWorker, start: float) -> float:
 def main(argv: Sequence[str]) -> None:
     del argv
     run.keep_freed_memory()
-    run.in_one_order()
+    run.set_xla_flags()
     print(f'{run.machine()}, jax {jax.__version__}; seconds in ms, rates in environment steps/s')
     figures = []
     for name in ONLY.value:

@@ -53,7 +53,7 @@ JSON = flags.DEFINE_string('json', None, 'Where to write the figures too.')
 WORDS = [word for word in FUSIONS if word not in ONE_HOT]
 # As mi.main does it, and before jax has threads, which the line after these gives it.
 run.keep_freed_memory()
-run.in_one_order()
+run.set_xla_flags()
 GPU = jax.default_backend() == 'gpu'
 SIZES: dict[str, dict[str, tuple[int, ...]]] = {
     'lstm': {  # V, E, H, T, B

@@ -230,7 +230,7 @@ def main(argv: Sequence[str]) -> None:
     if SIDE.value:
         name, side = SIDE.value.split('/')
         run.keep_freed_memory()
-        run.in_one_order()
+        run.set_xla_flags()
         rounds.serve(step_of(name, side), seconds=4.0 if name in ('babyai', 'pong') else 1.5)
         return
     print(f'{run.machine()}, jax {jax.__version__}')

@@ -19,7 +19,7 @@ from mi.lm import sample
 from mi.lm import train as lm
 from mi.rl import assess as assess_rl
 from mi.rl import train as rl
-from mi.run import in_one_order, keep_freed_memory, steps
+from mi.run import keep_freed_memory, set_xla_flags, steps
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file.', lock_config=True)
 WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory, made or continued.')
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
     if profile and (MODE.value != 'train' or task == 'search'):
         raise UserError(f'--profile={PROFILE.value} is of training; leave it away here')
     keep_freed_memory()
-    in_one_order()
+    set_xla_flags()
     parallel.join(DISTRIBUTED.value)
     tasks[task](CONFIG.value, WORKDIR.value, **profile)
 

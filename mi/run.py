@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import datetime
 import fcntl
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -295,17 +296,37 @@ def keep_freed_memory() -> None:
         mallopt(arena_max, 1)
 
 
-def in_one_order() -> None:
-    """Keeps XLA on CPU from ordering a program for several of its parts to run at once.
+XLA_FLAGS = {
+    # With it, jaxlib 0.10.2 on two cores can stop a training step for ever, all its threads waiting:
+    # one LSTM with a full MI did in a quarter of its starts.
+    '--xla_cpu_enable_concurrency_optimized_scheduler': 'false',
+}
+YNN_FLAG = '--xla_cpu_experimental_ynn_fusion_type'
+YNN_CRASHES = ('0.10.2',)  # jaxlib
 
-    So ordered, by jaxlib 0.10.2 on two cores, a training step can stop for ever, all its threads
-    waiting: one LSTM with a full MI did in a quarter of its starts. It has to be called before
-    anything is computed, and leaves an XLA_FLAGS that mentions it alone.
+
+def safe_xla_flags(given: str = '', jaxlib: str | None = None) -> str:
+    """Return XLA flags that avoid known faults of XLA on CPU, after those that are given.
+
+    A flag that is given already, with whatever value, is left alone. jaxlib 0.10.2 gets one more:
+    its YNN library ends the process with a segmentation fault in reductions over several axes beside
+    an axis of length 1, on CPUs without AVX-512 (seen on an AMD EPYC with AVX2). With the flag, YNN
+    computes products of matrices alone, which it does well.
+
+    Args:
+      given: the flags so far, as in the environment variable XLA_FLAGS.
+      jaxlib: version of jaxlib; None for the one that is installed.
     """
-    flag = '--xla_cpu_enable_concurrency_optimized_scheduler'
-    given = os.environ.get('XLA_FLAGS', '')
-    if flag not in given:
-        os.environ['XLA_FLAGS'] = f'{given} {flag}=false'.strip()
+    flags = dict(XLA_FLAGS)
+    if (jaxlib or importlib.metadata.version('jaxlib')) in YNN_CRASHES:
+        flags[YNN_FLAG] = 'LIBRARY_FUSION_TYPE_DOT'
+    missing = [f'{name}={value}' for name, value in flags.items() if name not in given]
+    return ' '.join([given, *missing]).strip()
+
+
+def set_xla_flags() -> None:
+    """Set XLA_FLAGS to `safe_xla_flags`; to be called before anything is computed."""
+    os.environ['XLA_FLAGS'] = safe_xla_flags(os.environ.get('XLA_FLAGS', ''))
 
 
 def machine() -> str:

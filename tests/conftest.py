@@ -6,14 +6,6 @@ import shutil
 import tempfile
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-# One order of operations: see mi.run.in_one_order. And what compiles sooner: no optimisation by
-# LLVM, and, where jaxlib still has it, the older emitter of loops, which halved the time of the
-# tests of agents' networks.
-os.environ.setdefault(
-    'XLA_FLAGS',
-    '--xla_cpu_enable_concurrency_optimized_scheduler=false --xla_backend_optimization_level=0'
-    + (' --xla_cpu_use_fusion_emitters=false' * (importlib.metadata.version('jaxlib') < '0.12')),
-)
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     # Many tests start the same program in a process of its own: only the first one compiles it. The
     # process that starts the workers gets here first, and they and theirs inherit what it sets.
@@ -26,7 +18,15 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
 import jax
 import pytest
 
+from mi import run
 from mi.lm import corpora
+
+# The flags of a training run, and what compiles sooner: no optimization by LLVM, and, where jaxlib
+# still has it, the older emitter of loops, which halved the time of the tests of agents' networks.
+FAST_COMPILATION = '--xla_backend_optimization_level=0'
+if importlib.metadata.version('jaxlib') < '0.12':
+    FAST_COMPILATION += ' --xla_cpu_use_fusion_emitters=false'
+os.environ.setdefault('XLA_FLAGS', run.safe_xla_flags(FAST_COMPILATION))
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 if os.environ['JAX_PLATFORMS'] != 'cpu':  # f32 products are TF32 on a GPU, bf16 on a TPU

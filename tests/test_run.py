@@ -1,4 +1,5 @@
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -107,3 +108,29 @@ def test_a_file_in_the_way(tmp_path):
         run.start(tmp_path / 'taken', config()),
     ):
         pass
+
+
+def test_xla_flags_avoid_known_faults_and_leave_given_flags_alone():
+    scheduler = '--xla_cpu_enable_concurrency_optimized_scheduler'
+    ynn = '--xla_cpu_experimental_ynn_fusion_type'
+    assert run.safe_xla_flags('', '0.10.1') == f'{scheduler}=false'
+    assert run.safe_xla_flags('--xla_a=1', '0.12.0.1') == f'--xla_a=1 {scheduler}=false'
+    assert run.safe_xla_flags('', '0.10.2') == (
+        f'{scheduler}=false {ynn}=LIBRARY_FUSION_TYPE_DOT'
+    )
+    given = f'{scheduler}=true {ynn}=LIBRARY_FUSION_TYPE_REDUCE'
+    assert run.safe_xla_flags(given, '0.10.2') == given
+
+
+def test_a_sum_over_several_axes_beside_one_of_length_1_does_not_crash():
+    """jaxlib 0.10.2 ends in a segmentation fault here, on CPUs without AVX-512."""
+    code = (
+        'from mi import run; run.set_xla_flags()\n'
+        'import jax, jax.numpy as jnp\n'
+        'for axis in range(7):\n'
+        '    product_sum = jax.jit(lambda a, b: (a * b).sum(axis))\n'
+        '    ones = jnp.ones((2, 1, 32, 3, 3, 2, 4))\n'
+        '    assert (product_sum(ones, ones) == ones.shape[axis]).all()'
+    )
+    environment = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
+    subprocess.run([sys.executable, '-c', code], check=True, env=environment)
