@@ -23,6 +23,7 @@ ROOT = HERE.parent
 SECTIONS: dict[str, list[str]] = {
     'Tutorials': [
         'tutorials/fusion.md',
+        'tutorials/cell.md',
         'tutorials/slurm.md',
         'tutorials/eight_gpus.md',
         'tutorials/wikitext103.md',

@@ -22,6 +22,8 @@ i, f, o, j; W are weights of x, U of h, and the forget gate's bias starts at 1.
     'mi_lstm'      MILSTM                alpha, beta
     'mogrifier'    MogrifierLSTM         rounds, rank, capped
     'hyper_lstm'   HyperLSTM             hyper_features, embedding, layer_norm
+
+A config file adds a cell of its own, for both trainers: `CELLS['mine'] = MyCell`.
 """
 
 import functools
@@ -36,6 +38,7 @@ from jax.nn import initializers
 from jax.typing import DTypeLike
 
 from mi import cudnn
+from mi.config import nearest, takes
 from mi.contract import linear
 
 Impl = Literal['xla', 'cudnn']
@@ -393,6 +396,18 @@ CELLS: dict[str, Callable[..., nn.Module]] = {
     'mogrifier': MogrifierLSTM,
     'hyper_lstm': HyperLSTM,
 }
+
+
+def get(name: str, **options: Any) -> Callable[..., nn.Module]:
+    """Return the constructor of CELLS[name], with those options that it has a field for.
+
+    Raises:
+      ValueError: on an unknown word, naming the nearest known one.
+    """
+    if name not in CELLS:
+        raise ValueError(f'unknown cell {name!r}; {nearest(name, CELLS)}')
+    cell = CELLS[name]
+    return functools.partial(cell, **{k: v for k, v in options.items() if takes(cell, k)})
 
 
 def initial(batch: int, features: int) -> Carry:

@@ -5,6 +5,7 @@ A schema maps every dotted key to a rule. A rule takes the value and returns wha
 """
 
 import difflib
+import inspect
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
@@ -40,6 +41,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1)
     hint = f'did you mean {close[0]!r}? ' if close else ''
     return f'{hint}known: {", ".join(known)}'
+
+
+def takes(constructor: Callable[..., Any], name: str) -> bool:
+    """Whether a class, function or partial of one has a parameter of this name."""
+    return name in inspect.signature(constructor).parameters
 
 
 def flat(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:

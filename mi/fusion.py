@@ -10,11 +10,9 @@ two of these words differ in nothing but how z comes in. Those that keep the num
 that map only where n differs; those of bilinear pooling have none, as published.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -22,7 +20,7 @@ from jax import Array
 from jax.nn import initializers
 from jax.typing import DTypeLike
 
-from mi.config import nearest
+from mi.config import nearest, takes
 from mi.layers import (
     Affine,
     BlockMultiplicativeInteraction,
@@ -207,8 +205,8 @@ FUSIONS: dict[str, Callable[..., nn.Module]] = {
     'multi_head': MultiHead,
 }
 
-ONE_HOT = frozenset({'multi_head'})
-"""The words whose context must be one-hot."""
+ONE_HOT = {'multi_head'}
+"""The words whose context must be one-hot; a config file may add its own."""
 
 OPTIONS = ('rank', 'hidden')
 
@@ -234,7 +232,4 @@ def get(name: str, **options: int | None) -> Callable[..., nn.Module]:
 
 def has_options(name: str) -> tuple[str, ...]:
     """Those of OPTIONS that FUSIONS[name] has a field for."""
-    constructor = FUSIONS[name]
-    module: Any = constructor.func if isinstance(constructor, functools.partial) else constructor
-    fields = {field.name for field in dataclasses.fields(module)}
-    return tuple(option for option in OPTIONS if option in fields)
+    return tuple(option for option in OPTIONS if takes(FUSIONS[name], option))

@@ -1,5 +1,6 @@
-"""The optimiser that a config's `optim` section names, built from optax."""
+"""The optimizer that a config's `optim` section names, built from optax."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,11 +10,37 @@ import optax
 
 from mi.config import Rule, integer, number, one_of
 
-OPTIMISERS = ('adam', 'adamw', 'rmsprop', 'sgd')
+Constructor = Callable[[ml_collections.ConfigDict, optax.Schedule], optax.GradientTransformation]
+
+OPTIMIZERS: dict[str, Constructor] = {
+    'adam': lambda config, rate: optax.adam(rate, config.b1, config.b2, config.eps),
+    'adamw': lambda config, rate: optax.adamw(
+        rate,
+        config.b1,
+        config.b2,
+        config.eps,
+        weight_decay=config.weight_decay,
+        mask=_matrices,
+    ),
+    'rmsprop': lambda config, rate: optax.rmsprop(  # TensorFlow's
+        rate,
+        config.b2,
+        config.eps,
+        initial_scale=1.0,
+        eps_in_sqrt=True,
+        momentum=config.b1 or None,
+    ),
+    'sgd': lambda config, rate: optax.sgd(rate, momentum=config.b1 or None),
+}
+"""Config word → constructor: the config's section `optim` and the learning rate by step → optax.
+
+A config file adds its own: `OPTIMIZERS['lion'] = lambda config, rate: optax.lion(rate)`.
+"""
+
 SCHEDULES = ('constant', 'cosine', 'linear', 'rsqrt')
 
 SCHEMA: dict[str, Rule] = {
-    'optim.name': one_of(OPTIMISERS),
+    'optim.name': one_of(OPTIMIZERS),
     'optim.learning_rate': number(0, exclusive=True),
     'optim.schedule': one_of(SCHEDULES),
     'optim.warmup_steps': integer(0),
@@ -29,7 +56,7 @@ SCHEMA: dict[str, Rule] = {
 def get_config() -> ml_collections.ConfigDict:
     """The section `optim` with its defaults."""
     config = ml_collections.ConfigDict()
-    config.name = 'adam'  # adam, adamw, rmsprop, sgd
+    config.name = 'adam'  # a word of OPTIMIZERS: adam, adamw, rmsprop, sgd
     config.learning_rate = 1e-3  # after warm-up
     config.schedule = 'cosine'  # constant, cosine, linear, rsqrt
     config.warmup_steps = 100
@@ -59,7 +86,7 @@ def schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
 
 
 def optimiser(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
-    """The optimiser of a run of `steps` updates.
+    """Return the optimizer of a run of `steps` updates.
 
     RMSProp is TensorFlow's: ε inside the square root, mean square starting at one.
     """
@@ -67,33 +94,7 @@ def optimiser(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTr
     transforms: list[optax.GradientTransformation] = []
     if config.clip_norm > 0:
         transforms.append(optax.clip_by_global_norm(config.clip_norm))
-    match config.name:
-        case 'adam':
-            transforms.append(optax.adam(rate, config.b1, config.b2, config.eps))
-        case 'adamw':
-            transforms.append(
-                optax.adamw(
-                    rate,
-                    config.b1,
-                    config.b2,
-                    config.eps,
-                    weight_decay=config.weight_decay,
-                    mask=_matrices,
-                )
-            )
-        case 'rmsprop':
-            transforms.append(
-                optax.rmsprop(
-                    rate,
-                    config.b2,
-                    config.eps,
-                    initial_scale=1.0,
-                    eps_in_sqrt=True,
-                    momentum=config.b1 or None,
-                )
-            )
-        case 'sgd':
-            transforms.append(optax.sgd(rate, momentum=config.b1 or None))
+    transforms.append(OPTIMIZERS[config.name](config, rate))
     return optax.chain(*transforms)
 
 

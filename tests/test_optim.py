@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from mi import optim
@@ -86,3 +87,17 @@ def test_clipping_is_by_global_norm():
     params = {'a': jnp.zeros(1), 'b': jnp.zeros(1)}
     step = update(params, gradients, name='sgd', learning_rate=1.0, b1=0.0, clip_norm=1.0)
     np.testing.assert_allclose([step['a'][0], step['b'][0]], [-0.6, -0.8], rtol=1e-6)
+
+
+def test_an_optimizer_of_one_s_own_has_a_word_and_gets_the_section_and_the_schedule(monkeypatch):
+    def signed(section, rate):
+        return optax.chain(optax.scale(section.b1), optax.scale_by_learning_rate(rate))
+
+    monkeypatch.setitem(optim.OPTIMIZERS, 'scaled', signed)
+    assert not optim.SCHEMA['optim.name']('scaled')
+    assert "did you mean 'scaled'" in optim.SCHEMA['optim.name']('scald')
+    settings = {'name': 'scaled', 'learning_rate': 0.1, 'b1': 0.5}
+    step = update({'w': jnp.zeros(2)}, {'w': jnp.array([3.0, -4.0])}, **settings)
+    np.testing.assert_allclose(step['w'], [-0.15, 0.2], rtol=1e-6)
+    clipped = update({'w': jnp.zeros(2)}, {'w': jnp.array([3.0, -4.0])}, **settings, clip_norm=1.0)
+    np.testing.assert_allclose(clipped['w'], [-0.03, 0.04], rtol=1e-6)

@@ -1,6 +1,7 @@
 """What the documentation shows can be done: its commands exist, its code runs, its site builds."""
 
 import ast
+import functools
 import importlib
 import re
 import runpy
@@ -8,12 +9,16 @@ import shlex
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import linen as nn
 
-from mi import fusion
+from mi import cells, fusion, optim
 from mi.config import flat
 from mi.fit import setup as fit
 from mi.lm import setup as lm
+from mi.rl import envs
 from mi.rl import setup as rl
 from tests.conftest import ROOT
 
@@ -151,9 +156,46 @@ def test_your_own_fusion_in_ten_lines(tmp_path, monkeypatch, capsys):
     assert [m['model.fusion.name'] for m in names['sweep']()] == ['concat', 'sine']
 
 
-def test_the_config_of_the_dmlab_tutorial_is_fine():
-    from mi.rl import envs
+def test_your_own_cell_and_optimizer(tmp_path):
+    """The words are known to the checks, and the cell is in the model that the config builds."""
+    (tmp_path / 'my_cell.py').write_text(*code('cell'))
+    before = dict(cells.CELLS), dict(optim.OPTIMIZERS)
+    try:
+        get_config = runpy.run_path(str(tmp_path / 'my_cell.py'))['get_config']
+        for_lm, for_rl = get_config('lm,tiny'), get_config('rl,tiny,env=catch')
+        lm.validate(for_lm)
+        rl.validate(for_rl)
+        (E, H), words = (for_lm.model[name] for name in ('embed', 'hidden')), 11
+        model = lm.build(for_lm, words)
+        tokens = jnp.zeros((3, 2), jnp.int32)
+        carry = model.initial_carry(2)
+        shapes = jax.eval_shape(model.init, jax.random.key(0), carry, tokens)['params']
+        assert shapes['core']['layer_0']['unit']['in']['kernel'].shape == (E, H)
+        agent = rl.agent(for_rl, envs.make('catch').spec)
+        params = jax.eval_shape(functools.partial(rl.init_params, agent), jax.random.key(0))
+        assert params['core']['unit']['hn']['kernel'].shape == (for_rl.model.hidden,) * 2
+        optimizer = optim.optimiser(for_lm.optim, 10)
+        weights = {'W': jnp.diag(jnp.array([3.0, 4.0])), 'b': jnp.ones(2)}
+        step, _ = optimizer.update(weights, optimizer.init(weights), weights)
+        assert float(jnp.abs(step['W'][0, 1])) < 1e-6 < float(jnp.abs(step['W']).max())
+    finally:
+        for words, known in zip((cells.CELLS, optim.OPTIMIZERS), before, strict=True):
+            words.clear()
+            words |= known
 
+
+@pytest.mark.parametrize('trainer', [lm, rl])
+def test_a_core_of_one_s_own_has_a_word(trainer, monkeypatch):
+    class Core(nn.Module):
+        pass
+
+    assert "did you mean 'transformer'" in trainer.SCHEMA['model.core']('transformr')
+    monkeypatch.setitem(trainer.CORES, 'mine', Core)
+    assert not trainer.SCHEMA['model.core']('mine')
+    assert not trainer.SCHEMA['model.core']('mogrifier')
+
+
+def test_the_config_of_the_dmlab_tutorial_is_fine():
     before = envs.HOST['dmlab30']
     try:
         names = {}

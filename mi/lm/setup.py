@@ -1,6 +1,7 @@
 """From a config to typed parts: what may stand in it, and the corpus and model that it names."""
 
 import functools
+from collections import ChainMap
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -10,7 +11,18 @@ import ml_collections
 from flax import linen as nn
 
 from mi import cells, cost, fusion, optim, tracking
-from mi.config import Rule, UserError, boolean, check, integer, number, one_of, seeds, text
+from mi.config import (
+    Rule,
+    UserError,
+    boolean,
+    check,
+    integer,
+    number,
+    one_of,
+    seeds,
+    takes,
+    text,
+)
 from mi.lm import data
 from mi.lm.adaptive import AdaptiveWords
 from mi.lm.context import SOURCES
@@ -22,7 +34,11 @@ from mi.lm.recurrent import Recurrent
 from mi.lm.transformer import Transformer
 from mi.lm.words import Objective, Words
 
-CORES = (*cells.CELLS, 'transformer')
+CORES: dict[str, Callable[..., nn.Module]] = {'transformer': Transformer}
+"""The cores that are not layers of a recurrent cell: config word → module, called as Transformer.
+
+Every word of `mi.cells.CELLS` is a core too. A config file may add to both.
+"""
 RATE = number(0, 0.99)
 
 
@@ -46,7 +62,7 @@ SCHEMA: dict[str, Rule] = {
     'data.vocabulary': integer(2),
     'data.train_tokens': integer(0),
     'data.cache': text,
-    'model.core': one_of(CORES),
+    'model.core': one_of(ChainMap(CORES, cells.CELLS)),
     'model.embed': integer(1),
     'model.hidden': integer(1),
     'model.layers': integer(1),
@@ -122,10 +138,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f'are in it; expected at least 256'
         )
     transformer = model.core == 'transformer'
-    if transformer and model.source == 'state':
+    if model.core in CORES and model.source == 'state':
         raise UserError(
-            "config.model.source = 'state': a Transformer has no state of one step; use "
-            "'recurrent' or 'summary'"
+            f"config.model.source = 'state': config.model.core = {model.core!r} has no state of "
+            f"one step; use 'recurrent' or 'summary'"
         )
     if model.site == 'attention' and not transformer:
         raise UserError(
@@ -214,18 +230,21 @@ def build(config: ml_collections.ConfigDict, vocabulary: int, domains: int = 0) 
     else:
         words = functools.partial(Words, objective=objective)
     core: Callable[..., Any]
-    if model.core == 'transformer':
-        core = functools.partial(
-            Transformer,
-            heads=model.heads,
-            kv_heads=model.kv_heads or None,
-            activation=model.activation,
-            positions=model.positions,
-            memory=model.memory,
-            remat=model.remat,
-        )
+    if model.core in CORES:
+        module = CORES[model.core]
+        options = {
+            'heads': model.heads,
+            'kv_heads': model.kv_heads or None,
+            'activation': model.activation,
+            'positions': model.positions,
+            'memory': model.memory,
+            'remat': model.remat,
+        }
+        core = functools.partial(module, **{k: v for k, v in options.items() if takes(module, k)})
     else:
-        core = functools.partial(Recurrent, cell=_cell(model))
+        options = {'rounds': model.rounds, 'rank': model.rank or None, 'capped': model.capped}
+        cell = cells.get(model.core, impl=model.impl, **options)
+        core = functools.partial(Recurrent, cell=cell)
     domain = model.source == 'domain'
     context = domains if domain else model.context
     kind = {'context': 'one_hot'} if domain and word.name != 'none' else {}
@@ -314,17 +333,6 @@ def matched(
     except ValueError as error:
         raise UserError(f'config.match: {error}; give another config.match.target') from error
     return _changed(config, of_size(size))
-
-
-def _cell(model: ml_collections.ConfigDict) -> Callable[..., nn.Module]:
-    cell = cells.CELLS[model.core]
-    if model.core == 'lstm':
-        return functools.partial(cell, impl=model.impl)
-    if model.core != 'mogrifier':
-        return cell
-    return functools.partial(
-        cell, rounds=model.rounds, rank=model.rank or None, capped=model.capped
-    )
 
 
 def _changed(

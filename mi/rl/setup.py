@@ -1,6 +1,7 @@
 """From a config to typed parts: what may stand in it, and the agent and optimiser that it names."""
 
 import functools
+from collections import ChainMap
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,11 @@ from mi.rl.loss import CLIPS
 from mi.rl.networks import SITES, SOURCES, TORSOS, Agent, Inputs
 from mi.rl.transformer import GatedTransformer
 
-CORES: dict[str, Callable[..., nn.Module]] = {**cells.CELLS, 'transformer': GatedTransformer}
+CORES: dict[str, Callable[..., nn.Module]] = {'transformer': GatedTransformer}
+"""The cores that are no cell of `mi.cells`, called like one: config word → module.
+
+Every word of `mi.cells.CELLS` is a core too. A config file may add to both.
+"""
 LOOKS = {  # torso → entries of the observation, of which it needs one
     'dense': ('grid', 'features'),
     'conv': ('grid',),
@@ -41,7 +46,7 @@ SCHEMA: dict[str, Rule] = {
     'env.name': text,
     'model.torso': one_of(TORSOS),
     'model.features': integer(1),
-    'model.core': one_of([*CORES, 'none']),
+    'model.core': one_of(ChainMap[str, Any](CORES, cells.CELLS, {'none': None})),
     'model.hidden': integer(1),
     'model.instruction': boolean,
     'model.dtype': one_of(['float32', 'bfloat16']),
@@ -144,7 +149,7 @@ def agent(config: ml_collections.ConfigDict, spec: Spec) -> Agent:
         )
     core = None
     if model.core != 'none':
-        core = functools.partial(CORES[model.core], model.hidden)
+        core = functools.partial(ChainMap(CORES, cells.CELLS)[model.core], model.hidden)
     if model.core == 'transformer' and model.hidden % GatedTransformer.heads:
         raise UserError(
             f'config.model.hidden = {model.hidden}: expected a multiple of '
