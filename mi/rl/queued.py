@@ -159,8 +159,9 @@ def start_actors(
     make = functools.partial(make_worker, config, version)
     queue = params, version, config.actors.queue, config.actors.timeout
     if config.train.topology == 'ray':
+        cpus = remote.cpus_per_actor(config.actors.number)
         makers: Any = [
-            functools.partial(remote.Remote, functools.partial(make, i)) for i in numbers
+            functools.partial(remote.Remote, functools.partial(make, i), cpus) for i in numbers
         ]
         return Actors(makers, *queue, share=remote.share)
     policy = Policy(agent)

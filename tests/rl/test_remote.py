@@ -14,14 +14,22 @@ from tests.rl.test_worker import learnt
 
 ray = pytest.importorskip('ray', reason='the extra: pip install multiplicative-interactions[ray]')
 pytestmark = pytest.mark.slow
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2
 
 
 @pytest.fixture(scope='module', autouse=True)
-def _cluster():
+def received():
+    """A cluster, and the signals that came to handlers which were set before it was started."""
     os.environ['PYTHONPATH'] = os.getcwd()  # of the processes, for the package `tests`
-    remote.start()
-    yield
-    ray.shutdown()
+    arrived = []
+    before = {s: signal.signal(s, lambda number, frame: arrived.append(number)) for s in SIGNALS}
+    try:
+        remote.start()
+        yield arrived
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        ray.shutdown()
 
 
 def make(**options):
@@ -93,3 +101,61 @@ def test_an_actor_that_cannot_live_ends_the_run():
     far = remote.Remote(dies)
     with pytest.raises(UserError, match='an actor died 3 times'):
         far.collect(remote.share({}))
+
+
+def test_signals_come_to_the_handlers_that_were_set_before_ray(received):
+    received.clear()
+    for number in SIGNALS:
+        os.kill(os.getpid(), number)
+    assert received == list(SIGNALS)
+
+
+def test_an_environment_that_cannot_be_made_is_one_line_and_no_death(capfd):
+    def refuses(birth):
+        raise UserError(f'no such environment at birth {birth}')
+
+    far = remote.Remote(refuses)
+    with pytest.raises(UserError) as raised:
+        far.collect(remote.share({}))
+    assert str(raised.value) == 'no such environment at birth 0'
+    assert 'died' not in capfd.readouterr().err
+    far.close()
+
+
+def test_more_actors_than_cpus_all_work():
+    cpus = int(ray.cluster_resources()['CPU'])
+    number = cpus + 2
+    share = remote.cpus_per_actor(number)
+    assert 0 < share < 1
+    far = [remote.Remote(make(), share) for _ in range(number)]
+    try:
+        assert len({actor.pid() for actor in far}) == number
+    finally:
+        for actor in far:
+            actor.close()
+
+
+def test_an_actor_that_finds_no_cpu_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(remote, 'PATIENCE', 0.2)
+    monkeypatch.setattr(ray, 'get', lambda _: None)  # of a worker that is never made
+    far = remote.Remote(make(), 1000.0)
+    far.collect(remote.share({}))
+    assert 'an actor waits for 1000 of a CPU' in capsys.readouterr().err
+    far.close()
+
+
+@pytest.mark.parametrize(
+    ('number', 'free', 'share'),
+    [
+        *((2, [2.0], 1.0), (3, [2.0], 0.5), (4, [2.0], 0.5), (5, [2.0], 0.3333)),
+        *((3, [1.0, 1.0], 0.5), (4, [0.5, 3.5], 0.5), (4, [4.0, 0.0], 1.0)),
+    ],
+)
+def test_as_many_actors_fit_on_the_nodes_as_are_asked_for(number, free, share):
+    assert remote.divide_cpus(number, free) == share
+    assert sum(int(cpus / share) for cpus in free) >= number
+
+
+def test_a_cluster_that_is_full_is_refused():
+    with pytest.raises(UserError, match=r'config\.actors\.number = 3: expected at most 64'):
+        remote.divide_cpus(3, [0.01])
