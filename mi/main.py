@@ -5,6 +5,7 @@ after saving: the same command continues the run.
 """
 
 import sys
+import warnings
 from collections.abc import Sequence
 
 from absl import app, flags, logging
@@ -78,6 +79,8 @@ def parse(argv: Sequence[str]) -> list[str]:
 
 
 def run() -> None:
+    # ml_collections loads config files by a call that Python deprecates.
+    warnings.filterwarnings('ignore', 'the load_module', DeprecationWarning)
     try:
         app.run(main, flags_parser=parse)
     except UserError as error:

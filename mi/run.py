@@ -297,8 +297,8 @@ def keep_freed_memory() -> None:
 
 
 XLA_FLAGS = {
-    # With it, jaxlib 0.10.2 on two cores can stop a training step for ever, all its threads waiting:
-    # one LSTM with a full MI did in a quarter of its starts.
+    # With it, jaxlib 0.10.2 on two cores can deadlock in a training step: one LSTM with a full MI did
+    # in a quarter of its starts.
     '--xla_cpu_enable_concurrency_optimized_scheduler': 'false',
 }
 YNN_FLAG = '--xla_cpu_experimental_ynn_fusion_type'
@@ -308,10 +308,9 @@ YNN_CRASHES = ('0.10.2',)  # jaxlib
 def safe_xla_flags(given: str = '', jaxlib: str | None = None) -> str:
     """Return XLA flags that avoid known faults of XLA on CPU, after those that are given.
 
-    A flag that is given already, with whatever value, is left alone. jaxlib 0.10.2 gets one more:
-    its YNN library ends the process with a segmentation fault in reductions over several axes beside
-    an axis of length 1, on CPUs without AVX-512 (seen on an AMD EPYC with AVX2). With the flag, YNN
-    computes products of matrices alone, which it does well.
+    A flag that is given already, with any value, is left alone. jaxlib 0.10.2 gets one more flag:
+    its YNN library crashes in reductions beside an axis of length 1, on CPUs without AVX-512 (seen
+    on an AMD EPYC). With the flag, YNN computes matrix products only, and as fast as before.
 
     Args:
       given: the flags so far, as in the environment variable XLA_FLAGS.

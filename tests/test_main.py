@@ -47,3 +47,17 @@ def test_mistakes(arguments, said, tmp_path):
     assert err.startswith('error: ') and '\n' not in err and '\\n' not in err
     assert said in err
     assert not (tmp_path / 'run').exists()  # refused before anything was made
+
+
+@pytest.mark.slow
+def test_no_warning_reaches_a_user_who_turns_warnings_into_errors(tmp_path):
+    done = subprocess.run(
+        [
+            *(sys.executable, '-W', 'error', '-m', 'mi.main', CONFIG, f'--workdir={tmp_path}'),
+            *('--config.train.steps=2', f'--config.data.cache={tmp_path / "cache"}'),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
