@@ -297,8 +297,8 @@ def keep_freed_memory() -> None:
 
 
 XLA_FLAGS = {
-    # With it, jaxlib 0.10.2 on two cores can deadlock in a training step: one LSTM with a full MI did
-    # in a quarter of its starts.
+    # With it, jaxlib 0.10.2 on two cores can deadlock in a training step: an LSTM with a full MI
+    # did so in a quarter of its starts.
     '--xla_cpu_enable_concurrency_optimized_scheduler': 'false',
 }
 YNN_FLAG = '--xla_cpu_experimental_ynn_fusion_type'
