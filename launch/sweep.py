@@ -24,12 +24,11 @@ from typing import Any
 
 import ml_collections
 import numpy as np
-from absl import flags
-from ml_collections import config_flags
 
 from launch import state
-from mi.config import MISTAKES, UserError, difference, flat, nearest, one_line
+from mi.config import UserError, difference, flat, nearest, one_line
 from mi.files import held
+from mi.overrides import parsed as parsed_arguments
 from mi.run import write_json
 
 WATCHING = ('local', 'ray', 'pbt')  # engines that queue no member elsewhere, out of their sight
@@ -166,14 +165,11 @@ def parsed(arguments: Sequence[str]) -> ml_collections.ConfigDict:
     Raises:
       UserError: if there is no such file or key, or a value is not of the key's type.
     """
-    values = flags.FlagValues()
-    argv = ['', *(a for a in arguments if a.startswith('--config'))]
-    config_flags.DEFINE_config_file('config', lock_config=True, flag_values=values, sys_argv=argv)
     try:
-        values(argv)
-        return values['config'].value
-    except MISTAKES as error:
-        raise UserError(f'{" ".join(argv[1:])}: {one_line(error)}') from error
+        return parsed_arguments(arguments)
+    except UserError as error:
+        given = ' '.join(a for a in arguments if a.startswith('--config'))
+        raise UserError(f'{given}: {error}') from error
 
 
 def _refuse_changes(before: dict[str, Any], now: dict[str, Any], workdir: pathlib.Path) -> None:

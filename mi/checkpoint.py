@@ -17,7 +17,7 @@ import json
 import os
 import pathlib
 import shutil
-import warnings
+import sys
 from typing import Any
 
 import jax
@@ -64,54 +64,108 @@ class Checkpoints:
                 shutil.rmtree(old, ignore_errors=True)
         parallel.wait('checkpoint in place')
 
-    def restore(self, like: Any, *, mend: bool = True) -> tuple[Any, dict[str, Any]] | None:
-        """The newest checkpoint whose every hash holds, as (state, meta); None if there is none.
+    def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
+        """Restore the newest checkpoint whose every hash holds; None if there is none.
+
+        For the run that holds the directory: damaged ones are set aside.
 
         Args:
           like: a tree of arrays with the shapes, dtypes and shardings to restore to.
-          mend: whether damaged ones are set aside; not by one who does not hold the run, and may
-            see one that is just being cleared away.
+
+        Returns:
+          (state, meta)
 
         Raises:
           UserError: if there are checkpoints but none of them holds, or the newest good one is of
             another model. Nothing is deleted.
         """
-        step = parallel.of_first(self._newest(mend) if parallel.first() else 0)
-        return None if step < 0 else self._load(self._directory / f'{step:08d}', like)
+        step = parallel.of_first(self._mend() if parallel.first() else 0)
+        if step < 0:
+            return None
+        path = self._directory / f'{step:08d}'
+        meta = _meta(path)
+        _refuse_other(path, meta.pop('arrays'), _arrays(like))
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        return self._orbax.restore(path / 'state', abstract), meta
 
-    def _newest(self, mend: bool) -> int:
-        """The newest step whose every hash holds; −1 if there are none."""
+    def newest(self) -> tuple[pathlib.Path, dict[str, Any]]:
+        """Return the newest checkpoint whose every hash holds, and its meta.
+
+        For those who only read, perhaps while the run goes on: damaged ones stay where they are.
+
+        Raises:
+          UserError: if there is none, or none of them holds.
+        """
+        paths: list[pathlib.Path] = []
+        while paths != (paths := self._steps()):  # the run may clear one away that is looked at
+            for passed, path in enumerate(paths):
+                wrong = damage(path)
+                if not wrong:
+                    if passed:
+                        _say(f'{path.name} is taken instead of the newest')
+                    return path, _meta(path)
+                if path.exists():
+                    _say(f'checkpoint {path} is damaged ({wrong})')
+        if paths or self._set_aside():
+            raise UserError(self._none_is_whole())
+        raise UserError(f'{self._directory.parent} has no checkpoint yet: train it first')
+
+    def restore_part(self, path: pathlib.Path, part: str, like: Any) -> Any:
+        """Restore one part of a checkpoint's state, whatever the rest of it is.
+
+        Args:
+          path: from `newest`.
+          part: which one, as 'learner.params'.
+          like: its arrays, with the shapes, dtypes and shardings to restore to.
+
+        Raises:
+          UserError: if it is of another model.
+        """
+        arrays = {
+            name.removeprefix(f'.{part}'): shape
+            for name, shape in _meta(path)['arrays'].items()
+            if name.startswith(f'.{part}[') or name == f'.{part}'
+        }
+        _refuse_other(path, arrays, _arrays(like))
+        tree = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        for name in reversed(part.split('.')):
+            tree = {name: tree}
+        restore = ocp.args.PyTreeRestore(
+            item=tree,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
+            partial_restore=True,
+        )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            restored = reader.restore(path / 'state', args=restore)
+        for name in part.split('.'):
+            restored = restored[name]
+        return restored
+
+    def _mend(self) -> int:
+        """Set damaged checkpoints aside and return the newest step that holds; −1 without any."""
         for path in self._steps():
             wrong = damage(path)
             if not wrong:
                 return int(path.name)
-            if not mend:
-                continue
             aside = _free_name(path)
             os.rename(path, aside)
-            warnings.warn(
+            _say(
                 f'checkpoint {path} is damaged ({wrong}); it is kept as {aside.name} and the run '
-                f'goes on from the one before',
-                stacklevel=3,
+                f'goes on from the one before'
             )
-        if list(self._directory.glob('*.damaged*')):
-            raise UserError(
-                f'no checkpoint in {self._directory} is whole; they are kept as *.damaged: restore '
-                f'one from a backup, or name another --workdir to start afresh'
-            )
+        if self._set_aside():
+            raise UserError(self._none_is_whole())
         return -1
 
-    def _load(self, path: pathlib.Path, like: Any) -> tuple[Any, dict[str, Any]]:
-        meta = json.loads((path / 'meta.json').read_text())
-        before, now = meta.pop('arrays'), _arrays(like)
-        changed = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
-        if changed:
-            raise UserError(
-                f'checkpoint {path} is of another model: {changed[0]} was {before.get(changed[0])} '
-                f'and is {now.get(changed[0])}; was the code changed since? Name another --workdir'
-            )
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        return self._orbax.restore(path / 'state', abstract), meta
+    def _set_aside(self) -> list[pathlib.Path]:
+        return list(self._directory.glob('*.damaged*'))
+
+    def _none_is_whole(self) -> str:
+        kept = '; they are kept as *.damaged' if self._set_aside() else ''
+        return (
+            f'no checkpoint in {self._directory} is whole{kept}: restore one from a backup, or '
+            f'name another --workdir to start afresh'
+        )
 
     def _steps(self) -> list[pathlib.Path]:
         """The directories of the steps in place, newest first."""
@@ -123,6 +177,24 @@ def digest(file: pathlib.Path) -> str:
     """SHA-256 of a file's bytes, as hex."""
     with open(file, 'rb') as stream:
         return hashlib.file_digest(stream, 'sha256').hexdigest()
+
+
+def _meta(path: pathlib.Path) -> dict[str, Any]:
+    return json.loads((path / 'meta.json').read_text())
+
+
+def _refuse_other(path: pathlib.Path, before: dict[str, str], now: dict[str, str]) -> None:
+    """Refuse a checkpoint whose arrays are not those that are asked for."""
+    changed = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
+    if changed:
+        raise UserError(
+            f'checkpoint {path} is of another model: {changed[0]} was {before.get(changed[0])} '
+            f'and is {now.get(changed[0])}; was the code changed since? Name another --workdir'
+        )
+
+
+def _say(line: str) -> None:
+    print(f'warning: {line}', file=sys.stderr)
 
 
 def _arrays(tree: Any) -> dict[str, str]:

@@ -11,20 +11,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import ml_collections
-from absl import flags
 
 Rule = Callable[[Any], str]
 
 
 class UserError(Exception):
     """Something the user can mend; its message is one line that says how. Ends with exit code 1."""
-
-
-# What config files and flags that set their keys raise where the user has made a mistake.
-MISTAKES = (
-    *(flags.Error, AttributeError, ImportError, KeyError, NameError, OSError, SyntaxError),
-    *(TypeError, ValueError),
-)
 
 
 def one_line(error: BaseException) -> str:

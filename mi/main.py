@@ -1,18 +1,19 @@
 """The one entry point: python -m mi.main --config=configs/lm.py --workdir=runs/first
 
+To evaluate or sample, --config may be left out: the run directory has what the run was made with.
+
 Exit codes: 0 done; 1 something to mend, one line on stderr says what; 143 stopped by a signal,
 after saving: the same command continues the run.
 """
 
+import functools
 import sys
-import warnings
 from collections.abc import Sequence
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
-from mi import parallel
-from mi.config import MISTAKES, UserError, one_line
+from mi import overrides, parallel
+from mi.config import UserError, one_line
 from mi.fit import search
 from mi.fit import train as fit
 from mi.lm import assess as assess_lm
@@ -20,9 +21,11 @@ from mi.lm import sample
 from mi.lm import train as lm
 from mi.rl import assess as assess_rl
 from mi.rl import train as rl
-from mi.run import keep_freed_memory, set_xla_flags, steps
+from mi.run import keep_freed_memory, recorded_config, set_xla_flags, steps
 
-CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file.', lock_config=True)
+CONFIG = flags.DEFINE_string(
+    'config', None, 'Config file, FILE.py or FILE.py:ARGUMENT; --config.KEY=VALUE changes a key.'
+)
 WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory, made or continued.')
 
 MODE = flags.DEFINE_enum(
@@ -45,44 +48,50 @@ TASKS = {
 }
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str], changes: Sequence[overrides.Override] = ()) -> None:
+    """Run what the flags name; `changes` are those of the config."""
     if not flags.FLAGS['verbosity'].present:
         logging.set_verbosity(logging.WARNING)  # orbax writes a page per checkpoint
     if len(argv) > 1:
         raise UserError(f'unexpected argument {argv[1]!r}; flags are --NAME=VALUE')
-    if CONFIG.value is None or WORKDIR.value is None:
+    mode = MODE.value
+    if mode == 'train' and not (CONFIG.value and WORKDIR.value):
         raise UserError('--config=FILE and --workdir=DIRECTORY are both needed')
-    try:
-        task = CONFIG.value.task
-    except MISTAKES as error:  # a file that is not there fails when first read
-        raise UserError(f'--config: {one_line(error)}') from error
-    tasks = TASKS[MODE.value]
+    if not WORKDIR.value:
+        raise UserError(f'--mode={mode} needs --workdir=DIRECTORY, that of the run')
+    if CONFIG.value:
+        config = overrides.load(CONFIG.value, changes)
+    else:
+        config = recorded_config(WORKDIR.value)
+        overrides.apply(config, changes)
+    task, tasks = config.get('task'), TASKS[mode]
     if task not in tasks:
-        raise UserError(
-            f'config.task = {task!r}: --mode={MODE.value} expects one of {", ".join(tasks)}'
-        )
+        raise UserError(f'config.task = {task!r}: --mode={mode} expects one of {", ".join(tasks)}')
     profile = {'profile': steps(PROFILE.value)} if PROFILE.value else {}
-    if profile and (MODE.value != 'train' or task == 'search'):
-        raise UserError(f'--profile={PROFILE.value} is of training; leave it away here')
+    if profile and (mode != 'train' or task == 'search'):
+        raise UserError(
+            f'--profile={PROFILE.value} only applies to training of the tasks lm, rl and fit; '
+            f'remove it'
+        )
     keep_freed_memory()
     set_xla_flags()
     parallel.join(DISTRIBUTED.value)
-    tasks[task](CONFIG.value, WORKDIR.value, **profile)
-
-
-def parse(argv: Sequence[str]) -> list[str]:
-    """Parses flags; what is wrong with them becomes a UserError."""
-    try:
-        return flags.FLAGS(argv)
-    except MISTAKES as error:
-        raise UserError(one_line(error)) from error
+    tasks[task](config, WORKDIR.value, **profile)
 
 
 def run() -> None:
-    # ml_collections loads config files by a call that Python deprecates.
-    warnings.filterwarnings('ignore', 'the load_module', DeprecationWarning)
+    """Parse the command line and run; what the user can mend ends with one line and exit code 1."""
+    changes: list[overrides.Override] = []
+
+    def parse(argv: Sequence[str]) -> list[str]:
+        rest, changes[:] = overrides.split(argv)
+        try:
+            return flags.FLAGS(rest)
+        except flags.Error as error:
+            raise UserError(one_line(error)) from error
+
     try:
-        app.run(main, flags_parser=parse)
+        app.run(functools.partial(main, changes=changes), flags_parser=parse)
     except UserError as error:
         sys.exit(f'error: {error}')
 

@@ -19,9 +19,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
-from mi import costs, optim, parallel
+from mi import costs, optim, overrides, parallel
 from mi.config import UserError
 from mi.fit import setup as fit
 from mi.fit import train as train_fit
@@ -182,17 +181,16 @@ def scaled(value: float) -> str:
 def main(argv: Sequence[str]) -> None:
     """Prints the costs of --config; --json for machines, --nocompile without the step's memory."""
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        'config', None, 'Config file.', lock_config=True, flag_values=values, sys_argv=list(argv)
-    )
+    file = flags.DEFINE_string('config', None, 'Config file.', flag_values=values)
     compiles = flags.DEFINE_bool('compile', True, 'Memory of a step too.', flag_values=values)
     as_json = flags.DEFINE_bool('json', False, 'Every number as JSON.', flag_values=values)
     try:
-        rest = values(argv)
-        config = values['config'].value
-        if config is None or len(rest) > 1:
+        arguments, changes = overrides.split(argv)
+        rest = values(arguments)
+        if not file.value or len(rest) > 1:
             raise UserError('--config=FILE is needed; with it go --config.KEY=VALUE, --json and '
                             '--nocompile')  # fmt: skip
+        config = overrides.load(file.value, changes)
         memory = of_config(config, compiles.value)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(' '.join(str(error).split())) from error

@@ -30,7 +30,7 @@ import ml_collections
 import numpy as np
 
 from mi import metrics, parallel, tracking
-from mi.config import UserError, difference
+from mi.config import UserError, difference, flat
 from mi.files import read_json
 
 Steps = tuple[int, int]  # first and last
@@ -235,32 +235,68 @@ def _same_config(file: pathlib.Path, config: ml_collections.ConfigDict) -> None:
         )
 
 
-def same_model(path: pathlib.Path, config: ml_collections.ConfigDict, parts: Sequence[str]) -> None:
-    """Refuses a run directory that was made with another of these parts of the config.
-
-    Args:
-      path: of the run.
-      config: of now.
-      parts: their keys, as 'model' or 'train.batch'.
+def recorded_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:
+    """Return the config that a run directory was made with; locked.
 
     Raises:
-      UserError: also if it is not the directory of a run.
+      UserError: if it is not the directory of a run.
     """
-    if not (path / 'config.json').exists():
-        raise UserError(f'--workdir={path} has no config.json: expected the directory of a run')
-    before, now = read_json(path / 'config.json'), json.loads(config.to_json())
+    file = pathlib.Path(workdir) / 'config.json'
+    if not file.exists():
+        raise UserError(f'--workdir={workdir} has no config.json: expected the directory of a run')
+    return ml_collections.ConfigDict(_with_tuples(read_json(file))).lock()
 
-    def at(tree: Any, part: str) -> Any:
-        for key in part.split('.'):
-            tree = tree.get(key) if isinstance(tree, dict) else None
-        return tree
 
-    for part in parts:
-        if at(before, part) != at(now, part):
+def _with_tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that they were in the config."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(each) for key, each in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
+def config_to_evaluate(
+    workdir: str | os.PathLike[str],
+    config: ml_collections.ConfigDict,
+    *,
+    own: Sequence[str],
+    fixed: Sequence[str],
+) -> ml_collections.ConfigDict:
+    """Return the config of a run, evaluated as `config` says.
+
+    What is neither `own` nor `fixed`, such as the optimizer, has no part in an evaluation: it is
+    that of the run, whatever `config` has there.
+
+    Args:
+      workdir: the directory of the run.
+      config: what was asked for now.
+      own: sections and keys that are those of `config`, as 'eval'.
+      fixed: those that decide what the checkpoint is, as 'model', and have to be those of the run.
+
+    Raises:
+      UserError: if one of `fixed` differs, or it is not the directory of a run.
+    """
+    trained = flat(recorded_config(workdir).to_dict())
+    asked = flat(config.to_dict())
+
+    def is_in(key: str, parts: Sequence[str]) -> bool:
+        return any(f'{key}.'.startswith(f'{part}.') for part in parts)
+
+    for key in trained.keys() & asked.keys():
+        if is_in(key, fixed) and _plain(trained[key]) != _plain(asked[key]):
             raise UserError(
-                f'{path} was made with another config.{part}: {at(before, part)}; give the same '
-                f'--config and overrides, of which only how it is evaluated may differ'
+                f'config.{key} = {asked[key]!r}: {workdir} was trained with {trained[key]!r}; '
+                f'remove it, or name the --workdir of another run'
             )
+    of_run = {k: v for k, v in trained.items() if k in asked and not is_in(k, own)}
+    merged = config.copy_and_resolve_references()
+    with merged.ignore_type():
+        merged.update_from_flattened_dict(of_run)
+    return merged.lock()
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it."""
+    return json.loads(json.dumps(value))
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

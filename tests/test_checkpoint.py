@@ -1,10 +1,12 @@
 import json
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mi import checkpoint
 from mi.checkpoint import Checkpoints
 from mi.config import UserError
 
@@ -20,8 +22,8 @@ def save(directory, *steps, keep=3):
         checkpoints.save(step, state(step), {'metrics': 10 * step})
 
 
-def restore(directory, **options):
-    return Checkpoints(directory).restore(jax.tree.map(jnp.zeros_like, state(0)), **options)
+def restore(directory):
+    return Checkpoints(directory).restore(jax.tree.map(jnp.zeros_like, state(0)))
 
 
 def assert_is(step, restored):
@@ -83,22 +85,74 @@ def half_a_manifest(path):
         (half_a_manifest, 'is not JSON'),
     ],
 )
-def test_a_damaged_one_is_set_aside_for_the_one_before(tmp_path, damage, said):
+def test_a_damaged_one_is_set_aside_for_the_one_before(tmp_path, damage, said, capsys):
     save(tmp_path, 5, 10)
     damage(tmp_path / '00000010')
-    with pytest.warns(UserWarning, match=said):
-        restored = restore(tmp_path)
+    restored = restore(tmp_path)
+    [line] = capsys.readouterr().err.splitlines()  # without a line of code
+    assert line.startswith(f'warning: checkpoint {tmp_path}/00000010 is damaged (') and said in line
+    assert line.endswith('it is kept as 00000010.damaged and the run goes on from the one before')
     assert_is(5, restored)
     assert (tmp_path / '00000010.damaged').exists()
     save(tmp_path, 10)  # the run comes by here again
     assert_is(10, restore(tmp_path))
 
 
-def test_who_only_reads_leaves_a_damaged_one_where_it_is(tmp_path):
+def test_who_only_reads_leaves_a_damaged_one_where_it_is_and_says_so(tmp_path, capsys):
     save(tmp_path, 5, 10)
-    lose_a_file(tmp_path / '00000010')  # as one that the run is clearing away looks
-    assert_is(5, restore(tmp_path, mend=False))
+    flip_one_bit(tmp_path / '00000010')
+    path, meta = Checkpoints(tmp_path).newest()
+    assert (path.name, meta['step'], meta['metrics']) == ('00000005', 5, 50)
+    said = capsys.readouterr().err.splitlines()
+    assert 'warning: checkpoint' in said[0] and '00000010 is damaged (' in said[0]
+    assert said[1:] == ['warning: 00000005 is taken instead of the newest']
     assert sorted(p.name for p in tmp_path.iterdir()) == ['00000005', '00000010']
+    flip_one_bit(tmp_path / '00000005')
+    with pytest.raises(UserError, match=r'no checkpoint in .* is whole: restore one from a backup'):
+        Checkpoints(tmp_path).newest()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['00000005', '00000010']
+    (tmp_path / '00000005').rename(tmp_path / '00000005.damaged')
+    (tmp_path / '00000010').rename(tmp_path / '00000010.damaged')
+    with pytest.raises(UserError, match=r'is whole; they are kept as \*\.damaged'):
+        Checkpoints(tmp_path).newest()
+
+
+def test_who_only_reads_is_told_where_there_is_none(tmp_path):
+    with pytest.raises(UserError, match=f'{tmp_path} has no checkpoint yet: train it first'):
+        Checkpoints(tmp_path / 'checkpoints').newest()
+
+
+def test_one_that_the_run_clears_away_meanwhile_is_passed_over(tmp_path, monkeypatch, capsys):
+    save(tmp_path, 5, 10)
+    damage = checkpoint.damage
+
+    def cleared(path):
+        if path.name == '00000010':  # the run has saved 20 and keeps two
+            save(tmp_path, 20, keep=1)
+        return damage(path)
+
+    monkeypatch.setattr(checkpoint, 'damage', cleared)
+    assert Checkpoints(tmp_path).newest()[0].name == '00000020'
+    assert 'damaged' not in capsys.readouterr().err
+
+
+class Whole(NamedTuple):
+    learner: Any
+    actor: Any
+
+
+def test_a_part_is_restored_whatever_the_rest_is(tmp_path):
+    params = {'W': jnp.arange(6.0).reshape(2, 3), 'b': jnp.ones(3)}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(5, Whole({'params': params}, jnp.zeros(8)), {})
+    checkpoints.save(10, Whole(Whole(params, jnp.zeros(2)), jnp.zeros(4)), {})
+    path, _ = checkpoints.newest()
+    like = jax.tree.map(jnp.zeros_like, params)
+    restored = checkpoints.restore_part(path, 'learner.learner', like)
+    jax.tree.map(np.testing.assert_array_equal, restored, params)
+    other = like | {'b': jnp.zeros(4)}
+    with pytest.raises(UserError, match=r"\['b'\] was float32\[3\] and is float32\[4\]"):
+        checkpoints.restore_part(path, 'learner.learner', other)
 
 
 def test_one_that_was_being_written_does_not_count(tmp_path):
@@ -113,7 +167,7 @@ def test_all_damaged_is_an_error_that_deletes_nothing(tmp_path):
     save(tmp_path, 5, 10)
     for step in ('00000005', '00000010'):
         flip_one_bit(tmp_path / step)
-    with pytest.warns(UserWarning), pytest.raises(UserError, match=r'no checkpoint in .* is whole'):
+    with pytest.raises(UserError, match=r'no checkpoint in .* is whole'):
         restore(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['00000005.damaged', '00000010.damaged']
     with pytest.raises(UserError, match=r'no checkpoint in .* is whole'):

@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 
 FLOORS = [
     ['config'],
-    ['contract', 'cost', 'cudnn', 'files'],
+    ['contract', 'cost', 'cudnn', 'files', 'overrides'],
     ['layers'],
     ['motifs'],
     ['fusion'],

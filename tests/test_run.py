@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import ml_collections
 import pytest
@@ -77,11 +78,30 @@ def test_a_damaged_config_is_named(tmp_path, damaged):
     with said, run.start(tmp_path, config()):
         pass
     with said:
-        run.same_model(tmp_path, config(), ['model'])
+        run.config_to_evaluate(tmp_path, config(), own=[], fixed=['model'])
     assert (tmp_path / 'config.json').read_bytes() == damaged
-    (tmp_path / 'config.json').write_text('{}')
-    with pytest.raises(UserError, match=r'another config\.model: None'):
-        run.same_model(tmp_path, config(), ['model'])
+
+
+def test_a_run_is_evaluated_with_its_own_config_and_what_evaluation_may_change(tmp_path):
+    trained = config(optim={'rate': 1.0}, train={'batch': 8}, eval={'length': 4, 'old': 1})
+    with run.start(tmp_path, trained):
+        pass
+    asked = config(optim={'rate': 2.0}, train={'batch': 9}, eval={'length': 6, 'new': 2})
+    parts: Any = {'own': ['eval'], 'fixed': ['seeds', 'model']}
+    merged = run.config_to_evaluate(tmp_path, asked, **parts)
+    assert merged.to_dict() == {
+        'seeds': (0,),
+        'model': {'width': 3},
+        'optim': {'rate': 1.0},  # of the run, as evaluation does not read it
+        'train': {'batch': 8},
+        'eval': {'length': 6, 'new': 2},
+    }
+    said = r'config\.model\.width = 5: .* was trained with 3; remove it, or name the --workdir of'
+    with pytest.raises(UserError, match=said):
+        run.config_to_evaluate(tmp_path, config(model={'width': 5}), **parts)
+    with pytest.raises(UserError, match=r'config\.seeds = \(1,\): .* was trained with \(0,\)'):
+        run.config_to_evaluate(tmp_path, config(seeds=(1,)), **parts)
+    assert run.recorded_config(tmp_path).seeds == (0,)  # a tuple, as it was
 
 
 def test_signals_ask_once_and_handlers_come_back(tmp_path):

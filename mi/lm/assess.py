@@ -9,10 +9,10 @@ import numpy as np
 import rich.console
 import rich.table
 
-from mi import parallel
-from mi.lm import dynamic, setup, train
+from mi.lm import dynamic, setup
 from mi.lm.evaluate import evaluate
-from mi.run import same_model, write_json
+from mi.lm.restore import restore
+from mi.run import write_json
 
 SPLITS = ('valid', 'test')
 
@@ -25,14 +25,9 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
     Raises:
       UserError: if the directory has no whole checkpoint, or is of another config.
     """
-    setup.validate(config)
     path = pathlib.Path(workdir)
-    corpus = setup.corpus(config)
-    config = setup.matched(config, *corpus.sizes)
-    same_model(path, config, ('data', 'model', 'optim', 'seeds', 'train.batch'))
-    params, step = train.restore(config, corpus, path)
+    config, corpus, params, step, mesh = restore(config, workdir)
     model = setup.for_evaluation(setup.build(config, *corpus.sizes), config)
-    mesh = parallel.mesh(config.train.batch, config.train.fsdp)
     how, adaptation = setup.reading(config), dynamic.Adaptation(**config.dynamic)
     scores: dict[str, dict[str, Any]] = {}
     for split in SPLITS:

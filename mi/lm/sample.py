@@ -10,9 +10,10 @@ import ml_collections
 from jax import Array
 
 from mi.config import UserError
-from mi.lm import setup, train
+from mi.lm import setup
 from mi.lm.model import LanguageModel
-from mi.run import same_model, write_json
+from mi.lm.restore import restore
+from mi.run import write_json
 
 
 def sample(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -24,17 +25,13 @@ def sample(config: ml_collections.ConfigDict, workdir: str) -> None:
       UserError: if the directory has no whole checkpoint, is of another config, or the prompt is
         empty.
     """
-    setup.validate(config)
+    path = pathlib.Path(workdir)
+    config, corpus, params, step, _ = restore(config, workdir)
     if config.model.source == 'domain':
         raise UserError(
             "config.model.source = 'domain': what is written has no domain; --mode=sample is for "
             'models with another context'
         )
-    path = pathlib.Path(workdir)
-    corpus = setup.corpus(config)
-    config = setup.matched(config, *corpus.sizes)
-    same_model(path, config, ('data', 'model', 'optim', 'seeds', 'train.batch'))
-    params, step = train.restore(config, corpus, path)
     options = config.sample
     prompt = corpus.encode(options.prompt)
     if len(prompt) == 0:

@@ -265,27 +265,6 @@ def _train(config: ml_collections.ConfigDict, corpus: data.Corpus, this: run.Run
             log.evaluation(steps, name, held_out(state.params, split, config.eval.final_tokens))
 
 
-def restore(
-    config: ml_collections.ConfigDict, corpus: data.Corpus, path: pathlib.Path
-) -> tuple[Any, int]:
-    """The parameters of all seeds, [S, …], of a run's newest checkpoint, and its step.
-
-    Raises:
-      UserError: if it has none, or the text is another now.
-    """
-    optimiser = optim.optimiser(config.optim, config.train.steps)
-    mesh = parallel.mesh(config.train.batch, config.train.fsdp)
-    seeds = np.asarray(config.seeds, np.int32)
-    like = start(setup.build(config, *corpus.sizes), optimiser, seeds, config.train.batch, mesh)
-    restored = checkpoint.Checkpoints(path / 'checkpoints', config.train.keep).restore(
-        like, mend=False
-    )
-    if restored is None:
-        raise UserError(f'{path} has no checkpoint yet: train it first')
-    _same_tokens(path, config, corpus, restored[1])
-    return restored[0].params, restored[1]['step']
-
-
 def _same_tokens(
     path: pathlib.Path,
     config: ml_collections.ConfigDict,

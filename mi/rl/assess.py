@@ -1,5 +1,6 @@
 """A trained agent, looked at again: scores of every task, greedy and sampled, and videos."""
 
+import functools
 import pathlib
 from typing import Any
 
@@ -10,11 +11,14 @@ import rich.console
 import rich.table
 
 from mi import checkpoint
-from mi.config import UserError
-from mi.rl import envs, fused, queued, setup, video
+from mi.rl import envs, setup, video
 from mi.rl.envs.spec import Spec
 from mi.rl.evaluate import Evaluation
-from mi.run import same_model, write_json
+from mi.rl.networks import Agent
+from mi.run import config_to_evaluate, write_json
+
+OWN = ('eval', 'actors', 'tracker')
+FIXED = ('task', 'env', 'model', 'seeds')
 
 
 def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -28,8 +32,7 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
     """
     setup.validate(config)
     path = pathlib.Path(workdir)
-    same_model(path, config, ('env', 'model', 'optim', 'seeds'))
-    config = config.copy_and_resolve_references().unlock()
+    config = config_to_evaluate(path, config, own=OWN, fixed=FIXED).unlock()
     config.eval.greedy = True
     scores: dict[str, Any] = {}
     splits = {'eval': config.env.name, 'held_out': config.eval.held_out}
@@ -62,13 +65,23 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
     print(f'{folder}: scores.json and {len(frames)} videos')
 
 
-def _restored(config: ml_collections.ConfigDict, agent: Any, path: pathlib.Path) -> Any:
-    topology = fused if config.train.topology == 'fused' else queued
+def _restored(
+    config: ml_collections.ConfigDict, agent: Agent, path: pathlib.Path
+) -> tuple[Any, int]:
+    """The parameters of all seeds, [S, …], whatever the topology and batch were; and their step."""
     saved = checkpoint.Checkpoints(path / 'checkpoints', config.train.keep)
-    restored = topology.restore(config, agent, saved)
-    if restored is None:
-        raise UserError(f'{path} has no checkpoint yet: train it first')
-    return restored
+    newest, meta = saved.newest()
+    like: Any = jax.eval_shape(functools.partial(setup.init_params, agent), jax.random.key(0))
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    fused = config.train.topology == 'fused'
+    axes = (len(config.seeds),) if fused else ()
+    like = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(axes + a.shape, a.dtype, sharding=here), like
+    )
+    params = saved.restore_part(newest, 'learner.params' if fused else 'params', like)
+    if not fused:
+        params = jax.tree.map(lambda a: a[None], params)
+    return params, meta['step']
 
 
 def _print(spec: Spec, split: str, scores: dict[str, Any]) -> None:

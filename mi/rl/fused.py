@@ -204,16 +204,6 @@ def _train(
                     this.preempted()
 
 
-def restore(
-    config: ml_collections.ConfigDict, agent: Agent, saved: checkpoint.Checkpoints
-) -> tuple[Any, int] | None:
-    """The parameters of all seeds, [S, …], of the newest checkpoint, and its step."""
-    environment = envs.make(config.env.name)
-    optimiser = optim.optimiser(config.optim, setup.updates(config))
-    restored = saved.restore(_plain(start(config, environment, agent, optimiser)), mend=False)
-    return restored and (restored[0].learner.params, restored[1]['step'])
-
-
 def _evaluate(
     config: ml_collections.ConfigDict,
     environment: JaxEnvironment,

@@ -128,18 +128,6 @@ def _train(
                 window = Window()  # after evaluation and saving, which are not training
 
 
-def restore(
-    config: ml_collections.ConfigDict, agent: Agent, saved: checkpoint.Checkpoints
-) -> tuple[Any, int] | None:
-    """The parameters, [1, …], of the newest checkpoint, and its step."""
-    optimiser = optim.optimiser(config.optim, setup.updates(config))
-    mesh = parallel.mesh(config.train.batch)
-    restored = saved.restore(start(agent, optimiser, config.seeds[0], mesh), mend=False)
-    if restored is None:
-        return None
-    return jax.tree.map(lambda a: a[None], restored[0].params), restored[1]['step']
-
-
 def start(
     agent: Agent, optimiser: optax.GradientTransformation, seed: int, mesh: jax.sharding.Mesh
 ) -> learner.State:

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import pytest
 
 from configs import lm as configs
 from mi.config import UserError
-from mi.lm import assess, dynamic, sample, setup, train
+from mi.lm import assess, dynamic, restore, sample, setup, train
 from mi.lm.data import load
 
 
@@ -98,8 +99,10 @@ def test_a_run_is_evaluated_in_other_ways_and_sampled(word, tmp_path, texts, cap
     with pytest.raises(UserError, match=r'no config\.json: expected the directory of a run'):
         assess.assess(tiny(word, **source), str(tmp_path / 'nothing'))
     train.train(tiny(word, **source), str(tmp_path))
-    with pytest.raises(UserError, match=r'made with another config\.model'):
+    with pytest.raises(UserError, match=r'config\.model\.hidden = 64: .* was trained with 32'):
         assess.assess(tiny(word, **source, **{'model.hidden': 64}), str(tmp_path))
+    with pytest.raises(UserError, match=r'config\.seeds = \(7, 8\): .* was trained with \(0, 1\)'):
+        assess.assess(tiny(word, **{**source, 'seeds': (7, 8)}), str(tmp_path))
     written = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
     test = [row for row in written if row['split'] == 'test']
     assess.assess(tiny(word, **source, **{'dynamic.tokens': 500}), str(tmp_path))
@@ -113,9 +116,17 @@ def test_a_run_is_evaluated_in_other_ways_and_sampled(word, tmp_path, texts, cap
     assert sliding['over']['stride'] == 4
     assert sliding['nats_per_token'] == pytest.approx(test[0]['nats_per_token'], rel=0.2)
     assert 'nats/token' in capsys.readouterr().out
-    for key, value in (('seeds', (7, 8)), ('train.batch', 8)):
-        with pytest.raises(UserError, match=f'made with another config.{key}'):
-            assess.assess(tiny(word, **{**source, key: value}), str(tmp_path))
+
+    # The same text at another path and with another cache; what evaluation does not read.
+    moved = shutil.copytree(texts, tmp_path / 'moved')
+    elsewhere = {'data.source': str(moved), 'data.cache': str(tmp_path / 'cache')}
+    unread = {'train.batch': 8, 'optim.warmup_steps': 7, 'optim.name': 'sgd', 'loss.z_loss': 0.1}
+    assess.assess(tiny(word, **{**source, **elsewhere, **unread}), str(tmp_path))
+    again = json.loads((tmp_path / 'evaluation.json').read_text())['test']
+    assert again['0']['nats_per_token'] == pytest.approx(test[0]['nats_per_token'], rel=1e-6)
+    (moved / 'valid.txt').write_text('another text. ' * 100)
+    with pytest.raises(UserError, match=r'was trained on other tokens.*data\.source was'):
+        sample.sample(tiny(word, **{**source, **elsewhere}), str(tmp_path))
     sample.sample(tiny(word, **source, **{'sample.tokens': 5}), str(tmp_path))
     texts_drawn = json.loads((tmp_path / 'samples.json').read_text())['texts']
     assert len(texts_drawn) == 2 and texts_drawn[0] in capsys.readouterr().out
@@ -127,7 +138,7 @@ def test_dynamic_evaluation_as_it_is_set_helps_a_trained_model_or_says_that_it_d
     config = tiny('core=lstm', **changes)
     train.train(config, str(tmp_path))
     corpus = setup.corpus(config)
-    params = jax.tree.map(lambda a: a[0], train.restore(config, corpus, tmp_path)[0])
+    params = jax.tree.map(lambda a: a[0], restore.restore(config, str(tmp_path)).params)
     model = setup.for_evaluation(setup.build(config, *corpus.sizes), config)
 
     def nats(**changes):

@@ -33,9 +33,30 @@ def test_a_run_is_scored_and_filmed(tmp_path, capsys):
     with Image.open(tmp_path / 'evaluation' / 'catch.gif') as film:
         assert film.n_frames >= 10
     assert 'greedy' in capsys.readouterr().out
+    # What decides neither the parameters nor the episodes may be another.
+    unread = {'train.batch': 16, 'optim.name': 'sgd', 'loss.discount': 0.5}
+    before = (tmp_path / 'evaluation' / 'scores.json').read_bytes()
+    assess(tiny(seeds=(0, 1), **unread), str(tmp_path))
+    assert (tmp_path / 'evaluation' / 'scores.json').read_bytes() == before
     other = tiny(**{'train.steps': 40 * 5, 'seeds': (0, 1), 'model.hidden': 8})
-    with pytest.raises(UserError, match=r'another config\.model'):
+    with pytest.raises(UserError, match=r'config\.model\.hidden = 8: .* was trained with 16'):
         assess(other, str(tmp_path))
+
+
+@pytest.mark.slow
+def test_an_agent_of_threads_is_scored_whatever_the_batch_is_now(tmp_path, capsys):
+    config = tiny(**{'train.topology': 'threads', 'train.steps': 40 * 5})
+    train.train(config, str(tmp_path))
+    assess(config, str(tmp_path))
+    scores = (tmp_path / 'evaluation' / 'scores.json').read_bytes()
+    assess(tiny(**{'train.batch': 16}), str(tmp_path))  # fused, as the default is
+    assert (tmp_path / 'evaluation' / 'scores.json').read_bytes() == scores
+    capsys.readouterr()
+    for manifest in (tmp_path / 'checkpoints').glob('*/manifest.json'):
+        manifest.unlink()
+    with pytest.raises(UserError, match=r'no checkpoint in .* is whole'):
+        assess(config, str(tmp_path))
+    assert 'has no manifest.json' in capsys.readouterr().err
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path):

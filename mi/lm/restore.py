@@ -1,0 +1,76 @@
+"""A trained language model from its run directory: config, corpus and parameters."""
+
+import math
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+
+from mi import checkpoint, optim, parallel
+from mi.config import UserError, difference
+from mi.lm import data, setup, train
+from mi.run import config_to_evaluate, recorded_config
+
+OWN = ('eval', 'dynamic', 'sample', 'data', 'tracker')
+FIXED = ('task', 'model', 'seeds')
+
+
+class Trained(NamedTuple):
+    """A run's newest whole checkpoint, ready to be evaluated.
+
+    Attributes:
+      config: of the run, evaluated and sampled from as was asked for.
+      corpus: the tokens that it was trained on, wherever the text is now.
+      params: of all seeds, [S, …].
+      step: how many updates they have had.
+      mesh: the devices that the parameters are on.
+    """
+
+    config: ml_collections.ConfigDict
+    corpus: data.Corpus
+    params: Any
+    step: int
+    mesh: jax.sharding.Mesh
+
+
+def restore(config: ml_collections.ConfigDict, workdir: str) -> Trained:
+    """Restore the parameters of a run directory.
+
+    The text may have moved: what counts is the SHA-256 of its tokens. What evaluation does not
+    read, such as the optimizer, the batch or how many devices trained, may be another.
+
+    Raises:
+      UserError: if the directory has no whole checkpoint, or is of another model, other seeds or
+        other tokens.
+    """
+    setup.validate(config)
+    path = pathlib.Path(workdir)
+    recorded = recorded_config(path)
+    corpus = setup.corpus(config)
+    if config.model.to_dict() != recorded.model.to_dict():  # the run has the size that was matched
+        config = setup.matched(config, *corpus.sizes)
+    config = config_to_evaluate(path, config, own=OWN, fixed=FIXED)
+    setup.validate(config)
+
+    # The shapes of the parameters; with fewer devices than trained, fewer share a copy.
+    batch = config.train.batch
+    fsdp = math.gcd(config.train.fsdp, parallel.mesh(batch).size)
+    mesh = parallel.mesh(batch, fsdp)
+    model = setup.build(config, *corpus.sizes)
+    optimiser = optim.optimiser(config.optim, config.train.steps)
+    like = train.shapes(model, optimiser, np.asarray(config.seeds, np.int32), batch, mesh)
+
+    saved = checkpoint.Checkpoints(path / 'checkpoints', config.train.keep)
+    newest, meta = saved.newest()
+    if meta['data'] != corpus.sha256:
+        before, now = ({'data': side.data.to_dict() | {'cache': ''}} for side in (recorded, config))
+        changed = difference(before, now)
+        raise UserError(
+            f'{path} was trained on other tokens than {config.data.source} has now'
+            f'{f" ({changed})" if changed else ""}; restore the text, or name it by '
+            f'--config.data.source'
+        )
+    params = saved.restore_part(newest, 'params', like.params)
+    return Trained(config, corpus, params, meta['step'], mesh)
