@@ -9,6 +9,7 @@ Shapes: N tokens of a text, T steps, B readers.
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -32,6 +33,7 @@ Piece = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 HASHED = 64 * 2**20  # bytes of the token files up to which every load looks at all of them
 _FORMAT = 2  # of token files; another number and they are made anew
+_EOS = ' <eos>'  # before the end of each line, of words
 _UNKNOWN = re.compile(r'(?<!\S)<unk>(?!\S)')
 
 
@@ -51,6 +53,7 @@ class Corpus:
       domains: their names, sorted; () where there are none.
       starts: split → the position at which each domain starts, [domains]; [0] without.
       tokenizer: makes ids of text; None for bytes.
+      texts: split → its texts, as they are read.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Corpus:
     domains: tuple[str, ...]
     starts: dict[str, np.ndarray]
     tokenizer: tokenizers.Tokenizer | None
+    texts: Texts
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -86,6 +90,57 @@ class Corpus:
             return np.asarray(tokens, np.uint8).tobytes().decode(errors='replace')
         text = self.tokenizer.decode(np.asarray(tokens).tolist())
         return text if self._bpe else re.sub(' ?<eos> ?', '\n', text)
+
+    def predicted_bytes(self, split: str, predictions: int) -> int:
+        """Return how many bytes of the text are in the tokens after the first one of a split.
+
+        White space before a word, and of the level 'bpe' what the ids say, is of the word.
+
+        Args:
+          split: 'train', 'valid' or 'test'.
+          predictions: how many tokens after the first.
+
+        Raises:
+          ValueError: if the tokens do not determine the text.
+        """
+        if not self.lossless:
+            raise ValueError(f'{self.name}: the tokens do not determine the text')
+        if self.tokenizer is None:
+            return predictions
+        if self._bpe:
+            counts = np.bincount(self.tokens[split][1 : predictions + 1], minlength=self.vocabulary)
+            return int(counts @ self._bytes_of_ids)
+        for count in (1, predictions + 1):
+            if (split, count) not in self._word_ends:
+                self._word_ends[split, count] = self._end_of_words(split, count)
+        return self._word_ends[split, predictions + 1] - self._word_ends[split, 1]
+
+    @functools.cached_property
+    def _bytes_of_ids(self) -> np.ndarray:
+        """Of the level 'bpe', [V]: each character of an id's name is a byte."""
+        assert self.tokenizer is not None
+        names = (self.tokenizer.id_to_token(i) or '' for i in range(self.vocabulary))
+        return np.array([len(name) for name in names], np.int64)
+
+    @functools.cached_property
+    def _word_ends(self) -> dict[tuple[str, int], int]:
+        """Split and count → what `_end_of_words` found, which every evaluation asks for."""
+        return {}
+
+    def _end_of_words(self, split: str, count: int) -> int:
+        """Where the first `count` tokens of the level 'token' end, in bytes."""
+        assert self.tokenizer is not None
+        if count == len(self.tokens[split]):
+            return self.bytes[split]
+        end = 0
+        for text in self.texts[split]:
+            for piece in _pieces(text, 'token'):
+                words = self.tokenizer.encode(piece, add_special_tokens=False).offsets
+                if count <= len(words):
+                    return end + _bytes_until(piece, words[count - 1][1])
+                count -= len(words)
+                end += len(_unmarked(piece).encode())
+        raise ValueError(f'{self.name}: {split} has fewer tokens')
 
     @property
     def _bpe(self) -> bool:
@@ -150,7 +205,7 @@ def load(
             _check_length(source, split, texts[split][0], len(tokens[split]))
         sha256 = _sha256(*tokens.values())
         starts = {split: np.zeros(1, np.int64) for split in splits}
-        corpus = Corpus(name, 256, tokens, sizes, True, sha256, domains, starts, None)
+        corpus = Corpus(name, 256, tokens, sizes, True, sha256, domains, starts, None, texts)
     else:
         known = corpora.find(source)
         checks = [dict(known.tokens), known.vocabulary]
@@ -162,7 +217,7 @@ def load(
         directory = root / f'{name}-{level}-{key}'
         if not directory.exists():
             _build(directory, texts, source, level, vocabulary, splits, fit)
-        corpus = _stored(directory, name, sizes, domains, verify)
+        corpus = _stored(directory, name, sizes, domains, texts, verify)
     return _shortened(corpus, train_tokens, level) if train_tokens else corpus
 
 
@@ -379,11 +434,23 @@ def _pieces(text: Text, level: Level) -> Iterator[str]:
     for piece in text.pieces():
         yield piece if level == 'bpe' else _marked(piece)
     if level != 'bpe' and piece and not piece.endswith('\n'):
-        yield '<eos>'
+        yield _EOS.strip()
 
 
 def _marked(text: str) -> str:
-    return text.replace('\n', ' <eos>\n')
+    return text.replace('\n', f'{_EOS}\n')
+
+
+def _unmarked(piece: str) -> str:
+    """The text of a piece of words, or of the start of one: without the <eos> of its lines."""
+    return '' if piece == _EOS.strip() else piece.replace(f'{_EOS}\n', '\n')
+
+
+def _bytes_until(piece: str, end: int) -> int:
+    """Bytes of text in a piece of words up to a word that ends there; <eos> is the line's end."""
+    if piece[:end].endswith(_EOS) and piece[end : end + 1] == '\n':
+        end += 1
+    return len(_unmarked(piece[:end]).encode())
 
 
 def _write_header(stream: IO[bytes], dtype: np.dtype, length: int) -> None:
@@ -397,6 +464,7 @@ def _stored(
     name: str,
     sizes: dict[str, int],
     domains: tuple[str, ...],
+    texts: Texts,
     verify: bool,
 ) -> Corpus:
     """What `_build` wrote.
@@ -425,6 +493,7 @@ def _stored(
         domains,
         {s: np.array(at if domains else [0]) for s, at in meta['starts'].items()},
         tokenizers.Tokenizer.from_file(str(file)) if file.exists() else None,
+        texts,
     )
 
 

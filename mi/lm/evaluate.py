@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mi import parallel
+from mi import parallel, progress
 from mi.lm import data, loss
 from mi.lm.model import Carry, LanguageModel
 
@@ -90,14 +90,16 @@ def evaluate(
     tokens = corpus.tokens[split]
     tokens = tokens[: most or len(tokens)]
     seeds = len(jax.tree.leaves(params)[0])
-    batch = min(reading.batch, len(tokens) - 1)
+    predictions = len(tokens) - 1
+    batch = min(reading.batch, predictions)
     total = np.zeros(seeds, np.float64)
     shared = batch % mesh.size == 0
     start = jax.tree.map(
         lambda leaf: jnp.broadcast_to(leaf, (seeds, *leaf.shape)), model.initial_carry(batch)
     )
     carry = start
-    with jax.set_mesh(mesh):
+    work = progress.Work(f'evaluating {split}', predictions, 'tokens')
+    with jax.set_mesh(mesh), work:
         for inputs, targets, mask, positions in _pieces(tokens, batch, reading):
             domains = None
             if model.source == 'domain':
@@ -105,12 +107,13 @@ def evaluate(
             carry, summed = _segment(model, shared, params, carry, inputs, targets, mask, domains)
             total += np.asarray(summed, np.float64)
             carry = start if reading.stride else carry
-    over = {'predictions': len(tokens) - 1, 'batch': batch, 'length': reading.length}
+            work.done += mask.sum()
+    over = {'predictions': predictions, 'batch': batch, 'length': reading.length}
     if reading.stride:
         over['stride'] = reading.stride
     if model.memory is not None:
         over['memory'] = model.memory
-    return [result(mean, corpus, split, over) for mean in (total / over['predictions']).tolist()]
+    return [result(mean, corpus, split, over) for mean in (total / predictions).tolist()]
 
 
 def _pieces(tokens: np.ndarray, batch: int, reading: Reading) -> Iterator[data.Piece]:
@@ -122,12 +125,18 @@ def _pieces(tokens: np.ndarray, batch: int, reading: Reading) -> Iterator[data.P
 def result(
     nats_per_token: float, corpus: data.Corpus, split: str, over: dict[str, Any]
 ) -> dict[str, Any]:
-    """The metrics that follow from a loss."""
-    whole = corpus.tokens[split]
-    per_byte = loss.bits_per_byte(nats_per_token, len(whole), corpus.bytes[split])
+    """Return the metrics that follow from the mean loss of the first `over['predictions']`.
+
+    Bits per byte are those of the bytes that were predicted, which a text may have more or fewer of
+    to a token in its first part than elsewhere.
+    """
+    predictions = over['predictions']
+    predicted_bytes = corpus.predicted_bytes(split, predictions) if corpus.lossless else 0
     return {
         'nats_per_token': nats_per_token,
         'perplexity': math.exp(min(nats_per_token, 700.0)),
-        'bits_per_byte': per_byte if corpus.lossless else None,
+        'bits_per_byte': loss.bits_per_byte(nats_per_token, predictions, predicted_bytes)
+        if predicted_bytes
+        else None,
         'over': over,
     }
