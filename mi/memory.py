@@ -20,7 +20,7 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from mi import costs, optim, overrides, parallel
+from mi import costs, optim, overrides, parallel, progress
 from mi.config import UserError
 from mi.fit import setup as fit
 from mi.fit import train as train_fit
@@ -191,10 +191,13 @@ def main(argv: Sequence[str]) -> None:
             raise UserError('--config=FILE is needed; with it go --config.KEY=VALUE, --json and '
                             '--nocompile')  # fmt: skip
         config = overrides.load(file.value, changes)
-        memory = of_config(config, compiles.value)
+        first = 'compiling' if compiles.value else 'sizing'
+        with progress.Work(f'{first} the training step'):
+            memory = of_config(config, compiles.value)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(' '.join(str(error).split())) from error
-    told = costs.of_config(config) | {'memory': memory}
+    with progress.Work('counting the FLOPs of a training step'):
+        told = costs.of_config(config) | {'memory': memory}
     print(json.dumps(told, indent=2) if as_json.value else '\n'.join(lines(told)))
 
 

@@ -15,6 +15,7 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mi import progress
 from mi.config import UserError
 
 HEARTBEAT = 30  # seconds after which a process that is gone ends the others
@@ -35,7 +36,8 @@ def join(how: str) -> None:
     if not how:
         return
     if how == 'auto':
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
+        with progress.Work('waiting for the other processes'):
+            jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
         return
     match = re.fullmatch(r'([^,]+:\d+),(\d+),(\d+)', how)
     if match is None or int(match[3]) >= int(match[2]):
@@ -43,9 +45,10 @@ def join(how: str) -> None:
             f"--distributed={how}: expected 'auto', or 'HOST:PORT,COUNT,INDEX' with INDEX from 0 "
             f'to COUNT - 1'
         )
-    jax.distributed.initialize(
-        match[1], int(match[2]), int(match[3]), heartbeat_timeout_seconds=HEARTBEAT
-    )
+    with progress.Work('waiting for the other processes'):
+        jax.distributed.initialize(
+            match[1], int(match[2]), int(match[3]), heartbeat_timeout_seconds=HEARTBEAT
+        )
 
 
 def first() -> bool:
@@ -55,7 +58,8 @@ def first() -> bool:
 
 def wait(name: str) -> None:
     """Returns when every process has come here."""
-    multihost_utils.sync_global_devices(name)
+    with progress.Work(f'waiting for the other processes: {name}'):
+        multihost_utils.sync_global_devices(name)
 
 
 def any_of(flag: bool) -> bool:

@@ -19,7 +19,7 @@ import ml_collections
 import numpy as np
 from jax import Array
 
-from mi import metrics, optim, parallel, run
+from mi import metrics, optim, parallel, progress, run
 from mi.fit import setup, train
 
 Bracket = tuple[int, int]  # the places, in the grid, of a width that fails and one that reaches
@@ -87,7 +87,8 @@ def search(config: ml_collections.ConfigDict, workdir: str) -> None:
     setup.validate(config)
     grids = {}
     for value in config.search.at:
-        largest = setup.largest_width(_at(config, value))
+        with progress.Work(f'sizing the networks of {config.search.over} {value}'):
+            largest = setup.largest_width(_at(config, value))
         grids[value] = grid(largest, config.search.per_octave)
     with run.start(workdir, config) as this:
         _search(config, grids, this)
@@ -122,13 +123,14 @@ def _search(config: ml_collections.ConfigDict, grids: dict[int, list[int]], this
                 if place is None:
                     break
                 began = time.perf_counter()
-                tried[place] = records = probe(_at(config, value), sizes[place])
+                where = f'{config.search.over} {value}, width {sizes[place]}'
+                with progress.Work(f'training {where}'):
+                    tried[place] = records = probe(_at(config, value), sizes[place])
                 this.write('probes.json', {str(value): of for value, of in probes.items()})
                 _write(log, i, config.seeds, value, records)
                 seconds += time.perf_counter() - began
                 log.timing(i, {'seconds': seconds})
                 best = sorted(r['mse'] for r in records)
-                where = f'{config.search.over} {value}, width {sizes[place]}'
                 log.progress(i, f'{where}: mse {best[0]:.4g} … {best[-1]:.4g}', '')
                 if this.stops(recorded=True):
                     this.preempted()

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from mi import checkpoint, metrics, optim, parallel, run
+from mi import checkpoint, metrics, optim, parallel, progress, run
 from mi.fit import setup
 from mi.fit.problem import Metrics, Problem
 
@@ -89,7 +89,8 @@ def _train(config: ml_collections.ConfigDict, problem: Problem, this: run.Run) -
     optimiser = optim.optimiser(config.optim, total)
     seeds = np.asarray(config.seeds, np.int32)
     this.write('cost.json', {'steps': total, **problem.costs()})
-    state = parallel.once(jax.vmap(functools.partial(start, problem, optimiser)), seeds)
+    with progress.Work('drawing the initial parameters'):
+        state = parallel.once(jax.vmap(functools.partial(start, problem, optimiser)), seeds)
     saved = checkpoint.Checkpoints(this.path / 'checkpoints', config.train.keep)
     restored = saved.restore(state)
     meta: dict[str, Any] = {'step': 0, 'metrics': 0}
@@ -104,11 +105,13 @@ def _train(config: ml_collections.ConfigDict, problem: Problem, this: run.Run) -
             count = min(config.train.log_every, total - this.step)
             if count not in compiled:
                 several = jax.vmap(functools.partial(steps, problem, optimiser, count))
-                program = jax.jit(several, donate_argnums=0).lower(state, seeds)
-                compiled[count] = program.compile()
+                with progress.Work(f'compiling {count:,} training steps'):
+                    program = jax.jit(several, donate_argnums=0).lower(state, seeds)
+                    compiled[count] = program.compile()
             began = time.perf_counter()
-            state, measured = this.traced(count, compiled[count], state, seeds)
-            measured = jax.device_get(measured)
+            with progress.Work(f'training steps {this.step + 1:,} to {this.step + count:,}'):
+                state, measured = this.traced(count, compiled[count], state, seeds)
+                measured = jax.device_get(measured)
             seconds = time.perf_counter() - began
             this.step += count
             step = this.step
@@ -118,7 +121,9 @@ def _train(config: ml_collections.ConfigDict, problem: Problem, this: run.Run) -
             log.timing(step, {'seconds': seconds, 'examples_per_second': rate})
             log.progress(step, f'loss {measured["loss"].mean():.4g}', f'{rate:,.0f} examples/s')
             if step % config.train.eval_every == 0 or step == total:
-                write(log, step, config.seeds, jax.device_get(measure(state.params, seeds)))
+                with progress.Work('evaluating'):
+                    scores = jax.device_get(measure(state.params, seeds))
+                write(log, step, config.seeds, scores)
             if step == total:
                 _keep(problem, this, state, seeds)
             stops = this.stops(recorded=True)

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from mi import checkpoint, metrics, optim, parallel, run
+from mi import checkpoint, metrics, optim, parallel, progress, run
 from mi.config import UserError
 from mi.lm import data, setup
 from mi.lm.evaluate import evaluate
@@ -210,7 +210,8 @@ def _train(config: ml_collections.ConfigDict, corpus: data.Corpus, this: run.Run
     mine = parallel.rows(B)
     streams = [data.Stream(corpus.tokens['train'], B, T, seed, mine) for seed in config.seeds]
 
-    state = start(model, optimiser, seeds, B, mesh)
+    with progress.Work('drawing the initial parameters'):
+        state = start(model, optimiser, seeds, B, mesh)
     saved = checkpoint.Checkpoints(this.path / 'checkpoints', config.train.keep)
     fresh: dict[str, Any] = {'step': 0, 'metrics': 0, 'unlogged': [], 'data': corpus.sha256}
     state, meta = saved.restore(state) or (state, fresh)
@@ -235,9 +236,10 @@ def _train(config: ml_collections.ConfigDict, corpus: data.Corpus, this: run.Run
             mesh,
         )
 
-    compiled = compile_step(
-        model, optimiser, config.train.accumulate, state, seeds, *batch(0), mesh
-    )
+    with progress.Work('compiling the training step'):
+        compiled = compile_step(
+            model, optimiser, config.train.accumulate, state, seeds, *batch(0), mesh
+        )
     one_at_a_time = jax.default_backend() == 'cpu' and mesh.size > 1  # queued ones hang there
 
     with _Log(config, this, meta) as log:

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from mi import checkpoint, metrics, optim, parallel, run
+from mi import checkpoint, metrics, optim, parallel, progress, run
 from mi.rl import actor, envs, learner, records, setup
 from mi.rl.envs.spec import JaxEnvironment
 from mi.rl.evaluate import episodes, summary
@@ -159,7 +159,8 @@ def _train(
     tasks = environment.spec.tasks
     optimiser = optim.optimiser(config.optim, total)
     this.write('cost.json', {'steps': total, **setup.costs(agent, B, T)})
-    state = start(config, environment, agent, optimiser)
+    with progress.Work('drawing the initial parameters and episodes'):
+        state = start(config, environment, agent, optimiser)
     saved = checkpoint.Checkpoints(this.path / 'checkpoints', config.train.keep)
     restored = saved.restore(_plain(state))
     meta: dict[str, Any] = {'step': 0, 'metrics': 0}
@@ -173,14 +174,16 @@ def _train(
         while this.step < total:
             count = min(config.train.log_every, total - this.step)
             if count not in compiled:
-                compiled[count] = compile_updates(
-                    environment, agent, optimiser, config, state, count
-                )
+                with progress.Work(f'compiling {count:,} updates'):
+                    compiled[count] = compile_updates(
+                        environment, agent, optimiser, config, state, count
+                    )
             began = time.perf_counter()
-            state, (measured, ended) = this.traced(count, compiled[count], state)
-            measured, ended, statistics = jax.device_get(
-                (measured, ended, state.learner.statistics)
-            )
+            with progress.Work(f'updates {this.step + 1:,} to {this.step + count:,}'):
+                state, (measured, ended) = this.traced(count, compiled[count], state)
+                measured, ended, statistics = jax.device_get(
+                    (measured, ended, state.learner.statistics)
+                )
             seconds = time.perf_counter() - began
             this.step += count
             step, rate = this.step, count * frames / seconds
@@ -217,9 +220,10 @@ def _evaluate(
         params = jax.tree.map(lambda a, i=i: a[i], parallel.here(state.learner.params))
         key = jax.random.fold_in(jax.random.key(seed), step)
         for greedy in (False, True) if config.eval.greedy else (False,):
-            played = jax.device_get(
-                episodes(environment, agent, params, key, config.eval.episodes, greedy)
-            )
+            with progress.Work(f'evaluating {split}'):
+                played = jax.device_get(
+                    episodes(environment, agent, params, key, config.eval.episodes, greedy)
+                )
             values = {
                 'env_steps': step * config.train.batch * config.train.length,
                 **summary(environment.spec, *played),

@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from mi import checkpoint, metrics, optim, parallel, run
+from mi import checkpoint, metrics, optim, parallel, progress, run
 from mi.rl import envs, learner, records, remote, setup
 from mi.rl.actor import Episodes, Trajectory
 from mi.rl.evaluate import Evaluation
@@ -90,10 +90,14 @@ def _train(
         this.log(total, meta['metrics']) as log,
         start_actors(config, agent, parallel.here(state.params), this.step) as actors,
     ):
+        first_step = this.step
         while this.step < total:
-            items = take(config, actors, this.step, window)
+            is_first = this.step == first_step
+            with progress.work_if(is_first, 'waiting for the first trajectories'):
+                items = take(config, actors, this.step, window)
             trajectory = on_devices(joined([item.trajectory for item in items]), mesh)
-            state, measured = this.traced(1, update, state, trajectory)
+            with progress.work_if(is_first, 'compiling the update'):
+                state, measured = this.traced(1, update, state, trajectory)
             this.step += 1
             step = this.step
             params = parallel.here(state.params)

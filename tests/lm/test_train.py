@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from configs import lm as configs
-from mi import optim, run
+from mi import optim, progress, run
 from mi.config import UserError
-from mi.lm import assess, sample, setup, train
+from mi.lm import assess, corpora, sample, setup, train
 
 
 def tiny(**changes):
@@ -152,15 +152,25 @@ def test_a_seed_among_others_is_the_seed_alone(tmp_path, texts):
     assert len(set(others.values())) == 3
 
 
-def test_it_learns_and_leaves_a_run_directory(tmp_path):
-    train.train(tiny(**{'train.steps': 60, 'train.log_every': 30}), str(tmp_path))  # on Austen
+def test_it_learns_and_leaves_a_run_directory(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, 'INTERVAL', 0.02)  # of reports
+    lengths = {'train': 300_000, 'valid': 5_000, 'test': 7_000}
+    for split, [(_, text)] in corpora.austen().items():
+        (tmp_path / f'{split}.txt').write_bytes(text[: lengths[split]])
+    changes = {'data.source': str(tmp_path), 'eval.valid_tokens': 0}
+    train.train(tiny(**changes, **{'train.steps': 60, 'train.log_every': 30}), str(tmp_path))
     first, last = (r['nats_per_token'] for r in records(tmp_path) if r['split'] == 'train')
     assert last < first < math.log(256) + 0.1
     assert json.loads((tmp_path / 'status.json').read_text())['state'] == 'done'
     test = records(tmp_path)[-1]
-    assert test['split'] == 'test' and test['over']['predictions'] == 466_856 - 1
+    assert test['split'] == 'test' and test['over']['predictions'] == 7_000 - 1
     assert test['bits_per_byte'] == pytest.approx(test['nats_per_token'] / math.log(2), rel=1e-6)
     assert test['perplexity'] == pytest.approx(math.exp(test['nats_per_token']))
+    read = {r['split']: r['over']['predictions'] for r in records(tmp_path) if 'over' in r}
+    assert read == {'valid': 5_000 - 1, 'valid_whole': 5_000 - 1, 'test': 7_000 - 1}
+    said = capsys.readouterr().err
+    for work in ('compiling the training step', 'evaluating valid', 'evaluating test'):
+        assert f'{work} … ' in said
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, texts):
