@@ -1,0 +1,317 @@
+"""Put small faults into the code, one at a time, and see whether a test notices.
+
+    python -m tools.mutate                      # every fault of tools/faults/*.toml
+    python -m tools.mutate --only=rl/ --jobs=2  # those whose area/name matches
+    python -m tools.mutate --check              # only whether every fault can be applied
+
+A tool for maintainers, not part of `make test`: the whole list takes about an hour on two cores. A
+fault is an entry of a TOML file, whose name is its area:
+
+    [[fault]]
+    name = 'IQM rounds up'
+    file = 'mi/report/statistics.py'
+    old = 'n // 4'              # occurs in the file exactly once
+    new = '-(-n // 4)'
+    tests = ['tests/report/test_statistics.py', '-k', 'iqm']  # pytest arguments
+
+Each job works in a copy of the tracked files: it applies a fault, runs its tests until the first
+one fails, and takes the fault back. At the end the tests that failed run on the unchanged code,
+where they must pass. Results:
+
+noticed    a test fails or crashes, or the run takes longer than --timeout (a hang)
+survived   all tests pass
+invalid    nothing was shown: the fault breaks an import, no test was selected, or the test that
+           failed fails without the fault as well
+
+Results are kept in --results by the content of the fault, its file and its tests, so a killed run
+continues, and only what changed runs again. The exit code is 1 if fewer than --least percent were
+noticed.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import tomllib
+from collections.abc import Iterable, Sequence
+
+ROOT = pathlib.Path(__file__).parents[1]
+PYTEST = (sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', '-p', 'no:xdist')
+TESTS_FAILED = 1  # pytest's exit code; 2 and above: interrupted, internal, usage, no tests
+FAILED = re.compile(r'^(?:FAILED|ERROR) (\S+::.+?)(?: - .*)?$', re.MULTILINE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """One change of one file, and the tests that ought to fail with it.
+
+    Attributes:
+      area: the name of the TOML file without its suffix.
+      name: what is wrong in the changed code.
+      file: path of the changed file, relative to the root.
+      old, new: the text that occurs exactly once, and what takes its place.
+      tests: arguments of pytest.
+    """
+
+    area: str
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        return f'{self.area}/{self.name}'
+
+    def mutate(self, source: str) -> str:
+        """Return the source with the fault; ValueError if it cannot be applied."""
+        count = source.count(self.old)
+        if count != 1:
+            raise ValueError(
+                f'{self.label}: old text occurs {count} times in {self.file}, not once'
+            )
+        if self.old == self.new:
+            raise ValueError(f'{self.label}: old and new text are the same')
+        mutated = source.replace(self.old, self.new)
+        if self.file.endswith('.py'):
+            try:
+                compile(mutated, self.file, 'exec')
+            except SyntaxError as error:
+                raise ValueError(f'{self.label}: {self.file} does not compile: {error}') from error
+        return mutated
+
+    def digest(self, root: pathlib.Path) -> str:
+        """Return a hash of the fault, of the file that it changes and of its test files."""
+        content = hashlib.sha256(json.dumps(dataclasses.astuple(self)).encode())
+        test_files = [argument.partition('::')[0] for argument in self.tests]
+        for name in (self.file, *test_files):
+            if (root / name).is_file():
+                content.update((root / name).read_bytes())
+        return content.hexdigest()
+
+
+def load_faults(folder: pathlib.Path) -> list[Fault]:
+    """Read every fault of a folder's TOML files, in the order of their names."""
+    faults = []
+    for path in sorted(folder.glob('*.toml')):
+        for entry in tomllib.loads(path.read_text())['fault']:
+            tests = tuple(entry.pop('tests'))
+            faults.append(Fault(area=path.stem, tests=tests, **entry))
+    return faults
+
+
+def invalid_faults(faults: Iterable[Fault], root: pathlib.Path) -> list[str]:
+    """Return one line for each fault that cannot be applied or names a missing test file."""
+    lines = []
+    labels: collections.Counter[str] = collections.Counter()
+    for fault in faults:
+        labels[fault.label] += 1
+        if labels[fault.label] > 1:
+            lines.append(f'{fault.label}: the name is taken')
+        try:
+            fault.mutate((root / fault.file).read_text())
+        except (OSError, ValueError) as error:
+            lines.append(str(error))
+        for argument in fault.tests:
+            path = argument.partition('::')[0]
+            if path.startswith('tests/') and not (root / path).exists():
+                lines.append(f'{fault.label}: {path} does not exist')
+    return lines
+
+
+def copy_tracked(root: pathlib.Path, target: pathlib.Path) -> None:
+    """Copy the files that git tracks, as they are in the working tree."""
+    command = [
+        'git',
+        '-C',
+        str(root),
+        'ls-files',
+        '-z',
+        '--cached',
+        '--others',
+        '--exclude-standard',
+    ]
+    for name in subprocess.run(command, check=True, capture_output=True).stdout.split(b'\0'):
+        source = root / os.fsdecode(name)
+        if name and source.is_file():
+            copy = target / os.fsdecode(name)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, copy)
+
+
+def run_tests(tree: pathlib.Path, tests: Sequence[str], timeout: float) -> tuple[int | None, str]:
+    """Run pytest in a tree; return its exit code, None for a timeout, and its output."""
+    environment = os.environ | {'PYTHONPATH': str(tree), 'PYTHONDONTWRITEBYTECODE': '1'}
+    process = subprocess.Popen(
+        [*PYTEST, *tests],
+        cwd=tree,
+        env=environment | {'COLUMNS': '1000'},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        text=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # and what the tests started
+        output, _ = process.communicate()
+        return None, output
+    return process.returncode, output
+
+
+@dataclasses.dataclass
+class Result:
+    """What became of a fault: noticed, survived or invalid, and the test that failed."""
+
+    verdict: str
+    test: str = ''
+
+
+def try_fault(tree: pathlib.Path, fault: Fault, timeout: float) -> tuple[Result, str]:
+    """Run the fault's tests in a tree that has it; return the result and pytest's output."""
+    path = tree / fault.file
+    source = path.read_text()
+    path.write_text(fault.mutate(source))
+    try:
+        code, output = run_tests(tree, fault.tests, timeout)
+    finally:
+        path.write_text(source)
+    if code == 0:
+        return Result('survived'), output
+    if code is None or code < 0:  # a hang, or a crash of the interpreter
+        return Result('noticed'), output
+    failed = FAILED.search(output)
+    if code == TESTS_FAILED and failed:
+        return Result('noticed', failed[1]), output
+    return Result('invalid'), output
+
+
+class Results:
+    """Results by digest, in a JSON file that is written after every fault."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+        self._lock = threading.Lock()
+        self._values: dict[str, list[str]] = json.loads(path.read_text()) if path.exists() else {}
+
+    def get(self, digest: str) -> Result | None:
+        return Result(*self._values[digest]) if digest in self._values else None
+
+    def add(self, digest: str, result: Result) -> None:
+        with self._lock:
+            self._values[digest] = [result.verdict, result.test]
+            partial = self._path.with_suffix('.partial')
+            partial.write_text(json.dumps(self._values, indent=0))
+            os.replace(partial, self._path)
+
+
+def run_faults(
+    faults: Sequence[Fault], root: pathlib.Path, results: Results, jobs: int, timeout: float
+) -> dict[Fault, Result]:
+    """Return the result of each fault; prints a line for each as it ends."""
+    digests = {fault: fault.digest(root) for fault in faults}
+    outcome = {f: known for f in faults if (known := results.get(digests[f])) is not None}
+    waiting = [fault for fault in faults if fault not in outcome]
+
+    def work(number: int) -> None:
+        with tempfile.TemporaryDirectory(prefix='mutate') as folder:
+            tree = pathlib.Path(folder)
+            copy_tracked(root, tree)
+            for fault in waiting[number::jobs]:
+                result, output = try_fault(tree, fault, timeout)
+                outcome[fault] = result
+                if result.verdict == 'invalid':
+                    print(output[-2000:], flush=True)
+                else:
+                    results.add(digests[fault], result)
+                done = f'{len(outcome)}/{len(faults)}'
+                print(f'{done} {result.verdict:8} {fault.label}  {result.test}', flush=True)
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        for worker in [pool.submit(work, number) for number in range(jobs)]:
+            worker.result()
+    return outcome
+
+
+def discount_failing_tests(
+    outcome: dict[Fault, Result], root: pathlib.Path, timeout: float
+) -> None:
+    """Mark a fault invalid where the test that noticed it fails on the unchanged code as well."""
+    tests = sorted({result.test for result in outcome.values() if result.test})
+    failing = set()
+    while tests:
+        code, output = run_tests(root, tests, timeout * 10)
+        failed = FAILED.search(output)
+        if code == 0:
+            break
+        if not failed:
+            raise RuntimeError(f'the tests do not run on the unchanged code:\n{output[-2000:]}')
+        failing.add(failed[1])
+        tests = [test for test in tests if test not in failing]
+    for fault, result in outcome.items():
+        if result.test in failing:
+            outcome[fault] = Result('invalid', result.test)
+
+
+def table(outcome: dict[Fault, Result]) -> str:
+    """Return a Markdown table by area, and the list of what was not noticed."""
+    lines = [
+        '| area | faults | noticed | survived | invalid |',
+        '| --- | ---: | ---: | ---: | ---: |',
+    ]
+    for area in [*sorted({fault.area for fault in outcome}), 'all']:
+        verdicts = [r.verdict for f, r in outcome.items() if area in ('all', f.area)]
+        counts = [verdicts.count(name) for name in ('noticed', 'survived', 'invalid')]
+        lines.append(f'| {area} | ' + ' | '.join(map(str, [len(verdicts), *counts])) + ' |')
+    missed = [f'- {r.verdict}: {f.label} ({f.file})' for f, r in outcome.items()
+              if r.verdict != 'noticed']  # fmt: skip
+    return '\n'.join([*lines, '', *missed])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('--faults', type=pathlib.Path, default=ROOT / 'tools/faults')
+    parser.add_argument('--root', type=pathlib.Path, default=ROOT)
+    parser.add_argument('--only', default='', help='regular expression on area/name')
+    parser.add_argument('--jobs', type=int, default=2)
+    parser.add_argument('--timeout', type=float, default=600, help='seconds per fault')
+    parser.add_argument('--least', type=float, default=95, help='percent to be noticed')
+    parser.add_argument('--results', type=pathlib.Path, default=ROOT / 'runs/mutate.json')
+    parser.add_argument('--check', action='store_true', help='apply the faults, run nothing')
+    options = parser.parse_args(argv)
+
+    faults = [f for f in load_faults(options.faults) if re.search(options.only, f.label)]
+    wrong = invalid_faults(faults, options.root)
+    if wrong or not faults:
+        print('\n'.join(wrong) or 'no fault matches --only', file=sys.stderr)
+        return 2
+    if options.check:
+        print(f'{len(faults)} faults can be applied')
+        return 0
+
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    results = Results(options.results)
+    outcome = run_faults(faults, options.root, results, options.jobs, options.timeout)
+    discount_failing_tests(outcome, options.root, options.timeout)
+    print(table(outcome))
+    noticed = sum(result.verdict == 'noticed' for result in outcome.values())
+    print(f'{noticed} of {len(outcome)} noticed: {100 * noticed / len(outcome):.1f} %')
+    return int(100 * noticed < options.least * len(outcome))
+
+
+if __name__ == '__main__':
+    sys.exit(main())
