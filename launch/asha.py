@@ -15,7 +15,10 @@ import math
 import pathlib
 from collections.abc import Iterable, Sequence
 
-from launch import state
+import ml_collections
+
+from launch import metric_names, state
+from mi.config import UserError
 from mi.run import write_json
 
 
@@ -66,6 +69,39 @@ def stops(before: Iterable[Arrival], new: Arrival, factor: int, lower_is_better:
     return f'{new.value:.4g} at step {new.rung} is {place}'
 
 
+def refuse_idle(
+    configs: Iterable[ml_collections.ConfigDict], first: int, metric: str, split: str
+) -> None:
+    """Refuses a rule that would compare no member at all.
+
+    Args:
+      configs: of the members.
+      first: the first rung.
+      metric, split: that are compared.
+
+    Raises:
+      UserError: if none has recorded the metric from the first rung on before its last step.
+    """
+    finder, seen = metric_names.Finder(metric), []
+    for config in configs:
+        try:
+            steps, every = metric_names.steps(config), finder.splits(config)[split].every
+        except UserError:  # a config that cannot work: the member itself will say why
+            continue
+        if every and -(-first // every) * every < steps:
+            return
+        seen.append((steps, every))
+    if not seen:
+        return
+    steps, every = seen[0]
+    often = f'every {every} steps' if every else 'at the last step alone'
+    raise UserError(
+        f'--asha={first}: expected a step at which members can be compared; they record {metric} '
+        f'of the {split} split {often}, and have {steps}. Try a smaller step, or a config that '
+        f'records it more often'
+    )
+
+
 class Asha:
     """The rule, applied to the members of a sweep by an engine that calls it now and then.
 
@@ -89,20 +125,49 @@ class Asha:
         for i, arrival in enumerate(self._arrivals):  # one that was decided and not carried out
             self._stop(arrival, self._arrivals[:i])
 
+        self._curves: dict[pathlib.Path, state.Curve] = {}
+        self._steps: dict[pathlib.Path, int] = {}
+        self._compared: set[pathlib.Path] = set()  # at every rung that there is, or stopped
+
     def __call__(self, paths: Sequence[pathlib.Path]) -> None:
         """Compares members that have come to a rung since, and marks those that are to stop."""
         known = {(a.rung, a.name) for a in self._arrivals}
         for path in paths:
-            steps = state.read(path).steps
-            values = state.curve(path, self._metric, self._split)
-            for rung in rungs(self._first, self._factor, steps):
+            if path in self._compared:
+                continue
+            if not (steps := self._steps.get(path, 0)):
+                cost = state.written(path / 'cost.json')
+                steps = self._steps[path] = state.count(cost, 'steps')
+            curve = self._curves.setdefault(path, state.Curve(path, self._metric, self._split))
+            values = curve.read()
+            ahead = [
+                rung
+                for rung in rungs(self._first, self._factor, steps)
+                if (rung, path.name) not in known
+            ]
+            for rung in list(ahead):
                 there = [step for step in values if step >= rung]
-                if not there or (rung, path.name) in known or (path / state.STOPPED).exists():
+                if not there or (path / state.STOPPED).exists():
                     continue
                 arrival = Arrival(rung, path.name, values[min(there)])
                 state.append(self._file, dataclasses.asdict(arrival))
                 self._stop(arrival, self._arrivals)
                 self._arrivals.append(arrival)
+                ahead.remove(rung)
+            if (steps and not ahead) or (path / state.STOPPED).exists():
+                self._compared.add(path)
+                self._curves.pop(path, None)
+
+    def summary(self) -> str:
+        """What was decided, in a line: that nobody was compared is to be seen."""
+        names = {arrival.name for arrival in self._arrivals}
+        if not names:
+            return (
+                f'asha: no member was compared, as none recorded {self._metric} of the '
+                f'{self._split} split from step {self._first} on'
+            )
+        stopped = sum((self._workdir / name / state.STOPPED).exists() for name in names)
+        return f'asha: {len(names)} members were compared, {stopped} of them stopped'
 
     def _stop(self, arrival: Arrival, before: Sequence[Arrival]) -> None:
         reason = stops(before, arrival, self._factor, self._lower_is_better)

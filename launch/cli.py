@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 from absl import app, flags, logging
 
-from launch import plan, process, state, sweep
-from launch.asha import Asha
+from launch import asha, plan, process, state, sweep
 from launch.engine import QUEUED, Resources, States, Submit
 from mi import report
 from mi.config import UserError
@@ -68,10 +67,16 @@ def run(name: str, submit: Submit, watches: bool) -> None:
     if DRY_RUN.value:
         plan.show(members, workdir, FLOPS_PER_SECOND.value)
         return
+    if ASHA.value:
+        sweep_file = state.described(workdir, {'metric': str, 'curves': str})
+        configs = (sweep.parsed(m.command) for m in members)
+        asha.refuse_idle(configs, ASHA.value, sweep_file['metric'], sweep_file['curves'])
     commands = {workdir / m.name: m.command for m in members if not state.done(workdir / m.name)}
     with alone(workdir) if ASHA.value else contextlib.nullcontext():
-        rule = [Asha(workdir, ASHA.value, ASHA_FACTOR.value)] if ASHA.value else []
-        states = submit(commands, resources(), *rule)
+        rule = asha.Asha(workdir, ASHA.value, ASHA_FACTOR.value) if ASHA.value else None
+        states = submit(commands, resources(), *([rule] if rule else []))
+    if rule:
+        print(rule.summary(), file=sys.stderr)
     if QUEUED in states.values():
         return
     wrong = unfinished(states, len(members))

@@ -10,7 +10,7 @@ import pathlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from launch import state
+from launch import progress, state
 from mi.run import PREEMPTED
 
 Commands = dict[pathlib.Path, list[str]]  # run directory → what runs it
@@ -44,22 +44,22 @@ class Attempts:
     def __init__(self, retries: int):
         self._retries = retries
         self._failures: Counter[pathlib.Path] = Counter()
-        self._saved: dict[pathlib.Path, int] = {}  # the step at which one was preempted before
 
     def ended(self, path: pathlib.Path, code: int) -> tuple[str, bool, str]:
         """How it stands, whether it is to be started again, and what there is to say of it.
 
-        One that is preempted twice at the same step has failed: it would be so for ever.
+        One that is preempted twice without getting further has failed; see `launch.progress`.
         """
         if code == 0 or state.done(path):
             return 'stopped' if (path / state.STOPPED).exists() else 'done', False, ''
-        step = state.read(path).step
-        if code == PREEMPTED and step > self._saved.get(path, -1):
-            self._saved[path] = step
+        is_stuck = code == PREEMPTED and not progress.starts_again(path)
+        if code == PREEMPTED and not is_stuck:
             return 'preempted', True, ''
         self._failures[path] += 1
         again = self._failures[path] <= self._retries
         last = state.last_line(path / 'log.txt') or 'no output'
+        if is_stuck:
+            last = progress.reason(path)
         how = f'killed by signal {-code}' if code < 0 else f'exit code {code}'
         said = f'{path.name} failed{", starting it again" * again}: {how}: {last}'
         return 'died' if code < 0 else 'failed', again, f'{said} ({path / "log.txt"})'

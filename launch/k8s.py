@@ -10,13 +10,20 @@ repository as its working directory, and a volume that all pods can write to, at
 sweep directory on it; launch this where the same path is there, so that finished members are
 skipped and `launch.status` works. With --tpu, --gpus is how many chips each host has.
 
-A pod that is evicted or preempted, or that ends with 143 because it saved, is started again without
-limit; one that fails, as often as --retries says. All processes of a member are started anew
-together, and go on from what they saved.
+A pod that is evicted or preempted, or that ends with 143 because it saved, is started again as long
+as it gets further each time (`launch.progress`, which the containers run); one that fails, as often
+as --retries says. All processes of a member are started again together, and go on from what they
+saved.
+
+Given again, the command leaves out what is finished or runs just now. A member that has failed for
+good gets a JobSet of another name: Kubernetes would take the same one for done, and a changed one
+for an error. Those of before are left as they are; `kubectl delete jobset --selector=sweep=…`
+removes them, and so does a change of options want it of those that have not begun.
 """
 
 import dataclasses
 import hashlib
+import json
 import pathlib
 import re
 import sys
@@ -25,6 +32,7 @@ from typing import Any
 import yaml
 from absl import flags
 
+from launch import progress, state
 from launch.engine import QUEUED, Commands, Resources, States
 from mi.config import UserError
 from mi.run import PREEMPTED
@@ -58,8 +66,8 @@ def jobset(
     path: pathlib.Path, command: list[str], resources: Resources, options: Options
 ) -> dict[str, Any]:
     """The JobSet of one member: one job of as many pods as it has processes."""
-    name = dns_name(path.parent.name, path.name)
-    words = ['python', *command[1:]]
+    name = dns_name(path.parent.name, path.name, *failure(path))
+    words = ['python', '-m', 'launch.progress', str(path), '--', 'python', *command[1:]]
     if resources.processes > 1:
         # Kubernetes puts the variable in; the first pod's name is known before it is there.
         where = f'{name}-run-0-0.{name}:{PORT}'
@@ -132,6 +140,18 @@ def jobset(
     }
 
 
+def failure(path: pathlib.Path) -> list[str]:
+    """What tells the failure of a member from any other; [] if it has not failed.
+
+    Read from what its processes left, so that the same failure always gives the same name.
+    """
+    if state.read(path).word not in ('failed', 'died'):
+        return []
+    status = state.status(path)
+    left = [progress.failures(path), *(status.get(key) for key in ('pid', 'host', 'updated'))]
+    return [json.dumps(left)]
+
+
 def dns_name(*words: str, most: int = 40) -> str:
     """A name that Kubernetes takes, of words that it may not; different for different words."""
     plain = re.sub(r'[^a-z0-9]+', '-', '-'.join(words).lower()).strip('-')
@@ -161,7 +181,7 @@ def manifests(commands: Commands, resources: Resources, options: Options) -> lis
 
 
 def submit(commands: Commands, resources: Resources) -> States:
-    """Prints their JobSets; nothing is sent anywhere."""
+    """Prints the JobSets of those that do not run; nothing is sent anywhere."""
     options = Options(
         image=IMAGE.value,
         claim=CLAIM.value,
@@ -171,7 +191,13 @@ def submit(commands: Commands, resources: Resources) -> States:
         memory=MEMORY.value,
         namespace=NAMESPACE.value,
     )
-    yaml.safe_dump_all(manifests(commands, resources, options), sys.stdout, sort_keys=False)
+    words = {path: state.read(path).word for path in commands}
+    idle = {path: command for path, command in commands.items() if words[path] != 'running'}
+    yaml.safe_dump_all(manifests(idle, resources, options), sys.stdout, sort_keys=False)
+    for word in ('running', 'failed', 'died'):
+        if names := [path.name for path in commands if words[path] == word]:
+            what = 'left alone' if word == 'running' else 'in a JobSet of a new name'
+            print(f'{len(names)} {word}, {what}: {", ".join(names)}', file=sys.stderr)
     return dict.fromkeys(commands, QUEUED)
 
 

@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import rich.console
 import rich.live
@@ -29,6 +29,7 @@ from mi.config import UserError
 from mi.run import PREEMPTED
 
 TICK = 0.2  # seconds between two looks at the members
+SHARE = 20  # a look at them all is followed by a pause of so many times what it took
 LINE = 30.0  # seconds between two lines of how far they are, where no terminal is
 
 
@@ -60,15 +61,37 @@ def heeding_signals() -> Iterator[Callable[[], None]]:
             signal.signal(each, handler)
 
 
-def end(watch: 'Watch', running: Iterable[process.Process | process.Elsewhere]) -> NoReturn:
-    """Lets the members that run save, and ends the launcher as one that was stopped."""
-    watch.say('stopping: waiting for the running members to save')
+@contextlib.contextmanager
+def supervising(watch: 'Watch', stop: Callable[[], None]) -> Iterator[Callable[[], None]]:
+    """Within, members run; none of them outlives a launcher that ends otherwise than it should.
+
+    Whatever is raised within, the members are asked to save and are waited for before it goes on
+    upward. Gives what `heeding_signals` gives; `Stop` ends the launcher as one that was stopped.
+
+    Args:
+      watch: shows them.
+      stop: asks all members that run to save, and waits for them.
+    """
+    try:
+        with watch, heeding_signals() as heed:
+            yield heed
+    except BaseException as error:
+        with contextlib.suppress(Exception):  # a screen that is gone must not keep them running
+            why = '' if isinstance(error, Stop) else f'{type(error).__name__}: '
+            watch.say(f'{why}stopping: waiting for the running members to save')
+        stop()
+        if isinstance(error, Stop):
+            sys.exit(PREEMPTED)
+        raise
+
+
+def stop_all(running: Iterable[process.Process | process.Elsewhere]) -> None:
+    """Asks them to save, and waits until they have."""
     members = list(running)
     for member in members:
         member.stop()
     for member in members:
         member.wait()
-    sys.exit(PREEMPTED)
 
 
 def submit(commands: Commands, resources: Resources, rule: Rule | None = None) -> States:
@@ -83,32 +106,29 @@ def submit(commands: Commands, resources: Resources, rule: Rule | None = None) -
             running[path] = process.Elsewhere(path / 'launched')
             taken[path] = process.slot_of(path)
             waiting.remove(path)
-    try:
-        with watch, heeding_signals() as heed:
-            while waiting or running:
+    with supervising(watch, lambda: stop_all(running.values())) as heed:
+        while waiting or running:
+            heed()
+            while waiting and (slot := slots.free(taken.values())) is not None:
                 heed()
-                while waiting and (slot := slots.free(taken.values())) is not None:
-                    heed()
-                    path = waiting.pop(0)
-                    if state.done(path):  # by another launcher
-                        states[path] = state.read(path).word
-                        continue
-                    running[path], taken[path] = slots.start(slot, path, commands[path]), slot
-                time.sleep(TICK)
-                for path, member in list(running.items()):
-                    if (path / state.STOPPED).exists():
-                        member.stop()
-                    if (code := member.poll()) is None:
-                        continue
-                    del running[path], taken[path]
-                    states[path], again, said = attempts.ended(path, code)
-                    if said:
-                        watch.say(said)
-                    if again:
-                        waiting.append(path)
-                watch.update(rule)
-    except Stop:
-        end(watch, running.values())
+                path = waiting.pop(0)
+                if state.done(path):  # by another launcher
+                    states[path] = state.read(path).word
+                    continue
+                running[path], taken[path] = slots.start(slot, path, commands[path]), slot
+            time.sleep(TICK)
+            for path, member in list(running.items()):
+                if (path / state.STOPPED).exists():
+                    member.stop()
+                if (code := member.poll()) is None:
+                    continue
+                del running[path], taken[path]
+                states[path], again, said = attempts.ended(path, code)
+                if said:
+                    watch.say(said)
+                if again:
+                    waiting.append(path)
+            watch.update(rule)
     return states
 
 
@@ -175,11 +195,17 @@ def gpus() -> list[str]:
 
 
 class Watch(contextlib.AbstractContextManager['Watch']):
-    """A table of the members on a terminal; elsewhere a line when one starts or ends."""
+    """A table of the members on a terminal; elsewhere a line when one starts or ends.
+
+    Args:
+      paths: of the members.
+      every: seconds between two looks. Where a look takes long there are fewer, so that all of them
+        take a twentieth of the time at most.
+    """
 
     def __init__(self, paths: list[pathlib.Path], every: float = 1.0):
         self._paths, self._every = paths, every
-        self._metric = _metric(paths[0].parent) if paths else ''
+        self._reader = state.Reader(_metric(paths[0].parent) if paths else '')
         self._console = rich.console.Console(stderr=True)
         self._start, self._next, self._next_line = time.monotonic(), 0.0, 0.0
         self._said: dict[str, str] = {}
@@ -199,13 +225,18 @@ class Watch(contextlib.AbstractContextManager['Watch']):
         """Shows how they stand and applies the rule, once in a while."""
         if time.monotonic() < self._next and not last:
             return
-        self._next = time.monotonic() + self._every
+        began = time.monotonic()
         if rule is not None:
             rule(self._paths)
-        states = {path.name: state.read(path, self._metric) for path in self._paths}
+        states = {path.name: self._reader.read(path) for path in self._paths}
+        self._show(states, last)
+        took = time.monotonic() - began
+        self._next = began + max(self._every, SHARE * took)
+
+    def _show(self, states: dict[str, state.State], last: bool) -> None:
         minutes = f'{(time.monotonic() - self._start) / 60:.1f} min'
         if self._live is not None:
-            self._live.update(state.table(minutes, states), refresh=True)
+            self._live.update(state.Table(minutes, states), refresh=True)
             return
         now = {name: of.word for name, of in states.items()}
         changed = {name for name in now if now[name] != self._said.get(name, 'waiting')}

@@ -3,9 +3,10 @@
     python -m launch.pbt --sweep=… --workdir=runs/population --interval=2000 --parallel=8 --gpus=1
 
 Every `--interval` steps a member saves and stops. It looks at one other, drawn at random; if that
-one's fitness, the newest value of the sweep's METRIC in its SPLIT, is more than `--margin` better,
-it goes on from that one's newest checkpoint and with its hyperparameters. Then each of `--perturb`
-is, with probability 1/3, multiplied by 1.2 or divided by it. Nobody waits for anybody.
+one's fitness is more than `--margin` better, it goes on from that one's newest checkpoint and with
+its hyperparameters. Then each of `--perturb` is, with probability 1/3, multiplied by 1.2 or divided
+by it, unless the config refuses what comes out. Nobody waits for anybody. The fitness is the newest
+value of the sweep's METRIC, in its SPLIT; in its CURVES, where SPLIT is evaluated only at the end.
 
 Where anything has changed it goes on in a run directory of its own, NAME.1, NAME.2, …, which begins
 as a copy of where it comes from; `fork.json` in it has its parent and what differs. So every run
@@ -18,34 +19,46 @@ not. Recalled, as are the defaults.
 """
 
 import contextlib
+import itertools
 import json
+import math
 import pathlib
 import random
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import ml_collections
 from absl import flags
 
-from launch import engine, local, plan, process, state, sweep
+from launch import engine, local, metric_names, plan, process, state, sweep
 from launch.engine import Resources
 from mi import checkpoint
-from mi.config import UserError, flat
+from mi.config import Rule, UserError, flat, nearest
 from mi.files import held, read_json
+from mi.fit import setup as fit
+from mi.lm import setup as lm
+from mi.rl import setup as rl
 from mi.run import write_json
 
 INTERVAL = flags.DEFINE_integer('interval', 0, 'Steps between two looks at another.', lower_bound=0)
 MARGIN = flags.DEFINE_float('margin', 0.05, 'By how much another has to be better, absolute.')
 PERTURB = flags.DEFINE_list(
     'perturb',
-    ['optim.learning_rate', 'loss.entropy_cost', 'optim.eps'],
-    'Hyperparameters that change, as keys of the config.',
+    None,
+    'Hyperparameters that change, as keys of the config. Left out: learning rate, entropy cost and '
+    'epsilon of agents, learning rate and weight decay of other models, those that are not 0.',
 )
 SEED = flags.DEFINE_integer('seed', 0, 'Of what is drawn at random.')
 
 FACTOR, CHANCE = 1.2, 1 / 3
+DEFAULTS = {  # task of a config → what --perturb is if left out
+    'rl': ('optim.learning_rate', 'loss.entropy_cost', 'optim.eps'),
+    'lm': ('optim.learning_rate', 'optim.weight_decay'),
+    'fit': ('optim.learning_rate', 'optim.weight_decay'),
+}
 TRIES = 10  # looks at the checkpoints of a run that clears old ones away at the same time
 
 
@@ -76,6 +89,81 @@ def explore(values: Mapping[str, float], draw: random.Random) -> dict[str, float
     return changed
 
 
+Configs = Mapping[str, ml_collections.ConfigDict]  # name of a member → its config
+
+
+def hyperparameters(configs: Configs, keys: Sequence[str] | None) -> list[str]:
+    """The keys that change: those that are given, or the defaults that all configs have.
+
+    Raises:
+      UserError: if a member cannot be trained in intervals, or a key of its config is none that a
+        factor changes.
+    """
+    for name, config in configs.items():
+        if config.task not in DEFAULTS:
+            raise UserError(
+                f'config.task = {config.task!r} of {name}: expected one of '
+                f'{", ".join(DEFAULTS)}, which save checkpoints that others can go on from'
+            )
+    values = {name: flat(config.to_dict()) for name, config in configs.items()}
+    if keys is None:
+        defaults = dict.fromkeys(
+            key for config in configs.values() for key in DEFAULTS[config.task]
+        )
+        return [k for k in defaults if all(_is_scalable(of.get(k)) for of in values.values())]
+    for key in keys:
+        for name, of in values.items():
+            if not _is_scalable(of.get(key)):
+                known = [k for k, value in of.items() if _is_scalable(value)]
+                value = f'{of[key]!r}' if key in of else 'no such key'
+                raise UserError(
+                    f'--perturb={key}: expected a number with a decimal point, other than 0, in '
+                    f'the config of {name}: {value}; {nearest(key, known)}'
+                )
+    return list(keys)
+
+
+def _is_scalable(value: Any) -> bool:
+    """Whether a hyperparameter may be multiplied: an integer is a size, and 0 stays what it is."""
+    return isinstance(value, float) and math.isfinite(value) and value != 0
+
+
+def fitness_split(configs: Configs, metric: str, splits: Sequence[str], interval: int) -> str:
+    """The first of the splits in which all members record the metric on their way.
+
+    Args:
+      configs: of the members.
+      metric: METRIC.
+      splits: SPLIT and CURVES.
+      interval: steps between two looks at another.
+
+    Raises:
+      UserError: if there is none, or no member would ever look at another.
+    """
+    finder = metric_names.Finder(metric)
+    found = {name: finder.splits(config) for name, config in configs.items()}
+    for name, config in configs.items():
+        steps, every = metric_names.steps(config), config.train.save_every
+        look = -(-interval // every) * every
+        if look >= steps:
+            raise UserError(
+                f'--interval={interval}: expected a look at another before the last step; {name} '
+                f'has {steps} and saves every config.train.save_every = {every}. Try smaller ones'
+            )
+    for split in splits:
+        recorded = [of[split] for of in found.values() if split in of]
+        if len(recorded) == len(found) and all(of.every and of.has(metric) for of in recorded):
+            last = min(map(metric_names.steps, configs.values()))
+            if max(of.every for of in recorded) >= last:
+                continue
+            return split
+    raise UserError(
+        f'METRIC = {metric!r}: expected a number that is recorded before the last step, in SPLIT '
+        f'or CURVES ({", ".join(dict.fromkeys(splits))}), as else no member has a fitness. Try a '
+        f'smaller config.train.eval_every'
+    )
+
+
 class Population:
     """Where each member is, and what was decided; all of it in the sweep directory.
 
@@ -83,6 +171,7 @@ class Population:
       workdir: of the sweep.
       members: of the sweep; they are the first generation.
       margin, perturb, seed: see the flags.
+      split: of the fitness; SPLIT if left out.
     """
 
     def __init__(
@@ -92,9 +181,10 @@ class Population:
         margin: float,
         perturb: Iterable[str],
         seed: int,
+        split: str = '',
     ):
         described = state.described(workdir, {'metric': str, 'split': str, 'lower_is_better': bool})
-        self._metric, self._split = described['metric'], described['split']
+        self._metric, self._split = described['metric'], split or described['split']
         self._sign = -1 if described['lower_is_better'] else 1
         self._workdir, self._members = workdir, {m.name: m for m in members}
         self._margin, self._perturb, self._seed = margin, list(perturb), seed
@@ -139,27 +229,43 @@ class Population:
         other = exploit(fitness, member, self._margin, draw)
         parent = self.path(other) if other else path
         values = self._hyperparameters(parent)
-        now = explore(values, draw)
-        generation = 1 + sum(d['member'] == member for d in self._decisions)
+        now = self._accepted(parent, values, explore(values, draw))
         decision = {
             'member': member,
             'step': saved(parent),
             'copied': other,
             'fitness': fitness.get(member),
             'from': parent.name,
-            'to': f'{member}.{generation}' if other or now != values else path.name,
+            'to': self._next_name(member) if other or now != values else path.name,
             'overrides': now,
         }
         state.append(self._file, decision)
         self._decisions.append(decision)
         self._fork(decision)
 
+    def _next_name(self, member: str) -> str:
+        """NAME.1, NAME.2, …, but for those of others, as x=0.1 is where x is 0 and 0.1."""
+        generation = 1 + sum(d['member'] == member for d in self._decisions)
+        taken = {*self._members, *(d['to'] for d in self._decisions)}
+        names = (f'{member}.{"0" * zeros}{generation}' for zeros in itertools.count())
+        return next(name for name in names if name not in taken)
+
     def _hyperparameters(self, path: pathlib.Path) -> dict[str, float]:
         config = _config(path)
-        unknown = [key for key in self._perturb if not isinstance(config.get(key), int | float)]
+        unknown = [key for key in self._perturb if not _is_scalable(config.get(key))]
         if unknown:
             raise UserError(f'--perturb={unknown[0]}: the config of {path} has no such number')
         return {key: config[key] for key in self._perturb}
+
+    def _accepted(
+        self, path: pathlib.Path, values: Mapping[str, float], now: Mapping[str, float]
+    ) -> dict[str, float]:
+        """The changed values, but for those that the config refuses, as a rate above 1."""
+        rules = _rules(_config(path))
+        return {
+            key: values[key] if key in rules and rules[key](value) else value
+            for key, value in now.items()
+        }
 
     def _fork(self, decision: Mapping[str, Any]) -> None:
         """Makes the run directory of a decision, if it is not there."""
@@ -213,6 +319,13 @@ def _config(path: pathlib.Path) -> dict[str, Any]:
     return {**_config(path.with_name(fork['parent'])), **fork['overrides']}
 
 
+def _rules(config: Mapping[str, Any]) -> Mapping[str, Rule]:
+    """Of the keys of a flat config."""
+    schemas = {'lm': lm.SCHEMA, 'rl': rl.SCHEMA, 'fit': fit.SCHEMA}
+    problem = fit.PROBLEMS.get(config.get('problem.name', ''))
+    return schemas.get(config.get('task', ''), {}) | (problem.SCHEMA if problem else {})
+
+
 def _flags(overrides: Mapping[str, Any]) -> dict[str, str]:
     return {f'--config.{key}': str(value) for key, value in overrides.items()}
 
@@ -232,42 +345,39 @@ def train(
             running[name] = process.Elsewhere(path / 'launched')
             taken[name] = process.slot_of(path)
             waiting.remove(name)
-    try:
-        with watch, local.heeding_signals() as heed:
-            while waiting or running:
+    with local.supervising(watch, lambda: local.stop_all(running.values())) as heed:
+        while waiting or running:
+            heed()
+            while waiting and (slot := slots.free(taken.values())) is not None:
                 heed()
-                while waiting and (slot := slots.free(taken.values())) is not None:
-                    heed()
-                    name = waiting.pop(0)
+                name = waiting.pop(0)
+                path = population.path(name)
+                if state.done(path):
+                    states[name] = 'done'
+                    continue
+                if population.looks(name, interval):  # and the launcher was killed
+                    population.decide(name)
                     path = population.path(name)
-                    if state.done(path):
-                        states[name] = 'done'
-                        continue
-                    if population.looks(name, interval):  # and the launcher was killed
-                        population.decide(name)
-                        path = population.path(name)
-                    running[name] = slots.start(slot, path, population.command(name))
-                    taken[name] = slot
-                time.sleep(local.TICK)
-                for name, member in list(running.items()):
-                    path = population.path(name)
-                    looks = population.looks(name, interval)
-                    if looks:
-                        member.stop()
-                    if (code := member.poll()) is None:
-                        continue
-                    del running[name], taken[name]
-                    states[name], again, said = attempts.ended(path, code)
-                    if said:
-                        watch.say(said)
-                    if states[name] == 'preempted' and looks:
-                        population.decide(name)
-                        watch.follow([population.path(each) for each in names])
-                    if again:
-                        waiting.append(name)
-                watch.update()
-    except local.Stop:
-        local.end(watch, running.values())
+                running[name] = slots.start(slot, path, population.command(name))
+                taken[name] = slot
+            time.sleep(local.TICK)
+            for name, member in list(running.items()):
+                path = population.path(name)
+                looks = population.looks(name, interval)
+                if looks:
+                    member.stop()
+                if (code := member.poll()) is None:
+                    continue
+                del running[name], taken[name]
+                states[name], again, said = attempts.ended(path, code)
+                if said:
+                    watch.say(said)
+                if states[name] == 'preempted' and looks:
+                    population.decide(name)
+                    watch.follow([population.path(each) for each in names])
+                if again:
+                    waiting.append(name)
+            watch.update()
     return states
 
 
@@ -279,13 +389,17 @@ def run() -> None:
         raise UserError('--interval=STEPS is needed: how often a member looks at another')
     file, workdir = cli.arguments()
     members = sweep.load(file, workdir, 'pbt', dry=cli.DRY_RUN.value)
+    configs = {m.name: sweep.parsed(m.command) for m in members}
+    perturb = hyperparameters(configs, PERTURB.value)
     if cli.DRY_RUN.value:
         plan.show(members, workdir, cli.FLOPS_PER_SECOND.value)
         return
-    metric = state.described(workdir, {'metric': str})['metric']
+    sweep_file = state.described(workdir, {'metric': str, 'split': str, 'curves': str})
+    metric, splits = sweep_file['metric'], [sweep_file['split'], sweep_file['curves']]
+    split = fitness_split(configs, metric, splits, INTERVAL.value)
     names = [m.name for m in members]
     with cli.alone(workdir):
-        population = Population(workdir, members, MARGIN.value, PERTURB.value, SEED.value)
+        population = Population(workdir, members, MARGIN.value, perturb, SEED.value, split)
         states = train(population, names, INTERVAL.value, cli.resources())
     for name in names:
         path = population.path(name)

@@ -90,9 +90,10 @@ class Elsewhere:
         told = state.status(self._lock.parent)
         here = told.get('host') == socket.gethostname() and told.get('state') == 'running'
         if here and not self._asked and held(self._lock.parent / 'lock'):
-            self._asked = True
-            with contextlib.suppress(ProcessLookupError):  # it has ended this moment
+            # It may have ended this moment, or belong to somebody else.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(int(told['pid']), signal.SIGTERM)
+                self._asked = True
 
     def wait(self) -> int:
         """Waits for one that was asked to stop; leaves any other alone."""
@@ -135,7 +136,7 @@ def start(
         lock.flush()
         started: list[subprocess.Popen[bytes]] = []
         address = f'localhost:{free_port()}' if processes > 1 else ''
-        with _on(cores):
+        with _on(cores), _all_or_none(started):
             for i in range(processes):
                 each = (
                     [*command, f'--distributed={address},{processes},{i}'] if address else command
@@ -155,6 +156,18 @@ def start(
                     )
                 )
     return Process(started)
+
+
+@contextlib.contextmanager
+def _all_or_none(started: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Kills what was started within, where the others cannot be: nobody would know of it."""
+    try:
+        yield
+    except BaseException:
+        for each in started:
+            each.kill()
+            each.wait()
+        raise
 
 
 @contextlib.contextmanager
@@ -200,6 +213,10 @@ def run(
     except KeyboardInterrupt:
         this.stop()
         return this.wait()
+    except BaseException:  # whatever it is: a run does not outlive who watches it
+        this.stop()
+        this.wait()
+        raise
 
 
 def taken(lock: IO[str]) -> bool:

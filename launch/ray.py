@@ -15,6 +15,7 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from absl import flags
@@ -61,7 +62,7 @@ def submit(commands: Commands, resources: Resources, rule: Rule | None = None) -
     waiting, states = list(commands), States()
     running: dict[pathlib.Path, _Run] = {}
     try:
-        with watch, local.heeding_signals() as heed:
+        with local.supervising(watch, lambda: _stop_all(running.values())) as heed:
             while waiting or running:
                 heed()
                 while waiting and len(running) < (resources.parallel or len(commands)):
@@ -78,16 +79,20 @@ def submit(commands: Commands, resources: Resources, rule: Rule | None = None) -
                     if again:
                         waiting.append(path)
                 watch.update(rule)
-    except local.Stop:
-        watch.say('stopping: waiting for the running members to save')
-        left = [task for member in running.values() for task in member.tasks]
-        for task in left:
-            ray.cancel(task)
-        ray.wait(left, num_returns=len(left), timeout=process.SAVING)
-        sys.exit(PREEMPTED)
     finally:
         ray.shutdown()
     return states
+
+
+def _stop_all(running: Iterable['_Run']) -> None:
+    """Asks them to save, and waits for a while until they have."""
+    import ray
+
+    left = [task for member in running for task in member.tasks]
+    for task in left:
+        ray.cancel(task)
+    if left:
+        ray.wait(left, num_returns=len(left), timeout=process.SAVING)
 
 
 class _Run:

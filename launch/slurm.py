@@ -8,16 +8,20 @@ them and writes the report. Given again, the command submits those that are neit
 the queue. The repository and the sweep directory have to be where the nodes see them, under the
 same path. What is submitted is written to WORKDIR/slurm/sweep.sh and has nothing hidden in it.
 
-A job that runs out of its time is warned, saves, and goes back to the queue; one that Slurm
-preempts, requeues, or loses with its node saves if it can, and Slurm queues it again. All go on
-from what they saved, to the same bits. `scancel` ends a job for good.
+A job that runs out of its time is warned, saves, and goes back to the queue, as long as it gets
+further each time (`launch.progress`); one that Slurm preempts, requeues, or loses with its node
+saves if it can, and Slurm queues it again. All go on from what they saved, to the same bits.
+`scancel` ends a job for good.
 """
 
 import dataclasses
+import math
 import os
 import pathlib
+import re
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 
@@ -33,7 +37,11 @@ PARTITION = flags.DEFINE_string('partition', '', 'Partition; the default one if 
 TIME = flags.DEFINE_string('time', '', "Limit of a job, such as '4:00:00'; that of the partition.")
 GRES = flags.DEFINE_string('gres', '', "Of each node, such as 'gpu:a100:2'; in place of --gpus.")
 WARNING = flags.DEFINE_integer(
-    'warning', 120, 'Seconds before the limit at which a job saves and goes back to the queue.'
+    'warning',
+    120,
+    'Seconds before the limit at which a job saves and goes back to the queue.',
+    lower_bound=1,
+    upper_bound=65535,  # of sbatch --signal
 )
 SBATCH = flags.DEFINE_multi_string(
     'sbatch', [], 'Another option of sbatch, such as --sbatch=--account=me; any number of times.'
@@ -43,7 +51,8 @@ WAIT = flags.DEFINE_bool('wait', False, 'Wait until no member is in the queue, t
 # The batch script of one job. USR1 is for it alone and comes when time is nearly up; TERM comes to
 # the processes too, when Slurm requeues or cancels the job, and what becomes of it is Slurm's then.
 # A signal ends `wait` early, so that it is called until the step is gone. The lock is the one that
-# launch.process holds for a run of this machine.
+# launch.process holds for a run of this machine. A job that is warned before its run can save ends
+# like one that has saved: launch.progress tells whether it got further and goes back to the queue.
 RUN = """\
 mkdir -p "$path"
 exec 9>>"$path/launched"
@@ -63,7 +72,10 @@ for attempt in $(seq 0 {retries}); do
     done
     if [[ $code == 0 || $code == {preempted} ]]; then break; fi
 done
-if [[ -n $expired && $code == {preempted} ]]; then exec scontrol requeue "$job"; fi
+if [[ -n $expired && $code == {preempted} ]]; then
+    {progress} "$path" >>"$path/log.txt" 2>&1 || exit 1
+    exec scontrol requeue "$job"
+fi
 exit $code
 """
 
@@ -77,6 +89,46 @@ class Options:
     gres: str = ''
     warning: int = 120
     sbatch: Sequence[str] = ()
+
+
+def seconds(limit: str) -> float:
+    """A time limit as Slurm reads it: MINUTES[:SECONDS], H:M:S, DAYS-H[:M[:S]]; inf for none.
+
+    Raises:
+      UserError: if it is none.
+    """
+    if limit.upper() in ('UNLIMITED', 'INFINITE', '-1'):
+        return math.inf
+    form = re.fullmatch(r'(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?', limit)
+    if form is None:
+        raise UserError(
+            f"--time={limit}: expected MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS. Try '4:00:00'"
+        )
+    days, *parts = (None if part is None else int(part) for part in form.groups())
+    numbers = [part for part in parts if part is not None]
+    if days is None and len(numbers) < 3:
+        numbers = [0, *numbers]  # of hours
+    hours, minutes, rest = [*numbers, 0, 0][:3]
+    return float((((days or 0) * 24 + (hours or 0)) * 60 + (minutes or 0)) * 60 + (rest or 0))
+
+
+def refuse_short(options: Options) -> None:
+    """Refuses jobs that would be warned before they have begun.
+
+    Raises:
+      UserError: if the time limit is not above the warning.
+    """
+    limits = [('--time=', options.time)] if options.time else []
+    for option in options.sbatch:
+        given = re.fullmatch(r'(--time=|--time |-t ?)(.+)', option.strip())
+        if given:
+            limits.append((f'--sbatch={given[1]}', given[2].strip()))
+    for flag, limit in limits:
+        if seconds(limit) <= options.warning:
+            raise UserError(
+                f'{flag}{limit}: expected more than --warning={options.warning} seconds, at which '
+                f'a job is told to save. Try a longer time, or a shorter --warning'
+            )
 
 
 def script(commands: Commands, resources: Resources, options: Options, folder: pathlib.Path) -> str:
@@ -117,7 +169,12 @@ def script(commands: Commands, resources: Resources, options: Options, folder: p
         words = shlex.join([*command, *together])
         lines.append(f'{i}) path={shlex.quote(str(path))} command=({words}) ;;')
     lines.append('esac')
-    run = RUN.format(retries=resources.retries, srun=shlex.join(each), preempted=PREEMPTED)
+    run = RUN.format(
+        retries=resources.retries,
+        srun=shlex.join(each),
+        preempted=PREEMPTED,
+        progress=shlex.join([sys.executable, '-m', 'launch.progress']),
+    )
     return '\n'.join(lines) + '\n' + run
 
 
@@ -132,16 +189,21 @@ def submit(commands: Commands, resources: Resources) -> States:
     folder = next(iter(commands)).parent / 'slurm'
     record = folder / 'jobs.json'  # name of a member → its newest job
     jobs: dict[str, str] = read_json(record) if record.exists() else {}
+    options = Options(PARTITION.value, TIME.value, GRES.value, WARNING.value, SBATCH.value)
+    refuse_short(options)
     there = queue()
     new = {path: command for path, command in commands.items() if jobs.get(path.name) not in there}
     if new:
         folder.mkdir(parents=True, exist_ok=True)
-        options = Options(PARTITION.value, TIME.value, GRES.value, WARNING.value, SBATCH.value)
         batch = folder / 'sweep.sh'
         batch.write_text(script(new, resources, options, folder))
         job = _slurm('sbatch', '--parsable', str(batch)).partition(';')[0].strip()
         jobs |= {path.name: f'{job}_{i}' for i, path in enumerate(new)}
-        write_json(record, jobs)
+        try:
+            write_json(record, jobs)
+        except BaseException:  # the next launcher would not know of them
+            _slurm('scancel', job)
+            raise
         print(f'job {job}: {len(new)} members ({batch})')
     print(f'python -m launch.status --workdir={folder.parent}')
     if not WAIT.value:

@@ -17,7 +17,7 @@ import rich.console
 import rich.live
 from absl import app, flags
 
-from launch import state
+from launch import local, state
 from mi.config import UserError
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of a sweep or of a run.')
@@ -35,13 +35,16 @@ def main(argv: Sequence[str]) -> None:
         console.width = 200
         console.print(state.table(str(workdir), state.of_sweep(workdir)))
         return
+    reader = state.Reader(state.members_of(workdir)[0])
     with rich.live.Live(console=console, auto_refresh=False) as live:
         while True:
-            now = state.of_sweep(workdir)
-            live.update(state.table(str(workdir), now), refresh=True)
+            began = time.monotonic()
+            now = state.of_sweep(workdir, reader)
+            live.update(state.Table(str(workdir), now), refresh=True)
             if not any(of.word in ('running', 'waiting') for of in now.values()):
                 return
-            time.sleep(EVERY.value)
+            took = time.monotonic() - began
+            time.sleep(max(EVERY.value, local.SHARE * took))
 
 
 if __name__ == '__main__':

@@ -1,7 +1,9 @@
 """Sweeps as data: a file with the config, the overrides, and what to compare.
 
 CONFIG = 'configs/lm.py:quickstart'      TITLE, METRIC, SPLIT, BASELINE, NOTES
-LOWER_IS_BETTER = True                   CURVES = 'valid'; both may be left out
+LOWER_IS_BETTER = True                   may be left out
+CURVES = 'valid'                         split of the learning curves; left out, 'valid' where the
+                                         runs record METRIC there on their way, else SPLIT
 TASK = 'env.name'                        of runs that learn one task each: its key; may be left out
 PROBLEMS = ('problem.system',)           keys that make arms problems of their own, not to be ranked
                                          with each other; may be left out
@@ -19,13 +21,13 @@ import pathlib
 import sys
 import traceback
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
 
-from launch import state
+from launch import metric_names, state
 from mi.config import UserError, difference, flat, nearest, one_line
 from mi.files import held
 from mi.overrides import parsed as parsed_arguments
@@ -111,8 +113,9 @@ def load(
 
     Raises:
       UserError: if the file is not a sweep, its config has not a key that a member sets, its
-        BASELINE is none of its arms, two members train the same seed of an arm, or the directory
-        holds another sweep: what differs.
+        BASELINE is none of its arms, its runs will not record its METRIC in its SPLIT and CURVES,
+        two members train the same seed of an arm, or the directory holds another sweep: what
+        differs.
     """
     module = _module(file)
     task = getattr(module, 'TASK', None)
@@ -123,14 +126,16 @@ def load(
     if module.BASELINE not in (None, *labels):
         hint = nearest(str(module.BASELINE), labels)
         raise UserError(f'--sweep={file}: BASELINE = {module.BASELINE!r} is no arm; {hint}')
-    _refuse_twice(members, task)
+    configs = {m.name: parsed(m.command) for m in members}
+    _refuse_twice(members, configs, task)
+    curves = _checked_curves(file, module, configs)
     description = {
         'name': pathlib.Path(file).stem,
         'title': module.TITLE,
         'metric': module.METRIC,
         'split': module.SPLIT,
         'lower_is_better': getattr(module, 'LOWER_IS_BETTER', True),
-        'curves': getattr(module, 'CURVES', 'valid'),
+        'curves': curves,
         'baseline': module.BASELINE,
         'problems': list(getattr(module, 'PROBLEMS', ())),
         'notes': module.NOTES,
@@ -257,17 +262,43 @@ def _members(
     keys = list(dict.fromkeys(key for changes in overrides for key in changes))
     differing = [k for k in keys if len({repr(changes.get(k)) for changes in overrides}) > 1]
     shown = [{k: c[k] for k in (differing or keys) if k in c} for c in overrides]
+    names = _names(shown, overrides)
     members = []
-    for changes, of, label in zip(overrides, shown, _labels(overrides, shown, task), strict=True):
-        name = ','.join(f'{_short(k)}={v}' for k, v in of.items()).replace('/', '_') or 'only'
-        name = _file_name(name)
-        command = [sys.executable, '-m', 'mi.main', f'--config={config}']
-        command += [f'--config.{key}={value}' for key, value in changes.items()]
+    for changes, name, label in zip(overrides, names, _labels(overrides, shown, task), strict=True):
+        command = [sys.executable, '-m', 'mi.main', f'--config={config}', *_flags(changes)]
         command += [f'--workdir={workdir / name}']
         members.append(Member(name, label, command, changes))
-    if len({m.name for m in members}) < len(members):
-        raise UserError('two members of the sweep have the same overrides')
     return members
+
+
+def _flags(changes: Overrides) -> list[str]:
+    return [f'--config.{key}={value}' for key, value in changes.items()]
+
+
+def _names(shown: list[Overrides], overrides: list[Overrides]) -> list[str]:
+    """A name of a run directory for each member, of what differs; no two have the same.
+
+    Where another member before has the name, as that of 'a/b' is 'a_b', keys are spelled out, and
+    if that is not enough a hash of the overrides is added.
+
+    Raises:
+      UserError: if two have the same overrides.
+    """
+    taken: list[str] = []
+    known: set[tuple[str, ...]] = set()  # flags of the members
+    for changes, of in zip(overrides, shown, strict=True):
+        flags = tuple(sorted(_flags(changes)))
+        mark = hashlib.sha256('\0'.join(flags).encode()).hexdigest()[:8]
+        short, long = (
+            ','.join(f'{name(k)}={v}' for k, v in of.items()).replace('/', '_') or 'only'
+            for name in (_short, str)
+        )
+        names = [_file_name(short), _file_name(long), _file_name(f'{long},{mark}')]
+        if flags in known:
+            raise UserError(f'two members of the sweep have the same overrides: {names[0]}')
+        known.add(flags)
+        taken.append(next(name for name in names if name not in taken))
+    return taken
 
 
 def _file_name(name: str, most: int = 255) -> str:
@@ -299,11 +330,13 @@ def _labels(overrides: list[Overrides], shown: list[Overrides], task: str | None
     return labels
 
 
-def _refuse_twice(members: list[Member], task: str | None) -> None:
+def _refuse_twice(
+    members: list[Member], configs: Mapping[str, ml_collections.ConfigDict], task: str | None
+) -> None:
     """Refuses two runs of the same seed of an arm: the report would not know which one counts."""
     trained: dict[tuple[str, str, int], str] = {}
     for member in members:
-        values = flat(parsed(member.command).to_dict())
+        values = flat(configs[member.name].to_dict())
         for seed in values.get('seeds', ()):
             first = trained.setdefault(
                 (member.label, str(values.get(task or '')), seed), member.name
@@ -313,6 +346,31 @@ def _refuse_twice(members: list[Member], task: str | None) -> None:
                     f'{first} and {member.name} both train seed {seed} of {member.label!r}, and '
                     f'are one arm; give them different seeds'
                 )
+
+
+def _checked_curves(
+    file: str, module: types.ModuleType, configs: Mapping[str, ml_collections.ConfigDict]
+) -> str:
+    """CURVES, or the default for what the members record.
+
+    Raises:
+      UserError: if a member will not record METRIC in SPLIT, or not in CURVES.
+    """
+    finder, found = metric_names.Finder(module.METRIC), []
+    for name, config in configs.items():
+        try:
+            splits = finder.splits(config)
+        except UserError:  # a config that cannot work: the member itself will say why
+            continue
+        found.append(splits)
+        for key in ('SPLIT', 'CURVES'):
+            split = getattr(module, key, None)
+            if split is not None and (
+                wrong := metric_names.check(module.METRIC, key, split, splits)
+            ):
+                raise UserError(f'--sweep={file}: {wrong} (member {name})')
+    named = getattr(module, 'CURVES', None)
+    return named or metric_names.curves(module.METRIC, module.SPLIT, found)
 
 
 def _short(key: str) -> str:

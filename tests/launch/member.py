@@ -38,7 +38,9 @@ def main():
 
     records = path / 'metrics.jsonl'
     done = len(records.read_text().splitlines()) if records.exists() else 0
-    write('starts.jsonl', step=done, pid=os.getpid(), cuda=os.environ.get('CUDA_VISIBLE_DEVICES'))
+    cores = sorted(os.sched_getaffinity(0))
+    cuda = os.environ.get('CUDA_VISIBLE_DEVICES')
+    write('starts.jsonl', step=done, pid=os.getpid(), cuda=cuda, cores=cores)
     (path / '.cost').write_text(json.dumps({'steps': steps}))
     os.replace(path / '.cost', path / 'cost.json')
     status('running', done)

@@ -79,6 +79,72 @@ def test_half_a_line_of_a_killed_launcher_is_cut_off(tmp_path):
     assert len(file.read_bytes().splitlines()) == 2
 
 
+def test_a_member_is_judged_by_its_value_at_the_rung_however_far_it_is(tmp_path):
+    """Both are past the first rung when they are looked at; the better one has become worse since.
+
+    Between records the first one from the rung on counts.
+    """
+    sweep = {'metric': 'loss', 'curves': 'valid', 'lower_is_better': True}
+    (tmp_path / 'sweep.json').write_text(json.dumps(sweep))
+    curves = {'better': {8: 0.1, 12: 1.0, 16: 9.0, 31: 5.0}, 'worse': {8: 0.0, 12: 2.0, 16: 0.5}}
+    for name, curve in curves.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'cost.json').write_text('{"steps": 80}')
+        records = [{'step': s, 'split': 'valid', 'loss': v} for s, v in curve.items()]
+        records.append({'step': 11, 'split': 'train', 'loss': 7.0})
+        text = ''.join(json.dumps(record) + '\n' for record in records)
+        (tmp_path / name / 'metrics.jsonl').write_text(text)
+    rule = asha.Asha(tmp_path, 10, 3)
+    assert 'no member was compared, as none recorded loss of the valid split' in rule.summary()
+    rule([tmp_path / name for name in curves])
+    decided = [json.loads(line) for line in (tmp_path / 'asha.jsonl').read_text().splitlines()]
+    assert [(d['rung'], d['name'], d['value']) for d in decided] == [
+        (10, 'better', 1.0), (30, 'better', 5.0), (10, 'worse', 2.0),
+    ]  # fmt: skip
+    assert not (tmp_path / 'better' / state.STOPPED).exists()
+    reason = json.loads((tmp_path / 'worse' / state.STOPPED).read_text())['reason']
+    assert reason == 'asha: 2 at step 10 is place 2 of 2, and 1 stay'
+    assert rule.summary() == 'asha: 2 members were compared, 1 of them stopped'
+
+
+def test_only_what_was_added_to_a_curve_is_read(tmp_path, monkeypatch):
+    """And nothing at all of a member that has come to every rung, or was stopped."""
+    sweep = {'metric': 'loss', 'curves': 'train', 'lower_is_better': True}
+    (tmp_path / 'sweep.json').write_text(json.dumps(sweep))
+    path = tmp_path / 'a'
+    path.mkdir()
+    (path / 'cost.json').write_text('{"steps": 100}')
+    file, read = path / 'metrics.jsonl', []
+
+    def add(*steps, to=file):
+        with open(to, 'a') as stream:
+            for step in steps:
+                record = {'step': step, 'split': 'train', 'loss': 1.0 / step}
+                stream.write(json.dumps(record) + '\n')
+
+    parsed = state._parsed
+    monkeypatch.setattr(state, '_parsed', lambda text: (read.append(text), parsed(text))[1])
+    rule = asha.Asha(tmp_path, 10, 3)
+    add(*range(1, 21))
+    rule([path])
+    read.clear()
+    for _ in range(3):
+        rule([path])
+    assert read == []
+    add(21, 22)
+    rule([path])
+    assert len(read) == 2
+    add(*range(23, 100))
+    rule([path])
+    read.clear()
+    add(100)
+    rule([path])  # it has come to all rungs
+    assert read == [] and len((tmp_path / 'asha.jsonl').read_text().splitlines()) == 3
+    file.unlink()  # it goes on from a checkpoint, by another file
+    add(1, 2, 3, to=file)
+    assert state.curve(path, 'loss', 'train') == {1: 1.0, 2: 0.5, 3: 1 / 3}
+
+
 def test_one_launcher_alone_decides(tmp_path):
     refused = pytest.raises(UserError, match='another launcher decides')
     with cli.alone(tmp_path), refused, cli.alone(tmp_path):

@@ -20,7 +20,7 @@ from tests.launch import cluster
 SWEEP = """
 from launch.sweep import product
 CONFIG = {config!r}
-TITLE, METRIC, SPLIT, BASELINE, NOTES = 'a test', 'mse', 'eval', None, []
+TITLE, METRIC, SPLIT, BASELINE, NOTES = 'a test', {metric!r}, 'eval', None, []
 def sweep():
     return product(**{values!r})
 """
@@ -37,7 +37,8 @@ NAMES = ['width=4', 'width=16']
 
 def launch(engine, folder, config, values, *more):
     file = folder / 'a_sweep.py'
-    file.write_text(SWEEP.format(config=config, values=values))
+    metric = 'success' if 'rl' in config else 'mse'
+    file.write_text(SWEEP.format(config=config, values=values, metric=metric))
     command = [sys.executable, '-m', f'launch.{engine}', f'--sweep={file}', *more]
     return [*command, f'--workdir={folder / "runs"}']
 

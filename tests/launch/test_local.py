@@ -3,6 +3,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -197,6 +198,7 @@ def test_a_dry_run_tells_what_members_cost_and_hours_by_the_rate_of_those_that_r
     values = {'model.width': [16, 32], 'seeds': [(0, 1)], 'train.steps': [100], 'train.batch': [8]}
     file = tmp_path / 'fits.py'
     text = SWEEP.format(overrides=sweep.product(**values), baseline=None)
+    text = text.replace("'bits_per_byte', 'test'", "'mse', 'eval'")
     file.write_text(text.replace('configs/lm.py:tiny', 'configs/expressivity.py:fit'))
     runs = tmp_path / 'runs'
     members = sweep.load(str(file), runs)
@@ -243,6 +245,24 @@ def test_gpus_are_dealt_out_so_that_no_two_members_share_one(tmp_path, monkeypat
         local.submit(commands, engine.Resources(gpus=5))
     with pytest.raises(UserError, match='enough for 2 at once'):
         local.submit(commands, engine.Resources(gpus=2, parallel=3))
+
+
+def test_members_that_run_at_once_are_on_cores_of_their_own(tmp_path):
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip('one core')
+    paths = [tmp_path / str(i) for i in range(2)]
+    commands = {path: counting(path, steps=20, seconds=0.05) for path in paths}
+    assert set(local.submit(commands, engine.Resources(parallel=2)).values()) == {'done'}
+    on = [starts(path)[0]['cores'] for path in paths]
+    assert on[0] and not set(on[0]) & set(on[1]) and sorted(on[0] + on[1]) == cores
+
+    path = tmp_path / 'alone'  # it has all, but where it is to have one
+    for asked, expected in ((0, cores), (1, cores[:1])):
+        shutil.rmtree(path, ignore_errors=True)
+        local.submit({path: counting(path, steps=1)}, engine.Resources(cores=asked))
+        assert starts(path)[0]['cores'] == expected
+    assert sorted(os.sched_getaffinity(0)) == cores  # those of the launcher are as before
 
 
 def test_failures_are_retried_as_configured_and_preemptions_as_long_as_they_get_further(tmp_path):
