@@ -183,7 +183,7 @@ def test_what_has_not_begun_may_change_and_a_dry_run_claims_nothing(tmp_path):
 def test_a_key_that_the_config_has_not_is_one_line_before_anything_is_written(tmp_path):
     overrides = [{'model.hidden': 24}, {'model.hiden': 24}]
     with pytest.raises(
-        UserError, match=r'--config\.model\.hiden=24.*Did you mean "hidden"'
+        UserError, match=r'--config\.model\.hiden=24.*did you mean config\.model\.hidden'
     ) as said:
         sweep.load(write(tmp_path, overrides), tmp_path / 'runs')
     assert '\n' not in str(said.value) and '\\n' not in str(said.value)
