@@ -191,6 +191,19 @@ def test_a_low_rank_interaction_needs_fewer_parameters_than_a_relu_network_for_a
         assert of['parameters/2'] < than['parameters/2']
 
 
+@pytest.mark.parametrize('rates', [(1e-9, 1e-2), (1e-2, 1e-9)])
+def test_a_probe_reports_the_rate_that_reached_its_error(rates):
+    changes = {
+        'search.rates': rates, 'train.steps': 40, 'train.log_every': 20, 'train.eval_every': 20,
+        'train.save_every': 20, 'train.batch': 64,
+        'problem.dimension': 1, 'problem.examples': 64, 'seeds': (0, 1), 'search.target': 1e-9,
+    }  # fmt: skip
+    of_two = search.probe(config(**changes), 4)
+    of_one = search.probe(config(**changes | {'search.rates': (1e-2,)}), 4)
+    assert [r['learning_rate'] for r in of_two] == pytest.approx([1e-2, 1e-2])
+    assert [r['mse'] for r in of_two] == pytest.approx([r['mse'] for r in of_one], rel=1e-4)
+
+
 def test_a_search_that_was_stopped_goes_on_and_tries_nothing_twice(tmp_path, monkeypatch):
     """Where a seed reaches the target from width 3 d² + seed on."""
     probed = []

@@ -59,6 +59,23 @@ def test_an_inferred_context_takes_examples_as_a_set_and_only_those_with_weight(
     assert regression._first(jnp.array([[2], [4]]), 4).tolist() == [[0.5, 0.5, 0, 0], [0.25] * 4]
 
 
+def test_errors_are_of_affine_tasks_and_of_sinusoids_each_by_its_name():
+    """A network of zeros is exact for affine tasks that are zero, and for those alone."""
+    cfg = config(**{'problem.tasks': 6, 'model.width': 4})
+    problem = regression.make(cfg)
+    teacher = world(cfg)
+    is_sinusoid = teacher.known.family == 1
+    known = teacher.known._replace(a=3.0 * is_sinusoid, b=0.0 * is_sinusoid)
+    params = jax.tree.map(jnp.zeros_like, problem.init(jax.random.key(0), teacher))
+    measured = problem.evaluations['eval'](
+        params, teacher._replace(known=known), jax.random.key(1)
+    )
+    grid = np.linspace(-1, 1, regression.POINTS)
+    assert measured['mse_affine'] == 0
+    assert measured['mse_sinusoid'] == pytest.approx(9 * np.mean(np.sin(10 * grid) ** 2), rel=1e-4)
+    assert measured['mse'] == pytest.approx(float(measured['mse_sinusoid']) / 2)
+
+
 TOY = {
     'train.steps': 800, 'train.log_every': 800, 'train.eval_every': 800, 'train.save_every': 800,
     'optim.learning_rate': 1e-2, 'transfer.steps': 200, 'transfer.shots': (4,), 'seeds': (0, 1),
