@@ -67,9 +67,7 @@ def test_errors_are_of_affine_tasks_and_of_sinusoids_each_by_its_name():
     is_sinusoid = teacher.known.family == 1
     known = teacher.known._replace(a=3.0 * is_sinusoid, b=0.0 * is_sinusoid)
     params = jax.tree.map(jnp.zeros_like, problem.init(jax.random.key(0), teacher))
-    measured = problem.evaluations['eval'](
-        params, teacher._replace(known=known), jax.random.key(1)
-    )
+    measured = problem.evaluations['eval'](params, teacher._replace(known=known), jax.random.key(1))
     grid = np.linspace(-1, 1, regression.POINTS)
     assert measured['mse_affine'] == 0
     assert measured['mse_sinusoid'] == pytest.approx(9 * np.mean(np.sin(10 * grid) ** 2), rel=1e-4)

@@ -1,5 +1,9 @@
 """What a config of mi.fit is checked for, and what is counted, whatever the problem."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
 from configs import (
@@ -11,8 +15,18 @@ from configs import (
     seq2seq,
 )
 from mi.config import UserError
-from mi.fit import setup
+from mi.fit import setup, train
+from mi.fit.problem import Problem
 from tests.fit.runs import edited
+
+DRAWS = Problem(
+    world=lambda key: {'drawn': jax.random.uniform(key)},
+    init=lambda key, world: jnp.zeros(()),
+    loss=lambda params, world, key: (params, {'batch': jax.random.uniform(key), **world}),
+    evaluations={},
+    costs=dict,
+    examples=1,
+)
 
 CONFIGS = {
     'products': lambda: expressivity.get_config('fit'),
@@ -51,3 +65,20 @@ def test_either_task_is_of_one_process(word, monkeypatch):
     monkeypatch.setattr('jax.process_count', lambda: 2)
     with pytest.raises(UserError, match=f"config.task = '{word}' runs in one process"):
         setup.validate(config)
+
+
+def test_every_step_of_every_seed_draws_batches_of_its_own_and_metrics_are_means():
+    optimizer = optax.sgd(0.1)
+
+    def batches(seed, count, steps):
+        state, means = train.start(DRAWS, optimizer, seed), []
+        for _ in range(steps):
+            state, measured = train.steps(DRAWS, optimizer, count, state, jnp.int32(seed))
+            means.append(measured)
+        return [[float(m[name]) for m in means] for name in ('batch', 'drawn')]
+
+    first, world = batches(0, 1, 4)
+    second, other_world = batches(1, 1, 4)
+    assert len(set(first + second)) == 8
+    assert len(set(world)) == 1 and world[0] != other_world[0]
+    np.testing.assert_allclose(batches(0, 4, 1)[0], np.mean(first), rtol=1e-6)
