@@ -8,7 +8,13 @@ from flax import linen as nn
 
 from mi import FUSIONS, cells, fusion
 from mi.rl.envs.spec import Spec
-from mi.rl.networks import Agent, Inputs, fused_per_instruction, once_per_instruction
+from mi.rl.networks import (
+    TORSOS_BY_NAME,
+    Agent,
+    Inputs,
+    fused_per_instruction,
+    once_per_instruction,
+)
 from tests.motifs.checks import drawn
 
 T, B, TASKS, VOCABULARY = 4, 3, 5, 7
@@ -218,6 +224,58 @@ def test_pixels_pass_the_convolutions(torso):
     assert outputs.logits.shape == (1, B, 3)
     dark = changed(given, 0, pixels=jnp.zeros((B, 36, 36, 3), jnp.uint8))
     assert (outputs.logits != apply(variables, carry, dark)[1].logits).any(-1).all()
+
+
+def convolved(x, layer, stride=1, padding='SAME'):
+    dimensions = ('NHWC', 'HWIO', 'NHWC')
+    y = jax.lax.conv_general_dilated(
+        x, layer['kernel'], (stride, stride), padding, dimension_numbers=dimensions
+    )
+    return y + layer['bias'].reshape(1, 1, 1, -1)
+
+
+def shallow(params, x):
+    for i, stride in enumerate((4, 2, 1)):
+        x = jnp.maximum(convolved(x, params[f'conv_{i}'], stride, 'VALID'), 0)
+    return x
+
+
+def deep(params, x):
+    for i in range(3):
+        x = convolved(x, params[f'section_{i}'])
+        window, strides = (1, 3, 3, 1), (1, 2, 2, 1)
+        x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, strides, 'SAME')
+        for j in range(2):
+            block = convolved(jnp.maximum(x, 0), params[f'section_{i}_block_{j}_in'])
+            x += convolved(jnp.maximum(block, 0), params[f'section_{i}_block_{j}_out'])
+    return jnp.maximum(x, 0)
+
+
+@pytest.mark.parametrize('reference', [shallow, deep])
+def test_torsos_are_the_published_layers(reference):
+    torso = TORSOS_BY_NAME[reference.__name__](5, PIXELS)
+    observation = inputs(PIXELS, length=1).observation
+    variables = drawn(torso, observation)
+    features = torso.apply(variables, observation)
+    params = variables['params']
+    x = observation['pixels'][0].astype(jnp.float32) / 255
+    x = reference(params, x).reshape(B, -1)
+    expected = jnp.maximum(x @ params['out']['V'] + params['out']['b'].reshape(1, -1), 0)
+    np.testing.assert_allclose(features[0], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_last_reward_is_seen_between_minus_1_and_1():
+    agent = make(sites=(), core=None)
+    carry, given = agent.initial_carry(B), inputs()
+    variables = drawn(agent, carry, given)
+
+    def logits(reward):
+        rewards = jnp.full_like(given.reward, reward)
+        return agent.apply(variables, carry, given._replace(reward=rewards))[1].logits
+
+    np.testing.assert_array_equal(logits(1.0), logits(5.0))
+    np.testing.assert_array_equal(logits(-1.0), logits(-5.0))
+    assert (logits(0.5) != logits(1.0)).any()
 
 
 def test_ids_and_one_hot_contexts_are_the_same_agent():
