@@ -29,6 +29,8 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
 
     config.env = env = ml_collections.ConfigDict()
     env.name = 'xland'  # a word of mi.rl.envs.JAX or HOST, with its suite after a slash
+    # Arguments of the environment's maker, by name: --config.env.options="{'sticky': 0.25}"
+    env.options = ml_collections.ConfigDict()
 
     config.model = model = ml_collections.ConfigDict()
     model.torso = 'auto'  # auto, dense, conv, shallow, deep
@@ -72,10 +74,13 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     actors.batch = 64  # environments of a group; a trajectory in the queue has as many
     actors.queue = 4  # trajectories
     actors.max_lag = 20  # updates; trajectories of older parameters are dropped
-    actors.timeout = 120.0  # seconds without a trajectory after which a run ends
+    actors.timeout = 120.0  # seconds without a trajectory, or a step evaluated, that end a run
 
     config.eval = evaluation = ml_collections.ConfigDict()
     evaluation.episodes = 16  # per task
+    evaluation.batch = 0  # rows on the host; 0 for one for each episode where rows are cheap
+    evaluation.steps = 30_000  # most of one episode on the host; a longer one is cut and counts
+    evaluation.seconds = 3600.0  # most of one evaluation on the host; what still plays is cut
     evaluation.greedy = False  # the greedy policy too, beside the one that was trained
     evaluation.held_out = ''  # tasks to be evaluated and never trained, as xland/test
 

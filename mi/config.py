@@ -68,8 +68,17 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any], most: int = 8)
 
 
 def check(config: ml_collections.ConfigDict, schema: Mapping[str, Rule]) -> None:
-    """Raises UserError on the first unknown key, missing key, or value that its rule refuses."""
+    """Raise UserError on the first unknown key, missing key, or value that its rule refuses.
+
+    A rule for 'a.b.*' is that of any keys below a.b, which need not be there.
+    """
     values = flat(config.to_dict())
+    free = {key.removesuffix('*'): rule for key, rule in schema.items() if key.endswith('.*')}
+    for key in values:
+        for prefix, rule in free.items():
+            if key.startswith(prefix):
+                schema = {**schema, key: rule}
+    schema = {key: rule for key, rule in schema.items() if not key.endswith('.*')}
     for key in values:
         if key not in schema:
             close = difflib.get_close_matches(key, schema, n=1)

@@ -114,12 +114,13 @@ def acting(config: ml_collections.ConfigDict) -> Acting:
     rl.validate(config)
     B, T = config.train.batch, config.train.length
     environment = None
-    if envs.on_host(config.env.name):
-        pool = envs.pool(config.env.name, config.actors.batch, config.seeds[0])
+    name, options = rl.environment(config)
+    if envs.on_host(name):
+        pool = envs.pool(name, config.actors.batch, config.seeds[0], options)
         spec = pool.spec
         pool.close()
     else:
-        environment = envs.make(config.env.name)
+        environment = envs.make(name, options)
         spec = environment.spec
     agent = rl.agent(config, spec)
     optimiser = optim.optimiser(config.optim, rl.updates(config))

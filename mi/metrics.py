@@ -110,6 +110,34 @@ def _refuse_cut(file: pathlib.Path, position: int) -> None:
             )
 
 
+def end_of_records(path: pathlib.Path, position: int, step: int, count: int) -> int | None:
+    """Return where the `count` records of a step end that begin at a position of metrics.jsonl.
+
+    Where an evaluation comes after the checkpoint of its step, this says whether it was finished.
+
+    Args:
+      path: the run directory.
+      position: in bytes; that of the checkpoint.
+      step: of the records.
+      count: how many there are to be.
+
+    Returns:
+      None if one of them is missing or cut.
+    """
+    if count == 0:
+        return position
+    file = path / 'metrics.jsonl'
+    if not file.exists():
+        return None
+    with open(file, 'rb') as stream:
+        stream.seek(position)
+        for _ in range(count):
+            line = stream.readline()
+            if not line.endswith(b'\n') or json.loads(line)['step'] != step:
+                return None
+        return stream.tell()
+
+
 def refuse_non_finite(seeds: Sequence[int], step: int, measured: dict[str, np.ndarray]) -> None:
     """Ends a run that has gone wrong, before anything of it is saved.
 

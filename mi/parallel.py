@@ -69,6 +69,13 @@ def any_of(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
+def sum_of(number: int) -> int:
+    """The sum over all processes; all have to ask."""
+    if jax.process_count() == 1:
+        return number
+    return int(np.sum(multihost_utils.process_allgather(np.asarray(number))))
+
+
 def of_first(number: int) -> int:
     """The number that the first process has; all have to ask."""
     if jax.process_count() == 1:

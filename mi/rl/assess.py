@@ -15,6 +15,7 @@ from mi.rl import envs, setup, video
 from mi.rl.envs.spec import Spec
 from mi.rl.evaluate import Evaluation
 from mi.rl.networks import Agent
+from mi.rl.play import Watched
 from mi.run import config_to_evaluate, write_json
 
 OWN = ('eval', 'actors', 'tracker')
@@ -35,11 +36,11 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
     config = config_to_evaluate(path, config, own=OWN, fixed=FIXED).unlock()
     config.eval.greedy = True
     scores: dict[str, Any] = {}
-    splits = {'eval': config.env.name, 'held_out': config.eval.held_out}
-    for split, name in splits.items():
-        if not name:
-            continue
-        with Evaluation(name, config) as evaluation:
+    keys = {'eval': 'env.name'}
+    if config.eval.held_out:
+        keys['held_out'] = 'eval.held_out'
+    for split, key in keys.items():
+        with Evaluation(config, key) as evaluation:
             if split == 'eval':
                 agent = setup.agent(config, evaluation.spec)
                 params, step = _restored(config, agent, path)
@@ -54,7 +55,12 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
     write_json(folder / 'scores.json', {'step': step, **scores})
     first = jax.tree.map(lambda a: a[0], params)
     rows = max(config.actors.batch, len(agent.spec.tasks))
-    pool = envs.pool(config.env.name, rows, config.seeds[0])
+    name, options = setup.environment(config)
+    pool = Watched(
+        envs.pool(name, rows, config.seeds[0], options),
+        config.actors.timeout,
+        'config.actors.timeout',
+    )
     try:
         frames = video.episodes(pool, agent, first, jax.random.key(config.seeds[0]), greedy=True)
     finally:
@@ -85,29 +91,26 @@ def _restored(
 
 
 def _print(spec: Spec, split: str, scores: dict[str, Any]) -> None:
-    """A row for each task: mean over seeds of return and success, sampled and greedy."""
-    table = rich.table.Table('task', 'return', '± 2 s.e.', 'success', 'greedy', title=split)
+    """A row for each task: mean over seeds of return and success, sampled and greedy.
+
+    Where the environment has no notion of success, the greedy column has the return.
+    """
+    shown = 'success' if spec.has_success else 'return'
+    columns = ['task', 'return', '± 2 s.e.', *(['success'] if spec.has_success else [])]
+    table = rich.table.Table(*columns, f'greedy {shown}', title=split)
 
     def mean(policy: str, name: str) -> float:
         return float(np.mean([of[name] for of in scores[split + policy].values()]))
 
+    def add_row(label: str, suffix: str, width: str) -> None:
+        success = [f'{mean("", f"success{suffix}"):.2f}'] if spec.has_success else []
+        greedy = f'{mean("_greedy", f"{shown}{suffix}"):.{2 if spec.has_success else 3}f}'
+        table.add_row(label, f'{mean("", f"return{suffix}"):.3f}', width, *success, greedy)
+
     for task in spec.tasks:
-        error = f'stderr/{task}'
-        errors = [of.get(error, float('nan')) for of in scores[split].values()]
+        errors = [of.get(f'stderr/{task}', float('nan')) for of in scores[split].values()]
         width = 2 * np.sqrt(np.sum(np.square(errors))) / len(errors)
-        table.add_row(
-            task,
-            f'{mean("", f"return/{task}"):.3f}',
-            f'{width:.3f}',
-            f'{mean("", f"success/{task}"):.2f}',
-            f'{mean("_greedy", f"success/{task}"):.2f}',
-        )
+        add_row(task, f'/{task}', f'{width:.3f}')
     table.add_section()
-    table.add_row(
-        'mean',
-        f'{mean("", "return"):.3f}',
-        '',
-        f'{mean("", "success"):.2f}',
-        f'{mean("_greedy", "success"):.2f}',
-    )
+    add_row('mean', '', '')
     rich.console.Console().print(table)

@@ -1,7 +1,8 @@
 """How well a policy does each task: whole episodes, greedy or sampled."""
 
 import functools
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,10 +11,12 @@ import ml_collections
 import numpy as np
 from jax import Array
 
-from mi.rl import envs
+from mi.rl import envs, setup
 from mi.rl.actor import act, start
-from mi.rl.envs.spec import HostEnvironment, JaxEnvironment, Spec
+from mi.rl.envs.spec import JaxEnvironment, Spec
 from mi.rl.networks import Agent, Inputs
+from mi.rl.play import Limits, StoppedError, Watched, never, play
+from mi.rl.records import Record
 from mi.rl.worker import Policy
 
 
@@ -55,42 +58,12 @@ def episodes(
     return by_task[0], by_task[1], by_task[2]
 
 
-def play(
-    pool: HostEnvironment, policy: Policy, params: Any, key: Array, each: int
-) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
-    """Return, success and length of at least `each` episodes of every task, by task.
-
-    Every row of a task plays the same number of episodes, however long they are, so that short ones
-    are not preferred.
-    """
-    tasks, B = len(pool.spec.tasks), pool.batch
-    step, acting, action = pool.reset(), policy.start(B, key), jnp.zeros(B, jnp.int32)
-    returned, length, played = np.zeros(B), np.zeros(B, np.int64), np.zeros(B, np.int64)
-    ended: list[list[tuple[float, bool, int]]] = [[] for _ in range(tasks)]
-    of_row = np.asarray(step.observation['task'])
-    quota = -(-each // np.bincount(of_row, minlength=tasks)[of_row])  # rows of a task share it
-    while (played < quota).any():
-        row: Any = step.observation, action, step.reward, step.is_first
-        acting, action, _ = policy(params, acting, Inputs(*row))
-        task, ignored = step.observation['task'], step.is_last
-        pool.send(np.asarray(action))
-        step = pool.recv()
-        returned, length = returned + step.reward, length + 1
-        over = ~ignored & (step.is_last | (step.discount == 0))
-        for i in np.flatnonzero(over & (played < quota)):
-            ended[task[i]].append((returned[i], bool(step.success[i]), length[i]))
-        played += over
-        returned[over | ignored], length[over | ignored] = 0, 0
-    returns, successes, lengths = (
-        [np.array([row[i] for row in rows]) for rows in ended] for i in range(3)
-    )
-    return returns, successes, lengths
-
-
 def summary(
     spec: Spec, returned: Sequence[np.ndarray], success: Sequence[np.ndarray], length: Any
-) -> dict[str, float]:
+) -> Record:
     """Means over tasks, and of scores where the spec says what random and best are.
+
+    Success is None where the environment has no notion of it.
 
     The normalised score of a task is (s − random) / (reference − random), of which the capped one
     is at most 1. `stderr/…` is the standard error of a task's mean return, `episodes_per_task` how
@@ -102,14 +75,15 @@ def summary(
     """
     by_task = np.array([values.mean() for values in returned])
     won = np.array([values.mean() for values in success])
-    result = {
+    result: Record = {
         'return': float(by_task.mean()),
-        'success': float(won.mean()),
+        'success': float(won.mean()) if spec.has_success else None,
         'length': float(np.mean([values.mean() for values in length])),
         'episodes_per_task': min(len(values) for values in returned),
     }
     for i, name in enumerate(spec.tasks):
-        result[f'return/{name}'], result[f'success/{name}'] = float(by_task[i]), float(won[i])
+        result[f'return/{name}'] = float(by_task[i])
+        result[f'success/{name}'] = float(won[i]) if spec.has_success else None
         if len(returned[i]) > 1:
             error = np.std(returned[i], ddof=1) / np.sqrt(len(returned[i]))
             result[f'stderr/{name}'] = float(error)
@@ -122,12 +96,26 @@ def summary(
 
 
 class Evaluation:
-    """Episodes of one environment, with rows of its own."""
+    """Episodes of one environment, with rows of its own.
 
-    def __init__(self, name: str, config: ml_collections.ConfigDict):
+    Args:
+      config: of the run.
+      key: of the config, that names the environment: 'env.name' or 'eval.held_out'.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, key: str = 'env.name'):
         self._config = config
-        self._compiled = None if envs.on_host(name) else envs.make(name)
-        self._pool = envs.pool(name, config.actors.batch, config.seeds[0])
+        name, options = setup.environment(config, key)
+        self._compiled = None if envs.on_host(name) else envs.make(name, options, key)
+        rows = config.actors.batch
+        if self._compiled is None:
+            each = config.eval.episodes
+            rows = config.eval.batch or envs.evaluation_rows(name, rows, each, key)
+        self._pool = Watched(
+            envs.pool(name, rows, config.seeds[0], options, key),
+            config.actors.timeout,
+            'config.actors.timeout',
+        )
         self._policy = functools.lru_cache(Policy)  # compiled once, not at every evaluation
         self.spec = self._pool.spec
 
@@ -138,26 +126,52 @@ class Evaluation:
         self._pool.close()
 
     def __call__(
-        self, agent: Agent, params: Any, step: int, seed: int
-    ) -> dict[str, dict[str, float]]:
-        """What is measured, for the policy '' and for '_greedy' if it is asked for.
+        self,
+        agent: Agent,
+        params: Any,
+        step: int,
+        seed: int,
+        stops: Callable[[], bool] = never,
+    ) -> dict[str, Record]:
+        """Return what is measured, for the policy '' and for '_greedy' if it is asked for.
 
         Args:
           agent, params: of one seed.
           step: how many updates they have had.
           seed: of the run's; it and the step decide what is drawn.
+          stops: whether the run is to end.
+
+        Raises:
+          StoppedError: if the run is to end before the evaluation is over.
         """
         config, measured = self._config, {}
         key = jax.random.fold_in(jax.random.key(seed), step)
+        each = config.eval.episodes
         for greedy in (False, True) if config.eval.greedy else (False,):
-            each = config.eval.episodes
+            if stops():
+                raise StoppedError
             if self._compiled is None:
-                policy = self._policy(agent, greedy)
-                played: Any = play(self._pool, policy, params, key, each)
+                record = self._play(self._policy(agent, greedy), params, key, stops)
             else:
                 played = jax.device_get(episodes(self._compiled, agent, params, key, each, greedy))
-            measured['_greedy' if greedy else ''] = {
-                'env_steps': step * config.train.batch * config.train.length,
-                **summary(self.spec, *played),
-            }
+                record = summary(self.spec, *played)
+            measured['_greedy' if greedy else ''] = record
         return measured
+
+    def _play(self, policy: Policy, params: Any, key: Array, stops: Callable[[], bool]) -> Record:
+        limits = Limits(self._config.eval.steps, self._config.eval.seconds)
+        self._pool.stops = stops
+        played = play(self._pool, policy, params, key, self._config.eval.episodes, limits, stops)
+        if played.cut:
+            print(
+                f'evaluation of {self.spec.name}: {played.cut} episodes were cut and count as they '
+                f'are, after config.eval.steps = {limits.steps} steps or, all together, '
+                f'config.eval.seconds = {limits.seconds:g}',
+                file=sys.stderr,
+            )
+        return {
+            **summary(self.spec, played.returned, played.success, played.length),
+            'cut': played.cut,
+            'steps_needed': played.steps_needed,
+            'steps_taken': played.steps_taken,
+        }

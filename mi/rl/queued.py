@@ -8,6 +8,7 @@ trajectory is how many updates older the parameters are that acted on it; what i
 import contextlib
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from mi.rl import envs, learner, records, remote, setup
 from mi.rl.actor import Episodes, Trajectory
 from mi.rl.evaluate import Evaluation
 from mi.rl.networks import Agent
+from mi.rl.play import StoppedError
 from mi.rl.threads import Actors, Item
 from mi.rl.worker import Policy, Worker, joined
 
@@ -41,7 +43,8 @@ def make_worker(
     for number in (version, index, jax.process_index(), birth):
         key = jax.random.fold_in(key, number)
     seeds = np.asarray(jax.random.randint(key, (actors.groups,), 0, 2**30))
-    groups = [envs.pool(config.env.name, actors.batch, int(seed)) for seed in seeds]
+    name, options = setup.environment(config)
+    groups = [envs.pool(name, actors.batch, int(seed), options) for seed in seeds]
     policy = policy or Policy(setup.agent(config, groups[0].spec))
     return Worker(groups, policy, config.train.length, key)
 
@@ -51,11 +54,11 @@ def train(
 ) -> None:
     """Trains, evaluates and leaves a run directory; continues it where there is one."""
     with contextlib.ExitStack() as stack:
-        splits = {'eval': config.env.name, 'held_out': config.eval.held_out}
+        keys = {'eval': 'env.name'}
+        if config.eval.held_out:
+            keys['held_out'] = 'eval.held_out'
         evaluations = {
-            split: stack.enter_context(Evaluation(name, config))
-            for split, name in splits.items()
-            if name
+            split: stack.enter_context(Evaluation(config, key)) for split, key in keys.items()
         }
         agent = setup.agent(config, evaluations['eval'].spec)
         for evaluation in evaluations.values():
@@ -82,54 +85,92 @@ def _train(
     if restored is not None:
         state, meta = restored
     this.step = meta['step']
+    env_steps = meta.get('env_steps', this.step * B * T)
+
+    # A run that ended between a checkpoint and the evaluation of its step has that to do still.
+    policies = 1 + config.eval.greedy
+    pending = len(evaluations) * policies if meta.get('is_evaluated') is False else 0
+    position = metrics.end_of_records(this.path, meta['metrics'], this.step, pending)
 
     hyperparameters = setup.hyperparameters(config)
     update = jax.jit(functools.partial(learner.update, agent, optimiser, hyperparameters))
+    is_asked_to_stop = functools.partial(this.stops, recorded=False)
     window = Window()
-    with (
-        this.log(total, meta['metrics']) as log,
-        start_actors(config, agent, parallel.here(state.params), this.step) as actors,
-    ):
+    with this.log(total, position or meta['metrics']) as log, contextlib.ExitStack() as stack:
+        if position is None:
+            _evaluate(evaluations, agent, state, this, log, env_steps)
+        if this.step < total:
+            actors = stack.enter_context(
+                start_actors(config, agent, parallel.here(state.params), this.step)
+            )
         first_step = this.step
         while this.step < total:
             is_first = this.step == first_step
             with progress.work_if(is_first, 'waiting for the first trajectories'):
-                items = take(config, actors, this.step, window)
-            trajectory = on_devices(joined([item.trajectory for item in items]), mesh)
-            with progress.work_if(is_first, 'compiling the update'):
-                state, measured = this.traced(1, update, state, trajectory)
-            this.step += 1
+                items = take(config, actors, this.step, window, is_asked_to_stop)
+            if items is not None:
+                trajectory = on_devices(joined([item.trajectory for item in items]), mesh)
+                with progress.work_if(is_first, 'compiling the update'):
+                    state, measured = this.traced(1, update, state, trajectory)
+                this.step += 1
+                actors.publish(parallel.here(state.params), this.step)
+                window.add(measured, items)
             step = this.step
-            params = parallel.here(state.params)
-            actors.publish(params, step)
-            window.add(measured, items)
             recorded = step % config.train.log_every == 0
             stops = this.stops(recorded)
-            saves = step % config.train.save_every == 0 or step == total or stops
-            if recorded or saves:
+            evaluates = step % config.train.eval_every == 0 or step == total
+            evaluates = evaluates and items is not None
+            saves = step % config.train.save_every == 0 or evaluates or stops
+
+            # What was learned since the last record.
+            if (recorded or saves) and window.updates:
+                new_steps = parallel.sum_of(window.transitions)
+                env_steps += new_steps
                 values, timing = window.take(whole=saves)
                 means = {name: value.mean(keepdims=True) for name, value in values.items()}
                 metrics.refuse_non_finite([seed], step, means)
                 record: records.Record = {n: float(value[0]) for n, value in means.items()}
-                record |= records.of_episodes(window.episodes(), tasks)
+                record |= records.of_episodes(window.episodes(), tasks, agent.spec.has_success)
                 record |= records.of_statistics(parallel.here(state.statistics), tasks)
-                log.write(step, seed, 'train', {'env_steps': step * B * T, **record})
-                rate = timing['updates'] * B * T / timing['seconds']
+                log.write(step, seed, 'train', {'env_steps': env_steps, **record})
+                rate = new_steps / timing['seconds']
                 timing |= {'steps_per_second': rate, 'queue': actors.waiting()}
                 log.timing(step, timing)
-                success = record['success'] or 0
-                log.progress(step, f'success {success:.3f}', f'{rate:,.0f} steps/s')
-            evaluates = step % config.train.eval_every == 0 or step == total
-            if evaluates and parallel.first():
-                for split, evaluation in evaluations.items():
-                    for policy, scores in evaluation(agent, params, step, seed).items():
-                        log.write(step, seed, split + policy, scores)
+                log.progress(step, records.note(record), f'{rate:,.0f} steps/s')
+
+            # The checkpoint comes before the evaluation, which may take long and be cut short.
             if saves:
-                saved.save(step, state, {'metrics': log.position()})
-                if stops and step < total:
+                meta = {'metrics': log.position(), 'env_steps': env_steps}
+                saved.save(step, state, meta | {'is_evaluated': not evaluates})
+                if stops and (step < total or evaluates):
                     this.preempted()
+            if evaluates:
+                _evaluate(evaluations, agent, state, this, log, env_steps)
             if recorded or saves:
                 window = Window()  # after evaluation and saving, which are not training
+
+
+def _evaluate(
+    evaluations: dict[str, Evaluation],
+    agent: Agent,
+    state: learner.State,
+    this: run.Run,
+    log: metrics.Log,
+    env_steps: int,
+) -> None:
+    """Write a record for each environment and policy; or end the run, if it is asked to end."""
+    if not parallel.first():
+        return
+    params, seed = parallel.here(state.params), this.config.seeds[0]
+    stops = functools.partial(this.stops, recorded=False)
+    try:
+        for split, evaluation in evaluations.items():
+            with progress.Work(f'evaluating {split}'):
+                measured = evaluation(agent, params, this.step, seed, stops)
+            for policy, scores in measured.items():
+                log.write(this.step, seed, split + policy, {'env_steps': env_steps, **scores})
+    except StoppedError:
+        this.preempted()
 
 
 def start(
@@ -162,14 +203,20 @@ def start_actors(
 
 
 def take(
-    config: ml_collections.ConfigDict, actors: Actors, step: int, window: 'Window'
-) -> list[Item]:
-    """The trajectories of one update, of this process's actors."""
+    config: ml_collections.ConfigDict,
+    actors: Actors,
+    step: int,
+    window: 'Window',
+    stops: Callable[[], bool],
+) -> list[Item] | None:
+    """Return this process's trajectories of one update; None if the run is to end."""
     items: list[Item] = []
     began = time.perf_counter()
     each = config.train.batch // jax.process_count()
     while len(items) < each // config.actors.batch:
-        item = actors.get()
+        item = actors.get(stops)
+        if item is None:
+            return None
         lag = step - item.version
         if lag > config.actors.max_lag:
             window.dropped += 1
@@ -186,7 +233,12 @@ def on_devices(trajectory: Trajectory, mesh: jax.sharding.Mesh) -> Trajectory:
 
 
 class Window:
-    """What was measured since the last record."""
+    """What was measured since the last record.
+
+    Attributes:
+      updates: how many there were.
+      transitions: learned from, in this process; rows whose action was ignored are none.
+    """
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
@@ -194,20 +246,23 @@ class Window:
         self._episodes: list[Episodes] = []
         self._actors_waited = 0.0
         self.lags: list[int] = []
+        self.updates = self.transitions = 0
         self.dropped = 0
         self.waited = 0.0
 
     def add(self, measured: dict[str, jax.Array], items: list[Item]) -> None:
+        self.updates += 1
         self._measured.append(measured)
         self._episodes += [item.episodes for item in items]
         self._actors_waited += sum(item.waited for item in items)
+        self.transitions += sum(int(item.trajectory.valid.sum()) for item in items)
 
     def take(self, whole: bool) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         """Values of the updates, [updates], and what they took in seconds.
 
         Unless `whole`, the newest update is left out, as waiting for it would hold the learner up.
         """
-        updates = len(self._measured)
+        updates = self.updates
         there = self._measured if whole or updates == 1 else self._measured[:-1]
         fetched = jax.device_get(there)
         values = {name: np.stack([m[name] for m in fetched]) for name in fetched[0]}

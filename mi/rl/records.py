@@ -10,19 +10,32 @@ from mi.rl.actor import Episodes
 Record = dict[str, float | None]
 
 
-def of_episodes(ended: Episodes, tasks: Sequence[str]) -> Record:
-    """Means over the episodes that ended since the last record, all and by task; None for none."""
+def of_episodes(ended: Episodes, tasks: Sequence[str], has_success: bool = True) -> Record:
+    """Return means over the episodes that ended since the last record, of all tasks and by task.
+
+    That of all tasks is the mean over those of which an episode ended, however many did. None
+    stands for what is unknown: no episode ended, or the environment has no notion of success.
+    """
     number, *sums = (np.asarray(a, np.float64) for a in ended)
-    names = 'return', 'length', 'success'
-    count = number.sum()
-    record: Record = {'episodes': float(count)}
-    for name, values in zip(names, sums, strict=True):
-        record[name] = float(values.sum() / count) if count else None
-    if len(tasks) > 1:
-        for name, values in zip(('return', 'success'), (sums[0], sums[2]), strict=True):
-            for task, value, n in zip(tasks, values, number, strict=True):
-                record[f'{name}/{task}'] = float(value / n) if n else None
+    has_ended = number > 0
+    record: Record = {'episodes': float(number.sum())}
+    for name, summed in zip(('return', 'length', 'success'), sums, strict=True):
+        is_known = has_ended if name != 'success' or has_success else np.zeros_like(has_ended)
+        means = np.divide(summed, number, out=np.zeros_like(summed), where=has_ended)
+        record[name] = float(means[is_known].mean()) if is_known.any() else None
+        if len(tasks) > 1 and name != 'length':
+            for task, mean, known in zip(tasks, means, is_known, strict=True):
+                record[f'{name}/{task}'] = float(mean) if known else None
     return record
+
+
+def note(record: Record) -> str:
+    """Return what the line on the screen says of a record: the success, or the return without."""
+    for name in ('success', 'return'):
+        value = record.get(name)
+        if value is not None:
+            return f'{name} {value:.3f}'
+    return 'no episode ended yet'
 
 
 def of_statistics(statistics: popart.Statistics, tasks: Sequence[str]) -> Record:

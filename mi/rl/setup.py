@@ -44,6 +44,7 @@ SCHEMA: dict[str, Rule] = {
     'seeds': seeds,
     'tracker': tracking.known,
     'env.name': text,
+    'env.options.*': lambda value: '',  # checked against the environment's own, by `envs.pool`
     'model.torso': one_of(TORSOS),
     'model.features': integer(1),
     'model.core': one_of(ChainMap[str, Any](CORES, cells.CELLS, {'none': None})),
@@ -79,6 +80,9 @@ SCHEMA: dict[str, Rule] = {
     'actors.max_lag': integer(1),
     'actors.timeout': number(0, exclusive=True),
     'eval.episodes': integer(1),
+    'eval.batch': integer(0),
+    'eval.steps': integer(1),
+    'eval.seconds': number(0, exclusive=True),
     'eval.greedy': boolean,
     'eval.held_out': text,
     **optim.SCHEMA,
@@ -121,6 +125,19 @@ def validate(config: ml_collections.ConfigDict) -> None:
         )
 
 
+def environment(
+    config: ml_collections.ConfigDict, key: str = 'env.name'
+) -> tuple[str, dict[str, Any]]:
+    """Return the name and the options of an environment of a config.
+
+    Args:
+      config: the config.
+      key: that names it, 'env.name' or 'eval.held_out'. The options are the same for both.
+    """
+    name: str = config.env.name if key == 'env.name' else config.eval.held_out
+    return name, dict(config.env.get('options', {}))  # runs of before have none
+
+
 def updates(config: ml_collections.ConfigDict) -> int:
     """How many updates a run has."""
     return max(1, config.train.steps // (config.train.batch * config.train.length))
@@ -139,6 +156,11 @@ def agent(config: ml_collections.ConfigDict, spec: Spec) -> Agent:
         raise UserError(
             f'config.model.sites and source name the instruction, but it {what}: '
             f'config.env.name = {spec.name!r}, config.model.instruction = {model.instruction}'
+        )
+    if model.instruction and not spec.vocabulary:
+        raise UserError(
+            f'config.model.instruction = True: expected an environment with instructions, and '
+            f'config.env.name = {config.env.name!r} has none. Set it to False'
         )
     looks = LOOKS.get(model.torso, ())
     if looks and not spec.observation.keys() & set(looks):

@@ -92,19 +92,32 @@ class Actors:
         """Gives the workers new parameters, which must not be donated afterwards."""
         self._latest = self._share(params), version
 
-    def get(self) -> Item:
+    def get(self, stops: Callable[[], bool] = lambda: False) -> Item | None:
         """The next trajectory; waits for it, and raises what a worker raised.
+
+        Args:
+          stops: whether the run is to end, asked while there is no trajectory.
+
+        Returns:
+          None if the run is to end and there is no trajectory.
 
         Raises:
           UserError: if there is none within the timeout.
         """
-        try:
-            item = self._queue.get(timeout=self._timeout)
-        except queue.Empty:
-            raise UserError(
-                f'no trajectory in {self._timeout:g} s from {len(self._threads)} actors: an '
-                f'environment hangs or is very slow; raise config.actors.timeout if it is slow'
-            ) from None
+        deadline = time.monotonic() + self._timeout
+        while True:
+            try:
+                item = self._queue.get(timeout=min(POLL, self._timeout))
+                break
+            except queue.Empty:
+                if stops():
+                    return None
+                if time.monotonic() < deadline:
+                    continue
+                raise UserError(
+                    f'no trajectory in {self._timeout:g} s from {len(self._threads)} actors: an '
+                    f'environment hangs or is very slow; raise config.actors.timeout if it is slow'
+                ) from None
         if item is None or self._error is not None:
             assert self._error is not None
             raise self._error

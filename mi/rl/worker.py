@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array
 
 from mi.rl.actor import Episodes, Trajectory, act
+from mi.rl.envs.finite import check_finite
 from mi.rl.envs.spec import HostEnvironment, Step
 from mi.rl.networks import (
     Agent,
@@ -164,6 +165,7 @@ class _Group:
         B = environment.batch
         self._acting = policy.start(B, key)
         self._step: Step = environment.reset()
+        check_finite(environment.spec, self._step)
         self._action = np.zeros(B, np.int32)
         self._sent = False
         self._returned, self._length = np.zeros(B, np.float32), np.zeros(B, np.float32)
@@ -182,6 +184,7 @@ class _Group:
         if self._sent:
             before, after = self._step, self._environment.recv()
             self._sent = False
+            check_finite(self._environment.spec, after)
             self._discounts.append(np.asarray(after.discount, np.float32))
             self._valid.append(~np.asarray(before.is_last))
             self._count(before, after)

@@ -3,14 +3,17 @@
 A word may go on after a slash, as in 'babyai/goto': what stands there is the environment's to read.
 """
 
-from collections.abc import Callable
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from mi.config import UserError, nearest
 from mi.rl.envs import catch, dmlab30, gym, pools, xland
 from mi.rl.envs.batched import Batched
 from mi.rl.envs.spec import HostEnvironment, JaxEnvironment
 
-JAX: dict[str, Callable[[str], JaxEnvironment]] = {'xland': xland.make, 'catch': catch.make}
+JAX: dict[str, Callable[..., JaxEnvironment]] = {'xland': xland.make, 'catch': catch.make}
 HOST: dict[str, Callable[..., HostEnvironment]] = {
     'babyai': pools.make_babyai,
     'atari': pools.make_atari,
@@ -21,33 +24,59 @@ HOST: dict[str, Callable[..., HostEnvironment]] = {
 }
 
 
-def make(name: str) -> JaxEnvironment:
-    """The environment of a config's `env.name`, as pure functions of one row.
+# Names of a suite's tasks, for environments whose rows are cheap: a megabyte each and no process.
+CHEAP: dict[str, Callable[[str], tuple[str, ...]]] = {
+    'babyai': pools.babyai_levels,
+    'atari': pools.atari_games,
+    'procgen': pools.procgen_games,
+}
+MOST_ROWS = 1024  # of an evaluation
+
+
+def make(
+    name: str, options: Mapping[str, Any] | None = None, key: str = 'env.name'
+) -> JaxEnvironment:
+    """Make an environment of pure functions of one row.
+
+    Args:
+      name: a word of JAX, with its suite after a slash.
+      options: arguments of its maker, by name.
+      key: of the config, that gives the name.
 
     Raises:
-      UserError: on an unknown name, one that runs on the host, or for what its maker refuses.
+      UserError: on an unknown name or option, one that runs on the host, or for what its maker
+        refuses.
     """
-    word, _, suite = name.partition('/')
+    word = _word(name, key)
     if word in HOST:
         raise UserError(
-            f'config.env.name = {name!r} runs on the host and cannot be compiled into the update; '
+            f'config.{key} = {name!r} runs on the host and cannot be compiled into the update; '
             f"set config.train.topology = 'threads' or 'ray'"
         )
-    _known(name, word)
-    return JAX[word](suite)
+    return _made(JAX[word], name, key, options or {})
 
 
-def pool(name: str, batch: int, seed: int) -> HostEnvironment:
-    """`batch` rows of any environment on the host.
+def pool(
+    name: str,
+    batch: int,
+    seed: int,
+    options: Mapping[str, Any] | None = None,
+    key: str = 'env.name',
+) -> HostEnvironment:
+    """Make `batch` rows of any environment on the host.
+
+    Args:
+      name: a word of JAX or HOST, with its suite after a slash.
+      batch, seed: of the rows.
+      options, key: as in `make`.
 
     Raises:
-      UserError: on an unknown name, or for what its maker refuses.
+      UserError: on an unknown name or option, or for what its maker refuses.
     """
-    word, _, suite = name.partition('/')
-    _known(name, word)
+    word, options = _word(name, key), options or {}
     if word in JAX:
-        return Batched(JAX[word](suite), batch, seed)
-    return HOST[word](suite, batch=batch, seed=seed)
+        return Batched(_made(JAX[word], name, key, options), batch, seed)
+    return _made(HOST[word], name, key, options, batch=batch, seed=seed)
 
 
 def on_host(name: str) -> bool:
@@ -55,7 +84,68 @@ def on_host(name: str) -> bool:
     return name.partition('/')[0] in HOST
 
 
-def _known(name: str, word: str) -> None:
+def evaluation_rows(name: str, batch: int, episodes: int, key: str = 'env.name') -> int:
+    """Return how many rows evaluation has on the host: one for each episode where they are cheap.
+
+    Args:
+      name: of the environment.
+      batch: rows where they are not cheap.
+      episodes: of each task.
+      key: as in `make`.
+
+    Raises:
+      UserError: for an unknown suite.
+    """
+    word, _, suite = name.partition('/')
+    if word not in CHEAP:
+        return batch
+    with _named(name, key):
+        tasks = len(CHEAP[word](suite))
+    return tasks * max(1, min(episodes, MOST_ROWS // tasks))
+
+
+def _word(name: str, key: str) -> str:
+    word = name.partition('/')[0]
     if word not in JAX and word not in HOST:
         known = nearest(word, (*JAX, *HOST))
-        raise UserError(f'config.env.name = {name!r} is unknown; {known}')
+        raise UserError(f'config.{key} = {name!r} is unknown; {known}')
+    return word
+
+
+def _made(
+    maker: Callable[..., Any], name: str, key: str, options: Mapping[str, Any], **rows: int
+) -> Any:
+    """What a maker makes of the suite, with options that it has; its errors name the key."""
+    parameters = inspect.signature(maker).parameters
+    known = {
+        parameter: default.default
+        for parameter, default in parameters.items()
+        if default.kind is default.KEYWORD_ONLY and parameter not in ('batch', 'seed')
+    }
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for option, value in options.items():
+        if option not in known and not takes_any:
+            hint = nearest(option, known) if known else 'it has no options'
+            raise UserError(f'config.env.options.{option} is unknown to {name!r}; {hint}')
+        if isinstance(value, Mapping):
+            raise UserError(
+                f'config.env.options.{option} = {value}: expected a value, not a group of them'
+            )
+        default = known.get(option)
+        kinds = (int, float) if isinstance(default, float) else (type(default),)
+        if default is not None and (type(value) not in kinds):
+            raise UserError(
+                f'config.env.options.{option} = {value!r}: expected {type(default).__name__}, as '
+                f'its default {default!r}'
+            )
+    with _named(name, key):
+        return maker(name.partition('/')[2], **rows, **options)
+
+
+@contextlib.contextmanager
+def _named(name: str, key: str) -> Iterator[None]:
+    """Puts the key that names the environment in front of an error."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f'config.{key} = {name!r}: {error}') from error

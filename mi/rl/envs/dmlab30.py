@@ -198,6 +198,8 @@ class DMLab:
         context = multiprocessing.get_context('spawn')
         seeds = np.random.SeedSequence(seed).generate_state(self.batch)
         self._pipes, self._processes = [], []
+        self._idle = np.zeros(self.batch, bool)
+        self._answers: list[Any] = [None] * self.batch  # the newest of each row
         for arguments, row_seed in zip(engines, seeds, strict=True):
             pipe, theirs = context.Pipe()
             process = context.Process(
@@ -209,8 +211,13 @@ class DMLab:
             self._processes.append(process)
 
     def reset(self) -> Step:
+        self._idle = np.zeros(self.batch, bool)
         self._send([None] * self.batch)
         return self.recv()._replace(discount=np.ones(self.batch, np.float32))
+
+    def skip(self, rows: np.ndarray) -> None:
+        """As in `SkipsRows`."""
+        self._idle = np.array(rows)
 
     def send(self, actions: np.ndarray) -> None:
         self._send(actions.tolist())
@@ -218,12 +225,12 @@ class DMLab:
     def recv(self) -> Step:
         """Raises UserError if an engine fails, or does not answer within the timeout."""
         deadline = time.monotonic() + self._timeout
-        answers = []
-        for pipe, level in zip(self._pipes, self._levels, strict=True):
+        for row in np.flatnonzero(~self._idle).tolist():
+            pipe, level = self._pipes[row], self._levels[row]
             if not pipe.poll(max(0.0, deadline - time.monotonic())):
                 raise UserError(
-                    f'{level} did not answer in {self._timeout:g} s; raise timeout, or see '
-                    f'docs/dmlab.md on how to try the engine alone'
+                    f'{level} did not answer in {self._timeout:g} s; raise '
+                    f'config.env.options.timeout, or try the engine alone as docs/dmlab.md says'
                 )
             try:
                 answer = pipe.recv()
@@ -231,16 +238,16 @@ class DMLab:
                 answer = 'its process died'
             if isinstance(answer, str):
                 raise UserError(f'{level}: {answer}; see docs/dmlab.md')
-            answers.append(answer)
-        pixels, texts, rewards, firsts = zip(*answers, strict=True)
-        first = np.array(firsts)
+            self._answers[row] = answer
+        pixels, texts, rewards, firsts = zip(*self._answers, strict=True)
+        first = np.array(firsts) & ~self._idle
         return Step(
             observation={
                 'pixels': np.stack(pixels),
                 'instruction': np.stack([self._tokens(text) for text in texts]),
                 'task': self._task,
             },
-            reward=np.array(rewards, np.float32),
+            reward=np.where(self._idle, 0, np.array(rewards)).astype(np.float32),
             discount=(~first).astype(np.float32),
             is_first=first,
             is_last=np.zeros(self.batch, bool),
@@ -257,7 +264,8 @@ class DMLab:
                 process.join()
 
     def _send(self, requests: Sequence[int | None]) -> None:
-        for pipe, request in zip(self._pipes, requests, strict=True):
+        for row in np.flatnonzero(~self._idle).tolist():
+            pipe, request = self._pipes[row], requests[row]
             with contextlib.suppress(BrokenPipeError):  # recv says that the process died
                 pipe.send(request)
 
@@ -277,6 +285,7 @@ def spec_of(tasks: tuple[str, ...] = LEVELS, actions: str = 'impala', length: in
         reference=tuple(SCORES[task][1] for task in tasks),
         sources="random and human scores of scalable_agent's dmlab30.py (Espeholt et al., 2018)",
         vocabulary=BUCKETS + 1,
+        has_success=False,
     )
 
 
@@ -310,7 +319,9 @@ def make(
       UserError: on an unknown word, too few rows, or if the engine is not installed.
     """
     if actions not in ACTIONS:
-        raise UserError(f'actions = {actions!r} is unknown; {nearest(actions, ACTIONS)}')
+        raise UserError(
+            f'config.env.options.actions = {actions!r} is unknown; {nearest(actions, ACTIONS)}'
+        )
     tasks = LEVELS if suite in ('', 'train', 'test') else tuple(suite.split(','))
     for task in tasks:
         if task not in SCORES:
@@ -318,8 +329,8 @@ def make(
             raise UserError(f'dmlab30/{task} is unknown; {hint}')
     if batch < len(tasks):
         raise UserError(
-            f'{batch} rows for {len(tasks)} levels: expected a row for each; raise the batch or '
-            f'name fewer levels'
+            f'{batch} rows for {len(tasks)} levels: expected a row for each; raise '
+            f'config.actors.batch or name fewer levels'
         )
     if importlib.util.find_spec('deepmind_lab') is None:
         raise UserError('deepmind_lab is not installed, and pip has none; docs/dmlab.md builds it')

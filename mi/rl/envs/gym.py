@@ -168,7 +168,7 @@ def make_vizdoom(suite: str, *, batch: int, seed: int = 0, asynchronous: bool = 
     if batch < len(tasks):
         raise UserError(
             f'{batch} rows for the {len(tasks)} tasks of vizdoom: expected a row for each; raise '
-            f'the batch or name fewer tasks'
+            f'config.actors.batch or name fewer tasks'
         )
     buttons: dict[str, None] = {}
     for task in tasks:

@@ -5,6 +5,7 @@ A new episode starts one step later (see `spec`): EnvPool ignores the action aft
 observation, and answers it with the first observation of the next episode and reward 0.
 """
 
+import os
 import queue
 import threading
 import time
@@ -154,31 +155,60 @@ class Pools:
         self._goal = goal
         self._timeout = timeout
         self._last = np.zeros(self.batch, bool)
+        self._idle = np.zeros(self.batch, bool)
+        self._seen: Any = None  # EnvPool's observation of all rows
         # EnvPool can only wait for ever: so a thread does that can be left behind.
-        self._asked: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._asked: queue.SimpleQueue[list[Callable[[], Any]] | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=self._wait, daemon=True).start()
 
     def reset(self) -> Step:
-        answers = self._ask('reset')
+        answers = self._ask('reset', range(len(self._pools)))
         zero, no = np.zeros(self.batch, np.float32), np.zeros(self.batch, bool)
-        self._last = no
-        seen = _joined([observation for observation, _ in answers])
-        return Step(self._observe(seen, ~no), zero, zero + 1, ~no, no, no)
+        self._last, self._idle = no, no
+        self._seen = _joined([observation for observation, _ in answers])
+        return Step(self._observe(~no), zero, zero + 1, ~no, no, no)
+
+    def skip(self, rows: np.ndarray) -> None:
+        """As in `SkipsRows`; EnvPool steps the rows that it is given."""
+        self._idle = np.array(rows)
 
     def send(self, actions: np.ndarray) -> None:
         actions = np.asarray(actions, np.int32)
-        for pool, part in zip(self._pools, np.split(actions, self._ends), strict=True):
-            pool.send(part)
+        parts = zip(
+            self._pools,
+            np.split(actions, self._ends),
+            np.split(self._idle, self._ends),
+            strict=True,
+        )
+        for pool, part, idle in parts:
+            if not idle.any():
+                pool.send(part)
+            elif not idle.all():
+                pool.send(part[~idle], np.flatnonzero(~idle).astype(np.int32))
 
     def recv(self) -> Step:
         """Raises UserError if a pool does not answer within the timeout."""
-        parts = zip(*self._ask('recv'), strict=True)
-        seen, reward, terminated, truncated = (_joined(part) for part in list(parts)[:4])
-        first, last = self._last, terminated | truncated
+        idle = np.split(self._idle, self._ends)
+        playing = [i for i, rows in enumerate(idle) if not rows.all()]
+        parts = [part[:5] for part in self._ask('recv', playing)]
+        seen, *step, info = (list(part) for part in zip(*parts, strict=True))
+        reward, terminated, truncated = (_joined(part) for part in step)
+        if self._idle.any():
+            starts = np.concatenate([[0], self._ends])
+            rows = np.concatenate(
+                [starts[i] + part['env_id'] for i, part in zip(playing, info, strict=True)]
+            )
+            self._seen = _replaced(self._seen, _joined(seen), rows)
+            reward, terminated, truncated = (
+                _spread(part, rows, self.batch) for part in (reward, terminated, truncated)
+            )
+        else:
+            self._seen = _joined(seen)
+        first, last = self._last & ~self._idle, terminated | truncated
         self._last = last
         return Step(
-            observation=self._observe(seen, first),
+            observation=self._observe(first),
             reward=reward.astype(np.float32),
             discount=np.where(terminated & ~truncated, 0, 1).astype(np.float32),
             is_first=first,
@@ -191,21 +221,22 @@ class Pools:
         for pool in self._pools:
             pool.close()
 
-    def _observe(self, seen: Any, first: np.ndarray) -> Observation:
-        return {**self._read(seen, first), 'task': self._task}
+    def _observe(self, first: np.ndarray) -> Observation:
+        return {**self._read(self._seen, first), 'task': self._task}
 
-    def _ask(self, method: str) -> list[Any]:
-        """What the method of each pool returns; the pools work at the same time."""
-        self._asked.put(method)
+    def _ask(self, method: str, pools: Iterable[int]) -> list[Any]:
+        """What the method of each of these pools returns; the pools work at the same time."""
+        self._asked.put([getattr(self._pools[i], method) for i in pools])
         deadline = time.monotonic() + self._timeout
         answers: list[Any] = []
-        for task in self.spec.tasks:
+        for task in (self.spec.tasks[i] for i in pools):
             try:
                 answer = self._answers.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 raise UserError(
                     f'{self.spec.name}/{task} did not answer in {self._timeout:g} s: expected a '
-                    f'step of its {self.batch} rows; raise timeout, or run with fewer rows'
+                    f'step of its {self.batch} rows; raise config.env.options.timeout, or run with '
+                    f'fewer rows'
                 ) from None
             if isinstance(answer, Exception):
                 raise answer
@@ -213,12 +244,46 @@ class Pools:
         return answers
 
     def _wait(self) -> None:
-        while (method := self._asked.get()) is not None:
-            for pool in self._pools:
+        while (methods := self._asked.get()) is not None:
+            for method in methods:
                 try:
-                    self._answers.put(getattr(pool, method)())
+                    self._answers.put(method())
                 except Exception as error:
                     self._answers.put(error)
+
+
+def babyai_levels(suite: str) -> tuple[str, ...]:
+    """Return the levels of a suite of `make_babyai`.
+
+    Raises:
+      UserError: on an unknown word, or if envpool is not installed.
+    """
+    known = _babyai_ids()
+    levels: list[str] = []
+    for word in (suite or 'all').split(','):
+        starts = BABYAI_SUITES.get(word, ())
+        levels += (
+            [word] if word in known else [level for level in known if level.startswith(starts)]
+        )
+        if word not in known and word not in BABYAI_SUITES:
+            raise UserError(f'babyai/{word} is unknown; {nearest(word, (*BABYAI_SUITES, *known))}')
+    return tuple(dict.fromkeys(levels))
+
+
+def _babyai_ids() -> dict[str, str]:
+    """Level → EnvPool's id."""
+    names = _envpool().list_all_envs()
+    return {name[7:-3]: name for name in names if name.startswith('BabyAI-')}
+
+
+def atari_games(suite: str) -> tuple[str, ...]:
+    """Return the games of a suite of `make_atari`; an unknown one raises UserError."""
+    return _games('atari', suite, ATARI)
+
+
+def procgen_games(suite: str) -> tuple[str, ...]:
+    """Return the games of a suite of `make_procgen`; an unknown one raises UserError."""
+    return _procgen(suite)[1]
 
 
 def make_babyai(
@@ -242,22 +307,14 @@ def make_babyai(
         'all'.
       batch: B, at least one row for each level.
       seed: of row 0; row i has seed + i.
-      threads: in all, at least one for each level; 0 for one for each row.
+      threads: in all, at least one for each level; 0 for as many as there are cores.
       timeout: most seconds of a step.
       length: most words of an instruction; 0 for what the levels' grammar needs.
 
     Raises:
       UserError: on an unknown word, too few rows, or if envpool is not installed.
     """
-    envpool = _envpool()
-    ids = {name[7:-3]: name for name in envpool.list_all_envs() if name.startswith('BabyAI-')}
-    levels: list[str] = []
-    for word in (suite or 'all').split(','):
-        starts = BABYAI_SUITES.get(word, ())
-        levels += [word] if word in ids else [level for level in ids if level.startswith(starts)]
-        if word not in ids and word not in BABYAI_SUITES:
-            raise UserError(f'babyai/{word} is unknown; {nearest(word, (*BABYAI_SUITES, *ids))}')
-    tasks = tuple(dict.fromkeys(levels))
+    ids, tasks = _babyai_ids(), babyai_levels(suite)
     clauses = any(task.startswith(BABYAI_SEQUENCES) for task in tasks)
     length = length or (text.BABYAI_LENGTH if clauses else text.BABYAI_CLAUSE)
     tokens = text.babyai(length)
@@ -319,7 +376,7 @@ def make_atari(
     Raises:
       UserError: on an unknown game, too few rows, or if envpool is not installed.
     """
-    games = _games('atari', suite, ATARI)
+    games = atari_games(suite)
     several = len(games) > 1
     options = {
         'frame_skip': 4,
@@ -343,6 +400,7 @@ def make_atari(
         random=tuple(ATARI[game][0] for game in games),
         reference=tuple(ATARI[game][1] for game in games),
         sources='random and human scores of Wang et al. (2016), from dqn_zoo; no sticky actions',
+        has_success=False,
         episode=ATARI_STEPS,
     )
     pools = _pools(spec, ids, batch, seed, threads, **options)
@@ -369,13 +427,7 @@ def make_procgen(
     Raises:
       UserError: on an unknown word, too few rows, or if envpool or Qt 5 is not installed.
     """
-    split, _, names = (suite or 'train').partition('/')
-    if split not in ('train', 'test'):
-        raise UserError(
-            f'procgen/{suite} is unknown; {nearest(split, ("train", "test"))}, each with games '
-            f"behind it if not all are wanted, as 'procgen/train/Coinrun,Maze'"
-        )
-    games = _games('procgen', names, PROCGEN)
+    split, games = _procgen(suite)
     spec = Spec(
         name='procgen',
         observation={
@@ -387,6 +439,7 @@ def make_procgen(
         random=tuple(PROCGEN[game][0] for game in games),
         reference=tuple(PROCGEN[game][1] for game in games),
         sources='R_min and R_max of the easy mode, Cobbe et al. (2020), from public code',
+        has_success=False,
         episode=6000,  # of Bigfish; 1000 of most
     )
     try:
@@ -414,6 +467,17 @@ def _envpool() -> Any:
     return envpool
 
 
+def _procgen(suite: str) -> tuple[str, tuple[str, ...]]:
+    """'train' or 'test', and the games of a suite."""
+    split, _, names = (suite or 'train').partition('/')
+    if split not in ('train', 'test'):
+        raise UserError(
+            f'procgen/{suite} is unknown; {nearest(split, ("train", "test"))}, each with games '
+            f"behind it if not all are wanted, as 'procgen/train/Coinrun,Maze'"
+        )
+    return split, _games('procgen', names, PROCGEN)
+
+
 def _games(name: str, words: str, known: Iterable[str]) -> tuple[str, ...]:
     if words in ('', 'all'):
         return tuple(known)
@@ -431,10 +495,11 @@ def _pools(
     if batch < len(ids):
         raise UserError(
             f'{batch} rows for the {len(ids)} tasks of {spec.name}: expected a row for each; raise '
-            f'the batch or name fewer tasks'
+            f'config.actors.batch or name fewer tasks'
         )
     envpool = _envpool()
     pools, row = [], 0
+    threads = threads or min(batch, len(os.sched_getaffinity(0)))
     for i, name in enumerate(ids):
         rows = batch // len(ids) + (i < batch % len(ids))
         pool = envpool.make(
@@ -442,7 +507,7 @@ def _pools(
             env_type='gymnasium',
             num_envs=rows,
             batch_size=rows,
-            num_threads=max(1, threads * rows // batch) if threads else rows,
+            num_threads=max(1, threads * rows // batch),
             seed=seed + row,
             **options,
         )
@@ -454,6 +519,22 @@ def _pools(
 def _channels_last(seen: np.ndarray, first: np.ndarray) -> Observation:
     del first
     return {'pixels': np.ascontiguousarray(np.moveaxis(seen, 1, -1))}
+
+
+def _replaced(whole: Any, part: Any, rows: np.ndarray) -> Any:
+    """An observation of all rows, with new values of some."""
+    if isinstance(whole, dict):
+        return {name: _replaced(whole[name], part[name], rows) for name in whole}
+    whole = whole.copy()  # the step before keeps its own
+    whole[rows] = part
+    return whole
+
+
+def _spread(part: np.ndarray, rows: np.ndarray, batch: int) -> np.ndarray:
+    """The values of some rows, [B], and 0 of the others."""
+    whole = np.zeros(batch, part.dtype)
+    whole[rows] = part
+    return whole
 
 
 def _joined(parts: Sequence[Any]) -> Any:

@@ -44,6 +44,8 @@ class Spec:
       vocabulary: number of tokens of 'instruction', padding included; 0 if there is none.
       words: of the tokens 1, 2, …; empty where they are not known.
       episode: most steps of an episode.
+      has_success: whether `Step.success` says anything; False where the environment has no goal, so
+        that its success is unknown, not 0.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Spec:
     vocabulary: int = 0
     words: tuple[str, ...] = ()
     episode: int = 0
+    has_success: bool = True
 
 
 class Step(NamedTuple):
@@ -110,3 +113,14 @@ class HostEnvironment(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class SkipsRows(HostEnvironment, Protocol):
+    """A `HostEnvironment` that can leave rows alone: evaluation steps those that still play."""
+
+    def skip(self, rows: np.ndarray) -> None:
+        """Leave the rows, bool [B], alone until `reset`, from the next `send` on.
+
+        What `recv` says of them is their last observation, reward 0 and discount 1.
+        """
+        ...

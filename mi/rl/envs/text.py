@@ -51,7 +51,7 @@ class Tokenizer:
             if len(words) > self.length:
                 raise UserError(
                     f'the instruction {text!r} has {len(words)} words, expected at most '
-                    f'{self.length}; raise the environment option length'
+                    f'{self.length}; raise config.env.options.length'
                 )
             tokens = np.zeros(self.length, np.int32)
             tokens[: len(words)] = [self.number(word) for word in words]
