@@ -57,6 +57,7 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     loss.baseline_cost = 0.5
     loss.reward_clip = 'none'  # none, unit, paper, code
     loss.popart = 0.01  # step of the statistics, published with 3e-4 for longer runs; 0 for none
+    loss.popart_order = 'gradient_first'  # gradient_first, statistics_first
 
     config.train = train = ml_collections.ConfigDict()
     train.topology = 'fused'  # fused, threads, ray

@@ -1,13 +1,14 @@
 """Learning: one update from trajectories, the same for every topology.
 
-    V-trace targets  →  loss in the units of PopArt  →  optimiser  →  PopArt statistics
+    gradient_first    V-trace targets → loss in units of PopArt → optimiser → PopArt statistics
+    statistics_first  V-trace targets → PopArt statistics → loss in units of PopArt → optimiser
 
-The statistics move after the gradient step, with the targets of this batch, and the values' gain
-and shift are rescaled with them, so that no output changes by it.
+The statistics move with the targets of this batch, and the values' gain and shift are rescaled with
+them, so that no output changes by it. Which comes first is `Hyperparameters.popart_order`.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import optax
@@ -15,7 +16,10 @@ from jax import Array
 
 from mi.rl import loss, popart
 from mi.rl.actor import Trajectory
-from mi.rl.networks import Agent, forward
+from mi.rl.networks import Agent, Outputs, forward
+
+PopArtOrder = Literal['gradient_first', 'statistics_first']
+POPART_ORDERS = get_args(PopArtOrder)
 
 
 class Hyperparameters(NamedTuple):
@@ -27,6 +31,9 @@ class Hyperparameters(NamedTuple):
       entropy_cost, baseline_cost: weights beside the policy gradient.
       reward_clip: a word of `mi.rl.loss.clip_reward`.
       popart: β, the step of the statistics; 0 for plain values.
+      popart_order: whether the loss is in the units before or after the update of the statistics.
+        With 'statistics_first' a normalized error is bounded by the targets of its own batch, as
+        for Hessel et al. (2019).
     """
 
     discount: float = 0.99
@@ -37,6 +44,7 @@ class Hyperparameters(NamedTuple):
     baseline_cost: float = 0.5
     reward_clip: str = 'none'
     popart: float = 3e-4
+    popart_order: PopArtOrder = 'gradient_first'
 
 
 class State(NamedTuple):
@@ -67,12 +75,10 @@ def update(
     reward_t = loss.clip_reward(inputs.reward[1:], h.reward_clip)
     T = reward_t.shape[0]
 
-    def objective(params: Any) -> tuple[Array, loss.Terms]:
-        _, outputs = forward(agent, params, trajectory.carry, inputs)
-
+    def objective(outputs: Outputs, statistics: popart.Statistics) -> tuple[Array, loss.Terms]:
         one = functools.partial(
             loss.impala,
-            statistics=state.statistics,
+            statistics=statistics,
             lambda_=h.lambda_,
             rho_clip=h.rho_clip,
             c_clip=h.c_clip,
@@ -90,14 +96,44 @@ def update(
         total = terms.policy + h.baseline_cost * terms.baseline - h.entropy_cost * terms.entropy
         return total.mean(), terms
 
-    (total, terms), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
-    step, opt_state = optimiser.update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, step)
-    statistics = state.statistics
-    if h.popart > 0:
-        statistics = popart.update(statistics, terms.targets, task[:-1], trajectory.valid, h.popart)
-        gain, shift = popart.preserve(params['gain'], params['shift'], state.statistics, statistics)
-        params = params | {'gain': gain, 'shift': shift}
+    def run_agent(params: Any) -> Outputs:
+        return forward(agent, params, trajectory.carry, inputs)[1]
+
+    def move_statistics(targets: Array) -> popart.Statistics:
+        valid = trajectory.valid
+        return popart.update(state.statistics, targets, task[:-1], valid, h.popart)
+
+    def preserve_values(params: Any, statistics: popart.Statistics) -> Any:
+        scale = params['gain'], params['shift']
+        gain, shift = popart.preserve(*scale, state.statistics, statistics)
+        return params | {'gain': gain, 'shift': shift}
+
+    params, statistics = state.params, state.statistics
+    outputs, pull_back = jax.vjp(run_agent, params)
+    if h.popart > 0 and h.popart_order == 'statistics_first':
+        targets = objective(outputs, statistics)[1].targets
+        statistics = move_statistics(targets)
+        params = preserve_values(params, statistics)
+
+        def moved_objective(outputs: Outputs) -> tuple[Array, loss.Terms]:
+            value = popart.rescale(outputs.value, task, state.statistics, statistics)
+            return objective(outputs._replace(value=value), statistics)
+
+        (total, terms), grad_outputs = jax.value_and_grad(moved_objective, has_aux=True)(outputs)
+        (gradient,) = pull_back(grad_outputs)
+        # The chain rule went through the old gain and shift; in the new ones a unit is σ' / σ.
+        ratio = popart.sigma(statistics) / popart.sigma(state.statistics)
+        gradient |= {name: ratio * gradient[name] for name in ('gain', 'shift')}
+    else:
+        (total, terms), grad_outputs = jax.value_and_grad(objective, has_aux=True)(
+            outputs, statistics
+        )
+        (gradient,) = pull_back(grad_outputs)
+    step, opt_state = optimiser.update(gradient, state.opt_state, params)
+    params = optax.apply_updates(params, step)
+    if h.popart > 0 and h.popart_order == 'gradient_first':
+        statistics = move_statistics(terms.targets)
+        params = preserve_values(params, statistics)
     measured = {
         'loss': total / T,
         'policy': terms.policy.mean() / T,

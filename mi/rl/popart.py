@@ -3,6 +3,9 @@
 van Hasselt et al., Learning values across many orders of magnitude, 2016; for many tasks: Hessel
 et al., Multi-task Deep Reinforcement Learning with PopArt, 2019. Pure functions; a value v of a
 task is n in its units, v = σ n + μ.
+
+The moments are corrected for their start as Adam's are (Kingma and Ba, 2015), which the papers do
+not do: with β = 3e-4 the units would else be those of the start for thousands of updates.
 """
 
 from typing import NamedTuple
@@ -12,22 +15,28 @@ import jax.numpy as jnp
 from jax import Array
 
 LOWEST, HIGHEST = 1e-4, 1e6  # of σ, as published
+LARGEST_TARGET = 1e3 * HIGHEST  # magnitude up to which a target moves the moments
 
 
 class Statistics(NamedTuple):
-    """Mean and variance of each task's targets, [tasks] f32.
+    """Moments of each task's targets, corrected for their start.
 
     The variance is ν − μ² of the published second moment ν. It is kept itself, because in f32 that
     difference is lost where μ is some hundred times σ.
+
+    Attributes:
+      mu, variance: [tasks] f32.
+      updates: [tasks] int32, those in which the task had targets.
     """
 
     mu: Array
     variance: Array
+    updates: Array
 
 
 def init(tasks: int) -> Statistics:
-    """μ = 0 and σ = 1: units of one."""
-    return Statistics(jnp.zeros(tasks), jnp.ones(tasks))
+    """Return units of one, μ = 0 and σ = 1, which the first targets replace."""
+    return Statistics(jnp.zeros(tasks), jnp.ones(tasks), jnp.zeros(tasks, jnp.int32))
 
 
 def sigma(statistics: Statistics) -> Array:
@@ -48,15 +57,21 @@ def unnormalise(statistics: Statistics, values: Array, task: Array) -> Array:
 def update(
     statistics: Statistics, targets: Array, task: Array, weight: Array, beta: float = 3e-4
 ) -> Statistics:
-    """Moves the moments of each task by β towards those of its targets.
+    """Move the moments of each task towards those of its targets.
 
-        μ ← (1 − β) μ + β mean(v),   ν ← (1 − β) ν + β mean(v²)
+        μ ← (1 − β_k) μ + β_k mean(v),   ν ← (1 − β_k) ν + β_k mean(v²),   β_k = β / (1 − (1 − β)^k)
 
-    The second is the same as: variance ← (1 − β) variance + β mean(d²) − β² mean(d)², d = v − μ,
-    without that difference.
+    k counts the updates in which the task had targets. These are the published moving averages, of
+    step β from zero, divided by 1 − (1 − β)^k: β_1 = 1, so that nothing is left of μ = 0 and σ = 1.
+
+    The second is the same as: variance ← (1 − β_k) variance + β_k var(v) + β_k (1 − β_k) (mean(v) −
+    μ)², without the difference ν − μ².
 
     The *means* over a task's targets are used once an update: a step for each target, or their sum,
     diverges at the batches of an actor-learner. A task without targets keeps its moments.
+
+    The moments stay finite under any target: one beyond ±`LARGEST_TARGET` counts as that, and sets
+    σ to its upper bound. A larger μ would leave the values, σ n + μ, no digits.
 
     Args:
       targets: [...], in the units of the rewards.
@@ -64,19 +79,38 @@ def update(
       weight: [...], 1 or True for what counts, 0 for what does not.
       beta: β, the step.
     """
+    mu, variance, updates = statistics
     task, weight = task.ravel(), weight.astype(jnp.float32).ravel()
-    mu, variance = statistics
-    distance = targets.ravel() - mu[task]
+    targets = jnp.where(weight > 0, targets.ravel(), 0)
+    bounded = jnp.clip(targets, -LARGEST_TARGET, LARGEST_TARGET)
 
     def total(values: Array) -> Array:
         return jax.ops.segment_sum(weight * values, task, num_segments=len(mu))
 
-    count = total(jnp.ones_like(distance))
-    some = jnp.maximum(count, 1)
-    step = jnp.where(count > 0, beta, 0)
-    move = step * total(distance) / some
-    spread = total(distance**2) / some
-    return Statistics(mu + move, variance + step * (spread - variance) - move**2)
+    number = total(jnp.ones_like(targets))
+    is_present, divisor = number > 0, jnp.maximum(number, 1)
+    updates = updates + is_present
+
+    # −expm1(k log1p(−β)) is 1 − (1 − β)^k with all its digits. The first step is 1 and not nearly:
+    # of σ = 1 a rounding error would be more than some tasks' σ.
+    correction = -jnp.expm1(jnp.maximum(updates, 1) * jnp.log1p(-jnp.float32(beta)))
+    step = jnp.where(updates == 1, 1, jnp.minimum(beta / correction, 1))
+    step = jnp.where(is_present, step, 0)
+
+    # Two passes: in one, the first update would lose the digits of σ where μ is far from 0.
+    distance = bounded - mu[task]
+    mean = total(distance) / divisor
+    within = total((distance - mean[task]) ** 2) / divisor
+    variance = (1 - step) * variance + step * within + step * (1 - step) * mean**2
+    is_beyond = total((bounded != targets).astype(jnp.float32)) > 0
+    variance = jnp.where(is_beyond, HIGHEST**2, jnp.minimum(variance, HIGHEST**2))
+    return Statistics(mu + step * mean, variance, updates)
+
+
+def rescale(values: Array, task: Array, old: Statistics, new: Statistics) -> Array:
+    """Return normalized values in the units of new statistics: (σ n + μ − μ') / σ'."""
+    offset = (old.mu - new.mu)[task]
+    return (sigma(old)[task] * values + offset) / sigma(new)[task]
 
 
 def preserve(gain: Array, shift: Array, old: Statistics, new: Statistics) -> tuple[Array, Array]:

@@ -25,7 +25,9 @@ def drawn(seed=0):
         'reward_t': rng.normal(size=T).astype('f'),
         'discount_t': np.array([0.9, 0.9, 0.9, 0, 0.9, 0.9, 0.9], 'f'),
         'valid_t': np.arange(T) != 1,
-        'statistics': popart.Statistics(np.array([0.4, -2], 'f'), np.array([0.25, 9], 'f')),
+        'statistics': popart.Statistics(
+            np.array([0.4, -2], 'f'), np.array([0.25, 9], 'f'), np.ones(2, 'i')
+        ),
     }
 
 
@@ -44,7 +46,8 @@ def by_hand(a, lambda_=1.0, rho_clip=1.0, c_clip=1.0):
     logits, value, reward, discount = (
         np.asarray(a[name], np.float64) for name in ('logits', 'value', 'reward_t', 'discount_t')
     )
-    mean, variance = (np.asarray(s, np.float64)[a['task']] for s in a['statistics'])
+    mu, variance, _ = a['statistics']
+    mean, variance = (np.asarray(s, np.float64)[a['task']] for s in (mu, variance))
     sigma, valid = np.sqrt(variance), a['valid_t'].astype(float)
     pi = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     taken = np.eye(A)[a['action_t']]
@@ -95,10 +98,10 @@ def test_its_terms_and_each_gradient_are_those_of_the_closed_form(options):
 
 def test_rewards_and_statistics_scaled_alike_leave_the_gradients_as_they_are():
     a = drawn()
-    mu, variance = a['statistics']
+    mu, variance, updates = a['statistics']
     scaled = a | {
         'reward_t': 50 * a['reward_t'],
-        'statistics': popart.Statistics(50 * mu, 2500 * variance),
+        'statistics': popart.Statistics(50 * mu, 2500 * variance, updates),
     }
     _, expected = terms_and_gradients(a, {})
     _, got = terms_and_gradients(scaled, {})
