@@ -10,7 +10,7 @@ import pathlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from launch import progress, state
+from launch import restarts, state
 from mi.run import PREEMPTED
 
 Commands = dict[pathlib.Path, list[str]]  # run directory → what runs it
@@ -48,18 +48,18 @@ class Attempts:
     def ended(self, path: pathlib.Path, code: int) -> tuple[str, bool, str]:
         """How it stands, whether it is to be started again, and what there is to say of it.
 
-        One that is preempted twice without getting further has failed; see `launch.progress`.
+        One that is preempted twice without getting further has failed; see `launch.restarts`.
         """
         if code == 0 or state.done(path):
             return 'stopped' if (path / state.STOPPED).exists() else 'done', False, ''
-        is_stuck = code == PREEMPTED and not progress.starts_again(path)
+        is_stuck = code == PREEMPTED and not restarts.starts_again(path)
         if code == PREEMPTED and not is_stuck:
             return 'preempted', True, ''
         self._failures[path] += 1
         again = self._failures[path] <= self._retries
         last = state.last_line(path / 'log.txt') or 'no output'
         if is_stuck:
-            last = progress.reason(path)
+            last = restarts.reason(path)
         how = f'killed by signal {-code}' if code < 0 else f'exit code {code}'
         said = f'{path.name} failed{", starting it again" * again}: {how}: {last}'
         return 'died' if code < 0 else 'failed', again, f'{said} ({path / "log.txt"})'

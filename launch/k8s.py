@@ -11,7 +11,7 @@ sweep directory on it; launch this where the same path is there, so that finishe
 skipped and `launch.status` works. With --tpu, --gpus is how many chips each host has.
 
 A pod that is evicted or preempted, or that ends with 143 because it saved, is started again as long
-as it gets further each time (`launch.progress`, which the containers run); one that fails, as often
+as it gets further each time (`launch.restarts`, which the containers run); one that fails, as often
 as --retries says. All processes of a member are started again together, and go on from what they
 saved.
 
@@ -32,7 +32,7 @@ from typing import Any
 import yaml
 from absl import flags
 
-from launch import progress, state
+from launch import restarts, state
 from launch.engine import QUEUED, Commands, Resources, States
 from mi.config import UserError
 from mi.run import PREEMPTED
@@ -67,7 +67,7 @@ def jobset(
 ) -> dict[str, Any]:
     """The JobSet of one member: one job of as many pods as it has processes."""
     name = dns_name(path.parent.name, path.name, *failure(path))
-    words = ['python', '-m', 'launch.progress', str(path), '--', 'python', *command[1:]]
+    words = ['python', '-m', 'launch.restarts', str(path), '--', 'python', *command[1:]]
     if resources.processes > 1:
         # Kubernetes puts the variable in; the first pod's name is known before it is there.
         where = f'{name}-run-0-0.{name}:{PORT}'
@@ -148,7 +148,7 @@ def failure(path: pathlib.Path) -> list[str]:
     if state.read(path).word not in ('failed', 'died'):
         return []
     status = state.status(path)
-    left = [progress.failures(path), *(status.get(key) for key in ('pid', 'host', 'updated'))]
+    left = [restarts.failures(path), *(status.get(key) for key in ('pid', 'host', 'updated'))]
     return [json.dumps(left)]
 
 

@@ -4,12 +4,17 @@ import pathlib
 import shlex
 from collections.abc import Sequence
 
+import ml_collections
 import rich.console
 import rich.markup
 import rich.table
 
-from launch import state, sweep
-from mi import costs
+from launch import metric_names, state, sweep
+from mi import costs, progress
+from mi.config import flat
+from mi.fit import setup as fit
+from mi.lm import setup as lm
+from mi.rl import setup as rl
 
 
 def show(members: Sequence[sweep.Member], workdir: pathlib.Path, pace: float | None = None) -> None:
@@ -20,7 +25,7 @@ def show(members: Sequence[sweep.Member], workdir: pathlib.Path, pace: float | N
       workdir: where it has run, or would.
       pace: FLOP/s of one member; None for those of the members that have run.
     """
-    told = [costs.of_config(sweep.parsed(m.command)) for m in members]
+    told = count_costs([sweep.parsed(m.command) for m in members])
     totals = [c['steps'] * c['seeds'] * c['flops'] if 'flops' in c else None for c in told]
     pace = pace or measured(members, told, workdir)
     table = rich.table.Table(box=None, title=f'{len(members)} members')
@@ -46,6 +51,48 @@ def show(members: Sequence[sweep.Member], workdir: pathlib.Path, pace: float | N
     for member in members:
         print(f'{member.name}: {shlex.join(member.command)}')
     print(f'all of it: {sum(known):.3g} FLOPs in products, training alone{hours}')
+
+
+def count_costs(configs: Sequence[ml_collections.ConfigDict]) -> list[costs.Costs]:
+    """What a run of each config costs; those that differ in rates and seeds alone are traced once.
+
+    Raises:
+      UserError: on a config that cannot work.
+    """
+    traced: dict[str, costs.Costs] = {}
+    found = []
+    for config in progress.counted(configs, 'counting FLOPs', len(configs), 'members'):
+        validate(config)
+        key = _shapes(config)
+        if key not in traced:
+            traced[key] = costs.of_config(config)
+        own = {'steps': metric_names.steps(config), 'seeds': len(config.seeds)}
+        found.append(traced[key] | own)
+    return found
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Refuses a config that cannot work, without tracing anything."""
+    if config.task in VALIDATE:
+        VALIDATE[config.task](config)
+
+
+VALIDATE = {'lm': lm.validate, 'rl': rl.validate, 'fit': fit.validate, 'search': fit.validate}
+# Sections whose numbers with a decimal point have no part in shapes, but in whether they are 0.
+RATES = ('optim', 'loss', 'dropout', 'dynamic', 'sample')
+WHEN = ('steps', 'log_every', 'eval_every', 'save_every', 'keep')  # of the section train
+
+
+def _shapes(config: ml_collections.ConfigDict) -> str:
+    """What the FLOPs of a step depend on, in words."""
+    values = {}
+    for key, value in flat(config.to_dict()).items():
+        section, _, name = key.partition('.')
+        if key in ('seeds', 'tracker') or (section == 'train' and name in WHEN):
+            continue
+        is_rate = section in RATES and isinstance(value, float)
+        values[key] = bool(value) if is_rate or key == 'optim.warmup_steps' else value
+    return repr(sorted(values.items()))
 
 
 def measured(

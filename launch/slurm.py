@@ -9,7 +9,7 @@ the queue. The repository and the sweep directory have to be where the nodes see
 same path. What is submitted is written to WORKDIR/slurm/sweep.sh and has nothing hidden in it.
 
 A job that runs out of its time is warned, saves, and goes back to the queue, as long as it gets
-further each time (`launch.progress`); one that Slurm preempts, requeues, or loses with its node
+further each time (`launch.restarts`); one that Slurm preempts, requeues, or loses with its node
 saves if it can, and Slurm queues it again. All go on from what they saved, to the same bits.
 `scancel` ends a job for good.
 """
@@ -52,7 +52,7 @@ WAIT = flags.DEFINE_bool('wait', False, 'Wait until no member is in the queue, t
 # the processes too, when Slurm requeues or cancels the job, and what becomes of it is Slurm's then.
 # A signal ends `wait` early, so that it is called until the step is gone. The lock is the one that
 # launch.process holds for a run of this machine. A job that is warned before its run can save ends
-# like one that has saved: launch.progress tells whether it got further and goes back to the queue.
+# like one that has saved: launch.restarts tells whether it got further and goes back to the queue.
 RUN = """\
 mkdir -p "$path"
 exec 9>>"$path/launched"
@@ -73,7 +73,7 @@ for attempt in $(seq 0 {retries}); do
     if [[ $code == 0 || $code == {preempted} ]]; then break; fi
 done
 if [[ -n $expired && $code == {preempted} ]]; then
-    {progress} "$path" >>"$path/log.txt" 2>&1 || exit 1
+    {restarts} "$path" >>"$path/log.txt" 2>&1 || exit 1
     exec scontrol requeue "$job"
 fi
 exit $code
@@ -173,7 +173,7 @@ def script(commands: Commands, resources: Resources, options: Options, folder: p
         retries=resources.retries,
         srun=shlex.join(each),
         preempted=PREEMPTED,
-        progress=shlex.join([sys.executable, '-m', 'launch.progress']),
+        restarts=shlex.join([sys.executable, '-m', 'launch.restarts']),
     )
     return '\n'.join(lines) + '\n' + run
 

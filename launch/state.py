@@ -17,7 +17,7 @@ import rich.console
 import rich.markup
 import rich.table
 
-from launch import progress
+from launch import restarts
 from mi.config import UserError
 from mi.files import clock, held, read_json, whole_lines
 
@@ -114,7 +114,7 @@ class _Run:
             word, reason = 'running', ''
         elif (path / STOPPED).exists():
             word, reason = 'stopped', str(written(path / STOPPED).get('reason', ''))
-        elif word in ('preempted', 'waiting', 'running') and (why := progress.reason(path)):
+        elif word in ('preempted', 'waiting', 'running') and (why := restarts.reason(path)):
             word, reason = 'failed', why
         elif word == 'waiting' and last_line(path / 'log.txt'):  # refused before it had begun
             word, reason = 'failed', last_line(path / 'log.txt')
@@ -415,6 +415,7 @@ def count(record: Mapping[str, Any], key: str) -> int:
     return record[key] if isinstance(record.get(key), int) else 0
 
 
+REASON = 80  # characters of a reason where there is little room
 # What a person who looks wants to see first.
 ORDER = ('running', 'failed', 'died', 'preempted', 'queued', 'waiting', 'stopped', 'done')
 
@@ -425,7 +426,7 @@ def table(title: str, states: Mapping[str, State], most: int | None = None) -> r
     Args:
       title: what stands above it, before the counts.
       states: label → state.
-      most: lines; None for all. The last one says what is not shown.
+      most: lines, of which long reasons are cut; None for all. The last one says what is not shown.
     """
     place = {word: i for i, word in enumerate(ORDER)}
     lines = sorted(states.items(), key=lambda item: place.get(item[1].word, len(ORDER)))
@@ -436,7 +437,10 @@ def table(title: str, states: Mapping[str, State], most: int | None = None) -> r
         right = name in ('step', 'rate', 'left')
         grid.add_column(name, justify='right' if right else 'left', overflow='fold')
     for label, state in shown:
-        grid.add_row(*(rich.markup.escape(cell) for cell in cells(label, state)))
+        texts = cells(label, state)
+        if most is not None and len(state.reason) > REASON:
+            texts = *texts[:-1], f'{state.reason[:REASON]}…'
+        grid.add_row(*map(rich.markup.escape, texts))
     if hidden := [state for _, state in lines[len(shown) :]]:
         grid.caption = f'and {len(hidden)} more: {_counts(hidden)}'
         grid.caption_justify = 'left'

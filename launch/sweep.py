@@ -31,6 +31,7 @@ from launch import metric_names, state
 from mi.config import UserError, difference, flat, nearest, one_line
 from mi.files import held
 from mi.overrides import parsed as parsed_arguments
+from mi.progress import counted
 from mi.run import write_json
 
 WATCHING = ('local', 'ray', 'pbt')  # engines that queue no member elsewhere, out of their sight
@@ -357,7 +358,8 @@ def _checked_curves(
       UserError: if a member will not record METRIC in SPLIT, or not in CURVES.
     """
     finder, found = metric_names.Finder(module.METRIC), []
-    for name, config in configs.items():
+    what = 'looking up what the members record'
+    for name, config in counted(configs.items(), what, len(configs), 'members'):
         try:
             splits = finder.splits(config)
         except UserError:  # a config that cannot work: the member itself will say why

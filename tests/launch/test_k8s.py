@@ -126,7 +126,7 @@ def test_the_pods_of_a_member_are_told_where_the_first_of_them_listens():
     manifest = k8s.manifests(COMMANDS, GPUS, PODS)[0]
     job, container = only(manifest)
     *words, last = container['command']
-    around = ['python', '-m', 'launch.progress', str(PATHS[0]), '--']
+    around = ['python', '-m', 'launch.restarts', str(PATHS[0]), '--']
     assert words == [*around, 'python', *COMMANDS[PATHS[0]][1:]]
     assert job['template']['spec']['completions'] == job['template']['spec']['parallelism'] == 2
     # JobSet names a pod JOBSET-JOB-INDEX-POD, in the subdomain of the network.

@@ -222,6 +222,49 @@ def test_a_dry_run_tells_what_members_cost_and_hours_by_the_rate_of_those_that_r
     assert hours in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_members_that_differ_in_rates_and_seeds_alone_are_traced_once(monkeypatch):
+    """And what is shown of each is what it costs by itself."""
+    of_config, traced = costs.of_config, []
+    monkeypatch.setattr(costs, 'of_config', lambda c: (traced.append(c), of_config(c))[1])
+    widths = sweep.zip_(**{'model.width': [8, 16], 'problem.dimension': [3, 4]})
+    rates = {'optim.learning_rate': [0.1, 0.2], 'seeds': [(0,), (1, 2)], 'train.steps': [5, 7]}
+    arguments = [
+        ['--config=configs/expressivity.py:fit', *(f'--config.{k}={v}' for k, v in m.items())]
+        for m in sweep.product(widths, **rates)
+    ]
+    told = plan.count_costs([sweep.parsed(a) for a in arguments])
+    assert len(told) == 16 and len(traced) == 2
+    assert told == [of_config(sweep.parsed(a)) for a in arguments]
+    assert [(t['steps'], t['seeds']) for t in told[:4]] == [(5, 1), (7, 1), (5, 2), (7, 2)]
+    for key, value in (('learning_rate', -1.0), ('clip_norm', -1.0)):  # known shapes, bad rate
+        bad = sweep.parsed([*arguments[0], f'--config.optim.{key}={value}'])
+        with pytest.raises(UserError, match=f'optim.{key} = {value}'):
+            plan.count_costs([sweep.parsed(arguments[0]), bad])
+
+
+@pytest.mark.parametrize(
+    'config, key, values, traces',
+    [
+        ('configs/lm.py:tiny', 'optim.learning_rate', [0.1, 0.2], 1),
+        ('configs/lm.py:tiny', 'dropout.layer', [0.1, 0.2], 1),
+        ('configs/lm.py:tiny', 'dropout.layer', [0.1, 0.0], 2),
+        ('configs/lm.py:tiny', 'model.hidden', [24, 32], 2),
+        ('configs/lm.py:tiny', 'model.fusion.name', ['mi', 'film'], 2),
+        ('configs/lm.py:tiny', 'train.batch', [2, 4], 2),
+        ('configs/lm.py:tiny', 'optim.name', ['adam', 'sgd'], 2),
+        ('configs/rl.py:tiny,env=catch', 'loss.entropy_cost', [0.1, 0.2], 1),
+        ('configs/rl.py:tiny,env=catch', 'model.sites', ["('input',)", '()'], 2),
+    ],
+)
+def test_only_what_shapes_do_not_depend_on_is_left_out(monkeypatch, config, key, values, traces):
+    traced = []
+    monkeypatch.setattr(costs, 'of_config', lambda config: traced.append(config) or {})
+    monkeypatch.setattr(plan, 'validate', lambda config: None)
+    arguments = [[f'--config={config}', f'--config.{key}={value}'] for value in values]
+    plan.count_costs([sweep.parsed(a) for a in arguments])
+    assert len(traced) == traces
+
+
 def counting(path, **options):
     """A command that counts to --steps in a run directory; see tests/launch/member.py."""
     flags = [f'--{name}={value}' for name, value in options.items()]
@@ -366,6 +409,40 @@ def test_what_goes_wrong_in_a_sweep_file_is_one_line(tmp_path, text, said):
     with pytest.raises(UserError, match=re.escape(said)) as error:
         sweep.load(file, tmp_path / 'runs')
     assert '\n' not in str(error.value)
+
+
+def test_members_whose_names_would_be_the_same_are_told_apart(tmp_path):
+    """As text that differs in what no file name has, or keys that end alike."""
+    sources = ['a/b', 'a_b', 'a/b/c', 'ä' * 300 + '/', 'ä' * 300 + '_']
+    members = sweep.load(write(tmp_path, sweep.product(**{'data.source': sources})), tmp_path / 'r')
+    names = [m.name for m in members]
+    assert names[:3] == ['source=a_b', 'data.source=a_b', 'source=a_b_c']
+    assert len(set(names)) == 5 and all(len(name.encode()) <= 255 for name in names)
+    assert [m.label for m in members] == sources
+    assert [m.command[-1] for m in members] == [f'--workdir={tmp_path / "r" / n}' for n in names]
+    longer = sweep.product(
+        **{'data.source': [*sources, 'b', 'a_b/c']}
+    )  # the first keep their names
+    assert [m.name for m in sweep.load(write(tmp_path, longer), tmp_path / 'r')][:5] == names
+
+    sections = [{'optim.name': 'mi'}, {'model.fusion.name': 'mi'}, {'data.source': 'x_y'}]
+    alike = [
+        {'eval.batch': 8},
+        {'train.batch': 8},
+        {'train.batch': 8, 'eval.length': 16},
+        {'train.batch': 8, 'train.length': 16},
+    ]
+    names = [m.name for m in sweep._members(alike, 'c.py', tmp_path, None)]
+    assert names == [
+        'batch=8', 'train.batch=8', 'batch=8,length=16', 'train.batch=8,train.length=16',
+    ]  # fmt: skip
+    assert len({m.name for m in sweep._members(sections, 'c.py', tmp_path, None)}) == 3
+    thrice = [{'data.source': source} for source in ('a/b', 'a_b', 'a/_b', 'a_/b', 'a//b')]
+    names = [m.name for m in sweep._members(thrice, 'c.py', tmp_path, None)]
+    assert len(set(names)) == 5
+    for same in ({'data.source': 1}, {'data.source': '1'}), ({'seeds': (0,)}, {'seeds': (0,)}):
+        with pytest.raises(UserError, match='two members of the sweep have the same overrides'):
+            sweep._members(list(same), 'c.py', tmp_path, None)
 
 
 def test_numbers_of_numpy_are_those_of_python(tmp_path):

@@ -5,8 +5,8 @@ A run that is stopped before it can save, as in a job whose time is too short, e
 well, and would be started again without end. So whoever takes 143 for a clean stop asks here first:
 `launch.engine` in its own process, the batch script of Slurm and the containers of Kubernetes by
 
-    python -m launch.progress RUN_DIR                 exit code 0 if it is started again, else 1
-    python -m launch.progress RUN_DIR -- COMMAND …    runs the command; 143 only if it got further
+    python -m launch.restarts RUN_DIR                 exit code 0 if it is started again, else 1
+    python -m launch.restarts RUN_DIR -- COMMAND …    runs the command; 143 only if it got further
 
 What is decided is noted in the run directory, so that it holds whichever engine comes next, and
 `launch.status` shows it. Of the standard library alone: it has to start within a moment, on a node
@@ -139,9 +139,9 @@ def _read(file: pathlib.Path) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """What `python -m launch.progress` does; its exit code."""
+    """What `python -m launch.restarts` does; its exit code."""
     if not arguments or (len(arguments) > 1 and (arguments[1] != '--' or len(arguments) == 2)):
-        print('usage: python -m launch.progress RUN_DIR [-- COMMAND …]', file=sys.stderr)
+        print('usage: python -m launch.restarts RUN_DIR [-- COMMAND …]', file=sys.stderr)
         return 2
     run_dir, command = pathlib.Path(arguments[0]), arguments[2:]
     if command:

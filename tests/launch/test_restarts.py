@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from launch import engine, k8s, progress, slurm, state
+from launch import engine, k8s, restarts, slurm, state
 from mi.config import UserError
 
 ONE = engine.Resources()
@@ -21,24 +21,24 @@ def save(path, step):
 
 
 def test_a_run_starts_again_as_long_as_it_has_saved_more(tmp_path):
-    assert progress.starts_again(tmp_path)  # the first time there is nothing to compare with
-    assert not progress.starts_again(tmp_path) and not progress.starts_again(tmp_path)
+    assert restarts.starts_again(tmp_path)  # the first time there is nothing to compare with
+    assert not restarts.starts_again(tmp_path) and not restarts.starts_again(tmp_path)
     for step in (10, 20):
         save(tmp_path, step)
-        assert progress.starts_again(tmp_path) and progress.reason(tmp_path) == ''
-        assert not progress.starts_again(tmp_path)
+        assert restarts.starts_again(tmp_path) and restarts.reason(tmp_path) == ''
+        assert not restarts.starts_again(tmp_path)
         said = f'stopped twice at step {step}, without getting further'
-        assert progress.reason(tmp_path) == said
+        assert restarts.reason(tmp_path) == said
     (tmp_path / 'checkpoints/00000030.damaged').mkdir()  # nothing that a run goes on from
-    assert not progress.starts_again(tmp_path)
+    assert not restarts.starts_again(tmp_path)
     (tmp_path / 'status.json').write_text('{"state": "running", "step": 25}')  # no word of saving
-    assert not progress.starts_again(tmp_path)
+    assert not restarts.starts_again(tmp_path)
     (tmp_path / 'status.json').write_text('{"state": "preempted", "step": 25}')
-    assert progress.starts_again(tmp_path)
+    assert restarts.starts_again(tmp_path)
     (tmp_path / 'probes.json').write_text('{"3": {}}')  # a search, within a step
-    assert progress.starts_again(tmp_path) and not progress.starts_again(tmp_path)
-    (tmp_path / progress.NOTE).write_text('{"saved": ')  # a power failure: as if it were the first
-    assert progress.starts_again(tmp_path)
+    assert restarts.starts_again(tmp_path) and not restarts.starts_again(tmp_path)
+    (tmp_path / restarts.NOTE).write_text('{"saved": ')  # a power failure: as if it were the first
+    assert restarts.starts_again(tmp_path)
 
 
 def test_what_holds_in_one_launcher_holds_in_the_next(tmp_path):
@@ -99,7 +99,7 @@ def test_a_job_that_is_warned_before_it_can_save_goes_back_once(tmp_path):
 def test_a_second_job_of_a_member_that_runs_starts_nothing(tmp_path):
     path = tmp_path / 'runs/member'
     path.mkdir(parents=True)
-    hold = subprocess.Popen(['flock', str(path / 'launched'), 'sleep', '60'])
+    hold = subprocess.Popen(['flock', '--no-fork', str(path / 'launched'), 'sleep', '60'])
     try:
         deadline = time.monotonic() + 60
         while state.read(path).word != 'running':
@@ -198,7 +198,7 @@ def test_members_that_run_are_left_out_of_the_manifest(tmp_path, capsys, monkeyp
     runs, waits = tmp_path / 'runs', tmp_path / 'waits'
     runs.mkdir()
     commands = {path: ['python', f'--workdir={path}'] for path in (runs, waits)}
-    held = subprocess.Popen(['flock', str(runs / 'lock'), 'sleep', '60'])
+    held = subprocess.Popen(['flock', '--no-fork', str(runs / 'lock'), 'sleep', '60'])
     try:
         deadline = time.monotonic() + 60
         while state.read(runs).word != 'running':
@@ -219,7 +219,7 @@ def test_a_signal_to_the_first_process_of_a_container_reaches_the_run(tmp_path):
     program = f'trap \'{save}\' TERM; touch "$0/ready"; while true; do sleep 0.05; done'
     path = tmp_path / 'member'
     path.mkdir()
-    command = [sys.executable, '-m', 'launch.progress', str(path), '--']
+    command = [sys.executable, '-m', 'launch.restarts', str(path), '--']
     for expected in 143, 1:  # the second saves no more than the first
         (path / 'ready').unlink(missing_ok=True)
         words = [*command, 'bash', '-c', program, str(path)]

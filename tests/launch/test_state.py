@@ -1,0 +1,227 @@
+"""How a sweep looks from outside: what is read of it, how often, and what is shown first."""
+
+import io
+import itertools
+import json
+import os
+import pathlib
+import subprocess
+import time
+
+import pytest
+import rich.console
+
+from launch import local, state
+from mi.files import held
+
+
+def record(step, split='train', **values):
+    return json.dumps({'step': step, 'seed': 0, 'split': split, **values}) + '\n'
+
+
+def make(path, word, step=0, **metric):
+    path.mkdir(parents=True)
+    told = {'state': word, 'step': step, 'reason': 'no disk' if word == 'failed' else None}
+    (path / 'status.json').write_text(json.dumps(told))
+    (path / 'cost.json').write_text('{"steps": 100}')
+    timing = {'step': step, 'seconds': 1.0, 'steps_per_second': 3.0}
+    (path / 'timing.jsonl').write_text(json.dumps(timing) + '\n')
+    (path / 'metrics.jsonl').write_text(record(step, **metric) if metric else '')
+
+
+class Held:
+    """The lock of a run, in another process as a run has it."""
+
+    def __init__(self, lock):
+        self._process = subprocess.Popen(['flock', '--no-fork', str(lock), 'sleep', '600'])
+        deadline = time.monotonic() + 60
+        while not (lock.exists() and held(lock)):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self._process.kill()
+        self._process.wait()
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The files that are opened, by name, as long as the test runs."""
+    found = []
+
+    def counting(function):
+        def opens(file, *args, **options):
+            found.append(pathlib.Path(os.fspath(file)).name)
+            return function(file, *args, **options)
+
+        return opens
+
+    monkeypatch.setattr(io, 'open', counting(io.open))  # pathlib's
+    monkeypatch.setattr('builtins.open', counting(open))
+    return found
+
+
+def test_what_has_not_changed_is_not_read_again(tmp_path, opened):
+    """1,000 members of which one runs: the looks after the first read what it has added."""
+    finished = [tmp_path / f'done {i}' for i in range(200)]
+    for path in finished:
+        make(path, 'done', 100, loss=0.5)
+    waiting = [tmp_path / f'waiting {i}' for i in range(799)]
+    path = tmp_path / 'runs'
+    make(path, 'running', 10, loss=2.0)
+    reader, paths = state.Reader('loss'), [*finished, *waiting, path]
+    with Held(path / 'lock'):
+        opened.clear()
+        first = {p: reader.read(p) for p in paths}
+        assert len(opened) > 4 * len(finished)  # they were read, once
+        for _ in range(3):
+            opened.clear()
+            assert {p: reader.read(p) for p in paths} == first
+            assert opened == ['lock']  # to see whether it still runs
+        with open(path / 'metrics.jsonl', 'a') as file:
+            file.write(record(20, loss=1.0) + '{"step": 30')
+        (path / 'timing.jsonl').write_text('{"step": 20, "seconds": 2.0, "steps_per_second": 5}\n')
+        opened.clear()
+        now = reader.read(path)
+        assert (now.word, now.step, now.metric) == ('running', 20, 'loss 1 (train)')
+        assert sorted(opened) == ['lock', 'metrics.jsonl', 'timing.jsonl']
+        assert now == state.read(path, 'loss')
+    (path / 'status.json').write_text('{"state": "done", "step": 100}')
+    assert reader.read(path).word == 'done'
+    opened.clear()
+    assert reader.read(path).word == 'done' and opened == []
+
+
+def test_a_member_that_is_started_again_is_seen(tmp_path):
+    """Only one that is done, or was stopped for good, stays so."""
+    reader, path = state.Reader(), tmp_path / 'a'
+    assert reader.read(path).word == 'waiting'
+    for word in ('failed', 'preempted'):
+        if path.exists():
+            (path / 'status.json').write_text(json.dumps({'state': word, 'step': 7}))
+        else:
+            make(path, word)
+        assert reader.read(path).word == word
+        with Held(path / 'launched'):
+            assert reader.read(path).word == 'running'
+        assert reader.read(path).word == word
+    (path / 'status.json').write_text('{"state": "running"}')
+    assert reader.read(path).word == 'died'
+    (path / state.STOPPED).write_text('{"reason": "behind"}')
+    assert reader.read(path)[0::6] == ('stopped', 'behind')
+
+
+def test_records_that_a_checkpoint_takes_back_are_forgotten(tmp_path):
+    """Of a run that goes on from step 10, what it had recorded after that is cut off."""
+    path = tmp_path / 'a'
+    make(path, 'preempted', 10, loss=2.0)
+    reader, curve = state.Reader('loss'), state.Curve(path, 'loss', 'train')
+    before = (path / 'metrics.jsonl').read_text()
+    for step, loss in ((20, 1.0), (30, 0.5)):
+        with open(path / 'metrics.jsonl', 'a') as file:
+            file.write(record(step, loss=loss))
+    assert reader.read(path).metric == 'loss 0.5 (train)' and curve.read() == {
+        10: 2,
+        20: 1,
+        30: 0.5,
+    }
+    (path / 'metrics.jsonl').write_text(before)
+    assert reader.read(path).metric == 'loss 2 (train)' and curve.read() == {10: 2}
+    (path / 'metrics.jsonl').unlink()
+    assert reader.read(path).metric == '' and curve.read() == {}
+
+
+def test_a_metric_is_the_mean_over_seeds_however_far_back_it_is(tmp_path):
+    path = tmp_path / 'a'
+    make(path, 'running')
+    reader = state.Reader('success')
+    evaluations = [
+        record(10, split, success=value)
+        for value in (0.25, 0.75)  # of each seed
+        for split in ('eval_greedy', 'eval')
+    ]
+    (path / 'metrics.jsonl').write_text(''.join(evaluations))
+    assert reader.read(path).metric == 'success 0.5 (eval)'
+    with open(path / 'metrics.jsonl', 'a') as file:
+        file.writelines(record(10 + i, loss=1.0, name='x' * 100) for i in range(1, 1000))
+    assert (path / 'metrics.jsonl').stat().st_size > state.TAIL
+    assert reader.read(path).metric == 'success 0.5 (eval)'
+
+
+def test_another_metric_is_never_shown_as_if_it_were_the_one(tmp_path):
+    """A typo in METRIC; and a run that has no value of it yet."""
+    path = tmp_path / 'a'
+    make(path, 'running', 10, nats=3.0)
+    died = state.read(path, 'bits').metric
+    assert died == 'no bits yet, nats 3 (train)'
+    (path / 'status.json').write_text('{"state": "done", "step": 100}')
+    assert state.read(path, 'bits').metric == 'no bits, nats 3 (train)'
+    assert state.read(path).metric == 'nats 3 (train)'
+    with open(path / 'metrics.jsonl', 'a') as file:
+        file.write(record(20, 'valid', bits=None, nats=2.0))
+    assert state.read(path, 'bits').metric == 'no bits, nats 2 (valid)'
+
+
+STATES = {f'arm={i}': state.State('done', 100, 100) for i in range(290)}
+STATES |= {f'arm={i}': state.State('waiting') for i in range(290, 297)}
+STATES['arm=297'] = state.State('failed', 3, 100, reason='ValueError: no disk ' + 'and so on ' * 20)
+STATES['arm=298'] = state.State('running', 7, 100, '1,200 tokens/s', 75.0, 'loss 1.25 (train)')
+STATES['arm=299'] = state.State('died', 9, 100, reason='its process is gone')
+
+
+def rendered(width, height, states):
+    console = rich.console.Console(
+        file=io.StringIO(), width=width, height=height, force_terminal=True, color_system=None
+    )
+    console.print(state.Table('2.0 min', states), end='')
+    return console.file.getvalue().splitlines()
+
+
+@pytest.mark.parametrize('width, height', [(80, 24), (200, 24), (80, 12), (60, 40), (120, 400)])
+def test_running_and_failed_members_are_on_the_screen_whatever_its_height(width, height):
+    lines = rendered(width, height, STATES)
+    text = ' '.join(' '.join(lines).split())
+    assert len(lines) <= height
+    assert '1 running, 1 failed, 1 died, 7 waiting, 290 done' in text
+    names = [line.split()[0] for line in lines if line.strip().startswith('arm=')]
+    assert names[:3] == ['arm=298', 'arm=297', 'arm=299'][: len(names)] and len(names) >= 2
+    assert len(set(names)) == len(names)
+    if len(names) < len(STATES):
+        more = len(STATES) - len(names)
+        assert f'and {more} more: ' in text and text.endswith('done')
+        assert height - len(lines) <= 3  # it is used
+    else:
+        assert height == 400 and ' more: ' not in text
+
+
+def test_a_table_that_fits_is_shown_as_it_is():
+    states = dict(list(STATES.items())[-3:])
+    lines = rendered(200, 50, states)
+    assert [line.split()[0] for line in lines if ' arm=' in line] == [
+        'arm=298',
+        'arm=297',
+        'arm=299',
+    ]
+    assert ' more: ' not in ' '.join(lines)
+    assert rendered(200, 1, states)  # a screen without room still has the counts
+
+
+def test_the_more_a_look_takes_the_fewer_there_are(tmp_path, monkeypatch):
+    """A twentieth of the time at most, by a clock that a look moves on by 3 seconds."""
+    now, looks = [0.0], []
+    monkeypatch.setattr(local.time, 'monotonic', lambda: now[0])
+    path = tmp_path / 'a'
+    watch = local.Watch([path])
+
+    def rule(paths):
+        looks.append(now[0])
+        now[0] += 3.0
+
+    for _ in range(2000):
+        watch.update(rule)
+        now[0] += 0.2
+    assert len(looks) == pytest.approx(now[0] / 63, abs=2)
+    assert min(b - a for a, b in itertools.pairwise(looks)) >= 60.0
