@@ -56,7 +56,11 @@ setuptools.setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     python_requires='>=3.11,<3.14',
-    packages=setuptools.find_packages(include=['mi', 'mi.*']),
+    # Own configs import configs.lm, own sweeps launch.sweep, from whatever directory they are in.
+    packages=[
+        *setuptools.find_packages(include=['mi', 'mi.*', 'launch', 'configs']),
+        'experiments',
+    ],
     package_data={'mi': ['py.typed', 'data/*.xz', 'report/page.*']},
     install_requires=RUN,
     extras_require=EXTRAS,

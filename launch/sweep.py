@@ -30,10 +30,12 @@ import numpy as np
 from launch import metric_names, state
 from mi.config import UserError, difference, flat, nearest, one_line
 from mi.files import held
+from mi.overrides import find_file
 from mi.overrides import parsed as parsed_arguments
 from mi.progress import counted
 from mi.run import write_json
 
+EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
 WATCHING = ('local', 'ray', 'pbt')  # engines that queue no member elsewhere, out of their sight
 
 
@@ -214,9 +216,13 @@ def report(file: str, workdir: pathlib.Path) -> None:
 
 
 def _module(file: str) -> types.ModuleType:
-    path = pathlib.Path(file).absolute()
+    path = pathlib.Path(find_file(file, 'experiments')).absolute()
     if not path.is_file():
-        raise UserError(f'--sweep={file}: no such file; the sweeps are in experiments/')
+        ours = sorted(p.stem for p in EXPERIMENTS.glob('*.py'))
+        raise UserError(
+            f'--sweep={file}: no such file; expected one of your own or experiments/NAME.py; '
+            f'{nearest(path.stem, ours)}'
+        )
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -236,7 +242,7 @@ def _in_one_line(file: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # it is the user's program: anything may
-        path = str(pathlib.Path(file).absolute())  # as `_module` has it
+        path = str(pathlib.Path(find_file(file, 'experiments')).absolute())  # as `_module` has it
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == path]
         said = one_line(error)

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import ml_collections
 from absl import flags
 
-from mi.config import UserError, flat, one_line
+from mi.config import UserError, flat, nearest, one_line
 
+CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 FLAG = re.compile(r'--?(?P<no>no)?config\.(?P<key>[^=]*)(?:=(?P<text>.*))?', re.DOTALL)
 WORD = re.compile(r'[\w./:+-]+')  # an entry of a tuple that needs no quotes
 EXPECTED = {bool: 'True or False', int: 'an integer', float: 'a number'}
@@ -190,12 +191,29 @@ def _unknown(config: ml_collections.ConfigDict, key: str) -> str:
     return f'config.{key} is unknown; the keys of {where} are {", ".join(sorted(section))}'
 
 
+def find_file(path: str, folder: str) -> str:
+    """Return the path of a file of ours, such as configs/lm.py, from whatever directory.
+
+    Args:
+      path: as it is given; one that exists is that.
+      folder: that comes with the package and is looked in where there is no such file.
+    """
+    ours = pathlib.Path(__file__).parents[1] / path
+    is_ours = pathlib.Path(path).parts[:1] == (folder,) and ours.is_file()
+    return str(ours) if is_ours and not pathlib.Path(path).is_file() else path
+
+
 def _get_config(file: str) -> ml_collections.ConfigDict:
     path, colon, argument = file.partition(':')
+    path = find_file(path, 'configs')
     if not pathlib.Path(path).is_file() or not path.endswith('.py'):
         what = 'a directory' if pathlib.Path(path).is_dir() else 'no such file'
         what = 'not a Python file' if pathlib.Path(path).is_file() else what
-        raise UserError(f'--config={file}: {what}; expected FILE.py or FILE.py:ARGUMENT')
+        ours = sorted(p.stem for p in CONFIGS.glob('*.py') if p.stem != '__init__')
+        raise UserError(
+            f'--config={file}: {what}; expected FILE.py or FILE.py:ARGUMENT, of your own or '
+            f'configs/NAME.py; {nearest(pathlib.Path(path).stem, ours)}'
+        )
     module = _module(path)
     try:
         module.__spec__.loader.exec_module(module)  # type: ignore[union-attr]

@@ -17,6 +17,8 @@ import rich.console
 from launch import engine, local, plan, process, state, sweep
 from mi import costs
 from mi.config import UserError
+from mi.overrides import find_file
+from tests.conftest import ROOT
 
 MEMBER = str(pathlib.Path(__file__).with_name('member.py'))
 ONE = engine.Resources()
@@ -409,6 +411,81 @@ def test_what_goes_wrong_in_a_sweep_file_is_one_line(tmp_path, text, said):
     with pytest.raises(UserError, match=re.escape(said)) as error:
         sweep.load(file, tmp_path / 'runs')
     assert '\n' not in str(error.value)
+
+
+OWN_CONFIG = """
+from configs import lm
+from mi.fusion import FUSIONS
+FUSIONS['mine'] = FUSIONS['film']
+def get_config(arg='tiny'):
+    config = lm.get_config(arg)
+    config.model.fusion.name = 'mine'
+    return config
+"""
+
+
+def elsewhere(folder, *command):
+    """What a command says in a directory of one's own, where the package is installed."""
+    done = subprocess.run(
+        [sys.executable, '-m', *command],
+        cwd=folder,
+        env=os.environ | {'PYTHONPATH': str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_distribution_has_what_own_configs_and_sweeps_import():
+    """Built by setuptools itself, of which only the list of packages is looked at."""
+    made = subprocess.run(
+        [sys.executable, '-c', LISTS_PACKAGES], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert {'mi', 'mi.lm', 'launch', 'configs', 'experiments'} <= set(made.stdout.split())
+    assert 'tests' not in made.stdout.split()
+
+
+LISTS_PACKAGES = """
+import setuptools
+setuptools.setup = lambda **told: print(*told['packages'], sep='\\n')
+exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py'})
+"""
+
+
+@pytest.mark.slow
+def test_own_configs_and_sweeps_and_ours_work_from_another_directory(tmp_path):
+    (tmp_path / 'mine.py').write_text(OWN_CONFIG)
+    overrides = [{'model.site': 'encoder'}]
+    text = SWEEP.format(baseline=None, overrides=overrides).replace('configs/lm.py:tiny', 'mine.py')
+    (tmp_path / 'my_sweep.py').write_text(text)
+    dry = ['launch.local', '--workdir=runs', '--dry_run']
+    code, said = elsewhere(tmp_path, *dry, '--sweep=my_sweep.py')
+    assert code == 0 and 'all of it' in said
+    main = ['mi.main', '--workdir=run', '--config.optim.learning_rate=-1']
+    code, said = elsewhere(tmp_path, *main, '--config=configs/lm.py:tiny')
+    assert code == 1 and 'config.optim.learning_rate = -1' in said  # it was read
+
+
+def test_the_sweeps_and_configs_of_the_package_are_found_from_another_directory(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    members = sweep.load('experiments/quickstart.py', tmp_path / 'runs', dry=True)
+    assert '--config=configs/lm.py:quickstart' in members[0].command
+    with pytest.raises(UserError, match="no such file; .* did you mean 'quickstart'"):
+        sweep.load('experiments/quickstrat.py', tmp_path / 'runs')
+    with pytest.raises(UserError, match="no such file; expected .* did you mean 'lm'"):
+        sweep.parsed(['--config=configs/lmm.py:tiny'])
+
+
+def test_a_file_of_ones_own_comes_before_one_of_ours(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_file('configs/lm.py', 'configs') == str(ROOT / 'configs/lm.py')
+    assert find_file('configs/none.py', 'configs') == 'configs/none.py'
+    assert find_file('launch/sweep.py', 'configs') == 'launch/sweep.py'
+    (tmp_path / 'configs').mkdir()
+    (tmp_path / 'configs/lm.py').write_text('')
+    assert find_file('configs/lm.py', 'configs') == 'configs/lm.py'
 
 
 def test_members_whose_names_would_be_the_same_are_told_apart(tmp_path):
