@@ -472,9 +472,9 @@ def test_the_sweeps_and_configs_of_the_package_are_found_from_another_directory(
     monkeypatch.chdir(tmp_path)
     members = sweep.load('experiments/quickstart.py', tmp_path / 'runs', dry=True)
     assert '--config=configs/lm.py:quickstart' in members[0].command
-    with pytest.raises(UserError, match="no such file; .* did you mean 'quickstart'"):
+    with pytest.raises(UserError, match=r"no such file; .* did you mean 'quickstart'"):
         sweep.load('experiments/quickstrat.py', tmp_path / 'runs')
-    with pytest.raises(UserError, match="no such file; expected .* did you mean 'lm'"):
+    with pytest.raises(UserError, match=r"no such file; expected .* did you mean 'lm'"):
         sweep.parsed(['--config=configs/lmm.py:tiny'])
 
 
