@@ -15,7 +15,7 @@ import pathlib
 
 import rich.console
 
-from mi.report import arms, draws, files, html, plots, runs, tables
+from mi.report import arms, draws, files, html, latex, plots, runs, tables, terminal
 
 
 def write(
@@ -40,7 +40,7 @@ def write(
         'report.html': html.page(sweep, rows, notes),
         'table.csv': tables.to_csv(sweep, rows),
         'table.md': tables.to_markdown(sweep, rows),
-        'table.tex': tables.to_latex(sweep, rows),
+        'table.tex': latex.to_latex(sweep, rows),
     }
     if any(row.tasks for row in rows):
         texts['tasks.csv'] = tables.tasks_to_csv(rows)
@@ -57,10 +57,8 @@ def write(
 
 
 def _say(sweep: runs.Sweep, rows: list[arms.Row], remarks: list[str]) -> None:
-    console = rich.console.Console(soft_wrap=False)
-    if not console.is_terminal:
-        console.width = 160
-    console.print(tables.to_terminal(sweep, rows))
+    console = terminal.console()
+    terminal.show(console, tables.cells(sweep, rows), sweep.title, 'report.html and table.csv')
     for note in tables.notes(sweep, rows):
         console.print(note, markup=False, highlight=False)
     warn = rich.console.Console(stderr=True, soft_wrap=True)

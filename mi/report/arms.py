@@ -186,7 +186,7 @@ def against(
         pairs = [[a.final(name, sweep.split) for a in (arm, reference)] for name in names]
         gaps = np.array([[ours[s] - theirs[s] for ours, theirs in pairs] for s in seeds])
         over_runs = statistics.over_runs(gaps, statistics.mean)
-        return over_runs, statistics.sign_flips(gaps.ravel())
+        return over_runs, statistics.sign_flips(gaps)
     gaps = np.array([final[seed] - baseline[seed] for seed in seeds])
     return statistics.difference(final, baseline, arm.label), statistics.sign_flips(gaps)
 

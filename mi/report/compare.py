@@ -8,14 +8,12 @@ import dataclasses
 import os
 import pathlib
 
-import rich.console
-
 from mi.config import UserError, flat
-from mi.report import arms, files, runs, statistics, tables
+from mi.report import arms, files, runs, statistics, tables, terminal
 from mi.report.arms import Row
 from mi.report.runs import Arm, Sweep
 from mi.report.statistics import Estimate, Test
-from mi.report.tables import Cell
+from mi.report.tables import Cell, Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,19 +61,18 @@ def compare(
                 f'{one!r}; compare sweeps that measure the same'
             )
     found = pairs(before, after)
-    header, body = _cells(after, found)
+    table = _cells(after, found)
     said = _notes(before, after, found)
     folder = after.path / 'report' if out is None else pathlib.Path(out)
     title = f'{before.path} → {after.path}'
-    table = tables.markdown([str(cell) for cell in header], [list(map(str, line)) for line in body])
+    lines = [[str(cell) for cell in line] for line in (table.header, *table.body)]
     text = '\n'.join(f'- {tables.escaped(note)}' for note in said)
     file = folder / 'compare.md'
     with files.written_to(folder):
-        file.write_text(f'### {tables.escaped(title)}\n\n{table}\n\n{text}\n', encoding='utf-8')
-    console = rich.console.Console(soft_wrap=False)
-    if not console.is_terminal:
-        console.width = 160
-    console.print(tables.terminal(title, header, body))
+        written = f'{tables.markdown(lines[0], lines[1:])}\n\n{text}'
+        file.write_text(f'### {tables.escaped(title)}\n\n{written}\n', encoding='utf-8')
+    console = terminal.console()
+    terminal.show(console, table, title, file.name)
     for note in said:
         console.print(note, markup=False, highlight=False)
     print(file)
@@ -120,7 +117,7 @@ def why_not(pair: Pair) -> str:
     return 'no seed in common' if pair.difference is None else 'one seed in common'
 
 
-def _cells(sweep: Sweep, found: list[Pair]) -> tuple[list[Cell], list[list[Cell]]]:
+def _cells(sweep: Sweep, found: list[Pair]) -> Table:
     arrow = '↓' if sweep.lower_is_better else '↑'
     metric = f'{tables.words(sweep.metric)} {arrow}'
     header = [Cell('arm'), Cell(metric, 'baseline'), Cell(metric, 'candidate')]
@@ -128,6 +125,7 @@ def _cells(sweep: Sweep, found: list[Pair]) -> tuple[list[Cell], list[list[Cell]
     header += [Cell('difference', '[95 %]'), Cell('p', 'Holm' if holm else '')]
     header += [Cell('parameters', '×'), Cell(f'FLOPs per {sweep.unit}', '×')]
     header += [Cell('train seconds', '×'), Cell('verdict')]
+    columns = ['arm', 'baseline', 'candidate', 'difference', 'p', 'parameters', 'flops', 'seconds']
     estimates = [
         [row.metric for pair in found if (row := getattr(pair, side)) is not None]
         for side in ('before', 'after')
@@ -146,7 +144,7 @@ def _cells(sweep: Sweep, found: list[Pair]) -> tuple[list[Cell], list[list[Cell]
         n = f'(n = {pair.difference.n})' if pair.difference else why_not(pair) or _why(pair)
         line.append(Cell(pair.verdict or tables.NONE, n))
         body.append(line)
-    return header, body
+    return Table([*columns, 'verdict'], header, body, set())
 
 
 def _cost(row: Row | None, what: str) -> float | None:
@@ -179,13 +177,8 @@ def _notes(before: Sweep, after: Sweep, found: list[Pair]) -> list[str]:
         'worse say that their interval excludes zero, equal that every seed has the same bits. × '
         f'is candidate over baseline. {statistics.CAUTION}'
     )
-    tests = [pair.test for pair in found if pair.test is not None]
-    if tests and not any(test.can_tell for test in tests):
-        said.append(
-            'Too few seeds to call any difference significant: '
-            f'{statistics.seeds_needed(len(tests))} are the fewest that can reach '
-            f'{statistics.ALPHA} for {len(tests)} {"arms" if len(tests) > 1 else "arm"}.'
-        )
+    if warning := statistics.too_few([pair.test for pair in found]):
+        said.append(warning)
     changes: dict[str, list[str]] = {}
     for pair in found:
         if pair.before and pair.after:

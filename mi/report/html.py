@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mi.config import flat
-from mi.report import plots, tables
+from mi.report import plots, statistics, tables
 from mi.report.arms import Row
 from mi.report.runs import Arm, Sweep
 from mi.report.statistics import Estimate
@@ -28,7 +28,7 @@ def page(sweep: Sweep, rows: list[Row], notes: list[str]) -> str:
     Args:
       notes: how the table is to be read, under it.
     """
-    warning = tables.too_few(rows)
+    warning = statistics.too_few([row.test for row in rows])
     parts = [
         f'<h1>{escape(sweep.title)}</h1>',
         f'<p>{escape(_sentence(sweep))}</p>',
@@ -128,10 +128,10 @@ def _sentence(sweep: Sweep) -> str:
 
 
 def _table(sweep: Sweep, rows: list[Row]) -> str:
-    header, body, best = tables.cells(sweep, rows)
+    names, header, body, best = tables.cells(sweep, rows)
     columns = list(zip(*body, strict=True))
     numeric = [any(cell.value is not None for cell in column) for column in columns]
-    word = [i == 0 or header[i].main in ('verdict', 'state') for i in range(len(header))]
+    word = [name in ('arm', 'verdict', 'state') for name in names]
     head = ''.join(
         f'<th scope="col"{_class("word", on=word[i])}>{_cell(cell)}</th>'
         for i, cell in enumerate(header)
@@ -142,7 +142,7 @@ def _table(sweep: Sweep, rows: list[Row]) -> str:
         for column, cell in enumerate(line[1:], 1):
             kind = ['word'] * word[column]
             can_tell = row.test is not None and row.test.can_tell
-            if cell.main == row.verdict and can_tell:
+            if names[column] == 'verdict' and can_tell:
                 kind += {'better': ['good'], 'worse': ['bad']}.get(cell.main, [])
             value = _value(cell.value) if numeric[column] else ''
             text = _cell(cell, bold=column == 1 and i in best)

@@ -69,33 +69,44 @@ function ordered(rows, column, sign) {
 
 // ---------------------------------------------------------------------------------------- scales
 
-/** About `count` round numbers in [low, high], and how they are written. */
-function ticks(low, high, count) {
+/** About `count` round numbers in [low, high], whole ones if `whole`, and how each is written. */
+function ticks(low, high, count, whole = false) {
   const rough = (high - low || Math.abs(high) || 1) / count, power = 10 ** Math.floor(Math.log10(rough));
-  const step = power * [1, 2, 2.5, 5, 10].find(x => x * power >= rough * 0.999);
+  const round = power * [1, 2, 2.5, 5, 10].find(x => x * power >= rough * 0.999);
+  const step = whole ? Math.max(1, Math.ceil(round - 1e-9)) : round;
   const values = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) values.push(i * step);
-  const digits = Math.max(0, -Math.floor(Math.log10(step) + 1e-9) + (step / power === 2.5));
-  return {values, word: v => Math.abs(v) >= 1e4 ? short(v) : minus(v.toFixed(digits))};
+  return {values, words: written(values)};
 }
 
-/** 1, 2, 5, 10, … in [low, high], both above 0. */
-function decades(low, high) {
-  const values = [];
-  for (let p = Math.floor(Math.log10(low)); p <= Math.log10(high); p++) {
-    values.push(...[1, 2, 5].map(x => x * 10 ** p).filter(v => v >= low * 0.999 && v <= high * 1.001));
+/** Powers of ten in [low, high], both above 0, with 2 and 5 between them where there is space. */
+function decades(low, high, count) {
+  const first = Math.floor(Math.log10(low) + 1e-9), last = Math.floor(Math.log10(high) + 1e-9);
+  const every = Math.max(1, Math.ceil((last - first + 1) / count)), values = [];
+  const between = 3 * (last - first) <= 2 * count ? [1, 2, 5] : [1];
+  for (let p = first; p <= last; p += every) {
+    values.push(...between.map(x => x * 10 ** p).filter(v => v >= low * 0.999 && v <= high * 1.001));
   }
-  return {values, word: short};
+  return {values, words: values.map(v => written([v])[0])};
+}
+
+/** Numbers with one unit, in as many digits as tell them apart: 429.5k, 430.0k. */
+function written(values) {
+  const sizes = values.filter(v => v !== 0).map(Math.abs);
+  if (!sizes.length) return values.map(String);
+  const units = [[1e12, 'T'], [1e9, 'G'], [1e6, 'M'], [1e3, 'k']];
+  const plain = values.length > 1 && Math.max(...sizes) < 1e4;
+  const [scale, unit] = plain ? [1, ''] : units.find(([size]) => Math.min(...sizes) >= size * 0.999) ?? [1, ''];
+  const scaled = values.map(v => v / scale), sorted = scaled.toSorted((a, b) => a - b);
+  const gaps = sorted.slice(1).map((v, i) => v - sorted[i]).filter(gap => gap > 0);
+  const allowed = gaps.length ? Math.min(...gaps) * 1e-3 : Math.max(...scaled.map(Math.abs)) * 5e-3;
+  let places = 0;
+  while (places < 15 && scaled.some(v => Math.abs(v - Number(v.toFixed(places))) > allowed)) places++;
+  return scaled.map(v => v === 0 ? '0' : minus(v.toFixed(places)) + unit);
 }
 
 function minus(text) {
   return text.replace('-', '−');
-}
-
-function short(value) {
-  const [scale, unit] = [[1e12, 'T'], [1e9, 'G'], [1e6, 'M'], [1e3, 'k'], [1, '']].find(
-    ([size]) => Math.abs(value) >= size) ?? [1, ''];
-  return minus(String(Number((value / scale).toPrecision(3)))) + unit;
 }
 
 function digits(low, high) {
@@ -111,18 +122,18 @@ function frame(box, width, height, of) {
   const y = of.y ? map(of.y[0], of.y[1], y0, y1) : null;
   const root = svg('svg', {viewBox: `0 0 ${width} ${height}`, 'aria-hidden': true});
   const count = Math.max(2, Math.floor((x1 - x0) / 75));
-  const along = of.log ? decades(...of.x) : ticks(...of.x, count);
-  for (const v of along.values) {
+  const along = of.log ? decades(...of.x, count) : ticks(...of.x, count, of.whole);
+  for (const [i, v] of along.values.entries()) {
     root.append(svg('line', {class: 'grid', x1: x(v), x2: x(v), y1: y0, y2: of.y ? y0 + 4 : y1}));
-    root.append(svg('text', {x: x(v), y: y0 + 17, 'text-anchor': 'middle'}, along.word(v)));
+    root.append(svg('text', {x: x(v), y: y0 + 17, 'text-anchor': 'middle'}, along.words[i]));
   }
   root.append(svg('line', {class: 'axis', x1: x0, x2: x1, y1: y0, y2: y0}));
   root.append(svg('text', {x: (x0 + x1) / 2, y: y0 + 35, 'text-anchor': 'middle'}, of.xlabel));
   if (of.y) {
     const up = ticks(...of.y, Math.max(2, Math.floor((y0 - y1) / 42)));
-    for (const v of up.values) {
+    for (const [i, v] of up.values.entries()) {
       root.append(svg('line', {class: 'grid', x1: x0, x2: x1, y1: y(v), y2: y(v)}));
-      root.append(svg('text', {x: x0 - 7, y: y(v) + 4, 'text-anchor': 'end'}, up.word(v)));
+      root.append(svg('text', {x: x0 - 7, y: y(v) + 4, 'text-anchor': 'end'}, up.words[i]));
     }
   }
   const id = `${box.id}-clip`;
@@ -145,6 +156,12 @@ function chart(id, draw) {
   }).observe(box);
 }
 
+/** A piece of an arm's line, for legends. */
+function swatch(arm) {
+  const line = svg('line', {x1: 0, x2: 24, y1: 5, y2: 5, stroke: arm.colour, 'stroke-width': 2.5, 'stroke-dasharray': arm.dash});
+  return svg('svg', {class: 'swatch', viewBox: '0 0 24 10', 'aria-hidden': true}, line);
+}
+
 function some() {
   return [...shown].sort((a, b) => a - b).map(i => ARMS[i]);
 }
@@ -155,7 +172,9 @@ function nothing(text) {
 
 function extent(values, margin) {
   const low = Math.min(...values), high = Math.max(...values);
-  const by = margin * (high - low) || 0.05 * Math.abs(high) || 1;
+  // Numbers that differ by rounding alone are equal: no step between them is one of their type.
+  const spread = high - low > 1e-9 * Math.max(Math.abs(low), Math.abs(high)) ? high - low : 0;
+  const by = margin * spread || 0.05 * Math.abs(high) || 1;
   return [low - by, high + by];
 }
 
@@ -174,7 +193,8 @@ function drawCurves(box, width) {
     mean.forEach((v, i) => { if (xs(arm)[i] >= half) ys.push(v, low?.[i] ?? v, high?.[i] ?? v); });
   }
   const f = frame(box, width, Math.min(440, Math.max(260, width * 0.42)), {
-    x: [0, last || 1], y: extent(ys, 0.06), xlabel: `training ${curves.over}`,
+    x: [0, last || 1], y: extent(ys, 0.06), whole: curves.over === 'steps',
+    xlabel: `training ${curves.over}`,
   });
   for (const arm of arms) {
     const {mean, low, high} = arm.curve, points = (of, order) => order.map(i => `${f.x(xs(arm)[i]).toFixed(1)},${f.y(of[i]).toFixed(1)}`);
@@ -210,9 +230,7 @@ function read(arms, xs, x, f, cursor, readout, width) {
   const lines = here.map(({arm, i}) => {
     const {mean, low, high} = arm.curve;
     const interval = low ? ` [${word(low[i])}, ${word(high[i])}]` : '';
-    const dot = html('span', {class: 'swatch'});
-    dot.style.background = arm.colour;
-    return html('div', {}, dot, `${word(mean[i])}${interval} ${arm.label}`);
+    return html('div', {}, swatch(arm), `${word(mean[i])}${interval} ${arm.label}`);
   });
   const at = f.x(xs(here[0].arm)[here[0].i]);
   const title = `${curves.over === 'steps' ? 'step' : 'second'} ${xs(here[0].arm)[here[0].i].toLocaleString('en')}`;
@@ -275,7 +293,7 @@ function drawPareto(box, width) {
   const costs = arms.map(arm => arm.costs[cost]), low = Math.min(...costs), high = Math.max(...costs);
   const log = high > 8 * low;
   const f = frame(box, width, Math.min(330, Math.max(250, width * 0.62)), {
-    x: log ? [low / 1.4, high * 1.6] : extent(costs, 0.2), log,
+    x: log ? [low / 1.4, high * 1.6] : extent(costs, 0.2), log, whole: cost !== 'seconds',
     y: extent(arms.flatMap(({final}) => [final.low ?? final.mean, final.high ?? final.mean]), 0.1),
     xlabel: `${DATA.costs[cost]}${log ? ', logarithmic' : ''}`,
   });
@@ -343,10 +361,8 @@ function drawHeat(table) {
 
 function legend(box) {
   const buttons = ARMS.map((arm, i) => {
-    const dot = html('span', {class: 'swatch'});
-    dot.style.background = arm.colour;
     const state = arm.state === 'done' ? '' : ` (${arm.state})`;
-    const button = html('button', {type: 'button', 'aria-pressed': true}, dot, arm.label + state);
+    const button = html('button', {type: 'button', 'aria-pressed': true}, swatch(arm), arm.label + state);
     button.addEventListener('click', () => show(i, !shown.has(i)));
     return button;
   });

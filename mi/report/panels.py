@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, NullLocator
 from scipy import stats
 
 from mi.report import plots, statistics, tables
@@ -16,15 +16,15 @@ Style = tuple[str, Any]  # colour and dashes
 
 
 def styles(labels: Iterable[str], grey: Iterable[str] = ()) -> dict[str, Style]:
-    """A colour for each label, shades of dashes for those that are grey."""
+    """A color and dashes for each label, no two alike; shades of grey for those that are grey."""
     labels, grey = dict.fromkeys(labels), dict.fromkeys(grey)
-    n = len(plots.PALETTE)
-    found: dict[str, Style] = {
-        label: (plots.PALETTE[i % n], plots.DASHES[i // n % len(plots.DASHES)])
-        for i, label in enumerate(label for label in labels if label not in grey)
-    }
-    dashes = zip(grey, plots.DASHES, strict=False)
-    return found | {label: (plots.GREY, dash) for label, dash in dashes}
+    others = [label for label in labels if label not in grey]
+    found: dict[str, Style] = {label: plots.style(i)[:2] for i, label in enumerate(others)}
+    for i, label in enumerate(grey):
+        turn, place = divmod(i, len(plots.DASHES))
+        shade = 0x80 if not turn else 0x40 + round(0x70 * (turn * plots.GOLDEN % 1))
+        found[label] = (f'#{shade:02X}{shade:02X}{shade:02X}', plots.DASHES[place])
+    return found
 
 
 def line(axes: Axes, values: Values, label: str, style: Style) -> None:
@@ -46,13 +46,15 @@ SUPERSCRIPTS = str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹')
 
 
 def power(value: float, position: Any = None) -> str:
-    """10⁻³ for 0.001, in letters, as figures here do not parse mathematics."""
-    return '10' + f'{round(np.log10(value))}'.translate(SUPERSCRIPTS)
+    """10⁻³ for 0.001 and 2·10⁻³ for 0.002, in letters, as figures here parse no mathematics."""
+    mantissa, exponent = f'{value:.3e}'.split('e')
+    times = '' if float(mantissa) == 1 else f'{float(mantissa):g}·'
+    return f'{times}10' + f'{int(exponent)}'.translate(SUPERSCRIPTS)
 
 
 def powers(axis: Axis) -> None:
-    """Ticks at powers of ten, on an axis that is logarithmic."""
-    axis.set_major_locator(LogLocator(numticks=5))
+    """Ticks at powers of ten, or between them if there are too few, of a logarithmic axis."""
+    axis.set_major_locator(plots.Decades())
     axis.set_major_formatter(FuncFormatter(power))
     axis.set_minor_locator(NullLocator())
 
@@ -60,7 +62,7 @@ def powers(axis: Axis) -> None:
 def ticks(axes: Axes, numbers: Sequence[float]) -> None:
     """A logarithmic axis of x with these numbers and no others."""
     axes.set_xscale('log')
-    axes.set_xticks(list(numbers), [f'{n:g}' for n in numbers])
+    axes.set_xticks(list(numbers), [f'{n:.12g}' for n in numbers])
     axes.set_xticks([], minor=True)
 
 

@@ -4,17 +4,27 @@ Matplotlib is used through its objects, never pyplot, so that nothing is left be
 that trains; equal input gives equal bytes.
 """
 
+import colorsys
+import itertools
 import logging
+import math
 import pathlib
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import (
+    Formatter,
+    FuncFormatter,
+    Locator,
+    MaxNLocator,
+    NullLocator,
+)
 
-from mi.report import statistics
+from mi.report import statistics, tables
 from mi.report.arms import Row
 from mi.report.runs import Arm, Sweep
 from mi.report.tables import words
@@ -24,8 +34,12 @@ GREY = '#808080'  # the baseline
 # Okabe & Ito's palette, which the colour-blind can tell apart, less black and yellow: these are
 # seen on white and on black.
 PALETTE = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+GOLDEN = 0.618034  # steps of it, modulo 1, are spread evenly however many there are
 DASHES = ('-', (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))  # one per round of the palette
+WEB_DASHES = ('none', '7 3', '2 2', '7 2 2 2')  # the same in SVG
+MARKERS = ('o', 's', '^', 'D')  # one per round too, where there are points and no lines
 WIDTH = 5.5
+LONGEST = 34  # characters of a label
 STYLE: dict[Any, Any] = {
     'pdf.fonttype': 42,
     'svg.hashsalt': 'mi.report',
@@ -81,19 +95,86 @@ def save(figure: Figure, out: pathlib.Path, name: str) -> list[pathlib.Path]:
 
 
 def web_styles(sweep: Sweep) -> list[tuple[str, str]]:
-    """Colour and dashes of each arm as SVG has them, the same in the page as in the figures."""
-    dashes = dict(zip(map(str, DASHES), ('none', '7 3', '2 2', '7 2 2 2'), strict=True))
-    return [(colour, dashes[str(style)]) for colour, style in _style(sweep)]
+    """Color and dashes of each arm as SVG has them, the same in the page as in the figures."""
+    return [(style.color, WEB_DASHES[DASHES.index(style.dashes)]) for style in _style(sweep)]
 
 
-def _style(sweep: Sweep) -> list[tuple[str, object]]:
-    """Colour and dashes of each arm, the same in every figure: the baseline is grey."""
+class Style(NamedTuple):
+    """How an arm is drawn: with a line, or with points."""
+
+    color: str
+    dashes: Any
+    marker: str
+
+
+def style(number: int) -> Style:
+    """The style of an arm by its number; no two have the same color.
+
+    The palette comes first. Each later round of it has other dashes and markers too, as its colors
+    are shades that are harder to tell apart.
+    """
+    turn, place = divmod(number, len(PALETTE))
+    color = PALETTE[place]
+    if turn:
+        red, green, blue = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        hue, _, saturation = colorsys.rgb_to_hls(red, green, blue)
+        lightness = 0.32 + 0.36 * ((turn * GOLDEN + 0.45) % 1)  # seen on white and on black
+        hue += 0.06 * (turn // 8 * GOLDEN % 1)
+        channels = colorsys.hls_to_rgb(hue, lightness, max(0.4, saturation * 0.8))
+        color = '#' + ''.join(f'{round(255 * channel):02X}' for channel in channels)
+    return Style(color, DASHES[turn % len(DASHES)], MARKERS[turn % len(MARKERS)])
+
+
+def _style(sweep: Sweep) -> list[Style]:
+    """The style of each arm, the same in every figure: the baseline is grey."""
     others = [arm.label for arm in sweep.arms if arm.label != sweep.baseline]
-    n = len(PALETTE)
-    styles: dict[str, tuple[str, object]] = {
-        label: (PALETTE[i % n], DASHES[i // n % len(DASHES)]) for i, label in enumerate(others)
-    }
-    return [styles.get(arm.label, (GREY, '-')) for arm in sweep.arms]
+    styles = {label: style(i) for i, label in enumerate(others)}
+    return [styles.get(arm.label, Style(GREY, '-', 'o')) for arm in sweep.arms]
+
+
+def short(values: Sequence[float]) -> list[str]:
+    """Numbers with one unit's prefix, in as many digits as tell them apart: 429.5k, 430.0k."""
+    sizes = [abs(value) for value in values if value]
+    if not sizes:
+        return ['0' for _ in values]
+    power = next(power for power in tables.PREFIX if min(sizes) >= 10**power or not power)
+    scaled = [value / 10**power for value in values]
+    gap = min((abs(b - a) for a, b in itertools.pairwise(sorted(set(scaled)))), default=0.0)
+    allowed = 1e-3 * gap or 0.005 * max(map(abs, scaled))
+    digits = next(
+        (d for d in range(15) if all(abs(x - round(x, d)) <= allowed for x in scaled)), 15
+    )
+    prefix = tables.PREFIX[power].strip()
+    return [f'{x:.{digits}f}{prefix}'.replace('-', '−') if x else '0' for x in scaled]
+
+
+class Decades(Locator):
+    """A few ticks of a logarithmic axis, however many decades or how small a part of one it has."""
+
+    def __call__(self) -> Any:
+        assert self.axis is not None
+        return self.tick_values(*self.axis.get_view_interval())
+
+    def tick_values(self, vmin: float, vmax: float) -> Any:
+        low, high = sorted((vmin, vmax))
+        powers = np.arange(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1.0)
+        for digits in ((1,), (1, 3), (1, 2, 5)):
+            every = -(-len(powers) // 5) if digits == (1,) else 1
+            ticks = np.outer(10 ** powers[::every], digits).ravel()
+            ticks = ticks[(low <= ticks) & (ticks <= high)]
+            if len(ticks) > 2:
+                return ticks
+        return MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+
+
+class Ticks(Formatter):
+    """Writes the ticks of a linear axis by `short`, no two alike."""
+
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        return short(values)
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return short([x])[0]
 
 
 class Line(NamedTuple):
@@ -127,7 +208,8 @@ def _curves(sweep: Sweep, remarks: list[str]) -> Figure:
     left, right = figure.subplots(1, 2, sharey=True)
     lines, ends = [], []
     missing: list[str] = []
-    for arm, (colour, dashes) in zip(sweep.arms, _style(sweep), strict=True):
+    names = labels(arm.label for arm in sweep.arms)
+    for arm, style in zip(sweep.arms, _style(sweep), strict=True):
         curve = line(sweep, arm)
         if not np.isfinite(arm.curve(sweep.metric, sweep.curves)[1]).all():
             remarks.append(f'{arm.label}: its curve leaves out steps that are not finite')
@@ -135,7 +217,7 @@ def _curves(sweep: Sweep, remarks: list[str]) -> Figure:
             missing.append(arm.label)
             continue
         lines.append(curve)
-        label = _label(arm.label) + ('' if arm.state == 'done' else f' ({arm.state})')
+        label = names[arm.label] + ('' if arm.state == 'done' else f' ({arm.state})')
         seconds = seconds_at(arm, curve.steps)
         panels = [(left, curve.steps.astype(float))]
         if seconds is not None:
@@ -144,9 +226,11 @@ def _curves(sweep: Sweep, remarks: list[str]) -> Figure:
             remarks.append(f'{arm.label}: no curve over seconds, timing.jsonl has no record')
         for axes, x in panels:
             marker = '.' if len(curve.steps) == 1 else ''
-            (handle,) = axes.plot(x, curve.mean, color=colour, ls=dashes, lw=1.2, marker=marker)
+            (handle,) = axes.plot(
+                x, curve.mean, color=style.color, ls=style.dashes, lw=1.2, marker=marker
+            )
             if curve.low is not curve.mean:
-                axes.fill_between(x, curve.low, curve.high, color=colour, alpha=0.2, lw=0)
+                axes.fill_between(x, curve.low, curve.high, color=style.color, alpha=0.2, lw=0)
         ends.append((curve.mean[-1], label, handle))
     if missing:
         remarks.append(
@@ -156,16 +240,16 @@ def _curves(sweep: Sweep, remarks: list[str]) -> Figure:
     for axes, label in ((left, 'training step'), (right, 'training seconds')):
         axes.set_xlabel(label)
         axes.set_xlim(left=0)
-        axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=''))
+        _round_ticks(axes, 4, integer=axes is left)
     if lines:
         left.set_ylim(_zoom(lines))
+        left.ticklabel_format(axis='y', useOffset=False)
         # Top to bottom as the lines end, so that legend and lines are read in the same order.
         ends.sort(key=lambda end: -end[0])
-        _, labels, handles = zip(*ends, strict=True)
+        _, texts, handles = zip(*ends, strict=True)
         if len(sweep.arms) > 1:
             figure.legend(
-                handles, labels, loc='outside right center', frameon=False, handlelength=1.6
+                handles, texts, loc='outside right center', frameon=False, handlelength=1.6
             )
     else:
         for axes in (left, right):
@@ -197,7 +281,8 @@ def _finals(sweep: Sweep, rows: list[Row]) -> Figure:
     """A line per arm: a point per seed, the mean as a bar, its interval; dashed: the baseline."""
     figure = Figure(figsize=(WIDTH, 0.75 + 0.28 * len(rows)), layout='constrained')
     axes = figure.subplots()
-    for y, (row, (colour, _)) in enumerate(zip(rows, _style(sweep), strict=True)):
+    names = labels(row.arm.label for row in rows)
+    for y, (row, (color, *_)) in enumerate(zip(rows, _style(sweep), strict=True)):
         if row.metric is None:
             text = row.arm.state if not row.final else 'not finite'
             axes.text(0.5, y, text, transform=axes.get_yaxis_transform(), color=GREY,
@@ -206,14 +291,14 @@ def _finals(sweep: Sweep, rows: list[Row]) -> Figure:
         values = list(row.final.values())
         # Below the line: the interval of few seeds ends exactly at their extremes.
         seeds = [y + 0.27] * len(values)
-        axes.plot(values, seeds, 'o', color=colour, alpha=0.6, ms=3.5, mew=0, zorder=2)
+        axes.plot(values, seeds, 'o', color=color, alpha=0.6, ms=3.5, mew=0, zorder=2)
         if row.metric.low is not None and row.metric.high is not None:
             ends = [row.metric.low, row.metric.high]
-            axes.plot(ends, [y, y], color=colour, lw=1.4, solid_capstyle='butt', zorder=3)
-        axes.plot(row.metric.mean, y, '|', color=colour, ms=11, mew=2, zorder=4)
+            axes.plot(ends, [y, y], color=color, lw=1.4, solid_capstyle='butt', zorder=3)
+        axes.plot(row.metric.mean, y, '|', color=color, ms=11, mew=2, zorder=4)
         if row.arm.label == sweep.baseline:
             axes.axvline(row.metric.mean, color=GREY, ls=(0, (4, 3)), lw=0.8, zorder=1)
-    axes.set_yticks(range(len(rows)), [_label(row.arm.label) for row in rows])
+    axes.set_yticks(range(len(rows)), [names[row.arm.label] for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.tick_params(axis='y', length=0)
     axes.spines['left'].set_visible(False)
@@ -252,6 +337,7 @@ def _pareto(sweep: Sweep, rows: list[Row]) -> Figure | None:
     if len(there) < 2 or not panels:
         return None
     figure = Figure(figsize=(WIDTH, _beside(2.2, len(there))), layout='constrained')
+    names = labels(row.arm.label for row, *_ in there)
     sign = 1 if sweep.lower_is_better else -1
     for axes, name in zip(
         figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True
@@ -261,24 +347,26 @@ def _pareto(sweep: Sweep, rows: list[Row]) -> Figure | None:
             if not front or sign * e.mean < sign * front[-1][1]:
                 front.append((cost[name] or 0, e.mean))
         axes.step(*zip(*front, strict=True), where='post', color=GREY, ls=(0, (4, 3)), lw=0.8)
-        for row, e, (colour, _), cost in there:
+        handles = []
+        for _, e, (color, _, marker), cost in there:
             if e.low is not None and e.high is not None:
-                axes.plot([cost[name]] * 2, [e.low, e.high], color=colour, lw=1.0, alpha=0.6)
-            text = _label(row.arm.label)
-            axes.plot(cost[name], e.mean, 'o', color=colour, ms=4, mew=0, label=text)
+                axes.plot([cost[name]] * 2, [e.low, e.high], color=color, lw=1.0, alpha=0.6)
+            handles += axes.plot(cost[name], e.mean, marker, color=color, ms=4, mew=0)
         values = [cost[name] or 0 for *_, cost in there]
         if max(values) > 8 * min(values):
             axes.set_xscale('log')
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=5))
+            axes.xaxis.set_major_locator(Decades())
             axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter(FuncFormatter(Ticks()))
         else:
-            axes.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 2.5, 5, 10]))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=''))
+            _round_ticks(axes, 3, integer=name != 'seconds')
         axes.margins(x=0.1)
         axes.set_xlabel(COSTS[name].format(unit=sweep.unit))
     figure.axes[0].set_ylabel(f'{words(sweep.metric)} ({sweep.split})')
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside right center', frameon=False, handlelength=1.0)
+    figure.axes[0].ticklabel_format(axis='y', useOffset=False)
+    figure.legend(
+        handles, list(names.values()), loc='outside right center', frameon=False, handlelength=1.0
+    )
     return figure
 
 
@@ -294,21 +382,35 @@ def _tasks(sweep: Sweep, rows: list[Row]) -> Figure:
     height = _beside(0.8 + 0.14 * len(order), len(rows) if len(rows) > 1 else 0)
     figure = Figure(figsize=(WIDTH, height), layout='constrained')
     axes = figure.subplots()
-    for row, (colour, _) in zip(rows, _style(sweep), strict=True):
+    names, handles = labels(row.arm.label for row in rows), {}
+    for row, (color, _, marker) in zip(rows, _style(sweep), strict=True):
         there = [(means[t][row.arm.label], y) for y, t in enumerate(order)
                  if row.arm.label in means[t]]  # fmt: skip
         if there:
             x, y = zip(*there, strict=True)
-            axes.plot(x, y, 'o', color=colour, ms=3.5, mew=0, alpha=0.85, label=row.arm.label)
-    axes.set_yticks(range(len(order)), [_label(task) for task in order])
+            (handle,) = axes.plot(x, y, marker, color=color, ms=3.5, mew=0, alpha=0.85, ls='none')
+            handles[names[row.arm.label]] = handle
+    shown = labels(order)
+    axes.set_yticks(range(len(order)), [shown[task] for task in order])
     axes.tick_params(axis='y', length=0, labelsize=6)
     axes.set_ylim(-0.7, len(order) - 0.3)
     axes.grid(axis='y', lw=0.3, color=GREY, alpha=0.5)
     axes.spines['left'].set_visible(False)
     axes.set_xlabel(f'{words(sweep.metric)} ({sweep.split}), mean over seeds')
     if len(rows) > 1:
-        figure.legend(loc='outside right center', frameon=False, handlelength=1.0)
+        figure.legend(
+            list(handles.values()), list(handles), loc='outside right center', frameon=False,
+            handlelength=1.0,
+        )  # fmt: skip
+    axes.ticklabel_format(axis='x', useOffset=False)
     return figure
+
+
+def _round_ticks(axes: Axes, count: int, integer: bool) -> None:
+    """Sets about so many round ticks of x; whole ones where x counts something."""
+    locator = MaxNLocator(count, steps=[1, 2, 2.5, 5, 10], integer=integer)
+    axes.xaxis.set_major_locator(locator)
+    axes.xaxis.set_major_formatter(Ticks())
 
 
 def _say(axes: Axes, text: str) -> None:
@@ -322,7 +424,27 @@ def _beside(height: float, entries: int) -> float:
     return max(height, 0.15 * entries + 0.1)
 
 
-def _label(text: str) -> str:
-    """Short enough for a legend, on one line; of a long one both ends, which tell arms apart."""
-    text = ' '.join(text.split())
-    return text if len(text) <= 34 else f'{text[:14]}…{text[-19:]}'
+def labels(texts: Iterable[str]) -> dict[str, str]:
+    """Each text short enough for a legend, on one line, and no two alike unless they are equal.
+
+    Of a long text both ends are kept, which usually tell arms apart; where they do not, what
+    follows the beginning that all such texts share.
+    """
+    texts = list(dict.fromkeys(texts))
+    found = {text: _shortened(' '.join(text.split())) for text in texts}
+    for label in set(found.values()):
+        alike = [text for text in texts if found[text] == label]
+        if len(alike) > 1:
+            letters = zip(*alike, strict=False)
+            shared = itertools.takewhile(lambda each: len(set(each)) == 1, letters)
+            start = max(0, len(list(shared)) - 8)
+            found |= {text: _shortened(f'…{" ".join(text[start:].split())}') for text in alike}
+    for text in texts:  # what is still like another one is numbered
+        copies = [other for other in texts if found[other] == found[text]]
+        if len(copies) > 1:
+            found |= {copy: f'{found[copy][:30]} ({i})' for i, copy in enumerate(copies, start=1)}
+    return found
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST else f'{text[:14]}…{text[-19:]}'

@@ -212,12 +212,16 @@ class Test:
       least: the smallest p that so many differences can give, however large they are.
       holm: p corrected for the number of arms that are tested, by `holm`; p itself before.
       least_holm: the smallest that the first arm of these can reach.
+      pairs: the number of differences whose signs are flipped.
+      per_seed: how many of them a seed gives: the tasks, where each has runs of its own.
     """
 
     p: float
     least: float
     holm: float
     least_holm: float
+    pairs: int = 0
+    per_seed: int = 1
 
     @property
     def can_tell(self) -> bool:
@@ -226,12 +230,18 @@ class Test:
 
 
 def sign_flips(differences: np.ndarray) -> Test | None:
-    """The exact permutation test of paired differences [n]; None for less than two.
+    """The exact permutation test of n paired differences; None for less than two.
 
     If arms do not differ, each difference is as probable with the other sign: all 2ⁿ choices of
     signs are equally likely, and p is the share of them whose mean is at least as far from zero.
     Nothing is assumed about the distribution of the seeds. More than 2¹⁶ choices are sampled.
+
+    Args:
+      differences: [seeds], or [seeds, tasks] where each task has runs of its own: then each task
+        of each seed is a pair.
     """
+    per_seed = differences.shape[1] if differences.ndim == 2 else 1
+    differences = differences.ravel()
     n = len(differences)
     if n < 2:
         return None
@@ -245,7 +255,7 @@ def sign_flips(differences: np.ndarray) -> Test | None:
         signs = 1 - 2 * rng.integers(2, size=(RESAMPLES, n))
         p = float(np.sum(np.abs(signs @ differences) >= observed - close) + 1) / (RESAMPLES + 1)
     least = max(2.0 ** (1 - n), 1 / (RESAMPLES + 1) if n > 16 else 0.0)
-    return Test(p, least, p, least)
+    return Test(p, least, p, least, n, per_seed)
 
 
 def holm(tests: Sequence[Test | None]) -> list[Test | None]:
@@ -266,6 +276,33 @@ def holm(tests: Sequence[Test | None]) -> list[Test | None]:
     return corrected
 
 
-def seeds_needed(arms: int) -> int:
-    """Of how many seeds on one of so many arms could be significant at 5 % after Holm."""
-    return next(n for n in range(2, 64) if arms * 2.0 ** (1 - n) <= ALPHA)
+def seeds_needed(arms: int, per_seed: int = 1) -> int:
+    """Of how many seeds on one of so many arms could be significant at 5 % after Holm.
+
+    Args:
+      arms: how many are tested.
+      per_seed: how many pairs each seed gives, as in `Test`.
+    """
+    pairs = next(n for n in range(2, 64) if arms * 2.0 ** (1 - n) <= ALPHA)
+    return -(-pairs // per_seed)
+
+
+def too_few(tests: Sequence[Test | None]) -> str | None:
+    """A warning where no difference could be significant, however large; None where one could."""
+    known = [test for test in tests if test is not None]
+    if not known or any(test.can_tell for test in known):
+        return None
+    best = min(known, key=lambda test: test.least_holm)
+    corrected = f', {words_of_p(best.least_holm)} after Holm for {len(known)} arms'
+    tasks = f' of {best.per_seed} tasks each' if best.per_seed > 1 else ''
+    return (
+        f'Too few seeds to call any difference significant: with {best.pairs} pairs even '
+        f'differences that all agree in sign have p = {words_of_p(best.least)}'
+        f'{corrected if len(known) > 1 else ""}. {seeds_needed(len(known), best.per_seed)} seeds'
+        f'{tasks} are the fewest that can reach {ALPHA}.'
+    )
+
+
+def words_of_p(value: float) -> str:
+    """Two significant digits, as more are never meant."""
+    return '<0.001' if value < 0.001 else f'{value:.{2 if value >= 0.0995 else 3}f}'

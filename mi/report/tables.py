@@ -3,16 +3,14 @@
 `cells` puts the numbers in words; what writes a format only escapes and lays out these cells.
 """
 
+import collections
 import csv
 import io
 import math
 import re
 import textwrap
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
-
-import rich.table
-import rich.text
 
 from mi.report import arms, statistics
 from mi.report.arms import Row
@@ -20,6 +18,7 @@ from mi.report.runs import Sweep
 from mi.report.statistics import Estimate, Test
 
 NONE = '—'
+METRIC = 'metric/'  # of the names of columns, before that of a secondary metric
 PREFIX = {12: ' T', 9: ' G', 6: ' M', 3: ' k', 0: ''}
 
 
@@ -35,8 +34,15 @@ class Cell(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Cells of the header and of the rows, and the indices of the rows with the best mean."""
+    """A table in words.
 
+    Attributes:
+      columns: the name of each column, which a program tells it by; metrics by METRIC/NAME.
+      header, body: its cells.
+      best: the indices of the rows with the best mean.
+    """
+
+    columns: list[str]
     header: list[Cell]
     body: list[list[Cell]]
     best: set[int]
@@ -107,23 +113,8 @@ def _of_tests(rows: list[Row]) -> list[str]:
         'p: how probably differences of these sizes have a mean so far from zero if each sign is '
         f'chance, an exact two-sided permutation test{corrected}.'
     )
-    return [what, *([warning] if (warning := too_few(rows)) else [])]
-
-
-def too_few(rows: list[Row]) -> str | None:
-    """A warning where no difference could be significant, however large; None where one could."""
-    tests = [row.test for row in rows if row.test is not None]
-    if not tests or any(test.can_tell for test in tests):
-        return None
-    pairs = max(row.difference.n for row in rows if row.difference is not None)
-    best = min(tests, key=lambda test: test.least_holm)
-    holm = f', {_p(best.least_holm)} after Holm for {len(tests)} arms' if len(tests) > 1 else ''
-    return (
-        f'Too few seeds to call any difference significant: with {pairs} pairs even differences '
-        f'that all agree in sign have p = {_p(best.least)}{holm}. '
-        f'{statistics.seeds_needed(len(tests))} seeds are the fewest '
-        f'that can reach {statistics.ALPHA}.'
-    )
+    warning = statistics.too_few([row.test for row in rows])
+    return [what, *([warning] if warning else [])]
 
 
 def words(name: str) -> str:
@@ -134,58 +125,49 @@ def words(name: str) -> str:
 def cells(sweep: Sweep, rows: list[Row]) -> Table:
     """The table in words, the same for every format but CSV."""
     places = digits([row.metric for row in rows], [row.difference for row in rows])
-    several = len(rows) > 1
-    arrow = (' ↓' if sweep.lower_is_better else ' ↑') if several else ''
-    secondary = _secondary(rows)
-    header = [Cell('arm'), Cell(f'{words(sweep.metric)}{arrow}', '[95 %]')]
-    if sweep.baseline is not None:
-        header += [Cell(f'difference to {sweep.baseline}', '[95 %]'), Cell('verdict')]
-        holm = sum(row.test is not None for row in rows) > 1
-        header += [Cell('p', 'Holm' if holm else '')]
+    arrow = (' ↓' if sweep.lower_is_better else ' ↑') if len(rows) > 1 else ''
+    compared = sweep.baseline is not None
     of_tasks, equal_time = _optional(rows)
+
+    # Each column: its name, its head, and its cell of a row.
+    columns: list[tuple[str, Cell, Callable[[Row], Cell]]] = []
+
+    def add(name: str, head: Cell, cell: Callable[[Row], Cell]) -> None:
+        columns.append((name, head, cell))
+
+    add('arm', Cell('arm'), lambda row: Cell(row.arm.label))
+    head = Cell(f'{words(sweep.metric)}{arrow}', '[95 %]')
+    add('metric', head, lambda row: interval(row.metric, places))
+    if compared:
+        head = Cell(f'difference to {sweep.baseline}', '[95 %]')
+        add('difference', head, lambda row: interval(row.difference, places, '+'))
+        add('verdict', Cell('verdict'), lambda row: _verdict(sweep, row))
+        holm = sum(row.test is not None for row in rows) > 1
+        add('p', Cell('p', 'Holm' if holm else ''), lambda row: tested(row.test))
     if of_tasks:
-        header += [Cell(f'median{arrow}', '[95 %]'), Cell(f'IQM{arrow}', '[95 %]')]
-        if sweep.baseline is not None:
-            header += [Cell('P(improvement)', '[95 %]')]
+        for name, word in (('median', 'median'), ('iqm', 'IQM')):
+            add(name, Cell(f'{word}{arrow}', '[95 %]'), _of_tasks_cell(name, places))
+        if compared:
+            add('improvement', Cell('P(improvement)', '[95 %]'), _of_tasks_cell('improvement', 2))
     if equal_time:
-        seconds = _seconds(arms.quickest(sweep))
-        header += [Cell(f'{sweep.curves} after {seconds} s{arrow}', '[95 %]')]
-    header += [Cell(words(name)) for name in secondary]
-    header += [Cell('parameters', '/ fusion'), Cell(f'FLOPs per {sweep.unit}', '/ fusion')]
-    header += [Cell('train seconds'), Cell(f'{sweep.unit}s/s'), Cell('seeds'), Cell('state')]
-    body = []
-    for row in rows:
-        line = [Cell(row.arm.label), interval(row.metric, places)]
-        if sweep.baseline is not None:
-            is_baseline = row.arm.label == sweep.baseline
-            line += [interval(row.difference, places, '+')]
-            verdict = Cell('baseline' if is_baseline else row.verdict or NONE)
-            if row.verdict and row.difference:
-                verdict = Cell(row.verdict, f'(n = {row.difference.n})')
-            line += [verdict, tested(row.test)]
-        if of_tasks:
-            line += [
-                interval(row.tasks.median if row.tasks else None, places),
-                interval(row.tasks.iqm if row.tasks else None, places),
-            ]
-            if sweep.baseline is not None:
-                line += [interval(row.tasks.improvement if row.tasks else None, 2)]
-        if equal_time:
-            line += [interval(row.equal_time, places)]
-        others = [row.secondary.get(name) for name in secondary]
-        line += [Cell(_significant(value), value=value) for value in others]
-        parameters, flops = (
-            [row.arm.counted(what, part) for part in ('model', 'fusion')]
-            for what in ('parameters', f'flops_per_{sweep.unit}')
-        )
-        line += [_pair([NONE if p is None else f'{p:,}' for p in parameters], parameters[0])]
-        line += [_pair([_short(f) for f in flops], flops[0])]
-        line += [Cell(_seconds(row.seconds), value=row.seconds)]
-        line += [Cell(_short(row.rate), value=row.rate)]
-        have, asked = len(row.final), len(row.arm.seeds)
-        line += [Cell(f'{have}' if have == asked else f'{have} of {asked}', value=have)]
-        line += [Cell(row.arm.state, f'({_one_line(row.arm.reason)})' if row.arm.reason else '')]
-        body.append(line)
+        head = Cell(f'{sweep.curves} after {_seconds(arms.quickest(sweep))} s{arrow}', '[95 %]')
+        add('equal_time', head, lambda row: interval(row.equal_time, places))
+    secondary = len(columns)
+    add('parameters', Cell('parameters', '/ fusion'), _parameters)
+    add('flops', Cell(f'FLOPs per {sweep.unit}', '/ fusion'), lambda row: _flops(row, sweep.unit))
+    head = Cell('train seconds')
+    add('seconds', head, lambda row: Cell(_seconds(row.seconds), value=row.seconds))
+    head = Cell(f'{sweep.unit}s/s')
+    add('rate', head, lambda row: Cell(_short(row.rate), value=row.rate))
+    add('seeds', Cell('seeds'), _seeds)
+    add('state', Cell('state'), _state)
+    heads = [column[1].main.removesuffix(arrow) for column in columns]
+    columns[secondary:secondary] = [
+        (f'{METRIC}{name}', Cell(heading), _secondary_cell(name))
+        for name, heading in _headings(_secondary(rows), heads, sweep.split).items()
+    ]
+    names, header, cell_of = (list(part) for part in zip(*columns, strict=True))
+    body = [[cell(row) for cell in cell_of] for row in rows]
     best: set[int] = set()
     for of_problem in sweep.by_problem().values():
         labels = {arm.label for arm in of_problem}
@@ -196,35 +178,82 @@ def cells(sweep: Sweep, rows: list[Row]) -> Table:
         }
         target = (min if sweep.lower_is_better else max)(means.values(), default=None)
         best |= {i for i, mean in means.items() if mean == target and len(labels) > 1}
-    return Table(header, body, best)
+    return Table(names, header, body, best)
+
+
+def _verdict(sweep: Sweep, row: Row) -> Cell:
+    if row.verdict and row.difference:
+        return Cell(row.verdict, f'(n = {row.difference.n})')
+    return Cell('baseline' if row.arm.label == sweep.baseline else row.verdict or NONE)
+
+
+def _of_tasks_cell(name: str, places: int) -> Callable[[Row], Cell]:
+    return lambda row: interval(getattr(row.tasks, name) if row.tasks else None, places)
+
+
+def _secondary_cell(name: str) -> Callable[[Row], Cell]:
+    return lambda row: Cell(_significant(row.secondary.get(name)), value=row.secondary.get(name))
+
+
+def _parameters(row: Row) -> Cell:
+    counts = [row.arm.counted('parameters', part) for part in ('model', 'fusion')]
+    return _pair([NONE if count is None else f'{count:,}' for count in counts], counts[0])
+
+
+def _flops(row: Row, unit: str) -> Cell:
+    counts = [row.arm.counted(f'flops_per_{unit}', part) for part in ('model', 'fusion')]
+    return _pair([_short(count) for count in counts], counts[0])
+
+
+def _seeds(row: Row) -> Cell:
+    have, asked = len(row.final), len(row.arm.seeds)
+    return Cell(f'{have}' if have == asked else f'{have} of {asked}', value=have)
+
+
+def _state(row: Row) -> Cell:
+    return Cell(row.arm.state, f'({one_line(row.arm.reason)})' if row.arm.reason else '')
+
+
+def _headings(names: Iterable[str], taken: Collection[str], split: str) -> dict[str, str]:
+    """Words over the columns of metrics; one that another column has is told apart by its split."""
+    names = list(names)
+    uses = collections.Counter([*map(words, names), *taken])
+    return {name: words(name) if uses[words(name)] == 1 else f'{name} ({split})' for name in names}
 
 
 def to_csv(sweep: Sweep, rows: list[Row]) -> str:
-    """Every digit, one name per column, empty where there is no value."""
-    secondary = _secondary(rows)
-    lines = []
+    """Every digit, one name per column, empty where there is no value.
+
+    A metric with the name of another column is called SPLIT/NAME.
+    """
+    estimate = ('mean', 'low', 'high')
+    before, metrics, after = [], [], []
     for row in rows:
         line: dict[str, object] = {'arm': row.arm.label, 'state': row.arm.state}
         line |= {'reason': row.arm.reason, 'split': sweep.split, 'metric': sweep.metric}
         for name, e in (('', row.metric), ('difference_', row.difference)):
-            line |= {f'{name}{key}': getattr(e, key, None) for key in ('mean', 'low', 'high')}
+            line |= {f'{name}{key}': getattr(e, key, None) for key in estimate}
         line |= {'p': row.test and row.test.p, 'p_holm': row.test and row.test.holm}
         for name in ('median', 'iqm', 'improvement'):
             e = getattr(row.summary, name, None)
-            line |= {f'{name}_{key}': getattr(e, key, None) for key in ('mean', 'low', 'high')}
-        e = row.equal_time
-        line |= {f'equal_time_{key}': getattr(e, key, None) for key in ('mean', 'low', 'high')}
-        line |= {'difference_pairs': row.difference and row.difference.n, 'verdict': row.verdict}
-        line |= {name: row.secondary.get(name) for name in secondary}
+            line |= {f'{name}_{key}': getattr(e, key, None) for key in estimate}
+        line |= {f'equal_time_{key}': getattr(row.equal_time, key, None) for key in estimate}
+        pairs = row.test.pairs if row.test else row.difference and row.difference.n
+        before.append(line | {'difference_pairs': pairs, 'verdict': row.verdict})
+        metrics.append({name: row.secondary.get(name) for name in _secondary(rows)})
+        line = {}
         for what in ('parameters', f'flops_per_{sweep.unit}'):
             line |= {f'{what}_{part}': row.arm.counted(what, part) for part in ('model', 'fusion')}
         line |= {'train_seconds': row.seconds, f'{sweep.unit}s_per_second': row.rate}
         line |= {'seeds': len(row.final), 'seeds_asked': len(row.arm.seeds)}
-        lines.append(line | {'remarks': '; '.join(row.remarks)})
+        after.append(line | {'remarks': '; '.join(row.remarks)})
+    fixed = before[0].keys() | after[0].keys()
+    names = [f'{sweep.split}/{name}' if name in fixed else name for name in metrics[0]]
     file = io.StringIO()
-    writer = csv.DictWriter(file, lines[0], lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(lines)
+    writer = csv.writer(file, lineterminator='\n')
+    writer.writerow([*before[0], *names, *after[0]])
+    for parts in zip(before, metrics, after, strict=True):
+        writer.writerow([value for part in parts for value in part.values()])
     return file.getvalue()
 
 
@@ -242,7 +271,7 @@ def tasks_to_csv(rows: list[Row]) -> str:
 
 
 def to_markdown(sweep: Sweep, rows: list[Row]) -> str:
-    header, body, best = cells(sweep, rows)
+    _, header, body, best = cells(sweep, rows)
     text = [[escaped(str(cell)) for cell in line] for line in body]
     for i in best:
         mean, detail, _ = body[i][1]
@@ -260,88 +289,6 @@ def markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 def _grid(header: list[str], body: list[list[str]]) -> str:
     lines = [header, ['---'] + ['---:'] * (len(header) - 1), *body]
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
-
-
-def to_latex(sweep: Sweep, rows: list[Row]) -> str:
-    """A booktabs table, made smaller only if it is wider than the line; details on a second line.
-
-    Reasons stand in the caption, where there is room for them.
-    """
-    header, body, best = cells(sweep, rows)
-    head = ' & '.join(map(_stack, header))
-    lines = []
-    for i, line in enumerate(body):
-        mains = [_latex(cell.main) for cell in line]
-        details = [rf'\scriptsize {_latex(cell.detail)}' * bool(cell.detail) for cell in line[:-1]]
-        if i in best:
-            mains[1] = rf'\textbf{{{mains[1]}}}'
-        lines.append(' & '.join(mains) + r' \\')
-        if any(details):
-            lines.append(' & '.join([*details, '']) + r' \\')
-    inner = '\n'.join(lines)
-    ends = [
-        f'{row.arm.label}: {row.arm.state}, {_one_line(row.arm.reason)}'
-        for row in rows
-        if row.arm.reason
-    ]
-    said = [sweep.title, *notes(sweep, rows), *ends]
-    caption = ' '.join(f'{_latex(text.rstrip(".…"))}.' for text in said)
-    made = f'Made by python -m mi.report --workdir={sweep.path}'
-    made += f' from runs of: {sweep.command}' if sweep.command else ''
-    return f"""% {' '.join(made.split())}
-% Needs \\usepackage{{booktabs,graphicx}}.
-\\begin{{table}}
-\\centering
-\\setlength{{\\tabcolsep}}{{4pt}}
-\\caption{{{caption}}}
-\\medskip
-\\resizebox{{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}}{{!}}{{%
-\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}
-\\toprule
-{head} \\\\
-\\midrule
-{inner}
-\\bottomrule
-\\end{{tabular}}}}
-\\end{{table}}
-"""
-
-
-def to_terminal(sweep: Sweep, rows: list[Row]) -> rich.table.Table:
-    """The table without the secondary metrics, so that it fits on a screen."""
-    header, body, best = cells(sweep, rows)
-    of_tasks, equal_time = _optional(rows)
-    first = (5 if sweep.baseline is not None else 2) + 3 * of_tasks + equal_time
-    keep = [i for i in range(len(header)) if not first <= i < first + len(_secondary(rows))]
-    return terminal(
-        sweep.title,
-        [header[i] for i in keep],
-        [[line[i] for i in keep] for line in body],
-        best,
-    )
-
-
-def terminal(
-    title: str, header: list[Cell], body: list[list[Cell]], best: Collection[int] = ()
-) -> rich.table.Table:
-    """Cells for a screen: the first and the last column to the left; the second of `best` bold."""
-    table = rich.table.Table(title=rich.text.Text(title), title_justify='left')
-    for i, head in enumerate(header):
-        text = rich.text.Text('\n'.join(filter(None, head[:2])))
-        left = i in (0, len(header) - 1)
-        table.add_column(text, justify='left' if left else 'right', overflow='fold')
-    for number, line in enumerate(body):
-        table.add_row(
-            *(
-                rich.text.Text.assemble(
-                    (cell.main, 'bold' * (i == 1 and number in best)),
-                    '\n' * bool(cell.detail),
-                    cell.detail,
-                )
-                for i, cell in enumerate(line)
-            )
-        )
-    return table
 
 
 def _optional(rows: list[Row]) -> tuple[bool, bool]:
@@ -387,12 +334,7 @@ def interval(estimate: Estimate | None, digits: int, sign: str = '') -> Cell:
 def tested(test: Test | None) -> Cell:
     if test is None:
         return Cell(NONE)
-    return Cell(_p(test.holm), '' if test.can_tell else 'too few', test.holm)
-
-
-def _p(value: float) -> str:
-    """Two significant digits, as more are never meant."""
-    return '<0.001' if value < 0.001 else f'{value:.{2 if value >= 0.0995 else 3}f}'
+    return Cell(statistics.words_of_p(test.holm), '' if test.can_tell else 'too few', test.holm)
 
 
 def _pair(values: list[str], value: float | None) -> Cell:
@@ -424,7 +366,7 @@ def _seconds(value: float | None) -> str:
     return NONE if value is None else f'{value:,.1f}' if value < 100 else f'{value:,.0f}'
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     return textwrap.shorten(text, 80, placeholder='…')
 
 
@@ -433,22 +375,3 @@ def escaped(text: str) -> str:
     # A bracket makes a link only before one of ([: and is left alone elsewhere: [2.1, 2.3].
     text = re.sub(r'[\\|*_`~$]|\](?=[(\[:])', r'\\\g<0>', text)
     return ' '.join(text.replace('&', '&amp;').replace('<', '&lt;').split())
-
-
-LATEX = str.maketrans({
-    '\\': r'\textbackslash{}', '{': r'\{', '}': r'\}', '&': r'\&', '%': r'\%', '$': r'\$',
-    '#': r'\#', '_': r'\_', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}',
-    '−': '$-$', '↓': r'$\downarrow$', '↑': r'$\uparrow$', '—': '---', '…': r'\dots{}',
-    '<': '$<$', '>': '$>$', '[': '{[}', ']': '{]}', '\n': ' ',
-})  # fmt: skip
-
-
-def _stack(cell: Cell) -> str:
-    """A head of narrow lines, so that the numbers set the width of the column."""
-    lines = textwrap.wrap(cell.main, 12, break_long_words=False)
-    stacked = r' \\ '.join(map(_latex, [*lines, *filter(None, [cell.detail])]))
-    return rf'\shortstack[r]{{{stacked}}}'
-
-
-def _latex(text: str) -> str:
-    return text.translate(LATEX)

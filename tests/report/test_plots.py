@@ -1,9 +1,15 @@
-"""Figures: what they leave out."""
+"""Figures: what they leave out, and that no two ticks, colors or names in them are alike."""
+
+import json
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
+from mi import report
+from mi.report import panels, plots
 from mi.report.plots import Line, _zoom
+from tests.report import test_report as made
 
 
 def curve(*values):
@@ -25,3 +31,97 @@ def test_a_score_that_was_lower_at_first_is_shown_whole():
 def test_a_flat_curve_has_room():
     low, high = _zoom([Line(np.array([1]), *[np.array([2.0])] * 3)])
     assert low < 2 < high
+
+
+@pytest.mark.parametrize(
+    ('values', 'expected'),
+    [
+        ([429_500, 429_750, 430_000], ['429.50k', '429.75k', '430.00k']),
+        ([430_000, 430_500], ['430.0k', '430.5k']),
+        ([1_234_567, 1_234_568], ['1.234567M', '1.234568M']),
+        ([0, 500, 1000, 1500], ['0', '500', '1000', '1500']),
+        ([-2e6, 0, 2e6], ['−2M', '0', '2M']),
+        ([0, 2.5, 5], ['0', '2.5', '5.0']),
+        ([0, 1e-5], ['0', '0.00001']),
+        ([3e9], ['3G']),
+        ([0.0], ['0']),
+        ([], []),
+    ],
+)
+def test_ticks_have_one_unit_and_the_digits_that_tell_them_apart(values, expected):
+    assert plots.short(values) == expected
+
+
+@pytest.mark.parametrize('low', [0, 1, 1234, 429_720, 1.5e9])
+@pytest.mark.parametrize('span', [1, 7, 430, 1e5])
+def test_no_two_ticks_are_alike(low, span):
+    axes = Figure().subplots()
+    axes.plot([low, low + span], [0, 1])
+    plots._round_ticks(axes, 4, integer=True)
+    axes.figure.draw_without_rendering()
+    words = [tick.get_text() for tick in axes.get_xticklabels()]
+    assert len(words) == len(set(words)) > 1
+    assert all(tick == round(tick) for tick in axes.get_xticks())
+
+
+@pytest.mark.parametrize('ends', [(2, 8), (0.5, 3), (1.1, 1.3), (1e-9, 1), (3e-4, 2e5), (1, 1e12)])
+def test_a_logarithmic_axis_has_a_few_ticks_that_say_where_they_are(ends):
+    axes = Figure().subplots()
+    axes.plot([0, 1], ends)
+    axes.set_yscale('log')
+    panels.powers(axes.yaxis)
+    axes.figure.draw_without_rendering()
+    low, high = axes.get_ylim()
+    found = {y: t.get_text() for y, t in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
+             if low <= y <= high}  # fmt: skip
+    assert 3 <= len(found) <= 9
+    digits = str.maketrans('⁻⁰¹²³⁴⁵⁶⁷⁸⁹', '-0123456789')
+    for value, word in found.items():
+        mantissa, _, exponent = word.rpartition('10')
+        said = float(mantissa.rstrip('·') or 1) * 10.0 ** int(exponent.translate(digits))
+        assert said == pytest.approx(value, rel=1e-3)
+
+
+def test_no_two_arms_have_the_same_color():
+    styles = [plots.style(i) for i in range(300)]
+    assert [style.color for style in styles[:6]] == list(plots.PALETTE)
+    assert len({style.color for style in styles}) == 300
+    # Shades of one color are told apart by their dashes, and points by their markers.
+    assert len({(i % 6, style.dashes) for i, style in enumerate(styles[:24])}) == 24
+    assert len({(i % 6, style.marker) for i, style in enumerate(styles[:24])}) == 24
+    found = panels.styles([f'arm {i}' for i in range(30)], grey=[f'grey {i}' for i in range(12)])
+    assert len(set(found.values())) == len(found) == 42
+
+
+def test_the_arms_of_a_page_have_colors_of_their_own(tmp_path):
+    names = [f'arm {i}' for i in range(20)]
+    for name in names:
+        made.make_run(tmp_path / name, name, made.MI)
+    made.write_sweep(tmp_path, [{'name': name} for name in names], baseline=names[0])
+    report.write(tmp_path)
+    data = made.text(tmp_path).partition('id="data">')[2].partition('</script>')[0]
+    assert len({arm['colour'] for arm in json.loads(data)['arms']}) == 20
+
+
+def test_names_that_are_cut_stay_apart():
+    same = 'transformer with many words, '
+    names = [f'{same}{word}{" and what all of them end with" * 2}' for word in ('film', 'gate')]
+    names += ['short', '_hidden', 'two  spaces', 'two spaces', f'{same} a different, long end']
+    found = plots.labels(names)
+    assert len(set(found.values())) == len(found) == 7
+    assert all(len(label) <= plots.LONGEST for label in found.values())
+    assert 'film' in found[names[0]] and 'gate' in found[names[1]]
+    assert (found['short'], found['_hidden']) == ('short', '_hidden')
+
+
+def test_an_arm_whose_name_begins_with_an_underscore_is_in_every_legend(tmp_path):
+    for name in ('_mi', 'concat'):
+        made.make_run(tmp_path / name, name, {})
+        scores = {'bits_per_byte': 2.0, 'bits_per_byte/a': 1.0, 'bits_per_byte/b': 3.0}
+        records = [{'step': 20, 'seed': s, 'split': 'test'} | scores for s in (0, 1)]
+        made.lines(tmp_path / name / 'metrics.jsonl', records)
+    members = [{'name': name} for name in ('_mi', 'concat')]
+    made.write_sweep(tmp_path, members, baseline=None, curves='test')
+    report.write(tmp_path)
+    for figure in ('curves', 'pareto', 'tasks'):
+        assert '<!-- _mi -->' in made.text(tmp_path, f'{figure}.svg'), figure

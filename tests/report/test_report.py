@@ -114,6 +114,34 @@ def test_csv_holds_the_numbers(sweep):
     assert (mi['seeds'], mi['state']) == ('3', 'done')
 
 
+def test_a_metric_named_like_a_column_has_a_column_of_its_own(sweep):
+    """Each column of the table is a metric of the records too, and one that is words of another."""
+    report.write(sweep)
+    with open(sweep / 'report' / 'table.csv', newline='') as file:
+        columns = csv.DictReader(file).fieldnames
+    before = {arm: dict(row) for arm, row in table(sweep).items()}
+    clashes = [name for name in columns if name not in ('split', 'nats_per_token')]
+    file = sweep / 'fusion=mi' / 'metrics.jsonl'
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    values = {name: 100.0 + i for i, name in enumerate(clashes)}
+    values |= {'seeds ': 77.0, 'train seconds': 78.0, 'a_b': 79.0, 'a b': 80.0}
+    lines(file, [r | values if r['split'] == 'test' else r for r in records])
+    report.write(sweep)
+    after = table(sweep)
+    assert {arm: {name: row[name] for name in columns} for arm, row in after.items()} == before
+    for name in clashes:
+        assert float(after['mi'][f'test/{name}']) == values[name], name
+    assert float(after['mi']['train seconds']) == 78.0
+    rows = text(sweep, 'table.md').splitlines()
+    for line in (rows[2], rows[5]):
+        assert line.count(' | ') == rows[3].count(' | ')
+    heads = [head.strip() for head in rows[2].strip('|').split('|')]
+    assert len(heads) == len(set(heads))
+    named = re.search('<thead>.*?</thead>', text(sweep))[0]
+    heads = re.findall('<th[^>]*>(.*?)</th>', named)
+    assert len(heads) == len(set(heads)) > len(columns)
+
+
 def test_higher_is_better_turns_the_verdict_and_the_best(sweep):
     change(sweep, lower_is_better=False)
     report.write(sweep)

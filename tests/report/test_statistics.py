@@ -137,6 +137,15 @@ def test_the_interquartile_mean_is_the_trimmed_mean():
     np.testing.assert_allclose(both, [expected, expected + 1])
 
 
+@pytest.mark.parametrize('tasks', range(1, 10))
+@pytest.mark.parametrize('seeds', [1, 3, 5])
+def test_iqm_cuts_a_quarter_off_of_any_number_of_scores(seeds, tasks):
+    """scipy cuts off floor(n / 4) at each end."""
+    scores = np.random.default_rng(tasks).normal(size=(seeds, tasks))
+    expected = scipy.stats.trim_mean(scores, 0.25, axis=None)
+    assert statistics.iqm(scores) == pytest.approx(expected)
+
+
 def test_probability_of_improvement_is_mann_whitneys():
     scores, baseline = drawn(1, shift=0.5), drawn(2, seeds=4)
     u = scipy.stats.mannwhitneyu(scores, baseline, axis=0).statistic  # ties count half
@@ -233,10 +242,12 @@ def test_holm_is_statsmodels():
     assert all(t.least_holm == pytest.approx(0.001 * len(p)) for t in found[1:])
 
 
+@pytest.mark.parametrize('tasks', [None, 1, 2, 3, 5])
 @pytest.mark.parametrize('arms', [1, 2, 5])
-def test_the_seeds_needed_are_the_fewest_that_can_tell(arms):
+def test_the_seeds_needed_are_the_fewest_that_can_tell(arms, tasks):
     def can_tell(n):
-        return statistics.holm([statistics.sign_flips(np.ones(n))] * arms)[0].can_tell
+        test = statistics.sign_flips(np.ones(n if tasks is None else (n, tasks)))
+        return statistics.holm([test] * arms)[0].can_tell
 
-    n = statistics.seeds_needed(arms)
+    n = statistics.seeds_needed(arms, tasks or 1)
     assert can_tell(n) and not can_tell(n - 1)

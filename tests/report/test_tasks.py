@@ -118,3 +118,73 @@ def test_two_sweeps_of_other_tasks_are_not_compared(tmp_path, candidate):
     (pair,) = compare.pairs(runs.read(before), runs.read(after))
     assert pair.verdict == ('equal' if candidate is BOTH else None)
     assert compare.why_not(pair) == ('' if candidate is BOTH else 'learnt 1 of 2 tasks')
+
+
+THREE = BOTH | {'Qbert': {0: 7.0, 1: 8.0, 2: 9.0}}
+
+
+def of_seeds(tasks, seeds, by=0.0):
+    return {task: {s: of[s] + by for s in range(seeds)} for task, of in tasks.items()}
+
+
+def test_too_few_seeds_is_said_of_the_pairs_of_task_and_seed(tmp_path):
+    """Three pairs of one seed have p = 0.25 at least; six of two seeds have 0.031."""
+    write(tmp_path, {'concat': of_seeds(THREE, 1), 'mi': of_seeds(THREE, 1, by=1)})
+    read = runs.read(tmp_path)
+    tests = [row.test for row in arms.rows(read)]
+    assert (tests[1].pairs, tests[1].per_seed, tests[1].least) == (3, 3, 0.25)
+    assert statistics.too_few(tests) == (
+        'Too few seeds to call any difference significant: with 3 pairs even differences that all '
+        'agree in sign have p = 0.25. 2 seeds of 3 tasks each are the fewest that can reach 0.05.'
+    )
+    report.write(tmp_path)
+    assert made.table(tmp_path)['mi']['difference_pairs'] == '3'
+
+
+def test_the_seeds_that_it_names_are_enough(tmp_path):
+    write(tmp_path, {'concat': of_seeds(THREE, 2), 'mi': of_seeds(THREE, 2, by=1)})
+    row = arms.rows(runs.read(tmp_path))[1]
+    assert row.test.p == 2 / 2**6 and row.test.can_tell
+    assert statistics.too_few([row.test]) is None
+
+
+@pytest.mark.parametrize('seeds', [1, 2])
+def test_two_sweeps_of_tasks_count_their_pairs_too(tmp_path, seeds):
+    one, other = (
+        write(tmp_path / name, {'mi': of_seeds(THREE, seeds, by)}, baseline=None)
+        for name, by in (('before', 0), ('after', 1))
+    )
+    compare.compare(one, other)
+    said = (other / 'report' / 'compare.md').read_text()
+    assert ('2 seeds of 3 tasks each are the fewest' in said) == (seeds == 1)
+    assert ('Too few seeds' in said) == (seeds == 1)
+
+
+def test_the_joined_record_of_tasks_is_their_mean(tmp_path):
+    """Of the curve as of the final value, of every step and seed; null where a task is."""
+    write(tmp_path, {'mi': {'Pong': PONG, 'Breakout': BREAKOUT | {1: None}}}, baseline=None)
+    (arm,) = runs.read(tmp_path).arms
+    steps, values = arm.curve('return', 'eval')
+    assert steps.tolist() == [10, 20]
+    np.testing.assert_array_equal(values, [[27.5, 55.0], [np.nan, np.nan], [29.0, 58.0]])
+    final = arm.final('return', 'eval')
+    assert (final[0], final[2]) == (55.0, 58.0) and np.isnan(final[1])
+
+
+def test_scores_of_tasks_are_those_of_the_seeds_that_are_finite_in_all(tmp_path):
+    """One agent that learns both tasks, and whose second seed is not finite in one of them."""
+    run = tmp_path / 'run'
+    made.make_run(run, 'mi', {})
+    made.lines(run / 'metrics.jsonl', [
+        {'step': 20, 'seed': s, 'split': 'eval', 'return': 1.0 + s, 'return/a': s, 'return/b': b}
+        for s, b in enumerate([4.0, None, 6.0])
+    ])  # fmt: skip
+    what = {'metric': 'return', 'split': 'eval', 'curves': 'eval', 'lower_is_better': False}
+    made.write_sweep(tmp_path, [{'name': 'run', 'label': 'mi'}], baseline=None, **what)
+    read = runs.read(tmp_path)
+    tasks, scores = read.arms[0].scores('return', 'eval')
+    assert tasks == ('a', 'b')
+    np.testing.assert_array_equal(scores, [[0, 4], [2, 6]])
+    (row,) = arms.rows(read)
+    assert (row.tasks.median.mean, row.tasks.iqm.mean) == (3.0, 3.0)
+    assert np.isfinite([row.tasks.median.low, row.tasks.iqm.high]).all()
