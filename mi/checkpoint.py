@@ -12,19 +12,24 @@ Of several processes (mi.parallel) each writes the arrays that it has, so that a
 see the same file system; the first one does everything else.
 """
 
+import contextlib
 import hashlib
 import json
+import logging as stdlib_logging
 import os
 import pathlib
 import shutil
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 
 from mi import parallel
 from mi.config import UserError
+from mi.files import storage_failure
 
 
 class Checkpoints:
@@ -46,23 +51,35 @@ class Checkpoints:
         if parallel.of_first(final.exists()):  # a run that was stopped at this very step
             return
         saving = self._directory / f'.saving-{step:08d}'
+        try:
+            self._write(saving, step, state, meta)
+            if parallel.first():
+                os.rename(saving, final)
+        except BaseException as error:
+            if storage_failure(error):  # what is there of it would take what is left of the disk
+                shutil.rmtree(saving, ignore_errors=True)
+            raise
+        if parallel.first():
+            for old in self._steps()[self._keep :]:
+                shutil.rmtree(old, ignore_errors=True)
+        parallel.wait('checkpoint in place')
+
+    def _write(self, saving: pathlib.Path, step: int, state: Any, meta: dict[str, Any]) -> None:
+        """Write everything of a checkpoint, in a hidden directory."""
         if parallel.first():
             for leftover in self._directory.glob('.saving-*'):
                 shutil.rmtree(leftover)
             saving.mkdir(parents=True)
         parallel.wait('checkpoint begun')
-        self._orbax.save(saving / 'state', state)
-        self._orbax.wait_until_finished()
+        with _without_words_of_orbax():
+            self._orbax.save(saving / 'state', state)
+            self._orbax.wait_until_finished()
         parallel.wait('checkpoint written')
         if parallel.first():
             meta = meta | {'step': step, 'arrays': _arrays(state)}
-            (saving / 'meta.json').write_text(json.dumps(meta, indent=2) + '\n')
+            (saving / 'meta.json').write_text(json.dumps(meta, indent=2, allow_nan=False) + '\n')
             manifest = {name: digest(saving / name) for name in _files(saving)}
             (saving / 'manifest.json').write_text(json.dumps(manifest, indent=2) + '\n')
-            os.rename(saving, final)
-            for old in self._steps()[self._keep :]:
-                shutil.rmtree(old, ignore_errors=True)
-        parallel.wait('checkpoint in place')
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
         """Restore the newest checkpoint whose every hash holds; None if there is none.
@@ -191,6 +208,21 @@ def _refuse_other(path: pathlib.Path, before: dict[str, str], now: dict[str, str
             f'checkpoint {path} is of another model: {changed[0]} was {before.get(changed[0])} '
             f'and is {now.get(changed[0])}; was the code changed since? Name another --workdir'
         )
+
+
+@contextlib.contextmanager
+def _without_words_of_orbax() -> Iterator[None]:
+    """Keep orbax from logging a traceback from each of its threads: it raises the error too."""
+
+    def is_ours(record: stdlib_logging.LogRecord) -> bool:
+        return 'orbax' not in record.pathname
+
+    logger = logging.get_absl_logger()
+    logger.addFilter(is_ours)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_ours)
 
 
 def _say(line: str) -> None:

@@ -3,8 +3,10 @@
 And how long they will go on, as both show it.
 """
 
+import errno
 import fcntl
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -30,6 +32,27 @@ def read_json(path: pathlib.Path, missing: dict[str, Any] | None = None) -> dict
             f'{path} is no JSON object: expected {{…}}; restore it, or name another --workdir'
         )
     return value
+
+
+STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+
+def storage_failure(error: BaseException) -> str:
+    """Say why a file could not be written, '' if an exception is of something else.
+
+    The operating system's error may be what other exceptions came of, or only be in their words, as
+    those of orbax.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in STORAGE:
+            where = f'{seen.filename}: ' if seen.filename else ''
+            return f'{where}{os.strerror(seen.errno)}'
+        for number in STORAGE[:3]:
+            if os.strerror(number) in str(seen):
+                return os.strerror(number)
+        seen = seen.__cause__ or seen.__context__
+    return ''
 
 
 def whole_lines(path: pathlib.Path) -> int:

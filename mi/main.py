@@ -14,6 +14,7 @@ from absl import app, flags, logging
 
 from mi import overrides, parallel
 from mi.config import UserError, one_line
+from mi.files import storage_failure
 from mi.fit import search
 from mi.fit import train as fit
 from mi.lm import assess as assess_lm
@@ -94,6 +95,10 @@ def run() -> None:
         app.run(functools.partial(main, changes=changes), flags_parser=parse)
     except UserError as error:
         sys.exit(f'error: {error}')
+    except OSError as error:  # outside of a run that is training
+        if full := storage_failure(error):
+            sys.exit(f'error: {full}; make room, and give the same command again')
+        raise
 
 
 if __name__ == '__main__':

@@ -5,24 +5,33 @@ timing.jsonl    what it took here, {"step", "seconds", "tokens_per_second"}: nev
 tensorboard/    a copy of both, and another one where config.tracker says (mi.tracking)
 """
 
+import collections
 import contextlib
 import json
+import math
 import os
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.progress
 import tensorboardX
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
 
+from mi import parallel
 from mi.config import UserError
 from mi.files import clock, whole_lines
 from mi.tracking import Tracker
 
 Record = dict[str, Any]  # name → value
+
+LOWER = 'Lower config.optim.learning_rate or config.optim.clip_norm'
 
 
 class Metrics:
@@ -48,14 +57,27 @@ class Metrics:
     ):
         self._tracker = tracker
         _refuse_cut(path / 'metrics.jsonl', position)
-        self._metrics = open(path / 'metrics.jsonl', 'ab')  # noqa: SIM115
-        self._metrics.truncate(position)
-        self._metrics.seek(0, os.SEEK_END)  # or `tell` is where the file ended before
-        self._timing = open(path / 'timing.jsonl', 'ab')  # noqa: SIM115
-        self._timing.truncate(whole_lines(path / 'timing.jsonl'))
-        self._tensorboard = tensorboardX.SummaryWriter(
-            str(path / 'tensorboard'), purge_step=step or None, write_to_disk=True
-        )
+        self._told = collections.Counter[tuple[Any, ...]]()
+        if tracker and tracker.continued and (path / 'timing.jsonl').exists():
+            self._told = _written_since(path, position, step)
+        with contextlib.ExitStack() as stack:
+            self._metrics = stack.enter_context(open(path / 'metrics.jsonl', 'ab'))
+            self._metrics.truncate(position)
+            self._metrics.seek(0, os.SEEK_END)  # or `tell` is where the file ended before
+            self._timing = stack.enter_context(open(path / 'timing.jsonl', 'ab'))
+            self._timing.truncate(whole_lines(path / 'timing.jsonl'))
+            # The step itself is shown anew, as part of it may come after the checkpoint.
+            self._tensorboard = TensorBoard(path / 'tensorboard', step if position else 0)
+            stack.callback(self._tensorboard.close)
+            for record in _records(path / 'metrics.jsonl', 0, position):
+                if record['step'] == step:
+                    self._tensorboard.write(step, _scalars(record))
+            for record in _records(path / 'timing.jsonl'):
+                if record.pop('step') == step and position:
+                    self._tensorboard.write(step, _timings(record))
+            if tracker:
+                stack.callback(tracker.close)
+            self._files = stack.pop_all()
 
     def write(self, step: int, seed: int, split: str, values: Mapping[str, Any]) -> None:
         """One record of a seed's metrics; None for a value that has no meaning here.
@@ -63,34 +85,102 @@ class Metrics:
         What is not a number, such as how an evaluation was done, goes to the file alone.
         """
         record = {'step': step, 'seed': seed, 'split': split, **values}
-        self._metrics.write(json.dumps(record).encode() + b'\n')
+        self._metrics.write(json.dumps(record, allow_nan=False).encode() + b'\n')
         self._metrics.flush()
-        numbers = {n: value for n, value in values.items() if isinstance(value, int | float)}
-        self._copy(step, {f'{split}/{name}/seed{seed}': value for name, value in numbers.items()})
+        self._copy(step, _scalars(record), (step, seed, split))
 
     def timing(self, step: int, values: Mapping[str, float]) -> None:
         """One record of what the steps since the last one took."""
-        self._timing.write(json.dumps({'step': step, **values}).encode() + b'\n')
+        record = {'step': step, **values}
+        self._timing.write(json.dumps(record, allow_nan=False).encode() + b'\n')
         self._timing.flush()
-        self._copy(step, {f'timing/{name}': value for name, value in values.items()})
+        self._copy(step, _timings(values), (step,))
 
-    def _copy(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
-        if self._tracker and values:
+    def _copy(self, step: int, values: dict[str, float], record: tuple[Any, ...]) -> None:
+        self._tensorboard.write(step, values)
+        if self._told[record] > 0:  # before the run was killed
+            self._told[record] -= 1
+        elif self._tracker and values:
             self._tracker.write(step, values)
 
     def position(self) -> int:
         """Length of metrics.jsonl in bytes, all of it on disk: what a checkpoint remembers."""
         os.fsync(self._metrics.fileno())
+        self._tensorboard.flush()
         return self._metrics.tell()
 
     def close(self) -> None:
-        self._metrics.close()
-        self._timing.close()
-        self._tensorboard.close()
-        if self._tracker:
-            self._tracker.close()
+        self._files.close()
+
+
+class TensorBoard:
+    """Scalars for TensorBoard, written by the caller's thread.
+
+    tensorboardX's own SummaryWriter hands them to a thread, which can neither be waited for when a
+    checkpoint is saved nor say that the disk is full.
+
+    Args:
+      path: the directory of the event files; one more is made.
+      first: the first step that is written; what earlier files have from there on is hidden.
+    """
+
+    def __init__(self, path: pathlib.Path, first: int):
+        path.mkdir(exist_ok=True)
+        again = any(path.iterdir())
+        suffix = f'.{time.time_ns()}'  # two within a second have names of their own, in order
+        self._events = EventsWriter(str(path / 'events'), suffix)
+        if again:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._events.write_event(self._event(first, session_log=start))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Write scalars of a step."""
+        for name, value in values.items():
+            summary = tensorboardX.summary.scalar(name, value)
+            self._events.write_event(self._event(step, summary=summary))
+
+    def flush(self) -> None:
+        """Return when all is on disk."""
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
+
+    def _event(self, step: int, **content: Any) -> Any:
+        return event_pb2.Event(wall_time=time.time(), step=step, **content)
+
+
+def _written_since(
+    path: pathlib.Path, position: int, step: int
+) -> collections.Counter[tuple[Any, ...]]:
+    """Which records the files have beyond a checkpoint: a tracker was told them already."""
+    told = collections.Counter[tuple[Any, ...]]()
+    for record in _records(path / 'metrics.jsonl', position):
+        told[record['step'], record['seed'], record['split']] += 1
+    for record in _records(path / 'timing.jsonl'):
+        if record['step'] > step or position == 0:
+            told[record['step'],] = 1
+    return told
+
+
+def _records(file: pathlib.Path, start: int = 0, end: int | None = None) -> list[Record]:
+    """The records of the whole lines between two positions of a file."""
+    content = file.read_bytes()[start : whole_lines(file) if end is None else end]
+    return [json.loads(line) for line in content.splitlines()]
+
+
+def _scalars(record: Record) -> dict[str, float]:
+    """The numbers of a record, by the names that they have outside of the file."""
+    split, seed = record['split'], record['seed']
+    return {
+        f'{split}/{name}/seed{seed}': value
+        for name, value in record.items()
+        if name not in ('step', 'seed', 'split') and isinstance(value, int | float)
+    }
+
+
+def _timings(values: Mapping[str, float]) -> dict[str, float]:
+    return {f'timing/{name}': value for name, value in values.items()}
 
 
 def _refuse_cut(file: pathlib.Path, position: int) -> None:
@@ -150,8 +240,38 @@ def refuse_non_finite(seeds: Sequence[int], step: int, measured: dict[str, np.nd
         if not np.isfinite(value).all():
             seed = seeds[int(np.argmin(np.isfinite(value)))]
             raise UserError(
-                f'{name} of seed {seed} is not finite by step {step}; nothing of that is saved. '
-                f'Lower config.optim.learning_rate or config.optim.clip_norm'
+                f'{name} of seed {seed} is not finite by step {step}; nothing since the last '
+                f'checkpoint is saved. {LOWER}'
+            )
+
+
+def refuse_broken(seeds: Sequence[int], step: int, parts: Mapping[str, Any]) -> None:
+    """Refuse a state that no training can go on from, before it is saved.
+
+    All numbers have to be finite, and those of 'parameters' small enough for their squares to be.
+
+    Args:
+      seeds: those of the leading axis of every array.
+      step: the one that the state comes after.
+      parts: name → tree of arrays.
+
+    Raises:
+      UserError: which part, of which seed.
+    """
+    for name, tree in parts.items():
+        limit = math.sqrt(np.finfo(np.float32).max) if name == 'parameters' else math.inf
+        sound = np.ones(len(seeds), bool)
+        for leaf in jax.tree.leaves(tree):
+            if jnp.issubdtype(leaf.dtype, jnp.inexact):
+                for shard in leaf.addressable_shards:  # with a seed's numbers on each of them
+                    size = np.abs(np.asarray(shard.data)).reshape(len(seeds), -1)
+                    sound &= (size < limit).all(1)  # NaN is not
+        broken = [parallel.any_of(not each) for each in sound]
+        if any(broken):
+            raise UserError(
+                f'{name} of seed {seeds[broken.index(True)]} are not finite, or too large to '
+                f'compute with, after the update of step {step}; nothing since the last checkpoint '
+                f'is saved. {LOWER}'
             )
 
 
@@ -220,7 +340,10 @@ class Log(contextlib.AbstractContextManager['Log']):
         self._progress = path and Progress(total, done)
 
     def write(self, step: int, seed: int, split: str, values: Mapping[str, Any]) -> None:
-        """As in `Metrics`."""
+        """As in `Metrics`, but that a value that is not finite ends the run, in every process."""
+        for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                refuse_non_finite([seed], step, {f'{name} ({split})': np.asarray([value])})
         if self._files:
             self._files.write(step, seed, split, values)
 

@@ -1,6 +1,7 @@
 """A run directory: who may write to it, what it was made with, how its run ended, when to stop.
 
 config.json   resolved config          status.json   running, done, failed, preempted
+versions.json what it computes with (mi.versions)
 cost.json     parameters and FLOPs     lock          held by the process that writes here
 metrics.jsonl, timing.jsonl, tensorboard/ (mi.metrics), checkpoints/ (mi.checkpoint)
 profile/, where one was asked for        tracker.json, where there is one (mi.tracking)
@@ -29,9 +30,9 @@ import jax
 import ml_collections
 import numpy as np
 
-from mi import metrics, parallel, tracking
-from mi.config import UserError, difference, flat
-from mi.files import read_json
+from mi import metrics, parallel, tracking, versions
+from mi.config import UserError, difference, flat, one_line
+from mi.files import read_json, storage_failure
 
 Steps = tuple[int, int]  # first and last
 
@@ -64,24 +65,26 @@ class Run:
     def write_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Writes an .npz file whole or not at all; nothing if this is not the first process."""
         if parallel.first():
-            beside = self.path / f'.{os.getpid()}.{name}'
-            np.savez_compressed(beside, allow_pickle=False, **arrays)
-            os.replace(beside, self.path / name)
+            with _replaced(self.path / name) as beside, open(beside, 'wb') as stream:
+                np.savez_compressed(stream, allow_pickle=False, **arrays)
 
     def status(self, state: str, reason: str | None = None) -> None:
+        """Write how the run is; in place where the disk has no room for another file."""
         process = jax.process_index()
-        write_json(
-            self.path / (f'status.{process}.json' if process else 'status.json'),
-            {
-                'state': state,
-                'reason': reason,
-                'step': self.step,
-                'pid': os.getpid(),
-                'host': platform.node(),
-                'machine': machine(),
-                'updated': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
-            },
-        )
+        file = self.path / (f'status.{process}.json' if process else 'status.json')
+        value = {
+            'state': state,
+            'reason': reason,
+            'step': self.step,
+            'pid': os.getpid(),
+            'host': platform.node(),
+            'machine': machine(),
+            'updated': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+        }
+        try:
+            write_json(file, value)
+        except OSError:
+            overwrite(file, json.dumps(value).encode() + b'\n')
 
     def log(self, total: int, position: int) -> metrics.Log:
         """What the run writes down as it goes on.
@@ -172,10 +175,11 @@ def start(
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f'--workdir={path}: {error.strerror}; name another directory') from error
-    with contextlib.ExitStack() as stack:
+    with _named_if_full(path), contextlib.ExitStack() as stack:
         if parallel.first():
             stack.enter_context(_locked(path / 'lock', path))
             _same_config(path / 'config.json', config)
+            _same_settings(path)
         parallel.wait('run directory')
         run = Run(path, config, profile)
         handlers = {s: signal.signal(s, run._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -184,15 +188,34 @@ def start(
             yield run
             run.status('done')
         except Preempted:
-            run.status('preempted')
+            with contextlib.suppress(OSError):  # the state is saved all the same
+                run.status('preempted')
             raise
         except BaseException as error:
-            run.status('failed', f'{type(error).__name__}: {error}'.strip())
+            full = storage_failure(error)
+            with contextlib.suppress(OSError):  # or nobody learns what was wrong
+                run.status('failed', full or f'{type(error).__name__}: {error}'.strip())
             raise
         finally:
             run.end_trace()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _named_if_full(path: pathlib.Path) -> Iterator[None]:
+    """Make one line of whatever comes of a disk that is full, or cannot be written."""
+    try:
+        yield
+    except (UserError, Preempted):
+        raise
+    except BaseException as error:
+        if full := storage_failure(error):
+            raise UserError(
+                f'--workdir={path}: {full}; checkpoints that are there are whole. Make room, and '
+                f'the same command continues'
+            ) from error
+        raise
 
 
 @contextlib.contextmanager
@@ -222,17 +245,35 @@ def _locked(lock: pathlib.Path, path: pathlib.Path) -> Iterator[None]:
 
 
 def _same_config(file: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    now = json.loads(config.to_json())
+    """Write config.json, or refuse another config than it has; keys may have been added since."""
+    resolved = json.loads(config.to_json())
     if not file.exists():
-        write_json(file, now)
+        write_json(file, resolved)
         return
-    before = read_json(file)
+    before = flat(read_json(file))
+    now = flat(resolved)
     for side in (before, now):
         side.pop('tracker', None)  # who else is told has no part in what is learnt
-    if changed := difference(before, now):
+    added = {key: value for key, value in now.items() if key not in before}
+    changed = difference(before, now)
+    if difference(before | added, now):
         raise UserError(
             f'{file.parent} was made with another config: {changed}; name another --workdir'
         )
+    if added:
+        which = ', '.join(f'config.{key} = {value!r}' for key, value in added.items())
+        print(
+            f'warning: {file.parent} was begun before there was {which}; it goes on with that',
+            file=sys.stderr,
+        )
+        write_json(file, resolved)
+
+
+def _same_settings(path: pathlib.Path) -> None:
+    """Write versions.json, or refuse settings of JAX with which a run would not go on the same."""
+    steps = [int(each.name) for each in (path / 'checkpoints').glob('*') if each.name.isdigit()]
+    step = max(steps, default=0 if (path / 'probes.json').exists() else None)
+    write_json(path / 'versions.json', versions.compare(path / 'versions.json', step))
 
 
 def recorded_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:
@@ -300,10 +341,39 @@ def _plain(value: Any) -> Any:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes to a file beside it and renames: a reader never sees a half-written file."""
+    """Writes to a file beside it and renames: a reader never sees a half-written file.
+
+    Raises:
+      UserError: if a number is not finite, which JSON has no word for.
+    """
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False)
+    except ValueError as error:
+        raise UserError(f'{path}: {one_line(error)}; nothing is written') from error
+    with _replaced(path) as beside:
+        beside.write_text(text + '\n')
+
+
+@contextlib.contextmanager
+def _replaced(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A name beside a file; what is written there takes its place, or is cleared away."""
     beside = path.with_name(f'.{path.name}.{os.getpid()}')
-    beside.write_text(json.dumps(value, indent=2) + '\n')
-    os.replace(beside, path)
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def overwrite(path: pathlib.Path, content: bytes) -> None:
+    """Write over a file, in the blocks that it has: for one that a full disk must not stop.
+
+    Raises:
+      OSError: if that cannot be done either.
+    """
+    with open(path, 'r+b') as stream:
+        stream.write(content)
+        stream.truncate()
 
 
 def steps(text: str) -> Steps:

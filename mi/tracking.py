@@ -13,7 +13,7 @@ import os
 import pathlib
 import secrets
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from mi.config import UserError, nearest
 
@@ -23,7 +23,8 @@ PROJECT = 'mi'  # where WANDB_PROJECT names no other
 class Wandb:
     """Weights & Biases: metrics over their step; wandb's own step only counts records."""
 
-    def __init__(self, path: pathlib.Path, id: str, config: dict[str, Any]):
+    def __init__(self, path: pathlib.Path, id: str, config: dict[str, Any], continued: bool):
+        self.continued = continued
         wandb = importlib.import_module('wandb')
         try:
             self._run = wandb.init(
@@ -53,7 +54,8 @@ class Wandb:
 class Trackio:
     """Hugging Face's trackio: a local database, or a Space."""
 
-    def __init__(self, path: pathlib.Path, id: str, config: dict[str, Any]):
+    def __init__(self, path: pathlib.Path, id: str, config: dict[str, Any], continued: bool):
+        self.continued = continued
         trackio = importlib.import_module('trackio')
         name, group = f'{path.name}-{id}', path.parent.name
         self._run = trackio.init(
@@ -67,8 +69,22 @@ class Trackio:
         self._run.finish()
 
 
-Tracker = Wandb | Trackio
-TRACKERS: dict[str, Callable[[pathlib.Path, str, dict[str, Any]], Tracker] | None] = {
+class Tracker(Protocol):
+    """What gets a copy of the metrics.
+
+    Attributes:
+      continued: whether it was told what the run measured before. It is not told again what a
+        killed run wrote after its last checkpoint: neither of the two can take a record back.
+    """
+
+    continued: bool
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+TRACKERS: dict[str, Callable[[pathlib.Path, str, dict[str, Any], bool], Tracker] | None] = {
     'none': None,
     'wandb': Wandb,
     'trackio': Trackio,
@@ -93,6 +109,7 @@ def start(word: str, path: pathlib.Path, config: dict[str, Any]) -> Tracker | No
     if make is None:
         return None
     file = path / 'tracker.json'
-    if not file.exists():
-        file.write_text(json.dumps({'id': secrets.token_hex(4)}) + '\n')
-    return make(path.resolve(), json.loads(file.read_text())['id'], config)
+    told = json.loads(file.read_text()) if file.exists() else {'id': secrets.token_hex(4)}
+    continued = file.exists() and told.get('name', word) == word
+    file.write_text(json.dumps({'id': told['id'], 'name': word}) + '\n')
+    return make(path.resolve(), told['id'], config, continued)

@@ -1,4 +1,6 @@
+import errno
 import json
+import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -184,3 +186,51 @@ def test_another_model_is_refused(tmp_path):
 def test_meta_is_in_the_manifest(tmp_path):
     save(tmp_path, 5)
     assert 'meta.json' in json.loads((tmp_path / '00000005' / 'manifest.json').read_text())
+
+
+@pytest.mark.parametrize('broken', ['orbax', 'meta.json', 'manifest.json', 'rename'])
+def test_a_save_that_fails_leaves_the_ones_before_and_none_of_its_own(
+    tmp_path, monkeypatch, broken
+):
+    """The name of a step is there when everything of it is."""
+    save(tmp_path, 5)
+    checkpoints = Checkpoints(tmp_path)
+    full = OSError(errno.ENOSPC, 'No space left on device')
+    with monkeypatch.context() as patched, pytest.raises(OSError, match='No space left'):
+        if broken == 'orbax':
+            patched.setattr(checkpoints._orbax, 'save', raising(full))
+        elif broken == 'rename':
+            patched.setattr(checkpoint.os, 'rename', raising(full))
+        else:
+            write = pathlib.Path.write_text
+            patched.setattr(
+                pathlib.Path,
+                'write_text',
+                lambda path, text: raising(full)() if path.name == broken else write(path, text),
+            )
+        checkpoints.save(10, state(10), {'metrics': 100})
+    assert [p.name for p in tmp_path.iterdir()] == ['00000005']  # and room for what comes next
+    assert_is(5, restore(tmp_path))
+    save(tmp_path, 10)
+    assert_is(10, restore(tmp_path))
+
+
+def test_what_is_not_of_the_disk_is_left_to_be_looked_at(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    monkeypatch.setattr(checkpoint, 'digest', raising(RuntimeError('odd')))
+    with pytest.raises(RuntimeError, match='odd'):
+        checkpoints.save(10, state(10), {})
+    assert [p.name for p in tmp_path.iterdir()] == ['.saving-00000010']
+
+
+def test_meta_is_json_or_nothing_is_saved(tmp_path):
+    with pytest.raises(ValueError, match='not JSON compliant'):
+        Checkpoints(tmp_path).save(10, state(10), {'nats': float('nan')})
+    assert not list(tmp_path.glob('[0-9]*'))
+
+
+def raising(error):
+    def raise_it(*arguments, **named):
+        raise error
+
+    return raise_it

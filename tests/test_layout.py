@@ -18,7 +18,7 @@ FLOORS = [
     ['fusion'],
     ['cells'],
     ['unify'],
-    ['optim', 'checkpoint', 'metrics', 'progress', 'tracking', 'run', 'parallel'],
+    ['optim', 'checkpoint', 'metrics', 'progress', 'tracking', 'run', 'parallel', 'versions'],
     ['lm', 'rl', 'fit'],
     ['main', 'costs'],
     ['memory'],

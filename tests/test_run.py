@@ -1,14 +1,18 @@
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from typing import Any
 
+import jax
 import ml_collections
+import numpy as np
 import pytest
 
-from mi import run
+from mi import run, versions
 from mi.config import UserError
 
 
@@ -152,3 +156,182 @@ def test_a_sum_over_several_axes_beside_one_of_length_1_does_not_crash():
     )
     environment = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
     subprocess.run([sys.executable, '-c', code], check=True, env=environment)
+
+
+def full(*arguments):
+    return OSError(errno.ENOSPC, 'No space left on device', 'metrics.jsonl')
+
+
+def wrapped(words):
+    """As orbax has it: another exception, whose words are those of the operating system."""
+    return ValueError(f'RESOURCE_EXHAUSTED: Failed writing: {words} [os_error_code=28]')
+
+
+@pytest.mark.parametrize(
+    'error, said',
+    [
+        (full(), r'metrics\.jsonl: No space left on device'),
+        (OSError(errno.EDQUOT, 'quota'), 'Disk quota exceeded'),
+        (OSError(errno.EFBIG, 'big'), 'File too large'),
+        (OSError(errno.EROFS, 'read-only'), 'Read-only file system'),
+        (wrapped('No space left on device'), 'No space left on device'),
+    ],
+    ids=str,
+)
+def test_a_full_disk_is_one_line_and_the_status_says_it(tmp_path, error, said):
+    line = rf'--workdir={tmp_path}: {said}; .* Make room, and the same command continues'
+    with pytest.raises(UserError, match=line), run.start(tmp_path, config()) as this:
+        this.step = 7
+        raise error
+    assert status(tmp_path)['state'] == 'failed' and status(tmp_path)['step'] == 7
+    assert re.search(said, status(tmp_path)['reason'])
+
+
+def test_errors_that_come_of_a_full_disk_are_known_by_what_they_came_of(tmp_path):
+    with pytest.raises(UserError, match='No space left'), run.start(tmp_path, config()):
+        try:
+            raise full()
+        finally:
+            raise RuntimeError('handle is closed')
+
+
+def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):
+    with pytest.raises(FileNotFoundError), run.start(tmp_path, config()):
+        open(tmp_path / 'none')  # noqa: SIM115
+    assert status(tmp_path)['reason'].startswith('FileNotFoundError')
+
+
+def test_the_status_is_written_where_no_other_file_can_be(tmp_path, monkeypatch):
+    def fill(patched):  # every file but those that are there
+        patched.setattr(run.pathlib.Path, 'write_text', raising_full)
+
+    said = pytest.raises(UserError, match='No space left')
+    with monkeypatch.context() as patched, said, run.start(tmp_path, config()) as this:
+        this.step = 3
+        fill(patched)
+        this.write('cost.json', {})
+    assert status(tmp_path)['state'] == 'failed' and status(tmp_path)['step'] == 3
+    with monkeypatch.context() as patched, run.start(tmp_path, config()):
+        assert status(tmp_path)['state'] == 'running'
+        fill(patched)  # when all of it is saved
+    assert status(tmp_path)['state'] == 'done'
+    stopped = pytest.raises(SystemExit)
+    with monkeypatch.context() as patched, stopped, run.start(tmp_path, config()) as this:
+        fill(patched)
+        this.preempted()
+    assert status(tmp_path)['state'] == 'preempted'
+
+
+@pytest.mark.parametrize('name', ['lock', 'config.json', 'versions.json', 'status.json'])
+def test_a_disk_that_is_full_at_the_start_is_one_line(tmp_path, monkeypatch, name):
+    def write(path, value):
+        if path.name == name:
+            raise full()
+        write_json(path, value)
+
+    write_json = run.write_json
+    monkeypatch.setattr(run, 'write_json', write)
+    if name == 'lock':
+        monkeypatch.setattr(run.platform, 'node', raising_full)
+    said = pytest.raises(UserError, match=f'--workdir={tmp_path}: .*No space left on device')
+    with said, run.start(tmp_path, config()):
+        pass
+
+
+def raising_full(*arguments):
+    raise full()
+
+
+def test_a_file_is_replaced_whole_or_stays(tmp_path, monkeypatch):
+    """Also where writing stops half-way: a reader sees the old one, and nothing is left beside."""
+    run.write_json(tmp_path / 'a.json', {'old': 1})
+    write = run.pathlib.Path.write_text
+
+    def half(path, text):
+        write(path, text[: len(text) // 2])
+        raise full()
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match='No space'):
+        patched.setattr(run.pathlib.Path, 'write_text', half)
+        run.write_json(tmp_path / 'a.json', {'new': 2})
+    assert json.loads((tmp_path / 'a.json').read_text()) == {'old': 1}
+    assert [p.name for p in tmp_path.iterdir()] == ['a.json']
+    with pytest.raises(UserError, match=r'a\.json: .*not JSON compliant'):
+        run.write_json(tmp_path / 'a.json', {'new': float('nan')})
+    assert json.loads((tmp_path / 'a.json').read_text()) == {'old': 1}
+
+
+def checkpointed(path):
+    (path / 'checkpoints' / '00000040').mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    'setting, other',
+    [
+        ('jax_default_prng_impl', 'rbg'),
+        ('jax_enable_x64', True),
+        ('jax_default_matmul_precision', 'highest'),
+        ('jax_threefry_partitionable', False),
+    ],
+)
+def test_settings_that_give_other_numbers_are_refused_when_a_run_is_continued(
+    tmp_path, setting, other
+):
+    with run.start(tmp_path, config()):
+        pass
+    before = getattr(jax.config, setting)
+    jax.config.update(setting, other)
+    try:
+        with run.start(tmp_path, config()):  # without a checkpoint it starts, with what is set now
+            pass
+        checkpointed(tmp_path)
+        with run.start(tmp_path, config()):
+            pass
+        jax.config.update(setting, before)
+        said = f'{setting} = {before!r}: .* computed with {other!r}.*set {setting.upper()}={other}'
+        with pytest.raises(UserError, match=said), run.start(tmp_path, config()):
+            pass
+    finally:
+        jax.config.update(setting, before)
+
+
+def test_versions_are_recorded_and_another_is_said_in_one_line(tmp_path, monkeypatch, capsys):
+    with run.start(tmp_path, config()):
+        pass
+    record = json.loads((tmp_path / 'versions.json').read_text())
+    assert record['jax'] == jax.__version__ and record['numpy'] == np.__version__
+    assert record['python'] == '.'.join(map(str, sys.version_info[:3]))
+    assert record['jax_default_prng_impl'] == 'threefry2x32' and record['continued'] == []
+    assert {'commit', 'dirty', 'xla_flags', 'device', 'flax', 'optax', 'jaxlib'} <= record.keys()
+    checkpointed(tmp_path)
+    with run.start(tmp_path, config()):
+        pass
+    assert capsys.readouterr().err == ''
+    current = versions.current()
+    monkeypatch.setattr(versions, 'current', lambda: current | {'jax': '9.9', 'dirty': 'yes'})
+    for _ in range(2):  # the second time it is as it was before
+        with run.start(tmp_path, config()):
+            pass
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f'warning: {tmp_path} is continued with another ')
+    assert f"jax was '{jax.__version__}' and is '9.9' now" in line
+    again = json.loads((tmp_path / 'versions.json').read_text())
+    changed = {'step': 40, 'changed': {'jax': '9.9', 'dirty': 'yes'}}
+    assert again == record | {'continued': [changed]}
+
+
+def test_a_run_that_was_begun_before_a_key_was_there_goes_on_and_says_so(tmp_path, capsys):
+    with run.start(tmp_path, config()):
+        pass
+    newer = config(model={'width': 3, 'depth': 1})
+    with run.start(tmp_path, newer):
+        pass
+    [line] = capsys.readouterr().err.splitlines()
+    assert 'was begun before there was config.model.depth = 1; it goes on with that' in line
+    with run.start(tmp_path, newer):
+        pass
+    assert capsys.readouterr().err == ''
+    for model, now in (({'width': 3, 'depth': 2}, '2'), ({'width': 3}, 'absent')):
+        said = pytest.raises(UserError, match=rf'model\.depth was 1 and is {now} now')
+        with said, run.start(tmp_path, config(model=model)):
+            pass

@@ -128,6 +128,8 @@ def _train(config: ml_collections.ConfigDict, problem: Problem, this: run.Run) -
                 _keep(problem, this, state, seeds)
             stops = this.stops(recorded=True)
             if step % config.train.save_every == 0 or step == total or stops:
+                parts = {'parameters': state.params, 'moments of the optimizer': state.optimiser}
+                metrics.refuse_broken(config.seeds, step, parts)
                 saved.save(step, state, {'metrics': log.position()})
                 if stops and step < total:
                     this.preempted()

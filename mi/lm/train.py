@@ -259,6 +259,8 @@ def _train(config: ml_collections.ConfigDict, corpus: data.Corpus, this: run.Run
                 log.evaluation(step, 'valid', scores)
             stops = this.stops(recorded)
             if step % config.train.save_every == 0 or step == steps or stops:
+                parts = {'parameters': state.params, 'moments of the optimizer': state.opt_state}
+                metrics.refuse_broken(config.seeds, step, parts)
                 saved.save(step, state, log.position() | {'data': corpus.sha256})
                 log.resume_clock()
                 if stops and step < steps:

@@ -202,6 +202,7 @@ def _train(
                     _evaluate(config, evaluation, split, agent, state, log, step)
             stops = this.stops(recorded=True)
             if step % config.train.save_every == 0 or step == total or stops:
+                metrics.refuse_broken(config.seeds, step, learner.parts(state.learner))
                 saved.save(step, _plain(state), {'metrics': log.position()})
                 if stops and step < total:
                     this.preempted()

@@ -59,6 +59,15 @@ def start(params: Any, optimiser: optax.GradientTransformation, tasks: int) -> S
     return State(params, optimiser.init(params), popart.init(tasks))
 
 
+def parts(state: State) -> dict[str, Any]:
+    """What has to be finite in a state that is saved, by the name that an error gives it."""
+    return {
+        'parameters': state.params,
+        'moments of the optimizer': state.opt_state,
+        'statistics of the returns': state.statistics,
+    }
+
+
 def update(
     agent: Agent,
     optimiser: optax.GradientTransformation,

@@ -140,6 +140,7 @@ def _train(
 
             # The checkpoint comes before the evaluation, which may take long and be cut short.
             if saves:
+                metrics.refuse_broken([seed], step, learner.parts(state))
                 meta = {'metrics': log.position(), 'env_steps': env_steps}
                 saved.save(step, state, meta | {'is_evaluated': not evaluates})
                 if stops and (step < total or evaluates):
