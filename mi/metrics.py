@@ -58,7 +58,7 @@ class Metrics:
         self._tracker = tracker
         _refuse_cut(path / 'metrics.jsonl', position)
         self._told = collections.Counter[tuple[Any, ...]]()
-        if tracker and tracker.continued and (path / 'timing.jsonl').exists():
+        if tracker and tracker.continued:
             self._told = _written_since(path, position, step)
         with contextlib.ExitStack() as stack:
             self._metrics = stack.enter_context(open(path / 'metrics.jsonl', 'ab'))
@@ -165,8 +165,12 @@ def _written_since(
 
 def _records(file: pathlib.Path, start: int = 0, end: int | None = None) -> list[Record]:
     """The records of the whole lines between two positions of a file."""
-    content = file.read_bytes()[start : whole_lines(file) if end is None else end]
-    return [json.loads(line) for line in content.splitlines()]
+    records = []
+    content = file.read_bytes() if file.exists() else b''
+    for line in content[start : whole_lines(file) if end is None else end].splitlines():
+        with contextlib.suppress(ValueError):  # whoever reads the file will say what is wrong
+            records.append(json.loads(line))
+    return records
 
 
 def _scalars(record: Record) -> dict[str, float]:
@@ -240,8 +244,8 @@ def refuse_non_finite(seeds: Sequence[int], step: int, measured: dict[str, np.nd
         if not np.isfinite(value).all():
             seed = seeds[int(np.argmin(np.isfinite(value)))]
             raise UserError(
-                f'{name} of seed {seed} is not finite by step {step}; nothing since the last '
-                f'checkpoint is saved. {LOWER}'
+                f'{name} of seed {seed} is not finite by step {step}; nothing of that is saved. '
+                f'{LOWER}'
             )
 
 
@@ -268,10 +272,10 @@ def refuse_broken(seeds: Sequence[int], step: int, parts: Mapping[str, Any]) -> 
                     sound &= (size < limit).all(1)  # NaN is not
         broken = [parallel.any_of(not each) for each in sound]
         if any(broken):
+            what = f'an entry of the {name}' + (', or its square,' if name == 'parameters' else '')
             raise UserError(
-                f'{name} of seed {seeds[broken.index(True)]} are not finite, or too large to '
-                f'compute with, after the update of step {step}; nothing since the last checkpoint '
-                f'is saved. {LOWER}'
+                f'{what} of seed {seeds[broken.index(True)]} is not finite by step {step}; nothing '
+                f'of that is saved. {LOWER}'
             )
 
 

@@ -189,6 +189,38 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, tex
         assert np.isfinite(record['nats_per_token'])
 
 
+@pytest.mark.parametrize('save_every', [1, 20])
+@pytest.mark.parametrize('optimizer, rate', [('adam', 1e38), ('sgd', 1e30)])
+def test_a_run_whose_last_update_breaks_the_parameters_has_not_succeeded(
+    tmp_path, texts, optimizer, rate, save_every
+):
+    """No loss shows it: that of the step was computed with the parameters before."""
+    config = tiny(
+        **{
+            'data.source': texts,
+            'train.steps': 1,
+            'train.save_every': save_every,
+            'optim.name': optimizer,
+            'optim.warmup_steps': 0,
+            'optim.learning_rate': rate,
+        }
+    )
+    said = r'(valid|parameters).* of seed 0 is not finite by step 1; nothing of that is saved'
+    with pytest.raises(UserError, match=said):
+        train.train(config, str(tmp_path))
+    assert json.loads((tmp_path / 'status.json').read_text())['state'] == 'failed'
+    assert not list(tmp_path.glob('checkpoints/0*'))
+    assert [row['split'] for row in records(tmp_path)] == ['train']  # made before the update
+
+
+def test_broken_parameters_are_not_saved_where_nothing_is_evaluated(tmp_path, texts):
+    changes = {'train.steps': 3, 'train.save_every': 1, 'train.eval_every': 10}
+    changes |= {'optim.warmup_steps': 0, 'optim.learning_rate': 1e38}
+    with pytest.raises(UserError, match=r'parameters.* of seed 0 is not finite by step 1; not'):
+        train.train(tiny(**{'data.source': texts, **changes}), str(tmp_path))
+    assert not list(tmp_path.glob('checkpoints/0*'))
+
+
 def test_a_continued_run_keeps_the_time_since_the_last_record(tmp_path):
     """Two steps, with a checkpoint and the end of a process between them, and then the record."""
     config = tiny()
