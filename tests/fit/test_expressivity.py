@@ -43,7 +43,7 @@ def test_targets_have_mean_0_and_variance_d():
 
 
 @pytest.mark.parametrize('depth', [1, 3])
-@pytest.mark.parametrize('site', ['first', 'all'])
+@pytest.mark.parametrize('site', ['first', 'last', 'all'])
 @pytest.mark.parametrize('word', ['concat', 'none'])
 def test_an_mi_network_is_any_relu_network_if_W_is_0(word, site, depth):
     """With its U, V and b an MI network is a ReLU network of the concatenation, and with U = 0 too
@@ -53,6 +53,9 @@ def test_an_mi_network_is_any_relu_network_if_W_is_0(word, site, depth):
     ours = model(**shape, **{'model.fusion.name': 'mi'})
     x, z = jax.random.normal(jax.random.key(0), (2, 50, 5))
     given = mlp.init(jax.random.key(1), x, z)
+    where = {'first': [0], 'last': [depth], 'all': [*range(depth + 1)]}[site]
+    fused = [name for name in given['params'] if name.startswith('fusion')]
+    assert sorted(fused) == [f'fusion_{i}' for i in where]
     leaves, tree = jax.tree.flatten(given)  # biases are 0 at the start
     drawn = [jax.random.normal(jax.random.key(2 + i), a.shape) for i, a in enumerate(leaves)]
     given = jax.tree.unflatten(tree, drawn)

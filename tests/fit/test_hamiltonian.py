@@ -118,6 +118,21 @@ def test_where_it_does_not_separate_iterations_make_leapfrog_symplectic_and_reve
     assert max(many) < 1e-5
 
 
+@pytest.mark.parametrize('iterations', [1, 2, 3])
+def test_leapfrog_iterates_both_implicit_lines_as_often_as_it_says(iterations):
+    """H = (1 + q²)(1 + p²) / 2, in NumPy from the three lines of the scheme."""
+    q, p, tau = np.float64(0.7), np.float64(-0.4), 0.3
+    half, new = p, q
+    for _ in range(iterations):
+        half = p - tau / 2 * q * (1 + half**2)
+    for _ in range(iterations):
+        new = q + tau / 2 * (half * (1 + q**2) + half * (1 + new**2))
+    expected = new, half - tau / 2 * new * (1 + half**2)
+    step = integrators.leapfrog(lambda q, p: ((1 + q**2) * (1 + p**2))[..., 0] / 2, tau, iterations)
+    after = step(jnp.float32(q).reshape(1), jnp.float32(p).reshape(1))
+    np.testing.assert_allclose(np.concatenate(after), expected, rtol=1e-6)
+
+
 def test_motions_are_those_of_closed_forms():
     spring, pendulum, bodies = (SYSTEMS[name] for name in ('mass_spring', 'pendulum', 'two_body'))
     q, p = spring.draw(jax.random.key(0), 20)
@@ -187,6 +202,8 @@ def test_scores():
     error = scores.error(bad, wave)
     assert (error[50:, 0] == scores.CEILING).all() and (error[:, 1] == 0).all()
     np.testing.assert_allclose(scores.valid(error, 0.1), [0.5, 1])
+    returns = jnp.array([[0.0], [0.2], [0.0], [0.0]])  # below the tolerance again, too late
+    np.testing.assert_allclose(scores.valid(returns, 0.1), [0.25])
     E = jnp.array([[1.0, 3.0], [1.5, 3.0]])
     np.testing.assert_allclose(scores.drift(E), [[0, 0], [0.5, 0]])
     np.testing.assert_allclose(scores.drift(10 - 7 * E), scores.drift(E), rtol=1e-5)
