@@ -137,6 +137,21 @@ def test_the_pods_of_a_member_are_told_where_the_first_of_them_listens():
     assert manifest['spec']['failurePolicy']['maxRestarts'] == 3
 
 
+def test_pods_that_saved_or_were_evicted_are_started_again_without_being_counted():
+    """A job ends by its pod failure policy in these two cases, and JobSet ignores that reason."""
+    manifest = k8s.manifests(COMMANDS, GPUS, PODS)[0]
+    spec = only(manifest)[0]['template']['spec']
+    assert spec['backoffLimit'] == 0  # any other end of a pod ends the job as well
+    assert spec['podFailurePolicy']['rules'] == [
+        {'action': 'FailJob', 'onPodConditions': [{'type': 'DisruptionTarget', 'status': 'True'}]},
+        {'action': 'FailJob', 'onExitCodes': {'operator': 'In', 'values': [143]}},
+    ]
+    (rule,) = manifest['spec']['failurePolicy']['rules']
+    assert rule['action'] == 'RestartJobSetAndIgnoreMaxRestarts'
+    assert rule['onJobFailureReasons'] == ['PodFailurePolicy']
+    assert spec['template']['spec']['restartPolicy'] == 'Never'
+
+
 def test_a_tpu_slice_is_asked_for_by_kind_and_shape():
     chips = engine.Resources(gpus=4, processes=4)
     slices = dataclasses.replace(PODS, tpu='tpu-v5-lite-podslice', topology='4x4')

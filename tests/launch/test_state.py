@@ -1,5 +1,6 @@
 """How a sweep looks from outside: what is read of it, how often, and what is shown first."""
 
+import fcntl
 import io
 import itertools
 import json
@@ -93,6 +94,32 @@ def test_what_has_not_changed_is_not_read_again(tmp_path, opened):
     assert reader.read(path).word == 'done'
     opened.clear()
     assert reader.read(path).word == 'done' and opened == []
+
+
+def test_those_who_ask_at_once_do_not_see_each_other(tmp_path):
+    """Another who looks whether the lock is held, just now, is no run."""
+    lock = tmp_path / 'lock'
+    with open(lock, 'w') as another:
+        fcntl.flock(another, fcntl.LOCK_SH)
+        assert not held(lock)
+        fcntl.flock(another, fcntl.LOCK_EX)
+        assert held(lock)
+    assert not held(lock) and not held(tmp_path / 'none')
+
+
+def test_the_time_left_is_by_the_pace_of_the_last_record(tmp_path):
+    path = tmp_path / 'a'
+    make(path, 'running')
+    timing = [{'step': 10, 'seconds': 90.0}, {'step': 30, 'seconds': 5.0, 'tokens_per_second': 1e4}]
+    text = [json.dumps(record) + '\n' for record in timing]
+    with Held(path / 'lock'):
+        (path / 'timing.jsonl').write_text(text[0])
+        assert state.read(path).left == 90 * 90 / 10  # the steps from the beginning
+        (path / 'timing.jsonl').write_text(''.join(text))
+        now = state.read(path)
+        assert (now.step, now.steps, now.left) == (30, 100, 70 * 5 / 20)
+        assert now.rate == '10,000 tokens/s'
+    assert state.read(path).left is None  # it has died
 
 
 def test_a_member_that_is_started_again_is_seen(tmp_path):
