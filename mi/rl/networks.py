@@ -7,7 +7,7 @@ where they are the default.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,8 @@ class Agent(nn.Module):
 
     Attributes:
       spec: of the environment.
-      torso: 'auto' for 'dense' on grids and features, and 'shallow' on pixels.
+      torso: 'auto' for 'dense' on grids and features; on pixels for 'shallow', or 'deep' where the
+        picture is smaller than `Shallow.least`.
       features: F, 256 as in IMPALA.
       core: constructor of a cell of `mi.cells`; None for no memory.
       sites: where the fusion is; none, one or several.
@@ -192,7 +193,10 @@ class Agent(nn.Module):
     def _torso(self) -> str:
         if self.torso != 'auto':
             return self.torso
-        return 'shallow' if 'pixels' in self.spec.observation else 'dense'
+        if 'pixels' not in self.spec.observation:
+            return 'dense'
+        height, width, _ = self.spec.observation['pixels'].shape
+        return 'shallow' if min(height, width) >= Shallow.least else 'deep'
 
 
 def forward(agent: Agent, params: Any, carry: Carry, inputs: Inputs) -> tuple[Carry, Outputs]:
@@ -318,6 +322,7 @@ class Conv(nn.Module):
 class Shallow(nn.Module):
     """The convolutions of DQN (Mnih et al., 2015): 32 of 8 × 8, 64 of 4 × 4, 64 of 3 × 3."""
 
+    least: ClassVar[int] = 36  # pixels of a side: fewer leave nothing for the last convolution
     features: int
     spec: Spec
     dtype: DTypeLike = jnp.float32

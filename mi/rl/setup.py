@@ -15,7 +15,7 @@ from mi.config import Rule, UserError, boolean, check, integer, number, one_of, 
 from mi.rl import learner
 from mi.rl.envs.spec import Spec
 from mi.rl.loss import CLIPS
-from mi.rl.networks import SITES, SOURCES, TORSOS, Agent, Inputs
+from mi.rl.networks import SITES, SOURCES, TORSOS, Agent, Inputs, Shallow
 from mi.rl.transformer import GatedTransformer
 
 CORES: dict[str, Callable[..., nn.Module]] = {'transformer': GatedTransformer}
@@ -136,7 +136,8 @@ def environment(
       key: that names it, 'env.name' or 'eval.held_out'. The options are the same for both.
     """
     name: str = config.env.name if key == 'env.name' else config.eval.held_out
-    return name, dict(config.env.get('options', {}))  # runs of before have none
+    options = config.env.get('options')  # runs of before have none
+    return name, options.to_dict() if options else {}
 
 
 def updates(config: ml_collections.ConfigDict) -> int:
@@ -169,6 +170,13 @@ def agent(config: ml_collections.ConfigDict, spec: Spec) -> Agent:
         raise UserError(
             f'config.model.torso = {model.torso!r} looks at {" or ".join(looks)}, and '
             f"config.env.name = {config.env.name!r} has {there}; 'auto' takes what fits"
+        )
+    height, width = spec.observation['pixels'].shape[:2] if 'pixels' in spec.observation else (0, 0)
+    if model.torso == 'shallow' and min(height, width) < Shallow.least:
+        raise UserError(
+            f"config.model.torso = 'shallow' needs pictures of {Shallow.least} × {Shallow.least} "
+            f'pixels at least, and config.env.name = {config.env.name!r} has {height} × {width}; '
+            f"try 'deep'"
         )
     core = None
     if model.core != 'none':

@@ -127,10 +127,6 @@ def _made(
         if option not in known and not takes_any:
             hint = nearest(option, known) if known else 'it has no options'
             raise UserError(f'config.env.options.{option} is unknown to {name!r}; {hint}')
-        if isinstance(value, Mapping):
-            raise UserError(
-                f'config.env.options.{option} = {value}: expected a value, not a group of them'
-            )
         default = known.get(option)
         kinds = (int, float) if isinstance(default, float) else (type(default),)
         if default is not None and (type(value) not in kinds):

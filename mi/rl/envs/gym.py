@@ -1,17 +1,18 @@
-"""Gymnasium (Towers et al., 2024): any environment with discrete actions, and ViZDoom's scenarios.
+"""Gymnasium (Towers et al., 2024): environments with discrete actions, and ViZDoom's scenarios.
 
 A new episode starts one step later (see `spec`), as in gymnasium's AutoresetMode.NEXT_STEP.
 """
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from mi.config import UserError, nearest
+from mi.config import UserError, nearest, one_line
+from mi.rl.envs import spaces
 from mi.rl.envs.spec import Spec, Step
 
 # Task → the middle of the package's id. Deathmatch is left out: some of its buttons are continuous.
@@ -47,11 +48,12 @@ class GymVector:
         self.spec = spec
         self.batch = len(makers)
         self._seed: int | None = seed
-        self._asynchronous = asynchronous
+        self._asynchronous, self._skips = asynchronous, False
         self._entry = next(name for name in spec.observation if name != 'task')
         self._task = np.array(tasks, np.int32)
         self._last = np.zeros(self.batch, bool)
         self._actions = np.zeros(self.batch, np.int64)
+        makers = [_Skippable(maker) for maker in makers]
         options: dict[str, Any] = {'autoreset_mode': gymnasium.vector.AutoresetMode.NEXT_STEP}
         if asynchronous:  # a fork would copy the locks of JAX's threads
             self._vector: Any = gymnasium.vector.AsyncVectorEnv(makers, context='spawn', **options)
@@ -59,11 +61,19 @@ class GymVector:
             self._vector = gymnasium.vector.SyncVectorEnv(makers, **options)
 
     def reset(self) -> Step:
+        if self._skips:
+            self.skip(np.zeros(self.batch, bool))
         seen, _ = self._vector.reset(seed=self._seed)
         self._seed = None  # the next time, other episodes
         zero, no = np.zeros(self.batch, np.float32), np.zeros(self.batch, bool)
         self._last = no
         return Step(self._observe(seen), zero, zero + 1, ~no, no, no)
+
+    def skip(self, rows: np.ndarray) -> None:
+        """As in `SkipsRows`."""
+        self._skips = bool(rows.any())
+        self._vector.set_attr('is_idle', rows.tolist())
+        self._last = self._last & ~rows
 
     def send(self, actions: np.ndarray) -> None:
         self._actions = np.asarray(actions, np.int64)
@@ -77,9 +87,11 @@ class GymVector:
             seen, reward, terminated, truncated, _ = self._vector.step(self._actions)
         first, last = self._last, terminated | truncated
         self._last = last
+        with np.errstate(over='ignore'):  # what is too large is inf, and refused as such
+            reward = reward.astype(np.float32)
         return Step(
             observation=self._observe(seen),
-            reward=reward.astype(np.float32),
+            reward=reward,
             discount=np.where(terminated, 0, 1).astype(np.float32),
             is_first=first,
             is_last=last,
@@ -94,54 +106,71 @@ class GymVector:
         return {self._entry: seen.astype(dtype, copy=False), 'task': self._task}
 
 
-def make_gym(suite: str, *, batch: int, seed: int = 0, asynchronous: bool = False) -> GymVector:
-    """B rows of one gymnasium id, as 'CartPole-v1'.
+def make_gym(
+    suite: str, *, batch: int, seed: int = 0, asynchronous: bool = False, **arguments: Any
+) -> GymVector:
+    """B rows of one gymnasium id, as 'CartPole-v1' or 'module:Id-v0'.
 
-    A one-dimensional box is 'features' [n] float32, a box [h, w, c] of uint8 is 'pixels'.
+    A module is imported first, so that it can register ids of its own. What is seen is 'pixels' or
+    'features', and actions are numbered from 0: see `mi.rl.envs.spaces`.
 
     Args:
       suite: the id.
       batch: B.
       seed: of row 0; row i has seed + i.
       asynchronous: whether each row runs in a process of its own.
+      arguments: of the environment's own constructor.
 
     Raises:
-      UserError: on an unknown id, other spaces, or if gymnasium is not installed.
+      UserError: if the environment cannot be made, has other spaces, or gymnasium is not installed.
     """
     gymnasium = _gymnasium('gym')
+    one = _first(gymnasium, suite, arguments)
     try:
-        one = gymnasium.make(suite)
-    except gymnasium.error.DependencyNotInstalled as error:
-        raise UserError(f'gymnasium/{suite}: {error}') from error
-    except gymnasium.error.Error as error:
-        known = [name for name in gymnasium.registry if '/' not in name]
-        raise UserError(f'gymnasium/{suite} is unknown; {nearest(suite, known)}') from error
-    space, actions = one.observation_space, one.action_space
-    limit = one.spec.max_episode_steps or 0
-    one.close()
-    if not isinstance(actions, gymnasium.spaces.Discrete) or actions.start != 0:
-        raise UserError(
-            f'gymnasium/{suite} has actions {actions}: expected Discrete, counted from 0'
-        )
-    if not isinstance(space, gymnasium.spaces.Box) or not (
-        len(space.shape) == 1 or (len(space.shape) == 3 and space.dtype == np.uint8)
-    ):
-        raise UserError(
-            f'gymnasium/{suite} observes {space}: expected a Box [n], or [h, w, c] of uint8'
-        )
-    entry, dtype = ('features', np.float32) if len(space.shape) == 1 else ('pixels', np.uint8)
+        entry, shape, _ = spaces.observation(one.observation_space)
+        actions, _ = spaces.actions(one.action_space)
+    except UserError as error:
+        raise UserError(f'gymnasium/{suite} {error}') from error
+    finally:
+        one.close()
     spec = Spec(
-        name='gym',
+        name=f'gymnasium/{suite}',
         observation={
-            entry: jax.ShapeDtypeStruct(space.shape, dtype),
+            entry: jax.ShapeDtypeStruct(shape, np.uint8 if entry == 'pixels' else np.float32),
             'task': jax.ShapeDtypeStruct((), np.int32),
         },
-        actions=int(actions.n),
+        actions=actions,
         tasks=(suite,),
-        episode=limit,
+        episode=one.spec.max_episode_steps or 0,
+        has_success=False,
     )
-    makers = [_Maker(suite)] * batch
+    makers = [_Maker(suite, arguments)] * batch
     return GymVector(spec, makers, [0] * batch, seed=seed, asynchronous=asynchronous)
+
+
+def _first(gymnasium: Any, suite: str, arguments: Mapping[str, Any]) -> Any:
+    """An environment by its id; whatever its module or constructor raises becomes one line."""
+    if not suite:
+        raise UserError("gymnasium needs an id, as in 'gymnasium/CartPole-v1'")
+    try:
+        return _make(suite, **arguments)
+    except (gymnasium.error.NameNotFound, gymnasium.error.NamespaceNotFound) as error:
+        known = [name for name in gymnasium.registry if '/' not in name]
+        raise UserError(
+            f"gymnasium/{suite} is unknown; {nearest(suite, known)}. An id of one's own has its "
+            f"module in front, as 'my_module:MyEnv-v0'"
+        ) from error
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f'gymnasium/{suite}: {one_line(error).rstrip(".")}; install it, or put its directory '
+            f'on PYTHONPATH'
+        ) from error
+    except Exception as error:  # foreign code: it raises what it likes
+        given = ' '.join(repr(dict(arguments)).split())
+        raise UserError(
+            f'gymnasium/{suite} cannot be made: {type(error).__name__}: {one_line(error)}; the '
+            f'arguments of its constructor are config.env.options = {given}'
+        ) from error
 
 
 def make_vizdoom(suite: str, *, batch: int, seed: int = 0, asynchronous: bool = False) -> GymVector:
@@ -183,6 +212,7 @@ def make_vizdoom(suite: str, *, batch: int, seed: int = 0, asynchronous: bool = 
         },
         actions=1 + len(buttons),
         tasks=tasks,
+        has_success=False,
     )
     rows = [row % len(tasks) for row in range(batch)]
     makers = [_DoomMaker(tasks[task], tuple(buttons)) for task in rows]
@@ -193,13 +223,51 @@ _DOOM_OPTIONS = {'frame_skip': VIZDOOM_REPEAT, 'max_buttons_pressed': 1}
 
 
 class _Maker:
-    """Makes an environment by its id, in whatever process it is called."""
+    """Makes an environment by its id, in whatever process it is called, with the agent's spaces."""
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, arguments: Mapping[str, Any]):
+        self.name, self.arguments = name, dict(arguments)
 
     def __call__(self) -> Any:
-        return _make(self.name)
+        import gymnasium
+
+        env = _make(self.name, **self.arguments)
+        entry, shape, convert = spaces.observation(env.observation_space)
+        number, decode = spaces.actions(env.action_space)
+        low, high, dtype = (
+            (0, 255, np.uint8) if entry == 'pixels' else (-np.inf, np.inf, np.float32)
+        )
+        seen = gymnasium.spaces.Box(low, high, shape, dtype)
+        env = gymnasium.wrappers.TransformObservation(env, convert, seen)
+        return gymnasium.wrappers.TransformAction(env, decode, gymnasium.spaces.Discrete(number))
+
+
+class _Skippable:
+    """Makes an environment that does nothing, and shows its last observation, while `is_idle`."""
+
+    def __init__(self, maker: Callable[[], Any]):
+        self.maker = maker
+
+    def __call__(self) -> Any:
+        import gymnasium
+
+        class Skippable(gymnasium.Wrapper):  # type: ignore[misc, type-arg, unused-ignore]
+            is_idle = False
+            _seen: Any = None
+
+            def reset(self, **arguments: Any) -> Any:
+                if self.is_idle:
+                    return self._seen, {}
+                self._seen, info = self.env.reset(**arguments)
+                return self._seen, info
+
+            def step(self, action: Any) -> Any:
+                if self.is_idle:
+                    return self._seen, 0.0, False, False, {}
+                self._seen, *rest = self.env.step(action)
+                return self._seen, *rest
+
+        return Skippable(self.maker())
 
 
 class _DoomMaker:

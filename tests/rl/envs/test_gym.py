@@ -69,10 +69,8 @@ def test_processes_give_what_one_process_gives():
 
 def test_spaces_that_no_network_takes_are_refused():
     pytest.importorskip('gymnasium', reason='the extra gym is not installed')
-    with pytest.raises(UserError, match=r'Pendulum-v1 has actions .*expected Discrete'):
+    with pytest.raises(UserError, match=r'Pendulum-v1 has actions .*expected discrete'):
         gym.make_gym('Pendulum-v1', batch=1)
-    with pytest.raises(UserError, match=r'FrozenLake-v1 observes .*expected a Box'):
-        gym.make_gym('FrozenLake-v1', batch=1)
     with pytest.raises(UserError, match="did you mean 'CartPole-v1'"):
         gym.make_gym('CartPol-v1', batch=1)
 
