@@ -9,9 +9,11 @@ of known benchmarks.
     python -m mi.main --config=configs/lm.py:core=transformer,site=attention --workdir=runs/xl
     python -m mi.main --config=configs/lm.py --config.optim.learning_rate=5e-4 --workdir=runs/slow
 
-The argument after the colon: a preset (quickstart, tiny), and `fusion=WORD`, `site=WORD`,
-`core=WORD`, `source=WORD`.
+The argument after the colon, in any order: a preset (quickstart, tiny), and `fusion=WORD`,
+`site=WORD`, `core=WORD`, `source=WORD`. A preset overrides the sizes that core=transformer has.
 """
+
+from collections.abc import Collection
 
 import ml_collections
 
@@ -103,7 +105,9 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
 
     config.eval = evaluation = ml_collections.ConfigDict()
     evaluation.batch = 32
-    evaluation.length = 256
+    # Tokens of a segment; -1: train.length for a Transformer without memory, which has seen no
+    # other positions, and 256 for others
+    evaluation.length = -1
     evaluation.memory = -1  # of a Transformer, tokens; -1 for that of training
     evaluation.stride = 0  # of a sliding window of `length`; 0 to carry state instead
     evaluation.valid_tokens = 0  # of the validation text on the way; 0 for all
@@ -126,9 +130,14 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     config.optim = optim.get_config()
     config.optim.learning_rate = 2e-3
 
-    for word in arg.split(','):
+    for word in in_order(arg, PRESETS):
         apply(config, word)
     return config.lock()
+
+
+def in_order(arg: str, last: Collection[str]) -> list[str]:
+    """Return the words of an argument, however it is ordered: presets, KEY=WORD, those `last`."""
+    return sorted(arg.split(','), key=lambda word: (word in last, '=' in word))
 
 
 def apply(config: ml_collections.ConfigDict, word: str) -> None:
@@ -143,7 +152,6 @@ def apply(config: ml_collections.ConfigDict, word: str) -> None:
             config.model.hidden = config.model.embed = 256
             config.optim.learning_rate = 1e-3
             config.optim.warmup_steps = 200
-            config.eval.length = config.train.length  # positions that training has seen
     elif word == 'quickstart':  # minutes on two cores
         config.seeds = (0, 1, 2)
         config.data.level = 'bpe'
@@ -196,7 +204,7 @@ def apply(config: ml_collections.ConfigDict, word: str) -> None:
         config.train.log_every = 5
         config.train.eval_every = 10
         config.train.save_every = 5
-        config.optim.warmup_steps = 5
+        config.optim.warmup_steps = -1
         config.eval.batch = 128
         config.eval.valid_tokens = 5_000
     elif word != 'default':

@@ -37,7 +37,7 @@ def get_config(arg: str = 'mogrifier_96m') -> ml_collections.ConfigDict:
     config.train.eval_every = 4_000
     config.train.save_every = 4_000
     _mogrifier(config, 2560)
-    for word in arg.split(','):
+    for word in lm.in_order(arg, ('smoke',)):
         if word == 'mogrifier_48m':
             _mogrifier(config, 1800)
         elif word == 'transformer':
@@ -108,7 +108,7 @@ def _smoke(config: ml_collections.ConfigDict) -> None:
     config.train.steps = 60
     config.train.log_every = config.train.save_every = config.train.eval_every = 20
     config.eval.memory = min(64, config.eval.memory)
-    config.eval.length = 64
+    config.eval.length = -1
     config.eval.batch = 64
     config.eval.valid_tokens = config.eval.final_tokens = 50_000
-    config.optim.warmup_steps = 10
+    config.optim.warmup_steps = -1

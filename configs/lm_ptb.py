@@ -53,7 +53,7 @@ def get_config(arg: str = 'awd') -> ml_collections.ConfigDict:
     config.optim.weight_decay = 1e-4
     config.optim.warmup_steps = 500
     config.optim.clip_norm = 0.25
-    for word in arg.split(','):
+    for word in lm.in_order(arg, ('smoke',)):
         if word == 'mogrifier':
             config.model.core = 'mogrifier'
             config.model.rounds = 5
@@ -81,5 +81,6 @@ def _smoke(config: ml_collections.ConfigDict) -> None:
     config.train.steps = 60
     config.train.log_every = config.train.save_every = config.train.eval_every = 20
     config.eval.batch = 32
+    config.eval.length = -1
     config.eval.valid_tokens = config.eval.final_tokens = 20_000
-    config.optim.warmup_steps = 10
+    config.optim.warmup_steps = -1

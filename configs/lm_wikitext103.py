@@ -40,7 +40,7 @@ def get_config(arg: str = 'lstm') -> ml_collections.ConfigDict:
     config.train.eval_every = 4_000
     config.train.save_every = 4_000
     _lstm(config)
-    for word in arg.split(','):
+    for word in lm.in_order(arg, ('smoke',)):
         if word == 'transformer':
             _transformer(config)
         elif word == 'smoke':
@@ -109,7 +109,7 @@ def _smoke(config: ml_collections.ConfigDict) -> None:
     config.train.steps = 60
     config.train.log_every = config.train.save_every = config.train.eval_every = 20
     config.eval.memory = min(32, config.eval.memory)
-    config.eval.length = 32
+    config.eval.length = -1
     config.eval.batch = 32
     config.eval.valid_tokens = config.eval.final_tokens = 20_000
-    config.optim.warmup_steps = 10
+    config.optim.warmup_steps = -1

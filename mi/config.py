@@ -13,6 +13,7 @@ from typing import Any
 import ml_collections
 
 Rule = Callable[[Any], str]
+SMALLEST, LARGEST = 2.0**-126, 2.0**127  # normal numbers of float32
 
 
 class UserError(Exception):
@@ -113,16 +114,25 @@ def integer(low: int, high: float = math.inf) -> Rule:
     return rule
 
 
-def number(low: float, high: float = math.inf, *, exclusive: bool = False) -> Rule:
-    """A finite number in [low, high], or in (low, high] where exclusive."""
+def number(
+    low: float, high: float = math.inf, *, exclusive: bool = False, below: float = math.inf
+) -> Rule:
+    """Accept a number in [low, high], or (low, high] if exclusive, that is less than `below`.
+
+    It has to be a finite number in float32 too, and not 0 there unless it is 0.
+    """
     bounds = f'a finite number {"above" if exclusive else "of at least"} {low}'
     bounds += '' if math.isinf(high) else f', at most {high}'
+    bounds += '' if math.isinf(below) else f', below {below}'
 
     def rule(value: Any) -> str:
         if not isinstance(value, int | float) or isinstance(value, bool):
             return bounds
         above = value > low if exclusive else value >= low
-        return '' if math.isfinite(value) and above and value <= high else bounds
+        if not (above and value <= high and value < below and math.isfinite(value)):
+            return bounds
+        in_float32 = value == 0 or SMALLEST <= abs(value) <= LARGEST
+        return '' if in_float32 else f'{bounds}, from {SMALLEST:.1g} to {LARGEST:.1g} in size'
 
     return rule
 

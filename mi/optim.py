@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from mi.config import Rule, integer, number, one_of
+from mi.config import Rule, UserError, integer, number, one_of
 
 Constructor = Callable[[ml_collections.ConfigDict, optax.Schedule], optax.GradientTransformation]
 
@@ -37,18 +37,19 @@ OPTIMIZERS: dict[str, Constructor] = {
 A config file adds its own: `OPTIMIZERS['lion'] = lambda config, rate: optax.lion(rate)`.
 """
 
+WITHOUT_DECAY = ('adam', 'rmsprop', 'sgd')
 SCHEDULES = ('constant', 'cosine', 'linear', 'rsqrt')
 
 SCHEMA: dict[str, Rule] = {
     'optim.name': one_of(OPTIMIZERS),
     'optim.learning_rate': number(0, exclusive=True),
     'optim.schedule': one_of(SCHEDULES),
-    'optim.warmup_steps': integer(0),
+    'optim.warmup_steps': integer(-1),
     'optim.final_scale': number(0, 1),
     'optim.clip_norm': number(0),
     'optim.weight_decay': number(0),
-    'optim.b1': number(0, 1),
-    'optim.b2': number(0, 1),
+    'optim.b1': number(0, below=1),  # with 1 a mean would never take anything in
+    'optim.b2': number(0, below=1),
     'optim.eps': number(0, exclusive=True),
 }
 
@@ -59,7 +60,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.name = 'adam'  # a word of OPTIMIZERS: adam, adamw, rmsprop, sgd
     config.learning_rate = 1e-3  # after warm-up
     config.schedule = 'cosine'  # constant, cosine, linear, rsqrt
-    config.warmup_steps = 100
+    config.warmup_steps = -1  # -1: 100, or a quarter of the run if that is less
     config.final_scale = 0.0  # of the learning rate at the last step: cosine and linear
     config.clip_norm = 1.0  # global norm of the gradient; 0 for no clipping
     config.weight_decay = 0.0  # decoupled, on matrices: adamw
@@ -69,10 +70,37 @@ def get_config() -> ml_collections.ConfigDict:
     return config
 
 
+def validate(config: ml_collections.ConfigDict, steps: int) -> None:
+    """Refuse a section `optim` that does not fit a run of `steps` updates.
+
+    Raises:
+      UserError: which key, what was expected, what to change.
+    """
+    if config.warmup_steps >= steps:
+        raise UserError(
+            f'config.optim.warmup_steps = {config.warmup_steps}: expected fewer than {steps}, the '
+            f'updates of the run. Try -1, which is at most a quarter of them'
+        )
+    if config.weight_decay and config.name in WITHOUT_DECAY:
+        raise UserError(
+            f'config.optim.weight_decay = {config.weight_decay}: expected 0, as '
+            f"config.optim.name = {config.name!r} has no weight decay. Try 'adamw'"
+        )
+
+
+def warmup_steps(config: ml_collections.ConfigDict, steps: int) -> int:
+    """Return the steps of the warm-up of a run of `steps` updates."""
+    return min(100, steps // 4) if config.warmup_steps < 0 else config.warmup_steps
+
+
 def schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
-    """Learning rate by step, 0-based: linear warm-up from peak / warm-up, then the named decay."""
-    peak, warmup = config.learning_rate, config.warmup_steps
-    after = max(1, steps - warmup)
+    """Return the learning rate by step, 0-based: linear warm-up, then the named decay.
+
+    The warm-up rises from peak / warm-up to the peak, which step `warmup` has. The last step,
+    steps − 1, has `final_scale` of the peak.
+    """
+    peak, warmup = config.learning_rate, warmup_steps(config, steps)
+    after = max(1, steps - 1 - warmup)
     decays = {
         'constant': optax.constant_schedule(peak),
         'cosine': optax.cosine_decay_schedule(peak, after, config.final_scale),

@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +7,7 @@ import optax
 import pytest
 
 from mi import optim
+from mi.config import UserError
 
 
 def config(**values):
@@ -24,10 +27,67 @@ def config(**values):
 )
 def test_schedules(name, expected):
     schedule = optim.schedule(
-        config(learning_rate=0.4, schedule=name, warmup_steps=4, final_scale=0.1), steps=12
+        config(learning_rate=0.4, schedule=name, warmup_steps=4, final_scale=0.1), steps=13
     )
     at = [float(schedule(step)) for step in (0, 4 / 3, 4, 8, 12)]
     np.testing.assert_allclose(at, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['linear', 'cosine'])
+@pytest.mark.parametrize('warmup, steps', [(0, 2), (0, 10), (5, 20), (18, 20), (-1, 9)])
+def test_the_last_update_has_the_final_scale_and_one_before_it_the_peak(name, warmup, steps):
+    section = config(learning_rate=0.4, schedule=name, warmup_steps=warmup, final_scale=0.25)
+    rates = [float(optim.schedule(section, steps)(step)) for step in range(steps)]
+    assert max(rates) == pytest.approx(0.4)
+    assert rates[-1] == pytest.approx(0.1) and rates[-2] > 0.1001
+    params = {'w': jnp.zeros(2)}  # and so the updates are: of sgd, the gradient times the rate
+    optimiser = optim.optimiser(config(**section.to_dict() | {'name': 'sgd', 'b1': 0.0}), steps)
+    state = optimiser.init(params)
+    for step in range(steps):
+        moves, state = optimiser.update({'w': jnp.array([0.5, 0.0])}, state, params)
+        assert float(moves['w'][0]) == pytest.approx(-0.5 * rates[step])
+
+
+@pytest.mark.parametrize(
+    'steps, warmup', [(1, 0), (3, 0), (8, 2), (100, 25), (400, 100), (5000, 100)]
+)
+def test_the_warm_up_of_a_short_run_is_a_quarter_of_it(steps, warmup):
+    schedule = optim.schedule(config(learning_rate=0.4, schedule='constant'), steps)
+    rates = [float(schedule(step)) for step in range(min(steps, 102))]
+    assert rates.index(max(rates)) == warmup == rates.index(pytest.approx(0.4))
+
+
+def test_a_run_that_would_end_in_its_warm_up_is_refused():
+    optim.validate(config(warmup_steps=9), 10)
+    with pytest.raises(
+        UserError, match=r'^config\.optim\.warmup_steps = 10: expected fewer than 10'
+    ):
+        optim.validate(config(warmup_steps=10), 10)
+
+
+@pytest.mark.parametrize('name', ['adam', 'sgd', 'rmsprop'])
+def test_a_weight_decay_that_would_do_nothing_is_refused(name):
+    optim.validate(config(name='adamw', weight_decay=0.1), 10)
+    with pytest.raises(UserError, match=r'^config\.optim\.weight_decay = 0\.1: expected 0.*adamw'):
+        optim.validate(config(name=name, weight_decay=0.1), 10)
+
+
+@pytest.mark.parametrize(
+    'key, bad, good',
+    [
+        ('b1', [1.0, 1, -0.1, 1.5, math.nan], [0, 0.0, 0.999]),
+        ('b2', [1.0, -0.1, math.inf], [0.0, 0.9999]),
+        ('eps', [0.0, -1.0, 1e-60], [1e-30, 1.0]),  # 1e-60 is 0 in float32
+        ('learning_rate', [1e39, 1e-50], [1e-9, 10.0]),
+        ('warmup_steps', [-2, 2.5], [-1, 0, 7]),
+        ('final_scale', [-0.1, 1.1], [0.0, 1.0]),
+        ('clip_norm', [-1.0, math.nan, 1e39], [0.0, 40.0]),
+        ('weight_decay', [-1.0, math.inf], [0.0, 0.1]),
+    ],
+)
+def test_values_that_cannot_work_are_refused(key, bad, good):
+    rule = optim.SCHEMA[f'optim.{key}']
+    assert all(map(rule, bad)) and not any(map(rule, good))
 
 
 def test_without_warmup_the_first_step_has_the_full_rate():

@@ -72,6 +72,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise UserError(f'config.problem.name = {word!r}: {nearest(str(word), PROBLEMS)}')
     schema = SCHEMA | PROBLEMS[word].SCHEMA
     check(config, schema | (SEARCH if config.task == 'search' else {}))
+    optim.validate(config.optim, config.train.steps)
     for key in ('eval_every', 'save_every'):
         if config.train[key] % config.train.log_every:
             raise UserError(

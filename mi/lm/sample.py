@@ -36,7 +36,7 @@ def sample(config: ml_collections.ConfigDict, workdir: str) -> None:
     prompt = corpus.encode(options.prompt)
     if len(prompt) == 0:
         raise UserError("config.sample.prompt = '': expected at least one token to start from")
-    model = setup.build(config, *corpus.sizes)
+    model = setup.for_sampling(setup.build(config, *corpus.sizes), config)
     texts = []
     for i, seed in enumerate(config.seeds):
         of_seed = jax.tree.map(lambda a, i=i: a[i], params)

@@ -40,16 +40,22 @@ CORES: dict[str, Callable[..., nn.Module]] = {'transformer': Transformer}
 Every word of `mi.cells.CELLS` is a core too. A config file may add to both.
 """
 RATE = number(0, 0.99)
+SEGMENT = 256  # tokens of a segment in evaluation, where state or a memory is carried
 
 
 def cutoffs(value: Any) -> str:
-    fine = isinstance(value, tuple | list) and all(isinstance(n, int) and n > 0 for n in value)
-    return '' if fine and sorted(set(value)) == list(value) else 'a tuple of rising integers'
+    is_valid = isinstance(value, tuple | list) and not any(map(integer(1), value))
+    return '' if is_valid and sorted(set(value)) == list(value) else 'a tuple of rising integers'
 
 
 def tokens(value: Any) -> str:
     fine = isinstance(value, int) and not isinstance(value, bool) and value >= 0 and value != 1
     return '' if fine else 'an integer of at least 2, of which one is predicted, or 0'
+
+
+def segment(value: Any) -> str:
+    is_valid = value == -1 or not integer(1)(value)
+    return '' if is_valid and not isinstance(value, bool) else 'an integer of at least 1, or -1'
 
 
 SCHEMA: dict[str, Rule] = {
@@ -95,7 +101,7 @@ SCHEMA: dict[str, Rule] = {
     'match.by': one_of(['none', 'parameters', 'flops']),
     'match.knob': one_of(['hidden', 'rank']),
     'match.target': integer(0),
-    'train.steps': integer(1),
+    'train.steps': integer(1, 2**31 - 1),
     'train.batch': integer(1),
     'train.length': integer(1),
     'train.accumulate': integer(1),
@@ -105,7 +111,7 @@ SCHEMA: dict[str, Rule] = {
     'train.save_every': integer(1),
     'train.keep': integer(1),
     'eval.batch': integer(1),
-    'eval.length': integer(1),
+    'eval.length': segment,
     'eval.memory': integer(-1),
     'eval.stride': integer(0),
     'eval.valid_tokens': tokens,
@@ -132,6 +138,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     """
     check(config, SCHEMA)
     model, training = config.model, config.train
+    optim.validate(config.optim, training.steps)
     if config.data.level == 'bpe' and config.data.vocabulary < 256:
         raise UserError(
             f'config.data.vocabulary = {config.data.vocabulary}: at the level bpe the 256 bytes '
@@ -184,11 +191,42 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f'config.eval.memory = {config.eval.memory} is for Transformers; a recurrent state is '
             f'carried through the whole text: use -1'
         )
-    if not 0 <= config.eval.stride <= config.eval.length:
+    length = reading(config).length
+    if not 0 <= config.eval.stride <= length:
         raise UserError(
-            f'config.eval.stride = {config.eval.stride}: expected at most config.eval.length = '
-            f'{config.eval.length}'
+            f'config.eval.stride = {config.eval.stride}: expected at most {length}, the tokens of '
+            f'a window. Try a longer config.eval.length'
         )
+    if transformer:
+        _refuse_unseen_positions(config)
+
+
+def _refuse_unseen_positions(config: ml_collections.ConfigDict) -> None:
+    """Refuse to evaluate a Transformer at distances between tokens that training does not have.
+
+    With a memory, in training and in evaluation, its length is free: recurrence over segments is
+    made for that.
+    """
+    trained_memory, length = config.model.memory, config.train.length
+    memory = trained_memory if config.eval.memory < 0 else config.eval.memory
+    if memory and not trained_memory and memory >= length:
+        raise UserError(
+            f'config.eval.memory = {memory}: expected at most {length - 1}, as training has '
+            f'config.train.length = {length} positions and no memory. Try config.model.memory'
+        )
+    if memory:
+        return
+    seen = trained_memory + 1 if trained_memory else length
+    lengths = {'eval.length': reading(config).length}
+    if config.dynamic.tokens:
+        lengths['dynamic.length'] = config.dynamic.length
+    for key, value in lengths.items():
+        if value > seen:
+            raise UserError(
+                f'config.{key} = {value}: expected at most {seen}, the positions that training '
+                f'has for a Transformer that is evaluated without memory. Try '
+                f'config.{key} = {seen}, or config.model.memory'
+            )
 
 
 def corpus(config: ml_collections.ConfigDict) -> data.Corpus:
@@ -269,8 +307,21 @@ def for_evaluation(model: LanguageModel, config: ml_collections.ConfigDict) -> L
     return model.clone(core=functools.partial(model.core, memory=config.eval.memory))
 
 
+def for_sampling(model: LanguageModel, config: ml_collections.ConfigDict) -> LanguageModel:
+    """Return the model whose tokens see as far back as in training, however long the text gets."""
+    if config.model.core != 'transformer' or config.model.memory:
+        return model
+    reach = max(1, config.train.length - 1)
+    return model.clone(core=functools.partial(model.core, memory=reach))
+
+
 def reading(config: ml_collections.ConfigDict) -> Reading:
-    return Reading(config.eval.batch, config.eval.length, config.eval.stride)
+    """Return how a text is read: with `eval.length` −1, in segments as long as training allows."""
+    length = config.eval.length
+    if length < 0:
+        is_bounded = config.model.core == 'transformer' and not config.model.memory
+        length = config.train.length if is_bounded else SEGMENT
+    return Reading(config.eval.batch, length, config.eval.stride)
 
 
 def costs(
@@ -322,7 +373,10 @@ def matched(
         if model.core != 'transformer':
             return {'model.hidden': size}
         hidden = 2 * model.heads * size
-        return {'model.hidden': hidden, 'model.ffn': round(hidden * model.ffn / model.hidden)}
+        return {
+            'model.hidden': hidden,
+            'model.ffn': max(1, round(hidden * model.ffn / model.hidden)),
+        }
 
     def at(changes: dict[str, Any]) -> int:
         return costs(_changed(config, changes), vocabulary, domains)[kind]['model']

@@ -97,6 +97,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
       UserError: which key, what was expected, what to change.
     """
     check(config, SCHEMA)
+    optim.validate(config.optim, updates(config))
     model, training, actors = config.model, config.train, config.actors
     word = model.fusion.name
     if word in fusion.ONE_HOT and ('instruction' in model.sites or model.source != 'task'):

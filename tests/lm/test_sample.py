@@ -1,3 +1,4 @@
+import itertools
 import json
 import shutil
 
@@ -33,6 +34,56 @@ def test_the_likeliest_tokens_are_those_of_the_whole_text(word):
     np.testing.assert_array_equal(drawn, logits[2:-1, 0].argmax(-1))
     again = sample.generate(model, params, prompt, jax.random.key(1), 12, 1.5, 1.0)
     assert (again != drawn).any()
+
+
+def uniform(config):
+    """A model whose logits are all the same, whatever it reads, and its parameters."""
+    model = setup.build(config, 11)
+    carry = model.initial_carry(1)
+    params = model.init(jax.random.key(3), carry, jnp.zeros((1, 1), int))['params']
+    return model, jax.tree.map(jnp.zeros_like, params)
+
+
+def test_every_token_is_drawn_with_a_key_of_its_own():
+    model, params = uniform(tiny())
+    drawn = sample.generate(model, params, jnp.array([1]), jax.random.key(0), 200)
+    counts = np.bincount(drawn, minlength=11)  # 200 / 11 = 18 each, σ = 4
+    assert counts.min() > 0 and counts.max() < 18 + 5 * 4
+    after_each = {(int(a), int(b)) for a, b in itertools.pairwise(drawn)}
+    assert len(after_each) > 60  # of 121 pairs, 98 are expected
+
+
+def test_a_transformer_writes_from_no_more_tokens_than_it_was_trained_on():
+    changes = {'model.layers': 1, 'model.site': 'none', 'train.length': 6}
+    config = tiny('core=transformer', **changes)
+    model = setup.for_sampling(setup.build(config, 11), config)
+    carry = model.initial_carry(1)
+    params = model.init(jax.random.key(3), carry, jnp.zeros((1, 1), int))['params']
+    params = jax.tree.map(lambda a: 3 * a, params)  # far from uniform
+
+    def draw(prompt):
+        tokens = jnp.asarray(prompt, jnp.int32)
+        return sample.generate(model, params, tokens, jax.random.key(0), 12, 0.0).tolist()
+
+    drawn = draw([1, 2, 3, 4, 5, 6])
+    assert draw([9, 8, 7, 1, 2, 3, 4, 5, 6]) == drawn  # what is further back has no part
+    text = [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        *drawn,
+    ]  # and each is the likeliest after the 6 before it, on their own
+    plain = setup.build(config, 11)
+    prompt = jnp.arange(1, 7, dtype=jnp.int32)
+    farther = sample.generate(plain, params, prompt, jax.random.key(0), 12, 0.0).tolist()
+    assert farther != drawn  # it would have a part
+    for i in range(6, len(text)):
+        inputs = jnp.asarray(text[i - 6 : i])[:, None]
+        _, logits = plain.apply({'params': params}, plain.initial_carry(1), inputs)
+        assert text[i] == logits[-1, 0].argmax()
 
 
 def test_nucleus_and_temperature_draw_from_the_distribution_they_say():

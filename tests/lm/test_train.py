@@ -2,6 +2,7 @@ import json
 import math
 import shutil
 import time
+from itertools import permutations
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from configs import lm as configs
+from configs import lm_enwik8, lm_ptb, lm_wikitext103
 from mi import optim, progress, run
 from mi.config import UserError
 from mi.lm import assess, corpora, sample, setup, train
@@ -97,6 +99,13 @@ def test_matching_by_rank_and_what_cannot_match():
         setup.matched(tiny(**{'match.by': 'parameters', 'match.knob': 'rank'}), 256)
     with pytest.raises(UserError, match='the smallest size, 1, costs'):
         setup.matched(tiny(**{'match.by': 'parameters', 'match.target': 10}), 256)
+
+
+def test_a_matched_transformer_has_a_feed_forward_layer():
+    changes = {'model.ffn': 1, 'model.heads': 2, 'match.by': 'parameters', 'match.target': 8000}
+    config = setup.matched(tiny(**{'model.core': 'transformer'}, **changes), 256)
+    assert config.model.ffn == 1 and config.model.hidden < 32
+    assert setup.costs(config, 256)['parameters']['model'] > 0
 
 
 def test_costs_of_the_fusion_alone():
@@ -270,9 +279,63 @@ def test_cutoffs_and_vocabularies_that_cannot_be_are_refused():
         setup.validate(tiny(**{'data.level': 'bpe', 'data.vocabulary': 100}))
 
 
-def test_a_transformer_without_memory_is_evaluated_on_positions_that_it_has_seen():
-    config = configs.get_config('core=transformer')
-    assert config.model.memory == 0 and config.eval.length == config.train.length
+CONFIGS = {'lm': configs, 'enwik8': lm_enwik8, 'ptb': lm_ptb, 'wikitext103': lm_wikitext103}
+
+
+@pytest.mark.parametrize(
+    'file, words, changes',
+    [
+        ('lm', 'core=transformer', {}),
+        ('lm', 'core=transformer,tiny', {}),
+        ('lm', 'default', {'model.core': 'transformer'}),
+        ('lm', 'tiny', {'model.core': 'transformer', 'train.length': 24}),
+        ('lm', 'quickstart,core=transformer', {'train.length': 48}),
+        ('enwik8', 'core=transformer,smoke', {}),
+        ('enwik8', 'core=transformer', {}),
+        ('ptb', 'core=transformer,smoke', {}),
+        ('wikitext103', 'smoke,core=transformer', {}),
+    ],
+)
+def test_a_transformer_without_memory_is_evaluated_on_positions_that_it_has_seen(
+    file, words, changes
+):
+    config = CONFIGS[file].get_config(words).unlock()
+    config.update_from_flattened_dict(changes)
+    setup.validate(config)
+    assert config.model.core == 'transformer' and config.model.memory == 0
+    assert setup.reading(config).length == config.train.length
+
+
+@pytest.mark.parametrize(
+    'changes, key, most',
+    [
+        ({'eval.length': 17}, 'eval.length', 16),
+        ({'train.length': 8, 'eval.length': 16}, 'eval.length', 8),
+        ({'eval.memory': 16}, 'eval.memory', 15),
+        ({'dynamic.tokens': 99, 'dynamic.length': 17}, 'dynamic.length', 16),
+        ({'model.memory': 8, 'eval.memory': 0, 'eval.length': 10}, 'eval.length', 9),
+    ],
+)
+def test_positions_that_a_transformer_has_not_seen_are_refused(changes, key, most):
+    config = configs.get_config('tiny,core=transformer').unlock()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=rf'^config\.{key} = \d+: expected at most {most}, '):
+        setup.validate(config)
+    config.update_from_flattened_dict({key: most})
+    setup.validate(config)
+    config.model.core = 'lstm'  # reads on for ever
+    config.update_from_flattened_dict({'eval.memory': -1, 'model.memory': 0, 'eval.length': 999})
+    setup.validate(config)
+
+
+@pytest.mark.parametrize('file', CONFIGS)
+def test_the_order_of_the_words_of_a_config_makes_no_difference(file):
+    words = ['core=transformer', 'site=attention', 'tiny' if file == 'lm' else 'smoke']
+    first, *others = (
+        CONFIGS[file].get_config(','.join(order)).to_dict() for order in permutations(words)
+    )
+    assert all(other == first for other in others)
+    assert first['model']['hidden'] < 70  # that of the small preset
 
 
 def test_bf16_trains(tmp_path, texts):
