@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from mi.config import UserError
+from mi.rl import queued
 from mi.rl.actor import Episodes
-from mi.rl.threads import Actors
+from mi.rl.threads import Actors, Item
 from mi.rl.worker import Policy, Worker
 from tests.rl.catch_late import CatchLate, Knows
+from tests.rl.test_train import tiny
 
 AGENT = Knows()
 POLICY = Policy(AGENT)
@@ -103,3 +105,28 @@ def test_a_hung_environment_ends_the_run():
         for _ in range(1000):
             running.get()
     assert time.monotonic() - began < 60  # the hour that it sleeps is not waited for
+
+
+def test_a_run_that_is_to_end_waits_for_no_trajectory():
+    with actors(worker(hangs_at=2), timeout=600.0) as running:
+        assert running.get(stops=lambda: True) is None
+
+
+def test_trajectories_of_old_parameters_are_dropped_and_counted():
+    """The lag is how many updates older the parameters are: as many as max_lag may be learned."""
+    config = tiny(**{'actors.max_lag': 3, 'train.batch': 8, 'actors.batch': 4})
+
+    class Queue:
+        def __init__(self, versions):
+            self.versions = versions
+
+        def get(self, stops):
+            version = self.versions.pop(0)
+            return Item(version, Episodes(*np.zeros((4, 1))), version, 0.0)
+
+    waiting = Queue([4, 7, 6, 10, 9])
+    window = queued.Window()
+    items = queued.take(config, waiting, 10, window, lambda: False)
+    assert [item.version for item in items] == [7, 10]
+    assert (window.dropped, window.lags) == (2, [3, 0])
+    assert waiting.versions == [9]

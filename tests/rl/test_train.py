@@ -1,4 +1,5 @@
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from configs import rl as configs
 from mi import checkpoint
 from mi.config import UserError
 from mi.rl import queued, train
+from mi.rl.evaluate import Evaluation
 from tests.conftest import ROOT
 
 
@@ -108,6 +110,55 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, topology):
     assert steps[-1] == 1000
 
 
+def test_a_run_stopped_in_its_evaluation_has_its_checkpoint_and_evaluates_when_continued(
+    tmp_path, monkeypatch
+):
+    """And its records are those of a run that was not stopped."""
+    config = tiny(**{'train.topology': 'threads', 'train.steps': 40 * 10})
+    original = Evaluation.__call__
+
+    def stopped(self, agent, params, step, seed, stops):
+        if step == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, agent, params, step, seed, stops)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as raised:
+        patched.setattr(Evaluation, '__call__', stopped)
+        train.train(config, str(tmp_path))
+    assert raised.value.code == 143
+    assert json.loads((tmp_path / 'status.json').read_text())['state'] == 'preempted'
+    assert (tmp_path / 'checkpoints' / '00000010').exists()
+    evaluated = [r for r in records(tmp_path) if r['split'] == 'eval']
+    assert not evaluated
+
+    train.train(config, str(tmp_path))
+    written = records(tmp_path)
+    assert [(r['split'], r['step']) for r in written] == [('train', 5), ('train', 10), ('eval', 10)]
+    assert json.loads((tmp_path / 'status.json').read_text())['state'] == 'done'
+    with monkeypatch.context() as patched:  # what is evaluated is not evaluated again
+        patched.setattr(Evaluation, '__call__', None)
+        train.train(config, str(tmp_path))
+    assert records(tmp_path) == written
+
+
+def test_steps_are_those_that_were_learned_from(tmp_path):
+    """Not the rows whose action was ignored: each episode of CartPole has one beside its own."""
+    pytest.importorskip('gymnasium', reason='the extra gym is not installed')
+    changes = {'train.topology': 'threads', 'env.name': 'gymnasium/CartPole-v1'}
+    train.train(tiny(**changes, **{'train.steps': 40 * 20}), str(tmp_path))
+    recorded = [r for r in records(tmp_path) if r['split'] == 'train']
+    assert [r['step'] for r in recorded] == [5, 10, 15, 20]
+    ended = sum(r['episodes'] for r in recorded)
+    ignored = 40 * 20 - recorded[-1]['env_steps']
+    assert ended - 8 <= ignored <= ended  # those at the end of a row of the last trajectories
+    assert ended > 8
+    assert recorded[-1]['success'] is None
+    scored = [r for r in records(tmp_path) if r['split'] == 'eval'][-1]
+    assert scored['env_steps'] == recorded[-1]['env_steps']
+    assert scored['success'] is None
+    assert scored['episodes_per_task'] == 2
+
+
 def test_seconds_of_threads_are_without_evaluation_and_saving(tmp_path, monkeypatch):
     """As those of the fused topology: a clock that both set forward shows."""
     ahead = [0.0]
@@ -160,6 +211,15 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path, topol
         ({'model.sites': ('readuot',)}, 'a tuple of distinct words out of instruction'),
         ({'model.fusion.name': 'multi_head', 'model.source': 'embedding'}, 'one-hot contexts'),
         ({'train.save_every': 7}, 'a multiple of config.train.log_every = 5'),
+        (
+            {'eval.held_out': 'xlandd', 'train.topology': 'threads'},
+            "config.eval.held_out = 'xlandd' is unknown",
+        ),
+        ({'model.instruction': True}, "config.env.name = 'catch' has none"),
+        (
+            {'env.options': {'size': 3}, 'train.topology': 'threads'},
+            'config.env.options.size is unknown to .catch.; it has no',
+        ),
         ({'loss.reward_clip': 'papr'}, "did you mean 'paper'"),
     ],
     ids=str,

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mi.config import UserError
 from mi.rl import actor, loss, popart, queued, setup
 from mi.rl.envs.batched import Batched
 from mi.rl.envs.catch import Catch
@@ -207,3 +208,44 @@ def test_the_worker_that_replaces_a_dead_one_has_other_episodes():
         np.testing.assert_array_equal(a, b)
     assert (firsts[0].action != firsts[2].action).any()
     assert (firsts[0].inputs.observation['grid'] != firsts[2].inputs.observation['grid']).any()
+
+
+def test_an_episode_that_is_cut_is_counted():
+    """Its return and length too, though its discount stays 1."""
+
+    class Cut(CatchLate):
+        def recv(self):
+            step = super().recv()
+            return step._replace(discount=np.ones(self.batch, np.float32))
+
+    _, episodes = from_worker(Cut(4, 0))
+    _, terminated = from_worker(CatchLate(4, 0))
+    assert float(episodes.number.sum()) == 4 * 2
+    assert float(episodes.lengths.sum()) == 4 * 2 * 9
+    for a, b in zip(episodes, terminated, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize('what', ['reward', 'discount', 'features'])
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_an_environment_that_returns_what_is_not_finite_is_named(what, value):
+    class Broken(CatchLate):
+        def __init__(self):
+            super().__init__()
+            self.spec = dataclasses.replace(self.spec, tasks=('one', 'other'))
+
+        def recv(self):
+            step = super().recv()
+            number = np.zeros((4, 2), np.float32)
+            if self._steps == 3:
+                number[2, 1] = value
+            task = np.array([0, 0, 1, 0], np.int32)
+            observation = {**step.observation, 'task': task}
+            if what == 'features':
+                return step._replace(observation={**observation, 'features': number})
+            return step._replace(observation=observation, **{what: number[:, 1]})
+
+    worker = Worker([Broken()], Policy(AGENT), 10, jax.random.key(0))
+    said = f"environment catch, task 'other', returned a .*{what}.* of {value}"
+    with pytest.raises(UserError, match=said):
+        worker.collect({})
