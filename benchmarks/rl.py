@@ -33,6 +33,7 @@ from benchmarks import rounds
 from configs import rl as configs
 from mi import optim, parallel, run
 from mi.rl import actor, envs, fused, learner, queued, setup
+from mi.rl.envs import auto_reset
 
 ROUNDS = flags.DEFINE_integer('rounds', 5, 'Interleaved rounds.', lower_bound=1)
 ONLY = flags.DEFINE_list('only', None, 'Of the sets; by default all that this device is for.')
@@ -90,7 +91,7 @@ def fused_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
 
     def once() -> None:
         nonlocal state
-        state, (measured, _) = compiled(state)
+        state, measured = compiled(state)
         jax.block_until_ready(measured)
 
     return once
@@ -126,11 +127,12 @@ def parts_step(config: ml_collections.ConfigDict, part: str) -> Callable[[], obj
     state = jax.jit(start)(jnp.asarray(0))
     params, T = state.learner.params, config.train.length
 
+    env_step = jax.vmap(functools.partial(auto_reset.step, environment))
+
     def simulate(acting: actor.State) -> Any:
         def step(state: Any, key: jax.Array) -> Any:
             action = jax.random.randint(key, (config.train.batch,), 0, environment.spec.actions)
-            state, after = jax.vmap(environment.step)(state, action)
-            return state, after
+            return env_step(state, action)
 
         keys = jax.random.split(jax.random.key(0), T)
         return jax.lax.scan(step, acting.environment, keys)
@@ -145,7 +147,7 @@ def parts_step(config: ml_collections.ConfigDict, part: str) -> Callable[[], obj
         return jax.lax.scan(step, acting.carry, (keys, inputs))
 
     h = setup.hyperparameters(config)
-    _, trajectory, _ = jax.jit(functools.partial(actor.unroll, environment, agent, T))(
+    _, trajectory, *_ = jax.jit(functools.partial(actor.unroll, environment, agent, T))(
         params, state.actor
     )
     work: dict[str, Callable[[], Any]] = {

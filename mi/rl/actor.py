@@ -6,7 +6,9 @@
                         what action t led to
     carry               the agent's state before row 0
 
-The reward of action t stands in row t + 1 of the inputs, where the agent sees it too.
+The reward of action t stands in row t + 1 of the inputs, where the agent sees it too. Where an
+episode was truncated, its last observation has a row too; the action there is ignored and not
+valid, and the next row is the first of another episode (`mi.rl.envs.spec`).
 """
 
 import functools
@@ -16,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from mi.rl.envs import auto_reset
 from mi.rl.envs.spec import JaxEnvironment, Step
 from mi.rl.networks import Agent, Carry, Inputs, forward
 
@@ -27,7 +30,7 @@ class Trajectory(NamedTuple):
       inputs: [T + 1, B, …].
       action: int32 [T, B].
       log_prob: float32 [T, B].
-      discount: float32 [T, B], 0 where the action ended the episode, 1 elsewhere.
+      discount: float32 [T, B], 0 where the action terminated the episode, 1 elsewhere.
       valid: bool [T, B], false where the action was ignored, as the episode had ended before.
       carry: of the agent, before row 0.
     """
@@ -53,62 +56,79 @@ class State(NamedTuple):
     """What acting continues from.
 
     Attributes:
-      environment: states of B environments.
+      environment: of B environments, [B, …].
       inputs: what the agent sees next, [B, …].
       carry: of the agent.
       key: random key of the actions.
-      returned, length: of each episode up to now, [B] float32.
+      returned: of each episode up to now, [B] float32.
     """
 
-    environment: Any
+    environment: auto_reset.StreamState
     inputs: Inputs
     carry: Carry
     key: Array
     returned: Array
-    length: Array
+
+
+class Counts(NamedTuple):
+    """What an unroll counts beside its episodes.
+
+    Attributes:
+      transitions: int32, the valid ones.
+      running: int32, most steps after which an episode had not ended.
+      are_finite: whether all rewards, and all entries of observations, were; name → bool.
+    """
+
+    transitions: Array
+    running: Array
+    are_finite: dict[str, Array]
 
 
 def start(environment: JaxEnvironment, agent: Agent, batch: int, key: Array) -> State:
     """B new episodes, their tasks dealt out evenly."""
-    own, of_environments = jax.random.split(key)
-    tasks = jnp.arange(batch) % len(environment.spec.tasks)
-    keys = jax.random.split(of_environments, batch)
-    environments, step = jax.vmap(environment.reset)(keys, tasks.astype(jnp.int32))
-    zeros = jnp.zeros(batch, jnp.float32)
+    action_key, env_key = jax.random.split(key)
+    tasks = (jnp.arange(batch) % len(environment.spec.tasks)).astype(jnp.int32)
+    reset = functools.partial(auto_reset.reset, environment)
+    environments, step = jax.vmap(reset)(jax.random.split(env_key, batch), tasks)
     inputs = _inputs(step, jnp.zeros(batch, jnp.int32))
-    return State(environments, inputs, agent.initial_carry(batch), own, zeros, zeros)
+    carry = agent.initial_carry(batch)
+    return State(environments, inputs, carry, action_key, jnp.zeros(batch, jnp.float32))
 
 
 def unroll(
     environment: JaxEnvironment, agent: Agent, length: int, params: Any, state: State
-) -> tuple[State, Trajectory, Episodes]:
+) -> tuple[State, Trajectory, Episodes, Counts]:
     """T = `length` steps of all environments; one program, for the fused topology."""
     tasks = len(environment.spec.tasks)
+    env_step = jax.vmap(functools.partial(auto_reset.step, environment))
 
-    def step(
-        state: State, _: None
-    ) -> tuple[State, tuple[Inputs, Array, Array, Array, Array, Episodes]]:
-        key, of_actions = jax.random.split(state.key)
-        carry, action, log_prob = act(agent, params, state.carry, state.inputs, of_actions)
-        environments, after = jax.vmap(environment.step)(state.environment, action)
-        returned, lengths = state.returned + after.reward, state.length + 1
-        ended = after.discount == 0
-        episodes = finished(
-            ended, state.inputs.observation['task'], returned, lengths, after, tasks
-        )
-        running = jnp.where(ended, 0.0, 1.0)
-        new = State(
-            environments, _inputs(after, action), carry, key, returned * running, lengths * running
-        )
-        valid = jnp.ones(action.shape, bool)
-        return new, (state.inputs, action, log_prob, after.discount, valid, episodes)
+    def step(state: State, _: None) -> tuple[State, tuple[Any, ...]]:
+        key, action_key = jax.random.split(state.key)
+        carry, action, log_prob = act(agent, params, state.carry, state.inputs, action_key)
+        environments, after = env_step(state.environment, action)
 
-    end, (rows, action, log_prob, discount, valid, episodes) = jax.lax.scan(
-        step, state, None, length
-    )
-    inputs = jax.tree.map(lambda a, last: jnp.concatenate([a, last[None]]), rows, end.inputs)
+        # Episodes that this step ended; a step that was ignored belongs to none.
+        valid = ~state.environment.is_last
+        ended = valid & (after.is_last | (after.discount == 0))
+        returned = state.returned + after.reward
+        length = state.environment.length + 1
+        task = state.inputs.observation['task']
+        episodes = finished(ended, task, returned, length, after, tasks)
+
+        returned = jnp.where(ended, 0.0, returned)
+        new = State(environments, _inputs(after, action), carry, key, returned)
+        row = state.inputs, action, log_prob, after.discount, valid
+        counts = Counts(valid.sum(), environments.length.max(), _are_finite(after))
+        return new, (row, episodes, counts)
+
+    end, (rows, episodes, counts) = jax.lax.scan(step, state, None, length)
+    inputs, action, log_prob, discount, valid = rows
+    inputs = jax.tree.map(lambda a, last: jnp.concatenate([a, last[None]]), inputs, end.inputs)
     trajectory = Trajectory(inputs, action, log_prob, discount, valid, state.carry)
-    return end, trajectory, jax.tree.map(lambda a: a.sum(0), episodes)
+    episodes = jax.tree.map(lambda a: a.sum(0), episodes)
+    are_finite = jax.tree.map(lambda a: a.all(0), counts.are_finite)
+    counts = Counts(counts.transitions.sum(0), counts.running.max(0), are_finite)
+    return end, trajectory, episodes, counts
 
 
 def act(
@@ -141,6 +161,16 @@ def finished(
         of_task(weight * length),
         of_task(weight * step.success),
     )
+
+
+def _are_finite(step: Step) -> dict[str, Array]:
+    observation = {f'observation {name!r}': a for name, a in step.observation.items()}
+    values = {'reward': step.reward} | observation
+    return {
+        name: jnp.isfinite(value).all()
+        for name, value in values.items()
+        if jnp.issubdtype(value.dtype, jnp.floating)
+    }
 
 
 def _inputs(step: Step, action: Array) -> Inputs:

@@ -13,6 +13,7 @@ from jax import Array
 
 from mi.rl import envs, setup
 from mi.rl.actor import act, start
+from mi.rl.envs import auto_reset
 from mi.rl.envs.spec import JaxEnvironment, Spec
 from mi.rl.networks import Agent, Inputs
 from mi.rl.play import Limits, StoppedError, Watched, never, play
@@ -20,7 +21,6 @@ from mi.rl.records import Record
 from mi.rl.worker import Policy
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 4, 5))
 def episodes(
     environment: JaxEnvironment,
     agent: Agent,
@@ -28,34 +28,57 @@ def episodes(
     key: Array,
     each: int,
     greedy: bool,
-) -> tuple[Array, Array, Array]:
-    """Return, success and length of `each` episodes of every task, [tasks, each].
+) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+    """Return, success and length of `each` episodes of every task, by task.
 
-    All start together and each row plays one; the program runs for the longest there can be.
+    Raises:
+      UserError: if an episode has more steps than the spec says.
+    """
+    played = _episodes(environment, agent, params, key, each, greedy)
+    returned, success, length = jax.device_get(played)
+    auto_reset.check_length(environment.spec, int(length.max()) - 1)
+    return list(returned), list(success), list(length)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 4, 5))
+def _episodes(
+    environment: JaxEnvironment,
+    agent: Agent,
+    params: Any,
+    key: Array,
+    each: int,
+    greedy: bool,
+) -> tuple[Array, Array, Array]:
+    """Play each episode in a row of its own until the longest has ended; [tasks, each].
+
+    The program ends one step after the most steps of an episode, so that one that is longer shows.
     """
     tasks = len(environment.spec.tasks)
-    state = start(environment, agent, tasks * each, key)  # row i has task i % tasks
+    rows = tasks * each
+    state = start(environment, agent, rows, key)  # row i has task i % tasks
+    env_step = jax.vmap(functools.partial(auto_reset.step, environment))
 
-    def step(carried: Any, _: None) -> tuple[Any, None]:
+    def plays(carried: Any) -> Array:
+        _, alive, _, _, length = carried
+        return alive.any() & (length.max() <= environment.spec.episode)
+
+    def step(carried: Any) -> Any:
         state, alive, returned, success, length = carried
-        own, of_actions = jax.random.split(state.key)
-        carry, action, _log_prob = act(agent, params, state.carry, state.inputs, of_actions, greedy)
-        environments, after = jax.vmap(environment.step)(state.environment, action)
+        key, action_key = jax.random.split(state.key)
+        carry, action, _log_prob = act(agent, params, state.carry, state.inputs, action_key, greedy)
+        environments, after = env_step(state.environment, action)
         returned = returned + jnp.where(alive, after.reward, 0)
         success = success | (alive & after.success)
         length = length + alive
-        alive = alive & (after.discount != 0)
+        alive = alive & ~(after.is_last | (after.discount == 0))
         inputs = Inputs(after.observation, action, after.reward, after.is_first)
-        state = state._replace(environment=environments, inputs=inputs, carry=carry, key=own)
-        return (state, alive, returned, success, length), None
+        state = state._replace(environment=environments, inputs=inputs, carry=carry, key=key)
+        return state, alive, returned, success, length
 
-    rows = tasks * each
     fresh = jnp.ones(rows, bool), jnp.zeros(rows), jnp.zeros(rows, bool), jnp.zeros(rows, jnp.int32)
-    (_, _, returned, success, length), _ = jax.lax.scan(
-        step, (state, *fresh), None, environment.spec.episode
-    )
-    by_task = [a.reshape(each, tasks).T for a in (returned, success, length)]
-    return by_task[0], by_task[1], by_task[2]
+    _, _, *by_row = jax.lax.while_loop(plays, step, (state, *fresh))
+    returned, success, length = (a.reshape(each, tasks).T for a in by_row)
+    return returned, success, length
 
 
 def summary(
@@ -153,7 +176,7 @@ class Evaluation:
             if self._compiled is None:
                 record = self._play(self._policy(agent, greedy), params, key, stops)
             else:
-                played = jax.device_get(episodes(self._compiled, agent, params, key, each, greedy))
+                played = episodes(self._compiled, agent, params, key, each, greedy)
                 record = summary(self.spec, *played)
             measured['_greedy' if greedy else ''] = record
         return measured

@@ -17,7 +17,8 @@ from jax import Array
 
 from mi import checkpoint, metrics, optim, parallel, progress, run
 from mi.rl import actor, envs, learner, records, setup
-from mi.rl.envs.spec import JaxEnvironment
+from mi.rl.envs import auto_reset, finite
+from mi.rl.envs.spec import JaxEnvironment, Spec
 from mi.rl.evaluate import episodes, summary
 from mi.rl.networks import Agent
 
@@ -27,6 +28,20 @@ class State(NamedTuple):
 
     learner: learner.State
     actor: actor.State
+
+
+class Measured(NamedTuple):
+    """What one update measures, or several.
+
+    Attributes:
+      learner: name → mean over the updates.
+      episodes: that ended in them.
+      counts: of them.
+    """
+
+    learner: dict[str, Array]
+    episodes: actor.Episodes
+    counts: actor.Counts
 
 
 def init(
@@ -51,15 +66,15 @@ def update(
     hyperparameters: learner.Hyperparameters,
     length: int,
     state: State,
-) -> tuple[State, dict[str, Array], actor.Episodes]:
+) -> tuple[State, Measured]:
     """One unroll and one update of one seed; a pure function."""
-    acting, trajectory, ended = actor.unroll(
+    acting, trajectory, ended, counts = actor.unroll(
         environment, agent, length, state.learner.params, state.actor
     )
     learning, measured = learner.update(
         agent, optimiser, hyperparameters, state.learner, trajectory
     )
-    return State(learning, acting), measured, ended
+    return State(learning, acting), Measured(measured, ended, counts)
 
 
 def compile_updates(
@@ -70,7 +85,7 @@ def compile_updates(
     state: State,
     count: int,
 ) -> jax.stages.Compiled:
-    """`count` updates of all seeds, state → state, their mean metrics and episodes, each [S, …].
+    """`count` updates of all seeds, state → state and `Measured`, [S, …].
 
     Compiled ahead; the state is donated.
     """
@@ -83,14 +98,18 @@ def compile_updates(
         config.train.length,
     )
 
-    def several(state: State) -> tuple[State, tuple[dict[str, Array], actor.Episodes]]:
-        def step(state: State, _: None) -> tuple[State, tuple[dict[str, Array], actor.Episodes]]:
-            state, measured, ended = one(state)
-            return state, (measured, ended)
-
-        state, (measured, ended) = jax.lax.scan(step, state, None, count)
-        mean = jax.tree.map(lambda a: a.mean(0), measured)
-        return state, (mean, jax.tree.map(lambda a: a.sum(0), ended))
+    def several(state: State) -> tuple[State, Measured]:
+        state, measured = jax.lax.scan(lambda state, _: one(state), state, None, count)
+        counts = measured.counts
+        return state, Measured(
+            jax.tree.map(lambda a: a.mean(0), measured.learner),
+            jax.tree.map(lambda a: a.sum(0), measured.episodes),
+            actor.Counts(
+                counts.transitions.sum(0),
+                counts.running.max(0),
+                jax.tree.map(lambda a: a.all(0), counts.are_finite),
+            ),
+        )
 
     def all_seeds(state: State) -> Any:
         # On few cores the products of one seed fill them, and batched ones are 1.2 to 1.3 × slower.
@@ -138,11 +157,12 @@ def train(
     config: ml_collections.ConfigDict, workdir: str, profile: run.Steps | None = None
 ) -> None:
     """Trains, evaluates and leaves a run directory; continues it where there is one."""
-    environment = envs.make(config.env.name)
+    environment = envs.make(*setup.environment(config))
     agent = setup.agent(config, environment.spec)
     evaluations = {'eval': environment}
     if config.eval.held_out:
-        evaluations['held_out'] = envs.make(config.eval.held_out)
+        key = 'eval.held_out'
+        evaluations['held_out'] = envs.make(*setup.environment(config, key), key)
         setup.fits(config, environment.spec, evaluations['held_out'].spec)
     with run.start(workdir, config, profile) as this:
         _train(config, evaluations, agent, this)
@@ -156,20 +176,20 @@ def _train(
 ) -> None:
     total, B, T = setup.updates(config), config.train.batch, config.train.length
     environment = evaluations['eval']
-    tasks = environment.spec.tasks
+    tasks, has_success = environment.spec.tasks, environment.spec.has_success
     optimiser = optim.optimiser(config.optim, total)
     this.write('cost.json', {'steps': total, **setup.costs(agent, B, T)})
     with progress.Work('drawing the initial parameters and episodes'):
         state = start(config, environment, agent, optimiser)
     saved = checkpoint.Checkpoints(this.path / 'checkpoints', config.train.keep)
     restored = saved.restore(_plain(state))
-    meta: dict[str, Any] = {'step': 0, 'metrics': 0}
+    meta: dict[str, Any] = {'step': 0, 'metrics': 0, 'env_steps': [0] * len(config.seeds)}
     if restored is not None:
         state, meta = _keyed(restored[0], state), restored[1]
     this.step = meta['step']
+    env_steps = np.asarray(meta['env_steps'], np.int64)  # of each seed
 
     compiled: dict[int, jax.stages.Compiled] = {}
-    frames = B * T * len(config.seeds)
     with this.log(total, meta['metrics']) as log:
         while this.step < total:
             count = min(config.train.log_every, total - this.step)
@@ -180,32 +200,47 @@ def _train(
                     )
             began = time.perf_counter()
             with progress.Work(f'updates {this.step + 1:,} to {this.step + count:,}'):
-                state, (measured, ended) = this.traced(count, compiled[count], state)
-                measured, ended, statistics = jax.device_get(
-                    (measured, ended, state.learner.statistics)
-                )
+                state, measured = this.traced(count, compiled[count], state)
+                measured, statistics = jax.device_get((measured, state.learner.statistics))
             seconds = time.perf_counter() - began
+            learner_values, ended, counts = measured
+            _check_counts(environment.spec, counts)
             this.step += count
-            step, rate = this.step, count * frames / seconds
-            metrics.refuse_non_finite(config.seeds, step, measured)
+            step, rate = this.step, counts.transitions.sum() / seconds
+            env_steps += counts.transitions
+            metrics.refuse_non_finite(config.seeds, step, learner_values)
             for i, seed in enumerate(config.seeds):
-                of_seed = jax.tree.map(lambda a, i=i: a[i], (measured, ended, statistics))
+                of_seed = jax.tree.map(lambda a, i=i: a[i], (learner_values, ended, statistics))
                 values: records.Record = {n: float(value) for n, value in of_seed[0].items()}
-                values |= records.of_episodes(of_seed[1], tasks)
+                values |= records.of_episodes(of_seed[1], tasks, has_success)
                 values |= records.of_statistics(of_seed[2], tasks)
-                log.write(step, seed, 'train', {'env_steps': step * B * T, **values})
+                log.write(step, seed, 'train', {'env_steps': int(env_steps[i]), **values})
             log.timing(step, {'seconds': seconds, 'steps_per_second': rate})
-            success = ended.successes.sum() / max(1, ended.number.sum())
-            log.progress(step, f'success {success:.3f}', f'{rate:,.0f} steps/s')
+            all_seeds = actor.Episodes(*(a.sum(0) for a in ended))
+            note = records.note(records.of_episodes(all_seeds, tasks, has_success))
+            log.progress(step, note, f'{rate:,.0f} steps/s')
             if (step % config.train.eval_every == 0 or step == total) and parallel.first():
                 for split, evaluation in evaluations.items():
-                    _evaluate(config, evaluation, split, agent, state, log, step)
+                    _evaluate(config, evaluation, split, agent, state, log, step, env_steps)
             stops = this.stops(recorded=True)
             if step % config.train.save_every == 0 or step == total or stops:
                 metrics.refuse_broken(config.seeds, step, learner.parts(state.learner))
-                saved.save(step, _plain(state), {'metrics': log.position()})
+                meta = {'metrics': log.position(), 'env_steps': env_steps.tolist()}
+                saved.save(step, _plain(state), meta)
                 if stops and step < total:
                     this.preempted()
+
+
+def _check_counts(spec: Spec, counts: actor.Counts) -> None:
+    """Refuse an environment that is not what its spec says, before anything of it is recorded.
+
+    Raises:
+      UserError: if an episode is too long, or if a reward or an observation is not finite.
+    """
+    auto_reset.check_length(spec, int(counts.running.max()))
+    for name, is_finite in counts.are_finite.items():
+        if not is_finite.all():
+            raise finite.error(spec.name, f'{name} that is not finite')
 
 
 def _evaluate(
@@ -216,19 +251,15 @@ def _evaluate(
     state: State,
     log: metrics.Log,
     step: int,
+    env_steps: np.ndarray,
 ) -> None:
     for i, seed in enumerate(config.seeds):
         params = jax.tree.map(lambda a, i=i: a[i], parallel.here(state.learner.params))
         key = jax.random.fold_in(jax.random.key(seed), step)
         for greedy in (False, True) if config.eval.greedy else (False,):
             with progress.Work(f'evaluating {split}'):
-                played = jax.device_get(
-                    episodes(environment, agent, params, key, config.eval.episodes, greedy)
-                )
-            values = {
-                'env_steps': step * config.train.batch * config.train.length,
-                **summary(environment.spec, *played),
-            }
+                played = episodes(environment, agent, params, key, config.eval.episodes, greedy)
+            values = {'env_steps': int(env_steps[i]), **summary(environment.spec, *played)}
             log.write(step, seed, f'{split}_greedy' if greedy else split, values)
 
 

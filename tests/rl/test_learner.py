@@ -49,15 +49,16 @@ config, environment, agent, optimiser = parts(seeds=(0, 1))
 state = fused.start(config, environment, agent, optimiser)
 update = fused.compile_updates(environment, agent, optimiser, config, state, 3)
 for _ in range(2):
-    state, (measured, ended) = jax.block_until_ready(update(state))
+    state, measured = jax.block_until_ready(update(state))
 rows = state.actor.returned.sharding.shard_shape(state.actor.returned.shape)
 print(json.dumps({
     'rows': rows,
-    'loss': measured['loss'].tolist(),
+    'loss': measured.learner['loss'].tolist(),
     'mu': state.learner.statistics.mu.tolist(),
     'params': [float(abs(a).sum()) for a in jax.tree.leaves(state.learner.params)],
-    'episodes': ended.number.sum().tolist(),
-    'positions': state.actor.environment.y.tolist(),
+    'episodes': measured.episodes.number.sum().tolist(),
+    'transitions': measured.counts.transitions.tolist(),
+    'positions': state.actor.environment.env_state.y.tolist(),
 }))
 """
 
@@ -88,5 +89,6 @@ def test_environments_split_over_devices_learn_the_same():
     assert two.pop('rows') == [2, 4]
     assert one['positions'] == two['positions']
     assert one['episodes'] == two['episodes']
+    assert one['transitions'] == two['transitions'] == [3 * 8 * 5] * 2
     for name in ('loss', 'mu', 'params'):
         np.testing.assert_allclose(one[name], two[name], rtol=2e-4, atol=1e-6)

@@ -11,6 +11,7 @@ from typing import Any
 from mi.config import UserError, nearest
 from mi.rl.envs import catch, dmlab30, gym, pools, xland
 from mi.rl.envs.batched import Batched
+from mi.rl.envs.check import check_environment, check_spec
 from mi.rl.envs.spec import HostEnvironment, JaxEnvironment
 
 JAX: dict[str, Callable[..., JaxEnvironment]] = {'xland': xland.make, 'catch': catch.make}
@@ -44,8 +45,8 @@ def make(
       key: of the config, that gives the name.
 
     Raises:
-      UserError: on an unknown name or option, one that runs on the host, or for what its maker
-        refuses.
+      UserError: on an unknown name or option, one that runs on the host, for what its maker
+        refuses, or if the environment is not what its spec says.
     """
     word = _word(name, key)
     if word in HOST:
@@ -53,7 +54,7 @@ def make(
             f'config.{key} = {name!r} runs on the host and cannot be compiled into the update; '
             f"set config.train.topology = 'threads' or 'ray'"
         )
-    return _made(JAX[word], name, key, options or {})
+    return _made_jax(word, name, key, options or {})
 
 
 def pool(
@@ -71,12 +72,16 @@ def pool(
       options, key: as in `make`.
 
     Raises:
-      UserError: on an unknown name or option, or for what its maker refuses.
+      UserError: on an unknown name or option, for what its maker refuses, or if the environment is
+        not what its spec says.
     """
     word, options = _word(name, key), options or {}
     if word in JAX:
-        return Batched(_made(JAX[word], name, key, options), batch, seed)
-    return _made(HOST[word], name, key, options, batch=batch, seed=seed)
+        return Batched(_made_jax(word, name, key, options), batch, seed)
+    environment: HostEnvironment = _made(HOST[word], name, key, options, batch=batch, seed=seed)
+    with _named(name, key):
+        check_spec(environment.spec)
+    return environment
 
 
 def on_host(name: str) -> bool:
@@ -110,6 +115,13 @@ def _word(name: str, key: str) -> str:
         known = nearest(word, (*JAX, *HOST))
         raise UserError(f'config.{key} = {name!r} is unknown; {known}')
     return word
+
+
+def _made_jax(word: str, name: str, key: str, options: Mapping[str, Any]) -> JaxEnvironment:
+    environment: JaxEnvironment = _made(JAX[word], name, key, options)
+    with _named(name, key):
+        check_environment(environment)
+    return environment
 
 
 def _made(

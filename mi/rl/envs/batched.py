@@ -1,8 +1,11 @@
 """A `JaxEnvironment` on the host: B rows of it as a `HostEnvironment`, for actors with a queue."""
 
+import functools
+
 import jax
 import numpy as np
 
+from mi.rl.envs import auto_reset
 from mi.rl.envs.spec import JaxEnvironment, Step
 
 
@@ -17,8 +20,10 @@ class Batched:
 
     def __init__(self, environment: JaxEnvironment, batch: int, seed: int):
         self.spec, self.batch, self._seed = environment.spec, batch, seed
-        self._reset = jax.jit(jax.vmap(environment.reset))
-        self._step = jax.jit(jax.vmap(environment.step), donate_argnums=0)
+        reset = functools.partial(auto_reset.reset, environment)
+        step = functools.partial(auto_reset.step, environment)
+        self._reset = jax.jit(jax.vmap(reset))
+        self._step = jax.jit(jax.vmap(step), donate_argnums=0)
 
     def reset(self) -> Step:
         keys = jax.random.split(jax.random.key(self._seed), self.batch)
@@ -30,6 +35,7 @@ class Batched:
         self._state, self._result = self._step(self._state, actions)
 
     def recv(self) -> Step:
+        auto_reset.check_length(self.spec, int(np.max(self._state.length)))
         return jax.tree.map(np.asarray, self._result)
 
     def close(self) -> None:

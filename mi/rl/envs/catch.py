@@ -13,15 +13,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from mi.config import UserError
-from mi.rl.envs.spec import Spec, Step
+from mi.rl.envs.spec import Observation, Spec, Transition
 
 ROWS, COLUMNS = 10, 5
 
 
 class State(NamedTuple):
-    """Where ball and paddle are, and the random key of the episodes to come."""
+    """Where ball and paddle are, int32."""
 
-    key: Array
     row: Array
     column: Array
     paddle: Array
@@ -44,38 +43,24 @@ class Catch:
         episode=ROWS - 1,
     )
 
-    def reset(self, key: Array, task: Array) -> tuple[State, Step]:
-        state = self._start(key)
-        no = jnp.zeros((), bool)
-        return state, self._step(state, jnp.zeros(()), jnp.ones(()), ~no, no)
-
-    def step(self, state: State, action: Array) -> tuple[State, Step]:
-        moved = State(
-            state.key,
-            state.row + 1,
-            state.column,
-            jnp.clip(state.paddle + action - 1, 0, COLUMNS - 1),
-        )
-        ended = moved.row == ROWS - 1
-        caught = ended & (moved.paddle == moved.column)
-        reward = jnp.where(ended, jnp.where(caught, 1.0, -1.0), 0.0)
-        new = jax.tree.map(lambda a, b: jnp.where(ended, a, b), self._start(state.key), moved)
-        return new, self._step(new, reward, jnp.where(ended, 0.0, 1.0), ended, caught)
-
-    def _start(self, key: Array) -> State:
-        key, of_column = jax.random.split(key)
-        column = jax.random.randint(of_column, (), 0, COLUMNS)
+    def reset(self, key: Array, task: Array) -> tuple[State, Observation]:
+        del task
         zero = jnp.zeros((), jnp.int32)
-        return State(key, zero, column, zero + COLUMNS // 2)
+        state = State(zero, jax.random.randint(key, (), 0, COLUMNS), zero + COLUMNS // 2)
+        return state, self._observe(state)
 
-    def _step(
-        self, state: State, reward: Array, discount: Array, first: Array, caught: Array
-    ) -> Step:
+    def step(self, state: State, action: Array) -> tuple[State, Transition]:
+        paddle = jnp.clip(state.paddle + action - 1, 0, COLUMNS - 1)
+        state = State(state.row + 1, state.column, paddle)
+        landed = state.row == ROWS - 1
+        caught = landed & (state.paddle == state.column)
+        reward = jnp.where(landed, jnp.where(caught, 1.0, -1.0), 0.0)
+        return state, Transition(self._observe(state), reward, terminated=landed, success=caught)
+
+    def _observe(self, state: State) -> Observation:
         grid = jnp.zeros((ROWS, COLUMNS, 1), jnp.int32)
         grid = grid.at[state.row, state.column, 0].set(1).at[ROWS - 1, state.paddle, 0].set(1)
-        observation = {'grid': grid, 'task': jnp.zeros((), jnp.int32)}
-        never = jnp.zeros((), bool)
-        return Step(observation, reward, discount, first, never, caught)
+        return {'grid': grid, 'task': jnp.zeros((), jnp.int32)}
 
 
 def make(suite: str) -> Catch:

@@ -24,8 +24,13 @@ def check_finite(spec: Spec, step: Step) -> None:
         row = int(np.argmin(is_finite))
         what = name if name in ('reward', 'discount') else f'observation {name!r}'
         wrong = value[row][~np.isfinite(value[row])].flat[0] if value[row].ndim else value[row]
-        raise UserError(
-            f'the environment {spec.name}, task {spec.tasks[task[row]]!r}, returned a {what} of '
-            f'{wrong}: expected finite float32 numbers. Mend the environment, or wrap it; no '
-            f'setting of the optimizer helps'
-        )
+        where = f'{spec.name}, task {spec.tasks[task[row]]!r},'
+        raise error(where, f'{what} of {wrong}')
+
+
+def error(environment: str, what: str) -> UserError:
+    """Return the error about an environment that returned what is not finite."""
+    return UserError(
+        f'the environment {environment} returned a {what}: expected finite float32 numbers. Mend '
+        f'the environment, or wrap it; no setting of the optimizer helps'
+    )

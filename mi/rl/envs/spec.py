@@ -1,18 +1,33 @@
 """What an environment is to the agent: its spec, and what comes back from a step.
 
-Two kinds of environment, one convention. A `JaxEnvironment` is pure functions of one environment,
-vmapped and jitted by the caller; a `HostEnvironment` is a batch of them on the host, in NumPy.
+There are two kinds of environment. A `JaxEnvironment` is pure functions of one environment, which
+the caller vmaps and compiles; a `HostEnvironment` is a batch of environments on the host, in NumPy.
 
-Time: `Step.reward` and `Step.discount` belong to the action that led here, `Step.observation` is
-what it led to. A new episode starts by itself, in one of two ways:
+A `JaxEnvironment` plays one episode. It says how the episode ended and returns its last
+observation; `mi.rl.envs.auto_reset` begins the next episode:
 
-- at once (every `JaxEnvironment`): the step that ends an episode has its reward, discount 0, and
-  the first observation of the next episode, `is_first`. The last observation is never seen, so that
-  an episode cut by its time limit counts as ended;
-- one step later (pools of the host): the step that ends an episode has its last observation, and
-  discount 0 only if it was not cut by the time limit; the action that follows is ignored, leads to
-  the first observation of the next one, `is_first`, with reward 0, and is no transition: the
-  learner leaves it out. `is_last` of the step before says so.
+    def step(self, state, action):
+        x = state.x + action
+        state = State(x, state.time + 1)
+        return state, Transition(
+            observation={'features': x[None], 'task': jnp.int32(0)},
+            reward=-jnp.abs(x),
+            terminated=x > 1,               # by the rules: nothing follows, the value is 0
+            truncated=state.time == LIMIT,  # cut: the value is that of the last observation
+        )
+
+A stream of episodes, which actors and learner see, consists of `Step`s. `Step.reward` and
+`Step.discount` belong to the action that led there, `Step.observation` is what it led to. A new
+episode begins in one of two ways, and a stream may use both:
+
+- with the step that ends an episode: it has the episode's last reward, discount 0, and the first
+  observation of the next episode, `is_first`. The last observation is never seen, so this is only
+  for episodes that terminate. Every `JaxEnvironment` restarts this way after `terminated`;
+- one step later: the step that ends the episode, `is_last`, has the last observation, and discount
+  0 if the episode terminated, 1 if it was truncated. The action that follows is ignored. It leads
+  to the first observation of the next episode, `is_first`, with reward 0, and is no transition: the
+  learner leaves it out and bootstraps from the last observation. Every `JaxEnvironment` restarts
+  this way after `truncated`, and so do most pools of the host.
 """
 
 import dataclasses
@@ -43,9 +58,11 @@ class Spec:
       categories: of each layer of 'grid'.
       vocabulary: number of tokens of 'instruction', padding included; 0 if there is none.
       words: of the tokens 1, 2, …; empty where they are not known.
-      episode: most steps of an episode.
-      has_success: whether `Step.success` says anything; False where the environment has no goal, so
-        that its success is unknown, not 0.
+      episode: most steps of an episode, after which it has terminated or been truncated. A
+        `JaxEnvironment` has to give it, because its evaluation is one compiled program; elsewhere 0
+        means unknown.
+      has_success: whether the success of a step says anything; False where the environment has no
+        goal, so that its success is unknown, not 0.
     """
 
     name: str
@@ -62,15 +79,36 @@ class Spec:
     has_success: bool = True
 
 
+class Transition(NamedTuple):
+    """What an action led to in a `JaxEnvironment`; arrays of one environment.
+
+    Attributes:
+      observation: name → array, of the state that the action led to; the last one of the episode
+        where it ended.
+      reward: float32.
+      terminated: bool, whether the episode ended by its rules, so that no reward can follow.
+      truncated: bool, whether it was cut although it could continue, as by a time limit. An episode
+        that is both has terminated.
+      success: bool, whether the episode reached its goal; read where it ended.
+    """
+
+    observation: Observation
+    reward: Any
+    terminated: Any
+    truncated: Any = False
+    success: Any = False
+
+
 class Step(NamedTuple):
-    """What an action led to; arrays of one environment, or [B, …] of a batch.
+    """One step of a stream of episodes; arrays of one environment, or [B, …] of a batch.
 
     Attributes:
       observation: name → array.
       reward: float32, of the action that led here; 0 at the start.
-      discount: float32, 0 where the episode ended and 1 elsewhere; the learner multiplies by γ.
+      discount: float32, 0 where the episode terminated and 1 elsewhere; the learner multiplies it
+        by γ.
       is_first: whether the observation is the first of an episode.
-      is_last: whether the next action is ignored; never true where episodes start at once.
+      is_last: whether the observation is the last of an episode and the next action is ignored.
       success: whether the episode that the action ended reached its goal; False elsewhere.
     """
 
@@ -83,15 +121,20 @@ class Step(NamedTuple):
 
 
 class JaxEnvironment(Protocol):
-    """One environment as pure functions; the state is a pytree of arrays, its random key inside."""
+    """One episode as pure functions; the state is a pytree of arrays, alike after reset and step.
+
+    After the last step of an episode `step` may be called again; the result is dropped.
+    """
 
     spec: Spec
 
-    def reset(self, key: jax.Array, task: jax.Array) -> tuple[Any, Step]:
-        """A new episode of a task (an index); episodes that follow draw their tasks themselves."""
+    def reset(self, key: jax.Array, task: jax.Array) -> tuple[Any, Observation]:
+        """The state and first observation of a new episode of a task, int32 [], an index."""
         ...
 
-    def step(self, state: Any, action: jax.Array) -> tuple[Any, Step]: ...
+    def step(self, state: Any, action: jax.Array) -> tuple[Any, Transition]:
+        """The state after an action, int32 [], and what it led to."""
+        ...
 
 
 class HostEnvironment(Protocol):

@@ -28,11 +28,11 @@ import numpy as np
 from jax import Array
 
 from mi.config import UserError, nearest
-from mi.rl.envs.spec import Spec, Step
+from mi.rl.envs.spec import Observation, Spec, Transition
 
 SIZE = 9  # of the room, walls included
 VIEW = 5  # of the field of view: the agent is in the middle of its last row, and looks up
-STEPS = 40  # of an episode, at most
+STEPS = 40  # after which an episode is truncated
 
 TILES, COLOURS = 13, 12  # of the package
 EMPTY, FLOOR, WALL = 0 * COLOURS + 0, 1 * COLOURS + 7, 2 * COLOURS + 6
@@ -101,8 +101,6 @@ class State(NamedTuple):
     """One environment.
 
     Attributes:
-      key: random key; with `episode` it makes all that is drawn.
-      episode: int32, number of the episode.
       task: int32, index into the tasks.
       grid: uint8 [size · size], tile · 12 + colour.
       y, x, direction: int32; 0 is up, 1 right, 2 down, 3 left.
@@ -110,8 +108,6 @@ class State(NamedTuple):
       time: int32, steps of the episode.
     """
 
-    key: Array
-    episode: Array
     task: Array
     grid: Array
     y: Array
@@ -122,14 +118,15 @@ class State(NamedTuple):
 
 
 class XLand:
-    """A `JaxEnvironment`: a new layout and, drawn evenly, a new task for every episode.
+    """A `JaxEnvironment`: a layout drawn anew for every episode, and one of the tasks.
 
     Observation: 'grid' [5, 5, 2] the tiles and colours in the field of view, nothing hidden by
     walls; 'features' [5] the direction, one-hot, and whether something is carried; 'task';
     'instruction' [3] the goal as the tokens of kind, colour and shape.
 
-    Reward 1 − 0.9 t / 40 when the goal is reached after t steps. Actions: forward, turn clockwise,
-    turn counterclockwise, pick up, put down, toggle (without effect: there is no door).
+    Reward 1 − 0.9 t / 40 when the goal is reached after t steps, which terminates the episode;
+    after 40 steps it is truncated. Actions: forward, turn clockwise, turn counterclockwise, pick
+    up, put down, toggle (without effect: there is no door).
 
     Args:
       goals: the tasks, in the order of their indices.
@@ -162,37 +159,17 @@ class XLand:
             episode=STEPS,
         )
 
-    def reset(self, key: Array, task: Array) -> tuple[State, Step]:
-        zero = jnp.zeros((), jnp.int32)
-        state = self._start(key, zero)._replace(task=task)
-        no = jnp.zeros((), bool)
-        return state, self._step(state, jnp.zeros(()), jnp.ones(()), ~no, no)
-
-    def step(self, state: State, action: Array) -> tuple[State, Step]:
-        moved = act(state, action)
-        kind, tile = jnp.asarray(self._kind)[state.task], jnp.asarray(self._object)[state.task]
-        reached = reaches(moved, action, kind, tile)
-        reward = jnp.where(reached, 1 - 0.9 * (moved.time / STEPS), 0.0)
-        ended = reached | (moved.time == STEPS)
-        fresh = self._start(state.key, state.episode + 1)
-        new = State(
-            state.key, *(jnp.where(ended, a, b) for a, b in zip(fresh[1:], moved[1:], strict=True))
-        )
-        return new, self._step(new, reward, jnp.where(ended, 0.0, 1.0), ended, reached)
-
-    def _start(self, key: Array, episode: Array) -> State:
-        """An episode: nine objects and the agent in ten different places, one draw for all."""
-        draws = jax.random.bits(jax.random.fold_in(key, episode), (len(OBJECTS) + 3,))
-        places = jnp.asarray(_INSIDE)[distinct(draws[:-2], len(_INSIDE))]
+    def reset(self, key: Array, task: Array) -> tuple[State, Observation]:
+        """Nine objects and the agent in ten different places, one draw for all."""
+        draws = jax.random.bits(key, (len(OBJECTS) + 2,))
+        places = jnp.asarray(_INSIDE)[distinct(draws[:-1], len(_INSIDE))]
         y, x = jnp.divmod(places[-1], SIZE)
         grid = jnp.asarray(_ROOM)
         at = jnp.arange(SIZE * SIZE)
         for place, tile in zip(places, OBJECTS.values(), strict=False):
             grid = jnp.where(at == place, jnp.uint8(tile), grid)
-        return State(
-            key,
-            episode,
-            (draws[-2] % len(self._kind)).astype(jnp.int32),
+        state = State(
+            task.astype(jnp.int32),
             grid,
             y.astype(jnp.int32),
             x.astype(jnp.int32),
@@ -200,19 +177,29 @@ class XLand:
             jnp.zeros((), jnp.uint8),
             jnp.zeros((), jnp.int32),
         )
+        return state, self._observe(state)
 
-    def _step(
-        self, state: State, reward: Array, discount: Array, first: Array, success: Array
-    ) -> Step:
+    def step(self, state: State, action: Array) -> tuple[State, Transition]:
+        state = act(state, action)
+        kind, tile = jnp.asarray(self._kind)[state.task], jnp.asarray(self._object)[state.task]
+        reached = reaches(state, action, kind, tile)
+        return state, Transition(
+            self._observe(state),
+            reward=jnp.where(reached, 1 - 0.9 * (state.time / STEPS), 0.0),
+            terminated=reached,
+            truncated=state.time == STEPS,
+            success=reached,
+        )
+
+    def _observe(self, state: State) -> Observation:
         direction = state.direction == jnp.arange(4)
         carrying = (state.pocket != EMPTY)[None]
-        observation = {
+        return {
             'grid': jnp.stack(jnp.divmod(field_of_view(state), jnp.uint8(COLOURS)), axis=-1),
             'features': jnp.concatenate([direction, carrying]).astype(jnp.float32),
             'task': state.task,
             'instruction': jnp.asarray(self._tokens)[state.task],
         }
-        return Step(observation, reward, discount, first, jnp.zeros((), bool), success)
 
 
 def act(state: State, action: Array) -> State:

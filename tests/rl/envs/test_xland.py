@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mi.config import UserError
-from mi.rl.envs import xland
+from mi.rl.envs import auto_reset, xland
 
 xminigrid = pytest.importorskip('xminigrid', reason='the peer: pip install xminigrid')
 
@@ -18,14 +18,15 @@ ROWS = 128
 def states(environment, rows=ROWS, seed=0):
     keys = jax.random.split(jax.random.key(seed), rows)
     tasks = jnp.arange(rows, dtype=jnp.int32) % len(environment.spec.tasks)
-    return jax.jit(jax.vmap(environment.reset))(keys, tasks)
+    return jax.jit(jax.vmap(functools.partial(auto_reset.reset, environment)))(keys, tasks)
 
 
 def rollout(environment, state, actions):
     """[T, B] actions → the states before and the steps after each, [T, B, …]."""
 
     def step(state, action):
-        after, result = jax.vmap(environment.step)(state, action)
+        restarts = functools.partial(auto_reset.step, environment)
+        after, result = jax.vmap(restarts)(state, action)
         return after, (state, result)
 
     return jax.jit(lambda s, a: jax.lax.scan(step, s, a)[1])(state, actions)
@@ -69,7 +70,7 @@ def of_the_package(goals):
         agent = AgentState(jnp.stack([state.y, state.x]), state.direction, tile(state.pocket))
         grid = tile(state.grid).reshape(xland.SIZE, xland.SIZE, 2)
         inside = State(
-            key=state.key,
+            key=jax.random.key(0),
             step_num=state.time,
             grid=grid,
             agent=agent,
@@ -94,9 +95,11 @@ def played():
 
 def test_a_step_is_the_packages_own(played):
     with jax.numpy_rank_promotion('allow'):
-        _, _, chosen, before, after = played
+        environment, _, chosen, stream, _ = played
+        before = stream.env_state
         theirs = jax.jit(jax.vmap(jax.vmap(of_the_package(xland.ALL))))(before, chosen)
-        moved = jax.jit(jax.vmap(jax.vmap(xland.act)))(before, chosen)
+        moved, after = jax.jit(jax.vmap(jax.vmap(environment.step)))(before, chosen)
+    ran = ~np.asarray(stream.is_last)  # others were truncated one step before
     tiles = np.asarray(theirs.state.grid, np.int32) @ np.array([xland.COLOURS, 1])
     np.testing.assert_array_equal(tiles.reshape(moved.grid.shape), moved.grid)
     np.testing.assert_array_equal(theirs.state.agent.position, np.stack([moved.y, moved.x], -1))
@@ -105,19 +108,20 @@ def test_a_step_is_the_packages_own(played):
         np.asarray(theirs.state.agent.pocket, np.int32) @ np.array([xland.COLOURS, 1]), moved.pocket
     )
     np.testing.assert_allclose(theirs.reward, after.reward, rtol=1e-6)
-    np.testing.assert_array_equal(theirs.discount == 0, after.success)
-    np.testing.assert_array_equal(theirs.step_type == 2, after.discount == 0)
-    going_on = np.asarray(after.discount == 1)
-    np.testing.assert_array_equal(
-        np.asarray(theirs.observation)[going_on], np.asarray(after.observation['grid'])[going_on]
-    )
-    assert after.success.sum() > 20
+    np.testing.assert_array_equal(theirs.discount == 0, after.terminated)
+    np.testing.assert_array_equal(after.success, after.terminated)
+    ours = np.asarray(after.terminated | after.truncated)
+    np.testing.assert_array_equal(np.asarray(theirs.step_type == 2)[ran], ours[ran])
+    np.testing.assert_array_equal(theirs.observation, after.observation['grid'])
+    assert (after.success & ran).sum() > 20
+    assert (np.asarray(after.truncated) & ran).sum() > 20
     assert (before.pocket != xland.EMPTY).mean() > 0.1
 
 
 def test_every_kind_of_goal_is_reached_by_chance(played):
     _, _, _, before, after = played
-    reached = Counter(xland.ALL[i].kind for i in np.asarray(before.task)[np.asarray(after.success)])
+    task = np.asarray(before.env_state.task)
+    reached = Counter(xland.ALL[i].kind for i in task[np.asarray(after.success)])
     assert set(reached) == set(xland.KINDS)
 
 
@@ -135,25 +139,28 @@ def test_the_spec_is_what_comes_out(played):
     assert len(spec.tasks) == len(set(spec.tasks)) == len(spec.random) == 54
 
 
-def test_an_episode_ends_and_the_next_begins_in_one_step(played):
+def test_a_goal_terminates_and_the_limit_truncates(played):
     _, first, _, before, after = played
-    ended = np.asarray(after.discount) == 0
-    np.testing.assert_array_equal(after.is_first, ended)
+    terminated, truncated = np.asarray(after.discount) == 0, np.asarray(after.is_last)
+    ignored = np.asarray(before.is_last)
+    np.testing.assert_array_equal(after.is_first, terminated | ignored)
+    np.testing.assert_array_equal(after.success, terminated)
     assert np.asarray(first.is_first).all()
-    assert not np.asarray(after.is_last).any()
-    assert (np.asarray(after.reward)[np.asarray(after.success)] > 0.1 - 1e-6).all()
-    assert not np.asarray(after.reward)[~np.asarray(after.success)].any()
-    cut = ended & ~np.asarray(after.success)
-    assert (np.asarray(before.time)[cut] == xland.STEPS - 1).all()
+    assert (np.asarray(after.reward)[terminated] > 0.1 - 1e-6).all()
+    assert not np.asarray(after.reward)[~terminated].any()
+    assert (np.asarray(before.env_state.time)[truncated] == xland.STEPS - 1).all()
+    np.testing.assert_array_equal(ignored[1:], truncated[:-1])
+    assert truncated.sum() > 20
 
 
-def test_an_episode_is_cut_at_its_limit():
+def test_an_episode_is_truncated_at_its_limit():
     environment = xland.make('')
     state, _ = states(environment, 8)
     still = np.full((xland.STEPS, 8), xland.CLOCKWISE, np.int32)
     _, after = rollout(environment, state, still)
-    np.testing.assert_array_equal(np.asarray(after.discount)[-1], 0)
-    np.testing.assert_array_equal(np.asarray(after.discount)[:-1], 1)
+    last = np.arange(xland.STEPS) == xland.STEPS - 1
+    np.testing.assert_array_equal(after.is_last, np.tile(last, (8, 1)).T)
+    np.testing.assert_array_equal(after.discount, 1)
 
 
 def test_nothing_that_is_seen_depends_on_the_task():
@@ -162,15 +169,15 @@ def test_nothing_that_is_seen_depends_on_the_task():
     reset, step = jax.jit(jax.vmap(environment.reset)), jax.jit(jax.vmap(environment.step))
     tasks = jnp.arange(30, dtype=jnp.int32)
     keys = jax.random.wrap_key_data(jnp.tile(jax.random.key_data(jax.random.key(3)), (30, 1)))
-    state, first = reset(keys, tasks)
+    state, observation = reset(keys, tasks)
     rng, alive = np.random.default_rng(0), np.ones(30, bool)
-    result = first
     for _ in range(30):
         for name in ('grid', 'features'):
-            seen = np.asarray(result.observation[name])[alive]
+            seen = np.asarray(observation[name])[alive]
             assert (seen == seen[0]).all()
         state, result = step(state, jnp.full(30, rng.integers(6), jnp.int32))
-        alive &= np.asarray(result.discount) == 1
+        observation = result.observation
+        alive &= ~np.asarray(result.terminated)
     assert alive.sum() > 1
     assert not alive.all()
 
@@ -178,9 +185,10 @@ def test_nothing_that_is_seen_depends_on_the_task():
 def test_tasks_and_layouts_are_drawn_evenly():
     """Chi-squared, at most three standard deviations from its mean."""
     environment = xland.make('')
-    keys = jax.random.split(jax.random.key(5), 20_000)
-    start = jax.jit(jax.vmap(functools.partial(environment._start, episode=jnp.int32(7))))
-    drawn = start(keys)
+    state, _ = states(environment, 20_000, seed=5)
+    ended = state._replace(is_last=jnp.ones(20_000, bool))  # the next episode is drawn now
+    restart = jax.jit(jax.vmap(functools.partial(auto_reset.step, environment)))
+    drawn = restart(ended, jnp.zeros(20_000, jnp.int32))[0].env_state
     grid = np.asarray(drawn.grid)
     counted = [np.bincount(drawn.task, minlength=30), np.bincount(drawn.direction, minlength=4)]
     where = np.asarray(drawn.y) * xland.SIZE + np.asarray(drawn.x)
@@ -237,9 +245,10 @@ def test_the_random_scores_are_what_chance_gets():
 def random_returns(environment, rows, seed):
     """The return of one episode of each row under the uniform policy, and its kind of goal."""
     state, _ = states(environment, rows, seed)
-    kind = environment._kind[np.asarray(state.task)]
+    kind = environment._kind[np.asarray(state.env_state.task)]
     chosen = np.random.default_rng(seed).integers(0, 6, (xland.STEPS, rows), np.int32)
     _, after = rollout(environment, state, chosen)
-    alive = np.cumprod(np.asarray(after.discount), axis=0)
+    runs_on = ~(np.asarray(after.is_last) | (np.asarray(after.discount) == 0))
+    alive = np.cumprod(runs_on, axis=0)
     alive = np.concatenate([np.ones((1, rows)), alive[:-1]])
     return (np.asarray(after.reward) * alive).sum(0), kind

@@ -1,0 +1,98 @@
+"""A `JaxEnvironment` as a stream of episodes: the next one begins where one has ended.
+
+Functions of one environment, which the caller vmaps. After `terminated` the next episode begins
+with the same step; after `truncated` one step later, so that the learner sees the last observation
+(see `mi.rl.envs.spec`).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from mi.config import UserError
+from mi.rl.envs.spec import JaxEnvironment, Spec, Step
+
+
+class StreamState(NamedTuple):
+    """One environment and what its next episodes are drawn from.
+
+    Attributes:
+      env_state: of the environment.
+      key: random key; with `episode` it makes the next episode.
+      episode: int32, number of the running episode.
+      length: int32, steps of the running episode up to now; 0 where none is running.
+      is_last: bool, whether it was truncated by the newest step, so that the next one restarts.
+    """
+
+    env_state: Any
+    key: Array
+    episode: Array
+    length: Array
+    is_last: Array
+
+
+def reset(environment: JaxEnvironment, key: Array, task: Array) -> tuple[StreamState, Step]:
+    """The first episode, of a task that is given; those that follow draw theirs evenly."""
+    reset_key, key = jax.random.split(key)
+    env_state, observation = environment.reset(reset_key, task)
+    zero, no = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
+    env_state, observation = jax.tree.map(_without_weak_type, (env_state, dict(observation)))
+    step = Step(observation, jnp.zeros(()), jnp.ones(()), ~no, no, no)
+    return StreamState(env_state, key, zero, zero, no), step
+
+
+def step(
+    environment: JaxEnvironment, state: StreamState, action: Array
+) -> tuple[StreamState, Step]:
+    """One step of the stream; of a truncated episode, which ignores the action, the restart."""
+    env_state, transition = environment.step(state.env_state, action)
+    terminated = transition.terminated & ~state.is_last
+    truncated = transition.truncated & ~(terminated | state.is_last)
+    restarts = terminated | state.is_last
+
+    episode = state.episode + restarts
+    reset_key, task_key = jax.random.split(jax.random.fold_in(state.key, state.episode))
+    tasks = len(environment.spec.tasks)
+    task = (jax.random.bits(task_key) % tasks).astype(jnp.int32)
+    new_state, new_observation = environment.reset(reset_key, task)
+    env_state, observation = jax.tree.map(
+        lambda new, old: _without_weak_type(jnp.where(restarts, new, old)),
+        (new_state, dict(new_observation)),
+        (env_state, dict(transition.observation)),
+    )
+    length = jnp.where(restarts | truncated, 0, state.length + 1)
+    return StreamState(env_state, state.key, episode, length, truncated), Step(
+        observation,
+        reward=jnp.where(state.is_last, 0, transition.reward).astype(jnp.float32),
+        discount=(~terminated).astype(jnp.float32),
+        is_first=restarts,
+        is_last=truncated,
+        success=transition.success & (terminated | truncated),
+    )
+
+
+def _without_weak_type(array: Array) -> Array:
+    """The array with the type that it has; a loop's state may not change from weak to strong."""
+    array = jnp.asarray(array)
+    is_key = jnp.issubdtype(array.dtype, jax.dtypes.extended)
+    return array if is_key else array.astype(array.dtype)
+
+
+def check_length(spec: Spec, running: int) -> None:
+    """Refuse an episode that goes on for longer than its spec says.
+
+    Args:
+      spec: of the environment.
+      running: steps after which an episode had not ended.
+
+    Raises:
+      UserError: if those are the most that an episode can have.
+    """
+    if running >= spec.episode:
+        raise UserError(
+            f'Spec.episode = {spec.episode} of environment {spec.name!r}: expected the most steps '
+            f'of an episode, and one has more. Raise it, or return truncated=True after '
+            f'{spec.episode} steps'
+        )

@@ -1,0 +1,217 @@
+"""Whether an environment is what its spec says, looked at once, before anything is compiled."""
+
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mi.config import UserError
+from mi.rl.envs.spec import JaxEnvironment, Spec, Step, Transition
+
+PROTOCOL = 'see JaxEnvironment in mi/rl/envs/spec.py'
+SEEN = ('grid', 'pixels', 'features')  # entries of which an agent needs one
+ENTRIES = {  # entry of an observation → rank, type, both in words
+    'task': (0, jnp.int32, 'int32 []'),
+    'grid': (3, jnp.integer, 'integers [h, w, layers]'),
+    'pixels': (3, jnp.uint8, 'uint8 [h, w, c]'),
+    'features': (1, jnp.floating, 'floats [n]'),
+    'instruction': (1, jnp.integer, 'integers [L]'),
+}
+
+
+def check_spec(spec: Spec) -> None:
+    """Refuse a spec that contradicts itself.
+
+    Raises:
+      UserError: which field, and what is expected.
+    """
+    if not isinstance(spec, Spec):
+        raise UserError(f'environment.spec = {spec!r}: expected a Spec; {PROTOCOL}')
+    tasks = len(spec.tasks)
+    layers = spec.observation['grid'].shape[-1:] if 'grid' in spec.observation else ()
+    words = max(0, spec.vocabulary - 1)
+    rules = [
+        ('actions', _is_count(spec.actions) and spec.actions > 0, 'an integer of at least 1'),
+        (
+            'tasks',
+            not isinstance(spec.tasks, str) and 0 < tasks == len(set(spec.tasks)),
+            'a tuple of distinct names',
+        ),
+        ('random', _are_scores(spec.random, tasks), f'None or {tasks} numbers'),
+        ('reference', _are_scores(spec.reference, tasks), f'None or {tasks} numbers'),
+        (
+            'categories',
+            layers in ((), (len(spec.categories),)) and all(c > 0 for c in spec.categories),
+            "a positive number for each layer of observation['grid']",
+        ),
+        (
+            'vocabulary',
+            _is_count(spec.vocabulary)
+            and (spec.vocabulary > 0) == ('instruction' in spec.observation),
+            "the number of tokens of observation['instruction'], and 0 without one",
+        ),
+        ('words', len(spec.words) in (0, words), f'() or {words}, of the tokens 1, 2, …'),
+        ('episode', _is_count(spec.episode), 'the most steps of an episode, or 0 where unknown'),
+    ]
+    for field, is_valid, expected in rules:
+        if not is_valid:
+            _refuse(spec, f'Spec.{field} = {getattr(spec, field)!r}: expected {expected}')
+    if spec.random and spec.reference:
+        for task, low, high in zip(spec.tasks, spec.random, spec.reference, strict=True):
+            if low == high:
+                _refuse(
+                    spec,
+                    f'Spec.reference of task {task!r} = {high}: expected another score '
+                    f'than that of Spec.random',
+                )
+    _check_entries(spec)
+
+
+def _check_entries(spec: Spec) -> None:
+    """Refuse a spec whose observation no agent can read."""
+    if 'task' not in spec.observation or not spec.observation.keys() & set(SEEN):
+        _refuse(
+            spec,
+            f"Spec.observation has {_names(spec.observation)}: expected 'task' and at least one "
+            f'of {", ".join(SEEN)}',
+        )
+    for name, entry in spec.observation.items():
+        if name not in ENTRIES:
+            continue
+        rank, kind, expected = ENTRIES[name]
+        fits = len(entry.shape) == rank and all(entry.shape) and jnp.issubdtype(entry.dtype, kind)
+        if not fits:
+            found = _type(entry)
+            _refuse(spec, f'Spec.observation[{name!r}] is {found}: expected {expected}')
+
+
+def check_environment(environment: JaxEnvironment) -> None:
+    """Refuse an environment whose functions do not return what its spec says.
+
+    Traces `reset` and `step`; runs neither.
+
+    Raises:
+      UserError: what was returned, and what is expected.
+    """
+    for name in ('spec', 'reset', 'step'):
+        if not hasattr(environment, name):
+            raise UserError(f'{type(environment).__name__} has no {name}; {PROTOCOL}')
+    spec = environment.spec
+    check_spec(spec)
+    if spec.episode == 0:
+        _refuse(spec, 'Spec.episode = 0: expected the most steps of an episode, for its evaluation')
+
+    key, index = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0)))
+    begun = jax.eval_shape(environment.reset, key, index)
+    if not (isinstance(begun, tuple) and len(begun) == 2 and isinstance(begun[1], Mapping)):
+        _refuse(
+            spec,
+            f'reset returned {_kinds(begun)}: expected the state and the first observation, name → '
+            f'array; {PROTOCOL}',
+        )
+    state, observation = begun
+    _check_observation(spec, 'reset', observation)
+
+    stepped = jax.eval_shape(environment.step, state, index)
+    if not (isinstance(stepped, tuple) and len(stepped) == 2 and type(stepped[1]) is Transition):
+        _refuse(
+            spec,
+            f'step returned {_kinds(stepped)}: expected the state and a Transition; {PROTOCOL}',
+        )
+    next_state, transition = stepped
+    _check_observation(spec, 'step', transition.observation)
+    _check_scalars(spec, transition)
+    before, after = (_leaves(tree) for tree in (state, next_state))
+    for path in sorted(before.keys() | after.keys()):
+        if before.get(path) != after.get(path):
+            _refuse(
+                spec,
+                f'state{path} is {before.get(path, "absent")} after reset and '
+                f'{after.get(path, "absent")} after step: expected the same',
+            )
+
+
+def check_step(spec: Spec, batch: int, step: Step) -> None:
+    """Refuse a first step of a pool that is not what its spec says, [B, …].
+
+    Raises:
+      UserError: what was returned, and what is expected.
+    """
+    _check_observation(spec, 'reset', step.observation, (batch,))
+    for name in ('reward', 'discount', 'is_first', 'is_last', 'success'):
+        shape = np.shape(getattr(step, name))
+        if shape != (batch,):
+            _refuse(spec, f'reset returned {name} of shape {shape}: expected ({batch},)')
+
+
+def _check_observation(
+    spec: Spec, function: str, observation: Any, rows: tuple[int, ...] = ()
+) -> None:
+    """Refuse an observation that differs from the spec."""
+    if not isinstance(observation, Mapping) or observation.keys() != spec.observation.keys():
+        found = _names(observation) if isinstance(observation, Mapping) else _kinds(observation)
+        _refuse(
+            spec,
+            f'{function} returned the observation {found}: expected that of the spec, '
+            f'{_names(spec.observation)}',
+        )
+    for name, entry in spec.observation.items():
+        expected = _type(jax.ShapeDtypeStruct((*rows, *entry.shape), entry.dtype))
+        found = _type(observation[name])
+        if found != expected:
+            _refuse(
+                spec,
+                f'{function} returned observation[{name!r}] as {found}: expected {expected}, as in '
+                f'Spec.observation',
+            )
+
+
+def _check_scalars(spec: Spec, transition: Transition) -> None:
+    """Refuse rewards and flags that are not single numbers of their kind."""
+    for name in ('reward', 'terminated', 'truncated', 'success'):
+        value = getattr(transition, name)
+        real = jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
+        fits = real if name == 'reward' else value.dtype == bool
+        if value.shape != () or not fits:
+            expected = 'float32 []' if name == 'reward' else 'bool []'
+            _refuse(spec, f'step returned {name} as {_type(value)}: expected {expected}')
+
+
+def _refuse(spec: Spec, what: str) -> None:
+    raise UserError(f'environment {spec.name!r}: {what}')
+
+
+def _is_count(value: Any) -> bool:
+    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return is_integer and value >= 0
+
+
+def _are_scores(scores: Any, tasks: int) -> bool:
+    return scores is None or (len(scores) == tasks and all(math.isfinite(s) for s in scores))
+
+
+def _names(observation: Mapping[str, Any]) -> str:
+    return ', '.join(map(repr, observation)) or 'nothing'
+
+
+def _type(array: Any) -> str:
+    """As 'float32[3,2]'."""
+    array = array if hasattr(array, 'dtype') else np.asarray(array)
+    return f'{jnp.dtype(array.dtype).name}[{",".join(map(str, array.shape))}]'
+
+
+def _kinds(value: Any) -> str:
+    """As '(State, Step)'."""
+    if type(value) is tuple:
+        return f'({", ".join(type(part).__name__ for part in value)})'
+    return type(value).__name__
+
+
+def _leaves(tree: Any) -> dict[str, str]:
+    """Path → type of a state's arrays."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): _type(leaf) for path, leaf in paths}
