@@ -9,10 +9,10 @@ Every cell is a Linen module with the fields `features` (H), `dtype` and `param_
 
 Where `reset` is true, the state is zeroed before the step. `keep` is what h_{t−1} is multiplied by,
 at every step, before anything reads it: a mask of state dropout, the same for all steps (Gal &
-Ghahramani, 2016), or None. The carry is a tuple of f32 arrays that
-starts with c and h, each [B, H]; `cell.initial(batch)` is the carry before the first step, and the
-one that is returned continues the sequence in the next call. `dtype` is that of the products with
-the weights; gates and state are f32, as is what the products add up in. What depends on x alone is
+Ghahramani, 2016), or None. The carry is a tuple of arrays that starts with c and h, each [B, H];
+`cell.initial(batch)` is the carry before the first step, and the one that is returned continues the
+sequence in the next call. `dtype` is that of the products with the weights; gates and state are f32
+(f64 where `dtype` is), as is what the products add up in. What depends on x alone is
 made for the whole sequence before the loop. The four gates stand side by side in the order
 i, f, o, j; W are weights of x, U of h, and the forget gate's bias starts at 1.
 
@@ -39,10 +39,10 @@ from jax.typing import DTypeLike
 
 from mi import cudnn
 from mi.config import nearest, takes
-from mi.contract import linear
+from mi.contract import accumulation_dtype, linear
 
 Impl = Literal['xla', 'cudnn']
-Carry = tuple[Array, Array]  # (c, h), each [B, H], f32
+Carry = tuple[Array, Array]  # (c, h), each [B, H], f32 at least
 HyperCarry = tuple[Array, Array, Array, Array]  # (c, h) of the main cell, (c, h) of the small one
 
 
@@ -59,7 +59,7 @@ class LSTM(nn.Module):
       features: H.
       impl: 'xla', or 'cudnn' for NVIDIA's own, which is f32 and has neither reset nor keep; on its
         GPUs alone.
-      dtype: of the products with W and U; the gates and the state are f32.
+      dtype: of the products with W and U; the gates and the state are f32 at least.
       param_dtype: of the parameters.
     """
 
@@ -92,12 +92,14 @@ class LSTM(nn.Module):
                     f"{reset is not None}, keep {keep is not None}; use impl='xla'"
                 )
             return cudnn.lstm(carry, x, (W, U, b))
-        carry, h = lstm(carry, x, W, U, b.astype(jnp.float32), reset, keep)
+        carry, keep = _widened((carry, keep), x.dtype)
+        run = lstm if len(x) else lstm_reference  # whose loop may have no step
+        carry, h = run(carry, x, W, U, b.astype(accumulation_dtype(x)), reset, keep)
         return carry, h.astype(x.dtype)
 
     def initial(self, batch: int) -> Carry:
         """The zero state."""
-        return initial(batch, self.features)
+        return initial(batch, self.features, self.dtype or self.param_dtype)
 
 
 class MultiplicativeLSTM(nn.Module):
@@ -139,12 +141,13 @@ class MultiplicativeLSTM(nn.Module):
             c, h = _update(c, Wx + _times(m, U))
             return (c, h), h
 
-        carry, h = _scan(step, carry, (_times(x, W_m), _times(x, W) + _row(b, 3)), reset, keep)
+        rows = _times(x, W_m), _times(x, W) + _row(b, 3, x.dtype)
+        carry, h = _scan(step, carry, rows, reset, keep, x.dtype)
         return carry, h.astype(x.dtype)
 
     def initial(self, batch: int) -> Carry:
         """The zero state."""
-        return initial(batch, self.features)
+        return initial(batch, self.features, self.dtype or self.param_dtype)
 
 
 class MILSTM(nn.Module):
@@ -193,14 +196,14 @@ class MILSTM(nn.Module):
             return (c, h), h
 
         Wx = _times(x, W)
-        of_Uh = _row(alpha, 3) * Wx + _row(beta_1, 3)
-        rest = _row(beta_2, 3) * Wx + _row(b, 3)
-        carry, h = _scan(step, carry, (of_Uh, rest), reset, keep)
+        alpha, beta_1, beta_2, b = (_row(a, 3, x.dtype) for a in (alpha, beta_1, beta_2, b))
+        rows = alpha * Wx + beta_1, beta_2 * Wx + b
+        carry, h = _scan(step, carry, rows, reset, keep, x.dtype)
         return carry, h.astype(x.dtype)
 
     def initial(self, batch: int) -> Carry:
         """The zero state."""
-        return initial(batch, self.features)
+        return initial(batch, self.features, self.dtype or self.param_dtype)
 
 
 class MogrifierLSTM(nn.Module):
@@ -267,24 +270,25 @@ class MogrifierLSTM(nn.Module):
                 f'{letter.lower()}_{i}', initializers.zeros, (size_out,), self.param_dtype
             )
             maps.append(([factor.astype(x.dtype) for factor in factors], bias))
+        dtype = x.dtype
 
-        def step(carry: Carry, x: Array) -> tuple[Carry, Array]:
-            c, h = carry
-            x = x.astype(jnp.float32)
+        def step(carry: Carry, x_t: Array) -> tuple[Carry, Array]:
+            (c, h), x = carry, x_t.astype(accumulation_dtype(dtype))
             for i, (factors, bias) in enumerate(maps, start=1):
                 gate = 2 * nn.sigmoid(
-                    functools.reduce(_times, factors, h if i % 2 else x) + _row(bias, 2)
+                    functools.reduce(_times, factors, h if i % 2 else x) + _row(bias, 2, dtype)
                 )
                 x, h = (gate * x, h) if i % 2 else (x, gate * h)
-            c, h = _update(c, _times(x, W) + _times(h, U) + _row(b, 2), capped=self.capped)
+            gates = _times(x, W) + _times(h, U) + _row(b, 2, dtype)
+            c, h = _update(c, gates, capped=self.capped)
             return (c, h), h
 
-        carry, h = _scan(step, carry, x, reset, keep)
-        return carry, h.astype(x.dtype)
+        carry, h = _scan(step, carry, x, reset, keep, dtype)
+        return carry, h.astype(dtype)
 
     def initial(self, batch: int) -> Carry:
         """The zero state."""
-        return initial(batch, self.features)
+        return initial(batch, self.features, self.dtype or self.param_dtype)
 
 
 class HyperLSTM(nn.Module):
@@ -366,27 +370,28 @@ class HyperLSTM(nn.Module):
 
         def generated(z: Array, D: Array) -> Array:
             z = z.reshape(-1, 4, E).astype(D.dtype)
-            y = jnp.einsum('bge,geh->bgh', z, D, preferred_element_type=jnp.float32)
+            y = jnp.einsum('bge,geh->bgh', z, D, preferred_element_type=accumulation_dtype(D))
             return y.reshape(-1, 4 * H)
 
         def step(carry: HyperCarry, row: tuple[Array, Array]) -> tuple[HyperCarry, Array]:
             (c, h, hyper_c, hyper_h), (Wx, hyper_Wx) = carry, row
             a = hyper_Wx + _times(h, hyper_U) + _times(hyper_h, hyper_V)
             hyper_c, hyper_h = _update(hyper_c, hyper_gates(a), cell=hyper_cell)
-            alpha_x = generated(_times(hyper_h, Z_x) + _row(z_x, 2), D_x)
-            alpha_h = generated(_times(hyper_h, Z_h) + _row(z_h, 2), D_h)
+            alpha_x = generated(_times(hyper_h, Z_x) + _row(z_x, 2, x.dtype), D_x)
+            alpha_h = generated(_times(hyper_h, Z_h) + _row(z_h, 2, x.dtype), D_h)
             beta = generated(_times(hyper_h, Z_b), D_b)
-            a = alpha_x * Wx + alpha_h * _times(h, U) + beta + _row(b, 2)
+            a = alpha_x * Wx + alpha_h * _times(h, U) + beta + _row(b, 2, x.dtype)
             c, h = _update(c, gates(a), cell=cell)
             return (c, h, hyper_c, hyper_h), h
 
-        rows = _times(x, W), _times(x, hyper_W) + _row(hyper_b, 3)
-        carry, h = _scan(step, carry, rows, reset, keep)
+        rows = _times(x, W), _times(x, hyper_W) + _row(hyper_b, 3, x.dtype)
+        carry, h = _scan(step, carry, rows, reset, keep, x.dtype)
         return carry, h.astype(x.dtype)
 
     def initial(self, batch: int) -> HyperCarry:
         """The zero state of both LSTMs."""
-        return *initial(batch, self.features), *initial(batch, self.hyper_features)
+        dtype = self.dtype or self.param_dtype
+        return *initial(batch, self.features, dtype), *initial(batch, self.hyper_features, dtype)
 
 
 CELLS: dict[str, Callable[..., nn.Module]] = {
@@ -410,9 +415,10 @@ def get(name: str, **options: Any) -> Callable[..., nn.Module]:
     return functools.partial(cell, **{k: v for k, v in options.items() if takes(cell, k)})
 
 
-def initial(batch: int, features: int) -> Carry:
-    """The zero state of an LSTM: (c, h), each [B, H]."""
-    return jnp.zeros((batch, features)), jnp.zeros((batch, features))
+def initial(batch: int, features: int, dtype: DTypeLike = jnp.float32) -> Carry:
+    """The zero state of an LSTM with products of this dtype: (c, h), each [B, H]."""
+    wide = accumulation_dtype(dtype)
+    return jnp.zeros((batch, features), wide), jnp.zeros((batch, features), wide)
 
 
 def lstm_reference(
@@ -431,7 +437,7 @@ def lstm_reference(
         c, h = _update(c, Wx + _times(h, U))
         return (c, h), h
 
-    return _scan(step, carry, _times(x, W) + _row(b, 3), reset, keep)
+    return _scan(step, carry, _times(x, W) + _row(b, 3, W.dtype), reset, keep, W.dtype)
 
 
 def _scan(
@@ -440,11 +446,13 @@ def _scan(
     rows: Any,
     reset: Array | None,
     keep: Array | None,
+    dtype: DTypeLike,
 ) -> tuple[Any, Array]:
-    """The step over the rows, [T, …] each.
+    """The step over the rows, [T, …] each, with products of this dtype.
 
     Before it, the carry is zeroed where reset [T, B], and its h multiplied by keep [B, H].
     """
+    carry, keep = _widened((carry, keep), dtype)
 
     def reset_and_step(carry: Any, row: tuple[Any, Array | None]) -> tuple[Any, Array]:
         row_t, reset_t = row
@@ -473,20 +481,25 @@ def _update(
 
 
 def _times(a: Array, W: Array) -> Array:
-    """a W in f32, a product of W's dtype."""
-    return linear(a.astype(W.dtype), W, out_dtype=jnp.float32)
+    """a W in f32 at least, a product of W's dtype."""
+    return linear(a.astype(W.dtype), W, out_dtype=accumulation_dtype(W))
 
 
-def _row(b: Array, ndim: int) -> Array:
-    """b [k] in f32, with as many axes as what it is added to."""
-    return b.reshape((1,) * (ndim - 1) + b.shape).astype(jnp.float32)
+def _row(b: Array, ndim: int, dtype: DTypeLike) -> Array:
+    """b [k] as it is added to products of this dtype, with as many axes as these have."""
+    return b.reshape((1,) * (ndim - 1) + b.shape).astype(accumulation_dtype(dtype))
+
+
+def _widened(tree: Any, dtype: DTypeLike) -> Any:
+    """The arrays in the dtype of a state beside products of this dtype: f32 at least."""
+    return jax.tree.map(lambda a: a.astype(accumulation_dtype(dtype)), tree)
 
 
 def _normalised(a: Array, *, gain: Array, shift: Array, groups: int) -> Array:
     """a [B, groups · H], each group with mean 0 and variance 1, times gain, plus shift."""
     each = a.reshape(a.shape[0], groups, -1)
     each = jax.nn.standardize(each, axis=-1, epsilon=1e-3)  # the ε of the authors' code
-    return each.reshape(a.shape) * _row(gain, 2) + _row(shift, 2)
+    return each.reshape(a.shape) * _row(gain, 2, a.dtype) + _row(shift, 2, a.dtype)
 
 
 def _check(
@@ -537,16 +550,16 @@ def lstm(
       made for all steps at once, and ∂W and ∂U are one product each over all steps.
 
     Args:
-      carry: (c, h), each [B, H], f32.
+      carry: (c, h), each [B, H], f32; f64 where W is.
       x: [T, B, n], in the dtype of W.
       W: [n, 4H], for i, f, o, j in this order.
       U: [H, 4H]; the dtypes of W and U are those of the products with x and h.
-      b: [4H], f32.
+      b: [4H], in the dtype of the carry, as all that follows.
       reset: [T, B] bool, or None.
-      keep: [B, H] f32, or None; it is not differentiated.
+      keep: [B, H], or None; it is not differentiated.
 
     Returns:
-      (c, h) after the last step and h of every step [T, B, H], all f32.
+      (c, h) after the last step and h of every step [T, B, H].
     """
     return _lstm_forward(carry, x, W, U, b, reset, keep)[0]
 
@@ -575,7 +588,8 @@ def _lstm_forward(
         c, h = _zeroed(carry, reset_t)
         h = h if keep is None else h * keep.T
         Wx = jax.lax.dynamic_index_in_dim(gates, t, 0, keepdims=False)
-        a = Wx + linear(U_T, h.astype(U.dtype), out_dtype=jnp.float32) + b[:, None]
+        Uh = linear(U_T, h.astype(U.dtype), out_dtype=accumulation_dtype(U))
+        a = Wx + Uh + b[:, None]
         activated = jnp.tanh(a * half) * half + (1 - half)
         i, f, o, j = jnp.split(activated, 4)
         c = f * c + i * j
@@ -620,7 +634,7 @@ def _lstm_backward(
         dc = dc + dh * into_c_t
         dgates_t = (jnp.where(is_o, dh[None], dc[None]) * factor_t).reshape(4 * H, B)
         dgates = jax.lax.dynamic_update_index_in_dim(dgates, dgates_t, t, 0)
-        dh = linear(U, dgates_t.astype(U.dtype), out_dtype=jnp.float32)
+        dh = linear(U, dgates_t.astype(U.dtype), out_dtype=accumulation_dtype(U))
         dh = dh if keep is None else dh * keep.T
         return (_zeroed((dc * f_t, dh), reset_t), dgates), None
 
@@ -645,8 +659,8 @@ lstm.defvjp(_lstm_forward, _lstm_backward)
 
 
 def _of_rows(equation: str, a: Array, b: Array) -> Array:
-    """A product of the dtype of a, in f32; r stands for the T · B rows."""
-    return jnp.einsum(equation, a, b.astype(a.dtype), preferred_element_type=jnp.float32)
+    """A product of the dtype of a, in f32 at least; r stands for the T · B rows."""
+    return jnp.einsum(equation, a, b.astype(a.dtype), preferred_element_type=accumulation_dtype(a))
 
 
 def _row_by_row(reset: Array | None) -> Array | None:

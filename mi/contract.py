@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -74,7 +75,7 @@ def plan(
     n, k, kept = x_shape[-1], features, _KEPT[platform]
     if context == 'ids':
         x_axes, z_axes = _aligned(x_shape, (*z_shape, 1))
-        few = math.prod(map(max, x_axes, z_axes)) <= _BLOCK
+        few = math.prod(np.broadcast_shapes(x_axes, z_axes)) <= _BLOCK
         shared = math.prod(x_axes) >= _BLOCK * math.prod(z_axes)
         if platform == 'gpu' and not shared and contexts <= max(n, k):
             return 'one_hot'  # one large product instead of a loop of small ones
@@ -82,7 +83,7 @@ def plan(
     x_axes, z_axes = _aligned(x_shape, z_shape)
     m = z_shape[-1]
     x_rows, z_rows = math.prod(x_axes), math.prod(z_axes)
-    rows = math.prod(max(pair) for pair in zip(x_axes, z_axes, strict=True))
+    rows = math.prod(np.broadcast_shapes(x_axes, z_axes))
     if x_axes != z_axes:
         z_first = z_rows * m * n * k + rows * n * k
         x_first = x_rows * m * n * k + rows * m * k
@@ -157,11 +158,12 @@ def bilinear(
 
 def _dense(x: Array, z: Array, W: Array, order: Order, precision: jax.lax.PrecisionLike) -> Array:
     x_axes, z_axes = _aligned(x.shape, z.shape)
-    out_axes = tuple(map(max, x_axes, z_axes))
+    out_axes = np.broadcast_shapes(x_axes, z_axes)  # an axis of 0 and one of 1 make one of 0
     X, Z, Y = _letters(x_axes, z_axes)
     x, z = _squeezed(x, 1), _squeezed(z, 1)
     m, n, k = W.shape
     dtype = jnp.result_type(x, z, W)
+    accumulator = accumulation_dtype(dtype)
 
     def product(equation: str, a: Array, b: Array, out_dtype: DTypeLike | None = None) -> Array:
         return _accumulated(
@@ -169,14 +171,12 @@ def _dense(x: Array, z: Array, W: Array, order: Order, precision: jax.lax.Precis
         )
 
     def chunks(part: Callable[..., Array], *rows: Array) -> Array:
-        """Σ of part over the rows, in f32; what a part makes is made again for its gradient."""
+        """Σ of part over the rows, in f32 at least; the backward pass computes each part again."""
 
         def add(y: Array, row: tuple[Array, ...]) -> tuple[Array, None]:
             return y + part(*row), None
 
-        zeros = jnp.zeros(
-            (*(size for size in out_axes if size != 1), k), jnp.promote_types(dtype, jnp.float32)
-        )
+        zeros = jnp.zeros((*(size for size in out_axes if size != 1), k), accumulator)
         y, _ = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), zeros, rows)
         return y.astype(dtype)
 
@@ -186,13 +186,13 @@ def _dense(x: Array, z: Array, W: Array, order: Order, precision: jax.lax.Precis
             zx = zx.reshape(*zx.shape[:-2], m * n)
             y = linear(zx, W.reshape(m * n, k), precision=precision).astype(dtype)
         case 'outer_chunks':
-            size = _divisor(m, at_most=max(1, 2 * _NARROW // n))
+            size = _divisor(m, at_most=max(1, 2 * _NARROW // max(1, n)))
 
             def outer(z: Array, W: Array) -> Array:
                 zx = jnp.einsum(f'{Z}m,{X}n->{Y}mn', z, x)
                 zx = zx.reshape(*zx.shape[:-2], size * n)
                 W = W.reshape(size * n, k)
-                return linear(zx, W, out_dtype=jnp.float32, precision=precision)
+                return linear(zx, W, out_dtype=accumulator, precision=precision)
 
             zs = jnp.moveaxis(z.reshape(*z.shape[:-1], m // size, size), -2, 0)
             y = chunks(outer, zs, W.reshape(m // size, size, n, k))
@@ -203,11 +203,12 @@ def _dense(x: Array, z: Array, W: Array, order: Order, precision: jax.lax.Precis
             zW = linear(z, W.reshape(m, n * k), precision=precision).astype(dtype)
             y = product(f'{X}n,{Z}nk->{Y}k', x, zW.reshape(*z.shape[:-1], n, k))
         case 'z_first_chunks':
-            size = _divisor(n, at_most=max(1, _CHUNK // (4 * math.prod(z_axes) * k)))
+            row = 4 * max(1, math.prod(z_axes) * k)  # bytes
+            size = _divisor(n, at_most=max(1, _CHUNK // row))
 
             def generated(x: Array, W: Array) -> Array:
                 zW = product(f'{Z}m,mnk->{Z}nk', z, W)
-                return product(f'{X}n,{Z}nk->{Y}k', x, zW, jnp.float32)
+                return product(f'{X}n,{Z}nk->{Y}k', x, zW, accumulator)
 
             xs = jnp.moveaxis(x.reshape(*x.shape[:-1], n // size, size), -2, 0)
             y = chunks(generated, xs, jnp.moveaxis(W.reshape(m, n // size, size, k), 1, 0))
@@ -216,13 +217,14 @@ def _dense(x: Array, z: Array, W: Array, order: Order, precision: jax.lax.Precis
 
 def _divisor(size: int, at_most: int) -> int:
     """The largest divisor of size that is not above `at_most`."""
-    return next(part for part in range(min(size, at_most), 0, -1) if size % part == 0)
+    parts = range(min(size, at_most), 0, -1)
+    return next((part for part in parts if size % part == 0), 1)  # 1 for no rows
 
 
 def _by_id(x: Array, ids: Array, W: Array, order: Order, precision: jax.lax.PrecisionLike) -> Array:
     """W[ids] x: x [..., n], ids [...], W [m, n, k] → [..., k]."""
     x_axes, axes = _aligned(x.shape, (*ids.shape, 1))
-    out_axes = tuple(map(max, x_axes, axes))
+    out_axes = np.broadcast_shapes(x_axes, axes)
     ids = jnp.clip(ids, 0, W.shape[0] - 1)
     dtype = jnp.result_type(x, W)
     if order == 'rows':
@@ -259,6 +261,7 @@ def _groups_backward(
     order, sizes, starts = _sorted(ids, W.shape[0])
     xs, dys = _padded(x[order]), _padded(dy[order])
     dx = _grouped(dys, sizes, starts, W.swapaxes(1, 2), precision)[jnp.argsort(order)]
+    accumulator = accumulation_dtype(x, dy)
 
     def group(_: None, of: tuple[Array, Array]) -> tuple[None, Array]:
         size, start = of
@@ -269,10 +272,10 @@ def _groups_backward(
             x_block = jnp.where(row, jax.lax.dynamic_slice_in_dim(xs, at, _BLOCK), 0)
             dy_block = jax.lax.dynamic_slice_in_dim(dys, at, _BLOCK)
             return dW + jnp.matmul(
-                x_block.T, dy_block, precision=precision, preferred_element_type=jnp.float32
+                x_block.T, dy_block, precision=precision, preferred_element_type=accumulator
             )
 
-        zeros = jnp.zeros(W.shape[1:], jnp.float32)
+        zeros = jnp.zeros(W.shape[1:], accumulator)
         return None, jax.lax.fori_loop(0, -(-size // _BLOCK), block, zeros).astype(W.dtype)
 
     _, dW = jax.lax.scan(group, None, (sizes, starts))
@@ -323,14 +326,16 @@ def linear(
     out_dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> Array:
-    """Vx, [..., n] and [n, k] → [..., k], accumulated in f32 at least; of integers, rows of V.
+    """Vx, [..., n] and [n, k] → [..., k], accumulated in f32 at least.
+
+    Of integers [...], the rows of V; out of range they are clipped, as in `bilinear`.
 
     Leading axes are flattened, so that the product and both of its gradients are plain matrix
     products: XLA on CPU takes twice as long for the gradient of a [T, B, n] by [n, k] product.
     """
     if jnp.issubdtype(x.dtype, jnp.integer):
-        return V[x].astype(out_dtype or V.dtype)
-    rows = x.reshape(-1, x.shape[-1])
+        return V[jnp.clip(x, 0, len(V) - 1)].astype(out_dtype or V.dtype)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     y = _matmul(rows, V, out_dtype, precision)
     return y.reshape(*x.shape[:-1], V.shape[-1])
 
@@ -366,6 +371,11 @@ def _matmul_jvp(
     return _matmul(x, V, out_dtype, precision), dot(jnp.matmul, dx, V) + of_V
 
 
+def accumulation_dtype(*operands: Any) -> Any:
+    """Return the dtype in which products of these arrays or dtypes add up: f32 at least."""
+    return jnp.promote_types(jnp.result_type(*operands), jnp.float32)
+
+
 def _accumulated(
     product: Callable[..., Array],
     *operands: Any,
@@ -374,8 +384,7 @@ def _accumulated(
 ) -> Array:
     """The product, summed in f32 at least and rounded once, by default to the operands' dtype."""
     dtype = jnp.result_type(*(a for a in operands if not isinstance(a, str)))
-    accumulator = jnp.promote_types(dtype, jnp.float32)
-    y = product(*operands, precision=precision, preferred_element_type=accumulator)
+    y = product(*operands, precision=precision, preferred_element_type=accumulation_dtype(dtype))
     return y.astype(out_dtype or dtype)
 
 

@@ -11,16 +11,17 @@ that map only where n differs; those of bilinear pooling have none, as published
 """
 
 import functools
-import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import Array
 from jax.nn import initializers
 from jax.typing import DTypeLike
 
 from mi.config import nearest, takes
+from mi.contract import accumulation_dtype
 from mi.layers import (
     Affine,
     BlockMultiplicativeInteraction,
@@ -33,6 +34,7 @@ from mi.layers import (
     TuckerMultiplicativeInteraction,
     context_init,
     input_init,
+    one_hot,
     streams,
 )
 from mi.motifs.experts import DenseMixture
@@ -40,6 +42,9 @@ from mi.motifs.gating import GatedLinearUnit
 from mi.motifs.hypernetwork import MLPHypernetwork
 from mi.motifs.normalization import ConditionalLayerNorm
 from mi.motifs.pooling import BLOCK, MFB, MLB, MUTAN, CompactBilinear
+
+# E[act(g)²] of a standard normal g, which the map that is gated makes up for
+_SIGMOID, _SILU = 0.2934, 0.3558
 
 
 class ConcatMLP(nn.Module):
@@ -58,6 +63,7 @@ class ConcatMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array) -> Array:
+        x, z = streams(x, z)
         hidden = MultiplicativeInteraction(
             self.hidden or self.features,
             context=self.context,
@@ -99,6 +105,7 @@ class Gate(nn.Module):
     """A sigmoid gate: y = 2σ(zᵀG + g) ⊙ (Vx + b).
 
     The factor 2 is the Mogrifier's (Melis et al., 2020): a gate at rest passes its input unchanged.
+    V starts so much smaller that y has unit variance with gates that are not at rest.
 
     Attributes:
       features, context, dtype, param_dtype: as in `MultiplicativeInteraction`.
@@ -114,7 +121,7 @@ class Gate(nn.Module):
         x, z = streams(x, z)
         affine = functools.partial(Affine, self.features, self.dtype, self.param_dtype)
         gate = affine(V_init=context_init(self.context), name='gate')(z)
-        return 2 * nn.sigmoid(gate) * affine(name='x')(x)
+        return 2 * nn.sigmoid(gate) * affine(V_init=input_init(1 / (4 * _SIGMOID)), name='x')(x)
 
 
 class FeatureAttention(nn.Module):
@@ -137,6 +144,7 @@ class FeatureAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array) -> Array:
+        x, z = streams(x, z)
         scores = LowRankMultiplicativeInteraction(
             self.features,
             rank=self.rank,
@@ -145,11 +153,25 @@ class FeatureAttention(nn.Module):
             param_dtype=self.param_dtype,
             name='scores',
         )(x, z)
-        attention = nn.softmax(scores.astype(jnp.float32)).astype(scores.dtype)
-        # E[(k softmax(m))²] is about e for many scores of unit variance
-        A_init = input_init(math.exp(-1))
+        attention = nn.softmax(scores.astype(accumulation_dtype(scores))).astype(scores.dtype)
+        A_init = input_init(1 / _softmax_moment(self.features))
         value = Affine(self.features, self.dtype, self.param_dtype, V_init=A_init, name='value')(x)
         return self.features * attention * value
+
+
+@functools.cache
+def _softmax_moment(k: int) -> float:
+    """E[(k softmax(m)_1)²] of k independent scores m ~ N(0, 1): 1 for k = 1, near e for many.
+
+    As 1/S² = ∫ t exp(−tS) dt, it is k² ∫ t E[e^{2m} exp(−t e^m)] E[exp(−t e^m)]^{k−1} dt.
+    """
+    nodes, weights = np.polynomial.hermite_e.hermegauss(200)
+    weights = weights / weights.sum()
+    log_t = np.linspace(-30, 12, 4001)
+    t = np.exp(log_t)
+    survival = np.exp(-t[:, None] * np.exp(nodes)[None])  # exp(−t e^m)
+    integrand = t**2 * (survival @ (weights * np.exp(2 * nodes))) * (survival @ weights) ** (k - 1)
+    return float(k**2 * integrand.sum() * (log_t[1] - log_t[0]))
 
 
 class SameWidth(nn.Module):
@@ -157,12 +179,13 @@ class SameWidth(nn.Module):
 
     Attributes:
       module: its class.
-      features, context, dtype, param_dtype: as in `MultiplicativeInteraction`.
+      features, context, contexts, dtype, param_dtype: as in `MultiplicativeInteraction`.
     """
 
     features: int
     module: Callable[..., nn.Module]
-    context: Context | None = 'dense'
+    context: Context = 'dense'
+    contexts: int | None = None
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
 
@@ -170,14 +193,15 @@ class SameWidth(nn.Module):
     def __call__(self, x: Array, z: Array) -> Array:
         if x.shape[-1] != self.features:
             x = Affine(self.features, self.dtype, self.param_dtype, name='x')(x)
-        kind = {} if self.module is ConditionalLayerNorm else {'context': self.context}
-        return self.module(**kind, dtype=self.dtype, param_dtype=self.param_dtype, name='form')(
+        dense = not takes(self.module, 'contexts')
+        if dense and self.contexts and jnp.issubdtype(z.dtype, jnp.integer):
+            z = one_hot(z, self.contexts, x.dtype)
+        fields = {'context': self.context, 'contexts': self.contexts}
+        fields = {name: value for name, value in fields.items() if takes(self.module, name)}
+        return self.module(**fields, dtype=self.dtype, param_dtype=self.param_dtype, name='form')(
             x, z
         )
 
-
-# E[act(g)²] of a standard normal g, which the map that is gated makes up for
-_SIGMOID, _SILU = 0.2934, 0.3558
 
 FUSIONS: dict[str, Callable[..., nn.Module]] = {
     'none': functools.partial(MultiplicativeInteraction, use_W=False, use_U=False),

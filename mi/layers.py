@@ -12,7 +12,7 @@ unit-variance entries ('dense'), or one entry that is 1 and the rest 0 ('one_hot
 """
 
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +22,21 @@ from jax.nn import initializers
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
+from mi.config import nearest
 from mi.contract import bilinear, linear
 
 Context = Literal['dense', 'one_hot']
 
 
+def check_context(context: str) -> None:
+    """Raise ValueError unless the word is one that initializers and scales depend on."""
+    if context not in get_args(Context):
+        raise ValueError(f'unknown context {context!r}; {nearest(context, get_args(Context))}')
+
+
 def context_init(context: Context, variance: float = 1.0) -> Initializer:
     """Initialiser of a matrix [m, k] for which each entry of zᵀU has this variance."""
+    check_context(context)
     if context == 'one_hot':  # zᵀU is a row of U: the fan-in is 1
         return initializers.variance_scaling(
             variance, 'fan_in', 'truncated_normal', in_axis=(), batch_axis=0
@@ -43,6 +51,7 @@ def input_init(variance: float = 1.0) -> Initializer:
 
 def interaction_init(context: Context, variance: float = 1.0) -> Initializer:
     """Initialiser of a tensor [m, n, k] for which each entry of zᵀWx has this variance."""
+    check_context(context)
     if context == 'one_hot':
         return initializers.variance_scaling(
             variance, 'fan_in', 'truncated_normal', in_axis=1, out_axis=2, batch_axis=0
@@ -52,13 +61,35 @@ def interaction_init(context: Context, variance: float = 1.0) -> Initializer:
     )
 
 
-def streams(x: Array, z: Array) -> tuple[Array, Array]:
+def check_dense(z: Array) -> None:
+    """Raise ValueError if the context comes as integers, for a module that takes vectors alone."""
+    if jnp.issubdtype(z.dtype, jnp.integer):
+        raise ValueError(
+            f'z is {z.dtype} {z.shape}: expected a context [..., m] in a float dtype, for integers '
+            f'are ids of contexts and not their entries. Try jax.nn.one_hot(z, m)'
+        )
+
+
+def one_hot(ids: Array, contexts: int, dtype: DTypeLike) -> Array:
+    """Return the contexts [..., m] that integers [...] stand for; out of range they are clipped."""
+    return jax.nn.one_hot(jnp.clip(ids, 0, contexts - 1), contexts, dtype=dtype)
+
+
+def streams(x: Array, z: Array, *, ids: bool = False) -> tuple[Array, Array]:
     """x and z with the same leading axes in number: [..., n] and [..., m], or integers [...].
 
+    Args:
+      x: [..., n].
+      z: [..., m], or integers [...], each the id of a one-hot context.
+      ids: whether integers are taken.
+
     Raises:
-      ValueError: if one is a scalar or their leading axes do not broadcast.
+      ValueError: if one is a scalar, their leading axes do not broadcast, or z are integers that
+        are not taken.
     """
-    ids = jnp.issubdtype(z.dtype, jnp.integer)
+    if not ids and z is not x:
+        check_dense(z)
+    ids = jnp.issubdtype(z.dtype, jnp.integer) and z is not x
     if x.ndim < 1 or (z.ndim < 1 and not ids):
         raise ValueError(f'x must be [..., n] and z [..., m]; got x {x.shape}, z {z.shape}')
     z_axes = z.shape if ids else z.shape[:-1]
@@ -342,7 +373,7 @@ def _inputs(module: Any, x: Array, z: Array) -> tuple[Array, Array, int]:
             f'z is {z.dtype}, ids of one-hot contexts: say by contexts=m how many there are, or '
             f'give z in a float dtype'
         )
-    x, z = streams(x, z)
+    x, z = streams(x, z, ids=True)
     floats = [x] if ids else [x, z]
     dtype = module.dtype or jnp.result_type(*floats, module.param_dtype)
     if ids:

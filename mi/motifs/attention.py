@@ -18,8 +18,8 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from mi.config import nearest
-from mi.contract import linear
-from mi.layers import Affine, input_init, interaction_init
+from mi.contract import accumulation_dtype, linear
+from mi.layers import Affine, check_dense, input_init, interaction_init
 from mi.motifs.positions import in_reach, relative_shift, rotate, sinusoids
 
 Positions = Literal['none', 'rotary', 'relative']
@@ -35,8 +35,11 @@ def tokens(x: Array, z: Array) -> tuple[Array, Array]:
     """x and z with the same number of axes, [..., T, n] and [..., S, m].
 
     Raises:
-      ValueError: if one has less than two axes or their leading axes do not broadcast.
+      ValueError: if one has less than two axes, their leading axes do not broadcast, or z are
+        integers.
     """
+    if z is not x:
+        check_dense(z)
     if x.ndim < 2 or z.ndim < 2:
         raise ValueError(f'x must be [..., T, n] and z [..., S, m]; got x {x.shape}, z {z.shape}')
     try:
@@ -199,7 +202,8 @@ class Attention(nn.Module):
         R = self.param('R', input_init(), (n, kv_heads * d), self.param_dtype)
         # From the largest distance down to the least that a query sees.
         distances = last - jnp.arange(S if self.causal else T + S - 1)
-        r = linear(sinusoids(distances, n).astype(query.dtype), R.astype(query.dtype))
+        r = sinusoids(distances, n, query.dtype).astype(query.dtype)
+        r = linear(r, R.astype(query.dtype))
         r = r.reshape(len(distances), kv_heads, d)
         of_distances = _einsum('...tkgd,lkd->...kgtl', query + v, r)
         return _einsum('...tkgd,...skd->...kgts', query + u, key) + relative_shift(of_distances, S)
@@ -251,8 +255,7 @@ def _checked(mask: Array, shape: tuple[int, ...]) -> Array:
 
 def _einsum(equation: str, *operands: Array) -> Array:
     """The sum in f32 at least, and not rounded to the dtype of the operands."""
-    dtype = jnp.promote_types(jnp.result_type(*operands), jnp.float32)
-    return jnp.einsum(equation, *operands, preferred_element_type=dtype)
+    return jnp.einsum(equation, *operands, preferred_element_type=accumulation_dtype(*operands))
 
 
 class GatedCrossAttention(nn.Module):
@@ -388,7 +391,7 @@ class ConvolutionalSelfAttention(nn.Module):
 
 def _axis_weights(size: int, Delta: Array, alpha: Array) -> Array:
     """Δ and α [H] → [H, query, key], the softmax over keys of −α (δ² − 2Δδ), in f32 at least."""
-    dtype = jnp.promote_types(Delta.dtype, jnp.float32)
+    dtype = accumulation_dtype(Delta)
     Delta, alpha = (a.astype(dtype)[:, None, None] for a in (Delta, alpha))
     delta = (jnp.arange(size)[None] - jnp.arange(size)[:, None]).astype(dtype)[None]
     return jax.nn.softmax(-alpha * (delta**2 - 2 * Delta * delta))
@@ -420,7 +423,9 @@ def from_convolution(
     K_1, K_2, n, k = kernel.shape
     i, j = jnp.divmod(jnp.arange(K_1 * K_2), K_2)
     return {
-        'Delta': jnp.stack([i - (K_1 - 1) // 2, j - (K_2 - 1) // 2], axis=-1).astype(jnp.float32),
+        'Delta': jnp.stack([i - (K_1 - 1) // 2, j - (K_2 - 1) // 2], axis=-1).astype(
+            accumulation_dtype(kernel)
+        ),
         'alpha': jnp.full(K_1 * K_2, alpha),
         'V': kernel.reshape(K_1 * K_2, n, k),
         'b': jnp.zeros(k) if b is None else b,

@@ -15,8 +15,8 @@ from jax import Array
 from jax.nn import initializers
 from jax.typing import DTypeLike
 
-from mi.contract import linear
-from mi.layers import Context, context_init, streams
+from mi.contract import accumulation_dtype, linear
+from mi.layers import Context, check_dense, context_init, streams
 from mi.motifs.gating import valid_positions
 
 
@@ -37,7 +37,7 @@ class LightweightConvolution(nn.Module):
       dropconnect: rate at which entries of the softmaxed kernel are dropped, the others divided by
         1 − rate; needs the rng 'dropout'.
       dtype: of the computation; None for the promoted dtype of inputs and parameters. The softmax
-        and the sum over the kernel are f32.
+        and the sum over the kernel are f32 at least.
       param_dtype: of the parameters.
     """
 
@@ -65,7 +65,7 @@ class LightweightConvolution(nn.Module):
             'W', initializers.glorot_uniform(), (self.heads, self.width), self.param_dtype
         )
         x = x.astype(nn.dtypes.canonicalize_dtype(x, W, dtype=self.dtype))
-        kernel = jax.nn.softmax(W.astype(jnp.float32))
+        kernel = jax.nn.softmax(W.astype(accumulation_dtype(x)))
         kernel = nn.Dropout(self.dropconnect, deterministic=deterministic)(kernel)
         kernel = kernel.reshape((1,) * (x.ndim - 1) + W.shape)
         return convolve(jnp.where(valid_positions(x, mask), x, 0), kernel, self.causal)
@@ -125,7 +125,7 @@ class DynamicConvolution(nn.Module):
             self.param_dtype,
         )
         x, z, Q = nn.dtypes.promote_dtype(x, z, Q, dtype=self.dtype)
-        logits = linear(z, Q, out_dtype=jnp.float32)
+        logits = linear(z, Q, out_dtype=accumulation_dtype(x))
         kernel = jax.nn.softmax(logits.reshape(*z.shape[:-1], self.heads, self.width))
         kernel = nn.Dropout(self.dropconnect, deterministic=deterministic)(kernel)
         return convolve(jnp.where(valid_positions(x, mask), x, 0), kernel, self.causal)
@@ -147,7 +147,7 @@ class ConditionalConvolution(nn.Module):
       experts: E.
       strides: (sh, sw); one number for both.
       padding: 'SAME', 'VALID', or (before, after) of each of both axes.
-      context, dtype, param_dtype: as in `MultiplicativeInteraction`; the routing is f32.
+      context, dtype, param_dtype: as in `MultiplicativeInteraction`; the routing is f32 at least.
     """
 
     features: int
@@ -169,7 +169,8 @@ class ConditionalConvolution(nn.Module):
         if x.ndim != 4:
             raise ValueError(f'x must be [B, height, width, C]; got {x.shape}')
         if z is None:
-            z = x.mean((1, 2), dtype=jnp.float32)
+            z = x.mean((1, 2), dtype=accumulation_dtype(x))
+        check_dense(z)
         if z.ndim != 2 or z.shape[0] != x.shape[0]:
             raise ValueError(f'z must be [B, m] with B = {x.shape[0]} as in x; got {z.shape}')
         kh, kw = _pair(self.kernel_size)
@@ -180,24 +181,25 @@ class ConditionalConvolution(nn.Module):
         G_init = context_init(self.context, 0.01)
         G = self.param('G', G_init, (z.shape[-1], E), self.param_dtype)
         a = self.param('a', initializers.zeros, (E,), self.param_dtype)
-        z, G, a = nn.dtypes.promote_dtype(z, G, a, dtype=jnp.float32)
-        g = nn.sigmoid(linear(z, G) + a[None])
         dtype = nn.dtypes.canonicalize_dtype(x, K, b, dtype=self.dtype)
+        wide = accumulation_dtype(dtype)
+        z, G, a = nn.dtypes.promote_dtype(z, G, a, dtype=wide)
+        g = nn.sigmoid(linear(z, G) + a[None])
         x, g, K, b = nn.dtypes.promote_dtype(x, g, K, b, dtype=dtype)
         kernels = linear(g, K.reshape(E, -1)).reshape(B, kh * kw * C, k)
         # XLA has a grouped convolution for this; its gradient takes 30 times as long on CPU.
         patches = _windows(x, (kh, kw), _pair(self.strides), self.padding)
-        y = jnp.einsum('bhwp,bpk->bhwk', patches, kernels, preferred_element_type=jnp.float32)
+        y = jnp.einsum('bhwp,bpk->bhwk', patches, kernels, preferred_element_type=wide)
         return y.astype(x.dtype) + linear(g, b).reshape(B, 1, 1, k)
 
 
 @functools.partial(jax.jit, static_argnums=2)
 @functools.partial(jax.checkpoint, static_argnums=2)
 def convolve(x: Array, kernel: Array, causal: bool) -> Array:
-    """y_tc = Σ_j kernel_thj x_{t+j−l, c}: x [..., T, C], kernel [..., T or 1, H, K] in f32.
+    """y_tc = Σ_j kernel_thj x_{t+j−l, c}: x [..., T, C], kernel [..., T or 1, H, K].
 
     One shifted copy of x after another, which XLA fuses, and none kept for the backward pass;
-    summed in f32, returned in the dtype of x.
+    summed in the dtype of the kernel, f32 at least, and returned in that of x.
     """
     (T, C), (H, K) = x.shape[-2:], kernel.shape[-2:]
     left = K - 1 if causal else K // 2

@@ -16,8 +16,8 @@ from jax import Array
 from jax.nn import initializers
 from jax.typing import DTypeLike
 
-from mi.contract import bilinear, linear
-from mi.layers import Context, context_init, streams
+from mi.contract import accumulation_dtype, bilinear, linear
+from mi.layers import Context, check_dense, context_init, streams
 
 
 class DenseMixture(nn.Module):
@@ -31,7 +31,7 @@ class DenseMixture(nn.Module):
     Attributes:
       features: k.
       experts: E.
-      context, dtype, param_dtype: as in `MultiplicativeInteraction`; the softmax is f32.
+      context, dtype, param_dtype: as in `MultiplicativeInteraction`; the softmax is f32 at least.
     """
 
     features: int
@@ -49,7 +49,7 @@ class DenseMixture(nn.Module):
         E = self.param('E', _apart(self.experts), (self.experts, n, k), self.param_dtype)
         e = self.param('e', initializers.zeros, (self.experts, k), self.param_dtype)
         x, z, G, E, e = nn.dtypes.promote_dtype(x, z, G, E, e, dtype=self.dtype)
-        g = jax.nn.softmax(linear(z, G, out_dtype=jnp.float32)).astype(x.dtype)
+        g = jax.nn.softmax(linear(z, G, out_dtype=accumulation_dtype(x))).astype(x.dtype)
         return bilinear(x, g, E) + linear(g, e)
 
 
@@ -82,7 +82,7 @@ class RoutedMixture(nn.Module):
       capacity_factor: None to drop nothing.
       activation: of the hidden layer.
       context: 'dense' or 'one_hot'; decides the scale at which G is initialised.
-      dtype, param_dtype: as in `MultiplicativeInteraction`; the router is f32.
+      dtype, param_dtype: as in `MultiplicativeInteraction`; the router is f32 at least.
     """
 
     features: int
@@ -116,14 +116,19 @@ class RoutedMixture(nn.Module):
                 f'capacity_factor = {self.capacity_factor}: expected above 0, or None for no limit'
             )
         lead, n = x.shape[:-1], x.shape[-1]
-        z = x if z is None else z
+        if z is None:
+            z = x
+        else:
+            check_dense(z)
         G = self.param('G', context_init(self.context), (z.shape[-1], E), self.param_dtype)
         V = self.param('V', _apart(), (E, n, self.hidden), self.param_dtype)
         b = self.param('b', initializers.zeros, (E, self.hidden), self.param_dtype)
         A = self.param('A', _apart(2.0), (E, self.hidden, k), self.param_dtype)
         a = self.param('a', initializers.zeros, (E, k), self.param_dtype)
 
-        logits = _rows('z', linear(*nn.dtypes.promote_dtype(z, G, dtype=jnp.float32)), lead)
+        dtype = nn.dtypes.canonicalize_dtype(x, V, b, A, a, dtype=self.dtype)
+        wide = accumulation_dtype(dtype)
+        logits = _rows('z', linear(*nn.dtypes.promote_dtype(z, G, dtype=wide)), lead)
         mask = jnp.ones(lead, bool) if mask is None else mask
         valid = _rows('the mask', mask[..., None], lead)[:, 0]
         p = jax.nn.softmax(logits)
@@ -138,7 +143,7 @@ class RoutedMixture(nn.Module):
             self.sow('losses', 'load_balance', E * f @ (share @ p))
             self.sow('losses', 'router_z', share @ jax.nn.logsumexp(logits, axis=-1) ** 2)
 
-        x, V, b, A, a = nn.dtypes.promote_dtype(x, V, b, A, a, dtype=self.dtype)
+        x, V, b, A, a = nn.dtypes.promote_dtype(x, V, b, A, a, dtype=dtype)
         capacity = None
         if self.capacity_factor is not None:
             capacity = math.ceil(self.capacity_factor * chosen.size / E)
@@ -192,8 +197,8 @@ def blocks(chosen: Array, experts: int, capacity: int | None) -> tuple[Array, Ar
 
 def _each(x: Array, W: Array) -> Array:
     """[B, R, n] by [B, n, k], block by block, summed in f32 at least."""
-    accumulator = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.einsum('brn,bnk->brk', x, W, preferred_element_type=accumulator).astype(x.dtype)
+    wide = accumulation_dtype(x, W)
+    return jnp.einsum('brn,bnk->brk', x, W, preferred_element_type=wide).astype(x.dtype)
 
 
 def _rows(name: str, a: Array, lead: tuple[int, ...]) -> Array:

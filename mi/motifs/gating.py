@@ -15,7 +15,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from mi.config import nearest
-from mi.contract import linear
+from mi.contract import accumulation_dtype, linear
 from mi.layers import Affine, Context, context_init, input_init, streams
 
 Activation = Literal['sigmoid', 'gelu', 'silu', 'relu', 'tanh', 'identity']
@@ -240,6 +240,6 @@ class SqueezeExcitation(nn.Module):
 
 def _mean(x: Array, axes: tuple[int, ...], valid: Array) -> Array:
     """The mean over the valid positions, in f32 at least; the axes stay, with length 1."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = accumulation_dtype(x)
     total = jnp.sum(x, axes, dtype, keepdims=True, where=valid)
     return total / jnp.maximum(jnp.sum(valid, axes, dtype, keepdims=True), 1)

@@ -18,11 +18,12 @@ from jax.nn import initializers
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from mi.contract import linear
+from mi.contract import accumulation_dtype, linear
 from mi.layers import (
     Affine,
     Context,
     MultiplicativeInteraction,
+    check_dense,
     context_init,
     input_init,
     interaction_init,
@@ -184,6 +185,7 @@ class Hypernetwork(nn.Module):
           ValueError: if the leading axes of x are not those of z, if the target has variables other
             than parameters, or on a bad hidden or chunk.
         """
+        check_dense(z)
         rows = z.shape[:-1]
         if x.shape[: len(rows)] != rows:
             raise ValueError(
@@ -252,8 +254,7 @@ class _Hidden(nn.Module):
 
 def _affine(x: Array, W: Array, b: Array) -> Array:
     """Wx + b with x [..., n], W [..., n, k], b [..., k]: summed in f32 at least."""
-    accumulator = jnp.promote_types(x.dtype, jnp.float32)
-    y = jnp.einsum('...n,...nk->...k', x, W, preferred_element_type=accumulator)
+    y = jnp.einsum('...n,...nk->...k', x, W, preferred_element_type=accumulation_dtype(x, W))
     return y.astype(x.dtype) + b
 
 
@@ -299,8 +300,9 @@ def _through(activation: Activation, init: Initializer) -> Initializer:
     nodes, weights = np.polynomial.hermite_e.hermegauss(64)
 
     def scaled(key: Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> Array:
-        squares = activation(jnp.asarray(nodes, jnp.float32)) ** 2
-        second_moment = squares @ jnp.asarray(weights / weights.sum(), jnp.float32)
+        wide = accumulation_dtype(dtype)
+        squares = activation(jnp.asarray(nodes, wide)) ** 2
+        second_moment = squares @ jnp.asarray(weights / weights.sum(), wide)
         return init(key, shape, dtype, out_sharding) * second_moment.astype(dtype) ** -0.5
 
     return scaled

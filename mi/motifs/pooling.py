@@ -8,7 +8,7 @@ zᵀU and Vx.
 Initialisation is ours: for inputs of unit variance, or a one-hot z, the output has unit variance.
 """
 
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,8 @@ from jax import Array
 from jax.nn import initializers
 from jax.typing import DTypeLike
 
-from mi.contract import linear
-from mi.layers import Context, context_init, input_init, streams
+from mi.contract import accumulation_dtype, linear
+from mi.layers import Context, check_context, context_init, input_init, streams
 
 _VARIANCE_OF_TANH = 0.394  # of tanh(g), g ~ N(0, 1)
 
@@ -96,7 +96,8 @@ class MFB(nn.Module):
         P = self.param('P', context_init(self.context), (z.shape[-1], width), self.param_dtype)
         Q = self.param('Q', Q_init, (x.shape[-1], width), self.param_dtype)
         x, z, P, Q = nn.dtypes.promote_dtype(x, z, P, Q, dtype=self.dtype)
-        joint = linear(z, P, out_dtype=jnp.float32) * linear(x, Q, out_dtype=jnp.float32)
+        wide = accumulation_dtype(x)
+        joint = linear(z, P, out_dtype=wide) * linear(x, Q, out_dtype=wide)
         joint = nn.Dropout(self.dropout)(joint, deterministic=deterministic)
         y = joint.reshape(*joint.shape[:-1], self.features, self.factors).sum(-1)
         if self.normalize:
@@ -178,7 +179,7 @@ class CompactBilinear(nn.Module):
 
     Attributes:
       features, context, dtype, param_dtype: as in `MultiplicativeInteraction`; sketches and FFT are
-        f32, and there are no parameters.
+        f32 at least, and there are no parameters.
       seed: of the hashes and signs.
     """
 
@@ -209,15 +210,14 @@ class CompactBilinear(nn.Module):
 
 def _sketch(a: Array, hash_: np.ndarray, sign: np.ndarray, k: int) -> Array:
     """The Fourier transform of ψ(a)."""
-    signed = a.astype(jnp.float32) * sign.astype(np.float32).reshape((1,) * (a.ndim - 1) + (-1,))
-    sketch = jnp.zeros((*a.shape[:-1], k)).at[..., hash_].add(signed)
+    signs = jnp.asarray(sign, accumulation_dtype(a)).reshape((1,) * (a.ndim - 1) + (-1,))
+    sketch = jnp.zeros((*a.shape[:-1], k), signs.dtype).at[..., hash_].add(a * signs)
     return jnp.fft.rfft(sketch)
 
 
 def _inputs(x: Array, z: Array, context: str) -> tuple[Array, Array]:
     """`streams`, with a check of the word that initialisers and scales depend on."""
-    if context not in get_args(Context):
-        raise ValueError(f'unknown context {context!r}; known: {", ".join(get_args(Context))}')
+    check_context(context)
     return streams(x, z)
 
 
@@ -245,7 +245,8 @@ def _block_tucker(module: Any, x: Array, z: Array, blocks: int | None) -> Array:
     def mapped(a: Array, maps: Array) -> Array:
         chunks = a.reshape(*a.shape[:-1], C, L)
         maps = maps.reshape(C, R, L, L)
-        return jnp.einsum('...cl,crlj->...crj', chunks, maps, preferred_element_type=jnp.float32)
+        wide = accumulation_dtype(a, maps)
+        return jnp.einsum('...cl,crlj->...crj', chunks, maps, preferred_element_type=wide)
 
     s = (mapped(linear(z, P), M) * mapped(linear(x, Q), N)).sum(-2)
     s = s.reshape(*s.shape[:-2], hidden).astype(x.dtype)

@@ -1,10 +1,13 @@
 """Positions for attention: reach, rotary angles, the sinusoids of a distance, the shift.
 
-Pure functions. Angles are computed in f32, whatever the dtype of the tokens.
+Pure functions. Angles are computed in f32 at least, whatever the dtype of the tokens.
 """
 
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
+
+from mi.contract import accumulation_dtype
 
 BASE = 10_000.0
 
@@ -19,10 +22,17 @@ def in_reach(distance: Array, causal: bool, window: int | None) -> Array:
     return seen
 
 
-def angles(positions: Array, features: int) -> Array:
-    """positions [...] → [..., features / 2], position · BASE^(−2j / features), j from 0."""
-    frequencies = BASE ** (-2 / features * jnp.arange(features // 2, dtype=jnp.float32))
-    return jnp.multiply.outer(positions.astype(jnp.float32), frequencies)
+def angles(positions: Array, features: int, dtype: DTypeLike = jnp.float32) -> Array:
+    """positions [...] → [..., features / 2], position · BASE^(−2j / features), j from 0.
+
+    Args:
+      positions: [...].
+      features: of the tokens, even.
+      dtype: of the tokens.
+    """
+    wide = accumulation_dtype(dtype)
+    frequencies = BASE ** (-2 / features * jnp.arange(features // 2, dtype=wide))
+    return jnp.multiply.outer(positions.astype(wide), frequencies)
 
 
 def rotate(a: Array, positions: Array) -> Array:
@@ -39,7 +49,7 @@ def rotate(a: Array, positions: Array) -> Array:
     Returns:
       [..., T, heads, d] in the dtype of a.
     """
-    angle = angles(positions, a.shape[-1])[:, None]
+    angle = angles(positions, a.shape[-1], a.dtype)[:, None]
     angle = angle.reshape((1,) * (a.ndim - 3) + angle.shape)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(a, 2, axis=-1)
@@ -47,9 +57,9 @@ def rotate(a: Array, positions: Array) -> Array:
     return turned.astype(a.dtype)
 
 
-def sinusoids(positions: Array, features: int) -> Array:
+def sinusoids(positions: Array, features: int, dtype: DTypeLike = jnp.float32) -> Array:
     """positions [...] → [..., features]: all sines, then all cosines (Dai et al., 2019)."""
-    angle = angles(positions, features)
+    angle = angles(positions, features, dtype)
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 

@@ -25,6 +25,8 @@ def explain(module: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> str
     Raises:
       ValueError: as `mi.unify.as_mi`.
     """
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((variables, args))):
+        raise ValueError('explain reads the numbers of the parameters: call it outside of jax.jit')
     composition = as_mi(module, variables, *args, **kwargs)
     lines = [type(module).__name__ + (f': {composition.around}' if composition.around else '')]
     for product in composition.products:

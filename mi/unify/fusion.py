@@ -7,7 +7,7 @@ from flax import linen as nn
 from jax import Array
 
 from mi.fusion import ConcatMLP, FeatureAttention, Gate, SameWidth
-from mi.layers import MultiHead
+from mi.layers import MultiHead, one_hot, streams
 from mi.motifs.normalization import ConditionalLayerNorm
 from mi.unify.composition import Composition, Product, affine_in_both, as_mi, pointwise
 
@@ -16,6 +16,7 @@ from mi.unify.composition import Composition, Product, affine_in_both, as_mi, po
 def gate(module: Gate, variables: Any, x: Array, z: Array) -> Composition:
     """The product of an affine map of x with the open gate."""
     p = variables['params']
+    x, z = streams(x, z)
     opening = 2 * nn.sigmoid(_affine(p['gate'], z))
     V, b = p['x']['V'], p['x']['b']
     product = Product(
@@ -56,7 +57,7 @@ def multi_head(module: MultiHead, variables: Any, x: Array, z: Array) -> Composi
     """The full form with one row of W and of U for each context; z one-hot, or integers."""
     p = variables['params']
     if jnp.issubdtype(z.dtype, jnp.integer):
-        z = nn.one_hot(z, p['U'].shape[0])
+        z = one_hot(z, p['U'].shape[0], x.dtype)
     product = Product('heads', 'the input', 'the one-hot context', x, z, W=p['W'], U=p['U'])
     return Composition((product,), product())
 
@@ -96,6 +97,8 @@ def same_width(module: SameWidth, variables: Any, x: Array, z: Array) -> Composi
         return affine_in_both(module, variables, x, z)
     if 'x' in p:
         x = _affine(p['x'], x)
+    if module.contexts and jnp.issubdtype(z.dtype, jnp.integer):
+        z = one_hot(z, module.contexts, x.dtype)
     return as_mi(ConditionalLayerNorm(), {'params': p['form']}, x, z)
 
 

@@ -276,7 +276,7 @@ def test_bad_input_is_refused(name):
     module, variables, x, z = drawn(name)
     with pytest.raises(ValueError, match='do not broadcast'):
         module.apply(variables, x, np.zeros((3, 1, M)))
-    with pytest.raises(ValueError, match="unknown context 'onehot'; known: dense, one_hot"):
+    with pytest.raises(ValueError, match="unknown context 'onehot'; did you mean 'one_hot'"):
         module.clone(context='onehot').apply(variables, x, z)
 
 
