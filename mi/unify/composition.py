@@ -99,9 +99,9 @@ def as_mi(module: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> Compo
 
     A module that is affine in x and affine in z needs no function of its own: its tensors are its
     derivatives at zero, W = ∂²f/∂z∂x, U = ∂f/∂z, V = ∂f/∂x, b = f(0, 0), exact for such a function.
-    Whether it is one is checked row by row, at the inputs and at random points of entries up to 1e4:
-    the equation may be off by 1e-4 of the largest term of a row. Inside `jax.jit` the check cannot
-    raise; the tensors and the output are NaN then.
+    Whether it is one is checked row by row, at the inputs and at random points with entries up to
+    some 1e4: the equation may be off by 1e-4 of the largest term of a row. Inside `jax.jit` the
+    check cannot raise; the tensors and the output are NaN then.
 
     Args:
       module: any motif of `mi`, or a module of your own, (x [..., n], z [..., m]) → [..., k].
@@ -188,17 +188,17 @@ def _as_function(
     """The module as a function of its two streams, and these; ValueError if it has not two."""
     if not isinstance(module, nn.Module):
         raise ValueError(
-            f'as_mi takes a Linen module; got {getattr(module, "__name__", module)!r}. Try a module '
-            f'whose __call__(x, z) calls it'
+            f'as_mi takes a Linen module; got {getattr(module, "__name__", module)!r}. Try a '
+            f'module whose __call__(x, z) calls it'
         )
     parameters = list(inspect.signature(type(module).__call__).parameters)[1:3]  # without self
     by_name = [name for name in parameters[len(args) :] if kwargs.get(name) is not None]
     streams = *args[:2], *(kwargs[name] for name in by_name)
     if len(streams) < 2 or any(stream is None for stream in streams):
         raise ValueError(
-            f'{type(module).__name__}: expected the two streams x and z; got {len(args)} inputs and '
-            f'the keywords {sorted(kwargs)}. A module of one stream needs a function of its own: '
-            f'@mi.unify.as_mi.register'
+            f'{type(module).__name__}: expected the two streams x and z; got {len(args)} inputs '
+            f'and the keywords {sorted(kwargs)}. A module of one stream needs a function of its '
+            f'own: @mi.unify.as_mi.register'
         )
     others = {name: value for name, value in kwargs.items() if name not in by_name}
 
