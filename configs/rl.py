@@ -10,15 +10,102 @@ The defaults are those with which 30 goals of XLand are learnt in minutes on two
 horizon (γ = 0.9, as episodes have 40 steps), and enough entropy that the policy does not settle, in
 the first million steps, on what serves every task a little.
 
-The argument after the colon: a preset (catch, tiny), and `fusion=WORD`, `env=NAME`.
+The argument after the colon: `fusion=WORD`, `env=NAME`, and a preset:
+
+catch          solved in a minute on two cores
+cartpole       CartPole-v1 of gymnasium        docs/results/rl_presets.md has what was measured with
+acrobot        Acrobot-v1 of gymnasium         these four
+pong           Pong of Atari, EnvPool
+babyai_goto    34 levels of BabyAI, EnvPool
+tiny           seconds, for tests
 """
+
+from typing import Any
 
 import ml_collections
 
 from mi import optim
 from mi.config import UserError, nearest
 
-PRESETS = ('default', 'catch', 'tiny')
+CLASSIC_CONTROL = {  # a small network without memory; docs/results/rl_presets.md
+    'model.features': 64,
+    'model.core': 'none',
+    'model.sites': (),
+    'loss.discount': 0.99,
+    'train.topology': 'threads',
+    'train.batch': 16,
+    'train.length': 16,
+    'train.log_every': 50,
+    'train.eval_every': 200,
+    'train.save_every': 500,
+    'actors.groups': 1,
+    'actors.batch': 16,
+    'eval.episodes': 32,
+    'optim.schedule': 'linear',
+    'optim.clip_norm': 2.0,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    'default': {},
+    'catch': {  # solved within a minute on two cores
+        'env.name': 'catch',
+        'model.features': 64,
+        'model.hidden': 64,
+        'optim.learning_rate': 3e-3,
+        'train.batch': 64,
+        'actors.batch': 32,
+        'train.steps': 500_000,
+        'train.eval_every': 120,
+        'train.save_every': 120,
+    },
+    'tiny': {  # seconds, for tests
+        'model.features': 16,
+        'model.hidden': 16,
+        'model.context': 8,
+        'model.fusion.rank': 4,
+        'model.fusion.hidden': 16,
+        'train.batch': 8,
+        'actors.batch': 4,
+        'train.length': 5,
+        'train.steps': 40 * 20,
+        'train.log_every': 5,
+        'train.eval_every': 10,
+        'train.save_every': 5,
+        'eval.episodes': 2,
+    },
+    'cartpole': CLASSIC_CONTROL | {'env.name': 'gymnasium/CartPole-v1', 'train.steps': 500_000},
+    'acrobot': CLASSIC_CONTROL | {'env.name': 'gymnasium/Acrobot-v1', 'train.steps': 500_000},
+    'pong': {  # network, unroll and reward clipping of IMPALA's shallow agent
+        'env.name': 'atari/Pong',
+        'model.features': 256,
+        'model.core': 'none',
+        'model.sites': (),
+        'loss.discount': 0.99,
+        'loss.reward_clip': 'unit',
+        'train.topology': 'threads',
+        'train.steps': 10_000_000,
+        'train.batch': 32,
+        'train.log_every': 50,
+        'train.eval_every': 1000,
+        'train.save_every': 500,
+        'actors.batch': 16,
+        'eval.episodes': 4,
+        'optim.learning_rate': 6e-4,
+        'optim.schedule': 'linear',
+    },
+    'babyai_goto': {  # 34 levels: the instruction meets what the agent sees
+        'env.name': 'babyai/goto',
+        'model.instruction': True,
+        'model.sites': ('instruction',),
+        'loss.discount': 0.99,
+        'train.topology': 'threads',
+        'train.steps': 20_000_000,
+        'train.batch': 136,
+        'train.eval_every': 400,
+        'train.save_every': 400,
+        'actors.batch': 68,
+        'optim.learning_rate': 5e-4,
+    },
+}
 
 
 def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
@@ -102,31 +189,9 @@ def _apply(config: ml_collections.ConfigDict, word: str) -> None:
         config.model.fusion.name = value
     elif equals and key == 'env':
         config.env.name = value
-    elif word == 'catch':  # solved within a minute on two cores
-        config.env.name = 'catch'
-        config.model.features = 64
-        config.model.hidden = 64
-        config.optim.learning_rate = 3e-3
-        config.train.batch = 64
-        config.actors.batch = 32
-        config.train.steps = 500_000
-        config.train.eval_every = 120
-        config.train.save_every = 120
-    elif word == 'tiny':  # seconds, for tests
-        config.model.features = 16
-        config.model.hidden = 16
-        config.model.context = 8
-        config.model.fusion.rank = 4
-        config.model.fusion.hidden = 16
-        config.train.batch = 8
-        config.actors.batch = 4
-        config.train.length = 5
-        config.train.steps = 40 * 20
-        config.train.log_every = 5
-        config.train.eval_every = 10
-        config.train.save_every = 5
-        config.eval.episodes = 2
-    elif word != 'default':
+    elif word in PRESETS:
+        config.update_from_flattened_dict(PRESETS[word])
+    else:
         raise UserError(
             f'configs/rl.py:{word}: neither fusion=… nor env=… nor a preset; '
             f'{nearest(word, PRESETS)}'

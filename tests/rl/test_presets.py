@@ -1,0 +1,51 @@
+"""The presets of configs/rl.py: that each can run, and that a small budget of CartPole learns."""
+
+import json
+
+import jax
+import pytest
+
+from configs import rl as configs
+from mi.rl import envs, setup, train
+
+ON_THE_HOST = {
+    'cartpole': ('gymnasium', ('CartPole-v1',)),
+    'acrobot': ('gymnasium', ('Acrobot-v1',)),
+    'pong': ('envpool', ('Pong',)),
+    'babyai_goto': ('envpool', None),
+}
+
+
+@pytest.mark.parametrize('preset', configs.PRESETS)
+def test_every_preset_is_valid_and_differs_from_the_defaults(preset):
+    config = configs.get_config(preset)
+    setup.validate(config)
+    assert (preset == 'default') == (config.to_dict() == configs.get_config().to_dict())
+
+
+@pytest.mark.parametrize('preset', ON_THE_HOST)
+def test_a_preset_has_an_agent_for_its_environment(preset):
+    package, tasks = ON_THE_HOST[preset]
+    pytest.importorskip(package, reason=f'the extra for {package} is not installed')
+    config = configs.get_config(preset)
+    pool = envs.pool(config.env.name, config.actors.batch, seed=0)
+    try:
+        spec = pool.spec
+    finally:
+        pool.close()
+    assert spec.tasks == tasks or (tasks is None and all(t.startswith('GoTo') for t in spec.tasks))
+    agent = setup.agent(config, spec)
+    params = jax.eval_shape(lambda: setup.init_params(agent, jax.random.key(0)))
+    assert params['readout']['b'].shape == (spec.actions + 1,)
+
+
+@pytest.mark.slow
+def test_a_tenth_of_the_preset_of_cartpole_is_better_than_chance(tmp_path):
+    """Uniform actions keep the pole for 22 steps; the threshold of 475 takes the whole preset."""
+    pytest.importorskip('gymnasium', reason='the extra gym is not installed')
+    config = configs.get_config('cartpole').unlock()
+    config.train.steps = config.train.steps // 10
+    train.train(config.lock(), str(tmp_path))
+    records = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+    last = [record for record in records if record['split'] == 'eval'][-1]
+    assert last['return'] > 45
