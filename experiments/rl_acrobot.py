@@ -19,7 +19,7 @@ CURVES = 'eval'
 LOWER_IS_BETTER = False
 BASELINE = None
 NOTES = [
-    'Mean return of 32 new episodes of the sampled policy, cut after 500 steps; solved from −100 on.',
+    'Mean return of 32 new episodes of the sampled policy, cut at 500 steps; solved from −100 on.',
     'Actors and learner run side by side, which is not deterministic: the same seed gives other '
     'numbers the next time.',
 ]
