@@ -22,7 +22,7 @@ from absl import flags
 
 from launch import engine, local, process
 from launch.engine import Commands, Resources, Rule, States
-from mi.config import UserError
+from mi.config import UserError, install
 from mi.run import PREEMPTED
 
 ADDRESS = flags.DEFINE_string(
@@ -39,7 +39,9 @@ def submit(commands: Commands, resources: Resources, rule: Rule | None = None) -
     try:
         import ray
     except ImportError as error:
-        raise UserError("launch.ray needs Ray: pip install -e '.[ray]'") from error
+        raise UserError(
+            f'launch.ray needs Ray, which is not installed. Try {install("ray")}'
+        ) from error
     where: dict[str, Any] = {'address': ADDRESS.value}
     if not ADDRESS.value:
         where = {'address': 'local', 'include_dashboard': False}

@@ -5,8 +5,12 @@ A schema maps every dotted key to a rule. A rule takes the value and returns wha
 """
 
 import difflib
+import importlib.metadata
 import inspect
 import math
+import pathlib
+import re
+import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -26,6 +30,21 @@ def one_line(error: BaseException) -> str:
     while isinstance(said, KeyError | AttributeError) and said.args:
         said = said.args[0]  # ml_collections puts the one into the other
     return ' '.join(str(said).split())
+
+
+def install(extra: str) -> str:
+    """Return the command that installs what an extra needs.
+
+    The project is on no index: from a clone it is installed by its path. Elsewhere the packages of
+    the extra are named, which the metadata of the installed project knows.
+    """
+    clone = pathlib.Path(__file__).resolve().parent.parent
+    if (clone / 'setup.py').exists():
+        path = '.' if clone == pathlib.Path.cwd() else str(clone)
+        return f'pip install -e {shlex.quote(f"{path}[{extra}]")}'
+    required = importlib.metadata.requires('multiplicative-interactions') or []
+    found = (re.fullmatch(rf'(.+?) *; *extra == [\'"]{extra}[\'"]', each) for each in required)
+    return shlex.join(['pip', 'install', *(match[1] for match in found if match)])
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

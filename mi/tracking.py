@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from mi.config import UserError, nearest
+from mi.config import UserError, install, nearest
 
 PROJECT = 'mi'  # where WANDB_PROJECT names no other
 
@@ -96,10 +96,7 @@ def known(value: Any) -> str:
     if not isinstance(value, str) or value not in TRACKERS:
         return f'one of the known words; {nearest(str(value), TRACKERS)}'
     if value != 'none' and importlib.util.find_spec(value) is None:
-        return (
-            f'its package to be there: pip install '
-            f"'multiplicative-interactions[{value}]', or take 'none'"
-        )
+        return f"its package, which is not installed. Try {install(value)}, or take 'none'"
     return ''
 
 

@@ -22,7 +22,7 @@ import optax
 from jax import Array
 from jax.typing import DTypeLike
 
-from mi.config import Rule, UserError, integer, number, several
+from mi.config import Rule, UserError, install, integer, number, several
 from mi.fit import network, vision
 from mi.fit.problem import Metrics, Problem
 from mi.motifs.attention import from_convolution
@@ -49,8 +49,8 @@ def load() -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise UserError(
-            "config.problem.name = 'digits': its images come with scikit-learn, which is not "
-            "installed; pip install 'multiplicative-interactions[digits]'"
+            f"config.problem.name = 'digits': its images come with scikit-learn, which is not "
+            f'installed. Try {install("digits")}'
         ) from error
     data = load_digits()
     images = data.images.astype(np.float32)

@@ -20,7 +20,7 @@ from typing import IO, cast
 
 import numpy as np
 
-from mi.config import UserError, nearest
+from mi.config import UserError, install, nearest
 
 SPLITS = ('train', 'valid', 'test')
 PACKED = ('.gz', '.xz', '.zip')
@@ -299,8 +299,8 @@ def _hub(source: str, path: pathlib.Path, splits: Collection[str], cache: pathli
             import datasets
         except ImportError as error:
             raise UserError(
-                f'config.data.source = {source!r} needs the package datasets: '
-                f"pip install 'multiplicative-interactions[hub]'"
+                f'config.data.source = {source!r} needs the package datasets, which is not '
+                f'installed. Try {install("hub")}'
             ) from error
         try:
             rows = datasets.load_dataset('/'.join(words[:2]), *words[2:])

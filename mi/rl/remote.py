@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from mi.config import UserError
+from mi.config import UserError, install
 from mi.rl.actor import Episodes, Trajectory
 from mi.rl.worker import Worker
 
@@ -122,7 +122,7 @@ def start() -> Any:
         import ray
     except ImportError as error:
         raise UserError(
-            "config.train.topology = 'ray' needs ray: pip install multiplicative-interactions[ray]"
+            f"config.train.topology = 'ray' needs Ray, which is not installed. Try {install('ray')}"
         ) from error
     if not ray.is_initialized():
         with warnings.catch_warnings(), _signal_handlers():

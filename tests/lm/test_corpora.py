@@ -7,6 +7,7 @@ import itertools
 import lzma
 import os
 import pathlib
+import re
 import shutil
 import sys
 import types
@@ -15,7 +16,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from mi.config import UserError
+from mi.config import UserError, install
 from mi.lm import corpora, data
 from tests.conftest import ROOT
 
@@ -253,7 +254,7 @@ def test_domains_that_cannot_be(tmp_path, cache):
 
 def test_the_hub_needs_its_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'datasets', None)
-    with pytest.raises(UserError, match=r"pip install 'multiplicative-interactions\[hub\]'$"):
+    with pytest.raises(UserError, match=re.escape(f'Try {install("hub")}')):
         read(WIKITEXT_2, cache=tmp_path)
     with pytest.raises(UserError, match='expected hub:OWNER/NAME or hub:OWNER/NAME/CONFIG'):
         read('hub:wikitext', cache=tmp_path)

@@ -12,7 +12,7 @@ from mi.rl.worker import Policy, Worker
 from tests.rl.catch_late import CatchLate, Knows
 from tests.rl.test_worker import learnt
 
-ray = pytest.importorskip('ray', reason='the extra: pip install multiplicative-interactions[ray]')
+ray = pytest.importorskip('ray', reason="the extra: pip install -e '.[ray]'")
 pytestmark = pytest.mark.slow
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2
 

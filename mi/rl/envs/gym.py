@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mi.config import UserError, nearest, one_line
+from mi.config import UserError, install, nearest, one_line
 from mi.rl.envs import spaces
 from mi.rl.envs.spec import Spec, Step
 
@@ -345,16 +345,12 @@ def _doom() -> None:
     try:
         import vizdoom.gymnasium_wrapper  # noqa: F401
     except ImportError as error:
-        raise UserError(
-            'vizdoom is not installed; pip install multiplicative-interactions[vizdoom]'
-        ) from error
+        raise UserError(f'vizdoom is not installed. Try {install("vizdoom")}') from error
 
 
 def _gymnasium(extra: str) -> Any:
     try:
         import gymnasium
     except ImportError as error:
-        raise UserError(
-            f'gymnasium is not installed; pip install multiplicative-interactions[{extra}]'
-        ) from error
+        raise UserError(f'gymnasium is not installed. Try {install(extra)}') from error
     return gymnasium

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mi.config import UserError, nearest
+from mi.config import UserError, install, nearest
 from mi.rl.envs import text
 from mi.rl.envs.spec import Observation, Spec, Step
 
@@ -461,9 +461,7 @@ def _envpool() -> Any:
     try:
         import envpool
     except ImportError as error:
-        raise UserError(
-            'envpool is not installed; pip install multiplicative-interactions[envpool]'
-        ) from error
+        raise UserError(f'envpool is not installed. Try {install("envpool")}') from error
     return envpool
 
 

@@ -1,9 +1,10 @@
 import builtins
+import re
 
 import numpy as np
 import pytest
 
-from mi.config import UserError
+from mi.config import UserError, install
 from mi.rl.envs import gym
 
 
@@ -83,9 +84,9 @@ def test_a_missing_package_names_the_extra(monkeypatch):
 
     real = builtins.__import__
     monkeypatch.setattr(builtins, '__import__', without)
-    with pytest.raises(UserError, match=r'pip install multiplicative-interactions\[gym\]'):
+    with pytest.raises(UserError, match=re.escape(f'Try {install("gym")}')):
         gym.make_gym('CartPole-v1', batch=1)
-    with pytest.raises(UserError, match=r'pip install multiplicative-interactions\[vizdoom\]'):
+    with pytest.raises(UserError, match=re.escape(f'Try {install("vizdoom")}')):
         gym.make_vizdoom('basic', batch=1)
 
 

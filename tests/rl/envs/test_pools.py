@@ -1,4 +1,5 @@
 import builtins
+import re
 import threading
 
 import jax
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from mi.config import UserError
+from mi.config import UserError, install
 from mi.rl.envs import pools, text
 from mi.rl.envs.spec import Spec
 
@@ -368,7 +369,7 @@ def test_a_missing_package_names_the_extra(monkeypatch):
     real = builtins.__import__
     monkeypatch.setattr(builtins, '__import__', without)
     for make in (pools.make_babyai, pools.make_atari, pools.make_procgen):
-        with pytest.raises(UserError, match=r'pip install multiplicative-interactions\[envpool\]'):
+        with pytest.raises(UserError, match=re.escape(f'Try {install("envpool")}')):
             make('', batch=100)
 
 

@@ -1,0 +1,38 @@
+"""What messages say to install: commands that work where they are read."""
+
+import importlib.metadata
+import shlex
+
+import pytest
+
+from mi import config
+from tests.conftest import ROOT
+
+REQUIRES = ['jax>=0.10', 'gymnasium>=1.2; extra == "vizdoom"', "vizdoom>=1.3 ; extra == 'vizdoom'"]
+REQUIRES += ['gymnasium>=1.2; extra == "gym"', 'jax[cuda13]; extra == "cuda"']
+
+
+def test_in_a_clone_the_extra_is_installed_from_it(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert config.install('gym') == "pip install -e '.[gym]'"
+
+
+def test_elsewhere_the_clone_is_named(monkeypatch, tmp_path):
+    """Quoted, so that no shell takes the brackets for a pattern, or a space for an end."""
+    monkeypatch.chdir(tmp_path)
+    *pip, path = shlex.split(config.install('ray'))
+    assert pip == ['pip', 'install', '-e'] and path == f'{ROOT.resolve()}[ray]'
+
+
+@pytest.mark.parametrize(
+    ('extra', 'command'),
+    [
+        ('vizdoom', "pip install 'gymnasium>=1.2' 'vizdoom>=1.3'"),
+        ('cuda', "pip install 'jax[cuda13]'"),
+    ],
+)
+def test_without_a_clone_the_packages_are_named(monkeypatch, tmp_path, extra, command):
+    """The name of the project itself is on no index."""
+    monkeypatch.setattr(config, '__file__', str(tmp_path / 'site-packages/mi/config.py'))
+    monkeypatch.setattr(importlib.metadata, 'requires', lambda name: REQUIRES)
+    assert config.install(extra) == command
