@@ -55,6 +55,17 @@ setuptools.setup(
     long_description=(HERE / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
+    keywords='jax flax multiplicative interactions hypernetworks conditioning fusion',
+    classifiers=[
+        'Development Status :: 4 - Beta',
+        'Intended Audience :: Science/Research',
+        'Operating System :: POSIX :: Linux',
+        'Programming Language :: Python :: 3',
+        *(f'Programming Language :: Python :: 3.{minor}' for minor in (11, 12, 13)),
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Typing :: Typed',
+    ],
+    project_urls={'Paper': 'https://openreview.net/forum?id=rylnK6VtDH'},
     python_requires='>=3.11,<3.14',
     # Own configs import configs.lm, own sweeps launch.sweep, from whatever directory they are in.
     packages=[

@@ -51,6 +51,14 @@ PACKAGES = {
     'fit': 'Small functions',
     'report': 'Report',
 }
+MOTIFS = {'forms': 'Forms of the equation', 'dynamic_conv': 'Dynamic convolution'}
+FOLDERS = {
+    'lm_fusion': 'Fusions in language models',
+    'rl_again': 'Thirty tasks again',
+    'rl_language': 'Instructions in language',
+    'rl_multitask': 'Thirty tasks',
+    'quickstart_rl': 'Quickstart, agents',
+}
 LINK = re.compile(r'(!?)\[([^\]\n]*)\]\(([^)\s]+)\)')
 
 
@@ -65,7 +73,12 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Links to folders go to the report in them; others, and those out of docs/, become text."""
+    """Links to folders go to the report in them; others, and those out of docs/, become text.
+
+    Tables of results are left out of the search, whose every number would be a hit.
+    """
+    if page.file.src_uri.endswith('/table.md'):
+        page.meta['search'] = {'exclude': True}
     folder = pathlib.PurePosixPath(page.file.src_uri).parent
 
     def of(match: re.Match[str]) -> str:
@@ -141,7 +154,7 @@ def _card(path: pathlib.Path) -> list[str]:
 
 
 def navigation(pages: list[str]) -> list[Any]:
-    """MkDocs' nav, with every page in it."""
+    """MkDocs' nav, with every page in it, no two of one title."""
     known = {page for section in SECTIONS.values() for page in section} | {'index.md'}
     sections = {title: [p for p in section if p in pages] for title, section in SECTIONS.items()}
     for page in sorted(pages):
@@ -151,8 +164,31 @@ def navigation(pages: list[str]) -> list[Any]:
         title = {'results': 'Results', 'motifs': 'Fusions and motifs', 'tutorials': 'Tutorials'}
         sections[title.get(home, 'Guides')].append(page)
     nav: list[Any] = [{'Home': 'index.md'}]
-    nav += [{title: section} for title, section in sections.items() if section]
+    for title, section in sections.items():
+        if section:
+            nav.append({title: [{name(p): p} if named(p) else p for p in section]})
     return [*nav, {'API': list(_api(pages))}]
+
+
+def named(page: str) -> bool:
+    """Whether the navigation has another title for a page than its own heading."""
+    return page.startswith(('results/', 'motifs/')) and page != 'results/index.md'
+
+
+def name(page: str) -> str:
+    """The title of a page of results or motifs in the navigation.
+
+    Pages in a folder of results are named after it, as 'Composition: draws'.
+    """
+    path = pathlib.PurePosixPath(page)
+    if page.startswith('motifs/'):
+        return MOTIFS.get(path.stem, path.stem.capitalize())
+    if path.parent.name == 'results':
+        heading = (HERE / page).read_text().partition('\n')[0].removeprefix('# Results: ')
+        return heading[:1].upper() + heading[1:]
+    folder = path.parent.name.replace('_', ' ')
+    what = 'all arms' if path.stem == path.parent.name else path.stem.replace('_', ' ')
+    return f'{FOLDERS.get(path.parent.name, folder.capitalize())}: {what}'
 
 
 def _api(pages: list[str]) -> Iterator[dict[str, list[str]]]:
