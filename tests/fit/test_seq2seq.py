@@ -66,6 +66,20 @@ def test_the_floors_are_those_that_can_be_calculated():
     assert 0.04 < additive[2] < 0.14
 
 
+def test_the_additive_floor_of_a_small_sample_is_unbiased():
+    """f(X) = x_1 x_2 for both tokens owes nothing to one alone: its floor is Var f = 1/9."""
+
+    def product(X):
+        return jnp.broadcast_to(X[None, :, :1] * X[None, :, 1:], (1, *X.shape))
+
+    def floor(key):
+        X, again = jax.random.uniform(key, (2, 4, 2, 1), minval=-1)
+        return sequences.additive_floor(product, X, again)
+
+    floors = jax.vmap(floor)(jax.random.split(jax.random.key(0), 20_000))
+    assert floors.mean() == pytest.approx(1 / 9, rel=0.03)
+
+
 def test_the_best_equivariant_function_has_the_floor_as_its_error_and_no_other_has_less():
     X = draw(3, 2000, n=3)
 
