@@ -11,7 +11,7 @@ Three ways, and the results say which:
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -71,6 +71,7 @@ def evaluate(
     reading: Reading,
     most: int,
     mesh: jax.sharding.Mesh,
+    check: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """The metrics of each seed on a split.
 
@@ -82,6 +83,7 @@ def evaluate(
       reading: how.
       most: how many tokens from the start of the text; 0 for all of them.
       mesh: of devices; they share the batch if they divide it.
+      check: called before each segment; what it raises ends the evaluation.
 
     Returns:
       For each seed: nats_per_token, perplexity, bits_per_byte (None where the tokens do not
@@ -101,6 +103,7 @@ def evaluate(
     work = progress.Work(f'evaluating {split}', predictions, 'tokens')
     with jax.set_mesh(mesh), work:
         for inputs, targets, mask, positions in _pieces(tokens, batch, reading):
+            check()
             domains = None
             if model.source == 'domain':
                 domains = corpus.domain(split, positions)

@@ -225,6 +225,10 @@ def _train(config: ml_collections.ConfigDict, corpus: data.Corpus, this: run.Run
         domains = [corpus.domain('train', stream.positions(step)) for stream in streams]
         return tokens, parallel.split(np.stack(domains), mesh, axis=2)
 
+    def end_if_asked() -> None:  # in an evaluation, which comes after its checkpoint
+        if this.stops(recorded=False):
+            this.preempted()
+
     def held_out(params: Any, split: str, most: int) -> list[dict[str, Any]]:
         return evaluate(
             setup.for_evaluation(model, config),
@@ -234,6 +238,7 @@ def _train(config: ml_collections.ConfigDict, corpus: data.Corpus, this: run.Run
             setup.reading(config),
             most,
             mesh,
+            end_if_asked,
         )
 
     with progress.Work('compiling the training step'):
@@ -242,7 +247,17 @@ def _train(config: ml_collections.ConfigDict, corpus: data.Corpus, this: run.Run
         )
     one_at_a_time = jax.default_backend() == 'cpu' and mesh.size > 1  # queued ones hang there
 
+    # A run that ended between a checkpoint and the evaluation of its step has that to do still.
+    pending = len(seeds) if meta.get('is_evaluated') is False else 0
+    position = metrics.end_of_records(this.path, meta['metrics'], this.step, pending)
+    is_pending = parallel.any_of(position is None)
+    if position is not None and not is_pending:
+        meta['metrics'] = position
+
     with _Log(config, this, meta) as log:
+        if is_pending:
+            scores = held_out(state.params, 'valid', config.eval.valid_tokens)
+            log.evaluation(this.step, 'valid', scores)
         for step in range(this.step + 1, steps + 1):
             arrays = state, seeds, np.int32(step - 1), *batch(step - 1)
             state, measured = this.traced(1, compiled, *arrays)
@@ -253,18 +268,24 @@ def _train(config: ml_collections.ConfigDict, corpus: data.Corpus, this: run.Run
             recorded = step % config.train.log_every == 0
             if recorded or step == steps:
                 log.training(step)
-            if step % config.train.eval_every == 0 or step == steps:
+            evaluates = step % config.train.eval_every == 0 or step == steps
+            stops = this.stops(recorded)
+            # The checkpoint comes before the evaluation, which may take long and be cut short.
+            if step % config.train.save_every == 0 or evaluates or stops:
+                parts = {'parameters': state.params, 'moments of the optimizer': state.opt_state}
+                metrics.refuse_broken(config.seeds, step, parts)
+                saved.save(
+                    step,
+                    state,
+                    log.position() | {'data': corpus.sha256, 'is_evaluated': not evaluates},
+                )
+                log.resume_clock()
+                if stops:
+                    this.preempted()
+            if evaluates:
                 log.stop_clock()
                 scores = held_out(state.params, 'valid', config.eval.valid_tokens)
                 log.evaluation(step, 'valid', scores)
-            stops = this.stops(recorded)
-            if step % config.train.save_every == 0 or step == steps or stops:
-                parts = {'parameters': state.params, 'moments of the optimizer': state.opt_state}
-                metrics.refuse_broken(config.seeds, step, parts)
-                saved.save(step, state, log.position() | {'data': corpus.sha256})
-                log.resume_clock()
-                if stops and step < steps:
-                    this.preempted()
         for split, name in (('valid', 'valid_whole'), ('test', 'test')):
             log.evaluation(steps, name, held_out(state.params, split, config.eval.final_tokens))
 

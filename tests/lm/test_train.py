@@ -1,6 +1,8 @@
 import json
 import math
+import os
 import shutil
+import signal
 import time
 from itertools import permutations
 
@@ -353,3 +355,28 @@ def test_the_step_lowers_for_accelerators():
     step = jax.jit(lambda *args: train.train_step(model, optimiser, 1, *args, None))
     exported = jax.export.export(step, platforms=['cuda', 'tpu'])(state, seed, seed, tokens)
     assert exported.platforms == ('cuda', 'tpu')
+
+
+@pytest.mark.slow
+def test_a_run_stopped_in_its_evaluations_continues_to_the_same_bits(tmp_path, monkeypatch):
+    """SIGTERM ends the evaluation; the checkpoint of its step is there already."""
+    changes = {'train.steps': 4, 'train.log_every': 2, 'train.eval_every': 2}
+    config = tiny(**changes, **{'train.save_every': 100, 'eval.final_tokens': 500})
+    train.train(config, str(tmp_path / 'whole'))
+    original = train.evaluate
+    for split, step in (('valid', 2), ('test', 4)):
+
+        def stopped(model, params, corpus, evaluated, *rest, split=split):
+            if evaluated == split:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(model, params, corpus, evaluated, *rest)
+
+        with monkeypatch.context() as patched, pytest.raises(SystemExit) as raised:
+            patched.setattr(train, 'evaluate', stopped)
+            train.train(config, str(tmp_path / 'cut'))
+        assert raised.value.code == 143
+        status = json.loads((tmp_path / 'cut' / 'status.json').read_text())
+        assert (status['state'], status['step']) == ('preempted', step)
+        assert (tmp_path / 'cut' / 'checkpoints' / f'{step:08d}').exists()
+    train.train(config, str(tmp_path / 'cut'))
+    assert records(tmp_path / 'cut') == records(tmp_path / 'whole')
