@@ -243,6 +243,17 @@ class Population:
         self._decisions.append(decision)
         self._fork(decision)
 
+    def summary(self) -> str:
+        """What was decided, in a line: that nobody was compared is to be seen."""
+        looks = [d for d in self._decisions if isinstance(d.get('fitness'), state.NUMBER)]
+        if not looks:
+            return (
+                f'pbt: no member was compared, as none recorded {self._metric} of the '
+                f'{self._split} split before it looked at another'
+            )
+        copies = sum(bool(d.get('copied')) for d in looks)
+        return f'pbt: {len(looks)} looks at another, {copies} copies'
+
     def _next_name(self, member: str) -> str:
         """NAME.1, NAME.2, …, but for those of others, as x=0.1 is where x is 0 and 0.1."""
         generation = 1 + sum(d['member'] == member for d in self._decisions)
@@ -401,6 +412,7 @@ def run() -> None:
     with cli.alone(workdir):
         population = Population(workdir, members, MARGIN.value, perturb, SEED.value, split)
         states = train(population, names, INTERVAL.value, cli.resources())
+    print(population.summary(), file=sys.stderr)
     for name in names:
         path = population.path(name)
         print(f'{name}: {states[name]} in {path}, {state.read(path, metric).metric}')

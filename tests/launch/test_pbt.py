@@ -83,11 +83,13 @@ def test_one_that_was_made_and_has_not_begun_can_be_copied(tmp_path):
     (tmp_path / 'pbt.jsonl').write_text('{"member": "go')  # of a launcher that was killed
     population = pbt.Population(tmp_path, members, 0.05, ['optim.learning_rate'], seed)
     population.decide('good')
+    assert population.summary() == 'pbt: 1 looks at another, 0 copies'
     assert population.path('good').name == 'good.1'
     assert not (population.path('good') / 'config.json').exists()
     # The newest checkpoint of its parent is just being cleared away: the one before is copied.
     (population.path('good') / 'checkpoints/00000820').mkdir()
     population.decide('bad')
+    assert population.summary() == 'pbt: 2 looks at another, 1 copies'
     copied = [p.name for p in (population.path('bad') / 'checkpoints').iterdir()]
     assert copied == ['00000800']
     first, second = (json.loads(line) for line in (tmp_path / 'pbt.jsonl').read_text().splitlines())
@@ -109,6 +111,7 @@ def test_what_a_killed_launcher_has_left_keeps_its_slot_and_is_waited_for(tmp_pa
     left = process.start(path, [*commands['second'], f'--workdir={path}'])
     members = [sweep.Member(name, name, command, {}) for name, command in commands.items()]
     population = pbt.Population(tmp_path, members, 0.05, [], 0)
+    assert population.summary().startswith('pbt: no member was compared, as none recorded loss')
     states = pbt.train(population, list(commands), 10**9, engine.Resources(parallel=1))
     assert states == {'first': 'done', 'second': 'done'} and left.wait() == 0
     begun, ended = tmp_path / 'first/starts.jsonl', path / 'status.json'
