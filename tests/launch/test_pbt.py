@@ -99,6 +99,40 @@ def test_one_that_was_made_and_has_not_begun_can_be_copied(tmp_path):
     assert round(rates[1] / rates[0], 6) in {1.0, 1.2, 0.833333}
 
 
+@pytest.mark.parametrize('lower_is_better', [True, False])
+def test_the_better_one_is_copied_as_far_as_it_had_saved(tmp_path, lower_is_better):
+    """Its newest value decides, of the split that is compared; its later records stay behind."""
+    told = {'metric': 'score', 'split': 'eval', 'lower_is_better': lower_is_better}
+    (tmp_path / 'sweep.json').write_text(json.dumps(told))
+    values = {'a': [0.9, 0.1], 'b': [0.1, 0.9]}  # at steps 10 and 20, saved at 10 alone
+    for name, scores in values.items():
+        path = tmp_path / name
+        saved = path / 'checkpoints/00000010'
+        saved.mkdir(parents=True)
+        lines = [
+            json.dumps({'step': 10 * (i + 1), 'split': split, 'score': value}) + '\n'
+            for i, score in enumerate(scores)
+            for split, value in (('eval', score), ('train', 1 - score))
+        ]
+        (path / 'metrics.jsonl').write_text(''.join(lines))
+        meta = {'metrics': len(''.join(lines[:2]))}
+        (saved / 'meta.json').write_text(json.dumps(meta))
+        manifest = {'meta.json': checkpoint.digest(saved / 'meta.json')}
+        (saved / 'manifest.json').write_text(json.dumps(manifest))
+        (path / 'config.json').write_text(json.dumps({'optim': {'learning_rate': 0.5}}))
+    members = [sweep.Member(name, name, [], {}) for name in values]
+    population = pbt.Population(tmp_path, members, 0.05, ['optim.learning_rate'], 0)
+    better, worse = ('a', 'b') if lower_is_better else ('b', 'a')
+    population.decide(worse)
+    (decision,) = map(json.loads, (tmp_path / 'pbt.jsonl').read_text().splitlines())
+    assert (decision['copied'], decision['from'], decision['to']) == (better, better, f'{worse}.1')
+    records = (tmp_path / f'{worse}.1/metrics.jsonl').read_text().splitlines()
+    parents = (tmp_path / better / 'metrics.jsonl').read_text().splitlines()
+    assert records == parents[:2]
+    population.decide(better)
+    assert population.summary() == 'pbt: 2 looks at another, 1 copies'  # the worse is not copied
+
+
 def test_what_a_killed_launcher_has_left_keeps_its_slot_and_is_waited_for(tmp_path):
     """One slot, and the second member has it: the first begins when that one has ended."""
     told = {'metric': 'loss', 'split': 'train', 'lower_is_better': True}

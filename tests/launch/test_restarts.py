@@ -44,14 +44,16 @@ def test_a_run_starts_again_as_long_as_it_has_saved_more(tmp_path):
 def test_what_holds_in_one_launcher_holds_in_the_next(tmp_path):
     """A launcher that is started again does not forget that a member was stopped at its step."""
     save(tmp_path, 5)
+    (tmp_path / 'status.json').write_text('{"state": "running"}')
     assert engine.Attempts(0).ended(tmp_path, 143) == ('preempted', True, '')
     word, again, said = engine.Attempts(0).ended(tmp_path, 143)
     assert (word, again) == ('failed', False) and 'stopped twice at step 5' in said
     assert state.read(tmp_path).word == 'failed' and 'twice' in state.read(tmp_path).reason
     assert engine.Attempts(1).ended(tmp_path, 143)[1]  # a retry is one
     save(tmp_path, 6)
+    assert state.read(tmp_path).word != 'failed'  # it was started by hand, and got further
     assert engine.Attempts(0).ended(tmp_path, 143) == ('preempted', True, '')
-    assert state.read(tmp_path).reason == ''
+    assert state.read(tmp_path).reason == 'its process is gone'
 
 
 def batch(tmp_path, does, **options):
