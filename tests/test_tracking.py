@@ -72,3 +72,20 @@ def test_a_tracker_that_is_not_installed_names_its_extra(monkeypatch):
     assert "did you mean 'trackio'" in tracking.known('tracio')
     assert tracking.known('none') == ''
     assert tracking.start('none', ROOT, {}) is None
+
+
+def test_a_tracker_knows_whether_it_was_told_what_came_before(tmp_path, monkeypatch):
+    started = []
+
+    def make(path, id, config, continued):
+        started.append((id, continued))
+
+    monkeypatch.setitem(tracking.TRACKERS, 'wandb', make)
+    monkeypatch.setitem(tracking.TRACKERS, 'trackio', make)
+    for word in ('wandb', 'wandb', 'trackio', 'trackio'):
+        tracking.start(word, tmp_path, {})
+    assert [continued for _, continued in started] == [False, True, False, True]
+    assert len({id for id, _ in started}) == 1
+    (tmp_path / 'tracker.json').write_text('{"id": "a1"}')  # of a run before names were kept
+    tracking.start('wandb', tmp_path, {})
+    assert started[-1] == ('a1', True)
