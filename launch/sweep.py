@@ -194,7 +194,8 @@ def _refuse_changes(before: dict[str, Any], now: dict[str, Any], workdir: pathli
         if name not in members:
             changes.setdefault('it is there no more', []).append(name)
             continue
-        was = flat(before.get('base', now['base'])) | member['overrides']
+        added = flat(now['base'])  # keys that the config did not have then
+        was = added | flat(before.get('base', now['base'])) | member['overrides']
         if changed := difference(was, flat(now['base']) | members[name]):
             changes.setdefault(changed, []).append(name)
     if changes:

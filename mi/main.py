@@ -77,7 +77,15 @@ def main(argv: Sequence[str], changes: Sequence[overrides.Override] = ()) -> Non
     keep_freed_memory()
     set_xla_flags()
     parallel.join(DISTRIBUTED.value)
-    tasks[task](config, WORKDIR.value, **profile)
+    try:
+        tasks[task](config, WORKDIR.value, **profile)
+    except UserError as error:
+        if CONFIG.value or not str(error).startswith('config.'):
+            raise
+        raise UserError(
+            f'{error}; the config is that of the run, and --config=FILE adds what FILE registers '
+            f'and newer keys'
+        ) from error
 
 
 def run() -> None:

@@ -78,13 +78,7 @@ def load(file: str, overrides: Sequence[Override] = ()) -> ml_collections.Config
       UserError: if the file cannot be read or raises, or an override does not fit its config.
     """
     config = _get_config(file)
-    task = config.get('task')
     apply(config, overrides)
-    if config.get('task') != task:
-        raise UserError(
-            f'config.task = {config.task!r}: {file} is a config of the task {task!r}; give '
-            f'another --config'
-        )
     return config
 
 
@@ -105,8 +99,10 @@ def apply(config: ml_collections.ConfigDict, overrides: Sequence[Override]) -> N
     """Change a config as the overrides say; the last one of a key counts.
 
     Raises:
-      UserError: if there is no such key, or the text is not of its type.
+      UserError: if there is no such key, the text is not of its type, or the task would change,
+        which decides what keys there are.
     """
+    task = config.get('task')
     for key, text in overrides:
         *sections, name = key.split('.')
         section: Any = config
@@ -126,6 +122,11 @@ def apply(config: ml_collections.ConfigDict, overrides: Sequence[Override]) -> N
             section[name] = value
         except (TypeError, ValueError) as error:
             raise UserError(f'config.{key}{_shown(text)}: {one_line(error)}') from error
+    if config.get('task') != task:
+        raise UserError(
+            f'config.task = {config.task!r}: the keys are those of the task {task!r}; give another '
+            f'--config instead'
+        )
 
 
 def _value(key: str, text: str | None, kind: type) -> Any:

@@ -160,6 +160,18 @@ def test_a_changed_sweep_is_refused_by_keys_and_values_and_a_longer_one_is_not(t
         sweep.load(other, runs)
 
 
+def test_a_sweep_that_was_begun_before_a_config_key_was_there_goes_on(tmp_path):
+    runs = tmp_path / 'runs'
+    overrides = [{'model.site': site} for site in ('none', 'both')]
+    sweep.load(write(tmp_path, overrides), runs)
+    begin(runs, 'site=none', 'site=both')
+    record = json.loads((runs / 'sweep.json').read_text())
+    del record['base']['eval']['stride']
+    (runs / 'sweep.json').write_text(json.dumps(record))
+    sweep.load(write(tmp_path, overrides), runs)
+    assert json.loads((runs / 'sweep.json').read_text())['base']['eval']['stride'] == 0
+
+
 def test_what_has_not_begun_may_change_and_a_dry_run_claims_nothing(tmp_path):
     runs = tmp_path / 'runs'
     overrides = [{'model.site': site, 'train.steps': 7} for site in ('none', 'both')]
