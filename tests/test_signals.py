@@ -20,17 +20,19 @@ from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
 
-# As `python -m mi.main`, but that its n-th question whether to stop waits until the answer is yes.
+# As `python -m mi.main`, but that at a step and after so many questions whether to stop, it waits
+# until the answer is yes.
 WAITING = """
 import pathlib, sys, time
 from mi import main, run
 
-mark, number = pathlib.Path(sys.argv.pop(1)), int(sys.argv.pop(1))
+mark = pathlib.Path(sys.argv.pop(1))
+step, number = int(sys.argv.pop(1)), int(sys.argv.pop(1))
 stops, asked = run.Run.stops, []
 
 def waits(self, recorded):
     asked.append(self.step)
-    if len(asked) == number:
+    if self.step >= step and len(asked) >= number and not mark.exists():
         mark.touch()
         while not stops(self, recorded):
             time.sleep(0.01)
@@ -50,22 +52,22 @@ SEARCH += ['--config.search.parameters=30', '--config.search.per_octave=1']
 SEARCH += ['--config.search.target=1e-9', '--config.train.steps=20', '--config.train.eval_every=10']
 SEARCH += ['--config.problem.examples=64', '--config.train.log_every=10']
 
-# The question that waits, and the step of the newest checkpoint then, where there are checkpoints.
+# The step and the number of questions at which a run waits.
 CASES = {
-    'lm': (LM, 7, 5),
-    'fused': (RL, 2, 5),
-    'threads': ([*RL, '--config.train.topology=threads'], 7, 5),
-    'ray': ([*RL, '--config.train.topology=ray'], 7, 5),
-    'fit': (FIT, 2, 5),
-    'search': (SEARCH, 2, None),
+    'lm': (LM, 7, 1),
+    'fused': (RL, 10, 1),
+    'threads': ([*RL, '--config.train.topology=threads'], 7, 1),
+    'ray': ([*RL, '--config.train.topology=ray'], 7, 1),
+    'fit': (FIT, 10, 1),
+    'search': (SEARCH, 0, 2),
 }
+SAVED = 5  # the step of the newest checkpoint then; a search has probes.json instead
 SAME_BITS = ('lm', 'fused', 'fit', 'search')  # environments on the host start anew
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
 
 
 def command(case, texts):
-    arguments, number, saved = CASES[case]
-    return [*arguments, *([f'--config.data.source={texts}'] if case == 'lm' else [])], number, saved
+    return CASES[case][0] + ([f'--config.data.source={texts}'] if case == 'lm' else [])
 
 
 def train(arguments, workdir):
@@ -97,7 +99,7 @@ def uninterrupted(tmp_path_factory, texts):
     def of(case):
         if case not in made:
             workdir = tmp_path_factory.mktemp(case)
-            train(command(case, texts)[0], workdir)
+            train(command(case, texts), workdir)
             made[case] = (workdir / 'metrics.jsonl').read_bytes()
         return made[case]
 
@@ -109,10 +111,10 @@ def uninterrupted(tmp_path_factory, texts):
 def test_a_run_that_gets_a_signal(case, number, tmp_path, texts, uninterrupted):
     if case == 'ray':
         pytest.importorskip('ray')
-    arguments, question, saved = command(case, texts)
+    arguments, (_, *waits) = command(case, texts), CASES[case]
     workdir, mark = tmp_path / 'run', tmp_path / 'waits'
     process = subprocess.Popen(
-        [sys.executable, '-c', WAITING, mark, str(question), *arguments, f'--workdir={workdir}'],
+        [sys.executable, '-c', WAITING, mark, *map(str, waits), *arguments, f'--workdir={workdir}'],
         cwd=ROOT, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     wait_for(mark, process)
@@ -127,17 +129,19 @@ def test_a_run_that_gets_a_signal(case, number, tmp_path, texts, uninterrupted):
     if number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
         assert left == asked_at  # whoever looks takes a running one without a lock for dead
-        assert max(checkpoints(workdir), default=None) == saved
+        assert max(checkpoints(workdir), default=SAVED) == SAVED
     else:
         assert process.returncode == 143, said
         assert f'{number.name}: saving after this step; the same command continues' in said
         assert 'Traceback' not in said
         assert left['state'] == 'preempted' and left['pid'] == process.pid
-        if saved:
-            assert left['step'] > saved and max(checkpoints(workdir)) == left['step']
+        if case != 'search':
+            assert left['step'] > SAVED and max(checkpoints(workdir)) == left['step']
     assert all(damage(path) == '' for path in checkpoints(workdir).values())
     if case == 'search':
-        assert len(json.loads((workdir / 'probes.json').read_text())['1']) == question
+        assert len(json.loads((workdir / 'probes.json').read_text())['1']) == 2
+    else:
+        assert SAVED in checkpoints(workdir)
 
     # What the same command makes of it.
     train(arguments, workdir)
