@@ -8,6 +8,7 @@ import pytest
 from jax.test_util import check_grads
 
 from mi import contract, cost
+from tests.motifs.checks import wide
 
 M, N, K = 3, 4, 5
 ORDERS = ('outer', 'outer_chunks', 'x_first', 'z_first', 'z_first_chunks')
@@ -177,6 +178,76 @@ def test_linear_is_the_matrix_product():
     x = jax.random.normal(jax.random.key(0), (2, 3, N))
     V = jax.random.normal(jax.random.key(1), (N, K))
     np.testing.assert_allclose(contract.linear(x, V), np.asarray(x) @ np.asarray(V), rtol=1e-5)
+
+
+EMPTY = [((0,), ()), ((), (0,)), ((0,), (1,)), ((1,), (0,)), ((2, 0), (2, 1)), ((0, 1), (1, 3))]
+
+
+@pytest.mark.parametrize('order', [None, *ORDERS])
+@pytest.mark.parametrize('leads', EMPTY, ids=str)
+def test_an_axis_of_no_entry_beside_one_that_is_shared_gives_none(leads, order):
+    x, z, W = streams(*leads)
+    lead = np.broadcast_shapes(*leads)
+    f = functools.partial(contract.bilinear, order=order)
+    y, pulled = jax.eval_shape(lambda *a: (f(*a), jax.vjp(f, *a)[1](f(*a))), x, z, W)
+    assert y.shape == (*lead, K)
+    assert [a.shape for a in pulled] == [x.shape, z.shape, W.shape]
+
+
+def test_no_row_has_a_product_and_a_gradient_of_zero():
+    x, z, W = streams((0,), ())
+    assert contract.bilinear(x, z, W).shape == (0, K)
+    dW = jax.grad(lambda W: contract.bilinear(x, z, W).sum())(W)
+    np.testing.assert_array_equal(dW, np.zeros(W.shape))
+    assert contract.linear(jnp.zeros((3, 0)), jnp.zeros((0, K))).tolist() == [[0] * K] * 3
+
+
+@pytest.mark.parametrize('order', [None, *contract.BY_ID])
+@pytest.mark.parametrize('leads', EMPTY, ids=str)
+def test_ids_of_no_entry_beside_a_row_that_is_shared_give_none(leads, order):
+    x, _, W = streams(leads[0])
+    ids = jnp.zeros(leads[1], int)
+    f = functools.partial(contract.bilinear, order=order)
+    y, dW = jax.eval_shape(
+        lambda x, W: (f(x, ids, W), jax.grad(lambda W: f(x, ids, W).sum())(W)), x, W
+    )
+    assert (y.shape, dW.shape) == ((*np.broadcast_shapes(*leads), K), W.shape)
+
+
+@pytest.mark.parametrize('order', ORDERS)
+def test_float64_adds_up_in_float64(order):
+    with jax.enable_x64(True):
+        x, z, W = wide(streams((6,), (6,)))
+        y = contract.bilinear(x, z, W, order=order)
+        assert y.dtype == jnp.float64
+        np.testing.assert_allclose(y, triple_loop(x, z, W), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize('order', contract.BY_ID)
+def test_float64_by_id_and_its_gradient_add_up_in_float64(order):
+    with jax.enable_x64(True):
+        x, _, W = wide(streams((70,)))
+        ids = jnp.arange(70) % M
+        dy = jnp.asarray(np.random.default_rng(0).normal(size=(70, K)))
+        f = lambda x, z, W, order=order: contract.bilinear(x, z, W, order=order)  # noqa: E731
+        y, pull = jax.vjp(lambda x, W: f(x, ids, W), x, W)
+        one_hot = np.eye(M)[ids]
+        np.testing.assert_allclose(y, triple_loop(x, one_hot, W), rtol=1e-13, atol=1e-13)
+        dx, dW = pull(dy)
+        expected = np.einsum('bk,bnk->bn', dy, np.asarray(W)[ids])
+        np.testing.assert_allclose(dx, expected, rtol=1e-13, atol=1e-13)
+        expected = np.einsum('bm,bn,bk->mnk', one_hot, x, dy)
+        np.testing.assert_allclose(dW, expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize('order', [None, *contract.BY_ID])
+def test_ids_out_of_range_are_the_nearest(order):
+    x, _, W = streams((4,))
+    ids = jnp.array([-1, 0, M - 1, M + 5])
+    expected = contract.bilinear(x, jnp.array([0, 0, M - 1, M - 1]), W, order=order)
+    np.testing.assert_allclose(contract.bilinear(x, ids, W, order=order), expected, rtol=1e-6)
+    rows = contract.linear(ids, W[:, 0])
+    np.testing.assert_array_equal(rows, W[:, 0][jnp.array([0, 0, M - 1, M - 1])])
 
 
 def test_errors_say_what_was_given():

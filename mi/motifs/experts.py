@@ -177,7 +177,7 @@ def blocks(chosen: Array, experts: int, capacity: int | None) -> tuple[Array, Ar
     counts = jnp.bincount(flat, length=experts)
     order = jnp.argsort(flat)
     before = (jnp.cumsum(counts) - counts)[flat[order]]
-    rank = jnp.zeros_like(flat).at[order].set(jnp.arange(N * S) - before)
+    rank = jnp.zeros_like(flat).at[order].set((jnp.arange(N * S) - before).astype(flat.dtype))
     if capacity is None:
         R = max(1, math.ceil(N * S / experts))
         B = (N * S + min(experts, N * S) * (R - 1)) // R
