@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array
 
 from mi.rl.actor import Episodes, Trajectory, act
+from mi.rl.envs.check import check_step
 from mi.rl.envs.finite import check_finite
 from mi.rl.envs.spec import HostEnvironment, Step
 from mi.rl.networks import (
@@ -165,6 +166,7 @@ class _Group:
         B = environment.batch
         self._acting = policy.start(B, key)
         self._step: Step = environment.reset()
+        check_step(environment.spec, B, self._step)
         check_finite(environment.spec, self._step)
         self._action = np.zeros(B, np.int32)
         self._sent = False

@@ -1,9 +1,13 @@
+import dataclasses
+
 import jax
+import numpy as np
 import pytest
 
 from mi.rl import evaluate, setup
 from mi.rl.envs.catch import Catch
 from mi.rl.worker import Policy
+from tests.rl.ramp import Ramp
 from tests.rl.test_train import tiny
 
 
@@ -31,3 +35,15 @@ def test_on_the_host_and_compiled_every_game_is_played_and_nothing_compiled_twic
                 assert -1 <= measured['return'] <= 1
                 assert measured['return'] == pytest.approx(2 * measured['success'] - 1)
     assert [agent.spec.name for agent, _ in made] == [Catch.spec.name]
+
+
+def test_scores_are_normalised_by_task_and_capped_at_one():
+    """(8 − 0) / (4 − 0) = 2 and (30 − 10) / (20 − 10) = 2, capped 1; (−1 − 1) / (3 − 1) = −1."""
+    spec = dataclasses.replace(
+        Ramp().spec, random=(0.0, 10.0, 1.0), reference=(4.0, 20.0, 3.0), has_success=False
+    )
+    returned = [np.array([7.0, 9.0]), np.array([30.0]), np.array([-1.0, -1.0])]
+    measured = evaluate.summary(spec, returned, returned, returned)
+    assert measured['capped_mean'] == pytest.approx((1 + 1 - 1) / 3)
+    assert measured['capped_median'] == 1
+    assert measured['return'] == pytest.approx((8 + 30 - 1) / 3)
