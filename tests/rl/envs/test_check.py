@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,11 @@ from mi.rl import envs
 from mi.rl.envs.check import check_environment, check_spec, check_step
 from mi.rl.envs.spec import Step
 from mi.rl.worker import Policy, Worker
+from tests.conftest import ROOT
 from tests.rl.catch_late import CatchLate, Knows
 from tests.rl.ramp import Ramp
+
+DOCS = ROOT / 'docs/rl.md'
 
 
 def array(shape=(), dtype=jnp.float32):
@@ -198,3 +202,23 @@ def test_a_worker_refuses_a_pool_that_contradicts_its_spec():
 
     with pytest.raises(UserError, match=r"'catch': reset returned observation\['grid'\] as int32"):
         Worker([Wrong()], Policy(Knows()), 3, jax.random.key(0))
+
+
+def test_the_environment_of_the_docs(monkeypatch):
+    """To the right: the first task is done after 5 − x steps, the second is cut after 50."""
+    monkeypatch.setattr(envs, 'JAX', dict(envs.JAX))
+    [code] = re.findall(r'```python\n(# walk.py.*?)```', DOCS.read_text(), flags=re.DOTALL)
+    namespace = {}
+    exec(code, namespace)
+    assert namespace['get_config']('tiny').env.name == 'walk'
+    environment = envs.make('walk')
+    for task, terminates in ((0, True), (1, False)):
+        state, observation = environment.reset(jax.random.key(0), jnp.int32(task))
+        start = round(float(observation['features'][0]) * 5)
+        for number in range(1, 51):
+            state, transition = environment.step(state, jnp.int32(1))
+            if transition.terminated or transition.truncated:
+                break
+        assert number == (5 - start if terminates else 50)
+        assert bool(transition.terminated) == terminates == bool(transition.success)
+        assert transition.reward == float(terminates)
