@@ -215,10 +215,10 @@ def test_the_environment_of_the_docs(monkeypatch):
     for task, terminates in ((0, True), (1, False)):
         state, observation = environment.reset(jax.random.key(0), jnp.int32(task))
         start = round(float(observation['features'][0]) * 5)
-        for number in range(1, 51):
+        ends = []
+        for _ in range(5 - start if terminates else 50):
             state, transition = environment.step(state, jnp.int32(1))
-            if transition.terminated or transition.truncated:
-                break
-        assert number == (5 - start if terminates else 50)
+            ends.append(bool(transition.terminated | transition.truncated))
+        assert ends == [False] * (len(ends) - 1) + [True]
         assert bool(transition.terminated) == terminates == bool(transition.success)
         assert transition.reward == float(terminates)
