@@ -117,6 +117,27 @@ def job(environment, name):
 
 
 @pytest.mark.slow
+def test_a_job_that_never_gets_further_goes_back_once(tmp_path, a_slurm):
+    """Its program dies of the signal each time, as Python does while it starts."""
+    path = tmp_path / 'runs/member'
+    text = slurm.script({path: ['sleep', '600']}, Resources(), slurm.Options(), tmp_path / 'slurm')
+    (tmp_path / 'slurm').mkdir()
+    (tmp_path / 'sweep.sh').write_text(text)
+    name = cluster.run(a_slurm, 'sbatch', '--parsable', str(tmp_path / 'sweep.sh')) + '_0'
+    for restarts in range(2):
+        wait_for(lambda: 'RUNNING' in job(a_slurm, name))
+        wait_for(lambda: state.read(path).word == 'running')
+        time.sleep(1)  # until srun has started it
+        cluster.run(a_slurm, 'scancel', '--signal=USR1', '--batch', name)
+        if restarts == 0:
+            wait_for(lambda: 'Restarts=1' in job(a_slurm, name))
+            cluster.run(a_slurm, 'scontrol', 'update', f'JobId={name}', 'StartTime=now')
+    wait_for(lambda: name not in cluster.run(a_slurm, 'squeue', '--array', '--format=%i'))
+    now = state.read(path)
+    assert now.word == 'failed' and now.reason.startswith('stopped twice at step 0')
+
+
+@pytest.mark.slow
 def test_the_processes_of_a_member_find_each_other_by_what_slurm_tells_them(tmp_path, a_slurm):
     values = {'train.steps': [400], 'env.name': ['catch']}
     command = launch('slurm', tmp_path, 'configs/rl.py:tiny', values, '--processes=2', '--wait')
