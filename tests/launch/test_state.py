@@ -166,9 +166,9 @@ def test_a_metric_is_the_mean_over_seeds_however_far_back_it_is(tmp_path):
     make(path, 'running')
     reader = state.Reader('success')
     evaluations = [
-        record(10, split, success=value)
+        record(10, split, success=value + more)
         for value in (0.25, 0.75)  # of each seed
-        for split in ('eval_greedy', 'eval')
+        for split, more in (('eval_greedy', 0.125), ('eval', 0.0))
     ]
     (path / 'metrics.jsonl').write_text(''.join(evaluations))
     assert reader.read(path).metric == 'success 0.5 (eval)'
