@@ -8,6 +8,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from mi.fit import setup as fit
 from mi.lm import setup as lm
 from mi.rl import envs
 from mi.rl import setup as rl
+from mi.rl.envs import dmlab30
 from tests.conftest import ROOT
 
 PAGES = [
@@ -105,7 +107,8 @@ def test_a_command_names_what_there_is(line):
     for name, value in flags.items():
         if name.startswith('config.'):
             if config is not None:
-                assert name[len('config.') :] in flat(config.to_dict()), name
+                key = name[len('config.') :]
+                assert key in {*flat(config.to_dict()), 'env.options'}, name  # a group, given whole
         else:
             assert name in known_flags(RUNS.get(module, module)), name
         if name == 'sweep' and not value.startswith('my_'):
@@ -195,15 +198,22 @@ def test_a_core_of_one_s_own_has_a_word(trainer, monkeypatch):
     assert not trainer.SCHEMA['model.core']('mogrifier')
 
 
-def test_the_config_of_the_dmlab_tutorial_is_fine():
-    before = envs.HOST['dmlab30']
-    try:
-        names = {}
-        exec(code('dmlab30')[0], names)
-        rl.validate(names['get_config']())
-        assert envs.HOST['dmlab30'].keywords['renderer'] == 'hardware'
-    finally:
-        envs.HOST['dmlab30'] = before
+def test_the_config_of_the_dmlab_tutorial_is_fine(monkeypatch):
+    names = {}
+    exec(code('dmlab30')[0], names)
+    config = names['get_config']()
+    rl.validate(config)
+    made = {}
+
+    def make(suite, *, batch, seed, renderer='', cache=None, dataset=None):
+        made.update(renderer=renderer, cache=cache, dataset=dataset)
+        return types.SimpleNamespace(spec=dmlab30.spec_of())
+
+    monkeypatch.setitem(envs.HOST, 'dmlab30', make)
+    name, options = rl.environment(config)
+    envs.pool(name, 60, 0, options)
+    assert made == config.env.options.to_dict()
+    assert made['renderer'] == 'hardware'
 
 
 @pytest.mark.slow
