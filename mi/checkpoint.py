@@ -204,9 +204,10 @@ def _refuse_other(path: pathlib.Path, before: dict[str, str], now: dict[str, str
     """Refuse a checkpoint whose arrays are not those that are asked for."""
     changed = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
     if changed:
+        name, absent = changed[0], 'absent'
         raise UserError(
-            f'checkpoint {path} is of another model: {changed[0]} was {before.get(changed[0])} '
-            f'and is {now.get(changed[0])}; was the code changed since? Name another --workdir'
+            f'checkpoint {path} is of another model: {name} was {before.get(name, absent)} '
+            f'and is {now.get(name, absent)}; was the code changed since? Name another --workdir'
         )
 
 

@@ -1,4 +1,5 @@
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +7,8 @@ import numpy as np
 import optax
 import pytest
 
+from mi import checkpoint
+from mi.config import UserError
 from mi.rl import learner, loss, popart
 from mi.rl.actor import Trajectory
 from mi.rl.envs.spec import Spec
@@ -417,3 +420,14 @@ def test_normalise_undoes_unnormalise():
     normalised = popart.normalise(statistics, v, task)
     np.testing.assert_allclose(normalised, [-1, 1.5, 2], rtol=1e-6)
     np.testing.assert_allclose(popart.unnormalise(statistics, normalised, task), v, rtol=1e-6)
+
+
+def test_a_checkpoint_of_before_the_counts_is_refused_by_the_name_of_what_it_lacks(tmp_path):
+    class Before(NamedTuple):
+        mu: jax.Array
+        variance: jax.Array
+
+    saved = checkpoint.Checkpoints(tmp_path)
+    saved.save(3, Before(jnp.zeros(2), jnp.ones(2)), {})
+    with pytest.raises(UserError, match=r'\.updates was absent and is int32\[2\].*--workdir'):
+        saved.restore(popart.init(2))
