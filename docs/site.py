@@ -3,6 +3,7 @@
     make docs     or: mkdocs build
 
 index.md            README.md
+contributing.md     CONTRIBUTING.md
 api/*.md            a page for each module of mi that has something public, from its docstrings
 results/index.md    a card for each page of docs/results: claim, figure, command, machine, date
 """
@@ -65,6 +66,7 @@ LINK = re.compile(r'(!?)\[([^\]\n]*)\]\(([^)\s]+)\)')
 def on_files(files: Files, config: Any) -> Files:
     """Adds the pages that are made."""
     made = {'index.md': readme(), 'results/index.md': gallery()}
+    made['contributing.md'] = (ROOT / 'CONTRIBUTING.md').read_text()
     made |= {f'api/{name}.md': f'# {name}\n\n::: {name}\n' for name in modules()}
     for path, text in made.items():
         files.append(File.generated(config, path, content=text))
@@ -97,7 +99,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 def readme() -> str:
     """README.md, its links as from within docs/."""
-    return (ROOT / 'README.md').read_text().replace('](docs/', '](')
+    text = (ROOT / 'README.md').read_text().replace('](docs/', '](')
+    return text.replace('](CONTRIBUTING.md)', '](contributing.md)')
 
 
 def modules() -> list[str]:

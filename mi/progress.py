@@ -7,8 +7,6 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-import jax
-
 from mi.files import clock
 
 INTERVAL = 10.0  # seconds between two lines
@@ -56,7 +54,9 @@ class Work(contextlib.AbstractContextManager['Work']):
 
     def __enter__(self) -> 'Work':
         self._start = time.monotonic()
-        if not jax.distributed.is_initialized() or jax.process_index() == 0:
+        # A program without jax, as the report, is one process, and does not wait for its import.
+        jax = sys.modules.get('jax')
+        if jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0:
             self._thread = threading.Thread(target=self._report, daemon=True)
             self._thread.start()
         return self

@@ -15,6 +15,7 @@ import pathlib
 
 import rich.console
 
+from mi.progress import Work
 from mi.report import arms, draws, files, html, latex, plots, runs, tables, terminal
 
 
@@ -30,18 +31,21 @@ def write(
     Raises:
       UserError: if workdir is neither, a file in it is malformed, or out cannot be written to.
     """
-    sweep = runs.read(pathlib.Path(workdir))
-    rows = arms.rows(sweep)
+    with Work(f'reading {workdir}'):
+        sweep = runs.read(pathlib.Path(workdir))
+    with Work(f'intervals of {len(sweep.arms)} arms'):
+        rows = arms.rows(sweep)
     folder = sweep.path / 'report' if out is None else pathlib.Path(out)
-    with files.written_to(folder):
+    with files.written_to(folder), Work('drawing the figures'):
         figures, remarks = plots.draw(sweep, rows, folder)
     notes = [*tables.notes(sweep, rows), *remarks, *sweep.warnings]
-    texts = {
-        'report.html': html.page(sweep, rows, notes),
-        'table.csv': tables.to_csv(sweep, rows),
-        'table.md': tables.to_markdown(sweep, rows),
-        'table.tex': latex.to_latex(sweep, rows),
-    }
+    with Work('writing the page and the tables'):
+        texts = {
+            'report.html': html.page(sweep, rows, notes),
+            'table.csv': tables.to_csv(sweep, rows),
+            'table.md': tables.to_markdown(sweep, rows),
+            'table.tex': latex.to_latex(sweep, rows),
+        }
     if any(row.tasks for row in rows):
         texts['tasks.csv'] = tables.tasks_to_csv(rows)
     if sets := draws.to_markdown(sweep):
