@@ -1,8 +1,10 @@
 """Names → texts: the corpora of the field, text files and directories, the Hugging Face hub.
 
-A text is a span of a plain file. Packed files (.gz, .xz, .zip) are unpacked once, into the cache.
+A text is a span of a plain file. Packed files (.bz2, .gz, .xz, .zip) are unpacked once, into the
+cache.
 """
 
+import bz2
 import contextlib
 import dataclasses
 import functools
@@ -11,7 +13,7 @@ import hashlib
 import lzma
 import os
 import pathlib
-import shutil
+import re
 import tempfile
 import zipfile
 import zlib
@@ -20,10 +22,35 @@ from typing import IO, cast
 
 import numpy as np
 
+from mi import progress
 from mi.config import UserError, install, nearest
 
 SPLITS = ('train', 'valid', 'test')
-PACKED = ('.gz', '.xz', '.zip')
+PACKED = ('.bz2', '.gz', '.xz', '.zip')
+_MAGIC = {  # what a packed file begins with
+    b'BZh': '.bz2',
+    b'\x1f\x8b': '.gz',
+    b'\xfd7zXZ\0': '.xz',
+    b'PK\x03\x04': '.zip',
+}
+_NOT_TEXT = {  # what other files begin with
+    b'\x28\xb5\x2f\xfd': 'compressed by zstd',
+    b'7z\xbc\xaf\x27\x1c': 'a 7z archive',
+    b'\x04\x22\x4d\x18': 'compressed by lz4',
+    b'Rar!\x1a\x07': 'a rar archive',
+    b'LZIP': 'compressed by lzip',
+    b'\x1f\x9d': 'compressed by compress',
+    b'\x5d\0\0\x80\0': 'compressed by lzma',
+    b'%PDF-': 'a PDF',
+    b'PAR1': 'a Parquet file',
+    b'ARROW1': 'an Arrow file',
+    b'\x93NUMPY': 'a NumPy file',
+    b'\xff\xfe': 'UTF-16 text',
+    b'\xfe\xff': 'UTF-16 text',
+    b'\0\0\xfe\xff': 'UTF-32 text',
+}
+_BYTE_ORDER_MARK = b'\xef\xbb\xbf'  # of UTF-8; no part of the text
+_SPLIT_WORDS = {'train': 'train(ing)?', 'valid': 'valid(ation)?', 'test': 'test(ing)?'}
 HUB = 'hub:'
 
 _AUSTEN = {  # title line as it stands in the file → split
@@ -152,7 +179,8 @@ def texts(source: str, path: str, splits: Collection[str], cache: pathlib.Path) 
             f"config.data.path = ''"
         )
     try:
-        found = known.read(pathlib.Path(place).expanduser(), splits, cache)
+        with os_errors_named(cache):
+            found = known.read(pathlib.Path(place).expanduser(), splits, cache)
     except UserError as error:
         raise known.refuse(str(error)) from error
     return {split: found[split] for split in SPLITS if split in splits}
@@ -161,6 +189,27 @@ def texts(source: str, path: str, splits: Collection[str], cache: pathlib.Path) 
 def cache_directory(cache: str) -> pathlib.Path:
     """The directory of that name; '' for $MI_CACHE or ~/.cache/mi."""
     return pathlib.Path(cache or os.environ.get('MI_CACHE') or '~/.cache/mi').expanduser()
+
+
+@contextlib.contextmanager
+def os_errors_named(cache: pathlib.Path) -> Iterator[None]:
+    """Turn errors of the operating system into a UserError that names the file and the key.
+
+    Args:
+      cache: where token files and unpacked files are written.
+    """
+    try:
+        yield
+    except OSError as error:
+        file = pathlib.Path(os.fsdecode(error.filename or cache))
+        is_of_cache = file == cache or cache in file.parents or file in cache.parents
+        key, hint = (
+            ('config.data.cache', 'another directory')
+            if is_of_cache
+            else ('config.data.source', 'another file, or change who may read it')
+        )
+        reason = error.strerror or str(error)
+        raise UserError(f'{file}: {reason}. Try {hint} for {key}') from error
 
 
 @contextlib.contextmanager
@@ -223,20 +272,44 @@ def _local(path: pathlib.Path, splits: Collection[str], cache: pathlib.Path) -> 
             f'{nearest(str(path), CORPORA)}, {HUB}OWNER/NAME'
         )
     found = {}
+    split_of: dict[pathlib.Path, str] = {}
+    files = sorted(file for file in path.iterdir() if _is_data(file.name) and file.is_file())
     for split in splits:
-        files = sorted(f for f in path.iterdir() if split in f.name and f.is_file())
-        if len(files) != 1:
-            names = ', '.join(f.name for f in files) or 'none'
+        named = [file for file in files if _has_word(file.name, split)]
+        named = named or [file for file in files if split in file.name]
+        if len(named) != 1:
+            names = ', '.join(file.name for file in named) or 'none'
             raise UserError(f'{path}: expected one file with {split!r} in its name, found {names}')
-        found[split] = [_whole(files[0], cache)]
+        file = named[0]
+        if file in split_of:
+            raise UserError(
+                f'{file}: both {split_of[file]!r} and {split!r} are in its name, expected a file '
+                f'for each. Try other names'
+            )
+        split_of[file] = split
+        found[split] = [_whole(file, cache)]
     return found
 
 
+def _is_data(name: str) -> bool:
+    """Whether a file is not what editors, downloads and file managers leave beside data."""
+    return not (
+        name.startswith(('.', '#', '~'))
+        or name.endswith(('~', '.bak', '.orig', '.swo', '.swp', '.tmp', '.part', '.crdownload'))
+        or name in ('Thumbs.db', 'desktop.ini')
+    )
+
+
+def _has_word(name: str, split: str) -> bool:
+    """Whether a name has that of a split as a word: 'my-test.txt' has, 'latest.txt' has not."""
+    return bool(re.search(rf'(?<![a-z]){_SPLIT_WORDS[split]}(?![a-z])', name.lower()))
+
+
 def _domains(path: pathlib.Path, splits: Collection[str], cache: pathlib.Path) -> Texts:
-    """A directory in which every file or directory that is not hidden is a domain."""
+    """A directory in which every file or directory is a domain, but for hidden and backup files."""
     places: dict[str, pathlib.Path] = {}
     for place in sorted(path.iterdir()) if path.is_dir() else ():
-        if place.name.startswith('.'):
+        if not _is_data(place.name):
             continue
         name = place.name if place.is_dir() else _without(place, PACKED).stem
         if name in places:
@@ -317,44 +390,110 @@ def _hub(source: str, path: pathlib.Path, splits: Collection[str], cache: pathli
                         f'config.data.source = {source!r}: expected train, validation and test '
                         f"with a column 'text', found {has}"
                     )
-                with open(new / f'{split}.txt', 'w', encoding='utf-8', newline='') as stream:
+                count = getattr(found, 'num_rows', 0)
+                work = progress.Work(f'copying {split} of {source}', count, 'rows')
+                with work, open(new / f'{split}.txt', 'w', encoding='utf-8', newline='') as stream:
                     for batch in found.iter(batch_size=1000):
                         stream.writelines(
                             t if t.endswith('\n') else f'{t}\n' for t in batch['text']
                         )
+                        work.done += len(batch['text'])
     return _local(copy, splits, cache)
 
 
 def _whole(file: pathlib.Path, cache: pathlib.Path) -> Text:
-    """All of a file, unpacked if it is packed."""
-    plain = file
-    if file.suffix in PACKED:
-        with open(file, 'rb') as stream:
-            key = hashlib.file_digest(stream, 'sha256').hexdigest()[:16]
-        plain = cache / 'unpacked' / f'{key}-{file.stem}'
+    """All of a file, unpacked if it is packed.
+
+    Raises:
+      UserError: if it is damaged, or nothing that is text.
+    """
+    plain, packing = file, _packing(file)
+    if packing:
+        size = file.stat().st_size
+        with open(file, 'rb') as stream, progress.Work(f'hashing {file}', size, 'MB', 1e6) as work:
+            digest = hashlib.sha256()
+            while block := stream.read(2**22):
+                digest.update(block)
+                work.done += len(block)
+        plain = cache / 'unpacked' / f'{digest.hexdigest()[:16]}-{file.stem}'
         if not plain.exists():
             with appearing(plain) as new:
-                with _unpacked(file) as packed, open(new, 'wb') as to:
-                    shutil.copyfileobj(packed, to, 2**20)
+                _unpack(file, packing, new)
                 new.chmod(0o444)  # found again by the hash of the packed file, not by its own
-    return Text(plain, 0, plain.stat().st_size, file)
+    with open(plain, 'rb') as stream:
+        head = stream.read(512)
+    _refuse_binary(file, head)
+    start = len(_BYTE_ORDER_MARK) if head.startswith(_BYTE_ORDER_MARK) else 0
+    return Text(plain, start, plain.stat().st_size, file)
 
 
-@contextlib.contextmanager
-def _unpacked(file: pathlib.Path) -> Iterator[IO[bytes]]:
+def _packing(file: pathlib.Path) -> str:
+    """The entry of `PACKED` that a file is packed as, by its name or its first bytes, or ''."""
+    if file.suffix in PACKED:
+        return file.suffix
+    with open(file, 'rb') as stream:
+        head = stream.read(8)
+    return next((packing for magic, packing in _MAGIC.items() if head.startswith(magic)), '')
+
+
+def _refuse_binary(file: pathlib.Path, head: bytes) -> None:
+    """Refuse a file whose unpacked bytes begin as those of another format do."""
+    kinds = _NOT_TEXT | {magic: f'packed as {packing}' for magic, packing in _MAGIC.items()}
+    kind = next((kind for magic, kind in kinds.items() if head.startswith(magic)), '')
+    if head[257:262] == b'ustar':
+        kind = 'a tar archive'
+    if kind:
+        raise UserError(
+            f'{file}: expected text in UTF-8, plain or packed once as {", ".join(PACKED)}, found '
+            f'{kind}. Try unpacking or converting it'
+        )
+
+
+def _unpack(file: pathlib.Path, packing: str, to: pathlib.Path) -> None:
+    """Write what a packed file holds."""
+    size = file.stat().st_size
     try:
-        if file.suffix == '.zip':
-            with zipfile.ZipFile(file) as archive:
-                names = archive.namelist()
-                if len(names) != 1:
-                    raise UserError(f'{file}: expected one file in it, found {", ".join(names)}')
-                with archive.open(names[0]) as stream:
-                    yield stream
-        else:
-            with gzip.open(file) if file.suffix == '.gz' else lzma.open(file) as stream:
-                yield cast(IO[bytes], stream)
-    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
+        with (
+            open(file, 'rb') as raw,
+            _opened(file, packing, raw) as packed,
+            open(to, 'wb') as plain,
+            progress.Work(f'unpacking {file}', size, 'MB', 1e6) as work,
+        ):
+            while block := packed.read(2**20):
+                plain.write(block)
+                work.done = raw.tell()
+    except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
         raise UserError(f'{file} is damaged: {error}') from error
+    except NotImplementedError as error:  # of zipfile
+        raise UserError(f'{file}: {error}. Try unpacking it') from error
+    except OSError as error:  # the operating system's have a number, those of gzip and bz2 have not
+        if error.errno is not None:
+            raise
+        raise UserError(f'{file} is damaged: {error}') from error
+
+
+def _opened(
+    file: pathlib.Path, packing: str, raw: IO[bytes]
+) -> contextlib.AbstractContextManager[IO[bytes]]:
+    """The unpacked bytes of a packed file that is open."""
+    if packing == '.gz':
+        return cast(IO[bytes], gzip.open(raw))
+    if packing == '.xz':
+        return cast(IO[bytes], lzma.open(raw))
+    if packing == '.bz2':
+        return cast(IO[bytes], bz2.open(raw))
+    archive = zipfile.ZipFile(raw)
+    members = [
+        member
+        for member in archive.infolist()
+        if not member.is_dir() and _is_data(pathlib.PurePath(member.filename).name)
+    ]
+    if len(members) != 1:
+        names = ', '.join(member.filename for member in members) or 'none'
+        raise UserError(f'{file}: expected one file in it, found {names}')
+    if members[0].flag_bits & 1:
+        raise UserError(f'{file}: expected a zip without password. Try unpacking it')
+    return archive.open(members[0])
 
 
 def _first(files: list[pathlib.Path], expected: str) -> pathlib.Path:
@@ -372,12 +511,32 @@ def _without(file: pathlib.Path, endings: Collection[str]) -> pathlib.Path:
 
 
 def _by_lines(text: Text) -> Texts:
-    """Nine tenths of the lines to train, a twentieth to valid, the rest to test."""
+    """Nine tenths of the lines to train, a twentieth to valid, the rest to test.
+
+    Of a text with too few lines for that, those parts of its bytes, cut after a word.
+    """
     array, block = text.array(), 2**24
     ends = [np.flatnonzero(array[i : i + block] == 10) + i for i in range(0, len(array), block)]
     starts = np.concatenate([np.array([-1]), *ends]) + 1
     lines = len(starts) - (starts[-1] == len(array))
-    return _cut(text, [int(starts[int(lines * part)]) for part in (0.9, 0.95)])
+    cuts = [int(starts[int(lines * part)]) for part in (0.9, 0.95)]
+    if not 1 < cuts[0] < cuts[1] - 1 < len(array) - 2:
+        cuts = [_after_word(array, len(array) * part // 100) for part in (90, 95)]
+    return _cut(text, cuts)
+
+
+def _after_word(array: np.ndarray, at: int) -> int:
+    """Where the white space ends that is next at or after a byte; a letter begins there at least.
+
+    It is looked for in a fortieth of the text.
+    """
+    near = array[at : at + len(array) // 40]
+    spaces = np.flatnonzero(np.isin(near, np.frombuffer(b'\t\n\r ', np.uint8)))
+    if len(spaces):
+        return at + int(spaces[0]) + 1
+    while at < len(array) and array[at] & 0b1100_0000 == 0b1000_0000:  # within a letter of UTF-8
+        at += 1
+    return at
 
 
 def _cut(text: Text, at: list[int]) -> Texts:

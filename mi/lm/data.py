@@ -23,6 +23,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from mi import progress
 from mi.config import UserError, nearest
 from mi.lm import corpora
 from mi.lm.corpora import SPLITS, Text, Texts
@@ -166,7 +167,7 @@ def load(
     Args:
       source: a word of `mi.lm.corpora.CORPORA`; 'hub:OWNER/NAME/CONFIG'; a text file, of which the
         last tenth of the lines becomes valid and test; or a directory with one file for each of
-        *train*, *valid* and *test*. Files may be packed: .gz, .xz, .zip.
+        *train*, *valid* and *test*. Files may be packed: .bz2, .gz, .xz, .zip.
       level: see above.
       vocabulary: at most so many ids, for 'bpe', 'word' and 'token'.
       cache: directory for the tokens; '' for $MI_CACHE or ~/.cache/mi.
@@ -191,6 +192,21 @@ def load(
             f'train_tokens = {train_tokens}, but splits = {tuple(splits)} has no train'
         )
     root = corpora.cache_directory(cache)
+    with corpora.os_errors_named(root):
+        return _load(source, level, vocabulary, root, path, splits, fit, train_tokens, verify)
+
+
+def _load(
+    source: str,
+    level: Level,
+    vocabulary: int,
+    root: pathlib.Path,
+    path: str,
+    splits: Collection[str],
+    fit: Collection[str],
+    train_tokens: int,
+    verify: bool,
+) -> Corpus:
     read = splits if level == 'byte' else {*splits, *fit}
     texts = corpora.texts(source, path, read, root)
     fit = () if level == 'byte' else tuple(split for split in SPLITS if split in fit)
@@ -198,6 +214,9 @@ def load(
     domains = tuple(text.domain for text in texts[splits[0]] if text.domain)
     sizes = {split: sum(text.stop - text.start for text in texts[split]) for split in splits}
     name = pathlib.Path(source).name
+    for split in splits:
+        for text in texts[split]:
+            _check_length(source, split, text, 2 * (text.stop - text.start))
 
     if level == 'byte' and all(len(texts[split]) == 1 for split in splits):
         tokens = {split: texts[split][0].array() for split in splits}
@@ -339,7 +358,7 @@ def _build(
                 _write_header(stream, dtype, 0)
                 for text in texts[split]:
                     starts[split].append(counts[split])
-                    for piece, numbers in _encoded(text, level, tokenizer):
+                    for piece, numbers in _encoded(text, level, tokenizer, split):
                         if level == 'token' and tokenizer and lossless:
                             unknown = numbers == tokenizer.token_to_id('<unk>')
                             lossless = int(unknown.sum()) == len(_UNKNOWN.findall(piece))
@@ -356,7 +375,7 @@ def _build(
                     f'{known.tokens[split]:,}'
                 )
         if tokenizer:
-            tokenizer.save(str(new / 'tokenizer.json'))
+            (new / 'tokenizer.json').write_text(tokenizer.to_str(pretty=True))
         meta = {
             'vocabulary': ids,
             'lossless': lossless,
@@ -371,12 +390,12 @@ def _fitted(
     texts: Texts, level: Level, size: int, fit: Collection[str]
 ) -> tuple[tokenizers.Tokenizer | None, int]:
     """The tokeniser made of the splits `fit`, None for bytes, and how many words they have."""
-    pieces = (p for split in fit for text in texts[split] for p in _pieces(text, level))
     if level == 'byte':
         return None, 0
-    if level == 'bpe':
-        return _bpe(size, pieces), 0
-    return _words(level, size, pieces)
+    total = sum(text.stop - text.start for split in fit for text in texts[split])
+    with progress.Work(f'making the vocabulary of {" and ".join(fit)}', total, 'MB', 1e6) as work:
+        pieces = (p for split in fit for text in texts[split] for p in _pieces(text, level, work))
+        return (_bpe(size, pieces), 0) if level == 'bpe' else _words(level, size, pieces)
 
 
 def _bpe(size: int, pieces: Iterator[str]) -> tokenizers.Tokenizer:
@@ -414,25 +433,29 @@ def _words(level: Level, size: int, pieces: Iterator[str]) -> tuple[tokenizers.T
 
 
 def _encoded(
-    text: Text, level: Level, tokenizer: tokenizers.Tokenizer | None
+    text: Text, level: Level, tokenizer: tokenizers.Tokenizer | None, split: str
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Pieces of a text and their ids; of bytes the ids alone."""
     if tokenizer is None:
         array, block = text.array(), 2**24
         yield from (('', array[at : at + block]) for at in range(0, len(array), block))
         return
-    pieces = _pieces(text, level)
-    while batch := list(itertools.islice(pieces, 32)):  # tokenised in parallel
-        encoded = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-        for piece, encoding in zip(batch, encoded, strict=True):
-            yield piece, np.asarray(encoding.ids, np.int32)
+    size = text.stop - text.start
+    with progress.Work(f'tokenizing {split}', size, 'MB', 1e6) as work:
+        pieces = _pieces(text, level, work)
+        while batch := list(itertools.islice(pieces, 32)):  # tokenized in parallel
+            encoded = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+            for piece, encoding in zip(batch, encoded, strict=True):
+                yield piece, np.asarray(encoding.ids, np.int32)
 
 
-def _pieces(text: Text, level: Level) -> Iterator[str]:
-    """Parts that are tokenised apart; those of words with an <eos> a line, also the last one."""
+def _pieces(text: Text, level: Level, work: progress.Work | None = None) -> Iterator[str]:
+    """Parts that are tokenized apart; those of words with an <eos> a line, also the last one."""
     piece = ''
     for piece in text.pieces():
         yield piece if level == 'bpe' else _marked(piece)
+        if work:
+            work.done += len(piece.encode())
     if level != 'bpe' and piece and not piece.endswith('\n'):
         yield _EOS.strip()
 
@@ -477,12 +500,21 @@ def _stored(
     try:
         meta = json.loads((directory / 'meta.json').read_text())
         tokens = {split: np.load(directory / f'{split}.npy', mmap_mode='r') for split in sizes}
+        keys = {'vocabulary', 'lossless', 'sha256', 'starts'}
+        if not isinstance(meta, dict) or keys - meta.keys():
+            raise ValueError('meta.json lacks keys')
+        file, tokenizer = directory / 'tokenizer.json', None
+        if file.exists():
+            description = file.read_text()
+            json.loads(description)  # where tokenizers raises a bare Exception
+            tokenizer = tokenizers.Tokenizer.from_str(description)
+    except PermissionError:
+        raise
     except (OSError, ValueError) as error:
         raise _damaged(directory) from error
     small = sum(ids.nbytes for ids in tokens.values()) <= HASHED
     if (small or verify) and _sha256(*tokens.values()) != meta['sha256']:
         raise _damaged(directory)
-    file = directory / 'tokenizer.json'
     return Corpus(
         name,
         meta['vocabulary'],
@@ -492,7 +524,7 @@ def _stored(
         meta['sha256'],
         domains,
         {s: np.array(at if domains else [0]) for s, at in meta['starts'].items()},
-        tokenizers.Tokenizer.from_file(str(file)) if file.exists() else None,
+        tokenizer,
         texts,
     )
 
@@ -523,11 +555,24 @@ def _shortened(corpus: Corpus, count: int, level: Level) -> Corpus:
 
 def _check_length(source: str, split: str, text: Text, count: int) -> None:
     if count < 2:
-        raise corpora.find(source).refuse(f'{text.given}: the {split} text is empty')
+        raise corpora.find(source).refuse(
+            f'{text.given}: the {split} text is empty or too short, expected at least two tokens. '
+            f'Try a longer text, or a directory with a file for each split'
+        )
 
 
 def _sha256(*parts: bytes | np.ndarray) -> str:
-    total = hashlib.sha256()
-    for part in parts:
-        total.update(np.ascontiguousarray(part).data if isinstance(part, np.ndarray) else part)
+    total, block = hashlib.sha256(), 2**22
+    views = [
+        np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
+        if isinstance(part, np.ndarray)
+        else memoryview(part)
+        for part in parts
+    ]
+    size = sum(len(view) for view in views)
+    with progress.Work('hashing the text', size, 'MB', 1e6) as work:
+        for view in views:
+            for at in range(0, len(view), block):
+                total.update(view[at : at + block])
+                work.done += len(view[at : at + block])
     return total.hexdigest()
