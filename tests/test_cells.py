@@ -8,6 +8,7 @@ import pytest
 from jax.experimental import rnn
 
 from mi import cells, cudnn
+from tests.motifs.checks import assert_float64
 
 T, B, N, H = 7, 3, 4, 5
 
@@ -188,3 +189,57 @@ def test_cudnn_refuses_what_it_has_not():
     lstm = cells.LSTM(H, impl='cudnn', dtype=jnp.bfloat16)
     with pytest.raises(ValueError, match="use impl='xla'"):
         lstm.init(jax.random.key(0), carry, x)
+
+
+@pytest.mark.parametrize('word', cells.CELLS)
+def test_each_gate_is_drawn_on_its_own(word):
+    """Gates with equal weights would start as one, and differ by their activations alone."""
+    cell = cells.CELLS[word](H)
+    params = cell.init(jax.random.key(0), cell.initial(B), jnp.zeros((T, B, N)))['params']
+    for name in ('W', 'U'):
+        gates = np.split(np.asarray(params[name]), 4, axis=1)
+        for i in range(4):
+            for j in range(i):
+                assert np.abs(gates[i] - gates[j]).max() > 0.1, (name, i, j)
+
+
+@pytest.mark.parametrize('word', cells.CELLS)
+@pytest.mark.parametrize('steps, rows', [(0, B), (T, 0), (0, 0)])
+def test_no_step_keeps_the_carry_and_no_row_has_no_state(word, steps, rows):
+    cell = cells.CELLS[word](H)
+    x = jnp.zeros((T, B, N))
+    params = jax.eval_shape(cell.init, jax.random.key(0), cell.initial(B), x)
+    params = jax.tree.map(lambda p: jnp.ones(p.shape), params)
+    carry = jax.tree.map(jnp.ones_like, cell.initial(rows))
+    x, reset = jnp.zeros((steps, rows, N)), jnp.zeros((steps, rows), bool)
+
+    def run(params, carry):
+        after, h = cell.apply(params, carry, x, reset)
+        return sum(a.sum() for a in jax.tree.leaves((after, h))), (after, h)
+
+    gradient = jax.grad(run, argnums=(0, 1), has_aux=True)
+    (dparams, dcarry), (after, h) = jax.jit(gradient)(params, carry)
+    assert h.shape == (steps, rows, H)
+    jax.tree.map(np.testing.assert_array_equal, after, carry)
+    jax.tree.map(np.testing.assert_array_equal, dcarry, jax.tree.map(jnp.ones_like, carry))
+    assert not any(a.any() for a in jax.tree.leaves(dparams))
+
+
+@pytest.mark.parametrize('word', cells.CELLS)
+def test_float64_is_computed_in_float64_with_a_state_of_float64(word):
+    with jax.enable_x64(True):
+        cell = cells.CELLS[word](H, dtype=jnp.float64, param_dtype=jnp.float64)
+        carry, x = cell.initial(B), jnp.zeros((3, B, N))
+        assert {a.dtype for a in carry} == {jnp.dtype('float64')}
+        shapes = jax.eval_shape(cell.init, jax.random.key(0), carry, x)
+        rng = np.random.default_rng(0)
+        draw = lambda a: jnp.asarray(0.5 * rng.normal(size=a.shape))  # noqa: E731
+        variables, carry, x = jax.tree.map(draw, (shapes, carry, x))
+        reset, keep = jnp.zeros((3, B), bool).at[1, 0].set(True), jnp.full((B, H), 0.5)
+        apply = lambda v, c, x: cell.apply(v, c, x, reset, keep)  # noqa: E731
+        assert_float64(apply, variables, carry, x)
+        narrow = cells.CELLS[word](H)
+        assert {a.dtype for a in narrow.initial(B)} == {jnp.dtype('float32')}
+        in_f32 = jax.tree.map(lambda a: a.astype(jnp.float32), (variables, x))
+        after, h = jax.eval_shape(narrow.apply, in_f32[0], carry, in_f32[1])
+        assert {a.dtype for a in (*after, h)} == {jnp.dtype('float32')}

@@ -239,3 +239,35 @@ def test_streams_that_do_not_fit_are_refused():
         layer.init(jax.random.key(0), random(0, 6, 4), random(1, 5, 3))
     with pytest.raises(ValueError, match=r'x must be \[..., n\]'):
         layer.init(jax.random.key(0), jnp.float32(1), random(1, 3))
+
+
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize(
+    ('of_x', 'of_z', 'of_params', 'expected'),
+    [
+        (jnp.bfloat16, jnp.float32, jnp.bfloat16, jnp.float32),
+        (jnp.float32, jnp.bfloat16, jnp.bfloat16, jnp.float32),
+        (jnp.bfloat16, jnp.bfloat16, jnp.float32, jnp.float32),
+        (jnp.bfloat16, jnp.bfloat16, jnp.bfloat16, jnp.bfloat16),
+        (jnp.bfloat16, jnp.int32, jnp.bfloat16, jnp.bfloat16),
+    ],
+)
+def test_without_a_dtype_it_is_that_of_both_streams_and_the_parameters(
+    form, of_x, of_z, of_params, expected
+):
+    layer = FORMS[form](4, context='one_hot', contexts=3, param_dtype=of_params)
+    z = jnp.zeros(6, of_z) if of_z == jnp.int32 else jnp.zeros((6, 3), of_z)
+    x = jnp.zeros((6, 4), of_x)
+    y, variables = jax.eval_shape(layer.init_with_output, jax.random.key(0), x, z)
+    assert y.dtype == expected
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(of_params)}
+
+
+def test_an_unknown_context_is_refused_before_it_decides_a_scale():
+    x, z = random(0, 6, 4), random(1, 6, 3)
+    for layer in (
+        mi.MultiplicativeInteraction(5, 'onehot'),
+        mi.DiagonalMultiplicativeInteraction('onehot'),
+    ):
+        with pytest.raises(ValueError, match="unknown context 'onehot'; did you mean 'one_hot'"):
+            layer.init(jax.random.key(0), x, z)
