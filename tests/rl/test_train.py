@@ -29,9 +29,12 @@ def records(path):
 
 @pytest.mark.slow
 def test_a_run_leaves_its_directory_and_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    config = tiny(seeds=(3, 4))
+    config = tiny(**{'seeds': (3, 4), 'env.name': 'xland/hold_red_ball'})
     train.train(config, str(tmp_path / 'whole'))
     whole = records(tmp_path / 'whole')
+    # Episodes have at most 40 steps, and the one after a truncated episode is no transition.
+    env_steps = {r['step']: r['env_steps'] for r in whole if r['seed'] == 3}
+    assert env_steps[5] == 5 * 40 and 800 - 8 * 3 < env_steps[20] < 800
     assert {r['split'] for r in whole} == {'train', 'eval'}
     assert {r['seed'] for r in whole} == {3, 4}
     assert json.loads((tmp_path / 'whole/status.json').read_text())['state'] == 'done'

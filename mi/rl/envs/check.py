@@ -117,7 +117,9 @@ def check_environment(environment: JaxEnvironment) -> None:
     _check_observation(spec, 'reset', observation)
 
     stepped = jax.eval_shape(environment.step, state, index)
-    if not (isinstance(stepped, tuple) and len(stepped) == 2 and type(stepped[1]) is Transition):
+    if not (
+        isinstance(stepped, tuple) and len(stepped) == 2 and isinstance(stepped[1], Transition)
+    ):
         _refuse(
             spec,
             f'step returned {_kinds(stepped)}: expected the state and a Transition; {PROTOCOL}',
