@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -566,9 +567,23 @@ def test_known_scores_have_the_statistics_of_other_libraries(tmp_path, kind):
 
 
 def test_a_report_that_takes_long_says_what_it_does(sweep, monkeypatch, capsys):
-    """Every stage says so on stderr, here at once instead of after ten seconds."""
-    monkeypatch.setattr('mi.progress.INTERVAL', 0.0001)
+    """Every stage takes a twentieth of a second here, and says so after a thousandth."""
+    monkeypatch.setattr('mi.progress.INTERVAL', 0.001)
+    stages = {(report.runs, 'read'): f'reading {sweep}'}
+    stages |= {(report.arms, 'rows'): 'intervals of 3 arms'}
+    stages |= {(report.plots, 'draw'): 'drawing the figures'}
+    stages |= {(report.html, 'page'): 'writing the page'}
+
+    def slow(function):
+        def call(*args):
+            time.sleep(0.05)
+            return function(*args)
+
+        return call
+
+    for module, name in stages:
+        monkeypatch.setattr(module, name, slow(getattr(module, name)))
     report.write(sweep)
     said = capsys.readouterr().err
-    for stage in (f'reading {sweep}', 'intervals of 3 arms', 'drawing the figures', 'writing the'):
+    for stage in stages.values():
         assert stage in said
