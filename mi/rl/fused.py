@@ -5,6 +5,7 @@ split over them and everything else is on each; the program is the same.
 """
 
 import functools
+import itertools
 import time
 from typing import Any, NamedTuple
 
@@ -189,8 +190,17 @@ def _train(
     this.step = meta['step']
     env_steps = np.asarray(meta['env_steps'], np.int64)  # of each seed
 
+    # A run that ended between a checkpoint and the evaluation of its step has that to do still.
+    policies = 1 + config.eval.greedy
+    pending = len(evaluations) * policies * len(config.seeds)
+    if meta.get('is_evaluated') is not False:
+        pending = 0
+    position = metrics.end_of_records(this.path, meta['metrics'], this.step, pending)
+
     compiled: dict[int, jax.stages.Compiled] = {}
-    with this.log(total, meta['metrics']) as log:
+    with this.log(total, position or meta['metrics']) as log:
+        if position is None:
+            _evaluate(evaluations, agent, state, this, log, env_steps)
         while this.step < total:
             count = min(config.train.log_every, total - this.step)
             if count not in compiled:
@@ -219,16 +229,17 @@ def _train(
             all_seeds = actor.Episodes(*(a.sum(0) for a in ended))
             note = records.note(records.of_episodes(all_seeds, tasks, has_success))
             log.progress(step, note, f'{rate:,.0f} steps/s')
-            if (step % config.train.eval_every == 0 or step == total) and parallel.first():
-                for split, evaluation in evaluations.items():
-                    _evaluate(config, evaluation, split, agent, state, log, step, env_steps)
+            evaluates = step % config.train.eval_every == 0 or step == total
             stops = this.stops(recorded=True)
-            if step % config.train.save_every == 0 or step == total or stops:
+            # The checkpoint comes before the evaluation, which may take long and be cut short.
+            if step % config.train.save_every == 0 or evaluates or stops:
                 metrics.refuse_broken(config.seeds, step, learner.parts(state.learner))
                 meta = {'metrics': log.position(), 'env_steps': env_steps.tolist()}
-                saved.save(step, _plain(state), meta)
-                if stops and step < total:
+                saved.save(step, _plain(state), meta | {'is_evaluated': not evaluates})
+                if stops and (step < total or evaluates):
                     this.preempted()
+            if evaluates:
+                _evaluate(evaluations, agent, state, this, log, env_steps)
 
 
 def _check_counts(spec: Spec, counts: actor.Counts) -> None:
@@ -244,23 +255,29 @@ def _check_counts(spec: Spec, counts: actor.Counts) -> None:
 
 
 def _evaluate(
-    config: ml_collections.ConfigDict,
-    environment: JaxEnvironment,
-    split: str,
+    evaluations: dict[str, JaxEnvironment],
     agent: Agent,
     state: State,
+    this: run.Run,
     log: metrics.Log,
-    step: int,
     env_steps: np.ndarray,
 ) -> None:
-    for i, seed in enumerate(config.seeds):
+    """Write a record for each environment, seed and policy; or end the run, if it is asked to."""
+    if not parallel.first():
+        return
+    config, step = this.config, this.step
+    each = config.eval.episodes
+    policies = (False, True) if config.eval.greedy else (False,)
+    runs = itertools.product(evaluations.items(), enumerate(config.seeds), policies)
+    for (split, environment), (i, seed), greedy in runs:
+        if this.stops(recorded=False):
+            this.preempted()
         params = jax.tree.map(lambda a, i=i: a[i], parallel.here(state.learner.params))
         key = jax.random.fold_in(jax.random.key(seed), step)
-        for greedy in (False, True) if config.eval.greedy else (False,):
-            with progress.Work(f'evaluating {split}'):
-                played = episodes(environment, agent, params, key, config.eval.episodes, greedy)
-            values = {'env_steps': int(env_steps[i]), **summary(environment.spec, *played)}
-            log.write(step, seed, f'{split}_greedy' if greedy else split, values)
+        with progress.Work(f'evaluating {split}'):
+            played = episodes(environment, agent, params, key, each, greedy)
+        values = {'env_steps': int(env_steps[i]), **summary(environment.spec, *played)}
+        log.write(step, seed, f'{split}_greedy' if greedy else split, values)
 
 
 def _plain(state: State) -> State:

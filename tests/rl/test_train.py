@@ -12,7 +12,7 @@ import pytest
 from configs import rl as configs
 from mi import checkpoint
 from mi.config import UserError
-from mi.rl import queued, train
+from mi.rl import fused, queued, train
 from mi.rl.evaluate import Evaluation
 from tests.conftest import ROOT
 
@@ -142,6 +142,31 @@ def test_a_run_stopped_in_its_evaluation_has_its_checkpoint_and_evaluates_when_c
         patched.setattr(Evaluation, '__call__', None)
         train.train(config, str(tmp_path))
     assert records(tmp_path) == written
+
+
+@pytest.mark.slow
+def test_a_fused_run_stopped_in_its_evaluation_continues_to_the_same_bits(tmp_path, monkeypatch):
+    """SIGTERM after the first seed's evaluation: the checkpoint of its step is there already."""
+    config = tiny(**{'train.steps': 40 * 10, 'seeds': (3, 4)})
+    train.train(config, str(tmp_path / 'whole'))
+    original = fused.episodes
+
+    def stopped(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as raised:
+        patched.setattr(fused, 'episodes', stopped)
+        train.train(config, str(tmp_path / 'cut'))
+    assert raised.value.code == 143
+    assert (tmp_path / 'cut' / 'checkpoints' / '00000010').exists()
+    assert [r['seed'] for r in records(tmp_path / 'cut') if r['split'] == 'eval'] == [3]
+    train.train(config, str(tmp_path / 'cut'))
+    name = 'metrics.jsonl'
+    assert (tmp_path / 'cut' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
+    with monkeypatch.context() as patched:  # what is evaluated is not evaluated again
+        patched.setattr(fused, 'episodes', None)
+        train.train(config, str(tmp_path / 'cut'))
 
 
 def test_steps_are_those_that_were_learned_from(tmp_path):
