@@ -75,12 +75,12 @@ class Counts(NamedTuple):
 
     Attributes:
       transitions: int32, the valid ones.
-      running: int32, most steps after which an episode had not ended.
+      longest_unfinished: int32, most steps after which an episode had not ended.
       are_finite: whether all rewards, and all entries of observations, were; name → bool.
     """
 
     transitions: Array
-    running: Array
+    longest_unfinished: Array
     are_finite: dict[str, Array]
 
 
@@ -127,7 +127,7 @@ def unroll(
     trajectory = Trajectory(inputs, action, log_prob, discount, valid, state.carry)
     episodes = jax.tree.map(lambda a: a.sum(0), episodes)
     are_finite = jax.tree.map(lambda a: a.all(0), counts.are_finite)
-    counts = Counts(counts.transitions.sum(0), counts.running.max(0), are_finite)
+    counts = Counts(counts.transitions.sum(0), counts.longest_unfinished.max(0), are_finite)
     return end, trajectory, episodes, counts
 
 

@@ -107,7 +107,7 @@ def compile_updates(
             jax.tree.map(lambda a: a.sum(0), measured.episodes),
             actor.Counts(
                 counts.transitions.sum(0),
-                counts.running.max(0),
+                counts.longest_unfinished.max(0),
                 jax.tree.map(lambda a: a.all(0), counts.are_finite),
             ),
         )
@@ -248,7 +248,7 @@ def _check_counts(spec: Spec, counts: actor.Counts) -> None:
     Raises:
       UserError: if an episode is too long, or if a reward or an observation is not finite.
     """
-    auto_reset.check_length(spec, int(counts.running.max()))
+    auto_reset.check_length(spec, int(counts.longest_unfinished.max()))
     for name, is_finite in counts.are_finite.items():
         if not is_finite.all():
             raise finite.error(spec.name, f'{name} that is not finite')

@@ -34,7 +34,7 @@ class StreamState(NamedTuple):
 
 
 def reset(environment: JaxEnvironment, key: Array, task: Array) -> tuple[StreamState, Step]:
-    """The first episode, of a task that is given; those that follow draw theirs evenly."""
+    """Begin a stream with an episode of a task; later episodes draw their tasks evenly."""
     reset_key, key = jax.random.split(key)
     env_state, observation = environment.reset(reset_key, task)
     zero, no = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
@@ -46,7 +46,7 @@ def reset(environment: JaxEnvironment, key: Array, task: Array) -> tuple[StreamS
 def step(
     environment: JaxEnvironment, state: StreamState, action: Array
 ) -> tuple[StreamState, Step]:
-    """One step of the stream; of a truncated episode, which ignores the action, the restart."""
+    """Step the stream; where its episode was truncated, ignore the action and begin the next."""
     env_state, transition = environment.step(state.env_state, action)
     terminated = transition.terminated & ~state.is_last
     truncated = transition.truncated & ~(terminated | state.is_last)
@@ -74,23 +74,23 @@ def step(
 
 
 def _without_weak_type(array: Array) -> Array:
-    """The array with the type that it has; a loop's state may not change from weak to strong."""
+    """Return the array with a strong type, so that a loop's state keeps its type."""
     array = jnp.asarray(array)
     is_key = jnp.issubdtype(array.dtype, jax.dtypes.extended)
     return array if is_key else array.astype(array.dtype)
 
 
-def check_length(spec: Spec, running: int) -> None:
+def check_length(spec: Spec, unfinished: int) -> None:
     """Refuse an episode that goes on for longer than its spec says.
 
     Args:
       spec: of the environment.
-      running: steps after which an episode had not ended.
+      unfinished: steps after which an episode had not ended.
 
     Raises:
       UserError: if those are the most that an episode can have.
     """
-    if running >= spec.episode:
+    if unfinished >= spec.episode:
         raise UserError(
             f'Spec.episode = {spec.episode} of environment {spec.name!r}: expected the most steps '
             f'of an episode, and one has more. Raise it, or return truncated=True after '

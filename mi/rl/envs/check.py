@@ -1,4 +1,4 @@
-"""Whether an environment is what its spec says, looked at once, before anything is compiled."""
+"""Checks that an environment is what its spec says, before anything is compiled."""
 
 import math
 import numbers
@@ -106,25 +106,23 @@ def check_environment(environment: JaxEnvironment) -> None:
         _refuse(spec, 'Spec.episode = 0: expected the most steps of an episode, for its evaluation')
 
     key, index = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0)))
-    begun = jax.eval_shape(environment.reset, key, index)
-    if not (isinstance(begun, tuple) and len(begun) == 2 and isinstance(begun[1], Mapping)):
+    result = jax.eval_shape(environment.reset, key, index)
+    if not _is_pair(result, Mapping):
         _refuse(
             spec,
-            f'reset returned {_kinds(begun)}: expected the state and the first observation, name → '
-            f'array; {PROTOCOL}',
+            f'reset returned {_kinds(result)}: expected the state and the first observation, name '
+            f'→ array; {PROTOCOL}',
         )
-    state, observation = begun
+    state, observation = result
     _check_observation(spec, 'reset', observation)
 
-    stepped = jax.eval_shape(environment.step, state, index)
-    if not (
-        isinstance(stepped, tuple) and len(stepped) == 2 and isinstance(stepped[1], Transition)
-    ):
+    result = jax.eval_shape(environment.step, state, index)
+    if not _is_pair(result, Transition):
         _refuse(
             spec,
-            f'step returned {_kinds(stepped)}: expected the state and a Transition; {PROTOCOL}',
+            f'step returned {_kinds(result)}: expected the state and a Transition; {PROTOCOL}',
         )
-    next_state, transition = stepped
+    next_state, transition = result
     _check_observation(spec, 'step', transition.observation)
     _check_scalars(spec, transition)
     before, after = (_leaves(tree) for tree in (state, next_state))
@@ -192,6 +190,10 @@ def _is_count(value: Any) -> bool:
     return is_integer and value >= 0
 
 
+def _is_pair(result: Any, kind: type) -> bool:
+    return isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], kind)
+
+
 def _are_scores(scores: Any, tasks: int) -> bool:
     return scores is None or (len(scores) == tasks and all(math.isfinite(s) for s in scores))
 
@@ -201,19 +203,19 @@ def _names(observation: Mapping[str, Any]) -> str:
 
 
 def _type(array: Any) -> str:
-    """As 'float32[3,2]'."""
+    """Return shape and type as 'float32[3,2]'."""
     array = array if hasattr(array, 'dtype') else np.asarray(array)
     return f'{jnp.dtype(array.dtype).name}[{",".join(map(str, array.shape))}]'
 
 
 def _kinds(value: Any) -> str:
-    """As '(State, Step)'."""
+    """Return the name of a type, or of those of a tuple, as '(State, Step)'."""
     if type(value) is tuple:
         return f'({", ".join(type(part).__name__ for part in value)})'
     return type(value).__name__
 
 
 def _leaves(tree: Any) -> dict[str, str]:
-    """Path → type of a state's arrays."""
+    """Return path → type of a state's arrays."""
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path): _type(leaf) for path, leaf in paths}
