@@ -19,16 +19,20 @@ from mi.fit import train as train_fit
 from mi.rl import envs, setup
 
 LM = {'nats_per_token', 'perplexity'}  # of every evaluation
-RL = {'return', 'success', 'length'}  # of every record
+EPISODES = {'env_steps', 'return', 'success', 'length'}  # of every record of an agent
 UPDATES = {
     *('loss', 'policy', 'baseline', 'entropy', 'kl', 'rho_clipped', 'advantage', 'gradient_norm'),
-    *('env_steps', 'episodes'),
+    'episodes',
 }
 QUEUED = {'lag', 'lag_max', 'dropped'}  # of topologies with actors
+EVALUATIONS = {'episodes_per_task'}
+PLAYED = {'cut', 'steps_needed', 'steps_taken'}  # of evaluations on the host
 CAPPED = {'capped_mean', 'capped_median'}  # of tasks with scores
-OF_TASK = ('return/', 'success/', 'stderr/')
+OF_TASK = ('return/', 'success/')
 OF_UPDATES = ('popart_mu/', 'popart_sigma/')
-OF_SEVERAL = ('return/', 'success/')  # of updates, where there is more than one task
+# Suites on the host whose episodes have no goal, and those whose best scores nobody knows.
+NO_SUCCESS = ('atari', 'procgen', 'gymnasium', 'vizdoom', 'dmlab30')
+NO_SCORES = ('gymnasium', 'vizdoom')
 
 
 class Split(NamedTuple):
@@ -81,49 +85,56 @@ def _lm(config: ml_collections.ConfigDict) -> Splits:
 
 
 def _rl(config: ml_collections.ConfigDict) -> Splits:
-    names = RL | UPDATES | (QUEUED if config.train.topology != 'fused' else set())
-    every = config.train.log_every
-    found = {'train': _with_tasks(config.env.name, names, OF_UPDATES, every, OF_SEVERAL)}
+    names = UPDATES | (QUEUED if config.train.topology != 'fused' else set())
+    environment = _environment(config.env.name)
+    prefixes: tuple[str, ...] = OF_UPDATES
+    if environment.tasks is None or len(environment.tasks) > 1:
+        prefixes += OF_TASK
+    found = {'train': environment.split(names, prefixes, config.train.log_every)}
     evaluated = {'eval': config.env.name, 'held_out': config.eval.held_out}
     for split, name in evaluated.items():
         if not name:
             continue
-        names = RL | {'env_steps', 'episodes_per_task'} | (CAPPED if _has_scores(name) else set())
-        records = _with_tasks(name, names, OF_TASK, config.train.eval_every)
+        names = EVALUATIONS | (PLAYED if envs.on_host(name) else set())
+        environment = _environment(name)
+        names |= CAPPED if environment.has_scores else set()
+        records = environment.split(names, (*OF_TASK, 'stderr/'), config.train.eval_every)
         for policy in ('', '_greedy') if config.eval.greedy else ('',):
             found[split + policy] = records
     return found
 
 
-def _with_tasks(
-    name: str,
-    names: set[str],
-    prefixes: tuple[str, ...],
-    every: int,
-    of_several: tuple[str, ...] = (),
-) -> Split:
-    """The numbers of an environment and of its tasks, whose names are known where it is JAX's.
+class Environment(NamedTuple):
+    """What is known of an environment without one of the host being made.
 
-    Args:
-      name: of the environment.
-      names: that all have.
-      prefixes: before the name of each task.
-      every: as in `Split`.
-      of_several: the same, where there is more than one task.
+    Attributes:
+      tasks: their names; None where they are not known.
+      has_success: whether its episodes have a goal; True if that is not known.
+      has_scores: whether the best and the random score are known; True if that is not known.
     """
-    if envs.on_host(name):
-        return Split(names, every, prefixes + of_several)
-    tasks = envs.make(name).spec.tasks
-    prefixes += of_several if len(tasks) > 1 else ()
-    return Split(names | {f'{prefix}{task}' for prefix in prefixes for task in tasks}, every)
+
+    tasks: tuple[str, ...] | None
+    has_success: bool
+    has_scores: bool
+
+    def split(self, names: set[str], prefixes: tuple[str, ...], every: int) -> Split:
+        """The records of a split: these names, and those of its episodes and its tasks."""
+        names = names | EPISODES
+        if not self.has_success:
+            names -= {'success'}
+            prefixes = tuple(prefix for prefix in prefixes if prefix != 'success/')
+        if self.tasks is None:
+            return Split(names, every, prefixes)
+        return Split(names | {p + task for p in prefixes for task in self.tasks}, every)
 
 
-def _has_scores(name: str) -> bool:
-    """Whether the best and the random score are known; on the host they may be."""
+def _environment(name: str) -> Environment:
     if envs.on_host(name):
-        return True
+        suite = name.partition('/')[0]
+        return Environment(None, suite not in NO_SUCCESS, suite not in NO_SCORES)
     spec = envs.make(name).spec
-    return spec.random is not None and spec.reference is not None
+    has_scores = spec.random is not None and spec.reference is not None
+    return Environment(spec.tasks, spec.has_success, has_scores)
 
 
 def _fit(config: ml_collections.ConfigDict) -> Splits:

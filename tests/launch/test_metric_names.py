@@ -16,6 +16,7 @@ def sweep():
     return {overrides!r}
 """
 LM, FIT, SEARCH = 'configs/lm.py:tiny', 'configs/expressivity.py:fit', 'configs/expressivity.py'
+GYM = 'configs/rl.py:tiny,env=gymnasium/CartPole-v1'
 CATCH, KINDS = 'configs/rl.py:tiny,env=catch', 'configs/rl.py:tiny,env=xland/kinds'
 
 
@@ -38,6 +39,8 @@ def load(folder, config, metric, split, *, more='', overrides=({},)):
         (CATCH, 'success/cach', 'eval', "did you mean 'success/catch'"),
         (CATCH, 'success', 'held_out', 'known: eval, train'),
         (KINDS, 'popart_mu', 'train', 'popart_mu/.* red ball.* success, and 24 of single tasks'),
+        (GYM, 'success', 'eval', 'known: cut, env_steps, episodes_per_task, length, return'),
+        (GYM, 'capped_mean', 'eval', 'known: cut, env_steps'),
         (FIT, 'mes', 'eval', "did you mean 'mse'"),
         (FIT, 'mse', 'evil', "did you mean 'eval'"),
         ('configs/expressivity.py:search', 'parameters/5', 'eval', "did you mean 'parameters/"),
