@@ -304,6 +304,23 @@ def test_gpus_are_dealt_out_so_that_no_two_members_share_one(tmp_path, monkeypat
         local.submit(commands, engine.Resources(gpus=2, parallel=3))
 
 
+def test_the_processes_of_members_have_gpus_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '3,5,6,7,8,9,10,11')
+    dealt = []
+    monkeypatch.setattr(
+        process,
+        'start',
+        lambda path, command, environments, **_: dealt.append(
+            [environment['CUDA_VISIBLE_DEVICES'] for environment in environments]
+        ),
+    )
+    slots = local.Slots(engine.Resources(processes=2, gpus=2))
+    assert slots.number == 2
+    for slot in range(2):
+        slots.start(slot, tmp_path, ['true'])
+    assert dealt == [['3,5', '6,7'], ['8,9', '10,11']]
+
+
 def test_members_that_run_at_once_are_on_cores_of_their_own(tmp_path):
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
