@@ -231,6 +231,19 @@ def test_locked_dropout_drops_the_same_features_at_all_steps(source, tokens):
     assert (logits[0, 0] != logits[0, 1]).any()  # another mask for another sequence
 
 
+def test_locked_dropout_of_a_transformer_drops_the_same_features_at_all_steps(tokens):
+    """Words that are all alike look alike at every step: attention has one thing to attend to."""
+    rates = Rates(layer=0.5, locked=True)
+    model = make('transformer', 'none', rates=rates, layers=2, memory=0)
+    variables, carry, _ = run(model, tokens)
+    alike = jnp.full_like(tokens, 3)
+    rngs = {'dropout': jax.random.key(0), 'state': jax.random.key(1)}
+    _, logits = model.apply(variables, carry, alike, train=True, rngs=rngs)
+    same = jnp.broadcast_to(logits[:1], logits.shape)
+    np.testing.assert_allclose(logits, same, rtol=1e-4, atol=1e-5)
+    assert abs(logits[0, 0] - logits[0, 1]).max() > 1e-2  # another mask for another sequence
+
+
 class OnlyInput(OnlyContext):
     """A fusion that lets nothing through but the input."""
 
