@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from mi import progress
 from mi.config import UserError
 from mi.lm import data
 from mi.lm.evaluate import result
@@ -81,15 +82,18 @@ def evaluate(
     total, now, carry = 0.0, params, model.initial_carry(1)
     settings = adaptation.learning_rate, adaptation.decay, adaptation.epsilon
     rates: Any = tuple(map(jnp.float32, settings))
-    for rows in _rounds(corpus, split, tokens, model, adaptation.length):
-        now, carry, nats = _adapt(model, params, roots, rates, now, carry, rows)
-        total += float(nats)
-        if not math.isfinite(total):
-            raise UserError(
-                f'dynamic evaluation of {split}: the loss is not finite any more; lower '
-                f'config.dynamic.learning_rate = {adaptation.learning_rate}, or raise '
-                f'config.dynamic.epsilon = {adaptation.epsilon} or config.dynamic.statistics'
-            )
+    work = progress.Work(f'dynamic evaluation of {split}', len(tokens) - 1, 'tokens')
+    with work:
+        for rows in _rounds(corpus, split, tokens, model, adaptation.length):
+            now, carry, nats = _adapt(model, params, roots, rates, now, carry, rows)
+            total += float(nats)
+            if not math.isfinite(total):
+                raise UserError(
+                    f'dynamic evaluation of {split}: the loss is not finite any more; lower '
+                    f'config.dynamic.learning_rate = {adaptation.learning_rate}, or raise '
+                    f'config.dynamic.epsilon = {adaptation.epsilon} or config.dynamic.statistics'
+                )
+            work.done += rows[2].sum()
     over = {'predictions': len(tokens) - 1, 'batch': 1} | adaptation._asdict()
     return result(total / over['predictions'], corpus, split, over)
 

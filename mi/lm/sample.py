@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax import Array
 
+from mi import progress
 from mi.config import UserError
 from mi.lm import setup
 from mi.lm.model import LanguageModel
@@ -40,16 +41,18 @@ def sample(config: ml_collections.ConfigDict, workdir: str) -> None:
     texts = []
     for i, seed in enumerate(config.seeds):
         of_seed = jax.tree.map(lambda a, i=i: a[i], params)
-        tokens = generate(
-            model,
-            of_seed,
-            jnp.asarray(prompt, jnp.int32),
-            jax.random.key(seed),
-            options.tokens,
-            options.temperature,
-            options.top_p,
-        )
-        texts.append(corpus.decode(tokens))
+        with progress.Work(f'writing {options.tokens:,} tokens'):
+            tokens = generate(
+                model,
+                of_seed,
+                jnp.asarray(prompt, jnp.int32),
+                jax.random.key(seed),
+                options.tokens,
+                options.temperature,
+                options.top_p,
+            )
+            text = corpus.decode(tokens)
+        texts.append(text)
         print(f'--- seed {seed}, step {step}\n{options.prompt}{texts[-1]}')
     write_json(
         path / 'samples.json',
