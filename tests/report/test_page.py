@@ -210,3 +210,35 @@ def test_wide_and_narrow_light_and_dark(page, file, width, scheme):
     assert width - 60 < svg < width
     size = "getComputedStyle(document.querySelector('#curves text')).fontSize"
     assert page(size) == '12px'  # letters do not shrink with the window
+
+
+@pytest.mark.parametrize(
+    ('low', 'high'),
+    [(429_700, 430_800), (0, 1), (-3, 3), (0, 2e6), (9_000, 12_000), (1e9, 1.0001e9), (1e-6, 3e-6)],
+)
+def test_no_two_ticks_are_alike_and_each_says_where_it_is(page, low, high):
+    found = page(f'ticks({low}, {high}, 5)')
+    words = found['words']
+    assert len(words) == len(set(words)) > 2
+    scale = {'k': 1e3, 'M': 1e6, 'G': 1e9}
+    for value, word in zip(found['values'], words, strict=True):
+        number = float(word.rstrip('kMG').replace('−', '-')) * scale.get(word[-1], 1)
+        assert number == pytest.approx(value, rel=1e-9, abs=1e-12)
+
+
+def test_counts_have_whole_ticks_and_decades_fit(page):
+    assert page('ticks(429720, 429722, 8, true).words') == ['429.720k', '429.721k', '429.722k']
+    assert len(page('decades(1, 1e12, 6).words')) <= 7
+    assert page('decades(900, 20000, 8).words') == ['1k', '2k', '5k', '10k', '20k']
+    assert page('extent([2.1, 2.1 + 5e-16], 0.1)') == pytest.approx([1.995, 2.205])
+
+
+def test_the_legend_shows_the_line_of_each_arm(page):
+    lines = "[...document.querySelectorAll('#legend .swatch line')]"
+    strokes = page(f"{lines}.map(l => l.getAttribute('stroke'))")
+    assert len(set(strokes)) == len(strokes) == len(GAINS) + 1
+    drawn_line = "document.querySelector('#curves [data-arm=mi] polyline')"
+    for name in ('stroke', 'stroke-dasharray'):
+        assert page(f"{lines}[1].getAttribute('{name}')") == page(
+            f"{drawn_line}.getAttribute('{name}')"
+        )
