@@ -587,3 +587,12 @@ def test_a_report_that_takes_long_says_what_it_does(sweep, monkeypatch, capsys):
     said = capsys.readouterr().err
     for stage in stages.values():
         assert stage in said
+
+
+def test_p_of_two_arms_is_corrected_in_the_csv_too(sweep):
+    shutil.rmtree(sweep / 'fusion=film')
+    make_run(sweep / 'fusion=film', 'film', {seed: value + 1 for seed, value in CONCAT.items()})
+    report.write(sweep)
+    rows = table(sweep)
+    for arm in ('mi', '<script>|_'):
+        assert (float(rows[arm]['p']), float(rows[arm]['p_holm'])) == (0.25, 0.5)
