@@ -1,12 +1,10 @@
-"""The presets of configs/rl.py: that each can run, and that a small budget of CartPole learns."""
-
-import json
+"""The presets of configs/rl.py: each is valid, and has an agent for its environment."""
 
 import jax
 import pytest
 
 from configs import rl as configs
-from mi.rl import envs, setup, train
+from mi.rl import envs, setup
 
 ON_THE_HOST = {
     'cartpole': ('gymnasium', ('CartPole-v1',)),
@@ -37,15 +35,3 @@ def test_a_preset_has_an_agent_for_its_environment(preset):
     agent = setup.agent(config, spec)
     params = jax.eval_shape(lambda: setup.init_params(agent, jax.random.key(0)))
     assert params['readout']['b'].shape == (spec.actions + 1,)
-
-
-@pytest.mark.slow
-def test_a_tenth_of_the_preset_of_cartpole_is_better_than_chance(tmp_path):
-    """Uniform actions keep the pole for 22 steps; the threshold of 475 takes the whole preset."""
-    pytest.importorskip('gymnasium', reason='the extra gym is not installed')
-    config = configs.get_config('cartpole').unlock()
-    config.train.steps = config.train.steps // 10
-    train.train(config.lock(), str(tmp_path))
-    records = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
-    last = [record for record in records if record['split'] == 'eval'][-1]
-    assert last['return'] > 45
