@@ -24,24 +24,6 @@ from mi.rl import assess as assess_rl
 from mi.rl import train as rl
 from mi.run import keep_freed_memory, recorded_config, set_xla_flags, steps
 
-CONFIG = flags.DEFINE_string(
-    'config', None, 'Config file, FILE.py or FILE.py:ARGUMENT; --config.KEY=VALUE changes a key.'
-)
-WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory, made or continued.')
-
-MODE = flags.DEFINE_enum(
-    'mode',
-    'train',
-    ['train', 'eval', 'sample'],
-    'eval: the scores, and videos, of what a run has learnt. sample: text that it writes.',
-)
-PROFILE = flags.DEFINE_string(
-    'profile', '', 'FIRST:LAST, the steps of training that a trace in WORKDIR/profile is made of.'
-)
-DISTRIBUTED = flags.DEFINE_string(
-    'distributed', '', "One of several processes: 'auto', or 'HOST:PORT,COUNT,INDEX'."
-)
-
 TASKS = {
     'train': {'lm': lm.train, 'rl': rl.train, 'fit': fit.train, 'search': search.search},
     'eval': {'lm': assess_lm.assess, 'rl': assess_rl.assess},
@@ -49,38 +31,59 @@ TASKS = {
 }
 
 
+def define_flags() -> None:
+    """Define the flags of the program; not at import, so that a launcher's stay apart."""
+    flags.DEFINE_string(
+        'config', None, 'Config file, FILE.py or FILE.py:ARGUMENT; --config.KEY=VALUE sets a key.'
+    )
+    flags.DEFINE_string('workdir', None, 'Run directory, made or continued.')
+    flags.DEFINE_enum(
+        'mode',
+        'train',
+        ['train', 'eval', 'sample'],
+        'eval: the scores, and videos, of what a run has learned. sample: text that it writes.',
+    )
+    flags.DEFINE_string(
+        'profile', '', 'FIRST:LAST, the training steps of a trace, written to WORKDIR/profile.'
+    )
+    flags.DEFINE_string(
+        'distributed', '', "One of several processes: 'auto', or 'HOST:PORT,COUNT,INDEX'."
+    )
+
+
 def main(argv: Sequence[str], changes: Sequence[overrides.Override] = ()) -> None:
     """Run what the flags name; `changes` are those of the config."""
-    if not flags.FLAGS['verbosity'].present:
+    values = flags.FLAGS
+    if not values['verbosity'].present:
         logging.set_verbosity(logging.WARNING)  # orbax writes a page per checkpoint
     if len(argv) > 1:
         raise UserError(f'unexpected argument {argv[1]!r}; flags are --NAME=VALUE')
-    mode = MODE.value
-    if mode == 'train' and not (CONFIG.value and WORKDIR.value):
+    mode = values.mode
+    if mode == 'train' and not (values.config and values.workdir):
         raise UserError('--config=FILE and --workdir=DIRECTORY are both needed')
-    if not WORKDIR.value:
+    if not values.workdir:
         raise UserError(f'--mode={mode} needs --workdir=DIRECTORY, that of the run')
-    if CONFIG.value:
-        config = overrides.load(CONFIG.value, changes)
+    if values.config:
+        config = overrides.load(values.config, changes)
     else:
-        config = recorded_config(WORKDIR.value)
+        config = recorded_config(values.workdir)
         overrides.apply(config, changes)
     task, tasks = config.get('task'), TASKS[mode]
     if task not in tasks:
         raise UserError(f'config.task = {task!r}: --mode={mode} expects one of {", ".join(tasks)}')
-    profile = {'profile': steps(PROFILE.value)} if PROFILE.value else {}
+    profile = {'profile': steps(values.profile)} if values.profile else {}
     if profile and (mode != 'train' or task == 'search'):
         raise UserError(
-            f'--profile={PROFILE.value} only applies to training of the tasks lm, rl and fit; '
+            f'--profile={values.profile} only applies to training of the tasks lm, rl and fit; '
             f'remove it'
         )
     keep_freed_memory()
     set_xla_flags()
-    parallel.join(DISTRIBUTED.value)
+    parallel.join(values.distributed)
     try:
-        tasks[task](config, WORKDIR.value, **profile)
+        tasks[task](config, values.workdir, **profile)
     except UserError as error:
-        if CONFIG.value or not str(error).startswith('config.'):
+        if values.config or not str(error).startswith('config.'):
             raise
         raise UserError(
             f'{error}; the config is that of the run, and --config=FILE adds what FILE registers '
@@ -90,6 +93,7 @@ def main(argv: Sequence[str], changes: Sequence[overrides.Override] = ()) -> Non
 
 def run() -> None:
     """Parse the command line and run; what the user can mend ends with one line and exit code 1."""
+    define_flags()
     changes: list[overrides.Override] = []
 
     def parse(argv: Sequence[str]) -> list[str]:

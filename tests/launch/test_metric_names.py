@@ -5,6 +5,7 @@ import json
 import pytest
 
 from launch import asha, metric_names, pbt, sweep
+from mi import main
 from mi.config import UserError
 
 SWEEP = """
@@ -186,8 +187,6 @@ def test_no_copy_takes_the_directory_of_another_member(tmp_path):
 )
 def test_what_is_said_to_be_recorded_is(tmp_path, texts, config, values):
     """The same splits, and in each the same numbers, as a run has written."""
-    from mi import main
-
     if config == LM:
         values = values | {'data.source': str(texts), 'data.cache': str(tmp_path / 'cache')}
     made = parsed(config, **values)
