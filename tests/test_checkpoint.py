@@ -234,3 +234,17 @@ def raising(error):
         raise error
 
     return raise_it
+
+
+def test_a_checkpoint_has_its_name_only_once_it_is_whole(tmp_path, monkeypatch):
+    """A kill at any moment before leaves nothing that looks like a checkpoint."""
+    hashed, named = checkpoint.digest, []
+
+    def look(file):
+        named.append([path.name for path in tmp_path.iterdir() if path.name.isdigit()])
+        return hashed(file)
+
+    monkeypatch.setattr(checkpoint, 'digest', look)
+    checkpoint.Checkpoints(tmp_path, keep=2).save(7, {'a': jnp.ones(3)}, {})
+    assert named and not any(named)
+    assert (tmp_path / '00000007').is_dir()
