@@ -32,8 +32,8 @@ class Hyperparameters(NamedTuple):
       reward_clip: a word of `mi.rl.loss.clip_reward`.
       popart: β, the step of the statistics; 0 for plain values.
       popart_order: whether the loss is in the units before or after the update of the statistics.
-        With 'statistics_first' a normalized error is bounded by the targets of its own batch, as
-        for Hessel et al. (2019).
+        'statistics_first' is the order of van Hasselt et al. (2016): a normalized error is then
+        bounded by the targets of its own batch.
     """
 
     discount: float = 0.99
