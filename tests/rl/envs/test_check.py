@@ -207,7 +207,7 @@ def test_a_worker_refuses_a_pool_that_contradicts_its_spec():
 def test_the_environment_of_the_docs(monkeypatch):
     """To the right: the first task is done after 5 − x steps, the second is cut after 50."""
     monkeypatch.setattr(envs, 'JAX', dict(envs.JAX))
-    [code] = re.findall(r'```python\n(# walk.py.*?)```', DOCS.read_text(), flags=re.DOTALL)
+    [code] = re.findall(r'```python\n(# my_walk.py.*?)```', DOCS.read_text(), flags=re.DOTALL)
     namespace = {}
     exec(code, namespace)
     assert namespace['get_config']('tiny').env.name == 'walk'
