@@ -1,4 +1,5 @@
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -248,7 +249,8 @@ def test_evaluations_draw_other_episodes_at_every_step_and_seed(monkeypatch):
     state = fused.State(learner.State(params, None, None), None)
     config = tiny(**{'seeds': (0, 1), 'eval.episodes': 5})
     for step in (1, 2):
-        fused._evaluate(config, Lottery(), 'eval', Knows(), state, written, step, np.array([1, 1]))
+        this = types.SimpleNamespace(config=config, step=step, stops=lambda recorded: False)
+        fused._evaluate({'eval': Lottery()}, Knows(), state, this, written, np.array([1, 1]))
     assert len(set(written)) == 4
 
 
