@@ -174,6 +174,19 @@ def test_bf16_accumulates_in_f32(order):
     assert error < 4e-3  # accumulation over m or n in bf16 gives 1e-2
 
 
+@pytest.mark.parametrize('order', ['outer_chunks', 'z_first_chunks'])
+def test_parts_in_bf16_add_up_in_f32(order, monkeypatch):
+    # Two entries are a part: 256 + 1, which bf16 rounds to 256, and then -256 + 0.
+    monkeypatch.setattr(contract, '_NARROW', 4)
+    monkeypatch.setattr(contract, '_CHUNK', 2 * 4 * K)
+    terms = jnp.array([256, 1, -256, 0], jnp.bfloat16)
+    one = jnp.array([1, 0, 0, 0], jnp.bfloat16)
+    x, z = (one, terms) if order == 'outer_chunks' else (terms, one)
+    y = contract.bilinear(x, z, jnp.ones((4, 4, K), jnp.bfloat16), order=order)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y, np.ones(K))
+
+
 def test_linear_is_the_matrix_product():
     x = jax.random.normal(jax.random.key(0), (2, 3, N))
     V = jax.random.normal(jax.random.key(1), (N, K))
