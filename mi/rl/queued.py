@@ -21,7 +21,7 @@ from mi.rl import envs, learner, records, remote, setup
 from mi.rl.actor import Episodes, Trajectory
 from mi.rl.evaluate import Evaluation
 from mi.rl.networks import Agent
-from mi.rl.play import StoppedError
+from mi.rl.play import StoppedError, never
 from mi.rl.threads import Actors, Item
 from mi.rl.worker import Policy, Worker, joined
 
@@ -208,7 +208,7 @@ def take(
     actors: Actors,
     step: int,
     window: 'Window',
-    stops: Callable[[], bool],
+    stops: Callable[[], bool] = never,
 ) -> list[Item] | None:
     """Return this process's trajectories of one update; None if the run is to end."""
     items: list[Item] = []
