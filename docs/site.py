@@ -58,6 +58,7 @@ FOLDERS = {
     'rl_again': 'Thirty tasks again',
     'rl_language': 'Instructions in language',
     'rl_multitask': 'Thirty tasks',
+    'rl_time_limits': 'Thirty tasks, time limits',
     'quickstart_rl': 'Quickstart, agents',
 }
 LINK = re.compile(r'(!?)\[([^\]\n]*)\]\(([^)\s]+)\)')
