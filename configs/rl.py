@@ -34,6 +34,7 @@ CLASSIC_CONTROL: dict[str, Any] = {
     'model.core': 'none',
     'model.sites': (),
     'loss.discount': 0.99,
+    'loss.popart_corrected': True,
     'loss.popart_order': 'statistics_first',
     'train.topology': 'threads',
     'train.batch': 32,
@@ -161,6 +162,9 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     loss.baseline_cost = 0.5
     loss.reward_clip = 'none'  # none, unit, paper, code
     loss.popart = 0.01  # step of the statistics, published with 3e-4 for longer runs; 0 for none
+    # Whether the statistics forget σ = 1 with the first targets. Where rewards are sparse, noise is
+    # large in units of the σ of those, and fewer goals of xland are learned.
+    loss.popart_corrected = False
     loss.popart_order = 'gradient_first'  # gradient_first, statistics_first
 
     config.train = train = ml_collections.ConfigDict()

@@ -36,6 +36,7 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     config.loss.entropy_cost = 3e-3
     config.loss.reward_clip = 'paper'
     config.loss.popart = 3e-4
+    config.loss.popart_corrected = True  # else σ = 1 stays for thousands of updates
     config.train.topology = 'threads'
     config.train.steps = 2_500_000_000
     config.train.batch = 60

@@ -31,6 +31,7 @@ class Hyperparameters(NamedTuple):
       entropy_cost, baseline_cost: weights beside the policy gradient.
       reward_clip: a word of `mi.rl.loss.clip_reward`.
       popart: β, the step of the statistics; 0 for plain values.
+      popart_corrected: whether the statistics are corrected for their start, see `popart.update`.
       popart_order: whether the loss is in the units before or after the update of the statistics.
         'statistics_first' is the order of van Hasselt et al. (2016): a normalized error is then
         bounded by the targets of its own batch.
@@ -44,6 +45,7 @@ class Hyperparameters(NamedTuple):
     baseline_cost: float = 0.5
     reward_clip: str = 'none'
     popart: float = 3e-4
+    popart_corrected: bool = True
     popart_order: PopArtOrder = 'gradient_first'
 
 
@@ -110,7 +112,8 @@ def update(
 
     def move_statistics(targets: Array) -> popart.Statistics:
         valid = trajectory.valid
-        return popart.update(state.statistics, targets, task[:-1], valid, h.popart)
+        steps = h.popart, h.popart_corrected
+        return popart.update(state.statistics, targets, task[:-1], valid, *steps)
 
     def preserve_values(params: Any, statistics: popart.Statistics) -> Any:
         scale = params['gain'], params['shift']

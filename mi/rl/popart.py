@@ -55,7 +55,12 @@ def unnormalise(statistics: Statistics, values: Array, task: Array) -> Array:
 
 
 def update(
-    statistics: Statistics, targets: Array, task: Array, weight: Array, beta: float = 3e-4
+    statistics: Statistics,
+    targets: Array,
+    task: Array,
+    weight: Array,
+    beta: float = 3e-4,
+    is_corrected: bool = True,
 ) -> Statistics:
     """Move the moments of each task towards those of its targets.
 
@@ -78,6 +83,8 @@ def update(
       task: [...], the task of each.
       weight: [...], 1 or True for what counts, 0 for what does not.
       beta: β, the step.
+      is_corrected: whether β_k is as above; False for β_k = β, the published moving averages from
+        μ = 0 and σ = 1.
     """
     mu, variance, updates = statistics
     task, weight = task.ravel(), weight.astype(jnp.float32).ravel()
@@ -94,7 +101,7 @@ def update(
     # −expm1(k log1p(−β)) is 1 − (1 − β)^k with all its digits. The first step is 1 and not nearly:
     # of σ = 1 a rounding error would be more than some tasks' σ.
     correction = -jnp.expm1(jnp.maximum(updates, 1) * jnp.log1p(-jnp.float32(beta)))
-    step = jnp.where(updates == 1, 1, jnp.minimum(beta / correction, 1))
+    step = jnp.where(updates == 1, 1, jnp.minimum(beta / correction, 1)) if is_corrected else beta
     step = jnp.where(is_present, step, 0)
 
     # Two passes: in one, the first update would lose the digits of σ where μ is far from 0.

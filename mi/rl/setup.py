@@ -65,6 +65,7 @@ SCHEMA: dict[str, Rule] = {
     'loss.baseline_cost': number(0),
     'loss.reward_clip': one_of(CLIPS),
     'loss.popart': number(0, 1),
+    'loss.popart_corrected': boolean,
     'loss.popart_order': one_of(learner.POPART_ORDERS),
     'train.topology': one_of(TOPOLOGIES),
     'train.steps': integer(1),
