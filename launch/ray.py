@@ -15,7 +15,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
@@ -23,6 +23,7 @@ from absl import flags
 from launch import engine, local, process
 from launch.engine import Commands, Resources, Rule, States
 from mi.config import UserError, install
+from mi.files import held
 from mi.run import PREEMPTED
 
 ADDRESS = flags.DEFINE_string(
@@ -64,7 +65,7 @@ def submit(commands: Commands, resources: Resources, rule: Rule | None = None) -
     waiting, states = list(commands), States()
     running: dict[pathlib.Path, _Run] = {}
     try:
-        with local.supervising(watch, lambda: _stop_all(running.values())) as heed:
+        with local.supervising(watch, lambda: _stop_all(running)) as heed:
             while waiting or running:
                 heed()
                 while waiting and len(running) < (resources.parallel or len(commands)):
@@ -86,15 +87,22 @@ def submit(commands: Commands, resources: Resources, rule: Rule | None = None) -
     return states
 
 
-def _stop_all(running: Iterable['_Run']) -> None:
-    """Asks them to save, and waits for a while until they have."""
+def _stop_all(running: Mapping[pathlib.Path, '_Run']) -> None:
+    """Ask the members to save, and wait for a while until they have.
+
+    Ray may call a task cancelled before the process that it started has ended, so the locks of the
+    run directories decide.
+    """
     import ray
 
-    left = [task for member in running for task in member.tasks]
+    left = [task for member in running.values() for task in member.tasks]
     for task in left:
         ray.cancel(task)
     if left:
         ray.wait(left, num_returns=len(left), timeout=process.SAVING)
+    deadline = time.monotonic() + process.SAVING
+    while any(held(path / 'lock') for path in running) and time.monotonic() < deadline:
+        time.sleep(local.TICK)
 
 
 class _Run:
