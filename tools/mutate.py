@@ -4,8 +4,8 @@
     python -m tools.mutate --only=rl/ --jobs=2  # those whose area/name matches
     python -m tools.mutate --check              # only whether every fault can be applied
 
-A tool for maintainers, not part of `make test`: the whole list takes about an hour on two cores. A
-fault is an entry of a TOML file, whose name is its area:
+A tool for maintainers, not part of `make test`, as every fault starts pytest once. A fault is an
+entry of a TOML file, whose name is its area:
 
     [[fault]]
     name = 'IQM rounds up'
