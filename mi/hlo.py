@@ -1,0 +1,345 @@
+"""Parse optimized HLO, the text of `compiled.as_text()`, and find the trip counts of its loops."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+DTYPE_BITS = {'pred': 8, 'token': 0, 'opaque': 0, 'c64': 64, 'c128': 128}
+ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,<=]*)\]')
+INSTRUCTION = re.compile(r'\s+(ROOT )?%?([\w.\-]+) = (.*)')
+COMPUTATION = re.compile(r'(ENTRY )?%?([\w.\-]+) \(.*\{$')
+OPERAND = re.compile(r'%([\w.\-]+)')
+
+
+class Shape(NamedTuple):
+    """One array."""
+
+    dtype: str
+    dims: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self) -> int:
+        # f8e4m3fn, s4, bf16: the digits after the letters are the bits.
+        bits = DTYPE_BITS.get(self.dtype)
+        if bits is None:
+            digits = re.match(r'[a-z]+(\d+)', self.dtype)
+            bits = int(digits[1]) if digits else 0
+        return -(-self.size * bits // 8)
+
+
+class Instruction(NamedTuple):
+    """One line of a computation.
+
+    Attributes:
+      name: unique in its computation.
+      result: text of the type of the result, a tuple in parentheses.
+      opcode: 'dot', 'fusion', 'all-gather-start', …
+      operands: names of the operands.
+      arguments: the text between the parentheses, for constants and parameters.
+      attributes: the text behind them.
+    """
+
+    name: str
+    result: str
+    opcode: str
+    operands: tuple[str, ...]
+    arguments: str
+    attributes: str
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """The arrays of the result; of an asynchronous start, of what it will have produced."""
+        result = self.result
+        if self.opcode.endswith('-start') and self.opcode != 'all-reduce-start':
+            result = split_tuple(result)[1]
+        return parse_shapes(result)
+
+    @property
+    def target(self) -> str:
+        """The target of a custom call."""
+        return self.option('custom_call_target')
+
+    @property
+    def label(self) -> str:
+        """Its name and, where the text has it, the operation of the source."""
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return f'{self.name} ({match[1]})' if match else self.name
+
+    def called(self, attribute: str) -> tuple[str, ...]:
+        """The computations that an attribute names: body=%b, branch_computations={%b, %c}."""
+        match = re.search(rf'\b{attribute}=(\{{[^}}]*\}}|%?[\w.\-]+)', self.attributes)
+        return tuple(re.findall(r'[\w.\-]+', match[1])) if match else ()
+
+    def branches(self) -> tuple[str, ...]:
+        """The computations of a conditional, in the order of its operands."""
+        return self.called('branch_computations') or (
+            *self.called('true_computation'),
+            *self.called('false_computation'),
+        )
+
+    def option(self, attribute: str) -> str:
+        """The text of a plain attribute, or '': direction=LT, index=3, custom_call_target="…"."""
+        match = re.search(rf'\b{attribute}="?([^,"\s]*)', self.attributes)
+        return match[1] if match else ''
+
+    def dims(self, attribute: str) -> tuple[int, ...]:
+        """Numbers of an attribute: lhs_contracting_dims={1,2}."""
+        match = re.search(rf'\b{attribute}=\{{([\d,]*)\}}', self.attributes)
+        return _integers(match[1]) if match else ()
+
+
+class Computation(NamedTuple):
+    """A function of a module: instructions in order, the last one named is its result."""
+
+    name: str
+    instructions: dict[str, Instruction]
+    root: str
+
+    def operand_shapes(self, instruction: Instruction) -> list[Shape]:
+        """The arrays of all operands."""
+        found = (self.instructions[name].shapes for name in instruction.operands)
+        return [shape for shapes in found for shape in shapes]
+
+
+class Module(NamedTuple):
+    """A program of one device.
+
+    Attributes:
+      computations: name → computation.
+      entry: the name of the one that runs.
+      num_devices: that run it together.
+    """
+
+    computations: dict[str, Computation]
+    entry: str
+    num_devices: int
+
+
+def parse(text: str) -> Module:
+    """Parse the text of an optimized module.
+
+    Raises:
+      ValueError: if there is no entry computation.
+    """
+    header = text[: text.find('\n')]
+    counts = {name: int(count) for name, count in re.findall(r'num_(\w+)=(\d+)', header)}
+    computations: dict[str, Computation] = {}
+    entry = name = root = ''
+    instructions: dict[str, Instruction] | None = None
+    for line in text.splitlines():
+        if instructions is None:
+            if line.endswith('{') and (match := COMPUTATION.match(line)):
+                name, root, instructions = match[2], '', {}
+                entry = name if match[1] else entry
+        elif line.startswith('}'):
+            computations[name] = Computation(name, instructions, root)
+            instructions = None
+        elif match := INSTRUCTION.match(line):
+            instruction = _parse_instruction(match[2], match[3])
+            instructions[instruction.name] = instruction
+            root = instruction.name if match[1] or not root else root
+    if not entry:
+        raise ValueError('text: expected optimized HLO with an ENTRY computation')
+    num_devices = counts.get('partitions', 1) * counts.get('replicas', 1)
+    return Module(computations, entry, num_devices)
+
+
+def _parse_instruction(name: str, text: str) -> Instruction:
+    end = _closing(text, 0) if text.startswith('(') else text.find(' ')
+    result, rest = text[:end], text[end:].lstrip()
+    start = rest.find('(')
+    end = _closing(rest, start)
+    arguments = rest[start + 1 : end - 1]
+    operands = tuple(OPERAND.findall(arguments))
+    return Instruction(name, result, rest[:start], operands, arguments, rest[end:])
+
+
+def _closing(text: str, start: int) -> int:
+    """The position behind the parenthesis that closes the one at `start`."""
+    depth = 0
+    for match in re.compile('[()]').finditer(text, start):
+        depth += 1 if match[0] == '(' else -1
+        if depth == 0:
+            return match.end()
+    return len(text)
+
+
+def split_tuple(text: str) -> list[str]:
+    """The elements of the text of a tuple: '((f32[2], s32[]), f32[3,4])' has two."""
+    if not text.startswith('('):
+        return [text]
+    parts, depth = [''], 0
+    for character in text[1:-1]:
+        depth += (character in '([{') - (character in ')]}')
+        if character == ',' and depth == 0:
+            parts.append('')
+        else:
+            parts[-1] += character
+    return [re.sub(r'/\*.*?\*/', '', part).strip() for part in parts]
+
+
+def parse_shapes(text: str) -> tuple[Shape, ...]:
+    """The arrays of the text of a type; bounds of dynamic sizes count as sizes."""
+    found = ARRAY.findall(re.sub(r'\{[^{}]*\}|/\*.*?\*/', '', text))
+    return tuple(Shape(dtype, _integers(dims)) for dtype, dims in found)
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r'\d+', text))
+
+
+@dataclasses.dataclass(frozen=True)
+class Counter:
+    """A scalar of a loop: element `index` of the state that its body is called with, + offset."""
+
+    index: int
+    offset: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A predicate on two scalars."""
+
+    direction: str
+    lhs: 'Value'
+    rhs: 'Value'
+
+
+# What is known of a result before the program runs: a number, a tuple of values, or nothing.
+Value = int | Counter | Comparison | tuple['Value', ...] | None
+
+PASSED_ON = {'copy', 'bitcast', 'copy-start', 'copy-done', 'convert', 'optimization-barrier'}
+
+
+class Constants:
+    """Evaluates scalar integers as far as they do not depend on data."""
+
+    def __init__(self, module: Module) -> None:
+        self.computations = module.computations
+        self.values: dict[tuple[str, str, tuple[Value, ...]], Value] = {}
+
+    def result(self, name: str, arguments: Iterable[Value]) -> Value:
+        """What a computation returns if it is called with these arguments."""
+        computation = self.computations[name]
+        return self.value(computation, computation.root, tuple(arguments))
+
+    def value(self, computation: Computation, name: str, arguments: tuple[Value, ...]) -> Value:
+        """What an instruction of a computation results in if that is called with `arguments`."""
+        key = computation.name, name, arguments
+        if key not in self.values:
+            self.values[key] = self._evaluate(
+                computation, computation.instructions[name], arguments
+            )
+        return self.values[key]
+
+    def _evaluate(
+        self, computation: Computation, instruction: Instruction, arguments: tuple[Value, ...]
+    ) -> Value:
+        opcode, result = instruction.opcode, instruction.result
+        if not result.startswith('(') and '[]' not in result:
+            return None  # arrays are data
+        if opcode == 'parameter':
+            index = int(instruction.arguments)
+            return arguments[index] if index < len(arguments) else None
+        if opcode == 'constant':
+            is_integer = re.fullmatch(r'-?\d+', instruction.arguments)
+            return int(instruction.arguments) if is_integer else None
+        operands = [self.value(computation, name, arguments) for name in instruction.operands]
+        if opcode in PASSED_ON:
+            return operands[0]
+        if opcode == 'tuple':
+            return tuple(operands)
+        if opcode == 'get-tuple-element':
+            index = int(instruction.option('index'))
+            return operands[0][index] if isinstance(operands[0], tuple) else None
+        if opcode in ('add', 'subtract'):
+            return _add(operands[0], operands[1], 1 if opcode == 'add' else -1)
+        if opcode == 'compare':
+            return Comparison(instruction.option('direction'), operands[0], operands[1])
+        if opcode in ('fusion', 'call'):
+            called = instruction.called('calls' if opcode == 'fusion' else 'to_apply')
+            return self.result(called[0], operands)
+        if opcode == 'while':
+            return self.invariants(instruction, operands[0])
+        return None
+
+    def invariants(self, loop: Instruction, state: Value) -> Value:
+        """The state of a loop without the elements that its body changes."""
+        if not isinstance(state, tuple):
+            return None
+        counters, following = self._step(loop, len(state))
+        if not isinstance(following, tuple):
+            return None
+        pairs = zip(state, counters, following, strict=True)
+        return tuple(value if after == counter else None for value, counter, after in pairs)
+
+    def trip_count(self, loop: Instruction, state: Value) -> int | None:
+        """How often the body of a `while` runs, or None if that depends on data.
+
+        The compiler's own count if it is written down; else from a condition that compares a
+        counter with a bound, both known at the start.
+        """
+        if match := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+            return int(match[1])
+        if not isinstance(state, tuple):
+            return None
+        counters, following = self._step(loop, len(state))
+        condition = self.result(loop.called('condition')[0], [counters])
+        if not isinstance(condition, Comparison) or not isinstance(following, tuple):
+            return None
+
+        lhs, rhs = (_progress(value, state, following) for value in (condition.lhs, condition.rhs))
+        if lhs is None or rhs is None:
+            return None
+        return _iterations(condition.direction, lhs[0] - rhs[0], lhs[1] - rhs[1])
+
+    def _step(self, loop: Instruction, size: int) -> tuple[tuple[Value, ...], Value]:
+        """The elements of a loop's state as counters, and what its body makes of them."""
+        counters = tuple(Counter(index, 0) for index in range(size))
+        return counters, self.result(loop.called('body')[0], [counters])
+
+
+def _progress(
+    value: Value, state: tuple[Value, ...], following: tuple[Value, ...]
+) -> tuple[int, int] | None:
+    """The number that a condition reads before the first iteration, and what each adds to it."""
+    if isinstance(value, int):
+        return value, 0
+    if not isinstance(value, Counter):
+        return None
+    start, after = state[value.index], following[value.index]
+    if not isinstance(start, int) or not isinstance(after, Counter) or after.index != value.index:
+        return None
+    return start + value.offset, after.offset
+
+
+def _add(a: Value, b: Value, sign: int = 1) -> Value:
+    if isinstance(a, int) and isinstance(b, int):
+        return a + sign * b
+    if isinstance(a, Counter) and isinstance(b, int):
+        return Counter(a.index, a.offset + sign * b)
+    if isinstance(a, int) and isinstance(b, Counter) and sign == 1:
+        return Counter(b.index, b.offset + a)
+    return None
+
+
+def _iterations(direction: str, difference: int, step: int) -> int | None:
+    """How often `difference` compares with 0 before it no longer does, growing by `step`."""
+    if direction in ('GT', 'GE'):
+        direction = {'GT': 'LT', 'GE': 'LE'}[direction]
+        difference, step = -difference, -step
+    if direction == 'LE':
+        direction, difference = 'LT', difference - 1
+    if direction == 'NE' and step and difference % step == 0:
+        return -difference // step if -difference // step >= 0 else None
+    if direction == 'LT':
+        if difference >= 0:
+            return 0
+        return -(difference // step) if step > 0 else None
+    return None
