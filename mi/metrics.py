@@ -255,7 +255,8 @@ def refuse_broken(seeds: Sequence[int], step: int, parts: Mapping[str, Any]) -> 
     All numbers have to be finite, and those of 'parameters' small enough for their squares to be.
 
     Args:
-      seeds: those of the leading axis of every array.
+      seeds: those of the leading axis of every array, which may be split, and padded with repeats
+        in their order.
       step: the one that the state comes after.
       parts: name → tree of arrays.
 
@@ -267,9 +268,10 @@ def refuse_broken(seeds: Sequence[int], step: int, parts: Mapping[str, Any]) -> 
         sound = np.ones(len(seeds), bool)
         for leaf in jax.tree.leaves(tree):
             if jnp.issubdtype(leaf.dtype, jnp.inexact):
-                for shard in leaf.addressable_shards:  # with a seed's numbers on each of them
-                    size = np.abs(np.asarray(shard.data)).reshape(len(seeds), -1)
-                    sound &= (size < limit).all(1)  # NaN is not
+                for shard in leaf.addressable_shards:
+                    places = np.arange(leaf.shape[0])[shard.index[0]] % len(seeds)
+                    size = np.abs(np.asarray(shard.data)).reshape(len(places), -1)
+                    np.logical_and.at(sound, places, (size < limit).all(1))  # NaN is not
         broken = [parallel.any_of(not each) for each in sound]
         if any(broken):
             what = f'an entry of the {name}' + (', or its square,' if name == 'parameters' else '')
