@@ -124,14 +124,15 @@ def _rl(config: ml_collections.ConfigDict) -> Training:
 
 def _fit(config: ml_collections.ConfigDict) -> Training:
     problem = fit.problem(config)
-    optimiser = optim.optimiser(config.optim, config.train.steps)
-    seeds = np.asarray(config.seeds, np.int32)
-    state = jax.eval_shape(jax.vmap(functools.partial(train_fit.start, problem, optimiser)), seeds)
+    optimizer = optim.optimiser(config.optim, config.train.steps)
+    mesh = parallel.seed_mesh(len(config.seeds))
+    state, seeds = train_fit.shapes(problem, optimizer, len(config.seeds), mesh)
     count = min(config.train.log_every, config.train.steps)
-    several = jax.vmap(functools.partial(train_fit.steps, problem, optimiser, count))
+    program = problem, optimizer, count, state, seeds, mesh
+    saved = parallel.gathered_shapes(state, len(config.seeds))
     return Training(
-        {'parameters': state.params, 'optimiser': state.optimiser, 'other': state.step},
-        lambda: jax.jit(several, donate_argnums=0).lower(state, seeds).compile(),
+        {'parameters': saved.params, 'optimiser': saved.optimiser, 'other': saved.step},
+        functools.partial(train_fit.compile_steps, *program),
     )
 
 

@@ -33,11 +33,11 @@ def start(workdir, arguments, *, process=None, port=0, devices=1):
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def two(workdir, arguments):
+def two(workdir, arguments, devices=1):
     with socket.socket() as probe:
         probe.bind(('localhost', 0))
         port = probe.getsockname()[1]
-    return [start(workdir, arguments, process=i, port=port) for i in range(2)]
+    return [start(workdir, arguments, process=i, port=port, devices=devices) for i in range(2)]
 
 
 def finish(processes, codes):

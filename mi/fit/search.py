@@ -8,13 +8,12 @@ Reaching is not monotone in the width where training is noisy: what is found is 
 the target next to one that does not.
 """
 
+import functools
 import json
 import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax import Array
@@ -173,53 +172,57 @@ def _summary(found: dict[int, metrics.Record], fitted: list[int]) -> metrics.Rec
 
 
 def probe(config: ml_collections.ConfigDict, width: int) -> list[metrics.Record]:
-    """Trains all seeds at a width with every learning rate; of each seed, what its best one gave.
+    """Train all seeds at a width with every learning rate; return what the best gave each seed.
+
+    Pairs of a seed and a rate are placed over the devices and know nothing of each other. They
+    train until all seeds have reached the target. As every device has to see the errors of all for
+    that, the loop over evaluations is on the host. Were each device to end on its own pairs, the
+    lowest error of a seed would depend on what else is on its device, and so on their number.
 
     An error that is not finite, of a learning rate that is too high, counts as infinite.
     """
     problem = setup.problem(setup.of_width(config, width))
     total, every = config.train.steps, config.train.eval_every
-    optimiser = optim.optimiser(config.optim, total)
-    seeds = np.asarray(config.seeds, np.int32)
+    optimizer = optim.optimiser(config.optim, total)
     rates = np.asarray(config.search.rates, np.float32)
-    scales = rates / config.optim.learning_rate
+    grid_shape = len(config.seeds), len(rates)
+    pairs = len(config.seeds) * len(rates)
 
-    def start(seed: Array, scale: Array) -> train.State:
-        return train.start(problem, optimiser, seed)
+    # Every seed with every rate, [pairs], placed over the devices.
+    mesh = parallel.seed_mesh(pairs)
+    seeds, scales = parallel.shard_seeds(
+        (
+            np.repeat(np.asarray(config.seeds, np.int32), len(rates)),
+            np.tile(rates / config.optim.learning_rate, len(config.seeds)),
+        ),
+        mesh,
+    )
+    init = functools.partial(train.start, problem, optimizer)
+    state = parallel.once(parallel.map_seeds(init, mesh), seeds)
 
-    def further(state: train.State, seed: Array, scale: Array) -> tuple[train.State, Array]:
-        state, _ = train.steps(problem, optimiser, every, state, seed, scale)
-        error = train.evaluate(problem, state.params, seed)['eval']['mse']
-        return state, jnp.where(jnp.isfinite(error), error, jnp.inf)
+    def advance(state: train.State, seed: Array, scale: Array) -> tuple[train.State, Array]:
+        state, _ = train.steps(problem, optimizer, every, state, seed, scale)
+        return state, train.evaluate(problem, state.params, seed)['eval']['mse']
 
-    def lowest(seeds: Array, scales: Array) -> Array:
-        """[S, rates]"""
+    program = parallel.map_seeds(advance, mesh)
+    compiled = parallel.compile_fast(program, state, seeds, scales, level=1, donate_argnums=0)
 
-        def goes_on(carry: tuple[train.State, Array]) -> Array:
-            state, errors = carry
-            reached = errors.min(1) <= config.search.target
-            return (state.step[0, 0] < total) & ~reached.all()
-
-        def go_on(carry: tuple[train.State, Array]) -> tuple[train.State, Array]:
-            state, before = carry
-            grid = jax.vmap(jax.vmap(further, (0, None, 0)), (0, 0, None))
-            state, errors = grid(state, seeds, scales)
-            return state, jnp.minimum(before, errors)
-
-        states = jax.vmap(jax.vmap(start, (None, 0)), (0, None))(seeds, scales)
-        none = jnp.full((len(seeds), len(scales)), jnp.inf)
-        return jax.lax.while_loop(goes_on, go_on, (states, none))[1]
-
-    errors = np.asarray(parallel.once(lowest, seeds, scales, level=1), np.float64)
-    errors = np.where(np.isfinite(errors), errors, np.finfo(np.float64).max)
+    # The lowest error of each pair at any evaluation so far.
+    errors = np.full(grid_shape, np.finfo(np.float64).max)
+    for _ in range(total // every):
+        state, latest = compiled(state, seeds, scales)
+        latest = parallel.gather_seeds(latest, pairs).reshape(grid_shape)
+        errors = np.fmin(errors, np.where(np.isfinite(latest), latest, np.inf))
+        if (errors.min(1) <= config.search.target).all():
+            break
     return [
         {
             'width': width,
             'parameters': setup.parameters(problem),
-            'mse': float(of_seed.min()),
-            'learning_rate': float(rates[of_seed.argmin()]),
+            'mse': float(seed_errors.min()),
+            'learning_rate': float(rates[seed_errors.argmin()]),
         }
-        for of_seed in errors
+        for seed_errors in errors
     ]
 
 

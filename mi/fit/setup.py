@@ -89,10 +89,6 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f'config.train.steps = {config.train.steps}: expected a multiple of '
             f'config.train.eval_every = {config.train.eval_every}, where the error is looked at'
         )
-    if jax.process_count() > 1:
-        raise UserError(
-            f'config.task = {config.task!r} runs in one process; leave --distributed away'
-        )
 
 
 def problem(config: ml_collections.ConfigDict) -> Problem:

@@ -1,5 +1,7 @@
-"""The loop that fits a problem: all seeds of a run at once, by vmap; deterministic.
+"""The loop that fits a problem: all seeds of a run in one program; deterministic.
 
+Seeds are placed over the devices, and each device maps over its own by vmap. Nothing is
+communicated, and a checkpoint holds the seeds alone, so that it moves between numbers of devices.
 Arrays with a leading axis of seeds are marked [S, …].
 """
 
@@ -15,6 +17,7 @@ import ml_collections
 import numpy as np
 import optax
 from jax import Array
+from jax.sharding import Mesh
 
 from mi import checkpoint, metrics, optim, parallel, progress, run
 from mi.fit import setup
@@ -75,6 +78,44 @@ def evaluate(problem: Problem, params: Any, seed: Array) -> dict[str, Metrics]:
     return {split: f(params, world, key) for split, f in problem.evaluations.items()}
 
 
+def shapes(
+    problem: Problem, optimizer: optax.GradientTransformation, count: int, mesh: Mesh
+) -> tuple[State, Array]:
+    """Return the shapes of the state and the numbers of `count` seeds, placed on a mesh.
+
+    Args:
+      problem, optimizer: what is trained, and how.
+      count: S.
+      mesh: from `parallel.seed_mesh`.
+    """
+    seeds = jax.ShapeDtypeStruct(parallel.padded(count, mesh).shape, jnp.int32)
+    init = functools.partial(start, problem, optimizer)
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=parallel.by_seed(mesh)),
+        (jax.eval_shape(jax.vmap(init), seeds), seeds),
+    )
+
+
+def compile_steps(
+    problem: Problem,
+    optimizer: optax.GradientTransformation,
+    count: int,
+    state: State,
+    seeds: Array,
+    mesh: Mesh,
+) -> jax.stages.Compiled:
+    """Compile `count` steps of all seeds: (state, seeds) → (state, metrics), [S, …] each.
+
+    Args:
+      problem, optimizer: what is trained, and how.
+      count: steps.
+      state, seeds: placed on the mesh, or their `shapes`.
+      mesh: from `parallel.seed_mesh`.
+    """
+    program = parallel.map_seeds(functools.partial(steps, problem, optimizer, count), mesh)
+    return jax.jit(program, donate_argnums=0).lower(state, seeds).compile()
+
+
 def train(
     config: ml_collections.ConfigDict, workdir: str, profile: run.Steps | None = None
 ) -> None:
@@ -85,52 +126,62 @@ def train(
 
 
 def _train(config: ml_collections.ConfigDict, problem: Problem, this: run.Run) -> None:
-    total = config.train.steps
-    optimiser = optim.optimiser(config.optim, total)
-    seeds = np.asarray(config.seeds, np.int32)
+    total, count_seeds = config.train.steps, len(config.seeds)
+    optimizer = optim.optimiser(config.optim, total)
     this.write('cost.json', {'steps': total, **problem.costs()})
-    with progress.Work('drawing the initial parameters'):
-        state = parallel.once(jax.vmap(functools.partial(start, problem, optimiser)), seeds)
+
+    # The state of all seeds: that of a checkpoint, or drawn where the seeds are placed.
+    mesh = parallel.seed_mesh(count_seeds)
+    seeds = parallel.shard_seeds(np.asarray(config.seeds, np.int32), mesh)
+    like, _ = shapes(problem, optimizer, count_seeds, mesh)
     saved = checkpoint.Checkpoints(this.path / 'checkpoints', config.train.keep)
-    restored = saved.restore(state)
+    restored = saved.restore(parallel.gathered_shapes(like, count_seeds))
     meta: dict[str, Any] = {'step': 0, 'metrics': 0}
     if restored is not None:
-        state, meta = restored
+        on_host, meta = restored
+        state = parallel.shard_seeds(on_host, mesh)
+    else:
+        with progress.Work('drawing the initial parameters'):
+            init = functools.partial(start, problem, optimizer)
+            state = parallel.once(parallel.map_seeds(init, mesh), seeds)
     this.step = meta['step']
 
-    measure = jax.jit(jax.vmap(functools.partial(evaluate, problem)))
+    measure = jax.jit(parallel.map_seeds(functools.partial(evaluate, problem), mesh))
     compiled: dict[int, jax.stages.Compiled] = {}
     with this.log(total, meta['metrics']) as log:
         while this.step < total:
             count = min(config.train.log_every, total - this.step)
             if count not in compiled:
-                several = jax.vmap(functools.partial(steps, problem, optimiser, count))
                 with progress.Work(f'compiling {count:,} training steps'):
-                    program = jax.jit(several, donate_argnums=0).lower(state, seeds)
-                    compiled[count] = program.compile()
+                    compiled[count] = compile_steps(problem, optimizer, count, state, seeds, mesh)
+
+            # The steps of one record, and the record.
             began = time.perf_counter()
             with progress.Work(f'training steps {this.step + 1:,} to {this.step + count:,}'):
                 state, measured = this.traced(count, compiled[count], state, seeds)
-                measured = jax.device_get(measured)
+                measured = parallel.gather_seeds(measured, count_seeds)
             seconds = time.perf_counter() - began
             this.step += count
             step = this.step
             metrics.refuse_non_finite(config.seeds, step, measured)
             write(log, step, config.seeds, {'train': measured})
-            rate = count * problem.examples * len(seeds) / seconds
+            rate = count * problem.examples * count_seeds / seconds
             log.timing(step, {'seconds': seconds, 'examples_per_second': rate})
             log.progress(step, f'loss {measured["loss"].mean():.4g}', f'{rate:,.0f} examples/s')
+
+            # What is due at this step: evaluation, artefacts, checkpoint.
             if step % config.train.eval_every == 0 or step == total:
                 with progress.Work('evaluating'):
-                    scores = jax.device_get(measure(state.params, seeds))
+                    scores = parallel.gather_seeds(measure(state.params, seeds), count_seeds)
                 write(log, step, config.seeds, scores)
             if step == total:
-                _keep(problem, this, state, seeds)
+                _keep(problem, this, state, seeds, mesh)
             stops = this.stops(recorded=True)
             if step % config.train.save_every == 0 or step == total or stops:
                 parts = {'parameters': state.params, 'moments of the optimizer': state.optimiser}
                 metrics.refuse_broken(config.seeds, step, parts)
-                saved.save(step, state, {'metrics': log.position()})
+                on_host = parallel.gather_seeds(state, count_seeds)
+                saved.save(step, on_host, {'metrics': log.position()})
                 if stops and step < total:
                     this.preempted()
 
@@ -146,15 +197,15 @@ def write(
             log.write(step, seed, split, finite)
 
 
-def _keep(problem: Problem, this: run.Run, state: State, seeds: np.ndarray) -> None:
-    """Writes the problem's artefacts, [S, …] each, to artefacts.npz."""
+def _keep(problem: Problem, this: run.Run, state: State, seeds: Array, mesh: Mesh) -> None:
+    """Write the problem's artefacts, [S, …] each, to artefacts.npz."""
     draw = problem.artefacts
     if draw is None:
         return
 
-    def of_seed(params: Any, seed: Array) -> Metrics:
-        of_world, _, _, key = keys(seed)
-        return draw(params, problem.world(of_world), key)
+    def draw_one(params: Any, seed: Array) -> Metrics:
+        world_key, _, _, key = keys(seed)
+        return draw(params, problem.world(world_key), key)
 
-    arrays = jax.device_get(jax.jit(jax.vmap(of_seed))(state.params, seeds))
-    this.write_arrays('artefacts.npz', arrays)
+    arrays = jax.jit(parallel.map_seeds(draw_one, mesh))(state.params, seeds)
+    this.write_arrays('artefacts.npz', parallel.gather_seeds(arrays, len(this.config.seeds)))

@@ -14,7 +14,6 @@ from configs import (
     regression,
     seq2seq,
 )
-from mi.config import UserError
 from mi.fit import setup, train
 from mi.fit.problem import Problem
 from tests.fit.runs import edited
@@ -56,15 +55,6 @@ def test_the_parameters_that_are_matched_are_those_that_are_written_down(word, c
     problem = setup.problem(config)
     networks = len(config.problem.targets) if word == 'sequences' else 1
     assert setup.parameters(problem) == networks * problem.costs()['parameters']['model']
-
-
-@pytest.mark.parametrize('word', expressivity.PRESETS)
-def test_either_task_is_of_one_process(word, monkeypatch):
-    config = expressivity.get_config(word)
-    setup.validate(config)
-    monkeypatch.setattr('jax.process_count', lambda: 2)
-    with pytest.raises(UserError, match=f"config.task = '{word}' runs in one process"):
-        setup.validate(config)
 
 
 def test_every_step_of_every_seed_draws_batches_of_its_own_and_metrics_are_means():
