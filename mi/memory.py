@@ -20,7 +20,7 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from mi import costs, optim, overrides, parallel, progress
+from mi import costs, optim, overrides, parallel, placement, progress
 from mi.config import UserError
 from mi.fit import setup as fit
 from mi.fit import train as train_fit
@@ -125,11 +125,11 @@ def _rl(config: ml_collections.ConfigDict) -> Training:
 def _fit(config: ml_collections.ConfigDict) -> Training:
     problem = fit.problem(config)
     optimizer = optim.optimiser(config.optim, config.train.steps)
-    mesh = parallel.seed_mesh(len(config.seeds))
+    mesh = placement.seed_mesh(len(config.seeds))
     state, seeds = train_fit.shapes(problem, optimizer, len(config.seeds), mesh)
     count = min(config.train.log_every, config.train.steps)
     program = problem, optimizer, count, state, seeds, mesh
-    saved = parallel.gathered_shapes(state, len(config.seeds))
+    saved = placement.gathered_shapes(state, len(config.seeds))
     return Training(
         {'parameters': saved.params, 'optimiser': saved.optimiser, 'other': saved.step},
         functools.partial(train_fit.compile_steps, *program),

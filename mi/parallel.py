@@ -5,9 +5,8 @@ Batches are split over both axes. Parameters and what the optimiser keeps of the
 All processes run the same program on the same config; the first alone writes to the run directory.
 """
 
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +19,6 @@ from mi import progress
 from mi.config import UserError
 
 HEARTBEAT = 30  # seconds after which a process that is gone ends the others
-SEED = 'seed'  # the axis that seeds are placed over
 ROWS = ('data', 'fsdp')  # the axes that a batch is split over
 
 
@@ -167,79 +165,6 @@ def by_size(tree: Any, mesh: Mesh, skip: int = 0, least: int = 2**12) -> Any:
         return NamedSharding(mesh, PartitionSpec(*[None] * longest, 'fsdp'))
 
     return jax.tree.map(of, tree)
-
-
-def seed_mesh(count: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Return a mesh that places `count` independent seeds, as evenly as they can be, over 'seed'.
-
-    The largest share of a device is ceil(count / devices). Several processes use every device, as
-    each of them has to run the program; one process uses no more than have a seed of their own.
-
-    Args:
-      count: seeds, or whatever else is independent, such as pairs of a seed and a learning rate.
-      devices: all that there are, unless given.
-    """
-    devices = jax.devices() if devices is None else devices
-    shards = len(devices)
-    if len({device.process_index for device in devices}) == 1:
-        shards = math.ceil(count / math.ceil(count / shards))
-    return Mesh(np.reshape(np.asarray(devices[:shards], object), (shards, 1, 1)), (SEED, *ROWS))
-
-
-def map_seeds(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """Return the function of one seed, mapped over arrays [S, …] that `shard_seeds` has split.
-
-    Each device maps over its own seeds, so there is nothing to communicate.
-    """
-    spec = PartitionSpec(SEED)
-    return jax.shard_map(
-        jax.vmap(function), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
-    )
-
-
-def by_seed(mesh: Mesh) -> NamedSharding:
-    """With the leading axis split over 'seed'."""
-    return NamedSharding(mesh, PartitionSpec(SEED))
-
-
-def padded(count: int, mesh: Mesh) -> np.ndarray:
-    """Return which seed is at each place of a split axis: all, then repeats up to even shares."""
-    shards = mesh.shape[SEED]
-    return np.arange(shards * math.ceil(count / shards)) % count
-
-
-def shard_seeds(tree: Any, mesh: Mesh) -> Any:
-    """Split host arrays [S, …] over 'seed', padded with repeats; every process has all of them."""
-    sharding = by_seed(mesh)
-
-    def shard(a: np.ndarray) -> Array:
-        a = np.asarray(a)
-        a = a[padded(len(a), mesh)]
-        return jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])
-
-    return jax.tree.map(shard, tree)
-
-
-def gather_seeds(tree: Any, count: int) -> Any:
-    """Return arrays that are split over 'seed' as host arrays [S, …], on every process.
-
-    Args:
-      tree: of arrays, all on the same mesh.
-      count: S; the repeats that `shard_seeds` has added are dropped.
-    """
-    if jax.process_count() > 1:
-        mesh = jax.tree.leaves(tree)[0].sharding.mesh
-        tree = here(jax.jit(_identity, out_shardings=whole(mesh))(tree))
-    return jax.tree.map(lambda a: a[:count], jax.device_get(tree))
-
-
-def gathered_shapes(tree: Any, count: int) -> Any:
-    """Return the shapes of what `gather_seeds` returns for arrays of these shapes."""
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct((count, *a.shape[1:]), a.dtype), tree)
-
-
-def _identity(tree: Any) -> Any:
-    return tree
 
 
 def placed(shapes: Any, shardings: Any) -> Any:

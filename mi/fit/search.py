@@ -18,7 +18,7 @@ import ml_collections
 import numpy as np
 from jax import Array
 
-from mi import metrics, optim, parallel, progress, run
+from mi import metrics, optim, parallel, placement, progress, run
 from mi.fit import setup, train
 
 Bracket = tuple[int, int]  # the places, in the grid, of a width that fails and one that reaches
@@ -189,8 +189,8 @@ def probe(config: ml_collections.ConfigDict, width: int) -> list[metrics.Record]
     pairs = len(config.seeds) * len(rates)
 
     # Every seed with every rate, [pairs], placed over the devices.
-    mesh = parallel.seed_mesh(pairs)
-    seeds, scales = parallel.shard_seeds(
+    mesh = placement.seed_mesh(pairs)
+    seeds, scales = placement.shard_seeds(
         (
             np.repeat(np.asarray(config.seeds, np.int32), len(rates)),
             np.tile(rates / config.optim.learning_rate, len(config.seeds)),
@@ -198,20 +198,20 @@ def probe(config: ml_collections.ConfigDict, width: int) -> list[metrics.Record]
         mesh,
     )
     init = functools.partial(train.start, problem, optimizer)
-    state = parallel.once(parallel.map_seeds(init, mesh), seeds)
+    state = parallel.once(placement.shard_map_seeds(init, mesh), seeds)
 
     def advance(state: train.State, seed: Array, scale: Array) -> tuple[train.State, Array]:
         state, _ = train.steps(problem, optimizer, every, state, seed, scale)
         return state, train.evaluate(problem, state.params, seed)['eval']['mse']
 
-    program = parallel.map_seeds(advance, mesh)
+    program = placement.shard_map_seeds(advance, mesh)
     compiled = parallel.compile_fast(program, state, seeds, scales, level=1, donate_argnums=0)
 
     # The lowest error of each pair at any evaluation so far.
     errors = np.full(grid_shape, np.finfo(np.float64).max)
     for _ in range(total // every):
         state, latest = compiled(state, seeds, scales)
-        latest = parallel.gather_seeds(latest, pairs).reshape(grid_shape)
+        latest = placement.gather_seeds(latest, pairs).reshape(grid_shape)
         errors = np.fmin(errors, np.where(np.isfinite(latest), latest, np.inf))
         if (errors.min(1) <= config.search.target).all():
             break

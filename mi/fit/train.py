@@ -19,7 +19,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from mi import checkpoint, metrics, optim, parallel, progress, run
+from mi import checkpoint, metrics, optim, parallel, placement, progress, run
 from mi.fit import setup
 from mi.fit.problem import Metrics, Problem
 
@@ -86,12 +86,12 @@ def shapes(
     Args:
       problem, optimizer: what is trained, and how.
       count: S.
-      mesh: from `parallel.seed_mesh`.
+      mesh: from `placement.seed_mesh`.
     """
-    seeds = jax.ShapeDtypeStruct(parallel.padded(count, mesh).shape, jnp.int32)
+    seeds = jax.ShapeDtypeStruct(placement.padded(count, mesh).shape, jnp.int32)
     init = functools.partial(start, problem, optimizer)
     return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=parallel.by_seed(mesh)),
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placement.by_seed(mesh)),
         (jax.eval_shape(jax.vmap(init), seeds), seeds),
     )
 
@@ -110,9 +110,9 @@ def compile_steps(
       problem, optimizer: what is trained, and how.
       count: steps.
       state, seeds: placed on the mesh, or their `shapes`.
-      mesh: from `parallel.seed_mesh`.
+      mesh: from `placement.seed_mesh`.
     """
-    program = parallel.map_seeds(functools.partial(steps, problem, optimizer, count), mesh)
+    program = placement.shard_map_seeds(functools.partial(steps, problem, optimizer, count), mesh)
     return jax.jit(program, donate_argnums=0).lower(state, seeds).compile()
 
 
@@ -131,22 +131,22 @@ def _train(config: ml_collections.ConfigDict, problem: Problem, this: run.Run) -
     this.write('cost.json', {'steps': total, **problem.costs()})
 
     # The state of all seeds: that of a checkpoint, or drawn where the seeds are placed.
-    mesh = parallel.seed_mesh(count_seeds)
-    seeds = parallel.shard_seeds(np.asarray(config.seeds, np.int32), mesh)
+    mesh = placement.seed_mesh(count_seeds)
+    seeds = placement.shard_seeds(np.asarray(config.seeds, np.int32), mesh)
     like, _ = shapes(problem, optimizer, count_seeds, mesh)
     saved = checkpoint.Checkpoints(this.path / 'checkpoints', config.train.keep)
-    restored = saved.restore(parallel.gathered_shapes(like, count_seeds))
+    restored = saved.restore(placement.gathered_shapes(like, count_seeds))
     meta: dict[str, Any] = {'step': 0, 'metrics': 0}
     if restored is not None:
         on_host, meta = restored
-        state = parallel.shard_seeds(on_host, mesh)
+        state = placement.shard_seeds(on_host, mesh)
     else:
         with progress.Work('drawing the initial parameters'):
             init = functools.partial(start, problem, optimizer)
-            state = parallel.once(parallel.map_seeds(init, mesh), seeds)
+            state = parallel.once(placement.shard_map_seeds(init, mesh), seeds)
     this.step = meta['step']
 
-    measure = jax.jit(parallel.map_seeds(functools.partial(evaluate, problem), mesh))
+    measure = jax.jit(placement.shard_map_seeds(functools.partial(evaluate, problem), mesh))
     compiled: dict[int, jax.stages.Compiled] = {}
     with this.log(total, meta['metrics']) as log:
         while this.step < total:
@@ -159,7 +159,7 @@ def _train(config: ml_collections.ConfigDict, problem: Problem, this: run.Run) -
             began = time.perf_counter()
             with progress.Work(f'training steps {this.step + 1:,} to {this.step + count:,}'):
                 state, measured = this.traced(count, compiled[count], state, seeds)
-                measured = parallel.gather_seeds(measured, count_seeds)
+                measured = placement.gather_seeds(measured, count_seeds)
             seconds = time.perf_counter() - began
             this.step += count
             step = this.step
@@ -172,7 +172,7 @@ def _train(config: ml_collections.ConfigDict, problem: Problem, this: run.Run) -
             # What is due at this step: evaluation, artefacts, checkpoint.
             if step % config.train.eval_every == 0 or step == total:
                 with progress.Work('evaluating'):
-                    scores = parallel.gather_seeds(measure(state.params, seeds), count_seeds)
+                    scores = placement.gather_seeds(measure(state.params, seeds), count_seeds)
                 write(log, step, config.seeds, scores)
             if step == total:
                 _keep(problem, this, state, seeds, mesh)
@@ -180,7 +180,7 @@ def _train(config: ml_collections.ConfigDict, problem: Problem, this: run.Run) -
             if step % config.train.save_every == 0 or step == total or stops:
                 parts = {'parameters': state.params, 'moments of the optimizer': state.optimiser}
                 metrics.refuse_broken(config.seeds, step, parts)
-                on_host = parallel.gather_seeds(state, count_seeds)
+                on_host = placement.gather_seeds(state, count_seeds)
                 saved.save(step, on_host, {'metrics': log.position()})
                 if stops and step < total:
                     this.preempted()
@@ -207,5 +207,5 @@ def _keep(problem: Problem, this: run.Run, state: State, seeds: Array, mesh: Mes
         world_key, _, _, key = keys(seed)
         return draw(params, problem.world(world_key), key)
 
-    arrays = jax.jit(parallel.map_seeds(draw_one, mesh))(state.params, seeds)
-    this.write_arrays('artefacts.npz', parallel.gather_seeds(arrays, len(this.config.seeds)))
+    arrays = jax.jit(placement.shard_map_seeds(draw_one, mesh))(state.params, seeds)
+    this.write_arrays('artefacts.npz', placement.gather_seeds(arrays, len(this.config.seeds)))

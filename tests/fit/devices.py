@@ -15,7 +15,7 @@ from unittest import mock
 import jax
 
 from configs import expressivity
-from mi import optim, parallel, program
+from mi import optim, placement, program
 from mi.fit import search, setup, train
 from tests.fit.runs import edited, records
 
@@ -37,9 +37,9 @@ def programs(config, devices):
     """Return FLOPs and collectives of the training steps and the evaluation on some devices."""
     problem, count = setup.problem(config), len(config.seeds)
     optimizer = optim.optimiser(config.optim, config.train.steps)
-    mesh = parallel.seed_mesh(count, devices)
+    mesh = placement.seed_mesh(count, devices)
     state, seeds = train.shapes(problem, optimizer, count, mesh)
-    measure = parallel.map_seeds(functools.partial(train.evaluate, problem), mesh)
+    measure = placement.shard_map_seeds(functools.partial(train.evaluate, problem), mesh)
     compiled = {
         'train': train.compile_steps(problem, optimizer, 20, state, seeds, mesh),
         'eval': jax.jit(measure).lower(state.params, seeds).compile(),

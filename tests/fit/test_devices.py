@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from mi import parallel
+from mi import placement
 from tests.conftest import ROOT, forced
 from tests.fit.devices import SMALL
 from tests.fit.runs import records
@@ -104,17 +104,17 @@ def test_shares_are_as_even_as_they_can_be():
         process_index = 0
 
     devices = [Device() for _ in range(8)]
-    shards = [parallel.seed_mesh(n, devices).shape['seed'] for n in (1, 3, 4, 7, 8, 9, 12, 17, 24)]
+    shards = [placement.seed_mesh(n, devices).shape['seed'] for n in (1, 3, 4, 7, 8, 9, 12, 17, 24)]
     assert shards == [1, 3, 4, 7, 8, 5, 6, 6, 8]  # with 1, …, 2, 2, 3, 3 seeds each
     several = [Device() for _ in range(4)]
     several[3].process_index = 1
-    assert parallel.seed_mesh(3, several).shape['seed'] == 4  # each process has to run the program
-    mesh = parallel.seed_mesh(6, several)
-    assert parallel.padded(6, mesh).tolist() == [0, 1, 2, 3, 4, 5, 0, 1]
+    assert placement.seed_mesh(3, several).shape['seed'] == 4  # each process has to run the program
+    mesh = placement.seed_mesh(6, several)
+    assert placement.padded(6, mesh).tolist() == [0, 1, 2, 3, 4, 5, 0, 1]
 
 
 def test_seeds_come_back_as_they_were():
-    mesh = parallel.seed_mesh(3, jax.devices())
+    mesh = placement.seed_mesh(3, jax.devices())
     arrays = {'a': np.arange(6.0).reshape(3, 2), 'b': np.int32([1, 2, 3])}
-    back = parallel.gather_seeds(parallel.shard_seeds(arrays, mesh), 3)
+    back = placement.gather_seeds(placement.shard_seeds(arrays, mesh), 3)
     jax.tree.map(np.testing.assert_array_equal, back, arrays)
