@@ -3,12 +3,13 @@
     python -m launch.k8s --sweep=experiments/lm_fusion.py --workdir=/runs/lm_fusion \\
         --image=registry.example/mi:1 --claim=runs --gpus=8 --processes=2 --retries=3 \\
         | kubectl apply -f -
-    python -m launch.k8s … --tpu=tpu-v5-lite-podslice --topology=4x4 --processes=4 --gpus=4
+    python -m launch.k8s … --tpu=tpu-v5-lite-podslice --topology=4x4
 
 It needs the JobSet controller (jobset.x-k8s.io/v1alpha2) in the cluster, an image with the
 repository as its working directory, and a volume that all pods can write to, at `--mount`, with the
 sweep directory on it; launch this where the same path is there, so that finished members are
-skipped and `launch.status` works. With --tpu, --gpus is how many chips each host has.
+skipped and `launch.status` works. A TPU slice sets the hosts of a member and the chips of each
+host (`launch.tpu`); --gpus chooses where GKE makes the same slice of larger and of smaller hosts.
 
 A pod that is evicted or preempted, or that ends with 143 because it saved, is started again as long
 as it gets further each time (`launch.restarts`, which the containers run); one that fails, as often
@@ -32,7 +33,7 @@ from typing import Any
 import yaml
 from absl import flags
 
-from launch import restarts, state
+from launch import restarts, state, tpu
 from launch.engine import QUEUED, Commands, Resources, States
 from mi.config import UserError
 from mi.run import PREEMPTED
@@ -169,8 +170,7 @@ def manifests(commands: Commands, resources: Resources, options: Options) -> lis
         raise UserError('--image=IMAGE and --claim=NAME of a PersistentVolumeClaim are both needed')
     if bool(options.tpu) != bool(options.topology):
         raise UserError('--tpu=KIND and --topology=SHAPE go together')
-    if options.tpu and not resources.gpus:
-        raise UserError('--tpu needs --gpus=CHIPS, how many of them each host has')
+    resources = sized(resources, options)
     outside = [p for p in commands if not p.is_relative_to(options.mount)]
     if outside:
         raise UserError(
@@ -178,6 +178,19 @@ def manifests(commands: Commands, resources: Resources, options: Options) -> lis
             f'name a directory in it'
         )
     return [jobset(path, command, resources, options) for path, command in commands.items()]
+
+
+def sized(resources: Resources, options: Options) -> Resources:
+    """Return the resources with the hosts and chips of the TPU slice, if there is one.
+
+    Raises:
+      UserError: if GKE has no such slice, or no such hosts for it.
+    """
+    if not options.tpu:
+        return resources
+    hosts = resources.processes if resources.processes > 1 else 0
+    found = tpu.find_slice(options.tpu, options.topology, resources.gpus, hosts)
+    return dataclasses.replace(resources, processes=found.hosts, gpus=found.chips)
 
 
 def submit(commands: Commands, resources: Resources) -> States:

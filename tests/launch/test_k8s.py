@@ -153,11 +153,11 @@ def test_pods_that_saved_or_were_evicted_are_started_again_without_being_counted
 
 
 def test_a_tpu_slice_is_asked_for_by_kind_and_shape():
-    chips = engine.Resources(gpus=4, processes=4)
     slices = dataclasses.replace(PODS, tpu='tpu-v5-lite-podslice', topology='4x4')
-    for manifest in k8s.manifests(COMMANDS, chips, slices):
+    for manifest in k8s.manifests(COMMANDS, engine.Resources(), slices):
         check(manifest)
         job, container = only(manifest)
+        assert job['template']['spec']['completions'] == 4
         assert container['resources']['limits'] == {'google.com/tpu': '4'}
         assert container['command'][-1] == '--distributed=auto'
         selector = job['template']['spec']['template']['spec']['nodeSelector']
@@ -169,6 +169,8 @@ def test_a_tpu_slice_is_asked_for_by_kind_and_shape():
     [
         ({'image': None}, '--image=IMAGE and --claim=NAME'),
         ({'tpu': 'v5'}, '--topology=SHAPE'),
+        ({'tpu': 'tpu-v5p', 'topology': '4x4'}, "--tpu=tpu-v5p: did you mean 'tpu-v5p-slice'?"),
+        ({'tpu': 'tpu-v5p-slice', 'topology': '4x4'}, '--topology=4x4: expected a slice of'),
         ({'mount': '/elsewhere'}, 'the pods see the claim at --mount=/elsewhere'),
     ],
 )
