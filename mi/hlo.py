@@ -7,17 +7,22 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 DTYPE_BITS = {'pred': 8, 'token': 0, 'opaque': 0, 'c64': 64, 'c128': 128}
-ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,<=]*)\]')
+ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,<=]*)\](\{[^{}]*\})?')
 INSTRUCTION = re.compile(r'\s+(ROOT )?%?([\w.\-]+) = (.*)')
 COMPUTATION = re.compile(r'(ENTRY )?%?([\w.\-]+) \(.*\{$')
 OPERAND = re.compile(r'%([\w.\-]+)')
 
 
 class Shape(NamedTuple):
-    """One array."""
+    """One array; on a TPU, `space` 0 is its main memory, 1 the vector memory of the core."""
 
     dtype: str
     dims: tuple[int, ...]
+    space: int = 0
+
+    @property
+    def is_in_main_memory(self) -> bool:
+        return self.space == 0
 
     @property
     def size(self) -> int:
@@ -56,7 +61,9 @@ class Instruction(NamedTuple):
     def shapes(self) -> tuple[Shape, ...]:
         """The arrays of the result; of an asynchronous start, of what it will have produced."""
         result = self.result
-        if self.opcode.endswith('-start') and self.opcode != 'all-reduce-start':
+        if self.opcode == 'copy-start':
+            result = split_tuple(result)[0]
+        elif self.opcode.endswith('-start') and self.opcode != 'all-reduce-start':
             result = split_tuple(result)[1]
         return parse_shapes(result)
 
@@ -186,8 +193,11 @@ def split_tuple(text: str) -> list[str]:
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:
     """The arrays of the text of a type; bounds of dynamic sizes count as sizes."""
-    found = ARRAY.findall(re.sub(r'\{[^{}]*\}|/\*.*?\*/', '', text))
-    return tuple(Shape(dtype, _integers(dims)) for dtype, dims in found)
+    shapes = []
+    for dtype, dims, layout in ARRAY.findall(text):
+        space = re.search(r'S\((\d+)\)', layout)
+        shapes.append(Shape(dtype, _integers(dims), int(space[1]) if space else 0))
+    return tuple(shapes)
 
 
 def _integers(text: str) -> tuple[int, ...]:

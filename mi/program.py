@@ -1,4 +1,4 @@
-"""Read what a compiled program does on each device: FLOPs, collectives and kernels.
+"""Read what a compiled program does on each device: FLOPs, bytes, collectives and kernels.
 
     compiled = jax.jit(step).lower(*shapes).compile()
     program = analyze(compiled)
@@ -10,14 +10,12 @@ bodies once; of a conditional the dearest branch counts.
 """
 
 import dataclasses
-import math
 import re
 from collections import Counter
-from typing import NamedTuple
 
 import jax
 
-from mi import hlo
+from mi import hlo, hlo_cost
 
 KINDS = (
     'all-reduce',
@@ -73,6 +71,9 @@ class Program:
     Attributes:
       flops: of products and convolutions, 2·a·b·c for [a, b] and [b, c]. A product that the
         compiler turned into elementwise operations, as with a vector, counts nothing.
+      bytes_accessed: of the main memory that kernels read and write. A kernel that takes a slice of
+        an array reads the slice; where a TPU keeps arrays in its vector memory nothing counts.
+      cycles: of kernels, as the compiler of a TPU estimates them; None on other devices.
       collectives: largest in total first; a group of one device sends nothing and is left out.
       kernels: opcode → launches, of instructions that are not part of another: 'fusion',
         'custom-call', 'dot', 'copy', …
@@ -81,6 +82,8 @@ class Program:
     """
 
     flops: int
+    bytes_accessed: int
+    cycles: int | None
     collectives: tuple[Collective, ...]
     kernels: dict[str, int]
     unknown_loops: tuple[str, ...]
@@ -125,6 +128,8 @@ def analyze_text(text: str) -> Program:
     ]
     return Program(
         flops=tally.flops,
+        bytes_accessed=tally.bytes_accessed,
+        cycles=tally.cycles or None,
         collectives=tuple(sorted(collectives, key=lambda c: (-c.total, c.kind))),
         kernels=dict(sorted(tally.kernels.items())),
         unknown_loops=tuple(sorted(tally.unknown_loops)),
@@ -137,6 +142,8 @@ class _Tally:
     """Sums over the instructions of a computation and of those that it calls."""
 
     flops: int = 0
+    bytes_accessed: int = 0
+    cycles: int = 0
     collectives: Counter[tuple[str, int, int]] = dataclasses.field(default_factory=Counter)
     kernels: Counter[str] = dataclasses.field(default_factory=Counter)
     unknown_loops: set[str] = dataclasses.field(default_factory=set)
@@ -144,6 +151,8 @@ class _Tally:
 
     def add(self, other: '_Tally', times: int = 1) -> None:
         self.flops += times * other.flops
+        self.bytes_accessed += times * other.bytes_accessed
+        self.cycles += times * other.cycles
         if times:
             for key, count in other.collectives.items():
                 self.collectives[key] += times * count
@@ -165,6 +174,7 @@ class _Reader:
     def __init__(self, module: hlo.Module) -> None:
         self.module = module
         self.constants = hlo.Constants(module)
+        self.memory = hlo_cost.Memory(module)
         self.tallies: dict[tuple[str, tuple[hlo.Value, ...], bool], _Tally] = {}
 
     def read(self, name: str, arguments: tuple[hlo.Value, ...], is_fused: bool = False) -> _Tally:
@@ -196,6 +206,8 @@ class _Reader:
         opcode = instruction.opcode.removesuffix('-start')
         if not is_fused and opcode not in NO_KERNEL:
             tally.kernels[opcode] += 1
+            tally.bytes_accessed += self.memory.bytes_accessed(computation, instruction)
+            tally.cycles += hlo_cost.estimated_cycles(instruction)
 
         # Other computations: a loop's body as often as it runs, of a conditional one branch.
         if opcode in ('while', 'conditional', 'call', 'fusion', 'async'):
@@ -223,104 +235,10 @@ class _Reader:
             if not _is_continued(computation, instruction):
                 tally.collectives.update(_collectives(self.module, computation, instruction))
         elif opcode in ('dot', 'convolution', 'custom-call'):
-            flops = product_flops(computation, instruction)
+            flops = hlo_cost.product_flops(computation, instruction)
             if flops is None and OPAQUE.search(instruction.target):
                 tally.uncounted_calls.add(instruction.target)
             tally.flops += flops or 0
-
-
-def product_flops(computation: hlo.Computation, instruction: hlo.Instruction) -> int | None:
-    """FLOPs of a dot, a convolution or a call of cuBLAS or cuDNN for one; None of other calls."""
-    shapes = computation.operand_shapes(instruction)
-    target = instruction.target
-    if instruction.opcode == 'dot':
-        contracted = instruction.dims('lhs_contracting_dims')
-        return 2 * instruction.shapes[0].size * math.prod(shapes[0].dims[i] for i in contracted)
-    if instruction.opcode == 'convolution':
-        return _convolution_flops(instruction, shapes[0], instruction.shapes[0])
-    if target.startswith('__cublas$'):
-        match = re.search(r'"lhs_contracting_dimensions":\[([\d",]*)\]', instruction.attributes)
-        if match is None:
-            return None
-        contracted = tuple(int(number) for number in re.findall(r'\d+', match[1]))
-        return 2 * instruction.shapes[0].size * math.prod(shapes[0].dims[i] for i in contracted)
-    if target.startswith('__cudnn$conv'):
-        # Gradients have the labels and the window of the forward convolution.
-        lhs, out = shapes[0], instruction.shapes[0]
-        if target == '__cudnn$convBackwardInput':
-            lhs, out = out, lhs
-        elif target == '__cudnn$convBackwardFilter':
-            out = shapes[1]
-        return _convolution_flops(instruction, lhs, out)
-    return None
-
-
-def _convolution_flops(instruction: hlo.Instruction, lhs: hlo.Shape, out: hlo.Shape) -> int:
-    """FLOPs of a convolution without those on padding and on the holes of dilation.
-
-    A TPU writes products as convolutions, with batch axes as dilated spatial ones; so counted they
-    have the FLOPs of the product.
-    """
-    labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', instruction.attributes)
-    if labels is None:
-        raise ValueError('convolution: expected dim_labels')
-    spatial = [label for label in labels[3] if label.isdigit()]
-    window = _window(instruction.attributes, len(spatial))
-
-    # Pairs of an output and a position of the window that meet an entry of the input.
-    pairs = 1
-    for label in spatial:
-        taps = window[int(label)]
-        size = lhs.dims[labels[1].index(label)]
-        pairs *= taps.pairs(size, out.dims[labels[3].index(label)])
-    groups = int(instruction.option('feature_group_count') or 1)
-    batch_groups = int(instruction.option('batch_group_count') or 1)
-    batch = lhs.dims[labels[1].index('b')] // batch_groups
-    in_features = lhs.dims[labels[1].index('f')] // groups
-    out_features = out.dims[labels[3].index('f')]
-    return 2 * pairs * batch * in_features * out_features
-
-
-class _Taps(NamedTuple):
-    """The window of a convolution along one axis."""
-
-    size: int = 1
-    stride: int = 1
-    pad: int = 0
-    lhs_dilate: int = 1
-    rhs_dilate: int = 1
-
-    def pairs(self, inputs: int, outputs: int) -> int:
-        """Pairs of an output and a tap that meet an entry of the input."""
-        return sum(self._outputs(tap, inputs, outputs) for tap in range(self.size))
-
-    def _outputs(self, tap: int, inputs: int, outputs: int) -> int:
-        """Outputs o in range for which o·stride + shift = i·lhs_dilate with an input i in range."""
-        shift = tap * self.rhs_dilate - self.pad
-        common = math.gcd(self.stride, self.lhs_dilate)
-        if shift % common:
-            return 0
-        # o ≡ first modulo period, and 0 ≤ o·stride + shift ≤ (inputs − 1)·lhs_dilate.
-        period = self.lhs_dilate // common
-        first = (-shift // common) * pow(self.stride // common, -1, period) % period
-        low = max(0, -(shift // self.stride))
-        high = min(outputs - 1, ((inputs - 1) * self.lhs_dilate - shift) // self.stride)
-        low += (first - low) % period
-        return max(0, (high - low) // period + 1)
-
-
-def _window(attributes: str, rank: int) -> list[_Taps]:
-    """Parse window={size=3x3 stride=2x2 pad=1_1x1_1 lhs_dilate=… rhs_dilate=…}."""
-    match = re.search(r'\bwindow=\{([^}]*)\}', attributes)
-    fields = dict(field.split('=') for field in match[1].split()) if match else {}
-    columns = {
-        name: [int(part.split('_')[0]) for part in fields[name].split('x')]
-        for name in _Taps._fields
-        if name in fields
-    }
-    return [
-        _Taps(**{name: column[axis] for name, column in columns.items()}) for axis in range(rank)
-    ]
 
 
 def _collectives(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mi import program
+from mi import hlo_cost, program
 from mi.program import Collective
 from tests.conftest import forced
 
@@ -64,6 +64,37 @@ def test_the_kernels_of_a_loop_are_launched_in_every_iteration():
 
     # Programs of different lengths have the same text but for the length.
     assert launches(30) - launches(20) == launches(20) - launches(10) >= 10
+
+
+def test_a_kernel_reads_its_operands_and_of_a_stack_the_slice():
+    x, W = shape(16, 128), shape(128, 128)
+    product = 4 * (16 * 128 + 128 * 128 + 16 * 128)
+    assert analyze(lambda x, W: x @ W, x, W).bytes_accessed == product
+
+    def scan(W, rows):
+        return jax.lax.scan(lambda _, row: (0, row @ W), 0, rows)[1]
+
+    def accessed(length):
+        return analyze(scan, W, shape(length, 16, 128)).bytes_accessed
+
+    # An iteration slices a row out, multiplies, and writes a row; copies come with it.
+    one = (accessed(40) - accessed(20)) / 20
+    assert product <= one <= product + 8 * 4 * 16 * 128
+
+
+@pytest.mark.parametrize('inputs', [1, 5, 8])
+@pytest.mark.parametrize('outputs', [1, 7])
+@pytest.mark.parametrize('stride', [1, 2, 7])
+@pytest.mark.parametrize('pad', [-1, 0, 2])
+@pytest.mark.parametrize('dilate', [1, 3, 8])
+def test_taps_of_a_window_that_meet_an_entry(inputs, outputs, stride, pad, dilate):
+    taps = hlo_cost.Taps(4, stride, pad, dilate, rhs_dilate=2)
+    met = 0
+    for tap in range(4):
+        for output in range(outputs):
+            position = output * stride + tap * 2 - pad
+            met += position % dilate == 0 and 0 <= position // dilate < inputs
+    assert taps.pairs(inputs, outputs) == met
 
 
 def test_a_batch_of_products_and_its_gradient():
@@ -162,7 +193,7 @@ TPU = """HloModule jit_f, is_scheduled=true, num_partitions=4
   %one = s32[]{:T(128)} get-tuple-element(%s.0), index=4
   %bound = s32[]{:T(128)} get-tuple-element(%s.0), index=5
   %constant.1 = s32[]{:T(128)} constant(1)
-  %fusion.46 = (f32[8,128]{1,0:T(8,128)}, bf16[128,256]{1,0:T(8,128)(2,1)S(1)}) fusion(%h, %W, %w), kind=kOutput, calls=%async_collective_fusion.46
+  %fusion.46 = (f32[8,128]{1,0:T(8,128)}, bf16[128,256]{1,0:T(8,128)(2,1)S(1)}) fusion(%h, %W, %w), kind=kOutput, calls=%async_collective_fusion.46, backend_config={"window_config":{"estimated_cycles":"300"}}
   %h.1 = f32[8,128]{1,0:T(8,128)} get-tuple-element(%fusion.46), index=0
   %add.1 = s32[]{:T(128)} add(%i, %constant.1)
   %psum.9 = f32[8,128]{1,0:T(8,128)} all-reduce(%h.1), channel_id=1, replica_groups=[2,2]<=[4], use_global_device_ids=true, to_apply=%region_2.2
@@ -195,7 +226,7 @@ ENTRY %main (x: f32[8,128], W.1: f32[128,128], w.1: bf16[32,256], a: f32[8,16,16
   %tuple.44 = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}, f32[128,128]{1,0:T(8,128)}, bf16[32,256]{1,0:T(8,128)(2,1)S(1)}, s32[]{:T(128)}, /*index=5*/s32[]{:T(128)}) tuple(%copy.27, %x, %W.1, %w.1, %one.1, /*index=5*/%ten)
   %while.20 = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}, f32[128,128]{1,0:T(8,128)}, bf16[32,256]{1,0:T(8,128)(2,1)S(1)}, s32[]{:T(128)}, /*index=5*/s32[]{:T(128)}) while(%tuple.44), condition=%condition, body=%body
   %h.2 = f32[8,128]{1,0:T(8,128)} get-tuple-element(%while.20), index=1
-  %fusion.7 = f32[8,16,16]{2,1,0:T(8,128)} fusion(%a, %a), kind=kOutput, calls=%fused_batch
+  %fusion.7 = f32[8,16,16]{2,1,0:T(8,128)} fusion(%a, %a), kind=kOutput, calls=%fused_batch, backend_config={"window_config":{"estimated_cycles":"2221"}}
   %collective-permute-start = (f32[8,128]{1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)S(1)}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%h.2), channel_id=1, source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
   %collective-permute-done = f32[8,128]{1,0:T(8,128)} collective-permute-done(%collective-permute-start)
   ROOT %tuple.2 = (f32[8,128]{1,0:T(8,128)}, f32[8,16,16]{2,1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)}) tuple(%h.2, %fusion.7, %collective-permute-done)
@@ -213,6 +244,7 @@ def test_a_program_of_a_tpu():
         Collective('collective-permute', 1, 4 * 8 * 128, 4),
     )
     assert found.kernels == {'fusion': 10 + 2, 'add': 10, 'copy': 1}
+    assert found.cycles == 10 * 300 + 2221
 
 
 # What XLA's compiler wrote for four H100, shortened: cuDNN's convolution and the gradient of its
