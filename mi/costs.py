@@ -116,9 +116,7 @@ def acting(config: ml_collections.ConfigDict) -> Acting:
     environment = None
     name, options = rl.environment(config)
     if envs.on_host(name):
-        pool = envs.pool(name, config.actors.batch, config.seeds[0], options)
-        spec = pool.spec
-        pool.close()
+        spec = envs.host_spec(name, config.actors.batch, options)
     else:
         environment = envs.make(name, options)
         spec = environment.spec

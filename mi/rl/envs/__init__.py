@@ -12,7 +12,7 @@ from mi.config import UserError, nearest
 from mi.rl.envs import catch, dmlab30, gym, pools, xland
 from mi.rl.envs.batched import Batched
 from mi.rl.envs.check import check_environment, check_spec
-from mi.rl.envs.spec import HostEnvironment, JaxEnvironment
+from mi.rl.envs.spec import HostEnvironment, JaxEnvironment, Spec
 
 JAX: dict[str, Callable[..., JaxEnvironment]] = {'xland': xland.make, 'catch': catch.make}
 HOST: dict[str, Callable[..., HostEnvironment]] = {
@@ -25,6 +25,12 @@ HOST: dict[str, Callable[..., HostEnvironment]] = {
 }
 
 
+# Specs that are known without the simulator: suite, options that change them → spec.
+SPECS: dict[str, Callable[..., Spec]] = {
+    'atari': pools.atari_spec,
+    'procgen': pools.procgen_spec,
+    'dmlab30': dmlab30.suite_spec,
+}
 # Names of a suite's tasks, for environments whose rows are cheap: a megabyte each and no process.
 CHEAP: dict[str, Callable[[str], tuple[str, ...]]] = {
     'babyai': pools.babyai_levels,
@@ -84,6 +90,37 @@ def pool(
     return environment
 
 
+def host_spec(
+    name: str, batch: int, options: Mapping[str, Any] | None = None, key: str = 'env.name'
+) -> Spec:
+    """Return the spec of an environment on the host, without its simulator where `SPECS` has it.
+
+    Args:
+      name: a word of HOST, with its suite after a slash.
+      batch: rows, at least one for each task.
+      options, key: as in `make`.
+
+    Raises:
+      UserError: as in `pool`.
+    """
+    word, _, suite = name.partition('/')
+    options = options or {}
+    if word not in SPECS:
+        with contextlib.closing(pool(name, batch, 0, options, key)) as environment:
+            return environment.spec
+    _check_options(HOST[word], name, options)
+    parameters = inspect.signature(SPECS[word]).parameters
+    with _named(name, key):
+        spec = SPECS[word](suite, **{k: v for k, v in options.items() if k in parameters})
+        check_spec(spec)
+        if batch < len(spec.tasks):
+            raise UserError(
+                f'{batch} rows for {len(spec.tasks)} tasks: expected a row for each; raise '
+                f'config.actors.batch or name fewer tasks'
+            )
+    return spec
+
+
 def on_host(name: str) -> bool:
     """Whether an environment is stepped outside of JAX's programs."""
     return name.partition('/')[0] in HOST
@@ -128,6 +165,13 @@ def _made(
     maker: Callable[..., Any], name: str, key: str, options: Mapping[str, Any], **rows: int
 ) -> Any:
     """What a maker makes of the suite, with options that it has; its errors name the key."""
+    _check_options(maker, name, options)
+    with _named(name, key):
+        return maker(name.partition('/')[2], **rows, **options)
+
+
+def _check_options(maker: Callable[..., Any], name: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that a maker has not, or of another type."""
     parameters = inspect.signature(maker).parameters
     known = {
         parameter: default.default
@@ -146,8 +190,6 @@ def _made(
                 f'config.env.options.{option} = {value!r}: expected {type(default).__name__}, as '
                 f'its default {default!r}'
             )
-    with _named(name, key):
-        return maker(name.partition('/')[2], **rows, **options)
 
 
 @contextlib.contextmanager

@@ -289,6 +289,24 @@ def spec_of(tasks: tuple[str, ...] = LEVELS, actions: str = 'impala', length: in
     )
 
 
+def suite_spec(suite: str, *, actions: str = 'impala', length: int = 16) -> Spec:
+    """Return the spec of a suite, which needs no engine; the arguments are those of `make`.
+
+    Raises:
+      UserError: on an unknown word.
+    """
+    if actions not in ACTIONS:
+        raise UserError(
+            f'config.env.options.actions = {actions!r} is unknown; {nearest(actions, ACTIONS)}'
+        )
+    tasks = LEVELS if suite in ('', 'train', 'test') else tuple(suite.split(','))
+    for task in tasks:
+        if task not in SCORES:
+            hint = nearest(task, (*LEVELS, 'train', 'test'))
+            raise UserError(f'dmlab30/{task} is unknown; {hint}')
+    return spec_of(tasks, actions, length)
+
+
 def make(
     suite: str,
     *,
@@ -318,15 +336,8 @@ def make(
     Raises:
       UserError: on an unknown word, too few rows, or if the engine is not installed.
     """
-    if actions not in ACTIONS:
-        raise UserError(
-            f'config.env.options.actions = {actions!r} is unknown; {nearest(actions, ACTIONS)}'
-        )
-    tasks = LEVELS if suite in ('', 'train', 'test') else tuple(suite.split(','))
-    for task in tasks:
-        if task not in SCORES:
-            hint = nearest(task, (*LEVELS, 'train', 'test'))
-            raise UserError(f'dmlab30/{task} is unknown; {hint}')
+    spec = suite_spec(suite, actions=actions, length=length)
+    tasks = spec.tasks
     if batch < len(tasks):
         raise UserError(
             f'{batch} rows for {len(tasks)} levels: expected a row for each; raise '
@@ -350,6 +361,4 @@ def make(
         }
         for row in range(batch)
     ]
-    return DMLab(
-        spec_of(tasks, actions, length), engines, np.array(ACTIONS[actions], np.intc), seed, timeout
-    )
+    return DMLab(spec, engines, np.array(ACTIONS[actions], np.intc), seed, timeout)

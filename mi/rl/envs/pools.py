@@ -98,6 +98,7 @@ ATARI = {
     'YarsRevenge': (3092.9, 54576.9),
     'Zaxxon': (32.5, 9173.3),
 }
+ATARI_ACTIONS = 18  # of all games; each has some of them
 ATARI_STEPS = 27000  # 108 000 frames, 30 minutes
 
 # Game → R_min and R_max of the easy mode (Cobbe et al., 2020, appendix); as public code gives them,
@@ -353,6 +354,32 @@ def make_babyai(
     return Pools(spec, pools, read, goal=True, timeout=timeout)
 
 
+def atari_spec(suite: str) -> Spec:
+    """Return the spec of a suite of `make_atari`; that of a single game needs envpool.
+
+    Raises:
+      UserError: on an unknown game, or if envpool is needed and not installed.
+    """
+    games = atari_games(suite)
+    actions = ATARI_ACTIONS
+    if len(games) == 1:
+        actions = int(_envpool().make_spec(f'{games[0]}-v5').gymnasium_action_space.n)
+    return Spec(
+        name='atari',
+        observation={
+            'pixels': jax.ShapeDtypeStruct((84, 84, 4), np.uint8),
+            'task': jax.ShapeDtypeStruct((), np.int32),
+        },
+        actions=actions,
+        tasks=games,
+        random=tuple(ATARI[game][0] for game in games),
+        reference=tuple(ATARI[game][1] for game in games),
+        sources='random and human scores of Wang et al. (2016), from dqn_zoo; no sticky actions',
+        has_success=False,
+        episode=ATARI_STEPS,
+    )
+
+
 def make_atari(
     suite: str,
     *,
@@ -376,35 +403,38 @@ def make_atari(
     Raises:
       UserError: on an unknown game, too few rows, or if envpool is not installed.
     """
-    games = atari_games(suite)
-    several = len(games) > 1
+    spec = atari_spec(suite)
     options = {
         'frame_skip': 4,
         'stack_num': 4,
         'episodic_life': False,
         'reward_clip': False,
-        'full_action_space': several,
+        'full_action_space': len(spec.tasks) > 1,
         'repeat_action_probability': sticky,
         'max_episode_steps': ATARI_STEPS,
     }
-    ids = [f'{game}-v5' for game in games]
-    actions = _envpool().make_spec(ids[0], full_action_space=several).gymnasium_action_space.n
-    spec = Spec(
-        name='atari',
-        observation={
-            'pixels': jax.ShapeDtypeStruct((84, 84, 4), np.uint8),
-            'task': jax.ShapeDtypeStruct((), np.int32),
-        },
-        actions=int(actions),
-        tasks=games,
-        random=tuple(ATARI[game][0] for game in games),
-        reference=tuple(ATARI[game][1] for game in games),
-        sources='random and human scores of Wang et al. (2016), from dqn_zoo; no sticky actions',
-        has_success=False,
-        episode=ATARI_STEPS,
-    )
+    ids = [f'{game}-v5' for game in spec.tasks]
     pools = _pools(spec, ids, batch, seed, threads, **options)
     return Pools(spec, pools, _channels_last, timeout=timeout)
+
+
+def procgen_spec(suite: str) -> Spec:
+    """Return the spec of a suite of `make_procgen`; an unknown one raises UserError."""
+    games = procgen_games(suite)
+    return Spec(
+        name='procgen',
+        observation={
+            'pixels': jax.ShapeDtypeStruct((64, 64, 3), np.uint8),
+            'task': jax.ShapeDtypeStruct((), np.int32),
+        },
+        actions=15,
+        tasks=games,
+        random=tuple(PROCGEN[game][0] for game in games),
+        reference=tuple(PROCGEN[game][1] for game in games),
+        sources='R_min and R_max of the easy mode, Cobbe et al. (2020), from public code',
+        has_success=False,
+        episode=6000,  # of Bigfish; 1000 of most
+    )
 
 
 def make_procgen(
@@ -427,21 +457,8 @@ def make_procgen(
     Raises:
       UserError: on an unknown word, too few rows, or if envpool or Qt 5 is not installed.
     """
+    spec = procgen_spec(suite)
     split, games = _procgen(suite)
-    spec = Spec(
-        name='procgen',
-        observation={
-            'pixels': jax.ShapeDtypeStruct((64, 64, 3), np.uint8),
-            'task': jax.ShapeDtypeStruct((), np.int32),
-        },
-        actions=15,
-        tasks=games,
-        random=tuple(PROCGEN[game][0] for game in games),
-        reference=tuple(PROCGEN[game][1] for game in games),
-        sources='R_min and R_max of the easy mode, Cobbe et al. (2020), from public code',
-        has_success=False,
-        episode=6000,  # of Bigfish; 1000 of most
-    )
     try:
         pools = _pools(
             spec,
