@@ -31,7 +31,7 @@ from absl import app, flags
 from benchmarks import pipeline
 from configs import rl as configs
 from mi import optim, parallel, run
-from mi.rl import envs, learner, queued, setup
+from mi.rl import envs, queued, setup
 from mi.rl.envs.spec import HostEnvironment, Step
 from mi.rl.threads import Actors
 from mi.rl.worker import Policy, Worker, joined
@@ -190,9 +190,9 @@ def measure(
     pool = envs.pool(config.env.name, config.actors.batch, 0)
     agent, optimiser = setup.agent(config, pool.spec), optim.optimiser(config.optim, 1000)
     pool.close()
-    state = queued.start(agent, optimiser, 0, parallel.mesh(B))
-    hyperparameters = setup.hyperparameters(config)
-    update = jax.jit(functools.partial(learner.update, agent, optimiser, hyperparameters))
+    mesh = parallel.mesh(1, B)
+    state = queued.start(agent, optimiser, 0, mesh)
+    update = queued.learner_update(agent, optimiser, setup.hyperparameters(config), mesh)
     policies, workers = [], []
 
     def make(index: int) -> ClockedWorker:

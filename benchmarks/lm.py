@@ -266,10 +266,11 @@ def mi_step(config: ml_collections.ConfigDict, V: int) -> Callable[[], object]:
     config = setup.matched(config, V)
     T, B = config.train.length, config.train.batch
     model, optimiser = setup.build(config, V), optim.optimiser(config.optim, 1000)
-    seeds, mesh = np.zeros(1, np.int32), parallel.mesh(B)
+    seeds, mesh = np.zeros(1, np.int32), parallel.mesh(1, B)
     state = train.start(model, optimiser, seeds, B, mesh)
     rng = np.random.default_rng(0)
-    tokens = parallel.split(rng.integers(V, size=(1, T + 1, B)).astype(np.int32), mesh, axis=2)
+    tokens = rng.integers(V, size=(1, T + 1, B)).astype(np.int32)
+    tokens = parallel.put(tokens, parallel.by_rows(mesh, 2, has_seeds=True))
     compiled = train.compile_step(model, optimiser, 1, state, seeds, tokens, None, mesh)
 
     def step() -> None:

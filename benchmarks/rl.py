@@ -86,8 +86,9 @@ def fused_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
     """One update of the topology 'fused'."""
     environment = envs.make(config.env.name)
     agent, optimiser = setup.agent(config, environment.spec), optim.optimiser(config.optim, 1000)
-    state = fused.start(config, environment, agent, optimiser)
-    compiled = fused.compile_updates(environment, agent, optimiser, config, state, 1)
+    mesh = fused.mesh_of(config)
+    state = fused.start(config, environment, agent, optimiser, mesh)
+    compiled = fused.compile_updates(environment, agent, optimiser, config, state, 1, mesh)
 
     def once() -> None:
         nonlocal state
@@ -102,9 +103,9 @@ def threads_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
     pool = envs.pool(config.env.name, config.actors.batch, 0)
     agent, optimiser = setup.agent(config, pool.spec), optim.optimiser(config.optim, 1000)
     pool.close()
-    state = queued.start(agent, optimiser, 0, parallel.mesh(config.train.batch))
-    hyperparameters = setup.hyperparameters(config)
-    update = jax.jit(functools.partial(learner.update, agent, optimiser, hyperparameters))
+    mesh = parallel.mesh(1, config.train.batch)
+    state = queued.start(agent, optimiser, 0, mesh)
+    update = queued.learner_update(agent, optimiser, setup.hyperparameters(config), mesh)
     actors = queued.start_actors(config, agent, state.params, 0)
     actors.__enter__()
     version, window = 0, queued.Window()
@@ -179,9 +180,9 @@ def conv_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
     inputs: Any = actor.Inputs(observation, no.astype(np.int32), zero, no)
     rows: Any = zero[1:].astype(np.int32), zero[1:], 1 + zero[1:], ~no[1:]
     trajectory = actor.Trajectory(inputs, *rows, agent.initial_carry(B))
-    state = queued.start(agent, optimiser, 0, parallel.mesh(config.train.batch))
-    h = setup.hyperparameters(config)
-    update = jax.jit(functools.partial(learner.update, agent, optimiser, h))
+    mesh = parallel.mesh(1, config.train.batch)
+    state = queued.start(agent, optimiser, 0, mesh)
+    update = queued.learner_update(agent, optimiser, setup.hyperparameters(config), mesh)
     return lambda: jax.block_until_ready(update(state, trajectory))
 
 

@@ -97,7 +97,8 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     train.batch = 32  # B: streams read in parallel, a seed, over all devices
     train.length = 64  # T: tokens a stream and step; gradients stop there, the state goes on
     train.accumulate = 1  # parts of the batch, one after another, whose gradients are added
-    train.fsdp = 1  # devices that share one copy of parameters and optimiser
+    train.fsdp = 1  # devices that share one copy of parameters and optimizer
+    train.mesh = ()  # devices along (seed, data, fsdp); (): seeds first, then the batch
     train.log_every = 50
     train.eval_every = 500  # on the validation text
     train.save_every = 500
@@ -123,6 +124,7 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
 
     config.sample = sample = ml_collections.ConfigDict()  # with --mode=sample
     sample.prompt = 'It is a truth universally acknowledged,'
+    sample.texts = 1  # of each seed
     sample.tokens = 400
     sample.temperature = 0.8  # 0 for the likeliest token
     sample.top_p = 0.95  # of the distribution, the likeliest tokens

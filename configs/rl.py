@@ -172,6 +172,7 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     train.steps = 6_000_000  # of the environments, a seed
     train.batch = 128  # B: environments
     train.length = 20  # T: steps of each per update
+    train.mesh = ()  # devices along (seed, data, fsdp); (): seeds first, then the batch
     train.log_every = 40  # updates
     train.eval_every = 200
     train.save_every = 200

@@ -174,6 +174,12 @@ def seeds(value: Any) -> str:
     return '' if fine else 'a non-empty tuple of distinct non-negative integers, such as (0, 1, 2)'
 
 
+def mesh_shape(value: Any) -> str:
+    is_valid = isinstance(value, tuple | list) and len(value) in (0, 3)
+    is_valid = is_valid and not any(map(integer(1), value))
+    return '' if is_valid else 'a tuple (seed, data, fsdp) of numbers of devices, or ()'
+
+
 def several(rule: Rule, what: str) -> Rule:
     """A non-empty tuple whose every entry passes a rule."""
 

@@ -25,7 +25,7 @@ from mi.config import UserError
 from mi.fit import setup as fit
 from mi.fit import train as train_fit
 from mi.lm import train as train_lm
-from mi.rl import fused, learner
+from mi.rl import fused, queued
 from mi.rl import setup as rl
 
 PREFIXES = {12: 'T', 9: 'G', 6: 'M', 3: 'k'}
@@ -83,10 +83,10 @@ def size(tree: Any) -> int:
 def _lm(config: ml_collections.ConfigDict) -> Training:
     config, model, optimiser, _, domains = costs.text(config)
     B, T, seeds = config.train.batch, config.train.length, np.asarray(config.seeds, np.int32)
-    mesh = parallel.mesh(B, config.train.fsdp)
+    mesh = parallel.mesh(len(seeds), B, config.train.fsdp, config.train.mesh)
     state = train_lm.shapes(model, optimiser, seeds, B, mesh)
     rows = jax.ShapeDtypeStruct(
-        (len(seeds), T + 1, B), jnp.int32, sharding=parallel.by_rows(mesh, axis=2)
+        (len(seeds), T + 1, B), jnp.int32, sharding=parallel.by_rows(mesh, 2, has_seeds=True)
     )
     told = rows if domains else None
     step = model, optimiser, config.train.accumulate, state, seeds, rows, told, mesh
@@ -100,9 +100,10 @@ def _rl(config: ml_collections.ConfigDict) -> Training:
     environment, agent, optimiser, of_learner, trajectory = costs.acting(config)
     if config.train.topology == 'fused':
         assert environment is not None  # or validation had refused it
-        state = fused.shapes(config, environment, agent, optimiser)
+        mesh = fused.mesh_of(config)
+        state = fused.shapes(config, environment, agent, optimiser, mesh)
         count = min(config.train.log_every, rl.updates(config))
-        program = environment, agent, optimiser, config, state, count
+        program = environment, agent, optimiser, config, state, count, mesh
         return Training(
             {
                 'parameters': state.learner.params,
@@ -111,14 +112,24 @@ def _rl(config: ml_collections.ConfigDict) -> Training:
             },
             functools.partial(fused.compile_updates, *program),
         )
-    update = functools.partial(learner.update, agent, optimiser, rl.hyperparameters(config))
+    mesh = parallel.mesh(1, config.train.batch, shape=config.train.mesh)
+    update = queued.learner_update(agent, optimiser, rl.hyperparameters(config), mesh)
+    everywhere, rows = parallel.replicated(mesh), parallel.by_rows(mesh, 1)
+    carry_sharding = parallel.by_rows(mesh, 0)
+    shardings = jax.tree.map(lambda _: rows, trajectory)._replace(
+        carry=jax.tree.map(lambda _: carry_sharding, trajectory.carry)
+    )
+    trajectory = parallel.placed(trajectory, shardings)
+    placed_learner = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), of_learner
+    )
     return Training(
         {
             'parameters': of_learner.params,
             'optimiser': of_learner.opt_state,
             'other': of_learner.statistics,
         },
-        lambda: jax.jit(update).lower(of_learner, trajectory).compile(),
+        lambda: update.lower(placed_learner, trajectory).compile(),
     )
 
 

@@ -12,8 +12,8 @@ from tests.conftest import ROOT
 
 FLOORS = [
     ['config'],
-    ['contract', 'cost', 'cudnn', 'files', 'overrides'],
-    ['layers'],
+    ['contract', 'cost', 'cudnn', 'files', 'overrides', 'rows'],
+    ['dropout', 'layers'],
     ['motifs'],
     ['fusion'],
     ['cells'],

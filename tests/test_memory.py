@@ -55,7 +55,7 @@ def test_a_language_model_starts_with_so_many_bytes():
     told = memory.of_config(config, compiles=False)
     _, model, optimiser, _, _ = costs.text(config)
     seeds, B = np.asarray(config.seeds, np.int32), config.train.batch
-    state = train_lm.start(model, optimiser, seeds, B, parallel.mesh(B, config.train.fsdp))
+    state = train_lm.start(model, optimiser, seeds, B, parallel.mesh(2, B))
     found = [taken(part) for part in (state.params, state.opt_state, state.carry)]
     assert [told[name] for name in ('parameters', 'optimiser', 'other')] == found
     assert told['checkpoint'] == sum(found)
@@ -66,7 +66,7 @@ def test_an_agent_starts_with_so_many_bytes():
     config = rl.get_config('tiny,env=catch')
     told = memory.of_config(config, compiles=False)
     environment, agent, optimiser, _, _ = costs.acting(config)
-    state = fused.start(config, environment, agent, optimiser)
+    state = fused.start(config, environment, agent, optimiser, fused.mesh_of(config))
     assert told['checkpoint'] == taken(state) and 'step' not in told
     assert told['parameters'] == taken(state.learner.params)
 

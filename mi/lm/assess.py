@@ -3,7 +3,6 @@
 import pathlib
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 import rich.console
@@ -33,12 +32,8 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
     for split in SPLITS:
         of_seeds = evaluate(model, params, corpus, split, how, config.eval.final_tokens, mesh)
         if config.dynamic.tokens:
-            scores[f'{split}_dynamic'] = {
-                str(seed): dynamic.evaluate(
-                    model, jax.tree.map(lambda a, i=i: a[i], params), corpus, split, adaptation
-                )
-                for i, seed in enumerate(config.seeds)
-            }
+            adapted = dynamic.evaluate(model, params, corpus, split, adaptation)
+            scores[f'{split}_dynamic'] = dict(zip(map(str, config.seeds), adapted, strict=True))
         scores[split] = dict(zip(map(str, config.seeds), of_seeds, strict=True))
     write_json(path / 'evaluation.json', {'step': step, **scores})
     table = rich.table.Table('', 'nats/token', 'perplexity', 'bits/byte', 'how', title=str(path))

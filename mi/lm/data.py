@@ -252,21 +252,16 @@ class Stream:
       batch: B.
       length: T.
       seed: where in the text the first reader starts, so that seeds read in different order.
-      rows: the readers of this host, b ≤ B of them; None for all. Batches of hosts with disjoint
-        rows are together the batch of a host with all.
     """
 
-    def __init__(
-        self, tokens: np.ndarray, batch: int, length: int, seed: int, rows: slice | None = None
-    ):
+    def __init__(self, tokens: np.ndarray, batch: int, length: int, seed: int):
         if len(tokens) < batch + 1:
             raise UserError(
                 f'the training text has {len(tokens)} tokens, fewer than the batch of {batch}'
             )
         self._tokens, self._length = tokens, length
         first = np.random.default_rng(seed).integers(len(tokens))
-        starts = first + np.arange(batch) * (len(tokens) // batch)
-        self._starts = starts if rows is None else starts[rows]
+        self._starts = first + np.arange(batch) * (len(tokens) // batch)
         self._epoch = max(1, len(tokens) // (batch * length))
 
     def __len__(self) -> int:
@@ -274,13 +269,18 @@ class Stream:
         return self._epoch
 
     def __getitem__(self, step: int) -> np.ndarray:
-        """int32 [T + 1, b]: rows 0…T−1 are the inputs, rows 1…T the targets."""
+        """int32 [T + 1, B]: rows 0…T−1 are the inputs, rows 1…T the targets."""
         return self._tokens[self.positions(step)].astype(np.int32)
 
-    def positions(self, step: int) -> np.ndarray:
-        """[T + 1, b]: where in the text the tokens of a step stand, see `Corpus.domain`."""
+    def positions(self, step: int, readers: slice = slice(None)) -> np.ndarray:
+        """Return where in the text the tokens of a step stand, [T + 1, b]; see `Corpus.domain`.
+
+        Args:
+          step: number of the step.
+          readers: b of them, for a device that has these rows of the batch; all by default.
+        """
         rows = step * self._length + np.arange(self._length + 1)
-        return (self._starts[None, :] + rows[:, None]) % len(self._tokens)
+        return (self._starts[None, readers] + rows[:, None]) % len(self._tokens)
 
 
 def segments(tokens: np.ndarray, batch: int, length: int) -> Iterator[Piece]:

@@ -2,8 +2,9 @@
 
 from typing import NamedTuple
 
-from flax import linen as nn
 from jax import Array
+
+from mi.dropout import RowDropout
 
 
 class Rates(NamedTuple):
@@ -30,6 +31,15 @@ class Rates(NamedTuple):
 
 
 def drop(rate: float, rates: Rates, x: Array, train: bool, time: int = 0) -> Array:
-    """x with features dropped, the same along the axis `time` where locked."""
-    locked = (time,) if rates.locked else ()
-    return nn.Dropout(rate, broadcast_dims=locked)(x, deterministic=not train)
+    """Return x with features dropped, the same along the axis `time` where locked.
+
+    Args:
+      rate: share of the features.
+      rates: for whether they are locked.
+      x: [T, B, features], or [B, T, features] with `time` 1.
+      train: whether to drop any.
+      time: axis of the steps.
+    """
+    shared_axes = (time,) if rates.locked else ()
+    dropout = RowDropout(rate, row_axis=1 - time, shared_axes=shared_axes)
+    return dropout(x, deterministic=not train)

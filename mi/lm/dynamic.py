@@ -12,7 +12,7 @@ which goes with another scale of MS, small LSTMs on Austen diverged.
 """
 
 import functools
-import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mi import progress
+from mi import parallel, progress
 from mi.config import UserError
 from mi.lm import data
 from mi.lm.evaluate import result
@@ -56,12 +56,14 @@ def evaluate(
     corpus: data.Corpus,
     split: str,
     adaptation: Adaptation,
-) -> dict[str, Any]:
-    """The metrics of one seed on the first `adaptation.tokens` tokens of a split.
+) -> list[dict[str, Any]]:
+    """Return the metrics of each seed on the first `adaptation.tokens` tokens of a split.
+
+    The text is one stream, so that devices can share the seeds and nothing else.
 
     Args:
       model: the model.
-      params: its parameters, of one seed.
+      params: its parameters, [S, …].
       corpus: the corpus.
       split: 'valid' or 'test'.
       adaptation: how.
@@ -69,25 +71,31 @@ def evaluate(
     Raises:
       UserError: if the loss is not finite any more.
     """
+    params = parallel.fetch(params)
+    seeds = len(jax.tree.leaves(params)[0])
+    mesh = parallel.mesh(seeds, 1, devices=jax.local_devices())
+    params = jax.device_put(params, parallel.by_seed(mesh))
+    start, add_squares, adapt = _programs(model, mesh)
     statistics = np.asarray(corpus.tokens['train'][: adaptation.statistics * adaptation.length + 1])
-    squares = jax.tree.map(jnp.zeros_like, params)
-    carry, count = model.initial_carry(1), 0
+    carry, squares = start((params,), None)
+    count = 0
     for rows in _rounds(corpus, 'train', statistics, model, adaptation.length):
-        carry, squares = _add_squares(model, params, carry, squares, rows)
+        carry, squares = add_squares((params, carry, squares), rows)
         count += len(rows[0])
-    roots = jax.tree.map(lambda total: jnp.sqrt(total / count), squares)
 
     tokens = corpus.tokens[split]
     tokens = np.asarray(tokens[: adaptation.tokens])
-    total, now, carry = 0.0, params, model.initial_carry(1)
+    total, now, (carry, _) = np.zeros(seeds), params, start((params,), None)
     settings = adaptation.learning_rate, adaptation.decay, adaptation.epsilon
-    rates: Any = tuple(map(jnp.float32, settings))
+    rates: Any = tuple(map(np.float32, settings))
     work = progress.Work(f'dynamic evaluation of {split}', len(tokens) - 1, 'tokens')
     with work:
         for rows in _rounds(corpus, split, tokens, model, adaptation.length):
-            now, carry, nats = _adapt(model, params, roots, rates, now, carry, rows)
-            total += float(nats)
-            if not math.isfinite(total):
+            now, carry, nats = adapt(
+                (params, squares, now, carry), (np.float32(count), rates, rows)
+            )
+            total += np.asarray(nats, np.float64)
+            if not np.isfinite(total).all():
                 raise UserError(
                     f'dynamic evaluation of {split}: the loss is not finite any more; lower '
                     f'config.dynamic.learning_rate = {adaptation.learning_rate}, or raise '
@@ -95,7 +103,7 @@ def evaluate(
                 )
             work.done += rows[2].sum()
     over = {'predictions': len(tokens) - 1, 'batch': 1} | adaptation._asdict()
-    return result(total / over['predictions'], corpus, split, over)
+    return [result(mean, corpus, split, over) for mean in (total / over['predictions']).tolist()]
 
 
 def _rounds(
@@ -129,10 +137,40 @@ def _gradient(model: LanguageModel, params: Any, carry: Carry, row: Any) -> Any:
     return gradient, after, total
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.cache
+def _programs(model: LanguageModel, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
+    """Return `_start`, `_add_squares` and `_adapt` for all seeds, which the devices share."""
+    by_seed, everywhere = parallel.by_seed(mesh).spec, parallel.replicated(mesh).spec
+
+    def compiled(function: Callable[..., Any]) -> Any:
+        def device_seeds(seeded: Any, shared: Any) -> Any:
+            return parallel.map_seeds(lambda *row: function(model, row, shared), mesh)(*seeded)
+
+        return jax.jit(
+            jax.shard_map(
+                device_seeds,
+                mesh=mesh,
+                in_specs=(by_seed, everywhere),
+                out_specs=by_seed,
+                check_vma=False,
+            )
+        )
+
+    return compiled(_start), compiled(_add_squares), compiled(_adapt)
+
+
+def _start(model: LanguageModel, seeded: tuple[Any], shared: None) -> tuple[Carry, Any]:
+    """Return the carry before the first token, and sums of squares of nothing yet."""
+    (params,) = seeded
+    return model.initial_carry(1), jax.tree.map(jnp.zeros_like, params)
+
+
 def _add_squares(
-    model: LanguageModel, params: Any, carry: Carry, squares: Any, rows: Any
+    model: LanguageModel, seeded: tuple[Any, Carry, Any], rows: Any
 ) -> tuple[Carry, Any]:
+    """Return the carry after the segments, and Σ g² with theirs added."""
+    params, carry, squares = seeded
+
     def step(carried: Any, row: Any) -> tuple[Any, None]:
         carry, squares = carried
         gradient, carry, _ = _gradient(model, params, carry, row)
@@ -141,18 +179,21 @@ def _add_squares(
     return jax.lax.scan(step, (carry, squares), rows)[0]
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _adapt(
     model: LanguageModel,
-    trained: Any,
-    roots: Any,
-    rates: tuple[Array, Array, Array],
-    params: Any,
-    carry: Carry,
-    rows: Any,
+    seeded: tuple[Any, Any, Any, Carry],
+    shared: tuple[Array, tuple[Array, Array, Array], Any],
 ) -> tuple[Any, Carry, Array]:
-    """Parameters and carry after the segments, and Σ nats of them."""
-    learning_rate, decay, epsilon = rates
+    """Return parameters and carry after the segments, and Σ nats of them.
+
+    Args:
+      model: the model.
+      seeded: trained parameters, Σ g², parameters and carry up to here.
+      shared: number of segments in Σ g², η with decay and ε, and the segments.
+    """
+    trained, squares, params, carry = seeded
+    count, (learning_rate, decay, epsilon), rows = shared
+    roots = jax.tree.map(lambda total: jnp.sqrt(total / count), squares)
     leaves = jax.tree.leaves(roots)
     mean = sum(root.sum() for root in leaves) / sum(root.size for root in leaves)
 

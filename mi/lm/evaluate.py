@@ -11,7 +11,7 @@ Three ways, and the results say which:
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +22,7 @@ from jax import Array
 from mi import parallel, progress
 from mi.lm import data, loss
 from mi.lm.model import Carry, LanguageModel
+from mi.rows import sum_over_rows
 
 
 class Reading(NamedTuple):
@@ -38,29 +39,38 @@ class Reading(NamedTuple):
     stride: int = 0
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _segment(
-    model: LanguageModel,
-    split: bool,
-    params: Any,
-    carry: Carry,
-    inputs: Array,
-    targets: Array,
-    mask: Array,
-    domains: Array | None,
-) -> tuple[Carry, Array]:
-    """Carry and Σ nats over a segment, for every seed; rows over the devices if `split`."""
-    if split:
-        inputs, targets, mask = (parallel.keep_rows(a, 1) for a in (inputs, targets, mask))
+@functools.cache
+def segment_program(model: LanguageModel, mesh: jax.sharding.Mesh) -> Any:
+    """Return the program of a segment: carry and Σ nats of it, [S], of every seed.
 
-    def one_seed(params: Any, carry: Carry) -> tuple[Carry, Array]:
+    (params, carry, inputs [T, B], targets, mask, domains) → (carry, Σ nats). Each device has its
+    seeds and rows; the sums are the only communication, where parameters are not split.
+    """
+    rows = parallel.by_rows(mesh, 1).spec
+    by_seed, carry_spec = parallel.by_seed(mesh).spec, parallel.by_rows(mesh, 1, True).spec
+
+    def one_seed(
+        partition: Any, params: Any, carry: Carry, batch: Sequence[Any]
+    ) -> tuple[Carry, Array]:
+        inputs, targets, mask, domains = batch
         losses: loss.Losses
         carry, losses = model.apply(  # type: ignore[assignment]
-            {'params': params}, carry, inputs, targets, domains
+            {'params': parallel.gather(params, partition)}, carry, inputs, targets, domains
         )
-        return carry, (losses.nats * mask).sum()
+        return carry, sum_over_rows((losses.nats * mask).sum())
 
-    return jax.vmap(one_seed)(params, carry)
+    def segment(params: Any, carry: Carry, *batch: Array | None) -> tuple[Carry, Array]:
+        partition = parallel.partition(params, mesh)
+        return jax.shard_map(
+            jax.vmap(functools.partial(one_seed, partition), in_axes=(0, 0, None)),
+            mesh=mesh,
+            in_specs=(parallel.specs(parallel.by_size(params, mesh)), carry_spec, [rows] * 4),
+            out_specs=(carry_spec, by_seed),
+            check_vma=False,
+        )(params, carry, list(batch))
+
+    carry_sharding = parallel.by_rows(mesh, 1, has_seeds=True)
+    return jax.jit(segment, out_shardings=(carry_sharding, parallel.readable(mesh)))
 
 
 def evaluate(
@@ -82,7 +92,7 @@ def evaluate(
       split: 'valid' or 'test'.
       reading: how.
       most: how many tokens from the start of the text; 0 for all of them.
-      mesh: of devices; they share the batch if they divide it.
+      mesh: of devices, which share the seeds and the batch.
       check: called before each segment; what it raises ends the evaluation.
 
     Returns:
@@ -95,19 +105,23 @@ def evaluate(
     predictions = len(tokens) - 1
     batch = min(reading.batch, predictions)
     total = np.zeros(seeds, np.float64)
-    shared = batch % mesh.size == 0
-    start = jax.tree.map(
-        lambda leaf: jnp.broadcast_to(leaf, (seeds, *leaf.shape)), model.initial_carry(batch)
-    )
+    program = segment_program(model, mesh)
+    shards = mesh.size // mesh.shape['seed']
+    idle = -batch % shards  # rows without a token, so that the devices have as many each
+    start = _initial_carry(model, seeds, batch + idle, mesh)
     carry = start
-    work = progress.Work(f'evaluating {split}', predictions, 'tokens')
-    with jax.set_mesh(mesh), work:
+    sharding = parallel.by_rows(mesh, 1)
+
+    def put(array: np.ndarray) -> Array:
+        return parallel.put(np.pad(array, ((0, 0), (0, idle))), sharding)
+
+    with progress.Work(f'evaluating {split}', predictions, 'tokens') as work:
         for inputs, targets, mask, positions in _pieces(tokens, batch, reading):
             check()
             domains = None
             if model.source == 'domain':
-                domains = corpus.domain(split, positions)
-            carry, summed = _segment(model, shared, params, carry, inputs, targets, mask, domains)
+                domains = put(corpus.domain(split, positions))
+            carry, summed = program(params, carry, *map(put, (inputs, targets, mask)), domains)
             total += np.asarray(summed, np.float64)
             carry = start if reading.stride else carry
             work.done += mask.sum()
@@ -117,6 +131,19 @@ def evaluate(
     if model.memory is not None:
         over['memory'] = model.memory
     return [result(mean, corpus, split, over) for mean in (total / predictions).tolist()]
+
+
+def _initial_carry(model: LanguageModel, seeds: int, batch: int, mesh: jax.sharding.Mesh) -> Carry:
+    """Return the carry of all seeds before the first token, each device with its own."""
+
+    def broadcast() -> Carry:
+        return jax.tree.map(
+            lambda leaf: jnp.broadcast_to(leaf, (seeds, *leaf.shape)), model.initial_carry(batch)
+        )
+
+    like = jax.eval_shape(broadcast)
+    sharding = parallel.by_rows(mesh, 1, has_seeds=True)
+    return parallel.once(broadcast, out_shardings=jax.tree.map(lambda _: sharding, like))
 
 
 def _pieces(tokens: np.ndarray, batch: int, reading: Reading) -> Iterator[data.Piece]:

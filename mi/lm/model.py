@@ -13,6 +13,7 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
+from mi.dropout import RowDropout
 from mi.layers import Affine, MultiplicativeInteraction
 from mi.lm.adaptive import AdaptiveWords
 from mi.lm.context import NETWORKS, Source, previous
@@ -91,8 +92,8 @@ class LanguageModel(nn.Module):
         words = self.words(dtype=self.dtype, name='words')
         x = words.embed(tokens)
         if train and rates.word:
-            kept = nn.Dropout(rates.word)(jnp.ones(words.vocabulary), False)
-            x = x * kept[tokens][..., None].astype(x.dtype)
+            keep = RowDropout(rates.word, row_axis=None)(jnp.ones(words.vocabulary), False)
+            x = x * keep[tokens][..., None].astype(x.dtype)
         x = drop(rates.input, rates, x, train)
 
         core = self._core(name='core')

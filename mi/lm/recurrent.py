@@ -9,6 +9,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from mi import cells
+from mi.dropout import RowDropout
 from mi.layers import Affine
 from mi.lm.dropout import Rates, drop
 from mi.lm.feed_forward import FeedForward
@@ -69,7 +70,7 @@ class Recurrent(nn.Module):
             keep = None
             if train and self.rates.state:
                 keep = jnp.ones((x.shape[1], self.features))
-                keep = nn.Dropout(self.rates.state, rng_collection='state')(keep, False)
+                keep = RowDropout(self.rates.state, row_axis=0, collection='state')(keep, False)
             cell = self.cell(self.features, dtype=self.dtype, name=f'layer_{i}')
             last, x = cell(state, x, None, keep)
             if self.site == 'ffn':

@@ -55,12 +55,12 @@ def restore(config: ml_collections.ConfigDict, workdir: str) -> Trained:
     setup.validate(config)
 
     # The shapes of the parameters; with fewer devices than trained, fewer share a copy.
-    batch = config.train.batch
-    fsdp = math.gcd(config.train.fsdp, parallel.mesh(batch).size)
-    mesh = parallel.mesh(batch, fsdp)
+    batch, seeds = config.train.batch, np.asarray(config.seeds, np.int32)
+    fsdp = math.gcd(config.train.fsdp, jax.device_count())
+    mesh = parallel.mesh(len(seeds), batch, fsdp)
     model = setup.build(config, *corpus.sizes)
     optimiser = optim.optimiser(config.optim, config.train.steps)
-    like = train.shapes(model, optimiser, np.asarray(config.seeds, np.int32), batch, mesh)
+    like = train.shapes(model, optimiser, seeds, batch, mesh)
 
     saved = checkpoint.Checkpoints(path / 'checkpoints', config.train.keep)
     newest, meta = saved.newest()

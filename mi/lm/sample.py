@@ -1,19 +1,21 @@
 """Text from a trained language model, one token after another."""
 
-import functools
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from jax import Array
 
-from mi import progress
+from mi import parallel, progress
 from mi.config import UserError
 from mi.lm import setup
 from mi.lm.model import LanguageModel
 from mi.lm.restore import restore
+from mi.rows import row_keys
 from mi.run import write_json
 
 
@@ -38,39 +40,84 @@ def sample(config: ml_collections.ConfigDict, workdir: str) -> None:
     if len(prompt) == 0:
         raise UserError("config.sample.prompt = '': expected at least one token to start from")
     model = setup.for_sampling(setup.build(config, *corpus.sizes), config)
-    texts = []
-    for i, seed in enumerate(config.seeds):
-        of_seed = jax.tree.map(lambda a, i=i: a[i], params)
-        with progress.Work(f'writing {options.tokens:,} tokens'):
-            tokens = generate(
-                model,
-                of_seed,
-                jnp.asarray(prompt, jnp.int32),
-                jax.random.key(seed),
-                options.tokens,
-                options.temperature,
-                options.top_p,
-            )
-            text = corpus.decode(tokens)
-        texts.append(text)
-        print(f'--- seed {seed}, step {step}\n{options.prompt}{texts[-1]}')
+    with progress.Work(f'writing {options.tokens:,} tokens'):
+        tokens = generate_all(
+            model,
+            params,
+            np.asarray(prompt, np.int32),
+            config.seeds,
+            options.texts,
+            options.tokens,
+            options.temperature,
+            options.top_p,
+        )
+    texts = [[corpus.decode(row) for row in of_seed] for of_seed in tokens]
+    for seed, of_seed in zip(config.seeds, texts, strict=True):
+        for text in of_seed:
+            print(f'--- seed {seed}, step {step}\n{options.prompt}{text}')
     write_json(
         path / 'samples.json',
         {'step': step, **options.to_dict(), 'seeds': list(config.seeds), 'texts': texts},
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
+def generate_all(
+    model: LanguageModel,
+    params: Any,
+    prompt: np.ndarray,
+    seeds: Sequence[int],
+    texts: int,
+    count: int,
+    temperature: float,
+    top_p: float,
+) -> np.ndarray:
+    """Return the tokens of all texts of all seeds, [S, texts, count]; the devices share them.
+
+    Args:
+      model: the model.
+      params: its parameters, [S, …].
+      prompt: ids [P], at least one.
+      seeds: S of them, which decide what is drawn.
+      texts: of each seed.
+      count, temperature, top_p: as in `generate`.
+    """
+    params = parallel.fetch(params)
+    mesh = parallel.mesh(len(seeds), texts, devices=jax.local_devices())
+    by_seed, everywhere = parallel.by_seed(mesh), parallel.replicated(mesh)
+    rows = parallel.by_rows(mesh, 1, has_seeds=True)
+    of_device = texts // (mesh.size // mesh.shape['seed'])
+
+    def device_texts(params: Any, seeds: Array, prompt: Array, how: Any) -> Array:
+        def one_seed(params: Any, seed: Array) -> Array:
+            temperature, top_p = how
+            key = jax.random.key(seed)
+            return generate(model, params, prompt, key, count, temperature, top_p, of_device)
+
+        return parallel.map_seeds(one_seed, mesh)(params, seeds)
+
+    program = jax.shard_map(
+        device_texts,
+        mesh=mesh,
+        in_specs=(by_seed.spec, by_seed.spec, everywhere.spec, everywhere.spec),
+        out_specs=rows.spec,
+        check_vma=False,
+    )
+    arguments = jax.device_put((params, np.asarray(seeds, np.int32)), by_seed)
+    how = np.float32(temperature), np.float32(top_p)
+    return np.asarray(jax.jit(program)(*arguments, prompt, how))
+
+
 def generate(
     model: LanguageModel,
     params: Any,
     prompt: Array,
     key: Array,
     count: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
+    temperature: float | Array = 1.0,
+    top_p: float | Array = 1.0,
+    texts: int = 1,
 ) -> Array:
-    """`count` tokens after the prompt [P].
+    """Return texts that continue the prompt [P], `count` tokens each, [texts, count].
 
     What went before is in the carry of a recurrent core and in the keys and values that a
     Transformer keeps, so that a token costs the same wherever it stands.
@@ -84,30 +131,33 @@ def generate(
       temperature: of the distribution; 0 for the likeliest token.
       top_p: only the likeliest tokens are drawn that have this much of the distribution together
         (nucleus sampling, Holtzman et al., 2020).
+      texts: how many; each has its own random keys, by its number.
     """
     model = model.decoder()
-    carry = model.initial_carry(1)
-    whole = jnp.zeros((len(prompt) + count, 1), jnp.int32)
+    carry = model.initial_carry(texts)
+    whole = jnp.zeros((len(prompt) + count, texts), jnp.int32)
     variables = jax.eval_shape(model.init, jax.random.key(0), carry, whole)
     cache = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), variables.get('cache', {}))
+    draw_rows = jax.vmap(draw, (0, 0, None, None))
 
-    def next_of(carry: Any, cache: Any, tokens: Array, key: Array) -> Any:
+    def next_tokens(carry: Any, cache: Any, tokens: Array, key: Array) -> Any:
         (carry, logits), updated = model.apply(
-            {'params': params, 'cache': cache}, carry, tokens[:, None], mutable=['cache']
+            {'params': params, 'cache': cache}, carry, tokens, mutable=['cache']
         )
-        token = draw(logits[-1, 0], key, temperature, top_p)
-        return carry, updated.get('cache', {}), token
+        drawn = draw_rows(logits[-1], row_keys(key, texts), temperature, top_p)
+        return carry, updated.get('cache', {}), drawn
 
     keys = jax.random.split(key, count)
-    carry, cache, first = next_of(carry, cache, prompt, keys[0])
+    prompts = jnp.broadcast_to(prompt[:, None], (len(prompt), texts))
+    carry, cache, first = next_tokens(carry, cache, prompts, keys[0])
 
     def step(state: Any, key: Array) -> tuple[Any, Array]:
-        carry, cache, token = state
-        carry, cache, after = next_of(carry, cache, token[None], key)
-        return (carry, cache, after), after
+        carry, cache, tokens = state
+        carry, cache, drawn = next_tokens(carry, cache, tokens[None], key)
+        return (carry, cache, drawn), drawn
 
     _, rest = jax.lax.scan(step, (carry, cache, first), keys[1:])
-    return jnp.concatenate([first[None], rest])
+    return jnp.concatenate([first[None], rest]).T
 
 
 def draw(logits: Array, key: Array, temperature: float | Array, top_p: float | Array) -> Array:

@@ -1,17 +1,18 @@
 """Training a language model: config → corpus → model → loop → run directory.
 
 All seeds of a run are trained by one program, vmapped over initialisation, data order and dropout;
-arrays with a leading axis of seeds are marked [S, …]. On several devices, in one process or in
-many, batches are split over all of them and parameters over `config.train.fsdp` of them; the
-program is the same.
+arrays with a leading axis of seeds are marked [S, …]. Several devices, in one process or in many,
+divide seeds, batches and, with `config.train.fsdp`, parameters, see `mi.parallel`; the program is
+the same.
 """
 
 import contextlib
 import functools
+import math
 import pathlib
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -27,6 +28,7 @@ from mi.lm import data, setup
 from mi.lm.evaluate import evaluate
 from mi.lm.loss import Losses
 from mi.lm.model import Carry, LanguageModel
+from mi.rows import mean_over_rows, part_of_batch, row_numbers
 
 
 @flax.struct.dataclass
@@ -68,6 +70,91 @@ def init(
     return State(params=params, opt_state=optimiser.init(params), carry=carry)
 
 
+class Gradient(NamedTuple):
+    """What a batch says: the gradient of its mean loss, that loss in nats, the carry after it."""
+
+    params: Any
+    nats: Array
+    carry: Carry
+
+
+def gradient(
+    model: LanguageModel,
+    parts: int,
+    partition: Any,
+    params: Any,
+    carry: Carry,
+    seed: Array,
+    step: Array,
+    tokens: Array,
+    domains: Array | None,
+) -> Gradient:
+    """The gradient of one seed on tokens [T + 1, B]; a pure function.
+
+    Under `jax.shard_map` the batch is this device's rows of it, and the mean is over all devices
+    that share it.
+
+    Args:
+      model: the model.
+      parts: of this device's rows, taken one after another, so that the activations of one part are
+        there at a time.
+      partition: of the parameters, see `parallel.gather`.
+      params: what this device has of the parameters.
+      carry: before the first token.
+      seed: of the run.
+      step: number of updates before; decides with the seed what is dropped.
+      tokens: inputs and targets.
+      domains: of the tokens, for the source 'domain'.
+    """
+    _, key = jax.random.split(jax.random.key(seed))
+    key = jax.random.fold_in(key, step)
+
+    def objective(params: Any, carry: Carry, part: Any) -> tuple[Array, Any]:
+        tokens, domains = part
+        rngs = {'dropout': key, 'state': jax.random.fold_in(key, 0)}
+        losses: Losses
+        carry, losses = model.apply(  # type: ignore[assignment]
+            {'params': parallel.gather(params, partition)},
+            carry,
+            tokens[:-1],
+            tokens[1:],
+            None if domains is None else domains[:-1],
+            train=True,
+            rngs=rngs,
+        )
+        return losses.objective.mean(), (losses.nats.mean(), carry)
+
+    differentiate = jax.grad(parallel.regather(objective, partition), has_aux=True)
+    batch = tokens, domains
+    if parts == 1:
+        gradients, (nats, carry) = differentiate(params, carry, batch)
+    else:
+
+        def add(total: Any, row: Any) -> tuple[Any, Carry]:
+            carry, part, numbers = row
+            with part_of_batch(numbers):
+                gradients, (nats, carry) = differentiate(params, carry, part)
+            return jax.tree.map(lambda a, b: a + b / parts, total, (gradients, nats)), carry
+
+        zeros = jax.tree.map(jnp.zeros_like, (params, jnp.zeros(())))
+        numbers = _parts(row_numbers(tokens.shape[1]), parts, 0)
+        rows = _parts(carry, parts, 0), _parts(batch, parts, 1), numbers
+        (gradients, nats), carries = jax.lax.scan(add, zeros, rows)
+        carry = jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:]), carries)
+    return Gradient(parallel.mean_gradients(gradients, partition), mean_over_rows(nats), carry)
+
+
+def apply_gradient(
+    optimiser: optax.GradientTransformation, state: State, gradient: Gradient
+) -> tuple[State, dict[str, Array]]:
+    """The state of one seed after an update, and what was measured in it."""
+    updates, opt_state = optimiser.update(gradient.params, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    norm = optax.tree.norm(gradient.params)
+    measured = {'nats_per_token': gradient.nats, 'gradient_norm': norm}
+    return State(params, opt_state, gradient.carry), measured
+
+
 def train_step(
     model: LanguageModel,
     optimiser: optax.GradientTransformation,
@@ -78,57 +165,14 @@ def train_step(
     tokens: Array,
     domains: Array | None,
 ) -> tuple[State, dict[str, Array]]:
-    """One update of one seed on tokens [T + 1, B]; a pure function.
-
-    The gradient is that of the mean over all tokens, made of `parts` parts of the batch one after
-    another, so that activations of one part are there at a time.
-    """
-    _, key = jax.random.split(jax.random.key(seed))
-    key = jax.random.fold_in(key, step)
-
-    def objective(params: Any, carry: Carry, part: Any, key: Array) -> tuple[Array, Any]:
-        tokens, domains = part
-        rngs = {'dropout': key, 'state': jax.random.fold_in(key, 0)}
-        losses: Losses
-        carry, losses = model.apply(  # type: ignore[assignment]
-            {'params': params},
-            carry,
-            tokens[:-1],
-            tokens[1:],
-            None if domains is None else domains[:-1],
-            train=True,
-            rngs=rngs,
-        )
-        return losses.objective.mean(), (losses.nats.mean(), carry)
-
-    differentiate = jax.grad(objective, has_aux=True)
-    whole = tokens, domains
-    if parts == 1:
-        gradient, (nats, carry) = differentiate(state.params, state.carry, whole, key)
-    else:
-
-        def add(total: Any, row: Any) -> tuple[Any, Carry]:
-            carry, part, number = row
-            gradient, (nats, carry) = differentiate(
-                state.params, carry, part, jax.random.fold_in(key, number)
-            )
-            return jax.tree.map(lambda a, b: a + b / parts, total, (gradient, nats)), carry
-
-        zeros = jax.tree.map(jnp.zeros_like, (state.params, jnp.zeros(())))
-        rows = _parts(state.carry, parts, 0), _parts(whole, parts, 1), jnp.arange(parts)
-        (gradient, nats), carries = jax.lax.scan(add, zeros, rows)
-        carry = jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:]), carries)
-    updates, opt_state = optimiser.update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    measured = {'nats_per_token': nats, 'gradient_norm': optax.tree.norm(gradient)}
-    return State(params, opt_state, carry), measured
+    """One update of one seed on one device, on tokens [T + 1, B]; a pure function."""
+    batch = seed, step, tokens, domains
+    of_batch = gradient(model, parts, None, state.params, state.carry, *batch)
+    return apply_gradient(optimiser, state, of_batch)
 
 
 def _parts(tree: Any, parts: int, axis: int) -> Any:
-    """Arrays […, B, …] → [parts, …, B / parts, …]: row i is in part i % parts.
-
-    So that every device has rows of every part, where the rows are split over devices.
-    """
+    """Arrays […, B, …] → [parts, …, B / parts, …]: row i is in part i % parts."""
 
     def of(a: Array) -> Array:
         rows = a.reshape(*a.shape[:axis], -1, parts, *a.shape[axis + 1 :])
@@ -162,9 +206,9 @@ def shapes(
     return parallel.placed(
         state,
         State(
-            params=parallel.by_size(state.params, mesh, skip=1),
-            opt_state=parallel.by_size(state.opt_state, mesh, skip=1),
-            carry=jax.tree.map(lambda _: parallel.by_rows(mesh, axis=1), state.carry),
+            params=parallel.by_size(state.params, mesh),
+            opt_state=parallel.by_size(state.opt_state, mesh),
+            carry=jax.tree.map(lambda _: parallel.by_rows(mesh, 1, has_seeds=True), state.carry),
         ),
     )
 
@@ -179,25 +223,55 @@ def compile_step(
     domains: Array | None,
     mesh: jax.sharding.Mesh,
 ) -> jax.stages.Compiled:
-    """`train_step` of all seeds, (state, seeds, step, tokens [S, T + 1, B], domains) → …
+    """One update of all seeds, (state, seeds, step, tokens [S, T + 1, B], domains) → …
+
+    Each device computes the gradient of its seeds on its rows. The optimizer sees whole arrays, so
+    that any is right, and the partitioner splits it as the parameters are split.
 
     Compiled ahead, so that another shape is an error and not another compilation. The state is
     donated.
     """
-    one_seed: Any = functools.partial(train_step, model, optimiser, parts)
+    specs = parallel.specs(state)
+    rows = parallel.by_rows(mesh, 2, has_seeds=True).spec
+    by_seed, everywhere = parallel.by_seed(mesh).spec, parallel.replicated(mesh).spec
+    parts_of_device = math.gcd(parts, tokens.shape[2] // (mesh.size // mesh.shape['seed']))
+    partition = parallel.partition(state.params, mesh)
+    one_seed: Any = functools.partial(gradient, model, parts_of_device, partition)
+    out_specs: Any = specs.params, by_seed, specs.carry
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(specs.params, specs.carry, by_seed, everywhere, rows, rows),
+        out_specs=Gradient(*out_specs),
+        check_vma=False,
+    )
+    def gradients(
+        params: Any, carry: Carry, seeds: Array, step: Array, tokens: Array, domains: Any
+    ) -> Gradient:
+        return _over_seeds(
+            lambda params, carry, seed, tokens, domains: one_seed(
+                params, carry, seed, step, tokens, domains
+            ),
+            params, carry, seeds, tokens, domains,
+        )  # fmt: skip
 
     def all_seeds(state: State, seeds: Array, step: Array, tokens: Array, domains: Any) -> Any:
-        if len(seeds) > 1:
-            over_seeds = jax.vmap(one_seed, in_axes=(0, 0, None, 0, 0))
-            return over_seeds(state, seeds, step, tokens, domains)
-        alone = jax.tree.map(lambda a: a[0], (state, seeds, tokens, domains))
-        result = one_seed(*alone[:2], step, *alone[2:])  # a batch of one product is slower
-        return jax.tree.map(lambda a: a[None], result)
+        gradient = gradients(state.params, state.carry, seeds, step, tokens, domains)
+        return _over_seeds(functools.partial(apply_gradient, optimiser), state, gradient)
 
-    shardings = jax.tree.map(lambda a: a.sharding, state), parallel.whole(mesh)
+    shardings = jax.tree.map(lambda a: a.sharding, state), parallel.readable(mesh)
     jitted = jax.jit(all_seeds, donate_argnums=0, out_shardings=shardings)
-    with jax.set_mesh(mesh):
-        return jitted.lower(state, seeds, np.int32(0), tokens, domains).compile()
+    placed_seeds = jax.ShapeDtypeStruct(seeds.shape, seeds.dtype, sharding=parallel.by_seed(mesh))
+    return jitted.lower(state, placed_seeds, np.int32(0), tokens, domains).compile()
+
+
+def _over_seeds(function: Callable[..., Any], *args: Any) -> Any:
+    """Return the function of each seed; without vmap of one, as its products are faster then."""
+    if len(jax.tree.leaves(args)[0]) > 1:
+        return jax.vmap(function)(*args)
+    result = function(*jax.tree.map(lambda a: a[0], args))
+    return jax.tree.map(lambda a: a[None], result)
 
 
 def _train(config: ml_collections.ConfigDict, corpus: data.Corpus, this: run.Run) -> None:
@@ -206,9 +280,10 @@ def _train(config: ml_collections.ConfigDict, corpus: data.Corpus, this: run.Run
     optimiser = optim.optimiser(config.optim, steps)
     this.write('cost.json', {'steps': steps, **setup.costs(config, *corpus.sizes)})
     seeds = np.asarray(config.seeds, np.int32)
-    mesh = parallel.mesh(B, config.train.fsdp)
-    mine = parallel.rows(B)
-    streams = [data.Stream(corpus.tokens['train'], B, T, seed, mine) for seed in config.seeds]
+    mesh = parallel.mesh(len(seeds), B, config.train.fsdp, config.train.mesh)
+    streams = [data.Stream(corpus.tokens['train'], B, T, seed) for seed in config.seeds]
+    batch_sharding = parallel.by_rows(mesh, 2, has_seeds=True)
+    placed_seeds = parallel.put(seeds, parallel.by_seed(mesh))
 
     with progress.Work('drawing the initial parameters'):
         state = start(model, optimiser, seeds, B, mesh)
@@ -219,11 +294,22 @@ def _train(config: ml_collections.ConfigDict, corpus: data.Corpus, this: run.Run
     this.step = meta['step']
 
     def batch(step: int) -> tuple[Array, Array | None]:  # tokens and domains, each [S, T + 1, B]
-        tokens = parallel.split(np.stack([stream[step] for stream in streams]), mesh, axis=2)
+        def put(values: Callable[[np.ndarray], np.ndarray]) -> Array:
+            """Give each device the values at its positions."""
+
+            def part(index: tuple[slice, ...] | None) -> np.ndarray:
+                assert index is not None
+                mine = [stream.positions(step, index[2]) for stream in streams[index[0]]]
+                return values(np.stack(mine))
+
+            shape = len(seeds), T + 1, B
+            return jax.make_array_from_callback(shape, batch_sharding, part)
+
+        text = corpus.tokens['train']
+        tokens = put(lambda positions: text[positions].astype(np.int32))
         if config.model.source != 'domain':
             return tokens, None
-        domains = [corpus.domain('train', stream.positions(step)) for stream in streams]
-        return tokens, parallel.split(np.stack(domains), mesh, axis=2)
+        return tokens, put(functools.partial(corpus.domain, 'train'))
 
     def end_if_asked() -> None:  # in an evaluation, which comes after its checkpoint
         if this.stops(recorded=False):
@@ -245,7 +331,7 @@ def _train(config: ml_collections.ConfigDict, corpus: data.Corpus, this: run.Run
         compiled = compile_step(
             model, optimiser, config.train.accumulate, state, seeds, *batch(0), mesh
         )
-    one_at_a_time = jax.default_backend() == 'cpu' and mesh.size > 1  # queued ones hang there
+    one_at_a_time = parallel.platform(mesh) == 'cpu' and mesh.size > 1  # queued ones hang there
 
     # A run that ended between a checkpoint and the evaluation of its step has that to do still.
     pending = len(seeds) if meta.get('is_evaluated') is False else 0
@@ -259,7 +345,7 @@ def _train(config: ml_collections.ConfigDict, corpus: data.Corpus, this: run.Run
             scores = held_out(state.params, 'valid', config.eval.valid_tokens)
             log.evaluation(this.step, 'valid', scores)
         for step in range(this.step + 1, steps + 1):
-            arrays = state, seeds, np.int32(step - 1), *batch(step - 1)
+            arrays = state, placed_seeds, np.int32(step - 1), *batch(step - 1)
             state, measured = this.traced(1, compiled, *arrays)
             if one_at_a_time:
                 jax.block_until_ready(measured)
@@ -367,7 +453,7 @@ class _Log(contextlib.AbstractContextManager['_Log']):
             return
         step, measured = self._unread
         self._unread = None
-        values = {name: np.asarray(value) for name, value in measured.items()}
+        values = parallel.fetch(measured)
         metrics.refuse_non_finite(self._seeds, step, values)
         self._unlogged.append(values['nats_per_token'].tolist())
 

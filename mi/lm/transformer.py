@@ -9,7 +9,6 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
-from mi import parallel
 from mi.layers import Affine
 from mi.lm.dropout import Rates, drop
 from mi.lm.feed_forward import FeedForward
@@ -106,7 +105,6 @@ class Transformer(nn.Module):
         for i in range(self.layers):
             before = carry['inputs'][:, :, i] if M > 0 else None
             x, n = block(name=f'block_{i}')(x, before, mask, of_rows)
-            x = parallel.keep_rows(x, 0)
             kept.append(n)
         h = _norm(self, 'norm_out', x, of_rows)
         after: Carry = {}

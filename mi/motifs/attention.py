@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 
 from mi.config import nearest
 from mi.contract import accumulation_dtype, linear
+from mi.dropout import RowDropout
 from mi.layers import Affine, check_dense, input_init, interaction_init
 from mi.motifs.positions import in_reach, relative_shift, rotate, sinusoids
 
@@ -157,7 +158,8 @@ class Attention(nn.Module):
         if mask is not None:
             seen &= _checked(mask, (*jnp.broadcast_shapes(x.shape[:-2], z.shape[:-2]), T, S))
         weights = masked_softmax(scores, seen[..., None, None, :, :])
-        weights = nn.Dropout(self.dropout)(weights, deterministic=deterministic)
+        row_axis = 0 if weights.ndim > 4 else None
+        weights = RowDropout(self.dropout, row_axis)(weights, deterministic=deterministic)
 
         mixed = _einsum('...kgts,...skd->...tkgd', weights.astype(value.dtype), value)
         mixed = mixed.astype(value.dtype).reshape(*mixed.shape[:-3], self.heads * d)

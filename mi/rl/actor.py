@@ -21,6 +21,7 @@ from jax import Array
 from mi.rl.envs import auto_reset
 from mi.rl.envs.spec import JaxEnvironment, Step
 from mi.rl.networks import Agent, Carry, Inputs, forward
+from mi.rows import row_keys, row_numbers
 
 
 class Trajectory(NamedTuple):
@@ -85,11 +86,11 @@ class Counts(NamedTuple):
 
 
 def start(environment: JaxEnvironment, agent: Agent, batch: int, key: Array) -> State:
-    """B new episodes, their tasks dealt out evenly."""
+    """B new episodes, their tasks dealt out evenly: row i of the whole batch has task i % tasks."""
     action_key, env_key = jax.random.split(key)
-    tasks = (jnp.arange(batch) % len(environment.spec.tasks)).astype(jnp.int32)
+    tasks = row_numbers(batch) % len(environment.spec.tasks)
     reset = functools.partial(auto_reset.reset, environment)
-    environments, step = jax.vmap(reset)(jax.random.split(env_key, batch), tasks)
+    environments, step = jax.vmap(reset)(row_keys(env_key, batch), tasks)
     inputs = _inputs(step, jnp.zeros(batch, jnp.int32))
     carry = agent.initial_carry(batch)
     return State(environments, inputs, carry, action_key, jnp.zeros(batch, jnp.float32))
@@ -98,7 +99,7 @@ def start(environment: JaxEnvironment, agent: Agent, batch: int, key: Array) -> 
 def unroll(
     environment: JaxEnvironment, agent: Agent, length: int, params: Any, state: State
 ) -> tuple[State, Trajectory, Episodes, Counts]:
-    """T = `length` steps of all environments; one program, for the fused topology."""
+    """T = `length` steps of the environments that this device has; for the fused topology."""
     tasks = len(environment.spec.tasks)
     env_step = jax.vmap(functools.partial(auto_reset.step, environment))
 
@@ -138,7 +139,10 @@ def act(
     one = jax.tree.map(lambda a: a[None], inputs)
     carry, outputs = forward(agent, params, carry, one)
     logits = outputs.logits[0]
-    action = logits.argmax(-1) if greedy else jax.random.categorical(key, logits)
+    if greedy:
+        action = logits.argmax(-1)
+    else:
+        action = jax.vmap(jax.random.categorical)(row_keys(key, len(logits)), logits)
     action = action.astype(jnp.int32)
     return carry, action, log_probability(logits, action)
 

@@ -3,7 +3,7 @@
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 from jax import Array
 
+from mi import parallel
 from mi.rl import envs, setup
 from mi.rl.actor import act, start
 from mi.rl.envs import auto_reset
@@ -19,46 +20,105 @@ from mi.rl.networks import Agent, Inputs
 from mi.rl.play import Limits, StoppedError, Watched, never, play
 from mi.rl.records import Record
 from mi.rl.worker import Policy
+from mi.rows import row_numbers
+
+
+class Played(NamedTuple):
+    """Return, success and length of the episodes of one seed: an array for each task."""
+
+    returned: list[np.ndarray]
+    success: list[np.ndarray]
+    length: list[np.ndarray]
+
+
+def evaluation_keys(seeds: Sequence[int], step: int) -> np.ndarray:
+    """Return what an evaluation's random keys are made of, [S, 2] int32: each seed and the step."""
+    return np.array([[seed, step] for seed in seeds], np.int32)
 
 
 def episodes(
     environment: JaxEnvironment,
     agent: Agent,
     params: Any,
-    key: Array,
+    keys: np.ndarray,
     each: int,
     greedy: bool,
-) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
-    """Return, success and length of `each` episodes of every task, by task.
+    mesh: jax.sharding.Mesh,
+) -> list[Played]:
+    """Return what each seed reaches in `each` episodes of every task; the devices share them.
+
+    Args:
+      environment: a JAX environment.
+      agent: the agent.
+      params: its parameters, [S, …].
+      keys: of `evaluation_keys`.
+      each: how many episodes.
+      greedy: whether the likeliest actions are taken, not drawn ones.
+      mesh: of devices.
 
     Raises:
       UserError: if an episode has more steps than the spec says.
     """
-    played = _episodes(environment, agent, params, key, each, greedy)
-    returned, success, length = jax.device_get(played)
+    program = _program(environment, agent, each, greedy, mesh)  # type: ignore[arg-type]
+    placed_keys = parallel.put(keys, parallel.by_seed(mesh))
+    returned, success, length = parallel.fetch(program(params, placed_keys))
     auto_reset.check_length(environment.spec, int(length.max()) - 1)
-    return list(returned), list(success), list(length)
+
+    # Row i of a seed has an episode of task i % tasks; rows that fill up the devices come last.
+    tasks = len(environment.spec.tasks)
+    by_task = [
+        a[:, : tasks * each].reshape(-1, each, tasks).swapaxes(1, 2)
+        for a in (returned, success, length)
+    ]
+    return [Played(*(list(a[i]) for a in by_task)) for i in range(len(keys))]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 4, 5))
-def _episodes(
+@functools.cache
+def _program(
+    environment: JaxEnvironment, agent: Agent, each: int, greedy: bool, mesh: jax.sharding.Mesh
+) -> Any:
+    """Return the program (params, keys) → return, success and length of each row, [S, rows].
+
+    No device waits for another: each ends when the longest episode of its rows has.
+    """
+    rows = len(environment.spec.tasks) * each
+    shards = mesh.size // mesh.shape['seed']
+    of_device = -(-rows // shards)
+
+    def one_seed(params: Any, key: Array) -> tuple[Array, Array, Array]:
+        random_key = jax.random.fold_in(jax.random.key(key[0]), key[1])
+        plays = row_numbers(of_device) < rows
+        return _play_rows(environment, agent, params, random_key, plays, greedy)
+
+    by_seed, by_rows = parallel.by_seed(mesh).spec, parallel.by_rows(mesh, 1, True).spec
+    return jax.jit(
+        jax.shard_map(
+            parallel.map_seeds(one_seed, mesh),
+            mesh=mesh,
+            in_specs=(by_seed, by_seed),
+            out_specs=by_rows,
+            check_vma=False,
+        )
+    )
+
+
+def _play_rows(
     environment: JaxEnvironment,
     agent: Agent,
     params: Any,
     key: Array,
-    each: int,
+    plays: Array,
     greedy: bool,
 ) -> tuple[Array, Array, Array]:
-    """Play each episode in a row of its own until the longest has ended; [tasks, each].
+    """Return return, success and length of one episode in each row that plays, [rows].
 
     The program ends one step after the most steps of an episode, so that one that is longer shows.
     """
-    tasks = len(environment.spec.tasks)
-    rows = tasks * each
-    state = start(environment, agent, rows, key)  # row i has task i % tasks
+    rows = len(plays)
+    state = start(environment, agent, rows, key)
     env_step = jax.vmap(functools.partial(auto_reset.step, environment))
 
-    def plays(carried: Any) -> Array:
+    def continues(carried: Any) -> Array:
         _, alive, _, _, length = carried
         return alive.any() & (length.max() <= environment.spec.episode)
 
@@ -75,9 +135,8 @@ def _episodes(
         state = state._replace(environment=environments, inputs=inputs, carry=carry, key=key)
         return state, alive, returned, success, length
 
-    fresh = jnp.ones(rows, bool), jnp.zeros(rows), jnp.zeros(rows, bool), jnp.zeros(rows, jnp.int32)
-    _, _, *by_row = jax.lax.while_loop(plays, step, (state, *fresh))
-    returned, success, length = (a.reshape(each, tasks).T for a in by_row)
+    fresh = plays, jnp.zeros(rows), jnp.zeros(rows, bool), jnp.zeros(rows, jnp.int32)
+    _, _, returned, success, length = jax.lax.while_loop(continues, step, (state, *fresh))
     return returned, success, length
 
 
@@ -169,17 +228,34 @@ class Evaluation:
         """
         config, measured = self._config, {}
         key = jax.random.fold_in(jax.random.key(seed), step)
-        each = config.eval.episodes
         for greedy in (False, True) if config.eval.greedy else (False,):
             if stops():
                 raise StoppedError
             if self._compiled is None:
                 record = self._play(self._policy(agent, greedy), params, key, stops)
             else:
-                played = episodes(self._compiled, agent, params, key, each, greedy)
-                record = summary(self.spec, *played)
+                record = self._play_compiled(self._compiled, agent, params, step, seed, greedy)
             measured['_greedy' if greedy else ''] = record
         return measured
+
+    def _play_compiled(
+        self,
+        environment: JaxEnvironment,
+        agent: Agent,
+        params: Any,
+        step: int,
+        seed: int,
+        greedy: bool,
+    ) -> Record:
+        """Play on all devices of this process."""
+        each = self._config.eval.episodes
+        devices = jax.local_devices()
+        mesh = parallel.mesh(1, len(devices), devices=devices)
+        one_seed = jax.tree.map(lambda a: np.asarray(a)[None], params)
+        one_seed = jax.device_put(one_seed, parallel.by_seed(mesh))
+        keys = evaluation_keys([seed], step)
+        (played,) = episodes(environment, agent, one_seed, keys, each, greedy, mesh)
+        return summary(self.spec, *played)
 
     def _play(self, policy: Policy, params: Any, key: Array, stops: Callable[[], bool]) -> Record:
         limits = Limits(self._config.eval.steps, self._config.eval.seconds)

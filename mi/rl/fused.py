@@ -1,7 +1,7 @@
 """Topology 'fused': acting and learning are one program, deterministic, for all seeds of a run.
 
-Arrays with a leading axis of seeds are marked [S, …]. On several devices the environments are
-split over them and everything else is on each; the program is the same.
+Arrays with a leading axis of seeds are marked [S, …]. Several devices divide the seeds and the
+environments, see `mi.parallel`; the program is the same.
 """
 
 import functools
@@ -20,8 +20,9 @@ from mi import checkpoint, metrics, optim, parallel, progress, run
 from mi.rl import actor, envs, learner, records, setup
 from mi.rl.envs import auto_reset, finite
 from mi.rl.envs.spec import JaxEnvironment, Spec
-from mi.rl.evaluate import episodes, summary
+from mi.rl.evaluate import episodes, evaluation_keys, summary
 from mi.rl.networks import Agent
+from mi.rows import max_over_rows, mean_over_rows, sum_over_rows
 
 
 class State(NamedTuple):
@@ -85,8 +86,12 @@ def compile_updates(
     config: ml_collections.ConfigDict,
     state: State,
     count: int,
+    mesh: jax.sharding.Mesh,
 ) -> jax.stages.Compiled:
     """`count` updates of all seeds, state → state and `Measured`, [S, …].
+
+    Each device steps its environments and computes the gradient on their rows. In an update the
+    devices exchange the gradient and the sums of PopArt; once for all updates, what was measured.
 
     Compiled ahead; the state is donated.
     """
@@ -102,26 +107,28 @@ def compile_updates(
     def several(state: State) -> tuple[State, Measured]:
         state, measured = jax.lax.scan(lambda state, _: one(state), state, None, count)
         counts = measured.counts
+        wrong = jax.tree.map(lambda a: (~a).any(0).astype(jnp.int32), counts.are_finite)
+        longest, wrong = max_over_rows((counts.longest_unfinished.max(0), wrong))
         return state, Measured(
-            jax.tree.map(lambda a: a.mean(0), measured.learner),
-            jax.tree.map(lambda a: a.sum(0), measured.episodes),
+            mean_over_rows(jax.tree.map(lambda a: a.mean(0), measured.learner)),
+            sum_over_rows(jax.tree.map(lambda a: a.sum(0), measured.episodes)),
             actor.Counts(
-                counts.transitions.sum(0),
-                counts.longest_unfinished.max(0),
-                jax.tree.map(lambda a: a.all(0), counts.are_finite),
+                sum_over_rows(counts.transitions.sum(0)),
+                longest,
+                jax.tree.map(lambda a: a == 0, wrong),
             ),
         )
 
-    def all_seeds(state: State) -> Any:
-        # On few cores the products of one seed fill them, and batched ones are 1.2 to 1.3 × slower.
-        if jax.default_backend() == 'cpu':
-            return jax.lax.map(several, state)
-        return jax.vmap(several)(state)
-
-    shardings = jax.tree.map(lambda a: a.sharding, state)
-    whole = state.learner.statistics.mu.sharding
-    compiled = jax.jit(all_seeds, donate_argnums=0, out_shardings=(shardings, whole))
-    return compiled.lower(state).compile()
+    partition, by_seed = parallel.specs(state), parallel.by_seed(mesh).spec
+    all_seeds = jax.shard_map(
+        parallel.map_seeds(several, mesh),
+        mesh=mesh,
+        in_specs=(partition,),
+        out_specs=(partition, by_seed),
+        check_vma=False,
+    )
+    shardings = jax.tree.map(lambda a: a.sharding, state), parallel.readable(mesh)
+    return jax.jit(all_seeds, donate_argnums=0, out_shardings=shardings).lower(state).compile()
 
 
 def start(
@@ -129,10 +136,11 @@ def start(
     environment: JaxEnvironment,
     agent: Agent,
     optimiser: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
 ) -> State:
-    """The state of all seeds, [S, …], its rows of environments split over the devices."""
+    """The state of all seeds, [S, …], its seeds and rows of environments split over the devices."""
     fresh = functools.partial(init, environment, agent, optimiser, config.train.batch)
-    like = shapes(config, environment, agent, optimiser)
+    like = shapes(config, environment, agent, optimiser, mesh)
     shardings = jax.tree.map(lambda a: a.sharding, like)
     seeds = np.asarray(config.seeds, np.int32)
     return parallel.once(jax.vmap(fresh), seeds, out_shardings=shardings)
@@ -143,15 +151,20 @@ def shapes(
     environment: JaxEnvironment,
     agent: Agent,
     optimiser: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
 ) -> State:
     """What `start` makes, as `jax.ShapeDtypeStruct`s with their shardings."""
     fresh = functools.partial(init, environment, agent, optimiser, config.train.batch)
     state: State = jax.eval_shape(jax.vmap(fresh), np.asarray(config.seeds, np.int32))
-    mesh = parallel.mesh(config.train.batch)
-    whole, rows = parallel.whole(mesh), parallel.by_rows(mesh, axis=1)
-    split = jax.tree.map(lambda _: rows, state.actor)._replace(key=whole)
-    shardings: Any = State(jax.tree.map(lambda _: whole, state.learner), split)
+    by_seed, rows = parallel.by_seed(mesh), parallel.by_rows(mesh, 1, has_seeds=True)
+    split = jax.tree.map(lambda _: rows, state.actor)._replace(key=by_seed)
+    shardings: Any = State(jax.tree.map(lambda _: by_seed, state.learner), split)
     return parallel.placed(state, shardings)
+
+
+def mesh_of(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
+    """Return the mesh of a run of the config on the devices that are here."""
+    return parallel.mesh(len(config.seeds), config.train.batch, shape=config.train.mesh)
 
 
 def train(
@@ -181,7 +194,8 @@ def _train(
     optimiser = optim.optimiser(config.optim, total)
     this.write('cost.json', {'steps': total, **setup.costs(agent, B, T)})
     with progress.Work('drawing the initial parameters and episodes'):
-        state = start(config, environment, agent, optimiser)
+        mesh = mesh_of(config)
+        state = start(config, environment, agent, optimiser, mesh)
     saved = checkpoint.Checkpoints(this.path / 'checkpoints', config.train.keep)
     restored = saved.restore(_plain(state))
     meta: dict[str, Any] = {'step': 0, 'metrics': 0, 'env_steps': [0] * len(config.seeds)}
@@ -200,18 +214,18 @@ def _train(
     compiled: dict[int, jax.stages.Compiled] = {}
     with this.log(total, position or meta['metrics']) as log:
         if position is None:
-            _evaluate(evaluations, agent, state, this, log, env_steps)
+            _evaluate(evaluations, agent, state, this, log, env_steps, mesh)
         while this.step < total:
             count = min(config.train.log_every, total - this.step)
             if count not in compiled:
                 with progress.Work(f'compiling {count:,} updates'):
                     compiled[count] = compile_updates(
-                        environment, agent, optimiser, config, state, count
+                        environment, agent, optimiser, config, state, count, mesh
                     )
             began = time.perf_counter()
             with progress.Work(f'updates {this.step + 1:,} to {this.step + count:,}'):
                 state, measured = this.traced(count, compiled[count], state)
-                measured, statistics = jax.device_get((measured, state.learner.statistics))
+                measured, statistics = parallel.fetch((measured, state.learner.statistics))
             seconds = time.perf_counter() - began
             learner_values, ended, counts = measured
             _check_counts(environment.spec, counts)
@@ -239,7 +253,7 @@ def _train(
                 if stops and (step < total or evaluates):
                     this.preempted()
             if evaluates:
-                _evaluate(evaluations, agent, state, this, log, env_steps)
+                _evaluate(evaluations, agent, state, this, log, env_steps, mesh)
 
 
 def _check_counts(spec: Spec, counts: actor.Counts) -> None:
@@ -261,23 +275,29 @@ def _evaluate(
     this: run.Run,
     log: metrics.Log,
     env_steps: np.ndarray,
+    mesh: jax.sharding.Mesh,
 ) -> None:
     """Write a record for each environment, seed and policy; or end the run, if it is asked to."""
-    if not parallel.first():
-        return
     config, step = this.config, this.step
-    each = config.eval.episodes
-    policies = (False, True) if config.eval.greedy else (False,)
-    runs = itertools.product(evaluations.items(), enumerate(config.seeds), policies)
-    for (split, environment), (i, seed), greedy in runs:
-        if this.stops(recorded=False):
-            this.preempted()
-        params = jax.tree.map(lambda a, i=i: a[i], parallel.here(state.learner.params))
-        key = jax.random.fold_in(jax.random.key(seed), step)
-        with progress.Work(f'evaluating {split}'):
-            played = episodes(environment, agent, params, key, each, greedy)
-        values = {'env_steps': int(env_steps[i]), **summary(environment.spec, *played)}
-        log.write(step, seed, f'{split}_greedy' if greedy else split, values)
+    policies = ('', '_greedy') if config.eval.greedy else ('',)
+    for split, environment in evaluations.items():
+        played = {}
+        for policy in policies:
+            if this.stops(recorded=False):
+                this.preempted()
+            with progress.Work(f'evaluating {split}'):
+                played[policy] = episodes(
+                    environment,
+                    agent,
+                    state.learner.params,
+                    evaluation_keys(config.seeds, step),
+                    config.eval.episodes,
+                    policy == '_greedy',
+                    mesh,
+                )
+        for (i, seed), policy in itertools.product(enumerate(config.seeds), policies):
+            scores = summary(environment.spec, *played[policy][i])
+            log.write(step, seed, split + policy, {'env_steps': int(env_steps[i]), **scores})
 
 
 def _plain(state: State) -> State:

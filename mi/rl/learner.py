@@ -17,6 +17,7 @@ from jax import Array
 from mi.rl import loss, popart
 from mi.rl.actor import Trajectory
 from mi.rl.networks import Agent, Outputs, forward
+from mi.rows import mean_over_rows
 
 PopArtOrder = Literal['gradient_first', 'statistics_first']
 POPART_ORDERS = get_args(PopArtOrder)
@@ -79,8 +80,9 @@ def update(
 ) -> tuple[State, dict[str, Array]]:
     """One update on trajectories [T, B]: the loss is summed over time, averaged over B.
 
-    A pure function. On a mesh, the trajectory's axis B is sharded and everything else is not: sums
-    over B are then over the whole mesh, those of PopArt too.
+    A pure function. Under `jax.shard_map` the trajectory is this device's rows of the batch and
+    everything else is the same on all devices; the gradient and the sums of PopArt are over all
+    rows. What is measured is of this device's rows, but for the norm of the gradient.
     """
     inputs, task = trajectory.inputs, trajectory.inputs.observation['task']
     reward_t = loss.clip_reward(inputs.reward[1:], h.reward_clip)
@@ -141,6 +143,7 @@ def update(
             outputs, statistics
         )
         (gradient,) = pull_back(grad_outputs)
+    gradient = mean_over_rows(gradient)
     step, opt_state = optimiser.update(gradient, state.opt_state, params)
     params = optax.apply_updates(params, step)
     if h.popart > 0 and h.popart_order == 'gradient_first':

@@ -8,11 +8,14 @@ The moments are corrected for their start as Adam's are (Kingma and Ba, 2015), w
 not do: with β = 3e-4 the units would else be those of the start for thousands of updates.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from mi.rows import sum_over_rows
 
 LOWEST, HIGHEST = 1e-4, 1e6  # of σ, as published
 LARGEST_TARGET = 1e3 * HIGHEST  # magnitude up to which a target moves the moments
@@ -91,10 +94,14 @@ def update(
     targets = jnp.where(weight > 0, targets.ravel(), 0)
     bounded = jnp.clip(targets, -LARGEST_TARGET, LARGEST_TARGET)
 
-    def total(values: Array) -> Array:
-        return jax.ops.segment_sum(weight * values, task, num_segments=len(mu))
+    def totals(*values: Array) -> tuple[Array, ...]:
+        """Sum over each task's targets, on all devices that share the batch."""
+        of_task = functools.partial(jax.ops.segment_sum, segment_ids=task, num_segments=len(mu))
+        return sum_over_rows(tuple(of_task(weight * value) for value in values))
 
-    number = total(jnp.ones_like(targets))
+    distance = bounded - mu[task]
+    is_unbounded = (bounded != targets).astype(jnp.float32)
+    number, total, beyond = totals(jnp.ones_like(targets), distance, is_unbounded)
     is_present, divisor = number > 0, jnp.maximum(number, 1)
     updates = updates + is_present
 
@@ -105,12 +112,11 @@ def update(
     step = jnp.where(is_present, step, 0)
 
     # Two passes: in one, the first update would lose the digits of σ where μ is far from 0.
-    distance = bounded - mu[task]
-    mean = total(distance) / divisor
-    within = total((distance - mean[task]) ** 2) / divisor
+    mean = total / divisor
+    (squares,) = totals((distance - mean[task]) ** 2)
+    within = squares / divisor
     variance = (1 - step) * variance + step * within + step * (1 - step) * mean**2
-    is_beyond = total((bounded != targets).astype(jnp.float32)) > 0
-    variance = jnp.where(is_beyond, HIGHEST**2, jnp.minimum(variance, HIGHEST**2))
+    variance = jnp.where(beyond > 0, HIGHEST**2, jnp.minimum(variance, HIGHEST**2))
     return Statistics(mu + step * mean, variance, updates)
 
 

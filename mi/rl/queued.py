@@ -24,6 +24,7 @@ from mi.rl.networks import Agent
 from mi.rl.play import StoppedError, never
 from mi.rl.threads import Actors, Item
 from mi.rl.worker import Policy, Worker, joined
+from mi.rows import mean_over_rows
 
 
 def make_worker(
@@ -77,7 +78,7 @@ def _train(
     seed, tasks = config.seeds[0], agent.spec.tasks
     optimiser = optim.optimiser(config.optim, total)
     this.write('cost.json', {'steps': total, **setup.costs(agent, B, T)})
-    mesh = parallel.mesh(B)
+    mesh = parallel.mesh(1, B, shape=config.train.mesh)
     state = start(agent, optimiser, seed, mesh)
     saved = checkpoint.Checkpoints(this.path / 'checkpoints', config.train.keep)
     restored = saved.restore(state)
@@ -92,8 +93,7 @@ def _train(
     pending = len(evaluations) * policies if meta.get('is_evaluated') is False else 0
     position = metrics.end_of_records(this.path, meta['metrics'], this.step, pending)
 
-    hyperparameters = setup.hyperparameters(config)
-    update = jax.jit(functools.partial(learner.update, agent, optimiser, hyperparameters))
+    update = learner_update(agent, optimiser, setup.hyperparameters(config), mesh)
     is_asked_to_stop = functools.partial(this.stops, recorded=False)
     window = Window()
     with this.log(total, position or meta['metrics']) as log, contextlib.ExitStack() as stack:
@@ -183,7 +183,37 @@ def start(
         params = setup.init_params(agent, jax.random.key(seed))
         return learner.start(params, optimiser, len(agent.spec.tasks))
 
-    return parallel.once(fresh, out_shardings=parallel.whole(mesh))
+    return parallel.once(fresh, out_shardings=parallel.replicated(mesh))
+
+
+def learner_update(
+    agent: Agent,
+    optimiser: optax.GradientTransformation,
+    hyperparameters: learner.Hyperparameters,
+    mesh: jax.sharding.Mesh,
+) -> Any:
+    """Return `learner.update` jitted for a mesh: (state, trajectory [T, B]) → (state, metrics).
+
+    Each device computes the gradient of its rows; they exchange it and the sums of PopArt.
+    """
+
+    def update(state: learner.State, trajectory: Trajectory) -> Any:
+        state, measured = learner.update(agent, optimiser, hyperparameters, state, trajectory)
+        return state, mean_over_rows(measured)
+
+    everywhere: Any = parallel.replicated(mesh).spec
+    steps: Any = parallel.by_rows(mesh, 1).spec
+    carry: Any = parallel.by_rows(mesh, 0).spec
+    rows = Trajectory(steps, steps, steps, steps, steps, carry)
+    return jax.jit(
+        jax.shard_map(
+            update,
+            mesh=mesh,
+            in_specs=(everywhere, rows),
+            out_specs=everywhere,
+            check_vma=False,
+        )
+    )
 
 
 def start_actors(

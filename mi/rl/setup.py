@@ -11,7 +11,18 @@ import ml_collections
 from flax import linen as nn
 
 from mi import cells, cost, fusion, optim, tracking
-from mi.config import Rule, UserError, boolean, check, integer, number, one_of, seeds, text
+from mi.config import (
+    Rule,
+    UserError,
+    boolean,
+    check,
+    integer,
+    mesh_shape,
+    number,
+    one_of,
+    seeds,
+    text,
+)
 from mi.rl import learner
 from mi.rl.envs.spec import Spec
 from mi.rl.loss import CLIPS
@@ -71,6 +82,7 @@ SCHEMA: dict[str, Rule] = {
     'train.steps': integer(1),
     'train.batch': integer(1),
     'train.length': integer(1),
+    'train.mesh': mesh_shape,
     'train.log_every': integer(1),
     'train.eval_every': integer(1),
     'train.save_every': integer(1),

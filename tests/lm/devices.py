@@ -6,11 +6,11 @@ A program of its own, because the number of devices is fixed when jax starts:
 """
 
 import json
+import math
 import sys
 
 import jax
 import numpy as np
-from jax.sharding import AxisType
 
 from configs import lm
 from mi import optim, parallel
@@ -18,29 +18,33 @@ from mi.lm import setup, train
 from mi.lm.data import Stream, load
 from mi.lm.evaluate import evaluate
 
-MESHES = {  # devices [data, fsdp], parts of the batch
-    'one': ((1, 1), 1),
-    'four': ((4, 1), 1),
-    'split': ((2, 2), 1),
-    'parts': ((1, 2), 2),
+MESHES = {  # devices [seed, data, fsdp], parts of the batch
+    'one': ((1, 1, 1), 1),
+    'four': ((1, 4, 1), 1),
+    'seeds': ((2, 2, 1), 1),
+    'split': ((1, 2, 2), 1),
+    'all': ((2, 1, 2), 1),
+    'parts': ((1, 1, 2), 2),
 }
 
 
 def measure(config, corpus, shape, parts):
-    devices = jax.devices()[: shape[0] * shape[1]]
-    mesh = jax.make_mesh(shape, parallel.ROWS, (AxisType.Auto,) * 2, devices=devices)
+    devices = jax.devices()[: math.prod(shape)]
+    mesh = parallel.mesh(len(config.seeds), config.train.batch, shape=shape, devices=devices)
     model, optimiser = setup.build(config, *corpus.sizes), optim.optimiser(config.optim, 10)
     seeds, B = np.asarray(config.seeds, np.int32), config.train.batch
     state = train.start(model, optimiser, seeds, B, mesh)
+    placed_seeds = parallel.put(seeds, parallel.by_seed(mesh))
     streams = [Stream(corpus.tokens['train'], B, config.train.length, seed) for seed in seeds]
 
     def batch(step):
-        return parallel.split(np.stack([stream[step] for stream in streams]), mesh, axis=2)
+        tokens = np.stack([stream[step] for stream in streams])
+        return parallel.put(tokens, parallel.by_rows(mesh, 2, has_seeds=True))
 
     compiled = train.compile_step(model, optimiser, parts, state, seeds, batch(0), None, mesh)
     nats = []
     for step in range(4):
-        state, measured = compiled(state, seeds, np.int32(step), batch(step), None)
+        state, measured = compiled(state, placed_seeds, np.int32(step), batch(step), None)
         nats.append(np.asarray(measured['nats_per_token']).tolist())
     reading = setup.reading(config)
     scores = evaluate(model, state.params, corpus, 'valid', reading, 1000, mesh)

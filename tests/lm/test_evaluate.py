@@ -99,7 +99,7 @@ def nats_of(model, params, tokens):
 
 def measure(model, params, corpus, reading, most):
     return evaluate.evaluate(
-        model, seed_axis(params), corpus, 'valid', reading, most, parallel.mesh(1)
+        model, seed_axis(params), corpus, 'valid', reading, most, parallel.mesh(1, 1)
     )[0]
 
 
@@ -140,5 +140,6 @@ def test_what_is_minimized_has_no_part_in_what_is_reported(changes, texts):
     plain = measure(model, params, corpus, reading, 41)
     assert measure(smoothed, params, corpus, reading, 41) == plain
     how = dynamic.Adaptation(tokens=21, learning_rate=0.0, decay=0.0)
-    first, second = (dynamic.evaluate(m, params, corpus, 'valid', how) for m in (model, smoothed))
+    stacked = jax.tree.map(lambda a: a[None], params)
+    first, second = (dynamic.evaluate(m, stacked, corpus, 'valid', how) for m in (model, smoothed))
     assert first == second

@@ -28,11 +28,11 @@ def test_the_likeliest_tokens_are_those_of_the_whole_text(word):
     params = jax.jit(model.init)(jax.random.key(3), carry, jnp.zeros((1, 1), int))['params']
     params = jax.tree.map(lambda a: 2 * a, params)  # far from uniform
     prompt = jnp.array([1, 4, 2])
-    drawn = sample.generate(model, params, prompt, jax.random.key(0), 12, 0.0, 1.0)
+    drawn = sample.generate(model, params, prompt, jax.random.key(0), 12, 0.0, 1.0)[0]
     text = jnp.concatenate([prompt, drawn])
     _, logits = model.apply({'params': params}, carry, text[:, None])
     np.testing.assert_array_equal(drawn, logits[2:-1, 0].argmax(-1))
-    again = sample.generate(model, params, prompt, jax.random.key(1), 12, 1.5, 1.0)
+    again = sample.generate(model, params, prompt, jax.random.key(1), 12, 1.5, 1.0)[0]
     assert (again != drawn).any()
 
 
@@ -46,7 +46,7 @@ def uniform(config):
 
 def test_every_token_is_drawn_with_a_key_of_its_own():
     model, params = uniform(tiny())
-    drawn = sample.generate(model, params, jnp.array([1]), jax.random.key(0), 200)
+    drawn = sample.generate(model, params, jnp.array([1]), jax.random.key(0), 200)[0]
     counts = np.bincount(drawn, minlength=11)  # 200 / 11 = 18 each, σ = 4
     assert counts.min() > 0 and counts.max() < 18 + 5 * 4
     after_each = {(int(a), int(b)) for a, b in itertools.pairwise(drawn)}
@@ -63,7 +63,7 @@ def test_a_transformer_writes_from_no_more_tokens_than_it_was_trained_on():
 
     def draw(prompt):
         tokens = jnp.asarray(prompt, jnp.int32)
-        return sample.generate(model, params, tokens, jax.random.key(0), 12, 0.0).tolist()
+        return sample.generate(model, params, tokens, jax.random.key(0), 12, 0.0)[0].tolist()
 
     drawn = draw([1, 2, 3, 4, 5, 6])
     assert draw([9, 8, 7, 1, 2, 3, 4, 5, 6]) == drawn  # what is further back has no part
@@ -78,7 +78,7 @@ def test_a_transformer_writes_from_no_more_tokens_than_it_was_trained_on():
     ]  # and each is the likeliest after the 6 before it, on their own
     plain = setup.build(config, 11)
     prompt = jnp.arange(1, 7, dtype=jnp.int32)
-    farther = sample.generate(plain, params, prompt, jax.random.key(0), 12, 0.0).tolist()
+    farther = sample.generate(plain, params, prompt, jax.random.key(0), 12, 0.0)[0].tolist()
     assert farther != drawn  # it would have a part
     for i in range(6, len(text)):
         inputs = jnp.asarray(text[i - 6 : i])[:, None]
@@ -111,7 +111,8 @@ def test_dynamic_evaluation_is_the_update_written_out(texts):
     how = dynamic.Adaptation(
         tokens=25, length=6, learning_rate=1e-2, decay=0.5, epsilon=1e-8, statistics=4
     )
-    measured = dynamic.evaluate(model, params, corpus, 'valid', how)
+    stacked = jax.tree.map(lambda a: a[None], params)
+    (measured,) = dynamic.evaluate(model, stacked, corpus, 'valid', how)
 
     def loss(params, carry, tokens):
         after, losses = model.apply({'params': params}, carry, tokens[:-1, None], tokens[1:, None])
@@ -180,7 +181,7 @@ def test_a_run_is_evaluated_in_other_ways_and_sampled(word, tmp_path, texts, cap
         sample.sample(tiny(word, **{**source, **elsewhere}), str(tmp_path))
     sample.sample(tiny(word, **source, **{'sample.tokens': 5}), str(tmp_path))
     texts_drawn = json.loads((tmp_path / 'samples.json').read_text())['texts']
-    assert len(texts_drawn) == 2 and texts_drawn[0] in capsys.readouterr().out
+    assert len(texts_drawn) == 2 and texts_drawn[0][0] in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -189,12 +190,12 @@ def test_dynamic_evaluation_as_it_is_set_helps_a_trained_model_or_says_that_it_d
     config = tiny('core=lstm', **changes)
     train.train(config, str(tmp_path))
     corpus = setup.corpus(config)
-    params = jax.tree.map(lambda a: a[0], restore.restore(config, str(tmp_path)).params)
+    params = restore.restore(config, str(tmp_path)).params
     model = setup.for_evaluation(setup.build(config, *corpus.sizes), config)
 
     def nats(**changes):
         how = dynamic.Adaptation(tokens=3_000)._replace(**changes)
-        return dynamic.evaluate(model, params, corpus, 'test', how)['nats_per_token']
+        return dynamic.evaluate(model, params, corpus, 'test', how)[0]['nats_per_token']
 
     assert nats() < nats(learning_rate=0.0) - 0.01
     with pytest.raises(UserError, match=r'not finite any more; lower config\.dynamic\.learning'):

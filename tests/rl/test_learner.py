@@ -46,8 +46,9 @@ from tests.rl.test_learner import parts
 from mi.rl import fused
 
 config, environment, agent, optimiser = parts(seeds=(0, 1))
-state = fused.start(config, environment, agent, optimiser)
-update = fused.compile_updates(environment, agent, optimiser, config, state, 3)
+mesh = fused.mesh_of(config)
+state = fused.start(config, environment, agent, optimiser, mesh)
+update = fused.compile_updates(environment, agent, optimiser, config, state, 3, mesh)
 for _ in range(2):
     state, measured = jax.block_until_ready(update(state))
 rows = state.actor.returned.sharding.shard_shape(state.actor.returned.shape)

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+from mi import parallel
 from mi.config import UserError
 from mi.rl import actor, envs, evaluate, fused, learner, popart
 from mi.rl.envs import auto_reset
@@ -203,12 +204,19 @@ def test_the_learner_discounts_by_gamma(discount):
     np.testing.assert_allclose(state.statistics.mu, (last + scale + discount * last) / 2, rtol=1e-6)
 
 
+def play(environment, agent, each):
+    """Episodes of one seed that draws its actions."""
+    params = jax.tree.map(lambda a: jnp.asarray(a)[None], PARAMS)
+    keys = evaluate.evaluation_keys([0], 0)
+    mesh = parallel.mesh(1, 1)
+    (played,) = evaluate.episodes(environment, agent, params, keys, each, False, mesh)
+    return played
+
+
 @pytest.mark.parametrize('terminates', [False, True])
 def test_evaluation_plays_whole_episodes_of_each_task(terminates):
     """Tasks of returns 28, 56 and 84, four episodes of each."""
-    played = evaluate.episodes(
-        Ramp(terminates), Knows(terminates), PARAMS, jax.random.key(0), 4, False
-    )
+    played = play(Ramp(terminates), Knows(terminates), 4)
     returned, success, length = (np.stack(a) for a in played)
     np.testing.assert_array_equal(returned, np.tile(RETURN * np.arange(1, 4), (4, 1)).T)
     np.testing.assert_array_equal(success, np.tile([False, True, False], (4, 1)).T)
@@ -274,7 +282,7 @@ def test_an_episode_longer_than_its_spec_says_is_refused(episode):
     said = f"Spec.episode = {episode} of environment 'ramp': expected the most steps"
     environment, agent = Ramp(episode=episode), Knows()
     with pytest.raises(UserError, match=said):
-        evaluate.episodes(environment, agent, PARAMS, jax.random.key(0), 2, False)
+        play(environment, agent, 2)
     with pytest.raises(UserError, match=said):
         from_worker(environment, agent)
 
@@ -286,7 +294,7 @@ def test_an_episode_that_never_ends_is_refused():
             return state, transition._replace(truncated=jnp.array(False))
 
     with pytest.raises(UserError, match=r'Spec\.episode = 7'):
-        evaluate.episodes(Endless(), Knows(), PARAMS, jax.random.key(0), 2, False)
+        play(Endless(), Knows(), 2)
 
 
 class Broken(Ramp):

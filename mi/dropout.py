@@ -1,0 +1,44 @@
+"""Dropout whose masks are drawn by row, so that devices that share a batch draw their own."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from mi import rows
+
+
+class RowDropout(nn.Module):
+    """x ⊙ m / (1 − rate), m ~ Bernoulli(1 − rate).
+
+    The mask of a row depends on the random key and on the row's number in the whole batch: it is
+    the same on any number of devices, and each device draws the masks of its own rows alone.
+
+    Attributes:
+      rate: share of the entries that are zero.
+      row_axis: axis of x with the rows; None if x has none, and every device the same mask.
+      shared_axes: axes along which the mask is the same.
+      collection: name of the random key.
+    """
+
+    rate: float
+    row_axis: int | None
+    shared_axes: tuple[int, ...] = ()
+    collection: str = 'dropout'
+
+    @nn.compact
+    def __call__(self, x: Array, deterministic: bool) -> Array:
+        """Return x [..., rows, ...] with entries dropped, unchanged if `deterministic`."""
+        if deterministic or self.rate == 0:
+            return x
+        key, keep = self.make_rng(self.collection), 1 - self.rate
+        shape = tuple(1 if axis in self.shared_axes else n for axis, n in enumerate(x.shape))
+        if self.row_axis is None:
+            mask = jax.random.bernoulli(key, keep, shape)
+        else:
+            count = shape[self.row_axis]
+            of_row = shape[: self.row_axis] + shape[self.row_axis + 1 :]
+            mask = jax.vmap(
+                lambda key: jax.random.bernoulli(key, keep, of_row), out_axes=self.row_axis
+            )(rows.row_keys(key, count))
+        return jnp.where(mask, x / keep, 0).astype(x.dtype)
