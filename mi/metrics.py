@@ -269,7 +269,8 @@ def refuse_broken(seeds: Sequence[int], step: int, parts: Mapping[str, Any]) -> 
         for leaf in jax.tree.leaves(tree):
             if jnp.issubdtype(leaf.dtype, jnp.inexact):
                 for shard in leaf.addressable_shards:
-                    places = np.arange(leaf.shape[0])[shard.index[0]] % len(seeds)
+                    numbers = np.arange(leaf.shape[0] if leaf.ndim else 1)
+                    places = numbers[shard.index[:1]] % len(seeds)
                     size = np.abs(np.asarray(shard.data)).reshape(len(places), -1)
                     np.logical_and.at(sound, places, (size < limit).all(1))  # NaN is not
         broken = [parallel.any_of(not each) for each in sound]

@@ -12,13 +12,14 @@ from tests.conftest import ROOT
 
 FLOORS = [
     ['config'],
-    ['contract', 'cost', 'cudnn', 'files', 'overrides', 'rows'],
-    ['dropout', 'layers'],
+    ['contract', 'cost', 'cudnn', 'files', 'hlo', 'overrides', 'rows', 'topologies'],
+    ['dropout', 'layers', 'program'],
     ['motifs'],
     ['fusion'],
     ['cells'],
     ['unify'],
-    ['optim', 'checkpoint', 'metrics', 'progress', 'tracking', 'run', 'parallel', 'versions'],
+    ['optim', 'checkpoint', 'metrics', 'progress', 'tracking', 'run', 'versions']
+    + ['parallel', 'placement'],
     ['lm', 'rl', 'fit'],
     ['main', 'costs'],
     ['memory'],

@@ -1,5 +1,6 @@
 import functools
 import json
+import math
 import subprocess
 import sys
 
@@ -46,6 +47,7 @@ from tests.rl.test_learner import parts
 from mi.rl import fused
 
 config, environment, agent, optimiser = parts(seeds=(0, 1))
+config.train.mesh = json.loads(sys.argv[1])
 mesh = fused.mesh_of(config)
 state = fused.start(config, environment, agent, optimiser, mesh)
 update = fused.compile_updates(environment, agent, optimiser, config, state, 3, mesh)
@@ -64,9 +66,10 @@ print(json.dumps({
 """
 
 
-def on_devices(count):
+def on_devices(*shape):
+    count = math.prod(shape)
     done = subprocess.run(
-        [sys.executable, '-c', MESH],
+        [sys.executable, '-c', MESH, json.dumps(shape)],
         cwd=ROOT,
         env={
             'JAX_PLATFORMS': 'cpu',
@@ -83,13 +86,14 @@ def on_devices(count):
 
 
 @pytest.mark.slow
-def test_environments_split_over_devices_learn_the_same():
+@pytest.mark.parametrize('shape', [(1, 2, 1), (2, 1, 1), (2, 2, 1)])
+def test_seeds_and_environments_split_over_devices_learn_the_same(shape):
     """PopArt's statistics too: the tasks of all devices count."""
-    one, two = on_devices(1), on_devices(2)
+    one, several = on_devices(1, 1, 1), on_devices(*shape)
     assert one.pop('rows') == [2, 8]
-    assert two.pop('rows') == [2, 4]
-    assert one['positions'] == two['positions']
-    assert one['episodes'] == two['episodes']
-    assert one['transitions'] == two['transitions'] == [3 * 8 * 5] * 2
+    assert several.pop('rows') == [2 // shape[0], 8 // shape[1]]
+    assert one['positions'] == several['positions']
+    assert one['episodes'] == several['episodes']
+    assert one['transitions'] == several['transitions'] == [3 * 8 * 5] * 2
     for name in ('loss', 'mu', 'params'):
-        np.testing.assert_allclose(one[name], two[name], rtol=2e-4, atol=1e-6)
+        np.testing.assert_allclose(one[name], several[name], rtol=2e-4, atol=1e-6)

@@ -258,7 +258,9 @@ def test_evaluations_draw_other_episodes_at_every_step_and_seed(monkeypatch):
     config = tiny(**{'seeds': (0, 1), 'eval.episodes': 5})
     for step in (1, 2):
         this = types.SimpleNamespace(config=config, step=step, stops=lambda recorded: False)
-        fused._evaluate({'eval': Lottery()}, Knows(), state, this, written, np.array([1, 1]))
+        fused._evaluate(
+            {'eval': Lottery()}, Knows(), state, this, written, np.ones(2), parallel.mesh(2, 1)
+        )
     assert len(set(written)) == 4
 
 
