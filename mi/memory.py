@@ -114,22 +114,13 @@ def _rl(config: ml_collections.ConfigDict) -> Training:
         )
     mesh = parallel.mesh(1, config.train.batch, shape=config.train.mesh)
     update = queued.learner_update(agent, optimiser, rl.hyperparameters(config), mesh)
-    everywhere, rows = parallel.replicated(mesh), parallel.by_rows(mesh, 1)
-    carry_sharding = parallel.by_rows(mesh, 0)
-    shardings = jax.tree.map(lambda _: rows, trajectory)._replace(
-        carry=jax.tree.map(lambda _: carry_sharding, trajectory.carry)
-    )
-    trajectory = parallel.placed(trajectory, shardings)
-    placed_learner = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), of_learner
-    )
     return Training(
         {
             'parameters': of_learner.params,
             'optimiser': of_learner.opt_state,
             'other': of_learner.statistics,
         },
-        lambda: update.lower(placed_learner, trajectory).compile(),
+        lambda: queued.lower_update(update, of_learner, trajectory, mesh).compile(),
     )
 
 

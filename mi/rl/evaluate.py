@@ -59,7 +59,7 @@ def episodes(
     Raises:
       UserError: if an episode has more steps than the spec says.
     """
-    program = _program(environment, agent, each, greedy, mesh)  # type: ignore[arg-type]
+    program = episodes_program(environment, agent, each, greedy, mesh)  # type: ignore[arg-type]
     placed_keys = parallel.put(keys, parallel.by_seed(mesh))
     returned, success, length = parallel.fetch(program(params, placed_keys))
     auto_reset.check_length(environment.spec, int(length.max()) - 1)
@@ -74,7 +74,7 @@ def episodes(
 
 
 @functools.cache
-def _program(
+def episodes_program(
     environment: JaxEnvironment, agent: Agent, each: int, greedy: bool, mesh: jax.sharding.Mesh
 ) -> Any:
     """Return the program (params, keys) → return, success and length of each row, [S, rows].

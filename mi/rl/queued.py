@@ -216,6 +216,20 @@ def learner_update(
     )
 
 
+def lower_update(
+    update: Any, state: learner.State, trajectory: Trajectory, mesh: jax.sharding.Mesh
+) -> jax.stages.Lowered:
+    """Return a `learner_update` lowered for the shapes of a state and a trajectory."""
+
+    def placed(tree: Any, sharding: jax.sharding.NamedSharding) -> Any:
+        return parallel.placed(tree, jax.tree.map(lambda _: sharding, tree))
+
+    steps = placed(trajectory._replace(carry={}), parallel.by_rows(mesh, 1))
+    carry = placed(trajectory.carry, parallel.by_rows(mesh, 0))
+    everywhere = placed(state, parallel.replicated(mesh))
+    return update.lower(everywhere, steps._replace(carry=carry))
+
+
 def start_actors(
     config: ml_collections.ConfigDict, agent: Agent, params: Any, version: int
 ) -> Actors:

@@ -56,8 +56,9 @@ def measure(config, corpus, shape, parts):
 def main(core, texts):
     config = lm.get_config(f'core={core},tiny').unlock()
     config.seeds = (0, 1)
-    config.dropout.update({'input': 0.0, 'layer': 0.0, 'output': 0.0})
+    config.dropout.update({'word': 0.2, 'input': 0.2, 'layer': 0.2, 'state': 0.2, 'output': 0.2})
     if core == 'transformer':
+        config.dropout.update({'state': 0.0, 'attention': 0.2})
         config.model.update({'memory': 8, 'source': 'summary', 'site': 'attention', 'layers': 1})
     corpus = load(texts, 'byte', 256)
     print(json.dumps({name: measure(config, corpus, *how) for name, how in MESHES.items()}))

@@ -1,0 +1,56 @@
+"""Devices divide the work: FLOPs of products and communication of compiled programs."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests import division
+from tests.conftest import ROOT, forced
+
+SMALL = 64_000  # bytes of all reductions but those of gradients
+
+
+@pytest.mark.parametrize('case', division.CASES)
+def test_each_device_computes_its_share_and_sends_no_more_than_gradients(case):
+    rows = on_eight_devices(case)
+    one = rows.pop('1')
+    assert one['sent'] == 0 and rows.keys() == {str(n) for n in division.COUNTS[case][1:]}
+    for devices, row in rows.items():
+        n = int(devices)
+        assert 0.9 / n < row['flops'] / one['flops'] <= 1.05 / n, (n, row)
+        check_communication(case, n, row)
+
+
+def check_communication(case, n, row):
+    """On a ring a reduction of P bytes sends 2 (n − 1) / n of P from each device."""
+    kinds = {each['kind'] for each in row['collectives']}
+    reduction = 2 * (n - 1) / n * row['params']
+    if case.startswith('seeds/'):
+        assert row['sent'] == 0, row
+    elif case.endswith('evaluation') and not case.startswith('fsdp/'):
+        assert kinds <= {'all-reduce'} and row['sent'] <= 64
+    elif case.startswith('fsdp/'):
+        assert kinds <= {'all-reduce', 'all-gather', 'reduce-scatter'}
+        assert {'all-gather'} <= kinds
+        # Parameters once forward and once backward, and their gradients once.
+        assert row['sent'] <= 3 * row['params'] + SMALL
+    else:
+        updates = 2 if case in ('rl/fused', 'rl/transformer') else 1
+        assert kinds == {'all-reduce'}
+        assert 0.9 * reduction < row['sent'] / updates <= reduction + SMALL
+
+
+def on_eight_devices(case):
+    done = subprocess.run(
+        [sys.executable, '-m', 'tests.division', case],
+        cwd=ROOT,
+        env=os.environ | {'XLA_FLAGS': forced(8), 'JAX_PLATFORMS': 'cpu'},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])[case]
