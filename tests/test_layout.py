@@ -13,13 +13,15 @@ from tests.conftest import ROOT
 FLOORS = [
     ['config'],
     ['contract', 'cost', 'cudnn', 'files', 'hlo', 'overrides', 'rows', 'topologies'],
-    ['dropout', 'layers', 'program'],
-    ['motifs'],
+    ['dropout', 'hlo_cost', 'layers'],
+    ['motifs', 'program'],
     ['fusion'],
     ['cells'],
     ['unify'],
-    ['optim', 'checkpoint', 'metrics', 'progress', 'tracking', 'run', 'versions']
-    + ['parallel', 'placement'],
+    [
+        *('optim', 'checkpoint', 'metrics', 'progress', 'tracking', 'run', 'versions'),
+        *('parallel', 'placement'),
+    ],
     ['lm', 'rl', 'fit'],
     ['main', 'costs'],
     ['memory'],
