@@ -2,7 +2,7 @@
 
 Nothing is allocated or compiled: shapes come from `jax.eval_shape`, FLOPs from the jaxpr.
 
-python -m mi.cost --config=configs/lm.py prints what a run of a config costs: see `mi.memory`.
+python -m mi.cost --config=configs/lm.py prints what a run of a config costs: see `mi.estimate`.
 """
 
 import functools
@@ -144,4 +144,4 @@ def nearest_size(cost: Callable[[int], int], target: int, low: int = 1) -> int:
 
 
 if __name__ == '__main__':  # trainers stand above this floor, and what looks at them
-    runpy.run_module('mi.memory', run_name='__main__')
+    runpy.run_module('mi.estimate', run_name='__main__')

@@ -1,16 +1,11 @@
-"""What a run of a config takes in memory, and the command that prints all that it costs.
+"""What a run of a config takes in memory: the state of all seeds, and what compiles its programs.
 
-    python -m mi.cost --config=configs/lm.py:quickstart --config.model.hidden=1024
-    python -m mi.cost --config=configs/rl.py --nocompile
-
-Nothing is allocated and nothing is run: states are shapes, and the program of a training step is
-compiled for the devices that are here. What the compiler says of it is the estimate; data,
-evaluation, other programs and the device's own needs come on top.
+Nothing is allocated and nothing is run: states are shapes, and programs are compiled for the
+devices that are here, or for ones that `mi.topologies` describes. What the compiler says of a
+training step is the estimate; data, other programs and the device's own needs come on top.
 """
 
 import functools
-import json
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,29 +13,37 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from absl import flags
 
-from mi import costs, optim, overrides, parallel, placement, progress
+from mi import costs, optim, parallel, placement
 from mi.config import UserError
 from mi.fit import setup as fit
 from mi.fit import train as train_fit
+from mi.lm import evaluate as evaluate_lm
+from mi.lm import setup as lm
 from mi.lm import train as train_lm
+from mi.rl import evaluate as evaluate_rl
 from mi.rl import fused, queued
 from mi.rl import setup as rl
 
-PREFIXES = {12: 'T', 9: 'G', 6: 'M', 3: 'k'}
+Devices = Sequence[jax.Device] | None  # those that are here if None
 
 
 class Training(NamedTuple):
-    """The state of all seeds as shapes, by what it holds, and what compiles a step of it.
+    """The state of all seeds as shapes, by what it holds, and what compiles the programs of a run.
 
     Attributes:
       state: 'parameters', 'optimiser' and 'other' → trees; a checkpoint holds all of them.
+      mesh: of the devices that the programs are for.
+      updates: that one call of `compile()` does.
       compile: () → the program that the trainer calls for a step, or for those of one record.
+      compile_evaluation: () → the program that it calls to evaluate, None if it has no such.
     """
 
     state: dict[str, Any]
+    mesh: jax.sharding.Mesh
+    updates: int
     compile: Callable[[], jax.stages.Compiled]
+    compile_evaluation: Callable[[], jax.stages.Compiled] | None = None
 
 
 def of_config(config: ml_collections.ConfigDict, compiles: bool = True) -> dict[str, Any]:
@@ -55,24 +58,44 @@ def of_config(config: ml_collections.ConfigDict, compiles: bool = True) -> dict[
     Raises:
       UserError: on a config that cannot work, or a search, whose models are not known before.
     """
+    training = training_of(config)
+    told: dict[str, Any] = {name: size(tree) for name, tree in training.state.items()}
+    told['checkpoint'] = sum(told.values())
+    if compiles and (step := measured(training.compile())) is not None:
+        told['step'] = step
+    return told
+
+
+def training_of(config: ml_collections.ConfigDict, devices: Devices = None) -> Training:
+    """Return the state and the programs of a config's run.
+
+    Args:
+      config: of any task but 'search'.
+      devices: that share the work, present or described.
+
+    Raises:
+      UserError: on a config that cannot work, or a search, whose models are not known before.
+    """
     if config.task not in TRAININGS:
         raise UserError(
             f'config.task = {config.task!r}: its models are found by the run; ask for one of '
             f'{", ".join(TRAININGS)}'
         )
-    training = TRAININGS[config.task](config)
-    told: dict[str, Any] = {name: size(tree) for name, tree in training.state.items()}
-    told['checkpoint'] = sum(told.values())
-    if compiles and (found := training.compile().memory_analysis()) is not None:
-        step = {
-            'arguments': found.argument_size_in_bytes,
-            'outputs': found.output_size_in_bytes,
-            'in_place': found.alias_size_in_bytes,
-            'temporaries': found.temp_size_in_bytes,
-        }
-        peak = sum(step.values()) - 2 * step['in_place']
-        told['step'] = step | {'peak': peak}
-    return told
+    return TRAININGS[config.task](config, devices)
+
+
+def measured(compiled: jax.stages.Compiled) -> dict[str, int] | None:
+    """Return the bytes of a program on each device, as in `of_config`; None if nobody says."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return None
+    program = {
+        'arguments': analysis.argument_size_in_bytes,
+        'outputs': analysis.output_size_in_bytes,
+        'in_place': analysis.alias_size_in_bytes,
+        'temporaries': analysis.temp_size_in_bytes,
+    }
+    return program | {'peak': sum(program.values()) - 2 * program['in_place']}
 
 
 def size(tree: Any) -> int:
@@ -80,27 +103,31 @@ def size(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _lm(config: ml_collections.ConfigDict) -> Training:
+def _lm(config: ml_collections.ConfigDict, devices: Devices) -> Training:
     config, model, optimiser, _, domains = costs.text(config)
     B, T, seeds = config.train.batch, config.train.length, np.asarray(config.seeds, np.int32)
-    mesh = parallel.mesh(len(seeds), B, config.train.fsdp, config.train.mesh)
+    mesh = parallel.mesh(len(seeds), B, config.train.fsdp, config.train.mesh, devices)
     state = train_lm.shapes(model, optimiser, seeds, B, mesh)
     rows = jax.ShapeDtypeStruct(
         (len(seeds), T + 1, B), jnp.int32, sharding=parallel.by_rows(mesh, 2, has_seeds=True)
     )
     told = rows if domains else None
     step = model, optimiser, config.train.accumulate, state, seeds, rows, told, mesh
+    segment = model, state.params, lm.reading(config), domains > 0, mesh
     return Training(
         {'parameters': state.params, 'optimiser': state.opt_state, 'other': state.carry},
+        mesh,
+        1,
         functools.partial(train_lm.compile_step, *step),  # type: ignore[arg-type]
+        functools.partial(evaluate_lm.compile_segment, *segment),
     )
 
 
-def _rl(config: ml_collections.ConfigDict) -> Training:
+def _rl(config: ml_collections.ConfigDict, devices: Devices) -> Training:
     environment, agent, optimiser, of_learner, trajectory = costs.acting(config)
     if config.train.topology == 'fused':
         assert environment is not None  # or validation had refused it
-        mesh = fused.mesh_of(config)
+        mesh = fused.mesh_of(config, devices)
         state = fused.shapes(config, environment, agent, optimiser, mesh)
         count = min(config.train.log_every, rl.updates(config))
         program = environment, agent, optimiser, config, state, count, mesh
@@ -110,9 +137,19 @@ def _rl(config: ml_collections.ConfigDict) -> Training:
                 'optimiser': state.learner.opt_state,
                 'other': (state.learner.statistics, state.actor),
             },
+            mesh,
+            count,
             functools.partial(fused.compile_updates, *program),
+            functools.partial(
+                evaluate_rl.compile_episodes,
+                environment,
+                agent,
+                state.learner.params,
+                config.eval.episodes,
+                mesh,
+            ),
         )
-    mesh = parallel.mesh(1, config.train.batch, shape=config.train.mesh)
+    mesh = parallel.mesh(1, config.train.batch, shape=config.train.mesh, devices=devices)
     update = queued.learner_update(agent, optimiser, rl.hyperparameters(config), mesh)
     return Training(
         {
@@ -120,92 +157,32 @@ def _rl(config: ml_collections.ConfigDict) -> Training:
             'optimiser': of_learner.opt_state,
             'other': of_learner.statistics,
         },
+        mesh,
+        1,
         lambda: queued.lower_update(update, of_learner, trajectory, mesh).compile(),
     )
 
 
-def _fit(config: ml_collections.ConfigDict) -> Training:
+def _fit(config: ml_collections.ConfigDict, devices: Devices) -> Training:
     problem = fit.problem(config)
     optimizer = optim.optimiser(config.optim, config.train.steps)
-    mesh = placement.seed_mesh(len(config.seeds))
+    mesh = placement.seed_mesh(len(config.seeds), devices)
     state, seeds = train_fit.shapes(problem, optimizer, len(config.seeds), mesh)
     count = min(config.train.log_every, config.train.steps)
     program = problem, optimizer, count, state, seeds, mesh
     saved = placement.gathered_shapes(state, len(config.seeds))
+    evaluate = placement.shard_map_seeds(functools.partial(train_fit.evaluate, problem), mesh)
     return Training(
         {'parameters': saved.params, 'optimiser': saved.optimiser, 'other': saved.step},
+        mesh,
+        count,
         functools.partial(train_fit.compile_steps, *program),
+        lambda: jax.jit(evaluate).lower(state.params, seeds).compile(),
     )
 
 
-TRAININGS: dict[str, Callable[[ml_collections.ConfigDict], Training]] = {
+TRAININGS: dict[str, Callable[[ml_collections.ConfigDict, Devices], Training]] = {
     'lm': _lm,
     'rl': _rl,
     'fit': _fit,
 }
-
-
-def lines(told: dict[str, Any]) -> list[str]:
-    """The costs of a run, one a line, for people."""
-    unit = next(name for name in ('token', 'step', 'example') if f'flops_per_{name}' in told)
-    what = {'token': 'tokens', 'step': 'steps of environments', 'example': 'examples'}[unit]
-    parameters, forward = told['parameters'], told[f'flops_per_{unit}']
-    seeds = told['seeds']
-    whole = told['flops'] * told['steps'] * seeds
-    rows = [
-        ('parameters', f'{parameters["model"]:,}', f'of them the fusion {parameters["fusion"]:,}'),
-        ('training steps', f'{told["steps"]:,}', f'of {told["units"]:,} {what} each'),
-        ('seeds', f'{seeds}', 'trained at once'),
-        (
-            f'FLOPs per {unit}',
-            scaled(forward['model']),
-            f'forward; of them the fusion {scaled(forward["fusion"])}',
-        ),
-        ('FLOPs per training step', scaled(told['flops']), 'of one seed, forward and backward'),
-        ('FLOPs of the run', scaled(whole), 'all steps and seeds, without evaluations'),
-    ]
-    memory = told['memory']
-    for name in ('parameters', 'optimiser', 'other'):
-        rows.append((f'{name}, bytes', scaled(memory[name]) + 'B', 'all seeds'))
-    rows.append(('checkpoint, bytes', scaled(memory['checkpoint']) + 'B', 'before compression'))
-    if step := memory.get('step'):
-        said = f'arguments {scaled(step["arguments"])}B, temporaries {scaled(step["temporaries"])}B'
-        rows.append(('memory of a step', scaled(step['peak']) + 'B', f'on each device; {said}'))
-    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
-    return [f'{a:<{widths[0]}}  {b:>{widths[1]}}  {c}'.rstrip() for a, b, c in rows]
-
-
-def scaled(value: float) -> str:
-    """Three digits and a prefix of powers of ten: 2400000 → '2.4 M'."""
-    power = next((p for p in PREFIXES if abs(value) >= 10**p), 0)
-    return f'{value / 10**power:.3g} {PREFIXES.get(power, "")}'
-
-
-def main(argv: Sequence[str]) -> None:
-    """Prints the costs of --config; --json for machines, --nocompile without the step's memory."""
-    values = flags.FlagValues()
-    file = flags.DEFINE_string('config', None, 'Config file.', flag_values=values)
-    compiles = flags.DEFINE_bool('compile', True, 'Memory of a step too.', flag_values=values)
-    as_json = flags.DEFINE_bool('json', False, 'Every number as JSON.', flag_values=values)
-    try:
-        arguments, changes = overrides.split(argv)
-        rest = values(arguments)
-        if not file.value or len(rest) > 1:
-            raise UserError('--config=FILE is needed; with it go --config.KEY=VALUE, --json and '
-                            '--nocompile')  # fmt: skip
-        config = overrides.load(file.value, changes)
-        first = 'compiling' if compiles.value else 'sizing'
-        with progress.Work(f'{first} the training step'):
-            memory = of_config(config, compiles.value)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(' '.join(str(error).split())) from error
-    with progress.Work('counting the FLOPs of a training step'):
-        told = costs.of_config(config) | {'memory': memory}
-    print(json.dumps(told, indent=2) if as_json.value else '\n'.join(lines(told)))
-
-
-if __name__ == '__main__':
-    try:
-        main(sys.argv)
-    except UserError as error:
-        sys.exit(f'error: {error}')

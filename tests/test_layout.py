@@ -25,6 +25,8 @@ FLOORS = [
     ['lm', 'rl', 'fit'],
     ['main', 'costs'],
     ['memory'],
+    ['deployment'],
+    ['estimate'],
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 

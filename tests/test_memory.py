@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import expressivity, lm, rl
-from mi import costs, memory, parallel
+from mi import costs, estimate, memory, parallel
 from mi.config import UserError
 from mi.lm import train as train_lm
 from mi.rl import fused
@@ -97,7 +97,7 @@ def test_the_command_prints_lines_or_json():
 )
 def test_what_is_wrong_with_a_command_is_one_line(arguments, said):
     with pytest.raises(UserError, match=said) as raised:
-        memory.main(['', *arguments])
+        estimate.main(['', *arguments])
     assert '\n' not in str(raised.value)
 
 
@@ -105,7 +105,7 @@ def test_lines_are_for_people():
     told = {'parameters': {'model': 429720, 'fusion': 137280}, 'steps': 400, 'seeds': 3}
     told |= {'flops_per_token': {'model': 859_000, 'fusion': 279_000}, 'units': 2048}
     bytes_ = {'parameters': 5_160_000, 'optimiser': 10_300_000, 'other': 0, 'checkpoint': 15.5e6}
-    lines = memory.lines(told | {'flops': 5.28e9, 'memory': bytes_})
+    lines = estimate.lines(told | {'flops': 5.28e9, 'memory': bytes_})
     assert lines[0].split() == ['parameters', '429,720', 'of', 'them', 'the', 'fusion', '137,280']
     assert 'FLOPs of the run          6.34 T  all steps and seeds, without evaluations' in lines
     assert any('checkpoint, bytes' in line and '15.5 MB' in line for line in lines)

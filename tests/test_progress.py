@@ -8,7 +8,7 @@ import pytest
 
 from configs import expressivity
 from configs import rl as rl_configs
-from mi import memory, progress
+from mi import estimate, progress
 from mi.fit import search
 from mi.fit import train as fit
 from mi.rl import train as rl
@@ -93,6 +93,6 @@ def test_agents_say_that_they_compile(topology, said, tmp_path, capsys, short_in
 
 
 def test_costs_say_what_takes_long_and_leave_stdout_to_the_result(capsys, short_interval):
-    memory.main(['cost', f'--config={ROOT}/configs/lm.py:tiny', '--json', '--nocompile'])
+    estimate.main(['cost', f'--config={ROOT}/configs/lm.py:tiny', '--json', '--nocompile'])
     out, err = capsys.readouterr()
     assert 'counting the FLOPs of a training step … ' in err and json.loads(out)['steps'] == 20

@@ -133,6 +133,38 @@ def evaluate(
     return [result(mean, corpus, split, over) for mean in (total / predictions).tolist()]
 
 
+def compile_segment(
+    model: LanguageModel, params: Any, reading: Reading, has_domains: bool, mesh: jax.sharding.Mesh
+) -> jax.stages.Compiled:
+    """Compile the program that `evaluate` calls for each segment of a text that is long enough.
+
+    Args:
+      model: the model.
+      params: shapes of the parameters of all seeds, placed on the mesh.
+      reading: how the text is read.
+      has_domains: whether the model is told the domain of each token.
+      mesh: of devices.
+    """
+    batch = reading.batch + -reading.batch % (mesh.size // mesh.shape['seed'])
+    seeds = jax.tree.leaves(params)[0].shape[0]
+    carry_sharding = parallel.by_rows(mesh, 1, has_seeds=True)
+    carry = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct((seeds, *a.shape), a.dtype, sharding=carry_sharding),
+        jax.eval_shape(lambda: model.initial_carry(batch)),
+    )
+
+    def rows(dtype: Any) -> jax.ShapeDtypeStruct:
+        shape = reading.length, batch
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=parallel.by_rows(mesh, 1))
+
+    tokens, mask = rows(jnp.int32), rows(jnp.float32)
+    domains = tokens if has_domains else None
+    compiled: jax.stages.Compiled = (
+        segment_program(model, mesh).lower(params, carry, tokens, tokens, mask, domains).compile()
+    )
+    return compiled
+
+
 def _initial_carry(model: LanguageModel, seeds: int, batch: int, mesh: jax.sharding.Mesh) -> Carry:
     """Return the carry of all seeds before the first token, each device with its own."""
 

@@ -73,6 +73,22 @@ def episodes(
     return [Played(*(list(a[i]) for a in by_task)) for i in range(len(keys))]
 
 
+def compile_episodes(
+    environment: JaxEnvironment, agent: Agent, params: Any, each: int, mesh: jax.sharding.Mesh
+) -> jax.stages.Compiled:
+    """Compile the program that `episodes` calls, with drawn actions.
+
+    Args:
+      environment, agent, each, mesh: as in `episodes`.
+      params: shapes of the parameters of all seeds, placed on the mesh.
+    """
+    seeds = jax.tree.leaves(params)[0].shape[0]
+    keys = jax.ShapeDtypeStruct((seeds, 2), jnp.int32, sharding=parallel.by_seed(mesh))
+    program = episodes_program(environment, agent, each, False, mesh)  # type: ignore[arg-type]
+    compiled: jax.stages.Compiled = program.lower(params, keys).compile()
+    return compiled
+
+
 @functools.cache
 def episodes_program(
     environment: JaxEnvironment, agent: Agent, each: int, greedy: bool, mesh: jax.sharding.Mesh

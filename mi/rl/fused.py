@@ -7,6 +7,7 @@ environments, see `mi.parallel`; the program is the same.
 import functools
 import itertools
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -162,9 +163,12 @@ def shapes(
     return parallel.placed(state, shardings)
 
 
-def mesh_of(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
-    """Return the mesh of a run of the config on the devices that are here."""
-    return parallel.mesh(len(config.seeds), config.train.batch, shape=config.train.mesh)
+def mesh_of(
+    config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh:
+    """Return the mesh of a run of the config, on the devices that are here if none are given."""
+    shape = config.train.mesh
+    return parallel.mesh(len(config.seeds), config.train.batch, shape=shape, devices=devices)
 
 
 def train(
