@@ -43,7 +43,12 @@ class Checkpoints:
     def __init__(self, directory: str | os.PathLike[str], keep: int = 2):
         self._directory = pathlib.Path(directory).absolute()
         self._keep = keep
-        self._orbax = ocp.StandardCheckpointer()
+        # What every device has is written by one of them: to share the writing, orbax would compile
+        # a program for each array that slices it.
+        arrays = jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+        registry = ocp.type_handlers.create_type_handler_registry(arrays)
+        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+        self._orbax = ocp.AsyncCheckpointer(handler)
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Writes `state`, a tree of arrays, as the checkpoint of a step; returns when on disk."""
@@ -72,7 +77,7 @@ class Checkpoints:
             saving.mkdir(parents=True)
         parallel.wait('checkpoint begun')
         with _without_words_of_orbax():
-            self._orbax.save(saving / 'state', state)
+            self._orbax.save(saving / 'state', args=ocp.args.PyTreeSave(state))
             self._orbax.wait_until_finished()
         parallel.wait('checkpoint written')
         if parallel.first():
@@ -103,7 +108,10 @@ class Checkpoints:
         meta = _meta(path)
         _refuse_other(path, meta.pop('arrays'), _arrays(like))
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        return self._orbax.restore(path / 'state', abstract), meta
+        restore = ocp.args.PyTreeRestore(
+            item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
+        )
+        return self._orbax.restore(path / 'state', args=restore), meta
 
     def newest(self) -> tuple[pathlib.Path, dict[str, Any]]:
         """Return the newest checkpoint whose every hash holds, and its meta.

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
@@ -54,3 +56,28 @@ def on_eight_devices(case):
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])[case]
+
+
+def compiled_programs(workdir, config, devices):
+    """Return how often each program was compiled by a run on so many devices."""
+    done = subprocess.run(
+        [sys.executable, '-m', 'mi.main', *config, f'--workdir={workdir}'],
+        cwd=ROOT,
+        env=os.environ
+        | {'XLA_FLAGS': forced(devices), 'JAX_PLATFORMS': 'cpu', 'JAX_LOG_COMPILES': '1'},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return Counter(re.findall(r'Finished XLA compilation of (\S+)', done.stderr))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('config', ['configs/lm.py:tiny', 'configs/rl.py:tiny'])
+def test_no_program_splits_or_joins_arrays_on_several_devices(tmp_path, texts, config):
+    arguments = [f'--config={config}']
+    if 'lm' in config:
+        arguments.append(f'--config.data.source={texts}')
+    one, four = (compiled_programs(tmp_path / str(n), arguments, n) for n in (1, 4))
+    assert four and four == one

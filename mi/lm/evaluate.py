@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -168,14 +167,11 @@ def compile_segment(
 def _initial_carry(model: LanguageModel, seeds: int, batch: int, mesh: jax.sharding.Mesh) -> Carry:
     """Return the carry of all seeds before the first token, each device with its own."""
 
-    def broadcast() -> Carry:
-        return jax.tree.map(
-            lambda leaf: jnp.broadcast_to(leaf, (seeds, *leaf.shape)), model.initial_carry(batch)
-        )
-
-    like = jax.eval_shape(broadcast)
     sharding = parallel.by_rows(mesh, 1, has_seeds=True)
-    return parallel.once(broadcast, out_shardings=jax.tree.map(lambda _: sharding, like))
+    return jax.tree.map(
+        lambda a: parallel.put(np.broadcast_to(a, (seeds, *a.shape)), sharding),
+        model.initial_carry(batch),
+    )
 
 
 def _pieces(tokens: np.ndarray, batch: int, reading: Reading) -> Iterator[data.Piece]:
