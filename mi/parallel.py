@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -30,7 +29,6 @@ from mi.rows import ROWS, mean_over_rows
 HEARTBEAT = 30  # seconds after which a process that is gone ends the others
 AXES = ('seed', 'data', 'fsdp')
 LEAST_SPLIT = 2**12  # entries of the smallest array that 'fsdp' splits
-GATHERED = 'gathered parameters'  # their name in a program, see `regather`
 
 
 def join(how: str) -> None:
@@ -267,6 +265,8 @@ def gather(params: Any, partition: Any) -> Any:
     """Return the parameters of one seed whole, those that 'fsdp' splits by an all-gather each.
 
     The gradient through it is a reduce-scatter: the sum over 'fsdp', split as the parameters are.
+    What is gathered is there until the backward pass has used it. To gather it again there, under
+    `jax.checkpoint`, was tried: on TPU it wrote z ⊗ x, which XLA else never does.
 
     Args:
       params: of one seed, what this device has of them.
@@ -279,17 +279,9 @@ def gather(params: Any, partition: Any) -> Any:
         if 'fsdp' not in spec:
             return array
         axis = spec.index('fsdp') - 1
-        return checkpoint_name(jax.lax.all_gather(array, 'fsdp', axis=axis, tiled=True), GATHERED)
+        return jax.lax.all_gather(array, 'fsdp', axis=axis, tiled=True)
 
     return jax.tree.map(whole, params, partition)
-
-
-def regather(function: Callable[..., Any], partition: Any) -> Callable[..., Any]:
-    """Return the function, whose backward pass gathers parameters again and does not keep them."""
-    if partition is None:
-        return function
-    policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-    return jax.checkpoint(function, policy=policy)
 
 
 def mean_gradients(gradients: Any, partition: Any) -> Any:

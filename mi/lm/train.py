@@ -124,7 +124,7 @@ def gradient(
         )
         return losses.objective.mean(), (losses.nats.mean(), carry)
 
-    differentiate = jax.grad(parallel.regather(objective, partition), has_aux=True)
+    differentiate = jax.grad(objective, has_aux=True)
     batch = tokens, domains
     if parts == 1:
         gradients, (nats, carry) = differentiate(params, carry, batch)
