@@ -156,7 +156,7 @@ def compile_segment(
         shape = reading.length, batch
         return jax.ShapeDtypeStruct(shape, dtype, sharding=parallel.by_rows(mesh, 1))
 
-    tokens, mask = rows(jnp.int32), rows(jnp.float32)
+    tokens, mask = rows(np.int32), rows(np.float32)
     domains = tokens if has_domains else None
     compiled: jax.stages.Compiled = (
         segment_program(model, mesh).lower(params, carry, tokens, tokens, mask, domains).compile()
