@@ -51,6 +51,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.train = train = ml_collections.ConfigDict()
     train.steps = 4000
     train.batch = 32  # examples of each task, drawn anew in every step
+    train.matmul_precision = 'highest'  # of f32 products: default, high, highest
     train.log_every = 1000
     train.eval_every = 4000
     train.save_every = 4000

@@ -46,6 +46,7 @@ def get_config(arg: str = 'search') -> ml_collections.ConfigDict:
     config.train = train = ml_collections.ConfigDict()
     train.steps = 2000
     train.batch = 256
+    train.matmul_precision = 'highest'  # of f32 products: default, high, highest
     train.log_every = 250
     train.eval_every = 250  # a search looks there whether the target is reached
     train.save_every = 1000

@@ -62,6 +62,7 @@ def get_config(arg: str = 'phase') -> ml_collections.ConfigDict:
     config.train = train = ml_collections.ConfigDict()
     train.steps = 5000 if phase else 2000
     train.batch = 200 if phase else 16
+    train.matmul_precision = 'highest'  # of f32 products: default, high, highest
     train.log_every = 500
     train.eval_every = 5000 if phase else 2000  # at the end
     train.save_every = 2500 if phase else 1000

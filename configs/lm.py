@@ -99,6 +99,7 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     train.accumulate = 1  # parts of the batch, one after another, whose gradients are added
     train.fsdp = 1  # devices that share one copy of parameters and optimizer
     train.mesh = ()  # devices along (seed, data, fsdp); (): seeds first, then the batch
+    train.matmul_precision = 'default'  # of f32 products: default, high, highest
     train.log_every = 50
     train.eval_every = 500  # on the validation text
     train.save_every = 500

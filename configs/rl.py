@@ -173,6 +173,7 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     train.batch = 128  # B: environments
     train.length = 20  # T: steps of each per update
     train.mesh = ()  # devices along (seed, data, fsdp); (): seeds first, then the batch
+    train.matmul_precision = 'default'  # of f32 products: default, high, highest
     train.log_every = 40  # updates
     train.eval_every = 200
     train.save_every = 200

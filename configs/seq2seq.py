@@ -52,6 +52,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     config.train = train = ml_collections.ConfigDict()
     train.steps = 1200
     train.batch = 32
+    train.matmul_precision = 'highest'  # of f32 products: default, high, highest
     train.log_every = 200
     train.eval_every = 200
     train.save_every = 600

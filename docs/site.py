@@ -37,6 +37,7 @@ SECTIONS: dict[str, list[str]] = {
         'data.md',
         'dmlab.md',
         'evaluation.md',
+        'performance.md',
         'scaling.md',
     ],
     'Fusions and motifs': ['fusions.md'],

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from mi import costs, optim, parallel, placement
+from mi import costs, optim, parallel, placement, precision
 from mi.config import UserError
 from mi.fit import setup as fit
 from mi.fit import train as train_fit
@@ -81,7 +81,14 @@ def training_of(config: ml_collections.ConfigDict, devices: Devices = None) -> T
             f'config.task = {config.task!r}: its models are found by the run; ask for one of '
             f'{", ".join(TRAININGS)}'
         )
-    return TRAININGS[config.task](config, devices)
+    training = TRAININGS[config.task](config, devices)
+    # Compiled with the precision of products that the run has.
+    precise = precision.from_config(config)
+    evaluation = training.compile_evaluation
+    return training._replace(
+        compile=precise(training.compile),
+        compile_evaluation=None if evaluation is None else precise(evaluation),
+    )
 
 
 def measured(compiled: jax.stages.Compiled) -> dict[str, int] | None:

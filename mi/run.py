@@ -30,7 +30,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from mi import metrics, parallel, tracking, versions
+from mi import metrics, parallel, precision, tracking, versions
 from mi.config import UserError, difference, flat, one_line
 from mi.files import read_json, storage_failure
 
@@ -162,6 +162,8 @@ def start(
 ) -> Iterator[Run]:
     """Opens a run directory, new or to be continued, and records how the run ends.
 
+    Products inside are as precise as `config.train.matmul_precision` says.
+
     Args:
       workdir: the directory.
       config: what the run is made with.
@@ -182,6 +184,7 @@ def start(
             _same_settings(path)
         parallel.wait('run directory')
         run = Run(path, config, profile)
+        stack.enter_context(precision.from_config(config))
         handlers = {s: signal.signal(s, run._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
             run.status('running')

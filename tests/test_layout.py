@@ -12,7 +12,10 @@ from tests.conftest import ROOT
 
 FLOORS = [
     ['config'],
-    ['contract', 'cost', 'cudnn', 'files', 'hlo', 'overrides', 'rows', 'topologies'],
+    [
+        *('contract', 'cost', 'cudnn', 'files', 'hlo', 'overrides'),
+        *('precision', 'rows', 'topologies'),
+    ],
     ['dropout', 'hlo_cost', 'layers'],
     ['motifs', 'program'],
     ['fusion'],

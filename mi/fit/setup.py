@@ -21,6 +21,7 @@ from mi.config import (
 )
 from mi.fit import composition, digits, frames, phase_space, products, regression, sequences
 from mi.fit.problem import Problem
+from mi.precision import PRECISIONS
 
 PROBLEMS: dict[str, types.ModuleType] = {
     'products': products,
@@ -42,6 +43,7 @@ SCHEMA: dict[str, Rule] = {
     'model.parameters': integer(0),
     'train.steps': integer(1),
     'train.batch': integer(1),
+    'train.matmul_precision': one_of(PRECISIONS),
     'train.log_every': integer(1),
     'train.eval_every': integer(1),
     'train.save_every': integer(1),

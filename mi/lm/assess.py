@@ -8,6 +8,7 @@ import numpy as np
 import rich.console
 import rich.table
 
+from mi import precision
 from mi.lm import dynamic, setup
 from mi.lm.evaluate import evaluate
 from mi.lm.restore import restore
@@ -29,12 +30,13 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
     model = setup.for_evaluation(setup.build(config, *corpus.sizes), config)
     how, adaptation = setup.reading(config), dynamic.Adaptation(**config.dynamic)
     scores: dict[str, dict[str, Any]] = {}
-    for split in SPLITS:
-        of_seeds = evaluate(model, params, corpus, split, how, config.eval.final_tokens, mesh)
-        if config.dynamic.tokens:
-            adapted = dynamic.evaluate(model, params, corpus, split, adaptation)
-            scores[f'{split}_dynamic'] = dict(zip(map(str, config.seeds), adapted, strict=True))
-        scores[split] = dict(zip(map(str, config.seeds), of_seeds, strict=True))
+    with precision.from_config(config):
+        for split in SPLITS:
+            of_seeds = evaluate(model, params, corpus, split, how, config.eval.final_tokens, mesh)
+            if config.dynamic.tokens:
+                adapted = dynamic.evaluate(model, params, corpus, split, adaptation)
+                scores[f'{split}_dynamic'] = dict(zip(map(str, config.seeds), adapted, strict=True))
+            scores[split] = dict(zip(map(str, config.seeds), of_seeds, strict=True))
     write_json(path / 'evaluation.json', {'step': step, **scores})
     table = rich.table.Table('', 'nats/token', 'perplexity', 'bits/byte', 'how', title=str(path))
     for name, values in sorted(scores.items()):

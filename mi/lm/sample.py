@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 from jax import Array
 
-from mi import parallel, progress
+from mi import parallel, precision, progress
 from mi.config import UserError
 from mi.lm import setup
 from mi.lm.model import LanguageModel
@@ -40,7 +40,7 @@ def sample(config: ml_collections.ConfigDict, workdir: str) -> None:
     if len(prompt) == 0:
         raise UserError("config.sample.prompt = '': expected at least one token to start from")
     model = setup.for_sampling(setup.build(config, *corpus.sizes), config)
-    with progress.Work(f'writing {options.tokens:,} tokens'):
+    with progress.Work(f'writing {options.tokens:,} tokens'), precision.from_config(config):
         tokens = generate_all(
             model,
             params,

@@ -34,6 +34,7 @@ from mi.lm.model import SITES, LanguageModel
 from mi.lm.recurrent import Recurrent
 from mi.lm.transformer import Transformer
 from mi.lm.words import Objective, Words
+from mi.precision import PRECISIONS
 
 CORES: dict[str, Callable[..., nn.Module]] = {'transformer': Transformer}
 """The cores that are not layers of a recurrent cell: config word → module, called as Transformer.
@@ -108,6 +109,7 @@ SCHEMA: dict[str, Rule] = {
     'train.accumulate': integer(1),
     'train.fsdp': integer(1),
     'train.mesh': mesh_shape,
+    'train.matmul_precision': one_of(PRECISIONS),
     'train.log_every': integer(1),
     'train.eval_every': integer(1),
     'train.save_every': integer(1),

@@ -10,7 +10,7 @@ import numpy as np
 import rich.console
 import rich.table
 
-from mi import checkpoint
+from mi import checkpoint, precision
 from mi.rl import envs, setup, video
 from mi.rl.envs.spec import Spec
 from mi.rl.evaluate import Evaluation
@@ -40,7 +40,7 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
     if config.eval.held_out:
         keys['held_out'] = 'eval.held_out'
     for split, key in keys.items():
-        with Evaluation(config, key) as evaluation:
+        with precision.from_config(config), Evaluation(config, key) as evaluation:
             if split == 'eval':
                 agent = setup.agent(config, evaluation.spec)
                 params, step = _restored(config, agent, path)
@@ -62,7 +62,9 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
         'config.actors.timeout',
     )
     try:
-        frames = video.episodes(pool, agent, first, jax.random.key(config.seeds[0]), greedy=True)
+        action_key = jax.random.key(config.seeds[0])
+        with precision.from_config(config):
+            frames = video.episodes(pool, agent, first, action_key, greedy=True)
     finally:
         pool.close()
     for task, of_task in frames.items():

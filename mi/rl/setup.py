@@ -23,6 +23,7 @@ from mi.config import (
     seeds,
     text,
 )
+from mi.precision import PRECISIONS
 from mi.rl import learner
 from mi.rl.envs.spec import Spec
 from mi.rl.loss import CLIPS
@@ -83,6 +84,7 @@ SCHEMA: dict[str, Rule] = {
     'train.batch': integer(1),
     'train.length': integer(1),
     'train.mesh': mesh_shape,
+    'train.matmul_precision': one_of(PRECISIONS),
     'train.log_every': integer(1),
     'train.eval_every': integer(1),
     'train.save_every': integer(1),

@@ -16,6 +16,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import jax
+
+from mi import precision
 from mi.config import UserError
 from mi.rl.actor import Episodes, Trajectory
 
@@ -70,6 +73,7 @@ class Actors:
         self._queue: queue.Queue[Item | None] = queue.Queue(capacity)
         self._error: BaseException | None = None
         self._share, self._timeout = share, timeout
+        self._precision = precision.current()  # of this thread
         self._over = threading.Event()
         self.publish(params, version)
         self._threads = [  # daemons: one whose environment hangs must not keep the process
@@ -131,7 +135,8 @@ class Actors:
         try:
             worker = make()
             try:
-                self._run(worker)
+                with jax.default_matmul_precision(self._precision):
+                    self._run(worker)
             finally:
                 worker.close()
         except BaseException as error:

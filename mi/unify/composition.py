@@ -19,6 +19,7 @@ from jax import Array
 
 from mi.contract import accumulation_dtype
 from mi.layers import one_hot, streams
+from mi.precision import at_highest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +94,7 @@ class Composition:
         yield zeros((k,)) if product.b is None else product.b
 
 
+@at_highest
 @functools.singledispatch
 def as_mi(module: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> Composition:
     """module.apply(variables, *args, **kwargs), written with the one equation.

@@ -8,9 +8,11 @@ import numpy as np
 from flax import linen as nn
 
 from mi import cost
+from mi.precision import at_highest
 from mi.unify.composition import Product, as_mi
 
 
+@at_highest
 def explain(module: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> str:
     """The products of a module and its costs, as text.
 
