@@ -142,17 +142,8 @@ def mesh(
         devices would have none.
     """
     devices = jax.devices() if devices is None else devices
-    shape = tuple(shape) or _largest(seeds, batch, fsdp, len(devices))
+    shape = mesh_shape(seeds, batch, fsdp, shape, len(devices))
     count = math.prod(shape)
-    key = f'config.train.mesh = {shape}'
-    if count > len(devices):
-        raise UserError(f'{key}: expected a product of at most {len(devices)}, the devices')
-    if seeds % shape[0]:
-        raise UserError(f'{key}: expected first a divisor of {seeds}, the number of config.seeds')
-    if batch % (shape[1] * shape[2]):
-        raise UserError(
-            f'{key}: expected data · fsdp to divide {batch}, the rows of config.train.batch'
-        )
     if count < len(devices) and len({device.process_index for device in devices}) > 1:
         raise UserError(
             f'config.train.batch = {batch} and {seeds} seeds employ {count} of {len(devices)} '
@@ -161,6 +152,29 @@ def mesh(
     return jax.make_mesh(
         shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=tuple(devices)[:count]
     )
+
+
+def mesh_shape(
+    seeds: int, batch: int, fsdp: int, shape: Sequence[int], devices: int
+) -> tuple[int, ...]:
+    """Return the shape of the `mesh` that so many devices have, without asking for any.
+
+    Raises:
+      UserError: if the devices cannot share the work so.
+    """
+    if not shape:
+        return _largest(seeds, batch, fsdp, devices)
+    shape = tuple(shape)
+    key = f'config.train.mesh = {shape}'
+    if math.prod(shape) > devices:
+        raise UserError(f'{key}: expected a product of at most {devices}, the devices')
+    if seeds % shape[0]:
+        raise UserError(f'{key}: expected first a divisor of {seeds}, the number of config.seeds')
+    if batch % (shape[1] * shape[2]):
+        raise UserError(
+            f'{key}: expected data · fsdp to divide {batch}, the rows of config.train.batch'
+        )
+    return shape
 
 
 def _largest(seeds: int, batch: int, fsdp: int, devices: int) -> tuple[int, int, int]:
