@@ -1,6 +1,7 @@
 """What stands behind `python -m launch.ENGINE`: flags, and the way from a sweep to a report."""
 
 import contextlib
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +10,7 @@ import jax
 from absl import app, flags, logging
 
 from launch import asha, plan, process, state, sweep
+from launch.devices import Devices, check, warnings
 from launch.engine import QUEUED, Resources, States, Submit
 from mi import report
 from mi.config import UserError
@@ -24,6 +26,12 @@ FLOPS_PER_SECOND = flags.DEFINE_float(
     None,
     'With --dry_run: what one member gets, for hours. Left out, that of the members that ran.',
     lower_bound=1,
+)
+CHECK = flags.DEFINE_bool(
+    'check', False, 'With --dry_run: compile the member with the most FLOPs for its devices.'
+)
+CHIP = flags.DEFINE_string(
+    'chip', '', "With --check: the GPUs of a member, such as 'h100'; see mi.cost --topology."
 )
 PARALLEL = flags.DEFINE_integer(
     'parallel', 0, 'Members at once; 0 for as many as fit, 1 without GPUs.', lower_bound=0
@@ -55,7 +63,9 @@ def resources() -> Resources:
     return Resources(PARALLEL.value, PROCESSES.value, GPUS.value, CORES.value, RETRIES.value)
 
 
-def run(name: str, submit: Submit, watches: bool) -> None:
+def run(
+    name: str, submit: Submit, watches: bool, find_devices: Callable[[Resources], Devices]
+) -> None:
     """What `python -m launch.NAME` does; the exit code is 1 if a member is not finished.
 
     The report is written unless the members are only queued.
@@ -64,8 +74,10 @@ def run(name: str, submit: Submit, watches: bool) -> None:
         raise UserError(f'--asha: launch.{name} does not watch its members; use local or ray')
     file, workdir = arguments()
     members = sweep.load(file, workdir, name, dry=DRY_RUN.value)
+    if CHECK.value and not DRY_RUN.value:
+        raise UserError('--check: expected --dry_run with it, as it runs nothing')
     if DRY_RUN.value:
-        plan.show(members, workdir, FLOPS_PER_SECOND.value)
+        dry_run(members, workdir, find_devices(resources()))
         return
     if ASHA.value:
         sweep_file = state.described(workdir, {'metric': str, 'curves': str})
@@ -85,6 +97,20 @@ def run(name: str, submit: Submit, watches: bool) -> None:
     report.write(workdir)
     sweep.report(file, workdir)
     if wrong:
+        sys.exit(1)
+
+
+def dry_run(members: Sequence[sweep.Member], workdir: pathlib.Path, devices: Devices) -> None:
+    """Print what would run, where devices would have no work, and with --check what is compiled.
+
+    The exit code is 1 if the member that is checked does not fit.
+    """
+    if CHIP.value and not devices.topology:
+        devices = dataclasses.replace(devices, topology=f'{CHIP.value}:{devices.count}')
+    flops = plan.show(members, workdir, FLOPS_PER_SECOND.value)
+    for line in warnings(members, devices):
+        print(f'warning: {line}', file=sys.stderr)
+    if CHECK.value and not check(members[flops.index(max(flops))], devices):
         sys.exit(1)
 
 
@@ -128,15 +154,22 @@ def arguments() -> tuple[str, pathlib.Path]:
     return SWEEP.value, pathlib.Path(WORKDIR.value)
 
 
-def main(name: str, submit: Submit, *, watches: bool = False) -> None:
+def main(
+    name: str,
+    submit: Submit,
+    find_devices: Callable[[Resources], Devices],
+    *,
+    watches: bool = False,
+) -> None:
     """What stands at the end of an engine's file.
 
     Args:
       name: of the module.
       submit: its engine. One that watches its members takes a `Rule` too.
+      find_devices: returns the devices that a member gets there.
       watches: whether it does.
     """
-    start(lambda: run(name, submit, watches))
+    start(lambda: run(name, submit, watches, find_devices))
 
 
 def start(program: Callable[[], None]) -> None:

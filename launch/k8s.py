@@ -34,6 +34,7 @@ import yaml
 from absl import flags
 
 from launch import restarts, state, tpu
+from launch.devices import Devices
 from launch.engine import QUEUED, Commands, Resources, States
 from mi.config import UserError
 from mi.run import PREEMPTED
@@ -168,9 +169,8 @@ def manifests(commands: Commands, resources: Resources, options: Options) -> lis
     """
     if not options.image or not options.claim:
         raise UserError('--image=IMAGE and --claim=NAME of a PersistentVolumeClaim are both needed')
-    if bool(options.tpu) != bool(options.topology):
-        raise UserError('--tpu=KIND and --topology=SHAPE go together')
-    resources = sized(resources, options)
+    if slice_ := find_slice(resources, options):
+        resources = dataclasses.replace(resources, processes=slice_.hosts, gpus=slice_.chips)
     outside = [p for p in commands if not p.is_relative_to(options.mount)]
     if outside:
         raise UserError(
@@ -180,22 +180,35 @@ def manifests(commands: Commands, resources: Resources, options: Options) -> lis
     return [jobset(path, command, resources, options) for path, command in commands.items()]
 
 
-def sized(resources: Resources, options: Options) -> Resources:
-    """Return the resources with the hosts and chips of the TPU slice, if there is one.
+def find_slice(resources: Resources, options: Options) -> tpu.Slice | None:
+    """Return the TPU slice of each member; None if it has no TPU.
 
     Raises:
       UserError: if GKE has no such slice, or no such hosts for it.
     """
+    if bool(options.tpu) != bool(options.topology):
+        raise UserError('--tpu=KIND and --topology=SHAPE go together')
     if not options.tpu:
-        return resources
+        return None
     hosts = resources.processes if resources.processes > 1 else 0
-    found = tpu.find_slice(options.tpu, options.topology, resources.gpus, hosts)
-    return dataclasses.replace(resources, processes=found.hosts, gpus=found.chips)
+    return tpu.find_slice(options.tpu, options.topology, resources.gpus, hosts)
 
 
-def submit(commands: Commands, resources: Resources) -> States:
-    """Prints the JobSets of those that do not run; nothing is sent anywhere."""
-    options = Options(
+def find_devices(resources: Resources) -> Devices:
+    """Return the devices of a member.
+
+    Raises:
+      UserError: if GKE has no such slice.
+    """
+    options = flag_options()
+    if slice_ := find_slice(resources, options):
+        return Devices(slice_.devices, slice_.hosts, slice_.topology)
+    return Devices(resources.processes * (resources.gpus or 1), resources.processes)
+
+
+def flag_options() -> Options:
+    """Return the options that the flags name."""
+    return Options(
         image=IMAGE.value,
         claim=CLAIM.value,
         mount=MOUNT.value,
@@ -204,6 +217,11 @@ def submit(commands: Commands, resources: Resources) -> States:
         memory=MEMORY.value,
         namespace=NAMESPACE.value,
     )
+
+
+def submit(commands: Commands, resources: Resources) -> States:
+    """Prints the JobSets of those that do not run; nothing is sent anywhere."""
+    options = flag_options()
     words = {path: state.read(path).word for path in commands}
     idle = {path: command for path, command in commands.items() if words[path] != 'running'}
     yaml.safe_dump_all(manifests(idle, resources, options), sys.stdout, sort_keys=False)
@@ -217,4 +235,4 @@ def submit(commands: Commands, resources: Resources) -> States:
 if __name__ == '__main__':
     from launch import cli
 
-    cli.main('k8s', submit)
+    cli.main('k8s', submit, find_devices)

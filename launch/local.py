@@ -20,10 +20,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import jax
 import rich.console
 import rich.live
 
 from launch import engine, process, state
+from launch.devices import Devices
 from launch.engine import Commands, Resources, Rule, States
 from mi.config import UserError
 from mi.run import PREEMPTED
@@ -185,6 +187,12 @@ class Slots:
         return set(cores[slot :: self.number]) or set(cores)
 
 
+def find_devices(resources: Resources) -> Devices:
+    """Return the devices of a member: its GPUs, or all that its processes see."""
+    each = resources.gpus or len(gpus()) or jax.local_device_count()
+    return Devices(resources.processes * each, resources.processes)
+
+
 def gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     visible = os.environ.get('CUDA_VISIBLE_DEVICES')
@@ -264,4 +272,4 @@ def _metric(workdir: pathlib.Path) -> str:
 if __name__ == '__main__':
     from launch import cli
 
-    cli.main('local', submit, watches=True)
+    cli.main('local', submit, find_devices, watches=True)

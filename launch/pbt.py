@@ -33,7 +33,7 @@ from typing import Any
 import ml_collections
 from absl import flags
 
-from launch import engine, local, metric_names, plan, process, state, sweep
+from launch import engine, local, metric_names, process, state, sweep
 from launch.engine import Resources
 from mi import checkpoint
 from mi.config import Rule, UserError, flat, nearest
@@ -403,7 +403,7 @@ def run() -> None:
     configs = {m.name: sweep.parsed(m.command) for m in members}
     perturb = hyperparameters(configs, PERTURB.value)
     if cli.DRY_RUN.value:
-        plan.show(members, workdir, cli.FLOPS_PER_SECOND.value)
+        cli.dry_run(members, workdir, local.find_devices(cli.resources()))
         return
     sweep_file = state.described(workdir, {'metric': str, 'split': str, 'curves': str})
     metric, splits = sweep_file['metric'], [sweep_file['split'], sweep_file['curves']]

@@ -17,8 +17,10 @@ from mi.lm import setup as lm
 from mi.rl import setup as rl
 
 
-def show(members: Sequence[sweep.Member], workdir: pathlib.Path, pace: float | None = None) -> None:
-    """Prints what would run, and what it costs.
+def show(
+    members: Sequence[sweep.Member], workdir: pathlib.Path, pace: float | None = None
+) -> list[float]:
+    """Print what would run, and what it costs; return the FLOPs of a step of each member.
 
     Args:
       members: of the sweep.
@@ -51,6 +53,7 @@ def show(members: Sequence[sweep.Member], workdir: pathlib.Path, pace: float | N
     for member in members:
         print(f'{member.name}: {shlex.join(member.command)}')
     print(f'all of it: {sum(known):.3g} FLOPs in products, training alone{hours}')
+    return [c.get('flops', 0.0) * c['seeds'] for c in told]
 
 
 def count_costs(configs: Sequence[ml_collections.ConfigDict]) -> list[costs.Costs]:

@@ -21,6 +21,7 @@ from typing import Any
 from absl import flags
 
 from launch import engine, local, process
+from launch.devices import Devices
 from launch.engine import Commands, Resources, Rule, States
 from mi.config import UserError, install
 from mi.files import held
@@ -85,6 +86,11 @@ def submit(commands: Commands, resources: Resources, rule: Rule | None = None) -
     finally:
         ray.shutdown()
     return states
+
+
+def find_devices(resources: Resources) -> Devices:
+    """Return the devices of a member."""
+    return Devices(resources.processes * (resources.gpus or 1), resources.processes)
 
 
 def _stop_all(running: Mapping[pathlib.Path, '_Run']) -> None:
@@ -164,4 +170,4 @@ def _address() -> str:
 if __name__ == '__main__':
     from launch import cli
 
-    cli.main('ray', submit, watches=True)
+    cli.main('ray', submit, find_devices, watches=True)

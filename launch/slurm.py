@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from launch import state
+from launch.devices import Devices
 from launch.engine import QUEUED, Commands, Resources, States
 from mi.config import UserError
 from mi.files import read_json
@@ -213,6 +214,17 @@ def submit(commands: Commands, resources: Resources) -> States:
     return {path: state.read(path).word for path in commands}
 
 
+def find_devices(resources: Resources) -> Devices:
+    """Return the devices of a member, as far as the flags say."""
+    each = resources.gpus or 1
+    if GRES.value:  # of each node, and Slurm decides how many nodes there are
+        form = re.search(r'gpu(?::[^:,]+)?(?::(\d+))?', GRES.value)
+        each = int(form[1] or 1) if form else 1
+        if resources.processes > 1:
+            return Devices(0, resources.processes)
+    return Devices(resources.processes * each, resources.processes)
+
+
 def queue() -> set[str]:
     """The user's jobs that wait or run, as ARRAY_INDEX."""
     return set(_slurm('squeue', '--me', '--array', '--noheader', '--format=%i').split())
@@ -231,4 +243,4 @@ def _slurm(*command: str) -> str:
 if __name__ == '__main__':
     from launch import cli
 
-    cli.main('slurm', submit)
+    cli.main('slurm', submit, find_devices)

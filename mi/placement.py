@@ -31,10 +31,15 @@ def seed_mesh(count: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     shards = len(devices)
     if len({device.process_index for device in devices}) == 1:
-        shards = math.ceil(count / math.ceil(count / shards))
+        shards = math.ceil(count / share(count, shards))
     return Mesh(
         np.reshape(np.asarray(devices[:shards], object), (shards, 1, 1)), (SEED, *parallel.ROWS)
     )
+
+
+def share(count: int, devices: int) -> int:
+    """Return the most seeds that a device has where `count` of them are placed over devices."""
+    return math.ceil(count / devices)
 
 
 def shard_map_seeds(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
@@ -56,7 +61,7 @@ def by_seed(mesh: Mesh) -> NamedSharding:
 def padded(count: int, mesh: Mesh) -> np.ndarray:
     """Return which seed is at each place of a split axis: all, then repeats up to even shares."""
     shards = mesh.shape[SEED]
-    return np.arange(shards * math.ceil(count / shards)) % count
+    return np.arange(shards * share(count, shards)) % count
 
 
 def shard_seeds(tree: Any, mesh: Mesh) -> Any:
