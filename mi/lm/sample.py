@@ -70,6 +70,7 @@ def generate_all(
     count: int,
     temperature: float,
     top_p: float,
+    devices: Sequence[jax.Device] | None = None,
 ) -> np.ndarray:
     """Return the tokens of all texts of all seeds, [S, texts, count]; the devices share them.
 
@@ -80,9 +81,11 @@ def generate_all(
       seeds: S of them, which decide what is drawn.
       texts: of each seed.
       count, temperature, top_p: as in `generate`.
+      devices: those of this process if None.
     """
     params = parallel.fetch(params)
-    mesh = parallel.mesh(len(seeds), texts, devices=jax.local_devices())
+    devices = jax.local_devices() if devices is None else devices
+    mesh = parallel.mesh(len(seeds), texts, devices=devices)
     by_seed, everywhere = parallel.by_seed(mesh), parallel.replicated(mesh)
     rows = parallel.by_rows(mesh, 1, has_seeds=True)
     of_device = texts // (mesh.size // mesh.shape['seed'])

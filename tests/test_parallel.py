@@ -1,0 +1,68 @@
+"""Which devices do what."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mi import parallel
+from mi.config import UserError
+from tests.conftest import ROOT, forced
+
+
+@pytest.mark.parametrize(
+    'seeds, batch, fsdp, devices, shape',
+    [
+        (1, 64, 1, 8, (1, 8, 1)),
+        (8, 64, 1, 8, (8, 1, 1)),  # seeds first
+        (2, 64, 1, 8, (2, 4, 1)),
+        (16, 64, 1, 8, (8, 1, 1)),
+        (3, 64, 1, 8, (1, 8, 1)),  # as many devices as possible
+        (3, 6, 1, 4, (3, 1, 1)),
+        (1, 6, 1, 8, (1, 6, 1)),
+        (5, 7, 1, 8, (1, 7, 1)),
+        (1, 64, 8, 8, (1, 1, 8)),
+        (2, 64, 2, 8, (2, 2, 2)),
+        (1, 1, 1, 1, (1, 1, 1)),
+    ],
+)
+def test_seeds_are_placed_first_and_no_device_is_idle_that_need_not_be(
+    seeds, batch, fsdp, devices, shape
+):
+    assert parallel.mesh_shape(seeds, batch, fsdp, (), devices) == shape
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (
+            (1, 4, 1, (1, 2, 1)),
+            r'config\.train\.mesh = \(1, 2, 1\): expected a product of at most 1',
+        ),
+        ((1, 4, 2), r'config\.train\.fsdp = 2: expected at most 1'),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        parallel.mesh(*arguments)
+
+
+@pytest.mark.slow
+def test_rows_that_fill_up_the_devices_do_not_count(texts):
+    """Three rows on two devices: evaluation and sampling are those of one device."""
+    done = subprocess.run(
+        [sys.executable, '-m', 'tests.uneven', texts],
+        cwd=ROOT,
+        env=os.environ | {'XLA_FLAGS': forced(2), 'JAX_PLATFORMS': 'cpu'},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = json.loads(done.stdout.splitlines()[-1])
+    np.testing.assert_allclose(one[0], two[0], rtol=1e-6)
+    assert one[1:] == two[1:]
+    assert one[2] == [28, 56, 84] and one[3] == [9]  # the third task's row is on the second device

@@ -1,0 +1,70 @@
+"""Prints what is evaluated on one device and on two that the rows do not divide, as JSON.
+
+A program of its own, because the number of devices is fixed when jax starts:
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=2 python -m tests.uneven TEXTS
+"""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mi import optim, parallel
+from mi.lm import data, sample, setup
+from mi.lm.evaluate import Reading, evaluate
+from mi.rl import evaluate as rl_evaluate
+from mi.rl import fused
+from mi.rl import setup as rl_setup
+from tests.lm.test_train import tiny as lm_tiny
+from tests.rl.ramp import PARAMS, Knows, Ramp
+from tests.rl.test_train import tiny as rl_tiny
+
+
+class LateRamp(Ramp):
+    """Episodes of the third task are longer than the spec says."""
+
+    def step(self, state, action):
+        state, transition = super().step(state, action)
+        return state, transition._replace(truncated=transition.truncated & (state.task < 2))
+
+
+def mesh_of(devices, batch):
+    return parallel.mesh(1, batch, shape=(1, devices, 1), devices=jax.devices()[:devices])
+
+
+def language_model(texts, devices):
+    """Return nats per token of three parts of a text, and four texts that are drawn."""
+    config = lm_tiny()
+    corpus, model = data.load(texts, 'byte', 256), setup.build(config, 256)
+    row = jnp.zeros((1, 1), jnp.int32)
+    params = model.init(jax.random.key(1), model.initial_carry(1), row)['params']
+    params = jax.tree.map(lambda a: np.asarray(3 * a)[None], params)
+    scores = evaluate(model, params, corpus, 'valid', Reading(3, 16), 200, mesh_of(devices, 4))
+    prompt = np.arange(3, dtype=np.int32)
+    local_devices = jax.devices()[:devices]
+    texts = sample.generate_all(model, params, prompt, [0], 4, 6, 1.0, 1.0, devices=local_devices)
+    return scores[0]['nats_per_token'], texts.tolist()
+
+
+def agent(devices):
+    """Return returns of three tasks, one episode each, and the longest episode of an unroll."""
+    mesh = mesh_of(devices, 4)
+    params = jax.tree.map(lambda a: jnp.asarray(a)[None], PARAMS)
+    keys = rl_evaluate.evaluation_keys([0], 0)
+    (played,) = rl_evaluate.episodes(Ramp(), Knows(), params, keys, 1, False, mesh)
+
+    config = rl_tiny(**{'train.batch': 4, 'train.length': 9})
+    environment = LateRamp()
+    net, optimizer = rl_setup.agent(config, environment.spec), optim.optimiser(config.optim, 10)
+    state = fused.start(config, environment, net, optimizer, mesh)
+    compiled = fused.compile_updates(environment, net, optimizer, config, state, 1, mesh)
+    _, measured = compiled(state)
+    longest = measured.counts.longest_unfinished.tolist()
+    return np.ravel(played.returned).tolist(), longest
+
+
+if __name__ == '__main__':
+    print(json.dumps([[*language_model(sys.argv[1], n), *agent(n)] for n in (1, 2)]))
