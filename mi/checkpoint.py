@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
@@ -45,8 +46,11 @@ class Checkpoints:
         self._keep = keep
         # What every device has is written by one of them: to share the writing, orbax would compile
         # a program for each array that slices it.
-        arrays = jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
-        registry = ocp.type_handlers.create_type_handler_registry(arrays)
+        handlers = ocp.type_handlers
+        registry = handlers.create_type_handler_registry(
+            (jax.Array, handlers.ArrayHandler(use_replica_parallel=False)),
+            (np.ndarray, handlers.NumpyHandler()),
+        )
         handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
         self._orbax = ocp.AsyncCheckpointer(handler)
 
