@@ -31,6 +31,7 @@ SECTIONS: dict[str, list[str]] = {
         'tutorials/dmlab30.md',
     ],
     'Guides': [
+        'pod.md',
         'lm.md',
         'rl.md',
         'report.md',

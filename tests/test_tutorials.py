@@ -117,6 +117,33 @@ def test_a_command_names_what_there_is(line):
         VALIDATE[config.task](config)
 
 
+POD = ROOT / 'docs/pod.md'
+
+
+def test_the_page_takes_one_config_to_every_machine():
+    named = {word for line in commands(POD) for word in line.split() if '.py' in word}
+    configs = {word.removeprefix('--config=') for word in named if word.startswith('--config=')}
+    sweeps = {word.removeprefix('--sweep=') for word in named if word.startswith('--sweep=')}
+    configs |= {runpy.run_path(str(ROOT / file))['CONFIG'] for file in sweeps}
+    assert configs == {'configs/lm.py:quickstart'}
+    modules = {line.split('python -m ')[1].split()[0] for line in commands(POD)}
+    assert modules == {
+        *('mi.main', 'mi.cost', 'launch.local', 'launch.slurm', 'launch.ray', 'launch.k8s')
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('line', [line for line in commands(POD) if 'launch.' in line])
+def test_a_launch_of_the_page_can_be_tried_by_a_dry_run(line):
+    words = shlex.split(line.partition(' | ')[0])
+    words = [sys.executable, *words[1:], '--dry_run']
+    done = subprocess.run(
+        [word for word in words if word != '--check'], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert '4 members' in done.stdout and 'warning' not in done.stderr
+
+
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_is_installed_and_made_exists(page):
     text = page.read_text()
