@@ -11,11 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from mi import parallel
-
-SEED = 'seed'  # the axis of the mesh that seeds are placed over
 
 
 def seed_mesh(count: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -32,9 +30,7 @@ def seed_mesh(count: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     shards = len(devices)
     if len({device.process_index for device in devices}) == 1:
         shards = math.ceil(count / share(count, shards))
-    return Mesh(
-        np.reshape(np.asarray(devices[:shards], object), (shards, 1, 1)), (SEED, *parallel.ROWS)
-    )
+    return Mesh(np.reshape(np.asarray(devices[:shards], object), (shards, 1, 1)), parallel.AXES)
 
 
 def share(count: int, devices: int) -> int:
@@ -47,31 +43,24 @@ def shard_map_seeds(function: Callable[..., Any], mesh: Mesh) -> Callable[..., A
 
     Each device maps over its own seeds, so there is nothing to communicate.
     """
-    spec = PartitionSpec(SEED)
+    spec = PartitionSpec('seed')
     return jax.shard_map(
         jax.vmap(function), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
     )
 
 
-def by_seed(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of [S, …] whose seeds are split."""
-    return NamedSharding(mesh, PartitionSpec(SEED))
-
-
 def padded(count: int, mesh: Mesh) -> np.ndarray:
     """Return which seed is at each place of a split axis: all, then repeats up to even shares."""
-    shards = mesh.shape[SEED]
+    shards = mesh.shape['seed']
     return np.arange(shards * share(count, shards)) % count
 
 
 def shard_seeds(tree: Any, mesh: Mesh) -> Any:
     """Split host arrays [S, …] over 'seed', padded with repeats; every process has all of them."""
-    sharding = by_seed(mesh)
+    sharding = parallel.by_seed(mesh)
 
-    def shard(a: np.ndarray) -> Array:
-        a = np.asarray(a)
-        a = a[padded(len(a), mesh)]
-        return jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])
+    def shard(array: np.ndarray) -> Array:
+        return parallel.put(np.asarray(array)[padded(len(array), mesh)], sharding)
 
     return jax.tree.map(shard, tree)
 
@@ -85,8 +74,8 @@ def gather_seeds(tree: Any, count: int) -> Any:
     """
     if jax.process_count() > 1:
         mesh = jax.tree.leaves(tree)[0].sharding.mesh
-        replicated = NamedSharding(mesh, PartitionSpec())
-        tree = parallel.here(jax.jit(_identity, out_shardings=replicated)(tree))
+        gather = jax.jit(_identity, out_shardings=parallel.replicated(mesh))
+        tree = parallel.here(gather(tree))
     return jax.tree.map(lambda a: a[:count], jax.device_get(tree))
 
 

@@ -91,7 +91,7 @@ def shapes(
     seeds = jax.ShapeDtypeStruct(placement.padded(count, mesh).shape, jnp.int32)
     init = functools.partial(start, problem, optimizer)
     return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placement.by_seed(mesh)),
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=parallel.by_seed(mesh)),
         (jax.eval_shape(jax.vmap(init), seeds), seeds),
     )
 
