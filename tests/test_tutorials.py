@@ -60,7 +60,7 @@ def source(module):
     return path / '__main__.py' if path.is_dir() else path.with_suffix('.py')
 
 
-RUNS = {'mi.cost': 'mi.memory'}  # what a module runs that stands too low to import it
+RUNS = {'mi.cost': 'mi.estimate'}  # what a module runs that stands too low to import it
 
 
 def known_flags(module, seen=None):
