@@ -47,7 +47,9 @@ def report(
     """
     one = devices[0] if one is None else one
     training = memory.training_of(config, devices)
-    alone = training if len(devices) == 1 else memory.training_of(config, [one])
+    alone = training
+    if training.mesh.size > 1:
+        alone = memory.training_of(on_one_device(config), [one])
     limit = topologies.memory_of(devices[0])
     result: dict[str, Any] = {
         'devices': {
@@ -93,6 +95,16 @@ def report(
     fits = [measured['fits'] for measured in result['programs'].values()]
     result['fits'] = None if None in fits else all(fits)
     return result
+
+
+def on_one_device(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Return the config without its choices of how devices share the work."""
+    config = config.copy_and_resolve_references().unlock()
+    if 'fsdp' in config.train:
+        config.train.fsdp = 1
+    if 'mesh' in config.train:
+        config.train.mesh = ()
+    return config.lock()
 
 
 def measure(

@@ -8,7 +8,7 @@ import sys
 import jax
 import pytest
 
-from configs import expressivity
+from configs import expressivity, lm
 from mi import deployment, estimate, memory, topologies
 from mi.config import UserError
 from tests.conftest import forced
@@ -98,6 +98,14 @@ def test_the_share_is_of_the_products_of_the_function_where_one_device_cannot_ho
     # Five updates of two seeds; nothing was divided, so the one device has all products.
     forward = [2 * 8 * 3 * 16, 2 * 8 * (16 + 3) * 1]
     assert step['one_device']['flops'] == 5 * 2 * (2 * forward[0] + 3 * forward[1])
+
+
+def test_one_device_does_not_share_as_many_do():
+    config = lm.get_config('tiny').unlock()
+    config.train.fsdp, config.train.mesh = 4, (1, 2, 4)
+    mesh = memory.training_of(deployment.on_one_device(config), jax.devices()[:1]).mesh
+    assert mesh.shape == {'seed': 1, 'data': 1, 'fsdp': 1}
+    assert config.train.fsdp == 4
 
 
 @pytest.mark.parametrize(
