@@ -4,7 +4,8 @@
     statistics_first  V-trace targets → PopArt statistics → loss in units of PopArt → optimiser
 
 The statistics move with the targets of this batch, and the values' gain and shift are rescaled with
-them, so that no output changes by it. Which comes first is `Hyperparameters.popart_order`.
+them, so that no value changes by it, unless `Hyperparameters.popart_preserve` is False. Which comes
+first is `Hyperparameters.popart_order`.
 """
 
 import functools
@@ -36,6 +37,8 @@ class Hyperparameters(NamedTuple):
       popart_order: whether the loss is in the units before or after the update of the statistics.
         'statistics_first' is the order of van Hasselt et al. (2016): a normalized error is then
         bounded by the targets of its own batch.
+      popart_preserve: whether the values stay as they were when the statistics move. Without it the
+        targets are normalized alone: the values n stay, and σ n + μ follows the returns.
     """
 
     discount: float = 0.99
@@ -48,6 +51,7 @@ class Hyperparameters(NamedTuple):
     popart: float = 3e-4
     popart_corrected: bool = True
     popart_order: PopArtOrder = 'gradient_first'
+    popart_preserve: bool = True
 
 
 class State(NamedTuple):
@@ -118,6 +122,8 @@ def update(
         return popart.update(state.statistics, targets, task[:-1], valid, *steps)
 
     def preserve_values(params: Any, statistics: popart.Statistics) -> Any:
+        if not h.popart_preserve:
+            return params
         scale = params['gain'], params['shift']
         gain, shift = popart.preserve(*scale, state.statistics, statistics)
         return params | {'gain': gain, 'shift': shift}
@@ -130,14 +136,17 @@ def update(
         params = preserve_values(params, statistics)
 
         def moved_objective(outputs: Outputs) -> tuple[Array, loss.Terms]:
-            value = popart.rescale(outputs.value, task, state.statistics, statistics)
-            return objective(outputs._replace(value=value), statistics)
+            if h.popart_preserve:
+                value = popart.rescale(outputs.value, task, state.statistics, statistics)
+                outputs = outputs._replace(value=value)
+            return objective(outputs, statistics)
 
         (total, terms), grad_outputs = jax.value_and_grad(moved_objective, has_aux=True)(outputs)
         (gradient,) = pull_back(grad_outputs)
-        # The chain rule went through the old gain and shift; in the new ones a unit is σ' / σ.
-        ratio = popart.sigma(statistics) / popart.sigma(state.statistics)
-        gradient |= {name: ratio * gradient[name] for name in ('gain', 'shift')}
+        if h.popart_preserve:
+            # The chain rule went through the old gain and shift; in the new ones a unit is σ' / σ.
+            ratio = popart.sigma(statistics) / popart.sigma(state.statistics)
+            gradient |= {name: ratio * gradient[name] for name in ('gain', 'shift')}
     else:
         (total, terms), grad_outputs = jax.value_and_grad(objective, has_aux=True)(
             outputs, statistics

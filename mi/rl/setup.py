@@ -79,6 +79,7 @@ SCHEMA: dict[str, Rule] = {
     'loss.popart': number(0, 1),
     'loss.popart_corrected': boolean,
     'loss.popart_order': one_of(learner.POPART_ORDERS),
+    'loss.popart_preserve': boolean,
     'train.topology': one_of(TOPOLOGIES),
     'train.steps': integer(1),
     'train.batch': integer(1),

@@ -261,10 +261,34 @@ def test_the_learner_moves_the_statistics_and_no_value(order):
 
 
 @pytest.mark.parametrize('order', learner.POPART_ORDERS)
-def test_the_gradient_is_in_the_units_of_its_order(order):
+def test_without_preservation_the_values_follow_the_statistics(order):
+    """The normalized values n stay, so that the values are σ' n + μ' of the new statistics."""
+    agent, trajectory = agent_and_trajectory(drawn_rewards())
+    h = learner.Hyperparameters(popart=0.1, popart_order=order, popart_preserve=False)
+    optimizer = optax.set_to_zero()
+    state = learner_state(agent, trajectory, optimizer)
+    step = jax.jit(functools.partial(learner.update, agent, optimizer, h))
+    new_state, _ = step(state, trajectory)
+    for before, after in zip(
+        jax.tree.leaves(state.params), jax.tree.leaves(new_state.params), strict=True
+    ):
+        np.testing.assert_array_equal(after, before)
+
+    mu, sigma = new_state.statistics.mu, popart.sigma(new_state.statistics)
+    _, outputs = forward(agent, state.params, {}, trajectory.inputs)
+    expected = sigma[AGENT_TASK] * outputs.value + mu[AGENT_TASK]
+    got = values_of(agent, trajectory, new_state.params, new_state.statistics)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    old = values_of(agent, trajectory, state.params, state.statistics)
+    assert (np.abs(got - old)[AGENT_TASK == 1] > 1).all()
+
+
+@pytest.mark.parametrize('preserves', [True, False])
+@pytest.mark.parametrize('order', learner.POPART_ORDERS)
+def test_the_gradient_is_in_the_units_of_its_order(order, preserves):
     """Against two passes: statistics, then the gradient at the parameters that they rescale."""
     agent, trajectory = agent_and_trajectory(drawn_rewards())
-    h = learner.Hyperparameters(popart=0.1, popart_order=order)
+    h = learner.Hyperparameters(popart=0.1, popart_order=order, popart_preserve=preserves)
     optimiser = optax.sgd(1e-3)
     state = learner_state(agent, trajectory, optimiser)
     state = state._replace(statistics=Statistics(*map(jnp.array, ([0.3, 20], [4, 9], [3, 3]))))
@@ -289,6 +313,8 @@ def test_the_gradient_is_in_the_units_of_its_order(order):
 
     def move(params, targets):
         new = popart.update(state.statistics, targets, AGENT_TASK[:-1], trajectory.valid, h.popart)
+        if not preserves:
+            return params, new
         gain, shift = popart.preserve(params['gain'], params['shift'], state.statistics, new)
         return params | {'gain': gain, 'shift': shift}, new
 
