@@ -139,7 +139,7 @@ class AdaptiveWords(nn.Module):
             return _nats(self._head(row[0]), row[1])
 
         tokens = len(ids)
-        size = self.chunk or tokens
+        size = min(self.chunk or tokens, tokens)
         rows = _blocks(y, size), _blocks(entry, size)
         return jax.lax.map(one, rows).reshape(-1)[:tokens]
 

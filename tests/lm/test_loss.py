@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mi import cost
 from mi.lm.adaptive import AdaptiveWords
 from mi.lm.loss import softmax_losses
 
@@ -125,6 +126,17 @@ def test_its_gradient_is_that_of_the_whole_distribution(targets):
 
     blocks, whole = (jax.jit(jax.grad(f, (0, 1)))(params, y) for f in (of_blocks, of_all))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), blocks, whole)
+
+
+def test_tokens_that_do_not_fill_a_chunk_are_not_padded_to_one():
+    """As on many devices, of which each has few rows of the batch."""
+
+    def flops(chunk):
+        words, params, y = adaptive(chunk=chunk)
+        losses = functools.partial(words.apply, method='losses')
+        return cost.flops(losses, params, y, TARGETS['spread'])
+
+    assert flops(100 * N) == flops(N) > 0
 
 
 def test_its_distribution_sums_to_one_and_seeds_can_be_vmapped():
