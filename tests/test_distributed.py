@@ -84,6 +84,50 @@ def test_two_processes_train_and_continue_as_one_with_two_devices(tmp_path, text
     )
 
 
+SEEDS = ['--config.seeds=(0,1)', '--config.train.batch=8']
+LSTM = ['--config=configs/lm.py:tiny', *LM[3:], *SEEDS]
+TRANSFORMER = ['--config=configs/lm.py:core=transformer,tiny', *LM[3:], *SEEDS]
+MEASURED = ('loss', 'entropy', 'nats_per_token', 'gradient_norm', 'success')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'arguments',
+    [LSTM, TRANSFORMER, [*FUSED, *SEEDS]],
+    ids=['lstm', 'transformer', 'fused'],
+)
+def test_a_run_is_the_same_on_other_devices_and_moves_between_them(tmp_path, texts, arguments):
+    """On one device; on one and, from a checkpoint on, on eight; on two processes of two."""
+    if arguments[0] != FUSED[0]:
+        arguments = [*arguments, f'--config.data.source={texts}']
+    finish([start(tmp_path / 'one', arguments)], [0])
+
+    moved = start(tmp_path / 'moved', arguments)
+    while not list((tmp_path / 'moved').glob('checkpoints/0*')):
+        assert moved.poll() is None, moved.communicate()
+        time.sleep(0.02)
+    moved.send_signal(signal.SIGTERM)
+    finish([moved], [143])
+    finish([start(tmp_path / 'moved', arguments, devices=8)], [0])
+    finish(two(tmp_path / 'two', arguments, devices=2), [0, 0])
+
+    for split in ('train', 'valid', 'test', 'eval'):
+        expected = records(tmp_path / 'one', split)
+        for name in ('moved', 'two'):
+            rows = records(tmp_path / name, split)
+            assert [(r['step'], r['seed']) for r in rows] == [
+                (r['step'], r['seed']) for r in expected
+            ]
+            for key in set(MEASURED) & set(expected[0] if expected else ()):
+                np.testing.assert_allclose(
+                    [r[key] for r in rows],
+                    [r[key] for r in expected],
+                    rtol=1e-3,
+                    atol=1e-5,
+                    err_msg=f'{name} {split} {key}',
+                )
+
+
 @pytest.mark.slow
 def test_each_process_has_actors_of_its_own_and_one_learner_over_all(tmp_path):
     finish(two(tmp_path, THREADS), [0, 0])
