@@ -133,7 +133,7 @@ def mesh(
     Args:
       seeds: how many are trained at once.
       batch: rows of a seed's batch.
-      fsdp: devices that share one copy of the parameters.
+      fsdp: devices that share one copy of the parameters, fewer where there are not as many.
       shape: `config.train.mesh`, to set all three axes; () for what is said above.
       devices: all of them if None; those of a topology's description to compile for it.
 
@@ -178,10 +178,12 @@ def mesh_shape(
 
 
 def _largest(seeds: int, batch: int, fsdp: int, devices: int) -> tuple[int, int, int]:
-    if devices < fsdp or batch % fsdp:
+    if devices < fsdp:
+        fsdp = math.gcd(fsdp, devices)
+    if batch % fsdp:
         raise UserError(
-            f'config.train.fsdp = {fsdp}: expected at most {devices}, the devices, and a divisor '
-            f'of {batch}, the rows of config.train.batch'
+            f'config.train.fsdp = {fsdp}: expected a divisor of {batch}, the rows of '
+            f'config.train.batch'
         )
 
     def split(seed_shards: int) -> tuple[int, int, int]:

@@ -26,6 +26,8 @@ from tests.conftest import ROOT, forced
         (5, 7, 1, 8, (1, 7, 1)),
         (1, 64, 8, 8, (1, 1, 8)),
         (2, 64, 2, 8, (2, 2, 2)),
+        (1, 64, 8, 1, (1, 1, 1)),  # the same config on a laptop
+        (1, 64, 8, 4, (1, 1, 4)),
         (1, 1, 1, 1, (1, 1, 1)),
     ],
 )
@@ -42,7 +44,7 @@ def test_seeds_are_placed_first_and_no_device_is_idle_that_need_not_be(
             (1, 4, 1, (1, 2, 1)),
             r'config\.train\.mesh = \(1, 2, 1\): expected a product of at most 1',
         ),
-        ((1, 4, 2), r'config\.train\.fsdp = 2: expected at most 1'),
+        ((2, 4, 1, (3, 1, 1)), r'expected a product of at most 1'),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(arguments, message):

@@ -1,6 +1,5 @@
 """A trained language model from its run directory: config, corpus and parameters."""
 
-import math
 import pathlib
 from typing import Any, NamedTuple
 
@@ -54,10 +53,9 @@ def restore(config: ml_collections.ConfigDict, workdir: str) -> Trained:
     config = config_to_evaluate(path, config, own=OWN, fixed=FIXED)
     setup.validate(config)
 
-    # The shapes of the parameters; with fewer devices than trained, fewer share a copy.
+    # The shapes of the parameters, on the devices that are here.
     batch, seeds = config.train.batch, np.asarray(config.seeds, np.int32)
-    fsdp = math.gcd(config.train.fsdp, jax.device_count())
-    mesh = parallel.mesh(len(seeds), batch, fsdp)
+    mesh = parallel.mesh(len(seeds), batch, config.train.fsdp)
     model = setup.build(config, *corpus.sizes)
     optimiser = optim.optimiser(config.optim, config.train.steps)
     like = train.shapes(model, optimiser, seeds, batch, mesh)
