@@ -31,9 +31,20 @@ BY_ID: tuple[Order, ...] = ('groups', 'rows', 'one_hot')
 
 _FEW_ROWS = 64
 _NARROW = 512
+_LANES = 128  # columns of a TPU's products
 _KEPT = {'cpu': 2**26, 'gpu': 2**30, 'tpu': 2**26}  # bytes: of an intermediate kept whole
 _CHUNK = 12 * 2**20  # bytes of generated weights in a chunk
 _BLOCK = 32  # rows with the same id that are multiplied together
+
+
+def target_platform() -> Platform:
+    """Return the platform that a function is traced for: that of the devices of the mesh around it.
+
+    The mesh is that of `jax.set_mesh` or `jax.shard_map`. It may have devices that are not here, as
+    those of a topology that is compiled for. Without one it is JAX's default backend.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform  # type: ignore[return-value]
 
 
 def plan(
@@ -49,7 +60,7 @@ def plan(
     ================  =================  ====================================  ===================
     order             first product      intermediate (B rows together)        kept for backward
     ================  =================  ====================================  ===================
-    `outer`           z ⊗ x              B·m·n, the input of a product         it
+    `outer`           z ⊗ x              B·m·n, the input of a product         it; x, z, W on TPU
     `outer_chunks`    z ⊗ x, by parts    of some rows of W at a time           x, z and W
     `x_first`         xW                 B_x·m·k, the output of a product      it
     `z_first`         zᵀW                B_z·n·k, generated weights W'(z)      it
@@ -62,14 +73,15 @@ def plan(
     The chunks recompute their intermediate in the backward pass. Where a stream is shared over some
     axis, the order with fewer operations is chosen; otherwise the smallest intermediate, and by
     thresholds that were measured on two x86 cores and on one H200, in f32 (TF32 there) and bf16.
-    They choose speed, never the value.
+    On a TPU it is `outer`, which its compiler fuses, unless k is narrow, by the estimates of that
+    compiler. All of this chooses speed, never the value.
 
     Args:
       x_shape: [..., n].
       z_shape: [..., m]; with `context='ids'` the shape of the integers, [...].
       features: k.
       context: 'dense', or 'ids' for integers in [0, m).
-      platform: where it runs. On 'tpu' nothing was measured.
+      platform: where it runs.
       contexts: m, with `context='ids'`.
     """
     n, k, kept = x_shape[-1], features, _KEPT[platform]
@@ -77,7 +89,7 @@ def plan(
         x_axes, z_axes = _aligned(x_shape, (*z_shape, 1))
         few = math.prod(np.broadcast_shapes(x_axes, z_axes)) <= _BLOCK
         shared = math.prod(x_axes) >= _BLOCK * math.prod(z_axes)
-        if platform == 'gpu' and not shared and contexts <= max(n, k):
+        if platform != 'cpu' and not shared and contexts <= max(n, k):
             return 'one_hot'  # one large product instead of a loop of small ones
         return 'rows' if few or shared else 'groups'
     x_axes, z_axes = _aligned(x_shape, z_shape)
@@ -90,6 +102,8 @@ def plan(
         if x_first < z_first:
             return 'x_first'
         return 'z_first' if 4 * z_rows * n * k <= kept else 'z_first_chunks'
+    if platform == 'tpu':
+        return 'x_first' if k < _LANES and 4 * k <= n else 'outer'
     generated = 4 * rows * n * k
     if platform == 'cpu' and rows <= _FEW_ROWS:
         return 'z_first' if k < m and generated <= kept else 'outer'
@@ -146,8 +160,7 @@ def bilinear(
         )
     if order is None:
         context = 'ids' if by_id else 'dense'
-        platform: Any = jax.default_backend()
-        order = plan(x.shape, z.shape, W.shape[2], context, platform, len(W))  # type: ignore
+        order = plan(x.shape, z.shape, W.shape[2], context, target_platform(), len(W))  # type: ignore
     if order == 'one_hot':
         one_hot = jax.nn.one_hot(jnp.clip(z, 0, len(W) - 1), len(W), dtype=x.dtype)
         return bilinear(x, one_hot, W, precision=precision)
@@ -159,9 +172,13 @@ def bilinear(
 def _dense(x: Array, z: Array, W: Array, order: Order, precision: jax.lax.PrecisionLike) -> Array:
     x_axes, z_axes = _aligned(x.shape, z.shape)
     out_axes = np.broadcast_shapes(x_axes, z_axes)  # an axis of 0 and one of 1 make one of 0
+    m, n, k = W.shape
+    is_tpu = target_platform() == 'tpu'
+    if is_tpu and x_axes == z_axes:  # XLA:TPU is slow where rows have more than one axis
+        x_axes = z_axes = (math.prod(x_axes),)
+        x, z = x.reshape(*x_axes, n), z.reshape(*z_axes, m)
     X, Z, Y = _letters(x_axes, z_axes)
     x, z = _squeezed(x, 1), _squeezed(z, 1)
-    m, n, k = W.shape
     dtype = jnp.result_type(x, z, W)
     accumulator = accumulation_dtype(dtype)
 
@@ -176,11 +193,29 @@ def _dense(x: Array, z: Array, W: Array, order: Order, precision: jax.lax.Precis
         def add(y: Array, row: tuple[Array, ...]) -> tuple[Array, None]:
             return y + part(*row), None
 
-        zeros = jnp.zeros((*(size for size in out_axes if size != 1), k), accumulator)
+        axes = (size for size in np.broadcast_shapes(x_axes, z_axes) if size != 1)
+        zeros = jnp.zeros((*axes, k), accumulator)
         y, _ = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), zeros, rows)
         return y.astype(dtype)
 
     match order:
+        # XLA:TPU fuses a product with the elementwise operations that make its inputs and with the
+        # sums of its output, as long as no reshape of the last two axes is between them. So neither
+        # z ⊗ x nor its gradient is written; an einsum for z ⊗ x would make products of these sums.
+        case 'outer' if is_tpu:
+
+            def fused(x: Array, z: Array, W: Array) -> Array:
+                x, z = x.astype(accumulator), z.astype(accumulator)
+                zx = z.reshape(*z_axes, m, 1) * x.reshape(*x_axes, 1, n)
+                return product(f'{Y}mn,mnk->{Y}k', _squeezed(zx, 2).astype(dtype), W)
+
+            y = jax.checkpoint(fused, prevent_cse=False)(x, z, W)
+        case 'x_first' if is_tpu:
+            xW = product(f'{X}n,mnk->{X}mk', x, W)
+            y = product(f'{Z}m,{X}mk->{Y}k', z, xW)
+        case 'z_first' if is_tpu:
+            zW = product(f'{Z}m,mnk->{Z}nk', z, W)
+            y = product(f'{X}n,{Z}nk->{Y}k', x, zW)
         case 'outer':
             zx = jnp.einsum(f'{Z}m,{X}n->{Y}mn', z, x)
             zx = zx.reshape(*zx.shape[:-2], m * n)
@@ -363,7 +398,7 @@ def _matmul_jvp(
     """
     (x, V), (dx, dV) = primals, tangents
     dot = functools.partial(_accumulated, out_dtype=out_dtype, precision=precision)
-    if jax.default_backend() == 'cpu' and x.shape[-1] <= _NARROW < x.shape[0]:
+    if target_platform() == 'cpu' and x.shape[-1] <= _NARROW < x.shape[0]:
         x_T, dV = jax.lax.optimization_barrier(x.T), jax.lax.optimization_barrier(dV)
         of_V = dot(functools.partial(jnp.einsum, 'nk,nb->kb'), dV, x_T).T
     else:

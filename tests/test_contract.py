@@ -1,5 +1,7 @@
 import functools
+import importlib.util
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from mi import contract, cost
+from mi import contract, cost, program, topologies
 from tests.motifs.checks import wide
 
 M, N, K = 3, 4, 5
@@ -108,7 +110,112 @@ def test_plan_of_a_gpu_keeps_larger_intermediates():
     assert of_gpu((4096, 512), (4096, 30), 128) == 'x_first'
     assert of_gpu((4096, 64), (4096, 16), 1024) == 'outer'
     assert of_gpu((8, 64), (8, 256), 32) == 'z_first'
-    assert contract.plan((4096, 512), (4096, 64), 512, platform='tpu') == 'outer_chunks'
+
+
+@pytest.mark.parametrize(
+    'x, z, k, order',
+    [
+        ((4096, 512), (4096, 64), 512, 'outer'),  # z ⊗ x is never written
+        ((64, 32, 128), (64, 32, 32), 128, 'outer'),
+        ((8192, 512), (8192, 128), 512, 'outer'),
+        ((4096, 512), (4096, 30), 15, 'x_first'),  # or 113 of 128 columns are empty
+        ((8, 64), (8, 256), 32, 'outer'),
+        ((64, 20, 64), (64, 1, 32), 64, 'z_first'),  # shared over time
+        ((64, 1, 256), (64, 20, 32), 256, 'x_first'),
+    ],
+)
+def test_plan_of_a_tpu_leaves_the_intermediate_to_its_compiler(x, z, k, order):
+    assert contract.plan(x, z, k, platform='tpu') == order
+
+
+def test_plan_of_a_tpu_takes_ids_as_one_product():
+    assert contract.plan((4096, 256), (4096,), 128, 'ids', 'tpu', contexts=30) == 'one_hot'
+    assert contract.plan((4096, 256), (4096,), 128, 'ids', 'tpu', contexts=1000) == 'groups'
+    assert contract.plan((4, 100, 256), (4, 1), 256, 'ids', 'tpu', contexts=30) == 'rows'
+
+
+@pytest.mark.parametrize('order', ORDERS)
+@pytest.mark.parametrize('leads', LEADING, ids=str)
+def test_every_order_as_written_for_a_tpu_is_the_triple_loop(leads, order, monkeypatch):
+    monkeypatch.setattr(contract, 'target_platform', lambda: 'tpu')
+    args = streams(*leads)
+    f = functools.partial(contract.bilinear, order=order)
+    np.testing.assert_allclose(f(*args), triple_loop(*args), rtol=1e-5, atol=1e-5)
+    gradients = jax.grad(lambda *a: (f(*a) ** 2).sum(), (0, 1, 2))(*args)
+    monkeypatch.undo()
+    expected = jax.grad(lambda *a: (f(*a) ** 2).sum(), (0, 1, 2))(*args)
+    for got, want in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_forward_mode_as_written_for_a_tpu(monkeypatch):
+    monkeypatch.setattr(contract, 'target_platform', lambda: 'tpu')
+    args = streams((6,), (6,))
+    for order in ORDERS:
+        check_grads(functools.partial(contract.bilinear, order=order), args, 1, modes=['fwd'])
+
+
+def test_the_platform_is_that_of_the_mesh_and_not_of_the_process(monkeypatch):
+    """Under shard_map, vmap, scan and in a backward pass too."""
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ('data',))
+    expected = mesh.devices.flat[0].platform
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'another')
+    platforms = []
+
+    @jax.custom_vjp
+    def watch(x):
+        platforms.append(contract.target_platform())
+        return x
+
+    def backward(_, dy):
+        platforms.append(contract.target_platform())
+        return (dy,)
+
+    watch.defvjp(lambda x: (watch(x), None), backward)
+
+    def loss(x):
+        return jax.lax.scan(lambda y, _: (watch(y), None), x, None, length=2)[0].sum()
+
+    f = jax.vmap(jax.grad(loss))
+    rows = jax.sharding.PartitionSpec('data')
+    split = jax.shard_map(f, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+    jax.jit(split).trace(jnp.ones((2, 3)))
+    assert platforms and set(platforms) == {expected}
+    platforms.clear()
+    with jax.set_mesh(mesh):
+        jax.jit(f).trace(jnp.ones((2, 3)))
+    assert platforms and set(platforms) == {expected}
+    platforms.clear()
+    jax.jit(f).trace(jnp.ones((2, 3)))
+    assert platforms and set(platforms) == {'another'}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed: extra tpu'
+)
+@pytest.mark.parametrize('rows, m, n, k', [((64, 32), 32, 128, 128), ((8192,), 128, 512, 512)])
+def test_a_tpu_never_writes_the_outer_product(rows, m, n, k):
+    """The program of all gradients has less in memory than z ⊗ x, and no product twice."""
+    mesh = jax.sharding.Mesh([topologies.describe_one('v5e:1x1')], ('data',))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    shapes = ((*rows, n), (*rows, m), (m, n, k), (*rows, k))
+    args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=whole) for shape in shapes]
+
+    def gradients(x, z, W, dy):
+        y, pull_back = jax.vjp(contract.bilinear, x, z, W)
+        return y, pull_back(dy)
+
+    is_cached = jax.config.jax_enable_compilation_cache
+    jax.config.update('jax_enable_compilation_cache', False)  # nothing here could read it
+    try:
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(gradients).lower(*args).compile()
+    finally:
+        jax.config.update('jax_enable_compilation_cache', is_cached)
+    B = math.prod(rows)
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * B * m * n / 4
+    assert program.analyze(compiled).flops == 3 * 2 * B * m * n * k
 
 
 @pytest.mark.parametrize('order', [None, *contract.BY_ID])
