@@ -31,7 +31,8 @@ def report(
 
     - 'devices': 'kind', 'count', 'hosts', 'idle' (without work), 'mesh' (axis → devices), 'memory'
       (bytes of each; None where nobody says, as of a CPU);
-    - 'fits': whether all programs have that memory; None where it is not known;
+    - 'fits': whether all programs have that memory; None if none is known not to, but not all are
+      known to;
     - 'programs': 'step' and 'evaluation' → see `measure`, and 'share', the FLOPs over those on one
       device; 1 / 'parts' is right for a program that divides its work. 'one_device' has what it is
       compared with, and the step's 'updates' are those of one call.
@@ -93,7 +94,7 @@ def report(
         measured['share'] = measured['flops'] / flops if measured['flops'] and flops else None
         result['programs'][name] = measured
     fits = [measured['fits'] for measured in result['programs'].values()]
-    result['fits'] = None if None in fits else all(fits)
+    result['fits'] = False if False in fits else None if None in fits else True
     return result
 
 
