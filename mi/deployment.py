@@ -31,8 +31,7 @@ def report(
 
     - 'devices': 'kind', 'count', 'hosts', 'idle' (without work), 'mesh' (axis → devices), 'memory'
       (bytes of each; None where nobody says, as of a CPU);
-    - 'fits': whether all programs have that memory; None if none is known not to, but not all are
-      known to;
+    - 'fits': whether all programs have that memory; None where it is not known;
     - 'programs': 'step' and 'evaluation' → see `measure`, and 'share', the FLOPs over those on one
       device; 1 / 'parts' is right for a program that divides its work. 'one_device' has what it is
       compared with, and the step's 'updates' are those of one call.

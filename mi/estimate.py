@@ -68,6 +68,7 @@ def _deployment_rows(told: dict[str, Any]) -> list[Row]:
 
 
 def program_rows(program: dict[str, Any], limit: int | None) -> list[Row]:
+    """Return the lines of a program of `deployment.report`, for a memory of `limit` bytes."""
     if program['flops'] is None:
         return [('memory', 'does not fit', program['error'])]
 
@@ -98,7 +99,9 @@ def program_rows(program: dict[str, Any], limit: int | None) -> list[Row]:
     kernels = sorted(program['kernels'].items(), key=lambda item: -item[1])
     note = ', '.join(f'{count:,} {opcode}' for opcode, count in kernels[:4])
     rows.append(('kernels', f'{sum(program["kernels"].values()):,}', note))
-    if program['seconds'] is not None:
+    if program['seconds'] is None:
+        rows.append(('time', '?', 'XLA estimates none for this kind of device'))
+    else:
         note = "of kernels, as XLA estimates their cycles; without waiting for others' data"
         rows.append(('time', scaled_seconds(program['seconds']), note))
     for loop in program['unknown_loops']:
