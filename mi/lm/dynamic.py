@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mi import parallel, progress
+from mi import parallel, placement, progress
 from mi.config import UserError
 from mi.lm import data
 from mi.lm.evaluate import result
@@ -73,8 +73,8 @@ def evaluate(
     """
     params = parallel.fetch(params)
     seeds = len(jax.tree.leaves(params)[0])
-    mesh = parallel.mesh(seeds, 1, devices=jax.local_devices())
-    params = jax.device_put(params, parallel.by_seed(mesh))
+    mesh = placement.seed_mesh(seeds, jax.local_devices())
+    params = placement.shard_seeds(params, mesh)
     start, add_squares, adapt = _programs(model, mesh)
     statistics = np.asarray(corpus.tokens['train'][: adaptation.statistics * adaptation.length + 1])
     carry, squares = start((params,), None)
@@ -94,7 +94,7 @@ def evaluate(
             now, carry, nats = adapt(
                 (params, squares, now, carry), (np.float32(count), rates, rows)
             )
-            total += np.asarray(nats, np.float64)
+            total += placement.gather_seeds(nats, seeds).astype(np.float64)
             if not np.isfinite(total).all():
                 raise UserError(
                     f'dynamic evaluation of {split}: the loss is not finite any more; lower '
