@@ -1,0 +1,175 @@
+"""The layers on TPUs by the estimates of XLA's own compiler. Nothing is executed.
+
+    pip install -e '.[tpu]' && python -m benchmarks.layers_tpu
+
+No TPU is needed: programs are compiled for one described chip. The shapes are R1 to R6 of
+`benchmarks.layers` and those of the configs; every order is compiled forward (f) and forward with
+the gradients of all arrays (fb). `kernels` is the sum of the cycles that the compiler estimates for
+its kernels, loops multiplied out, over the clock of the chip. `bound` is its `optimal_seconds`, the
+time at the peaks of memory and products; programs with loops have none. `share` is the operations
+of the products in the order with fewest, three times as many for fb, over kernels, as a part of the
+peak of the chip in bf16. The order that `mi.contract.plan` chooses is in bold.
+"""
+
+import functools
+import importlib.metadata
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from benchmarks.layers import ONLY, REGIMES, Regime, jax_sides
+from mi import program, topologies
+from mi.contract import BY_ID, DENSE, bilinear, plan
+
+CHIPS = flags.DEFINE_list('chips', ['v5e', 'v6e'], 'Kinds of TPU, of mi.topologies.')
+DTYPES = flags.DEFINE_list('dtypes', ['bfloat16', 'float32'], 'Of all arrays.')
+ORDERS = flags.DEFINE_list('tpu_orders', [], 'Orders of zᵀWx; all by default.')
+
+PEAKS = {'v4': 275e12, 'v5e': 197e12, 'v5p': 459e12, 'v6e': 918e12}  # FLOP/s in bf16
+PRESETS = [
+    Regime('configs/lm.py LSTM', 'full', (64, 32), 32, 128, 128),
+    Regime('configs/lm.py Transformer', 'full', (32, 64), 32, 256, 256),
+    Regime('configs/lm_wikitext103.py LSTM', 'full', (128, 64), 128, 512, 512),
+    Regime('configs/rl.py agent', 'ids', (20, 128), 30, 135, 128, ids='random'),
+]
+HEADER = (
+    '| shape | dtype | chip | order | pass | kernels, µs | bound, µs | share | temporaries, MB |'
+)
+LARGEST = 2**34  # bytes: an intermediate above that does not fit
+
+
+def regimes() -> list[Regime]:
+    """R1 to R6, of those with ids one, and the shapes of the configs."""
+    once = [r for r in REGIMES if r.name[:2] in ('R1', 'R2', 'R3', 'R5', 'R6')]
+    return [*once, *(r for r in REGIMES if r.name == 'R4 ids random'), *PRESETS]
+
+
+def orders(regime: Regime) -> Sequence[Any]:
+    """Return the orders of a regime that its arrays leave room for; None where it has but one."""
+    if regime.form not in ('full', 'ids'):
+        return [None]
+    B, m, n, k = math.prod(regime.rows), regime.m, regime.n, regime.k
+    written = {
+        'x_first': B * m * k,
+        'z_first': math.prod(regime.z_rows()) * n * k,
+        'rows': B * n * k,
+    }
+    known = BY_ID if regime.form == 'ids' else DENSE
+    return [
+        order
+        for order in known
+        if 4 * written.get(order, 0) < LARGEST and (not ORDERS.value or order in ORDERS.value)
+    ]
+
+
+def compile_pass(
+    function: Callable[..., Any], has_gradient: bool, mesh: Mesh, arrays: Sequence[Any]
+) -> jax.stages.Compiled:
+    """Compile function(ids, *arrays), or it and the gradients of all arrays, for the mesh.
+
+    Args:
+      function: of all arrays.
+      has_gradient: whether its gradients are computed too.
+      mesh: of one chip.
+      arrays: shapes; the gradients are those of the floats.
+    """
+    floats = [i for i, a in enumerate(arrays) if jnp.issubdtype(a.dtype, jnp.floating)]
+
+    def gradient(dy: Any, *arrays: Any) -> Any:
+        def of_floats(*values: Any) -> Any:
+            inputs = list(arrays)
+            for i, value in zip(floats, values, strict=True):
+                inputs[i] = value
+            return function(*inputs)
+
+        y, pull_back = jax.vjp(of_floats, *(arrays[i] for i in floats))
+        return y, pull_back(dy)
+
+    place = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
+    shapes = [place(a.shape, a.dtype) for a in arrays]
+    with jax.set_mesh(mesh):
+        if not has_gradient:
+            return jax.jit(function).lower(*shapes).compile()
+        y = jax.eval_shape(function, *shapes)
+        return jax.jit(gradient).lower(place(y.shape, y.dtype), *shapes).compile()
+
+
+def estimates(compiled: Any, clock: float) -> tuple[float | None, float | None]:
+    """Seconds of the kernels of a program, and at the peaks of the chip; None where unknown."""
+    try:
+        found, text = program.analyze(compiled), compiled.as_text()
+    except jax.errors.JaxRuntimeError:  # jaxlib cannot read what a newer libtpu has written
+        return None, None
+    kernels = None if found.unknown_loops or not found.cycles else found.cycles / clock
+    bound = compiled.cost_analysis()['optimal_seconds']
+    return kernels, bound if bound > 0 and ' while(' not in text else None
+
+
+def rows(regime: Regime, dtype: str, chip: str) -> Iterator[str]:
+    """Yield a row of the table for each order and pass."""
+    mesh = jax.make_mesh(
+        (1,), ('data',), axis_types=(AxisType.Auto,), devices=topologies.describe(f'{chip}:1x1')[:1]
+    )
+    chosen = None
+    arrays = {
+        name: jax.ShapeDtypeStruct(a.shape, dtype if a.dtype.kind == 'f' else a.dtype)
+        for name, a in regime.arrays().items()
+    }
+    if regime.form in ('full', 'ids'):
+        context: Any = 'ids' if regime.form == 'ids' else 'dense'
+        x, z = arrays['x'].shape, arrays['z'].shape
+        chosen = plan(x, z, regime.k, context, 'tpu', regime.m)
+    for order in orders(regime):
+        if order is None:
+            names = [name for name in arrays if name != 'dy']
+            side = jax_sides(regime)['mi']
+
+            def function(*values: Any, names: Any = names, side: Any = side) -> Any:
+                return side(dict(zip(names, values, strict=True)))
+        else:
+            names, function = ['x', 'z', 'W'], functools.partial(bilinear, order=order)
+        for has_gradient in (False, True):
+            compiled = compile_pass(function, has_gradient, mesh, [arrays[name] for name in names])
+            kernels, bound = estimates(compiled, topologies.TPUS[chip].clock)
+            operations = regime.operations() * (3 if has_gradient else 1)
+            temporaries = compiled.memory_analysis().temp_size_in_bytes
+            cells = [
+                regime.name,
+                dtype,
+                chip,
+                f'**{order}**' if order and order == chosen else order or 'layer',
+                'fb' if has_gradient else 'f',
+                f'{1e6 * kernels:.1f}' if kernels else '–',
+                f'{1e6 * bound:.1f}' if bound else '–',
+                f'{operations / kernels / PEAKS[chip]:.2f}' if kernels else '–',
+                f'{temporaries / 1e6:.1f}',
+            ]
+            yield f'| {" | ".join(cells)} |'
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print the table of all regimes, a row as soon as it is compiled."""
+    topologies.prepare_process()
+    versions = {name: importlib.metadata.version(name) for name in ('jax', 'libtpu')}
+    print(f'Estimates of the compiler, nothing is executed: {versions}\n')
+    print(HEADER, '|---|---|---|---|---|---:|---:|---:|---:|', sep='\n')
+    for regime in regimes():
+        # Modules of FiLM and of low rank have parameters in f32.
+        dtypes = DTYPES.value if regime.form in ('full', 'ids') else ['float32']
+        if ONLY.value and regime.name not in ONLY.value:
+            continue
+        for dtype in dtypes:
+            for chip in CHIPS.value:
+                for row in rows(regime, dtype, chip):
+                    print(row)
+                    sys.stdout.flush()
+
+
+if __name__ == '__main__':
+    app.run(main)
