@@ -93,7 +93,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         'env.name': 'gymnasium/Acrobot-v1',
         'loss.entropy_cost': 0.01,
         'loss.lambda_': 1.0,
-        'train.steps': 600_000,
+        'train.steps': 500_000,
         'optim.learning_rate': 2e-3,
     },
     'pong': {  # never trained by us
