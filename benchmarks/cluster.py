@@ -73,6 +73,11 @@ CHIPS = {
             'Cloud TPU documentation, v5e: ICI 400 GB/s both ways; pod of 256, 6.4 Tb/s outside',
         ),
         Chip(
+            'TPU v6 lite', 918e12, 918e12, 32e9, 1.638e12, 400e9, 256, 12.5e9, 45,
+            'Cloud TPU documentation, v6e: ICI 800 GB/s both ways, pod of 256, 180 vCPUs for 4 '
+            'chips; 100 Gb/s a chip outside, recalled',
+        ),
+        Chip(
             'TPU v5p', 459e12, 459e12, 95e9, 2.765e12, 600e9, 8960, 6.25e9, 52,
             'Cloud TPU documentation, v5p: ICI 1200 GB/s both ways, 208 vCPUs for 4 chips',
         ),

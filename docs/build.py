@@ -224,10 +224,13 @@ def evaluation() -> str:
 
 
 def scaling() -> str:
-    """The text of docs/scaling.md, with its tables made from benchmarks/results/scaling.json."""
-    written = json.loads((HERE.parent / 'benchmarks/results/scaling.json').read_text())
+    """The text of docs/scaling.md, with its tables made from those in benchmarks/results."""
+    results = HERE.parent / 'benchmarks/results'
+    written = [
+        json.loads((results / f'{name}.json').read_text()) for name in ('scaling', 'compiled')
+    ]
     blocks = {}
-    for name, table in written['tables'].items():
+    for name, table in {**written[0]['tables'], **written[1]['tables']}.items():
         head, *rows = table['rows']
         words = [all(re.match('[^0-9]', row[i] or 'x') for row in rows) for i in range(len(head))]
         rule = ['---' if word else '---:' for word in words]

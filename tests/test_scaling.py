@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import cluster, scaling
+from benchmarks import cluster, compiled, scaling
 from benchmarks.cluster import Chip, Job, Work
 from configs import lm as configs_lm
 from configs import rl as configs_rl
@@ -109,6 +109,70 @@ def test_the_share_of_a_bound_is_what_was_measured_over_it():
     at_peak = lambda products: sum(p.flops * p.times for p in products) / 1e12  # noqa: E731
     share = scaling.lm_share(record, 'lstm', scaling.LSTM_CPU, at_peak)
     np.testing.assert_allclose(share, 0.25, rtol=1e-6)
+
+
+def record(chips, **changes):
+    """64 rows that take 6.4 TFLOP on one chip of v5e; on more, 8 MB of gradients are summed."""
+    sent = 2 * (chips - 1) / chips * 8e6
+    reduction = {'kind': 'all-reduce', 'count': 4, 'bytes': 8e6, 'group': chips}
+    return {
+        'job': 'lstm', 'family': 'v5e', 'chips': chips, 'used': chips, 'rows': 64,
+        'parameters': 2e6, 'flops': 6.4e12 / chips, 'whole': 7e12, 'bytes_accessed': 1e9,
+        'peak': 3e9, 'limit': 16e9, 'fits': True, 'bytes_sent': sent, 'updates': 4,
+        'collectives': [reduction] if chips > 1 else [], 'seconds': 0.4 / chips, 'error': '',
+    } | changes  # fmt: skip
+
+
+def columns(table):
+    return [dict(zip(table[0], row, strict=True)) for row in table[1:]]
+
+
+def test_a_program_that_divides_its_work_has_a_share_of_one():
+    rows = columns(compiled.programs_table([record(1), record(8), record(64)], 'lstm'))
+    assert [row['× chips / whole'] for row in rows] == ['1.000'] * 3
+    assert [row['rows'] for row in rows] == ['64', '8', '1']
+    assert [row['MB sent'] for row in rows] == ['0.0', '14.0', '15.8']
+    assert [row['by'] for row in rows] == ['nothing', '1 all-reduce', '1 all-reduce']
+    undivided = columns(compiled.programs_table([record(1), record(8, flops=6.4e12)], 'lstm'))
+    assert undivided[1]['× chips / whole'] == '8.000'
+    # Twice the rows on a chip are twice the work of the whole.
+    weak = [record(1), record(8, rows=512, flops=6.4e12)]
+    assert columns(compiled.programs_table(weak, 'lstm'))[1]['× chips / whole'] == '1.000'
+
+
+def test_a_program_that_one_chip_has_no_memory_for_is_compared_with_its_jaxpr(monkeypatch):
+    products = [Product(7e12 / 8, 0, 1)]
+    monkeypatch.setattr(compiled, 'on_paper', lambda name, chips: Work(products, 0))
+    refused = dict.fromkeys(('flops', 'peak', 'bytes_sent', 'seconds'))
+    records = [record(1, **refused, fits=False, error='Ran out of memory'), record(8)]
+    rows = columns(compiled.programs_table(records, 'lstm'))
+    assert (rows[0]['fits'], rows[0]['GFLOP']) == ('no', '')
+    assert rows[1]['× chips / whole'] == f'{6.4 / 7:.3f}'
+
+
+def test_times_are_estimates_and_links():
+    chip = cluster.CHIPS['TPU v5 lite']
+    computing, sending = compiled.seconds(record(8))
+    assert (computing, sending) == (0.05, pytest.approx(14e6 / chip.link))
+    gpu = record(8, family='h100', seconds=None, bytes_accessed=1e12)
+    assert compiled.seconds(gpu)[0] == 1e12 / cluster.CHIPS['H100'].bandwidth
+    gpu['bytes_accessed'] = 1.0
+    assert compiled.seconds(gpu)[0] == 0.8e12 / cluster.CHIPS['H100'].flops
+    one, eight = columns(compiled.times_table([record(8), record(1)]))
+    assert (one['of linear'], one['rows/s']) == ('1.00', '160')
+    assert float(eight['of linear']) == pytest.approx(0.05 / (0.05 + sending), abs=0.005)
+
+
+def test_a_tenth_between_paper_and_program_is_marked():
+    assert compiled.ratio(1.09, 1) == '1.09' and compiled.ratio(1.2, 1) == '1.20*'
+    assert compiled.ratio(0.8, 1) == '0.80*' and compiled.ratio(0, 0) == '0 and 0'
+
+
+def test_a_job_has_the_rows_that_its_records_say():
+    for name, job in compiled.JOBS.items():
+        for chips in compiled.NUMBERS:
+            assert job.config(chips).train.batch == job.rows(chips), name
+            assert job.rows(chips) % chips == 0
 
 
 def test_every_chip_says_where_its_figures_come_from():
