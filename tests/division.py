@@ -112,6 +112,8 @@ LM = {
     'hyper_lstm': {'model.core': 'hyper_lstm'},
     'state': {'model.source': 'state'},
     'adaptive': {'model.cutoffs': (16, 32)},
+    'blocks': {'model.cutoffs': (16, 32), 'loss.chunk': 96},
+    'chunk': {'loss.chunk': 96},
     'dropout': {'dropout.input': 0.1, 'dropout.word': 0.1, 'dropout.state': 0.1},
     'accumulate': {'train.accumulate': 2},
     'transformer': {},

@@ -13,7 +13,7 @@ from jax.nn import initializers
 from jax.typing import DTypeLike
 
 from mi.contract import linear
-from mi.lm.loss import Losses
+from mi.lm.loss import Losses, even_size
 
 
 class AdaptiveWords(nn.Module):
@@ -139,14 +139,14 @@ class AdaptiveWords(nn.Module):
             return _nats(self._head(row[0]), row[1])
 
         tokens = len(ids)
-        size = min(self.chunk or tokens, tokens)
+        size = even_size(tokens, self.chunk or tokens)
         rows = _blocks(y, size), _blocks(entry, size)
         return jax.lax.map(one, rows).reshape(-1)[:tokens]
 
     def _of_tail(self, i: int, y: Array, ids: Array) -> Array:
         """−ln p_i of the tokens in tail i, 0 of the others; ids are −1 for those."""
         tokens = len(ids)
-        size = min(self.chunk or -(-tokens // 8), tokens)
+        size = even_size(tokens, self.chunk or -(-tokens // 8))
         there = ids >= 0
         # The tail's tokens first, in order; those beyond the last one are not looked at.
         order = jnp.argsort(~there, stable=True)

@@ -37,6 +37,14 @@ def bits_per_byte(nats_per_token: float, tokens: int, text_bytes: int) -> float:
     return nats_per_token * tokens / (text_bytes * math.log(2))
 
 
+def even_size(tokens: int, largest: int) -> int:
+    """Return the size of as few equal parts as have at most `largest` tokens, the last one padded.
+
+    Parts of `largest` would compute for nothing where a device has little more than one of them.
+    """
+    return -(-tokens // -(-tokens // largest))
+
+
 def softmax_losses(
     y: Array,
     table: Array,
@@ -70,6 +78,7 @@ def softmax_losses(
         losses = of_logits(_logits(flat, table, bias), ids)
     else:
         chunks = -(-tokens // chunk)
+        chunk = even_size(tokens, chunk)
         padding = chunks * chunk - tokens
         rows = jnp.pad(flat, ((0, padding), (0, 0))).reshape(chunks, chunk, -1)
         of_rows = jnp.pad(ids, (0, padding)).reshape(chunks, chunk)
