@@ -151,6 +151,18 @@ def test_unit_variance_at_initialisation(name, context):
     assert 0.85 < np.mean(moments) < 1.15, (np.mean(moments), np.std(moments))
 
 
+@pytest.mark.parametrize('context', ['dense', 'one_hot'])
+def test_a_gate_has_logits_of_unit_variance_for_either_kind_of_context(context):
+    """The sigmoid hides it: its second moment hardly changes with them."""
+    m, k = 16, 4096
+    z = random(1, m, m) if context == 'dense' else jnp.eye(m)
+    module = make('gate', k, context=context)
+    variables = module.init(jax.random.key(0, impl='rbg'), jnp.ones((m, N)), z)
+    logits = z @ variables['params']['gate']['V']
+    size = (z**2).sum(-1).mean() / (m if context == 'dense' else 1)
+    np.testing.assert_allclose((logits**2).mean(), size, rtol=0.05)
+
+
 @each
 def test_bf16_is_close_to_f32(name):
     x, z = random(0, 64, N), contexts(name, 64)

@@ -92,6 +92,13 @@ def test_explain_tells_the_form_and_the_ranks(module, form, ranks):
     assert f'parameters  {parameters:,}' in text
 
 
+def test_one_unfolding_that_lacks_rank_is_enough_for_low_rank():
+    W = np.random.default_rng(0).normal(size=(3, 5, 4))
+    assert form_of(W) == 'full'
+    W[2] = W[0] - W[1]  # as a matrix [5, 12] or [4, 15] it has full rank still
+    assert form_of(W) == 'low rank'
+
+
 def test_explain_counts_flops_and_bytes():
     x, z = random(0, 7, N), random(1, 7, M)
     module = MultiplicativeInteraction(K)
@@ -131,6 +138,7 @@ def of_feature(x):
 NOT_AFFINE = {
     'small outputs': lambda y, x, z: 1e-4 * nn.relu(y),
     'beside large outputs': lambda y, x, z: y + 1e-3 * jnp.tanh(3 * of_feature(x)),
+    'half a percent': lambda y, x, z: y + 2e-3 * jnp.abs(y),
     'in z': lambda y, x, z: y + jnp.abs(of_feature(z)),
     'far from zero': lambda y, x, z: nn.relu(y + 1000),
     'far and small': lambda y, x, z: jnp.maximum(1e-3 * y, -1),

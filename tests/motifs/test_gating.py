@@ -255,3 +255,17 @@ def test_bad_input_raises(module, inputs, message):
     with pytest.raises(ValueError, match=message.replace('?', r'\?')) as error:
         module.init(KEY, *inputs)
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('valid', [1, 2])
+def test_few_positions_are_squeezed_to_their_mean(valid):
+    """Also one alone: sigmoid(W2ᵀ relu(W1ᵀ mean))."""
+    x = random(4, 1, 3, 1, K)
+    mask = np.arange(3).reshape(1, 3, 1) < valid
+    module = SqueezeExcitation(ratio=2)
+    variables = parameters(module, x)
+    p = numpy(variables)
+    mean = np.asarray(x, np.float64)[0, :valid, 0].mean(0)
+    s = 1 / (1 + np.exp(-np.maximum(mean @ p['W1'], 0) @ p['W2']))
+    got = module.apply(variables, x, mask=jnp.asarray(mask))
+    same(got[0, :valid, 0], s * np.asarray(x)[0, :valid, 0])

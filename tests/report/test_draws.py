@@ -54,6 +54,14 @@ def test_where_higher_is_better_the_ranks_turn(tmp_path):
     assert ranks == [['1', '2'], ['3', '3'], ['2', '1']]
 
 
+def test_arms_that_are_alike_have_the_same_rank(tmp_path):
+    finals = FINALS | {'gate': FINALS['film']}
+    text = draws.to_markdown(runs.read(write(tmp_path, ([0, 1], [7, 9]), finals)))
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in text.splitlines()]
+    ranks = {row[0]: row[2::2] for row in rows[2:6]}
+    assert ranks == {'concat': ['4', '2'], 'mi': ['1', '1'], 'film': ['2', '3'], 'gate': ['2', '3']}
+
+
 def test_an_arm_that_diverged_is_named_and_not_ranked(tmp_path):
     finals = FINALS | {'gate': {0: 0.1, 1: None, 7: 0.1, 9: 0.1}}
     text = draws.to_markdown(runs.read(write(tmp_path, ([0, 1], [7, 9]), finals)))
