@@ -1,8 +1,9 @@
 """Prints what is evaluated on one device and on two that the rows do not divide, as JSON.
 
-A program of its own, because the number of devices is fixed when jax starts:
+And the parameters after an update of the topologies 'threads' and 'ray' on 1, 2 and 8 devices. A
+program of its own, because the number of devices is fixed when jax starts:
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=2 python -m tests.uneven TEXTS
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.uneven TEXTS
 """
 
 import json
@@ -12,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mi import optim, parallel
+from mi import costs, optim, parallel
 from mi.lm import data, sample, setup
 from mi.lm.evaluate import Reading, evaluate
+from mi.rl import envs, fused, queued
 from mi.rl import evaluate as rl_evaluate
-from mi.rl import fused
 from mi.rl import setup as rl_setup
 from tests.lm.test_train import tiny as lm_tiny
 from tests.rl.ramp import PARAMS, Knows, Ramp
@@ -66,5 +67,28 @@ def agent(devices):
     return np.ravel(played.returned).tolist(), longest
 
 
+def learner_update(devices):
+    """Return the norms of the parameters after an update on a trajectory of eight rows, and μ."""
+    config = rl_tiny(**{'train.batch': 8, 'loss.popart': 0.1})
+    net = rl_setup.agent(config, envs.make(config.env.name).spec)
+    optimizer, mesh = optim.optimiser(config.optim, 10), mesh_of(devices, 8)
+    state = queued.start(net, optimizer, 0, mesh)
+    update = queued.learner_update(net, optimizer, rl_setup.hyperparameters(config), mesh)
+    shapes = costs.acting(config).trajectory
+    rng = np.random.default_rng(0)
+    trajectory = jax.tree.map(
+        lambda a: (
+            rng.integers(0, 2, a.shape).astype(a.dtype)
+            if a.dtype in (bool, np.int32)
+            else rng.normal(size=a.shape).astype(a.dtype)
+        ),
+        shapes,
+    )
+    state, measured = update(state, queued.on_devices(trajectory, mesh))
+    norms = [float(jnp.linalg.norm(a)) for a in jax.tree.leaves(state.params)]
+    return norms, state.statistics.mu.tolist(), float(measured['loss'])
+
+
 if __name__ == '__main__':
-    print(json.dumps([[*language_model(sys.argv[1], n), *agent(n)] for n in (1, 2)]))
+    evaluated = [[*language_model(sys.argv[1], n), *agent(n)] for n in (1, 2)]
+    print(json.dumps([evaluated, [learner_update(n) for n in (1, 2, 8)]]))
