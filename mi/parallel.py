@@ -308,8 +308,10 @@ def mean_gradients(gradients: Any, partition: Any) -> Any:
     def mean(gradient: Array, spec: PartitionSpec) -> Array:
         if 'fsdp' not in spec:
             return mean_over_rows(gradient)
-        count = jax.lax.axis_size('data') * jax.lax.axis_size('fsdp')
-        return jax.lax.psum(gradient, 'data') / count  # the reduce-scatter has summed over 'fsdp'
+        copies, shards = jax.lax.axis_size('data'), jax.lax.axis_size('fsdp')
+        if copies > 1:
+            gradient = jax.lax.psum(gradient, 'data')
+        return gradient / (copies * shards)  # the reduce-scatter has summed over 'fsdp'
 
     return jax.tree.map(mean, gradients, partition)
 

@@ -10,6 +10,7 @@ bodies once; of a conditional the dearest branch counts.
 """
 
 import dataclasses
+import math
 import re
 from collections import Counter
 
@@ -266,6 +267,9 @@ def _group(instruction: hlo.Instruction, num_devices: int) -> int:
         return int(match[2])
     if match := re.search(r'replica_groups=\{\{([\d,]*)\}', attributes):
         return len(match[1].split(','))
+    if match := re.search(r'replica_groups=mesh\[(.*?)\] \{(.*?)\}', attributes):  # jax 0.12
+        sizes = dict(re.findall(r"\\?'(\w+)\\?'=(\d+)", match[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"\\?'(\w+)\\?'", match[2]))
     return num_devices
 
 

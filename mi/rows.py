@@ -20,9 +20,12 @@ _part: contextvars.ContextVar[Array | None] = contextvars.ContextVar('_part', de
 
 
 def _axes() -> tuple[str, ...]:
-    """Return the mesh axes over which the program being traced has its rows split by hand."""
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    return tuple(axis for axis in ROWS if axis in manual)
+    """Return the mesh axes over which the program being traced has its rows split by hand.
+
+    Not those of one device: XLA keeps a reduction over them, which copies all of it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(axis for axis in ROWS if axis in mesh.manual_axes and mesh.shape[axis] > 1)
 
 
 def sum_over_rows(tree: Tree) -> Tree:

@@ -275,6 +275,8 @@ ENTRY %main (image: f32[8,16,16,4], kernel: f32[8,3,3,4], x: f32[8,128], W: f32[
   %all-reduce-start = (f32[8,128]{1,0}, bf16[128,64]{1,0}) all-reduce-start(%x, %W), channel_id=1, replica_groups={}, use_global_device_ids=true, to_apply=%add
   %all-reduce-done = (f32[8,128]{1,0}, bf16[128,64]{1,0}) all-reduce-done(%all-reduce-start)
   %alone = f32[8,128]{1,0} all-reduce(%x), channel_id=1, replica_groups={{0},{1},{2},{3}}, use_global_device_ids=true, to_apply=%add
+  %of-mesh = f32[8,128]{1,0} all-reduce(%x), channel_id=1, replica_groups=mesh['seed'=2,'data'=2,'fsdp'=1] {'data','fsdp'}, use_global_device_ids=true, to_apply=%add
+  %of-one-seed = f32[8,128]{1,0} all-reduce(%x), channel_id=1, replica_groups=mesh['seed'=4,'data'=1,'fsdp'=1] {'data','fsdp'}, use_global_device_ids=true, to_apply=%add
   ROOT %sum = f32[8,64]{1,0} get-tuple-element(%cublas-gemm.1), index=0
 }
 """  # noqa: E501
@@ -288,6 +290,7 @@ def test_a_program_of_a_gpu():
         Collective('all-reduce', 1, 4 * 8 * 128 + 2 * 128 * 64, 4),
         Collective('all-gather', 1, 4 * 32 * 128, 4),
         Collective('reduce-scatter', 1, 4 * 32 * 64, 4),
+        Collective('all-reduce', 1, 4 * 8 * 128, 2),
     )
     assert found.kernels == {'custom-call': 4, 'fusion': 1}
     assert found.uncounted_calls == ('cudnn_rnn',)
