@@ -19,6 +19,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import signal
 import sys
 import time
@@ -411,22 +412,25 @@ XLA_FLAGS = {
     '--xla_cpu_enable_concurrency_optimized_scheduler': 'false',
 }
 YNN_FLAG = '--xla_cpu_experimental_ynn_fusion_type'
-YNN_CRASHES = ('0.10.2',)  # jaxlib
+YNN_FAULTS_SINCE = (0, 10, 2)  # jaxlib
 
 
 def safe_xla_flags(given: str = '', jaxlib: str | None = None) -> str:
     """Return XLA flags that avoid known faults of XLA on CPU, after those that are given.
 
-    A flag that is given already, with any value, is left alone. jaxlib 0.10.2 gets one more flag:
-    its YNN library crashes in reductions beside an axis of length 1, on CPUs without AVX-512 (seen
-    on an AMD EPYC). With the flag, YNN computes matrix products only, and as fast as before.
+    A flag that is given already, with any value, is left alone. jaxlib from 0.10.2 on gets one
+    more flag, with which XLA's YNN library computes matrix products only, and as fast as before.
+    Without it, 0.10.2 crashes in reductions on CPUs without AVX-512 (seen on an AMD EPYC), and
+    0.11.0 and 0.12.0.1 compute wrong numbers: the mean square of a hypernetwork's output, which is
+    1, came out as infinity or 1e23 (seen on an Intel Xeon).
 
     Args:
       given: the flags so far, as in the environment variable XLA_FLAGS.
       jaxlib: version of jaxlib; None for the one that is installed.
     """
     flags = dict(XLA_FLAGS)
-    if (jaxlib or importlib.metadata.version('jaxlib')) in YNN_CRASHES:
+    version = re.findall(r'\d+', jaxlib or importlib.metadata.version('jaxlib'))
+    if tuple(map(int, version[:3])) >= YNN_FAULTS_SINCE:
         flags[YNN_FLAG] = 'LIBRARY_FUSION_TYPE_DOT'
     missing = [f'{name}={value}' for name, value in flags.items() if name not in given]
     return ' '.join([given, *missing]).strip()

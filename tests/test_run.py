@@ -138,8 +138,10 @@ def test_xla_flags_avoid_known_faults_and_leave_given_flags_alone():
     scheduler = '--xla_cpu_enable_concurrency_optimized_scheduler'
     ynn = '--xla_cpu_experimental_ynn_fusion_type'
     assert run.safe_xla_flags('', '0.10.1') == f'{scheduler}=false'
-    assert run.safe_xla_flags('--xla_a=1', '0.12.0.1') == f'--xla_a=1 {scheduler}=false'
-    assert run.safe_xla_flags('', '0.10.2') == (f'{scheduler}=false {ynn}=LIBRARY_FUSION_TYPE_DOT')
+    assert run.safe_xla_flags('--xla_a=1', '0.10.1') == f'--xla_a=1 {scheduler}=false'
+    for version in ('0.10.2', '0.11.0', '0.12.0.1'):
+        flags = run.safe_xla_flags('', version)
+        assert flags == f'{scheduler}=false {ynn}=LIBRARY_FUSION_TYPE_DOT'
     given = f'{scheduler}=true {ynn}=LIBRARY_FUSION_TYPE_REDUCE'
     assert run.safe_xla_flags(given, '0.10.2') == given
 
