@@ -61,9 +61,8 @@ def waste(config: ml_collections.ConfigDict, devices: Devices) -> str:
     seeds = len(config.seeds) if has_seeds else 1
     batch = config.train.batch
     try:
-        shape = parallel.mesh_shape(
-            seeds, batch, config.train.get('fsdp', 1), config.train.mesh, count
-        )
+        fsdp = config.train.fsdp if config.task == 'lm' else 1
+        shape = parallel.mesh_shape(seeds, batch, fsdp, config.train.mesh, count)
     except UserError as error:
         return f'each member will be refused on {count} devices: {error}'
     used = math.prod(shape)

@@ -36,9 +36,9 @@ class RowDropout(nn.Module):
         if self.row_axis is None:
             mask = jax.random.bernoulli(key, keep, shape)
         else:
-            count = shape[self.row_axis]
-            of_row = shape[: self.row_axis] + shape[self.row_axis + 1 :]
+            num_rows = shape[self.row_axis]
+            row_shape = shape[: self.row_axis] + shape[self.row_axis + 1 :]
             mask = jax.vmap(
-                lambda key: jax.random.bernoulli(key, keep, of_row), out_axes=self.row_axis
-            )(rows.row_keys(key, count))
+                lambda key: jax.random.bernoulli(key, keep, row_shape), out_axes=self.row_axis
+            )(rows.row_keys(key, num_rows))
         return jnp.where(mask, x / keep, 0).astype(x.dtype)

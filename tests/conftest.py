@@ -1,9 +1,13 @@
 import atexit
 import importlib.metadata
+import json
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 import tempfile
+from typing import Any
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
@@ -38,6 +42,20 @@ ROOT = pathlib.Path(__file__).parents[1]
 def forced(devices: int) -> str:
     """XLA_FLAGS of a program of its own: those of the tests, and so many devices of the CPU."""
     return f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={devices}'
+
+
+def printed_on_devices(count: int, module: str, *arguments: str) -> Any:
+    """Return the JSON that a module prints last, run where there are so many devices of the CPU."""
+    done = subprocess.run(
+        [sys.executable, '-m', module, *arguments],
+        cwd=ROOT,
+        env=os.environ | {'XLA_FLAGS': forced(count), 'JAX_PLATFORMS': 'cpu'},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope='session', autouse=True)

@@ -1,6 +1,5 @@
 """Devices divide the work: FLOPs of products and communication of compiled programs."""
 
-import json
 import os
 import re
 import subprocess
@@ -10,14 +9,14 @@ from collections import Counter
 import pytest
 
 from tests import division
-from tests.conftest import ROOT, forced
+from tests.conftest import ROOT, forced, printed_on_devices
 
 SMALL = 64_000  # bytes of all reductions but those of gradients
 
 
 @pytest.mark.parametrize('case', division.CASES)
 def test_each_device_computes_its_share_and_sends_no_more_than_gradients(case):
-    rows = on_eight_devices(case)
+    rows = printed_on_devices(8, 'tests.division', case)[case]
     one = rows.pop('1')
     assert one['sent'] == 0 and rows.keys() == {str(n) for n in division.COUNTS[case][1:]}
     for devices, row in rows.items():
@@ -43,19 +42,6 @@ def check_communication(case, n, row):
         updates = 2 if case in ('rl/fused', 'rl/transformer') else 1
         assert kinds == {'all-reduce'}
         assert 0.9 * reduction < row['sent'] / updates <= reduction + SMALL
-
-
-def on_eight_devices(case):
-    done = subprocess.run(
-        [sys.executable, '-m', 'tests.division', case],
-        cwd=ROOT,
-        env=os.environ | {'XLA_FLAGS': forced(8), 'JAX_PLATFORMS': 'cpu'},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])[case]
 
 
 def compiled_programs(workdir, config, devices):

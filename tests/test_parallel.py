@@ -1,16 +1,11 @@
 """Which devices do what."""
 
-import json
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
 from mi import parallel
 from mi.config import UserError
-from tests.conftest import ROOT, forced
+from tests.conftest import printed_on_devices
 
 
 @pytest.mark.parametrize(
@@ -55,16 +50,7 @@ def test_a_mesh_that_does_not_fit_is_refused(arguments, message):
 @pytest.mark.slow
 def test_rows_that_fill_up_the_devices_do_not_count_and_a_learner_counts_all(texts):
     """Three rows on two devices: evaluation and sampling are those of one device."""
-    done = subprocess.run(
-        [sys.executable, '-m', 'tests.uneven', texts],
-        cwd=ROOT,
-        env=os.environ | {'XLA_FLAGS': forced(8), 'JAX_PLATFORMS': 'cpu'},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    (one, two), updates = json.loads(done.stdout.splitlines()[-1])
+    (one, two), updates = printed_on_devices(8, 'tests.uneven', texts)
     np.testing.assert_allclose(one[0], two[0], rtol=1e-6)
     assert one[1:] == two[1:]
     assert one[2] == [28, 56, 84] and one[3] == [9]  # the third task's row is on the second device

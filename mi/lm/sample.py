@@ -51,9 +51,9 @@ def sample(config: ml_collections.ConfigDict, workdir: str) -> None:
             options.temperature,
             options.top_p,
         )
-    texts = [[corpus.decode(row) for row in of_seed] for of_seed in tokens]
-    for seed, of_seed in zip(config.seeds, texts, strict=True):
-        for text in of_seed:
+    texts = [[corpus.decode(row) for row in seed_tokens] for seed_tokens in tokens]
+    for seed, seed_texts in zip(config.seeds, texts, strict=True):
+        for text in seed_texts:
             print(f'--- seed {seed}, step {step}\n{options.prompt}{text}')
     write_json(
         path / 'samples.json',
@@ -88,26 +88,26 @@ def generate_all(
     mesh = parallel.mesh(len(seeds), texts, devices=devices)
     by_seed, everywhere = parallel.by_seed(mesh), parallel.replicated(mesh)
     rows = parallel.by_rows(mesh, 1, has_seeds=True)
-    of_device = texts // (mesh.size // mesh.shape['seed'])
+    device_texts = texts // (mesh.size // mesh.shape['seed'])
 
-    def device_texts(params: Any, seeds: Array, prompt: Array, how: Any) -> Array:
+    def draw_texts(params: Any, seeds: Array, prompt: Array, settings: Any) -> Array:
         def one_seed(params: Any, seed: Array) -> Array:
-            temperature, top_p = how
+            temperature, top_p = settings
             key = jax.random.key(seed)
-            return generate(model, params, prompt, key, count, temperature, top_p, of_device)
+            return generate(model, params, prompt, key, count, temperature, top_p, device_texts)
 
         return parallel.map_seeds(one_seed, mesh)(params, seeds)
 
     program = jax.shard_map(
-        device_texts,
+        draw_texts,
         mesh=mesh,
         in_specs=(by_seed.spec, by_seed.spec, everywhere.spec, everywhere.spec),
         out_specs=rows.spec,
         check_vma=False,
     )
     arguments = jax.device_put((params, np.asarray(seeds, np.int32)), by_seed)
-    how = np.float32(temperature), np.float32(top_p)
-    return np.asarray(jax.jit(program)(*arguments, prompt, how))
+    settings = np.float32(temperature), np.float32(top_p)
+    return np.asarray(jax.jit(program)(*arguments, prompt, settings))
 
 
 def generate(

@@ -71,7 +71,7 @@ def init(
 
 
 class Gradient(NamedTuple):
-    """What a batch says: the gradient of its mean loss, that loss in nats, the carry after it."""
+    """The gradient of a batch's mean loss, the loss in nats per token, and the carry after it."""
 
     params: Any
     nats: Array
@@ -167,8 +167,8 @@ def train_step(
 ) -> tuple[State, dict[str, Array]]:
     """One update of one seed on one device, on tokens [T + 1, B]; a pure function."""
     batch = seed, step, tokens, domains
-    of_batch = gradient(model, parts, None, state.params, state.carry, *batch)
-    return apply_gradient(optimiser, state, of_batch)
+    gradients = gradient(model, parts, None, state.params, state.carry, *batch)
+    return apply_gradient(optimiser, state, gradients)
 
 
 def _parts(tree: Any, parts: int, axis: int) -> Any:

@@ -99,11 +99,11 @@ def episodes_program(
     """
     rows = len(environment.spec.tasks) * each
     shards = mesh.size // mesh.shape['seed']
-    of_device = -(-rows // shards)
+    device_rows = -(-rows // shards)
 
     def one_seed(params: Any, key: Array) -> tuple[Array, Array, Array]:
         random_key = jax.random.fold_in(jax.random.key(key[0]), key[1])
-        plays = row_numbers(of_device) < rows
+        plays = row_numbers(device_rows) < rows
         return _play_rows(environment, agent, params, random_key, plays, greedy)
 
     by_seed, by_rows = parallel.by_seed(mesh).spec, parallel.by_rows(mesh, 1, True).spec

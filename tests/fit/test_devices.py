@@ -1,16 +1,13 @@
 """Seeds, and the learning rates of a search, are placed over devices that do not communicate."""
 
-import json
 import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 
 from mi import placement
-from tests.conftest import ROOT, forced
+from tests.conftest import printed_on_devices
 from tests.fit.devices import SMALL
 from tests.fit.runs import records
 from tests.test_distributed import finish, start, two
@@ -20,16 +17,7 @@ from tests.test_distributed import finish, start, two
 def measured(tmp_path_factory):
     """What tests.fit.devices prints."""
     path = tmp_path_factory.mktemp('devices')
-    done = subprocess.run(
-        [sys.executable, '-m', 'tests.fit.devices', str(path)],
-        env=os.environ | {'XLA_FLAGS': forced(8), 'JAX_PLATFORMS': 'cpu'},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return printed_on_devices(8, 'tests.fit.devices', str(path))
 
 
 def close(found, expected):

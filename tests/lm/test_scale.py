@@ -1,10 +1,5 @@
 """Devices, parts of a batch and blocks made anew change what a step costs, and not what it does."""
 
-import json
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,22 +8,13 @@ import pytest
 from configs import lm, lm_enwik8, lm_ptb, lm_wikitext103
 from mi import optim
 from mi.lm import setup, train
-from tests.conftest import ROOT, forced
+from tests.conftest import printed_on_devices
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('core', ['lstm', 'transformer'])
 def test_the_losses_are_the_same_on_1_2_and_4_devices_and_with_split_parameters(texts, core):
-    done = subprocess.run(
-        [sys.executable, '-m', 'tests.lm.devices', core, texts],
-        env=os.environ | {'XLA_FLAGS': forced(4), 'JAX_PLATFORMS': 'cpu'},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = printed_on_devices(4, 'tests.lm.devices', core, texts)
     for how in found.values():
         np.testing.assert_allclose(how['nats'], found['one']['nats'], rtol=2e-4)
     assert not found['one']['split'] and not found['four']['split']
