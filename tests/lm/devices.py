@@ -42,20 +42,23 @@ def measure(config, corpus, shape, parts):
         return parallel.put(tokens, parallel.by_rows(mesh, 2, has_seeds=True))
 
     compiled = train.compile_step(model, optimiser, parts, state, seeds, batch(0), None, mesh)
-    nats = []
+    nats, norms = [], []
     for step in range(4):
         state, measured = compiled(state, placed_seeds, np.int32(step), batch(step), None)
         nats.append(np.asarray(measured['nats_per_token']).tolist())
+        norms.append(np.asarray(measured['gradient_norm']).tolist())
     reading = setup.reading(config)
     scores = evaluate(model, state.params, corpus, 'valid', reading, 1000, mesh)
     nats.append([score['nats_per_token'] for score in scores])
     leaves = jax.tree.leaves(state.params)
-    return {'nats': nats, 'split': sum(not a.is_fully_replicated for a in leaves)}
+    return {'nats': nats, 'norms': norms, 'split': sum(not a.is_fully_replicated for a in leaves)}
 
 
 def main(core, texts):
     config = lm.get_config(f'core={core},tiny').unlock()
     config.seeds = (0, 1)
+    # Adam and a clipped norm would hide a gradient of the wrong size.
+    config.optim.update({'name': 'sgd', 'learning_rate': 0.5, 'clip_norm': 0.0})
     config.dropout.update({'word': 0.2, 'input': 0.2, 'layer': 0.2, 'state': 0.2, 'output': 0.2})
     if core == 'transformer':
         config.dropout.update({'state': 0.0, 'attention': 0.2})
