@@ -38,7 +38,7 @@ ROUNDS = flags.DEFINE_integer('rounds', 7, 'Interleaved rounds.', lower_bound=1)
 ORDERS = flags.DEFINE_bool('orders', False, 'The rule against every order, on random shapes.')
 ONLY = flags.DEFINE_list('only', [], 'Names of regimes; all by default.')
 WORKER = flags.DEFINE_enum('worker', None, ['jax', 'torch'], 'For the workers.')
-MEMORY = flags.DEFINE_bool('memory', False, 'For the workers: measure memory, not time.')
+MEMORY = flags.DEFINE_bool('measure_memory', False, 'For the workers: measure memory, not time.')
 JSON = flags.DEFINE_string('json', None, 'Where to write the figures too.')
 
 PEAK = 2048
@@ -371,7 +371,7 @@ class Worker:
     def __init__(self, library: str, memory: bool = False):
         self._process = subprocess.Popen(
             [sys.executable, '-m', 'benchmarks.layers', f'--worker={library}']
-            + (['--memory'] if memory else []),
+            + (['--measure_memory'] if memory else []),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
 

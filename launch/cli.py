@@ -30,8 +30,8 @@ FLOPS_PER_SECOND = flags.DEFINE_float(
 CHECK = flags.DEFINE_bool(
     'check', False, 'With --dry_run: compile the member with the most FLOPs for its devices.'
 )
-CHIP = flags.DEFINE_string(
-    'chip', '', "With --check: the GPUs of a member, such as 'h100'; see mi.cost --topology."
+ACCELERATOR = flags.DEFINE_string(
+    'accelerator', '', "With --check: the GPUs of a member, such as 'h100'; see mi.cost --topology."
 )
 PARALLEL = flags.DEFINE_integer(
     'parallel', 0, 'Members at once; 0 for as many as fit, 1 without GPUs.', lower_bound=0
@@ -105,8 +105,8 @@ def dry_run(members: Sequence[sweep.Member], workdir: pathlib.Path, devices: Dev
 
     The exit code is 1 if the member that is checked does not fit.
     """
-    if CHIP.value and not devices.topology:
-        devices = dataclasses.replace(devices, topology=f'{CHIP.value}:{devices.count}')
+    if ACCELERATOR.value and not devices.topology:
+        devices = dataclasses.replace(devices, topology=f'{ACCELERATOR.value}:{devices.count}')
     flops = plan.show(members, workdir, FLOPS_PER_SECOND.value)
     for line in warnings(members, devices):
         print(f'warning: {line}', file=sys.stderr)
