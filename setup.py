@@ -8,6 +8,7 @@ HERE = pathlib.Path(__file__).parent
 
 RUN = [
     'absl-py>=2.1',
+    'chex>=0.1.92',
     'flax>=0.12',
     'jax>=0.10,!=0.10.2,<0.13',
     'jaxlib!=0.10.2',
