@@ -9,22 +9,106 @@ of known benchmarks.
     python -m mi.main --config=configs/lm.py:core=transformer,site=attention --workdir=runs/xl
     python -m mi.main --config=configs/lm.py --config.optim.learning_rate=5e-4 --workdir=runs/slow
 
-The argument after the colon, in any order: a preset (quickstart, tiny), and `fusion=WORD`,
-`site=WORD`, `core=WORD`, `source=WORD`. A preset overrides the sizes that core=transformer has.
+The argument after the colon has these parts, in any order:
+
+quickstart         minutes on two cores
+fusion_study       five minutes an arm on one core: experiments/lm_fusion.py
+tiny               seconds, for tests
+fusion=NAME, site=NAME, source=NAME
+                   config.model.fusion.name, config.model.site, config.model.source
+core=NAME          config.model.core; core=transformer sets sizes too, which presets override
 """
 
-from collections.abc import Collection
+from typing import Any
 
 import ml_collections
 
+from configs import arguments
 from mi import optim
-from mi.config import UserError, nearest
 
-PRESETS = ('default', 'quickstart', 'fusion_study', 'tiny')
-WORDS = ('fusion', 'site', 'core', 'source')
+KEYS = {
+    'core': 'model.core',
+    'fusion': 'model.fusion.name',
+    'site': 'model.site',
+    'source': 'model.source',
+}
+CORES: dict[str, dict[str, Any]] = {
+    'transformer': {
+        'model.layers': 4,
+        'model.embed': 256,
+        'model.hidden': 256,
+        'optim.learning_rate': 1e-3,
+        'optim.warmup_steps': 200,
+    }
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    'default': {},
+    'quickstart': {  # minutes on two cores
+        'seeds': (0, 1, 2),
+        'data.level': 'bpe',
+        'data.vocabulary': 1024,
+        'model.embed': 64,
+        'model.hidden': 256,
+        'model.fusion.hidden': 64,
+        'dropout.input': 0.0,
+        'dropout.layer': 0.0,
+        'dropout.output': 0.0,
+        'match.by': 'parameters',
+        'train.steps': 400,
+        'train.log_every': 20,
+        'train.eval_every': 50,
+        'train.save_every': 100,
+        'eval.batch': 64,
+        'eval.valid_tokens': 30_000,
+        'optim.learning_rate': 4e-3,
+    },
+    'fusion_study': {  # experiments/lm_fusion.py: five minutes an arm on one core
+        'seeds': (0, 1, 2),
+        'model.embed': 48,  # keeps W of a full MI at a fifth of the model
+        'model.context': 16,
+        'model.fusion.rank': 16,
+        'model.hidden': 128,
+        'model.layers': 2,
+        'model.heads': 4,
+        'model.ffn': 352,
+        'model.memory': 64,
+        'dropout.input': 0.0,
+        'dropout.layer': 0.0,
+        'dropout.output': 0.0,
+        'match.by': 'parameters',
+        'train.steps': 1_000,
+        'train.batch': 16,
+        'train.log_every': 50,
+        'train.eval_every': 250,
+        'train.save_every': 250,
+        'eval.batch': 64,
+        'eval.length': 256,
+        'eval.valid_tokens': 50_000,
+        'eval.final_tokens': 500_000,
+        'optim.learning_rate': 3e-3,
+    },
+    'tiny': {  # seconds, for tests
+        'model.embed': 16,
+        'model.hidden': 32,
+        'model.ffn': 32,
+        'model.context': 8,
+        'model.fusion.rank': 4,
+        'model.fusion.hidden': 16,
+        'train.steps': 20,
+        'train.batch': 4,
+        'train.length': 16,
+        'train.log_every': 5,
+        'train.eval_every': 10,
+        'train.save_every': 5,
+        'optim.warmup_steps': -1,
+        'eval.batch': 128,
+        'eval.valid_tokens': 5_000,
+    },
+}
 
 
 def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
+    argument = arguments.parse('configs/lm.py', arg, PRESETS, KEYS)
     config = ml_collections.ConfigDict()
     config.task = 'lm'
     config.seeds = (0,)  # all trained at once, logged apart
@@ -133,85 +217,12 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     config.optim = optim.get_config()
     config.optim.learning_rate = 2e-3
 
-    for word in in_order(arg, PRESETS):
-        apply(config, word)
+    set_values(config, argument)
+    config.update_from_flattened_dict(argument.merge(PRESETS))
     return config.lock()
 
 
-def in_order(arg: str, last: Collection[str]) -> list[str]:
-    """Return the words of an argument, however it is ordered: presets, KEY=WORD, those `last`."""
-    return sorted(arg.split(','), key=lambda word: (word in last, '=' in word))
-
-
-def apply(config: ml_collections.ConfigDict, word: str) -> None:
-    """Changes the config as one word of the argument says."""
-    key, equals, value = word.partition('=')
-    if equals and key == 'fusion':
-        config.model.fusion.name = value
-    elif equals and key in WORDS:
-        config.model[key] = value
-        if value == 'transformer':
-            config.model.layers = 4
-            config.model.hidden = config.model.embed = 256
-            config.optim.learning_rate = 1e-3
-            config.optim.warmup_steps = 200
-    elif word == 'quickstart':  # minutes on two cores
-        config.seeds = (0, 1, 2)
-        config.data.level = 'bpe'
-        config.data.vocabulary = 1024
-        config.model.embed = 64
-        config.model.hidden = 256
-        config.model.fusion.hidden = 64
-        for name in ('input', 'layer', 'output'):
-            config.dropout[name] = 0.0
-        config.match.by = 'parameters'
-        config.train.steps = 400
-        config.train.log_every = 20
-        config.train.eval_every = 50
-        config.train.save_every = 100
-        config.eval.batch = 64
-        config.eval.valid_tokens = 30_000
-        config.optim.learning_rate = 4e-3
-    elif word == 'fusion_study':  # experiments/lm_fusion.py: five minutes an arm on one core
-        config.seeds = (0, 1, 2)
-        config.model.embed = 48  # so that W of a full MI is a fifth of the model and not all of it
-        config.model.context = 16
-        config.model.fusion.rank = 16
-        config.model.hidden = 128
-        config.model.layers = 2
-        config.model.heads = 4
-        config.model.ffn = 352
-        config.model.memory = 64
-        for name in ('input', 'layer', 'output'):
-            config.dropout[name] = 0.0
-        config.match.by = 'parameters'
-        config.train.steps = 1_000
-        config.train.batch = 16
-        config.train.log_every = 50
-        config.train.eval_every = config.train.save_every = 250
-        config.eval.batch = 64
-        config.eval.length = 256
-        config.eval.valid_tokens = 50_000
-        config.eval.final_tokens = 500_000
-        config.optim.learning_rate = 3e-3
-    elif word == 'tiny':  # seconds, for tests
-        config.model.embed = 16
-        config.model.hidden = 32
-        config.model.ffn = 32
-        config.model.context = 8
-        config.model.fusion.rank = 4
-        config.model.fusion.hidden = 16
-        config.train.steps = 20
-        config.train.batch = 4
-        config.train.length = 16
-        config.train.log_every = 5
-        config.train.eval_every = 10
-        config.train.save_every = 5
-        config.optim.warmup_steps = -1
-        config.eval.batch = 128
-        config.eval.valid_tokens = 5_000
-    elif word != 'default':
-        raise UserError(
-            f'configs/lm.py:{word}: neither {", ".join(f"{w}=…" for w in WORDS)} nor a preset; '
-            f'{nearest(word, PRESETS)}'
-        )
+def set_values(config: ml_collections.ConfigDict, argument: arguments.Argument) -> None:
+    """Set the values that an argument has for KEYS, and the sizes of its core."""
+    config.update_from_flattened_dict(CORES.get(argument.values.get('model.core', ''), {}))
+    config.update_from_flattened_dict(argument.values)

@@ -18,15 +18,68 @@ smoke        a minute on a laptop, on the bytes of Austen instead, unless data.s
 Nothing here was measured by us: no machine of ours has trained it.
 """
 
+from typing import Any
+
 import ml_collections
 
-from configs import lm
-from mi.config import UserError, nearest
+from configs import arguments, lm
 
-PRESETS = ('mogrifier_48m', 'mogrifier_96m', 'transformer', 'smoke')
+MOGRIFIER: dict[str, Any] = {
+    'model.core': 'mogrifier',
+    'model.rounds': 5,
+    'model.rank': 61,
+    'model.capped': True,
+    'model.layers': 2,
+    'model.embed': 512,
+    'model.hidden': 2560,
+    'dropout.input': 0.15,
+    'dropout.layer': 0.15,
+    'dropout.output': 0.15,
+    'dropout.state': 0.15,
+    'dropout.locked': True,
+    'train.batch': 128,
+    'train.length': 70,
+    'train.steps': 400_000,
+    'eval.length': 70,
+    'optim.learning_rate': 1e-3,
+    'optim.warmup_steps': 1_000,
+    'optim.b1': 0.0,  # Melis et al. tune Adam without a first moment
+    'optim.clip_norm': 10.0,
+    'loss.z_loss': 0.0,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    'mogrifier_48m': MOGRIFIER | {'model.hidden': 1800},
+    'mogrifier_96m': MOGRIFIER,
+    'transformer': {
+        'model.core': 'transformer',
+        'model.layers': 12,
+        'model.embed': 512,
+        'model.hidden': 512,
+        'model.heads': 8,
+        'model.ffn': 1408,  # SwiGLU has three products: about the parameters of 2048 with two
+        'model.memory': 512,
+        'model.dtype': 'bfloat16',
+        'dropout.input': 0.1,
+        'dropout.layer': 0.1,
+        'dropout.output': 0.1,
+        'dropout.state': 0.0,
+        'dropout.locked': False,
+        'train.batch': 24,
+        'train.length': 512,
+        'train.steps': 400_000,
+        'eval.length': 512,
+        'eval.memory': 2048,
+        'optim.learning_rate': 2.5e-4,
+        'optim.warmup_steps': 4_000,
+        'optim.b1': 0.9,
+        'optim.clip_norm': 0.25,
+    },
+    'smoke': {},  # depends on the rest: _shrink
+}
 
 
 def get_config(arg: str = 'mogrifier_96m') -> ml_collections.ConfigDict:
+    argument = arguments.parse('configs/lm_enwik8.py', arg, PRESETS, lm.KEYS)
     config = lm.get_config().unlock()
     config.data.source = 'enwik8'
     config.data.level = 'byte'
@@ -36,67 +89,16 @@ def get_config(arg: str = 'mogrifier_96m') -> ml_collections.ConfigDict:
     config.train.log_every = 100
     config.train.eval_every = 4_000
     config.train.save_every = 4_000
-    _mogrifier(config, 2560)
-    for word in lm.in_order(arg, ('smoke',)):
-        if word == 'mogrifier_48m':
-            _mogrifier(config, 1800)
-        elif word == 'transformer':
-            _transformer(config)
-        elif word == 'smoke':
-            _smoke(config)
-        elif '=' in word:
-            lm.apply(config, word)
-        elif word != 'mogrifier_96m':
-            raise UserError(f'configs/lm_enwik8.py:{word}: {nearest(word, PRESETS)}')
+    config.update_from_flattened_dict(MOGRIFIER)
+    config.update_from_flattened_dict(argument.merge(PRESETS))
+    lm.set_values(config, argument)
+    if 'smoke' in argument.presets:
+        _shrink(config)
     return config.lock()
 
 
-def _mogrifier(config: ml_collections.ConfigDict, hidden: int) -> None:
-    config.model.core = 'mogrifier'
-    config.model.rounds = 5
-    config.model.rank = 61
-    config.model.capped = True
-    config.model.layers = 2
-    config.model.embed = 512
-    config.model.hidden = hidden
-    config.dropout.input = config.dropout.layer = config.dropout.output = 0.15
-    config.dropout.state = 0.15
-    config.dropout.locked = True
-    config.train.batch = 128
-    config.train.length = 70
-    config.train.steps = 400_000
-    config.eval.length = 70
-    config.optim.learning_rate = 1e-3
-    config.optim.warmup_steps = 1_000
-    config.optim.b1 = 0.0  # Melis et al. tune Adam without a first moment
-    config.optim.clip_norm = 10.0
-    config.loss.z_loss = 0.0
-
-
-def _transformer(config: ml_collections.ConfigDict) -> None:
-    config.model.core = 'transformer'
-    config.model.layers = 12
-    config.model.embed = config.model.hidden = 512
-    config.model.heads = 8
-    config.model.ffn = 1408  # SwiGLU has three products: about the parameters of 2048 with two
-    config.model.memory = 512
-    config.model.dtype = 'bfloat16'
-    for name in ('input', 'layer', 'output'):
-        config.dropout[name] = 0.1
-    config.dropout.state = 0.0
-    config.dropout.locked = False
-    config.train.batch = 24
-    config.train.length = 512
-    config.train.steps = 400_000
-    config.eval.length = 512
-    config.eval.memory = 2048
-    config.optim.learning_rate = 2.5e-4
-    config.optim.warmup_steps = 4_000
-    config.optim.b1 = 0.9
-    config.optim.clip_norm = 0.25
-
-
-def _smoke(config: ml_collections.ConfigDict) -> None:
+def _shrink(config: ml_collections.ConfigDict) -> None:
+    """Set the sizes of a run of a minute, whatever the model."""
     config.data.source = 'austen'
     config.model.layers = min(2, config.model.layers)
     config.model.embed = config.model.hidden = 64

@@ -18,22 +18,56 @@ smoke      a minute on a laptop, on Austen's words instead.
 Nothing here was measured by us: the text may not be had without a licence.
 """
 
+from typing import Any
+
 import ml_collections
 
-from configs import lm
-from mi.config import UserError, nearest
+from configs import arguments, lm
 
-PRESETS = ('awd', 'mogrifier', 'smoke')
+PRESETS: dict[str, dict[str, Any]] = {
+    'awd': {
+        'model.core': 'lstm',
+        'model.hidden': 1000,
+        'model.layers': 3,
+    },
+    'mogrifier': {
+        'model.core': 'mogrifier',
+        'model.rounds': 5,
+        'model.rank': 84,
+        'model.layers': 2,
+        'model.hidden': 1150,
+    },
+    'smoke': {},  # overrides the rest: SMOKE
+}
+SMOKE: dict[str, Any] = {
+    'data.source': 'austen',
+    'data.level': 'word',
+    'data.vocabulary': 2_000,
+    'model.layers': 2,
+    'model.embed': 64,
+    'model.hidden': 64,
+    'model.rank': 8,
+    'train.batch': 16,
+    'train.length': 32,
+    'train.steps': 60,
+    'train.log_every': 20,
+    'train.save_every': 20,
+    'train.eval_every': 20,
+    'eval.batch': 32,
+    'eval.length': -1,
+    'eval.valid_tokens': 20_000,
+    'eval.final_tokens': 20_000,
+    'optim.warmup_steps': -1,
+}
 
 
 def get_config(arg: str = 'awd') -> ml_collections.ConfigDict:
+    argument = arguments.parse('configs/lm_ptb.py', arg, PRESETS, lm.KEYS)
     config = lm.get_config().unlock()
     config.data.source = 'ptb'
     config.data.level = 'token'
     config.model.site = 'none'
     config.model.embed = 400
-    config.model.hidden = 1000
-    config.model.layers = 3
     config.dropout.word = 0.1
     config.dropout.input = 0.4
     config.dropout.layer = 0.25
@@ -53,34 +87,9 @@ def get_config(arg: str = 'awd') -> ml_collections.ConfigDict:
     config.optim.weight_decay = 1e-4
     config.optim.warmup_steps = 500
     config.optim.clip_norm = 0.25
-    for word in lm.in_order(arg, ('smoke',)):
-        if word == 'mogrifier':
-            config.model.core = 'mogrifier'
-            config.model.rounds = 5
-            config.model.rank = 84
-            config.model.layers = 2
-            config.model.hidden = 1150
-        elif word == 'smoke':
-            _smoke(config)
-        elif '=' in word:
-            lm.apply(config, word)
-        elif word != 'awd':
-            raise UserError(f'configs/lm_ptb.py:{word}: {nearest(word, PRESETS)}')
+    config.update_from_flattened_dict(PRESETS['awd'])
+    config.update_from_flattened_dict(argument.merge(PRESETS))
+    lm.set_values(config, argument)
+    if 'smoke' in argument.presets:
+        config.update_from_flattened_dict(SMOKE)
     return config.lock()
-
-
-def _smoke(config: ml_collections.ConfigDict) -> None:
-    config.data.source = 'austen'
-    config.data.level = 'word'
-    config.data.vocabulary = 2_000
-    config.model.layers = 2
-    config.model.embed = config.model.hidden = 64
-    config.model.rank = 8
-    config.train.batch = 16
-    config.train.length = 32
-    config.train.steps = 60
-    config.train.log_every = config.train.save_every = config.train.eval_every = 20
-    config.eval.batch = 32
-    config.eval.length = -1
-    config.eval.valid_tokens = config.eval.final_tokens = 20_000
-    config.optim.warmup_steps = -1

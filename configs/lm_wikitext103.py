@@ -19,15 +19,61 @@ smoke        a minute on a laptop, on Austen's words instead: that everything ru
 Nothing here was measured by us: no machine of ours has trained it.
 """
 
+from typing import Any
+
 import ml_collections
 
-from configs import lm
-from mi.config import UserError, nearest
+from configs import arguments, lm
 
-PRESETS = ('lstm', 'transformer', 'smoke')
+PRESETS: dict[str, dict[str, Any]] = {
+    'lstm': {
+        'model.core': 'lstm',
+        'model.embed': 512,
+        'model.hidden': 2048,
+        'model.context': 128,
+        'model.dtype': 'bfloat16',
+        'dropout.input': 0.3,
+        'dropout.output': 0.3,
+        'dropout.locked': True,
+        'train.batch': 64,
+        'train.length': 128,
+        'train.steps': 250_000,  # 20 epochs
+        'eval.length': 128,
+        'optim.learning_rate': 1e-3,
+        'optim.warmup_steps': 1_000,
+        'optim.clip_norm': 0.25,
+    },
+    'transformer': {
+        'model.core': 'transformer',
+        'model.layers': 16,
+        'model.embed': 400,
+        'model.hidden': 400,
+        'model.heads': 10,
+        'model.ffn': 2100,
+        'model.activation': 'relu',
+        'model.positions': 'relative',
+        'model.memory': 150,
+        'model.divisor': 1,
+        'model.site': 'none',
+        'dropout.input': 0.1,
+        'dropout.layer': 0.1,
+        'dropout.output': 0.1,
+        'dropout.locked': False,
+        'train.batch': 60,
+        'train.length': 150,
+        'train.steps': 200_000,
+        'eval.length': 64,
+        'eval.memory': 640,
+        'optim.learning_rate': 2.5e-4,
+        'optim.warmup_steps': 0,
+        'optim.clip_norm': 0.25,
+    },
+    'smoke': {},  # depends on the rest: _shrink
+}
 
 
 def get_config(arg: str = 'lstm') -> ml_collections.ConfigDict:
+    argument = arguments.parse('configs/lm_wikitext103.py', arg, PRESETS, lm.KEYS)
     config = lm.get_config().unlock()
     config.data.source = 'wikitext-103'
     config.data.level = 'token'
@@ -39,68 +85,24 @@ def get_config(arg: str = 'lstm') -> ml_collections.ConfigDict:
     config.train.log_every = 100
     config.train.eval_every = 4_000
     config.train.save_every = 4_000
-    _lstm(config)
-    for word in lm.in_order(arg, ('smoke',)):
-        if word == 'transformer':
-            _transformer(config)
-        elif word == 'smoke':
-            _smoke(config)
-        elif '=' in word:
-            lm.apply(config, word)
-        elif word != 'lstm':
-            raise UserError(f'configs/lm_wikitext103.py:{word}: {nearest(word, PRESETS)}')
+    config.update_from_flattened_dict(PRESETS['lstm'])
+    config.update_from_flattened_dict(argument.merge(PRESETS))
+    lm.set_values(config, argument)
+    if 'smoke' in argument.presets:
+        _shrink(config)
     return config.lock()
 
 
-def _lstm(config: ml_collections.ConfigDict) -> None:
-    config.model.embed = 512
-    config.model.hidden = 2048
-    config.model.context = 128
-    config.model.dtype = 'bfloat16'
-    config.dropout.input = config.dropout.output = 0.3
-    config.dropout.locked = True
-    config.train.batch = 64
-    config.train.length = 128
-    config.train.steps = 250_000  # 20 epochs
-    config.eval.length = 128
-    config.optim.learning_rate = 1e-3
-    config.optim.warmup_steps = 1_000
-    config.optim.clip_norm = 0.25
-
-
-def _transformer(config: ml_collections.ConfigDict) -> None:
-    config.model.core = 'transformer'
-    config.model.layers = 16
-    config.model.embed = config.model.hidden = 400
-    config.model.heads = 10
-    config.model.ffn = 2100
-    config.model.activation = 'relu'
-    config.model.positions = 'relative'
-    config.model.memory = 150
-    config.model.divisor = 1
-    config.model.site = 'none'
-    for name in ('input', 'layer', 'output'):
-        config.dropout[name] = 0.1
-    config.dropout.locked = False
-    config.train.batch = 60
-    config.train.length = 150
-    config.train.steps = 200_000
-    config.eval.length = 64
-    config.eval.memory = 640
-    config.optim.learning_rate = 2.5e-4
-    config.optim.warmup_steps = 0
-    config.optim.clip_norm = 0.25
-
-
-def _smoke(config: ml_collections.ConfigDict) -> None:
+def _shrink(config: ml_collections.ConfigDict) -> None:
+    """Set the sizes of a run of a minute, whatever the model."""
     config.data.source = 'austen'
     config.data.level = 'word'
     config.data.vocabulary = 8_000
     config.model.cutoffs = (1_000, 4_000)
     config.loss.chunk = 256
-    transformer = config.model.core == 'transformer'
+    is_transformer = config.model.core == 'transformer'
     config.model.layers = min(2, config.model.layers)
-    config.model.embed = config.model.hidden = 40 if transformer else 64
+    config.model.embed = config.model.hidden = 40 if is_transformer else 64
     config.model.ffn = 128
     config.model.memory = min(32, config.model.memory)
     config.model.context = 16

@@ -1,4 +1,4 @@
-"""Reinforcement learning by IMPALA, where task and instruction meet the agent by one word.
+"""Reinforcement learning by IMPALA, with a fusion for task and instruction.
 
 Source: the question is that of Jayakumar et al. (ICLR 2020), section on multi-task RL, which has
 DMLab-30; every size here is ours, and none is the paper's.
@@ -6,12 +6,14 @@ DMLab-30; every size here is ours, and none is the paper's.
     python -m mi.main --config=configs/rl.py --workdir=runs/rl
     python -m mi.main --config=configs/rl.py:fusion=concat --workdir=runs/concat
 
-The defaults are those with which 30 goals of XLand are learnt in minutes on two cores: a short
-horizon (γ = 0.9, as episodes have 40 steps), and enough entropy that the policy does not settle, in
-the first million steps, on what serves every task a little.
+The defaults learn 30 goals of XLand in minutes on two cores. They have a short horizon (γ = 0.9, as
+episodes have 40 steps), and enough entropy that the policy does not settle, in the first million
+steps, on what serves every task a little.
 
-The argument after the colon: `fusion=WORD`, `env=NAME`, and a preset:
+The argument after the colon has these parts, in any order:
 
+fusion=NAME    config.model.fusion.name
+env=NAME       config.env.name, also with a preset that has another
 catch          solved in a minute on two cores
 cartpole       CartPole-v1 of gymnasium        docs/results/rl_presets.md: what was measured with
 acrobot        Acrobot-v1 of gymnasium         these four, and what was not
@@ -24,13 +26,15 @@ from typing import Any
 
 import ml_collections
 
+from configs import arguments
 from mi import optim
-from mi.config import UserError, nearest
 
-# A small network without memory; chosen by trial, see docs/results/rl_presets.md. The entropy cost
+KEYS = {'env': 'env.name', 'fusion': 'model.fusion.name'}
+
+# A small network without memory, chosen by trial: docs/results/rl_presets.md. The entropy cost
 # keeps the policy random to the end, so the greedy policy is evaluated too. Values follow PopArt's
-# statistics: preserved ones have to be learned again whenever returns grow, and meanwhile they are
-# too high in the states before a fall.
+# statistics: preserved values would have to be learned again whenever returns grow, and until then
+# would be too high in the states before a fall.
 CLASSIC_CONTROL: dict[str, Any] = {
     'model.features': 64,
     'model.core': 'none',
@@ -131,6 +135,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
+    argument = arguments.parse('configs/rl.py', arg, PRESETS, KEYS)
     config = ml_collections.ConfigDict()
     config.task = 'rl'
     config.seeds = (0,)  # all trained at once, logged apart
@@ -206,21 +211,6 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     config.optim.warmup_steps = 0
     config.optim.clip_norm = 40.0
 
-    for word in arg.split(','):
-        _apply(config, word)
+    config.update_from_flattened_dict(argument.merge(PRESETS))
+    config.update_from_flattened_dict(argument.values)
     return config.lock()
-
-
-def _apply(config: ml_collections.ConfigDict, word: str) -> None:
-    key, equals, value = word.partition('=')
-    if equals and key == 'fusion':
-        config.model.fusion.name = value
-    elif equals and key == 'env':
-        config.env.name = value
-    elif word in PRESETS:
-        config.update_from_flattened_dict(PRESETS[word])
-    else:
-        raise UserError(
-            f'configs/rl.py:{word}: neither fusion=… nor env=… nor a preset; '
-            f'{nearest(word, PRESETS)}'
-        )

@@ -16,15 +16,33 @@ smoke        a minute on a laptop, on Catch instead of the engine: that everythi
 Nothing here was measured by us: no machine of ours has the engine. docs/tutorials/dmlab30.md.
 """
 
+from typing import Any
+
 import ml_collections
 
-from configs import rl
-from mi.config import UserError, nearest
+from configs import arguments, rl
 
-PRESETS = ('default', 'smoke')
+PRESETS: dict[str, dict[str, Any]] = {
+    'default': {},
+    'smoke': {
+        'env.name': 'catch',
+        'model.torso': 'auto',
+        'model.features': 32,
+        'model.hidden': 32,
+        'model.instruction': False,
+        'train.steps': 60_000,
+        'train.length': 20,
+        'train.log_every': 10,
+        'train.eval_every': 50,
+        'train.save_every': 50,
+        'actors.number': 1,
+    },
+}
+KEYS = {'fusion': 'model.fusion.name'}
 
 
 def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
+    argument = arguments.parse('configs/rl_dmlab30.py', arg, PRESETS, KEYS)
     config = rl.get_config().unlock()
     config.env.name = 'dmlab30'
     config.model.torso = 'deep'
@@ -54,27 +72,6 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     config.optim.b1 = 0.0  # no momentum
     config.optim.b2 = 0.99
     config.optim.eps = 0.1
-    for word in arg.split(','):
-        key, equals, value = word.partition('=')
-        if equals and key == 'fusion':
-            config.model.fusion.name = value
-        elif word == 'smoke':
-            _smoke(config)
-        elif word != 'default':
-            raise UserError(
-                f'configs/rl_dmlab30.py:{word}: neither fusion=… nor a preset; '
-                f'{nearest(word, PRESETS)}'
-            )
+    config.update_from_flattened_dict(argument.merge(PRESETS))
+    config.update_from_flattened_dict(argument.values)
     return config.lock()
-
-
-def _smoke(config: ml_collections.ConfigDict) -> None:
-    config.env.name = 'catch'
-    config.model.torso = 'auto'
-    config.model.features = config.model.hidden = 32
-    config.model.instruction = False
-    config.train.steps = 60_000
-    config.train.length = 20
-    config.train.log_every = 10
-    config.train.eval_every = config.train.save_every = 50
-    config.actors.number = 1
