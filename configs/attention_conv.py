@@ -19,26 +19,26 @@ from mi.config import UserError
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
     if arg:
-        raise UserError(f'configs/attention_conv.py:{arg}: it has no variants; leave {arg!r} away')
+        raise UserError(f'--config=configs/attention_conv.py:{arg}: expected no argument')
     config = ml_collections.ConfigDict()
     config.task = 'fit'
-    config.tracker = 'none'  # a word of mi.tracking.TRACKERS: none, wandb, trackio
+    config.tracker = 'none'  # a name in mi.tracking.TRACKERS: none, wandb, trackio
     config.seeds = (0, 1, 2, 3, 4)
 
     config.problem = problem = ml_collections.ConfigDict()
     problem.name = 'digits'
     problem.train = 1200  # images to learn from; the other 597 are held out
-    # Of the heads that stand for a convolution, at the end of a run with convolutions.
+    # For the heads that replace a convolution, at the end of a run with convolutions.
     problem.alphas = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0, 16.0, 20.0, 32.0, 100.0)
 
     config.model = model = ml_collections.ConfigDict()
     model.width = 16  # channels
-    model.parameters = 0  # or so many, the width that comes nearest
+    model.parameters = 0  # choose the width with about this many; 0 keeps it
     model.depth = 3  # layers
     model.layer = 'attention'  # attention, convolution
     model.heads = 9  # of attention
-    # learnt: drawn from N(0, 2) at first; fixed: as drawn, and α too; grid: learnt, at first the
-    # offsets of a kernel.
+    # learnt: initially from N(0, 2); fixed: not trained, nor is α; grid: learned, initially
+    # the offsets of a kernel.
     model.centres = 'learnt'
     model.alpha = 1.0  # of all heads, at first
     model.kernel = 3  # of convolution

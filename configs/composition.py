@@ -1,12 +1,12 @@
-"""A modular teacher: combinations of modules that were not seen, from those that were.
+"""A modular teacher: generalization to combinations of modules that training did not have.
 
 Source: Schug et al., Discovering Modular Solutions That Generalize Compositionally (ICLR 2024), of
-which we took teacher, sizes and the supports; the trainer, how contexts are learnt and the other
+which we took teacher, sizes and the supports; the trainer, how contexts are learned and the other
 constants are ours. See mi/fit/composition.py.
 
     python -m mi.main --config=configs/composition.py --workdir=runs/composition
 
-Ten seeds at once.
+Ten seeds train simultaneously.
 """
 
 import ml_collections
@@ -17,7 +17,7 @@ from mi import optim
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.task = 'fit'
-    config.tracker = 'none'  # a word of mi.tracking.TRACKERS: none, wandb, trackio
+    config.tracker = 'none'  # a name in mi.tracking.TRACKERS: none, wandb, trackio
     config.seeds = tuple(range(10))
 
     config.problem = problem = ml_collections.ConfigDict()
@@ -33,7 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
     problem.examples = 256  # of each task in the evaluation
 
     config.transfer = transfer = ml_collections.ConfigDict()
-    transfer.examples = 256  # of a task, from which its context is learnt where others were
+    transfer.examples = 256  # of a new task, to learn its context
     transfer.steps = 500
     transfer.learning_rate = 3e-2
 
@@ -41,7 +41,7 @@ def get_config() -> ml_collections.ConfigDict:
     model.width = 32
     model.parameters = 4000  # or 0 for the width above
     model.depth = 1  # hidden layers
-    model.site = 'first'  # first, last, all: the maps that meet z
+    model.site = 'first'  # first, last, all: the maps that take z
     model.activation = 'relu'  # relu, identity
     model.fusion = fusion = ml_collections.ConfigDict()
     fusion.name = 'mi'
@@ -50,7 +50,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.train = train = ml_collections.ConfigDict()
     train.steps = 4000
-    train.batch = 32  # examples of each task, drawn anew in every step
+    train.batch = 32  # examples of each task, new ones in every step
     train.matmul_precision = 'highest'  # of f32 products: default, high, highest
     train.log_every = 1000
     train.eval_every = 4000

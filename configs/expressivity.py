@@ -6,8 +6,7 @@ squared error on Gaussian inputs is recalled from it, and everything else here i
     python -m mi.main --config=configs/expressivity.py --workdir=runs/product
     python -m mi.main --config=configs/expressivity.py:fit --workdir=runs/surface
 
-A dozen widths or so of each dimension, each trained with three learning rates for five seeds at
-once.
+A search trains about a dozen widths of each dimension, with three learning rates and five seeds.
 """
 
 import ml_collections
@@ -20,10 +19,12 @@ PRESETS = ('search', 'fit')
 
 def get_config(arg: str = 'search') -> ml_collections.ConfigDict:
     if arg not in PRESETS:
-        raise UserError(f'configs/expressivity.py:{arg}: {nearest(arg, PRESETS)}')
+        raise UserError(
+            f'--config=configs/expressivity.py:{arg}: expected a preset; {nearest(arg, PRESETS)}'
+        )
     config = ml_collections.ConfigDict()
     config.task = arg
-    config.tracker = 'none'  # a word of mi.tracking.TRACKERS: none, wandb, trackio
+    config.tracker = 'none'  # a name in mi.tracking.TRACKERS: none, wandb, trackio
     config.seeds = (0, 1, 2, 3, 4)
 
     config.problem = problem = ml_collections.ConfigDict()
@@ -34,9 +35,9 @@ def get_config(arg: str = 'search') -> ml_collections.ConfigDict:
 
     config.model = model = ml_collections.ConfigDict()
     model.width = 32
-    model.parameters = 0  # or so many, the width that comes nearest; 0 for a search, which sets it
+    model.parameters = 0  # choose the width with about this many; 0 keeps it, as in a search
     model.depth = 1  # hidden layers
-    model.site = 'first'  # first, last, all: the maps that meet z
+    model.site = 'first'  # first, last, all: the maps that take z
     model.activation = 'relu'  # relu, identity
     model.fusion = fusion = ml_collections.ConfigDict()
     fusion.name = 'concat'
@@ -48,7 +49,7 @@ def get_config(arg: str = 'search') -> ml_collections.ConfigDict:
     train.batch = 256
     train.matmul_precision = 'highest'  # of f32 products: default, high, highest
     train.log_every = 250
-    train.eval_every = 250  # a search looks there whether the target is reached
+    train.eval_every = 250  # a search checks its target there
     train.save_every = 1000
     train.keep = 2
 

@@ -1,4 +1,4 @@
-"""Language models: an LSTM or a Transformer with a place where the token stream meets a context.
+"""Language models: an LSTM or a Transformer with a fusion of the token stream with a context.
 
 Source: the question is that of Jayakumar et al. (ICLR 2020), section on language modelling; every
 size here is ours, chosen for a laptop, and none is the paper's. configs/lm_*.py have the settings
@@ -111,25 +111,25 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     argument = arguments.parse('configs/lm.py', arg, PRESETS, KEYS)
     config = ml_collections.ConfigDict()
     config.task = 'lm'
-    config.seeds = (0,)  # all trained at once, logged apart
-    config.tracker = 'none'  # a word of mi.tracking.TRACKERS: none, wandb, trackio
+    config.seeds = (0,)  # trained simultaneously, logged separately
+    config.tracker = 'none'  # a name in mi.tracking.TRACKERS: none, wandb, trackio
 
     config.data = data = ml_collections.ConfigDict()
-    data.source = 'austen'  # a word of mi.lm.corpora.CORPORA, or a text file or directory
+    data.source = 'austen'  # a name in mi.lm.corpora.CORPORA, a text file or a directory
     data.path = ''  # where the files of a known corpus are; '' is $MI_DATA/SOURCE
     data.level = 'byte'  # byte, bpe, word, token
     data.vocabulary = 10_000  # at most; bpe, word and token
-    data.train_tokens = 0  # the first so many of the training text; 0 for all
+    data.train_tokens = 0  # from the start of the training text; 0 for all
     data.cache = ''  # directory for token files; '' is $MI_CACHE or ~/.cache/mi
 
     config.model = model = ml_collections.ConfigDict()
-    model.core = 'lstm'  # a word of mi.cells.CELLS, or transformer
+    model.core = 'lstm'  # a name in mi.cells.CELLS, or transformer
     model.embed = 128  # E
     model.hidden = 512  # H
     model.layers = 1
     model.tied = True  # input and output embedding
-    model.cutoffs = ()  # of an adaptive softmax: first id of each tail cluster; () for a full one
-    model.divisor = 4  # of the adaptive softmax: by which each tail's features are fewer
+    model.cutoffs = ()  # of an adaptive softmax: first id of each tail cluster; () disables it
+    model.divisor = 4  # of the adaptive softmax: tail i has embed / divisor^i features
     model.dtype = 'float32'  # of the products: float32, bfloat16
     model.impl = 'xla'  # of the LSTM: xla, or cudnn on an NVIDIA GPU
 
@@ -137,13 +137,14 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     model.rank = 0  # of its matrices; 0 for full ones
     model.capped = True  # its input gate: min(1 − f, i)
 
-    model.heads = 4  # from here on: of the Transformer
+    # Of the Transformer alone, up to remat.
+    model.heads = 4
     model.kv_heads = 0  # heads of keys and values; 0 for as many
     model.ffn = 1024  # hidden features of feed-forward layers, also those of the LSTM's site ffn
     model.activation = 'swiglu'  # swiglu, relu, gelu
     model.positions = 'rotary'  # rotary, relative (Transformer-XL's)
     model.memory = 0  # M: tokens of the segments before that are attended to
-    model.remat = False  # make the activations of each block anew in the backward pass
+    model.remat = False  # recompute the activations of each block in the backward pass
 
     model.site = 'encoder'  # none, encoder, decoder, both, input_gate, norm, ffn, attention
     # The context: recurrent (an LSTM of its own), summary (a decaying mean), domain (one-hot), or
@@ -152,8 +153,8 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     model.source = 'recurrent'
     model.context = 32  # m; for domain it is their number
     model.fusion = fusion = ml_collections.ConfigDict()
-    fusion.name = 'mi'  # a word of mi.fusion.FUSIONS
-    fusion.rank = 32  # of the words that have one: mi_low_rank, mi_tucker, mlb, …
+    fusion.name = 'mi'  # a name in mi.fusion.FUSIONS
+    fusion.rank = 32  # of the fusions that have one: mi_low_rank, mi_tucker, mlb, …
     fusion.hidden = 128  # of those that have a hidden layer: concat_mlp, hypernetwork, …
 
     config.dropout = dropout = ml_collections.ConfigDict()  # rates, see mi.lm.dropout
@@ -168,9 +169,9 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     config.loss = loss = ml_collections.ConfigDict()
     loss.label_smoothing = 0.0
     loss.z_loss = 0.0  # weight of (ln Z)²
-    loss.chunk = 0  # tokens whose logits are there at once, for large vocabularies; 0 for all
+    loss.chunk = 0  # tokens per block of logits, for large vocabularies; 0 for all
 
-    # Gives every arm of a comparison the same cost, by changing one size of the model.
+    # Match the cost of every arm in a comparison by changing one size of the model.
     config.match = match = ml_collections.ConfigDict()
     match.by = 'none'  # none, parameters, flops (forward, per token)
     match.knob = 'hidden'  # the size that is changed: hidden (H), rank
@@ -179,8 +180,8 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     config.train = train = ml_collections.ConfigDict()
     train.steps = 5_000
     train.batch = 32  # B: streams read in parallel, a seed, over all devices
-    train.length = 64  # T: tokens a stream and step; gradients stop there, the state goes on
-    train.accumulate = 1  # parts of the batch, one after another, whose gradients are added
+    train.length = 64  # T: tokens a stream and step; truncated BPTT, state carries over
+    train.accumulate = 1  # parts of the batch that run one after another; their gradients add up
     train.fsdp = 1  # devices that share one copy of parameters and optimizer
     train.mesh = ()  # devices along (seed, data, fsdp); (): seeds first, then the batch
     train.matmul_precision = 'default'  # of f32 products: default, high, highest
@@ -195,8 +196,8 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     # other positions, and 256 for others
     evaluation.length = -1
     evaluation.memory = -1  # of a Transformer, tokens; -1 for that of training
-    evaluation.stride = 0  # of a sliding window of `length`; 0 to carry state instead
-    evaluation.valid_tokens = 0  # of the validation text on the way; 0 for all
+    evaluation.stride = 0  # of a sliding window of `length`; 0 carries state instead
+    evaluation.valid_tokens = 0  # of the validation text during training; 0 for all
     evaluation.final_tokens = 0  # of the validation and test text at the end; 0 for all
 
     config.dynamic = dynamic = ml_collections.ConfigDict()  # evaluation, with --mode=eval

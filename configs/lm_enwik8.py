@@ -8,12 +8,12 @@ FILE is enwik8, plain or packed: 90, 5 and 5 million bytes.
 
 mogrifier_48m, mogrifier_96m  Melis et al. (2020): two layers, capped input gates, 5 rounds of rank
              61 (tuned for 96M parameters), segments of 70 bytes; test bits per byte 1.122 at 96M.
-             The layer sizes are ours, with 45 and 88 million parameters; so are dropout, optimiser
+             The layer sizes are ours, with 45 and 88 million parameters; so are dropout, optimizer
              and batch, which the paper tunes by search.
 transformer  12 layers of 512, 8 heads, feed-forward 2048, segment and memory of 512: the sizes of
              Transformer-XL's small enwik8 model (Dai et al., 2019; 1.06), with rotary positions,
-             SwiGLU and RMSNorm; batch and optimiser ours.
-smoke        a minute on a laptop, on the bytes of Austen instead, unless data.source says else.
+             SwiGLU and RMSNorm; batch and optimizer ours.
+smoke        a minute on a laptop, on Austen's bytes; config.data.source overrides them.
 
 Nothing here was measured by us: no machine of ours has trained it.
 """

@@ -1,4 +1,4 @@
-"""Penn Treebank, word level (Mikolov's preprocessing): a regularised LSTM and the Mogrifier.
+"""Penn Treebank, word level (Mikolov's preprocessing): a regularized LSTM and the Mogrifier.
 
     python -m mi.main --config=configs/lm_ptb.py --config.data.path=DIR --workdir=runs/ptb
     python -m mi.main --config=configs/lm_ptb.py:mogrifier --config.data.path=DIR …
@@ -12,10 +12,10 @@ awd        after AWD-LSTM (Merity et al., 2018; test perplexity 57.3, 52.8 with 
            the state (0.25); all layers are of one size; Adam instead of averaged SGD; no penalties
            on activations. So it is not AWD-LSTM, and its number is not to be expected.
 mogrifier  Melis et al. (2020): two layers, 24 million parameters, 5 rounds of rank 84, capped input
-           gates. Dropout and optimiser are ours, the paper tunes them by search.
-smoke      a minute on a laptop, on Austen's words instead.
+           gates. Dropout and optimizer are ours, the paper tunes them by search.
+smoke      a minute on a laptop, on Austen's words.
 
-Nothing here was measured by us: the text may not be had without a licence.
+Nothing here was measured by us: the text needs a license.
 """
 
 from typing import Any

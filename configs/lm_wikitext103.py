@@ -9,12 +9,12 @@ DIR holds wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens, 103,227,021
 lstm         Jayakumar et al. (ICLR 2020) train an LSTM on WikiText-103 with multiplicative encoder,
              decoder or both. Its sizes are not known to us: H = 2048, E = 512 and an adaptive
              softmax are those of a strong LSTM (Rae et al., 2018, test perplexity 36.4), recalled;
-             optimiser, dropout and the context are ours.
+             optimizer, dropout and the context are ours.
 transformer  Transformer-XL base (Dai et al., 2019, test perplexity 24.0): 16 layers of 410, 10
              heads of 41, here 40 as rotary and relative positions go in pairs and 400 features;
              feed-forward 2100 with relu, segment and memory of 150, batch 60, dropout 0.1, adaptive
              softmax with the cutoffs of its code. Norms are before the layers here, RMSNorm.
-smoke        a minute on a laptop, on Austen's words instead: that everything runs.
+smoke        a minute on a laptop, on Austen's words: shows that everything runs.
 
 Nothing here was measured by us: no machine of ours has trained it.
 """

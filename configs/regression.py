@@ -1,11 +1,11 @@
-"""Sixteen regressions of each of two families at once: y = a x + b, and y = a sin(10 x) + b.
+"""Sixteen regressions of each of two families: y = a x + b, and y = a sin(10 x) + b.
 
 Source: the families are those of Jayakumar et al. (ICLR 2020), multi-task regression, recalled;
 every constant is ours, a reconstruction.
 
     python -m mi.main --config=configs/regression.py --workdir=runs/regression
 
-Ten seeds at once.
+Ten seeds train simultaneously.
 """
 
 import ml_collections
@@ -16,7 +16,7 @@ from mi import optim
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.task = 'fit'
-    config.tracker = 'none'  # a word of mi.tracking.TRACKERS: none, wandb, trackio
+    config.tracker = 'none'  # a name in mi.tracking.TRACKERS: none, wandb, trackio
     config.seeds = tuple(range(10))
 
     config.problem = problem = ml_collections.ConfigDict()
@@ -33,14 +33,14 @@ def get_config() -> ml_collections.ConfigDict:
     config.transfer = transfer = ml_collections.ConfigDict()
     transfer.tasks = 32  # new ones, half of each family
     transfer.shots = (2, 4, 8, 16)  # examples that they come with
-    transfer.steps = 500  # in which their contexts are learnt
+    transfer.steps = 500  # to learn their contexts
     transfer.learning_rate = 1e-2
 
     config.model = model = ml_collections.ConfigDict()
     model.width = 32
     model.parameters = 6000  # or 0 for the width above
     model.depth = 2  # hidden layers
-    model.site = 'last'  # first, last, all: the maps that meet z
+    model.site = 'last'  # first, last, all: the maps that take z
     model.activation = 'relu'  # relu, identity
     model.fusion = fusion = ml_collections.ConfigDict()
     fusion.name = 'mi'
@@ -49,7 +49,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.train = train = ml_collections.ConfigDict()
     train.steps = 4000
-    train.batch = 8  # examples of each task, drawn anew in every step
+    train.batch = 8  # examples of each task, new ones in every step
     train.matmul_precision = 'highest'  # of f32 products: default, high, highest
     train.log_every = 1000
     train.eval_every = 4000

@@ -118,7 +118,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         'optim.learning_rate': 6e-4,
         'optim.schedule': 'linear',
     },
-    'babyai_goto': {  # 34 levels: the instruction meets what the agent sees; never trained by us
+    'babyai_goto': {  # 34 levels: instruction and observation are fused; never trained by us
         'env.name': 'babyai/goto',
         'model.instruction': True,
         'model.sites': ('instruction',),
@@ -138,27 +138,27 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     argument = arguments.parse('configs/rl.py', arg, PRESETS, KEYS)
     config = ml_collections.ConfigDict()
     config.task = 'rl'
-    config.seeds = (0,)  # all trained at once, logged apart
-    config.tracker = 'none'  # a word of mi.tracking.TRACKERS: none, wandb, trackio
+    config.seeds = (0,)  # trained simultaneously, logged separately
+    config.tracker = 'none'  # a name in mi.tracking.TRACKERS: none, wandb, trackio
 
     config.env = env = ml_collections.ConfigDict()
-    env.name = 'xland'  # a word of mi.rl.envs.JAX or HOST, with its suite after a slash
+    env.name = 'xland'  # a name in mi.rl.envs.JAX or HOST; its suite follows a slash
     # Arguments of the environment's maker, by name: --config.env.options="{'sticky': 0.25}"
     env.options = ml_collections.ConfigDict()
 
     config.model = model = ml_collections.ConfigDict()
     model.torso = 'auto'  # auto, dense, conv, shallow, deep
     model.features = 128  # F
-    model.core = 'lstm'  # a word of mi.cells.CELLS, transformer, or none
+    model.core = 'lstm'  # a name in mi.cells.CELLS, transformer, or none
     model.hidden = 128  # H
-    model.instruction = False  # whether the agent reads the instruction
+    model.instruction = False  # the agent reads the instruction
     model.dtype = 'float32'  # of the products: float32, bfloat16
 
     model.sites = ('core_input',)  # instruction, core_input, readout: any of them
     model.source = 'task'  # the context: task, embedding, inferred, instruction
     model.context = 32  # m, for all sources but task
     model.fusion = fusion = ml_collections.ConfigDict()
-    fusion.name = 'mi'  # a word of mi.fusion.FUSIONS
+    fusion.name = 'mi'  # a name in mi.fusion.FUSIONS
     fusion.rank = 32
     fusion.hidden = 128
 
@@ -171,11 +171,11 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     loss.baseline_cost = 0.5
     loss.reward_clip = 'none'  # none, unit, paper, code
     loss.popart = 0.01  # step of the statistics, published with 3e-4 for longer runs; 0 for none
-    # Whether the statistics forget σ = 1 with the first targets. One goal of xland was learned less
-    # well with it: success 0.68 for 0.89 after 600,000 steps.
+    # The statistics forget σ = 1 with the first targets. With it, one goal of xland reached success
+    # 0.68 instead of 0.89 after 600,000 steps.
     loss.popart_corrected = False
     loss.popart_order = 'gradient_first'  # gradient_first, statistics_first
-    loss.popart_preserve = True  # whether values stay as they were when the statistics move
+    loss.popart_preserve = True  # keep the values when the statistics move
 
     config.train = train = ml_collections.ConfigDict()
     train.topology = 'fused'  # fused, threads, ray
@@ -191,19 +191,19 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
 
     config.actors = actors = ml_collections.ConfigDict()  # of the topologies threads and ray
     actors.number = 1  # threads, or processes
-    actors.groups = 2  # of each: one simulates while the policy looks at another
+    actors.groups = 2  # of each: one simulates while the policy serves another
     actors.batch = 64  # environments of a group; a trajectory in the queue has as many
     actors.queue = 4  # trajectories
     actors.max_lag = 20  # updates; trajectories of older parameters are dropped
-    actors.timeout = 120.0  # seconds without a trajectory, or a step evaluated, that end a run
+    actors.timeout = 120.0  # seconds without a trajectory or an evaluated step that end a run
 
     config.eval = evaluation = ml_collections.ConfigDict()
     evaluation.episodes = 16  # per task
     evaluation.batch = 0  # rows on the host; 0 for one for each episode where rows are cheap
-    evaluation.steps = 30_000  # most of one episode on the host; a longer one is cut and counts
-    evaluation.seconds = 3600.0  # most of one evaluation on the host; what still plays is cut
-    evaluation.greedy = False  # the greedy policy too, beside the one that was trained
-    evaluation.held_out = ''  # tasks to be evaluated and never trained, as xland/test
+    evaluation.steps = 30_000  # limit of an episode on the host; a longer one is cut and counts
+    evaluation.seconds = 3600.0  # limit of an evaluation on the host; unfinished episodes are cut
+    evaluation.greedy = False  # evaluate the greedy policy too
+    evaluation.held_out = ''  # tasks that are evaluated and never trained, as xland/test
 
     config.optim = optim.get_config()
     config.optim.learning_rate = 1e-3

@@ -11,7 +11,7 @@ of thirty engines, as a group needs a row for each level; IMPALA's is 32. Jayaku
 2020) train on these levels; their sites and sizes are not known to us.
 
 default      10 billion frames, 2.5 billion steps of 4 frames
-smoke        a minute on a laptop, on Catch instead of the engine: that everything runs
+smoke        a minute on a laptop, on Catch instead of the engine: shows that everything runs
 
 Nothing here was measured by us: no machine of ours has the engine. docs/tutorials/dmlab30.md.
 """

@@ -1,4 +1,4 @@
-"""Transformers and what can stand in place of their attention, on functions of short sequences.
+"""Transformers and replacements of their attention, on functions of short sequences.
 
 Source: the question is that of Yun et al., Are Transformers universal approximators of
 sequence-to-sequence functions? (ICLR 2020), who prove what attention and a few other mixings can
@@ -6,7 +6,7 @@ represent; the targets, the sizes and the training are ours.
 
     python -m mi.main --config=configs/seq2seq.py --workdir=runs/sequences
 
-A network for each of four targets and five seeds, trained at once.
+A network for each of four targets and five seeds, trained simultaneously.
 """
 
 import ml_collections
@@ -17,10 +17,10 @@ from mi.config import UserError
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
     if arg:
-        raise UserError(f'configs/seq2seq.py:{arg}: it has no variants; leave {arg!r} away')
+        raise UserError(f'--config=configs/seq2seq.py:{arg}: expected no argument')
     config = ml_collections.ConfigDict()
     config.task = 'fit'
-    config.tracker = 'none'  # a word of mi.tracking.TRACKERS: none, wandb, trackio
+    config.tracker = 'none'  # a name in mi.tracking.TRACKERS: none, wandb, trackio
     config.seeds = (0, 1, 2, 3, 4)
 
     config.problem = problem = ml_collections.ConfigDict()
@@ -35,8 +35,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
 
     config.model = model = ml_collections.ConfigDict()
     model.width = 32  # of the feed-forward layers
-    # or so many, by the nearest width; of the networks of all targets together, where cost.json and
-    # the report count those of one: with four targets, 8,000 here are 2,000 there
+    # choose the width with about this many; 0 keeps it. Counts the networks of all targets, where
+    # cost.json and the report count one: with four targets, 8,000 here are 2,000 there
     model.parameters = 0
     model.depth = 2  # L, mixers
     model.features = 16  # C, of the stream
@@ -60,5 +60,5 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
 
     config.optim = optim.get_config()
     config.optim.learning_rate = 5e-3
-    config.optim.clip_norm = 0.0  # the networks of the targets are not to be clipped together
+    config.optim.clip_norm = 0.0  # clipping would couple the networks of the targets
     return config.lock()
