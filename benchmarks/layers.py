@@ -9,7 +9,7 @@ second. The tables have medians over the rounds: `share` is useful operations ov
 fastest product of two 2048 × 2048 matrices of the same run; a ratio above 1 means that ours is
 faster. Memory, for R1 to R6, is the peak resident size above inputs in one call of a fresh process;
 the error is that of the output against float64, with products in f32 on every device. `--orders`
-compares `contract.plan` with every order on shapes drawn at random.
+compares `contract.choose_order` with every order on shapes drawn at random.
 """
 
 import ctypes
@@ -485,9 +485,9 @@ def orders() -> list[dict[str, Any]]:
         a = {name: jnp.asarray(v) for name, v in regime.arrays().items()}
         args, dy = (a['x'], a['z'], a['W']), a['dy']
         platform: Any = jax.default_backend()
-        planned = contract.plan(args[0].shape, args[1].shape, regime.k, platform=platform)
+        planned = contract.choose_order(args[0].shape, args[1].shape, regime.k, platform=platform)
         calls = {}
-        for order in contract.DENSE:
+        for order in contract.DENSE_ORDERS:
             largest = {'outer': regime.n * regime.m, 'z_first': regime.n * regime.k}.get(order, 0)
             if math.prod(regime.rows) * largest < (2**29 if platform == 'cpu' else 2**32):
                 gradient = jax.jit(functools.partial(_gradient, order))

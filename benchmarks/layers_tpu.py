@@ -8,7 +8,7 @@ the gradients of all arrays (fb). `kernels` is the sum of the cycles that the co
 its kernels, loops multiplied out, over the clock of the chip. `bound` is its `optimal_seconds`, the
 time at the peaks of memory and products; programs with loops have none. `share` is the operations
 of the products in the order with fewest, three times as many for fb, over kernels, as a part of the
-peak of the chip in bf16. The order that `mi.contract.plan` chooses is in bold.
+peak of the chip in bf16. The order that `mi.contract.choose_order` chooses is in bold.
 """
 
 import functools
@@ -25,7 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.layers import ONLY, REGIMES, Regime, jax_sides
 from mi import program, topologies
-from mi.contract import BY_ID, DENSE, bilinear, plan
+from mi.contract import DENSE_ORDERS, ID_ORDERS, bilinear, choose_order
 
 CHIPS = flags.DEFINE_list('chips', ['v5e', 'v6e'], 'Kinds of TPU, of mi.topologies.')
 DTYPES = flags.DEFINE_list('dtypes', ['bfloat16', 'float32'], 'Of all arrays.')
@@ -60,7 +60,7 @@ def orders(regime: Regime) -> Sequence[Any]:
         'z_first': math.prod(regime.z_rows()) * n * k,
         'rows': B * n * k,
     }
-    known = BY_ID if regime.form == 'ids' else DENSE
+    known = ID_ORDERS if regime.form == 'ids' else DENSE_ORDERS
     return [
         order
         for order in known
@@ -124,7 +124,7 @@ def rows(regime: Regime, dtype: str, chip: str) -> Iterator[str]:
     if regime.form in ('full', 'ids'):
         context: Any = 'ids' if regime.form == 'ids' else 'dense'
         x, z = arrays['x'].shape, arrays['z'].shape
-        chosen = plan(x, z, regime.k, context, 'tpu', regime.m)
+        chosen = choose_order(x, z, regime.k, context, 'tpu', regime.m)
     for order in orders(regime):
         if order is None:
             names = [name for name in arrays if name != 'dy']

@@ -6,7 +6,7 @@ An argument is parsed before anything is built from it, so that its order cannot
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from mi.config import UserError, nearest
+from mi.config import UserError, suggest
 
 
 class Argument(NamedTuple):
@@ -69,6 +69,6 @@ def parse(file: str, text: str, presets: Collection[str], keys: Mapping[str, str
         else:
             forms = ', '.join(f'{key}=…' for key in keys)
             raise UserError(
-                f'--config={file}:{part}: expected {forms} or a preset; {nearest(part, presets)}'
+                f'--config={file}:{part}: expected {forms} or a preset; {suggest(part, presets)}'
             )
     return Argument(f'{file}:{text}', tuple(sorted(names)), values)

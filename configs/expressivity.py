@@ -12,7 +12,7 @@ A search trains about a dozen widths of each dimension, with three learning rate
 import ml_collections
 
 from mi import optim
-from mi.config import UserError, nearest
+from mi.config import UserError, suggest
 
 PRESETS = ('search', 'fit')
 
@@ -20,7 +20,7 @@ PRESETS = ('search', 'fit')
 def get_config(arg: str = 'search') -> ml_collections.ConfigDict:
     if arg not in PRESETS:
         raise UserError(
-            f'--config=configs/expressivity.py:{arg}: expected a preset; {nearest(arg, PRESETS)}'
+            f'--config=configs/expressivity.py:{arg}: expected a preset; {suggest(arg, PRESETS)}'
         )
     config = ml_collections.ConfigDict()
     config.task = arg

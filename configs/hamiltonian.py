@@ -13,7 +13,7 @@ The law is an energy that fuses q and p, or a field without an energy.
 import ml_collections
 
 from mi import optim
-from mi.config import UserError, nearest
+from mi.config import UserError, suggest
 
 PRESETS = ('phase', 'frames')
 
@@ -21,7 +21,7 @@ PRESETS = ('phase', 'frames')
 def get_config(arg: str = 'phase') -> ml_collections.ConfigDict:
     if arg not in PRESETS:
         raise UserError(
-            f'--config=configs/hamiltonian.py:{arg}: expected a preset; {nearest(arg, PRESETS)}'
+            f'--config=configs/hamiltonian.py:{arg}: expected a preset; {suggest(arg, PRESETS)}'
         )
     config = ml_collections.ConfigDict()
     config.task = 'fit'

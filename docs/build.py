@@ -192,7 +192,7 @@ def fusions() -> str:
             summary = equation(module)
         lines.append(
             f'| `{word}` | `{about.__name__}`{f" ({changed})" if changed else ""} | {summary} | '
-            f'{", ".join(fusion.has_options(word))} | '
+            f'{", ".join(fusion.get_options(word))} | '
             f'{mi.cost.parameters(shapes.get("params", {})):,} | {flops:,} |'
         )
     return '\n'.join(lines) + '\n'

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from mi.config import UserError, flat, nearest
+from mi.config import UserError, flatten, suggest
 from mi.fit import setup as fit
 from mi.fit import train as train_fit
 from mi.rl import envs, setup
@@ -63,7 +63,7 @@ def splits(config: ml_collections.ConfigDict) -> Splits:
       UserError: on a config that cannot work.
     """
     if config.task not in TASKS:
-        raise UserError(f'config.task = {config.task!r}: {nearest(str(config.task), TASKS)}')
+        raise UserError(f'config.task = {config.task!r}: {suggest(str(config.task), TASKS)}')
     return TASKS[config.task](config)
 
 
@@ -187,7 +187,7 @@ class Finder:
 
     def splits(self, config: ml_collections.ConfigDict) -> Splits:
         """As the function of this name."""
-        values = sorted(flat(config.to_dict()).items())
+        values = sorted(flatten(config.to_dict()).items())
         key = repr([(k, v) for k, v in values if self._matters(k, v)])
         if key not in self._known:
             self._known[key] = splits(config)
@@ -212,7 +212,7 @@ def check(metric: str, key: str, split: str, found: Splits) -> str:
       found: what a member records.
     """
     if split not in found:
-        return f'{key} = {split!r}: expected a split of its records; {nearest(split, found)}'
+        return f'{key} = {split!r}: expected a split of its records; {suggest(split, found)}'
     if found[split].has(metric):
         return ''
     known = [*found[split].names, *(f'{prefix}TASK' for prefix in found[split].prefixes)]

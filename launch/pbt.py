@@ -36,7 +36,7 @@ from absl import flags
 from launch import engine, local, metric_names, process, state, sweep
 from launch.engine import Resources
 from mi import checkpoint
-from mi.config import Rule, UserError, flat, nearest
+from mi.config import Rule, UserError, flatten, suggest
 from mi.files import held, read_json
 from mi.fit import setup as fit
 from mi.lm import setup as lm
@@ -105,7 +105,7 @@ def hyperparameters(configs: Configs, keys: Sequence[str] | None) -> list[str]:
                 f'config.task = {config.task!r} of {name}: expected one of '
                 f'{", ".join(DEFAULTS)}, which save checkpoints that others can go on from'
             )
-    values = {name: flat(config.to_dict()) for name, config in configs.items()}
+    values = {name: flatten(config.to_dict()) for name, config in configs.items()}
     if keys is None:
         defaults = dict.fromkeys(
             key for config in configs.values() for key in DEFAULTS[config.task]
@@ -118,7 +118,7 @@ def hyperparameters(configs: Configs, keys: Sequence[str] | None) -> list[str]:
                 value = f'{of[key]!r}' if key in of else 'no such key'
                 raise UserError(
                     f'--perturb={key}: expected a number with a decimal point, other than 0, in '
-                    f'the config of {name}: {value}; {nearest(key, known)}'
+                    f'the config of {name}: {value}; {suggest(key, known)}'
                 )
     return list(keys)
 
@@ -325,7 +325,7 @@ def saved(path: pathlib.Path) -> int:
 def _config(path: pathlib.Path) -> dict[str, Any]:
     """The flat config of a run; of a copy that has not begun, the one that it will have."""
     if (path / 'config.json').exists():
-        return flat(read_json(path / 'config.json'))
+        return flatten(read_json(path / 'config.json'))
     fork = read_json(path / 'fork.json')
     return {**_config(path.with_name(fork['parent'])), **fork['overrides']}
 

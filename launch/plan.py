@@ -11,7 +11,7 @@ import rich.table
 
 from launch import metric_names, state, sweep
 from mi import costs, progress
-from mi.config import flat
+from mi.config import flatten
 from mi.fit import setup as fit
 from mi.lm import setup as lm
 from mi.rl import setup as rl
@@ -89,7 +89,7 @@ WHEN = ('steps', 'log_every', 'eval_every', 'save_every', 'keep')  # of the sect
 def _shapes(config: ml_collections.ConfigDict) -> str:
     """What the FLOPs of a step depend on, in words."""
     values = {}
-    for key, value in flat(config.to_dict()).items():
+    for key, value in flatten(config.to_dict()).items():
         section, _, name = key.partition('.')
         if key in ('seeds', 'tracker') or (section == 'train' and name in WHEN):
             continue

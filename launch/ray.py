@@ -23,7 +23,7 @@ from absl import flags
 from launch import engine, local, process
 from launch.devices import Devices
 from launch.engine import Commands, Resources, Rule, States
-from mi.config import UserError, install
+from mi.config import UserError, suggest_install
 from mi.files import held
 from mi.run import PREEMPTED
 
@@ -42,7 +42,7 @@ def submit(commands: Commands, resources: Resources, rule: Rule | None = None) -
         import ray
     except ImportError as error:
         raise UserError(
-            f'launch.ray needs Ray, which is not installed. Try {install("ray")}'
+            f'launch.ray needs Ray, which is not installed. Try {suggest_install("ray")}'
         ) from error
     where: dict[str, Any] = {'address': ADDRESS.value}
     if not ADDRESS.value:

@@ -28,10 +28,10 @@ import ml_collections
 import numpy as np
 
 from launch import metric_names, state
-from mi.config import UserError, difference, flat, nearest, one_line
+from mi.config import UserError, describe_difference, flatten, format_error, suggest
 from mi.files import held
 from mi.overrides import find_file
-from mi.overrides import parsed as parsed_arguments
+from mi.overrides import parse as parsed_arguments
 from mi.progress import counted
 from mi.run import write_json
 
@@ -127,7 +127,7 @@ def load(
     members = _members(overrides, module.CONFIG, workdir, task)
     labels = list(dict.fromkeys(m.label for m in members))
     if module.BASELINE not in (None, *labels):
-        hint = nearest(str(module.BASELINE), labels)
+        hint = suggest(str(module.BASELINE), labels)
         raise UserError(f'--sweep={file}: BASELINE = {module.BASELINE!r} is no arm; {hint}')
     configs = {m.name: parsed(m.command) for m in members}
     _refuse_twice(members, configs, task)
@@ -194,9 +194,9 @@ def _refuse_changes(before: dict[str, Any], now: dict[str, Any], workdir: pathli
         if name not in members:
             changes.setdefault('it is there no more', []).append(name)
             continue
-        added = flat(now['base'])  # keys that the config did not have then
-        was = added | flat(before.get('base', now['base'])) | member['overrides']
-        if changed := difference(was, flat(now['base']) | members[name]):
+        added = flatten(now['base'])  # keys that the config did not have then
+        was = added | flatten(before.get('base', now['base'])) | member['overrides']
+        if changed := describe_difference(was, flatten(now['base']) | members[name]):
             changes.setdefault(changed, []).append(name)
     if changes:
         what = '; '.join(f'{_some(names)}: {changed}' for changed, names in changes.items())
@@ -222,7 +222,7 @@ def _module(file: str) -> types.ModuleType:
         ours = sorted(p.stem for p in EXPERIMENTS.glob('*.py'))
         raise UserError(
             f'--sweep={file}: no such file; expected one of your own or experiments/NAME.py; '
-            f'{nearest(path.stem, ours)}'
+            f'{suggest(path.stem, ours)}'
         )
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
@@ -246,7 +246,7 @@ def _in_one_line(file: str) -> Iterator[None]:
         path = str(pathlib.Path(find_file(file, 'experiments')).absolute())  # as `_module` has it
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == path]
-        said = one_line(error)
+        said = format_error(error)
         if isinstance(error, SyntaxError) and error.filename == path:
             lines, said = [error.lineno], error.msg
         where = f', line {lines[-1]}' if lines else ''
@@ -344,7 +344,7 @@ def _refuse_twice(
     """Refuses two runs of the same seed of an arm: the report would not know which one counts."""
     trained: dict[tuple[str, str, int], str] = {}
     for member in members:
-        values = flat(configs[member.name].to_dict())
+        values = flatten(configs[member.name].to_dict())
         for seed in values.get('seeds', ()):
             first = trained.setdefault(
                 (member.label, str(values.get(task or '')), seed), member.name

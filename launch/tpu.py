@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from mi.config import UserError, nearest
+from mi.config import UserError, suggest
 
 FLAT = ('2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
 CUBES = ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4')
@@ -105,7 +105,7 @@ def find_slice(kind: str, topology: str, chips: int = 0, hosts: int = 0) -> Slic
     """
     generation = GENERATIONS.get(kind)
     if generation is None:
-        raise UserError(f'--tpu={kind}: {nearest(kind, GENERATIONS)}')
+        raise UserError(f'--tpu={kind}: {suggest(kind, GENERATIONS)}')
     machines = [name for name, made in generation.machines.items() if topology in made]
     if not machines and _has_cubes(topology, generation.largest):
         machines = [name for name, made in generation.machines.items() if made == CUBES]

@@ -38,7 +38,7 @@ from jax.nn import initializers
 from jax.typing import DTypeLike
 
 from mi import cudnn
-from mi.config import nearest, takes
+from mi.config import has_parameter, suggest
 from mi.contract import accumulation_dtype, linear
 
 Impl = Literal['xla', 'cudnn']
@@ -410,9 +410,9 @@ def get(name: str, **options: Any) -> Callable[..., nn.Module]:
       ValueError: on an unknown word, naming the nearest known one.
     """
     if name not in CELLS:
-        raise ValueError(f'unknown cell {name!r}; {nearest(name, CELLS)}')
+        raise ValueError(f'unknown cell {name!r}; {suggest(name, CELLS)}')
     cell = CELLS[name]
-    return functools.partial(cell, **{k: v for k, v in options.items() if takes(cell, k)})
+    return functools.partial(cell, **{k: v for k, v in options.items() if has_parameter(cell, k)})
 
 
 def initial(batch: int, features: int, dtype: DTypeLike = jnp.float32) -> Carry:

@@ -24,7 +24,7 @@ class UserError(Exception):
     """Something the user can mend; its message is one line that says how. Ends with exit code 1."""
 
 
-def one_line(error: BaseException) -> str:
+def format_error(error: BaseException) -> str:
     """What an error says; of a KeyError its words, which `str` would quote."""
     said: Any = error
     while isinstance(said, KeyError | AttributeError) and said.args:
@@ -32,7 +32,7 @@ def one_line(error: BaseException) -> str:
     return ' '.join(str(said).split())
 
 
-def install(extra: str) -> str:
+def suggest_install(extra: str) -> str:
     """Return the command that installs what an extra needs.
 
     The project is on no index: from a clone it is installed by its path. Elsewhere the packages of
@@ -47,7 +47,7 @@ def install(extra: str) -> str:
     return shlex.join(['pip', 'install', *(match[1] for match in found if match)])
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def suggest(word: str, known: Iterable[str]) -> str:
     """A hint for an unknown word: the closest known one, if any is close, and all of them."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1)
@@ -55,25 +55,25 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f'{hint}known: {", ".join(known)}'
 
 
-def takes(constructor: Callable[..., Any], name: str) -> bool:
+def has_parameter(constructor: Callable[..., Any], name: str) -> bool:
     """Whether a class, function or partial of one has a parameter of this name."""
     return name in inspect.signature(constructor).parameters
 
 
-def flat(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
     """{'optim': {'name': 'adam'}} → {'optim.name': 'adam'}."""
     leaves: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
-            leaves |= flat(value, f'{prefix}{key}.')
+            leaves |= flatten(value, f'{prefix}{key}.')
         else:
             leaves[f'{prefix}{key}'] = value
     return leaves
 
 
-def difference(before: Mapping[str, Any], now: Mapping[str, Any], most: int = 8) -> str:
+def describe_difference(before: Mapping[str, Any], now: Mapping[str, Any], most: int = 8) -> str:
     """What differs between two configs, 'model.width was 3 and is 4, …'; '' if nothing does."""
-    old, new = flat(before), flat(now)
+    old, new = flatten(before), flatten(now)
 
     def value(of: Mapping[str, Any], key: str) -> str:
         return repr(of[key]) if key in of else 'absent'
@@ -92,7 +92,7 @@ def check(config: ml_collections.ConfigDict, schema: Mapping[str, Rule]) -> None
 
     A rule for 'a.b.*' is that of any keys below a.b, which need not be there.
     """
-    values = flat(config.to_dict())
+    values = flatten(config.to_dict())
     free = {key.removesuffix('*'): rule for key, rule in schema.items() if key.endswith('.*')}
     for key in values:
         for prefix, rule in free.items():
@@ -112,13 +112,13 @@ def check(config: ml_collections.ConfigDict, schema: Mapping[str, Rule]) -> None
             raise UserError(f'config.{key} = {values[key]!r}: expected {expected}')
 
 
-def one_of(known: Collection[str]) -> Rule:
+def choice(known: Collection[str]) -> Rule:
     """A word that is in `known` when the config is checked: a dictionary may have got more."""
 
     def rule(value: Any) -> str:
         if isinstance(value, str) and value in known:
             return ''
-        return f'one of the known words; {nearest(str(value), known)}'
+        return f'one of the known words; {suggest(str(value), known)}'
 
     return rule
 
@@ -180,7 +180,7 @@ def mesh_shape(value: Any) -> str:
     return '' if is_valid else 'a tuple (seed, data, fsdp) of numbers of devices, or ()'
 
 
-def several(rule: Rule, what: str) -> Rule:
+def tuple_of(rule: Rule, what: str) -> Rule:
     """A non-empty tuple whose every entry passes a rule."""
 
     def check_entries(value: Any) -> str:

@@ -26,8 +26,8 @@ Order = Literal[
 ]
 Platform = Literal['cpu', 'gpu', 'tpu']
 
-DENSE: tuple[Order, ...] = ('outer', 'outer_chunks', 'x_first', 'z_first', 'z_first_chunks')
-BY_ID: tuple[Order, ...] = ('groups', 'rows', 'one_hot')
+DENSE_ORDERS: tuple[Order, ...] = ('outer', 'outer_chunks', 'x_first', 'z_first', 'z_first_chunks')
+ID_ORDERS: tuple[Order, ...] = ('groups', 'rows', 'one_hot')
 
 _FEW_ROWS = 64
 _NARROW = 512
@@ -47,7 +47,7 @@ def target_platform() -> Platform:
     return jax.default_backend() if device is None else device.platform  # type: ignore[return-value]
 
 
-def plan(
+def choose_order(
     x_shape: Sequence[int],
     z_shape: Sequence[int],
     features: int,
@@ -153,14 +153,14 @@ def bilinear(
             f'W must be [m, n, k] with z [..., m] and x [..., n]; '
             f'got W {W.shape}, z {z.shape}, x {x.shape}'
         )
-    if order is not None and order not in (BY_ID if by_id else DENSE):
+    if order is not None and order not in (ID_ORDERS if by_id else DENSE_ORDERS):
         raise ValueError(
             f'the order {order!r} is for {"a dense context" if by_id else "integer ids"}, but z is '
-            f'{z.dtype}; known for it: {", ".join(BY_ID if by_id else DENSE)}'
+            f'{z.dtype}; known for it: {", ".join(ID_ORDERS if by_id else DENSE_ORDERS)}'
         )
     if order is None:
         context = 'ids' if by_id else 'dense'
-        order = plan(x.shape, z.shape, W.shape[2], context, target_platform(), len(W))  # type: ignore
+        order = choose_order(x.shape, z.shape, W.shape[2], context, target_platform(), len(W))  # type: ignore
     if order == 'one_hot':
         one_hot = jax.nn.one_hot(jnp.clip(z, 0, len(W) - 1), len(W), dtype=x.dtype)
         return bilinear(x, one_hot, W, precision=precision)

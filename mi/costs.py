@@ -14,7 +14,7 @@ import ml_collections
 import optax
 
 from mi import cost, optim
-from mi.config import UserError, nearest
+from mi.config import UserError, suggest
 from mi.fit import setup as fit
 from mi.fit import train as train_fit
 from mi.lm import corpora
@@ -50,7 +50,7 @@ def of_config(config: ml_collections.ConfigDict) -> Costs:
     """
     task = config.task
     if task not in TASKS:
-        raise UserError(f'config.task = {task!r}: {nearest(str(task), TASKS)}')
+        raise UserError(f'config.task = {task!r}: {suggest(str(task), TASKS)}')
     return TASKS[task](config)
 
 

@@ -16,7 +16,7 @@ import jax
 import ml_collections
 
 from mi import costs, memory, program, topologies
-from mi.config import UserError, install
+from mi.config import UserError, suggest_install
 
 OUT_OF_MEMORY = 'RESOURCE_EXHAUSTED'
 
@@ -165,7 +165,7 @@ def _refused(error: jax.errors.JaxRuntimeError) -> dict[str, Any]:
     if 'Unknown opcode' in said:
         raise UserError(
             f'--topology: expected the libtpu that belongs to jax {jax.__version__}, as this one '
-            f'writes programs that jaxlib cannot read. Try {install("tpu")}'
+            f'writes programs that jaxlib cannot read. Try {suggest_install("tpu")}'
         ) from error
     if OUT_OF_MEMORY not in said:
         raise UserError(f'XLA cannot compile the program: {said.splitlines()[0]}') from error

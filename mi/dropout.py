@@ -40,5 +40,5 @@ class RowDropout(nn.Module):
             row_shape = shape[: self.row_axis] + shape[self.row_axis + 1 :]
             mask = jax.vmap(
                 lambda key: jax.random.bernoulli(key, keep, row_shape), out_axes=self.row_axis
-            )(rows.row_keys(key, num_rows))
+            )(rows.make_row_keys(key, num_rows))
         return jnp.where(mask, x / keep, 0).astype(x.dtype)

@@ -20,7 +20,7 @@ from jax import Array
 from jax.nn import initializers
 from jax.typing import DTypeLike
 
-from mi.config import nearest, takes
+from mi.config import has_parameter, suggest
 from mi.contract import accumulation_dtype
 from mi.layers import (
     Affine,
@@ -32,10 +32,10 @@ from mi.layers import (
     MultiplicativeInteraction,
     ScalarMultiplicativeInteraction,
     TuckerMultiplicativeInteraction,
+    align_streams,
     context_init,
     input_init,
     one_hot,
-    streams,
 )
 from mi.motifs.experts import DenseMixture
 from mi.motifs.gating import GatedLinearUnit
@@ -63,7 +63,7 @@ class ConcatMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array) -> Array:
-        x, z = streams(x, z)
+        x, z = align_streams(x, z)
         hidden = MultiplicativeInteraction(
             self.hidden or self.features,
             context=self.context,
@@ -94,7 +94,7 @@ class FiLM(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array) -> Array:
-        x, z = streams(x, z)
+        x, z = align_streams(x, z)
         affine = functools.partial(Affine, self.features, self.dtype, self.param_dtype)
         gamma = affine(V_init=initializers.zeros, name='gamma')(z)
         beta = affine(V_init=initializers.zeros, name='beta')(z)
@@ -118,7 +118,7 @@ class Gate(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array) -> Array:
-        x, z = streams(x, z)
+        x, z = align_streams(x, z)
         affine = functools.partial(Affine, self.features, self.dtype, self.param_dtype)
         gate = affine(V_init=context_init(self.context), name='gate')(z)
         return 2 * nn.sigmoid(gate) * affine(V_init=input_init(1 / (4 * _SIGMOID)), name='x')(x)
@@ -144,7 +144,7 @@ class FeatureAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array) -> Array:
-        x, z = streams(x, z)
+        x, z = align_streams(x, z)
         scores = LowRankMultiplicativeInteraction(
             self.features,
             rank=self.rank,
@@ -193,11 +193,11 @@ class SameWidth(nn.Module):
     def __call__(self, x: Array, z: Array) -> Array:
         if x.shape[-1] != self.features:
             x = Affine(self.features, self.dtype, self.param_dtype, name='x')(x)
-        dense = not takes(self.module, 'contexts')
+        dense = not has_parameter(self.module, 'contexts')
         if dense and self.contexts and jnp.issubdtype(z.dtype, jnp.integer):
             z = one_hot(z, self.contexts, x.dtype)
         fields = {'context': self.context, 'contexts': self.contexts}
-        fields = {name: value for name, value in fields.items() if takes(self.module, name)}
+        fields = {name: value for name, value in fields.items() if has_parameter(self.module, name)}
         return self.module(**fields, dtype=self.dtype, param_dtype=self.param_dtype, name='form')(
             x, z
         )
@@ -245,15 +245,15 @@ def get(name: str, **options: int | None) -> Callable[..., nn.Module]:
       ValueError: on an unknown word or option, naming the nearest known one.
     """
     if name not in FUSIONS:
-        raise ValueError(f'unknown fusion {name!r}; {nearest(name, FUSIONS)}')
+        raise ValueError(f'unknown fusion {name!r}; {suggest(name, FUSIONS)}')
     for option in options:
         if option not in OPTIONS:
-            raise ValueError(f'unknown fusion option {option!r}; {nearest(option, OPTIONS)}')
+            raise ValueError(f'unknown fusion option {option!r}; {suggest(option, OPTIONS)}')
     return functools.partial(
-        FUSIONS[name], **{k: v for k, v in options.items() if k in has_options(name)}
+        FUSIONS[name], **{k: v for k, v in options.items() if k in get_options(name)}
     )
 
 
-def has_options(name: str) -> tuple[str, ...]:
+def get_options(name: str) -> tuple[str, ...]:
     """Those of OPTIONS that FUSIONS[name] has a field for."""
-    return tuple(option for option in OPTIONS if takes(FUSIONS[name], option))
+    return tuple(option for option in OPTIONS if has_parameter(FUSIONS[name], option))

@@ -22,7 +22,7 @@ from jax.nn import initializers
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from mi.config import nearest
+from mi.config import suggest
 from mi.contract import bilinear, linear
 
 Context = Literal['dense', 'one_hot']
@@ -31,7 +31,7 @@ Context = Literal['dense', 'one_hot']
 def check_context(context: str) -> None:
     """Raise ValueError unless the word is one that initializers and scales depend on."""
     if context not in get_args(Context):
-        raise ValueError(f'unknown context {context!r}; {nearest(context, get_args(Context))}')
+        raise ValueError(f'unknown context {context!r}; {suggest(context, get_args(Context))}')
 
 
 def context_init(context: Context, variance: float = 1.0) -> Initializer:
@@ -75,7 +75,7 @@ def one_hot(ids: Array, contexts: int, dtype: DTypeLike) -> Array:
     return jax.nn.one_hot(jnp.clip(ids, 0, contexts - 1), contexts, dtype=dtype)
 
 
-def streams(x: Array, z: Array, *, ids: bool = False) -> tuple[Array, Array]:
+def align_streams(x: Array, z: Array, *, ids: bool = False) -> tuple[Array, Array]:
     """x and z with the same leading axes in number: [..., n] and [..., m], or integers [...].
 
     Args:
@@ -373,7 +373,7 @@ def _inputs(module: Any, x: Array, z: Array) -> tuple[Array, Array, int]:
             f'z is {z.dtype}, ids of one-hot contexts: say by contexts=m how many there are, or '
             f'give z in a float dtype'
         )
-    x, z = streams(x, z, ids=True)
+    x, z = align_streams(x, z, ids=True)
     floats = [x] if ids else [x, z]
     dtype = module.dtype or jnp.result_type(*floats, module.param_dtype)
     if ids:

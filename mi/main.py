@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 
 from mi import overrides, parallel
-from mi.config import UserError, one_line
+from mi.config import UserError, format_error
 from mi.files import storage_failure
 from mi.fit import search
 from mi.fit import train as fit
@@ -101,7 +101,7 @@ def run() -> None:
         try:
             return flags.FLAGS(rest)
         except flags.Error as error:
-            raise UserError(one_line(error)) from error
+            raise UserError(format_error(error)) from error
 
     try:
         app.run(functools.partial(main, changes=changes), flags_parser=parse)

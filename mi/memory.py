@@ -83,7 +83,7 @@ def training_of(config: ml_collections.ConfigDict, devices: Devices = None) -> T
         )
     training = TRAININGS[config.task](config, devices)
     # Compiled with the precision of products that the run has.
-    precise = precision.from_config(config)
+    precise = precision.use_config(config)
     evaluation = training.compile_evaluation
     return training._replace(
         compile=precise(training.compile),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from mi.config import Rule, UserError, integer, number, one_of
+from mi.config import Rule, UserError, choice, integer, number
 
 Constructor = Callable[[ml_collections.ConfigDict, optax.Schedule], optax.GradientTransformation]
 
@@ -41,9 +41,9 @@ WITHOUT_DECAY = ('adam', 'rmsprop', 'sgd')
 SCHEDULES = ('constant', 'cosine', 'linear', 'rsqrt')
 
 SCHEMA: dict[str, Rule] = {
-    'optim.name': one_of(OPTIMIZERS),
+    'optim.name': choice(OPTIMIZERS),
     'optim.learning_rate': number(0, exclusive=True),
-    'optim.schedule': one_of(SCHEDULES),
+    'optim.schedule': choice(SCHEDULES),
     'optim.warmup_steps': integer(-1),
     'optim.final_scale': number(0, 1),
     'optim.clip_norm': number(0),

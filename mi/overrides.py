@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import ml_collections
 from absl import flags
 
-from mi.config import UserError, flat, nearest, one_line
+from mi.config import UserError, flatten, format_error, suggest
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 FLAG = re.compile(r'--?(?P<no>no)?config\.(?P<key>[^=]*)(?:=(?P<text>.*))?', re.DOTALL)
@@ -48,7 +48,7 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[Override]]:
     try:
         arguments = flags.FlagValues().read_flags_from_files(list(argv), force_gnu=False)
     except flags.Error as error:
-        raise UserError(one_line(error)) from error
+        raise UserError(format_error(error)) from error
     rest: list[str] = []
     overrides: list[Override] = []
     while arguments:
@@ -82,7 +82,7 @@ def load(file: str, overrides: Sequence[Override] = ()) -> ml_collections.Config
     return config
 
 
-def parsed(arguments: Sequence[str]) -> ml_collections.ConfigDict:
+def parse(arguments: Sequence[str]) -> ml_collections.ConfigDict:
     """Load the config that `mi.main` makes of its arguments; others than --config are ignored.
 
     Raises:
@@ -111,7 +111,7 @@ def apply(config: ml_collections.ConfigDict, overrides: Sequence[Override]) -> N
         if not isinstance(section, ml_collections.ConfigDict) or name not in section:
             raise UserError(_unknown(config, key))
         if isinstance(section[name], ml_collections.ConfigDict):
-            inner = [f'config.{key}.{each}' for each in flat(section[name].to_dict())]
+            inner = [f'config.{key}.{each}' for each in flatten(section[name].to_dict())]
             aim = next((each for each in inner if each.endswith('.name')), inner[0])
             raise UserError(
                 f'config.{key}{_shown(text)}: it is a section, of {", ".join(inner)}; '
@@ -121,7 +121,7 @@ def apply(config: ml_collections.ConfigDict, overrides: Sequence[Override]) -> N
         try:
             section[name] = value
         except (TypeError, ValueError) as error:
-            raise UserError(f'config.{key}{_shown(text)}: {one_line(error)}') from error
+            raise UserError(f'config.{key}{_shown(text)}: {format_error(error)}') from error
     if config.get('task') != task:
         raise UserError(
             f'config.task = {config.task!r}: the keys are those of the task {task!r}; give another '
@@ -187,7 +187,7 @@ def _unknown(config: ml_collections.ConfigDict, key: str) -> str:
         where, section = f'{where}.{part}', section[part]
         if not isinstance(section, ml_collections.ConfigDict):
             return f'config.{key} is unknown; {where} is a value and has no keys'
-    if close := difflib.get_close_matches(key, flat(config.to_dict()), n=1):
+    if close := difflib.get_close_matches(key, flatten(config.to_dict()), n=1):
         return f'config.{key} is unknown; did you mean config.{close[0]}?'
     return f'config.{key} is unknown; the keys of {where} are {", ".join(sorted(section))}'
 
@@ -213,7 +213,7 @@ def _get_config(file: str) -> ml_collections.ConfigDict:
         ours = sorted(p.stem for p in CONFIGS.glob('*.py') if p.stem != '__init__')
         raise UserError(
             f'--config={file}: {what}; expected FILE.py or FILE.py:ARGUMENT, of your own or '
-            f'configs/NAME.py; {nearest(pathlib.Path(path).stem, ours)}'
+            f'configs/NAME.py; {suggest(pathlib.Path(path).stem, ours)}'
         )
     module = _module(path)
     try:
@@ -248,6 +248,6 @@ def _where(error: Exception, path: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    said = one_line(error)
+    said = format_error(error)
     known = isinstance(error, SyntaxError | ImportError)
     return said if known else f'{type(error).__name__}: {said}'

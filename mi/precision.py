@@ -25,7 +25,7 @@ _Function = TypeVar('_Function', bound=Callable[..., Any])
 
 
 @contextlib.contextmanager
-def from_config(config: ml_collections.ConfigDict) -> Iterator[None]:
+def use_config(config: ml_collections.ConfigDict) -> Iterator[None]:
     """Trace with the precision that `config.train.matmul_precision` sets.
 
     It holds for what this thread traces and lowers. 'default', or a config without the key, leaves
@@ -39,13 +39,13 @@ def from_config(config: ml_collections.ConfigDict) -> Iterator[None]:
             yield
 
 
-def current() -> str | None:
+def get_current() -> str | None:
     """Return the precision that this thread traces with, None for JAX's default."""
     precision: str | None = getattr(jax.config, 'jax_default_matmul_precision')  # noqa: B009
     return precision
 
 
-def at_highest(function: _Function) -> _Function:
+def use_highest(function: _Function) -> _Function:
     """Return the function with every product in it as precise as f32, on every device."""
 
     @functools.wraps(function)

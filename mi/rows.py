@@ -46,7 +46,7 @@ def max_over_rows(tree: Tree) -> Tree:
     return jax.lax.pmax(tree, axes) if axes else tree
 
 
-def row_numbers(rows: int) -> Array:
+def get_row_indices(rows: int) -> Array:
     """Return the numbers in the whole batch of the rows that this device has, [rows] int32."""
     part = _part.get()
     if part is not None:
@@ -58,7 +58,7 @@ def row_numbers(rows: int) -> Array:
 
 
 @contextlib.contextmanager
-def part_of_batch(numbers: Array) -> Iterator[None]:
+def select_rows(numbers: Array) -> Iterator[None]:
     """Trace what is computed of these rows alone, as one of several parts of the batch.
 
     Args:
@@ -71,9 +71,9 @@ def part_of_batch(numbers: Array) -> Iterator[None]:
         _part.reset(token)
 
 
-def row_keys(key: Array, rows: int) -> Array:
+def make_row_keys(key: Array, rows: int) -> Array:
     """Return a random key for each row that this device has, [rows].
 
     A row has the same key however many devices share the batch.
     """
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, row_numbers(rows))
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, get_row_indices(rows))

@@ -32,7 +32,7 @@ import ml_collections
 import numpy as np
 
 from mi import metrics, parallel, precision, tracking, versions
-from mi.config import UserError, difference, flat, one_line
+from mi.config import UserError, describe_difference, flatten, format_error
 from mi.files import read_json, storage_failure
 
 Steps = tuple[int, int]  # first and last
@@ -185,7 +185,7 @@ def start(
             _same_settings(path)
         parallel.wait('run directory')
         run = Run(path, config, profile)
-        stack.enter_context(precision.from_config(config))
+        stack.enter_context(precision.use_config(config))
         handlers = {s: signal.signal(s, run._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
             run.status('running')
@@ -254,13 +254,13 @@ def _same_config(file: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     if not file.exists():
         write_json(file, resolved)
         return
-    before = flat(read_json(file))
-    now = flat(resolved)
+    before = flatten(read_json(file))
+    now = flatten(resolved)
     for side in (before, now):
         side.pop('tracker', None)  # who else is told has no part in what is learnt
     added = {key: value for key, value in now.items() if key not in before}
-    changed = difference(before, now)
-    if difference(before | added, now):
+    changed = describe_difference(before, now)
+    if describe_difference(before | added, now):
         raise UserError(
             f'{file.parent} was made with another config: {changed}; name another --workdir'
         )
@@ -320,8 +320,8 @@ def config_to_evaluate(
     Raises:
       UserError: if one of `fixed` differs, or it is not the directory of a run.
     """
-    trained = flat(recorded_config(workdir).to_dict())
-    asked = flat(config.to_dict())
+    trained = flatten(recorded_config(workdir).to_dict())
+    asked = flatten(config.to_dict())
 
     def is_in(key: str, parts: Sequence[str]) -> bool:
         return any(f'{key}.'.startswith(f'{part}.') for part in parts)
@@ -353,7 +353,7 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     try:
         text = json.dumps(value, indent=2, allow_nan=False)
     except ValueError as error:
-        raise UserError(f'{path}: {one_line(error)}; nothing is written') from error
+        raise UserError(f'{path}: {format_error(error)}; nothing is written') from error
     with _replaced(path) as beside:
         beside.write_text(text + '\n')
 

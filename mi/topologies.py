@@ -20,7 +20,7 @@ from typing import NamedTuple
 import jax
 from jax.experimental import topologies
 
-from mi.config import UserError, install, nearest
+from mi.config import UserError, suggest, suggest_install
 
 GIBIBYTE = 2**30
 PLANES = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
@@ -156,7 +156,7 @@ def _parse(name: str) -> tuple[str, str]:
     """The family and the size of an existing topology."""
     family, _, size = name.partition(':')
     if family not in (*TPUS, *GPUS):
-        raise UserError(f'--topology={name}: {nearest(family, (*TPUS, *GPUS))}')
+        raise UserError(f'--topology={name}: {suggest(family, (*TPUS, *GPUS))}')
     if family in GPUS:
         sizes = f'1, 2, 4 or a multiple of {HOST} devices'
         is_size = re.fullmatch(r'[1-9]\d*', size) is not None
@@ -180,7 +180,7 @@ def _parse(name: str) -> tuple[str, str]:
 
 def _describe_tpus(family: str, size: str) -> list[jax.Device]:
     if importlib.util.find_spec('libtpu') is None:
-        raise UserError(f'--topology={family}:{size}: expected libtpu. {install("tpu")}')
+        raise UserError(f'--topology={family}:{size}: expected libtpu. {suggest_install("tpu")}')
     dims = [int(dim) for dim in size.split('x')]
     # A host has up to 2 × 2 chips.
     bounds = [min(2, dims[0]), min(2, dims[1]), 1]
@@ -208,7 +208,9 @@ def _describe_gpus(family: str, count: int) -> list[jax.Device]:
     name = f'{family}:{count}'
     known = ('jax_plugins.xla_cuda13', 'jax_plugins.xla_cuda12')
     if not any(_has_module(plugin) for plugin in known):
-        raise UserError(f'--topology={name}: expected the CUDA plugin of jax. {install("cuda")}')
+        raise UserError(
+            f'--topology={name}: expected the CUDA plugin of jax. {suggest_install("cuda")}'
+        )
     hosts = max(1, count // HOST)
     with _environment({'JAX_SKIP_CUDA_CONSTRAINTS_CHECK': '1'}):  # there is no driver to ask
         return list(

@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from mi.config import UserError, install, nearest
+from mi.config import UserError, suggest, suggest_install
 
 PROJECT = 'mi'  # where WANDB_PROJECT names no other
 
@@ -94,9 +94,9 @@ TRACKERS: dict[str, Callable[[pathlib.Path, str, dict[str, Any], bool], Tracker]
 def known(value: Any) -> str:
     """A rule: one of TRACKERS, whose package is there."""
     if not isinstance(value, str) or value not in TRACKERS:
-        return f'one of the known words; {nearest(str(value), TRACKERS)}'
+        return f'one of the known words; {suggest(str(value), TRACKERS)}'
     if value != 'none' and importlib.util.find_spec(value) is None:
-        return f"its package, which is not installed. Try {install(value)}, or take 'none'"
+        return f"its package, which is not installed. Try {suggest_install(value)}, or take 'none'"
     return ''
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from mi.config import UserError, difference
+from mi.config import UserError, describe_difference
 from mi.files import read_json
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'orbax-checkpoint')
@@ -69,7 +69,7 @@ def compare(file: pathlib.Path, step: int | None) -> dict[str, Any]:
                 f'would go on with other numbers; set {name.upper()}={before[name]}, or name '
                 f'another --workdir'
             )
-    if changed := difference(before, now):
+    if changed := describe_difference(before, now):
         print(f'warning: {file.parent} is continued with another {changed}', file=sys.stderr)
         values = {name: now[name] for name in now if before.get(name) != now[name]}
         continued.append({'step': step, 'changed': values})

@@ -93,18 +93,18 @@ def test_shared_context_equals_the_context_repeated():
     ],
 )
 def test_plan_follows_the_shapes(x, z, k, order):
-    assert contract.plan(x, z, k) == order
+    assert contract.choose_order(x, z, k) == order
 
 
 def test_plan_of_ids_takes_the_rows_of_W_where_many_inputs_share_one():
-    assert contract.plan((512, 256), (512,), 256, 'ids') == 'groups'
-    assert contract.plan((4, 100, 256), (4, 1), 256, 'ids') == 'rows'
-    assert contract.plan((4096, 256), (4096,), 128, 'ids', 'gpu', contexts=30) == 'one_hot'
-    assert contract.plan((4096, 256), (4096,), 128, 'ids', 'gpu', contexts=1000) == 'groups'
+    assert contract.choose_order((512, 256), (512,), 256, 'ids') == 'groups'
+    assert contract.choose_order((4, 100, 256), (4, 1), 256, 'ids') == 'rows'
+    assert contract.choose_order((4096, 256), (4096,), 128, 'ids', 'gpu', contexts=30) == 'one_hot'
+    assert contract.choose_order((4096, 256), (4096,), 128, 'ids', 'gpu', contexts=1000) == 'groups'
 
 
 def test_plan_of_a_gpu_keeps_larger_intermediates():
-    of_gpu = functools.partial(contract.plan, platform='gpu')
+    of_gpu = functools.partial(contract.choose_order, platform='gpu')
     assert of_gpu((4096, 512), (4096, 64), 512) == 'outer'
     assert of_gpu((16384, 512), (16384, 64), 512) == 'outer_chunks'  # 2 GiB
     assert of_gpu((4096, 512), (4096, 30), 128) == 'x_first'
@@ -125,13 +125,13 @@ def test_plan_of_a_gpu_keeps_larger_intermediates():
     ],
 )
 def test_plan_of_a_tpu_leaves_the_intermediate_to_its_compiler(x, z, k, order):
-    assert contract.plan(x, z, k, platform='tpu') == order
+    assert contract.choose_order(x, z, k, platform='tpu') == order
 
 
 def test_plan_of_a_tpu_takes_ids_as_one_product():
-    assert contract.plan((4096, 256), (4096,), 128, 'ids', 'tpu', contexts=30) == 'one_hot'
-    assert contract.plan((4096, 256), (4096,), 128, 'ids', 'tpu', contexts=1000) == 'groups'
-    assert contract.plan((4, 100, 256), (4, 1), 256, 'ids', 'tpu', contexts=30) == 'rows'
+    assert contract.choose_order((4096, 256), (4096,), 128, 'ids', 'tpu', contexts=30) == 'one_hot'
+    assert contract.choose_order((4096, 256), (4096,), 128, 'ids', 'tpu', contexts=1000) == 'groups'
+    assert contract.choose_order((4, 100, 256), (4, 1), 256, 'ids', 'tpu', contexts=30) == 'rows'
 
 
 @pytest.mark.parametrize('order', ORDERS)
@@ -219,7 +219,7 @@ def test_a_tpu_never_writes_the_outer_product(rows, m, n, k, monkeypatch):
     assert program.analyze(compiled).flops == 3 * 2 * B * m * n * k
 
 
-@pytest.mark.parametrize('order', [None, *contract.BY_ID])
+@pytest.mark.parametrize('order', [None, *contract.ID_ORDERS])
 @pytest.mark.parametrize('lead, ids', [((), ()), ((90,), (90,)), ((3, 40), (3, 1)), ((40,), ())])
 def test_ids_are_one_hot_contexts(order, lead, ids):
     x, _, W = streams(lead)
@@ -258,7 +258,7 @@ def test_chunks_keep_a_tenth_of_the_temporaries_of_einsum():
         return gradient.lower(*args).compile().memory_analysis().temp_size_in_bytes
 
     einsum = temporaries(lambda x, z, W: jnp.einsum('bm,mnk,bn->bk', z, W, x))
-    assert contract.plan(*shapes[:2], 256) == 'outer_chunks'
+    assert contract.choose_order(*shapes[:2], 256) == 'outer_chunks'
     assert temporaries(contract.bilinear) <= 1.01 * einsum / 10  # and some scalars
 
 
@@ -323,7 +323,7 @@ def test_no_row_has_a_product_and_a_gradient_of_zero():
     assert contract.linear(jnp.zeros((3, 0)), jnp.zeros((0, K))).tolist() == [[0] * K] * 3
 
 
-@pytest.mark.parametrize('order', [None, *contract.BY_ID])
+@pytest.mark.parametrize('order', [None, *contract.ID_ORDERS])
 @pytest.mark.parametrize('leads', EMPTY, ids=str)
 def test_ids_of_no_entry_beside_a_row_that_is_shared_give_none(leads, order):
     x, _, W = streams(leads[0])
@@ -344,7 +344,7 @@ def test_float64_adds_up_in_float64(order):
         np.testing.assert_allclose(y, triple_loop(x, z, W), rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize('order', contract.BY_ID)
+@pytest.mark.parametrize('order', contract.ID_ORDERS)
 def test_float64_by_id_and_its_gradient_add_up_in_float64(order):
     with jax.enable_x64(True):
         x, _, W = wide(streams((70,)))
@@ -361,7 +361,7 @@ def test_float64_by_id_and_its_gradient_add_up_in_float64(order):
         np.testing.assert_allclose(dW, expected, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize('order', [None, *contract.BY_ID])
+@pytest.mark.parametrize('order', [None, *contract.ID_ORDERS])
 def test_ids_out_of_range_are_the_nearest(order):
     x, _, W = streams((4,))
     ids = jnp.array([-1, 0, M - 1, M + 5])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mi import FUSIONS, fusion
-from mi.config import takes
+from mi.config import has_parameter
 from mi.unify import as_mi
 from tests.motifs.checks import assert_float64, drawn, random, wide
 
@@ -103,13 +103,13 @@ def outcome(name, x, z, **options):
 def test_integers_are_ids_of_contexts_or_refused(name, ids):
     x, z = jnp.zeros((*ids, N) if ids else (5, N)), jnp.zeros(ids, jnp.int32)
     assert outcome(name, x, z, context='one_hot').startswith('z is int32')
-    if takes(FUSIONS[name], 'contexts'):
+    if has_parameter(FUSIONS[name], 'contexts'):
         assert outcome(name, x, z, context='one_hot', contexts=M) == (*x.shape[:-1], K)
 
 
 @each
 def test_an_integer_is_the_one_hot_context_and_out_of_range_the_nearest(name):
-    if not takes(FUSIONS[name], 'contexts'):
+    if not has_parameter(FUSIONS[name], 'contexts'):
         pytest.skip('takes no integers')
     x, ids = random(0, 5, N), jnp.array([0, 3, M - 1, -1, M + 4])
     module = make(name, context='one_hot', contexts=M)

@@ -14,13 +14,13 @@ REQUIRES += ['gymnasium>=1.2; extra == "gym"', 'jax[cuda13]; extra == "cuda"']
 
 def test_in_a_clone_the_extra_is_installed_from_it(monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert config.install('gym') == "pip install -e '.[gym]'"
+    assert config.suggest_install('gym') == "pip install -e '.[gym]'"
 
 
 def test_elsewhere_the_clone_is_named(monkeypatch, tmp_path):
     """Quoted, so that no shell takes the brackets for a pattern, or a space for an end."""
     monkeypatch.chdir(tmp_path)
-    *pip, path = shlex.split(config.install('ray'))
+    *pip, path = shlex.split(config.suggest_install('ray'))
     assert pip == ['pip', 'install', '-e'] and path == f'{ROOT.resolve()}[ray]'
 
 
@@ -35,4 +35,4 @@ def test_without_a_clone_the_packages_are_named(monkeypatch, tmp_path, extra, co
     """The name of the project itself is on no index."""
     monkeypatch.setattr(config, '__file__', str(tmp_path / 'site-packages/mi/config.py'))
     monkeypatch.setattr(importlib.metadata, 'requires', lambda name: REQUIRES)
-    assert config.install(extra) == command
+    assert config.suggest_install(extra) == command

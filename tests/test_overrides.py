@@ -32,7 +32,7 @@ def file(tmp_path_factory):
 
 
 def load(file, *arguments):
-    return overrides.parsed([f'--config={file}', *arguments])
+    return overrides.parse([f'--config={file}', *arguments])
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_flag_file_and_an_override_replace_as_two_flags_do(file, tmp_path):
 
 
 def test_flags_before_the_file_and_the_argument_of_the_file(file):
-    config = overrides.parsed(['--config.model.hidden=4', f'--config={file}:text'])
+    config = overrides.parse(['--config.model.hidden=4', f'--config={file}:text'])
     assert (config.model.hidden, config.data.source) == (4, 'text')
 
 

@@ -79,7 +79,7 @@ def test_the_config_sets_the_precision_of_a_training_step(word, setting):
     def step(*args):
         return lm_train.train_step(model, optimizer, 1, *args, None)
 
-    with precision.from_config(config):
+    with precision.use_config(config):
         assert products(step, state, 0, 0, tokens) == {(F32, setting.upper())}
 
 
@@ -88,7 +88,7 @@ def test_fit_problems_ask_for_f32(config):
     problem = fit_setup.problem(config)
     optimizer = optim.optimiser(config.optim, config.train.steps)
     state = jax.eval_shape(functools.partial(fit.start, problem, optimizer), jnp.int32(0))
-    with precision.from_config(config):
+    with precision.use_config(config):
         step = functools.partial(fit.steps, problem, optimizer, 1)
         assert products(step, state, 0) == {(F32, 'HIGHEST')}
         errors = functools.partial(fit.evaluate, problem)
@@ -132,7 +132,7 @@ def test_explain_asks_for_f32():
     class Watched(nn.Module):
         @nn.compact
         def __call__(self, x, z):
-            traces.append(precision.current())
+            traces.append(precision.get_current())
             return MultiplicativeInteraction(K)(x, z)
 
     x, z = random(0, 7, N), random(1, 7, M)
@@ -140,7 +140,7 @@ def test_explain_asks_for_f32():
     traces.clear()
     explain(Watched(), variables, x, z)
     assert set(traces) == {'highest'}
-    assert precision.current() is None
+    assert precision.get_current() is None
 
 
 def test_products_of_bf16_take_no_other_dtype():
@@ -153,7 +153,7 @@ def test_products_of_bf16_take_no_other_dtype():
     found = {}
     for setting in precision.PRECISIONS:
         config = edited(config, **{'train.matmul_precision': setting})
-        with precision.from_config(config):
+        with precision.use_config(config):
             found[setting] = {d for d, _ in products(model.apply, params, carry, tokens, None)}
     assert found['default'] == found['high'] == found['highest']
     assert ('bf16', 'bf16') in found['default']
@@ -166,7 +166,7 @@ TRACES = []
 class Watched(MultiplicativeInteraction):
     @nn.compact
     def __call__(self, x, z):
-        TRACES.append(precision.current())
+        TRACES.append(precision.get_current())
         return super().__call__(x, z)
 
 
@@ -196,7 +196,7 @@ EVERY = {f'train.{name}': 1 for name in ('steps', 'log_every', 'eval_every', 'sa
 
 def assert_traced(setting):
     assert set(TRACES) == {setting}
-    assert precision.current() is None
+    assert precision.get_current() is None
     TRACES.clear()
 
 
@@ -256,18 +256,18 @@ def test_runs_from_before_there_was_the_key_go_on(tmp_path, capsys):
     before = config.copy_and_resolve_references().unlock()
     del before.train.matmul_precision
     with run.start(tmp_path, before):
-        assert precision.current() is None
+        assert precision.get_current() is None
     (tmp_path / 'checkpoints' / '00000040').mkdir(parents=True)
     with run.start(tmp_path, config):
-        assert precision.current() == 'highest'
+        assert precision.get_current() == 'highest'
     assert "train.matmul_precision = 'highest'" in capsys.readouterr().err
 
 
 def test_a_setting_of_jax_holds_where_the_config_says_default():
     config = edited(lm.get_config('tiny'), **{'train.matmul_precision': 'default'})
-    with jax.default_matmul_precision('highest'), precision.from_config(config):
-        assert precision.current() == 'highest'
-    np.testing.assert_equal(precision.current(), None)
+    with jax.default_matmul_precision('highest'), precision.use_config(config):
+        assert precision.get_current() == 'highest'
+    np.testing.assert_equal(precision.get_current(), None)
 
 
 def test_costs_are_those_of_programs_with_that_precision(monkeypatch):
@@ -275,7 +275,7 @@ def test_costs_are_those_of_programs_with_that_precision(monkeypatch):
 
     def training(config, devices):
         def compile_program():
-            compiled_with.append(precision.current())
+            compiled_with.append(precision.get_current())
 
         return memory.Training({}, None, 1, compile_program, compile_program)
 
@@ -285,4 +285,4 @@ def test_costs_are_those_of_programs_with_that_precision(monkeypatch):
     programs.compile()
     programs.compile_evaluation()
     assert compiled_with == ['highest', 'highest']
-    assert precision.current() is None
+    assert precision.get_current() is None

@@ -72,7 +72,7 @@ def command(case, texts):
 
 def train(arguments, workdir):
     """What the command does, in this process."""
-    config = overrides.parsed(arguments)
+    config = overrides.parse(arguments)
     main.TASKS['train'][config.task](config, str(workdir))
 
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from mi import tracking
-from mi.config import install
+from mi.config import suggest_install
 from tests.conftest import ROOT
 
 
@@ -68,7 +68,7 @@ def test_trackio_gets_every_number_at_its_step(tmp_path):
 
 def test_a_tracker_that_is_not_installed_names_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, 'wandb', None)  # as if it were not there
-    assert install('wandb') in tracking.known('wandb')
+    assert suggest_install('wandb') in tracking.known('wandb')
     assert "did you mean 'trackio'" in tracking.known('tracio')
     assert tracking.known('none') == ''
     assert tracking.start('none', ROOT, {}) is None

@@ -16,7 +16,7 @@ import pytest
 from flax import linen as nn
 
 from mi import cells, fusion, optim
-from mi.config import flat
+from mi.config import flatten
 from mi.fit import setup as fit
 from mi.lm import setup as lm
 from mi.rl import envs
@@ -108,7 +108,9 @@ def test_a_command_names_what_there_is(line):
         if name.startswith('config.'):
             if config is not None:
                 key = name[len('config.') :]
-                assert key in {*flat(config.to_dict()), 'env.options'}, name  # a group, given whole
+                assert key in {*flatten(config.to_dict()), 'env.options'}, (
+                    name
+                )  # a group, given whole
         else:
             assert name in known_flags(RUNS.get(module, module)), name
         if name == 'sweep' and not value.startswith('my_'):

@@ -17,7 +17,7 @@ from mi import (
     fusion,
 )
 from mi.unify import as_mi, explain
-from mi.unify.explanation import form as form_of
+from mi.unify.explanation import describe_form as form_of
 from tests.motifs.checks import drawn, is_its_composition, random
 
 N, M, K = 5, 3, 4
@@ -186,7 +186,7 @@ def test_what_is_affine_is_taken_whatever_its_size():
                                   'mi_scalar', 'concat', 'multi_head', 'layer_norm'])  # fmt: skip
 def test_integers_are_taken_as_the_contexts_that_they_stand_for(form):
     x, ids = random(0, 7, N), jnp.array([0, 1, 2, 2, 1, -1, 9])
-    options = {'rank': 2} if 'rank' in fusion.has_options(form) else {}
+    options = {'rank': 2} if 'rank' in fusion.get_options(form) else {}
     module = fusion.FUSIONS[form](K, context='one_hot', contexts=M, **options)
     variables = drawn(module, x, ids)
     composition = as_mi(module, variables, x, ids)

@@ -43,7 +43,7 @@ import numpy as np
 from jax import Array
 
 from mi import fusion
-from mi.config import Rule, UserError, integer, one_of
+from mi.config import Rule, UserError, choice, integer
 from mi.fit import network, transfer
 from mi.fit.problem import Metrics, Problem
 
@@ -54,9 +54,9 @@ SCHEMA: dict[str, Rule] = {
     'problem.inputs': integer(1),
     'problem.hidden': integer(1),
     'problem.outputs': integer(1),
-    'problem.support': one_of(SUPPORTS),
-    'problem.coefficients': one_of(['equal', 'drawn']),
-    'problem.context': one_of(['given', 'learned']),
+    'problem.support': choice(SUPPORTS),
+    'problem.coefficients': choice(['equal', 'drawn']),
+    'problem.context': choice(['given', 'learned']),
     'problem.contexts': integer(1),
     'problem.examples': integer(2),
     'transfer.examples': integer(1),

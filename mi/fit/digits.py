@@ -22,10 +22,10 @@ import optax
 from jax import Array
 from jax.typing import DTypeLike
 
-from mi.config import Rule, UserError, install, integer, number, several
+from mi.config import Rule, UserError, integer, number, suggest_install, tuple_of
 from mi.fit import network, vision
 from mi.fit.problem import Metrics, Problem
-from mi.motifs.attention import from_convolution
+from mi.motifs.attention import convert_convolution
 
 CLASSES = 10
 COUNT = 1797
@@ -34,7 +34,7 @@ DTYPES: dict[str, DTypeLike] = {'f32': jnp.float32, 'bf16': jnp.bfloat16}
 
 SCHEMA: dict[str, Rule] = {
     'problem.train': integer(1, COUNT - 1),
-    'problem.alphas': several(number(0, exclusive=True), 'positive numbers'),
+    'problem.alphas': tuple_of(number(0, exclusive=True), 'positive numbers'),
     **vision.SCHEMA,
 }
 
@@ -50,7 +50,7 @@ def load() -> tuple[np.ndarray, np.ndarray]:
     except ImportError as error:
         raise UserError(
             f"config.problem.name = 'digits': its images come with scikit-learn, which is not "
-            f'installed. Try {install("digits")}'
+            f'installed. Try {suggest_install("digits")}'
         ) from error
     data = load_digits()
     images = data.images.astype(np.float32)
@@ -139,7 +139,7 @@ def constructed(
     def measured(alpha: Array, dtype: DTypeLike) -> Metrics:
         ours = vision.attention(CLASSES, heads, model.width, depth, dtype=dtype)
         built = {
-            name: from_convolution(of['V'], of['b'], alpha) if name != 'out' else of
+            name: convert_convolution(of['V'], of['b'], alpha) if name != 'out' else of
             for name, of in params['params'].items()
         }
         layers = [

@@ -23,7 +23,7 @@ from flax import linen as nn
 from jax import Array
 
 from mi import cost
-from mi.config import Rule, integer, one_of
+from mi.config import Rule, choice, integer
 from mi.fit import integrators, network
 from mi.fit.integrators import State
 
@@ -31,7 +31,7 @@ FORMS = ('joint', 'square', 'separable', 'field')
 
 SCHEMA: dict[str, Rule] = {
     'problem.iterations': integer(1),
-    'model.form': one_of(FORMS),
+    'model.form': choice(FORMS),
     **network.SCHEMA,
 }
 

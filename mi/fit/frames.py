@@ -30,7 +30,7 @@ from flax import linen as nn
 from jax import Array
 
 from mi import cost
-from mi.config import Rule, UserError, integer, number, one_of
+from mi.config import Rule, UserError, choice, integer, number
 from mi.fit import dynamics, integrators, rendering, scores
 from mi.fit.integrators import State
 from mi.fit.mechanics import BODIES, SYSTEMS
@@ -40,7 +40,7 @@ TOLERANCE = 0.1  # of `valid`
 KEPT = 2  # trajectories, for films
 
 SCHEMA: dict[str, Rule] = {
-    'problem.system': one_of(SYSTEMS),
+    'problem.system': choice(SYSTEMS),
     'problem.trajectories': integer(1),
     'problem.horizon': integer(1),
     'problem.longer': integer(1),

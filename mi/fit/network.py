@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax import Array
 
 from mi import cost, fusion
-from mi.config import Rule, integer, one_of
+from mi.config import Rule, choice, integer
 from mi.layers import Context
 
 SITES = ('first', 'last', 'all')
@@ -24,9 +24,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 SCHEMA: dict[str, Rule] = {
     'model.depth': integer(0),
-    'model.site': one_of(SITES),
-    'model.activation': one_of(ACTIVATIONS),
-    'model.fusion.name': one_of(fusion.FUSIONS),
+    'model.site': choice(SITES),
+    'model.activation': choice(ACTIVATIONS),
+    'model.fusion.name': choice(fusion.FUSIONS),
     'model.fusion.rank': integer(0),
     'model.fusion.hidden': integer(0),
 }

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax import Array
 
-from mi.config import Rule, integer, one_of
+from mi.config import Rule, choice, integer
 from mi.fit import dynamics, integrators, scores
 from mi.fit.integrators import State
 from mi.fit.mechanics import SYSTEMS
@@ -31,7 +31,7 @@ TOLERANCE = 0.1  # of `valid`
 KEPT = 4  # trajectories, for figures
 
 SCHEMA: dict[str, Rule] = {
-    'problem.system': one_of(SYSTEMS),
+    'problem.system': choice(SYSTEMS),
     'problem.trajectories': integer(1),
     'problem.horizon': integer(1),
     'problem.longer': integer(1),

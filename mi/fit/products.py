@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax import Array
 
-from mi.config import Rule, integer, one_of
+from mi.config import Rule, choice, integer
 from mi.fit import network
 from mi.fit.problem import Metrics, Problem
 
@@ -38,7 +38,7 @@ TARGETS = {
 }
 
 SCHEMA: dict[str, Rule] = {
-    'problem.target': one_of(TARGETS),
+    'problem.target': choice(TARGETS),
     'problem.dimension': integer(1),
     'problem.examples': integer(1),
     **network.SCHEMA,

@@ -29,7 +29,7 @@ from flax import linen as nn
 from jax import Array
 
 from mi import fusion
-from mi.config import Rule, UserError, integer, number, one_of, several
+from mi.config import Rule, UserError, choice, integer, number, tuple_of
 from mi.fit import network, transfer
 from mi.fit.problem import Metrics, Problem
 from mi.layers import Context
@@ -40,7 +40,7 @@ POINTS = 64  # at which errors are measured
 SHOWN = 8  # tasks whose predictions are kept for a figure
 
 SCHEMA: dict[str, Rule] = {
-    'problem.context': one_of(CONTEXTS),
+    'problem.context': choice(CONTEXTS),
     'problem.tasks': integer(2),
     'problem.examples': integer(1),
     'problem.noise': number(0),
@@ -49,7 +49,7 @@ SCHEMA: dict[str, Rule] = {
     'problem.inferred': integer(1),
     'problem.encoder': integer(1),
     'transfer.tasks': integer(1),
-    'transfer.shots': several(integer(1), 'positive integers'),
+    'transfer.shots': tuple_of(integer(1), 'positive integers'),
     **transfer.SCHEMA,
     **network.SCHEMA,
 }

@@ -38,7 +38,7 @@ import ml_collections
 from jax import Array
 
 from mi import fusion
-from mi.config import Rule, UserError, integer, nearest, number
+from mi.config import Rule, UserError, integer, number, suggest
 from mi.fit import network, transformer
 from mi.fit.problem import Metrics, Problem
 
@@ -64,7 +64,7 @@ def _targets(value: Any) -> str:
     if not isinstance(value, tuple | list) or not value or len(set(value)) < len(value):
         return 'a non-empty tuple of distinct targets'
     unknown = [word for word in value if word not in TARGETS]
-    return f'known targets; {nearest(str(unknown[0]), TARGETS)}' if unknown else ''
+    return f'known targets; {suggest(str(unknown[0]), TARGETS)}' if unknown else ''
 
 
 SCHEMA: dict[str, Rule] = {

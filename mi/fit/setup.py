@@ -11,13 +11,13 @@ from mi.config import (
     Rule,
     UserError,
     check,
-    flat,
+    choice,
+    flatten,
     integer,
-    nearest,
     number,
-    one_of,
     seeds,
-    several,
+    suggest,
+    tuple_of,
 )
 from mi.fit import composition, digits, frames, phase_space, products, regression, sequences
 from mi.fit.problem import Problem
@@ -35,15 +35,15 @@ PROBLEMS: dict[str, types.ModuleType] = {
 """Word of config.problem.name → a module with SCHEMA and make(config) → Problem."""
 
 SCHEMA: dict[str, Rule] = {
-    'task': one_of(['fit', 'search']),
+    'task': choice(['fit', 'search']),
     'seeds': seeds,
     'tracker': tracking.known,
-    'problem.name': one_of(PROBLEMS),
+    'problem.name': choice(PROBLEMS),
     'model.width': integer(1),
     'model.parameters': integer(0),
     'train.steps': integer(1),
     'train.batch': integer(1),
-    'train.matmul_precision': one_of(PRECISIONS),
+    'train.matmul_precision': choice(PRECISIONS),
     'train.log_every': integer(1),
     'train.eval_every': integer(1),
     'train.save_every': integer(1),
@@ -53,13 +53,13 @@ SCHEMA: dict[str, Rule] = {
 
 
 SEARCH: dict[str, Rule] = {
-    'search.over': one_of(['problem.dimension']),
-    'search.at': several(integer(1), 'positive integers'),
+    'search.over': choice(['problem.dimension']),
+    'search.at': tuple_of(integer(1), 'positive integers'),
     'search.fit_from': integer(1),
     'search.target': number(0, exclusive=True),
     'search.parameters': integer(1),
     'search.per_octave': integer(1),
-    'search.rates': several(number(0, exclusive=True), 'positive numbers'),
+    'search.rates': tuple_of(number(0, exclusive=True), 'positive numbers'),
 }
 
 
@@ -69,9 +69,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
     Raises:
       UserError: which key, what was expected, what to change.
     """
-    word = flat(config.to_dict()).get('problem.name')
+    word = flatten(config.to_dict()).get('problem.name')
     if word not in PROBLEMS:
-        raise UserError(f'config.problem.name = {word!r}: {nearest(str(word), PROBLEMS)}')
+        raise UserError(f'config.problem.name = {word!r}: {suggest(str(word), PROBLEMS)}')
     schema = SCHEMA | PROBLEMS[word].SCHEMA
     check(config, schema | (SEARCH if config.task == 'search' else {}))
     optim.validate(config.optim, config.train.steps)

@@ -11,7 +11,7 @@ from jax import Array
 from jax.nn import initializers
 
 from mi import fusion
-from mi.config import Rule, UserError, integer, one_of
+from mi.config import Rule, UserError, choice, integer
 from mi.fit.mixers import MIXERS
 from mi.layers import Affine
 
@@ -22,10 +22,10 @@ SCHEMA: dict[str, Rule] = {
     'model.depth': integer(1),
     'model.features': integer(1),
     'model.heads': integer(1),
-    'model.mixer': one_of(MIXERS),
-    'model.positions': one_of(POSITIONS),
-    'model.ends': one_of(ENDS),
-    'model.fusion.name': one_of(fusion.FUSIONS),
+    'model.mixer': choice(MIXERS),
+    'model.positions': choice(POSITIONS),
+    'model.ends': choice(ENDS),
+    'model.fusion.name': choice(fusion.FUSIONS),
     'model.fusion.rank': integer(0),
     'model.fusion.hidden': integer(0),
 }

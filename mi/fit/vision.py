@@ -13,7 +13,7 @@ from jax.nn import initializers
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from mi.config import Rule, integer, number, one_of
+from mi.config import Rule, choice, integer, number
 from mi.contract import linear
 from mi.layers import Affine
 from mi.motifs.attention import ConvolutionalSelfAttention
@@ -71,9 +71,9 @@ LAYERS = ('attention', 'convolution')
 
 SCHEMA: dict[str, Rule] = {
     'model.depth': integer(1),
-    'model.layer': one_of(LAYERS),
+    'model.layer': choice(LAYERS),
     'model.heads': integer(1),
-    'model.centres': one_of(CENTRES),
+    'model.centres': choice(CENTRES),
     'model.alpha': number(0, exclusive=True),
     'model.kernel': integer(1),
 }

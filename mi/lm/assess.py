@@ -30,7 +30,7 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
     model = setup.for_evaluation(setup.build(config, *corpus.sizes), config)
     how, adaptation = setup.reading(config), dynamic.Adaptation(**config.dynamic)
     scores: dict[str, dict[str, Any]] = {}
-    with precision.from_config(config):
+    with precision.use_config(config):
         for split in SPLITS:
             of_seeds = evaluate(model, params, corpus, split, how, config.eval.final_tokens, mesh)
             if config.dynamic.tokens:

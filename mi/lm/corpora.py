@@ -23,7 +23,7 @@ from typing import IO, cast
 import numpy as np
 
 from mi import progress
-from mi.config import UserError, install, nearest
+from mi.config import UserError, suggest, suggest_install
 
 SPLITS = ('train', 'valid', 'test')
 PACKED = ('.bz2', '.gz', '.xz', '.zip')
@@ -269,7 +269,7 @@ def _local(path: pathlib.Path, splits: Collection[str], cache: pathlib.Path) -> 
     if not path.is_dir():
         raise UserError(
             f'config.data.source = {str(path)!r}: no such file or directory, and no known corpus; '
-            f'{nearest(str(path), CORPORA)}, {HUB}OWNER/NAME'
+            f'{suggest(str(path), CORPORA)}, {HUB}OWNER/NAME'
         )
     found = {}
     split_of: dict[pathlib.Path, str] = {}
@@ -373,7 +373,7 @@ def _hub(source: str, path: pathlib.Path, splits: Collection[str], cache: pathli
         except ImportError as error:
             raise UserError(
                 f'config.data.source = {source!r} needs the package datasets, which is not '
-                f'installed. Try {install("hub")}'
+                f'installed. Try {suggest_install("hub")}'
             ) from error
         try:
             rows = datasets.load_dataset('/'.join(words[:2]), *words[2:])

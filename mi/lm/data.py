@@ -24,7 +24,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mi import progress
-from mi.config import UserError, nearest
+from mi.config import UserError, suggest
 from mi.lm import corpora
 from mi.lm.corpora import SPLITS, Text, Texts
 
@@ -186,7 +186,7 @@ def load(
         raise ValueError(f'splits = (): expected some of {SPLITS}')
     for split in (*splits, *fit):
         if split not in SPLITS:
-            raise ValueError(f'{split!r} is no split; {nearest(split, SPLITS)}')
+            raise ValueError(f'{split!r} is no split; {suggest(split, SPLITS)}')
     if train_tokens and 'train' not in splits:
         raise ValueError(
             f'train_tokens = {train_tokens}, but splits = {tuple(splits)} has no train'

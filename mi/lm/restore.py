@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 
 from mi import checkpoint, optim, parallel
-from mi.config import UserError, difference
+from mi.config import UserError, describe_difference
 from mi.lm import data, setup, train
 from mi.run import config_to_evaluate, recorded_config
 
@@ -64,7 +64,7 @@ def restore(config: ml_collections.ConfigDict, workdir: str) -> Trained:
     newest, meta = saved.newest()
     if meta['data'] != corpus.sha256:
         before, now = ({'data': side.data.to_dict() | {'cache': ''}} for side in (recorded, config))
-        changed = difference(before, now)
+        changed = describe_difference(before, now)
         raise UserError(
             f'{path} was trained on other tokens than {config.data.source} has now'
             f'{f" ({changed})" if changed else ""}; restore the text, or name it by '

@@ -15,7 +15,7 @@ from mi.config import UserError
 from mi.lm import setup
 from mi.lm.model import LanguageModel
 from mi.lm.restore import restore
-from mi.rows import row_keys
+from mi.rows import make_row_keys
 from mi.run import write_json
 
 
@@ -40,7 +40,7 @@ def sample(config: ml_collections.ConfigDict, workdir: str) -> None:
     if len(prompt) == 0:
         raise UserError("config.sample.prompt = '': expected at least one token to start from")
     model = setup.for_sampling(setup.build(config, *corpus.sizes), config)
-    with progress.Work(f'writing {options.tokens:,} tokens'), precision.from_config(config):
+    with progress.Work(f'writing {options.tokens:,} tokens'), precision.use_config(config):
         tokens = generate_all(
             model,
             params,
@@ -147,7 +147,7 @@ def generate(
         (carry, logits), updated = model.apply(
             {'params': params, 'cache': cache}, carry, tokens, mutable=['cache']
         )
-        drawn = draw_rows(logits[-1], row_keys(key, texts), temperature, top_p)
+        drawn = draw_rows(logits[-1], make_row_keys(key, texts), temperature, top_p)
         return carry, updated.get('cache', {}), drawn
 
     keys = jax.random.split(key, count)

@@ -16,12 +16,12 @@ from mi.config import (
     UserError,
     boolean,
     check,
+    choice,
+    has_parameter,
     integer,
     mesh_shape,
     number,
-    one_of,
     seeds,
-    takes,
     text,
 )
 from mi.lm import data
@@ -61,38 +61,38 @@ def segment(value: Any) -> str:
 
 
 SCHEMA: dict[str, Rule] = {
-    'task': one_of(['lm']),
+    'task': choice(['lm']),
     'seeds': seeds,
     'tracker': tracking.known,
     'data.source': text,
     'data.path': text,
-    'data.level': one_of(data.LEVELS),
+    'data.level': choice(data.LEVELS),
     'data.vocabulary': integer(2),
     'data.train_tokens': integer(0),
     'data.cache': text,
-    'model.core': one_of(ChainMap(CORES, cells.CELLS)),
+    'model.core': choice(ChainMap(CORES, cells.CELLS)),
     'model.embed': integer(1),
     'model.hidden': integer(1),
     'model.layers': integer(1),
     'model.ffn': integer(1),
-    'model.impl': one_of(get_args(cells.Impl)),
+    'model.impl': choice(get_args(cells.Impl)),
     'model.rounds': integer(0),
     'model.rank': integer(0),
     'model.capped': boolean,
     'model.heads': integer(1),
     'model.kv_heads': integer(0),
-    'model.activation': one_of(ACTIVATIONS),
-    'model.positions': one_of(['rotary', 'relative']),
+    'model.activation': choice(ACTIVATIONS),
+    'model.positions': choice(['rotary', 'relative']),
     'model.memory': integer(0),
     'model.remat': boolean,
     'model.tied': boolean,
     'model.cutoffs': cutoffs,
     'model.divisor': integer(1),
-    'model.dtype': one_of(['float32', 'bfloat16']),
-    'model.site': one_of(SITES),
-    'model.source': one_of(SOURCES),
+    'model.dtype': choice(['float32', 'bfloat16']),
+    'model.site': choice(SITES),
+    'model.source': choice(SOURCES),
     'model.context': integer(1),
-    'model.fusion.name': one_of(fusion.FUSIONS),
+    'model.fusion.name': choice(fusion.FUSIONS),
     'model.fusion.rank': integer(1),
     'model.fusion.hidden': integer(1),
     **{f'dropout.{name}': RATE for name in Rates._fields if name != 'locked'},
@@ -100,8 +100,8 @@ SCHEMA: dict[str, Rule] = {
     'loss.label_smoothing': number(0, 0.99),
     'loss.z_loss': number(0),
     'loss.chunk': integer(0),
-    'match.by': one_of(['none', 'parameters', 'flops']),
-    'match.knob': one_of(['hidden', 'rank']),
+    'match.by': choice(['none', 'parameters', 'flops']),
+    'match.knob': choice(['hidden', 'rank']),
     'match.target': integer(0),
     'train.steps': integer(1, 2**31 - 1),
     'train.batch': integer(1),
@@ -109,7 +109,7 @@ SCHEMA: dict[str, Rule] = {
     'train.accumulate': integer(1),
     'train.fsdp': integer(1),
     'train.mesh': mesh_shape,
-    'train.matmul_precision': one_of(PRECISIONS),
+    'train.matmul_precision': choice(PRECISIONS),
     'train.log_every': integer(1),
     'train.eval_every': integer(1),
     'train.save_every': integer(1),
@@ -283,7 +283,9 @@ def build(config: ml_collections.ConfigDict, vocabulary: int, domains: int = 0) 
             'memory': model.memory,
             'remat': model.remat,
         }
-        core = functools.partial(module, **{k: v for k, v in options.items() if takes(module, k)})
+        core = functools.partial(
+            module, **{k: v for k, v in options.items() if has_parameter(module, k)}
+        )
     else:
         options = {'rounds': model.rounds, 'rank': model.rank or None, 'capped': model.capped}
         cell = cells.get(model.core, impl=model.impl, **options)
@@ -364,7 +366,7 @@ def matched(
     """
     if config.match.by == 'none':
         return config
-    if config.match.knob == 'rank' and 'rank' not in fusion.has_options(config.model.fusion.name):
+    if config.match.knob == 'rank' and 'rank' not in fusion.get_options(config.model.fusion.name):
         raise UserError(
             f"config.match.knob = 'rank': the fusion {config.model.fusion.name!r} has no rank; "
             f"use 'hidden'"

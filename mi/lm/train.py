@@ -28,7 +28,7 @@ from mi.lm import data, setup
 from mi.lm.evaluate import evaluate
 from mi.lm.loss import Losses
 from mi.lm.model import Carry, LanguageModel
-from mi.rows import mean_over_rows, part_of_batch, row_numbers
+from mi.rows import get_row_indices, mean_over_rows, select_rows
 
 
 @flax.struct.dataclass
@@ -132,12 +132,12 @@ def gradient(
 
         def add(total: Any, row: Any) -> tuple[Any, Carry]:
             carry, part, numbers = row
-            with part_of_batch(numbers):
+            with select_rows(numbers):
                 gradients, (nats, carry) = differentiate(params, carry, part)
             return jax.tree.map(lambda a, b: a + b / parts, total, (gradients, nats)), carry
 
         zeros = jax.tree.map(jnp.zeros_like, (params, jnp.zeros(())))
-        numbers = _parts(row_numbers(tokens.shape[1]), parts, 0)
+        numbers = _parts(get_row_indices(tokens.shape[1]), parts, 0)
         rows = _parts(carry, parts, 0), _parts(batch, parts, 1), numbers
         (gradients, nats), carries = jax.lax.scan(add, zeros, rows)
         carry = jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:]), carries)

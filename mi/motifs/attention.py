@@ -17,11 +17,11 @@ from jax.nn import initializers
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from mi.config import nearest
+from mi.config import suggest
 from mi.contract import accumulation_dtype, linear
 from mi.dropout import RowDropout
 from mi.layers import Affine, check_dense, input_init, interaction_init
-from mi.motifs.positions import in_reach, relative_shift, rotate, sinusoids
+from mi.motifs.positions import compute_sinusoids, is_visible, rotate, shift_relative
 
 Positions = Literal['none', 'rotary', 'relative']
 
@@ -32,7 +32,7 @@ def masked_softmax(scores: Array, mask: Array) -> Array:
     return jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, lowest)), 0)
 
 
-def tokens(x: Array, z: Array) -> tuple[Array, Array]:
+def align_tokens(x: Array, z: Array) -> tuple[Array, Array]:
     """x and z with the same number of axes, [..., T, n] and [..., S, m].
 
     Raises:
@@ -126,7 +126,7 @@ class Attention(nn.Module):
         Raises:
           ValueError: if sizes, shapes or words do not fit, or there is no cache or it is too short.
         """
-        x, z = tokens(x, x if z is None else z)
+        x, z = align_tokens(x, x if z is None else z)
         if decode and (z.shape[-2] != x.shape[-2] or not self.causal):
             raise ValueError(
                 f'decode=True is for causal self-attention; got causal={self.causal}, x {x.shape} '
@@ -153,7 +153,7 @@ class Attention(nn.Module):
         query = query.reshape(*x.shape[:-1], kv_heads, self.heads // kv_heads, d)
         scores = self._scores(query, key, last, n) * d**-0.5  # [..., kv_heads, group, T, S]
         distance = (last - jnp.arange(T)[::-1])[:, None] - jnp.arange(S)[None]
-        seen = in_reach(distance, self.causal, self.window)
+        seen = is_visible(distance, self.causal, self.window)
         seen = seen.reshape((1,) * (x.ndim - 2) + seen.shape)
         if mask is not None:
             seen &= _checked(mask, (*jnp.broadcast_shapes(x.shape[:-2], z.shape[:-2]), T, S))
@@ -177,7 +177,7 @@ class Attention(nn.Module):
             )
         d = self.head_features or features // heads
         if self.positions not in get_args(Positions):
-            known = nearest(self.positions, get_args(Positions))
+            known = suggest(self.positions, get_args(Positions))
             raise ValueError(f'unknown positions {self.positions!r}; {known}')
         if self.positions == 'rotary' and d % 2:
             raise ValueError(f'rotary positions turn pairs; got head_features {d}: make it even')
@@ -204,11 +204,11 @@ class Attention(nn.Module):
         R = self.param('R', input_init(), (n, kv_heads * d), self.param_dtype)
         # From the largest distance down to the least that a query sees.
         distances = last - jnp.arange(S if self.causal else T + S - 1)
-        r = sinusoids(distances, n, query.dtype).astype(query.dtype)
+        r = compute_sinusoids(distances, n, query.dtype).astype(query.dtype)
         r = linear(r, R.astype(query.dtype))
         r = r.reshape(len(distances), kv_heads, d)
         of_distances = _einsum('...tkgd,lkd->...kgtl', query + v, r)
-        return _einsum('...tkgd,...skd->...kgts', query + u, key) + relative_shift(of_distances, S)
+        return _einsum('...tkgd,...skd->...kgts', query + u, key) + shift_relative(of_distances, S)
 
     def _cache(self, key: Array, value: Array) -> dict[str, nn.Variable]:
         """The cache, checked against the keys that it has to take."""
@@ -327,7 +327,7 @@ class LatentCrossAttention(nn.Module):
         x = self.param(
             'latents', self.latents_init, (self.latents, self.features), self.param_dtype
         )
-        x, z = tokens(x, z)
+        x, z = align_tokens(x, z)
         x, z = nn.dtypes.promote_dtype(x, z, dtype=self.dtype)
         attention = Attention(
             self.heads,
@@ -354,7 +354,7 @@ class ConvolutionalSelfAttention(nn.Module):
     rows and one over the columns, and the weights of all pairs of positions are never formed.
 
     Where that offset leaves the grid, the head looks at the nearest position inside: with a large α
-    the module is a convolution that pads with the edge, see `from_convolution`.
+    the module is a convolution that pads with the edge, see `convert_convolution`.
 
     Attributes:
       heads: H; K² for a K × K convolution.
@@ -399,7 +399,7 @@ def _axis_weights(size: int, Delta: Array, alpha: Array) -> Array:
     return jax.nn.softmax(-alpha * (delta**2 - 2 * Delta * delta))
 
 
-def from_convolution(
+def convert_convolution(
     kernel: Array, b: Array | None = None, alpha: float | Array = 100.0
 ) -> dict[str, Array]:
     """Parameters with which `ConvolutionalSelfAttention` is this convolution (their Theorem 1).

@@ -16,8 +16,8 @@ from jax.nn import initializers
 from jax.typing import DTypeLike
 
 from mi.contract import accumulation_dtype, linear
-from mi.layers import Context, check_dense, context_init, streams
-from mi.motifs.gating import valid_positions
+from mi.layers import Context, align_streams, check_dense, context_init
+from mi.motifs.gating import expand_mask
 
 
 class LightweightConvolution(nn.Module):
@@ -68,7 +68,7 @@ class LightweightConvolution(nn.Module):
         kernel = jax.nn.softmax(W.astype(accumulation_dtype(x)))
         kernel = nn.Dropout(self.dropconnect, deterministic=deterministic)(kernel)
         kernel = kernel.reshape((1,) * (x.ndim - 1) + W.shape)
-        return convolve(jnp.where(valid_positions(x, mask), x, 0), kernel, self.causal)
+        return convolve(jnp.where(expand_mask(x, mask), x, 0), kernel, self.causal)
 
 
 class DynamicConvolution(nn.Module):
@@ -112,7 +112,7 @@ class DynamicConvolution(nn.Module):
           ValueError: if the shapes do not fit or the heads do not divide the channels.
         """
         _check(self.heads, self.width, x)
-        x, z = streams(x, x if z is None else z)
+        x, z = align_streams(x, x if z is None else z)
         if z.shape[-2] not in (1, x.shape[-2]):
             raise ValueError(
                 f'z {z.shape} has {z.shape[-2]} positions, x {x.shape} has {x.shape[-2]}; '
@@ -128,7 +128,7 @@ class DynamicConvolution(nn.Module):
         logits = linear(z, Q, out_dtype=accumulation_dtype(x))
         kernel = jax.nn.softmax(logits.reshape(*z.shape[:-1], self.heads, self.width))
         kernel = nn.Dropout(self.dropconnect, deterministic=deterministic)(kernel)
-        return convolve(jnp.where(valid_positions(x, mask), x, 0), kernel, self.causal)
+        return convolve(jnp.where(expand_mask(x, mask), x, 0), kernel, self.causal)
 
 
 class ConditionalConvolution(nn.Module):

@@ -17,7 +17,7 @@ from jax.nn import initializers
 from jax.typing import DTypeLike
 
 from mi.contract import accumulation_dtype, bilinear, linear
-from mi.layers import Context, check_dense, context_init, streams
+from mi.layers import Context, align_streams, check_dense, context_init
 
 
 class DenseMixture(nn.Module):
@@ -43,7 +43,7 @@ class DenseMixture(nn.Module):
     @nn.compact
     def __call__(self, x: Array, z: Array) -> Array:
         """x [..., n], z [..., m] → [..., k]; ValueError if the leading axes do not broadcast."""
-        x, z = streams(x, z)
+        x, z = align_streams(x, z)
         m, n, k = z.shape[-1], x.shape[-1], self.features
         G = self.param('G', context_init(self.context, 0.01), (m, self.experts), self.param_dtype)
         E = self.param('E', _apart(self.experts), (self.experts, n, k), self.param_dtype)
@@ -147,7 +147,7 @@ class RoutedMixture(nn.Module):
         capacity = None
         if self.capacity_factor is not None:
             capacity = math.ceil(self.capacity_factor * chosen.size / E)
-        slot, token, expert = blocks(chosen, E, capacity)
+        slot, token, expert = assign_blocks(chosen, E, capacity)
         if capacity is None:
             V, b, A, a = V[expert], b[expert], A[expert], a[expert]
         tokens = x.reshape(-1, n).at[token].get(mode='fill', fill_value=0)
@@ -157,7 +157,7 @@ class RoutedMixture(nn.Module):
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def blocks(chosen: Array, experts: int, capacity: int | None) -> tuple[Array, Array, Array]:
+def assign_blocks(chosen: Array, experts: int, capacity: int | None) -> tuple[Array, Array, Array]:
     """Lays out assignments of tokens to experts as B blocks of R rows, each of one expert.
 
     Args:

@@ -14,9 +14,9 @@ from jax.nn import initializers
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from mi.config import nearest
+from mi.config import suggest
 from mi.contract import accumulation_dtype, linear
-from mi.layers import Affine, Context, context_init, input_init, streams
+from mi.layers import Affine, Context, align_streams, context_init, input_init
 
 Activation = Literal['sigmoid', 'gelu', 'silu', 'relu', 'tanh', 'identity']
 
@@ -33,11 +33,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 def activation(word: str) -> Callable[[Array], Array]:
     """ACTIVATIONS[word]; ValueError on an unknown word, naming the nearest known one."""
     if word not in ACTIVATIONS:
-        raise ValueError(f'unknown activation {word!r}; {nearest(word, ACTIVATIONS)}')
+        raise ValueError(f'unknown activation {word!r}; {suggest(word, ACTIVATIONS)}')
     return ACTIVATIONS[word]
 
 
-def valid_positions(x: Array, mask: Array | None) -> Array:
+def expand_mask(x: Array, mask: Array | None) -> Array:
     """The mask over x [..., C] as bool [..., 1]; all true for None.
 
     Raises:
@@ -86,7 +86,7 @@ class GatedLinearUnit(nn.Module):
           ValueError: on an unknown activation, or if the leading axes do not broadcast.
         """
         act = activation(self.activation)
-        x, z = streams(x, x if z is None else z)
+        x, z = align_streams(x, x if z is None else z)
         m, n, k = z.shape[-1], x.shape[-1], self.features
         A = self.param('A', context_init(self.context), (m, k), self.param_dtype)
         B = self.param('B', self.B_init, (n, k), self.param_dtype)
@@ -176,7 +176,7 @@ class Highway(nn.Module):
           ValueError: on an unknown activation, or if the leading axes do not broadcast.
         """
         act = activation(self.activation)
-        x, z = streams(x, x if z is None else z)
+        x, z = align_streams(x, x if z is None else z)
         x, z = nn.dtypes.promote_dtype(x, z, dtype=self.dtype)
         affine = functools.partial(Affine, x.shape[-1], self.dtype, self.param_dtype)
         H = act(affine(name='H')(x))
@@ -232,7 +232,7 @@ class SqueezeExcitation(nn.Module):
             )
         W1 = self.param('W1', input_init(), (C, C // r), self.param_dtype)
         W2 = self.param('W2', initializers.he_normal(), (C // r, C), self.param_dtype)
-        pooled = _mean(x, tuple(sorted(axes)), valid_positions(x, mask))
+        pooled = _mean(x, tuple(sorted(axes)), expand_mask(x, mask))
         x, W1, W2 = nn.dtypes.promote_dtype(x, W1, W2, dtype=self.dtype)
         s = nn.sigmoid(linear(nn.relu(linear(pooled.astype(x.dtype), W1)), W2))
         return s * x

@@ -23,11 +23,11 @@ from mi.layers import (
     Affine,
     Context,
     MultiplicativeInteraction,
+    align_streams,
     check_dense,
     context_init,
     input_init,
     interaction_init,
-    streams,
 )
 
 Activation = Callable[[Array], Array]
@@ -53,7 +53,7 @@ class LinearHypernetwork(nn.Module):
     @nn.compact
     def __call__(self, x: Array, z: Array) -> Array:
         """x [..., n], z [..., m] → [..., k]; ValueError if the leading axes do not broadcast."""
-        x, z = streams(x, z)
+        x, z = align_streams(x, z)
         m, n, k = z.shape[-1], x.shape[-1], self.features
         W = self.param('W', interaction_init(self.context, 1 / 3), (m, n, k), self.param_dtype)
         U = self.param('U', context_init(self.context, 1 / 3), (m, k), self.param_dtype)
@@ -112,7 +112,7 @@ class MLPHypernetwork(nn.Module):
         Raises:
           ValueError: if the leading axes do not broadcast, or on a bad hidden, hyperfan or chunk.
         """
-        x, z = streams(x, z)
+        x, z = align_streams(x, z)
         n, k = x.shape[-1], self.features
         hidden = k if self.hidden is None else self.hidden
         pieces = _pieces(n * k, self.chunk)

@@ -14,8 +14,8 @@ from jax import Array
 from jax.nn import initializers
 from jax.typing import DTypeLike
 
-from mi.layers import Affine, streams
-from mi.motifs.gating import valid_positions
+from mi.layers import Affine, align_streams
+from mi.motifs.gating import expand_mask
 
 
 class FeatureWiseModulation(nn.Module):
@@ -34,7 +34,7 @@ class FeatureWiseModulation(nn.Module):
     @nn.compact
     def __call__(self, x: Array, z: Array) -> Array:
         """x [..., n], z [..., m] → [..., n]; ValueError if the leading axes do not broadcast."""
-        x, z = streams(x, z)
+        x, z = align_streams(x, z)
         x, z = nn.dtypes.promote_dtype(x, z, dtype=self.dtype)
         affine = functools.partial(
             Affine, x.shape[-1], self.dtype, self.param_dtype, V_init=initializers.zeros
@@ -121,7 +121,7 @@ class ConditionalBatchNorm(nn.Module):
             use_fast_variance=False,
             name='norm',
         )
-        valid = None if mask is None else valid_positions(x, mask)
+        valid = None if mask is None else expand_mask(x, mask)
         return FeatureWiseModulation(self.dtype, self.param_dtype, name='modulation')(
             norm(x, use_running_average, mask=valid), z
         )
@@ -158,7 +158,7 @@ class AdaLNZero(nn.Module):
         Raises:
           ValueError: if the leading axes do not broadcast, or F changes the shape.
         """
-        x, z = streams(x, z)
+        x, z = align_streams(x, z)
         x, z = nn.dtypes.promote_dtype(x, z, dtype=self.dtype)
         head = Affine(
             3 * x.shape[-1], self.dtype, self.param_dtype, V_init=initializers.zeros, name='head'

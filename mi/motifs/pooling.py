@@ -19,7 +19,7 @@ from jax.nn import initializers
 from jax.typing import DTypeLike
 
 from mi.contract import accumulation_dtype, linear
-from mi.layers import Context, check_context, context_init, input_init, streams
+from mi.layers import Context, align_streams, check_context, context_init, input_init
 
 _VARIANCE_OF_TANH = 0.394  # of tanh(g), g ~ N(0, 1)
 
@@ -218,7 +218,7 @@ def _sketch(a: Array, hash_: np.ndarray, sign: np.ndarray, k: int) -> Array:
 def _inputs(x: Array, z: Array, context: str) -> tuple[Array, Array]:
     """`streams`, with a check of the word that initialisers and scales depend on."""
     check_context(context)
-    return streams(x, z)
+    return align_streams(x, z)
 
 
 def _block_tucker(module: Any, x: Array, z: Array, blocks: int | None) -> Array:

@@ -12,7 +12,7 @@ from mi.contract import accumulation_dtype
 BASE = 10_000.0
 
 
-def in_reach(distance: Array, causal: bool, window: int | None) -> Array:
+def is_visible(distance: Array, causal: bool, window: int | None) -> Array:
     """Which distances t − s a query sees: 0 and more if causal, closer than `window`; bool."""
     seen = jnp.ones(distance.shape, bool)
     if causal:
@@ -22,7 +22,7 @@ def in_reach(distance: Array, causal: bool, window: int | None) -> Array:
     return seen
 
 
-def angles(positions: Array, features: int, dtype: DTypeLike = jnp.float32) -> Array:
+def compute_angles(positions: Array, features: int, dtype: DTypeLike = jnp.float32) -> Array:
     """positions [...] → [..., features / 2], position · BASE^(−2j / features), j from 0.
 
     Args:
@@ -49,7 +49,7 @@ def rotate(a: Array, positions: Array) -> Array:
     Returns:
       [..., T, heads, d] in the dtype of a.
     """
-    angle = angles(positions, a.shape[-1], a.dtype)[:, None]
+    angle = compute_angles(positions, a.shape[-1], a.dtype)[:, None]
     angle = angle.reshape((1,) * (a.ndim - 3) + angle.shape)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(a, 2, axis=-1)
@@ -57,13 +57,13 @@ def rotate(a: Array, positions: Array) -> Array:
     return turned.astype(a.dtype)
 
 
-def sinusoids(positions: Array, features: int, dtype: DTypeLike = jnp.float32) -> Array:
+def compute_sinusoids(positions: Array, features: int, dtype: DTypeLike = jnp.float32) -> Array:
     """positions [...] → [..., features]: all sines, then all cosines (Dai et al., 2019)."""
-    angle = angles(positions, features, dtype)
+    angle = compute_angles(positions, features, dtype)
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
-def relative_shift(scores: Array, keys: int) -> Array:
+def shift_relative(scores: Array, keys: int) -> Array:
     """Scores of each distance → scores of each key, without a copy per pair (Dai et al., 2019).
 
     Args:

@@ -8,7 +8,7 @@ import dataclasses
 import os
 import pathlib
 
-from mi.config import UserError, flat
+from mi.config import UserError, flatten
 from mi.report import arms, files, runs, statistics, tables, terminal
 from mi.report.arms import Row
 from mi.report.runs import Arm, Sweep
@@ -198,7 +198,7 @@ def _notes(before: Sweep, after: Sweep, found: list[Pair]) -> list[str]:
 
 
 def _changes(before: Arm, after: Arm) -> list[str]:
-    one, other = flat(before.config), flat(after.config)
+    one, other = flatten(before.config), flatten(after.config)
     return [
         f'{key} = {one.get(key)!r} → {other.get(key)!r}'
         for key in sorted(one.keys() | other.keys())

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mi.config import flat
+from mi.config import flatten
 from mi.report import plots, statistics, tables
 from mi.report.arms import Row
 from mi.report.runs import Arm, Sweep
@@ -288,7 +288,7 @@ def _capital(text: str) -> str:
 def _differences(sweep: Sweep) -> str:
     """The config keys in which any arm differs from the baseline, or from the first arm."""
     baseline = next((a for a in sweep.arms if a.label == sweep.baseline), sweep.arms[0])
-    reference = flat(baseline.config)
+    reference = flatten(baseline.config)
     values = {arm.label: _settings(arm, reference) for arm in sweep.arms}
     keys = [
         key
@@ -315,7 +315,7 @@ def _differences(sweep: Sweep) -> str:
 
 def _settings(arm: Arm, reference: Mapping[str, Any]) -> dict[str, Any]:
     """Its config; where it has none yet, the reference's with its overrides."""
-    return flat(arm.config) or {**reference, **arm.overrides}
+    return flatten(arm.config) or {**reference, **arm.overrides}
 
 
 def _word(values: Mapping[str, Any], key: str) -> str:

@@ -21,7 +21,7 @@ from jax import Array
 from mi.rl.envs import auto_reset
 from mi.rl.envs.spec import JaxEnvironment, Step
 from mi.rl.networks import Agent, Carry, Inputs, forward
-from mi.rows import row_keys, row_numbers
+from mi.rows import get_row_indices, make_row_keys
 
 
 class Trajectory(NamedTuple):
@@ -88,9 +88,9 @@ class Counts(NamedTuple):
 def start(environment: JaxEnvironment, agent: Agent, batch: int, key: Array) -> State:
     """B new episodes, their tasks dealt out evenly: row i of the whole batch has task i % tasks."""
     action_key, env_key = jax.random.split(key)
-    tasks = row_numbers(batch) % len(environment.spec.tasks)
+    tasks = get_row_indices(batch) % len(environment.spec.tasks)
     reset = functools.partial(auto_reset.reset, environment)
-    environments, step = jax.vmap(reset)(row_keys(env_key, batch), tasks)
+    environments, step = jax.vmap(reset)(make_row_keys(env_key, batch), tasks)
     inputs = _inputs(step, jnp.zeros(batch, jnp.int32))
     carry = agent.initial_carry(batch)
     return State(environments, inputs, carry, action_key, jnp.zeros(batch, jnp.float32))
@@ -142,7 +142,7 @@ def act(
     if greedy:
         action = logits.argmax(-1)
     else:
-        action = jax.vmap(jax.random.categorical)(row_keys(key, len(logits)), logits)
+        action = jax.vmap(jax.random.categorical)(make_row_keys(key, len(logits)), logits)
     action = action.astype(jnp.int32)
     return carry, action, log_probability(logits, action)
 

@@ -40,7 +40,7 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
     if config.eval.held_out:
         keys['held_out'] = 'eval.held_out'
     for split, key in keys.items():
-        with precision.from_config(config), Evaluation(config, key) as evaluation:
+        with precision.use_config(config), Evaluation(config, key) as evaluation:
             if split == 'eval':
                 agent = setup.agent(config, evaluation.spec)
                 params, step = _restored(config, agent, path)
@@ -63,7 +63,7 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
     )
     try:
         action_key = jax.random.key(config.seeds[0])
-        with precision.from_config(config):
+        with precision.use_config(config):
             frames = video.episodes(pool, agent, first, action_key, greedy=True)
     finally:
         pool.close()

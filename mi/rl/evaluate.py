@@ -20,7 +20,7 @@ from mi.rl.networks import Agent, Inputs
 from mi.rl.play import Limits, StoppedError, Watched, never, play
 from mi.rl.records import Record
 from mi.rl.worker import Policy
-from mi.rows import row_numbers
+from mi.rows import get_row_indices
 
 
 class Played(NamedTuple):
@@ -103,7 +103,7 @@ def episodes_program(
 
     def one_seed(params: Any, key: Array) -> tuple[Array, Array, Array]:
         random_key = jax.random.fold_in(jax.random.key(key[0]), key[1])
-        plays = row_numbers(device_rows) < rows
+        plays = get_row_indices(device_rows) < rows
         return _play_rows(environment, agent, params, random_key, plays, greedy)
 
     by_seed, by_rows = parallel.by_seed(mesh).spec, parallel.by_rows(mesh, 1, True).spec

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mi.config import nearest
+from mi.config import suggest
 from mi.rl import popart
 from mi.rl.vtrace import vtrace
 
@@ -29,7 +29,7 @@ def clip_reward(reward: Array, kind: str) -> Array:
       ValueError: on another word.
     """
     if kind not in CLIPS:
-        raise ValueError(f'unknown reward clip {kind!r}; {nearest(kind, CLIPS)}')
+        raise ValueError(f'unknown reward clip {kind!r}; {suggest(kind, CLIPS)}')
     return CLIPS[kind](reward)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from mi.config import UserError, install
+from mi.config import UserError, suggest_install
 from mi.rl.actor import Episodes, Trajectory
 from mi.rl.worker import Worker
 
@@ -122,7 +122,8 @@ def start() -> Any:
         import ray
     except ImportError as error:
         raise UserError(
-            f"config.train.topology = 'ray' needs Ray, which is not installed. Try {install('ray')}"
+            f"config.train.topology = 'ray' needs Ray, which is not installed. "
+            f'Try {suggest_install("ray")}'
         ) from error
     if not ray.is_initialized():
         with warnings.catch_warnings(), _signal_handlers():

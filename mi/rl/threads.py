@@ -73,7 +73,7 @@ class Actors:
         self._queue: queue.Queue[Item | None] = queue.Queue(capacity)
         self._error: BaseException | None = None
         self._share, self._timeout = share, timeout
-        self._precision = precision.current()  # of this thread
+        self._precision = precision.get_current()  # of this thread
         self._over = threading.Event()
         self.publish(params, version)
         self._threads = [  # daemons: one whose environment hangs must not keep the process

@@ -11,11 +11,11 @@ from mi.motifs.attention import (
     ConvolutionalSelfAttention,
     GatedCrossAttention,
     LatentCrossAttention,
+    align_tokens,
     masked_softmax,
-    tokens,
 )
-from mi.motifs.positions import in_reach, rotate, sinusoids
-from mi.unify.composition import Composition, Product, as_mi, inner
+from mi.motifs.positions import compute_sinusoids, is_visible, rotate
+from mi.unify.composition import Composition, Product, as_mi, make_inner
 
 KEY_IS = 'the token that is asked, as the key'
 QUERY_IS = 'the token that asks, as the query'
@@ -76,7 +76,7 @@ def gated_cross_attention(
         z=jnp.tanh(p['a'])[None],
         W=jnp.eye(x.shape[-1])[None],
     )
-    x, _ = tokens(x, z)
+    x, _ = align_tokens(x, z)
     return Composition(
         (*inside.products, gate), x + gate(), f'{SOFTMAX}, and the sum with the input'
     )
@@ -93,7 +93,7 @@ def latent_cross_attention(
 ) -> Composition:
     """The attention's products, with the latents for query tokens."""
     p = variables['params']
-    x, z = tokens(p['latents'], z)
+    x, z = align_tokens(p['latents'], z)
     inside = _inside(module, p, x, z, mask, deterministic)
     return Composition(
         inside.products, x + inside.output, f'{SOFTMAX}, and the sum with the latents'
@@ -118,7 +118,7 @@ def convolutional_self_attention(
         z_is='v of each head, its sharpness and centre',
         x=jnp.concatenate([(delta**2).sum(-1, keepdims=True), delta], axis=-1),
         z=v[:, None, None],
-        W=inner(3),
+        W=make_inner(3),
     )
     weights = jax.nn.softmax(scores()[..., 0])  # [H, query, key]
     values = jnp.einsum('...sn,hnk->...hks', x.reshape(*leading, rows * columns, n), p['V'])
@@ -134,7 +134,7 @@ def _attention(
     module: Attention, p: Any, x: Array, z: Array, mask: Array | None
 ) -> tuple[tuple[Product, ...], Array]:
     """Products and output of attention with these parameters; d is read from them."""
-    x, z = tokens(x, z)
+    x, z = align_tokens(x, z)
     heads, T, S = module.heads, x.shape[-2], z.shape[-2]
     kv_heads = module.kv_heads or heads
     d = p['query']['b'].shape[0] // heads
@@ -162,7 +162,7 @@ def _attention(
                 z_is='the query of that head, turned by its position',
                 x=jnp.moveaxis(key, -2, -3)[..., None, :, :],
                 z=jnp.moveaxis(query, -2, -3)[..., :, None, :],
-                W=inner(d) / d**0.5,
+                W=make_inner(d) / d**0.5,
             )
         ]
         scores = met[0]()[..., 0]
@@ -172,14 +172,14 @@ def _attention(
             _meeting('scores', KEY_IS, QUERY_IS, key_tokens, query_tokens, A_k, c_k, A_q, c_q + u)
         ]
         if module.positions == 'relative':
-            r_is, r = 'the sinusoids of the distance', sinusoids(distance, x.shape[-1])
+            r_is, r = 'the sinusoids of the distance', compute_sinusoids(distance, x.shape[-1])
             R, none = of_head(p['R'], group), jnp.zeros((heads, d))
             met.append(
                 _meeting('position scores', r_is, QUERY_IS, r, query_tokens, R, none, A_q, c_q + v)
             )
         scores = jnp.moveaxis(sum(product() for product in met), -1, -3)
 
-    seen = in_reach(distance, module.causal, module.window)
+    seen = is_visible(distance, module.causal, module.window)
     seen = seen.reshape((1,) * (scores.ndim - 2) + seen.shape)
     if mask is not None:
         seen = seen & mask[..., None, :, :]
@@ -239,7 +239,7 @@ def _mix(weights: Array, values: Array) -> Product:
         z_is='the weights of all positions, the softmax of the scores',
         x=values[..., None, :, :],
         z=weights[..., None, :],
-        W=inner(weights.shape[-1]),
+        W=make_inner(weights.shape[-1]),
     )
 
 

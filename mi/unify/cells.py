@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mi.cells import LSTM, MILSTM, Carry, HyperCarry, HyperLSTM, MogrifierLSTM, MultiplicativeLSTM
-from mi.unify.composition import Composition, Product, as_mi, pointwise
+from mi.unify.composition import Composition, Product, as_mi, make_pointwise
 
 _GATES = 'sigmoid of the gates, tanh of the candidate and of c; sums'
 
@@ -90,7 +90,7 @@ def mogrifier(
             z_is=f'a gate, 2σ of an affine map of {"the state h" if i % 2 else "the input"}',
             x=gated,
             z=2 * jax.nn.sigmoid(by @ matrix + p[f'{letter.lower()}_{i}'][None]),
-            W=pointwise(gated.shape[-1]),
+            W=make_pointwise(gated.shape[-1]),
         )
         products.append(product)
         x_t, h = (product(), h) if i % 2 else (x_t, product())
@@ -164,7 +164,7 @@ def _gated(
     i, f, o = (jax.nn.sigmoid(a[:, k * H : (k + 1) * H]) for k in range(3))
 
     def product(what: str, x_is: str, z_is: str, x: Array, z: Array) -> Product:
-        return Product(name=name + what, x_is=x_is, z_is=z_is, x=x, z=z, W=pointwise(H))
+        return Product(name=name + what, x_is=x_is, z_is=z_is, x=x, z=z, W=make_pointwise(H))
 
     new = product(
         'input gate',

@@ -18,8 +18,8 @@ from flax import linen as nn
 from jax import Array
 
 from mi.contract import accumulation_dtype
-from mi.layers import one_hot, streams
-from mi.precision import at_highest
+from mi.layers import align_streams, one_hot
+from mi.precision import use_highest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Product:
     def __call__(self) -> Array:
         """f(x, z) by the equation as it is written: [..., k]."""
         highest = jax.lax.Precision.HIGHEST
-        x, z = streams(self.x, self.z)
+        x, z = align_streams(self.x, self.z)
         y = jnp.einsum('...m,mnk,...n->...k', z, self.W, x, precision=highest)
         if self.U is not None:
             y = y + jnp.matmul(z, self.U, precision=highest)
@@ -94,7 +94,7 @@ class Composition:
         yield zeros((k,)) if product.b is None else product.b
 
 
-@at_highest
+@use_highest
 @functools.singledispatch
 def as_mi(module: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> Composition:
     """module.apply(variables, *args, **kwargs), written with the one equation.
@@ -243,7 +243,7 @@ def _off(product: Product, expected: Array) -> Array:
 
     The size of a row is that of its largest term, so that terms that cancel leave their rounding.
     """
-    x, z = streams(product.x, product.z)
+    x, z = align_streams(product.x, product.z)
     zeros = jnp.zeros_like(x), jnp.zeros_like(z)
     both, of_x, of_z, alone = (
         dataclasses.replace(product, x=a, z=c)()
@@ -255,16 +255,16 @@ def _off(product: Product, expected: Array) -> Array:
     return jnp.where(size == 0, 0, difference / jnp.where(size == 0, 1, size)).max(initial=0)
 
 
-def diagonal(a: Array) -> Array:
+def make_diagonal(a: Array) -> Array:
     """[m, n] → W [m, n, n] with W[i, j, j] = a[i, j]: zᵀWx = (zᵀa) ⊙ x."""
     return a[:, :, None] * jnp.eye(a.shape[1])[None]
 
 
-def pointwise(n: int) -> Array:
+def make_pointwise(n: int) -> Array:
     """W [n, n, n] of z ⊙ x."""
-    return diagonal(jnp.eye(n))
+    return make_diagonal(jnp.eye(n))
 
 
-def inner(n: int) -> Array:
+def make_inner(n: int) -> Array:
     """W [n, n, 1] of z · x."""
     return jnp.eye(n)[:, :, None]

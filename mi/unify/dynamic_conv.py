@@ -7,13 +7,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from mi.layers import streams
+from mi.layers import align_streams
 from mi.motifs.dynamic_conv import (
     ConditionalConvolution,
     DynamicConvolution,
     LightweightConvolution,
 )
-from mi.unify.composition import Composition, Product, as_mi, inner
+from mi.unify.composition import Composition, Product, as_mi, make_inner
 
 
 @as_mi.register
@@ -42,7 +42,7 @@ def dynamic_convolution(
     """window · kernel, the kernel a function of the context; without DropConnect."""
     z_is = 'the kernel of the position, a softmax of a linear map of '
     z_is += 'the input there' if z is None else 'the context there'
-    x, z = streams(x, x if z is None else z)
+    x, z = align_streams(x, x if z is None else z)
     logits = z @ variables['params']['Q']
     kernel = jax.nn.softmax(logits.reshape(*z.shape[:-1], module.heads, module.width))
     return _windows_times_kernel(module, x, kernel, mask, z_is)
@@ -97,7 +97,7 @@ def _windows_times_kernel(
         z_is=z_is,
         x=window,
         z=kernel[..., None, :],
-        W=inner(K),
+        W=make_inner(K),
     )
     y = product()
     return Composition((product,), y.reshape(*y.shape[:-3], C), 'the softmax of the kernel')

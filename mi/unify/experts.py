@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mi.layers import streams
+from mi.layers import align_streams
 from mi.motifs.experts import DenseMixture, RoutedMixture
 from mi.unify.composition import Composition, Product, as_mi
 
@@ -16,7 +16,7 @@ from mi.unify.composition import Composition, Product, as_mi
 def dense_mixture(module: DenseMixture, variables: Any, x: Array, z: Array) -> Composition:
     """gᵀEx + gᵀe."""
     p = variables['params']
-    x, z = streams(x, z)
+    x, z = align_streams(x, z)
     product = Product(
         name='mixture',
         x_is='the input',

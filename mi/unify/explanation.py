@@ -8,11 +8,11 @@ import numpy as np
 from flax import linen as nn
 
 from mi import cost
-from mi.precision import at_highest
+from mi.precision import use_highest
 from mi.unify.composition import Product, as_mi
 
 
-@at_highest
+@use_highest
 def explain(module: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> str:
     """The products of a module and its costs, as text.
 
@@ -48,7 +48,7 @@ def explain(module: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> str
     return '\n'.join(lines)
 
 
-def form(W: np.ndarray) -> str:
+def describe_form(W: np.ndarray) -> str:
     """The form of W [m, n, k], from where it is not zero and from its ranks."""
     W = np.asarray(W)
     m, n, k = W.shape
@@ -81,7 +81,7 @@ def _product(product: Product) -> list[str]:
     return [
         f'x       {product.x_is} {list(product.x.shape)}',
         f'z       {product.z_is} {list(product.z.shape)}',
-        f'W       [{m}, {n}, {k}], {form(W)}; beside it {", ".join(terms) or "nothing"}',
+        f'W       [{m}, {n}, {k}], {describe_form(W)}; beside it {", ".join(terms) or "nothing"}',
         f'ranks   {ranks} (unfolded along z, x, y)',
     ]
 

@@ -7,16 +7,16 @@ from flax import linen as nn
 from jax import Array
 
 from mi.fusion import ConcatMLP, FeatureAttention, Gate, SameWidth
-from mi.layers import MultiHead, one_hot, streams
+from mi.layers import MultiHead, align_streams, one_hot
 from mi.motifs.normalization import ConditionalLayerNorm
-from mi.unify.composition import Composition, Product, affine_in_both, as_mi, pointwise
+from mi.unify.composition import Composition, Product, affine_in_both, as_mi, make_pointwise
 
 
 @as_mi.register
 def gate(module: Gate, variables: Any, x: Array, z: Array) -> Composition:
     """The product of an affine map of x with the open gate."""
     p = variables['params']
-    x, z = streams(x, z)
+    x, z = align_streams(x, z)
     opening = 2 * nn.sigmoid(_affine(p['gate'], z))
     V, b = p['x']['V'], p['x']['b']
     product = Product(
@@ -84,7 +84,7 @@ def feature_attention(module: FeatureAttention, variables: Any, x: Array, z: Arr
         z_is='k times the softmax of the scores',
         x=_affine(p['value'], x),
         z=module.features * nn.softmax(scores()),
-        W=pointwise(module.features),
+        W=make_pointwise(module.features),
     )
     return Composition((scores, attended), attended(), around='softmax of the scores')
 

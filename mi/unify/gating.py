@@ -6,16 +6,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from mi.layers import streams
+from mi.layers import align_streams
 from mi.motifs.gating import (
     ACTIVATIONS,
     GatedFeedForward,
     GatedLinearUnit,
     Highway,
     SqueezeExcitation,
-    valid_positions,
+    expand_mask,
 )
-from mi.unify.composition import Composition, Product, as_mi, pointwise
+from mi.unify.composition import Composition, Product, as_mi, make_pointwise
 
 
 @as_mi.register
@@ -58,13 +58,13 @@ def gated_feed_forward(
 def highway(module: Highway, variables: Any, x: Array, z: Array | None = None) -> Composition:
     """T ⊙ H, and (1 − T) ⊙ x with W = −1 on the diagonal and V = 1."""
     p = variables['params']
-    x, z = streams(x, x if z is None else z)
+    x, z = align_streams(x, x if z is None else z)
     n = x.shape[-1]
     H = ACTIVATIONS[module.activation](_affine(x, p['H']['V'], p['H']['b']))
     T = nn.sigmoid(_affine(z, p['T']['V'], p['T']['b']))
     is_T = 'the gate T, a sigmoid of an affine map of the context'
-    transform = Product('transform', 'H, of the input', is_T, H, T, pointwise(n))
-    carry = Product('carry', 'the input', is_T, x, T, -pointwise(n), V=jnp.eye(n))
+    transform = Product('transform', 'H, of the input', is_T, H, T, make_pointwise(n))
+    carry = Product('carry', 'the input', is_T, x, T, -make_pointwise(n), V=jnp.eye(n))
     around = f'the sigmoid of T, the {module.activation} of H, and a sum'
     return Composition((transform, carry), transform() + carry(), around)
 
@@ -75,7 +75,7 @@ def squeeze_excitation(
 ) -> Composition:
     """s ⊙ x, with s made of x."""
     p = variables['params']
-    valid = valid_positions(x, mask)
+    valid = expand_mask(x, mask)
     count = valid.sum(module.axes, keepdims=True).clip(1)
     pooled = jnp.where(valid, x, 0).sum(module.axes, keepdims=True) / count
     s = nn.sigmoid(nn.relu(pooled @ p['W1']) @ p['W2'])
@@ -85,7 +85,7 @@ def squeeze_excitation(
         z_is='the gate s, a sigmoid of a small network of its mean over space',
         x=x,
         z=s,
-        W=pointwise(x.shape[-1]),
+        W=make_pointwise(x.shape[-1]),
     )
     return Composition((product,), product(), 'the mean over space and the network that makes s')
 
@@ -94,7 +94,7 @@ def _glu(p: Any, activation: str, x: Array, z: Array | None) -> Product:
     A, B = p['A'], p['B']
     k = A.shape[1]
     a, b = p.get('a', jnp.zeros(k)), p.get('b', jnp.zeros(k))
-    x, z = streams(x, x if z is None else z)
+    x, z = align_streams(x, x if z is None else z)
     z_is = 'the context'
     if activation != 'identity':
         z, A, a = ACTIVATIONS[activation](_affine(z, A, a)), jnp.eye(k), jnp.zeros(k)

@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
-from mi.layers import Affine, streams
+from mi.layers import Affine, align_streams
 from mi.motifs.hypernetwork import Hypernetwork, LinearHypernetwork, MLPHypernetwork
 from mi.unify.composition import Composition, Product, as_mi
 
@@ -38,7 +38,7 @@ def linear_hypernetwork(
 def mlp_hypernetwork(module: MLPHypernetwork, variables: Any, x: Array, z: Array) -> Composition:
     """The head's parameters; with chunks, z is all of the h side by side and W a band matrix."""
     p = variables['params']
-    x, z = streams(x, z)
+    x, z = align_streams(x, z)
     h = _hidden(p['hidden'], module.activation, z)
     if module.chunk is None:
         head = p['head']

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from mi.layers import streams
-from mi.motifs.gating import valid_positions
+from mi.layers import align_streams
+from mi.motifs.gating import expand_mask
 from mi.motifs.normalization import (
     AdaLNZero,
     ConditionalBatchNorm,
     ConditionalLayerNorm,
     FeatureWiseModulation,
 )
-from mi.unify.composition import Composition, Product, as_mi, diagonal
+from mi.unify.composition import Composition, Product, as_mi, make_diagonal
 
 
 @as_mi.register
@@ -59,7 +59,7 @@ def conditional_batch_norm(
         mean, variance = running['mean'].reshape(row), running['var'].reshape(row)
     else:
         axes = tuple(range(x.ndim - 1))
-        valid = valid_positions(x, mask)
+        valid = expand_mask(x, mask)
         mean = jnp.mean(x, axes, keepdims=True, where=valid)
         variance = jnp.var(x, axes, keepdims=True, where=valid)
     product = _modulation(
@@ -79,7 +79,7 @@ def ada_ln_zero(
     head = variables['params']['head']
     B, S, G = jnp.split(head['V'], 3, axis=-1)
     b, s, g = jnp.split(head['b'], 3)
-    x, z = streams(x, z)
+    x, z = align_streams(x, z)
     z = nn.silu(z)
     z_is = 'silu of the context'
     modulation = Product(
@@ -88,7 +88,7 @@ def ada_ln_zero(
         z_is=z_is,
         x=_normalised(x, module.epsilon),
         z=z,
-        W=diagonal(S),
+        W=make_diagonal(S),
         U=B,
         V=jnp.diag(1 + s),
         b=b,
@@ -99,7 +99,7 @@ def ada_ln_zero(
             F.apply, {name: tree['F'] for name, tree in variables.items() if 'F' in tree}
         )
     y = F(modulation(), *args, **kwargs)
-    gate = Product('gate', 'the output of F', z_is, y, z, diagonal(G), V=jnp.diag(g))
+    gate = Product('gate', 'the output of F', z_is, y, z, make_diagonal(G), V=jnp.diag(g))
     around = 'the normalisation of x, F between the products, and x added after them'
     return Composition((modulation, gate), x + gate(), around)
 
@@ -112,7 +112,7 @@ def _modulation(p: Any, x_is: str, x: Array, z: Array) -> Product:
         z_is='the context',
         x=x,
         z=z,
-        W=diagonal(gamma['V']),
+        W=make_diagonal(gamma['V']),
         U=beta['V'],
         V=jnp.diag(1 + gamma['b']),
         b=beta['b'],

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mi.layers import streams
+from mi.layers import align_streams
 from mi.motifs.pooling import BLOCK, MFB, MLB, MUTAN, CompactBilinear
 from mi.unify.composition import Composition, Product, as_mi
 
@@ -15,7 +15,7 @@ from mi.unify.composition import Composition, Product, as_mi
 def mlb(module: MLB, variables: Any, x: Array, z: Array) -> Composition:
     """W[i, i, k] = O[i, k] between the two tanh."""
     p = variables['params']
-    x, z = streams(x, z)
+    x, z = align_streams(x, z)
     product = Product(
         name='low-rank pooling',
         x_is='tanh of a linear map of the input',

@@ -16,7 +16,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from mi.config import UserError, install
+from mi.config import UserError, suggest_install
 from mi.lm import corpora, data
 from tests.conftest import ROOT
 
@@ -254,7 +254,7 @@ def test_domains_that_cannot_be(tmp_path, cache):
 
 def test_the_hub_needs_its_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'datasets', None)
-    with pytest.raises(UserError, match=re.escape(f'Try {install("hub")}')):
+    with pytest.raises(UserError, match=re.escape(f'Try {suggest_install("hub")}')):
         read(WIKITEXT_2, cache=tmp_path)
     with pytest.raises(UserError, match='expected hub:OWNER/NAME or hub:OWNER/NAME/CONFIG'):
         read('hub:wikitext', cache=tmp_path)

@@ -12,7 +12,7 @@ from mi.motifs.attention import (
     ConvolutionalSelfAttention,
     GatedCrossAttention,
     LatentCrossAttention,
-    from_convolution,
+    convert_convolution,
 )
 from mi.unify import as_mi
 from tests.motifs.checks import is_its_composition
@@ -412,7 +412,7 @@ def test_with_narrow_heads_it_is_a_convolution_that_pads_with_the_edge(size):
     options = {'window_strides': (1, 1), 'dimension_numbers': ('NHWC', 'HWIO', 'NHWC')}
     expected = convolve(padded, kernel, padding='VALID', **options) + b.reshape(1, 1, 1, 2)
     module = ConvolutionalSelfAttention(math.prod(size), 2)
-    y = run(module, {'params': from_convolution(kernel, b)}, GRID)
+    y = run(module, {'params': convert_convolution(kernel, b)}, GRID)
     close(y, expected)
 
     zeros = convolve(GRID, kernel, padding='SAME', **options) + b.reshape(1, 1, 1, 2)
@@ -423,7 +423,7 @@ def test_with_narrow_heads_it_is_a_convolution_that_pads_with_the_edge(size):
 def test_the_parameters_of_a_convolution_are_those_the_module_has():
     module = ConvolutionalSelfAttention(9, 2)
     theirs = jax.eval_shape(module.init, KEY, GRID)['params']
-    ours = from_convolution(random(11, 3, 3, 3, 2))
+    ours = convert_convolution(random(11, 3, 3, 3, 2))
     assert jax.tree.map(lambda p: (p.shape, p.dtype), ours) == jax.tree.map(
         lambda p: (p.shape, p.dtype), theirs
     )
@@ -552,4 +552,4 @@ def test_a_grid_or_kernel_with_missing_axes_is_refused():
     with pytest.raises(ValueError, match=r'x must be \[..., rows, columns, n\]'):
         ConvolutionalSelfAttention(4, 2).init(KEY, X[0])
     with pytest.raises(ValueError, match=r'kernel must be \[K_1, K_2, n, k\]'):
-        from_convolution(X)
+        convert_convolution(X)

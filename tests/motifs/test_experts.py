@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from mi.motifs.experts import DenseMixture, RoutedMixture, blocks
+from mi.motifs.experts import DenseMixture, RoutedMixture, assign_blocks
 from tests.motifs.checks import is_its_composition
 
 
@@ -211,7 +211,7 @@ def test_every_assignment_has_a_row_of_its_own_in_a_block_of_its_expert(N, S, ex
     others = [rng.permuted(all_of_them, axis=1)[:, :S] for _ in range(4)]
     for chosen in [same, *others]:
         chosen = np.where(rng.random((N, 1)) < 0.1, experts, chosen)  # some tokens are masked
-        slot, token, owner = map(np.asarray, blocks(jnp.asarray(chosen), experts, capacity))
+        slot, token, owner = map(np.asarray, assign_blocks(jnp.asarray(chosen), experts, capacity))
         number, rows = token.shape
         assert number < 2 * experts
         taken = np.zeros(experts, int)

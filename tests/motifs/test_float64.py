@@ -95,7 +95,7 @@ def test_positions_of_float64_are_float64():
         angle = jnp.float64(1000)
         expected = jnp.array([jnp.cos(angle) - jnp.sin(angle), jnp.sin(angle) + jnp.cos(angle)])
         assert float(jnp.abs(turned - expected).max()) < 1e-10
-        waves = attention.sinusoids(jnp.array([12345]), 4, jnp.float64)[0]
+        waves = attention.compute_sinusoids(jnp.array([12345]), 4, jnp.float64)[0]
         angles = jnp.array([12345.0, 123.45])
         expected = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)])
         assert float(jnp.abs(waves - expected).max()) < 1e-10

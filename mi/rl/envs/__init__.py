@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from mi.config import UserError, nearest
+from mi.config import UserError, suggest
 from mi.rl.envs import catch, dmlab30, gym, pools, xland
 from mi.rl.envs.batched import Batched
 from mi.rl.envs.check import check_environment, check_spec
@@ -149,7 +149,7 @@ def evaluation_rows(name: str, batch: int, episodes: int, key: str = 'env.name')
 def _word(name: str, key: str) -> str:
     word = name.partition('/')[0]
     if word not in JAX and word not in HOST:
-        known = nearest(word, (*JAX, *HOST))
+        known = suggest(word, (*JAX, *HOST))
         raise UserError(f'config.{key} = {name!r} is unknown; {known}')
     return word
 
@@ -181,7 +181,7 @@ def _check_options(maker: Callable[..., Any], name: str, options: Mapping[str, A
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for option, value in options.items():
         if option not in known and not takes_any:
-            hint = nearest(option, known) if known else 'it has no options'
+            hint = suggest(option, known) if known else 'it has no options'
             raise UserError(f'config.env.options.{option} is unknown to {name!r}; {hint}')
         default = known.get(option)
         kinds = (int, float) if isinstance(default, float) else (type(default),)

@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mi.config import UserError, nearest
+from mi.config import UserError, suggest
 from mi.rl.envs.spec import Spec, Step
 from mi.rl.envs.text import hashed
 
@@ -297,12 +297,12 @@ def suite_spec(suite: str, *, actions: str = 'impala', length: int = 16) -> Spec
     """
     if actions not in ACTIONS:
         raise UserError(
-            f'config.env.options.actions = {actions!r} is unknown; {nearest(actions, ACTIONS)}'
+            f'config.env.options.actions = {actions!r} is unknown; {suggest(actions, ACTIONS)}'
         )
     tasks = LEVELS if suite in ('', 'train', 'test') else tuple(suite.split(','))
     for task in tasks:
         if task not in SCORES:
-            hint = nearest(task, (*LEVELS, 'train', 'test'))
+            hint = suggest(task, (*LEVELS, 'train', 'test'))
             raise UserError(f'dmlab30/{task} is unknown; {hint}')
     return spec_of(tasks, actions, length)
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mi.config import UserError, install, nearest, one_line
+from mi.config import UserError, format_error, suggest, suggest_install
 from mi.rl.envs import spaces
 from mi.rl.envs.spec import Spec, Step
 
@@ -157,18 +157,18 @@ def _first(gymnasium: Any, suite: str, arguments: Mapping[str, Any]) -> Any:
     except (gymnasium.error.NameNotFound, gymnasium.error.NamespaceNotFound) as error:
         known = [name for name in gymnasium.registry if '/' not in name]
         raise UserError(
-            f"gymnasium/{suite} is unknown; {nearest(suite, known)}. An id of one's own has its "
+            f"gymnasium/{suite} is unknown; {suggest(suite, known)}. An id of one's own has its "
             f"module in front, as 'my_module:MyEnv-v0'"
         ) from error
     except ModuleNotFoundError as error:
         raise UserError(
-            f'gymnasium/{suite}: {one_line(error).rstrip(".")}; install it, or put its directory '
-            f'on PYTHONPATH'
+            f'gymnasium/{suite}: {format_error(error).rstrip(".")}; install it, or put its '
+            f'directory on PYTHONPATH'
         ) from error
     except Exception as error:  # foreign code: it raises what it likes
         given = ' '.join(repr(dict(arguments)).split())
         raise UserError(
-            f'gymnasium/{suite} cannot be made: {type(error).__name__}: {one_line(error)}; the '
+            f'gymnasium/{suite} cannot be made: {type(error).__name__}: {format_error(error)}; the '
             f'arguments of its constructor are config.env.options = {given}'
         ) from error
 
@@ -193,7 +193,7 @@ def make_vizdoom(suite: str, *, batch: int, seed: int = 0, asynchronous: bool = 
     tasks = tuple(VIZDOOM) if suite in ('', 'all') else tuple(dict.fromkeys(suite.split(',')))
     for task in tasks:
         if task not in VIZDOOM:
-            raise UserError(f'vizdoom/{task} is unknown; {nearest(task, (*VIZDOOM, "all"))}')
+            raise UserError(f'vizdoom/{task} is unknown; {suggest(task, (*VIZDOOM, "all"))}')
     if batch < len(tasks):
         raise UserError(
             f'{batch} rows for the {len(tasks)} tasks of vizdoom: expected a row for each; raise '
@@ -345,12 +345,12 @@ def _doom() -> None:
     try:
         import vizdoom.gymnasium_wrapper  # noqa: F401
     except ImportError as error:
-        raise UserError(f'vizdoom is not installed. Try {install("vizdoom")}') from error
+        raise UserError(f'vizdoom is not installed. Try {suggest_install("vizdoom")}') from error
 
 
 def _gymnasium(extra: str) -> Any:
     try:
         import gymnasium
     except ImportError as error:
-        raise UserError(f'gymnasium is not installed. Try {install(extra)}') from error
+        raise UserError(f'gymnasium is not installed. Try {suggest_install(extra)}') from error
     return gymnasium

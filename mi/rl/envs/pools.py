@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mi.config import UserError, install, nearest
+from mi.config import UserError, suggest, suggest_install
 from mi.rl.envs import text
 from mi.rl.envs.spec import Observation, Spec, Step
 
@@ -267,7 +267,7 @@ def babyai_levels(suite: str) -> tuple[str, ...]:
             [word] if word in known else [level for level in known if level.startswith(starts)]
         )
         if word not in known and word not in BABYAI_SUITES:
-            raise UserError(f'babyai/{word} is unknown; {nearest(word, (*BABYAI_SUITES, *known))}')
+            raise UserError(f'babyai/{word} is unknown; {suggest(word, (*BABYAI_SUITES, *known))}')
     return tuple(dict.fromkeys(levels))
 
 
@@ -478,7 +478,7 @@ def _envpool() -> Any:
     try:
         import envpool
     except ImportError as error:
-        raise UserError(f'envpool is not installed. Try {install("envpool")}') from error
+        raise UserError(f'envpool is not installed. Try {suggest_install("envpool")}') from error
     return envpool
 
 
@@ -487,7 +487,7 @@ def _procgen(suite: str) -> tuple[str, tuple[str, ...]]:
     split, _, names = (suite or 'train').partition('/')
     if split not in ('train', 'test'):
         raise UserError(
-            f'procgen/{suite} is unknown; {nearest(split, ("train", "test"))}, each with games '
+            f'procgen/{suite} is unknown; {suggest(split, ("train", "test"))}, each with games '
             f"behind it if not all are wanted, as 'procgen/train/Coinrun,Maze'"
         )
     return split, _games('procgen', names, PROCGEN)
@@ -499,7 +499,7 @@ def _games(name: str, words: str, known: Iterable[str]) -> tuple[str, ...]:
     games = tuple(dict.fromkeys(words.split(',')))
     for game in games:
         if game not in known:
-            raise UserError(f'{name}/{game} is unknown; {nearest(game, (*known, "all"))}')
+            raise UserError(f'{name}/{game} is unknown; {suggest(game, (*known, "all"))}')
     return games
 
 

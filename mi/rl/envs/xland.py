@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mi.config import UserError, nearest
+from mi.config import UserError, suggest
 from mi.rl.envs.spec import Observation, Spec, Transition
 
 SIZE = 9  # of the room, walls included
@@ -277,5 +277,5 @@ def make(suite: str) -> XLand:
     goals = tuple(goal for goal in ALL if goal.name == suite.replace('_', ' '))
     if not goals:
         known = [*SUITES, *(goal.name for goal in ALL)]
-        raise UserError(f"config.env.name = 'xland/{suite}' is unknown; {nearest(suite, known)}")
+        raise UserError(f"config.env.name = 'xland/{suite}' is unknown; {suggest(suite, known)}")
     return XLand(goals)

@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pytest
 
-from mi.config import UserError, install
+from mi.config import UserError, suggest_install
 from mi.rl.envs import gym
 
 
@@ -84,9 +84,9 @@ def test_a_missing_package_names_the_extra(monkeypatch):
 
     real = builtins.__import__
     monkeypatch.setattr(builtins, '__import__', without)
-    with pytest.raises(UserError, match=re.escape(f'Try {install("gym")}')):
+    with pytest.raises(UserError, match=re.escape(f'Try {suggest_install("gym")}')):
         gym.make_gym('CartPole-v1', batch=1)
-    with pytest.raises(UserError, match=re.escape(f'Try {install("vizdoom")}')):
+    with pytest.raises(UserError, match=re.escape(f'Try {suggest_install("vizdoom")}')):
         gym.make_vizdoom('basic', batch=1)
 
 

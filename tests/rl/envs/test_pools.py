@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from mi.config import UserError, install
+from mi.config import UserError, suggest_install
 from mi.rl.envs import pools, text
 from mi.rl.envs.spec import Spec
 
@@ -369,7 +369,7 @@ def test_a_missing_package_names_the_extra(monkeypatch):
     real = builtins.__import__
     monkeypatch.setattr(builtins, '__import__', without)
     for make in (pools.make_babyai, pools.make_atari, pools.make_procgen):
-        with pytest.raises(UserError, match=re.escape(f'Try {install("envpool")}')):
+        with pytest.raises(UserError, match=re.escape(f'Try {suggest_install("envpool")}')):
             make('', batch=100)
 
 
