@@ -141,7 +141,7 @@ def page(name: str) -> str:
     """The text of docs/motifs/<name>.md."""
     about, examples = pages()[name]
     summary, _, rest = inspect.getdoc(about).partition('\n')
-    parts = [f'# {name}', summary, rest.strip(), 'Made by `python -m docs.build`.']
+    parts = [f'# {name}', summary, rest.strip(), '`python -m docs.build` generates this page.']
     for example in examples:
         title = type(example.module).__name__
         doc = re.sub(r'\n+Attributes:.*', '', inspect.getdoc(type(example.module)), flags=re.S)
@@ -164,13 +164,13 @@ def equation(module: mi.MultiplicativeInteraction) -> str:
 def fusions() -> str:
     """The text of docs/fusions.md: a row for every word of FUSIONS."""
     lines = [
-        '# The words of `config.model.fusion.name`',
+        '# Values of `config.model.fusion.name`',
         '',
-        'Made by `python -m docs.build` from `mi.fusion.FUSIONS`. Parameters, and FLOPs of the',
-        'products for one x and one z, with n = 64 features of x, m = 32 of z, k = 128 out, rank 8',
-        'and hidden 32.',
+        '`python -m docs.build` generates this page from `mi.fusion.FUSIONS`. Parameters and FLOPs',
+        'are for one x of n = 64 features, one z of m = 32 and k = 128 outputs, with rank 8 and',
+        'hidden 32. FLOPs are those of the products.',
         '',
-        '| word | module | what it computes | options | parameters | FLOPs |',
+        '| value | module | output | options | parameters | FLOPs |',
         '|---|---|---|---|---:|---:|',
     ]
     x, z = (jax.ShapeDtypeStruct((1, size), jnp.float32) for size in (64, 32))

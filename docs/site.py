@@ -5,7 +5,7 @@
 index.md            README.md
 contributing.md     CONTRIBUTING.md
 api/*.md            a page for each module of mi that has something public, from its docstrings
-results/index.md    a card for each page of docs/results: claim, figure, command, machine, date
+results/index.md    docs/results/README.md, and a card for each page of docs/results
 """
 
 import pathlib
@@ -31,6 +31,7 @@ SECTIONS: dict[str, list[str]] = {
         'tutorials/dmlab30.md',
     ],
     'Guides': [
+        'architecture.md',
         'pod.md',
         'lm.md',
         'rl.md',
@@ -69,7 +70,7 @@ LINK = re.compile(r'(!?)\[([^\]\n]*)\]\(([^)\s]+)\)')
 def on_files(files: Files, config: Any) -> Files:
     """Adds the pages that are made."""
     made = {'index.md': readme(), 'results/index.md': gallery()}
-    made['contributing.md'] = (ROOT / 'CONTRIBUTING.md').read_text()
+    made['contributing.md'] = (ROOT / 'CONTRIBUTING.md').read_text().replace('](docs/', '](')
     made |= {f'api/{name}.md': f'# {name}\n\n::: {name}\n' for name in modules()}
     for path, text in made.items():
         files.append(File.generated(config, path, content=text))
@@ -103,6 +104,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 def readme() -> str:
     """README.md, its links as from within docs/."""
     text = (ROOT / 'README.md').read_text().replace('](docs/', '](')
+    text = text.replace('](results/README.md)', '](results/index.md)')
     return text.replace('](CONTRIBUTING.md)', '](contributing.md)')
 
 
@@ -116,12 +118,12 @@ def modules() -> list[str]:
 def gallery() -> str:
     """A card for every page of results: its claim, its first figure, how and where it was made."""
     cards = [
-        '# Results',
-        'Each claim with a figure, and the command that makes it again. Pages have the tables, and '
-        'what the figures do not say.',
+        (HERE / 'results/README.md').read_text().strip(),
         '<div class="gallery" markdown>',
     ]
     for path in sorted((HERE / 'results').glob('*.md')):
+        if path.name == 'README.md':
+            continue
         title, claim, command, measured, figure = _card(path)
         cards += [
             '<figure markdown>',

@@ -261,4 +261,4 @@ def test_the_site_builds_without_a_warning(tmp_path):
     page = (tmp_path / 'api/mi.layers.html').read_text()
     assert 'zᵀWx' in page and 'LowRankMultiplicativeInteraction' in page
     index = (tmp_path / 'index.html').read_text()
-    assert 'results/quickstart/curves.png' in index and 'tutorials/fusion.html' in index
+    assert 'figures/concat_and_mi.svg' in index and 'tutorials/fusion.html' in index
