@@ -2,9 +2,9 @@
 
     pip install -e '.[envpool]' && python -m benchmarks.actors
 
-A training run is made of the parts of `mi.rl.queued`: its actors, queue, `take` and update, with a
-clock at every stage. The seconds of the stages, as they were in that run, go into the model; what
-the model says of rate, lag, learner and queue stands beside what the run did. So the model is
+A training run is made of the parts of `mi.rl.actors.loop`: its actors, queue, `take` and update,
+with a clock at every stage. The seconds of the stages, as they were in that run, go into the model;
+what the model says of rate, lag, learner and queue stands beside what the run did. So the model is
 checked in what it adds, who waits for whom; how stages slow each other down on shared cores is in
 the measured seconds, and no prediction.
 
@@ -30,11 +30,12 @@ from absl import app, flags
 
 from benchmarks import pipeline
 from configs import rl as configs
-from mi import optim, parallel, run
-from mi.rl import envs, queued, setup
+from mi.rl import envs, factory
+from mi.rl.actors import loop as actors_loop
+from mi.rl.actors.threads import Actors
+from mi.rl.actors.worker import Policy, Worker, joined
 from mi.rl.envs.spec import HostEnvironment, Step
-from mi.rl.threads import Actors
-from mi.rl.worker import Policy, Worker, joined
+from mi.training import host, optim, sharding
 
 UPDATES = flags.DEFINE_integer('updates', 60, 'Of each run, after the warm-up.', lower_bound=10)
 ONLY = flags.DEFINE_list('only', ['catch', 'babyai'], 'Of these two.')
@@ -188,11 +189,11 @@ def measure(
     """Trains for so many updates: what the stages took, what came of it, medians of the stages."""
     T, B, G = config.train.length, config.train.batch, config.actors.groups
     pool = envs.pool(config.env.name, config.actors.batch, 0)
-    agent, optimiser = setup.agent(config, pool.spec), optim.optimiser(config.optim, 1000)
+    agent, optimiser = factory.agent(config, pool.spec), optim.optimiser(config.optim, 1000)
     pool.close()
-    mesh = parallel.mesh(1, B)
-    state = queued.start(agent, optimiser, 0, mesh)
-    update = queued.learner_update(agent, optimiser, setup.hyperparameters(config), mesh)
+    mesh = sharding.mesh(1, B)
+    state = actors_loop.start(agent, optimiser, 0, mesh)
+    update = actors_loop.learner_update(agent, optimiser, factory.hyperparameters(config), mesh)
     policies, workers = [], []
 
     def make(index: int) -> ClockedWorker:
@@ -213,8 +214,8 @@ def measure(
         for step in range(WARMUP + updates):
             if step == WARMUP:
                 start = time.perf_counter()
-            window = queued.Window()
-            items = queued.take(config, actors, step, window)
+            window = actors_loop.Window()
+            items = actors_loop.take(config, actors, step, window)
             began = time.perf_counter()
             trajectory = joined([item.trajectory for item in items])
             state, _ = update(state, trajectory)
@@ -272,9 +273,9 @@ def _rest(policy: ClockedPolicy, worker: ClockedWorker, start: float) -> float:
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    run.keep_freed_memory()
-    run.set_xla_flags()
-    print(f'{run.machine()}, jax {jax.__version__}; seconds in ms, rates in environment steps/s')
+    host.keep_freed_memory()
+    host.set_xla_flags()
+    print(f'{host.machine()}, jax {jax.__version__}; seconds in ms, rates in environment steps/s')
     figures = []
     for name in ONLY.value:
         for number in map(int, NUMBERS.value):
@@ -302,7 +303,7 @@ def main(argv: Sequence[str]) -> None:
             )
     if JSON.value:
         record = {
-            'machine': run.machine(), 'jax': jax.__version__, 'updates': UPDATES.value,
+            'machine': host.machine(), 'jax': jax.__version__, 'updates': UPDATES.value,
             'figures': figures,
         }  # fmt: skip
         with open(JSON.value, 'w') as file:

@@ -13,7 +13,7 @@ everything did.
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from mi.cost import Product
+from mi.counting import Product
 
 FLOAT = 4  # bytes of a parameter, of its gradient and of each moment
 # Adam: parameter, gradient and two moments are read, all but the gradient written; the norm for

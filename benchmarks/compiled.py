@@ -3,11 +3,11 @@
     python -m benchmarks.compiled --families=v5e,v6e
     python -m benchmarks.compiled --tables
 
-The training step of each job is compiled by XLA's own compiler for those chips (`mi.topologies`)
-and read (`mi.program`): FLOPs of products, memory and bytes sent of each chip. Nothing is run. The
-first command writes each record when it is there, and compiles what is missing when it is run
-again. The second makes the tables: times by arithmetic, and a comparison with the model on paper
-(`benchmarks.cluster`).
+The training step of each job is compiled by XLA's own compiler for those chips
+(`mi.estimate.topologies`) and read (`mi.estimate.program`): FLOPs of products, memory and bytes
+sent of each chip. Nothing is run. The first command writes each record when it is there, and
+compiles what is missing when it is run again. The second makes the tables: times by arithmetic, and
+a comparison with the model on paper (`benchmarks.cluster`).
 """
 
 import functools
@@ -23,11 +23,18 @@ from absl import app, flags
 from benchmarks import cluster, scaling
 from benchmarks.cluster import CHIPS, Work
 from configs import lm_wikitext103, rl, rl_dmlab30
-from mi import costs, deployment, memory, topologies
-from mi.rl.envs import dmlab30
+from mi.estimate import (
+    costs,
+    deployment,
+    memory,
+    topologies,
+)
+from mi.rl.envs.host import dmlab30
 
 RESULTS = pathlib.Path(__file__).parent / 'results/compiled.json'
-FAMILIES = flags.DEFINE_list('families', ['v5e', 'v6e'], 'Of mi.topologies: v5e, v6e, h100.')
+FAMILIES = flags.DEFINE_list(
+    'families', ['v5e', 'v6e'], 'Of mi.estimate.topologies: v5e, v6e, h100.'
+)
 JOBS_FLAG = flags.DEFINE_list('jobs', [], 'Of the jobs; all if left out.')
 NUMBERS_FLAG = flags.DEFINE_list('chips', [], 'Of the numbers of chips; all if left out.')
 RECORDS = flags.DEFINE_string('records', str(RESULTS), 'Where the records are, and are added.')
@@ -105,7 +112,7 @@ JOBS = {
 
 
 def topology(family: str, chips: int) -> str:
-    """Return the name of so many chips for `mi.topologies`."""
+    """Return the name of so many chips for `mi.estimate.topologies`."""
     return f'{family}:{chips if family == "h100" else SLICES[chips]}'
 
 

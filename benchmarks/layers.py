@@ -31,8 +31,9 @@ import numpy as np
 from absl import app, flags
 
 import mi
-from mi import contract, run
+from mi.kernels import bilinear as kernels_bilinear
 from mi.motifs.normalization import FeatureWiseModulation
+from mi.training import host
 
 ROUNDS = flags.DEFINE_integer('rounds', 7, 'Interleaved rounds.', lower_bound=1)
 ORDERS = flags.DEFINE_bool('orders', False, 'The rule against every order, on random shapes.')
@@ -303,7 +304,7 @@ def error(regime: Regime, arrays: dict[str, np.ndarray], y: np.ndarray) -> float
 def work(library: str, memory: bool) -> None:
     """A worker: reads a regime's index, then (side, phase) lines, and answers with seconds."""
     if not memory:
-        run.keep_freed_memory()
+        host.keep_freed_memory()
     regimes = REGIMES + random_regimes()
     calls: dict[tuple[str, str], Callable[[], Any]] = {}
     for line in sys.stdin:
@@ -471,23 +472,25 @@ def table(chosen: list[int]) -> list[dict[str, Any]]:
     return figures
 
 
-def _gradient(order: contract.Order, args: Any, dy: Any) -> Any:
-    y, vjp = jax.vjp(lambda *a: contract.bilinear(*a, order=order), *args)
+def _gradient(order: kernels_bilinear.Order, args: Any, dy: Any) -> Any:
+    y, vjp = jax.vjp(lambda *a: kernels_bilinear.bilinear(*a, order=order), *args)
     return y, vjp(dy)
 
 
 def orders() -> list[dict[str, Any]]:
     """The order that `plan` takes against the fastest of all, forward and backward."""
-    run.keep_freed_memory()
+    host.keep_freed_memory()
     print(f'{"B, m, n, k":<22}{"plan":>15}{"best":>16}{"plan/best":>11}   all, ms')
     figures = []
     for regime in random_regimes():
         a = {name: jnp.asarray(v) for name, v in regime.arrays().items()}
         args, dy = (a['x'], a['z'], a['W']), a['dy']
         platform: Any = jax.default_backend()
-        planned = contract.choose_order(args[0].shape, args[1].shape, regime.k, platform=platform)
+        planned = kernels_bilinear.choose_order(
+            args[0].shape, args[1].shape, regime.k, platform=platform
+        )
         calls = {}
-        for order in contract.DENSE_ORDERS:
+        for order in kernels_bilinear.DENSE_ORDERS:
             largest = {'outer': regime.n * regime.m, 'z_first': regime.n * regime.k}.get(order, 0)
             if math.prod(regime.rows) * largest < (2**29 if platform == 'cpu' else 2**32):
                 gradient = jax.jit(functools.partial(_gradient, order))
@@ -516,7 +519,7 @@ def main(argv: Sequence[str]) -> None:
     if WORKER.value:
         work(WORKER.value, MEMORY.value)
         return
-    print(f'{run.machine()}, jax {jax.__version__}, f32')
+    print(f'{host.machine()}, jax {jax.__version__}, f32')
     if ORDERS.value:
         figures = orders()
     else:
@@ -528,7 +531,7 @@ def main(argv: Sequence[str]) -> None:
             [i for i, n in enumerate(names) if not ONLY.value or n.startswith(tuple(ONLY.value))]
         )
     if JSON.value:
-        record = {'machine': run.machine(), 'jax': jax.__version__, 'figures': figures}
+        record = {'machine': host.machine(), 'jax': jax.__version__, 'figures': figures}
         with open(JSON.value, 'w') as file:
             json.dump(record, file, indent=2)
 

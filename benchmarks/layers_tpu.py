@@ -8,7 +8,7 @@ the gradients of all arrays (fb). `kernels` is the sum of the cycles that the co
 its kernels, loops multiplied out, over the clock of the chip. `bound` is its `optimal_seconds`, the
 time at the peaks of memory and products; programs with loops have none. `share` is the operations
 of the products in the order with fewest, three times as many for fb, over kernels, as a part of the
-peak of the chip in bf16. The order that `mi.contract.choose_order` chooses is in bold.
+peak of the chip in bf16. The order that `mi.kernels.bilinear.choose_order` chooses is in bold.
 """
 
 import functools
@@ -24,10 +24,15 @@ from absl import app, flags
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.layers import ONLY, REGIMES, Regime, jax_sides
-from mi import program, topologies
-from mi.contract import DENSE_ORDERS, ID_ORDERS, bilinear, choose_order
+from mi.estimate import program, topologies
+from mi.kernels.bilinear import (
+    DENSE_ORDERS,
+    ID_ORDERS,
+    bilinear,
+    choose_order,
+)
 
-CHIPS = flags.DEFINE_list('chips', ['v5e', 'v6e'], 'Kinds of TPU, of mi.topologies.')
+CHIPS = flags.DEFINE_list('chips', ['v5e', 'v6e'], 'Kinds of TPU, of mi.estimate.topologies.')
 DTYPES = flags.DEFINE_list('dtypes', ['bfloat16', 'float32'], 'Of all arrays.')
 ORDERS = flags.DEFINE_list('tpu_orders', [], 'Orders of zᵀWx; all by default.')
 

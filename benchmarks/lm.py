@@ -39,11 +39,14 @@ from jax import Array
 
 from benchmarks import rounds
 from configs import lm as configs
-from mi import cells, optim, parallel, run
-from mi.cells import Carry, lstm_reference
-from mi.contract import linear
+from mi import cells
+from mi.cells import Carry
 from mi.fusion import FUSIONS, ONE_HOT
-from mi.lm import setup, train
+from mi.kernels import lstm as lstm_kernel
+from mi.kernels.bilinear import linear
+from mi.kernels.lstm import lstm_reference
+from mi.lm import factory, train
+from mi.training import host, optim, sharding
 
 ROUNDS = flags.DEFINE_integer('rounds', 7, 'Interleaved rounds.', lower_bound=1)
 ONLY = flags.DEFINE_list('only', None, 'Of lstm, transformer, cells, fusions, loop.')
@@ -52,8 +55,8 @@ JSON = flags.DEFINE_string('json', None, 'Where to write the figures too.')
 
 WORDS = [word for word in FUSIONS if word not in ONE_HOT]
 # As mi.main does it, and before jax has threads, which the line after these gives it.
-run.keep_freed_memory()
-run.set_xla_flags()
+host.keep_freed_memory()
+host.set_xla_flags()
 GPU = jax.default_backend() == 'gpu'
 SIZES: dict[str, dict[str, tuple[int, ...]]] = {
     'lstm': {  # V, E, H, T, B
@@ -196,7 +199,7 @@ def _torch_device() -> str:
 def products_alone(
     carry: Carry, x: Array, W: Array, U: Array, b: Array, reset: None, keep: None
 ) -> tuple[Carry, Array]:
-    """The products of `mi.cells.lstm`, of the same shapes; its values mean nothing."""
+    """The products of `mi.kernels.lstm.lstm`, of the same shapes; its values mean nothing."""
     return _products_forward(carry, x, W, U, b, reset, keep)[0]
 
 
@@ -263,14 +266,14 @@ def config_of(name: str, size: str, side: str) -> ml_collections.ConfigDict:
 
 def mi_step(config: ml_collections.ConfigDict, V: int) -> Callable[[], object]:
     """The step of `mi.lm.train`, compiled as there, for one seed."""
-    config = setup.matched(config, V)
+    config = factory.matched(config, V)
     T, B = config.train.length, config.train.batch
-    model, optimiser = setup.build(config, V), optim.optimiser(config.optim, 1000)
-    seeds, mesh = np.zeros(1, np.int32), parallel.mesh(1, B)
+    model, optimiser = factory.build(config, V), optim.optimiser(config.optim, 1000)
+    seeds, mesh = np.zeros(1, np.int32), sharding.mesh(1, B)
     state = train.start(model, optimiser, seeds, B, mesh)
     rng = np.random.default_rng(0)
     tokens = rng.integers(V, size=(1, T + 1, B)).astype(np.int32)
-    tokens = parallel.put(tokens, parallel.by_rows(mesh, 2, has_seeds=True))
+    tokens = sharding.put(tokens, sharding.by_rows(mesh, 2, has_seeds=True))
     compiled = train.compile_step(model, optimiser, 1, state, seeds, tokens, None, mesh)
 
     def step() -> None:
@@ -311,8 +314,8 @@ def step_of(name: str, size: str, side: str) -> Callable[[], object]:
     instead = {'plain': lstm_reference, 'products': products_alone}
     with contextlib.ExitStack() as stack:
         if side in instead:
-            stack.callback(functools.partial(setattr, cells, 'lstm', cells.lstm))
-            cells.lstm = instead[side]
+            stack.callback(functools.partial(setattr, cells, 'lstm', lstm_kernel.lstm))
+            lstm_kernel.lstm = instead[side]
         return mi_step(config, numbers[0])
 
 
@@ -321,7 +324,7 @@ def main(argv: Sequence[str]) -> None:
     if SIDE.value:
         rounds.serve(step_of(*SIDE.value.split('/')))
         return
-    print(f'{run.machine()}, jax {jax.__version__}')
+    print(f'{host.machine()}, jax {jax.__version__}')
     figures: list[dict[str, Any]] = []
     for name in ONLY.value or SIZES:
         sides = SIDES[name]
@@ -345,7 +348,7 @@ def main(argv: Sequence[str]) -> None:
                      'tokens_per_second': tokens / median, 'ratio': ratio, 'ratios': ratios}
                 )  # fmt: skip
     if JSON.value:
-        record = {'machine': run.machine(), 'jax': jax.__version__, 'rounds': ROUNDS.value}
+        record = {'machine': host.machine(), 'jax': jax.__version__, 'rounds': ROUNDS.value}
         with open(JSON.value, 'w') as file:
             json.dump(record | {'figures': figures}, file, indent=2)
 

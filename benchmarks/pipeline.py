@@ -1,4 +1,4 @@
-"""Actors, a bounded queue and a learner in simulated time: the topology of `mi.rl.threads`.
+"""Actors, a bounded queue and a learner in simulated time: the topology of `mi.rl.actors.threads`.
 
     actor: newest parameters → T times (receive, act, send) for each group → pack → put
     learner: take batch / rows trajectories → join → dispatch the update → publish at once

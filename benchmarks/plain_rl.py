@@ -20,11 +20,20 @@ from xminigrid.core.rules import EmptyRule
 from xminigrid.envs.xland import XLandMiniGrid
 from xminigrid.types import RuleSet, TimeStep
 
-from mi import optim
-from mi.rl import actor, envs, learner, setup
-from mi.rl.actor import Trajectory
-from mi.rl.envs import xland
-from mi.rl.networks import Inputs, InstructionEncoder, Outputs
+from mi.rl import (
+    envs,
+    factory,
+    learner,
+)
+from mi.rl import (
+    trajectory as rl_trajectory,
+)
+from mi.rl.agent import Inputs, Outputs
+from mi.rl.envs.jax import xland
+from mi.rl.fused import rollout
+from mi.rl.instructions import InstructionEncoder
+from mi.rl.trajectory import Trajectory
+from mi.training import optim
 
 GOALS = {
     'hold': kinds.AgentHoldGoal,
@@ -128,7 +137,7 @@ def xland_step(config: ml_collections.ConfigDict, fusion: Literal['concat', 'mi'
 
     net = Net(len(goals), 6, config.model.features, config.model.hidden, fusion)
     optimiser = optim.optimiser(config.optim, 1000)
-    h = setup.hyperparameters(config)
+    h = factory.hyperparameters(config)
 
     def seen(now: TimeStep, task: Array, action: Array) -> Inputs:
         direction = jax.nn.one_hot(now.state.agent.direction, 4)
@@ -141,7 +150,7 @@ def xland_step(config: ml_collections.ConfigDict, fusion: Literal['concat', 'mi'
         carry, outputs = net.apply({'params': params_}, carry, jax.tree.map(lambda a: a[None], row))
         logits = outputs.logits[0]
         action = jax.random.categorical(key, logits).astype(jnp.int32)
-        return carry, action, actor.log_probability(logits, action)
+        return carry, action, rl_trajectory.log_probability(logits, action)
 
     def step(weights: Any, state: Any, key: Array) -> Any:
         now, task, action, carry = state
@@ -192,7 +201,7 @@ def host_step(config: ml_collections.ConfigDict) -> Callable:
     """One update of the plain loop on environments of the host; pixels go through our network."""
     B, T = config.train.batch, config.train.length
     pool = envs.pool(config.env.name, B, 0)
-    agent: Any = setup.agent(config, pool.spec)
+    agent: Any = factory.agent(config, pool.spec)
     carry = agent.initial_carry(B)
     if pool.spec.vocabulary:
         spec, sizes = pool.spec, (config.model.features, config.model.hidden)
@@ -200,9 +209,9 @@ def host_step(config: ml_collections.ConfigDict) -> Callable:
         carry = (jnp.zeros((B, config.model.hidden)),) * 2
     optimiser = optim.optimiser(config.optim, 1000)
     update = jax.jit(
-        functools.partial(learner.update, agent, optimiser, setup.hyperparameters(config))
+        functools.partial(learner.update, agent, optimiser, factory.hyperparameters(config))
     )
-    policy = jax.jit(functools.partial(actor.act, agent))
+    policy = jax.jit(functools.partial(rollout.act, agent))
     now, action = pool.reset(), np.zeros(B, np.int32)
     row = Inputs(now.observation, action, now.reward, now.is_first)
     rows = jax.tree.map(lambda a: jnp.asarray(a)[None], row)

@@ -31,9 +31,19 @@ from absl import app, flags
 
 from benchmarks import rounds
 from configs import rl as configs
-from mi import optim, parallel, run
-from mi.rl import actor, envs, fused, learner, queued, setup
+from mi.rl import (
+    envs,
+    factory,
+    learner,
+)
+from mi.rl import (
+    trajectory as rl_trajectory,
+)
+from mi.rl.actors import loop as actors_loop
 from mi.rl.envs import auto_reset
+from mi.rl.fused import loop as fused
+from mi.rl.fused import rollout
+from mi.training import host, optim, sharding
 
 ROUNDS = flags.DEFINE_integer('rounds', 5, 'Interleaved rounds.', lower_bound=1)
 ONLY = flags.DEFINE_list('only', None, 'Of the sets; by default all that this device is for.')
@@ -85,7 +95,7 @@ def steps_of(name: str, side: str) -> int:
 def fused_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
     """One update of the topology 'fused'."""
     environment = envs.make(config.env.name)
-    agent, optimiser = setup.agent(config, environment.spec), optim.optimiser(config.optim, 1000)
+    agent, optimiser = factory.agent(config, environment.spec), optim.optimiser(config.optim, 1000)
     mesh = fused.mesh_of(config)
     state = fused.start(config, environment, agent, optimiser, mesh)
     compiled = fused.compile_updates(environment, agent, optimiser, config, state, 1, mesh)
@@ -101,19 +111,19 @@ def fused_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
 def threads_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
     """One update of the topology 'threads', its actors at work."""
     pool = envs.pool(config.env.name, config.actors.batch, 0)
-    agent, optimiser = setup.agent(config, pool.spec), optim.optimiser(config.optim, 1000)
+    agent, optimiser = factory.agent(config, pool.spec), optim.optimiser(config.optim, 1000)
     pool.close()
-    mesh = parallel.mesh(1, config.train.batch)
-    state = queued.start(agent, optimiser, 0, mesh)
-    update = queued.learner_update(agent, optimiser, setup.hyperparameters(config), mesh)
-    actors = queued.start_actors(config, agent, state.params, 0)
+    mesh = sharding.mesh(1, config.train.batch)
+    state = actors_loop.start(agent, optimiser, 0, mesh)
+    update = actors_loop.learner_update(agent, optimiser, factory.hyperparameters(config), mesh)
+    actors = actors_loop.start_actors(config, agent, state.params, 0)
     actors.__enter__()
-    version, window = 0, queued.Window()
+    version, window = 0, actors_loop.Window()
 
     def once() -> None:
         nonlocal state, version
-        items = queued.take(config, actors, version, window)
-        state, _ = update(state, queued.joined([item.trajectory for item in items]))
+        items = actors_loop.take(config, actors, version, window)
+        state, _ = update(state, actors_loop.joined([item.trajectory for item in items]))
         version += 1
         actors.publish(state.params, version)
 
@@ -123,14 +133,14 @@ def threads_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
 def parts_step(config: ml_collections.ConfigDict, part: str) -> Callable[[], object]:
     """What one update does of the environment, the policy and the learning, each alone."""
     environment = envs.make(config.env.name)
-    agent, optimiser = setup.agent(config, environment.spec), optim.optimiser(config.optim, 1000)
+    agent, optimiser = factory.agent(config, environment.spec), optim.optimiser(config.optim, 1000)
     start = functools.partial(fused.init, environment, agent, optimiser, config.train.batch)
     state = jax.jit(start)(jnp.asarray(0))
     params, T = state.learner.params, config.train.length
 
     env_step = jax.vmap(functools.partial(auto_reset.step, environment))
 
-    def simulate(acting: actor.State) -> Any:
+    def simulate(acting: rollout.State) -> Any:
         def step(state: Any, key: jax.Array) -> Any:
             action = jax.random.randint(key, (config.train.batch,), 0, environment.spec.actions)
             return env_step(state, action)
@@ -138,17 +148,17 @@ def parts_step(config: ml_collections.ConfigDict, part: str) -> Callable[[], obj
         keys = jax.random.split(jax.random.key(0), T)
         return jax.lax.scan(step, acting.environment, keys)
 
-    def act(acting: actor.State, inputs: Any) -> Any:
+    def act(acting: rollout.State, inputs: Any) -> Any:
         def step(carry: Any, row: Any) -> Any:
             key, inputs = row
-            carry, action, log_prob = actor.act(agent, params, carry, inputs, key)
+            carry, action, log_prob = rollout.act(agent, params, carry, inputs, key)
             return carry, (action, log_prob)
 
         keys = jax.random.split(jax.random.key(0), T)
         return jax.lax.scan(step, acting.carry, (keys, inputs))
 
-    h = setup.hyperparameters(config)
-    _, trajectory, *_ = jax.jit(functools.partial(actor.unroll, environment, agent, T))(
+    h = factory.hyperparameters(config)
+    _, trajectory, *_ = jax.jit(functools.partial(rollout.unroll, environment, agent, T))(
         params, state.actor
     )
     work: dict[str, Callable[[], Any]] = {
@@ -168,7 +178,7 @@ def parts_step(config: ml_collections.ConfigDict, part: str) -> Callable[[], obj
 def conv_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
     """A learner's update on random frames."""
     pool = envs.pool(config.env.name, 1, 0)
-    agent, optimiser = setup.agent(config, pool.spec), optim.optimiser(config.optim, 1000)
+    agent, optimiser = factory.agent(config, pool.spec), optim.optimiser(config.optim, 1000)
     pool.close()
     T, B = config.train.length, config.train.batch
     rng = np.random.default_rng(0)
@@ -177,12 +187,12 @@ def conv_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
         for name, a in agent.spec.observation.items()
     }
     no, zero = np.zeros((T + 1, B), bool), np.zeros((T + 1, B), np.float32)
-    inputs: Any = actor.Inputs(observation, no.astype(np.int32), zero, no)
+    inputs: Any = rollout.Inputs(observation, no.astype(np.int32), zero, no)
     rows: Any = zero[1:].astype(np.int32), zero[1:], 1 + zero[1:], ~no[1:]
-    trajectory = actor.Trajectory(inputs, *rows, agent.initial_carry(B))
-    mesh = parallel.mesh(1, config.train.batch)
-    state = queued.start(agent, optimiser, 0, mesh)
-    update = queued.learner_update(agent, optimiser, setup.hyperparameters(config), mesh)
+    trajectory = rl_trajectory.Trajectory(inputs, *rows, agent.initial_carry(B))
+    mesh = sharding.mesh(1, config.train.batch)
+    state = actors_loop.start(agent, optimiser, 0, mesh)
+    update = actors_loop.learner_update(agent, optimiser, factory.hyperparameters(config), mesh)
     return lambda: jax.block_until_ready(update(state, trajectory))
 
 
@@ -232,11 +242,11 @@ def main(argv: Sequence[str]) -> None:
     del argv
     if SIDE.value:
         name, side = SIDE.value.split('/')
-        run.keep_freed_memory()
-        run.set_xla_flags()
+        host.keep_freed_memory()
+        host.set_xla_flags()
         rounds.serve(step_of(name, side), seconds=4.0 if name in ('babyai', 'pong') else 1.5)
         return
-    print(f'{run.machine()}, jax {jax.__version__}')
+    print(f'{host.machine()}, jax {jax.__version__}')
     figures = []
     on_gpu = jax.default_backend() == 'gpu'
     for name in ONLY.value or [name for name in SETS if (name == 'seeds') == on_gpu]:
@@ -258,7 +268,7 @@ def main(argv: Sequence[str]) -> None:
                  'ratio': ratio, 'ratios': ratios}
             )  # fmt: skip
     if JSON.value:
-        record = {'machine': run.machine(), 'jax': jax.__version__, 'rounds': ROUNDS.value}
+        record = {'machine': host.machine(), 'jax': jax.__version__, 'rounds': ROUNDS.value}
         with open(JSON.value, 'w') as file:
             json.dump(record | {'figures': figures}, file, indent=2)
 

@@ -27,14 +27,15 @@ from benchmarks.cluster import CHIPS, Chip, Job, Step, Work
 from configs import lm as configs_lm
 from configs import lm_wikitext103, rl_dmlab30
 from configs import rl as configs_rl
-from mi import cost, optim
-from mi.lm import setup as lm
+from mi import counting
+from mi.lm import factory as lm
 from mi.lm import train
+from mi.rl import factory as rl
 from mi.rl import learner
-from mi.rl import setup as rl
-from mi.rl.actor import Trajectory
-from mi.rl.envs import dmlab30
+from mi.rl.envs.host import dmlab30
 from mi.rl.envs.spec import Spec
+from mi.rl.trajectory import Trajectory
+from mi.training import optim
 
 CHIP = flags.DEFINE_enum('chip', 'H100', sorted(CHIPS), 'Of benchmarks.cluster.CHIPS.')
 PRICE = flags.DEFINE_float('price', 3.0, 'Of a chip, an hour; an assumption, in any currency.')
@@ -92,7 +93,7 @@ TRANSFORMER_GPU = {
     'default': (256, 512, 8, 8, 256, 64),
     'long': (32_000, 1024, 12, 16, 1024, 16),
 }
-Seconds = Callable[[Sequence[cost.Product]], float]  # of products, at some bound
+Seconds = Callable[[Sequence[counting.Product]], float]  # of products, at some bound
 
 
 def lm_share(
@@ -130,7 +131,7 @@ def lm_job(name: str, config: ml_collections.ConfigDict, total: float) -> Job:
     _, _, state = lm_shapes(config, vocabulary, 1)
     return Job(
         name=name,
-        parameters=cost.parameters(state.params),
+        parameters=counting.parameters(state.params),
         units=config.train.length,
         total=total,
         work=functools.lru_cache(functools.partial(lm_work, config, vocabulary)),
@@ -160,7 +161,7 @@ def lm_work(config: ml_collections.ConfigDict, vocabulary: int, rows: int) -> Wo
         _, losses = model.apply({'params': params}, *arguments, train=True, rngs=rngs)
         return losses.objective.mean()  # type: ignore[attr-defined]
 
-    products = cost.products(step, state, number, number, tokens, None)
+    products = counting.products(step, state, number, number, tokens, None)
     return Work(products, kept(loss, state.params, state.carry, tokens))
 
 
@@ -218,7 +219,7 @@ def rl_work(config: ml_collections.ConfigDict, spec: Spec, rows: int) -> Work:
         _, outputs = learner.forward(agent, params, trajectory.carry, trajectory.inputs)
         return outputs.value.sum() + outputs.logits.sum()
 
-    products = cost.products(update, state, trajectory)
+    products = counting.products(update, state, trajectory)
     return Work(products, kept(loss, state.params, trajectory))
 
 
@@ -255,7 +256,7 @@ def shares(chip: Chip) -> dict[str, tuple[float, str]]:
     bound = 1.0, f'not measured on {chip.name}: datasheet roofline, a bound'
     found = dict.fromkeys(('lstm', 'transformer', 'agent'), bound)
 
-    def seconds(f32: bool, products: Sequence[cost.Product]) -> float:
+    def seconds(f32: bool, products: Sequence[counting.Product]) -> float:
         return sum(cluster.roofline(products, chip, f32))
 
     record = read('lm_gpu.json')
@@ -432,12 +433,12 @@ def actors_table(chip: Chip, share: float) -> Table:
     return table
 
 
-def acting(config: ml_collections.ConfigDict, spec: Spec, rows: int) -> list[cost.Product]:
+def acting(config: ml_collections.ConfigDict, spec: Spec, rows: int) -> list[counting.Product]:
     """The products of one step of the policy on so many rows."""
     agent, _, state, _ = rl_shapes(config, spec, rows)
     carry = jax.eval_shape(lambda: agent.initial_carry(rows))
     policy = functools.partial(learner.forward, agent)
-    return cost.products(policy, state.params, carry, rl.example(spec, 1, rows))
+    return counting.products(policy, state.params, carry, rl.example(spec, 1, rows))
 
 
 def check_table() -> Table:
@@ -477,7 +478,7 @@ def inputs_table(chip: Chip) -> Table:
     cores = int(cpu['machine'].split(', ')[1].split()[0])
     peak = core_flops()
 
-    def seconds(products: Sequence[cost.Product]) -> float:
+    def seconds(products: Sequence[counting.Product]) -> float:
         return sum(p.flops * p.times for p in products) / (cores * peak)
 
     found = shares(chip)

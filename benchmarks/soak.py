@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from benchmarks import rl
-from mi import run
+from mi.training import host
 
 MINUTES = flags.DEFINE_integer('minutes', 10, 'How long.', lower_bound=1)
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
             'train.log_every': 10,
         }
         command += [f'--config.{key}={value}' for key, value in changes.items()]
-        print(f'{run.machine()}, {" ".join(command[1:])}\n', flush=True)
+        print(f'{host.machine()}, {" ".join(command[1:])}\n', flush=True)
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         try:
             watch(process, workdir)

@@ -13,8 +13,8 @@ Needs scikit-learn, the extra `digits`.
 
 import ml_collections
 
-from mi import optim
 from mi.config import UserError
+from mi.training import optim
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
@@ -22,7 +22,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
         raise UserError(f'--config=configs/attention_conv.py:{arg}: expected no argument')
     config = ml_collections.ConfigDict()
     config.task = 'fit'
-    config.tracker = 'none'  # a name in mi.tracking.TRACKERS: none, wandb, trackio
+    config.tracker = 'none'  # a name in mi.training.trackers.TRACKERS: none, wandb, trackio
     config.seeds = (0, 1, 2, 3, 4)
 
     config.problem = problem = ml_collections.ConfigDict()

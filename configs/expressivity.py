@@ -11,8 +11,8 @@ A search trains about a dozen widths of each dimension, with three learning rate
 
 import ml_collections
 
-from mi import optim
 from mi.config import UserError, suggest
+from mi.training import optim
 
 PRESETS = ('search', 'fit')
 
@@ -24,7 +24,7 @@ def get_config(arg: str = 'search') -> ml_collections.ConfigDict:
         )
     config = ml_collections.ConfigDict()
     config.task = arg
-    config.tracker = 'none'  # a name in mi.tracking.TRACKERS: none, wandb, trackio
+    config.tracker = 'none'  # a name in mi.training.trackers.TRACKERS: none, wandb, trackio
     config.seeds = (0, 1, 2, 3, 4)
 
     config.problem = problem = ml_collections.ConfigDict()

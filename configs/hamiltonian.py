@@ -12,8 +12,8 @@ The law is an energy that fuses q and p, or a field without an energy.
 
 import ml_collections
 
-from mi import optim
 from mi.config import UserError, suggest
+from mi.training import optim
 
 PRESETS = ('phase', 'frames')
 
@@ -25,7 +25,7 @@ def get_config(arg: str = 'phase') -> ml_collections.ConfigDict:
         )
     config = ml_collections.ConfigDict()
     config.task = 'fit'
-    config.tracker = 'none'  # a name in mi.tracking.TRACKERS: none, wandb, trackio
+    config.tracker = 'none'  # a name in mi.training.trackers.TRACKERS: none, wandb, trackio
     config.seeds = (0, 1, 2, 3, 4)
 
     is_phase = arg == 'phase'

@@ -24,7 +24,7 @@ from typing import Any
 import ml_collections
 
 from configs import arguments
-from mi import optim
+from mi.training import optim
 
 KEYS = {
     'core': 'model.core',
@@ -112,10 +112,10 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.task = 'lm'
     config.seeds = (0,)  # trained simultaneously, logged separately
-    config.tracker = 'none'  # a name in mi.tracking.TRACKERS: none, wandb, trackio
+    config.tracker = 'none'  # a name in mi.training.trackers.TRACKERS: none, wandb, trackio
 
     config.data = data = ml_collections.ConfigDict()
-    data.source = 'austen'  # a name in mi.lm.corpora.CORPORA, a text file or a directory
+    data.source = 'austen'  # a name in mi.lm.data.sources.CORPORA, a text file or a directory
     data.path = ''  # where the files of a known corpus are; '' is $MI_DATA/SOURCE
     data.level = 'byte'  # byte, bpe, word, token
     data.vocabulary = 10_000  # at most; bpe, word and token

@@ -10,13 +10,13 @@ Ten seeds train simultaneously.
 
 import ml_collections
 
-from mi import optim
+from mi.training import optim
 
 
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.task = 'fit'
-    config.tracker = 'none'  # a name in mi.tracking.TRACKERS: none, wandb, trackio
+    config.tracker = 'none'  # a name in mi.training.trackers.TRACKERS: none, wandb, trackio
     config.seeds = tuple(range(10))
 
     config.problem = problem = ml_collections.ConfigDict()

@@ -27,7 +27,7 @@ from typing import Any
 import ml_collections
 
 from configs import arguments
-from mi import optim
+from mi.training import optim
 
 KEYS = {'env': 'env.name', 'fusion': 'model.fusion.name'}
 
@@ -139,7 +139,7 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.task = 'rl'
     config.seeds = (0,)  # trained simultaneously, logged separately
-    config.tracker = 'none'  # a name in mi.tracking.TRACKERS: none, wandb, trackio
+    config.tracker = 'none'  # a name in mi.training.trackers.TRACKERS: none, wandb, trackio
 
     config.env = env = ml_collections.ConfigDict()
     env.name = 'xland'  # a name in mi.rl.envs.JAX or HOST; its suite follows a slash

@@ -178,7 +178,7 @@ def fusions() -> str:
         context = {'context': 'one_hot'} if word in fusion.ONE_HOT else {}
         module = fusion.get(word, rank=8, hidden=32)(128, **context)
         shapes = jax.eval_shape(module.init, jax.random.key(0), x, z)
-        flops = mi.cost.flops(module.apply, shapes, x, z)
+        flops = mi.counting.flops(module.apply, shapes, x, z)
         about: Any = constructor
         if isinstance(constructor, functools.partial):
             about = constructor.keywords.get('module', constructor.func)
@@ -193,7 +193,7 @@ def fusions() -> str:
         lines.append(
             f'| `{word}` | `{about.__name__}`{f" ({changed})" if changed else ""} | {summary} | '
             f'{", ".join(fusion.get_options(word))} | '
-            f'{mi.cost.parameters(shapes.get("params", {})):,} | {flops:,} |'
+            f'{mi.counting.parameters(shapes.get("params", {})):,} | {flops:,} |'
         )
     return '\n'.join(lines) + '\n'
 

@@ -26,7 +26,14 @@ from PIL import Image, ImageDraw
 
 from launch.sweep import product, zip_
 from mi.fit.mechanics import SYSTEMS
-from mi.report import draws, plots, roll_outs, runs, statistics, tables
+from mi.report import (
+    plots,
+    rankings,
+    roll_outs,
+    runs,
+    statistics,
+    tables,
+)
 from mi.report.roll_outs import Style
 
 CONFIG = 'configs/hamiltonian.py:frames'
@@ -154,5 +161,5 @@ def _text(sweep: runs.Sweep, name: str, arms: dict[str, runs.Arm]) -> str:
     reference = ARMS['joint, concat'].label
     scores = roll_outs.table(arms, SCORES, 'error_long', SPLIT, reference, sweep.draws)
     named = [dataclasses.replace(arm, label=label) for label, arm in arms.items()]
-    ranks = draws.to_markdown(dataclasses.replace(sweep, arms=named))
+    ranks = rankings.to_markdown(dataclasses.replace(sweep, arms=named))
     return f'**{tables.words(name)}**\n\n{scores}\n\n{ranks}'

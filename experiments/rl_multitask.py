@@ -1,8 +1,9 @@
 """Thirty goals in one world, one agent: the task by concatenation, by heads of its own, by MI.
 
-Environment: xland (mi/rl/envs/xland.py), where only the task says what is wanted. Arms differ in
-the word of the fusion, at the site `core_input`: what the LSTM reads is the fusion of the features
-with the task's index. The arm none is not told the task. Five seeds, trained at once by vmap.
+Environment: xland (mi/rl/envs/jax/xland.py), where only the task says what is wanted. Arms differ
+in the word of the fusion, at the site `core_input`: what the LSTM reads is the fusion of the
+features with the task's index. The arm none is not told the task. Five seeds, trained at once by
+vmap.
 
     python -m launch.local --sweep=experiments/rl_multitask.py --workdir=runs/rl --parallel=2
 

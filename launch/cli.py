@@ -14,7 +14,7 @@ from launch.devices import Devices, check, warnings
 from launch.engine import QUEUED, Resources, States, Submit
 from mi import report
 from mi.config import UserError
-from mi.run import PREEMPTED
+from mi.training.run_dir import PREEMPTED
 
 SWEEP = flags.DEFINE_string('sweep', None, 'Sweep file, such as experiments/quickstart.py.')
 WORKDIR = flags.DEFINE_string('workdir', None, 'Sweep directory, made or continued.')
@@ -31,7 +31,9 @@ CHECK = flags.DEFINE_bool(
     'check', False, 'With --dry_run: compile the member with the most FLOPs for its devices.'
 )
 ACCELERATOR = flags.DEFINE_string(
-    'accelerator', '', "With --check: the GPUs of a member, such as 'h100'; see mi.cost --topology."
+    'accelerator',
+    '',
+    "With --check: the GPUs of a member, such as 'h100'; see mi.estimate --topology.",
 )
 PARALLEL = flags.DEFINE_integer(
     'parallel', 0, 'Members at once; 0 for as many as fit, 1 without GPUs.', lower_bound=0

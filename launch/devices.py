@@ -1,7 +1,7 @@
 """Which devices a member gets, and whether its config gives all of them work.
 
-`warnings` compiles nothing and is part of every dry run. `check` runs `python -m mi.cost` on one
-member, which compiles its training step for those devices.
+`warnings` compiles nothing and is part of every dry run. `check` runs `python -m mi.estimate` on
+one member, which compiles its training step for those devices.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import ml_collections
 
 from launch import sweep
-from mi import parallel, placement
 from mi.config import UserError
+from mi.training import placement, sharding
 
 FORCED = '--xla_force_host_platform_device_count'
 
@@ -27,7 +27,8 @@ class Devices:
     Attributes:
       count: of all its processes; 0 if it is not known before.
       processes: of the member.
-      topology: their name for `mi.topologies`, such as 'v5e:4x4'; '' if the kind is not known.
+      topology: their name for `mi.estimate.topologies`, such as 'v5e:4x4'; '' if the kind is not
+        known.
     """
 
     count: int
@@ -62,7 +63,7 @@ def waste(config: ml_collections.ConfigDict, devices: Devices) -> str:
     batch = config.train.batch
     try:
         fsdp = config.train.fsdp if config.task == 'lm' else 1
-        shape = parallel.mesh_shape(seeds, batch, fsdp, config.train.mesh, count)
+        shape = sharding.mesh_shape(seeds, batch, fsdp, config.train.mesh, count)
     except UserError as error:
         return f'each member will be refused on {count} devices: {error}'
     used = math.prod(shape)
@@ -96,7 +97,7 @@ def _wasted_seeds(config: ml_collections.ConfigDict, devices: Devices) -> str:
 
 
 def check(member: sweep.Member, devices: Devices) -> bool:
-    """Print what `mi.cost` says of a member on its devices; return whether it fits and divides.
+    """Print what `mi.estimate` says of a member on its devices; return whether it fits and divides.
 
     Without a topology the devices are those of a CPU, as many: the share of the FLOPs and what is
     sent are the same, and whether it fits is not known.
@@ -107,7 +108,7 @@ def check(member: sweep.Member, devices: Devices) -> bool:
     if not devices.count:
         raise UserError('--check: expected a known number of devices. Try --gpus=COUNT')
     words = [word for word in member.command if not word.startswith('--workdir=')]
-    words[words.index('mi.main')] = 'mi.cost'
+    words[words.index('mi.main')] = 'mi.estimate'
     environment = dict(os.environ)
     if devices.topology:
         words.append(f'--topology={devices.topology}')

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from launch import restarts, state
-from mi.run import PREEMPTED
+from mi.training.run_dir import PREEMPTED
 
 Commands = dict[pathlib.Path, list[str]]  # run directory → what runs it
 QUEUED = 'queued'  # how one stands that was given to somebody else, who is not waited for

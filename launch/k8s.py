@@ -37,7 +37,7 @@ from launch import restarts, state, tpu
 from launch.devices import Devices
 from launch.engine import QUEUED, Commands, Resources, States
 from mi.config import UserError
-from mi.run import PREEMPTED
+from mi.training.run_dir import PREEMPTED
 
 IMAGE = flags.DEFINE_string('image', None, 'Container image, the repository its working directory.')
 CLAIM = flags.DEFINE_string('claim', None, 'PersistentVolumeClaim with the sweep directory.')

@@ -28,7 +28,7 @@ from launch import engine, process, state
 from launch.devices import Devices
 from launch.engine import Commands, Resources, Rule, States
 from mi.config import UserError
-from mi.run import PREEMPTED
+from mi.training.run_dir import PREEMPTED
 
 TICK = 0.2  # seconds between two looks at the members
 SHARE = 20  # a look at them all is followed by a pause of so many times what it took

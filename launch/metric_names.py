@@ -14,9 +14,10 @@ import jax
 import ml_collections
 
 from mi.config import UserError, flatten, suggest
-from mi.fit import setup as fit
+from mi.fit import factory as fit
 from mi.fit import train as train_fit
-from mi.rl import envs, setup
+from mi.rl import config as rl_config
+from mi.rl import envs
 
 LM = {'nats_per_token', 'perplexity'}  # of every evaluation
 EPISODES = {'env_steps', 'return', 'success', 'length'}  # of every record of an agent
@@ -71,7 +72,7 @@ def steps(config: ml_collections.ConfigDict) -> int:
     """How many steps a run of a config has, as its records count them."""
     if config.task == 'search':
         return len(config.search.at)
-    return setup.updates(config) if config.task == 'rl' else int(config.train.steps)
+    return rl_config.updates(config) if config.task == 'rl' else int(config.train.steps)
 
 
 def _lm(config: ml_collections.ConfigDict) -> Splits:

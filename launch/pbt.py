@@ -35,13 +35,13 @@ from absl import flags
 
 from launch import engine, local, metric_names, process, state, sweep
 from launch.engine import Resources
-from mi import checkpoint
 from mi.config import Rule, UserError, flatten, suggest
-from mi.files import held, read_json
-from mi.fit import setup as fit
-from mi.lm import setup as lm
-from mi.rl import setup as rl
-from mi.run import write_json
+from mi.fit import factory as fit
+from mi.lm import config as lm
+from mi.rl import config as rl
+from mi.training import checkpoint
+from mi.training.io import held, read_json
+from mi.training.run_dir import write_json
 
 INTERVAL = flags.DEFINE_integer('interval', 0, 'Steps between two looks at another.', lower_bound=0)
 MARGIN = flags.DEFINE_float('margin', 0.05, 'By how much another has to be better, absolute.')

@@ -10,11 +10,12 @@ import rich.markup
 import rich.table
 
 from launch import metric_names, state, sweep
-from mi import costs, progress
 from mi.config import flatten
-from mi.fit import setup as fit
-from mi.lm import setup as lm
-from mi.rl import setup as rl
+from mi.estimate import costs
+from mi.fit import factory as fit
+from mi.lm import config as lm
+from mi.rl import config as rl
+from mi.training import progress
 
 
 def show(

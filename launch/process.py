@@ -18,8 +18,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import IO
 
 from launch import state
-from mi.files import held
-from mi.run import PREEMPTED
+from mi.training.io import held
+from mi.training.run_dir import PREEMPTED
 
 SAVING = 120.0  # seconds that processes have to save and end when one of them has
 DYING = 10.0  # seconds that they have when one of them died: without it they cannot save

@@ -24,8 +24,8 @@ from launch import engine, local, process
 from launch.devices import Devices
 from launch.engine import Commands, Resources, Rule, States
 from mi.config import UserError, suggest_install
-from mi.files import held
-from mi.run import PREEMPTED
+from mi.training.io import held
+from mi.training.run_dir import PREEMPTED
 
 ADDRESS = flags.DEFINE_string(
     'address', '', "Of a Ray cluster: 'auto', 'HOST:PORT', 'ray://…'; left out, this machine."

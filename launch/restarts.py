@@ -22,7 +22,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-PREEMPTED = 143  # as in mi.run, which imports JAX
+PREEMPTED = 143  # as in mi.training.run_dir, which imports JAX
 NOTE = 'stops.json'
 
 

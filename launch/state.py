@@ -19,7 +19,12 @@ import rich.table
 
 from launch import restarts
 from mi.config import UserError
-from mi.files import clock, held, read_json, whole_lines
+from mi.training.io import (
+    clock,
+    held,
+    read_json,
+    whole_lines,
+)
 
 RATE = '_per_second'  # how the rates in timing.jsonl end
 STOPPED = 'stopped.json'  # why a rule of the sweep has stopped the run; it is not started again

@@ -29,11 +29,11 @@ import numpy as np
 
 from launch import metric_names, state
 from mi.config import UserError, describe_difference, flatten, format_error, suggest
-from mi.files import held
 from mi.overrides import find_file
 from mi.overrides import parse as parsed_arguments
-from mi.progress import counted
-from mi.run import write_json
+from mi.training.io import held
+from mi.training.progress import counted
+from mi.training.run_dir import write_json
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
 WATCHING = ('local', 'ray', 'pbt')  # engines that queue no member elsewhere, out of their sight

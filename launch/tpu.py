@@ -21,7 +21,7 @@ class Generation:
     """A generation of TPUs.
 
     Attributes:
-      name: in the topologies that `mi.cost` compiles for, as 'v5e' in 'v5e:4x4'.
+      name: in the topologies that `mi.estimate` compiles for, as 'v5e' in 'v5e:4x4'.
       machines: machine type → the topologies that are made of it; its last number counts chips.
       largest: chips of the largest slice made of cubes; 0 if all topologies are in `machines`.
       devices: of a chip, as JAX counts them.
@@ -77,7 +77,7 @@ class Slice:
     """A TPU slice.
 
     Attributes:
-      topology: as `mi.cost` has it, such as 'v5e:4x4'.
+      topology: as `mi.estimate` has it, such as 'v5e:4x4'.
       machine: the machine type of its hosts.
       hosts: how many.
       chips: of each host.

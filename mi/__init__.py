@@ -4,8 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mi.contract import bilinear as bilinear
     from mi.fusion import FUSIONS as FUSIONS
+    from mi.kernels.bilinear import bilinear as bilinear
     from mi.layers import BlockMultiplicativeInteraction as BlockMultiplicativeInteraction
     from mi.layers import DiagonalMultiplicativeInteraction as DiagonalMultiplicativeInteraction
     from mi.layers import LowRankMultiplicativeInteraction as LowRankMultiplicativeInteraction
@@ -28,7 +28,7 @@ _HOME = {
     'ScalarMultiplicativeInteraction': 'mi.layers',
     'TuckerMultiplicativeInteraction': 'mi.layers',
     'as_mi': 'mi.unify',
-    'bilinear': 'mi.contract',
+    'bilinear': 'mi.kernels.bilinear',
     'explain': 'mi.unify',
 }
 __all__ = list(_HOME)

@@ -21,7 +21,7 @@ from jax.nn import initializers
 from jax.typing import DTypeLike
 
 from mi.config import has_parameter, suggest
-from mi.contract import accumulation_dtype
+from mi.kernels.bilinear import accumulation_dtype
 from mi.layers import (
     Affine,
     BlockMultiplicativeInteraction,

@@ -23,7 +23,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from mi.config import suggest
-from mi.contract import bilinear, linear
+from mi.kernels.bilinear import bilinear, linear
 
 Context = Literal['dense', 'one_hot']
 

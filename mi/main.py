@@ -12,9 +12,8 @@ from collections.abc import Sequence
 
 from absl import app, flags, logging
 
-from mi import overrides, parallel
+from mi import overrides
 from mi.config import UserError, format_error
-from mi.files import storage_failure
 from mi.fit import search
 from mi.fit import train as fit
 from mi.lm import assess as assess_lm
@@ -22,7 +21,10 @@ from mi.lm import sample
 from mi.lm import train as lm
 from mi.rl import assess as assess_rl
 from mi.rl import train as rl
-from mi.run import keep_freed_memory, recorded_config, set_xla_flags, steps
+from mi.training import sharding
+from mi.training.host import keep_freed_memory, set_xla_flags
+from mi.training.io import storage_failure
+from mi.training.run_dir import recorded_config, steps
 
 TASKS = {
     'train': {'lm': lm.train, 'rl': rl.train, 'fit': fit.train, 'search': search.search},
@@ -79,7 +81,7 @@ def main(argv: Sequence[str], changes: Sequence[overrides.Override] = ()) -> Non
         )
     keep_freed_memory()
     set_xla_flags()
-    parallel.join(values.distributed)
+    sharding.join(values.distributed)
     try:
         tasks[task](config, values.workdir, **profile)
     except UserError as error:

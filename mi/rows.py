@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-ROWS = ('data', 'fsdp')  # the mesh axes that a batch is split over, see `mi.parallel`
+ROWS = ('data', 'fsdp')  # the mesh axes that a batch is split over, see `mi.training.sharding`
 
 Tree = TypeVar('Tree')
 

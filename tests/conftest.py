@@ -22,15 +22,15 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
 import jax
 import pytest
 
-from mi import run
-from mi.lm import corpora
+from mi.lm.data import sources
+from mi.training import host
 
 # The flags of a training run, and what compiles sooner: no optimization by LLVM, and, where jaxlib
 # still has it, the older emitter of loops, which halved the time of the tests of agents' networks.
 FAST_COMPILATION = '--xla_backend_optimization_level=0'
 if importlib.metadata.version('jaxlib') < '0.12':
     FAST_COMPILATION += ' --xla_cpu_use_fusion_emitters=false'
-os.environ.setdefault('XLA_FLAGS', run.safe_xla_flags(FAST_COMPILATION))
+os.environ.setdefault('XLA_FLAGS', host.safe_xla_flags(FAST_COMPILATION))
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 if os.environ['JAX_PLATFORMS'] != 'cpu':  # f32 products are TF32 on a GPU, bf16 on a TPU
@@ -67,7 +67,7 @@ def _from_the_root() -> None:
 def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A directory with a little of each split of Austen: real text, evaluated in no time."""
     directory = tmp_path_factory.mktemp('texts')
-    for split, [(_, text)] in corpora.austen().items():
+    for split, [(_, text)] in sources.austen().items():
         (directory / f'{split}.txt').write_bytes(text[:12_000])
     return str(directory)
 

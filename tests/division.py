@@ -17,11 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import lm, rl
-from mi import costs, optim, parallel, program
-from mi.lm import evaluate, setup, train
+from mi.estimate import costs, program
+from mi.lm import config as lm_keys
+from mi.lm import evaluate, factory, train
 from mi.rl import evaluate as rl_evaluate
-from mi.rl import fused, queued
-from mi.rl import setup as rl_setup
+from mi.rl import factory as rl_setup
+from mi.rl.actors import loop as actors_loop
+from mi.rl.fused import loop as fused
+from mi.training import optim, sharding
 
 V = 64
 
@@ -36,19 +39,19 @@ def lm_config(word='', **changes):
 
 def lm_parts(config, count):
     """Return model, mesh, shapes of the state and of the seeds, on so many devices."""
-    setup.validate(config)
-    model = setup.build(config, V)
+    lm_keys.validate(config)
+    model = factory.build(config, V)
     optimizer = optim.optimiser(config.optim, 10)
     seeds, batch = np.asarray(config.seeds, np.int32), config.train.batch
     fsdp = count if config.train.fsdp > 1 else 1
-    mesh = parallel.mesh(len(seeds), batch, fsdp, config.train.mesh, jax.devices()[:count])
+    mesh = sharding.mesh(len(seeds), batch, fsdp, config.train.mesh, jax.devices()[:count])
     return model, optimizer, mesh, seeds, train.shapes(model, optimizer, seeds, batch, mesh)
 
 
 def lm_step(config, count):
     model, optimizer, mesh, seeds, state = lm_parts(config, count)
     shape = len(seeds), config.train.length + 1, config.train.batch
-    rows = parallel.by_rows(mesh, 2, has_seeds=True)
+    rows = sharding.by_rows(mesh, 2, has_seeds=True)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
     step = train.compile_step(
         model, optimizer, config.train.accumulate, state, seeds, tokens, None, mesh
@@ -61,7 +64,7 @@ def lm_evaluation(config, count):
     carry = jax.eval_shape(
         jax.vmap(lambda _: model.initial_carry(config.train.batch)), jnp.zeros(len(seeds))
     )
-    rows = parallel.by_rows(mesh, 1)
+    rows = sharding.by_rows(mesh, 1)
     shape = config.train.length, config.train.batch
     tokens, mask = (jax.ShapeDtypeStruct(shape, kind, sharding=rows) for kind in ('int32', 'bool'))
     segment = evaluate.segment_program(model, mesh)
@@ -74,7 +77,7 @@ def rl_parts(count, **changes):
     config.train.save_every = 2
     config.update_from_flattened_dict({'loss.popart': 0.01, **changes})
     devices = jax.devices()[:count]
-    mesh = parallel.mesh(len(config.seeds), config.train.batch, devices=devices)
+    mesh = sharding.mesh(len(config.seeds), config.train.batch, devices=devices)
     return config.lock(), costs.acting(config), mesh
 
 
@@ -89,14 +92,14 @@ def rl_learner(count):
     config, (_, agent, optimizer, state, trajectory), mesh = rl_parts(
         count, **{'train.topology': 'threads', 'actors.batch': 16}
     )
-    update = queued.learner_update(agent, optimizer, rl_setup.hyperparameters(config), mesh)
-    return queued.lower_update(update, state, trajectory, mesh).compile(), state.params
+    update = actors_loop.learner_update(agent, optimizer, rl_setup.hyperparameters(config), mesh)
+    return actors_loop.lower_update(update, state, trajectory, mesh).compile(), state.params
 
 
 def rl_evaluation(count, **changes):
     config, (environment, agent, optimizer, *_), mesh = rl_parts(count, **changes)
     state = fused.shapes(config, environment, agent, optimizer, mesh)
-    by_seed = parallel.by_seed(mesh)
+    by_seed = sharding.by_seed(mesh)
     keys = jax.ShapeDtypeStruct((len(config.seeds), 2), jnp.int32, sharding=by_seed)
     play = rl_evaluate.episodes_program(environment, agent, 16, False, mesh)
     return play.lower(state.learner.params, keys).compile(), state.learner.params

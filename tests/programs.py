@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mi import program
+from mi.estimate import program
 
 
 def communicate(rows, W):

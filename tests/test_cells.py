@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from jax.experimental import rnn
 
-from mi import cells, cudnn
+from mi import cells
+from mi.kernels import cudnn
+from mi.kernels import lstm as lstm_kernel
 from tests.motifs.checks import assert_float64
 
 T, B, N, H = 7, 3, 4, 5
@@ -44,26 +46,28 @@ def test_own_backward_pass_is_automatic_differentiation(with_reset, over_seeds):
         stacked = jax.tree.map(lambda *a: jnp.stack(a), inputs(0)[0], inputs(1)[0])
         return jax.vmap(grad)(*stacked)
 
-    assert_trees_close(gradients(cells.lstm), gradients(cells.lstm_reference), rtol=2e-4, atol=2e-5)
+    assert_trees_close(
+        gradients(lstm_kernel.lstm), gradients(lstm_kernel.lstm_reference), rtol=2e-4, atol=2e-5
+    )
 
 
 def test_lstm_is_flax_s():
     keys = jax.random.split(jax.random.key(0), 2)
     x = jax.random.normal(keys[0], (T, B, N))
     lstm = cells.LSTM(H)
-    params = lstm.init(keys[1], cells.initial(B, H), x)['params']
+    params = lstm.init(keys[1], cells.initial_carry(B, H), x)['params']
     W = dict(zip('ifog', jnp.split(params['W'], 4, axis=1), strict=True))
     U = dict(zip('ifog', jnp.split(params['U'], 4, axis=1), strict=True))
     b = dict(zip('ifog', jnp.split(params['b'], 4), strict=True))
     theirs = {f'i{g}': {'kernel': W[g]} for g in 'ifog'}
     theirs |= {f'h{g}': {'kernel': U[g], 'bias': b[g]} for g in 'ifog'}
     cell = nn.OptimizedLSTMCell(H)
-    state = cells.initial(B, H)
+    state = cells.initial_carry(B, H)
     hs = []
     for t in range(T):
         state, h = cell.apply({'params': theirs}, state, x[t])
         hs.append(h)
-    ours, h = lstm.apply({'params': params}, cells.initial(B, H), x)
+    ours, h = lstm.apply({'params': params}, cells.initial_carry(B, H), x)
     np.testing.assert_allclose(h, jnp.stack(hs), rtol=1e-5, atol=1e-6)
     assert_trees_close(ours, state, rtol=1e-5, atol=1e-6)
 
@@ -71,8 +75,8 @@ def test_lstm_is_flax_s():
 def test_reset_starts_afresh():
     (carry, x, *weights), _ = inputs()
     reset = jnp.zeros((T, B), bool).at[3].set(True)
-    last, h = cells.lstm(carry, x, *weights, reset)
-    fresh_last, fresh = cells.lstm(cells.initial(B, H), x[3:], *weights)
+    last, h = lstm_kernel.lstm(carry, x, *weights, reset)
+    fresh_last, fresh = lstm_kernel.lstm(cells.initial_carry(B, H), x[3:], *weights)
     np.testing.assert_allclose(h[3:], fresh, rtol=1e-5, atol=1e-6)
     assert_trees_close(last, fresh_last, rtol=1e-5, atol=1e-6)
 
@@ -98,15 +102,15 @@ def test_a_state_that_is_dropped_is_not_read(word):
 
 def test_two_halves_with_the_carry_are_the_whole():
     (carry, x, *weights), _ = inputs()
-    middle, first = cells.lstm(carry, x[:4], *weights)
-    last, second = cells.lstm(middle, x[4:], *weights)
-    whole_last, whole = cells.lstm(carry, x, *weights)
+    middle, first = lstm_kernel.lstm(carry, x[:4], *weights)
+    last, second = lstm_kernel.lstm(middle, x[4:], *weights)
+    whole_last, whole = lstm_kernel.lstm(carry, x, *weights)
     np.testing.assert_allclose(jnp.concatenate([first, second]), whole, rtol=1e-5, atol=1e-6)
     assert_trees_close(last, whole_last, rtol=1e-5, atol=1e-6)
 
 
 def test_forget_bias_is_one_and_recurrent_weights_orthogonal():
-    params = cells.LSTM(H).init(jax.random.key(0), cells.initial(B, H), jnp.zeros((T, B, N)))[
+    params = cells.LSTM(H).init(jax.random.key(0), cells.initial_carry(B, H), jnp.zeros((T, B, N)))[
         'params'
     ]
     np.testing.assert_array_equal(params['b'], np.repeat([0, 1, 0, 0], H))
@@ -130,13 +134,13 @@ def test_recurrent_weights_are_decomposed_one_at_a_time():
 def test_bf16_products_keep_an_f32_state():
     x = jax.random.normal(jax.random.key(0), (T, B, N))
     lstm = cells.LSTM(H, dtype=jnp.bfloat16)
-    ((c, h), y), variables = lstm.init_with_output(jax.random.key(1), cells.initial(B, H), x)
+    ((c, h), y), variables = lstm.init_with_output(jax.random.key(1), cells.initial_carry(B, H), x)
     assert (c.dtype, h.dtype, y.dtype) == (jnp.float32, jnp.float32, jnp.bfloat16)
-    _, exact = cells.LSTM(H).apply(variables, cells.initial(B, H), x)
+    _, exact = cells.LSTM(H).apply(variables, cells.initial_carry(B, H), x)
     np.testing.assert_allclose(y.astype(jnp.float32), exact, atol=2e-2)
-    grads = jax.grad(lambda v: lstm.apply(v, cells.initial(B, H), x)[1].sum().astype(jnp.float32))(
-        variables
-    )
+    grads = jax.grad(
+        lambda v: lstm.apply(v, cells.initial_carry(B, H), x)[1].sum().astype(jnp.float32)
+    )(variables)
     assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
 
 
@@ -185,7 +189,7 @@ def test_cudnn_is_the_lstm(over_seeds):
 
 
 def test_cudnn_refuses_what_it_has_not():
-    carry, x = cells.initial(B, H), jnp.zeros((T, B, N))
+    carry, x = cells.initial_carry(B, H), jnp.zeros((T, B, N))
     lstm = cells.LSTM(H, impl='cudnn', dtype=jnp.bfloat16)
     with pytest.raises(ValueError, match="use impl='xla'"):
         lstm.init(jax.random.key(0), carry, x)

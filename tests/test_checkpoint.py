@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mi import checkpoint
-from mi.checkpoint import Checkpoints
 from mi.config import UserError
+from mi.training import checkpoint
+from mi.training.checkpoint import Checkpoints
 
 
 def state(step):

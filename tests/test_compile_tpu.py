@@ -25,10 +25,11 @@ from configs import (
     rl_dmlab30,
     seq2seq,
 )
-from mi import cells, fusion, memory, program, topologies
+from mi import cells, fusion
 from mi.config import UserError
-from mi.lm import setup as lm_setup
-from mi.rl import setup as rl_setup
+from mi.estimate import memory, program, topologies
+from mi.lm import config as lm_setup
+from mi.rl import config as rl_setup
 
 pytestmark = [
     pytest.mark.slow,

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from mi import contract, cost, program, topologies
+from mi import counting
+from mi.estimate import program, topologies
+from mi.kernels import bilinear
 from tests.motifs.checks import wide
 
 M, N, K = 3, 4, 5
@@ -49,14 +51,14 @@ def triple_loop(x, z, W):
 @pytest.mark.parametrize('leads', LEADING, ids=str)
 def test_every_order_is_the_triple_loop(leads, order):
     x, z, W = streams(*leads)
-    y = contract.bilinear(x, z, W, order=order)
+    y = bilinear.bilinear(x, z, W, order=order)
     np.testing.assert_allclose(y, triple_loop(x, z, W), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('order', ORDERS)
 def test_gradients(order):
     args = streams((2, 3), (2, 1))
-    f = jax.jit(lambda *a: contract.bilinear(*a, order=order))
+    f = jax.jit(lambda *a: bilinear.bilinear(*a, order=order))
     check_grads(f, args, order=2, modes=['rev'], atol=2e-2, rtol=2e-2)
 
 
@@ -66,15 +68,15 @@ def test_context_shared_over_time_is_contracted_once():
     x = jax.ShapeDtypeStruct((S, T, N), jnp.float32)
     W = jax.ShapeDtypeStruct((M, N, K), jnp.float32)
     once = 2 * S * M * N * K + 2 * S * T * N * K  # W' for each sequence, then W'x for each step
-    assert cost.flops(contract.bilinear, x, shared, W) == once
-    assert cost.flops(contract.bilinear, x, per_step, W) > 2 * once
+    assert counting.flops(bilinear.bilinear, x, shared, W) == once
+    assert counting.flops(bilinear.bilinear, x, per_step, W) > 2 * once
 
 
 def test_shared_context_equals_the_context_repeated():
     x, z, W = streams((2, 7), (2, 1))
     repeated = jnp.repeat(z, 7, axis=1)
     np.testing.assert_allclose(
-        contract.bilinear(x, z, W), contract.bilinear(x, repeated, W), rtol=1e-5, atol=1e-6
+        bilinear.bilinear(x, z, W), bilinear.bilinear(x, repeated, W), rtol=1e-5, atol=1e-6
     )
 
 
@@ -93,18 +95,18 @@ def test_shared_context_equals_the_context_repeated():
     ],
 )
 def test_plan_follows_the_shapes(x, z, k, order):
-    assert contract.choose_order(x, z, k) == order
+    assert bilinear.choose_order(x, z, k) == order
 
 
 def test_plan_of_ids_takes_the_rows_of_W_where_many_inputs_share_one():
-    assert contract.choose_order((512, 256), (512,), 256, 'ids') == 'groups'
-    assert contract.choose_order((4, 100, 256), (4, 1), 256, 'ids') == 'rows'
-    assert contract.choose_order((4096, 256), (4096,), 128, 'ids', 'gpu', contexts=30) == 'one_hot'
-    assert contract.choose_order((4096, 256), (4096,), 128, 'ids', 'gpu', contexts=1000) == 'groups'
+    assert bilinear.choose_order((512, 256), (512,), 256, 'ids') == 'groups'
+    assert bilinear.choose_order((4, 100, 256), (4, 1), 256, 'ids') == 'rows'
+    assert bilinear.choose_order((4096, 256), (4096,), 128, 'ids', 'gpu', contexts=30) == 'one_hot'
+    assert bilinear.choose_order((4096, 256), (4096,), 128, 'ids', 'gpu', contexts=1000) == 'groups'
 
 
 def test_plan_of_a_gpu_keeps_larger_intermediates():
-    of_gpu = functools.partial(contract.choose_order, platform='gpu')
+    of_gpu = functools.partial(bilinear.choose_order, platform='gpu')
     assert of_gpu((4096, 512), (4096, 64), 512) == 'outer'
     assert of_gpu((16384, 512), (16384, 64), 512) == 'outer_chunks'  # 2 GiB
     assert of_gpu((4096, 512), (4096, 30), 128) == 'x_first'
@@ -125,21 +127,21 @@ def test_plan_of_a_gpu_keeps_larger_intermediates():
     ],
 )
 def test_plan_of_a_tpu_leaves_the_intermediate_to_its_compiler(x, z, k, order):
-    assert contract.choose_order(x, z, k, platform='tpu') == order
+    assert bilinear.choose_order(x, z, k, platform='tpu') == order
 
 
 def test_plan_of_a_tpu_takes_ids_as_one_product():
-    assert contract.choose_order((4096, 256), (4096,), 128, 'ids', 'tpu', contexts=30) == 'one_hot'
-    assert contract.choose_order((4096, 256), (4096,), 128, 'ids', 'tpu', contexts=1000) == 'groups'
-    assert contract.choose_order((4, 100, 256), (4, 1), 256, 'ids', 'tpu', contexts=30) == 'rows'
+    assert bilinear.choose_order((4096, 256), (4096,), 128, 'ids', 'tpu', contexts=30) == 'one_hot'
+    assert bilinear.choose_order((4096, 256), (4096,), 128, 'ids', 'tpu', contexts=1000) == 'groups'
+    assert bilinear.choose_order((4, 100, 256), (4, 1), 256, 'ids', 'tpu', contexts=30) == 'rows'
 
 
 @pytest.mark.parametrize('order', ORDERS)
 @pytest.mark.parametrize('leads', LEADING, ids=str)
 def test_every_order_as_written_for_a_tpu_is_the_triple_loop(leads, order, monkeypatch):
-    monkeypatch.setattr(contract, 'target_platform', lambda: 'tpu')
+    monkeypatch.setattr(bilinear, 'target_platform', lambda: 'tpu')
     args = streams(*leads)
-    f = functools.partial(contract.bilinear, order=order)
+    f = functools.partial(bilinear.bilinear, order=order)
     np.testing.assert_allclose(f(*args), triple_loop(*args), rtol=1e-5, atol=1e-5)
     gradients = jax.grad(lambda *a: (f(*a) ** 2).sum(), (0, 1, 2))(*args)
     monkeypatch.undo()
@@ -149,10 +151,10 @@ def test_every_order_as_written_for_a_tpu_is_the_triple_loop(leads, order, monke
 
 
 def test_forward_mode_as_written_for_a_tpu(monkeypatch):
-    monkeypatch.setattr(contract, 'target_platform', lambda: 'tpu')
+    monkeypatch.setattr(bilinear, 'target_platform', lambda: 'tpu')
     args = streams((6,), (6,))
     for order in ORDERS:
-        check_grads(functools.partial(contract.bilinear, order=order), args, 1, modes=['fwd'])
+        check_grads(functools.partial(bilinear.bilinear, order=order), args, 1, modes=['fwd'])
 
 
 def test_the_platform_is_that_of_the_mesh_and_not_of_the_process(monkeypatch):
@@ -164,11 +166,11 @@ def test_the_platform_is_that_of_the_mesh_and_not_of_the_process(monkeypatch):
 
     @jax.custom_vjp
     def watch(x):
-        platforms.append(contract.target_platform())
+        platforms.append(bilinear.target_platform())
         return x
 
     def backward(_, dy):
-        platforms.append(contract.target_platform())
+        platforms.append(bilinear.target_platform())
         return (dy,)
 
     watch.defvjp(lambda x: (watch(x), None), backward)
@@ -204,7 +206,7 @@ def test_a_tpu_never_writes_the_outer_product(rows, m, n, k, monkeypatch):
     args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=whole) for shape in shapes]
 
     def gradients(x, z, W, dy):
-        y, pull_back = jax.vjp(contract.bilinear, x, z, W)
+        y, pull_back = jax.vjp(bilinear.bilinear, x, z, W)
         return y, pull_back(dy)
 
     is_cached = jax.config.jax_enable_compilation_cache
@@ -219,13 +221,13 @@ def test_a_tpu_never_writes_the_outer_product(rows, m, n, k, monkeypatch):
     assert program.analyze(compiled).flops == 3 * 2 * B * m * n * k
 
 
-@pytest.mark.parametrize('order', [None, *contract.ID_ORDERS])
+@pytest.mark.parametrize('order', [None, *bilinear.ID_ORDERS])
 @pytest.mark.parametrize('lead, ids', [((), ()), ((90,), (90,)), ((3, 40), (3, 1)), ((40,), ())])
 def test_ids_are_one_hot_contexts(order, lead, ids):
     x, _, W = streams(lead)
     z = jax.random.randint(jax.random.key(3), ids, 0, M)
     expected = triple_loop(x, jax.nn.one_hot(z, M), W)
-    y = contract.bilinear(x, z, W, order=order)
+    y = bilinear.bilinear(x, z, W, order=order)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -235,7 +237,7 @@ def test_gradients_of_groups_are_those_of_the_dense_product(ids):
     ids, dy = jnp.asarray(ids), jax.random.normal(jax.random.key(4), (80, K))
 
     def of(z):
-        return jax.grad(lambda x, W: (contract.bilinear(x, z, W) * dy).sum(), (0, 1))(x, W)
+        return jax.grad(lambda x, W: (bilinear.bilinear(x, z, W) * dy).sum(), (0, 1))(x, W)
 
     for got, expected in zip(of(ids), of(jax.nn.one_hot(ids, M)), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
@@ -244,7 +246,7 @@ def test_gradients_of_groups_are_those_of_the_dense_product(ids):
 def test_groups_under_vmap():
     x, _, W = streams((2, 70))
     ids = jax.random.randint(jax.random.key(3), (2, 70), 0, M)
-    one = jax.vmap(lambda x, z: contract.bilinear(x, z, W, order='groups'))
+    one = jax.vmap(lambda x, z: bilinear.bilinear(x, z, W, order='groups'))
     expected = triple_loop(x, jax.nn.one_hot(ids, M), W)
     np.testing.assert_allclose(one(x, ids), expected, rtol=1e-5, atol=1e-5)
 
@@ -258,14 +260,14 @@ def test_chunks_keep_a_tenth_of_the_temporaries_of_einsum():
         return gradient.lower(*args).compile().memory_analysis().temp_size_in_bytes
 
     einsum = temporaries(lambda x, z, W: jnp.einsum('bm,mnk,bn->bk', z, W, x))
-    assert contract.choose_order(*shapes[:2], 256) == 'outer_chunks'
-    assert temporaries(contract.bilinear) <= 1.01 * einsum / 10  # and some scalars
+    assert bilinear.choose_order(*shapes[:2], 256) == 'outer_chunks'
+    assert temporaries(bilinear.bilinear) <= 1.01 * einsum / 10  # and some scalars
 
 
 def test_forward_mode_of_every_dense_order():
     args = streams((2, 3), (2, 1))
     for order in ORDERS:
-        f = jax.jit(lambda *a, o=order: contract.bilinear(*a, order=o))
+        f = jax.jit(lambda *a, o=order: bilinear.bilinear(*a, order=o))
         check_grads(f, args, 1, modes=['fwd'])
 
 
@@ -276,7 +278,7 @@ def test_bf16_accumulates_in_f32(order):
     z = jax.random.normal(keys[1], (64, 96), jnp.bfloat16)
     W = jax.random.normal(keys[2], (96, 128, 32), jnp.bfloat16)
     exact = np.einsum('bm,mnk,bn->bk', *(np.asarray(a, np.float64) for a in (z, W, x)))
-    y = contract.bilinear(x, z, W, order=order)
+    y = bilinear.bilinear(x, z, W, order=order)
     assert y.dtype == jnp.bfloat16
     error = np.linalg.norm(np.asarray(y, np.float64) - exact) / np.linalg.norm(exact)
     assert error < 4e-3  # accumulation over m or n in bf16 gives 1e-2
@@ -285,12 +287,12 @@ def test_bf16_accumulates_in_f32(order):
 @pytest.mark.parametrize('order', ['outer_chunks', 'z_first_chunks'])
 def test_parts_in_bf16_add_up_in_f32(order, monkeypatch):
     # Two entries are a part: 256 + 1, which bf16 rounds to 256, and then -256 + 0.
-    monkeypatch.setattr(contract, '_NARROW', 4)
-    monkeypatch.setattr(contract, '_CHUNK', 2 * 4 * K)
+    monkeypatch.setattr(bilinear, '_NARROW', 4)
+    monkeypatch.setattr(bilinear, '_CHUNK', 2 * 4 * K)
     terms = jnp.array([256, 1, -256, 0], jnp.bfloat16)
     one = jnp.array([1, 0, 0, 0], jnp.bfloat16)
     x, z = (one, terms) if order == 'outer_chunks' else (terms, one)
-    y = contract.bilinear(x, z, jnp.ones((4, 4, K), jnp.bfloat16), order=order)
+    y = bilinear.bilinear(x, z, jnp.ones((4, 4, K), jnp.bfloat16), order=order)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(y, np.ones(K))
 
@@ -298,7 +300,7 @@ def test_parts_in_bf16_add_up_in_f32(order, monkeypatch):
 def test_linear_is_the_matrix_product():
     x = jax.random.normal(jax.random.key(0), (2, 3, N))
     V = jax.random.normal(jax.random.key(1), (N, K))
-    np.testing.assert_allclose(contract.linear(x, V), np.asarray(x) @ np.asarray(V), rtol=1e-5)
+    np.testing.assert_allclose(bilinear.linear(x, V), np.asarray(x) @ np.asarray(V), rtol=1e-5)
 
 
 EMPTY = [((0,), ()), ((), (0,)), ((0,), (1,)), ((1,), (0,)), ((2, 0), (2, 1)), ((0, 1), (1, 3))]
@@ -309,7 +311,7 @@ EMPTY = [((0,), ()), ((), (0,)), ((0,), (1,)), ((1,), (0,)), ((2, 0), (2, 1)), (
 def test_an_axis_of_no_entry_beside_one_that_is_shared_gives_none(leads, order):
     x, z, W = streams(*leads)
     lead = np.broadcast_shapes(*leads)
-    f = functools.partial(contract.bilinear, order=order)
+    f = functools.partial(bilinear.bilinear, order=order)
     y, pulled = jax.eval_shape(lambda *a: (f(*a), jax.vjp(f, *a)[1](f(*a))), x, z, W)
     assert y.shape == (*lead, K)
     assert [a.shape for a in pulled] == [x.shape, z.shape, W.shape]
@@ -317,18 +319,18 @@ def test_an_axis_of_no_entry_beside_one_that_is_shared_gives_none(leads, order):
 
 def test_no_row_has_a_product_and_a_gradient_of_zero():
     x, z, W = streams((0,), ())
-    assert contract.bilinear(x, z, W).shape == (0, K)
-    dW = jax.grad(lambda W: contract.bilinear(x, z, W).sum())(W)
+    assert bilinear.bilinear(x, z, W).shape == (0, K)
+    dW = jax.grad(lambda W: bilinear.bilinear(x, z, W).sum())(W)
     np.testing.assert_array_equal(dW, np.zeros(W.shape))
-    assert contract.linear(jnp.zeros((3, 0)), jnp.zeros((0, K))).tolist() == [[0] * K] * 3
+    assert bilinear.linear(jnp.zeros((3, 0)), jnp.zeros((0, K))).tolist() == [[0] * K] * 3
 
 
-@pytest.mark.parametrize('order', [None, *contract.ID_ORDERS])
+@pytest.mark.parametrize('order', [None, *bilinear.ID_ORDERS])
 @pytest.mark.parametrize('leads', EMPTY, ids=str)
 def test_ids_of_no_entry_beside_a_row_that_is_shared_give_none(leads, order):
     x, _, W = streams(leads[0])
     ids = jnp.zeros(leads[1], int)
-    f = functools.partial(contract.bilinear, order=order)
+    f = functools.partial(bilinear.bilinear, order=order)
     y, dW = jax.eval_shape(
         lambda x, W: (f(x, ids, W), jax.grad(lambda W: f(x, ids, W).sum())(W)), x, W
     )
@@ -339,18 +341,18 @@ def test_ids_of_no_entry_beside_a_row_that_is_shared_give_none(leads, order):
 def test_float64_adds_up_in_float64(order):
     with jax.enable_x64(True):
         x, z, W = wide(streams((6,), (6,)))
-        y = contract.bilinear(x, z, W, order=order)
+        y = bilinear.bilinear(x, z, W, order=order)
         assert y.dtype == jnp.float64
         np.testing.assert_allclose(y, triple_loop(x, z, W), rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize('order', contract.ID_ORDERS)
+@pytest.mark.parametrize('order', bilinear.ID_ORDERS)
 def test_float64_by_id_and_its_gradient_add_up_in_float64(order):
     with jax.enable_x64(True):
         x, _, W = wide(streams((70,)))
         ids = jnp.arange(70) % M
         dy = jnp.asarray(np.random.default_rng(0).normal(size=(70, K)))
-        f = lambda x, z, W, order=order: contract.bilinear(x, z, W, order=order)  # noqa: E731
+        f = lambda x, z, W, order=order: bilinear.bilinear(x, z, W, order=order)  # noqa: E731
         y, pull = jax.vjp(lambda x, W: f(x, ids, W), x, W)
         one_hot = np.eye(M)[ids]
         np.testing.assert_allclose(y, triple_loop(x, one_hot, W), rtol=1e-13, atol=1e-13)
@@ -361,25 +363,25 @@ def test_float64_by_id_and_its_gradient_add_up_in_float64(order):
         np.testing.assert_allclose(dW, expected, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize('order', [None, *contract.ID_ORDERS])
+@pytest.mark.parametrize('order', [None, *bilinear.ID_ORDERS])
 def test_ids_out_of_range_are_the_nearest(order):
     x, _, W = streams((4,))
     ids = jnp.array([-1, 0, M - 1, M + 5])
-    expected = contract.bilinear(x, jnp.array([0, 0, M - 1, M - 1]), W, order=order)
-    np.testing.assert_allclose(contract.bilinear(x, ids, W, order=order), expected, rtol=1e-6)
-    rows = contract.linear(ids, W[:, 0])
+    expected = bilinear.bilinear(x, jnp.array([0, 0, M - 1, M - 1]), W, order=order)
+    np.testing.assert_allclose(bilinear.bilinear(x, ids, W, order=order), expected, rtol=1e-6)
+    rows = bilinear.linear(ids, W[:, 0])
     np.testing.assert_array_equal(rows, W[:, 0][jnp.array([0, 0, M - 1, M - 1])])
 
 
 def test_errors_say_what_was_given():
     x, z, W = streams((6,), (6,))
     with pytest.raises(ValueError, match=r'W must be \[m, n, k\].*\(4, 3, 5\)'):
-        contract.bilinear(x, z, jnp.swapaxes(W, 0, 1))
+        bilinear.bilinear(x, z, jnp.swapaxes(W, 0, 1))
     with pytest.raises(
         ValueError, match="unknown order 'inner'; known: outer, outer_chunks, x_first"
     ):
-        contract.bilinear(x, z, W, order='inner')
+        bilinear.bilinear(x, z, W, order='inner')
     with pytest.raises(ValueError, match="'groups' is for integer ids, but z is float32"):
-        contract.bilinear(x, z, W, order='groups')
+        bilinear.bilinear(x, z, W, order='groups')
     with pytest.raises(ValueError, match='do not broadcast'):
-        contract.bilinear(x, z[:4], W)
+        bilinear.bilinear(x, z[:4], W)

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mi import cost
+from mi import counting
 
 
 def test_parameters_counts_shapes():
@@ -11,21 +11,21 @@ def test_parameters_counts_shapes():
         'b': jnp.zeros(5),
         's': jnp.zeros(()),
     }
-    assert cost.parameters(tree) == 66
+    assert counting.parameters(tree) == 66
 
 
 def test_flops_of_products_scans_convolutions_and_branches():
     x, W = jax.ShapeDtypeStruct((7, 3), jnp.float32), jax.ShapeDtypeStruct((3, 3), jnp.float32)
     one = 2 * 7 * 3 * 3
-    assert cost.flops(lambda x, W: jnp.tanh(x @ W) + 1, x, W) == one
+    assert counting.flops(lambda x, W: jnp.tanh(x @ W) + 1, x, W) == one
 
     def loop(x, W):
         return jax.lax.scan(lambda x, _: (x @ W, None), x, length=10)[0]
 
-    assert cost.flops(loop, x, W) == 10 * one
-    assert cost.flops(jax.jit(loop), x, W) == 10 * one
+    assert counting.flops(loop, x, W) == 10 * one
+    assert counting.flops(jax.jit(loop), x, W) == 10 * one
     assert (
-        cost.flops(
+        counting.flops(
             jax.vmap(loop, in_axes=(0, None)), jax.ShapeDtypeStruct((4, 7, 3), jnp.float32), W
         )
         == 40 * one
@@ -34,14 +34,14 @@ def test_flops_of_products_scans_convolutions_and_branches():
     def branch(x, W):
         return jax.lax.cond(x[0, 0] > 0, lambda: x @ W, lambda: (x @ W) @ W)
 
-    assert cost.flops(branch, x, W) == 2 * one
+    assert counting.flops(branch, x, W) == 2 * one
 
     image, kernel = (
         jax.ShapeDtypeStruct((1, 3, 8, 8), jnp.float32),
         jax.ShapeDtypeStruct((5, 3, 2, 2), jnp.float32),
     )
     conv = lambda i, k: jax.lax.conv(i, k, (1, 1), 'VALID')  # noqa: E731
-    assert cost.flops(conv, image, kernel) == 2 * (3 * 2 * 2) * (5 * 7 * 7)
+    assert counting.flops(conv, image, kernel) == 2 * (3 * 2 * 2) * (5 * 7 * 7)
 
 
 def test_products_have_the_bytes_of_both_factors_and_of_the_result():
@@ -50,8 +50,8 @@ def test_products_have_the_bytes_of_both_factors_and_of_the_result():
     def loop(x, W):
         return jax.lax.scan(lambda _, row: (0, row @ W), 0, jnp.stack([x] * 4))[1]
 
-    assert cost.products(loop, x, W) == [
-        cost.Product(2 * 7 * 3 * 5, 2 * (7 * 3 + 3 * 5 + 7 * 5), 4),
+    assert counting.products(loop, x, W) == [
+        counting.Product(2 * 7 * 3 * 5, 2 * (7 * 3 + 3 * 5 + 7 * 5), 4),
     ]
 
 
@@ -61,11 +61,11 @@ def test_nearest_size_is_the_nearest(target):
     nearest = min(range(1, 400), key=lambda s: abs(price(s) - target))
     if price(1) > 1.1 * target:
         with pytest.raises(ValueError, match='the smallest size, 1, costs 5'):
-            cost.nearest_size(price, target)
+            counting.nearest_size(price, target)
     else:
-        assert cost.nearest_size(price, target) == nearest
+        assert counting.nearest_size(price, target) == nearest
 
 
 def test_nearest_size_refuses_a_cost_that_does_not_grow():
     with pytest.raises(ValueError, match='no size up to'):
-        cost.nearest_size(lambda size: 5, 100)
+        counting.nearest_size(lambda size: 5, 100)

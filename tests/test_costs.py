@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from configs import expressivity, lm, lm_ptb, rl, rl_dmlab30
-from mi import costs
 from mi.config import UserError
+from mi.estimate import costs
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What `mi.cost` says of programs on each device: by hand, and where a program does not fit."""
+"""What `mi.estimate` says of programs on each device: by hand, and where a program does not fit."""
 
 import json
 import os
@@ -9,8 +9,13 @@ import jax
 import pytest
 
 from configs import expressivity, lm
-from mi import deployment, estimate, memory, topologies
 from mi.config import UserError
+from mi.estimate import (
+    cli,
+    deployment,
+    memory,
+    topologies,
+)
 from tests.conftest import forced
 
 SMALL = [
@@ -33,7 +38,15 @@ def small_config():
 
 def test_two_devices_have_a_seed_each_and_send_nothing():
     """The FLOPs are those of `test_costs.test_flops_of_a_step_are_those_of_its_products`."""
-    command = [sys.executable, '-m', 'mi.cost', *SMALL, '--config.seeds=(0,1)', '--eval', '--json']
+    command = [
+        sys.executable,
+        '-m',
+        'mi.estimate',
+        *SMALL,
+        '--config.seeds=(0,1)',
+        '--eval',
+        '--json',
+    ]
     environment = os.environ | {'XLA_FLAGS': forced(2)}
     out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     told = json.loads(out.stdout)
@@ -61,7 +74,7 @@ def test_two_devices_have_a_seed_each_and_send_nothing():
 def test_a_program_that_takes_more_memory_than_a_device_has_ends_with_code_1(monkeypatch, capsys):
     monkeypatch.setattr(topologies, 'memory_of', lambda device: 1000)
     with pytest.raises(SystemExit) as raised:
-        estimate.main(['cost', *SMALL, '--config.seeds=(0,)'])
+        cli.main(['cost', *SMALL, '--config.seeds=(0,)'])
     assert raised.value.code == 1
     assert 'DOES NOT FIT into 1 kB' in capsys.readouterr().out
 
@@ -138,7 +151,7 @@ def test_what_is_wrong_with_a_compiler_is_one_line(said, expected):
 def test_flags_that_do_not_go_together(monkeypatch, flags, said):
     monkeypatch.setattr(topologies, 'prepare_process', lambda: None)  # of the tests, not its own
     with pytest.raises(UserError, match=said):
-        estimate.main(['cost', *SMALL, *flags])
+        cli.main(['cost', *SMALL, *flags])
 
 
 def test_lines_say_what_a_device_does():
@@ -148,7 +161,7 @@ def test_lines_say_what_a_device_does():
         'collectives': [{'kind': 'all-reduce', 'count': 2, 'bytes': 4e6, 'group': 8}],
         'seconds': 0.0123, 'unknown_loops': ['while.3'], 'uncounted_calls': [], 'updates': 20,
     }  # fmt: skip
-    rows = estimate.program_rows(step, limit=int(16e9))
+    rows = cli.program_rows(step, limit=int(16e9))
     lines = [' '.join(row) for row in rows]
     assert lines[0] == 'FLOPs of products 2.5 G 0.690 of those on one device; 1/8 = 0.125 is right'
     assert 'memory 5 GB fits into 16 GB; arguments 2 GB, temporaries 3 GB' in lines

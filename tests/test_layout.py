@@ -1,96 +1,74 @@
-"""The house: imports point down, and the product of x and z is four files from the entry point."""
+"""Direction of the imports: each package imports only packages below its own."""
 
 import ast
 import itertools
-import pathlib
 
 import pytest
 
-from mi.config import flatten
-from mi.lm.setup import SCHEMA, check
+from mi.config import flat
+from mi.lm.config import SCHEMA, check
 from tests.conftest import ROOT
 
-FLOORS = [
-    ['config'],
-    [
-        *('contract', 'cost', 'cudnn', 'files', 'hlo', 'overrides'),
-        *('precision', 'rows', 'topologies'),
-    ],
-    ['dropout', 'hlo_cost', 'layers'],
-    ['motifs', 'program'],
+# From the bottom up. Packages of one layer do not import each other.
+LAYERS = [
+    ['config', 'precision', 'rows'],
+    ['kernels', 'counting', 'dropout', 'overrides'],
+    ['layers'],
+    ['motifs'],
     ['fusion'],
     ['cells'],
     ['unify'],
-    [
-        *('optim', 'checkpoint', 'metrics', 'progress', 'tracking', 'run', 'versions'),
-        *('parallel', 'placement'),
-    ],
+    ['training'],
     ['lm', 'rl', 'fit'],
-    ['main', 'costs'],
-    ['memory'],
-    ['deployment'],
-    ['estimate'],
+    ['main', 'estimate'],
 ]
-FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
+LAYER = {package: i for i, packages in enumerate(LAYERS) for package in packages}
+# A report reads run directories and knows nothing of models.
+READ_BY_REPORT = ('config', 'training.io', 'training.progress', 'training.run_state')
+TYPED_MODULES = [
+    *('kernels/bilinear', 'layers', 'fusion', 'cells/lstm', 'lm/model', 'lm/transformer'),
+    *('lm/data/token_store', 'lm/evaluate', 'lm/loss', 'lm/dynamic_evaluation'),
+]
 
 
-def imports(file):
-    """The modules of ours that a file imports, dotted, without the leading mi."""
+def imported_modules(file):
+    """Yield the modules that a file imports, dotted."""
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or '').split('.')[0] == 'mi':
-            inner = node.module.split('.')[1:]
-            yield from (
-                ['.'.join([*inner, a.name]) for a in node.names] if not inner else ['.'.join(inner)]
-            )
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f'{node.module}.{alias.name}' for alias in node.names)
         elif isinstance(node, ast.Import):
-            yield from (a.name[3:] for a in node.names if a.name.startswith('mi.'))
+            yield from (alias.name for alias in node.names)
 
 
-def files():
-    return [f for f in (ROOT / 'mi').rglob('*.py') if f != ROOT / 'mi/__init__.py']
+def library_files():
+    return [file for file in (ROOT / 'mi').rglob('*.py') if file != ROOT / 'mi/__init__.py']
 
 
-@pytest.mark.parametrize('file', files(), ids=lambda f: str(f.relative_to(ROOT)))
-def test_no_import_runs_upward(file):
-    room = file.relative_to(ROOT / 'mi').with_suffix('').parts[0]
-    for imported in imports(file):
-        other = imported.split('.')[0]
-        if other == room:
+@pytest.mark.parametrize('file', library_files(), ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_point_down(file):
+    package = file.relative_to(ROOT / 'mi').with_suffix('').parts[0]
+    for module in imported_modules(file):
+        top, _, inner = module.partition('.')
+        assert top not in ('configs', 'experiments', 'launch', 'benchmarks', 'tests'), module
+        if top != 'mi' or inner.split('.')[0] == package:
             continue
-        if room == 'report':
-            # It reads directories and knows nothing of models.
-            assert other in ('config', 'files', 'progress')
+        if package == 'report':
+            assert inner.startswith(READ_BY_REPORT), module
         else:
-            assert FLOOR[other] < FLOOR[room] or FLOOR[other] == FLOOR[room] == FLOOR['run'], (
-                imported
-            )
+            assert LAYER[inner.split('.')[0]] < LAYER[package], module
 
 
-def test_no_config_passes_the_boundary():
-    for name in (
-        'contract',
-        'layers',
-        'fusion',
-        'cells',
-        'lm/model',
-        'lm/data',
-        'lm/evaluate',
-        'lm/loss',
-        'lm/dynamic',
-        'lm/transformer',
-    ):
-        assert 'ml_collections' not in (ROOT / f'mi/{name}.py').read_text()
+@pytest.mark.parametrize('module', TYPED_MODULES)
+def test_config_dicts_end_at_the_trainers(module):
+    file = ROOT / f'mi/{module}.py'
+    assert not any(name.startswith('ml_collections') for name in imported_modules(file))
 
 
-def test_four_files_from_main_to_the_product_of_x_and_z():
-    path = ['main', 'lm.train', 'lm.model', 'layers']
+def test_four_files_from_main_to_the_layer():
+    path = ['main', 'lm/train', 'lm/model', 'layers']
     for above, below in itertools.pairwise(path):
-        file = ROOT / 'mi' / pathlib.Path(*above.split('.')).with_suffix('.py')
-        found = set(imports(file))
-        assert below in found or below.rpartition('.')[0] in found, (
-            f'{above} does not import {below}'
-        )
-    assert 'bilinear(x, z, W' in (ROOT / 'mi/layers.py').read_text()
+        modules = list(imported_modules(ROOT / f'mi/{above}.py'))
+        assert any(m.startswith('mi.' + below.replace('/', '.')) for m in modules), (above, below)
 
 
 def test_every_key_of_the_config_has_a_rule_and_no_rule_is_without_a_key():
@@ -98,7 +76,7 @@ def test_every_key_of_the_config_has_a_rule_and_no_rule_is_without_a_key():
 
     files = lm, lm_enwik8, lm_ptb, lm_wikitext103
     for config in (file.get_config(preset) for file in files for preset in file.PRESETS):
-        assert set(flatten(config.to_dict())) == set(SCHEMA)
+        assert set(flat(config.to_dict())) == set(SCHEMA)
         check(config, SCHEMA)
 
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from configs import expressivity, lm, rl
-from mi import costs, estimate, memory, parallel
 from mi.config import UserError
+from mi.estimate import cli, costs, memory
 from mi.lm import train as train_lm
-from mi.rl import fused
+from mi.rl.fused import loop as fused
+from mi.training import sharding
 
 
 def taken(tree):
@@ -55,7 +56,7 @@ def test_a_language_model_starts_with_so_many_bytes():
     told = memory.of_config(config, compiles=False)
     _, model, optimiser, _, _ = costs.text(config)
     seeds, B = np.asarray(config.seeds, np.int32), config.train.batch
-    state = train_lm.start(model, optimiser, seeds, B, parallel.mesh(2, B))
+    state = train_lm.start(model, optimiser, seeds, B, sharding.mesh(2, B))
     found = [taken(part) for part in (state.params, state.opt_state, state.carry)]
     assert [told[name] for name in ('parameters', 'optimiser', 'other')] == found
     assert told['checkpoint'] == sum(found)
@@ -78,7 +79,7 @@ def test_a_search_does_not_know_its_models_before():
 
 @pytest.mark.slow
 def test_the_command_prints_lines_or_json():
-    command = [sys.executable, '-m', 'mi.cost', '--config=configs/lm.py:tiny', '--nocompile']
+    command = [sys.executable, '-m', 'mi.estimate', '--config=configs/lm.py:tiny', '--nocompile']
     told = costs.of_config(lm.get_config('tiny'))
     out = subprocess.run([*command, '--json'], capture_output=True, text=True, check=True).stdout
     printed = json.loads(out)
@@ -97,7 +98,7 @@ def test_the_command_prints_lines_or_json():
 )
 def test_what_is_wrong_with_a_command_is_one_line(arguments, said):
     with pytest.raises(UserError, match=said) as raised:
-        estimate.main(['', *arguments])
+        cli.main(['', *arguments])
     assert '\n' not in str(raised.value)
 
 
@@ -105,7 +106,7 @@ def test_lines_are_for_people():
     told = {'parameters': {'model': 429720, 'fusion': 137280}, 'steps': 400, 'seeds': 3}
     told |= {'flops_per_token': {'model': 859_000, 'fusion': 279_000}, 'units': 2048}
     bytes_ = {'parameters': 5_160_000, 'optimiser': 10_300_000, 'other': 0, 'checkpoint': 15.5e6}
-    lines = estimate.lines(told | {'flops': 5.28e9, 'memory': bytes_})
+    lines = cli.lines(told | {'flops': 5.28e9, 'memory': bytes_})
     assert lines[0].split() == ['parameters', '429,720', 'of', 'them', 'the', 'fusion', '137,280']
     assert 'FLOPs of the run          6.34 T  all steps and seeds, without evaluations' in lines
     assert any('checkpoint, bytes' in line and '15.5 MB' in line for line in lines)

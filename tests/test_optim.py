@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from mi import optim
 from mi.config import UserError
+from mi.training import optim
 
 
 def config(**values):

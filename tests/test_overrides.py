@@ -4,8 +4,9 @@ import ml_collections
 import pytest
 
 from launch import sweep
-from mi import estimate, overrides
+from mi import overrides
 from mi.config import UserError
+from mi.estimate import cli
 
 FILE = """
 import ml_collections
@@ -96,7 +97,7 @@ def test_members_of_a_sweep_and_the_table_of_costs_read_flags_in_the_same_way(fi
     assert sweep.parsed(['python', f'--config={file}', *twice, '--workdir=x']).seeds == (2,)
     with pytest.raises(UserError, match=r'nosuch=1: config\.nosuch is unknown'):
         sweep.parsed([f'--config={file}', '--config.seeds=(2,)', '--config.nosuch=1'])
-    estimate.main(['cost', '--config=configs/lm.py:tiny', '--nocompile', '--json', *twice])
+    cli.main(['cost', '--config=configs/lm.py:tiny', '--nocompile', '--json', *twice])
     assert '"seeds": 1' in capsys.readouterr().out
 
 

@@ -12,18 +12,21 @@ import pytest
 from flax import linen as nn
 
 from configs import composition, expressivity, lm, rl, seq2seq
-from mi import cells, checkpoint, fusion, memory, optim, precision, run
+from mi import cells, fusion, precision
 from mi.config import UserError
+from mi.estimate import memory
+from mi.fit import factory as fit_setup
 from mi.fit import search
-from mi.fit import setup as fit_setup
 from mi.fit import train as fit
 from mi.layers import MultiplicativeInteraction
 from mi.lm import assess, sample
-from mi.lm import setup as lm_setup
+from mi.lm import config as lm_config
+from mi.lm import factory as lm_setup
 from mi.lm import train as lm_train
 from mi.rl import assess as assess_rl
-from mi.rl import setup as rl_setup
+from mi.rl import config as rl_setup
 from mi.rl import train as rl_train
+from mi.training import checkpoint, optim, run_dir
 from mi.unify import as_mi, explain
 from tests.motifs.checks import drawn, random
 
@@ -174,7 +177,7 @@ class Watched(MultiplicativeInteraction):
 def watched(monkeypatch):
     """Name of a fusion; what is traced for shapes alone, before a run starts, is not counted."""
     monkeypatch.setitem(fusion.FUSIONS, 'watched', Watched)
-    run_start, restore = run.start, checkpoint.Checkpoints.restore_part
+    run_start, restore = run_dir.start, checkpoint.Checkpoints.restore_part
 
     @contextlib.contextmanager
     def start(*args, **kwargs):
@@ -186,7 +189,7 @@ def watched(monkeypatch):
         TRACES.clear()
         return restore(*args)
 
-    monkeypatch.setattr(run, 'start', start)
+    monkeypatch.setattr(run_dir, 'start', start)
     monkeypatch.setattr(checkpoint.Checkpoints, 'restore_part', restore_part)
     return 'watched'
 
@@ -239,7 +242,7 @@ def test_a_fit_and_a_search_compute_with_it(tmp_path, watched):
 @pytest.mark.parametrize(
     ('get_config', 'validate'),
     [
-        (lambda: lm.get_config('tiny'), lm_setup.validate),
+        (lambda: lm.get_config('tiny'), lm_config.validate),
         (lambda: rl.get_config('tiny'), rl_setup.validate),
         (expressivity.get_config, fit_setup.validate),
     ],
@@ -255,10 +258,10 @@ def test_runs_from_before_there_was_the_key_go_on(tmp_path, capsys):
     config = expressivity.get_config('fit')
     before = config.copy_and_resolve_references().unlock()
     del before.train.matmul_precision
-    with run.start(tmp_path, before):
+    with run_dir.start(tmp_path, before):
         assert precision.get_current() is None
     (tmp_path / 'checkpoints' / '00000040').mkdir(parents=True)
-    with run.start(tmp_path, config):
+    with run_dir.start(tmp_path, config):
         assert precision.get_current() == 'highest'
     assert "train.matmul_precision = 'highest'" in capsys.readouterr().err
 

@@ -9,7 +9,7 @@ from mi.config import UserError
 from mi.fit import train as fit
 from mi.lm import train as lm
 from mi.rl import train as rl
-from mi.run import steps
+from mi.training.run_dir import steps
 
 LM = {'train.steps': 6, 'train.log_every': 2, 'train.eval_every': 6, 'train.save_every': 6}
 FIT = {'train.steps': 20, 'seeds': (0,), 'problem.examples': 64} | {

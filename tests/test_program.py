@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mi import hlo_cost, program
-from mi.program import Collective
+from mi.estimate import hlo_cost, program
+from mi.estimate.program import Collective
 from tests.conftest import forced
 
 

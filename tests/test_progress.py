@@ -8,10 +8,11 @@ import pytest
 
 from configs import expressivity
 from configs import rl as rl_configs
-from mi import estimate, progress
+from mi.estimate import cli
 from mi.fit import search
 from mi.fit import train as fit
 from mi.rl import train as rl
+from mi.training import progress
 from tests.conftest import ROOT
 
 
@@ -93,6 +94,6 @@ def test_agents_say_that_they_compile(topology, said, tmp_path, capsys, short_in
 
 
 def test_costs_say_what_takes_long_and_leave_stdout_to_the_result(capsys, short_interval):
-    estimate.main(['cost', f'--config={ROOT}/configs/lm.py:tiny', '--json', '--nocompile'])
+    cli.main(['cost', f'--config={ROOT}/configs/lm.py:tiny', '--json', '--nocompile'])
     out, err = capsys.readouterr()
     assert 'counting the FLOPs of a training step … ' in err and json.loads(out)['steps'] == 20

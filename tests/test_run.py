@@ -12,8 +12,8 @@ import ml_collections
 import numpy as np
 import pytest
 
-from mi import run, versions
 from mi.config import UserError
+from mi.training import host, run_dir, versions
 
 
 def config(**values):
@@ -25,25 +25,25 @@ def status(path):
 
 
 def test_a_run_says_how_it_ended(tmp_path):
-    with run.start(tmp_path, config()) as this:
+    with run_dir.start(tmp_path, config()) as this:
         this.step = 7
         assert status(tmp_path)['state'] == 'running'
     assert (status(tmp_path)['state'], status(tmp_path)['step']) == ('done', 7)
     assert json.loads((tmp_path / 'config.json').read_text())['model'] == {'width': 3}
 
-    with pytest.raises(UserError), run.start(tmp_path, config()):
+    with pytest.raises(UserError), run_dir.start(tmp_path, config()):
         raise UserError('the loss is NaN')
     assert status(tmp_path)['state'] == 'failed'
     assert status(tmp_path)['reason'] == 'UserError: the loss is NaN'
 
-    with pytest.raises(SystemExit) as stopped, run.start(tmp_path, config()) as this:
+    with pytest.raises(SystemExit) as stopped, run_dir.start(tmp_path, config()) as this:
         this.preempted()
     assert stopped.value.code == 143
     assert status(tmp_path)['state'] == 'preempted'
 
 
 def test_a_directory_has_one_writer(tmp_path):
-    with run.start(tmp_path, config()):
+    with run_dir.start(tmp_path, config()):
         code = (
             'import sys, ml_collections; from mi import run\n'
             'with run.start(sys.argv[1], ml_collections.ConfigDict()): pass'
@@ -53,12 +53,12 @@ def test_a_directory_has_one_writer(tmp_path):
         )
         assert other.returncode == 1
         assert f'{tmp_path} is in use by process ' in other.stderr
-    with run.start(tmp_path, config()):
+    with run_dir.start(tmp_path, config()):
         pass  # free again
 
 
 def test_another_config_is_refused_and_named(tmp_path):
-    with run.start(tmp_path, config()):
+    with run_dir.start(tmp_path, config()):
         pass
     before = (tmp_path / 'config.json').read_bytes()
     with (
@@ -67,7 +67,7 @@ def test_another_config_is_refused_and_named(tmp_path):
             match=r'extra was absent and is 1 now, model\.width was 3 and is 4 now, '
             r'seeds was \[0\] and is \[1\] now; name another',
         ),
-        run.start(tmp_path, config(model={'width': 4}, seeds=(1,), extra=1)),
+        run_dir.start(tmp_path, config(model={'width': 4}, seeds=(1,), extra=1)),
     ):
         pass
     assert (tmp_path / 'config.json').read_bytes() == before
@@ -79,20 +79,20 @@ def test_a_damaged_config_is_named(tmp_path, damaged):
     said = pytest.raises(
         UserError, match=r'config\.json is no.* JSON.*; restore it, or name another'
     )
-    with said, run.start(tmp_path, config()):
+    with said, run_dir.start(tmp_path, config()):
         pass
     with said:
-        run.config_to_evaluate(tmp_path, config(), own=[], fixed=['model'])
+        run_dir.config_to_evaluate(tmp_path, config(), own=[], fixed=['model'])
     assert (tmp_path / 'config.json').read_bytes() == damaged
 
 
 def test_a_run_is_evaluated_with_its_own_config_and_what_evaluation_may_change(tmp_path):
     trained = config(optim={'rate': 1.0}, train={'batch': 8}, eval={'length': 4, 'old': 1})
-    with run.start(tmp_path, trained):
+    with run_dir.start(tmp_path, trained):
         pass
     asked = config(optim={'rate': 2.0}, train={'batch': 9}, eval={'length': 6, 'new': 2})
     parts: Any = {'own': ['eval'], 'fixed': ['seeds', 'model']}
-    merged = run.config_to_evaluate(tmp_path, asked, **parts)
+    merged = run_dir.config_to_evaluate(tmp_path, asked, **parts)
     assert merged.to_dict() == {
         'seeds': (0,),
         'model': {'width': 3},
@@ -102,15 +102,15 @@ def test_a_run_is_evaluated_with_its_own_config_and_what_evaluation_may_change(t
     }
     said = r'config\.model\.width = 5: .* was trained with 3; remove it, or name the --workdir of'
     with pytest.raises(UserError, match=said):
-        run.config_to_evaluate(tmp_path, config(model={'width': 5}), **parts)
+        run_dir.config_to_evaluate(tmp_path, config(model={'width': 5}), **parts)
     with pytest.raises(UserError, match=r'config\.seeds = \(1,\): .* was trained with \(0,\)'):
-        run.config_to_evaluate(tmp_path, config(seeds=(1,)), **parts)
-    assert run.recorded_config(tmp_path).seeds == (0,)  # a tuple, as it was
+        run_dir.config_to_evaluate(tmp_path, config(seeds=(1,)), **parts)
+    assert run_dir.recorded_config(tmp_path).seeds == (0,)  # a tuple, as it was
 
 
 def test_signals_ask_once_and_handlers_come_back(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    with run.start(tmp_path, config()) as this:
+    with run_dir.start(tmp_path, config()) as this:
         assert not this.stops(recorded=False)
         signal.raise_signal(signal.SIGTERM)
         assert this.stops(recorded=False)
@@ -121,7 +121,7 @@ def test_signals_ask_once_and_handlers_come_back(tmp_path):
 def test_a_lock_that_cannot_be_written(tmp_path):
     (tmp_path / 'lock').mkdir()  # as good as read-only, also for root
     said = pytest.raises(UserError, match=r'/lock: Is a directory; name another --workdir')
-    with said, run.start(tmp_path, config()):
+    with said, run_dir.start(tmp_path, config()):
         pass
 
 
@@ -129,7 +129,7 @@ def test_a_file_in_the_way(tmp_path):
     (tmp_path / 'taken').write_text('')
     with (
         pytest.raises(UserError, match='name another directory'),
-        run.start(tmp_path / 'taken', config()),
+        run_dir.start(tmp_path / 'taken', config()),
     ):
         pass
 
@@ -137,13 +137,13 @@ def test_a_file_in_the_way(tmp_path):
 def test_xla_flags_avoid_known_faults_and_leave_given_flags_alone():
     scheduler = '--xla_cpu_enable_concurrency_optimized_scheduler'
     ynn = '--xla_cpu_experimental_ynn_fusion_type'
-    assert run.safe_xla_flags('', '0.10.1') == f'{scheduler}=false'
-    assert run.safe_xla_flags('--xla_a=1', '0.10.1') == f'--xla_a=1 {scheduler}=false'
+    assert host.safe_xla_flags('', '0.10.1') == f'{scheduler}=false'
+    assert host.safe_xla_flags('--xla_a=1', '0.10.1') == f'--xla_a=1 {scheduler}=false'
     for version in ('0.10.2', '0.11.0', '0.12.0.1'):
-        flags = run.safe_xla_flags('', version)
+        flags = host.safe_xla_flags('', version)
         assert flags == f'{scheduler}=false {ynn}=LIBRARY_FUSION_TYPE_DOT'
     given = f'{scheduler}=true {ynn}=LIBRARY_FUSION_TYPE_REDUCE'
-    assert run.safe_xla_flags(given, '0.10.2') == given
+    assert host.safe_xla_flags(given, '0.10.2') == given
 
 
 def test_a_sum_over_several_axes_beside_one_of_length_1_does_not_crash():
@@ -182,7 +182,7 @@ def wrapped(words):
 )
 def test_a_full_disk_is_one_line_and_the_status_says_it(tmp_path, error, said):
     line = rf'--workdir={tmp_path}: {said}; .* Make room, and the same command continues'
-    with pytest.raises(UserError, match=line), run.start(tmp_path, config()) as this:
+    with pytest.raises(UserError, match=line), run_dir.start(tmp_path, config()) as this:
         this.step = 7
         raise error
     assert status(tmp_path)['state'] == 'failed' and status(tmp_path)['step'] == 7
@@ -190,7 +190,7 @@ def test_a_full_disk_is_one_line_and_the_status_says_it(tmp_path, error, said):
 
 
 def test_errors_that_come_of_a_full_disk_are_known_by_what_they_came_of(tmp_path):
-    with pytest.raises(UserError, match='No space left'), run.start(tmp_path, config()):
+    with pytest.raises(UserError, match='No space left'), run_dir.start(tmp_path, config()):
         try:
             raise full()
         finally:
@@ -198,27 +198,27 @@ def test_errors_that_come_of_a_full_disk_are_known_by_what_they_came_of(tmp_path
 
 
 def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):
-    with pytest.raises(FileNotFoundError), run.start(tmp_path, config()):
+    with pytest.raises(FileNotFoundError), run_dir.start(tmp_path, config()):
         open(tmp_path / 'none')  # noqa: SIM115
     assert status(tmp_path)['reason'].startswith('FileNotFoundError')
 
 
 def test_the_status_is_written_where_no_other_file_can_be(tmp_path, monkeypatch):
     def fill(patched):  # every file but those that are there
-        patched.setattr(run.pathlib.Path, 'write_text', raising_full)
+        patched.setattr(run_dir.pathlib.Path, 'write_text', raising_full)
 
     said = pytest.raises(UserError, match='No space left')
-    with monkeypatch.context() as patched, said, run.start(tmp_path, config()) as this:
+    with monkeypatch.context() as patched, said, run_dir.start(tmp_path, config()) as this:
         this.step = 3
         fill(patched)
         this.write('cost.json', {})
     assert status(tmp_path)['state'] == 'failed' and status(tmp_path)['step'] == 3
-    with monkeypatch.context() as patched, run.start(tmp_path, config()):
+    with monkeypatch.context() as patched, run_dir.start(tmp_path, config()):
         assert status(tmp_path)['state'] == 'running'
         fill(patched)  # when all of it is saved
     assert status(tmp_path)['state'] == 'done'
     stopped = pytest.raises(SystemExit)
-    with monkeypatch.context() as patched, stopped, run.start(tmp_path, config()) as this:
+    with monkeypatch.context() as patched, stopped, run_dir.start(tmp_path, config()) as this:
         fill(patched)
         this.preempted()
     assert status(tmp_path)['state'] == 'preempted'
@@ -231,12 +231,12 @@ def test_a_disk_that_is_full_at_the_start_is_one_line(tmp_path, monkeypatch, nam
             raise full()
         write_json(path, value)
 
-    write_json = run.write_json
-    monkeypatch.setattr(run, 'write_json', write)
+    write_json = run_dir.write_json
+    monkeypatch.setattr(run_dir, 'write_json', write)
     if name == 'lock':
-        monkeypatch.setattr(run.platform, 'node', raising_full)
+        monkeypatch.setattr(run_dir.platform, 'node', raising_full)
     said = pytest.raises(UserError, match=f'--workdir={tmp_path}: .*No space left on device')
-    with said, run.start(tmp_path, config()):
+    with said, run_dir.start(tmp_path, config()):
         pass
 
 
@@ -246,20 +246,20 @@ def raising_full(*arguments):
 
 def test_a_file_is_replaced_whole_or_stays(tmp_path, monkeypatch):
     """Also where writing stops half-way: a reader sees the old one, and nothing is left beside."""
-    run.write_json(tmp_path / 'a.json', {'old': 1})
-    write = run.pathlib.Path.write_text
+    run_dir.write_json(tmp_path / 'a.json', {'old': 1})
+    write = run_dir.pathlib.Path.write_text
 
     def half(path, text):
         write(path, text[: len(text) // 2])
         raise full()
 
     with monkeypatch.context() as patched, pytest.raises(OSError, match='No space'):
-        patched.setattr(run.pathlib.Path, 'write_text', half)
-        run.write_json(tmp_path / 'a.json', {'new': 2})
+        patched.setattr(run_dir.pathlib.Path, 'write_text', half)
+        run_dir.write_json(tmp_path / 'a.json', {'new': 2})
     assert json.loads((tmp_path / 'a.json').read_text()) == {'old': 1}
     assert [p.name for p in tmp_path.iterdir()] == ['a.json']
     with pytest.raises(UserError, match=r'a\.json: .*not JSON compliant'):
-        run.write_json(tmp_path / 'a.json', {'new': float('nan')})
+        run_dir.write_json(tmp_path / 'a.json', {'new': float('nan')})
     assert json.loads((tmp_path / 'a.json').read_text()) == {'old': 1}
 
 
@@ -279,26 +279,28 @@ def checkpointed(path):
 def test_settings_that_give_other_numbers_are_refused_when_a_run_is_continued(
     tmp_path, setting, other
 ):
-    with run.start(tmp_path, config()):
+    with run_dir.start(tmp_path, config()):
         pass
     before = getattr(jax.config, setting)
     jax.config.update(setting, other)
     try:
-        with run.start(tmp_path, config()):  # without a checkpoint it starts, with what is set now
+        with run_dir.start(
+            tmp_path, config()
+        ):  # without a checkpoint it starts, with what is set now
             pass
         checkpointed(tmp_path)
-        with run.start(tmp_path, config()):
+        with run_dir.start(tmp_path, config()):
             pass
         jax.config.update(setting, before)
         said = f'{setting} = {before!r}: .* computed with {other!r}.*set {setting.upper()}={other}'
-        with pytest.raises(UserError, match=said), run.start(tmp_path, config()):
+        with pytest.raises(UserError, match=said), run_dir.start(tmp_path, config()):
             pass
     finally:
         jax.config.update(setting, before)
 
 
 def test_versions_are_recorded_and_another_is_said_in_one_line(tmp_path, monkeypatch, capsys):
-    with run.start(tmp_path, config()):
+    with run_dir.start(tmp_path, config()):
         pass
     record = json.loads((tmp_path / 'versions.json').read_text())
     assert record['jax'] == jax.__version__ and record['numpy'] == np.__version__
@@ -306,13 +308,13 @@ def test_versions_are_recorded_and_another_is_said_in_one_line(tmp_path, monkeyp
     assert record['jax_default_prng_impl'] == 'threefry2x32' and record['continued'] == []
     assert {'commit', 'dirty', 'xla_flags', 'device', 'flax', 'optax', 'jaxlib'} <= record.keys()
     checkpointed(tmp_path)
-    with run.start(tmp_path, config()):
+    with run_dir.start(tmp_path, config()):
         pass
     assert capsys.readouterr().err == ''
     current = versions.current()
     monkeypatch.setattr(versions, 'current', lambda: current | {'jax': '9.9', 'dirty': 'yes'})
     for _ in range(2):  # the second time it is as it was before
-        with run.start(tmp_path, config()):
+        with run_dir.start(tmp_path, config()):
             pass
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f'warning: {tmp_path} is continued with another ')
@@ -323,17 +325,17 @@ def test_versions_are_recorded_and_another_is_said_in_one_line(tmp_path, monkeyp
 
 
 def test_a_run_that_was_begun_before_a_key_was_there_goes_on_and_says_so(tmp_path, capsys):
-    with run.start(tmp_path, config()):
+    with run_dir.start(tmp_path, config()):
         pass
     newer = config(model={'width': 3, 'depth': 1})
-    with run.start(tmp_path, newer):
+    with run_dir.start(tmp_path, newer):
         pass
     [line] = capsys.readouterr().err.splitlines()
     assert 'was begun before there was config.model.depth = 1; it goes on with that' in line
-    with run.start(tmp_path, newer):
+    with run_dir.start(tmp_path, newer):
         pass
     assert capsys.readouterr().err == ''
     for model, now in (({'width': 3, 'depth': 2}, '2'), ({'width': 3}, 'absent')):
         said = pytest.raises(UserError, match=rf'model\.depth was 1 and is {now} now')
-        with said, run.start(tmp_path, config(model=model)):
+        with said, run_dir.start(tmp_path, config(model=model)):
             pass

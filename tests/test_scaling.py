@@ -11,10 +11,10 @@ from benchmarks import cluster, compiled, scaling
 from benchmarks.cluster import Chip, Job, Work
 from configs import lm as configs_lm
 from configs import rl as configs_rl
-from mi.cost import Product
-from mi.lm import setup as lm
+from mi.counting import Product
+from mi.lm import factory as lm
 from mi.rl import envs
-from mi.rl import setup as rl
+from mi.rl import factory as rl
 
 CHIP = Chip('toy', 1e12, 5e11, 1e9, 1e11, link=1e10, node=4, network=1e9, cores=2, source='')
 WORK = Work([Product(2 * 10**9, 10**8, 3), Product(10**6, 10**8, 2)], activations=7)

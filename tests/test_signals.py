@@ -14,8 +14,8 @@ import time
 import pytest
 
 from mi import main, overrides
-from mi.checkpoint import damage
-from mi.files import held
+from mi.training.checkpoint import damage
+from mi.training.io import held
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow

@@ -76,7 +76,13 @@ def test_no_two_pages_of_the_navigation_have_one_title(site):
 def test_the_search_knows_the_parts_of_keys_and_flags(site):
     index = json.loads((site / 'search/search_index.json').read_text())
     separator = re.compile(index['config']['separator'])
-    for text in ('config.train.fsdp_axes', '--retries=3', 'kill -9', 'mi/run.py', '`a.b`'):
+    for text in (
+        'config.train.fsdp_axes',
+        '--retries=3',
+        'kill -9',
+        'mi/training/run_dir.py',
+        '`a.b`',
+    ):
         words = set(filter(None, separator.split(text)))
         assert words == set(re.findall(r'[a-z]+|\d', text)), text
     found = {

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from mi import topologies
 from mi.config import UserError
+from mi.estimate import topologies
 
 HAS_LIBTPU = importlib.util.find_spec('libtpu') is not None
 

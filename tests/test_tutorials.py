@@ -15,20 +15,28 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
-from mi import cells, fusion, optim
+from mi import cells, fusion
 from mi.config import flatten
-from mi.fit import setup as fit
-from mi.lm import setup as lm
+from mi.fit import factory as fit
+from mi.lm import config as lm_config
+from mi.lm import factory as lm
+from mi.rl import config as rl_config
 from mi.rl import envs
-from mi.rl import setup as rl
-from mi.rl.envs import dmlab30
+from mi.rl import factory as rl
+from mi.rl.envs.host import dmlab30
+from mi.training import optim
 from tests.conftest import ROOT
 
 PAGES = [
     ROOT / 'README.md',
     *(p for p in sorted((ROOT / 'docs').rglob('*.md')) if p.parent.name != 'motifs'),
 ]
-VALIDATE = {'lm': lm.validate, 'rl': rl.validate, 'fit': fit.validate, 'search': fit.validate}
+VALIDATE = {
+    'lm': lm_config.validate,
+    'rl': rl_config.validate,
+    'fit': fit.validate,
+    'search': fit.validate,
+}
 
 
 def shell(text):
@@ -60,7 +68,7 @@ def source(module):
     return path / '__main__.py' if path.is_dir() else path.with_suffix('.py')
 
 
-RUNS = {'mi.cost': 'mi.estimate'}  # what a module runs that stands too low to import it
+RUNS = {'mi.estimate': 'mi.estimate.cli'}  # package → the module of its command line
 
 
 def known_flags(module, seen=None):
@@ -130,7 +138,7 @@ def test_the_page_takes_one_config_to_every_machine():
     assert configs == {'configs/lm.py:quickstart'}
     modules = {line.split('python -m ')[1].split()[0] for line in commands(POD)}
     assert modules == {
-        *('mi.main', 'mi.cost', 'launch.local', 'launch.slurm', 'launch.ray', 'launch.k8s')
+        *('mi.main', 'mi.estimate', 'launch.local', 'launch.slurm', 'launch.ray', 'launch.k8s')
     }
 
 
@@ -195,8 +203,8 @@ def test_your_own_cell_and_optimizer(tmp_path):
     try:
         get_config = runpy.run_path(str(tmp_path / 'my_cell.py'))['get_config']
         for_lm, for_rl = get_config('lm,tiny'), get_config('rl,tiny,env=catch')
-        lm.validate(for_lm)
-        rl.validate(for_rl)
+        lm_config.validate(for_lm)
+        rl_config.validate(for_rl)
         (E, H), words = (for_lm.model[name] for name in ('embed', 'hidden')), 11
         model = lm.build(for_lm, words)
         tokens = jnp.zeros((3, 2), jnp.int32)
@@ -216,7 +224,7 @@ def test_your_own_cell_and_optimizer(tmp_path):
             words |= known
 
 
-@pytest.mark.parametrize('trainer', [lm, rl])
+@pytest.mark.parametrize('trainer', [lm_config, rl_config])
 def test_a_core_of_one_s_own_has_a_word(trainer, monkeypatch):
     class Core(nn.Module):
         pass
@@ -231,7 +239,7 @@ def test_the_config_of_the_dmlab_tutorial_is_fine(monkeypatch):
     names = {}
     exec(code('dmlab30')[0], names)
     config = names['get_config']()
-    rl.validate(config)
+    rl_config.validate(config)
     made = {}
 
     def make(suite, *, batch, seed, renderer='', cache=None, dataset=None):

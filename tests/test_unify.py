@@ -13,7 +13,7 @@ from mi import (
     LowRankMultiplicativeInteraction,
     MultiplicativeInteraction,
     ScalarMultiplicativeInteraction,
-    cost,
+    counting,
     fusion,
 )
 from mi.unify import as_mi, explain
@@ -104,7 +104,7 @@ def test_explain_counts_flops_and_bytes():
     module = MultiplicativeInteraction(K)
     variables = drawn(module, x, z)
     text = explain(module, variables, x, z)
-    assert f'{cost.flops(module.apply, variables, x, z):,} in products' in text
+    assert f'{counting.flops(module.apply, variables, x, z):,} in products' in text
     parameters = M * N * K + M * K + N * K + K
     assert f'{4 * parameters:,} of parameters, {4 * 7 * (N + M + K):,} in and out' in text
     assert 'x       the input [7, 5]\n    z       the context [7, 3]' in text

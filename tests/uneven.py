@@ -13,12 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mi import costs, optim, parallel
-from mi.lm import data, sample, setup
+from mi.estimate import costs
+from mi.lm import factory, sample
+from mi.lm.data import token_store
 from mi.lm.evaluate import Reading, evaluate
-from mi.rl import envs, fused, queued
+from mi.rl import envs
 from mi.rl import evaluate as rl_evaluate
-from mi.rl import setup as rl_setup
+from mi.rl import factory as rl_setup
+from mi.rl.actors import loop as actors_loop
+from mi.rl.fused import loop as fused
+from mi.training import optim, sharding
 from tests.lm.test_train import tiny as lm_tiny
 from tests.rl.ramp import PARAMS, Knows, Ramp
 from tests.rl.test_train import tiny as rl_tiny
@@ -33,13 +37,13 @@ class LateRamp(Ramp):
 
 
 def mesh_of(devices, batch):
-    return parallel.mesh(1, batch, shape=(1, devices, 1), devices=jax.devices()[:devices])
+    return sharding.mesh(1, batch, shape=(1, devices, 1), devices=jax.devices()[:devices])
 
 
 def language_model(texts, devices):
     """Return nats per token of three parts of a text, and four texts that are drawn."""
     config = lm_tiny()
-    corpus, model = data.load(texts, 'byte', 256), setup.build(config, 256)
+    corpus, model = token_store.load(texts, 'byte', 256), factory.build(config, 256)
     row = jnp.zeros((1, 1), jnp.int32)
     params = model.init(jax.random.key(1), model.initial_carry(1), row)['params']
     params = jax.tree.map(lambda a: np.asarray(3 * a)[None], params)
@@ -72,8 +76,8 @@ def learner_update(devices):
     config = rl_tiny(**{'train.batch': 8, 'loss.popart': 0.1})
     net = rl_setup.agent(config, envs.make(config.env.name).spec)
     optimizer, mesh = optim.optimiser(config.optim, 10), mesh_of(devices, 8)
-    state = queued.start(net, optimizer, 0, mesh)
-    update = queued.learner_update(net, optimizer, rl_setup.hyperparameters(config), mesh)
+    state = actors_loop.start(net, optimizer, 0, mesh)
+    update = actors_loop.learner_update(net, optimizer, rl_setup.hyperparameters(config), mesh)
     shapes = costs.acting(config).trajectory
     rng = np.random.default_rng(0)
     trajectory = jax.tree.map(
@@ -84,7 +88,7 @@ def learner_update(devices):
         ),
         shapes,
     )
-    state, measured = update(state, queued.on_devices(trajectory, mesh))
+    state, measured = update(state, actors_loop.on_devices(trajectory, mesh))
     norms = [float(jnp.linalg.norm(a)) for a in jax.tree.leaves(state.params)]
     return norms, state.statistics.mu.tolist(), float(measured['loss'])
 

@@ -22,7 +22,7 @@ import ml_collections
 from flax import linen as nn
 from jax import Array
 
-from mi import cost
+from mi import counting
 from mi.config import Rule, choice, integer
 from mi.fit import integrators, network
 from mi.fit.integrators import State
@@ -109,5 +109,5 @@ def costs(law: Law, degrees: int) -> dict[str, dict[str, int]]:
     def velocities(params: Any, q: Array, p: Array) -> State:
         return field(law, params)(q, p)
 
-    counted['flops_per_example']['model'] = cost.flops(velocities, params, one, one)
+    counted['flops_per_example']['model'] = counting.flops(velocities, params, one, one)
     return counted

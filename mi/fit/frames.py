@@ -29,7 +29,7 @@ import ml_collections
 from flax import linen as nn
 from jax import Array
 
-from mi import cost
+from mi import counting
 from mi.config import Rule, UserError, choice, integer, number
 from mi.fit import dynamics, integrators, rendering, scores
 from mi.fit.integrators import State
@@ -206,8 +206,8 @@ def make(config: ml_collections.ConfigDict) -> Problem:
         def prediction(params: Any, places: Array) -> Array:
             return decoded(params, predicted(params, encoded(params, places)[0], T)[0])
 
-        counted['parameters']['model'] = cost.parameters(params)
-        counted['flops_per_example']['model'] = cost.flops(prediction, params, places)
+        counted['parameters']['model'] = counting.parameters(params)
+        counted['flops_per_example']['model'] = counting.flops(prediction, params, places)
         return counted
 
     return Problem(

@@ -10,7 +10,7 @@ import ml_collections
 from flax import linen as nn
 from jax import Array
 
-from mi import cost, fusion
+from mi import counting, fusion
 from mi.config import Rule, choice, integer
 from mi.layers import Context
 
@@ -89,14 +89,14 @@ def costs(
       part: the names of the modules that count as fusions, a regular expression.
     """
     variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-    fused = list(cost.modules(model, part, variables, *inputs))
+    fused = list(counting.modules(model, part, variables, *inputs))
     return {
         'parameters': {
-            'model': cost.parameters(variables),
-            'fusion': sum(cost.parameters(of) for _, of, _ in fused),
+            'model': counting.parameters(variables),
+            'fusion': sum(counting.parameters(of) for _, of, _ in fused),
         },
         'flops_per_example': {
-            'model': cost.flops(model.apply, variables, *inputs),
-            'fusion': sum(cost.flops(part.apply, of, *shapes) for part, of, shapes in fused),
+            'model': counting.flops(model.apply, variables, *inputs),
+            'fusion': sum(counting.flops(part.apply, of, *shapes) for part, of, shapes in fused),
         },
     }

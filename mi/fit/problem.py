@@ -1,7 +1,7 @@
 """What a run of mi.fit learns: pure functions of one seed, which the trainer maps over all seeds.
 
 To add a problem, write a module with SCHEMA, the rules of its keys of the config, and `make`, and
-give it a line in mi.fit.setup.PROBLEMS.
+give it a line in mi.fit.factory.PROBLEMS.
 """
 
 from collections.abc import Callable

@@ -18,11 +18,18 @@ import ml_collections
 import numpy as np
 from jax import Array
 
-from mi import metrics, optim, parallel, placement, progress, run
-from mi.fit import setup, train
+from mi.fit import factory, train
+from mi.training import (
+    logger,
+    optim,
+    placement,
+    progress,
+    run_dir,
+    sharding,
+)
 
 Bracket = tuple[int, int]  # the places, in the grid, of a width that fails and one that reaches
-Probes = dict[int, list[metrics.Record]]  # place in the grid → a record of each seed
+Probes = dict[int, list[logger.Record]]  # place in the grid → a record of each seed
 
 
 def grid(largest: int, per_octave: int) -> list[int]:
@@ -83,13 +90,13 @@ def search(config: ml_collections.ConfigDict, workdir: str) -> None:
     smallest network that reached the target, where one did, and the `exponent` of their growth over
     the values that all seeds of the run reached, where these are two or more.
     """
-    setup.validate(config)
+    factory.validate(config)
     grids = {}
     for value in config.search.at:
         with progress.Work(f'sizing the networks of {config.search.over} {value}'):
-            largest = setup.largest_width(_at(config, value))
+            largest = factory.largest_width(_at(config, value))
         grids[value] = grid(largest, config.search.per_octave)
-    with run.start(workdir, config) as this:
+    with run_dir.start(workdir, config) as this:
         _search(config, grids, this)
 
 
@@ -99,7 +106,9 @@ def _at(config: ml_collections.ConfigDict, value: int) -> ml_collections.ConfigD
     return config
 
 
-def _search(config: ml_collections.ConfigDict, grids: dict[int, list[int]], this: run.Run) -> None:
+def _search(
+    config: ml_collections.ConfigDict, grids: dict[int, list[int]], this: run_dir.Run
+) -> None:
     memory = this.path / 'probes.json'
     probes: dict[int, Probes] = {}  # value →
     if memory.exists():
@@ -108,7 +117,7 @@ def _search(config: ml_collections.ConfigDict, grids: dict[int, list[int]], this
             for value, of in json.loads(memory.read_text()).items()
         }
     this.write('cost.json', {'steps': len(grids)})
-    found: dict[int, list[metrics.Record | None]] = {}
+    found: dict[int, list[logger.Record | None]] = {}
     highest: list[int] = []  # of each value, the place where all seeds reach the target
     with this.log(len(grids), 0) as log:
         for i, (value, sizes) in enumerate(grids.items()):
@@ -162,16 +171,16 @@ def _brackets(config: ml_collections.ConfigDict, tried: Probes, sizes: int) -> l
     return brackets(reached, len(config.seeds), sizes)
 
 
-def _summary(found: dict[int, metrics.Record], fitted: list[int]) -> metrics.Record:
+def _summary(found: dict[int, logger.Record], fitted: list[int]) -> logger.Record:
     """Of one seed, from the smallest network at each value; the law is that of those `fitted`."""
     law = exponent(fitted, [found[value]['parameters'] for value in fitted])
-    summary: metrics.Record = {'exponent': law}
+    summary: logger.Record = {'exponent': law}
     for name in ('parameters', 'width', 'mse', 'learning_rate'):
         summary |= {f'{name}/{value}': record[name] for value, record in found.items()}
     return summary
 
 
-def probe(config: ml_collections.ConfigDict, width: int) -> list[metrics.Record]:
+def probe(config: ml_collections.ConfigDict, width: int) -> list[logger.Record]:
     """Train all seeds at a width with every learning rate; return what the best gave each seed.
 
     Pairs of a seed and a rate are placed over the devices and know nothing of each other. They
@@ -181,7 +190,7 @@ def probe(config: ml_collections.ConfigDict, width: int) -> list[metrics.Record]
 
     An error that is not finite, of a learning rate that is too high, counts as infinite.
     """
-    problem = setup.problem(setup.of_width(config, width))
+    problem = factory.problem(factory.of_width(config, width))
     total, every = config.train.steps, config.train.eval_every
     optimizer = optim.optimiser(config.optim, total)
     rates = np.asarray(config.search.rates, np.float32)
@@ -198,14 +207,14 @@ def probe(config: ml_collections.ConfigDict, width: int) -> list[metrics.Record]
         mesh,
     )
     init = functools.partial(train.start, problem, optimizer)
-    state = parallel.once(placement.shard_map_seeds(init, mesh), seeds)
+    state = sharding.once(placement.shard_map_seeds(init, mesh), seeds)
 
     def advance(state: train.State, seed: Array, scale: Array) -> tuple[train.State, Array]:
         state, _ = train.steps(problem, optimizer, every, state, seed, scale)
         return state, train.evaluate(problem, state.params, seed)['eval']['mse']
 
     program = placement.shard_map_seeds(advance, mesh)
-    compiled = parallel.compile_fast(program, state, seeds, scales, level=1, donate_argnums=0)
+    compiled = sharding.compile_fast(program, state, seeds, scales, level=1, donate_argnums=0)
 
     # The lowest error of each pair at any evaluation so far.
     errors = np.full(grid_shape, np.finfo(np.float64).max)
@@ -218,7 +227,7 @@ def probe(config: ml_collections.ConfigDict, width: int) -> list[metrics.Record]
     return [
         {
             'width': width,
-            'parameters': setup.parameters(problem),
+            'parameters': factory.parameters(problem),
             'mse': float(seed_errors.min()),
             'learning_rate': float(rates[seed_errors.argmin()]),
         }
@@ -227,7 +236,7 @@ def probe(config: ml_collections.ConfigDict, width: int) -> list[metrics.Record]
 
 
 def _write(
-    log: metrics.Log, step: int, seeds: Sequence[int], value: Any, records: list[metrics.Record]
+    log: logger.Log, step: int, seeds: Sequence[int], value: Any, records: list[logger.Record]
 ) -> None:
     for seed, record in zip(seeds, records, strict=True):
         log.write(step, seed, 'probe', {'value': value, **record})

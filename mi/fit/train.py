@@ -19,9 +19,17 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from mi import checkpoint, metrics, optim, parallel, placement, progress, run
-from mi.fit import setup
+from mi.fit import factory
 from mi.fit.problem import Metrics, Problem
+from mi.training import (
+    checkpoint,
+    logger,
+    optim,
+    placement,
+    progress,
+    run_dir,
+    sharding,
+)
 
 
 class State(NamedTuple):
@@ -91,7 +99,7 @@ def shapes(
     seeds = jax.ShapeDtypeStruct(placement.padded(count, mesh).shape, jnp.int32)
     init = functools.partial(start, problem, optimizer)
     return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=parallel.by_seed(mesh)),
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding.by_seed(mesh)),
         (jax.eval_shape(jax.vmap(init), seeds), seeds),
     )
 
@@ -117,15 +125,15 @@ def compile_steps(
 
 
 def train(
-    config: ml_collections.ConfigDict, workdir: str, profile: run.Steps | None = None
+    config: ml_collections.ConfigDict, workdir: str, profile: run_dir.Steps | None = None
 ) -> None:
     """Trains, evaluates and leaves a run directory; continues it where there is one."""
-    problem = setup.problem(config)
-    with run.start(workdir, config, profile) as this:
+    problem = factory.problem(config)
+    with run_dir.start(workdir, config, profile) as this:
         _train(config, problem, this)
 
 
-def _train(config: ml_collections.ConfigDict, problem: Problem, this: run.Run) -> None:
+def _train(config: ml_collections.ConfigDict, problem: Problem, this: run_dir.Run) -> None:
     total, count_seeds = config.train.steps, len(config.seeds)
     optimizer = optim.optimiser(config.optim, total)
     this.write('cost.json', {'steps': total, **problem.costs()})
@@ -143,7 +151,7 @@ def _train(config: ml_collections.ConfigDict, problem: Problem, this: run.Run) -
     else:
         with progress.Work('drawing the initial parameters'):
             init = functools.partial(start, problem, optimizer)
-            state = parallel.once(placement.shard_map_seeds(init, mesh), seeds)
+            state = sharding.once(placement.shard_map_seeds(init, mesh), seeds)
     this.step = meta['step']
 
     measure = jax.jit(placement.shard_map_seeds(functools.partial(evaluate, problem), mesh))
@@ -163,7 +171,7 @@ def _train(config: ml_collections.ConfigDict, problem: Problem, this: run.Run) -
             seconds = time.perf_counter() - began
             this.step += count
             step = this.step
-            metrics.refuse_non_finite(config.seeds, step, measured)
+            logger.refuse_non_finite(config.seeds, step, measured)
             write(log, step, config.seeds, {'train': measured})
             rate = count * problem.examples * count_seeds / seconds
             log.timing(step, {'seconds': seconds, 'examples_per_second': rate})
@@ -179,7 +187,7 @@ def _train(config: ml_collections.ConfigDict, problem: Problem, this: run.Run) -
             stops = this.stops(recorded=True)
             if step % config.train.save_every == 0 or step == total or stops:
                 parts = {'parameters': state.params, 'moments of the optimizer': state.optimiser}
-                metrics.refuse_broken(config.seeds, step, parts)
+                logger.refuse_broken(config.seeds, step, parts)
                 on_host = placement.gather_seeds(state, count_seeds)
                 saved.save(step, on_host, {'metrics': log.position()})
                 if stops and step < total:
@@ -187,7 +195,7 @@ def _train(config: ml_collections.ConfigDict, problem: Problem, this: run.Run) -
 
 
 def write(
-    log: metrics.Log, step: int, seeds: Sequence[int], measured: dict[str, dict[str, np.ndarray]]
+    log: logger.Log, step: int, seeds: Sequence[int], measured: dict[str, dict[str, np.ndarray]]
 ) -> None:
     """A record for each seed and split, of metrics [S]; one that is not finite is None."""
     for split, named in measured.items():
@@ -197,7 +205,7 @@ def write(
             log.write(step, seed, split, finite)
 
 
-def _keep(problem: Problem, this: run.Run, state: State, seeds: Array, mesh: Mesh) -> None:
+def _keep(problem: Problem, this: run_dir.Run, state: State, seeds: Array, mesh: Mesh) -> None:
     """Write the problem's artefacts, [S, …] each, to artefacts.npz."""
     draw = problem.artefacts
     if draw is None:

@@ -9,10 +9,11 @@ import rich.console
 import rich.table
 
 from mi import precision
-from mi.lm import dynamic, setup
+from mi.lm import config as lm_config
+from mi.lm import dynamic_evaluation, factory
 from mi.lm.evaluate import evaluate
 from mi.lm.restore import restore
-from mi.run import write_json
+from mi.training.run_dir import write_json
 
 SPLITS = ('valid', 'test')
 
@@ -27,14 +28,14 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
     """
     path = pathlib.Path(workdir)
     config, corpus, params, step, mesh = restore(config, workdir)
-    model = setup.for_evaluation(setup.build(config, *corpus.sizes), config)
-    how, adaptation = setup.reading(config), dynamic.Adaptation(**config.dynamic)
+    model = factory.for_evaluation(factory.build(config, *corpus.sizes), config)
+    how, adaptation = lm_config.reading(config), dynamic_evaluation.Adaptation(**config.dynamic)
     scores: dict[str, dict[str, Any]] = {}
     with precision.use_config(config):
         for split in SPLITS:
             of_seeds = evaluate(model, params, corpus, split, how, config.eval.final_tokens, mesh)
             if config.dynamic.tokens:
-                adapted = dynamic.evaluate(model, params, corpus, split, adaptation)
+                adapted = dynamic_evaluation.evaluate(model, params, corpus, split, adaptation)
                 scores[f'{split}_dynamic'] = dict(zip(map(str, config.seeds), adapted, strict=True))
             scores[split] = dict(zip(map(str, config.seeds), of_seeds, strict=True))
     write_json(path / 'evaluation.json', {'step': step, **scores})

@@ -41,7 +41,7 @@ class RecurrentContext(nn.Module):
         return after, previous(carry[1], h)
 
     def initial(self, batch: int) -> cells.Carry:
-        return cells.initial(batch, self.features)
+        return cells.initial_carry(batch, self.features)
 
 
 class Summary(nn.Module):

@@ -6,7 +6,7 @@ Three ways, and the results say which:
   state or the Transformer's memory carried on.
 - Sliding window (`stride`): a window of `length` tokens that moves on by `stride` and predicts so
   many; every token but the first ones sees at least length − stride tokens, nothing is carried.
-- Dynamic: see `mi.lm.dynamic`.
+- Dynamic: see `mi.lm.dynamic_evaluation`.
 """
 
 import functools
@@ -18,10 +18,12 @@ import jax
 import numpy as np
 from jax import Array
 
-from mi import parallel, progress
-from mi.lm import data, loss
+from mi.lm import loss
+from mi.lm.data import streams, token_store
 from mi.lm.model import Carry, LanguageModel
 from mi.rows import sum_over_rows
+from mi.training import progress
+from mi.training import sharding as training_sharding
 
 
 class Reading(NamedTuple):
@@ -45,8 +47,11 @@ def segment_program(model: LanguageModel, mesh: jax.sharding.Mesh) -> Any:
     (params, carry, inputs [T, B], targets, mask, domains) → (carry, Σ nats). Each device has its
     seeds and rows; the sums are the only communication, where parameters are not split.
     """
-    rows = parallel.by_rows(mesh, 1).spec
-    by_seed, carry_spec = parallel.by_seed(mesh).spec, parallel.by_rows(mesh, 1, True).spec
+    rows = training_sharding.by_rows(mesh, 1).spec
+    by_seed, carry_spec = (
+        training_sharding.by_seed(mesh).spec,
+        training_sharding.by_rows(mesh, 1, True).spec,
+    )
 
     def one_seed(
         partition: Any, params: Any, carry: Carry, batch: Sequence[Any]
@@ -54,28 +59,32 @@ def segment_program(model: LanguageModel, mesh: jax.sharding.Mesh) -> Any:
         inputs, targets, mask, domains = batch
         losses: loss.Losses
         carry, losses = model.apply(  # type: ignore[assignment]
-            {'params': parallel.gather(params, partition)}, carry, inputs, targets, domains
+            {'params': training_sharding.gather(params, partition)}, carry, inputs, targets, domains
         )
         return carry, sum_over_rows((losses.nats * mask).sum())
 
     def segment(params: Any, carry: Carry, *batch: Array | None) -> tuple[Carry, Array]:
-        partition = parallel.partition(params, mesh)
+        partition = training_sharding.partition(params, mesh)
         return jax.shard_map(
             jax.vmap(functools.partial(one_seed, partition), in_axes=(0, 0, None)),
             mesh=mesh,
-            in_specs=(parallel.specs(parallel.by_size(params, mesh)), carry_spec, [rows] * 4),
+            in_specs=(
+                training_sharding.specs(training_sharding.by_size(params, mesh)),
+                carry_spec,
+                [rows] * 4,
+            ),
             out_specs=(carry_spec, by_seed),
             check_vma=False,
         )(params, carry, list(batch))
 
-    carry_sharding = parallel.by_rows(mesh, 1, has_seeds=True)
-    return jax.jit(segment, out_shardings=(carry_sharding, parallel.readable(mesh)))
+    carry_sharding = training_sharding.by_rows(mesh, 1, has_seeds=True)
+    return jax.jit(segment, out_shardings=(carry_sharding, training_sharding.readable(mesh)))
 
 
 def evaluate(
     model: LanguageModel,
     params: Any,
-    corpus: data.Corpus,
+    corpus: token_store.Corpus,
     split: str,
     reading: Reading,
     most: int,
@@ -109,10 +118,10 @@ def evaluate(
     idle = -batch % shards  # rows without a token, so that the devices have as many each
     start = _initial_carry(model, seeds, batch + idle, mesh)
     carry = start
-    sharding = parallel.by_rows(mesh, 1)
+    sharding = training_sharding.by_rows(mesh, 1)
 
     def put(array: np.ndarray) -> Array:
-        return parallel.put(np.pad(array, ((0, 0), (0, idle))), sharding)
+        return training_sharding.put(np.pad(array, ((0, 0), (0, idle))), sharding)
 
     with progress.Work(f'evaluating {split}', predictions, 'tokens') as work:
         for inputs, targets, mask, positions in _pieces(tokens, batch, reading):
@@ -146,7 +155,7 @@ def compile_segment(
     """
     batch = reading.batch + -reading.batch % (mesh.size // mesh.shape['seed'])
     seeds = jax.tree.leaves(params)[0].shape[0]
-    carry_sharding = parallel.by_rows(mesh, 1, has_seeds=True)
+    carry_sharding = training_sharding.by_rows(mesh, 1, has_seeds=True)
     carry = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct((seeds, *a.shape), a.dtype, sharding=carry_sharding),
         jax.eval_shape(lambda: model.initial_carry(batch)),
@@ -154,7 +163,7 @@ def compile_segment(
 
     def rows(dtype: Any) -> jax.ShapeDtypeStruct:
         shape = reading.length, batch
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=parallel.by_rows(mesh, 1))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=training_sharding.by_rows(mesh, 1))
 
     tokens, mask = rows(np.int32), rows(np.float32)
     domains = tokens if has_domains else None
@@ -167,21 +176,21 @@ def compile_segment(
 def _initial_carry(model: LanguageModel, seeds: int, batch: int, mesh: jax.sharding.Mesh) -> Carry:
     """Return the carry of all seeds before the first token, each device with its own."""
 
-    sharding = parallel.by_rows(mesh, 1, has_seeds=True)
+    sharding = training_sharding.by_rows(mesh, 1, has_seeds=True)
     return jax.tree.map(
-        lambda a: parallel.put(np.broadcast_to(a, (seeds, *a.shape)), sharding),
+        lambda a: training_sharding.put(np.broadcast_to(a, (seeds, *a.shape)), sharding),
         model.initial_carry(batch),
     )
 
 
-def _pieces(tokens: np.ndarray, batch: int, reading: Reading) -> Iterator[data.Piece]:
+def _pieces(tokens: np.ndarray, batch: int, reading: Reading) -> Iterator[streams.Piece]:
     if reading.stride:
-        return data.windows(tokens, batch, reading.length, reading.stride)
-    return data.segments(tokens, batch, reading.length)
+        return streams.windows(tokens, batch, reading.length, reading.stride)
+    return streams.segments(tokens, batch, reading.length)
 
 
 def result(
-    nats_per_token: float, corpus: data.Corpus, split: str, over: dict[str, Any]
+    nats_per_token: float, corpus: token_store.Corpus, split: str, over: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the metrics that follow from the mean loss of the first `over['predictions']`.
 

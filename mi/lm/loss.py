@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from mi.contract import linear
+from mi.kernels.bilinear import linear
 
 
 class Losses(NamedTuple):

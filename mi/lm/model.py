@@ -15,12 +15,12 @@ from jax.typing import DTypeLike
 
 from mi.dropout import RowDropout
 from mi.layers import Affine, MultiplicativeInteraction
-from mi.lm.adaptive import AdaptiveWords
+from mi.lm.adaptive_softmax import AdaptiveWords
 from mi.lm.context import NETWORKS, Source, previous
 from mi.lm.dropout import Rates, drop
+from mi.lm.embeddings import Words
 from mi.lm.loss import Losses
 from mi.lm.recurrent import Recurrent
-from mi.lm.words import Words
 
 Site = Literal['none', 'encoder', 'decoder', 'both', 'input_gate', 'norm', 'ffn', 'attention']
 SITES = get_args(Site)

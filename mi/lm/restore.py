@@ -7,10 +7,12 @@ import jax
 import ml_collections
 import numpy as np
 
-from mi import checkpoint, optim, parallel
 from mi.config import UserError, describe_difference
-from mi.lm import data, setup, train
-from mi.run import config_to_evaluate, recorded_config
+from mi.lm import config as lm_config
+from mi.lm import factory, train
+from mi.lm.data import token_store
+from mi.training import checkpoint, optim, sharding
+from mi.training.run_dir import config_to_evaluate, recorded_config
 
 OWN = ('eval', 'dynamic', 'sample', 'data', 'tracker')
 FIXED = ('task', 'model', 'seeds')
@@ -28,7 +30,7 @@ class Trained(NamedTuple):
     """
 
     config: ml_collections.ConfigDict
-    corpus: data.Corpus
+    corpus: token_store.Corpus
     params: Any
     step: int
     mesh: jax.sharding.Mesh
@@ -44,19 +46,19 @@ def restore(config: ml_collections.ConfigDict, workdir: str) -> Trained:
       UserError: if the directory has no whole checkpoint, or is of another model, other seeds or
         other tokens.
     """
-    setup.validate(config)
+    lm_config.validate(config)
     path = pathlib.Path(workdir)
     recorded = recorded_config(path)
-    corpus = setup.corpus(config)
+    corpus = factory.corpus(config)
     if config.model.to_dict() != recorded.model.to_dict():  # the run has the size that was matched
-        config = setup.matched(config, *corpus.sizes)
+        config = factory.matched(config, *corpus.sizes)
     config = config_to_evaluate(path, config, own=OWN, fixed=FIXED)
-    setup.validate(config)
+    lm_config.validate(config)
 
     # The shapes of the parameters, on the devices that are here.
     batch, seeds = config.train.batch, np.asarray(config.seeds, np.int32)
-    mesh = parallel.mesh(len(seeds), batch, config.train.fsdp)
-    model = setup.build(config, *corpus.sizes)
+    mesh = sharding.mesh(len(seeds), batch, config.train.fsdp)
+    model = factory.build(config, *corpus.sizes)
     optimiser = optim.optimiser(config.optim, config.train.steps)
     like = train.shapes(model, optimiser, seeds, batch, mesh)
 

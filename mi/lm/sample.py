@@ -10,13 +10,14 @@ import ml_collections
 import numpy as np
 from jax import Array
 
-from mi import parallel, precision, progress
+from mi import precision
 from mi.config import UserError
-from mi.lm import setup
+from mi.lm import factory
 from mi.lm.model import LanguageModel
 from mi.lm.restore import restore
 from mi.rows import make_row_keys
-from mi.run import write_json
+from mi.training import progress, sharding
+from mi.training.run_dir import write_json
 
 
 def sample(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -39,7 +40,7 @@ def sample(config: ml_collections.ConfigDict, workdir: str) -> None:
     prompt = corpus.encode(options.prompt)
     if len(prompt) == 0:
         raise UserError("config.sample.prompt = '': expected at least one token to start from")
-    model = setup.for_sampling(setup.build(config, *corpus.sizes), config)
+    model = factory.for_sampling(factory.build(config, *corpus.sizes), config)
     with progress.Work(f'writing {options.tokens:,} tokens'), precision.use_config(config):
         tokens = generate_all(
             model,
@@ -83,11 +84,11 @@ def generate_all(
       count, temperature, top_p: as in `generate`.
       devices: those of this process if None.
     """
-    params = parallel.fetch(params)
+    params = sharding.fetch(params)
     devices = jax.local_devices() if devices is None else devices
-    mesh = parallel.mesh(len(seeds), texts, devices=devices)
-    by_seed, everywhere = parallel.by_seed(mesh), parallel.replicated(mesh)
-    rows = parallel.by_rows(mesh, 1, has_seeds=True)
+    mesh = sharding.mesh(len(seeds), texts, devices=devices)
+    by_seed, everywhere = sharding.by_seed(mesh), sharding.replicated(mesh)
+    rows = sharding.by_rows(mesh, 1, has_seeds=True)
     device_texts = texts // (mesh.size // mesh.shape['seed'])
 
     def draw_texts(params: Any, seeds: Array, prompt: Array, settings: Any) -> Array:
@@ -96,7 +97,7 @@ def generate_all(
             key = jax.random.key(seed)
             return generate(model, params, prompt, key, count, temperature, top_p, device_texts)
 
-        return parallel.map_seeds(one_seed, mesh)(params, seeds)
+        return sharding.map_seeds(one_seed, mesh)(params, seeds)
 
     program = jax.shard_map(
         draw_texts,

@@ -2,8 +2,8 @@
 
 All seeds of a run are trained by one program, vmapped over initialisation, data order and dropout;
 arrays with a leading axis of seeds are marked [S, …]. Several devices, in one process or in many,
-divide seeds, batches and, with `config.train.fsdp`, parameters, see `mi.parallel`; the program is
-the same.
+divide seeds, batches and, with `config.train.fsdp`, parameters, see `mi.training.sharding`; the
+program is the same.
 """
 
 import contextlib
@@ -22,13 +22,23 @@ import numpy as np
 import optax
 from jax import Array
 
-from mi import checkpoint, metrics, optim, parallel, progress, run
 from mi.config import UserError
-from mi.lm import data, setup
+from mi.lm import config as lm_config
+from mi.lm import factory
+from mi.lm.data import streams as data_streams
+from mi.lm.data import token_store
 from mi.lm.evaluate import evaluate
 from mi.lm.loss import Losses
 from mi.lm.model import Carry, LanguageModel
 from mi.rows import get_row_indices, mean_over_rows, select_rows
+from mi.training import (
+    checkpoint,
+    logger,
+    optim,
+    progress,
+    run_dir,
+    sharding,
+)
 
 
 @flax.struct.dataclass
@@ -41,7 +51,7 @@ class State:
 
 
 def train(
-    config: ml_collections.ConfigDict, workdir: str, profile: run.Steps | None = None
+    config: ml_collections.ConfigDict, workdir: str, profile: run_dir.Steps | None = None
 ) -> None:
     """Trains, evaluates and leaves a run directory; continues it where there is one.
 
@@ -51,10 +61,10 @@ def train(
     Raises:
       UserError: for a config, corpus or directory that cannot work, and for a non-finite loss.
     """
-    setup.validate(config)
-    corpus = setup.corpus(config)
-    config = setup.matched(config, *corpus.sizes)
-    with run.start(workdir, config, profile) as this:
+    lm_config.validate(config)
+    corpus = factory.corpus(config)
+    config = factory.matched(config, *corpus.sizes)
+    with run_dir.start(workdir, config, profile) as this:
         _train(config, corpus, this)
 
 
@@ -114,7 +124,7 @@ def gradient(
         rngs = {'dropout': key, 'state': jax.random.fold_in(key, 0)}
         losses: Losses
         carry, losses = model.apply(  # type: ignore[assignment]
-            {'params': parallel.gather(params, partition)},
+            {'params': sharding.gather(params, partition)},
             carry,
             tokens[:-1],
             tokens[1:],
@@ -141,7 +151,7 @@ def gradient(
         rows = _parts(carry, parts, 0), _parts(batch, parts, 1), numbers
         (gradients, nats), carries = jax.lax.scan(add, zeros, rows)
         carry = jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:]), carries)
-    return Gradient(parallel.mean_gradients(gradients, partition), mean_over_rows(nats), carry)
+    return Gradient(sharding.mean_gradients(gradients, partition), mean_over_rows(nats), carry)
 
 
 def apply_gradient(
@@ -191,7 +201,7 @@ def start(
     """The state of all seeds, [S, …], each array where the mesh has it."""
     fresh = jax.vmap(lambda seed: init(model, optimiser, seed, batch))
     like = shapes(model, optimiser, seeds, batch, mesh)
-    return parallel.once(fresh, seeds, out_shardings=jax.tree.map(lambda a: a.sharding, like))
+    return sharding.once(fresh, seeds, out_shardings=jax.tree.map(lambda a: a.sharding, like))
 
 
 def shapes(
@@ -203,12 +213,12 @@ def shapes(
 ) -> State:
     """What `start` makes, as `jax.ShapeDtypeStruct`s with their shardings."""
     state = jax.eval_shape(jax.vmap(lambda seed: init(model, optimiser, seed, batch)), seeds)
-    return parallel.placed(
+    return sharding.placed(
         state,
         State(
-            params=parallel.by_size(state.params, mesh),
-            opt_state=parallel.by_size(state.opt_state, mesh),
-            carry=jax.tree.map(lambda _: parallel.by_rows(mesh, 1, has_seeds=True), state.carry),
+            params=sharding.by_size(state.params, mesh),
+            opt_state=sharding.by_size(state.opt_state, mesh),
+            carry=jax.tree.map(lambda _: sharding.by_rows(mesh, 1, has_seeds=True), state.carry),
         ),
     )
 
@@ -231,11 +241,11 @@ def compile_step(
     Compiled ahead, so that another shape is an error and not another compilation. The state is
     donated.
     """
-    specs = parallel.specs(state)
-    rows = parallel.by_rows(mesh, 2, has_seeds=True).spec
-    by_seed, everywhere = parallel.by_seed(mesh).spec, parallel.replicated(mesh).spec
+    specs = sharding.specs(state)
+    rows = sharding.by_rows(mesh, 2, has_seeds=True).spec
+    by_seed, everywhere = sharding.by_seed(mesh).spec, sharding.replicated(mesh).spec
     parts_of_device = math.gcd(parts, tokens.shape[2] // (mesh.size // mesh.shape['seed']))
-    partition = parallel.partition(state.params, mesh)
+    partition = sharding.partition(state.params, mesh)
     one_seed: Any = functools.partial(gradient, model, parts_of_device, partition)
     out_specs: Any = specs.params, by_seed, specs.carry
 
@@ -260,9 +270,9 @@ def compile_step(
         gradient = gradients(state.params, state.carry, seeds, step, tokens, domains)
         return _over_seeds(functools.partial(apply_gradient, optimiser), state, gradient)
 
-    shardings = jax.tree.map(lambda a: a.sharding, state), parallel.readable(mesh)
+    shardings = jax.tree.map(lambda a: a.sharding, state), sharding.readable(mesh)
     jitted = jax.jit(all_seeds, donate_argnums=0, out_shardings=shardings)
-    placed_seeds = jax.ShapeDtypeStruct(seeds.shape, seeds.dtype, sharding=parallel.by_seed(mesh))
+    placed_seeds = jax.ShapeDtypeStruct(seeds.shape, seeds.dtype, sharding=sharding.by_seed(mesh))
     return jitted.lower(state, placed_seeds, np.int32(0), tokens, domains).compile()
 
 
@@ -274,16 +284,18 @@ def _over_seeds(function: Callable[..., Any], *args: Any) -> Any:
     return jax.tree.map(lambda a: a[None], result)
 
 
-def _train(config: ml_collections.ConfigDict, corpus: data.Corpus, this: run.Run) -> None:
-    model = setup.build(config, *corpus.sizes)
+def _train(
+    config: ml_collections.ConfigDict, corpus: token_store.Corpus, this: run_dir.Run
+) -> None:
+    model = factory.build(config, *corpus.sizes)
     B, T, steps = config.train.batch, config.train.length, config.train.steps
     optimiser = optim.optimiser(config.optim, steps)
-    this.write('cost.json', {'steps': steps, **setup.costs(config, *corpus.sizes)})
+    this.write('cost.json', {'steps': steps, **factory.costs(config, *corpus.sizes)})
     seeds = np.asarray(config.seeds, np.int32)
-    mesh = parallel.mesh(len(seeds), B, config.train.fsdp, config.train.mesh)
-    streams = [data.Stream(corpus.tokens['train'], B, T, seed) for seed in config.seeds]
-    batch_sharding = parallel.by_rows(mesh, 2, has_seeds=True)
-    placed_seeds = parallel.put(seeds, parallel.by_seed(mesh))
+    mesh = sharding.mesh(len(seeds), B, config.train.fsdp, config.train.mesh)
+    streams = [data_streams.Stream(corpus.tokens['train'], B, T, seed) for seed in config.seeds]
+    batch_sharding = sharding.by_rows(mesh, 2, has_seeds=True)
+    placed_seeds = sharding.put(seeds, sharding.by_seed(mesh))
 
     with progress.Work('drawing the initial parameters'):
         state = start(model, optimiser, seeds, B, mesh)
@@ -317,11 +329,11 @@ def _train(config: ml_collections.ConfigDict, corpus: data.Corpus, this: run.Run
 
     def held_out(params: Any, split: str, most: int) -> list[dict[str, Any]]:
         return evaluate(
-            setup.for_evaluation(model, config),
+            factory.for_evaluation(model, config),
             params,
             corpus,
             split,
-            setup.reading(config),
+            lm_config.reading(config),
             most,
             mesh,
             end_if_asked,
@@ -331,12 +343,12 @@ def _train(config: ml_collections.ConfigDict, corpus: data.Corpus, this: run.Run
         compiled = compile_step(
             model, optimiser, config.train.accumulate, state, seeds, *batch(0), mesh
         )
-    one_at_a_time = parallel.platform(mesh) == 'cpu' and mesh.size > 1  # queued ones hang there
+    one_at_a_time = sharding.platform(mesh) == 'cpu' and mesh.size > 1  # queued ones hang there
 
     # A run that ended between a checkpoint and the evaluation of its step has that to do still.
     pending = len(seeds) if meta.get('is_evaluated') is False else 0
-    position = metrics.end_of_records(this.path, meta['metrics'], this.step, pending)
-    is_pending = parallel.any_of(position is None)
+    position = logger.end_of_records(this.path, meta['metrics'], this.step, pending)
+    is_pending = sharding.any_of(position is None)
     if position is not None and not is_pending:
         meta['metrics'] = position
 
@@ -359,7 +371,7 @@ def _train(config: ml_collections.ConfigDict, corpus: data.Corpus, this: run.Run
             # The checkpoint comes before the evaluation, which may take long and be cut short.
             if step % config.train.save_every == 0 or evaluates or stops:
                 parts = {'parameters': state.params, 'moments of the optimizer': state.opt_state}
-                metrics.refuse_broken(config.seeds, step, parts)
+                logger.refuse_broken(config.seeds, step, parts)
                 saved.save(
                     step,
                     state,
@@ -379,7 +391,7 @@ def _train(config: ml_collections.ConfigDict, corpus: data.Corpus, this: run.Run
 def _same_tokens(
     path: pathlib.Path,
     config: ml_collections.ConfigDict,
-    corpus: data.Corpus,
+    corpus: token_store.Corpus,
     meta: Mapping[str, Any],
 ) -> None:
     if meta['data'] != corpus.sha256:
@@ -396,7 +408,7 @@ class _Log(contextlib.AbstractContextManager['_Log']):
     is not finite ends the run before anything of it is saved.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, this: run.Run, meta: dict[str, Any]):
+    def __init__(self, config: ml_collections.ConfigDict, this: run_dir.Run, meta: dict[str, Any]):
         self._seeds: tuple[int, ...] = tuple(config.seeds)
         self._tokens_per_step = config.train.batch * config.train.length * len(self._seeds)
         self._log = this.log(config.train.steps, meta['metrics'])
@@ -453,8 +465,8 @@ class _Log(contextlib.AbstractContextManager['_Log']):
             return
         step, measured = self._unread
         self._unread = None
-        values = parallel.fetch(measured)
-        metrics.refuse_non_finite(self._seeds, step, values)
+        values = sharding.fetch(measured)
+        logger.refuse_non_finite(self._seeds, step, values)
         self._unlogged.append(values['nats_per_token'].tolist())
 
     def __exit__(self, *exception: object) -> None:

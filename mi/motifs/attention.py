@@ -18,8 +18,8 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from mi.config import suggest
-from mi.contract import accumulation_dtype, linear
 from mi.dropout import RowDropout
+from mi.kernels.bilinear import accumulation_dtype, linear
 from mi.layers import Affine, check_dense, input_init, interaction_init
 from mi.motifs.positions import compute_sinusoids, is_visible, rotate, shift_relative
 

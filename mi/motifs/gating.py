@@ -15,7 +15,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from mi.config import suggest
-from mi.contract import accumulation_dtype, linear
+from mi.kernels.bilinear import accumulation_dtype, linear
 from mi.layers import Affine, Context, align_streams, context_init, input_init
 
 Activation = Literal['sigmoid', 'gelu', 'silu', 'relu', 'tanh', 'identity']

@@ -18,7 +18,7 @@ from jax import Array
 from jax.nn import initializers
 from jax.typing import DTypeLike
 
-from mi.contract import accumulation_dtype, linear
+from mi.kernels.bilinear import accumulation_dtype, linear
 from mi.layers import Context, align_streams, check_context, context_init, input_init
 
 _VARIANCE_OF_TANH = 0.394  # of tanh(g), g ~ N(0, 1)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from mi.contract import accumulation_dtype
+from mi.kernels.bilinear import accumulation_dtype
 
 BASE = 10_000.0
 

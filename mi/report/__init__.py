@@ -15,8 +15,18 @@ import pathlib
 
 import rich.console
 
-from mi.progress import Work
-from mi.report import arms, draws, files, html, latex, plots, runs, tables, terminal
+from mi.report import (
+    analysis,
+    files,
+    html,
+    latex,
+    plots,
+    rankings,
+    runs,
+    tables,
+    terminal,
+)
+from mi.training.progress import Work
 
 
 def write(
@@ -34,7 +44,7 @@ def write(
     with Work(f'reading {workdir}'):
         sweep = runs.read(pathlib.Path(workdir))
     with Work(f'intervals of {len(sweep.arms)} arms'):
-        rows = arms.rows(sweep)
+        rows = analysis.rows(sweep)
     folder = sweep.path / 'report' if out is None else pathlib.Path(out)
     with files.written_to(folder), Work('drawing the figures'):
         figures, remarks = plots.draw(sweep, rows, folder)
@@ -48,7 +58,7 @@ def write(
         }
     if any(row.tasks for row in rows):
         texts['tasks.csv'] = tables.tasks_to_csv(rows)
-    if sets := draws.to_markdown(sweep):
+    if sets := rankings.to_markdown(sweep):
         texts['draws.md'] = sets
     with files.written_to(folder):
         for name, text in texts.items():
@@ -60,7 +70,7 @@ def write(
     return paths
 
 
-def _say(sweep: runs.Sweep, rows: list[arms.Row], remarks: list[str]) -> None:
+def _say(sweep: runs.Sweep, rows: list[analysis.Row], remarks: list[str]) -> None:
     console = terminal.console()
     terminal.show(console, tables.cells(sweep, rows), sweep.title, 'report.html and table.csv')
     for note in tables.notes(sweep, rows):

@@ -9,8 +9,15 @@ import os
 import pathlib
 
 from mi.config import UserError, flatten
-from mi.report import arms, files, runs, statistics, tables, terminal
-from mi.report.arms import Row
+from mi.report import (
+    analysis,
+    files,
+    runs,
+    statistics,
+    tables,
+    terminal,
+)
+from mi.report.analysis import Row
 from mi.report.runs import Arm, Sweep
 from mi.report.statistics import Estimate, Test
 from mi.report.tables import Cell, Table
@@ -81,7 +88,7 @@ def compare(
 
 def pairs(before: Sweep, after: Sweep) -> list[Pair]:
     """Every arm of either sweep, in the order of the baseline's."""
-    one, other = ({row.arm.label: row for row in arms.rows(sweep)} for sweep in (before, after))
+    one, other = ({row.arm.label: row for row in analysis.rows(sweep)} for sweep in (before, after))
     if len(one) == len(other) == 1:
         label = next(iter(other))
         one = {label: next(iter(one.values()))}
@@ -94,7 +101,7 @@ def _pair(sweep: Sweep, label: str, before: Row | None, after: Row | None) -> Pa
     has_before, has_after = (row is not None and row.metric is not None for row in (before, after))
     if not (before and after and has_before and has_after):
         return Pair(label, before, after, verdict='lost' if has_before else None)
-    gap, test = arms.against(sweep, after.arm, after.final, before.final, before.arm)
+    gap, test = analysis.against(sweep, after.arm, after.final, before.final, before.arm)
     verdict = statistics.verdict(gap, sweep.lower_is_better)
     common = before.final.keys() & after.final.keys()
     if common and all(before.final[seed] == after.final[seed] for seed in common):
@@ -113,7 +120,7 @@ def why_not(pair: Pair) -> str:
         return ''
     ours, theirs = pair.after.arm.tasks, pair.before.arm.tasks
     if set(ours) != set(theirs):
-        return f'learnt {arms.others(ours, theirs)}'
+        return f'learnt {analysis.others(ours, theirs)}'
     return 'no seed in common' if pair.difference is None else 'one seed in common'
 
 

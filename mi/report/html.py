@@ -14,7 +14,7 @@ import numpy as np
 
 from mi.config import flatten
 from mi.report import plots, statistics, tables
-from mi.report.arms import Row
+from mi.report.analysis import Row
 from mi.report.runs import Arm, Sweep
 from mi.report.statistics import Estimate
 

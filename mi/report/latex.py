@@ -5,7 +5,7 @@ import textwrap
 import unicodedata
 
 from mi.report import tables
-from mi.report.arms import Row
+from mi.report.analysis import Row
 from mi.report.runs import Sweep
 from mi.report.tables import Cell
 

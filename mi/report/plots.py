@@ -25,7 +25,7 @@ from matplotlib.ticker import (
 )
 
 from mi.report import statistics, tables
-from mi.report.arms import Row
+from mi.report.analysis import Row
 from mi.report.runs import Arm, Sweep
 from mi.report.tables import words
 

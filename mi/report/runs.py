@@ -15,8 +15,8 @@ import pathlib
 import numpy as np
 
 from mi.config import UserError
-from mi.files import held, read_json
 from mi.report.files import Record, field, is_number, read_lines
+from mi.training.io import held, read_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,8 @@ import textwrap
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
-from mi.report import arms, statistics
-from mi.report.arms import Row
+from mi.report import analysis, statistics
+from mi.report.analysis import Row
 from mi.report.runs import Sweep
 from mi.report.statistics import Estimate, Test
 
@@ -87,7 +87,7 @@ def notes(sweep: Sweep, rows: list[Row]) -> list[str]:
     if equal_time:
         standing.append(
             f'At equal time: the last {sweep.curves} record that an arm had reached when the '
-            f'quickest was done, {_seconds(arms.quickest(sweep))} s of training.'
+            f'quickest was done, {_seconds(analysis.quickest(sweep))} s of training.'
         )
     standing.append(
         'Parameters and FLOPs: the whole model / the fusion alone. FLOPs per '
@@ -150,7 +150,7 @@ def cells(sweep: Sweep, rows: list[Row]) -> Table:
         if compared:
             add('improvement', Cell('P(improvement)', '[95 %]'), _of_tasks_cell('improvement', 2))
     if equal_time:
-        head = Cell(f'{sweep.curves} after {_seconds(arms.quickest(sweep))} s{arrow}', '[95 %]')
+        head = Cell(f'{sweep.curves} after {_seconds(analysis.quickest(sweep))} s{arrow}', '[95 %]')
         add('equal_time', head, lambda row: interval(row.equal_time, places))
     secondary = len(columns)
     add('parameters', Cell('parameters', '/ fusion'), _parameters)

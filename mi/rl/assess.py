@@ -10,13 +10,21 @@ import numpy as np
 import rich.console
 import rich.table
 
-from mi import checkpoint, precision
-from mi.rl import envs, setup, video
+from mi import precision
+from mi.rl import (
+    config as rl_config,
+)
+from mi.rl import (
+    envs,
+    factory,
+    video,
+)
+from mi.rl.agent import Agent
 from mi.rl.envs.spec import Spec
 from mi.rl.evaluate import Evaluation
-from mi.rl.networks import Agent
 from mi.rl.play import Watched
-from mi.run import config_to_evaluate, write_json
+from mi.training import checkpoint
+from mi.training.run_dir import config_to_evaluate, write_json
 
 OWN = ('eval', 'actors', 'tracker')
 FIXED = ('task', 'env', 'model', 'seeds')
@@ -31,7 +39,7 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
     Raises:
       UserError: if the directory has no whole checkpoint, or is of another config.
     """
-    setup.validate(config)
+    rl_config.validate(config)
     path = pathlib.Path(workdir)
     config = config_to_evaluate(path, config, own=OWN, fixed=FIXED).unlock()
     config.eval.greedy = True
@@ -42,9 +50,9 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
     for split, key in keys.items():
         with precision.use_config(config), Evaluation(config, key) as evaluation:
             if split == 'eval':
-                agent = setup.agent(config, evaluation.spec)
+                agent = factory.agent(config, evaluation.spec)
                 params, step = _restored(config, agent, path)
-            setup.fits(config, agent.spec, evaluation.spec)
+            factory.fits(config, agent.spec, evaluation.spec)
             for i, seed in enumerate(config.seeds):
                 of_seed = jax.tree.map(lambda a, i=i: a[i], params)
                 for policy, values in evaluation(agent, of_seed, step, seed).items():
@@ -55,7 +63,7 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
     write_json(folder / 'scores.json', {'step': step, **scores})
     first = jax.tree.map(lambda a: a[0], params)
     rows = max(config.actors.batch, len(agent.spec.tasks))
-    name, options = setup.environment(config)
+    name, options = factory.environment(config)
     pool = Watched(
         envs.pool(name, rows, config.seeds[0], options),
         config.actors.timeout,
@@ -79,7 +87,7 @@ def _restored(
     """The parameters of all seeds, [S, …], whatever the topology and batch were; and their step."""
     saved = checkpoint.Checkpoints(path / 'checkpoints', config.train.keep)
     newest, meta = saved.newest()
-    like: Any = jax.eval_shape(functools.partial(setup.init_params, agent), jax.random.key(0))
+    like: Any = jax.eval_shape(functools.partial(factory.init_params, agent), jax.random.key(0))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     fused = config.train.topology == 'fused'
     axes = (len(config.seeds),) if fused else ()

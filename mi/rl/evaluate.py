@@ -11,16 +11,16 @@ import ml_collections
 import numpy as np
 from jax import Array
 
-from mi import parallel
-from mi.rl import envs, setup
-from mi.rl.actor import act, start
+from mi.rl import envs, factory
+from mi.rl.actors.worker import Policy
+from mi.rl.agent import Agent, Inputs
 from mi.rl.envs import auto_reset
 from mi.rl.envs.spec import JaxEnvironment, Spec
-from mi.rl.networks import Agent, Inputs
+from mi.rl.episode_metrics import Record
+from mi.rl.fused.rollout import act, start
 from mi.rl.play import Limits, StoppedError, Watched, never, play
-from mi.rl.records import Record
-from mi.rl.worker import Policy
 from mi.rows import get_row_indices
+from mi.training import sharding
 
 
 class Played(NamedTuple):
@@ -60,8 +60,8 @@ def episodes(
       UserError: if an episode has more steps than the spec says.
     """
     program = episodes_program(environment, agent, each, greedy, mesh)  # type: ignore[arg-type]
-    placed_keys = parallel.put(keys, parallel.by_seed(mesh))
-    returned, success, length = parallel.fetch(program(params, placed_keys))
+    placed_keys = sharding.put(keys, sharding.by_seed(mesh))
+    returned, success, length = sharding.fetch(program(params, placed_keys))
     auto_reset.check_length(environment.spec, int(length.max()) - 1)
 
     # Row i of a seed has an episode of task i % tasks; rows that fill up the devices come last.
@@ -83,7 +83,7 @@ def compile_episodes(
       params: shapes of the parameters of all seeds, placed on the mesh.
     """
     seeds = jax.tree.leaves(params)[0].shape[0]
-    keys = jax.ShapeDtypeStruct((seeds, 2), jnp.int32, sharding=parallel.by_seed(mesh))
+    keys = jax.ShapeDtypeStruct((seeds, 2), jnp.int32, sharding=sharding.by_seed(mesh))
     program = episodes_program(environment, agent, each, False, mesh)  # type: ignore[arg-type]
     compiled: jax.stages.Compiled = program.lower(params, keys).compile()
     return compiled
@@ -106,10 +106,10 @@ def episodes_program(
         plays = get_row_indices(device_rows) < rows
         return _play_rows(environment, agent, params, random_key, plays, greedy)
 
-    by_seed, by_rows = parallel.by_seed(mesh).spec, parallel.by_rows(mesh, 1, True).spec
+    by_seed, by_rows = sharding.by_seed(mesh).spec, sharding.by_rows(mesh, 1, True).spec
     return jax.jit(
         jax.shard_map(
-            parallel.map_seeds(one_seed, mesh),
+            sharding.map_seeds(one_seed, mesh),
             mesh=mesh,
             in_specs=(by_seed, by_seed),
             out_specs=by_rows,
@@ -203,7 +203,7 @@ class Evaluation:
 
     def __init__(self, config: ml_collections.ConfigDict, key: str = 'env.name'):
         self._config = config
-        name, options = setup.environment(config, key)
+        name, options = factory.environment(config, key)
         self._compiled = None if envs.on_host(name) else envs.make(name, options, key)
         rows = config.actors.batch
         if self._compiled is None:
@@ -266,9 +266,9 @@ class Evaluation:
         """Play on all devices of this process."""
         each = self._config.eval.episodes
         devices = jax.local_devices()
-        mesh = parallel.mesh(1, len(devices), devices=devices)
+        mesh = sharding.mesh(1, len(devices), devices=devices)
         one_seed = jax.tree.map(lambda a: np.asarray(a)[None], params)
-        one_seed = jax.device_put(one_seed, parallel.by_seed(mesh))
+        one_seed = jax.device_put(one_seed, sharding.by_seed(mesh))
         keys = evaluation_keys([seed], step)
         (played,) = episodes(environment, agent, one_seed, keys, each, greedy, mesh)
         return summary(self.spec, *played)

@@ -16,8 +16,8 @@ import optax
 from jax import Array
 
 from mi.rl import loss, popart
-from mi.rl.actor import Trajectory
-from mi.rl.networks import Agent, Outputs, forward
+from mi.rl.agent import Agent, Outputs, forward
+from mi.rl.trajectory import Trajectory
 from mi.rows import mean_over_rows
 
 PopArtOrder = Literal['gradient_first', 'statistics_first']

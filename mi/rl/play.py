@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mi.config import UserError
+from mi.rl.actors.worker import Policy
+from mi.rl.agent import Inputs
 from mi.rl.envs.finite import check_finite
 from mi.rl.envs.spec import HostEnvironment, Step
-from mi.rl.networks import Inputs
-from mi.rl.worker import Policy
 
 POLL = 0.1  # seconds between two looks at whether the run is to end
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw
 
+from mi.rl.actors.worker import Policy
+from mi.rl.agent import Agent, Inputs
 from mi.rl.envs.spec import HostEnvironment, Observation, Spec
-from mi.rl.networks import Agent, Inputs
-from mi.rl.worker import Policy
 
 SIDE = 240  # of the picture, pixels
 CAPTION = 30  # below it, pixels

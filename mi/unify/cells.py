@@ -11,7 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mi.cells import LSTM, MILSTM, Carry, HyperCarry, HyperLSTM, MogrifierLSTM, MultiplicativeLSTM
+from mi.cells import (
+    LSTM,
+    MILSTM,
+    Carry,
+    HyperLSTM,
+    MogrifierLSTM,
+    MultiplicativeLSTM,
+)
+from mi.cells.hyper_lstm import HyperCarry
 from mi.unify.composition import Composition, Product, as_mi, make_pointwise
 
 _GATES = 'sigmoid of the gates, tanh of the candidate and of c; sums'

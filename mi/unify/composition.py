@@ -17,7 +17,7 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 
-from mi.contract import accumulation_dtype
+from mi.kernels.bilinear import accumulation_dtype
 from mi.layers import align_streams, one_hot
 from mi.precision import use_highest
 

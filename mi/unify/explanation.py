@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from mi import cost
+from mi import counting
 from mi.precision import use_highest
 from mi.unify.composition import Product, as_mi
 
@@ -37,11 +37,11 @@ def explain(module: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> str
     def call(variables: Any, args: Any) -> Any:
         return module.apply(variables, *args, **kwargs)
 
-    flops = cost.flops(call, variables, args)
+    flops = counting.flops(call, variables, args)
     output = jax.eval_shape(call, variables, args)
     lines += [
         '',
-        f'  parameters  {cost.parameters(variables.get("params", {})):,}',
+        f'  parameters  {counting.parameters(variables.get("params", {})):,}',
         f'  FLOPs       {flops:,} in products, for these inputs',
         f'  bytes       {_bytes(variables):,} of parameters, {_bytes((args, output)):,} in and out',
     ]

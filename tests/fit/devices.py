@@ -15,8 +15,9 @@ from unittest import mock
 import jax
 
 from configs import expressivity
-from mi import optim, placement, program
-from mi.fit import search, setup, train
+from mi.estimate import program
+from mi.fit import factory, search, train
+from mi.training import optim, placement
 from tests.fit.runs import edited, records
 
 DEVICES = jax.devices()
@@ -35,7 +36,7 @@ def config(word, **changes):
 
 def programs(config, devices):
     """Return FLOPs and collectives of the training steps and the evaluation on some devices."""
-    problem, count = setup.problem(config), len(config.seeds)
+    problem, count = factory.problem(config), len(config.seeds)
     optimizer = optim.optimiser(config.optim, config.train.steps)
     mesh = placement.seed_mesh(count, devices)
     state, seeds = train.shapes(problem, optimizer, count, mesh)
@@ -73,7 +74,7 @@ def move(config, path, before, after):
     """Train half of a run on some devices, and the rest on others."""
     with (
         only(before),
-        mock.patch('mi.run.Run.stops', lambda self, recorded: self.step == 20),
+        mock.patch('mi.training.run_dir.Run.stops', lambda self, recorded: self.step == 20),
         contextlib.suppress(SystemExit),
     ):
         train.train(config, path)

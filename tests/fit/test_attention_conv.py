@@ -11,7 +11,12 @@ import pytest
 
 from configs import attention_conv
 from mi.config import UserError
-from mi.fit import digits, setup, train, vision
+from mi.fit import (
+    digits,
+    factory,
+    train,
+    vision,
+)
 from tests.fit.runs import edited, finals
 
 
@@ -84,7 +89,7 @@ def test_the_digits_are_split_anew_for_each_seed_and_centres_are_fixed_where_the
     images, labels = digits.load()
     assert images.shape == (digits.COUNT, 8, 8, 1) and labels.shape == (digits.COUNT,)
     assert abs(images.mean()) < 1e-5 and images.std() == pytest.approx(1, abs=1e-5)
-    problem = setup.problem(config(**SMALL | {'model.centres': 'fixed'}))
+    problem = factory.problem(config(**SMALL | {'model.centres': 'fixed'}))
     worlds = [problem.world(jax.random.key(i)) for i in (0, 1)]
     rows = [np.asarray(world['rows']) for world in worlds]
     assert all(sorted(r) == list(range(digits.COUNT)) for r in rows)
@@ -110,7 +115,7 @@ SMALL = {
 def test_a_network_learns_digits_and_resumes_to_the_same_bits(tmp_path, monkeypatch):
     train.train(config(**SMALL), str(tmp_path / 'whole'))
     with monkeypatch.context() as patch:
-        patch.setattr('mi.run.Run.stops', lambda this, recorded: this.step == 50)
+        patch.setattr('mi.training.run_dir.Run.stops', lambda this, recorded: this.step == 50)
         with pytest.raises(SystemExit):
             train.train(config(**SMALL), str(tmp_path / 'stopped'))
     assert os.listdir(tmp_path / 'stopped/checkpoints') == ['00000050']
@@ -141,4 +146,4 @@ def test_a_network_learns_digits_and_resumes_to_the_same_bits(tmp_path, monkeypa
 )
 def test_bad_values_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
-        setup.problem(config(**changes))
+        factory.problem(config(**changes))

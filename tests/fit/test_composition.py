@@ -11,10 +11,15 @@ import pytest
 from configs import composition as configs
 from experiments import composition as experiment
 from launch.sweep import chain
-from mi import parallel
 from mi.config import UserError
-from mi.fit import composition, setup, train, transfer
+from mi.fit import (
+    composition,
+    factory,
+    train,
+    transfer,
+)
 from mi.report.runs import Arm
+from mi.training import sharding
 from tests.fit.runs import edited, finals
 
 
@@ -139,7 +144,7 @@ def test_a_context_that_is_learnt_makes_another_task_of_what_was_trained():
         params = problem.init(jax.random.key(1), teacher)
         return problem.evaluations['unseen'](params, teacher, jax.random.key(2))['error']
 
-    before, after = (parallel.once(lambda steps=steps: error(steps)) for steps in (1, 100))
+    before, after = (sharding.once(lambda steps=steps: error(steps)) for steps in (1, 100))
     assert after < 0.9 * before
 
 
@@ -168,9 +173,9 @@ def test_every_student_of_the_sweep_is_one_network_of_the_size_asked_for_whateve
             given and overrides['problem.support'] != 'connected'
         ):
             continue
-        problem = setup.problem(config(**overrides))
+        problem = factory.problem(config(**overrides))
         counted = problem.costs()['parameters']['model']
-        assert counted == setup.parameters(problem)
+        assert counted == factory.parameters(problem)
         assert counted == pytest.approx(overrides['model.parameters'], rel=0.07)
         of = [v for k, v in overrides.items() if k not in ('problem.support', 'seeds')]
         sizes.setdefault(tuple(of), set()).add(counted)

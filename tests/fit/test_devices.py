@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from mi import placement
+from mi.training import placement
 from tests.conftest import printed_on_devices
 from tests.fit.devices import SMALL
 from tests.fit.runs import records

@@ -13,9 +13,15 @@ from scipy import integrate, stats
 from configs import expressivity
 from experiments import expressivity as experiment
 from mi.config import UserError
-from mi.fit import network, products, search, setup, train
+from mi.fit import (
+    factory,
+    network,
+    products,
+    search,
+    train,
+)
 from mi.report import runs
-from mi.run import PREEMPTED
+from mi.training.run_dir import PREEMPTED
 from tests.fit.runs import edited, records
 
 
@@ -175,9 +181,9 @@ def test_widths_and_growth():
     assert search.exponent([4], [10]) is None
     assert [search._guess(h) for h in ([], [3], [3, 5], [7, 2])] == [0, 3, 7, 0]
     of = config(**{'search.parameters': 73, 'problem.dimension': 2})
-    assert setup.largest_width(of) == 12  # 2·12·2 + 12 + 12 + 1
+    assert factory.largest_width(of) == 12  # 2·12·2 + 12 + 12 + 1
     of.search.parameters = 72
-    assert setup.largest_width(of) == 11
+    assert factory.largest_width(of) == 11
 
 
 @pytest.mark.slow
@@ -220,7 +226,7 @@ def test_a_search_that_was_stopped_goes_on_and_tries_nothing_twice(tmp_path, mon
         ]
 
     monkeypatch.setattr(search, 'probe', probe)
-    monkeypatch.setattr('mi.fit.setup.largest_width', lambda config: 300)
+    monkeypatch.setattr('mi.fit.factory.largest_width', lambda config: 300)
     changes = {'search.at': (2, 4, 8), 'search.fit_from': 2, 'search.per_octave': 32}
     ticks = itertools.count()
     with monkeypatch.context() as patch:
@@ -229,7 +235,7 @@ def test_a_search_that_was_stopped_goes_on_and_tries_nothing_twice(tmp_path, mon
     arm = runs.read(tmp_path / 'whole').arms[0]
     assert arm.seconds()[1][-1] >= len(probed)  # a probe is a tick at least
     at_once, probed[:] = len(probed), []
-    monkeypatch.setattr('mi.run.Run.stops', lambda this, recorded: True)
+    monkeypatch.setattr('mi.training.run_dir.Run.stops', lambda this, recorded: True)
     for _ in range(at_once):
         with pytest.raises(SystemExit) as stopped:
             search.search(config(**changes), str(tmp_path / 'stopped'))
@@ -318,7 +324,7 @@ def test_a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not(tmp_path,
                'train.save_every': 40, 'problem.dimension': 1}  # fmt: skip
     train.train(config('fit', **changes), str(tmp_path / 'whole'))
     with monkeypatch.context() as patch:
-        patch.setattr('mi.run.Run.stops', lambda this, recorded: this.step == 10)
+        patch.setattr('mi.training.run_dir.Run.stops', lambda this, recorded: this.step == 10)
         with pytest.raises(SystemExit):
             train.train(config('fit', **changes), str(tmp_path / 'stopped'))
     assert os.listdir(tmp_path / 'stopped/checkpoints') == ['00000010']

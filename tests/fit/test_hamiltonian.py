@@ -11,7 +11,16 @@ import pytest
 
 from configs import hamiltonian
 from mi.config import UserError
-from mi.fit import dynamics, frames, integrators, phase_space, rendering, scores, setup, train
+from mi.fit import (
+    dynamics,
+    factory,
+    frames,
+    integrators,
+    phase_space,
+    rendering,
+    scores,
+    train,
+)
 from mi.fit.mechanics import SYSTEMS
 from tests.fit.runs import edited, records
 
@@ -349,7 +358,7 @@ def test_what_is_predicted_depends_on_the_frames_that_are_seen_alone():
 def test_frames_that_were_stopped_end_with_the_bits_of_those_that_were_not(tmp_path, monkeypatch):
     train.train(small(), str(tmp_path / 'whole'))
     with monkeypatch.context() as patch:
-        patch.setattr('mi.run.Run.stops', lambda this, recorded: this.step == 10)
+        patch.setattr('mi.training.run_dir.Run.stops', lambda this, recorded: this.step == 10)
         with pytest.raises(SystemExit):
             train.train(small(), str(tmp_path / 'stopped'))
     assert os.listdir(tmp_path / 'stopped/checkpoints') == ['00000010']
@@ -394,6 +403,6 @@ def test_bad_values_are_refused(word, changes, message, tmp_path):
 
 @pytest.mark.parametrize('word', hamiltonian.PRESETS)
 def test_a_config_is_valid_and_every_key_has_a_rule(word):
-    setup.validate(hamiltonian.get_config(word))
+    factory.validate(hamiltonian.get_config(word))
     with pytest.raises(UserError, match=r'configs/hamiltonian\.py:frame: did you mean'):
         hamiltonian.get_config('frame')

@@ -9,10 +9,10 @@ import pytest
 
 from configs import regression as configs
 from experiments import regression as experiment
-from mi import parallel
 from mi.config import UserError
-from mi.fit import regression, setup, train
+from mi.fit import factory, regression, train
 from mi.report.runs import Arm
+from mi.training import sharding
 from tests.fit.runs import edited, finals
 
 
@@ -21,7 +21,7 @@ def config(**changes):
 
 
 def world(of, seed=0):
-    return parallel.once(lambda: regression.make(of).world(jax.random.key(seed)))
+    return sharding.once(lambda: regression.make(of).world(jax.random.key(seed)))
 
 
 def test_tasks_are_by_turns_affine_and_sinusoids_with_noise_on_their_examples():
@@ -128,15 +128,15 @@ def test_what_a_figure_shows_are_predictions_of_known_tasks(trained):
 @pytest.mark.slow
 def test_the_parameters_of_an_encoder_are_counted(trained):
     cost = json.loads((trained / 'mi_inferred/cost.json').read_text())
-    problem = setup.problem(config(**TOY, **{'problem.context': 'inferred'}))
-    assert cost['parameters']['model'] == setup.parameters(problem)
+    problem = factory.problem(config(**TOY, **{'problem.context': 'inferred'}))
+    assert cost['parameters']['model'] == factory.parameters(problem)
     assert cost['parameters']['model'] == pytest.approx(1500, rel=0.1)
 
 
 def test_every_member_of_the_sweep_can_be_built():
     for overrides in experiment.sweep()[::31]:
-        problem = setup.problem(config(**overrides))
-        assert setup.parameters(problem) == pytest.approx(6000, rel=0.05)
+        problem = factory.problem(config(**overrides))
+        assert factory.parameters(problem) == pytest.approx(6000, rel=0.05)
 
 
 def test_the_report_tabulates_known_and_new_tasks_and_the_agreement_of_two_draws():

@@ -10,7 +10,13 @@ import pytest
 from configs import seq2seq
 from mi import fusion
 from mi.config import UserError
-from mi.fit import mixers, sequences, setup, train, transformer
+from mi.fit import (
+    factory,
+    mixers,
+    sequences,
+    train,
+    transformer,
+)
 from mi.motifs.attention import Attention
 from tests.fit.runs import edited, finals
 
@@ -231,4 +237,4 @@ def test_a_fixed_mixing_at_the_end_stays_above_its_floor_and_attention_goes_belo
 )
 def test_bad_values_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
-        setup.problem(config(**changes))
+        factory.problem(config(**changes))

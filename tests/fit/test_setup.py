@@ -14,7 +14,7 @@ from configs import (
     regression,
     seq2seq,
 )
-from mi.fit import setup, train
+from mi.fit import factory, train
 from mi.fit.problem import Problem
 from tests.fit.runs import edited
 
@@ -41,7 +41,7 @@ CONFIGS = {
 @pytest.mark.parametrize(
     ('word', 'changes'),
     [
-        *((word, {}) for word in setup.PROBLEMS),
+        *((word, {}) for word in factory.PROBLEMS),
         ('sequences', {'problem.targets': ('reverse', 'sort')}),
         ('digits', {'model.layer': 'convolution'}),
         ('composition', {'problem.context': 'learned', 'problem.coefficients': 'equal'}),
@@ -52,9 +52,9 @@ def test_the_parameters_that_are_matched_are_those_that_are_written_down(word, c
     """But for sequences, of which a run writes down one network of several."""
     config = edited(CONFIGS[word](), **{'model.parameters': 0}, **changes)
     assert config.problem.name == word
-    problem = setup.problem(config)
+    problem = factory.problem(config)
     networks = len(config.problem.targets) if word == 'sequences' else 1
-    assert setup.parameters(problem) == networks * problem.costs()['parameters']['model']
+    assert factory.parameters(problem) == networks * problem.costs()['parameters']['model']
 
 
 def test_every_step_of_every_seed_draws_batches_of_its_own_and_metrics_are_means():

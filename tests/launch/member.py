@@ -1,9 +1,9 @@
 """A run in a few lines, for tests that need many: counts to --steps, one line of metrics a step.
 
-It keeps a run directory as `mi.run` does, and nothing of it is mocked: a lock, a status, a state
-that it goes on from (how many lines there are). It saves at every step, and ends at SIGTERM with
-143. Every start is written to starts.jsonl, so that a test can tell what ran twice; the first
---fails of them fail.
+It keeps a run directory as `mi.training.run_dir` does, and nothing of it is mocked: a lock, a
+status, a state that it goes on from (how many lines there are). It saves at every step, and ends at
+SIGTERM with 143. Every start is written to starts.jsonl, so that a test can tell what ran twice;
+the first --fails of them fail.
 """
 
 import fcntl

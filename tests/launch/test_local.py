@@ -15,8 +15,8 @@ import pytest
 import rich.console
 
 from launch import engine, local, plan, process, state, sweep
-from mi import costs
 from mi.config import UserError
+from mi.estimate import costs
 from mi.overrides import find_file
 from tests.conftest import ROOT
 

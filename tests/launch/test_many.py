@@ -11,7 +11,7 @@ import time
 import pytest
 
 from launch import state
-from mi.files import held
+from mi.training.io import held
 
 MEMBER = str(pathlib.Path(__file__).with_name('member.py'))
 LAUNCHER = """

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from launch import engine, pbt, process, sweep
-from mi import checkpoint
+from mi.training import checkpoint
 
 MEMBER = str(pathlib.Path(__file__).with_name('member.py'))
 SWEEP = """

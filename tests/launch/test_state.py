@@ -13,7 +13,7 @@ import pytest
 import rich.console
 
 from launch import local, state
-from mi.files import held
+from mi.training.io import held
 
 
 def record(step, split='train', **values):

@@ -10,7 +10,7 @@ import pytest
 
 from launch import engine, local, pbt, process, slurm, state, sweep
 from mi.config import UserError
-from mi.files import held
+from mi.training.io import held
 
 MEMBER = str(pathlib.Path(__file__).with_name('member.py'))
 TWO = engine.Resources(parallel=2)

@@ -13,10 +13,12 @@ import jax
 import numpy as np
 
 from configs import lm
-from mi import optim, parallel
-from mi.lm import setup, train
-from mi.lm.data import Stream, load
+from mi.lm import config as lm_config
+from mi.lm import factory, train
+from mi.lm.data.streams import Stream
+from mi.lm.data.token_store import load
 from mi.lm.evaluate import evaluate
+from mi.training import optim, sharding
 
 MESHES = {  # devices [seed, data, fsdp], parts of the batch
     'one': ((1, 1, 1), 1),
@@ -30,16 +32,16 @@ MESHES = {  # devices [seed, data, fsdp], parts of the batch
 
 def measure(config, corpus, shape, parts):
     devices = jax.devices()[: math.prod(shape)]
-    mesh = parallel.mesh(len(config.seeds), config.train.batch, shape=shape, devices=devices)
-    model, optimiser = setup.build(config, *corpus.sizes), optim.optimiser(config.optim, 10)
+    mesh = sharding.mesh(len(config.seeds), config.train.batch, shape=shape, devices=devices)
+    model, optimiser = factory.build(config, *corpus.sizes), optim.optimiser(config.optim, 10)
     seeds, B = np.asarray(config.seeds, np.int32), config.train.batch
     state = train.start(model, optimiser, seeds, B, mesh)
-    placed_seeds = parallel.put(seeds, parallel.by_seed(mesh))
+    placed_seeds = sharding.put(seeds, sharding.by_seed(mesh))
     streams = [Stream(corpus.tokens['train'], B, config.train.length, seed) for seed in seeds]
 
     def batch(step):
         tokens = np.stack([stream[step] for stream in streams])
-        return parallel.put(tokens, parallel.by_rows(mesh, 2, has_seeds=True))
+        return sharding.put(tokens, sharding.by_rows(mesh, 2, has_seeds=True))
 
     compiled = train.compile_step(model, optimiser, parts, state, seeds, batch(0), None, mesh)
     nats, norms = [], []
@@ -47,7 +49,7 @@ def measure(config, corpus, shape, parts):
         state, measured = compiled(state, placed_seeds, np.int32(step), batch(step), None)
         nats.append(np.asarray(measured['nats_per_token']).tolist())
         norms.append(np.asarray(measured['gradient_norm']).tolist())
-    reading = setup.reading(config)
+    reading = lm_config.reading(config)
     scores = evaluate(model, state.params, corpus, 'valid', reading, 1000, mesh)
     nats.append([score['nats_per_token'] for score in scores])
     leaves = jax.tree.leaves(state.params)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from mi.config import UserError, suggest_install
-from mi.lm import corpora, data
+from mi.lm.data import sources, streams, token_store
 from tests.conftest import ROOT
 
 REAL = pathlib.Path(os.environ.get('MI_TEST_DATA', ROOT / '../shared/data'))
@@ -33,13 +33,13 @@ def real(name):
 
 def of_splits(directory, name, text='a b\n'):
     directory.mkdir(exist_ok=True)
-    for split in corpora.SPLITS:
+    for split in sources.SPLITS:
         (directory / name.format(split)).write_text(text)
     return str(directory)
 
 
-def read(source, path='', splits=corpora.SPLITS, cache=pathlib.Path('/nonexistent')):
-    found = corpora.texts(source, str(path), splits, cache)
+def read(source, path='', splits=sources.SPLITS, cache=pathlib.Path('/nonexistent')):
+    found = sources.texts(source, str(path), splits, cache)
     return {s: [bytes(text.array()).decode() for text in texts] for s, texts in found.items()}
 
 
@@ -51,7 +51,7 @@ def test_the_real_evaluation_texts_of_wikitext_have_the_known_tokens(source, tmp
             real(name), tmp_path / (name if source == 'wikitext-2' else f'wiki.{name[11:]}')
         )
     options = {'path': str(tmp_path), 'splits': HELD_OUT, 'fit': HELD_OUT}
-    corpus = data.load(source, 'token', 50_000, cache, **options)
+    corpus = token_store.load(source, 'token', 50_000, cache, **options)
     assert {s: len(ids) for s, ids in corpus.tokens.items()} == {'valid': 217_646, 'test': 245_569}
     of = corpus.tokenizer.get_vocab()
     for split, ids in corpus.tokens.items():
@@ -67,19 +67,21 @@ def test_a_wikitext_that_is_cut_or_has_no_train_is_refused(tmp_path, cache):
     (tmp_path / 'wiki.valid.tokens').write_bytes(text[:-4])  # two lines less
     options = {'path': str(tmp_path), 'splits': ('valid',), 'fit': ('valid',)}
     with pytest.raises(UserError) as error:
-        data.load('wikitext-2', 'token', 50_000, cache, **options)
+        token_store.load('wikitext-2', 'token', 50_000, cache, **options)
     assert str(error.value).startswith(
         f'{tmp_path}/wiki.valid.tokens: 217,644 tokens with <eos>, expected 217,646; get it from '
         f'https://huggingface.co/datasets/Salesforce/wikitext'
     )
     assert '\n' not in str(error.value)
     with pytest.raises(UserError, match=r'expected wiki\.train\.tokens or .*, found none; get it'):
-        data.load('wikitext-2', 'token', 50_000, cache, path=str(tmp_path), splits=('valid',))
-    assert len(data.load('wikitext-2', 'byte', 256, cache, **options).tokens['valid']) > 1e6
+        token_store.load(
+            'wikitext-2', 'token', 50_000, cache, path=str(tmp_path), splits=('valid',)
+        )
+    assert len(token_store.load('wikitext-2', 'byte', 256, cache, **options).tokens['valid']) > 1e6
 
 
 def test_enwik8_packed_and_plain(tmp_path):
-    packed = data.load('enwik8', 'byte', 256, str(tmp_path), path=str(real('enwik8.gz')))
+    packed = token_store.load('enwik8', 'byte', 256, str(tmp_path), path=str(real('enwik8.gz')))
     sizes = {'train': 90_000_000, 'valid': 5_000_000, 'test': 5_000_000}
     assert {s: len(ids) for s, ids in packed.tokens.items()} == packed.bytes == sizes
     assert bytes(packed.tokens['train'][:10]) == b'<mediawiki'
@@ -90,7 +92,7 @@ def test_enwik8_packed_and_plain(tmp_path):
 
     (tmp_path / 'enwik8').hardlink_to(packed.tokens['train'].filename)
     options = {'path': str(tmp_path), 'train_tokens': 9_000_000}
-    plain = data.load('enwik8', 'byte', 256, str(tmp_path / 'none'), **options)
+    plain = token_store.load('enwik8', 'byte', 256, str(tmp_path / 'none'), **options)
     np.testing.assert_array_equal(plain.tokens['train'], packed.tokens['train'][:9_000_000])
     assert plain.tokens['test'].filename == tmp_path / 'enwik8'
     assert not (tmp_path / 'none').exists()
@@ -114,15 +116,17 @@ def test_bytes_that_are_not_those_of_the_corpus_are_refused(source, tmp_path):
 def test_the_counts_of_ptb_are_those_of_its_words(tmp_path, cache, monkeypatch):
     path = of_splits(tmp_path, 'ptb.{}.txt', ' a <unk> N \n b \n')
     with pytest.raises(UserError, match=r'train\.txt: 6 tokens with <eos>, expected 929,589; get'):
-        data.load('ptb', 'token', 100, cache, path=path)
-    known = dataclasses.replace(corpora.CORPORA['ptb'], tokens=dict.fromkeys(corpora.SPLITS, 6))
-    monkeypatch.setitem(corpora.CORPORA, 'ptb', known)
+        token_store.load('ptb', 'token', 100, cache, path=path)
+    known = dataclasses.replace(sources.CORPORA['ptb'], tokens=dict.fromkeys(sources.SPLITS, 6))
+    monkeypatch.setitem(sources.CORPORA, 'ptb', known)
     with pytest.raises(UserError, match='txt: 5 different tokens with <eos>, expected 10,000; get'):
-        data.load('ptb', 'token', 10_000, cache, path=path)
-    assert data.load('ptb', 'token', 100, cache, path=path).vocabulary == 5  # cut: not to be known
+        token_store.load('ptb', 'token', 10_000, cache, path=path)
+    assert (
+        token_store.load('ptb', 'token', 100, cache, path=path).vocabulary == 5
+    )  # cut: not to be known
     known = dataclasses.replace(known, vocabulary=5)
-    monkeypatch.setitem(corpora.CORPORA, 'ptb', known)
-    assert data.load('ptb', 'token', 5, cache, path=path).lossless
+    monkeypatch.setitem(sources.CORPORA, 'ptb', known)
+    assert token_store.load('ptb', 'token', 5, cache, path=path).lossless
 
 
 @pytest.mark.parametrize('source', ['wikitext-103', 'wikitext-2', 'ptb', 'enwik8', 'text8'])
@@ -158,7 +162,7 @@ def test_an_unknown_word_has_a_nearest_one():
 def test_the_lines_of_a_large_file_are_counted_over_its_blocks(tmp_path):
     lines = [b'%09d\n' % i for i in range(2_000_000)]  # 20 MB, more than one block
     (tmp_path / 'large.txt').write_bytes(b''.join(lines))
-    texts = corpora.texts(str(tmp_path / 'large.txt'), '', ('valid',), tmp_path)
+    texts = sources.texts(str(tmp_path / 'large.txt'), '', ('valid',), tmp_path)
     [text] = texts['valid']
     assert bytes(text.array()) == b''.join(lines[1_800_000:1_900_000])
 
@@ -210,7 +214,7 @@ def test_pieces_are_whole_lines_or_words_and_together_the_text(size, tmp_path):
     words = 'naïve — a\n\nb c d e f g h i j\n extraordinarily, k l m n o p q r s t u\n …end'
     (tmp_path / 'text').write_text(words)
     whole = len(words.encode())
-    text = corpora.Text(tmp_path / 'text', 0, whole, tmp_path)
+    text = sources.Text(tmp_path / 'text', 0, whole, tmp_path)
     pieces = list(text.pieces(size))
     assert ''.join(pieces) == words
     for piece, following in itertools.pairwise(pieces):
@@ -227,14 +231,14 @@ def test_directories_and_files_as_domains(tmp_path, cache):
     packed = gzip.compress(b''.join(b'law %d\n' % (i % 3) for i in range(20)))
     (tmp_path / 'law.txt.gz').write_bytes(packed)
     (tmp_path / '.hidden').write_text('')
-    corpus = data.load('domains', 'token', 99, cache, path=str(tmp_path))
+    corpus = token_store.load('domains', 'token', 99, cache, path=str(tmp_path))
     assert corpus.domains == ('law', 'news', 'poems') and corpus.sizes[1] == 3
     assert corpus.decode(corpus.tokens['valid']) == 'law 0\nnews 0\na poem\n'
     positions = np.array([[0, 2, 3], [5, 6, 8]])
     np.testing.assert_array_equal(corpus.domain('valid', positions), [[0, 0, 1], [1, 2, 2]])
     assert corpus.domain('train', np.array([18 * 3 - 1, 18 * 3])).tolist() == [0, 1]
 
-    stream = data.Stream(corpus.tokens['train'], 2, 7, seed=0)
+    stream = streams.Stream(corpus.tokens['train'], 2, 7, seed=0)
     law, news = (corpus.tokenizer.token_to_id(word) for word in ('law', 'news'))
     domains = corpus.domain('train', stream.positions(3))
     assert (domains[stream[3] == law] == 0).all() and (domains[stream[3] == news] == 1).all()
@@ -246,7 +250,7 @@ def test_domains_that_cannot_be(tmp_path, cache):
     of_splits(tmp_path / 'poems', '{}.txt')
     (tmp_path / 'poems' / 'valid.txt').write_text('')
     with pytest.raises(UserError, match=r'poems/valid\.txt: the valid text is empty'):
-        data.load('domains', 'byte', 256, cache, path=str(tmp_path))
+        token_store.load('domains', 'byte', 256, cache, path=str(tmp_path))
     (tmp_path / 'poems.txt').write_text('a\n')
     with pytest.raises(UserError, match=r'poems and poems\.txt are both domain poems'):
         read('domains', tmp_path)
@@ -294,7 +298,7 @@ def test_rows_of_the_hub_are_lines_and_copied_once(tmp_path, cache, monkeypatch)
         assert read(WIKITEXT_2, cache=tmp_path)['valid'] == ['\n = Title = \na\nb\n\n']
     assert calls == [('Salesforce/wikitext', 'wikitext-2-v1')]
     with pytest.raises(UserError, match='10 tokens with <eos>, expected 2,088,628'):
-        data.load(WIKITEXT_2, 'token', 100, str(tmp_path))
+        token_store.load(WIKITEXT_2, 'token', 100, str(tmp_path))
     with pytest.raises(UserError, match=r"expected train, validation and test .*\{'train'"):
         hub(monkeypatch, {'train': rows})
         read('hub:some/thing', cache=tmp_path)
@@ -313,7 +317,7 @@ def test_a_directory_by_the_package_of_the_hub_itself(tmp_path, monkeypatch):
     texts = read('hub:owner/name', cache=tmp_path / 'cache')
     assert texts == {
         split: [f' {name} \n\nnaïve\n']
-        for split, name in zip(corpora.SPLITS, ('train', 'validation', 'test'), strict=True)
+        for split, name in zip(sources.SPLITS, ('train', 'validation', 'test'), strict=True)
     }
     with pytest.raises(UserError, match="'hub:owner/nothing': "):
         monkeypatch.setenv('HF_HUB_OFFLINE', '1')

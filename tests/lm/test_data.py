@@ -5,17 +5,17 @@ import numpy as np
 import pytest
 
 from mi.config import UserError
-from mi.lm import corpora, data
+from mi.lm.data import sources, streams, token_store
 
 
 def write(directory, **texts):
-    for split in data.SPLITS:
+    for split in token_store.SPLITS:
         (directory / f'{split}.txt').write_text(texts.get(split, 'some text\n'))
     return str(directory)
 
 
 def test_austen_is_split_by_novel():
-    texts = {split: text.decode() for split, [(_, text)] in corpora.austen().items()}
+    texts = {split: text.decode() for split, [(_, text)] in sources.austen().items()}
     sizes = {split: len(text.encode()) for split, text in texts.items()}
     assert sizes == {'train': 3_124_769, 'valid': 433_413, 'test': 466_856}
     assert sum(sizes.values()) == 4_025_038
@@ -26,17 +26,17 @@ def test_austen_is_split_by_novel():
 
 @pytest.mark.parametrize('level, size', [('byte', 256), ('bpe', 400)])
 def test_lossless_levels_give_the_text_back(level, size, cache):
-    corpus = data.load('austen', level, size, cache)
+    corpus = token_store.load('austen', level, size, cache)
     assert corpus.lossless and corpus.vocabulary == size and corpus.sizes == (size, 0)
-    [(_, text)] = corpora.austen()['test']
+    [(_, text)] = sources.austen()['test']
     assert corpus.decode(corpus.tokens['test']) == text.decode()
     some = 'No one who had ever seen Catherine Morland … naïve\n'
     assert corpus.decode(corpus.encode(some)) == some
 
 
 def test_words_of_a_long_text_are_those_of_a_regular_expression(cache):
-    corpus = data.load('austen', 'word', 500, cache)
-    [(_, text)] = corpora.austen()['train']  # longer than what is tokenised at once
+    corpus = token_store.load('austen', 'word', 500, cache)
+    [(_, text)] = sources.austen()['train']  # longer than what is tokenised at once
     lines = text.decode().split('\n')  # the last one has no end
     words = [word for line in lines for word in [*re.findall(r"[\w']+|[^\w\s]", line), '<eos>']]
     of = corpus.tokenizer.get_vocab()
@@ -49,10 +49,10 @@ def test_words_of_a_long_text_are_those_of_a_regular_expression(cache):
 def test_word_levels(tmp_path, cache):
     train = "a cat, a dog\nthe cat's a <unk> cat\n" * 3
     write(tmp_path, train=train, valid='a bird\n', test='a  cat\n\n')
-    words = data.load(str(tmp_path), 'word', 100, cache)
+    words = token_store.load(str(tmp_path), 'word', 100, cache)
     # the first line: a · cat · , · a · dog · <eos>
     assert len(words.tokens['train']) == 3 * (6 + 6)
-    tokens = data.load(str(tmp_path), 'token', 100, cache)
+    tokens = token_store.load(str(tmp_path), 'token', 100, cache)
     assert len(tokens.tokens['train']) == 3 * (5 + 6)
     assert len(tokens.tokens['test']) == 2 + 1 + 1  # an empty line is an <eos>
     assert not tokens.lossless  # bird is not in the training text …
@@ -68,36 +68,36 @@ def test_word_levels(tmp_path, cache):
 
 
 def test_a_last_line_without_an_end_has_an_eos_too(tmp_path, cache):
-    with_end = data.load(write(tmp_path, train='a b\r\nc\n'), 'token', 100, cache)
-    without = data.load(write(tmp_path, train='a b\nc'), 'token', 100, cache)
+    with_end = token_store.load(write(tmp_path, train='a b\r\nc\n'), 'token', 100, cache)
+    without = token_store.load(write(tmp_path, train='a b\nc'), 'token', 100, cache)
     assert with_end.tokens['train'].tolist() == without.tokens['train'].tolist()
     assert len(without.tokens['train']) == 5
 
 
 def test_a_small_vocabulary_keeps_the_frequent_words_and_unk(tmp_path, cache):
-    for split in data.SPLITS:
+    for split in token_store.SPLITS:
         (tmp_path / f'{split}.txt').write_text('c b c a b c\n')
-    corpus = data.load(str(tmp_path), 'token', 3, cache)
+    corpus = token_store.load(str(tmp_path), 'token', 3, cache)
     c, b, c2, a, b2, c3, end = corpus.tokens['train'].tolist()
     assert corpus.vocabulary == 3 and c == c2 == c3 and b == b2 and a == end == 2
 
 
 def test_an_unk_of_the_text_that_is_too_rare_takes_the_place_of_the_rarest_word(tmp_path, cache):
-    corpus = data.load(write(tmp_path, train='c b c <unk> b c c c\n' * 3), 'token', 3, cache)
+    corpus = token_store.load(write(tmp_path, train='c b c <unk> b c c c\n' * 3), 'token', 3, cache)
     c, b, _, unknown, *_, end = corpus.tokens['train'].tolist()[:9]
     assert corpus.vocabulary == 3 and (c, unknown, end) == (0, 2, 2) and b == 1
 
 
 def test_unknown_words_of_the_text_itself_lose_nothing(tmp_path, cache):
-    for split in data.SPLITS:
+    for split in token_store.SPLITS:
         (tmp_path / f'{split}.txt').write_text('a <unk> cat\n')
-    assert data.load(str(tmp_path), 'token', 100, cache).lossless
+    assert token_store.load(str(tmp_path), 'token', 100, cache).lossless
 
 
 def test_tokens_are_kept_and_checked(tmp_path):
     cache = str(tmp_path)
-    first = data.load('austen', 'byte', 256, cache)
-    again = data.load('austen', 'byte', 256, cache)
+    first = token_store.load('austen', 'byte', 256, cache)
+    again = token_store.load('austen', 'byte', 256, cache)
     assert isinstance(again.tokens['train'], np.memmap)
     assert first.sha256 == again.sha256
     file = again.tokens['train'].filename
@@ -105,30 +105,30 @@ def test_tokens_are_kept_and_checked(tmp_path):
         stream.seek(1000)
         stream.write(b'\xff')
     with pytest.raises(UserError, match='damaged; delete that directory'):
-        data.load('austen', 'byte', 256, cache)
+        token_store.load('austen', 'byte', 256, cache)
 
 
 def test_texts_that_differ_in_a_word_or_in_where_they_end_have_tokens_of_their_own(tmp_path, cache):
-    first = data.load(write(tmp_path, train='a b\na b\n', valid='b a\n'), 'token', 9, cache)
-    word = data.load(write(tmp_path, train='a b\nb b\n', valid='b a\n'), 'token', 9, cache)
-    end = data.load(write(tmp_path, train='a b\n', valid='a b\nb a\n'), 'token', 9, cache)
+    first = token_store.load(write(tmp_path, train='a b\na b\n', valid='b a\n'), 'token', 9, cache)
+    word = token_store.load(write(tmp_path, train='a b\nb b\n', valid='b a\n'), 'token', 9, cache)
+    end = token_store.load(write(tmp_path, train='a b\n', valid='a b\nb a\n'), 'token', 9, cache)
     assert len(first.tokens['train']) == len(word.tokens['train']) == 6
     assert first.sha256 != word.sha256
     assert len(end.tokens['train']) == 3 and len(end.tokens['valid']) == 6
 
 
 def test_large_token_files_are_hashed_when_asked_and_always_measured(tmp_path, cache, monkeypatch):
-    monkeypatch.setattr(data, 'HASHED', 10)
+    monkeypatch.setattr(token_store, 'HASHED', 10)
     source = write(tmp_path, train='a few words of training text\n')
-    file = pathlib.Path(data.load(source, 'token', 9, cache).tokens['train'].filename)
+    file = pathlib.Path(token_store.load(source, 'token', 9, cache).tokens['train'].filename)
     whole = file.read_bytes()
     file.write_bytes(whole[:-2] + b'\1\1')
-    data.load(source, 'token', 9, cache)
+    token_store.load(source, 'token', 9, cache)
     with pytest.raises(UserError, match='damaged'):
-        data.load(source, 'token', 9, cache, verify=True)
+        token_store.load(source, 'token', 9, cache, verify=True)
     file.write_bytes(whole[:-2])
     with pytest.raises(UserError, match='damaged'):
-        data.load(source, 'token', 9, cache)
+        token_store.load(source, 'token', 9, cache)
 
 
 def test_a_build_that_fails_leaves_nothing(tmp_path):
@@ -136,7 +136,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path):
     (tmp_path / 'texts').mkdir()
     source = write(tmp_path / 'texts', test='')
     with pytest.raises(UserError, match=r'test\.txt: the test text is empty'):
-        data.load(source, 'bpe', 300, str(cache))
+        token_store.load(source, 'bpe', 300, str(cache))
     assert list(cache.rglob('*')) == []
 
 
@@ -145,9 +145,9 @@ def test_a_single_file_is_split_by_lines_and_mapped_where_it_is(count, end, tmp_
     file = tmp_path / 'book.txt'
     lines = [f'line {i}\n' for i in range(count - 1)] + [f'last{end}']
     file.write_text(''.join(lines))
-    corpus = data.load(str(file), 'byte', 256)
+    corpus = token_store.load(str(file), 'byte', 256)
     a, b = int(count * 0.9), int(count * 0.95)
-    for split, part in zip(data.SPLITS, (lines[:a], lines[a:b], lines[b:]), strict=True):
+    for split, part in zip(token_store.SPLITS, (lines[:a], lines[a:b], lines[b:]), strict=True):
         assert bytes(corpus.tokens[split]).decode() == ''.join(part)
     assert all(tokens.filename == file for tokens in corpus.tokens.values())
     assert corpus.bytes == {split: len(tokens) for split, tokens in corpus.tokens.items()}
@@ -155,18 +155,20 @@ def test_a_single_file_is_split_by_lines_and_mapped_where_it_is(count, end, tmp_
 
 def test_what_is_missing_is_named(tmp_path, cache):
     with pytest.raises(UserError, match='no such file or directory'):
-        data.load(str(tmp_path / 'nothing'), 'byte', 256)
+        token_store.load(str(tmp_path / 'nothing'), 'byte', 256)
     (tmp_path / 'train.txt').write_text('some text')
     with pytest.raises(UserError, match="one file with 'valid' in its name, found none"):
-        data.load(str(tmp_path), 'byte', 256)
+        token_store.load(str(tmp_path), 'byte', 256)
     (tmp_path / 'valid.txt').write_text('')
     (tmp_path / 'test.txt').write_text('some text')
     with pytest.raises(UserError, match='the valid text is empty'):
-        data.load(str(tmp_path), 'byte', 256)
+        token_store.load(str(tmp_path), 'byte', 256)
     (tmp_path / 'valid.txt').write_bytes(b'caf\xe9 au lait')
     with pytest.raises(UserError, match=r'valid\.txt is not UTF-8 text \(byte 3\)'):
-        data.load(str(tmp_path), 'bpe', 300, cache)
-    assert data.load(str(tmp_path), 'byte', 256).tokens['valid'][3] == 0xE9  # bytes are bytes
+        token_store.load(str(tmp_path), 'bpe', 300, cache)
+    assert (
+        token_store.load(str(tmp_path), 'byte', 256).tokens['valid'][3] == 0xE9
+    )  # bytes are bytes
 
 
 def test_without_train_the_vocabulary_is_made_of_what_one_says(tmp_path, cache):
@@ -174,21 +176,24 @@ def test_without_train_the_vocabulary_is_made_of_what_one_says(tmp_path, cache):
     (tmp_path / 'test.txt').write_text('c\n')
     held_out = ('test', 'valid')
     with pytest.raises(UserError, match="'train' in its name, found none"):
-        data.load(str(tmp_path), 'token', 9, cache, splits=held_out)
-    corpus = data.load(str(tmp_path), 'token', 9, cache, splits=held_out, fit=('valid',))
+        token_store.load(str(tmp_path), 'token', 9, cache, splits=held_out)
+    corpus = token_store.load(str(tmp_path), 'token', 9, cache, splits=held_out, fit=('valid',))
     assert list(corpus.tokens) == ['valid', 'test'] and corpus.vocabulary == 4
     assert corpus.tokens['test'][0] == corpus.tokenizer.token_to_id('<unk>')
-    assert list(data.load(str(tmp_path), 'byte', 256, splits=held_out).tokens) == ['valid', 'test']
+    assert list(token_store.load(str(tmp_path), 'byte', 256, splits=held_out).tokens) == [
+        'valid',
+        'test',
+    ]
     with pytest.raises(ValueError, match="'tests' is no split; did you mean 'test'"):
-        data.load(str(tmp_path), 'byte', 256, splits=('tests',))
+        token_store.load(str(tmp_path), 'byte', 256, splits=('tests',))
 
 
 def test_novels_as_domains(cache):
-    corpus = data.load('austen-domains', 'byte', 256, cache)
+    corpus = token_store.load('austen-domains', 'byte', 256, cache)
     assert corpus.domains[0] == 'Emma' and corpus.sizes == (256, 6)
-    [(_, train)] = corpora.austen()['train']
+    [(_, train)] = sources.austen()['train']
     found = ''
-    for split in data.SPLITS:
+    for split in token_store.SPLITS:
         ids = corpus.tokens[split]
         numbers = corpus.domain(split, np.arange(len(ids)))
         assert numbers.dtype == np.int32 and (np.diff(numbers) >= 0).all()
@@ -198,24 +203,24 @@ def test_novels_as_domains(cache):
 
 
 def test_only_the_first_tokens_to_train_on(cache):
-    some = data.load('austen', 'byte', 256, cache, train_tokens=1000)
-    whole = data.load('austen', 'byte', 256, cache)
+    some = token_store.load('austen', 'byte', 256, cache, train_tokens=1000)
+    whole = token_store.load('austen', 'byte', 256, cache)
     np.testing.assert_array_equal(some.tokens['train'], whole.tokens['train'][:1000])
     assert len(some.tokens['valid']) == len(whole.tokens['valid'])
     assert some.sha256 != whole.sha256 and some.bytes['train'] == 1000
-    other = data.load('austen', 'byte', 256, cache, train_tokens=1001)
+    other = token_store.load('austen', 'byte', 256, cache, train_tokens=1001)
     assert other.sha256 != some.sha256
     with pytest.raises(UserError, match=r'train_tokens = 4000000: expected 0 .* at most 3,124,769'):
-        data.load('austen', 'byte', 256, cache, train_tokens=4_000_000)
+        token_store.load('austen', 'byte', 256, cache, train_tokens=4_000_000)
     with pytest.raises(UserError, match=r'more than 3,\d+,\d+, so that no domain is left out'):
-        data.load('austen-domains', 'byte', 256, cache, train_tokens=1000)
+        token_store.load('austen-domains', 'byte', 256, cache, train_tokens=1000)
     with pytest.raises(ValueError, match='has no train'):
-        data.load('austen', 'byte', 256, cache, train_tokens=9, splits=('test',))
+        token_store.load('austen', 'byte', 256, cache, train_tokens=9, splits=('test',))
 
 
 def test_readers_go_on_where_they_stopped_and_cover_the_text():
     N, B, T = 60, 3, 5
-    stream = data.Stream(np.arange(N), B, T, seed=0)
+    stream = streams.Stream(np.arange(N), B, T, seed=0)
     assert len(stream) == N // (B * T)
     for step in range(9):
         batch, following = stream[step], stream[step + 1]
@@ -229,14 +234,14 @@ def test_readers_go_on_where_they_stopped_and_cover_the_text():
 
 def test_seeds_read_in_different_order_and_each_the_same_again():
     tokens = np.arange(1000)
-    a, again, b = (data.Stream(tokens, 4, 5, seed)[7] for seed in (0, 0, 1))
+    a, again, b = (streams.Stream(tokens, 4, 5, seed)[7] for seed in (0, 0, 1))
     np.testing.assert_array_equal(a, again)
     assert (a != b).any()
 
 
 def test_the_readers_of_all_devices_are_those_of_one():
     tokens = np.arange(500)
-    stream = data.Stream(tokens, 6, 5, seed=1)
+    stream = streams.Stream(tokens, 6, 5, seed=1)
     for step in (0, 3, 40):
         parts = [stream.positions(step, slice(i, i + 2)) for i in (0, 2, 4)]
         np.testing.assert_array_equal(tokens[np.hstack(parts)], stream[step])
@@ -245,7 +250,7 @@ def test_the_readers_of_all_devices_are_those_of_one():
 @pytest.mark.parametrize('N, B, T', [(100, 4, 7), (101, 4, 25), (9, 4, 16), (2, 1, 3), (65, 8, 8)])
 def test_evaluation_predicts_every_token_but_the_first_once(N, B, T):
     seen = []
-    for inputs, targets, mask, positions in data.segments(np.arange(N), B, T):
+    for inputs, targets, mask, positions in streams.segments(np.arange(N), B, T):
         assert inputs.shape == targets.shape == mask.shape == (T, B)
         inside = mask == 1
         np.testing.assert_array_equal(inputs, positions)
@@ -255,13 +260,13 @@ def test_evaluation_predicts_every_token_but_the_first_once(N, B, T):
 
 
 def test_evaluation_parts_are_contiguous():
-    columns = [inputs for inputs, *_ in data.segments(np.arange(101), 4, 5)]
+    columns = [inputs for inputs, *_ in streams.segments(np.arange(101), 4, 5)]
     np.testing.assert_array_equal(np.concatenate(columns)[:, 1], np.arange(25, 50))
 
 
 def test_too_short_a_text():
     with pytest.raises(UserError, match='has 3 tokens, fewer than the batch of 4'):
-        data.Stream(np.arange(3), 4, 5, seed=0)
+        streams.Stream(np.arange(3), 4, 5, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +275,7 @@ def test_too_short_a_text():
 )
 def test_windows_predict_every_token_once_with_enough_before_it(N, B, T, stride):
     seen, before = [], []
-    for inputs, targets, mask, positions in data.windows(np.arange(N), B, T, stride):
+    for inputs, targets, mask, positions in streams.windows(np.arange(N), B, T, stride):
         assert inputs.shape == (min(T, N - 1), B)
         np.testing.assert_array_equal(inputs, positions)
         rows, columns = np.nonzero(mask)
@@ -284,4 +289,4 @@ def test_windows_predict_every_token_once_with_enough_before_it(N, B, T, stride)
 @pytest.mark.parametrize('stride', [0, 11])
 def test_windows_do_not_leave_tokens_out(stride):
     with pytest.raises(ValueError, match=f'stride = {stride}: expected 1 to 10'):
-        next(data.windows(np.arange(50), 2, 10, stride))
+        next(streams.windows(np.arange(50), 2, 10, stride))

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from configs import lm as configs
-from mi import parallel
-from mi.lm import data, dynamic, evaluate, setup
+from mi.lm import dynamic_evaluation, evaluate, factory
+from mi.lm.data import token_store
+from mi.training import sharding
 
 
 def tiny(word='core=lstm', **changes):
@@ -29,7 +30,7 @@ def digits_then_words(directory):
 @pytest.mark.parametrize('level, size', [('byte', 256), ('bpe', 300), ('token', 5_000)])
 @pytest.mark.parametrize('read', [2, 150, 900, 0])
 def test_bits_per_byte_are_of_the_bytes_that_were_predicted(level, size, read, tmp_path, cache):
-    corpus = data.load(digits_then_words(tmp_path), level, size, cache)
+    corpus = token_store.load(digits_then_words(tmp_path), level, size, cache)
     text = (tmp_path / 'valid.txt').read_text()
     count = read or len(corpus.tokens['valid'])
     if level == 'byte':
@@ -63,7 +64,7 @@ def test_bytes_of_words_are_those_of_several_texts_with_any_white_space(tmp_path
         (tmp_path / 'one' / domain).mkdir()
         for split in ('train', 'valid', 'test'):
             (tmp_path / 'one' / domain / f'{split}.txt').write_text(text)
-    corpus = data.load('domains', 'token', 100, cache, path=str(tmp_path / 'one'))
+    corpus = token_store.load('domains', 'token', 100, cache, path=str(tmp_path / 'one'))
     assert corpus.lossless and len(corpus.tokens['valid']) == 14
     # ä, b, end, end, c, <eos>, d, <eos> of an open line | e, f, end, g, end, end
     ends = [3, 6, 8, 9, 10, 16, 18, 18, 19, 22, 25, 27, 28, 30]
@@ -72,14 +73,14 @@ def test_bytes_of_words_are_those_of_several_texts_with_any_white_space(tmp_path
 
 
 def test_tokens_that_do_not_determine_the_text_have_no_bits_per_byte(tmp_path, cache):
-    corpus = data.load(digits_then_words(tmp_path), 'word', 50, cache)
+    corpus = token_store.load(digits_then_words(tmp_path), 'word', 50, cache)
     assert evaluate.result(3.0, corpus, 'valid', {'predictions': 9})['bits_per_byte'] is None
 
 
 def with_params(word='core=lstm', **changes):
     """A model with parameters of one seed that are far from uniform, and its config."""
     config = tiny(word, **{'data.level': 'byte'} | changes)
-    model = setup.build(config, 256)
+    model = factory.build(config, 256)
     row = jnp.zeros((1, 1), jnp.int32)
     params = model.init(jax.random.key(1), model.initial_carry(1), row)['params']
     return config, model, jax.tree.map(lambda a: 3 * a, params)
@@ -99,7 +100,7 @@ def nats_of(model, params, tokens):
 
 def measure(model, params, corpus, reading, most):
     return evaluate.evaluate(
-        model, seed_axis(params), corpus, 'valid', reading, most, parallel.mesh(1, 1)
+        model, seed_axis(params), corpus, 'valid', reading, most, sharding.mesh(1, 1)
     )[0]
 
 
@@ -108,7 +109,7 @@ def measure(model, params, corpus, reading, most):
 )
 def test_state_is_carried_from_segment_to_segment(word, changes, texts):
     _, model, params = with_params(word, **changes)
-    corpus = data.load(texts, 'byte', 256)
+    corpus = token_store.load(texts, 'byte', 256)
     measured = measure(model, params, corpus, evaluate.Reading(batch=1, length=8), 41)
     whole = nats_of(model, params, corpus.tokens['valid'][:41])
     assert measured['nats_per_token'] == pytest.approx(whole.mean(), rel=1e-5)
@@ -118,7 +119,7 @@ def test_state_is_carried_from_segment_to_segment(word, changes, texts):
 
 def test_a_sliding_window_starts_from_no_state(texts):
     _, model, params = with_params()
-    corpus = data.load(texts, 'byte', 256)
+    corpus = token_store.load(texts, 'byte', 256)
     reading = evaluate.Reading(batch=2, length=8, stride=3)
     measured = measure(model, params, corpus, reading, 42)
     tokens = corpus.tokens['valid'][:42]
@@ -134,12 +135,14 @@ def test_a_sliding_window_starts_from_no_state(texts):
 @pytest.mark.parametrize('changes', [{'loss.label_smoothing': 0.3}, {'loss.z_loss': 0.1}])
 def test_what_is_minimized_has_no_part_in_what_is_reported(changes, texts):
     _, model, params = with_params()
-    smoothed = setup.build(tiny(**changes), 256)
-    corpus = data.load(texts, 'byte', 256)
+    smoothed = factory.build(tiny(**changes), 256)
+    corpus = token_store.load(texts, 'byte', 256)
     reading = evaluate.Reading(batch=2, length=8)
     plain = measure(model, params, corpus, reading, 41)
     assert measure(smoothed, params, corpus, reading, 41) == plain
-    how = dynamic.Adaptation(tokens=21, learning_rate=0.0, decay=0.0)
+    how = dynamic_evaluation.Adaptation(tokens=21, learning_rate=0.0, decay=0.0)
     stacked = jax.tree.map(lambda a: a[None], params)
-    first, second = (dynamic.evaluate(m, stacked, corpus, 'valid', how) for m in (model, smoothed))
+    first, second = (
+        dynamic_evaluation.evaluate(m, stacked, corpus, 'valid', how) for m in (model, smoothed)
+    )
     assert first == second

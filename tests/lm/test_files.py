@@ -13,15 +13,15 @@ import zipfile
 import numpy as np
 import pytest
 
-from mi import progress
 from mi.config import UserError
-from mi.lm import corpora, data
+from mi.lm.data import sources, token_store
+from mi.training import progress
 
 LINES = ''.join(f'the line {i}\n' for i in range(40))
 
 
 def load(source, cache, level='byte'):
-    return data.load(str(source), level, 300, str(cache))
+    return token_store.load(str(source), level, 300, str(cache))
 
 
 def refusal(source, cache, level='byte'):
@@ -32,7 +32,7 @@ def refusal(source, cache, level='byte'):
 
 
 def joined(corpus):
-    return b''.join(bytes(corpus.tokens[split]) for split in corpora.SPLITS)
+    return b''.join(bytes(corpus.tokens[split]) for split in sources.SPLITS)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_a_text_with_few_lines_is_cut_at_words_and_letters(text, tmp_path):
     assert joined(corpus) == text.encode()
     sizes = {split: len(ids) / len(text.encode()) for split, ids in corpus.tokens.items()}
     assert sizes == pytest.approx({'train': 0.9, 'valid': 0.05, 'test': 0.05}, abs=0.03)
-    for split in corpora.SPLITS:
+    for split in sources.SPLITS:
         part = bytes(corpus.tokens[split]).decode()  # a letter is never cut
         assert split == 'test' or part[-1].isspace() or 'ä' in part
 
@@ -63,9 +63,9 @@ def test_a_text_that_is_too_short_says_what_to_do(tmp_path):
 
 
 def test_a_text_without_a_split_is_refused_before_the_vocabulary_is_made(tmp_path, monkeypatch):
-    for split in corpora.SPLITS:
+    for split in sources.SPLITS:
         (tmp_path / f'{split}.txt').write_text(LINES if split != 'test' else '')
-    monkeypatch.setattr(data, '_fitted', None)
+    monkeypatch.setattr(token_store, 'fit_tokenizer', None)
     assert 'test.txt: the test text is empty' in refusal(tmp_path, tmp_path / 'cache', 'bpe')
 
 
@@ -145,13 +145,13 @@ def directory(path, names):
 
 
 def test_backup_files_are_not_data(tmp_path):
-    names = [f'{split}.txt' for split in corpora.SPLITS]
+    names = [f'{split}.txt' for split in sources.SPLITS]
     beside = ['train.txt~', '.train.txt.swp', '#valid.txt#', 'test.txt.bak', '.DS_Store',
               '._test.txt', 'test.txt.part', 'valid.txt.orig']  # fmt: skip
     corpus = load(directory(tmp_path / 'texts', names + beside), tmp_path / 'cache')
     assert joined(corpus) == LINES.encode() * 3
     domains = directory(tmp_path / 'domains', ['a.txt', 'a.txt~', 'b.txt', '#b.txt#', '.DS_Store'])
-    corpus = data.load('domains', 'byte', 256, str(tmp_path / 'cache'), path=str(domains))
+    corpus = token_store.load('domains', 'byte', 256, str(tmp_path / 'cache'), path=str(domains))
     assert corpus.domains == ('a', 'b')
 
 
@@ -161,7 +161,7 @@ def test_a_file_of_two_splits_is_refused_and_words_go_before_parts_of_words(tmp_
     assert "train-test.txt: both 'train' and 'test' are in its name" in said
     names = ['train.txt', 'constrained.txt', 'my_validation.txt', 'invalid.txt', 'latest.txt',
              'Test.txt']  # fmt: skip
-    found = corpora.texts(str(directory(tmp_path / 'words', names)), '', corpora.SPLITS, tmp_path)
+    found = sources.texts(str(directory(tmp_path / 'words', names)), '', sources.SPLITS, tmp_path)
     read = {split: texts[0].given.name for split, texts in found.items()}
     assert read == {'train': 'train.txt', 'valid': 'my_validation.txt', 'test': 'Test.txt'}
 
@@ -187,7 +187,7 @@ def test_errors_of_the_system_name_the_file_and_the_key(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     (tmp_path / 'text.gz').write_bytes(gzip.compress(LINES.encode()))
-    monkeypatch.setattr(corpora, '_unpack', full)
+    monkeypatch.setattr(sources, '_unpack', full)
     said = refusal(tmp_path / 'text.gz', tmp_path / 'cache')
     assert said.startswith(f'{tmp_path}/cache: No space left on device. Try another directory')
 
@@ -223,7 +223,7 @@ def test_long_work_on_a_text_is_reported(tmp_path, monkeypatch):
     ]
     encoded = dict(reported[4:])
     assert {name for name in encoded if 'tokenizing' in name} == {
-        f'tokenizing {split}' for split in corpora.SPLITS
+        f'tokenizing {split}' for split in sources.SPLITS
     }
 
 
@@ -232,25 +232,25 @@ def test_the_bytes_of_enwik8_are_split_at_90_and_95_percent(tmp_path, monkeypatc
     text = bytes(range(250)) * 4
     (tmp_path / 'enwik8').write_bytes(text)
     md5 = hashlib.md5(text, usedforsecurity=False).hexdigest()
-    read = functools.partial(corpora._of_bytes, 'enwik8', 1_000, md5)
-    known = dataclasses.replace(corpora.CORPORA['enwik8'], read=read)
-    monkeypatch.setitem(corpora.CORPORA, 'enwik8', known)
-    found = data.load('enwik8', 'byte', 256, str(tmp_path), path=str(tmp_path / 'enwik8'))
-    parts = [bytes(found.tokens[split]) for split in corpora.SPLITS]
+    read = functools.partial(sources._of_bytes, 'enwik8', 1_000, md5)
+    known = dataclasses.replace(sources.CORPORA['enwik8'], read=read)
+    monkeypatch.setitem(sources.CORPORA, 'enwik8', known)
+    found = token_store.load('enwik8', 'byte', 256, str(tmp_path), path=str(tmp_path / 'enwik8'))
+    parts = [bytes(found.tokens[split]) for split in sources.SPLITS]
     assert parts == [text[:900], text[900:950], text[950:]]
 
 
 def test_other_counts_of_a_known_corpus_make_its_tokens_again(tmp_path, monkeypatch):
 
-    for split in corpora.SPLITS:
+    for split in sources.SPLITS:
         (tmp_path / f'ptb.{split}.txt').write_text('a <unk> N \n b \n')
-    known = corpora.CORPORA['ptb']
+    known = sources.CORPORA['ptb']
 
     def load_with(count):
-        counts = dict.fromkeys(corpora.SPLITS, count)
+        counts = dict.fromkeys(sources.SPLITS, count)
         entry = dataclasses.replace(known, tokens=counts, vocabulary=0)
-        monkeypatch.setitem(corpora.CORPORA, 'ptb', entry)
-        return data.load('ptb', 'token', 100, str(tmp_path / 'cache'), path=str(tmp_path))
+        monkeypatch.setitem(sources.CORPORA, 'ptb', entry)
+        return token_store.load('ptb', 'token', 100, str(tmp_path / 'cache'), path=str(tmp_path))
 
     assert len(load_with(6).tokens['train']) == 6
     with pytest.raises(UserError, match='6 tokens with <eos>, expected 7'):

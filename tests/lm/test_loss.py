@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mi import cost
-from mi.lm.adaptive import AdaptiveWords
+from mi import counting
+from mi.lm.adaptive_softmax import AdaptiveWords
 from mi.lm.loss import softmax_losses
 
 N, E, V = 23, 6, 40
@@ -134,7 +134,7 @@ def test_tokens_that_do_not_fill_a_chunk_are_not_padded_to_one():
     def flops(chunk):
         words, params, y = adaptive(chunk=chunk)
         losses = functools.partial(words.apply, method='losses')
-        return cost.flops(losses, params, y, TARGETS['spread'])
+        return counting.flops(losses, params, y, TARGETS['spread'])
 
     assert flops(100 * N) == flops(N) > 0
 

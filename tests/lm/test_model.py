@@ -12,9 +12,9 @@ from mi.layers import Affine
 from mi.lm import model as lm
 from mi.lm.context import SOURCES
 from mi.lm.dropout import Rates
+from mi.lm.embeddings import Words
 from mi.lm.recurrent import Recurrent
 from mi.lm.transformer import Transformer
-from mi.lm.words import Words
 
 V, T, B, D = 19, 6, 3, 4
 EVERY = [

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from mi.checkpoint import digest
+from mi.training.checkpoint import digest
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,15 @@ import pytest
 
 from configs import lm as configs
 from mi.config import UserError
-from mi.lm import assess, dynamic, restore, sample, setup, train
-from mi.lm.data import load
+from mi.lm import (
+    assess,
+    dynamic_evaluation,
+    factory,
+    restore,
+    sample,
+    train,
+)
+from mi.lm.data.token_store import load
 
 
 def tiny(word='core=lstm', **changes):
@@ -23,7 +30,7 @@ def tiny(word='core=lstm', **changes):
 def test_the_likeliest_tokens_are_those_of_the_whole_text(word):
     """Greedy sampling from kept state is the argmax of logits computed for all tokens at once."""
     config = tiny(word, **{'model.memory': 0})
-    model = setup.build(config, 11)
+    model = factory.build(config, 11)
     carry = model.initial_carry(1)
     params = jax.jit(model.init)(jax.random.key(3), carry, jnp.zeros((1, 1), int))['params']
     params = jax.tree.map(lambda a: 2 * a, params)  # far from uniform
@@ -38,7 +45,7 @@ def test_the_likeliest_tokens_are_those_of_the_whole_text(word):
 
 def uniform(config):
     """A model whose logits are all the same, whatever it reads, and its parameters."""
-    model = setup.build(config, 11)
+    model = factory.build(config, 11)
     carry = model.initial_carry(1)
     params = model.init(jax.random.key(3), carry, jnp.zeros((1, 1), int))['params']
     return model, jax.tree.map(jnp.zeros_like, params)
@@ -56,7 +63,7 @@ def test_every_token_is_drawn_with_a_key_of_its_own():
 def test_a_transformer_writes_from_no_more_tokens_than_it_was_trained_on():
     changes = {'model.layers': 1, 'model.site': 'none', 'train.length': 6}
     config = tiny('core=transformer', **changes)
-    model = setup.for_sampling(setup.build(config, 11), config)
+    model = factory.for_sampling(factory.build(config, 11), config)
     carry = model.initial_carry(1)
     params = model.init(jax.random.key(3), carry, jnp.zeros((1, 1), int))['params']
     params = jax.tree.map(lambda a: 3 * a, params)  # far from uniform
@@ -76,7 +83,7 @@ def test_a_transformer_writes_from_no_more_tokens_than_it_was_trained_on():
         6,
         *drawn,
     ]  # and each is the likeliest after the 6 before it, on their own
-    plain = setup.build(config, 11)
+    plain = factory.build(config, 11)
     prompt = jnp.arange(1, 7, dtype=jnp.int32)
     farther = sample.generate(plain, params, prompt, jax.random.key(0), 12, 0.0)[0].tolist()
     assert farther != drawn  # it would have a part
@@ -105,14 +112,14 @@ def test_dynamic_evaluation_is_the_update_written_out(texts):
     """Against a loop over segments in NumPy, with gradients of a model that is linear in words."""
     config = tiny('core=lstm', **{'model.site': 'none', 'data.source': texts})
     corpus = load(texts, 'byte', 256)
-    model = setup.build(config, 256)
+    model = factory.build(config, 256)
     carry = model.initial_carry(1)
     params = jax.jit(model.init)(jax.random.key(0), carry, jnp.zeros((1, 1), int))['params']
-    how = dynamic.Adaptation(
+    how = dynamic_evaluation.Adaptation(
         tokens=25, length=6, learning_rate=1e-2, decay=0.5, epsilon=1e-8, statistics=4
     )
     stacked = jax.tree.map(lambda a: a[None], params)
-    (measured,) = dynamic.evaluate(model, stacked, corpus, 'valid', how)
+    (measured,) = dynamic_evaluation.evaluate(model, stacked, corpus, 'valid', how)
 
     def loss(params, carry, tokens):
         after, losses = model.apply({'params': params}, carry, tokens[:-1, None], tokens[1:, None])
@@ -189,13 +196,13 @@ def test_dynamic_evaluation_as_it_is_set_helps_a_trained_model_or_says_that_it_d
     changes = {'train.steps': 200, 'optim.learning_rate': 1e-2, 'eval.final_tokens': 2_000}
     config = tiny('core=lstm', **changes)
     train.train(config, str(tmp_path))
-    corpus = setup.corpus(config)
+    corpus = factory.corpus(config)
     params = restore.restore(config, str(tmp_path)).params
-    model = setup.for_evaluation(setup.build(config, *corpus.sizes), config)
+    model = factory.for_evaluation(factory.build(config, *corpus.sizes), config)
 
     def nats(**changes):
-        how = dynamic.Adaptation(tokens=3_000)._replace(**changes)
-        return dynamic.evaluate(model, params, corpus, 'test', how)[0]['nats_per_token']
+        how = dynamic_evaluation.Adaptation(tokens=3_000)._replace(**changes)
+        return dynamic_evaluation.evaluate(model, params, corpus, 'test', how)[0]['nats_per_token']
 
     assert nats() < nats(learning_rate=0.0) - 0.01
     with pytest.raises(UserError, match=r'not finite any more; lower config\.dynamic\.learning'):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from configs import lm, lm_enwik8, lm_ptb, lm_wikitext103
-from mi import optim
-from mi.lm import setup, train
+from mi.lm import config as lm_config
+from mi.lm import factory, train
+from mi.training import optim
 from tests.conftest import printed_on_devices
 
 
@@ -33,7 +34,7 @@ def test_the_gradient_of_parts_is_that_of_the_batch(word):
     else:
         config.dropout.attention = 0.3
     config.optim.name = 'sgd'
-    model, optimiser = setup.build(config, 11), optim.optimiser(config.optim, 10)
+    model, optimiser = factory.build(config, 11), optim.optimiser(config.optim, 10)
     tokens = jax.random.randint(jax.random.key(0), (9, 4), 0, 11)
     after = []
     for parts in (1, 2, 4):
@@ -57,9 +58,9 @@ ALL = [
 )
 def test_the_step_of_every_config_lowers_for_accelerators(file, preset):
     config = file.get_config(preset)
-    setup.validate(config)
+    lm_config.validate(config)
     vocabulary = 256 if config.data.level == 'byte' else config.data.vocabulary
-    model, optimiser = setup.build(config, vocabulary), optim.optimiser(config.optim, 20)
+    model, optimiser = factory.build(config, vocabulary), optim.optimiser(config.optim, 20)
     seed = jnp.asarray(0)
     state = jax.eval_shape(lambda: train.init(model, optimiser, seed, config.train.batch))
     shape = config.train.length + 1, config.train.batch

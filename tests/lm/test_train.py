@@ -13,9 +13,18 @@ import pytest
 
 from configs import lm as configs
 from configs import lm_enwik8, lm_ptb, lm_wikitext103
-from mi import optim, progress, run
 from mi.config import UserError
-from mi.lm import assess, corpora, sample, setup, train
+from mi.lm import (
+    assess,
+    factory,
+    sample,
+    train,
+)
+from mi.lm import (
+    config as lm_config,
+)
+from mi.lm.data import sources
+from mi.training import optim, progress, run_dir
 
 
 def tiny(**changes):
@@ -58,7 +67,7 @@ def test_a_bad_value_is_refused_by_name(key, value, expected):
     with section.ignore_type():
         section[last] = value
     with pytest.raises(UserError) as error:
-        setup.validate(config)
+        lm_config.validate(config)
     assert str(error.value).startswith(f'config.{key} = {value!r}: expected')
     assert expected in str(error.value)
 
@@ -69,63 +78,63 @@ def test_unknown_and_missing_keys():
     with pytest.raises(
         UserError, match=r'config\.model\.hiden is unknown; did you mean config\.model\.hidden'
     ):
-        setup.validate(config)
+        lm_config.validate(config)
     del config.model.hiden, config.model.hidden
     with pytest.raises(UserError, match=r'config\.model\.hidden is missing'):
-        setup.validate(config)
+        lm_config.validate(config)
 
 
 @pytest.mark.parametrize('fuse', ['none', 'film', 'mi', 'mi_low_rank'])
 @pytest.mark.parametrize('by, kind', [('parameters', 'parameters'), ('flops', 'flops_per_token')])
 def test_matched_arms_cost_what_concat_costs(fuse, by, kind):
     base = {'model.hidden': 96, 'model.context': 16}
-    target = setup.costs(tiny(**base, **{'model.fusion.name': 'concat'}), 256)[kind]['model']
-    config = setup.matched(tiny(**base, **{'model.fusion.name': fuse, 'match.by': by}), 256)
-    costs = setup.costs(config, 256)
+    target = factory.costs(tiny(**base, **{'model.fusion.name': 'concat'}), 256)[kind]['model']
+    config = factory.matched(tiny(**base, **{'model.fusion.name': fuse, 'match.by': by}), 256)
+    costs = factory.costs(config, 256)
     assert abs(costs[kind]['model'] / target - 1) < 0.01
     for other in (-1, 1):  # no neighbour is nearer
         near = tiny(**base, **{'model.fusion.name': fuse}).unlock()
         near.model.hidden = config.model.hidden + other
-        miss = abs(setup.costs(near, 256)[kind]['model'] - target)
+        miss = abs(factory.costs(near, 256)[kind]['model'] - target)
         assert miss >= abs(costs[kind]['model'] - target)
 
 
 def test_matching_by_rank_and_what_cannot_match():
     changes = {'model.fusion.name': 'mi_low_rank', 'match.by': 'parameters', 'match.knob': 'rank'}
     base = tiny(**changes)
-    target = setup.costs(base, 256)['parameters']['model'] + 1000
-    matched = setup.matched(tiny(**changes, **{'match.target': target}), 256)
+    target = factory.costs(base, 256)['parameters']['model'] + 1000
+    matched = factory.matched(tiny(**changes, **{'match.target': target}), 256)
     E, m = base.model.embed, base.model.context
     assert matched.model.fusion.rank == base.model.fusion.rank + round(1000 / (2 * E + m))
     with pytest.raises(UserError, match="the fusion 'mi' has no rank"):
-        setup.matched(tiny(**{'match.by': 'parameters', 'match.knob': 'rank'}), 256)
+        factory.matched(tiny(**{'match.by': 'parameters', 'match.knob': 'rank'}), 256)
     with pytest.raises(UserError, match='the smallest size, 1, costs'):
-        setup.matched(tiny(**{'match.by': 'parameters', 'match.target': 10}), 256)
+        factory.matched(tiny(**{'match.by': 'parameters', 'match.target': 10}), 256)
 
 
 def test_a_matched_transformer_has_a_feed_forward_layer():
     changes = {'model.ffn': 1, 'model.heads': 2, 'match.by': 'parameters', 'match.target': 8000}
-    config = setup.matched(tiny(**{'model.core': 'transformer'}, **changes), 256)
+    config = factory.matched(tiny(**{'model.core': 'transformer'}, **changes), 256)
     assert config.model.ffn == 1 and config.model.hidden < 32
-    assert setup.costs(config, 256)['parameters']['model'] > 0
+    assert factory.costs(config, 256)['parameters']['model'] > 0
 
 
 def test_costs_of_the_fusion_alone():
-    costs = setup.costs(tiny(**{'model.fusion.name': 'mi'}), 256)
+    costs = factory.costs(tiny(**{'model.fusion.name': 'mi'}), 256)
     E, m = 16, 8
     assert costs['parameters']['fusion'] == m * E * E + m * E + E * E + E
-    both = setup.costs(tiny(**{'model.fusion.name': 'mi', 'model.site': 'both'}), 256)
+    both = factory.costs(tiny(**{'model.fusion.name': 'mi', 'model.site': 'both'}), 256)
     H = 32
     assert (
         both['parameters']['fusion']
         == costs['parameters']['fusion'] + m * H * E + m * E + H * E + E
     )
-    assert setup.costs(tiny(**{'model.site': 'none'}), 256)['parameters']['fusion'] == 0
+    assert factory.costs(tiny(**{'model.site': 'none'}), 256)['parameters']['fusion'] == 0
 
 
 def golden_step():
     config = tiny()
-    model = setup.build(config, 11)
+    model = factory.build(config, 11)
     optimiser = optim.optimiser(config.optim, config.train.steps)
     state = jax.jit(lambda seed: train.init(model, optimiser, seed, batch=2))(jnp.asarray(3))
     tokens = jnp.arange(2 * 9).reshape(9, 2) * 7 % 11
@@ -166,7 +175,7 @@ def test_a_seed_among_others_is_the_seed_alone(tmp_path, texts):
 def test_it_learns_and_leaves_a_run_directory(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(progress, 'INTERVAL', 0.02)  # of reports
     lengths = {'train': 300_000, 'valid': 5_000, 'test': 7_000}
-    for split, [(_, text)] in corpora.austen().items():
+    for split, [(_, text)] in sources.austen().items():
         (tmp_path / f'{split}.txt').write_bytes(text[: lengths[split]])
     changes = {'data.source': str(tmp_path), 'eval.valid_tokens': 0}
     train.train(tiny(**changes, **{'train.steps': 60, 'train.log_every': 30}), str(tmp_path))
@@ -237,7 +246,7 @@ def test_a_continued_run_keeps_the_time_since_the_last_record(tmp_path):
     config = tiny()
     meta = {'metrics': 0, 'unlogged': []}
     for step in (1, 2):
-        with run.start(tmp_path, config) as this, train._Log(config, this, meta) as log:
+        with run_dir.start(tmp_path, config) as this, train._Log(config, this, meta) as log:
             log.measured(step, {'nats_per_token': jnp.ones(len(config.seeds))})
             time.sleep(0.2)
             if step == 2:
@@ -276,9 +285,9 @@ def test_the_context_may_be_the_domain(tmp_path):
 
 def test_cutoffs_and_vocabularies_that_cannot_be_are_refused():
     with pytest.raises(UserError, match='expected all below the vocabulary, which has 300 ids'):
-        setup.build(tiny(**{'model.cutoffs': (100, 300)}), 300)
+        factory.build(tiny(**{'model.cutoffs': (100, 300)}), 300)
     with pytest.raises(UserError, match='expected at least 256'):
-        setup.validate(tiny(**{'data.level': 'bpe', 'data.vocabulary': 100}))
+        lm_config.validate(tiny(**{'data.level': 'bpe', 'data.vocabulary': 100}))
 
 
 CONFIGS = {'lm': configs, 'enwik8': lm_enwik8, 'ptb': lm_ptb, 'wikitext103': lm_wikitext103}
@@ -303,9 +312,9 @@ def test_a_transformer_without_memory_is_evaluated_on_positions_that_it_has_seen
 ):
     config = CONFIGS[file].get_config(words).unlock()
     config.update_from_flattened_dict(changes)
-    setup.validate(config)
+    lm_config.validate(config)
     assert config.model.core == 'transformer' and config.model.memory == 0
-    assert setup.reading(config).length == config.train.length
+    assert lm_config.reading(config).length == config.train.length
 
 
 @pytest.mark.parametrize(
@@ -322,12 +331,12 @@ def test_positions_that_a_transformer_has_not_seen_are_refused(changes, key, mos
     config = configs.get_config('tiny,core=transformer').unlock()
     config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=rf'^config\.{key} = \d+: expected at most {most}, '):
-        setup.validate(config)
+        lm_config.validate(config)
     config.update_from_flattened_dict({key: most})
-    setup.validate(config)
+    lm_config.validate(config)
     config.model.core = 'lstm'  # reads on for ever
     config.update_from_flattened_dict({'eval.memory': -1, 'model.memory': 0, 'eval.length': 999})
-    setup.validate(config)
+    lm_config.validate(config)
 
 
 @pytest.mark.parametrize('file', CONFIGS)
@@ -348,7 +357,7 @@ def test_bf16_trains(tmp_path, texts):
 
 def test_the_step_lowers_for_accelerators():
     config = tiny()
-    model, optimiser = setup.build(config, 256), optim.optimiser(config.optim, 20)
+    model, optimiser = factory.build(config, 256), optim.optimiser(config.optim, 20)
     seed = jnp.asarray(0)
     state = jax.eval_shape(lambda: train.init(model, optimiser, seed, 4))
     tokens = jax.ShapeDtypeStruct((17, 4), jnp.int32)

@@ -278,7 +278,7 @@ def test_the_capped_mogrifier_keeps_c_within_one():
     variables, _, x, reset = drawn('mogrifier, capped')
     variables = jax.tree.map(lambda p: 3 * p, variables)  # gates far from rest
     free = jax.jit(MODULES['mogrifier, capped'].clone(capped=False).apply)
-    zero = cells.initial(B, H)
+    zero = cells.initial_carry(B, H)
     (capped_c, _), _ = RUN['mogrifier, capped'](variables, zero, x, reset)
     (free_c, _), _ = free(variables, zero, x, reset)
     assert jnp.abs(capped_c).max() <= 1 < jnp.abs(free_c).max()

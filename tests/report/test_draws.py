@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 from mi import report
-from mi.report import draws, runs
+from mi.report import rankings, runs
 
 FINALS = {  # arm → seed → error
     'concat': {0: 3.0, 1: 5.0, 7: 4.0, 9: 4.0},
@@ -49,14 +49,14 @@ def test_where_higher_is_better_the_ranks_turn(tmp_path):
     write(tmp_path, ([0, 1], [7, 9]))
     file = tmp_path / 'sweep.json'
     file.write_text(json.dumps(json.loads(file.read_text()) | {'lower_is_better': False}))
-    lines = draws.to_markdown(runs.read(tmp_path)).splitlines()
+    lines = rankings.to_markdown(runs.read(tmp_path)).splitlines()
     ranks = [[cell.strip() for cell in line.strip('|').split('|')][2::2] for line in lines[2:5]]
     assert ranks == [['1', '2'], ['3', '3'], ['2', '1']]
 
 
 def test_arms_that_are_alike_have_the_same_rank(tmp_path):
     finals = FINALS | {'gate': FINALS['film']}
-    text = draws.to_markdown(runs.read(write(tmp_path, ([0, 1], [7, 9]), finals)))
+    text = rankings.to_markdown(runs.read(write(tmp_path, ([0, 1], [7, 9]), finals)))
     rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in text.splitlines()]
     ranks = {row[0]: row[2::2] for row in rows[2:6]}
     assert ranks == {'concat': ['4', '2'], 'mi': ['1', '1'], 'film': ['2', '3'], 'gate': ['2', '3']}
@@ -64,7 +64,7 @@ def test_arms_that_are_alike_have_the_same_rank(tmp_path):
 
 def test_an_arm_that_diverged_is_named_and_not_ranked(tmp_path):
     finals = FINALS | {'gate': {0: 0.1, 1: None, 7: 0.1, 9: 0.1}}
-    text = draws.to_markdown(runs.read(write(tmp_path, ([0, 1], [7, 9]), finals)))
+    text = rankings.to_markdown(runs.read(write(tmp_path, ([0, 1], [7, 9]), finals)))
     lines = text.splitlines()
     assert [line.split('|')[3].strip() for line in lines[2:5]] == ['3', '1', '2']
     assert lines[-1] == 'Not ranked, as a seed is not finite: gate.' and '| gate' not in text

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from mi.report import arms, latex, runs
+from mi.report import analysis, latex, runs
 from tests.conftest import ROOT
 from tests.report import test_report as made
 
@@ -81,7 +81,7 @@ def test_a_table_of_any_names_compiles(tmp_path):
     changes = {'title': f'*{WORDS}', 'notes': [f'*{WORDS}'], 'command': f'a {WORDS}'}
     made.write_sweep(tmp_path, members, baseline=members[0]['label'], **changes)
     sweep = runs.read(tmp_path)
-    text = latex.to_latex(sweep, arms.rows(sweep))
+    text = latex.to_latex(sweep, analysis.rows(sweep))
     assert text.partition('\n')[2].isascii()
     compiled([text], tmp_path)
 

@@ -5,7 +5,12 @@ import subprocess
 
 import pytest
 
-from mi.report import arms, html, runs, tables
+from mi.report import (
+    analysis,
+    html,
+    runs,
+    tables,
+)
 from tests.report import chromium
 from tests.report import test_report as made
 
@@ -39,7 +44,7 @@ def write(workdir):
     what = {'metric': 'success', 'split': 'eval', 'curves': 'eval', 'lower_is_better': False}
     made.write_sweep(workdir, members, title=EVIL, **what)
     sweep = runs.read(workdir)
-    rows = arms.rows(sweep)
+    rows = analysis.rows(sweep)
     file = workdir / 'report.html'
     file.write_text(html.page(sweep, rows, tables.notes(sweep, rows)))
     return file

@@ -568,7 +568,7 @@ def test_known_scores_have_the_statistics_of_other_libraries(tmp_path, kind):
 
 def test_a_report_that_takes_long_says_what_it_does(sweep, monkeypatch, capsys):
     """Every stage takes a twentieth of a second here, and says so after a thousandth."""
-    monkeypatch.setattr('mi.progress.INTERVAL', 0.001)
+    monkeypatch.setattr('mi.training.progress.INTERVAL', 0.001)
     stages = {(report.runs, 'read'): f'reading {sweep}'}
     stages |= {(report.arms, 'rows'): 'intervals of 3 arms'}
     stages |= {(report.plots, 'draw'): 'drawing the figures'}

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from mi import report
-from mi.report import arms, compare, runs, statistics
+from mi.report import (
+    analysis,
+    compare,
+    runs,
+    statistics,
+)
 from tests.report import test_report as made
 
 PONG, BREAKOUT = {0: 10.0, 1: 12.0, 2: 11.0}, {0: 100.0, 1: 101.0, 2: 105.0}
@@ -70,7 +75,7 @@ def test_without_a_baseline_the_arms_of_all_tasks_are_compared(tmp_path):
 
 def test_arms_of_one_task_each_are_not_compared_where_it_is_another(tmp_path):
     write(tmp_path, {'concat': {'Pong': PONG}, 'mi': {'Breakout': BREAKOUT}})
-    concat, mi = arms.rows(runs.read(tmp_path))
+    concat, mi = analysis.rows(runs.read(tmp_path))
     assert (mi.difference, mi.test, mi.verdict, mi.summary.improvement) == (None,) * 4
     assert mi.remarks == ['mi learnt other tasks: not compared'] and concat.remarks == []
 
@@ -78,7 +83,7 @@ def test_arms_of_one_task_each_are_not_compared_where_it_is_another(tmp_path):
 def test_the_tasks_are_paired_in_whatever_order_the_members_come(tmp_path):
     turned = {task: more(BOTH[task], 1) for task in ('Breakout', 'Pong')}
     write(tmp_path, {'concat': BOTH, 'mi': turned})
-    _, mi = arms.rows(runs.read(tmp_path))
+    _, mi = analysis.rows(runs.read(tmp_path))
     assert (mi.difference.mean, mi.difference.low, mi.difference.high) == (1, 1, 1)
     assert mi.test.p == 2 / 2**6 and mi.summary.tasks == ('Pong', 'Breakout')
 
@@ -92,7 +97,7 @@ def test_every_interval_draws_the_runs_of_each_task_on_their_own(tmp_path):
     }
     write(tmp_path, scores)
     read = runs.read(tmp_path)
-    _, mi = arms.rows(read)
+    _, mi = analysis.rows(read)
     theirs, ours = (np.array([list(of.values()) for of in scores[a].values()]).T for a in scores)
     assert mi.metric == statistics.over_runs(ours, statistics.mean)
     assert mi.difference == statistics.over_runs(ours - theirs[:5], statistics.mean)
@@ -100,13 +105,13 @@ def test_every_interval_draws_the_runs_of_each_task_on_their_own(tmp_path):
     assert mi.equal_time == mi.metric
     late = tmp_path / 'mi,Pong' / 'timing.jsonl'  # concat is done when mi has made half its steps
     made.lines(late, [{'step': 20, 'seconds': 24.0}])
-    _, mi = arms.rows(runs.read(tmp_path))
+    _, mi = analysis.rows(runs.read(tmp_path))
     assert mi.equal_time == statistics.over_runs(ours / 2, statistics.mean)
 
 
 def test_a_task_that_diverged_leaves_its_arm_without_a_mean(tmp_path):
     write(tmp_path, {'concat': BOTH, 'mi': {'Pong': PONG, 'Breakout': BREAKOUT | {1: None}}})
-    _, mi = arms.rows(runs.read(tmp_path))
+    _, mi = analysis.rows(runs.read(tmp_path))
     assert (mi.metric, mi.difference, mi.verdict, mi.summary) == (None,) * 4
     assert mi.remarks == ['mi: the value of seed 1 is nan; no mean']
 
@@ -131,7 +136,7 @@ def test_too_few_seeds_is_said_of_the_pairs_of_task_and_seed(tmp_path):
     """Three pairs of one seed have p = 0.25 at least; six of two seeds have 0.031."""
     write(tmp_path, {'concat': of_seeds(THREE, 1), 'mi': of_seeds(THREE, 1, by=1)})
     read = runs.read(tmp_path)
-    tests = [row.test for row in arms.rows(read)]
+    tests = [row.test for row in analysis.rows(read)]
     assert (tests[1].pairs, tests[1].per_seed, tests[1].least) == (3, 3, 0.25)
     assert statistics.too_few(tests) == (
         'Too few seeds to call any difference significant: with 3 pairs even differences that all '
@@ -143,7 +148,7 @@ def test_too_few_seeds_is_said_of_the_pairs_of_task_and_seed(tmp_path):
 
 def test_the_seeds_that_it_names_are_enough(tmp_path):
     write(tmp_path, {'concat': of_seeds(THREE, 2), 'mi': of_seeds(THREE, 2, by=1)})
-    row = arms.rows(runs.read(tmp_path))[1]
+    row = analysis.rows(runs.read(tmp_path))[1]
     assert row.test.p == 2 / 2**6 and row.test.can_tell
     assert statistics.too_few([row.test]) is None
 
@@ -185,6 +190,6 @@ def test_scores_of_tasks_are_those_of_the_seeds_that_are_finite_in_all(tmp_path)
     tasks, scores = read.arms[0].scores('return', 'eval')
     assert tasks == ('a', 'b')
     np.testing.assert_array_equal(scores, [[0, 4], [2, 6]])
-    (row,) = arms.rows(read)
+    (row,) = analysis.rows(read)
     assert (row.tasks.median.mean, row.tasks.iqm.mean) == (3.0, 3.0)
     assert np.isfinite([row.tasks.median.low, row.tasks.iqm.high]).all()

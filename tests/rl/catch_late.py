@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 
-from mi.rl.envs.catch import COLUMNS, ROWS, Catch
+from mi.rl.agent import Outputs
+from mi.rl.envs.jax.catch import COLUMNS, ROWS, Catch
 from mi.rl.envs.spec import Step
-from mi.rl.networks import Outputs
 
 GAMMA = 0.9
 

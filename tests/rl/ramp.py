@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mi.rl.agent import Outputs
 from mi.rl.envs.spec import Spec, Transition
-from mi.rl.networks import Outputs
 
 GAMMA = 0.9
 LIMIT = 7

@@ -7,7 +7,7 @@ from PIL import Image
 from mi.config import UserError
 from mi.rl import train, video
 from mi.rl.assess import assess
-from mi.rl.envs import xland
+from mi.rl.envs.jax import xland
 from tests.rl.test_train import records, tiny
 
 

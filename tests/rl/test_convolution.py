@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from mi.rl.convolution import convolve
+from mi.kernels.convolution import convolve
 
 
 @pytest.mark.parametrize(

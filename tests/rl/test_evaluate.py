@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from mi.rl import evaluate, setup
-from mi.rl.envs.catch import Catch
-from mi.rl.worker import Policy
+from mi.rl import evaluate, factory
+from mi.rl.actors.worker import Policy
+from mi.rl.envs.jax.catch import Catch
 from tests.rl.ramp import Ramp
 from tests.rl.test_train import tiny
 
@@ -26,8 +26,8 @@ def test_on_the_host_and_compiled_every_game_is_played_and_nothing_compiled_twic
         evaluate.Evaluation(config) as on_host,
     ):
         on_host._compiled = None
-        agent = setup.agent(config, compiled.spec)
-        params = setup.init_params(agent, jax.random.key(0))
+        agent = factory.agent(config, compiled.spec)
+        params = factory.init_params(agent, jax.random.key(0))
         for step in (1, 2):
             for evaluation in (compiled, on_host):
                 measured = evaluation(agent, params, step, 0)['']

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from configs import rl as configs
-from mi import optim
-from mi.rl import envs, learner, setup
+from mi.rl import envs, factory, learner
+from mi.training import optim
 from tests.conftest import ROOT, forced
 
 
@@ -18,7 +18,7 @@ def parts(**changes):
     config = configs.get_config('tiny').unlock()
     config.update_from_flattened_dict(changes)
     environment = envs.make(config.env.name)
-    agent = setup.agent(config, environment.spec)
+    agent = factory.agent(config, environment.spec)
     return config, environment, agent, optim.optimiser(config.optim, 100)
 
 
@@ -27,13 +27,13 @@ def test_the_update_lowers_for_accelerators(platform):
     config, environment, agent, optimiser = parts()
     B, T = config.train.batch, config.train.length
     state = jax.eval_shape(
-        lambda: learner.start(setup.init_params(agent, jax.random.key(0)), optimiser, 30)
+        lambda: learner.start(factory.init_params(agent, jax.random.key(0)), optimiser, 30)
     )
     carry = jax.eval_shape(lambda: agent.initial_carry(B))
-    inputs = setup.example(environment.spec, T + 1, B)
+    inputs = factory.example(environment.spec, T + 1, B)
     rows = [inputs.action, inputs.reward, inputs.reward, inputs.is_first]
     rows = [jax.ShapeDtypeStruct((T, B), a.dtype) for a in rows]
-    update = functools.partial(learner.update, agent, optimiser, setup.hyperparameters(config))
+    update = functools.partial(learner.update, agent, optimiser, factory.hyperparameters(config))
     exported = jax.export.export(jax.jit(update), platforms=[platform])(
         state, learner.Trajectory(inputs, *rows, carry)
     )

@@ -7,14 +7,10 @@ import pytest
 from flax import linen as nn
 
 from mi import FUSIONS, cells, fusion
+from mi.rl.agent import Agent, Inputs
 from mi.rl.envs.spec import Spec
-from mi.rl.networks import (
-    TORSOS_BY_NAME,
-    Agent,
-    Inputs,
-    fused_per_instruction,
-    once_per_instruction,
-)
+from mi.rl.instructions import fused_per_instruction, once_per_instruction
+from mi.rl.torsos import TORSOS_BY_NAME
 from tests.motifs.checks import drawn
 
 T, B, TASKS, VOCABULARY = 4, 3, 5, 7

@@ -6,9 +6,9 @@ import pytest
 
 from mi.config import UserError
 from mi.rl import evaluate
-from mi.rl.envs.catch import Catch
+from mi.rl.actors.worker import Policy
+from mi.rl.envs.jax.catch import Catch
 from mi.rl.play import Limits, StoppedError, Watched, play, shares
-from mi.rl.worker import Policy
 from tests.rl.catch_late import CatchLate, Knows
 
 POLICY = Policy(Knows())

@@ -7,13 +7,13 @@ import numpy as np
 import optax
 import pytest
 
-from mi import checkpoint
 from mi.config import UserError
 from mi.rl import learner, loss, popart
-from mi.rl.actor import Trajectory
+from mi.rl.agent import Agent, Inputs, forward
 from mi.rl.envs.spec import Spec
-from mi.rl.networks import Agent, Inputs, forward
 from mi.rl.popart import Statistics
+from mi.rl.trajectory import Trajectory
+from mi.training import checkpoint
 
 TASKS = 3
 SCALES = np.array([1e-2, 1.0, 1e3], np.float32)

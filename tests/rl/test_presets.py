@@ -4,7 +4,8 @@ import jax
 import pytest
 
 from configs import rl as configs
-from mi.rl import envs, setup
+from mi.rl import config as rl_config
+from mi.rl import envs, factory
 
 ON_THE_HOST = {
     'cartpole': ('gymnasium', ('CartPole-v1',)),
@@ -17,7 +18,7 @@ ON_THE_HOST = {
 @pytest.mark.parametrize('preset', configs.PRESETS)
 def test_every_preset_is_valid_and_differs_from_the_defaults(preset):
     config = configs.get_config(preset)
-    setup.validate(config)
+    rl_config.validate(config)
     assert (preset == 'default') == (config.to_dict() == configs.get_config().to_dict())
 
 
@@ -32,6 +33,6 @@ def test_a_preset_has_an_agent_for_its_environment(preset):
     finally:
         pool.close()
     assert spec.tasks == tasks or (tasks is None and all(t.startswith('GoTo') for t in spec.tasks))
-    agent = setup.agent(config, spec)
-    params = jax.eval_shape(lambda: setup.init_params(agent, jax.random.key(0)))
+    agent = factory.agent(config, spec)
+    params = jax.eval_shape(lambda: factory.init_params(agent, jax.random.key(0)))
     assert params['readout']['b'].shape == (spec.actions + 1,)

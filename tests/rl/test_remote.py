@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from mi.config import UserError
-from mi.rl import remote
-from mi.rl.threads import Actors
-from mi.rl.worker import Policy, Worker
+from mi.rl.actors import ray as ray_actors
+from mi.rl.actors.threads import Actors
+from mi.rl.actors.worker import Policy, Worker
 from tests.rl.catch_late import CatchLate, Knows
 from tests.rl.test_worker import learnt
 
@@ -24,7 +24,7 @@ def received():
     arrived = []
     before = {s: signal.signal(s, lambda number, frame: arrived.append(number)) for s in SIGNALS}
     try:
-        remote.start()
+        ray_actors.start()
         yield arrived
     finally:
         for number, handler in before.items():
@@ -44,9 +44,9 @@ def make(**options):
 
 def test_what_comes_back_is_what_a_worker_here_has():
     here = make(seed=3)().collect({})
-    far = remote.Remote(make(seed=3))
+    far = ray_actors.Remote(make(seed=3))
     try:
-        there = far.collect(remote.share({}))
+        there = far.collect(ray_actors.share({}))
     finally:
         far.close()
     for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
@@ -58,10 +58,10 @@ def test_a_killed_actor_is_replaced_and_the_learner_goes_on():
     workers = []
 
     def maker():
-        workers.append(remote.Remote(make()))
+        workers.append(ray_actors.Remote(make()))
         return workers[-1]
 
-    with Actors([maker], {}, 0, 1, 120.0, share=remote.share) as running:
+    with Actors([maker], {}, 0, 1, 120.0, share=ray_actors.share) as running:
         running.get()
         before = workers[0].pid()
         os.kill(before, signal.SIGKILL)
@@ -74,9 +74,9 @@ def test_a_replacement_is_told_that_it_is_one():
     def maker(birth):
         return make(seed=birth)()
 
-    far = remote.Remote(maker)
+    far = ray_actors.Remote(maker)
     try:
-        params = remote.share({})
+        params = ray_actors.share({})
         far.collect(params)
         os.kill(far.pid(), signal.SIGKILL)
         there = far.collect(params)
@@ -88,9 +88,9 @@ def test_a_replacement_is_told_that_it_is_one():
 
 
 def test_what_an_environment_raises_is_raised_here():
-    far = remote.Remote(make(fails_at=3))
+    far = ray_actors.Remote(make(fails_at=3))
     with pytest.raises(RuntimeError, match='the ball is lost'):
-        far.collect(remote.share({}))
+        far.collect(ray_actors.share({}))
     far.close()
 
 
@@ -98,9 +98,9 @@ def test_an_actor_that_cannot_live_ends_the_run():
     def dies(birth):
         os._exit(1)
 
-    far = remote.Remote(dies)
+    far = ray_actors.Remote(dies)
     with pytest.raises(UserError, match='an actor died 3 times'):
-        far.collect(remote.share({}))
+        far.collect(ray_actors.share({}))
 
 
 def test_signals_come_to_the_handlers_that_were_set_before_ray(received):
@@ -114,9 +114,9 @@ def test_an_environment_that_cannot_be_made_is_one_line_and_no_death(capfd):
     def refuses(birth):
         raise UserError(f'no such environment at birth {birth}')
 
-    far = remote.Remote(refuses)
+    far = ray_actors.Remote(refuses)
     with pytest.raises(UserError) as raised:
-        far.collect(remote.share({}))
+        far.collect(ray_actors.share({}))
     assert str(raised.value) == 'no such environment at birth 0'
     assert 'died' not in capfd.readouterr().err
     far.close()
@@ -125,9 +125,9 @@ def test_an_environment_that_cannot_be_made_is_one_line_and_no_death(capfd):
 def test_more_actors_than_cpus_all_work():
     cpus = int(ray.cluster_resources()['CPU'])
     number = cpus + 2
-    share = remote.cpus_per_actor(number)
+    share = ray_actors.cpus_per_actor(number)
     assert 0 < share < 1
-    far = [remote.Remote(make(), share) for _ in range(number)]
+    far = [ray_actors.Remote(make(), share) for _ in range(number)]
     try:
         assert len({actor.pid() for actor in far}) == number
     finally:
@@ -136,10 +136,10 @@ def test_more_actors_than_cpus_all_work():
 
 
 def test_an_actor_that_finds_no_cpu_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(remote, 'PATIENCE', 0.2)
+    monkeypatch.setattr(ray_actors, 'PATIENCE', 0.2)
     monkeypatch.setattr(ray, 'get', lambda _: None)  # of a worker that is never made
-    far = remote.Remote(make(), 1000.0)
-    far.collect(remote.share({}))
+    far = ray_actors.Remote(make(), 1000.0)
+    far.collect(ray_actors.share({}))
     assert 'an actor waits for 1000 of a CPU' in capsys.readouterr().err
     far.close()
 
@@ -152,10 +152,10 @@ def test_an_actor_that_finds_no_cpu_says_so(monkeypatch, capsys):
     ],
 )
 def test_as_many_actors_fit_on_the_nodes_as_are_asked_for(number, free, share):
-    assert remote.divide_cpus(number, free) == share
+    assert ray_actors.divide_cpus(number, free) == share
     assert sum(int(cpus / share) for cpus in free) >= number
 
 
 def test_a_cluster_that_is_full_is_refused():
     with pytest.raises(UserError, match=r'config\.actors\.number = 3: expected at most 64'):
-        remote.divide_cpus(3, [0.01])
+        ray_actors.divide_cpus(3, [0.01])

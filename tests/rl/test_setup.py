@@ -4,7 +4,8 @@ import pytest
 
 from configs import rl as configs
 from mi.config import UserError
-from mi.rl import envs, setup
+from mi.rl import config as rl_config
+from mi.rl import envs, factory
 from mi.rl.envs.spec import Spec
 
 FEATURES, TASKS = 16, 30
@@ -18,7 +19,7 @@ def tiny(**changes):
 
 
 def costs(config):
-    return setup.costs(setup.agent(config, envs.make('xland').spec), 8, 5)
+    return factory.costs(factory.agent(config, envs.make('xland').spec), 8, 5)
 
 
 @pytest.mark.parametrize(
@@ -45,9 +46,9 @@ def test_arms_differ_in_cost_by_their_fusions():
 
 def test_the_cost_where_streams_meet_once_per_episode_is_that_of_each_step():
     config = tiny(**{'model.instruction': True, 'model.sites': ('instruction',)})
-    agent = setup.agent(config, envs.make('xland').spec)
+    agent = factory.agent(config, envs.make('xland').spec)
     of_fusions = [
-        [cost['fusion'] for cost in setup.costs(agent, 8, length).values()] for length in (5, 20)
+        [cost['fusion'] for cost in factory.costs(agent, 8, length).values()] for length in (5, 20)
     ]
     assert of_fusions[0] == pytest.approx(of_fusions[1], rel=0.15)
     assert min(of_fusions[1]) > 64 * FEATURES**2
@@ -70,14 +71,14 @@ def test_no_site_no_cost_of_fusions():
 )
 def test_what_cannot_work_is_refused_with_a_way_out(changes, said):
     with pytest.raises(UserError, match=said):
-        setup.validate(tiny(**changes))
+        rl_config.validate(tiny(**changes))
 
 
 def test_an_instruction_that_is_not_there_is_refused():
     config = tiny(**{'model.source': 'instruction', 'model.instruction': True})
     spec = Spec(name='mute', observation={}, actions=2, tasks=('only',))
     with pytest.raises(UserError, match='has no instructions'):
-        setup.agent(config, spec)
+        factory.agent(config, spec)
 
 
 def test_held_out_tasks_need_a_context_that_knows_them():
@@ -85,16 +86,16 @@ def test_held_out_tasks_need_a_context_that_knows_them():
     others = envs.make('xland/test').spec
     assert world.tasks != others.tasks
     with pytest.raises(UserError, match=r"config\.model\.source = 'instruction'"):
-        setup.fits(tiny(**{'model.source': 'task'}), world, others)
-    setup.fits(tiny(**{'model.source': 'inferred'}), world, others)
+        factory.fits(tiny(**{'model.source': 'task'}), world, others)
+    factory.fits(tiny(**{'model.source': 'inferred'}), world, others)
     # The same tasks with other levels, as procgen/test.
-    setup.fits(tiny(**{'model.source': 'task'}), world, dataclasses.replace(world, name='again'))
+    factory.fits(tiny(**{'model.source': 'task'}), world, dataclasses.replace(world, name='again'))
 
 
 def test_a_world_that_looks_different_is_refused_before_training():
     config = tiny(**{'model.source': 'inferred', 'eval.held_out': 'catch'})
     with pytest.raises(UserError, match=r'its observation is .* expected the same world'):
-        setup.fits(config, envs.make('xland/kinds').spec, envs.make('catch').spec)
+        factory.fits(config, envs.make('xland/kinds').spec, envs.make('catch').spec)
 
 
 @pytest.mark.parametrize(
@@ -106,4 +107,4 @@ def test_a_world_that_looks_different_is_refused_before_training():
 )
 def test_an_agent_that_does_not_fit_is_refused(changes, said):
     with pytest.raises(UserError, match=said):
-        setup.agent(tiny(**{'env.name': 'catch', **changes}), envs.make('catch').spec)
+        factory.agent(tiny(**{'env.name': 'catch', **changes}), envs.make('catch').spec)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from mi.config import UserError
-from mi.rl import queued
-from mi.rl.actor import Episodes
-from mi.rl.threads import Actors, Item
-from mi.rl.worker import Policy, Worker
+from mi.rl.actors import loop as actors_loop
+from mi.rl.actors.threads import Actors, Item
+from mi.rl.actors.worker import Policy, Worker
+from mi.rl.trajectory import Episodes
 from tests.rl.catch_late import CatchLate, Knows
 from tests.rl.test_train import tiny
 
@@ -125,8 +125,8 @@ def test_trajectories_of_old_parameters_are_dropped_and_counted():
             return Item(version, Episodes(*np.zeros((4, 1))), version, 0.0)
 
     waiting = Queue([4, 7, 6, 10, 9])
-    window = queued.Window()
-    items = queued.take(config, waiting, 10, window, lambda: False)
+    window = actors_loop.Window()
+    items = actors_loop.take(config, waiting, 10, window, lambda: False)
     assert [item.version for item in items] == [7, 10]
     assert (window.dropped, window.lags) == (2, [3, 0])
     assert waiting.versions == [9]

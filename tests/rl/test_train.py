@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from configs import rl as configs
-from mi import checkpoint
 from mi.config import UserError
-from mi.rl import fused, queued, train
+from mi.rl import train
+from mi.rl.actors import loop as actors_loop
 from mi.rl.evaluate import Evaluation
+from mi.rl.fused import loop as fused
+from mi.training import checkpoint
 from tests.conftest import ROOT
 
 
@@ -203,8 +205,8 @@ def test_seconds_of_threads_are_without_evaluation_and_saving(tmp_path, monkeypa
 
         return later
 
-    monkeypatch.setattr(queued, 'time', Clock)
-    monkeypatch.setattr(queued.Evaluation, '__call__', slow(queued.Evaluation.__call__))
+    monkeypatch.setattr(actors_loop, 'time', Clock)
+    monkeypatch.setattr(actors_loop.Evaluation, '__call__', slow(actors_loop.Evaluation.__call__))
     monkeypatch.setattr(checkpoint.Checkpoints, 'save', slow(checkpoint.Checkpoints.save))
     train.train(tiny(**{'train.topology': 'threads'}), str(tmp_path / 'run'))
     lines = (tmp_path / 'run' / 'timing.jsonl').read_text().splitlines()

@@ -7,11 +7,20 @@ import numpy as np
 import pytest
 
 from mi.config import UserError
-from mi.rl import actor, loss, popart, queued, setup
-from mi.rl.envs.batched import Batched
-from mi.rl.envs.catch import Catch
-from mi.rl.threads import Actors
-from mi.rl.worker import Policy, Worker, joined
+from mi.rl import (
+    factory,
+    loss,
+    popart,
+)
+from mi.rl import (
+    trajectory as rl_trajectory,
+)
+from mi.rl.actors import loop as actors_loop
+from mi.rl.actors.threads import Actors
+from mi.rl.actors.worker import Policy, Worker, joined
+from mi.rl.envs.jax.batched import Batched
+from mi.rl.envs.jax.catch import Catch
+from mi.rl.fused import rollout
 from tests.rl import test_networks
 from tests.rl.catch_late import GAMMA, CatchLate, Knows
 from tests.rl.test_train import tiny
@@ -40,8 +49,8 @@ def learnt(trajectory, shift=0):
 
 def fused():
     environment = Catch()
-    state = actor.start(environment, AGENT, 8, jax.random.key(0))
-    unrolled = jax.jit(lambda state: actor.unroll(environment, AGENT, 25, {}, state))(state)
+    state = rollout.start(environment, AGENT, 8, jax.random.key(0))
+    unrolled = jax.jit(lambda state: rollout.unroll(environment, AGENT, 25, {}, state))(state)
     return unrolled[1:3]
 
 
@@ -148,7 +157,7 @@ def test_an_instruction_is_encoded_where_it_or_the_parameters_are_new():
     given = many._replace(observation=observation, is_first=first)
     init = jax.jit(agent.init)
     params = [init(jax.random.key(i), {}, given)['params'] for i in range(2)]
-    policy, reference = Policy(agent), jax.jit(functools.partial(actor.act, agent))
+    policy, reference = Policy(agent), jax.jit(functools.partial(rollout.act, agent))
     acting = policy.start(rows, jax.random.key(2))
     compared = set()
     for t in range(steps):
@@ -192,7 +201,7 @@ def test_an_instruction_may_change_within_an_episode():
             state, truth = one({'params': params}, state, jax.tree.map(lambda a: a[None], row))
             np.testing.assert_allclose(learner.logits[t], truth.logits[0], rtol=1e-4, atol=1e-5)
             acting, action, log_prob = policy(params, acting, row)
-            expected = actor.log_probability(truth.logits[0], action)
+            expected = rl_trajectory.log_probability(truth.logits[0], action)
             np.testing.assert_allclose(log_prob, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -200,8 +209,8 @@ def test_the_worker_that_replaces_a_dead_one_has_other_episodes():
     config = tiny(**{'train.topology': 'threads'})
     firsts = []
     for birth in (0, 0, 1):
-        worker = queued.make_worker(config, 0, 0, birth=birth)
-        params = setup.init_params(setup.agent(config, Catch.spec), jax.random.key(0))
+        worker = actors_loop.make_worker(config, 0, 0, birth=birth)
+        params = factory.init_params(factory.agent(config, Catch.spec), jax.random.key(0))
         firsts.append(worker.collect(params)[0][0])
         worker.close()
     for a, b in zip(*map(jax.tree.leaves, firsts[:2]), strict=True):

@@ -9,33 +9,34 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from mi.config import UserError, suggest
-from mi.rl.envs import catch, dmlab30, gym, pools, xland
-from mi.rl.envs.batched import Batched
 from mi.rl.envs.check import check_environment, check_spec
+from mi.rl.envs.host import dmlab30, envpool, gymnasium
+from mi.rl.envs.jax import catch, xland
+from mi.rl.envs.jax.batched import Batched
 from mi.rl.envs.spec import HostEnvironment, JaxEnvironment, Spec
 
 JAX: dict[str, Callable[..., JaxEnvironment]] = {'xland': xland.make, 'catch': catch.make}
 HOST: dict[str, Callable[..., HostEnvironment]] = {
-    'babyai': pools.make_babyai,
-    'atari': pools.make_atari,
-    'procgen': pools.make_procgen,
-    'gymnasium': gym.make_gym,
-    'vizdoom': gym.make_vizdoom,
+    'babyai': envpool.make_babyai,
+    'atari': envpool.make_atari,
+    'procgen': envpool.make_procgen,
+    'gymnasium': gymnasium.make_gym,
+    'vizdoom': gymnasium.make_vizdoom,
     'dmlab30': dmlab30.make,
 }
 
 
 # Specs that are known without the simulator: suite, options that change them → spec.
 SPECS: dict[str, Callable[..., Spec]] = {
-    'atari': pools.atari_spec,
-    'procgen': pools.procgen_spec,
+    'atari': envpool.atari_spec,
+    'procgen': envpool.procgen_spec,
     'dmlab30': dmlab30.suite_spec,
 }
 # Names of a suite's tasks, for environments whose rows are cheap: a megabyte each and no process.
 CHEAP: dict[str, Callable[[str], tuple[str, ...]]] = {
-    'babyai': pools.babyai_levels,
-    'atari': pools.atari_games,
-    'procgen': pools.procgen_games,
+    'babyai': envpool.babyai_levels,
+    'atari': envpool.atari_games,
+    'procgen': envpool.procgen_games,
 }
 MOST_ROWS = 1024  # of an evaluation
 

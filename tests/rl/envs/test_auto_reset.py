@@ -7,14 +7,21 @@ import numpy as np
 import optax
 import pytest
 
-from mi import parallel
 from mi.config import UserError
-from mi.rl import actor, envs, evaluate, fused, learner, popart
+from mi.rl import (
+    envs,
+    evaluate,
+    learner,
+    popart,
+)
+from mi.rl.actors.threads import Actors
+from mi.rl.actors.worker import Policy, Worker
 from mi.rl.envs import auto_reset
-from mi.rl.envs.batched import Batched
+from mi.rl.envs.jax.batched import Batched
 from mi.rl.envs.spec import Transition
-from mi.rl.threads import Actors
-from mi.rl.worker import Policy, Worker
+from mi.rl.fused import loop as fused
+from mi.rl.fused import rollout
+from mi.training import sharding
 from tests.rl.ramp import GAMMA, LIMIT, PARAMS, RETURN, TASKS, Knows, Ramp
 from tests.rl.test_train import tiny
 
@@ -25,8 +32,8 @@ STATISTICS = popart.init(3)._replace(
 
 
 def from_unroll(environment, agent):
-    state = actor.start(environment, agent, B, jax.random.key(0))
-    unroll = functools.partial(actor.unroll, environment, agent, T)
+    state = rollout.start(environment, agent, B, jax.random.key(0))
+    unroll = functools.partial(rollout.unroll, environment, agent, T)
     _, trajectory, episodes, counts = jax.jit(unroll)(PARAMS, state)
     assert counts.transitions == trajectory.valid.sum()
     return trajectory, episodes
@@ -147,10 +154,10 @@ def test_the_rows_of_an_episode(collected, terminates):
 def test_an_unroll_continues_where_the_one_before_ended():
     """Also on the last observation of an episode that was truncated."""
     environment, agent = Ramp(), Knows()
-    state = actor.start(environment, agent, B, jax.random.key(0))
-    whole = jax.jit(functools.partial(actor.unroll, environment, agent, LIMIT + 5))(PARAMS, state)
-    first = jax.jit(functools.partial(actor.unroll, environment, agent, LIMIT))(PARAMS, state)
-    second = jax.jit(functools.partial(actor.unroll, environment, agent, 5))(PARAMS, first[0])
+    state = rollout.start(environment, agent, B, jax.random.key(0))
+    whole = jax.jit(functools.partial(rollout.unroll, environment, agent, LIMIT + 5))(PARAMS, state)
+    first = jax.jit(functools.partial(rollout.unroll, environment, agent, LIMIT))(PARAMS, state)
+    second = jax.jit(functools.partial(rollout.unroll, environment, agent, 5))(PARAMS, first[0])
     assert not second[1].valid[0].any()
     for name in ('action', 'discount', 'valid'):
         parts = [getattr(run[1], name) for run in (first, second)]
@@ -174,8 +181,8 @@ def test_what_both_terminates_and_truncates_has_terminated():
 
 def test_every_action_is_drawn_with_a_key_of_its_own():
     agent = Knows()
-    state = actor.start(Ramp(), agent, 1, jax.random.key(0))
-    unroll = jax.jit(functools.partial(actor.unroll, Ramp(), agent, 200))
+    state = rollout.start(Ramp(), agent, 1, jax.random.key(0))
+    unroll = jax.jit(functools.partial(rollout.unroll, Ramp(), agent, 200))
     after, first, *_ = unroll(PARAMS, state)
     _, second, *_ = unroll(PARAMS, after)
     for trajectory in (first, second):
@@ -208,7 +215,7 @@ def play(environment, agent, each):
     """Episodes of one seed that draws its actions."""
     params = jax.tree.map(lambda a: jnp.asarray(a)[None], PARAMS)
     keys = evaluate.evaluation_keys([0], 0)
-    mesh = parallel.mesh(1, 1)
+    mesh = sharding.mesh(1, 1)
     (played,) = evaluate.episodes(environment, agent, params, keys, each, False, mesh)
     return played
 
@@ -259,7 +266,7 @@ def test_evaluations_draw_other_episodes_at_every_step_and_seed(monkeypatch):
     for step in (1, 2):
         this = types.SimpleNamespace(config=config, step=step, stops=lambda recorded: False)
         fused._evaluate(
-            {'eval': Lottery()}, Knows(), state, this, written, np.ones(2), parallel.mesh(2, 1)
+            {'eval': Lottery()}, Knows(), state, this, written, np.ones(2), sharding.mesh(2, 1)
         )
     assert len(set(written)) == 4
 
@@ -318,13 +325,13 @@ class Broken(Ramp):
 @pytest.mark.parametrize('what', ['reward', 'observation'])
 def test_the_unroll_says_what_is_not_finite(what):
     agent = Knows()
-    state = actor.start(Broken(what), agent, B, jax.random.key(0))
-    *_, counts = jax.jit(functools.partial(actor.unroll, Broken(what), agent, T))(PARAMS, state)
+    state = rollout.start(Broken(what), agent, B, jax.random.key(0))
+    *_, counts = jax.jit(functools.partial(rollout.unroll, Broken(what), agent, T))(PARAMS, state)
     named = {'reward': 'reward', 'observation': "observation 'features'"}[what]
     assert [name for name, value in counts.are_finite.items() if not value] == [named]
     with pytest.raises(UserError, match=f'environment ramp returned a {named} that is not finite'):
         fused._check_counts(Ramp().spec, jax.device_get(counts))
-    *_, counts = jax.jit(functools.partial(actor.unroll, Ramp(), agent, T))(PARAMS, state)
+    *_, counts = jax.jit(functools.partial(rollout.unroll, Ramp(), agent, T))(PARAMS, state)
     fused._check_counts(Ramp().spec, jax.device_get(counts))
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from mi.config import UserError
 from mi.rl import envs
+from mi.rl.actors.worker import Policy, Worker
 from mi.rl.envs.check import check_environment, check_spec, check_step
 from mi.rl.envs.spec import Step
-from mi.rl.worker import Policy, Worker
 from tests.conftest import ROOT
 from tests.rl.catch_late import CatchLate, Knows
 from tests.rl.ramp import Ramp

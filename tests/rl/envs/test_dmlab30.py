@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mi.config import UserError
-from mi.rl.envs import dmlab30, text
+from mi.rl.envs import text
+from mi.rl.envs.host import dmlab30
 
 LEVELS = 'rooms_watermaze,language_execute_random_task'
 

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 from mi.config import UserError, suggest_install
-from mi.rl.envs import gym
+from mi.rl.envs.host import gymnasium as host_gymnasium
 
 
 def test_cartpole_is_the_package_itself_with_the_reset_one_step_later():
     gymnasium = pytest.importorskip('gymnasium', reason='the extra gym is not installed')
-    environment = gym.make_gym('CartPole-v1', batch=2, seed=5)
+    environment = host_gymnasium.make_gym('CartPole-v1', batch=2, seed=5)
     theirs = [gymnasium.make('CartPole-v1') for _ in range(2)]
     step = environment.reset()
     seen = [env.reset(seed=5 + i)[0] for i, env in enumerate(theirs)]
@@ -35,7 +35,7 @@ def test_cartpole_is_the_package_itself_with_the_reset_one_step_later():
 
 def test_an_episode_that_is_cut_keeps_its_discount():
     pytest.importorskip('gymnasium', reason='the extra gym is not installed')
-    environment = gym.make_gym('MountainCar-v0', batch=1)
+    environment = host_gymnasium.make_gym('MountainCar-v0', batch=1)
     assert environment.spec.episode == 200
     environment.reset()
     lasts = []
@@ -52,8 +52,8 @@ def test_an_episode_that_is_cut_keeps_its_discount():
 @pytest.mark.slow
 def test_processes_give_what_one_process_gives():
     pytest.importorskip('gymnasium', reason='the extra gym is not installed')
-    here = gym.make_gym('CartPole-v1', batch=2, seed=3)
-    there = gym.make_gym('CartPole-v1', batch=2, seed=3, asynchronous=True)
+    here = host_gymnasium.make_gym('CartPole-v1', batch=2, seed=3)
+    there = host_gymnasium.make_gym('CartPole-v1', batch=2, seed=3, asynchronous=True)
     pairs = [(here.reset(), there.reset())]
     for action in np.random.default_rng(0).integers(0, 2, (40, 2)):
         for environment in (here, there):
@@ -71,9 +71,9 @@ def test_processes_give_what_one_process_gives():
 def test_spaces_that_no_network_takes_are_refused():
     pytest.importorskip('gymnasium', reason='the extra gym is not installed')
     with pytest.raises(UserError, match=r'Pendulum-v1 has actions .*expected discrete'):
-        gym.make_gym('Pendulum-v1', batch=1)
+        host_gymnasium.make_gym('Pendulum-v1', batch=1)
     with pytest.raises(UserError, match="did you mean 'CartPole-v1'"):
-        gym.make_gym('CartPol-v1', batch=1)
+        host_gymnasium.make_gym('CartPol-v1', batch=1)
 
 
 def test_a_missing_package_names_the_extra(monkeypatch):
@@ -85,14 +85,14 @@ def test_a_missing_package_names_the_extra(monkeypatch):
     real = builtins.__import__
     monkeypatch.setattr(builtins, '__import__', without)
     with pytest.raises(UserError, match=re.escape(f'Try {suggest_install("gym")}')):
-        gym.make_gym('CartPole-v1', batch=1)
+        host_gymnasium.make_gym('CartPole-v1', batch=1)
     with pytest.raises(UserError, match=re.escape(f'Try {suggest_install("vizdoom")}')):
-        gym.make_vizdoom('basic', batch=1)
+        host_gymnasium.make_vizdoom('basic', batch=1)
 
 
 def test_scenarios_share_their_buttons_by_name():
     pytest.importorskip('vizdoom', reason='the extra vizdoom is not installed')
-    environment = gym.make_vizdoom('basic,health_gathering', batch=2)
+    environment = host_gymnasium.make_vizdoom('basic,health_gathering', batch=2)
     # basic has MOVE_LEFT, MOVE_RIGHT, ATTACK; health_gathering TURN_LEFT, TURN_RIGHT, MOVE_FORWARD.
     assert environment.spec.actions == 7
     pressed = []
@@ -115,7 +115,7 @@ def test_scenarios_share_their_buttons_by_name():
 
 def test_a_scenario_steps_with_the_shapes_of_its_spec():
     pytest.importorskip('vizdoom', reason='the extra vizdoom is not installed')
-    environment = gym.make_vizdoom('basic,take_cover', batch=3)
+    environment = host_gymnasium.make_vizdoom('basic,take_cover', batch=3)
     step = environment.reset()
     lasts = np.zeros(3, bool)
     for _ in range(80):  # basic is cut after 300 tics of 4
@@ -134,9 +134,9 @@ def test_a_scenario_steps_with_the_shapes_of_its_spec():
 def test_wrong_words_of_vizdoom_are_the_users_to_mend():
     pytest.importorskip('vizdoom', reason='the extra vizdoom is not installed')
     with pytest.raises(UserError, match="did you mean 'basic'"):
-        gym.make_vizdoom('basics', batch=1)
+        host_gymnasium.make_vizdoom('basics', batch=1)
     with pytest.raises(UserError, match='1 rows for the 9 tasks'):
-        gym.make_vizdoom('all', batch=1)
+        host_gymnasium.make_vizdoom('all', batch=1)
 
 
 def test_what_ends_at_the_time_limit_by_itself_has_ended():
@@ -155,7 +155,7 @@ def test_what_ends_at_the_time_limit_by_itself_has_ended():
             return np.ones(1, np.float32), 1.0, self.steps == 10, False, {}
 
     gymnasium.register('TenSteps-v0', TenSteps, max_episode_steps=10)
-    environment = gym.make_gym('TenSteps-v0', batch=1)
+    environment = host_gymnasium.make_gym('TenSteps-v0', batch=1)
     environment.reset()
     for _ in range(10):
         environment.send(np.array([0]))
@@ -166,7 +166,7 @@ def test_what_ends_at_the_time_limit_by_itself_has_ended():
 
 def test_every_evaluation_has_other_episodes():
     pytest.importorskip('gymnasium', reason='the extra gym is not installed')
-    environment = gym.make_gym('CartPole-v1', batch=2)
+    environment = host_gymnasium.make_gym('CartPole-v1', batch=2)
     starts = [environment.reset().observation['features'] for _ in range(2)]
     assert (starts[0] != starts[1]).all()
     environment.close()
@@ -174,7 +174,7 @@ def test_every_evaluation_has_other_episodes():
 
 def test_a_scenario_that_is_cut_shows_a_screen_from_which_it_goes_on():
     pytest.importorskip('vizdoom', reason='the extra vizdoom is not installed')
-    environment = gym.make_vizdoom('basic,health_gathering', batch=2)
+    environment = host_gymnasium.make_vizdoom('basic,health_gathering', batch=2)
     environment.reset()
     ends = {}
     for _ in range(120):  # basic is cut after 75 steps, health_gathering ends before by itself

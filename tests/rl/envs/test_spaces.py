@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mi.config import UserError
-from mi.rl import envs, setup
+from mi.rl import envs, factory
 from mi.rl.envs import spaces
 from tests.rl.test_train import tiny
 
@@ -50,8 +50,8 @@ def test_pictures_are_pixels_with_the_channels_last(space, shape):
     step = pool.reset()
     assert step.observation['pixels'].shape == (2, *shape)
     assert step.observation['pixels'].dtype == np.uint8
-    agent = setup.agent(tiny(**{'env.name': ID}), pool.spec)
-    params = jax.eval_shape(lambda: setup.init_params(agent, jax.random.key(0)))
+    agent = factory.agent(tiny(**{'env.name': ID}), pool.spec)
+    params = jax.eval_shape(lambda: factory.init_params(agent, jax.random.key(0)))
     assert all(0 not in leaf.shape for leaf in jax.tree.leaves(params))
     pool.close()
 

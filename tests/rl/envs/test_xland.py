@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mi.config import UserError
-from mi.rl.envs import auto_reset, xland
+from mi.rl.envs import auto_reset
+from mi.rl.envs.jax import xland
 
 xminigrid = pytest.importorskip('xminigrid', reason='the peer: pip install xminigrid')
 

@@ -1,0 +1,132 @@
+"""The HyperLSTM."""
+
+import functools
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+from jax.nn import initializers
+from jax.typing import DTypeLike
+
+from mi.cells.base import (
+    check_shapes,
+    forget_bias,
+    initial_carry,
+    normalize_groups,
+    orthogonal_gates,
+)
+from mi.kernels.bilinear import accumulation_dtype
+from mi.kernels.lstm import (
+    broadcast_row,
+    multiply,
+    scan_lstm,
+    update_carry,
+)
+
+HyperCarry = tuple[Array, Array, Array, Array]  # (c, h) of the main cell, (c, h) of the small one
+
+
+class HyperLSTM(nn.Module):
+    """HyperLSTM (Ha et al., 2017): a small LSTM scales the weights of a large one.
+
+        ĉ_t, ĥ_t = LSTM of G features, on [x_t; h_{t−1}]
+        z_x = ĥ_t Z_x + z_x⁰,   z_h = ĥ_t Z_h + z_h⁰,   z_b = ĥ_t Z_b     E for each gate
+        i, f, o, j = α_x(z_x) ⊙ x_t W + α_h(z_h) ⊙ h_{t−1} U + β(z_b) + b
+        c_t = σ(f) ⊙ c_{t−1} + σ(i) ⊙ tanh(j),   h_t = σ(o) ⊙ tanh(c_t)
+
+    α_x, α_h and β are linear for each gate on its own: D_x, D_h, D_b [4, E, H]; Z_x, Z_h, Z_b
+    [G, 4E]. The small LSTM has the weights hyper_W of x, hyper_U of h and hyper_V of ĥ. The paper
+    writes ĥ_{t−1} where the z are made; ĥ_t, here, is what the authors' code has.
+
+    Initialisation as published: W, U and the small LSTM's weights orthogonal; Z_x = Z_h = 0,
+    z_x⁰ = z_h⁰ = 1 and D_x = D_h = 0.1/E, so that α_x = α_h = 0.1; Z_b normal of deviation 0.01,
+    D_b = 0, so that β = 0. The forget gates' bias of 1 is the code's, the paper's is 0.
+
+    Attributes:
+      features, dtype, param_dtype: as in `LSTM`.
+      hyper_features: G; 128 on characters of Penn Treebank, 256 on enwik8.
+      embedding: E; 4 and 64 there.
+      layer_norm: whether every i, f, o, j, and the c inside tanh(c), are normalised over its
+        features, with a gain and a shift, in both LSTMs; the forget gates' 1 is in the shift then.
+        The paper's recurrent dropout is left out.
+    """
+
+    features: int
+    hyper_features: int = 128
+    embedding: int = 4
+    layer_norm: bool = False
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: HyperCarry,
+        x: Array,
+        reset: Array | None = None,
+        keep: Array | None = None,
+    ) -> tuple[HyperCarry, Array]:
+        """(c, h, ĉ, ĥ), [T, B, n] → the carry after the last step, h of every step [T, B, H]."""
+        H, G, E = self.features, self.hyper_features, self.embedding
+        check_shapes(carry, x, reset, keep, (H, H, G, G))
+        n = x.shape[-1]
+        zeros, ones, scale = initializers.zeros, initializers.ones, initializers.constant(0.1 / E)
+        bias = zeros if self.layer_norm else forget_bias
+
+        def param(name: str, init: Callable[..., Array], *shape: int) -> Array:
+            return self.param(name, init, shape, self.param_dtype)
+
+        def norm(name: str, groups: int, size: int) -> Callable[[Array], Array]:
+            if not self.layer_norm:
+                return lambda a: a
+            gain = param(f'{name}_gain', ones, groups * size)
+            shift = param(f'{name}_shift', forget_bias if groups == 4 else zeros, groups * size)
+            return functools.partial(normalize_groups, gain=gain, shift=shift, groups=groups)
+
+        weights = (
+            param('W', orthogonal_gates, n, 4 * H),
+            param('U', orthogonal_gates, H, 4 * H),
+            param('hyper_W', orthogonal_gates, n, 4 * G),
+            param('hyper_U', orthogonal_gates, H, 4 * G),
+            param('hyper_V', orthogonal_gates, G, 4 * G),
+            param('Z_x', zeros, G, 4 * E),
+            param('Z_h', zeros, G, 4 * E),
+            param('Z_b', initializers.normal(0.01), G, 4 * E),
+            param('D_x', scale, 4, E, H),
+            param('D_h', scale, 4, E, H),
+            param('D_b', zeros, 4, E, H),
+        )
+        promoted = nn.dtypes.promote_dtype(x, *weights, dtype=self.dtype)
+        x, W, U, hyper_W, hyper_U, hyper_V, Z_x, Z_h, Z_b, D_x, D_h, D_b = promoted
+        b, hyper_b = param('b', bias, 4 * H), param('hyper_b', bias, 4 * G)
+        z_x, z_h = param('z_x', ones, 4 * E), param('z_h', ones, 4 * E)
+        gates, cell = norm('gates', 4, H), norm('c', 1, H)
+        hyper_gates, hyper_cell = norm('hyper_gates', 4, G), norm('hyper_c', 1, G)
+
+        def generated(z: Array, D: Array) -> Array:
+            z = z.reshape(-1, 4, E).astype(D.dtype)
+            y = jnp.einsum('bge,geh->bgh', z, D, preferred_element_type=accumulation_dtype(D))
+            return y.reshape(-1, 4 * H)
+
+        def step(carry: HyperCarry, row: tuple[Array, Array]) -> tuple[HyperCarry, Array]:
+            (c, h, hyper_c, hyper_h), (Wx, hyper_Wx) = carry, row
+            a = hyper_Wx + multiply(h, hyper_U) + multiply(hyper_h, hyper_V)
+            hyper_c, hyper_h = update_carry(hyper_c, hyper_gates(a), cell=hyper_cell)
+            alpha_x = generated(multiply(hyper_h, Z_x) + broadcast_row(z_x, 2, x.dtype), D_x)
+            alpha_h = generated(multiply(hyper_h, Z_h) + broadcast_row(z_h, 2, x.dtype), D_h)
+            beta = generated(multiply(hyper_h, Z_b), D_b)
+            a = alpha_x * Wx + alpha_h * multiply(h, U) + beta + broadcast_row(b, 2, x.dtype)
+            c, h = update_carry(c, gates(a), cell=cell)
+            return (c, h, hyper_c, hyper_h), h
+
+        rows = multiply(x, W), multiply(x, hyper_W) + broadcast_row(hyper_b, 3, x.dtype)
+        carry, h = scan_lstm(step, carry, rows, reset, keep, x.dtype)
+        return carry, h.astype(x.dtype)
+
+    def initial(self, batch: int) -> HyperCarry:
+        """The zero state of both LSTMs."""
+        dtype = self.dtype or self.param_dtype
+        return *initial_carry(batch, self.features, dtype), *initial_carry(
+            batch, self.hyper_features, dtype
+        )

@@ -1,0 +1,68 @@
+"""The LSTM with its own backward pass, or by cuDNN."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+from jax.nn import initializers
+from jax.typing import DTypeLike
+
+from mi.cells.base import check_shapes, forget_bias, initial_carry, orthogonal_gates
+from mi.kernels import cudnn
+from mi.kernels.bilinear import accumulation_dtype
+from mi.kernels.lstm import Carry, Impl, lstm, lstm_reference, widen
+
+
+class LSTM(nn.Module):
+    """Long short-term memory (Hochreiter & Schmidhuber, 1997; forget gate: Gers et al., 2000).
+
+        i, f, o, j = x_t W + h_{t−1} U + b
+        c_t = σ(f) ⊙ c_{t−1} + σ(i) ⊙ tanh(j),   h_t = σ(o) ⊙ tanh(c_t)
+
+    W [n, 4H] is applied to the whole sequence at once, U [H, 4H] in the loop; the four gates stand
+    side by side in this order. The forget gate's bias starts at 1.
+
+    Attributes:
+      features: H.
+      impl: 'xla', or 'cudnn' for NVIDIA's own, which is f32 and has neither reset nor keep; on its
+        GPUs alone.
+      dtype: of the products with W and U; the gates and the state are f32 at least.
+      param_dtype: of the parameters.
+    """
+
+    features: int
+    impl: Impl = 'xla'
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, carry: Carry, x: Array, reset: Array | None = None, keep: Array | None = None
+    ) -> tuple[Carry, Array]:
+        """(c, h), [T, B, n] → (c, h) after the last step, h of every step [T, B, H].
+
+        Raises:
+          ValueError: if the shapes of carry, x, reset and keep do not fit, as with all cells, or
+            cuDNN has not what is asked for.
+        """
+        H = self.features
+        check_shapes(carry, x, reset, keep, (H, H))
+        n = x.shape[-1]
+        W = self.param('W', initializers.lecun_normal(), (n, 4 * H), self.param_dtype)
+        U = self.param('U', orthogonal_gates, (H, 4 * H), self.param_dtype)
+        b = self.param('b', forget_bias, (4 * H,), self.param_dtype)
+        x, W, U = nn.dtypes.promote_dtype(x, W, U, dtype=self.dtype)
+        if self.impl == 'cudnn':
+            if x.dtype != jnp.float32 or reset is not None or keep is not None:
+                raise ValueError(
+                    f"impl='cudnn' is for f32 without reset and keep; got {x.dtype}, reset "
+                    f"{reset is not None}, keep {keep is not None}; use impl='xla'"
+                )
+            return cudnn.lstm(carry, x, (W, U, b))
+        carry, keep = widen((carry, keep), x.dtype)
+        run = lstm if len(x) else lstm_reference  # whose loop may have no step
+        carry, h = run(carry, x, W, U, b.astype(accumulation_dtype(x)), reset, keep)
+        return carry, h.astype(x.dtype)
+
+    def initial(self, batch: int) -> Carry:
+        """The zero state."""
+        return initial_carry(batch, self.features, self.dtype or self.param_dtype)

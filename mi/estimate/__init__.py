@@ -1,0 +1,1 @@
+"""The cost and the memory of a config, without running it."""

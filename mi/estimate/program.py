@@ -1,0 +1,281 @@
+"""Read what a compiled program does on each device: FLOPs, bytes, collectives and kernels.
+
+    compiled = jax.jit(step).lower(*shapes).compile()
+    program = analyze(compiled)
+    program.flops, program.collectives, program.bytes_sent
+
+Everything is read from the optimized HLO of one device, `compiled.as_text()`, of a CPU, a TPU or a
+GPU. Loops are multiplied out by their trip counts, where `compiled.cost_analysis()` counts their
+bodies once; of a conditional the dearest branch counts.
+"""
+
+import dataclasses
+import math
+import re
+from collections import Counter
+
+import jax
+
+from mi.estimate import hlo, hlo_cost
+
+KINDS = (
+    'all-reduce',
+    'all-gather',
+    'reduce-scatter',
+    'all-to-all',
+    'ragged-all-to-all',
+    'collective-permute',
+    'collective-broadcast',
+)
+# Custom calls that may hold products which their text does not describe.
+OPAQUE = re.compile('cudnn|cublas|onednn|tpu_custom_call|mosaic|triton|lapack|solver', re.I)
+# Instructions that name, pass on or wait for results of others.
+NO_KERNEL = {
+    *('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'domain'),
+    *('partition-id', 'replica-id', 'optimization-barrier', 'add-dependency'),
+    *('while', 'conditional', 'call', 'async', 'get-dimension-size'),
+    *KINDS,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Equal communications of a program.
+
+    Attributes:
+      kind: one of `KINDS`.
+      count: executions in one run of the program.
+      bytes: size of the output on each device in one execution.
+      group: devices that communicate with each other.
+    """
+
+    kind: str
+    count: int
+    bytes: int
+    group: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of the outputs of all executions."""
+        return self.count * self.bytes
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that each device sends in all executions, on a ring."""
+        return self.count * ring_bytes(self.kind, self.bytes, self.group)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What one run of a compiled program does on each device.
+
+    Attributes:
+      flops: of products and convolutions, 2·a·b·c for [a, b] and [b, c]. A product that the
+        compiler turned into elementwise operations, as with a vector, counts nothing.
+      bytes_accessed: of the main memory that kernels read and write. A kernel that takes a slice of
+        an array reads the slice; where a TPU keeps arrays in its vector memory nothing counts.
+      cycles: of kernels, as the compiler of a TPU estimates them; None on other devices.
+      collectives: largest in total first; a group of one device sends nothing and is left out.
+      kernels: opcode → launches, of instructions that are not part of another: 'fusion',
+        'custom-call', 'dot', 'copy', …
+      unknown_loops: loops whose trip count depends on data; their bodies count once.
+      uncounted_calls: targets of custom calls whose products, if any, are not in `flops`.
+    """
+
+    flops: int
+    bytes_accessed: int
+    cycles: int | None
+    collectives: tuple[Collective, ...]
+    kernels: dict[str, int]
+    unknown_loops: tuple[str, ...]
+    uncounted_calls: tuple[str, ...]
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that each device sends to others, on rings."""
+        return sum(collective.bytes_sent for collective in self.collectives)
+
+
+def ring_bytes(kind: str, size: int, group: int) -> int:
+    """Bytes that each of `group` devices sends for one collective with an output of `size` bytes.
+
+    On a ring an array travels in `group` parts. An all-gather passes each part on `group` − 1
+    times, a reduce-scatter too, and an all-reduce is one of each.
+    """
+    if kind == 'all-reduce':
+        return 2 * (group - 1) * size // group
+    if kind == 'reduce-scatter':
+        return (group - 1) * size
+    if kind in ('collective-permute', 'collective-broadcast'):
+        return size
+    return (group - 1) * size // group
+
+
+def analyze(compiled: jax.stages.Compiled) -> Program:
+    """Read the program that each device runs."""
+    text = compiled.as_text()
+    if text is None:
+        raise ValueError('compiled: expected an executable that has an HLO text')
+    return analyze_text(text)
+
+
+def analyze_text(text: str) -> Program:
+    """Read a program from its optimized HLO."""
+    module = hlo.parse(text)
+    tally = _Reader(module).read(module.entry, ())
+    collectives = [
+        Collective(kind, count, size, group)
+        for (kind, size, group), count in tally.collectives.items()
+    ]
+    return Program(
+        flops=tally.flops,
+        bytes_accessed=tally.bytes_accessed,
+        cycles=tally.cycles or None,
+        collectives=tuple(sorted(collectives, key=lambda c: (-c.total, c.kind))),
+        kernels=dict(sorted(tally.kernels.items())),
+        unknown_loops=tuple(sorted(tally.unknown_loops)),
+        uncounted_calls=tuple(sorted(tally.uncounted_calls)),
+    )
+
+
+@dataclasses.dataclass
+class _Tally:
+    """Sums over the instructions of a computation and of those that it calls."""
+
+    flops: int = 0
+    bytes_accessed: int = 0
+    cycles: int = 0
+    collectives: Counter[tuple[str, int, int]] = dataclasses.field(default_factory=Counter)
+    kernels: Counter[str] = dataclasses.field(default_factory=Counter)
+    unknown_loops: set[str] = dataclasses.field(default_factory=set)
+    uncounted_calls: set[str] = dataclasses.field(default_factory=set)
+
+    def add(self, other: '_Tally', times: int = 1) -> None:
+        self.flops += times * other.flops
+        self.bytes_accessed += times * other.bytes_accessed
+        self.cycles += times * other.cycles
+        if times:
+            for key, count in other.collectives.items():
+                self.collectives[key] += times * count
+            for name, count in other.kernels.items():
+                self.kernels[name] += times * count
+        self.unknown_loops |= other.unknown_loops
+        self.uncounted_calls |= other.uncounted_calls
+
+    @property
+    def price(self) -> tuple[int, int, int]:
+        """What the dearest branch has most of: FLOPs, then bytes of collectives, then kernels."""
+        moved = sum(count * size for (_, size, _), count in self.collectives.items())
+        return self.flops, moved, sum(self.kernels.values())
+
+
+class _Reader:
+    """Walks through the computations of a module as the device executes them."""
+
+    def __init__(self, module: hlo.Module) -> None:
+        self.module = module
+        self.constants = hlo.Constants(module)
+        self.memory = hlo_cost.Memory(module)
+        self.tallies: dict[tuple[str, tuple[hlo.Value, ...], bool], _Tally] = {}
+
+    def read(self, name: str, arguments: tuple[hlo.Value, ...], is_fused: bool = False) -> _Tally:
+        """Sum over a computation that is called with these arguments.
+
+        Args:
+          name: of the computation.
+          arguments: what is known of them.
+          is_fused: part of one kernel, so that its instructions launch none.
+        """
+        key = name, arguments, is_fused
+        if key not in self.tallies:
+            self.tallies[key] = _Tally()
+            computation = self.module.computations[name]
+            for instruction in computation.instructions.values():
+                self._add(self.tallies[key], computation, instruction, arguments, is_fused)
+        return self.tallies[key]
+
+    def _add(
+        self,
+        tally: _Tally,
+        computation: hlo.Computation,
+        instruction: hlo.Instruction,
+        arguments: tuple[hlo.Value, ...],
+        is_fused: bool,
+    ) -> None:
+        if instruction.opcode.endswith(('-done', '-update')):
+            return  # of what its start has counted
+        opcode = instruction.opcode.removesuffix('-start')
+        if not is_fused and opcode not in NO_KERNEL:
+            tally.kernels[opcode] += 1
+            tally.bytes_accessed += self.memory.bytes_accessed(computation, instruction)
+            tally.cycles += hlo_cost.estimated_cycles(instruction)
+
+        # Other computations: a loop's body as often as it runs, of a conditional one branch.
+        if opcode in ('while', 'conditional', 'call', 'fusion', 'async'):
+            operands = tuple(
+                self.constants.value(computation, operand, arguments)
+                for operand in instruction.operands
+            )
+        if opcode == 'while':
+            count = self.constants.trip_count(instruction, operands[0])
+            if count is None:
+                tally.unknown_loops.add(instruction.label)
+            state = self.constants.invariants(instruction, operands[0])
+            (body,) = instruction.called('body')
+            tally.add(self.read(body, (state,), is_fused), 1 if count is None else count)
+        elif opcode == 'conditional':
+            branches = zip(instruction.branches(), operands[1:], strict=True)
+            tallies = [self.read(branch, (state,), is_fused) for branch, state in branches]
+            tally.add(max(tallies, key=lambda branch: branch.price))
+        elif opcode in ('call', 'fusion', 'async'):
+            for name in instruction.called('to_apply' if opcode == 'call' else 'calls'):
+                tally.add(self.read(name, operands, is_fused or opcode == 'fusion'))
+
+        # The work of the instruction itself.
+        elif opcode in KINDS:
+            if not _is_continued(computation, instruction):
+                tally.collectives.update(_collectives(self.module, computation, instruction))
+        elif opcode in ('dot', 'convolution', 'custom-call'):
+            flops = hlo_cost.product_flops(computation, instruction)
+            if flops is None and OPAQUE.search(instruction.target):
+                tally.uncounted_calls.add(instruction.target)
+            tally.flops += flops or 0
+
+
+def _collectives(
+    module: hlo.Module, computation: hlo.Computation, instruction: hlo.Instruction
+) -> dict[tuple[str, int, int], int]:
+    """(kind, bytes of the output, devices of a group) → 1; empty for a group of one."""
+    kind = instruction.opcode.removesuffix('-start')
+    size = sum(shape.bytes for shape in instruction.shapes)
+    group = _group(instruction, module.num_devices)
+    # On TPU a reduce-scatter may be an all-reduce of which one fusion keeps a part.
+    root = computation.instructions[computation.root]
+    is_scattered = computation.name.startswith('all-reduce-scatter')
+    if kind == 'all-reduce' and is_scattered and root.opcode != 'all-reduce':
+        kind, size = 'reduce-scatter', sum(shape.bytes for shape in root.shapes)
+    return {(kind, size, group): 1} if group > 1 else {}
+
+
+def _group(instruction: hlo.Instruction, num_devices: int) -> int:
+    """The number of devices that communicate with each other."""
+    attributes = instruction.attributes
+    if match := re.search(r'source_target_pairs=\{(.*?)\}\}', attributes):
+        pairs = re.findall(r'(\d+),(\d+)', match[1])
+        return max(1, sum(source != target for source, target in pairs))
+    if match := re.search(r'replica_groups=\[(\d+),(\d+)\]', attributes):
+        return int(match[2])
+    if match := re.search(r'replica_groups=\{\{([\d,]*)\}', attributes):
+        return len(match[1].split(','))
+    if match := re.search(r'replica_groups=mesh\[(.*?)\] \{(.*?)\}', attributes):  # jax 0.12
+        sizes = dict(re.findall(r"\\?'(\w+)\\?'=(\d+)", match[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"\\?'(\w+)\\?'", match[2]))
+    return num_devices
+
+
+def _is_continued(computation: hlo.Computation, instruction: hlo.Instruction) -> bool:
+    """Whether a TPU goes on with a collective here, beside other work, that it began elsewhere."""
+    if 'async_collective_fusion_config' not in instruction.attributes:
+        return False
+    calls = computation.instructions.values()
+    return not any(call.target == 'AsyncCollectiveStart' for call in calls)

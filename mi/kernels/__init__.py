@@ -1,0 +1,1 @@
+"""Kernels: pure functions with their own order of evaluation or backward pass."""

@@ -1,0 +1,242 @@
+"""Keys of a language-model config and their checks."""
+
+from collections import ChainMap
+from collections.abc import Callable
+from typing import Any, get_args
+
+import jax
+import ml_collections
+from flax import linen as nn
+
+from mi import cells, fusion
+from mi.config import (
+    Rule,
+    UserError,
+    boolean,
+    check,
+    choice,
+    integer,
+    mesh_shape,
+    number,
+    seeds,
+    text,
+)
+from mi.lm.context import SOURCES
+from mi.lm.data import tokenizers
+from mi.lm.dropout import Rates
+from mi.lm.evaluate import Reading
+from mi.lm.feed_forward import ACTIVATIONS
+from mi.lm.model import SITES
+from mi.lm.transformer import Transformer
+from mi.precision import PRECISIONS
+from mi.training import optim, trackers
+
+CORES: dict[str, Callable[..., nn.Module]] = {'transformer': Transformer}
+"""The cores that are not layers of a recurrent cell: config word → module, called as Transformer.
+
+Every word of `mi.cells.CELLS` is a core too. A config file may add to both.
+"""
+
+
+RATE = number(0, 0.99)
+
+
+SEGMENT = 256  # tokens of a segment in evaluation, where state or a memory is carried
+
+
+def cutoffs(value: Any) -> str:
+    is_valid = isinstance(value, tuple | list) and not any(map(integer(1), value))
+    return '' if is_valid and sorted(set(value)) == list(value) else 'a tuple of rising integers'
+
+
+def tokens(value: Any) -> str:
+    fine = isinstance(value, int) and not isinstance(value, bool) and value >= 0 and value != 1
+    return '' if fine else 'an integer of at least 2, of which one is predicted, or 0'
+
+
+def segment(value: Any) -> str:
+    is_valid = value == -1 or not integer(1)(value)
+    return '' if is_valid and not isinstance(value, bool) else 'an integer of at least 1, or -1'
+
+
+SCHEMA: dict[str, Rule] = {
+    'task': choice(['lm']),
+    'seeds': seeds,
+    'tracker': trackers.known,
+    'data.source': text,
+    'data.path': text,
+    'data.level': choice(tokenizers.LEVELS),
+    'data.vocabulary': integer(2),
+    'data.train_tokens': integer(0),
+    'data.cache': text,
+    'model.core': choice(ChainMap(CORES, cells.CELLS)),
+    'model.embed': integer(1),
+    'model.hidden': integer(1),
+    'model.layers': integer(1),
+    'model.ffn': integer(1),
+    'model.impl': choice(get_args(cells.Impl)),
+    'model.rounds': integer(0),
+    'model.rank': integer(0),
+    'model.capped': boolean,
+    'model.heads': integer(1),
+    'model.kv_heads': integer(0),
+    'model.activation': choice(ACTIVATIONS),
+    'model.positions': choice(['rotary', 'relative']),
+    'model.memory': integer(0),
+    'model.remat': boolean,
+    'model.tied': boolean,
+    'model.cutoffs': cutoffs,
+    'model.divisor': integer(1),
+    'model.dtype': choice(['float32', 'bfloat16']),
+    'model.site': choice(SITES),
+    'model.source': choice(SOURCES),
+    'model.context': integer(1),
+    'model.fusion.name': choice(fusion.FUSIONS),
+    'model.fusion.rank': integer(1),
+    'model.fusion.hidden': integer(1),
+    **{f'dropout.{name}': RATE for name in Rates._fields if name != 'locked'},
+    'dropout.locked': boolean,
+    'loss.label_smoothing': number(0, 0.99),
+    'loss.z_loss': number(0),
+    'loss.chunk': integer(0),
+    'match.by': choice(['none', 'parameters', 'flops']),
+    'match.knob': choice(['hidden', 'rank']),
+    'match.target': integer(0),
+    'train.steps': integer(1, 2**31 - 1),
+    'train.batch': integer(1),
+    'train.length': integer(1),
+    'train.accumulate': integer(1),
+    'train.fsdp': integer(1),
+    'train.mesh': mesh_shape,
+    'train.matmul_precision': choice(PRECISIONS),
+    'train.log_every': integer(1),
+    'train.eval_every': integer(1),
+    'train.save_every': integer(1),
+    'train.keep': integer(1),
+    'eval.batch': integer(1),
+    'eval.length': segment,
+    'eval.memory': integer(-1),
+    'eval.stride': integer(0),
+    'eval.valid_tokens': tokens,
+    'eval.final_tokens': tokens,
+    'dynamic.tokens': tokens,
+    'dynamic.length': integer(1),
+    'dynamic.learning_rate': number(0),
+    'dynamic.decay': number(0),
+    'dynamic.epsilon': number(0, exclusive=True),
+    'dynamic.statistics': integer(1),
+    'sample.prompt': text,
+    'sample.texts': integer(1),
+    'sample.tokens': integer(1),
+    'sample.temperature': number(0),
+    'sample.top_p': number(0, 1, exclusive=True),
+    **optim.SCHEMA,
+}
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Refuses a config that cannot work, before anything is built.
+
+    Raises:
+      UserError: which key, what was expected, what to change.
+    """
+    check(config, SCHEMA)
+    model, training = config.model, config.train
+    optim.validate(config.optim, training.steps)
+    if config.data.level == 'bpe' and config.data.vocabulary < 256:
+        raise UserError(
+            f'config.data.vocabulary = {config.data.vocabulary}: at the level bpe the 256 bytes '
+            f'are in it; expected at least 256'
+        )
+    transformer = model.core == 'transformer'
+    if model.core in CORES and model.source == 'state':
+        raise UserError(
+            f"config.model.source = 'state': config.model.core = {model.core!r} has no state of "
+            f"one step; use 'recurrent' or 'summary'"
+        )
+    if model.site == 'attention' and not transformer:
+        raise UserError(
+            f"config.model.site = 'attention': config.model.core = {model.core!r} has none; use "
+            f"'transformer'"
+        )
+    for key, heads in (('heads', model.heads), ('kv_heads', model.kv_heads or model.heads)):
+        whole = model.hidden if key == 'heads' else model.heads
+        if transformer and whole % heads:
+            raise UserError(f'config.model.{key} = {heads}: expected a divisor of {whole}')
+    if transformer and model.hidden // model.heads % 2:
+        raise UserError(
+            f'config.model.hidden / config.model.heads = {model.hidden // model.heads}: positions '
+            f'turn pairs of features; make it even'
+        )
+    if model.fusion.name in fusion.ONE_HOT and model.source != 'domain':
+        raise UserError(
+            f'config.model.fusion.name = {model.fusion.name!r} takes one-hot contexts alone; it '
+            f"needs config.model.source = 'domain'"
+        )
+    if model.impl == 'cudnn':
+        fits = model.core == 'lstm' and model.dtype == 'float32' and not config.dropout.state
+        if not fits or jax.default_backend() != 'gpu':
+            raise UserError(
+                "config.model.impl = 'cudnn': expected an NVIDIA GPU, config.model.core = 'lstm', "
+                "config.model.dtype = 'float32' and config.dropout.state = 0; use 'xla'"
+            )
+    if model.cutoffs and (config.loss.label_smoothing or config.loss.z_loss):
+        raise UserError(
+            'config.model.cutoffs: an adaptive softmax has no whole distribution to smooth or to '
+            'normalise; set config.loss.label_smoothing and config.loss.z_loss to 0'
+        )
+    if training.batch % training.accumulate:
+        raise UserError(
+            f'config.train.accumulate = {training.accumulate}: expected a divisor of '
+            f'config.train.batch = {training.batch}'
+        )
+    if config.eval.memory >= 0 and not transformer:
+        raise UserError(
+            f'config.eval.memory = {config.eval.memory} is for Transformers; a recurrent state is '
+            f'carried through the whole text: use -1'
+        )
+    length = reading(config).length
+    if not 0 <= config.eval.stride <= length:
+        raise UserError(
+            f'config.eval.stride = {config.eval.stride}: expected at most {length}, the tokens of '
+            f'a window. Try a longer config.eval.length'
+        )
+    if transformer:
+        _refuse_unseen_positions(config)
+
+
+def _refuse_unseen_positions(config: ml_collections.ConfigDict) -> None:
+    """Refuse to evaluate a Transformer at distances between tokens that training does not have.
+
+    With a memory, in training and in evaluation, its length is free: recurrence over segments is
+    made for that.
+    """
+    trained_memory, length = config.model.memory, config.train.length
+    memory = trained_memory if config.eval.memory < 0 else config.eval.memory
+    if memory and not trained_memory and memory >= length:
+        raise UserError(
+            f'config.eval.memory = {memory}: expected at most {length - 1}, as training has '
+            f'config.train.length = {length} positions and no memory. Try config.model.memory'
+        )
+    if memory:
+        return
+    seen = trained_memory + 1 if trained_memory else length
+    lengths = {'eval.length': reading(config).length}
+    if config.dynamic.tokens:
+        lengths['dynamic.length'] = config.dynamic.length
+    for key, value in lengths.items():
+        if value > seen:
+            raise UserError(
+                f'config.{key} = {value}: expected at most {seen}, the positions that training '
+                f'has for a Transformer that is evaluated without memory. Try '
+                f'config.{key} = {seen}, or config.model.memory'
+            )
+
+
+def reading(config: ml_collections.ConfigDict) -> Reading:
+    """Return how a text is read: with `eval.length` −1, in segments as long as training allows."""
+    length = config.eval.length
+    if length < 0:
+        is_bounded = config.model.core == 'transformer' and not config.model.memory
+        length = config.train.length if is_bounded else SEGMENT
+    return Reading(config.eval.batch, length, config.eval.stride)

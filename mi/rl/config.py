@@ -1,0 +1,154 @@
+"""Keys of an RL config and their checks."""
+
+from collections import ChainMap
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+from flax import linen as nn
+
+from mi import cells, fusion
+from mi.config import (
+    Rule,
+    UserError,
+    boolean,
+    check,
+    choice,
+    integer,
+    mesh_shape,
+    number,
+    seeds,
+    text,
+)
+from mi.precision import PRECISIONS
+from mi.rl import learner
+from mi.rl.agent import (
+    SITES,
+    SOURCES,
+    TORSOS,
+)
+from mi.rl.loss import CLIPS
+from mi.rl.transformer import GatedTransformer
+from mi.training import optim, trackers
+
+CORES: dict[str, Callable[..., nn.Module]] = {'transformer': GatedTransformer}
+"""The cores that are no cell of `mi.cells`, called like one: config word → module.
+
+Every word of `mi.cells.CELLS` is a core too. A config file may add to both.
+"""
+
+
+LOOKS = {  # torso → entries of the observation, of which it needs one
+    'dense': ('grid', 'features'),
+    'conv': ('grid',),
+    'shallow': ('pixels',),
+    'deep': ('pixels',),
+}
+
+
+TOPOLOGIES = ('fused', 'threads', 'ray')
+
+
+def sites(value: Any) -> str:
+    fine = isinstance(value, tuple | list) and len(set(value)) == len(value)
+    if fine and all(word in SITES for word in value):
+        return ''
+    return f'a tuple of distinct words out of {", ".join(SITES)}; () for none'
+
+
+SCHEMA: dict[str, Rule] = {
+    'task': choice(['rl']),
+    'seeds': seeds,
+    'tracker': trackers.known,
+    'env.name': text,
+    'env.options.*': lambda value: '',  # checked against the environment's own, by `envs.pool`
+    'model.torso': choice(TORSOS),
+    'model.features': integer(1),
+    'model.core': choice(ChainMap[str, Any](CORES, cells.CELLS, {'none': None})),
+    'model.hidden': integer(1),
+    'model.instruction': boolean,
+    'model.dtype': choice(['float32', 'bfloat16']),
+    'model.sites': sites,
+    'model.source': choice(SOURCES),
+    'model.context': integer(1),
+    'model.fusion.name': choice(fusion.FUSIONS),
+    'model.fusion.rank': integer(1),
+    'model.fusion.hidden': integer(1),
+    'loss.discount': number(0, 1),
+    'loss.lambda_': number(0, 1),
+    'loss.rho_clip': number(0, exclusive=True),
+    'loss.c_clip': number(0, exclusive=True),
+    'loss.entropy_cost': number(0),
+    'loss.baseline_cost': number(0),
+    'loss.reward_clip': choice(CLIPS),
+    'loss.popart': number(0, 1),
+    'loss.popart_corrected': boolean,
+    'loss.popart_order': choice(learner.POPART_ORDERS),
+    'loss.popart_preserve': boolean,
+    'train.topology': choice(TOPOLOGIES),
+    'train.steps': integer(1),
+    'train.batch': integer(1),
+    'train.length': integer(1),
+    'train.mesh': mesh_shape,
+    'train.matmul_precision': choice(PRECISIONS),
+    'train.log_every': integer(1),
+    'train.eval_every': integer(1),
+    'train.save_every': integer(1),
+    'train.keep': integer(1),
+    'actors.number': integer(1),
+    'actors.batch': integer(1),
+    'actors.groups': integer(1),
+    'actors.queue': integer(1),
+    'actors.max_lag': integer(1),
+    'actors.timeout': number(0, exclusive=True),
+    'eval.episodes': integer(1),
+    'eval.batch': integer(0),
+    'eval.steps': integer(1),
+    'eval.seconds': number(0, exclusive=True),
+    'eval.greedy': boolean,
+    'eval.held_out': text,
+    **optim.SCHEMA,
+}
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Refuses a config that cannot work, before anything is built.
+
+    Raises:
+      UserError: which key, what was expected, what to change.
+    """
+    check(config, SCHEMA)
+    optim.validate(config.optim, updates(config))
+    model, training, actors = config.model, config.train, config.actors
+    word = model.fusion.name
+    if word in fusion.ONE_HOT and ('instruction' in model.sites or model.source != 'task'):
+        raise UserError(
+            f'config.model.fusion.name = {word!r} takes one-hot contexts alone; it needs '
+            f"config.model.source = 'task' and no site 'instruction'"
+        )
+    for name in ('eval_every', 'save_every'):
+        if training[name] % training.log_every:
+            raise UserError(
+                f'config.train.{name} = {training[name]}: expected a multiple of '
+                f'config.train.log_every = {training.log_every}, the updates of one record'
+            )
+    if training.topology == 'fused':
+        return
+    if len(config.seeds) > 1:
+        raise UserError(
+            f'config.seeds = {tuple(config.seeds)}: the topology {training.topology!r} trains one '
+            f'seed; start a run for each'
+        )
+    processes = jax.process_count()
+    if training.batch % (actors.batch * processes):
+        each = f', in each of {processes} processes' if processes > 1 else ''
+        raise UserError(
+            f'config.train.batch = {training.batch}: expected a multiple of config.actors.batch = '
+            f'{actors.batch}, the rows of one trajectory in the queue{each}'
+        )
+
+
+def updates(config: ml_collections.ConfigDict) -> int:
+    """How many updates a run has."""
+    return max(1, config.train.steps // (config.train.batch * config.train.length))

@@ -1,0 +1,1 @@
+"""Rollout and update in one program (Anakin)."""

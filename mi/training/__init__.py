@@ -1,0 +1,1 @@
+"""What every trainer needs: run directories, checkpoints, logs, sharding."""

@@ -1,0 +1,85 @@
+"""Reading again what runs and launchers wrote, also where a failure has left less of it.
+
+And how long they will go on, as both show it.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import pathlib
+from typing import Any
+
+from mi.config import UserError
+
+
+def read_json(path: pathlib.Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The JSON object of a file that has to be whole; `missing`, if given, where there is none.
+
+    Raises:
+      UserError: if it holds something else.
+    """
+    if missing is not None and not path.exists():
+        return missing
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:  # also of bytes that are not text
+        raise UserError(
+            f'{path} is not JSON ({error}); restore it, or name another --workdir'
+        ) from error
+    if not isinstance(value, dict):
+        raise UserError(
+            f'{path} is no JSON object: expected {{…}}; restore it, or name another --workdir'
+        )
+    return value
+
+
+STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+
+def storage_failure(error: BaseException) -> str:
+    """Say why a file could not be written, '' if an exception is of something else.
+
+    The operating system's error may be what other exceptions came of, or only be in their words, as
+    those of orbax.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in STORAGE:
+            where = f'{seen.filename}: ' if seen.filename else ''
+            return f'{where}{os.strerror(seen.errno)}'
+        for number in STORAGE[:3]:
+            if os.strerror(number) in str(seen):
+                return os.strerror(number)
+        seen = seen.__cause__ or seen.__context__
+    return ''
+
+
+def whole_lines(path: pathlib.Path) -> int:
+    """Length of a file up to its last newline; who was killed may have left half a line after it.
+
+    0 where there is no file.
+    """
+    return path.read_bytes().rfind(b'\n') + 1 if path.exists() else 0
+
+
+def held(lock: pathlib.Path) -> bool:
+    """Whether a process holds a lock file.
+
+    It is taken for an instant to find out, shared, so that those who ask do not see each other.
+    `mi.training.run_dir` tries for a second before it gives up.
+    """
+    try:
+        with open(lock) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def clock(seconds: float) -> str:
+    """'00:00:09', '250:05:09': hours, minutes and seconds, the hours beyond a day too."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f'{minutes // 60:02}:{minutes % 60:02}:{rest:02}'
