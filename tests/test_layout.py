@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from mi.config import flat
+from mi.config import flatten
 from mi.lm.config import SCHEMA, check
 from tests.conftest import ROOT
 
@@ -76,7 +76,7 @@ def test_every_key_of_the_config_has_a_rule_and_no_rule_is_without_a_key():
 
     files = lm, lm_enwik8, lm_ptb, lm_wikitext103
     for config in (file.get_config(preset) for file in files for preset in file.PRESETS):
-        assert set(flat(config.to_dict())) == set(SCHEMA)
+        assert set(flatten(config.to_dict())) == set(SCHEMA)
         check(config, SCHEMA)
 
 
