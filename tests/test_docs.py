@@ -1,4 +1,6 @@
+import ast
 import inspect
+import re
 
 import pytest
 from flax import linen as nn
@@ -6,6 +8,7 @@ from flax import linen as nn
 from docs import build
 from mi import cells, layers
 from mi.motifs import attention, dynamic_conv, experts, gating, hypernetwork, normalization, pooling
+from tests.conftest import ROOT
 from tests.test_fusion import SHIPPED
 
 PARTS = {'Affine', 'Hypernetwork'}  # of motifs, not motifs
@@ -56,3 +59,29 @@ def test_every_module_has_a_place_on_a_page():
 def test_the_page_is_what_the_code_says(name):
     written = (build.HERE / f'motifs/{name}.md').read_text()
     assert written == build.page(name), 'run python -m docs.build'
+
+
+ARCHITECTURE = (build.HERE / 'architecture.md').read_text()
+
+
+@pytest.mark.parametrize(
+    ('path', 'names'), re.findall(r'`(mi/[\w/]+\.py)`: ((?:`\w+`(?:, )?)+)', ARCHITECTURE)
+)
+def test_the_architecture_page_names_existing_code(path, names):
+    tree = ast.parse((ROOT / path).read_text())
+    assert set(re.findall(r'\w+', names)) <= {getattr(node, 'name', None) for node in tree.body}
+
+
+def test_every_arrow_of_the_architecture_page_is_an_import():
+    """And every folder or file in the diagram or the text exists."""
+    diagram = re.search(r'```mermaid\n(.*?)```', ARCHITECTURE, flags=re.DOTALL)[1]
+    paths = dict(re.findall(r'(\w+)\["([\w/.]+)', diagram))
+    named = {*paths.values(), *re.findall(r'`((?:mi|tests|experiments)/[\w/.]*)`', ARCHITECTURE)}
+    assert not [path for path in named if not (ROOT / path).exists()]
+    for importer, imported in re.findall(r'(\w+)(?:\[[^\]]*\])? --> (\w+)', diagram):
+        top = ROOT / paths[importer]
+        files = sorted(top.rglob('*.py')) if top.is_dir() else [top]
+        module = paths[imported].removesuffix('.py').strip('/').replace('/', '.')
+        package, _, name = module.rpartition('.')
+        pattern = rf'(?m)^\s*(from {module}[. ]|from {package or "-"} import .*\b{name}\b)'
+        assert any(re.search(pattern, file.read_text()) for file in files), (importer, imported)
