@@ -29,7 +29,7 @@ EXTRAS = {
     # Other versions of torch pull gigabytes; only benchmarks and the golden file's script use it.
     'benchmark': ['torch==2.13.0', 'ray[rllib]>=2.50', 'envpool>=1.2'],
     'hub': ['datasets>=4.0'],
-    'digits': ['scikit-learn>=1.6'],  # its images, for experiments/attention_conv.py
+    'digits': ['scikit-learn>=1.6'],  # its images, for experiments/attention_conv
     'envpool': ['envpool>=1.2'],
     'gym': ['gymnasium>=1.2'],
     'vizdoom': ['gymnasium>=1.2', 'vizdoom>=1.3'],
@@ -71,8 +71,9 @@ setuptools.setup(
     python_requires='>=3.11,<3.14',
     # Own configs import configs.lm, own sweeps launch.sweep, from whatever directory they are in.
     packages=[
-        *setuptools.find_packages(include=['mi', 'mi.*', 'launch', 'configs']),
-        'experiments',
+        *setuptools.find_packages(
+            include=['mi', 'mi.*', 'launch', 'configs', 'experiments', 'experiments.*']
+        ),
     ],
     package_data={'mi': ['py.typed', 'data/*.xz', 'report/page.*']},
     install_requires=RUN,

@@ -333,7 +333,7 @@ def _config(path: pathlib.Path) -> dict[str, Any]:
 def _rules(config: Mapping[str, Any]) -> Mapping[str, Rule]:
     """Of the keys of a flat config."""
     schemas = {'lm': lm.SCHEMA, 'rl': rl.SCHEMA, 'fit': fit.SCHEMA}
-    problem = fit.PROBLEMS.get(config.get('problem.name', ''))
+    problem = fit.problem_module(config['problem.name']) if config['task'] == 'fit' else None
     return schemas.get(config.get('task', ''), {}) | (problem.SCHEMA if problem else {})
 
 

@@ -133,7 +133,7 @@ def load(
     _refuse_twice(members, configs, task)
     curves = _checked_curves(file, module, configs)
     description = {
-        'name': pathlib.Path(file).stem,
+        'name': sweep_name(pathlib.Path(file)),
         'title': module.TITLE,
         'metric': module.METRIC,
         'split': module.SPLIT,
@@ -216,13 +216,23 @@ def report(file: str, workdir: pathlib.Path) -> None:
         draw(workdir, workdir / 'report')
 
 
+def sweep_name(file: pathlib.Path) -> str:
+    """Return the name of a sweep: 'regression' for regression/sweep.py as for regression.py."""
+    word, _, variant = file.stem.partition('_')
+    if word != 'sweep':
+        return file.stem
+    return '_'.join(filter(None, (file.absolute().parent.name, variant)))
+
+
 def _module(file: str) -> types.ModuleType:
-    path = pathlib.Path(find_file(file, 'experiments')).absolute()
+    path = pathlib.Path(find_file(file, ('experiments',))).absolute()
     if not path.is_file():
-        ours = sorted(p.stem for p in EXPERIMENTS.glob('*.py'))
+        ours = sorted(
+            sweep_name(p) for p in EXPERIMENTS.rglob('*.py') if 'CONFIG = ' in p.read_text()
+        )
         raise UserError(
             f'--sweep={file}: no such file; expected one of your own or experiments/NAME.py; '
-            f'{suggest(path.stem, ours)}'
+            f'{suggest(sweep_name(path), ours)}'
         )
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
@@ -243,7 +253,9 @@ def _in_one_line(file: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # it is the user's program: anything may
-        path = str(pathlib.Path(find_file(file, 'experiments')).absolute())  # as `_module` has it
+        path = str(
+            pathlib.Path(find_file(file, ('experiments',))).absolute()
+        )  # as `_module` has it
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == path]
         said = format_error(error)

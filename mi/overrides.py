@@ -13,7 +13,7 @@ import re
 import sys
 import traceback
 import types
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -192,21 +192,21 @@ def _unknown(config: ml_collections.ConfigDict, key: str) -> str:
     return f'config.{key} is unknown; the keys of {where} are {", ".join(sorted(section))}'
 
 
-def find_file(path: str, folder: str) -> str:
+def find_file(path: str, folders: Collection[str]) -> str:
     """Return the path of a file of ours, such as configs/lm.py, from whatever directory.
 
     Args:
       path: as it is given; one that exists is that.
-      folder: that comes with the package and is looked in where there is no such file.
+      folders: that come with the package and are searched if there is no such file.
     """
     ours = pathlib.Path(__file__).parents[1] / path
-    is_ours = pathlib.Path(path).parts[:1] == (folder,) and ours.is_file()
+    is_ours = pathlib.Path(path).parts[0] in folders and ours.is_file()
     return str(ours) if is_ours and not pathlib.Path(path).is_file() else path
 
 
 def _get_config(file: str) -> ml_collections.ConfigDict:
     path, colon, argument = file.partition(':')
-    path = find_file(path, 'configs')
+    path = find_file(path, ('configs', 'experiments'))
     if not pathlib.Path(path).is_file() or not path.endswith('.py'):
         what = 'a directory' if pathlib.Path(path).is_dir() else 'no such file'
         what = 'not a Python file' if pathlib.Path(path).is_file() else what

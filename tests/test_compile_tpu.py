@@ -12,19 +12,19 @@ import jax.numpy as jnp
 import pytest
 
 from configs import (
-    attention_conv,
-    composition,
-    expressivity,
-    hamiltonian,
     lm,
     lm_enwik8,
     lm_ptb,
     lm_wikitext103,
-    regression,
     rl,
     rl_dmlab30,
-    seq2seq,
 )
+from experiments.attention_conv import config as attention_conv
+from experiments.composition import config as composition
+from experiments.expressivity import config as expressivity
+from experiments.hamiltonian import config as hamiltonian
+from experiments.regression import config as regression
+from experiments.seq2seq import config as seq2seq
 from mi import cells, fusion
 from mi.config import UserError
 from mi.estimate import memory, program, topologies

@@ -6,7 +6,13 @@ import sys
 
 import pytest
 
-from configs import expressivity, lm, lm_ptb, rl, rl_dmlab30
+from configs import (
+    lm,
+    lm_ptb,
+    rl,
+    rl_dmlab30,
+)
+from experiments.expressivity import config as expressivity
 from mi.config import UserError
 from mi.estimate import costs
 
@@ -17,7 +23,7 @@ from mi.estimate import costs
     [
         ('configs/lm.py:tiny', {'match.by': 'parameters', 'train.steps': 1}),
         ('configs/rl.py:tiny,env=catch', {'train.steps': 40}),
-        ('configs/expressivity.py:fit', {'train.steps': 1, 'model.parameters': 500}),
+        ('experiments/expressivity/config.py:fit', {'train.steps': 1, 'model.parameters': 500}),
     ],
     ids=['lm', 'rl', 'fit'],
 )

@@ -8,7 +8,8 @@ import sys
 import jax
 import pytest
 
-from configs import expressivity, lm
+from configs import lm
+from experiments.expressivity import config as expressivity
 from mi.config import UserError
 from mi.estimate import (
     cli,
@@ -19,7 +20,7 @@ from mi.estimate import (
 from tests.conftest import forced
 
 SMALL = [
-    '--config=configs/expressivity.py:fit',
+    '--config=experiments/expressivity/config.py:fit',
     '--config.problem.dimension=3',
     '--config.model.width=16',
     '--config.model.site=last',

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs import expressivity, lm, rl
+from configs import lm, rl
+from experiments.expressivity import config as expressivity
 from mi.config import UserError
 from mi.estimate import cli, costs, memory
 from mi.lm import train as train_lm

@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from configs import composition, expressivity, lm, rl, seq2seq
+from configs import lm, rl
+from experiments.composition import config as composition
+from experiments.expressivity import config as expressivity
+from experiments.seq2seq import config as seq2seq
 from mi import cells, fusion, precision
 from mi.config import UserError
 from mi.estimate import memory

@@ -21,7 +21,7 @@ RL = {'env.name': 'catch', 'train.steps': 40 * 6, 'train.log_every': 2, 'eval.ep
 
 
 def config(file, preset, changes):
-    made = importlib.import_module(f'configs.{file}').get_config(preset)
+    made = importlib.import_module(file).get_config(preset)
     made.update_from_flattened_dict(changes)
     return made
 
@@ -42,7 +42,7 @@ def marked(workdir):
 @pytest.mark.slow
 def test_every_step_of_a_language_model(tmp_path, texts, cache):
     changes = LM | {'data.source': texts, 'data.cache': cache}
-    lm.train(config('lm', 'tiny', changes), str(tmp_path), profile=(3, 5))
+    lm.train(config('configs.lm', 'tiny', changes), str(tmp_path), profile=(3, 5))
     calls, names = marked(tmp_path)
     assert calls == [3, 4, 5]
     assert any('dot' in name for name in names)
@@ -50,7 +50,7 @@ def test_every_step_of_a_language_model(tmp_path, texts, cache):
 
 def test_programs_of_several_steps_are_recorded_as_a_whole(tmp_path):
     """Steps 7 to 12 lie in the programs of steps 6 to 10 and 11 to 15."""
-    fit.train(config('expressivity', 'fit', FIT), str(tmp_path), profile=(7, 12))
+    fit.train(config('experiments.expressivity.config', 'fit', FIT), str(tmp_path), profile=(7, 12))
     assert marked(tmp_path)[0] == [6, 11]
 
 
@@ -58,17 +58,21 @@ def test_programs_of_several_steps_are_recorded_as_a_whole(tmp_path):
 @pytest.mark.parametrize(('topology', 'calls'), [('fused', [3, 5]), ('threads', [3, 4, 5])])
 def test_updates_of_an_agent(tmp_path, topology, calls):
     changes = RL | {'train.topology': topology}
-    rl.train(config('rl', 'tiny', changes), str(tmp_path), profile=(3, 5))
+    rl.train(config('configs.rl', 'tiny', changes), str(tmp_path), profile=(3, 5))
     assert marked(tmp_path)[0] == calls
 
 
 def test_a_profile_that_the_run_never_reaches_leaves_no_trace(tmp_path):
-    fit.train(config('expressivity', 'fit', FIT), str(tmp_path), profile=(100, 120))
+    fit.train(
+        config('experiments.expressivity.config', 'fit', FIT), str(tmp_path), profile=(100, 120)
+    )
     assert not (tmp_path / 'profile').exists()
 
 
 def test_a_profile_that_the_run_does_not_end_is_written(tmp_path):
-    fit.train(config('expressivity', 'fit', FIT), str(tmp_path), profile=(16, 120))
+    fit.train(
+        config('experiments.expressivity.config', 'fit', FIT), str(tmp_path), profile=(16, 120)
+    )
     assert marked(tmp_path)[0] == [16]
 
 

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from configs import expressivity
 from configs import rl as rl_configs
+from experiments.expressivity import config as expressivity
 from mi.estimate import cli
 from mi.fit import search
 from mi.fit import train as fit

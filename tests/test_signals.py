@@ -44,10 +44,10 @@ main.run()
 
 LM = ['--config=configs/lm.py:tiny', '--config.train.steps=10', '--config.eval.final_tokens=2000']
 RL = ['--config=configs/rl.py:tiny,env=catch', '--config.train.steps=800']
-FIT = ['--config=configs/expressivity.py:fit', '--config.train.steps=20']
+FIT = ['--config=experiments/expressivity/config.py:fit', '--config.train.steps=20']
 FIT += ['--config.problem.examples=64', '--config.model.parameters=100']
 FIT += [f'--config.train.{name}_every=5' for name in ('log', 'eval', 'save')]
-SEARCH = ['--config=configs/expressivity.py:search', '--config.search.at=(1,)']
+SEARCH = ['--config=experiments/expressivity/config.py:search', '--config.search.at=(1,)']
 SEARCH += ['--config.search.parameters=30', '--config.search.per_octave=1']
 SEARCH += ['--config.search.target=1e-9', '--config.train.steps=20', '--config.train.eval_every=10']
 SEARCH += ['--config.problem.examples=64', '--config.train.log_every=10']

@@ -18,7 +18,7 @@ def train(workdir, tracker, environment):
     """Fits a small function for ten steps, in records of five; returns the numbers it recorded."""
     changes = {'tracker': tracker, 'train.steps': 10, 'seeds': (0, 1), 'problem.examples': 64}
     changes |= {f'train.{name}_every': 5 for name in ('log', 'eval', 'save')}
-    command = [sys.executable, '-m', 'mi.main', '--config=configs/expressivity.py:fit']
+    command = [sys.executable, '-m', 'mi.main', '--config=experiments/expressivity/config.py:fit']
     command += [f'--config.{key}={value}' for key, value in changes.items()]
     done = subprocess.run(
         [*command, f'--workdir={workdir}'],

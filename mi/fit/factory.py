@@ -1,7 +1,9 @@
 """From a config, checked, to the problem that it names, its model of the size that is asked for."""
 
 import functools
+import importlib
 import types
+from typing import Any
 
 import jax
 import ml_collections
@@ -16,30 +18,18 @@ from mi.config import (
     integer,
     number,
     seeds,
-    suggest,
+    text,
     tuple_of,
 )
-from mi.fit import composition, digits, frames, phase_space, products, regression, sequences
 from mi.fit.problem import Problem
 from mi.precision import PRECISIONS
 from mi.training import optim, trackers
-
-PROBLEMS: dict[str, types.ModuleType] = {
-    'products': products,
-    'sequences': sequences,
-    'digits': digits,
-    'composition': composition,
-    'regression': regression,
-    'phase_space': phase_space,
-    'frames': frames,
-}
-"""Word of config.problem.name → a module with SCHEMA and make(config) → Problem."""
 
 SCHEMA: dict[str, Rule] = {
     'task': choice(['fit', 'search']),
     'seeds': seeds,
     'tracker': trackers.known,
-    'problem.name': choice(PROBLEMS),
+    'problem.name': text,
     'model.width': integer(1),
     'model.parameters': integer(0),
     'train.steps': integer(1),
@@ -64,16 +54,30 @@ SEARCH: dict[str, Rule] = {
 }
 
 
+def problem_module(name: Any) -> types.ModuleType:
+    """Import the module of a problem, such as 'experiments.regression.problem'.
+
+    Raises:
+      UserError: if there is no such module, or if it lacks SCHEMA or make(config) → Problem.
+    """
+    expected = "expected a module with SCHEMA and make, such as 'experiments.regression.problem'"
+    try:
+        module = importlib.import_module(name)
+    except (ImportError, TypeError, ValueError) as error:
+        raise UserError(f'config.problem.name = {name!r}: {expected} ({error})') from error
+    if not (hasattr(module, 'SCHEMA') and hasattr(module, 'make')):
+        raise UserError(f'config.problem.name = {name!r}: {expected}')
+    return module
+
+
 def validate(config: ml_collections.ConfigDict) -> None:
     """Refuses a config that cannot work, before anything is built.
 
     Raises:
       UserError: which key, what was expected, what to change.
     """
-    word = flatten(config.to_dict()).get('problem.name')
-    if word not in PROBLEMS:
-        raise UserError(f'config.problem.name = {word!r}: {suggest(str(word), PROBLEMS)}')
-    schema = SCHEMA | PROBLEMS[word].SCHEMA
+    name = flatten(config.to_dict()).get('problem.name')
+    schema = SCHEMA | problem_module(name).SCHEMA
     check(config, schema | (SEARCH if config.task == 'search' else {}))
     optim.validate(config.optim, config.train.steps)
     for key in ('eval_every', 'save_every'):
@@ -104,7 +108,7 @@ def problem(config: ml_collections.ConfigDict) -> Problem:
     wanted = config.model.parameters
     if wanted:
         config = of_width(config, _nearest_width(config, 'config.model.parameters', wanted))
-    return PROBLEMS[config.problem.name].make(config)
+    return problem_module(config.problem.name).make(config)
 
 
 def largest_width(config: ml_collections.ConfigDict) -> int:
@@ -137,7 +141,7 @@ def _nearest_width(config: ml_collections.ConfigDict, key: str, wanted: int) -> 
 
 
 def _parameters_at(config: ml_collections.ConfigDict, width: int) -> int:
-    return parameters(PROBLEMS[config.problem.name].make(of_width(config, width)))
+    return parameters(problem_module(config.problem.name).make(of_width(config, width)))
 
 
 def parameters(problem: Problem) -> int:

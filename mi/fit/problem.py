@@ -22,7 +22,7 @@ class Problem(NamedTuple):
       evaluations: split → (parameters, world, key) → metrics, scalars; `metric/TASK` for those of
         one task. The key is the same at every evaluation of a seed.
       costs: () → 'parameters' and 'flops_per_example', each {'model': …, 'fusion': …}; of one
-        network where a seed trains several, as in mi.fit.sequences.
+        network where a seed trains several, as in experiments.seq2seq.problem.
       examples: in a batch.
       artefacts: (parameters, world, key) → arrays to keep at the end of training, as what a figure
         is drawn from; None for none.

@@ -14,7 +14,7 @@ from unittest import mock
 
 import jax
 
-from configs import expressivity
+from experiments.expressivity import config as expressivity
 from mi.estimate import program
 from mi.fit import factory, search, train
 from mi.training import optim, placement

@@ -77,7 +77,7 @@ def test_two_processes_of_two_devices_train_what_one_device_trains(tmp_path, wor
         options |= {'search.at': (1, 2), 'search.fit_from': 1, 'search.parameters': 20}
     else:
         options |= {'problem.dimension': 1}
-    arguments = [f'--config=configs/expressivity.py:{word}']
+    arguments = [f'--config=experiments/expressivity/config.py:{word}']
     arguments += [f'--config.{name}={value}' for name, value in options.items()]
     finish([start(tmp_path / 'one', arguments)], [0])
     finish(two(tmp_path / 'two', arguments, devices=2), [0, 0])

@@ -6,14 +6,12 @@ import numpy as np
 import optax
 import pytest
 
-from configs import (
-    attention_conv,
-    composition,
-    expressivity,
-    hamiltonian,
-    regression,
-    seq2seq,
-)
+from experiments.attention_conv import config as attention_conv
+from experiments.composition import config as composition
+from experiments.expressivity import config as expressivity
+from experiments.hamiltonian import config as hamiltonian
+from experiments.regression import config as regression
+from experiments.seq2seq import config as seq2seq
 from mi.fit import factory, train
 from mi.fit.problem import Problem
 from tests.fit.runs import edited
@@ -28,24 +26,27 @@ DRAWS = Problem(
 )
 
 CONFIGS = {
-    'products': lambda: expressivity.get_config('fit'),
-    'sequences': seq2seq.get_config,
-    'digits': attention_conv.get_config,
-    'composition': composition.get_config,
-    'regression': regression.get_config,
-    'phase_space': lambda: hamiltonian.get_config('phase'),
-    'frames': lambda: hamiltonian.get_config('frames'),
+    'experiments.expressivity.problem': lambda: expressivity.get_config('fit'),
+    'experiments.seq2seq.problem': seq2seq.get_config,
+    'experiments.attention_conv.problem': attention_conv.get_config,
+    'experiments.composition.problem': composition.get_config,
+    'experiments.regression.problem': regression.get_config,
+    'experiments.hamiltonian.phase_space': lambda: hamiltonian.get_config('phase'),
+    'experiments.hamiltonian.frames': lambda: hamiltonian.get_config('frames'),
 }
 
 
 @pytest.mark.parametrize(
     ('word', 'changes'),
     [
-        *((word, {}) for word in factory.PROBLEMS),
-        ('sequences', {'problem.targets': ('reverse', 'sort')}),
-        ('digits', {'model.layer': 'convolution'}),
-        ('composition', {'problem.context': 'learned', 'problem.coefficients': 'equal'}),
-        ('regression', {'problem.context': 'inferred'}),
+        *((word, {}) for word in CONFIGS),
+        ('experiments.seq2seq.problem', {'problem.targets': ('reverse', 'sort')}),
+        ('experiments.attention_conv.problem', {'model.layer': 'convolution'}),
+        (
+            'experiments.composition.problem',
+            {'problem.context': 'learned', 'problem.coefficients': 'equal'},
+        ),
+        ('experiments.regression.problem', {'problem.context': 'inferred'}),
     ],
 )
 def test_the_parameters_that_are_matched_are_those_that_are_written_down(word, changes):
@@ -53,7 +54,7 @@ def test_the_parameters_that_are_matched_are_those_that_are_written_down(word, c
     config = edited(CONFIGS[word](), **{'model.parameters': 0}, **changes)
     assert config.problem.name == word
     problem = factory.problem(config)
-    networks = len(config.problem.targets) if word == 'sequences' else 1
+    networks = len(config.problem.targets) if 'seq2seq' in word else 1
     assert factory.parameters(problem) == networks * problem.costs()['parameters']['model']
 
 

@@ -6,7 +6,8 @@ import types
 
 import pytest
 
-from configs import expressivity, lm, rl
+from configs import lm, rl
+from experiments.expressivity import config as expressivity
 from launch import devices, k8s, local, slurm, sweep
 from launch.devices import Devices
 from launch.engine import Resources

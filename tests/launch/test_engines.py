@@ -54,7 +54,7 @@ def wait_for(what, seconds=300):
 def on_this_machine(tmp_path_factory):
     """What the members' metrics are when nothing disturbs them, by name."""
     folder = tmp_path_factory.mktemp('local')
-    command = launch('local', folder, 'configs/expressivity.py:fit', FIT, '--parallel=2')
+    command = launch('local', folder, 'experiments/expressivity/config.py:fit', FIT, '--parallel=2')
     subprocess.run(command, check=True, capture_output=True)
     return {name: (folder / 'runs' / name / 'metrics.jsonl').read_bytes() for name in NAMES}
 
@@ -67,7 +67,7 @@ def a_slurm(tmp_path_factory):
 
 @pytest.mark.slow
 def test_ray_gives_the_same_metrics(tmp_path, on_this_machine):
-    command = launch('ray', tmp_path, 'configs/expressivity.py:fit', FIT)
+    command = launch('ray', tmp_path, 'experiments/expressivity/config.py:fit', FIT)
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name in NAMES:
@@ -82,7 +82,7 @@ def test_slurm_gives_the_same_metrics_also_to_jobs_that_are_sent_back(
 ):
     """One is requeued by Slurm; the other gets the signal that Slurm sends before the time-out."""
     runs = tmp_path / 'runs'
-    command = launch('slurm', tmp_path, 'configs/expressivity.py:fit', FIT, '--time=30')
+    command = launch('slurm', tmp_path, 'experiments/expressivity/config.py:fit', FIT, '--time=30')
     submitted = subprocess.run(command, check=True, capture_output=True, text=True, env=a_slurm)
     assert '2 members' in submitted.stdout
     jobs = json.loads((runs / 'slurm/jobs.json').read_text())
@@ -167,7 +167,7 @@ def test_members_that_left_the_queue_unfinished_are_reported_and_named(tmp_path)
         (tmp_path / name).write_text(f'#!/bin/sh\n{does}\n')
         (tmp_path / name).chmod(0o755)
     environment = os.environ | {'PATH': f'{tmp_path}:{os.environ["PATH"]}'}
-    command = launch('slurm', tmp_path, 'configs/expressivity.py:fit', FIT)
+    command = launch('slurm', tmp_path, 'experiments/expressivity/config.py:fit', FIT)
     with open(tmp_path / 'a_sweep.py', 'a') as file:
         file.write("def report(workdir, out):\n    raise ValueError('nothing to draw')\n")
     queued = subprocess.run(command, capture_output=True, text=True, env=environment)

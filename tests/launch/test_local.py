@@ -213,7 +213,7 @@ def test_a_dry_run_tells_what_members_cost_and_hours_by_the_rate_of_those_that_r
     file = tmp_path / 'fits.py'
     text = SWEEP.format(overrides=sweep.product(**values), baseline=None)
     text = text.replace("'bits_per_byte', 'test'", "'mse', 'eval'")
-    file.write_text(text.replace('configs/lm.py:tiny', 'configs/expressivity.py:fit'))
+    file.write_text(text.replace('configs/lm.py:tiny', 'experiments/expressivity/config.py:fit'))
     runs = tmp_path / 'runs'
     members = sweep.load(str(file), runs)
     told = [costs.of_config(sweep.parsed(m.command)) for m in members]
@@ -243,7 +243,10 @@ def test_members_that_differ_in_rates_and_seeds_alone_are_traced_once(monkeypatc
     widths = sweep.zip_(**{'model.width': [8, 16], 'problem.dimension': [3, 4]})
     rates = {'optim.learning_rate': [0.1, 0.2], 'seeds': [(0,), (1, 2)], 'train.steps': [5, 7]}
     arguments = [
-        ['--config=configs/expressivity.py:fit', *(f'--config.{k}={v}' for k, v in m.items())]
+        [
+            '--config=experiments/expressivity/config.py:fit',
+            *(f'--config.{k}={v}' for k, v in m.items()),
+        ]
         for m in sweep.product(widths, **rates)
     ]
     told = plan.count_costs([sweep.parsed(a) for a in arguments])
@@ -509,12 +512,12 @@ def test_the_sweeps_and_configs_of_the_package_are_found_from_another_directory(
 
 def test_a_file_of_ones_own_comes_before_one_of_ours(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert find_file('configs/lm.py', 'configs') == str(ROOT / 'configs/lm.py')
-    assert find_file('configs/none.py', 'configs') == 'configs/none.py'
-    assert find_file('launch/sweep.py', 'configs') == 'launch/sweep.py'
+    assert find_file('configs/lm.py', ['configs']) == str(ROOT / 'configs/lm.py')
+    assert find_file('configs/none.py', ['configs']) == 'configs/none.py'
+    assert find_file('launch/sweep.py', ['configs']) == 'launch/sweep.py'
     (tmp_path / 'configs').mkdir()
     (tmp_path / 'configs/lm.py').write_text('')
-    assert find_file('configs/lm.py', 'configs') == 'configs/lm.py'
+    assert find_file('configs/lm.py', ['configs']) == 'configs/lm.py'
 
 
 def test_members_whose_names_would_be_the_same_are_told_apart(tmp_path):

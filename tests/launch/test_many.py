@@ -22,7 +22,7 @@ states = local.submit(commands, engine.Resources(parallel=8, retries=int(sys.arg
 json.dump({path.name: word for path, word in states.items()}, open(sys.argv[2], 'w'))
 """
 REAL = [
-    '--config=configs/expressivity.py:fit',
+    '--config=experiments/expressivity/config.py:fit',
     '--config.seeds=(0,)',
     '--config.train.batch=16',
     '--config.train.steps=12000',

@@ -16,7 +16,11 @@ TITLE, BASELINE, NOTES = 'a test', None, []
 def sweep():
     return {overrides!r}
 """
-LM, FIT, SEARCH = 'configs/lm.py:tiny', 'configs/expressivity.py:fit', 'configs/expressivity.py'
+LM, FIT, SEARCH = (
+    'configs/lm.py:tiny',
+    'experiments/expressivity/config.py:fit',
+    'experiments/expressivity/config.py',
+)
 GYM = 'configs/rl.py:tiny,env=gymnasium/CartPole-v1'
 CATCH, KINDS = 'configs/rl.py:tiny,env=catch', 'configs/rl.py:tiny,env=xland/kinds'
 
@@ -27,6 +31,9 @@ def load(folder, config, metric, split, *, more='', overrides=({},)):
     file.write_text(SWEEP.format(overrides=list(overrides), **values))
     members = sweep.load(str(file), folder / 'runs')
     return members, json.loads((folder / 'runs/sweep.json').read_text())
+
+
+SEARCH = 'experiments/expressivity/config.py:search'
 
 
 @pytest.mark.parametrize(
@@ -44,7 +51,7 @@ def load(folder, config, metric, split, *, more='', overrides=({},)):
         (GYM, 'capped_mean', 'eval', 'known: cut, env_steps'),
         (FIT, 'mes', 'eval', "did you mean 'mse'"),
         (FIT, 'mse', 'evil', "did you mean 'eval'"),
-        ('configs/expressivity.py:search', 'parameters/5', 'eval', "did you mean 'parameters/"),
+        (SEARCH, 'parameters/5', 'eval', "did you mean 'parameters/"),
     ],
 )  # fmt: skip
 def test_a_metric_that_no_run_records_is_refused_with_the_nearest(
@@ -76,7 +83,7 @@ def test_each_member_is_looked_at_as_overrides_change_what_is_recorded(tmp_path)
         (FIT, 'mse', 'eval', 'eval'),
         (CATCH, 'success', 'eval', 'eval'),
         (CATCH, 'entropy', 'train', 'train'),
-        ('configs/expressivity.py:search', 'exponent', 'eval', 'eval'),
+        ('experiments/expressivity/config.py:search', 'exponent', 'eval', 'eval'),
     ],
 )
 def test_curves_are_by_default_those_that_the_runs_have(tmp_path, config, metric, split, curves):
@@ -137,7 +144,7 @@ def test_hyperparameters_are_by_default_those_of_the_task():
         (LM, 'model.tied', 'in the config of a: True'),
         (LM, 'optim.weight_decay', 'other than 0, in the config of a: 0.0'),
         (LM, 'optim.name', "'adam'"),
-        ('configs/expressivity.py:search', 'optim.learning_rate', "config.task = 'search' of a"),
+        (SEARCH, 'optim.learning_rate', "config.task = 'search' of a"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_perturbed_is_refused_before_anything_starts(config, key, said):

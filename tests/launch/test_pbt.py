@@ -13,7 +13,7 @@ from mi.training import checkpoint
 MEMBER = str(pathlib.Path(__file__).with_name('member.py'))
 SWEEP = """
 from launch.sweep import product
-CONFIG = 'configs/expressivity.py:fit'
+CONFIG = 'experiments/expressivity/config.py:fit'
 TITLE, METRIC, SPLIT, BASELINE, NOTES = 'a test', 'mse', 'eval', None, []
 def sweep():
     return product(**{

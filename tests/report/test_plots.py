@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from experiments.figures import panels
 from mi import report
-from mi.report import panels, plots
+from mi.report import plots
 from mi.report.plots import Line, _zoom
 from tests.report import test_report as made
 

@@ -1,0 +1,1 @@
+"""Sweeps of the two trainers, and a folder for each claim: problem, config, sweep."""

@@ -1,0 +1,1 @@
+"""Self-attention can express convolutions: centres and sharpness, learned on digits."""

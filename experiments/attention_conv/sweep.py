@@ -1,0 +1,242 @@
+"""Self-attention that can be a convolution: how exactly it is one, and whether it becomes one.
+
+Networks of three layers classify digits of 8 × 8 pixels, all of about 5,000 parameters: of
+convolutions, and of self-attention whose scores are quadratic in the offset, with centres Δ and
+sharpness α of each head learnt, or left as drawn, or learnt from a grid on. In each trained network
+of convolutions every layer is then replaced by K² heads at the offsets of its kernel: theory says
+that it is the same function as α grows, with an error that falls as e^−α until rounding stops it.
+Theory does not say that learnt centres form the grid: that is what the figure shows.
+
+    python -m launch.local --sweep=experiments/attention_conv/sweep.py --workdir=runs/attention_conv
+    \
+        --parallel=2
+
+Needs scikit-learn, the extra `digits`. The report also has construction.png, centres.png (and
+.pdf), and attention_conv.md.
+
+Source: Cordonnier et al., On the Relationship between Self-Attention and Convolutional Layers (ICLR
+2020), for layer, encoding and construction; the images (theirs were CIFAR-10), the networks and
+their training are ours.
+"""
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle
+
+from experiments.figures import panels
+from launch.sweep import product, zip_
+from mi.report import plots, statistics, tables
+
+CONFIG = 'experiments/attention_conv/config.py'
+TITLE = 'Digits by convolutions and by self-attention'
+METRIC = 'accuracy'
+SPLIT = 'eval'
+CURVES = 'eval'
+LOWER_IS_BETTER = False
+BASELINE = 'convolution, 3'
+NOTES = [
+    'Accuracy on 597 images that each seed holds out, at the end of 1,200 steps of 32 images.',
+    'A label is the layer and its kernel; or attention, its heads and their centres: learnt, fixed '
+    'as they were drawn, or learnt from a grid on.',
+    'All arms have the number of channels that brings them nearest to 5,000 parameters. One '
+    'learning rate for all. Convolutions pad with the edge, as self-attention does.',
+]
+
+SEEDS = [(0, 1, 2, 3, 4), (5, 6, 7, 8, 9)]
+SHOWN = {'attention, 9, learnt': 'drawn at first', 'attention, 9, grid': 'a grid at first'}
+NEAR = 0.5  # pixels from an offset of the kernel
+
+
+def sweep() -> list[dict[str, Any]]:
+    convolutions = product(**{'model.layer': ['convolution'], 'model.kernel': [3, 5, 1]})
+    attention = product(
+        **{'model.layer': ['attention']},
+        **{'model.heads': [9], 'model.centres': ['learnt', 'fixed', 'grid']},
+    )
+    fewer = {'model.layer': 'attention', 'model.heads': 4, 'model.centres': 'learnt'}
+    layers = [*convolutions, *attention, fewer]
+    return product(layers, zip_(seeds=SEEDS), **{'model.parameters': [5000]})
+
+
+def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
+    """Draws the error of the construction and the centres, and writes both as tables."""
+    kept = read(workdir)
+    kernels = {
+        f'{K} × {K}': kept[f'convolution, {K}'] for K in (3, 5) if f'convolution, {K}' in kept
+    }
+    with matplotlib.rc_context(plots.STYLE):
+        if kernels:
+            figure = Figure(figsize=(plots.WIDTH, 2.3), layout='constrained')
+            _construction(figure, kernels)
+            plots.save(figure, out, 'construction')
+        shown = {title: kept[label] for label, title in SHOWN.items() if label in kept}
+        if shown:
+            plots.save(_centres(shown), out, 'centres')
+    parts = [_errors(kernels), _moved(kept)]
+    (out / 'attention_conv.md').write_text('\n\n'.join(parts) + '\n', encoding='utf-8')
+
+
+class Kept(NamedTuple):
+    """What the runs of an arm kept, the arrays of all its seeds [S, …] joined."""
+
+    seeds: list[int]
+    alphas: list[float]
+    arrays: dict[str, np.ndarray]
+
+
+def read(workdir: pathlib.Path) -> dict[str, Kept]:
+    """{label: what its runs kept}; only of runs that are done."""
+    found: dict[str, list[Kept]] = {}
+    for member in json.loads((workdir / 'sweep.json').read_text())['members']:
+        folder = workdir / member['name']
+        if (folder / 'artefacts.npz').exists():
+            config = json.loads((folder / 'config.json').read_text())
+            arrays = dict(np.load(folder / 'artefacts.npz'))
+            of = Kept(config['seeds'], config['problem']['alphas'], arrays)
+            found.setdefault(member['label'], []).append(of)
+    return {
+        label: Kept(
+            [seed for part in parts for seed in part.seeds],
+            parts[0].alphas,
+            {name: np.concatenate([p.arrays[name] for p in parts]) for name in parts[0].arrays},
+        )
+        for label, parts in found.items()
+    }
+
+
+def _construction(figure: Figure, kernels: dict[str, Kept]) -> None:
+    """The error of the layers, and the accuracy of the whole network, against α."""
+    left, right = figure.subplots(1, 2)
+    for (title, of), colour in zip(kernels.items(), plots.PALETTE, strict=False):
+        alphas = np.array(of.alphas)
+        for d, (dtype, dashes) in enumerate(zip(('f32', 'bf16'), plots.DASHES, strict=False)):
+            errors = of.arrays['layer_error'][:, d]  # [S, alphas, L]
+            style = {'color': colour, 'ls': dashes, 'lw': 1.2}
+            label = f'{title}, {dtype}'
+            median = np.median(errors, (0, 2))
+            median[median == 0] = np.nan  # no point on a logarithmic axis
+            left.plot(alphas, median, label=label, **style)
+            left.fill_between(
+                alphas, errors.min((0, 2)), errors.max((0, 2)), median > 0,
+                color=colour, alpha=0.15, lw=0,
+            )  # fmt: skip
+            lost = of.arrays['accuracy'][:, d] - of.arrays['own_accuracy'][:, None]
+            mean, low, high = statistics.band(100 * lost)
+            right.plot(alphas, mean, label=label, **style)
+            if low is not None and high is not None:
+                right.fill_between(alphas, low, high, color=colour, alpha=0.15, lw=0)
+    alphas = np.linspace(0.5, 21, 50)
+    left.plot(alphas, np.exp(-alphas), color=plots.GREY, ls=(0, (1, 1)), lw=1, label='e⁻ᵅ')
+    left.set(xlabel='α of every head', ylabel='relative error of a layer')
+    left.set(yscale='log', xlim=(0, 24), ylim=(1e-9, 2))
+    panels.powers(left.yaxis)
+    right.set(xlabel='α of every head', ylabel='accuracy, less that of\nthe convolutions (points)')
+    right.set_xlim(0, 12)
+    left.legend(frameon=False)
+
+
+def _centres(shown: dict[str, Kept]) -> Figure:
+    """Of the first seed, the centres of every layer's heads before and after, and their widths."""
+    depth = next(iter(shown.values())).arrays['Delta'].shape[1]
+    figure = Figure(figsize=(plots.WIDTH, 0.5 + 1.75 * len(shown)), layout='constrained')
+    grid = figure.subplots(len(shown), depth, squeeze=False, sharex=True, sharey=True)
+    for row, (title, of) in zip(grid, shown.items(), strict=True):
+        row[0].set_ylabel(f'{title}\nrows')
+        for layer, axes in enumerate(row):
+            _heads(axes, {name: a[0, layer] for name, a in of.arrays.items()})
+    for layer in range(depth):
+        grid[0, layer].set_title(f'layer {layer + 1}')
+        grid[-1, layer].set_xlabel('columns')
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside lower center', ncols=4, frameon=False)
+    return figure
+
+
+def _heads(axes: Axes, of: dict[str, np.ndarray]) -> None:
+    """Offsets of one layer, Δ [H, 2] as (rows, columns); rows run down, as in an image."""
+    offsets = np.array([(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)])
+    axes.plot(*offsets.T[::-1], '+', color=plots.INK, ms=5, mew=0.6, label='3 × 3 kernel')
+    before, after = of['Delta_before'], of['Delta']
+    for start, end in zip(before, after, strict=True):
+        axes.plot(*zip(start[::-1], end[::-1], strict=True), color=plots.GREY, lw=0.6, zorder=1)
+    axes.plot(*before.T[::-1], 'o', mfc='none', color=plots.GREY, ms=3.5, label='Δ before')
+    axes.plot(*after.T[::-1], 'o', color=plots.PALETTE[0], ms=3.5, mew=0, label='Δ after')
+    for centre, alpha in zip(after, of['alpha'], strict=True):
+        if alpha > 0:  # below, the head looks away from its centre
+            axes.add_patch(
+                Circle(centre[::-1], width(alpha), color=plots.PALETTE[0], alpha=0.12, lw=0)
+            )
+    axes.set(
+        aspect='equal', xlim=(-4.5, 4.5), ylim=(4.5, -4.5), xticks=(-4, 0, 4), yticks=(-4, 0, 4)
+    )
+
+
+def width(alpha: Any) -> Any:
+    """The standard deviation of a head's Gaussian along an axis, in pixels: 1 / √(2α)."""
+    return 1 / np.sqrt(2 * np.maximum(alpha, 1e-6))
+
+
+def _errors(kernels: dict[str, Kept]) -> str:
+    """Means over layers and seeds; and over seeds of what the whole network loses."""
+    header = ['kernel, α', 'error of a layer, f32 [95 %]', 'bf16 [95 %]']
+    header += ['error of the logits, f32 [95 %]', 'accuracy lost, f32, points [95 %]']
+    body = []
+    for title, of in kernels.items():
+        arrays = of.arrays
+        lost = 100 * (arrays['own_accuracy'][:, None] - arrays['accuracy'][:, 0])
+        for i, alpha in enumerate(of.alphas):
+            columns = [arrays['layer_error'][:, d, i].mean(-1) for d in (0, 1)]
+            columns.append(arrays['logit_error'][:, 0, i])
+            line = [f'{title}, {alpha:g}']
+            line += [_scientific(_estimate(of, values)) for values in columns]
+            body.append([*line, str(tables.interval(_estimate(of, lost[:, i]), 2))])
+    return '**K² heads in place of a K × K convolution**\n\n' + tables.markdown(header, body)
+
+
+def _moved(kept: dict[str, Kept]) -> str:
+    """Of every layer of self-attention, how its centres lie to the offsets of a 3 × 3 kernel."""
+    offsets = np.array([(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)], float)
+    header = ['arm', 'layer', 'moved, pixels', f'heads within {NEAR} of an offset, before', 'after']
+    header += ['offsets with such a head, before', 'after', 'width before', 'after']
+    body = []
+    for label, of in kept.items():
+        if 'Delta' not in of.arrays:
+            continue
+        for layer in range(of.arrays['Delta'].shape[1]):
+            before, after = (of.arrays[name][:, layer] for name in ('Delta_before', 'Delta'))
+            moved = np.linalg.norm(after - before, axis=-1).mean(-1)
+            moved[moved < 1e-6] = 0  # rounding
+            near = [
+                np.linalg.norm(D[:, :, None] - offsets, axis=-1) <= NEAR for D in (before, after)
+            ]  # [S, H, 9]
+            values = [(moved, 2)]
+            values += [(100 * n.any(-1).mean(-1), 0) for n in near]
+            values += [(n.any(1).sum(-1).astype(float), 1) for n in near]
+            values += [
+                (np.median(width(of.arrays[name][:, layer]), -1), 2)
+                for name in ('alpha_before', 'alpha')
+            ]
+            line = [label, str(layer + 1)]
+            line += [str(tables.interval(_estimate(of, v), digits)) for v, digits in values]
+            body.append(line)
+    note = (
+        'Means over seeds [95 %]. A 3 × 3 kernel has 9 offsets; heads near one are in per cent. '
+        'Widths are medians over heads of 1 / √(2α), in pixels.'
+    )
+    return f'**Centres of the heads**\n\n{tables.markdown(header, body)}\n\n{note}'
+
+
+def _estimate(of: Kept, values: np.ndarray) -> statistics.Estimate:
+    return statistics.estimate(dict(zip(of.seeds, map(float, values), strict=True)), 'kept')
+
+
+def _scientific(e: statistics.Estimate) -> str:
+    if e.low is None or e.high is None:
+        return f'{e.mean:.1e}'
+    return f'{e.mean:.1e} [{e.low:.1e}, {e.high:.1e}]'

@@ -1,0 +1,1 @@
+"""Compositional generalization over pairs of modules."""

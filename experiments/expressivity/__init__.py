@@ -1,0 +1,1 @@
+"""How many parameters a product of x and z costs."""

@@ -1,0 +1,118 @@
+"""The product of two numbers: an MI has it exactly, a ReLU network the better the larger it is.
+
+Networks of ReLU layers on the concatenation of x and z, of one and two hidden layers of several
+widths, and one MI without a hidden layer, all trained on y = xz with Gaussian x and z. That an MI
+network can be any of these ReLU networks as well, with W = 0 and their U, V and b, needs no
+training: a test shows it bit for bit (tests/experiments/test_expressivity.py). Five seeds, and once
+more with five others.
+
+    python -m launch.local --sweep=experiments/expressivity/inclusion.py --workdir=runs/inclusion
+    --parallel=2
+
+Ten minutes on two cores. The report also has inclusion.png and .pdf: the error against the size,
+and where on the plane the errors of two networks are.
+
+Source: the question is that of Jayakumar et al. (ICLR 2020), expressivity; the experiment is ours.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from experiments.expressivity.problem import SURFACE
+from experiments.figures import panels
+from launch.sweep import product
+from mi.report import plots, runs
+
+CONFIG = 'experiments/expressivity/config.py:fit'
+TITLE = 'Error of the product of two numbers'
+METRIC = 'mse'
+SPLIT = CURVES = 'eval'
+BASELINE = None
+NOTES = [
+    'Mean squared error on 8,192 pairs of Gaussian numbers, after 4,000 steps of 256 pairs.',
+    'A label is the fusion, the number of hidden layers, and their width.',
+    'One learning rate, 0.01 and falling to 0, for all: larger networks may be able to do better.',
+]
+
+
+def sweep() -> list[dict[str, Any]]:
+    fixed = {
+        'problem.dimension': [1],
+        'train.steps': [4000],
+        'optim.learning_rate': [1e-2],
+        'seeds': [(0, 1, 2, 3, 4), (5, 6, 7, 8, 9)],
+    }
+
+    def networks(fusion: str, depth: int, widths: list[int]) -> list[dict[str, Any]]:
+        network = {'model.fusion.name': [fusion], 'model.depth': [depth], 'model.width': widths}
+        return product(**network, **fixed)
+
+    return [
+        *networks('concat', 1, [4, 8, 16, 32, 64, 128, 256]),
+        *networks('concat', 2, [4, 8, 16, 32, 64]),
+        *networks('mi', 0, [1]),
+    ]
+
+
+def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
+    """Draws the error against the size, and two surfaces of errors; nothing if no run is done."""
+    arms = {arm.label: arm for arm in runs.read(workdir).arms if arm.finite(METRIC, SPLIT)}
+    if not arms:
+        return
+    with matplotlib.rc_context(plots.STYLE):
+        figure = Figure(figsize=(plots.WIDTH, 2.3), layout='constrained')
+        left, *maps = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
+        for depth, dashes in zip((1, 2), plots.DASHES, strict=False):
+            label = f'concat, {depth} hidden layer{"s" if depth > 1 else ""}'
+            kind = [arm for name, arm in arms.items() if name.startswith(f'concat, {depth},')]
+            _errors(left, kind, label, plots.GREY, dashes)
+        _errors(left, [a for n, a in arms.items() if n.startswith('mi')], 'MI', plots.PALETTE[0])
+        left.set(xscale='log', yscale='log', xlabel='parameters', ylabel='mean squared error')
+        panels.powers(left.xaxis)
+        panels.powers(left.yaxis)
+        figure.legend(loc='outside lower center', ncols=3, handlelength=3, frameon=False)
+        shown = {'concat, 1, 16': 'concat, width 16', 'mi, 0, 1': 'MI'}
+        for axes, (label, title) in zip(maps, shown.items(), strict=True):
+            image = _surface(axes, workdir, label, title)
+        maps[0].set_ylabel('z')
+        maps[1].set_yticklabels([])
+        if image is not None:
+            bar = figure.colorbar(image, ax=maps, label='|error|', extend='both')
+            panels.powers(bar.ax.yaxis)
+        plots.save(figure, out, 'inclusion')
+
+
+def _errors(axes: Axes, arms: list[runs.Arm], label: str, colour: str, dashes: Any = '-') -> None:
+    """Medians over the seeds, and the whole range of them."""
+    if not arms:
+        return
+    sizes = [arm.counted('parameters', 'model') for arm in arms]
+    values = [list(arm.final(METRIC, SPLIT).values()) for arm in arms]
+    middle = np.array([np.median(of) for of in values])
+    spread = [middle - [min(of) for of in values], [max(of) for of in values] - middle]
+    axes.errorbar(
+        sizes, middle, spread, color=colour, ls=dashes, marker='.', label=label, elinewidth=0.8
+    )
+
+
+def _surface(axes: Axes, workdir: pathlib.Path, label: str, title: str) -> Any:
+    """|error| of the first seed's network on the square of x and z; nothing if it is not there."""
+    members = json.loads((workdir / 'sweep.json').read_text())['members']
+    folder = workdir / next(m['name'] for m in members if m['label'] == label)
+    axes.set(title=title, xlabel='x')
+    if not (folder / 'artefacts.npz').exists():
+        return None
+    error = np.abs(np.load(folder / 'artefacts.npz')['surface'][0])
+    return axes.imshow(
+        np.maximum(error, 1e-12),  # the logarithm of 0
+        norm=LogNorm(1e-8, 1),
+        origin='lower',
+        extent=(-SURFACE, SURFACE, -SURFACE, SURFACE),
+    )

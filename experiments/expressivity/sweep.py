@@ -1,0 +1,175 @@
+"""How large a network has to be to fit xᵀz, and two targets that have no product in them.
+
+Networks of ReLU layers, the first of which meets z with the fusion of the arm; for the
+concatenation one to three hidden layers. For each dimension of x and z, the smallest network that
+reaches a mean squared error of 0.1 on Gaussian inputs, found by bisection on the width with the
+best of three learning rates, for each of five seeds; once more with five others.
+
+    python -m launch.local --sweep=experiments/expressivity/sweep.py --workdir=runs/growth
+    --parallel=2
+
+The report also has expressivity.png, .pdf and .md: parameters against the
+dimension, and the law of their growth.
+
+Source: the question, xᵀz and 0.1 are of Jayakumar et al. (ICLR 2020), recalled; networks, the
+other targets, training and search are ours.
+"""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.figures import panels
+from launch.sweep import product
+from mi.fit import search
+from mi.report import (
+    plots,
+    runs,
+    statistics,
+    tables,
+)
+
+CONFIG = 'experiments/expressivity/config.py:search'
+TITLE = 'The smallest network that reaches an error of 0.1'
+METRIC = 'parameters/4'
+SPLIT = CURVES = 'eval'
+BASELINE = None
+PROBLEMS = ('problem.target',)
+NOTES = [
+    'Parameters of the smallest network for dimension 4; other dimensions stand beside it. An arm '
+    'that some seeds did not reach the error with has a mean over the others.',
+    'The exponent p of parameters = a · dᵖ, by least squares of logarithms over the dimensions d '
+    'from 4 on that all seeds of a run reached: not the same for all arms.',
+    'A label is the target, the fusion and the number of hidden layers.',
+    'A network has at most 2,000 steps of 256 examples, and reaches the target if it does so at '
+    'any multiple of 250 steps. One that would fit with more is counted as one that does not.',
+    'The widths that are tried are in steps of a factor of 1.26, and networks have at most 30,000 '
+    'parameters.',
+]
+
+SEEDS = [(0, 1, 2, 3, 4), (5, 6, 7, 8, 9)]
+TARGETS = {'product': 'y = xᵀz', 'additive': 'y = Σ u(xᵢ) + u(zᵢ)', 'x_only': 'y = Σ u(xᵢ)'}
+
+
+def sweep() -> list[dict[str, Any]]:
+    def arms(targets: list[str], fusions: list[str], depths: list[int]) -> list[dict[str, Any]]:
+        return product(**{
+            'problem.target': targets,
+            'model.fusion.name': fusions,
+            'model.depth': depths,
+            'seeds': SEEDS,
+        })  # fmt: skip
+
+    return [
+        *arms(['product'], ['concat'], [1, 2, 3]),
+        *arms(['product'], ['mi', 'mi_low_rank', 'film', 'gate', 'attention'], [1]),
+        *arms(['additive', 'x_only'], ['concat', 'mi', 'mi_low_rank', 'film'], [1]),
+    ]
+
+
+def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
+    """Draws parameters against the dimension, and writes them and the growth laws as tables."""
+    sweep = runs.read(workdir)
+    arms = [arm for arm in sweep.arms if arm.state == 'done']
+    by_target = {
+        target: [arm for arm in arms if arm.label.startswith(f'{target},')] for target in TARGETS
+    }
+    with matplotlib.rc_context(plots.STYLE):
+        figure = Figure(figsize=(plots.WIDTH, 2.6), layout='constrained')
+        grid = figure.subplots(1, len(TARGETS), sharey=True)
+        names = [_name(arm) for arm in arms]
+        styles = panels.styles(names, grey=[name for name in names if name.startswith('concat')])
+        for axes, (target, of_target) in zip(grid, by_target.items(), strict=True):
+            _draw(axes, TARGETS[target], of_target, styles)
+        figure.axes[0].set_ylabel('parameters')
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc='outside lower center', ncols=4, handlelength=3,
+                      frameon=False)  # fmt: skip
+        plots.save(figure, out, 'expressivity')
+    texts = [
+        f'**{target}**, {TARGETS[target]}\n\n{_table(of_target)}\n'
+        for target, of_target in by_target.items()
+        if of_target
+    ]
+    texts += [
+        'Medians over all seeds, of which one that did not reach the error counts as larger than '
+        f'all others. {sweep.left_out()}\n',
+        f'{statistics.CAUTION}\n',
+    ]
+    (out / 'expressivity.md').write_text('\n'.join(texts), encoding='utf-8')
+
+
+def smallest(arm: runs.Arm) -> dict[int, dict[int, float]]:
+    """{dimension: {seed: parameters}}; ∞ where the target was not reached."""
+    reached = {d: arm.final(f'parameters/{d}', SPLIT) for d in arm.config['search']['at']}
+    return {d: {seed: of.get(seed, np.inf) for seed in arm.seeds} for d, of in reached.items()}
+
+
+def laws(arm: runs.Arm) -> tuple[list[int], dict[int, float]]:
+    """The dimensions that all seeds reached, from the first of the law on, and {seed: exponent}."""
+    found, first = smallest(arm), arm.config['search']['fit_from']
+    dimensions = [
+        d for d, of in found.items() if d >= first and np.isfinite(list(of.values())).all()
+    ]
+    powers = {
+        seed: search.exponent(dimensions, [found[d][seed] for d in dimensions])
+        for seed in arm.seeds
+    }
+    return dimensions, {seed: p for seed, p in powers.items() if p is not None}
+
+
+def _name(arm: runs.Arm) -> str:
+    _, fusion, depth = arm.label.split(', ')
+    return tables.words(fusion) + ('' if depth == '1' else f', {depth} hidden layers')
+
+
+def _draw(
+    axes: Axes, title: str, arms: Sequence[runs.Arm], styles: dict[str, panels.Style]
+) -> None:
+    """Medians and the whole range of the seeds; a triangle where half of them need more."""
+    for i, arm in enumerate(arms):
+        found, (colour, dashes) = smallest(arm), styles[_name(arm)]
+        most = arm.config['search']['parameters']
+        d = np.array(list(found), float)
+        values = np.sort([list(of.values()) for of in found.values()], 1)
+        middle = np.median(values, 1)
+        there = np.isfinite(middle)
+        axes.plot(d[there], middle[there], color=colour, ls=dashes, marker='.', label=_name(arm))
+        ends = values[there, 0], np.minimum(values[there, -1], most)
+        axes.fill_between(d[there], *ends, color=colour, alpha=0.2, lw=0)
+        if not there.all():  # beside each other, the arms that do not get further
+            place = d[~there][:1] * 1.06**i
+            axes.plot(place, [most], '^', color=colour, mfc='none', ms=4, clip_on=False)
+    axes.set(title=title, xlabel='dimension of x and z', yscale='log')
+    panels.powers(axes.yaxis)
+    panels.ticks(axes, sorted({d for arm in arms for d in smallest(arm)}))
+
+
+def _table(arms: Sequence[runs.Arm]) -> str:
+    """Median parameters by dimension, where not all seeds got there how many; and the law."""
+    dimensions = sorted({d for arm in arms for d in smallest(arm)})
+    body = []
+    for arm in arms:
+        line = [_name(arm)]
+        for of in smallest(arm).values():
+            values = list(of.values())
+            reached = int(np.isfinite(values).sum())
+            few = '' if reached == len(values) else f'{reached} of {len(values)} seeds'
+            middle = np.median(values)
+            text = f'{middle:,.0f}' if np.isfinite(middle) else 'not reached'
+            line.append(f'{text} ({few})' if few and reached else text)
+        fitted, powers = laws(arm)
+        line.append(', '.join(map(str, fitted)) if powers else tables.NONE)
+        for drawn in SEEDS:
+            of_draw = {seed: powers[seed] for seed in drawn if seed in powers}
+            law = statistics.estimate(of_draw, arm.label) if of_draw else None
+            line.append(str(tables.interval(law, 2)))
+        body.append(line)
+    header = ['network', *(f'd = {d}' for d in dimensions), 'law of d =']
+    header += [f'exponent, seeds {s[0]} to {s[-1]} [95 %]' for s in SEEDS]
+    return tables.markdown(header, body)

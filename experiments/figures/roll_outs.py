@@ -1,0 +1,111 @@
+"""Predictions that go on for long, of several arms: their errors over time, and tables of scores.
+
+Errors of different laws, and of different times, differ by orders of magnitude: means over seeds
+are geometric.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.figures import panels, ratios
+from mi.report import statistics, tables
+from mi.report.runs import Arm
+
+
+class Style(NamedTuple):
+    """How an arm is called and drawn."""
+
+    label: str
+    colour: str
+    dashes: Any
+
+
+def kept(workdir: pathlib.Path, label: str) -> dict[str, np.ndarray]:
+    """The artefacts of an arm, the seeds of all its runs one after the other; {} without them."""
+    members = json.loads((workdir / 'sweep.json').read_text())['members']
+    files = [workdir / m['name'] / 'artefacts.npz' for m in members if m['label'] == label]
+    loaded = [np.load(file) for file in files if file.exists()]
+    names = loaded[0].files if loaded else []
+    return {name: np.concatenate([of[name] for of in loaded]) for name in names}
+
+
+def curve(axes: Axes, time: np.ndarray, values: np.ndarray, style: Style) -> None:
+    """The geometric mean of [seeds, times] with its interval; only where all are above zero."""
+    there = (values > 0).all(0)
+    middle, low, high = statistics.band(np.log(values[:, there]))
+    axes.plot(
+        time[there],
+        np.exp(middle),
+        color=style.colour,
+        ls=style.dashes,
+        lw=1,
+        label=style.label,
+    )
+    if low is not None and high is not None:
+        ends = np.exp(low), np.exp(high)
+        axes.fill_between(time[there], *ends, color=style.colour, alpha=0.15, lw=0)
+    axes.set_yscale('log')
+    panels.powers(axes.yaxis)
+
+
+def legend(figure: Figure, columns: int) -> None:
+    """One for all panels, below them; each label once."""
+    lines = {str(line.get_label()): line for axes in figure.axes for line in axes.get_lines()}
+    named = {label: line for label, line in lines.items() if not label.startswith('_')}
+    figure.legend(
+        named.values(), named.keys(), loc='outside lower center', ncols=columns, frameon=False
+    )
+
+
+LEARNT = 0.5  # an error below which a law has learnt to move at all; it is 1 for a body at rest
+NOTE = (
+    'Geometric means over seeds, but for `valid`, a share: its means are arithmetic. Drifts are '
+    f'those of the seeds whose error is below {LEARNT}, as a body that rests has none; where these '
+    'are not all, their number is given.'
+)
+
+
+def table(
+    arms: Mapping[str, Arm],
+    scores: Sequence[str],
+    metric: str,
+    split: str,
+    reference: str,
+    draws: Sequence[Sequence[int]],
+) -> str:
+    """Parameters and scores of {name: arm}; the ratio of the metric to that of the reference.
+
+    Means over seeds with intervals, as NOTE says; the ratio in each of the sets of seeds `draws`,
+    or of all seeds if there are none. There are none where a seed is not finite.
+    """
+    header = ['law', 'parameters', *map(tables.words, scores), 'valid']
+    against = f'{tables.words(metric)} / that of {reference}'
+    header += [f'{against}, seeds {seeds[0]} to {seeds[-1]}' for seeds in draws] or [against]
+    baseline = arms[reference].finite(metric, split) if reference in arms else {}
+    body = []
+    for name, arm in arms.items():
+        parameters = arm.counted('parameters', 'model')
+        line = [name, tables.NONE if parameters is None else f'{parameters:,}']
+        for score in scores:
+            values = arm.finite(score, split)
+            text = ratios.text(ratios.geometric(values, name) if values else None)
+            if score.startswith('drift') and values:
+                moving = {s for s, error in arm.final('error', split).items() if error < LEARNT}
+                some = {seed: value for seed, value in values.items() if seed in moving}
+                text = ratios.text(ratios.geometric(some, name) if some else None)
+                text += f' ({len(some)} of {len(values)})' * (len(some) < len(values))
+            line.append(text)
+        valid = arm.finite('valid', split)
+        line.append(str(tables.interval(statistics.estimate(valid, name) if valid else None, 2)))
+        found = arm.finite(metric, split)
+        for seeds in draws or [tuple(found)]:
+            ratio = ratios.ratio({s: found[s] for s in seeds if s in found}, baseline, name)
+            line.append(ratios.text(None if name == reference else ratio))
+        body.append(line)
+    return tables.markdown(header, body)

@@ -1,0 +1,1 @@
+"""Learned Hamiltonians of two streams, positions and momenta."""

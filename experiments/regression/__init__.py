@@ -1,0 +1,1 @@
+"""Few examples per task: regression with a context."""

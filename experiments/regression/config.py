@@ -1,0 +1,61 @@
+"""Sixteen regressions of each of two families: y = a x + b, and y = a sin(10 x) + b.
+
+Source: the families are those of Jayakumar et al. (ICLR 2020), multi-task regression, recalled;
+every constant is ours, a reconstruction.
+
+    python -m mi.main --config=experiments/regression/config.py --workdir=runs/regression
+
+Ten seeds train simultaneously.
+"""
+
+import ml_collections
+
+from mi.training import optim
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.task = 'fit'
+    config.tracker = 'none'  # a name in mi.training.trackers.TRACKERS: none, wandb, trackio
+    config.seeds = tuple(range(10))
+
+    config.problem = problem = ml_collections.ConfigDict()
+    problem.name = 'experiments.regression.problem'
+    problem.context = 'one_hot'  # one_hot, descriptor, inferred: what says which task it is
+    problem.tasks = 32  # half of each family
+    problem.examples = 16  # of each task, all that there are for training
+    problem.noise = 0.1  # standard deviation, on y of the examples
+    problem.descriptor = 16  # m of a descriptor
+    problem.descriptor_noise = 0.1  # standard deviation, on a, b and the family
+    problem.inferred = 16  # m of an inferred context
+    problem.encoder = 32  # width of the encoder that infers it
+
+    config.transfer = transfer = ml_collections.ConfigDict()
+    transfer.tasks = 32  # new ones, half of each family
+    transfer.shots = (2, 4, 8, 16)  # examples that they come with
+    transfer.steps = 500  # to learn their contexts
+    transfer.learning_rate = 1e-2
+
+    config.model = model = ml_collections.ConfigDict()
+    model.width = 32
+    model.parameters = 6000  # or 0 for the width above
+    model.depth = 2  # hidden layers
+    model.site = 'last'  # first, last, all: the maps that take z
+    model.activation = 'relu'  # relu, identity
+    model.fusion = fusion = ml_collections.ConfigDict()
+    fusion.name = 'mi'
+    fusion.rank = 0  # as the width
+    fusion.hidden = 0  # as the width
+
+    config.train = train = ml_collections.ConfigDict()
+    train.steps = 4000
+    train.batch = 8  # examples of each task, new ones in every step
+    train.matmul_precision = 'highest'  # of f32 products: default, high, highest
+    train.log_every = 1000
+    train.eval_every = 4000
+    train.save_every = 4000
+    train.keep = 1
+
+    config.optim = optim.get_config()
+    config.optim.learning_rate = 3e-3
+    return config.lock()

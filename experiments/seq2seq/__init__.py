@@ -1,0 +1,1 @@
+"""Functions of sequences that attention can and cannot express."""

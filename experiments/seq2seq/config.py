@@ -1,0 +1,64 @@
+"""Transformers and replacements of their attention, on functions of short sequences.
+
+Source: the question is that of Yun et al., Are Transformers universal approximators of
+sequence-to-sequence functions? (ICLR 2020), who prove what attention and a few other mixings can
+represent; the targets, the sizes and the training are ours.
+
+    python -m mi.main --config=experiments/seq2seq/config.py --workdir=runs/sequences
+
+A network for each of four targets and five seeds, trained simultaneously.
+"""
+
+import ml_collections
+
+from mi.config import UserError
+from mi.training import optim
+
+
+def get_config(arg: str = '') -> ml_collections.ConfigDict:
+    if arg:
+        raise UserError(f'--config=experiments/seq2seq/config.py:{arg}: expected no argument')
+    config = ml_collections.ConfigDict()
+    config.task = 'fit'
+    config.tracker = 'none'  # a name in mi.training.trackers.TRACKERS: none, wandb, trackio
+    config.seeds = (0, 1, 2, 3, 4)
+
+    config.problem = problem = ml_collections.ConfigDict()
+    problem.name = 'experiments.seq2seq.problem'
+    problem.targets = ('difference', 'farthest', 'reverse', 'sort')
+    problem.length = 5  # n, tokens
+    problem.features = 2  # d, of a token
+    problem.temperature = 0.5  # τ, of the target 'farthest'
+    problem.examples = 4096  # of the evaluation
+    problem.orbits = 64  # sequences that are taken in all n! orders, for the equivariant floor
+    problem.floor_examples = 16384  # of the additive floor
+
+    config.model = model = ml_collections.ConfigDict()
+    model.width = 32  # of the feed-forward layers
+    # choose the width with about this many; 0 keeps it. Counts the networks of all targets, where
+    # cost.json and the report count one: with four targets, 8,000 here are 2,000 there
+    model.parameters = 0
+    model.depth = 2  # L, mixers
+    model.features = 16  # C, of the stream
+    model.heads = 4  # H; a divisor of the features
+    model.mixer = 'attention'  # attention, pairs, dynamic_conv, fixed, summary
+    model.positions = 'learnt'  # none, learnt: added to the tokens
+    model.ends = 'feed_forward'  # feed_forward, mixer
+    model.fusion = fusion = ml_collections.ConfigDict()
+    fusion.name = 'mi_low_rank'  # of pairs and summary
+    fusion.rank = 0  # as the features
+    fusion.hidden = 0  # as the features
+
+    config.train = train = ml_collections.ConfigDict()
+    train.steps = 1200
+    train.batch = 32
+    train.matmul_precision = 'highest'  # of f32 products: default, high, highest
+    train.log_every = 200
+    train.eval_every = 200
+    train.save_every = 600
+    train.keep = 1
+
+    config.optim = optim.get_config()
+    config.optim.learning_rate = 5e-3
+    config.optim.clip_norm = 0.0  # clipping would couple the networks of the targets
+    return config.lock()

@@ -1,0 +1,109 @@
+"""A Transformer of short sequences: a mixer of tokens and feed-forward layers, in turns.
+
+Shapes: x [..., n, d] the tokens, h [..., n, C] the stream, y [..., n, k].
+"""
+
+from collections.abc import Callable
+
+import ml_collections
+from flax import linen as nn
+from jax import Array
+from jax.nn import initializers
+
+from experiments.seq2seq.mixers import MIXERS
+from mi import fusion
+from mi.config import Rule, UserError, choice, integer
+from mi.layers import Affine
+
+POSITIONS = ('none', 'learnt')
+ENDS = ('feed_forward', 'mixer')
+
+SCHEMA: dict[str, Rule] = {
+    'model.depth': integer(1),
+    'model.features': integer(1),
+    'model.heads': integer(1),
+    'model.mixer': choice(MIXERS),
+    'model.positions': choice(POSITIONS),
+    'model.ends': choice(ENDS),
+    'model.fusion.name': choice(fusion.FUSIONS),
+    'model.fusion.rank': integer(0),
+    'model.fusion.hidden': integer(0),
+}
+
+
+class Transformer(nn.Module):
+    """L mixers between L + 1 feed-forward layers, each added to the stream.
+
+        h = A x + a + P                                    P [n, C], if it has positions
+        h ← h + F_l(norm(h)),  h ← h + mixer_l(norm(h))    l = 1 … L
+        h ← h + F_{L+1}(norm(h))                           if it ends with a feed-forward layer
+        y = B h + b
+
+    F(h) = C relu(D h + e) + c sees one token at a time, as do the norms (RMSNorm), and y is affine
+    in h. So a network with one mixer that ends with it is y_t = Σ_s w_ts φ(x_s) and something of
+    x_t alone.
+
+    Attributes:
+      outputs: k.
+      mixer: name → module [..., n, C] → [..., n, C].
+      features: C.
+      width: of the feed-forward layers.
+      depth: L.
+      positions: 'none' or 'learnt'.
+      ends: 'feed_forward' or 'mixer'.
+    """
+
+    outputs: int
+    mixer: Callable[[str], nn.Module]
+    features: int
+    width: int
+    depth: int
+    positions: str = 'learnt'
+    ends: str = 'feed_forward'
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        C = self.features
+        h = Affine(C, name='embed')(x)
+        if self.positions == 'learnt':
+            P = self.param('P', initializers.normal(1.0), (x.shape[-2], C))
+            h = h + P.reshape((1,) * (x.ndim - 2) + P.shape)
+        for i in range(self.depth + 1):
+            if i < self.depth or self.ends == 'feed_forward':
+                inner = nn.relu(Affine(self.width, name=f'inner_{i}')(_norm(f'norm_{i}', h)))
+                he_normal = initializers.he_normal()  # keeps the variance through the relu
+                h = h + Affine(C, V_init=he_normal, name=f'outer_{i}')(inner)
+            if i < self.depth:
+                h = h + self.mixer(f'mixer_{i}')(_norm(f'norm_mixer_{i}', h))
+        return Affine(self.outputs, name='out')(h)
+
+
+def _norm(name: str, h: Array) -> Array:
+    return nn.RMSNorm(name=name)(h)
+
+
+def make(model: ml_collections.ConfigDict, outputs: int) -> Transformer:
+    """The network of a config's section `model`; rank and hidden size 0 stand for `features`.
+
+    Raises:
+      UserError: if the heads do not divide the features.
+    """
+    if model.features % model.heads:
+        raise UserError(
+            f'config.model.heads = {model.heads}: expected a divisor of config.model.features = '
+            f'{model.features}, the channels that the heads share'
+        )
+    word = model.fusion
+    fuse = fusion.get(
+        word.name, rank=word.rank or model.features, hidden=word.hidden or model.features
+    )
+    mixer = MIXERS[model.mixer]
+    return Transformer(
+        outputs,
+        lambda name: mixer(model.heads, fuse, name),
+        model.features,
+        model.width,
+        model.depth,
+        model.positions,
+        model.ends,
+    )

@@ -1,0 +1,363 @@
+"""What networks of ReLU layers and fusions can represent, and the search for the smallest one."""
+
+import itertools
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import integrate, stats
+
+from experiments.expressivity import config as expressivity
+from experiments.expressivity import problem as products
+from experiments.expressivity import sweep as experiment
+from mi.config import UserError
+from mi.fit import (
+    factory,
+    network,
+    search,
+    train,
+)
+from mi.report import runs
+from mi.training.run_dir import PREEMPTED
+from tests.fit.runs import edited, records
+
+
+def config(word='search', **changes):
+    return edited(expressivity.get_config(word), **changes)
+
+
+def model(**changes):
+    return network.make(config(**changes).model, features=1, context='dense')
+
+
+def test_targets_have_mean_0_and_variance_d():
+    def moment(power):
+        return integrate.quad(
+            lambda a: float(products._folded(jnp.float32(a))) ** power * stats.norm.pdf(a), 0, 8
+        )[0]
+
+    assert 2 * moment(1) == pytest.approx(0, abs=1e-5)
+    assert 2 * moment(2) == pytest.approx(1, abs=1e-5)
+    x, z = jnp.array([1.0, -2.0]), jnp.array([3.0, 0.5])
+    u = [(abs(a) - 0.7978846) / 0.6028103 for a in (1.0, -2.0, 3.0, 0.5)]  # √(2/π), √(1 − 2/π)
+    assert products.TARGETS['product'](x, z) == pytest.approx(2.0)
+    assert products.TARGETS['additive'](x, z) == pytest.approx(sum(u) / 2**0.5, rel=1e-5)
+    assert products.TARGETS['x_only'](x, z) == pytest.approx(u[0] + u[1], rel=1e-5)
+
+
+@pytest.mark.parametrize('depth', [1, 3])
+@pytest.mark.parametrize('site', ['first', 'last', 'all'])
+@pytest.mark.parametrize('word', ['concat', 'none'])
+def test_an_mi_network_is_any_relu_network_if_W_is_0(word, site, depth):
+    """With its U, V and b an MI network is a ReLU network of the concatenation, and with U = 0 too
+    one of x alone: the same function, bit for bit."""
+    shape = {'model.depth': depth, 'model.width': 7, 'model.site': site}
+    mlp = model(**shape, **{'model.fusion.name': word})
+    ours = model(**shape, **{'model.fusion.name': 'mi'})
+    x, z = jax.random.normal(jax.random.key(0), (2, 50, 5))
+    given = mlp.init(jax.random.key(1), x, z)
+    where = {'first': [0], 'last': [depth], 'all': [*range(depth + 1)]}[site]
+    fused = [name for name in given['params'] if name.startswith('fusion')]
+    assert sorted(fused) == [f'fusion_{i}' for i in where]
+    leaves, tree = jax.tree.flatten(given)  # biases are 0 at the start
+    drawn = [jax.random.normal(jax.random.key(2 + i), a.shape) for i, a in enumerate(leaves)]
+    given = jax.tree.unflatten(tree, drawn)
+    params = jax.tree.map(jnp.zeros_like, ours.init(jax.random.key(2), x, z))
+    for name, of in given['params'].items():
+        extra = {'concat': {'W'}, 'none': {'W', 'U'}}[word] if name.startswith('fusion') else set()
+        assert set(params['params'][name]) - set(of) == extra
+        params['params'][name] |= of
+    np.testing.assert_array_equal(ours.apply(params, x, z), mlp.apply(given, x, z))
+    h = np.asarray(x, np.float64)  # and that function is an MLP
+    for i in range(depth + 1):
+        fused = given['params'].get(f'fusion_{i}')
+        if fused is None:
+            A, a = (given['params'][f'affine_{i}'][name] for name in ('kernel', 'bias'))
+        elif word == 'concat':
+            h = np.concatenate([h, z], -1)
+            A, a = np.concatenate([fused['V'], fused['U']]), fused['b']
+        else:
+            A, a = fused['V'], fused['b']
+        h = h @ np.asarray(A, np.float64) + np.asarray(a, np.float64)
+        h = np.maximum(h, 0) if i < depth else h
+    np.testing.assert_allclose(mlp.apply(given, x, z), h, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('d', [1, 3, 64])
+def test_an_mi_with_the_identity_for_W_is_the_product(d):
+    layer = model(**{'model.depth': 0, 'model.fusion.name': 'mi'})
+    x, z = jax.random.normal(jax.random.key(0), (2, 1000, d))
+    params = jax.tree.map(jnp.zeros_like, layer.init(jax.random.key(1), x, z))
+    params['params']['fusion_0']['W'] = jnp.eye(d)[..., None]
+    exact = np.sum(np.asarray(x, np.float64) * np.asarray(z, np.float64), -1)
+    scale = np.sum(np.abs(np.asarray(x) * np.asarray(z)), -1).max()
+    error = np.abs(layer.apply(params, x, z)[:, 0] - exact)
+    assert error.max() <= 4 * np.finfo(np.float32).eps * scale
+
+
+LENGTH, POINTS = 4.0, 2000  # of an interval of the diagonal x = z
+T = ((np.arange(POINTS) + 0.5) / POINTS - 0.5)[:, None] * LENGTH
+
+
+def on_the_diagonal(of, params):
+    with jax.enable_x64(True):
+        y = np.asarray(of.apply(params, T, T))[:, 0]
+    assert y.dtype == np.float64
+    return y
+
+
+@pytest.mark.parametrize('seed', range(10))
+def test_on_a_line_a_relu_network_has_a_kink_a_unit_and_an_mi_network_is_curved(seed):
+    w, rng = 8, np.random.default_rng(seed)
+    curved = {}
+    for name in ('concat', 'mi'):
+        of = model(**{'model.width': w, 'model.fusion.name': name})
+        shapes = jax.eval_shape(of.init, jax.random.key(0), T, T)
+        params = jax.tree.map(lambda a: rng.normal(size=a.shape), shapes)
+        curved[name] = np.abs(np.diff(on_the_diagonal(of, params), 2)) > 1e-9
+    # Each kink lies between two points, and shows at one of them or both.
+    kinks = np.sum(np.diff(curved['concat'], prepend=False) & curved['concat'])
+    assert 2 <= kinks <= w and np.sum(curved['concat']) <= 2 * w
+    assert np.sum(curved['mi']) > 2 * w
+
+
+@pytest.mark.parametrize('w', [2, 4, 8])
+def test_no_relu_network_on_a_line_is_better_than_its_pieces_and_the_best_is_as_good(w):
+    """On the diagonal x = z a product is a parabola, and a ReLU network of w units has at most
+    n = w + 1 straight pieces there, if the maps that meet z are concatenations. The least mean
+    squared error of those is L⁴/(180 n⁴) on an interval of length L: each is affine on a length l,
+    where that of t² is l⁴/180, and equal lengths are best."""
+    n = w + 1
+    points = POINTS / n  # of a piece; the mean over these is a little less than that of the length
+    bound = (LENGTH / n) ** 4 / 180 * (1 - 1 / points**2) * (1 - 4 / points**2)
+    of = model(**{'model.width': w})
+
+    def least(kinks, signs):
+        """The error of the network with these units, by least squares of its last map."""
+        rows = np.maximum(signs * (T - kinks), 0)
+        best, *_ = np.linalg.lstsq(np.c_[rows, np.ones(POINTS)], T**2, rcond=None)
+        half = signs[None] / 2
+        params = {
+            'fusion_0': {'U': half, 'V': half, 'b': -signs * kinks},
+            'affine_1': {'kernel': best[:-1], 'bias': best[-1]},
+        }
+        return np.mean((on_the_diagonal(of, {'params': params}) - T[:, 0] ** 2) ** 2)
+
+    rng = np.random.default_rng(w)
+    equal = np.linspace(-LENGTH / 2, LENGTH / 2, n + 1)[1:-1]
+    for spread in np.repeat([0.01, 0.1, 1], 30):
+        kinks = equal + spread * rng.normal(size=w)
+        assert least(kinks, rng.choice([-1, 1], w)) >= bound * (1 - 1e-9)
+    assert least(equal, np.sign(equal)) == pytest.approx(bound, rel=1e-3)
+    exact = model(**{'model.depth': 0, 'model.fusion.name': 'mi'})
+    params = jax.tree.map(jnp.zeros_like, exact.init(jax.random.key(0), T, T))
+    params['params']['fusion_0']['W'] = jnp.ones((1, 1, 1))
+    assert np.mean((on_the_diagonal(exact, params) - T[:, 0] ** 2) ** 2) < 1e-9 * bound
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_bisection_finds_what_trying_every_width_finds(seed):
+    rng = np.random.default_rng(seed)
+    sizes, seeds = int(rng.integers(1, 30)), int(rng.integers(1, 6))
+    first = rng.integers(0, sizes + 3, seeds)  # of each seed, from where on it reaches the target
+    tried = {}
+    while True:
+        found = search.brackets(tried, seeds, sizes)
+        place = search.next_place(found, sizes, int(rng.integers(0, 30)), 4)
+        if place is None:
+            break
+        assert place not in tried
+        tried[place] = [bool(place >= f) for f in first]
+    assert [high for _, high in found] == [min(f, sizes) for f in first]
+
+
+def test_widths_and_growth():
+    assert search.grid(16, 2) == [1, 2, 3, 4, 6, 8, 11, 16]
+    assert search.grid(15, 2) == [1, 2, 3, 4, 6, 8, 11, 15]  # the largest too
+    assert search.exponent([4, 8, 16], [3 * d**2.5 for d in (4, 8, 16)]) == pytest.approx(2.5)
+    assert search.exponent([4], [10]) is None
+    assert [search._guess(h) for h in ([], [3], [3, 5], [7, 2])] == [0, 3, 7, 0]
+    of = config(**{'search.parameters': 73, 'problem.dimension': 2})
+    assert factory.largest_width(of) == 12  # 2·12·2 + 12 + 12 + 1
+    of.search.parameters = 72
+    assert factory.largest_width(of) == 11
+
+
+@pytest.mark.slow
+def test_a_low_rank_interaction_needs_fewer_parameters_than_a_relu_network_for_a_product(tmp_path):
+    changes = {
+        'search.at': (2,), 'search.rates': (3e-2,), 'seeds': (0, 1), 'problem.examples': 2000,
+        'train.steps': 1000, 'search.per_octave': 1, 'optim.warmup_steps': 20,
+    }  # fmt: skip
+    for name in ('mi_low_rank', 'concat'):
+        search.search(config(**changes, **{'model.fusion.name': name}), str(tmp_path / name))
+    ours, theirs = (records(tmp_path / name, 'eval') for name in ('mi_low_rank', 'concat'))
+    for of, than in zip(ours, theirs, strict=True):
+        assert of['mse/2'] <= 0.1 and than['mse/2'] <= 0.1
+        assert of['parameters/2'] < than['parameters/2']
+
+
+@pytest.mark.parametrize('rates', [(1e-9, 1e-2), (1e-2, 1e-9)])
+def test_a_probe_reports_the_rate_that_reached_its_error(rates):
+    changes = {
+        'search.rates': rates, 'train.steps': 40, 'train.log_every': 20, 'train.eval_every': 20,
+        'train.save_every': 20, 'train.batch': 64,
+        'problem.dimension': 1, 'problem.examples': 64, 'seeds': (0, 1), 'search.target': 1e-9,
+    }  # fmt: skip
+    of_two = search.probe(config(**changes), 4)
+    of_one = search.probe(config(**changes | {'search.rates': (1e-2,)}), 4)
+    assert [r['learning_rate'] for r in of_two] == pytest.approx([1e-2, 1e-2])
+    assert [r['mse'] for r in of_two] == pytest.approx([r['mse'] for r in of_one], rel=1e-4)
+
+
+def test_a_search_that_was_stopped_goes_on_and_tries_nothing_twice(tmp_path, monkeypatch):
+    """Where a seed reaches the target from width 3 d² + seed on."""
+    probed = []
+
+    def probe(config, width):
+        probed.append((config.problem.dimension, width))
+        reached = [width >= 3 * config.problem.dimension**2 + seed for seed in config.seeds]
+        return [
+            {'width': width, 'parameters': width, 'mse': 0.1 - 0.01 * r + 0.01, 'learning_rate': 1}
+            for r in reached
+        ]
+
+    monkeypatch.setattr(search, 'probe', probe)
+    monkeypatch.setattr('mi.fit.factory.largest_width', lambda config: 300)
+    changes = {'search.at': (2, 4, 8), 'search.fit_from': 2, 'search.per_octave': 32}
+    ticks = itertools.count()
+    with monkeypatch.context() as patch:
+        patch.setattr(search.time, 'perf_counter', lambda: float(next(ticks)))
+        search.search(config(**changes), str(tmp_path / 'whole'))
+    arm = runs.read(tmp_path / 'whole').arms[0]
+    assert arm.seconds()[1][-1] >= len(probed)  # a probe is a tick at least
+    at_once, probed[:] = len(probed), []
+    monkeypatch.setattr('mi.training.run_dir.Run.stops', lambda this, recorded: True)
+    for _ in range(at_once):
+        with pytest.raises(SystemExit) as stopped:
+            search.search(config(**changes), str(tmp_path / 'stopped'))
+        assert stopped.value.code == PREEMPTED
+    search.search(config(**changes), str(tmp_path / 'stopped'))
+    assert len(probed) == len(set(probed)) == at_once
+    whole, stopped = ((tmp_path / at / 'metrics.jsonl').read_bytes() for at in ('whole', 'stopped'))
+    assert whole == stopped
+    for found in records(tmp_path / 'whole', 'eval'):
+        for d in (2, 4, 8):
+            wanted = 3 * d * d + found['seed']
+            assert wanted <= found[f'width/{d}'] <= max(wanted + 1, 1.05 * wanted)
+        assert found['exponent'] == pytest.approx(2, abs=0.2)
+
+
+def test_a_seed_that_did_not_get_there_is_larger_than_all_that_did(tmp_path):
+    """Medians and laws of the report, of an arm with 2 d², one that 4 of 10 seeds lose at d = 8."""
+    members = []
+    for fusion, lost in ('mi', ()), ('concat', (0, 3, 5, 6)), ('film', range(10)):
+        for seeds in experiment.SEEDS:
+            name = f'{fusion}, {seeds[0]}'
+            (tmp_path / name).mkdir()
+            said = {'seeds': seeds, 'search': {'at': [2, 4, 8], 'fit_from': 2, 'parameters': 200}}
+            (tmp_path / name / 'config.json').write_text(json.dumps(said))
+            (tmp_path / name / 'status.json').write_text('{"state": "done", "step": 3}')
+            lines = [
+                {f'parameters/{d}': (2 + 0.1 * seed) * d * d for d in (2, 4, 8)
+                 if d < 8 or seed not in lost} | {'step': 3, 'seed': seed, 'split': 'eval'}
+                for seed in seeds
+            ]  # fmt: skip
+            text = ''.join(json.dumps(line) + '\n' for line in lines)
+            (tmp_path / name / 'metrics.jsonl').write_text(text)
+            members.append({'name': name, 'label': f'product, {fusion}, 1'})
+    told = {'name': 'a', 'metric': 'parameters/4', 'split': 'eval', 'lower_is_better': True}
+    (tmp_path / 'sweep.json').write_text(json.dumps(told | {'members': members}))
+    experiment.report(tmp_path, tmp_path)
+    rows = {
+        line.split('|')[1].strip(): [cell.strip() for cell in line.split('|')[2:-1]]
+        for line in (tmp_path / 'expressivity.md').read_text().splitlines()
+        if line.startswith('|')
+    }
+    # Of concat 1, 2, 4, 7, 8, 9 are left at d = 8: the middle of ten is between the 5th and 6th.
+    assert rows['mi'][:4] == ['10', '39', '157', '2, 4, 8']
+    assert rows['concat'][:4] == ['10', '39', '182 (6 of 10 seeds)', '2, 4']
+    assert rows['film'][:4] == ['10', '39', 'not reached', '2, 4']
+    assert [rows[name][4] for name in ('mi', 'concat')] == ['2.00 [2.00, 2.00]'] * 2
+
+
+@pytest.fixture(scope='module')
+def fitted(tmp_path_factory):
+    """Networks of about 60 parameters on the product of two numbers, and where they are."""
+    path = tmp_path_factory.mktemp('fitted')
+    for name in ('concat', 'mi'):
+        changes = {'model.fusion.name': name, 'model.parameters': 61, 'problem.dimension': 1}
+        changes |= {'optim.learning_rate': 3e-2, 'seeds': (0, 1)}
+        train.train(config('fit', **changes), str(path / name))
+    return path
+
+
+def test_of_the_same_parameters_an_mi_fits_a_product_better_by_far(fitted):
+    ours, theirs = (
+        {r['seed']: r['mse'] for r in records(fitted / name, 'eval') if r['step'] == 2000}
+        for name in ('mi', 'concat')
+    )
+    for seed in (0, 1):
+        assert ours[seed] < theirs[seed] / 10
+    counted = [json.loads((fitted / n / 'cost.json').read_text()) for n in ('mi', 'concat')]
+    assert [of['parameters']['model'] for of in counted] == [61, 61]
+
+
+def test_the_surface_is_the_error_at_each_point(fitted):
+    surface = np.load(fitted / 'concat/artefacts.npz')['surface']
+    assert surface.shape == (2, products.POINTS, products.POINTS)
+    of = config('fit', **{'problem.dimension': 1, 'model.width': 5})
+    problem = products.make(of)
+    params = problem.init(jax.random.key(3), {})
+    surface = problem.artefacts(params, {}, jax.random.key(4))['surface']
+    x, z = 1.5, -0.75  # three quarters and three eighths of the way
+    y = network.make(of.model, 1, 'dense').apply(params, jnp.array([x]), jnp.array([z]))[0]
+    assert surface[45, 90] == pytest.approx(float(y) - x * z, abs=1e-6)
+    assert abs(surface[45, 90] - surface[90, 45]) > 1e-3
+
+
+def test_a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not(tmp_path, monkeypatch):
+    changes = {'seeds': (0, 1), 'train.steps': 40, 'train.log_every': 10, 'train.eval_every': 20,
+               'train.save_every': 40, 'problem.dimension': 1}  # fmt: skip
+    train.train(config('fit', **changes), str(tmp_path / 'whole'))
+    with monkeypatch.context() as patch:
+        patch.setattr('mi.training.run_dir.Run.stops', lambda this, recorded: this.step == 10)
+        with pytest.raises(SystemExit):
+            train.train(config('fit', **changes), str(tmp_path / 'stopped'))
+    assert os.listdir(tmp_path / 'stopped/checkpoints') == ['00000010']
+    train.train(config('fit', **changes), str(tmp_path / 'stopped'))
+    for name in ('metrics.jsonl', 'artefacts.npz', 'cost.json'):
+        whole, stopped = ((tmp_path / at / name).read_bytes() for at in ('whole', 'stopped'))
+        assert whole == stopped
+
+
+@pytest.mark.parametrize(
+    ('word', 'changes', 'message'),
+    [
+        ('search', {'problem.name': 'product'}, r"problem\.name = 'product': expected a module"),
+        ('search', {'problem.target': 'sum'}, r"problem\.target = 'sum'"),
+        ('search', {'problem.dimension': 0}, r'problem\.dimension = 0'),
+        ('search', {'search.rates': ()}, r'search\.rates.*non-empty tuple of positive numbers'),
+        ('search', {'search.at': (1, 0)}, r'search\.at.*tuple of positive integers'),
+        ('search', {'search.over': 'model.width'}, r'search\.over'),
+        ('search', {'model.depth': 0}, r'search\.parameters = 30000: nothing .* it has 3 at any'),
+        ('search', {'model.parameters': 100}, r'= 100: expected 0, .*search\.parameters'),
+        ('search', {'train.eval_every': 333}, r'expected a multiple of config\.train\.log_every'),
+        ('search', {'train.steps': 1100}, r'train\.steps = 1100: expected a multiple of .* 250'),
+        ('fit', {'model.parameters': 3}, r'model\.parameters: the smallest size, 1, .* give more'),
+        ('fit', {'model.parameters': 10**14}, r'model\.parameters: no size up to .* give fewer'),
+        (
+            'fit',
+            {'model.parameters': 100, 'model.depth': 0, 'model.fusion.name': 'mi'},
+            r'= 100: nothing in the model grows with config\.model\.width, it has 25 .* 0, or',
+        ),
+    ],
+)
+def test_bad_values_are_refused(word, changes, message, tmp_path):
+    task = search.search if word == 'search' else train.train
+    with pytest.raises(UserError, match=message):
+        task(config(word, **changes), str(tmp_path / 'run'))
+    assert not (tmp_path / 'run/metrics.jsonl').exists()

@@ -1,0 +1,191 @@
+"""Many regressions at once: what a network is told of a task, and what it is worth for new ones."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.regression import config as configs
+from experiments.regression import problem as regression
+from experiments.regression import sweep as experiment
+from mi.config import UserError
+from mi.fit import factory, train
+from mi.report.runs import Arm
+from mi.training import sharding
+from tests.fit.runs import edited, finals
+
+
+def config(**changes):
+    return edited(configs.get_config(), **changes)
+
+
+def world(of, seed=0):
+    return sharding.once(lambda: regression.make(of).world(jax.random.key(seed)))
+
+
+def test_tasks_are_by_turns_affine_and_sinusoids_with_noise_on_their_examples():
+    of = config(**{'problem.tasks': 40, 'problem.examples': 500})
+    known, new = world(of)
+    for t in range(4):
+        x = np.asarray(known.x[t], np.float64)
+        shape = x if t % 2 == 0 else np.sin(10 * x)
+        rest = np.asarray(known.y[t]) - (float(known.a[t]) * shape + float(known.b[t]))
+        assert np.std(rest) == pytest.approx(0.1, rel=0.15)
+        assert abs(np.mean(rest)) < 0.02
+    assert np.abs(known.x).max() <= 1 and known.x.min() < -0.9 and known.x.max() > 0.9
+    assert not np.isin(np.asarray(new.a), np.asarray(known.a)).any()
+    assert new.x.shape == (32, 16)
+
+
+def test_a_descriptor_says_the_parameters_of_the_task_up_to_its_noise():
+    """They are linear in it: least squares finds them, on new tasks too."""
+    of = config(**{'problem.context': 'descriptor', 'problem.tasks': 200})
+    known, new = world(of)
+    read, *_ = np.linalg.lstsq(np.asarray(known.z), np.asarray(known.a), rcond=None)
+    assert np.std(np.asarray(new.z) @ read - np.asarray(new.a)) == pytest.approx(0.1, rel=0.3)
+
+
+def test_an_inferred_context_takes_examples_as_a_set_and_only_those_with_weight():
+    encoder = regression.Encoder(3, 8)
+    x, y = jax.random.normal(jax.random.key(0), (2, 5))
+    weights = jnp.array([0.5, 0.5, 0, 0, 0])
+    params = encoder.init(jax.random.key(1), x, y, weights)
+    z = encoder.apply(params, x, y, weights)
+    turned = encoder.apply(params, x[::-1], y[::-1], weights[::-1])
+    np.testing.assert_allclose(z, turned, atol=1e-6)
+    np.testing.assert_allclose(z, encoder.apply(params, x.at[3].set(9.0), y, weights), atol=1e-6)
+    assert np.abs(z - encoder.apply(params, x.at[1].set(9.0), y, weights)).max() > 1e-3
+    assert regression._first(jnp.array([[2], [4]]), 4).tolist() == [[0.5, 0.5, 0, 0], [0.25] * 4]
+
+
+def test_errors_are_of_affine_tasks_and_of_sinusoids_each_by_its_name():
+    """A network of zeros is exact for affine tasks that are zero, and for those alone."""
+    cfg = config(**{'problem.tasks': 6, 'model.width': 4})
+    problem = regression.make(cfg)
+    teacher = world(cfg)
+    is_sinusoid = teacher.known.family == 1
+    known = teacher.known._replace(a=3.0 * is_sinusoid, b=0.0 * is_sinusoid)
+    params = jax.tree.map(jnp.zeros_like, problem.init(jax.random.key(0), teacher))
+    measured = problem.evaluations['eval'](params, teacher._replace(known=known), jax.random.key(1))
+    grid = np.linspace(-1, 1, regression.POINTS)
+    assert measured['mse_affine'] == 0
+    assert measured['mse_sinusoid'] == pytest.approx(9 * np.mean(np.sin(10 * grid) ** 2), rel=1e-4)
+    assert measured['mse'] == pytest.approx(float(measured['mse_sinusoid']) / 2)
+
+
+TOY = {
+    'train.steps': 800, 'train.log_every': 800, 'train.eval_every': 800, 'train.save_every': 800,
+    'optim.learning_rate': 1e-2, 'transfer.steps': 200, 'transfer.shots': (4,), 'seeds': (0, 1),
+    'problem.tasks': 32, 'transfer.tasks': 16, 'model.parameters': 1500, 'problem.encoder': 16,
+    'problem.inferred': 4,
+}  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """Networks that know the tasks by number or by examples, and one that is told nothing."""
+    path = tmp_path_factory.mktemp('regression')
+    for name, context in (('mi', 'one_hot'), ('none', 'one_hot'), ('mi', 'inferred')):
+        said = {'model.fusion.name': name, 'problem.context': context}
+        train.train(config(**TOY, **said), str(path / f'{name}_{context}'))
+    return path
+
+
+@pytest.mark.slow
+def test_the_number_of_a_task_tells_it_from_the_others(trained):
+    told, not_told = (finals(trained / f'{n}_one_hot', 'mse', 'eval') for n in ('mi', 'none'))
+    for seed in (0, 1):
+        assert told[seed] < not_told[seed] / 2
+        family = finals(trained / 'mi_one_hot', 'mse_affine', 'eval')[seed]
+        other = finals(trained / 'mi_one_hot', 'mse_sinusoid', 'eval')[seed]
+        assert told[seed] == pytest.approx((family + other) / 2, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_what_was_learnt_of_other_tasks_is_worth_more_than_four_examples_alone(trained):
+    alone = finals(trained / 'none_one_hot', 'mse/4', 'new')
+    for run in ('mi_one_hot', 'mi_inferred'):
+        ours = finals(trained / run, 'mse/4', 'new')
+        assert np.mean(list(ours.values())) < 0.8 * np.mean(list(alone.values()))
+    before, after = (finals(trained / 'mi_one_hot', f'mse/{K}', 'new') for K in (0, 4))
+    for seed in (0, 1):
+        assert after[seed] < before[seed]
+
+
+@pytest.mark.slow
+def test_what_a_figure_shows_are_predictions_of_known_tasks(trained):
+    arrays = np.load(trained / 'mi_one_hot/artefacts.npz')
+    assert arrays['found'].shape == (2, regression.SHOWN, regression.POINTS)
+    a, b, grid = (arrays[name] for name in ('a', 'b', 'grid'))
+    np.testing.assert_allclose(
+        arrays['wanted'][:, 0], a[:, :1] * grid[:, 0] + b[:, :1], rtol=1e-5, atol=1e-6
+    )
+    error = np.mean((arrays['found'] - arrays['wanted']) ** 2)
+    assert error < 0.3
+
+
+@pytest.mark.slow
+def test_the_parameters_of_an_encoder_are_counted(trained):
+    cost = json.loads((trained / 'mi_inferred/cost.json').read_text())
+    problem = factory.problem(config(**TOY, **{'problem.context': 'inferred'}))
+    assert cost['parameters']['model'] == factory.parameters(problem)
+    assert cost['parameters']['model'] == pytest.approx(1500, rel=0.1)
+
+
+def test_every_member_of_the_sweep_can_be_built():
+    for overrides in experiment.sweep()[::31]:
+        problem = factory.problem(config(**overrides))
+        assert factory.parameters(problem) == pytest.approx(6000, rel=0.05)
+
+
+def test_the_report_tabulates_known_and_new_tasks_and_the_agreement_of_two_draws():
+    def arm(overrides, value):
+        metrics = [
+            {'step': 1, 'seed': s, 'split': split, **{n: value * (1 + s % 10) for n in names}}
+            for s in range(20)
+            for split, names in (('eval', ['mse']), ('new', ['mse/2', 'mse/16']))
+            if split == 'eval' or overrides['model.fusion.name'] != 'multi_head'
+        ]
+        return Arm('label', 'done', None, tuple(range(20)), overrides, metrics=metrics)
+
+    members = [m for m in experiment.sweep() if m['seeds'] == experiment.SEEDS[0]]
+    found = {experiment._key(a): a for a in (arm(m, 0.1 + i) for i, m in enumerate(members))}
+    assert len(found) == len(members)
+    fusions = list(dict.fromkeys(f for f, _, _ in found))
+    text = '\n\n'.join(experiment._tables(found, fusions, tuple(experiment.SEEDS)))
+    assert text.count('**Known tasks**') == text.count('**New tasks**') == 3
+    assert text.count('| multi head |') == 1
+    assert text.count(': 1.00') == 3 * (len(experiment.EXAMPLES) + 2)
+    assert experiment._new(found, 'none', 'inferred')  # beside every context
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (
+            {'model.fusion.name': 'multi_head', 'problem.context': 'inferred'},
+            r"'multi_head' is for contexts that are one-hot: expected .*'one_hot', not 'inferred'",
+        ),
+        ({'problem.context': 'number'}, r"problem\.context = 'number': .*one_hot"),
+        ({'transfer.shots': (0,)}, r'transfer\.shots.*tuple of positive integers'),
+        ({'problem.tasks': 1}, r'problem\.tasks = 1'),
+        (
+            {'model.parameters': 5, 'model.depth': 0},
+            r'model\.parameters = 5: nothing in the model grows with config\.model\.width',
+        ),
+        ({'model.parameters': 5}, r'model\.parameters: the smallest size, 1, costs'),
+    ],
+)
+def test_bad_values_are_refused(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        train.train(
+            config(
+                **(
+                    changes
+                    | ({'problem.context': 'inferred'} if 'model.parameters' in changes else {})
+                )
+            ),
+            str(tmp_path / 'run'),
+        )

@@ -1,0 +1,270 @@
+"""What experiments report of runs of known numbers, and of sweeps in which nothing has finished."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from experiments import lm_fusion
+from experiments.attention_conv import sweep as attention_conv
+from experiments.expressivity import inclusion
+from experiments.hamiltonian import sweep as hamiltonian
+from experiments.hamiltonian import sweep_frames as hamiltonian_frames
+from experiments.seq2seq import sweep as seq2seq
+from launch import sweep as sweeps
+from mi.report import runs
+from tests.conftest import ROOT
+
+FILES = sorted((ROOT / 'experiments').glob('*.py'))
+DRAWN = [file for file in FILES if 'def report(' in file.read_text()]
+
+
+@pytest.mark.parametrize('file', DRAWN, ids=lambda file: file.stem)
+@pytest.mark.parametrize('state', [None, 'running'])
+def test_a_sweep_in_which_nothing_has_finished_is_reported(file, state, tmp_path):
+    """Before its first run has begun, and while all are under way."""
+    members = sweeps.load(str(file), tmp_path)
+    for member in members if state else []:
+        run = tmp_path / member.name
+        run.mkdir()
+        seeds = member.overrides.get('seeds', (0, 1))
+        (run / 'config.json').write_text(json.dumps({'seeds': seeds}))
+        (run / 'status.json').write_text(json.dumps({'state': state}))
+    out = tmp_path / 'report'
+    out.mkdir()
+    sweeps.report(str(file), tmp_path)
+    for written in out.glob('*.md'):
+        assert 'nan' not in written.read_text()
+
+
+class Made:
+    """A sweep directory that is written a run at a time; each has an arm's label and some seeds."""
+
+    def __init__(self, path, experiment):
+        self.path, self._of, self._members = path, experiment, []
+
+    def run(self, label, finals, config=None, arrays=None, parameters=10):
+        """finals: {seed: {metric: value}}, arrays: of these seeds, in their order."""
+        name = f'{label}, {len(self._members)}'
+        folder = self.path / name
+        folder.mkdir()
+        counts = {'model': parameters, 'fusion': 1}
+        cost = {'parameters': counts, 'flops_per_token': counts}
+        said = {'config': {'seeds': list(finals), **(config or {})}, 'cost': cost}
+        for file, value in (said | {'status': {'state': 'done'}}).items():
+            (folder / f'{file}.json').write_text(json.dumps(value))
+        rows = [
+            {'step': 9, 'seed': seed, 'split': self._of.SPLIT, **values}
+            for seed, values in finals.items()
+        ]
+        for file, lines in ('metrics', rows), ('timing', [{'step': 9, 'seconds': 8.0}]):
+            text = ''.join(json.dumps(line) + '\n' for line in lines)
+            (folder / f'{file}.jsonl').write_text(text)
+        if arrays is not None:
+            np.savez(folder / 'artefacts.npz', **arrays)
+        self._members.append({'name': name, 'label': label})
+
+    def report(self, name):
+        """The tables of NAME.md, all cells but those of the lines under the heads."""
+        of = self._of
+        said = {'name': 'made', 'metric': of.METRIC, 'split': of.SPLIT, 'baseline': of.BASELINE}
+        said['lower_is_better'] = getattr(of, 'LOWER_IS_BETTER', True)
+        (self.path / 'sweep.json').write_text(json.dumps(said | {'members': self._members}))
+        of.report(self.path, self.path)
+        file = self.path / f'{name}.md'
+        lines = file.read_text().splitlines() if file.exists() else []
+        cells = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines
+                 if line.startswith('|')]  # fmt: skip
+        return [line for line in cells if '---' not in line[0]]
+
+
+TARGETS = ['sort', 'difference', 'farthest', 'reverse']  # not in the order of the table
+EQUIVARIANT, ADDITIVE = np.array([0.5, 0.0, 0.0, 0.7]), np.array([0.1, 0.0, 0.3, 0.0])
+
+
+def of_sequences(made, label, seeds, above, errors, **model):
+    """A run whose errors in all orders are `above` + (9 − seed) / 100 above a bound that grows by
+    seed, and whose errors are `errors` + seed / 100."""
+    usual = {'mixer': 'attention', 'fusion': {'name': 'mi_low_rank'}, 'positions': 'learnt'}
+    usual |= {'ends': 'feed_forward', 'heads': 4, 'depth': 2, 'features': 16}
+    by_seed = np.array(seeds)[:, None] / 100
+    floors = EQUIVARIANT + by_seed * (EQUIVARIANT > 0)
+    arrays = {
+        'equivariant_floor': floors,
+        'additive_floor': np.tile(ADDITIVE, (len(seeds), 1)),
+        'error_in_all_orders': floors + above + 0.09 - by_seed,
+    }
+    finals = {}
+    for seed in seeds:
+        each = {f'mse/{t}': e + seed / 100 for t, e in zip(TARGETS, errors, strict=True)}
+        finals[seed] = {'mse': sum(each.values()) / 4} | each
+    config = {'model': usual | model, 'problem': {'targets': TARGETS}}
+    made.run(label, finals, config, arrays)
+
+
+def test_bounds_of_sequences_are_subtracted_by_target_and_seed(tmp_path):
+    made = Made(tmp_path, seq2seq)
+    low, high = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
+    nothing = np.array([0.2, 0.2, 0.2, 0.2])
+    for seeds in (low, high):
+        none = {'positions': 'none'}
+        of_sequences(made, 'none', seeds, np.array([0.02, 0, 0, 0.03]), nothing, **none)
+        of_sequences(made, 'none, 1', seeds, np.array([-0.25, 0, 0, 0.5]), nothing, depth=1, **none)
+        of_sequences(made, 'one head', seeds, nothing - 9, nothing, heads=1, **none)
+        end = {'mixer': 'fixed', 'ends': 'mixer', 'depth': 1}
+        of_sequences(made, 'end', seeds, nothing, np.array([0.5, 0.2, 0.31, 0.2]), **end)
+        wide = np.array([0.11, 0.2, 0.9, 0.2])
+        of_sequences(made, 'end, wide', seeds, nothing, wide, features=32, **end)
+        of_sequences(made, 'fixed', seeds, nothing, np.array([0.05, 0, 0.1, 0]), mixer='fixed')
+    # Its seeds have been counted already.
+    of_sequences(made, 'attention', low, np.array([-0.1, 0, 0, -0.4]), nothing)
+    rows = made.report('seq2seq')
+    i = next(i for i, row in enumerate(rows) if row[0] == 'mixer')
+    assert rows[1:i] == [
+        ['attention, no positions', 'reverse', '0.745', '0 or above', '+0.0800', '+0.0300'],
+        ['attention, no positions', 'sort', '0.545', '0 or above', '−0.2000', '−0.2500'],
+        ['attention, positions', 'reverse', '0.745', 'below 0', '−0.3500', '—'],
+        ['attention, positions', 'sort', '0.545', 'below 0', '−0.0500', '—'],
+        ['one fixed mixing at the end', 'farthest', '0.300', '0 or above', '+0.0100', '+0.0600'],
+        ['one fixed mixing at the end', 'sort', '0.100', '0 or above', '+0.0100', '+0.0600'],
+        [
+            'fixed mixings, a feed-forward layer last', 'farthest', '0.300', 'any',
+            '−0.2000', '−0.1500',
+        ],
+        ['fixed mixings, a feed-forward layer last', 'sort', '0.100', 'any', '−0.0500', '+0.0000'],
+    ]  # fmt: skip
+    errors = {tuple(row[:4]): row[5:] for row in rows[i + 1 :]}
+    means = [cell.split()[0] for cell in errors['fixed mixing', '2', '4', '16']]
+    assert means[0] == means[2] == '0.045' and means[3] == '0.095'  # difference, reverse; sort
+    assert errors['attention', '2', '4', '16'][1].startswith('0.22 [')  # of seeds 0 to 4
+    assert {row[0] for row in rows[i + 1 :]} == {
+        'attention', 'attention, no positions', 'fixed mixing', 'fixed mixing, at the end'
+    }  # fmt: skip
+
+
+def test_centres_that_moved_are_counted_by_head_and_seed(tmp_path):
+    """Two runs of a seed each, of two heads in one layer, and a network of convolutions."""
+    made = Made(tmp_path, attention_conv)
+    config = {'problem': {'alphas': [1.0, 2.0]}}
+    centres = {  # seed → before and after
+        0: ([(0, 0), (3, 3)], [(0, 0), (3, 0)]),
+        1: ([(0, 1), (1, 1)], [(1, 1), (1, 1)]),
+    }
+    for seed, (before, after) in centres.items():
+        arrays = {'Delta_before': before, 'Delta': after}
+        arrays |= {'alpha_before': [0.5, 0.5] if seed == 0 else [2.0, 2.0], 'alpha': [0.125] * 2}
+        arrays = {name: np.array([[of]], float) for name, of in arrays.items()}
+        made.run('attention, 9, learnt', {seed: {'accuracy': 0.9}}, config, arrays)
+        layers = np.array([[0.1, 0.3], [1e-3, 1e-3]]) + 0.2 * seed  # [alphas, L]
+        accuracy = np.array([0.8, 0.9 - 0.1 * seed])
+        arrays = {
+            'layer_error': np.stack([layers, 2 * layers]),
+            'logit_error': np.stack([layers[:, 0], layers[:, 0]]),
+            'accuracy': np.stack([accuracy, accuracy - 0.5]),
+            'own_accuracy': np.array(0.9 - 0.1 * seed),
+        }
+        arrays = {name: of[None] for name, of in arrays.items()}
+        made.run('convolution, 3', {seed: {'accuracy': 0.9}}, config, arrays)
+    rows = made.report('attention_conv')
+    found = {row[0]: row[1:] for row in rows}
+    assert found['3 × 3, 1'] == [
+        '3.0e-01 [2.0e-01, 4.0e-01]', '6.0e-01 [4.0e-01, 8.0e-01]', '2.0e-01 [1.0e-01, 3.0e-01]',
+        '5.00 [0.00, 10.00]',
+    ]  # fmt: skip
+    assert found['3 × 3, 2'][-1] == '0.00 [0.00, 0.00]'
+    assert found['attention, 9, learnt'] == [
+        '1',
+        '1.00 [0.50, 1.50]',  # half of 3, and half of 1
+        '75 [50, 100]', '75 [50, 100]',  # (3, 3) and (3, 0) are near none
+        '1.5 [1.0, 2.0]', '1.0 [1.0, 1.0]',  # both heads of seed 1 end at one offset
+        '0.75 [0.50, 1.00]', '2.00 [2.00, 2.00]',
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize('experiment', [hamiltonian, hamiltonian_frames])
+def test_laws_are_compared_within_their_system_and_set_of_seeds(experiment, tmp_path):
+    """error_long of MI is 1/2 and 2 of that of concat in one system, 4 and 8 times in the other."""
+    made = Made(tmp_path, experiment)
+    frames = experiment is hamiltonian_frames
+    shape = (2, 11, 2, 4, 4, 1) if frames else (2, 11, 4, 2)
+    paths = np.zeros(shape, np.uint8) if frames else np.random.default_rng(0).normal(size=shape)
+    ratios = {'mass_spring': (0.5, 2.0), 'pendulum': (4.0, 8.0)}
+    for system, of_system in ratios.items():
+        for form, times in (('joint, concat', (1.0, 1.0)), ('joint, mi', of_system)):
+            for seeds, ratio in zip(((0, 1), (2, 3)), times, strict=True):
+                finals = {
+                    seed: dict.fromkeys(experiment.SCORES, 0.25)
+                    | {'valid': 1 / (1 + ratio), 'error_long': 0.01 * (1 + seed) * ratio}
+                    for seed in seeds
+                }
+                errors = np.full((2, 11, 3), 0.1)
+                arrays = {'error': errors, 'drift': errors, 'predicted': paths, 'true': paths}
+                config = {'problem': {'horizon': 1}}
+                made.run(f'{system}, {form}', finals, config, arrays, 4500 + len(form))
+    rows = made.report(sweeps.sweep_name(pathlib.Path(experiment.__file__)))
+    heads = [i for i, row in enumerate(rows) if row[0] == 'law']
+    of_system = dict(zip(hamiltonian.SYSTEMS, heads, strict=True))
+    for system, (low, high) in ratios.items():
+        i = of_system[system]
+        table = {row[0]: dict(zip(rows[i], row, strict=True)) for row in rows[i + 1 : i + 3]}
+        assert list(table) == ['energy, concat', 'energy, MI']
+        mi = table['energy, MI']
+        assert mi['parameters'] == '4,509' and mi['error'] == '0.25 [0.25, 0.25]'
+        of = 'error long / that of energy, concat, seeds'
+        for seeds, ratio in (('0 to 1', low), ('2 to 3', high)):
+            assert mi[f'{of} {seeds}'] == f'{ratio:#.2g} [{ratio:#.2g}, {ratio:#.2g}]'
+            assert table['energy, concat'][f'{of} {seeds}'] == '—'
+        ranks = {
+            row[0]: row[2::2] for row in rows[i + 4 : i + 6]
+        }  # of valid, the higher the better
+        wanted = ['1' if ratio < 1 else '2' for ratio in (low, high)]
+        assert ranks['energy, MI'] == wanted
+        assert ranks['energy, concat'] == [str(3 - int(rank)) for rank in wanted]
+    assert of_system['two_body'] == len(rows) - 1  # nothing of it has been run
+    assert (tmp_path / 'mass_spring.gif').exists() == frames
+
+
+def test_the_error_of_a_product_is_drawn_by_its_median_and_range(tmp_path):
+    made = Made(tmp_path, inclusion)
+    surface = {'surface': np.full((3, 5, 5), 1e-3)}
+    for width, errors in ((4, (1.0, 2.0, 6.0)), (16, (0.5, 0.25, 0.125))):
+        finals = {seed: {'mse': error} for seed, error in enumerate(errors)}
+        made.run(f'concat, 1, {width}', finals, arrays=surface, parameters=10 * width)
+    made.run('mi, 0, 1', {seed: {'mse': 1e-9} for seed in range(3)}, arrays=surface, parameters=4)
+    made.report('inclusion')
+    assert (tmp_path / 'inclusion.png').stat().st_size > 0
+    arms = runs.read(tmp_path).arms
+    axes = Figure().subplots()
+    inclusion._errors(axes, arms[:2], 'concat', 'grey')
+    (container,) = axes.containers
+    middle, _, (bars,) = container
+    assert middle.get_xydata().tolist() == [[40, 2.0], [160, 0.25]]
+    ends = [path.vertices[:, 1].tolist() for path in bars.get_paths()]
+    assert ends == [[1.0, 6.0], [0.125, 0.5]]
+
+
+def test_fusions_are_compared_with_concat_of_their_core_and_site_by_seed(tmp_path):
+    made = Made(tmp_path, lm_fusion)
+    concat = {0: 2.0, 1: 3.0, 2: 4.0}
+    for core, at in (('transformer', 0.0), ('lstm', 10.0)):
+        for site, more in (('encoder', 0.0), ('decoder', 1.0)):
+            finals = {
+                'concat': {seed: at + more + value for seed, value in concat.items()},
+                # of seeds 1 and 2 alone, and in another order
+                'mi': {2: at + more + 4.0 - 0.25, 1: at + more + 3.0 - 0.5},
+            }
+            if site == 'encoder':
+                finals['none'] = {seed: at + value + 0.5 for seed, value in concat.items()}
+            for fusion, of_seed in finals.items():
+                of = {seed: {'bits_per_byte': value} for seed, value in of_seed.items()}
+                made.run(f'{core}, {site}, {fusion}', of)
+    _, *rows = made.report('lm_fusion')
+    found = {tuple(row[:3]): row[3:5] for row in rows}
+    assert len(rows) == len(found) == 2 * 2 * 3
+    assert found['lstm', 'decoder', 'concat'] == ['14.0000 [13.0000, 15.0000]', '—']
+    for core in ('transformer', 'lstm'):
+        for site, gap in (('encoder', '+0.5000'), ('decoder', '−0.5000')):
+            assert found[core, site, 'mi'][1] == '−0.3750 [−0.5000, −0.2500]'
+            assert found[core, site, 'none'][1] == f'{gap} [{gap}, {gap}]'
