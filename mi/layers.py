@@ -6,13 +6,13 @@ Shapes: x [..., n] the input, z [..., m] the context, y [..., k] the output; W [
 V [n, k], b [k]. Leading axes of x and z broadcast. Source of the equation and of its forms:
 Jayakumar et al., Multiplicative Interactions and Where to Find Them, ICLR 2020.
 
-Initialisation is ours: for unit-variance x the *sum* of the terms has unit variance, as that of a
-Dense layer with `lecun_normal` weights, an equal share of it from each term. The context has
-unit-variance entries ('dense'), or one entry that is 1 and the rest 0 ('one_hot').
+Initialization is ours: for unit-variance x the *sum* of the terms has unit variance, as in a Dense
+layer with `lecun_normal` weights. Each term contributes an equal share. The context has
+unit-variance entries ('dense'), or one entry that is 1 and zeros otherwise ('one_hot').
 """
 
 import functools
-from typing import Any, Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +29,13 @@ Context = Literal['dense', 'one_hot']
 
 
 def check_context(context: str) -> None:
-    """Raise ValueError unless the word is one that initializers and scales depend on."""
+    """Raise ValueError unless `context` is a value of `Context`."""
     if context not in get_args(Context):
         raise ValueError(f'unknown context {context!r}; {suggest(context, get_args(Context))}')
 
 
 def context_init(context: Context, variance: float = 1.0) -> Initializer:
-    """Initialiser of a matrix [m, k] for which each entry of zᵀU has this variance."""
+    """Return an initializer for U [m, k]: each entry of zᵀU has this variance."""
     check_context(context)
     if context == 'one_hot':  # zᵀU is a row of U: the fan-in is 1
         return initializers.variance_scaling(
@@ -45,12 +45,12 @@ def context_init(context: Context, variance: float = 1.0) -> Initializer:
 
 
 def input_init(variance: float = 1.0) -> Initializer:
-    """Initialiser of a matrix [n, k] for which each entry of Vx has this variance."""
+    """Return an initializer for V [n, k]: each entry of Vx has this variance."""
     return initializers.variance_scaling(variance, 'fan_in', 'truncated_normal')
 
 
 def interaction_init(context: Context, variance: float = 1.0) -> Initializer:
-    """Initialiser of a tensor [m, n, k] for which each entry of zᵀWx has this variance."""
+    """Return an initializer for W [m, n, k]: each entry of zᵀWx has this variance."""
     check_context(context)
     if context == 'one_hot':
         return initializers.variance_scaling(
@@ -62,37 +62,47 @@ def interaction_init(context: Context, variance: float = 1.0) -> Initializer:
 
 
 def check_dense(z: Array) -> None:
-    """Raise ValueError if the context comes as integers, for a module that takes vectors alone."""
+    """Raise ValueError if z holds integers, for modules that accept only vectors."""
     if jnp.issubdtype(z.dtype, jnp.integer):
         raise ValueError(
-            f'z is {z.dtype} {z.shape}: expected a context [..., m] in a float dtype, for integers '
-            f'are ids of contexts and not their entries. Try jax.nn.one_hot(z, m)'
+            f'z is {z.dtype} {z.shape}: expected a context [..., m] in a float dtype; integers '
+            f'are ids of contexts. Try jax.nn.one_hot(z, m)'
         )
 
 
 def one_hot(ids: Array, contexts: int, dtype: DTypeLike) -> Array:
-    """Return the contexts [..., m] that integers [...] stand for; out of range they are clipped."""
+    """Return the one-hot contexts [..., m] for ids [...]; ids out of range are clipped."""
     return jax.nn.one_hot(jnp.clip(ids, 0, contexts - 1), contexts, dtype=dtype)
 
 
+def expand_rank(a: Array, ndim: int) -> Array:
+    """Return `a` with axes of length 1 in front, so that it has `ndim` axes."""
+    return a.reshape((1,) * (ndim - a.ndim) + a.shape)
+
+
+def add_bias(y: Array, b: Array) -> Array:
+    """Return y + b for y [..., *shape] and b [*shape]."""
+    return y + expand_rank(b, y.ndim)
+
+
 def align_streams(x: Array, z: Array, *, ids: bool = False) -> tuple[Array, Array]:
-    """x and z with the same leading axes in number: [..., n] and [..., m], or integers [...].
+    """Return x [..., n] and z [..., m] with equally many leading axes.
 
     Args:
       x: [..., n].
       z: [..., m], or integers [...], each the id of a one-hot context.
-      ids: whether integers are taken.
+      ids: whether integers are accepted.
 
     Raises:
-      ValueError: if one is a scalar, their leading axes do not broadcast, or z are integers that
-        are not taken.
+      ValueError: if a stream is a scalar, their leading axes do not broadcast, or z holds integers
+        that are not accepted.
     """
     if not ids and z is not x:
         check_dense(z)
-    ids = jnp.issubdtype(z.dtype, jnp.integer) and z is not x
-    if x.ndim < 1 or (z.ndim < 1 and not ids):
+    has_ids = jnp.issubdtype(z.dtype, jnp.integer) and z is not x
+    if x.ndim < 1 or (z.ndim < 1 and not has_ids):
         raise ValueError(f'x must be [..., n] and z [..., m]; got x {x.shape}, z {z.shape}')
-    z_axes = z.shape if ids else z.shape[:-1]
+    z_axes = z.shape if has_ids else z.shape[:-1]
     try:
         jnp.broadcast_shapes(x.shape[:-1], z_axes)
     except ValueError as error:
@@ -100,14 +110,13 @@ def align_streams(x: Array, z: Array, *, ids: bool = False) -> tuple[Array, Arra
             f'the leading axes of x {x.shape} and z {z.shape} do not broadcast; '
             f'give z an axis of length 1 where it is shared'
         ) from error
-    axes = max(x.ndim - 1, len(z_axes))
-    x = x.reshape((1,) * (axes + 1 - x.ndim) + x.shape)
-    z = z.reshape((1,) * (axes - len(z_axes)) + z.shape)
-    return x, z
+    num_axes = max(x.ndim - 1, len(z_axes))
+    z_ndim = num_axes if has_ids else num_axes + 1
+    return expand_rank(x, num_axes + 1), expand_rank(z, z_ndim)
 
 
 class Affine(nn.Module):
-    """Vx + b, x [..., n] → [..., k]: `nn.Dense`, but accumulated in f32 for bf16 inputs too.
+    """An affine map Vx + b, [..., n] → [..., k]: `nn.Dense`, but bf16 inputs accumulate in f32.
 
     Attributes:
       features: k.
@@ -128,21 +137,21 @@ class Affine(nn.Module):
         V = self.param('V', self.V_init, (x.shape[-1], self.features), self.param_dtype)
         b = self.param('b', self.b_init, (self.features,), self.param_dtype)
         x, V, b = nn.dtypes.promote_dtype(x, V, b, dtype=self.dtype)
-        return linear(x, V, precision=self.precision) + b.reshape((1,) * (x.ndim - 1) + b.shape)
+        return add_bias(linear(x, V, precision=self.precision), b)
 
 
 class MultiplicativeInteraction(nn.Module):
     """The full form: f(x, z) = zᵀWx + zᵀU + Vx + b (Jayakumar et al., 2020).
 
-    With `use_W=False` it is a Dense layer on the concatenation of x and z; with a one-hot context,
-    a multi-head read-out; read as (zᵀW + V) x + (zᵀU + b), a linear hypernetwork. The forms that
-    inherit from it differ in nothing but W, for which they have fewer parameters.
+    With `use_W=False` it is a Dense layer on the concatenation of x and z. With a one-hot context
+    it is a multi-head read-out. Written as (zᵀW + V) x + (zᵀU + b), it is a linear hypernetwork.
+    The subclasses differ only in W, for which they have fewer parameters.
 
     Attributes:
       features: k.
-      context: 'dense' or 'one_hot'; decides the scale at which W and U are initialised.
-      contexts: m, where the contexts come as integers.
-      use_W, use_U, use_V, use_b: which terms there are.
+      context: 'dense' or 'one_hot'; determines the initial scale of W and U.
+      contexts: m; required if contexts are integers.
+      use_W, use_U, use_V, use_b: whether to include each term.
       dtype: of the computation; None for the promoted dtype of inputs and parameters.
       param_dtype: of the parameters.
       precision: as in `jax.lax.dot_general`.
@@ -167,17 +176,18 @@ class MultiplicativeInteraction(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array) -> Array:
-        """x [..., n], z [..., m] → [..., k].
+        """Return f(x, z): x [..., n], z [..., m] → [..., k].
 
-        z may also be integers [...] in [0, m), one-hot contexts without their zeros: of W and U
-        only those rows are read and multiplied. The field `contexts` says m then.
+        z may also hold integers [...] in [0, m), the ids of one-hot contexts. Only the rows of W
+        and U with these ids are read and multiplied. The field `contexts` gives m.
 
         Raises:
-          ValueError: if the leading axes do not broadcast, or integers come without `contexts`.
+          ValueError: if the leading axes do not broadcast, or z holds integers and `contexts` is
+            None.
         """
-        return self._sum(*_inputs(self, x, z))
+        return self._sum_terms(*_prepare_inputs(self, x, z))
 
-    def _sum(self, x: Array, z: Array, m: int) -> Array:
+    def _sum_terms(self, x: Array, z: Array, m: int) -> Array:
         n, k, dtype = x.shape[-1], self.features, x.dtype
         share = 1 / max(1, self.use_W + self.use_U + self.use_V)
         U_init = self.U_init or context_init(self.context, share)
@@ -185,7 +195,7 @@ class MultiplicativeInteraction(nn.Module):
 
         y = jnp.zeros((1,) * x.ndim, dtype)
         if self.use_W:
-            y = y + self._interaction(x, z, m, share)
+            y = y + self._compute_interaction(x, z, m, share)
         if self.use_U:
             U = self.param('U', U_init, (m, k), self.param_dtype)
             y = y + linear(z, U.astype(dtype), precision=self.precision)
@@ -194,12 +204,12 @@ class MultiplicativeInteraction(nn.Module):
             y = y + linear(x, V.astype(dtype), precision=self.precision)
         if self.use_b:
             b = self.param('b', self.b_init, (k,), self.param_dtype)
-            y = y + b.astype(dtype).reshape((1,) * (x.ndim - 1) + (k,))
+            y = add_bias(y, b.astype(dtype))
         z_axes = z.shape if jnp.issubdtype(z.dtype, jnp.integer) else z.shape[:-1]
         return jnp.broadcast_to(y, (*jnp.broadcast_shapes(x.shape[:-1], z_axes), k))
 
-    def _interaction(self, x: Array, z: Array, m: int, variance: float) -> Array:
-        """zᵀWx, each entry of this variance at initialisation."""
+    def _compute_interaction(self, x: Array, z: Array, m: int, variance: float) -> Array:
+        """Return zᵀWx; at initialization each entry has this variance."""
         init = self.W_init or interaction_init(self.context, variance)
         W = self.param('W', init, (m, x.shape[-1], self.features), self.param_dtype)
         return bilinear(x, z, W.astype(x.dtype), precision=self.precision)
@@ -217,7 +227,7 @@ class LowRankMultiplicativeInteraction(MultiplicativeInteraction, kw_only=True):
 
     rank: int
 
-    def _interaction(self, x: Array, z: Array, m: int, variance: float) -> Array:
+    def _compute_interaction(self, x: Array, z: Array, m: int, variance: float) -> Array:
         n, k, r = x.shape[-1], self.features, self.rank
         P = self.param('P', context_init(self.context), (m, r), self.param_dtype)
         Q = self.param('Q', input_init(), (n, r), self.param_dtype)
@@ -239,7 +249,7 @@ class TuckerMultiplicativeInteraction(MultiplicativeInteraction, kw_only=True):
 
     rank: int
 
-    def _interaction(self, x: Array, z: Array, m: int, variance: float) -> Array:
+    def _compute_interaction(self, x: Array, z: Array, m: int, variance: float) -> Array:
         n, k, r = x.shape[-1], self.features, self.rank
         P = self.param('P', context_init(self.context), (m, r), self.param_dtype)
         Q = self.param('Q', input_init(), (n, r), self.param_dtype)
@@ -252,11 +262,11 @@ class TuckerMultiplicativeInteraction(MultiplicativeInteraction, kw_only=True):
 
 
 class BlockMultiplicativeInteraction(MultiplicativeInteraction, kw_only=True):
-    """The block-diagonal form: x and y in g blocks, and W only from a block to its own.
+    """The block-diagonal form: W maps each of the g blocks of x to the same block of y.
 
         y_i = zᵀW_i x_i,   i = 1…g,   W [g, m, ⌈n/g⌉, ⌈k/g⌉]
 
-    Where g does not divide n or k, the last block is cut.
+    If g does not divide n or k, the last block is truncated.
 
     Attributes:
       blocks: g.
@@ -265,30 +275,31 @@ class BlockMultiplicativeInteraction(MultiplicativeInteraction, kw_only=True):
 
     blocks: int
 
-    def _interaction(self, x: Array, z: Array, m: int, variance: float) -> Array:
+    def _compute_interaction(self, x: Array, z: Array, m: int, variance: float) -> Array:
         g, n, k = self.blocks, -(-x.shape[-1] // self.blocks), -(-self.features // self.blocks)
-        one_hot = self.context == 'one_hot'
-        within = initializers.variance_scaling(
+        is_one_hot = self.context == 'one_hot'
+        block_init = initializers.variance_scaling(
             variance,
             'fan_in',
             'truncated_normal',
-            in_axis=2 if one_hot else (1, 2),
+            in_axis=2 if is_one_hot else (1, 2),
             out_axis=3,
-            batch_axis=(0, 1) if one_hot else 0,
+            batch_axis=(0, 1) if is_one_hot else 0,
         )
-        W = self.param('W', self.W_init or within, (g, m, n, k), self.param_dtype)
+        W = self.param('W', self.W_init or block_init, (g, m, n, k), self.param_dtype)
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, g * n - x.shape[-1])])
-        each = functools.partial(bilinear, precision=self.precision)
-        y = jax.vmap(each, in_axes=(-2, None, 0), out_axes=-2)(
+        multiply_block = functools.partial(bilinear, precision=self.precision)
+        y = jax.vmap(multiply_block, in_axes=(-2, None, 0), out_axes=-2)(
             x.reshape(*x.shape[:-1], g, n), z, W.astype(x.dtype)
         )
         return y.reshape(*y.shape[:-2], g * k)[..., : self.features]
 
 
 class MultiHead(MultiplicativeInteraction):
-    """A read-out for each of m one-hot contexts: f(x, e_i) = W_i x + U_i, that row alone computed.
+    """A read-out for each of m one-hot contexts: f(x, e_i) = W_i x + U_i.
 
-    The full form with V = b = 0, which would add nothing where z is one-hot.
+    It is the full form with V = b = 0, because V and b are redundant if z is one-hot. Only row i is
+    computed.
 
     Attributes:
       features, …: as in `MultiplicativeInteraction`; `context` must be 'one_hot'.
@@ -300,30 +311,30 @@ class MultiHead(MultiplicativeInteraction):
 
     @nn.compact
     def __call__(self, x: Array, z: Array) -> Array:
-        """x [..., n] and z one-hot [..., m], or integers [...] with `contexts` → [..., k].
+        """Return f(x, z): x [..., n], z one-hot [..., m], or integers [...] → [..., k].
 
-        Of a z in a float dtype the largest entry is what counts: zᵀWx + zᵀU where it is the only
-        one, so that the context of zeros gives zeros.
+        If z is in a float dtype, only its largest entry is used. The output is zᵀWx + zᵀU if the
+        other entries are zero, and a context of zeros gives zeros.
 
         Raises:
-          ValueError: if `context` is not 'one_hot', or as the full form.
+          ValueError: if `context` is not 'one_hot', or as in `MultiplicativeInteraction`.
         """
         if self.context != 'one_hot':
             raise ValueError(
-                f'MultiHead takes one-hot contexts alone, context is {self.context!r}; for others '
-                f'use MultiplicativeInteraction'
+                f"MultiHead.context = {self.context!r}: expected 'one_hot'. Try "
+                f'MultiplicativeInteraction for other contexts'
             )
-        x, z, m = _inputs(self, x, z)
+        x, z, m = _prepare_inputs(self, x, z)
         if jnp.issubdtype(z.dtype, jnp.integer):
-            return self._sum(x, z, m)
-        return self._sum(x, jnp.argmax(z, -1), m) * z.max(-1, keepdims=True)
+            return self._sum_terms(x, z, m)
+        return self._sum_terms(x, jnp.argmax(z, -1), m) * z.max(-1, keepdims=True)
 
 
 class DiagonalMultiplicativeInteraction(nn.Module):
     """The diagonal form: f(x, z) = a(z) ⊙ x + c(z), a = zᵀW + V, c = zᵀU + b.
 
     W [m, n] and V [n] are the diagonals over (n, k) of the full form's W and V, so k = n; U [m, n],
-    b [n]. V starts at √(1/3) in every entry, the equal share of the other terms.
+    b [n]. Every entry of V starts at √(1/3), so that its term has the variance of the others.
 
     Attributes:
       context, contexts, dtype, param_dtype, precision: as in `MultiplicativeInteraction`.
@@ -337,21 +348,24 @@ class DiagonalMultiplicativeInteraction(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array) -> Array:
-        """x [..., n], z [..., m] or integers [...] → [..., n]; ValueError as the full form."""
-        x, z, m = _inputs(self, x, z)
-        n, scales = x.shape[-1], self._scales(x.shape[-1])
-        third = context_init(self.context, 1 / 3)
-        W = self.param('W', third, (m, scales), self.param_dtype)
-        U = self.param('U', third, (m, n), self.param_dtype)
-        V = self.param('V', initializers.constant(3**-0.5), (scales,), self.param_dtype)
+        """Return f(x, z): x [..., n], z [..., m] or integers [...] → [..., n].
+
+        Raises:
+          ValueError: as in `MultiplicativeInteraction`.
+        """
+        x, z, m = _prepare_inputs(self, x, z)
+        n, num_scales = x.shape[-1], self._count_scales(x.shape[-1])
+        init = context_init(self.context, 1 / 3)
+        W = self.param('W', init, (m, num_scales), self.param_dtype)
+        U = self.param('U', init, (m, n), self.param_dtype)
+        V = self.param('V', initializers.constant(3**-0.5), (num_scales,), self.param_dtype)
         b = self.param('b', initializers.zeros, (n,), self.param_dtype)
         W, U, V, b = (a.astype(x.dtype) for a in (W, U, V, b))
-        lead = (1,) * (x.ndim - 1)
-        a = linear(z, W, precision=self.precision) + V.reshape(*lead, scales)
-        c = linear(z, U, precision=self.precision) + b.reshape(*lead, n)
+        a = add_bias(linear(z, W, precision=self.precision), V)
+        c = add_bias(linear(z, U, precision=self.precision), b)
         return a * x + c
 
-    def _scales(self, n: int) -> int:
+    def _count_scales(self, n: int) -> int:
         return n
 
 
@@ -361,21 +375,28 @@ class ScalarMultiplicativeInteraction(DiagonalMultiplicativeInteraction):
     The diagonal form with one scale for all features: W [m, 1], V [1], U [m, n], b [n].
     """
 
-    def _scales(self, n: int) -> int:
+    def _count_scales(self, n: int) -> int:
         return 1
 
 
-def _inputs(module: Any, x: Array, z: Array) -> tuple[Array, Array, int]:
-    """x and z with as many leading axes and in the dtype of the computation; m."""
-    ids = jnp.issubdtype(z.dtype, jnp.integer)
-    if ids and module.contexts is None:
+class _HasContexts(Protocol):
+    """A module with the fields that `_prepare_inputs` reads."""
+
+    contexts: int | None
+    dtype: DTypeLike | None
+    param_dtype: DTypeLike
+
+
+def _prepare_inputs(module: _HasContexts, x: Array, z: Array) -> tuple[Array, Array, int]:
+    """Return x and z, aligned and in the dtype of the computation, and m."""
+    has_ids = jnp.issubdtype(z.dtype, jnp.integer)
+    if has_ids and module.contexts is None:
         raise ValueError(
-            f'z is {z.dtype}, ids of one-hot contexts: say by contexts=m how many there are, or '
-            f'give z in a float dtype'
+            f'z is {z.dtype}, ids of one-hot contexts: expected the field contexts=m. Try '
+            f'contexts=m, or z in a float dtype'
         )
     x, z = align_streams(x, z, ids=True)
-    floats = [x] if ids else [x, z]
-    dtype = module.dtype or jnp.result_type(*floats, module.param_dtype)
-    if ids:
+    dtype = module.dtype or jnp.result_type(x, *([] if has_ids else [z]), module.param_dtype)
+    if module.contexts is not None and has_ids:
         return x.astype(dtype), z, module.contexts
     return x.astype(dtype), z.astype(dtype), z.shape[-1]

@@ -183,7 +183,7 @@ def test_integers_need_the_number_of_contexts_and_heads_need_one_hot_contexts():
     x, ids = random(0, 6, 4), jnp.arange(6) % 3
     with pytest.raises(ValueError, match=r'z is int32.*contexts=m'):
         mi.MultiplicativeInteraction(5).init(jax.random.key(0), x, ids)
-    with pytest.raises(ValueError, match="one-hot contexts alone, context is 'dense'"):
+    with pytest.raises(ValueError, match=r"MultiHead\.context = 'dense': expected 'one_hot'"):
         mi.MultiHead(5, context='dense').init(jax.random.key(0), x, random(1, 6, 3))
 
 

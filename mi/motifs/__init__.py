@@ -1,5 +1,5 @@
-"""The motifs of the field that are multiplicative interactions, as Linen modules.
+"""Linen modules for the common motifs that are multiplicative interactions.
 
-Each is a case of f(x, z) = zᵀWx + zᵀU + Vx + b, or that with a nonlinearity around it: `mi.unify`
-has the exact tensors.
+Each is a special case of f(x, z) = zᵀWx + zᵀU + Vx + b, possibly with nonlinearities around it.
+`mi.unify` computes the exact tensors.
 """
