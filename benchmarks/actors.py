@@ -1,12 +1,12 @@
-"""The model of `benchmarks.pipeline` against the real topology `threads`, on this machine.
+"""The simulation of `benchmarks.pipeline` against the real topology `threads`, on this machine.
 
     pip install -e '.[envpool]' && python -m benchmarks.actors
 
-A training run is made of the parts of `mi.rl.actors.loop`: its actors, queue, `take` and update,
-with a clock at every stage. The seconds of the stages, as they were in that run, go into the model;
-what the model says of rate, lag, learner and queue stands beside what the run did. So the model is
-checked in what it adds, who waits for whom; how stages slow each other down on shared cores is in
-the measured seconds, and no prediction.
+A training run consists of the parts of `mi.rl.actors.loop`: its actors, queue, `take` and update,
+with a clock at every stage. The simulation takes the seconds of the stages from that run, and its
+rate, lag, learner and queue are compared with those of the run. This checks what the simulation
+adds: who waits for whom. It does not predict how stages slow each other down on shared cores, which
+is part of the measured seconds.
 
     catch     Catch, B = 64, T = 20
     babyai    four levels of BabyAI with instructions, EnvPool, B = 128, T = 20
@@ -21,7 +21,7 @@ import statistics
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -37,36 +37,38 @@ from mi.rl.actors.worker import Policy, Worker, joined
 from mi.rl.envs.spec import HostEnvironment, Step
 from mi.training import host, optim, sharding
 
-UPDATES = flags.DEFINE_integer('updates', 60, 'Of each run, after the warm-up.', lower_bound=10)
-ONLY = flags.DEFINE_list('only', ['catch', 'babyai'], 'Of these two.')
-NUMBERS = flags.DEFINE_list('actors', ['1', '2'], 'Actor threads of the runs.')
-JSON = flags.DEFINE_string('json', None, 'Where to write the figures too.')
+UPDATES = flags.DEFINE_integer('updates', 60, 'Updates per run after the warm-up.', lower_bound=10)
+ONLY = flags.DEFINE_list('only', ['catch', 'babyai'], 'Sets: catch, babyai.')
+NUMBERS = flags.DEFINE_list('actors', ['1', '2'], 'Numbers of actor threads.')
+JSON = flags.DEFINE_string('json', None, 'JSON file to write the figures to.')
 
 WARMUP = 10  # updates in which programs are compiled and the queue fills
 LEVELS = 'babyai/GoToRedBallGrey,GoToLocal,PickupLoc,PutNextLocal'
 
 
-class Times:
-    """Seconds of something that happens again and again."""
+class Stopwatch:
+    """Seconds of a repeated stage."""
 
     def __init__(self) -> None:
-        self._rows: list[tuple[float, float]] = []  # when it ended, how long it took
+        self._rows: list[tuple[float, float]] = []  # end, seconds
 
-    def add(self, began: float) -> None:
-        now = time.perf_counter()
-        self._rows.append((now, now - began))
+    def add(self, start: float) -> None:
+        """Add a stage that ends now."""
+        end = time.perf_counter()
+        self._rows.append((end, end - start))
 
-    def since(self, time: float) -> list[float]:
-        return [seconds for ended, seconds in self._rows if ended >= time]
+    def since(self, start: float) -> list[float]:
+        """Return the seconds of all stages that ended after a time."""
+        return [seconds for end, seconds in self._rows if end >= start]
 
 
 class ClockedEnvironment:
-    """A `HostEnvironment` whose steps are waited for, and timed, in a thread of its own."""
+    """A `HostEnvironment` that simulates in its own thread and times its steps."""
 
     def __init__(self, environment: HostEnvironment):
         self.spec, self.batch = environment.spec, environment.batch
-        self.simulated = Times()
-        self.waited = Times()  # of its caller, for it
+        self.simulation = Stopwatch()
+        self.caller_wait = Stopwatch()
         self._environment = environment
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
 
@@ -77,9 +79,9 @@ class ClockedEnvironment:
         self._step = self._thread.submit(self._simulate, actions)
 
     def recv(self) -> Step:
-        began = time.perf_counter()
+        start = time.perf_counter()
         step = self._step.result()
-        self.waited.add(began)
+        self.caller_wait.add(start)
         return step
 
     def close(self) -> None:
@@ -87,75 +89,77 @@ class ClockedEnvironment:
         self._environment.close()
 
     def _simulate(self, actions: np.ndarray) -> Step:
-        began = time.perf_counter()
+        start = time.perf_counter()
         self._environment.send(actions)
         step = self._environment.recv()
-        self.simulated.add(began)
+        self.simulation.add(start)
         return step
 
 
 class ClockedPolicy(Policy):
-    """A policy that is timed from the moment at which its parameters are there."""
+    """A policy that times its calls, without the wait for its parameters."""
 
     def __init__(self, agent: Any):
         super().__init__(agent)
-        self.acted, self.first = Times(), Times()
-        self.waited = Times()  # for parameters
+        self.calls, self.first_calls = Stopwatch(), Stopwatch()
+        self.params_wait = Stopwatch()
 
     def __call__(self, params: Any, acting: Any, inputs: Any, new: bool = False) -> Any:
         if new:
-            asked = time.perf_counter()
+            wait_start = time.perf_counter()
             jax.block_until_ready(params)
-            self.waited.add(asked)
-        began = time.perf_counter()
+            self.params_wait.add(wait_start)
+        start = time.perf_counter()
         result = jax.block_until_ready(super().__call__(params, acting, inputs, new))
-        (self.first if new else self.acted).add(began)
+        (self.first_calls if new else self.calls).add(start)
         return result
 
 
 class ClockedWorker(Worker):
-    """A worker that is timed; what is neither policy nor waiting is `rest`."""
+    """A worker that times its collections."""
 
     def __init__(self, environments: Sequence[HostEnvironment], *args: Any):
-        self.environments = [ClockedEnvironment(e) for e in environments]
-        self.collected = Times()
+        self.environments = [ClockedEnvironment(environment) for environment in environments]
+        self.collections = Stopwatch()
         super().__init__(self.environments, *args)
 
     def collect(self, params: Any) -> Any:
-        began = time.perf_counter()
+        start = time.perf_counter()
         result = super().collect(params)
-        self.collected.add(began)
+        self.collections.add(start)
         return result
 
 
-class Updates:
-    """How long each update took on the device: from its start, or the end of the one before."""
+class UpdateClock:
+    """Seconds of each update on the device, from its dispatch or the end of the previous update."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
-        self.done: list[float] = []
+        self.end_times: list[float] = []
         self._queue: queue.SimpleQueue[tuple[float, Any] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
-    def dispatched(self, result: Any) -> None:
+    def add(self, result: Any) -> None:
+        """Time an update that was just dispatched."""
         self._queue.put((time.perf_counter(), result))
 
     def wait(self) -> None:
+        """Wait until all updates are computed."""
         self._queue.put(None)
         self._thread.join()
 
     def _watch(self) -> None:
         while (entry := self._queue.get()) is not None:
-            dispatched, result = entry
+            dispatch_time, result = entry
             jax.block_until_ready(result)
-            now = time.perf_counter()
-            self.seconds.append(now - max([dispatched, *self.done[-1:]]))
-            self.done.append(now)
+            end = time.perf_counter()
+            self.seconds.append(end - max([dispatch_time, *self.end_times[-1:]]))
+            self.end_times.append(end)
 
 
-def config_of(name: str, number: int) -> ml_collections.ConfigDict:
-    """The config of a set, with so many actor threads."""
+def make_config(name: str, num_actors: int) -> ml_collections.ConfigDict:
+    """Return the config of a set."""
     if name == 'catch':
         config = configs.get_config('catch').unlock()
     else:
@@ -164,12 +168,12 @@ def config_of(name: str, number: int) -> ml_collections.ConfigDict:
         config.model.update({'instruction': True, 'sites': ('instruction',)})
         config.model.fusion.name = 'concat'
     config.train.topology = 'threads'
-    config.actors.number = number
+    config.actors.number = num_actors
     return config
 
 
-def topology(config: ml_collections.ConfigDict) -> pipeline.Topology:
-    """What the model has to know of a config, on a CPU."""
+def make_topology(config: ml_collections.ConfigDict) -> pipeline.Topology:
+    """Return the topology that a config describes."""
     actors = config.actors
     return pipeline.Topology(
         actors=actors.number,
@@ -183,20 +187,34 @@ def topology(config: ml_collections.ConfigDict) -> pipeline.Topology:
     )
 
 
-def measure(
-    config: ml_collections.ConfigDict, updates: int
-) -> tuple[pipeline.Stages, pipeline.Outcome, dict[str, float]]:
-    """Trains for so many updates: what the stages took, what came of it, medians of the stages."""
+class Measurement(NamedTuple):
+    """Stages and statistics of a run.
+
+    Attributes:
+      stages: distributions of the seconds per stage.
+      outcome: statistics, as the simulation has them.
+      medians: median seconds by stage.
+    """
+
+    stages: pipeline.Stages
+    outcome: pipeline.Outcome
+    medians: dict[str, float]
+
+
+def measure(config: ml_collections.ConfigDict, updates: int) -> Measurement:
+    """Train for a number of updates after the warm-up, and time every stage."""
     T, B, G = config.train.length, config.train.batch, config.actors.groups
+    # Make the learner.
     pool = envs.pool(config.env.name, config.actors.batch, 0)
-    agent, optimiser = factory.agent(config, pool.spec), optim.optimiser(config.optim, 1000)
+    agent, optimizer = factory.agent(config, pool.spec), optim.optimiser(config.optim, 1000)
     pool.close()
     mesh = sharding.mesh(1, B)
-    state = actors_loop.start(agent, optimiser, 0, mesh)
-    update = actors_loop.learner_update(agent, optimiser, factory.hyperparameters(config), mesh)
-    policies, workers = [], []
+    state = actors_loop.start(agent, optimizer, 0, mesh)
+    update = actors_loop.learner_update(agent, optimizer, factory.hyperparameters(config), mesh)
+    policies: list[ClockedPolicy] = []
+    workers: list[ClockedWorker] = []
 
-    def make(index: int) -> ClockedWorker:
+    def make_worker(index: int) -> ClockedWorker:
         groups = [
             envs.pool(config.env.name, config.actors.batch, 100 * index + g) for g in range(G)
         ]
@@ -205,10 +223,13 @@ def measure(
         workers.append(ClockedWorker(groups, policies[-1], T, key))
         return workers[-1]
 
-    watch, joins, actor_waits = Updates(), [], []
+    # Train, with the loop of `mi.rl.actors.loop`.
+    clock = UpdateClock()
+    joins: list[float] = []
+    actor_waits: list[float] = []
     lags: list[int] = []
     dropped = 0
-    makers = [functools.partial(make, i) for i in range(config.actors.number)]
+    makers = [functools.partial(make_worker, i) for i in range(config.actors.number)]
     settings = config.actors.queue, config.actors.timeout
     with Actors(makers, state.params, 0, *settings) as actors:
         for step in range(WARMUP + updates):
@@ -216,89 +237,99 @@ def measure(
                 start = time.perf_counter()
             window = actors_loop.Window()
             items = actors_loop.take(config, actors, step, window)
-            began = time.perf_counter()
+            join_start = time.perf_counter()
             trajectory = joined([item.trajectory for item in items])
             state, _ = update(state, trajectory)
-            watch.dispatched(state)
+            clock.add(state)
             actors.publish(state.params, step + 1)
             if step >= WARMUP:
-                joins.append(time.perf_counter() - began)
+                joins.append(time.perf_counter() - join_start)
                 lags += window.lags
                 dropped += window.dropped
                 actor_waits += [item.waited for item in items]
-        watch.wait()
-    acted = [s for policy in policies for s in policy.acted.since(start)]
-    first = [s for policy in policies for s in policy.first.since(start)]
-    rest = statistics.mean(
-        _rest(policy, worker, start) / (T * G)
+        clock.wait()
+    # Collect the times after the warm-up.
+    calls = [seconds for policy in policies for seconds in policy.calls.since(start)]
+    first_calls = [seconds for policy in policies for seconds in policy.first_calls.since(start)]
+    overhead = statistics.mean(
+        _collection_overhead(policy, worker, start) / (T * G)
         for policy, worker in zip(policies, workers, strict=True)
     )
-    simulated = [s for w in workers for e in w.environments for s in e.simulated.since(start)]
-    taken = watch.seconds[WARMUP:]
-    span = watch.done[-1] - watch.done[WARMUP - 1]
-    stages = pipeline.Stages(
-        simulate=pipeline.measured(simulated),
-        act=pipeline.measured([a + rest for a in acted]),
-        first=pipeline.measured([a + rest for a in first]),
-        pack=pipeline.constant(0.0),  # in the rest
-        join=pipeline.measured(joins),
-        update=pipeline.measured(taken),
+    simulations = [
+        seconds
+        for worker in workers
+        for environment in worker.environments
+        for seconds in environment.simulation.since(start)
+    ]
+    update_seconds = clock.seconds[WARMUP:]
+    span = clock.end_times[-1] - clock.end_times[WARMUP - 1]
+    return Measurement(
+        stages=pipeline.Stages(
+            simulate=pipeline.empirical(simulations),
+            act=pipeline.empirical([seconds + overhead for seconds in calls]),
+            first_act=pipeline.empirical([seconds + overhead for seconds in first_calls]),
+            pack=pipeline.constant(0.0),  # part of the overhead
+            join=pipeline.empirical(joins),
+            update=pipeline.empirical(update_seconds),
+        ),
+        outcome=pipeline.Outcome(
+            steps_per_second=updates * B * T / span,
+            utilization=sum(update_seconds) / span,
+            queue_wait=float('nan'),  # the real queue does not measure it
+            actor_wait=float(np.mean(actor_waits)),
+            lag=float(np.mean(lags)),
+            lag_max=max(lags),
+            dropped=dropped,
+        ),
+        medians={
+            'simulate': statistics.median(simulations),
+            'act': statistics.median(calls) + overhead,
+            'first': statistics.median(first_calls) + overhead,
+            'join': statistics.median(joins),
+            'update': statistics.median(update_seconds),
+        },
     )
-    outcome = pipeline.Outcome(
-        steps_per_second=updates * B * T / span,
-        utilisation=sum(taken) / span,
-        queue_wait=float('nan'),  # the queue does not tell
-        actor_wait=float(np.mean(actor_waits)),
-        lag=float(np.mean(lags)),
-        lag_max=max(lags),
-        dropped=dropped,
-    )
-    medians = {
-        'simulate': statistics.median(simulated),
-        'act': statistics.median(acted) + rest,
-        'first': statistics.median(first) + rest,
-        'join': statistics.median(joins),
-        'update': statistics.median(taken),
-    }
-    return stages, outcome, medians
 
 
-def _rest(policy: ClockedPolicy, worker: ClockedWorker, start: float) -> float:
-    """Seconds of a collection in which its thread neither acted nor waited."""
-    parts = policy.acted, policy.first, policy.waited, *(e.waited for e in worker.environments)
-    collected = worker.collected.since(start)
-    busy = sum(sum(part.since(start)) for part in parts)
-    return max(0.0, (sum(collected) - busy) / len(collected))
+def _collection_overhead(policy: ClockedPolicy, worker: ClockedWorker, start: float) -> float:
+    """Return seconds per collection in which the thread neither acts nor waits."""
+    stopwatches = [policy.calls, policy.first_calls, policy.params_wait]
+    stopwatches += [environment.caller_wait for environment in worker.environments]
+    collections = worker.collections.since(start)
+    busy = sum(sum(stopwatch.since(start)) for stopwatch in stopwatches)
+    return max(0.0, (sum(collections) - busy) / len(collections))
 
 
 def main(argv: Sequence[str]) -> None:
+    """Measure and simulate every set; print both."""
     del argv
     host.keep_freed_memory()
     host.set_xla_flags()
     print(f'{host.machine()}, jax {jax.__version__}; seconds in ms, rates in environment steps/s')
     figures = []
     for name in ONLY.value:
-        for number in map(int, NUMBERS.value):
-            config = config_of(name, number)
-            stages, outcome, medians = measure(config, UPDATES.value)
-            model = pipeline.simulate(topology(config), stages, updates=400, warmup=50)
-            print(f'\n{name}, {number} actors: ', end='')
+        for num_actors in map(int, NUMBERS.value):
+            config = make_config(name, num_actors)
+            stages, real, medians = measure(config, UPDATES.value)
+            model = pipeline.simulate(make_topology(config), stages, updates=400, warmup=50)
+            print(f'\n{name}, {num_actors} actors: ', end='')
             print(', '.join(f'{stage} {1000 * s:.2f}' for stage, s in medians.items()))
-            for label, it in (('measured', outcome), ('model', model)):
+            for label, outcome in (('measured', real), ('model', model)):
                 print(
-                    f'  {label:<9} {it.steps_per_second:9,.0f} steps/s, learner busy '
-                    f'{it.utilisation:.2f}, lag {it.lag:.2f} (at most {it.lag_max}), an actor '
-                    f'waits {1000 * it.actor_wait:.1f} for room',
+                    f'  {label:<9} {outcome.steps_per_second:9,.0f} steps/s, learner busy '
+                    f'{outcome.utilization:.2f}, lag {outcome.lag:.2f} (at most '
+                    f'{outcome.lag_max}), an actor waits {1000 * outcome.actor_wait:.1f} for the '
+                    f'queue',
                     flush=True,
                 )
             figures.append(
                 {
                     'set': name,
-                    'actors': number,
+                    'actors': num_actors,
                     'seconds': medians,
-                    'measured': dataclasses.asdict(outcome) | {'queue_wait': None},
+                    'measured': dataclasses.asdict(real) | {'queue_wait': None},
                     'model': dataclasses.asdict(model),
-                    'ratio': model.steps_per_second / outcome.steps_per_second,
+                    'ratio': model.steps_per_second / real.steps_per_second,
                 }
             )
     if JSON.value:

@@ -1,13 +1,13 @@
-"""One training step on many chips, on paper: products, optimiser, network, memory.
+"""An analytic model of one training step on many chips: products, optimizer, network, memory.
 
-    products    Σ times · max(FLOPs / peak, bytes / bandwidth), over share of it that is reached
-    optimiser   bytes of parameters, gradients and moments that a step reads and writes / bandwidth
+    products    Σ times · max(FLOPs / peak, bytes / bandwidth), divided by the share of it reached
+    optimizer   bytes of parameters, gradients and moments that a step reads and writes / bandwidth
     network     ring all-reduce over D replicas, gather and scatter over the F chips of a replica
 
-N = D · F chips; parameters, gradients and moments are f32 (4 bytes), split over F (`train.fsdp`).
-A ring over n chips sends (n − 1)/n of an array to gather or to scatter it, and twice that to reduce
-it everywhere. Nothing overlaps: `Step.seconds` is the sum, and its largest part what it would be if
-everything did.
+There are N = D · F chips. Parameters, gradients and moments are f32 (4 bytes) and split over F
+(`train.fsdp`). A ring over n chips sends (n − 1)/n of an array to gather or to scatter it, and
+twice that to reduce it everywhere. `Step.seconds` assumes that nothing overlaps. If everything did,
+a step would take as long as its largest part.
 """
 
 import dataclasses
@@ -15,27 +15,28 @@ from collections.abc import Callable, Sequence
 
 from mi.counting import Product
 
-FLOAT = 4  # bytes of a parameter, of its gradient and of each moment
+FLOAT_BYTES = 4  # bytes of a parameter, of its gradient and of each moment
 # Adam: parameter, gradient and two moments are read, all but the gradient written; the norm for
 # clipping reads the gradient once more.
-OPTIMISER_PASSES = 8
-STORED = 4  # parameter, gradient, two moments
+OPTIMIZER_PASSES = 8
+STORED_COPIES = 4  # parameter, gradient, two moments
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a vendor says of an accelerator.
+    """A vendor's figures for an accelerator.
 
     Attributes:
-      name: as it stands in the name of the device that JAX reports.
-      flops, flops_f32: peak of bf16 products, and of f32 ones as JAX makes them by default; dense.
+      name: part of the device kind that JAX reports.
+      flops: peak FLOP/s of dense bf16 products.
+      flops_f32: peak FLOP/s of dense f32 products at JAX's default precision.
       memory: bytes.
-      bandwidth: of the memory, bytes per second.
-      link: bytes per second that it sends to the chips of its node, all together.
-      node: chips of a node, or of a slice whose chips are wired to each other.
-      network: bytes per second that it sends to other nodes.
-      cores: of the host's processors, a chip.
-      source: where these come from.
+      bandwidth: bytes per second from memory.
+      link: bytes per second to all chips of its node together.
+      node: chips per node, or per slice whose chips are wired to each other.
+      network: bytes per second to other nodes.
+      cores: host processor cores per chip.
+      source: where the figures come from.
     """
 
     name: str
@@ -51,8 +52,8 @@ class Chip:
 
 
 # Half of NVLink's figure goes each way. A DGX has a network card of 400 Gb/s for each GPU, and 112
-# cores for eight. For f32 products JAX uses TF32 on these GPUs; TPUs make them in three to six
-# passes of bf16 only if asked to, so that their f32 is bf16 here.
+# cores for eight. JAX computes f32 products in TF32 on these GPUs. TPUs use three to six passes of
+# bf16 only at a higher precision, so the default f32 has the speed of bf16.
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -88,11 +89,11 @@ LATENCY = 3e-6  # seconds of one message of a ring; assumed, not measured
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one chip does of a step.
+    """One chip's part of a training step.
 
     Attributes:
       products: forward and backward.
-      activations: bytes kept from the forward to the backward pass.
+      activations: bytes that the forward pass saves for the backward pass.
     """
 
     products: Sequence[Product]
@@ -104,11 +105,11 @@ class Job:
     """A training run.
 
     Attributes:
-      name: in words.
-      parameters: P.
-      units: of one row in one step: its tokens, or its steps of an environment.
-      total: units of the whole run.
-      work: rows of a chip → its work.
+      name: title for tables.
+      parameters: number of parameters, P.
+      units: tokens or environment steps that one row contributes to a step.
+      total: units in the run.
+      work: rows on a chip → work of the chip.
     """
 
     name: str
@@ -120,17 +121,18 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One step on N chips; seconds and bytes are those of each chip.
+    """One step on N chips, with seconds and bytes per chip.
 
     Attributes:
       chips: N.
-      rows: of the batch, all of them.
-      memory: bytes.
-      arithmetic, reading: seconds of the products that are bound by FLOPs, and by memory.
-      optimiser: seconds.
-      traffic: bytes that it sends.
-      network: seconds.
-      units: of the whole step.
+      rows: rows in the batch over all chips.
+      memory: bytes in use.
+      arithmetic: seconds in products that FLOPs bound.
+      reading: seconds in products that memory bandwidth bounds.
+      optimizer: seconds in the optimizer.
+      traffic: bytes sent.
+      network: seconds of sending.
+      units: tokens or environment steps over all chips.
     """
 
     chips: int
@@ -138,13 +140,14 @@ class Step:
     memory: float
     arithmetic: float
     reading: float
-    optimiser: float
+    optimizer: float
     traffic: float
     network: float
     units: int
 
     @property
     def seconds(self) -> float:
+        """Time per step if nothing overlaps."""
         return sum(self.parts().values())
 
     @property
@@ -153,85 +156,96 @@ class Step:
         return self.units / self.seconds
 
     def parts(self) -> dict[str, float]:
+        """Return the seconds that each part takes."""
         return {
             'arithmetic': self.arithmetic,
             'memory': self.reading,
-            'optimiser': self.optimiser,
+            'optimizer': self.optimizer,
             'network': self.network,
         }
 
     @property
     def bottleneck(self) -> str:
-        """The part that takes longest."""
+        """Name of the part that takes longest."""
         parts = self.parts()
         return max(parts, key=lambda name: parts[name])
 
 
-def roofline(products: Sequence[Product], chip: Chip, f32: bool = False) -> tuple[float, float]:
-    """Seconds of the products that are bound by arithmetic, and of those bound by memory."""
-    bound = [0.0, 0.0]
+def estimate_roofline(
+    products: Sequence[Product], chip: Chip, f32: bool = False
+) -> tuple[float, float]:
+    """Return the seconds in products that FLOPs bound, and in those that memory bounds."""
+    arithmetic_seconds = reading_seconds = 0.0
     peak = chip.flops_f32 if f32 else chip.flops
     for product in products:
         arithmetic, reading = product.flops / peak, product.bytes / chip.bandwidth
-        bound[reading > arithmetic] += product.times * max(arithmetic, reading)
-    return bound[0], bound[1]
+        if arithmetic >= reading:
+            arithmetic_seconds += product.times * arithmetic
+        else:
+            reading_seconds += product.times * reading
+    return arithmetic_seconds, reading_seconds
 
 
-def exchange(parameters: int, replicas: int, fsdp: int) -> tuple[float, float]:
-    """Bytes that a chip sends in a step: within its replica, and between replicas.
+def compute_traffic(parameters: int, replicas: int, fsdp: int) -> tuple[float, float]:
+    """Return the bytes that a chip sends per step within its replica and between replicas.
 
-    Within: parameters gathered for the forward and for the backward pass, gradients scattered.
-    Between: its part of the gradient reduced over all replicas.
+    Within a replica, parameters are gathered for the forward and for the backward pass, and
+    gradients are scattered. Between replicas, each chip's part of the gradient is reduced.
     """
-    size = FLOAT * parameters
-    within = 3 * (fsdp - 1) / fsdp * size
-    between = 2 * (replicas - 1) / replicas * size / fsdp
-    return within, between
+    size = FLOAT_BYTES * parameters
+    inner_bytes = 3 * (fsdp - 1) / fsdp * size
+    outer_bytes = 2 * (replicas - 1) / replicas * size / fsdp
+    return inner_bytes, outer_bytes
 
 
-def bandwidth(chip: Chip, span: int) -> float:
-    """Bytes per second of a ring over chips of which `span` stand side by side.
+def ring_bandwidth(chip: Chip, span: int) -> float:
+    """Return bytes per second of a ring over `span` adjacent chips.
 
-    A ring that leaves the nodes is made of one ring for each chip of a node, so that all network
-    cards are used, and is no faster than the links inside.
+    A ring that spans nodes consists of one ring per chip of a node, so that it uses all network
+    cards. It is no faster than the links inside a node.
     """
     return chip.link if span <= chip.node else min(chip.link, chip.network * chip.node)
 
 
-def step(job: Job, chip: Chip, chips: int, rows: int, fsdp: int = 1, share: float = 1.0) -> Step:
-    """One step of `rows` rows on so many chips.
+def estimate_step(
+    job: Job, chip: Chip, chips: int, rows: int, fsdp: int = 1, share: float = 1.0
+) -> Step:
+    """Estimate one training step on `chips` chips.
 
     Args:
-      job: what is trained.
-      chip: on which.
+      job: the training run.
+      chip: the accelerator.
       chips: N.
-      rows: of the batch; a multiple of N.
+      rows: rows in the batch; a multiple of N.
       fsdp: F, chips that share one copy of the parameters; a divisor of N.
-      share: of the roofline's speed that products reach, as measured on one chip.
+      share: fraction of the roofline's speed that products reach on one chip.
 
     Raises:
-      ValueError: if rows or fsdp do not fit the chips.
+      ValueError: if `chips` does not divide `rows`, or `fsdp` does not divide `chips`.
     """
     if rows % chips or chips % fsdp:
-        raise ValueError(f'{rows} rows on {chips} chips, {fsdp} to a replica: expected divisors')
+        raise ValueError(
+            f'{rows} rows on {chips} chips, fsdp = {fsdp}: expected rows to be a multiple of '
+            f'chips, and chips of fsdp'
+        )
     work = job.work(rows // chips)
-    arithmetic, reading = roofline(work.products, chip)
-    within, between = exchange(job.parameters, chips // fsdp, fsdp)
+    arithmetic, reading = estimate_roofline(work.products, chip)
+    inner_bytes, outer_bytes = compute_traffic(job.parameters, chips // fsdp, fsdp)
     messages = 3 * (fsdp - 1) + 2 * (chips // fsdp - 1)
-    seconds = within / bandwidth(chip, fsdp) + between / bandwidth(chip, chips)
+    seconds = inner_bytes / ring_bandwidth(chip, fsdp) + outer_bytes / ring_bandwidth(chip, chips)
     return Step(
         chips=chips,
         rows=rows,
-        memory=STORED * FLOAT * job.parameters / fsdp + work.activations,
+        memory=STORED_COPIES * FLOAT_BYTES * job.parameters / fsdp + work.activations,
         arithmetic=arithmetic / share,
         reading=reading / share,
-        optimiser=OPTIMISER_PASSES * FLOAT * job.parameters / fsdp / chip.bandwidth,
-        traffic=within + between,
+        optimizer=OPTIMIZER_PASSES * FLOAT_BYTES * job.parameters / fsdp / chip.bandwidth,
+        traffic=inner_bytes + outer_bytes,
         network=seconds + messages * LATENCY,
         units=rows * job.units,
     )
 
 
-def hours(job: Job, step: Step) -> float:
-    """Of the whole run."""
+def estimate_hours(job: Job, step: Step) -> float:
+    """Return the hours that a run takes at the rate of a step."""
     return job.total / step.rate / 3600

@@ -1,24 +1,25 @@
-"""Tokens per second of the language models' training steps, against PyTorch.
+"""A race of language models' training steps against PyTorch, in tokens per second.
 
     pip install -e '.[benchmark]' && python -m benchmarks.lm
 
-    lstm          embedding → one LSTM layer → affine H → E → affine E → V, against nn.LSTM; `plain`
-                  is ours with the recurrence left to automatic differentiation, `products` with
-                  nothing of the layer but its six products: as if its gates cost nothing
-    transformer   pre-norm blocks, RMSNorm, rotary positions, SwiGLU, against the same of torch,
-                  with its scaled_dot_product_attention, eager and compiled
+    lstm          embedding → one LSTM layer → affine H → E → affine E → V, against nn.LSTM. `plain`
+                  differentiates our recurrence automatically; `products` computes only the six
+                  products of the layer, as if its gates cost nothing
+    transformer   pre-norm blocks, RMSNorm, rotary positions, SwiGLU, against the same in torch
+                  with scaled_dot_product_attention, eager and compiled
     cells         every cell of mi.cells against the plain LSTM
     fusions       every fusion at the encoder, at the decoder and at both, against concat there, all
                   with the parameters of concat
     loop          a run of the trainer, with data, records and checkpoints, against steps alone
 
-All sides: mean cross-entropy, gradient through T steps with carried state, global-norm clipping,
-Adam; f32, all cores, the same allocator settings; the sides take turns (`benchmarks.rounds`). The
-table has medians over the rounds, and the median of the rounds' ratios to the first side.
+All sides have mean cross-entropy, gradients through T steps with carried state, global-norm
+clipping and Adam, in f32 on all cores with the same allocator settings. They take turns
+(`benchmarks.rounds`) and wait for every step. The table has medians over the rounds, and the median
+of the rounds' ratios to the first side.
 
-On a GPU, with larger sizes: torch's LSTM is cuDNN's there, and `cudnn` is ours with it
-(`config.model.impl`); f32 products are TF32 on both sides, and the Transformers are bf16 with f32
-parameters on both (autocast in torch). Every step is waited for.
+A GPU gets larger sizes. torch's LSTM is cuDNN's there, and so is ours in the side `cudnn`
+(`config.model.impl`). Products in f32 are TF32 on both sides. The Transformers are bf16 with f32
+parameters on both (autocast in torch).
 """
 
 import contextlib
@@ -49,12 +50,12 @@ from mi.lm import factory, train
 from mi.training import host, optim, sharding
 
 ROUNDS = flags.DEFINE_integer('rounds', 7, 'Interleaved rounds.', lower_bound=1)
-ONLY = flags.DEFINE_list('only', None, 'Of lstm, transformer, cells, fusions, loop.')
+ONLY = flags.DEFINE_list('only', None, 'Sets: lstm, transformer, cells, fusions, loop.')
 SIDE = flags.DEFINE_string('side', None, 'For the workers: set/size/side.')
-JSON = flags.DEFINE_string('json', None, 'Where to write the figures too.')
+JSON = flags.DEFINE_string('json', None, 'JSON file to write the figures to.')
 
-WORDS = [word for word in FUSIONS if word not in ONE_HOT]
-# As mi.main does it, and before jax has threads, which the line after these gives it.
+DENSE_FUSIONS = [name for name in FUSIONS if name not in ONE_HOT]
+# As in mi.main; must precede default_backend, which starts JAX's threads.
 host.keep_freed_memory()
 host.set_xla_flags()
 GPU = jax.default_backend() == 'gpu'
@@ -91,12 +92,13 @@ SIDES: dict[str, tuple[str, ...]] = {
     'lstm': ('torch', 'plain', 'products', 'mi', *(('cudnn',) if GPU else ())),
     'transformer': ('torch', 'torch compiled', 'mi'),
     'cells': tuple(cells.CELLS),
-    'fusions': ('concat', *(word for word in WORDS if word != 'concat')),
+    'fusions': ('concat', *(name for name in DENSE_FUSIONS if name != 'concat')),
     'loop': ('steps', 'run'),
 }
 
 
 def torch_lstm(V: int, E: int, H: int, T: int, B: int) -> Callable[[], object]:
+    """Return a training step of torch's LSTM."""
     import torch
 
     class Model(torch.nn.Module):
@@ -111,31 +113,32 @@ def torch_lstm(V: int, E: int, H: int, T: int, B: int) -> Callable[[], object]:
 
     device = _torch_device()
     model = Model().to(device)
-    optimiser = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
     tokens = torch.randint(0, V, (T + 1, B), device=device)
     carry = torch.zeros(1, B, H, device=device), torch.zeros(1, B, H, device=device)
 
     def step() -> None:
         nonlocal carry
-        logits, after = model(tokens[:-1], carry)
-        carry = tuple(a.detach() for a in after)
+        logits, next_carry = model(tokens[:-1], carry)
+        carry = tuple(array.detach() for array in next_carry)
         loss = torch.nn.functional.cross_entropy(logits.reshape(-1, V), tokens[1:].reshape(-1))
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
-        optimiser.step()
+        optimizer.step()
         loss.item()
 
     return step
 
 
-def torch_transformer(
-    V: int, H: int, layers: int, heads: int, T: int, B: int, compiled: bool
-) -> Callable[[], object]:
+def torch_transformer(sizes: Sequence[int], is_compiled: bool) -> Callable[[], object]:
+    """Return a training step of a Transformer in torch."""
     import torch
     from torch.nn import functional
 
+    V, H, layers, heads, T, B = sizes
     d, device = H // heads, _torch_device()
+    # Rotary positions.
     position, pair = torch.arange(T, device=device), torch.arange(0, d, 2, device=device)
     angles = position[:, None] * 10_000.0 ** (-pair / d)
     cos, sin = angles.cos(), angles.sin()
@@ -170,19 +173,20 @@ def torch_transformer(
         def forward(self, tokens):
             return self.output(self.decoder(self.norm(self.blocks(self.embedding(tokens)))))
 
+    # Model, optimizer and data.
     model = Model().to(device)
-    optimiser = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
-    forward = torch.compile(model) if compiled else model
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
+    forward = torch.compile(model) if is_compiled else model
     tokens = torch.randint(0, V, (B, T + 1), device=device)
 
     def step() -> None:
         with torch.autocast(device, torch.bfloat16, enabled=device == 'cuda'):
             logits = forward(tokens[:, :-1])
         loss = functional.cross_entropy(logits.float().reshape(-1, V), tokens[:, 1:].reshape(-1))
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
-        optimiser.step()
+        optimizer.step()
         loss.item()
 
     return step
@@ -199,7 +203,7 @@ def _torch_device() -> str:
 def products_alone(
     carry: Carry, x: Array, W: Array, U: Array, b: Array, reset: None, keep: None
 ) -> tuple[Carry, Array]:
-    """The products of `mi.kernels.lstm.lstm`, of the same shapes; its values mean nothing."""
+    """Compute only the products of `mi.kernels.lstm.lstm`; the result has no meaning."""
     return _products_forward(carry, x, W, U, b, reset, keep)[0]
 
 
@@ -230,31 +234,40 @@ def _products_backward(
     dW = jnp.einsum('nr,gr->ng', x_first, dgates)
     dU = jnp.einsum('hr,gr->hg', h_first, dgates)
     dx = jnp.einsum('ng,gr->nr', W, dgates).reshape(n, T, B).transpose(1, 2, 0)
-    return (dc, dh.T), dx, dW, dU, jnp.tile(dh.mean(axis=1), 4), None, None  # dh is used: it stays
+    return (
+        (dc, dh.T),
+        dx,
+        dW,
+        dU,
+        jnp.tile(dh.mean(axis=1), 4),
+        None,
+        None,
+    )  # uses dh, or XLA drops it
 
 
 products_alone.defvjp(_products_forward, _products_backward)
 
 
-def config_of(name: str, size: str, side: str) -> ml_collections.ConfigDict:
+def make_config(name: str, size: str, side: str) -> ml_collections.ConfigDict:
+    """Return the config of one of our sides."""
     config = configs.get_config().unlock()
-    numbers = SIZES[name][size]
+    sizes = SIZES[name][size]
     for rate in ('input', 'layer', 'output'):
         config.dropout[rate] = 0.0
     if name == 'transformer':
-        _, H, layers, heads, T, B = numbers
+        _, H, layers, heads, T, B = sizes
         config.model.update(
             {'core': 'transformer', 'embed': H, 'hidden': H, 'layers': layers, 'heads': heads}
         )
         config.model.update({'ffn': 4 * H, 'site': 'none', 'tied': False})
         config.model.dtype = 'bfloat16' if GPU else 'float32'
     else:
-        _, E, H, T, B = numbers
+        _, E, H, T, B = sizes
         config.model.update({'embed': E, 'hidden': H, 'site': 'none', 'tied': False})
         if side == 'cudnn':
             config.model.impl = 'cudnn'
         if side == 'products':
-            config.optim.learning_rate = 1e-12  # its gradients mean nothing, and would overflow
+            config.optim.learning_rate = 1e-12  # its gradients have no meaning and would overflow
         if name == 'cells':
             config.model.update({'core': side, 'rank': 64})
         elif name == 'fusions':
@@ -265,78 +278,85 @@ def config_of(name: str, size: str, side: str) -> ml_collections.ConfigDict:
 
 
 def mi_step(config: ml_collections.ConfigDict, V: int) -> Callable[[], object]:
-    """The step of `mi.lm.train`, compiled as there, for one seed."""
+    """Return the training step of `mi.lm.train` for one seed."""
     config = factory.matched(config, V)
     T, B = config.train.length, config.train.batch
-    model, optimiser = factory.build(config, V), optim.optimiser(config.optim, 1000)
+    model, optimizer = factory.build(config, V), optim.optimiser(config.optim, 1000)
     seeds, mesh = np.zeros(1, np.int32), sharding.mesh(1, B)
-    state = train.start(model, optimiser, seeds, B, mesh)
+    state = train.start(model, optimizer, seeds, B, mesh)
     rng = np.random.default_rng(0)
     tokens = rng.integers(V, size=(1, T + 1, B)).astype(np.int32)
     tokens = sharding.put(tokens, sharding.by_rows(mesh, 2, has_seeds=True))
-    compiled = train.compile_step(model, optimiser, 1, state, seeds, tokens, None, mesh)
+    compiled = train.compile_step(model, optimizer, 1, state, seeds, tokens, None, mesh)
 
     def step() -> None:
         nonlocal state
-        state, measured = compiled(state, seeds, np.int32(0), tokens, None)
-        jax.block_until_ready(measured)
+        state, metrics = compiled(state, seeds, np.int32(0), tokens, None)
+        jax.block_until_ready(metrics)
 
     return step
 
 
-def run_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
-    """Runs of the trainer; returns how many steps were made, evaluation and set-up taken out."""
+def trainer_run(config: ml_collections.ConfigDict) -> Callable[[], object]:
+    """Return a function that runs the trainer and returns its steps.
+
+    The steps are scaled up so that the time per step has no set-up and no evaluation.
+    """
     config.train.update({'steps': 150, 'log_every': 50, 'eval_every': 150, 'save_every': 150})
     config.eval.update({'valid_tokens': 2, 'final_tokens': 2})
     config.model.tied = True
 
-    def once() -> float:
-        began = time.perf_counter()
+    def run_trainer() -> float:
+        start = time.perf_counter()
         with tempfile.TemporaryDirectory() as workdir:
             train.train(config, workdir)
             with open(f'{workdir}/timing.jsonl') as file:
                 rows = [json.loads(line) for line in file]
-        of_loop = sum(row['seconds'] for row in rows)
-        return config.train.steps * (time.perf_counter() - began) / of_loop
+        loop_seconds = sum(row['seconds'] for row in rows)
+        return config.train.steps * (time.perf_counter() - start) / loop_seconds
 
-    return once
+    return run_trainer
 
 
-def step_of(name: str, size: str, side: str) -> Callable[[], object]:
-    numbers = SIZES[name][size]
+def make_step(name: str, size: str, side: str) -> Callable[[], object]:
+    """Return a training step of a side."""
+    sizes = SIZES[name][size]
     if side == 'torch' and name == 'lstm':
-        return torch_lstm(*numbers)
+        return torch_lstm(*sizes)
     if side.startswith('torch'):
-        return torch_transformer(*numbers, compiled=side.endswith('compiled'))
-    config = config_of(name, size, side)
+        return torch_transformer(sizes, is_compiled=side.endswith('compiled'))
+    config = make_config(name, size, side)
     if side == 'run':
-        return run_step(config)
-    instead = {'plain': lstm_reference, 'products': products_alone}
+        return trainer_run(config)
+    replacements = {'plain': lstm_reference, 'products': products_alone}
     with contextlib.ExitStack() as stack:
-        if side in instead:
-            stack.callback(functools.partial(setattr, cells, 'lstm', lstm_kernel.lstm))
-            lstm_kernel.lstm = instead[side]
-        return mi_step(config, numbers[0])
+        if side in replacements:
+            stack.callback(functools.partial(setattr, lstm_kernel, 'lstm', lstm_kernel.lstm))
+            lstm_kernel.lstm = replacements[side]
+        return mi_step(config, sizes[0])
 
 
 def main(argv: Sequence[str]) -> None:
+    """Race the sides of every set, or serve as one of them."""
     del argv
     if SIDE.value:
-        rounds.serve(step_of(*SIDE.value.split('/')))
+        rounds.serve(make_step(*SIDE.value.split('/')))
         return
     print(f'{host.machine()}, jax {jax.__version__}')
     figures: list[dict[str, Any]] = []
     for name in ONLY.value or SIZES:
         sides = SIDES[name]
-        for size, numbers in SIZES[name].items():
+        for size, sizes in SIZES[name].items():
+            # Race.
             commands = {s: ['-m', 'benchmarks.lm', f'--side={name}/{size}/{s}'] for s in sides}
             seconds = rounds.race(commands, ROUNDS.value)
-            tokens = numbers[-1] * numbers[-2]
-            print(f'\n{name}, {size} {numbers}')
+            # Print.
+            tokens = sizes[-1] * sizes[-2]
+            print(f'\n{name}, {size} {sizes}')
             print(f'{"":<16}{"ms a step":>12}{"tokens/s":>12}{"× " + sides[0]:>18}  range')
             for side in sides:
                 pairs = zip(seconds[sides[0]], seconds[side], strict=True)
-                ratios = sorted(first / own for first, own in pairs)
+                ratios = sorted(peer_seconds / side_seconds for peer_seconds, side_seconds in pairs)
                 median, ratio = statistics.median(seconds[side]), statistics.median(ratios)
                 print(
                     f'{side:<16}{1000 * median:12.2f}{tokens / median:12,.0f}{ratio:18.2f}'

@@ -1,14 +1,16 @@
-"""The loops that `benchmarks.rl` compares us with: what one writes without this project's tricks.
+"""Straightforward training loops that `benchmarks.rl` compares ours with.
 
-Loss, optimiser and sizes are ours, so that the work is the same. What is plain: XLand-MiniGrid's
-own step, one-hot contexts in dense products, the textbook LSTM cell in `nn.scan`, an instruction
-encoded at every step, one group of environments, acting and learning one after the other.
+Loss, optimizer and sizes are ours, so that the work is the same. The loops use XLand-MiniGrid's own
+step, one-hot contexts in dense products and the textbook LSTM cell in `nn.scan`. They encode the
+instruction at every step, have one group of environments, and alternate between acting and
+learning.
 """
 
 import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -20,19 +22,12 @@ from xminigrid.core.rules import EmptyRule
 from xminigrid.envs.xland import XLandMiniGrid
 from xminigrid.types import RuleSet, TimeStep
 
-from mi.rl import (
-    envs,
-    factory,
-    learner,
-)
-from mi.rl import (
-    trajectory as rl_trajectory,
-)
+from mi.rl import envs, factory, learner
 from mi.rl.agent import Inputs, Outputs
 from mi.rl.envs.jax import xland
 from mi.rl.fused import rollout
 from mi.rl.instructions import InstructionEncoder
-from mi.rl.trajectory import Trajectory
+from mi.rl.trajectory import Trajectory, log_probability
 from mi.training import optim
 
 GOALS = {
@@ -46,7 +41,7 @@ GOALS = {
 
 
 def lstm(hidden: int, carry: Any, x: Array, is_first: Array) -> tuple[Any, Array]:
-    """The textbook's LSTM along the first axis, from zeros at the first step of an episode."""
+    """Run a textbook LSTM along the first axis; each episode starts from zeros."""
 
     def step(cell: nn.Module, carry: Any, row: Any) -> Any:
         x, first = row
@@ -58,9 +53,10 @@ def lstm(hidden: int, carry: Any, x: Array, is_first: Array) -> tuple[Any, Array
 
 
 class Net(nn.Module):
-    """Grid, action and reward → LSTM → policy and value, with the task joined or multiplied.
+    """A network from grid, action and reward through an LSTM to policy and value.
 
-    Where there are instructions, their encoding at every step is joined to what is seen.
+    The task is concatenated or multiplied at the read-out. Instructions are encoded at every step
+    and concatenated to the observation.
     """
 
     tasks: int
@@ -73,6 +69,7 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, carry: Any, inputs: Inputs) -> tuple[Any, Outputs]:
+        # Encode the observation.
         grid = inputs.observation['grid']
         parts = [jax.nn.one_hot(grid[..., i], c) for i, c in enumerate(self.categories)]
         x = jnp.concatenate(parts, -1).reshape(*grid.shape[:2], -1)
@@ -80,19 +77,22 @@ class Net(nn.Module):
             x = jnp.concatenate([x, inputs.observation['features']], -1)
         for _ in range(2):
             x = nn.relu(nn.Dense(self.features)(x))
+        # Encode the instruction.
         if self.vocabulary:
             tokens = inputs.observation['instruction']
             words = tokens.reshape(-1, tokens.shape[-1]).T  # [L, T · B]
             embedded = nn.Embed(self.vocabulary, InstructionEncoder.embed)(words)
             zeros = (jnp.zeros((words.shape[1], InstructionEncoder.hidden)),) * 2
             _, states = lstm(InstructionEncoder.hidden, zeros, embedded, words < 0)
-            last = jnp.maximum((words > 0).sum(0) - 1, 0)
-            read = jnp.take_along_axis(states, last[None, :, None], axis=0)[0]
-            read = read.reshape(*tokens.shape[:-1], -1)
-            x = nn.relu(nn.Dense(self.features)(jnp.concatenate([x, read], -1)))
+            ends = jnp.maximum((words > 0).sum(0) - 1, 0)
+            encoding = jnp.take_along_axis(states, ends[None, :, None], axis=0)[0]
+            encoding = encoding.reshape(*tokens.shape[:-1], -1)
+            x = nn.relu(nn.Dense(self.features)(jnp.concatenate([x, encoding], -1)))
+        # Run the core.
         action = jax.nn.one_hot(inputs.action, self.actions)
         x = jnp.concatenate([x, action, inputs.reward[..., None]], -1)
         carry, h = lstm(self.hidden, carry, x, inputs.is_first)
+        # Read out policy and value.
         z = jax.nn.one_hot(inputs.observation['task'], self.tasks)
         if self.fusion == 'none':
             y = nn.Dense(self.actions + 1)(h)
@@ -103,103 +103,139 @@ class Net(nn.Module):
             W = self.param('W', nn.initializers.normal(self.hidden**-0.5), shape)
             y = jnp.einsum('tbm,mnk,tbn->tbk', z, W, h)
             y = y + nn.Dense(self.actions + 1)(h) + nn.Dense(self.actions + 1, use_bias=False)(z)
+        # Apply PopArt's statistics.
         gain = self.param('gain', nn.initializers.ones, (self.tasks,))
         shift = self.param('shift', nn.initializers.zeros, (self.tasks,))
         task = inputs.observation['task']
         return carry, Outputs(y[..., :-1], gain[task] * y[..., -1] + shift[task])
 
 
-def xland_step(config: ml_collections.ConfigDict, fusion: Literal['concat', 'mi']) -> Callable:
-    """One update of the plain fused loop on our tasks, in XLand-MiniGrid's own environment."""
-    goals = xland.TRAIN
-    B, T = config.train.batch, config.train.length
-    theirs = XLandMiniGrid()
-    params = theirs.default_params(
-        grid_type='R1',
-        height=xland.SIZE,
-        width=xland.SIZE,
-        view_size=xland.VIEW,
-        max_steps=xland.STEPS,
-    )
-    tiles = [jnp.array(divmod(t, xland.COLOURS), jnp.uint8) for t in xland.OBJECTS.values()]
-    names = list(xland.OBJECTS)
-    encodings = jnp.stack(
-        [GOALS[g.kind](tile=tiles[names.index(f'{g.paint} {g.shape}')]).encode() for g in goals]
-    )
+class PlainXLand:
+    """Our tasks in XLand-MiniGrid's own environment.
 
-    def reset(key: Array) -> tuple[TimeStep, Array]:
-        of_task, key = jax.random.split(key)
-        task = jax.random.randint(of_task, (), 0, len(goals))
-        rules = RuleSet(
-            goal=encodings[task], rules=EmptyRule().encode()[None], init_tiles=jnp.stack(tiles)
+    A state is (time step, task, action, carry).
+    """
+
+    def __init__(self) -> None:
+        self._environment = XLandMiniGrid()
+        self._params = self._environment.default_params(
+            grid_type='R1',
+            height=xland.SIZE,
+            width=xland.SIZE,
+            view_size=xland.VIEW,
+            max_steps=xland.STEPS,
         )
-        return theirs.reset(params.replace(ruleset=rules), key), task
+        tiles = [jnp.array(divmod(t, xland.COLOURS), jnp.uint8) for t in xland.OBJECTS.values()]
+        names = list(xland.OBJECTS)
+        self._goals = jnp.stack(
+            [
+                GOALS[goal.kind](tile=tiles[names.index(f'{goal.paint} {goal.shape}')]).encode()
+                for goal in xland.TRAIN
+            ]
+        )
+        self._tiles = jnp.stack(tiles)
 
-    net = Net(len(goals), 6, config.model.features, config.model.hidden, fusion)
-    optimiser = optim.optimiser(config.optim, 1000)
-    h = factory.hyperparameters(config)
+    def reset(self, key: chex.PRNGKey) -> tuple[TimeStep, Array]:
+        """Begin an episode of a random task; return its first time step and the task."""
+        task_key, key = jax.random.split(key)
+        task = jax.random.randint(task_key, (), 0, len(xland.TRAIN))
+        rules = RuleSet(
+            goal=self._goals[task], rules=EmptyRule().encode()[None], init_tiles=self._tiles
+        )
+        return self._environment.reset(self._params.replace(ruleset=rules), key), task
 
-    def seen(now: TimeStep, task: Array, action: Array) -> Inputs:
-        direction = jax.nn.one_hot(now.state.agent.direction, 4)
-        carries = (now.state.agent.pocket[:, :1] > 0).astype(jnp.float32)
-        features = jnp.concatenate([direction, carries], -1)
-        observation = {'grid': now.observation, 'features': features, 'task': task}
-        return Inputs(observation, action, now.reward, now.step_type == 0)
+    def step(self, time_step: TimeStep, task: Array, action: Array, key: chex.PRNGKey) -> Any:
+        """Step all environments; return time steps, tasks and discounts. Episodes restart."""
+        step = jax.vmap(self._environment.step, (None, 0, 0))
+        next_step = step(self._params, time_step, action)
+        is_last = next_step.step_type == 2
+        keys = jax.random.split(key, task.shape[0])
+        first_step, new_task = jax.vmap(self.reset)(keys)
 
-    def act(params_: Any, key: Array, carry: Any, row: Inputs) -> Any:
-        carry, outputs = net.apply({'params': params_}, carry, jax.tree.map(lambda a: a[None], row))
+        def where_last(a: Array, b: Array) -> Array:
+            return jnp.where(is_last.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+        merged = jax.tree.map(where_last, first_step, next_step).replace(reward=next_step.reward)
+        return merged, jnp.where(is_last, new_task, task), jnp.where(is_last, 0.0, 1.0)
+
+
+def make_inputs(time_step: TimeStep, task: Array, action: Array) -> Inputs:
+    """Return the agent's inputs at time steps of XLand-MiniGrid."""
+    direction = jax.nn.one_hot(time_step.state.agent.direction, 4)
+    has_object = (time_step.state.agent.pocket[:, :1] > 0).astype(jnp.float32)
+    features = jnp.concatenate([direction, has_object], -1)
+    observation = {'grid': time_step.observation, 'features': features, 'task': task}
+    return Inputs(observation, action, time_step.reward, time_step.step_type == 0)
+
+
+def xland_step(
+    config: ml_collections.ConfigDict, fusion: Literal['concat', 'mi']
+) -> Callable[[], object]:
+    """Return an update of the plain fused loop on our tasks."""
+    B, T = config.train.batch, config.train.length
+    environment = PlainXLand()
+    net = Net(len(xland.TRAIN), 6, config.model.features, config.model.hidden, fusion)
+    optimizer = optim.optimiser(config.optim, 1000)
+    hyperparameters = factory.hyperparameters(config)
+
+    def act(params: chex.ArrayTree, key: chex.PRNGKey, carry: Any, inputs: Inputs) -> Any:
+        carry, outputs = net.apply(
+            {'params': params}, carry, jax.tree.map(lambda a: a[None], inputs)
+        )
         logits = outputs.logits[0]
         action = jax.random.categorical(key, logits).astype(jnp.int32)
-        return carry, action, rl_trajectory.log_probability(logits, action)
+        return carry, action, log_probability(logits, action)
 
-    def step(weights: Any, state: Any, key: Array) -> Any:
-        now, task, action, carry = state
-        row = seen(now, task, action)
-        of_action, of_reset = jax.random.split(key)
-        carry, action, log_prob = act(weights, of_action, carry, row)
-        after = jax.vmap(theirs.step, (None, 0, 0))(params, now, action)
-        over = after.step_type == 2
-        fresh, other = jax.vmap(reset)(jax.random.split(of_reset, B))
+    def step(params: chex.ArrayTree, state: Any, key: chex.PRNGKey) -> Any:
+        time_step, task, action, carry = state
+        inputs = make_inputs(time_step, task, action)
+        action_key, reset_key = jax.random.split(key)
+        carry, action, log_prob = act(params, action_key, carry, inputs)
+        time_step, task, discount = environment.step(time_step, task, action, reset_key)
+        return (time_step, task, action, carry), (inputs, action, log_prob, discount)
 
-        def where(a: Array, b: Array) -> Array:
-            return jnp.where(over.reshape(-1, *[1] * (a.ndim - 1)), a, b)
-
-        following = jax.tree.map(where, fresh, after).replace(reward=after.reward)
-        discount = jnp.where(over, 0.0, 1.0)
-        state = following, jnp.where(over, other, task), action, carry
-        return state, (row, action, log_prob, discount)
-
-    def update(learning: learner.State, state: Any, key: Array) -> Any:
+    def update(learner_state: learner.State, state: Any, key: chex.PRNGKey) -> Any:
+        # Unroll a trajectory.
         carry = state[3]
-        one = functools.partial(step, learning.params)
-        state, (rows, *rest) = jax.lax.scan(one, state, jax.random.split(key, T))
-        last = seen(*state[:3])
-        inputs = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), rows, last)
+        scanned = functools.partial(step, learner_state.params)
+        state, (inputs, *rest) = jax.lax.scan(scanned, state, jax.random.split(key, T))
+        last_inputs = make_inputs(*state[:3])
+        inputs = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), inputs, last_inputs)
         trajectory = Trajectory(inputs, *rest, jnp.ones((T, B), bool), carry)
-        learning, measured = learner.update(net, optimiser, h, learning, trajectory)  # type: ignore[arg-type]
-        return learning, state, measured['loss']
+        # Learn from it.
+        learner_state, metrics = learner.update(
+            net,  # type: ignore[arg-type]
+            optimizer,
+            hyperparameters,
+            learner_state,
+            trajectory,
+        )
+        return learner_state, state, metrics['loss']
 
+    # Initialize and compile.
     with jax.numpy_rank_promotion('allow'):
-        now, task = jax.jit(jax.vmap(reset))(jax.random.split(jax.random.key(0), B))
+        reset = jax.jit(jax.vmap(environment.reset))
+        time_step, task = reset(jax.random.split(jax.random.key(0), B))
         carry = (jnp.zeros((B, config.model.hidden)),) * 2
-        state = now, task, jnp.zeros(B, jnp.int32), carry
-        rows = jax.tree.map(lambda a: a[None], seen(now, task, state[2]))
-        weights = jax.jit(net.init)(jax.random.key(1), carry, rows)['params']
-        learning = learner.start(weights, optimiser, len(goals))
-        compiled = jax.jit(update).lower(learning, state, jax.random.key(0)).compile()
+        state = time_step, task, jnp.zeros(B, jnp.int32), carry
+        inputs = jax.tree.map(lambda a: a[None], make_inputs(time_step, task, state[2]))
+        params = jax.jit(net.init)(jax.random.key(1), carry, inputs)['params']
+        learner_state = learner.start(params, optimizer, len(xland.TRAIN))
+        compiled = jax.jit(update).lower(learner_state, state, jax.random.key(0)).compile()
     keys = iter(jax.random.split(jax.random.key(2), 100_000))
 
-    def once() -> None:
-        nonlocal learning, state
-        learning, state, loss = compiled(learning, state, next(keys))
+    def run_update() -> None:
+        nonlocal learner_state, state
+        learner_state, state, loss = compiled(learner_state, state, next(keys))
         jax.block_until_ready(loss)
 
-    return once
+    return run_update
 
 
-def host_step(config: ml_collections.ConfigDict) -> Callable:
-    """One update of the plain loop on environments of the host; pixels go through our network."""
+def host_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
+    """Return an update of the plain loop on host environments; pixels use our network."""
     B, T = config.train.batch, config.train.length
+    # Make environments, agent and learner.
     pool = envs.pool(config.env.name, B, 0)
     agent: Any = factory.agent(config, pool.spec)
     carry = agent.initial_carry(B)
@@ -207,34 +243,38 @@ def host_step(config: ml_collections.ConfigDict) -> Callable:
         spec, sizes = pool.spec, (config.model.features, config.model.hidden)
         agent = Net(len(spec.tasks), spec.actions, *sizes, 'none', spec.categories, spec.vocabulary)
         carry = (jnp.zeros((B, config.model.hidden)),) * 2
-    optimiser = optim.optimiser(config.optim, 1000)
-    update = jax.jit(
-        functools.partial(learner.update, agent, optimiser, factory.hyperparameters(config))
-    )
+    optimizer = optim.optimiser(config.optim, 1000)
+    hyperparameters = factory.hyperparameters(config)
+    update = jax.jit(functools.partial(learner.update, agent, optimizer, hyperparameters))
     policy = jax.jit(functools.partial(rollout.act, agent))
-    now, action = pool.reset(), np.zeros(B, np.int32)
-    row = Inputs(now.observation, action, now.reward, now.is_first)
-    rows = jax.tree.map(lambda a: jnp.asarray(a)[None], row)
-    weights = jax.jit(agent.init)(jax.random.key(0), carry, rows)['params']
-    learning = learner.start(weights, optimiser, len(pool.spec.tasks))
+    # Initialize them.
+    time_step, action = pool.reset(), np.zeros(B, np.int32)
+    inputs = Inputs(time_step.observation, action, time_step.reward, time_step.is_first)
+    unroll_inputs = jax.tree.map(lambda a: jnp.asarray(a)[None], inputs)
+    params = jax.jit(agent.init)(jax.random.key(0), carry, unroll_inputs)['params']
+    learner_state = learner.start(params, optimizer, len(pool.spec.tasks))
     keys = iter(jax.random.split(jax.random.key(2), 1_000_000))
 
-    def once() -> None:
-        nonlocal learning, now, action, carry
-        start, rows, kept = carry, [], []
+    def run_update() -> None:
+        nonlocal learner_state, time_step, action, carry
+        # Collect a trajectory, whose last inputs bootstrap.
+        initial_carry, unroll, transitions = carry, [], []
         for t in range(T + 1):
-            row = Inputs(now.observation, action, now.reward, now.is_first)
-            rows.append(jax.tree.map(np.array, row))
+            inputs = Inputs(time_step.observation, action, time_step.reward, time_step.is_first)
+            unroll.append(jax.tree.map(np.array, inputs))
             if t == T:
                 break
-            carry, chosen, log_prob = policy(learning.params, carry, row, next(keys))
-            valid, action = ~now.is_last, np.asarray(chosen)
+            carry, sampled, log_prob = policy(learner_state.params, carry, inputs, next(keys))
+            is_valid, action = ~time_step.is_last, np.asarray(sampled)
             pool.send(action)
-            now = pool.recv()
-            kept.append((action, np.asarray(log_prob), np.array(now.discount), valid))
-        stacked = [np.stack(a) for a in zip(*kept, strict=True)]
-        inputs = jax.tree.map(lambda *a: np.stack(a), *rows)
-        learning, measured = update(learning, Trajectory(inputs, *stacked, start))
-        jax.block_until_ready(measured)
+            time_step = pool.recv()
+            discount = np.array(time_step.discount)
+            transitions.append((action, np.asarray(log_prob), discount, is_valid))
+        stacked = [np.stack(arrays) for arrays in zip(*transitions, strict=True)]
+        inputs = jax.tree.map(lambda *arrays: np.stack(arrays), *unroll)
+        # Learn from it.
+        trajectory = Trajectory(inputs, *stacked, initial_carry)
+        learner_state, metrics = update(learner_state, trajectory)
+        jax.block_until_ready(metrics)
 
-    return once
+    return run_update

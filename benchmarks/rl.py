@@ -1,18 +1,18 @@
-"""Environment steps per second of the RL trainer, against the loops one would write without it.
+"""A race of the RL trainer against plain loops and RLlib, in environment steps per second.
 
     pip install -e '.[benchmark]' && python -m benchmarks.rl
 
     xland     30 tasks, topology 'fused', LSTM-128, B = 128, T = 20: every fusion at the read-out,
               and the plain fused loop with concat and with the full mi
-    babyai    4 levels, topology 'threads', instructions joined to what is seen, against the plain
-              loop and RLlib; and with the full mi of both
+    babyai    4 levels, topology 'threads', instructions concatenated to observations, against the
+              plain loop and RLlib; and with the full mi of both
     pong      the convolutions of DQN, topology 'threads', against the plain loop and RLlib
-    parts     where the time of a fused update goes: each part compiled and timed alone
-    seeds     for a GPU: xland at 4,096 environments, concat and mi, one seed and eight in a program
+    parts     each part of a fused update, compiled and timed alone
+    seeds     for a GPU: xland with 4,096 environments, one seed or eight in a program
     conv      an update with the convolutions of DQN, against PyTorch's forward and backward pass of
-              them alone: XLA's CPU backend is many times slower at them inside a scan
+              these alone: XLA's CPU backend is many times slower at them inside a scan
 
-The sides take turns (`benchmarks.rounds`), the peers are in `benchmarks.plain_rl` and
+The sides take turns (`benchmarks.rounds`). The peers are in `benchmarks.plain_rl` and
 `benchmarks.rllib`. The table has medians over the rounds, and the median of the rounds' ratios to
 the peer.
 """
@@ -31,24 +31,18 @@ from absl import app, flags
 
 from benchmarks import rounds
 from configs import rl as configs
-from mi.rl import (
-    envs,
-    factory,
-    learner,
-)
-from mi.rl import (
-    trajectory as rl_trajectory,
-)
+from mi.rl import envs, factory, learner
 from mi.rl.actors import loop as actors_loop
 from mi.rl.envs import auto_reset
 from mi.rl.fused import loop as fused
 from mi.rl.fused import rollout
+from mi.rl.trajectory import Trajectory
 from mi.training import host, optim, sharding
 
 ROUNDS = flags.DEFINE_integer('rounds', 5, 'Interleaved rounds.', lower_bound=1)
-ONLY = flags.DEFINE_list('only', None, 'Of the sets; by default all that this device is for.')
+ONLY = flags.DEFINE_list('only', None, 'Sets; by default all for this device.')
 SIDE = flags.DEFINE_string('side', None, 'For the workers: set/side.')
-JSON = flags.DEFINE_string('json', None, 'Where to write the figures too.')
+JSON = flags.DEFINE_string('json', None, 'JSON file to write the figures to.')
 
 LEVELS = 'babyai/GoToRedBallGrey,GoToLocal,PickupLoc,PutNextLocal'
 FUSIONS = ('none', 'concat', 'multi_head', 'film', 'mi_low_rank', 'mi')
@@ -59,14 +53,14 @@ SETS = {
     'pong': ('plain', 'rllib', 'threads'),
     'parts': ('whole', 'environment', 'policy', 'learning'),
     'seeds': tuple(
-        f'{seeds} {word}' for word in ('concat', 'mi', 'mi_low_rank') for seeds in (1, 8)
+        f'{seeds} {name}' for name in ('concat', 'mi', 'mi_low_rank') for seeds in (1, 8)
     ),
     'conv': ('torch convolutions', 'update'),
 }
 
 
-def config_of(name: str) -> ml_collections.ConfigDict:
-    """The config of a set."""
+def make_config(name: str) -> ml_collections.ConfigDict:
+    """Return the config of a set."""
     config = configs.get_config().unlock()
     if name == 'xland':
         config.model.sites = ('readout',)  # where the plain loop has its fusion
@@ -85,57 +79,58 @@ def config_of(name: str) -> ml_collections.ConfigDict:
     return config
 
 
-def steps_of(name: str, side: str) -> int:
-    """Environment steps of an update, of all seeds."""
-    config = config_of(name)
+def count_steps(name: str, side: str) -> int:
+    """Return the environment steps per update over all seeds."""
+    config = make_config(name)
     seeds = int(side.split()[0]) if name == 'seeds' else 1
     return config.train.batch * config.train.length * seeds
 
 
 def fused_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
-    """One update of the topology 'fused'."""
+    """Return an update of the topology 'fused'."""
     environment = envs.make(config.env.name)
-    agent, optimiser = factory.agent(config, environment.spec), optim.optimiser(config.optim, 1000)
+    agent, optimizer = factory.agent(config, environment.spec), optim.optimiser(config.optim, 1000)
     mesh = fused.mesh_of(config)
-    state = fused.start(config, environment, agent, optimiser, mesh)
-    compiled = fused.compile_updates(environment, agent, optimiser, config, state, 1, mesh)
+    state = fused.start(config, environment, agent, optimizer, mesh)
+    compiled = fused.compile_updates(environment, agent, optimizer, config, state, 1, mesh)
 
-    def once() -> None:
+    def step() -> None:
         nonlocal state
-        state, measured = compiled(state)
-        jax.block_until_ready(measured)
+        state, metrics = compiled(state)
+        jax.block_until_ready(metrics)
 
-    return once
+    return step
 
 
 def threads_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
-    """One update of the topology 'threads', its actors at work."""
+    """Return an update of the topology 'threads', with its actors running."""
     pool = envs.pool(config.env.name, config.actors.batch, 0)
-    agent, optimiser = factory.agent(config, pool.spec), optim.optimiser(config.optim, 1000)
+    agent, optimizer = factory.agent(config, pool.spec), optim.optimiser(config.optim, 1000)
     pool.close()
     mesh = sharding.mesh(1, config.train.batch)
-    state = actors_loop.start(agent, optimiser, 0, mesh)
-    update = actors_loop.learner_update(agent, optimiser, factory.hyperparameters(config), mesh)
+    state = actors_loop.start(agent, optimizer, 0, mesh)
+    update = actors_loop.learner_update(agent, optimizer, factory.hyperparameters(config), mesh)
     actors = actors_loop.start_actors(config, agent, state.params, 0)
     actors.__enter__()
     version, window = 0, actors_loop.Window()
 
-    def once() -> None:
+    def step() -> None:
         nonlocal state, version
         items = actors_loop.take(config, actors, version, window)
         state, _ = update(state, actors_loop.joined([item.trajectory for item in items]))
         version += 1
         actors.publish(state.params, version)
 
-    return once
+    return step
 
 
 def parts_step(config: ml_collections.ConfigDict, part: str) -> Callable[[], object]:
-    """What one update does of the environment, the policy and the learning, each alone."""
+    """Return one part of an update: environment, policy or learning."""
+    # Initialize environments, agent and learner.
     environment = envs.make(config.env.name)
-    agent, optimiser = factory.agent(config, environment.spec), optim.optimiser(config.optim, 1000)
-    start = functools.partial(fused.init, environment, agent, optimiser, config.train.batch)
-    state = jax.jit(start)(jnp.asarray(0))
+    agent, optimizer = factory.agent(config, environment.spec), optim.optimiser(config.optim, 1000)
+    init = functools.partial(fused.init, environment, agent, optimizer, config.train.batch)
+    state = jax.jit(init)(jnp.asarray(0))
     params, T = state.learner.params, config.train.length
 
     env_step = jax.vmap(functools.partial(auto_reset.step, environment))
@@ -157,46 +152,58 @@ def parts_step(config: ml_collections.ConfigDict, part: str) -> Callable[[], obj
         keys = jax.random.split(jax.random.key(0), T)
         return jax.lax.scan(step, acting.carry, (keys, inputs))
 
-    h = factory.hyperparameters(config)
+    # Unroll a trajectory for the policy and the learner.
     _, trajectory, *_ = jax.jit(functools.partial(rollout.unroll, environment, agent, T))(
         params, state.actor
     )
-    work: dict[str, Callable[[], Any]] = {
+    parts: dict[str, Callable[[], Any]] = {
         'environment': functools.partial(jax.jit(simulate), state.actor),
         'policy': functools.partial(
             jax.jit(act), state.actor, jax.tree.map(lambda a: a[:-1], trajectory.inputs)
         ),
         'learning': functools.partial(
-            jax.jit(functools.partial(learner.update, agent, optimiser, h)),
+            jax.jit(
+                functools.partial(learner.update, agent, optimizer, factory.hyperparameters(config))
+            ),
             state.learner,
             trajectory,
         ),
     }
-    return lambda: jax.block_until_ready(work[part]())
+    return lambda: jax.block_until_ready(parts[part]())
 
 
 def conv_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
-    """A learner's update on random frames."""
+    """Return a learner's update on random frames."""
     pool = envs.pool(config.env.name, 1, 0)
-    agent, optimiser = factory.agent(config, pool.spec), optim.optimiser(config.optim, 1000)
+    agent, optimizer = factory.agent(config, pool.spec), optim.optimiser(config.optim, 1000)
     pool.close()
     T, B = config.train.length, config.train.batch
+    # Draw a trajectory.
     rng = np.random.default_rng(0)
     observation = {
         name: rng.integers(0, 256 if name == 'pixels' else 1, (T + 1, B, *a.shape)).astype(a.dtype)
         for name, a in agent.spec.observation.items()
     }
-    no, zero = np.zeros((T + 1, B), bool), np.zeros((T + 1, B), np.float32)
-    inputs: Any = rollout.Inputs(observation, no.astype(np.int32), zero, no)
-    rows: Any = zero[1:].astype(np.int32), zero[1:], 1 + zero[1:], ~no[1:]
-    trajectory = rl_trajectory.Trajectory(inputs, *rows, agent.initial_carry(B))
+    zeros = np.zeros((T + 1, B), np.float32)
+    false = np.zeros((T + 1, B), bool)
+    actions = np.zeros((T + 1, B), np.int32)
+    trajectory = Trajectory(
+        inputs=rollout.Inputs(observation, actions, zeros, false),
+        action=actions[1:],
+        log_prob=zeros[1:],
+        discount=1 + zeros[1:],
+        valid=~false[1:],
+        carry=agent.initial_carry(B),
+    )
+    # Compile the update.
     mesh = sharding.mesh(1, config.train.batch)
-    state = actors_loop.start(agent, optimiser, 0, mesh)
-    update = actors_loop.learner_update(agent, optimiser, factory.hyperparameters(config), mesh)
+    state = actors_loop.start(agent, optimizer, 0, mesh)
+    update = actors_loop.learner_update(agent, optimizer, factory.hyperparameters(config), mesh)
     return lambda: jax.block_until_ready(update(state, trajectory))
 
 
 def torch_convolutions(config: ml_collections.ConfigDict) -> Callable[[], object]:
+    """Return forward and backward pass of the convolutions in torch."""
     import torch
 
     layers = torch.nn.Sequential(
@@ -205,15 +212,16 @@ def torch_convolutions(config: ml_collections.ConfigDict) -> Callable[[], object
     )
     frames = torch.rand((config.train.length + 1) * config.train.batch, 4, 84, 84)
 
-    def once() -> None:
+    def step() -> None:
         layers.zero_grad()
         layers(frames).sum().backward()
 
-    return once
+    return step
 
 
-def step_of(name: str, side: str) -> Callable[[], object]:
-    config = config_of(name)
+def make_step(name: str, side: str) -> Callable[[], object]:
+    """Return an update of a side."""
+    config = make_config(name)
     if side.startswith('plain'):
         from benchmarks import plain_rl
 
@@ -223,7 +231,7 @@ def step_of(name: str, side: str) -> Callable[[], object]:
     if side == 'rllib':
         from benchmarks import rllib
 
-        return rllib.step(name, config)
+        return rllib.make_step(name, config)
     if name in ('babyai', 'pong'):
         config.model.fusion.name = 'mi' if side.endswith('mi') else config.model.fusion.name
         return threads_step(config)
@@ -239,25 +247,29 @@ def step_of(name: str, side: str) -> Callable[[], object]:
 
 
 def main(argv: Sequence[str]) -> None:
+    """Race the sides of every set, or serve as one of them."""
     del argv
     if SIDE.value:
         name, side = SIDE.value.split('/')
         host.keep_freed_memory()
         host.set_xla_flags()
-        rounds.serve(step_of(name, side), seconds=4.0 if name in ('babyai', 'pong') else 1.5)
+        rounds.serve(make_step(name, side), seconds=4.0 if name in ('babyai', 'pong') else 1.5)
         return
     print(f'{host.machine()}, jax {jax.__version__}')
     figures = []
     on_gpu = jax.default_backend() == 'gpu'
     for name in ONLY.value or [name for name in SETS if (name == 'seeds') == on_gpu]:
+        # Race.
         sides = SETS[name]
         commands = {s: ['-m', 'benchmarks.rl', f'--side={name}/{s}'] for s in sides}
         seconds = rounds.race(commands, ROUNDS.value)
+        # Print.
         print(f'\n{name:<20}{"ms an update":>14}{"steps/s":>12}{"× " + sides[0]:>22}  range')
         for side in sides:
-            ratios = sorted(a / b for a, b in zip(seconds[sides[0]], seconds[side], strict=True))
+            pairs = zip(seconds[sides[0]], seconds[side], strict=True)
+            ratios = sorted(peer_seconds / side_seconds for peer_seconds, side_seconds in pairs)
             median, ratio = statistics.median(seconds[side]), statistics.median(ratios)
-            rate = steps_of(name, side) / median
+            rate = count_steps(name, side) / median
             print(
                 f'{side:<20}{1000 * median:14.2f}{rate:12,.0f}{ratio:22.2f}  '
                 f'{ratios[0]:.2f}–{ratios[-1]:.2f}',

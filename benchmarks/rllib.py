@@ -1,9 +1,9 @@
-"""RLlib's IMPALA on the environments of `benchmarks.rl`, as its users would set it up.
+"""RLlib's IMPALA on the environments of `benchmarks.rl`, in an ordinary configuration.
 
-The environment is the same EnvPool game or level, one in each of RLlib's sub-environments. Pong has
-the convolutions of DQN and 512 features, as ours. For BabyAI RLlib's own models have no encoder of
-instructions: its network gets the one-hot grid and a bag of the instruction's words, two dense
-layers and an LSTM-128, which is less work than ours.
+Each of RLlib's sub-environments is one EnvPool game or level. Pong has the convolutions of DQN and
+512 features, as ours. RLlib's models cannot encode instructions: for BabyAI the network gets the
+one-hot grid and a bag of the instruction's words, two dense layers and an LSTM-128. That is less
+work than ours.
 """
 
 import itertools
@@ -34,58 +34,59 @@ class Pong(gymnasium.Env[np.ndarray, int]):
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         frames, reward, terminated, truncated, _ = self._pool.step(np.array([action]))
-        over = bool(terminated[0]), bool(truncated[0])
-        return self._frames(frames), float(reward[0]), *over, {}
+        done = bool(terminated[0]), bool(truncated[0])
+        return self._frames(frames), float(reward[0]), *done, {}
 
     def _frames(self, frames: np.ndarray) -> np.ndarray:
         return frames[0].transpose(1, 2, 0).astype(np.float32) / 255
 
 
 class BabyAI(gymnasium.Env[np.ndarray, int]):
-    """One row of our pools of BabyAI levels: the same engine, grids and words, level by level."""
+    """One environment of our BabyAI pools; instances take the levels in turn."""
 
-    made = itertools.count()
+    instances = itertools.count()
 
     def __init__(self, config: Any):
-        number = next(self.made)
-        word, _, levels = config['name'].partition('/')
-        level = levels.split(',')[number % len(levels.split(','))]
-        self._pool = envs.pool(f'{word}/{level}', 1, 1000 * config.worker_index + number)
+        index = next(self.instances)
+        suite, _, levels = config['name'].partition('/')
+        level = levels.split(',')[index % len(levels.split(','))]
+        self._pool = envs.pool(f'{suite}/{level}', 1, 1000 * config.worker_index + index)
         spec = self._pool.spec
-        self._words = spec.vocabulary
+        self._vocabulary = spec.vocabulary
         self.action_space = gymnasium.spaces.Discrete(spec.actions)
-        size = len(self._seen(self._pool.reset()))
+        size = len(self._observe(self._pool.reset()))
         self.observation_space = gymnasium.spaces.Box(0, 1, (size,), np.float32)
 
     def reset(self, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
         del options
-        return self._seen(self._pool.reset()), {}
+        return self._observe(self._pool.reset()), {}
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         self._pool.send(np.array([action], np.int32))
         step = self._pool.recv()
-        over = bool(step.discount[0] == 0), bool(step.is_last[0] and step.discount[0] != 0)
-        return self._seen(step), float(step.reward[0]), *over, {}
+        done = bool(step.discount[0] == 0), bool(step.is_last[0] and step.discount[0] != 0)
+        return self._observe(step), float(step.reward[0]), *done, {}
 
-    def _seen(self, step: Any) -> np.ndarray:
+    def _observe(self, step: Any) -> np.ndarray:
         observation = step.observation
         grid = observation['grid'][0]
         cells = [grid[..., i, None] == np.arange(11) for i in range(grid.shape[-1])]
-        words = np.zeros(self._words)
+        words = np.zeros(self._vocabulary)
         words[observation['instruction'][0]] = 1
         return np.concatenate([*(c.ravel() for c in cells), words]).astype(np.float32)
 
 
-def step(name: str, config: ml_collections.ConfigDict) -> Callable[[], float]:
-    """One `train()` of the algorithm; returns how many updates of our size its steps are."""
+def make_step(name: str, config: ml_collections.ConfigDict) -> Callable[[], float]:
+    """Return a function that trains once and returns the number of updates of our size."""
     import ray
     from ray.rllib.algorithms.impala import IMPALAConfig
     from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
 
-    # By default its processes yield to the learner's, and starve on two cores.
+    # By default the priority of its processes is so low that they starve on two cores.
     os.environ.update({'RAY_worker_niceness': '0'})
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)  # processes, not cores
     T, B, loss = config.train.length, config.train.batch, config.loss
+    # Environment and network.
     if name == 'pong':
         environment, options = Pong, {}
         model = DefaultModelConfig(
@@ -100,6 +101,7 @@ def step(name: str, config: ml_collections.ConfigDict) -> Callable[[], float]:
             fcnet_hiddens=[128, 128], use_lstm=True, lstm_cell_size=128, max_seq_len=T,
             vf_share_layers=True,
         )  # fmt: skip
+    # The algorithm, with our sizes and losses.
     algorithm = (
         IMPALAConfig()
         .environment(environment, env_config=options)
@@ -117,15 +119,15 @@ def step(name: str, config: ml_collections.ConfigDict) -> Callable[[], float]:
         .reporting(min_time_s_per_iteration=2)
         .build_algo()
     )
-    trained = 0
+    trained_steps = 0
 
-    def once() -> float:
-        nonlocal trained
-        before = trained
-        while trained == before:
-            learners = algorithm.train().get('learners', {})  # none before the first update
+    def step() -> float:
+        nonlocal trained_steps
+        start_steps = trained_steps
+        while trained_steps == start_steps:
+            learners = algorithm.train().get('learners', {})  # empty until the first update
             counts = learners.get('__all_modules__', {})
-            trained = counts.get('num_env_steps_trained_lifetime', before)
-        return (trained - before) / (B * T)
+            trained_steps = counts.get('num_env_steps_trained_lifetime', start_steps)
+        return (trained_steps - start_steps) / (B * T)
 
-    return once
+    return step

@@ -1,8 +1,8 @@
-"""Sides of a comparison in processes of their own, which take turns.
+"""A race between the sides of a comparison, in processes that take turns.
 
-In one process the threads of two frameworks disturb each other. Two runs after another would meet
-two different machines. So each side has its process, sleeps while another has its turn, and is
-compared round by round.
+In one process the threads of two frameworks would disturb each other. Two consecutive runs would
+see a machine in two states. So each side has its own process, sleeps during the turns of the rest,
+and is compared round by round.
 """
 
 import os
@@ -11,40 +11,43 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-PAUSE = 0.3  # seconds; the threads of the side before spin for a while
+PAUSE = 0.3  # seconds until the threads of the previous side have stopped spinning
 
 
 def serve(step: Callable[[], object], seconds: float = 0.7) -> None:
-    """In a side's process: for each line that is read, times steps for about so many seconds.
+    """Time steps for every line on stdin, in the process of a side.
 
-    A call that does not do one step returns how many it did, as a float.
+    Args:
+      step: runs one step, or returns the number of steps that it ran, as a float.
+      seconds: approximate length of a round.
     """
-    step()  # compiles
+    step()  # compile
     repeats, start = 0, time.perf_counter()
-    while time.perf_counter() < start + seconds:  # the first ones may find work that was queued
+    while time.perf_counter() < start + seconds:  # the first ones may wait for queued work
         step()
         repeats += 1
     print('ready', flush=True)
     for _ in sys.stdin:
         step()
         start = time.perf_counter()
-        done = [step() for _ in range(repeats)]
-        steps = sum(n if isinstance(n, float) else 1 for n in done)
+        results = [step() for _ in range(repeats)]
+        steps = sum(n if isinstance(n, float) else 1 for n in results)
         print((time.perf_counter() - start) / steps, flush=True)
 
 
 def race(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of a step of each side, by round.
+    """Return the seconds per step by side and round.
 
     Args:
-      commands: side → arguments of python, which end in `serve`.
+      commands: side → arguments of python that run `serve`.
+      rounds: number of rounds.
 
     Raises:
-      RuntimeError: if a side ends; its own message has gone to stderr.
+      RuntimeError: if a side ends; its message is on stderr.
     """
     workers: dict[str, subprocess.Popen[str]] = {}
 
-    def answer(side: str) -> str:
+    def read_line(side: str) -> str:
         worker = workers[side]
         assert worker.stdout is not None
         line = worker.stdout.readline()
@@ -52,12 +55,12 @@ def race(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[f
             raise RuntimeError(f'{side} ended with exit code {worker.wait()}')
         return line
 
-    def ready(side: str) -> None:
-        while answer(side) != 'ready\n':
+    def wait_until_ready(side: str) -> None:
+        while read_line(side) != 'ready\n':
             pass
 
     try:
-        together = len(os.sched_getaffinity(0)) >= 2 * len(commands)
+        is_parallel = len(os.sched_getaffinity(0)) >= 2 * len(commands)
         for side, arguments in commands.items():
             workers[side] = subprocess.Popen(
                 [sys.executable, *arguments],
@@ -65,11 +68,11 @@ def race(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[f
                 stdout=subprocess.PIPE,
                 text=True,
             )
-            if not together:  # on few cores one after another, to build in peace
-                ready(side)
-        if together:
+            if not is_parallel:  # start one at a time on few cores
+                wait_until_ready(side)
+        if is_parallel:
             for side in commands:
-                ready(side)
+                wait_until_ready(side)
         seconds: dict[str, list[float]] = {side: [] for side in commands}
         for i in range(rounds):
             for side in list(commands) if i % 2 else list(commands)[::-1]:
@@ -78,7 +81,7 @@ def race(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[f
                 assert worker.stdin is not None
                 worker.stdin.write('\n')
                 worker.stdin.flush()
-                seconds[side].append(float(answer(side)))
+                seconds[side].append(float(read_line(side)))
         return seconds
     finally:
         for worker in workers.values():

@@ -1,16 +1,17 @@
-"""Topology 'threads' for minutes at full rate: memory, rate, lag and queue, and how it ends.
+"""A soak test of the topology 'threads': memory, rate, lag, queue, and a clean stop.
 
     pip install -e '.[envpool]' && python -m benchmarks.soak --minutes=10
 
-A training run on four levels of BabyAI in a process of its own. A row a minute: resident memory of
-the process, environment steps per second, the lag of the trajectories in updates, mean and largest,
-how many were too old and dropped, and how full the queue was. At the end the process gets SIGTERM:
-it must save and exit with 143.
+Run training on four levels of BabyAI in a process, and print a row per minute: resident memory,
+environment steps per second, mean and largest lag of the trajectories in updates, dropped
+trajectories, and trajectories in the queue. At the end the process gets SIGTERM; it must save and
+exit with 143.
 """
 
 import json
 import pathlib
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,20 +23,22 @@ from absl import app, flags
 from benchmarks import rl
 from mi.training import host
 
-MINUTES = flags.DEFINE_integer('minutes', 10, 'How long.', lower_bound=1)
+MINUTES = flags.DEFINE_integer('minutes', 10, 'Length of the test.', lower_bound=1)
 
 
-def resident(process: int) -> float:
-    """MiB."""
-    status = pathlib.Path(f'/proc/{process}/status').read_text()
+def resident_memory(pid: int) -> float:
+    """Return the resident memory of a process in MiB."""
+    status = pathlib.Path(f'/proc/{pid}/status').read_text()
     return int(status.split('VmRSS:')[1].split()[0]) / 1024
 
 
-def lines(path: pathlib.Path) -> list[dict[str, float]]:
+def read_rows(path: pathlib.Path) -> list[dict[str, float]]:
+    """Return the rows of a JSONL file; none if it does not exist."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def main(argv: Sequence[str]) -> None:
+    """Start the run and watch it."""
     del argv
     with tempfile.TemporaryDirectory() as folder:
         workdir = pathlib.Path(folder) / 'run'
@@ -64,34 +67,40 @@ def main(argv: Sequence[str]) -> None:
 
 
 def watch(process: subprocess.Popen[bytes], workdir: pathlib.Path) -> None:
-    """Prints a row a minute, from the first record on, and ends the run with SIGTERM."""
-    while process.poll() is None and not lines(workdir / 'timing.jsonl'):
+    """Print a row per minute from the first record on, then stop the run with SIGTERM."""
+    # Wait for the first record.
+    while process.poll() is None and not read_rows(workdir / 'timing.jsonl'):
         time.sleep(0.5)
     print(f'{"minute":>6}{"MiB":>8}{"steps/s":>10}{"lag":>8}{"max":>6}{"dropped":>9}{"queue":>8}')
-    seen = 0
+    num_rows = 0
     for minute in range(1, MINUTES.value + 1):
         time.sleep(60)
         if process.poll() is not None:
-            sys.exit(f'error: the run ended with exit code {process.returncode}')
-        timing = lines(workdir / 'timing.jsonl')[seen:]
-        rows = [r for r in lines(workdir / 'metrics.jsonl') if r['split'] == 'train'][seen:]
+            sys.exit(f'error: the run ended early with exit code {process.returncode}')
+        # Take the new rows that both files have.
+        timing = read_rows(workdir / 'timing.jsonl')[num_rows:]
+        metrics = read_rows(workdir / 'metrics.jsonl')
+        rows = [row for row in metrics if row['split'] == 'train'][num_rows:]
         rows, timing = rows[: len(timing)], timing[: len(rows)]
-        seen += len(rows)
+        num_rows += len(rows)
         if not rows:
             sys.exit('error: no record in a minute')
-        n, seconds = len(rows), sum(r['seconds'] for r in timing)
-        steps = sum(r['seconds'] * r['steps_per_second'] for r in timing)
+        seconds = sum(row['seconds'] for row in timing)
+        steps = sum(row['seconds'] * row['steps_per_second'] for row in timing)
+        mean_lag = statistics.mean(row['lag'] for row in rows)
+        mean_queue = statistics.mean(row['queue'] for row in timing)
         print(
-            f'{minute:6d}{resident(process.pid):8.0f}{steps / seconds:10,.0f}'
-            f'{sum(r["lag"] for r in rows) / n:8.2f}{max(r["lag_max"] for r in rows):6.0f}'
-            f'{sum(r["dropped"] for r in rows):9.0f}{sum(r["queue"] for r in timing) / n:8.1f}',
+            f'{minute:6d}{resident_memory(process.pid):8.0f}{steps / seconds:10,.0f}'
+            f'{mean_lag:8.2f}{max(row["lag_max"] for row in rows):6.0f}'
+            f'{sum(row["dropped"] for row in rows):9.0f}{mean_queue:8.1f}',
             flush=True,
         )
+    # Stop the run and wait until it has saved.
     process.send_signal(signal.SIGTERM)
-    began = time.perf_counter()
+    start = time.perf_counter()
     code = process.wait(120)
     state = json.loads((workdir / 'status.json').read_text())
-    print(f'\nSIGTERM: exit code {code} after {time.perf_counter() - began:.1f} s, {state}')
+    print(f'\nSIGTERM: exit code {code} after {time.perf_counter() - start:.1f} s, {state}')
 
 
 if __name__ == '__main__':

@@ -1,0 +1,130 @@
+"""Speeds that were measured, from the records in benchmarks/results."""
+
+import functools
+import json
+import pathlib
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from benchmarks import cluster, workloads
+from benchmarks.cluster import Chip
+from configs import lm as lm_configs
+from mi import counting
+
+RESULTS = pathlib.Path(__file__).parent / 'results'
+
+# Sizes in benchmarks.lm, on a CPU and on a GPU. LSTM: V, E, H, T, B. Transformer: V, H, layers,
+# heads, T, B.
+LSTM_CPU = {
+    'quickstart': (1024, 64, 256, 64, 32),
+    'default': (256, 128, 512, 64, 32),
+    'ptb': (10_000, 650, 650, 35, 20),
+}
+LSTM_GPU = {
+    'default': (256, 128, 512, 64, 32),
+    'ptb': (10_000, 650, 650, 35, 128),
+    'large': (256, 512, 2048, 128, 128),
+}
+TRANSFORMER_GPU = {
+    'default': (256, 512, 8, 8, 256, 64),
+    'long': (32_000, 1024, 12, 16, 1024, 16),
+}
+Seconds = Callable[[Sequence[counting.Product]], float]  # of products, at some bound
+
+
+class Share(NamedTuple):
+    """Fraction of the roofline's speed that products reach.
+
+    Attributes:
+      value: in (0, 1].
+      source: where it comes from.
+    """
+
+    value: float
+    source: str
+
+
+def read_record(name: str) -> dict[str, Any]:
+    """Return the content of a file in benchmarks/results; empty if it does not exist."""
+    path = RESULTS / name
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def count_cores(record: Mapping[str, Any]) -> int:
+    """Return the number of cores on the machine of a record."""
+    return int(record['machine'].split(', ')[1].split()[0])
+
+
+def core_flops() -> float:
+    """Return the f32 FLOP/s of one core: the median peak in benchmarks.layers over its cores."""
+    layers = read_record('layers_cpu.json')
+    peaks = [figure['peak_gflops'] for figure in layers['figures']]
+    return 1e9 * statistics.median(peaks) / count_cores(layers)
+
+
+def policy_call_seconds() -> float:
+    """Return the host's seconds per policy call: Catch's policy computes next to nothing."""
+    figures = read_record('actors_cpu.json')['figures']
+    return min(figure['seconds']['act'] for figure in figures if figure['set'] == 'catch')
+
+
+def lm_share(
+    record: Mapping[str, Any], name: str, sizes: Mapping[str, tuple[int, ...]], seconds: Seconds
+) -> float:
+    """Return the median share of a bound that training steps reach in a record of benchmarks.lm.
+
+    Args:
+      record: content of the file.
+      name: lstm or transformer.
+      sizes: shapes of that set.
+      seconds: time of products at the bound.
+    """
+    shares = []
+    for figure in record['figures']:
+        if figure.get('set', 'lstm') != name or figure.get('side', 'mi') != 'mi':
+            continue
+        # Rebuild the config that was measured.
+        config = lm_configs.get_config().unlock()
+        vocabulary, *middle, T, B = sizes[figure['size']]
+        config.model.update({'site': 'none', 'tied': False})
+        if name == 'lstm':
+            config.model.update({'embed': middle[0], 'hidden': middle[1]})
+        else:
+            H, layers, heads = middle
+            config.model.update({'core': 'transformer', 'embed': H, 'hidden': H, 'ffn': 4 * H})
+            config.model.update({'layers': layers, 'heads': heads, 'dtype': 'bfloat16'})
+        config.train.update({'length': T, 'batch': B})
+        # Compare its rate with that at the bound.
+        rate = figure['mi'] if 'mi' in figure else figure['tokens_per_second']
+        products = workloads.lm_work(config, vocabulary, B).products
+        shares.append(seconds(products) * rate / (T * B))
+    return statistics.median(shares)
+
+
+def roofline_shares(chip: Chip) -> dict[str, Share]:
+    """Return the measured share of the roofline by kind of model; 1 where nothing was measured."""
+    bound = Share(1.0, f'not measured on {chip.name}: datasheet roofline, a bound')
+    shares = dict.fromkeys(('lstm', 'transformer', 'agent'), bound)
+
+    def seconds(f32: bool, products: Sequence[counting.Product]) -> float:
+        return sum(cluster.estimate_roofline(products, chip, f32))
+
+    # Language models.
+    record = read_record('lm_gpu.json')
+    if chip.name in record.get('machine', ''):
+        source = f'lm_gpu.json, {record["machine"]}'
+        f32_seconds, bf16_seconds = (functools.partial(seconds, f32) for f32 in (True, False))
+        sets = {figure['set'] for figure in record['figures']}
+        if 'lstm' in sets:
+            shares['lstm'] = Share(lm_share(record, 'lstm', LSTM_GPU, f32_seconds), source)
+        if 'transformer' in sets:
+            share = lm_share(record, 'transformer', TRANSFORMER_GPU, bf16_seconds)
+            shares['transformer'] = Share(share, source)
+    # Agents.
+    record = read_record('rl_gpu.json')
+    updates = [f for f in record.get('figures', []) if (f['set'], f['side']) == ('conv', 'update')]
+    if chip.name in record.get('machine', '') and updates:
+        share = seconds(True, workloads.pong_update().products) / updates[0]['seconds']
+        shares['agent'] = Share(share, f'rl_gpu.json, {record["machine"]}')
+    return shares

@@ -1,0 +1,128 @@
+"""Layers and sizes that `benchmarks.layers` and `benchmarks.layers_tpu` measure."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Regime:
+    """A layer and its sizes.
+
+    Attributes:
+      name: title.
+      form: full, ids, film or low_rank.
+      rows: leading axes of x, [B] or [S, T].
+      m: features of z, or number of ids.
+      n: features of x.
+      k: features of y.
+      shared: z is [S, 1, m] and shared along T.
+      rank: rank of the form low_rank.
+      ids: distribution of the form ids: balanced, random or skewed.
+    """
+
+    name: str
+    form: str
+    rows: tuple[int, ...]
+    m: int
+    n: int
+    k: int
+    shared: bool = False
+    rank: int = 0
+    ids: str = ''
+
+    def count_operations(self) -> int:
+        """Return the forward operations of the products in the cheapest order."""
+        B, m, n, k, r = math.prod(self.rows), self.m, self.n, self.k, self.rank
+        if self.form == 'film':
+            return 4 * B * m * n
+        if self.form == 'ids':
+            return 2 * B * n * k
+        if self.form == 'low_rank':
+            return 2 * B * (m * r + n * r + r * k + (m + n) * k)
+        S = self.rows[0] if self.shared else B
+        return 2 * (S * m * n * k + S * m * k + B * n * k * (2 if self.shared else 1))
+
+    def z_rows(self) -> tuple[int, ...]:
+        """Return the leading axes of z."""
+        return (self.rows[0], 1) if self.shared else self.rows
+
+    def draw_arrays(self) -> dict[str, np.ndarray]:
+        """Draw x, z, the parameters and the cotangent dy of y."""
+        rng = np.random.default_rng(0)
+        m, n, k, r = self.m, self.n, self.k, self.rank
+
+        def normal(*shape: int, scale: float = 1.0) -> np.ndarray:
+            return rng.normal(scale=scale, size=shape).astype(np.float32)
+
+        a = {'x': normal(*self.rows, n), 'dy': normal(*self.rows, k)}
+        if self.form == 'ids':
+            B = math.prod(self.rows)
+            p = np.arange(1, m + 1.0) ** -1.5
+            ids = {
+                'balanced': np.arange(B) % m,
+                'random': rng.integers(m, size=B),
+                'skewed': rng.choice(m, size=B, p=p / p.sum()),
+            }
+            a |= {'z': ids[self.ids].astype(np.int32), 'W': normal(m, n, k, scale=n**-0.5)}
+            return a | {'U': normal(m, k)}
+        a['z'] = normal(*self.z_rows(), m)
+        if self.form == 'film':
+            return a | {'gamma': normal(m, n, scale=m**-0.5), 'beta': normal(m, n, scale=m**-0.5)}
+        a |= {'U': normal(m, k, scale=m**-0.5), 'V': normal(n, k, scale=n**-0.5), 'b': normal(k)}
+        if self.form == 'low_rank':
+            a |= {'P': normal(m, r, scale=m**-0.5), 'Q': normal(n, r, scale=n**-0.5)}
+            return a | {'O': normal(r, k, scale=r**-0.5)}
+        return a | {'W': normal(m, n, k, scale=(m * n) ** -0.5)}
+
+
+REGIMES = [
+    Regime('R1 narrow out', 'full', (256,), 30, 256, 15),
+    Regime('R2 shared T=20', 'full', (32, 20), 32, 256, 256, shared=True),
+    Regime('R3 large', 'full', (1024,), 64, 512, 512),
+    Regime('R4 ids balanced', 'ids', (512,), 30, 256, 256, ids='balanced'),
+    Regime('R4 ids random', 'ids', (512,), 30, 256, 256, ids='random'),
+    Regime('R4 ids skewed', 'ids', (512,), 30, 256, 256, ids='skewed'),
+    Regime('R5 FiLM', 'film', (4096,), 128, 1024, 1024),
+    Regime('R6 low rank', 'low_rank', (4096,), 64, 512, 512, rank=64),
+    *(
+        Regime(f'T = {T}', 'full', (1024 // T, T), 32, 256, 256, shared=True)
+        for T in (1, 2, 4, 8, 32)
+    ),
+    Regime('B = 1', 'full', (1,), 32, 256, 256),
+    Regime('B = 8', 'full', (8,), 32, 256, 256),
+]
+
+
+def random_regimes() -> list[Regime]:
+    """Return a dozen shapes, the same in every run; a GPU gets larger ones too."""
+    rng = np.random.default_rng(20_200_426)
+    octaves, max_operations = (11, 2e10) if jax.default_backend() == 'cpu' else (16, 1e12)
+    regimes: list[Regime] = []
+    while len(regimes) < 12:
+        B = int(2 ** rng.uniform(0, octaves))
+        m, n, k = (int(2 ** rng.uniform(3, 9)) for _ in range(3))
+        if B * m * n * k < max_operations:
+            regimes.append(Regime(f'{B}, {m}, {n}, {k}', 'full', (B,), m, n, k))
+    return regimes
+
+
+def relative_error(regime: Regime, arrays: dict[str, np.ndarray], y: np.ndarray) -> float:
+    """Return ‖y − exact‖ / ‖exact‖ on the first 16 rows, with exact in float64."""
+    a = {name: v.astype(np.float64) for name, v in arrays.items() if v.dtype != np.int32}
+    x = a['x'].reshape(-1, regime.n)[:16]
+    if regime.form == 'ids':
+        z = arrays['z'][:16]
+        exact = np.einsum('bn,bnk->bk', x, a['W'][z]) + a['U'][z]
+    else:
+        z = np.broadcast_to(a['z'], (*regime.rows, regime.m)).reshape(-1, regime.m)[:16]
+        if regime.form == 'film':
+            exact = (1 + z @ a['gamma']) * x + z @ a['beta']
+        else:
+            W = a['W'] if 'W' in a else np.einsum('mr,nr,rk->mnk', a['P'], a['Q'], a['O'])
+            exact = np.einsum('bn,bnk->bk', x, np.einsum('bm,mnk->bnk', z, W))
+            exact += z @ a['U'] + x @ a['V'] + a['b']
+    difference = y.reshape(-1, y.shape[-1])[:16] - exact
+    return float(np.linalg.norm(difference) / np.linalg.norm(exact))

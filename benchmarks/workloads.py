@@ -1,0 +1,197 @@
+"""Products, activations and parameters of the training jobs in `benchmarks.scaling`.
+
+Everything is traced abstractly: no array is allocated.
+"""
+
+import collections
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from benchmarks.cluster import Job, Work
+from configs import rl as rl_configs
+from configs import rl_dmlab30
+from mi import counting
+from mi.lm import factory as lm
+from mi.lm import train
+from mi.rl import factory as rl
+from mi.rl import learner
+from mi.rl.envs.host import dmlab30
+from mi.rl.envs.spec import Spec
+from mi.rl.trajectory import Trajectory
+from mi.training import optim
+
+DMLAB_FRAMES = 10e9  # four per environment step
+
+
+class Training(NamedTuple):
+    """Model, optimizer and the shapes of the training state.
+
+    Attributes:
+      model: language model or agent.
+      optimizer: its optimizer.
+      state: shapes of the training state.
+    """
+
+    model: Any  # nn.Module, or an Agent
+    optimizer: optax.GradientTransformation
+    state: Any  # train.State or learner.State
+
+
+def lm_training(config: ml_collections.ConfigDict, vocabulary: int, rows: int) -> Training:
+    """Return model, optimizer and state shapes of a language model."""
+    model = lm.build(config, vocabulary)
+    optimizer = optim.optimiser(config.optim, config.train.steps)
+    seed = jax.ShapeDtypeStruct((), jnp.int32)
+    state = jax.eval_shape(lambda seed: train.init(model, optimizer, seed, rows), seed)
+    return Training(model, optimizer, state)
+
+
+def lm_work(config: ml_collections.ConfigDict, vocabulary: int, rows: int) -> Work:
+    """Return the work of a training step; counts every block of an adaptive softmax."""
+    model, optimizer, state = lm_training(config, vocabulary, rows)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((config.train.length + 1, rows), jnp.int32)
+    step = functools.partial(train.train_step, model, optimizer, 1)
+
+    def loss(params: chex.ArrayTree, carry: chex.ArrayTree, tokens: chex.Array) -> chex.Array:
+        key = jax.random.key(0)
+        arguments = carry, tokens[:-1], tokens[1:]
+        _, losses = model.apply(
+            {'params': params}, *arguments, train=True, rngs={'dropout': key, 'state': key}
+        )
+        return losses.objective.mean()  # type: ignore[attr-defined]
+
+    products = counting.products(step, state, number, number, tokens, None)
+    return Work(products, saved_bytes(loss, state.params, state.carry, tokens))
+
+
+def lm_job(name: str, config: ml_collections.ConfigDict, total: float) -> Job:
+    """Return the job of training a language model on `total` tokens."""
+    vocabulary = config.data.vocabulary
+    return Job(
+        name=name,
+        parameters=counting.parameters(lm_training(config, vocabulary, 1).state.params),
+        units=config.train.length,
+        total=total,
+        work=functools.lru_cache(functools.partial(lm_work, config, vocabulary)),
+    )
+
+
+def saved_bytes(loss: Callable[..., chex.Array], params: chex.ArrayTree, *args: Any) -> int:
+    """Return the bytes that reverse-mode differentiation of loss(params, …) saves.
+
+    Parameters do not count. XLA saves less where it fuses or recomputes.
+    """
+
+    def pull_back(params: chex.ArrayTree, *args: Any) -> Any:
+        return jax.vjp(lambda params: loss(params, *args), params)[1]
+
+    unseen_params = collections.Counter(
+        (leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(params)
+    )
+    total = 0
+    for leaf in jax.tree.leaves(jax.eval_shape(pull_back, params, *args)):
+        if unseen_params[leaf.shape, leaf.dtype]:
+            unseen_params[leaf.shape, leaf.dtype] -= 1
+        else:
+            total += math.prod(leaf.shape) * leaf.dtype.itemsize
+    return total
+
+
+def rl_training(config: ml_collections.ConfigDict, spec: Spec) -> Training:
+    """Return agent, optimizer and the shapes of the learner's state."""
+    agent = rl.agent(config, spec)
+    optimizer = optim.optimiser(config.optim, 1000)
+
+    def init_state() -> learner.State:
+        params = rl.init_params(agent, jax.random.key(0))
+        return learner.start(params, optimizer, len(spec.tasks))
+
+    return Training(agent, optimizer, jax.eval_shape(init_state))
+
+
+def trajectory_shapes(config: ml_collections.ConfigDict, spec: Spec, rows: int) -> Trajectory:
+    """Return the shapes of a trajectory of `rows` environments."""
+    T = config.train.length
+    agent = rl.agent(config, spec)
+    integers, floats, booleans = (
+        jax.ShapeDtypeStruct((T, rows), dtype) for dtype in (jnp.int32, jnp.float32, jnp.bool_)
+    )
+    return Trajectory(
+        inputs=rl.example(spec, T + 1, rows),
+        action=integers,
+        log_prob=floats,
+        discount=floats,
+        valid=booleans,
+        carry=jax.eval_shape(lambda: agent.initial_carry(rows)),
+    )
+
+
+def rl_work(config: ml_collections.ConfigDict, spec: Spec, rows: int) -> Work:
+    """Return the work of an update on `rows` environments."""
+    agent, optimizer, state = rl_training(config, spec)
+    trajectory = trajectory_shapes(config, spec, rows)
+    update = functools.partial(learner.update, agent, optimizer, rl.hyperparameters(config))
+
+    def loss(params: chex.ArrayTree, trajectory: Trajectory) -> chex.Array:
+        _, outputs = learner.forward(agent, params, trajectory.carry, trajectory.inputs)
+        return outputs.value.sum() + outputs.logits.sum()
+
+    products = counting.products(update, state, trajectory)
+    return Work(products, saved_bytes(loss, state.params, trajectory))
+
+
+def dmlab_job() -> Job:
+    """Return the job of training on DMLab-30."""
+    config, spec = rl_dmlab30.get_config(), dmlab30.spec_of()
+    costs = rl.costs(rl.agent(config, spec), 1, config.train.length)
+    return Job(
+        name='DMLab-30',
+        parameters=costs['parameters']['model'],
+        units=config.train.length,
+        total=DMLAB_FRAMES / dmlab30.REPEAT,
+        work=functools.lru_cache(functools.partial(rl_work, config, spec)),
+    )
+
+
+def policy_flops() -> int:
+    """Return the FLOPs of DMLab-30's policy for one step of one environment."""
+    agent = rl.agent(rl_dmlab30.get_config(), dmlab30.spec_of())
+    return rl.costs(agent, 1, 1)['flops_per_step']['model']
+
+
+def policy_products(
+    config: ml_collections.ConfigDict, spec: Spec, rows: int
+) -> list[counting.Product]:
+    """Return the products of one step of the policy in `rows` environments."""
+    agent, _, state = rl_training(config, spec)
+    carry = jax.eval_shape(lambda: agent.initial_carry(rows))
+    policy = functools.partial(learner.forward, agent)
+    return counting.products(policy, state.params, carry, rl.example(spec, 1, rows))
+
+
+def trajectory_bytes() -> float:
+    """Return the bytes per environment step that an actor of DMLab-30 sends to the learner."""
+    config = rl_dmlab30.get_config()
+    rows = config.actors.batch
+    trajectory = trajectory_shapes(config, dmlab30.spec_of(), rows)
+    size = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(trajectory))
+    return size / (rows * config.train.length)
+
+
+def pong_update() -> Work:
+    """Return the work of an update in the set conv of benchmarks.rl."""
+    config = rl_configs.get_config().unlock()
+    config.model.update({'core': 'none', 'sites': (), 'features': 512})
+    pixels = jax.ShapeDtypeStruct((84, 84, 4), jnp.uint8)
+    task = jax.ShapeDtypeStruct((), jnp.int32)
+    spec = Spec('atari', {'pixels': pixels, 'task': task}, actions=6, tasks=('Pong',))
+    return rl_work(config, spec, 64)
