@@ -1,17 +1,19 @@
-"""Writes docs/fusions.md, docs/motifs/, and tables of other pages, from code and results.
+"""A generator of docs/fusions.md, docs/motifs/, and tables of other pages.
 
     python -m docs.build
 
-Sizes are tiny, parameters random; nothing is trained. tests/test_docs.py compares the text.
+Sizes are tiny and parameters random; nothing is trained.
 """
 
 import dataclasses
 import functools
 import inspect
 import json
+import math
 import pathlib
 import re
 import textwrap
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,27 +33,45 @@ B, T, M, N, K = 2, 5, 4, 6, 8
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A module of a page, with inputs."""
+    """A module with inputs, on a page."""
 
     module: nn.Module
-    inputs: tuple[Any, ...]
+    inputs: tuple[jax.Array, ...]
 
 
-def random(seed: int, *shape: int) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """A page of docs/motifs.
+
+    Attributes:
+      source: Python module that it documents.
+      examples: motifs of that module.
+    """
+
+    source: types.ModuleType
+    examples: list[Example]
+
+
+def draw_normal(seed: int, *shape: int) -> jax.Array:
+    """Draw standard normal numbers."""
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-def cell(module: Any) -> Example:
-    return Example(module, (module.initial(B), random(0, 1, B, N)))
+def make_cell_example(module: Any) -> Example:
+    """Return an example of a cell with one step."""
+    return Example(module, (module.initial(B), draw_normal(0, 1, B, N)))
 
 
-def pages() -> dict[str, tuple[Any, list[Example]]]:
-    """Name → the module of Python that it is about, and its motifs."""
-    x, z = random(0, B, N), random(1, B, M)
-    sequence, image = random(2, B, T, K), random(3, B, 4, 4, K)
-    tokens = random(4, B, T, K)
+def list_pages() -> dict[str, Page]:
+    """Return the pages of docs/motifs by name."""
+    return _layer_pages() | _fusion_pages() | _sequence_pages()
+
+
+def _layer_pages() -> dict[str, Page]:
+    x, z = draw_normal(0, B, N), draw_normal(1, B, M)
+    image = draw_normal(3, B, 4, 4, K)
     return {
-        'forms': (
+        'forms': Page(
             mi.layers,
             [
                 Example(mi.MultiplicativeInteraction(K), (x, z)),
@@ -63,7 +83,7 @@ def pages() -> dict[str, tuple[Any, list[Example]]]:
                 Example(mi.MultiHead(K), (x, jnp.eye(M)[:B])),
             ],
         ),
-        'gating': (
+        'gating': Page(
             gating,
             [
                 Example(gating.GatedLinearUnit(K), (x, z)),
@@ -72,7 +92,7 @@ def pages() -> dict[str, tuple[Any, list[Example]]]:
                 Example(gating.SqueezeExcitation(ratio=4), (image,)),
             ],
         ),
-        'normalization': (
+        'normalization': Page(
             normalization,
             [
                 Example(normalization.FeatureWiseModulation(), (x, z)),
@@ -81,33 +101,20 @@ def pages() -> dict[str, tuple[Any, list[Example]]]:
                 Example(normalization.AdaLNZero(nn.tanh), (x, z)),
             ],
         ),
-        'hypernetwork': (
+    }
+
+
+def _fusion_pages() -> dict[str, Page]:
+    x, z = draw_normal(0, B, N), draw_normal(1, B, M)
+    return {
+        'hypernetwork': Page(
             hypernetwork,
             [
                 Example(hypernetwork.LinearHypernetwork(K), (x, z)),
                 Example(hypernetwork.MLPHypernetwork(K, hidden=(4,)), (x, z)),
             ],
         ),
-        'attention': (
-            attention,
-            [
-                Example(attention.Attention(heads=2), (tokens,)),
-                Example(attention.GatedCrossAttention(heads=2), (tokens, sequence)),
-                Example(attention.LatentCrossAttention(latents=3, features=K, heads=2), (tokens,)),
-                Example(attention.ConvolutionalSelfAttention(heads=4, features=K), (image,)),
-            ],
-        ),
-        'dynamic_conv': (
-            dynamic_conv,
-            [
-                Example(dynamic_conv.LightweightConvolution(heads=2, width=3), (sequence,)),
-                Example(dynamic_conv.DynamicConvolution(heads=2, width=3), (sequence,)),
-                Example(
-                    dynamic_conv.ConditionalConvolution(4, kernel_size=(2, 2), experts=3), (image,)
-                ),
-            ],
-        ),
-        'pooling': (
+        'pooling': Page(
             pooling,
             [
                 Example(pooling.MLB(K, rank=3), (x, z)),
@@ -117,52 +124,81 @@ def pages() -> dict[str, tuple[Any, list[Example]]]:
                 Example(pooling.CompactBilinear(K), (x, z)),
             ],
         ),
-        'experts': (
+        'experts': Page(
             experts,
             [
                 Example(experts.DenseMixture(K), (x, z)),
                 Example(experts.RoutedMixture(K, experts=3, hidden=4), (x,)),
             ],
         ),
-        'cells': (
+    }
+
+
+def _sequence_pages() -> dict[str, Page]:
+    sequence, image, tokens = (
+        draw_normal(2, B, T, K), draw_normal(3, B, 4, 4, K), draw_normal(4, B, T, K)
+    )  # fmt: skip
+    return {
+        'attention': Page(
+            attention,
+            [
+                Example(attention.Attention(heads=2), (tokens,)),
+                Example(attention.GatedCrossAttention(heads=2), (tokens, sequence)),
+                Example(attention.LatentCrossAttention(latents=3, features=K, heads=2), (tokens,)),
+                Example(attention.ConvolutionalSelfAttention(heads=4, features=K), (image,)),
+            ],
+        ),
+        'dynamic_conv': Page(
+            dynamic_conv,
+            [
+                Example(dynamic_conv.LightweightConvolution(heads=2, width=3), (sequence,)),
+                Example(dynamic_conv.DynamicConvolution(heads=2, width=3), (sequence,)),
+                Example(
+                    dynamic_conv.ConditionalConvolution(4, kernel_size=(2, 2), experts=3), (image,)
+                ),
+            ],
+        ),
+        'cells': Page(
             cells,
             [
-                cell(cells.LSTM(K)),
-                cell(cells.MultiplicativeLSTM(K)),
-                cell(cells.MILSTM(K)),
-                cell(cells.MogrifierLSTM(K, rounds=2)),
-                cell(cells.HyperLSTM(K, hyper_features=3, embedding=2)),
+                make_cell_example(cells.LSTM(K)),
+                make_cell_example(cells.MultiplicativeLSTM(K)),
+                make_cell_example(cells.MILSTM(K)),
+                make_cell_example(cells.MogrifierLSTM(K, rounds=2)),
+                make_cell_example(cells.HyperLSTM(K, hyper_features=3, embedding=2)),
             ],
         ),
     }
 
 
-def page(name: str) -> str:
-    """The text of docs/motifs/<name>.md."""
-    about, examples = pages()[name]
-    summary, _, rest = inspect.getdoc(about).partition('\n')
-    parts = [f'# {name}', summary, rest.strip(), '`python -m docs.build` generates this page.']
-    for example in examples:
+def make_page(name: str) -> str:
+    """Return the text of docs/motifs/<name>.md."""
+    page = list_pages()[name]
+    summary, _, details = (inspect.getdoc(page.source) or '').partition('\n')
+    parts = [f'# {name}', summary, details.strip(), '`python -m docs.build` generates this page.']
+    for example in page.examples:
         title = type(example.module).__name__
-        doc = re.sub(r'\n+Attributes:.*', '', inspect.getdoc(type(example.module)), flags=re.S)
+        doc = inspect.getdoc(type(example.module)) or ''
+        doc = re.sub(r'\n+Attributes:.*', '', doc, flags=re.S)
         parts += [
             f'## {title}',
             f'```text\n{doc}\n```',
             f'```python\n{textwrap.dedent(inspect.getsource(type(example.module).__call__)).rstrip()}\n```',
-            f'```text\n{explain(example.module, variables(example), *example.inputs)}\n```',
+            f'```text\n{explain(example.module, init_variables(example), *example.inputs)}\n```',
             f'![W of {title}](figures/{title}.png)',
         ]
     return '\n\n'.join(part for part in parts if part) + '\n'
 
 
-def equation(module: mi.MultiplicativeInteraction) -> str:
-    """The terms that it has."""
+def format_equation(module: mi.MultiplicativeInteraction) -> str:
+    """Return the equation of a module with the terms that it has."""
     terms = {'zᵀWx': module.use_W, 'zᵀU': module.use_U, 'Vx': module.use_V, 'b': module.use_b}
-    return 'f(x, z) = ' + ' + '.join(term for term, used in terms.items() if used)
+    return 'f(x, z) = ' + ' + '.join(term for term, is_used in terms.items() if is_used)
 
 
-def fusions() -> str:
-    """The text of docs/fusions.md: a row for every word of FUSIONS."""
+def make_fusions_page() -> str:
+    """Return the text of docs/fusions.md, with a row for every name in FUSIONS."""
+    # Head.
     lines = [
         '# Values of `config.model.fusion.name`',
         '',
@@ -174,111 +210,124 @@ def fusions() -> str:
         '|---|---|---|---|---:|---:|',
     ]
     x, z = (jax.ShapeDtypeStruct((1, size), jnp.float32) for size in (64, 32))
-    for word, constructor in fusion.FUSIONS.items():
-        context = {'context': 'one_hot'} if word in fusion.ONE_HOT else {}
-        module = fusion.get(word, rank=8, hidden=32)(128, **context)
+    for name, constructor in fusion.FUSIONS.items():
+        # Count parameters and FLOPs.
+        context = {'context': 'one_hot'} if name in fusion.ONE_HOT else {}
+        module = fusion.get(name, rank=8, hidden=32)(128, **context)
         shapes = jax.eval_shape(module.init, jax.random.key(0), x, z)
         flops = mi.counting.flops(module.apply, shapes, x, z)
-        about: Any = constructor
+        # Find the class of a partial, and its changed fields.
+        module_class: Any = constructor
         if isinstance(constructor, functools.partial):
-            about = constructor.keywords.get('module', constructor.func)
-        changed = ', '.join(
+            module_class = constructor.keywords.get('module', constructor.func)
+        changes = ', '.join(
             f'{key}={value}'
             for key, value in getattr(constructor, 'keywords', {}).items()
             if isinstance(value, str | int | bool)
         )
-        summary = inspect.getdoc(about).split('\n\n')[0].replace('\n', ' ').replace('|', r'\|')
-        if about is mi.MultiplicativeInteraction:
-            summary = equation(module)
+        # Write the row.
+        summary = (inspect.getdoc(module_class) or '').split('\n\n')[0]
+        summary = summary.replace('\n', ' ').replace('|', r'\|')
+        if module_class is mi.MultiplicativeInteraction:
+            summary = format_equation(module)
         lines.append(
-            f'| `{word}` | `{about.__name__}`{f" ({changed})" if changed else ""} | {summary} | '
-            f'{", ".join(fusion.get_options(word))} | '
+            f'| `{name}` | `{module_class.__name__}`{f" ({changes})" if changes else ""} | '
+            f'{summary} | {", ".join(fusion.get_options(name))} | '
             f'{mi.counting.parameters(shapes.get("params", {})):,} | {flops:,} |'
         )
     return '\n'.join(lines) + '\n'
 
 
-def evaluation() -> str:
-    """The text of docs/evaluation.md, with its tables made from benchmarks/results/."""
-    text = (HERE / 'evaluation.md').read_text()
+def make_evaluation_page() -> str:
+    """Return the text of docs/evaluation.md, with tables from benchmarks/results."""
+    # Layers.
     results = HERE.parent / 'benchmarks/results'
     layers = json.loads((results / 'layers_cpu.json').read_text())
     head = '| regime | pass | ms | share | over einsum | best torch | over it | over Bilinear |'
     lines = [f'{layers["machine"]}, jax {layers["jax"]}, f32.', '', head + ' MiB, einsum, torch |']
     lines.append('|---|---|---:|---:|---:|---|---:|---:|---:|')
-    for f in layers['figures']:
-        used = [f['mi_mib'], f['einsum_mib'], f['torch_mib']]
+    for figure in layers['figures']:
+        memory = [figure['mi_mib'], figure['einsum_mib'], figure['torch_mib']]
+        has_memory = not math.isnan(memory[0])
         lines.append(
-            f'| {f["regime"]} | {f["phase"]} | {f["mi_ms"]:.2f} | {f["share"]:.2f} | '
-            f'{f["einsum_over_mi"]:.2f}× | {f["best_torch"]} | {f["best_torch_over_mi"]:.2f}× | '
-            f'{_number(f["bilinear_over_mi"], "×", 2)} | '
-            f'{", ".join(_number(u) for u in used) if used[0] == used[0] else ""} |'
+            f'| {figure["regime"]} | {figure["phase"]} | {figure["mi_ms"]:.2f} | '
+            f'{figure["share"]:.2f} | {figure["einsum_over_mi"]:.2f}× | '
+            f'{figure["best_torch"]} | {figure["best_torch_over_mi"]:.2f}× | '
+            f'{_format_number(figure["bilinear_over_mi"], "×", 2)} | '
+            f'{", ".join(map(_format_number, memory)) if has_memory else ""} |'
         )
+    # Orders.
     orders = json.loads((results / 'orders_cpu.json').read_text())
-    rule = ['| B, m, n, k | plan | fastest | plan over fastest |', '|---|---|---|---:|']
-    rule += [
-        f'| {f["shape"]} | {f["plan"]} | {f["best"]} | {f["ratio"]:.2f} |'
-        for f in orders['figures']
+    order_lines = ['| B, m, n, k | plan | fastest | plan over fastest |', '|---|---|---|---:|']
+    order_lines += [
+        f'| {figure["shape"]} | {figure["plan"]} | {figure["best"]} | {figure["ratio"]:.2f} |'
+        for figure in orders['figures']
     ]
-    return filled(text, {'layers_cpu': lines, 'orders_cpu': rule})
+    text = (HERE / 'evaluation.md').read_text()
+    return fill_tables(text, {'layers_cpu': lines, 'orders_cpu': order_lines})
 
 
-def scaling() -> str:
-    """The text of docs/scaling.md, with its tables made from those in benchmarks/results."""
+def make_scaling_page() -> str:
+    """Return the text of docs/scaling.md, with the tables in benchmarks/results."""
     results = HERE.parent / 'benchmarks/results'
-    written = [
-        json.loads((results / f'{name}.json').read_text()) for name in ('scaling', 'compiled')
-    ]
+    tables = {}
+    for name in ('scaling', 'compiled'):
+        tables |= json.loads((results / f'{name}.json').read_text())['tables']
     blocks = {}
-    for name, table in {**written[0]['tables'], **written[1]['tables']}.items():
+    for name, table in tables.items():
         head, *rows = table['rows']
-        words = [all(re.match('[^0-9]', row[i] or 'x') for row in rows) for i in range(len(head))]
-        rule = ['---' if word else '---:' for word in words]
+        has_text = [
+            all(re.match('[^0-9]', row[i] or 'x') for row in rows) for i in range(len(head))
+        ]
+        rule = ['---' if is_text else '---:' for is_text in has_text]
         lines = [f'| {" | ".join(row)} |' for row in (head, rule, *rows)]
         blocks[name] = [f'{table["heading"]}:', '', *lines]
-    return filled((HERE / 'scaling.md').read_text(), blocks)
+    return fill_tables((HERE / 'scaling.md').read_text(), blocks)
 
 
-def filled(text: str, blocks: dict[str, list[str]]) -> str:
-    """The text, with lines between `<!-- name -->` and `<!-- end -->`."""
+def fill_tables(text: str, blocks: dict[str, list[str]]) -> str:
+    """Return the text with each block's lines between `<!-- name -->` and `<!-- end -->`."""
     for name, lines in blocks.items():
         pattern = f'(?s)(<!-- {name} -->\n).*?(<!-- end -->)'
-        made = '\n' + '\n'.join(lines) + '\n\n'
-        text = re.sub(pattern, lambda found, made=made: found[1] + made + found[2], text)
+        table = '\n' + '\n'.join(lines) + '\n\n'
+        text = re.sub(pattern, lambda match, table=table: match[1] + table + match[2], text)
     return text
 
 
-def _number(value: float, unit: str = '', digits: int = 0) -> str:
-    return '' if value != value else f'{value:.{digits}f}{unit}'
+def _format_number(value: float, unit: str = '', digits: int = 0) -> str:
+    return '' if math.isnan(value) else f'{value:.{digits}f}{unit}'
 
 
-def variables(example: Example) -> Any:
-    """Of the module, moved off the zeros that some start with."""
-    start = example.module.init(jax.random.key(5), *example.inputs)
+def init_variables(example: Example) -> Any:
+    """Return variables of the module, perturbed because some are initialized to zero."""
+    initial = example.module.init(jax.random.key(5), *example.inputs)
     return jax.tree.map(
-        lambda p: p + 0.3 * random(p.size, *p.shape) if p.dtype == jnp.float32 else p, start
+        lambda p: p + 0.3 * draw_normal(p.size, *p.shape) if p.dtype == jnp.float32 else p, initial
     )
 
 
-def figure(example: Example) -> Any:
-    """|W| of every product of a module: a row each, its slices along z side by side."""
+def draw_figure(example: Example) -> Any:
+    """Draw |W| of every product: a row each, with its slices along z side by side."""
     from matplotlib.figure import Figure
 
-    products = as_mi(example.module, variables(example), *example.inputs).products
-    most = 8
-    columns = min(most, max(len(p.W) for p in products))
-    drawn = Figure(
+    # Lay out the rows.
+
+    products = as_mi(example.module, init_variables(example), *example.inputs).products
+    max_slices = 8
+    columns = min(max_slices, max(len(p.W) for p in products))
+    figure = Figure(
         figsize=(1.1 * columns + 0.4, 1.6 * len(products)), dpi=110, layout='constrained'
     )
-    rows = drawn.subfigures(len(products), 1, squeeze=False)[:, 0]
+    rows = figure.subfigures(len(products), 1, squeeze=False)[:, 0]
+    # Draw the slices of each product.
     for row, product in zip(rows, products, strict=True):
         W = np.abs(np.asarray(product.W))
-        shown = f', {most} of {len(W)} slices' if len(W) > most else ''
-        row.suptitle(f'{product.name}{shown}', fontsize=8)
+        suffix = f', {max_slices} of {len(W)} slices' if len(W) > max_slices else ''
+        row.suptitle(f'{product.name}{suffix}', fontsize=8)
         for i, axis in enumerate(row.subplots(1, columns, squeeze=False)[0]):
             axis.set_xticks([])
             axis.set_yticks([])
-            if i >= min(len(W), most):
+            if i >= min(len(W), max_slices):
                 axis.axis('off')
                 continue
             axis.imshow(W[i], vmin=0, vmax=W.max() or 1, cmap='Blues', aspect='auto')
@@ -286,26 +335,27 @@ def figure(example: Example) -> Any:
             if not i:
                 axis.set_xlabel('y', fontsize=7)
                 axis.set_ylabel('x', fontsize=7)
-    return drawn
+    return figure
 
 
-def texts() -> Iterator[tuple[pathlib.Path, Callable[[], str]]]:
-    """Every file that is made, and what makes its text."""
-    yield HERE / 'fusions.md', fusions
-    yield HERE / 'evaluation.md', evaluation
-    yield HERE / 'scaling.md', scaling
-    for name in pages():
-        yield HERE / 'motifs' / f'{name}.md', functools.partial(page, name)
+def list_files() -> Iterator[tuple[pathlib.Path, Callable[[], str]]]:
+    """Yield every generated file with the function that makes its text."""
+    yield HERE / 'fusions.md', make_fusions_page
+    yield HERE / 'evaluation.md', make_evaluation_page
+    yield HERE / 'scaling.md', make_scaling_page
+    for name in list_pages():
+        yield HERE / 'motifs' / f'{name}.md', functools.partial(make_page, name)
 
 
 def main() -> None:
+    """Write all pages and figures."""
     (HERE / 'motifs/figures').mkdir(parents=True, exist_ok=True)
-    for path, text in texts():
-        path.write_text(text())
-    for _, examples in pages().values():
-        for example in examples:
+    for path, make_text in list_files():
+        path.write_text(make_text())
+    for page in list_pages().values():
+        for example in page.examples:
             name = type(example.module).__name__
-            figure(example).savefig(HERE / 'motifs/figures' / f'{name}.png')
+            draw_figure(example).savefig(HERE / 'motifs/figures' / f'{name}.png')
 
 
 if __name__ == '__main__':

@@ -1,11 +1,11 @@
-"""Hooks of MkDocs: pages that are no files of docs/, links that leave it, the navigation.
+"""MkDocs hooks for generated pages, links that leave docs/, and the navigation.
 
     make docs     or: mkdocs build
 
 index.md            README.md
 contributing.md     CONTRIBUTING.md
-api/*.md            a page for each module of mi that has something public, from its docstrings
-results/index.md    docs/results/README.md, and a card for each page of docs/results
+api/*.md            a page per module of mi, from its docstrings
+results/index.md    docs/results/README.md, and a card per page of docs/results
 """
 
 import pathlib
@@ -19,8 +19,8 @@ from mkdocs.structure.files import File, Files
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent
 
-# Section → its pages, in order; pages of docs/ that stand nowhere here are added to 'Guides', or
-# to 'Results' if they are there.
+# Section → its pages, in order. Pages of docs/ that are missing here go to 'Guides', or to the
+# section of their folder.
 SECTIONS: dict[str, list[str]] = {
     'Tutorials': [
         'tutorials/fusion.md',
@@ -68,55 +68,57 @@ LINK = re.compile(r'(!?)\[([^\]\n]*)\]\(([^)\s]+)\)')
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds the pages that are made."""
-    made = {'index.md': readme(), 'results/index.md': gallery()}
-    made['contributing.md'] = (ROOT / 'CONTRIBUTING.md').read_text().replace('](docs/', '](')
-    made |= {f'api/{name}.md': f'# {name}\n\n::: {name}\n' for name in modules()}
-    for path, text in made.items():
+    """Add the generated pages and the navigation."""
+    pages = {'index.md': make_index(), 'results/index.md': make_gallery()}
+    pages['contributing.md'] = (ROOT / 'CONTRIBUTING.md').read_text().replace('](docs/', '](')
+    pages |= {f'api/{name}.md': f'# {name}\n\n::: {name}\n' for name in list_modules()}
+    for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
-    config.nav = navigation([file.src_uri for file in files.documentation_pages()])
+    config.nav = make_navigation([file.src_uri for file in files.documentation_pages()])
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Links to folders go to the report in them; others, and those out of docs/, become text.
+    """Point links to folders at their reports; turn the rest, and links out of docs/, into text.
 
-    Tables of results are left out of the search, whose every number would be a hit.
+    Exclude tables of results from the search, where every number would be a hit.
     """
     if page.file.src_uri.endswith('/table.md'):
         page.meta['search'] = {'exclude': True}
     folder = pathlib.PurePosixPath(page.file.src_uri).parent
 
-    def of(match: re.Match[str]) -> str:
+    def replace_link(match: re.Match[str]) -> str:
         image, text, target = match.groups()
         path = target.partition('#')[0]
         if image or not path or re.match(r'[a-z]+:', path):
             return match[0]
-        place = (HERE / folder / path).resolve()
-        if (place / 'report.html').exists() and place.is_relative_to(HERE):
+        file = (HERE / folder / path).resolve()
+        if (file / 'report.html').exists() and file.is_relative_to(HERE):
             return f'[{text}]({path.rstrip("/")}/report.html)'
-        inside = place.is_relative_to(HERE) and not place.is_dir()
-        return match[0] if inside else text if '`' in text else f'`{text}`'
+        is_page = file.is_relative_to(HERE) and not file.is_dir()
+        if is_page:
+            return match[0]
+        return text if '`' in text else f'`{text}`'
 
-    return re.sub(LINK, of, markdown)
+    return re.sub(LINK, replace_link, markdown)
 
 
-def readme() -> str:
-    """README.md, its links as from within docs/."""
+def make_index() -> str:
+    """Return README.md with links relative to docs/."""
     text = (ROOT / 'README.md').read_text().replace('](docs/', '](')
     text = text.replace('](results/README.md)', '](results/index.md)')
     return text.replace('](CONTRIBUTING.md)', '](contributing.md)')
 
 
-def modules() -> list[str]:
-    """Dotted names of the modules of mi with a docstring, but for packages."""
+def list_modules() -> list[str]:
+    """Return the dotted names of mi's modules, without packages."""
     paths = sorted((ROOT / 'mi').rglob('*.py'), key=lambda path: (len(path.parts), path))
-    names = [path.relative_to(ROOT).with_suffix('').parts for path in paths]
-    return ['.'.join(name) for name in names if not name[-1].startswith('__')]
+    parts = [path.relative_to(ROOT).with_suffix('').parts for path in paths]
+    return ['.'.join(name) for name in parts if not name[-1].startswith('__')]
 
 
-def gallery() -> str:
-    """A card for every page of results: its claim, its first figure, how and where it was made."""
+def make_gallery() -> str:
+    """Return a card per page of results: claim, first figure, machine and command."""
     cards = [
         (HERE / 'results/README.md').read_text().strip(),
         '<div class="gallery" markdown>',
@@ -124,7 +126,7 @@ def gallery() -> str:
     for path in sorted((HERE / 'results').glob('*.md')):
         if path.name == 'README.md':
             continue
-        title, claim, command, measured, figure = _card(path)
+        title, claim, command, measured, figure = _read_card(path)
         cards += [
             '<figure markdown>',
             f'**[{title[0].upper()}{title[1:]}]({path.name})**',
@@ -137,56 +139,55 @@ def gallery() -> str:
     return '\n\n'.join([*cards, '</div>']) + '\n'
 
 
-def _card(path: pathlib.Path) -> list[str]:
-    """Title, claim, command, machine and date, and figure of a page of results, as Markdown.
+def _read_card(path: pathlib.Path) -> list[str]:
+    """Return title, claim, command, measurement line and figure of a page of results.
 
     Raises:
-      ValueError: if the page lacks one of them: what.
+      ValueError: if the page lacks one of them.
     """
     text = path.read_text()
-    parts = {
+    patterns = {
         'a title "# Results: …"': r'\A# Results: (.+)',
         'a claim, its first paragraph': r'\A# .+\n\n((?:(?!Measured on)\S.*\n)+)',
         'a command, in ```': r'```\n(.+?)\n```',
         'where it was "Measured on"': r'(?m)^(Measured on (?:.+\n)+)',
         'a figure': r'(!\[[^\]]*\]\([^)]+\))',
     }
-    found = {
-        what: re.search(pattern, text, flags=re.S if '`' in what else 0)
-        for what, pattern in parts.items()
-    }
-    missing = [what for what, match in found.items() if match is None]
-    if missing:
-        raise ValueError(f'{path}: it has not {missing[0]}, which the gallery shows')
-    return [match[1].strip() for match in found.values() if match is not None]
+    texts = []
+    for part, pattern in patterns.items():
+        match = re.search(pattern, text, flags=re.S if '`' in part else 0)
+        if match is None:
+            raise ValueError(f'{path}: expected {part} for the gallery')
+        texts.append(match[1].strip())
+    return texts
 
 
-def navigation(pages: list[str]) -> list[Any]:
-    """MkDocs' nav, with every page in it, no two of one title."""
+def make_navigation(pages: list[str]) -> list[Any]:
+    """Return MkDocs' nav, with every page under a unique title."""
     known = {page for section in SECTIONS.values() for page in section} | {'index.md'}
     sections = {title: [p for p in section if p in pages] for title, section in SECTIONS.items()}
     for page in sorted(pages):
         if page in known or page.startswith('api/'):
             continue
-        home = page.partition('/')[0]
-        title = {'results': 'Results', 'motifs': 'Fusions and motifs', 'tutorials': 'Tutorials'}
-        sections[title.get(home, 'Guides')].append(page)
+        folder = page.partition('/')[0]
+        titles = {'results': 'Results', 'motifs': 'Fusions and motifs', 'tutorials': 'Tutorials'}
+        sections[titles.get(folder, 'Guides')].append(page)
     nav: list[Any] = [{'Home': 'index.md'}]
     for title, section in sections.items():
         if section:
-            nav.append({title: [{name(p): p} if named(p) else p for p in section]})
-    return [*nav, {'API': list(_api(pages))}]
+            nav.append({title: [{make_title(p): p} if has_title(p) else p for p in section]})
+    return [*nav, {'API': list(_group_modules(pages))}]
 
 
-def named(page: str) -> bool:
-    """Whether the navigation has another title for a page than its own heading."""
+def has_title(page: str) -> bool:
+    """Return whether the navigation has a title for a page instead of its heading."""
     return page.startswith(('results/', 'motifs/')) and page != 'results/index.md'
 
 
-def name(page: str) -> str:
-    """The title of a page of results or motifs in the navigation.
+def make_title(page: str) -> str:
+    """Return the title of a page of results or motifs in the navigation.
 
-    Pages in a folder of results are named after it, as 'Composition: draws'.
+    Pages in a folder of results have the folder in their title, as 'Composition: draws'.
     """
     path = pathlib.PurePosixPath(page)
     if page.startswith('motifs/'):
@@ -195,48 +196,48 @@ def name(page: str) -> str:
         heading = (HERE / page).read_text().partition('\n')[0].removeprefix('# Results: ')
         return heading[:1].upper() + heading[1:]
     folder = path.parent.name.replace('_', ' ')
-    what = 'all arms' if path.stem == path.parent.name else path.stem.replace('_', ' ')
-    return f'{FOLDERS.get(path.parent.name, folder.capitalize())}: {what}'
+    subject = 'all arms' if path.stem == path.parent.name else path.stem.replace('_', ' ')
+    return f'{FOLDERS.get(path.parent.name, folder.capitalize())}: {subject}'
 
 
-def _api(pages: list[str]) -> Iterator[dict[str, list[str]]]:
+def _group_modules(pages: list[str]) -> Iterator[dict[str, list[str]]]:
     for package, title in PACKAGES.items():
-        inside = f'api/mi.{package}.' if package else 'api/mi.'
-        own = [
+        prefix = f'api/mi.{package}.' if package else 'api/mi.'
+        members = [
             page
             for page in pages
-            if page.startswith(inside) and '.' not in page[len(inside) : -len('.md')]
+            if page.startswith(prefix) and '.' not in page[len(prefix) : -len('.md')]
         ]
-        yield {title: own}
+        yield {title: members}
 
 
 class Layout(griffe.Extension):
-    """Docstrings as they stand: what is set in columns is code, 'a, b: …' is an entry for each."""
+    """A griffe extension for our docstrings: columns become code, 'a, b: …' an entry per name."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring:
-            obj.docstring.value = fenced(apart(obj.docstring.value))
+            obj.docstring.value = fence_columns(split_entries(obj.docstring.value))
 
 
-def apart(text: str) -> str:
-    """Entries of several names, as one entry each with the same words."""
+def split_entries(text: str) -> str:
+    """Split entries of several names into one entry per name."""
     entry = re.compile(r'^( +)(\w+(?:, \w+)+)(: .*(?:\n\1 +.*)*)', flags=re.M)
     section = re.compile(r'^(?:Attributes|Args|Returns):\n(?:(?: .*)?\n?)*', flags=re.M)
 
-    def each(match: re.Match[str]) -> str:
-        indent, names, words = match.groups()
-        return '\n'.join(f'{indent}{name}{words}' for name in names.split(', '))
+    def split_entry(match: re.Match[str]) -> str:
+        indent, names, description = match.groups()
+        return '\n'.join(f'{indent}{name}{description}' for name in names.split(', '))
 
-    return section.sub(lambda found: entry.sub(each, found[0]), text)
+    return section.sub(lambda match: entry.sub(split_entry, match[0]), text)
 
 
-def fenced(text: str) -> str:
-    """Paragraphs with two lines or more in columns, as blocks of code."""
+def fence_columns(text: str) -> str:
+    """Turn paragraphs with two or more lines in columns into code blocks."""
     paragraphs = re.split(r'\n{2,}', text)
-    return '\n\n'.join(f'```text\n{p}\n```' if _columns(p) else p for p in paragraphs)
+    return '\n\n'.join(f'```text\n{p}\n```' if _has_columns(p) else p for p in paragraphs)
 
 
-def _columns(paragraph: str) -> bool:
+def _has_columns(paragraph: str) -> bool:
     lines = paragraph.split('\n')
     if any(line.startswith((' ', '\t', '- ', '```')) for line in lines[:1]):
         return False

@@ -1,3 +1,5 @@
+"""Generated pages are up to date, and the architecture page names existing code."""
+
 import ast
 import inspect
 import re
@@ -11,54 +13,55 @@ from mi.motifs import attention, dynamic_conv, experts, gating, hypernetwork, no
 from tests.conftest import ROOT
 from tests.test_fusion import SHIPPED
 
-PARTS = {'Affine', 'Hypernetwork'}  # of motifs, not motifs
+PARTS = {'Affine', 'Hypernetwork'}  # building blocks without a page
 
 
 def test_the_table_of_fusions_is_the_dictionary():
-    """A word of your own may be missing on the page; what is there has to be true."""
-    page, made = ((build.HERE / 'fusions.md').read_text(), build.fusions())
-    assert set(page.split('\n')) <= set(made.split('\n')), 'run python -m docs.build'
-    assert all(f'| `{word}` |' in page for word in SHIPPED)
+    """Registered fusions of a user may be missing on the page."""
+    page, generated = (build.HERE / 'fusions.md').read_text(), build.make_fusions_page()
+    assert set(page.split('\n')) <= set(generated.split('\n')), 'run python -m docs.build'
+    assert all(f'| `{name}` |' in page for name in SHIPPED)
 
 
 def test_the_measured_tables_are_the_results():
-    assert (build.HERE / 'evaluation.md').read_text() == build.evaluation(), (
+    assert (build.HERE / 'evaluation.md').read_text() == build.make_evaluation_page(), (
         'run python -m docs.build'
     )
 
 
 def test_the_tables_of_scaling_are_the_results():
-    assert (build.HERE / 'scaling.md').read_text() == build.scaling(), 'run python -m docs.build'
+    assert (build.HERE / 'scaling.md').read_text() == build.make_scaling_page(), (
+        'run python -m docs.build'
+    )
 
 
 def test_every_module_has_a_place_on_a_page():
-    homes = [
+    sources = [
         *(attention, cells, dynamic_conv, experts, gating, hypernetwork, layers, normalization),
         pooling,
     ]
     modules = {
         name
-        for home in homes
-        for name, kind in vars(home).items()
+        for source in sources
+        for name, kind in vars(source).items()
         if inspect.isclass(kind)
         and issubclass(kind, nn.Module)
-        and kind.__module__ == home.__name__
+        and kind.__module__ == source.__name__
         and '__call__' in vars(kind)
         and not name.startswith('_')
     }
-    shown = {type(e.module).__name__ for _, examples in build.pages().values() for e in examples}
-    assert modules - shown <= PARTS, modules - shown - PARTS
-    for _, examples in build.pages().values():
-        for example in examples:
-            title = type(example.module).__name__
-            assert (build.HERE / f'motifs/figures/{title}.png').exists(), title
+    examples = [example for page in build.list_pages().values() for example in page.examples]
+    titles = {type(example.module).__name__ for example in examples}
+    assert modules - titles <= PARTS, modules - titles - PARTS
+    for title in titles:
+        assert (build.HERE / f'motifs/figures/{title}.png').exists(), title
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', build.pages())
-def test_the_page_is_what_the_code_says(name):
+@pytest.mark.parametrize('name', build.list_pages())
+def test_the_page_is_up_to_date(name):
     written = (build.HERE / f'motifs/{name}.md').read_text()
-    assert written == build.page(name), 'run python -m docs.build'
+    assert written == build.make_page(name), 'run python -m docs.build'
 
 
 ARCHITECTURE = (build.HERE / 'architecture.md').read_text()
