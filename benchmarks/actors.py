@@ -206,9 +206,9 @@ def measure(config: ml_collections.ConfigDict, updates: int) -> Measurement:
     T, B, G = config.train.length, config.train.batch, config.actors.groups
     # Make the learner.
     pool = envs.pool(config.env.name, config.actors.batch, 0)
-    agent, optimizer = factory.agent(config, pool.spec), optim.optimiser(config.optim, 1000)
+    agent, optimizer = factory.agent(config, pool.spec), optim.make_optimizer(config.optim, 1000)
     pool.close()
-    mesh = sharding.mesh(1, B)
+    mesh = sharding.make_mesh(1, B)
     state = actors_loop.start(agent, optimizer, 0, mesh)
     update = actors_loop.learner_update(agent, optimizer, factory.hyperparameters(config), mesh)
     policies: list[ClockedPolicy] = []
@@ -305,7 +305,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     host.keep_freed_memory()
     host.set_xla_flags()
-    print(f'{host.machine()}, jax {jax.__version__}; seconds in ms, rates in environment steps/s')
+    print(f'{host.describe_machine()}, jax {jax.__version__}; seconds in ms, rates in steps/s')
     figures = []
     for name in ONLY.value:
         for num_actors in map(int, NUMBERS.value):
@@ -334,7 +334,7 @@ def main(argv: Sequence[str]) -> None:
             )
     if JSON.value:
         record = {
-            'machine': host.machine(), 'jax': jax.__version__, 'updates': UPDATES.value,
+            'machine': host.describe_machine(), 'jax': jax.__version__, 'updates': UPDATES.value,
             'figures': figures,
         }  # fmt: skip
         with open(JSON.value, 'w') as file:

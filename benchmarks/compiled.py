@@ -122,9 +122,9 @@ def compile_record(name: str, family: str, chips: int) -> Record:
     devices = topologies.describe(topology_name(family, chips))
     limit = topologies.memory_of(devices[0])
     start = time.monotonic()
-    training = memory.training_of(config, devices)
+    training = memory.make_programs(config, devices)
     measured = deployment.measure(training.compile, devices[0], limit)
-    parameter_bytes = memory.size(training.state['parameters']) // len(config.seeds)
+    parameter_bytes = memory.count_bytes(training.state['parameters']) // len(config.seeds)
 
     def per_update(key: str) -> float | None:
         return None if measured[key] is None else measured[key] / training.updates
@@ -137,7 +137,9 @@ def compile_record(name: str, family: str, chips: int) -> Record:
         'rows': JOBS[name].rows(chips),
         'parameters': parameter_bytes // cluster.FLOAT_BYTES,
         'flops': per_update('flops'),
-        'whole': costs.of_config(config)['flops'],  # of the batch, from the jaxpr, acting included
+        'whole': costs.estimate_costs(config)[
+            'flops'
+        ],  # of the batch, from the jaxpr, acting included
         'bytes_accessed': per_update('bytes_accessed'),
         'peak': measured['peak'],
         'limit': limit,

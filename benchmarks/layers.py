@@ -388,7 +388,7 @@ def main(argv: Sequence[str]) -> None:
     if WORKER.value:
         serve(WORKER.value, MEMORY.value)
         return
-    print(f'{host.machine()}, jax {jax.__version__}, f32')
+    print(f'{host.describe_machine()}, jax {jax.__version__}, f32')
     if ORDERS.value:
         figures = race_orders()
     else:
@@ -400,7 +400,7 @@ def main(argv: Sequence[str]) -> None:
             [i for i, n in enumerate(names) if not ONLY.value or n.startswith(tuple(ONLY.value))]
         )
     if JSON.value:
-        record = {'machine': host.machine(), 'jax': jax.__version__, 'figures': figures}
+        record = {'machine': host.describe_machine(), 'jax': jax.__version__, 'figures': figures}
         with open(JSON.value, 'w') as file:
             json.dump(record, file, indent=2)
 

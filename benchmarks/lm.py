@@ -281,12 +281,12 @@ def mi_step(config: ml_collections.ConfigDict, V: int) -> Callable[[], object]:
     """Return the training step of `mi.lm.train` for one seed."""
     config = factory.matched(config, V)
     T, B = config.train.length, config.train.batch
-    model, optimizer = factory.build(config, V), optim.optimiser(config.optim, 1000)
-    seeds, mesh = np.zeros(1, np.int32), sharding.mesh(1, B)
+    model, optimizer = factory.build(config, V), optim.make_optimizer(config.optim, 1000)
+    seeds, mesh = np.zeros(1, np.int32), sharding.make_mesh(1, B)
     state = train.start(model, optimizer, seeds, B, mesh)
     rng = np.random.default_rng(0)
     tokens = rng.integers(V, size=(1, T + 1, B)).astype(np.int32)
-    tokens = sharding.put(tokens, sharding.by_rows(mesh, 2, has_seeds=True))
+    tokens = sharding.shard_array(tokens, sharding.batch_sharding(mesh, 2, has_seeds=True))
     compiled = train.compile_step(model, optimizer, 1, state, seeds, tokens, None, mesh)
 
     def step() -> None:
@@ -342,7 +342,7 @@ def main(argv: Sequence[str]) -> None:
     if SIDE.value:
         rounds.serve(make_step(*SIDE.value.split('/')))
         return
-    print(f'{host.machine()}, jax {jax.__version__}')
+    print(f'{host.describe_machine()}, jax {jax.__version__}')
     figures: list[dict[str, Any]] = []
     for name in ONLY.value or SIZES:
         sides = SIDES[name]
@@ -368,7 +368,11 @@ def main(argv: Sequence[str]) -> None:
                      'tokens_per_second': tokens / median, 'ratio': ratio, 'ratios': ratios}
                 )  # fmt: skip
     if JSON.value:
-        record = {'machine': host.machine(), 'jax': jax.__version__, 'rounds': ROUNDS.value}
+        record = {
+            'machine': host.describe_machine(),
+            'jax': jax.__version__,
+            'rounds': ROUNDS.value,
+        }
         with open(JSON.value, 'w') as file:
             json.dump(record | {'figures': figures}, file, indent=2)
 

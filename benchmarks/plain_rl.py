@@ -175,7 +175,7 @@ def xland_step(
     B, T = config.train.batch, config.train.length
     environment = PlainXLand()
     net = Net(len(xland.TRAIN), 6, config.model.features, config.model.hidden, fusion)
-    optimizer = optim.optimiser(config.optim, 1000)
+    optimizer = optim.make_optimizer(config.optim, 1000)
     hyperparameters = factory.hyperparameters(config)
 
     def act(params: chex.ArrayTree, key: chex.PRNGKey, carry: Any, inputs: Inputs) -> Any:
@@ -243,7 +243,7 @@ def host_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
         spec, sizes = pool.spec, (config.model.features, config.model.hidden)
         agent = Net(len(spec.tasks), spec.actions, *sizes, 'none', spec.categories, spec.vocabulary)
         carry = (jnp.zeros((B, config.model.hidden)),) * 2
-    optimizer = optim.optimiser(config.optim, 1000)
+    optimizer = optim.make_optimizer(config.optim, 1000)
     hyperparameters = factory.hyperparameters(config)
     update = jax.jit(functools.partial(learner.update, agent, optimizer, hyperparameters))
     policy = jax.jit(functools.partial(rollout.act, agent))

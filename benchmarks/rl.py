@@ -89,7 +89,10 @@ def count_steps(name: str, side: str) -> int:
 def fused_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
     """Return an update of the topology 'fused'."""
     environment = envs.make(config.env.name)
-    agent, optimizer = factory.agent(config, environment.spec), optim.optimiser(config.optim, 1000)
+    agent, optimizer = (
+        factory.agent(config, environment.spec),
+        optim.make_optimizer(config.optim, 1000),
+    )
     mesh = fused.mesh_of(config)
     state = fused.start(config, environment, agent, optimizer, mesh)
     compiled = fused.compile_updates(environment, agent, optimizer, config, state, 1, mesh)
@@ -105,9 +108,9 @@ def fused_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
 def threads_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
     """Return an update of the topology 'threads', with its actors running."""
     pool = envs.pool(config.env.name, config.actors.batch, 0)
-    agent, optimizer = factory.agent(config, pool.spec), optim.optimiser(config.optim, 1000)
+    agent, optimizer = factory.agent(config, pool.spec), optim.make_optimizer(config.optim, 1000)
     pool.close()
-    mesh = sharding.mesh(1, config.train.batch)
+    mesh = sharding.make_mesh(1, config.train.batch)
     state = actors_loop.start(agent, optimizer, 0, mesh)
     update = actors_loop.learner_update(agent, optimizer, factory.hyperparameters(config), mesh)
     actors = actors_loop.start_actors(config, agent, state.params, 0)
@@ -128,7 +131,10 @@ def parts_step(config: ml_collections.ConfigDict, part: str) -> Callable[[], obj
     """Return one part of an update: environment, policy or learning."""
     # Initialize environments, agent and learner.
     environment = envs.make(config.env.name)
-    agent, optimizer = factory.agent(config, environment.spec), optim.optimiser(config.optim, 1000)
+    agent, optimizer = (
+        factory.agent(config, environment.spec),
+        optim.make_optimizer(config.optim, 1000),
+    )
     init = functools.partial(fused.init, environment, agent, optimizer, config.train.batch)
     state = jax.jit(init)(jnp.asarray(0))
     params, T = state.learner.params, config.train.length
@@ -175,7 +181,7 @@ def parts_step(config: ml_collections.ConfigDict, part: str) -> Callable[[], obj
 def conv_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
     """Return a learner's update on random frames."""
     pool = envs.pool(config.env.name, 1, 0)
-    agent, optimizer = factory.agent(config, pool.spec), optim.optimiser(config.optim, 1000)
+    agent, optimizer = factory.agent(config, pool.spec), optim.make_optimizer(config.optim, 1000)
     pool.close()
     T, B = config.train.length, config.train.batch
     # Draw a trajectory.
@@ -196,7 +202,7 @@ def conv_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
         carry=agent.initial_carry(B),
     )
     # Compile the update.
-    mesh = sharding.mesh(1, config.train.batch)
+    mesh = sharding.make_mesh(1, config.train.batch)
     state = actors_loop.start(agent, optimizer, 0, mesh)
     update = actors_loop.learner_update(agent, optimizer, factory.hyperparameters(config), mesh)
     return lambda: jax.block_until_ready(update(state, trajectory))
@@ -255,7 +261,7 @@ def main(argv: Sequence[str]) -> None:
         host.set_xla_flags()
         rounds.serve(make_step(name, side), seconds=4.0 if name in ('babyai', 'pong') else 1.5)
         return
-    print(f'{host.machine()}, jax {jax.__version__}')
+    print(f'{host.describe_machine()}, jax {jax.__version__}')
     figures = []
     on_gpu = jax.default_backend() == 'gpu'
     for name in ONLY.value or [name for name in SETS if (name == 'seeds') == on_gpu]:
@@ -280,7 +286,11 @@ def main(argv: Sequence[str]) -> None:
                  'ratio': ratio, 'ratios': ratios}
             )  # fmt: skip
     if JSON.value:
-        record = {'machine': host.machine(), 'jax': jax.__version__, 'rounds': ROUNDS.value}
+        record = {
+            'machine': host.describe_machine(),
+            'jax': jax.__version__,
+            'rounds': ROUNDS.value,
+        }
         with open(JSON.value, 'w') as file:
             json.dump(record | {'figures': figures}, file, indent=2)
 

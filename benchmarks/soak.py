@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
             'train.log_every': 10,
         }
         command += [f'--config.{key}={value}' for key, value in changes.items()]
-        print(f'{host.machine()}, {" ".join(command[1:])}\n', flush=True)
+        print(f'{host.describe_machine()}, {" ".join(command[1:])}\n', flush=True)
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         try:
             watch(process, workdir)

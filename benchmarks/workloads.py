@@ -48,7 +48,7 @@ class Training(NamedTuple):
 def lm_training(config: ml_collections.ConfigDict, vocabulary: int, rows: int) -> Training:
     """Return model, optimizer and state shapes of a language model."""
     model = lm.build(config, vocabulary)
-    optimizer = optim.optimiser(config.optim, config.train.steps)
+    optimizer = optim.make_optimizer(config.optim, config.train.steps)
     seed = jax.ShapeDtypeStruct((), jnp.int32)
     state = jax.eval_shape(lambda seed: train.init(model, optimizer, seed, rows), seed)
     return Training(model, optimizer, state)
@@ -109,7 +109,7 @@ def saved_bytes(loss: Callable[..., chex.Array], params: chex.ArrayTree, *args: 
 def rl_training(config: ml_collections.ConfigDict, spec: Spec) -> Training:
     """Return agent, optimizer and the shapes of the learner's state."""
     agent = rl.agent(config, spec)
-    optimizer = optim.optimiser(config.optim, 1000)
+    optimizer = optim.make_optimizer(config.optim, 1000)
 
     def init_state() -> learner.State:
         params = rl.init_params(agent, jax.random.key(0))

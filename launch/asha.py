@@ -19,7 +19,7 @@ import ml_collections
 
 from launch import metric_names, state
 from mi.config import UserError
-from mi.training.run_dir import write_json
+from mi.training.io import write_json
 
 
 @dataclasses.dataclass(frozen=True)

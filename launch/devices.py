@@ -63,7 +63,7 @@ def waste(config: ml_collections.ConfigDict, devices: Devices) -> str:
     batch = config.train.batch
     try:
         fsdp = config.train.fsdp if config.task == 'lm' else 1
-        shape = sharding.mesh_shape(seeds, batch, fsdp, config.train.mesh, count)
+        shape = sharding.choose_mesh_shape(seeds, batch, fsdp, config.train.mesh, count)
     except UserError as error:
         return f'each member will be refused on {count} devices: {error}'
     used = math.prod(shape)
@@ -85,7 +85,7 @@ def _wasted_seeds(config: ml_collections.ConfigDict, devices: Devices) -> str:
     if config.task == 'search':
         runs, what = runs * len(config.search.rates), 'pairs of a seed and a learning rate'
     count = devices.count
-    share = placement.share(runs, count)
+    share = placement.seeds_per_device(runs, count)
     idle = count + (-runs // share)
     if devices.processes > 1 and count * share > runs:
         waste = f'{count * share - runs} of {count * share} places will repeat the work of others'

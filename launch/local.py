@@ -104,7 +104,7 @@ def submit(commands: Commands, resources: Resources, rule: Rule | None = None) -
     taken: dict[pathlib.Path, int] = {}
     watch = Watch(list(commands))
     for path in commands:  # what a launcher that was killed has left
-        if state.held(path / 'launched'):
+        if state.is_locked(path / 'launched'):
             running[path] = process.Elsewhere(path / 'launched')
             taken[path] = process.slot_of(path)
             waiting.remove(path)

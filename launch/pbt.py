@@ -40,8 +40,7 @@ from mi.fit import factory as fit
 from mi.lm import config as lm
 from mi.rl import config as rl
 from mi.training import checkpoint
-from mi.training.io import held, read_json
-from mi.training.run_dir import write_json
+from mi.training.io import is_locked, read_json, write_json
 
 INTERVAL = flags.DEFINE_integer('interval', 0, 'Steps between two looks at another.', lower_bound=0)
 MARGIN = flags.DEFINE_float('margin', 0.05, 'By how much another has to be better, absolute.')
@@ -303,7 +302,7 @@ class Population:
                 copy = beside / 'checkpoints' / f'{step:08d}'
                 with contextlib.suppress(FileNotFoundError, shutil.Error):
                     shutil.copytree(parent / 'checkpoints' / copy.name, copy)
-                if not checkpoint.damage(copy):
+                if not checkpoint.find_damage(copy):
                     return copy
         raise UserError(
             f'{parent} has no checkpoint that is whole; take the last line away from {self._file} '
@@ -352,7 +351,7 @@ def train(
     watch = local.Watch([population.path(name) for name in names])
     for name in names:  # what a launcher that was killed has left
         path = population.path(name)
-        if held(path / 'launched'):
+        if is_locked(path / 'launched'):
             running[name] = process.Elsewhere(path / 'launched')
             taken[name] = process.slot_of(path)
             waiting.remove(name)

@@ -65,11 +65,11 @@ def count_costs(configs: Sequence[ml_collections.ConfigDict]) -> list[costs.Cost
     """
     traced: dict[str, costs.Costs] = {}
     found = []
-    for config in progress.counted(configs, 'counting FLOPs', len(configs), 'members'):
+    for config in progress.track(configs, 'counting FLOPs', len(configs), 'members'):
         validate(config)
         key = _shapes(config)
         if key not in traced:
-            traced[key] = costs.of_config(config)
+            traced[key] = costs.estimate_costs(config)
         own = {'steps': metric_names.steps(config), 'seeds': len(config.seeds)}
         found.append(traced[key] | own)
     return found

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import IO
 
 from launch import state
-from mi.training.io import held
+from mi.training.io import is_locked
 from mi.training.run_dir import PREEMPTED
 
 SAVING = 120.0  # seconds that processes have to save and end when one of them has
@@ -81,7 +81,7 @@ class Elsewhere:
 
     def poll(self) -> int | None:
         """The exit code as far as the run directory knows it; None as long as it runs."""
-        if held(self._lock):
+        if is_locked(self._lock):
             return None
         return {'done': 0, 'preempted': PREEMPTED}.get(state.read(self._lock.parent).word, 1)
 
@@ -89,7 +89,7 @@ class Elsewhere:
         """As `Process.stop`, where it has said already which process of this machine it is."""
         told = state.status(self._lock.parent)
         here = told.get('host') == socket.gethostname() and told.get('state') == 'running'
-        if here and not self._asked and held(self._lock.parent / 'lock'):
+        if here and not self._asked and is_locked(self._lock.parent / 'lock'):
             # It may have ended this moment, or belong to somebody else.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(int(told['pid']), signal.SIGTERM)

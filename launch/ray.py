@@ -24,7 +24,7 @@ from launch import engine, local, process
 from launch.devices import Devices
 from launch.engine import Commands, Resources, Rule, States
 from mi.config import UserError, suggest_install
-from mi.training.io import held
+from mi.training.io import is_locked
 from mi.training.run_dir import PREEMPTED
 
 ADDRESS = flags.DEFINE_string(
@@ -107,7 +107,7 @@ def _stop_all(running: Mapping[pathlib.Path, '_Run']) -> None:
     if left:
         ray.wait(left, num_returns=len(left), timeout=process.SAVING)
     deadline = time.monotonic() + process.SAVING
-    while any(held(path / 'lock') for path in running) and time.monotonic() < deadline:
+    while any(is_locked(path / 'lock') for path in running) and time.monotonic() < deadline:
         time.sleep(local.TICK)
 
 

@@ -31,8 +31,8 @@ from launch import state
 from launch.devices import Devices
 from launch.engine import QUEUED, Commands, Resources, States
 from mi.config import UserError
-from mi.training.io import read_json
-from mi.training.run_dir import PREEMPTED, write_json
+from mi.training.io import read_json, write_json
+from mi.training.run_dir import PREEMPTED
 
 PARTITION = flags.DEFINE_string('partition', '', 'Partition; the default one if left out.')
 TIME = flags.DEFINE_string('time', '', "Limit of a job, such as '4:00:00'; that of the partition.")

@@ -20,10 +20,10 @@ import rich.table
 from launch import restarts
 from mi.config import UserError
 from mi.training.io import (
-    clock,
-    held,
+    complete_size,
+    format_duration,
+    is_locked,
     read_json,
-    whole_lines,
 )
 
 RATE = '_per_second'  # how the rates in timing.jsonl end
@@ -114,7 +114,7 @@ class _Run:
         path, told = self._path, self._status.value()
         word = str(told.get('state', 'waiting'))
         reason = str(told.get('reason') or '')
-        alive = held(path / 'lock') or held(path / 'launched')
+        alive = is_locked(path / 'lock') or is_locked(path / 'launched')
         if alive:
             word, reason = 'running', ''
         elif (path / STOPPED).exists():
@@ -334,7 +334,7 @@ def records(file: pathlib.Path, needs: Needs, most: int = TAIL) -> list[dict[str
 def append(file: pathlib.Path, record: Mapping[str, Any]) -> None:
     """Adds a record to a file that this process alone writes; half a line at its end is cut off."""
     with open(file, 'ab') as stream:
-        stream.truncate(whole_lines(file))
+        stream.truncate(complete_size(file))
         stream.write(json.dumps(record).encode() + b'\n')
 
 
@@ -490,5 +490,5 @@ class Table:
 def cells(label: str, state: State) -> tuple[str, ...]:
     """What the table shows of a run."""
     steps = f'{state.step}/{state.steps}' if state.steps else ''
-    left = '' if state.left is None else clock(state.left)
+    left = '' if state.left is None else format_duration(state.left)
     return label, state.word, steps, state.rate, left, state.metric, state.reason

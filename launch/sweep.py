@@ -31,9 +31,8 @@ from launch import metric_names, state
 from mi.config import UserError, describe_difference, flatten, format_error, suggest
 from mi.overrides import find_file
 from mi.overrides import parse as parsed_arguments
-from mi.training.io import held
-from mi.training.progress import counted
-from mi.training.run_dir import write_json
+from mi.training.io import is_locked, write_json
+from mi.training.progress import track
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
 WATCHING = ('local', 'ray', 'pbt')  # engines that queue no member elsewhere, out of their sight
@@ -188,7 +187,7 @@ def _refuse_changes(before: dict[str, Any], now: dict[str, Any], workdir: pathli
     for member in before['members']:
         name = member['name']
         path = workdir / name
-        begun = (path / 'config.json').exists() or held(path / 'launched')
+        begun = (path / 'config.json').exists() or is_locked(path / 'launched')
         if not begun and not may_be_queued:
             continue
         if name not in members:
@@ -378,7 +377,7 @@ def _checked_curves(
     """
     finder, found = metric_names.Finder(module.METRIC), []
     what = 'looking up what the members record'
-    for name, config in counted(configs.items(), what, len(configs), 'members'):
+    for name, config in track(configs.items(), what, len(configs), 'members'):
         try:
             splits = finder.splits(config)
         except UserError:  # a config that cannot work: the member itself will say why

@@ -24,7 +24,7 @@ from mi.rl import train as rl
 from mi.training import sharding
 from mi.training.host import keep_freed_memory, set_xla_flags
 from mi.training.io import storage_failure
-from mi.training.run_dir import recorded_config, steps
+from mi.training.run_dir import parse_steps, recorded_config
 
 TASKS = {
     'train': {'lm': lm.train, 'rl': rl.train, 'fit': fit.train, 'search': search.search},
@@ -73,7 +73,7 @@ def main(argv: Sequence[str], changes: Sequence[overrides.Override] = ()) -> Non
     task, tasks = config.get('task'), TASKS[mode]
     if task not in tasks:
         raise UserError(f'config.task = {task!r}: --mode={mode} expects one of {", ".join(tasks)}')
-    profile = {'profile': steps(values.profile)} if values.profile else {}
+    profile = {'profile': parse_steps(values.profile)} if values.profile else {}
     if profile and (mode != 'train' or task == 'search'):
         raise UserError(
             f'--profile={values.profile} only applies to training of the tasks lm, rl and fit; '
@@ -81,7 +81,7 @@ def main(argv: Sequence[str], changes: Sequence[overrides.Override] = ()) -> Non
         )
     keep_freed_memory()
     set_xla_flags()
-    sharding.join(values.distributed)
+    sharding.initialize(values.distributed)
     try:
         tasks[task](config, values.workdir, **profile)
     except UserError as error:

@@ -41,17 +41,17 @@ def lm_parts(config, count):
     """Return model, mesh, shapes of the state and of the seeds, on so many devices."""
     lm_keys.validate(config)
     model = factory.build(config, V)
-    optimizer = optim.optimiser(config.optim, 10)
+    optimizer = optim.make_optimizer(config.optim, 10)
     seeds, batch = np.asarray(config.seeds, np.int32), config.train.batch
     fsdp = count if config.train.fsdp > 1 else 1
-    mesh = sharding.mesh(len(seeds), batch, fsdp, config.train.mesh, jax.devices()[:count])
+    mesh = sharding.make_mesh(len(seeds), batch, fsdp, config.train.mesh, jax.devices()[:count])
     return model, optimizer, mesh, seeds, train.shapes(model, optimizer, seeds, batch, mesh)
 
 
 def lm_step(config, count):
     model, optimizer, mesh, seeds, state = lm_parts(config, count)
     shape = len(seeds), config.train.length + 1, config.train.batch
-    rows = sharding.by_rows(mesh, 2, has_seeds=True)
+    rows = sharding.batch_sharding(mesh, 2, has_seeds=True)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
     step = train.compile_step(
         model, optimizer, config.train.accumulate, state, seeds, tokens, None, mesh
@@ -64,7 +64,7 @@ def lm_evaluation(config, count):
     carry = jax.eval_shape(
         jax.vmap(lambda _: model.initial_carry(config.train.batch)), jnp.zeros(len(seeds))
     )
-    rows = sharding.by_rows(mesh, 1)
+    rows = sharding.batch_sharding(mesh, 1)
     shape = config.train.length, config.train.batch
     tokens, mask = (jax.ShapeDtypeStruct(shape, kind, sharding=rows) for kind in ('int32', 'bool'))
     segment = evaluate.segment_program(model, mesh)
@@ -77,8 +77,8 @@ def rl_parts(count, **changes):
     config.train.save_every = 2
     config.update_from_flattened_dict({'loss.popart': 0.01, **changes})
     devices = jax.devices()[:count]
-    mesh = sharding.mesh(len(config.seeds), config.train.batch, devices=devices)
-    return config.lock(), costs.acting(config), mesh
+    mesh = sharding.make_mesh(len(config.seeds), config.train.batch, devices=devices)
+    return config.lock(), costs.rl_setup(config), mesh
 
 
 def rl_fused(count, **changes):
@@ -99,7 +99,7 @@ def rl_learner(count):
 def rl_evaluation(count, **changes):
     config, (environment, agent, optimizer, *_), mesh = rl_parts(count, **changes)
     state = fused.shapes(config, environment, agent, optimizer, mesh)
-    by_seed = sharding.by_seed(mesh)
+    by_seed = sharding.seed_sharding(mesh)
     keys = jax.ShapeDtypeStruct((len(config.seeds), 2), jnp.int32, sharding=by_seed)
     play = rl_evaluate.episodes_program(environment, agent, 16, False, mesh)
     return play.lower(state.learner.params, keys).compile(), state.learner.params

@@ -126,14 +126,14 @@ def test_who_only_reads_is_told_where_there_is_none(tmp_path):
 
 def test_one_that_the_run_clears_away_meanwhile_is_passed_over(tmp_path, monkeypatch, capsys):
     save(tmp_path, 5, 10)
-    damage = checkpoint.damage
+    damage = checkpoint.find_damage
 
     def cleared(path):
         if path.name == '00000010':  # the run has saved 20 and keeps two
             save(tmp_path, 20, keep=1)
         return damage(path)
 
-    monkeypatch.setattr(checkpoint, 'damage', cleared)
+    monkeypatch.setattr(checkpoint, 'find_damage', cleared)
     assert Checkpoints(tmp_path).newest()[0].name == '00000020'
     assert 'damaged' not in capsys.readouterr().err
 
@@ -217,7 +217,7 @@ def test_a_save_that_fails_leaves_the_ones_before_and_none_of_its_own(
 
 def test_what_is_not_of_the_disk_is_left_to_be_looked_at(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
-    monkeypatch.setattr(checkpoint, 'digest', raising(RuntimeError('odd')))
+    monkeypatch.setattr(checkpoint, 'hash_file', raising(RuntimeError('odd')))
     with pytest.raises(RuntimeError, match='odd'):
         checkpoints.save(10, state(10), {})
     assert [p.name for p in tmp_path.iterdir()] == ['.saving-00000010']
@@ -238,13 +238,13 @@ def raising(error):
 
 def test_a_checkpoint_has_its_name_only_once_it_is_whole(tmp_path, monkeypatch):
     """A kill at any moment before leaves nothing that looks like a checkpoint."""
-    hashed, named = checkpoint.digest, []
+    hashed, named = checkpoint.hash_file, []
 
     def look(file):
         named.append([path.name for path in tmp_path.iterdir() if path.name.isdigit()])
         return hashed(file)
 
-    monkeypatch.setattr(checkpoint, 'digest', look)
+    monkeypatch.setattr(checkpoint, 'hash_file', look)
     checkpoint.Checkpoints(tmp_path, keep=2).save(7, {'a': jnp.ones(3)}, {})
     assert named and not any(named)
     assert (tmp_path / '00000007').is_dir()

@@ -89,7 +89,7 @@ def test_a_fusion_and_its_gradient(name, dtype):
 def test_the_step_of_a_language_model(name):
     config = lm.get_config(f'core={name},tiny').unlock()
     config.seeds = (0,)
-    found = program.analyze(memory.training_of(config, [one_chip()]).compile())
+    found = program.analyze(memory.make_programs(config, [one_chip()]).compile())
     assert found.flops and not found.collectives
 
 
@@ -97,7 +97,7 @@ def test_the_step_of_a_language_model(name):
 def test_the_updates_of_an_agent(name):
     config = rl.get_config('tiny,env=catch').unlock()
     config.model.core, config.seeds = name, (0,)
-    found = program.analyze(memory.training_of(config, [one_chip()]).compile())
+    found = program.analyze(memory.make_programs(config, [one_chip()]).compile())
     assert found.flops and not found.collectives
 
 
@@ -107,15 +107,15 @@ def test_the_updates_of_an_agent(name):
 def test_a_preset_on_one_chip_and_on_eight(file, preset):
     """Its products are divided by the devices; loops whose length depends on data count once."""
     config = file.get_config(preset) if preset else file.get_config()
-    if config.task not in memory.TRAININGS:
+    if config.task not in memory.PROGRAMS:
         pytest.skip(f'task {config.task!r}: the run finds its models')
     devices = topologies.describe('v5e:2x4')
     try:
-        training = memory.training_of(config, devices)
+        training = memory.make_programs(config, devices)
     except UserError as error:
         assert 'devices' in str(error)  # they do not divide the batch
         training = None
-    alone = program.analyze(memory.training_of(config, [one_chip()]).compile())
+    alone = program.analyze(memory.make_programs(config, [one_chip()]).compile())
     if training is not None:
         divided = program.analyze(training.compile())
         share = divided.flops / alone.flops

@@ -37,7 +37,7 @@ def test_a_run_writes_down_what_was_told_before_it(tmp_path, texts, file, change
     config = module.get_config(file.partition(':')[2])
     with config.unlocked():
         config.update_from_flattened_dict(changes)
-    told = costs.of_config(config)
+    told = costs.estimate_costs(config)
     for name, value in json.loads((tmp_path / 'cost.json').read_text()).items():
         assert told[name] == value, name
 
@@ -51,7 +51,7 @@ def test_flops_of_a_step_are_those_of_its_products():
         config.problem.dimension, config.model.width, config.train.batch = 3, 16, 8
         config.model.site = 'last'  # x → 16 features, and these with z → y
     forward = [2 * 8 * 3 * 16, 2 * 8 * (16 + 3) * 1]
-    told = costs.of_config(config)
+    told = costs.estimate_costs(config)
     assert told['flops_per_example']['model'] == sum(forward) / 8
     assert told['flops'] == 2 * forward[0] + 3 * forward[1]
     assert told['units'] == 8 and told['seeds'] == 5
@@ -59,7 +59,7 @@ def test_flops_of_a_step_are_those_of_its_products():
 
 def test_training_costs_three_times_its_forward_pass_and_acting_once_more():
     for module, task in ((lm, 'token'), (rl, 'step')):
-        told = costs.of_config(module.get_config())
+        told = costs.estimate_costs(module.get_config())
         forward = told['units'] * told[f'flops_per_{task}']['model']
         times = 3 if module is lm else 4
         assert (times - 0.7) * forward < told['flops'] < (times + 0.3) * forward
@@ -67,19 +67,19 @@ def test_training_costs_three_times_its_forward_pass_and_acting_once_more():
 
 def test_the_parameters_of_a_corpus_that_is_not_here_can_be_told():
     config = lm_ptb.get_config()
-    told = costs.of_config(config)
+    told = costs.estimate_costs(config)
     with config.unlocked():
         config.data.vocabulary -= 1000
     of_words = 1000 * (config.model.embed + 1)  # and a bias
-    fewer = costs.of_config(config)['parameters']['model']
+    fewer = costs.estimate_costs(config)['parameters']['model']
     assert told['parameters']['model'] - fewer == of_words
 
 
 def test_what_runs_on_a_gpu_alone_can_be_told_anywhere():
     config = lm.get_config('tiny')
-    told = costs.of_config(config)
+    told = costs.estimate_costs(config)
     config.model.impl = 'cudnn'
-    assert costs.of_config(config) == told
+    assert costs.estimate_costs(config) == told
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_a_simulator_that_is_not_installed_is_not_needed(monkeypatch, name, tors
     config.model.instruction = name.startswith('dmlab30')
     config.model.hidden = config.model.features = 32
     config.actors.batch = config.train.batch = 60
-    spec = costs.acting(config).agent.spec
+    spec = costs.rl_setup(config).agent.spec
     assert (len(spec.tasks), spec.actions) == (tasks, actions)
 
 
@@ -109,11 +109,11 @@ def test_rows_that_are_fewer_than_tasks_are_refused_without_a_simulator():
     config = rl_dmlab30.get_config().unlock()
     config.actors.batch, config.train.batch = 15, 60
     with pytest.raises(UserError, match='15 rows for 30 tasks'):
-        costs.of_config(config)
+        costs.estimate_costs(config)
 
 
 def test_a_search_has_no_parameters_before_it_is_done():
-    told = costs.of_config(expressivity.get_config('search'))
+    told = costs.estimate_costs(expressivity.get_config('search'))
     assert 'parameters' not in told and told['steps'] == 5
 
 
@@ -122,4 +122,4 @@ def test_an_unknown_task_is_named():
     with config.unlocked():
         config.task = 'lmm'
     with pytest.raises(UserError, match="did you mean 'lm'"):
-        costs.of_config(config)
+        costs.estimate_costs(config)

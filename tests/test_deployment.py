@@ -98,7 +98,7 @@ def test_the_share_is_of_the_products_of_the_function_where_one_device_cannot_ho
     def refuse_one(compiles, device, limit):
         return refused if device == 'one' else measure(compiles, device, limit)
 
-    training_of = memory.training_of
+    training_of = memory.make_programs
 
     def claim_two(config, devices=None):
         """All devices are here but once; the mesh that is reported has two."""
@@ -107,7 +107,7 @@ def test_the_share_is_of_the_products_of_the_function_where_one_device_cannot_ho
         return training._replace(mesh=mesh)
 
     monkeypatch.setattr(deployment, 'measure', refuse_one)
-    monkeypatch.setattr(memory, 'training_of', claim_two)
+    monkeypatch.setattr(memory, 'make_programs', claim_two)
     step = deployment.report(small_config(), [devices[0]] * 2, one='one')['programs']['step']
     # Five updates of two seeds; nothing was divided, so the one device has all products.
     forward = [2 * 8 * 3 * 16, 2 * 8 * (16 + 3) * 1]
@@ -117,7 +117,7 @@ def test_the_share_is_of_the_products_of_the_function_where_one_device_cannot_ho
 def test_one_device_does_not_share_as_many_do():
     config = lm.get_config('tiny').unlock()
     config.train.fsdp, config.train.mesh = 4, (1, 2, 4)
-    mesh = memory.training_of(deployment.on_one_device(config), jax.devices()[:1]).mesh
+    mesh = memory.make_programs(deployment.on_one_device(config), jax.devices()[:1]).mesh
     assert mesh.shape == {'seed': 1, 'data': 1, 'fsdp': 1}
     assert config.train.fsdp == 4
 

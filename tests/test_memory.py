@@ -31,7 +31,7 @@ def test_of_a_small_network_every_byte_is_known_by_hand():
     with config.unlocked():
         config.problem.dimension, config.model.width, config.seeds = 3, 16, (0, 1)
     before = len(jax.live_arrays())
-    told = memory.of_config(config)
+    told = memory.estimate_memory(config)
     assert len(jax.live_arrays()) == before
     numbers = (3 + 3) * 16 + 16 + 16 + 1  # (x, z) → 16 features → y, and biases
     # Adam has two numbers for each parameter, and it and the schedule count the steps.
@@ -54,10 +54,10 @@ def test_a_language_model_starts_with_so_many_bytes():
     config = lm.get_config('tiny')
     with config.unlocked():
         config.seeds = (0, 1)
-    told = memory.of_config(config, compiles=False)
-    _, model, optimiser, _, _ = costs.text(config)
+    told = memory.estimate_memory(config, compiles=False)
+    _, model, optimiser, _, _ = costs.lm_setup(config)
     seeds, B = np.asarray(config.seeds, np.int32), config.train.batch
-    state = train_lm.start(model, optimiser, seeds, B, sharding.mesh(2, B))
+    state = train_lm.start(model, optimiser, seeds, B, sharding.make_mesh(2, B))
     found = [taken(part) for part in (state.params, state.opt_state, state.carry)]
     assert [told[name] for name in ('parameters', 'optimiser', 'other')] == found
     assert told['checkpoint'] == sum(found)
@@ -66,8 +66,8 @@ def test_a_language_model_starts_with_so_many_bytes():
 @pytest.mark.slow
 def test_an_agent_starts_with_so_many_bytes():
     config = rl.get_config('tiny,env=catch')
-    told = memory.of_config(config, compiles=False)
-    environment, agent, optimiser, _, _ = costs.acting(config)
+    told = memory.estimate_memory(config, compiles=False)
+    environment, agent, optimiser, _, _ = costs.rl_setup(config)
     state = fused.start(config, environment, agent, optimiser, fused.mesh_of(config))
     assert told['checkpoint'] == taken(state) and 'step' not in told
     assert told['parameters'] == taken(state.learner.params)
@@ -75,13 +75,13 @@ def test_an_agent_starts_with_so_many_bytes():
 
 def test_a_search_does_not_know_its_models_before():
     with pytest.raises(UserError, match='its models are found by the run'):
-        memory.of_config(expressivity.get_config('search'))
+        memory.estimate_memory(expressivity.get_config('search'))
 
 
 @pytest.mark.slow
 def test_the_command_prints_lines_or_json():
     command = [sys.executable, '-m', 'mi.estimate', '--config=configs/lm.py:tiny', '--nocompile']
-    told = costs.of_config(lm.get_config('tiny'))
+    told = costs.estimate_costs(lm.get_config('tiny'))
     out = subprocess.run([*command, '--json'], capture_output=True, text=True, check=True).stdout
     printed = json.loads(out)
     assert {name: printed[name] for name in told} == told

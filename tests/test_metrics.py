@@ -18,16 +18,16 @@ def lines(path):
 
 
 def test_a_continued_file_loses_what_came_after_the_checkpoint(tmp_path):
-    log = logger.Metrics(tmp_path)
+    log = logger.MetricsWriter(tmp_path)
     log.write(1, 0, 'train', {'nats_per_token': 0.1 + 0.2, 'bits_per_byte': None})
     position = log.position()
     log.write(2, 0, 'train', {'nats_per_token': 9.0})
     log.close()
 
-    log = logger.Metrics(tmp_path, position, 1)
+    log = logger.MetricsWriter(tmp_path, position, 1)
     assert log.position() == position  # of a checkpoint that is saved before another record
     log.write(2, 0, 'train', {'nats_per_token': 0.25, 'over': {'batch': 2}})
-    log.timing(2, {'seconds': 1.5})
+    log.write_timing(2, {'seconds': 1.5})
     log.close()
     first = {'step': 1, 'seed': 0, 'split': 'train', 'nats_per_token': 0.1 + 0.2}
     assert lines(tmp_path) == [
@@ -51,7 +51,7 @@ def test_a_file_without_the_lines_of_the_checkpoint_is_refused_as_it_is(tmp_path
     if left is not None:
         file.write_bytes(left)
     with pytest.raises(UserError, match=f'{said}.*; restore it, or name another --workdir'):
-        logger.Metrics(tmp_path, 27, 2)
+        logger.MetricsWriter(tmp_path, 27, 2)
     assert (file.read_bytes() if file.exists() else None) == left
     assert list(tmp_path.iterdir()) == ([] if left is None else [file])
 
@@ -97,7 +97,7 @@ def scalars(path, tag):
 def write(log, *steps):
     for step in steps:
         log.write(step, 0, 'train', {'loss': float(step)})
-        log.timing(step, {'seconds': 0.5})
+        log.write_timing(step, {'seconds': 0.5})
 
 
 class Recorder:
@@ -115,14 +115,14 @@ class Recorder:
 
 
 def test_tensorboard_shows_each_step_once_after_a_kill_and_after_a_clean_stop(tmp_path):
-    log = logger.Metrics(tmp_path)
+    log = logger.MetricsWriter(tmp_path)
     write(log, 5, 10)
     position = log.position()  # the checkpoint; all before it is on disk
     assert scalars(tmp_path, 'train/loss/seed0') == {5: 5, 10: 10}
     log.write(10, 0, 'eval', {'return': 1.0})  # after its checkpoint, and again when continued
     write(log, 15, 20)
     log.close()  # the most that a kill -9 can leave
-    continued = logger.Metrics(tmp_path, position, 10)
+    continued = logger.MetricsWriter(tmp_path, position, 10)
     continued.write(10, 0, 'eval', {'return': 1.0})
     write(continued, 15)
     continued.close()
@@ -130,7 +130,7 @@ def test_tensorboard_shows_each_step_once_after_a_kill_and_after_a_clean_stop(tm
     assert scalars(tmp_path, 'train/loss/seed0') == once
     assert scalars(tmp_path, 'eval/return/seed0') == {10: 1}
     assert scalars(tmp_path, 'timing/seconds') == dict.fromkeys(once, 0.5)
-    again = logger.Metrics(tmp_path, position, 10)  # stopped before it had another checkpoint
+    again = logger.MetricsWriter(tmp_path, position, 10)  # stopped before it had another checkpoint
     write(again, 15, 20)
     again.close()
     assert scalars(tmp_path, 'train/loss/seed0') == {**once, 20: 20}
@@ -138,7 +138,7 @@ def test_tensorboard_shows_each_step_once_after_a_kill_and_after_a_clean_stop(tm
 
 def test_tensorboard_forgets_a_run_that_was_killed_before_its_first_checkpoint(tmp_path):
     for steps in ((0, 5, 10, 15), (0, 5)):
-        log = logger.Metrics(tmp_path)
+        log = logger.MetricsWriter(tmp_path)
         write(log, *steps)
         log.close()
     assert scalars(tmp_path, 'train/loss/seed0') == {0: 0, 5: 5}
@@ -148,7 +148,7 @@ def test_tensorboard_forgets_a_run_that_was_killed_before_its_first_checkpoint(t
 def test_a_tracker_is_not_told_twice_what_a_killed_run_wrote_after_its_checkpoint(
     tmp_path, continued
 ):
-    log = logger.Metrics(tmp_path, tracker=Recorder(False))
+    log = logger.MetricsWriter(tmp_path, tracker=Recorder(False))
     write(log, 5, 10)
     position = log.position()
     write(log, 15, 20)
@@ -156,7 +156,7 @@ def test_a_tracker_is_not_told_twice_what_a_killed_run_wrote_after_its_checkpoin
     with open(tmp_path / 'metrics.jsonl', 'ab') as file:
         file.write(b'{"step": 25, "se')  # killed here
     tracker = Recorder(continued)
-    log = logger.Metrics(tmp_path, position, 10, tracker)
+    log = logger.MetricsWriter(tmp_path, position, 10, tracker)
     write(log, 15, 20, 25)
     log.close()
     steps = [25] if continued else [15, 20, 25]
@@ -169,7 +169,7 @@ def test_records_of_one_step_are_told_apart_by_their_number(tmp_path):
     """As those of a search, which writes all of them anew."""
     for more, told in ((0, 2), (1, 1)):
         tracker = Recorder(bool(more))
-        log = logger.Metrics(tmp_path, 0, 0, tracker)
+        log = logger.MetricsWriter(tmp_path, 0, 0, tracker)
         for i in range(2 + more):
             log.write(0, 0, 'probe', {'width': i})
         log.close()
@@ -185,7 +185,7 @@ def test_the_seed_that_is_not_finite_is_the_one_named():
 
 @pytest.mark.parametrize('log', ['first process', 'another process'])
 def test_a_number_that_json_has_no_word_for_ends_the_run_in_every_process(tmp_path, log):
-    made = logger.Log(tmp_path if log == 'first process' else None, 10, 0, 0)
+    made = logger.RunLogger(tmp_path if log == 'first process' else None, 10, 0, 0)
     with made, pytest.raises(UserError, match=r'return \(eval\) of seed 4 is not finite by step 7'):
         made.write(7, 4, 'eval', {'success': 1.0, 'return': float('inf')})
     file = tmp_path / 'metrics.jsonl'
@@ -208,8 +208,8 @@ def test_a_state_that_cannot_be_gone_on_from_is_not_saved(name, value, broken, d
     leaves = {'W': jnp.ones((2, 3, 4), dtype).at[1, 2, 3].set(value), 'n': jnp.ones(2, int)}
     said = pytest.raises(UserError, match=f'of the {name}.* of seed 5 is not finite by step 7; not')
     with said if broken else contextlib.nullcontext():
-        logger.refuse_broken((3, 5), 7, {'empty': jnp.ones((2, 0)), name: leaves})
+        logger.refuse_broken_state((3, 5), 7, {'empty': jnp.ones((2, 0)), name: leaves})
     one = jax.tree.map(lambda a: a[1], leaves)  # a run of one seed may have no axis of seeds
     said = pytest.raises(UserError, match=f'of the {name}.* of seed 9 is')
     with said if broken else contextlib.nullcontext():
-        logger.refuse_broken([9], 7, {name: one})
+        logger.refuse_broken_state([9], 7, {name: one})

@@ -29,7 +29,7 @@ from tests.conftest import printed_on_devices
 def test_seeds_are_placed_first_and_no_device_is_idle_that_need_not_be(
     seeds, batch, fsdp, devices, shape
 ):
-    assert sharding.mesh_shape(seeds, batch, fsdp, (), devices) == shape
+    assert sharding.choose_mesh_shape(seeds, batch, fsdp, (), devices) == shape
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_seeds_are_placed_first_and_no_device_is_idle_that_need_not_be(
 )
 def test_a_mesh_that_does_not_fit_is_refused(arguments, message):
     with pytest.raises(UserError, match=message):
-        sharding.mesh(*arguments)
+        sharding.make_mesh(*arguments)
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ F32 = ('f32', 'f32')
 def test_the_config_sets_the_precision_of_a_training_step(word, setting):
     config = edited(lm.get_config(f'{word},tiny'.strip(',')), **{'train.matmul_precision': setting})
     model = lm_setup.build(config, 11)
-    optimizer = optim.optimiser(config.optim, config.train.steps)
+    optimizer = optim.make_optimizer(config.optim, config.train.steps)
     state = jax.eval_shape(lambda seed: lm_train.init(model, optimizer, seed, batch=2), 0)
     tokens = jax.ShapeDtypeStruct((9, 2), jnp.int32)
 
@@ -92,7 +92,7 @@ def test_the_config_sets_the_precision_of_a_training_step(word, setting):
 @pytest.mark.parametrize('config', [composition.get_config(), seq2seq.get_config()])
 def test_fit_problems_ask_for_f32(config):
     problem = fit_setup.problem(config)
-    optimizer = optim.optimiser(config.optim, config.train.steps)
+    optimizer = optim.make_optimizer(config.optim, config.train.steps)
     state = jax.eval_shape(functools.partial(fit.start, problem, optimizer), jnp.int32(0))
     with precision.use_config(config):
         step = functools.partial(fit.steps, problem, optimizer, 1)
@@ -180,19 +180,19 @@ class Watched(MultiplicativeInteraction):
 def watched(monkeypatch):
     """Name of a fusion; what is traced for shapes alone, before a run starts, is not counted."""
     monkeypatch.setitem(fusion.FUSIONS, 'watched', Watched)
-    run_start, restore = run_dir.start, checkpoint.Checkpoints.restore_part
+    run_start, restore = run_dir.open_run, checkpoint.Checkpoints.restore_part
 
     @contextlib.contextmanager
     def start(*args, **kwargs):
-        with run_start(*args, **kwargs) as this:
+        with run_start(*args, **kwargs) as run:
             TRACES.clear()
-            yield this
+            yield run
 
     def restore_part(*args):
         TRACES.clear()
         return restore(*args)
 
-    monkeypatch.setattr(run_dir, 'start', start)
+    monkeypatch.setattr(run_dir, 'open_run', start)
     monkeypatch.setattr(checkpoint.Checkpoints, 'restore_part', restore_part)
     return 'watched'
 
@@ -261,10 +261,10 @@ def test_runs_from_before_there_was_the_key_go_on(tmp_path, capsys):
     config = expressivity.get_config('fit')
     before = config.copy_and_resolve_references().unlock()
     del before.train.matmul_precision
-    with run_dir.start(tmp_path, before):
+    with run_dir.open_run(tmp_path, before):
         assert precision.get_current() is None
     (tmp_path / 'checkpoints' / '00000040').mkdir(parents=True)
-    with run_dir.start(tmp_path, config):
+    with run_dir.open_run(tmp_path, config):
         assert precision.get_current() == 'highest'
     assert "train.matmul_precision = 'highest'" in capsys.readouterr().err
 
@@ -283,11 +283,11 @@ def test_costs_are_those_of_programs_with_that_precision(monkeypatch):
         def compile_program():
             compiled_with.append(precision.get_current())
 
-        return memory.Training({}, None, 1, compile_program, compile_program)
+        return memory.RunPrograms({}, None, 1, compile_program, compile_program)
 
-    monkeypatch.setitem(memory.TRAININGS, 'lm', training)
+    monkeypatch.setitem(memory.PROGRAMS, 'lm', training)
     config = edited(lm.get_config('tiny'), **{'train.matmul_precision': 'highest'})
-    programs = memory.training_of(config)
+    programs = memory.make_programs(config)
     programs.compile()
     programs.compile_evaluation()
     assert compiled_with == ['highest', 'highest']

@@ -9,7 +9,7 @@ from mi.config import UserError
 from mi.fit import train as fit
 from mi.lm import train as lm
 from mi.rl import train as rl
-from mi.training.run_dir import steps
+from mi.training.run_dir import parse_steps
 
 LM = {'train.steps': 6, 'train.log_every': 2, 'train.eval_every': 6, 'train.save_every': 6}
 FIT = {'train.steps': 20, 'seeds': (0,), 'problem.examples': 64} | {
@@ -79,5 +79,5 @@ def test_a_profile_that_the_run_does_not_end_is_written(tmp_path):
 @pytest.mark.parametrize('text', ['10', '20:10', '0:5', 'a:b', '-3:4'])
 def test_a_malformed_profile_is_refused(text):
     with pytest.raises(UserError, match='expected FIRST:LAST'):
-        steps(text)
-    assert steps('10:20') == steps('steps=10:20') == (10, 20)
+        parse_steps(text)
+    assert parse_steps('10:20') == parse_steps('steps=10:20') == (10, 20)

@@ -54,7 +54,7 @@ def test_lines_come_while_the_work_is_inside_one_call_and_end_with_it(capsys, sh
 def test_short_work_is_silent(capsys):
     with progress.Work('compiling'):
         pass
-    assert list(progress.counted([1, 2], 'reading', 2, 'lines')) == [1, 2]
+    assert list(progress.track([1, 2], 'reading', 2, 'lines')) == [1, 2]
     assert capsys.readouterr() == ('', '')
 
 

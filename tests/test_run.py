@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mi.config import UserError
-from mi.training import host, run_dir, versions
+from mi.training import host, io, run_dir, versions
 
 
 def config(**values):
@@ -25,40 +25,40 @@ def status(path):
 
 
 def test_a_run_says_how_it_ended(tmp_path):
-    with run_dir.start(tmp_path, config()) as this:
-        this.step = 7
+    with run_dir.open_run(tmp_path, config()) as run:
+        run.step = 7
         assert status(tmp_path)['state'] == 'running'
     assert (status(tmp_path)['state'], status(tmp_path)['step']) == ('done', 7)
     assert json.loads((tmp_path / 'config.json').read_text())['model'] == {'width': 3}
 
-    with pytest.raises(UserError), run_dir.start(tmp_path, config()):
+    with pytest.raises(UserError), run_dir.open_run(tmp_path, config()):
         raise UserError('the loss is NaN')
     assert status(tmp_path)['state'] == 'failed'
     assert status(tmp_path)['reason'] == 'UserError: the loss is NaN'
 
-    with pytest.raises(SystemExit) as stopped, run_dir.start(tmp_path, config()) as this:
-        this.preempted()
+    with pytest.raises(SystemExit) as stopped, run_dir.open_run(tmp_path, config()) as run:
+        run.exit_preempted()
     assert stopped.value.code == 143
     assert status(tmp_path)['state'] == 'preempted'
 
 
 def test_a_directory_has_one_writer(tmp_path):
-    with run_dir.start(tmp_path, config()):
+    with run_dir.open_run(tmp_path, config()):
         code = (
-            'import sys, ml_collections; from mi import run\n'
-            'with run.start(sys.argv[1], ml_collections.ConfigDict()): pass'
+            'import sys, ml_collections; from mi.training import run_dir\n'
+            'with run_dir.open_run(sys.argv[1], ml_collections.ConfigDict()): pass'
         )
         other = subprocess.run(
             [sys.executable, '-c', code, tmp_path], capture_output=True, text=True
         )
         assert other.returncode == 1
         assert f'{tmp_path} is in use by process ' in other.stderr
-    with run_dir.start(tmp_path, config()):
+    with run_dir.open_run(tmp_path, config()):
         pass  # free again
 
 
 def test_another_config_is_refused_and_named(tmp_path):
-    with run_dir.start(tmp_path, config()):
+    with run_dir.open_run(tmp_path, config()):
         pass
     before = (tmp_path / 'config.json').read_bytes()
     with (
@@ -67,7 +67,7 @@ def test_another_config_is_refused_and_named(tmp_path):
             match=r'extra was absent and is 1 now, model\.width was 3 and is 4 now, '
             r'seeds was \[0\] and is \[1\] now; name another',
         ),
-        run_dir.start(tmp_path, config(model={'width': 4}, seeds=(1,), extra=1)),
+        run_dir.open_run(tmp_path, config(model={'width': 4}, seeds=(1,), extra=1)),
     ):
         pass
     assert (tmp_path / 'config.json').read_bytes() == before
@@ -79,7 +79,7 @@ def test_a_damaged_config_is_named(tmp_path, damaged):
     said = pytest.raises(
         UserError, match=r'config\.json is no.* JSON.*; restore it, or name another'
     )
-    with said, run_dir.start(tmp_path, config()):
+    with said, run_dir.open_run(tmp_path, config()):
         pass
     with said:
         run_dir.config_to_evaluate(tmp_path, config(), own=[], fixed=['model'])
@@ -88,7 +88,7 @@ def test_a_damaged_config_is_named(tmp_path, damaged):
 
 def test_a_run_is_evaluated_with_its_own_config_and_what_evaluation_may_change(tmp_path):
     trained = config(optim={'rate': 1.0}, train={'batch': 8}, eval={'length': 4, 'old': 1})
-    with run_dir.start(tmp_path, trained):
+    with run_dir.open_run(tmp_path, trained):
         pass
     asked = config(optim={'rate': 2.0}, train={'batch': 9}, eval={'length': 6, 'new': 2})
     parts: Any = {'own': ['eval'], 'fixed': ['seeds', 'model']}
@@ -110,10 +110,10 @@ def test_a_run_is_evaluated_with_its_own_config_and_what_evaluation_may_change(t
 
 def test_signals_ask_once_and_handlers_come_back(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    with run_dir.start(tmp_path, config()) as this:
-        assert not this.stops(recorded=False)
+    with run_dir.open_run(tmp_path, config()) as run:
+        assert not run.should_stop(recorded=False)
         signal.raise_signal(signal.SIGTERM)
-        assert this.stops(recorded=False)
+        assert run.should_stop(recorded=False)
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one ends at once
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -121,7 +121,7 @@ def test_signals_ask_once_and_handlers_come_back(tmp_path):
 def test_a_lock_that_cannot_be_written(tmp_path):
     (tmp_path / 'lock').mkdir()  # as good as read-only, also for root
     said = pytest.raises(UserError, match=r'/lock: Is a directory; name another --workdir')
-    with said, run_dir.start(tmp_path, config()):
+    with said, run_dir.open_run(tmp_path, config()):
         pass
 
 
@@ -129,7 +129,7 @@ def test_a_file_in_the_way(tmp_path):
     (tmp_path / 'taken').write_text('')
     with (
         pytest.raises(UserError, match='name another directory'),
-        run_dir.start(tmp_path / 'taken', config()),
+        run_dir.open_run(tmp_path / 'taken', config()),
     ):
         pass
 
@@ -149,7 +149,7 @@ def test_xla_flags_avoid_known_faults_and_leave_given_flags_alone():
 def test_a_sum_over_several_axes_beside_one_of_length_1_does_not_crash():
     """jaxlib 0.10.2 ends in a segmentation fault here, on CPUs without AVX-512."""
     code = (
-        'from mi import run; run.set_xla_flags()\n'
+        'from mi.training import host; host.set_xla_flags()\n'
         'import jax, jax.numpy as jnp\n'
         'for axis in range(7):\n'
         '    product_sum = jax.jit(lambda a, b: (a * b).sum(axis))\n'
@@ -182,15 +182,15 @@ def wrapped(words):
 )
 def test_a_full_disk_is_one_line_and_the_status_says_it(tmp_path, error, said):
     line = rf'--workdir={tmp_path}: {said}; .* Make room, and the same command continues'
-    with pytest.raises(UserError, match=line), run_dir.start(tmp_path, config()) as this:
-        this.step = 7
+    with pytest.raises(UserError, match=line), run_dir.open_run(tmp_path, config()) as run:
+        run.step = 7
         raise error
     assert status(tmp_path)['state'] == 'failed' and status(tmp_path)['step'] == 7
     assert re.search(said, status(tmp_path)['reason'])
 
 
 def test_errors_that_come_of_a_full_disk_are_known_by_what_they_came_of(tmp_path):
-    with pytest.raises(UserError, match='No space left'), run_dir.start(tmp_path, config()):
+    with pytest.raises(UserError, match='No space left'), run_dir.open_run(tmp_path, config()):
         try:
             raise full()
         finally:
@@ -198,7 +198,7 @@ def test_errors_that_come_of_a_full_disk_are_known_by_what_they_came_of(tmp_path
 
 
 def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):
-    with pytest.raises(FileNotFoundError), run_dir.start(tmp_path, config()):
+    with pytest.raises(FileNotFoundError), run_dir.open_run(tmp_path, config()):
         open(tmp_path / 'none')  # noqa: SIM115
     assert status(tmp_path)['reason'].startswith('FileNotFoundError')
 
@@ -208,19 +208,19 @@ def test_the_status_is_written_where_no_other_file_can_be(tmp_path, monkeypatch)
         patched.setattr(run_dir.pathlib.Path, 'write_text', raising_full)
 
     said = pytest.raises(UserError, match='No space left')
-    with monkeypatch.context() as patched, said, run_dir.start(tmp_path, config()) as this:
-        this.step = 3
+    with monkeypatch.context() as patched, said, run_dir.open_run(tmp_path, config()) as run:
+        run.step = 3
         fill(patched)
-        this.write('cost.json', {})
+        run.write('cost.json', {})
     assert status(tmp_path)['state'] == 'failed' and status(tmp_path)['step'] == 3
-    with monkeypatch.context() as patched, run_dir.start(tmp_path, config()):
+    with monkeypatch.context() as patched, run_dir.open_run(tmp_path, config()):
         assert status(tmp_path)['state'] == 'running'
         fill(patched)  # when all of it is saved
     assert status(tmp_path)['state'] == 'done'
     stopped = pytest.raises(SystemExit)
-    with monkeypatch.context() as patched, stopped, run_dir.start(tmp_path, config()) as this:
+    with monkeypatch.context() as patched, stopped, run_dir.open_run(tmp_path, config()) as run:
         fill(patched)
-        this.preempted()
+        run.exit_preempted()
     assert status(tmp_path)['state'] == 'preempted'
 
 
@@ -229,14 +229,13 @@ def test_a_disk_that_is_full_at_the_start_is_one_line(tmp_path, monkeypatch, nam
     def write(path, value):
         if path.name == name:
             raise full()
-        write_json(path, value)
+        io.write_json(path, value)
 
-    write_json = run_dir.write_json
     monkeypatch.setattr(run_dir, 'write_json', write)
     if name == 'lock':
         monkeypatch.setattr(run_dir.platform, 'node', raising_full)
     said = pytest.raises(UserError, match=f'--workdir={tmp_path}: .*No space left on device')
-    with said, run_dir.start(tmp_path, config()):
+    with said, run_dir.open_run(tmp_path, config()):
         pass
 
 
@@ -246,7 +245,7 @@ def raising_full(*arguments):
 
 def test_a_file_is_replaced_whole_or_stays(tmp_path, monkeypatch):
     """Also where writing stops half-way: a reader sees the old one, and nothing is left beside."""
-    run_dir.write_json(tmp_path / 'a.json', {'old': 1})
+    io.write_json(tmp_path / 'a.json', {'old': 1})
     write = run_dir.pathlib.Path.write_text
 
     def half(path, text):
@@ -255,11 +254,11 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched, pytest.raises(OSError, match='No space'):
         patched.setattr(run_dir.pathlib.Path, 'write_text', half)
-        run_dir.write_json(tmp_path / 'a.json', {'new': 2})
+        io.write_json(tmp_path / 'a.json', {'new': 2})
     assert json.loads((tmp_path / 'a.json').read_text()) == {'old': 1}
     assert [p.name for p in tmp_path.iterdir()] == ['a.json']
     with pytest.raises(UserError, match=r'a\.json: .*not JSON compliant'):
-        run_dir.write_json(tmp_path / 'a.json', {'new': float('nan')})
+        io.write_json(tmp_path / 'a.json', {'new': float('nan')})
     assert json.loads((tmp_path / 'a.json').read_text()) == {'old': 1}
 
 
@@ -279,28 +278,28 @@ def checkpointed(path):
 def test_settings_that_give_other_numbers_are_refused_when_a_run_is_continued(
     tmp_path, setting, other
 ):
-    with run_dir.start(tmp_path, config()):
+    with run_dir.open_run(tmp_path, config()):
         pass
     before = getattr(jax.config, setting)
     jax.config.update(setting, other)
     try:
-        with run_dir.start(
+        with run_dir.open_run(
             tmp_path, config()
         ):  # without a checkpoint it starts, with what is set now
             pass
         checkpointed(tmp_path)
-        with run_dir.start(tmp_path, config()):
+        with run_dir.open_run(tmp_path, config()):
             pass
         jax.config.update(setting, before)
         said = f'{setting} = {before!r}: .* computed with {other!r}.*set {setting.upper()}={other}'
-        with pytest.raises(UserError, match=said), run_dir.start(tmp_path, config()):
+        with pytest.raises(UserError, match=said), run_dir.open_run(tmp_path, config()):
             pass
     finally:
         jax.config.update(setting, before)
 
 
 def test_versions_are_recorded_and_another_is_said_in_one_line(tmp_path, monkeypatch, capsys):
-    with run_dir.start(tmp_path, config()):
+    with run_dir.open_run(tmp_path, config()):
         pass
     record = json.loads((tmp_path / 'versions.json').read_text())
     assert record['jax'] == jax.__version__ and record['numpy'] == np.__version__
@@ -308,13 +307,13 @@ def test_versions_are_recorded_and_another_is_said_in_one_line(tmp_path, monkeyp
     assert record['jax_default_prng_impl'] == 'threefry2x32' and record['continued'] == []
     assert {'commit', 'dirty', 'xla_flags', 'device', 'flax', 'optax', 'jaxlib'} <= record.keys()
     checkpointed(tmp_path)
-    with run_dir.start(tmp_path, config()):
+    with run_dir.open_run(tmp_path, config()):
         pass
     assert capsys.readouterr().err == ''
     current = versions.current()
     monkeypatch.setattr(versions, 'current', lambda: current | {'jax': '9.9', 'dirty': 'yes'})
     for _ in range(2):  # the second time it is as it was before
-        with run_dir.start(tmp_path, config()):
+        with run_dir.open_run(tmp_path, config()):
             pass
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f'warning: {tmp_path} is continued with another ')
@@ -325,17 +324,17 @@ def test_versions_are_recorded_and_another_is_said_in_one_line(tmp_path, monkeyp
 
 
 def test_a_run_that_was_begun_before_a_key_was_there_goes_on_and_says_so(tmp_path, capsys):
-    with run_dir.start(tmp_path, config()):
+    with run_dir.open_run(tmp_path, config()):
         pass
     newer = config(model={'width': 3, 'depth': 1})
-    with run_dir.start(tmp_path, newer):
+    with run_dir.open_run(tmp_path, newer):
         pass
     [line] = capsys.readouterr().err.splitlines()
     assert 'was begun before there was config.model.depth = 1; it goes on with that' in line
-    with run_dir.start(tmp_path, newer):
+    with run_dir.open_run(tmp_path, newer):
         pass
     assert capsys.readouterr().err == ''
     for model, now in (({'width': 3, 'depth': 2}, '2'), ({'width': 3}, 'absent')):
         said = pytest.raises(UserError, match=rf'model\.depth was 1 and is {now} now')
-        with said, run_dir.start(tmp_path, config(model=model)):
+        with said, run_dir.open_run(tmp_path, config(model=model)):
             pass

@@ -14,8 +14,8 @@ import time
 import pytest
 
 from mi import main, overrides
-from mi.training.checkpoint import damage
-from mi.training.io import held
+from mi.training.checkpoint import find_damage
+from mi.training.io import is_locked
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
@@ -24,11 +24,12 @@ pytestmark = pytest.mark.slow
 # until the answer is yes.
 WAITING = """
 import pathlib, sys, time
-from mi import main, run
+from mi import main
+from mi.training import run_dir
 
 mark = pathlib.Path(sys.argv.pop(1))
 step, number = int(sys.argv.pop(1)), int(sys.argv.pop(1))
-stops, asked = run.Run.stops, []
+stops, asked = run_dir.Run.should_stop, []
 
 def waits(self, recorded):
     asked.append(self.step)
@@ -38,7 +39,7 @@ def waits(self, recorded):
             time.sleep(0.01)
     return stops(self, recorded)
 
-run.Run.stops = waits
+run_dir.Run.should_stop = waits
 main.run()
 """
 
@@ -119,11 +120,11 @@ def test_a_run_that_gets_a_signal(case, number, tmp_path, texts, uninterrupted):
     )  # fmt: skip
     wait_for(mark, process)
     asked_at = status(workdir)
-    assert asked_at['state'] == 'running' and held(workdir / 'lock')
+    assert asked_at['state'] == 'running' and is_locked(workdir / 'lock')
     process.send_signal(number)
     _, said = process.communicate(timeout=120)
     left = status(workdir)
-    assert not held(workdir / 'lock')
+    assert not is_locked(workdir / 'lock')
 
     # What it leaves.
     if number == signal.SIGKILL:
@@ -137,7 +138,7 @@ def test_a_run_that_gets_a_signal(case, number, tmp_path, texts, uninterrupted):
         assert left['state'] == 'preempted' and left['pid'] == process.pid
         if case != 'search':
             assert left['step'] > SAVED and max(checkpoints(workdir)) == left['step']
-    assert all(damage(path) == '' for path in checkpoints(workdir).values())
+    assert all(find_damage(path) == '' for path in checkpoints(workdir).values())
     if case == 'search':
         assert len(json.loads((workdir / 'probes.json').read_text())['1']) == 2
     else:
@@ -181,7 +182,7 @@ def test_a_launcher_that_gets_a_signal_stops_its_member_or_finds_it_again(number
         assert code == -signal.SIGKILL
     else:
         assert code == 143
-        assert status(path)['state'] == 'preempted' and not held(path / 'launched')
+        assert status(path)['state'] == 'preempted' and not is_locked(path / 'launched')
     subprocess.run(launcher, cwd=ROOT, stdout=subprocess.DEVNULL, check=True, timeout=120)
     assert status(path)['state'] == 'done'
     lines = (path / 'metrics.jsonl').read_text().splitlines()

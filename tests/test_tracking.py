@@ -68,10 +68,10 @@ def test_trackio_gets_every_number_at_its_step(tmp_path):
 
 def test_a_tracker_that_is_not_installed_names_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, 'wandb', None)  # as if it were not there
-    assert suggest_install('wandb') in trackers.known('wandb')
-    assert "did you mean 'trackio'" in trackers.known('tracio')
-    assert trackers.known('none') == ''
-    assert trackers.start('none', ROOT, {}) is None
+    assert suggest_install('wandb') in trackers.check_tracker('wandb')
+    assert "did you mean 'trackio'" in trackers.check_tracker('tracio')
+    assert trackers.check_tracker('none') == ''
+    assert trackers.start_tracker('none', ROOT, {}) is None
 
 
 def test_a_tracker_knows_whether_it_was_told_what_came_before(tmp_path, monkeypatch):
@@ -83,9 +83,9 @@ def test_a_tracker_knows_whether_it_was_told_what_came_before(tmp_path, monkeypa
     monkeypatch.setitem(trackers.TRACKERS, 'wandb', make)
     monkeypatch.setitem(trackers.TRACKERS, 'trackio', make)
     for word in ('wandb', 'wandb', 'trackio', 'trackio'):
-        trackers.start(word, tmp_path, {})
+        trackers.start_tracker(word, tmp_path, {})
     assert [continued for _, continued in started] == [False, True, False, True]
     assert len({id for id, _ in started}) == 1
     (tmp_path / 'tracker.json').write_text('{"id": "a1"}')  # of a run before names were kept
-    trackers.start('wandb', tmp_path, {})
+    trackers.start_tracker('wandb', tmp_path, {})
     assert started[-1] == ('a1', True)

@@ -214,7 +214,7 @@ def test_your_own_cell_and_optimizer(tmp_path):
         agent = rl.agent(for_rl, envs.make('catch').spec)
         params = jax.eval_shape(functools.partial(rl.init_params, agent), jax.random.key(0))
         assert params['core']['unit']['hn']['kernel'].shape == (for_rl.model.hidden,) * 2
-        optimizer = optim.optimiser(for_lm.optim, 10)
+        optimizer = optim.make_optimizer(for_lm.optim, 10)
         weights = {'W': jnp.diag(jnp.array([3.0, 4.0])), 'b': jnp.ones(2)}
         step, _ = optimizer.update(weights, optimizer.init(weights), weights)
         assert float(jnp.abs(step['W'][0, 1])) < 1e-6 < float(jnp.abs(step['W']).max())

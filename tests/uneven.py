@@ -37,7 +37,7 @@ class LateRamp(Ramp):
 
 
 def mesh_of(devices, batch):
-    return sharding.mesh(1, batch, shape=(1, devices, 1), devices=jax.devices()[:devices])
+    return sharding.make_mesh(1, batch, shape=(1, devices, 1), devices=jax.devices()[:devices])
 
 
 def language_model(texts, devices):
@@ -63,7 +63,10 @@ def agent(devices):
 
     config = rl_tiny(**{'train.batch': 4, 'train.length': 9})
     environment = LateRamp()
-    net, optimizer = rl_setup.agent(config, environment.spec), optim.optimiser(config.optim, 10)
+    net, optimizer = (
+        rl_setup.agent(config, environment.spec),
+        optim.make_optimizer(config.optim, 10),
+    )
     state = fused.start(config, environment, net, optimizer, mesh)
     compiled = fused.compile_updates(environment, net, optimizer, config, state, 1, mesh)
     _, measured = compiled(state)
@@ -75,10 +78,10 @@ def learner_update(devices):
     """Return the norms of the parameters after an update on a trajectory of eight rows, and μ."""
     config = rl_tiny(**{'train.batch': 8, 'loss.popart': 0.1})
     net = rl_setup.agent(config, envs.make(config.env.name).spec)
-    optimizer, mesh = optim.optimiser(config.optim, 10), mesh_of(devices, 8)
+    optimizer, mesh = optim.make_optimizer(config.optim, 10), mesh_of(devices, 8)
     state = actors_loop.start(net, optimizer, 0, mesh)
     update = actors_loop.learner_update(net, optimizer, rl_setup.hyperparameters(config), mesh)
-    shapes = costs.acting(config).trajectory
+    shapes = costs.rl_setup(config).trajectory
     rng = np.random.default_rng(0)
     trajectory = jax.tree.map(
         lambda a: (

@@ -158,14 +158,14 @@ def main(argv: Sequence[str]) -> None:
             topologies.prepare_process()
         config = overrides.load(file.value, changes)
         with progress.Work('sizing the state'):
-            sizes = memory.of_config(config, compiles=False)
+            sizes = memory.estimate_memory(config, compiles=False)
         described: dict[str, Any] = {}
         if compiles.value:
             described = _deployment(config, topology.value, evaluates.value)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(' '.join(str(error).split())) from error
     with progress.Work('counting the FLOPs of a training step'):
-        told = costs.of_config(config) | {'memory': sizes} | described
+        told = costs.estimate_costs(config) | {'memory': sizes} | described
     print(json.dumps(told, indent=2) if as_json.value else '\n'.join(lines(told)))
     if told.get('fits') is False:
         raise SystemExit(1)

@@ -33,7 +33,7 @@ from mi.training import optim
 Costs = dict[str, Any]
 
 
-def of_config(config: ml_collections.ConfigDict) -> Costs:
+def estimate_costs(config: ml_collections.ConfigDict) -> Costs:
     """What a run of a config will cost.
 
     - 'parameters' and 'flops_per_token' ('…_step' of an environment, '…_example'): {'model': …,
@@ -57,7 +57,7 @@ def of_config(config: ml_collections.ConfigDict) -> Costs:
     return TASKS[task](config)
 
 
-class Text(NamedTuple):
+class LMSetup(NamedTuple):
     """A language model of a config, as far as it can be known without the text."""
 
     config: ml_collections.ConfigDict
@@ -67,7 +67,7 @@ class Text(NamedTuple):
     domains: int  # 0 where the model is not told the domain
 
 
-def text(config: ml_collections.ConfigDict) -> Text:
+def lm_setup(config: ml_collections.ConfigDict) -> LMSetup:
     config = config.copy_and_resolve_references()
     config.model.impl = 'xla'  # of cuDNN's calls nothing could be counted, nor is a GPU needed here
     lm_config.validate(config)
@@ -76,12 +76,12 @@ def text(config: ml_collections.ConfigDict) -> Text:
     vocabulary = 256 if config.data.level == 'byte' else config.data.vocabulary
     config = lm.matched(config, vocabulary, domains)
     model = lm.build(config, vocabulary, domains)
-    optimiser = optim.optimiser(config.optim, config.train.steps)
-    return Text(config, model, optimiser, vocabulary, domains)
+    optimiser = optim.make_optimizer(config.optim, config.train.steps)
+    return LMSetup(config, model, optimiser, vocabulary, domains)
 
 
 def _lm(config: ml_collections.ConfigDict) -> Costs:
-    config, model, optimiser, vocabulary, domains = text(config)
+    config, model, optimiser, vocabulary, domains = lm_setup(config)
     B, T = config.train.batch, config.train.length
     number = jax.ShapeDtypeStruct((), jnp.int32)
     tokens = jax.ShapeDtypeStruct((T + 1, B), jnp.int32)
@@ -103,7 +103,7 @@ def _domains(config: ml_collections.ConfigDict) -> int:
     return len([text for text in texts if text.domain])
 
 
-class Acting(NamedTuple):
+class RLSetup(NamedTuple):
     """An agent of a config; the environment where it is a JAX one."""
 
     environment: JaxEnvironment | None
@@ -113,7 +113,7 @@ class Acting(NamedTuple):
     trajectory: Trajectory  # shapes, of one seed's update
 
 
-def acting(config: ml_collections.ConfigDict) -> Acting:
+def rl_setup(config: ml_collections.ConfigDict) -> RLSetup:
     rl_config.validate(config)
     B, T = config.train.batch, config.train.length
     environment = None
@@ -124,7 +124,7 @@ def acting(config: ml_collections.ConfigDict) -> Acting:
         environment = envs.make(name, options)
         spec = environment.spec
     agent = rl.agent(config, spec)
-    optimiser = optim.optimiser(config.optim, rl_config.updates(config))
+    optimiser = optim.make_optimizer(config.optim, rl_config.updates(config))
 
     def start(seed: jax.Array) -> learner.State:
         params = rl.init_params(agent, jax.random.key(seed))
@@ -142,11 +142,11 @@ def acting(config: ml_collections.ConfigDict) -> Acting:
         carry=jax.eval_shape(lambda: agent.initial_carry(B)),
     )
     state = jax.eval_shape(start, jax.ShapeDtypeStruct((), jnp.int32))
-    return Acting(environment, agent, optimiser, state, trajectory)
+    return RLSetup(environment, agent, optimiser, state, trajectory)
 
 
 def _rl(config: ml_collections.ConfigDict) -> Costs:
-    _, agent, optimiser, state, trajectory = acting(config)
+    _, agent, optimiser, state, trajectory = rl_setup(config)
     B, T = config.train.batch, config.train.length
     update = functools.partial(learner.update, agent, optimiser, rl.hyperparameters(config))
     costs = rl.costs(agent, B, T)
@@ -162,7 +162,7 @@ def _rl(config: ml_collections.ConfigDict) -> Costs:
 
 def _fit(config: ml_collections.ConfigDict) -> Costs:
     problem = fit.problem(config)
-    optimiser = optim.optimiser(config.optim, config.train.steps)
+    optimiser = optim.make_optimizer(config.optim, config.train.steps)
     seed = jax.ShapeDtypeStruct((), jnp.int32)
     state = jax.eval_shape(functools.partial(train_fit.start, problem, optimiser), seed)
     one = functools.partial(train_fit.steps, problem, optimiser, 1)

@@ -51,10 +51,10 @@ def report(
       UserError: if the config cannot work on these devices.
     """
     one = devices[0] if one is None else one
-    training = memory.training_of(config, devices)
+    training = memory.make_programs(config, devices)
     alone = training
     if training.mesh.size > 1:
-        alone = memory.training_of(on_one_device(config), [one])
+        alone = memory.make_programs(on_one_device(config), [one])
     limit = topologies.memory_of(devices[0])
     result: dict[str, Any] = {
         'devices': {
@@ -92,7 +92,7 @@ def report(
         if name == 'step':
             measured['updates'] = training.updates
             if reference['flops'] is None:  # it does not fit on one device
-                each = costs.of_config(config)['flops'] * len(config.seeds)
+                each = costs.estimate_costs(config)['flops'] * len(config.seeds)
                 measured['one_device']['flops'] = training.updates * each
         flops = measured['one_device']['flops']
         measured['share'] = measured['flops'] / flops if measured['flops'] and flops else None
@@ -120,7 +120,7 @@ def measure(
     - 'flops', 'bytes_accessed', 'kernels', 'bytes_sent', 'unknown_loops', 'uncounted_calls': see
       `program.Program`; 'collectives': a list with 'kind', 'count', 'bytes' of one, 'group' and
       'bytes_sent' by all;
-    - 'arguments', 'outputs', 'in_place', 'temporaries', 'peak': bytes, see `memory.of_config`;
+    - 'arguments', 'outputs', 'in_place', 'temporaries', 'peak': bytes, as in `memory.measure`;
     - 'fits': whether peak ≤ limit; False where the compiler has refused the program, with its words
       in 'error', and then all numbers are None;
     - 'seconds': of the kernels of a TPU as its compiler estimates them, without waiting for
@@ -136,7 +136,7 @@ def measure(
         found = program.analyze(compiled)
     except jax.errors.JaxRuntimeError as error:
         return _refused(error)
-    bytes_ = memory.measured(compiled) or dict.fromkeys(
+    bytes_ = memory.measure(compiled) or dict.fromkeys(
         ('arguments', 'outputs', 'in_place', 'temporaries', 'peak')
     )
     peak = bytes_['peak']

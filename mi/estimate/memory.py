@@ -32,7 +32,7 @@ from mi.training import optim, placement, sharding
 Devices = Sequence[jax.Device] | None  # those that are here if None
 
 
-class Training(NamedTuple):
+class RunPrograms(NamedTuple):
     """The state of all seeds as shapes, by what it holds, and what compiles the programs of a run.
 
     Attributes:
@@ -50,7 +50,7 @@ class Training(NamedTuple):
     compile_evaluation: Callable[[], jax.stages.Compiled] | None = None
 
 
-def of_config(config: ml_collections.ConfigDict, compiles: bool = True) -> dict[str, Any]:
+def estimate_memory(config: ml_collections.ConfigDict, compiles: bool = True) -> dict[str, Any]:
     """Bytes that a run of a config takes.
 
     - 'parameters', 'optimiser', 'other': of the state of all seeds;
@@ -62,15 +62,15 @@ def of_config(config: ml_collections.ConfigDict, compiles: bool = True) -> dict[
     Raises:
       UserError: on a config that cannot work, or a search, whose models are not known before.
     """
-    training = training_of(config)
-    told: dict[str, Any] = {name: size(tree) for name, tree in training.state.items()}
+    training = make_programs(config)
+    told: dict[str, Any] = {name: count_bytes(tree) for name, tree in training.state.items()}
     told['checkpoint'] = sum(told.values())
-    if compiles and (step := measured(training.compile())) is not None:
+    if compiles and (step := measure(training.compile())) is not None:
         told['step'] = step
     return told
 
 
-def training_of(config: ml_collections.ConfigDict, devices: Devices = None) -> Training:
+def make_programs(config: ml_collections.ConfigDict, devices: Devices = None) -> RunPrograms:
     """Return the state and the programs of a config's run.
 
     Args:
@@ -80,12 +80,12 @@ def training_of(config: ml_collections.ConfigDict, devices: Devices = None) -> T
     Raises:
       UserError: on a config that cannot work, or a search, whose models are not known before.
     """
-    if config.task not in TRAININGS:
+    if config.task not in PROGRAMS:
         raise UserError(
             f'config.task = {config.task!r}: its models are found by the run; ask for one of '
-            f'{", ".join(TRAININGS)}'
+            f'{", ".join(PROGRAMS)}'
         )
-    training = TRAININGS[config.task](config, devices)
+    training = PROGRAMS[config.task](config, devices)
     # Compiled with the precision of products that the run has.
     precise = precision.use_config(config)
     evaluation = training.compile_evaluation
@@ -95,8 +95,8 @@ def training_of(config: ml_collections.ConfigDict, devices: Devices = None) -> T
     )
 
 
-def measured(compiled: jax.stages.Compiled) -> dict[str, int] | None:
-    """Return the bytes of a program on each device, as in `of_config`; None if nobody says."""
+def measure(compiled: jax.stages.Compiled) -> dict[str, int] | None:
+    """Return the bytes of a program per device, as in `estimate_memory`; None if unknown."""
     analysis = compiled.memory_analysis()
     if analysis is None:
         return None
@@ -109,23 +109,23 @@ def measured(compiled: jax.stages.Compiled) -> dict[str, int] | None:
     return program | {'peak': sum(program.values()) - 2 * program['in_place']}
 
 
-def size(tree: Any) -> int:
+def count_bytes(tree: Any) -> int:
     """Bytes of a tree of arrays, or of their shapes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _lm(config: ml_collections.ConfigDict, devices: Devices) -> Training:
-    config, model, optimiser, _, domains = costs.text(config)
+def _lm(config: ml_collections.ConfigDict, devices: Devices) -> RunPrograms:
+    config, model, optimiser, _, domains = costs.lm_setup(config)
     B, T, seeds = config.train.batch, config.train.length, np.asarray(config.seeds, np.int32)
-    mesh = sharding.mesh(len(seeds), B, config.train.fsdp, config.train.mesh, devices)
+    mesh = sharding.make_mesh(len(seeds), B, config.train.fsdp, config.train.mesh, devices)
     state = train_lm.shapes(model, optimiser, seeds, B, mesh)
     rows = jax.ShapeDtypeStruct(
-        (len(seeds), T + 1, B), jnp.int32, sharding=sharding.by_rows(mesh, 2, has_seeds=True)
+        (len(seeds), T + 1, B), jnp.int32, sharding=sharding.batch_sharding(mesh, 2, has_seeds=True)
     )
     told = rows if domains else None
     step = model, optimiser, config.train.accumulate, state, seeds, rows, told, mesh
     segment = model, state.params, lm.reading(config), domains > 0, mesh
-    return Training(
+    return RunPrograms(
         {'parameters': state.params, 'optimiser': state.opt_state, 'other': state.carry},
         mesh,
         1,
@@ -134,15 +134,15 @@ def _lm(config: ml_collections.ConfigDict, devices: Devices) -> Training:
     )
 
 
-def _rl(config: ml_collections.ConfigDict, devices: Devices) -> Training:
-    environment, agent, optimiser, of_learner, trajectory = costs.acting(config)
+def _rl(config: ml_collections.ConfigDict, devices: Devices) -> RunPrograms:
+    environment, agent, optimiser, of_learner, trajectory = costs.rl_setup(config)
     if config.train.topology == 'fused':
         assert environment is not None  # or validation had refused it
         mesh = fused.mesh_of(config, devices)
         state = fused.shapes(config, environment, agent, optimiser, mesh)
         count = min(config.train.log_every, rl_config.updates(config))
         program = environment, agent, optimiser, config, state, count, mesh
-        return Training(
+        return RunPrograms(
             {
                 'parameters': state.learner.params,
                 'optimiser': state.learner.opt_state,
@@ -160,9 +160,9 @@ def _rl(config: ml_collections.ConfigDict, devices: Devices) -> Training:
                 mesh,
             ),
         )
-    mesh = sharding.mesh(1, config.train.batch, shape=config.train.mesh, devices=devices)
+    mesh = sharding.make_mesh(1, config.train.batch, shape=config.train.mesh, devices=devices)
     update = actors_loop.learner_update(agent, optimiser, rl.hyperparameters(config), mesh)
-    return Training(
+    return RunPrograms(
         {
             'parameters': of_learner.params,
             'optimiser': of_learner.opt_state,
@@ -174,16 +174,16 @@ def _rl(config: ml_collections.ConfigDict, devices: Devices) -> Training:
     )
 
 
-def _fit(config: ml_collections.ConfigDict, devices: Devices) -> Training:
+def _fit(config: ml_collections.ConfigDict, devices: Devices) -> RunPrograms:
     problem = fit.problem(config)
-    optimizer = optim.optimiser(config.optim, config.train.steps)
+    optimizer = optim.make_optimizer(config.optim, config.train.steps)
     mesh = placement.seed_mesh(len(config.seeds), devices)
     state, seeds = train_fit.shapes(problem, optimizer, len(config.seeds), mesh)
     count = min(config.train.log_every, config.train.steps)
     program = problem, optimizer, count, state, seeds, mesh
     saved = placement.gathered_shapes(state, len(config.seeds))
     evaluate = placement.shard_map_seeds(functools.partial(train_fit.evaluate, problem), mesh)
-    return Training(
+    return RunPrograms(
         {'parameters': saved.params, 'optimiser': saved.optimiser, 'other': saved.step},
         mesh,
         count,
@@ -192,7 +192,7 @@ def _fit(config: ml_collections.ConfigDict, devices: Devices) -> Training:
     )
 
 
-TRAININGS: dict[str, Callable[[ml_collections.ConfigDict, Devices], Training]] = {
+PROGRAMS: dict[str, Callable[[ml_collections.ConfigDict, Devices], RunPrograms]] = {
     'lm': _lm,
     'rl': _rl,
     'fit': _fit,

@@ -28,7 +28,7 @@ from mi.training import optim, trackers
 SCHEMA: dict[str, Rule] = {
     'task': choice(['fit', 'search']),
     'seeds': seeds,
-    'tracker': trackers.known,
+    'tracker': trackers.check_tracker,
     'problem.name': text,
     'model.width': integer(1),
     'model.parameters': integer(0),

@@ -96,8 +96,8 @@ def search(config: ml_collections.ConfigDict, workdir: str) -> None:
         with progress.Work(f'sizing the networks of {config.search.over} {value}'):
             largest = factory.largest_width(_at(config, value))
         grids[value] = grid(largest, config.search.per_octave)
-    with run_dir.start(workdir, config) as this:
-        _search(config, grids, this)
+    with run_dir.open_run(workdir, config) as run:
+        _search(config, grids, run)
 
 
 def _at(config: ml_collections.ConfigDict, value: int) -> ml_collections.ConfigDict:
@@ -107,19 +107,19 @@ def _at(config: ml_collections.ConfigDict, value: int) -> ml_collections.ConfigD
 
 
 def _search(
-    config: ml_collections.ConfigDict, grids: dict[int, list[int]], this: run_dir.Run
+    config: ml_collections.ConfigDict, grids: dict[int, list[int]], run: run_dir.Run
 ) -> None:
-    memory = this.path / 'probes.json'
+    memory = run.path / 'probes.json'
     probes: dict[int, Probes] = {}  # value →
     if memory.exists():
         probes = {
             int(value): {int(place): records for place, records in of.items()}
             for value, of in json.loads(memory.read_text()).items()
         }
-    this.write('cost.json', {'steps': len(grids)})
+    run.write('cost.json', {'steps': len(grids)})
     found: dict[int, list[logger.Record | None]] = {}
     highest: list[int] = []  # of each value, the place where all seeds reach the target
-    with this.log(len(grids), 0) as log:
+    with run.open_logger(len(grids), 0) as log:
         for i, (value, sizes) in enumerate(grids.items()):
             tried = probes.setdefault(value, {})
             seconds = 0.0  # of all probes of the value; the last record of a step is what counts
@@ -134,26 +134,26 @@ def _search(
                 where = f'{config.search.over} {value}, width {sizes[place]}'
                 with progress.Work(f'training {where}'):
                     tried[place] = records = probe(_at(config, value), sizes[place])
-                this.write('probes.json', {str(value): of for value, of in probes.items()})
+                run.write('probes.json', {str(value): of for value, of in probes.items()})
                 _write(log, i, config.seeds, value, records)
                 seconds += time.perf_counter() - began
-                log.timing(i, {'seconds': seconds})
+                log.write_timing(i, {'seconds': seconds})
                 best = sorted(r['mse'] for r in records)
-                log.progress(i, f'{where}: mse {best[0]:.4g} … {best[-1]:.4g}', '')
-                if this.stops(recorded=True):
-                    this.preempted()
+                log.show_progress(i, f'{where}: mse {best[0]:.4g} … {best[-1]:.4g}', '')
+                if run.should_stop(recorded=True):
+                    run.exit_preempted()
             found[value] = [
                 tried[high][seed] if high < len(sizes) else None
                 for seed, (_, high) in enumerate(places)
             ]
             highest.append(max(high for _, high in places))
-            this.step = i + 1
+            run.step = i + 1
         fitted = [
             value for value, of in found.items() if value >= config.search.fit_from and all(of)
         ]
         for seed, number in enumerate(config.seeds):
             of_seed = {value: r for value, of in found.items() if (r := of[seed]) is not None}
-            log.write(this.step, number, 'eval', _summary(of_seed, fitted))
+            log.write(run.step, number, 'eval', _summary(of_seed, fitted))
 
 
 def _guess(highest: list[int]) -> int:
@@ -192,7 +192,7 @@ def probe(config: ml_collections.ConfigDict, width: int) -> list[logger.Record]:
     """
     problem = factory.problem(factory.of_width(config, width))
     total, every = config.train.steps, config.train.eval_every
-    optimizer = optim.optimiser(config.optim, total)
+    optimizer = optim.make_optimizer(config.optim, total)
     rates = np.asarray(config.search.rates, np.float32)
     grid_shape = len(config.seeds), len(rates)
     pairs = len(config.seeds) * len(rates)
@@ -207,7 +207,7 @@ def probe(config: ml_collections.ConfigDict, width: int) -> list[logger.Record]:
         mesh,
     )
     init = functools.partial(train.start, problem, optimizer)
-    state = sharding.once(placement.shard_map_seeds(init, mesh), seeds)
+    state = sharding.jit_once(placement.shard_map_seeds(init, mesh), seeds)
 
     def advance(state: train.State, seed: Array, scale: Array) -> tuple[train.State, Array]:
         state, _ = train.steps(problem, optimizer, every, state, seed, scale)
@@ -236,7 +236,7 @@ def probe(config: ml_collections.ConfigDict, width: int) -> list[logger.Record]:
 
 
 def _write(
-    log: logger.Log, step: int, seeds: Sequence[int], value: Any, records: list[logger.Record]
+    log: logger.RunLogger, step: int, seeds: Sequence[int], value: Any, records: list[logger.Record]
 ) -> None:
     for seed, record in zip(seeds, records, strict=True):
         log.write(step, seed, 'probe', {'value': value, **record})

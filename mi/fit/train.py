@@ -96,10 +96,10 @@ def shapes(
       count: S.
       mesh: from `placement.seed_mesh`.
     """
-    seeds = jax.ShapeDtypeStruct(placement.padded(count, mesh).shape, jnp.int32)
+    seeds = jax.ShapeDtypeStruct(placement.padded_indices(count, mesh).shape, jnp.int32)
     init = functools.partial(start, problem, optimizer)
     return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding.by_seed(mesh)),
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding.seed_sharding(mesh)),
         (jax.eval_shape(jax.vmap(init), seeds), seeds),
     )
 
@@ -129,20 +129,20 @@ def train(
 ) -> None:
     """Trains, evaluates and leaves a run directory; continues it where there is one."""
     problem = factory.problem(config)
-    with run_dir.start(workdir, config, profile) as this:
-        _train(config, problem, this)
+    with run_dir.open_run(workdir, config, profile) as run:
+        _train(config, problem, run)
 
 
-def _train(config: ml_collections.ConfigDict, problem: Problem, this: run_dir.Run) -> None:
+def _train(config: ml_collections.ConfigDict, problem: Problem, run: run_dir.Run) -> None:
     total, count_seeds = config.train.steps, len(config.seeds)
-    optimizer = optim.optimiser(config.optim, total)
-    this.write('cost.json', {'steps': total, **problem.costs()})
+    optimizer = optim.make_optimizer(config.optim, total)
+    run.write('cost.json', {'steps': total, **problem.costs()})
 
     # The state of all seeds: that of a checkpoint, or drawn where the seeds are placed.
     mesh = placement.seed_mesh(count_seeds)
     seeds = placement.shard_seeds(np.asarray(config.seeds, np.int32), mesh)
     like, _ = shapes(problem, optimizer, count_seeds, mesh)
-    saved = checkpoint.Checkpoints(this.path / 'checkpoints', config.train.keep)
+    saved = checkpoint.Checkpoints(run.path / 'checkpoints', config.train.keep)
     restored = saved.restore(placement.gathered_shapes(like, count_seeds))
     meta: dict[str, Any] = {'step': 0, 'metrics': 0}
     if restored is not None:
@@ -151,31 +151,33 @@ def _train(config: ml_collections.ConfigDict, problem: Problem, this: run_dir.Ru
     else:
         with progress.Work('drawing the initial parameters'):
             init = functools.partial(start, problem, optimizer)
-            state = sharding.once(placement.shard_map_seeds(init, mesh), seeds)
-    this.step = meta['step']
+            state = sharding.jit_once(placement.shard_map_seeds(init, mesh), seeds)
+    run.step = meta['step']
 
     measure = jax.jit(placement.shard_map_seeds(functools.partial(evaluate, problem), mesh))
     compiled: dict[int, jax.stages.Compiled] = {}
-    with this.log(total, meta['metrics']) as log:
-        while this.step < total:
-            count = min(config.train.log_every, total - this.step)
+    with run.open_logger(total, meta['metrics']) as log:
+        while run.step < total:
+            count = min(config.train.log_every, total - run.step)
             if count not in compiled:
                 with progress.Work(f'compiling {count:,} training steps'):
                     compiled[count] = compile_steps(problem, optimizer, count, state, seeds, mesh)
 
             # The steps of one record, and the record.
             began = time.perf_counter()
-            with progress.Work(f'training steps {this.step + 1:,} to {this.step + count:,}'):
-                state, measured = this.traced(count, compiled[count], state, seeds)
+            with progress.Work(f'training steps {run.step + 1:,} to {run.step + count:,}'):
+                state, measured = run.call_traced(count, compiled[count], state, seeds)
                 measured = placement.gather_seeds(measured, count_seeds)
             seconds = time.perf_counter() - began
-            this.step += count
-            step = this.step
+            run.step += count
+            step = run.step
             logger.refuse_non_finite(config.seeds, step, measured)
             write(log, step, config.seeds, {'train': measured})
             rate = count * problem.examples * count_seeds / seconds
-            log.timing(step, {'seconds': seconds, 'examples_per_second': rate})
-            log.progress(step, f'loss {measured["loss"].mean():.4g}', f'{rate:,.0f} examples/s')
+            log.write_timing(step, {'seconds': seconds, 'examples_per_second': rate})
+            log.show_progress(
+                step, f'loss {measured["loss"].mean():.4g}', f'{rate:,.0f} examples/s'
+            )
 
             # What is due at this step: evaluation, artefacts, checkpoint.
             if step % config.train.eval_every == 0 or step == total:
@@ -183,19 +185,22 @@ def _train(config: ml_collections.ConfigDict, problem: Problem, this: run_dir.Ru
                     scores = placement.gather_seeds(measure(state.params, seeds), count_seeds)
                 write(log, step, config.seeds, scores)
             if step == total:
-                _keep(problem, this, state, seeds, mesh)
-            stops = this.stops(recorded=True)
+                _keep(problem, run, state, seeds, mesh)
+            stops = run.should_stop(recorded=True)
             if step % config.train.save_every == 0 or step == total or stops:
                 parts = {'parameters': state.params, 'moments of the optimizer': state.optimiser}
-                logger.refuse_broken(config.seeds, step, parts)
+                logger.refuse_broken_state(config.seeds, step, parts)
                 on_host = placement.gather_seeds(state, count_seeds)
                 saved.save(step, on_host, {'metrics': log.position()})
                 if stops and step < total:
-                    this.preempted()
+                    run.exit_preempted()
 
 
 def write(
-    log: logger.Log, step: int, seeds: Sequence[int], measured: dict[str, dict[str, np.ndarray]]
+    log: logger.RunLogger,
+    step: int,
+    seeds: Sequence[int],
+    measured: dict[str, dict[str, np.ndarray]],
 ) -> None:
     """A record for each seed and split, of metrics [S]; one that is not finite is None."""
     for split, named in measured.items():
@@ -205,7 +210,7 @@ def write(
             log.write(step, seed, split, finite)
 
 
-def _keep(problem: Problem, this: run_dir.Run, state: State, seeds: Array, mesh: Mesh) -> None:
+def _keep(problem: Problem, run: run_dir.Run, state: State, seeds: Array, mesh: Mesh) -> None:
     """Write the problem's artefacts, [S, …] each, to artefacts.npz."""
     draw = problem.artefacts
     if draw is None:
@@ -216,4 +221,4 @@ def _keep(problem: Problem, this: run_dir.Run, state: State, seeds: Array, mesh:
         return draw(params, problem.world(world_key), key)
 
     arrays = jax.jit(placement.shard_map_seeds(draw_one, mesh))(state.params, seeds)
-    this.write_arrays('artefacts.npz', placement.gather_seeds(arrays, len(this.config.seeds)))
+    run.write_arrays('artefacts.npz', placement.gather_seeds(arrays, len(run.config.seeds)))

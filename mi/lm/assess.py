@@ -13,7 +13,7 @@ from mi.lm import config as lm_config
 from mi.lm import dynamic_evaluation, factory
 from mi.lm.evaluate import evaluate
 from mi.lm.restore import restore
-from mi.training.run_dir import write_json
+from mi.training.io import write_json
 
 SPLITS = ('valid', 'test')
 

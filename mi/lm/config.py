@@ -62,7 +62,7 @@ def segment(value: Any) -> str:
 SCHEMA: dict[str, Rule] = {
     'task': choice(['lm']),
     'seeds': seeds,
-    'tracker': trackers.known,
+    'tracker': trackers.check_tracker,
     'data.source': text,
     'data.path': text,
     'data.level': choice(tokenizers.LEVELS),

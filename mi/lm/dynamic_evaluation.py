@@ -71,7 +71,7 @@ def evaluate(
     Raises:
       UserError: if the loss is not finite any more.
     """
-    params = sharding.fetch(params)
+    params = sharding.to_host(params)
     seeds = len(jax.tree.leaves(params)[0])
     mesh = placement.seed_mesh(seeds, jax.local_devices())
     params = placement.shard_seeds(params, mesh)
@@ -140,7 +140,7 @@ def _gradient(model: LanguageModel, params: Any, carry: Carry, row: Any) -> Any:
 @functools.cache
 def _programs(model: LanguageModel, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
     """Return `_start`, `_add_squares` and `_adapt` for all seeds, which the devices share."""
-    by_seed, everywhere = sharding.by_seed(mesh).spec, sharding.replicated(mesh).spec
+    by_seed, everywhere = sharding.seed_sharding(mesh).spec, sharding.replicated(mesh).spec
 
     def compiled(function: Callable[..., Any]) -> Any:
         def device_seeds(seeded: Any, shared: Any) -> Any:

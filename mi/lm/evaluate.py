@@ -47,10 +47,10 @@ def segment_program(model: LanguageModel, mesh: jax.sharding.Mesh) -> Any:
     (params, carry, inputs [T, B], targets, mask, domains) → (carry, Σ nats). Each device has its
     seeds and rows; the sums are the only communication, where parameters are not split.
     """
-    rows = training_sharding.by_rows(mesh, 1).spec
+    rows = training_sharding.batch_sharding(mesh, 1).spec
     by_seed, carry_spec = (
-        training_sharding.by_seed(mesh).spec,
-        training_sharding.by_rows(mesh, 1, True).spec,
+        training_sharding.seed_sharding(mesh).spec,
+        training_sharding.batch_sharding(mesh, 1, True).spec,
     )
 
     def one_seed(
@@ -59,17 +59,21 @@ def segment_program(model: LanguageModel, mesh: jax.sharding.Mesh) -> Any:
         inputs, targets, mask, domains = batch
         losses: loss.Losses
         carry, losses = model.apply(  # type: ignore[assignment]
-            {'params': training_sharding.gather(params, partition)}, carry, inputs, targets, domains
+            {'params': training_sharding.gather_params(params, partition)},
+            carry,
+            inputs,
+            targets,
+            domains,
         )
         return carry, sum_over_rows((losses.nats * mask).sum())
 
     def segment(params: Any, carry: Carry, *batch: Array | None) -> tuple[Carry, Array]:
-        partition = training_sharding.partition(params, mesh)
+        partition = training_sharding.fsdp_specs(params, mesh)
         return jax.shard_map(
             jax.vmap(functools.partial(one_seed, partition), in_axes=(0, 0, None)),
             mesh=mesh,
             in_specs=(
-                training_sharding.specs(training_sharding.by_size(params, mesh)),
+                training_sharding.partition_specs(training_sharding.fsdp_sharding(params, mesh)),
                 carry_spec,
                 [rows] * 4,
             ),
@@ -77,8 +81,10 @@ def segment_program(model: LanguageModel, mesh: jax.sharding.Mesh) -> Any:
             check_vma=False,
         )(params, carry, list(batch))
 
-    carry_sharding = training_sharding.by_rows(mesh, 1, has_seeds=True)
-    return jax.jit(segment, out_shardings=(carry_sharding, training_sharding.readable(mesh)))
+    carry_sharding = training_sharding.batch_sharding(mesh, 1, has_seeds=True)
+    return jax.jit(
+        segment, out_shardings=(carry_sharding, training_sharding.metrics_sharding(mesh))
+    )
 
 
 def evaluate(
@@ -118,10 +124,10 @@ def evaluate(
     idle = -batch % shards  # rows without a token, so that the devices have as many each
     start = _initial_carry(model, seeds, batch + idle, mesh)
     carry = start
-    sharding = training_sharding.by_rows(mesh, 1)
+    sharding = training_sharding.batch_sharding(mesh, 1)
 
     def put(array: np.ndarray) -> Array:
-        return training_sharding.put(np.pad(array, ((0, 0), (0, idle))), sharding)
+        return training_sharding.shard_array(np.pad(array, ((0, 0), (0, idle))), sharding)
 
     with progress.Work(f'evaluating {split}', predictions, 'tokens') as work:
         for inputs, targets, mask, positions in _pieces(tokens, batch, reading):
@@ -155,7 +161,7 @@ def compile_segment(
     """
     batch = reading.batch + -reading.batch % (mesh.size // mesh.shape['seed'])
     seeds = jax.tree.leaves(params)[0].shape[0]
-    carry_sharding = training_sharding.by_rows(mesh, 1, has_seeds=True)
+    carry_sharding = training_sharding.batch_sharding(mesh, 1, has_seeds=True)
     carry = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct((seeds, *a.shape), a.dtype, sharding=carry_sharding),
         jax.eval_shape(lambda: model.initial_carry(batch)),
@@ -163,7 +169,9 @@ def compile_segment(
 
     def rows(dtype: Any) -> jax.ShapeDtypeStruct:
         shape = reading.length, batch
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=training_sharding.by_rows(mesh, 1))
+        return jax.ShapeDtypeStruct(
+            shape, dtype, sharding=training_sharding.batch_sharding(mesh, 1)
+        )
 
     tokens, mask = rows(np.int32), rows(np.float32)
     domains = tokens if has_domains else None
@@ -176,9 +184,9 @@ def compile_segment(
 def _initial_carry(model: LanguageModel, seeds: int, batch: int, mesh: jax.sharding.Mesh) -> Carry:
     """Return the carry of all seeds before the first token, each device with its own."""
 
-    sharding = training_sharding.by_rows(mesh, 1, has_seeds=True)
+    sharding = training_sharding.batch_sharding(mesh, 1, has_seeds=True)
     return jax.tree.map(
-        lambda a: training_sharding.put(np.broadcast_to(a, (seeds, *a.shape)), sharding),
+        lambda a: training_sharding.shard_array(np.broadcast_to(a, (seeds, *a.shape)), sharding),
         model.initial_carry(batch),
     )
 

@@ -57,9 +57,9 @@ def restore(config: ml_collections.ConfigDict, workdir: str) -> Trained:
 
     # The shapes of the parameters, on the devices that are here.
     batch, seeds = config.train.batch, np.asarray(config.seeds, np.int32)
-    mesh = sharding.mesh(len(seeds), batch, config.train.fsdp)
+    mesh = sharding.make_mesh(len(seeds), batch, config.train.fsdp)
     model = factory.build(config, *corpus.sizes)
-    optimiser = optim.optimiser(config.optim, config.train.steps)
+    optimiser = optim.make_optimizer(config.optim, config.train.steps)
     like = train.shapes(model, optimiser, seeds, batch, mesh)
 
     saved = checkpoint.Checkpoints(path / 'checkpoints', config.train.keep)

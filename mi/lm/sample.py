@@ -17,7 +17,7 @@ from mi.lm.model import LanguageModel
 from mi.lm.restore import restore
 from mi.rows import make_row_keys
 from mi.training import progress, sharding
-from mi.training.run_dir import write_json
+from mi.training.io import write_json
 
 
 def sample(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -84,11 +84,11 @@ def generate_all(
       count, temperature, top_p: as in `generate`.
       devices: those of this process if None.
     """
-    params = sharding.fetch(params)
+    params = sharding.to_host(params)
     devices = jax.local_devices() if devices is None else devices
-    mesh = sharding.mesh(len(seeds), texts, devices=devices)
-    by_seed, everywhere = sharding.by_seed(mesh), sharding.replicated(mesh)
-    rows = sharding.by_rows(mesh, 1, has_seeds=True)
+    mesh = sharding.make_mesh(len(seeds), texts, devices=devices)
+    by_seed, everywhere = sharding.seed_sharding(mesh), sharding.replicated(mesh)
+    rows = sharding.batch_sharding(mesh, 1, has_seeds=True)
     device_texts = texts // (mesh.size // mesh.shape['seed'])
 
     def draw_texts(params: Any, seeds: Array, prompt: Array, settings: Any) -> Array:

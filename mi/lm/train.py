@@ -64,8 +64,8 @@ def train(
     lm_config.validate(config)
     corpus = factory.corpus(config)
     config = factory.matched(config, *corpus.sizes)
-    with run_dir.start(workdir, config, profile) as this:
-        _train(config, corpus, this)
+    with run_dir.open_run(workdir, config, profile) as run:
+        _train(config, corpus, run)
 
 
 def init(
@@ -124,7 +124,7 @@ def gradient(
         rngs = {'dropout': key, 'state': jax.random.fold_in(key, 0)}
         losses: Losses
         carry, losses = model.apply(  # type: ignore[assignment]
-            {'params': sharding.gather(params, partition)},
+            {'params': sharding.gather_params(params, partition)},
             carry,
             tokens[:-1],
             tokens[1:],
@@ -201,7 +201,7 @@ def start(
     """The state of all seeds, [S, …], each array where the mesh has it."""
     fresh = jax.vmap(lambda seed: init(model, optimiser, seed, batch))
     like = shapes(model, optimiser, seeds, batch, mesh)
-    return sharding.once(fresh, seeds, out_shardings=jax.tree.map(lambda a: a.sharding, like))
+    return sharding.jit_once(fresh, seeds, out_shardings=jax.tree.map(lambda a: a.sharding, like))
 
 
 def shapes(
@@ -213,12 +213,14 @@ def shapes(
 ) -> State:
     """What `start` makes, as `jax.ShapeDtypeStruct`s with their shardings."""
     state = jax.eval_shape(jax.vmap(lambda seed: init(model, optimiser, seed, batch)), seeds)
-    return sharding.placed(
+    return sharding.with_shardings(
         state,
         State(
-            params=sharding.by_size(state.params, mesh),
-            opt_state=sharding.by_size(state.opt_state, mesh),
-            carry=jax.tree.map(lambda _: sharding.by_rows(mesh, 1, has_seeds=True), state.carry),
+            params=sharding.fsdp_sharding(state.params, mesh),
+            opt_state=sharding.fsdp_sharding(state.opt_state, mesh),
+            carry=jax.tree.map(
+                lambda _: sharding.batch_sharding(mesh, 1, has_seeds=True), state.carry
+            ),
         ),
     )
 
@@ -241,11 +243,11 @@ def compile_step(
     Compiled ahead, so that another shape is an error and not another compilation. The state is
     donated.
     """
-    specs = sharding.specs(state)
-    rows = sharding.by_rows(mesh, 2, has_seeds=True).spec
-    by_seed, everywhere = sharding.by_seed(mesh).spec, sharding.replicated(mesh).spec
+    specs = sharding.partition_specs(state)
+    rows = sharding.batch_sharding(mesh, 2, has_seeds=True).spec
+    by_seed, everywhere = sharding.seed_sharding(mesh).spec, sharding.replicated(mesh).spec
     parts_of_device = math.gcd(parts, tokens.shape[2] // (mesh.size // mesh.shape['seed']))
-    partition = sharding.partition(state.params, mesh)
+    partition = sharding.fsdp_specs(state.params, mesh)
     one_seed: Any = functools.partial(gradient, model, parts_of_device, partition)
     out_specs: Any = specs.params, by_seed, specs.carry
 
@@ -270,9 +272,11 @@ def compile_step(
         gradient = gradients(state.params, state.carry, seeds, step, tokens, domains)
         return _over_seeds(functools.partial(apply_gradient, optimiser), state, gradient)
 
-    shardings = jax.tree.map(lambda a: a.sharding, state), sharding.readable(mesh)
+    shardings = jax.tree.map(lambda a: a.sharding, state), sharding.metrics_sharding(mesh)
     jitted = jax.jit(all_seeds, donate_argnums=0, out_shardings=shardings)
-    placed_seeds = jax.ShapeDtypeStruct(seeds.shape, seeds.dtype, sharding=sharding.by_seed(mesh))
+    placed_seeds = jax.ShapeDtypeStruct(
+        seeds.shape, seeds.dtype, sharding=sharding.seed_sharding(mesh)
+    )
     return jitted.lower(state, placed_seeds, np.int32(0), tokens, domains).compile()
 
 
@@ -284,26 +288,24 @@ def _over_seeds(function: Callable[..., Any], *args: Any) -> Any:
     return jax.tree.map(lambda a: a[None], result)
 
 
-def _train(
-    config: ml_collections.ConfigDict, corpus: token_store.Corpus, this: run_dir.Run
-) -> None:
+def _train(config: ml_collections.ConfigDict, corpus: token_store.Corpus, run: run_dir.Run) -> None:
     model = factory.build(config, *corpus.sizes)
     B, T, steps = config.train.batch, config.train.length, config.train.steps
-    optimiser = optim.optimiser(config.optim, steps)
-    this.write('cost.json', {'steps': steps, **factory.costs(config, *corpus.sizes)})
+    optimiser = optim.make_optimizer(config.optim, steps)
+    run.write('cost.json', {'steps': steps, **factory.costs(config, *corpus.sizes)})
     seeds = np.asarray(config.seeds, np.int32)
-    mesh = sharding.mesh(len(seeds), B, config.train.fsdp, config.train.mesh)
+    mesh = sharding.make_mesh(len(seeds), B, config.train.fsdp, config.train.mesh)
     streams = [data_streams.Stream(corpus.tokens['train'], B, T, seed) for seed in config.seeds]
-    batch_sharding = sharding.by_rows(mesh, 2, has_seeds=True)
-    placed_seeds = sharding.put(seeds, sharding.by_seed(mesh))
+    batch_sharding = sharding.batch_sharding(mesh, 2, has_seeds=True)
+    placed_seeds = sharding.shard_array(seeds, sharding.seed_sharding(mesh))
 
     with progress.Work('drawing the initial parameters'):
         state = start(model, optimiser, seeds, B, mesh)
-    saved = checkpoint.Checkpoints(this.path / 'checkpoints', config.train.keep)
+    saved = checkpoint.Checkpoints(run.path / 'checkpoints', config.train.keep)
     fresh: dict[str, Any] = {'step': 0, 'metrics': 0, 'unlogged': [], 'data': corpus.sha256}
     state, meta = saved.restore(state) or (state, fresh)
-    _same_tokens(this.path, config, corpus, meta)
-    this.step = meta['step']
+    _same_tokens(run.path, config, corpus, meta)
+    run.step = meta['step']
 
     def batch(step: int) -> tuple[Array, Array | None]:  # tokens and domains, each [S, T + 1, B]
         def put(values: Callable[[np.ndarray], np.ndarray]) -> Array:
@@ -324,8 +326,8 @@ def _train(
         return tokens, put(functools.partial(corpus.domain, 'train'))
 
     def end_if_asked() -> None:  # in an evaluation, which comes after its checkpoint
-        if this.stops(recorded=False):
-            this.preempted()
+        if run.should_stop(recorded=False):
+            run.exit_preempted()
 
     def held_out(params: Any, split: str, most: int) -> list[dict[str, Any]]:
         return evaluate(
@@ -347,31 +349,31 @@ def _train(
 
     # A run that ended between a checkpoint and the evaluation of its step has that to do still.
     pending = len(seeds) if meta.get('is_evaluated') is False else 0
-    position = logger.end_of_records(this.path, meta['metrics'], this.step, pending)
-    is_pending = sharding.any_of(position is None)
+    position = logger.find_records_end(run.path, meta['metrics'], run.step, pending)
+    is_pending = sharding.any_process(position is None)
     if position is not None and not is_pending:
         meta['metrics'] = position
 
-    with _Log(config, this, meta) as log:
+    with _Log(config, run, meta) as log:
         if is_pending:
             scores = held_out(state.params, 'valid', config.eval.valid_tokens)
-            log.evaluation(this.step, 'valid', scores)
-        for step in range(this.step + 1, steps + 1):
+            log.evaluation(run.step, 'valid', scores)
+        for step in range(run.step + 1, steps + 1):
             arrays = state, placed_seeds, np.int32(step - 1), *batch(step - 1)
-            state, measured = this.traced(1, compiled, *arrays)
+            state, measured = run.call_traced(1, compiled, *arrays)
             if one_at_a_time:
                 jax.block_until_ready(measured)
             log.measured(step, measured)
-            this.step = step
+            run.step = step
             recorded = step % config.train.log_every == 0
             if recorded or step == steps:
                 log.training(step)
             evaluates = step % config.train.eval_every == 0 or step == steps
-            stops = this.stops(recorded)
+            stops = run.should_stop(recorded)
             # The checkpoint comes before the evaluation, which may take long and be cut short.
             if step % config.train.save_every == 0 or evaluates or stops:
                 parts = {'parameters': state.params, 'moments of the optimizer': state.opt_state}
-                logger.refuse_broken(config.seeds, step, parts)
+                logger.refuse_broken_state(config.seeds, step, parts)
                 saved.save(
                     step,
                     state,
@@ -379,7 +381,7 @@ def _train(
                 )
                 log.resume_clock()
                 if stops:
-                    this.preempted()
+                    run.exit_preempted()
             if evaluates:
                 log.stop_clock()
                 scores = held_out(state.params, 'valid', config.eval.valid_tokens)
@@ -408,10 +410,10 @@ class _Log(contextlib.AbstractContextManager['_Log']):
     is not finite ends the run before anything of it is saved.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, this: run_dir.Run, meta: dict[str, Any]):
+    def __init__(self, config: ml_collections.ConfigDict, run: run_dir.Run, meta: dict[str, Any]):
         self._seeds: tuple[int, ...] = tuple(config.seeds)
         self._tokens_per_step = config.train.batch * config.train.length * len(self._seeds)
-        self._log = this.log(config.train.steps, meta['metrics'])
+        self._log = run.open_logger(config.train.steps, meta['metrics'])
         self._unlogged: list[list[float]] = meta['unlogged']  # nats of each seed, by step
         self._unread: tuple[int, dict[str, Array]] | None = None
         # Since the last record, stepping alone; older checkpoints do not have it.
@@ -432,8 +434,8 @@ class _Log(contextlib.AbstractContextManager['_Log']):
         for seed, nats in zip(self._seeds, mean, strict=True):
             self._log.write(step, seed, 'train', {'nats_per_token': nats})
         rate = self._steps * self._tokens_per_step / self._seconds
-        self._log.timing(step, {'seconds': self._seconds, 'tokens_per_second': rate})
-        self._log.progress(step, f'{np.mean(mean):.4f} nats/token', f'{rate:,.0f} tokens/s')
+        self._log.write_timing(step, {'seconds': self._seconds, 'tokens_per_second': rate})
+        self._log.show_progress(step, f'{np.mean(mean):.4f} nats/token', f'{rate:,.0f} tokens/s')
         self._steps, self._seconds = 0, 0.0
         self.resume_clock()
 
@@ -465,7 +467,7 @@ class _Log(contextlib.AbstractContextManager['_Log']):
             return
         step, measured = self._unread
         self._unread = None
-        values = sharding.fetch(measured)
+        values = sharding.to_host(measured)
         logger.refuse_non_finite(self._seeds, step, values)
         self._unlogged.append(values['nats_per_token'].tolist())
 

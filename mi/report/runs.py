@@ -16,7 +16,7 @@ import numpy as np
 
 from mi.config import UserError
 from mi.report.files import Record, field, is_number, read_lines
-from mi.training.io import held, read_json
+from mi.training.io import is_locked, read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -385,7 +385,7 @@ def _read_run(path: pathlib.Path, label: str, overrides: Record, warnings: list[
         return Arm(label, 'missing', f'no folder {path.name}', overrides=overrides)
     # The status is read first: a run that ends meanwhile counts as running, never the reverse.
     status = read_json(path / 'status.json', missing={})
-    alive = held(path / 'lock') or held(path / 'launched')
+    alive = is_locked(path / 'lock') or is_locked(path / 'launched')
     if status.get('state') == 'running' and not alive:  # or it has just ended, and says so now
         status = read_json(path / 'status.json', missing={})
     state, reason = status.get('state'), status.get('reason')

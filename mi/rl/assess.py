@@ -24,7 +24,8 @@ from mi.rl.envs.spec import Spec
 from mi.rl.evaluate import Evaluation
 from mi.rl.play import Watched
 from mi.training import checkpoint
-from mi.training.run_dir import config_to_evaluate, write_json
+from mi.training.io import write_json
+from mi.training.run_dir import config_to_evaluate
 
 OWN = ('eval', 'actors', 'tracker')
 FIXED = ('task', 'env', 'model', 'seeds')

@@ -60,7 +60,7 @@ def sites(value: Any) -> str:
 SCHEMA: dict[str, Rule] = {
     'task': choice(['rl']),
     'seeds': seeds,
-    'tracker': trackers.known,
+    'tracker': trackers.check_tracker,
     'env.name': text,
     'env.options.*': lambda value: '',  # checked against the environment's own, by `envs.pool`
     'model.torso': choice(TORSOS),

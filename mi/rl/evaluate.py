@@ -60,8 +60,8 @@ def episodes(
       UserError: if an episode has more steps than the spec says.
     """
     program = episodes_program(environment, agent, each, greedy, mesh)  # type: ignore[arg-type]
-    placed_keys = sharding.put(keys, sharding.by_seed(mesh))
-    returned, success, length = sharding.fetch(program(params, placed_keys))
+    placed_keys = sharding.shard_array(keys, sharding.seed_sharding(mesh))
+    returned, success, length = sharding.to_host(program(params, placed_keys))
     auto_reset.check_length(environment.spec, int(length.max()) - 1)
 
     # Row i of a seed has an episode of task i % tasks; rows that fill up the devices come last.
@@ -83,7 +83,7 @@ def compile_episodes(
       params: shapes of the parameters of all seeds, placed on the mesh.
     """
     seeds = jax.tree.leaves(params)[0].shape[0]
-    keys = jax.ShapeDtypeStruct((seeds, 2), jnp.int32, sharding=sharding.by_seed(mesh))
+    keys = jax.ShapeDtypeStruct((seeds, 2), jnp.int32, sharding=sharding.seed_sharding(mesh))
     program = episodes_program(environment, agent, each, False, mesh)  # type: ignore[arg-type]
     compiled: jax.stages.Compiled = program.lower(params, keys).compile()
     return compiled
@@ -106,7 +106,10 @@ def episodes_program(
         plays = get_row_indices(device_rows) < rows
         return _play_rows(environment, agent, params, random_key, plays, greedy)
 
-    by_seed, by_rows = sharding.by_seed(mesh).spec, sharding.by_rows(mesh, 1, True).spec
+    by_seed, by_rows = (
+        sharding.seed_sharding(mesh).spec,
+        sharding.batch_sharding(mesh, 1, True).spec,
+    )
     return jax.jit(
         jax.shard_map(
             sharding.map_seeds(one_seed, mesh),
@@ -266,9 +269,9 @@ class Evaluation:
         """Play on all devices of this process."""
         each = self._config.eval.episodes
         devices = jax.local_devices()
-        mesh = sharding.mesh(1, len(devices), devices=devices)
+        mesh = sharding.make_mesh(1, len(devices), devices=devices)
         one_seed = jax.tree.map(lambda a: np.asarray(a)[None], params)
-        one_seed = jax.device_put(one_seed, sharding.by_seed(mesh))
+        one_seed = jax.device_put(one_seed, sharding.seed_sharding(mesh))
         keys = evaluation_keys([seed], step)
         (played,) = episodes(environment, agent, one_seed, keys, each, greedy, mesh)
         return summary(self.spec, *played)

@@ -57,37 +57,39 @@ class Checkpoints:
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Writes `state`, a tree of arrays, as the checkpoint of a step; returns when on disk."""
         final = self._directory / f'{step:08d}'
-        if sharding.of_first(final.exists()):  # a run that was stopped at this very step
+        if sharding.broadcast_from_primary(
+            final.exists()
+        ):  # a run that was stopped at this very step
             return
         saving = self._directory / f'.saving-{step:08d}'
         try:
             self._write(saving, step, state, meta)
-            if sharding.first():
+            if sharding.is_primary():
                 os.rename(saving, final)
         except BaseException as error:
             if storage_failure(error):  # what is there of it would take what is left of the disk
                 shutil.rmtree(saving, ignore_errors=True)
             raise
-        if sharding.first():
+        if sharding.is_primary():
             for old in self._steps()[self._keep :]:
                 shutil.rmtree(old, ignore_errors=True)
-        sharding.wait('checkpoint in place')
+        sharding.barrier('checkpoint in place')
 
     def _write(self, saving: pathlib.Path, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Write everything of a checkpoint, in a hidden directory."""
-        if sharding.first():
+        if sharding.is_primary():
             for leftover in self._directory.glob('.saving-*'):
                 shutil.rmtree(leftover)
             saving.mkdir(parents=True)
-        sharding.wait('checkpoint begun')
+        sharding.barrier('checkpoint begun')
         with _without_words_of_orbax():
             self._orbax.save(saving / 'state', args=ocp.args.PyTreeSave(state))
             self._orbax.wait_until_finished()
-        sharding.wait('checkpoint written')
-        if sharding.first():
+        sharding.barrier('checkpoint written')
+        if sharding.is_primary():
             meta = meta | {'step': step, 'arrays': _arrays(state)}
             (saving / 'meta.json').write_text(json.dumps(meta, indent=2, allow_nan=False) + '\n')
-            manifest = {name: digest(saving / name) for name in _files(saving)}
+            manifest = {name: hash_file(saving / name) for name in _files(saving)}
             (saving / 'manifest.json').write_text(json.dumps(manifest, indent=2) + '\n')
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
@@ -105,7 +107,7 @@ class Checkpoints:
           UserError: if there are checkpoints but none of them holds, or the newest good one is of
             another model. Nothing is deleted.
         """
-        step = sharding.of_first(self._mend() if sharding.first() else 0)
+        step = sharding.broadcast_from_primary(self._mend() if sharding.is_primary() else 0)
         if step < 0:
             return None
         path = self._directory / f'{step:08d}'
@@ -128,7 +130,7 @@ class Checkpoints:
         paths: list[pathlib.Path] = []
         while paths != (paths := self._steps()):  # the run may clear one away that is looked at
             for passed, path in enumerate(paths):
-                wrong = damage(path)
+                wrong = find_damage(path)
                 if not wrong:
                     if passed:
                         _say(f'{path.name} is taken instead of the newest')
@@ -173,7 +175,7 @@ class Checkpoints:
     def _mend(self) -> int:
         """Set damaged checkpoints aside and return the newest step that holds; −1 without any."""
         for path in self._steps():
-            wrong = damage(path)
+            wrong = find_damage(path)
             if not wrong:
                 return int(path.name)
             aside = _free_name(path)
@@ -202,7 +204,7 @@ class Checkpoints:
         return sorted(found, key=lambda path: int(path.name), reverse=True)
 
 
-def digest(file: pathlib.Path) -> str:
+def hash_file(file: pathlib.Path) -> str:
     """SHA-256 of a file's bytes, as hex."""
     with open(file, 'rb') as stream:
         return hashlib.file_digest(stream, 'sha256').hexdigest()
@@ -252,7 +254,7 @@ def _files(path: pathlib.Path) -> list[str]:
     return sorted(str(f.relative_to(path)) for f in path.rglob('*') if f.is_file())
 
 
-def damage(path: pathlib.Path) -> str:
+def find_damage(path: pathlib.Path) -> str:
     """What is wrong with a checkpoint, '' if nothing is."""
     try:
         manifest = json.loads((path / 'manifest.json').read_text())
@@ -262,7 +264,7 @@ def damage(path: pathlib.Path) -> str:
         return 'its manifest.json is not JSON'
     for name, expected in manifest.items():
         try:
-            if digest(path / name) != expected:
+            if hash_file(path / name) != expected:
                 return f'{name} has another SHA-256 than when it was written'
         except FileNotFoundError:
             return f'{name} is missing'

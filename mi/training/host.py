@@ -65,7 +65,7 @@ def set_xla_flags() -> None:
     os.environ['XLA_FLAGS'] = safe_xla_flags(os.environ.get('XLA_FLAGS', ''))
 
 
-def machine() -> str:
+def describe_machine() -> str:
     """What the run ran on, in words, for the report."""
     device = jax.devices()[0]
     if device.platform != 'cpu':

@@ -3,14 +3,16 @@
 And how long they will go on, as both show it.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
-from mi.config import UserError
+from mi.config import UserError, format_error
 
 
 def read_json(path: pathlib.Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -55,7 +57,7 @@ def storage_failure(error: BaseException) -> str:
     return ''
 
 
-def whole_lines(path: pathlib.Path) -> int:
+def complete_size(path: pathlib.Path) -> int:
     """Length of a file up to its last newline; who was killed may have left half a line after it.
 
     0 where there is no file.
@@ -63,7 +65,7 @@ def whole_lines(path: pathlib.Path) -> int:
     return path.read_bytes().rfind(b'\n') + 1 if path.exists() else 0
 
 
-def held(lock: pathlib.Path) -> bool:
+def is_locked(lock: pathlib.Path) -> bool:
     """Whether a process holds a lock file.
 
     It is taken for an instant to find out, shared, so that those who ask do not see each other.
@@ -79,7 +81,43 @@ def held(lock: pathlib.Path) -> bool:
     return False
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """'00:00:09', '250:05:09': hours, minutes and seconds, the hours beyond a day too."""
     minutes, rest = divmod(int(seconds), 60)
     return f'{minutes // 60:02}:{minutes % 60:02}:{rest:02}'
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes to a file beside it and renames: a reader never sees a half-written file.
+
+    Raises:
+      UserError: if a number is not finite, which JSON has no word for.
+    """
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False)
+    except ValueError as error:
+        raise UserError(f'{path}: {format_error(error)}; nothing is written') from error
+    with replace_file(path) as beside:
+        beside.write_text(text + '\n')
+
+
+@contextlib.contextmanager
+def replace_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A name beside a file; what is written there takes its place, or is cleared away."""
+    beside = path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def overwrite(path: pathlib.Path, content: bytes) -> None:
+    """Write over a file, in the blocks that it has: for one that a full disk must not stop.
+
+    Raises:
+      OSError: if that cannot be done either.
+    """
+    with open(path, 'r+b') as stream:
+        stream.write(content)
+        stream.truncate()

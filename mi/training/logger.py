@@ -26,7 +26,7 @@ from tensorboardX.proto import event_pb2
 
 from mi.config import UserError
 from mi.training import sharding
-from mi.training.io import clock, whole_lines
+from mi.training.io import complete_size, format_duration
 from mi.training.trackers import Tracker
 
 Record = dict[str, Any]  # name → value
@@ -34,7 +34,7 @@ Record = dict[str, Any]  # name → value
 LOWER = 'Lower config.optim.learning_rate or config.optim.clip_norm'
 
 
-class Metrics:
+class MetricsWriter:
     """Writes the metrics of one run.
 
     Args:
@@ -65,7 +65,7 @@ class Metrics:
             self._metrics.truncate(position)
             self._metrics.seek(0, os.SEEK_END)  # or `tell` is where the file ended before
             self._timing = stack.enter_context(open(path / 'timing.jsonl', 'ab'))
-            self._timing.truncate(whole_lines(path / 'timing.jsonl'))
+            self._timing.truncate(complete_size(path / 'timing.jsonl'))
             # The step itself is shown anew, as part of it may come after the checkpoint.
             self._tensorboard = TensorBoard(path / 'tensorboard', step if position else 0)
             stack.callback(self._tensorboard.close)
@@ -89,7 +89,7 @@ class Metrics:
         self._metrics.flush()
         self._copy(step, _scalars(record), (step, seed, split))
 
-    def timing(self, step: int, values: Mapping[str, float]) -> None:
+    def write_timing(self, step: int, values: Mapping[str, float]) -> None:
         """One record of what the steps since the last one took."""
         record = {'step': step, **values}
         self._timing.write(json.dumps(record, allow_nan=False).encode() + b'\n')
@@ -167,7 +167,7 @@ def _records(file: pathlib.Path, start: int = 0, end: int | None = None) -> list
     """The records of the whole lines between two positions of a file."""
     records = []
     content = file.read_bytes() if file.exists() else b''
-    for line in content[start : whole_lines(file) if end is None else end].splitlines():
+    for line in content[start : complete_size(file) if end is None else end].splitlines():
         with contextlib.suppress(ValueError):  # whoever reads the file will say what is wrong
             records.append(json.loads(line))
     return records
@@ -204,7 +204,7 @@ def _refuse_cut(file: pathlib.Path, position: int) -> None:
             )
 
 
-def end_of_records(path: pathlib.Path, position: int, step: int, count: int) -> int | None:
+def find_records_end(path: pathlib.Path, position: int, step: int, count: int) -> int | None:
     """Return where the `count` records of a step end that begin at a position of metrics.jsonl.
 
     Where an evaluation comes after the checkpoint of its step, this says whether it was finished.
@@ -249,7 +249,7 @@ def refuse_non_finite(seeds: Sequence[int], step: int, measured: dict[str, np.nd
             )
 
 
-def refuse_broken(seeds: Sequence[int], step: int, parts: Mapping[str, Any]) -> None:
+def refuse_broken_state(seeds: Sequence[int], step: int, parts: Mapping[str, Any]) -> None:
     """Refuse a state that no training can go on from, before it is saved.
 
     All numbers have to be finite, and those of 'parameters' small enough for their squares to be.
@@ -273,7 +273,7 @@ def refuse_broken(seeds: Sequence[int], step: int, parts: Mapping[str, Any]) -> 
                     places = numbers[shard.index[:1]] % len(seeds)
                     size = np.abs(np.asarray(shard.data)).reshape(len(places), -1)
                     np.logical_and.at(sound, places, (size < limit).all(1))  # NaN is not
-        broken = [sharding.any_of(not each) for each in sound]
+        broken = [sharding.any_process(not each) for each in sound]
         if any(broken):
             what = f'an entry of the {name}' + (', or its square,' if name == 'parameters' else '')
             raise UserError(
@@ -316,7 +316,7 @@ class Progress:
         now = time.monotonic()
         if now - self._last_line >= self._every or step == self._total:
             per_step = (now - self._start) / max(1, step - self._first)
-            left = clock(per_step * (self._total - step))
+            left = format_duration(per_step * (self._total - step))
             self._console.print(f'step {step}/{self._total}  {note}  {rate}  {left} left')
             self._last_line = now
 
@@ -325,14 +325,14 @@ class Progress:
             self._bar.stop()
 
 
-class Log(contextlib.AbstractContextManager['Log']):
+class RunLogger(contextlib.AbstractContextManager['RunLogger']):
     """The files and the line of one run; nothing at all in a process that does not write.
 
     Args:
       path: the run directory; None for a process that does not write.
       total: number of steps.
       done: the step that is continued from.
-      position, tracker: as in `Metrics`.
+      position, tracker: as in `MetricsWriter`.
     """
 
     def __init__(
@@ -343,29 +343,29 @@ class Log(contextlib.AbstractContextManager['Log']):
         position: int,
         tracker: Tracker | None = None,
     ):
-        self._files = path and Metrics(path, position, done, tracker)
+        self._files = path and MetricsWriter(path, position, done, tracker)
         self._progress = path and Progress(total, done)
 
     def write(self, step: int, seed: int, split: str, values: Mapping[str, Any]) -> None:
-        """As in `Metrics`, but that a value that is not finite ends the run, in every process."""
+        """Write a record as `MetricsWriter` does; a value that is not finite ends the run."""
         for name, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
                 refuse_non_finite([seed], step, {f'{name} ({split})': np.asarray([value])})
         if self._files:
             self._files.write(step, seed, split, values)
 
-    def timing(self, step: int, values: Mapping[str, float]) -> None:
-        """As in `Metrics`."""
+    def write_timing(self, step: int, values: Mapping[str, float]) -> None:
+        """As in `MetricsWriter`."""
         if self._files:
-            self._files.timing(step, values)
+            self._files.write_timing(step, values)
 
-    def progress(self, step: int, note: str, rate: str) -> None:
+    def show_progress(self, step: int, note: str, rate: str) -> None:
         """Shows how far the run is."""
         if self._progress:
             self._progress.update(step, note, rate)
 
     def position(self) -> int:
-        """As in `Metrics`."""
+        """As in `MetricsWriter`."""
         return self._files.position() if self._files else 0
 
     def __exit__(self, *exception: object) -> None:

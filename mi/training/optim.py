@@ -113,7 +113,7 @@ def schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, decays[config.schedule]], [warmup])
 
 
-def optimiser(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
     """Return the optimizer of a run of `steps` updates.
 
     RMSProp is TensorFlow's: ε inside the square root, mean square starting at one.

@@ -29,13 +29,13 @@ def seed_mesh(count: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     shards = len(devices)
     if len({device.process_index for device in devices}) == 1:
-        shards = math.ceil(count / share(count, shards))
+        shards = math.ceil(count / seeds_per_device(count, shards))
     return Mesh(
         np.reshape(np.asarray(devices[:shards], object), (shards, 1, 1)), training_sharding.AXES
     )
 
 
-def share(count: int, devices: int) -> int:
+def seeds_per_device(count: int, devices: int) -> int:
     """Return the most seeds that a device has where `count` of them are placed over devices."""
     return math.ceil(count / devices)
 
@@ -51,18 +51,20 @@ def shard_map_seeds(function: Callable[..., Any], mesh: Mesh) -> Callable[..., A
     )
 
 
-def padded(count: int, mesh: Mesh) -> np.ndarray:
+def padded_indices(count: int, mesh: Mesh) -> np.ndarray:
     """Return which seed is at each place of a split axis: all, then repeats up to even shares."""
     shards = mesh.shape['seed']
-    return np.arange(shards * share(count, shards)) % count
+    return np.arange(shards * seeds_per_device(count, shards)) % count
 
 
 def shard_seeds(tree: Any, mesh: Mesh) -> Any:
     """Split host arrays [S, …] over 'seed', padded with repeats; every process has all of them."""
-    sharding = training_sharding.by_seed(mesh)
+    sharding = training_sharding.seed_sharding(mesh)
 
     def shard(array: np.ndarray) -> Array:
-        return training_sharding.put(np.asarray(array)[padded(len(array), mesh)], sharding)
+        return training_sharding.shard_array(
+            np.asarray(array)[padded_indices(len(array), mesh)], sharding
+        )
 
     return jax.tree.map(shard, tree)
 
@@ -77,7 +79,7 @@ def gather_seeds(tree: Any, count: int) -> Any:
     if jax.process_count() > 1:
         mesh = jax.tree.leaves(tree)[0].sharding.mesh
         gather = jax.jit(_identity, out_shardings=training_sharding.replicated(mesh))
-        tree = training_sharding.here(gather(tree))
+        tree = training_sharding.to_local(gather(tree))
     return jax.tree.map(lambda a: a[:count], jax.device_get(tree))
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from mi.training.io import clock
+from mi.training.io import format_duration
 
 INTERVAL = 10.0  # seconds between two lines
 Item = TypeVar('Item')
@@ -46,7 +46,7 @@ class Work(contextlib.AbstractContextManager['Work']):
             return f'{self._name} … {seconds:.0f} s so far'
         rate = self.done / seconds
         counts = (f'{count / self._scale:,.0f}' for count in (self.done, self._total))
-        left = clock((self._total - self.done) / rate)
+        left = format_duration((self._total - self.done) / rate)
         return (
             f'{self._name} … {" of ".join(counts)} {self._unit}, '
             f'{rate / self._scale:,.1f} {self._unit}/s, {left} left'
@@ -85,7 +85,7 @@ def _write(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def counted(items: Iterable[Item], name: str, total: float, unit: str) -> Iterator[Item]:
+def track(items: Iterable[Item], name: str, total: float, unit: str) -> Iterator[Item]:
     """Yield the items, and report how many of `total` have been yielded as `Work` does."""
     with Work(name, total, unit) as work:
         for item in items:

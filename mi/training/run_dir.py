@@ -30,15 +30,15 @@ import ml_collections
 import numpy as np
 
 from mi import precision
-from mi.config import UserError, describe_difference, flatten, format_error
+from mi.config import UserError, describe_difference, flatten
 from mi.training import (
     logger,
     sharding,
     trackers,
     versions,
 )
-from mi.training.host import machine
-from mi.training.io import read_json, storage_failure
+from mi.training.host import describe_machine
+from mi.training.io import overwrite, read_json, replace_file, storage_failure, write_json
 
 Steps = tuple[int, int]  # first and last
 
@@ -47,7 +47,7 @@ PREEMPTED = 143  # 128 + SIGTERM, what a scheduler expects of a job that it stop
 
 
 class Run:
-    """An open run directory; made by `start`.
+    """An open run directory; made by `open_run`.
 
     Attributes:
       path: the directory.
@@ -66,16 +66,16 @@ class Run:
 
     def write(self, name: str, value: dict[str, Any]) -> None:
         """Writes a JSON file whole or not at all; nothing if this is not the first process."""
-        if sharding.first():
+        if sharding.is_primary():
             write_json(self.path / name, value)
 
     def write_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Writes an .npz file whole or not at all; nothing if this is not the first process."""
-        if sharding.first():
-            with _replaced(self.path / name) as beside, open(beside, 'wb') as stream:
+        if sharding.is_primary():
+            with replace_file(self.path / name) as beside, open(beside, 'wb') as stream:
                 np.savez_compressed(stream, allow_pickle=False, **arrays)
 
-    def status(self, state: str, reason: str | None = None) -> None:
+    def write_status(self, state: str, reason: str | None = None) -> None:
         """Write how the run is; in place where the disk has no room for another file."""
         process = jax.process_index()
         file = self.path / (f'status.{process}.json' if process else 'status.json')
@@ -85,7 +85,7 @@ class Run:
             'step': self.step,
             'pid': os.getpid(),
             'host': platform.node(),
-            'machine': machine(),
+            'machine': describe_machine(),
             'updated': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
         }
         try:
@@ -93,20 +93,20 @@ class Run:
         except OSError:
             overwrite(file, json.dumps(value).encode() + b'\n')
 
-    def log(self, total: int, position: int) -> logger.Log:
+    def open_logger(self, total: int, position: int) -> logger.RunLogger:
         """What the run writes down as it goes on.
 
         Args:
           total: steps that the run has.
           position: where metrics.jsonl is continued; 0 for a new one.
         """
-        if not sharding.first():
-            return logger.Log(None, total, self.step, position)
+        if not sharding.is_primary():
+            return logger.RunLogger(None, total, self.step, position)
         config = json.loads(self.config.to_json())
-        tracker = trackers.start(self.config.tracker, self.path, config)
-        return logger.Log(self.path, total, self.step, position, tracker)
+        tracker = trackers.start_tracker(self.config.tracker, self.path, config)
+        return logger.RunLogger(self.path, total, self.step, position, tracker)
 
-    def traced(self, count: int, program: Callable[..., Any], *args: Any) -> Any:
+    def call_traced(self, count: int, program: Callable[..., Any], *args: Any) -> Any:
         """program(*args), the next `count` steps; recorded if they are to be.
 
         The trace begins before the first of the steps that were asked for and ends when the last of
@@ -133,7 +133,7 @@ class Run:
             print(f'profile of steps in {self.path / "profile"}', file=sys.stderr)
             self._profile, self._tracing = None, False
 
-    def stops(self, recorded: bool) -> bool:
+    def should_stop(self, recorded: bool) -> bool:
         """Whether the loop is to save and end: SIGTERM or SIGINT came, in any process.
 
         Args:
@@ -141,9 +141,9 @@ class Run:
         """
         if jax.process_count() == 1:
             return self._asked
-        return recorded and sharding.any_of(self._asked)
+        return recorded and sharding.any_process(self._asked)
 
-    def preempted(self) -> None:
+    def exit_preempted(self) -> None:
         """Ends the process after its state was saved; the same command continues the run."""
         raise Preempted
 
@@ -162,7 +162,7 @@ class Preempted(SystemExit):
 
 
 @contextlib.contextmanager
-def start(
+def open_run(
     workdir: str | os.PathLike[str],
     config: ml_collections.ConfigDict,
     profile: Steps | None = None,
@@ -174,7 +174,7 @@ def start(
     Args:
       workdir: the directory.
       config: what the run is made with.
-      profile: first and last of the steps that `Run.traced` records; None for none.
+      profile: first and last of the steps that `Run.call_traced` records; None for none.
 
     Raises:
       UserError: if another process holds it, or it was made with another config.
@@ -185,26 +185,26 @@ def start(
     except OSError as error:
         raise UserError(f'--workdir={path}: {error.strerror}; name another directory') from error
     with _named_if_full(path), contextlib.ExitStack() as stack:
-        if sharding.first():
+        if sharding.is_primary():
             stack.enter_context(_locked(path / 'lock', path))
             _same_config(path / 'config.json', config)
             _same_settings(path)
-        sharding.wait('run directory')
+        sharding.barrier('run directory')
         run = Run(path, config, profile)
         stack.enter_context(precision.use_config(config))
         handlers = {s: signal.signal(s, run._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
-            run.status('running')
+            run.write_status('running')
             yield run
-            run.status('done')
+            run.write_status('done')
         except Preempted:
             with contextlib.suppress(OSError):  # the state is saved all the same
-                run.status('preempted')
+                run.write_status('preempted')
             raise
         except BaseException as error:
             full = storage_failure(error)
             with contextlib.suppress(OSError):  # or nobody learns what was wrong
-                run.status('failed', full or f'{type(error).__name__}: {error}'.strip())
+                run.write_status('failed', full or f'{type(error).__name__}: {error}'.strip())
             raise
         finally:
             run.end_trace()
@@ -350,43 +350,7 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes to a file beside it and renames: a reader never sees a half-written file.
-
-    Raises:
-      UserError: if a number is not finite, which JSON has no word for.
-    """
-    try:
-        text = json.dumps(value, indent=2, allow_nan=False)
-    except ValueError as error:
-        raise UserError(f'{path}: {format_error(error)}; nothing is written') from error
-    with _replaced(path) as beside:
-        beside.write_text(text + '\n')
-
-
-@contextlib.contextmanager
-def _replaced(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A name beside a file; what is written there takes its place, or is cleared away."""
-    beside = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        yield beside
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def overwrite(path: pathlib.Path, content: bytes) -> None:
-    """Write over a file, in the blocks that it has: for one that a full disk must not stop.
-
-    Raises:
-      OSError: if that cannot be done either.
-    """
-    with open(path, 'r+b') as stream:
-        stream.write(content)
-        stream.truncate()
-
-
-def steps(text: str) -> Steps:
+def parse_steps(text: str) -> Steps:
     """'10:20' → (10, 20)."""
     first, colon, last = text.removeprefix('steps=').partition(':')
     if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):

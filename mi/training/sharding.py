@@ -5,7 +5,7 @@
     fsdp   rows of a batch, and large parameters with their optimizer state
 
 A trainer's step runs under `jax.shard_map`: each device computes its own seeds and rows, and all
-communication is a named reduction of `mi.rows` or one of the collectives of `gather` and
+communication is a named reduction of `mi.rows` or one of the collectives of `gather_params` and
 `mean_gradients`. The automatic partitioner never sees a batch, as it gathers the whole of it where
 [T, B] is flattened. All processes run the same program on the same config; the first alone writes
 to the run directory.
@@ -26,12 +26,12 @@ from mi.config import UserError
 from mi.rows import ROWS, mean_over_rows
 from mi.training import progress
 
-HEARTBEAT = 30  # seconds after which a process that is gone ends the others
+HEARTBEAT_SECONDS = 30  # seconds after which a process that is gone ends the others
 AXES = ('seed', 'data', 'fsdp')
-LEAST_SPLIT = 2**12  # entries of the smallest array that 'fsdp' splits
+MIN_FSDP_SIZE = 2**12  # entries of the smallest array that 'fsdp' splits
 
 
-def join(how: str) -> None:
+def initialize(how: str) -> None:
     """Makes this process one of several; before anything else of jax.
 
     Args:
@@ -46,7 +46,7 @@ def join(how: str) -> None:
         return
     if how == 'auto':
         with progress.Work('waiting for the other processes'):
-            jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
+            jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
         return
     match = re.fullmatch(r'([^,]+:\d+),(\d+),(\d+)', how)
     if match is None or int(match[3]) >= int(match[2]):
@@ -56,36 +56,36 @@ def join(how: str) -> None:
         )
     with progress.Work('waiting for the other processes'):
         jax.distributed.initialize(
-            match[1], int(match[2]), int(match[3]), heartbeat_timeout_seconds=HEARTBEAT
+            match[1], int(match[2]), int(match[3]), heartbeat_timeout_seconds=HEARTBEAT_SECONDS
         )
 
 
-def first() -> bool:
+def is_primary() -> bool:
     """Whether this is the process that writes; a process on its own is."""
     return jax.process_index() == 0
 
 
-def wait(name: str) -> None:
+def barrier(name: str) -> None:
     """Returns when every process has come here."""
     with progress.Work(f'waiting for the other processes: {name}'):
         multihost_utils.sync_global_devices(name)
 
 
-def any_of(flag: bool) -> bool:
+def any_process(flag: bool) -> bool:
     """Whether the flag is set in any process; all have to ask."""
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
-def sum_of(number: int) -> int:
+def sum_over_processes(number: int) -> int:
     """The sum over all processes; all have to ask."""
     if jax.process_count() == 1:
         return number
     return int(np.sum(multihost_utils.process_allgather(np.asarray(number))))
 
 
-def of_first(number: int) -> int:
+def broadcast_from_primary(number: int) -> int:
     """The number that the first process has; all have to ask."""
     if jax.process_count() == 1:
         return number
@@ -113,12 +113,12 @@ def compile_fast(
     return jax.jit(function, **options).lower(*args).compile(compiler_options=quick)
 
 
-def once(function: Callable[..., Any], *args: Any, out_shardings: Any = None) -> Any:
+def jit_once(function: Callable[..., Any], *args: Any, out_shardings: Any = None) -> Any:
     """Return the result of a function that is run this one time, as those that draw parameters."""
     return compile_fast(function, *args, out_shardings=out_shardings)(*args)
 
 
-def mesh(
+def make_mesh(
     seeds: int,
     batch: int,
     fsdp: int = 1,
@@ -142,7 +142,7 @@ def mesh(
         devices would have none.
     """
     devices = jax.devices() if devices is None else devices
-    shape = mesh_shape(seeds, batch, fsdp, shape, len(devices))
+    shape = choose_mesh_shape(seeds, batch, fsdp, shape, len(devices))
     count = math.prod(shape)
     if count < len(devices) and len({device.process_index for device in devices}) > 1:
         raise UserError(
@@ -154,10 +154,10 @@ def mesh(
     )
 
 
-def mesh_shape(
+def choose_mesh_shape(
     seeds: int, batch: int, fsdp: int, shape: Sequence[int], devices: int
 ) -> tuple[int, ...]:
-    """Return the shape of the `mesh` that so many devices have, without asking for any.
+    """Return the shape of the `make_mesh` that so many devices have, without asking for any.
 
     Raises:
       UserError: if the devices cannot share the work so.
@@ -207,21 +207,21 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def by_seed(mesh: Mesh) -> NamedSharding:
+def seed_sharding(mesh: Mesh) -> NamedSharding:
     """Return the sharding of [S, …] whose seeds are split."""
     return NamedSharding(mesh, PartitionSpec('seed'))
 
 
-def readable(mesh: Mesh) -> NamedSharding:
+def metrics_sharding(mesh: Mesh) -> NamedSharding:
     """Return the sharding of numbers [S] that every process reads: split by seed within one."""
-    return replicated(mesh) if mesh.is_multi_process else by_seed(mesh)
+    return replicated(mesh) if mesh.is_multi_process else seed_sharding(mesh)
 
 
-def by_rows(mesh: Mesh, axis: int, has_seeds: bool = False) -> NamedSharding:
+def batch_sharding(mesh: Mesh, axis: int, has_seeds: bool = False) -> NamedSharding:
     """Return the sharding of […, B, …] whose rows, axis `axis`, are split.
 
     Args:
-      mesh: from `mesh`.
+      mesh: from `make_mesh`.
       axis: that of the rows.
       has_seeds: whether axis 0 is that of the seeds, and split as well.
     """
@@ -229,28 +229,28 @@ def by_rows(mesh: Mesh, axis: int, has_seeds: bool = False) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*first, *[None] * (axis - len(first)), ROWS))
 
 
-def by_size(tree: Any, mesh: Mesh) -> Any:
+def fsdp_sharding(tree: Any, mesh: Mesh) -> Any:
     """Return the sharding of each parameter [S, …]: seeds split, large ones over 'fsdp' too.
 
     Of a large array the longest axis is split that 'fsdp' divides.
 
     Args:
       tree: arrays of all seeds, or their shapes.
-      mesh: from `mesh`.
+      mesh: from `make_mesh`.
     """
     shards = mesh.shape['fsdp']
 
     def sharding(array: Any) -> NamedSharding:
         axes = [i for i in range(1, len(array.shape)) if array.shape[i] % shards == 0]
-        if shards == 1 or not axes or math.prod(array.shape[1:]) < LEAST_SPLIT:
-            return by_seed(mesh)
+        if shards == 1 or not axes or math.prod(array.shape[1:]) < MIN_FSDP_SIZE:
+            return seed_sharding(mesh)
         longest = max(axes, key=lambda i: array.shape[i])
         return NamedSharding(mesh, PartitionSpec('seed', *[None] * (longest - 1), 'fsdp'))
 
     return jax.tree.map(sharding, tree)
 
 
-def specs(shardings: Any) -> Any:
+def partition_specs(shardings: Any) -> Any:
     """Return the `PartitionSpec` of each sharding, array or shape of a tree."""
 
     def spec(leaf: Any) -> PartitionSpec:
@@ -261,9 +261,9 @@ def specs(shardings: Any) -> Any:
     return jax.tree.map(spec, shardings)
 
 
-def partition(params: Any, mesh: Mesh) -> Any:
-    """Return what `gather` needs to know of parameters [S, …]: None where 'fsdp' splits none."""
-    return None if mesh.shape['fsdp'] == 1 else specs(by_size(params, mesh))
+def fsdp_specs(params: Any, mesh: Mesh) -> Any:
+    """Return the specs of parameters [S, …] for `gather_params`, None if 'fsdp' splits none."""
+    return None if mesh.shape['fsdp'] == 1 else partition_specs(fsdp_sharding(params, mesh))
 
 
 def map_seeds(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
@@ -277,7 +277,7 @@ def map_seeds(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     return jax.vmap(function)
 
 
-def gather(params: Any, partition: Any) -> Any:
+def gather_params(params: Any, partition: Any) -> Any:
     """Return the parameters of one seed whole, those that 'fsdp' splits by an all-gather each.
 
     The gradient through it is a reduce-scatter: the sum over 'fsdp', split as the parameters are.
@@ -301,7 +301,7 @@ def gather(params: Any, partition: Any) -> Any:
 
 
 def mean_gradients(gradients: Any, partition: Any) -> Any:
-    """Return the means over the devices that share a batch of gradients through `gather`."""
+    """Return the means over the devices that share a batch of gradients through `gather_params`."""
     if partition is None:
         return mean_over_rows(gradients)
 
@@ -316,7 +316,7 @@ def mean_gradients(gradients: Any, partition: Any) -> Any:
     return jax.tree.map(mean, gradients, partition)
 
 
-def placed(shapes: Any, shardings: Any) -> Any:
+def with_shardings(shapes: Any, shardings: Any) -> Any:
     """Return the shapes with a sharding each, as `jax.ShapeDtypeStruct`s."""
     return jax.tree.map(
         lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
@@ -325,23 +325,23 @@ def placed(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def put(array: np.ndarray, sharding: NamedSharding) -> Array:
+def shard_array(array: np.ndarray, sharding: NamedSharding) -> Array:
     """Return an array that every process has whole, each device with its part of it."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def split(tree: Any, mesh: Mesh, axis: int) -> Any:
+def shard_batch(tree: Any, mesh: Mesh, axis: int) -> Any:
     """Return arrays of which this process has its rows, their `axis` split over all devices."""
-    sharding = by_rows(mesh, axis)
+    sharding = batch_sharding(mesh, axis)
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), tree)
 
 
-def here(tree: Any) -> Any:
+def to_local(tree: Any) -> Any:
     """Return arrays that every device has whole as arrays of one device of this process."""
     return jax.tree.map(lambda a: a.addressable_data(0), tree)
 
 
-def fetch(tree: Any) -> Any:
+def to_host(tree: Any) -> Any:
     """Return arrays as NumPy arrays, wherever their parts are; all processes have to ask."""
 
     def whole(array: Any) -> np.ndarray:

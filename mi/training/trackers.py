@@ -92,7 +92,7 @@ TRACKERS: dict[str, Callable[[pathlib.Path, str, dict[str, Any], bool], Tracker]
 }
 
 
-def known(value: Any) -> str:
+def check_tracker(value: Any) -> str:
     """A rule: one of TRACKERS, whose package is there."""
     if not isinstance(value, str) or value not in TRACKERS:
         return f'one of the known words; {suggest(str(value), TRACKERS)}'
@@ -101,7 +101,7 @@ def known(value: Any) -> str:
     return ''
 
 
-def start(word: str, path: pathlib.Path, config: dict[str, Any]) -> Tracker | None:
+def start_tracker(word: str, path: pathlib.Path, config: dict[str, Any]) -> Tracker | None:
     """The tracker of a run directory, new or continued; None for 'none'."""
     make = TRACKERS[word]
     if make is None:

@@ -112,7 +112,7 @@ SMALL = {
 def test_a_network_learns_digits_and_resumes_to_the_same_bits(tmp_path, monkeypatch):
     train.train(config(**SMALL), str(tmp_path / 'whole'))
     with monkeypatch.context() as patch:
-        patch.setattr('mi.training.run_dir.Run.stops', lambda this, recorded: this.step == 50)
+        patch.setattr('mi.training.run_dir.Run.should_stop', lambda this, recorded: this.step == 50)
         with pytest.raises(SystemExit):
             train.train(config(**SMALL), str(tmp_path / 'stopped'))
     assert os.listdir(tmp_path / 'stopped/checkpoints') == ['00000050']

@@ -140,7 +140,7 @@ def test_a_context_that_is_learnt_makes_another_task_of_what_was_trained():
         params = problem.init(jax.random.key(1), teacher)
         return problem.evaluations['unseen'](params, teacher, jax.random.key(2))['error']
 
-    before, after = (sharding.once(lambda steps=steps: error(steps)) for steps in (1, 100))
+    before, after = (sharding.jit_once(lambda steps=steps: error(steps)) for steps in (1, 100))
     assert after < 0.9 * before
 
 

@@ -235,7 +235,7 @@ def test_a_search_that_was_stopped_goes_on_and_tries_nothing_twice(tmp_path, mon
     arm = runs.read(tmp_path / 'whole').arms[0]
     assert arm.seconds()[1][-1] >= len(probed)  # a probe is a tick at least
     at_once, probed[:] = len(probed), []
-    monkeypatch.setattr('mi.training.run_dir.Run.stops', lambda this, recorded: True)
+    monkeypatch.setattr('mi.training.run_dir.Run.should_stop', lambda this, recorded: True)
     for _ in range(at_once):
         with pytest.raises(SystemExit) as stopped:
             search.search(config(**changes), str(tmp_path / 'stopped'))
@@ -324,7 +324,7 @@ def test_a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not(tmp_path,
                'train.save_every': 40, 'problem.dimension': 1}  # fmt: skip
     train.train(config('fit', **changes), str(tmp_path / 'whole'))
     with monkeypatch.context() as patch:
-        patch.setattr('mi.training.run_dir.Run.stops', lambda this, recorded: this.step == 10)
+        patch.setattr('mi.training.run_dir.Run.should_stop', lambda this, recorded: this.step == 10)
         with pytest.raises(SystemExit):
             train.train(config('fit', **changes), str(tmp_path / 'stopped'))
     assert os.listdir(tmp_path / 'stopped/checkpoints') == ['00000010']

@@ -357,7 +357,7 @@ def test_what_is_predicted_depends_on_the_frames_that_are_seen_alone():
 def test_frames_that_were_stopped_end_with_the_bits_of_those_that_were_not(tmp_path, monkeypatch):
     train.train(small(), str(tmp_path / 'whole'))
     with monkeypatch.context() as patch:
-        patch.setattr('mi.training.run_dir.Run.stops', lambda this, recorded: this.step == 10)
+        patch.setattr('mi.training.run_dir.Run.should_stop', lambda this, recorded: this.step == 10)
         with pytest.raises(SystemExit):
             train.train(small(), str(tmp_path / 'stopped'))
     assert os.listdir(tmp_path / 'stopped/checkpoints') == ['00000010']

@@ -22,7 +22,7 @@ def config(**changes):
 
 
 def world(of, seed=0):
-    return sharding.once(lambda: regression.make(of).world(jax.random.key(seed)))
+    return sharding.jit_once(lambda: regression.make(of).world(jax.random.key(seed)))
 
 
 def test_tasks_are_by_turns_affine_and_sinusoids_with_noise_on_their_examples():

@@ -37,7 +37,7 @@ def config(word, **changes):
 def programs(config, devices):
     """Return FLOPs and collectives of the training steps and the evaluation on some devices."""
     problem, count = factory.problem(config), len(config.seeds)
-    optimizer = optim.optimiser(config.optim, config.train.steps)
+    optimizer = optim.make_optimizer(config.optim, config.train.steps)
     mesh = placement.seed_mesh(count, devices)
     state, seeds = train.shapes(problem, optimizer, count, mesh)
     measure = placement.shard_map_seeds(functools.partial(train.evaluate, problem), mesh)
@@ -74,7 +74,7 @@ def move(config, path, before, after):
     """Train half of a run on some devices, and the rest on others."""
     with (
         only(before),
-        mock.patch('mi.training.run_dir.Run.stops', lambda self, recorded: self.step == 20),
+        mock.patch('mi.training.run_dir.Run.should_stop', lambda self, recorded: self.step == 20),
         contextlib.suppress(SystemExit),
     ):
         train.train(config, path)

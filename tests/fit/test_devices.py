@@ -98,7 +98,7 @@ def test_shares_are_as_even_as_they_can_be():
     several[3].process_index = 1
     assert placement.seed_mesh(3, several).shape['seed'] == 4  # each process has to run the program
     mesh = placement.seed_mesh(6, several)
-    assert placement.padded(6, mesh).tolist() == [0, 1, 2, 3, 4, 5, 0, 1]
+    assert placement.padded_indices(6, mesh).tolist() == [0, 1, 2, 3, 4, 5, 0, 1]
 
 
 def test_seeds_come_back_as_they_were():

@@ -216,7 +216,7 @@ def test_a_dry_run_tells_what_members_cost_and_hours_by_the_rate_of_those_that_r
     file.write_text(text.replace('configs/lm.py:tiny', 'experiments/expressivity/config.py:fit'))
     runs = tmp_path / 'runs'
     members = sweep.load(str(file), runs)
-    told = [costs.of_config(sweep.parsed(m.command)) for m in members]
+    told = [costs.estimate_costs(sweep.parsed(m.command)) for m in members]
     flops = [told[i]['flops'] * 100 * 2 for i in range(2)]
     plan.show(members, runs)
     lines = capsys.readouterr().out.splitlines()
@@ -238,8 +238,8 @@ def test_a_dry_run_tells_what_members_cost_and_hours_by_the_rate_of_those_that_r
 
 def test_members_that_differ_in_rates_and_seeds_alone_are_traced_once(monkeypatch):
     """And what is shown of each is what it costs by itself."""
-    of_config, traced = costs.of_config, []
-    monkeypatch.setattr(costs, 'of_config', lambda c: (traced.append(c), of_config(c))[1])
+    of_config, traced = costs.estimate_costs, []
+    monkeypatch.setattr(costs, 'estimate_costs', lambda c: (traced.append(c), of_config(c))[1])
     widths = sweep.zip_(**{'model.width': [8, 16], 'problem.dimension': [3, 4]})
     rates = {'optim.learning_rate': [0.1, 0.2], 'seeds': [(0,), (1, 2)], 'train.steps': [5, 7]}
     arguments = [
@@ -275,7 +275,7 @@ def test_members_that_differ_in_rates_and_seeds_alone_are_traced_once(monkeypatc
 )
 def test_only_what_shapes_do_not_depend_on_is_left_out(monkeypatch, config, key, values, traces):
     traced = []
-    monkeypatch.setattr(costs, 'of_config', lambda config: traced.append(config) or {})
+    monkeypatch.setattr(costs, 'estimate_costs', lambda config: traced.append(config) or {})
     monkeypatch.setattr(plan, 'validate', lambda config: None)
     arguments = [[f'--config={config}', f'--config.{key}={value}'] for value in values]
     plan.count_costs([sweep.parsed(a) for a in arguments])

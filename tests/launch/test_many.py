@@ -11,7 +11,7 @@ import time
 import pytest
 
 from launch import state
-from mi.training.io import held
+from mi.training.io import is_locked
 
 MEMBER = str(pathlib.Path(__file__).with_name('member.py'))
 LAUNCHER = """
@@ -57,7 +57,7 @@ def kill(path):
 def folder(tmp_path):
     yield tmp_path
     for lock in tmp_path.glob('*/lock'):  # where the test failed, some may still run
-        if held(lock):
+        if is_locked(lock):
             kill(lock.parent)
 
 
@@ -85,7 +85,7 @@ def test_a_sweep_survives_failures_kills_and_the_death_of_its_launcher(folder):
     wait_for(lambda: state.read(killed[-2]).word == 'died')
     first.kill()
     first.wait()
-    orphans = [path for path in paths if held(path / 'launched')]
+    orphans = [path for path in paths if is_locked(path / 'launched')]
     assert set(real) < set(orphans) and not paths[-1].exists()  # some run, some have not begun
 
     second = subprocess.Popen([*launch, '1'], stderr=subprocess.PIPE, text=True)

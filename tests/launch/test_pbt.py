@@ -65,7 +65,7 @@ def test_one_that_was_made_and_has_not_begun_can_be_copied(tmp_path):
         record = json.dumps({'split': 'eval', 'step': 800, 'return': fitness}) + '\n'
         (tmp_path / name / 'metrics.jsonl').write_text(record)
         (saved / 'meta.json').write_text(json.dumps({'metrics': len(record)}))
-        manifest = {'meta.json': checkpoint.digest(saved / 'meta.json')}
+        manifest = {'meta.json': checkpoint.hash_file(saved / 'meta.json')}
         (saved / 'manifest.json').write_text(json.dumps(manifest))
         config = {'optim': {'learning_rate': 1.0, 'eps': 0.5}, 'seeds': [0]}
         (tmp_path / name / 'config.json').write_text(json.dumps(config))
@@ -117,7 +117,7 @@ def test_the_better_one_is_copied_as_far_as_it_had_saved(tmp_path, lower_is_bett
         (path / 'metrics.jsonl').write_text(''.join(lines))
         meta = {'metrics': len(''.join(lines[:2]))}
         (saved / 'meta.json').write_text(json.dumps(meta))
-        manifest = {'meta.json': checkpoint.digest(saved / 'meta.json')}
+        manifest = {'meta.json': checkpoint.hash_file(saved / 'meta.json')}
         (saved / 'manifest.json').write_text(json.dumps(manifest))
         (path / 'config.json').write_text(json.dumps({'optim': {'learning_rate': 0.5}}))
     members = [sweep.Member(name, name, [], {}) for name in values]

@@ -13,7 +13,7 @@ import pytest
 import rich.console
 
 from launch import local, state
-from mi.training.io import held
+from mi.training.io import is_locked
 
 
 def record(step, split='train', **values):
@@ -36,7 +36,7 @@ class Held:
     def __init__(self, lock):
         self._process = subprocess.Popen(['flock', '--no-fork', str(lock), 'sleep', '600'])
         deadline = time.monotonic() + 60
-        while not (lock.exists() and held(lock)):
+        while not (lock.exists() and is_locked(lock)):
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
@@ -101,10 +101,10 @@ def test_those_who_ask_at_once_do_not_see_each_other(tmp_path):
     lock = tmp_path / 'lock'
     with open(lock, 'w') as another:
         fcntl.flock(another, fcntl.LOCK_SH)
-        assert not held(lock)
+        assert not is_locked(lock)
         fcntl.flock(another, fcntl.LOCK_EX)
-        assert held(lock)
-    assert not held(lock) and not held(tmp_path / 'none')
+        assert is_locked(lock)
+    assert not is_locked(lock) and not is_locked(tmp_path / 'none')
 
 
 def test_the_time_left_is_by_the_pace_of_the_last_record(tmp_path):

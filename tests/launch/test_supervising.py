@@ -10,7 +10,7 @@ import pytest
 
 from launch import engine, local, pbt, process, slurm, state, sweep
 from mi.config import UserError
-from mi.training.io import held
+from mi.training.io import is_locked
 
 MEMBER = str(pathlib.Path(__file__).with_name('member.py'))
 TWO = engine.Resources(parallel=2)
@@ -30,7 +30,7 @@ def have_begun(paths):
 
 def assert_saved(paths):
     for path in paths:
-        assert not held(path / 'lock') and not held(path / 'launched')
+        assert not is_locked(path / 'lock') and not is_locked(path / 'launched')
         assert state.read(path).word == 'preempted' and state.read(path).step >= 1
 
 
@@ -85,7 +85,7 @@ def test_all_processes_of_a_member_start_or_none(tmp_path):
     with pytest.raises(TypeError):
         command = counting(tmp_path / 'a')
         process.start(tmp_path / 'a', command, processes=2, environments=environments)
-    assert not held(tmp_path / 'a/launched')
+    assert not is_locked(tmp_path / 'a/launched')
 
 
 @pytest.mark.parametrize('where', ['decide', 'looks'])

@@ -32,16 +32,16 @@ MESHES = {  # devices [seed, data, fsdp], parts of the batch
 
 def measure(config, corpus, shape, parts):
     devices = jax.devices()[: math.prod(shape)]
-    mesh = sharding.mesh(len(config.seeds), config.train.batch, shape=shape, devices=devices)
-    model, optimiser = factory.build(config, *corpus.sizes), optim.optimiser(config.optim, 10)
+    mesh = sharding.make_mesh(len(config.seeds), config.train.batch, shape=shape, devices=devices)
+    model, optimiser = factory.build(config, *corpus.sizes), optim.make_optimizer(config.optim, 10)
     seeds, B = np.asarray(config.seeds, np.int32), config.train.batch
     state = train.start(model, optimiser, seeds, B, mesh)
-    placed_seeds = sharding.put(seeds, sharding.by_seed(mesh))
+    placed_seeds = sharding.shard_array(seeds, sharding.seed_sharding(mesh))
     streams = [Stream(corpus.tokens['train'], B, config.train.length, seed) for seed in seeds]
 
     def batch(step):
         tokens = np.stack([stream[step] for stream in streams])
-        return sharding.put(tokens, sharding.by_rows(mesh, 2, has_seeds=True))
+        return sharding.shard_array(tokens, sharding.batch_sharding(mesh, 2, has_seeds=True))
 
     compiled = train.compile_step(model, optimiser, parts, state, seeds, batch(0), None, mesh)
     nats, norms = [], []

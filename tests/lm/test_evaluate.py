@@ -100,7 +100,7 @@ def nats_of(model, params, tokens):
 
 def measure(model, params, corpus, reading, most):
     return evaluate.evaluate(
-        model, seed_axis(params), corpus, 'valid', reading, most, sharding.mesh(1, 1)
+        model, seed_axis(params), corpus, 'valid', reading, most, sharding.make_mesh(1, 1)
     )[0]
 
 

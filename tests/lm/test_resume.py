@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from mi.training.checkpoint import digest
+from mi.training.checkpoint import hash_file
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +58,7 @@ def assert_same_end(ended, uninterrupted):
     assert ours.keys() == theirs.keys() and len(ours) > 10
     assert all(ours[name] == theirs[name] for name in ours)
     for name in ('config.json', 'cost.json'):
-        assert digest(ended / name) == digest(uninterrupted / name)
+        assert hash_file(ended / name) == hash_file(uninterrupted / name)
     assert json.loads((ended / 'status.json').read_text())['state'] == 'done'
 
 

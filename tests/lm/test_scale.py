@@ -34,7 +34,7 @@ def test_the_gradient_of_parts_is_that_of_the_batch(word):
     else:
         config.dropout.attention = 0.3
     config.optim.name = 'sgd'
-    model, optimiser = factory.build(config, 11), optim.optimiser(config.optim, 10)
+    model, optimiser = factory.build(config, 11), optim.make_optimizer(config.optim, 10)
     tokens = jax.random.randint(jax.random.key(0), (9, 4), 0, 11)
     after = []
     for parts in (1, 2, 4):
@@ -60,7 +60,7 @@ def test_the_step_of_every_config_lowers_for_accelerators(file, preset):
     config = file.get_config(preset)
     lm_config.validate(config)
     vocabulary = 256 if config.data.level == 'byte' else config.data.vocabulary
-    model, optimiser = factory.build(config, vocabulary), optim.optimiser(config.optim, 20)
+    model, optimiser = factory.build(config, vocabulary), optim.make_optimizer(config.optim, 20)
     seed = jnp.asarray(0)
     state = jax.eval_shape(lambda: train.init(model, optimiser, seed, config.train.batch))
     shape = config.train.length + 1, config.train.batch

@@ -135,7 +135,7 @@ def test_costs_of_the_fusion_alone():
 def golden_step():
     config = tiny()
     model = factory.build(config, 11)
-    optimiser = optim.optimiser(config.optim, config.train.steps)
+    optimiser = optim.make_optimizer(config.optim, config.train.steps)
     state = jax.jit(lambda seed: train.init(model, optimiser, seed, batch=2))(jnp.asarray(3))
     tokens = jnp.arange(2 * 9).reshape(9, 2) * 7 % 11
     one_step = jax.jit(lambda *args: train.train_step(model, optimiser, 1, *args, None))
@@ -246,7 +246,7 @@ def test_a_continued_run_keeps_the_time_since_the_last_record(tmp_path):
     config = tiny()
     meta = {'metrics': 0, 'unlogged': []}
     for step in (1, 2):
-        with run_dir.start(tmp_path, config) as this, train._Log(config, this, meta) as log:
+        with run_dir.open_run(tmp_path, config) as run, train._Log(config, run, meta) as log:
             log.measured(step, {'nats_per_token': jnp.ones(len(config.seeds))})
             time.sleep(0.2)
             if step == 2:
@@ -357,7 +357,7 @@ def test_bf16_trains(tmp_path, texts):
 
 def test_the_step_lowers_for_accelerators():
     config = tiny()
-    model, optimiser = factory.build(config, 256), optim.optimiser(config.optim, 20)
+    model, optimiser = factory.build(config, 256), optim.make_optimizer(config.optim, 20)
     seed = jnp.asarray(0)
     state = jax.eval_shape(lambda: train.init(model, optimiser, seed, 4))
     tokens = jax.ShapeDtypeStruct((17, 4), jnp.int32)

@@ -19,7 +19,7 @@ def parts(**changes):
     config.update_from_flattened_dict(changes)
     environment = envs.make(config.env.name)
     agent = factory.agent(config, environment.spec)
-    return config, environment, agent, optim.optimiser(config.optim, 100)
+    return config, environment, agent, optim.make_optimizer(config.optim, 100)
 
 
 @pytest.mark.parametrize('platform', ['cuda', 'tpu'])

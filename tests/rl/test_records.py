@@ -47,5 +47,5 @@ def test_what_is_unknown_is_none_and_the_line_shows_what_is_known():
 )
 def test_an_evaluation_after_a_checkpoint_is_over_where_it_has_its_records(tmp_path, after, end):
     (tmp_path / 'metrics.jsonl').write_text('{"step": 4}\n' + after)
-    assert logger.end_of_records(tmp_path, 12, 5, 2) == end
-    assert logger.end_of_records(tmp_path, 12, 5, 0) == 12
+    assert logger.find_records_end(tmp_path, 12, 5, 2) == end
+    assert logger.find_records_end(tmp_path, 12, 5, 0) == 12

@@ -82,67 +82,70 @@ def train(
         agent = factory.agent(config, evaluations['eval'].spec)
         for evaluation in evaluations.values():
             factory.fits(config, agent.spec, evaluation.spec)
-        with run_dir.start(workdir, config, profile) as this:
-            _train(config, evaluations, agent, this)
+        with run_dir.open_run(workdir, config, profile) as run:
+            _train(config, evaluations, agent, run)
 
 
 def _train(
     config: ml_collections.ConfigDict,
     evaluations: dict[str, Evaluation],
     agent: Agent,
-    this: run_dir.Run,
+    run: run_dir.Run,
 ) -> None:
     total, B, T = rl_config.updates(config), config.train.batch, config.train.length
     seed, tasks = config.seeds[0], agent.spec.tasks
-    optimiser = optim.optimiser(config.optim, total)
-    this.write('cost.json', {'steps': total, **factory.costs(agent, B, T)})
-    mesh = training_sharding.mesh(1, B, shape=config.train.mesh)
+    optimiser = optim.make_optimizer(config.optim, total)
+    run.write('cost.json', {'steps': total, **factory.costs(agent, B, T)})
+    mesh = training_sharding.make_mesh(1, B, shape=config.train.mesh)
     state = start(agent, optimiser, seed, mesh)
-    saved = checkpoint.Checkpoints(this.path / 'checkpoints', config.train.keep)
+    saved = checkpoint.Checkpoints(run.path / 'checkpoints', config.train.keep)
     restored = saved.restore(state)
     meta: dict[str, Any] = {'step': 0, 'metrics': 0}
     if restored is not None:
         state, meta = restored
-    this.step = meta['step']
-    env_steps = meta.get('env_steps', this.step * B * T)
+    run.step = meta['step']
+    env_steps = meta.get('env_steps', run.step * B * T)
 
     # A run that ended between a checkpoint and the evaluation of its step has that to do still.
     policies = 1 + config.eval.greedy
     pending = len(evaluations) * policies if meta.get('is_evaluated') is False else 0
-    position = logger.end_of_records(this.path, meta['metrics'], this.step, pending)
+    position = logger.find_records_end(run.path, meta['metrics'], run.step, pending)
 
     update = learner_update(agent, optimiser, factory.hyperparameters(config), mesh)
-    is_asked_to_stop = functools.partial(this.stops, recorded=False)
+    is_asked_to_stop = functools.partial(run.should_stop, recorded=False)
     window = Window()
-    with this.log(total, position or meta['metrics']) as log, contextlib.ExitStack() as stack:
+    with (
+        run.open_logger(total, position or meta['metrics']) as log,
+        contextlib.ExitStack() as stack,
+    ):
         if position is None:
-            _evaluate(evaluations, agent, state, this, log, env_steps)
-        if this.step < total:
+            _evaluate(evaluations, agent, state, run, log, env_steps)
+        if run.step < total:
             actors = stack.enter_context(
-                start_actors(config, agent, training_sharding.here(state.params), this.step)
+                start_actors(config, agent, training_sharding.to_local(state.params), run.step)
             )
-        first_step = this.step
-        while this.step < total:
-            is_first = this.step == first_step
+        first_step = run.step
+        while run.step < total:
+            is_first = run.step == first_step
             with progress.work_if(is_first, 'waiting for the first trajectories'):
-                items = take(config, actors, this.step, window, is_asked_to_stop)
+                items = take(config, actors, run.step, window, is_asked_to_stop)
             if items is not None:
                 trajectory = on_devices(joined([item.trajectory for item in items]), mesh)
                 with progress.work_if(is_first, 'compiling the update'):
-                    state, measured = this.traced(1, update, state, trajectory)
-                this.step += 1
-                actors.publish(training_sharding.here(state.params), this.step)
+                    state, measured = run.call_traced(1, update, state, trajectory)
+                run.step += 1
+                actors.publish(training_sharding.to_local(state.params), run.step)
                 window.add(measured, items)
-            step = this.step
+            step = run.step
             recorded = step % config.train.log_every == 0
-            stops = this.stops(recorded)
+            stops = run.should_stop(recorded)
             evaluates = step % config.train.eval_every == 0 or step == total
             evaluates = evaluates and items is not None
             saves = step % config.train.save_every == 0 or evaluates or stops
 
             # What was learned since the last record.
             if (recorded or saves) and window.updates:
-                new_steps = training_sharding.sum_of(window.transitions)
+                new_steps = training_sharding.sum_over_processes(window.transitions)
                 env_steps += new_steps
                 values, timing = window.take(whole=saves)
                 means = {name: value.mean(keepdims=True) for name, value in values.items()}
@@ -152,23 +155,23 @@ def _train(
                     window.episodes(), tasks, agent.spec.has_success
                 )
                 record |= episode_metrics.of_statistics(
-                    training_sharding.here(state.statistics), tasks
+                    training_sharding.to_local(state.statistics), tasks
                 )
                 log.write(step, seed, 'train', {'env_steps': env_steps, **record})
                 rate = new_steps / timing['seconds']
                 timing |= {'steps_per_second': rate, 'queue': actors.waiting()}
-                log.timing(step, timing)
-                log.progress(step, episode_metrics.note(record), f'{rate:,.0f} steps/s')
+                log.write_timing(step, timing)
+                log.show_progress(step, episode_metrics.note(record), f'{rate:,.0f} steps/s')
 
             # The checkpoint comes before the evaluation, which may take long and be cut short.
             if saves:
-                logger.refuse_broken([seed], step, learner.parts(state))
+                logger.refuse_broken_state([seed], step, learner.parts(state))
                 meta = {'metrics': log.position(), 'env_steps': env_steps}
                 saved.save(step, state, meta | {'is_evaluated': not evaluates})
                 if stops and (step < total or evaluates):
-                    this.preempted()
+                    run.exit_preempted()
             if evaluates:
-                _evaluate(evaluations, agent, state, this, log, env_steps)
+                _evaluate(evaluations, agent, state, run, log, env_steps)
             if recorded or saves:
                 window = Window()  # after evaluation and saving, which are not training
 
@@ -177,23 +180,23 @@ def _evaluate(
     evaluations: dict[str, Evaluation],
     agent: Agent,
     state: learner.State,
-    this: run_dir.Run,
-    log: logger.Log,
+    run: run_dir.Run,
+    log: logger.RunLogger,
     env_steps: int,
 ) -> None:
     """Write a record for each environment and policy; or end the run, if it is asked to end."""
-    if not training_sharding.first():
+    if not training_sharding.is_primary():
         return
-    params, seed = training_sharding.here(state.params), this.config.seeds[0]
-    stops = functools.partial(this.stops, recorded=False)
+    params, seed = training_sharding.to_local(state.params), run.config.seeds[0]
+    stops = functools.partial(run.should_stop, recorded=False)
     try:
         for split, evaluation in evaluations.items():
             with progress.Work(f'evaluating {split}'):
-                measured = evaluation(agent, params, this.step, seed, stops)
+                measured = evaluation(agent, params, run.step, seed, stops)
             for policy, scores in measured.items():
-                log.write(this.step, seed, split + policy, {'env_steps': env_steps, **scores})
+                log.write(run.step, seed, split + policy, {'env_steps': env_steps, **scores})
     except StoppedError:
-        this.preempted()
+        run.exit_preempted()
 
 
 def start(
@@ -205,7 +208,7 @@ def start(
         params = factory.init_params(agent, jax.random.key(seed))
         return learner.start(params, optimiser, len(agent.spec.tasks))
 
-    return training_sharding.once(fresh, out_shardings=training_sharding.replicated(mesh))
+    return training_sharding.jit_once(fresh, out_shardings=training_sharding.replicated(mesh))
 
 
 def learner_update(
@@ -224,8 +227,8 @@ def learner_update(
         return state, mean_over_rows(measured)
 
     everywhere: Any = training_sharding.replicated(mesh).spec
-    steps: Any = training_sharding.by_rows(mesh, 1).spec
-    carry: Any = training_sharding.by_rows(mesh, 0).spec
+    steps: Any = training_sharding.batch_sharding(mesh, 1).spec
+    carry: Any = training_sharding.batch_sharding(mesh, 0).spec
     rows = Trajectory(steps, steps, steps, steps, steps, carry)
     return jax.jit(
         jax.shard_map(
@@ -244,10 +247,10 @@ def lower_update(
     """Return a `learner_update` lowered for the shapes of a state and a trajectory."""
 
     def placed(tree: Any, sharding: jax.sharding.NamedSharding) -> Any:
-        return training_sharding.placed(tree, jax.tree.map(lambda _: sharding, tree))
+        return training_sharding.with_shardings(tree, jax.tree.map(lambda _: sharding, tree))
 
-    steps = placed(trajectory._replace(carry={}), training_sharding.by_rows(mesh, 1))
-    carry = placed(trajectory.carry, training_sharding.by_rows(mesh, 0))
+    steps = placed(trajectory._replace(carry={}), training_sharding.batch_sharding(mesh, 1))
+    carry = placed(trajectory.carry, training_sharding.batch_sharding(mesh, 0))
     everywhere = placed(state, training_sharding.replicated(mesh))
     return update.lower(everywhere, steps._replace(carry=carry))
 
@@ -295,8 +298,8 @@ def take(
 
 
 def on_devices(trajectory: Trajectory, mesh: jax.sharding.Mesh) -> Trajectory:
-    carry = training_sharding.split(trajectory.carry, mesh, axis=0)
-    return training_sharding.split(trajectory._replace(carry={}), mesh, axis=1)._replace(
+    carry = training_sharding.shard_batch(trajectory.carry, mesh, axis=0)
+    return training_sharding.shard_batch(trajectory._replace(carry={}), mesh, axis=1)._replace(
         carry=carry
     )
 

@@ -139,7 +139,7 @@ def compile_updates(
             ),
         )
 
-    partition, by_seed = sharding.specs(state), sharding.by_seed(mesh).spec
+    partition, by_seed = sharding.partition_specs(state), sharding.seed_sharding(mesh).spec
     all_seeds = jax.shard_map(
         sharding.map_seeds(several, mesh),
         mesh=mesh,
@@ -147,7 +147,7 @@ def compile_updates(
         out_specs=(partition, by_seed),
         check_vma=False,
     )
-    shardings = jax.tree.map(lambda a: a.sharding, state), sharding.readable(mesh)
+    shardings = jax.tree.map(lambda a: a.sharding, state), sharding.metrics_sharding(mesh)
     return jax.jit(all_seeds, donate_argnums=0, out_shardings=shardings).lower(state).compile()
 
 
@@ -163,7 +163,7 @@ def start(
     like = shapes(config, environment, agent, optimiser, mesh)
     shardings = jax.tree.map(lambda a: a.sharding, like)
     seeds = np.asarray(config.seeds, np.int32)
-    return sharding.once(jax.vmap(fresh), seeds, out_shardings=shardings)
+    return sharding.jit_once(jax.vmap(fresh), seeds, out_shardings=shardings)
 
 
 def shapes(
@@ -176,10 +176,10 @@ def shapes(
     """What `start` makes, as `jax.ShapeDtypeStruct`s with their shardings."""
     fresh = functools.partial(init, environment, agent, optimiser, config.train.batch)
     state: State = jax.eval_shape(jax.vmap(fresh), np.asarray(config.seeds, np.int32))
-    by_seed, rows = sharding.by_seed(mesh), sharding.by_rows(mesh, 1, has_seeds=True)
+    by_seed, rows = sharding.seed_sharding(mesh), sharding.batch_sharding(mesh, 1, has_seeds=True)
     split = jax.tree.map(lambda _: rows, state.actor)._replace(key=by_seed)
     shardings: Any = State(jax.tree.map(lambda _: by_seed, state.learner), split)
-    return sharding.placed(state, shardings)
+    return sharding.with_shardings(state, shardings)
 
 
 def mesh_of(
@@ -187,7 +187,7 @@ def mesh_of(
 ) -> jax.sharding.Mesh:
     """Return the mesh of a run of the config, on the devices that are here if none are given."""
     shape = config.train.mesh
-    return sharding.mesh(len(config.seeds), config.train.batch, shape=shape, devices=devices)
+    return sharding.make_mesh(len(config.seeds), config.train.batch, shape=shape, devices=devices)
 
 
 def train(
@@ -201,30 +201,30 @@ def train(
         key = 'eval.held_out'
         evaluations['held_out'] = envs.make(*factory.environment(config, key), key)
         factory.fits(config, environment.spec, evaluations['held_out'].spec)
-    with run_dir.start(workdir, config, profile) as this:
-        _train(config, evaluations, agent, this)
+    with run_dir.open_run(workdir, config, profile) as run:
+        _train(config, evaluations, agent, run)
 
 
 def _train(
     config: ml_collections.ConfigDict,
     evaluations: dict[str, JaxEnvironment],
     agent: Agent,
-    this: run_dir.Run,
+    run: run_dir.Run,
 ) -> None:
     total, B, T = rl_config.updates(config), config.train.batch, config.train.length
     environment = evaluations['eval']
     tasks, has_success = environment.spec.tasks, environment.spec.has_success
-    optimiser = optim.optimiser(config.optim, total)
-    this.write('cost.json', {'steps': total, **factory.costs(agent, B, T)})
+    optimiser = optim.make_optimizer(config.optim, total)
+    run.write('cost.json', {'steps': total, **factory.costs(agent, B, T)})
     with progress.Work('drawing the initial parameters and episodes'):
         mesh = mesh_of(config)
         state = start(config, environment, agent, optimiser, mesh)
-    saved = checkpoint.Checkpoints(this.path / 'checkpoints', config.train.keep)
+    saved = checkpoint.Checkpoints(run.path / 'checkpoints', config.train.keep)
     restored = saved.restore(_plain(state))
     meta: dict[str, Any] = {'step': 0, 'metrics': 0, 'env_steps': [0] * len(config.seeds)}
     if restored is not None:
         state, meta = _keyed(restored[0], state), restored[1]
-    this.step = meta['step']
+    run.step = meta['step']
     env_steps = np.asarray(meta['env_steps'], np.int64)  # of each seed
 
     # A run that ended between a checkpoint and the evaluation of its step has that to do still.
@@ -232,28 +232,28 @@ def _train(
     pending = len(evaluations) * policies * len(config.seeds)
     if meta.get('is_evaluated') is not False:
         pending = 0
-    position = logger.end_of_records(this.path, meta['metrics'], this.step, pending)
+    position = logger.find_records_end(run.path, meta['metrics'], run.step, pending)
 
     compiled: dict[int, jax.stages.Compiled] = {}
-    with this.log(total, position or meta['metrics']) as log:
+    with run.open_logger(total, position or meta['metrics']) as log:
         if position is None:
-            _evaluate(evaluations, agent, state, this, log, env_steps, mesh)
-        while this.step < total:
-            count = min(config.train.log_every, total - this.step)
+            _evaluate(evaluations, agent, state, run, log, env_steps, mesh)
+        while run.step < total:
+            count = min(config.train.log_every, total - run.step)
             if count not in compiled:
                 with progress.Work(f'compiling {count:,} updates'):
                     compiled[count] = compile_updates(
                         environment, agent, optimiser, config, state, count, mesh
                     )
             began = time.perf_counter()
-            with progress.Work(f'updates {this.step + 1:,} to {this.step + count:,}'):
-                state, measured = this.traced(count, compiled[count], state)
-                measured, statistics = sharding.fetch((measured, state.learner.statistics))
+            with progress.Work(f'updates {run.step + 1:,} to {run.step + count:,}'):
+                state, measured = run.call_traced(count, compiled[count], state)
+                measured, statistics = sharding.to_host((measured, state.learner.statistics))
             seconds = time.perf_counter() - began
             learner_values, ended, counts = measured
             _check_counts(environment.spec, counts)
-            this.step += count
-            step, rate = this.step, counts.transitions.sum() / seconds
+            run.step += count
+            step, rate = run.step, counts.transitions.sum() / seconds
             env_steps += counts.transitions
             logger.refuse_non_finite(config.seeds, step, learner_values)
             for i, seed in enumerate(config.seeds):
@@ -264,21 +264,21 @@ def _train(
                 values |= episode_metrics.of_episodes(of_seed[1], tasks, has_success)
                 values |= episode_metrics.of_statistics(of_seed[2], tasks)
                 log.write(step, seed, 'train', {'env_steps': int(env_steps[i]), **values})
-            log.timing(step, {'seconds': seconds, 'steps_per_second': rate})
+            log.write_timing(step, {'seconds': seconds, 'steps_per_second': rate})
             all_seeds = rl_trajectory.Episodes(*(a.sum(0) for a in ended))
             note = episode_metrics.note(episode_metrics.of_episodes(all_seeds, tasks, has_success))
-            log.progress(step, note, f'{rate:,.0f} steps/s')
+            log.show_progress(step, note, f'{rate:,.0f} steps/s')
             evaluates = step % config.train.eval_every == 0 or step == total
-            stops = this.stops(recorded=True)
+            stops = run.should_stop(recorded=True)
             # The checkpoint comes before the evaluation, which may take long and be cut short.
             if step % config.train.save_every == 0 or evaluates or stops:
-                logger.refuse_broken(config.seeds, step, learner.parts(state.learner))
+                logger.refuse_broken_state(config.seeds, step, learner.parts(state.learner))
                 meta = {'metrics': log.position(), 'env_steps': env_steps.tolist()}
                 saved.save(step, _plain(state), meta | {'is_evaluated': not evaluates})
                 if stops and (step < total or evaluates):
-                    this.preempted()
+                    run.exit_preempted()
             if evaluates:
-                _evaluate(evaluations, agent, state, this, log, env_steps, mesh)
+                _evaluate(evaluations, agent, state, run, log, env_steps, mesh)
 
 
 def _check_counts(spec: Spec, counts: rollout.Counts) -> None:
@@ -297,19 +297,19 @@ def _evaluate(
     evaluations: dict[str, JaxEnvironment],
     agent: Agent,
     state: State,
-    this: run_dir.Run,
-    log: logger.Log,
+    run: run_dir.Run,
+    log: logger.RunLogger,
     env_steps: np.ndarray,
     mesh: jax.sharding.Mesh,
 ) -> None:
     """Write a record for each environment, seed and policy; or end the run, if it is asked to."""
-    config, step = this.config, this.step
+    config, step = run.config, run.step
     policies = ('', '_greedy') if config.eval.greedy else ('',)
     for split, environment in evaluations.items():
         played = {}
         for policy in policies:
-            if this.stops(recorded=False):
-                this.preempted()
+            if run.should_stop(recorded=False):
+                run.exit_preempted()
             with progress.Work(f'evaluating {split}'):
                 played[policy] = episodes(
                     environment,

@@ -215,7 +215,7 @@ def play(environment, agent, each):
     """Episodes of one seed that draws its actions."""
     params = jax.tree.map(lambda a: jnp.asarray(a)[None], PARAMS)
     keys = evaluate.evaluation_keys([0], 0)
-    mesh = sharding.mesh(1, 1)
+    mesh = sharding.make_mesh(1, 1)
     (played,) = evaluate.episodes(environment, agent, params, keys, each, False, mesh)
     return played
 
@@ -264,9 +264,9 @@ def test_evaluations_draw_other_episodes_at_every_step_and_seed(monkeypatch):
     state = fused.State(learner.State(params, None, None), None)
     config = tiny(**{'seeds': (0, 1), 'eval.episodes': 5})
     for step in (1, 2):
-        this = types.SimpleNamespace(config=config, step=step, stops=lambda recorded: False)
+        run = types.SimpleNamespace(config=config, step=step, should_stop=lambda recorded: False)
         fused._evaluate(
-            {'eval': Lottery()}, Knows(), state, this, written, np.ones(2), sharding.mesh(2, 1)
+            {'eval': Lottery()}, Knows(), state, run, written, np.ones(2), sharding.make_mesh(2, 1)
         )
     assert len(set(written)) == 4
 
