@@ -47,12 +47,21 @@ SECTIONS: dict[str, list[str]] = {
 }
 PACKAGES = {
     '': 'mi',
+    'kernels': 'Kernels',
     'motifs': 'Motifs',
+    'cells': 'Cells',
     'unify': 'As one equation',
+    'training': 'Training',
     'lm': 'Language models',
+    'lm.data': 'Corpora',
     'rl': 'Reinforcement learning',
+    'rl.fused': 'Topology fused',
+    'rl.actors': 'Topologies threads and ray',
     'rl.envs': 'Environments',
-    'fit': 'Small functions',
+    'rl.envs.jax': 'Environments in JAX',
+    'rl.envs.host': 'Environments on the host',
+    'fit': 'Small problems',
+    'estimate': 'Estimates',
     'report': 'Report',
 }
 MOTIFS = {'forms': 'Forms of the equation', 'dynamic_conv': 'Dynamic convolution'}
