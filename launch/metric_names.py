@@ -146,8 +146,8 @@ def _fit(config: ml_collections.ConfigDict) -> Splits:
 
     def everything(seed: jax.Array) -> dict[str, dict[str, jax.Array]]:
         world, init, batch, _ = train_fit.keys(seed)
-        of_world = problem.world(world)
-        params = problem.init(init, of_world)
+        of_world = problem.draw_world(world)
+        params = problem.init_params(init, of_world)
         loss, measured = problem.loss(params, of_world, batch)
         evaluated = train_fit.evaluate(problem, params, seed)
         return {'train': {'loss': loss, **measured}, **evaluated}

@@ -11,21 +11,23 @@ before training and after; of a network of convolutions how far it is from the n
 every layer is K² heads, for each α of the config, in f32 and in bf16.
 """
 
+import dataclasses
 import functools
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-from jax import Array
+from chex import Array, PRNGKey
+from flax import linen as nn
 from jax.typing import DTypeLike
 
 from experiments.attention_conv import network as vision
 from mi.config import Rule, UserError, integer, number, suggest_install, tuple_of
 from mi.fit import network
-from mi.fit.problem import Metrics, Problem
+from mi.fit.problem import Costs, Metrics, Params, Problem
 from mi.motifs.attention import convert_convolution
 
 CLASSES = 10
@@ -41,10 +43,10 @@ SCHEMA: dict[str, Rule] = {
 
 
 def load() -> tuple[np.ndarray, np.ndarray]:
-    """Images [1797, 8, 8, 1] in f32, mean 0 and variance 1 over all pixels, and labels [1797].
+    """Load images [1797, 8, 8, 1] in f32, standardized over all pixels, and labels [1797].
 
     Raises:
-      UserError: if scikit-learn is not there.
+      UserError: if scikit-learn is not installed.
     """
     try:
         from sklearn.datasets import load_digits
@@ -59,132 +61,174 @@ def load() -> tuple[np.ndarray, np.ndarray]:
     return images[..., None], data.target.astype(np.int32)
 
 
-def make(config: ml_collections.ConfigDict) -> Problem:
-    """The problem of a config.
+class Split(NamedTuple):
+    """The world of a seed.
+
+    Attributes:
+      rows: the images in the order of the seed, those to train on first.
+      init_key: draws the initial parameters, so that `artifacts` can draw them again.
+    """
+
+    rows: Array
+    init_key: PRNGKey
+
+
+@dataclasses.dataclass(frozen=True)
+class Digits(Problem):
+    """Classify digits by convolutions or by self-attention.
+
+    Attributes:
+      model: images → logits.
+      settings: the config's section `model`.
+      images, labels: all of them.
+      train_examples: images to train on; the others are held out.
+      alphas: of the networks of self-attention that are built from convolutions.
+    """
+
+    model: nn.Module
+    settings: ml_collections.ConfigDict
+    images: Array
+    labels: Array
+    train_examples: int
+    alphas: tuple[float, ...]
+
+    def draw_world(self, key: PRNGKey) -> Split:
+        order_key, init_key = jax.random.split(key)
+        return Split(jax.random.permutation(order_key, COUNT), init_key)
+
+    def init_params(self, key: PRNGKey, world: Split) -> Params:
+        return self.model.init(world.init_key, jnp.zeros(self.images.shape[1:]))
+
+    def _score(self, params: Params, rows: Array) -> Metrics:
+        if self.settings.centres == 'fixed':
+            params = _stop_gradient_of_centers(params)
+        logits: Array = self.model.apply(params, self.images[rows])
+        labels = self.labels[rows]
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return {'cross_entropy': loss, 'accuracy': compute_accuracy(logits, labels)}
+
+    def loss(self, params: Params, world: Split, key: PRNGKey) -> tuple[Array, Metrics]:
+        rows = world.rows[: self.train_examples]
+        metrics = self._score(params, jax.random.choice(key, rows, (self.examples,)))
+        return metrics['cross_entropy'], metrics
+
+    def evaluate(self, params: Params, world: Split, key: PRNGKey) -> dict[str, Metrics]:
+        return {'eval': self._score(params, world.rows[self.train_examples :])}
+
+    def costs(self) -> Costs:
+        image = jax.ShapeDtypeStruct(self.images.shape[1:], jnp.float32)
+        return network.costs(self.model, image, part=r'layer_\d+')
+
+    def artifacts(self, params: Params, world: Split, key: PRNGKey) -> Metrics:
+        """Return the heads before and after training, or the errors of the construction."""
+        if self.settings.layer == 'attention':
+            initial = self.init_params(key, world)
+            return _stack_heads(params, '') | _stack_heads(initial, '_before')
+        rows = world.rows[self.train_examples :]
+        images, labels = self.images[rows], self.labels[rows]
+        return compare_construction(params, self.settings, images, labels, self.alphas)
+
+
+def make(config: ml_collections.ConfigDict) -> Digits:
+    """Build the problem of a config.
 
     Raises:
-      UserError: if the heads cannot start as a square grid, or scikit-learn is not there.
+      UserError: if the heads cannot start as a square grid, or scikit-learn is not installed.
     """
-    of, word = config.problem, config.model
-    if word.centres == 'grid' and round(word.heads**0.5) ** 2 != word.heads:
+    model = config.model
+    if model.centres == 'grid' and round(model.heads**0.5) ** 2 != model.heads:
         raise UserError(
-            f'config.model.heads = {word.heads}: expected a square number, for they start '
+            f'config.model.heads = {model.heads}: expected a square number, for they start '
             f"as a grid; or give config.model.centres = 'learnt'"
         )
     images, labels = (jnp.asarray(a) for a in load())
-    model = vision.make(word, CLASSES)
-    one = jax.ShapeDtypeStruct(images.shape[1:], jnp.float32)
-
-    def world(key: Array) -> Any:
-        """The images in the order of this seed, those to learn from first; the key of the start."""
-        order, start = jax.random.split(key)
-        return {'rows': jax.random.permutation(order, COUNT), 'start': start}
-
-    def init(key: Array, world: Any) -> Any:
-        """By a key of the world, so that the artefacts can have it again."""
-        return model.init(world['start'], jnp.zeros(one.shape))
-
-    def score(params: Any, rows: Array) -> Metrics:
-        if word.centres == 'fixed':
-            params = _with_fixed_centres(params)
-        logits: Any = model.apply(params, images[rows])
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows]).mean()
-        return {'cross_entropy': loss, 'accuracy': _accuracy(logits, labels[rows])}
-
-    def loss(params: Any, world: Any, key: Array) -> tuple[Array, Metrics]:
-        rows = world['rows'][: of.train]
-        measured = score(params, jax.random.choice(key, rows, (config.train.batch,)))
-        return measured['cross_entropy'], measured
-
-    def evaluation(params: Any, world: Any, key: Array) -> Metrics:
-        return score(params, world['rows'][of.train :])
-
-    def artefacts(params: Any, world: Any, key: Array) -> Metrics:
-        if word.layer == 'attention':
-            before = init(key, world)
-            return _centres(params, '') | _centres(before, '_before')
-        rows = world['rows'][of.train :]
-        return constructed(params, word, images[rows], labels[rows], tuple(of.alphas))
-
-    return Problem(
-        world=world,
-        init=init,
-        loss=loss,
-        evaluations={'eval': evaluation},
-        costs=lambda: network.costs(model, one, part=r'layer_\d+'),
+    return Digits(
         examples=config.train.batch,
-        artefacts=artefacts,
+        model=vision.make(model, CLASSES),
+        settings=model,
+        images=images,
+        labels=labels,
+        train_examples=config.problem.train,
+        alphas=tuple(config.problem.alphas),
     )
 
 
-def constructed(
-    params: Any,
+def compare_construction(
+    params: Params,
     model: ml_collections.ConfigDict,
     images: Array,
     labels: Array,
     alphas: tuple[float, ...],
 ) -> Metrics:
-    """A network of convolutions against that of self-attention which is built to equal it.
+    """Compare a network of convolutions with the network of self-attention built to equal it.
 
-    Errors are root mean squares over that of the convolution, [dtypes, alphas, …]: `layer_error`
-    that of each layer [L] on what the convolutions before it give, `logit_error` and `accuracy`
-    that of the whole network; `own_accuracy` is that of the convolutions, in f32.
+    Errors are root mean squares over that of the convolution, [dtypes, alphas, …]. `layer_error`
+    [L] is that of each layer on the output of the convolutions before it, `logit_error` and
+    `accuracy` are those of the whole network, and `own_accuracy` is that of the convolutions, in
+    f32.
     """
+    # The inputs and outputs of every convolution.
     depth, heads = model.depth, model.kernel**2
-    theirs = vision.make(model, CLASSES)
-    kept: Any = theirs.apply(params, images, capture_intermediates=True, mutable='intermediates')
-    logits, each = kept[0], kept[1]['intermediates']
-    outputs = [each[f'layer_{i}']['__call__'][0] for i in range(depth)]
+    convolutions = vision.make(model, CLASSES)
+    logits, variables = convolutions.apply(
+        params, images, capture_intermediates=True, mutable='intermediates'
+    )
+    intermediates = variables['intermediates']
+    outputs = [intermediates[f'layer_{i}']['__call__'][0] for i in range(depth)]
     inputs = [images, *map(jax.nn.relu, outputs[:-1])]
 
-    def measured(alpha: Array, dtype: DTypeLike) -> Metrics:
-        ours = vision.attention(CLASSES, heads, model.width, depth, dtype=dtype)
-        built = {
-            name: convert_convolution(of['V'], of['b'], alpha) if name != 'out' else of
-            for name, of in params['params'].items()
+    def compare(alpha: Array, dtype: DTypeLike) -> Metrics:
+        attention = vision.attention(CLASSES, heads, model.width, depth, dtype=dtype)
+        converted = {
+            name: layer if name == 'out' else convert_convolution(layer['V'], layer['b'], alpha)
+            for name, layer in params['params'].items()
         }
-        layers = [
-            ours.layer(None).apply({'params': built[f'layer_{i}']}, x) for i, x in enumerate(inputs)
+        layer_errors = [
+            _relative_error(
+                attention.layer(None).apply({'params': converted[f'layer_{i}']}, x), exact
+            )
+            for i, (x, exact) in enumerate(zip(inputs, outputs, strict=True))
         ]
-        errors = [_relative(y, exact) for y, exact in zip(layers, outputs, strict=True)]
-        y: Any = ours.apply({'params': built}, images)
+        y = attention.apply({'params': converted}, images)
         return {
-            'layer_error': jnp.stack(errors),
-            'logit_error': _relative(y, logits),
-            'accuracy': _accuracy(y, labels),
+            'layer_error': jnp.stack(layer_errors),
+            'logit_error': _relative_error(y, logits),
+            'accuracy': compute_accuracy(y, labels),
         }
 
-    of_dtypes = [
-        jax.lax.map(functools.partial(measured, dtype=dtype), jnp.array(alphas))
+    # Each dtype at each α.
+    comparisons = [
+        jax.lax.map(functools.partial(compare, dtype=dtype), jnp.array(alphas))
         for dtype in DTYPES.values()
     ]
-    arrays = {name: jnp.stack([of[name] for of in of_dtypes]) for name in of_dtypes[0]}
-    return arrays | {'own_accuracy': _accuracy(logits, labels)}
+    arrays = {name: jnp.stack([c[name] for c in comparisons]) for name in comparisons[0]}
+    return arrays | {'own_accuracy': compute_accuracy(logits, labels)}
 
 
-def _relative(y: Any, exact: Array) -> Array:
+def _relative_error(y: Array, exact: Array) -> Array:
     difference = y.astype(jnp.float32) - exact
     return jnp.sqrt(jnp.square(difference).mean() / jnp.square(exact).mean())
 
 
-def _accuracy(logits: Array, labels: Array) -> Array:
+def compute_accuracy(logits: Array, labels: Array) -> Array:
+    """Return the share of rows [N] whose largest logit is that of the label."""
     return jnp.mean(logits.argmax(-1) == labels)
 
 
-def _centres(params: Any, ending: str) -> Metrics:
-    """Δ [L, H, 2] and α [L, H] of all layers."""
-    layers = [of for name, of in sorted(params['params'].items()) if name.startswith('layer_')]
+def _stack_heads(params: Params, suffix: str) -> Metrics:
+    """Return Δ [L, H, 2] and α [L, H] of all layers."""
+    layers = [p for name, p in sorted(params['params'].items()) if name.startswith('layer_')]
     return {
-        f'{name}{ending}': jnp.stack([layer[name] for layer in layers])
+        f'{name}{suffix}': jnp.stack([layer[name] for layer in layers])
         for name in ('Delta', 'alpha')
     }
 
 
-def _with_fixed_centres(params: Any) -> Any:
-    """The parameters, without a gradient into Δ and α."""
+def _stop_gradient_of_centers(params: Params) -> Params:
+    """Return the parameters, without a gradient into Δ and α."""
 
-    def fix(path: Any, leaf: Array) -> Array:
-        fixed = path[-1].key in ('Delta', 'alpha')
-        return jax.lax.stop_gradient(leaf) if fixed else leaf
+    def stop(path: tuple[jax.tree_util.DictKey, ...], leaf: Array) -> Array:
+        is_center = path[-1].key in ('Delta', 'alpha')
+        return jax.lax.stop_gradient(leaf) if is_center else leaf
 
-    return jax.tree_util.tree_map_with_path(fix, params)
+    return jax.tree_util.tree_map_with_path(stop, params)

@@ -32,20 +32,21 @@ do so in an inner loop of training; rows of parameters, the sets of modules that
 constants are ours.
 """
 
+import dataclasses
 import itertools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jax import Array
+from chex import Array, PRNGKey
 
 from mi import fusion
 from mi.config import Rule, UserError, choice, integer
 from mi.fit import network, transfer
-from mi.fit.problem import Metrics, Problem
+from mi.fit.problem import Costs, Metrics, Params, Problem, World
 
 SUPPORTS = ('connected', 'disconnected', 'alone')
 
@@ -73,16 +74,12 @@ class Teacher(NamedTuple):
 
 
 def ring(modules: range) -> set[frozenset[int]]:
-    """Each with the next one, the last with the first."""
+    """Pair each module with the next one, and the last with the first."""
     return {frozenset((a, b)) for a, b in itertools.pairwise([*modules, modules[0]])}
 
 
 def tasks(modules: int, support: str) -> tuple[np.ndarray, np.ndarray]:
-    """Which modules there are in the tasks that are trained, and in those that are tested.
-
-    Returns:
-      [T, M] and [T', M] of zeros and ones.
-    """
+    """Return the modules of the trained tasks [T, M] and of the tested ones [T', M], as 0 and 1."""
     everything, half = range(modules), modules // 2
     pairs: dict[str, set[frozenset[int]]] = {
         'connected': ring(everything),
@@ -94,116 +91,173 @@ def tasks(modules: int, support: str) -> tuple[np.ndarray, np.ndarray]:
     unseen -= pairs['connected'] | pairs['disconnected']
 
     def rows(sets: set[frozenset[int]]) -> np.ndarray:
-        return np.array([[float(i in of) for i in everything] for of in sorted(sets, key=sorted)])
+        return np.array([[float(i in s) for i in everything] for s in sorted(sets, key=sorted)])
 
     return rows(singles | pairs[support]), rows(unseen)
 
 
 def outputs(teacher: Teacher, c: Array, x: Array) -> Array:
-    """y of every task."""
+    """Return y of every task."""
     W = jnp.einsum('tm,mnh->tnh', c, teacher.modules)
     y: Array = jax.nn.relu(jnp.einsum('ten,tnh->teh', x, W)) @ teacher.readout
     return y
 
 
-def unexplained(y: Array, found: Array) -> Array:
-    """Of y [T, E, k], the part of the variance within tasks that is not in what was found."""
+def unexplained(y: Array, prediction: Array) -> Array:
+    """Return the share of the variance of y [T, E, k] within tasks that is not predicted."""
     within = y - y.mean(1, keepdims=True)
-    return jnp.sum(jnp.square(y - found)) / jnp.sum(jnp.square(within))
+    return jnp.sum(jnp.square(y - prediction)) / jnp.sum(jnp.square(within))
 
 
-def make(config: ml_collections.ConfigDict) -> Problem:
-    """The problem of a config; `train.batch` examples of every task are in a step.
+@dataclasses.dataclass(frozen=True)
+class Composition(Problem):
+    """Learn the tasks of a teacher; the world of a seed is the teacher.
 
-    Raises:
-      UserError: if the modules are odd in number, or what is to be learnt has no fixed task.
+    Attributes:
+      model: (x, z) → y.
+      teacher_shape: M, n, h, k.
+      trained, tested: sets of modules [T, M] and [T', M], of zeros and ones.
+      is_learned: whether the contexts are parameters, a row for each task.
+      contexts: m.
+      draws_coefficients: whether the coefficients are drawn, not equal.
+      batch: examples of each task in a step.
+      eval_examples: examples of each task in an evaluation.
+      transfer_examples: examples of a new task from which its context is learned.
+      transfer_steps, transfer_rate: steps of Adam and their learning rate.
     """
-    of = config.problem
-    M, n, h, k = of.modules, of.inputs, of.hidden, of.outputs
-    _refuse(config)
-    trained, tested = map(jnp.asarray, tasks(M, of.support))
-    learns = of.context == 'learned'
-    m = of.contexts if learns else M
-    model = network.make(config.model, features=k, context='dense')
 
-    def world(key: Array) -> Teacher:
-        of_modules, of_readout = jax.random.split(key)
-        modules = jax.random.normal(of_modules, (M, n, h)) / math.sqrt(n)
-        return Teacher(modules, jax.random.normal(of_readout, (h, k)) * math.sqrt(2 / h))
+    model: network.FusedMLP
+    teacher_shape: tuple[int, int, int, int]
+    trained: Array
+    tested: Array
+    is_learned: bool
+    contexts: int
+    draws_coefficients: bool
+    batch: int
+    eval_examples: int
+    transfer_examples: int
+    transfer_steps: int
+    transfer_rate: float
 
-    def coefficients(key: Array, sets: Array) -> Array:
-        if of.coefficients == 'drawn':
-            return sets * jax.random.uniform(key, sets.shape, minval=0.5)
-        return sets / jnp.linalg.norm(sets, axis=-1, keepdims=True)
+    def draw_world(self, key: PRNGKey) -> Teacher:
+        M, n, h, k = self.teacher_shape
+        modules_key, readout_key = jax.random.split(key)
+        modules = jax.random.normal(modules_key, (M, n, h)) / math.sqrt(n)
+        return Teacher(modules, jax.random.normal(readout_key, (h, k)) * math.sqrt(2 / h))
 
-    def examples(teacher: Teacher, key: Array, sets: Array, count: int) -> tuple[Array, ...]:
-        of_c, of_x = jax.random.split(key)
-        c = coefficients(of_c, sets)
-        x = jax.random.uniform(of_x, (len(sets), count, n), minval=-1) * math.sqrt(3)
+    def draw_examples(
+        self, teacher: Teacher, key: PRNGKey, sets: Array, count: int
+    ) -> tuple[Array, Array, Array]:
+        """Draw coefficients c, inputs x and outputs y of `count` examples for each set."""
+        c_key, x_key = jax.random.split(key)
+        if self.draws_coefficients:
+            c = sets * jax.random.uniform(c_key, sets.shape, minval=0.5)
+        else:
+            c = sets / jnp.linalg.norm(sets, axis=-1, keepdims=True)
+        n = self.teacher_shape[1]
+        x = jax.random.uniform(x_key, (len(sets), count, n), minval=-1) * math.sqrt(3)
         return c, x, outputs(teacher, c, x)
 
-    def predict(params: Any, z: Array, x: Array) -> Any:
-        return model.apply({'params': params['network']}, x, z[:, None])
-
-    def init(key: Array, world: Any) -> Any:
-        of_network, of_contexts = jax.random.split(key)
-        params = {'network': model.init(of_network, jnp.zeros(n), jnp.zeros(m))['params']}
-        if learns:
-            params['contexts'] = jax.random.normal(of_contexts, (len(trained), m))
+    def init_params(self, key: PRNGKey, world: World) -> Params:
+        network_key, contexts_key = jax.random.split(key)
+        x, z = jnp.zeros(self.teacher_shape[1]), jnp.zeros(self.contexts)
+        params = {'network': self.model.init(network_key, x, z)['params']}
+        if self.is_learned:
+            shape = len(self.trained), self.contexts
+            params['contexts'] = jax.random.normal(contexts_key, shape)
         return params
 
-    def loss(params: Any, world: Teacher, key: Array) -> tuple[Array, Metrics]:
-        c, x, y = examples(world, key, trained, config.train.batch)
-        found = predict(params, params['contexts'] if learns else math.sqrt(M) * c, x)
-        mse = jnp.mean(jnp.square(found - y))
-        return mse, {'mse': mse, 'error': unexplained(y, found)}
+    def _given_context(self, c: Array) -> Array:
+        """Return z = √M c."""
+        return math.sqrt(self.teacher_shape[0]) * c
 
-    def seen(params: Any, world: Teacher, key: Array) -> Metrics:
-        c, x, y = examples(world, key, trained, of.examples)
-        z = params['contexts'] if learns else math.sqrt(M) * c
-        return {'error': unexplained(y, predict(params, z, x))}
+    def _predict(self, params: Params, z: Array, x: Array) -> Array:
+        y: Array = self.model.apply({'params': params['network']}, x, z[:, None])
+        return y
 
-    def inferred(params: Any, world: Teacher, key: Array) -> Array:
-        """Contexts of the tasks that are tested."""
-        _, x, y = examples(world, key, tested, config.transfer.examples)
+    def loss(self, params: Params, world: Teacher, key: PRNGKey) -> tuple[Array, Metrics]:
+        c, x, y = self.draw_examples(world, key, self.trained, self.batch)
+        z = params['contexts'] if self.is_learned else self._given_context(c)
+        prediction = self._predict(params, z, x)
+        mse = jnp.mean(jnp.square(prediction - y))
+        return mse, {'mse': mse, 'error': unexplained(y, prediction)}
 
-        def of_all(z: Array) -> Array:  # a sum, so that every task is learnt by itself
-            return jnp.sum(jnp.mean(jnp.square(predict(params, z, x) - y), (1, 2)))
+    def evaluate(self, params: Params, world: Teacher, key: PRNGKey) -> dict[str, Metrics]:
+        # Tasks that were trained.
+        c, x, y = self.draw_examples(world, key, self.trained, self.eval_examples)
+        z = params['contexts'] if self.is_learned else self._given_context(c)
+        seen = unexplained(y, self._predict(params, z, x))
 
-        z = jnp.broadcast_to(params['contexts'].mean(0), (len(tested), m))
-        return transfer.fitted(of_all, z, config.transfer.steps, config.transfer.learning_rate)
+        # Combinations that were not.
+        test_key, transfer_key = jax.random.split(key)
+        c, x, y = self.draw_examples(world, test_key, self.tested, self.eval_examples)
+        z = self._given_context(c)
+        if self.is_learned:
+            z = self._learn_contexts(params, world, transfer_key)
+        unseen = unexplained(y, self._predict(params, z, x))
+        return {'seen': {'error': seen}, 'unseen': {'error': unseen}}
 
-    def unseen(params: Any, world: Teacher, key: Array) -> Metrics:
-        of_test, of_inferred = jax.random.split(key)
-        c, x, y = examples(world, of_test, tested, of.examples)
-        z = inferred(params, world, of_inferred) if learns else math.sqrt(M) * c
-        return {'error': unexplained(y, predict(params, z, x))}
+    def _learn_contexts(self, params: Params, world: Teacher, key: PRNGKey) -> Array:
+        """Return contexts of the tested tasks, learned by gradient from their examples."""
+        _, x, y = self.draw_examples(world, key, self.tested, self.transfer_examples)
 
-    one, context = (jax.ShapeDtypeStruct((size,), jnp.float32) for size in (n, m))
-    return Problem(
-        world=world,
-        init=init,
-        loss=loss,
-        evaluations={'seen': seen, 'unseen': unseen},
-        costs=lambda: network.costs(model, one, context),
+        def loss(z: Array) -> Array:  # a sum, so that every task is learned by itself
+            return jnp.sum(jnp.mean(jnp.square(self._predict(params, z, x) - y), (1, 2)))
+
+        mean = params['contexts'].mean(0)
+        start = jnp.broadcast_to(mean, (len(self.tested), self.contexts))
+        return transfer.fit(loss, start, self.transfer_steps, self.transfer_rate)
+
+    def costs(self) -> Costs:
+        sizes = self.teacher_shape[1], self.contexts
+        x, z = (jax.ShapeDtypeStruct((size,), jnp.float32) for size in sizes)
+        return network.costs(self.model, x, z)
+
+    def model_params(self, params: Params) -> Params:
+        return params['network']
+
+
+def make(config: ml_collections.ConfigDict) -> Composition:
+    """Build the problem of a config; a step has `train.batch` examples of every task.
+
+    Raises:
+      UserError: if the number of modules is odd, if contexts are learned for coefficients that
+        change, or if the fusion needs a one-hot context.
+    """
+    _refuse(config)
+    problem = config.problem
+    trained, tested = map(jnp.asarray, tasks(problem.modules, problem.support))
+    is_learned = problem.context == 'learned'
+    return Composition(
         examples=len(trained) * config.train.batch,
-        model=lambda params: params['network'],
+        model=network.make(config.model, features=problem.outputs, context='dense'),
+        teacher_shape=(problem.modules, problem.inputs, problem.hidden, problem.outputs),
+        trained=trained,
+        tested=tested,
+        is_learned=is_learned,
+        contexts=problem.contexts if is_learned else problem.modules,
+        draws_coefficients=problem.coefficients == 'drawn',
+        batch=config.train.batch,
+        eval_examples=problem.examples,
+        transfer_examples=config.transfer.examples,
+        transfer_steps=config.transfer.steps,
+        transfer_rate=config.transfer.learning_rate,
     )
 
 
 def _refuse(config: ml_collections.ConfigDict) -> None:
-    of, name = config.problem, config.model.fusion.name
-    if of.modules % 2:
+    problem, name = config.problem, config.model.fusion.name
+    if problem.modules % 2:
         raise UserError(
-            f'config.problem.modules = {of.modules}: expected an even number, for two rings'
+            f'config.problem.modules = {problem.modules}: expected an even number, for two rings'
         )
-    if of.context == 'learned' and of.coefficients != 'equal':
+    if problem.context == 'learned' and problem.coefficients != 'equal':
         raise UserError(
-            f"config.problem.coefficients = {of.coefficients!r}: expected 'equal' where "
-            f"config.problem.context = 'learned', a row for each task"
+            f"config.problem.coefficients = {problem.coefficients!r}: expected 'equal' with "
+            f"config.problem.context = 'learned', which has one row for each task"
         )
     if name in fusion.ONE_HOT:
         raise UserError(
-            f'config.model.fusion.name = {name!r} is for contexts that are one-hot, and a '
-            f'combination is none; give another fusion'
+            f'config.model.fusion.name = {name!r}: expected a fusion for dense contexts; this one '
+            f'needs a one-hot context'
         )

@@ -1,40 +1,41 @@
-"""Products of two streams, and targets that are none: what does a network need to fit them?
+"""Fit a product of two streams, and targets without one.
 
     product    y = xᵀz
     additive   y = Σᵢ (u(xᵢ) + u(zᵢ)) / √2,  u(a) = (|a| − √(2/π)) / √(1 − 2/π)
     x_only     y = Σᵢ u(xᵢ)
 
 x and z are of dimension d with independent standard Gaussian entries, so that every target has mean
-0 and variance d. In the last two there is no interaction, and all that one costs is in vain.
+0 and variance d. The last two have no interaction, so that its parameters are wasted there.
 
 Source: the first is of Jayakumar et al. (ICLR 2020), recalled; the others are ours.
 """
 
+import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import ml_collections
-from jax import Array
+from chex import Array, PRNGKey
 
 from mi.config import Rule, choice, integer
 from mi.fit import network
-from mi.fit.problem import Metrics, Problem
+from mi.fit.problem import Costs, Metrics, Params, Problem, World
 
-SURFACE = 3.0  # half the side of the square on which the error of a pair of numbers is kept
-POINTS = 121
+SURFACE = 3.0  # half the side of the square of the error surface
+POINTS = 121  # of the error surface, a side
 
 
-def _folded(a: Array) -> Array:
-    """u: of a standard Gaussian, mean 0 and variance 1."""
+def centered_abs(a: Array) -> Array:
+    """Return u(a), which has mean 0 and variance 1 for a standard Gaussian a."""
     return (jnp.abs(a) - math.sqrt(2 / math.pi)) / math.sqrt(1 - 2 / math.pi)
 
 
 TARGETS = {
     'product': lambda x, z: jnp.sum(x * z, -1),
-    'additive': lambda x, z: jnp.sum(_folded(x) + _folded(z), -1) / math.sqrt(2),
-    'x_only': lambda x, z: jnp.sum(_folded(x), -1),
+    'additive': lambda x, z: jnp.sum(centered_abs(x) + centered_abs(z), -1) / math.sqrt(2),
+    'x_only': lambda x, z: jnp.sum(centered_abs(x), -1),
 }
 
 SCHEMA: dict[str, Rule] = {
@@ -45,39 +46,61 @@ SCHEMA: dict[str, Rule] = {
 }
 
 
-def make(config: ml_collections.ConfigDict) -> Problem:
-    """The problem of a config; batches are drawn anew, so that there is no training set."""
-    d, target = config.problem.dimension, TARGETS[config.problem.target]
-    model = network.make(config.model, features=1, context='dense')
-    one = jax.ShapeDtypeStruct((d,), jnp.float32)
+@dataclasses.dataclass(frozen=True)
+class Products(Problem):
+    """Fit a target of x and z; every batch is drawn fresh, so there is no training set.
 
-    def predict(params: Any, x: Array, z: Array) -> Array:
-        y: Any = model.apply(params, x, z)
+    Attributes:
+      model: (x, z) [..., d] → [..., 1].
+      target: (x, z) [..., d] → [...].
+      dimension: d.
+      eval_examples: number of examples in an evaluation.
+    """
+
+    model: network.FusedMLP
+    target: Callable[[Array, Array], Array]
+    dimension: int
+    eval_examples: int
+
+    def init_params(self, key: PRNGKey, world: World) -> Params:
+        zeros = jnp.zeros(self.dimension)
+        return self.model.init(key, zeros, zeros)
+
+    def predict(self, params: Params, x: Array, z: Array) -> Array:
+        """Return the prediction [...] for x and z [..., d]."""
+        y: Array = self.model.apply(params, x, z)
         return y[..., 0]
 
-    def error(params: Any, key: Array, examples: int) -> Array:
-        x, z = jax.random.normal(key, (2, examples, d))
-        return jnp.mean(jnp.square(predict(params, x, z) - target(x, z)))
+    def _mean_squared_error(self, params: Params, key: PRNGKey, examples: int) -> Array:
+        x, z = jax.random.normal(key, (2, examples, self.dimension))
+        return jnp.mean(jnp.square(self.predict(params, x, z) - self.target(x, z)))
 
-    def loss(params: Any, world: Any, key: Array) -> tuple[Array, Metrics]:
-        mse = error(params, key, config.train.batch)
+    def loss(self, params: Params, world: World, key: PRNGKey) -> tuple[Array, Metrics]:
+        mse = self._mean_squared_error(params, key, self.examples)
         return mse, {'mse': mse}
 
-    def evaluation(params: Any, world: Any, key: Array) -> Metrics:
-        return {'mse': error(params, key, config.problem.examples)}
+    def evaluate(self, params: Params, world: World, key: PRNGKey) -> dict[str, Metrics]:
+        return {'eval': {'mse': self._mean_squared_error(params, key, self.eval_examples)}}
 
-    def surface(params: Any, world: Any, key: Array) -> Metrics:
-        """The error at each point of a square, by x along the second axis; of one dimension."""
+    def costs(self) -> Costs:
+        vector = jax.ShapeDtypeStruct((self.dimension,), jnp.float32)
+        return network.costs(self.model, vector, vector)
+
+    def artifacts(self, params: Params, world: World, key: PRNGKey) -> Metrics:
+        """Return the error on a square grid, z along axis 0 and x along axis 1, if d = 1."""
+        if self.dimension != 1:
+            return {}
         side = jnp.linspace(-SURFACE, SURFACE, POINTS)
         z, x = (a[..., None] for a in jnp.meshgrid(side, side, indexing='ij'))
-        return {'surface': predict(params, x, z) - target(x, z)}
+        return {'surface': self.predict(params, x, z) - self.target(x, z)}
 
-    return Problem(
-        world=lambda key: {},
-        init=lambda key, world: model.init(key, jnp.zeros(d), jnp.zeros(d)),
-        loss=loss,
-        evaluations={'eval': evaluation},
-        costs=lambda: network.costs(model, one, one),
+
+def make(config: ml_collections.ConfigDict) -> Products:
+    """Build the problem of a config."""
+    return Products(
         examples=config.train.batch,
-        artefacts=surface if d == 1 else None,
+        model=network.make(config.model, features=1, context='dense'),
+        target=TARGETS[config.problem.target],
+        dimension=config.problem.dimension,
+        eval_examples=config.problem.examples,
     )

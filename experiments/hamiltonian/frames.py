@@ -21,13 +21,14 @@ Metrics, of fresh trajectories (experiments.hamiltonian.scores), predicted from 
     drift_learnt  of the learnt energy, mean over the last of `longer` horizons; not of a field
 """
 
-from typing import Any
+import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+from chex import Array, PRNGKey
 from flax import linen as nn
-from jax import Array
 
 from experiments.hamiltonian import (
     dynamics,
@@ -36,13 +37,13 @@ from experiments.hamiltonian import (
     scores,
 )
 from experiments.hamiltonian.integrators import State
-from experiments.hamiltonian.mechanics import BODIES, SYSTEMS
+from experiments.hamiltonian.mechanics import BODIES, SYSTEMS, System
 from mi import counting
 from mi.config import Rule, UserError, choice, integer, number
-from mi.fit.problem import Metrics, Problem
+from mi.fit.problem import Costs, Metrics, Params, Problem, World
 
 TOLERANCE = 0.1  # of `valid`
-KEPT = 2  # trajectories, for films
+SHOWN = 2  # trajectories in films
 
 SCHEMA: dict[str, Rule] = {
     'problem.system': choice(SYSTEMS),
@@ -98,129 +99,207 @@ class Decoder(nn.Module):
         return logits.reshape(*q.shape[:-1], *shape)
 
 
-def make(config: ml_collections.ConfigDict) -> Problem:
-    """The problem of a config; the world of a seed is where its bodies are, [T + 1, N, BODIES, 2].
+class Rollout(NamedTuple):
+    """A predicted motion beside the true one.
 
-    Axes are [time, trajectories, …].
+    Attributes:
+      frames: 'true' and 'predicted' [time, SHOWN, SIDE, SIDE, BODIES].
+      curves: scores by time [time, trajectories].
+      horizons: scores by horizon [horizons, trajectories].
     """
-    problem, system = config.problem, SYSTEMS[config.problem.system]
-    T, long = problem.horizon, problem.longer * problem.horizon
-    latent, hidden = config.model.latent, config.model.hidden
-    law, encoder, decoder = dynamics.make(config.model), Encoder(latent, hidden), Decoder(hidden)
-    frame = rendering.SIDE, rendering.SIDE, BODIES
-    for key, most in {'seen': T, 'decoded': T + 1 - problem.seen}.items():
-        if problem[key] > most:
-            raise UserError(
-                f'config.problem.{key} = {problem[key]}: expected at most {most} of the {T + 1} '
-                f'frames of config.problem.horizon = {T}'
-            )
 
-    def drawn(key: Array, count: int, steps: int) -> Array:
-        return system.places(system.motion(*system.draw(key, count), steps)[0])
+    frames: Metrics
+    curves: Metrics
+    horizons: Metrics
 
-    def encoded(params: Any, places: Array) -> tuple[Array, Array]:
-        seen = rendering.render(places[: problem.seen]).swapaxes(0, 1)
-        mean_and_deviation: Any = encoder.apply(params['encoder'], seen)
-        return mean_and_deviation
 
-    def decoded(params: Any, q: Array) -> Array:
-        logits: Any = decoder.apply(params['decoder'], q)
+@dataclasses.dataclass(frozen=True)
+class Frames(Problem):
+    """Predict frames; the world of a seed is the places of its bodies [T + 1, N, BODIES, 2].
+
+    Attributes:
+      system: whose motion is filmed.
+      law, encoder, decoder: the model.
+      trajectories: N.
+      horizon: T, frames of a trajectory after its first.
+      longer: horizons in an evaluated trajectory.
+      iterations: of the implicit lines of the leapfrog.
+      seen: frames that the encoder sees.
+      decoded: later frames that are decoded for each trajectory of a batch.
+      early: share of the loss on the frames that the encoder sees.
+      beta: weight of the divergence from the prior.
+      eval_examples: trajectories in an evaluation.
+    """
+
+    system: System
+    law: dynamics.Law
+    encoder: Encoder
+    decoder: Decoder
+    trajectories: int
+    horizon: int
+    longer: int
+    iterations: int
+    seen: int
+    decoded: int
+    early: float
+    beta: float
+    eval_examples: int
+
+    @property
+    def long(self) -> int:
+        return self.longer * self.horizon
+
+    def _draw_places(self, key: PRNGKey, count: int, steps: int) -> Array:
+        return self.system.places(self.system.motion(*self.system.draw(key, count), steps)[0])
+
+    def draw_world(self, key: PRNGKey) -> Array:
+        return self._draw_places(key, self.trajectories, self.horizon)
+
+    def init_params(self, key: PRNGKey, world: World) -> Params:
+        encoder_key, decoder_key, law_key = jax.random.split(key, 3)
+        frames = jnp.zeros((self.seen, rendering.SIDE, rendering.SIDE, BODIES))
+        return {
+            'encoder': self.encoder.init(encoder_key, frames),
+            'decoder': self.decoder.init(decoder_key, jnp.zeros(self.encoder.latent)),
+            'law': dynamics.init(self.law, law_key, self.encoder.latent),
+        }
+
+    def _encode(self, params: Params, places: Array) -> tuple[Array, Array]:
+        """Return μ and log σ [N, 2·latent] of the first states."""
+        frames = rendering.render(places[: self.seen]).swapaxes(0, 1)
+        mean, log_deviation = self.encoder.apply(params['encoder'], frames)
+        return mean, log_deviation
+
+    def _decode(self, params: Params, q: Array) -> Array:
+        """Return the logits of the frames at q."""
+        logits: Array = self.decoder.apply(params['decoder'], q)
         return logits
 
-    def predicted(params: Any, state: Array, steps: int) -> State:
-        step = dynamics.step(law, params['law'], system.time, problem.iterations, order=2)
+    def _predict(self, params: Params, state: Array, steps: int) -> State:
+        """Roll the law out from a state [N, 2·latent]."""
+        step = dynamics.step(self.law, params['law'], self.system.time, self.iterations, order=2)
         q, p = jnp.split(state, 2, -1)
         return integrators.roll_out(step, q, p, steps)
 
-    def init(key: Array, world: Any) -> Any:
-        of_encoder, of_decoder, of_law = jax.random.split(key, 3)
-        return {
-            'encoder': encoder.init(of_encoder, jnp.zeros((problem.seen, *frame))),
-            'decoder': decoder.init(of_decoder, jnp.zeros(latent)),
-            'law': dynamics.init(law, of_law, latent),
-        }
+    def loss(self, params: Params, world: Array, key: PRNGKey) -> tuple[Array, Metrics]:
+        rows_key, noise_key, times_key = jax.random.split(key, 3)
+        T, seen = self.horizon, self.seen
 
-    def loss(params: Any, world: Array, key: Array) -> tuple[Array, Metrics]:
-        seen = problem.seen
-        of_rows, of_noise, of_times = jax.random.split(key, 3)
-        rows = jax.random.randint(of_rows, (config.train.batch,), 0, world.shape[1])
+        # The first state of each trajectory, drawn from the posterior, and where it leads.
+        rows = jax.random.randint(rows_key, (self.examples,), 0, world.shape[1])
         places = world[:, rows]
-        mean, log_deviation = encoded(params, places)
-        state = mean + jnp.exp(log_deviation) * jax.random.normal(of_noise, mean.shape)
-        q, _ = predicted(params, state, T)
-        later = jax.random.choice(of_times, T + 1 - seen, (problem.decoded,), replace=False)
+        mean, log_deviation = self._encode(params, places)
+        state = mean + jnp.exp(log_deviation) * jax.random.normal(noise_key, mean.shape)
+        q, _ = self._predict(params, state, T)
+
+        # Log-likelihood of the frames that the encoder saw, and of some later ones.
+        later = jax.random.choice(times_key, T + 1 - seen, (self.decoded,), replace=False)
         times = jnp.concatenate([jnp.arange(seen), seen + later])
-        logits, true = decoded(params, q[times]), rendering.render(places[times])
-        each = jnp.sum(nn.softplus(logits) - true * logits, (-3, -2, -1))
-        nll = problem.early * each[:seen].mean() + (1 - problem.early) * each[seen:].mean()
+        logits, true = self._decode(params, q[times]), rendering.render(places[times])
+        frame_nll = jnp.sum(nn.softplus(logits) - true * logits, (-3, -2, -1))
+        nll = self.early * frame_nll[:seen].mean() + (1 - self.early) * frame_nll[seen:].mean()
+
+        # Divergence of the posterior from N(0, 1).
         squares = jnp.square(mean) + jnp.exp(2 * log_deviation) - 1
         kl = jnp.mean(jnp.sum(squares / 2 - log_deviation, -1))
         mse = jnp.mean(jnp.square(nn.sigmoid(logits) - true))
-        return nll + problem.beta / (T + 1) * kl, {'nll': nll, 'kl': kl, 'pixels': mse}
+        return nll + self.beta / (T + 1) * kl, {'nll': nll, 'kl': kl, 'pixels': mse}
 
-    def energy(places: Array) -> Array:
-        """The true one, averaged over each horizon, from places: [time, N, …] → [horizons, N]."""
+    def _mean_energy(self, places: Array) -> Array:
+        """Average the true energy over each horizon: places [time, N, …] → [horizons, N]."""
+        system = self.system
         moving = places[:, :, : system.moving]
         velocity = (moving[2:] - moving[:-2]) / (2 * system.time)
         kinetic = system.mass / 2 * jnp.sum(jnp.square(velocity), (-2, -1))
         H = kinetic + system.potential(system.coordinates(places[1:-1]))
-        return jnp.stack([part.mean(0) for part in jnp.array_split(H, problem.longer)])
+        return jnp.stack([part.mean(0) for part in jnp.array_split(H, self.longer)])
 
-    def measured(params: Any, key: Array) -> tuple[Metrics, Metrics, Metrics]:
-        """True and predicted frames of KEPT, scores by time, scores by horizon."""
-        places = drawn(key, problem.examples, long)
-        q, p = predicted(params, encoded(params, places)[0], long)
+    def _roll_out(self, params: Params, key: PRNGKey) -> Rollout:
+        """Predict fresh trajectories and score them."""
+        places = self._draw_places(key, self.eval_examples, self.long)
+        q, p = self._predict(params, self._encode(params, places)[0], self.long)
 
-        def at(of: tuple[Array, Array]) -> tuple[Array, ...]:
-            true, ours = rendering.render(of[0]), nn.sigmoid(decoded(params, of[1]))
-            found = rendering.locate(true), rendering.locate(ours)
-            return true[:KEPT], ours[:KEPT], jnp.mean(jnp.square(ours - true), (-3, -2, -1)), *found
+        # Frame by frame, as all of them do not fit into memory.
+        def compare_frame(step: tuple[Array, Array]) -> tuple[Array, ...]:
+            true, ours = rendering.render(step[0]), nn.sigmoid(self._decode(params, step[1]))
+            mse = jnp.mean(jnp.square(ours - true), (-3, -2, -1))
+            located = rendering.locate(true), rendering.locate(ours)
+            return true[:SHOWN], ours[:SHOWN], mse, *located
 
-        true, ours, pixels, there, here = jax.lax.map(at, (places, q))
-        apart = [a[:, :, : system.moving].reshape(*a.shape[:2], -1) for a in (here, there)]
-        curves = {'pixels': scores.ceiled(pixels), 'error': scores.error(*apart)}
-        if law.form != 'field':
-            curves['drift_learnt'] = scores.drift(dynamics.energy(law, params['law'], q, p))
-        energies, deviation = energy(here), jnp.std(energy(there)[0])
+        true, ours, pixels, true_places, our_places = jax.lax.map(compare_frame, (places, q))
+
+        # Scores of pixels, places and energies.
+        flat_places = [
+            a[:, :, : self.system.moving].reshape(*a.shape[:2], -1)
+            for a in (our_places, true_places)
+        ]
+        curves = {'pixels': scores.ceiled(pixels), 'error': scores.error(*flat_places)}
+        if self.law.form != 'field':
+            curves['drift_learnt'] = scores.drift(dynamics.energy(self.law, params['law'], q, p))
+        energies = self._mean_energy(our_places)
+        deviation = jnp.std(self._mean_energy(true_places)[0])
         drift = scores.ceiled(jnp.abs(energies - energies[:1]) / deviation)
-        return {'true': true, 'predicted': ours}, curves, {'drift': drift}
+        return Rollout({'true': true, 'predicted': ours}, curves, {'drift': drift})
 
-    def evaluation(params: Any, world: Any, key: Array) -> Metrics:
-        _, curves, horizons = measured(params, key)
+    def evaluate(self, params: Params, world: World, key: PRNGKey) -> dict[str, Metrics]:
+        _, curves, horizons = self._roll_out(params, key)
+        T = self.horizon
         metrics = {'drift': horizons['drift'][-1].mean()}
         for name in ('pixels', 'error'):
             metrics[name] = curves[name][: T + 1].mean()
             metrics[f'{name}_long'] = curves[name].mean()
         metrics['valid'] = scores.valid(curves['error'], TOLERANCE).mean()
         if 'drift_learnt' in curves:
-            metrics['drift_learnt'] = curves['drift_learnt'][long - T + 1 :].mean()
-        return metrics
+            metrics['drift_learnt'] = curves['drift_learnt'][self.long - T + 1 :].mean()
+        return {'eval': metrics}
 
-    def artefacts(params: Any, world: Any, key: Array) -> Metrics:
-        """Frames of KEPT trajectories, in bytes, and all scores."""
-        frames, curves, horizons = measured(params, key)
-        films = {name: jnp.uint8(jnp.round(255 * of)) for name, of in frames.items()}
+    def artifacts(self, params: Params, world: World, key: PRNGKey) -> Metrics:
+        """Return the frames of SHOWN trajectories, in bytes, and all scores."""
+        frames, curves, horizons = self._roll_out(params, key)
+        films = {name: jnp.uint8(jnp.round(255 * film)) for name, film in frames.items()}
         return films | curves | horizons
 
-    def costs() -> dict[str, dict[str, int]]:
-        """FLOPs are of a prediction: one encoding, and a horizon of steps and of decoded frames."""
-        counted = dynamics.costs(law, latent)
-        params = jax.eval_shape(init, jax.random.key(0), {})
-        places = jax.ShapeDtypeStruct((T + 1, 1, BODIES, 2), jnp.float32)
+    def costs(self) -> Costs:
+        """Count a prediction: one encoding, and a horizon of steps and of decoded frames."""
+        counted = dynamics.costs(self.law, self.encoder.latent)
+        params = jax.eval_shape(lambda key: self.init_params(key, {}), jax.random.key(0))
+        places = jax.ShapeDtypeStruct((self.horizon + 1, 1, BODIES, 2), jnp.float32)
 
-        def prediction(params: Any, places: Array) -> Array:
-            return decoded(params, predicted(params, encoded(params, places)[0], T)[0])
+        def predict_frames(params: Params, places: Array) -> Array:
+            state, _ = self._encode(params, places)
+            return self._decode(params, self._predict(params, state, self.horizon)[0])
 
         counted['parameters']['model'] = counting.parameters(params)
-        counted['flops_per_example']['model'] = counting.flops(prediction, params, places)
+        counted['flops_per_example']['model'] = counting.flops(predict_frames, params, places)
         return counted
 
-    return Problem(
-        world=lambda key: drawn(key, problem.trajectories, T),
-        init=init,
-        loss=loss,
-        evaluations={'eval': evaluation},
-        costs=costs,
+
+def make(config: ml_collections.ConfigDict) -> Frames:
+    """Build the problem of a config.
+
+    Raises:
+      UserError: if more frames are seen or decoded than there are.
+    """
+    problem, T = config.problem, config.problem.horizon
+    for key, limit in {'seen': T, 'decoded': T + 1 - problem.seen}.items():
+        if problem[key] > limit:
+            raise UserError(
+                f'config.problem.{key} = {problem[key]}: expected at most {limit} of the {T + 1} '
+                f'frames of config.problem.horizon = {T}'
+            )
+    return Frames(
         examples=config.train.batch,
-        artefacts=artefacts,
+        system=SYSTEMS[problem.system],
+        law=dynamics.make(config.model),
+        encoder=Encoder(config.model.latent, config.model.hidden),
+        decoder=Decoder(config.model.hidden),
+        trajectories=problem.trajectories,
+        horizon=T,
+        longer=problem.longer,
+        iterations=problem.iterations,
+        seen=problem.seen,
+        decoded=problem.decoded,
+        early=problem.early,
+        beta=problem.beta,
+        eval_examples=problem.examples,
     )

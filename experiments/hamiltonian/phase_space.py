@@ -14,21 +14,21 @@ Metrics, over fresh trajectories (experiments.hamiltonian.scores):
     drift_learnt  the same of the learnt energy; not of a field
 """
 
-from typing import Any
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import ml_collections
-from jax import Array
+from chex import Array, PRNGKey
 
 from experiments.hamiltonian import dynamics, integrators, scores
 from experiments.hamiltonian.integrators import State
-from experiments.hamiltonian.mechanics import SYSTEMS
+from experiments.hamiltonian.mechanics import SYSTEMS, System
 from mi.config import Rule, choice, integer
-from mi.fit.problem import Metrics, Problem
+from mi.fit.problem import Costs, Metrics, Params, Problem, World
 
 TOLERANCE = 0.1  # of `valid`
-KEPT = 4  # trajectories, for figures
+SHOWN = 4  # trajectories in figures
 
 SCHEMA: dict[str, Rule] = {
     'problem.system': choice(SYSTEMS),
@@ -41,68 +41,98 @@ SCHEMA: dict[str, Rule] = {
 }
 
 
-def make(config: ml_collections.ConfigDict) -> Problem:
-    """The problem of a config; the world of a seed is q, p [states, d] of its training set."""
-    problem, system = config.problem, SYSTEMS[config.problem.system]
-    law = dynamics.make(config.model)
-    truth = integrators.hamiltonian(system.energy)
-    long = problem.longer * problem.horizon
+@dataclasses.dataclass(frozen=True)
+class PhaseSpace(Problem):
+    """Learn a law of motion from states; the world of a seed is q, p [states, d] to train on.
 
-    def drawn(key: Array, count: int, steps: int) -> State:
-        return system.motion(*system.draw(key, count), steps)
+    Attributes:
+      system: whose motion is learned.
+      law: the model.
+      trajectories: in the training set.
+      horizon: observations in a training trajectory after its first.
+      long: observations in an evaluated trajectory after its first.
+      substeps: integrator steps between two observations, in the evaluation.
+      iterations: of the implicit lines of the leapfrog.
+      eval_examples: trajectories in an evaluation.
+    """
 
-    def mismatch(params: Any, q: Array, p: Array) -> Array:
-        pairs = zip(dynamics.field(law, params)(q, p), truth(q, p), strict=True)
-        by_q, by_p = (jnp.mean(jnp.square(ours - true)) for ours, true in pairs)
-        return (by_q + by_p) / 2
+    system: System
+    law: dynamics.Law
+    trajectories: int
+    horizon: int
+    long: int
+    substeps: int
+    iterations: int
+    eval_examples: int
 
-    def world(key: Array) -> State:
-        q, p = drawn(key, problem.trajectories, problem.horizon)
-        return q.reshape(-1, system.degrees), p.reshape(-1, system.degrees)
+    def _draw(self, key: PRNGKey, count: int, steps: int) -> State:
+        return self.system.motion(*self.system.draw(key, count), steps)
 
-    def loss(params: Any, world: State, key: Array) -> tuple[Array, Metrics]:
-        rows = jax.random.randint(key, (config.train.batch,), 0, len(world[0]))
-        mse = mismatch(params, world[0][rows], world[1][rows])
+    def draw_world(self, key: PRNGKey) -> State:
+        q, p = self._draw(key, self.trajectories, self.horizon)
+        return q.reshape(-1, self.system.degrees), p.reshape(-1, self.system.degrees)
+
+    def init_params(self, key: PRNGKey, world: World) -> Params:
+        return dynamics.init(self.law, key, self.system.degrees)
+
+    def _velocity_error(self, params: Params, q: Array, p: Array) -> Array:
+        truth = integrators.hamiltonian(self.system.energy)
+        pairs = zip(dynamics.field(self.law, params)(q, p), truth(q, p), strict=True)
+        error_q, error_p = (jnp.mean(jnp.square(ours - true)) for ours, true in pairs)
+        return (error_q + error_p) / 2
+
+    def loss(self, params: Params, world: State, key: PRNGKey) -> tuple[Array, Metrics]:
+        rows = jax.random.randint(key, (self.examples,), 0, len(world[0]))
+        mse = self._velocity_error(params, world[0][rows], world[1][rows])
         return mse, {'derivative': mse}
 
-    def measured(params: Any, key: Array) -> tuple[State, State, Metrics]:
-        """True and predicted motion, and the scores [time, trajectories]."""
-        true = drawn(key, problem.examples, long)
-        one = dynamics.step(
-            law, params, system.time / problem.substeps, problem.iterations, order=4
-        )
-        ours = integrators.roll_out(one, true[0][0], true[1][0], long, problem.substeps)
+    def _roll_out(self, params: Params, key: PRNGKey) -> tuple[State, State, Metrics]:
+        """Return the true and the predicted motion, and the scores [time, trajectories]."""
+        true = self._draw(key, self.eval_examples, self.long)
+        time = self.system.time / self.substeps
+        step = dynamics.step(self.law, params, time, self.iterations, order=4)
+        ours = integrators.roll_out(step, true[0][0], true[1][0], self.long, self.substeps)
         curves = {'error': scores.error(jnp.concatenate(ours, -1), jnp.concatenate(true, -1))}
-        curves['drift'] = scores.drift(system.energy(*ours))
-        if law.form != 'field':
-            curves['drift_learnt'] = scores.drift(dynamics.energy(law, params, *ours))
+        curves['drift'] = scores.drift(self.system.energy(*ours))
+        if self.law.form != 'field':
+            curves['drift_learnt'] = scores.drift(dynamics.energy(self.law, params, *ours))
         return true, ours, curves
 
-    def evaluation(params: Any, world: State, key: Array) -> Metrics:
-        true, _, curves = measured(params, key)
-        short = slice(problem.horizon + 1)
-        late = slice(long - problem.horizon + 1, None)
-        return {
-            'derivative': mismatch(params, true[0][short], true[1][short]),
+    def evaluate(self, params: Params, world: State, key: PRNGKey) -> dict[str, Metrics]:
+        true, _, curves = self._roll_out(params, key)
+        short = slice(self.horizon + 1)
+        late = slice(self.long - self.horizon + 1, None)
+        metrics = {
+            'derivative': self._velocity_error(params, true[0][short], true[1][short]),
             'error': curves['error'][short].mean(),
             'error_long': curves['error'].mean(),
             'valid': scores.valid(curves['error'], TOLERANCE).mean(),
-            **{name: of[late].mean() for name, of in curves.items() if name != 'error'},
+            **{name: curve[late].mean() for name, curve in curves.items() if name != 'error'},
         }
+        return {'eval': metrics}
 
-    def artefacts(params: Any, world: State, key: Array) -> Metrics:
-        """Some states [time, KEPT, 2d], q and p side by side, and all scores [time, examples]."""
-        true, ours, curves = measured(params, key)
+    def costs(self) -> Costs:
+        return dynamics.costs(self.law, self.system.degrees)
+
+    def artifacts(self, params: Params, world: State, key: PRNGKey) -> Metrics:
+        """Return some states [time, SHOWN, 2d], [q; p], and all scores [time, examples]."""
+        true, ours, curves = self._roll_out(params, key)
         states = {'true': true, 'predicted': ours}
-        kept = {name: jnp.concatenate(of, -1)[:, :KEPT] for name, of in states.items()}
-        return kept | curves
+        shown = {name: jnp.concatenate(state, -1)[:, :SHOWN] for name, state in states.items()}
+        return shown | curves
 
-    return Problem(
-        world=world,
-        init=lambda key, world: dynamics.init(law, key, system.degrees),
-        loss=loss,
-        evaluations={'eval': evaluation},
-        costs=lambda: dynamics.costs(law, system.degrees),
+
+def make(config: ml_collections.ConfigDict) -> PhaseSpace:
+    """Build the problem of a config."""
+    problem = config.problem
+    return PhaseSpace(
         examples=config.train.batch,
-        artefacts=artefacts,
+        system=SYSTEMS[problem.system],
+        law=dynamics.make(config.model),
+        trajectories=problem.trajectories,
+        horizon=problem.horizon,
+        long=problem.longer * problem.horizon,
+        substeps=problem.substeps,
+        iterations=problem.iterations,
+        eval_examples=problem.examples,
     )

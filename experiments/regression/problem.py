@@ -12,26 +12,27 @@ function without noise, at evenly spaced x. What a network knows of the task, `p
                  a matrix that the seed draws; the noise is drawn once for each task
     inferred     z = ψ(mean_j φ(x_j, y_j)) of a few examples of it, φ and ψ learnt with the rest
 
-New tasks come with K examples each, and how they are met is said at `_new`.
+New tasks come with K examples each; `Regression._evaluate_new` says how they are learned.
 
 Shapes: T tasks, E examples of each; x, y [T, E], z [T, m].
 
 Source: the two families are of Jayakumar et al. (ICLR 2020), recalled; every constant is ours.
 """
 
+import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+from chex import Array, PRNGKey
 from flax import linen as nn
-from jax import Array
 
 from mi import fusion
 from mi.config import Rule, UserError, choice, integer, number, tuple_of
 from mi.fit import network, transfer
-from mi.fit.problem import Metrics, Problem
+from mi.fit.problem import Costs, Metrics, Params, Problem, World
 from mi.layers import Context
 
 CONTEXTS = ('one_hot', 'descriptor', 'inferred')
@@ -73,11 +74,30 @@ class Tasks(NamedTuple):
     y: Array
 
 
-class World(NamedTuple):
-    """What a seed draws: the tasks that are learnt, and others that come later."""
+class RegressionWorld(NamedTuple):
+    """The tasks of a seed: those to train on, and new ones."""
 
     known: Tasks
     new: Tasks
+
+
+class Settings(NamedTuple):
+    """The tasks and what the network knows of them; keys of `config.problem`."""
+
+    context: str
+    tasks: int
+    examples: int
+    noise: float
+    descriptor_noise: float
+
+
+class TransferSettings(NamedTuple):
+    """How new tasks are learned; keys of `config.transfer`."""
+
+    tasks: int
+    shots: tuple[int, ...]
+    steps: int
+    learning_rate: float
 
 
 class Encoder(nn.Module):
@@ -101,182 +121,228 @@ class Encoder(nn.Module):
 
 
 def values(tasks: Tasks, x: Array) -> Array:
-    """The functions themselves, at x [T, E]."""
+    """Return the functions of the tasks, without noise, at x [T, E]."""
     shape = jnp.where(tasks.family[:, None] == 0, x, jnp.sin(10 * x))
     return tasks.a[:, None] * shape + tasks.b[:, None]
 
 
-def make(config: ml_collections.ConfigDict) -> Problem:
-    """The problem of a config; of every task, `train.batch` of its examples are in a step."""
-    of, shots = config.problem, tuple(config.transfer.shots)
-    one_hot = config.model.fusion.name in fusion.ONE_HOT
-    if one_hot and of.context != 'one_hot':
-        raise UserError(
-            f'config.model.fusion.name = {config.model.fusion.name!r} is for contexts that are '
-            f"one-hot: expected config.problem.context = 'one_hot', not {of.context!r}"
-        )
-    infers = of.context == 'inferred'
-    kind: Context = 'one_hot' if of.context == 'one_hot' else 'dense'
-    model = network.make(config.model, features=1, context=kind)
-    m = {'one_hot': of.tasks, 'descriptor': of.descriptor, 'inferred': of.inferred}[of.context]
-    encoder = Encoder(m, of.encoder)
-    most = max(shots)
+@dataclasses.dataclass(frozen=True)
+class Regression(Problem):
+    """Learn known tasks, then new ones from few examples; the world of a seed is its tasks.
 
-    def draw(key: Array, P: Array, count: int, examples: int) -> Tasks:
-        of_task, of_z, of_x, of_noise = jax.random.split(key, 4)
+    Attributes:
+      model: (x, z) → y.
+      encoder: of an inferred context; None if contexts are not inferred.
+      settings: the config's section `problem`.
+      transfer: the config's section `transfer`.
+      features: m.
+      batch: examples of each task in a step.
+      is_one_hot: whether the fusion takes one-hot contexts only, so that new tasks have none.
+      learns_alone: whether the network has no context, so that a new task trains a fresh one.
+      learning_rate: of a network that learns a new task alone.
+    """
+
+    model: network.FusedMLP
+    encoder: Encoder | None
+    settings: Settings
+    transfer: TransferSettings
+    features: int
+    batch: int
+    is_one_hot: bool
+    learns_alone: bool
+    learning_rate: float
+
+    def _draw_tasks(self, key: PRNGKey, P: Array, count: int, examples: int) -> Tasks:
+        settings = self.settings
+        task_key, z_key, x_key, noise_key = jax.random.split(key, 4)
         family = jnp.arange(count) % 2
-        a, b = jax.random.uniform(of_task, (2, count), minval=-1, maxval=1)
+        a, b = jax.random.uniform(task_key, (2, count), minval=-1, maxval=1)
         z = jnp.eye(count)
-        if of.context == 'descriptor':
-            said = jnp.stack([1.0 - family, 1.0 * family, a, b], -1)
-            z = (said + of.descriptor_noise * jax.random.normal(of_z, said.shape)) @ P
-        x = jax.random.uniform(of_x, (count, examples), minval=-1, maxval=1)
+        if settings.context == 'descriptor':
+            descriptor = jnp.stack([1.0 - family, 1.0 * family, a, b], -1)
+            noise = jax.random.normal(z_key, descriptor.shape)
+            z = (descriptor + settings.descriptor_noise * noise) @ P
+        x = jax.random.uniform(x_key, (count, examples), minval=-1, maxval=1)
         tasks = Tasks(family, a, b, z, x, x)
-        noise = of.noise * jax.random.normal(of_noise, x.shape)
+        noise = settings.noise * jax.random.normal(noise_key, x.shape)
         return tasks._replace(y=values(tasks, x) + noise)
 
-    def world(key: Array) -> World:
-        of_P, known, new = jax.random.split(key, 3)
-        P = jax.random.normal(of_P, (len(FAMILIES) + 2, m))
-        return World(
-            draw(known, P, of.tasks, of.examples), draw(new, P, config.transfer.tasks, most)
-        )
+    def draw_world(self, key: PRNGKey) -> RegressionWorld:
+        P_key, known_key, new_key = jax.random.split(key, 3)
+        P = jax.random.normal(P_key, (len(FAMILIES) + 2, self.features))
+        known = self._draw_tasks(known_key, P, self.settings.tasks, self.settings.examples)
+        shots = max(self.transfer.shots)
+        return RegressionWorld(known, self._draw_tasks(new_key, P, self.transfer.tasks, shots))
 
-    def predict(params: Any, z: Array, x: Array) -> Array:
-        """z [T, m], x [T, E] → [T, E]."""
-        y: Any = model.apply({'params': params['network']}, x[..., None], z[:, None])
-        return y[..., 0]
-
-    def context(params: Any, tasks: Tasks, x: Array, y: Array, weights: Array) -> Array:
-        """[T, m], of examples [T, E] of which some may have no weight, where it is inferred."""
-        if not infers:
-            return tasks.z
-        z: Any = encoder.apply({'params': params['encoder']}, x, y, weights)
-        return z
-
-    def init(key: Array, world: Any) -> Any:
-        of_network, of_encoder = jax.random.split(key)
-        some = jnp.zeros(1)
-        params = {'network': model.init(of_network, some, jnp.zeros(m))['params']}
-        if infers:
-            params['encoder'] = encoder.init(of_encoder, some, some, some)['params']
+    def init_params(self, key: PRNGKey, world: World) -> Params:
+        network_key, encoder_key = jax.random.split(key)
+        x, z = jnp.zeros(1), jnp.zeros(self.features)
+        params = {'network': self.model.init(network_key, x, z)['params']}
+        if self.encoder is not None:
+            params['encoder'] = self.encoder.init(encoder_key, x, x, x)['params']
         return params
 
-    def loss(params: Any, world: World, key: Array) -> tuple[Array, Metrics]:
-        tasks = world.known
-        of_batch, of_set, of_size = jax.random.split(key, 3)
-        x, y = _some(of_batch, tasks, config.train.batch)
-        # contexts of as few and as many examples as a new task may come with
-        size = jax.random.choice(of_size, jnp.array(shots), (len(tasks.x), 1))
-        z = context(params, tasks, *_some(of_set, tasks, most), _first(size, most))
-        mse = jnp.mean(jnp.square(predict(params, z, x) - y))
+    def _predict(self, params: Params, z: Array, x: Array) -> Array:
+        """Return y [T, E] at x [T, E] for contexts z [T, m]."""
+        y: Array = self.model.apply({'params': params['network']}, x[..., None], z[:, None])
+        return y[..., 0]
+
+    def _infer(self, params: Params, x: Array, y: Array, weights: Array) -> Array:
+        """Return contexts [T, m] of weighted examples [T, E]."""
+        assert self.encoder is not None
+        z: Array = self.encoder.apply({'params': params['encoder']}, x, y, weights)
+        return z
+
+    def loss(self, params: Params, world: RegressionWorld, key: PRNGKey) -> tuple[Array, Metrics]:
+        tasks, shots = world.known, max(self.transfer.shots)
+        batch_key, context_key, size_key = jax.random.split(key, 3)
+        x, y = _draw_examples(batch_key, tasks, self.batch)
+        z = tasks.z
+        if self.encoder is not None:
+            # Contexts of as few and as many examples as a new task may come with.
+            sizes = jnp.array(self.transfer.shots)
+            size = jax.random.choice(size_key, sizes, (len(tasks.x), 1))
+            examples = _draw_examples(context_key, tasks, shots)
+            z = self._infer(params, *examples, _weigh_first(size, shots))
+        mse = jnp.mean(jnp.square(self._predict(params, z, x) - y))
         return mse, {'mse': mse}
 
-    def of_known(params: Any, world: World) -> tuple[Array, Array, Array]:
-        """Grid, predictions and values, [T, POINTS] each."""
+    def _predict_known(self, params: Params, world: RegressionWorld) -> tuple[Array, Array, Array]:
+        """Return grid, predictions and values of the known tasks, [T, POINTS] each."""
         tasks = world.known
-        there = min(most, of.examples)
-        x, y = tasks.x[:, :there], tasks.y[:, :there]
-        z = context(params, tasks, x, y, jnp.full_like(x, 1 / there))
-        grid = _grid(len(x))
-        return grid, predict(params, z, grid), values(tasks, grid)
+        z = tasks.z
+        if self.encoder is not None:
+            count = min(max(self.transfer.shots), self.settings.examples)
+            x, y = tasks.x[:, :count], tasks.y[:, :count]
+            z = self._infer(params, x, y, jnp.full_like(x, 1 / count))
+        grid = _grid(len(tasks.x))
+        return grid, self._predict(params, z, grid), values(tasks, grid)
 
-    def evaluation(params: Any, world: World, key: Array) -> Metrics:
-        _, found, wanted = of_known(params, world)
-        error = jnp.mean(jnp.square(found - wanted), -1)
-        each = {f'mse_{name}': error[i::2].mean() for i, name in enumerate(FAMILIES)}
-        return {'mse': error.mean(), **each}
+    def evaluate(self, params: Params, world: RegressionWorld, key: PRNGKey) -> dict[str, Metrics]:
+        _, predictions, targets = self._predict_known(params, world)
+        error = jnp.mean(jnp.square(predictions - targets), -1)
+        families = {f'mse_{name}': error[i::2].mean() for i, name in enumerate(FAMILIES)}
+        metrics = {'eval': {'mse': error.mean(), **families}}
+        if not self.is_one_hot:
+            metrics['new'] = self._evaluate_new(params, world, self.init_params(key, world))
+        return metrics
 
-    def new(params: Any, world: World, key: Array) -> Metrics:
-        return _new(config, world, params, init(key, world), predict, context)
+    def _evaluate_new(
+        self, params: Params, world: RegressionWorld, fresh_params: Params
+    ) -> Metrics:
+        """Return errors on new tasks, `mse/K` after K examples of each and `mse/0` before.
 
-    def artefacts(params: Any, world: World, key: Array) -> Metrics:
-        grid, found, wanted = of_known(params, world)
-        arrays = {'grid': grid, 'found': found, 'wanted': wanted, **world.known._asdict()}
+        An inferred context is that of the K examples, and nothing is learned. Other contexts are
+        learned from them by gradient, each task its own, with everything else fixed. One-hot
+        contexts have no entry for a new task: its z, with an entry for each known task, starts at
+        their mean, so that it learns in which shares to mix their rows of the parameters. A
+        descriptor starts as it came.
+
+        The fusion 'none' has no context to learn. There, all of `fresh_params` are learned from the
+        K examples alone, as a network does without other tasks.
+        """
+        tasks = world.new
+        grid = _grid(len(tasks.x))
+        targets = values(tasks, grid)
+        z_start = tasks.z
+        if self.settings.context == 'one_hot':
+            count = self.settings.tasks
+            z_start = jnp.full((len(tasks.x), count), 1 / count)
+
+        def compute_error(params: Params, z: Array, x: Array, y: Array) -> Array:
+            """Return the error of one task, with z [m] and x, y [E]."""
+            return jnp.mean(jnp.square(self._predict(params, z[None], x[None])[0] - y))
+
+        def learn_and_test(
+            K: int, z: Array, x: Array, y: Array, grid: Array, targets: Array
+        ) -> Array:
+            """Return the error of one task after the first K of its examples."""
+            x, y = x[:K], y[:K]
+            steps = self.transfer.steps
+            if self.learns_alone:
+                fitted = transfer.fit(
+                    lambda p: compute_error(p, z, x, y), fresh_params, steps, self.learning_rate
+                )
+                return compute_error(fitted, z, grid, targets)
+            if self.encoder is not None:
+                z = self._infer(params, x[None], y[None], jnp.full((1, K), 1 / K))[0]
+            else:
+                rate = self.transfer.learning_rate
+                z = transfer.fit(lambda z: compute_error(params, z, x, y), z, steps, rate)
+            return compute_error(params, z, grid, targets)
+
+        errors = {
+            f'mse/{K}': jax.vmap(functools.partial(learn_and_test, K))(
+                z_start, tasks.x, tasks.y, grid, targets
+            )
+            for K in self.transfer.shots
+        }
+        if self.encoder is None and not self.learns_alone:
+            initial_error = jax.vmap(compute_error, (None, 0, 0, 0))
+            errors['mse/0'] = initial_error(params, z_start, grid, targets)
+        return {name: error.mean() for name, error in errors.items()}
+
+    def costs(self) -> Costs:
+        """Count the network and, if there is one, the encoder of a context of one example."""
+        x, z = (jax.ShapeDtypeStruct((size,), jnp.float32) for size in (1, self.features))
+        counted = network.costs(self.model, x, z)
+        if self.encoder is not None:
+            encoder_costs = network.costs(self.encoder, x, x, x)
+            for name, parts in counted.items():
+                parts['model'] += encoder_costs[name]['model']
+        return counted
+
+    def artifacts(self, params: Params, world: RegressionWorld, key: PRNGKey) -> Metrics:
+        grid, predictions, targets = self._predict_known(params, world)
+        arrays = {'grid': grid, 'found': predictions, 'wanted': targets, **world.known._asdict()}
         return {name: a[:SHOWN] for name, a in arrays.items() if name != 'z'}
 
-    return Problem(
-        world=world,
-        init=init,
-        loss=loss,
-        evaluations={'eval': evaluation} | ({} if one_hot else {'new': new}),
-        costs=lambda: _costs(model, m, encoder if infers else None),
-        examples=of.tasks * config.train.batch,
-        artefacts=artefacts,
+
+def make(config: ml_collections.ConfigDict) -> Regression:
+    """Build the problem of a config; a step has `train.batch` examples of every task.
+
+    Raises:
+      UserError: if the fusion needs one-hot contexts and the problem has others.
+    """
+    settings = Settings(**{f: config.problem[f] for f in Settings._fields})
+    context, name = settings.context, config.model.fusion.name
+    is_one_hot = name in fusion.ONE_HOT
+    if is_one_hot and context != 'one_hot':
+        raise UserError(
+            f'config.model.fusion.name = {name!r} is for contexts that are one-hot: expected '
+            f"config.problem.context = 'one_hot', not {context!r}"
+        )
+    sizes = {
+        'one_hot': settings.tasks,
+        'descriptor': config.problem.descriptor,
+        'inferred': config.problem.inferred,
+    }
+    features = sizes[context]
+    kind: Context = 'one_hot' if context == 'one_hot' else 'dense'
+    return Regression(
+        examples=settings.tasks * config.train.batch,
+        model=network.make(config.model, features=1, context=kind),
+        encoder=Encoder(features, config.problem.encoder) if context == 'inferred' else None,
+        settings=settings,
+        transfer=TransferSettings(**config.transfer),
+        features=features,
+        batch=config.train.batch,
+        is_one_hot=is_one_hot,
+        learns_alone=name == 'none',
+        learning_rate=config.optim.learning_rate,
     )
 
 
-def _new(
-    config: ml_collections.ConfigDict, world: World, params: Any, fresh: Any, predict: Any,
-    context: Any,
-) -> Metrics:  # fmt: skip
-    """Errors on new tasks, `mse/K` after K examples of each and `mse/0` before.
-
-    An inferred context is that of the K examples, and nothing is learnt. Others are learnt from
-    them by gradient, each task its own, everything else as it was. One-hot contexts have no place
-    for a new task: its z, with an entry for each task that is known, starts at their mean, so that
-    what is learnt is of which rows of the parameters, in what shares, its own row is made. A
-    descriptor starts as it came.
-
-    The fusion 'none' has no context to learn. There, all parameters of a network that is `fresh`
-    are learnt from the K examples alone: what one has without other tasks.
-    """
-    tasks, of = world.new, config.transfer
-    infers = config.problem.context == 'inferred'
-    alone = config.model.fusion.name == 'none'
-    grid = _grid(len(tasks.x))
-    wanted = values(tasks, grid)
-    before = tasks.z
-    if config.problem.context == 'one_hot':
-        before = jnp.full((len(tasks.x), config.problem.tasks), 1 / config.problem.tasks)
-
-    def error(params: Any, z: Array, x: Array, y: Array) -> Array:
-        """Of one task, with z [m] and x, y [E]."""
-        return jnp.mean(jnp.square(predict(params, z[None], x[None])[0] - y))
-
-    def after(K: int, z: Array, x: Array, y: Array, at: Array, wanted: Array) -> Array:
-        """The error of one task after the first K of its examples."""
-        x, y = x[:K], y[:K]
-        if alone:
-            rate = config.optim.learning_rate
-            learnt = transfer.fitted(lambda p: error(p, z, x, y), fresh, of.steps, rate)
-            return error(learnt, z, at, wanted)
-        if infers:
-            z = context(params, None, x[None], y[None], jnp.full((1, K), 1 / K))[0]
-        else:
-            z = transfer.fitted(lambda z: error(params, z, x, y), z, of.steps, of.learning_rate)
-        return error(params, z, at, wanted)
-
-    found = {
-        f'mse/{K}': jax.vmap(functools.partial(after, K))(before, tasks.x, tasks.y, grid, wanted)
-        for K in of.shots
-    }
-    if not infers and not alone:
-        found |= {'mse/0': jax.vmap(error, (None, 0, 0, 0))(params, before, grid, wanted)}
-    return {name: of_tasks.mean() for name, of_tasks in found.items()}
+def _draw_examples(key: PRNGKey, tasks: Tasks, count: int) -> tuple[Array, Array]:
+    """Draw examples of every task with replacement, x and y [T, count]."""
+    rows = jax.random.randint(key, (len(tasks.x), count), 0, tasks.x.shape[-1])
+    return jnp.take_along_axis(tasks.x, rows, -1), jnp.take_along_axis(tasks.y, rows, -1)
 
 
-def _some(key: Array, tasks: Tasks, count: int) -> tuple[Array, Array]:
-    """Examples of every task, drawn with replacement, [T, count] each."""
-    at = jax.random.randint(key, (len(tasks.x), count), 0, tasks.x.shape[-1])
-    return jnp.take_along_axis(tasks.x, at, -1), jnp.take_along_axis(tasks.y, at, -1)
-
-
-def _first(size: Array, of: int) -> Array:
-    """Weights of the first `size` [T, 1] of so many examples, [T, of]."""
-    return jnp.where(jnp.arange(of)[None] < size, 1 / size, 0.0)
+def _weigh_first(size: Array, count: int) -> Array:
+    """Return equal weights [T, count] for the first `size` [T, 1] examples, 0 for the others."""
+    return jnp.where(jnp.arange(count)[None] < size, 1 / size, 0.0)
 
 
 def _grid(tasks: int) -> Array:
     return jnp.broadcast_to(jnp.linspace(-1, 1, POINTS), (tasks, POINTS))
-
-
-def _costs(model: nn.Module, m: int, encoder: Encoder | None) -> dict[str, dict[str, int]]:
-    """Of the network and, where there is one, of the encoder, for a context of one example."""
-    one, z = (jax.ShapeDtypeStruct((size,), jnp.float32) for size in (1, m))
-    counted = network.costs(model, one, z)
-    if encoder is not None:
-        of_encoder = network.costs(encoder, one, one, one)
-        for what, parts in counted.items():
-            parts['model'] += of_encoder[what]['model']
-    return counted

@@ -27,6 +27,7 @@ parameters and FLOPs that a run writes down (cost.json) are those of one. At the
 bounds, and its errors on the sequences of the first, each in all its orders.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -35,13 +36,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-from jax import Array
+from chex import Array, PRNGKey
+from flax import linen as nn
 
 from experiments.seq2seq import transformer
 from mi import fusion
 from mi.config import Rule, UserError, integer, number, suggest
 from mi.fit import network
-from mi.fit.problem import Metrics, Problem
+from mi.fit.problem import Costs, Metrics, Params, Problem, World
 
 LONGEST = 7  # tokens: a floor takes all n! orders
 
@@ -80,130 +82,170 @@ SCHEMA: dict[str, Rule] = {
 }
 
 
-def make(config: ml_collections.ConfigDict) -> Problem:
-    """The problem of a config; batches are drawn anew, so that there is no training set.
+@dataclasses.dataclass(frozen=True)
+class Sequences(Problem):
+    """Learn functions of sequences, a network for each; every batch is drawn fresh.
+
+    Attributes:
+      model: [n, d] → [n, d].
+      targets: names of TARGETS.
+      length, features: n, d.
+      temperature: τ of the target 'farthest'.
+      scales: root mean square of each target.
+      eval_examples: sequences of an evaluation.
+      orbits: sequences that the equivariant floor takes in all n! orders.
+      floor_examples: sequences of the additive floor.
+    """
+
+    model: nn.Module
+    targets: tuple[str, ...]
+    length: int
+    features: int
+    temperature: float
+    scales: tuple[float, ...]
+    eval_examples: int
+    orbits: int
+    floor_examples: int
+
+    def _draw(self, key: PRNGKey, examples: int) -> Array:
+        return draw_sequences(key, examples, self.length, self.features)
+
+    def compute_targets(self, X: Array) -> Array:
+        """Return the targets [targets, ..., n, d] of X [..., n, d], each with mean square 1."""
+        pairs = zip(self.targets, self.scales, strict=True)
+        return jnp.stack([TARGETS[name](X, self.temperature) / scale for name, scale in pairs])
+
+    def init_params(self, key: PRNGKey, world: World) -> Params:
+        keys = jax.random.split(key, len(self.targets))
+        tokens = jnp.zeros((self.length, self.features))
+        return jax.vmap(lambda key: self.model.init(key, tokens))(keys)
+
+    def _mean_squared_errors(self, params: Params, X: Array) -> Array:
+        """Return the error [targets] of each network on its own target."""
+        Y: Array = jax.vmap(self.model.apply, in_axes=(0, None))(params, X)
+        return jnp.square(Y - self.compute_targets(X)).mean((1, 2, 3))
+
+    def loss(self, params: Params, world: World, key: PRNGKey) -> tuple[Array, Metrics]:
+        errors = self._mean_squared_errors(params, self._draw(key, self.examples))
+        return errors.sum(), {'mse': errors.mean()}
+
+    def evaluate(self, params: Params, world: World, key: PRNGKey) -> dict[str, Metrics]:
+        errors = self._mean_squared_errors(params, self._draw(key, self.eval_examples))
+        by_target = {f'mse/{t}': e for t, e in zip(self.targets, errors, strict=True)}
+        return {'eval': {'mse': errors.mean()} | by_target}
+
+    def costs(self) -> Costs:
+        tokens = jax.ShapeDtypeStruct((self.length, self.features), jnp.float32)
+        return network.costs(self.model, tokens, part=r'mixer_\d+')
+
+    def artifacts(self, params: Params, world: World, key: PRNGKey) -> Metrics:
+        """Return both floors, and the errors on the sequences of the first in all orders."""
+        X, X_other = (self._draw(k, self.floor_examples) for k in jax.random.split(key))
+        orbit = X[: self.orbits]
+        errors = jax.lax.map(
+            lambda order: self._mean_squared_errors(params, orbit[:, order]), orders(self.length)
+        )
+        return {
+            'equivariant_floor': equivariant_floor(self.compute_targets, orbit),
+            'error_in_all_orders': errors.mean(0),
+            'additive_floor': additive_floor(self.compute_targets, X, X_other),
+        }
+
+
+def make(config: ml_collections.ConfigDict) -> Sequences:
+    """Build the problem of a config.
 
     Raises:
-      UserError: if the heads do not fit, the fusion needs a one-hot context, or the gradients of
-        the targets would be clipped together.
+      UserError: if the heads do not fit, if the fusion needs a one-hot context, or if gradients
+        are clipped, which would clip those of all targets together.
     """
-    of = config.problem
+    problem = config.problem
     if config.optim.clip_norm > 0:
         raise UserError(
             f'config.optim.clip_norm = {config.optim.clip_norm}: expected 0, for the norm would be '
-            f'that of the networks of all targets, which have nothing to do with each other'
+            f'that of the networks of all targets, which are independent'
         )
     if config.model.fusion.name in fusion.ONE_HOT:
         raise UserError(
-            f'config.model.fusion.name = {config.model.fusion.name!r}: its context has to be '
-            f'one-hot, and here it is a token; use another fusion'
+            f'config.model.fusion.name = {config.model.fusion.name!r}: expected a fusion for dense '
+            f'contexts; this one needs a one-hot context, and here the context is a token'
         )
-    model = transformer.make(config.model, of.features)
-    one = jax.ShapeDtypeStruct((of.length, of.features), jnp.float32)
-    words = tuple(of.targets)
-
-    draw = functools.partial(_draw, n=of.length, d=of.features)
-    scales = {w: scale(w, of.length, of.features, of.temperature) for w in words}
-
-    def targets(X: Array) -> Array:
-        """[..., n, d] → [targets, ..., n, d]."""
-        return jnp.stack([TARGETS[w](X, of.temperature) / scales[w] for w in words])
-
-    def init(key: Array, world: Any) -> Any:
-        each = jax.random.split(key, len(words))
-        return jax.vmap(lambda key: model.init(key, jnp.zeros(one.shape)))(each)
-
-    def errors(params: Any, X: Array) -> Array:
-        """The mean squared error of each network on the target that is its own."""
-        Y: Any = jax.vmap(model.apply, in_axes=(0, None))(params, X)
-        return jnp.square(Y - targets(X)).mean((1, 2, 3))
-
-    def loss(params: Any, world: Any, key: Array) -> tuple[Array, Metrics]:
-        mse = errors(params, draw(key, config.train.batch))
-        return mse.sum(), {'mse': mse.mean()}
-
-    def evaluation(params: Any, world: Any, key: Array) -> Metrics:
-        mse = errors(params, draw(key, of.examples))
-        return {'mse': mse.mean()} | {f'mse/{w}': e for w, e in zip(words, mse, strict=True)}
-
-    def floors(params: Any, world: Any, key: Array) -> Metrics:
-        X, again = (draw(k, of.floor_examples) for k in jax.random.split(key))
-        some = X[: of.orbits]
-        each = jax.lax.map(lambda order: errors(params, some[:, order]), orders(of.length))
-        return {
-            'equivariant_floor': equivariant_floor(targets, some),
-            'error_in_all_orders': each.mean(0),
-            'additive_floor': additive_floor(targets, X, again),
-        }
-
-    return Problem(
-        world=lambda key: {},
-        init=init,
-        loss=loss,
-        evaluations={'eval': evaluation},
-        costs=lambda: network.costs(model, one, part=r'mixer_\d+'),
+    n, d, tau = problem.length, problem.features, problem.temperature
+    return Sequences(
         examples=config.train.batch,
-        artefacts=floors,
+        model=transformer.make(config.model, d),
+        targets=tuple(problem.targets),
+        length=n,
+        features=d,
+        temperature=tau,
+        scales=tuple(scale(target, n, d, tau) for target in problem.targets),
+        eval_examples=problem.examples,
+        orbits=problem.orbits,
+        floor_examples=problem.floor_examples,
     )
 
 
-def _draw(key: Array, examples: int, n: int, d: int) -> Array:
+def draw_sequences(key: PRNGKey, examples: int, n: int, d: int) -> Array:
+    """Draw sequences [examples, n, d] with independent entries, uniform in [−1, 1]."""
     return jax.random.uniform(key, (examples, n, d), minval=-1, maxval=1)
 
 
 @functools.cache
-def scale(word: str, n: int, d: int, tau: float) -> float:
-    """The root mean square of a target, from a sample that is always the same."""
-    X = _draw(jax.random.key(0), 2**15, n, d)
-    return float(jnp.sqrt(jnp.square(TARGETS[word](X, tau)).mean()))
+def scale(target: str, n: int, d: int, tau: float) -> float:
+    """Return the root mean square of a target, of a fixed sample."""
+    X = draw_sequences(jax.random.key(0), 2**15, n, d)
+    return float(jnp.sqrt(jnp.square(TARGETS[target](X, tau)).mean()))
 
 
 def orders(n: int) -> Array:
-    """All permutations of n places [n!, n]."""
+    """Return all permutations of n places [n!, n]."""
     return jnp.array(list(itertools.permutations(range(n))))
 
 
 def equivariant_floor(f: Callable[[Array], Array], X: Array) -> Array:
-    """The least error of an equivariant function on the same sequences in all their orders.
+    """Return the least error of an equivariant function on the same sequences in all orders.
 
         mean_π ‖π⁻¹f(πX) − g(X)‖² / nd,   g(X) = mean_π π⁻¹f(πX)
 
-    Of these sequences that is so exactly, of others of the distribution on average.
+    The bound is exact for these sequences and holds on average for others of the distribution.
 
     Args:
       f: [N, n, d] → [targets, N, n, d].
       X: [N, n, d], a sample of a distribution that is the same in each order of the tokens.
     """
-    every = orders(X.shape[-2])
+    permutations = orders(X.shape[-2])
 
-    def back(order: Array) -> Array:
-        """π⁻¹f(πX)."""
+    def conjugate(order: Array) -> Array:
+        """Return π⁻¹f(πX)."""
         return f(X[:, order])[:, :, jnp.argsort(order)]
 
     def add(total: Array, order: Array) -> tuple[Array, None]:
-        return total + back(order), None
+        return total + conjugate(order), None
 
-    total, _ = jax.lax.scan(add, jnp.zeros_like(f(X)), every)
-    best = total / len(every)
-    each = jax.lax.map(lambda order: jnp.square(back(order) - best).mean((1, 2, 3)), every)
-    return each.mean(0)
+    # g(X), one order at a time, as all of them do not fit into memory.
+    total, _ = jax.lax.scan(add, jnp.zeros_like(f(X)), permutations)
+    best = total / len(permutations)
+    errors = jax.lax.map(
+        lambda order: jnp.square(conjugate(order) - best).mean((1, 2, 3)), permutations
+    )
+    return errors.mean(0)
 
 
-def additive_floor(f: Callable[[Array], Array], X: Array, again: Array) -> Array:
-    """The least E‖f(X) − Σ_s φ_s(x_s)‖² / nd, φ any functions, for independent tokens.
+def additive_floor(f: Callable[[Array], Array], X: Array, X_other: Array) -> Array:
+    """Return the least E‖f(X) − Σ_s φ_s(x_s)‖² / nd, φ any functions, for independent tokens.
 
     Var E[f | x_s] is the covariance of f at two sequences that share the token s alone (Sobol').
 
     Args:
       f: [N, n, d] → [targets, N, n, d].
-      X, again: [N, n, d], two independent samples of sequences of independent tokens.
+      X, X_other: [N, n, d], two independent samples of sequences of independent tokens.
     """
     N, n, _ = X.shape
-    here = f(X)
-    here = here - here.mean(1, keepdims=True)
-    left = jnp.square(here).mean((1, 2, 3))
+    Y = f(X)
+    Y = Y - Y.mean(1, keepdims=True)
+    residual = jnp.square(Y).mean((1, 2, 3))
     for s in range(n):
-        there = f(again.at[:, s].set(X[:, s]))
-        there = there - there.mean(1, keepdims=True)
-        left = left - (here * there).mean((1, 2, 3))
-    return left * N / (N - 1)
+        Y_shared = f(X_other.at[:, s].set(X[:, s]))
+        Y_shared = Y_shared - Y_shared.mean(1, keepdims=True)
+        residual = residual - (Y * Y_shared).mean((1, 2, 3))
+    return residual * N / (N - 1)

@@ -147,8 +147,8 @@ def _parameters_at(config: ml_collections.ConfigDict, width: int) -> int:
 def parameters(problem: Problem) -> int:
     """Of the model of a problem."""
     key = jax.random.key(0)
-    everything = jax.eval_shape(lambda key: problem.init(key, problem.world(key)), key)
-    return counting.parameters(problem.model(everything))
+    params = jax.eval_shape(lambda key: problem.init_params(key, problem.draw_world(key)), key)
+    return counting.parameters(problem.model_params(params))
 
 
 def of_width(config: ml_collections.ConfigDict, width: int) -> ml_collections.ConfigDict:

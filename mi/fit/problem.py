@@ -1,39 +1,62 @@
-"""What a run of mi.fit learns: pure functions of one seed, which the trainer maps over all seeds.
+"""A small supervised problem and the model that learns it.
 
-To add a problem, write a module with SCHEMA, the rules of its keys of the config, and `make`, and
-give it a line in mi.fit.factory.PROBLEMS.
+To add a problem, write a module with `SCHEMA`, the rules of its config keys, and `make(config)`,
+which returns a `Problem`, and give its path as `config.problem.name`.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import abc
+import dataclasses
+from typing import TypeAlias
 
-from jax import Array
+import chex
+from chex import Array, PRNGKey
 
 Metrics = dict[str, Array]
+Params: TypeAlias = chex.ArrayTree
+World: TypeAlias = chex.ArrayTree
+Costs = dict[str, dict[str, int]]
 
 
-class Problem(NamedTuple):
-    """A problem and the model that is to learn it.
+@dataclasses.dataclass(frozen=True)
+class Problem(abc.ABC):
+    """Pure functions of one seed; the trainer maps them over all seeds.
 
     Attributes:
-      world: key → what a seed draws once, such as its tasks and their data; {} for nothing.
-      init: (key, world) → parameters.
-      loss: (parameters, world, key) → the loss of the batch that the key draws, and metrics of it.
-      evaluations: split → (parameters, world, key) → metrics, scalars; `metric/TASK` for those of
-        one task. The key is the same at every evaluation of a seed.
-      costs: () → 'parameters' and 'flops_per_example', each {'model': …, 'fusion': …}; of one
-        network where a seed trains several, as in experiments.seq2seq.problem.
-      examples: in a batch.
-      artefacts: (parameters, world, key) → arrays to keep at the end of training, as what a figure
-        is drawn from; None for none.
-      model: all parameters → those that count as the model's, as in `costs`; of all networks.
+      examples: number of examples in a batch.
     """
 
-    world: Callable[[Array], Any]
-    init: Callable[[Array, Any], Any]
-    loss: Callable[[Any, Any, Array], tuple[Array, Metrics]]
-    evaluations: dict[str, Callable[[Any, Any, Array], Metrics]]
-    costs: Callable[[], dict[str, dict[str, int]]]
     examples: int
-    artefacts: Callable[[Any, Any, Array], Metrics] | None = None
-    model: Callable[[Any], Any] = lambda params: params
+
+    def draw_world(self, key: PRNGKey) -> World:
+        """Draw what a seed draws once, such as its tasks and their data."""
+        return {}
+
+    @abc.abstractmethod
+    def init_params(self, key: PRNGKey, world: World) -> Params:
+        """Draw the initial parameters."""
+
+    @abc.abstractmethod
+    def loss(self, params: Params, world: World, key: PRNGKey) -> tuple[Array, Metrics]:
+        """Return the loss and the metrics of the batch that the key draws."""
+
+    @abc.abstractmethod
+    def evaluate(self, params: Params, world: World, key: PRNGKey) -> dict[str, Metrics]:
+        """Return scalar metrics by split, `metric/TASK` for those of one task.
+
+        Every evaluation of a seed has the same key.
+        """
+
+    @abc.abstractmethod
+    def costs(self) -> Costs:
+        """Count 'parameters' and 'flops_per_example', each {'model': …, 'fusion': …}.
+
+        They are those of one network if a seed trains several.
+        """
+
+    def artifacts(self, params: Params, world: World, key: PRNGKey) -> Metrics:
+        """Return arrays to keep at the end of training, such as the data of a figure."""
+        return {}
+
+    def model_params(self, params: Params) -> Params:
+        """Return the parameters that count as the model's, those of all its networks."""
+        return params

@@ -49,7 +49,7 @@ def keys(seed: Array) -> tuple[Array, Array, Array, Array]:
 def start(problem: Problem, optimiser: optax.GradientTransformation, seed: Array) -> State:
     """The state of one seed before its first step."""
     of_world, of_init, _, _ = keys(seed)
-    params = problem.init(of_init, problem.world(of_world))
+    params = problem.init_params(of_init, problem.draw_world(of_world))
     return State(params, optimiser.init(params), jnp.int32(0))
 
 
@@ -63,7 +63,7 @@ def steps(
 ) -> tuple[State, Metrics]:
     """`count` steps of one seed and the means of their metrics; the updates are times `rate`."""
     of_world, _, of_batches, _ = keys(seed)
-    world = problem.world(of_world)
+    world = problem.draw_world(of_world)
 
     def step(state: State, _: None) -> tuple[State, Metrics]:
         key = jax.random.fold_in(of_batches, state.step)
@@ -82,8 +82,8 @@ def steps(
 def evaluate(problem: Problem, params: Any, seed: Array) -> dict[str, Metrics]:
     """The metrics of one seed, by split."""
     of_world, _, _, key = keys(seed)
-    world = problem.world(of_world)
-    return {split: f(params, world, key) for split, f in problem.evaluations.items()}
+    world = problem.draw_world(of_world)
+    return problem.evaluate(params, world, key)
 
 
 def shapes(
@@ -212,13 +212,11 @@ def write(
 
 def _keep(problem: Problem, run: run_dir.Run, state: State, seeds: Array, mesh: Mesh) -> None:
     """Write the problem's artefacts, [S, …] each, to artefacts.npz."""
-    draw = problem.artefacts
-    if draw is None:
-        return
 
     def draw_one(params: Any, seed: Array) -> Metrics:
         world_key, _, _, key = keys(seed)
-        return draw(params, problem.world(world_key), key)
+        return problem.artifacts(params, problem.draw_world(world_key), key)
 
     arrays = jax.jit(placement.shard_map_seeds(draw_one, mesh))(state.params, seeds)
-    run.write_arrays('artefacts.npz', placement.gather_seeds(arrays, len(run.config.seeds)))
+    if arrays:
+        run.write_arrays('artefacts.npz', placement.gather_seeds(arrays, len(run.config.seeds)))

@@ -1,13 +1,14 @@
-"""What is learnt of a new task from a few of its examples, the rest left as it is."""
+"""Learn a new task from a few of its examples."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
-from jax import Array
+from chex import Array
 
 from mi.config import Rule, integer, number
+from mi.fit.problem import Params
 
 SCHEMA: dict[str, Rule] = {
     'transfer.steps': integer(1),
@@ -15,18 +16,23 @@ SCHEMA: dict[str, Rule] = {
 }
 
 
-def fitted(loss: Callable[[Any], Array], start: Any, steps: int, rate: float) -> Any:
-    """Where so many steps of Adam lead from the start, the learning rate falling to 0 as a cosine.
+def fit(
+    loss: Callable[[Params], Array], params: Params, steps: int, learning_rate: float
+) -> Params:
+    """Minimize a loss by Adam, with a learning rate that falls to 0 as a cosine.
 
     Args:
-      loss: of what is fitted, any tree of arrays.
+      loss: params → scalar.
+      params: where to start.
+      steps: of Adam.
+      learning_rate: of the first step.
     """
-    optimiser = optax.adam(optax.cosine_decay_schedule(rate, steps))
+    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
 
-    def step(state: tuple[Any, Any], _: None) -> tuple[tuple[Any, Any], None]:
-        fit, memory = state
-        updates, memory = optimiser.update(jax.grad(loss)(fit), memory, fit)
-        return (optax.apply_updates(fit, updates), memory), None
+    def step(state: tuple[Params, optax.OptState], _: None) -> tuple[Any, None]:
+        params, opt_state = state
+        updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), None
 
-    (fit, _), _ = jax.lax.scan(step, (start, optimiser.init(start)), None, steps)
-    return fit
+    (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), None, steps)
+    return params

@@ -48,7 +48,7 @@ def built():
     alphas = (2.0, 4.0, 5.0, 6.0, 30.0)
     images = noise(1, 8, 24, 24, 1)
     params = jax.jit(vision.make(model, digits.CLASSES).init)(jax.random.key(0), images)
-    measure = jax.jit(functools.partial(digits.constructed, model=model, alphas=alphas))
+    measure = jax.jit(functools.partial(digits.compare_construction, model=model, alphas=alphas))
     return alphas, measure(params, images=images, labels=jnp.zeros(8, int))
 
 
@@ -87,14 +87,14 @@ def test_the_digits_are_split_anew_for_each_seed_and_centres_are_fixed_where_the
     assert images.shape == (digits.COUNT, 8, 8, 1) and labels.shape == (digits.COUNT,)
     assert abs(images.mean()) < 1e-5 and images.std() == pytest.approx(1, abs=1e-5)
     problem = factory.problem(config(**SMALL | {'model.centres': 'fixed'}))
-    worlds = [problem.world(jax.random.key(i)) for i in (0, 1)]
-    rows = [np.asarray(world['rows']) for world in worlds]
+    worlds = [problem.draw_world(jax.random.key(i)) for i in (0, 1)]
+    rows = [np.asarray(world.rows) for world in worlds]
     assert all(sorted(r) == list(range(digits.COUNT)) for r in rows)
     assert np.mean(rows[0] == rows[1]) < 0.01
 
     @jax.jit
     def gradient(key):
-        params = problem.init(key, worlds[0])
+        params = problem.init_params(key, worlds[0])
         return jax.grad(lambda p: problem.loss(p, worlds[0], key)[0])(params)
 
     layer = gradient(jax.random.key(2))['params']['layer_0']

@@ -57,7 +57,7 @@ def test_every_module_is_trained_and_the_tested_pairs_are_those_of_no_support(mo
 
 def test_the_teacher_is_its_equation_and_has_outputs_of_variance_1():
     problem = composition.make(config(**{'problem.inputs': 40, 'problem.hidden': 300}))
-    teacher = problem.world(jax.random.key(0))
+    teacher = problem.draw_world(jax.random.key(0))
     rng = np.random.default_rng(0)
     c = rng.normal(size=(3, 6))
     c /= np.linalg.norm(c, axis=-1, keepdims=True)
@@ -84,22 +84,20 @@ def test_an_mi_of_the_teacher_s_modules_knows_every_combination():
     """The form of the teacher: W its modules, U, V and b zero, and the readout."""
     of = config(**{'model.width': 16, 'model.parameters': 0})
     problem = composition.make(of)
-    teacher = problem.world(jax.random.key(0))
-    shapes = jax.eval_shape(problem.init, jax.random.key(1), teacher)
+    teacher = problem.draw_world(jax.random.key(0))
+    shapes = jax.eval_shape(problem.init_params, jax.random.key(1), teacher)
     params = jax.tree.map(lambda a: jnp.zeros(a.shape), shapes)
     params['network']['fusion_0']['W'] = teacher.modules / 6**0.5  # z = √6 c
     params['network']['affine_1']['kernel'] = teacher.readout
-    for split in ('seen', 'unseen'):
-        error = jax.jit(problem.evaluations[split])(params, teacher, jax.random.key(2))['error']
-        assert error < 1e-8
+    metrics = jax.jit(problem.evaluate)(params, teacher, jax.random.key(2))
+    assert metrics.keys() == {'seen', 'unseen'}
+    assert all(split['error'] < 1e-8 for split in metrics.values())
 
 
 def test_a_context_is_learnt_that_an_affine_map_has_hidden():
     hidden = jnp.array([2.0, -1.0, 0.5])
     x = jax.random.normal(jax.random.key(0), (30, 3))
-    found = transfer.fitted(
-        lambda z: jnp.mean(jnp.square(x @ z - x @ hidden)), jnp.zeros(3), 400, 0.1
-    )
+    found = transfer.fit(lambda z: jnp.mean(jnp.square(x @ z - x @ hidden)), jnp.zeros(3), 400, 0.1)
     np.testing.assert_allclose(found, hidden, atol=1e-3)
 
 
@@ -136,9 +134,9 @@ def test_a_context_that_is_learnt_makes_another_task_of_what_was_trained():
 
     def error(steps):
         problem = composition.make(config(**toy, **{'transfer.steps': steps}))
-        teacher = problem.world(jax.random.key(0))
-        params = problem.init(jax.random.key(1), teacher)
-        return problem.evaluations['unseen'](params, teacher, jax.random.key(2))['error']
+        teacher = problem.draw_world(jax.random.key(0))
+        params = problem.init_params(jax.random.key(1), teacher)
+        return problem.evaluate(params, teacher, jax.random.key(2))['unseen']['error']
 
     before, after = (sharding.jit_once(lambda steps=steps: error(steps)) for steps in (1, 100))
     assert after < 0.9 * before
@@ -185,7 +183,10 @@ def test_every_student_of_the_sweep_is_one_network_of_the_size_asked_for_whateve
         ({'problem.modules': 7}, r'problem\.modules = 7: expected an even number'),
         ({'problem.modules': 4}, r'problem\.modules = 4: expected an integer of at least 6'),
         ({'problem.context': 'learned'}, r"problem\.coefficients = 'drawn': expected 'equal'"),
-        ({'model.fusion.name': 'multi_head'}, r"'multi_head' is for contexts that are one-hot"),
+        (
+            {'model.fusion.name': 'multi_head'},
+            r"'multi_head': expected a fusion for dense contexts",
+        ),
         ({'problem.support': 'ring'}, r"problem\.support = 'ring': .*connected"),
     ],
 )

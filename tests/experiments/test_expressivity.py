@@ -36,7 +36,9 @@ def model(**changes):
 def test_targets_have_mean_0_and_variance_d():
     def moment(power):
         return integrate.quad(
-            lambda a: float(products._folded(jnp.float32(a))) ** power * stats.norm.pdf(a), 0, 8
+            lambda a: float(products.centered_abs(jnp.float32(a))) ** power * stats.norm.pdf(a),
+            0,
+            8,
         )[0]
 
     assert 2 * moment(1) == pytest.approx(0, abs=1e-5)
@@ -311,8 +313,8 @@ def test_the_surface_is_the_error_at_each_point(fitted):
     assert surface.shape == (2, products.POINTS, products.POINTS)
     of = config('fit', **{'problem.dimension': 1, 'model.width': 5})
     problem = products.make(of)
-    params = problem.init(jax.random.key(3), {})
-    surface = problem.artefacts(params, {}, jax.random.key(4))['surface']
+    params = problem.init_params(jax.random.key(3), {})
+    surface = problem.artifacts(params, {}, jax.random.key(4))['surface']
     x, z = 1.5, -0.75  # three quarters and three eighths of the way
     y = network.make(of.model, 1, 'dense').apply(params, jnp.array([x]), jnp.array([z]))[0]
     assert surface[45, 90] == pytest.approx(float(y) - x * z, abs=1e-6)

@@ -224,7 +224,7 @@ def test_the_true_law_has_no_error(name, monkeypatch):
     monkeypatch.setattr(
         dynamics.Law, '__call__', lambda self, q, p: SYSTEMS[name].energy(q, p), raising=True
     )
-    found = problem.evaluations['eval']({}, None, jax.random.key(0))
+    found = problem.evaluate({}, None, jax.random.key(0))['eval']
     assert found['derivative'] < 1e-12
     assert found['error_long'] < 1e-3 and found['drift'] < 0.01 and found['valid'] == 1
     assert found['drift'] == pytest.approx(float(found['drift_learnt']), rel=1e-4)
@@ -299,7 +299,7 @@ def test_over_ten_horizons_an_energy_drifts_less_than_a_field(learnt):
     ]
     assert abs(counted[0] - counted[1]) < 100
     kept = np.load(learnt / 'energy/artefacts.npz')
-    assert kept['true'].shape == kept['predicted'].shape == (2, 151, phase_space.KEPT, 2)
+    assert kept['true'].shape == kept['predicted'].shape == (2, 151, phase_space.SHOWN, 2)
     np.testing.assert_allclose(kept['error'].mean((1, 2)),
                                [energy[s]['error_long'] for s in (0, 1)], rtol=1e-4)  # fmt: skip
 
@@ -318,8 +318,8 @@ def test_the_loss_of_frames_is_the_evidence_lower_bound():
     of = small(**{'problem.decoded': 4, 'problem.early': 3 / 7, 'train.batch': 1})
     of.problem.trajectories = 1
     problem = frames.make(of)
-    world = problem.world(jax.random.key(0))
-    params = problem.init(jax.random.key(1), world)
+    world = problem.draw_world(jax.random.key(0))
+    params = problem.init_params(jax.random.key(1), world)
     key = jax.random.key(2)
     loss, measured = problem.loss(params, world, key)
     seen = rendering.render(world)  # [7, 1, …]
@@ -345,7 +345,7 @@ def test_the_loss_of_frames_is_the_evidence_lower_bound():
 def test_what_is_predicted_depends_on_the_frames_that_are_seen_alone():
     problem = frames.make(small(**{'problem.decoded': 1}))
     places = jax.random.uniform(jax.random.key(0), (7, 20, 2, 2), minval=-0.5, maxval=0.5)
-    params = problem.init(jax.random.key(1), places)
+    params = problem.init_params(jax.random.key(1), places)
     after = places.at[3:].set(0.2)
 
     def kl(world):
@@ -367,7 +367,7 @@ def test_frames_that_were_stopped_end_with_the_bits_of_those_that_were_not(tmp_p
         assert whole == stopped
     kept = np.load(tmp_path / 'whole/artefacts.npz')
     assert kept['true'].dtype == np.uint8
-    assert kept['true'].shape == kept['predicted'].shape == (2, 13, frames.KEPT, 32, 32, 2)
+    assert kept['true'].shape == kept['predicted'].shape == (2, 13, frames.SHOWN, 32, 32, 2)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ def config(**changes):
 
 
 def world(of, seed=0):
-    return sharding.jit_once(lambda: regression.make(of).world(jax.random.key(seed)))
+    return sharding.jit_once(lambda: regression.make(of).draw_world(jax.random.key(seed)))
 
 
 def test_tasks_are_by_turns_affine_and_sinusoids_with_noise_on_their_examples():
@@ -57,7 +57,10 @@ def test_an_inferred_context_takes_examples_as_a_set_and_only_those_with_weight(
     np.testing.assert_allclose(z, turned, atol=1e-6)
     np.testing.assert_allclose(z, encoder.apply(params, x.at[3].set(9.0), y, weights), atol=1e-6)
     assert np.abs(z - encoder.apply(params, x.at[1].set(9.0), y, weights)).max() > 1e-3
-    assert regression._first(jnp.array([[2], [4]]), 4).tolist() == [[0.5, 0.5, 0, 0], [0.25] * 4]
+    assert regression._weigh_first(jnp.array([[2], [4]]), 4).tolist() == [
+        [0.5, 0.5, 0, 0],
+        [0.25] * 4,
+    ]
 
 
 def test_errors_are_of_affine_tasks_and_of_sinusoids_each_by_its_name():
@@ -67,8 +70,8 @@ def test_errors_are_of_affine_tasks_and_of_sinusoids_each_by_its_name():
     teacher = world(cfg)
     is_sinusoid = teacher.known.family == 1
     known = teacher.known._replace(a=3.0 * is_sinusoid, b=0.0 * is_sinusoid)
-    params = jax.tree.map(jnp.zeros_like, problem.init(jax.random.key(0), teacher))
-    measured = problem.evaluations['eval'](params, teacher._replace(known=known), jax.random.key(1))
+    params = jax.tree.map(jnp.zeros_like, problem.init_params(jax.random.key(0), teacher))
+    measured = problem.evaluate(params, teacher._replace(known=known), jax.random.key(1))['eval']
     grid = np.linspace(-1, 1, regression.POINTS)
     assert measured['mse_affine'] == 0
     assert measured['mse_sinusoid'] == pytest.approx(9 * np.mean(np.sin(10 * grid) ** 2), rel=1e-4)

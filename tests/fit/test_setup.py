@@ -16,15 +16,27 @@ from mi.fit import factory, train
 from mi.fit.problem import Problem
 from tests.fit.runs import edited
 
-DRAWS = Problem(
-    world=lambda key: {'drawn': jax.random.uniform(key)},
-    init=lambda key, world: jnp.zeros(()),
-    loss=lambda params, world, key: (params, {'batch': jax.random.uniform(key), **world}),
-    evaluations={},
-    costs=dict,
-    examples=1,
-)
 
+class Draws(Problem):
+    """Its metrics are what the keys of the world and of the batch draw."""
+
+    def draw_world(self, key):
+        return {'drawn': jax.random.uniform(key)}
+
+    def init_params(self, key, world):
+        return jnp.zeros(())
+
+    def loss(self, params, world, key):
+        return params, {'batch': jax.random.uniform(key), **world}
+
+    def evaluate(self, params, world, key):
+        return {}
+
+    def costs(self):
+        return {}
+
+
+DRAWS = Draws(examples=1)
 CONFIGS = {
     'experiments.expressivity.problem': lambda: expressivity.get_config('fit'),
     'experiments.seq2seq.problem': seq2seq.get_config,
