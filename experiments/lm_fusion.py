@@ -79,9 +79,9 @@ def sweep() -> list[dict[str, Any]]:
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Compares each arm with concat of its own core and site, as a table and a figure."""
     found: dict[tuple[str, str], dict[str, runs.Arm]] = {}
-    sweep = runs.read(workdir)
+    sweep = runs.read_sweep(workdir)
     for arm in sweep.arms:
-        if arm.finite(METRIC, SPLIT):
+        if arm.finite_values(METRIC, SPLIT):
             core, site, fusion = arm.label.split(', ')
             found.setdefault((core, site), {})[fusion] = arm
     found = {place: arms for place, arms in found.items() if 'concat' in arms}
@@ -95,16 +95,16 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
             if site == 'encoder' and (core, 'decoder') in found and 'none' in arms:
                 found[core, 'decoder'] |= {'none': arms['none']}
             arms = {fusion: arms[fusion] for fusion in WORDS if fusion in arms}
-            finals = {fusion: arm.final(METRIC, SPLIT) for fusion, arm in arms.items()}
+            finals = {fusion: arm.final_values(METRIC, SPLIT) for fusion, arm in arms.items()}
             for fusion, final in finals.items():
                 mean = statistics.estimate(final, fusion)
-                gap = statistics.difference(final, finals['concat'], fusion)
+                gap = statistics.estimate_difference(final, finals['concat'], fusion)
                 gap = None if fusion == 'concat' else gap
                 body.append([
-                    core, site, fusion, str(tables.interval(mean, 4)),
-                    str(tables.interval(gap, 4, '+')),
-                    *(f'{arms[fusion].counted(what, part):,}' for what, part in COUNTS),
-                    f'{arms[fusion].seconds()[1][-1]:.0f}',
+                    core, site, fusion, str(tables.format_interval(mean, 4)),
+                    str(tables.format_interval(gap, 4, '+')),
+                    *(f'{arms[fusion].get_cost(what, part):,}' for what, part in COUNTS),
+                    f'{arms[fusion].training_seconds()[1][-1]:.0f}',
                 ])  # fmt: skip
                 if gap is not None:
                     base = finals['concat']
@@ -114,9 +114,9 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
                     axes.plot([gap.mean], [row], '|', ms=10, mew=1.6, color=plots.PALETTE[0])
             axes.axvline(0, color=plots.GREY, lw=0.8)
             axes.set_title(f'{core},\n{site}')
-            axes.set_yticks(range(1, len(WORDS)), [tables.words(fusion) for fusion in WORDS[1:]])
+            axes.set_yticks(range(1, len(WORDS)), [tables.humanize(fusion) for fusion in WORDS[1:]])
         panels[0].set_ylim(len(WORDS) - 0.5, 0.5)
         figure.supxlabel('bits per byte − concat', fontsize='medium')
         plots.save(figure, out, 'lm_fusion')
-    notes = [tables.markdown(header, body), statistics.CAUTION, sweep.left_out()]
+    notes = [tables.format_markdown(header, body), statistics.CAUTION, sweep.describe_excluded()]
     (out / 'lm_fusion.md').write_text('\n\n'.join(filter(None, notes)) + '\n', encoding='utf-8')

@@ -127,7 +127,7 @@ def _construction(figure: Figure, kernels: dict[str, Kept]) -> None:
                 color=colour, alpha=0.15, lw=0,
             )  # fmt: skip
             lost = of.arrays['accuracy'][:, d] - of.arrays['own_accuracy'][:, None]
-            mean, low, high = statistics.band(100 * lost)
+            mean, low, high = statistics.estimate_band(100 * lost)
             right.plot(alphas, mean, label=label, **style)
             if low is not None and high is not None:
                 right.fill_between(alphas, low, high, color=colour, alpha=0.15, lw=0)
@@ -195,8 +195,8 @@ def _errors(kernels: dict[str, Kept]) -> str:
             columns.append(arrays['logit_error'][:, 0, i])
             line = [f'{title}, {alpha:g}']
             line += [_scientific(_estimate(of, values)) for values in columns]
-            body.append([*line, str(tables.interval(_estimate(of, lost[:, i]), 2))])
-    return '**K² heads in place of a K × K convolution**\n\n' + tables.markdown(header, body)
+            body.append([*line, str(tables.format_interval(_estimate(of, lost[:, i]), 2))])
+    return '**K² heads in place of a K × K convolution**\n\n' + tables.format_markdown(header, body)
 
 
 def _moved(kept: dict[str, Kept]) -> str:
@@ -223,13 +223,13 @@ def _moved(kept: dict[str, Kept]) -> str:
                 for name in ('alpha_before', 'alpha')
             ]
             line = [label, str(layer + 1)]
-            line += [str(tables.interval(_estimate(of, v), digits)) for v, digits in values]
+            line += [str(tables.format_interval(_estimate(of, v), digits)) for v, digits in values]
             body.append(line)
     note = (
         'Means over seeds [95 %]. A 3 × 3 kernel has 9 offsets; heads near one are in per cent. '
         'Widths are medians over heads of 1 / √(2α), in pixels.'
     )
-    return f'**Centres of the heads**\n\n{tables.markdown(header, body)}\n\n{note}'
+    return f'**Centres of the heads**\n\n{tables.format_markdown(header, body)}\n\n{note}'
 
 
 def _estimate(of: Kept, values: np.ndarray) -> statistics.Estimate:

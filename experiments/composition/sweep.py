@@ -94,8 +94,8 @@ Found = dict[tuple[str, str, str], runs.Arm]  # student, context, support →
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Draws errors in and out of the support, and writes them as a table."""
-    sweep = runs.read(workdir)
-    found = {_key(arm): arm for arm in sweep.arms if arm.finite(METRIC, SPLIT)}
+    sweep = runs.read_sweep(workdir)
+    found = {_key(arm): arm for arm in sweep.arms if arm.finite_values(METRIC, SPLIT)}
     shown = [c for c in CONTEXTS if any(context == c for _, context, _ in found)]
     with matplotlib.rc_context(plots.STYLE):
         rows = max((len(_students(found, c)) for c in shown), default=1)
@@ -106,14 +106,14 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
         handles, labels = grid[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc='outside lower center', ncols=2, frameon=False)
         plots.save(figure, out, 'composition')
-    texts = [_table(found, context, sweep.draws) for context in shown]
-    texts = [*filter(None, [*texts, sweep.left_out()])]
+    texts = [_table(found, context, sweep.seed_sets) for context in shown]
+    texts = [*filter(None, [*texts, sweep.describe_excluded()])]
     (out / 'composition.md').write_text('\n\n'.join(texts) + '\n', encoding='utf-8')
 
 
 def _key(arm: runs.Arm) -> tuple[str, str, str]:
     said, depth = arm.overrides, arm.overrides['model.depth']
-    name = tables.words(said['model.fusion.name'])
+    name = tables.humanize(said['model.fusion.name'])
     name += f', depth {depth}' if depth > 1 else ''
     return name, said['problem.context'], said['problem.support']
 
@@ -131,8 +131,8 @@ def _draw(axes: Axes, found: Found, context: str) -> None:
             if arm is None:
                 continue
             colour, at = plots.PALETTE[i], y + 0.25 * (i - 1)
-            unseen = statistics.estimate(arm.final(METRIC, 'unseen'), name)
-            seen = statistics.estimate(arm.final(METRIC, 'seen'), name)
+            unseen = statistics.estimate(arm.final_values(METRIC, 'unseen'), name)
+            seen = statistics.estimate(arm.final_values(METRIC, 'seen'), name)
             axes.plot(seen.mean, at, marker, color=colour, mfc='none', ms=3.5, mew=0.7)
             if unseen.low is not None:
                 axes.plot([unseen.low, unseen.high], [at, at], color=colour, lw=1.2)
@@ -158,20 +158,20 @@ def _table(found: Found, context: str, draws: tuple[tuple[int, ...], ...]) -> st
     for name in students:
         arms = [found.get((name, context, support)) for support in supports]
         first = next(arm for arm in arms if arm is not None)
-        line = [name, f'{first.counted("parameters", "model"):,}']
+        line = [name, f'{first.get_cost("parameters", "model"):,}']
         for arm in arms:
             line += [
-                panels.interval(arm.final(METRIC, split), name, 2) if arm else tables.NONE
+                panels.interval(arm.final_values(METRIC, split), name, 2) if arm else tables.NONE
                 for split in ('seen', 'unseen')
             ]
         body.append(line)
     header = ['student', 'parameters']
     header += [f'{s}: {split} [95 %]' for s in supports for split in ('seen', 'unseen')]
-    text = f'**{CONTEXTS[context].capitalize()}**\n\n{tables.markdown(header, body)}'
+    text = f'**{CONTEXTS[context].capitalize()}**\n\n{tables.format_markdown(header, body)}'
     said = []
     for support in supports:
         arms = {n: found[key] for n in students if (key := (n, context, support)) in found}
-        values = {name: arm.final(METRIC, SPLIT) for name, arm in arms.items()}
+        values = {name: arm.final_values(METRIC, SPLIT) for name, arm in arms.items()}
         tau = panels.agreement(values, draws)
         said += [] if tau is None else [f'{support} {tau:.2f}']
     if said:

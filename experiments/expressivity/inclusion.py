@@ -63,7 +63,9 @@ def sweep() -> list[dict[str, Any]]:
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Draws the error against the size, and two surfaces of errors; nothing if no run is done."""
-    arms = {arm.label: arm for arm in runs.read(workdir).arms if arm.finite(METRIC, SPLIT)}
+    arms = {
+        arm.label: arm for arm in runs.read_sweep(workdir).arms if arm.finite_values(METRIC, SPLIT)
+    }
     if not arms:
         return
     with matplotlib.rc_context(plots.STYLE):
@@ -93,8 +95,8 @@ def _errors(axes: Axes, arms: list[runs.Arm], label: str, colour: str, dashes: A
     """Medians over the seeds, and the whole range of them."""
     if not arms:
         return
-    sizes = [arm.counted('parameters', 'model') for arm in arms]
-    values = [list(arm.final(METRIC, SPLIT).values()) for arm in arms]
+    sizes = [arm.get_cost('parameters', 'model') for arm in arms]
+    values = [list(arm.final_values(METRIC, SPLIT).values()) for arm in arms]
     middle = np.array([np.median(of) for of in values])
     spread = [middle - [min(of) for of in values], [max(of) for of in values] - middle]
     axes.errorbar(

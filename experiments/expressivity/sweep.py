@@ -74,7 +74,7 @@ def sweep() -> list[dict[str, Any]]:
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Draws parameters against the dimension, and writes them and the growth laws as tables."""
-    sweep = runs.read(workdir)
+    sweep = runs.read_sweep(workdir)
     arms = [arm for arm in sweep.arms if arm.state == 'done']
     by_target = {
         target: [arm for arm in arms if arm.label.startswith(f'{target},')] for target in TARGETS
@@ -98,7 +98,7 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     ]
     texts += [
         'Medians over all seeds, of which one that did not reach the error counts as larger than '
-        f'all others. {sweep.left_out()}\n',
+        f'all others. {sweep.describe_excluded()}\n',
         f'{statistics.CAUTION}\n',
     ]
     (out / 'expressivity.md').write_text('\n'.join(texts), encoding='utf-8')
@@ -106,7 +106,7 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
 
 def smallest(arm: runs.Arm) -> dict[int, dict[int, float]]:
     """{dimension: {seed: parameters}}; ∞ where the target was not reached."""
-    reached = {d: arm.final(f'parameters/{d}', SPLIT) for d in arm.config['search']['at']}
+    reached = {d: arm.final_values(f'parameters/{d}', SPLIT) for d in arm.config['search']['at']}
     return {d: {seed: of.get(seed, np.inf) for seed in arm.seeds} for d, of in reached.items()}
 
 
@@ -125,7 +125,7 @@ def laws(arm: runs.Arm) -> tuple[list[int], dict[int, float]]:
 
 def _name(arm: runs.Arm) -> str:
     _, fusion, depth = arm.label.split(', ')
-    return tables.words(fusion) + ('' if depth == '1' else f', {depth} hidden layers')
+    return tables.humanize(fusion) + ('' if depth == '1' else f', {depth} hidden layers')
 
 
 def _draw(
@@ -168,8 +168,8 @@ def _table(arms: Sequence[runs.Arm]) -> str:
         for drawn in SEEDS:
             of_draw = {seed: powers[seed] for seed in drawn if seed in powers}
             law = statistics.estimate(of_draw, arm.label) if of_draw else None
-            line.append(str(tables.interval(law, 2)))
+            line.append(str(tables.format_interval(law, 2)))
         body.append(line)
     header = ['network', *(f'd = {d}' for d in dimensions), 'law of d =']
     header += [f'exponent, seeds {s[0]} to {s[-1]} [95 %]' for s in SEEDS]
-    return tables.markdown(header, body)
+    return tables.format_markdown(header, body)

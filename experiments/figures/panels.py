@@ -19,7 +19,7 @@ def styles(labels: Iterable[str], grey: Iterable[str] = ()) -> dict[str, Style]:
     """A color and dashes for each label, no two alike; shades of grey for those that are grey."""
     labels, grey = dict.fromkeys(labels), dict.fromkeys(grey)
     others = [label for label in labels if label not in grey]
-    found: dict[str, Style] = {label: plots.style(i)[:2] for i, label in enumerate(others)}
+    found: dict[str, Style] = {label: plots.make_style(i)[:2] for i, label in enumerate(others)}
     for i, label in enumerate(grey):
         turn, place = divmod(i, len(plots.DASHES))
         shade = 0x80 if not turn else 0x40 + round(0x70 * (turn * plots.GOLDEN % 1))
@@ -73,7 +73,7 @@ def interval(values: Mapping[int, float], label: str, digits: int = 3) -> str:
     estimate = statistics.estimate(values, label)
     size = max(abs(estimate.mean), 1e-9)
     places = max(0, digits - 1 - int(np.floor(np.log10(size))))
-    return str(tables.interval(estimate, min(places, 6)))
+    return str(tables.format_interval(estimate, min(places, 6)))
 
 
 def agreement(

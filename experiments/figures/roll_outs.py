@@ -38,7 +38,7 @@ def kept(workdir: pathlib.Path, label: str) -> dict[str, np.ndarray]:
 def curve(axes: Axes, time: np.ndarray, values: np.ndarray, style: Style) -> None:
     """The geometric mean of [seeds, times] with its interval; only where all are above zero."""
     there = (values > 0).all(0)
-    middle, low, high = statistics.band(np.log(values[:, there]))
+    middle, low, high = statistics.estimate_band(np.log(values[:, there]))
     axes.plot(
         time[there],
         np.exp(middle),
@@ -84,28 +84,32 @@ def table(
     Means over seeds with intervals, as NOTE says; the ratio in each of the sets of seeds `draws`,
     or of all seeds if there are none. There are none where a seed is not finite.
     """
-    header = ['law', 'parameters', *map(tables.words, scores), 'valid']
-    against = f'{tables.words(metric)} / that of {reference}'
+    header = ['law', 'parameters', *map(tables.humanize, scores), 'valid']
+    against = f'{tables.humanize(metric)} / that of {reference}'
     header += [f'{against}, seeds {seeds[0]} to {seeds[-1]}' for seeds in draws] or [against]
-    baseline = arms[reference].finite(metric, split) if reference in arms else {}
+    baseline = arms[reference].finite_values(metric, split) if reference in arms else {}
     body = []
     for name, arm in arms.items():
-        parameters = arm.counted('parameters', 'model')
+        parameters = arm.get_cost('parameters', 'model')
         line = [name, tables.NONE if parameters is None else f'{parameters:,}']
         for score in scores:
-            values = arm.finite(score, split)
+            values = arm.finite_values(score, split)
             text = ratios.text(ratios.geometric(values, name) if values else None)
             if score.startswith('drift') and values:
-                moving = {s for s, error in arm.final('error', split).items() if error < LEARNT}
+                moving = {
+                    s for s, error in arm.final_values('error', split).items() if error < LEARNT
+                }
                 some = {seed: value for seed, value in values.items() if seed in moving}
                 text = ratios.text(ratios.geometric(some, name) if some else None)
                 text += f' ({len(some)} of {len(values)})' * (len(some) < len(values))
             line.append(text)
-        valid = arm.finite('valid', split)
-        line.append(str(tables.interval(statistics.estimate(valid, name) if valid else None, 2)))
-        found = arm.finite(metric, split)
+        valid = arm.finite_values('valid', split)
+        line.append(
+            str(tables.format_interval(statistics.estimate(valid, name) if valid else None, 2))
+        )
+        found = arm.finite_values(metric, split)
         for seeds in draws or [tuple(found)]:
             ratio = ratios.ratio({s: found[s] for s in seeds if s in found}, baseline, name)
             line.append(ratios.text(None if name == reference else ratio))
         body.append(line)
-    return tables.markdown(header, body)
+    return tables.format_markdown(header, body)

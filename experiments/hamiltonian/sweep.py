@@ -79,8 +79,8 @@ def sweep() -> list[dict[str, Any]]:
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Draws portraits and curves of each system, and writes the scores as tables."""
-    sweep = runs.read(workdir)
-    ended = {arm.label: arm for arm in sweep.arms if arm.finite(METRIC, SPLIT)}
+    sweep = runs.read_sweep(workdir)
+    ended = {arm.label: arm for arm in sweep.arms if arm.finite_values(METRIC, SPLIT)}
     texts = []
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(plots.WIDTH, 0.6 + 1.5 * len(SYSTEMS)), layout='constrained')
@@ -103,7 +103,9 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
         roll_outs.legend(figure, columns=3)
         plots.save(figure, out, 'hamiltonian')
     texts += [
-        f'{text}\n' for text in (roll_outs.NOTE, statistics.CAUTION, sweep.left_out()) if text
+        f'{text}\n'
+        for text in (roll_outs.NOTE, statistics.CAUTION, sweep.describe_excluded())
+        if text
     ]
     (out / 'hamiltonian.md').write_text('\n'.join(texts), encoding='utf-8')
 
@@ -111,7 +113,7 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
 def _portrait(axes: Axes, name: str, kept: dict[str, dict[str, np.ndarray]]) -> None:
     """Two trajectories of the first seed: q and p, or the orbit of the first of two bodies."""
     one = SYSTEMS[name].degrees == 1
-    axes.set(xlabel='q' if one else 'x', ylabel=f'{tables.words(name)}\n{"p" if one else "y"}')
+    axes.set(xlabel='q' if one else 'x', ylabel=f'{tables.humanize(name)}\n{"p" if one else "y"}')
     shown = {arm: kept[arm] for arm in SHOWN if arm in kept}
     for arm, of in shown.items():
         for i in range(2):
@@ -126,7 +128,7 @@ def _portrait(axes: Axes, name: str, kept: dict[str, dict[str, np.ndarray]]) -> 
 
 def _text(sweep: runs.Sweep, name: str, arms: dict[str, runs.Arm]) -> str:
     reference = ARMS['joint, concat'].label
-    scores = roll_outs.table(arms, SCORES, 'error_long', SPLIT, reference, sweep.draws)
+    scores = roll_outs.table(arms, SCORES, 'error_long', SPLIT, reference, sweep.seed_sets)
     named = [dataclasses.replace(arm, label=label) for label, arm in arms.items()]
     ranks = rankings.to_markdown(dataclasses.replace(sweep, arms=named))
-    return f'**{tables.words(name)}**\n\n{scores}\n\n{ranks}'
+    return f'**{tables.humanize(name)}**\n\n{scores}\n\n{ranks}'

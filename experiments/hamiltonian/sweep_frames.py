@@ -81,8 +81,8 @@ def sweep() -> list[dict[str, Any]]:
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Films and draws what the first seed predicts, draws curves, and writes scores as tables."""
-    sweep = runs.read(workdir)
-    ended = {arm.label: arm for arm in sweep.arms if arm.finite(METRIC, SPLIT)}
+    sweep = runs.read_sweep(workdir)
+    ended = {arm.label: arm for arm in sweep.arms if arm.finite_values(METRIC, SPLIT)}
     texts = []
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(plots.WIDTH, 0.6 + 1.9 * len(SYSTEMS)), layout='constrained')
@@ -105,14 +105,16 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
                 values = of['error'].mean(-1)  # over trajectories
                 time = SYSTEMS[name].time * np.arange(values.shape[1])
                 roll_outs.curve(errors, time, values, ARMS[arm])
-            errors.set_ylabel(f'error, {tables.words(name)}')
+            errors.set_ylabel(f'error, {tables.humanize(name)}')
             named = {ARMS[arm].label: of for arm, of in arms.items()}
             texts.append(_text(sweep, name, named))
         panels[-1][1].set_xlabel('time')
         roll_outs.legend(figure, columns=3)
         plots.save(figure, out, 'hamiltonian_frames')
     texts += [
-        f'{text}\n' for text in (roll_outs.NOTE, statistics.CAUTION, sweep.left_out()) if text
+        f'{text}\n'
+        for text in (roll_outs.NOTE, statistics.CAUTION, sweep.describe_excluded())
+        if text
     ]
     (out / 'hamiltonian_frames.md').write_text('\n'.join(texts), encoding='utf-8')
 
@@ -160,7 +162,7 @@ def _mosaic(films: dict[str, np.ndarray], horizon: int) -> tuple[np.ndarray, int
 
 def _text(sweep: runs.Sweep, name: str, arms: dict[str, runs.Arm]) -> str:
     reference = ARMS['joint, concat'].label
-    scores = roll_outs.table(arms, SCORES, 'error_long', SPLIT, reference, sweep.draws)
+    scores = roll_outs.table(arms, SCORES, 'error_long', SPLIT, reference, sweep.seed_sets)
     named = [dataclasses.replace(arm, label=label) for label, arm in arms.items()]
     ranks = rankings.to_markdown(dataclasses.replace(sweep, arms=named))
-    return f'**{tables.words(name)}**\n\n{scores}\n\n{ranks}'
+    return f'**{tables.humanize(name)}**\n\n{scores}\n\n{ranks}'

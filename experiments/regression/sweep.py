@@ -99,8 +99,8 @@ Found = dict[tuple[str, str, int], runs.Arm]  # fusion, context, examples →
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Draws errors against examples, of known tasks and of new ones, and tables of both."""
-    sweep = runs.read(workdir)
-    found = {_key(arm): arm for arm in sweep.arms if arm.finite(METRIC, SPLIT)}
+    sweep = runs.read_sweep(workdir)
+    found = {_key(arm): arm for arm in sweep.arms if arm.finite_values(METRIC, SPLIT)}
     fusions = list(dict.fromkeys(fusion for fusion, _, _ in found))
     styles = panels.styles(fusions, grey=[f for f in ('concat', 'none') if f in fusions])
     with matplotlib.rc_context(plots.STYLE):
@@ -123,13 +123,13 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
             for axes in grid.flat
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
         }
-        names = [tables.words(label) for label in handles]
+        names = [tables.humanize(label) for label in handles]
         figure.legend(
             list(handles.values()), names, loc='outside lower center', ncols=4, frameon=False
         )
         plots.save(figure, out, 'regression')
         _shown(workdir, out)
-    parts = [*_tables(found, fusions, sweep.draws), sweep.left_out()]
+    parts = [*_tables(found, fusions, sweep.seed_sets), sweep.describe_excluded()]
     text = '\n\n'.join(filter(None, parts)) + '\n'
     (out / 'regression.md').write_text(text, encoding='utf-8')
 
@@ -142,7 +142,7 @@ def _key(arm: runs.Arm) -> tuple[str, str, int]:
 def _known(found: Found, fusion: str, context: str) -> dict[float, dict[int, float]]:
     """{examples of each task: {seed: error}}."""
     return {
-        n: arm.final(METRIC, SPLIT)
+        n: arm.final_values(METRIC, SPLIT)
         for (f, c, n), arm in sorted(found.items())
         if (f, c) == (fusion, context)
     }
@@ -151,9 +151,9 @@ def _known(found: Found, fusion: str, context: str) -> dict[float, dict[int, flo
 def _new(found: Found, fusion: str, context: str) -> dict[float, dict[int, float]]:
     """{examples of a new task: {seed: error}}; those of 'none' stand beside every context."""
     arm = found.get((fusion, 'one_hot' if fusion == 'none' else context, TRANSFER))
-    names = [n for n in arm.names('new') if n.startswith('mse/')] if arm else []
+    names = [n for n in arm.metric_names('new') if n.startswith('mse/')] if arm else []
     shots = sorted(int(name.partition('/')[2]) for name in names)
-    return {K: arm.final(f'mse/{K}', 'new') for K in shots} if arm else {}
+    return {K: arm.final_values(f'mse/{K}', 'new') for K in shots} if arm else {}
 
 
 def _axes(axes: Axes, label: str, numbers: list[float]) -> None:
@@ -207,12 +207,12 @@ def _tables(found: Found, fusions: list[str], draws: tuple[tuple[int, ...], ...]
             if not numbers:
                 continue
             body = [
-                [tables.words(f), *(panels.interval(v.get(n, {}), f) for n in numbers)]
+                [tables.humanize(f), *(panels.interval(v.get(n, {}), f) for n in numbers)]
                 for f, v in values.items()
                 if v
             ]
             header = ['fusion', *(f'{n:g} examples [95 %]' for n in numbers)]
-            text = f'**{what}**, told by {title}\n\n{tables.markdown(header, body)}'
+            text = f'**{what}**, told by {title}\n\n{tables.format_markdown(header, body)}'
             agree = [
                 (n, panels.agreement({f: v[n] for f, v in values.items() if n in v}, draws))
                 for n in numbers

@@ -129,8 +129,8 @@ class Floors(NamedTuple):
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Draws the errors against depth and parameters, and writes them with the floors as tables."""
-    read = runs.read(workdir)
-    arms = [arm for arm in read.arms if arm.finite(METRIC, SPLIT)]
+    read = runs.read_sweep(workdir)
+    arms = [arm for arm in read.arms if arm.finite_values(METRIC, SPLIT)]
     floors = read_floors(workdir)
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(plots.WIDTH, 4.4), layout='constrained')
@@ -161,7 +161,12 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
             handles.values(), handles.keys(), loc='outside lower center', ncols=3, frameon=False
         )
         plots.save(figure, out, 'seq2seq')
-    parts = [_predictions(arms, floors), _errors(arms), statistics.CAUTION, read.left_out()]
+    parts = [
+        _predictions(arms, floors),
+        _errors(arms),
+        statistics.CAUTION,
+        read.describe_excluded(),
+    ]
     (out / 'seq2seq.md').write_text('\n\n'.join(filter(None, parts)) + '\n', encoding='utf-8')
 
 
@@ -209,7 +214,7 @@ def _line(axes: Axes, arms: Sequence[runs.Arm], target: str, along: Any, **style
     """Means over seeds with their intervals."""
     points = []
     for arm in sorted(arms, key=along):
-        if errors := arm.final(f'{METRIC}/{target}', SPLIT):
+        if errors := arm.final_values(f'{METRIC}/{target}', SPLIT):
             e = statistics.estimate(errors, arm.label)
             points.append((along(arm), e.mean, e.low or e.mean, e.high or e.mean))
     if points:
@@ -230,7 +235,7 @@ def _depth(arm: runs.Arm) -> int:
 
 
 def _size(arm: runs.Arm) -> float:
-    return arm.counted('parameters', 'model') or 0
+    return arm.get_cost('parameters', 'model') or 0
 
 
 def _by_depth(axes: Axes, arms: Sequence[runs.Arm], target: str, floors: Floors) -> None:
@@ -277,7 +282,7 @@ def _predictions(arms: Sequence[runs.Arm], floors: Floors) -> str:
                 gaps = [
                     floors.above[arm.label][target][seed] if orderless else error - bound[target]
                     for arm in of
-                    for seed, error in arm.final(f'{METRIC}/{target}', SPLIT).items()
+                    for seed, error in arm.final_values(f'{METRIC}/{target}', SPLIT).items()
                     if seed in drawn
                 ]
                 line.append(f'{min(gaps):+.4f}'.replace('-', '−') if gaps else tables.NONE)
@@ -311,7 +316,7 @@ def _predictions(arms: Sequence[runs.Arm], floors: Floors) -> str:
         'same sequences in all orders, so that theory holds to rounding; the second is that of '
         'sums over tokens, from a sample, to about 0.005. Least of all sizes and seeds.'
     )
-    return f'**Bounds**\n\n{tables.markdown(header, rows)}\n\n{note}'
+    return f'**Bounds**\n\n{tables.format_markdown(header, rows)}\n\n{note}'
 
 
 def _errors(arms: Sequence[runs.Arm]) -> str:
@@ -324,15 +329,15 @@ def _errors(arms: Sequence[runs.Arm]) -> str:
         line = [kind, *(str(model[name]) for name in ('depth', 'heads', 'features'))]
         line += [f'{_size(arm):,.0f}']
         for target in TARGETS:
-            errors = arm.final(f'{METRIC}/{target}', SPLIT)
+            errors = arm.final_values(f'{METRIC}/{target}', SPLIT)
             line.append(_cell(statistics.estimate(errors, arm.label)) if errors else tables.NONE)
         body.append(line)
     header = ['mixer', 'mixers', 'heads', 'features', 'parameters']
     header += [f'{target} [95 %]' for target in TARGETS]
-    return '**Errors**\n\n' + tables.markdown(header, body)
+    return '**Errors**\n\n' + tables.format_markdown(header, body)
 
 
 def _cell(e: statistics.Estimate) -> str:
     """Two digits of the mean that count, for errors span four orders of magnitude."""
     digits = max(0, 1 - int(np.floor(np.log10(e.mean)))) if e.mean > 0 else 0
-    return str(tables.interval(e, digits))
+    return str(tables.format_interval(e, digits))

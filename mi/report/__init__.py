@@ -1,4 +1,4 @@
-"""What a sweep showed: a page, tables and figures from its run directories.
+"""Report of a sweep: a page, tables and figures from its run directories.
 
 report.html   the page, in one file         table.csv   every digit
 curves        learning curves               table.md    for a README
@@ -6,8 +6,8 @@ finals        final values                  table.tex   for a paper
 pareto        cost against quality          tasks.csv   each task and seed
 tasks         each task                     draws.md    ranks in each set of seeds
 
-Figures as .png, .pdf and .svg; those of tasks and of sets of seeds where there are several, pareto
-where there are costs. `mi.report.compare` sets two sweeps side by side.
+Figures are written as .png, .pdf and .svg. The files of tasks and of seed sets exist where there
+are several, pareto where there are costs. `mi.report.compare` compares two sweeps.
 """
 
 import os
@@ -17,10 +17,12 @@ import rich.console
 
 from mi.report import (
     analysis,
+    csv,
+    figures,
     files,
     html,
     latex,
-    plots,
+    notes,
     rankings,
     runs,
     tables,
@@ -32,49 +34,52 @@ from mi.training.progress import Work
 def write(
     workdir: str | os.PathLike[str], out: str | os.PathLike[str] | None = None
 ) -> list[pathlib.Path]:
-    """Reports on a sweep or a single run; prints the table and returns the files it wrote.
+    """Write the report of a sweep or a single run, print its table, and return the files.
 
     Args:
-      workdir: a sweep directory or a run directory; runs that have not ended are welcome.
-      out: where to write, workdir/report unless given.
+      workdir: a sweep directory or a run directory; its runs may still be running.
+      out: the output directory; WORKDIR/report by default.
 
     Raises:
-      UserError: if workdir is neither, a file in it is malformed, or out cannot be written to.
+      UserError: if workdir is neither, one of its files is malformed, or out is not writable.
     """
+    # Read the runs and compute their intervals.
     with Work(f'reading {workdir}'):
-        sweep = runs.read(pathlib.Path(workdir))
+        sweep = runs.read_sweep(pathlib.Path(workdir))
     with Work(f'intervals of {len(sweep.arms)} arms'):
-        rows = analysis.rows(sweep)
+        rows = analysis.make_rows(sweep)
+    table_notes = notes.make_notes(sweep, rows)
+
+    # Draw the figures and format the texts.
     folder = sweep.path / 'report' if out is None else pathlib.Path(out)
-    with files.written_to(folder), Work('drawing the figures'):
-        figures, remarks = plots.draw(sweep, rows, folder)
-    notes = [*tables.notes(sweep, rows), *remarks, *sweep.warnings]
+    with files.output_folder(folder), Work('drawing the figures'):
+        figure_files, remarks = figures.draw_figures(sweep, rows, folder)
+    warnings = [*remarks, *sweep.warnings]
     with Work('writing the page and the tables'):
         texts = {
-            'report.html': html.page(sweep, rows, notes),
-            'table.csv': tables.to_csv(sweep, rows),
-            'table.md': tables.to_markdown(sweep, rows),
-            'table.tex': latex.to_latex(sweep, rows),
+            'report.html': html.render_page(sweep, rows, [*table_notes, *warnings]),
+            'table.csv': csv.to_csv(sweep, rows),
+            'table.md': tables.to_markdown(sweep, rows, table_notes),
+            'table.tex': latex.to_latex(sweep, rows, table_notes),
         }
-    if any(row.tasks for row in rows):
-        texts['tasks.csv'] = tables.tasks_to_csv(rows)
-    if sets := rankings.to_markdown(sweep):
-        texts['draws.md'] = sets
-    with files.written_to(folder):
+    if tables.has_tasks(rows):
+        texts['tasks.csv'] = csv.tasks_to_csv(rows)
+    if ranking_text := rankings.to_markdown(sweep):
+        texts['draws.md'] = ranking_text
+    with files.output_folder(folder):
         for name, text in texts.items():
             (folder / name).write_text(text, encoding='utf-8')
-    _say(sweep, rows, [*remarks, *sweep.warnings])
-    paths = [*(folder / name for name in texts), *figures]
+
+    # Print the table, the warnings and the names of the files.
+    console = terminal.make_console()
+    table = tables.make_table(sweep, rows)
+    terminal.print_table(console, table, sweep.title, 'report.html and table.csv')
+    for note in table_notes:
+        console.print(note, markup=False, highlight=False)
+    error_console = rich.console.Console(stderr=True, soft_wrap=True)
+    for warning in warnings:
+        error_console.print(f'warning: {warning}', markup=False, highlight=False)
+    paths = [*(folder / name for name in texts), *figure_files]
     for path in paths:
         print(path)
     return paths
-
-
-def _say(sweep: runs.Sweep, rows: list[analysis.Row], remarks: list[str]) -> None:
-    console = terminal.console()
-    terminal.show(console, tables.cells(sweep, rows), sweep.title, 'report.html and table.csv')
-    for note in tables.notes(sweep, rows):
-        console.print(note, markup=False, highlight=False)
-    warn = rich.console.Console(stderr=True, soft_wrap=True)
-    for remark in remarks:
-        warn.print(f'warning: {remark}', markup=False, highlight=False)

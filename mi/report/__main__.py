@@ -1,9 +1,9 @@
-"""What a sweep showed, or how two differ.
+"""Command line of the report on one sweep, or of the comparison of two.
 
 python -m mi.report --workdir=runs/quickstart [--out=DIR]: see mi.report.write
 python -m mi.report --baseline=runs/before --candidate=runs/after [--fail_on_worse] [--out=DIR]:
-    see mi.report.compare; exit code 1 if --fail_on_worse is given and an arm is worse, or lost, or
-    has values on both sides and no verdict
+    see mi.report.compare; with --fail_on_worse, exit code 1 if an arm is worse, has lost its
+    values, or has values on both sides and no verdict
 """
 
 import sys
@@ -15,14 +15,14 @@ from mi.config import UserError
 from mi.report import compare
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'Sweep or run directory.')
-BASELINE = flags.DEFINE_string('baseline', None, 'Sweep or run directory that is compared with.')
-CANDIDATE = flags.DEFINE_string('candidate', None, 'Sweep or run directory that is compared.')
+BASELINE = flags.DEFINE_string('baseline', None, 'Sweep or run directory to compare with.')
+CANDIDATE = flags.DEFINE_string('candidate', None, 'Sweep or run directory to compare.')
 FAIL_ON_WORSE = flags.DEFINE_bool(
     'fail_on_worse',
     False,
     'Exit with 1 if an arm of the candidate is worse than the baseline, or cannot be judged.',
 )
-OUT = flags.DEFINE_string('out', None, 'Where to write; DIRECTORY/report unless given.')
+OUT = flags.DEFINE_string('out', None, 'Output directory; DIRECTORY/report by default.')
 
 
 def main(argv: list[str]) -> None:
@@ -33,32 +33,39 @@ def main(argv: list[str]) -> None:
         if workdir and not baseline and not candidate:
             report.write(workdir, OUT.value)
         elif baseline and candidate and not workdir:
-            found = compare.compare(baseline, candidate, OUT.value)
+            pairs = compare.compare_sweeps(baseline, candidate, OUT.value)
             if FAIL_ON_WORSE.value:
-                _fail(found)
+                _exit_if_worse(pairs)
         else:
             sys.exit(
-                'error: --workdir=DIRECTORY of a sweep or a run is needed, or --baseline=DIRECTORY '
-                'and --candidate=DIRECTORY'
+                'error: expected --workdir=DIRECTORY, or --baseline=DIRECTORY and '
+                '--candidate=DIRECTORY'
             )
     except UserError as error:
         sys.exit(f'error: {error}')
 
 
-def _fail(found: list[compare.Pair]) -> None:
-    """Exits if an arm is worse, or there is no telling: what is not judged has not passed."""
-    worse = [pair.label for pair in found if compare.is_worse(pair)]
-    unknown = [f'{pair.label} ({why})' for pair in found if (why := compare.why_not(pair))]
-    said = [f'worse or lost: {", ".join(worse)}'] if worse else []
-    if unknown:
-        said.append(
-            f'cannot be judged: {", ".join(unknown)}; expected the same tasks, and two seeds or '
-            f'more that both have'
+def _exit_if_worse(pairs: list[compare.Pair]) -> None:
+    """Exit with an error if an arm is worse or cannot be judged."""
+    errors = []
+    if worse := [pair.label for pair in pairs if compare.is_worse(pair)]:
+        errors.append(f'worse or lost: {", ".join(worse)}')
+    unjudged = [
+        f'{pair.label} ({reason})'
+        for pair in pairs
+        if (reason := compare.explain_missing_verdict(pair))
+    ]
+    if unjudged:
+        errors.append(
+            f'cannot be judged: {", ".join(unjudged)}; expected the same tasks, and at least two '
+            'seeds that both have'
         )
-    if not said and not any(pair.verdict for pair in found):
-        said.append('nothing could be compared: no arm of the baseline has values; see its states')
-    if said:
-        sys.exit(f'error: {"; ".join(said)}')
+    if not errors and not any(pair.verdict for pair in pairs):
+        errors.append(
+            'nothing could be compared: no arm of the baseline has values; see their states'
+        )
+    if errors:
+        sys.exit(f'error: {"; ".join(errors)}')
 
 
 if __name__ == '__main__':

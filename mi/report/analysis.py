@@ -1,31 +1,32 @@
-"""What the report says of each arm of a sweep, in numbers."""
+"""The numbers that the report shows for each arm of a sweep."""
 
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from mi.report import statistics
 from mi.report.runs import Arm, Sweep
-from mi.report.statistics import Estimate, Test
+from mi.report.statistics import Estimate, SignFlipTest
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Final scores of one arm, [seeds, tasks], by statistics that outliers move less than a mean.
+    """Robust statistics of the final scores of one arm, [seeds, tasks].
 
     Attributes:
       tasks: their names; empty where there is one number per seed.
       scores: [seeds, tasks].
-      own_runs: whether each task has runs of its own, which decides what the bootstrap draws.
+      separate_runs: whether each task has separate runs, which decides what is resampled.
       median, iqm: as in `statistics`, with their intervals.
-      improvement: how probably a seed is better than one of the baseline's on a task.
+      improvement: the probability that a seed beats a baseline seed on a task.
     """
 
     tasks: tuple[str, ...]
     scores: np.ndarray
-    own_runs: bool
+    separate_runs: bool
     median: Estimate
     iqm: Estimate
     improvement: Estimate | None
@@ -33,24 +34,28 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What the table says of an arm; None where there is nothing to say.
+    """The numbers of one arm in the table; None where there are none.
 
     Attributes:
+      arm: the arm.
       final: the compared metric per seed, empty where the arm has no final record.
-      metric: mean of these, difference: to the baseline, paired by seed.
+      metric: its mean.
+      difference: its difference to the baseline, paired by seed.
       test: of that difference, corrected for the number of arms.
+      verdict: as in `statistics.judge`.
       summary: of the scores of each seed, and of each task where there are several.
-      equal_time: mean of the curve when the quickest arm was done.
-      secondary: means of the other numbers in the final records, but those of single tasks.
-      rate: tokens, or steps of environments, per second of training.
-      remarks: why something is missing here.
+      equal_time: mean of the curve when the fastest arm finished.
+      secondary: means of the other numbers in the final records, except those of single tasks.
+      seconds: training time.
+      rate: tokens, or environment steps, per second of training.
+      remarks: the reasons for missing numbers.
     """
 
     arm: Arm
     final: dict[int, float]
     metric: Estimate | None
     difference: Estimate | None
-    test: Test | None
+    test: SignFlipTest | None
     verdict: str | None
     summary: Summary | None
     equal_time: Estimate | None
@@ -60,165 +65,210 @@ class Row:
     remarks: list[str]
 
     @property
-    def tasks(self) -> Summary | None:
-        """The summary where it is of several tasks."""
+    def task_summary(self) -> Summary | None:
+        """The summary if it covers several tasks, otherwise None."""
         return self.summary if self.summary is not None and self.summary.tasks else None
 
 
-def rows(sweep: Sweep) -> list[Row]:
-    """A row per arm, in the order of the sweep; an arm without numbers has its row as well."""
-    finals = [arm.final(sweep.metric, sweep.split) for arm in sweep.arms]
-    reference = next((a for a in sweep.arms if a.label == sweep.baseline), None)
-    baseline = reference.finite(sweep.metric, sweep.split) if reference else {}
-    seconds = quickest(sweep)
-    found = [
-        _row(sweep, a, f, baseline, reference, seconds)
-        for a, f in zip(sweep.arms, finals, strict=True)
+class Finals(NamedTuple):
+    """The final values of an arm, {seed: value}."""
+
+    arm: Arm
+    values: dict[int, float]
+
+
+def make_rows(sweep: Sweep) -> list[Row]:
+    """Return a row per arm, in the order of the sweep; an arm without numbers has a row too."""
+    baseline_arm = next((arm for arm in sweep.arms if arm.label == sweep.baseline), None)
+    baseline = None
+    if baseline_arm is not None:
+        baseline = Finals(baseline_arm, baseline_arm.finite_values(sweep.metric, sweep.split))
+    equal_time = find_equal_time(sweep)
+    rows = [
+        _make_row(
+            sweep, Finals(arm, arm.final_values(sweep.metric, sweep.split)), baseline, equal_time
+        )
+        for arm in sweep.arms
     ]
-    corrected = statistics.holm([row.test for row in found])
-    return [dataclasses.replace(r, test=t) for r, t in zip(found, corrected, strict=True)]
+    tests = statistics.correct_holm([row.test for row in rows])
+    return [dataclasses.replace(row, test=test) for row, test in zip(rows, tests, strict=True)]
 
 
-def quickest(sweep: Sweep) -> float | None:
-    """Seconds of training of the quickest arm; None unless all of several are done and timed."""
-    compared = [arm for arm in sweep.arms if sweep.compares(arm)]
-    seconds = [arm.seconds()[1] for arm in compared]
-    if len(compared) < 2 or any(arm.state != 'done' for arm in compared):
+def find_equal_time(sweep: Sweep) -> float | None:
+    """Return the training seconds of the fastest arm, at which all arms are compared.
+
+    None unless there are several comparable arms, and all are done and timed.
+    """
+    arms = [arm for arm in sweep.arms if sweep.is_comparable(arm)]
+    seconds = [arm.training_seconds()[1] for arm in arms]
+    if len(arms) < 2 or any(arm.state != 'done' for arm in arms) or not all(map(len, seconds)):
         return None
-    return min((float(s[-1]) for s in seconds), default=None) if all(map(len, seconds)) else None
+    return min(float(arm_seconds[-1]) for arm_seconds in seconds)
 
 
-def _row(
-    sweep: Sweep,
-    arm: Arm,
-    final: dict[int, float],
-    baseline: dict[int, float],
-    reference: Arm | None,
-    seconds_of_quickest: float | None,
+def _make_row(
+    sweep: Sweep, finals: Finals, baseline: Finals | None, equal_time: float | None
 ) -> Row:
+    arm, values = finals
     mean = difference = test = None
     remarks = []
     try:
-        mean = _mean(sweep, arm, final)
+        mean = _estimate_mean(sweep, finals)
         if arm.label != sweep.baseline:
-            difference, test = against(sweep, arm, final, baseline, reference)
+            difference, test = compare_finals(sweep, finals, baseline)
     except ValueError as error:
         remarks.append(f'{error}; no mean')
-    if not final and arm.state == 'done':
-        remarks.append(f'{arm.label}: no {sweep.metric} in the {sweep.split} records')
-    if 0 < len(final) < len(arm.seeds):
-        remarks.append(f'{arm.label}: {len(final)} of {len(arm.seeds)} seeds have a final record')
-    if difference is not None and difference.n < max(len(final), len(baseline)):
-        remarks.append(
-            f'{arm.label}: the difference pairs the {difference.n} seeds that both arms have'
-        )
-    elif mean is not None and not sweep.compares(arm):
-        remarks.append(f'{arm.label} learnt {others(arm.tasks, sweep.tasks)}: not compared')
-    elif mean is not None and difference is None and sweep.baseline not in (None, arm.label):
-        remarks.append(f'{arm.label}: no difference, {sweep.baseline} has no value to pair')
-    secondary = {}
-    names = [name for name in arm.names(sweep.split) if '/' not in name]
-    for name in names if final else []:
-        values = arm.finite(name, sweep.split).values()
-        if name != sweep.metric and values:
-            secondary[name] = math.fsum(values) / len(values)
-    _, seconds = arm.seconds()
+    remarks += _explain_missing(sweep, finals, baseline, mean, difference)
+    _, seconds = arm.training_seconds()
     return Row(
         arm=arm,
-        final=final,
+        final=values,
         metric=mean,
         difference=difference,
         test=test,
-        verdict=statistics.verdict(difference, sweep.lower_is_better),
-        summary=_summary(sweep, arm, reference),
-        equal_time=_at(sweep, arm, seconds_of_quickest),
-        secondary=secondary,
+        verdict=statistics.judge(difference, sweep.lower_is_better),
+        summary=_summarize_scores(sweep, arm, None if baseline is None else baseline.arm),
+        equal_time=_estimate_at(sweep, arm, equal_time),
+        secondary=_average_secondary(sweep, arm) if values else {},
         seconds=float(seconds[-1]) if len(seconds) else None,
-        rate=arm.rate(sweep.unit),
+        rate=arm.throughput(sweep.unit),
         remarks=remarks,
     )
 
 
-def _at(sweep: Sweep, arm: Arm, seconds: float | None) -> Estimate | None:
-    """The last point of the curve that the arm had reached after so many seconds."""
+def _explain_missing(
+    sweep: Sweep,
+    finals: Finals,
+    baseline: Finals | None,
+    mean: Estimate | None,
+    difference: Estimate | None,
+) -> list[str]:
+    """Return a remark for each number that is missing or covers fewer seeds."""
+    arm, values = finals
+    num_baseline_seeds = 0 if baseline is None else len(baseline.values)
+    remarks = []
+    if not values and arm.state == 'done':
+        remarks.append(f'{arm.label}: no {sweep.metric} in the {sweep.split} records')
+    if 0 < len(values) < len(arm.seeds):
+        remarks.append(f'{arm.label}: {len(values)} of {len(arm.seeds)} seeds have a final record')
+    if difference is not None and difference.n < max(len(values), num_baseline_seeds):
+        remarks.append(
+            f'{arm.label}: the difference pairs the {difference.n} seeds that both arms have'
+        )
+    elif mean is not None and not sweep.is_comparable(arm):
+        mismatch = describe_task_mismatch(arm.tasks, sweep.tasks)
+        remarks.append(f'{arm.label} learned {mismatch}: not compared')
+    elif mean is not None and difference is None and sweep.baseline not in (None, arm.label):
+        remarks.append(f'{arm.label}: no difference, {sweep.baseline} has no value to pair')
+    return remarks
+
+
+def _average_secondary(sweep: Sweep, arm: Arm) -> dict[str, float]:
+    """Return the means over seeds of the other metrics, except those of single tasks."""
+    averages = {}
+    for name in arm.metric_names(sweep.split):
+        values = arm.finite_values(name, sweep.split).values()
+        if '/' not in name and name != sweep.metric and values:
+            averages[name] = math.fsum(values) / len(values)
+    return averages
+
+
+def _estimate_at(sweep: Sweep, arm: Arm, seconds: float | None) -> Estimate | None:
+    """Estimate the last point of the curve that the arm reached within the given seconds."""
     steps, values = arm.curve(sweep.metric, sweep.curves)
-    timed, passed = arm.seconds()
-    if seconds is None or not len(steps) or not sweep.compares(arm):
+    timed_steps, elapsed = arm.training_seconds()
+    if seconds is None or not len(steps) or not sweep.is_comparable(arm):
         return None
-    reached = np.interp(steps, np.append(0, timed), np.append(0, passed)) <= seconds * 1.001
-    if not reached.any():
+
+    # Find the last step reached; 0.1 % is allowed for rounding.
+    step_seconds = np.interp(steps, np.append(0, timed_steps), np.append(0, elapsed))
+    is_reached = step_seconds <= seconds * 1.001
+    if not is_reached.any():
         return None
-    last = int(np.flatnonzero(reached)[-1])
+    last = int(np.flatnonzero(is_reached)[-1])
     if not np.isfinite(values[:, last]).all():
         return None
+
+    # Tasks with separate runs are resampled independently.
     tasks, scores = arm.scores(sweep.metric, sweep.curves, int(steps[last]))
-    if arm.own_runs and tasks:
-        return statistics.over_runs(scores, statistics.mean)
+    if arm.separate_runs and tasks:
+        return statistics.bootstrap_runs(scores, statistics.mean)
     return statistics.estimate(dict(enumerate(values[:, last])), arm.label)
 
 
-def _mean(sweep: Sweep, arm: Arm, final: dict[int, float]) -> Estimate | None:
-    if not final:
+def _estimate_mean(sweep: Sweep, finals: Finals) -> Estimate | None:
+    arm, values = finals
+    if not values:
         return None
-    over_seeds = statistics.estimate(final, arm.label)
+    seed_mean = statistics.estimate(values, arm.label)
     tasks, scores = arm.scores(sweep.metric, sweep.split)
-    if not (arm.own_runs and tasks and len(scores) == len(final)):
-        return over_seeds
-    return statistics.over_runs(scores, statistics.mean)
+    if not (arm.separate_runs and tasks and len(scores) == len(values)):
+        return seed_mean
+    return statistics.bootstrap_runs(scores, statistics.mean)
 
 
-def against(
-    sweep: Sweep,
-    arm: Arm,
-    final: dict[int, float],
-    baseline: dict[int, float],
-    reference: Arm | None,
-) -> tuple[Estimate | None, Test | None]:
-    """The difference to the baseline and its test, both paired by seed, or by task and seed.
+def compare_finals(
+    sweep: Sweep, finals: Finals, baseline: Finals | None
+) -> tuple[Estimate | None, SignFlipTest | None]:
+    """Return the difference to the baseline and its test, paired by seed, or by task and seed.
 
-    None where they have learnt other tasks, each by runs of its own.
+    Both are None without a baseline, and where the two learned different tasks in separate runs.
     """
-    if reference is not None and set(arm.tasks) != set(reference.tasks):
+    if baseline is None or set(finals.arm.tasks) != set(baseline.arm.tasks):
         return None, None
-    seeds = sorted(final.keys() & baseline.keys())
-    if reference is not None and arm.own_runs and seeds:
-        names = [f'{sweep.metric}/{task}' for task in arm.tasks]
-        pairs = [[a.final(name, sweep.split) for a in (arm, reference)] for name in names]
-        gaps = np.array([[ours[s] - theirs[s] for ours, theirs in pairs] for s in seeds])
-        over_runs = statistics.over_runs(gaps, statistics.mean)
-        return over_runs, statistics.sign_flips(gaps)
-    gaps = np.array([final[seed] - baseline[seed] for seed in seeds])
-    return statistics.difference(final, baseline, arm.label), statistics.sign_flips(gaps)
+    seeds = sorted(finals.values.keys() & baseline.values.keys())
+    if finals.arm.separate_runs and seeds:
+        pairs = [
+            [
+                arm.final_values(f'{sweep.metric}/{task}', sweep.split)
+                for arm in (finals.arm, baseline.arm)
+            ]
+            for task in finals.arm.tasks
+        ]
+        gaps = np.array([[ours[seed] - theirs[seed] for ours, theirs in pairs] for seed in seeds])
+        difference = statistics.bootstrap_runs(gaps, statistics.mean)
+        return difference, statistics.sign_flip_test(gaps)
+    gaps = np.array([finals.values[seed] - baseline.values[seed] for seed in seeds])
+    return (
+        statistics.estimate_difference(finals.values, baseline.values, finals.arm.label),
+        statistics.sign_flip_test(gaps),
+    )
 
 
-def others(tasks: Sequence[str], wanted: Sequence[str]) -> str:
-    """How the tasks of an arm differ from those that it would have to have learnt."""
-    if set(tasks) < set(wanted):
-        return f'{len(tasks)} of {len(wanted)} tasks'
+def describe_task_mismatch(tasks: Sequence[str], expected: Sequence[str]) -> str:
+    """Return words for the difference between the tasks of an arm and the expected ones."""
+    if set(tasks) < set(expected):
+        return f'{len(tasks)} of {len(expected)} tasks'
     return 'other tasks'
 
 
-def _summary(sweep: Sweep, arm: Arm, reference: Arm | None) -> Summary | None:
-    tasks, scores = _scores(sweep, arm)
+def _summarize_scores(sweep: Sweep, arm: Arm, baseline: Arm | None) -> Summary | None:
+    tasks, scores = _final_scores(sweep, arm)
     if not len(scores):
         return None
-    against = None
-    own_runs = arm.own_runs and bool(tasks)
-    if reference is not None and reference is not arm and sweep.compares(arm):
-        theirs, baseline = _scores(sweep, reference)
-        if theirs == tasks and len(baseline):
-            against = statistics.probability_of_improvement(
-                scores, baseline, sweep.lower_is_better, own_runs=own_runs
+    improvement = None
+    separate_runs = arm.separate_runs and bool(tasks)
+    if baseline is not None and baseline is not arm and sweep.is_comparable(arm):
+        baseline_tasks, baseline_scores = _final_scores(sweep, baseline)
+        if baseline_tasks == tasks and len(baseline_scores):
+            improvement = statistics.probability_of_improvement(
+                scores, baseline_scores, sweep.lower_is_better, separate_runs=separate_runs
             )
-    interval = statistics.over_runs if own_runs else statistics.over_seeds
-    median, iqm = (interval(scores, f) for f in (statistics.median, statistics.iqm))
-    return Summary(tasks, scores, own_runs, median, iqm, against)
+    bootstrap = statistics.bootstrap_runs if separate_runs else statistics.bootstrap_seeds
+    return Summary(
+        tasks=tasks,
+        scores=scores,
+        separate_runs=separate_runs,
+        median=bootstrap(scores, statistics.median),
+        iqm=bootstrap(scores, statistics.iqm),
+        improvement=improvement,
+    )
 
 
-def _scores(sweep: Sweep, arm: Arm) -> tuple[tuple[str, ...], np.ndarray]:
-    """Of each seed and task; of each seed, [seeds, 1], where there is one task or none."""
+def _final_scores(sweep: Sweep, arm: Arm) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return tasks and scores [seeds, tasks]; () and [seeds, 1] for fewer than two tasks."""
     tasks, scores = arm.scores(sweep.metric, sweep.split)
-    final = arm.finite(sweep.metric, sweep.split)
+    final = arm.finite_values(sweep.metric, sweep.split)
     if final and len(tasks) > 1:
         return tasks, scores
     return (), np.array([final[seed] for seed in sorted(final)], float).reshape(-1, 1)

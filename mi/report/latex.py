@@ -1,4 +1,4 @@
-"""The table for a paper, in LaTeX that every engine compiles, whatever characters names have."""
+"""The table for a paper, in LaTeX that every engine compiles, for any characters in names."""
 
 import re
 import textwrap
@@ -10,33 +10,38 @@ from mi.report.runs import Sweep
 from mi.report.tables import Cell
 
 
-def to_latex(sweep: Sweep, rows: list[Row]) -> str:
-    """A booktabs table, made smaller only if it is wider than the line; details on a second line.
+def to_latex(sweep: Sweep, rows: list[Row], notes: list[str]) -> str:
+    """Return a booktabs table, scaled down only if it is wider than the line.
 
-    Reasons stand in the caption, where there is room for them.
+    Details go on a second line, the reasons of states into the caption.
     """
-    _, header, body, best = tables.cells(sweep, rows)
-    head = ' & '.join(map(_stack, header))
+    table = tables.make_table(sweep, rows)
+    header = ' & '.join(map(_stack, table.header))
+
+    # Write each row on one line, or on two if it has details.
     lines = []
-    for i, line in enumerate(body):
-        mains = [escaped(cell.main) for cell in line]
-        details = [rf'\scriptsize {escaped(cell.detail)}' * bool(cell.detail) for cell in line[:-1]]
-        if i in best:
+    for i, cells in enumerate(table.body):
+        mains = [escape_latex(cell.main) for cell in cells]
+        details = [_small(cell.detail) for cell in cells[:-1]]
+        if i in table.best:
             mains[1] = rf'\textbf{{{mains[1]}}}'
         lines.append(' & '.join(mains) + r' \\')
         if any(details):
             lines.append(' & '.join([*details, '']) + r' \\')
-    inner = '\n'.join(lines)
-    ends = [
-        f'{row.arm.label}: {row.arm.state}, {tables.one_line(row.arm.reason)}'
+    body = '\n'.join(lines)
+
+    # The caption holds the title, the notes and the reasons.
+    reasons = [
+        f'{row.arm.label}: {row.arm.state}, {tables.shorten(row.arm.reason)}'
         for row in rows
         if row.arm.reason
     ]
-    said = [sweep.title, *tables.notes(sweep, rows), *ends]
-    caption = ' '.join(f'{escaped(text.rstrip(".…"))}.' for text in said)
-    made = f'Made by python -m mi.report --workdir={sweep.path}'
-    made += f' from runs of: {sweep.command}' if sweep.command else ''
-    return f"""% {' '.join(made.split())}
+    sentences = [sweep.title, *notes, *reasons]
+    caption = ' '.join(f'{escape_latex(text.rstrip(".…"))}.' for text in sentences)
+    origin = f'Made by python -m mi.report --workdir={sweep.path}'
+    if sweep.command:
+        origin += f' from runs of: {sweep.command}'
+    return f"""% {' '.join(origin.split())}
 % Needs \\usepackage{{booktabs,graphicx}}.
 \\begin{{table}}
 \\centering
@@ -44,25 +49,29 @@ def to_latex(sweep: Sweep, rows: list[Row]) -> str:
 \\caption{{{caption}}}
 \\medskip
 \\resizebox{{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}}{{!}}{{%
-\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}
+\\begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}
 \\toprule
-{head} \\\\
+{header} \\\\
 \\midrule
-{inner}
+{body}
 \\bottomrule
 \\end{{tabular}}}}
 \\end{{table}}
 """
 
 
+def _small(detail: str) -> str:
+    return rf'\scriptsize {escape_latex(detail)}' if detail else ''
+
+
 def _stack(cell: Cell) -> str:
-    """A head of narrow lines, so that the numbers set the width of the column."""
+    """Break a header into narrow lines, so that the numbers set the width of the column."""
     lines = textwrap.wrap(cell.main, 12, break_long_words=False)
-    stacked = r' \\ '.join(map(escaped, [*lines, *filter(None, [cell.detail])]))
+    stacked = r' \\ '.join(map(escape_latex, [*lines, *filter(None, [cell.detail])]))
     return rf'\shortstack[r]{{{stacked}}}'
 
 
-# What LaTeX takes for something else: a bracket or a star after a line's end, or two hyphens.
+# Characters with a meaning in LaTeX; a bracket or star only has one after the end of a line.
 ASCII = {
     '\\': r'\textbackslash{}', '{': r'\{', '}': r'\}', '&': r'\&', '%': r'\%', '$': r'\$',
     '#': r'\#', '_': r'\_', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}',
@@ -80,14 +89,14 @@ SYMBOLS = {
     'œ': r'\oe{}', 'Œ': r'\OE{}', 'ı': r'\i{}', '•': r'$\bullet$', 'ℓ': r'$\ell$',
     'ο': 'o', 'Ο': 'O', 'ς': r'$\varsigma$',
 }  # fmt: skip
-# Greek capitals that look like Latin ones, which LaTeX has no commands for.
+# Greek capitals that look like Latin ones; LaTeX has no commands for them.
 LATIN = dict(zip('ΑΒΕΖΗΙΚΜΝΡΤΧ', 'ABEZHIKMNPTX', strict=True))
 GREEK = {
     *('ALPHA', 'BETA', 'GAMMA', 'DELTA', 'EPSILON', 'ZETA', 'ETA', 'THETA', 'IOTA', 'KAPPA'),
     *('LAMDA', 'MU', 'NU', 'XI', 'PI', 'RHO', 'SIGMA', 'TAU', 'UPSILON', 'PHI', 'CHI', 'PSI'),
     'OMEGA',
 }
-# Combining marks, and the commands of these accents.
+# Combining marks → commands of the accents.
 ACCENTS = {
     '\u0300': '`', '\u0301': "'", '\u0302': '^', '\u0303': '~', '\u0304': '=', '\u0306': 'u',
     '\u0307': '.', '\u0308': '"', '\u030a': 'r', '\u030b': 'H', '\u030c': 'v', '\u0323': 'd',
@@ -95,8 +104,8 @@ ACCENTS = {
 }  # fmt: skip
 
 
-def escaped(text: str) -> str:
-    """A text in LaTeX, on one line."""
+def escape_latex(text: str) -> str:
+    """Return the text in LaTeX, on one line."""
     parts: list[str] = []
     for character in unicodedata.normalize('NFD', text):
         if character in ACCENTS and parts:
@@ -109,7 +118,7 @@ def escaped(text: str) -> str:
 
 
 def _command(character: str) -> str:
-    """A character in LaTeX; its number in brackets, [U+4E2D], where there is no command for it."""
+    """Return a character in LaTeX, or its number, [U+4E2D], if there is no command for it."""
     if character.isascii():
         return ASCII.get(character, character if character.isprintable() else ' ')
     if known := SYMBOLS.get(character) or LATIN.get(character):
@@ -118,8 +127,9 @@ def _command(character: str) -> str:
     if greek and greek[2] in GREEK:
         name = greek[2].lower().replace('lamda', 'lambda')
         return f'$\\{name if greek[1] == "SMALL" else name.capitalize()}$'
+    # Superscripts, subscripts, fractions and ligatures decompose into other characters.
     kind, _, points = unicodedata.decomposition(character).rpartition('>')
-    inner = ''.join(escaped(chr(int(point, 16))) for point in points.split())
+    inner = ''.join(escape_latex(chr(int(point, 16))) for point in points.split())
     match kind:
         case '<super':
             return rf'\textsuperscript{{{inner}}}'

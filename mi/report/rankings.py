@@ -1,4 +1,4 @@
-"""Whether a ranking is one of the arms or of the seeds: each set of seeds reported by itself."""
+"""Rankings of the arms by each set of seeds: are they stable, or an accident of the seeds?"""
 
 import itertools
 from collections.abc import Sequence
@@ -10,66 +10,75 @@ from mi.report.runs import Arm, Sweep
 
 
 def to_markdown(sweep: Sweep) -> str:
-    """A table with the means and ranks of every arm in each set of seeds; '' unless there are sets.
+    """Return a table with the mean and rank of every arm in each seed set; '' without seed sets.
 
-    Under it, Kendall's τ of the rankings of each two sets: 1 where they are the same, 0 on average
-    where they are drawn at random, −1 where one is the reverse of the other. A table for each
-    problem, if there are several: arms of different problems have no ranks among each other.
+    Kendall's τ of every two rankings follows: 1 if they are equal, 0 on average if they are random,
+    −1 if one is the reverse of the other. If there are several problems, each has its own table:
+    arms of different problems are not ranked with each other.
     """
-    problems = sweep.by_problem()
-    texts = {name: _table(sweep, arms) for name, arms in problems.items() if len(arms) > 1}
+    problems = sweep.group_by_problem()
+    texts = {name: _rank_arms(sweep, arms) for name, arms in problems.items() if len(arms) > 1}
     return '\n'.join(
-        f'**{tables.words(name)}**\n\n{text}' if len(problems) > 1 else text
+        f'**{tables.humanize(name)}**\n\n{text}' if len(problems) > 1 else text
         for name, text in texts.items()
         if text
     )
 
 
-def _table(sweep: Sweep, arms: Sequence[Arm]) -> str:
-    finals = {arm.label: arm.final(sweep.metric, sweep.split) for arm in arms}
+def _rank_arms(sweep: Sweep, arms: Sequence[Arm]) -> str:
+    """Return the table of one problem; '' until every arm has every seed."""
+    # Leave out arms that diverged.
+    finals = {arm.label: arm.final_values(sweep.metric, sweep.split) for arm in arms}
     diverged = [
-        arm.label for arm in arms if finals[arm.label] and not arm.finite(sweep.metric, sweep.split)
+        arm.label
+        for arm in arms
+        if finals[arm.label] and not arm.finite_values(sweep.metric, sweep.split)
     ]
-    finals = {label: final for label, final in finals.items() if label not in diverged}
+    finals = {label: values for label, values in finals.items() if label not in diverged}
+    seeds = set(itertools.chain.from_iterable(sweep.seed_sets))
     if (
         len(finals) < 2
-        or not sweep.draws
-        or not all(
-            seed in final for final in finals.values() for seeds in sweep.draws for seed in seeds
-        )
+        or not seeds
+        or not all(seeds <= values.keys() for values in finals.values())
     ):
         return ''
+
+    # Compute means and ranks, two columns per seed set.
     sign = 1 if sweep.lower_is_better else -1
     header, columns, rankings = ['arm'], [], []
-    for seeds in sweep.draws:
-        means = [
-            statistics.estimate({seed: final[seed] for seed in seeds}, label)
-            for label, final in finals.items()
+    for seed_set in sweep.seed_sets:
+        estimates = [
+            statistics.estimate({seed: values[seed] for seed in seed_set}, label)
+            for label, values in finals.items()
         ]
-        digits = tables.digits(means)
-        ranks = scipy.stats.rankdata([sign * e.mean for e in means], method='min').astype(int)
-        columns += [[str(tables.interval(e, digits)) for e in means], [str(r) for r in ranks]]
-        header += [f'{tables.words(sweep.metric)}, seeds {_span(seeds)} [95 %]', 'rank']
-        rankings.append([e.mean for e in means])
+        means = [estimate.mean for estimate in estimates]
+        decimals = tables.count_decimals(estimates)
+        ranks = scipy.stats.rankdata([sign * mean for mean in means], method='min').astype(int)
+        columns.append([str(tables.format_interval(e, decimals)) for e in estimates])
+        columns.append([str(rank) for rank in ranks])
+        metric = tables.humanize(sweep.metric)
+        header += [f'{metric}, seeds {_format_seeds(seed_set)} [95 %]', 'rank']
+        rankings.append(means)
     body = [list(line) for line in zip(finals, *columns, strict=True)]
-    agree = [
-        f"Kendall's τ of the ranking by seeds {_span(a)} and that by {_span(b)}: "
-        f'{_tau(of_a, of_b)}.'
-        for (a, of_a), (b, of_b) in itertools.combinations(
-            zip(sweep.draws, rankings, strict=True), 2
-        )
-    ]
-    said = [f'Not ranked, as a seed is not finite: {"; ".join(diverged)}.'] if diverged else []
-    return tables.markdown(header, body) + '\n\n' + '\n'.join([*agree, *said]) + '\n'
+
+    # Compare every two rankings.
+    notes = []
+    for i, j in itertools.combinations(range(len(rankings)), 2):
+        first, second = (_format_seeds(sweep.seed_sets[k]) for k in (i, j))
+        tau = _format_tau(rankings[i], rankings[j])
+        notes.append(f"Kendall's τ of the ranking by seeds {first} and that by {second}: {tau}.")
+    if diverged:
+        notes.append(f'Not ranked, because a seed is not finite: {"; ".join(diverged)}.')
+    return tables.format_markdown(header, body) + '\n\n' + '\n'.join(notes) + '\n'
 
 
-def _tau(of_a: Sequence[float], of_b: Sequence[float]) -> str:
-    tau = float(scipy.stats.kendalltau(of_a, of_b).statistic)
-    return f'{tau:.2f}' if tau == tau else 'not defined, as all means of one are equal'
+def _format_tau(means_a: Sequence[float], means_b: Sequence[float]) -> str:
+    tau = float(scipy.stats.kendalltau(means_a, means_b).statistic)
+    return f'{tau:.2f}' if tau == tau else 'undefined, because all means of one are equal'
 
 
-def _span(seeds: tuple[int, ...]) -> str:
-    """0 to 4, or 0, 3, 7 where some between are left out."""
+def _format_seeds(seeds: tuple[int, ...]) -> str:
+    """Format consecutive seeds as '0 to 4', others as '0, 3, 7'."""
     if seeds == tuple(range(seeds[0], seeds[-1] + 1)):
         return f'{seeds[0]} to {seeds[-1]}'
     return ', '.join(map(str, seeds))

@@ -1,10 +1,10 @@
-"""Reads run directories and sweeps of them; what a run was trained with is not needed for it.
+"""Reader for run directories and sweeps; it needs neither the trainer nor its dependencies.
 
 sweep.json    what is compared, and one folder per member, each a run directory;
-              members of one label are one arm: of several seeds, or of a task each
-config.json   resolved config          status.json    how the run stands, where it ran
-lock          held while it goes on    stopped.json   why a rule of the sweep has ended it
-metrics.jsonl one record per step,     timing.jsonl   seconds since the record before
+              members with the same label form one arm: several seeds, or one task each
+config.json   resolved config          status.json    state of the run, where it ran
+lock          held while it runs       stopped.json   why a rule of the sweep ended it
+metrics.jsonl one record per step,     timing.jsonl   seconds since the previous record
               seed and split           cost.json      parameters and FLOPs per token or step
 """
 
@@ -15,7 +15,15 @@ import pathlib
 import numpy as np
 
 from mi.config import UserError
-from mi.report.files import Record, field, is_number, read_lines
+from mi.report.records import (
+    Record,
+    average_timing,
+    is_number,
+    join_tasks,
+    read_metrics,
+    read_timing,
+    require_field,
+)
 from mi.training.io import is_locked, read_json
 
 
@@ -24,15 +32,15 @@ class Arm:
     """One side of a comparison: a run directory with all its seeds.
 
     Attributes:
-      label: what tables and figures call it; unique in a sweep.
+      label: its name in tables and figures; unique in a sweep.
       state: running, done, failed or preempted as the run wrote it; 'died' if it wrote running and
-        is no more; 'stopped' by a rule of the sweep; 'missing' without a status.
+        its process is gone; 'stopped' by a rule of the sweep; 'missing' without a status.
       reason: why it failed, died, was stopped or is missing.
       seeds: the seeds that the config asks for, whether they have finished or not.
-      overrides: how sweep.json says that the arm differs, {dotted key: value}.
+      overrides: the differences that sweep.json declares, {dotted key: value}.
       config, cost, status: the JSON files, empty where absent.
-      metrics, timing: the records, in the order of the files.
-      tasks: those that its runs learnt, each run one of them; empty where each agent learns all.
+      metrics, timing: the records, in file order.
+      tasks: the tasks of its runs if each run learned one; empty where each agent learns all tasks.
     """
 
     label: str
@@ -48,89 +56,110 @@ class Arm:
     tasks: tuple[str, ...] = ()
 
     @property
-    def own_runs(self) -> bool:
-        """Whether it has several tasks, learnt by runs of their own and not all by each agent."""
+    def separate_runs(self) -> bool:
+        """Whether separate runs learned its several tasks, rather than one agent all of them."""
         return len(self.tasks) > 1
 
-    def names(self, split: str) -> list[str]:
-        """The names of all numbers in the records of a split, in order of appearance."""
-        rows = (r for r in self.metrics if r['split'] == split)
-        names = {name: None for r in rows for name, value in r.items() if is_number(value)}
+    def metric_names(self, split: str) -> list[str]:
+        """Return the names of all numbers in the records of a split, in order of appearance."""
+        records = (record for record in self.metrics if record['split'] == split)
+        names = {
+            name: None for record in records for name, value in record.items() if is_number(value)
+        }
         return [name for name in names if name not in ('step', 'seed')]
 
-    def by_seed(self, metric: str, split: str) -> dict[int, dict[int, float]]:
-        """{seed: {step: value}}, both sorted; where a step was written twice, the last counts.
+    def values_by_seed(self, metric: str, split: str) -> dict[int, dict[int, float]]:
+        """Return {seed: {step: value}}, both sorted; the last record of a repeated step counts.
 
-        What is not finite is written as null: it is nan here, and not left out, or a seed that
-        diverged would have the value before that.
+        Runs write null for values that are not finite. They are NaN here instead of absent;
+        otherwise a seed that diverged would be scored by its last finite value.
         """
-        found: dict[int, dict[int, float]] = {}
-        for r in self.metrics:
-            value = math.nan if metric in r and r[metric] is None else r.get(metric)
-            if r['split'] == split and is_number(value):
-                found.setdefault(r['seed'], {})[r['step']] = float(value)
-        return {seed: dict(sorted(found[seed].items())) for seed in sorted(found)}
+        values: dict[int, dict[int, float]] = {}
+        for record in self.metrics:
+            is_null = metric in record and record[metric] is None
+            value = math.nan if is_null else record.get(metric)
+            if record['split'] == split and is_number(value):
+                values.setdefault(record['seed'], {})[record['step']] = float(value)
+        return {seed: dict(sorted(values[seed].items())) for seed in sorted(values)}
 
-    def final(self, metric: str, split: str) -> dict[int, float]:
-        """{seed: value} at the end of training; empty where that has not been reached.
+    def final_values(self, metric: str, split: str) -> dict[int, float]:
+        """Return {seed: value} at the end of training; empty before the end.
 
-        The record of the test split is written once, at the end: where it exists, it is final.
-        Other splits are recorded on the way, so their last record is final once the run is done.
+        The test split is recorded once, at the end, so any test record is final. Other splits are
+        recorded during training; their last record is final once the run is done.
         """
         if split != 'test' and self.state != 'done':
             return {}
-        return {seed: values[max(values)] for seed, values in self.by_seed(metric, split).items()}
+        values_by_seed = self.values_by_seed(metric, split)
+        return {seed: values[max(values)] for seed, values in values_by_seed.items()}
 
-    def finite(self, metric: str, split: str) -> dict[int, float]:
-        """As `final`; empty where a seed is not finite, for the others would be a selection."""
-        values = self.final(metric, split)
+    def finite_values(self, metric: str, split: str) -> dict[int, float]:
+        """Return `final_values`, or {} if a seed is not finite: the others would be a selection."""
+        values = self.final_values(metric, split)
         return values if all(map(math.isfinite, values.values())) else {}
 
     def curve(self, metric: str, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps [N] and values [seeds, N], at the steps that every recorded seed has."""
-        seeds = list(self.by_seed(metric, split).values())
-        steps = sorted(set.intersection(*map(set, seeds))) if seeds else []
-        values = np.array([[seed[step] for step in steps] for seed in seeds], float)
-        return np.array(steps, int), values.reshape(len(seeds), len(steps))
+        """Return steps [N] and values [seeds, N], at the steps that every recorded seed has."""
+        seed_values = list(self.values_by_seed(metric, split).values())
+        steps = sorted(set.intersection(*map(set, seed_values))) if seed_values else []
+        values = np.array([[values[step] for step in steps] for values in seed_values], float)
+        return np.array(steps, int), values.reshape(len(seed_values), len(steps))
 
     def scores(
         self, metric: str, split: str, step: int | None = None
     ) -> tuple[tuple[str, ...], np.ndarray]:
-        """Tasks and [seeds, tasks] of `metric/TASK`, of seeds that are finite in all.
+        """Return the tasks and [seeds, tasks] of the metrics `metric/TASK`.
 
-        At a step, or at the end.
+        Seeds that are not finite in every task are left out.
+
+        Args:
+          metric: the prefix of the metrics.
+          split: the split of the records.
+          step: the step of the records; None for the final values.
         """
         prefix = f'{metric}/'
-        names = [name for name in self.names(split) if name.startswith(prefix)]
-        found = [
-            self.final(name, split)
+        names = [name for name in self.metric_names(split) if name.startswith(prefix)]
+        columns = [
+            self.final_values(name, split)
             if step is None
-            else {s: of[step] for s, of in self.by_seed(name, split).items() if step in of}
+            else {
+                seed: values[step]
+                for seed, values in self.values_by_seed(name, split).items()
+                if step in values
+            }
             for name in names
         ]
-        seeds = sorted(set.intersection(*map(set, found))) if found else []
-        values = np.array([[of[seed] for of in found] for seed in seeds], float)
-        values = values.reshape(len(seeds), len(names))
-        values = values[np.isfinite(values).all(axis=1)]
-        return tuple(name.removeprefix(prefix) for name in names) if len(values) else (), values
+        seeds = sorted(set.intersection(*map(set, columns))) if columns else []
+        scores = np.array([[column[seed] for column in columns] for seed in seeds], float)
+        scores = scores.reshape(len(seeds), len(names))
+        scores = scores[np.isfinite(scores).all(axis=1)]
+        return tuple(name.removeprefix(prefix) for name in names) if len(scores) else (), scores
 
-    def seconds(self) -> tuple[np.ndarray, np.ndarray]:
-        """Steps [M] and the seconds of training up to each [M]; a resumed run repeats steps."""
-        last = {r['step']: float(r['seconds']) for r in self.timing}
+    def training_seconds(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return steps [M] and the training seconds up to each of them [M].
+
+        A resumed run repeats steps; the last record of a step counts.
+        """
+        last = {record['step']: float(record['seconds']) for record in self.timing}
         steps = sorted(last)
         return np.array(steps, int), np.cumsum([last[step] for step in steps])
 
-    def rate(self, unit: str) -> float | None:
-        """Tokens (or steps) over seconds of all training, not the mean of the recorded rates."""
+    def throughput(self, unit: str) -> float | None:
+        """Return the units (tokens, steps) per second of all training, weighted by duration."""
         name = f'{unit}s_per_second'
-        last = {r['step']: r for r in self.timing if is_number(r.get(name))}
-        seconds = math.fsum(r['seconds'] for r in last.values())
-        done = math.fsum(r['seconds'] * r[name] for r in last.values())
-        return done / seconds if seconds > 0 else None
+        last = {record['step']: record for record in self.timing if is_number(record.get(name))}
+        seconds = math.fsum(record['seconds'] for record in last.values())
+        processed = math.fsum(record['seconds'] * record[name] for record in last.values())
+        return processed / seconds if seconds > 0 else None
 
-    def counted(self, what: str, part: str) -> int | None:
-        """cost.json's number for what, 'parameters' or 'flops_per_…', of a part."""
-        counts = self.cost.get(what)
+    def get_cost(self, quantity: str, part: str) -> int | None:
+        """Return a count of cost.json.
+
+        Args:
+          quantity: 'parameters' or 'flops_per_UNIT'.
+          part: 'model' or 'fusion'.
+        """
+        counts = self.cost.get(quantity)
         value = counts.get(part) if isinstance(counts, dict) else None
         return value if isinstance(value, int) else None
 
@@ -140,13 +169,19 @@ class Sweep:
     """A comparison; a single run is a sweep of one arm without a baseline.
 
     Attributes:
-      baseline: the label of the arm that the others are compared with, if there is one.
-      metric, split: the number that is compared, in the last record of that split.
+      path: the sweep directory.
+      title: the heading of the report.
+      metric, split: the compared number, in the last record of that split.
       curves: the split of the learning curves.
-      draws: the sets of two or more seeds that every arm was trained with, a run for each; empty
-        unless there are several.
-      warnings: what had to be left out while reading, one line each.
-      problems: keys of overrides; arms that differ in one of them learn different problems, and are
+      lower_is_better: the direction of the metric.
+      baseline: the label of the arm that the others are compared with, if there is one.
+      arms: in the order of sweep.json.
+      notes: remarks of the sweep's author.
+      command: the command that launched the sweep.
+      warnings: what was skipped while reading, one line each.
+      seed_sets: the sets of two or more seeds with which every arm was trained, one run per set;
+        empty unless there are several.
+      problems: keys of overrides; arms that differ in one of them learn different problems and are
         not ranked with each other.
     """
 
@@ -161,217 +196,213 @@ class Sweep:
     notes: list[str]
     command: str | None
     warnings: list[str]
-    draws: tuple[tuple[int, ...], ...] = ()
+    seed_sets: tuple[tuple[int, ...], ...] = ()
     problems: tuple[str, ...] = ()
 
-    def by_problem(self) -> dict[str, list[Arm]]:
-        """The arms of each problem, in order; all under '' where there is only one."""
-        found: dict[str, list[Arm]] = {}
+    def group_by_problem(self) -> dict[str, list[Arm]]:
+        """Return the arms of each problem, in order; all under '' where there is only one."""
+        groups: dict[str, list[Arm]] = {}
         for arm in self.arms:
             name = ', '.join(
                 str(arm.overrides[key]) for key in self.problems if key in arm.overrides
             )
-            found.setdefault(name, []).append(arm)
-        return found
+            groups.setdefault(name, []).append(arm)
+        return groups
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """What arms have to have learnt to be compared, where each task has runs of its own.
+        """The tasks an arm must have learned to be compared, where each task has separate runs.
 
-        The tasks of the baseline; without one, all that any arm has learnt.
+        These are the tasks of the baseline; without one, all tasks of the sweep.
         """
-        of_baseline = [arm.tasks for arm in self.arms if arm.label == self.baseline]
-        every = (task for arm in self.arms for task in arm.tasks)
-        return of_baseline[0] if of_baseline else tuple(dict.fromkeys(every))
+        baseline_tasks = [arm.tasks for arm in self.arms if arm.label == self.baseline]
+        all_tasks = (task for arm in self.arms for task in arm.tasks)
+        return baseline_tasks[0] if baseline_tasks else tuple(dict.fromkeys(all_tasks))
 
-    def compares(self, arm: Arm) -> bool:
-        """Whether an arm has learnt these tasks: a mean over others is another number."""
+    def is_comparable(self, arm: Arm) -> bool:
+        """Return whether an arm learned these tasks; a mean over others is another quantity."""
         return set(arm.tasks) == set(self.tasks)
 
-    def left_out(self) -> str:
-        """Names the arms that are not done or not finite, for tables that do not show them."""
+    def describe_excluded(self) -> str:
+        """Return a note on the arms that a table leaves out: not done or not finite; '' if none."""
         undone = [f'{arm.label} ({arm.state})' for arm in self.arms if arm.state != 'done']
         diverged = [
             arm.label
             for arm in self.arms
-            if arm.final(self.metric, self.split) and not arm.finite(self.metric, self.split)
+            if arm.final_values(self.metric, self.split)
+            and not arm.finite_values(self.metric, self.split)
         ]
-        said = [f'Not here, as not done: {"; ".join(undone)}.'] if undone else []
-        said += [f'Not here, as a seed is not finite: {"; ".join(diverged)}.'] if diverged else []
-        return ' '.join(said)
+        notes = [f'Left out, because not done: {"; ".join(undone)}.'] if undone else []
+        if diverged:
+            notes.append(f'Left out, because a seed is not finite: {"; ".join(diverged)}.')
+        return ' '.join(notes)
 
     @property
     def unit(self) -> str:
-        """What speed and FLOPs are counted in: token, example, or step of an environment."""
+        """The unit of speed and FLOPs: token, example, or environment step."""
         units = (
-            u for u in ('step', 'example') if any(f'flops_per_{u}' in a.cost for a in self.arms)
+            unit
+            for unit in ('step', 'example')
+            if any(f'flops_per_{unit}' in arm.cost for arm in self.arms)
         )
         return next(units, 'token')
 
 
-def read(workdir: pathlib.Path, flag: str = 'workdir') -> Sweep:
-    """Reads a sweep directory or a single run directory.
+def read_sweep(workdir: pathlib.Path, flag: str = 'workdir') -> Sweep:
+    """Read a sweep directory or a single run directory.
 
     Args:
       workdir: the directory.
-      flag: what it was given as.
+      flag: the command-line flag that names it, for errors.
 
     Raises:
-      UserError: if it is neither, or a file in it is not what it should be.
+      UserError: if it is neither, or one of its files is malformed.
     """
     if not workdir.is_dir():
-        raise UserError(f'--{flag}={workdir} is not a directory')
+        raise UserError(
+            f'--{flag}={workdir}: expected a sweep or run directory; it is not a directory'
+        )
     if (workdir / 'sweep.json').exists():
-        return _read_sweep(workdir)
+        return _read_sweep_directory(workdir)
     if (workdir / 'config.json').exists():
-        return _read_single(workdir)
+        return _read_single_run(workdir)
     raise UserError(
-        f'--{flag}={workdir} is neither a sweep (no sweep.json) nor a run (no config.json)'
+        f'--{flag}={workdir}: expected a sweep (sweep.json) or a run (config.json); it has neither'
     )
 
 
-def _read_sweep(workdir: pathlib.Path) -> Sweep:
+def _read_sweep_directory(workdir: pathlib.Path) -> Sweep:
     path = workdir / 'sweep.json'
-    sweep = read_json(path)
-    members = field(sweep, 'members', list, path)
-    metric = field(sweep, 'metric', str, path)
+    spec = read_json(path)
+    metric = require_field(spec, 'metric', str, path)
+
+    # Read the members, grouped by label, and by task where members name one.
     warnings: list[str] = []
-    arms: dict[str, list[Arm]] = {}
-    tasks: dict[str, dict[str, list[Arm]]] = {}
-    for member in members:
-        if not isinstance(member, dict):
-            raise UserError(f'{path}: a member is {member!r}: expected an object with a name')
-        name = field(member, 'name', str, path)
-        overrides = field({'overrides': {}} | member, 'overrides', dict, path)
-        label = field({'label': name} | member, 'label', str, path)
-        run = _read_run(workdir / name, label, overrides, warnings)
-        if 'task' in member:
-            task = field(member, 'task', str, path)
-            tasks.setdefault(label, {}).setdefault(task, []).append(run)
-        arms.setdefault(label, []).append(run)
-    if not arms:
+    runs: dict[str, list[Arm]] = {}  # {label: runs}
+    task_runs: dict[str, dict[str, list[Arm]]] = {}  # {label: {task: runs}}
+    for member in require_field(spec, 'members', list, path):
+        run, task = _read_member(member, path, warnings)
+        runs.setdefault(run.label, []).append(run)
+        if task is not None:
+            task_runs.setdefault(run.label, {}).setdefault(task, []).append(run)
+    if not runs:
         raise UserError(f'{path}: members = []: expected one or more')
-    every = dict.fromkeys(task for of_label in tasks.values() for task in of_label)
-    joined = [
-        _of_tasks({t: _joined(tasks[label][t], path) for t in every if t in tasks[label]}, metric)
-        if label in tasks
-        else _joined(members, path)
-        for label, members in arms.items()
-    ]
-    baseline = sweep.get('baseline')
-    if baseline is not None and baseline not in arms:
-        raise UserError(f'{path}: baseline = {baseline!r}: expected null or one of {list(arms)}')
+
+    # Merge the runs of each label into one arm; all arms list their tasks in the same order.
+    tasks = dict.fromkeys(task for arm_runs in task_runs.values() for task in arm_runs)
+    arms = []
+    for label, arm_runs in runs.items():
+        if label in task_runs:
+            task_arms = {
+                task: _merge_seeds(task_runs[label][task], path)
+                for task in tasks
+                if task in task_runs[label]
+            }
+            arms.append(_merge_tasks(task_arms, metric))
+        else:
+            arms.append(_merge_seeds(arm_runs, path))
+
+    baseline = spec.get('baseline')
+    if baseline is not None and baseline not in runs:
+        raise UserError(f'{path}: baseline = {baseline!r}: expected null or one of {list(runs)}')
     return Sweep(
         path=workdir,
-        title=sweep.get('title') or field(sweep, 'name', str, path),
+        title=spec.get('title') or require_field(spec, 'name', str, path),
         metric=metric,
-        split=field(sweep, 'split', str, path),
-        curves=field({'curves': 'valid'} | sweep, 'curves', str, path),
-        lower_is_better=field(sweep, 'lower_is_better', bool, path),
+        split=require_field(spec, 'split', str, path),
+        curves=require_field({'curves': 'valid'} | spec, 'curves', str, path),
+        lower_is_better=require_field(spec, 'lower_is_better', bool, path),
         baseline=baseline,
-        arms=joined,
-        notes=[str(note) for note in field({'notes': []} | sweep, 'notes', list, path)],
-        command=sweep.get('command'),
+        arms=arms,
+        notes=[str(note) for note in require_field({'notes': []} | spec, 'notes', list, path)],
+        command=spec.get('command'),
         warnings=warnings,
-        draws=() if tasks else _draws(list(arms.values())),
-        problems=tuple(map(str, field({'problems': []} | sweep, 'problems', list, path))),
+        seed_sets=() if task_runs else _find_seed_sets(list(runs.values())),
+        problems=tuple(map(str, require_field({'problems': []} | spec, 'problems', list, path))),
     )
 
 
-def _draws(arms: list[list[Arm]]) -> tuple[tuple[int, ...], ...]:
-    """The sets of seeds that all arms have in common, if they have several and no others."""
-    sets = {tuple(sorted({run.seeds for run in members})) for members in arms}
-    common = sets.pop()
-    several = len(common) > 1 and all(len(seeds) > 1 for seeds in common)
-    return common if several and not sets else ()
+def _read_member(member: object, path: pathlib.Path, warnings: list[str]) -> tuple[Arm, str | None]:
+    """Return the run of a member of sweep.json, and its task if it names one."""
+    if not isinstance(member, dict):
+        raise UserError(f'{path}: members contains {member!r}: expected an object with a name')
+    name = require_field(member, 'name', str, path)
+    overrides = require_field({'overrides': {}} | member, 'overrides', dict, path)
+    label = require_field({'label': name} | member, 'label', str, path)
+    run = _read_run(path.parent / name, label, overrides, warnings)
+    return run, require_field(member, 'task', str, path) if 'task' in member else None
 
 
-def _joined(members: list[Arm], path: pathlib.Path) -> Arm:
-    """The runs of one arm, each with seeds of its own; its seconds are their means."""
-    first = members[0]
-    if len(members) == 1:
+def _find_seed_sets(arms: list[list[Arm]]) -> tuple[tuple[int, ...], ...]:
+    """Return the seed sets of the runs if all arms have the same ones, and several; else ()."""
+    arm_sets = {tuple(sorted({run.seeds for run in arm_runs})) for arm_runs in arms}
+    common = arm_sets.pop()
+    has_several = len(common) > 1 and all(len(seeds) > 1 for seeds in common)
+    return common if has_several and not arm_sets else ()
+
+
+def _merge_seeds(runs: list[Arm], path: pathlib.Path) -> Arm:
+    """Merge the runs of one arm, which have different seeds; their timings are averaged."""
+    first = runs[0]
+    if len(runs) == 1:
         return first
-    seeds = [seed for arm in members for seed in arm.seeds]
+    seeds = [seed for run in runs for seed in run.seeds]
     if len(set(seeds)) < len(seeds):
         raise UserError(
             f'{path}: members of label {first.label!r} have seeds {seeds}: expected different '
             f'labels, or different seeds'
         )
-    # The state that is furthest from the end, for the arm is not there before.
-    worst = next((arm for arm in members if arm.state != 'done'), first)
+    # An arm is done once all its runs are; until then it has the state of the first other run.
+    worst = next((run for run in runs if run.state != 'done'), first)
     return dataclasses.replace(
         first,
         state=worst.state,
         reason=worst.reason,
         seeds=tuple(seeds),
         status=worst.status,
-        metrics=[record for arm in members for record in arm.metrics],
-        timing=_mean_timing([arm.timing for arm in members]),
+        metrics=[record for run in runs for record in run.metrics],
+        timing=average_timing([run.timing for run in runs]),
     )
 
 
-def _mean_timing(of_runs: list[list[Record]]) -> list[Record]:
-    """The means of the records that all runs have."""
-    by_step = [{r['step']: r for r in timing} for timing in of_runs]
-    timing: list[Record] = []
-    for step in sorted(set.intersection(*map(set, by_step))):
-        rows = [rows[step] for rows in by_step]
-        names = [name for name in rows[0] if all(is_number(r.get(name)) for r in rows)]
-        timing.append({name: sum(r[name] for r in rows) / len(rows) for name in names})
-        timing[-1]['step'] = step
-    return timing
+def _merge_tasks(arms: dict[str, Arm], metric: str) -> Arm:
+    """Merge the runs of several tasks into one arm, whose metric is the mean over tasks.
 
-
-def _of_tasks(arms: dict[str, Arm], metric: str) -> Arm:
-    """One arm of the runs of several tasks, whose metric is the mean over them.
-
-    Each record holds the metric of every task, as that of an agent that learns all of them does;
-    there is one where every task has a record of that step, seed and split. The mean is null where
-    a task is, which is not finite there.
+    Each merged record holds the metric of every task, like the record of an agent that learns all
+    tasks.
     """
     first = next(iter(arms.values()))
     if len(arms) == 1:
         return dataclasses.replace(first, tasks=tuple(arms))
     worst = next((arm for arm in arms.values() if arm.state != 'done'), first)
-    values: dict[tuple[int, int, str], dict[str, float | None]] = {}
-    for task, arm in arms.items():
-        for r in arm.metrics:
-            if metric in r and (r[metric] is None or is_number(r[metric])):
-                values.setdefault((r['step'], r['seed'], r['split']), {})[task] = r[metric]
-    records: list[Record] = []
-    for (step, seed, split), of_task in values.items():
-        if len(of_task) == len(arms):
-            finite = [value for value in of_task.values() if value is not None]
-            whole = math.fsum(finite) / len(arms) if len(finite) == len(arms) else None
-            records.append({'step': step, 'seed': seed, 'split': split, metric: whole})
-            records[-1] |= {f'{metric}/{task}': value for task, value in of_task.items()}
     return dataclasses.replace(
         first,
         state=worst.state,
         reason=worst.reason,
         seeds=tuple(sorted(set.intersection(*(set(arm.seeds) for arm in arms.values())))),
         status=worst.status,
-        metrics=records,
-        timing=_mean_timing([arm.timing for arm in arms.values()]),
+        metrics=join_tasks({task: arm.metrics for task, arm in arms.items()}, metric),
+        timing=average_timing([arm.timing for arm in arms.values()]),
         tasks=tuple(arms),
     )
 
 
-def _read_single(workdir: pathlib.Path) -> Sweep:
+def _read_single_run(workdir: pathlib.Path) -> Sweep:
     warnings: list[str] = []
     arm = _read_run(workdir, workdir.resolve().name, {}, warnings)
-    learns = bool(arm.names('eval'))  # by reinforcement: there are returns, and no test text
-    names = arm.names('eval') or arm.names('test') or arm.names('valid')
-    # Bytes are the unit that runs with different vocabularies share; a run of one-hot targets has
-    # none, and is shown by its first number.
+    # An agent records returns in the eval split and has no test text.
+    is_agent = bool(arm.metric_names('eval'))
+    names = arm.metric_names('eval') or arm.metric_names('test') or arm.metric_names('valid')
+    # Bits per byte are comparable across vocabularies. A run of one-hot targets has none, and is
+    # shown by its first number.
     metric = 'bits_per_byte' if 'bits_per_byte' in names or not names else names[0]
     return Sweep(
         path=workdir,
         title=arm.label,
-        metric='return' if learns else metric,
-        split='eval' if learns else 'test',
-        curves='eval' if learns else 'valid',
-        lower_is_better=not learns,
+        metric='return' if is_agent else metric,
+        split='eval' if is_agent else 'test',
+        curves='eval' if is_agent else 'valid',
+        lower_is_better=not is_agent,
         baseline=None,
         arms=[arm],
         notes=[],
@@ -396,20 +427,12 @@ def _read_run(path: pathlib.Path, label: str, overrides: Record, warnings: list[
         state, reason = 'missing', f'no state in {path.name}/status.json'
     elif state == 'running' and not alive:
         state, reason = 'died', 'its process is gone'
-    config = read_json(path / 'config.json', missing={})
     done = state == 'done'
-    metrics = read_lines(path / 'metrics.jsonl', done, warnings)
-    for number, r in metrics.items():
-        fine = isinstance(r.get('step'), int) and isinstance(r.get('seed'), int)
-        if not fine or not isinstance(r.get('split'), str):
-            raise UserError(f'{path / "metrics.jsonl"}, line {number}: no step, seed and split')
-    timing = read_lines(path / 'timing.jsonl', done, warnings)
-    for number, r in timing.items():
-        if not isinstance(r.get('step'), int) or not is_number(r.get('seconds')):
-            raise UserError(f'{path / "timing.jsonl"}, line {number}: no step and seconds')
+    metrics = read_metrics(path / 'metrics.jsonl', done, warnings)
+    config = read_json(path / 'config.json', missing={})
     seeds = config.get('seeds')
     if not isinstance(seeds, list):
-        seeds = sorted({r['seed'] for r in metrics.values()})
+        seeds = sorted({record['seed'] for record in metrics})
     return Arm(
         label=label,
         state=state,
@@ -419,6 +442,6 @@ def _read_run(path: pathlib.Path, label: str, overrides: Record, warnings: list[
         config=config,
         cost=read_json(path / 'cost.json', missing={}),
         status=status,
-        metrics=list(metrics.values()),
-        timing=list(timing.values()),
+        metrics=metrics,
+        timing=read_timing(path / 'timing.jsonl', done, warnings),
     )

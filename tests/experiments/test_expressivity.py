@@ -234,8 +234,8 @@ def test_a_search_that_was_stopped_goes_on_and_tries_nothing_twice(tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(search.time, 'perf_counter', lambda: float(next(ticks)))
         search.search(config(**changes), str(tmp_path / 'whole'))
-    arm = runs.read(tmp_path / 'whole').arms[0]
-    assert arm.seconds()[1][-1] >= len(probed)  # a probe is a tick at least
+    arm = runs.read_sweep(tmp_path / 'whole').arms[0]
+    assert arm.training_seconds()[1][-1] >= len(probed)  # a probe is a tick at least
     at_once, probed[:] = len(probed), []
     monkeypatch.setattr('mi.training.run_dir.Run.should_stop', lambda this, recorded: True)
     for _ in range(at_once):

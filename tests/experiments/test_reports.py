@@ -235,7 +235,7 @@ def test_the_error_of_a_product_is_drawn_by_its_median_and_range(tmp_path):
     made.run('mi, 0, 1', {seed: {'mse': 1e-9} for seed in range(3)}, arrays=surface, parameters=4)
     made.report('inclusion')
     assert (tmp_path / 'inclusion.png').stat().st_size > 0
-    arms = runs.read(tmp_path).arms
+    arms = runs.read_sweep(tmp_path).arms
     axes = Figure().subplots()
     inclusion._errors(axes, arms[:2], 'concat', 'grey')
     (container,) = axes.containers

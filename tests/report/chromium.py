@@ -90,8 +90,8 @@ class Page:
         features = [{'name': 'prefers-color-scheme', 'value': scheme}]
         self.call('Emulation.setEmulatedMedia', features=features)
         self._loaded = False
-        found = self.call('Page.navigate', url=path.absolute().as_uri())
-        assert 'errorText' not in found, found
+        result = self.call('Page.navigate', url=path.absolute().as_uri())
+        assert 'errorText' not in result, result
         while not self._loaded:
             self._event(self._next())
         # The figures are drawn when their size is known: a frame later.
@@ -108,11 +108,11 @@ class Page:
     def press(self, key):
         """A key, as from a keyboard, to what has the focus."""
         text = {'Enter': '\r', ' ': ' '}.get(key, '')
-        what = {'key': key, 'code': 'Space' if key == ' ' else key}
-        what['windowsVirtualKeyCode'] = {'Enter': 13, ' ': 32, 'Tab': 9}[key]
+        event = {'key': key, 'code': 'Space' if key == ' ' else key}
+        event['windowsVirtualKeyCode'] = {'Enter': 13, ' ': 32, 'Tab': 9}[key]
         down = 'keyDown' if text else 'rawKeyDown'
-        self.call('Input.dispatchKeyEvent', type=down, **what, **({'text': text} if text else {}))
-        self.call('Input.dispatchKeyEvent', type='keyUp', **what)
+        self.call('Input.dispatchKeyEvent', type=down, **event, **({'text': text} if text else {}))
+        self.call('Input.dispatchKeyEvent', type='keyUp', **event)
 
     def mouse(self, x, y, kind='mouseMoved'):
         self.call('Input.dispatchMouseEvent', type=kind, x=x, y=y)

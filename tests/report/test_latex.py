@@ -5,9 +5,9 @@ import subprocess
 
 import pytest
 
-from mi.report import analysis, latex, runs
+from mi.report import analysis, latex, notes, runs
 from tests.conftest import ROOT
-from tests.report import test_report as made
+from tests.report import synthetic
 
 TABLES = sorted((ROOT / 'docs/results').glob('*/table.tex'))
 ENGINE = shutil.which('pdflatex')
@@ -43,12 +43,12 @@ def compiled(tables, folder):
     ],
 )
 def test_what_characters_become(text, expected):
-    assert latex.escaped(text) == expected
+    assert latex.escape_latex(text) == expected
 
 
 def test_every_character_becomes_ascii():
     every = ''.join(map(chr, [*range(0x3000), 0x1D4B3, 0x1F600]))
-    assert all(latex.escaped(character).isascii() for character in every)
+    assert all(latex.escape_latex(character).isascii() for character in every)
 
 
 @pytest.mark.parametrize('path', TABLES, ids=lambda path: path.parent.name)
@@ -67,21 +67,22 @@ def test_the_tables_of_the_documentation_compile(tmp_path):
 @needs_engine
 @pytest.mark.slow
 def test_a_table_of_any_names_compiles(tmp_path):
-    """They begin cells after a line's end, and stand in heads, reasons, notes and the caption."""
+    """They start cells after the end of a line, and are in headers, reasons, notes and caption."""
     members = []
     for label in (f'*{WORDS}', f'[{WORDS}'):
         run = tmp_path / f'{len(members)}'
-        made.make_run(run, label, made.MI, state='failed', reason=WORDS)
+        synthetic.make_run(run, label, synthetic.MI, state='failed', reason=WORDS)
         members.append({'name': run.name, 'label': label})
         records = [
             {'step': 20, 'seed': s, 'split': 'test', 'bits_per_byte': s, WORDS: 1.0}
             for s in (0, 1, 2)
         ]
-        made.lines(run / 'metrics.jsonl', records)
+        synthetic.write_lines(run / 'metrics.jsonl', records)
     changes = {'title': f'*{WORDS}', 'notes': [f'*{WORDS}'], 'command': f'a {WORDS}'}
-    made.write_sweep(tmp_path, members, baseline=members[0]['label'], **changes)
-    sweep = runs.read(tmp_path)
-    text = latex.to_latex(sweep, analysis.rows(sweep))
+    synthetic.write_sweep(tmp_path, members, baseline=members[0]['label'], **changes)
+    sweep = runs.read_sweep(tmp_path)
+    rows = analysis.make_rows(sweep)
+    text = latex.to_latex(sweep, rows, notes.make_notes(sweep, rows))
     assert text.partition('\n')[2].isascii()
     compiled([text], tmp_path)
 
@@ -89,5 +90,7 @@ def test_a_table_of_any_names_compiles(tmp_path):
 @needs_engine
 @pytest.mark.slow
 def test_every_character_compiles(tmp_path):
-    every = [latex.escaped(''.join(map(chr, range(i, i + 64)))) for i in range(0x20, 0x2600, 64)]
+    every = [
+        latex.escape_latex(''.join(map(chr, range(i, i + 64)))) for i in range(0x20, 0x2600, 64)
+    ]
     compiled(['\n\n'.join(every)], tmp_path)

@@ -5,14 +5,8 @@ import subprocess
 
 import pytest
 
-from mi.report import (
-    analysis,
-    html,
-    runs,
-    tables,
-)
-from tests.report import chromium
-from tests.report import test_report as made
+from mi.report import analysis, html, notes, runs
+from tests.report import chromium, synthetic
 
 pytestmark = pytest.mark.skipif(
     chromium.PATH is None, reason=f'no browser: none of {", ".join(chromium.NAMES)} is installed'
@@ -27,7 +21,7 @@ def write(workdir):
     members = []
     for i, (arm, gain) in enumerate(GAINS.items()):
         path = workdir / str(i)
-        made.make_run(path, arm, {})
+        synthetic.make_run(path, arm, {})
         records, timing = [], []
         for step in STEPS:
             for seed in SEEDS:
@@ -35,18 +29,18 @@ def write(workdir):
                 record = {'success': easy - 0.15, 'success/easy': easy, 'success/hard': easy - 0.3}
                 records.append({'step': step, 'seed': seed, 'split': 'eval', **record})
             timing.append({'step': step, 'seconds': (1 + i) * 5.0, 'steps_per_second': 8.0})
-        made.lines(path / 'metrics.jsonl', records)
-        made.lines(path / 'timing.jsonl', timing)
+        synthetic.write_lines(path / 'metrics.jsonl', records)
+        synthetic.write_lines(path / 'timing.jsonl', timing)
         cost = {'parameters': {'model': 1000 * (9 + i), 'fusion': 1}}
         (path / 'cost.json').write_text(json.dumps(cost | {'flops_per_step': {'model': 8}}))
         members.append({'name': path.name, 'label': arm, 'overrides': {}})
     members.append({'name': 'later', 'label': 'later', 'overrides': {'model.width': 16}})
-    what = {'metric': 'success', 'split': 'eval', 'curves': 'eval', 'lower_is_better': False}
-    made.write_sweep(workdir, members, title=EVIL, **what)
-    sweep = runs.read(workdir)
-    rows = analysis.rows(sweep)
+    settings = {'metric': 'success', 'split': 'eval', 'curves': 'eval', 'lower_is_better': False}
+    synthetic.write_sweep(workdir, members, title=EVIL, **settings)
+    sweep = runs.read_sweep(workdir)
+    rows = analysis.make_rows(sweep)
     file = workdir / 'report.html'
-    file.write_text(html.page(sweep, rows, tables.notes(sweep, rows)))
+    file.write_text(html.render_page(sweep, rows, notes.make_notes(sweep, rows)))
     return file
 
 
@@ -128,9 +122,9 @@ def test_the_keyboard_sorts_too(page):
     sorts = page(
         "[...document.querySelectorAll('table.sortable')][0].querySelectorAll('th').length"
     )
-    others = "[...document.querySelector('table.sortable').querySelectorAll('thead th')]"
-    found = page(f"{others}.map(th => th.getAttribute('aria-sort'))")
-    assert sorts > 5 and found.count('none') == len(found) - 1 and found[1] == 'ascending'
+    headers = "[...document.querySelector('table.sortable').querySelectorAll('thead th')]"
+    states = page(f"{headers}.map(th => th.getAttribute('aria-sort'))")
+    assert sorts > 5 and states.count('none') == len(states) - 1 and states[1] == 'ascending'
 
 
 def test_an_arm_is_hidden_and_shown_in_all_figures(page):
@@ -146,26 +140,28 @@ def test_an_arm_is_hidden_and_shown_in_all_figures(page):
     assert sorted(drawn(page, 'curves')) == sorted(GAINS) and page(pressed) == 'true'
 
 
-def words(page, chart):
+def axis_texts(page, chart):
     return page(f"[...document.querySelectorAll('#{chart} svg text')].map(t => t.textContent)")
 
 
-def choose(page, bar, word):
-    page(f"[...document.querySelectorAll('#{bar} button')].find(b => b.textContent === '{word}')"
+def choose(page, bar, text):
+    page(f"[...document.querySelectorAll('#{bar} button')].find(b => b.textContent === '{text}')"
          '.click()')  # fmt: skip
 
 
 def test_axes_are_chosen(page):
-    assert 'training steps' in words(page, 'curves') and '100' in words(page, 'curves')
+    assert 'training steps' in axis_texts(page, 'curves') and '100' in axis_texts(page, 'curves')
     choose(page, 'curves-bar', 'seconds')
-    assert 'training seconds' in words(page, 'curves')
-    assert '75' in words(page, 'curves') and '100' not in words(page, 'curves')  # 5 × 15 s
-    assert '0.1' not in words(page, 'curves')
+    assert 'training seconds' in axis_texts(page, 'curves')
+    assert '75' in axis_texts(page, 'curves') and '100' not in axis_texts(
+        page, 'curves'
+    )  # 5 × 15 s
+    assert '0.1' not in axis_texts(page, 'curves')
     choose(page, 'curves-bar', 'all')
-    assert '0.1' in words(page, 'curves')
-    assert 'parameters' in words(page, 'pareto')
+    assert '0.1' in axis_texts(page, 'curves')
+    assert 'parameters' in axis_texts(page, 'pareto')
     choose(page, 'pareto-bar', 'training seconds')
-    assert 'training seconds' in words(page, 'pareto')
+    assert 'training seconds' in axis_texts(page, 'pareto')
 
 
 def test_the_mouse_reads_the_curves(page):
@@ -222,19 +218,19 @@ def test_wide_and_narrow_light_and_dark(page, file, width, scheme):
     [(429_700, 430_800), (0, 1), (-3, 3), (0, 2e6), (9_000, 12_000), (1e9, 1.0001e9), (1e-6, 3e-6)],
 )
 def test_no_two_ticks_are_alike_and_each_says_where_it_is(page, low, high):
-    found = page(f'ticks({low}, {high}, 5)')
-    words = found['words']
-    assert len(words) == len(set(words)) > 2
+    ticks = page(f'ticks({low}, {high}, 5)')
+    labels = ticks['labels']
+    assert len(labels) == len(set(labels)) > 2
     scale = {'k': 1e3, 'M': 1e6, 'G': 1e9}
-    for value, word in zip(found['values'], words, strict=True):
-        number = float(word.rstrip('kMG').replace('−', '-')) * scale.get(word[-1], 1)
+    for value, label in zip(ticks['values'], labels, strict=True):
+        number = float(label.rstrip('kMG').replace('−', '-')) * scale.get(label[-1], 1)
         assert number == pytest.approx(value, rel=1e-9, abs=1e-12)
 
 
 def test_counts_have_whole_ticks_and_decades_fit(page):
-    assert page('ticks(429720, 429722, 8, true).words') == ['429.720k', '429.721k', '429.722k']
-    assert len(page('decades(1, 1e12, 6).words')) <= 7
-    assert page('decades(900, 20000, 8).words') == ['1k', '2k', '5k', '10k', '20k']
+    assert page('ticks(429720, 429722, 8, true).labels') == ['429.720k', '429.721k', '429.722k']
+    assert len(page('decades(1, 1e12, 6).labels')) <= 7
+    assert page('decades(900, 20000, 8).labels') == ['1k', '2k', '5k', '10k', '20k']
     assert page('extent([2.1, 2.1 + 5e-16], 0.1)') == pytest.approx([1.995, 2.205])
 
 

@@ -9,28 +9,28 @@ from matplotlib.figure import Figure
 from experiments.figures import panels
 from mi import report
 from mi.report import plots
-from mi.report.plots import Line, _zoom
-from tests.report import test_report as made
+from mi.report.figures import Curve, _later_half_limits
+from tests.report import synthetic
 
 
 def curve(*values):
     mean = np.array(values)
-    return Line(np.arange(1, len(values) + 1), mean, mean - 0.01, mean + 0.01)
+    return Curve(np.arange(1, len(values) + 1), mean, mean - 0.01, mean + 0.01)
 
 
 def test_early_losses_that_would_hide_the_end_are_cut_off():
-    low, high = _zoom([curve(9.0, 4.0, 2.2, 2.0), curve(9.0, 5.0, 2.4, 2.1)])
+    low, high = _later_half_limits([curve(9.0, 4.0, 2.2, 2.0), curve(9.0, 5.0, 2.4, 2.1)])
     # Steps 2 to 4 are the later half: from 1.99 to 5.01, of a whole range up to 9.01.
     assert (low, high) == pytest.approx((1.99 - 0.08 * 3.02, 5.01 + 0.08 * 3.02))
 
 
 def test_a_score_that_was_lower_at_first_is_shown_whole():
-    low, high = _zoom([curve(0.10, 0.05, 0.20, 0.30, 0.40)])
+    low, high = _later_half_limits([curve(0.10, 0.05, 0.20, 0.30, 0.40)])
     assert low < 0.04 and high > 0.41
 
 
 def test_a_flat_curve_has_room():
-    low, high = _zoom([Line(np.array([1]), *[np.array([2.0])] * 3)])
+    low, high = _later_half_limits([Curve(np.array([1]), *[np.array([2.0])] * 3)])
     assert low < 2 < high
 
 
@@ -50,7 +50,7 @@ def test_a_flat_curve_has_room():
     ],
 )
 def test_ticks_have_one_unit_and_the_digits_that_tell_them_apart(values, expected):
-    assert plots.short(values) == expected
+    assert plots.format_ticks(values) == expected
 
 
 @pytest.mark.parametrize('low', [0, 1, 1234, 429_720, 1.5e9])
@@ -58,7 +58,7 @@ def test_ticks_have_one_unit_and_the_digits_that_tell_them_apart(values, expecte
 def test_no_two_ticks_are_alike(low, span):
     axes = Figure().subplots()
     axes.plot([low, low + span], [0, 1])
-    plots._round_ticks(axes, 4, integer=True)
+    plots.set_round_ticks(axes, 4, integer=True)
     axes.figure.draw_without_rendering()
     words = [tick.get_text() for tick in axes.get_xticklabels()]
     assert len(words) == len(set(words)) > 1
@@ -73,56 +73,56 @@ def test_a_logarithmic_axis_has_a_few_ticks_that_say_where_they_are(ends):
     panels.powers(axes.yaxis)
     axes.figure.draw_without_rendering()
     low, high = axes.get_ylim()
-    found = {y: t.get_text() for y, t in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
-             if low <= y <= high}  # fmt: skip
-    assert 3 <= len(found) <= 9
+    texts = [label.get_text() for label in axes.get_yticklabels()]
+    ticks = {y: text for y, text in zip(axes.get_yticks(), texts, strict=True) if low <= y <= high}
+    assert 3 <= len(ticks) <= 9
     digits = str.maketrans('⁻⁰¹²³⁴⁵⁶⁷⁸⁹', '-0123456789')
-    for value, word in found.items():
-        mantissa, _, exponent = word.rpartition('10')
-        said = float(mantissa.rstrip('·') or 1) * 10.0 ** int(exponent.translate(digits))
-        assert said == pytest.approx(value, rel=1e-3)
+    for value, label in ticks.items():
+        mantissa, _, exponent = label.rpartition('10')
+        number = float(mantissa.rstrip('·') or 1) * 10.0 ** int(exponent.translate(digits))
+        assert number == pytest.approx(value, rel=1e-3)
 
 
 def test_no_two_arms_have_the_same_color():
-    styles = [plots.style(i) for i in range(300)]
+    styles = [plots.make_style(i) for i in range(300)]
     assert [style.color for style in styles[:6]] == list(plots.PALETTE)
     assert len({style.color for style in styles}) == 300
     # Shades of one color are told apart by their dashes, and points by their markers.
     assert len({(i % 6, style.dashes) for i, style in enumerate(styles[:24])}) == 24
     assert len({(i % 6, style.marker) for i, style in enumerate(styles[:24])}) == 24
-    found = panels.styles([f'arm {i}' for i in range(30)], grey=[f'grey {i}' for i in range(12)])
-    assert len(set(found.values())) == len(found) == 42
+    styles = panels.styles([f'arm {i}' for i in range(30)], grey=[f'grey {i}' for i in range(12)])
+    assert len(set(styles.values())) == len(styles) == 42
 
 
 def test_the_arms_of_a_page_have_colors_of_their_own(tmp_path):
     names = [f'arm {i}' for i in range(20)]
     for name in names:
-        made.make_run(tmp_path / name, name, made.MI)
-    made.write_sweep(tmp_path, [{'name': name} for name in names], baseline=names[0])
+        synthetic.make_run(tmp_path / name, name, synthetic.MI)
+    synthetic.write_sweep(tmp_path, [{'name': name} for name in names], baseline=names[0])
     report.write(tmp_path)
-    data = made.text(tmp_path).partition('id="data">')[2].partition('</script>')[0]
-    assert len({arm['colour'] for arm in json.loads(data)['arms']}) == 20
+    data = synthetic.read_text(tmp_path).partition('id="data">')[2].partition('</script>')[0]
+    assert len({arm['color'] for arm in json.loads(data)['arms']}) == 20
 
 
 def test_names_that_are_cut_stay_apart():
-    same = 'transformer with many words, '
-    names = [f'{same}{word}{" and what all of them end with" * 2}' for word in ('film', 'gate')]
-    names += ['short', '_hidden', 'two  spaces', 'two spaces', f'{same} a different, long end']
-    found = plots.labels(names)
-    assert len(set(found.values())) == len(found) == 7
-    assert all(len(label) <= plots.LONGEST for label in found.values())
-    assert 'film' in found[names[0]] and 'gate' in found[names[1]]
-    assert (found['short'], found['_hidden']) == ('short', '_hidden')
+    prefix = 'transformer with many words, '
+    names = [f'{prefix}{label}{" and what all of them end with" * 2}' for label in ('film', 'gate')]
+    names += ['short', '_hidden', 'two  spaces', 'two spaces', f'{prefix} a different, long end']
+    labels = plots.shorten_labels(names)
+    assert len(set(labels.values())) == len(labels) == 7
+    assert all(len(label) <= plots.LONGEST for label in labels.values())
+    assert 'film' in labels[names[0]] and 'gate' in labels[names[1]]
+    assert (labels['short'], labels['_hidden']) == ('short', '_hidden')
 
 
 def test_an_arm_whose_name_begins_with_an_underscore_is_in_every_legend(tmp_path):
     for name in ('_mi', 'concat'):
-        made.make_run(tmp_path / name, name, {})
+        synthetic.make_run(tmp_path / name, name, {})
         scores = {'bits_per_byte': 2.0, 'bits_per_byte/a': 1.0, 'bits_per_byte/b': 3.0}
-        records = [{'step': 20, 'seed': s, 'split': 'test'} | scores for s in (0, 1)]
-        made.lines(tmp_path / name / 'metrics.jsonl', records)
+        records = [{'step': 20, 'seed': seed, 'split': 'test'} | scores for seed in (0, 1)]
+        synthetic.write_lines(tmp_path / name / 'metrics.jsonl', records)
     members = [{'name': name} for name in ('_mi', 'concat')]
-    made.write_sweep(tmp_path, members, baseline=None, curves='test')
+    synthetic.write_sweep(tmp_path, members, baseline=None, curves='test')
     report.write(tmp_path)
     for figure in ('curves', 'pareto', 'tasks'):
-        assert '<!-- _mi -->' in made.text(tmp_path, f'{figure}.svg'), figure
+        assert '<!-- _mi -->' in synthetic.read_text(tmp_path, f'{figure}.svg'), figure

@@ -16,41 +16,18 @@ from mi import report
 from mi.config import UserError
 from mi.report import runs
 from tests.conftest import ROOT
-
-SEEDS = [0, 1, 2]
-CONCAT = {0: 2.0, 1: 3.0, 2: 4.0}
-MI = {0: 1.75, 1: 2.5, 2: 3.75}  # − CONCAT: −0.25, −0.5, −0.25
-
-
-def lines(path, records):
-    path.write_text(''.join(json.dumps(record) + '\n' for record in records))
-
-
-def make_run(path, fusion, final, state='done', reason=None):
-    """A run of three seeds, 20 steps; 1 bit per byte is 0.5 nats per token here."""
-    path.mkdir(parents=True)
-    config = {'seeds': SEEDS, 'model': {'fusion': {'name': fusion}, 'width': 8}}
-    status = {'state': state, 'reason': reason, 'step': 20, 'machine': 'a <machine>'}
-    status['updated'] = '2026-11-22T10:00:00+00:00'
-    cost = {'parameters': {'model': 412345, 'fusion': 20480}}
-    cost['flops_per_token'] = {'model': 2400000, 'fusion': 40960}
-    for name, value in (('config', config), ('status', status), ('cost', cost)):
-        (path / f'{name}.json').write_text(json.dumps(value))
-    records = [
-        {'step': step, 'seed': seed, 'split': 'valid', 'bits_per_byte': 9.0 - step / 5 + seed}
-        for step in (0, 10, 20)
-        for seed in SEEDS
-    ]
-    for seed, value in final.items():
-        values = {'nats_per_token': value / 2, 'perplexity': None, 'bits_per_byte': value}
-        records.append({'step': 20, 'seed': seed, 'split': 'test', **values})
-    lines(path / 'metrics.jsonl', records)
-    timing = [
-        {'step': 10, 'seconds': 2.0, 'tokens_per_second': 100.0},
-        {'step': 20, 'seconds': 99.0, 'tokens_per_second': 1.0},
-        {'step': 20, 'seconds': 6.0, 'tokens_per_second': 300.0},  # resumed: this one counts
-    ]
-    lines(path / 'timing.jsonl', timing)
+from tests.report.synthetic import (
+    CONCAT,
+    MI,
+    SEEDS,
+    change_json,
+    change_sweep,
+    make_run,
+    read_table,
+    read_text,
+    write_lines,
+    write_sweep,
+)
 
 
 @pytest.fixture
@@ -65,37 +42,13 @@ def sweep(tmp_path):
     return path
 
 
-def write_sweep(path, members, **changes):
-    sweep = {'name': 'small', 'title': 'A & B', 'baseline': 'concat', 'metric': 'bits_per_byte'}
-    sweep |= {'split': 'test', 'lower_is_better': True, 'notes': ['a <note>']}
-    sweep |= {'command': 'python -m launch', 'members': members}
-    (path / 'sweep.json').write_text(json.dumps(sweep | changes))
-
-
-def change(path, **changes):
-    change_json(path / 'sweep.json', **changes)
-
-
-def change_json(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def table(workdir):
-    with open(workdir / 'report' / 'table.csv', newline='') as file:
-        return {row['arm']: row for row in csv.DictReader(file)}
-
-
-def text(workdir, name='report.html'):
-    return (workdir / 'report' / name).read_text()
-
-
 def test_csv_holds_the_numbers(sweep):
     paths = report.write(sweep)
     figures = {f'{n}.{k}' for n in ('curves', 'finals', 'pareto') for k in ('png', 'pdf', 'svg')}
     tables = {'report.html', 'table.csv', 'table.md', 'table.tex'}
     assert len(paths) == 13 and {p.name for p in paths} == figures | tables
     assert all(path.stat().st_size > 0 for path in paths)
-    rows = table(sweep)
+    rows = read_table(sweep)
     concat, mi = rows['concat'], rows['mi']
     assert [float(concat[key]) for key in ('mean', 'low', 'high')] == [3.0, 2.0, 4.0]
     assert [concat[f'difference_{key}'] for key in ('mean', 'low', 'high')] == ['', '', '']
@@ -120,64 +73,67 @@ def test_a_metric_named_like_a_column_has_a_column_of_its_own(sweep):
     report.write(sweep)
     with open(sweep / 'report' / 'table.csv', newline='') as file:
         columns = csv.DictReader(file).fieldnames
-    before = {arm: dict(row) for arm, row in table(sweep).items()}
+    rows_without = {arm: dict(row) for arm, row in read_table(sweep).items()}
     clashes = [name for name in columns if name not in ('split', 'nats_per_token')]
     file = sweep / 'fusion=mi' / 'metrics.jsonl'
     records = [json.loads(line) for line in file.read_text().splitlines()]
     values = {name: 100.0 + i for i, name in enumerate(clashes)}
     values |= {'train seconds': 78.0, 'a_b': 79.0, 'a b': 80.0}
-    lines(file, [r | values if r['split'] == 'test' else r for r in records])
+    write_lines(
+        file, [record | values if record['split'] == 'test' else record for record in records]
+    )
     report.write(sweep)
-    after = table(sweep)
-    assert {arm: {name: row[name] for name in columns} for arm, row in after.items()} == before
+    rows = read_table(sweep)
+    shared = {arm: {name: row[name] for name in columns} for arm, row in rows.items()}
+    assert shared == rows_without
     for name in clashes:
-        assert float(after['mi'][f'test/{name}']) == values[name], name
-    assert float(after['mi']['train seconds']) == 78.0
-    rows = text(sweep, 'table.md').splitlines()
-    for line in (rows[2], rows[5]):
-        assert line.count(' | ') == rows[3].count(' | ')
-    heads = [head.strip() for head in rows[2].strip('|').split('|')]
+        assert float(rows['mi'][f'test/{name}']) == values[name], name
+    assert float(rows['mi']['train seconds']) == 78.0
+    lines = read_text(sweep, 'table.md').splitlines()
+    for line in (lines[2], lines[5]):
+        assert line.count(' | ') == lines[3].count(' | ')
+    heads = [head.strip() for head in lines[2].strip('|').split('|')]
     assert len(heads) == len(set(heads))
-    named = re.search('<thead>.*?</thead>', text(sweep))[0]
+    named = re.search('<thead>.*?</thead>', read_text(sweep))[0]
     heads = re.findall('<th[^>]*>(.*?)</th>', named)
     assert len(heads) == len(set(heads)) > len(columns)
 
 
 def test_higher_is_better_turns_the_verdict_and_the_best(sweep):
-    change(sweep, lower_is_better=False)
+    change_sweep(sweep, lower_is_better=False)
     report.write(sweep)
-    assert table(sweep)['mi']['verdict'] == 'worse'
-    assert '| concat | **3.00** [2.00, 4.00] |' in text(sweep, 'table.md')
+    assert read_table(sweep)['mi']['verdict'] == 'worse'
+    assert '| concat | **3.00** [2.00, 4.00] |' in read_text(sweep, 'table.md')
 
 
 def test_tables_in_words(sweep, capsys):
     report.write(sweep)
-    markdown, latex = text(sweep, 'table.md'), text(sweep, 'table.tex')
+    markdown, latex = read_text(sweep, 'table.md'), read_text(sweep, 'table.tex')
     assert '| mi | **2.67** [1.75, 3.75] | −0.33 [−0.50, −0.25] | better (n = 3) |' in markdown
     assert '| concat | 3.00 [2.00, 4.00] | — | baseline |' in markdown
     assert '412,345 / 20,480 | 2.40 M / 41.0 k | 8.0 | 250 | 3 | done |' in markdown
     assert r'mi & \textbf{2.67} & $-$0.33 & better &' in latex
     printed = capsys.readouterr().out
     assert '2.67' in printed and str(sweep / 'report' / 'table.tex') in printed
-    for said in (markdown, latex, text(sweep), printed):
-        assert 'treat as descriptive' in ' '.join(said.split())
-        assert 'Too few seeds to call any difference significant' in ' '.join(said.split())
-        assert '3 seeds per arm' in said
+    for notes in (markdown, latex, read_text(sweep), printed):
+        assert 'treat as descriptive' in ' '.join(notes.split())
+        assert 'Too few seeds to call any difference significant' in ' '.join(notes.split())
+        assert '3 seeds per arm' in notes
 
 
 def test_an_arm_that_failed_is_shown_with_its_reason(sweep):
     report.write(sweep)
-    row = table(sweep)['<script>|_']
+    row = read_table(sweep)['<script>|_']
     assert (row['state'], row['reason'], row['mean']) == ('failed', 'OOM: 5 % & 2_000 bytes', '')
-    assert r'| &lt;script>\|\_ | — | — | — |' in text(sweep, 'table.md')
-    assert r'OOM: 5 % &amp; 2\_000 bytes' in text(sweep, 'table.md')
-    assert r'OOM: 5 \% \& 2\_000 bytes' in text(sweep, 'table.tex')
-    assert 'OOM: 5 % &amp; 2_000 bytes' in text(sweep)
+    assert r'| &lt;script>\|\_ | — | — | — |' in read_text(sweep, 'table.md')
+    assert r'OOM: 5 % &amp; 2\_000 bytes' in read_text(sweep, 'table.md')
+    assert r'OOM: 5 \% \& 2\_000 bytes' in read_text(sweep, 'table.tex')
+    assert 'OOM: 5 % &amp; 2_000 bytes' in read_text(sweep)
 
 
 def test_the_page_escapes_and_fetches_nothing(sweep):
     report.write(sweep)
-    page = text(sweep)
+    page = read_text(sweep)
     assert '<script>|' not in page and '&lt;script&gt;|_' in page
     assert page.count('<script') == page.count('</script>') == 2  # the numbers, and what draws them
     assert 'a &lt;note&gt;' in page and 'a &lt;machine&gt;' in page and 'A &amp; B' in page
@@ -204,10 +160,10 @@ def test_missing_seeds_are_said_and_pairs_are_common(sweep):
     file = sweep / 'fusion=mi' / 'metrics.jsonl'
     file.write_text(''.join(file.read_text().splitlines(True)[:-1]))  # seed 2 has no record
     report.write(sweep)
-    row = table(sweep)['mi']
+    row = read_table(sweep)['mi']
     assert (row['seeds'], row['seeds_asked'], row['difference_pairs']) == ('2', '3', '2')
     assert float(row['difference_mean']) == -0.375
-    page = text(sweep)
+    page = read_text(sweep)
     assert '2 of 3 seeds have a final record' in page and 'concat 3, mi 2' in page
 
 
@@ -216,36 +172,36 @@ def test_a_run_that_diverged_has_no_mean_but_its_row(sweep, value):
     file = sweep / 'fusion=concat' / 'metrics.jsonl'
     file.write_text(file.read_text().replace('"bits_per_byte": 4.0', f'"bits_per_byte": {value}'))
     report.write(sweep)
-    rows = table(sweep)
+    rows = read_table(sweep)
     assert rows['concat']['mean'] == '' and 'seed 2 is nan' in rows['concat']['remarks']
     assert rows['mi']['mean'] and rows['mi']['difference_mean'] == ''
     assert rows['mi']['remarks'] == 'mi: no difference, concat has no value to pair'
-    assert 'concat: the value of seed 2 is nan' in text(sweep)
+    assert 'concat: the value of seed 2 is nan' in read_text(sweep)
 
 
 def test_a_seed_that_diverges_late_is_not_scored_by_what_it_had_before(sweep):
     """mi is better than concat up to step 10, and seed 2 is not finite at step 20."""
     file = sweep / 'fusion=mi' / 'metrics.jsonl'
     records = [json.loads(line) for line in file.read_text().splitlines()]
-    for r in records:
-        if r['split'] == 'valid':
-            r['bits_per_byte'] -= 4
-            r['nats_per_token'] = 1.0
-        if (r['split'], r['step'], r['seed']) == ('valid', 20, 2):
-            r['bits_per_byte'] = r['nats_per_token'] = None
-    lines(file, records)
-    change(sweep, split='valid')
+    for record in records:
+        if record['split'] == 'valid':
+            record['bits_per_byte'] -= 4
+            record['nats_per_token'] = 1.0
+        if (record['split'], record['step'], record['seed']) == ('valid', 20, 2):
+            record['bits_per_byte'] = record['nats_per_token'] = None
+    write_lines(file, records)
+    change_sweep(sweep, split='valid')
     report.write(sweep)
-    rows = table(sweep)
+    rows = read_table(sweep)
     assert float(rows['concat']['mean']) == 6.0
-    given = ('mean', 'difference_mean', 'p', 'verdict', 'median_mean', 'improvement_mean')
-    assert [rows['mi'][key] for key in given] == [''] * 6 and 'nats_per_token' not in rows['mi']
+    columns = ('mean', 'difference_mean', 'p', 'verdict', 'median_mean', 'improvement_mean')
+    assert [rows['mi'][key] for key in columns] == [''] * 6 and 'nats_per_token' not in rows['mi']
     assert 'seed 2 is nan; no mean' in rows['mi']['remarks']
-    assert 'its curve leaves out steps that are not finite' in text(sweep)
-    read = runs.read(sweep)
+    assert 'its curve omits steps that are not finite' in read_text(sweep)
+    read = runs.read_sweep(sweep)
     curve = read.arms[1].curve('bits_per_byte', 'valid')
     assert curve[0].tolist() == [0, 10, 20] and curve[1][2].tolist()[:2] == [7.0, 5.0]
-    assert 'Not here, as a seed is not finite: mi.' in read.left_out()
+    assert 'Left out, because a seed is not finite: mi.' in read.describe_excluded()
 
 
 def test_runs_of_other_seeds_are_one_arm(sweep):
@@ -258,47 +214,49 @@ def test_runs_of_other_seeds_are_one_arm(sweep):
             file.replace(path / file.name)
         change_json(path / 'config.json', seeds=seeds)
         timing = [{'step': 20, 'seconds': 8.0 * times, 'tokens_per_second': 100.0 / times}]
-        lines(path / 'timing.jsonl', timing)
+        write_lines(path / 'timing.jsonl', timing)
     labels = {'fusion=concat': 'concat', 'fusion=mi': 'mi', 'fusion=more': 'mi'}
-    change(sweep, members=[{'name': name, 'label': label} for name, label in labels.items()])
+    change_sweep(sweep, members=[{'name': name, 'label': label} for name, label in labels.items()])
     report.write(sweep)
-    assert list(table(sweep)) == ['concat', 'mi']
-    mi = table(sweep)['mi']
+    assert list(read_table(sweep)) == ['concat', 'mi']
+    mi = read_table(sweep)['mi']
     assert (mi['seeds'], mi['seeds_asked'], float(mi['mean'])) == ('3', '3', sum(MI.values()) / 3)
     assert float(mi['train_seconds']) == 12.0
     change_json(sweep / 'fusion=more' / 'status.json', state='running')
     with locked(sweep / 'fusion=more'):
         report.write(sweep)
-    assert table(sweep)['mi']['state'] == 'running'
+    assert read_table(sweep)['mi']['state'] == 'running'
 
 
 def test_a_member_without_folder_is_missing(sweep):
     members = json.loads((sweep / 'sweep.json').read_text())['members']
-    change(sweep, members=[*members, {'name': 'fusion=gone', 'label': 'gone', 'overrides': {}}])
+    change_sweep(
+        sweep, members=[*members, {'name': 'fusion=gone', 'label': 'gone', 'overrides': {}}]
+    )
     report.write(sweep)
-    row = table(sweep)['gone']
+    row = read_table(sweep)['gone']
     assert (row['state'], row['reason']) == ('missing', 'no folder fusion=gone')
 
 
 def test_without_a_baseline_there_is_no_difference(sweep):
-    change(sweep, baseline=None)
+    change_sweep(sweep, baseline=None)
     report.write(sweep)
-    assert 'difference' not in text(sweep, 'table.md')
-    assert table(sweep)['mi']['difference_mean'] == ''
+    assert 'difference' not in read_text(sweep, 'table.md')
+    assert read_table(sweep)['mi']['difference_mean'] == ''
 
 
 def test_a_single_run_is_a_table_of_one_row(sweep):
     report.write(sweep / 'fusion=mi')
-    rows = table(sweep / 'fusion=mi')
+    rows = read_table(sweep / 'fusion=mi')
     assert list(rows) == ['fusion=mi'] and float(rows['fusion=mi']['mean']) == pytest.approx(8 / 3)
-    assert 'difference' not in text(sweep / 'fusion=mi', 'table.md')
+    assert 'difference' not in read_text(sweep / 'fusion=mi', 'table.md')
 
 
 def test_a_single_run_without_bytes_shows_its_first_number(sweep):
     file = sweep / 'fusion=mi' / 'metrics.jsonl'
     file.write_text(re.sub(r'"bits_per_byte": [\d.]+', '"bits_per_byte": null', file.read_text()))
     report.write(sweep / 'fusion=mi')
-    assert table(sweep / 'fusion=mi')['fusion=mi']['metric'] == 'nats_per_token'
+    assert read_table(sweep / 'fusion=mi')['fusion=mi']['metric'] == 'nats_per_token'
 
 
 def test_nothing_recorded_yet_is_still_a_report(sweep):
@@ -306,27 +264,27 @@ def test_nothing_recorded_yet_is_still_a_report(sweep):
         for arm in ('concat', 'mi', 'film'):
             (sweep / f'fusion={arm}' / name).unlink()
     report.write(sweep)
-    assert 'No arm has a final record yet' in text(sweep)
+    assert 'No arm has a final record yet' in read_text(sweep)
 
 
 @contextlib.contextmanager
 def locked(run):
-    """As while it goes on."""
+    """Hold the lock, as a running process does."""
     with open(run / 'lock', 'a+') as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def test_a_run_that_was_killed_has_died(sweep):
-    """Its status says running for ever, and nobody holds its lock."""
+    """Its status is still running, and nobody holds its lock."""
     mi = sweep / 'fusion=mi'
     change_json(mi / 'status.json', state='running')
     with locked(mi):
-        assert runs.read(sweep).arms[1].state == 'running'
-    (arm,) = runs.read(mi).arms
+        assert runs.read_sweep(sweep).arms[1].state == 'running'
+    (arm,) = runs.read_sweep(mi).arms
     assert (arm.state, arm.reason) == ('died', 'its process is gone')
     report.write(sweep)
-    assert 'died (its process is gone)' in text(sweep, 'table.md')
+    assert 'died (its process is gone)' in read_text(sweep, 'table.md')
 
 
 @pytest.mark.parametrize('state', ['preempted', 'running'])
@@ -335,12 +293,12 @@ def test_a_run_that_a_rule_has_stopped_says_why(sweep, state):
     change_json(mi / 'status.json', state=state)
     (mi / 'stopped.json').write_text('{"reason": "rung 1: 5.2 is not among the best 1 of 3"}')
     report.write(sweep)
-    row = table(sweep)['mi']
+    row = read_table(sweep)['mi']
     assert row['state'] == 'stopped' and row['reason'].startswith('rung 1: 5.2 is not')
     with locked(mi):  # it saves, and ends soon
-        assert runs.read(sweep).arms[1].state == state
+        assert runs.read_sweep(sweep).arms[1].state == state
     change_json(mi / 'status.json', state='done')  # it had ended before it saw that
-    assert runs.read(sweep).arms[1].state == 'done'
+    assert runs.read_sweep(sweep).arms[1].state == 'done'
 
 
 def half_write(sweep, state):
@@ -356,17 +314,17 @@ def test_the_half_written_line_of_a_running_run_is_skipped(sweep, capsys):
     with locked(sweep / 'fusion=mi'):
         report.write(sweep)
     assert 'line 13: skipped, it is half written' in capsys.readouterr().err
-    assert 'line 13: skipped' in text(sweep)
-    assert table(sweep)['mi']['state'] == 'running'
+    assert 'line 13: skipped' in read_text(sweep)
+    assert read_table(sweep)['mi']['state'] == 'running'
 
 
 def test_only_the_test_record_is_final_before_the_end(sweep):
     half_write(sweep, 'running')
     report.write(sweep)
-    assert float(table(sweep)['mi']['mean']) == pytest.approx(8 / 3)
-    change(sweep, split='valid')
+    assert float(read_table(sweep)['mi']['mean']) == pytest.approx(8 / 3)
+    change_sweep(sweep, split='valid')
     report.write(sweep)
-    rows = table(sweep)
+    rows = read_table(sweep)
     assert rows['mi']['mean'] == '' and float(rows['concat']['mean']) == 6.0
 
 
@@ -400,7 +358,7 @@ def test_a_corrupted_line_names_file_and_line(sweep, line):
     ],
 )
 def test_a_malformed_sweep_is_one_line(sweep, changes, message):
-    change(sweep, **changes)
+    change_sweep(sweep, **changes)
     with pytest.raises(UserError, match=message) as raised:
         report.write(sweep)
     assert '\n' not in str(raised.value)
@@ -409,7 +367,7 @@ def test_a_malformed_sweep_is_one_line(sweep, changes, message):
 def test_directories_that_are_neither(tmp_path):
     with pytest.raises(UserError, match='is not a directory'):
         report.write(tmp_path / 'nowhere')
-    with pytest.raises(UserError, match='neither a sweep'):
+    with pytest.raises(UserError, match=r'expected a sweep \(sweep\.json\) or a run'):
         report.write(tmp_path)
 
 
@@ -428,7 +386,7 @@ def test_a_failure_of_the_command_is_one_line(tmp_path):
     command = [sys.executable, '-m', 'mi.report', f'--workdir={tmp_path}']
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (1, '')
-    assert done.stderr.count('\n') == 1 and 'neither a sweep' in done.stderr
+    assert done.stderr.count('\n') == 1 and 'expected a sweep (sweep.json)' in done.stderr
 
 
 def test_the_command_needs_no_jax(sweep):
@@ -456,35 +414,37 @@ def test_several_tasks_and_arms_of_unequal_speed(tmp_path, capsys):
                 mean = (easy + hard) / 2
                 record = {'step': step, 'seed': seed, 'split': 'eval', 'success': mean}
                 records.append(record | {'success/easy': easy, 'success/hard': hard})
-        lines(path / 'metrics.jsonl', records)
-        lines(path / 'timing.jsonl', timing)
+        write_lines(path / 'metrics.jsonl', records)
+        write_lines(path / 'timing.jsonl', timing)
         cost = {'parameters': {'model': 9, 'fusion': 1}, 'flops_per_step': {'model': 8}}
         (path / 'cost.json').write_text(json.dumps(cost))
         members.append({'name': arm, 'label': arm, 'overrides': {}})
-    what = {'metric': 'success', 'split': 'eval', 'curves': 'eval', 'lower_is_better': False}
-    write_sweep(tmp_path, members, **what)
+    settings = {'metric': 'success', 'split': 'eval', 'curves': 'eval', 'lower_is_better': False}
+    write_sweep(tmp_path, members, **settings)
     names = {path.name for path in report.write(tmp_path)}
     assert {'tasks.csv', 'tasks.png', 'tasks.pdf'} <= names
-    mi = table(tmp_path)['mi']
+    mi = read_table(tmp_path)['mi']
     # easy: always won; hard: equal seeds tie, so of 9 pairs 3 are won and 3 are ties.
     assert float(mi['improvement_mean']) == pytest.approx((1 + (3 + 1.5) / 9) / 2)
     assert float(mi['iqm_mean']) == pytest.approx((0.95 * 2 + 0.21 + 0.22) / 4)
     assert float(mi['equal_time_mean']) == pytest.approx((0.5 + 0.25 + 0.05 + 0.06) / 2)
-    assert float(table(tmp_path)['concat']['equal_time_mean']) == pytest.approx((0.7 + 0.21) / 2)
+    assert float(read_table(tmp_path)['concat']['equal_time_mean']) == pytest.approx(
+        (0.7 + 0.21) / 2
+    )
     assert mi['steps_per_second'] == '8.0'
-    assert text(tmp_path, 'tasks.csv').splitlines()[:2] == [
+    assert read_text(tmp_path, 'tasks.csv').splitlines()[:2] == [
         'arm,task,number,score',
         'concat,easy,0,0.7',
     ]
-    page = text(tmp_path)
+    page = read_text(tmp_path)
     for words in ('<h2>Tasks</h2>', 'P(improvement)', 'eval after 10.0 s', 'eval split', 'heat'):
         assert words in page
     assert 'success/easy' not in page
     assert 'steps/s' in capsys.readouterr().out
 
-    write_sweep(tmp_path, members, **what, baseline=None)
+    write_sweep(tmp_path, members, **settings, baseline=None)
     report.write(tmp_path)
-    assert 'IQM' in text(tmp_path) and 'P(improvement)' not in text(tmp_path)
+    assert 'IQM' in read_text(tmp_path) and 'P(improvement)' not in read_text(tmp_path)
 
 
 def test_forty_arms_of_many_sizes_fit_into_the_figures(tmp_path):
@@ -493,9 +453,11 @@ def test_forty_arms_of_many_sizes_fit_into_the_figures(tmp_path):
     for i in range(40):
         name = f'of_a_rather_long_name_{i}'
         make_run(tmp_path / name, name, {})
-        scores = [{'step': 20, 'seed': s, 'split': 'test', 'bits_per_byte': 2 + i} for s in SEEDS]
+        scores = [
+            {'step': 20, 'seed': seed, 'split': 'test', 'bits_per_byte': 2 + i} for seed in SEEDS
+        ]
         tasks = {f'bits_per_byte/{task}': 2 + i for task in ('easy', 'hard')}
-        lines(tmp_path / name / 'metrics.jsonl', [score | tasks for score in scores])
+        write_lines(tmp_path / name / 'metrics.jsonl', [score | tasks for score in scores])
         cost = {'parameters': {'model': 1000 + 2000 * i, 'fusion': 1}}
         cost['flops_per_token'] = {'model': 9 * (1 + i)}
         (tmp_path / name / 'cost.json').write_text(json.dumps(cost))
@@ -503,11 +465,11 @@ def test_forty_arms_of_many_sizes_fit_into_the_figures(tmp_path):
     write_sweep(tmp_path, members, baseline=None, curves='test')
     report.write(tmp_path)
     for figure in ('pareto', 'curves', 'tasks'):
-        drawn = text(tmp_path, f'{figure}.svg')
+        drawn = read_text(tmp_path, f'{figure}.svg')
         height = float(re.search(r'<svg [^>]*height="([\d.]+)pt"', drawn)[1])
         ys = re.findall(r'<!-- of_a_rather_[^>]*-->\s*<g [^>]*translate\(\S+ ([-\d.]+)\)', drawn)
         assert len(ys) == 40 and all(0 < float(y) < height for y in ys)
-    drawn = text(tmp_path, 'pareto.svg')
+    drawn = read_text(tmp_path, 'pareto.svg')
     assert '<!-- 10k -->' in drawn and 'mathdefault' not in drawn
 
 
@@ -518,38 +480,38 @@ def test_arms_that_differ_in_their_last_word_have_entries_of_their_own(tmp_path)
     write_sweep(tmp_path, [{'name': label} for label in labels], baseline=None)
     report.write(tmp_path)
     for figure in ('curves', 'finals', 'pareto'):
-        entries = re.findall('<!-- (transformer.*?) -->', text(tmp_path, f'{figure}.svg'))
+        entries = re.findall('<!-- (transformer.*?) -->', read_text(tmp_path, f'{figure}.svg'))
         entries = [entry for entry in entries if len(entry) <= 34]
         assert sorted(entry[-4:] for entry in entries) == ['film', 'gate']
 
 
 @pytest.mark.parametrize('kind', ['over_seeds', 'over_runs'])
 def test_known_scores_have_the_statistics_of_other_libraries(tmp_path, kind):
-    """Ten seeds of eight tasks: learnt by one agent, or each by a run of its own.
+    """Ten seeds of eight tasks: learned by one agent, or each by a separate run.
 
     Then the intervals are those of arch's bootstrap of rows, and of rliable's stratified one.
     """
     golden = json.loads((ROOT / 'tests/golden/statistics.json').read_text())
     members = []
     for arm, scores in golden['scores'].items():
-        each = [[f'task {i}', [row[i] for row in scores]] for i in range(len(scores[0]))]
-        for task, of_seeds in [[None, None]] if kind == 'over_seeds' else each:
+        task_scores = [[f'task {i}', [row[i] for row in scores]] for i in range(len(scores[0]))]
+        for task, seed_scores in [[None, None]] if kind == 'over_seeds' else task_scores:
             path = tmp_path / f'{arm}-{task}'
             make_run(path, arm, {})
             change_json(path / 'config.json', seeds=list(range(len(scores))))
             records = []
             for seed, row in enumerate(scores):
-                value = sum(row) / len(row) if task is None else of_seeds[seed]
+                value = sum(row) / len(row) if task is None else seed_scores[seed]
                 record = {'step': 20, 'seed': seed, 'split': 'eval', 'success': value}
                 if task is None:
-                    record |= {f'success/{name}': values[seed] for name, values in each}
+                    record |= {f'success/{name}': values[seed] for name, values in task_scores}
                 records.append(record)
-            lines(path / 'metrics.jsonl', records)
+            write_lines(path / 'metrics.jsonl', records)
             members.append({'name': path.name, 'label': arm} | ({'task': task} if task else {}))
-    what = {'metric': 'success', 'split': 'eval', 'curves': 'eval', 'lower_is_better': False}
-    write_sweep(tmp_path, members, baseline='baseline', **what)
+    settings = {'metric': 'success', 'split': 'eval', 'curves': 'eval', 'lower_is_better': False}
+    write_sweep(tmp_path, members, baseline='baseline', **settings)
     report.write(tmp_path)
-    rows = table(tmp_path)
+    rows = read_table(tmp_path)
     assert list(rows) == list(golden['scores'])
     for arm, row in rows.items():
         for name in ('mean', 'median', 'iqm'):
@@ -562,17 +524,17 @@ def test_known_scores_have_the_statistics_of_other_libraries(tmp_path, kind):
             assert float(row['improvement_mean']) == pytest.approx(golden['improvement'][arm][0])
             if kind == 'over_seeds':
                 assert float(row['p']) == pytest.approx(golden['sign_flips'][arm])
-    said = 'learnt by runs of its own' if kind == 'over_runs' else 'which one agent learns'
-    assert said in text(tmp_path, 'table.md')
+    notes = 'learned by separate runs' if kind == 'over_runs' else 'one agent learns all tasks'
+    assert notes in read_text(tmp_path, 'table.md')
 
 
 def test_a_report_that_takes_long_says_what_it_does(sweep, monkeypatch, capsys):
-    """Every stage takes a twentieth of a second here, and says so after a thousandth."""
+    """Every stage takes a twentieth of a second here, and reports after a thousandth."""
     monkeypatch.setattr('mi.training.progress.INTERVAL', 0.001)
-    stages = {(report.runs, 'read'): f'reading {sweep}'}
-    stages |= {(report.arms, 'rows'): 'intervals of 3 arms'}
-    stages |= {(report.plots, 'draw'): 'drawing the figures'}
-    stages |= {(report.html, 'page'): 'writing the page'}
+    stages = {(report.runs, 'read_sweep'): f'reading {sweep}'}
+    stages |= {(report.analysis, 'make_rows'): 'intervals of 3 arms'}
+    stages |= {(report.figures, 'draw_figures'): 'drawing the figures'}
+    stages |= {(report.html, 'render_page'): 'writing the page'}
 
     def slow(function):
         def call(*args):
@@ -584,15 +546,15 @@ def test_a_report_that_takes_long_says_what_it_does(sweep, monkeypatch, capsys):
     for module, name in stages:
         monkeypatch.setattr(module, name, slow(getattr(module, name)))
     report.write(sweep)
-    said = capsys.readouterr().err
+    notes = capsys.readouterr().err
     for stage in stages.values():
-        assert stage in said
+        assert stage in notes
 
 
 def test_p_of_two_arms_is_corrected_in_the_csv_too(sweep):
     shutil.rmtree(sweep / 'fusion=film')
     make_run(sweep / 'fusion=film', 'film', {seed: value + 1 for seed, value in CONCAT.items()})
     report.write(sweep)
-    rows = table(sweep)
+    rows = read_table(sweep)
     for arm in ('mi', '<script>|_'):
         assert (float(rows[arm]['p']), float(rows[arm]['p_holm'])) == (0.25, 0.5)

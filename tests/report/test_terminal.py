@@ -9,30 +9,48 @@ from rich.cells import cell_len
 
 from mi import report
 from mi.report import terminal
-from mi.report.tables import Cell, Table
-from tests.report import test_report as made
+from mi.report.tables import Cell, Column, Table, Terminal, make_body
+from tests.report import synthetic
 
-NUMBERS = {'arm': 'arm', 'metric': 'bits per byte ↓', 'difference': 'difference to concat'}
-NUMBERS |= {'verdict': 'verdict', 'p': 'p', 'metric/extra': 'extra', 'parameters': 'parameters'}
-NUMBERS |= {'flops': 'FLOPs per token', 'seconds': 'train seconds', 'state': 'state'}
+TITLES = {'arm': 'arm', 'metric': 'bits per byte ↓', 'difference': 'difference to concat'}
+TITLES |= {'verdict': 'verdict', 'p': 'p', 'metric/extra': 'extra', 'parameters': 'parameters'}
+TITLES |= {'flops': 'FLOPs per token', 'seconds': 'train seconds', 'state': 'state'}
+# From the most important column; `metric/extra` is only named.
+PRIORITY = (
+    'arm',
+    'metric',
+    'difference',
+    'verdict',
+    'p',
+    'parameters',
+    'seconds',
+    'flops',
+    'state',
+)
 
 
-def table(state='done', label='mi'):
+def table(label='mi'):
     cells = [Cell(label), Cell('2.068', '[2.060, 2.077]'), Cell('−0.033', '[−0.038, −0.025]')]
     cells += [Cell('no difference seen', '(n = 3)'), Cell('0.75', 'too few'), Cell('77,777')]
-    cells += [Cell('429,720', '/ 137,280'), Cell('859 k', '/ 279 k'), Cell('113'), Cell(state)]
-    header = [
-        Cell(words, '[95 %]' if '2' in cell.main else '')
-        for words, cell in zip(NUMBERS.values(), cells, strict=True)
-    ]
-    return Table(list(NUMBERS), header, [cells, cells], {0})
+    cells += [Cell('429,720', '/ 137,280'), Cell('859 k', '/ 279 k'), Cell('113'), Cell('done')]
+    columns = [
+        Column(
+            name, title, '[95 %]' if '2' in cell.main else '', lambda row, i=i: row[i],
+            terminal=Terminal(
+                priority=PRIORITY.index(name) if name in PRIORITY else None,
+                wraps=name in ('arm', 'verdict', 'state'),
+            ),
+        )
+        for i, ((name, title), cell) in enumerate(zip(TITLES.items(), cells, strict=True))
+    ]  # fmt: skip
+    return Table(columns, make_body(columns, [cells, cells]), {0})
 
 
 def shown(width, **kwargs):
-    """Lines of the table, and what is said below it."""
+    """Lines of the table, and the note below it."""
     file = io.StringIO()
     console = rich.console.Console(file=file, width=width, force_terminal=True, color_system=None)
-    terminal.show(console, table(**kwargs), 'a title', 'table.csv')
+    terminal.print_table(console, table(**kwargs), 'a title', 'table.csv')
     lines = file.getvalue().splitlines()
     end = next(i for i, line in enumerate(lines) if line.startswith('└'))
     return lines[: end + 1], ' '.join(lines[end + 1 :])
@@ -59,14 +77,14 @@ def test_a_column_is_shown_or_named(width):
     columns = lines[-2].count('│') - 1
     hidden = note.removeprefix(f'Not shown at {width} columns: ').partition('; see table.csv.')[0]
     assert 'extra' in hidden.split(', ')
-    assert columns + len(hidden.split(', ')) == len(NUMBERS)
+    assert columns + len(hidden.split(', ')) == len(TITLES)
 
 
 @pytest.mark.parametrize('width', range(30, 200, 7))
 def test_no_word_of_a_head_is_broken(width):
     lines, _ = shown(width)
     head = [line for line in lines if line.startswith('┃')]
-    known = {word for words in NUMBERS.values() for word in words.split()} | {'[95', '%]'}
+    known = {word for texts in TITLES.values() for word in texts.split()} | {'[95', '%]'}
     assert {word for line in head for word in line.replace('┃', ' ').split()} <= known
 
 
@@ -74,11 +92,6 @@ def test_what_matters_most_is_shown_first():
     assert {'2.068', '[2.060, 2.077]'} <= cells(shown(30)[0])
     assert '−0.033' in cells(shown(60)[0]) and '859 k' not in cells(shown(60)[0])
     assert '859 k' in cells(shown(140)[0])
-
-
-def test_a_state_that_is_not_done_comes_before_costs():
-    assert 'done' not in cells(shown(60)[0])
-    assert 'failed' in cells(shown(60, state='failed')[0])
 
 
 def test_a_label_longer_than_a_line_is_broken_and_numbers_are_not():
@@ -92,18 +105,33 @@ def test_a_label_longer_than_a_line_is_broken_and_numbers_are_not():
 @pytest.fixture
 def sweep(tmp_path):
     """Labels of usual length, and a metric of one word."""
-    for label, final in (('concat', made.CONCAT), ('mi', made.MI)):
-        made.make_run(tmp_path / label, label, final)
-    made.write_sweep(tmp_path, [{'name': label} for label in ('concat', 'mi')])
+    for label, final in (('concat', synthetic.CONCAT), ('mi', synthetic.MI)):
+        synthetic.make_run(tmp_path / label, label, final)
+    synthetic.write_sweep(tmp_path, [{'name': label} for label in ('concat', 'mi')])
     return tmp_path
+
+
+def test_a_state_that_is_not_done_comes_before_costs(sweep, capsys, monkeypatch):
+    monkeypatch.setenv('COLUMNS', '70')
+    report.write(sweep)
+    assert 'state' in hidden_columns(capsys.readouterr().out)
+    synthetic.change_json(sweep / 'mi' / 'status.json', state='failed')
+    report.write(sweep)
+    printed = capsys.readouterr().out
+    assert 'failed' in printed and 'parameters' in hidden_columns(printed)
+
+
+def hidden_columns(printed):
+    names = re.search('Not shown at .*? columns: (.*?); see', ' '.join(printed.split()))[1]
+    return names.split(', ')
 
 
 def test_a_file_has_every_column_in_lines_of_any_length(sweep, capsys, monkeypatch):
     monkeypatch.delenv('COLUMNS', raising=False)
     report.write(sweep)
     printed = capsys.readouterr().out
-    for words in ('difference to concat', 'FLOPs per token', 'train seconds', 'tokens/s', 'state'):
-        assert words in printed
+    for title in ('difference to concat', 'FLOPs per token', 'train seconds', 'tokens/s', 'state'):
+        assert title in printed
     assert 'Not shown: nats per token; see report.html and table.csv.' in printed
 
 

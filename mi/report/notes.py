@@ -1,0 +1,81 @@
+"""The notes below the table, which explain how to read it."""
+
+from mi.report import analysis, statistics, tables
+from mi.report.analysis import Row
+from mi.report.runs import Sweep
+
+
+def make_notes(sweep: Sweep, rows: list[Row]) -> list[str]:
+    """Return the notes that belong below the table, in every format."""
+    notes = [_seed_note(rows)]
+    if sweep.baseline is not None:
+        notes.append(
+            f'Differences are arm − {sweep.baseline}, paired by seed; better and worse mean '
+            'that their interval excludes zero.'
+        )
+        notes += _test_notes(rows)
+    if tables.has_tasks(rows):
+        notes.append(_task_note(sweep, rows))
+    if tables.has_equal_time(rows):
+        seconds = tables.format_seconds(analysis.find_equal_time(sweep))
+        notes.append(
+            f'At equal time: the last {sweep.curves} record that an arm had reached when the '
+            f'fastest was done, {seconds} s of training.'
+        )
+    notes.append(
+        'Parameters and FLOPs: the whole model / the fusion alone. FLOPs per '
+        f'{sweep.unit}: forward, matrix products only, a multiply-add counts as two. Seconds and '
+        f'{sweep.unit}s/s: training, all seeds of the run together.'
+    )
+    if len(rows) > 1:
+        scope = ' of each problem' if len(sweep.group_by_problem()) > 1 else ''
+        notes.append(f'Bold marks the best mean{scope} and claims no significance.')
+    return [*notes, *(remark for row in rows for remark in row.remarks), *sweep.notes]
+
+
+def _seed_note(rows: list[Row]) -> str:
+    counts = sorted({row.metric.n for row in rows if row.metric is not None})
+    if len(counts) == 1:
+        seeds = f'{counts[0]} {"seed" if counts == [1] else "seeds"} per arm.'
+    elif counts:
+        arm_counts = [f'{row.arm.label} {row.metric.n}' for row in rows if row.metric is not None]
+        seeds = f'The arms differ in their number of seeds: {", ".join(arm_counts)}.'
+    else:
+        seeds = 'No arm has a final record yet.'
+    single = ' One seed has no interval.' if 1 in counts else ''
+    return f'{seeds} {statistics.CAUTION}{single}'
+
+
+def _test_notes(rows: list[Row]) -> list[str]:
+    tests = [row.test for row in rows if row.test is not None]
+    if not tests:
+        return []
+    corrected = ''
+    if len(tests) > 1:
+        corrected = f', corrected by Holm for the {len(tests)} arms; the intervals are not'
+    explanation = (
+        'p: the probability that differences of these sizes have a mean so far from zero if each '
+        f'sign is chance, by a two-sided permutation test{corrected}.'
+    )
+    warning = statistics.warn_too_few_seeds([row.test for row in rows])
+    return [explanation, warning] if warning else [explanation]
+
+
+def _task_note(sweep: Sweep, rows: list[Row]) -> str:
+    if any(row.task_summary.separate_runs for row in rows if row.task_summary):
+        resampling = (
+            'All intervals of this table resample the runs of each task independently, because '
+            'every task was learned by separate runs (stratified bootstrap)'
+        )
+    else:
+        resampling = 'Their intervals resample whole seeds, because one agent learns all tasks'
+    improvement = ''
+    if sweep.baseline is not None:
+        improvement = (
+            f'P(improvement): the probability that a seed of this arm beats a seed of '
+            f'{sweep.baseline} on a task, ties counted half; 0.5 means neither. '
+        )
+    return (
+        'Means are over tasks and seeds. Median: the median over tasks of the means over seeds. '
+        f'IQM: the mean of the middle half of all scores. {improvement}{resampling}.'
+    )

@@ -1,0 +1,128 @@
+"""Records of metrics.jsonl and timing.jsonl: reading, averaging and joining them."""
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
+
+from mi.config import UserError
+
+Record = dict[str, Any]  # a JSON object
+
+
+def read_metrics(path: pathlib.Path, done: bool, warnings: list[str]) -> list[Record]:
+    """Return the records of metrics.jsonl, with the arguments and errors of `_read_lines`."""
+    records = _read_lines(path, done, warnings)
+    for number, record in records.items():
+        has_position = isinstance(record.get('step'), int) and isinstance(record.get('seed'), int)
+        if not has_position or not isinstance(record.get('split'), str):
+            raise UserError(f'{path}, line {number}: expected step, seed and split')
+    return list(records.values())
+
+
+def read_timing(path: pathlib.Path, done: bool, warnings: list[str]) -> list[Record]:
+    """Return the records of timing.jsonl, with the arguments and errors of `_read_lines`."""
+    records = _read_lines(path, done, warnings)
+    for number, record in records.items():
+        if not isinstance(record.get('step'), int) or not is_number(record.get('seconds')):
+            raise UserError(f'{path}, line {number}: expected step and seconds')
+    return list(records.values())
+
+
+def _read_lines(path: pathlib.Path, done: bool, warnings: list[str]) -> dict[int, Record]:
+    """Return {line number: record} of a JSON Lines file; {} if it does not exist.
+
+    Text after the last newline is a record that is still being written.
+
+    Args:
+      path: the file.
+      done: whether its run is done, so that a half-written record is an error.
+      warnings: receives a line for each skipped record.
+
+    Raises:
+      UserError: if a line is not a JSON object.
+    """
+    if not path.exists():
+        return {}
+    *lines, rest = path.read_bytes().split(b'\n')
+    records = {
+        number: _parse_record(line, path, number)
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    }
+    if rest.strip():
+        number = len(lines) + 1
+        try:
+            records[number] = _parse_record(rest, path, number)
+        except UserError:
+            if done:
+                raise
+            warnings.append(f'{path}, line {number}: skipped, it is half written')
+    return records
+
+
+def _parse_record(line: bytes, path: pathlib.Path, number: int) -> Record:
+    try:
+        record = json.loads(line)
+    except ValueError:  # includes UnicodeDecodeError
+        record = None
+    if not isinstance(record, dict):
+        raise UserError(f'{path}, line {number}: not a JSON object')
+    return record
+
+
+def require_field(record: Mapping[str, Any], key: str, kind: type, path: pathlib.Path) -> Any:
+    """Return record[key].
+
+    Raises:
+      UserError: if it is absent or has another type; names the file at path.
+    """
+    if not isinstance(record.get(key), kind):
+        raise UserError(f'{path}: {key} = {record.get(key)!r}: expected a {kind.__name__}')
+    return record[key]
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def average_timing(timings: Sequence[Sequence[Record]]) -> list[Record]:
+    """Average the timing records of the steps that all runs have."""
+    step_records = [{record['step']: record for record in timing} for timing in timings]
+    averages: list[Record] = []
+    for step in sorted(set.intersection(*map(set, step_records))):
+        records = [run_records[step] for run_records in step_records]
+        names = [
+            name for name in records[0] if all(is_number(record.get(name)) for record in records)
+        ]
+        averages.append(
+            {name: sum(record[name] for record in records) / len(records) for name in names}
+        )
+        averages[-1]['step'] = step
+    return averages
+
+
+def join_tasks(task_records: Mapping[str, Sequence[Record]], metric: str) -> list[Record]:
+    """Join the records of several tasks, {task: records}; the joined metric is the mean over tasks.
+
+    There is one record for every step, seed and split that all tasks recorded. The mean is null
+    where a task is null, that is, not finite.
+    """
+    # Collect the values of the tasks by (step, seed, split).
+    task_values: dict[tuple[int, int, str], dict[str, float | None]] = {}
+    for task, records in task_records.items():
+        for record in records:
+            if metric in record and (record[metric] is None or is_number(record[metric])):
+                position = record['step'], record['seed'], record['split']
+                task_values.setdefault(position, {})[task] = record[metric]
+
+    # Write one record where every task has a value.
+    joined: list[Record] = []
+    for (step, seed, split), values in task_values.items():
+        if len(values) == len(task_records):
+            finite = [value for value in values.values() if value is not None]
+            mean = math.fsum(finite) / len(values) if len(finite) == len(values) else None
+            joined.append({'step': step, 'seed': seed, 'split': split, metric: mean})
+            joined[-1] |= {f'{metric}/{task}': value for task, value in values.items()}
+    return joined
