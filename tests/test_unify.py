@@ -1,3 +1,4 @@
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,9 @@ from mi import (
     counting,
     fusion,
 )
-from mi.unify import as_mi, explain
-from mi.unify.explanation import describe_form as form_of
+from mi.motifs.conditioning import Gate
+from mi.unify import CONVERTERS, as_mi, explain
+from mi.unify.explanation import describe_form
 from tests.motifs.checks import drawn, is_its_composition, random
 
 N, M, K = 5, 3, 4
@@ -64,7 +66,7 @@ def test_a_module_that_no_equation_fits_is_refused():
 
 def test_a_composition_of_several_products_has_no_tensors_of_its_own():
     x, z = random(0, 7, N), random(1, 7, M)
-    module = fusion.Gate(K)
+    module = Gate(K)
     variables = drawn(module, x, z)
     with pytest.raises(ValueError, match=r'use \.products'):
         list(as_mi(module, variables, x, z))
@@ -94,9 +96,26 @@ def test_explain_tells_the_form_and_the_ranks(module, form, ranks):
 
 def test_one_unfolding_that_lacks_rank_is_enough_for_low_rank():
     W = np.random.default_rng(0).normal(size=(3, 5, 4))
-    assert form_of(W) == 'full'
+    assert describe_form(W) == 'full'
     W[2] = W[0] - W[1]  # as a matrix [5, 12] or [4, 15] it has full rank still
-    assert form_of(W) == 'low rank'
+    assert describe_form(W) == 'low rank'
+
+
+@pytest.mark.parametrize('kind', CONVERTERS, ids=lambda kind: kind.__name__)
+def test_every_converter_is_for_the_module_class_of_its_annotation(kind):
+    assert typing.get_type_hints(CONVERTERS[kind])['module'] is kind
+
+
+def test_a_subclass_uses_the_converter_of_its_base_class_and_a_user_can_add_one(monkeypatch):
+    class OpenGate(Gate):
+        pass
+
+    x, z = random(0, 7, N), random(1, 7, M)
+    variables = drawn(OpenGate(K), x, z)
+    base = as_mi(Gate(K), variables, x, z)
+    np.testing.assert_array_equal(as_mi(OpenGate(K), variables, x, z).output, base.output)
+    monkeypatch.setitem(CONVERTERS, OpenGate, lambda module, variables, x, z: 'converted')
+    assert as_mi(OpenGate(K), variables, x, z) == 'converted'
 
 
 def test_explain_counts_flops_and_bytes():
@@ -114,9 +133,9 @@ def test_a_block_diagonal_W_is_recognised():
     W = np.zeros((2, 6, 4))
     for i in range(2):
         W[:, 3 * i : 3 * i + 3, 2 * i : 2 * i + 2] = 1 + np.arange(12).reshape(2, 3, 2)
-    assert form_of(W) == 'block-diagonal, 2 blocks'
-    assert form_of(np.eye(3)[:, :, None]) == 'inner product'
-    assert form_of(np.eye(3)[:, :, None] * np.eye(3)[None]) == 'pointwise product'
+    assert describe_form(W) == 'block-diagonal, 2 blocks'
+    assert describe_form(np.eye(3)[:, :, None]) == 'inner product'
+    assert describe_form(np.eye(3)[:, :, None] * np.eye(3)[None]) == 'pointwise product'
 
 
 class Affine(nn.Module):
@@ -301,7 +320,7 @@ def test_what_has_not_two_streams_is_refused():
     with pytest.raises(ValueError, match=r'Affine: z is int32.*one_hot'):
         as_mi(Affine(), VARIABLES, x, ids)
     with pytest.raises(ValueError, match='z is int32'):
-        as_mi(fusion.Gate(K), {'params': {}}, x, ids)
+        as_mi(Gate(K), {'params': {}}, x, ids)
 
 
 VARIABLES = {
@@ -311,6 +330,6 @@ VARIABLES = {
 
 
 def test_one_number_times_one_number_is_a_pointwise_product_and_not_a_scale_of_many():
-    assert form_of(np.ones((1, 1, 1))) == 'pointwise product'
-    assert form_of(np.ones((3, 1, 1))) == 'diagonal'
-    assert form_of(np.ones((3, 2, 2)) * np.eye(2)) == 'scalar'
+    assert describe_form(np.ones((1, 1, 1))) == 'pointwise product'
+    assert describe_form(np.ones((3, 1, 1))) == 'diagonal'
+    assert describe_form(np.ones((3, 2, 2)) * np.eye(2)) == 'scalar'

@@ -21,7 +21,7 @@ from mi.motifs.gating import expand_mask
 class FeatureWiseModulation(nn.Module):
     """Feature-wise linear modulation, FiLM (Perez et al., 2018): y = (1 + γ(z)) ⊙ x + β(z).
 
-    γ and β are affine in z and start at zero, so that y starts as x. `mi.fusion.FiLM` has an affine
+    γ and β are affine in z and start at zero, so that y starts as x. `mi.motifs.conditioning.FiLM` has an affine
     map of x before it.
 
     Attributes:

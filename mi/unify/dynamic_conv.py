@@ -1,62 +1,57 @@
-"""Convolutions as the one equation: a window of the input times a kernel made of the context."""
-
-from typing import Any
+"""Converters of convolutions: a window of the input times a kernel that depends on the context."""
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from mi.layers import align_streams
+from mi.layers import align_streams, expand_rank
 from mi.motifs.dynamic_conv import (
     ConditionalConvolution,
     DynamicConvolution,
     LightweightConvolution,
 )
-from mi.unify.composition import Composition, Product, as_mi, make_inner
+from mi.unify.composition import Composition, Product, Variables, make_inner
 
 
-@as_mi.register
-def lightweight_convolution(
+def convert_lightweight_convolution(
     module: LightweightConvolution,
-    variables: Any,
+    variables: Variables,
     x: Array,
     mask: Array | None = None,
     deterministic: bool = True,
 ) -> Composition:
-    """window · kernel, the kernel a parameter: the same z at all positions; without DropConnect."""
+    """Convert to window · kernel, with the same kernel at all positions and without DropConnect."""
     kernel = jax.nn.softmax(variables['params']['W'])
-    kernel = kernel.reshape((1,) * (x.ndim - 1) + kernel.shape)
-    return _windows_times_kernel(module, x, kernel, mask, 'the kernel of the head, a parameter')
+    kernel = expand_rank(kernel, x.ndim + 1)
+    return _multiply_windows(module, x, kernel, mask, 'the kernel of the head, a parameter')
 
 
-@as_mi.register
-def dynamic_convolution(
+def convert_dynamic_convolution(
     module: DynamicConvolution,
-    variables: Any,
+    variables: Variables,
     x: Array,
     z: Array | None = None,
     mask: Array | None = None,
     deterministic: bool = True,
 ) -> Composition:
-    """window · kernel, the kernel a function of the context; without DropConnect."""
-    z_is = 'the kernel of the position, a softmax of a linear map of '
-    z_is += 'the input there' if z is None else 'the context there'
+    """Convert to window · kernel, the kernel a function of the context, without DropConnect."""
+    source = 'the input' if z is None else 'the context'
+    z_is = f'the kernel of the position, a softmax of a linear map of {source} there'
     x, z = align_streams(x, x if z is None else z)
     logits = z @ variables['params']['Q']
     kernel = jax.nn.softmax(logits.reshape(*z.shape[:-1], module.heads, module.width))
-    return _windows_times_kernel(module, x, kernel, mask, z_is)
+    return _multiply_windows(module, x, kernel, mask, z_is)
 
 
-@as_mi.register
-def conditional_convolution(
-    module: ConditionalConvolution, variables: Any, x: Array, z: Array | None = None
+def convert_conditional_convolution(
+    module: ConditionalConvolution, variables: Variables, x: Array, z: Array | None = None
 ) -> Composition:
-    """gᵀK window + gᵀb: W is the stack of experts, U that of their biases."""
-    p = variables['params']
+    """Convert to gᵀK window + gᵀb: W stacks the experts, U their biases."""
+    params = variables['params']
     z = x.mean((1, 2)) if z is None else z
-    g = nn.sigmoid(z @ p['G'] + p['a'][None])
-    E, kh, kw, C, k = p['K'].shape
+    g = nn.sigmoid(z @ params['G'] + params['a'][None])
+    E, kh, kw, C, k = params['K'].shape
     strides = module.strides
     patches = jax.lax.conv_general_dilated_patches(
         x,
@@ -71,25 +66,26 @@ def conditional_convolution(
         z_is='the routing weights g, a sigmoid of an affine map of the context',
         x=patches,
         z=g[:, None, None],
-        W=p['K'].transpose(0, 3, 1, 2, 4).reshape(E, C * kh * kw, k),
-        U=p['b'],
+        W=params['K'].transpose(0, 3, 1, 2, 4).reshape(E, C * kh * kw, k),
+        U=params['b'],
     )
     return Composition((product,), product(), 'the sigmoid of the routing')
 
 
-def _windows_times_kernel(
+def _multiply_windows(
     module: LightweightConvolution | DynamicConvolution,
     x: Array,
     kernel: Array,
     mask: Array | None,
     z_is: str,
 ) -> Composition:
-    """kernel [..., T or 1, H, K] times the windows of x [..., T, C]."""
+    """Return the product of kernel [..., T or 1, H, K] and the windows of x [..., T, C]."""
     if mask is not None:
         x = jnp.where(mask[..., None], x, 0)
     (T, C), (H, K) = x.shape[-2:], kernel.shape[-2:]
-    at = jnp.arange(T)[:, None] + jnp.arange(K)[None] - (K - 1 if module.causal else K // 2)
-    window = jnp.where((at >= 0)[:, :, None] & (at < T)[:, :, None], x[..., at, :], 0)
+    index = jnp.arange(T)[:, None] + jnp.arange(K)[None] - (K - 1 if module.causal else K // 2)
+    is_inside = (index >= 0) & (index < T)
+    window = jnp.where(is_inside[:, :, None], x[..., index, :], 0)
     window = jnp.swapaxes(window, -1, -2).reshape(*x.shape[:-1], H, C // H, K)
     product = Product(
         name='convolution',

@@ -1,4 +1,4 @@
-"""Hypernetworks as the one equation: W'(z)x + b'(z) is zᵀWx + zᵀU + Vx + b."""
+"""Converters of hypernetworks: W'(z)x + b'(z) is zᵀWx + zᵀU + Vx + b."""
 
 import dataclasses
 import functools
@@ -12,128 +12,138 @@ from flax import linen as nn
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
-from mi.layers import Affine, align_streams
+from mi.layers import Affine, add_bias, align_streams
 from mi.motifs.hypernetwork import Hypernetwork, LinearHypernetwork, MLPHypernetwork
-from mi.unify.composition import Composition, Product, as_mi
+from mi.unify.composition import Composition, Params, Product, Variables
 
 HIDDEN = 'the last hidden layer of a network of the context'
 
-# Where the layers of a target keep their weight and their bias.
+# Names of the weight and of the bias in each layer that a target may have.
 LAYERS: dict[type[nn.Module], tuple[str, str]] = {Affine: ('V', 'b'), nn.Dense: ('kernel', 'bias')}
 
 
-@as_mi.register
-def linear_hypernetwork(
-    module: LinearHypernetwork, variables: Any, x: Array, z: Array
+def convert_linear_hypernetwork(
+    module: LinearHypernetwork, variables: Variables, x: Array, z: Array
 ) -> Composition:
-    """Its parameters are W, U, V and b."""
-    p = variables['params']
+    """Convert to one product, whose W, U, V and b are the parameters."""
+    params = variables['params']
     product = Product(
-        'generated layer', 'the input', 'the context', x, z, p['W'], p['U'], p['V'], p['b']
+        'generated layer',
+        'the input',
+        'the context',
+        x,
+        z,
+        params['W'],
+        params['U'],
+        params['V'],
+        params['b'],
     )
     return Composition((product,), product())
 
 
-@as_mi.register
-def mlp_hypernetwork(module: MLPHypernetwork, variables: Any, x: Array, z: Array) -> Composition:
-    """The head's parameters; with chunks, z is all of the h side by side and W a band matrix."""
-    p = variables['params']
+def convert_mlp_hypernetwork(
+    module: MLPHypernetwork, variables: Variables, x: Array, z: Array
+) -> Composition:
+    """Convert to the head's product; with chunks, z is the h of all chunks and W a band matrix."""
+    params = variables['params']
     x, z = align_streams(x, z)
-    h = _hidden(p['hidden'], module.activation, z)
+    h = _compute_hidden(params['hidden'], module.activation, z)
     if module.chunk is None:
-        head = p['head']
+        head = params['head']
         W, U, V, b = head['W'], head['U'], head['V'], head['b']
     else:
-        V, b = p['V'], p['b']
+        V, b = params['V'], params['b']
         d = h.shape[-1]
-        W = jnp.pad(_band(p['W'], V.size), [(0, d), (0, 0)]).reshape(-1, *V.shape)
-        U = jnp.pad(p['U'], [(len(W) - d, 0), (0, 0)])
+        W = jnp.pad(_make_band(params['W'], V.size), [(0, d), (0, 0)]).reshape(-1, *V.shape)
+        U = jnp.pad(params['U'], [(len(W) - d, 0), (0, 0)])
         h = h.reshape(*z.shape[:-1], -1)
     product = Product('generated layer', 'the input', HIDDEN, x, h, W, U, V, b)
-    return Composition((product,), product(), 'the hidden layers that make z')
+    return Composition((product,), product(), 'the hidden layers that compute z')
 
 
-@as_mi.register
-def hypernetwork(module: Hypernetwork, variables: Any, x: Array, z: Array) -> Composition:
-    """One product for each Dense or Affine layer of the target; the rest of it stands around.
+def convert_hypernetwork(
+    module: Hypernetwork, variables: Variables, x: Array, z: Array
+) -> Composition:
+    """Convert to one product per Dense or Affine layer of the target.
 
     Raises:
-      ValueError: if the target has none.
+      ValueError: if the target has no such layer.
     """
-    p = variables['params']
+    params = variables['params']
     rows = z.shape[:-1]
-    flat, unravel = ravel_pytree(p['V'])
-    h = _hidden(p['hidden'], module.activation, z)
-    W_flat = p['W']
+    flat, unravel = ravel_pytree(params['V'])
+    h = _compute_hidden(params['hidden'], module.activation, z)
+    W_flat = params['W']
     if module.chunk is not None:
-        W_flat = _band(W_flat, flat.size)
+        W_flat = _make_band(W_flat, flat.size)
         h = h.reshape(*rows, -1)
     W = jax.vmap(unravel)(W_flat)
 
     target = module.target.clone(parent=None)
 
-    def of_row(x: Array, h: Array) -> tuple[Any, list[Product]]:
+    def convert_row(x: Array, h: Array) -> tuple[Any, list[Product]]:
         products = []
 
-        def layer(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        def call_layer(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
             if context.method_name != '__call__' or type(context.module) not in LAYERS:
                 return call(*args, **kwargs)
             path = context.module.path
             weight, bias = LAYERS[type(context.module)]
-            of_z, constant = _at(W, path), _at(p['V'], path)
+            z_term, constant = _get_branch(W, path), _get_branch(params['V'], path)
             product = Product(
                 name=' '.join(('generated layer', *path)),
                 x_is='the input of the layer',
                 z_is=HIDDEN,
                 x=args[0],
                 z=h,
-                W=of_z[weight],
-                U=of_z.get(bias),
+                W=z_term[weight],
+                U=z_term.get(bias),
                 V=constant[weight],
                 b=constant.get(bias),
             )
             products.append(product)
             return product()
 
-        with nn.intercept_methods(layer):
+        with nn.intercept_methods(call_layer):
             y = target.apply({'params': unravel(h @ W_flat + flat)}, x)
         return y, products
 
-    each = [of_row(x[row], h[row]) for row in np.ndindex(rows)]
-    if not each[0][1]:
+    # Apply the target to each row, and stack the products of the rows.
+    outcomes = [convert_row(x[row], h[row]) for row in np.ndindex(rows)]
+    if not outcomes[0][1]:
         raise ValueError(
             f'{type(target).__name__} has no Dense or Affine layer to write as a product'
         )
 
-    def stacked(*leaves: Array) -> Array:
+    def stack_rows(*leaves: Array) -> Array:
         return jnp.stack(leaves).reshape(*rows, *leaves[0].shape)
 
     products = []
-    for of_rows in zip(*(products for _, products in each), strict=True):
-        xs = stacked(*(product.x for product in of_rows))
+    for row_products in zip(*(products for _, products in outcomes), strict=True):
+        xs = stack_rows(*(product.x for product in row_products))
         zs = h.reshape(*rows, *(1,) * (xs.ndim - h.ndim), h.shape[-1])
-        products.append(dataclasses.replace(of_rows[0], x=xs, z=zs))
+        products.append(dataclasses.replace(row_products[0], x=xs, z=zs))
     return Composition(
         tuple(products),
-        jax.tree.map(stacked, *(y for y, _ in each)),
-        'the hidden layers that make z, and what the target does between its layers',
+        jax.tree.map(stack_rows, *(y for y, _ in outcomes)),
+        'the hidden layers that compute z, and what the target does between its layers',
     )
 
 
-def _at(tree: Any, path: tuple[str, ...]) -> Any:
+def _get_branch(tree: Params, path: tuple[str, ...]) -> Any:
     return functools.reduce(lambda branch, name: branch[name], path, tree)
 
 
-def _hidden(p: Any, activation: Callable[[Array], Array], z: Array) -> Array:
-    h = z @ p['0']['V'] + p['0']['b'].reshape((1,) * (z.ndim - 1) + (-1,))
-    if 'e' in p:
-        h = h[..., None, :] + p['e'].reshape((1,) * (z.ndim - 1) + p['e'].shape)
-    for i in range(1, sum(name != 'e' for name in p)):
-        h = activation(h) @ p[f'{i}']['V'] + p[f'{i}']['b'].reshape((1,) * (h.ndim - 1) + (-1,))
+def _compute_hidden(params: Params, activation: Callable[[Array], Array], z: Array) -> Array:
+    h = add_bias(z @ params['0']['V'], params['0']['b'])
+    if 'e' in params:
+        h = add_bias(h[..., None, :], params['e'])
+    for i in range(1, sum(name != 'e' for name in params)):
+        h = add_bias(activation(h) @ params[f'{i}']['V'], params[f'{i}']['b'])
     return activation(h)
 
 
-def _band(W: Array, size: int) -> Array:
-    """W [d, chunk], applied to the h of each piece, as one matrix of all h: [pieces · d, size]."""
-    pieces = -(-size // W.shape[1])
-    return jnp.kron(jnp.eye(pieces), W)[:, :size]
+def _make_band(W: Array, size: int) -> Array:
+    """Return the matrix [pieces · d, size] that applies W [d, chunk] to the h of each piece."""
+    num_pieces = -(-size // W.shape[1])
+    return jnp.kron(jnp.eye(num_pieces), W)[:, :size]

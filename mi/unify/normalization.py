@@ -1,4 +1,4 @@
-"""Modulations as the one equation: W is diagonal over input and output, V = 1 + the bias of γ."""
+"""Converters of modulations: W is diagonal over input and output, V = 1 + the bias of γ."""
 
 import functools
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from mi.layers import align_streams
+from mi.layers import align_streams, expand_rank
 from mi.motifs.gating import expand_mask
 from mi.motifs.normalization import (
     AdaLNZero,
@@ -16,66 +16,61 @@ from mi.motifs.normalization import (
     ConditionalLayerNorm,
     FeatureWiseModulation,
 )
-from mi.unify.composition import Composition, Product, as_mi, make_diagonal
+from mi.unify.composition import Composition, Params, Product, Variables, make_diagonal
 
 
-@as_mi.register
-def feature_wise_modulation(
-    module: FeatureWiseModulation, variables: Any, x: Array, z: Array
+def convert_feature_wise_modulation(
+    module: FeatureWiseModulation, variables: Variables, x: Array, z: Array
 ) -> Composition:
-    """(1 + γ(z)) ⊙ x + β(z): W and V diagonal, U and b those of β."""
-    product = _modulation(variables['params'], 'the input', x, z)
+    """Convert (1 + γ(z)) ⊙ x + β(z): W and V are diagonal, U and b are those of β."""
+    product = _make_modulation(variables['params'], 'the input', x, z)
     return Composition((product,), product())
 
 
-@as_mi.register
-def conditional_layer_norm(
-    module: ConditionalLayerNorm, variables: Any, x: Array, z: Array
+def convert_conditional_layer_norm(
+    module: ConditionalLayerNorm, variables: Variables, x: Array, z: Array
 ) -> Composition:
-    """That of the modulation, of x normalised over its features."""
-    product = _modulation(
+    """Convert to the modulation of x, normalized over its features."""
+    product = _make_modulation(
         variables['params']['modulation'],
-        'the input, normalised over its features',
-        _normalised(x, module.epsilon),
+        'the input, normalized over its features',
+        _normalize(x, module.epsilon),
         z,
     )
-    return Composition((product,), product(), 'the normalisation of x')
+    return Composition((product,), product(), 'the normalization of x')
 
 
-@as_mi.register
-def conditional_batch_norm(
+def convert_conditional_batch_norm(
     module: ConditionalBatchNorm,
-    variables: Any,
+    variables: Variables,
     x: Array,
     z: Array,
     use_running_average: bool | None = None,
     *,
     mask: Array | None = None,
 ) -> Composition:
-    """That of the modulation, of x normalised by statistics of the batch, on one device."""
-    row = (1,) * (x.ndim - 1) + x.shape[-1:]
+    """Convert to the modulation of x, normalized by batch statistics on one device."""
     if nn.merge_param('use_running_average', module.use_running_average, use_running_average):
         running = variables['batch_stats']['norm']
-        mean, variance = running['mean'].reshape(row), running['var'].reshape(row)
+        mean, variance = (expand_rank(running[name], x.ndim) for name in ('mean', 'var'))
     else:
         axes = tuple(range(x.ndim - 1))
         valid = expand_mask(x, mask)
         mean = jnp.mean(x, axes, keepdims=True, where=valid)
         variance = jnp.var(x, axes, keepdims=True, where=valid)
-    product = _modulation(
+    product = _make_modulation(
         variables['params']['modulation'],
-        'the input, normalised over the batch',
+        'the input, normalized over the batch',
         (x - mean) * jax.lax.rsqrt(variance + module.epsilon),
         z,
     )
-    return Composition((product,), product(), 'the normalisation of x')
+    return Composition((product,), product(), 'the normalization of x')
 
 
-@as_mi.register
-def ada_ln_zero(
-    module: AdaLNZero, variables: Any, x: Array, z: Array, *args: Any, **kwargs: Any
+def convert_ada_ln_zero(
+    module: AdaLNZero, variables: Variables, x: Array, z: Array, *args: Any, **kwargs: Any
 ) -> Composition:
-    """The modulation before F, and g(z) ⊙ F after it."""
+    """Convert to the modulation before F, and to g(z) ⊙ F after it."""
     head = variables['params']['head']
     B, S, G = jnp.split(head['V'], 3, axis=-1)
     b, s, g = jnp.split(head['b'], 3)
@@ -84,9 +79,9 @@ def ada_ln_zero(
     z_is = 'silu of the context'
     modulation = Product(
         name='modulation',
-        x_is='the input, normalised over its features',
+        x_is='the input, normalized over its features',
         z_is=z_is,
-        x=_normalised(x, module.epsilon),
+        x=_normalize(x, module.epsilon),
         z=z,
         W=make_diagonal(S),
         U=B,
@@ -100,12 +95,12 @@ def ada_ln_zero(
         )
     y = F(modulation(), *args, **kwargs)
     gate = Product('gate', 'the output of F', z_is, y, z, make_diagonal(G), V=jnp.diag(g))
-    around = 'the normalisation of x, F between the products, and x added after them'
+    around = 'the normalization of x, F between the products, and x added after them'
     return Composition((modulation, gate), x + gate(), around)
 
 
-def _modulation(p: Any, x_is: str, x: Array, z: Array) -> Product:
-    gamma, beta = p['gamma'], p['beta']
+def _make_modulation(params: Params, x_is: str, x: Array, z: Array) -> Product:
+    gamma, beta = params['gamma'], params['beta']
     return Product(
         name='modulation',
         x_is=x_is,
@@ -119,6 +114,6 @@ def _modulation(p: Any, x_is: str, x: Array, z: Array) -> Product:
     )
 
 
-def _normalised(x: Array, epsilon: float) -> Array:
-    centred = x - x.mean(-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
+def _normalize(x: Array, epsilon: float) -> Array:
+    centered = x - x.mean(-1, keepdims=True)
+    return centered * jax.lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + epsilon)

@@ -1,0 +1,105 @@
+"""Converters of the fusions that are not affine in both streams."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from mi.layers import MultiHead, add_bias, align_streams, one_hot
+from mi.motifs.conditioning import ConcatMLP, FeatureAttention, Gate, SameWidth
+from mi.motifs.normalization import ConditionalLayerNorm
+from mi.unify.composition import Composition, Params, Product, Variables, make_pointwise
+from mi.unify.derivatives import convert_affine
+from mi.unify.normalization import convert_conditional_layer_norm
+
+
+def convert_gate(module: Gate, variables: Variables, x: Array, z: Array) -> Composition:
+    """Convert to the product of the gate with an affine map of x."""
+    params = variables['params']
+    x, z = align_streams(x, z)
+    gate = 2 * nn.sigmoid(_map_affine(params['gate'], z))
+    V, b = params['x']['V'], params['x']['b']
+    product = Product(
+        name='gate',
+        x_is='the input',
+        z_is='the gate, 2σ of an affine map of the context',
+        x=x,
+        z=gate,
+        W=jnp.eye(len(b))[:, None, :] * V[None],
+        U=jnp.diag(b),
+    )
+    return Composition((product,), product(), around='2σ of the context')
+
+
+def convert_concat_mlp(module: ConcatMLP, variables: Variables, x: Array, z: Array) -> Composition:
+    """Convert the hidden layer, whose W is zero."""
+    params = variables['params']
+    hidden = params['hidden']
+    n, m, k = x.shape[-1], z.shape[-1], hidden['b'].shape[0]
+    product = Product(
+        name='concatenation',
+        x_is='the input',
+        z_is='the context',
+        x=x,
+        z=z,
+        W=jnp.zeros((m, n, k)),
+        U=hidden['U'],
+        V=hidden['V'],
+        b=hidden['b'],
+    )
+    output = _map_affine(params['out'], nn.relu(product()))
+    return Composition((product,), output, around='relu and an affine map of the sum')
+
+
+def convert_multi_head(module: MultiHead, variables: Variables, x: Array, z: Array) -> Composition:
+    """Convert to the full form; z is one-hot, or integers."""
+    params = variables['params']
+    if jnp.issubdtype(z.dtype, jnp.integer):
+        z = one_hot(z, params['U'].shape[0], x.dtype)
+    product = Product(
+        'heads', 'the input', 'the one-hot context', x, z, W=params['W'], U=params['U']
+    )
+    return Composition((product,), product())
+
+
+def convert_feature_attention(
+    module: FeatureAttention, variables: Variables, x: Array, z: Array
+) -> Composition:
+    """Convert to the scores, a low-rank form, and the product of their softmax and the values."""
+    params = variables['params']
+    s = params['scores']
+    scores = Product(
+        name='scores',
+        x_is='the input',
+        z_is='the context',
+        x=x,
+        z=z,
+        W=jnp.einsum('mr,nr,rk->mnk', s['P'], s['Q'], s['O']),
+        U=s['U'],
+        V=s['V'],
+        b=s['b'],
+    )
+    attention = Product(
+        name='attention',
+        x_is='the values, an affine map of the input',
+        z_is='k times the softmax of the scores',
+        x=_map_affine(params['value'], x),
+        z=module.features * nn.softmax(scores()),
+        W=make_pointwise(module.features),
+    )
+    return Composition((scores, attention), attention(), around='softmax of the scores')
+
+
+def convert_same_width(module: SameWidth, variables: Variables, x: Array, z: Array) -> Composition:
+    """Convert the inner module after the affine map of x; one product if it is affine."""
+    params = variables['params']
+    if module.module is not ConditionalLayerNorm:
+        return convert_affine(module, variables, x, z)
+    if 'x' in params:
+        x = _map_affine(params['x'], x)
+    if module.contexts and jnp.issubdtype(z.dtype, jnp.integer):
+        z = one_hot(z, module.contexts, x.dtype)
+    return convert_conditional_layer_norm(ConditionalLayerNorm(), {'params': params['form']}, x, z)
+
+
+def _map_affine(params: Params, x: Array) -> Array:
+    return add_bias(x @ params['V'], params['b'])

@@ -1,0 +1,179 @@
+"""The conversion of modules that are affine in x and affine in z, by their derivatives at zero."""
+
+import dataclasses
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import Array
+from jax.typing import DTypeLike
+
+from mi.kernels.bilinear import accumulation_dtype
+from mi.layers import align_streams, expand_rank, one_hot
+from mi.unify.composition import Composition, Product, Variables
+
+Function = Callable[[Array, Array], Array]
+
+_PROBE_SCALES = (0.0, 1.0, 1e2, 1e4)
+
+
+def convert_affine(
+    module: nn.Module, variables: Variables, *args: Any, **kwargs: Any
+) -> Composition:
+    """Convert a module (x, z) → y that is affine in x and in z, as `as_mi` does.
+
+    Integers z are ids of one-hot contexts, as in `mi.layers`. A module whose field `dtype` is less
+    precise than f32 is differentiated in f32.
+    """
+    kind = type(module).__name__
+    function, x, z = _get_function(module, variables, args, kwargs)
+    raw_z = z
+    if jnp.issubdtype(z.dtype, jnp.integer):
+        contexts = getattr(module, 'contexts', None)
+        if contexts is None:
+            raise ValueError(
+                f'{kind}: z is {z.dtype}, and as_mi differentiates by z: expected a float dtype, '
+                f'or a module with a field `contexts`. Try jax.nn.one_hot(z, m)'
+            )
+        z = one_hot(z, contexts, accumulation_dtype(x))
+    if x.ndim < 1 or z.ndim < 1:
+        raise ValueError(f'{kind}: expected x [..., n] and z [..., m]; got {x.shape} and {z.shape}')
+
+    # Evaluate the module in f32 at least.
+    shape = jax.eval_shape(function, x, raw_z)
+    _check_output(kind, shape, x, z)
+    dtype = accumulation_dtype(x, z, shape.dtype)
+    if hasattr(module, 'dtype') and jnp.dtype(shape.dtype) != dtype:
+        function, *_ = _get_function(module.clone(dtype=dtype), variables, args, kwargs)
+
+    # Compare the equation with the module at the inputs and at random points.
+    product = _differentiate(kind, function, x, z, dtype)
+    probe_x, probe_z = _draw_probes(x.shape[-1], z.shape[-1], dtype)
+    with jax.default_matmul_precision('highest'):
+        probe_y = jax.vmap(_make_row_function(function, x.ndim, z.ndim))(probe_x, probe_z)
+        error = jnp.maximum(
+            _measure_error(product, function(x, raw_z)),
+            _measure_error(dataclasses.replace(product, x=probe_x, z=probe_z), probe_y),
+        )
+    output = product()
+
+    # The module may round its output to a dtype that cannot be changed.
+    precision = jnp.finfo(jax.eval_shape(function, x, raw_z).dtype).eps
+    tolerance = max(1e-4, 16 * float(precision))
+    if isinstance(error, jax.core.Tracer):  # an error cannot be raised inside jit
+        nan = jnp.where(error <= tolerance, 0.0, jnp.nan).astype(dtype)
+        tensors = {name: getattr(product, name) + nan for name in ('W', 'U', 'V', 'b')}
+        return Composition((dataclasses.replace(product, **tensors),), output + nan)
+    if not error <= tolerance:
+        raise ValueError(
+            f'{kind} is not affine in x and in z: the equation with its derivatives at zero has a '
+            f'relative error of {float(error):.2g}. Try a converter: '
+            f'mi.unify.CONVERTERS[{kind}] = …'
+        )
+    return Composition((product,), output)
+
+
+def _differentiate(kind: str, function: Function, x: Array, z: Array, dtype: DTypeLike) -> Product:
+    """Return the product whose tensors are the derivatives of the function at zero."""
+    row_function = _make_row_function(function, x.ndim, z.ndim)
+    zeros = jnp.zeros(x.shape[-1], dtype), jnp.zeros(z.shape[-1], dtype)
+    with jax.default_matmul_precision('highest'):
+        W = jax.jacfwd(jax.jacrev(row_function, 0), 1)(*zeros)  # [k, n, m]
+        return Product(
+            name=kind,
+            x_is='the input',
+            z_is='the context',
+            x=x,
+            z=z,
+            W=W.transpose(2, 1, 0),
+            U=jax.jacrev(row_function, 1)(*zeros).T,
+            V=jax.jacrev(row_function, 0)(*zeros).T,
+            b=row_function(*zeros),
+        )
+
+
+def _make_row_function(function: Function, x_ndim: int, z_ndim: int) -> Function:
+    """Return the function of single rows, x [n] and z [m] → [k]."""
+
+    def row_function(x: Array, z: Array) -> Array:
+        return function(expand_rank(x, x_ndim), expand_rank(z, z_ndim)).reshape(-1)
+
+    return row_function
+
+
+def _get_function(
+    module: nn.Module, variables: Variables, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Function, Array, Array]:
+    """Return the module as a function of its two streams, and the streams.
+
+    Raises:
+      ValueError: if `module` is not a Linen module, or does not get two streams.
+    """
+    if not isinstance(module, nn.Module):
+        raise ValueError(
+            f'as_mi takes a Linen module; got {getattr(module, "__name__", module)!r}. Try a '
+            f'module whose __call__(x, z) calls it'
+        )
+    parameters = list(inspect.signature(type(module).__call__).parameters)[1:3]  # without self
+    keywords = [name for name in parameters[len(args) :] if kwargs.get(name) is not None]
+    streams = *args[:2], *(kwargs[name] for name in keywords)
+    if len(streams) < 2 or any(stream is None for stream in streams):
+        raise ValueError(
+            f'{type(module).__name__}: expected the two streams x and z; got {len(args)} inputs '
+            f'and the keywords {sorted(kwargs)}. A module with one stream needs a converter: '
+            f'mi.unify.CONVERTERS[{type(module).__name__}] = …'
+        )
+    options = {name: value for name, value in kwargs.items() if name not in keywords}
+
+    def function(x: Array, z: Array) -> Array:
+        return module.apply(variables, x, z, *args[2:], **options)  # type: ignore[return-value]
+
+    x, z = (jnp.asarray(stream) for stream in streams)
+    return function, x, z
+
+
+def _check_output(kind: str, output: Any, x: Array, z: Array) -> None:
+    """Raise ValueError unless the output is one float array [..., k] with the leading axes."""
+    leading = np.broadcast_shapes(x.shape[:-1], z.shape[:-1])
+    if not isinstance(output, jax.ShapeDtypeStruct):
+        shapes = jax.tree.map(lambda a: a.shape, output)
+        raise ValueError(f'{kind}: expected one array as its output; got the shapes {shapes}')
+    if output.ndim != len(leading) + 1 or output.shape[:-1] != leading:
+        raise ValueError(
+            f'{kind}: expected an output [..., k] with the leading axes {leading} of x {x.shape} '
+            f'and z {z.shape}; got {output.shape}'
+        )
+    if not jnp.issubdtype(output.dtype, jnp.floating):
+        raise ValueError(f'{kind}: expected an output in a float dtype; got {output.dtype}')
+
+
+def _draw_probes(n: int, m: int, dtype: DTypeLike) -> tuple[Array, Array]:
+    """Return random x [R, n] and z [R, m] at several scales, because kinks can be far from zero."""
+    rng = np.random.default_rng(0)
+    scale_pairs = [pair for pair in itertools.product(_PROBE_SCALES, repeat=2) for _ in range(4)]
+    scales = np.asarray(scale_pairs)
+    x, z = (rng.normal(size=(len(scale_pairs), size)) for size in (n, m))
+    return jnp.asarray(x * scales[:, :1], dtype), jnp.asarray(z * scales[:, 1:], dtype)
+
+
+def _measure_error(product: Product, expected: Array) -> Array:
+    """Return the largest error of a row of the product, relative to the row's largest term.
+
+    Relative to the output, terms that cancel would leave their rounding errors.
+    """
+    x, z = align_streams(product.x, product.z)
+    no_x, no_z = jnp.zeros_like(x), jnp.zeros_like(z)
+    actual, x_terms, z_terms, bias = (
+        dataclasses.replace(product, x=x_input, z=z_input)()
+        for x_input, z_input in ((x, z), (x, no_z), (no_x, z), (no_x, no_z))
+    )
+    size = functools.reduce(jnp.maximum, map(jnp.abs, (actual, x_terms, z_terms, bias)))
+    size = jnp.maximum(size, jnp.abs(expected)).max(-1)
+    difference = jnp.abs(actual - expected).max(-1)
+    return jnp.where(size == 0, 0, difference / jnp.where(size == 0, 1, size)).max(initial=0)
