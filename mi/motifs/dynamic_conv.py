@@ -1,7 +1,7 @@
-"""Convolutions whose kernel is a softmax, or made of the position, or of the example.
+"""Convolutions with a softmax kernel, possibly a different kernel per position or per example.
 
-Shapes: x [..., T, C], T positions of C channels; H heads, K the width of a kernel, m the width of
-the context z. Images: x [B, height, width, C].
+Shapes: x [..., T, C] has T positions with C channels. H is the number of heads, K the width of a
+kernel, m the width of the context z. Images are x [B, height, width, C].
 """
 
 import functools
@@ -16,29 +16,30 @@ from jax.nn import initializers
 from jax.typing import DTypeLike
 
 from mi.kernels.bilinear import accumulation_dtype, linear
-from mi.layers import Context, align_streams, check_dense, context_init
+from mi.layers import Context, align_streams, check_dense, context_init, expand_rank
 from mi.motifs.gating import expand_mask
 
 
 class LightweightConvolution(nn.Module):
-    """A depthwise convolution with a softmaxed kernel that the channels of a head share.
+    """A depthwise convolution with a softmax kernel that is shared by the channels of a head.
 
         y_tc = Σ_j softmax(W_h)_j x_{t+j−l, c},   h the head of channel c,  W [H, K]
 
-    l = K − 1 where causal and ⌊K/2⌋ where centred. Beyond the ends x is zero, as in the authors'
-    code, so that near an end part of the kernel's mass falls outside. Wu et al., Pay Less Attention
-    with Lightweight and Dynamic Convolutions, 2019; their affine maps and GLU around it are not
-    part of it.
+    l = K − 1 for a causal kernel and ⌊K/2⌋ for a centered kernel. Beyond the ends x is zero, as in
+    the authors' code, so part of the kernel's mass is lost near an end. The affine maps and the GLU
+    of the paper are not included. Source: Wu et al., Pay Less Attention with Lightweight and
+    Dynamic Convolutions, 2019.
 
     Attributes:
       heads: H; a divisor of C.
       width: K.
-      causal: whether y_t sees x_t and what is before it only; otherwise the kernel is centred.
-      dropconnect: rate at which entries of the softmaxed kernel are dropped, the others divided by
-        1 − rate; needs the rng 'dropout'.
-      dtype: of the computation; None for the promoted dtype of inputs and parameters. The softmax
-        and the sum over the kernel are f32 at least.
-      param_dtype: of the parameters.
+      causal: whether y_t depends only on x_t and earlier positions; otherwise the kernel is
+        centered.
+      dropconnect: rate at which entries of the softmax kernel are dropped. The other entries are
+        divided by 1 − rate. Needs the rng 'dropout'.
+      dtype: dtype of the computation; None for the promoted dtype of inputs and parameters. The
+        softmax and the sum over the kernel are in f32 at least.
+      param_dtype: dtype of the parameters.
     """
 
     heads: int
@@ -50,34 +51,34 @@ class LightweightConvolution(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array | None = None, deterministic: bool = True) -> Array:
-        """x [..., T, C] → [..., T, C].
+        """Return y [..., T, C] for x [..., T, C].
 
         Args:
           x: the input.
-          mask: [..., T], true where x is valid; elsewhere x counts as zero. None for all valid.
+          mask: [..., T], True where x is valid; elsewhere x counts as zero. None for all valid.
           deterministic: whether DropConnect is off.
 
         Raises:
-          ValueError: if the shapes do not fit or the heads do not divide the channels.
+          ValueError: if the shapes do not match or the heads do not divide the channels.
         """
-        _check(self.heads, self.width, x)
+        _check_sizes(self.heads, self.width, x)
         W = self.param(
             'W', initializers.glorot_uniform(), (self.heads, self.width), self.param_dtype
         )
         x = x.astype(nn.dtypes.canonicalize_dtype(x, W, dtype=self.dtype))
         kernel = jax.nn.softmax(W.astype(accumulation_dtype(x)))
         kernel = nn.Dropout(self.dropconnect, deterministic=deterministic)(kernel)
-        kernel = kernel.reshape((1,) * (x.ndim - 1) + W.shape)
+        kernel = expand_rank(kernel, x.ndim + 1)
         return convolve(jnp.where(expand_mask(x, mask), x, 0), kernel, self.causal)
 
 
 class DynamicConvolution(nn.Module):
-    """A lightweight convolution whose kernel is made anew at every position.
+    """A lightweight convolution with a different kernel at every position.
 
-        y_tc = Σ_j softmax(z_tᵀQ_h)_j x_{t+j−l, c},   z_t = x_t if there is no other context
+        y_tc = Σ_j softmax(z_tᵀQ_h)_j x_{t+j−l, c},   z_t = x_t without another context
 
-    Q [m, H·K]. Wu et al., 2019, as `LightweightConvolution`: so are l, the ends and what is not
-    part of it. Memory is O(T · (C + H · K)): no windows of x are kept.
+    Q is [m, H·K]. The source, l and the ends are as in `LightweightConvolution`. Memory is
+    O(T · (C + H · K)), because no windows of x are stored.
 
     Attributes:
       heads, width, causal, dropconnect, dtype, param_dtype: as in `LightweightConvolution`; with
@@ -99,24 +100,24 @@ class DynamicConvolution(nn.Module):
         mask: Array | None = None,
         deterministic: bool = True,
     ) -> Array:
-        """x [..., T, C] → [..., T, C].
+        """Return y [..., T, C] for x [..., T, C].
 
         Args:
           x: the input.
-          z: [..., T, m], or [..., 1, m] for one kernel at all positions; leading axes broadcast
-            with those of x. None for x.
-          mask: [..., T], true where x is valid; elsewhere x counts as zero. None for all valid.
+          z: [..., T, m], or [..., 1, m] for the same kernel at all positions; leading axes
+            broadcast with those of x. None for x.
+          mask: [..., T], True where x is valid; elsewhere x counts as zero. None for all valid.
           deterministic: whether DropConnect is off.
 
         Raises:
-          ValueError: if the shapes do not fit or the heads do not divide the channels.
+          ValueError: if the shapes do not match or the heads do not divide the channels.
         """
-        _check(self.heads, self.width, x)
+        _check_sizes(self.heads, self.width, x)
         x, z = align_streams(x, x if z is None else z)
         if z.shape[-2] not in (1, x.shape[-2]):
             raise ValueError(
-                f'z {z.shape} has {z.shape[-2]} positions, x {x.shape} has {x.shape[-2]}; '
-                f'give z as many, or 1'
+                f'z {z.shape} has {z.shape[-2]} positions: expected {x.shape[-2]}, as in '
+                f'x {x.shape}, or 1'
             )
         Q = self.param(
             'Q',
@@ -132,22 +133,22 @@ class DynamicConvolution(nn.Module):
 
 
 class ConditionalConvolution(nn.Module):
-    """A 2-D convolution with a kernel for each example, mixed from experts (CondConv).
+    """A 2-D convolution whose kernel is mixed from experts for each example (CondConv).
 
-        y = (Σ_i g_i K_i) ∗ x + Σ_i g_i b_i,   g = σ(zᵀG + a),   z = the mean of x if not given
+        y = (Σ_i g_i K_i) ∗ x + Σ_i g_i b_i,   g = σ(zᵀG + a),   by default z = the mean of x
 
-    K [E, kh, kw, C, k], b [E, k], G [m, E], a [E]. Yang et al., CondConv: Conditionally
-    Parameterized Convolutions for Efficient Inference, 2019. G starts small (zᵀG has variance
-    1/100), so that g starts near ½, and the experts are drawn apart, each with variance
-    4 / (E · kh · kw · C): where no padding is seen, y has unit variance for unit-variance x.
+    K [E, kh, kw, C, k], b [E, k], G [m, E], a [E]. G starts small (zᵀG has variance 1/100), so g
+    starts near ½. The experts are independent, each with variance 4 / (E · kh · kw · C). Away from
+    the padding, y has unit variance for unit-variance x. Source: Yang et al., CondConv:
+    Conditionally Parameterized Convolutions for Efficient Inference, 2019.
 
     Attributes:
       features: k.
-      kernel_size: (kh, kw); one number for both.
+      kernel_size: (kh, kw), or one number for both.
       experts: E.
-      strides: (sh, sw); one number for both.
-      padding: 'SAME', 'VALID', or (before, after) of each of both axes.
-      context, dtype, param_dtype: as in `MultiplicativeInteraction`; the routing is f32 at least.
+      strides: (sh, sw), or one number for both.
+      padding: 'SAME', 'VALID', or a pair (before, after) for each axis.
+      context, dtype, param_dtype: as in `MultiplicativeInteraction`; routing is in f32 at least.
     """
 
     features: int
@@ -161,10 +162,10 @@ class ConditionalConvolution(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array | None = None) -> Array:
-        """x [B, height, width, C], z [B, m] or None → [B, height', width', k].
+        """Return y [B, height', width', k] for x [B, height, width, C] and z [B, m] or None.
 
         Raises:
-          ValueError: if the shapes do not fit or the padding is unknown.
+          ValueError: if the shapes do not match or the padding is unknown.
         """
         if x.ndim != 4:
             raise ValueError(f'x must be [B, height, width, C]; got {x.shape}')
@@ -173,22 +174,26 @@ class ConditionalConvolution(nn.Module):
         check_dense(z)
         if z.ndim != 2 or z.shape[0] != x.shape[0]:
             raise ValueError(f'z must be [B, m] with B = {x.shape[0]} as in x; got {z.shape}')
-        kh, kw = _pair(self.kernel_size)
+
+        # Parameters.
+        kh, kw = _make_pair(self.kernel_size)
         B, C, E, k = x.shape[0], x.shape[-1], self.experts, self.features
-        each = initializers.variance_scaling(4 / E, 'fan_in', 'truncated_normal', batch_axis=0)
-        K = self.param('K', each, (E, kh, kw, C, k), self.param_dtype)
+        K_init = initializers.variance_scaling(4 / E, 'fan_in', 'truncated_normal', batch_axis=0)
+        K = self.param('K', K_init, (E, kh, kw, C, k), self.param_dtype)
         b = self.param('b', initializers.zeros, (E, k), self.param_dtype)
         G_init = context_init(self.context, 0.01)
         G = self.param('G', G_init, (z.shape[-1], E), self.param_dtype)
         a = self.param('a', initializers.zeros, (E,), self.param_dtype)
+
+        # A kernel for each example, applied to its windows.
         dtype = nn.dtypes.canonicalize_dtype(x, K, b, dtype=self.dtype)
         wide = accumulation_dtype(dtype)
         z, G, a = nn.dtypes.promote_dtype(z, G, a, dtype=wide)
         g = nn.sigmoid(linear(z, G) + a[None])
         x, g, K, b = nn.dtypes.promote_dtype(x, g, K, b, dtype=dtype)
         kernels = linear(g, K.reshape(E, -1)).reshape(B, kh * kw * C, k)
-        # XLA has a grouped convolution for this; its gradient takes 30 times as long on CPU.
-        patches = _windows(x, (kh, kw), _pair(self.strides), self.padding)
+        # XLA's grouped convolution would do this, but its gradient is slow on CPU.
+        patches = _extract_windows(x, (kh, kw), _make_pair(self.strides), self.padding)
         y = jnp.einsum('bhwp,bpk->bhwk', patches, kernels, preferred_element_type=wide)
         return y.astype(x.dtype) + linear(g, b).reshape(B, 1, 1, k)
 
@@ -196,10 +201,10 @@ class ConditionalConvolution(nn.Module):
 @functools.partial(jax.jit, static_argnums=2)
 @functools.partial(jax.checkpoint, static_argnums=2)
 def convolve(x: Array, kernel: Array, causal: bool) -> Array:
-    """y_tc = Σ_j kernel_thj x_{t+j−l, c}: x [..., T, C], kernel [..., T or 1, H, K].
+    """Compute y_tc = Σ_j kernel_thj x_{t+j−l, c}: x [..., T, C], kernel [..., T or 1, H, K].
 
-    One shifted copy of x after another, which XLA fuses, and none kept for the backward pass;
-    summed in the dtype of the kernel, f32 at least, and returned in that of x.
+    The sum runs over shifted copies of x, which XLA fuses and the backward pass recomputes. It is
+    in the dtype of the kernel, f32 at least, and the output has the dtype of x.
     """
     (T, C), (H, K) = x.shape[-2:], kernel.shape[-2:]
     left = K - 1 if causal else K // 2
@@ -210,21 +215,21 @@ def convolve(x: Array, kernel: Array, causal: bool) -> Array:
     return y.reshape(*y.shape[:-2], C)
 
 
-def _windows(
+def _extract_windows(
     x: Array,
     size: tuple[int, int],
     strides: tuple[int, int],
     padding: str | Sequence[tuple[int, int]],
 ) -> Array:
-    """x [B, height, width, C] → [B, height', width', kh · kw · C], the window of every output.
+    """Return the window of every output: [B, height, width, C] → [B, height', width', kh · kw · C].
 
     Raises:
-      ValueError: on an unknown padding, or if the window is larger than the padded image.
+      ValueError: if the padding is unknown, or the window is larger than the padded image.
     """
     if isinstance(padding, str):
         if padding not in ('SAME', 'VALID'):
             raise ValueError(
-                f"unknown padding {padding!r}; give 'SAME', 'VALID' or pairs of numbers"
+                f"unknown padding {padding!r}: expected 'SAME', 'VALID' or pairs of numbers"
             )
         padding = jax.lax.padtype_to_pads(x.shape[1:3], size, strides, padding)
     x = jnp.pad(x, [(0, 0), *padding, (0, 0)])
@@ -242,17 +247,17 @@ def _windows(
     )
 
 
-def _check(heads: int, width: int, x: Array) -> None:
+def _check_sizes(heads: int, width: int, x: Array) -> None:
     if x.ndim < 2:
         raise ValueError(f'x must be [..., T, C]; got {x.shape}')
     if heads < 1 or x.shape[-1] % heads:
         raise ValueError(
-            f'heads = {heads} does not divide the {x.shape[-1]} channels of x {x.shape}; '
-            f'give a divisor'
+            f'heads = {heads} does not divide the {x.shape[-1]} channels of x {x.shape}: '
+            f'expected a divisor'
         )
     if width < 1:
-        raise ValueError(f'width = {width}: a kernel is at least 1 wide')
+        raise ValueError(f'width = {width}: expected at least 1')
 
 
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+def _make_pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])

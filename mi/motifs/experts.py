@@ -1,8 +1,8 @@
-"""Mixtures of experts: a context weighs, or chooses, among maps of the input.
+"""Mixtures of experts: a context weighs, or selects, maps of the input.
 
-Shapes: x [..., n] the input, z [..., m] the context, y [..., k] the output; E experts, N tokens
-(all leading axes together), S the experts that a token is sent to, h the width of an expert's
-hidden layer.
+Shapes: x [..., n] the input, z [..., m] the context, y [..., k] the output. E is the number of
+experts, N the number of tokens (the product of all leading axes), S the number of experts per token
+and h the hidden width of an expert.
 """
 
 import functools
@@ -23,15 +23,16 @@ from mi.layers import Context, align_streams, check_dense, context_init
 class DenseMixture(nn.Module):
     """A mixture of linear experts: y = Σ_i g_i (E_i x + e_i), g = softmax(zᵀG).
 
-    Jacobs et al., Adaptive Mixtures of Local Experts, 1991. With g in place of z it is the
-    multiplicative interaction with W = E [E, n, k] and U = e [E, k]. G [m, E] starts small (zᵀG has
-    variance 1/100), so that y starts near the mean of the experts, each drawn apart with E times
-    the variance of a single layer: y has unit variance for unit-variance x.
+    With g in place of z, it is the multiplicative interaction with W = E [E, n, k] and U = e
+    [E, k]. G [m, E] starts small (zᵀG has variance 1/100), so y starts near the mean of the
+    experts. The experts are independent, each with E times the variance of a single layer, so y has
+    unit variance for unit-variance x. Source: Jacobs et al., Adaptive Mixtures of Local Experts,
+    1991.
 
     Attributes:
       features: k.
       experts: E.
-      context, dtype, param_dtype: as in `MultiplicativeInteraction`; the softmax is f32 at least.
+      context, dtype, param_dtype: as in `MultiplicativeInteraction`; softmax in f32 at least.
     """
 
     features: int
@@ -42,11 +43,11 @@ class DenseMixture(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array) -> Array:
-        """x [..., n], z [..., m] → [..., k]; ValueError if the leading axes do not broadcast."""
+        """Return y [..., k] for x [..., n] and z [..., m], whose leading axes broadcast."""
         x, z = align_streams(x, z)
         m, n, k = z.shape[-1], x.shape[-1], self.features
         G = self.param('G', context_init(self.context, 0.01), (m, self.experts), self.param_dtype)
-        E = self.param('E', _apart(self.experts), (self.experts, n, k), self.param_dtype)
+        E = self.param('E', _expert_init(self.experts), (self.experts, n, k), self.param_dtype)
         e = self.param('e', initializers.zeros, (self.experts, k), self.param_dtype)
         x, z, G, E, e = nn.dtypes.promote_dtype(x, z, G, E, e, dtype=self.dtype)
         g = jax.nn.softmax(linear(z, G, out_dtype=accumulation_dtype(x))).astype(x.dtype)
@@ -54,25 +55,25 @@ class DenseMixture(nn.Module):
 
 
 class RoutedMixture(nn.Module):
-    """A sparse mixture: each token passes the S experts that its router prefers.
+    """A sparse mixture of experts: each token passes the S experts with the largest router weight.
 
-        y = Σ_{i ∈ top S} g_i (A_i act(V_i x + b_i) + a_i),   p = softmax(zᵀG),   z = x if not given
+        y = Σ_{i ∈ top S} g_i (A_i act(V_i x + b_i) + a_i),   p = softmax(zᵀG),   by default z = x
 
-    V [E, n, h], b [E, h], A [E, h, k], a [E, k], G [m, E]. Shazeer et al., Outrageously Large
-    Neural Networks, 2017, without their noise: g is p over its sum among the chosen, which is their
-    softmax of the chosen logits. For S = 1 that would be 1 and teach the router nothing: g = p
-    then, as in Fedus et al., Switch Transformers, 2022.
+    V [E, n, h], b [E, h], A [E, h, k], a [E, k], G [m, E]. g is p, normalized over the top S, which
+    equals the softmax of their logits (Shazeer et al., Outrageously Large Neural Networks,
+    2017, without their noise). For S = 1 that would be 1 and give the router no gradient, so g = p,
+    as in Fedus et al., Switch Transformers, 2022.
 
-    Two losses are sown into 'losses', unscaled, each a tuple of one scalar for each call:
-      `load_balance`: E · Σ_i f_i P_i, f_i the share of the assignments that expert i gets and P_i
-        the mean of p_i; 1 where both are even (Fedus et al.; their weight is 0.01).
+    Two unscaled losses are sown into 'losses', each a tuple with one scalar per call:
+      `load_balance`: E · Σ_i f_i P_i, where f_i is the share of assignments to expert i and P_i the
+        mean of p_i. It is 1 if both are uniform (Fedus et al.; their weight is 0.01).
       `router_z`: the mean of logsumexp(zᵀG)² (Zoph et al., ST-MoE, 2022; their weight is 0.001).
 
-    No token is dropped by default, whatever the routing: the assignments, sorted by expert, fill
-    fewer than 2 E blocks of ⌈N · S / E⌉ rows, each of one expert. So the products, and the weights
-    gathered for them, are at most twice those of an even routing. With a capacity, an expert takes
-    ⌈capacity_factor · N · S / E⌉ tokens, all first choices before the second ones and earlier
-    tokens before later ones; for a token beyond, its term is zero.
+    By default no token is dropped, whatever the routing. The assignments, sorted by expert, fill
+    fewer than 2 E blocks of ⌈N · S / E⌉ rows, with one expert per block. Thus the products and the
+    gathered weights are at most twice those of a uniform routing. With a capacity, an expert takes
+    ⌈capacity_factor · N · S / E⌉ tokens: first choices before second choices, and earlier tokens
+    before later ones. The terms of further tokens are zero.
 
     Attributes:
       features: k.
@@ -80,9 +81,9 @@ class RoutedMixture(nn.Module):
       hidden: h.
       top_k: S.
       capacity_factor: None to drop nothing.
-      activation: of the hidden layer.
-      context: 'dense' or 'one_hot'; decides the scale at which G is initialised.
-      dtype, param_dtype: as in `MultiplicativeInteraction`; the router is f32 at least.
+      activation: activation of the hidden layer.
+      context: 'dense' or 'one_hot'; determines the initial scale of G.
+      dtype, param_dtype: as in `MultiplicativeInteraction`; the router is in f32 at least.
     """
 
     features: int
@@ -97,16 +98,16 @@ class RoutedMixture(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array | None = None, mask: Array | None = None) -> Array:
-        """x [..., n] → [..., k].
+        """Return y [..., k] for x [..., n].
 
         Args:
           x: the input.
-          z: [..., m], what the router sees; its leading axes broadcast to those of x. None for x.
-          mask: [...], true where there is a token; elsewhere y is zero, no expert's capacity is
-            taken and no loss counts. None for all true.
+          z: [..., m], the router's input; its leading axes broadcast to those of x. None for x.
+          mask: [...], True where there is a token. Elsewhere y is zero, and neither the capacity
+            nor the losses count the position. None for all True.
 
         Raises:
-          ValueError: if the shapes do not fit, or on a top_k or a capacity factor out of range.
+          ValueError: if the shapes do not match, or top_k or the capacity factor is out of range.
         """
         E, S, k = self.experts, self.top_k, self.features
         if not 1 <= S <= E:
@@ -115,103 +116,120 @@ class RoutedMixture(nn.Module):
             raise ValueError(
                 f'capacity_factor = {self.capacity_factor}: expected above 0, or None for no limit'
             )
-        lead, n = x.shape[:-1], x.shape[-1]
+
+        # Parameters.
+        leading, n = x.shape[:-1], x.shape[-1]
         if z is None:
             z = x
         else:
             check_dense(z)
         G = self.param('G', context_init(self.context), (z.shape[-1], E), self.param_dtype)
-        V = self.param('V', _apart(), (E, n, self.hidden), self.param_dtype)
+        V = self.param('V', _expert_init(), (E, n, self.hidden), self.param_dtype)
         b = self.param('b', initializers.zeros, (E, self.hidden), self.param_dtype)
-        A = self.param('A', _apart(2.0), (E, self.hidden, k), self.param_dtype)
+        A = self.param('A', _expert_init(2.0), (E, self.hidden, k), self.param_dtype)
         a = self.param('a', initializers.zeros, (E, k), self.param_dtype)
 
+        # Route each token to its top S experts.
         dtype = nn.dtypes.canonicalize_dtype(x, V, b, A, a, dtype=self.dtype)
         wide = accumulation_dtype(dtype)
-        logits = _rows('z', linear(*nn.dtypes.promote_dtype(z, G, dtype=wide)), lead)
-        mask = jnp.ones(lead, bool) if mask is None else mask
-        valid = _rows('the mask', mask[..., None], lead)[:, 0]
+        logits = _flatten_rows('z', linear(*nn.dtypes.promote_dtype(z, G, dtype=wide)), leading)
+        mask = jnp.ones(leading, bool) if mask is None else mask
+        valid = _flatten_rows('the mask', mask[..., None], leading)[:, 0]
         p = jax.nn.softmax(logits)
-        g, chosen = jax.lax.top_k(p, S)
+        g, choices = jax.lax.top_k(p, S)
         if S > 1:
             g = g / g.sum(-1, keepdims=True)
-        chosen = jnp.where(valid[:, None], chosen, E)
+        choices = jnp.where(valid[:, None], choices, E)
+
+        # Losses.
         if not self.is_initializing():
-            counts = jnp.bincount(chosen.reshape(-1), length=E)
+            counts = jnp.bincount(choices.reshape(-1), length=E)
             f = counts / counts.sum().clip(1)
             share = valid / valid.sum().clip(1)
             self.sow('losses', 'load_balance', E * f @ (share @ p))
             self.sow('losses', 'router_z', share @ jax.nn.logsumexp(logits, axis=-1) ** 2)
 
+        # Apply the experts to their blocks of tokens, and sum each token's terms.
         x, V, b, A, a = nn.dtypes.promote_dtype(x, V, b, A, a, dtype=dtype)
         capacity = None
         if self.capacity_factor is not None:
-            capacity = math.ceil(self.capacity_factor * chosen.size / E)
-        slot, token, expert = assign_blocks(chosen, E, capacity)
+            capacity = math.ceil(self.capacity_factor * choices.size / E)
+        slot, token, expert = assign_blocks(choices, E, capacity)
         if capacity is None:
             V, b, A, a = V[expert], b[expert], A[expert], a[expert]
         tokens = x.reshape(-1, n).at[token].get(mode='fill', fill_value=0)
-        h = self.activation(_each(tokens, V) + b[:, None])
-        y = (_each(h, A) + a[:, None]).reshape(-1, k).at[slot].get(mode='fill', fill_value=0)
-        return (g[..., None] * y).sum(1).astype(x.dtype).reshape(*lead, k)
+        h = self.activation(_multiply_blocks(tokens, V) + b[:, None])
+        y = (
+            (_multiply_blocks(h, A) + a[:, None])
+            .reshape(-1, k)
+            .at[slot]
+            .get(mode='fill', fill_value=0)
+        )
+        return (g[..., None] * y).sum(1).astype(x.dtype).reshape(*leading, k)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def assign_blocks(chosen: Array, experts: int, capacity: int | None) -> tuple[Array, Array, Array]:
-    """Lays out assignments of tokens to experts as B blocks of R rows, each of one expert.
+def assign_blocks(choices: Array, experts: int, capacity: int | None) -> tuple[Array, Array, Array]:
+    """Assign tokens to B blocks of R rows, with one expert per block.
 
     Args:
-      chosen: [N, S], the experts of each token, all different; `experts` for none.
+      choices: [N, S], the experts of each token, all different; `experts` for none.
       experts: E.
-      capacity: the most tokens that an expert takes; None for no limit. Without a limit R is
-        ⌈N · S / E⌉, and as many blocks as any assignment can need, fewer than 2 E, start a new
-        expert each; with one, each expert has one block of that many rows.
+      capacity: the largest number of tokens per expert; None for no limit. Without a limit, R is
+        ⌈N · S / E⌉, and B is the largest number of blocks that any assignment needs, fewer than
+        2 E. With a limit, each expert has one block of `capacity` rows.
 
     Returns:
-      slot [N, S]: the row among the B · R in which each assignment is; B · R where there is none.
-      token [B, R]: the token in each row; N where there is none.
-      expert [B]: whose block it is.
+      slot [N, S]: the row of each assignment, out of B · R; B · R for none.
+      token [B, R]: the token in each row; N for none.
+      expert [B]: the expert of each block.
     """
-    N, S = chosen.shape
-    flat = chosen.T.reshape(-1)  # first choices first
+    N, S = choices.shape
+    flat = choices.T.reshape(-1)  # first choices first
     counts = jnp.bincount(flat, length=experts)
     order = jnp.argsort(flat)
-    before = (jnp.cumsum(counts) - counts)[flat[order]]
-    rank = jnp.zeros_like(flat).at[order].set((jnp.arange(N * S) - before).astype(flat.dtype))
+
+    # The rank of each assignment among those of its expert.
+    starts = (jnp.cumsum(counts) - counts)[flat[order]]
+    rank = jnp.zeros_like(flat).at[order].set((jnp.arange(N * S) - starts).astype(flat.dtype))
+
+    # The blocks of each expert.
     if capacity is None:
         R = max(1, math.ceil(N * S / experts))
         B = (N * S + min(experts, N * S) * (R - 1)) // R
-        own = -(-counts // R)
-        end = jnp.cumsum(own)
+        num_blocks = -(-counts // R)
+        end = jnp.cumsum(num_blocks)
         expert = jnp.searchsorted(end, jnp.arange(B), side='right').clip(max=experts - 1)
-        first = end - own
-        kept = flat < experts
+        first = end - num_blocks
+        is_assigned = flat < experts
     else:
         R, B = min(capacity, N), experts
         expert = first = jnp.arange(experts)
-        kept = (flat < experts) & (rank < R)
-    slot = jnp.where(kept, first[flat] * R + rank, B * R)
+        is_assigned = (flat < experts) & (rank < R)
+
+    # The rows of the assignments, and the tokens in the rows.
+    slot = jnp.where(is_assigned, first[flat] * R + rank, B * R)
     token = jnp.full(B * R, N).at[slot].set(jnp.tile(jnp.arange(N), S), mode='drop')
     return slot.reshape(S, N).T, token.reshape(B, R), expert
 
 
-def _each(x: Array, W: Array) -> Array:
-    """[B, R, n] by [B, n, k], block by block, summed in f32 at least."""
+def _multiply_blocks(x: Array, W: Array) -> Array:
+    """Multiply [B, R, n] by [B, n, k] per block, accumulated in f32 at least."""
     wide = accumulation_dtype(x, W)
     return jnp.einsum('brn,bnk->brk', x, W, preferred_element_type=wide).astype(x.dtype)
 
 
-def _rows(name: str, a: Array, lead: tuple[int, ...]) -> Array:
-    """a [..., c], its leading axes broadcast to those of x and flattened: [N, c]."""
+def _flatten_rows(name: str, a: Array, leading: tuple[int, ...]) -> Array:
+    """Broadcast the leading axes of a [..., c] to those of x and flatten them: [N, c]."""
     try:
-        a = jnp.broadcast_to(a, (*lead, a.shape[-1]))
+        a = jnp.broadcast_to(a, (*leading, a.shape[-1]))
     except ValueError as error:
         raise ValueError(
-            f'the leading axes {a.shape[:-1]} of {name} do not broadcast to those of x, {lead}'
+            f'the leading axes {a.shape[:-1]} of {name} do not broadcast to those of x, {leading}'
         ) from error
     return a.reshape(-1, a.shape[-1])
 
 
-def _apart(variance: float = 1.0) -> initializers.Initializer:
-    """Initialiser of a stack [E, n, k]: the outputs of each expert have this variance."""
+def _expert_init(variance: float = 1.0) -> initializers.Initializer:
+    """Return an initializer for [E, n, k]: the outputs of each expert have this variance."""
     return initializers.variance_scaling(variance, 'fan_in', 'truncated_normal', batch_axis=0)

@@ -1,6 +1,7 @@
-"""Gates: one stream, squashed or not, times the other, entry by entry.
+"""Gates: the elementwise product of one stream and an activation of the other.
 
-Shapes: x [..., n] the input, z [..., m] what makes the gate. Leading axes of x and z broadcast.
+Shapes: x [..., n] the input, z [..., m] the context that controls the gate. Leading
+axes of x and z broadcast.
 """
 
 import functools
@@ -16,7 +17,7 @@ from jax.typing import DTypeLike
 
 from mi.config import suggest
 from mi.kernels.bilinear import accumulation_dtype, linear
-from mi.layers import Affine, Context, align_streams, context_init, input_init
+from mi.layers import Affine, Context, add_bias, align_streams, context_init, input_init
 
 Activation = Literal['sigmoid', 'gelu', 'silu', 'relu', 'tanh', 'identity']
 
@@ -38,10 +39,10 @@ def activation(word: str) -> Callable[[Array], Array]:
 
 
 def expand_mask(x: Array, mask: Array | None) -> Array:
-    """The mask over x [..., C] as bool [..., 1]; all true for None.
+    """Return the mask of x [..., C] as bool [..., 1]; all True for None.
 
     Raises:
-      ValueError: if the mask does not broadcast to the axes of x before the last.
+      ValueError: if the mask does not broadcast to the leading axes of x.
     """
     if mask is None:
         return jnp.ones((*x.shape[:-1], 1), bool)
@@ -49,8 +50,8 @@ def expand_mask(x: Array, mask: Array | None) -> Array:
         valid = jnp.broadcast_to(jnp.asarray(mask, bool), x.shape[:-1])
     except ValueError as error:
         raise ValueError(
-            f'the mask {mask.shape} does not fit x {x.shape}; '
-            f'give one entry per position, {x.shape[:-1]}'
+            f'the mask {mask.shape} does not match x {x.shape}: '
+            f'expected one entry per position, {x.shape[:-1]}'
         ) from error
     return valid[..., None]
 
@@ -58,16 +59,18 @@ def expand_mask(x: Array, mask: Array | None) -> Array:
 class GatedLinearUnit(nn.Module):
     """The gated linear unit: y = act(Az + a) ⊙ (Bx + b), A [m, k], B [n, k], a and b [k].
 
-    With z = x and the activation 'sigmoid' it is the GLU of Dauphin et al. (2017); 'gelu' GEGLU
-    (the exact gelu), 'silu' SwiGLU, 'relu' ReGLU and 'identity' the bilinear layer of Shazeer
-    (2020). The bilinear layer of two streams is the multiplicative interaction with W of rank k.
+    With z = x, the activation 'sigmoid' gives the GLU of Dauphin et al. (2017). The variants of
+    Shazeer (2020) are GEGLU ('gelu', exact), SwiGLU ('silu'), ReGLU ('relu') and the bilinear layer
+    ('identity'). For two streams, the bilinear layer is the multiplicative interaction with W of
+    rank k.
 
     Attributes:
       features: k.
       activation: 'sigmoid', 'gelu', 'silu', 'relu', 'tanh' or 'identity'.
-      use_bias: whether there are a and b.
+      use_bias: whether to include a and b.
       context, dtype, param_dtype: as in `MultiplicativeInteraction`.
-      B_init: `lecun_normal`; the activation takes variance away, which a wider one gives back.
+      B_init: by default `lecun_normal`; a larger scale compensates for the variance that the
+        activation removes.
     """
 
     features: int
@@ -80,10 +83,10 @@ class GatedLinearUnit(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array | None = None) -> Array:
-        """x [..., n], z [..., m] or None for x → [..., k].
+        """Return y [..., k] for x [..., n] and z [..., m]; None for z = x.
 
         Raises:
-          ValueError: on an unknown activation, or if the leading axes do not broadcast.
+          ValueError: if the activation is unknown or the leading axes do not broadcast.
         """
         act = activation(self.activation)
         x, z = align_streams(x, x if z is None else z)
@@ -95,23 +98,22 @@ class GatedLinearUnit(nn.Module):
         if self.use_bias:
             a = self.param('a', initializers.zeros, (k,), self.param_dtype)
             b = self.param('b', initializers.zeros, (k,), self.param_dtype)
-            row = (1,) * (x.ndim - 1) + (k,)
-            gate, y = gate + a.reshape(row).astype(x.dtype), y + b.reshape(row).astype(x.dtype)
+            gate, y = add_bias(gate, a.astype(x.dtype)), add_bias(y, b.astype(x.dtype))
         return act(gate) * y
 
 
 class GatedFeedForward(nn.Module):
-    """The Transformer's feed-forward with a gate (Shazeer, 2020): y = (act(xA) ⊙ xB) C.
+    """The gated feed-forward layer of Transformers (Shazeer, 2020): y = (act(xA) ⊙ xB) C.
 
-    A and B [n, h], C [h, k]; with biases, a and b inside and c [k] outside. Two thirds of the
-    hidden width of the plain feed-forward give it as many parameters.
+    A and B are [n, h], C is [h, k]. Biases are a and b [h] inside and c [k] outside. With two
+    thirds of the hidden width, it has as many parameters as a feed-forward layer without a gate.
 
     Attributes:
       hidden: h.
       features: k; None for n.
       activation: as in `GatedLinearUnit`.
-      use_bias: whether there are a, b and c; the paper has none.
-      dropout: rate, on the hidden units.
+      use_bias: whether to include a, b and c; the paper has no biases.
+      dropout: dropout rate of the hidden units.
       dtype, param_dtype: as in `MultiplicativeInteraction`.
     """
 
@@ -125,11 +127,14 @@ class GatedFeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, deterministic: bool = True) -> Array:
-        """x [..., n] → [..., k]; ValueError on an unknown activation.
+        """Return y [..., k] for x [..., n].
 
         Args:
           x: [..., n].
-          deterministic: False turns dropout on, which needs the rng 'dropout'.
+          deterministic: False enables dropout, which needs the rng 'dropout'.
+
+        Raises:
+          ValueError: if the activation is unknown.
         """
         k = self.features or x.shape[-1]
         hidden = GatedLinearUnit(
@@ -146,19 +151,19 @@ class GatedFeedForward(nn.Module):
         y = linear(hidden, C)
         if self.use_bias:
             c = self.param('c', initializers.zeros, (k,), self.param_dtype)
-            y = y + c.reshape((1,) * (x.ndim - 1) + (k,)).astype(y.dtype)
+            y = add_bias(y, c.astype(y.dtype))
         return y
 
 
 class Highway(nn.Module):
     """The highway layer (Srivastava et al., 2015): y = T ⊙ H + (1 − T) ⊙ x.
 
-    H = act(V_H x + b_H) is the transform, T = σ(V_T z + b_T) the gate; in the paper z = x. Where
-    the gate is shut, x passes unchanged.
+    H = act(V_H x + b_H) is the transform, T = σ(V_T z + b_T) the gate; in the paper z = x. If the
+    gate is 0, x passes unchanged.
 
     Attributes:
-      activation: of H, a word as in `GatedLinearUnit`.
-      gate_bias: what b_T starts at; negative, as −1 or −3 in the paper.
+      activation: activation of H, as in `GatedLinearUnit`.
+      gate_bias: initial value of b_T; negative, such as −1 or −3 in the paper.
       context, dtype, param_dtype: as in `MultiplicativeInteraction`.
     """
 
@@ -170,10 +175,10 @@ class Highway(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array | None = None) -> Array:
-        """x [..., n], z [..., m] or None for x → [..., n].
+        """Return y [..., n] for x [..., n] and z [..., m]; None for z = x.
 
         Raises:
-          ValueError: on an unknown activation, or if the leading axes do not broadcast.
+          ValueError: if the activation is unknown or the leading axes do not broadcast.
         """
         act = activation(self.activation)
         x, z = align_streams(x, x if z is None else z)
@@ -192,12 +197,12 @@ class Highway(nn.Module):
 class SqueezeExcitation(nn.Module):
     """Squeeze-and-excitation (Hu et al., 2018): y = s ⊙ x, s = σ(relu(pool(x) W₁) W₂).
 
-    The context is x itself, its mean over space; W₁ [C, C/r], W₂ [C/r, C], without biases, as in
-    the paper's equation. The mean is taken in f32.
+    The context is the mean of x over space, computed in f32. W₁ [C, C/r] and W₂ [C/r, C] have no
+    biases, as in the paper's equation.
 
     Attributes:
       ratio: r, the reduction in the bottleneck.
-      axes: the axes of space, (-3, -2) for images [..., H, W, C], (-2,) for sequences [..., T, C].
+      axes: the spatial axes, (-3, -2) for images [..., H, W, C], (-2,) for sequences [..., T, C].
       dtype, param_dtype: as in `MultiplicativeInteraction`.
     """
 
@@ -208,38 +213,38 @@ class SqueezeExcitation(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """x [..., H, W, C] → [..., H, W, C].
+        """Return y [..., H, W, C] for x [..., H, W, C].
 
         Args:
           x: the feature map.
-          mask: [..., H, W], true at the positions that the mean is over; None for all. The mean
-            over no position is 0.
+          mask: [..., H, W], True at positions that count for the mean; None for all. The mean over
+            no position is 0.
 
         Raises:
-          ValueError: if r does not divide C, an axis is not one of x before its last or comes
-            twice, or the mask does not fit.
+          ValueError: if r does not divide C, an axis is duplicate or not a spatial axis of x, or
+            the mask does not match x.
         """
         C, r = x.shape[-1], self.ratio
         if r < 1 or C % r:
             raise ValueError(
-                f'ratio {r} does not divide the {C} channels of x {x.shape}; choose one that does'
+                f'ratio {r} does not divide the {C} channels of x {x.shape}: expected a divisor'
             )
         axes = {axis % x.ndim for axis in self.axes if -x.ndim <= axis < x.ndim}
         if not axes or len(axes) < len(self.axes) or x.ndim - 1 in axes:
             raise ValueError(
-                f'axes {self.axes} are not axes of space in x {x.shape}; '
-                f'name each once and leave out the last, which is C'
+                f'axes {self.axes} are not axes of space in x {x.shape}: '
+                f'expected distinct axes without the last, which is C'
             )
         W1 = self.param('W1', input_init(), (C, C // r), self.param_dtype)
         W2 = self.param('W2', initializers.he_normal(), (C // r, C), self.param_dtype)
-        pooled = _mean(x, tuple(sorted(axes)), expand_mask(x, mask))
+        pooled = _masked_mean(x, tuple(sorted(axes)), expand_mask(x, mask))
         x, W1, W2 = nn.dtypes.promote_dtype(x, W1, W2, dtype=self.dtype)
         s = nn.sigmoid(linear(nn.relu(linear(pooled.astype(x.dtype), W1)), W2))
         return s * x
 
 
-def _mean(x: Array, axes: tuple[int, ...], valid: Array) -> Array:
-    """The mean over the valid positions, in f32 at least; the axes stay, with length 1."""
+def _masked_mean(x: Array, axes: tuple[int, ...], valid: Array) -> Array:
+    """Return the mean over valid positions in f32 at least; the axes remain, with length 1."""
     dtype = accumulation_dtype(x)
     total = jnp.sum(x, axes, dtype, keepdims=True, where=valid)
     return total / jnp.maximum(jnp.sum(valid, axes, dtype, keepdims=True), 1)

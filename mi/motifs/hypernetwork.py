@@ -1,4 +1,4 @@
-"""Hypernetworks: a context z makes the weights of the network that x passes.
+"""Hypernetworks: a context z generates the weights of the network that x passes.
 
 Shapes: x [..., n] the input, z [..., m] the context, y [..., k] the output; W'(z) [..., n, k] and
 b'(z) [..., k] the generated weights. Source: Ha et al., HyperNetworks, 2017.
@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +24,7 @@ from mi.layers import (
     Affine,
     Context,
     MultiplicativeInteraction,
+    add_bias,
     align_streams,
     check_dense,
     context_init,
@@ -32,14 +34,15 @@ from mi.layers import (
 
 Activation = Callable[[Array], Array]
 Hyperfan = Literal['in', 'out']
+Shape = Sequence[int]
 
 
 class LinearHypernetwork(nn.Module):
-    """The full form, its weights made first: y = W'(z)x + b'(z), W'(z) = zᵀW + V, b'(z) = zᵀU + b.
+    """A linear hypernetwork: y = W'(z)x + b'(z), W'(z) = zᵀW + V, b'(z) = zᵀU + b.
 
-    The same function of the same parameters as `MultiplicativeInteraction` (Jayakumar et al.,
-    2020), in the order that is right where many inputs share a context: W'(z) is made once per row
-    of z, and takes n · k numbers for each.
+    It is the same function of the same parameters as `MultiplicativeInteraction` (Jayakumar et al.,
+    2020), but always generates W'(z) first. This order suits many inputs that share a context:
+    W'(z) is generated once per row of z, with n · k entries each.
 
     Attributes:
       features, context, dtype, param_dtype: as in `MultiplicativeInteraction`.
@@ -52,7 +55,7 @@ class LinearHypernetwork(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array) -> Array:
-        """x [..., n], z [..., m] → [..., k]; ValueError if the leading axes do not broadcast."""
+        """Return y [..., k] for x [..., n] and z [..., m], whose leading axes broadcast."""
         x, z = align_streams(x, z)
         m, n, k = z.shape[-1], x.shape[-1], self.features
         W = self.param('W', interaction_init(self.context, 1 / 3), (m, n, k), self.param_dtype)
@@ -60,39 +63,41 @@ class LinearHypernetwork(nn.Module):
         V = self.param('V', input_init(1 / 3), (n, k), self.param_dtype)
         b = self.param('b', initializers.zeros, (k,), self.param_dtype)
         x, z, W, U, V, b = nn.dtypes.promote_dtype(x, z, W, U, V, b, dtype=self.dtype)
-        of_z = linear(z, W.reshape(m, n * k)).reshape(*z.shape[:-1], n, k)
-        return _affine(x, of_z + _row(V, z), linear(z, U) + _row(b, z))
+        weights = linear(z, W.reshape(m, n * k)).reshape(*z.shape[:-1], n, k)
+        return _map_affine(x, add_bias(weights, V), add_bias(linear(z, U), b))
 
 
 class MLPHypernetwork(nn.Module):
-    """A hypernetwork with hidden layers: y = W'(z)x + b'(z), made of h = MLP(z) [..., d].
+    """A hypernetwork with hidden layers: y = W'(z)x + b'(z) with h = MLP(z) [..., d].
 
         W'(z) = hᵀW + V,   b'(z) = hᵀU + b
 
-    The head is the `MultiplicativeInteraction` of x and h, which makes W'(z) only where that is the
-    cheapest order. V and b start at zero, W and U so that y starts with the variance of a layer
-    that is not generated (Chang et al., Principled Weight Initialization for Hypernetworks, 2020):
+    The head is the `MultiplicativeInteraction` of x and h, which forms W'(z) only if that is the
+    cheapest order. V and b start at zero. The initial scale of W and U gives y the variance of a
+    layer that is not generated (Chang et al., Principled Weight Initialization for Hypernetworks,
+    2020):
 
         hyperfan-in:   Var W = 1 / (2 n · d · E[h²])    Var U = 1 / (2 d · E[h²])
         hyperfan-out:  Var W = 1 / (k · d · E[h²])      Var U = max(0, 1 − n/k) / (d · E[h²])
 
-    This is their c / (c_b · fan_in · d · Var h), where c_b = 2 as y has a generated bias too, and
-    c = 1 as no relu follows. In: y has unit variance for unit-variance x and z. Out: so has the
-    gradient of x for that of y, and so has y for n ≤ k. E[h²] is that of a unit-variance Gaussian
-    through the activation; the hidden layers keep their inputs at unit variance.
+    This is their c / (c_b · fan_in · d · Var h), with c_b = 2 because y also has a generated bias,
+    and c = 1 because no relu follows. With hyperfan-in, y has unit variance for unit-variance x and
+    z. With hyperfan-out, the gradient of x has the variance of the gradient of y, and y has unit
+    variance for n ≤ k. E[h²] is for a unit-variance Gaussian through the activation. The hidden
+    layers keep their inputs at unit variance.
 
-    With `chunk` the head is small: W is [d, chunk] and makes W'(z) a piece at a time, each from an
-    h of its own, of z and of a learned embedding of the piece (von Oswald et al., Continual
-    Learning with Hypernetworks, 2020). The embedding joins z as a second input of the first hidden
-    layer, e [pieces + 1, hidden[0]] with that layer's weights multiplied in; the last is for b'(z).
+    With `chunk` the head is small: W is [d, chunk] and generates W'(z) chunk by chunk. Each chunk
+    has its own h, a function of z and of a learned embedding of the chunk (von Oswald et al.,
+    Continual Learning with Hypernetworks, 2020). The embedding is a second input of the first
+    hidden layer: e [chunks + 1, hidden[0]] includes that layer's weights. The last is for b'(z).
 
     Attributes:
       features: k.
-      hidden: widths of the hidden layers, one number for one layer; None for one as wide as k.
-      activation: of the hidden layers.
+      hidden: widths of the hidden layers, or one number for one layer; None for one of width k.
+      activation: activation of the hidden layers.
       hyperfan: 'in' or 'out'.
-      chunk: how many entries of W'(z) the head makes at a time; None for all.
-      context: 'dense' or 'one_hot'; decides the scale at which the first layer is initialised.
+      chunk: number of entries of W'(z) in a chunk; None for no chunks.
+      context: 'dense' or 'one_hot'; determines the initial scale of the first layer.
       dtype, param_dtype: as in `MultiplicativeInteraction`.
     """
 
@@ -107,30 +112,34 @@ class MLPHypernetwork(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array) -> Array:
-        """x [..., n], z [..., m] → [..., k].
+        """Return y [..., k] for x [..., n] and z [..., m].
 
         Raises:
-          ValueError: if the leading axes do not broadcast, or on a bad hidden, hyperfan or chunk.
+          ValueError: if the leading axes do not broadcast, or hidden, hyperfan or chunk is invalid.
         """
         x, z = align_streams(x, z)
         n, k = x.shape[-1], self.features
         hidden = k if self.hidden is None else self.hidden
-        pieces = _pieces(n * k, self.chunk)
+        num_chunks = _count_chunks(n * k, self.chunk)
+
+        # The hidden layers.
         h = _Hidden(
             hidden=hidden,
             activation=self.activation,
-            embeddings=pieces + 1 if pieces else 0,
+            embeddings=num_chunks + 1 if num_chunks else 0,
             context=self.context,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             name='hidden',
         )(z)
+
+        # A head that generates all weights together.
         d = h.shape[-1]
-        of_W, of_U = _hyperfan(self.hyperfan, n, k)
-        W_init = _through(self.activation, initializers.normal(of_W * d**-0.5))
-        U_init = _through(self.activation, initializers.normal(of_U * d**-0.5))
+        W_std, U_std = _compute_hyperfan(self.hyperfan, n, k)
+        W_init = _compensate(self.activation, initializers.normal(W_std * d**-0.5))
+        U_init = _compensate(self.activation, initializers.normal(U_std * d**-0.5))
         zeros = initializers.zeros
-        if not pieces:
+        if not num_chunks:
             return MultiplicativeInteraction(
                 k,
                 dtype=self.dtype,
@@ -140,33 +149,36 @@ class MLPHypernetwork(nn.Module):
                 V_init=zeros,
                 name='head',
             )(x, h)
+
+        # A head that generates the weights chunk by chunk.
         W = self.param('W', W_init, (d, self.chunk), self.param_dtype)
         U = self.param('U', U_init, (d, k), self.param_dtype)
         V = self.param('V', zeros, (n, k), self.param_dtype)
         b = self.param('b', zeros, (k,), self.param_dtype)
         x, h, W, U, V, b = nn.dtypes.promote_dtype(x, h, W, U, V, b, dtype=self.dtype)
-        of_z = _joined(linear(h[..., :-1, :], W), n * k).reshape(*z.shape[:-1], n, k)
-        return _affine(x, of_z + _row(V, z), linear(h[..., -1, :], U) + _row(b, z))
+        weights = _join_chunks(linear(h[..., :-1, :], W), n * k).reshape(*z.shape[:-1], n, k)
+        bias = add_bias(linear(h[..., -1, :], U), b)
+        return _map_affine(x, add_bias(weights, V), bias)
 
 
 class Hypernetwork(nn.Module):
-    """Any module with its parameters made of z: y = target(x; θ(z)), θ(z) = hᵀW + V, h = MLP(z).
+    """A hypernetwork for any module: y = target(x; θ(z)), θ(z) = hᵀW + V, h = MLP(z).
 
-    θ are all P parameters of the target side by side. V starts as the target starts by itself and
-    W [d, P] at zero, so that the target has its own initial state, the same for every z. Each
-    context has a set of parameters of its own, applied by `jax.vmap`.
+    θ are all P parameters of the target, concatenated. V starts as the target's own initialization
+    and W [d, P] at zero, so the target starts in its own initial state for every z. `jax.vmap`
+    applies a different set of parameters per context.
 
-    With `chunk`, W is [d, chunk] and makes θ(z) a piece at a time, as in `MLPHypernetwork`.
+    With `chunk`, W is [d, chunk] and generates θ(z) chunk by chunk, as in `MLPHypernetwork`.
 
     Attributes:
       target: the module, called with one array. It may have parameters, but no other variables and
-        no need of random numbers.
-      hidden: widths of the hidden layers; one number for one layer.
-      activation: of the hidden layers.
-      chunk: how many entries of θ(z) the head makes at a time; None for all.
+        no random numbers.
+      hidden: widths of the hidden layers, or one number for one layer.
+      activation: activation of the hidden layers.
+      chunk: number of entries of θ(z) in a chunk; None for no chunks.
       context: as in `MLPHypernetwork`.
-      dtype: of the hidden layers; θ(z) has the dtype of V, and the target its own.
-      param_dtype: of the parameters other than V.
+      dtype: dtype of the hidden layers; θ(z) has the dtype of V, and the target its own.
+      param_dtype: dtype of the parameters other than V.
     """
 
     target: nn.Module
@@ -178,45 +190,45 @@ class Hypernetwork(nn.Module):
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, z: Array) -> Any:
-        """x [*rows, ...], z [*rows, m] → [*rows, ...]: what the target returns for each row of x.
+    def __call__(self, x: Array, z: Array) -> chex.ArrayTree:
+        """Apply the target to each row: x [*rows, ...], z [*rows, m] → [*rows, ...].
 
         Raises:
-          ValueError: if the leading axes of x are not those of z, if the target has variables other
-            than parameters, or on a bad hidden or chunk.
+          ValueError: if x does not start with the leading axes of z, the target has variables other
+            than parameters, or hidden or chunk is invalid.
         """
         check_dense(z)
         rows = z.shape[:-1]
         if x.shape[: len(rows)] != rows:
             raise ValueError(
-                f'x {x.shape} must begin with the axes {rows} of z {z.shape}, '
-                f'one set of parameters each; broadcast z'
+                f'x {x.shape} must begin with the axes {rows} of z {z.shape}, because each '
+                f'context has its parameters. Try to broadcast z'
             )
+
+        # The target's parameters V, and the hidden layers.
         target = self.target.clone(parent=None)
         row = jax.ShapeDtypeStruct(x.shape[len(rows) :], x.dtype)
-        V = self.param('V', lambda key: _initial(target, key, row))
+        V = self.param('V', lambda key: _init_target(target, key, row))
         flat, unravel = ravel_pytree(V)
-        pieces = _pieces(flat.size, self.chunk)
+        num_chunks = _count_chunks(flat.size, self.chunk)
         h = _Hidden(
             hidden=self.hidden,
             activation=self.activation,
-            embeddings=pieces,
+            embeddings=num_chunks,
             context=self.context,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             name='hidden',
         )(z)
-        W = self.param(
-            'W',
-            initializers.zeros,
-            (h.shape[-1], self.chunk or flat.size),
-            self.param_dtype,
-        )
+
+        # The target with the parameters of each row.
+        W_shape = h.shape[-1], self.chunk or flat.size
+        W = self.param('W', initializers.zeros, W_shape, self.param_dtype)
         h, W = nn.dtypes.promote_dtype(h, W, dtype=self.dtype)
-        of_z = linear(h, W, out_dtype=flat.dtype)
-        if pieces:
-            of_z = _joined(of_z, flat.size)
-        theta = of_z.reshape(-1, flat.size) + flat[None]
+        theta = linear(h, W, out_dtype=flat.dtype)
+        if num_chunks:
+            theta = _join_chunks(theta, flat.size)
+        theta = theta.reshape(-1, flat.size) + flat[None]
         y = jax.vmap(lambda theta, x: target.apply({'params': unravel(theta)}, x))(
             theta, x.reshape(-1, *row.shape)
         )
@@ -224,7 +236,7 @@ class Hypernetwork(nn.Module):
 
 
 class _Hidden(nn.Module):
-    """z [..., m] → h [..., d]; with embeddings, [..., embeddings, d]. Attributes as above."""
+    """The hidden layers, z [..., m] → [..., d] or, with embeddings, [..., embeddings, d]."""
 
     hidden: int | Sequence[int]
     activation: Activation
@@ -235,7 +247,7 @@ class _Hidden(nn.Module):
 
     @nn.compact
     def __call__(self, z: Array) -> Array:
-        first, *rest = _widths(self.hidden)
+        first, *rest = _check_widths(self.hidden)
         share = 1 / 2 if self.embeddings else 1
         h = Affine(
             first, self.dtype, self.param_dtype, V_init=context_init(self.context, share), name='0'
@@ -243,77 +255,77 @@ class _Hidden(nn.Module):
         if self.embeddings:
             e_init = initializers.normal(share**0.5)
             e = self.param('e', e_init, (self.embeddings, first), self.param_dtype)
-            h = h[..., None, :] + _row(e.astype(h.dtype), z)
-        keep = _through(self.activation, input_init())
+            h = add_bias(h[..., None, :], e.astype(h.dtype))
+        hidden_init = _compensate(self.activation, input_init())
         for i, width in enumerate(rest, 1):
-            h = Affine(width, self.dtype, self.param_dtype, V_init=keep, name=f'{i}')(
+            h = Affine(width, self.dtype, self.param_dtype, V_init=hidden_init, name=f'{i}')(
                 self.activation(h)
             )
         return self.activation(h)
 
 
-def _affine(x: Array, W: Array, b: Array) -> Array:
-    """Wx + b with x [..., n], W [..., n, k], b [..., k]: summed in f32 at least."""
+def _map_affine(x: Array, W: Array, b: Array) -> Array:
+    """Return Wx + b for x [..., n], W [..., n, k], b [..., k], accumulated in f32 at least."""
     y = jnp.einsum('...n,...nk->...k', x, W, preferred_element_type=accumulation_dtype(x, W))
     return y.astype(x.dtype) + b
 
 
-def _row(V: Array, z: Array) -> Array:
-    """V with an axis of length 1 for each leading axis of z."""
-    return V.reshape((1,) * (z.ndim - 1) + V.shape)
+def _join_chunks(chunks: Array, size: int) -> Array:
+    """Concatenate [..., chunks, chunk] to [..., size], and truncate the last chunk."""
+    return chunks.reshape(*chunks.shape[:-2], -1)[..., :size]
 
 
-def _joined(pieces: Array, size: int) -> Array:
-    """[..., pieces, chunk] → [..., size], what the last piece has too much cut off."""
-    return pieces.reshape(*pieces.shape[:-2], -1)[..., :size]
-
-
-def _pieces(size: int, chunk: int | None) -> int:
-    """How many chunks make this many entries; 0 for no chunk."""
+def _count_chunks(size: int, chunk: int | None) -> int:
+    """Return the number of chunks for this many entries, and 0 without chunks."""
     if chunk is not None and chunk < 1:
         raise ValueError(f'chunk = {chunk}: expected at least 1, or None for no chunks')
     return 0 if chunk is None else math.ceil(size / chunk)
 
 
-def _widths(hidden: int | Sequence[int]) -> tuple[int, ...]:
+def _check_widths(hidden: int | Sequence[int]) -> tuple[int, ...]:
     widths = (hidden,) if isinstance(hidden, int) else tuple(hidden)
     if not widths or min(widths) < 1:
         raise ValueError(
-            f'hidden = {hidden!r}: expected one width of at least 1, or several; '
-            f'without hidden layers it is a LinearHypernetwork'
+            f'hidden = {hidden!r}: expected one or more widths of at least 1. Try '
+            f'LinearHypernetwork, which is without hidden layers'
         )
     return widths
 
 
-def _hyperfan(which: Hyperfan, n: int, k: int) -> tuple[float, float]:
-    """The standard deviations that the entries of W'(z) and b'(z) are to have."""
-    match which:
+def _compute_hyperfan(hyperfan: Hyperfan, n: int, k: int) -> tuple[float, float]:
+    """Return the initial standard deviations of the entries of W'(z) and b'(z)."""
+    match hyperfan:
         case 'in':
             return (1 / (2 * n)) ** 0.5, (1 / 2) ** 0.5
         case 'out':
             return (1 / k) ** 0.5, max(0, 1 - n / k) ** 0.5
-    raise ValueError(f'unknown hyperfan {which!r}; known: {", ".join(get_args(Hyperfan))}')
+    raise ValueError(f'unknown hyperfan {hyperfan!r}; known: {", ".join(get_args(Hyperfan))}')
 
 
-def _through(activation: Activation, init: Initializer) -> Initializer:
-    """init, divided by the root of E[activation(a)²], a ~ N(0, 1): by Gauss–Hermite quadrature."""
+def _compensate(activation: Activation, init: Initializer) -> Initializer:
+    """Return `init` divided by the root of E[activation(a)²], a ~ N(0, 1), by quadrature."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(64)
 
-    def scaled(key: Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> Array:
+    def scaled_init(
+        key: chex.PRNGKey,
+        shape: Shape,
+        dtype: Any = jnp.float32,
+        out_sharding: Any = None,
+    ) -> Array:
         wide = accumulation_dtype(dtype)
         squares = activation(jnp.asarray(nodes, wide)) ** 2
         second_moment = squares @ jnp.asarray(weights / weights.sum(), wide)
         return init(key, shape, dtype, out_sharding) * second_moment.astype(dtype) ** -0.5
 
-    return scaled
+    return scaled_init
 
 
-def _initial(target: nn.Module, key: Array, row: jax.ShapeDtypeStruct) -> Any:
-    """The parameters that the target starts with by itself."""
+def _init_target(target: nn.Module, key: chex.PRNGKey, row: jax.ShapeDtypeStruct) -> chex.ArrayTree:
+    """Return the target's own initial parameters."""
     variables = target.init(key, jnp.zeros(row.shape, row.dtype))
     if set(variables) != {'params'}:
         raise ValueError(
-            f'{type(target).__name__} has the variables {sorted(variables)}; '
-            f'a target of a hypernetwork has parameters and nothing else'
+            f'{type(target).__name__} has the variables {sorted(variables)}: '
+            f'expected a target that has only parameters'
         )
     return variables['params']

@@ -1,7 +1,7 @@
-"""Feature-wise modulation, and the normalisation layers whose scale and shift it makes.
+"""Feature-wise modulation, and normalization layers that get scale and shift from a context.
 
-Shapes: x [..., n] the input, z [..., m] the context. Leading axes of x and z broadcast; a context
-[B, m] of images [B, H, W, n] comes as [B, 1, 1, m].
+Shapes: x [..., n] the input, z [..., m] the context. Leading axes of x and z broadcast; give
+a context [B, m] for images [B, H, W, n] as [B, 1, 1, m].
 """
 
 import functools
@@ -21,8 +21,8 @@ from mi.motifs.gating import expand_mask
 class FeatureWiseModulation(nn.Module):
     """Feature-wise linear modulation, FiLM (Perez et al., 2018): y = (1 + γ(z)) ⊙ x + β(z).
 
-    γ and β are affine in z and start at zero, so that y starts as x. `mi.motifs.conditioning.FiLM` has an affine
-    map of x before it.
+    γ and β are affine in z and start at zero, so y starts as x. `mi.motifs.conditioning.FiLM`
+    applies an affine map to x first.
 
     Attributes:
       dtype, param_dtype: as in `MultiplicativeInteraction`.
@@ -33,7 +33,7 @@ class FeatureWiseModulation(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array) -> Array:
-        """x [..., n], z [..., m] → [..., n]; ValueError if the leading axes do not broadcast."""
+        """Return y [..., n] for x [..., n] and z [..., m], whose leading axes broadcast."""
         x, z = align_streams(x, z)
         x, z = nn.dtypes.promote_dtype(x, z, dtype=self.dtype)
         affine = functools.partial(
@@ -45,8 +45,8 @@ class FeatureWiseModulation(nn.Module):
 class ConditionalLayerNorm(nn.Module):
     """Layer norm with scale and shift from the context: y = (1 + γ(z)) ⊙ LN(x) + β(z).
 
-    LN normalises over the features, in f32, and has no parameters; γ and β are affine in z and
-    start at zero (dynamic layer norm: Kim et al., 2017; adaLN: Peebles & Xie, 2023).
+    LN normalizes over the features in f32 and has no parameters. γ and β are affine in z and start
+    at zero (dynamic layer norm: Kim et al., 2017; adaLN: Peebles & Xie, 2023).
 
     Attributes:
       epsilon: added to the variance.
@@ -59,25 +59,26 @@ class ConditionalLayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array) -> Array:
-        """x [..., n], z [..., m] → [..., n]; ValueError if the leading axes do not broadcast."""
+        """Return y [..., n] for x [..., n] and z [..., m], whose leading axes broadcast."""
         return FeatureWiseModulation(self.dtype, self.param_dtype, name='modulation')(
-            _layer_norm(self.epsilon, self.dtype)(x), z
+            _make_layer_norm(self.epsilon, self.dtype)(x), z
         )
 
 
 class ConditionalBatchNorm(nn.Module):
     """Batch norm with scale and shift from the context: y = (1 + γ(z)) ⊙ BN(x) + β(z).
 
-    De Vries et al. (2017), where γ and β are changes to those of a trained network; here they are
-    changes to 1 and 0, affine in z, and start at zero. BN normalises over all axes but the last, in
-    f32; its running mean and variance are in the collection 'batch_stats', under 'norm'.
+    In De Vries et al. (2017), γ and β change the scale and shift of a trained network. Here they
+    change a scale of 1 and a shift of 0, are affine in z, and start at zero. BN normalizes over all
+    axes but the last in f32. Its running mean and variance are in the collection 'batch_stats',
+    under 'norm'.
 
     Attributes:
-      use_running_average: whether to normalise by the running statistics; here or in the call.
-      momentum: of the running statistics, r ← momentum · r + (1 − momentum) · batch.
+      use_running_average: whether to normalize by the running statistics; set here or in the call.
+      momentum: decay of the running statistics, r ← momentum · r + (1 − momentum) · batch.
       epsilon: added to the variance.
-      axis_name: of the mapped axis over which statistics are shared, as in `nn.BatchNorm`; all
-        shares weigh the same, whatever their masks.
+      axis_name: name of the mapped axis over which statistics are averaged, as in `nn.BatchNorm`;
+        all shards have equal weight, whatever their masks.
       dtype, param_dtype: as in `MultiplicativeInteraction`.
     """
 
@@ -97,18 +98,17 @@ class ConditionalBatchNorm(nn.Module):
         *,
         mask: Array | None = None,
     ) -> Array:
-        """x [..., n], z [..., m] → [..., n].
+        """Return y [..., n] for x [..., n] and z [..., m].
 
         Args:
           x: the input.
           z: the context.
-          use_running_average: in the call or in the field, and not in both.
-          mask: [...], true at the positions that the statistics are over, one at least; None for
-            all.
+          use_running_average: set either here or in the field.
+          mask: [...], True at positions that count for the statistics, at least one; None for all.
 
         Raises:
-          ValueError: if the leading axes do not broadcast, the mask does not fit, or
-            `use_running_average` is given nowhere or twice.
+          ValueError: if the leading axes do not broadcast, the mask does not match x, or
+            `use_running_average` is set neither here nor in the field, or in both.
         """
         norm = nn.BatchNorm(
             use_running_average=self.use_running_average,
@@ -128,17 +128,17 @@ class ConditionalBatchNorm(nn.Module):
 
 
 class AdaLNZero(nn.Module):
-    """A residual block under a context (Peebles & Xie, 2023, DiT):
+    """A residual block with adaptive layer norm (adaLN-Zero, Peebles & Xie, 2023).
 
         y = x + g(z) ⊙ F(LN(x) ⊙ (1 + s(z)) + b(z))
 
-    b, s and g, [n] each and in this order, are one affine map of silu(z). It starts at zero, so
-    that the block starts as the identity. LN as in `ConditionalLayerNorm`.
+    One affine map of silu(z) gives b, s and g, [n] each and in this order. It starts at zero, so
+    the block starts as the identity. LN is as in `ConditionalLayerNorm`.
 
     Attributes:
       F: [..., n] → [..., n], a module or a function; the module's parameters are under 'F'.
       epsilon: added to the variance.
-      dtype, param_dtype: as in `MultiplicativeInteraction`; F has its own.
+      dtype, param_dtype: as in `MultiplicativeInteraction`; F has its own dtypes.
     """
 
     F: Callable[..., Array]
@@ -148,12 +148,12 @@ class AdaLNZero(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array, *args: Any, **kwargs: Any) -> Array:
-        """x [..., n], z [..., m] → [..., n].
+        """Return y [..., n] for x [..., n] and z [..., m].
 
         Args:
           x: the input.
           z: the context.
-          *args, **kwargs: passed on to F, as a mask for attention.
+          *args, **kwargs: further arguments of F, such as an attention mask.
 
         Raises:
           ValueError: if the leading axes do not broadcast, or F changes the shape.
@@ -164,16 +164,16 @@ class AdaLNZero(nn.Module):
             3 * x.shape[-1], self.dtype, self.param_dtype, V_init=initializers.zeros, name='head'
         )
         b, s, g = jnp.split(head(nn.silu(z)), 3, axis=-1)
-        h = _layer_norm(self.epsilon, self.dtype)(x) * (1 + s) + b
+        h = _make_layer_norm(self.epsilon, self.dtype)(x) * (1 + s) + b
         y = self.F(h, *args, **kwargs)
         if y.shape != h.shape:
             raise ValueError(
-                f'F maps {h.shape} to {y.shape}; its output is added to x, so keep the shape'
+                f'F maps {h.shape} to {y.shape}: expected the same shape, because x is added'
             )
         return x + g * y.astype(h.dtype)
 
 
-def _layer_norm(epsilon: float, dtype: DTypeLike | None) -> nn.LayerNorm:
+def _make_layer_norm(epsilon: float, dtype: DTypeLike | None) -> nn.LayerNorm:
     return nn.LayerNorm(
         epsilon, dtype, use_bias=False, use_scale=False, use_fast_variance=False, name='norm'
     )

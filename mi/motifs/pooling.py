@@ -1,14 +1,12 @@
-"""Bilinear pooling: zᵀWx with W in a factorised form, or drawn once and never formed.
+"""Bilinear pooling: zᵀWx with a factorized W, or with a random W that is never formed.
 
 Shapes: x [..., n], z [..., m] → y [..., k]; leading axes broadcast. Every module has the fields
-`features` (k), `context`, `dtype` and `param_dtype`, as `mi.layers.MultiplicativeInteraction`, and
-is called (x, z). In the papers x and z are an image and a question; none of these has the terms
+`features` (k), `context`, `dtype` and `param_dtype` of `mi.layers.MultiplicativeInteraction`, and
+its call takes (x, z). In the papers x and z are an image and a question. No module has the terms
 zᵀU and Vx.
 
-Initialisation is ours: for inputs of unit variance, or a one-hot z, the output has unit variance.
+Initialization is ours: for inputs of unit variance, or a one-hot z, the output has unit variance.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +17,17 @@ from jax.nn import initializers
 from jax.typing import DTypeLike
 
 from mi.kernels.bilinear import accumulation_dtype, linear
-from mi.layers import Context, align_streams, check_context, context_init, input_init
+from mi.layers import (
+    Context,
+    add_bias,
+    align_streams,
+    check_context,
+    context_init,
+    expand_rank,
+    input_init,
+)
 
-_VARIANCE_OF_TANH = 0.394  # of tanh(g), g ~ N(0, 1)
+_TANH_VARIANCE = 0.394  # variance of tanh(g), g ~ N(0, 1)
 
 
 class MLB(nn.Module):
@@ -42,32 +48,32 @@ class MLB(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array) -> Array:
-        """x [..., n], z [..., m] → [..., k].
+        """Return y [..., k] for x [..., n] and z [..., m].
 
         Raises:
-          ValueError: if the leading axes do not broadcast, or context is no known word.
+          ValueError: if the leading axes do not broadcast, or `context` is unknown.
         """
-        x, z = _inputs(x, z, self.context)
+        x, z = _prepare_streams(x, z, self.context)
         P = self.param('P', context_init(self.context), (z.shape[-1], self.rank), self.param_dtype)
         Q = self.param('Q', input_init(), (x.shape[-1], self.rank), self.param_dtype)
         x, z, P, Q = nn.dtypes.promote_dtype(x, z, P, Q, dtype=self.dtype)
         joint = jnp.tanh(linear(z, P)) * jnp.tanh(linear(x, Q))
-        return _output(self, joint, variance=_VARIANCE_OF_TANH**-2)
+        return _map_output(self, joint, variance=_TANH_VARIANCE**-2)
 
 
 class MFB(nn.Module):
-    """Multimodal factorised bilinear pooling (Yu et al., 2017).
+    """Multimodal factorized bilinear pooling (Yu et al., 2017).
 
         y = sum over each window of f of (Pᵀz ⊙ Qᵀx),   P [m, k·f], Q [n, k·f]
 
-    Every W[:, :, i] is of rank f. With `normalize`, as published, y ← sign(y) √|y| and then
-    y ← y / ‖y‖₂ follow; the output has length 1 then, not unit variance.
+    Every slice W[:, :, i] has rank f. With `normalize`, y ← sign(y) √|y| and y ← y / ‖y‖₂ follow,
+    as published. The output then has length 1 instead of unit variance.
 
     Attributes:
       features, context, dtype, param_dtype: as in `MultiplicativeInteraction`.
       factors: f.
-      normalize: whether the signed root and the division by the length follow.
-      dropout: rate, on Pᵀz ⊙ Qᵀx before the sum.
+      normalize: whether to take the signed root and divide by the length.
+      dropout: dropout rate of Pᵀz ⊙ Qᵀx, before the sum.
     """
 
     features: int
@@ -80,17 +86,17 @@ class MFB(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array, deterministic: bool = True) -> Array:
-        """x [..., n], z [..., m] → [..., k].
+        """Return y [..., k] for x [..., n] and z [..., m].
 
         Args:
           x: the input.
           z: the context.
-          deterministic: False for dropout, which needs the rng 'dropout'.
+          deterministic: False enables dropout, which needs the rng 'dropout'.
 
         Raises:
-          ValueError: as `MLB`.
+          ValueError: as in `MLB`.
         """
-        x, z = _inputs(x, z, self.context)
+        x, z = _prepare_streams(x, z, self.context)
         width = self.features * self.factors
         Q_init = input_init(1 / self.factors)
         P = self.param('P', context_init(self.context), (z.shape[-1], width), self.param_dtype)
@@ -101,19 +107,19 @@ class MFB(nn.Module):
         joint = nn.Dropout(self.dropout)(joint, deterministic=deterministic)
         y = joint.reshape(*joint.shape[:-1], self.features, self.factors).sum(-1)
         if self.normalize:
-            root = jnp.sqrt(jnp.where(y == 0, 1, jnp.abs(y)))  # where, for a finite gradient at 0
+            root = jnp.sqrt(jnp.where(y == 0, 1, jnp.abs(y)))  # finite gradient at 0
             y = jnp.sign(y) * root
             y = y * jax.lax.rsqrt(jnp.maximum(jnp.square(y).sum(-1, keepdims=True), 1e-24))
         return y.astype(x.dtype)
 
 
 class MUTAN(nn.Module):
-    """Multimodal Tucker fusion (Ben-younes et al., 2017): W in a Tucker form with a low-rank core.
+    """Multimodal Tucker fusion (Ben-younes et al., 2017): a Tucker form of W with a low-rank core.
 
         y = Oᵀ Σ_r (M_rᵀ Pᵀz) ⊙ (N_rᵀ Qᵀx) + b
 
-    P [m, h], Q [n, h], M and N [R, h, h], O [h, k]: every slice [:, :, i] of the core [h, h, h] is
-    of rank R. The authors' code has a tanh after Pᵀz and Qᵀx; without it y is one product.
+    P [m, h], Q [n, h], M and N [R, h, h], O [h, k]: every slice [:, :, i] of the core [h, h, h] has
+    rank R. The authors' code applies tanh to Pᵀz and Qᵀx. Without it, y is one product.
 
     Attributes:
       features, context, dtype, param_dtype: as in `MultiplicativeInteraction`.
@@ -130,8 +136,8 @@ class MUTAN(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array) -> Array:
-        """x [..., n], z [..., m] → [..., k]; ValueError as `MLB`."""
-        return _block_tucker(self, x, z, blocks=None)
+        """Return y [..., k] for x [..., n] and z [..., m]; errors as in `MLB`."""
+        return _fuse_blocks(self, x, z, blocks=None)
 
 
 class BLOCK(nn.Module):
@@ -140,9 +146,9 @@ class BLOCK(nn.Module):
         Pᵀz = [p_1; …; p_C],   Qᵀx = [q_1; …; q_C]
         y = Oᵀ[s_1; …; s_C] + b,   s_c = Σ_r (M_crᵀ p_c) ⊙ (N_crᵀ q_c)
 
-    P [m, h], Q [n, h], M and N [C, R, h/C, h/C], O [h, k]: the core [h, h, h] is zero off the C
-    cubes on its diagonal. The authors' code takes the signed root of every s_c and divides it by
-    its length; without that y is one product.
+    P [m, h], Q [n, h], M and N [C, R, h/C, h/C], O [h, k]: the core [h, h, h] is zero outside the
+    C cubes on its diagonal. The authors' code takes the signed root of every s_c and divides it by
+    its length. Without these operations, y is one product.
 
     Attributes:
       features, context, dtype, param_dtype: as in `MultiplicativeInteraction`.
@@ -161,8 +167,12 @@ class BLOCK(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array) -> Array:
-        """x [..., n], z [..., m] → [..., k]; ValueError as `MLB`, and if C does not divide h."""
-        return _block_tucker(self, x, z, blocks=self.blocks)
+        """Return y [..., k] for x [..., n] and z [..., m].
+
+        Raises:
+          ValueError: as in `MLB`, or if C does not divide h.
+        """
+        return _fuse_blocks(self, x, z, blocks=self.blocks)
 
 
 class CompactBilinear(nn.Module):
@@ -170,17 +180,17 @@ class CompactBilinear(nn.Module):
 
         y = √(k / mn) · ψ_z(z) * ψ_x(x),   ψ(a)_i = Σ_{j: hash_j = i} sign_j a_j
 
-    with * the circular convolution, made by FFT: the count sketch of z ⊗ x, whose inner products
-    are those of z ⊗ x in expectation, up to the factor. The factor is ours and gives y unit
-    variance; for a one-hot z it is √(k / n).
+    Here * is the circular convolution, computed by FFT. y is the count sketch of z ⊗ x: up to the
+    factor, its inner products are those of z ⊗ x in expectation. The factor is ours and gives y
+    unit variance; for a one-hot z it is √(k / n).
 
-    There is nothing to learn. The hashes in 0 … k − 1 and the signs ±1 are constants of the
+    The module has no parameters. The hashes in 0 … k − 1 and the signs ±1 are constants of the
     program, drawn from the field `seed` and the number of features.
 
     Attributes:
       features, context, dtype, param_dtype: as in `MultiplicativeInteraction`; sketches and FFT are
-        f32 at least, and there are no parameters.
-      seed: of the hashes and signs.
+        in f32 at least, and there are no parameters.
+      seed: seed of the hashes and signs.
     """
 
     features: int
@@ -191,72 +201,76 @@ class CompactBilinear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array) -> Array:
-        """x [..., n], z [..., m] → [..., k]; ValueError as `MLB`."""
-        x, z = _inputs(x, z, self.context)
+        """Return y [..., k] for x [..., n] and z [..., m]; errors as in `MLB`."""
+        x, z = _prepare_streams(x, z, self.context)
         k, m, n = self.features, z.shape[-1], x.shape[-1]
         x, z = nn.dtypes.promote_dtype(x, z, dtype=self.dtype)
-        hash_z, sign_z, hash_x, sign_x = self.hashes(m, n)
-        spectrum = _sketch(z, hash_z, sign_z, k) * _sketch(x, hash_x, sign_x, k)
+        hash_z, sign_z, hash_x, sign_x = self.draw_hashes(m, n)
+        spectrum = _compute_spectrum(z, hash_z, sign_z, k) * _compute_spectrum(x, hash_x, sign_x, k)
         scale = (k / n if self.context == 'one_hot' else k / (m * n)) ** 0.5
         return (scale * jnp.fft.irfft(spectrum, n=k)).astype(x.dtype)
 
-    def hashes(self, m: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Hash and sign of every entry of z, then of x: [m], [m], [n], [n]."""
+    def draw_hashes(self, m: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Draw a hash and a sign for every entry of z and x: [m], [m], [n], [n]."""
         rng = np.random.default_rng([self.seed, self.features])
         hash_z, hash_x = (rng.integers(self.features, size=size) for size in (m, n))
         sign_z, sign_x = (rng.choice([-1.0, 1.0], size=size) for size in (m, n))
         return hash_z, sign_z, hash_x, sign_x
 
 
-def _sketch(a: Array, hash_: np.ndarray, sign: np.ndarray, k: int) -> Array:
-    """The Fourier transform of ψ(a)."""
-    signs = jnp.asarray(sign, accumulation_dtype(a)).reshape((1,) * (a.ndim - 1) + (-1,))
-    sketch = jnp.zeros((*a.shape[:-1], k), signs.dtype).at[..., hash_].add(a * signs)
+def _compute_spectrum(a: Array, hashes: np.ndarray, signs: np.ndarray, k: int) -> Array:
+    """Return the Fourier transform of the sketch ψ(a)."""
+    sign_row = expand_rank(jnp.asarray(signs, accumulation_dtype(a)), a.ndim)
+    sketch = jnp.zeros((*a.shape[:-1], k), sign_row.dtype).at[..., hashes].add(a * sign_row)
     return jnp.fft.rfft(sketch)
 
 
-def _inputs(x: Array, z: Array, context: str) -> tuple[Array, Array]:
-    """`streams`, with a check of the word that initialisers and scales depend on."""
+def _prepare_streams(x: Array, z: Array, context: str) -> tuple[Array, Array]:
+    """Check `context` and align the streams."""
     check_context(context)
     return align_streams(x, z)
 
 
-def _block_tucker(module: Any, x: Array, z: Array, blocks: int | None) -> Array:
-    """The output of `BLOCK`, or with None that of `MUTAN`, one block and M, N without its axis."""
-    x, z = _inputs(x, z, module.context)
+def _fuse_blocks(module: MUTAN | BLOCK, x: Array, z: Array, blocks: int | None) -> Array:
+    """Return the output of `BLOCK`, or of `MUTAN` if `blocks` is None.
+
+    `MUTAN` has one block, and no block axis in M and N.
+    """
+    x, z = _prepare_streams(x, z, module.context)
     hidden, R = module.hidden or module.features, module.rank
     C = 1 if blocks is None else blocks
     if C < 1 or hidden % C:
         raise ValueError(
-            f'blocks={blocks} must divide hidden={hidden} (features, where hidden is None); '
-            f'change one of them'
+            f'blocks={blocks} must divide hidden={hidden}, which is features if hidden is None'
         )
+
+    # Parameters.
     L = hidden // C
     shape = (R, L, L) if blocks is None else (C, R, L, L)
-    core = initializers.variance_scaling(
+    core_init = initializers.variance_scaling(
         1.0, 'fan_in', 'truncated_normal', batch_axis=tuple(range(len(shape) - 2))
     )
     P = module.param('P', context_init(module.context), (z.shape[-1], hidden), module.param_dtype)
     Q = module.param('Q', input_init(), (x.shape[-1], hidden), module.param_dtype)
-    M = module.param('M', core, shape, module.param_dtype)
-    N = module.param('N', core, shape, module.param_dtype)
+    M = module.param('M', core_init, shape, module.param_dtype)
+    N = module.param('N', core_init, shape, module.param_dtype)
     x, z, P, Q, M, N = nn.dtypes.promote_dtype(x, z, P, Q, M, N, dtype=module.dtype)
 
-    def mapped(a: Array, maps: Array) -> Array:
+    # The products of all blocks, summed over the rank.
+    def map_chunks(a: Array, maps: Array) -> Array:
         chunks = a.reshape(*a.shape[:-1], C, L)
         maps = maps.reshape(C, R, L, L)
         wide = accumulation_dtype(a, maps)
         return jnp.einsum('...cl,crlj->...crj', chunks, maps, preferred_element_type=wide)
 
-    s = (mapped(linear(z, P), M) * mapped(linear(x, Q), N)).sum(-2)
+    s = (map_chunks(linear(z, P), M) * map_chunks(linear(x, Q), N)).sum(-2)
     s = s.reshape(*s.shape[:-2], hidden).astype(x.dtype)
-    return _output(module, s, variance=1 / R)
+    return _map_output(module, s, variance=1 / R)
 
 
-def _output(module: Any, s: Array, variance: float) -> Array:
-    """Oᵀs + b."""
+def _map_output(module: MLB | MUTAN | BLOCK, s: Array, variance: float) -> Array:
+    """Return Oᵀs + b, with Oᵀs of this variance per unit variance of s."""
     shape = s.shape[-1], module.features
     O = module.param('O', input_init(variance), shape, module.param_dtype)  # noqa: E741
     b = module.param('b', initializers.zeros, shape[1:], module.param_dtype)
-    b = b.reshape((1,) * (s.ndim - 1) + b.shape)
-    return linear(s, O.astype(s.dtype)) + b.astype(s.dtype)
+    return add_bias(linear(s, O.astype(s.dtype)), b.astype(s.dtype))

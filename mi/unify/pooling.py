@@ -70,7 +70,7 @@ def convert_compact_bilinear(
 ) -> Composition:
     """Convert with W[i, j, k] = scale · sign_i sign_j if hash_i + hash_j ≡ k, else 0."""
     d = module.features
-    hash_z, sign_z, hash_x, sign_x = module.hashes(z.shape[-1], x.shape[-1])
+    hash_z, sign_z, hash_x, sign_x = module.draw_hashes(z.shape[-1], x.shape[-1])
     is_target = jax.nn.one_hot((hash_z[:, None] + hash_x[None, :]) % d, d)
     signs = sign_z[:, None] * sign_x[None, :]
     m, n = signs.shape

@@ -87,7 +87,7 @@ def block(p, x, z):
 
 def compact(p, x, z):
     """The count sketch of z ⊗ x, with the hash and sign of each of its entries."""
-    hash_z, sign_z, hash_x, sign_x = CompactBilinear(K).hashes(M, N)
+    hash_z, sign_z, hash_x, sign_x = CompactBilinear(K).draw_hashes(M, N)
     y = np.zeros(K)
     for i, j in itertools.product(range(M), range(N)):
         y[(hash_z[i] + hash_x[j]) % K] += sign_z[i] * sign_x[j] * z[i] * x[j]
@@ -263,7 +263,7 @@ def test_compact_pooling_keeps_inner_products_in_expectation():
 def test_compact_pooling_has_no_parameters_and_another_seed_has_other_hashes():
     module, variables, x, z = drawn('compact')
     assert not variables
-    hash_z, sign_z, hash_x, sign_x = module.hashes(1000, 1000)
+    hash_z, sign_z, hash_x, sign_x = module.draw_hashes(1000, 1000)
     assert set(hash_z) == set(hash_x) == set(range(K))
     assert set(sign_z) == set(sign_x) == {-1, 1}
     y = module.apply({}, x, z)
