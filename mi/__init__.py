@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __version__ = '0.1.0'
 
-_HOME = {
+_MODULES = {
     'FUSIONS': 'mi.fusion',
     'BlockMultiplicativeInteraction': 'mi.layers',
     'DiagonalMultiplicativeInteraction': 'mi.layers',
@@ -31,11 +31,11 @@ _HOME = {
     'bilinear': 'mi.kernels.bilinear',
     'explain': 'mi.unify',
 }
-__all__ = list(_HOME)
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    """Imports on first use, so that `python -m mi.report` starts without jax."""
-    if name not in _HOME:
+    """Import a public name on first use, so that `python -m mi.report` starts without jax."""
+    if name not in _MODULES:
         raise AttributeError(f'module mi has no attribute {name!r}')
-    return getattr(importlib.import_module(_HOME[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -1,4 +1,4 @@
-"""Dropout whose masks are drawn by row, so that devices that share a batch draw their own."""
+"""Dropout with a mask per row, so each device draws the masks of its own rows."""
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +9,15 @@ from mi import rows
 
 
 class RowDropout(nn.Module):
-    """x ⊙ m / (1 − rate), m ~ Bernoulli(1 − rate).
+    """Dropout, x ⊙ m / (1 − rate) with m ~ Bernoulli(1 − rate).
 
-    The mask of a row depends on the random key and on the row's number in the whole batch: it is
-    the same on any number of devices, and each device draws the masks of its own rows alone.
+    The mask of a row depends on the random key and on the row's index in the full batch. Thus it
+    does not depend on the number of devices, and each device draws only the masks of its rows.
 
     Attributes:
-      rate: share of the entries that are zero.
-      row_axis: axis of x with the rows; None if x has none, and every device the same mask.
-      shared_axes: axes along which the mask is the same.
+      rate: probability that an entry is zero.
+      row_axis: axis of x with the rows; None if x has no rows and all devices share a mask.
+      shared_axes: axes along which the mask is constant.
       collection: name of the random key.
     """
 

@@ -1,8 +1,8 @@
-"""Config files, and the flags --config.KEY=VALUE that change what they say.
+"""Config files, and the flags --config.KEY=VALUE that override their values.
 
-As in ml_collections' config_flags, a value is read as the type that its key has. Unlike there, the
-last value of a key counts for tuples too, flags may come in any order, and a mistake is one line
-that names the key.
+As in ml_collections' config_flags, a value is parsed as the type of its key. Unlike there, the last
+value of a key also wins for tuples, flags may come in any order, and an error is one line that
+names the key.
 """
 
 import ast
@@ -23,7 +23,7 @@ from mi.config import UserError, flatten, format_error, suggest
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 FLAG = re.compile(r'--?(?P<no>no)?config\.(?P<key>[^=]*)(?:=(?P<text>.*))?', re.DOTALL)
-WORD = re.compile(r'[\w./:+-]+')  # an entry of a tuple that needs no quotes
+WORD = re.compile(r'[\w./:+-]+')  # an unquoted entry of a tuple
 EXPECTED = {bool: 'True or False', int: 'an integer', float: 'a number'}
 PARSERS: dict[type, flags.ArgumentParser] = {
     bool: flags.BooleanParser(),
@@ -33,14 +33,14 @@ PARSERS: dict[type, flags.ArgumentParser] = {
 
 
 class Override(NamedTuple):
-    """One flag --config.KEY=TEXT; the text is None where there was none."""
+    """One flag --config.KEY=TEXT; the text is None for --config.KEY."""
 
     key: str
     text: str | None
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[Override]]:
-    """Take the overrides out of a command line; return what is left of it, and them.
+    """Split a command line into the remaining arguments and the overrides.
 
     Raises:
       UserError: if a flag file cannot be read.
@@ -72,10 +72,13 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[Override]]:
 
 
 def load(file: str, overrides: Sequence[Override] = ()) -> ml_collections.ConfigDict:
-    """Read a config file, FILE.py or FILE.py:ARGUMENT, and apply the overrides; locked.
+    """Read a config file, FILE.py or FILE.py:ARGUMENT, and apply the overrides.
+
+    Returns:
+      The locked config.
 
     Raises:
-      UserError: if the file cannot be read or raises, or an override does not fit its config.
+      UserError: if the file cannot be read or raises, or an override is invalid.
     """
     config = _get_config(file)
     apply(config, overrides)
@@ -83,54 +86,57 @@ def load(file: str, overrides: Sequence[Override] = ()) -> ml_collections.Config
 
 
 def parse(arguments: Sequence[str]) -> ml_collections.ConfigDict:
-    """Load the config that `mi.main` makes of its arguments; others than --config are ignored.
+    """Load the config that `mi.main` builds from its arguments, ignoring other flags.
 
     Raises:
-      UserError: if there is no such file or key, or a value is not of the key's type.
+      UserError: if the file or a key does not exist, or a value does not have the type of its key.
     """
     rest, overrides = split(arguments)
-    files = [a.partition('=')[2] for a in rest if re.match('--?config=', a)]
+    files = [argument.partition('=')[2] for argument in rest if re.match('--?config=', argument)]
     if not files:
-        raise UserError('--config=FILE is needed')
+        raise UserError('--config: expected --config=FILE')
     return load(files[-1], overrides)
 
 
 def apply(config: ml_collections.ConfigDict, overrides: Sequence[Override]) -> None:
-    """Change a config as the overrides say; the last one of a key counts.
+    """Apply the overrides to a config; the last override of a key wins.
 
     Raises:
-      UserError: if there is no such key, the text is not of its type, or the task would change,
-        which decides what keys there are.
+      UserError: if a key does not exist, a value does not have the type of its key, or the task
+        changes, which determines the keys.
     """
     task = config.get('task')
     for key, text in overrides:
+        # Find the section that has the key.
         *sections, name = key.split('.')
         section: Any = config
         for part in sections:
             section = section.get(part) if isinstance(section, ml_collections.ConfigDict) else None
         if not isinstance(section, ml_collections.ConfigDict) or name not in section:
-            raise UserError(_unknown(config, key))
+            raise UserError(_describe_unknown_key(config, key))
         if isinstance(section[name], ml_collections.ConfigDict):
-            inner = [f'config.{key}.{each}' for each in flatten(section[name].to_dict())]
-            aim = next((each for each in inner if each.endswith('.name')), inner[0])
+            keys = [f'config.{key}.{leaf}' for leaf in flatten(section[name].to_dict())]
+            example = next((leaf for leaf in keys if leaf.endswith('.name')), keys[0])
             raise UserError(
-                f'config.{key}{_shown(text)}: it is a section, of {", ".join(inner)}; '
-                f'try --{aim}={text or "VALUE"}'
+                f'config.{key}{_format_text(text)}: it is a section, of {", ".join(keys)}; '
+                f'try --{example}={text or "VALUE"}'
             )
-        value = _value(key, text, section.get_type(name))
+
+        # Parse and assign the value.
+        value = _parse_value(key, text, section.get_type(name))
         try:
             section[name] = value
         except (TypeError, ValueError) as error:
-            raise UserError(f'config.{key}{_shown(text)}: {format_error(error)}') from error
+            raise UserError(f'config.{key}{_format_text(text)}: {format_error(error)}') from error
     if config.get('task') != task:
         raise UserError(
-            f'config.task = {config.task!r}: the keys are those of the task {task!r}; give another '
-            f'--config instead'
+            f'config.task = {config.task!r}: expected {task!r}, the task of the config file. '
+            f'Try another --config'
         )
 
 
-def _value(key: str, text: str | None, kind: type) -> Any:
-    """The text as a value of the type that the key has."""
+def _parse_value(key: str, text: str | None, kind: type) -> Any:
+    """Parse the text as a value of the key's type."""
     if text is None:
         if kind is bool:
             return True
@@ -138,91 +144,98 @@ def _value(key: str, text: str | None, kind: type) -> Any:
     if kind is str:
         return text
     if kind in (tuple, list):
-        return kind(_entries(key, text))
+        return kind(_parse_entries(key, text))
     if kind in PARSERS:
         try:
             return PARSERS[kind].parse(text)
         except (TypeError, ValueError):
-            raise UserError(f'config.{key}{_shown(text)}: expected {EXPECTED[kind]}') from None
-    try:  # a key without a type of its own, as one that is None
+            raise UserError(
+                f'config.{key}{_format_text(text)}: expected {EXPECTED[kind]}'
+            ) from None
+    try:  # the key has no type, for example because its value is None
         return ast.literal_eval(text)
     except (SyntaxError, ValueError):
         return text
 
 
-def _entries(key: str, text: str) -> tuple[Any, ...]:
-    """'(0, 1)', '0,1' and '0' → their entries; a word needs no quotes."""
+def _parse_entries(key: str, text: str) -> tuple[Any, ...]:
+    """Parse '(0, 1)', '0,1' or '0' as a tuple; strings need no quotes."""
     try:
         value = ast.literal_eval(text.strip())
     except (SyntaxError, ValueError):
         words = [word.strip() for word in text.strip('() ').split(',')]
-        closed = text.count('(') == text.count(')')
-        if not closed or not all(WORD.fullmatch(word) for word in words if word):
+        is_balanced = text.count('(') == text.count(')')
+        if not is_balanced or not all(WORD.fullmatch(word) for word in words if word):
             words = ['']
         if not any(words):
             raise UserError(
-                f"config.{key}{_shown(text)}: expected a tuple, such as '(0, 1)'; () for none"
+                f"config.{key}{_format_text(text)}: expected a tuple, such as '(0, 1)'; () for none"
             ) from None
-        return tuple(_literal(word) for word in words if word)
+        return tuple(_parse_literal(word) for word in words if word)
     return tuple(value) if isinstance(value, tuple | list) else (value,)
 
 
-def _literal(word: str) -> Any:
+def _parse_literal(word: str) -> Any:
     try:
         return ast.literal_eval(word)
     except (SyntaxError, ValueError):
         return word
 
 
-def _shown(text: str | None) -> str:
+def _format_text(text: str | None) -> str:
     return '' if text is None else f' = {text!r}'
 
 
-def _unknown(config: ml_collections.ConfigDict, key: str) -> str:
-    """Say that there is no such key, with the nearest one or those beside it."""
-    section, where = config, 'config'
+def _describe_unknown_key(config: ml_collections.ConfigDict, key: str) -> str:
+    """Describe an unknown key, with the nearest key or the keys of its section."""
+    section, path = config, 'config'
     for part in key.split('.'):
         if part not in section:
             break
-        where, section = f'{where}.{part}', section[part]
+        path, section = f'{path}.{part}', section[part]
         if not isinstance(section, ml_collections.ConfigDict):
-            return f'config.{key} is unknown; {where} is a value and has no keys'
+            return f'config.{key} is unknown; {path} is a value and has no keys'
     if close := difflib.get_close_matches(key, flatten(config.to_dict()), n=1):
         return f'config.{key} is unknown; did you mean config.{close[0]}?'
-    return f'config.{key} is unknown; the keys of {where} are {", ".join(sorted(section))}'
+    return f'config.{key} is unknown; the keys of {path} are {", ".join(sorted(section))}'
 
 
 def find_file(path: str, folders: Collection[str]) -> str:
-    """Return the path of a file of ours, such as configs/lm.py, from whatever directory.
+    """Return the path of a file that comes with the project, such as configs/lm.py.
 
     Args:
-      path: as it is given; one that exists is that.
-      folders: that come with the package and are searched if there is no such file.
+      path: a path, returned unchanged if it exists.
+      folders: folders of the project. A path in one of them that does not exist in the current
+        directory refers to the project.
     """
-    ours = pathlib.Path(__file__).parents[1] / path
-    is_ours = pathlib.Path(path).parts[0] in folders and ours.is_file()
-    return str(ours) if is_ours and not pathlib.Path(path).is_file() else path
+    project_path = pathlib.Path(__file__).parents[1] / path
+    is_in_project = pathlib.Path(path).parts[0] in folders and project_path.is_file()
+    return str(project_path) if is_in_project and not pathlib.Path(path).is_file() else path
 
 
 def _get_config(file: str) -> ml_collections.ConfigDict:
+    # Find the file.
     path, colon, argument = file.partition(':')
     path = find_file(path, ('configs', 'experiments'))
     if not pathlib.Path(path).is_file() or not path.endswith('.py'):
-        what = 'a directory' if pathlib.Path(path).is_dir() else 'no such file'
-        what = 'not a Python file' if pathlib.Path(path).is_file() else what
-        ours = sorted(p.stem for p in CONFIGS.glob('*.py') if p.stem != '__init__')
+        problem = 'a directory' if pathlib.Path(path).is_dir() else 'no such file'
+        problem = 'not a Python file' if pathlib.Path(path).is_file() else problem
+        names = sorted(config.stem for config in CONFIGS.glob('*.py') if config.stem != '__init__')
         raise UserError(
-            f'--config={file}: {what}; expected FILE.py or FILE.py:ARGUMENT, of your own or '
-            f'configs/NAME.py; {suggest(pathlib.Path(path).stem, ours)}'
+            f'--config={file}: {problem}; expected FILE.py or FILE.py:ARGUMENT, of your own or '
+            f'configs/NAME.py; {suggest(pathlib.Path(path).stem, names)}'
         )
-    module = _module(path)
+
+    # Execute it.
+    module = _create_module(path)
     try:
         module.__spec__.loader.exec_module(module)  # type: ignore[union-attr]
         config = module.get_config(*([argument] if colon else []))
     except UserError:
         raise
-    except Exception as error:  # it is the user's program: anything may
-        raise UserError(f'--config={file}{_where(error, path)}: {_reason(error)}') from error
+    except Exception as error:  # the user's program may raise any error
+        location = _locate_error(error, path)
+        raise UserError(f'--config={file}{location}: {_describe_error(error)}') from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(
             f'--config={file}: get_config() returns a {type(config).__name__}; expected an '
@@ -231,23 +244,23 @@ def _get_config(file: str) -> ml_collections.ConfigDict:
     return config.lock()
 
 
-def _module(path: str) -> types.ModuleType:
+def _create_module(path: str) -> types.ModuleType:
     spec = importlib.util.spec_from_file_location('config_file', path)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
+    sys.modules[spec.name] = module  # dataclasses look up their module here
     return module
 
 
-def _where(error: Exception, path: str) -> str:
-    """The line of the config file that an error comes from."""
+def _locate_error(error: Exception, path: str) -> str:
+    """Return the line of the config file that raised an error, as a suffix of the file."""
     frames = traceback.extract_tb(error.__traceback__)
     absolute = str(pathlib.Path(path).absolute())
     lines = [frame.lineno for frame in frames if frame.filename == absolute]
     return f', line {lines[-1]}' if lines else ''
 
 
-def _reason(error: Exception) -> str:
-    said = format_error(error)
-    known = isinstance(error, SyntaxError | ImportError)
-    return said if known else f'{type(error).__name__}: {said}'
+def _describe_error(error: Exception) -> str:
+    message = format_error(error)
+    is_clear = isinstance(error, SyntaxError | ImportError)
+    return message if is_clear else f'{type(error).__name__}: {message}'

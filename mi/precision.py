@@ -1,4 +1,4 @@
-"""How precise products of f32 are: 'default' is that of the device, 'highest' is f32 everywhere.
+"""The precision of f32 products: 'default' depends on the device, 'highest' is f32 everywhere.
 
 ============  ====================================  ==============  ======
 precision     TPU                                   NVIDIA          CPU
@@ -8,7 +8,7 @@ precision     TPU                                   NVIDIA          CPU
 `highest`     six passes in bf16: f32, 24 bits      f32             f32
 ============  ====================================  ==============  ======
 
-Sums are in f32 in all of them. Products of bf16 inputs are exact already and stay as they are.
+Sums are in f32 at every precision. Products of bf16 inputs are exact and do not change.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ _Function = TypeVar('_Function', bound=Callable[..., Any])
 
 @contextlib.contextmanager
 def use_config(config: ml_collections.ConfigDict) -> Iterator[None]:
-    """Trace with the precision that `config.train.matmul_precision` sets.
+    """Trace with the precision `config.train.matmul_precision`.
 
-    It holds for what this thread traces and lowers. 'default', or a config without the key, leaves
-    the setting of JAX as it is, which JAX_DEFAULT_MATMUL_PRECISION may have changed.
+    It applies to programs that this thread traces and lowers. 'default', or a config without the
+    key, keeps JAX's setting, which JAX_DEFAULT_MATMUL_PRECISION may have changed.
     """
     precision = config.get('train', {}).get('matmul_precision', 'default')
     if precision == 'default':
@@ -40,17 +40,17 @@ def use_config(config: ml_collections.ConfigDict) -> Iterator[None]:
 
 
 def get_current() -> str | None:
-    """Return the precision that this thread traces with, None for JAX's default."""
+    """Return the precision with which this thread traces; None for JAX's default."""
     precision: str | None = getattr(jax.config, 'jax_default_matmul_precision')  # noqa: B009
     return precision
 
 
 def use_highest(function: _Function) -> _Function:
-    """Return the function with every product in it as precise as f32, on every device."""
+    """Decorate a function so that its products are as precise as f32 on every device."""
 
     @functools.wraps(function)
-    def precise(*args: Any, **kwargs: Any) -> Any:
+    def precise_function(*args: Any, **kwargs: Any) -> Any:
         with jax.default_matmul_precision('highest'):
             return function(*args, **kwargs)
 
-    return precise  # type: ignore[return-value]
+    return precise_function  # type: ignore[return-value]

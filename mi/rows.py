@@ -1,6 +1,6 @@
-"""The rows of a batch that a device has under `jax.shard_map`: reductions and random keys.
+"""Reductions and random keys for a batch whose rows `jax.shard_map` splits over devices.
 
-Outside of a `shard_map` a device has all rows, and every reduction is the identity.
+Outside a `shard_map` a device has all rows, and every reduction is the identity.
 """
 
 import contextlib
@@ -8,72 +8,75 @@ import contextvars
 from collections.abc import Iterator
 from typing import TypeVar
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-ROWS = ('data', 'fsdp')  # the mesh axes that a batch is split over, see `mi.training.sharding`
+ROWS = ('data', 'fsdp')  # mesh axes that split a batch, see `mi.training.sharding`
 
 Tree = TypeVar('Tree')
 
-_part: contextvars.ContextVar[Array | None] = contextvars.ContextVar('_part', default=None)
+_selected_rows: contextvars.ContextVar[Array | None] = contextvars.ContextVar(
+    '_selected_rows', default=None
+)
 
 
-def _axes() -> tuple[str, ...]:
-    """Return the mesh axes over which the program being traced has its rows split by hand.
+def _get_row_axes() -> tuple[str, ...]:
+    """Return the mesh axes over which the current `shard_map` splits the rows.
 
-    Not those of one device: XLA keeps a reduction over them, which copies all of it.
+    Axes with one device are excluded, because XLA would keep a reduction over them as a copy.
     """
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(axis for axis in ROWS if axis in mesh.manual_axes and mesh.shape[axis] > 1)
 
 
 def sum_over_rows(tree: Tree) -> Tree:
-    """Return the sums over the devices that share a batch: what each device has is of its rows."""
-    axes = _axes()
+    """Return the sum over the devices that share a batch, of values that each has for its rows."""
+    axes = _get_row_axes()
     return jax.lax.psum(tree, axes) if axes else tree
 
 
 def mean_over_rows(tree: Tree) -> Tree:
-    """Return the means over the devices that share a batch, each of which has as many rows."""
-    axes = _axes()
+    """Return the mean over the devices that share a batch; each has equally many rows."""
+    axes = _get_row_axes()
     return jax.lax.pmean(tree, axes) if axes else tree
 
 
 def max_over_rows(tree: Tree) -> Tree:
-    """Return the maxima over the devices that share a batch."""
-    axes = _axes()
+    """Return the maximum over the devices that share a batch."""
+    axes = _get_row_axes()
     return jax.lax.pmax(tree, axes) if axes else tree
 
 
-def get_row_indices(rows: int) -> Array:
-    """Return the numbers in the whole batch of the rows that this device has, [rows] int32."""
-    part = _part.get()
-    if part is not None:
-        assert part.shape == (rows,), (part.shape, rows)
-        return part
-    axes = _axes()
-    first = rows * jax.lax.axis_index(axes) if axes else 0
-    return first + jnp.arange(rows, dtype=jnp.int32)
+def get_row_indices(num_rows: int) -> Array:
+    """Return the indices of this device's rows in the full batch, [num_rows] int32."""
+    selected_rows = _selected_rows.get()
+    if selected_rows is not None:
+        chex.assert_shape(selected_rows, (num_rows,))
+        return selected_rows
+    axes = _get_row_axes()
+    first = num_rows * jax.lax.axis_index(axes) if axes else 0
+    return first + jnp.arange(num_rows, dtype=jnp.int32)
 
 
 @contextlib.contextmanager
-def select_rows(numbers: Array) -> Iterator[None]:
-    """Trace what is computed of these rows alone, as one of several parts of the batch.
+def select_rows(indices: Array) -> Iterator[None]:
+    """Trace a computation for these rows only, as one of several parts of the batch.
 
     Args:
-      numbers: of the rows in the whole batch, [rows] int32.
+      indices: indices of the rows in the full batch, [rows] int32.
     """
-    token = _part.set(numbers)
+    token = _selected_rows.set(indices)
     try:
         yield
     finally:
-        _part.reset(token)
+        _selected_rows.reset(token)
 
 
-def make_row_keys(key: Array, rows: int) -> Array:
-    """Return a random key for each row that this device has, [rows].
+def make_row_keys(key: chex.PRNGKey, num_rows: int) -> chex.PRNGKey:
+    """Return a random key for each row of this device, [num_rows].
 
-    A row has the same key however many devices share the batch.
+    The key of a row does not depend on the number of devices that share the batch.
     """
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, get_row_indices(rows))
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, get_row_indices(num_rows))

@@ -94,7 +94,7 @@ def test_the_command_prints_lines_or_json():
         (['--config=configs/lm.py:tiny', '--config.model.hiden=3'], 'hiden'),
         (['--config=configs/lm.py:tiny', '--config.model.hidden=-3'], 'config.model.hidden = -3'),
         (['--config=configs/none.py'], 'configs/none.py'),
-        ([], '--config=FILE is needed'),
+        ([], 'expected --config=FILE'),
     ],
 )
 def test_what_is_wrong_with_a_command_is_one_line(arguments, said):

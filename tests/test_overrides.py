@@ -136,7 +136,7 @@ def test_members_of_a_sweep_and_the_table_of_costs_read_flags_in_the_same_way(fi
         ('--config.seeds=', "config.seeds = '': expected a tuple"),
         ('--config.seeds', 'config.seeds has no value'),
         ('--config.seeds=0 1', "config.seeds = '0 1': expected a tuple"),
-        ('--config.task=rl', "config.task = 'rl': the keys are those of the task 'lm'; give"),
+        ('--config.task=rl', "config.task = 'rl': expected 'lm', the task of the config file"),
     ],
 )
 def test_a_flag_that_means_nothing_is_refused_in_one_line(file, argument, said):
