@@ -40,7 +40,8 @@ from mi.fit import factory as fit
 from mi.lm import config as lm
 from mi.rl import config as rl
 from mi.training import checkpoint
-from mi.training.io import is_locked, read_json, write_json
+from mi.training.io import read_json, write_json
+from mi.training.lock import is_locked
 
 INTERVAL = flags.DEFINE_integer('interval', 0, 'Steps between two looks at another.', lower_bound=0)
 MARGIN = flags.DEFINE_float('margin', 0.05, 'By how much another has to be better, absolute.')

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import IO
 
 from launch import state
-from mi.training.io import is_locked
+from mi.training.lock import is_locked
 from mi.training.run_dir import PREEMPTED
 
 SAVING = 120.0  # seconds that processes have to save and end when one of them has

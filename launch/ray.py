@@ -24,7 +24,7 @@ from launch import engine, local, process
 from launch.devices import Devices
 from launch.engine import Commands, Resources, Rule, States
 from mi.config import UserError, suggest_install
-from mi.training.io import is_locked
+from mi.training.lock import is_locked
 from mi.training.run_dir import PREEMPTED
 
 ADDRESS = flags.DEFINE_string(

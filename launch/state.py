@@ -19,12 +19,8 @@ import rich.table
 
 from launch import restarts
 from mi.config import UserError
-from mi.training.io import (
-    complete_size,
-    format_duration,
-    is_locked,
-    read_json,
-)
+from mi.training.io import complete_size, format_duration, read_json
+from mi.training.lock import is_locked
 
 RATE = '_per_second'  # how the rates in timing.jsonl end
 STOPPED = 'stopped.json'  # why a rule of the sweep has stopped the run; it is not started again

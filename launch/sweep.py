@@ -31,7 +31,8 @@ from launch import metric_names, state
 from mi.config import UserError, describe_difference, flatten, format_error, suggest
 from mi.overrides import find_file
 from mi.overrides import parse as parsed_arguments
-from mi.training.io import is_locked, write_json
+from mi.training.io import write_json
+from mi.training.lock import is_locked
 from mi.training.progress import track
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'

@@ -24,7 +24,8 @@ from mi.rl import train as rl
 from mi.training import sharding
 from mi.training.host import keep_freed_memory, set_xla_flags
 from mi.training.io import storage_failure
-from mi.training.run_dir import parse_steps, recorded_config
+from mi.training.run_config import read_config
+from mi.training.run_dir import parse_steps
 
 TASKS = {
     'train': {'lm': lm.train, 'rl': rl.train, 'fit': fit.train, 'search': search.search},
@@ -68,7 +69,7 @@ def main(argv: Sequence[str], changes: Sequence[overrides.Override] = ()) -> Non
     if values.config:
         config = overrides.load(values.config, changes)
     else:
-        config = recorded_config(values.workdir)
+        config = read_config(values.workdir)
         overrides.apply(config, changes)
     task, tasks = config.get('task'), TASKS[mode]
     if task not in tasks:

@@ -24,7 +24,10 @@ LAYERS = [
 ]
 LAYER = {package: i for i, packages in enumerate(LAYERS) for package in packages}
 # A report reads run directories and knows nothing of models.
-READ_BY_REPORT = ('config', 'training.io', 'training.progress', 'training.run_state')
+READ_BY_REPORT = (
+    'config',
+    *(f'training.{name}' for name in ('io', 'lock', 'progress', 'run_state')),
+)
 TYPED_MODULES = [
     *('kernels/bilinear', 'layers', 'fusion', 'cells/lstm', 'lm/model', 'lm/transformer'),
     *('lm/data/token_store', 'lm/evaluate', 'lm/loss', 'lm/dynamic_evaluation'),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mi.config import UserError
-from mi.training import host, io, run_dir, versions
+from mi.training import host, io, run_config, run_dir, versions
 
 
 def config(**values):
@@ -77,12 +77,12 @@ def test_another_config_is_refused_and_named(tmp_path):
 def test_a_damaged_config_is_named(tmp_path, damaged):
     (tmp_path / 'config.json').write_bytes(damaged)
     said = pytest.raises(
-        UserError, match=r'config\.json is no.* JSON.*; restore it, or name another'
+        UserError, match=r'config\.json is not.* JSON.*; restore it, or name another'
     )
     with said, run_dir.open_run(tmp_path, config()):
         pass
     with said:
-        run_dir.config_to_evaluate(tmp_path, config(), own=[], fixed=['model'])
+        run_config.merge_eval_config(tmp_path, config(), overridable=[], fixed=['model'])
     assert (tmp_path / 'config.json').read_bytes() == damaged
 
 
@@ -91,8 +91,8 @@ def test_a_run_is_evaluated_with_its_own_config_and_what_evaluation_may_change(t
     with run_dir.open_run(tmp_path, trained):
         pass
     asked = config(optim={'rate': 2.0}, train={'batch': 9}, eval={'length': 6, 'new': 2})
-    parts: Any = {'own': ['eval'], 'fixed': ['seeds', 'model']}
-    merged = run_dir.config_to_evaluate(tmp_path, asked, **parts)
+    parts: Any = {'overridable': ['eval'], 'fixed': ['seeds', 'model']}
+    merged = run_config.merge_eval_config(tmp_path, asked, **parts)
     assert merged.to_dict() == {
         'seeds': (0,),
         'model': {'width': 3},
@@ -102,10 +102,10 @@ def test_a_run_is_evaluated_with_its_own_config_and_what_evaluation_may_change(t
     }
     said = r'config\.model\.width = 5: .* was trained with 3; remove it, or name the --workdir of'
     with pytest.raises(UserError, match=said):
-        run_dir.config_to_evaluate(tmp_path, config(model={'width': 5}), **parts)
+        run_config.merge_eval_config(tmp_path, config(model={'width': 5}), **parts)
     with pytest.raises(UserError, match=r'config\.seeds = \(1,\): .* was trained with \(0,\)'):
-        run_dir.config_to_evaluate(tmp_path, config(seeds=(1,)), **parts)
-    assert run_dir.recorded_config(tmp_path).seeds == (0,)  # a tuple, as it was
+        run_config.merge_eval_config(tmp_path, config(seeds=(1,)), **parts)
+    assert run_config.read_config(tmp_path).seeds == (0,)  # a tuple, as it was
 
 
 def test_signals_ask_once_and_handlers_come_back(tmp_path):
@@ -181,7 +181,7 @@ def wrapped(words):
     ids=str,
 )
 def test_a_full_disk_is_one_line_and_the_status_says_it(tmp_path, error, said):
-    line = rf'--workdir={tmp_path}: {said}; .* Make room, and the same command continues'
+    line = rf'--workdir={tmp_path}: {said}; .* Free some space, then run'
     with pytest.raises(UserError, match=line), run_dir.open_run(tmp_path, config()) as run:
         run.step = 7
         raise error
@@ -232,6 +232,7 @@ def test_a_disk_that_is_full_at_the_start_is_one_line(tmp_path, monkeypatch, nam
         io.write_json(path, value)
 
     monkeypatch.setattr(run_dir, 'write_json', write)
+    monkeypatch.setattr(run_config, 'write_json', write)
     if name == 'lock':
         monkeypatch.setattr(run_dir.platform, 'node', raising_full)
     said = pytest.raises(UserError, match=f'--workdir={tmp_path}: .*No space left on device')
@@ -330,7 +331,7 @@ def test_a_run_that_was_begun_before_a_key_was_there_goes_on_and_says_so(tmp_pat
     with run_dir.open_run(tmp_path, newer):
         pass
     [line] = capsys.readouterr().err.splitlines()
-    assert 'was begun before there was config.model.depth = 1; it goes on with that' in line
+    assert 'is older than config.model.depth = 1; it continues with that' in line
     with run_dir.open_run(tmp_path, newer):
         pass
     assert capsys.readouterr().err == ''

@@ -15,7 +15,7 @@ import pytest
 
 from mi import main, overrides
 from mi.training.checkpoint import find_damage
-from mi.training.io import is_locked
+from mi.training.lock import is_locked
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,7 @@ from mi.lm import config as lm_config
 from mi.lm import factory, train
 from mi.lm.data import token_store
 from mi.training import checkpoint, optim, sharding
-from mi.training.run_dir import config_to_evaluate, recorded_config
+from mi.training.run_config import merge_eval_config, read_config
 
 OWN = ('eval', 'dynamic', 'sample', 'data', 'tracker')
 FIXED = ('task', 'model', 'seeds')
@@ -48,11 +48,11 @@ def restore(config: ml_collections.ConfigDict, workdir: str) -> Trained:
     """
     lm_config.validate(config)
     path = pathlib.Path(workdir)
-    recorded = recorded_config(path)
+    recorded = read_config(path)
     corpus = factory.corpus(config)
     if config.model.to_dict() != recorded.model.to_dict():  # the run has the size that was matched
         config = factory.matched(config, *corpus.sizes)
-    config = config_to_evaluate(path, config, own=OWN, fixed=FIXED)
+    config = merge_eval_config(path, config, overridable=OWN, fixed=FIXED)
     lm_config.validate(config)
 
     # The shapes of the parameters, on the devices that are here.

@@ -24,7 +24,8 @@ from mi.report.records import (
     read_timing,
     require_field,
 )
-from mi.training.io import is_locked, read_json
+from mi.training.io import read_json
+from mi.training.lock import is_locked
 
 
 @dataclasses.dataclass(frozen=True)

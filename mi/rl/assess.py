@@ -25,7 +25,7 @@ from mi.rl.evaluate import Evaluation
 from mi.rl.play import Watched
 from mi.training import checkpoint
 from mi.training.io import write_json
-from mi.training.run_dir import config_to_evaluate
+from mi.training.run_config import merge_eval_config
 
 OWN = ('eval', 'actors', 'tracker')
 FIXED = ('task', 'env', 'model', 'seeds')
@@ -42,7 +42,7 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
     """
     rl_config.validate(config)
     path = pathlib.Path(workdir)
-    config = config_to_evaluate(path, config, own=OWN, fixed=FIXED).unlock()
+    config = merge_eval_config(path, config, overridable=OWN, fixed=FIXED).unlock()
     config.eval.greedy = True
     scores: dict[str, Any] = {}
     keys = {'eval': 'env.name'}

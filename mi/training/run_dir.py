@@ -1,28 +1,26 @@
-"""A run directory: who may write to it, what it was made with, how its run ended, when to stop.
+"""The directory of a run: status, JSON files, trace, and the request to stop.
 
-config.json   resolved config          status.json   running, done, failed, preempted
-versions.json what it computes with (mi.training.versions)
-cost.json     parameters and FLOPs     lock          held by the process that writes here
-metrics.jsonl, timing.jsonl, tensorboard/ (mi.training.logger)
-checkpoints/ (mi.training.checkpoint)
-profile/, where one was asked for        tracker.json, where there is one (mi.training.trackers)
+config.json   resolved config               status.json   running, done, failed, preempted
+versions.json software and settings         cost.json     parameters and FLOPs
+lock          held by the writing process   tracker.json  id of the run at config.tracker
+metrics.jsonl, timing.jsonl, tensorboard/   see mi.training.logger
+checkpoints/                                see mi.training.checkpoint
+profile/                                    trace, with --profile
 
-Of several processes (mi.training.sharding) the first writes all of it, but that process 1 has its
-own status.1.json, and each has its part of a checkpoint.
+The primary process writes all of these. Every other process writes its part of a checkpoint and
+its own status, such as status.1.json.
 """
 
 import contextlib
 import datetime
-import fcntl
 import json
 import os
 import pathlib
 import platform
 import signal
 import sys
-import time
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -30,29 +28,25 @@ import ml_collections
 import numpy as np
 
 from mi import precision
-from mi.config import UserError, describe_difference, flatten
-from mi.training import (
-    logger,
-    sharding,
-    trackers,
-    versions,
-)
+from mi.config import UserError
+from mi.training import logger, sharding, trackers, versions
 from mi.training.host import describe_machine
-from mi.training.io import overwrite, read_json, replace_file, storage_failure, write_json
+from mi.training.io import overwrite, replace_file, storage_failure, write_json
+from mi.training.lock import hold_lock
+from mi.training.run_config import record_config
 
 Steps = tuple[int, int]  # first and last
 
-
-PREEMPTED = 143  # 128 + SIGTERM, what a scheduler expects of a job that it stopped
+PREEMPTED = 143  # 128 + SIGTERM, the exit code that schedulers expect from a job they stopped
 
 
 class Run:
-    """An open run directory; made by `open_run`.
+    """An open run directory, from `open_run`.
 
     Attributes:
       path: the directory.
-      config: what it was started with.
-      step: how far the run is.
+      config: the config of the run.
+      step: the number of finished steps.
     """
 
     def __init__(
@@ -61,22 +55,22 @@ class Run:
         self.path = path
         self.config = config
         self.step = 0
-        self._asked = False
-        self._profile, self._tracing = profile, False
+        self._has_signal = False
+        self._profile, self._is_tracing = profile, False
 
     def write(self, name: str, value: dict[str, Any]) -> None:
-        """Writes a JSON file whole or not at all; nothing if this is not the first process."""
+        """Write a JSON file atomically; only the primary process writes."""
         if sharding.is_primary():
             write_json(self.path / name, value)
 
     def write_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Writes an .npz file whole or not at all; nothing if this is not the first process."""
+        """Write an .npz file atomically; only the primary process writes."""
         if sharding.is_primary():
-            with replace_file(self.path / name) as beside, open(beside, 'wb') as stream:
+            with replace_file(self.path / name) as temporary, open(temporary, 'wb') as stream:
                 np.savez_compressed(stream, allow_pickle=False, **arrays)
 
     def write_status(self, state: str, reason: str | None = None) -> None:
-        """Write how the run is; in place where the disk has no room for another file."""
+        """Write status.json, in place if the disk has no space for another file."""
         process = jax.process_index()
         file = self.path / (f'status.{process}.json' if process else 'status.json')
         value = {
@@ -94,11 +88,11 @@ class Run:
             overwrite(file, json.dumps(value).encode() + b'\n')
 
     def open_logger(self, total: int, position: int) -> logger.RunLogger:
-        """What the run writes down as it goes on.
+        """Return the logger of the run.
 
         Args:
-          total: steps that the run has.
-          position: where metrics.jsonl is continued; 0 for a new one.
+          total: steps of the run.
+          position: bytes of metrics.jsonl to keep; 0 for a new file.
         """
         if not sharding.is_primary():
             return logger.RunLogger(None, total, self.step, position)
@@ -107,18 +101,18 @@ class Run:
         return logger.RunLogger(self.path, total, self.step, position, tracker)
 
     def call_traced(self, count: int, program: Callable[..., Any], *args: Any) -> Any:
-        """program(*args), the next `count` steps; recorded if they are to be.
+        """Return program(*args), the next `count` steps; trace them if the profile contains them.
 
-        The trace begins before the first of the steps that were asked for and ends when the last of
-        them has been computed: a program of several steps is recorded as a whole. Each call is
-        marked 'train' with its first step, as the profiler's overview needs it.
+        The trace starts before the first step of the profile and ends when its last step has been
+        computed. A program of several steps is traced as a whole. Each call is marked 'train' with
+        its first step, because the profiler's overview needs it.
         """
         first, last = self.step + 1, self.step + count
         if self._profile is None or last < self._profile[0] or first > self._profile[1]:
             return program(*args)
-        if not self._tracing:
+        if not self._is_tracing:
             jax.profiler.start_trace(str(self.path / 'profile'))
-            self._tracing = True
+            self._is_tracing = True
         with jax.profiler.StepTraceAnnotation('train', step_num=first):
             result = program(*args)
         if last >= self._profile[1]:
@@ -127,35 +121,35 @@ class Run:
         return result
 
     def end_trace(self) -> None:
-        """Writes the trace that has begun, if one has."""
-        if self._tracing:
+        """Write the trace if one has started."""
+        if self._is_tracing:
             jax.profiler.stop_trace()
             print(f'profile of steps in {self.path / "profile"}', file=sys.stderr)
-            self._profile, self._tracing = None, False
+            self._profile, self._is_tracing = None, False
 
     def should_stop(self, recorded: bool) -> bool:
-        """Whether the loop is to save and end: SIGTERM or SIGINT came, in any process.
+        """Return whether any process received SIGTERM or SIGINT: the loop has to save and exit.
 
         Args:
           recorded: whether this step has a record. Several processes agree there, and only there.
         """
         if jax.process_count() == 1:
-            return self._asked
-        return recorded and sharding.any_process(self._asked)
+            return self._has_signal
+        return recorded and sharding.any_process(self._has_signal)
 
     def exit_preempted(self) -> None:
-        """Ends the process after its state was saved; the same command continues the run."""
+        """Raise `Preempted`, after a checkpoint; the same command continues the run."""
         raise Preempted
 
     def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
-        self._asked = True
-        signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+        self._has_signal = True
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the process immediately
         name = signal.Signals(number).name
         print(f'{name}: saving after this step; the same command continues', file=sys.stderr)
 
 
 class Preempted(SystemExit):
-    """Exit code 143, after a checkpoint."""
+    """Exit with code 143, after a checkpoint."""
 
     def __init__(self) -> None:
         super().__init__(PREEMPTED)
@@ -167,44 +161,50 @@ def open_run(
     config: ml_collections.ConfigDict,
     profile: Steps | None = None,
 ) -> Iterator[Run]:
-    """Opens a run directory, new or to be continued, and records how the run ends.
+    """Open a run directory, new or continued, and record in status.json how the run ends.
 
-    Products inside are as precise as `config.train.matmul_precision` says.
+    Matrix products in the context have the precision `config.train.matmul_precision`.
 
     Args:
       workdir: the directory.
-      config: what the run is made with.
-      profile: first and last of the steps that `Run.call_traced` records; None for none.
+      config: the config of the run.
+      profile: first and last step that `Run.call_traced` traces; None for no trace.
 
     Raises:
-      UserError: if another process holds it, or it was made with another config.
+      UserError: if another process holds the directory, or it was made with another config.
     """
     path = pathlib.Path(workdir)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f'--workdir={path}: {error.strerror}; name another directory') from error
-    with _named_if_full(path), contextlib.ExitStack() as stack:
+    with _explain_storage_failure(path), contextlib.ExitStack() as stack:
+        # The primary process locks the directory and compares config and versions.
         if sharding.is_primary():
-            stack.enter_context(_locked(path / 'lock', path))
-            _same_config(path / 'config.json', config)
-            _same_settings(path)
+            stack.enter_context(hold_lock(path / 'lock', path))
+            record_config(path / 'config.json', config)
+            _record_versions(path)
         sharding.barrier('run directory')
+
         run = Run(path, config, profile)
         stack.enter_context(precision.use_config(config))
-        handlers = {s: signal.signal(s, run._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        handlers = {
+            number: signal.signal(number, run._on_signal)
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        # Record every way in which the run can end.
         try:
             run.write_status('running')
             yield run
             run.write_status('done')
         except Preempted:
-            with contextlib.suppress(OSError):  # the state is saved all the same
+            with contextlib.suppress(OSError):  # the checkpoint is complete without the status
                 run.write_status('preempted')
             raise
-        except BaseException as error:
-            full = storage_failure(error)
-            with contextlib.suppress(OSError):  # or nobody learns what was wrong
-                run.write_status('failed', full or f'{type(error).__name__}: {error}'.strip())
+        except BaseException as error:  # KeyboardInterrupt and SystemExit are failures too
+            failure = storage_failure(error)
+            with contextlib.suppress(OSError):  # report the first error, not this one
+                run.write_status('failed', failure or f'{type(error).__name__}: {error}'.strip())
             raise
         finally:
             run.end_trace()
@@ -213,145 +213,38 @@ def open_run(
 
 
 @contextlib.contextmanager
-def _named_if_full(path: pathlib.Path) -> Iterator[None]:
-    """Make one line of whatever comes of a disk that is full, or cannot be written."""
+def _explain_storage_failure(path: pathlib.Path) -> Iterator[None]:
+    """Raise a one-line `UserError` for any exception caused by a full or read-only disk."""
     try:
         yield
     except (UserError, Preempted):
         raise
-    except BaseException as error:
-        if full := storage_failure(error):
+    except BaseException as error:  # orbax and others wrap the OSError in types of their own
+        if failure := storage_failure(error):
             raise UserError(
-                f'--workdir={path}: {full}; checkpoints that are there are whole. Make room, and '
-                f'the same command continues'
+                f'--workdir={path}: {failure}; existing checkpoints are intact. Free some space, '
+                f'then run the same command to continue'
             ) from error
         raise
 
 
-@contextlib.contextmanager
-def _locked(lock: pathlib.Path, path: pathlib.Path) -> Iterator[None]:
-    try:
-        opened = open(lock, 'a+')  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f'{lock}: {error.strerror}; name another --workdir') from error
-    with opened as file:
-        for attempt in range(10):  # who looks whether it is held, as launch.status, holds it too
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if attempt < 9:
-                    time.sleep(0.1)
-                    continue
-                file.seek(0)
-                holder = file.read().strip() or 'another process'
-                raise UserError(
-                    f'{path} is in use by {holder}; wait for it or name another --workdir'
-                ) from error
-        file.truncate(0)
-        file.write(f'process {os.getpid()} on {platform.node()}')
-        file.flush()
-        yield  # closing the file releases the lock, also when the process is killed
-
-
-def _same_config(file: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Write config.json, or refuse another config than it has; keys may have been added since."""
-    resolved = json.loads(config.to_json())
-    if not file.exists():
-        write_json(file, resolved)
-        return
-    before = flatten(read_json(file))
-    now = flatten(resolved)
-    for side in (before, now):
-        side.pop('tracker', None)  # who else is told has no part in what is learnt
-    added = {key: value for key, value in now.items() if key not in before}
-    changed = describe_difference(before, now)
-    if describe_difference(before | added, now):
-        raise UserError(
-            f'{file.parent} was made with another config: {changed}; name another --workdir'
-        )
-    if added:
-        which = ', '.join(f'config.{key} = {value!r}' for key, value in added.items())
-        print(
-            f'warning: {file.parent} was begun before there was {which}; it goes on with that',
-            file=sys.stderr,
-        )
-        write_json(file, resolved)
-
-
-def _same_settings(path: pathlib.Path) -> None:
-    """Write versions.json, or refuse settings of JAX with which a run would not go on the same."""
-    steps = [int(each.name) for each in (path / 'checkpoints').glob('*') if each.name.isdigit()]
+def _record_versions(path: pathlib.Path) -> None:
+    """Write versions.json, or refuse JAX settings that would change a continued run."""
+    steps = [
+        int(directory.name)
+        for directory in (path / 'checkpoints').glob('*')
+        if directory.name.isdigit()
+    ]
     step = max(steps, default=0 if (path / 'probes.json').exists() else None)
     write_json(path / 'versions.json', versions.compare(path / 'versions.json', step))
 
 
-def recorded_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:
-    """Return the config that a run directory was made with; locked.
-
-    Raises:
-      UserError: if it is not the directory of a run.
-    """
-    file = pathlib.Path(workdir) / 'config.json'
-    if not file.exists():
-        raise UserError(f'--workdir={workdir} has no config.json: expected the directory of a run')
-    return ml_collections.ConfigDict(_with_tuples(read_json(file))).lock()
-
-
-def _with_tuples(value: Any) -> Any:
-    """JSON's lists as the tuples that they were in the config."""
-    if isinstance(value, dict):
-        return {key: _with_tuples(each) for key, each in value.items()}
-    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
-
-
-def config_to_evaluate(
-    workdir: str | os.PathLike[str],
-    config: ml_collections.ConfigDict,
-    *,
-    own: Sequence[str],
-    fixed: Sequence[str],
-) -> ml_collections.ConfigDict:
-    """Return the config of a run, evaluated as `config` says.
-
-    What is neither `own` nor `fixed`, such as the optimizer, has no part in an evaluation: it is
-    that of the run, whatever `config` has there.
-
-    Args:
-      workdir: the directory of the run.
-      config: what was asked for now.
-      own: sections and keys that are those of `config`, as 'eval'.
-      fixed: those that decide what the checkpoint is, as 'model', and have to be those of the run.
-
-    Raises:
-      UserError: if one of `fixed` differs, or it is not the directory of a run.
-    """
-    trained = flatten(recorded_config(workdir).to_dict())
-    asked = flatten(config.to_dict())
-
-    def is_in(key: str, parts: Sequence[str]) -> bool:
-        return any(f'{key}.'.startswith(f'{part}.') for part in parts)
-
-    for key in trained.keys() & asked.keys():
-        if is_in(key, fixed) and _plain(trained[key]) != _plain(asked[key]):
-            raise UserError(
-                f'config.{key} = {asked[key]!r}: {workdir} was trained with {trained[key]!r}; '
-                f'remove it, or name the --workdir of another run'
-            )
-    of_run = {k: v for k, v in trained.items() if k in asked and not is_in(k, own)}
-    merged = config.copy_and_resolve_references()
-    with merged.ignore_type():
-        merged.update_from_flattened_dict(of_run)
-    return merged.lock()
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON has it."""
-    return json.loads(json.dumps(value))
-
-
 def parse_steps(text: str) -> Steps:
-    """'10:20' → (10, 20)."""
+    """Return the first and last step of a --profile value: '10:20' → (10, 20).
+
+    Raises:
+      UserError: if the text has another form, or the last step comes before the first.
+    """
     first, colon, last = text.removeprefix('steps=').partition(':')
     if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise UserError(

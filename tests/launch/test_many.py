@@ -11,7 +11,7 @@ import time
 import pytest
 
 from launch import state
-from mi.training.io import is_locked
+from mi.training.lock import is_locked
 
 MEMBER = str(pathlib.Path(__file__).with_name('member.py'))
 LAUNCHER = """

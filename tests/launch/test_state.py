@@ -13,7 +13,7 @@ import pytest
 import rich.console
 
 from launch import local, state
-from mi.training.io import is_locked
+from mi.training.lock import is_locked
 
 
 def record(step, split='train', **values):

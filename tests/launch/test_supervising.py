@@ -10,7 +10,7 @@ import pytest
 
 from launch import engine, local, pbt, process, slurm, state, sweep
 from mi.config import UserError
-from mi.training.io import is_locked
+from mi.training.lock import is_locked
 
 MEMBER = str(pathlib.Path(__file__).with_name('member.py'))
 TWO = engine.Resources(parallel=2)
