@@ -21,7 +21,7 @@ class Broken(BaseException):
 
 
 def counting(path):
-    return [sys.executable, MEMBER, f'--workdir={path}', '--steps=4000', '--seconds=0.05']
+    return [sys.executable, MEMBER, f'--workdir={path}', '--steps=40_000', '--seconds=0.05']
 
 
 def have_begun(paths):
