@@ -7,9 +7,8 @@ of convolutions every layer is then replaced by K² heads at the offsets of its 
 that it is the same function as α grows, with an error that falls as e^−α until rounding stops it.
 Theory does not say that learnt centres form the grid: that is what the figure shows.
 
-    python -m launch.local --sweep=experiments/attention_conv/sweep.py --workdir=runs/attention_conv
-    \
-        --parallel=2
+    python -m launch.local --sweep=experiments/attention_conv/sweep.py \
+        --workdir=runs/attention_conv --parallel=2
 
 Needs scikit-learn, the extra `digits`. The report also has construction.png, centres.png (and
 .pdf), and attention_conv.md.
@@ -49,7 +48,7 @@ NOTES = [
 ]
 
 SEEDS = [(0, 1, 2, 3, 4), (5, 6, 7, 8, 9)]
-SHOWN = {'attention, 9, learnt': 'drawn at first', 'attention, 9, grid': 'a grid at first'}
+DRAWN_ARMS = {'attention, 9, learnt': 'drawn at first', 'attention, 9, grid': 'a grid at first'}
 NEAR = 0.5  # pixels from an offset of the kernel
 
 
@@ -66,23 +65,23 @@ def sweep() -> list[dict[str, Any]]:
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Draws the error of the construction and the centres, and writes both as tables."""
-    kept = read(workdir)
+    arms = read_arms(workdir)
     kernels = {
-        f'{K} × {K}': kept[f'convolution, {K}'] for K in (3, 5) if f'convolution, {K}' in kept
+        f'{K} × {K}': arms[f'convolution, {K}'] for K in (3, 5) if f'convolution, {K}' in arms
     }
     with matplotlib.rc_context(plots.STYLE):
         if kernels:
             figure = Figure(figsize=(plots.WIDTH, 2.3), layout='constrained')
-            _construction(figure, kernels)
+            _draw_construction(figure, kernels)
             plots.save(figure, out, 'construction')
-        shown = {title: kept[label] for label, title in SHOWN.items() if label in kept}
-        if shown:
-            plots.save(_centres(shown), out, 'centres')
-    parts = [_errors(kernels), _moved(kept)]
+        labeled_arms = {title: arms[label] for label, title in DRAWN_ARMS.items() if label in arms}
+        if labeled_arms:
+            plots.save(_draw_centers(labeled_arms), out, 'centres')
+    parts = [_tabulate_errors(kernels), _tabulate_centers(arms)]
     (out / 'attention_conv.md').write_text('\n\n'.join(parts) + '\n', encoding='utf-8')
 
 
-class Kept(NamedTuple):
+class ArmArrays(NamedTuple):
     """What the runs of an arm kept, the arrays of all its seeds [S, …] joined."""
 
     seeds: list[int]
@@ -90,66 +89,68 @@ class Kept(NamedTuple):
     arrays: dict[str, np.ndarray]
 
 
-def read(workdir: pathlib.Path) -> dict[str, Kept]:
+def read_arms(workdir: pathlib.Path) -> dict[str, ArmArrays]:
     """{label: what its runs kept}; only of runs that are done."""
-    found: dict[str, list[Kept]] = {}
+    parts_of_label: dict[str, list[ArmArrays]] = {}
     for member in json.loads((workdir / 'sweep.json').read_text())['members']:
         folder = workdir / member['name']
         if (folder / 'artefacts.npz').exists():
             config = json.loads((folder / 'config.json').read_text())
             arrays = dict(np.load(folder / 'artefacts.npz'))
-            of = Kept(config['seeds'], config['problem']['alphas'], arrays)
-            found.setdefault(member['label'], []).append(of)
+            part = ArmArrays(config['seeds'], config['problem']['alphas'], arrays)
+            parts_of_label.setdefault(member['label'], []).append(part)
     return {
-        label: Kept(
+        label: ArmArrays(
             [seed for part in parts for seed in part.seeds],
             parts[0].alphas,
             {name: np.concatenate([p.arrays[name] for p in parts]) for name in parts[0].arrays},
         )
-        for label, parts in found.items()
+        for label, parts in parts_of_label.items()
     }
 
 
-def _construction(figure: Figure, kernels: dict[str, Kept]) -> None:
+def _draw_construction(figure: Figure, kernels: dict[str, ArmArrays]) -> None:
     """The error of the layers, and the accuracy of the whole network, against α."""
-    left, right = figure.subplots(1, 2)
-    for (title, of), colour in zip(kernels.items(), plots.PALETTE, strict=False):
-        alphas = np.array(of.alphas)
+    error_axes, accuracy_axes = figure.subplots(1, 2)
+    for (title, arm), color in zip(kernels.items(), plots.PALETTE, strict=False):
+        alphas = np.array(arm.alphas)
         for d, (dtype, dashes) in enumerate(zip(('f32', 'bf16'), plots.DASHES, strict=False)):
-            errors = of.arrays['layer_error'][:, d]  # [S, alphas, L]
-            style = {'color': colour, 'ls': dashes, 'lw': 1.2}
+            errors = arm.arrays['layer_error'][:, d]  # [S, alphas, L]
+            style = {'color': color, 'ls': dashes, 'lw': 1.2}
             label = f'{title}, {dtype}'
             median = np.median(errors, (0, 2))
             median[median == 0] = np.nan  # no point on a logarithmic axis
-            left.plot(alphas, median, label=label, **style)
-            left.fill_between(
+            error_axes.plot(alphas, median, label=label, **style)
+            error_axes.fill_between(
                 alphas, errors.min((0, 2)), errors.max((0, 2)), median > 0,
-                color=colour, alpha=0.15, lw=0,
+                color=color, alpha=0.15, lw=0,
             )  # fmt: skip
-            lost = of.arrays['accuracy'][:, d] - of.arrays['own_accuracy'][:, None]
-            mean, low, high = statistics.estimate_band(100 * lost)
-            right.plot(alphas, mean, label=label, **style)
+            accuracy_gap = arm.arrays['accuracy'][:, d] - arm.arrays['own_accuracy'][:, None]
+            mean, low, high = statistics.estimate_band(100 * accuracy_gap)
+            accuracy_axes.plot(alphas, mean, label=label, **style)
             if low is not None and high is not None:
-                right.fill_between(alphas, low, high, color=colour, alpha=0.15, lw=0)
+                accuracy_axes.fill_between(alphas, low, high, color=color, alpha=0.15, lw=0)
     alphas = np.linspace(0.5, 21, 50)
-    left.plot(alphas, np.exp(-alphas), color=plots.GREY, ls=(0, (1, 1)), lw=1, label='e⁻ᵅ')
-    left.set(xlabel='α of every head', ylabel='relative error of a layer')
-    left.set(yscale='log', xlim=(0, 24), ylim=(1e-9, 2))
-    panels.powers(left.yaxis)
-    right.set(xlabel='α of every head', ylabel='accuracy, less that of\nthe convolutions (points)')
-    right.set_xlim(0, 12)
-    left.legend(frameon=False)
+    error_axes.plot(alphas, np.exp(-alphas), color=plots.GREY, ls=(0, (1, 1)), lw=1, label='e⁻ᵅ')
+    error_axes.set(xlabel='α of every head', ylabel='relative error of a layer')
+    error_axes.set(yscale='log', xlim=(0, 24), ylim=(1e-9, 2))
+    panels.set_power_ticks(error_axes.yaxis)
+    accuracy_axes.set(
+        xlabel='α of every head', ylabel='accuracy, less that of\nthe convolutions (points)'
+    )
+    accuracy_axes.set_xlim(0, 12)
+    error_axes.legend(frameon=False)
 
 
-def _centres(shown: dict[str, Kept]) -> Figure:
+def _draw_centers(labeled_arms: dict[str, ArmArrays]) -> Figure:
     """Of the first seed, the centres of every layer's heads before and after, and their widths."""
-    depth = next(iter(shown.values())).arrays['Delta'].shape[1]
-    figure = Figure(figsize=(plots.WIDTH, 0.5 + 1.75 * len(shown)), layout='constrained')
-    grid = figure.subplots(len(shown), depth, squeeze=False, sharex=True, sharey=True)
-    for row, (title, of) in zip(grid, shown.items(), strict=True):
+    depth = next(iter(labeled_arms.values())).arrays['Delta'].shape[1]
+    figure = Figure(figsize=(plots.WIDTH, 0.5 + 1.75 * len(labeled_arms)), layout='constrained')
+    grid = figure.subplots(len(labeled_arms), depth, squeeze=False, sharex=True, sharey=True)
+    for row, (title, arm) in zip(grid, labeled_arms.items(), strict=True):
         row[0].set_ylabel(f'{title}\nrows')
         for layer, axes in enumerate(row):
-            _heads(axes, {name: a[0, layer] for name, a in of.arrays.items()})
+            _draw_heads(axes, {name: a[0, layer] for name, a in arm.arrays.items()})
     for layer in range(depth):
         grid[0, layer].set_title(f'layer {layer + 1}')
         grid[-1, layer].set_xlabel('columns')
@@ -158,72 +159,75 @@ def _centres(shown: dict[str, Kept]) -> Figure:
     return figure
 
 
-def _heads(axes: Axes, of: dict[str, np.ndarray]) -> None:
+def _draw_heads(axes: Axes, arrays: dict[str, np.ndarray]) -> None:
     """Offsets of one layer, Δ [H, 2] as (rows, columns); rows run down, as in an image."""
     offsets = np.array([(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)])
     axes.plot(*offsets.T[::-1], '+', color=plots.INK, ms=5, mew=0.6, label='3 × 3 kernel')
-    before, after = of['Delta_before'], of['Delta']
+    before, after = arrays['Delta_before'], arrays['Delta']
     for start, end in zip(before, after, strict=True):
         axes.plot(*zip(start[::-1], end[::-1], strict=True), color=plots.GREY, lw=0.6, zorder=1)
     axes.plot(*before.T[::-1], 'o', mfc='none', color=plots.GREY, ms=3.5, label='Δ before')
     axes.plot(*after.T[::-1], 'o', color=plots.PALETTE[0], ms=3.5, mew=0, label='Δ after')
-    for centre, alpha in zip(after, of['alpha'], strict=True):
+    for center, alpha in zip(after, arrays['alpha'], strict=True):
         if alpha > 0:  # below, the head looks away from its centre
             axes.add_patch(
-                Circle(centre[::-1], width(alpha), color=plots.PALETTE[0], alpha=0.12, lw=0)
+                Circle(center[::-1], compute_width(alpha), color=plots.PALETTE[0], alpha=0.12, lw=0)
             )
     axes.set(
         aspect='equal', xlim=(-4.5, 4.5), ylim=(4.5, -4.5), xticks=(-4, 0, 4), yticks=(-4, 0, 4)
     )
 
 
-def width(alpha: Any) -> Any:
+def compute_width(alpha: Any) -> Any:
     """The standard deviation of a head's Gaussian along an axis, in pixels: 1 / √(2α)."""
     return 1 / np.sqrt(2 * np.maximum(alpha, 1e-6))
 
 
-def _errors(kernels: dict[str, Kept]) -> str:
+def _tabulate_errors(kernels: dict[str, ArmArrays]) -> str:
     """Means over layers and seeds; and over seeds of what the whole network loses."""
     header = ['kernel, α', 'error of a layer, f32 [95 %]', 'bf16 [95 %]']
     header += ['error of the logits, f32 [95 %]', 'accuracy lost, f32, points [95 %]']
     body = []
-    for title, of in kernels.items():
-        arrays = of.arrays
-        lost = 100 * (arrays['own_accuracy'][:, None] - arrays['accuracy'][:, 0])
-        for i, alpha in enumerate(of.alphas):
+    for title, arm in kernels.items():
+        arrays = arm.arrays
+        accuracy_lost = 100 * (arrays['own_accuracy'][:, None] - arrays['accuracy'][:, 0])
+        for i, alpha in enumerate(arm.alphas):
             columns = [arrays['layer_error'][:, d, i].mean(-1) for d in (0, 1)]
             columns.append(arrays['logit_error'][:, 0, i])
             line = [f'{title}, {alpha:g}']
-            line += [_scientific(_estimate(of, values)) for values in columns]
-            body.append([*line, str(tables.format_interval(_estimate(of, lost[:, i]), 2))])
+            line += [_scientific(_estimate(arm, values)) for values in columns]
+            body.append(
+                [*line, str(tables.format_interval(_estimate(arm, accuracy_lost[:, i]), 2))]
+            )
     return '**K² heads in place of a K × K convolution**\n\n' + tables.format_markdown(header, body)
 
 
-def _moved(kept: dict[str, Kept]) -> str:
+def _tabulate_centers(arms: dict[str, ArmArrays]) -> str:
     """Of every layer of self-attention, how its centres lie to the offsets of a 3 × 3 kernel."""
     offsets = np.array([(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)], float)
     header = ['arm', 'layer', 'moved, pixels', f'heads within {NEAR} of an offset, before', 'after']
     header += ['offsets with such a head, before', 'after', 'width before', 'after']
     body = []
-    for label, of in kept.items():
-        if 'Delta' not in of.arrays:
+    for label, arm in arms.items():
+        if 'Delta' not in arm.arrays:
             continue
-        for layer in range(of.arrays['Delta'].shape[1]):
-            before, after = (of.arrays[name][:, layer] for name in ('Delta_before', 'Delta'))
-            moved = np.linalg.norm(after - before, axis=-1).mean(-1)
-            moved[moved < 1e-6] = 0  # rounding
-            near = [
-                np.linalg.norm(D[:, :, None] - offsets, axis=-1) <= NEAR for D in (before, after)
+        for layer in range(arm.arrays['Delta'].shape[1]):
+            before, after = (arm.arrays[name][:, layer] for name in ('Delta_before', 'Delta'))
+            distance = np.linalg.norm(after - before, axis=-1).mean(-1)
+            distance[distance < 1e-6] = 0  # rounding
+            is_near = [
+                np.linalg.norm(centers[:, :, None] - offsets, axis=-1) <= NEAR
+                for centers in (before, after)
             ]  # [S, H, 9]
-            values = [(moved, 2)]
-            values += [(100 * n.any(-1).mean(-1), 0) for n in near]
-            values += [(n.any(1).sum(-1).astype(float), 1) for n in near]
+            values = [(distance, 2)]
+            values += [(100 * mask.any(-1).mean(-1), 0) for mask in is_near]
+            values += [(mask.any(1).sum(-1).astype(float), 1) for mask in is_near]
             values += [
-                (np.median(width(of.arrays[name][:, layer]), -1), 2)
+                (np.median(compute_width(arm.arrays[name][:, layer]), -1), 2)
                 for name in ('alpha_before', 'alpha')
             ]
             line = [label, str(layer + 1)]
-            line += [str(tables.format_interval(_estimate(of, v), digits)) for v, digits in values]
+            line += [str(tables.format_interval(_estimate(arm, v), digits)) for v, digits in values]
             body.append(line)
     note = (
         'Means over seeds [95 %]. A 3 × 3 kernel has 9 offsets; heads near one are in per cent. '
@@ -232,11 +236,11 @@ def _moved(kept: dict[str, Kept]) -> str:
     return f'**Centres of the heads**\n\n{tables.format_markdown(header, body)}\n\n{note}'
 
 
-def _estimate(of: Kept, values: np.ndarray) -> statistics.Estimate:
-    return statistics.estimate(dict(zip(of.seeds, map(float, values), strict=True)), 'kept')
+def _estimate(arm: ArmArrays, values: np.ndarray) -> statistics.Estimate:
+    return statistics.estimate(dict(zip(arm.seeds, map(float, values), strict=True)), 'kept')
 
 
-def _scientific(e: statistics.Estimate) -> str:
-    if e.low is None or e.high is None:
-        return f'{e.mean:.1e}'
-    return f'{e.mean:.1e} [{e.low:.1e}, {e.high:.1e}]'
+def _scientific(estimate: statistics.Estimate) -> str:
+    if estimate.low is None or estimate.high is None:
+        return f'{estimate.mean:.1e}'
+    return f'{estimate.mean:.1e} [{estimate.low:.1e}, {estimate.high:.1e}]'

@@ -6,8 +6,8 @@ connects all modules, or in two that do not, or none; other pairs are tested. Th
 the modules are given, or nothing but the number of a task, a context being learnt for each. Ten
 seeds, and ten others.
 
-    python -m launch.local --sweep=experiments/composition/sweep.py --workdir=runs/modules
-    --parallel=2
+    python -m launch.local --sweep=experiments/composition/sweep.py --workdir=runs/modules \
+        --parallel=2
 
 The report also has composition.png, .pdf and .md: errors on the combinations that were trained and
 on those that were not.
@@ -89,55 +89,55 @@ def sweep() -> list[dict[str, Any]]:
     return chain(arms(STUDENTS, 'given', 'drawn', 4000), arms(LEARNED, 'learned', 'equal', 7200))
 
 
-Found = dict[tuple[str, str, str], runs.Arm]  # student, context, support →
+ArmByKey = dict[tuple[str, str, str], runs.Arm]  # student, context, support →
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Draws errors in and out of the support, and writes them as a table."""
     sweep = runs.read_sweep(workdir)
-    found = {_key(arm): arm for arm in sweep.arms if arm.finite_values(METRIC, SPLIT)}
-    shown = [c for c in CONTEXTS if any(context == c for _, context, _ in found)]
+    arms = {_key(arm): arm for arm in sweep.arms if arm.finite_values(METRIC, SPLIT)}
+    contexts = [context for context in CONTEXTS if any(key[1] == context for key in arms)]
     with matplotlib.rc_context(plots.STYLE):
-        rows = max((len(_students(found, c)) for c in shown), default=1)
+        rows = max((len(_students(arms, context)) for context in contexts), default=1)
         figure = Figure(figsize=(plots.WIDTH, 1.3 + 0.2 * rows), layout='constrained')
-        grid = figure.subplots(1, max(1, len(shown)), squeeze=False)[0]
-        for axes, context in zip(grid, shown, strict=False):
-            _draw(axes, found, context)
+        grid = figure.subplots(1, max(1, len(contexts)), squeeze=False)[0]
+        for axes, context in zip(grid, contexts, strict=False):
+            _draw(axes, arms, context)
         handles, labels = grid[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc='outside lower center', ncols=2, frameon=False)
         plots.save(figure, out, 'composition')
-    texts = [_table(found, context, sweep.seed_sets) for context in shown]
+    texts = [_table(arms, context, sweep.seed_sets) for context in contexts]
     texts = [*filter(None, [*texts, sweep.describe_excluded()])]
     (out / 'composition.md').write_text('\n\n'.join(texts) + '\n', encoding='utf-8')
 
 
 def _key(arm: runs.Arm) -> tuple[str, str, str]:
-    said, depth = arm.overrides, arm.overrides['model.depth']
-    name = tables.humanize(said['model.fusion.name'])
+    overrides, depth = arm.overrides, arm.overrides['model.depth']
+    name = tables.humanize(overrides['model.fusion.name'])
     name += f', depth {depth}' if depth > 1 else ''
-    return name, said['problem.context'], said['problem.support']
+    return name, overrides['problem.context'], overrides['problem.support']
 
 
-def _students(found: Found, context: str) -> list[str]:
-    return list(dict.fromkeys(name for name, c, _ in found if c == context))
+def _students(arms: ArmByKey, context: str) -> list[str]:
+    return list(dict.fromkeys(name for name, c, _ in arms if c == context))
 
 
-def _draw(axes: Axes, found: Found, context: str) -> None:
+def _draw(axes: Axes, arms: ArmByKey, context: str) -> None:
     """A line for each student, a mark for each support: filled out of it, and hollow in it."""
-    students = _students(found, context)
+    students = _students(arms, context)
     for y, name in enumerate(students):
         for i, (support, marker) in enumerate(SUPPORTS.items()):
-            arm = found.get((name, context, support))
+            arm = arms.get((name, context, support))
             if arm is None:
                 continue
-            colour, at = plots.PALETTE[i], y + 0.25 * (i - 1)
+            color, y_mark = plots.PALETTE[i], y + 0.25 * (i - 1)
             unseen = statistics.estimate(arm.final_values(METRIC, 'unseen'), name)
             seen = statistics.estimate(arm.final_values(METRIC, 'seen'), name)
-            axes.plot(seen.mean, at, marker, color=colour, mfc='none', ms=3.5, mew=0.7)
+            axes.plot(seen.mean, y_mark, marker, color=color, mfc='none', ms=3.5, mew=0.7)
             if unseen.low is not None:
-                axes.plot([unseen.low, unseen.high], [at, at], color=colour, lw=1.2)
+                axes.plot([unseen.low, unseen.high], [y_mark, y_mark], color=color, lw=1.2)
             label = f'unseen pairs, {support}' if y == 0 else None
-            axes.plot(unseen.mean, at, marker, color=colour, ms=4, mew=0, ls='', label=label)
+            axes.plot(unseen.mean, y_mark, marker, color=color, ms=4, mew=0, ls='', label=label)
     if students:
         axes.plot([], [], 'o', color=plots.GREY, mfc='none', ms=3.5, mew=0.7, ls='',
                   label='hollow: combinations seen')  # fmt: skip
@@ -147,16 +147,16 @@ def _draw(axes: Axes, found: Found, context: str) -> None:
     axes.spines['left'].set_visible(False)
     axes.grid(axis='x', lw=0.3, color=plots.GREY, alpha=0.5)
     axes.set(xscale='log', xlabel='variance not explained', title=CONTEXTS[context])
-    panels.powers(axes.xaxis)
+    panels.set_power_ticks(axes.xaxis)
 
 
-def _table(found: Found, context: str, draws: tuple[tuple[int, ...], ...]) -> str:
+def _table(arms_by_key: ArmByKey, context: str, draws: tuple[tuple[int, ...], ...]) -> str:
     """Errors seen and unseen by support; under it how well the two draws agree on the ranking."""
-    students = _students(found, context)
-    supports = [s for s in SUPPORTS if any((name, context, s) in found for name in students)]
+    students = _students(arms_by_key, context)
+    supports = [s for s in SUPPORTS if any((name, context, s) in arms_by_key for name in students)]
     body = []
     for name in students:
-        arms = [found.get((name, context, support)) for support in supports]
+        arms = [arms_by_key.get((name, context, support)) for support in supports]
         first = next(arm for arm in arms if arm is not None)
         line = [name, f'{first.get_cost("parameters", "model"):,}']
         for arm in arms:
@@ -168,13 +168,15 @@ def _table(found: Found, context: str, draws: tuple[tuple[int, ...], ...]) -> st
     header = ['student', 'parameters']
     header += [f'{s}: {split} [95 %]' for s in supports for split in ('seen', 'unseen')]
     text = f'**{CONTEXTS[context].capitalize()}**\n\n{tables.format_markdown(header, body)}'
-    said = []
+    taus = []
     for support in supports:
-        arms = {n: found[key] for n in students if (key := (n, context, support)) in found}
+        arms = {
+            n: arms_by_key[key] for n in students if (key := (n, context, support)) in arms_by_key
+        }
         values = {name: arm.final_values(METRIC, SPLIT) for name, arm in arms.items()}
         tau = panels.agreement(values, draws)
-        said += [] if tau is None else [f'{support} {tau:.2f}']
-    if said:
+        taus += [] if tau is None else [f'{support} {tau:.2f}']
+    if taus:
         text += "\n\nKendall's τ of the rankings on unseen pairs by the two sets of seeds: "
-        text += ', '.join(said) + '.'
+        text += ', '.join(taus) + '.'
     return text

@@ -6,8 +6,8 @@ network can be any of these ReLU networks as well, with W = 0 and their U, V and
 training: a test shows it bit for bit (tests/experiments/test_expressivity.py). Five seeds, and once
 more with five others.
 
-    python -m launch.local --sweep=experiments/expressivity/inclusion.py --workdir=runs/inclusion
-    --parallel=2
+    python -m launch.local --sweep=experiments/expressivity/inclusion.py --workdir=runs/inclusion \
+        --parallel=2
 
 Ten minutes on two cores. The report also has inclusion.png and .pdf: the error against the size,
 and where on the plane the errors of two networks are.
@@ -77,8 +77,8 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
             _errors(left, kind, label, plots.GREY, dashes)
         _errors(left, [a for n, a in arms.items() if n.startswith('mi')], 'MI', plots.PALETTE[0])
         left.set(xscale='log', yscale='log', xlabel='parameters', ylabel='mean squared error')
-        panels.powers(left.xaxis)
-        panels.powers(left.yaxis)
+        panels.set_power_ticks(left.xaxis)
+        panels.set_power_ticks(left.yaxis)
         figure.legend(loc='outside lower center', ncols=3, handlelength=3, frameon=False)
         shown = {'concat, 1, 16': 'concat, width 16', 'mi, 0, 1': 'MI'}
         for axes, (label, title) in zip(maps, shown.items(), strict=True):
@@ -87,7 +87,7 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
         maps[1].set_yticklabels([])
         if image is not None:
             bar = figure.colorbar(image, ax=maps, label='|error|', extend='both')
-            panels.powers(bar.ax.yaxis)
+            panels.set_power_ticks(bar.ax.yaxis)
         plots.save(figure, out, 'inclusion')
 
 

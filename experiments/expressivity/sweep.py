@@ -5,8 +5,8 @@ concatenation one to three hidden layers. For each dimension of x and z, the sma
 reaches a mean squared error of 0.1 on Gaussian inputs, found by bisection on the width with the
 best of three learning rates, for each of five seeds; once more with five others.
 
-    python -m launch.local --sweep=experiments/expressivity/sweep.py --workdir=runs/growth
-    --parallel=2
+    python -m launch.local --sweep=experiments/expressivity/sweep.py --workdir=runs/growth \
+        --parallel=2
 
 The report also has expressivity.png, .pdf and .md: parameters against the
 dimension, and the law of their growth.
@@ -84,17 +84,17 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
         grid = figure.subplots(1, len(TARGETS), sharey=True)
         names = [_name(arm) for arm in arms]
         styles = panels.styles(names, grey=[name for name in names if name.startswith('concat')])
-        for axes, (target, of_target) in zip(grid, by_target.items(), strict=True):
-            _draw(axes, TARGETS[target], of_target, styles)
+        for axes, (target, target_arms) in zip(grid, by_target.items(), strict=True):
+            _draw(axes, TARGETS[target], target_arms, styles)
         figure.axes[0].set_ylabel('parameters')
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc='outside lower center', ncols=4, handlelength=3,
                       frameon=False)  # fmt: skip
         plots.save(figure, out, 'expressivity')
     texts = [
-        f'**{target}**, {TARGETS[target]}\n\n{_table(of_target)}\n'
-        for target, of_target in by_target.items()
-        if of_target
+        f'**{target}**, {TARGETS[target]}\n\n{_table(target_arms)}\n'
+        for target, target_arms in by_target.items()
+        if target_arms
     ]
     texts += [
         'Medians over all seeds, of which one that did not reach the error counts as larger than '
@@ -104,23 +104,28 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     (out / 'expressivity.md').write_text('\n'.join(texts), encoding='utf-8')
 
 
-def smallest(arm: runs.Arm) -> dict[int, dict[int, float]]:
+def smallest_parameters(arm: runs.Arm) -> dict[int, dict[int, float]]:
     """{dimension: {seed: parameters}}; ∞ where the target was not reached."""
-    reached = {d: arm.final_values(f'parameters/{d}', SPLIT) for d in arm.config['search']['at']}
-    return {d: {seed: of.get(seed, np.inf) for seed in arm.seeds} for d, of in reached.items()}
+    parameters = {d: arm.final_values(f'parameters/{d}', SPLIT) for d in arm.config['search']['at']}
+    return {
+        d: {seed: by_seed.get(seed, np.inf) for seed in arm.seeds}
+        for d, by_seed in parameters.items()
+    }
 
 
-def laws(arm: runs.Arm) -> tuple[list[int], dict[int, float]]:
+def growth_law(arm: runs.Arm) -> tuple[list[int], dict[int, float]]:
     """The dimensions that all seeds reached, from the first of the law on, and {seed: exponent}."""
-    found, first = smallest(arm), arm.config['search']['fit_from']
+    sizes, fit_from = smallest_parameters(arm), arm.config['search']['fit_from']
     dimensions = [
-        d for d, of in found.items() if d >= first and np.isfinite(list(of.values())).all()
+        d
+        for d, by_seed in sizes.items()
+        if d >= fit_from and np.isfinite(list(by_seed.values())).all()
     ]
     powers = {
-        seed: search.exponent(dimensions, [found[d][seed] for d in dimensions])
+        seed: search.exponent(dimensions, [sizes[d][seed] for d in dimensions])
         for seed in arm.seeds
     }
-    return dimensions, {seed: p for seed, p in powers.items() if p is not None}
+    return dimensions, {seed: power for seed, power in powers.items() if power is not None}
 
 
 def _name(arm: runs.Arm) -> str:
@@ -133,41 +138,43 @@ def _draw(
 ) -> None:
     """Medians and the whole range of the seeds; a triangle where half of them need more."""
     for i, arm in enumerate(arms):
-        found, (colour, dashes) = smallest(arm), styles[_name(arm)]
-        most = arm.config['search']['parameters']
-        d = np.array(list(found), float)
-        values = np.sort([list(of.values()) for of in found.values()], 1)
-        middle = np.median(values, 1)
-        there = np.isfinite(middle)
-        axes.plot(d[there], middle[there], color=colour, ls=dashes, marker='.', label=_name(arm))
-        ends = values[there, 0], np.minimum(values[there, -1], most)
-        axes.fill_between(d[there], *ends, color=colour, alpha=0.2, lw=0)
-        if not there.all():  # beside each other, the arms that do not get further
-            place = d[~there][:1] * 1.06**i
-            axes.plot(place, [most], '^', color=colour, mfc='none', ms=4, clip_on=False)
+        sizes, (color, dashes) = smallest_parameters(arm), styles[_name(arm)]
+        limit = arm.config['search']['parameters']
+        d = np.array(list(sizes), float)
+        values = np.sort([list(by_seed.values()) for by_seed in sizes.values()], 1)
+        medians = np.median(values, 1)
+        is_reached = np.isfinite(medians)
+        axes.plot(
+            d[is_reached], medians[is_reached], color=color, ls=dashes, marker='.', label=_name(arm)
+        )
+        ends = values[is_reached, 0], np.minimum(values[is_reached, -1], limit)
+        axes.fill_between(d[is_reached], *ends, color=color, alpha=0.2, lw=0)
+        if not is_reached.all():  # beside each other, the arms that do not get further
+            place = d[~is_reached][:1] * 1.06**i
+            axes.plot(place, [limit], '^', color=color, mfc='none', ms=4, clip_on=False)
     axes.set(title=title, xlabel='dimension of x and z', yscale='log')
-    panels.powers(axes.yaxis)
-    panels.ticks(axes, sorted({d for arm in arms for d in smallest(arm)}))
+    panels.set_power_ticks(axes.yaxis)
+    panels.set_ticks(axes, sorted({d for arm in arms for d in smallest_parameters(arm)}))
 
 
 def _table(arms: Sequence[runs.Arm]) -> str:
     """Median parameters by dimension, where not all seeds got there how many; and the law."""
-    dimensions = sorted({d for arm in arms for d in smallest(arm)})
+    dimensions = sorted({d for arm in arms for d in smallest_parameters(arm)})
     body = []
     for arm in arms:
         line = [_name(arm)]
-        for of in smallest(arm).values():
-            values = list(of.values())
+        for by_seed in smallest_parameters(arm).values():
+            values = list(by_seed.values())
             reached = int(np.isfinite(values).sum())
-            few = '' if reached == len(values) else f'{reached} of {len(values)} seeds'
-            middle = np.median(values)
-            text = f'{middle:,.0f}' if np.isfinite(middle) else 'not reached'
-            line.append(f'{text} ({few})' if few and reached else text)
-        fitted, powers = laws(arm)
+            note = '' if reached == len(values) else f'{reached} of {len(values)} seeds'
+            median = np.median(values)
+            text = f'{median:,.0f}' if np.isfinite(median) else 'not reached'
+            line.append(f'{text} ({note})' if note and reached else text)
+        fitted, powers = growth_law(arm)
         line.append(', '.join(map(str, fitted)) if powers else tables.NONE)
         for drawn in SEEDS:
-            of_draw = {seed: powers[seed] for seed in drawn if seed in powers}
-            law = statistics.estimate(of_draw, arm.label) if of_draw else None
+            draw_powers = {seed: powers[seed] for seed in drawn if seed in powers}
+            law = statistics.estimate(draw_powers, arm.label) if draw_powers else None
             line.append(str(tables.format_interval(law, 2)))
         body.append(line)
     header = ['network', *(f'd = {d}' for d in dimensions), 'law of d =']

@@ -12,32 +12,35 @@ from scipy import stats
 from mi.report import plots, statistics, tables
 
 Values = Mapping[float, Mapping[int, float]]  # {x: {seed: value}}
-Style = tuple[str, Any]  # colour and dashes
+Style = tuple[str, Any]  # color and dashes
 
 
 def styles(labels: Iterable[str], grey: Iterable[str] = ()) -> dict[str, Style]:
     """A color and dashes for each label, no two alike; shades of grey for those that are grey."""
     labels, grey = dict.fromkeys(labels), dict.fromkeys(grey)
-    others = [label for label in labels if label not in grey]
-    found: dict[str, Style] = {label: plots.make_style(i)[:2] for i, label in enumerate(others)}
+    colored = [label for label in labels if label not in grey]
+    by_label: dict[str, Style] = {label: plots.make_style(i)[:2] for i, label in enumerate(colored)}
     for i, label in enumerate(grey):
         turn, place = divmod(i, len(plots.DASHES))
         shade = 0x80 if not turn else 0x40 + round(0x70 * (turn * plots.GOLDEN % 1))
-        found[label] = (f'#{shade:02X}{shade:02X}{shade:02X}', plots.DASHES[place])
-    return found
+        by_label[label] = (f'#{shade:02X}{shade:02X}{shade:02X}', plots.DASHES[place])
+    return by_label
 
 
-def line(axes: Axes, values: Values, label: str, style: Style) -> None:
+def draw_line(axes: Axes, values: Values, label: str, style: Style) -> None:
     """Means over the seeds, with bars for their 95 % intervals; none where one is not finite."""
-    estimates = {x: statistics.estimate(of, label) for x, of in values.items() if _finite(of)}
+    estimates = {
+        x: statistics.estimate(by_seed, label) for x, by_seed in values.items() if _finite(by_seed)
+    }
     if not estimates:
         return
-    middle = [e.mean for e in estimates.values()]
-    ends = np.array([[e.low, e.high] if e.low is not None else [e.mean] * 2
-                     for e in estimates.values()], float)  # fmt: skip
-    colour, dashes = style
+    means = [estimate.mean for estimate in estimates.values()]
+    bounds = np.array(
+        [[e.mean if end is None else end for end in (e.low, e.high)] for e in estimates.values()]
+    )
+    color, dashes = style
     axes.errorbar(
-        list(estimates), middle, np.abs(ends.T - middle), color=colour, ls=dashes, marker='.',
+        list(estimates), means, np.abs(bounds.T - means), color=color, ls=dashes, marker='.',
         ms=4, lw=1.2, elinewidth=0.8, label=label,
     )  # fmt: skip
 
@@ -45,21 +48,21 @@ def line(axes: Axes, values: Values, label: str, style: Style) -> None:
 SUPERSCRIPTS = str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹')
 
 
-def power(value: float, position: Any = None) -> str:
+def format_power(value: float, position: Any = None) -> str:
     """10⁻³ for 0.001 and 2·10⁻³ for 0.002, in letters, as figures here parse no mathematics."""
     mantissa, exponent = f'{value:.3e}'.split('e')
     times = '' if float(mantissa) == 1 else f'{float(mantissa):g}·'
     return f'{times}10' + f'{int(exponent)}'.translate(SUPERSCRIPTS)
 
 
-def powers(axis: Axis) -> None:
+def set_power_ticks(axis: Axis) -> None:
     """Ticks at powers of ten, or between them if there are too few, of a logarithmic axis."""
     axis.set_major_locator(plots.Decades())
-    axis.set_major_formatter(FuncFormatter(power))
+    axis.set_major_formatter(FuncFormatter(format_power))
     axis.set_minor_locator(NullLocator())
 
 
-def ticks(axes: Axes, numbers: Sequence[float]) -> None:
+def set_ticks(axes: Axes, numbers: Sequence[float]) -> None:
     """A logarithmic axis of x with these numbers and no others."""
     axes.set_xscale('log')
     axes.set_xticks(list(numbers), [f'{n:.12g}' for n in numbers])
@@ -85,14 +88,14 @@ def agreement(
       values: {arm: {seed: value}}.
       draws: the first two are compared; of arms that lack none of their seeds and are finite.
     """
-    whole = [
-        of
-        for of in values.values()
-        if _finite(of) and all(s in of for seeds in draws[:2] for s in seeds)
+    complete = [
+        by_seed
+        for by_seed in values.values()
+        if _finite(by_seed) and all(s in by_seed for seeds in draws[:2] for s in seeds)
     ]
-    if len(draws) < 2 or len(whole) < 2:
+    if len(draws) < 2 or len(complete) < 2:
         return None
-    means = [[np.mean([of[s] for s in seeds]) for of in whole] for seeds in draws[:2]]
+    means = [[np.mean([by_seed[s] for s in seeds]) for by_seed in complete] for seeds in draws[:2]]
     tau = float(stats.kendalltau(*means).statistic)
     return tau if np.isfinite(tau) else None
 

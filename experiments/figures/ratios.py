@@ -14,9 +14,13 @@ def geometric(values: Mapping[int, float], arm: str) -> Estimate:
     Raises:
       ValueError: if there is no value, or one is not positive and finite.
     """
-    if low := [seed for seed, value in values.items() if not value > 0]:
-        raise ValueError(f'{arm}: the value of seed {low[0]} is {values[low[0]]}')
-    return _exp(statistics.estimate({seed: math.log(v) for seed, v in values.items()}, arm))
+    if invalid_seeds := [seed for seed, value in values.items() if not value > 0]:
+        raise ValueError(
+            f'{arm}: the value of seed {invalid_seeds[0]} is {values[invalid_seeds[0]]}'
+        )
+    return _exponentiate(
+        statistics.estimate({seed: math.log(v) for seed, v in values.items()}, arm)
+    )
 
 
 def ratio(values: Mapping[int, float], baseline: Mapping[int, float], arm: str) -> Estimate | None:
@@ -25,20 +29,20 @@ def ratio(values: Mapping[int, float], baseline: Mapping[int, float], arm: str) 
     return geometric(paired, arm) if paired else None
 
 
-def text(estimate: Estimate | None) -> str:
+def format_estimate(estimate: Estimate | None) -> str:
     """mean [low, high], in two significant digits."""
     if estimate is None:
         return NONE
-    mean, low, high = (_short(x) for x in (estimate.mean, estimate.low, estimate.high))
+    mean, low, high = (_format(x) for x in (estimate.mean, estimate.low, estimate.high))
     return mean if estimate.low is None else f'{mean} [{low}, {high}]'
 
 
-def _exp(of_logs: Estimate) -> Estimate:
-    low, high = (None if x is None else math.exp(x) for x in (of_logs.low, of_logs.high))
-    return Estimate(math.exp(of_logs.mean), low, high, of_logs.n)
+def _exponentiate(log_estimate: Estimate) -> Estimate:
+    low, high = (None if x is None else math.exp(x) for x in (log_estimate.low, log_estimate.high))
+    return Estimate(math.exp(log_estimate.mean), low, high, log_estimate.n)
 
 
-def _short(value: float | None) -> str:
+def _format(value: float | None) -> str:
     if value is None:
         return NONE
     if 10 <= value < 1000:

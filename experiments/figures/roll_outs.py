@@ -22,52 +22,52 @@ class Style(NamedTuple):
     """How an arm is called and drawn."""
 
     label: str
-    colour: str
+    color: str
     dashes: Any
 
 
-def kept(workdir: pathlib.Path, label: str) -> dict[str, np.ndarray]:
+def load_artifacts(workdir: pathlib.Path, label: str) -> dict[str, np.ndarray]:
     """The artefacts of an arm, the seeds of all its runs one after the other; {} without them."""
     members = json.loads((workdir / 'sweep.json').read_text())['members']
     files = [workdir / m['name'] / 'artefacts.npz' for m in members if m['label'] == label]
     loaded = [np.load(file) for file in files if file.exists()]
     names = loaded[0].files if loaded else []
-    return {name: np.concatenate([of[name] for of in loaded]) for name in names}
+    return {name: np.concatenate([part[name] for part in loaded]) for name in names}
 
 
-def curve(axes: Axes, time: np.ndarray, values: np.ndarray, style: Style) -> None:
+def draw_curve(axes: Axes, time: np.ndarray, values: np.ndarray, style: Style) -> None:
     """The geometric mean of [seeds, times] with its interval; only where all are above zero."""
-    there = (values > 0).all(0)
-    middle, low, high = statistics.estimate_band(np.log(values[:, there]))
+    is_positive = (values > 0).all(0)
+    middle, low, high = statistics.estimate_band(np.log(values[:, is_positive]))
     axes.plot(
-        time[there],
+        time[is_positive],
         np.exp(middle),
-        color=style.colour,
+        color=style.color,
         ls=style.dashes,
         lw=1,
         label=style.label,
     )
     if low is not None and high is not None:
         ends = np.exp(low), np.exp(high)
-        axes.fill_between(time[there], *ends, color=style.colour, alpha=0.15, lw=0)
+        axes.fill_between(time[is_positive], *ends, color=style.color, alpha=0.15, lw=0)
     axes.set_yscale('log')
-    panels.powers(axes.yaxis)
+    panels.set_power_ticks(axes.yaxis)
 
 
-def legend(figure: Figure, columns: int) -> None:
+def draw_legend(figure: Figure, columns: int) -> None:
     """One for all panels, below them; each label once."""
     lines = {str(line.get_label()): line for axes in figure.axes for line in axes.get_lines()}
-    named = {label: line for label, line in lines.items() if not label.startswith('_')}
+    labeled = {label: line for label, line in lines.items() if not label.startswith('_')}
     figure.legend(
-        named.values(), named.keys(), loc='outside lower center', ncols=columns, frameon=False
+        labeled.values(), labeled.keys(), loc='outside lower center', ncols=columns, frameon=False
     )
 
 
-LEARNT = 0.5  # an error below which a law has learnt to move at all; it is 1 for a body at rest
+LEARNED = 0.5  # an error below which a law has learnt to move at all; it is 1 for a body at rest
 NOTE = (
     'Geometric means over seeds, but for `valid`, a share: its means are arithmetic. Drifts are '
-    f'those of the seeds whose error is below {LEARNT}, as a body that rests has none; where these '
-    'are not all, their number is given.'
+    f'those of the seeds whose error is below {LEARNED}, as a body that rests has none; where '
+    'these are not all, their number is given.'
 )
 
 
@@ -94,22 +94,26 @@ def table(
         line = [name, tables.NONE if parameters is None else f'{parameters:,}']
         for score in scores:
             values = arm.finite_values(score, split)
-            text = ratios.text(ratios.geometric(values, name) if values else None)
+            text = ratios.format_estimate(ratios.geometric(values, name) if values else None)
             if score.startswith('drift') and values:
                 moving = {
-                    s for s, error in arm.final_values('error', split).items() if error < LEARNT
+                    s for s, error in arm.final_values('error', split).items() if error < LEARNED
                 }
-                some = {seed: value for seed, value in values.items() if seed in moving}
-                text = ratios.text(ratios.geometric(some, name) if some else None)
-                text += f' ({len(some)} of {len(values)})' * (len(some) < len(values))
+                moving_values = {seed: value for seed, value in values.items() if seed in moving}
+                text = ratios.format_estimate(
+                    ratios.geometric(moving_values, name) if moving_values else None
+                )
+                text += f' ({len(moving_values)} of {len(values)})' * (
+                    len(moving_values) < len(values)
+                )
             line.append(text)
         valid = arm.finite_values('valid', split)
         line.append(
             str(tables.format_interval(statistics.estimate(valid, name) if valid else None, 2))
         )
-        found = arm.finite_values(metric, split)
-        for seeds in draws or [tuple(found)]:
-            ratio = ratios.ratio({s: found[s] for s in seeds if s in found}, baseline, name)
-            line.append(ratios.text(None if name == reference else ratio))
+        finals = arm.finite_values(metric, split)
+        for seeds in draws or [tuple(finals)]:
+            ratio = ratios.ratio({s: finals[s] for s in seeds if s in finals}, baseline, name)
+            line.append(ratios.format_estimate(None if name == reference else ratio))
         body.append(line)
     return tables.format_markdown(header, body)

@@ -5,8 +5,8 @@ which q and p meet by a fusion; an MI of the state with itself; a separable T(p)
 systems are; and fields without an energy. Learnt from velocities at states of 100 trajectories,
 predicted for ten times as long as these are. Five seeds, and once more with five others.
 
-    python -m launch.local --sweep=experiments/hamiltonian/sweep.py --workdir=runs/states
-    --parallel=2
+    python -m launch.local --sweep=experiments/hamiltonian/sweep.py --workdir=runs/states \
+        --parallel=2
 
 The report also has hamiltonian.png and .pdf: phase portraits, the error and the drift of energy
 over time; and hamiltonian.md: all scores with intervals, and ranks in each set of seeds. The same
@@ -16,7 +16,6 @@ Source: after Toth et al. (ICLR 2020) and Greydanus et al. (NeurIPS 2019); what 
 all constants but those of the systems, are ours.
 """
 
-import dataclasses
 import pathlib
 from typing import Any
 
@@ -27,11 +26,10 @@ from matplotlib.figure import Figure
 
 from experiments.figures import roll_outs
 from experiments.figures.roll_outs import Style
+from experiments.hamiltonian import reports
 from experiments.hamiltonian.mechanics import SYSTEMS
-from launch.sweep import product, zip_
 from mi.report import (
     plots,
-    rankings,
     runs,
     statistics,
     tables,
@@ -64,43 +62,38 @@ ARMS = {
     'square, mi': Style('energy, MI of the state', plots.PALETTE[2], plots.DASHES[0]),
     'separable, none': Style('energy, T(p) + V(q)', plots.PALETTE[5], plots.DASHES[0]),
 }
-SHOWN = ('field, concat', 'joint, concat', 'joint, mi')  # in the portraits
+PORTRAIT_ARMS = ('field, concat', 'joint, concat', 'joint, mi')  # in the portraits
+REFERENCE = ARMS['joint, concat'].label
 SCORES = ('derivative', 'error', 'error_long', 'drift', 'drift_learnt')
 
 
 def sweep() -> list[dict[str, Any]]:
-    forms, fusions = zip(*(arm.split(', ') for arm in ARMS), strict=True)
-    return product(
-        product(**{'problem.system': list(SYSTEMS)}),
-        zip_(**{'model.form': forms, 'model.fusion.name': fusions}),
-        product(seeds=[(0, 1, 2, 3, 4), (5, 6, 7, 8, 9)]),
-    )
+    return reports.combine(list(ARMS))
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Draws portraits and curves of each system, and writes the scores as tables."""
     sweep = runs.read_sweep(workdir)
-    ended = {arm.label: arm for arm in sweep.arms if arm.finite_values(METRIC, SPLIT)}
     texts = []
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(plots.WIDTH, 0.6 + 1.5 * len(SYSTEMS)), layout='constrained')
         panels = figure.subplots(len(SYSTEMS), 3)
         for (portrait, *curves), name in zip(panels, SYSTEMS, strict=True):
-            arms = {arm: ended[label] for arm in ARMS if (label := f'{name}, {arm}') in ended}
-            kept = {arm: roll_outs.kept(workdir, f'{name}, {arm}') for arm in arms}
-            _portrait(portrait, name, kept)
+            arms = reports.select_arms(sweep, name, list(ARMS))
+            artifacts = {arm: roll_outs.load_artifacts(workdir, f'{name}, {arm}') for arm in arms}
+            _draw_portrait(portrait, name, artifacts)
             for axes, score in zip(curves, ('error', 'drift'), strict=True):
-                for arm, of in kept.items():
-                    values = of[score].mean(-1)  # over trajectories
+                for arm, arrays in artifacts.items():
+                    values = arrays[score].mean(-1)  # over trajectories
                     time = SYSTEMS[name].time * np.arange(values.shape[1])
-                    roll_outs.curve(axes, time, values, ARMS[arm])
-            named = {ARMS[arm].label: of for arm, of in arms.items()}
-            texts.append(_text(sweep, name, named))
+                    roll_outs.draw_curve(axes, time, values, ARMS[arm])
+            labeled = {ARMS[key].label: arm for key, arm in arms.items()}
+            texts.append(reports.describe(sweep, name, labeled, SCORES, REFERENCE))
         for axes, title in zip(panels[0], ('', 'error', 'drift of energy'), strict=True):
             axes.set_title(title, fontsize=8)
         for axes in panels[-1][1:]:
             axes.set_xlabel('time')
-        roll_outs.legend(figure, columns=3)
+        roll_outs.draw_legend(figure, columns=3)
         plots.save(figure, out, 'hamiltonian')
     texts += [
         f'{text}\n'
@@ -110,25 +103,20 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     (out / 'hamiltonian.md').write_text('\n'.join(texts), encoding='utf-8')
 
 
-def _portrait(axes: Axes, name: str, kept: dict[str, dict[str, np.ndarray]]) -> None:
+def _draw_portrait(axes: Axes, name: str, artifacts: dict[str, dict[str, np.ndarray]]) -> None:
     """Two trajectories of the first seed: q and p, or the orbit of the first of two bodies."""
-    one = SYSTEMS[name].degrees == 1
-    axes.set(xlabel='q' if one else 'x', ylabel=f'{tables.humanize(name)}\n{"p" if one else "y"}')
-    shown = {arm: kept[arm] for arm in SHOWN if arm in kept}
-    for arm, of in shown.items():
+    is_scalar = SYSTEMS[name].degrees == 1
+    axes.set(
+        xlabel='q' if is_scalar else 'x',
+        ylabel=f'{tables.humanize(name)}\n{"p" if is_scalar else "y"}',
+    )
+    drawn = {arm: artifacts[arm] for arm in PORTRAIT_ARMS if arm in artifacts}
+    for arm, arrays in drawn.items():
         for i in range(2):
-            axes.plot(*of['predicted'][0, :, i, :2].T, color=ARMS[arm].colour, lw=0.7, alpha=0.8)
-    for of in list(shown.values())[:1]:
-        true = of['true'][0, :, :2, :2]
+            axes.plot(*arrays['predicted'][0, :, i, :2].T, color=ARMS[arm].color, lw=0.7, alpha=0.8)
+    for arrays in list(drawn.values())[:1]:
+        true = arrays['true'][0, :, :2, :2]
         for i in range(2):
             axes.plot(*true[:, i].T, color=plots.INK, lw=0.6, ls=(0, (1, 2)), label='true')
         x, y = 1.4 * np.abs(true).max((0, 1))
         axes.set(xlim=(-x, x), ylim=(-y, y))
-
-
-def _text(sweep: runs.Sweep, name: str, arms: dict[str, runs.Arm]) -> str:
-    reference = ARMS['joint, concat'].label
-    scores = roll_outs.table(arms, SCORES, 'error_long', SPLIT, reference, sweep.seed_sets)
-    named = [dataclasses.replace(arm, label=label) for label, arm in arms.items()]
-    ranks = rankings.to_markdown(dataclasses.replace(sweep, arms=named))
-    return f'**{tables.humanize(name)}**\n\n{scores}\n\n{ranks}'

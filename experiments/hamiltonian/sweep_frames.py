@@ -16,7 +16,6 @@ Source: after Toth et al. (ICLR 2020); what is different is said in
   experiments/hamiltonian/frames.py.
 """
 
-import dataclasses
 import pathlib
 from typing import Any
 
@@ -27,11 +26,10 @@ from PIL import Image, ImageDraw
 
 from experiments.figures import roll_outs
 from experiments.figures.roll_outs import Style
+from experiments.hamiltonian import reports
 from experiments.hamiltonian.mechanics import SYSTEMS
-from launch.sweep import product, zip_
 from mi.report import (
     plots,
-    rankings,
     runs,
     statistics,
     tables,
@@ -61,55 +59,50 @@ ARMS = {
     'joint, concat': Style('energy, concat', plots.PALETTE[0], plots.DASHES[0]),
     'joint, mi': Style('energy, MI', plots.PALETTE[1], plots.DASHES[0]),
 }
+REFERENCE = ARMS['joint, concat'].label
 SCORES = ('pixels', 'pixels_long', 'error', 'error_long', 'drift', 'drift_learnt')
-FILMED = ('joint, concat', 'joint, mi', 'field, concat')
+FILM_ARMS = ('joint, concat', 'joint, mi', 'field, concat')
 SIDE = 128  # of a film's pictures, pixels
 CAPTION = 16
 MILLISECONDS = 60  # a frame
-BODIES = np.array([[0xD5, 0x5E, 0x00], [0x00, 0x72, 0xB2]])  # colours of the channels, on white
+BODIES = np.array([[0xD5, 0x5E, 0x00], [0x00, 0x72, 0xB2]])  # colors of the channels, on white
 HORIZONS = (0, 1, 2, 5, 10)  # in the figure
 
 
 def sweep() -> list[dict[str, Any]]:
-    forms, fusions = zip(*(arm.split(', ') for arm in ARMS), strict=True)
-    return product(
-        product(**{'problem.system': list(SYSTEMS)}),
-        zip_(**{'model.form': forms, 'model.fusion.name': fusions}),
-        product(seeds=[(0, 1, 2, 3, 4), (5, 6, 7, 8, 9)]),
-    )
+    return reports.combine(list(ARMS))
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Films and draws what the first seed predicts, draws curves, and writes scores as tables."""
     sweep = runs.read_sweep(workdir)
-    ended = {arm.label: arm for arm in sweep.arms if arm.finite_values(METRIC, SPLIT)}
     texts = []
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(plots.WIDTH, 0.6 + 1.9 * len(SYSTEMS)), layout='constrained')
         panels = figure.subplots(len(SYSTEMS), 2, width_ratios=(1.3, 1))
         for (pictures, errors), name in zip(panels, SYSTEMS, strict=True):
-            arms = {arm: ended[label] for arm in ARMS if (label := f'{name}, {arm}') in ended}
-            kept = {arm: roll_outs.kept(workdir, f'{name}, {arm}') for arm in arms}
-            films = _films(kept)
+            arms = reports.select_arms(sweep, name, list(ARMS))
+            artifacts = {arm: roll_outs.load_artifacts(workdir, f'{name}, {arm}') for arm in arms}
+            films = _select_films(artifacts)
             pictures.set_axis_off()
             if films:
-                _write(out / f'{name}.gif', films, SYSTEMS[name].time)
-                horizon = ended[f'{name}, {next(iter(arms))}'].config['problem']['horizon']
-                image, size = _mosaic(films, horizon)
+                _write_gif(out / f'{name}.gif', films, SYSTEMS[name].time)
+                horizon = next(iter(arms.values())).config['problem']['horizon']
+                image, size = _tile(films, horizon)
                 pictures.imshow(image)
                 for i, label in enumerate(films):
                     pictures.text(-4, (i + 0.5) * size, label, ha='right', va='center', fontsize=6)
                 for i, h in enumerate(HORIZONS):
                     pictures.text((i + 0.5) * size, -4, f'{h} T', ha='center', fontsize=6)
-            for arm, of in kept.items():
-                values = of['error'].mean(-1)  # over trajectories
+            for arm, arrays in artifacts.items():
+                values = arrays['error'].mean(-1)  # over trajectories
                 time = SYSTEMS[name].time * np.arange(values.shape[1])
-                roll_outs.curve(errors, time, values, ARMS[arm])
+                roll_outs.draw_curve(errors, time, values, ARMS[arm])
             errors.set_ylabel(f'error, {tables.humanize(name)}')
-            named = {ARMS[arm].label: of for arm, of in arms.items()}
-            texts.append(_text(sweep, name, named))
+            labeled = {ARMS[key].label: arm for key, arm in arms.items()}
+            texts.append(reports.describe(sweep, name, labeled, SCORES, REFERENCE))
         panels[-1][1].set_xlabel('time')
-        roll_outs.legend(figure, columns=3)
+        roll_outs.draw_legend(figure, columns=3)
         plots.save(figure, out, 'hamiltonian_frames')
     texts += [
         f'{text}\n'
@@ -119,22 +112,22 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     (out / 'hamiltonian_frames.md').write_text('\n'.join(texts), encoding='utf-8')
 
 
-def _films(kept: dict[str, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def _select_films(artifacts: dict[str, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """{what: frames [time, side, side, 3]} of the first seed's first trajectory."""
-    shown = {arm: kept[arm] for arm in FILMED if arm in kept}
-    films = {ARMS[arm].label: of['predicted'] for arm, of in shown.items()}
-    if shown:
-        films = {'true': next(iter(shown.values()))['true'], **films}
-    return {label: _paint(of[0, :, 0]) for label, of in films.items()}
+    filmed = {arm: artifacts[arm] for arm in FILM_ARMS if arm in artifacts}
+    films = {ARMS[arm].label: arrays['predicted'] for arm, arrays in filmed.items()}
+    if filmed:
+        films = {'true': next(iter(filmed.values()))['true'], **films}
+    return {label: _paint(arrays[0, :, 0]) for label, arrays in films.items()}
 
 
 def _paint(frames: np.ndarray) -> np.ndarray:
-    """Brightness [..., bodies] in bytes → colours on white [..., 3] in bytes."""
+    """Brightness [..., bodies] in bytes → colors on white [..., 3] in bytes."""
     absorbed = frames[..., None] / 255 * (1 - BODIES / 255)
     return np.uint8(np.round(255 * np.prod(1 - absorbed, axis=-2)))
 
 
-def _write(path: pathlib.Path, films: dict[str, np.ndarray], time: float) -> None:
+def _write_gif(path: pathlib.Path, films: dict[str, np.ndarray], time: float) -> None:
     """One GIF, all films beside each other."""
     images = []
     for t, frames in enumerate(zip(*films.values(), strict=True)):
@@ -149,20 +142,12 @@ def _write(path: pathlib.Path, films: dict[str, np.ndarray], time: float) -> Non
     images[0].save(path, save_all=True, append_images=images[1:], duration=MILLISECONDS, loop=0)
 
 
-def _mosaic(films: dict[str, np.ndarray], horizon: int) -> tuple[np.ndarray, int]:
+def _tile(films: dict[str, np.ndarray], horizon: int) -> tuple[np.ndarray, int]:
     """A line of frames per film, after so many HORIZONS; and how large one is with its margin."""
     margin = 2
     lines = []
     for frames in films.values():
-        shown = [frames[h * horizon] for h in HORIZONS if h * horizon < len(frames)]
+        tiles = [frames[h * horizon] for h in HORIZONS if h * horizon < len(frames)]
         padding = ((margin, margin), (margin, margin), (0, 0))
-        lines.append(np.concatenate([np.pad(f, padding, constant_values=200) for f in shown], 1))
+        lines.append(np.concatenate([np.pad(f, padding, constant_values=200) for f in tiles], 1))
     return np.concatenate(lines), frames.shape[1] + 2 * margin
-
-
-def _text(sweep: runs.Sweep, name: str, arms: dict[str, runs.Arm]) -> str:
-    reference = ARMS['joint, concat'].label
-    scores = roll_outs.table(arms, SCORES, 'error_long', SPLIT, reference, sweep.seed_sets)
-    named = [dataclasses.replace(arm, label=label) for label, arm in arms.items()]
-    ranks = rankings.to_markdown(dataclasses.replace(sweep, arms=named))
-    return f'**{tables.humanize(name)}**\n\n{scores}\n\n{ranks}'

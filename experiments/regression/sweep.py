@@ -6,8 +6,8 @@ descriptor or as a context inferred from at most 16 of its examples; networks of
 tasks against the examples of each, and on new tasks against the examples that these come with. Ten
 seeds, and ten others.
 
-    python -m launch.local --sweep=experiments/regression/sweep.py --workdir=runs/regression
-    --parallel=2
+    python -m launch.local --sweep=experiments/regression/sweep.py --workdir=runs/regression \
+        --parallel=2
 
 The report also has regression.png, .pdf and .md, and regression_tasks.png and .pdf: errors against
 examples, and what is learnt of single tasks.
@@ -68,8 +68,8 @@ SITES = {
     'film': 'all',
     'concat': 'first',
 }
-TRANSFER = 16  # examples of each known task, where new ones are shown
-SHOWN = {'concat': 'concat', 'mi': 'MI'}
+TRANSFER_EXAMPLES = 16  # examples of each known task, where new ones are shown
+DRAWN_FUSIONS = {'concat': 'concat', 'mi': 'MI'}
 FIXED = {
     'train.steps': 3000, 'train.eval_every': 3000, 'train.save_every': 3000,
     'optim.learning_rate': 1e-2,
@@ -90,32 +90,34 @@ def sweep() -> list[dict[str, Any]]:
     return chain(
         arms(SITES, list(CONTEXTS), EXAMPLES),
         arms({'multi_head': 'last'}, ['one_hot'], EXAMPLES),
-        arms({'none': 'last'}, ['one_hot'], (TRANSFER,)),
+        arms({'none': 'last'}, ['one_hot'], (TRANSFER_EXAMPLES,)),
     )
 
 
-Found = dict[tuple[str, str, int], runs.Arm]  # fusion, context, examples →
+ArmByKey = dict[tuple[str, str, int], runs.Arm]  # fusion, context, examples →
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Draws errors against examples, of known tasks and of new ones, and tables of both."""
     sweep = runs.read_sweep(workdir)
-    found = {_key(arm): arm for arm in sweep.arms if arm.finite_values(METRIC, SPLIT)}
-    fusions = list(dict.fromkeys(fusion for fusion, _, _ in found))
+    arms = {_key(arm): arm for arm in sweep.arms if arm.finite_values(METRIC, SPLIT)}
+    fusions = list(dict.fromkeys(fusion for fusion, _, _ in arms))
     styles = panels.styles(fusions, grey=[f for f in ('concat', 'none') if f in fusions])
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(plots.WIDTH, 4.2), layout='constrained')
         grid = figure.subplots(2, len(CONTEXTS), sharey='row')
-        for (known, new), (context, title) in zip(grid.T, CONTEXTS.items(), strict=True):
-            known.set_title(title)
+        for (known_axes, new_axes), (context, title) in zip(grid.T, CONTEXTS.items(), strict=True):
+            known_axes.set_title(title)
             for fusion in fusions:
                 if fusion != 'none':
-                    panels.line(known, _known(found, fusion, context), fusion, styles[fusion])
-                later = {K: of for K, of in _new(found, fusion, context).items() if K}
-                panels.line(new, later, fusion, styles[fusion])
-            _axes(known, 'examples per task', sorted({n for _, _, n in found}))
-            shots = sorted({K for f in fusions for K in _new(found, f, context) if K})
-            _axes(new, 'examples per new task', shots)
+                    panels.draw_line(
+                        known_axes, _read_known(arms, fusion, context), fusion, styles[fusion]
+                    )
+                errors = {K: errors for K, errors in _read_new(arms, fusion, context).items() if K}
+                panels.draw_line(new_axes, errors, fusion, styles[fusion])
+            _format_axes(known_axes, 'examples per task', sorted({n for _, _, n in arms}))
+            shots = sorted({K for f in fusions for K in _read_new(arms, f, context) if K})
+            _format_axes(new_axes, 'examples per new task', shots)
         grid[0, 0].set_ylabel('error, known tasks')
         grid[1, 0].set_ylabel('error, new tasks')
         handles = {
@@ -128,97 +130,115 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
             list(handles.values()), names, loc='outside lower center', ncols=4, frameon=False
         )
         plots.save(figure, out, 'regression')
-        _shown(workdir, out)
-    parts = [*_tables(found, fusions, sweep.seed_sets), sweep.describe_excluded()]
+        _draw_tasks(workdir, out)
+    parts = [*_write_tables(arms, fusions, sweep.seed_sets), sweep.describe_excluded()]
     text = '\n\n'.join(filter(None, parts)) + '\n'
     (out / 'regression.md').write_text(text, encoding='utf-8')
 
 
 def _key(arm: runs.Arm) -> tuple[str, str, int]:
-    said = arm.overrides
-    return said['model.fusion.name'], said['problem.context'], said['problem.examples']
+    overrides = arm.overrides
+    return (
+        overrides['model.fusion.name'],
+        overrides['problem.context'],
+        overrides['problem.examples'],
+    )
 
 
-def _known(found: Found, fusion: str, context: str) -> dict[float, dict[int, float]]:
+def _read_known(arms: ArmByKey, fusion: str, context: str) -> dict[float, dict[int, float]]:
     """{examples of each task: {seed: error}}."""
     return {
         n: arm.final_values(METRIC, SPLIT)
-        for (f, c, n), arm in sorted(found.items())
+        for (f, c, n), arm in sorted(arms.items())
         if (f, c) == (fusion, context)
     }
 
 
-def _new(found: Found, fusion: str, context: str) -> dict[float, dict[int, float]]:
+def _read_new(arms: ArmByKey, fusion: str, context: str) -> dict[float, dict[int, float]]:
     """{examples of a new task: {seed: error}}; those of 'none' stand beside every context."""
-    arm = found.get((fusion, 'one_hot' if fusion == 'none' else context, TRANSFER))
+    arm = arms.get((fusion, 'one_hot' if fusion == 'none' else context, TRANSFER_EXAMPLES))
     names = [n for n in arm.metric_names('new') if n.startswith('mse/')] if arm else []
     shots = sorted(int(name.partition('/')[2]) for name in names)
     return {K: arm.final_values(f'mse/{K}', 'new') for K in shots} if arm else {}
 
 
-def _axes(axes: Axes, label: str, numbers: list[float]) -> None:
+def _format_axes(axes: Axes, label: str, numbers: list[float]) -> None:
     axes.set_yscale('log')
-    panels.powers(axes.yaxis)
+    panels.set_power_ticks(axes.yaxis)
     axes.set_xlabel(label)
     if numbers:
-        panels.ticks(axes, numbers)
+        panels.set_ticks(axes, numbers)
 
 
-def _shown(workdir: pathlib.Path, out: pathlib.Path) -> None:
+def _draw_tasks(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Two tasks of the first seed, each of a family, as two networks have learnt them."""
     members = json.loads((workdir / 'sweep.json').read_text())['members']
     arrays = {}
     for member in members:
-        said = member['overrides']
-        chosen = said['problem.context'] == 'one_hot' and said['problem.examples'] == TRANSFER
+        overrides = member['overrides']
+        is_drawn = (
+            overrides['problem.context'] == 'one_hot'
+            and overrides['problem.examples'] == TRANSFER_EXAMPLES
+        )
         file = workdir / member['name'] / 'artefacts.npz'
-        fusion = said['model.fusion.name']
-        if chosen and fusion in SHOWN and fusion not in arrays and file.exists():
+        fusion = overrides['model.fusion.name']
+        if is_drawn and fusion in DRAWN_FUSIONS and fusion not in arrays and file.exists():
             arrays[fusion] = np.load(file)
     figure = Figure(figsize=(plots.WIDTH, 1.9), layout='constrained')
-    panels_ = figure.subplots(1, 4, sharey=True)
-    for axes, task in zip(panels_, (0, 2, 1, 3), strict=True):
-        for fusion, of in arrays.items():
-            colour = plots.GREY if fusion == 'concat' else plots.PALETTE[0]
-            x = of['grid'][0, task]
-            axes.plot(x, of['found'][0, task], color=colour, lw=1.2, label=SHOWN[fusion])
+    subplots = figure.subplots(1, 4, sharey=True)
+    for axes, task in zip(subplots, (0, 2, 1, 3), strict=True):
+        for fusion, predictions in arrays.items():
+            color = plots.GREY if fusion == 'concat' else plots.PALETTE[0]
+            x = predictions['grid'][0, task]
+            axes.plot(
+                x, predictions['found'][0, task], color=color, lw=1.2, label=DRAWN_FUSIONS[fusion]
+            )
         if arrays:
-            of = next(iter(arrays.values()))
-            wanted = of['wanted'][0, task]
-            axes.plot(x, wanted, color=plots.INK, lw=0.8, ls=(0, (1, 1)), label='function')
-            axes.plot(of['x'][0, task], of['y'][0, task], 'o', color=plots.INK, ms=2.5, mew=0,
-                      label='examples')  # fmt: skip
+            predictions = next(iter(arrays.values()))
+            targets = predictions['wanted'][0, task]
+            axes.plot(x, targets, color=plots.INK, lw=0.8, ls=(0, (1, 1)), label='function')
+            x, y = (predictions[name][0, task] for name in ('x', 'y'))
+            axes.plot(x, y, 'o', color=plots.INK, ms=2.5, mew=0, label='examples')
         axes.set_xlabel('x')
-    panels_[0].set_ylabel('y')
-    handles, labels = panels_[0].get_legend_handles_labels()
+    subplots[0].set_ylabel('y')
+    handles, labels = subplots[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside lower center', ncols=4, frameon=False)
     plots.save(figure, out, 'regression_tasks')
 
 
-def _tables(found: Found, fusions: list[str], draws: tuple[tuple[int, ...], ...]) -> list[str]:
+def _write_tables(
+    arms: ArmByKey, fusions: list[str], draws: tuple[tuple[int, ...], ...]
+) -> list[str]:
     """Errors on known and on new tasks; under each, how well the two draws agree on the ranking."""
     texts = []
     for context, title in CONTEXTS.items():
-        for what, of in (('Known tasks', _known), ('New tasks', _new)):
-            values = {f: of(found, f, context) for f in fusions}
-            if what == 'Known tasks':
+        for title_of_tasks, read_errors in (('Known tasks', _read_known), ('New tasks', _read_new)):
+            values = {f: read_errors(arms, f, context) for f in fusions}
+            if title_of_tasks == 'Known tasks':
                 values.pop('none', None)
-            numbers = sorted({n for of_fusion in values.values() for n in of_fusion})
+            numbers = sorted({n for errors in values.values() for n in errors})
             if not numbers:
                 continue
             body = [
-                [tables.humanize(f), *(panels.interval(v.get(n, {}), f) for n in numbers)]
-                for f, v in values.items()
-                if v
+                [tables.humanize(f), *(panels.interval(errors.get(n, {}), f) for n in numbers)]
+                for f, errors in values.items()
+                if errors
             ]
             header = ['fusion', *(f'{n:g} examples [95 %]' for n in numbers)]
-            text = f'**{what}**, told by {title}\n\n{tables.format_markdown(header, body)}'
-            agree = [
-                (n, panels.agreement({f: v[n] for f, v in values.items() if n in v}, draws))
+            text = (
+                f'**{title_of_tasks}**, told by {title}\n\n{tables.format_markdown(header, body)}'
+            )
+            agreements = [
+                (
+                    n,
+                    panels.agreement(
+                        {f: errors[n] for f, errors in values.items() if n in errors}, draws
+                    ),
+                )
                 for n in numbers
             ]
-            said = ', '.join(f'{n:g}: {tau:.2f}' for n, tau in agree if tau is not None)
-            if said:
-                text += f"\n\nKendall's τ of the rankings by the two sets of seeds: {said}."
+            taus = ', '.join(f'{n:g}: {tau:.2f}' for n, tau in agreements if tau is not None)
+            if taus:
+                text += f"\n\nKendall's τ of the rankings by the two sets of seeds: {taus}."
             texts.append(text)
     return texts

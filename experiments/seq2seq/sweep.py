@@ -77,39 +77,41 @@ def parameters(depth: int, features: int) -> int:
 
 
 def sweep() -> list[Overrides]:
-    def of_size(depth: int, features: int) -> Overrides:
+    def size_overrides(depth: int, features: int) -> Overrides:
         sizes = {'model.depth': depth, 'model.features': features}
         return sizes | {'model.parameters': parameters(depth, features)}
 
     def mixers(*words: str) -> list[Overrides]:
-        names = [word.split(', ') for word in words]
+        names = [mixer_name.split(', ') for mixer_name in words]
         fusions = [{'model.fusion.name': name[1]} if name[1:] else {} for name in names]
-        return [{'model.mixer': name[0], **of} for name, of in zip(names, fusions, strict=True)]
+        return [
+            {'model.mixer': name[0], **fusion} for name, fusion in zip(names, fusions, strict=True)
+        ]
 
     seeds = zip_(seeds=SEEDS)
     equivariant = mixers('attention', 'pairs, mi_low_rank')
-    sizes = [of_size(DEPTH, features) for features in (8, 32)]
+    sizes = [size_overrides(DEPTH, features) for features in (8, 32)]
     return [
-        *product(mixers(*NAMES), [of_size(depth, FEATURES) for depth in (1, 2, 3)], seeds),
+        *product(mixers(*NAMES), [size_overrides(depth, FEATURES) for depth in (1, 2, 3)], seeds),
         *product(
             mixers('attention', 'pairs, mi_low_rank', 'summary, mi_low_rank', 'fixed'), sizes, seeds
         ),
         *product(
             mixers('attention', 'pairs, mi_low_rank', 'fixed'),
             [{'model.heads': 1}],
-            [of_size(DEPTH, FEATURES)],
+            [size_overrides(DEPTH, FEATURES)],
             seeds,
         ),
         *product(
             equivariant,
             [{'model.positions': 'none'}],
-            [of_size(depth, FEATURES) for depth in (1, 2, 3)],
+            [size_overrides(depth, FEATURES) for depth in (1, 2, 3)],
             seeds,
         ),
         *product(
             mixers('attention', 'fixed'),
             [{'model.ends': 'mixer'}],
-            [of_size(1, features) for features in (8, 16, 32)],
+            [size_overrides(1, features) for features in (8, 16, 32)],
             seeds,
         ),
     ]
@@ -129,15 +131,15 @@ class Floors(NamedTuple):
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Draws the errors against depth and parameters, and writes them with the floors as tables."""
-    read = runs.read_sweep(workdir)
-    arms = [arm for arm in read.arms if arm.finite_values(METRIC, SPLIT)]
+    sweep_runs = runs.read_sweep(workdir)
+    arms = [arm for arm in sweep_runs.arms if arm.finite_values(METRIC, SPLIT)]
     floors = read_floors(workdir)
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(plots.WIDTH, 4.4), layout='constrained')
         panels = figure.subplots(2, len(TARGETS), sharey=True, sharex='row')
-        for column, (target, what) in enumerate(TARGETS.items()):
+        for column, (target, kind) in enumerate(TARGETS.items()):
             top, bottom = panels[:, column]
-            top.set_title(f'{target}\n{what}', fontsize=8)
+            top.set_title(f'{target}\n{kind}', fontsize=8)
             _by_depth(top, arms, target, floors)
             _by_size(bottom, arms, target, floors)
         for axes in panels[:, 0]:
@@ -165,7 +167,7 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
         _predictions(arms, floors),
         _errors(arms),
         statistics.CAUTION,
-        read.describe_excluded(),
+        sweep_runs.describe_excluded(),
     ]
     (out / 'seq2seq.md').write_text('\n\n'.join(filter(None, parts)) + '\n', encoding='utf-8')
 
@@ -181,32 +183,32 @@ def read_floors(workdir: pathlib.Path) -> Floors:
             continue
         config = json.loads((folder / 'config.json').read_text())
         targets = config['problem']['targets']
-        kept = np.load(folder / 'artefacts.npz')
-        of_arm = above.setdefault(member['label'], {target: {} for target in targets})
+        arrays = np.load(folder / 'artefacts.npz')
+        arm_gaps = above.setdefault(member['label'], {target: {} for target in targets})
         for i, seed in enumerate(config['seeds']):
-            floors[seed] = np.stack([kept['equivariant_floor'][i], kept['additive_floor'][i]])
-            gaps = kept['error_in_all_orders'][i] - kept['equivariant_floor'][i]
+            floors[seed] = np.stack([arrays['equivariant_floor'][i], arrays['additive_floor'][i]])
+            gaps = arrays['error_in_all_orders'][i] - arrays['equivariant_floor'][i]
             for target, gap in zip(targets, gaps, strict=True):
-                of_arm[target][seed] = float(gap)
+                arm_gaps[target][seed] = float(gap)
     means = np.mean(list(floors.values()), axis=0) if floors else ((), ())
-    equivariant, additive = (dict(zip(targets, map(float, of), strict=True)) for of in means)
+    equivariant, additive = (dict(zip(targets, map(float, mean), strict=True)) for mean in means)
     return Floors(equivariant, additive, above)
 
 
-def word(arm: runs.Arm) -> str:
+def mixer_name(arm: runs.Arm) -> str:
     """The key of NAMES that the mixer of an arm has."""
     model = arm.config['model']
     fused = model['mixer'] in ('pairs', 'summary')
     return f'{model["mixer"]}, {model["fusion"]["name"]}' if fused else str(model['mixer'])
 
 
-def chosen(arms: Sequence[runs.Arm], **values: Any) -> list[runs.Arm]:
+def select_arms(arms: Sequence[runs.Arm], **values: Any) -> list[runs.Arm]:
     """Those with these settings of the model, and the usual ones in all others but the mixer."""
-    usual = {'positions': 'learnt', 'ends': 'feed_forward', 'heads': HEADS}
-    usual |= {'depth': DEPTH, 'features': FEATURES}
-    wanted = {name: value for name, value in (usual | values).items() if value is not None}
+    defaults = {'positions': 'learnt', 'ends': 'feed_forward', 'heads': HEADS}
+    defaults |= {'depth': DEPTH, 'features': FEATURES}
+    settings = {name: value for name, value in (defaults | values).items() if value is not None}
     return [
-        arm for arm in arms if all(arm.config['model'][name] == v for name, v in wanted.items())
+        arm for arm in arms if all(arm.config['model'][name] == v for name, v in settings.items())
     ]
 
 
@@ -215,8 +217,15 @@ def _line(axes: Axes, arms: Sequence[runs.Arm], target: str, along: Any, **style
     points = []
     for arm in sorted(arms, key=along):
         if errors := arm.final_values(f'{METRIC}/{target}', SPLIT):
-            e = statistics.estimate(errors, arm.label)
-            points.append((along(arm), e.mean, e.low or e.mean, e.high or e.mean))
+            estimate = statistics.estimate(errors, arm.label)
+            points.append(
+                (
+                    along(arm),
+                    estimate.mean,
+                    estimate.low or estimate.mean,
+                    estimate.high or estimate.mean,
+                )
+            )
     if points:
         x, mean, low, high = (np.array(values, float) for values in zip(*points, strict=True))
         axes.errorbar(
@@ -226,8 +235,8 @@ def _line(axes: Axes, arms: Sequence[runs.Arm], target: str, along: Any, **style
 
 
 def _styles() -> dict[str, dict[str, Any]]:
-    colours = dict(zip(NAMES, (plots.GREY, *plots.PALETTE), strict=False))
-    return {name: {'color': colour, 'marker': '.'} for name, colour in colours.items()}
+    colors = dict(zip(NAMES, (plots.GREY, *plots.PALETTE), strict=False))
+    return {name: {'color': color, 'marker': '.'} for name, color in colors.items()}
 
 
 def _depth(arm: runs.Arm) -> int:
@@ -240,12 +249,12 @@ def _size(arm: runs.Arm) -> float:
 
 def _by_depth(axes: Axes, arms: Sequence[runs.Arm], target: str, floors: Floors) -> None:
     for name, style in _styles().items():
-        own = [arm for arm in arms if word(arm) == name]
-        _line(axes, chosen(own, depth=None), target, _depth, label=NAMES[name], **style)
-        without = chosen(own, depth=None, positions='none')
+        mixer_arms = [arm for arm in arms if mixer_name(arm) == name]
+        _line(axes, select_arms(mixer_arms, depth=None), target, _depth, label=NAMES[name], **style)
+        unordered_arms = select_arms(mixer_arms, depth=None, positions='none')
         style = style | {'marker': 'o', 'mfc': 'none', 'ls': ':'}
-        label = f'{NAMES[name]}, no positions' if without else None
-        _line(axes, without, target, _depth, label=label, **style)
+        label = f'{NAMES[name]}, no positions' if unordered_arms else None
+        _line(axes, unordered_arms, target, _depth, label=label, **style)
     if floors.equivariant.get(target, 0) > 1e-3:
         axes.axhline(
             floors.equivariant[target], color=plots.INK, ls=(0, (4, 2)), lw=0.8,
@@ -255,12 +264,14 @@ def _by_depth(axes: Axes, arms: Sequence[runs.Arm], target: str, floors: Floors)
 
 def _by_size(axes: Axes, arms: Sequence[runs.Arm], target: str, floors: Floors) -> None:
     for name, style in _styles().items():
-        own = [arm for arm in arms if word(arm) == name]
-        _line(axes, chosen(own, features=None), target, _size, label=NAMES[name], **style)
-        last = chosen(own, features=None, depth=1, ends='mixer')
+        mixer_arms = [arm for arm in arms if mixer_name(arm) == name]
+        _line(
+            axes, select_arms(mixer_arms, features=None), target, _size, label=NAMES[name], **style
+        )
+        final_mixing_arms = select_arms(mixer_arms, features=None, depth=1, ends='mixer')
         style = style | {'marker': 's', 'mfc': 'none', 'ls': (0, (4, 1, 1, 1))}
-        label = f'one {NAMES[name]} at the end' if last else None
-        _line(axes, last, target, _size, label=label, **style)
+        label = f'one {NAMES[name]} at the end' if final_mixing_arms else None
+        _line(axes, final_mixing_arms, target, _size, label=label, **style)
     if floors.additive.get(target, 0) > 0.02:
         axes.axhline(
             floors.additive[target], color=plots.INK, ls=(0, (1, 1)), lw=0.8,
@@ -272,43 +283,47 @@ def _predictions(arms: Sequence[runs.Arm], floors: Floors) -> str:
     """What theory rules out and allows, and the least that any seed of any size came to."""
     rows: list[list[str]] = []
 
-    def row(what: str, orderless: bool, of: list[runs.Arm], wanted: str) -> None:
-        bound = floors.equivariant if orderless else floors.additive
+    def add_rows(network: str, is_orderless: bool, arms: list[runs.Arm], expected: str) -> None:
+        bound = floors.equivariant if is_orderless else floors.additive
         for target in TARGETS:
-            if bound.get(target, 0) < 0.02 or not of:
+            if bound.get(target, 0) < 0.02 or not arms:
                 continue
-            line = [what, target, f'{bound[target]:.3f}', wanted]
-            for drawn in SEEDS:
+            line = [network, target, f'{bound[target]:.3f}', expected]
+            for seeds in SEEDS:
                 gaps = [
-                    floors.above[arm.label][target][seed] if orderless else error - bound[target]
-                    for arm in of
+                    floors.above[arm.label][target][seed] if is_orderless else error - bound[target]
+                    for arm in arms
                     for seed, error in arm.final_values(f'{METRIC}/{target}', SPLIT).items()
-                    if seed in drawn
+                    if seed in seeds
                 ]
                 line.append(f'{min(gaps):+.4f}'.replace('-', '−') if gaps else tables.NONE)
             rows.append(line)
 
     for name in ('attention', 'pairs, mi_low_rank'):
-        own = [arm for arm in arms if word(arm) == name]
-        row(
+        mixer_arms = [arm for arm in arms if mixer_name(arm) == name]
+        add_rows(
             f'{NAMES[name]}, no positions',
             True,
-            chosen(own, depth=None, positions='none'),
+            select_arms(mixer_arms, depth=None, positions='none'),
             '0 or above',
         )
-        row(f'{NAMES[name]}, positions', True, chosen(own, depth=None), 'below 0')
+        add_rows(f'{NAMES[name]}, positions', True, select_arms(mixer_arms, depth=None), 'below 0')
     for name in ('fixed', 'attention'):
-        own = [arm for arm in arms if word(arm) == name]
-        last = chosen(own, features=None, depth=1, ends='mixer')
-        row(
+        mixer_arms = [arm for arm in arms if mixer_name(arm) == name]
+        final_mixing_arms = select_arms(mixer_arms, features=None, depth=1, ends='mixer')
+        add_rows(
             f'one {NAMES[name]} at the end',
             False,
-            last,
+            final_mixing_arms,
             '0 or above' if name == 'fixed' else 'below 0',
         )
-    fixed = [arm for arm in arms if word(arm) == 'fixed']
-    after = [*chosen(fixed, features=None), *chosen(fixed, depth=1), *chosen(fixed, depth=3)]
-    row('fixed mixings, a feed-forward layer last', False, after, 'any')
+    fixed = [arm for arm in arms if mixer_name(arm) == 'fixed']
+    fixed_arms = [
+        *select_arms(fixed, features=None),
+        *select_arms(fixed, depth=1),
+        *select_arms(fixed, depth=3),
+    ]
+    add_rows('fixed mixings, a feed-forward layer last', False, fixed_arms, 'any')
     header = ['network', 'target', 'bound', 'error − bound, by theory']
     header += [f'least of seeds {s[0]} to {s[-1]}' for s in SEEDS]
     note = (
@@ -323,7 +338,7 @@ def _errors(arms: Sequence[runs.Arm]) -> str:
     body = []
     for arm in arms:
         model = arm.config['model']
-        kind = NAMES[word(arm)]
+        kind = NAMES[mixer_name(arm)]
         kind += ', no positions' * (model['positions'] == 'none')
         kind += ', at the end' * (model['ends'] == 'mixer')
         line = [kind, *(str(model[name]) for name in ('depth', 'heads', 'features'))]
@@ -337,7 +352,7 @@ def _errors(arms: Sequence[runs.Arm]) -> str:
     return '**Errors**\n\n' + tables.format_markdown(header, body)
 
 
-def _cell(e: statistics.Estimate) -> str:
+def _cell(estimate: statistics.Estimate) -> str:
     """Two digits of the mean that count, for errors span four orders of magnitude."""
-    digits = max(0, 1 - int(np.floor(np.log10(e.mean)))) if e.mean > 0 else 0
-    return str(tables.format_interval(e, digits))
+    digits = max(0, 1 - int(np.floor(np.log10(estimate.mean)))) if estimate.mean > 0 else 0
+    return str(tables.format_interval(estimate, digits))

@@ -27,4 +27,4 @@ def test_geometric_means_and_ratios():
     ],
 )
 def test_two_digits_of_any_size(estimate, text):
-    assert ratios.text(estimate) == text
+    assert ratios.format_estimate(estimate) == text

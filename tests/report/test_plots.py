@@ -70,7 +70,7 @@ def test_a_logarithmic_axis_has_a_few_ticks_that_say_where_they_are(ends):
     axes = Figure().subplots()
     axes.plot([0, 1], ends)
     axes.set_yscale('log')
-    panels.powers(axes.yaxis)
+    panels.set_power_ticks(axes.yaxis)
     axes.figure.draw_without_rendering()
     low, high = axes.get_ylim()
     texts = [label.get_text() for label in axes.get_yticklabels()]
