@@ -52,7 +52,7 @@ def test_arms_are_matched_by_label_and_seed(sweeps, capsys):
     assert 'equal: concat; worse: mi; no difference seen: film.' in printed
 
 
-def test_where_higher_is_better_the_verdict_turns(sweeps):
+def test_higher_is_better_reverses_the_verdict(sweeps):
     for sweep in sweeps:
         synthetic.change_sweep(sweep, lower_is_better=False)
     pairs = {pair.label: pair.verdict for pair in compare.pair_arms(*map(runs.read_sweep, sweeps))}
@@ -69,7 +69,7 @@ def test_only_seeds_that_both_have_are_paired(sweeps):
     assert (mi.difference.mean, mi.difference.n) == (0.5625, 2)
 
 
-def test_arms_that_one_side_has_not_are_lost_or_new(sweeps, tmp_path):
+def test_arms_of_one_side_are_lost_or_new(sweeps, tmp_path):
     baseline, candidate = sweeps
     synthetic.make_run(candidate / 'gate', 'gate', synthetic.MI)
     shutil.rmtree(candidate / 'film')
@@ -90,7 +90,7 @@ def test_an_arm_that_diverges_is_lost(sweeps, tmp_path):
     assert 'lost not finite in the candidate' in (tmp_path / 'out' / 'compare.md').read_text()
 
 
-def test_what_differs_in_configs_and_costs_is_said(sweeps):
+def test_changes_of_configs_and_costs_are_listed(sweeps):
     baseline, candidate = sweeps
     for arm in AFTER:
         config = candidate / arm / 'config.json'
@@ -108,7 +108,7 @@ def test_two_single_runs_are_matched_whatever_their_names(sweeps):
     assert [(pair.label, pair.difference.n) for pair in pairs] == [('film', 3)]
 
 
-def test_sweeps_that_measure_other_things_are_refused(sweeps):
+def test_sweeps_with_different_metrics_are_refused(sweeps):
     synthetic.change_sweep(sweeps[1], metric='nats_per_token')
     with pytest.raises(UserError, match="metric = 'nats_per_token': expected 'bits_per_byte'"):
         compare.compare_sweeps(*sweeps)
@@ -132,7 +132,7 @@ def test_the_exit_code_says_whether_an_arm_is_worse(sweeps, swapped, flags, code
         ((), 'concat (no seed in common), mi (no seed in common), film (no seed in common)'),
     ],
 )
-def test_what_cannot_be_judged_has_not_passed(sweeps, seeds, message):
+def test_arms_without_a_verdict_fail_the_command(sweeps, seeds, message):
     """Of the candidate's seeds only these are the baseline's; of concat, seed 2 is equal."""
     baseline, candidate = sweeps
     for arm in AFTER:
@@ -153,7 +153,7 @@ def test_what_cannot_be_judged_has_not_passed(sweeps, seeds, message):
     assert not any(map(compare.explain_missing_verdict, same))
 
 
-def test_a_baseline_without_values_passes_nobody(sweeps):
+def test_a_baseline_without_values_fails_the_command(sweeps):
     baseline, candidate = sweeps
     for file in baseline.glob('*/metrics.jsonl'):
         file.unlink()
@@ -162,7 +162,7 @@ def test_a_baseline_without_values_passes_nobody(sweeps):
     assert result.stderr.startswith('error: nothing could be compared: no arm of the baseline ')
 
 
-def test_a_directory_that_is_not_there_is_named_by_its_flag(sweeps, tmp_path):
+def test_a_missing_directory_is_named_by_its_flag(sweeps, tmp_path):
     with pytest.raises(UserError, match=r'--baseline=.*nowhere: .* it is not a directory'):
         compare.compare_sweeps(tmp_path / 'nowhere', sweeps[1])
     with pytest.raises(UserError, match=r'--candidate=.*: expected a sweep \(sweep\.json\)'):
@@ -175,6 +175,6 @@ def test_a_comparison_that_cannot_be_written_is_one_line(sweeps, tmp_path):
         compare.compare_sweeps(*sweeps, tmp_path / 'out')
 
 
-def test_half_a_comparison_is_refused(sweeps):
+def test_a_baseline_without_a_candidate_is_refused(sweeps):
     result = run_report(f'--baseline={sweeps[0]}')
     assert result.returncode == 1 and '--candidate=DIRECTORY' in result.stderr

@@ -47,7 +47,7 @@ def test_each_set_has_its_means_and_ranks(tmp_path):
     assert tau == pytest.approx(1 / 3) and lines[-1].endswith(f'{tau:.2f}.')
 
 
-def test_where_higher_is_better_the_ranks_turn(tmp_path):
+def test_higher_is_better_reverses_the_ranks(tmp_path):
     write(tmp_path, ([0, 1], [7, 9]))
     file = tmp_path / 'sweep.json'
     file.write_text(json.dumps(json.loads(file.read_text()) | {'lower_is_better': False}))
@@ -73,7 +73,7 @@ def test_an_arm_that_diverged_is_named_and_not_ranked(tmp_path):
 
 
 @pytest.mark.parametrize('sets', [([0, 1, 7, 9],), ([0], [1], [7])])
-def test_one_set_or_one_seed_each_are_no_draws(tmp_path, sets):
+def test_one_set_or_single_seeds_have_no_rankings(tmp_path, sets):
     report.write(write(tmp_path, sets))
     assert not (tmp_path / 'report/draws.md').exists()
 

@@ -217,7 +217,7 @@ def test_wide_and_narrow_light_and_dark(page, file, width, scheme):
     ('low', 'high'),
     [(429_700, 430_800), (0, 1), (-3, 3), (0, 2e6), (9_000, 12_000), (1e9, 1.0001e9), (1e-6, 3e-6)],
 )
-def test_no_two_ticks_are_alike_and_each_says_where_it_is(page, low, high):
+def test_ticks_are_distinct_and_show_their_value(page, low, high):
     ticks = page(f'ticks({low}, {high}, 5)')
     labels = ticks['labels']
     assert len(labels) == len(set(labels)) > 2

@@ -29,7 +29,7 @@ def test_a_score_that_was_lower_at_first_is_shown_whole():
     assert low < 0.04 and high > 0.41
 
 
-def test_a_flat_curve_has_room():
+def test_a_flat_curve_has_a_margin():
     low, high = _later_half_limits([Curve(np.array([1]), *[np.array([2.0])] * 3)])
     assert low < 2 < high
 
@@ -66,7 +66,7 @@ def test_no_two_ticks_are_alike(low, span):
 
 
 @pytest.mark.parametrize('ends', [(2, 8), (0.5, 3), (1.1, 1.3), (1e-9, 1), (3e-4, 2e5), (1, 1e12)])
-def test_a_logarithmic_axis_has_a_few_ticks_that_say_where_they_are(ends):
+def test_a_logarithmic_axis_has_a_few_ticks_that_show_their_value(ends):
     axes = Figure().subplots()
     axes.plot([0, 1], ends)
     axes.set_yscale('log')

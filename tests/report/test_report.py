@@ -99,7 +99,7 @@ def test_a_metric_named_like_a_column_has_a_column_of_its_own(sweep):
     assert len(heads) == len(set(heads)) > len(columns)
 
 
-def test_higher_is_better_turns_the_verdict_and_the_best(sweep):
+def test_higher_is_better_reverses_the_verdict_and_the_best(sweep):
     change_sweep(sweep, lower_is_better=False)
     report.write(sweep)
     assert read_table(sweep)['mi']['verdict'] == 'worse'
@@ -156,7 +156,7 @@ def test_the_same_runs_give_the_same_bytes(sweep, tmp_path):
         assert b'CreationDate' not in a.read_bytes()  # equal only within one second
 
 
-def test_missing_seeds_are_said_and_pairs_are_common(sweep):
+def test_missing_seeds_are_noted_and_only_common_seeds_paired(sweep):
     file = sweep / 'fusion=mi' / 'metrics.jsonl'
     file.write_text(''.join(file.read_text().splitlines(True)[:-1]))  # seed 2 has no record
     report.write(sweep)
@@ -179,7 +179,7 @@ def test_a_run_that_diverged_has_no_mean_but_its_row(sweep, value):
     assert 'concat: the value of seed 2 is nan' in read_text(sweep)
 
 
-def test_a_seed_that_diverges_late_is_not_scored_by_what_it_had_before(sweep):
+def test_a_seed_that_diverges_late_is_not_scored_by_its_last_finite_value(sweep):
     """mi is better than concat up to step 10, and seed 2 is not finite at step 20."""
     file = sweep / 'fusion=mi' / 'metrics.jsonl'
     records = [json.loads(line) for line in file.read_text().splitlines()]
@@ -204,7 +204,7 @@ def test_a_seed_that_diverges_late_is_not_scored_by_what_it_had_before(sweep):
     assert 'Left out, because a seed is not finite: mi.' in read.describe_excluded()
 
 
-def test_runs_of_other_seeds_are_one_arm(sweep):
+def test_runs_of_different_seeds_form_one_arm(sweep):
     """mi as two runs: one of seeds 0 and 1, and one of seed 2 that takes twice as long."""
     for name, seeds, times in (('mi', [0, 1], 1), ('more', [2], 2)):
         path = sweep / f'fusion={name}'
@@ -288,7 +288,7 @@ def test_a_run_that_was_killed_has_died(sweep):
 
 
 @pytest.mark.parametrize('state', ['preempted', 'running'])
-def test_a_run_that_a_rule_has_stopped_says_why(sweep, state):
+def test_a_run_stopped_by_a_rule_shows_the_reason(sweep, state):
     mi = sweep / 'fusion=mi'
     change_json(mi / 'status.json', state=state)
     (mi / 'stopped.json').write_text('{"reason": "rung 1: 5.2 is not among the best 1 of 3"}')
@@ -364,7 +364,7 @@ def test_a_malformed_sweep_is_one_line(sweep, changes, message):
     assert '\n' not in str(raised.value)
 
 
-def test_directories_that_are_neither(tmp_path):
+def test_a_directory_without_sweep_or_run_is_refused(tmp_path):
     with pytest.raises(UserError, match='is not a directory'):
         report.write(tmp_path / 'nowhere')
     with pytest.raises(UserError, match=r'expected a sweep \(sweep\.json\) or a run'):
@@ -528,7 +528,7 @@ def test_known_scores_have_the_statistics_of_other_libraries(tmp_path, kind):
     assert notes in read_text(tmp_path, 'table.md')
 
 
-def test_a_report_that_takes_long_says_what_it_does(sweep, monkeypatch, capsys):
+def test_a_slow_report_names_its_stages(sweep, monkeypatch, capsys):
     """Every stage takes a twentieth of a second here, and reports after a thousandth."""
     monkeypatch.setattr('mi.training.progress.INTERVAL', 0.001)
     stages = {(report.runs, 'read_sweep'): f'reading {sweep}'}

@@ -172,7 +172,7 @@ def test_intervals_over_tasks_draw_whole_seeds():
 
 @pytest.mark.parametrize('arm', list(GOLDEN['scores']))
 @pytest.mark.parametrize('name', ['mean', 'median', 'iqm'])
-def test_of_many_tasks_the_numbers_are_rliables_and_archs(arm, name):
+def test_statistics_of_many_tasks_are_rliables_and_archs(arm, name):
     """`bootstrap_runs` is rliable's stratified bootstrap, `bootstrap_seeds` arch's of rows.
 
     Theirs are 50,000 draws each. The quantiles of 10,000 draws differ from them by chance: by a few

@@ -137,7 +137,7 @@ def take_seeds(tasks, seeds, shift=0.0):
     }
 
 
-def test_too_few_seeds_is_said_of_the_pairs_of_task_and_seed(tmp_path):
+def test_the_warning_of_too_few_seeds_counts_pairs_of_task_and_seed(tmp_path):
     """Three pairs of one seed have p = 0.25 at least; six of two seeds have 0.031."""
     write(tmp_path, {'concat': take_seeds(THREE, 1), 'mi': take_seeds(THREE, 1, shift=1)})
     read = runs.read_sweep(tmp_path)
@@ -151,7 +151,7 @@ def test_too_few_seeds_is_said_of_the_pairs_of_task_and_seed(tmp_path):
     assert synthetic.read_table(tmp_path)['mi']['difference_pairs'] == '3'
 
 
-def test_the_seeds_that_it_names_are_enough(tmp_path):
+def test_the_number_of_seeds_in_the_warning_is_enough(tmp_path):
     write(tmp_path, {'concat': take_seeds(THREE, 2), 'mi': take_seeds(THREE, 2, shift=1)})
     row = analysis.make_rows(runs.read_sweep(tmp_path))[1]
     assert row.test.p == 2 / 2**6 and row.test.can_be_significant
