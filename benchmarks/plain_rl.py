@@ -27,7 +27,7 @@ from mi.rl.agent import Inputs, Outputs
 from mi.rl.envs.jax import xland
 from mi.rl.fused import rollout
 from mi.rl.instructions import InstructionEncoder
-from mi.rl.trajectory import Trajectory, log_probability
+from mi.rl.trajectory import Trajectory, compute_log_prob
 from mi.training import optim
 
 GOALS = {
@@ -184,7 +184,7 @@ def xland_step(
         )
         logits = outputs.logits[0]
         action = jax.random.categorical(key, logits).astype(jnp.int32)
-        return carry, action, log_probability(logits, action)
+        return carry, action, compute_log_prob(logits, action)
 
     def step(params: chex.ArrayTree, state: Any, key: chex.PRNGKey) -> Any:
         time_step, task, action, carry = state
@@ -194,7 +194,7 @@ def xland_step(
         time_step, task, discount = environment.step(time_step, task, action, reset_key)
         return (time_step, task, action, carry), (inputs, action, log_prob, discount)
 
-    def update(learner_state: learner.State, state: Any, key: chex.PRNGKey) -> Any:
+    def update(learner_state: learner.LearnerState, state: Any, key: chex.PRNGKey) -> Any:
         # Unroll a trajectory.
         carry = state[3]
         scanned = functools.partial(step, learner_state.params)
@@ -220,7 +220,7 @@ def xland_step(
         state = time_step, task, jnp.zeros(B, jnp.int32), carry
         inputs = jax.tree.map(lambda a: a[None], make_inputs(time_step, task, state[2]))
         params = jax.jit(net.init)(jax.random.key(1), carry, inputs)['params']
-        learner_state = learner.start(params, optimizer, len(xland.TRAIN))
+        learner_state = learner.init_learner_state(params, optimizer, len(xland.TRAIN))
         compiled = jax.jit(update).lower(learner_state, state, jax.random.key(0)).compile()
     keys = iter(jax.random.split(jax.random.key(2), 100_000))
 
@@ -252,7 +252,7 @@ def host_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
     inputs = Inputs(time_step.observation, action, time_step.reward, time_step.is_first)
     unroll_inputs = jax.tree.map(lambda a: jnp.asarray(a)[None], inputs)
     params = jax.jit(agent.init)(jax.random.key(0), carry, unroll_inputs)['params']
-    learner_state = learner.start(params, optimizer, len(pool.spec.tasks))
+    learner_state = learner.init_learner_state(params, optimizer, len(pool.spec.tasks))
     keys = iter(jax.random.split(jax.random.key(2), 1_000_000))
 
     def run_update() -> None:

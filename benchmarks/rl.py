@@ -141,7 +141,7 @@ def parts_step(config: ml_collections.ConfigDict, part: str) -> Callable[[], obj
 
     env_step = jax.vmap(functools.partial(auto_reset.step, environment))
 
-    def simulate(acting: rollout.State) -> Any:
+    def simulate(acting: rollout.ActorState) -> Any:
         def step(state: Any, key: jax.Array) -> Any:
             action = jax.random.randint(key, (config.train.batch,), 0, environment.spec.actions)
             return env_step(state, action)
@@ -149,7 +149,7 @@ def parts_step(config: ml_collections.ConfigDict, part: str) -> Callable[[], obj
         keys = jax.random.split(jax.random.key(0), T)
         return jax.lax.scan(step, acting.environment, keys)
 
-    def act(acting: rollout.State, inputs: Any) -> Any:
+    def act(acting: rollout.ActorState, inputs: Any) -> Any:
         def step(carry: Any, row: Any) -> Any:
             key, inputs = row
             carry, action, log_prob = rollout.act(agent, params, carry, inputs, key)

@@ -42,7 +42,7 @@ class Training(NamedTuple):
 
     model: Any  # nn.Module, or an Agent
     optimizer: optax.GradientTransformation
-    state: Any  # train.State or learner.State
+    state: Any  # train.State or learner.LearnerState
 
 
 def lm_training(config: ml_collections.ConfigDict, vocabulary: int, rows: int) -> Training:
@@ -111,9 +111,9 @@ def rl_training(config: ml_collections.ConfigDict, spec: Spec) -> Training:
     agent = rl.agent(config, spec)
     optimizer = optim.make_optimizer(config.optim, 1000)
 
-    def init_state() -> learner.State:
+    def init_state() -> learner.LearnerState:
         params = rl.init_params(agent, jax.random.key(0))
-        return learner.start(params, optimizer, len(spec.tasks))
+        return learner.init_learner_state(params, optimizer, len(spec.tasks))
 
     return Training(agent, optimizer, jax.eval_shape(init_state))
 

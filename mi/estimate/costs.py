@@ -109,7 +109,7 @@ class RLSetup(NamedTuple):
     environment: JaxEnvironment | None
     agent: Agent
     optimiser: optax.GradientTransformation
-    learner: learner.State  # shapes, of one seed
+    learner: learner.LearnerState  # shapes, of one seed
     trajectory: Trajectory  # shapes, of one seed's update
 
 
@@ -126,9 +126,9 @@ def rl_setup(config: ml_collections.ConfigDict) -> RLSetup:
     agent = rl.agent(config, spec)
     optimiser = optim.make_optimizer(config.optim, rl_config.updates(config))
 
-    def start(seed: jax.Array) -> learner.State:
+    def start(seed: jax.Array) -> learner.LearnerState:
         params = rl.init_params(agent, jax.random.key(seed))
-        return learner.start(params, optimiser, len(spec.tasks))
+        return learner.init_learner_state(params, optimiser, len(spec.tasks))
 
     def rows(dtype: Any) -> Any:
         return jax.ShapeDtypeStruct((T, B), dtype)

@@ -1,8 +1,8 @@
 """The agent: torso → [instruction] → [core input] → core → [read-out], a fusion at each site.
 
-Shapes: T steps, B environments, tokens L, A actions, H core features, m context; all inputs and
-outputs are [T, B, …], for an actor's step T = 1. Sizes known from public IMPALA code are quoted
-where they are the default.
+Shapes: T steps, B environments, tokens L, A actions, H core features, m context. All inputs and
+outputs are [T, B, …]; for an actor's step T = 1. Default sizes are those of public IMPALA code,
+where they are known.
 """
 
 import functools
@@ -19,32 +19,30 @@ from jax.typing import DTypeLike
 from mi import cells
 from mi.layers import Affine, MultiplicativeInteraction
 from mi.rl.envs.spec import Spec
-from mi.rl.instructions import InstructionEncoder, fused_per_instruction, once_per_instruction
+from mi.rl.instructions import (
+    InstructionEncoder,
+    encode_once_per_instruction,
+    fuse_once_per_instruction,
+)
 from mi.rl.torsos import TORSOS_BY_NAME, Shallow
 
 Site = Literal['instruction', 'core_input', 'readout']
-
-
 Source = Literal['task', 'embedding', 'inferred', 'instruction']
-
-
 Torso = Literal['auto', 'dense', 'conv', 'shallow', 'deep']
-
-
 SITES, SOURCES, TORSOS = get_args(Site), get_args(Source), get_args(Torso)
 
-
-Carry = dict[str, Any]
+Params = Mapping[str, Any]  # the agent's parameters, as Flax nests them
+Carry = dict[str, Any]  # 'core' and 'context' → the state of that cell, [B, …]
 
 
 class Inputs(NamedTuple):
-    """What the agent sees at each step, [T, B, …].
+    """Inputs of the agent at each step, [T, B, …].
 
     Attributes:
-      observation: name → array, as the environment's `Spec.observation`; 'instruction' as tokens,
-        or encoded by `encode_instruction`.
-      action: int32, the one before; not looked at where `is_first`.
-      reward: float32, of the action before; not looked at where `is_first`.
+      observation: name → array, as in the environment's `Spec.observation`; 'instruction' as
+        tokens, or encoded by `encode_instruction`.
+      action: int32, the previous action; ignored where `is_first`.
+      reward: float32, the reward of the previous action; ignored where `is_first`.
       is_first: bool, whether an episode starts here; the core's state is reset there.
     """
 
@@ -55,7 +53,7 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What the agent says at each step.
+    """Outputs of the agent at each step.
 
     Attributes:
       logits: [T, B, A] of the policy, f32.
@@ -66,36 +64,52 @@ class Outputs(NamedTuple):
     value: Array
 
 
+class Context(NamedTuple):
+    """The second input of a fusion.
+
+    Attributes:
+      z: [T, B, m], or int32 [T, B] if the fusion takes the index of a one-hot context.
+      options: arguments of the fusion's constructor that describe z.
+      is_new: bool [T, B] if z is an instruction: whether it differs from the previous step's, or an
+        episode starts. None for other contexts.
+    """
+
+    z: Array
+    options: Mapping[str, Any]
+    is_new: Array | None = None
+
+
 class Agent(nn.Module):
     """One network for all tasks.
 
         v_t = torso(observation_t)                           [F]
-        v_t = fuse(v_t, instruction_t)                       [F]   site 'instruction'
+        i_t = encode(instruction_t)
+        v_t = relu(fuse(v_t, i_t))                           [F]   site 'instruction'
         u_t = [v_t, onehot(a_{t−1}), clip(r_{t−1})]
-        u_t = fuse(u_t, z_t)                                 [F]   site 'core_input'
+        z_t = context(task_t, u_t, i_t)                      [m]
+        u_t = relu(fuse(u_t, z_t))                           [F]   site 'core_input'
         h_t = core(u_t, h_{t−1})                             [H]
-        logits_t, value_t = fuse(h_t, z_t)  or affine maps         site 'readout'
+        logits_t, value_t = fuse(h_t, z_t)                         site 'readout', otherwise affine
 
-    The context z_t of the last two sites is one of: the task's index, one-hot ('task'); a learnt
-    vector of the task ('embedding'); what a small LSTM of the agent's own makes of v, a and r up to
-    now, without being told the task ('inferred'); the encoded instruction ('instruction').
-    An instruction that is at no site and no context is joined to u_t by concatenation where
-    `see_instruction`.
+    The context z_t is one of: the task's one-hot index ('task'); a learned vector of the task
+    ('embedding'); the state of a small LSTM that reads u up to step t and never the task
+    ('inferred'); the encoded instruction ('instruction'). With `use_instruction`, an instruction
+    that is neither at a site nor the context is concatenated to u_t.
 
-    The value passes an affine map of its own for each task, gain and shift [tasks], which PopArt
-    rescales when its statistics change (`mi.rl.popart`).
+    The value then passes an affine map with a gain and a shift for each task, which PopArt rescales
+    when its statistics change (`mi.rl.popart`).
 
     Attributes:
-      spec: of the environment.
-      torso: 'auto' for 'dense' on grids and features; on pixels for 'shallow', or 'deep' where the
-        picture is smaller than `Shallow.least`.
+      spec: the environment's.
+      torso: a name in `TORSOS`. 'auto' is 'dense' for grids and features; for pixels it is
+        'shallow', or 'deep' if the picture is smaller than `Shallow.min_side`.
       features: F, 256 as in IMPALA.
       core: constructor of a cell of `mi.cells`; None for no memory.
-      sites: where the fusion is; none, one or several.
-      source: of the context.
+      sites: where to fuse; any subset of `SITES`.
+      source: source of the context, one of `SOURCES`.
       context: m, for all sources but 'task'.
       fusion: constructor of the module (x, z) → y, one of `mi.fusion.FUSIONS`.
-      see_instruction: whether instructions are encoded at all.
+      use_instruction: whether to encode instructions.
       dtype: of the products; parameters, state and outputs are f32.
     """
 
@@ -107,90 +121,32 @@ class Agent(nn.Module):
     source: Source = 'task'
     context: int = 32
     fusion: Callable[..., nn.Module] = MultiplicativeInteraction
-    see_instruction: bool = True
+    use_instruction: bool = True
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, carry: Carry, inputs: Inputs) -> tuple[Carry, Outputs]:
-        """Carry, inputs [T, B, …] → the carry after the last step, outputs of every step."""
-        spec, dtype = self.spec, self.dtype
-        fuse = functools.partial(self.fusion, dtype=dtype)
-        task = inputs.observation['task']
-        before, after = carry, dict(carry)
+        """Return the carry after the last step and the outputs of every step.
 
-        v = TORSOS_BY_NAME[self._torso()](self.features, spec, dtype, name='torso')(
-            inputs.observation
-        )
-        instruction: Any = None
-        is_new = inputs.is_first  # where the instruction is
-        if reads_instructions(self):
-            encoder = InstructionEncoder(spec.vocabulary, dtype=dtype, parent=None)
-            given = instruction = inputs.observation['instruction']
-            changes = (given[1:] != given[:-1]).any(-1)
-            is_new = is_new | jnp.pad(changes, ((1, 0), (0, 0)))
-            tokens = jnp.zeros((1, 1), jnp.int32)
-            params = self.param(
-                'instruction_encoder', lambda key: encoder.init(key, tokens)['params']
-            )
-            if jnp.issubdtype(given.dtype, jnp.integer):
-                encode = functools.partial(encoder.apply, {'params': params})
-                instruction = once_per_instruction(encode, given, is_new)
+        Args:
+          carry: from `initial_carry` or the previous call.
+          inputs: [T, B, …].
+        """
+        torso = TORSOS_BY_NAME[self._torso_name()]
+        v = torso(self.features, self.spec, self.dtype, name='torso')(inputs.observation)
+        instruction = self._encode_instruction(inputs)
         if 'instruction' in self.sites:
-            meet = fuse(self.features, context='dense', name='instruction')
-            v = nn.relu(fused_per_instruction(meet, v, instruction, is_new))
-
-        first = inputs.is_first[..., None]
-        action = jnp.where(first, 0, jax.nn.one_hot(inputs.action, spec.actions, dtype=dtype))
-        reward = jnp.where(first, 0, jnp.clip(inputs.reward[..., None], -1, 1)).astype(dtype)
-        u = jnp.concatenate([v, action, reward], axis=-1)
-        elsewhere = 'instruction' in self.sites or self.source == 'instruction'
-        if instruction is not None and not elsewhere:
-            u = jnp.concatenate([u, instruction], axis=-1)
-
-        kind: dict[str, Any] = {'context': 'dense'}
-        z: Any = None
-        if self.source == 'task':
-            kind = {'context': 'one_hot'}
-            if takes_ids(self.fusion):
-                z, kind['contexts'] = task, len(spec.tasks)
-            else:
-                z = jax.nn.one_hot(task, len(spec.tasks), dtype=dtype)
-        elif self.source == 'embedding':
-            shape = len(spec.tasks), self.context
-            z = self.param('task_embedding', initializers.normal(1.0), shape)[task].astype(dtype)
-        elif self.source == 'instruction':
-            z = instruction
-        elif self.source == 'inferred':
-            own = cells.LSTM(self.context, dtype=dtype, name='context')
-            after['context'], z = own(before['context'], u, inputs.is_first)
-
-        def met(site: str, features: int, x: Array) -> Array:
-            meet = fuse(features, **kind, name=site)
-            if self.source == 'instruction':
-                return fused_per_instruction(meet, x, z, is_new)
-            return meet(x, z)
-
+            v = nn.relu(self._fuse('instruction', self.features, v, instruction))
+        u = self._core_input(v, inputs, instruction)
+        context, context_carry = self._context(carry, u, inputs, instruction)
         if 'core_input' in self.sites:
-            u = nn.relu(met('core_input', self.features, u))
-        if self.core is None:
-            h = nn.relu(Affine(self.features, dtype, name='core')(u))
-        else:
-            after['core'], h = self.core(dtype=dtype, name='core')(
-                before['core'], u, inputs.is_first
-            )
-
-        if 'readout' in self.sites:
-            y = met('readout', spec.actions + 1, h)
-        else:
-            y = Affine(spec.actions + 1, dtype, name='readout')(h)
-        logits, raw = y[..., :-1], y[..., -1]
-        gain = self.param('gain', initializers.ones, (len(spec.tasks),))
-        shift = self.param('shift', initializers.zeros, (len(spec.tasks),))
-        value = gain[task] * raw.astype(jnp.float32) + shift[task]
-        return after, Outputs(logits.astype(jnp.float32), value)
+            u = nn.relu(self._fuse('core_input', self.features, u, context))
+        h, core_carry = self._core(carry, u, inputs.is_first)
+        logits, value = self._readout(h, context, inputs.observation['task'])
+        return context_carry | core_carry, Outputs(logits, value)
 
     def initial_carry(self, batch: int) -> Carry:
-        """The state before the first step of an episode: zeros."""
+        """Return the carry before the first step of an episode: zeros."""
         carry: Carry = {}
         if self.core is not None:
             carry['core'] = self.core(parent=None).initial(batch)
@@ -198,32 +154,119 @@ class Agent(nn.Module):
             carry['context'] = cells.initial_carry(batch, self.context)
         return carry
 
-    def _torso(self) -> str:
+    def _torso_name(self) -> str:
+        """Resolve 'auto'."""
         if self.torso != 'auto':
             return self.torso
         if 'pixels' not in self.spec.observation:
             return 'dense'
         height, width, _ = self.spec.observation['pixels'].shape
-        return 'shallow' if min(height, width) >= Shallow.least else 'deep'
+        return 'shallow' if min(height, width) >= Shallow.min_side else 'deep'
+
+    def _encode_instruction(self, inputs: Inputs) -> Context | None:
+        """Return the encoded instructions as a context; None if the agent reads none.
+
+        Instructions that are encoded already, as a `Policy` does, are returned as they are.
+        """
+        if not is_instructed(self):
+            return None
+        instruction = inputs.observation['instruction']
+        changes = (instruction[1:] != instruction[:-1]).any(-1)
+        is_new = inputs.is_first | jnp.pad(changes, ((1, 0), (0, 0)))
+
+        # The parameters are made here and not in a submodule, because the encoder is applied as a
+        # pure function inside of a `lax.cond`.
+        encoder = InstructionEncoder(self.spec.vocabulary, dtype=self.dtype, parent=None)
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        params = self.param('instruction_encoder', lambda key: encoder.init(key, tokens)['params'])
+        if jnp.issubdtype(instruction.dtype, jnp.integer):
+            encode = functools.partial(encoder.apply, {'params': params})
+            instruction = encode_once_per_instruction(encode, instruction, is_new)
+        return Context(instruction, {'context': 'dense'}, is_new)
+
+    def _core_input(self, v: Array, inputs: Inputs, instruction: Context | None) -> Array:
+        """Concatenate the previous action and reward, and an instruction that is used nowhere."""
+        is_first = inputs.is_first[..., None]
+        action = jax.nn.one_hot(inputs.action, self.spec.actions, dtype=self.dtype)
+        action = jnp.where(is_first, 0, action)
+        reward = jnp.where(is_first, 0, jnp.clip(inputs.reward[..., None], -1, 1))
+        u = jnp.concatenate([v, action, reward.astype(self.dtype)], axis=-1)
+        is_fused = 'instruction' in self.sites or self.source == 'instruction'
+        if instruction is not None and not is_fused:
+            u = jnp.concatenate([u, instruction.z], axis=-1)
+        return u
+
+    def _context(
+        self, carry: Carry, u: Array, inputs: Inputs, instruction: Context | None
+    ) -> tuple[Context | None, Carry]:
+        """Return the context of the last two sites, and the carry of its LSTM if it has one."""
+        task, num_tasks = inputs.observation['task'], len(self.spec.tasks)
+        match self.source:
+            case 'task' if takes_ids(self.fusion):
+                return Context(task, {'context': 'one_hot', 'contexts': num_tasks}), {}
+            case 'task':
+                z = jax.nn.one_hot(task, num_tasks, dtype=self.dtype)
+                return Context(z, {'context': 'one_hot'}), {}
+            case 'embedding':
+                shape = num_tasks, self.context
+                table = self.param('task_embedding', initializers.normal(1.0), shape)
+                return Context(table[task].astype(self.dtype), {'context': 'dense'}), {}
+            case 'inferred':
+                lstm = cells.LSTM(self.context, dtype=self.dtype, name='context')
+                next_carry, z = lstm(carry['context'], u, inputs.is_first)
+                return Context(z, {'context': 'dense'}), {'context': next_carry}
+            case 'instruction':
+                return instruction, {}
+        raise ValueError(f'source = {self.source!r}: expected one of {", ".join(SOURCES)}')
+
+    def _fuse(self, site: Site, features: int, x: Array, context: Context | None) -> Array:
+        """Fuse x [T, B, n] with the context at a site, [T, B, features]."""
+        if context is None:
+            raise ValueError(f'site {site!r}: expected an agent that reads instructions')
+        fusion = self.fusion(features, dtype=self.dtype, **context.options, name=site)
+        if context.is_new is not None:
+            return fuse_once_per_instruction(fusion, x, context.z, context.is_new)
+        y: Array = fusion(x, context.z)
+        return y
+
+    def _core(self, carry: Carry, u: Array, is_first: Array) -> tuple[Array, Carry]:
+        """Return the core's outputs [T, B, H] and its carry."""
+        if self.core is None:
+            return nn.relu(Affine(self.features, self.dtype, name='core')(u)), {}
+        next_carry, h = self.core(dtype=self.dtype, name='core')(carry['core'], u, is_first)
+        return h, {'core': next_carry}
+
+    def _readout(self, h: Array, context: Context | None, task: Array) -> tuple[Array, Array]:
+        """Return logits [T, B, A] and value [T, B], the latter through PopArt's affine map."""
+        features = self.spec.actions + 1
+        if 'readout' in self.sites:
+            y = self._fuse('readout', features, h, context)
+        else:
+            y = Affine(features, self.dtype, name='readout')(h)
+        gain = self.param('gain', initializers.ones, (len(self.spec.tasks),))
+        shift = self.param('shift', initializers.zeros, (len(self.spec.tasks),))
+        value = gain[task] * y[..., -1].astype(jnp.float32) + shift[task]
+        return y[..., :-1].astype(jnp.float32), value
 
 
-def forward(agent: Agent, params: Any, carry: Carry, inputs: Inputs) -> tuple[Carry, Outputs]:
-    """The agent with these parameters, on inputs [T, B, …]."""
+def forward(agent: Agent, params: Params, carry: Carry, inputs: Inputs) -> tuple[Carry, Outputs]:
+    """Apply the agent with these parameters to inputs [T, B, …]."""
     return agent.apply({'params': params}, carry, inputs)  # type: ignore[return-value,unused-ignore]
 
 
-def reads_instructions(agent: Agent) -> bool:
-    return bool(agent.spec.vocabulary) and agent.see_instruction
+def is_instructed(agent: Agent) -> bool:
+    """Return whether the agent encodes instructions."""
+    return bool(agent.spec.vocabulary) and agent.use_instruction
 
 
-def encode_instruction(agent: Agent, params: Any, tokens: Array) -> Array:
-    """Tokens [..., L] → what the agent's inputs may hold in their place, [..., hidden]."""
+def encode_instruction(agent: Agent, params: Params, tokens: Array) -> Array:
+    """Encode tokens [..., L], [..., hidden]; the agent's inputs may hold the result instead."""
     encoder = InstructionEncoder(agent.spec.vocabulary, dtype=agent.dtype)
     return encoder.apply({'params': params['instruction_encoder']}, tokens)  # type: ignore[return-value,unused-ignore]
 
 
 def takes_ids(constructor: Callable[..., nn.Module]) -> bool:
-    """Whether a fusion takes integers for one-hot contexts, which is many times cheaper."""
+    """Return whether a fusion takes indices of one-hot contexts, which is many times cheaper."""
     while isinstance(constructor, functools.partial):
         constructor = constructor.func
     return 'contexts' in getattr(constructor, '__dataclass_fields__', {})

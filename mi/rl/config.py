@@ -22,13 +22,12 @@ from mi.config import (
     text,
 )
 from mi.precision import PRECISIONS
-from mi.rl import learner
 from mi.rl.agent import (
     SITES,
     SOURCES,
     TORSOS,
 )
-from mi.rl.loss import CLIPS
+from mi.rl.loss import CLIPS, POPART_ORDERS
 from mi.rl.transformer import GatedTransformer
 from mi.training import optim, trackers
 
@@ -84,7 +83,7 @@ SCHEMA: dict[str, Rule] = {
     'loss.reward_clip': choice(CLIPS),
     'loss.popart': number(0, 1),
     'loss.popart_corrected': boolean,
-    'loss.popart_order': choice(learner.POPART_ORDERS),
+    'loss.popart_order': choice(POPART_ORDERS),
     'loss.popart_preserve': boolean,
     'train.topology': choice(TOPOLOGIES),
     'train.steps': integer(1),

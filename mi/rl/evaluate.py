@@ -17,7 +17,7 @@ from mi.rl.agent import Agent, Inputs
 from mi.rl.envs import auto_reset
 from mi.rl.envs.spec import JaxEnvironment, Spec
 from mi.rl.episode_metrics import Record
-from mi.rl.fused.rollout import act, start
+from mi.rl.fused.rollout import act, init_actor_state
 from mi.rl.play import Limits, StoppedError, Watched, never, play
 from mi.rows import get_row_indices
 from mi.training import sharding
@@ -134,7 +134,7 @@ def _play_rows(
     The program ends one step after the most steps of an episode, so that one that is longer shows.
     """
     rows = len(plays)
-    state = start(environment, agent, rows, key)
+    state = init_actor_state(environment, agent, rows, key)
     env_step = jax.vmap(functools.partial(auto_reset.step, environment))
 
     def continues(carried: Any) -> Array:
@@ -166,7 +166,7 @@ def summary(
 
     Success is None where the environment has no notion of it.
 
-    The normalised score of a task is (s − random) / (reference − random), of which the capped one
+    The normalized score of a task is (s − random) / (reference − random), of which the capped one
     is at most 1. `stderr/…` is the standard error of a task's mean return, `episodes_per_task` how
     many were played of the task that has fewest.
 

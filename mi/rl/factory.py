@@ -12,7 +12,7 @@ from mi import cells, counting, fusion
 from mi.config import (
     UserError,
 )
-from mi.rl import learner
+from mi.rl import loss
 from mi.rl.agent import (
     Agent,
     Inputs,
@@ -64,11 +64,11 @@ def agent(config: ml_collections.ConfigDict, spec: Spec) -> Agent:
             f"config.env.name = {config.env.name!r} has {there}; 'auto' takes what fits"
         )
     height, width = spec.observation['pixels'].shape[:2] if 'pixels' in spec.observation else (0, 0)
-    if model.torso == 'shallow' and min(height, width) < Shallow.least:
+    if model.torso == 'shallow' and min(height, width) < Shallow.min_side:
         raise UserError(
-            f"config.model.torso = 'shallow' needs pictures of {Shallow.least} × {Shallow.least} "
-            f'pixels at least, and config.env.name = {config.env.name!r} has {height} × {width}; '
-            f"try 'deep'"
+            f"config.model.torso = 'shallow': expected pictures of at least {Shallow.min_side} × "
+            f'{Shallow.min_side} pixels (got {height} × {width} from config.env.name = '
+            f"{config.env.name!r}). Try 'deep'"
         )
     core = None
     if model.core != 'none':
@@ -88,7 +88,7 @@ def agent(config: ml_collections.ConfigDict, spec: Spec) -> Agent:
         source=model.source,
         context=model.context,
         fusion=fusion.get(word.name, rank=word.rank, hidden=word.hidden),
-        see_instruction=model.instruction,
+        use_instruction=model.instruction,
         dtype=jnp.dtype(model.dtype),
     )
 
@@ -122,8 +122,8 @@ def fits(config: ml_collections.ConfigDict, trained: Spec, held_out: Spec) -> No
         )
 
 
-def hyperparameters(config: ml_collections.ConfigDict) -> learner.Hyperparameters:
-    return learner.Hyperparameters(**config.loss)
+def hyperparameters(config: ml_collections.ConfigDict) -> loss.Hyperparameters:
+    return loss.Hyperparameters(**config.loss)
 
 
 def example(spec: Spec, length: int, batch: int) -> Inputs:

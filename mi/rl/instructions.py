@@ -1,4 +1,7 @@
-"""Encode instructions, each once per unroll."""
+"""The instruction encoder, and helpers that run it and the fusions once per distinct instruction.
+
+An instruction seldom changes within an unroll, so most of its rows repeat the previous one.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,72 +15,84 @@ from jax.typing import DTypeLike
 
 from mi import cells, counting
 
-INSTRUCTIONS = 4  # of a column that are looked at one by one
+MAX_INSTRUCTIONS = 4  # per environment and unroll; with more, every row is computed
 
 
-def once_per_instruction(encode: Callable[[Array], Any], tokens: Array, is_new: Array) -> Array:
-    """encode(tokens) for tokens [T, B, L] that change where `is_new` alone, [T, B, …].
+def encode_once_per_instruction(
+    encode: Callable[[Array], Any], tokens: Array, is_new: Array
+) -> Array:
+    """Return encode(tokens), [T, B, …], for tokens [T, B, L] that change only where `is_new`.
 
-    Where no column has more than `INSTRUCTIONS` of them, only one row of each is encoded: for 20
-    steps a fifth of the work. Otherwise, and where it would not be less work, every row is.
+    If no environment has more than `MAX_INSTRUCTIONS` of them, each is encoded once: for T = 20 a
+    fifth of the work. Otherwise every row is encoded, and also if that is less work.
     """
     T, _, L = tokens.shape
-    if 2 * INSTRUCTIONS >= T or INSTRUCTIONS >= L:
+    if 2 * MAX_INSTRUCTIONS >= T or MAX_INSTRUCTIONS >= L:
         return encode(tokens)
-    number, begins, few = index_instructions(is_new)
+    number, starts, is_few = index_instructions(is_new)
 
-    def some() -> Array:
-        encoded = encode(jnp.take_along_axis(tokens, begins[..., None], axis=0))
+    def encode_distinct() -> Array:
+        encoded = encode(jnp.take_along_axis(tokens, starts[..., None], axis=0))
         return jnp.take_along_axis(encoded, number[..., None], axis=0, mode='clip')
 
-    return jax.lax.cond(few, some, lambda: encode(tokens))
+    return jax.lax.cond(is_few, encode_distinct, lambda: encode(tokens))
 
 
-def fused_per_instruction(meet: nn.Module, x: Array, z: Array, is_new: Array) -> Array:
-    """meet(x, z) for x [T, B, n] and z [T, B, m] that changes where `is_new` alone, [T, B, k].
+def fuse_once_per_instruction(fusion: nn.Module, x: Array, z: Array, is_new: Array) -> Array:
+    """Return fusion(x, z), [T, B, k], for x [T, B, n] and z [T, B, m] that changes where `is_new`.
 
-    As `once_per_instruction`: x meets each of the column's few z, and each step keeps its own. A
-    full form, which contracts z first, has a quarter of the work then for 20 steps; where it would
-    not be half of it, every row meets its own z alone.
+    As in `encode_once_per_instruction`, but every x is fused with each of the few z of its
+    environment, and each step selects its own result. A full form contracts z first and so does a
+    quarter of the work for T = 20. Unless the work is at least halved, each row is fused once.
     """
-    if meet.is_initializing() or len(x) <= 2 * INSTRUCTIONS or not _halves_flops(meet, x, z):
-        return meet(x, z)
-    number, begins, few = index_instructions(is_new)
+    is_short = len(x) <= 2 * MAX_INSTRUCTIONS
+    if fusion.is_initializing() or is_short or not _halves_flops(fusion, x, z):
+        return fusion(x, z)
+    number, starts, is_few = index_instructions(is_new)
 
-    def some(meet: nn.Module, x: Array, z: Array) -> Array:
-        of_instructions = jnp.take_along_axis(z, begins[..., None], axis=0)
-        y = meet(x[None], of_instructions[:, None])
+    def fuse_distinct(fusion: nn.Module, x: Array, z: Array) -> Array:
+        distinct = jnp.take_along_axis(z, starts[..., None], axis=0)
+        y = fusion(x[None], distinct[:, None])
         return jnp.take_along_axis(y, number[None, ..., None], axis=0, mode='clip')[0]
 
-    return nn.cond(few, some, lambda meet, x, z: meet(x, z), meet, x, z)  # type: ignore[no-any-return,unused-ignore]
+    return nn.cond(is_few, fuse_distinct, lambda fusion, x, z: fusion(x, z), fusion, x, z)  # type: ignore[no-any-return,unused-ignore]
 
 
-def _halves_flops(meet: nn.Module, x: Array, z: Array) -> bool:
-    """Whether meeting every z of `INSTRUCTIONS` is half the products of meeting one z a step."""
+def _halves_flops(fusion: nn.Module, x: Array, z: Array) -> bool:
+    """Return whether fusing x with `MAX_INSTRUCTIONS` z costs at most half of one z per step."""
     (T, B, n), m, dtype = x.shape, z.shape[-1], x.dtype
-    apply, variables = meet.clone(parent=None, name=None).apply, meet.variables
+    apply, variables = fusion.clone(parent=None, name=None).apply, fusion.variables
 
-    def flops(*axes: tuple[int, ...]) -> int:
-        x, z = (jax.ShapeDtypeStruct(a, dtype) for a in axes)
+    def count_flops(*shapes: tuple[int, ...]) -> int:
+        x, z = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
         return counting.flops(apply, variables, x, z)
 
-    shared = flops((1, T, B, n), (INSTRUCTIONS, 1, B, m))
-    return 2 * shared <= flops((T, B, n), (T, B, m))
+    shared = count_flops((1, T, B, n), (MAX_INSTRUCTIONS, 1, B, m))
+    return 2 * shared <= count_flops((T, B, n), (T, B, m))
 
 
 def index_instructions(is_new: Array) -> tuple[Array, Array, Array]:
-    """Of columns [T, B]: each row's instruction, counted from 0; where each begins; whether few."""
-    later = is_new & (jnp.arange(len(is_new)) > 0).reshape(-1, 1)
-    number = jnp.cumsum(later, axis=0)  # [T, B]
-    of_number = number[None] == jnp.arange(INSTRUCTIONS).reshape(-1, 1, 1)
-    begins = of_number.argmax(1)  # [INSTRUCTIONS, B]
-    return number, begins, (number < INSTRUCTIONS).all()
+    """Number the instructions of each environment.
+
+    Args:
+      is_new: bool [T, B], whether a step has another instruction than the previous one.
+
+    Returns:
+      number: [T, B], the step's instruction, from 0.
+      starts: [MAX_INSTRUCTIONS, B], the first step of each instruction.
+      is_few: bool [], whether no environment has more than `MAX_INSTRUCTIONS`.
+    """
+    changes = is_new & (jnp.arange(len(is_new)) > 0).reshape(-1, 1)
+    number = jnp.cumsum(changes, axis=0)
+    matches = number[None] == jnp.arange(MAX_INSTRUCTIONS).reshape(-1, 1, 1)
+    return number, matches.argmax(1), (number < MAX_INSTRUCTIONS).all()
 
 
 class InstructionEncoder(nn.Module):
-    """Tokens [..., L], 0 for padding → the LSTM's state after the last of them [..., hidden].
+    """Tokens [..., L], 0 for padding → the LSTM's state after the last token, [..., hidden].
 
-    Embedding 20 and hidden 64 are those of IMPALA's public code. Without any token it is zero.
+    Embedding size 20 and hidden size 64 are those of IMPALA's public code. Without any token the
+    encoding is zero.
     """
 
     vocabulary: int
@@ -91,8 +106,8 @@ class InstructionEncoder(nn.Module):
         table = self.param('embedding', initializers.normal(1.0), (self.vocabulary, self.embed))
         lstm = cells.LSTM(self.hidden, dtype=self.dtype, name='lstm')
         _, h = lstm(cells.initial_carry(rows.shape[1], self.hidden), table[rows].astype(self.dtype))
-        there = rows > 0
-        last = jnp.maximum(there.sum(0) - 1, 0)
+        is_token = rows > 0
+        last = jnp.maximum(is_token.sum(0) - 1, 0)
         state = jnp.take_along_axis(h, last[None, :, None], axis=0)[0]
-        state = jnp.where(there.any(0)[:, None], state, 0)
+        state = jnp.where(is_token.any(0)[:, None], state, 0)
         return state.reshape(*tokens.shape[:-1], self.hidden)

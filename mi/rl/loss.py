@@ -1,15 +1,22 @@
-"""The loss of IMPALA on one trajectory, values in the units of PopArt; the caller vmaps."""
+"""The loss of IMPALA, with values in the units of PopArt, and its hyperparameters."""
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from mi.config import suggest
 from mi.rl import popart
+from mi.rl.agent import Outputs
+from mi.rl.trajectory import Trajectory
 from mi.rl.vtrace import vtrace
+
+PopArtOrder = Literal['gradient_first', 'statistics_first']
+POPART_ORDERS = get_args(PopArtOrder)
 
 CLIPS: dict[str, Callable[[Array], Array]] = {
     'none': lambda r: r,
@@ -19,31 +26,47 @@ CLIPS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def clip_reward(reward: Array, kind: str) -> Array:
-    """Rewards as the learner takes them.
+class Hyperparameters(NamedTuple):
+    """Hyperparameters of the loss; the optimizer has its own.
 
-    'none'; 'unit', to [−1, 1]; and the two versions that IMPALA was published with:
-    'paper', 0.3 · min(tanh r, 0) + 5 · max(tanh r, 0); 'code', 5 · tanh(r / 5), × 0.3 below zero.
-
-    Raises:
-      ValueError: on another word.
+    Attributes:
+      discount: γ.
+      lambda_, rho_clip, c_clip: λ, ρ̄ and c̄ of V-trace.
+      entropy_cost, baseline_cost: weights relative to the policy gradient.
+      reward_clip: a name in `CLIPS`.
+      popart: β, the step size of the statistics; 0 for plain values.
+      popart_corrected: whether to correct the statistics for their start, see `popart.update`.
+      popart_order: whether the loss is in the units before or after the update of the statistics.
+        'statistics_first' is the order of van Hasselt et al. (2016): the targets of a batch then
+        bound the normalized errors of that batch.
+      popart_preserve: whether the values stay the same when the statistics move. Otherwise only
+        the targets are normalized: n stays, and σ n + μ follows the returns.
     """
-    if kind not in CLIPS:
-        raise ValueError(f'unknown reward clip {kind!r}; {suggest(kind, CLIPS)}')
-    return CLIPS[kind](reward)
+
+    discount: float = 0.99
+    lambda_: float = 1.0
+    rho_clip: float = 1.0
+    c_clip: float = 1.0
+    entropy_cost: float = 0.003
+    baseline_cost: float = 0.5
+    reward_clip: str = 'none'
+    popart: float = 3e-4
+    popart_corrected: bool = True
+    popart_order: PopArtOrder = 'gradient_first'
+    popart_preserve: bool = True
 
 
-class Terms(NamedTuple):
-    """What the loss of one trajectory is made of.
+class LossTerms(NamedTuple):
+    """Terms of the loss of one trajectory, and diagnostics.
 
     Attributes:
       policy, baseline, entropy: sums over the T transitions, without their costs: −Σ log π(a) A,
         ½ Σ (v − V)² in the units of PopArt, and the policy's entropy Σ H.
       targets: [T], of V-trace, in the units of the rewards.
-      kl: mean over the valid transitions of log μ(a) − log π(a), which estimates how far the
-        learner has gone from the policy that acted.
-      clipped: share of the valid transitions whose ρ was clipped.
-      advantage: mean |A| of them, in the units of PopArt.
+      kl: mean of log μ(a) − log π(a) over the valid transitions; it estimates how far the learner
+        is from the policy that acted.
+      clip_fraction: fraction of the valid transitions whose ρ was clipped.
+      advantage: mean |A| over the valid transitions, in the units of PopArt.
     """
 
     policy: Array
@@ -51,57 +74,103 @@ class Terms(NamedTuple):
     entropy: Array
     targets: Array
     kl: Array
-    clipped: Array
+    clip_fraction: Array
     advantage: Array
 
 
-def impala(
-    logits: Array,
-    value: Array,
-    task: Array,
-    action_t: Array,
-    log_mu_t: Array,
-    reward_t: Array,
-    discount_t: Array,
-    valid_t: Array,
-    statistics: popart.Statistics,
-    lambda_: float = 1.0,
-    rho_clip: float = 1.0,
-    c_clip: float = 1.0,
-) -> Terms:
-    """The terms of one trajectory's loss; *sums* over time, as in the public IMPALA code.
+def clip_reward(reward: Array, kind: str) -> Array:
+    """Clip rewards before they are learned from.
 
-    V-trace runs in the units of the rewards, on values v = σ n + μ. Targets and advantages are
-    brought to the units of each task: (v_t − μ) / σ is what n is regressed to, and A / σ is the
-    advantage, so that no task's rewards decide the size of the gradient (Hessel et al., 2019). With
-    μ = 0 and σ = 1 it is plain IMPALA.
+    'none'; 'unit' to [−1, 1]; and the two versions published with IMPALA:
+    'paper', 0.3 · min(tanh r, 0) + 5 · max(tanh r, 0); 'code', 5 · tanh(r / 5), × 0.3 below zero.
+
+    Raises:
+      ValueError: if the kind is unknown.
+    """
+    if kind not in CLIPS:
+        raise ValueError(f'unknown reward clip {kind!r}; {suggest(kind, CLIPS)}')
+    return CLIPS[kind](reward)
+
+
+def impala_loss(
+    outputs: Outputs,
+    trajectory: Trajectory,
+    statistics: popart.Statistics,
+    hyperparameters: Hyperparameters,
+) -> tuple[Array, LossTerms]:
+    """Compute the loss of B trajectories: summed over time, averaged over B.
+
+    The IMPALA code sums over time too.
 
     Args:
-      logits: [T, A], of the learner's policy.
-      value: [T + 1], n, in the units of the task.
-      task: int [T + 1].
-      action_t: int [T].
-      log_mu_t: [T], log-probability of that action under the policy that acted.
-      reward_t, discount_t, valid_t: [T], as in `vtrace`; rewards clipped already, γ included.
+      outputs: the learner's, [T + 1, B, …].
+      trajectory: [T, B, …].
       statistics: of PopArt.
-      lambda_, rho_clip, c_clip: of V-trace.
+      hyperparameters: of the loss.
+
+    Returns:
+      The loss [], and its terms, [B] each but `targets` [T, B].
     """
-    log_pi = jax.nn.log_softmax(logits)
-    log_pi_t = jnp.take_along_axis(log_pi, action_t[:, None], axis=1)[:, 0]
-    values = popart.unnormalise(statistics, value, task)
-    target = vtrace(
-        values, reward_t, discount_t, log_pi_t - log_mu_t, valid_t, lambda_, rho_clip, c_clip
+    chex.assert_rank([outputs.logits, outputs.value], [3, 2])
+    chex.assert_rank([trajectory.action, trajectory.log_prob, trajectory.valid], 2)
+    rows = Trajectory(inputs=1, action=1, log_prob=1, discount=1, valid=1, carry=None)  # type: ignore[arg-type]
+    compute = functools.partial(compute_terms, hyperparameters=hyperparameters)
+    terms = jax.vmap(compute, in_axes=(1, rows, None), out_axes=-1)(outputs, trajectory, statistics)
+    total = (
+        terms.policy
+        + hyperparameters.baseline_cost * terms.baseline
+        - hyperparameters.entropy_cost * terms.entropy
     )
+    return total.mean(), terms
+
+
+def compute_terms(
+    outputs: Outputs,
+    trajectory: Trajectory,
+    statistics: popart.Statistics,
+    hyperparameters: Hyperparameters,
+) -> LossTerms:
+    """Compute the terms of one trajectory's loss.
+
+    V-trace runs in the units of the rewards, on values v = σ n + μ. Targets and advantages are then
+    normalized by task: n is regressed to (v_t − μ) / σ and the policy gradient uses A / σ, so that
+    the scale of a task's rewards does not decide the size of its gradient (Hessel et al., 2019).
+    With μ = 0 and σ = 1 it is plain IMPALA.
+
+    Args:
+      outputs: the learner's logits [T + 1, A] and values n [T + 1], in the units of the task.
+      trajectory: [T, …], of one environment; its carry is ignored.
+      statistics: of PopArt.
+      hyperparameters: of the loss.
+    """
+    h, task, valid_t = hyperparameters, trajectory.inputs.observation['task'], trajectory.valid
+    reward_t = clip_reward(trajectory.inputs.reward[1:], h.reward_clip)
+    log_pi = jax.nn.log_softmax(outputs.logits[:-1])
+    log_pi_t = jnp.take_along_axis(log_pi, trajectory.action[:, None], axis=1)[:, 0]
+
+    # V-trace in the units of the rewards.
+    target = vtrace(
+        popart.unnormalize(statistics, outputs.value, task),
+        reward_t,
+        h.discount * trajectory.discount,
+        log_pi_t - trajectory.log_prob,
+        valid_t,
+        h.lambda_,
+        h.rho_clip,
+        h.c_clip,
+    )
+
+    # The loss in the units of each task.
     advantage = target.advantages / popart.sigma(statistics)[task[:-1]]
-    error = popart.normalise(statistics, target.targets, task[:-1]) - value[:-1]
-    valid = valid_t.astype(logits.dtype)
+    error = popart.normalize(statistics, target.targets, task[:-1]) - outputs.value[:-1]
+    valid = valid_t.astype(outputs.logits.dtype)
     count = jnp.maximum(valid.sum(), 1)
-    return Terms(
+    return LossTerms(
         policy=-(valid * log_pi_t * advantage).sum(),
         baseline=0.5 * (valid * error**2).sum(),
         entropy=-(valid * (jnp.exp(log_pi) * log_pi).sum(-1)).sum(),
         targets=target.targets,
-        kl=(valid * (log_mu_t - log_pi_t)).sum() / count,
-        clipped=target.clipped.sum() / count,
+        kl=(valid * (trajectory.log_prob - log_pi_t)).sum() / count,
+        clip_fraction=target.is_clipped.sum() / count,
         advantage=(valid * jnp.abs(advantage)).sum() / count,
     )

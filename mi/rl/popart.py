@@ -1,11 +1,11 @@
-"""PopArt for each task: values are learnt in units in which every task's targets are alike.
+"""PopArt for each task: values are learned in units in which all tasks' targets are alike.
 
 van Hasselt et al., Learning values across many orders of magnitude, 2016; for many tasks: Hessel
 et al., Multi-task Deep Reinforcement Learning with PopArt, 2019. Pure functions; a value v of a
 task is n in its units, v = σ n + μ.
 
 The moments are corrected for their start as Adam's are (Kingma and Ba, 2015), which the papers do
-not do: with β = 3e-4 the units would else be those of the start for thousands of updates.
+not do. With β = 3e-4 the initial units would otherwise last for thousands of updates.
 """
 
 import functools
@@ -24,12 +24,12 @@ LARGEST_TARGET = 1e3 * HIGHEST  # magnitude up to which a target moves the momen
 class Statistics(NamedTuple):
     """Moments of each task's targets, corrected for their start.
 
-    The variance is ν − μ² of the published second moment ν. It is kept itself, because in f32 that
-    difference is lost where μ is some hundred times σ.
+    The papers keep the second moment ν, and the variance is ν − μ². Here the variance itself is
+    kept, because in f32 that difference is lost where μ is some hundred times σ.
 
     Attributes:
       mu, variance: [tasks] f32.
-      updates: [tasks] int32, those in which the task had targets.
+      updates: [tasks] int32, the number of updates in which the task had targets.
     """
 
     mu: Array
@@ -37,23 +37,23 @@ class Statistics(NamedTuple):
     updates: Array
 
 
-def init(tasks: int) -> Statistics:
-    """Return units of one, μ = 0 and σ = 1, which the first targets replace."""
-    return Statistics(jnp.zeros(tasks), jnp.ones(tasks), jnp.zeros(tasks, jnp.int32))
+def init(num_tasks: int) -> Statistics:
+    """Return μ = 0 and σ = 1, which the first targets replace."""
+    return Statistics(jnp.zeros(num_tasks), jnp.ones(num_tasks), jnp.zeros(num_tasks, jnp.int32))
 
 
 def sigma(statistics: Statistics) -> Array:
-    """σ, the root of the variance, between 1e-4 and 1e6; [tasks]."""
+    """Return σ [tasks], the root of the variance, clipped to [1e-4, 1e6]."""
     return jnp.sqrt(jnp.clip(statistics.variance, LOWEST**2, HIGHEST**2))
 
 
-def normalise(statistics: Statistics, values: Array, task: Array) -> Array:
-    """Values in the units of their tasks: (v − μ) / σ; all arrays of one shape."""
+def normalize(statistics: Statistics, values: Array, task: Array) -> Array:
+    """Normalize values to the units of their tasks: (v − μ) / σ; all arrays of one shape."""
     return (values - statistics.mu[task]) / sigma(statistics)[task]
 
 
-def unnormalise(statistics: Statistics, values: Array, task: Array) -> Array:
-    """Values from the units of their tasks: σ n + μ; all arrays of one shape."""
+def unnormalize(statistics: Statistics, values: Array, task: Array) -> Array:
+    """Undo `normalize`: σ n + μ; all arrays of one shape."""
     return sigma(statistics)[task] * values + statistics.mu[task]
 
 
@@ -70,10 +70,11 @@ def update(
         μ ← (1 − β_k) μ + β_k mean(v),   ν ← (1 − β_k) ν + β_k mean(v²),   β_k = β / (1 − (1 − β)^k)
 
     k counts the updates in which the task had targets. These are the published moving averages, of
-    step β from zero, divided by 1 − (1 − β)^k: β_1 = 1, so that nothing is left of μ = 0 and σ = 1.
+    step β from zero, divided by 1 − (1 − β)^k: β_1 = 1, so that μ = 0 and σ = 1 are forgotten.
 
-    The second is the same as: variance ← (1 − β_k) variance + β_k var(v) + β_k (1 − β_k) (mean(v) −
-    μ)², without the difference ν − μ².
+    The code computes the second, without the difference ν − μ², as
+
+        variance ← (1 − β_k) variance + β_k var(v) + β_k (1 − β_k) (mean(v) − μ)²
 
     The *means* over a task's targets are used once an update: a step for each target, or their sum,
     diverges at the batches of an actor-learner. A task without targets keeps its moments.
@@ -84,7 +85,7 @@ def update(
     Args:
       targets: [...], in the units of the rewards.
       task: [...], the task of each.
-      weight: [...], 1 or True for what counts, 0 for what does not.
+      weight: [...], 1 or True for targets that count, 0 for others.
       beta: β, the step.
       is_corrected: whether β_k is as above; False for β_k = β, the published moving averages from
         μ = 0 and σ = 1.
@@ -94,14 +95,15 @@ def update(
     targets = jnp.where(weight > 0, targets.ravel(), 0)
     bounded = jnp.clip(targets, -LARGEST_TARGET, LARGEST_TARGET)
 
-    def totals(*values: Array) -> tuple[Array, ...]:
+    def sum_weighted(*values: Array) -> tuple[Array, ...]:
         """Sum over each task's targets, on all devices that share the batch."""
-        of_task = functools.partial(jax.ops.segment_sum, segment_ids=task, num_segments=len(mu))
-        return sum_over_rows(tuple(of_task(weight * value) for value in values))
+        sum_by_task = functools.partial(jax.ops.segment_sum, segment_ids=task, num_segments=len(mu))
+        return sum_over_rows(tuple(sum_by_task(weight * value) for value in values))
 
+    # Sums over each task's targets, relative to μ.
     distance = bounded - mu[task]
     is_unbounded = (bounded != targets).astype(jnp.float32)
-    number, total, beyond = totals(jnp.ones_like(targets), distance, is_unbounded)
+    number, total, beyond = sum_weighted(jnp.ones_like(targets), distance, is_unbounded)
     is_present, divisor = number > 0, jnp.maximum(number, 1)
     updates = updates + is_present
 
@@ -113,7 +115,7 @@ def update(
 
     # Two passes: in one, the first update would lose the digits of σ where μ is far from 0.
     mean = total / divisor
-    (squares,) = totals((distance - mean[task]) ** 2)
+    (squares,) = sum_weighted((distance - mean[task]) ** 2)
     within = squares / divisor
     variance = (1 - step) * variance + step * within + step * (1 - step) * mean**2
     variance = jnp.where(beyond > 0, HIGHEST**2, jnp.minimum(variance, HIGHEST**2))
@@ -127,7 +129,7 @@ def rescale(values: Array, task: Array, old: Statistics, new: Statistics) -> Arr
 
 
 def preserve(gain: Array, shift: Array, old: Statistics, new: Statistics) -> tuple[Array, Array]:
-    """Gain and shift of the values' last affine map with which no value changes.
+    """Return gain and shift of the values' last affine map with which no value changes.
 
         gain ← gain σ / σ',   shift ← (σ shift + μ − μ') / σ'
 
@@ -135,5 +137,6 @@ def preserve(gain: Array, shift: Array, old: Statistics, new: Statistics) -> tup
       gain, shift: [tasks], n = gain · raw + shift in the units of the task.
       old, new: statistics before and after their update.
     """
-    before, after = sigma(old), sigma(new)
-    return gain * before / after, (before * shift + old.mu - new.mu) / after
+    old_sigma, new_sigma = sigma(old), sigma(new)
+    new_shift = (old_sigma * shift + old.mu - new.mu) / new_sigma
+    return gain * old_sigma / new_sigma, new_shift

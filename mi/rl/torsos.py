@@ -1,4 +1,7 @@
-"""From an observation to features: dense, convolutional and residual torsos."""
+"""Torsos, which map an observation to features: dense, convolutional and residual.
+
+Every torso is called on name → array [T, B, …] and returns [T, B, F].
+"""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -19,9 +22,12 @@ convolution = functools.partial(nn.Conv, conv_general_dilated=convolve)
 
 
 class Dense(nn.Module):
-    """Grids as one-hot categories, and features, through two dense layers.
+    """Two dense layers on the one-hot grid and the features.
 
-    A convolution's gradient inside a scan is 10 to 20 times slower than this on XLA's CPU backend.
+        v = relu(A₂ relu(A₁ [onehot(grid), features] + c₁) + c₂)
+
+    The default for grids: on XLA's CPU backend the gradient of a convolution inside a scan is an
+    order of magnitude slower.
     """
 
     features: int
@@ -37,7 +43,10 @@ class Dense(nn.Module):
 
 
 class Conv(nn.Module):
-    """A grid of one-hot categories through two 3 × 3 convolutions and a dense layer."""
+    """Two 3 × 3 convolutions with 32 and 64 channels on the one-hot grid, and a dense layer.
+
+    v = relu(A [relu(W₂ ∗ relu(W₁ ∗ onehot(grid))), features] + c)
+    """
 
     features: int
     spec: Spec
@@ -45,23 +54,30 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, observation: Mapping[str, Array]) -> Array:
-        x = to_images(one_hot_grid(observation['grid'], self.spec.categories, self.dtype))
+        x = merge_time_and_batch(
+            encode_one_hot(observation['grid'], self.spec.categories, self.dtype)
+        )
         for i, channels in enumerate((32, 64)):
             x = nn.relu(convolution(channels, (3, 3), dtype=self.dtype, name=f'conv_{i}')(x))
-        return read_out(x, observation, self.spec, self.features, self.dtype)
+        return project(x, observation, self.features, self.dtype)
 
 
 class Shallow(nn.Module):
-    """The convolutions of DQN (Mnih et al., 2015): 32 of 8 × 8, 64 of 4 × 4, 64 of 3 × 3."""
+    """The convolutions of DQN (Mnih et al., 2015) and a dense layer.
 
-    least: ClassVar[int] = 36  # pixels of a side: fewer leave nothing for the last convolution
+        v = relu(A [relu(W₃ ∗ relu(W₂ ∗ relu(W₁ ∗ pixels / 255))), features] + c)
+
+    W₁ has 32 channels of 8 × 8 with stride 4, W₂ 64 of 4 × 4 with stride 2, W₃ 64 of 3 × 3.
+    """
+
+    min_side: ClassVar[int] = 36  # pixels; a smaller picture leaves the last convolution nothing
     features: int
     spec: Spec
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, observation: Mapping[str, Array]) -> Array:
-        x = to_images(observation['pixels'].astype(self.dtype) / 255)
+        x = merge_time_and_batch(observation['pixels'].astype(self.dtype) / 255)
         for i, (channels, size, stride) in enumerate(((32, 8, 4), (64, 4, 2), (64, 3, 1))):
             conv = convolution(
                 channels,
@@ -72,14 +88,17 @@ class Shallow(nn.Module):
                 name=f'conv_{i}',
             )
             x = nn.relu(conv(x))
-        return read_out(x, observation, self.spec, self.features, self.dtype)
+        return project(x, observation, self.features, self.dtype)
 
 
 class Deep(nn.Module):
-    """The residual network of IMPALA (Espeholt et al., 2018): (16, 32, 32) channels, 2 blocks each.
+    """The residual network of IMPALA (Espeholt et al., 2018): sections of 16, 32 and 32 channels.
 
-    A section is a convolution, a max pool of 3 × 3 with stride 2, and two residual blocks
-    x + conv(relu(conv(relu(x)))), all 3 × 3.
+        block(x) = x + conv(relu(conv(relu(x))))
+        section(x) = block(block(pool(conv(x))))
+        v = relu(A [relu(section₃(section₂(section₁(pixels / 255)))), features] + c)
+
+    Convolutions and pools are 3 × 3; the max pool has stride 2.
     """
 
     features: int
@@ -88,7 +107,7 @@ class Deep(nn.Module):
 
     @nn.compact
     def __call__(self, observation: Mapping[str, Array]) -> Array:
-        x = to_images(observation['pixels'].astype(self.dtype) / 255)
+        x = merge_time_and_batch(observation['pixels'].astype(self.dtype) / 255)
         for i, channels in enumerate((16, 32, 32)):
             conv = functools.partial(convolution, channels, (3, 3), dtype=self.dtype)
             x = conv(name=f'section_{i}')(x)
@@ -96,7 +115,7 @@ class Deep(nn.Module):
             for j in range(2):
                 block = conv(name=f'section_{i}_block_{j}_in')(nn.relu(x))
                 x = x + conv(name=f'section_{i}_block_{j}_out')(nn.relu(block))
-        return read_out(nn.relu(x), observation, self.spec, self.features, self.dtype)
+        return project(nn.relu(x), observation, self.features, self.dtype)
 
 
 TORSOS_BY_NAME: dict[str, Callable[..., nn.Module]] = {
@@ -108,39 +127,41 @@ TORSOS_BY_NAME: dict[str, Callable[..., nn.Module]] = {
 
 
 def affine(features: int, dtype: DTypeLike, name: str) -> Affine:
+    """Return a dense layer initialized for a ReLU behind it."""
     return Affine(features, dtype, V_init=initializers.he_normal(), name=name)
 
 
-def one_hot_grid(grid: Array, categories: tuple[int, ...], dtype: DTypeLike) -> Array:
-    """[..., h, w, layers] → [..., h, w, Σ categories]."""
-    return jnp.concatenate(
-        [jax.nn.one_hot(grid[..., i], c, dtype=dtype) for i, c in enumerate(categories)], axis=-1
-    )
+def encode_one_hot(grid: Array, categories: tuple[int, ...], dtype: DTypeLike) -> Array:
+    """Encode each layer of a grid [..., h, w, layers] as one-hot, [..., h, w, Σ categories]."""
+    layers = [
+        jax.nn.one_hot(grid[..., i], count, dtype=dtype) for i, count in enumerate(categories)
+    ]
+    return jnp.concatenate(layers, axis=-1)
 
 
 def flatten_observation(
     observation: Mapping[str, Array], spec: Spec, dtype: DTypeLike
 ) -> list[Array]:
-    """The grid, one-hot, and the features of an observation, each as vectors [T, B, n]."""
-    parts = []
+    """Return the one-hot grid and the features of an observation as vectors [T, B, n]."""
+    vectors = []
     if 'grid' in observation:
-        x = one_hot_grid(observation['grid'], spec.categories, dtype)
-        parts.append(x.reshape(*x.shape[:-3], -1))
+        grid = encode_one_hot(observation['grid'], spec.categories, dtype)
+        vectors.append(grid.reshape(*grid.shape[:-3], -1))
     if 'features' in observation:
-        parts.append(observation['features'].astype(dtype))
-    return parts
+        vectors.append(observation['features'].astype(dtype))
+    return vectors
 
 
-def to_images(x: Array) -> Array:
-    """[T, B, h, w, c] → [T · B, h, w, c]."""
-    return x.reshape(-1, *x.shape[-3:])
+def merge_time_and_batch(images: Array) -> Array:
+    """Reshape [T, B, h, w, c] to [T · B, h, w, c]."""
+    return images.reshape(-1, *images.shape[-3:])
 
 
-def read_out(
-    x: Array, observation: Mapping[str, Array], spec: Spec, features: int, dtype: DTypeLike
+def project(
+    images: Array, observation: Mapping[str, Array], features: int, dtype: DTypeLike
 ) -> Array:
-    """The convolutions' last layer, and the observation's features, through a dense layer."""
-    x = x.reshape(*observation['task'].shape, -1)
+    """Map the last feature maps and the observation's features through a dense layer, [T, B, F]."""
+    x = images.reshape(*observation['task'].shape, -1)
     if 'features' in observation:
         x = jnp.concatenate([x, observation['features'].astype(dtype)], axis=-1)
     return nn.relu(affine(features, dtype, 'out')(x))

@@ -1,4 +1,15 @@
-"""What actors send to a learner: trajectories and the episodes that ended."""
+"""Trajectories and episode statistics, which actors send to the learner.
+
+    row t of inputs     what the agent sees before action t; row T only bootstraps
+    action[t]           the action taken there, with log_prob[t] under the policy that acted
+    inputs.reward[t+1], discount[t]
+                        reward and discount of action t
+    carry               the agent's state before row 0
+
+The reward of action t is in row t + 1 of the inputs, where the agent sees it too. Where an episode
+was truncated, its last observation has a row too. The action there is ignored and not valid, and
+the next row is the first of another episode (`mi.rl.envs.spec`).
+"""
 
 import functools
 from typing import NamedTuple
@@ -7,11 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mi.rl.agent import (
-    Carry,
-    Inputs,
-)
-from mi.rl.envs.spec import Step
+from mi.rl.agent import Carry, Inputs
 
 
 class Trajectory(NamedTuple):
@@ -22,8 +29,8 @@ class Trajectory(NamedTuple):
       action: int32 [T, B].
       log_prob: float32 [T, B].
       discount: float32 [T, B], 0 where the action terminated the episode, 1 elsewhere.
-      valid: bool [T, B], false where the action was ignored, as the episode had ended before.
-      carry: of the agent, before row 0.
+      valid: bool [T, B], false where the action was ignored because the episode had ended.
+      carry: the agent's, before row 0.
     """
 
     inputs: Inputs
@@ -35,7 +42,7 @@ class Trajectory(NamedTuple):
 
 
 class Episodes(NamedTuple):
-    """How many episodes ended, and sums over them, by task, [tasks] float32."""
+    """Number of episodes that ended, and sums over them, by task, [tasks] float32."""
 
     number: Array
     returns: Array
@@ -43,21 +50,26 @@ class Episodes(NamedTuple):
     successes: Array
 
 
-def log_probability(logits: Array, action: Array) -> Array:
-    """log π(a): logits [..., A], actions [...] → [...]."""
+def compute_log_prob(logits: Array, action: Array) -> Array:
+    """Return log π(a) [...] for logits [..., A] and actions [...]."""
     log_pi = jax.nn.log_softmax(logits)
     return jnp.take_along_axis(log_pi, action[..., None], axis=-1)[..., 0]
 
 
-def finished(
-    ended: Array, task: Array, returned: Array, length: Array, step: Step, tasks: int
+def sum_episodes(
+    is_over: Array,
+    task: Array,
+    episode_return: Array,
+    length: Array,
+    success: Array,
+    num_tasks: int,
 ) -> Episodes:
-    """What ended in this step, summed by task: all arguments but the last are [B]."""
-    of_task = functools.partial(jax.ops.segment_sum, segment_ids=task, num_segments=tasks)
-    weight = ended.astype(jnp.float32)
+    """Sum the episodes that ended in this step by task; all arguments but the last are [B]."""
+    sum_by_task = functools.partial(jax.ops.segment_sum, segment_ids=task, num_segments=num_tasks)
+    weight = is_over.astype(jnp.float32)
     return Episodes(
-        of_task(weight),
-        of_task(weight * returned),
-        of_task(weight * length),
-        of_task(weight * step.success),
+        sum_by_task(weight),
+        sum_by_task(weight * episode_return),
+        sum_by_task(weight * length),
+        sum_by_task(weight * success),
     )

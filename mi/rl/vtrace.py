@@ -1,4 +1,4 @@
-"""V-trace: targets and advantages from behaviour that another policy chose.
+"""V-trace: off-policy targets and advantages.
 
 Espeholt et al., IMPALA: Scalable Distributed Deep-RL with Importance Weighted Actor-Learner
 Architectures, 2018. One trajectory, time first; the caller vmaps.
@@ -10,21 +10,21 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-ROUNDING = 1e-4  # of ρ between two compilations of one policy
+ROUNDING = 1e-4  # relative, of ρ between two compilations of one policy
 
 
 class VTrace(NamedTuple):
-    """What V-trace says of each of the T transitions; no gradient flows through it.
+    """Targets and advantages of T transitions; no gradient flows through them.
 
     Attributes:
-      targets: [T], v_t of the values' regression.
-      advantages: [T], of the policy gradient, min(ρ̄, ρ_t) included.
-      clipped: bool [T], whether ρ_t was above ρ̄, by more than rounding.
+      targets: [T], v_t, to which the values are regressed.
+      advantages: [T], for the policy gradient, min(ρ̄, ρ_t) included.
+      is_clipped: bool [T], whether ρ_t exceeded ρ̄ by more than rounding.
     """
 
     targets: Array
     advantages: Array
-    clipped: Array
+    is_clipped: Array
 
 
 def vtrace(
@@ -37,33 +37,34 @@ def vtrace(
     rho_clip: float = 1.0,
     c_clip: float = 1.0,
 ) -> VTrace:
-    """Targets and advantages of one trajectory of T transitions.
+    """Compute targets and advantages of one trajectory of T transitions.
 
         δ_t = min(ρ̄, ρ_t) (r_t + γ_t V_{t+1} − V_t),   c_t = λ min(c̄, ρ_t)
         v_t − V_t = δ_t + γ_t c_t (v_{t+1} − V_{t+1}),   v_T = V_T
         advantage_t = min(ρ̄, ρ_t) (r_t + γ_t v_{t+1} − V_t)
 
-    Where `valid_t` is false, the action was ignored because the episode had ended before: there
-    δ_t = 0 and the trace is cut, so that v_t = V_t and the advantage is 0. So an episode cut by its
-    time limit bootstraps from the value of its last observation, and one that ended does not.
+    Where `valid_t` is false, the action was ignored because the episode had already ended: there
+    δ_t = 0 and the trace is cut, so that v_t = V_t and the advantage is 0. An episode cut by its
+    time limit therefore bootstraps from the value of its last observation; one that terminated
+    does not.
 
     Args:
       values: [T + 1], V of every observation; the last one bootstraps.
-      reward_t: [T], of the action taken at observation t.
-      discount_t: [T], γ, or 0 where that action ended the episode.
-      log_rho_t: [T], log π(a_t) − log μ(a_t): the learner's policy and the one that acted.
-      valid_t: bool [T].
+      reward_t: [T], of the action at observation t.
+      discount_t: [T], γ, or 0 where that action terminated the episode.
+      log_rho_t: [T], log π(a_t) − log μ(a_t), with π the learner's policy and μ the one that acted.
+      valid_t: bool [T], false where the action was ignored.
       lambda_, rho_clip, c_clip: λ, ρ̄ and c̄.
 
     Raises:
-      ValueError: if the lengths do not fit.
+      ValueError: if the shapes do not match.
     """
     T = reward_t.shape[0]
     shapes = [a.shape for a in (reward_t, discount_t, log_rho_t, valid_t)]
     if values.shape != (T + 1,) or any(shape != (T,) for shape in shapes):
         raise ValueError(
-            f'values must be [T + 1] and the others [T]; got {values.shape} and {shapes}: '
-            f'one trajectory, time first, vmapped over the batch'
+            f'values.shape = {values.shape}: expected [T + 1], and [T] for the other arguments '
+            f'(got {shapes}). Vmap over the batch'
         )
     values = jax.lax.stop_gradient(values)
     rho = jnp.exp(jax.lax.stop_gradient(log_rho_t))
@@ -71,9 +72,9 @@ def vtrace(
     trace = jnp.where(valid_t, discount_t * lambda_ * jnp.minimum(c_clip, rho), 0)
     deltas = rho_hat * (reward_t + discount_t * values[1:] - values[:-1])
 
-    def step(after: Array, row: tuple[Array, Array]) -> tuple[Array, Array]:
+    def step(next_error: Array, row: tuple[Array, Array]) -> tuple[Array, Array]:
         delta, c = row
-        error = delta + c * after
+        error = delta + c * next_error
         return error, error
 
     _, errors = jax.lax.scan(step, jnp.zeros_like(values[-1]), (deltas, trace), reverse=True)

@@ -10,6 +10,7 @@ import pytest
 
 from configs import rl as configs
 from mi.rl import envs, factory, learner
+from mi.rl.trajectory import Trajectory
 from mi.training import optim
 from tests.conftest import ROOT, forced
 
@@ -27,7 +28,9 @@ def test_the_update_lowers_for_accelerators(platform):
     config, environment, agent, optimiser = parts()
     B, T = config.train.batch, config.train.length
     state = jax.eval_shape(
-        lambda: learner.start(factory.init_params(agent, jax.random.key(0)), optimiser, 30)
+        lambda: learner.init_learner_state(
+            factory.init_params(agent, jax.random.key(0)), optimiser, 30
+        )
     )
     carry = jax.eval_shape(lambda: agent.initial_carry(B))
     inputs = factory.example(environment.spec, T + 1, B)
@@ -35,7 +38,7 @@ def test_the_update_lowers_for_accelerators(platform):
     rows = [jax.ShapeDtypeStruct((T, B), a.dtype) for a in rows]
     update = functools.partial(learner.update, agent, optimiser, factory.hyperparameters(config))
     exported = jax.export.export(jax.jit(update), platforms=[platform])(
-        state, learner.Trajectory(inputs, *rows, carry)
+        state, Trajectory(inputs, *rows, carry)
     )
     assert exported.platforms == (platform,)
 
@@ -44,7 +47,7 @@ MESH = """
 import json, sys
 import jax
 from tests.rl.test_learner import parts
-from mi.rl import fused
+from mi.rl.fused import loop as fused
 
 config, environment, agent, optimiser = parts(seeds=(0, 1))
 config.train.mesh = json.loads(sys.argv[1])
@@ -53,7 +56,7 @@ state = fused.start(config, environment, agent, optimiser, mesh)
 update = fused.compile_updates(environment, agent, optimiser, config, state, 3, mesh)
 for _ in range(2):
     state, measured = jax.block_until_ready(update(state))
-rows = state.actor.returned.sharding.shard_shape(state.actor.returned.shape)
+rows = state.actor.episode_return.sharding.shard_shape(state.actor.episode_return.shape)
 print(json.dumps({
     'rows': rows,
     'loss': measured.learner['loss'].tolist(),

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from mi.rl import loss, popart
+from mi.rl.agent import Inputs, Outputs
+from mi.rl.trajectory import Trajectory
 
 T, A = 7, 4
 TERMS = 'policy', 'baseline', 'entropy'
@@ -34,7 +36,13 @@ def drawn(seed=0):
 @jax.jit
 def terms_and_gradients(a, options):
     def terms(logits, value):
-        got = loss.impala(**a | {'logits': logits, 'value': value}, **options)
+        inputs = Inputs({'task': a['task']}, None, jnp.append(0, a['reward_t']), None)
+        trajectory = Trajectory(
+            inputs, a['action_t'], a['log_mu_t'], a['discount_t'], a['valid_t'], {}
+        )
+        outputs = Outputs(jnp.concatenate([logits, logits[:1]]), value)
+        h = loss.Hyperparameters(discount=1.0)._replace(**options)
+        got = loss.compute_terms(outputs, trajectory, a['statistics'], h)
         return jnp.stack([getattr(got, name) for name in TERMS]), got
 
     gradients, got = jax.jacrev(terms, (0, 1), has_aux=True)(a['logits'], a['value'])
@@ -68,7 +76,7 @@ def by_hand(a, lambda_=1.0, rho_clip=1.0, c_clip=1.0):
         'entropy': (valid * entropy).sum(),
         'targets': target,
         'kl': (a['log_mu_t'] - log_pi_t)[a['valid_t']].mean(),
-        'clipped': (rho > rho_clip)[a['valid_t']].mean(),
+        'clip_fraction': (rho > rho_clip)[a['valid_t']].mean(),
         'advantage': np.abs(advantage[a['valid_t']]).mean(),
     }
     rows = valid[:, None]
@@ -86,7 +94,7 @@ def test_its_terms_and_each_gradient_are_those_of_the_closed_form(options):
     """Zeros too: no gradient reaches a value by targets or advantages, nor a logit by ρ."""
     got, gradients = terms_and_gradients(drawn(), options)
     terms, expected = by_hand(drawn(), **options)
-    assert 0 < terms['clipped'] < 1
+    assert 0 < terms['clip_fraction'] < 1
     for name, value in got._asdict().items():
         np.testing.assert_allclose(value, terms[name], rtol=1e-4, atol=1e-5, err_msg=name)
     for of_input, by_hand_of_input in zip(gradients, expected, strict=True):

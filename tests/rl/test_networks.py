@@ -9,7 +9,7 @@ from flax import linen as nn
 from mi import FUSIONS, cells, fusion
 from mi.rl.agent import Agent, Inputs
 from mi.rl.envs.spec import Spec
-from mi.rl.instructions import fused_per_instruction, once_per_instruction
+from mi.rl.instructions import encode_once_per_instruction, fuse_once_per_instruction
 from mi.rl.torsos import TORSOS_BY_NAME
 from tests.motifs.checks import drawn
 
@@ -89,7 +89,7 @@ def test_every_fusion_fits_every_site_and_all_its_parameters_learn(fuse):
 
 @pytest.mark.parametrize('source', ['task', 'embedding', 'inferred', 'instruction'])
 def test_the_outputs_depend_on_the_task_where_the_context_is_told_it(source):
-    agent = make(source=source, sites=('core_input', 'readout'), see_instruction=True)
+    agent = make(source=source, sites=('core_input', 'readout'), use_instruction=True)
     carry, given = agent.initial_carry(B), inputs()
     variables = drawn(agent, carry, given)
     # gain and shift are of the task by intention: set alike, what is left is the context's
@@ -173,7 +173,7 @@ def test_instructions_are_encoded_once_per_instruction(likely):
         rows.append(tokens.shape[0])
         return jnp.einsum('tbl,lh->tbh', tokens.astype(jnp.float32), weights)
 
-    got = jax.jit(lambda tokens: once_per_instruction(counted, tokens, is_first))(tokens)
+    got = jax.jit(lambda tokens: encode_once_per_instruction(counted, tokens, is_first))(tokens)
     np.testing.assert_allclose(got, tokens @ weights, rtol=1e-5, atol=1e-5)
     assert sorted(rows) == [4, 21]
 
@@ -184,7 +184,9 @@ class Meeting(nn.Module):
 
     @nn.compact
     def __call__(self, x, z, is_first):
-        return fused_per_instruction(self.fuse, x, z, is_first) if self.shared else self.fuse(x, z)
+        return (
+            fuse_once_per_instruction(self.fuse, x, z, is_first) if self.shared else self.fuse(x, z)
+        )
 
 
 @pytest.mark.parametrize('likely', [0.05, 0.4], ids=['few episodes', 'many episodes'])

@@ -81,7 +81,7 @@ def test_a_first_return_of_10000_is_a_hundred_units():
     v, task = np.zeros(10_000, np.float32), np.zeros(10_000, np.int32)
     v[17] = 1e4
     got = update(popart.init(1), v, task, np.ones(10_000, bool), beta=3e-4)
-    error = popart.normalise(got, v, task)[17]  # (N − 1) / √(N − 1) of N targets
+    error = popart.normalize(got, v, task)[17]  # (N − 1) / √(N − 1) of N targets
     np.testing.assert_allclose(error, np.sqrt(9999), rtol=1e-3)
 
 
@@ -143,7 +143,7 @@ def test_one_outlier_changes_no_value():
     def step(old, gain, shift, v):
         new = popart.update(old, v, task, weight, 0.01)
         gain, shift = popart.preserve(gain, shift, old, new)
-        values = popart.unnormalise(new, gain * raw + shift, np.zeros(50, np.int32))
+        values = popart.unnormalize(new, gain * raw + shift, np.zeros(50, np.int32))
         return new, gain, shift, values
 
     statistics, gain, shift = popart.init(1), np.ones(1, np.float32), np.zeros(1, np.float32)
@@ -171,7 +171,7 @@ def test_outputs_are_preserved_over_a_thousand_updates_of_unlike_tasks():
 
     @jax.jit
     def values(statistics, gain, shift):
-        return popart.unnormalise(statistics, gain[every] * raw + shift[every], every)
+        return popart.unnormalize(statistics, gain[every] * raw + shift[every], every)
 
     worst, first = 0.0, values(statistics, gain, shift)
     for _ in range(1000):
@@ -198,9 +198,9 @@ def test_outputs_are_preserved_where_sigma_is_at_its_bounds():
     )
     gain, shift = np.array([1, 0.5, 2], np.float32), np.array([0, 3, -1e-6], np.float32)
     raw, every = np.array([0.7, -0.2, 1e-6], np.float32), np.arange(3)
-    before = popart.unnormalise(old, gain * raw + shift, every)
+    before = popart.unnormalize(old, gain * raw + shift, every)
     gain, shift = preserve(gain, shift, old, new)
-    np.testing.assert_allclose(popart.unnormalise(new, gain * raw + shift, every), before, 1e-5)
+    np.testing.assert_allclose(popart.unnormalize(new, gain * raw + shift, every), before, 1e-5)
 
 
 T, B = 5, 4
@@ -235,19 +235,19 @@ def drawn_rewards():
 
 def learner_state(agent, trajectory, optimiser):
     params = jax.jit(agent.init)(jax.random.key(0), {}, trajectory.inputs)['params']
-    return learner.start(params, optimiser, len(agent.spec.tasks))
+    return learner.init_learner_state(params, optimiser, len(agent.spec.tasks))
 
 
 def values_of(agent, trajectory, params, statistics):
     _, outputs = forward(agent, params, {}, trajectory.inputs)
-    return popart.unnormalise(statistics, outputs.value, AGENT_TASK)
+    return popart.unnormalize(statistics, outputs.value, AGENT_TASK)
 
 
-@pytest.mark.parametrize('order', learner.POPART_ORDERS)
+@pytest.mark.parametrize('order', loss.POPART_ORDERS)
 def test_the_learner_moves_the_statistics_and_no_value(order):
     """With an optimiser that stands still, what the agent says of the values stays as it was."""
     agent, trajectory = agent_and_trajectory(drawn_rewards())
-    optimiser, h = optax.set_to_zero(), learner.Hyperparameters(popart=0.1, popart_order=order)
+    optimiser, h = optax.set_to_zero(), loss.Hyperparameters(popart=0.1, popart_order=order)
     state = learner_state(agent, trajectory, optimiser)
     values = jax.jit(lambda s: values_of(agent, trajectory, s.params, s.statistics))
     step = jax.jit(lambda state: learner.update(agent, optimiser, h, state, trajectory)[0])
@@ -260,11 +260,11 @@ def test_the_learner_moves_the_statistics_and_no_value(order):
     np.testing.assert_allclose(values(state), before, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('order', learner.POPART_ORDERS)
+@pytest.mark.parametrize('order', loss.POPART_ORDERS)
 def test_without_preservation_the_values_follow_the_statistics(order):
     """The normalized values n stay, so that the values are σ' n + μ' of the new statistics."""
     agent, trajectory = agent_and_trajectory(drawn_rewards())
-    h = learner.Hyperparameters(popart=0.1, popart_order=order, popart_preserve=False)
+    h = loss.Hyperparameters(popart=0.1, popart_order=order, popart_preserve=False)
     optimizer = optax.set_to_zero()
     state = learner_state(agent, trajectory, optimizer)
     step = jax.jit(functools.partial(learner.update, agent, optimizer, h))
@@ -284,28 +284,18 @@ def test_without_preservation_the_values_follow_the_statistics(order):
 
 
 @pytest.mark.parametrize('preserves', [True, False])
-@pytest.mark.parametrize('order', learner.POPART_ORDERS)
+@pytest.mark.parametrize('order', loss.POPART_ORDERS)
 def test_the_gradient_is_in_the_units_of_its_order(order, preserves):
     """Against two passes: statistics, then the gradient at the parameters that they rescale."""
     agent, trajectory = agent_and_trajectory(drawn_rewards())
-    h = learner.Hyperparameters(popart=0.1, popart_order=order, popart_preserve=preserves)
+    h = loss.Hyperparameters(popart=0.1, popart_order=order, popart_preserve=preserves)
     optimiser = optax.sgd(1e-3)
     state = learner_state(agent, trajectory, optimiser)
     state = state._replace(statistics=Statistics(*map(jnp.array, ([0.3, 20], [4, 9], [3, 3]))))
 
     def terms(params, statistics):
         _, outputs = forward(agent, params, {}, trajectory.inputs)
-        one = functools.partial(loss.impala, statistics=statistics)
-        return jax.vmap(one, in_axes=1, out_axes=-1)(
-            outputs.logits[:-1],
-            outputs.value,
-            AGENT_TASK,
-            trajectory.action,
-            trajectory.log_prob,
-            trajectory.inputs.reward[1:],
-            h.discount * trajectory.discount,
-            trajectory.valid,
-        )
+        return loss.impala_loss(outputs, trajectory, statistics, h)[1]
 
     def total(params, statistics):
         t = terms(params, statistics)
@@ -355,8 +345,8 @@ def test_the_order_decides_the_units_of_the_first_error():
     )
     optimiser, error = optax.sgd(1e-9), {}
     state = learner_state(agent, trajectory, optimiser)
-    for order in learner.POPART_ORDERS:
-        h = learner.Hyperparameters(popart_order=order)
+    for order in loss.POPART_ORDERS:
+        h = loss.Hyperparameters(popart_order=order)
         _, measured = jax.jit(functools.partial(learner.update, agent, optimiser, h))(
             state, trajectory
         )
@@ -368,7 +358,7 @@ def test_the_order_decides_the_units_of_the_first_error():
     np.testing.assert_allclose(error['statistics_first'], 2, rtol=1e-3)
 
 
-@pytest.mark.parametrize('order', learner.POPART_ORDERS)
+@pytest.mark.parametrize('order', loss.POPART_ORDERS)
 @pytest.mark.parametrize('reward', [1e4, 1e20, -1e20])
 def test_an_update_with_one_huge_reward_is_finite_and_so_are_those_after(order, reward):
     """The square of 1e20 units of the start is not, for a loss in the units before."""
@@ -377,7 +367,7 @@ def test_an_update_with_one_huge_reward_is_finite_and_so_are_those_after(order, 
     rewards[3, 1] = reward
     _, hit = agent_and_trajectory(rewards)
     optimiser = optax.chain(optax.clip_by_global_norm(40.0), optax.adam(1e-3))
-    h = learner.Hyperparameters(popart=0.01, popart_order=order)
+    h = loss.Hyperparameters(popart=0.01, popart_order=order)
     step = jax.jit(functools.partial(learner.update, agent, optimiser, h))
     state = learner_state(agent, ordinary, optimiser)
     for trajectory in (hit, ordinary, hit, ordinary):
@@ -440,12 +430,12 @@ def test_sigma_stays_within_its_bounds():
     np.testing.assert_allclose(sigma, [1e-4, 1e-4, 1e-4, 2, 1e6], rtol=1e-6)
 
 
-def test_normalise_undoes_unnormalise():
+def test_normalize_undoes_unnormalise():
     statistics = Statistics(np.array([3.0, -1], 'f'), np.array([4.0, 4], 'f'), UPDATES[:2])
     task, v = np.array([0, 1, 1]), np.array([1.0, 2, 3], 'f')
-    normalised = popart.normalise(statistics, v, task)
-    np.testing.assert_allclose(normalised, [-1, 1.5, 2], rtol=1e-6)
-    np.testing.assert_allclose(popart.unnormalise(statistics, normalised, task), v, rtol=1e-6)
+    normalized = popart.normalize(statistics, v, task)
+    np.testing.assert_allclose(normalized, [-1, 1.5, 2], rtol=1e-6)
+    np.testing.assert_allclose(popart.unnormalize(statistics, normalized, task), v, rtol=1e-6)
 
 
 def test_a_checkpoint_of_before_the_counts_is_refused_by_the_name_of_what_it_lacks(tmp_path):

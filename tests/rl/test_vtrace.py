@@ -76,7 +76,7 @@ def test_it_is_the_papers_sum_and_its_recursion(lambda_, rho_clip, c_clip, ignor
     close(got.advantages, advantages)
     above = a['valid_t'] & (np.exp(a['log_rho_t']) > rho_clip)
     assert above.any()
-    np.testing.assert_array_equal(got.clipped, above)
+    np.testing.assert_array_equal(got.is_clipped, above)
 
 
 @pytest.mark.parametrize('case', GOLDEN['cases'], ids=lambda c: f'{c["lambda_"]}-{c["rho_clip"]}')
@@ -152,7 +152,7 @@ def test_nothing_passes_the_end_of_an_episode():
 
 def test_a_ratio_above_the_bound_by_rounding_does_not_count_as_clipped():
     a = drawn() | {'log_rho_t': np.array([1e-6, 1e-3, -1] * 3, np.float32)}
-    np.testing.assert_array_equal(run(**a).clipped, [False, True, False] * 3)
+    np.testing.assert_array_equal(run(**a).is_clipped, [False, True, False] * 3)
 
 
 def test_no_gradient_flows_through_it():
@@ -180,5 +180,5 @@ def test_a_batch_is_each_trajectory_alone():
 
 def test_a_batch_that_is_not_vmapped_is_refused():
     a = drawn()
-    with pytest.raises(ValueError, match='one trajectory, time first, vmapped'):
+    with pytest.raises(ValueError, match='Vmap over the batch'):
         vtrace(**a | {'values': np.zeros((T + 1, 2), np.float32)})

@@ -32,24 +32,16 @@ AGENT = Knows()
 def learnt(trajectory, shift=0):
     """Loss terms of the exact values on a trajectory, with rewards shifted in time."""
     _, outputs = AGENT.apply({}, trajectory.carry, trajectory.inputs)
-    reward = jnp.roll(trajectory.inputs.reward[1:], shift, axis=0)
-    T, B = reward.shape
-    one = functools.partial(loss.impala, statistics=popart.init(1))
-    return jax.vmap(one, in_axes=1)(
-        outputs.logits[:-1],
-        outputs.value,
-        jnp.zeros((T + 1, B), jnp.int32),
-        trajectory.action,
-        trajectory.log_prob,
-        reward,
-        GAMMA * trajectory.discount,
-        trajectory.valid,
-    )
+    rewards = trajectory.inputs.reward
+    rewards = rewards.at[1:].set(jnp.roll(rewards[1:], shift, axis=0))
+    trajectory = trajectory._replace(inputs=trajectory.inputs._replace(reward=rewards))
+    h = loss.Hyperparameters(discount=GAMMA)
+    return loss.impala_loss(outputs, trajectory, popart.init(1), h)[1]
 
 
 def fused():
     environment = Catch()
-    state = rollout.start(environment, AGENT, 8, jax.random.key(0))
+    state = rollout.init_actor_state(environment, AGENT, 8, jax.random.key(0))
     unrolled = jax.jit(lambda state: rollout.unroll(environment, AGENT, 25, {}, state))(state)
     return unrolled[1:3]
 
@@ -174,7 +166,7 @@ def test_an_instruction_is_encoded_where_it_or_the_parameters_are_new():
 
 def test_an_instruction_may_change_within_an_episode():
     """Actors see the newest one, and so does the learner, where the columns have few and many."""
-    words = 6  # more than `INSTRUCTIONS`: else every row is encoded anyway
+    words = 6  # more than `MAX_INSTRUCTIONS`: else every row is encoded anyway
     observation = dict(test_networks.GRID.observation)
     observation['instruction'] = jax.ShapeDtypeStruct((words,), jnp.int32)
     spec = dataclasses.replace(test_networks.GRID, observation=observation)
@@ -201,7 +193,7 @@ def test_an_instruction_may_change_within_an_episode():
             state, truth = one({'params': params}, state, jax.tree.map(lambda a: a[None], row))
             np.testing.assert_allclose(learner.logits[t], truth.logits[0], rtol=1e-4, atol=1e-5)
             acting, action, log_prob = policy(params, acting, row)
-            expected = rl_trajectory.log_probability(truth.logits[0], action)
+            expected = rl_trajectory.compute_log_prob(truth.logits[0], action)
             np.testing.assert_allclose(log_prob, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -24,6 +24,7 @@ from mi.rl import (
     episode_metrics,
     factory,
     learner,
+    loss,
 )
 from mi.rl.actors import ray as ray_actors
 from mi.rl.actors.threads import Actors, Item
@@ -165,7 +166,7 @@ def _train(
 
             # The checkpoint comes before the evaluation, which may take long and be cut short.
             if saves:
-                logger.refuse_broken_state([seed], step, learner.parts(state))
+                logger.refuse_broken_state([seed], step, learner.name_parts(state))
                 meta = {'metrics': log.position(), 'env_steps': env_steps}
                 saved.save(step, state, meta | {'is_evaluated': not evaluates})
                 if stops and (step < total or evaluates):
@@ -179,7 +180,7 @@ def _train(
 def _evaluate(
     evaluations: dict[str, Evaluation],
     agent: Agent,
-    state: learner.State,
+    state: learner.LearnerState,
     run: run_dir.Run,
     log: logger.RunLogger,
     env_steps: int,
@@ -201,12 +202,12 @@ def _evaluate(
 
 def start(
     agent: Agent, optimiser: optax.GradientTransformation, seed: int, mesh: jax.sharding.Mesh
-) -> learner.State:
+) -> learner.LearnerState:
     """The learner's state before the first update, on every device."""
 
-    def fresh() -> learner.State:
+    def fresh() -> learner.LearnerState:
         params = factory.init_params(agent, jax.random.key(seed))
-        return learner.start(params, optimiser, len(agent.spec.tasks))
+        return learner.init_learner_state(params, optimiser, len(agent.spec.tasks))
 
     return training_sharding.jit_once(fresh, out_shardings=training_sharding.replicated(mesh))
 
@@ -214,7 +215,7 @@ def start(
 def learner_update(
     agent: Agent,
     optimiser: optax.GradientTransformation,
-    hyperparameters: learner.Hyperparameters,
+    hyperparameters: loss.Hyperparameters,
     mesh: jax.sharding.Mesh,
 ) -> Any:
     """Return `learner.update` jitted for a mesh: (state, trajectory [T, B]) → (state, metrics).
@@ -222,7 +223,7 @@ def learner_update(
     Each device computes the gradient of its rows; they exchange it and the sums of PopArt.
     """
 
-    def update(state: learner.State, trajectory: Trajectory) -> Any:
+    def update(state: learner.LearnerState, trajectory: Trajectory) -> Any:
         state, measured = learner.update(agent, optimiser, hyperparameters, state, trajectory)
         return state, mean_over_rows(measured)
 
@@ -242,7 +243,7 @@ def learner_update(
 
 
 def lower_update(
-    update: Any, state: learner.State, trajectory: Trajectory, mesh: jax.sharding.Mesh
+    update: Any, state: learner.LearnerState, trajectory: Trajectory, mesh: jax.sharding.Mesh
 ) -> jax.stages.Lowered:
     """Return a `learner_update` lowered for the shapes of a state and a trajectory."""
 

@@ -23,7 +23,7 @@ from mi.rl.agent import (
     Carry,
     Inputs,
     encode_instruction,
-    reads_instructions,
+    is_instructed,
 )
 from mi.rl.envs.check import check_step
 from mi.rl.envs.finite import check_finite
@@ -62,7 +62,7 @@ class Policy:
     def start(self, batch: int, key: Array) -> Acting:
         """Before the first step of B episodes."""
         carry = self._agent.initial_carry(batch)
-        if not reads_instructions(self._agent):
+        if not is_instructed(self._agent):
             return Acting(key, carry)
         tokens = self._agent.spec.observation['instruction']
         return Acting(

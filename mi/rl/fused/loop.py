@@ -25,6 +25,7 @@ from mi.rl import (
     episode_metrics,
     factory,
     learner,
+    loss,
 )
 from mi.rl import (
     trajectory as rl_trajectory,
@@ -48,8 +49,8 @@ from mi.training import (
 class State(NamedTuple):
     """What an update changes; in a run every array has a leading axis of seeds."""
 
-    learner: learner.State
-    actor: rollout.State
+    learner: learner.LearnerState
+    actor: rollout.ActorState
 
 
 class Measured(NamedTuple):
@@ -63,7 +64,7 @@ class Measured(NamedTuple):
 
     learner: dict[str, Array]
     episodes: rl_trajectory.Episodes
-    counts: rollout.Counts
+    counts: rollout.UnrollCounts
 
 
 def init(
@@ -77,15 +78,15 @@ def init(
     of_params, of_actor = jax.random.split(jax.random.key(seed))
     params = factory.init_params(agent, of_params)
     tasks = len(environment.spec.tasks)
-    acting = rollout.start(environment, agent, batch, of_actor)
-    return State(learner.start(params, optimiser, tasks), acting)
+    acting = rollout.init_actor_state(environment, agent, batch, of_actor)
+    return State(learner.init_learner_state(params, optimiser, tasks), acting)
 
 
 def update(
     environment: JaxEnvironment,
     agent: Agent,
     optimiser: optax.GradientTransformation,
-    hyperparameters: learner.Hyperparameters,
+    hyperparameters: loss.Hyperparameters,
     length: int,
     state: State,
 ) -> tuple[State, Measured]:
@@ -132,7 +133,7 @@ def compile_updates(
         return state, Measured(
             mean_over_rows(jax.tree.map(lambda a: a.mean(0), measured.learner)),
             sum_over_rows(jax.tree.map(lambda a: a.sum(0), measured.episodes)),
-            rollout.Counts(
+            rollout.UnrollCounts(
                 sum_over_rows(counts.transitions.sum(0)),
                 longest,
                 jax.tree.map(lambda a: a == 0, wrong),
@@ -272,7 +273,7 @@ def _train(
             stops = run.should_stop(recorded=True)
             # The checkpoint comes before the evaluation, which may take long and be cut short.
             if step % config.train.save_every == 0 or evaluates or stops:
-                logger.refuse_broken_state(config.seeds, step, learner.parts(state.learner))
+                logger.refuse_broken_state(config.seeds, step, learner.name_parts(state.learner))
                 meta = {'metrics': log.position(), 'env_steps': env_steps.tolist()}
                 saved.save(step, _plain(state), meta | {'is_evaluated': not evaluates})
                 if stops and (step < total or evaluates):
@@ -281,7 +282,7 @@ def _train(
                 _evaluate(evaluations, agent, state, run, log, env_steps, mesh)
 
 
-def _check_counts(spec: Spec, counts: rollout.Counts) -> None:
+def _check_counts(spec: Spec, counts: rollout.UnrollCounts) -> None:
     """Refuse an environment that is not what its spec says, before anything of it is recorded.
 
     Raises:

@@ -1,65 +1,47 @@
-"""Acting: T steps of B environments under one policy, as the learner takes them.
-
-    row t of inputs     what the agent sees before action t; row T only bootstraps
-    action[t]           taken there, with log_prob[t] under the policy that acted
-    inputs.reward[t+1], discount[t]
-                        what action t led to
-    carry               the agent's state before row 0
-
-The reward of action t stands in row t + 1 of the inputs, where the agent sees it too. Where an
-episode was truncated, its last observation has a row too; the action there is ignored and not
-valid, and the next row is the first of another episode (`mi.rl.envs.spec`).
-"""
+"""The actor of the fused topology: T steps of B environments under one policy, in JAX."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mi.rl.agent import (
-    Agent,
-    Carry,
-    Inputs,
-    forward,
-)
+from mi.rl.agent import Agent, Carry, Inputs, Params, forward
 from mi.rl.envs import auto_reset
 from mi.rl.envs.spec import JaxEnvironment, Step
-from mi.rl.trajectory import (
-    Episodes,
-    Trajectory,
-    finished,
-    log_probability,
-)
+from mi.rl.trajectory import Episodes, Trajectory, compute_log_prob, sum_episodes
 from mi.rows import get_row_indices, make_row_keys
 
 
-class State(NamedTuple):
-    """What acting continues from.
+class ActorState(NamedTuple):
+    """The state of an actor between two steps.
 
     Attributes:
-      environment: of B environments, [B, …].
-      inputs: what the agent sees next, [B, …].
-      carry: of the agent.
+      environment: states of B environments, [B, …].
+      inputs: the agent's next inputs, [B, …].
+      carry: the agent's.
       key: random key of the actions.
-      returned: of each episode up to now, [B] float32.
+      episode_return: return of each running episode so far, [B] float32.
     """
 
     environment: auto_reset.StreamState
     inputs: Inputs
     carry: Carry
     key: Array
-    returned: Array
+    episode_return: Array
 
 
-class Counts(NamedTuple):
-    """What an unroll counts beside its episodes.
+_Row = tuple[tuple[Inputs, Array, Array, Array, Array], Episodes, 'UnrollCounts']
+
+
+class UnrollCounts(NamedTuple):
+    """Counts and checks of an unroll.
 
     Attributes:
-      transitions: int32, the valid ones.
-      longest_unfinished: int32, most steps after which an episode had not ended.
-      are_finite: whether all rewards, and all entries of observations, were; name → bool.
+      transitions: int32, the number of valid ones.
+      longest_unfinished: int32, length of the longest episode that has not ended.
+      are_finite: name → bool, whether all rewards, or all entries of an observation, were finite.
     """
 
     transitions: Array
@@ -67,69 +49,82 @@ class Counts(NamedTuple):
     are_finite: dict[str, Array]
 
 
-def start(environment: JaxEnvironment, agent: Agent, batch: int, key: Array) -> State:
-    """B new episodes, their tasks dealt out evenly: row i of the whole batch has task i % tasks."""
+def init_actor_state(
+    environment: JaxEnvironment, agent: Agent, batch: int, key: Array
+) -> ActorState:
+    """Start B episodes with evenly assigned tasks: row i of the batch has task i % num_tasks."""
     action_key, env_key = jax.random.split(key)
     tasks = get_row_indices(batch) % len(environment.spec.tasks)
     reset = functools.partial(auto_reset.reset, environment)
-    environments, step = jax.vmap(reset)(make_row_keys(env_key, batch), tasks)
-    inputs = _inputs(step, jnp.zeros(batch, jnp.int32))
+    env_states, step = jax.vmap(reset)(make_row_keys(env_key, batch), tasks)
+    inputs = _make_inputs(step, jnp.zeros(batch, jnp.int32))
     carry = agent.initial_carry(batch)
-    return State(environments, inputs, carry, action_key, jnp.zeros(batch, jnp.float32))
+    return ActorState(env_states, inputs, carry, action_key, jnp.zeros(batch, jnp.float32))
 
 
 def unroll(
-    environment: JaxEnvironment, agent: Agent, length: int, params: Any, state: State
-) -> tuple[State, Trajectory, Episodes, Counts]:
-    """T = `length` steps of the environments that this device has; for the fused topology."""
-    tasks = len(environment.spec.tasks)
+    environment: JaxEnvironment, agent: Agent, length: int, params: Params, state: ActorState
+) -> tuple[ActorState, Trajectory, Episodes, UnrollCounts]:
+    """Unroll T = `length` steps of this device's environments."""
+    num_tasks = len(environment.spec.tasks)
     env_step = jax.vmap(functools.partial(auto_reset.step, environment))
 
-    def step(state: State, _: None) -> tuple[State, tuple[Any, ...]]:
+    def step(state: ActorState, _: None) -> tuple[ActorState, _Row]:
         key, action_key = jax.random.split(state.key)
         carry, action, log_prob = act(agent, params, state.carry, state.inputs, action_key)
-        environments, after = env_step(state.environment, action)
+        env_states, result = env_step(state.environment, action)
 
-        # Episodes that this step ended; a step that was ignored belongs to none.
+        # Episodes that this step ended; an ignored step belongs to none.
         valid = ~state.environment.is_last
-        ended = valid & (after.is_last | (after.discount == 0))
-        returned = state.returned + after.reward
-        length = state.environment.length + 1
+        is_over = valid & (result.is_last | (result.discount == 0))
+        episode_return = state.episode_return + result.reward
+        steps = state.environment.length + 1
         task = state.inputs.observation['task']
-        episodes = finished(ended, task, returned, length, after, tasks)
+        episodes = sum_episodes(is_over, task, episode_return, steps, result.success, num_tasks)
 
-        returned = jnp.where(ended, 0.0, returned)
-        new = State(environments, _inputs(after, action), carry, key, returned)
-        row = state.inputs, action, log_prob, after.discount, valid
-        counts = Counts(valid.sum(), environments.length.max(), _are_finite(after))
-        return new, (row, episodes, counts)
+        next_state = ActorState(
+            environment=env_states,
+            inputs=_make_inputs(result, action),
+            carry=carry,
+            key=key,
+            episode_return=jnp.where(is_over, 0.0, episode_return),
+        )
+        row = state.inputs, action, log_prob, result.discount, valid
+        counts = UnrollCounts(valid.sum(), env_states.length.max(), _are_finite(result))
+        return next_state, (row, episodes, counts)
 
-    end, (rows, episodes, counts) = jax.lax.scan(step, state, None, length)
+    end_state, (rows, episodes, counts) = jax.lax.scan(step, state, None, length)
+
+    # The trajectory has T + 1 rows of inputs; the last one is that of the next unroll's first step.
     inputs, action, log_prob, discount, valid = rows
-    inputs = jax.tree.map(lambda a, last: jnp.concatenate([a, last[None]]), inputs, end.inputs)
+    inputs = jax.tree.map(
+        lambda a, last: jnp.concatenate([a, last[None]]), inputs, end_state.inputs
+    )
     trajectory = Trajectory(inputs, action, log_prob, discount, valid, state.carry)
+
+    # Reduce episodes and counts over time.
     episodes = jax.tree.map(lambda a: a.sum(0), episodes)
     are_finite = jax.tree.map(lambda a: a.all(0), counts.are_finite)
-    counts = Counts(counts.transitions.sum(0), counts.longest_unfinished.max(0), are_finite)
-    return end, trajectory, episodes, counts
+    counts = UnrollCounts(counts.transitions.sum(0), counts.longest_unfinished.max(0), are_finite)
+    return end_state, trajectory, episodes, counts
 
 
 def act(
-    agent: Agent, params: Any, carry: Carry, inputs: Inputs, key: Array, greedy: bool = False
+    agent: Agent, params: Params, carry: Carry, inputs: Inputs, key: Array, greedy: bool = False
 ) -> tuple[Carry, Array, Array]:
-    """One step of the policy on inputs [B, …] → carry, actions int32 [B], their log-probability."""
-    one = jax.tree.map(lambda a: a[None], inputs)
-    carry, outputs = forward(agent, params, carry, one)
+    """Return carry, actions int32 [B] and their log-probabilities of one step, inputs [B, …]."""
+    carry, outputs = forward(agent, params, carry, jax.tree.map(lambda a: a[None], inputs))
     logits = outputs.logits[0]
     if greedy:
         action = logits.argmax(-1)
     else:
         action = jax.vmap(jax.random.categorical)(make_row_keys(key, len(logits)), logits)
     action = action.astype(jnp.int32)
-    return carry, action, log_probability(logits, action)
+    return carry, action, compute_log_prob(logits, action)
 
 
 def _are_finite(step: Step) -> dict[str, Array]:
+    """Return whether the reward, and each float entry of the observation, is finite, by name."""
     observation = {f'observation {name!r}': a for name, a in step.observation.items()}
     values = {'reward': step.reward} | observation
     return {
@@ -139,5 +134,5 @@ def _are_finite(step: Step) -> dict[str, Array]:
     }
 
 
-def _inputs(step: Step, action: Array) -> Inputs:
+def _make_inputs(step: Step, action: Array) -> Inputs:
     return Inputs(step.observation, action, step.reward, step.is_first)

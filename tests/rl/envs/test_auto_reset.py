@@ -12,10 +12,12 @@ from mi.rl import (
     envs,
     evaluate,
     learner,
+    loss,
     popart,
 )
 from mi.rl.actors.threads import Actors
 from mi.rl.actors.worker import Policy, Worker
+from mi.rl.agent import Outputs
 from mi.rl.envs import auto_reset
 from mi.rl.envs.jax.batched import Batched
 from mi.rl.envs.spec import Transition
@@ -32,7 +34,7 @@ STATISTICS = popart.init(3)._replace(
 
 
 def from_unroll(environment, agent):
-    state = rollout.start(environment, agent, B, jax.random.key(0))
+    state = rollout.init_actor_state(environment, agent, B, jax.random.key(0))
     unroll = functools.partial(rollout.unroll, environment, agent, T)
     _, trajectory, episodes, counts = jax.jit(unroll)(PARAMS, state)
     assert counts.transitions == trajectory.valid.sum()
@@ -58,9 +60,9 @@ COLLECTED = pytest.mark.parametrize('collected', [from_unroll, from_worker, from
 
 def update(agent, trajectory, discount=GAMMA, statistics=STATISTICS):
     """The learner's update on a trajectory with β = 1: μ is then the mean target of each task."""
-    h = learner.Hyperparameters(discount=discount, popart=1.0)
+    h = loss.Hyperparameters(discount=discount, popart=1.0)
     optimizer = optax.sgd(0.0)
-    state = learner.State(PARAMS, optimizer.init(PARAMS), statistics)
+    state = learner.LearnerState(PARAMS, optimizer.init(PARAMS), statistics)
     step = functools.partial(learner.update, agent, optimizer, h)
     return jax.jit(step)(state, trajectory)
 
@@ -99,20 +101,9 @@ def test_targets_of_a_constant_reward_are_10_up_to_the_limit():
     for terminates, last in ((False, [10.0] * 5), (True, [4.0951, 3.439, 2.71, 1.9, 1.0])):
         agent = Ten()
         trajectory, _ = from_unroll(Constant(terminates), agent)
-        terms = jax.vmap(
-            functools.partial(learner.loss.impala, statistics=popart.init(3)),
-            in_axes=1,
-            out_axes=-1,
-        )(
-            jnp.zeros((T, B, 4)),
-            jnp.full((T + 1, B), 10.0),
-            trajectory.inputs.observation['task'],
-            trajectory.action,
-            trajectory.log_prob,
-            trajectory.inputs.reward[1:],
-            GAMMA * trajectory.discount,
-            trajectory.valid,
-        )
+        outputs = Outputs(jnp.zeros((T + 1, B, 4)), jnp.full((T + 1, B), 10.0))
+        h = loss.Hyperparameters(discount=GAMMA)
+        _, terms = loss.impala_loss(outputs, trajectory, popart.init(3), h)
         np.testing.assert_allclose(terms.targets[LIMIT - 5 : LIMIT], np.tile(last, (B, 1)).T, 1e-5)
 
 
@@ -154,7 +145,7 @@ def test_the_rows_of_an_episode(collected, terminates):
 def test_an_unroll_continues_where_the_one_before_ended():
     """Also on the last observation of an episode that was truncated."""
     environment, agent = Ramp(), Knows()
-    state = rollout.start(environment, agent, B, jax.random.key(0))
+    state = rollout.init_actor_state(environment, agent, B, jax.random.key(0))
     whole = jax.jit(functools.partial(rollout.unroll, environment, agent, LIMIT + 5))(PARAMS, state)
     first = jax.jit(functools.partial(rollout.unroll, environment, agent, LIMIT))(PARAMS, state)
     second = jax.jit(functools.partial(rollout.unroll, environment, agent, 5))(PARAMS, first[0])
@@ -181,7 +172,7 @@ def test_what_both_terminates_and_truncates_has_terminated():
 
 def test_every_action_is_drawn_with_a_key_of_its_own():
     agent = Knows()
-    state = rollout.start(Ramp(), agent, 1, jax.random.key(0))
+    state = rollout.init_actor_state(Ramp(), agent, 1, jax.random.key(0))
     unroll = jax.jit(functools.partial(rollout.unroll, Ramp(), agent, 200))
     after, first, *_ = unroll(PARAMS, state)
     _, second, *_ = unroll(PARAMS, after)
@@ -261,7 +252,7 @@ def test_evaluations_draw_other_episodes_at_every_step_and_seed(monkeypatch):
 
     written = Written()
     params = jax.tree.map(lambda a: jnp.stack([a, a]), PARAMS)
-    state = fused.State(learner.State(params, None, None), None)
+    state = fused.State(learner.LearnerState(params, None, None), None)
     config = tiny(**{'seeds': (0, 1), 'eval.episodes': 5})
     for step in (1, 2):
         run = types.SimpleNamespace(config=config, step=step, should_stop=lambda recorded: False)
@@ -325,7 +316,7 @@ class Broken(Ramp):
 @pytest.mark.parametrize('what', ['reward', 'observation'])
 def test_the_unroll_says_what_is_not_finite(what):
     agent = Knows()
-    state = rollout.start(Broken(what), agent, B, jax.random.key(0))
+    state = rollout.init_actor_state(Broken(what), agent, B, jax.random.key(0))
     *_, counts = jax.jit(functools.partial(rollout.unroll, Broken(what), agent, T))(PARAMS, state)
     named = {'reward': 'reward', 'observation': "observation 'features'"}[what]
     assert [name for name, value in counts.are_finite.items() if not value] == [named]

@@ -107,7 +107,7 @@ HEIGHT, WIDTH = 72, 96
 
 
 def capped_score(returns: Mapping[str, float]) -> float:
-    """Mean capped human-normalised score in per cent: mean of min(100, 100 (s − r)/(h − r)).
+    """Mean capped human-normalized score in per cent: mean of min(100, 100 (s − r)/(h − r)).
 
     s is the mean return of a level, r and h its random and human scores (Espeholt et al., 2018).
 
