@@ -206,11 +206,14 @@ def measure(config: ml_collections.ConfigDict, updates: int) -> Measurement:
     T, B, G = config.train.length, config.train.batch, config.actors.groups
     # Make the learner.
     pool = envs.pool(config.env.name, config.actors.batch, 0)
-    agent, optimizer = factory.agent(config, pool.spec), optim.make_optimizer(config.optim, 1000)
+    agent, optimizer = (
+        factory.build_agent(config, pool.spec),
+        optim.make_optimizer(config.optim, 1000),
+    )
     pool.close()
     mesh = sharding.make_mesh(1, B)
     state = actors_loop.start(agent, optimizer, 0, mesh)
-    update = actors_loop.learner_update(agent, optimizer, factory.hyperparameters(config), mesh)
+    update = actors_loop.learner_update(agent, optimizer, factory.get_hyperparameters(config), mesh)
     policies: list[ClockedPolicy] = []
     workers: list[ClockedWorker] = []
 

@@ -176,7 +176,7 @@ def xland_step(
     environment = PlainXLand()
     net = Net(len(xland.TRAIN), 6, config.model.features, config.model.hidden, fusion)
     optimizer = optim.make_optimizer(config.optim, 1000)
-    hyperparameters = factory.hyperparameters(config)
+    hyperparameters = factory.get_hyperparameters(config)
 
     def act(params: chex.ArrayTree, key: chex.PRNGKey, carry: Any, inputs: Inputs) -> Any:
         carry, outputs = net.apply(
@@ -237,14 +237,14 @@ def host_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
     B, T = config.train.batch, config.train.length
     # Make environments, agent and learner.
     pool = envs.pool(config.env.name, B, 0)
-    agent: Any = factory.agent(config, pool.spec)
+    agent: Any = factory.build_agent(config, pool.spec)
     carry = agent.initial_carry(B)
     if pool.spec.vocabulary:
         spec, sizes = pool.spec, (config.model.features, config.model.hidden)
         agent = Net(len(spec.tasks), spec.actions, *sizes, 'none', spec.categories, spec.vocabulary)
         carry = (jnp.zeros((B, config.model.hidden)),) * 2
     optimizer = optim.make_optimizer(config.optim, 1000)
-    hyperparameters = factory.hyperparameters(config)
+    hyperparameters = factory.get_hyperparameters(config)
     update = jax.jit(functools.partial(learner.update, agent, optimizer, hyperparameters))
     policy = jax.jit(functools.partial(rollout.act, agent))
     # Initialize them.

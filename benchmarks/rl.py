@@ -90,7 +90,7 @@ def fused_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
     """Return an update of the topology 'fused'."""
     environment = envs.make(config.env.name)
     agent, optimizer = (
-        factory.agent(config, environment.spec),
+        factory.build_agent(config, environment.spec),
         optim.make_optimizer(config.optim, 1000),
     )
     mesh = fused.mesh_of(config)
@@ -108,11 +108,14 @@ def fused_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
 def threads_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
     """Return an update of the topology 'threads', with its actors running."""
     pool = envs.pool(config.env.name, config.actors.batch, 0)
-    agent, optimizer = factory.agent(config, pool.spec), optim.make_optimizer(config.optim, 1000)
+    agent, optimizer = (
+        factory.build_agent(config, pool.spec),
+        optim.make_optimizer(config.optim, 1000),
+    )
     pool.close()
     mesh = sharding.make_mesh(1, config.train.batch)
     state = actors_loop.start(agent, optimizer, 0, mesh)
-    update = actors_loop.learner_update(agent, optimizer, factory.hyperparameters(config), mesh)
+    update = actors_loop.learner_update(agent, optimizer, factory.get_hyperparameters(config), mesh)
     actors = actors_loop.start_actors(config, agent, state.params, 0)
     actors.__enter__()
     version, window = 0, actors_loop.Window()
@@ -132,7 +135,7 @@ def parts_step(config: ml_collections.ConfigDict, part: str) -> Callable[[], obj
     # Initialize environments, agent and learner.
     environment = envs.make(config.env.name)
     agent, optimizer = (
-        factory.agent(config, environment.spec),
+        factory.build_agent(config, environment.spec),
         optim.make_optimizer(config.optim, 1000),
     )
     init = functools.partial(fused.init, environment, agent, optimizer, config.train.batch)
@@ -169,7 +172,9 @@ def parts_step(config: ml_collections.ConfigDict, part: str) -> Callable[[], obj
         ),
         'learning': functools.partial(
             jax.jit(
-                functools.partial(learner.update, agent, optimizer, factory.hyperparameters(config))
+                functools.partial(
+                    learner.update, agent, optimizer, factory.get_hyperparameters(config)
+                )
             ),
             state.learner,
             trajectory,
@@ -181,7 +186,10 @@ def parts_step(config: ml_collections.ConfigDict, part: str) -> Callable[[], obj
 def conv_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
     """Return a learner's update on random frames."""
     pool = envs.pool(config.env.name, 1, 0)
-    agent, optimizer = factory.agent(config, pool.spec), optim.make_optimizer(config.optim, 1000)
+    agent, optimizer = (
+        factory.build_agent(config, pool.spec),
+        optim.make_optimizer(config.optim, 1000),
+    )
     pool.close()
     T, B = config.train.length, config.train.batch
     # Draw a trajectory.
@@ -204,7 +212,7 @@ def conv_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
     # Compile the update.
     mesh = sharding.make_mesh(1, config.train.batch)
     state = actors_loop.start(agent, optimizer, 0, mesh)
-    update = actors_loop.learner_update(agent, optimizer, factory.hyperparameters(config), mesh)
+    update = actors_loop.learner_update(agent, optimizer, factory.get_hyperparameters(config), mesh)
     return lambda: jax.block_until_ready(update(state, trajectory))
 
 

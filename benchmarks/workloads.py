@@ -108,7 +108,7 @@ def saved_bytes(loss: Callable[..., chex.Array], params: chex.ArrayTree, *args: 
 
 def rl_training(config: ml_collections.ConfigDict, spec: Spec) -> Training:
     """Return agent, optimizer and the shapes of the learner's state."""
-    agent = rl.agent(config, spec)
+    agent = rl.build_agent(config, spec)
     optimizer = optim.make_optimizer(config.optim, 1000)
 
     def init_state() -> learner.LearnerState:
@@ -121,12 +121,12 @@ def rl_training(config: ml_collections.ConfigDict, spec: Spec) -> Training:
 def trajectory_shapes(config: ml_collections.ConfigDict, spec: Spec, rows: int) -> Trajectory:
     """Return the shapes of a trajectory of `rows` environments."""
     T = config.train.length
-    agent = rl.agent(config, spec)
+    agent = rl.build_agent(config, spec)
     integers, floats, booleans = (
         jax.ShapeDtypeStruct((T, rows), dtype) for dtype in (jnp.int32, jnp.float32, jnp.bool_)
     )
     return Trajectory(
-        inputs=rl.example(spec, T + 1, rows),
+        inputs=rl.make_input_shapes(spec, T + 1, rows),
         action=integers,
         log_prob=floats,
         discount=floats,
@@ -139,7 +139,7 @@ def rl_work(config: ml_collections.ConfigDict, spec: Spec, rows: int) -> Work:
     """Return the work of an update on `rows` environments."""
     agent, optimizer, state = rl_training(config, spec)
     trajectory = trajectory_shapes(config, spec, rows)
-    update = functools.partial(learner.update, agent, optimizer, rl.hyperparameters(config))
+    update = functools.partial(learner.update, agent, optimizer, rl.get_hyperparameters(config))
 
     def loss(params: chex.ArrayTree, trajectory: Trajectory) -> chex.Array:
         _, outputs = learner.forward(agent, params, trajectory.carry, trajectory.inputs)
@@ -152,7 +152,7 @@ def rl_work(config: ml_collections.ConfigDict, spec: Spec, rows: int) -> Work:
 def dmlab_job() -> Job:
     """Return the job of training on DMLab-30."""
     config, spec = rl_dmlab30.get_config(), dmlab30.spec_of()
-    costs = rl.costs(rl.agent(config, spec), 1, config.train.length)
+    costs = rl.compute_costs(rl.build_agent(config, spec), 1, config.train.length)
     return Job(
         name='DMLab-30',
         parameters=costs['parameters']['model'],
@@ -164,8 +164,8 @@ def dmlab_job() -> Job:
 
 def policy_flops() -> int:
     """Return the FLOPs of DMLab-30's policy for one step of one environment."""
-    agent = rl.agent(rl_dmlab30.get_config(), dmlab30.spec_of())
-    return rl.costs(agent, 1, 1)['flops_per_step']['model']
+    agent = rl.build_agent(rl_dmlab30.get_config(), dmlab30.spec_of())
+    return rl.compute_costs(agent, 1, 1)['flops_per_step']['model']
 
 
 def policy_products(
@@ -175,7 +175,7 @@ def policy_products(
     agent, _, state = rl_training(config, spec)
     carry = jax.eval_shape(lambda: agent.initial_carry(rows))
     policy = functools.partial(learner.forward, agent)
-    return counting.products(policy, state.params, carry, rl.example(spec, 1, rows))
+    return counting.products(policy, state.params, carry, rl.make_input_shapes(spec, 1, rows))
 
 
 def trajectory_bytes() -> float:

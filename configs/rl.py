@@ -151,6 +151,8 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     model.features = 128  # F
     model.core = 'lstm'  # a name in mi.cells.CELLS, transformer, or none
     model.hidden = 128  # H
+    # Other fields of the core, by name: --config.model.core_options="{'layers': 3}"
+    model.core_options = ml_collections.ConfigDict()
     model.instruction = False  # the agent reads the instruction
     model.dtype = 'float32'  # of the products: float32, bfloat16
 

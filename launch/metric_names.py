@@ -72,7 +72,7 @@ def steps(config: ml_collections.ConfigDict) -> int:
     """How many steps a run of a config has, as its records count them."""
     if config.task == 'search':
         return len(config.search.at)
-    return rl_config.updates(config) if config.task == 'rl' else int(config.train.steps)
+    return rl_config.count_updates(config) if config.task == 'rl' else int(config.train.steps)
 
 
 def _lm(config: ml_collections.ConfigDict) -> Splits:
@@ -96,7 +96,7 @@ def _rl(config: ml_collections.ConfigDict) -> Splits:
     for split, name in evaluated.items():
         if not name:
             continue
-        names = EVALUATIONS | (PLAYED if envs.on_host(name) else set())
+        names = EVALUATIONS | (PLAYED if envs.is_on_host(name) else set())
         environment = _environment(name)
         names |= CAPPED if environment.has_scores else set()
         records = environment.split(names, (*OF_TASK, 'stderr/'), config.train.eval_every)
@@ -130,7 +130,7 @@ class Environment(NamedTuple):
 
 
 def _environment(name: str) -> Environment:
-    if envs.on_host(name):
+    if envs.is_on_host(name):
         suite = name.partition('/')[0]
         return Environment(None, suite not in NO_SUCCESS, suite not in NO_SCORES)
     spec = envs.make(name).spec

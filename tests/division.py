@@ -92,7 +92,9 @@ def rl_learner(count):
     config, (_, agent, optimizer, state, trajectory), mesh = rl_parts(
         count, **{'train.topology': 'threads', 'actors.batch': 16}
     )
-    update = actors_loop.learner_update(agent, optimizer, rl_setup.hyperparameters(config), mesh)
+    update = actors_loop.learner_update(
+        agent, optimizer, rl_setup.get_hyperparameters(config), mesh
+    )
     return actors_loop.lower_update(update, state, trajectory, mesh).compile(), state.params
 
 

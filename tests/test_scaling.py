@@ -100,7 +100,7 @@ def test_a_training_step_of_a_language_model_has_three_times_the_products_of_a_p
 def test_an_update_of_an_agent_has_three_times_the_products_of_a_pass():
     config, spec = rl_configs.get_config('tiny'), envs.make('catch').spec
     total = sum(p.flops * p.times for p in workloads.rl_work(config, spec, 8).products)
-    costs = rl.costs(rl.agent(config, spec), 8, config.train.length)
+    costs = rl.compute_costs(rl.build_agent(config, spec), 8, config.train.length)
     rows = 8 * (config.train.length + 1)  # the last one bootstraps
     assert 2.3 < total / (rows * costs['flops_per_step']['model']) < 3.2
 

@@ -211,7 +211,7 @@ def test_your_own_cell_and_optimizer(tmp_path):
         carry = model.initial_carry(2)
         shapes = jax.eval_shape(model.init, jax.random.key(0), carry, tokens)['params']
         assert shapes['core']['layer_0']['unit']['in']['kernel'].shape == (E, H)
-        agent = rl.agent(for_rl, envs.make('catch').spec)
+        agent = rl.build_agent(for_rl, envs.make('catch').spec)
         params = jax.eval_shape(functools.partial(rl.init_params, agent), jax.random.key(0))
         assert params['core']['unit']['hn']['kernel'].shape == (for_rl.model.hidden,) * 2
         optimizer = optim.make_optimizer(for_lm.optim, 10)
@@ -247,7 +247,7 @@ def test_the_config_of_the_dmlab_tutorial_is_fine(monkeypatch):
         return types.SimpleNamespace(spec=dmlab30.spec_of())
 
     monkeypatch.setitem(envs.HOST, 'dmlab30', make)
-    name, options = rl.environment(config)
+    name, options = rl.get_environment_args(config)
     envs.pool(name, 60, 0, options)
     assert made == config.env.options.to_dict()
     assert made['renderer'] == 'hardware'

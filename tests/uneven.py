@@ -64,7 +64,7 @@ def agent(devices):
     config = rl_tiny(**{'train.batch': 4, 'train.length': 9})
     environment = LateRamp()
     net, optimizer = (
-        rl_setup.agent(config, environment.spec),
+        rl_setup.build_agent(config, environment.spec),
         optim.make_optimizer(config.optim, 10),
     )
     state = fused.start(config, environment, net, optimizer, mesh)
@@ -77,10 +77,10 @@ def agent(devices):
 def learner_update(devices):
     """Return the norms of the parameters after an update on a trajectory of eight rows, and μ."""
     config = rl_tiny(**{'train.batch': 8, 'loss.popart': 0.1})
-    net = rl_setup.agent(config, envs.make(config.env.name).spec)
+    net = rl_setup.build_agent(config, envs.make(config.env.name).spec)
     optimizer, mesh = optim.make_optimizer(config.optim, 10), mesh_of(devices, 8)
     state = actors_loop.start(net, optimizer, 0, mesh)
-    update = actors_loop.learner_update(net, optimizer, rl_setup.hyperparameters(config), mesh)
+    update = actors_loop.learner_update(net, optimizer, rl_setup.get_hyperparameters(config), mesh)
     shapes = costs.rl_setup(config).trajectory
     rng = np.random.default_rng(0)
     trajectory = jax.tree.map(

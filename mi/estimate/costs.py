@@ -117,14 +117,14 @@ def rl_setup(config: ml_collections.ConfigDict) -> RLSetup:
     rl_config.validate(config)
     B, T = config.train.batch, config.train.length
     environment = None
-    name, options = rl.environment(config)
-    if envs.on_host(name):
+    name, options = rl.get_environment_args(config)
+    if envs.is_on_host(name):
         spec = envs.host_spec(name, config.actors.batch, options)
     else:
         environment = envs.make(name, options)
         spec = environment.spec
-    agent = rl.agent(config, spec)
-    optimiser = optim.make_optimizer(config.optim, rl_config.updates(config))
+    agent = rl.build_agent(config, spec)
+    optimiser = optim.make_optimizer(config.optim, rl_config.count_updates(config))
 
     def start(seed: jax.Array) -> learner.LearnerState:
         params = rl.init_params(agent, jax.random.key(seed))
@@ -134,7 +134,7 @@ def rl_setup(config: ml_collections.ConfigDict) -> RLSetup:
         return jax.ShapeDtypeStruct((T, B), dtype)
 
     trajectory = Trajectory(
-        inputs=rl.example(spec, T + 1, B),
+        inputs=rl.make_input_shapes(spec, T + 1, B),
         action=rows(jnp.int32),
         log_prob=rows(jnp.float32),
         discount=rows(jnp.float32),
@@ -148,12 +148,12 @@ def rl_setup(config: ml_collections.ConfigDict) -> RLSetup:
 def _rl(config: ml_collections.ConfigDict) -> Costs:
     _, agent, optimiser, state, trajectory = rl_setup(config)
     B, T = config.train.batch, config.train.length
-    update = functools.partial(learner.update, agent, optimiser, rl.hyperparameters(config))
-    costs = rl.costs(agent, B, T)
+    update = functools.partial(learner.update, agent, optimiser, rl.get_hyperparameters(config))
+    costs = rl.compute_costs(agent, B, T)
     of_acting = B * T * costs['flops_per_step']['model']
     return {
         **costs,
-        'steps': rl_config.updates(config),
+        'steps': rl_config.count_updates(config),
         'seeds': len(config.seeds),
         'units': B * T,
         'flops': of_acting + counting.flops(update, state, trajectory),

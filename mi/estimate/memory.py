@@ -140,7 +140,7 @@ def _rl(config: ml_collections.ConfigDict, devices: Devices) -> RunPrograms:
         assert environment is not None  # or validation had refused it
         mesh = fused.mesh_of(config, devices)
         state = fused.shapes(config, environment, agent, optimiser, mesh)
-        count = min(config.train.log_every, rl_config.updates(config))
+        count = min(config.train.log_every, rl_config.count_updates(config))
         program = environment, agent, optimiser, config, state, count, mesh
         return RunPrograms(
             {
@@ -161,7 +161,7 @@ def _rl(config: ml_collections.ConfigDict, devices: Devices) -> RunPrograms:
             ),
         )
     mesh = sharding.make_mesh(1, config.train.batch, shape=config.train.mesh, devices=devices)
-    update = actors_loop.learner_update(agent, optimiser, rl.hyperparameters(config), mesh)
+    update = actors_loop.learner_update(agent, optimiser, rl.get_hyperparameters(config), mesh)
     return RunPrograms(
         {
             'parameters': of_learner.params,

@@ -51,9 +51,9 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
     for split, key in keys.items():
         with precision.use_config(config), Evaluation(config, key) as evaluation:
             if split == 'eval':
-                agent = factory.agent(config, evaluation.spec)
+                agent = factory.build_agent(config, evaluation.spec)
                 params, step = _restored(config, agent, path)
-            factory.fits(config, agent.spec, evaluation.spec)
+            factory.check_held_out(config, agent.spec, evaluation.spec)
             for i, seed in enumerate(config.seeds):
                 of_seed = jax.tree.map(lambda a, i=i: a[i], params)
                 for policy, values in evaluation(agent, of_seed, step, seed).items():
@@ -64,7 +64,7 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
     write_json(folder / 'scores.json', {'step': step, **scores})
     first = jax.tree.map(lambda a: a[0], params)
     rows = max(config.actors.batch, len(agent.spec.tasks))
-    name, options = factory.environment(config)
+    name, options = factory.get_environment_args(config)
     pool = Watched(
         envs.pool(name, rows, config.seeds[0], options),
         config.actors.timeout,

@@ -1,4 +1,4 @@
-"""Keys of an RL config and their checks."""
+"""Checks of an RL config: a rule for each key, and what several keys have to agree on."""
 
 from collections import ChainMap
 from collections.abc import Callable
@@ -22,38 +22,32 @@ from mi.config import (
     text,
 )
 from mi.precision import PRECISIONS
-from mi.rl.agent import (
-    SITES,
-    SOURCES,
-    TORSOS,
-)
+from mi.rl.agent import SITES, SOURCES, TORSOS
 from mi.rl.loss import CLIPS, POPART_ORDERS
 from mi.rl.transformer import GatedTransformer
 from mi.training import optim, trackers
 
 CORES: dict[str, Callable[..., nn.Module]] = {'transformer': GatedTransformer}
-"""The cores that are no cell of `mi.cells`, called like one: config word → module.
+"""Cores beside the cells of `mi.cells`, with the same interface: name → module.
 
-Every word of `mi.cells.CELLS` is a core too. A config file may add to both.
+Every name in `mi.cells.CELLS` is a core too. A config file may add to both.
 """
 
-
-LOOKS = {  # torso → entries of the observation, of which it needs one
+TORSO_INPUTS = {  # torso → entries of the observation; it needs one of them
     'dense': ('grid', 'features'),
     'conv': ('grid',),
     'shallow': ('pixels',),
     'deep': ('pixels',),
 }
-
-
 TOPOLOGIES = ('fused', 'threads', 'ray')
 
 
-def sites(value: Any) -> str:
-    fine = isinstance(value, tuple | list) and len(set(value)) == len(value)
-    if fine and all(word in SITES for word in value):
+def check_sites(value: Any) -> str:
+    """Accept a tuple of distinct sites."""
+    is_distinct = isinstance(value, tuple | list) and len(set(value)) == len(value)
+    if is_distinct and all(site in SITES for site in value):
         return ''
-    return f'a tuple of distinct words out of {", ".join(SITES)}; () for none'
+    return f'a tuple of distinct sites out of {", ".join(SITES)}; () for none'
 
 
 SCHEMA: dict[str, Rule] = {
@@ -61,14 +55,15 @@ SCHEMA: dict[str, Rule] = {
     'seeds': seeds,
     'tracker': trackers.check_tracker,
     'env.name': text,
-    'env.options.*': lambda value: '',  # checked against the environment's own, by `envs.pool`
+    'env.options.*': lambda value: '',  # `mi.rl.envs` checks them against the maker's arguments
     'model.torso': choice(TORSOS),
     'model.features': integer(1),
     'model.core': choice(ChainMap[str, Any](CORES, cells.CELLS, {'none': None})),
+    'model.core_options.*': lambda value: '',  # `factory` checks them against the core's fields
     'model.hidden': integer(1),
     'model.instruction': boolean,
     'model.dtype': choice(['float32', 'bfloat16']),
-    'model.sites': sites,
+    'model.sites': check_sites,
     'model.source': choice(SOURCES),
     'model.context': integer(1),
     'model.fusion.name': choice(fusion.FUSIONS),
@@ -112,42 +107,48 @@ SCHEMA: dict[str, Rule] = {
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Refuses a config that cannot work, before anything is built.
+    """Refuse a config that cannot work, before anything is built.
 
     Raises:
-      UserError: which key, what was expected, what to change.
+      UserError: which key, what was expected, and what to change.
     """
     check(config, SCHEMA)
-    optim.validate(config.optim, updates(config))
+    optim.validate(config.optim, count_updates(config))
     model, training, actors = config.model, config.train, config.actors
-    word = model.fusion.name
-    if word in fusion.ONE_HOT and ('instruction' in model.sites or model.source != 'task'):
+
+    # The fusion and its context.
+    name = model.fusion.name
+    if name in fusion.ONE_HOT and ('instruction' in model.sites or model.source != 'task'):
         raise UserError(
-            f'config.model.fusion.name = {word!r} takes one-hot contexts alone; it needs '
+            f'config.model.fusion.name = {name!r}: expected one-hot contexts only. Try '
             f"config.model.source = 'task' and no site 'instruction'"
         )
+
+    # Evaluations and checkpoints come with a record.
     for name in ('eval_every', 'save_every'):
         if training[name] % training.log_every:
             raise UserError(
                 f'config.train.{name} = {training[name]}: expected a multiple of '
                 f'config.train.log_every = {training.log_every}, the updates of one record'
             )
+
+    # Actors: one seed, and batches of whole trajectories.
     if training.topology == 'fused':
         return
     if len(config.seeds) > 1:
         raise UserError(
-            f'config.seeds = {tuple(config.seeds)}: the topology {training.topology!r} trains one '
-            f'seed; start a run for each'
+            f'config.seeds = {tuple(config.seeds)}: expected one seed with config.train.topology = '
+            f'{training.topology!r}. Start a run for each seed'
         )
     processes = jax.process_count()
     if training.batch % (actors.batch * processes):
-        each = f', in each of {processes} processes' if processes > 1 else ''
+        where = f', in each of {processes} processes' if processes > 1 else ''
         raise UserError(
             f'config.train.batch = {training.batch}: expected a multiple of config.actors.batch = '
-            f'{actors.batch}, the rows of one trajectory in the queue{each}'
+            f'{actors.batch}, the rows of one trajectory in the queue{where}'
         )
 
 
-def updates(config: ml_collections.ConfigDict) -> int:
-    """How many updates a run has."""
+def count_updates(config: ml_collections.ConfigDict) -> int:
+    """Return the number of updates of a run."""
     return max(1, config.train.steps // (config.train.batch * config.train.length))

@@ -206,12 +206,12 @@ class Evaluation:
 
     def __init__(self, config: ml_collections.ConfigDict, key: str = 'env.name'):
         self._config = config
-        name, options = factory.environment(config, key)
-        self._compiled = None if envs.on_host(name) else envs.make(name, options, key)
+        name, options = factory.get_environment_args(config, key)
+        self._compiled = None if envs.is_on_host(name) else envs.make(name, options, key)
         rows = config.actors.batch
         if self._compiled is None:
             each = config.eval.episodes
-            rows = config.eval.batch or envs.evaluation_rows(name, rows, each, key)
+            rows = config.eval.batch or envs.count_evaluation_rows(name, rows, each, key)
         self._pool = Watched(
             envs.pool(name, rows, config.seeds[0], options, key),
             config.actors.timeout,

@@ -1,7 +1,8 @@
-"""Build an agent and its environment from a config."""
+"""Constructors from a config: the agent, its environment's arguments, its inputs and its costs."""
 
 import functools
 from collections import ChainMap
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,154 +10,196 @@ import jax.numpy as jnp
 import ml_collections
 
 from mi import cells, counting, fusion
-from mi.config import (
-    UserError,
-)
+from mi.config import UserError
 from mi.rl import loss
-from mi.rl.agent import (
-    Agent,
-    Inputs,
-)
-from mi.rl.config import CORES, LOOKS
+from mi.rl.agent import Agent, Inputs, Params
+from mi.rl.config import CORES, TORSO_INPUTS
 from mi.rl.envs.spec import Spec
+from mi.rl.options import check_options, get_field_defaults
 from mi.rl.torsos import Shallow
 from mi.rl.transformer import GatedTransformer
 
 
-def environment(
+def get_environment_args(
     config: ml_collections.ConfigDict, key: str = 'env.name'
 ) -> tuple[str, dict[str, Any]]:
-    """Return the name and the options of an environment of a config.
+    """Return name and options of an environment of a config.
 
     Args:
-      config: the config.
-      key: that names it, 'env.name' or 'eval.held_out'. The options are the same for both.
+      config: of the run.
+      key: the key that names it, 'env.name' or 'eval.held_out'. Both have the same options.
     """
     name: str = config.env.name if key == 'env.name' else config.eval.held_out
-    options = config.env.get('options')  # runs of before have none
-    return name, options.to_dict() if options else {}
+    return name, _get_options(config.env, 'options')
 
 
-def agent(config: ml_collections.ConfigDict, spec: Spec) -> Agent:
-    """The agent of a config, with typed fields.
+def build_agent(config: ml_collections.ConfigDict, spec: Spec) -> Agent:
+    """Build the agent of a config for an environment.
 
     Raises:
-      UserError: if the environment has not what the agent is to look at.
+      UserError: if the environment does not provide what the agent reads.
     """
     model = config.model
-    instructed = 'instruction' in model.sites or model.source == 'instruction'
-    if instructed and not (model.instruction and spec.vocabulary):
-        what = 'has no instructions' if model.instruction else 'is not to be read'
+    _check_instruction(config, spec)
+    _check_torso(config, spec)
+    return Agent(
+        spec=spec,
+        torso=model.torso,
+        features=model.features,
+        core=_get_core(model),
+        sites=tuple(model.sites),
+        source=model.source,
+        context=model.context,
+        fusion=fusion.get(model.fusion.name, rank=model.fusion.rank, hidden=model.fusion.hidden),
+        use_instruction=model.instruction,
+        dtype=jnp.dtype(model.dtype),
+    )
+
+
+def _get_options(config: ml_collections.ConfigDict, key: str) -> dict[str, Any]:
+    """Return options by name; none for a config.json from before the key existed."""
+    options = config.get(key)
+    return options.to_dict() if options else {}
+
+
+def _get_core(model: ml_collections.ConfigDict) -> Callable[..., Any] | None:
+    """Return the constructor of the core; None for no memory."""
+    options = _get_options(model, 'core_options')
+    if model.core == 'none':
+        check_options('config.model.core_options', 'none', options, {})
+        return None
+    constructor = ChainMap(CORES, cells.CELLS)[model.core]
+    check_options('config.model.core_options', model.core, options, get_field_defaults(constructor))
+    heads = options.get('heads', GatedTransformer.heads)
+    if model.core == 'transformer' and model.hidden % heads:
         raise UserError(
-            f'config.model.sites and source name the instruction, but it {what}: '
-            f'config.env.name = {spec.name!r}, config.model.instruction = {model.instruction}'
+            f'config.model.hidden = {model.hidden}: expected a multiple of {heads}, the heads of '
+            f'the transformer'
+        )
+    return functools.partial(constructor, model.hidden, **options)
+
+
+def _check_instruction(config: ml_collections.ConfigDict, spec: Spec) -> None:
+    """Refuse an agent that reads an instruction where there is none, or does not read its own."""
+    model = config.model
+    is_fused = 'instruction' in model.sites or model.source == 'instruction'
+    if is_fused and not (model.instruction and spec.vocabulary):
+        problem = 'has no instructions' if model.instruction else 'does not read them'
+        subject = 'the environment' if model.instruction else 'the agent'
+        raise UserError(
+            f'config.model.sites = {tuple(model.sites)} and config.model.source = '
+            f'{model.source!r} use the instruction, but {subject} {problem}: config.env.name = '
+            f'{spec.name!r}, config.model.instruction = {model.instruction}'
         )
     if model.instruction and not spec.vocabulary:
         raise UserError(
             f'config.model.instruction = True: expected an environment with instructions, and '
             f'config.env.name = {config.env.name!r} has none. Set it to False'
         )
-    looks = LOOKS.get(model.torso, ())
-    if looks and not spec.observation.keys() & set(looks):
-        there = ', '.join(name for name in spec.observation if name != 'task')
-        raise UserError(
-            f'config.model.torso = {model.torso!r} looks at {" or ".join(looks)}, and '
-            f"config.env.name = {config.env.name!r} has {there}; 'auto' takes what fits"
-        )
-    height, width = spec.observation['pixels'].shape[:2] if 'pixels' in spec.observation else (0, 0)
-    if model.torso == 'shallow' and min(height, width) < Shallow.min_side:
-        raise UserError(
-            f"config.model.torso = 'shallow': expected pictures of at least {Shallow.min_side} × "
-            f'{Shallow.min_side} pixels (got {height} × {width} from config.env.name = '
-            f"{config.env.name!r}). Try 'deep'"
-        )
-    core = None
-    if model.core != 'none':
-        core = functools.partial(ChainMap(CORES, cells.CELLS)[model.core], model.hidden)
-    if model.core == 'transformer' and model.hidden % GatedTransformer.heads:
-        raise UserError(
-            f'config.model.hidden = {model.hidden}: expected a multiple of '
-            f'{GatedTransformer.heads}, the heads of the transformer'
-        )
-    word = model.fusion
-    return Agent(
-        spec=spec,
-        torso=model.torso,
-        features=model.features,
-        core=core,
-        sites=tuple(model.sites),
-        source=model.source,
-        context=model.context,
-        fusion=fusion.get(word.name, rank=word.rank, hidden=word.hidden),
-        use_instruction=model.instruction,
-        dtype=jnp.dtype(model.dtype),
-    )
 
 
-def fits(config: ml_collections.ConfigDict, trained: Spec, held_out: Spec) -> None:
-    """Refuses an environment for evaluation in which the agent cannot act.
+def _check_torso(config: ml_collections.ConfigDict, spec: Spec) -> None:
+    """Refuse a torso that does not read the environment's observation."""
+    torso, env_name = config.model.torso, config.env.name
+    entries = TORSO_INPUTS.get(torso, ())
+    if entries and not spec.observation.keys() & set(entries):
+        available = ', '.join(name for name in spec.observation if name != 'task')
+        raise UserError(
+            f'config.model.torso = {torso!r}: expected an observation with '
+            f'{" or ".join(entries)} (got {available} from config.env.name = {env_name!r}). '
+            f"Try 'auto'"
+        )
+    if torso == 'shallow':
+        height, width, _ = spec.observation['pixels'].shape
+        if min(height, width) < Shallow.min_side:
+            raise UserError(
+                f"config.model.torso = 'shallow': expected pictures of at least "
+                f'{Shallow.min_side} × {Shallow.min_side} pixels (got {height} × {width} from '
+                f"config.env.name = {env_name!r}). Try 'deep'"
+            )
+
+
+def check_held_out(config: ml_collections.ConfigDict, trained: Spec, held_out: Spec) -> None:
+    """Refuse a held-out environment in which the agent cannot act.
 
     Raises:
-      UserError: if it does not look as what the agent was trained on, or if its tasks are others
-        and the agent is told the index.
+      UserError: if its observations or actions differ from those in training, or if its tasks
+        differ and the agent reads the task's index.
     """
 
-    def looks(spec: Spec) -> dict[str, Any]:
-        shapes = {n: a.shape for n, a in spec.observation.items() if n != 'instruction'}
-        words = spec.vocabulary if config.model.instruction else 0
-        return {'observation': shapes, 'actions': spec.actions, 'categories': spec.categories,
-                'vocabulary': words}  # fmt: skip
+    def describe(spec: Spec) -> dict[str, Any]:
+        shapes = {name: a.shape for name, a in spec.observation.items() if name != 'instruction'}
+        return {
+            'observation': shapes,
+            'actions': spec.actions,
+            'categories': spec.categories,
+            'vocabulary': spec.vocabulary if config.model.instruction else 0,
+        }
 
     name = f'config.eval.held_out = {config.eval.held_out!r}'
-    one, other = looks(trained), looks(held_out)
-    for key, value in one.items():
-        if value != other[key]:
+    actual = describe(held_out)
+    for key, expected in describe(trained).items():
+        if actual[key] != expected:
             raise UserError(
-                f'{name}: its {key} is {other[key]} and that of config.env.name = '
-                f'{config.env.name!r} {value}; expected the same world with other tasks'
+                f'{name}: expected the {key} of config.env.name = {config.env.name!r}, {expected} '
+                f'(got {actual[key]}). Try a suite of the same environment'
             )
     if config.model.source in ('task', 'embedding') and trained.tasks != held_out.tasks:
         raise UserError(
-            f'{name}: tasks that were never trained have no index; it needs config.model.source = '
-            f"'instruction' or 'inferred'"
+            f'{name}: expected the trained tasks, because config.model.source = '
+            f"{config.model.source!r} reads their index. Try config.model.source = 'instruction' "
+            f"or 'inferred'"
         )
 
 
-def hyperparameters(config: ml_collections.ConfigDict) -> loss.Hyperparameters:
+def get_hyperparameters(config: ml_collections.ConfigDict) -> loss.Hyperparameters:
+    """Return the hyperparameters of the loss."""
     return loss.Hyperparameters(**config.loss)
 
 
-def example(spec: Spec, length: int, batch: int) -> Inputs:
-    """Shapes of inputs [T, B, …], without memory."""
+def make_input_shapes(spec: Spec, length: int, batch: int) -> Inputs:
+    """Return the shapes of an agent's inputs [T, B, …], without allocating memory."""
 
-    def rows(shape: tuple[int, ...], dtype: Any) -> Any:
+    def add_rows(shape: tuple[int, ...], dtype: Any) -> Any:
         return jax.ShapeDtypeStruct((length, batch, *shape), dtype)
 
-    observation = {name: rows(a.shape, a.dtype) for name, a in spec.observation.items()}
-    inputs: Any = observation, rows((), jnp.int32), rows((), jnp.float32), rows((), jnp.bool_)
-    return Inputs(*inputs)
+    return Inputs(
+        observation={name: add_rows(a.shape, a.dtype) for name, a in spec.observation.items()},
+        action=add_rows((), jnp.int32),
+        reward=add_rows((), jnp.float32),
+        is_first=add_rows((), jnp.bool_),
+    )
 
 
-def init_params(agent: Agent, key: jax.Array) -> Any:
-    """The parameters of an agent."""
-    inputs = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), example(agent.spec, 1, 1))
-    return agent.init(key, agent.initial_carry(1), inputs)['params']
+def init_params(agent: Agent, key: jax.Array) -> Params:
+    """Draw the initial parameters of an agent."""
+    shapes = make_input_shapes(agent.spec, 1, 1)
+    inputs = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    params: Params = agent.init(key, agent.initial_carry(1), inputs)['params']
+    return params
 
 
-def costs(agent: Agent, batch: int, length: int) -> dict[str, Any]:
-    """Parameters, and forward FLOPs of products per step of an environment: agent and fusions."""
-    rows = example(agent.spec, length, batch)
+def compute_costs(agent: Agent, batch: int, length: int) -> dict[str, Any]:
+    """Count parameters, and forward FLOPs per environment step, of the agent and its fusions."""
+    inputs = make_input_shapes(agent.spec, length, batch)
     carry = jax.eval_shape(lambda: agent.initial_carry(batch))
-    variables: Any = jax.eval_shape(agent.init, jax.random.key(0), carry, rows)
-    flops = counting.flops(agent.apply, variables, carry, rows)
-    of_fusions = parameters = 0.0
-    for module, own, shapes in counting.modules(
-        agent, '|'.join(agent.sites), variables, carry, rows
+    variables: Any = jax.eval_shape(agent.init, jax.random.key(0), carry, inputs)
+    flops = counting.flops(agent.apply, variables, carry, inputs)
+
+    # The fusions alone.
+    fusion_flops = fusion_parameters = 0.0
+    sites = '|'.join(agent.sites)
+    for module, module_variables, shapes in counting.modules(
+        agent, sites, variables, carry, inputs
     ):
-        parameters += counting.parameters(own)
-        of_fusions += counting.flops(module.apply, own, *shapes)
+        fusion_parameters += counting.parameters(module_variables)
+        fusion_flops += counting.flops(module.apply, module_variables, *shapes)
+
     steps = batch * length
     return {
-        'parameters': {'model': counting.parameters(variables), 'fusion': round(parameters)},
-        'flops_per_step': {'model': round(flops / steps), 'fusion': round(of_fusions / steps)},
+        'parameters': {
+            'model': counting.parameters(variables),
+            'fusion': round(fusion_parameters),
+        },
+        'flops_per_step': {'model': round(flops / steps), 'fusion': round(fusion_flops / steps)},
     }

@@ -26,7 +26,7 @@ def test_on_the_host_and_compiled_every_game_is_played_and_nothing_compiled_twic
         evaluate.Evaluation(config) as on_host,
     ):
         on_host._compiled = None
-        agent = factory.agent(config, compiled.spec)
+        agent = factory.build_agent(config, compiled.spec)
         params = factory.init_params(agent, jax.random.key(0))
         for step in (1, 2):
             for evaluation in (compiled, on_host):

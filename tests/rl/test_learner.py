@@ -19,7 +19,7 @@ def parts(**changes):
     config = configs.get_config('tiny').unlock()
     config.update_from_flattened_dict(changes)
     environment = envs.make(config.env.name)
-    agent = factory.agent(config, environment.spec)
+    agent = factory.build_agent(config, environment.spec)
     return config, environment, agent, optim.make_optimizer(config.optim, 100)
 
 
@@ -33,10 +33,12 @@ def test_the_update_lowers_for_accelerators(platform):
         )
     )
     carry = jax.eval_shape(lambda: agent.initial_carry(B))
-    inputs = factory.example(environment.spec, T + 1, B)
+    inputs = factory.make_input_shapes(environment.spec, T + 1, B)
     rows = [inputs.action, inputs.reward, inputs.reward, inputs.is_first]
     rows = [jax.ShapeDtypeStruct((T, B), a.dtype) for a in rows]
-    update = functools.partial(learner.update, agent, optimiser, factory.hyperparameters(config))
+    update = functools.partial(
+        learner.update, agent, optimiser, factory.get_hyperparameters(config)
+    )
     exported = jax.export.export(jax.jit(update), platforms=[platform])(
         state, Trajectory(inputs, *rows, carry)
     )

@@ -33,6 +33,6 @@ def test_a_preset_has_an_agent_for_its_environment(preset):
     finally:
         pool.close()
     assert spec.tasks == tasks or (tasks is None and all(t.startswith('GoTo') for t in spec.tasks))
-    agent = factory.agent(config, spec)
+    agent = factory.build_agent(config, spec)
     params = jax.eval_shape(lambda: factory.init_params(agent, jax.random.key(0)))
     assert params['readout']['b'].shape == (spec.actions + 1,)

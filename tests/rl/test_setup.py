@@ -1,5 +1,7 @@
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from configs import rl as configs
@@ -19,7 +21,7 @@ def tiny(**changes):
 
 
 def costs(config):
-    return factory.costs(factory.agent(config, envs.make('xland').spec), 8, 5)
+    return factory.compute_costs(factory.build_agent(config, envs.make('xland').spec), 8, 5)
 
 
 @pytest.mark.parametrize(
@@ -46,9 +48,10 @@ def test_arms_differ_in_cost_by_their_fusions():
 
 def test_the_cost_where_streams_meet_once_per_episode_is_that_of_each_step():
     config = tiny(**{'model.instruction': True, 'model.sites': ('instruction',)})
-    agent = factory.agent(config, envs.make('xland').spec)
+    agent = factory.build_agent(config, envs.make('xland').spec)
     of_fusions = [
-        [cost['fusion'] for cost in factory.costs(agent, 8, length).values()] for length in (5, 20)
+        [cost['fusion'] for cost in factory.compute_costs(agent, 8, length).values()]
+        for length in (5, 20)
     ]
     assert of_fusions[0] == pytest.approx(of_fusions[1], rel=0.15)
     assert min(of_fusions[1]) > 64 * FEATURES**2
@@ -62,11 +65,11 @@ def test_no_site_no_cost_of_fusions():
 @pytest.mark.parametrize(
     ('changes', 'said'),
     [
-        ({'model.fusion.name': 'multi_head', 'model.source': 'inferred'}, 'one-hot contexts alone'),
+        ({'model.fusion.name': 'multi_head', 'model.source': 'inferred'}, 'one-hot contexts only'),
         ({'train.eval_every': 7}, 'a multiple of'),
-        ({'train.topology': 'threads', 'seeds': (0, 1)}, 'trains one seed'),
+        ({'train.topology': 'threads', 'seeds': (0, 1)}, 'expected one seed'),
         ({'train.topology': 'ray', 'actors.batch': 3}, 'config.actors.batch'),
-        ({'model.sites': ('readout', 'readout')}, 'distinct words'),
+        ({'model.sites': ('readout', 'readout')}, 'distinct sites'),
     ],
 )
 def test_what_cannot_work_is_refused_with_a_way_out(changes, said):
@@ -78,7 +81,7 @@ def test_an_instruction_that_is_not_there_is_refused():
     config = tiny(**{'model.source': 'instruction', 'model.instruction': True})
     spec = Spec(name='mute', observation={}, actions=2, tasks=('only',))
     with pytest.raises(UserError, match='has no instructions'):
-        factory.agent(config, spec)
+        factory.build_agent(config, spec)
 
 
 def test_held_out_tasks_need_a_context_that_knows_them():
@@ -86,25 +89,62 @@ def test_held_out_tasks_need_a_context_that_knows_them():
     others = envs.make('xland/test').spec
     assert world.tasks != others.tasks
     with pytest.raises(UserError, match=r"config\.model\.source = 'instruction'"):
-        factory.fits(tiny(**{'model.source': 'task'}), world, others)
-    factory.fits(tiny(**{'model.source': 'inferred'}), world, others)
+        factory.check_held_out(tiny(**{'model.source': 'task'}), world, others)
+    factory.check_held_out(tiny(**{'model.source': 'inferred'}), world, others)
     # The same tasks with other levels, as procgen/test.
-    factory.fits(tiny(**{'model.source': 'task'}), world, dataclasses.replace(world, name='again'))
+    factory.check_held_out(
+        tiny(**{'model.source': 'task'}), world, dataclasses.replace(world, name='again')
+    )
 
 
 def test_a_world_that_looks_different_is_refused_before_training():
     config = tiny(**{'model.source': 'inferred', 'eval.held_out': 'catch'})
-    with pytest.raises(UserError, match=r'its observation is .* expected the same world'):
-        factory.fits(config, envs.make('xland/kinds').spec, envs.make('catch').spec)
+    with pytest.raises(UserError, match=r'expected the observation of config\.env\.name'):
+        factory.check_held_out(config, envs.make('xland/kinds').spec, envs.make('catch').spec)
 
 
 @pytest.mark.parametrize(
     ('changes', 'said'),
     [
-        ({'model.torso': 'shallow'}, "'shallow' looks at pixels, and .*'catch' has grid"),
+        ({'model.torso': 'shallow'}, 'expected an observation with pixels .got grid'),
         ({'model.core': 'transformer', 'model.hidden': 10}, 'expected a multiple of 4'),
     ],
 )
 def test_an_agent_that_does_not_fit_is_refused(changes, said):
     with pytest.raises(UserError, match=said):
-        factory.agent(tiny(**{'env.name': 'catch', **changes}), envs.make('catch').spec)
+        factory.build_agent(tiny(**{'env.name': 'catch', **changes}), envs.make('catch').spec)
+
+
+def test_every_field_of_a_core_is_an_option():
+    options = {'layers': 3, 'memory': 5}
+    config = tiny(**{'model.core': 'transformer', 'model.core_options': options})
+    rl_config.validate(config)
+    agent = factory.build_agent(config, envs.make('xland').spec)
+    assert agent.initial_carry(2)['core']['inputs'].shape == (2, 5, 3, config.model.hidden)
+
+
+def test_a_config_from_before_core_options_builds_the_same_agent():
+    spec = envs.make('xland').spec
+    config = tiny().unlock()
+    agent = factory.build_agent(config, spec)
+    del config.model['core_options']
+    rl_config.validate(config)
+    assert jax.tree.map(jnp.shape, factory.build_agent(config, spec).initial_carry(2)) == (
+        jax.tree.map(jnp.shape, agent.initial_carry(2))
+    )
+
+
+@pytest.mark.parametrize(
+    ('core', 'options', 'message'),
+    [
+        ('transformer', {'layer': 3}, r"core_options\.layer is unknown .* did you mean 'layers'"),
+        ('transformer', {'layers': 'three'}, r"layers = 'three': expected int"),
+        ('transformer', {'heads': 3}, 'expected a multiple of 3, the heads'),
+        ('lstm', {'layers': 3}, r"core_options\.layers is unknown to 'lstm'"),
+        ('none', {'layers': 3}, 'it has no options'),
+    ],
+)
+def test_an_option_that_the_core_does_not_have_is_refused(core, options, message):
+    config = tiny(**{'model.core': core, 'model.core_options': options})
+    with pytest.raises(UserError, match=message):
+        factory.build_agent(config, envs.make('xland').spec)

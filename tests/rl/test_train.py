@@ -238,7 +238,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path, topol
         ({'eval.held_out': 'xland/test', 'model.source': 'inferred'}, 'expected the same world'),
         ({'model.source': 'instruction'}, 'name the instruction, but it'),
         ({'env.name': 'catch/hard'}, 'catch has no suites'),
-        ({'model.sites': ('readuot',)}, 'a tuple of distinct words out of instruction'),
+        ({'model.sites': ('readuot',)}, 'a tuple of distinct sites out of instruction'),
         ({'model.fusion.name': 'multi_head', 'model.source': 'embedding'}, 'one-hot contexts'),
         ({'train.save_every': 7}, 'a multiple of config.train.log_every = 5'),
         (

@@ -202,7 +202,7 @@ def test_the_worker_that_replaces_a_dead_one_has_other_episodes():
     firsts = []
     for birth in (0, 0, 1):
         worker = actors_loop.make_worker(config, 0, 0, birth=birth)
-        params = factory.init_params(factory.agent(config, Catch.spec), jax.random.key(0))
+        params = factory.init_params(factory.build_agent(config, Catch.spec), jax.random.key(0))
         firsts.append(worker.collect(params)[0][0])
         worker.close()
     for a, b in zip(*map(jax.tree.leaves, firsts[:2]), strict=True):

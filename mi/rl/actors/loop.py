@@ -63,9 +63,9 @@ def make_worker(
     for number in (version, index, jax.process_index(), birth):
         key = jax.random.fold_in(key, number)
     seeds = np.asarray(jax.random.randint(key, (actors.groups,), 0, 2**30))
-    name, options = factory.environment(config)
+    name, options = factory.get_environment_args(config)
     groups = [envs.pool(name, actors.batch, int(seed), options) for seed in seeds]
-    policy = policy or Policy(factory.agent(config, groups[0].spec))
+    policy = policy or Policy(factory.build_agent(config, groups[0].spec))
     return Worker(groups, policy, config.train.length, key)
 
 
@@ -80,9 +80,9 @@ def train(
         evaluations = {
             split: stack.enter_context(Evaluation(config, key)) for split, key in keys.items()
         }
-        agent = factory.agent(config, evaluations['eval'].spec)
+        agent = factory.build_agent(config, evaluations['eval'].spec)
         for evaluation in evaluations.values():
-            factory.fits(config, agent.spec, evaluation.spec)
+            factory.check_held_out(config, agent.spec, evaluation.spec)
         with run_dir.open_run(workdir, config, profile) as run:
             _train(config, evaluations, agent, run)
 
@@ -93,10 +93,10 @@ def _train(
     agent: Agent,
     run: run_dir.Run,
 ) -> None:
-    total, B, T = rl_config.updates(config), config.train.batch, config.train.length
+    total, B, T = rl_config.count_updates(config), config.train.batch, config.train.length
     seed, tasks = config.seeds[0], agent.spec.tasks
     optimiser = optim.make_optimizer(config.optim, total)
-    run.write('cost.json', {'steps': total, **factory.costs(agent, B, T)})
+    run.write('cost.json', {'steps': total, **factory.compute_costs(agent, B, T)})
     mesh = training_sharding.make_mesh(1, B, shape=config.train.mesh)
     state = start(agent, optimiser, seed, mesh)
     saved = checkpoint.Checkpoints(run.path / 'checkpoints', config.train.keep)
@@ -112,7 +112,7 @@ def _train(
     pending = len(evaluations) * policies if meta.get('is_evaluated') is False else 0
     position = logger.find_records_end(run.path, meta['metrics'], run.step, pending)
 
-    update = learner_update(agent, optimiser, factory.hyperparameters(config), mesh)
+    update = learner_update(agent, optimiser, factory.get_hyperparameters(config), mesh)
     is_asked_to_stop = functools.partial(run.should_stop, recorded=False)
     window = Window()
     with (

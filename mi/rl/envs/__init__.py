@@ -1,6 +1,7 @@
-"""JAX and HOST: one config word → one environment.
+"""Registries of environments, JAX and HOST, and functions that make one by name.
 
-A word may go on after a slash, as in 'babyai/goto': what stands there is the environment's to read.
+A name may have a suite behind a slash, as in 'babyai/goto', which the environment's maker parses.
+Add an environment with `JAX[name] = maker` or `HOST[name] = maker`.
 """
 
 import contextlib
@@ -10,35 +11,34 @@ from typing import Any
 
 from mi.config import UserError, suggest
 from mi.rl.envs.check import check_environment, check_spec
-from mi.rl.envs.host import dmlab30, envpool, gymnasium
+from mi.rl.envs.host import atari, babyai, dmlab30, gymnasium, procgen
 from mi.rl.envs.jax import catch, xland
 from mi.rl.envs.jax.batched import Batched
 from mi.rl.envs.spec import HostEnvironment, JaxEnvironment, Spec
+from mi.rl.options import check_options, get_keyword_defaults
 
 JAX: dict[str, Callable[..., JaxEnvironment]] = {'xland': xland.make, 'catch': catch.make}
 HOST: dict[str, Callable[..., HostEnvironment]] = {
-    'babyai': envpool.make_babyai,
-    'atari': envpool.make_atari,
-    'procgen': envpool.make_procgen,
+    'babyai': babyai.make,
+    'atari': atari.make,
+    'procgen': procgen.make,
     'gymnasium': gymnasium.make_gym,
     'vizdoom': gymnasium.make_vizdoom,
     'dmlab30': dmlab30.make,
 }
-
-
-# Specs that are known without the simulator: suite, options that change them → spec.
+# Makers of specs that need no simulator: (suite, options that change the spec) → spec.
 SPECS: dict[str, Callable[..., Spec]] = {
-    'atari': envpool.atari_spec,
-    'procgen': envpool.procgen_spec,
+    'atari': atari.make_spec,
+    'procgen': procgen.make_spec,
     'dmlab30': dmlab30.suite_spec,
 }
-# Names of a suite's tasks, for environments whose rows are cheap: a megabyte each and no process.
+# Suite → its tasks, for environments whose rows are cheap: a megabyte each and no process.
 CHEAP: dict[str, Callable[[str], tuple[str, ...]]] = {
-    'babyai': envpool.babyai_levels,
-    'atari': envpool.atari_games,
-    'procgen': envpool.procgen_games,
+    'babyai': babyai.parse_levels,
+    'atari': atari.parse_suite,
+    'procgen': procgen.parse_suite,
 }
-MOST_ROWS = 1024  # of an evaluation
+MAX_EVALUATION_ROWS = 1024
 
 
 def make(
@@ -47,21 +47,21 @@ def make(
     """Make an environment of pure functions of one row.
 
     Args:
-      name: a word of JAX, with its suite after a slash.
+      name: a name in JAX, with its suite behind a slash.
       options: arguments of its maker, by name.
-      key: of the config, that gives the name.
+      key: the config key that gives the name.
 
     Raises:
-      UserError: on an unknown name or option, one that runs on the host, for what its maker
-        refuses, or if the environment is not what its spec says.
+      UserError: if the name or an option is unknown, if the environment runs on the host, if its
+        maker refuses, or if the environment contradicts its spec.
     """
     word = _word(name, key)
     if word in HOST:
         raise UserError(
-            f'config.{key} = {name!r} runs on the host and cannot be compiled into the update; '
-            f"set config.train.topology = 'threads' or 'ray'"
+            f'config.{key} = {name!r} runs on the host: expected an environment in JAX for the '
+            f"topology 'fused'. Try config.train.topology = 'threads' or 'ray'"
         )
-    return _made_jax(word, name, key, options or {})
+    return _make_jax(word, name, key, options or {})
 
 
 def pool(
@@ -74,18 +74,21 @@ def pool(
     """Make `batch` rows of any environment on the host.
 
     Args:
-      name: a word of JAX or HOST, with its suite after a slash.
-      batch, seed: of the rows.
+      name: a name in JAX or HOST, with its suite behind a slash.
+      batch: number of rows.
+      seed: of everything random in them.
       options, key: as in `make`.
 
     Raises:
-      UserError: on an unknown name or option, for what its maker refuses, or if the environment is
-        not what its spec says.
+      UserError: if the name or an option is unknown, if its maker refuses, or if the environment
+        contradicts its spec.
     """
     word, options = _word(name, key), options or {}
     if word in JAX:
-        return Batched(_made_jax(word, name, key, options), batch, seed)
-    environment: HostEnvironment = _made(HOST[word], name, key, options, batch=batch, seed=seed)
+        return Batched(_make_jax(word, name, key, options), batch, seed)
+    environment: HostEnvironment = _call_maker(
+        HOST[word], name, key, options, batch=batch, seed=seed
+    )
     with _named(name, key):
         check_spec(environment.spec)
     return environment
@@ -97,8 +100,8 @@ def host_spec(
     """Return the spec of an environment on the host, without its simulator where `SPECS` has it.
 
     Args:
-      name: a word of HOST, with its suite after a slash.
-      batch: rows, at least one for each task.
+      name: a name in HOST, with its suite behind a slash.
+      batch: number of rows, at least one for each task.
       options, key: as in `make`.
 
     Raises:
@@ -116,35 +119,35 @@ def host_spec(
         check_spec(spec)
         if batch < len(spec.tasks):
             raise UserError(
-                f'{batch} rows for {len(spec.tasks)} tasks: expected a row for each; raise '
+                f'{batch} rows for {len(spec.tasks)} tasks: expected a row for each. Raise '
                 f'config.actors.batch or name fewer tasks'
             )
     return spec
 
 
-def on_host(name: str) -> bool:
-    """Whether an environment is stepped outside of JAX's programs."""
+def is_on_host(name: str) -> bool:
+    """Return whether an environment is stepped on the host, outside of JAX's programs."""
     return name.partition('/')[0] in HOST
 
 
-def evaluation_rows(name: str, batch: int, episodes: int, key: str = 'env.name') -> int:
-    """Return how many rows evaluation has on the host: one for each episode where they are cheap.
+def count_evaluation_rows(name: str, batch: int, episodes: int, key: str = 'env.name') -> int:
+    """Return the number of rows for evaluation on the host: one per episode if rows are cheap.
 
     Args:
       name: of the environment.
-      batch: rows where they are not cheap.
-      episodes: of each task.
+      batch: number of rows if they are not cheap.
+      episodes: number for each task.
       key: as in `make`.
 
     Raises:
-      UserError: for an unknown suite.
+      UserError: if the suite is unknown.
     """
     word, _, suite = name.partition('/')
     if word not in CHEAP:
         return batch
     with _named(name, key):
         tasks = len(CHEAP[word](suite))
-    return tasks * max(1, min(episodes, MOST_ROWS // tasks))
+    return tasks * max(1, min(episodes, MAX_EVALUATION_ROWS // tasks))
 
 
 def _word(name: str, key: str) -> str:
@@ -155,47 +158,36 @@ def _word(name: str, key: str) -> str:
     return word
 
 
-def _made_jax(word: str, name: str, key: str, options: Mapping[str, Any]) -> JaxEnvironment:
-    environment: JaxEnvironment = _made(JAX[word], name, key, options)
+def _make_jax(word: str, name: str, key: str, options: Mapping[str, Any]) -> JaxEnvironment:
+    environment: JaxEnvironment = _call_maker(JAX[word], name, key, options)
     with _named(name, key):
         check_environment(environment)
     return environment
 
 
-def _made(
+def _call_maker(
     maker: Callable[..., Any], name: str, key: str, options: Mapping[str, Any], **rows: int
 ) -> Any:
-    """What a maker makes of the suite, with options that it has; its errors name the key."""
+    """Call a maker with the suite and checked options; errors name the config key."""
     _check_options(maker, name, options)
     with _named(name, key):
         return maker(name.partition('/')[2], **rows, **options)
 
 
 def _check_options(maker: Callable[..., Any], name: str, options: Mapping[str, Any]) -> None:
-    """Refuse options that a maker has not, or of another type."""
-    parameters = inspect.signature(maker).parameters
-    known = {
-        parameter: default.default
-        for parameter, default in parameters.items()
-        if default.kind is default.KEYWORD_ONLY and parameter not in ('batch', 'seed')
-    }
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    for option, value in options.items():
-        if option not in known and not takes_any:
-            hint = suggest(option, known) if known else 'it has no options'
-            raise UserError(f'config.env.options.{option} is unknown to {name!r}; {hint}')
-        default = known.get(option)
-        kinds = (int, float) if isinstance(default, float) else (type(default),)
-        if default is not None and (type(value) not in kinds):
-            raise UserError(
-                f'config.env.options.{option} = {value!r}: expected {type(default).__name__}, as '
-                f'its default {default!r}'
-            )
+    """Refuse options that the maker does not have, or of another type."""
+    defaults = get_keyword_defaults(maker)
+    for reserved in ('batch', 'seed'):  # config keys of their own
+        defaults.pop(reserved, None)
+    kinds = [parameter.kind for parameter in inspect.signature(maker).parameters.values()]
+    if inspect.Parameter.VAR_KEYWORD in kinds:  # the simulator checks them
+        options = {option: value for option, value in options.items() if option in defaults}
+    check_options('config.env.options', name, options, defaults)
 
 
 @contextlib.contextmanager
 def _named(name: str, key: str) -> Iterator[None]:
-    """Puts the key that names the environment in front of an error."""
+    """Put the config key that names the environment in front of an error."""
     try:
         yield
     except UserError as error:

@@ -121,7 +121,7 @@ def compile_updates(
         environment,
         agent,
         optimiser,
-        factory.hyperparameters(config),
+        factory.get_hyperparameters(config),
         config.train.length,
     )
 
@@ -195,13 +195,13 @@ def train(
     config: ml_collections.ConfigDict, workdir: str, profile: run_dir.Steps | None = None
 ) -> None:
     """Trains, evaluates and leaves a run directory; continues it where there is one."""
-    environment = envs.make(*factory.environment(config))
-    agent = factory.agent(config, environment.spec)
+    environment = envs.make(*factory.get_environment_args(config))
+    agent = factory.build_agent(config, environment.spec)
     evaluations = {'eval': environment}
     if config.eval.held_out:
         key = 'eval.held_out'
-        evaluations['held_out'] = envs.make(*factory.environment(config, key), key)
-        factory.fits(config, environment.spec, evaluations['held_out'].spec)
+        evaluations['held_out'] = envs.make(*factory.get_environment_args(config, key), key)
+        factory.check_held_out(config, environment.spec, evaluations['held_out'].spec)
     with run_dir.open_run(workdir, config, profile) as run:
         _train(config, evaluations, agent, run)
 
@@ -212,11 +212,11 @@ def _train(
     agent: Agent,
     run: run_dir.Run,
 ) -> None:
-    total, B, T = rl_config.updates(config), config.train.batch, config.train.length
+    total, B, T = rl_config.count_updates(config), config.train.batch, config.train.length
     environment = evaluations['eval']
     tasks, has_success = environment.spec.tasks, environment.spec.has_success
     optimiser = optim.make_optimizer(config.optim, total)
-    run.write('cost.json', {'steps': total, **factory.costs(agent, B, T)})
+    run.write('cost.json', {'steps': total, **factory.compute_costs(agent, B, T)})
     with progress.Work('drawing the initial parameters and episodes'):
         mesh = mesh_of(config)
         state = start(config, environment, agent, optimiser, mesh)

@@ -9,7 +9,8 @@ import scipy.stats
 
 from mi.config import UserError, suggest_install
 from mi.rl.envs import text
-from mi.rl.envs.host import envpool as host_envpool
+from mi.rl.envs.host import atari, babyai, procgen
+from mi.rl.envs.host.envpool import Pools
 from mi.rl.envs.spec import Spec
 
 NO_ENVPOOL = 'the extra envpool is not installed'
@@ -62,8 +63,8 @@ class Script:
 def scripted(*scripts, timeout=60.0):
     observation = {'features': jax.ShapeDtypeStruct((1,), np.float32)}
     spec = Spec('script', observation, 2, tuple(f'task{i}' for i in range(len(scripts))))
-    return host_envpool.Pools(
-        spec, scripts, lambda seen, first: {'features': seen}, goal=True, timeout=timeout
+    return Pools(
+        spec, scripts, lambda seen, first: {'features': seen}, rewards_success=True, timeout=timeout
     )
 
 
@@ -124,13 +125,13 @@ def test_every_level_of_babyai_is_in_one_suite():
     levels = [name[7:-3] for name in envpool.list_all_envs() if name.startswith('BabyAI-')]
     assert len(levels) == 96
     for level in levels:
-        suites = [s for s, starts in host_envpool.BABYAI_SUITES.items() if level.startswith(starts)]
+        suites = [s for s, starts in babyai.SUITES.items() if level.startswith(starts)]
         assert len(suites) == 2 and suites[0] == 'all', (level, suites)
 
 
 def test_all_levels_of_babyai_run_and_speak_in_its_vocabulary():
     pytest.importorskip('envpool', reason=NO_ENVPOOL)
-    environment = host_envpool.make_babyai('all', batch=100, threads=2)
+    environment = babyai.make('all', batch=100, threads=2)
     rng = np.random.default_rng(0)
     step = environment.reset()
     fits(environment, step)
@@ -140,7 +141,7 @@ def test_all_levels_of_babyai_run_and_speak_in_its_vocabulary():
         environment.send(rng.integers(0, 7, 100))
         step = environment.recv()  # a word outside the vocabulary would raise
         grid = step.observation['grid']
-        assert (grid < np.array(host_envpool.BABYAI_CATEGORIES)).all()
+        assert (grid < np.array(babyai.CATEGORIES)).all()
         np.testing.assert_array_equal(step.observation['task'], tasks)
     fits(environment, step)
     environment.close()
@@ -148,7 +149,7 @@ def test_all_levels_of_babyai_run_and_speak_in_its_vocabulary():
 
 def test_the_instruction_changes_with_the_episode_and_the_step_before_keeps_its_own():
     pytest.importorskip('envpool', reason=NO_ENVPOOL)
-    environment = host_envpool.make_babyai('GoToLocal', batch=4, length=8, threads=1)
+    environment = babyai.make('GoToLocal', batch=4, length=8, threads=1)
     rng = np.random.default_rng(0)
     before = environment.reset()
     kept = before.observation['instruction'].copy()
@@ -183,7 +184,7 @@ def test_actions_and_observations_mean_what_they_mean_in_minigrid():
     from minigrid.core.grid import Grid
     from minigrid.core.world_object import WorldObj
 
-    environment = host_envpool.make_babyai('GoToObj', batch=1, seed=3)
+    environment = babyai.make('GoToObj', batch=1, seed=3)
     ids = [i for i in envpool.list_all_envs() if i.startswith('BabyAI-GoToObj-')]
     # The same pool again, for the place of the agent, which the environment does not show.
     twin = envpool.make(ids[0], env_type='gymnasium', num_envs=1, batch_size=1, seed=3)
@@ -261,7 +262,7 @@ def test_a_random_policy_succeeds_as_often_as_in_minigrid(level):
             _, reward, terminated, truncated, _ = env.step(int(rng.integers(7)))
             over = terminated or truncated
         theirs += reward > 0
-    environment = host_envpool.make_babyai(level, batch=200, threads=2)
+    environment = babyai.make(level, batch=200, threads=2)
     environment.reset()
     done, solved = np.zeros(200, bool), np.zeros(200, bool)
     while not done.all():  # the first episode of every row, so that short ones count no more
@@ -279,8 +280,8 @@ def test_a_random_policy_succeeds_as_often_as_in_minigrid(level):
 
 def test_several_games_have_all_actions_and_one_has_its_own():
     pytest.importorskip('envpool', reason=NO_ENVPOOL)
-    several = host_envpool.make_atari('Pong,Breakout', batch=3, threads=1)
-    one = host_envpool.make_atari('Breakout', batch=1)
+    several = atari.make('Pong,Breakout', batch=3, threads=1)
+    one = atari.make('Breakout', batch=1)
     assert (several.spec.actions, one.spec.actions) == (18, 4)
     assert several.spec.random == (-20.7, 1.7)
     fits(several, several.reset())
@@ -294,7 +295,7 @@ def test_several_games_have_all_actions_and_one_has_its_own():
 
 def test_a_lost_life_ends_no_episode_and_rewards_are_not_clipped():
     envpool = pytest.importorskip('envpool', reason=NO_ENVPOOL)
-    environment = host_envpool.make_atari('Seaquest', batch=1, seed=0)
+    environment = atari.make('Seaquest', batch=1, seed=0)
     options = {'full_action_space': False, 'max_episode_steps': 27000}
     twin = envpool.make('Seaquest-v5', env_type='gymnasium', num_envs=1, seed=0, **options)
     environment.reset()
@@ -320,8 +321,8 @@ def test_a_lost_life_ends_no_episode_and_rewards_are_not_clipped():
 
 
 def test_the_score_tables_are_whole_and_in_order():
-    assert (len(host_envpool.ATARI), len(host_envpool.PROCGEN)) == (57, 16)
-    for table in (host_envpool.ATARI, host_envpool.PROCGEN):
+    assert (len(atari.SCORES), len(procgen.SCORES)) == (57, 16)
+    for table in (atari.SCORES, procgen.SCORES):
         assert all(low < high for low, high in table.values())
         assert list(table) == sorted(table)
 
@@ -329,17 +330,17 @@ def test_the_score_tables_are_whole_and_in_order():
 def test_all_games_of_the_tables_are_in_the_package():
     envpool = pytest.importorskip('envpool', reason=NO_ENVPOOL)
     ids = set(envpool.list_all_envs())
-    assert {f'{game}-v5' for game in host_envpool.ATARI} <= ids
-    assert {f'{game}Easy-v0' for game in host_envpool.PROCGEN} <= ids
+    assert {f'{game}-v5' for game in atari.SCORES} <= ids
+    assert {f'{game}Easy-v0' for game in procgen.SCORES} <= ids
 
 
 def test_procgen_trains_on_two_hundred_levels_and_tests_on_all():
     pytest.importorskip('envpool', reason=NO_ENVPOOL)
     try:
-        train = host_envpool.make_procgen('train/Coinrun', batch=2, threads=1)
+        train = procgen.make('train/Coinrun', batch=2, threads=1)
     except UserError as error:
         pytest.skip(str(error))
-    test = host_envpool.make_procgen('test/Coinrun,Maze', batch=2, threads=1)
+    test = procgen.make('test/Coinrun,Maze', batch=2, threads=1)
     assert train._pools[0].config['num_levels'] == 200
     assert [pool.config['num_levels'] for pool in test._pools] == [0, 0]
     for environment in (train, test):
@@ -352,13 +353,13 @@ def test_procgen_trains_on_two_hundred_levels_and_tests_on_all():
 def test_wrong_words_are_the_users_to_mend():
     pytest.importorskip('envpool', reason=NO_ENVPOOL)
     with pytest.raises(UserError, match="babyai/GoToLocl is unknown; did you mean 'GoToLocal'"):
-        host_envpool.make_babyai('GoToLocl', batch=1)
+        babyai.make('GoToLocl', batch=1)
     with pytest.raises(UserError, match="atari/Pongg is unknown; did you mean 'Pong'"):
-        host_envpool.make_atari('Pongg', batch=1)
+        atari.make('Pongg', batch=1)
     with pytest.raises(UserError, match='procgen/hard is unknown; known: test, train'):
-        host_envpool.make_procgen('hard', batch=1)
+        procgen.make('hard', batch=1)
     with pytest.raises(UserError, match='2 rows for the 96 tasks of babyai'):
-        host_envpool.make_babyai('all', batch=2)
+        babyai.make('all', batch=2)
 
 
 def test_a_missing_package_names_the_extra(monkeypatch):
@@ -369,14 +370,14 @@ def test_a_missing_package_names_the_extra(monkeypatch):
 
     real = builtins.__import__
     monkeypatch.setattr(builtins, '__import__', without)
-    for make in (host_envpool.make_babyai, host_envpool.make_atari, host_envpool.make_procgen):
+    for make in (babyai.make, atari.make, procgen.make):
         with pytest.raises(UserError, match=re.escape(f'Try {suggest_install("envpool")}')):
             make('', batch=100)
 
 
 def test_the_vocabulary_of_the_spec_is_that_of_the_tokens():
     pytest.importorskip('envpool', reason=NO_ENVPOOL)
-    environment = host_envpool.make_babyai('Synth,BossLevel', batch=2)
+    environment = babyai.make('Synth,BossLevel', batch=2)
     assert environment.spec.vocabulary == len(text.BABYAI_WORDS) + 1
     assert environment.spec.tasks[-1] == 'BossLevel'
     environment.close()

@@ -50,7 +50,7 @@ def test_pictures_are_pixels_with_the_channels_last(space, shape):
     step = pool.reset()
     assert step.observation['pixels'].shape == (2, *shape)
     assert step.observation['pixels'].dtype == np.uint8
-    agent = factory.agent(tiny(**{'env.name': ID}), pool.spec)
+    agent = factory.build_agent(tiny(**{'env.name': ID}), pool.spec)
     params = jax.eval_shape(lambda: factory.init_params(agent, jax.random.key(0)))
     assert all(0 not in leaf.shape for leaf in jax.tree.leaves(params))
     pool.close()

@@ -1,0 +1,125 @@
+"""BabyAI (Chevalier-Boisvert et al., 2019) through EnvPool: instructions in a grid world."""
+
+import jax
+import numpy as np
+
+from mi.config import UserError, suggest
+from mi.rl.envs import text
+from mi.rl.envs.host.envpool import EnvPoolObservation, Pools, import_envpool, make_pools
+from mi.rl.envs.spec import Observation, Spec
+
+# Suite → prefixes of its levels. Each of the 96 levels is in 'all' and in one other suite.
+SUITES = {
+    'all': ('',),
+    'goto': ('GoTo',),
+    'open': ('Open',),
+    'pickup': ('Pickup', 'UnblockPickup', 'OneRoom', 'FindObj', 'KeyCorridor'),
+    'putnext': ('PutNext', 'MoveTwoAcross'),
+    'unlock': ('Unlock', 'BlockedUnlock', 'KeyInBox'),
+    'synth': ('Synth', 'ActionObjDoor', 'MiniBoss', 'Boss'),
+}
+# Prefixes of the levels whose instructions have several clauses.
+SEQUENCES = (
+    *('GoToSeq', 'SynthSeq', 'Boss', 'MiniBoss', 'MoveTwoAcross'),
+    *('OpenDoorsOrder', 'OpenTwoDoors', 'OpenRedBlueDoors'),
+)
+# Numbers of objects, colors and states of a cell, as in minigrid (Chevalier-Boisvert et al., 2023).
+CATEGORIES = (11, 6, 3)
+
+
+class _ObservationReader:
+    """EnvPool's observation of all rows → 'grid', 'features' and 'instruction'.
+
+    Missions are tokenized only in the first step of an episode.
+    """
+
+    def __init__(self, batch: int, length: int):
+        self._tokenize = text.babyai(length)
+        self._instruction = np.zeros((batch, length), np.int32)
+        self._directions = np.eye(4, dtype=np.float32)
+
+    def __call__(self, observation: EnvPoolObservation, is_first: np.ndarray) -> Observation:
+        self._instruction = self._instruction.copy()  # the previous step keeps its array
+        for row in np.flatnonzero(is_first):
+            mission = observation['mission'][row].tobytes().rstrip(b'\0').decode()
+            self._instruction[row] = self._tokenize(mission)
+        return {
+            'grid': observation['image'],
+            'features': self._directions[observation['direction']],
+            'instruction': self._instruction,
+        }
+
+
+def parse_levels(suite: str) -> tuple[str, ...]:
+    """Return the levels of a suite of `make`.
+
+    Raises:
+      UserError: if a name is unknown, or envpool is not installed.
+    """
+    known = _list_ids()
+    levels: list[str] = []
+    for name in (suite or 'all').split(','):
+        if name in known:
+            levels.append(name)
+        elif name in SUITES:
+            levels += [level for level in known if level.startswith(SUITES[name])]
+        else:
+            raise UserError(f'babyai/{name} is unknown; {suggest(name, (*SUITES, *known))}')
+    return tuple(dict.fromkeys(levels))
+
+
+def _list_ids() -> dict[str, str]:
+    """Return level → EnvPool's id, as 'GoToLocal' → 'BabyAI-GoToLocal-v0'."""
+    names = import_envpool().list_all_envs()
+    return {name[7:-3]: name for name in names if name.startswith('BabyAI-')}
+
+
+def make(
+    suite: str,
+    *,
+    batch: int,
+    seed: int = 0,
+    threads: int = 0,
+    timeout: float = 60.0,
+    length: int = 0,
+) -> Pools:
+    """Make B rows of BabyAI, which has 96 levels.
+
+    Observations: 'grid' [7, 7, 3] uint8, the agent's view as minigrid encodes it, indexed [column,
+    row] with the agent at [3, 6] facing row 0; 'features' [4], the one-hot direction (right, down,
+    left, up); 'instruction' [length]. Actions: left, right, forward, pick up, drop, toggle, done.
+    The reward is 1 − 0.9 t / limit at success and 0 elsewhere.
+
+    Args:
+      suite: a name in `SUITES`, a level as 'GoToLocal', or several joined by commas; '' is 'all'.
+      batch: B, at least one row for each level.
+      seed: of row 0; row i has seed + i.
+      threads: in all, at least one for each level; 0 for one per core.
+      timeout: longest step, seconds.
+      length: longest instruction, words; 0 for the longest that the levels' grammar makes.
+
+    Raises:
+      UserError: if a name is unknown, there are too few rows, or envpool is not installed.
+    """
+    ids, tasks = _list_ids(), parse_levels(suite)
+    has_clauses = any(task.startswith(SEQUENCES) for task in tasks)
+    length = length or (text.BABYAI_LENGTH if has_clauses else text.BABYAI_CLAUSE)
+    spec = Spec(
+        name='babyai',
+        observation={
+            'grid': jax.ShapeDtypeStruct((7, 7, 3), np.uint8),
+            'features': jax.ShapeDtypeStruct((4,), np.float32),
+            'instruction': jax.ShapeDtypeStruct((length,), np.int32),
+            'task': jax.ShapeDtypeStruct((), np.int32),
+        },
+        actions=7,
+        tasks=tasks,
+        reference=(1.0,) * len(tasks),
+        sources='a return is 1 − 0.9 t / limit when solved at step t, 0 otherwise',
+        categories=CATEGORIES,
+        vocabulary=text.BABYAI_VOCABULARY,
+        words=text.BABYAI_WORDS,
+    )
+    pools = make_pools(spec, [ids[task] for task in tasks], batch, seed, threads)
+    reader = _ObservationReader(batch, length)
+    return Pools(spec, pools, reader, rewards_success=True, timeout=timeout)

@@ -1,0 +1,105 @@
+"""Procgen (Cobbe et al., 2020) through EnvPool: games whose levels are made from a seed."""
+
+import jax
+import numpy as np
+
+from mi.config import UserError, suggest
+from mi.rl.envs.host.envpool import Pools, make_pools, parse_games, read_pixels
+from mi.rl.envs.spec import Spec
+
+# Game → R_min and R_max of the easy mode (Cobbe et al., 2020, appendix); as public code gives them,
+# agreeing with memory; the paper was not read. R_min is a blind policy's score, not a random one's.
+SCORES = {
+    'Bigfish': (1.0, 40.0),
+    'Bossfight': (0.5, 13.0),
+    'Caveflyer': (3.5, 12.0),
+    'Chaser': (0.5, 13.0),
+    'Climber': (2.0, 12.6),
+    'Coinrun': (5.0, 10.0),
+    'Dodgeball': (1.5, 19.0),
+    'Fruitbot': (-1.5, 32.4),
+    'Heist': (3.5, 10.0),
+    'Jumper': (3.0, 10.0),
+    'Leaper': (3.0, 10.0),
+    'Maze': (5.0, 10.0),
+    'Miner': (1.5, 13.0),
+    'Ninja': (3.5, 10.0),
+    'Plunder': (4.5, 30.0),
+    'Starpilot': (2.5, 64.0),
+}
+
+
+def parse_suite(suite: str) -> tuple[str, ...]:
+    """Return the games of a suite of `make`.
+
+    Raises:
+      UserError: if a name is unknown.
+    """
+    return _split_suite(suite)[1]
+
+
+def make_spec(suite: str) -> Spec:
+    """Return the spec of a suite of `make`; an unknown one raises UserError."""
+    games = parse_suite(suite)
+    return Spec(
+        name='procgen',
+        observation={
+            'pixels': jax.ShapeDtypeStruct((64, 64, 3), np.uint8),
+            'task': jax.ShapeDtypeStruct((), np.int32),
+        },
+        actions=15,
+        tasks=games,
+        random=tuple(SCORES[game][0] for game in games),
+        reference=tuple(SCORES[game][1] for game in games),
+        sources='R_min and R_max of the easy mode, Cobbe et al. (2020), from public code',
+        has_success=False,
+        episode=6000,  # of Bigfish; 1000 of most
+    )
+
+
+def make(
+    suite: str,
+    *,
+    batch: int,
+    seed: int = 0,
+    threads: int = 0,
+    timeout: float = 60.0,
+) -> Pools:
+    """Make B rows of the 16 games of Procgen, in the easy mode.
+
+    Observations: 'pixels' [64, 64, 3] uint8. 15 actions.
+
+    Args:
+      suite: 'train' (or '') for levels 0 to 199 of all games, 'test' for all levels; either may be
+        followed by games, as 'test/Coinrun,Maze'.
+      batch, seed, threads, timeout: as in `mi.rl.envs.host.babyai.make`.
+
+    Raises:
+      UserError: if a name is unknown, there are too few rows, or envpool or Qt 5 is not installed.
+    """
+    spec = make_spec(suite)
+    split, games = _split_suite(suite)
+    try:
+        pools = make_pools(
+            spec,
+            [f'{game}Easy-v0' for game in games],
+            batch,
+            seed,
+            threads,
+            num_levels=200 if split == 'train' else 0,
+            start_level=0,
+        )
+    except ImportError as error:
+        raise UserError(f'{error}') from error
+    return Pools(spec, pools, read_pixels, timeout=timeout)
+
+
+def _split_suite(suite: str) -> tuple[str, tuple[str, ...]]:
+    """Return the split, 'train' or 'test', and the games of a suite."""
+    split, _, names = (suite or 'train').partition('/')
+    if split not in ('train', 'test'):
+        raise UserError(
+            f'procgen/{suite} is unknown; {suggest(split, ("train", "test"))}. Try '
+            f"'procgen/train', or 'procgen/train/Coinrun,Maze' for some games"
+        )
+    return split, parse_games('procgen', names, SCORES)
