@@ -44,7 +44,7 @@ from mi import cells
 from mi.cells import Carry
 from mi.fusion import FUSIONS, ONE_HOT
 from mi.kernels import lstm as lstm_kernel
-from mi.kernels.bilinear import linear
+from mi.kernels.linear import linear
 from mi.kernels.lstm import lstm_reference
 from mi.lm import factory, train
 from mi.training import host, optim, sharding

@@ -23,7 +23,8 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from mi.config import suggest
-from mi.kernels.bilinear import bilinear, linear
+from mi.kernels.bilinear import bilinear
+from mi.kernels.linear import linear
 
 Context = Literal['dense', 'one_hot']
 

@@ -11,7 +11,7 @@ from jax.test_util import check_grads
 
 from mi import counting
 from mi.estimate import program, topologies
-from mi.kernels import bilinear
+from mi.kernels import bilinear, linear
 from tests.motifs.checks import wide
 
 M, N, K = 3, 4, 5
@@ -166,11 +166,11 @@ def test_the_platform_is_that_of_the_mesh_and_not_of_the_process(monkeypatch):
 
     @jax.custom_vjp
     def watch(x):
-        platforms.append(bilinear.target_platform())
+        platforms.append(linear.target_platform())
         return x
 
     def backward(_, dy):
-        platforms.append(bilinear.target_platform())
+        platforms.append(linear.target_platform())
         return (dy,)
 
     watch.defvjp(lambda x: (watch(x), None), backward)
@@ -287,8 +287,8 @@ def test_bf16_accumulates_in_f32(order):
 @pytest.mark.parametrize('order', ['outer_chunks', 'z_first_chunks'])
 def test_parts_in_bf16_add_up_in_f32(order, monkeypatch):
     # Two entries are a part: 256 + 1, which bf16 rounds to 256, and then -256 + 0.
-    monkeypatch.setattr(bilinear, '_NARROW', 4)
-    monkeypatch.setattr(bilinear, '_CHUNK', 2 * 4 * K)
+    monkeypatch.setattr(bilinear, 'NARROW_FEATURES', 4)
+    monkeypatch.setattr(bilinear, '_CHUNK_BYTES', 2 * 4 * K)
     terms = jnp.array([256, 1, -256, 0], jnp.bfloat16)
     one = jnp.array([1, 0, 0, 0], jnp.bfloat16)
     x, z = (one, terms) if order == 'outer_chunks' else (terms, one)
@@ -300,7 +300,7 @@ def test_parts_in_bf16_add_up_in_f32(order, monkeypatch):
 def test_linear_is_the_matrix_product():
     x = jax.random.normal(jax.random.key(0), (2, 3, N))
     V = jax.random.normal(jax.random.key(1), (N, K))
-    np.testing.assert_allclose(bilinear.linear(x, V), np.asarray(x) @ np.asarray(V), rtol=1e-5)
+    np.testing.assert_allclose(linear.linear(x, V), np.asarray(x) @ np.asarray(V), rtol=1e-5)
 
 
 EMPTY = [((0,), ()), ((), (0,)), ((0,), (1,)), ((1,), (0,)), ((2, 0), (2, 1)), ((0, 1), (1, 3))]
@@ -322,7 +322,7 @@ def test_no_row_has_a_product_and_a_gradient_of_zero():
     assert bilinear.bilinear(x, z, W).shape == (0, K)
     dW = jax.grad(lambda W: bilinear.bilinear(x, z, W).sum())(W)
     np.testing.assert_array_equal(dW, np.zeros(W.shape))
-    assert bilinear.linear(jnp.zeros((3, 0)), jnp.zeros((0, K))).tolist() == [[0] * K] * 3
+    assert linear.linear(jnp.zeros((3, 0)), jnp.zeros((0, K))).tolist() == [[0] * K] * 3
 
 
 @pytest.mark.parametrize('order', [None, *bilinear.ID_ORDERS])
@@ -369,7 +369,7 @@ def test_ids_out_of_range_are_the_nearest(order):
     ids = jnp.array([-1, 0, M - 1, M + 5])
     expected = bilinear.bilinear(x, jnp.array([0, 0, M - 1, M - 1]), W, order=order)
     np.testing.assert_allclose(bilinear.bilinear(x, ids, W, order=order), expected, rtol=1e-6)
-    rows = bilinear.linear(ids, W[:, 0])
+    rows = linear.linear(ids, W[:, 0])
     np.testing.assert_array_equal(rows, W[:, 0][jnp.array([0, 0, M - 1, M - 1])])
 
 

@@ -14,7 +14,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from mi.config import Rule, choice, integer, number
-from mi.kernels.bilinear import linear
+from mi.kernels.linear import linear
 from mi.layers import Affine
 from mi.motifs.attention import ConvolutionalSelfAttention
 

@@ -8,7 +8,7 @@ from jax import Array
 from jax.nn import initializers
 from jax.typing import DTypeLike
 
-from mi.kernels.bilinear import accumulation_dtype
+from mi.kernels.linear import accumulation_dtype
 from mi.kernels.lstm import Carry, broadcast_row
 
 

@@ -16,7 +16,7 @@ from mi.cells.base import (
     normalize_groups,
     orthogonal_gates,
 )
-from mi.kernels.bilinear import accumulation_dtype
+from mi.kernels.linear import accumulation_dtype
 from mi.kernels.lstm import (
     broadcast_row,
     multiply,

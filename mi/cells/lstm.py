@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 
 from mi.cells.base import check_shapes, forget_bias, initial_carry, orthogonal_gates
 from mi.kernels import cudnn
-from mi.kernels.bilinear import accumulation_dtype
+from mi.kernels.linear import accumulation_dtype
 from mi.kernels.lstm import Carry, Impl, lstm, lstm_reference, widen
 
 

@@ -9,7 +9,7 @@ from jax.nn import initializers
 from jax.typing import DTypeLike
 
 from mi.cells.base import check_shapes, forget_bias, initial_carry, orthogonal_gates
-from mi.kernels.bilinear import accumulation_dtype
+from mi.kernels.linear import accumulation_dtype
 from mi.kernels.lstm import (
     Carry,
     broadcast_row,

@@ -1,4 +1,4 @@
-"""Kernels for zᵀWx and Vx: pure functions without parameters.
+"""The kernel for zᵀWx: a pure function with several orders of evaluation.
 
 Shapes: x [..., n], z [..., m], W [m, n, k] → [..., k]; leading axes of x and z broadcast.
 
@@ -19,34 +19,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
+
+from mi.kernels.by_id import BLOCK_ROWS, multiply_by_id
+from mi.kernels.linear import (
+    NARROW_FEATURES,
+    Platform,
+    Precision,
+    accumulate,
+    accumulation_dtype,
+    linear,
+    target_platform,
+)
 
 Order = Literal[
     'outer', 'outer_chunks', 'x_first', 'z_first', 'z_first_chunks', 'groups', 'rows', 'one_hot'
 ]
-Platform = Literal['cpu', 'gpu', 'tpu']
-Precision = jax.lax.PrecisionLike
 
 DENSE_ORDERS: tuple[Order, ...] = ('outer', 'outer_chunks', 'x_first', 'z_first', 'z_first_chunks')
 ID_ORDERS: tuple[Order, ...] = ('groups', 'rows', 'one_hot')
 
 _FEW_ROWS = 64
-_NARROW_FEATURES = 512
 _TPU_LANES = 128  # columns in one TPU product
 _MAX_BYTES = {'cpu': 2**26, 'gpu': 2**30, 'tpu': 2**26}  # largest intermediate kept in one piece
 _CHUNK_BYTES = 12 * 2**20  # generated weights per chunk
-_BLOCK_ROWS = 32  # rows with the same id that are multiplied together
-
-
-def target_platform() -> Platform:
-    """Return the platform that the current function is traced for.
-
-    It is the platform of the devices in the enclosing `jax.set_mesh` or `jax.shard_map`. These
-    devices may be absent, as for a topology that is only compiled for. Without a mesh it is JAX's
-    default backend.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform  # type: ignore[return-value]
 
 
 def choose_order(
@@ -125,8 +121,8 @@ def _choose_id_order(
     contexts: int,
 ) -> Order:
     x_axes, id_axes = _align_leading_axes(x_shape, (*id_shape, 1))
-    has_few_rows = math.prod(np.broadcast_shapes(x_axes, id_axes)) <= _BLOCK_ROWS
-    is_shared = math.prod(x_axes) >= _BLOCK_ROWS * math.prod(id_axes)
+    has_few_rows = math.prod(np.broadcast_shapes(x_axes, id_axes)) <= BLOCK_ROWS
+    is_shared = math.prod(x_axes) >= BLOCK_ROWS * math.prod(id_axes)
     if platform != 'cpu' and not is_shared and contexts <= max(x_shape[-1], features):
         return 'one_hot'  # one large product instead of a loop over small ones
     return 'rows' if has_few_rows or is_shared else 'groups'
@@ -244,7 +240,7 @@ def _evaluate_outer(operands: _Operands) -> Array:
 def _evaluate_outer_chunks(operands: _Operands) -> Array:
     x, z, W, X, Z, Y, *_ = operands
     m, n, k = W.shape
-    size = _find_divisor(m, limit=max(1, 2 * _NARROW_FEATURES // max(1, n)))
+    size = _find_divisor(m, limit=max(1, 2 * NARROW_FEATURES // max(1, n)))
 
     def multiply_chunk(z: Array, W: Array) -> Array:
         zx = jnp.einsum(f'{Z}m,{X}n->{Y}mn', z, x)
@@ -336,7 +332,7 @@ _TPU_EVALUATORS: dict[Order, Callable[[_Operands], Array]] = _EVALUATORS | {
 def _einsum(
     operands: _Operands, equation: str, a: Array, b: Array, out_dtype: DTypeLike | None = None
 ) -> Array:
-    return _accumulate(
+    return accumulate(
         functools.partial(jnp.einsum, equation),
         a,
         b,
@@ -374,7 +370,7 @@ def _multiply_selected_rows(x: Array, ids: Array, W: Array, precision: Precision
     ids = jnp.clip(ids, 0, W.shape[0] - 1).reshape(id_axes)
     rows = _squeeze_leading(W.astype(jnp.result_type(x, W))[ids], 2)
     product = functools.partial(jnp.einsum, f'{X}n,{Z}nk->{Y}k')
-    y = _accumulate(product, _squeeze_leading(x, 1), rows, precision=precision)
+    y = accumulate(product, _squeeze_leading(x, 1), rows, precision=precision)
     return y.reshape(*np.broadcast_shapes(x_axes, id_axes), W.shape[2])
 
 
@@ -386,162 +382,8 @@ def _multiply_groups(x: Array, ids: Array, W: Array, precision: Precision) -> Ar
     ids = jnp.clip(ids, 0, W.shape[0] - 1)
     x = jnp.broadcast_to(x.reshape(*x_axes, n), (*out_axes, n))
     ids = jnp.broadcast_to(ids.reshape(id_axes), out_axes).reshape(-1)
-    y = _multiply_by_id(x.reshape(-1, n).astype(dtype), ids, W.astype(dtype), precision)
+    y = multiply_by_id(x.reshape(-1, n).astype(dtype), ids, W.astype(dtype), precision)
     return y.reshape(*out_axes, W.shape[2])
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _multiply_by_id(x: Array, ids: Array, W: Array, precision: Precision) -> Array:
-    """Compute W[ids] x for rows x [B, n], sorted by id; reverse mode only."""
-    order, sizes, starts = _sort_by_id(ids, W.shape[0])
-    y = _multiply_sorted(_pad_block(x[order]), sizes, starts, W, precision)
-    return y[jnp.argsort(order)]
-
-
-def _multiply_by_id_forward(
-    x: Array, ids: Array, W: Array, precision: Precision
-) -> tuple[Array, tuple[Array, Array, Array]]:
-    return _multiply_by_id(x, ids, W, precision), (x, ids, W)
-
-
-def _multiply_by_id_backward(
-    precision: Precision, residuals: tuple[Array, Array, Array], dy: Array
-) -> tuple[Array, None, Array]:
-    x, ids, W = residuals
-    order, sizes, starts = _sort_by_id(ids, W.shape[0])
-    sorted_x, sorted_dy = _pad_block(x[order]), _pad_block(dy[order])
-    dx = _multiply_sorted(sorted_dy, sizes, starts, W.swapaxes(1, 2), precision)
-    accumulator = accumulation_dtype(x, dy)
-
-    def compute_group_grad(_: None, group: tuple[Array, Array]) -> tuple[None, Array]:
-        size, start = group
-
-        def add_block(i: Array, dW: Array) -> Array:
-            offset = start + i * _BLOCK_ROWS
-            is_in_group = jnp.arange(_BLOCK_ROWS)[:, None] < size - i * _BLOCK_ROWS
-            x_block = jax.lax.dynamic_slice_in_dim(sorted_x, offset, _BLOCK_ROWS)
-            dy_block = jax.lax.dynamic_slice_in_dim(sorted_dy, offset, _BLOCK_ROWS)
-            return dW + jnp.matmul(
-                jnp.where(is_in_group, x_block, 0).T,
-                dy_block,
-                precision=precision,
-                preferred_element_type=accumulator,
-            )
-
-        zeros = jnp.zeros(W.shape[1:], accumulator)
-        num_blocks = -(-size // _BLOCK_ROWS)
-        return None, jax.lax.fori_loop(0, num_blocks, add_block, zeros).astype(W.dtype)
-
-    _, dW = jax.lax.scan(compute_group_grad, None, (sizes, starts))
-    return dx[jnp.argsort(order)], None, dW
-
-
-_multiply_by_id.defvjp(_multiply_by_id_forward, _multiply_by_id_backward)
-
-
-def _sort_by_id(ids: Array, num_ids: int) -> tuple[Array, Array, Array]:
-    """Return the permutation that sorts the ids, and the size and start of each id's group."""
-    sizes = jnp.bincount(ids, length=num_ids)
-    return jnp.argsort(ids), sizes, jnp.cumsum(sizes) - sizes
-
-
-def _pad_block(rows: Array) -> Array:
-    return jnp.concatenate([rows, jnp.zeros((_BLOCK_ROWS, rows.shape[1]), rows.dtype)])
-
-
-def _multiply_sorted(
-    x: Array, sizes: Array, starts: Array, W: Array, precision: Precision
-) -> Array:
-    """Multiply rows that are sorted by id and padded by a block, [B + _BLOCK_ROWS, n] → [B, k].
-
-    The last block of a group runs over the group's end; the next groups overwrite those rows.
-    """
-
-    def multiply_group(y: Array, group: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        W_i, size, start = group
-
-        def multiply_block(i: Array, y: Array) -> Array:
-            offset = start + i * _BLOCK_ROWS
-            rows = jax.lax.dynamic_slice_in_dim(x, offset, _BLOCK_ROWS)
-            block = _accumulate(jnp.matmul, rows, W_i, precision=precision)
-            return jax.lax.dynamic_update_slice_in_dim(y, block, offset, 0)
-
-        return jax.lax.fori_loop(0, -(-size // _BLOCK_ROWS), multiply_block, y), None
-
-    zeros = jnp.zeros((x.shape[0], W.shape[2]), jnp.result_type(x, W))
-    y, _ = jax.lax.scan(multiply_group, zeros, (W, sizes, starts))
-    return y[:-_BLOCK_ROWS]
-
-
-def linear(
-    x: Array,
-    V: Array,
-    *,
-    out_dtype: DTypeLike | None = None,
-    precision: Precision = None,
-) -> Array:
-    """Compute Vx, [..., n] and [n, k] → [..., k], accumulated in f32 at least.
-
-    Integers x [...] select rows of V; out of range they are clipped, as in `bilinear`.
-
-    Leading axes are flattened so that the product and both gradients are plain matrix products:
-    XLA on CPU takes twice as long for the gradient of a [T, B, n] by [n, k] product.
-    """
-    if jnp.issubdtype(x.dtype, jnp.integer):
-        return V[jnp.clip(x, 0, len(V) - 1)].astype(out_dtype or V.dtype)
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    y = _matmul(rows, V, out_dtype, precision)
-    return y.reshape(*x.shape[:-1], V.shape[-1])
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _matmul(x: Array, V: Array, out_dtype: DTypeLike | None, precision: Precision) -> Array:
-    return _accumulate(jnp.matmul, x, V, out_dtype=out_dtype, precision=precision)
-
-
-@_matmul.defjvp
-def _matmul_jvp(
-    out_dtype: DTypeLike | None,
-    precision: Precision,
-    primals: tuple[Array, Array],
-    tangents: tuple[Array, Array],
-) -> tuple[Array, Array]:
-    """Write x dV as (dVᵀ xᵀ)ᵀ with xᵀ in memory, if that makes its transpose ∂V faster.
-
-    XLA on CPU has no fast product that contracts the first axes of both operands, as xᵀ dy does;
-    for a narrow x, the transpose costs less than it saves. The barrier around dV keeps XLA from
-    transposing the product back if V itself is a transpose, as an output embedding is.
-    """
-    (x, V), (dx, dV) = primals, tangents
-    multiply = functools.partial(_accumulate, out_dtype=out_dtype, precision=precision)
-    if target_platform() == 'cpu' and x.shape[-1] <= _NARROW_FEATURES < x.shape[0]:
-        x_T, dV = jax.lax.optimization_barrier(x.T), jax.lax.optimization_barrier(dV)
-        V_term = multiply(functools.partial(jnp.einsum, 'nk,nb->kb'), dV, x_T).T
-    else:
-        V_term = multiply(jnp.matmul, x, dV)
-    return _matmul(x, V, out_dtype, precision), multiply(jnp.matmul, dx, V) + V_term
-
-
-def accumulation_dtype(*operands: ArrayLike | DTypeLike) -> jnp.dtype:
-    """Return the dtype in which products of these arrays or dtypes accumulate: f32 at least."""
-    return jnp.promote_types(jnp.result_type(*operands), jnp.float32)
-
-
-def _accumulate(
-    product: Callable[..., Array],
-    a: Array,
-    b: Array,
-    *,
-    out_dtype: DTypeLike | None = None,
-    precision: Precision = None,
-) -> Array:
-    """Return product(a, b), accumulated in f32 at least and rounded once.
-
-    The output dtype is by default the promoted dtype of a and b.
-    """
-    dtype = jnp.result_type(a, b)
-    y = product(a, b, precision=precision, preferred_element_type=accumulation_dtype(dtype))
-    return y.astype(out_dtype or dtype)
 
 
 def _label_axes(x_axes: Sequence[int], z_axes: Sequence[int]) -> tuple[str, str, str]:

@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
-from mi.kernels.bilinear import accumulation_dtype, linear
+from mi.kernels.linear import accumulation_dtype, linear
 
 Impl = Literal['xla', 'cudnn']
 

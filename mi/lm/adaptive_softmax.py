@@ -12,7 +12,7 @@ from jax import Array
 from jax.nn import initializers
 from jax.typing import DTypeLike
 
-from mi.kernels.bilinear import linear
+from mi.kernels.linear import linear
 from mi.lm.loss import Losses, even_size
 
 

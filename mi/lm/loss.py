@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from mi.kernels.bilinear import linear
+from mi.kernels.linear import linear
 
 
 class Losses(NamedTuple):

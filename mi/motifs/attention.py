@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 
 from mi.config import suggest
 from mi.dropout import RowDropout
-from mi.kernels.bilinear import accumulation_dtype, linear
+from mi.kernels.linear import accumulation_dtype, linear
 from mi.layers import Affine, add_bias, check_dense, expand_rank, input_init, interaction_init
 from mi.motifs.positions import compute_sinusoids, is_visible, rotate, shift_relative
 

@@ -15,7 +15,7 @@ from jax.nn import initializers
 from jax.typing import DTypeLike
 
 from mi.config import has_parameter
-from mi.kernels.bilinear import accumulation_dtype
+from mi.kernels.linear import accumulation_dtype
 from mi.layers import (
     Affine,
     Context,

@@ -15,7 +15,7 @@ from jax import Array
 from jax.nn import initializers
 from jax.typing import DTypeLike
 
-from mi.kernels.bilinear import accumulation_dtype, linear
+from mi.kernels.linear import accumulation_dtype, linear
 from mi.layers import Context, align_streams, check_dense, context_init, expand_rank
 from mi.motifs.gating import expand_mask
 

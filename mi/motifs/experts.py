@@ -16,7 +16,8 @@ from jax import Array
 from jax.nn import initializers
 from jax.typing import DTypeLike
 
-from mi.kernels.bilinear import accumulation_dtype, bilinear, linear
+from mi.kernels.bilinear import bilinear
+from mi.kernels.linear import accumulation_dtype, linear
 from mi.layers import Context, align_streams, check_dense, context_init
 
 

@@ -16,7 +16,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from mi.config import suggest
-from mi.kernels.bilinear import accumulation_dtype, linear
+from mi.kernels.linear import accumulation_dtype, linear
 from mi.layers import Affine, Context, add_bias, align_streams, context_init, input_init
 
 Activation = Literal['sigmoid', 'gelu', 'silu', 'relu', 'tanh', 'identity']

@@ -19,7 +19,7 @@ from jax.nn import initializers
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from mi.kernels.bilinear import accumulation_dtype, linear
+from mi.kernels.linear import accumulation_dtype, linear
 from mi.layers import (
     Affine,
     Context,

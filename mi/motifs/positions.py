@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from mi.kernels.bilinear import accumulation_dtype
+from mi.kernels.linear import accumulation_dtype
 from mi.layers import expand_rank
 
 BASE = 10_000.0
