@@ -25,6 +25,7 @@ from flax import linen as nn
 import mi
 from mi import cells, fusion
 from mi.motifs import attention, dynamic_conv, experts, gating, hypernetwork, normalization, pooling
+from mi.motifs.convolutional_attention import ConvolutionalSelfAttention
 from mi.unify import as_mi, explain
 
 HERE = pathlib.Path(__file__).parent
@@ -145,7 +146,7 @@ def _sequence_pages() -> dict[str, Page]:
                 Example(attention.Attention(heads=2), (tokens,)),
                 Example(attention.GatedCrossAttention(heads=2), (tokens, sequence)),
                 Example(attention.LatentCrossAttention(latents=3, features=K, heads=2), (tokens,)),
-                Example(attention.ConvolutionalSelfAttention(heads=4, features=K), (image,)),
+                Example(ConvolutionalSelfAttention(heads=4, features=K), (image,)),
             ],
         ),
         'dynamic_conv': Page(

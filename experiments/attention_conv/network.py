@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from mi.config import Rule, choice, integer, number
 from mi.kernels.linear import linear
 from mi.layers import Affine
-from mi.motifs.attention import ConvolutionalSelfAttention
+from mi.motifs.convolutional_attention import ConvolutionalSelfAttention
 
 CENTRES = ('learnt', 'fixed', 'grid')
 DRAWN = initializers.normal(2**0.5)

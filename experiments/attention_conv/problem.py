@@ -28,7 +28,7 @@ from experiments.attention_conv import network as vision
 from mi.config import Rule, UserError, integer, number, suggest_install, tuple_of
 from mi.fit import network
 from mi.fit.problem import Costs, Metrics, Params, Problem
-from mi.motifs.attention import convert_convolution
+from mi.motifs.convolutional_attention import convert_convolution
 
 CLASSES = 10
 COUNT = 1797

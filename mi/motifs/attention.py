@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from mi.config import suggest
 from mi.dropout import RowDropout
 from mi.kernels.linear import accumulation_dtype, linear
-from mi.layers import Affine, add_bias, check_dense, expand_rank, input_init, interaction_init
+from mi.layers import Affine, check_dense, expand_rank, input_init
 from mi.motifs.positions import compute_sinusoids, is_visible, rotate, shift_relative
 
 Positions = Literal['none', 'rotary', 'relative']
@@ -167,7 +167,7 @@ class Attention(nn.Module):
         weights = RowDropout(self.dropout, row_axis)(weights, deterministic=deterministic)
 
         # Mix the values and project the heads to the output.
-        mixture = _einsum('...kgts,...skd->...tkgd', weights.astype(value.dtype), value)
+        mixture = einsum('...kgts,...skd->...tkgd', weights.astype(value.dtype), value)
         mixture = mixture.astype(value.dtype).reshape(*mixture.shape[:-3], self.heads * d)
         y = affine(features, name='out')(mixture)
         return jnp.where(last < S, y, jnp.nan) if decode else y
@@ -205,7 +205,7 @@ class Attention(nn.Module):
           n: features of a token.
         """
         if self.positions != 'relative':
-            return _einsum('...tkgd,...skd->...kgts', query, key)
+            return einsum('...tkgd,...skd->...kgts', query, key)
         T, kv_heads, group, d = query.shape[-4:]
         S = key.shape[-3]
         u, v = (
@@ -222,8 +222,8 @@ class Attention(nn.Module):
         distances = last - jnp.arange(S if self.causal else T + S - 1)
         r = compute_sinusoids(distances, n, query.dtype).astype(query.dtype)
         r = linear(r, R.astype(query.dtype)).reshape(len(distances), kv_heads, d)
-        distance_scores = _einsum('...tkgd,lkd->...kgtl', query + v, r)
-        key_scores = _einsum('...tkgd,...skd->...kgts', query + u, key)
+        distance_scores = einsum('...tkgd,lkd->...kgtl', query + v, r)
+        key_scores = einsum('...tkgd,...skd->...kgts', query + u, key)
         return key_scores + shift_relative(distance_scores, S)
 
     def _get_cache(self, key: Array, value: Array) -> dict[str, nn.Variable]:
@@ -274,7 +274,7 @@ def _check_mask(mask: Array, shape: tuple[int, ...]) -> Array:
     return mask
 
 
-def _einsum(equation: str, *operands: Array) -> Array:
+def einsum(equation: str, *operands: Array) -> Array:
     """Return the einsum, accumulated and returned in f32 at least."""
     return jnp.einsum(equation, *operands, preferred_element_type=accumulation_dtype(*operands))
 
@@ -358,101 +358,3 @@ class LatentCrossAttention(nn.Module):
             name='attention',
         )
         return x + attention(x, z, mask, deterministic=deterministic)
-
-
-class ConvolutionalSelfAttention(nn.Module):
-    """Self-attention on a grid with scores that depend only on the offset.
-
-        y_q = Σ_h Σ_p softmax_p(v_hᵀ r_δ) V_h x_p + b,   δ = p − q
-        v_h = −α_h (1, −2Δ_h1, −2Δ_h2),   r_δ = (‖δ‖², δ_1, δ_2)
-
-    Source: Cordonnier et al., 2020. Up to a constant v_hᵀ r_δ is −α_h ‖δ − Δ_h‖²: head h attends
-    to the offset Δ_h, more sharply for larger α_h. V_h [n, k] is the product of the paper's value
-    and output matrices for head h.
-
-    The score is a sum over the two axes of the grid. Thus the softmax is the product of a softmax
-    over rows and a softmax over columns, and the weights of all pairs are never formed.
-
-    If the offset leaves the grid, the head attends to the nearest position inside. With a large α
-    the module is a convolution with edge padding, see `convert_convolution`.
-
-    Attributes:
-      heads: H; K² for a K × K convolution.
-      features: k.
-      dtype, param_dtype: as in `Attention`.
-      Delta_init: initializer of Δ [H, 2]; by default N(0, 2) for every entry.
-      alpha_init: initializer of α [H]; by default ones.
-    """
-
-    heads: int
-    features: int
-    dtype: DTypeLike | None = None
-    param_dtype: DTypeLike = jnp.float32
-    Delta_init: Initializer = initializers.normal(2**0.5)
-    alpha_init: Initializer = initializers.ones
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Return y: x [..., rows, columns, n] → [..., rows, columns, k].
-
-        Raises:
-          ValueError: if x has fewer than three axes.
-        """
-        if x.ndim < 3:
-            raise ValueError(f'x must be [..., rows, columns, n]; got {x.shape}')
-        *_, rows, columns, n = x.shape
-        Delta = self.param('Delta', self.Delta_init, (self.heads, 2), self.param_dtype)
-        alpha = self.param('alpha', self.alpha_init, (self.heads,), self.param_dtype)
-        V_shape = self.heads, n, self.features
-        V = self.param('V', interaction_init('dense'), V_shape, self.param_dtype)
-        b = self.param('b', initializers.zeros, (self.features,), self.param_dtype)
-        row_weights = _compute_axis_weights(rows, Delta[:, 0], alpha)
-        column_weights = _compute_axis_weights(columns, Delta[:, 1], alpha)
-        x, V, b = nn.dtypes.promote_dtype(x, V, b, dtype=self.dtype)
-        mixture = _einsum('hjc,...rcn->...hrjn', column_weights.astype(x.dtype), x).astype(x.dtype)
-        mixture = _einsum('hir,...hrjn->...ijhn', row_weights.astype(x.dtype), mixture)
-        mixture = mixture.astype(x.dtype).reshape(*x.shape[:-1], -1)
-        return add_bias(linear(mixture, V.reshape(-1, self.features)), b)
-
-
-def _compute_axis_weights(size: int, Delta: Array, alpha: Array) -> Array:
-    """Return the softmax over keys of −α (δ² − 2Δδ), [H, query, key] in f32 at least."""
-    dtype = accumulation_dtype(Delta)
-    Delta, alpha = (a.astype(dtype)[:, None, None] for a in (Delta, alpha))
-    delta = (jnp.arange(size)[None] - jnp.arange(size)[:, None]).astype(dtype)[None]
-    return jax.nn.softmax(-alpha * (delta**2 - 2 * Delta * delta))
-
-
-def convert_convolution(
-    kernel: Array, b: Array | None = None, alpha: float | Array = 100.0
-) -> dict[str, Array]:
-    """Return parameters that make `ConvolutionalSelfAttention` this convolution (Theorem 1).
-
-    Head h = K_2 i + j attends to (i − (K_1 − 1) // 2, j − (K_2 − 1) // 2), the offset of the kernel
-    entry under 'SAME' padding. The grid is padded with its edge, not with zeros, so the two agree
-    at positions where the kernel stays inside. The weights of a head's other positions are at most
-    exp(−alpha).
-
-    Args:
-      kernel: [K_1, K_2, n, k], as in `flax.linen.Conv`.
-      b: [k]; None for zeros.
-      alpha: α of all heads.
-
-    Returns:
-      The collection 'params' for heads = K_1 K_2 and features = k.
-
-    Raises:
-      ValueError: if the kernel does not have four axes.
-    """
-    if kernel.ndim != 4:
-        raise ValueError(f'kernel must be [K_1, K_2, n, k]; got {kernel.shape}')
-    K_1, K_2, n, k = kernel.shape
-    i, j = jnp.divmod(jnp.arange(K_1 * K_2), K_2)
-    return {
-        'Delta': jnp.stack([i - (K_1 - 1) // 2, j - (K_2 - 1) // 2], axis=-1).astype(
-            accumulation_dtype(kernel)
-        ),
-        'alpha': jnp.full(K_1 * K_2, alpha),
-        'V': kernel.reshape(K_1 * K_2, n, k),
-        'b': jnp.zeros(k) if b is None else b,
-    }

@@ -7,12 +7,12 @@ from jax import Array
 from mi.layers import add_bias, expand_rank
 from mi.motifs.attention import (
     Attention,
-    ConvolutionalSelfAttention,
     GatedCrossAttention,
     LatentCrossAttention,
     align_tokens,
     masked_softmax,
 )
+from mi.motifs.convolutional_attention import ConvolutionalSelfAttention
 from mi.motifs.positions import compute_sinusoids, is_visible, rotate
 from mi.unify.composition import Composition, Params, Product, Variables, make_inner
 

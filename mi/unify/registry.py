@@ -9,11 +9,11 @@ from mi.cells import LSTM, MILSTM, HyperLSTM, MogrifierLSTM, MultiplicativeLSTM
 from mi.layers import MultiHead
 from mi.motifs.attention import (
     Attention,
-    ConvolutionalSelfAttention,
     GatedCrossAttention,
     LatentCrossAttention,
 )
 from mi.motifs.conditioning import ConcatMLP, FeatureAttention, Gate, SameWidth
+from mi.motifs.convolutional_attention import ConvolutionalSelfAttention
 from mi.motifs.dynamic_conv import (
     ConditionalConvolution,
     DynamicConvolution,

@@ -9,11 +9,10 @@ from flax import linen as nn
 
 from mi.motifs.attention import (
     Attention,
-    ConvolutionalSelfAttention,
     GatedCrossAttention,
     LatentCrossAttention,
-    convert_convolution,
 )
+from mi.motifs.convolutional_attention import ConvolutionalSelfAttention, convert_convolution
 from mi.unify import as_mi
 from tests.motifs.checks import is_its_composition
 

@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from mi.layers import Affine
 from mi.motifs import attention, dynamic_conv, experts, gating, hypernetwork, normalization, pooling
+from mi.motifs.convolutional_attention import ConvolutionalSelfAttention
 from tests.motifs.checks import assert_float64, drawn, random, wide
 
 N, M = 4, 3
@@ -70,7 +71,7 @@ MOTIFS = {
         (TOKENS,),
     ),
     'ConvolutionalSelfAttention': (
-        functools.partial(attention.ConvolutionalSelfAttention, 2, 5),
+        functools.partial(ConvolutionalSelfAttention, 2, 5),
         (IMAGE,),
     ),
 }
