@@ -25,7 +25,7 @@ from mi.report.records import (
     require_field,
 )
 from mi.training.io import read_json
-from mi.training.lock import is_locked
+from mi.training.run_state import read_run_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +34,8 @@ class Arm:
 
     Attributes:
       label: its name in tables and figures; unique in a sweep.
-      state: running, done, failed or preempted as the run wrote it; 'died' if it wrote running and
-        its process is gone; 'stopped' by a rule of the sweep; 'missing' without a status.
-      reason: why it failed, died, was stopped or is missing.
+      state: phase of the run, see `mi.training.run_state`; 'waiting' if it has no run directory.
+      reason: why it failed, died, was stopped or is waiting.
       seeds: the seeds that the config asks for, whether they have finished or not.
       overrides: the differences that sweep.json declares, {dotted key: value}.
       config, cost, status: the JSON files, empty where absent.
@@ -414,21 +413,11 @@ def _read_single_run(workdir: pathlib.Path) -> Sweep:
 
 def _read_run(path: pathlib.Path, label: str, overrides: Record, warnings: list[str]) -> Arm:
     if not path.is_dir():
-        return Arm(label, 'missing', f'no folder {path.name}', overrides=overrides)
-    # The status is read first: a run that ends meanwhile counts as running, never the reverse.
+        return Arm(label, 'waiting', f'no folder {path.name}', overrides=overrides)
+    # The state is read before the records: a run that ends in between counts as running.
+    run_state = read_run_state(path)
     status = read_json(path / 'status.json', missing={})
-    alive = is_locked(path / 'lock') or is_locked(path / 'launched')
-    if status.get('state') == 'running' and not alive:  # or it has just ended, and says so now
-        status = read_json(path / 'status.json', missing={})
-    state, reason = status.get('state'), status.get('reason')
-    stopped = read_json(path / 'stopped.json', missing={})
-    if stopped and state != 'done' and not alive:
-        state, reason = 'stopped', stopped.get('reason')
-    elif not isinstance(state, str):
-        state, reason = 'missing', f'no state in {path.name}/status.json'
-    elif state == 'running' and not alive:
-        state, reason = 'died', 'its process is gone'
-    done = state == 'done'
+    done = run_state.phase == 'done'
     metrics = read_metrics(path / 'metrics.jsonl', done, warnings)
     config = read_json(path / 'config.json', missing={})
     seeds = config.get('seeds')
@@ -436,8 +425,8 @@ def _read_run(path: pathlib.Path, label: str, overrides: Record, warnings: list[
         seeds = sorted({record['seed'] for record in metrics})
     return Arm(
         label=label,
-        state=state,
-        reason=None if reason is None else str(reason),
+        state=run_state.phase,
+        reason=run_state.reason or None,
         seeds=tuple(seeds),
         overrides=overrides,
         config=config,
