@@ -1,10 +1,10 @@
 """Asynchronous successive halving: members that are behind are stopped early.
 
-At the steps r, r·η, r·η², … (the rungs) a member's value is compared with those that the others had
-there. It goes on if it is among the best 1/η of those that have come so far, itself included, or
-the best of all; else it saves and is stopped for good. Nobody waits for anybody, so that what is
-decided depends on who comes first: it is written down in WORKDIR/asha.jsonl in that order, and a
-launcher that is started again decides no rung twice.
+At steps r, r·η, r·η², … (the rungs) the value of a member is compared with the values that other
+members had there. It continues if it is among the best 1/η of those that have arrived so far,
+including itself, or is the best one. Otherwise it saves and is stopped for good. No member waits
+for another, so decisions depend on the order of arrival. WORKDIR/asha.jsonl records them in that
+order, and a launcher that is started again decides no rung twice.
 
 Source: Li et al., *A System for Massively Parallel Hyperparameter Tuning* (MLSys 2020), in the
 variant that stops members instead of promoting them.
@@ -17,19 +17,20 @@ from collections.abc import Iterable, Sequence
 
 import ml_collections
 
-from launch import metric_names, state
+from launch import metric_names, records, state
 from mi.config import UserError
 from mi.training.io import write_json
+from mi.training.run_state import STOP_MARK, read_object
 
 
 @dataclasses.dataclass(frozen=True)
 class Arrival:
-    """A member that has come to a rung.
+    """The arrival of a member at a rung.
 
     Attributes:
-      rung: its step.
-      name: of the member.
-      value: of the metric there, the mean over seeds.
+      rung: step of the rung.
+      name: name of the member.
+      value: its metric there, averaged over seeds.
     """
 
     rung: int
@@ -37,140 +38,164 @@ class Arrival:
     value: float
 
 
-def rungs(first: int, factor: int, steps: int) -> list[int]:
-    """The steps at which members are compared: all below the last one."""
-    found = []
-    while first < steps:
-        found.append(first)
+def list_rungs(first: int, factor: int, num_steps: int) -> list[int]:
+    """Return the steps at which members are compared, all before the last one."""
+    rungs = []
+    while first < num_steps:
+        rungs.append(first)
         first *= factor
-    return found
+    return rungs
 
 
-def stops(before: Iterable[Arrival], new: Arrival, factor: int, lower_is_better: bool) -> str:
-    """Why a member is stopped where it has come to; '' if it goes on.
+def find_stop_reason(
+    earlier: Iterable[Arrival], arrival: Arrival, factor: int, lower_is_better: bool
+) -> str:
+    """Return why a member is stopped at its rung; '' if it continues.
 
     Args:
-      before: who has come anywhere before it.
-      new: the member.
+      earlier: earlier arrivals at any rung.
+      arrival: the arrival of the member.
       factor: η.
-      lower_is_better: of the metric.
+      lower_is_better: whether a lower metric is better.
     """
     sign = 1 if lower_is_better else -1
 
-    def loss(arrival: Arrival) -> float:  # NaN compares with nothing and is the worst
+    def loss(arrival: Arrival) -> float:  # NaN is the worst; it does not compare
         return math.inf if math.isnan(arrival.value) else sign * arrival.value
 
-    values = [loss(a) for a in before if a.rung == new.rung]
-    better = sum(value < loss(new) for value in values)
-    stay = max(1, (len(values) + 1) // factor)
-    if better < stay:
+    losses = [loss(a) for a in earlier if a.rung == arrival.rung]
+    num_better = sum(value < loss(arrival) for value in losses)
+    num_continuing = max(1, (len(losses) + 1) // factor)
+    if num_better < num_continuing:
         return ''
-    place = f'place {better + 1} of {len(values) + 1}, and {stay} stay'
-    return f'{new.value:.4g} at step {new.rung} is {place}'
+    place = f'place {num_better + 1} of {len(losses) + 1}, and {num_continuing} stay'
+    return f'{arrival.value:.4g} at step {arrival.rung} is {place}'
 
 
 def refuse_idle(
     configs: Iterable[ml_collections.ConfigDict], first: int, metric: str, split: str
 ) -> None:
-    """Refuses a rule that would compare no member at all.
+    """Refuse a rule that would compare no member.
 
     Args:
-      configs: of the members.
+      configs: configs of the members.
       first: the first rung.
-      metric, split: that are compared.
+      metric: the metric that is compared.
+      split: the split that is compared.
 
     Raises:
-      UserError: if none has recorded the metric from the first rung on before its last step.
+      UserError: if no member records the metric between the first rung and its last step.
     """
-    finder, seen = metric_names.Finder(metric), []
+    # Find how often the members record the metric; one that can be compared is enough.
+    finder, schedules = metric_names.Finder(metric), []
     for config in configs:
         try:
-            steps, every = metric_names.steps(config), finder.splits(config)[split].every
-        except UserError:  # a config that cannot work: the member itself will say why
+            num_steps = metric_names.count_steps(config)
+            interval = finder.find(config)[split].interval
+        except UserError:  # an invalid config: the member itself reports that
             continue
-        if every and -(-first // every) * every < steps:
+        if interval and -(-first // interval) * interval < num_steps:
             return
-        seen.append((steps, every))
-    if not seen:
+        schedules.append((num_steps, interval))
+
+    # Name the schedule of the first member.
+    if not schedules:
         return
-    steps, every = seen[0]
-    often = f'every {every} steps' if every else 'at the last step alone'
+    num_steps, interval = schedules[0]
+    frequency = f'every {interval} steps' if interval else 'at the last step alone'
     raise UserError(
         f'--asha={first}: expected a step at which members can be compared; they record {metric} '
-        f'of the {split} split {often}, and have {steps}. Try a smaller step, or a config that '
-        f'records it more often'
+        f'of the {split} split {frequency}, and have {num_steps} steps. Try a smaller step, or a '
+        f'config that records it more often'
     )
 
 
 class Asha:
-    """The rule, applied to the members of a sweep by an engine that calls it now and then.
+    """The rule, which an engine calls repeatedly on the members of a sweep.
 
     Args:
-      workdir: of the sweep.
+      workdir: directory of the sweep.
       first: the first rung.
       factor: η.
     """
 
     def __init__(self, workdir: pathlib.Path, first: int, factor: int):
-        sweep = state.described(workdir, {'metric': str, 'curves': str, 'lower_is_better': bool})
+        # Read what is compared.
+        fields: records.Fields = {'metric': str, 'curves': str, 'lower_is_better': bool}
+        sweep = state.read_sweep_file(workdir, fields)
         self._workdir, self._first, self._factor = workdir, first, factor
         self._metric, self._split = sweep['metric'], sweep['curves']
         self._lower_is_better = sweep['lower_is_better']
+
+        # Read earlier arrivals, and carry out decisions that a killed launcher has only recorded.
         self._file = workdir / 'asha.jsonl'
-        needs: state.Needs = {'rung': int, 'name': str, 'value': state.NUMBER}
+        fields = {'rung': int, 'name': str, 'value': records.NUMBER}
         self._arrivals = [
             Arrival(record['rung'], record['name'], record['value'])
-            for record in state.records(self._file, needs, most=2**62)
+            for record in records.read_records(self._file, fields, tail=records.WHOLE_FILE)
         ]
-        for i, arrival in enumerate(self._arrivals):  # one that was decided and not carried out
-            self._stop(arrival, self._arrivals[:i])
+        for i, arrival in enumerate(self._arrivals):
+            self._mark_if_behind(arrival, self._arrivals[:i])
 
-        self._curves: dict[pathlib.Path, state.Curve] = {}
-        self._steps: dict[pathlib.Path, int] = {}
-        self._compared: set[pathlib.Path] = set()  # at every rung that there is, or stopped
+        self._curves: dict[pathlib.Path, records.CurveReader] = {}
+        self._num_steps: dict[pathlib.Path, int] = {}
+        self._finished: set[pathlib.Path] = set()  # compared at every rung, or stopped
 
-    def __call__(self, paths: Sequence[pathlib.Path]) -> None:
-        """Compares members that have come to a rung since, and marks those that are to stop."""
-        known = {(a.rung, a.name) for a in self._arrivals}
-        for path in paths:
-            if path in self._compared:
+    def __call__(self, run_dirs: Sequence[pathlib.Path]) -> None:
+        """Compare members that have reached a rung, and mark those that are to stop."""
+        compared = {(arrival.rung, arrival.name) for arrival in self._arrivals}
+        for run_dir in run_dirs:
+            if run_dir in self._finished:
                 continue
-            if not (steps := self._steps.get(path, 0)):
-                cost = state.written(path / 'cost.json')
-                steps = self._steps[path] = state.count(cost, 'steps')
-            curve = self._curves.setdefault(path, state.Curve(path, self._metric, self._split))
-            values = curve.read()
-            ahead = [
+            num_steps = self._read_num_steps(run_dir)
+            curve = self._read_curve(run_dir)
+            remaining_rungs = [
                 rung
-                for rung in rungs(self._first, self._factor, steps)
-                if (rung, path.name) not in known
+                for rung in list_rungs(self._first, self._factor, num_steps)
+                if (rung, run_dir.name) not in compared
             ]
-            for rung in list(ahead):
-                there = [step for step in values if step >= rung]
-                if not there or (path / state.STOPPED).exists():
+
+            # Decide about each rung that the curve has reached.
+            for rung in list(remaining_rungs):
+                reached_steps = [step for step in curve if step >= rung]
+                if not reached_steps or (run_dir / STOP_MARK).exists():
                     continue
-                arrival = Arrival(rung, path.name, values[min(there)])
-                state.append(self._file, dataclasses.asdict(arrival))
-                self._stop(arrival, self._arrivals)
+                arrival = Arrival(rung, run_dir.name, curve[min(reached_steps)])
+                records.append_record(self._file, dataclasses.asdict(arrival))
+                self._mark_if_behind(arrival, self._arrivals)
                 self._arrivals.append(arrival)
-                ahead.remove(rung)
-            if (steps and not ahead) or (path / state.STOPPED).exists():
-                self._compared.add(path)
-                self._curves.pop(path, None)
+                remaining_rungs.remove(rung)
+
+            # Forget a member that has nothing left to decide.
+            if (num_steps and not remaining_rungs) or (run_dir / STOP_MARK).exists():
+                self._finished.add(run_dir)
+                self._curves.pop(run_dir, None)
 
     def summary(self) -> str:
-        """What was decided, in a line: that nobody was compared is to be seen."""
+        """Return the decisions in a line, which also shows that no member was compared."""
         names = {arrival.name for arrival in self._arrivals}
         if not names:
             return (
                 f'asha: no member was compared, as none recorded {self._metric} of the '
                 f'{self._split} split from step {self._first} on'
             )
-        stopped = sum((self._workdir / name / state.STOPPED).exists() for name in names)
-        return f'asha: {len(names)} members were compared, {stopped} of them stopped'
+        num_stopped = sum((self._workdir / name / STOP_MARK).exists() for name in names)
+        return f'asha: {len(names)} members were compared, {num_stopped} of them stopped'
 
-    def _stop(self, arrival: Arrival, before: Sequence[Arrival]) -> None:
-        reason = stops(before, arrival, self._factor, self._lower_is_better)
+    def _read_num_steps(self, run_dir: pathlib.Path) -> int:
+        """Return the number of steps in a run; 0 until it is known."""
+        if not self._num_steps.get(run_dir):
+            cost = read_object(run_dir / 'cost.json')
+            self._num_steps[run_dir] = records.get_int(cost, 'steps')
+        return self._num_steps[run_dir]
+
+    def _read_curve(self, run_dir: pathlib.Path) -> dict[int, float]:
+        if run_dir not in self._curves:
+            self._curves[run_dir] = records.CurveReader(run_dir, self._metric, self._split)
+        return self._curves[run_dir].read()
+
+    def _mark_if_behind(self, arrival: Arrival, earlier: Sequence[Arrival]) -> None:
+        reason = find_stop_reason(earlier, arrival, self._factor, self._lower_is_better)
         if reason:
-            mark = self._workdir / arrival.name / state.STOPPED
+            mark = self._workdir / arrival.name / STOP_MARK
             write_json(mark, {'reason': f'asha: {reason}', 'step': arrival.rung})

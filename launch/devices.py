@@ -1,7 +1,7 @@
-"""Which devices a member gets, and whether its config gives all of them work.
+"""The devices of a member, and whether its config gives all of them work.
 
-`warnings` compiles nothing and is part of every dry run. `check` runs `python -m mi.estimate` on
-one member, which compiles its training step for those devices.
+`find_warnings` compiles nothing and is part of every dry run. `check_member` runs
+`python -m mi.estimate` on one member, which compiles its training step for those devices.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from launch import sweep
 from mi.config import UserError
 from mi.training import placement, sharding
 
-FORCED = '--xla_force_host_platform_device_count'
+DEVICE_COUNT_FLAG = '--xla_force_host_platform_device_count'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +25,9 @@ class Devices:
     """The devices of a member.
 
     Attributes:
-      count: of all its processes; 0 if it is not known before.
-      processes: of the member.
-      topology: their name for `mi.estimate.topologies`, such as 'v5e:4x4'; '' if the kind is not
-        known.
+      count: devices of all its processes; 0 if unknown.
+      processes: processes of the member.
+      topology: their name in `mi.estimate.topologies`, such as 'v5e:4x4'; '' if unknown.
     """
 
     count: int
@@ -36,28 +35,31 @@ class Devices:
     topology: str = ''
 
 
-def warnings(members: Sequence[sweep.Member], devices: Devices) -> list[str]:
+def find_warnings(members: Sequence[sweep.Member], devices: Devices) -> list[str]:
     """Return a line for each kind of member that leaves devices without work of their own.
 
     Args:
-      members: of a sweep.
-      devices: of each member.
+      members: the members of a sweep.
+      devices: the devices of each member.
     """
     if devices.count < 2:
         return []
-    names: dict[str, list[str]] = {}
+    member_names: dict[str, list[str]] = {}  # waste → members
     for member in members:
-        if said := waste(sweep.parsed(member.command), devices):
-            names.setdefault(said, []).append(member.name)
-    return [f'{said} ({", ".join(of)})' for said, of in names.items()]
+        if waste := describe_waste(sweep.parse_config(member.command), devices):
+            member_names.setdefault(waste, []).append(member.name)
+    return [f'{waste} ({", ".join(names)})' for waste, names in member_names.items()]
 
 
-def waste(config: ml_collections.ConfigDict, devices: Devices) -> str:
+def describe_waste(config: ml_collections.ConfigDict, devices: Devices) -> str:
     """Return how many devices have no work of their own, and what to change; '' if none."""
+    # Fit problems divide only seeds.
     count = devices.count
     if config.task in ('fit', 'search'):
-        return _wasted_seeds(config, devices)
-    # Agents that act outside the learner's program train one seed.
+        return _describe_idle_seeds(config, devices)
+
+    # Language models and agents divide seeds and batch over a mesh. Agents that act outside the
+    # learner's program train one seed.
     has_seeds = config.task == 'lm' or config.train.topology == 'fused'
     seeds = len(config.seeds) if has_seeds else 1
     batch = config.train.batch
@@ -66,54 +68,60 @@ def waste(config: ml_collections.ConfigDict, devices: Devices) -> str:
         shape = sharding.choose_mesh_shape(seeds, batch, fsdp, config.train.mesh, count)
     except UserError as error:
         return f'each member will be refused on {count} devices: {error}'
-    used = math.prod(shape)
-    if used == count:
+    used_count = math.prod(shape)
+    if used_count == count:
         return ''
-    what = f'{count - used} of {count} devices will be idle'
+
+    # Describe the idle devices, and a batch that all of them divide.
+    idle_count = count - used_count
+    consequence = f'{idle_count} of {count} devices will be idle'
     if devices.processes > 1:
-        what = f'each member will be refused, as {count - used} of {count} devices would be idle'
-    enough = -(-batch // count) * count
+        consequence = (
+            f'each member will be refused, as {idle_count} of {count} devices would be idle'
+        )
+    runs = '1 seed' if seeds == 1 else f'{seeds} seeds'
     return (
-        f'{what}: config.train.batch = {batch} of {seeds} seed{"s" * (seeds != 1)} divides over '
-        f'{used}. Try config.train.batch = {enough}'
+        f'{consequence}: config.train.batch = {batch} of {runs} divides over {used_count}. Try '
+        f'config.train.batch = {-(-batch // count) * count}'
     )
 
 
-def _wasted_seeds(config: ml_collections.ConfigDict, devices: Devices) -> str:
-    """The same for fit problems, which divide nothing but seeds, in a search with their rates."""
-    runs, what = len(config.seeds), 'seeds'
+def _describe_idle_seeds(config: ml_collections.ConfigDict, devices: Devices) -> str:
+    """Describe the waste of a fit problem, which divides seeds, or of a search, with rates too."""
+    runs, kind = len(config.seeds), 'seeds'
     if config.task == 'search':
-        runs, what = runs * len(config.search.rates), 'pairs of a seed and a learning rate'
+        runs, kind = runs * len(config.search.rates), 'pairs of a seed and a learning rate'
     count = devices.count
     share = placement.seeds_per_device(runs, count)
-    idle = count + (-runs // share)
+    idle_count = count + (-runs // share)
     if devices.processes > 1 and count * share > runs:
         waste = f'{count * share - runs} of {count * share} places will repeat the work of others'
-    elif devices.processes == 1 and idle:
-        waste = f'{idle} of {count} devices will be idle'
+    elif devices.processes == 1 and idle_count:
+        waste = f'{idle_count} of {count} devices will be idle'
     else:
         return ''
-    return f'{waste}: {runs} {what} are placed {share} to a device. Try a multiple of {count}'
+    return f'{waste}: {runs} {kind} are placed {share} to a device. Try a multiple of {count}'
 
 
-def check(member: sweep.Member, devices: Devices) -> bool:
-    """Print what `mi.estimate` says of a member on its devices; return whether it fits and divides.
+def check_member(member: sweep.Member, devices: Devices) -> bool:
+    """Print the output of `mi.estimate` for a member; return whether it fits its devices.
 
-    Without a topology the devices are those of a CPU, as many: the share of the FLOPs and what is
-    sent are the same, and whether it fits is not known.
+    Without a topology, as many CPU devices are used instead. The share of the FLOPs and the bytes
+    sent are the same, but whether the member fits is not checked.
 
     Raises:
-      UserError: if it is not known how many devices there are.
+      UserError: if the number of devices is unknown.
     """
     if not devices.count:
         raise UserError('--check: expected a known number of devices. Try --gpus=COUNT')
-    words = [word for word in member.command if not word.startswith('--workdir=')]
-    words[words.index('mi.main')] = 'mi.estimate'
+    command = [arg for arg in member.command if not arg.startswith('--workdir=')]
+    command[command.index('mi.main')] = 'mi.estimate'
     environment = dict(os.environ)
     if devices.topology:
-        words.append(f'--topology={devices.topology}')
+        command.append(f'--topology={devices.topology}')
     else:
         environment['JAX_PLATFORMS'] = 'cpu'
-        environment['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {FORCED}={devices.count}'
-    print(f'\ncheck: {member.name}\n{shlex.join(["python", *words[1:]])}', flush=True)
-    return subprocess.run(words, env=environment).returncode == 0
+        flags = [os.environ.get('XLA_FLAGS', ''), f'{DEVICE_COUNT_FLAG}={devices.count}']
+        environment['XLA_FLAGS'] = ' '.join(flags)
+    print(f'\ncheck: {member.name}\n{shlex.join(["python", *command[1:]])}', flush=True)
+    return subprocess.run(command, env=environment).returncode == 0

@@ -1,34 +1,36 @@
-"""What an engine is: submit(commands, resources) → states.
+"""The interface of an engine: submit(commands, resources) → states.
 
-A command is an ordinary `python -m mi.main …` and belongs to the run directory that it keeps; the
-engine learns how a run stands from there (`launch.state`) and from its exit code: 0 done, 143
-stopped and saved, anything else failed. It is started again by the same command.
+A command is an ordinary `python -m mi.main …` with a run directory of its own. The engine learns
+how a run is doing from that directory (`launch.state`) and from its exit code: 0 is done, 143 is
+stopped and saved, and anything else is a failure. The same command restarts a run.
 """
 
 import dataclasses
 import pathlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from launch import restarts, state
 from mi.training.run_dir import PREEMPTED
+from mi.training.run_state import STOP_MARK, last_line, restart_refusal
 
-Commands = dict[pathlib.Path, list[str]]  # run directory → what runs it
-QUEUED = 'queued'  # how one stands that was given to somebody else, who is not waited for
-States = dict[pathlib.Path, str]  # run directory → how it stands: QUEUED, or a word of launch.state
+Commands = dict[pathlib.Path, list[str]]  # run directory → command
+QUEUED = 'queued'  # phase of a member that was submitted to a scheduler and is not waited for
+States = dict[pathlib.Path, str]  # run directory → QUEUED or the phase of a `RunState`
 
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """What a member gets.
+    """The resources of a member.
 
     Attributes:
-      parallel: members at once; 0 for as many as fit.
-      processes: of each member, joined by jax.distributed.
-      gpus: of each process; with 0 they are not dealt out.
-      cores: of each process; 0 for an even share.
-      retries: how often a member that failed is started again. One that was preempted always is,
-        if it got further than the time before.
+      parallel: members that run simultaneously; 0 for as many as fit.
+      processes: processes of each member, joined by jax.distributed.
+      gpus: GPUs of each process; 0 for no assignment of GPUs.
+      cores: CPU cores of each process; 0 for an even share.
+      retries: restarts of a member that fails. A member that was preempted is always restarted if
+        it has progressed.
     """
 
     parallel: int = 0
@@ -38,32 +40,51 @@ class Resources:
     retries: int = 0
 
 
+class Exit(NamedTuple):
+    """How an attempt at running a member ended.
+
+    Attributes:
+      phase: phase of the member.
+      is_restarted: whether the member runs again.
+      message: what to tell the user; '' for nothing.
+    """
+
+    phase: str
+    is_restarted: bool = False
+    message: str = ''
+
+
 class Attempts:
-    """Which members are started again: preempted ones, and failed ones as often as configured."""
+    """A count of attempts that decides which members are restarted.
+
+    Preempted members are restarted while they progress, and failed ones as often as configured.
+    """
 
     def __init__(self, retries: int):
         self._retries = retries
         self._failures: Counter[pathlib.Path] = Counter()
 
-    def ended(self, path: pathlib.Path, code: int) -> tuple[str, bool, str]:
-        """How it stands, whether it is to be started again, and what there is to say of it.
+    def end(self, run_dir: pathlib.Path, code: int) -> Exit:
+        """Return what follows from an exit code.
 
-        One that is preempted twice without getting further has failed; see `launch.restarts`.
+        A member that is preempted twice without progress has failed; see `launch.restarts`.
         """
-        if code == 0 or state.done(path):
-            return 'stopped' if (path / state.STOPPED).exists() else 'done', False, ''
-        is_stuck = code == PREEMPTED and not restarts.starts_again(path)
+        if code == 0 or state.is_finished(run_dir):
+            is_done = state.read_status(run_dir).get('state') == 'done'
+            is_stopped = (run_dir / STOP_MARK).exists() and not is_done
+            return Exit('stopped' if is_stopped else 'done')
+        is_stuck = code == PREEMPTED and not restarts.note_stop(run_dir)
         if code == PREEMPTED and not is_stuck:
-            return 'preempted', True, ''
-        self._failures[path] += 1
-        again = self._failures[path] <= self._retries
-        last = state.last_line(path / 'log.txt') or 'no output'
-        if is_stuck:
-            last = restarts.reason(path)
-        how = f'killed by signal {-code}' if code < 0 else f'exit code {code}'
-        said = f'{path.name} failed{", starting it again" * again}: {how}: {last}'
-        return 'died' if code < 0 else 'failed', again, f'{said} ({path / "log.txt"})'
+            return Exit('preempted', is_restarted=True)
+        self._failures[run_dir] += 1
+        is_restarted = self._failures[run_dir] <= self._retries
+        log = run_dir / 'log.txt'
+        detail = restart_refusal(run_dir) if is_stuck else last_line(log) or 'no output'
+        cause = f'killed by signal {-code}' if code < 0 else f'exit code {code}'
+        outcome = 'failed, starting it again' if is_restarted else 'failed'
+        message = f'{run_dir.name} {outcome}: {cause}: {detail} ({log})'
+        return Exit('died' if code < 0 else 'failed', is_restarted, message)
 
 
 Submit = Callable[..., States]  # (commands, resources)
-Rule = Callable[[Sequence[pathlib.Path]], None]  # marks run directories that are to be stopped
+Rule = Callable[[Sequence[pathlib.Path]], None]  # marks run directories to be stopped

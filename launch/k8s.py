@@ -5,21 +5,20 @@
         | kubectl apply -f -
     python -m launch.k8s … --tpu=tpu-v5-lite-podslice --topology=4x4
 
-It needs the JobSet controller (jobset.x-k8s.io/v1alpha2) in the cluster, an image with the
-repository as its working directory, and a volume that all pods can write to, at `--mount`, with the
-sweep directory on it; launch this where the same path is there, so that finished members are
-skipped and `launch.status` works. A TPU slice sets the hosts of a member and the chips of each
-host (`launch.tpu`); --gpus chooses where GKE makes the same slice of larger and of smaller hosts.
+The cluster needs the JobSet controller (jobset.x-k8s.io/v1alpha2), an image with the repository as
+its working directory, and a volume at `--mount` that all pods can write to and that holds the sweep
+directory. Run this command where the same path exists, so that it skips finished members and
+`launch.status` works. A TPU slice determines the hosts of a member and the chips of each host
+(`launch.tpu`); --gpus chooses if GKE offers the slice with larger and with smaller hosts.
 
-A pod that is evicted or preempted, or that ends with 143 because it saved, is started again as long
-as it gets further each time (`launch.restarts`, which the containers run); one that fails, as often
-as --retries says. All processes of a member are started again together, and go on from what they
-saved.
+A pod that is evicted or preempted, or exits with 143 because it saved, is restarted as long as it
+progresses (`launch.restarts`, which the containers run). A pod that fails is restarted --retries
+times. All processes of a member restart together and resume from the checkpoint.
 
-Given again, the command leaves out what is finished or runs just now. A member that has failed for
-good gets a JobSet of another name: Kubernetes would take the same one for done, and a changed one
-for an error. Those of before are left as they are; `kubectl delete jobset --selector=sweep=…`
-removes them, and so does a change of options want it of those that have not begun.
+The same command again leaves out members that are finished or running. A member that has failed for
+good gets a JobSet with a new name, because Kubernetes ignores a JobSet that it knows and refuses a
+changed one. `kubectl delete jobset --selector=sweep=…` removes old JobSets; do so before you change
+options of members that have not begun.
 """
 
 import dataclasses
@@ -38,22 +37,25 @@ from launch.devices import Devices
 from launch.engine import QUEUED, Commands, Resources, States
 from mi.config import UserError
 from mi.training.run_dir import PREEMPTED
+from mi.training.run_state import read_run_state
 
-IMAGE = flags.DEFINE_string('image', None, 'Container image, the repository its working directory.')
+IMAGE = flags.DEFINE_string(
+    'image', None, 'Container image with the repository as working directory.'
+)
 CLAIM = flags.DEFINE_string('claim', None, 'PersistentVolumeClaim with the sweep directory.')
-MOUNT = flags.DEFINE_string('mount', '/runs', 'Where the claim is in the containers.')
+MOUNT = flags.DEFINE_string('mount', '/runs', 'Path of the claim in the containers.')
 TPU = flags.DEFINE_string('tpu', '', "Kind of TPU on GKE, such as 'tpu-v5-lite-podslice'.")
-TOPOLOGY = flags.DEFINE_string('topology', '', "Of the TPU slice of a member, such as '4x4'.")
-MEMORY = flags.DEFINE_string('memory', '', "Of each process, such as '64Gi'.")
-NAMESPACE = flags.DEFINE_string('namespace', '', 'Namespace; that of kubectl if left out.')
+TOPOLOGY = flags.DEFINE_string('topology', '', "Topology of a member's TPU slice, such as '4x4'.")
+MEMORY = flags.DEFINE_string('memory', '', "Memory of each process, such as '64Gi'.")
+NAMESPACE = flags.DEFINE_string('namespace', '', "Namespace; '' for that of kubectl.")
 
-PORT = 8476  # at which the first process of a member listens
-GRACE = 120  # seconds that a pod has to save after SIGTERM
+PORT = 8476  # the first process of a member listens here
+GRACE_PERIOD = 120  # seconds that a pod has to save after SIGTERM
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the flags say of the pods; see there."""
+    """Options of the pods, as the flags of the same names."""
 
     image: str | None = None
     claim: str | None = None
@@ -64,34 +66,95 @@ class Options:
     namespace: str = ''
 
 
-def jobset(
+def make_jobset(
     path: pathlib.Path, command: list[str], resources: Resources, options: Options
 ) -> dict[str, Any]:
-    """The JobSet of one member: one job of as many pods as it has processes."""
-    name = dns_name(path.parent.name, path.name, *failure(path))
-    words = ['python', '-m', 'launch.restarts', str(path), '--', 'python', *command[1:]]
+    """Return the JobSet of one member: one job with a pod for each process."""
+    name = make_dns_name(path.parent.name, path.name, *identify_failure(path))
+    pod = _make_pod(path, command, name, resources, options)
+
+    # A job that its pod failure policy ends was preempted; JobSet counts only the other failures.
+    preemption_rules = [
+        {'action': 'FailJob', 'onPodConditions': [{'type': 'DisruptionTarget', 'status': 'True'}]},
+        {'action': 'FailJob', 'onExitCodes': {'operator': 'In', 'values': [PREEMPTED]}},
+    ]
+    job = {
+        'parallelism': resources.processes,
+        'completions': resources.processes,
+        'completionMode': 'Indexed',
+        'backoffLimit': 0,
+        'podFailurePolicy': {'rules': preemption_rules},
+        'template': {'spec': pod},
+    }
+    failure_policy = {
+        'maxRestarts': resources.retries,
+        'rules': [
+            {
+                'name': 'preempted',
+                'action': 'RestartJobSetAndIgnoreMaxRestarts',
+                'onJobFailureReasons': ['PodFailurePolicy'],
+            }
+        ],
+    }
+
+    # Label the JobSet with its sweep, and give a member its TPU slice alone.
+    metadata: dict[str, Any] = {'name': name, 'labels': {'sweep': make_dns_name(path.parent.name)}}
+    if options.namespace:
+        metadata['namespace'] = options.namespace
+    if options.tpu:  # a slice is one node pool
+        node_pool = 'cloud.google.com/gke-nodepool'
+        metadata['annotations'] = {'alpha.jobset.sigs.k8s.io/exclusive-topology': node_pool}
+    return {
+        'apiVersion': 'jobset.x-k8s.io/v1alpha2',
+        'kind': 'JobSet',
+        'metadata': metadata,
+        'spec': {
+            'network': {'enableDNSHostnames': True, 'subdomain': name},
+            'failurePolicy': failure_policy,
+            'replicatedJobs': [{'name': 'run', 'replicas': 1, 'template': {'spec': job}}],
+        },
+    }
+
+
+def _make_pod(
+    path: pathlib.Path, command: list[str], name: str, resources: Resources, options: Options
+) -> dict[str, Any]:
+    """Return the specification of a member's pods.
+
+    Args:
+      path: the run directory.
+      command: the command of the member.
+      name: name of its JobSet.
+      resources: what the member gets.
+      options: options of the pods.
+    """
+    # Run the command under the rules for restarts.
+    arguments = ['python', '-m', 'launch.restarts', str(path), '--', 'python', *command[1:]]
     if resources.processes > 1:
-        # Kubernetes puts the variable in; the first pod's name is known before it is there.
-        where = f'{name}-run-0-0.{name}:{PORT}'
-        how = 'auto' if options.tpu else f'{where},{resources.processes},$(JOB_COMPLETION_INDEX)'
-        words.append(f'--distributed={how}')
-    wants: dict[str, Any] = {}
+        # Kubernetes substitutes the variable. The name of the first pod is known in advance.
+        address = f'{name}-run-0-0.{name}:{PORT}'
+        peers = f'{address},{resources.processes},$(JOB_COMPLETION_INDEX)'
+        arguments.append(f'--distributed={"auto" if options.tpu else peers}')
+
+    # Ask for cores, memory and accelerators.
+    limits: dict[str, Any] = {}
     if resources.cores:
-        wants['cpu'] = str(resources.cores)
+        limits['cpu'] = str(resources.cores)
     if options.memory:
-        wants['memory'] = options.memory
+        limits['memory'] = options.memory
     if resources.gpus:
-        wants['google.com/tpu' if options.tpu else 'nvidia.com/gpu'] = str(resources.gpus)
+        limits['google.com/tpu' if options.tpu else 'nvidia.com/gpu'] = str(resources.gpus)
+
     pod: dict[str, Any] = {
         'restartPolicy': 'Never',
-        'terminationGracePeriodSeconds': GRACE,
+        'terminationGracePeriodSeconds': GRACE_PERIOD,
         'containers': [
             {
                 'name': 'member',
                 'image': options.image,
-                'command': words,
+                'command': arguments,
                 'env': [{'name': 'PYTHONUNBUFFERED', 'value': '1'}],
-                'resources': {'limits': wants, 'requests': wants},
+                'resources': {'limits': limits, 'requests': limits},
                 'volumeMounts': [{'name': 'runs', 'mountPath': options.mount}],
             }
         ],
@@ -102,82 +165,50 @@ def jobset(
             'cloud.google.com/gke-tpu-accelerator': options.tpu,
             'cloud.google.com/gke-tpu-topology': options.topology,
         }
-    # A job that ends by its pod failure policy is one that was preempted; JobSet counts the others.
-    preempted = [
-        {'action': 'FailJob', 'onPodConditions': [{'type': 'DisruptionTarget', 'status': 'True'}]},
-        {'action': 'FailJob', 'onExitCodes': {'operator': 'In', 'values': [PREEMPTED]}},
-    ]
-    job = {
-        'parallelism': resources.processes,
-        'completions': resources.processes,
-        'completionMode': 'Indexed',
-        'backoffLimit': 0,
-        'podFailurePolicy': {'rules': preempted},
-        'template': {'spec': pod},
-    }
-    metadata: dict[str, Any] = {'name': name, 'labels': {'sweep': dns_name(path.parent.name)}}
-    if options.namespace:
-        metadata['namespace'] = options.namespace
-    if options.tpu:  # a slice is one node pool, and a member has it alone
-        pools = 'cloud.google.com/gke-nodepool'
-        metadata['annotations'] = {'alpha.jobset.sigs.k8s.io/exclusive-topology': pools}
-    return {
-        'apiVersion': 'jobset.x-k8s.io/v1alpha2',
-        'kind': 'JobSet',
-        'metadata': metadata,
-        'spec': {
-            'network': {'enableDNSHostnames': True, 'subdomain': name},
-            'failurePolicy': {
-                'maxRestarts': resources.retries,
-                'rules': [
-                    {
-                        'name': 'preempted',
-                        'action': 'RestartJobSetAndIgnoreMaxRestarts',
-                        'onJobFailureReasons': ['PodFailurePolicy'],
-                    }
-                ],
-            },
-            'replicatedJobs': [{'name': 'run', 'replicas': 1, 'template': {'spec': job}}],
-        },
-    }
+    return pod
 
 
-def failure(path: pathlib.Path) -> list[str]:
-    """What tells the failure of a member from any other; [] if it has not failed.
+def identify_failure(path: pathlib.Path) -> list[str]:
+    """Return what tells the failure of a member from any other; [] if it has not failed.
 
-    Read from what its processes left, so that the same failure always gives the same name.
+    It comes from files of its processes, so that the same failure always gives the same name.
     """
-    if state.read(path).word not in ('failed', 'died'):
+    if read_run_state(path).phase not in ('failed', 'died'):
         return []
-    status = state.status(path)
-    left = [restarts.failures(path), *(status.get(key) for key in ('pid', 'host', 'updated'))]
-    return [json.dumps(left)]
+    status = state.read_status(path)
+    values = [restarts.count_failures(path), *(status.get(k) for k in ('pid', 'host', 'updated'))]
+    return [json.dumps(values)]
 
 
-def dns_name(*words: str, most: int = 40) -> str:
-    """A name that Kubernetes takes, of words that it may not; different for different words."""
-    plain = re.sub(r'[^a-z0-9]+', '-', '-'.join(words).lower()).strip('-')
-    mark = hashlib.sha256('/'.join(words).encode()).hexdigest()[:8]
-    return f'{"" if plain[:1].isalpha() else "s-"}{plain[: most - 11].strip("-")}-{mark}'
+def make_dns_name(*parts: str, max_length: int = 40) -> str:
+    """Return a name that Kubernetes accepts; different parts give different names."""
+    plain = re.sub(r'[^a-z0-9]+', '-', '-'.join(parts).lower()).strip('-')
+    digest = hashlib.sha256('/'.join(parts).encode()).hexdigest()[:8]
+    prefix = '' if plain[:1].isalpha() else 's-'
+    return f'{prefix}{plain[: max_length - 11].strip("-")}-{digest}'
 
 
-def manifests(commands: Commands, resources: Resources, options: Options) -> list[dict[str, Any]]:
-    """The JobSets of a sweep.
+def make_manifests(
+    commands: Commands, resources: Resources, options: Options
+) -> list[dict[str, Any]]:
+    """Return the JobSets of a sweep.
 
     Raises:
-      UserError: if something is missing that every manifest needs.
+      UserError: if an option is missing, or the sweep directory is not on the volume.
     """
     if not options.image or not options.claim:
         raise UserError('--image=IMAGE and --claim=NAME of a PersistentVolumeClaim are both needed')
-    if slice_ := find_slice(resources, options):
-        resources = dataclasses.replace(resources, processes=slice_.hosts, gpus=slice_.chips)
-    outside = [p for p in commands if not p.is_relative_to(options.mount)]
+    if tpu_slice := find_slice(resources, options):
+        resources = dataclasses.replace(
+            resources, processes=tpu_slice.hosts, gpus=tpu_slice.chips_per_host
+        )
+    outside = [path for path in commands if not path.is_relative_to(options.mount)]
     if outside:
         raise UserError(
-            f'--workdir={outside[0].parent}: the pods see the claim at --mount={options.mount}; '
-            f'name a directory in it'
+            f'--workdir={outside[0].parent}: expected a directory in --mount={options.mount}, '
+            f'where the pods see the claim'
         )
-    return [jobset(path, command, resources, options) for path, command in commands.items()]
+    return [make_jobset(path, command, resources, options) for path, command in commands.items()]
 
 
 def find_slice(resources: Resources, options: Options) -> tpu.Slice | None:
@@ -190,8 +221,8 @@ def find_slice(resources: Resources, options: Options) -> tpu.Slice | None:
         raise UserError('--tpu=KIND and --topology=SHAPE go together')
     if not options.tpu:
         return None
-    hosts = resources.processes if resources.processes > 1 else 0
-    return tpu.find_slice(options.tpu, options.topology, resources.gpus, hosts)
+    num_hosts = resources.processes if resources.processes > 1 else 0
+    return tpu.find_slice(options.tpu, options.topology, resources.gpus, num_hosts)
 
 
 def find_devices(resources: Resources) -> Devices:
@@ -200,13 +231,13 @@ def find_devices(resources: Resources) -> Devices:
     Raises:
       UserError: if GKE has no such slice.
     """
-    options = flag_options()
-    if slice_ := find_slice(resources, options):
-        return Devices(slice_.devices, slice_.hosts, slice_.topology)
+    options = get_options()
+    if tpu_slice := find_slice(resources, options):
+        return Devices(tpu_slice.devices, tpu_slice.hosts, tpu_slice.topology)
     return Devices(resources.processes * (resources.gpus or 1), resources.processes)
 
 
-def flag_options() -> Options:
+def get_options() -> Options:
     """Return the options that the flags name."""
     return Options(
         image=IMAGE.value,
@@ -220,15 +251,15 @@ def flag_options() -> Options:
 
 
 def submit(commands: Commands, resources: Resources) -> States:
-    """Prints the JobSets of those that do not run; nothing is sent anywhere."""
-    options = flag_options()
-    words = {path: state.read(path).word for path in commands}
-    idle = {path: command for path, command in commands.items() if words[path] != 'running'}
-    yaml.safe_dump_all(manifests(idle, resources, options), sys.stdout, sort_keys=False)
-    for word in ('running', 'failed', 'died'):
-        if names := [path.name for path in commands if words[path] == word]:
-            what = 'left alone' if word == 'running' else 'in a JobSet of a new name'
-            print(f'{len(names)} {word}, {what}: {", ".join(names)}', file=sys.stderr)
+    """Print the JobSets of members that are not running; nothing is sent anywhere."""
+    options = get_options()
+    phases = {path: read_run_state(path).phase for path in commands}
+    idle = {path: command for path, command in commands.items() if phases[path] != 'running'}
+    yaml.safe_dump_all(make_manifests(idle, resources, options), sys.stdout, sort_keys=False)
+    for phase in ('running', 'failed', 'died'):
+        if names := [path.name for path in commands if phases[path] == phase]:
+            action = 'left alone' if phase == 'running' else 'in a JobSet of a new name'
+            print(f'{len(names)} {phase}, {action}: {", ".join(names)}', file=sys.stderr)
     return dict.fromkeys(commands, QUEUED)
 
 

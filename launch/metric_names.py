@@ -1,15 +1,16 @@
-"""Which numbers a run of a config will write to metrics.jsonl, and how often, before it is run.
+"""The numbers that a run of a config will record in metrics.jsonl, and how often.
 
-So that a sweep whose METRIC has a typo is refused before its first member starts. The names of a
-language model are declared here, those of an agent too, but for the names of its tasks, which a JAX
-environment tells and one on the host does not before it is made; those of a problem of `mi.fit` are
-traced.
+They are known before the run starts, so that a sweep whose METRIC has a typo is refused
+immediately. The names of language models and agents are declared here, except the names of tasks: a
+JAX environment has them in its specification, and an environment on the host has them only once it
+is made. The names of a problem of `mi.fit` come from tracing it.
 """
 
 import difflib
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import ml_collections
 
@@ -19,46 +20,46 @@ from mi.fit import train as train_fit
 from mi.rl import config as rl_config
 from mi.rl import envs
 
-LM = {'nats_per_token', 'perplexity'}  # of every evaluation
-EPISODES = {'env_steps', 'return', 'success', 'length'}  # of every record of an agent
-UPDATES = {
+LM_NAMES = {'nats_per_token', 'perplexity'}  # in every evaluation
+EPISODE_NAMES = {'env_steps', 'return', 'success', 'length'}  # in every record of an agent
+UPDATE_NAMES = {
     *('loss', 'policy', 'baseline', 'entropy', 'kl', 'rho_clipped', 'advantage', 'gradient_norm'),
     'episodes',
 }
-QUEUED = {'lag', 'lag_max', 'dropped'}  # of topologies with actors
-EVALUATIONS = {'episodes_per_task'}
-PLAYED = {'cut', 'steps_needed', 'steps_taken'}  # of evaluations on the host
-CAPPED = {'capped_mean', 'capped_median'}  # of tasks with scores
-OF_TASK = ('return/', 'success/')
-OF_UPDATES = ('popart_mu/', 'popart_sigma/')
-# Suites on the host whose episodes have no goal, and those whose best scores nobody knows.
-NO_SUCCESS = ('atari', 'procgen', 'gymnasium', 'vizdoom', 'dmlab30')
-NO_SCORES = ('gymnasium', 'vizdoom')
+QUEUE_NAMES = {'lag', 'lag_max', 'dropped'}  # in topologies with actors
+EVALUATION_NAMES = {'episodes_per_task'}
+HOST_EVALUATION_NAMES = {'cut', 'steps_needed', 'steps_taken'}
+CAPPED_NAMES = {'capped_mean', 'capped_median'}  # of tasks with scores
+TASK_PREFIXES = ('return/', 'success/')
+UPDATE_PREFIXES = ('popart_mu/', 'popart_sigma/')
+# Suites on the host whose episodes have no goal, and suites whose best scores are unknown.
+SUITES_WITHOUT_SUCCESS = ('atari', 'procgen', 'gymnasium', 'vizdoom', 'dmlab30')
+SUITES_WITHOUT_SCORES = ('gymnasium', 'vizdoom')
 
 
 class Split(NamedTuple):
     """The records of a split.
 
     Attributes:
-      names: of its numbers.
-      every: steps of the run between two records; 0 where there is one, at the end.
-      prefixes: of more names, which are known only when the run has begun.
+      names: names of the numbers in each record.
+      interval: steps between two records; 0 if there is only one, at the end.
+      prefixes: prefixes of more names, which are known only once the run has started.
     """
 
     names: Collection[str]
-    every: int
+    interval: int
     prefixes: tuple[str, ...] = ()
 
     def has(self, name: str) -> bool:
-        """Whether a number of that name is recorded."""
+        """Return whether a number with this name is recorded."""
         return name in self.names or name.startswith(self.prefixes)
 
 
 Splits = dict[str, Split]
 
 
-def splits(config: ml_collections.ConfigDict) -> Splits:
-    """What a run of a config records.
+def find_splits(config: ml_collections.ConfigDict) -> Splits:
+    """Return what a run of a config records.
 
     Raises:
       UserError: on a config that cannot work.
@@ -68,15 +69,15 @@ def splits(config: ml_collections.ConfigDict) -> Splits:
     return TASKS[config.task](config)
 
 
-def steps(config: ml_collections.ConfigDict) -> int:
-    """How many steps a run of a config has, as its records count them."""
+def count_steps(config: ml_collections.ConfigDict) -> int:
+    """Return the number of steps in a run of a config, as its records count them."""
     if config.task == 'search':
         return len(config.search.at)
     return rl_config.count_updates(config) if config.task == 'rl' else int(config.train.steps)
 
 
-def _lm(config: ml_collections.ConfigDict) -> Splits:
-    names = LM | ({'bits_per_byte'} if config.data.level != 'word' else set())
+def _find_lm_splits(config: ml_collections.ConfigDict) -> Splits:
+    names = LM_NAMES | (set() if config.data.level == 'word' else {'bits_per_byte'})
     return {
         'train': Split({'nats_per_token'}, config.train.log_every),
         'valid': Split(names, config.train.eval_every),
@@ -85,159 +86,176 @@ def _lm(config: ml_collections.ConfigDict) -> Splits:
     }
 
 
-def _rl(config: ml_collections.ConfigDict) -> Splits:
-    names = UPDATES | (QUEUED if config.train.topology != 'fused' else set())
-    environment = _environment(config.env.name)
-    prefixes: tuple[str, ...] = OF_UPDATES
+def _find_rl_splits(config: ml_collections.ConfigDict) -> Splits:
+    # Training records updates and the episodes that ended.
+    names = UPDATE_NAMES | (set() if config.train.topology == 'fused' else QUEUE_NAMES)
+    environment = describe_environment(config.env.name)
+    prefixes: tuple[str, ...] = UPDATE_PREFIXES
     if environment.tasks is None or len(environment.tasks) > 1:
-        prefixes += OF_TASK
-    found = {'train': environment.split(names, prefixes, config.train.log_every)}
+        prefixes += TASK_PREFIXES
+    splits = {'train': environment.split(names, prefixes, config.train.log_every)}
+
+    # Evaluations record episodes of the training environment and of the held-out one.
     evaluated = {'eval': config.env.name, 'held_out': config.eval.held_out}
-    for split, name in evaluated.items():
-        if not name:
+    for split, env_name in evaluated.items():
+        if not env_name:
             continue
-        names = EVALUATIONS | (PLAYED if envs.is_on_host(name) else set())
-        environment = _environment(name)
-        names |= CAPPED if environment.has_scores else set()
-        records = environment.split(names, (*OF_TASK, 'stderr/'), config.train.eval_every)
+        names = EVALUATION_NAMES | (HOST_EVALUATION_NAMES if envs.is_on_host(env_name) else set())
+        environment = describe_environment(env_name)
+        names |= CAPPED_NAMES if environment.has_scores else set()
+        records = environment.split(names, (*TASK_PREFIXES, 'stderr/'), config.train.eval_every)
         for policy in ('', '_greedy') if config.eval.greedy else ('',):
-            found[split + policy] = records
-    return found
+            splits[split + policy] = records
+    return splits
 
 
-class Environment(NamedTuple):
-    """What is known of an environment without one of the host being made.
+class EnvironmentInfo(NamedTuple):
+    """What is known about an environment before one on the host is made.
 
     Attributes:
-      tasks: their names; None where they are not known.
-      has_success: whether its episodes have a goal; True if that is not known.
-      has_scores: whether the best and the random score are known; True if that is not known.
+      tasks: names of its tasks; None if unknown.
+      has_success: whether its episodes have a goal; True if unknown.
+      has_scores: whether its best and random scores are known; True if unknown.
     """
 
     tasks: tuple[str, ...] | None
     has_success: bool
     has_scores: bool
 
-    def split(self, names: set[str], prefixes: tuple[str, ...], every: int) -> Split:
-        """The records of a split: these names, and those of its episodes and its tasks."""
-        names = names | EPISODES
+    def split(self, names: set[str], prefixes: tuple[str, ...], interval: int) -> Split:
+        """Return the records of a split: these names, and those of its episodes and tasks."""
+        names = names | EPISODE_NAMES
         if not self.has_success:
             names -= {'success'}
             prefixes = tuple(prefix for prefix in prefixes if prefix != 'success/')
         if self.tasks is None:
-            return Split(names, every, prefixes)
-        return Split(names | {p + task for p in prefixes for task in self.tasks}, every)
+            return Split(names, interval, prefixes)
+        task_names = {prefix + task for prefix in prefixes for task in self.tasks}
+        return Split(names | task_names, interval)
 
 
-def _environment(name: str) -> Environment:
+def describe_environment(name: str) -> EnvironmentInfo:
+    """Return what is known about an environment before one on the host is made."""
     if envs.is_on_host(name):
         suite = name.partition('/')[0]
-        return Environment(None, suite not in NO_SUCCESS, suite not in NO_SCORES)
+        has_success, has_scores = (
+            suite not in suites for suites in (SUITES_WITHOUT_SUCCESS, SUITES_WITHOUT_SCORES)
+        )
+        return EnvironmentInfo(None, has_success, has_scores)
     spec = envs.make(name).spec
     has_scores = spec.random is not None and spec.reference is not None
-    return Environment(spec.tasks, spec.has_success, has_scores)
+    return EnvironmentInfo(spec.tasks, spec.has_success, has_scores)
 
 
-def _fit(config: ml_collections.ConfigDict) -> Splits:
+def _find_fit_splits(config: ml_collections.ConfigDict) -> Splits:
     config = config.copy_and_resolve_references()
-    config.model.parameters = 0  # at any size the same names, and found without looking for it
+    config.model.parameters = 0  # the names are the same at any size, and no search is needed
     problem = fit.problem(config)
-    seed = jax.ShapeDtypeStruct((), jax.numpy.int32)
 
-    def everything(seed: jax.Array) -> dict[str, dict[str, jax.Array]]:
-        world, init, batch, _ = train_fit.keys(seed)
-        of_world = problem.draw_world(world)
-        params = problem.init_params(init, of_world)
-        loss, measured = problem.loss(params, of_world, batch)
+    def record_all(seed: chex.Array) -> dict[str, dict[str, chex.Array]]:
+        world_key, init_key, batch_key, _ = train_fit.keys(seed)
+        world = problem.draw_world(world_key)
+        params = problem.init_params(init_key, world)
+        loss, measured = problem.loss(params, world, batch_key)
         evaluated = train_fit.evaluate(problem, params, seed)
         return {'train': {'loss': loss, **measured}, **evaluated}
 
+    seed_shape = jax.ShapeDtypeStruct((), jax.numpy.int32)
+    train = config.train
     return {
-        split: Split(
-            set(named), config.train.log_every if split == 'train' else config.train.eval_every
-        )
-        for split, named in jax.eval_shape(everything, seed).items()
+        split: Split(set(numbers), train.log_every if split == 'train' else train.eval_every)
+        for split, numbers in jax.eval_shape(record_all, seed_shape).items()
     }
 
 
-def _search(config: ml_collections.ConfigDict) -> Splits:
-    of_value = ('parameters', 'width', 'mse', 'learning_rate')
-    at = {f'{name}/{value}' for name in of_value for value in config.search.at}
-    return {'probe': Split({'value', *of_value}, 1), 'eval': Split({'exponent', *at}, 0)}
+def _find_search_splits(config: ml_collections.ConfigDict) -> Splits:
+    probe_names = ('parameters', 'width', 'mse', 'learning_rate')
+    names = {f'{name}/{value}' for name in probe_names for value in config.search.at}
+    return {'probe': Split({'value', *probe_names}, 1), 'eval': Split({'exponent', *names}, 0)}
 
 
 TASKS: dict[str, Callable[[ml_collections.ConfigDict], Splits]] = {
-    'lm': _lm,
-    'rl': _rl,
-    'fit': _fit,
-    'search': _search,
+    'lm': _find_lm_splits,
+    'rl': _find_rl_splits,
+    'fit': _find_fit_splits,
+    'search': _find_search_splits,
 }
 
 
 class Finder:
-    """Finds what the members of a sweep record; of members that differ in sizes alone, once.
+    """A cache of `find_splits`, shared by members that differ only in sizes.
 
     Args:
-      metric: that they are compared by. Where it is not that of a single task, the numbers in a
-        problem, as that of its tasks, have no part in it either.
+      metric: the metric of the sweep. Unless it belongs to a single task, the numbers in a problem,
+        such as the number of tasks, do not matter either.
     """
 
     def __init__(self, metric: str):
-        self._of_task = '/' in metric
-        self._known: dict[str, Splits] = {}
+        self._is_task_metric = '/' in metric
+        self._cache: dict[str, Splits] = {}
 
-    def splits(self, config: ml_collections.ConfigDict) -> Splits:
-        """As the function of this name."""
+    def find(self, config: ml_collections.ConfigDict) -> Splits:
+        """Return what a run of a config records."""
         values = sorted(flatten(config.to_dict()).items())
-        key = repr([(k, v) for k, v in values if self._matters(k, v)])
-        if key not in self._known:
-            self._known[key] = splits(config)
-        return self._known[key]
+        cache_key = repr([(key, value) for key, value in values if self._matters(key, value)])
+        if cache_key not in self._cache:
+            self._cache[cache_key] = find_splits(config)
+        return self._cache[cache_key]
 
     def _matters(self, key: str, value: Any) -> bool:
+        """Return whether a config key can change what is recorded."""
         section = key.partition('.')[0]
         if section == 'train':
             return key in ('train.log_every', 'train.eval_every', 'train.topology')
-        if section == 'problem' and not self._of_task:
+        if section == 'problem' and not self._is_task_metric:
             return isinstance(value, str)
         return section not in ('seeds', 'optim', 'model', 'dropout', 'match', 'loss', 'actors')
 
 
-def check(metric: str, key: str, split: str, found: Splits) -> str:
-    """What is wrong with the metric of a sweep, '' if nothing is.
+def find_error(metric: str, key: str, split: str, splits: Splits) -> str:
+    """Return what is wrong with the metric of a sweep; '' if nothing is.
 
     Args:
       metric: METRIC.
-      key: SPLIT or CURVES.
-      split: its value.
-      found: what a member records.
+      key: 'SPLIT' or 'CURVES'.
+      split: the value of that key.
+      splits: what a member records.
     """
-    if split not in found:
-        return f'{key} = {split!r}: expected a split of its records; {suggest(split, found)}'
-    if found[split].has(metric):
+    if split not in splits:
+        return f'{key} = {split!r}: expected a split of its records; {suggest(split, splits)}'
+    if splits[split].has(metric):
         return ''
-    known = [*found[split].names, *(f'{prefix}TASK' for prefix in found[split].prefixes)]
-    plain = [name for name in known if '/' not in name]  # of many tasks there are many
-    of_tasks = f', and {len(known) - len(plain)} of single tasks' if len(known) > len(plain) else ''
-    close = difflib.get_close_matches(metric, known, n=1)
-    hint = f'did you mean {close[0]!r}? ' if close else ''
-    if elsewhere := [name for name, of in found.items() if of.has(metric)]:
-        hint = f'it is in those of {", ".join(elsewhere)}. '
+
+    # Name the closest number, or the splits that have it; names of single tasks are only counted.
+    known_names = [
+        *splits[split].names,
+        *(f'{prefix}TASK' for prefix in splits[split].prefixes),
+    ]
+    plain_names = [name for name in known_names if '/' not in name]
+    num_task_names = len(known_names) - len(plain_names)
+    task_names = f', and {num_task_names} of single tasks' if num_task_names else ''
+    close_names = difflib.get_close_matches(metric, known_names, n=1)
+    hint = f'did you mean {close_names[0]!r}? ' if close_names else ''
+    if splits_with_metric := [name for name, records in splits.items() if records.has(metric)]:
+        hint = f'it is recorded in {", ".join(splits_with_metric)}. '
     return (
         f'METRIC = {metric!r}: expected a number of the records of {key} = {split!r}; '
-        f'{hint}known: {", ".join(sorted(plain))}{of_tasks}'
+        f'{hint}known: {", ".join(sorted(plain_names))}{task_names}'
     )
 
 
-def curves(metric: str, split: str, found: Sequence[Splits]) -> str:
-    """The split of the learning curves, where a sweep names none.
+def choose_curves(metric: str, split: str, member_splits: Sequence[Splits]) -> str:
+    """Return the split of the learning curves if a sweep names none.
 
-    'valid' where all runs record the metric there on their way, else the split that is compared,
-    else any other in which they do.
+    That is 'valid' if all runs record the metric there during training, else the split that is
+    compared, else any other split in which they do.
     """
 
     def is_curve(name: str) -> bool:
-        return all(name in of and of[name].every and of[name].has(metric) for of in found)
+        return all(
+            name in splits and splits[name].interval and splits[name].has(metric)
+            for splits in member_splits
+        )
 
-    names = dict.fromkeys(['valid', split, *(name for of in found for name in of)])
+    names = dict.fromkeys(['valid', split, *(name for splits in member_splits for name in splits)])
     return next(filter(is_curve, names), split)

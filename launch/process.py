@@ -1,8 +1,8 @@
-"""One run on this machine: its process or processes, its log, and the lock that they live under.
+"""Processes of one run on this machine, with its log and the lock that they hold.
 
-The lock file `launched` in the run directory is locked before the process starts and is inherited
-by it. So it is held from before the first instruction of a run to its very end, whatever happens to
-the launcher: a launcher that was killed and started again sees which runs still go on.
+The lock file `launched` in the run directory is locked before the processes start, and they inherit
+it. So the lock is held from the first instruction of a run to its end, whatever happens to the
+launcher, and a launcher that was killed and started again can tell which runs are still alive.
 """
 
 import contextlib
@@ -20,9 +20,11 @@ from typing import IO
 from launch import state
 from mi.training.lock import is_locked
 from mi.training.run_dir import PREEMPTED
+from mi.training.run_state import STOP_MARK, read_object, read_run_state
 
-SAVING = 120.0  # seconds that processes have to save and end when one of them has
-DYING = 10.0  # seconds that they have when one of them died: without it they cannot save
+SAVE_TIMEOUT = 120.0  # seconds for the other processes to save and end after one was stopped
+DEATH_TIMEOUT = 10.0  # seconds for them to end after one died: without it they cannot save
+POLL_INTERVAL = 0.1  # seconds
 
 
 class Process:
@@ -30,82 +32,87 @@ class Process:
 
     def __init__(self, processes: list[subprocess.Popen[bytes]]):
         self._processes = processes
-        self._ended: float | None = None  # when the first of several was seen to have ended
-        self._asked = False
+        self._first_exit_time: float | None = None  # when the first of several had ended
+        self._is_stopping = False
 
     def poll(self) -> int | None:
-        """The exit code; None as long as it runs.
+        """Return the exit code; None while it is running.
 
-        Of several processes, that of one that did not succeed, if there is one. Where one has ended
-        the others have to follow, and are killed when they do not.
+        If there are several processes, return the code of one that failed, if any. When one has
+        ended, the others must follow, and are killed if they do not.
         """
         codes = [process.poll() for process in self._processes]
-        over = [code for code in codes if code is not None]
-        bad = [code for code in over if code]
-        if len(over) == len(codes):
-            return next((code for code in bad if code != PREEMPTED), max(bad, default=0))
-        if over:
+        exit_codes = [code for code in codes if code is not None]
+        bad_codes = [code for code in exit_codes if code]
+        if len(exit_codes) == len(codes):
+            return next(
+                (code for code in bad_codes if code != PREEMPTED), max(bad_codes, default=0)
+            )
+        if exit_codes:
             now = time.monotonic()
-            self._ended = self._ended or now
-            fine = all(code in (0, PREEMPTED) for code in over)
-            if now - self._ended > (SAVING if fine else DYING):
+            self._first_exit_time = self._first_exit_time or now
+            is_clean = all(code in (0, PREEMPTED) for code in exit_codes)
+            if now - self._first_exit_time > (SAVE_TIMEOUT if is_clean else DEATH_TIMEOUT):
                 self.kill()
         return None
 
     def stop(self) -> None:
-        """Asks it to save and end; once, as a second signal ends a run at once."""
-        if not self._asked:
-            self._asked = True
-            self._signal(signal.SIGTERM)
+        """Ask the run to save and end; only once, as a second signal ends it immediately."""
+        if not self._is_stopping:
+            self._is_stopping = True
+            self._send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        self._signal(signal.SIGKILL)
+        """Kill the run; it does not save."""
+        self._send_signal(signal.SIGKILL)
 
     def wait(self) -> int:
+        """Wait until the run has ended; return its exit code."""
         while (code := self.poll()) is None:
-            time.sleep(0.1)
+            time.sleep(POLL_INTERVAL)
         return code
 
-    def _signal(self, number: int) -> None:
+    def _send_signal(self, number: int) -> None:
         for process in self._processes:
             if process.poll() is None:
                 process.send_signal(number)
 
 
-class Elsewhere:
-    """A run that goes on in a directory and that another launcher has started."""
+class AdoptedProcess:
+    """A running run that another launcher has started."""
 
     def __init__(self, lock: pathlib.Path):
         self._lock = lock
-        self._asked = False
+        self._run_dir = lock.parent
+        self._is_stopping = False
 
     def poll(self) -> int | None:
-        """The exit code as far as the run directory knows it; None as long as it runs."""
+        """Return the exit code, as far as the run directory shows it; None while it is running."""
         if is_locked(self._lock):
             return None
-        return {'done': 0, 'preempted': PREEMPTED}.get(state.read(self._lock.parent).word, 1)
+        return {'done': 0, 'preempted': PREEMPTED}.get(read_run_state(self._run_dir).phase, 1)
 
     def stop(self) -> None:
-        """As `Process.stop`, where it has said already which process of this machine it is."""
-        told = state.status(self._lock.parent)
-        here = told.get('host') == socket.gethostname() and told.get('state') == 'running'
-        if here and not self._asked and is_locked(self._lock.parent / 'lock'):
-            # It may have ended this moment, or belong to somebody else.
+        """Ask the run to save and end, if its status names a process on this machine."""
+        status = state.read_status(self._run_dir)
+        is_local = status.get('host') == socket.gethostname() and status.get('state') == 'running'
+        if is_local and not self._is_stopping and is_locked(self._run_dir / 'lock'):
+            # It may have just ended, or belong to another user.
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(int(told['pid']), signal.SIGTERM)
-                self._asked = True
+                os.kill(int(status['pid']), signal.SIGTERM)
+                self._is_stopping = True
 
     def wait(self) -> int:
-        """Waits for one that was asked to stop; leaves any other alone."""
+        """Wait for a run that was asked to stop; return immediately for any other."""
         while (code := self.poll()) is None:
-            if not self._asked:
+            if not self._is_stopping:
                 return PREEMPTED
-            time.sleep(0.1)
+            time.sleep(POLL_INTERVAL)
         return code
 
 
 def start(
-    path: pathlib.Path,
+    run_dir: pathlib.Path,
     command: Sequence[str],
     *,
     processes: int = 1,
@@ -114,113 +121,124 @@ def start(
     slot: int = 0,
     cwd: str | None = None,
     lock_name: str = 'launched',
-) -> Process | Elsewhere:
-    """Starts a run, unless one that was started before still goes on in its directory.
+) -> Process | AdoptedProcess:
+    """Start a run, unless it is already running.
+
+    It has more than six parameters because each is a setting of the processes, and most callers set
+    one or two.
 
     Args:
-      path: the run directory.
-      command: what runs it. One of several processes is told by --distributed which it is.
-      processes: how many.
-      environments: what is added to the environment of each.
-      cores: of the CPU; () for all.
-      slot: what it takes of the launcher, which `slot_of` tells another launcher.
-      cwd: where it runs; None for here.
-      lock_name: of the lock; another for each that are started apart and share a directory.
+      run_dir: the run directory.
+      command: the command; each of several processes also gets --distributed with its index.
+      processes: number of processes.
+      environments: variables to add to the environment of each process.
+      cores: CPU cores to run on; () for all.
+      slot: the slot that the run takes, for `read_slot` in a later launcher.
+      cwd: working directory; None for the current one.
+      lock_name: name of the lock file. Processes of a run that are started separately need
+        different names.
     """
-    path.mkdir(parents=True, exist_ok=True)
-    with open(path / lock_name, 'a+') as lock, open(path / 'log.txt', 'ab') as log:
-        if not taken(lock):
-            return Elsewhere(path / lock_name)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / lock_name, 'a+') as lock, open(run_dir / 'log.txt', 'ab') as log:
+        # Take the lock, and note who holds it.
+        if not try_lock(lock):
+            return AdoptedProcess(run_dir / lock_name)
         lock.truncate(0)
         lock.write(json.dumps({'slot': slot, 'host': socket.gethostname()}))
         lock.flush()
+
+        # Start the processes, which inherit the lock.
         started: list[subprocess.Popen[bytes]] = []
-        address = f'localhost:{free_port()}' if processes > 1 else ''
-        with _on(cores), _all_or_none(started):
+        address = f'localhost:{find_free_port()}' if processes > 1 else ''
+        with _pin_to_cores(cores), _kill_on_error(started):
             for i in range(processes):
-                each = (
-                    [*command, f'--distributed={address},{processes},{i}'] if address else command
+                distributed = [f'--distributed={address},{processes},{i}'] if address else []
+                process = subprocess.Popen(
+                    [*command, *distributed],
+                    stdout=log,
+                    stderr=log,
+                    stdin=subprocess.DEVNULL,
+                    cwd=cwd,
+                    env={**os.environ, **environments[i % len(environments)]},
+                    # In a group of its own, Ctrl-C reaches only the launcher, which then asks the
+                    # runs to save.
+                    process_group=0,
+                    pass_fds=[lock.fileno()],
                 )
-                started.append(
-                    subprocess.Popen(
-                        each,
-                        stdout=log,
-                        stderr=log,
-                        stdin=subprocess.DEVNULL,
-                        cwd=cwd,
-                        env={**os.environ, **environments[i % len(environments)]},
-                        # A group of its own: Ctrl-C reaches the launcher alone, which then asks the
-                        # runs to save.
-                        process_group=0,
-                        pass_fds=[lock.fileno()],
-                    )
-                )
+                started.append(process)
     return Process(started)
 
 
 @contextlib.contextmanager
-def _all_or_none(started: list[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Kills what was started within, where the others cannot be: nobody would know of it."""
+def _kill_on_error(started: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Kill the started processes if the others cannot be started; no one would know of them."""
     try:
         yield
-    except BaseException:
-        for each in started:
-            each.kill()
-            each.wait()
+    except BaseException:  # including Ctrl-C: no process may be left behind; it is raised again
+        for process in started:
+            process.kill()
+            process.wait()
         raise
 
 
 @contextlib.contextmanager
-def _on(cores: Collection[int]) -> Iterator[None]:
-    """What is started within stays on these cores: it inherits those of the thread that starts it.
+def _pin_to_cores(cores: Collection[int]) -> Iterator[None]:
+    """Run processes that are started in the block on these cores.
 
-    A function that the child calls before it runs its program could do the same, and is not safe in
-    a process that has threads.
+    They inherit the cores of the thread that starts them. Setting the cores in the child with
+    `preexec_fn` is not safe in a process that has threads.
     """
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores or before)
+    initial_cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores or initial_cores)
     try:
         yield
     finally:
-        os.sched_setaffinity(0, before)
+        os.sched_setaffinity(0, initial_cores)
 
 
 def run(
     path: str, command: list[str], cwd: str, address: str = '', processes: int = 1, index: int = 0
 ) -> int:
-    """Starts a run, or one process of several, and waits for it: its exit code.
+    """Start a run, or one process of several, and wait for it; return its exit code.
 
-    An interrupt, or a rule of the sweep, makes it save and end.
+    An interrupt or a stop mark makes it save and end.
 
     Args:
       path: the run directory.
-      command: what runs it.
-      cwd: where.
-      address: 'HOST:PORT' at which the first process listens, where there are several.
-      processes: how many.
-      index: which one this is.
+      command: the command.
+      cwd: its working directory.
+      address: 'HOST:PORT' at which the first of several processes listens.
+      processes: number of processes.
+      index: index of this process.
     """
+    # Start the process.
+    run_dir = pathlib.Path(path)
     if processes > 1:
         command = [*command, f'--distributed={address},{processes},{index}']
-    lock = f'launched.{index}' if index else 'launched'
-    this = start(pathlib.Path(path), command, cwd=cwd, lock_name=lock)
+    lock_name = f'launched.{index}' if index else 'launched'
+    process = start(run_dir, command, cwd=cwd, lock_name=lock_name)
+
+    # Wait for it, and stop it if it is marked or this process is interrupted.
     try:
-        while (code := this.poll()) is None:
-            if (pathlib.Path(path) / state.STOPPED).exists():
-                this.stop()
-            time.sleep(0.2)
+        while (code := process.poll()) is None:
+            if (run_dir / STOP_MARK).exists():
+                process.stop()
+            time.sleep(2 * POLL_INTERVAL)
         return code
     except KeyboardInterrupt:
-        this.stop()
-        return this.wait()
-    except BaseException:  # whatever it is: a run does not outlive who watches it
-        this.stop()
-        this.wait()
+        process.stop()
+        return process.wait()
+    except BaseException:  # a run must not outlive its watcher, whatever ends that; raised again
+        process.stop()
+        process.wait()
         raise
 
 
-def taken(lock: IO[str]) -> bool:
-    """Locks a file; tries for a moment, as `launch.state.held` may just be looking."""
+def try_lock(lock: IO[str]) -> bool:
+    """Lock a file; return whether that succeeded.
+
+    It tries for half a second, because `mi.training.lock.is_locked` takes a lock briefly to test it.
+    """
     for _ in range(10):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -230,14 +248,14 @@ def taken(lock: IO[str]) -> bool:
     return False
 
 
-def slot_of(path: pathlib.Path) -> int:
-    """The slot of the run that goes on in a directory; −1 if that is not known."""
-    told = state.written(path / 'launched')
-    return int(told.get('slot', -1)) if told.get('host') == socket.gethostname() else -1
+def read_slot(run_dir: pathlib.Path) -> int:
+    """Return the slot of a running run; −1 if it is unknown or on another machine."""
+    note = read_object(run_dir / 'launched')
+    return int(note.get('slot', -1)) if note.get('host') == socket.gethostname() else -1
 
 
-def free_port() -> int:
-    """One that is free now; whoever it is for has to be quick."""
+def find_free_port() -> int:
+    """Return a port that is free now; another process may take it before it is used."""
     with socket.socket() as probe:
         probe.bind(('', 0))
         return int(probe.getsockname()[1])

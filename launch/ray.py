@@ -4,10 +4,10 @@
         --address=auto --gpus=1 --cores=8 --retries=1
 
 Each member is a task that starts its ordinary command in this directory and waits for it; no code
-is sent. So the repository, its Python and the sweep directory have to be where the nodes see them,
-under the same path. Ray finds each a place by its cores and GPUs, and asks an autoscaling cluster
-for more nodes. A member whose node is lost counts as failed, and goes on from what it saved where
---retries says so. Without --address a Ray of this machine is started for the time of the sweep.
+is sent. So the nodes need the repository, its Python and the sweep directory under the same paths.
+Ray places each task by its cores and GPUs, and asks an autoscaling cluster for more nodes. A member
+whose node is lost counts as failed, and `--retries` resumes it from its checkpoint. Without
+`--address`, a Ray of this machine runs for the time of the sweep.
 """
 
 import logging
@@ -15,28 +15,29 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
 
-from launch import engine, local, process
+from launch import process
 from launch.devices import Devices
 from launch.engine import Commands, Resources, Rule, States
+from launch.supervision import TICK, SweepMembers, supervise
 from mi.config import UserError, suggest_install
 from mi.training.lock import is_locked
 from mi.training.run_dir import PREEMPTED
 
 ADDRESS = flags.DEFINE_string(
-    'address', '', "Of a Ray cluster: 'auto', 'HOST:PORT', 'ray://…'; left out, this machine."
+    'address', '', "Address of a Ray cluster: 'auto', 'HOST:PORT', 'ray://…'; '' for this machine."
 )
 
 
 def submit(commands: Commands, resources: Resources, rule: Rule | None = None) -> States:
-    """Runs them to their ends, as many at once as there is room for; what became of each.
+    """Run members to their ends, as many simultaneously as fit; return the phase of each.
 
     Raises:
-      UserError: if Ray is not installed, the cluster is not there, or no node has so much.
+      UserError: if Ray is not installed, the cluster cannot be reached, or this machine is too
+        small.
     """
     try:
         import ray
@@ -44,48 +45,36 @@ def submit(commands: Commands, resources: Resources, rule: Rule | None = None) -
         raise UserError(
             f'launch.ray needs Ray, which is not installed. Try {suggest_install("ray")}'
         ) from error
-    where: dict[str, Any] = {'address': ADDRESS.value}
+
+    # Connect to the cluster, or start a Ray of this machine.
+    cluster: dict[str, Any] = {'address': ADDRESS.value}
     if not ADDRESS.value:
-        where = {'address': 'local', 'include_dashboard': False}
-    there = {'PYTHONPATH': os.getcwd(), 'PYTHONUNBUFFERED': '1'}
+        cluster = {'address': 'local', 'include_dashboard': False}
+    environment = {'PYTHONPATH': os.getcwd(), 'PYTHONUNBUFFERED': '1'}
     try:
         ray.init(
-            runtime_env={'env_vars': there},
+            runtime_env={'env_vars': environment},
             log_to_driver=False,
             logging_level=logging.WARNING,
-            **where,
+            **cluster,
         )
     except ConnectionError as error:
         raise UserError(f'--address={ADDRESS.value}: {error}') from error
-    needs = {'num_cpus': resources.cores or 1, 'num_gpus': resources.gpus}
-    for kind, flag in (('CPU', 'cores'), ('GPU', 'gpus')):
-        has, wants = ray.cluster_resources().get(kind, 0), getattr(resources, flag)
-        if wants * resources.processes > has and not ADDRESS.value:  # a cluster may grow
-            raise UserError(f'--{flag}={wants}: Ray finds {has:.0f} of them on this machine')
-    attempts, watch = engine.Attempts(resources.retries), local.Watch(list(commands))
-    waiting, states = list(commands), States()
-    running: dict[pathlib.Path, _Run] = {}
+
+    # Refuse what this machine does not have; a cluster may grow.
+    for kind, flag, count in (('CPU', 'cores', resources.cores), ('GPU', 'gpus', resources.gpus)):
+        available = ray.cluster_resources().get(kind, 0)
+        if count * resources.processes > available and not ADDRESS.value:
+            raise UserError(f'--{flag}={count}: Ray finds {available:.0f} of them on this machine')
+
+    # Run the members.
+    max_members = resources.parallel or len(commands)
     try:
-        with local.supervising(watch, lambda: _stop_all(running)) as heed:
-            while waiting or running:
-                heed()
-                while waiting and len(running) < (resources.parallel or len(commands)):
-                    path = waiting.pop(0)
-                    running[path] = _Run(path, commands[path], resources.processes, needs)
-                time.sleep(local.TICK)
-                for path, member in list(running.items()):
-                    if (code := member.poll()) is None:
-                        continue
-                    del running[path]
-                    states[path], again, said = attempts.ended(path, code)
-                    if said:
-                        watch.say(said)
-                    if again:
-                        waiting.append(path)
-                watch.update(rule)
+        places = ClusterPlaces(resources, max_members)
+        phases = supervise(SweepMembers(commands), places, resources.retries, rule)
     finally:
         ray.shutdown()
-    return states
+    return {run_dir: phases[run_dir.name] for run_dir in commands}
 
 
 def find_devices(resources: Resources) -> Devices:
@@ -93,57 +82,97 @@ def find_devices(resources: Resources) -> Devices:
     return Devices(resources.processes * (resources.gpus or 1), resources.processes)
 
 
-def _stop_all(running: Mapping[pathlib.Path, '_Run']) -> None:
-    """Ask the members to save, and wait for a while until they have.
+class ClusterPlaces:
+    """The nodes of a Ray cluster, which places the members itself.
 
-    Ray may call a task cancelled before the process that it started has ended, so the locks of the
-    run directories decide.
+    Args:
+      resources: what each member gets.
+      max_members: members that run simultaneously.
     """
-    import ray
 
-    left = [task for member in running.values() for task in member.tasks]
-    for task in left:
-        ray.cancel(task)
-    if left:
-        ray.wait(left, num_returns=len(left), timeout=process.SAVING)
-    deadline = time.monotonic() + process.SAVING
-    while any(is_locked(path / 'lock') for path in running) and time.monotonic() < deadline:
-        time.sleep(local.TICK)
+    def __init__(self, resources: Resources, max_members: int):
+        self._resources, self._max_members = resources, max_members
+        self._running: dict[pathlib.Path, ClusterMember] = {}
+
+    def has_room(self) -> bool:
+        return len(self._running) < self._max_members
+
+    def adopt(self, run_dir: pathlib.Path) -> None:
+        """Return None: a task that finds its run directory locked adopts the run on its node."""
+
+    def start(self, run_dir: pathlib.Path, command: list[str]) -> 'ClusterMember':
+        self._running[run_dir] = member = ClusterMember(run_dir, command, self._resources)
+        return member
+
+    def release(self, run_dir: pathlib.Path) -> None:
+        del self._running[run_dir]
+
+    def stop_all(self) -> None:
+        """Ask the members to save, and wait for a limited time until they have.
+
+        Ray may report a task as cancelled before the process that it started has ended, so the
+        locks of the run directories decide.
+        """
+        import ray
+
+        tasks = [task for member in self._running.values() for task in member.tasks]
+        for task in tasks:
+            ray.cancel(task)
+        if tasks:
+            ray.wait(tasks, num_returns=len(tasks), timeout=process.SAVE_TIMEOUT)
+        deadline = time.monotonic() + process.SAVE_TIMEOUT
+        while time.monotonic() < deadline and any(
+            is_locked(path / 'lock') for path in self._running
+        ):
+            time.sleep(TICK)
 
 
-class _Run:
-    """A member on the cluster: one task, or several that are placed at once and join each other."""
+class ClusterMember:
+    """A member on the cluster: one task, or several that are placed together and join each other.
 
-    def __init__(self, path: pathlib.Path, command: list[str], processes: int, needs: Any):
+    Attributes:
+      tasks: the tasks, one for each process.
+    """
+
+    def __init__(self, run_dir: pathlib.Path, command: list[str], resources: Resources):
         import ray
         from ray.util import scheduling_strategies
 
-        task = ray.remote(process.run).options(max_retries=0, **needs)
-        arguments = str(path.absolute()), command, os.getcwd()
+        # Start one task.
+        num_cpus, num_gpus = resources.cores or 1, resources.gpus
+        task = ray.remote(process.run).options(max_retries=0, num_cpus=num_cpus, num_gpus=num_gpus)
+        arguments = str(run_dir.absolute()), command, os.getcwd()
         self._group: Any = None
-        if processes == 1:
+        if resources.processes == 1:
             self.tasks = [task.remote(*arguments)]
             return
-        bundle = {'CPU': needs['num_cpus'], 'GPU': needs['num_gpus']}
-        bundle = {name: number for name, number in bundle.items() if number}
-        self._group = group = ray.util.placement_group([bundle] * processes, strategy='PACK')
 
-        def at(index: int, task: Any) -> Any:
+        # Reserve places for several tasks, so that all of them or none run.
+        counts = {'CPU': num_cpus, 'GPU': num_gpus}
+        bundle = {name: count for name, count in counts.items() if count}
+        self._group = group = ray.util.placement_group(
+            [bundle] * resources.processes, strategy='PACK'
+        )
+
+        def place(index: int, task: Any) -> Any:
             strategy = scheduling_strategies.PlacementGroupSchedulingStrategy(
                 group, placement_group_bundle_index=index
             )
             return task.options(scheduling_strategy=strategy)
 
-        address = at(0, ray.remote(_address).options(num_cpus=0)).remote()
+        # Start them with the address of the first.
+        address = place(0, ray.remote(_find_address).options(num_cpus=0)).remote()
         self.tasks = [
-            at(i, task).remote(*arguments, address, processes, i) for i in range(processes)
+            place(i, task).remote(*arguments, address, resources.processes, i)
+            for i in range(resources.processes)
         ]
 
     def poll(self) -> int | None:
-        """The exit code; None as long as one of its tasks runs. A task that Ray lost has failed."""
+        """Return the exit code; None while a task is running. A task that Ray lost has failed."""
         import ray
 
-        if len(ray.wait(self.tasks, num_returns=len(self.tasks), timeout=0)[0]) < len(self.tasks):
+        num_tasks = len(self.tasks)
+        if len(ray.wait(self.tasks, num_returns=num_tasks, timeout=0)[0]) < num_tasks:
             return None
         codes = []
         for task in self.tasks:
@@ -152,19 +181,22 @@ class _Run:
             except ray.exceptions.TaskCancelledError:
                 codes.append(PREEMPTED)
             except ray.exceptions.RayError as error:
-                said = ' '.join(str(error).split())
-                print(f'{type(error).__name__}: {said}', file=sys.stderr)
+                message = ' '.join(str(error).split())
+                print(f'{type(error).__name__}: {message}', file=sys.stderr)
                 codes.append(1)
         if self._group is not None:
             ray.util.remove_placement_group(self._group)
         return next((code for code in codes if code not in (0, PREEMPTED)), max(codes))
 
+    def stop(self) -> None:
+        """Do nothing: `process.run` stops a member with a stop mark on its own node."""
 
-def _address() -> str:
-    """'HOST:PORT' of a node, at which the others may reach a process that is about to start."""
+
+def _find_address() -> str:
+    """Return 'HOST:PORT' of this node for a process that is about to start."""
     import ray
 
-    return f'{ray.util.get_node_ip_address()}:{process.free_port()}'
+    return f'{ray.util.get_node_ip_address()}:{process.find_free_port()}'
 
 
 if __name__ == '__main__':

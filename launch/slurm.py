@@ -3,14 +3,14 @@
     python -m launch.slurm --sweep=experiments/lm_fusion.py --workdir=runs/lm_fusion \\
         --partition=gpu --gpus=1 --cores=8 --time=4:00:00 --parallel=16 --retries=1
 
-It returns when they are in the queue; `launch.status` shows how they stand, and `--wait` waits for
-them and writes the report. Given again, the command submits those that are neither finished nor in
-the queue. The repository and the sweep directory have to be where the nodes see them, under the
-same path. What is submitted is written to WORKDIR/slurm/sweep.sh and has nothing hidden in it.
+It returns when the jobs are in the queue. `launch.status` shows how they are doing, and `--wait`
+waits for them and writes the report. The same command submits members again that are neither
+finished nor in the queue. The nodes must see the repository and the sweep directory under the same
+paths. WORKDIR/slurm/sweep.sh is the complete batch script.
 
-A job that runs out of its time is warned, saves, and goes back to the queue, as long as it gets
-further each time (`launch.restarts`); one that Slurm preempts, requeues, or loses with its node
-saves if it can, and Slurm queues it again. All go on from what they saved, to the same bits.
+A job that nears its time limit is warned, saves, and goes back to the queue, as long as it
+progresses (`launch.restarts`). A job that Slurm preempts, requeues, or loses with its node saves if
+it can, and Slurm queues it again. All of them resume from their checkpoints, to the same bits.
 `scancel` ends a job for good.
 """
 
@@ -34,9 +34,11 @@ from mi.config import UserError
 from mi.training.io import read_json, write_json
 from mi.training.run_dir import PREEMPTED
 
-PARTITION = flags.DEFINE_string('partition', '', 'Partition; the default one if left out.')
-TIME = flags.DEFINE_string('time', '', "Limit of a job, such as '4:00:00'; that of the partition.")
-GRES = flags.DEFINE_string('gres', '', "Of each node, such as 'gpu:a100:2'; in place of --gpus.")
+PARTITION = flags.DEFINE_string('partition', '', "Partition; '' for the default one.")
+TIME = flags.DEFINE_string(
+    'time', '', "Time limit of a job, such as '4:00:00'; '' for that of the partition."
+)
+GRES = flags.DEFINE_string('gres', '', "GPUs of each node, such as 'gpu:a100:2'; replaces --gpus.")
 WARNING = flags.DEFINE_integer(
     'warning',
     120,
@@ -45,16 +47,17 @@ WARNING = flags.DEFINE_integer(
     upper_bound=65535,  # of sbatch --signal
 )
 SBATCH = flags.DEFINE_multi_string(
-    'sbatch', [], 'Another option of sbatch, such as --sbatch=--account=me; any number of times.'
+    'sbatch', [], 'Another option of sbatch, such as --sbatch=--account=me; may be repeated.'
 )
 WAIT = flags.DEFINE_bool('wait', False, 'Wait until no member is in the queue, then report.')
 
-# The batch script of one job. USR1 is for it alone and comes when time is nearly up; TERM comes to
-# the processes too, when Slurm requeues or cancels the job, and what becomes of it is Slurm's then.
-# A signal ends `wait` early, so that it is called until the step is gone. The lock is the one that
-# launch.process holds for a run of this machine. A job that is warned before its run can save ends
-# like one that has saved: launch.restarts tells whether it got further and goes back to the queue.
-RUN = """\
+# The batch script of one job. USR1 reaches only the script, when its time is nearly up. TERM also
+# reaches the processes, when Slurm requeues or cancels the job, and then Slurm decides what
+# follows. A signal ends `wait` early, so the script waits again until the step is gone. The lock is
+# the one that launch.process holds for a run on this machine. A job that is warned before its run
+# can save ends like one that has saved, so launch.restarts decides whether it goes back to the
+# queue.
+JOB_SCRIPT = """\
 mkdir -p "$path"
 exec 9>>"$path/launched"
 flock --timeout 5 9 || {{ echo "$path: runs already" >&2; exit 1; }}
@@ -83,7 +86,7 @@ exit $code
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the flags say of the jobs; see there."""
+    """Options of the jobs, as the flags of the same names."""
 
     partition: str = ''
     time: str = ''
@@ -92,57 +95,62 @@ class Options:
     sbatch: Sequence[str] = ()
 
 
-def seconds(limit: str) -> float:
-    """A time limit as Slurm reads it: MINUTES[:SECONDS], H:M:S, DAYS-H[:M[:S]]; inf for none.
+def parse_time_limit(limit: str) -> float:
+    """Return a time limit of Slurm in seconds; inf for no limit.
+
+    Slurm reads MINUTES[:SECONDS], HOURS:MINUTES:SECONDS and DAYS-HOURS[:MINUTES[:SECONDS]].
 
     Raises:
-      UserError: if it is none.
+      UserError: if it is not a time limit.
     """
     if limit.upper() in ('UNLIMITED', 'INFINITE', '-1'):
         return math.inf
-    form = re.fullmatch(r'(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?', limit)
-    if form is None:
+    match = re.fullmatch(r'(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?', limit)
+    if match is None:
         raise UserError(
             f"--time={limit}: expected MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS. Try '4:00:00'"
         )
-    days, *parts = (None if part is None else int(part) for part in form.groups())
+    days, *parts = (None if part is None else int(part) for part in match.groups())
     numbers = [part for part in parts if part is not None]
     if days is None and len(numbers) < 3:
-        numbers = [0, *numbers]  # of hours
-    hours, minutes, rest = [*numbers, 0, 0][:3]
-    return float((((days or 0) * 24 + (hours or 0)) * 60 + (minutes or 0)) * 60 + (rest or 0))
+        numbers = [0, *numbers]  # without days, the first of two numbers is minutes
+    hours, minutes, remainder = [*numbers, 0, 0][:3]
+    return float((((days or 0) * 24 + hours) * 60 + minutes) * 60 + remainder)
 
 
 def refuse_short(options: Options) -> None:
-    """Refuses jobs that would be warned before they have begun.
+    """Refuse jobs that would be warned before they have begun.
 
     Raises:
       UserError: if the time limit is not above the warning.
     """
     limits = [('--time=', options.time)] if options.time else []
     for option in options.sbatch:
-        given = re.fullmatch(r'(--time=|--time |-t ?)(.+)', option.strip())
-        if given:
-            limits.append((f'--sbatch={given[1]}', given[2].strip()))
+        match = re.fullmatch(r'(--time=|--time |-t ?)(.+)', option.strip())
+        if match:
+            limits.append((f'--sbatch={match[1]}', match[2].strip()))
     for flag, limit in limits:
-        if seconds(limit) <= options.warning:
+        if parse_time_limit(limit) <= options.warning:
             raise UserError(
-                f'{flag}{limit}: expected more than --warning={options.warning} seconds, at which '
-                f'a job is told to save. Try a longer time, or a shorter --warning'
+                f'{flag}{limit}: expected more than --warning={options.warning} seconds, the '
+                f'time that a job has to save. Try a longer time, or a shorter --warning'
             )
 
 
-def script(commands: Commands, resources: Resources, options: Options, folder: pathlib.Path) -> str:
-    """The batch script of an array of jobs, in the order of the commands.
+def write_script(
+    commands: Commands, resources: Resources, options: Options, folder: pathlib.Path
+) -> str:
+    """Return the batch script of an array of jobs, in the order of the commands.
 
     Args:
-      commands: what is to run.
-      resources: what each gets.
-      options: what else is told to sbatch.
-      folder: where the jobs' own output goes.
+      commands: run directory → command.
+      resources: what each member gets.
+      options: other options of sbatch.
+      folder: where the output of the jobs themselves goes.
     """
+    # List the options of sbatch and of srun.
     limit = f'%{resources.parallel}' if resources.parallel else ''
-    asked = [
+    sbatch_options = [
         f'--job-name={shlex.quote(folder.parent.name)}',
         f'--array=0-{len(commands) - 1}{limit}',
         f'--output={shlex.quote(str(folder / "%A_%a.txt"))}',
@@ -151,93 +159,111 @@ def script(commands: Commands, resources: Resources, options: Options, folder: p
         f'--signal=B:USR1@{options.warning}',
         f'--ntasks={resources.processes}',
     ]
-    each = ['--kill-on-bad-exit=1', f'--ntasks={resources.processes}']
+    srun_options = ['--kill-on-bad-exit=1', f'--ntasks={resources.processes}']
     if resources.cores:
-        each.append(f'--cpus-per-task={resources.cores}')
-        asked.append(each[-1])
+        srun_options.append(f'--cpus-per-task={resources.cores}')
+        sbatch_options.append(f'--cpus-per-task={resources.cores}')
     if options.gres:
-        asked.append(f'--gres={options.gres}')
+        sbatch_options.append(f'--gres={options.gres}')
     elif resources.gpus:
-        asked.append(f'--gpus-per-task={resources.gpus}')
+        sbatch_options.append(f'--gpus-per-task={resources.gpus}')
     if options.partition:
-        asked.append(f'--partition={options.partition}')
+        sbatch_options.append(f'--partition={options.partition}')
     if options.time:
-        asked.append(f'--time={options.time}')
-    together = ['--distributed=auto'] if resources.processes > 1 else []
-    lines = ['#!/bin/bash', *(f'#SBATCH {option}' for option in [*asked, *options.sbatch])]
+        sbatch_options.append(f'--time={options.time}')
+
+    # Write a line for each command, and the common rest.
+    distributed = ['--distributed=auto'] if resources.processes > 1 else []
+    sbatch_options += options.sbatch
+    lines = ['#!/bin/bash', *(f'#SBATCH {option}' for option in sbatch_options)]
     lines += [f'cd {shlex.quote(os.getcwd())} || exit', 'case $SLURM_ARRAY_TASK_ID in']
     for i, (path, command) in enumerate(commands.items()):
-        words = shlex.join([*command, *together])
-        lines.append(f'{i}) path={shlex.quote(str(path))} command=({words}) ;;')
+        arguments = shlex.join([*command, *distributed])
+        lines.append(f'{i}) path={shlex.quote(str(path))} command=({arguments}) ;;')
     lines.append('esac')
-    run = RUN.format(
+    job_script = JOB_SCRIPT.format(
         retries=resources.retries,
-        srun=shlex.join(each),
+        srun=shlex.join(srun_options),
         preempted=PREEMPTED,
         restarts=shlex.join([sys.executable, '-m', 'launch.restarts']),
     )
-    return '\n'.join(lines) + '\n' + run
+    return '\n'.join(lines) + '\n' + job_script
 
 
 def submit(commands: Commands, resources: Resources) -> States:
-    """Puts those in the queue that are not there; returns at once, unless --wait.
+    """Submit members that are not in the queue; return immediately, unless --wait.
 
     Raises:
-      UserError: if Slurm is not here, or refuses.
+      UserError: if Slurm is not installed, or refuses.
     """
     if not commands:
         return {}
+
+    # Find the members that are not in the queue.
     folder = next(iter(commands)).parent / 'slurm'
-    record = folder / 'jobs.json'  # name of a member → its newest job
-    jobs: dict[str, str] = read_json(record) if record.exists() else {}
+    jobs_file = folder / 'jobs.json'  # name of a member → its newest job
+    jobs: dict[str, str] = read_json(jobs_file) if jobs_file.exists() else {}
     options = Options(PARTITION.value, TIME.value, GRES.value, WARNING.value, SBATCH.value)
     refuse_short(options)
-    there = queue()
-    new = {path: command for path, command in commands.items() if jobs.get(path.name) not in there}
-    if new:
+    queued_jobs = read_queue()
+    new_commands = {
+        path: command
+        for path, command in commands.items()
+        if jobs.get(path.name) not in queued_jobs
+    }
+
+    # Submit them, and note their jobs.
+    if new_commands:
         folder.mkdir(parents=True, exist_ok=True)
         batch = folder / 'sweep.sh'
-        batch.write_text(script(new, resources, options, folder))
-        job = _slurm('sbatch', '--parsable', str(batch)).partition(';')[0].strip()
-        jobs |= {path.name: f'{job}_{i}' for i, path in enumerate(new)}
+        batch.write_text(write_script(new_commands, resources, options, folder))
+        job = run_slurm('sbatch', '--parsable', str(batch)).partition(';')[0].strip()
+        jobs |= {path.name: f'{job}_{i}' for i, path in enumerate(new_commands)}
         try:
-            write_json(record, jobs)
-        except BaseException:  # the next launcher would not know of them
-            _slurm('scancel', job)
+            write_json(jobs_file, jobs)
+        except BaseException:  # a job that is not noted would be submitted twice; raised again
+            run_slurm('scancel', job)
             raise
-        print(f'job {job}: {len(new)} members ({batch})')
+        print(f'job {job}: {len(new_commands)} members ({batch})')
     print(f'python -m launch.status --workdir={folder.parent}')
+
+    # Wait for all members if asked to.
     if not WAIT.value:
         return dict.fromkeys(commands, QUEUED)
-    while queue() & set(jobs.values()):
+    while read_queue() & set(jobs.values()):
         time.sleep(2)
-    return {path: state.read(path).word for path in commands}
+    return {path: state.read_member_state(path).phase for path in commands}
 
 
 def find_devices(resources: Resources) -> Devices:
-    """Return the devices of a member, as far as the flags say."""
-    each = resources.gpus or 1
-    if GRES.value:  # of each node, and Slurm decides how many nodes there are
-        form = re.search(r'gpu(?::[^:,]+)?(?::(\d+))?', GRES.value)
-        each = int(form[1] or 1) if form else 1
+    """Return the devices of a member, as far as the flags determine them."""
+    devices_per_process = resources.gpus or 1
+    if GRES.value:  # it counts GPUs of a node, and Slurm chooses the number of nodes
+        match = re.search(r'gpu(?::[^:,]+)?(?::(\d+))?', GRES.value)
+        devices_per_process = int(match[1] or 1) if match else 1
         if resources.processes > 1:
             return Devices(0, resources.processes)
-    return Devices(resources.processes * each, resources.processes)
+    return Devices(resources.processes * devices_per_process, resources.processes)
 
 
-def queue() -> set[str]:
-    """The user's jobs that wait or run, as ARRAY_INDEX."""
-    return set(_slurm('squeue', '--me', '--array', '--noheader', '--format=%i').split())
+def read_queue() -> set[str]:
+    """Return the user's jobs that wait or run, as ARRAY_INDEX."""
+    return set(run_slurm('squeue', '--me', '--array', '--noheader', '--format=%i').split())
 
 
-def _slurm(*command: str) -> str:
+def run_slurm(*command: str) -> str:
+    """Run a command of Slurm; return its output.
+
+    Raises:
+      UserError: if Slurm is not installed, or the command fails.
+    """
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
+        result = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError as error:
-        raise UserError(f'{command[0]}: not found; launch.slurm runs on a node of Slurm') from error
-    if done.returncode:
-        raise UserError(f'{command[0]}: {" ".join(done.stderr.split())}')
-    return done.stdout
+        raise UserError(f'{command[0]}: not found. Run launch.slurm on a node of Slurm') from error
+    if result.returncode:
+        raise UserError(f'{command[0]}: {" ".join(result.stderr.split())}')
+    return result.stdout
 
 
 if __name__ == '__main__':

@@ -1,11 +1,11 @@
-"""Shows how the runs of a sweep stand, whichever engine runs them; needs their directory alone.
+"""Shows how the members of a sweep are doing; works for every engine.
 
     python -m launch.status --workdir=runs/quickstart
 
-On a terminal the table is live until no run goes on, Ctrl-C ends it; elsewhere it is printed once.
-A run whose status says that it is running and whose lock nobody holds has died: it was killed, or
-its machine was. Where runs are on other machines, the lock has to be one that their file system
-knows of (NFS does, Lustre if it was mounted with `flock`).
+On a terminal the table is live until no member is running; Ctrl-C ends it. Elsewhere it is printed
+once. A run whose status is 'running' and whose lock is free has died: its process or its machine
+was killed. If members run on other machines, the file system must share locks: NFS does, and Lustre
+if mounted with `flock`.
 """
 
 import pathlib
@@ -17,34 +17,35 @@ import rich.console
 import rich.live
 from absl import app, flags
 
-from launch import local, state
+from launch import state, table, watch
 from mi.config import UserError
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of a sweep or of a run.')
-EVERY = flags.DEFINE_float('every', 2.0, 'Seconds between two looks.', lower_bound=0.1)
+EVERY = flags.DEFINE_float('every', 2.0, 'Seconds between two updates.', lower_bound=0.1)
 
 
 def main(argv: Sequence[str]) -> None:
+    """Show the table until no member is running, or once if there is no terminal."""
     if len(argv) > 1:
-        raise UserError(f'unexpected argument {argv[1]!r}; flags are --NAME=VALUE')
+        raise UserError(f'unexpected argument {argv[1]!r}: expected flags as --NAME=VALUE')
     if not WORKDIR.value:
-        raise UserError('--workdir=DIRECTORY is needed, of a sweep or a run')
+        raise UserError('--workdir: expected the directory of a sweep or a run')
     workdir = pathlib.Path(WORKDIR.value)
     console = rich.console.Console()
     if not console.is_terminal:
         console.width = 200
-        console.print(state.table(str(workdir), state.of_sweep(workdir)))
+        console.print(table.build_table(str(workdir), state.read_sweep_states(workdir)))
         return
-    reader = state.Reader(state.members_of(workdir)[0])
+    reader = state.StateReader(state.find_members(workdir)[0])
     with rich.live.Live(console=console, auto_refresh=False) as live:
         while True:
-            began = time.monotonic()
-            now = state.of_sweep(workdir, reader)
-            live.update(state.Table(str(workdir), now), refresh=True)
-            if not any(of.word in ('running', 'waiting') for of in now.values()):
+            start_time = time.monotonic()
+            states = state.read_sweep_states(workdir, reader)
+            live.update(table.FittedTable(str(workdir), states), refresh=True)
+            if not any(member.phase in ('running', 'waiting') for member in states.values()):
                 return
-            took = time.monotonic() - began
-            time.sleep(max(EVERY.value, local.SHARE * took))
+            duration = time.monotonic() - start_time
+            time.sleep(max(EVERY.value, watch.PAUSE_RATIO * duration))
 
 
 if __name__ == '__main__':

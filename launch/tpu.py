@@ -1,8 +1,8 @@
-"""The TPU slices that GKE offers: from a kind and a topology to hosts and chips of each host.
+"""The TPU slices that GKE offers, with their hosts and the chips of each host.
 
 Source: "Plan TPUs in GKE", https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus, and
 the pages of each generation beside it, https://docs.cloud.google.com/tpu/docs/v5e and so on. The
-slice of two chips of v5p and the largest one of v4 are recalled.
+v5p slice of two chips and the largest v4 slice are recalled.
 """
 
 import dataclasses
@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 
 from mi.config import UserError, suggest
 
-FLAT = ('2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
-CUBES = ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4')
-CUBE = 4  # chips along each side of a cube, which slices of more than one are made of
+TOPOLOGIES_2D = ('2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
+TOPOLOGIES_3D = ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4')
+CUBE_SIDE = 4  # chips along each side of a cube; larger slices consist of cubes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,55 +21,64 @@ class Generation:
     """A generation of TPUs.
 
     Attributes:
-      name: in the topologies that `mi.estimate` compiles for, as 'v5e' in 'v5e:4x4'.
-      machines: machine type → the topologies that are made of it; its last number counts chips.
-      largest: chips of the largest slice made of cubes; 0 if all topologies are in `machines`.
-      devices: of a chip, as JAX counts them.
+      name: name in the topologies of `mi.estimate`, as 'v5e' in 'v5e:4x4'.
+      machines: machine type → its topologies. The last number in the type counts chips.
+      max_chips: chips of the largest slice made of cubes; 0 if `machines` has all topologies.
+      devices_per_chip: devices of a chip, as JAX counts them.
     """
 
     name: str
     machines: Mapping[str, Sequence[str]]
-    largest: int = 0
-    devices: int = 1
+    max_chips: int = 0
+    devices_per_chip: int = 1
 
-    def topologies(self) -> str:
+    def describe_topologies(self) -> str:
         """Return the topologies in words."""
-        names = list(dict.fromkeys(t for machine in self.machines.values() for t in machine))
-        if not self.largest:
+        machines = self.machines.values()
+        names = list(dict.fromkeys(name for topologies in machines for name in topologies))
+        if not self.max_chips:
             return f'{", ".join(names[:-1])} or {names[-1]}'
         return (
-            f'{", ".join(names)}, or AxBxC of multiples of {CUBE} with A ≤ B ≤ C and at most '
-            f'{self.largest:,} chips'
+            f'{", ".join(names)}, or AxBxC of multiples of {CUBE_SIDE} with A ≤ B ≤ C and at most '
+            f'{self.max_chips:,} chips'
         )
 
 
 GENERATIONS = {
-    'tpu-v4-podslice': Generation('v4', {'ct4p-hightpu-4t': CUBES}, largest=12 * 16 * 16),
+    'tpu-v4-podslice': Generation('v4', {'ct4p-hightpu-4t': TOPOLOGIES_3D}, max_chips=12 * 16 * 16),
     'tpu-v5-lite-podslice': Generation(
         'v5e',
-        {'ct5lp-hightpu-1t': ('1x1',), 'ct5lp-hightpu-4t': FLAT, 'ct5lp-hightpu-8t': ('2x4',)},
+        {
+            'ct5lp-hightpu-1t': ('1x1',),
+            'ct5lp-hightpu-4t': TOPOLOGIES_2D,
+            'ct5lp-hightpu-8t': ('2x4',),
+        },
     ),
     'tpu-v5p-slice': Generation(
         'v5p',
         {
             'ct5p-hightpu-1t': ('1x1x1',),
             'ct5p-hightpu-2t': ('2x1x1',),
-            'ct5p-hightpu-4t': CUBES,
+            'ct5p-hightpu-4t': TOPOLOGIES_3D,
         },
-        largest=16 * 16 * 24,
+        max_chips=16 * 16 * 24,
     ),
     'tpu-v6e-slice': Generation(
         'v6e',
-        {'ct6e-standard-1t': ('1x1',), 'ct6e-standard-4t': FLAT, 'ct6e-standard-8t': ('2x4',)},
+        {
+            'ct6e-standard-1t': ('1x1',),
+            'ct6e-standard-4t': TOPOLOGIES_2D,
+            'ct6e-standard-8t': ('2x4',),
+        },
     ),
     'tpu7x': Generation(
         'tpu7x',
-        {'tpu7x-standard-1t': ('1x1x1',), 'tpu7x-standard-4t': CUBES},
-        largest=16 * 24 * 24,
-        devices=2,
+        {'tpu7x-standard-1t': ('1x1x1',), 'tpu7x-standard-4t': TOPOLOGIES_3D},
+        max_chips=16 * 24 * 24,
+        devices_per_chip=2,
     ),
 }
-"""Word of the node label cloud.google.com/gke-tpu-accelerator → its generation."""
+"""Value of the node label cloud.google.com/gke-tpu-accelerator → generation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,76 +86,89 @@ class Slice:
     """A TPU slice.
 
     Attributes:
-      topology: as `mi.estimate` has it, such as 'v5e:4x4'.
-      machine: the machine type of its hosts.
-      hosts: how many.
-      chips: of each host.
-      devices: of the slice, as JAX counts them.
+      topology: name of the topology in `mi.estimate`, such as 'v5e:4x4'.
+      machine: machine type of its hosts.
+      hosts: number of hosts.
+      chips_per_host: chips of each host.
+      devices: devices of the slice, as JAX counts them.
     """
 
     topology: str
     machine: str
     hosts: int
-    chips: int
+    chips_per_host: int
     devices: int
 
 
-def find_slice(kind: str, topology: str, chips: int = 0, hosts: int = 0) -> Slice:
-    """Return a slice that GKE offers; of several machine types, that with the fewest hosts.
+def find_slice(kind: str, topology: str, chips_per_host: int = 0, num_hosts: int = 0) -> Slice:
+    """Return a slice that GKE offers, with the fewest hosts if several machine types offer it.
 
     Args:
-      kind: of `GENERATIONS`.
-      topology: such as '4x4'.
-      chips: of each host, where the user has said so; 0 where not.
-      hosts: likewise.
+      kind: a key of `GENERATIONS`.
+      topology: a topology such as '4x4'.
+      chips_per_host: chips of each host; 0 for any number.
+      num_hosts: number of hosts; 0 for any number.
 
     Raises:
-      UserError: if GKE has no such slice, with those that it has.
+      UserError: if GKE has no such slice; the message names those it has.
     """
     generation = GENERATIONS.get(kind)
     if generation is None:
         raise UserError(f'--tpu={kind}: {suggest(kind, GENERATIONS)}')
-    machines = [name for name, made in generation.machines.items() if topology in made]
-    if not machines and _has_cubes(topology, generation.largest):
-        machines = [name for name, made in generation.machines.items() if made == CUBES]
+
+    # Find the machine types that offer it.
+    offers = generation.machines.items()
+    machines = [machine for machine, topologies in offers if topology in topologies]
+    if not machines and _consists_of_cubes(topology, generation.max_chips):
+        machines = [machine for machine, topologies in offers if topologies == TOPOLOGIES_3D]
     if not machines:
         raise UserError(
             f'--topology={topology}: expected a slice of {kind} that GKE has: '
-            f'{generation.topologies()}'
+            f'{generation.describe_topologies()}'
         )
-    total = math.prod(map(int, topology.split('x')))
+
+    # Choose the slice with the fewest hosts that has the hosts and chips asked for.
+    total_chips = math.prod(map(int, topology.split('x')))
     slices = [
         Slice(
             f'{generation.name}:{topology}',
             machine,
-            total // chips_of(machine),
-            chips_of(machine),
-            total * generation.devices,
+            total_chips // count_chips(machine),
+            count_chips(machine),
+            total_chips * generation.devices_per_chip,
         )
         for machine in machines
     ]
-    fitting = [s for s in slices if chips in (0, s.chips) and hosts in (0, s.hosts)]
+    fitting = [
+        candidate
+        for candidate in slices
+        if chips_per_host in (0, candidate.chips_per_host) and num_hosts in (0, candidate.hosts)
+    ]
     if not fitting:
-        given = [f'--processes={hosts}'] * bool(hosts) + [f'--gpus={chips}'] * bool(chips)
-        choices = ' or '.join(f'--processes={s.hosts} --gpus={s.chips}' for s in slices)
+        flags = [f'--processes={num_hosts}'] if num_hosts else []
+        flags += [f'--gpus={chips_per_host}'] if chips_per_host else []
+        choices = ' or '.join(
+            f'--processes={candidate.hosts} --gpus={candidate.chips_per_host}'
+            for candidate in slices
+        )
         raise UserError(
-            f'{" ".join(given)}: expected {choices}, the hosts and the chips of each of a '
+            f'{" ".join(flags)}: expected {choices}, the hosts and the chips of each of a '
             f'{topology} slice of {kind}. Try leaving both out'
         )
-    return min(fitting, key=lambda s: s.hosts)
+    return min(fitting, key=lambda candidate: candidate.hosts)
 
 
-def chips_of(machine: str) -> int:
+def count_chips(machine: str) -> int:
     """Return the chips of a machine type: 'ct5lp-hightpu-4t' → 4."""
     return int(machine.rpartition('-')[2].removesuffix('t'))
 
 
-def _has_cubes(topology: str, largest: int) -> bool:
-    """Return whether it is a slice of several cubes, of at most so many chips."""
+def _consists_of_cubes(topology: str, max_chips: int) -> bool:
+    """Return whether a topology consists of cubes and has at most `max_chips` chips."""
     sides = [int(side) if side.isdecimal() else 0 for side in topology.split('x')]
     return (
         len(sides) == 3
-        and all(side and side % CUBE == 0 for side in sides)
+        and all(side and side % CUBE_SIDE == 0 for side in sides)
         and sides == sorted(sides)
-        and math.prod(sides) <= largest
+        and math.prod(sides) <= max_chips
     )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from launch import state
+from launch import state, table
 from mi.config import UserError
 from mi.training import logger
 
@@ -70,8 +70,10 @@ def test_more_than_a_day_is_left(capfd):
     progress.update(2, '', '')
     progress.close()
     assert '  49900:' in capfd.readouterr().err
-    row = state.cells('a', state.State('running', left=36 * 3600 + 61.9))
-    assert '36:01:01' in row and '00:00:59' in state.cells('a', state.State('running', left=59.9))
+    row = table.format_row('a', state.MemberState('running', seconds_left=36 * 3600 + 61.9))
+    assert '36:01:01' in row
+    row = table.format_row('a', state.MemberState('running', seconds_left=59.9))
+    assert '00:00:59' in row
 
 
 def scalars(path, tag):

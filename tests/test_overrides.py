@@ -94,9 +94,9 @@ def test_flags_before_the_file_and_the_argument_of_the_file(file):
 
 def test_members_of_a_sweep_and_the_table_of_costs_read_flags_in_the_same_way(file, capsys):
     twice = ['--config.seeds=(0, 1)', '--config.seeds=(2,)']
-    assert sweep.parsed(['python', f'--config={file}', *twice, '--workdir=x']).seeds == (2,)
+    assert sweep.parse_config(['python', f'--config={file}', *twice, '--workdir=x']).seeds == (2,)
     with pytest.raises(UserError, match=r'nosuch=1: config\.nosuch is unknown'):
-        sweep.parsed([f'--config={file}', '--config.seeds=(2,)', '--config.nosuch=1'])
+        sweep.parse_config([f'--config={file}', '--config.seeds=(2,)', '--config.nosuch=1'])
     cli.main(['cost', '--config=configs/lm.py:tiny', '--nocompile', '--json', *twice])
     assert '"seeds": 1' in capsys.readouterr().out
 

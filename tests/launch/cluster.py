@@ -99,8 +99,8 @@ def slurm(folder: pathlib.Path):
 
 
 def run(environment, *command):
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    return done.stdout.strip()
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return result.stdout.strip()
 
 
 def free_port():

@@ -1,9 +1,9 @@
 """A run in a few lines, for tests that need many: counts to --steps, one line of metrics a step.
 
-It keeps a run directory as `mi.training.run_dir` does, and nothing of it is mocked: a lock, a
-status, a state that it goes on from (how many lines there are). It saves at every step, and ends at
-SIGTERM with 143. Every start is written to starts.jsonl, so that a test can tell what ran twice;
-the first --fails of them fail.
+It keeps a run directory as `mi.training.run_dir` does, with a lock, a status, and a state that it
+resumes from (the number of lines). It saves at every step, and exits with 143 after SIGTERM. Every
+start is recorded in starts.jsonl, so that a test can tell what ran twice. The first --fails starts
+fail.
 """
 
 import fcntl
@@ -22,8 +22,8 @@ def main():
     path.mkdir(parents=True, exist_ok=True)
     lock = open(path / 'lock', 'w')  # noqa: SIM115
     fcntl.flock(lock, fcntl.LOCK_EX)  # `launched` keeps a second one away
-    asked = []
-    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    received_signals = []
+    signal.signal(signal.SIGTERM, lambda number, frame: received_signals.append(number))
 
     def status(state, step, reason=None):
         beside = path / '.status'
@@ -37,31 +37,31 @@ def main():
             file.write(json.dumps(values) + '\n')
 
     records = path / 'metrics.jsonl'
-    done = len(records.read_text().splitlines()) if records.exists() else 0
+    num_done = len(records.read_text().splitlines()) if records.exists() else 0
     cores = sorted(os.sched_getaffinity(0))
     cuda = os.environ.get('CUDA_VISIBLE_DEVICES')
-    write('starts.jsonl', step=done, pid=os.getpid(), cuda=cuda, cores=cores)
+    write('starts.jsonl', step=num_done, pid=os.getpid(), cuda=cuda, cores=cores)
     (path / '.cost').write_text(json.dumps({'steps': steps}))
     os.replace(path / '.cost', path / 'cost.json')
-    status('running', done)
+    status('running', num_done)
     starts = len((path / 'starts.jsonl').read_text().splitlines())
     if starts <= int(flags.get('fails', 0)):
-        status('failed', done, 'ValueError: so it was asked')
+        status('failed', num_done, 'ValueError: so it was asked')
         print('ValueError: so it was asked', file=sys.stderr)
         sys.exit(1)
     if 'stops' in flags:  # as if it were asked to after so many steps
-        stop_at = done + int(flags['stops'])
-        if stop_at == done:
-            status('preempted', done)
+        stop_at = num_done + int(flags['stops'])
+        if stop_at == num_done:
+            status('preempted', num_done)
             sys.exit(143)
     else:
         stop_at = steps
-    for step in range(done + 1, steps + 1):
+    for step in range(num_done + 1, steps + 1):
         time.sleep(seconds)
         loss = float(flags.get('scale', 1)) / step
         write('metrics.jsonl', step=step, seed=0, split='train', loss=loss)
         write('timing.jsonl', step=step, seconds=seconds, steps_per_second=1 / max(seconds, 1e-9))
-        if (asked or step == stop_at) and step < steps:
+        if (received_signals or step == stop_at) and step < steps:
             status('preempted', step)
             sys.exit(143)
     status('done', steps)

@@ -6,26 +6,27 @@ import sys
 
 import pytest
 
-from launch import asha, cli, state
+from launch import asha, cli, records, state
 from launch.asha import Arrival
 from mi.config import UserError
+from mi.training import run_state
 
 MEMBER = str(pathlib.Path(__file__).with_name('member.py'))
 
 
 def decide(values, factor=3, lower_is_better=True):
-    """Which of the members that come to one rung, in this order, go on."""
+    """Return the members that continue after arriving at one rung in this order."""
     come, stay = [], []
     for i, value in enumerate(values):
         new = Arrival(10, str(i), value)
-        if not asha.stops(come, new, factor, lower_is_better):
+        if not asha.find_stop_reason(come, new, factor, lower_is_better):
             stay.append(value)
         come.append(new)
     return stay
 
 
 def test_the_best_third_of_those_that_have_come_goes_on():
-    assert asha.rungs(10, 3, 100) == [10, 30, 90] and asha.rungs(10, 3, 90) == [10, 30]
+    assert asha.list_rungs(10, 3, 100) == [10, 30, 90] and asha.list_rungs(10, 3, 90) == [10, 30]
     # The first is the best of one; from six on two of them stay.
     assert decide([5, 6, 4, 7, 8, 4.5]) == [5, 4, 4.5]
     assert decide([1, 2, 3, 4, 5, 6, 7, 8, 9]) == [1]
@@ -37,7 +38,7 @@ def test_the_best_third_of_those_that_have_come_goes_on():
         assert decide([5, nan, 5, 5], lower_is_better=lower) == [5, 5, 5]
         assert str(decide([nan, nan, 5], lower_is_better=lower)) == '[nan, nan, 5]'
     new = Arrival(30, 'a', 9.0)
-    assert not asha.stops(
+    assert not asha.find_stop_reason(
         [Arrival(10, 'b', 1.0), Arrival(10, 'c', 2.0)], new, 3, True
     )  # other rung
 
@@ -51,11 +52,11 @@ def test_decisions_are_all_read_again_however_many(tmp_path):
     ]
     arrivals.append(Arrival(10, 'the last', 999.5))  # and is second to the worst
     text = ''.join(json.dumps(dataclasses.asdict(a)) + '\n' for a in arrivals)
-    assert len(text) > state.TAIL
+    assert len(text) > records.TAIL
     (tmp_path / 'asha.jsonl').write_text(text)
     (tmp_path / 'the last').mkdir()
     asha.Asha(tmp_path, 10, 3)
-    (stopped,) = tmp_path.glob(f'*/{state.STOPPED}')
+    (stopped,) = tmp_path.glob(f'*/{run_state.STOP_MARK}')
     assert 'place 900 of 901' in json.loads(stopped.read_text())['reason']
 
 
@@ -63,7 +64,7 @@ def test_half_a_line_of_a_killed_launcher_is_cut_off(tmp_path):
     file, half = tmp_path / 'asha.jsonl', b'{"rung": 10, "na'
     first, second = ({'rung': 10, 'name': name, 'value': 1.0} for name in 'ab')
     file.write_bytes(json.dumps(first).encode() + b'\n' + half)
-    state.append(file, second)
+    records.append_record(file, second)
     assert [json.loads(line) for line in file.read_text().splitlines()] == [first, second]
 
     sweep = {'metric': 'loss', 'curves': 'train', 'lower_is_better': True}
@@ -80,7 +81,7 @@ def test_half_a_line_of_a_killed_launcher_is_cut_off(tmp_path):
 
 
 def test_a_member_is_judged_by_its_value_at_the_rung_however_far_it_is(tmp_path):
-    """Both are past the first rung when they are looked at; the better one has become worse since.
+    """Both are past the first rung at the comparison; the better one has become worse since.
 
     Between records the first one from the rung on counts.
     """
@@ -101,8 +102,8 @@ def test_a_member_is_judged_by_its_value_at_the_rung_however_far_it_is(tmp_path)
     assert [(d['rung'], d['name'], d['value']) for d in decided] == [
         (10, 'better', 1.0), (30, 'better', 5.0), (10, 'worse', 2.0),
     ]  # fmt: skip
-    assert not (tmp_path / 'better' / state.STOPPED).exists()
-    reason = json.loads((tmp_path / 'worse' / state.STOPPED).read_text())['reason']
+    assert not (tmp_path / 'better' / run_state.STOP_MARK).exists()
+    reason = json.loads((tmp_path / 'worse' / run_state.STOP_MARK).read_text())['reason']
     assert reason == 'asha: 2 at step 10 is place 2 of 2, and 1 stay'
     assert rule.summary() == 'asha: 2 members were compared, 1 of them stopped'
 
@@ -114,7 +115,7 @@ def test_only_what_was_added_to_a_curve_is_read(tmp_path, monkeypatch):
     path = tmp_path / 'a'
     path.mkdir()
     (path / 'cost.json').write_text('{"steps": 100}')
-    file, read = path / 'metrics.jsonl', []
+    file, lines = path / 'metrics.jsonl', []
 
     def add(*steps, to=file):
         with open(to, 'a') as stream:
@@ -122,40 +123,40 @@ def test_only_what_was_added_to_a_curve_is_read(tmp_path, monkeypatch):
                 record = {'step': step, 'split': 'train', 'loss': 1.0 / step}
                 stream.write(json.dumps(record) + '\n')
 
-    parsed = state._parsed
-    monkeypatch.setattr(state, '_parsed', lambda text: (read.append(text), parsed(text))[1])
+    parse = records._parse
+    monkeypatch.setattr(records, '_parse', lambda text: (lines.append(text), parse(text))[1])
     rule = asha.Asha(tmp_path, 10, 3)
     add(*range(1, 21))
     rule([path])
-    read.clear()
+    lines.clear()
     for _ in range(3):
         rule([path])
-    assert read == []
+    assert lines == []
     add(21, 22)
     rule([path])
-    assert len(read) == 2
+    assert len(lines) == 2
     add(*range(23, 100))
     rule([path])
-    read.clear()
+    lines.clear()
     add(100)
     rule([path])  # it has come to all rungs
-    assert read == [] and len((tmp_path / 'asha.jsonl').read_text().splitlines()) == 3
-    file.unlink()  # it goes on from a checkpoint, by another file
+    assert lines == [] and len((tmp_path / 'asha.jsonl').read_text().splitlines()) == 3
+    file.unlink()  # it resumes from a checkpoint with another file
     add(1, 2, 3, to=file)
-    assert state.curve(path, 'loss', 'train') == {1: 1.0, 2: 0.5, 3: 1 / 3}
+    assert records.read_curve(path, 'loss', 'train') == {1: 1.0, 2: 0.5, 3: 1 / 3}
 
 
-def test_one_launcher_alone_decides(tmp_path):
-    refused = pytest.raises(UserError, match='another launcher decides')
-    with cli.alone(tmp_path), refused, cli.alone(tmp_path):
+def test_only_one_launcher_decides(tmp_path):
+    refused = pytest.raises(UserError, match='another launcher controls this sweep')
+    with cli.lock_sweep(tmp_path), refused, cli.lock_sweep(tmp_path):
         pass
-    with cli.alone(tmp_path):  # again when the first has ended
+    with cli.lock_sweep(tmp_path):  # again when the first has ended
         pass
 
 
 @pytest.mark.slow
 def test_members_that_are_behind_save_and_are_stopped_and_stay_so(tmp_path):
-    """Nine members whose losses differ by a factor; on this machine, nine at once."""
+    """Nine members whose losses differ by a factor; on this machine, nine simultaneously."""
     launcher = (
         'import json, pathlib, sys\n'
         'from launch import asha, engine, local\n'
@@ -179,14 +180,14 @@ def test_members_that_are_behind_save_and_are_stopped_and_stay_so(tmp_path):
         for i in range(9)
     }
     command = [sys.executable, '-c', launcher, str(tmp_path), json.dumps(commands)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    states = json.loads(done.stdout)
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    states = json.loads(result.stdout)
     assert states['0'] == 'done' and 5 <= list(states.values()).count('stopped') <= 8
     stopped = [tmp_path / name for name, word in states.items() if word == 'stopped']
-    assert all(state.read(path).step < 80 for path in stopped)
-    assert all('place' in state.read(path).reason for path in stopped)
+    assert all(state.read_member_state(path).step < 80 for path in stopped)
+    assert all('place' in state.read_member_state(path).reason for path in stopped)
 
     arrivals = (tmp_path / 'asha.jsonl').read_text()
-    again = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert json.loads(again.stdout) == states
+    second_result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(second_result.stdout) == states
     assert (tmp_path / 'asha.jsonl').read_text() == arrivals

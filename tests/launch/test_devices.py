@@ -40,29 +40,29 @@ def language(**changes):
 )
 def test_devices_that_neither_seeds_nor_rows_reach_are_idle(batch, seeds, count, idle):
     config = language(**{'train.batch': batch, 'seeds': tuple(range(seeds))})
-    said = devices.waste(config, Devices(count))
-    assert said.startswith(f'{idle} of {count} devices will be idle') if idle else said == ''
+    warning = devices.describe_waste(config, Devices(count))
+    assert warning.startswith(f'{idle} of {count} devices will be idle') if idle else warning == ''
     if idle:
-        config.train.batch = int(said.rpartition('config.train.batch = ')[2])
-        assert devices.waste(config, Devices(count)) == ''  # what it says helps
+        config.train.batch = int(warning.rpartition('config.train.batch = ')[2])
+        assert devices.describe_waste(config, Devices(count)) == ''  # what it says helps
 
 
 def test_several_processes_refuse_what_leaves_one_of_them_idle():
-    said = devices.waste(language(**{'train.batch': 6}), Devices(8, processes=2))
-    assert said.startswith('each member will be refused, as 2 of 8 devices would be idle')
-    said = devices.waste(language(**{'train.batch': 6, 'train.fsdp': 4}), Devices(8))
-    assert said.startswith('each member will be refused on 8 devices: config.train.fsdp = 4')
+    warning = devices.describe_waste(language(**{'train.batch': 6}), Devices(8, processes=2))
+    assert warning.startswith('each member will be refused, as 2 of 8 devices would be idle')
+    warning = devices.describe_waste(language(**{'train.batch': 6, 'train.fsdp': 4}), Devices(8))
+    assert warning.startswith('each member will be refused on 8 devices: config.train.fsdp = 4')
 
 
 def test_a_learner_apart_from_its_actors_divides_rows_alone():
     config = edited(rl.get_config('tiny,env=catch'), **{'train.batch': 6, 'seeds': (0, 1, 2, 3)})
-    assert devices.waste(config, Devices(8)) == ''
+    assert devices.describe_waste(config, Devices(8)) == ''
     config.train.topology = 'threads'
-    assert devices.waste(config, Devices(8)).startswith('2 of 8')
+    assert devices.describe_waste(config, Devices(8)).startswith('2 of 8')
 
 
 @pytest.mark.parametrize(
-    'word, seeds, count, processes, expected',
+    'task, seeds, count, processes, expected',
     [
         ('fit', 8, 8, 1, ''),
         ('fit', 3, 8, 1, '5 of 8 devices will be idle'),
@@ -72,19 +72,23 @@ def test_a_learner_apart_from_its_actors_divides_rows_alone():
         ('search', 3, 8, 1, '3 of 8 devices will be idle'),
     ],
 )
-def test_fit_problems_divide_seeds_and_rates(word, seeds, count, processes, expected):
-    config = edited(expressivity.get_config(word), seeds=tuple(range(seeds)))
-    said = devices.waste(config, Devices(count, processes))
-    assert said.startswith(expected) and bool(said) == bool(expected)
+def test_fit_problems_divide_seeds_and_rates(task, seeds, count, processes, expected):
+    config = edited(expressivity.get_config(task), seeds=tuple(range(seeds)))
+    warning = devices.describe_waste(config, Devices(count, processes))
+    assert warning.startswith(expected) and bool(warning) == bool(expected)
 
 
 def test_members_with_the_same_fault_share_a_line(tmp_path):
     (tmp_path / 'a_sweep.py').write_text(SWEEP)
     members = sweep.load(str(tmp_path / 'a_sweep.py'), tmp_path / 'runs', 'local', dry=True)
-    (line,) = devices.warnings(members, Devices(8))
+    (line,) = devices.find_warnings(members, Devices(8))
     assert line.startswith('2 of 8 devices will be idle')
     assert line.endswith('(batch=6,fusion=concat, batch=6,fusion=mi)')
-    assert devices.warnings(members, Devices(1)) == devices.warnings(members, Devices(2)) == []
+    assert (
+        devices.find_warnings(members, Devices(1))
+        == devices.find_warnings(members, Devices(2))
+        == []
+    )
 
 
 def test_every_engine_knows_the_devices_of_a_member(monkeypatch):
@@ -94,29 +98,29 @@ def test_every_engine_knows_the_devices_of_a_member(monkeypatch):
         monkeypatch.setattr(slurm, 'GRES', types.SimpleNamespace(value=gres))
         assert slurm.find_devices(resources) == Devices(count, 2)
     assert slurm.find_devices(Resources()) == Devices(4)
-    monkeypatch.setattr(local, 'gpus', lambda: ['0', '1', '2'])
+    monkeypatch.setattr(local, 'find_gpus', lambda: ['0', '1', '2'])
     assert local.find_devices(Resources()) == Devices(3)
     options = k8s.Options(tpu='tpu-v5-lite-podslice', topology='4x4')
-    monkeypatch.setattr(k8s, 'flag_options', lambda: options)
+    monkeypatch.setattr(k8s, 'get_options', lambda: options)
     assert k8s.find_devices(Resources()) == Devices(16, 4, 'v5e:4x4')
 
 
 def test_a_check_needs_a_dry_run_and_a_number_of_devices(tmp_path):
-    done = launch(tmp_path, 'local', '--check')
-    assert done.returncode == 1 and '--check: expected --dry_run with it' in done.stderr
-    done = launch(tmp_path, 'slurm', '--check', '--dry_run', '--gres=gpu:4', '--processes=2')
-    assert done.returncode == 1 and '--check: expected a known number of devices' in done.stderr
+    result = launch(tmp_path, 'local', '--check')
+    assert result.returncode == 1 and '--check: expected --dry_run with it' in result.stderr
+    result = launch(tmp_path, 'slurm', '--check', '--dry_run', '--gres=gpu:4', '--processes=2')
+    assert result.returncode == 1 and '--check: expected a known number of devices' in result.stderr
 
 
 @pytest.mark.slow
 def test_a_check_compiles_the_dearest_member_for_its_devices(tmp_path):
-    done = launch(tmp_path, 'local', '--check', '--dry_run', '--processes=2', '--gpus=2')
-    assert done.returncode == 0, done.stderr
-    listed, _, checked = done.stdout.partition('check: ')
+    result = launch(tmp_path, 'local', '--check', '--dry_run', '--processes=2', '--gpus=2')
+    assert result.returncode == 0, result.stderr
+    listed, _, checked = result.stdout.partition('check: ')
     assert 'all of it' in listed
     assert checked.startswith('batch=8,fusion=mi\npython -m mi.estimate ')
     assert '1/4 = 0.250 is right' in checked
-    assert 'warning: each member will be refused, as 1 of 4 devices would be idle' in done.stderr
+    assert 'warning: each member will be refused, as 1 of 4 devices would be idle' in result.stderr
 
 
 def launch(folder, engine, *more):

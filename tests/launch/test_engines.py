@@ -43,9 +43,9 @@ def launch(engine, folder, config, values, *more):
     return [*command, f'--workdir={folder / "runs"}']
 
 
-def wait_for(what, seconds=300):
+def wait_for(is_true, seconds=300):
     deadline = time.monotonic() + seconds
-    while not what():
+    while not is_true():
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
@@ -68,8 +68,8 @@ def a_slurm(tmp_path_factory):
 @pytest.mark.slow
 def test_ray_gives_the_same_metrics(tmp_path, on_this_machine):
     command = launch('ray', tmp_path, 'experiments/expressivity/config.py:fit', FIT)
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
     for name in NAMES:
         metrics = (tmp_path / 'runs' / name / 'metrics.jsonl').read_bytes()
         assert metrics == on_this_machine[name]
@@ -86,28 +86,28 @@ def test_slurm_gives_the_same_metrics_also_to_jobs_that_are_sent_back(
     submitted = subprocess.run(command, check=True, capture_output=True, text=True, env=a_slurm)
     assert '2 members' in submitted.stdout
     jobs = json.loads((runs / 'slurm/jobs.json').read_text())
-    left = set(NAMES)
-    while left:
-        wait_for(lambda: any(list((runs / name).glob('checkpoints/0*')) for name in left))
-        name = next(name for name in left if list((runs / name).glob('checkpoints/0*')))
-        left.remove(name)
+    running_names = set(NAMES)
+    while running_names:
+        wait_for(lambda: any(list((runs / name).glob('checkpoints/0*')) for name in running_names))
+        name = next(name for name in running_names if list((runs / name).glob('checkpoints/0*')))
+        running_names.remove(name)
         if name == NAMES[0]:
             cluster.run(a_slurm, 'scontrol', 'requeue', jobs[name])
         else:
             cluster.run(a_slurm, 'scancel', '--signal=USR1', '--batch', jobs[name])
     for name in NAMES:
-        wait_for(lambda name=name: state.read(runs / name).word == 'preempted')
+        wait_for(lambda name=name: state.read_member_state(runs / name).phase == 'preempted')
         wait_for(lambda name=name: 'PENDING' in job(a_slurm, jobs[name]))
         assert 'Restarts=1' in job(a_slurm, jobs[name])
-    again = subprocess.run(command, check=True, capture_output=True, text=True, env=a_slurm)
-    assert 'members' not in again.stdout  # they are in the queue
+    resubmitted = subprocess.run(command, check=True, capture_output=True, text=True, env=a_slurm)
+    assert 'members' not in resubmitted.stdout  # they are in the queue
     for name in NAMES:
         # Slurm would wait for two minutes.
         cluster.run(a_slurm, 'scontrol', 'update', f'JobId={jobs[name]}', 'StartTime=now')
     waited = subprocess.run([*command, '--wait'], capture_output=True, text=True, env=a_slurm)
     assert waited.returncode == 0, waited.stderr
     for name in NAMES:
-        assert state.read(runs / name).word == 'done'
+        assert state.read_member_state(runs / name).phase == 'done'
         assert (runs / name / 'metrics.jsonl').read_bytes() == on_this_machine[name]
     assert (runs / 'report/report.html').exists()
 
@@ -120,32 +120,34 @@ def job(environment, name):
 def test_a_job_that_never_gets_further_goes_back_once(tmp_path, a_slurm):
     """Its program dies of the signal each time, as Python does while it starts."""
     path = tmp_path / 'runs/member'
-    text = slurm.script({path: ['sleep', '600']}, Resources(), slurm.Options(), tmp_path / 'slurm')
+    text = slurm.write_script(
+        {path: ['sleep', '600']}, Resources(), slurm.Options(), tmp_path / 'slurm'
+    )
     (tmp_path / 'slurm').mkdir()
     (tmp_path / 'sweep.sh').write_text(text)
     name = cluster.run(a_slurm, 'sbatch', '--parsable', str(tmp_path / 'sweep.sh')) + '_0'
     for restarts in range(2):
         wait_for(lambda: 'RUNNING' in job(a_slurm, name))
-        wait_for(lambda: state.read(path).word == 'running')
+        wait_for(lambda: state.read_member_state(path).phase == 'running')
         time.sleep(1)  # until srun has started it
         cluster.run(a_slurm, 'scancel', '--signal=USR1', '--batch', name)
         if restarts == 0:
             wait_for(lambda: 'Restarts=1' in job(a_slurm, name))
             cluster.run(a_slurm, 'scontrol', 'update', f'JobId={name}', 'StartTime=now')
     wait_for(lambda: name not in cluster.run(a_slurm, 'squeue', '--array', '--format=%i'))
-    now = state.read(path)
-    assert now.word == 'failed' and now.reason.startswith('stopped twice at step 0')
+    now = state.read_member_state(path)
+    assert now.phase == 'failed' and now.reason.startswith('stopped twice at step 0')
 
 
 @pytest.mark.slow
 def test_the_processes_of_a_member_find_each_other_by_what_slurm_tells_them(tmp_path, a_slurm):
     values = {'train.steps': [400], 'env.name': ['catch']}
     command = launch('slurm', tmp_path, 'configs/rl.py:tiny', values, '--processes=2', '--wait')
-    done = subprocess.run(command, capture_output=True, text=True, env=a_slurm)
+    result = subprocess.run(command, capture_output=True, text=True, env=a_slurm)
     (run,) = (path.parent for path in (tmp_path / 'runs').glob('*/config.json'))
-    assert done.returncode == 0, done.stderr + (run / 'log.txt').read_text()
+    assert result.returncode == 0, result.stderr + (run / 'log.txt').read_text()
     second = json.loads((run / 'status.1.json').read_text())
-    assert state.read(run).word == second['state'] == 'done'
+    assert state.read_member_state(run).phase == second['state'] == 'done'
 
 
 @pytest.mark.slow
@@ -153,9 +155,9 @@ def test_a_member_that_fails_on_slurm_is_tried_again_and_named(tmp_path, a_slurm
     values = {'optim.learning_rate': [-1.0], 'env.name': ['catch']}
     more = ['--wait', '--retries=1']
     command = launch('slurm', tmp_path, 'configs/rl.py:tiny', values, *more)
-    done = subprocess.run(command, capture_output=True, text=True, env=a_slurm)
-    assert done.returncode == 1
-    assert '1 of 1 members failed' in done.stderr
+    result = subprocess.run(command, capture_output=True, text=True, env=a_slurm)
+    assert result.returncode == 1
+    assert '1 of 1 members failed' in result.stderr
     (log,) = (tmp_path / 'runs').glob('*/log.txt')
     assert log.read_text().count('config.optim.learning_rate = -1.0: expected') == 2
 
@@ -177,8 +179,8 @@ def test_members_that_left_the_queue_unfinished_are_reported_and_named(tmp_path)
     (tmp_path / 'runs/width=16/log.txt').write_text('error: no disk')
     waited = subprocess.run([*command, '--wait'], capture_output=True, text=True, env=environment)
     assert waited.returncode == 1
-    said = 'error: 1 of 2 members are not finished: width=4 (waiting)'
-    for line in ('error: 1 of 2 members failed: width=16', said):
+    error = 'error: 1 of 2 members are not finished: width=4 (waiting)'
+    for line in ('error: 1 of 2 members failed: width=16', error):
         assert 0 <= waited.stderr.index(line) < waited.stderr.index('nothing to draw')
     assert (tmp_path / 'runs/report/report.html').exists()
 
@@ -187,7 +189,7 @@ def test_a_batch_script_says_what_was_asked_for():
     commands = {pathlib.Path("runs/it's"): ['python', '-m', 'mi.main', '--config.seeds=(0, 1)']}
     resources = Resources(parallel=3, processes=2, gpus=1, cores=4, retries=2)
     options = slurm.Options('gpu', '1:00:00', '', 90, ['--account=me'])
-    text = slurm.script(commands, resources, options, pathlib.Path('runs/slurm'))
+    text = slurm.write_script(commands, resources, options, pathlib.Path('runs/slurm'))
     for line in (
         '--array=0-0%3', '--ntasks=2', '--cpus-per-task=4', '--gpus-per-task=1', '--account=me',
         '--partition=gpu', '--time=1:00:00', '--signal=B:USR1@90', '--requeue',
@@ -197,7 +199,7 @@ def test_a_batch_script_says_what_was_asked_for():
     shown = (
         f'SLURM_ARRAY_TASK_ID=0\n{text[slice(*start)]}\nprintf "%s\\n" "$path" "${{command[@]}}"'
     )
-    words = subprocess.run(['bash', '-c', shown], capture_output=True, text=True, check=True).stdout
-    assert words.splitlines() == [
+    result = subprocess.run(['bash', '-c', shown], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines() == [
         "runs/it's", 'python', '-m', 'mi.main', '--config.seeds=(0, 1)', '--distributed=auto',
     ]  # fmt: skip

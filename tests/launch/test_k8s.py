@@ -87,8 +87,8 @@ def check(manifest):
     """Raises if Kubernetes or JobSet would refuse it for its form."""
     jsonschema.validate(manifest, JOBSET)
     for job in manifest['spec']['replicatedJobs']:
-        whole = {'apiVersion': 'batch/v1', 'kind': 'Job', 'metadata': {'name': job['name']}}
-        kubernetes_validate.validate(whole | job['template'], '1.34', strict=True)
+        manifest_head = {'apiVersion': 'batch/v1', 'kind': 'Job', 'metadata': {'name': job['name']}}
+        kubernetes_validate.validate(manifest_head | job['template'], '1.34', strict=True)
 
 
 PATHS = [pathlib.Path('/runs/a') / f'fusion={f},site={s}' for f in ('mi', 'film') for s in 'xy']
@@ -107,7 +107,7 @@ def only(manifest):
 
 
 def test_manifests_have_the_form_that_kubernetes_asks_for():
-    manifests = k8s.manifests(COMMANDS, GPUS, PODS)
+    manifests = k8s.make_manifests(COMMANDS, GPUS, PODS)
     assert len({m['metadata']['name'] for m in manifests}) == len(manifests) == 4
     for manifest in manifests:
         check(manifest)
@@ -123,11 +123,11 @@ def test_manifests_have_the_form_that_kubernetes_asks_for():
 
 
 def test_the_pods_of_a_member_are_told_where_the_first_of_them_listens():
-    manifest = k8s.manifests(COMMANDS, GPUS, PODS)[0]
+    manifest = k8s.make_manifests(COMMANDS, GPUS, PODS)[0]
     job, container = only(manifest)
-    *words, last = container['command']
+    *arguments, last = container['command']
     around = ['python', '-m', 'launch.restarts', str(PATHS[0]), '--']
-    assert words == [*around, 'python', *COMMANDS[PATHS[0]][1:]]
+    assert arguments == [*around, 'python', *COMMANDS[PATHS[0]][1:]]
     assert job['template']['spec']['completions'] == job['template']['spec']['parallelism'] == 2
     # JobSet names a pod JOBSET-JOB-INDEX-POD, in the subdomain of the network.
     pod = f'{manifest["metadata"]["name"]}-{job["name"]}-0-0'
@@ -139,7 +139,7 @@ def test_the_pods_of_a_member_are_told_where_the_first_of_them_listens():
 
 def test_pods_that_saved_or_were_evicted_are_started_again_without_being_counted():
     """A job ends by its pod failure policy in these two cases, and JobSet ignores that reason."""
-    manifest = k8s.manifests(COMMANDS, GPUS, PODS)[0]
+    manifest = k8s.make_manifests(COMMANDS, GPUS, PODS)[0]
     spec = only(manifest)[0]['template']['spec']
     assert spec['backoffLimit'] == 0  # any other end of a pod ends the job as well
     assert spec['podFailurePolicy']['rules'] == [
@@ -154,7 +154,7 @@ def test_pods_that_saved_or_were_evicted_are_started_again_without_being_counted
 
 def test_a_tpu_slice_is_asked_for_by_kind_and_shape():
     slices = dataclasses.replace(PODS, tpu='tpu-v5-lite-podslice', topology='4x4')
-    for manifest in k8s.manifests(COMMANDS, engine.Resources(), slices):
+    for manifest in k8s.make_manifests(COMMANDS, engine.Resources(), slices):
         check(manifest)
         job, container = only(manifest)
         assert job['template']['spec']['completions'] == 4
@@ -165,7 +165,7 @@ def test_a_tpu_slice_is_asked_for_by_kind_and_shape():
 
 
 @pytest.mark.parametrize(
-    'options, said',
+    'options, message',
     [
         ({'image': None}, '--image=IMAGE and --claim=NAME'),
         ({'tpu': 'v5'}, '--topology=SHAPE'),
@@ -174,9 +174,9 @@ def test_a_tpu_slice_is_asked_for_by_kind_and_shape():
         ({'mount': '/elsewhere'}, 'the pods see the claim at --mount=/elsewhere'),
     ],
 )
-def test_what_is_missing_is_named(options, said):
-    with pytest.raises(UserError, match=re.escape(said)):
-        k8s.manifests(COMMANDS, GPUS, dataclasses.replace(PODS, **options))
+def test_what_is_missing_is_named(options, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        k8s.make_manifests(COMMANDS, GPUS, dataclasses.replace(PODS, **options))
 
 
 @pytest.mark.slow
@@ -184,8 +184,8 @@ def test_the_command_prints_a_document_for_each_member(tmp_path):
     (tmp_path / 'a_sweep.py').write_text(SWEEP)
     command = [sys.executable, '-m', 'launch.k8s', f'--sweep={tmp_path / "a_sweep.py"}']
     command += [f'--workdir={tmp_path}/runs/a', f'--mount={tmp_path}', '--image=x', '--claim=c']
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    manifests = list(yaml.safe_load_all(done.stdout))
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    manifests = list(yaml.safe_load_all(result.stdout))
     assert [only(m)[1]['command'][-1] for m in manifests] == [
         f'--workdir={tmp_path}/runs/a/fusion={fusion},site={site}'
         for fusion in ('concat', 'mi')

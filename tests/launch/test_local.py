@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import rich.console
 
-from launch import engine, local, plan, process, state, sweep
+from launch import engine, local, plan, process, records, state, sweep, table
 from mi.config import UserError
 from mi.estimate import costs
 from mi.overrides import find_file
@@ -92,8 +92,8 @@ def test_arms_of_the_same_values_are_told_apart_by_their_keys(tmp_path):
     ]  # fmt: skip
     both = [{'model.context': 24, 'data.context': 24}, {'model.context': 24}]
     shown = [{'model.context': 24}, {'data.context': 24}]
-    assert sweep._labels(shown, shown, None) == ['model.context=24', 'data.context=24']
-    assert sweep._labels(both, both, None) == ['24, 24', '24']
+    assert sweep._make_labels(shown, shown, None) == ['model.context=24', 'data.context=24']
+    assert sweep._make_labels(both, both, None) == ['24, 24', '24']
 
 
 def test_a_seed_of_an_arm_is_trained_once(tmp_path):
@@ -147,17 +147,19 @@ def test_a_changed_sweep_is_refused_by_keys_and_values_and_a_longer_one_is_not(t
     sweep.load(write(tmp_path, [*overrides, {'model.site': 'encoder', 'train.steps': 7}]), runs)
     begin(runs, *(f'site={site}' for site in ('none', 'both', 'encoder')))
     changed = [{'model.site': site, 'train.steps': 8, 'seeds': (1,)} for site in ('none', 'both')]
-    said = (
+    message = (
         r'site=none, site=both: seeds was \[0\] and is \[1\] now, train\.steps was 7 and is 8 now'
     )
-    with pytest.raises(UserError, match=said + '; site=encoder: it is there no more|' + said):
+    with pytest.raises(
+        UserError, match=message + '; site=encoder: removed from the sweep|' + message
+    ):
         sweep.load(write(tmp_path, changed), runs)
-    other = write(tmp_path, overrides).replace('a_sweep', 'other')
-    pathlib.Path(other).write_text(
+    changed_file = write(tmp_path, overrides).replace('a_sweep', 'other')
+    pathlib.Path(changed_file).write_text(
         (tmp_path / 'a_sweep.py').read_text().replace('lm.py:tiny', 'lm.py:tiny,core=gru')
     )
     with pytest.raises(UserError, match=r"model\.core was 'lstm' and is 'gru' now"):
-        sweep.load(other, runs)
+        sweep.load(changed_file, runs)
 
 
 def test_a_sweep_that_was_begun_before_a_config_key_was_there_goes_on(tmp_path):
@@ -175,19 +177,22 @@ def test_a_sweep_that_was_begun_before_a_config_key_was_there_goes_on(tmp_path):
 def test_what_has_not_begun_may_change_and_a_dry_run_claims_nothing(tmp_path):
     runs = tmp_path / 'runs'
     overrides = [{'model.site': site, 'train.steps': 7} for site in ('none', 'both')]
-    changed = [{**each, 'train.steps': 8} for each in overrides]
+    changed = [{**changes, 'train.steps': 8} for changes in overrides]
     sweep.load(write(tmp_path, overrides), runs, dry=True)
     assert not runs.exists()
     sweep.load(write(tmp_path, overrides), runs)
     sweep.load(write(tmp_path, changed), runs)  # none has begun
-    before = (runs / 'sweep.json').read_bytes()
+    old_content = (runs / 'sweep.json').read_bytes()
     begin(runs, 'site=none')
     with pytest.raises(UserError, match=r'\(site=none: train\.steps was 8 and is 7 now\)'):
         sweep.load(write(tmp_path, overrides), runs)
-    other = [changed[0], {**changed[1], 'model.site': 'encoder'}]  # site=both is there no more
-    sweep.load(write(tmp_path, other), runs, dry=True)
-    assert (runs / 'sweep.json').read_bytes() == before
-    sweep.load(write(tmp_path, other), runs)
+    other_overrides = [
+        changed[0],
+        {**changed[1], 'model.site': 'encoder'},
+    ]  # site=both is there no more
+    sweep.load(write(tmp_path, other_overrides), runs, dry=True)
+    assert (runs / 'sweep.json').read_bytes() == old_content
+    sweep.load(write(tmp_path, other_overrides), runs)
 
     sweep.load(write(tmp_path, overrides), tmp_path / 'queued', 'slurm')
     with pytest.raises(UserError, match='holds another sweep'):  # a job may be in the queue
@@ -198,9 +203,9 @@ def test_a_key_that_the_config_has_not_is_one_line_before_anything_is_written(tm
     overrides = [{'model.hidden': 24}, {'model.hiden': 24}]
     with pytest.raises(
         UserError, match=r'--config\.model\.hiden=24.*did you mean config\.model\.hidden'
-    ) as said:
+    ) as message:
         sweep.load(write(tmp_path, overrides), tmp_path / 'runs')
-    assert '\n' not in str(said.value) and '\\n' not in str(said.value)
+    assert '\n' not in str(message.value) and '\\n' not in str(message.value)
     with pytest.raises(UserError, match=r'model\.hidden=wide'):
         sweep.load(write(tmp_path, [{'model.hidden': 'wide'}]), tmp_path / 'runs')
     assert not (tmp_path / 'runs').exists()
@@ -216,13 +221,13 @@ def test_a_dry_run_tells_what_members_cost_and_hours_by_the_rate_of_those_that_r
     file.write_text(text.replace('configs/lm.py:tiny', 'experiments/expressivity/config.py:fit'))
     runs = tmp_path / 'runs'
     members = sweep.load(str(file), runs)
-    told = [costs.estimate_costs(sweep.parsed(m.command)) for m in members]
-    flops = [told[i]['flops'] * 100 * 2 for i in range(2)]
+    member_costs = [costs.estimate_costs(sweep.parse_config(m.command)) for m in members]
+    flops = [member_costs[i]['flops'] * 100 * 2 for i in range(2)]
     plan.show(members, runs)
     lines = capsys.readouterr().out.splitlines()
     row = next(line.split() for line in lines if line.split()[:1] == ['width=16'])
-    count = f'{told[0]["parameters"]["model"]:,}'
-    assert row == ['width=16', 'waiting', count, f'{told[0]["flops"]:.3g}', '100', '2',
+    count = f'{member_costs[0]["parameters"]["model"]:,}'
+    assert row == ['width=16', 'waiting', count, f'{member_costs[0]["flops"]:.3g}', '100', '2',
                    f'{flops[0]:.3g}']  # fmt: skip
     assert any(line.endswith(f'--workdir={runs}/width=32') for line in lines)
     assert f'{sum(flops):.3g} FLOPs' in lines[-1] and ' h' not in lines[-1]
@@ -238,8 +243,8 @@ def test_a_dry_run_tells_what_members_cost_and_hours_by_the_rate_of_those_that_r
 
 def test_members_that_differ_in_rates_and_seeds_alone_are_traced_once(monkeypatch):
     """And what is shown of each is what it costs by itself."""
-    of_config, traced = costs.estimate_costs, []
-    monkeypatch.setattr(costs, 'estimate_costs', lambda c: (traced.append(c), of_config(c))[1])
+    count_cost, traced = costs.estimate_costs, []
+    monkeypatch.setattr(costs, 'estimate_costs', lambda c: (traced.append(c), count_cost(c))[1])
     widths = sweep.zip_(**{'model.width': [8, 16], 'problem.dimension': [3, 4]})
     rates = {'optim.learning_rate': [0.1, 0.2], 'seeds': [(0,), (1, 2)], 'train.steps': [5, 7]}
     arguments = [
@@ -249,14 +254,14 @@ def test_members_that_differ_in_rates_and_seeds_alone_are_traced_once(monkeypatc
         ]
         for m in sweep.product(widths, **rates)
     ]
-    told = plan.count_costs([sweep.parsed(a) for a in arguments])
-    assert len(told) == 16 and len(traced) == 2
-    assert told == [of_config(sweep.parsed(a)) for a in arguments]
-    assert [(t['steps'], t['seeds']) for t in told[:4]] == [(5, 1), (7, 1), (5, 2), (7, 2)]
+    member_costs = plan.count_costs([sweep.parse_config(a) for a in arguments])
+    assert len(member_costs) == 16 and len(traced) == 2
+    assert member_costs == [count_cost(sweep.parse_config(a)) for a in arguments]
+    assert [(t['steps'], t['seeds']) for t in member_costs[:4]] == [(5, 1), (7, 1), (5, 2), (7, 2)]
     for key, value in (('learning_rate', -1.0), ('clip_norm', -1.0)):  # known shapes, bad rate
-        bad = sweep.parsed([*arguments[0], f'--config.optim.{key}={value}'])
+        bad = sweep.parse_config([*arguments[0], f'--config.optim.{key}={value}'])
         with pytest.raises(UserError, match=f'optim.{key} = {value}'):
-            plan.count_costs([sweep.parsed(arguments[0]), bad])
+            plan.count_costs([sweep.parse_config(arguments[0]), bad])
 
 
 @pytest.mark.parametrize(
@@ -278,7 +283,7 @@ def test_only_what_shapes_do_not_depend_on_is_left_out(monkeypatch, config, key,
     monkeypatch.setattr(costs, 'estimate_costs', lambda config: traced.append(config) or {})
     monkeypatch.setattr(plan, 'validate', lambda config: None)
     arguments = [[f'--config={config}', f'--config.{key}={value}'] for value in values]
-    plan.count_costs([sweep.parsed(a) for a in arguments])
+    plan.count_costs([sweep.parse_config(a) for a in arguments])
     assert len(traced) == traces
 
 
@@ -299,11 +304,11 @@ def test_gpus_are_dealt_out_so_that_no_two_members_share_one(tmp_path, monkeypat
     states = local.submit(commands, engine.Resources(gpus=2))
     assert set(states.values()) == {'done'}
     first, second, *_ = (starts(path)[0]['cuda'] for path in paths)
-    assert {first, second} == {'3,5', '6,GPU-a1'}  # at once
+    assert {first, second} == {'3,5', '6,GPU-a1'}  # simultaneously
     assert {starts(path)[0]['cuda'] for path in paths[2:]} <= {first, second}
-    with pytest.raises(UserError, match='this machine has 4; give fewer'):
+    with pytest.raises(UserError, match=r'at most the 4 GPUs of this machine .* Try fewer'):
         local.submit(commands, engine.Resources(gpus=5))
-    with pytest.raises(UserError, match='enough for 2 at once'):
+    with pytest.raises(UserError, match='expected at most 2, as'):
         local.submit(commands, engine.Resources(gpus=2, parallel=3))
 
 
@@ -318,9 +323,9 @@ def test_the_processes_of_members_have_gpus_of_their_own(tmp_path, monkeypatch):
         ),
     )
     slots = local.Slots(engine.Resources(processes=2, gpus=2))
-    assert slots.number == 2
-    for slot in range(2):
-        slots.start(slot, tmp_path, ['true'])
+    assert slots.count == 2
+    for i in range(2):
+        slots.start(tmp_path / str(i), ['true'])
     assert dealt == [['3,5', '6,7'], ['8,9', '10,11']]
 
 
@@ -335,9 +340,9 @@ def test_members_that_run_at_once_are_on_cores_of_their_own(tmp_path):
     assert on[0] and not set(on[0]) & set(on[1]) and sorted(on[0] + on[1]) == cores
 
     path = tmp_path / 'alone'  # it has all, but where it is to have one
-    for asked, expected in ((0, cores), (1, cores[:1])):
+    for num_cores, expected in ((0, cores), (1, cores[:1])):
         shutil.rmtree(path, ignore_errors=True)
-        local.submit({path: counting(path, steps=1)}, engine.Resources(cores=asked))
+        local.submit({path: counting(path, steps=1)}, engine.Resources(cores=num_cores))
         assert starts(path)[0]['cores'] == expected
     assert sorted(os.sched_getaffinity(0)) == cores  # those of the launcher are as before
 
@@ -354,28 +359,28 @@ def test_failures_are_retried_as_configured_and_preemptions_as_long_as_they_get_
         paths['once']: 'done', paths['twice']: 'failed', paths['preempted']: 'done',
     }  # fmt: skip
     assert [len(starts(path)) for path in paths.values()] == [2, 2, 4]
-    assert state.read(paths['twice']).reason == 'ValueError: so it was asked'
+    assert state.read_member_state(paths['twice']).reason == 'ValueError: so it was asked'
 
     stuck = tmp_path / 'stuck'
-    commands = {stuck: counting(stuck, steps=2, stops=0)}  # stops before its first step, for ever
+    commands = {stuck: counting(stuck, steps=2, stops=0)}  # always stops before its first step
     assert local.submit(commands, engine.Resources()) == {stuck: 'failed'}
     assert len(starts(stuck)) == 2
 
 
 def test_a_run_whose_process_is_gone_has_died(tmp_path):
     path = tmp_path / 'run'
-    this = process.start(path, counting(path, steps=1000, seconds=0.05))
+    first = process.start(path, counting(path, steps=1000, seconds=0.05))
     while not (path / 'metrics.jsonl').exists():
-        assert this.poll() is None
+        assert first.poll() is None
         time.sleep(0.02)
-    now = state.read(path, 'loss')
-    assert (now.word, now.steps, now.reason) == ('running', 1000, '')
-    assert now.metric.startswith('loss ') and now.metric.endswith('(train)')
-    other = process.start(path, counting(path, steps=1000))  # one is enough
-    assert isinstance(other, process.Elsewhere) and other.poll() is None
-    this.kill()
-    assert this.wait() == other.poll() * -signal.SIGKILL  # the other one only sees that it failed
-    assert state.read(path).word == 'died' and status(path)['state'] == 'running'
+    member = state.read_member_state(path, 'loss')
+    assert (member.phase, member.num_steps, member.reason) == ('running', 1000, '')
+    assert member.metric.startswith('loss ') and member.metric.endswith('(train)')
+    second = process.start(path, counting(path, steps=1000))  # one is enough
+    assert isinstance(second, process.AdoptedProcess) and second.poll() is None
+    first.kill()
+    assert first.wait() == second.poll() * -signal.SIGKILL  # the other one only sees that it failed
+    assert state.read_member_state(path).phase == 'died' and status(path)['state'] == 'running'
     assert len(starts(path)) == 1
 
 
@@ -383,47 +388,51 @@ def test_status_shows_the_members_of_a_sweep_and_why_one_failed(tmp_path):
     file, runs = write(tmp_path, [{'model.site': s} for s in ('none', 'both')]), tmp_path / 'runs'
     sweep.load(file, runs)
     local.submit({runs / 'site=none': counting(runs / 'site=none', steps=1, fails=9)}, ONE)
-    states = state.of_sweep(runs)
-    assert {name: of.word for name, of in states.items()} == {
+    states = state.read_sweep_states(runs)
+    assert {name: member.phase for name, member in states.items()} == {
         'site=none': 'failed', 'site=both': 'waiting',
     }  # fmt: skip
     assert states['site=none'].reason == 'ValueError: so it was asked'
     console = rich.console.Console(width=150, file=io.StringIO())
-    console.print(state.table('runs', states))
+    console.print(table.build_table('runs', states))
     assert 'runs, 1 failed, 1 waiting' in console.file.getvalue()
-    assert list(state.of_sweep(runs / 'site=none')) == ['site=none']
-    with pytest.raises(UserError, match='neither a sweep nor a run'):
-        state.of_sweep(tmp_path)
+    assert list(state.read_sweep_states(runs / 'site=none')) == ['site=none']
+    with pytest.raises(UserError, match='expected the directory of a sweep or a run'):
+        state.read_sweep_states(tmp_path)
 
 
 def test_damaged_files_of_a_member_cost_nothing_but_what_they_say(tmp_path):
-    file, runs = write(tmp_path, [{'model.site': s} for s in ('none', 'both')]), tmp_path / 'runs'
-    sweep.load(file, runs)
+    sweep_file, runs = (
+        write(tmp_path, [{'model.site': s} for s in ('none', 'both')]),
+        tmp_path / 'runs',
+    )
+    sweep.load(sweep_file, runs)
     path = runs / 'site=none'
     commands = {path: counting(path, steps=3)}
     assert local.submit(commands, ONE) == {path: 'done'}
-    before = state.read(path, 'loss')
+    expected = state.read_member_state(path, 'loss')
     for name in ('timing.jsonl', 'metrics.jsonl'):
-        with open(path / name, 'ab') as records:  # not JSON, no object, not what is needed, half
-            records.write(b'{"step": 9, \xff}\n[9]\n{"loss": 9.0}\n{"step": "9"}\n{"step": 9, "lo')
-    assert state.read(path, 'loss') == before
-    assert state.curve(path, 'loss', 'train') == {1: 1.0, 2: 0.5, 3: 1 / 3}
+        with open(path / name, 'ab') as file:  # not JSON, no object, wrong fields, unfinished
+            file.write(b'{"step": 9, \xff}\n[9]\n{"loss": 9.0}\n{"step": "9"}\n{"step": 9, "lo')
+    assert state.read_member_state(path, 'loss') == expected
+    assert records.read_curve(path, 'loss', 'train') == {1: 1.0, 2: 0.5, 3: 1 / 3}
     for damaged in (b'', b'[1]', b'\xff\xfe', b'{"state": ', b'{"step": null}', b'7'):
         (path / 'status.json').write_bytes(damaged)
         (path / 'cost.json').write_bytes(damaged)
-        assert state.read(path).word == 'waiting' and state.read(path).step == 3
-        assert not state.done(path)
+        member = state.read_member_state(path)
+        assert (member.phase, member.step) == ('waiting', 3)
+        assert not state.is_finished(path)
     (path / 'launched').write_bytes(b'[1]')
-    assert process.slot_of(path) == -1
+    assert process.read_slot(path) == -1
     for damaged in (b'', b'[1]', b'\xff\xfe', b'{"metric": "loss"}', b'{"members": [{}]}'):
         (runs / 'sweep.json').write_bytes(damaged)
-        for reads in (lambda: state.of_sweep(runs), lambda: sweep.load(file, runs)):
-            with pytest.raises(UserError, match=r'sweep\.json.*; restore it, or name another'):
+        for reads in (lambda: state.read_sweep_states(runs), lambda: sweep.load(sweep_file, runs)):
+            with pytest.raises(UserError, match=r'(?i)restore (it|the file), or name another'):
                 reads()
 
 
 @pytest.mark.parametrize(
-    'text, said',
+    'text, message',
     [
         ('CONFIG = (\n', "line 1: SyntaxError: '(' was never closed"),
         ('\nimport nothing_such\n', "line 2: ModuleNotFoundError: No module named 'nothing_such'"),
@@ -433,14 +442,14 @@ def test_damaged_files_of_a_member_cost_nothing_but_what_they_say(tmp_path):
         ),
         (
             SWEEP.format(baseline=None, overrides=0).replace('return 0', 'return product(a=[{1}])'),
-            'a = {1}: expected a number, a word, or a tuple of them',
+            'a = {1}: expected a number, a string, or a tuple of them',
         ),
     ],
 )
-def test_what_goes_wrong_in_a_sweep_file_is_one_line(tmp_path, text, said):
+def test_what_goes_wrong_in_a_sweep_file_is_one_line(tmp_path, text, message):
     (tmp_path / 'a_sweep.py').write_text(text)
     file = os.path.relpath(tmp_path / 'a_sweep.py')
-    with pytest.raises(UserError, match=re.escape(said)) as error:
+    with pytest.raises(UserError, match=re.escape(message)) as error:
         sweep.load(file, tmp_path / 'runs')
     assert '\n' not in str(error.value)
 
@@ -458,28 +467,28 @@ def get_config(arg='tiny'):
 
 def elsewhere(folder, *command):
     """What a command says in a directory of one's own, where the package is installed."""
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, '-m', *command],
         cwd=folder,
         env=os.environ | {'PYTHONPATH': str(ROOT)},
         capture_output=True,
         text=True,
     )
-    return done.returncode, done.stdout + done.stderr
+    return result.returncode, result.stdout + result.stderr
 
 
 def test_the_distribution_has_what_own_configs_and_sweeps_import():
-    """Built by setuptools itself, of which only the list of packages is looked at."""
-    made = subprocess.run(
+    """The list of packages comes from setuptools itself."""
+    result = subprocess.run(
         [sys.executable, '-c', LISTS_PACKAGES], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert {'mi', 'mi.lm', 'launch', 'configs', 'experiments'} <= set(made.stdout.split())
-    assert 'tests' not in made.stdout.split()
+    assert {'mi', 'mi.lm', 'launch', 'configs', 'experiments'} <= set(result.stdout.split())
+    assert 'tests' not in result.stdout.split()
 
 
 LISTS_PACKAGES = """
 import setuptools
-setuptools.setup = lambda **told: print(*told['packages'], sep='\\n')
+setuptools.setup = lambda **options: print(*options['packages'], sep='\\n')
 exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py'})
 """
 
@@ -491,11 +500,11 @@ def test_own_configs_and_sweeps_and_ours_work_from_another_directory(tmp_path):
     text = SWEEP.format(baseline=None, overrides=overrides).replace('configs/lm.py:tiny', 'mine.py')
     (tmp_path / 'my_sweep.py').write_text(text)
     dry = ['launch.local', '--workdir=runs', '--dry_run']
-    code, said = elsewhere(tmp_path, *dry, '--sweep=my_sweep.py')
-    assert code == 0 and 'all of it' in said
+    code, output = elsewhere(tmp_path, *dry, '--sweep=my_sweep.py')
+    assert code == 0 and 'all of it' in output
     main = ['mi.main', '--workdir=run', '--config.optim.learning_rate=-1']
-    code, said = elsewhere(tmp_path, *main, '--config=configs/lm.py:tiny')
-    assert code == 1 and 'config.optim.learning_rate = -1' in said  # it was read
+    code, output = elsewhere(tmp_path, *main, '--config=configs/lm.py:tiny')
+    assert code == 1 and 'config.optim.learning_rate = -1' in output  # it was read
 
 
 def test_the_sweeps_and_configs_of_the_package_are_found_from_another_directory(
@@ -504,10 +513,10 @@ def test_the_sweeps_and_configs_of_the_package_are_found_from_another_directory(
     monkeypatch.chdir(tmp_path)
     members = sweep.load('experiments/quickstart.py', tmp_path / 'runs', dry=True)
     assert '--config=configs/lm.py:quickstart' in members[0].command
-    with pytest.raises(UserError, match=r"no such file; .* did you mean 'quickstart'"):
+    with pytest.raises(UserError, match=r"expected a file .* did you mean 'quickstart'"):
         sweep.load('experiments/quickstrat.py', tmp_path / 'runs')
     with pytest.raises(UserError, match=r"no such file; expected .* did you mean 'lm'"):
-        sweep.parsed(['--config=configs/lmm.py:tiny'])
+        sweep.parse_config(['--config=configs/lmm.py:tiny'])
 
 
 def test_a_file_of_ones_own_comes_before_one_of_ours(tmp_path, monkeypatch):
@@ -541,17 +550,17 @@ def test_members_whose_names_would_be_the_same_are_told_apart(tmp_path):
         {'train.batch': 8, 'eval.length': 16},
         {'train.batch': 8, 'train.length': 16},
     ]
-    names = [m.name for m in sweep._members(alike, 'c.py', tmp_path, None)]
+    names = [m.name for m in sweep._make_members(alike, 'c.py', tmp_path, None)]
     assert names == [
         'batch=8', 'train.batch=8', 'batch=8,length=16', 'train.batch=8,train.length=16',
     ]  # fmt: skip
-    assert len({m.name for m in sweep._members(sections, 'c.py', tmp_path, None)}) == 3
+    assert len({m.name for m in sweep._make_members(sections, 'c.py', tmp_path, None)}) == 3
     thrice = [{'data.source': source} for source in ('a/b', 'a_b', 'a/_b', 'a_/b', 'a//b')]
-    names = [m.name for m in sweep._members(thrice, 'c.py', tmp_path, None)]
+    names = [m.name for m in sweep._make_members(thrice, 'c.py', tmp_path, None)]
     assert len(set(names)) == 5
     for same in ({'data.source': 1}, {'data.source': '1'}), ({'seeds': (0,)}, {'seeds': (0,)}):
         with pytest.raises(UserError, match='two members of the sweep have the same overrides'):
-            sweep._members(list(same), 'c.py', tmp_path, None)
+            sweep._make_members(list(same), 'c.py', tmp_path, None)
 
 
 def test_numbers_of_numpy_are_those_of_python(tmp_path):
@@ -563,8 +572,8 @@ def test_numbers_of_numpy_are_those_of_python(tmp_path):
         }
     )
     file = tmp_path / 'a_sweep.py'
-    made = 'import numpy as np\n' + SWEEP.format(baseline=None, overrides=overrides)
-    file.write_text(made)
+    source = 'import numpy as np\n' + SWEEP.format(baseline=None, overrides=overrides)
+    file.write_text(source)
     members = sweep.load(str(file), tmp_path / 'runs')
     assert members[0].name == 'hidden=24,learning_rate=0.5'
     assert '--config.seeds=(0, 1)' in members[0].command
@@ -592,7 +601,7 @@ def test_a_directory_that_cannot_be_written_is_one_line(tmp_path):
 
 
 def test_what_is_no_sweep_is_refused(tmp_path):
-    with pytest.raises(UserError, match='no such file'):
+    with pytest.raises(UserError, match='expected a file of your own'):
         sweep.load(str(tmp_path / 'none.py'), tmp_path / 'runs')
     (tmp_path / 'empty.py').write_text('')
     with pytest.raises(UserError, match='does not define CONFIG'):
@@ -600,7 +609,7 @@ def test_what_is_no_sweep_is_refused(tmp_path):
     with pytest.raises(UserError, match='the same overrides'):
         sweep.load(write(tmp_path, [{'model.site': 'none'}] * 2), tmp_path / 'runs')
     arms = sweep.product(**{'model.site': ['none', 'encoder']})
-    with pytest.raises(UserError, match="'encodr' is no arm; did you mean 'encoder'"):
+    with pytest.raises(UserError, match="'encodr': expected an arm; did you mean 'encoder'"):
         sweep.load(write(tmp_path, arms, baseline='encodr'), tmp_path / 'runs')
     assert not (tmp_path / 'runs').exists()  # before anything has run
 
@@ -614,18 +623,20 @@ def test_a_failing_member_is_named_and_the_others_finish(tmp_path, texts):
         common | {'model.fusion.name': 'film', 'optim.learning_rate': 1e-3},
     ]
     file, runs = write(tmp_path, overrides, 'concat, 0.001'), tmp_path / 'runs'
-    done = subprocess.run(launch(file, runs, '--parallel=2'), capture_output=True, text=True)
-    assert done.returncode == 1
-    assert '1 of 3 members failed: fusion=mi' in done.stderr
-    assert 'config.optim.learning_rate = -1.0: expected a finite number above 0' in done.stderr
+    result = subprocess.run(launch(file, runs, '--parallel=2'), capture_output=True, text=True)
+    assert result.returncode == 1
+    assert '1 of 3 members failed: fusion=mi' in result.stderr
+    assert 'config.optim.learning_rate = -1.0: expected a finite number above 0' in result.stderr
     good = [p for p in runs.iterdir() if p.is_dir() and 'mi' not in p.name and p.name != 'report']
     assert len(good) == 2 and all(status(p)['state'] == 'done' for p in good)
     assert (runs / 'report/report.html').exists()
 
-    before = {p: (p / 'status.json').read_bytes() for p in good}
-    again = subprocess.run(launch(file, runs), capture_output=True, text=True)
-    assert again.returncode == 1
-    assert {p: (p / 'status.json').read_bytes() for p in good} == before  # skipped, not run again
+    old_statuses = {p: (p / 'status.json').read_bytes() for p in good}
+    second = subprocess.run(launch(file, runs), capture_output=True, text=True)
+    assert second.returncode == 1
+    assert {
+        p: (p / 'status.json').read_bytes() for p in good
+    } == old_statuses  # skipped, not run again
 
 
 @pytest.mark.slow
@@ -645,14 +656,14 @@ def test_a_stopped_sweep_saves_and_goes_on(tmp_path, texts):
     assert process.wait(timeout=120) == 143
     assert status(first)['state'] == 'preempted'
     assert not (runs / 'site=both').exists()
-    done = subprocess.run(launch(file, runs), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run(launch(file, runs), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
     assert {status(runs / f'site={s}')['state'] for s in ('none', 'both')} == {'done'}
 
 
 @pytest.mark.slow
 def test_a_member_of_two_processes_of_which_one_is_killed_is_tried_again(tmp_path):
-    """The other one cannot go on without it and is gone within seconds."""
+    """The other process cannot continue without it and ends within seconds."""
     path = tmp_path / 'run'
     command = [sys.executable, '-m', 'mi.main', '--config=configs/rl.py:tiny,env=catch']
     command += ['--config.train.steps=2000', f'--workdir={path}']

@@ -1,4 +1,4 @@
-"""Forty members, of which five fail, five are killed, and then their launcher is."""
+"""Forty members: five fail, five are killed, and then their launcher is killed."""
 
 import json
 import os
@@ -41,9 +41,9 @@ def records(file):
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def wait_for(what, seconds=200.0):
+def wait_for(is_true, seconds=200.0):
     deadline = time.monotonic() + seconds
-    while not what():
+    while not is_true():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -82,14 +82,14 @@ def test_a_sweep_survives_failures_kills_and_the_death_of_its_launcher(folder):
     for path in killed[:-1]:
         wait_for(lambda path=path: len(records(path / 'metrics.jsonl')) > 3)
         kill(path)
-    wait_for(lambda: state.read(killed[-2]).word == 'died')
+    wait_for(lambda: state.read_member_state(killed[-2]).phase == 'died')
     first.kill()
     first.wait()
     orphans = [path for path in paths if is_locked(path / 'launched')]
     assert set(real) < set(orphans) and not paths[-1].exists()  # some run, some have not begun
 
     second = subprocess.Popen([*launch, '1'], stderr=subprocess.PIPE, text=True)
-    # It starts this one anew only after it has seen who runs.
+    # It restarts this one only after it has seen which members run.
     wait_for(lambda: len(records(failing[0] / 'starts.jsonl')) == 2)
     wait_for(lambda: list((real[0] / 'checkpoints').glob('0*')))
     kill(real[0])  # an orphan, which the second launcher waits for
@@ -98,11 +98,11 @@ def test_a_sweep_survives_failures_kills_and_the_death_of_its_launcher(folder):
     assert '00 failed, starting it again' in errors
     assert set(json.loads(result.read_text()).values()) == {'done'}
     for path in paths:
-        assert state.read(path).word == 'done'
+        assert state.read_member_state(path).phase == 'done'
     for path in paths[2:]:
         assert [r['step'] for r in records(path / 'metrics.jsonl')] == list(range(1, 21)), path
     starts = {path: len(records(path / 'starts.jsonl')) for path in paths[2:]}
     assert starts == {path: 2 if path in failing or path in killed else 1 for path in paths[2:]}
     assert all(records(path / 'starts.jsonl')[1]['step'] > 3 for path in killed[:-1])
-    killed_run, other = ((path / 'metrics.jsonl').read_bytes() for path in real)
-    assert killed_run == other and b'"eval"' in other  # to the same bits
+    killed_run, undisturbed_run = ((path / 'metrics.jsonl').read_bytes() for path in real)
+    assert killed_run == undisturbed_run and b'"eval"' in undisturbed_run  # to the same bits

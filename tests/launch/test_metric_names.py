@@ -5,6 +5,7 @@ import json
 import pytest
 
 from launch import asha, metric_names, pbt, sweep
+from launch.population import Population
 from mi import main
 from mi.config import UserError
 
@@ -37,11 +38,11 @@ SEARCH = 'experiments/expressivity/config.py:search'
 
 
 @pytest.mark.parametrize(
-    'config, metric, split, said',
+    'config, metric, split, message',
     [
         (LM, 'bits_per_bite', 'test', "METRIC = 'bits_per_bite': .* did you mean 'bits_per_byte'"),
         (LM, 'bits_per_byte', 'tset', "SPLIT = 'tset': .* did you mean 'test'"),
-        (LM, 'bits_per_byte', 'train', 'it is in those of valid, valid_whole, test'),
+        (LM, 'bits_per_byte', 'train', 'it is recorded in valid, valid_whole, test'),
         (CATCH, 'sucess', 'eval', "did you mean 'success'"),
         (CATCH, 'success', 'valid', "SPLIT = 'valid': .* known: eval, train"),
         (CATCH, 'success/cach', 'eval', "did you mean 'success/catch'"),
@@ -55,9 +56,9 @@ SEARCH = 'experiments/expressivity/config.py:search'
     ],
 )  # fmt: skip
 def test_a_metric_that_no_run_records_is_refused_with_the_nearest(
-    tmp_path, config, metric, split, said
+    tmp_path, config, metric, split, message
 ):
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         load(tmp_path, config, metric, split)
     assert '\n' not in str(error.value)
     assert not (tmp_path / 'runs').exists()
@@ -91,10 +92,12 @@ def test_curves_are_by_default_those_that_the_runs_have(tmp_path, config, metric
 
 
 def parsed(config, **values):
-    return sweep.parsed([f'--config={config}', *(f'--config.{k}={v}' for k, v in values.items())])
+    return sweep.parse_config(
+        [f'--config={config}', *(f'--config.{k}={v}' for k, v in values.items())]
+    )
 
 
-def test_a_rule_that_would_compare_nobody_is_refused():
+def test_a_rule_that_would_compare_no_member_is_refused():
     often, rarely, never = (
         parsed(LM, **{'train.steps': 40, 'train.eval_every': every}) for every in (10, 30, 40)
     )
@@ -107,15 +110,17 @@ def test_a_rule_that_would_compare_nobody_is_refused():
         asha.refuse_idle([often], 10, 'bits_per_byte', 'test')
 
 
-def test_a_population_without_fitness_or_looks_is_refused():
+def test_population_without_fitness_or_looks_is_refused():
     def split(interval, splits=('test', 'valid'), **values):
         values = {'train.steps': 40, 'train.eval_every': 10, 'train.save_every': 10} | values
-        return pbt.fitness_split({'a': parsed(LM, **values)}, 'bits_per_byte', splits, interval)
+        return pbt.choose_fitness_split(
+            {'a': parsed(LM, **values)}, 'bits_per_byte', splits, interval
+        )
 
-    assert split(20) == 'valid'  # test is read at the end, when nobody can learn from it
+    assert split(20) == 'valid'  # test is read at the end, when no member can learn from it
     assert split(20, ['valid_whole', 'valid']) == 'valid'
     for interval, save_every in ((40, 10), (31, 10), (10, 40)):
-        with pytest.raises(UserError, match=f'--interval={interval}: expected a look'):
+        with pytest.raises(UserError, match=f'--interval={interval}: expected a comparison'):
             split(interval, **{'train.save_every': save_every})
     with pytest.raises(UserError, match='recorded before the last step, in SPLIT or CURVES'):
         split(20, ['test'])
@@ -125,7 +130,7 @@ def test_a_population_without_fitness_or_looks_is_refused():
 
 def test_hyperparameters_are_by_default_those_of_the_task():
     def default(*configs):
-        return pbt.hyperparameters({str(i): c for i, c in enumerate(configs)}, None)
+        return pbt.choose_hyperparameters({str(i): c for i, c in enumerate(configs)}, None)
 
     assert default(parsed(LM)) == ['optim.learning_rate']  # no weight decay: 0 stays 0
     decays = parsed(LM, **{'optim.weight_decay': 0.1})
@@ -136,47 +141,47 @@ def test_hyperparameters_are_by_default_those_of_the_task():
 
 
 @pytest.mark.parametrize(
-    'config, key, said',
+    'config, key, message',
     [
         (LM, 'loss.entropy_cost', 'no such key'),
         (LM, 'optim.learning_rat', "did you mean 'optim.learning_rate'"),
-        (LM, 'model.hidden', r'a number with a decimal point.* of a: \d+; '),
-        (LM, 'model.tied', 'in the config of a: True'),
-        (LM, 'optim.weight_decay', 'other than 0, in the config of a: 0.0'),
+        (LM, 'model.hidden', r'a number with a decimal point.* of a \(got \d+\); '),
+        (LM, 'model.tied', r'in the config of a \(got True\)'),
+        (LM, 'optim.weight_decay', r'other than 0, in the config of a \(got 0.0\)'),
         (LM, 'optim.name', "'adam'"),
         (SEARCH, 'optim.learning_rate', "config.task = 'search' of a"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_perturbed_is_refused_before_anything_starts(config, key, said):
-    with pytest.raises(UserError, match=said):
-        pbt.hyperparameters({'a': parsed(config)}, [key])
+def test_what_cannot_be_perturbed_is_refused_before_anything_starts(config, key, message):
+    with pytest.raises(UserError, match=message):
+        pbt.choose_hyperparameters({'a': parsed(config)}, [key])
 
 
 def test_no_perturbation_leads_to_a_config_that_is_refused(tmp_path):
     """A rate of 0.9 times 1.2 is none: it stays as it is, and the others change."""
-    told = {'metric': 'loss', 'split': 'eval', 'lower_is_better': True}
-    (tmp_path / 'sweep.json').write_text(json.dumps(told))
+    sweep_file = {'metric': 'loss', 'split': 'eval', 'lower_is_better': True}
+    (tmp_path / 'sweep.json').write_text(json.dumps(sweep_file))
     keys = ['optim.learning_rate', 'dropout.word']
-    population = pbt.Population(tmp_path, [], 0.05, keys, 0)
+    population = Population(tmp_path, [], 0.05, keys, 0)
     (tmp_path / 'a').mkdir()
     config = json.loads(parsed(LM, **{'dropout.word': 0.9}).to_json())
     (tmp_path / 'a/config.json').write_text(json.dumps(config))
-    values = population._hyperparameters(tmp_path / 'a')
+    values = population._read_hyperparameters(tmp_path / 'a')
     assert values == {'optim.learning_rate': 2e-3, 'dropout.word': 0.9}
     up = {key: value * 1.2 for key, value in values.items()}
-    accepted = population._accepted(tmp_path / 'a', values, up)
+    accepted = population._drop_refused(tmp_path / 'a', values, up)
     assert accepted == {'optim.learning_rate': 2e-3 * 1.2, 'dropout.word': 0.9}
     down = {key: value / 1.2 for key, value in values.items()}
-    assert population._accepted(tmp_path / 'a', values, down) == down
+    assert population._drop_refused(tmp_path / 'a', values, down) == down
 
 
 def test_no_copy_takes_the_directory_of_another_member(tmp_path):
     """Members dropout=0 and dropout=0.1: the first one's first copy would be the second."""
-    told = {'metric': 'loss', 'split': 'eval', 'lower_is_better': True}
-    (tmp_path / 'sweep.json').write_text(json.dumps(told))
+    sweep_file = {'metric': 'loss', 'split': 'eval', 'lower_is_better': True}
+    (tmp_path / 'sweep.json').write_text(json.dumps(sweep_file))
     names = ['dropout=0', 'dropout=0.1', 'dropout=0.01']
     members = [sweep.Member(name, name, [], {}) for name in names]
-    population = pbt.Population(tmp_path, members, 0.05, [], 0)
+    population = Population(tmp_path, members, 0.05, [], 0)
     assert population._next_name('dropout=0') == 'dropout=0.001'
     assert population._next_name('dropout=0.1') == 'dropout=0.1.1'
 
@@ -196,8 +201,8 @@ def test_what_is_said_to_be_recorded_is(tmp_path, texts, config, values):
     """The same splits, and in each the same numbers, as a run has written."""
     if config == LM:
         values = values | {'data.source': str(texts), 'data.cache': str(tmp_path / 'cache')}
-    made = parsed(config, **values)
-    main.TASKS['train'][made.task](made, str(tmp_path / 'run'))
+    config_object = parsed(config, **values)
+    main.TASKS['train'][config_object.task](config_object, str(tmp_path / 'run'))
     lines = (tmp_path / 'run/metrics.jsonl').read_text().splitlines()
     written, steps = {}, {}
     for record in map(json.loads, lines):
@@ -206,11 +211,13 @@ def test_what_is_said_to_be_recorded_is(tmp_path, texts, config, values):
         steps.setdefault(record['split'], set()).add(record['step'])
         if values.get('data.level') == 'word':
             written[record['split']] -= {'bits_per_byte'}  # always null
-    found = metric_names.splits(made)
-    assert found.keys() == written.keys()
-    total = metric_names.steps(made)
-    for split, of in found.items():
-        assert all(map(of.has, written[split])), written[split] - set(of.names)
-        assert set(of.names) <= written[split]
-        regular = set(range(of.every, total + 1, of.every)) if of.every else set()
+    splits = metric_names.find_splits(config_object)
+    assert splits.keys() == written.keys()
+    total = metric_names.count_steps(config_object)
+    for split, records in splits.items():
+        assert all(map(records.has, written[split])), written[split] - set(records.names)
+        assert set(records.names) <= written[split]
+        regular = (
+            set(range(records.interval, total + 1, records.interval)) if records.interval else set()
+        )
         assert steps[split] == regular | {total}

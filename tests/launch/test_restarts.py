@@ -12,6 +12,7 @@ import pytest
 
 from launch import engine, k8s, restarts, slurm, state
 from mi.config import UserError
+from mi.training import run_state
 
 ONE = engine.Resources()
 
@@ -21,39 +22,46 @@ def save(path, step):
 
 
 def test_a_run_starts_again_as_long_as_it_has_saved_more(tmp_path):
-    assert restarts.starts_again(tmp_path)  # the first time there is nothing to compare with
-    assert not restarts.starts_again(tmp_path) and not restarts.starts_again(tmp_path)
+    assert restarts.note_stop(tmp_path)  # the first time there is nothing to compare with
+    assert not restarts.note_stop(tmp_path) and not restarts.note_stop(tmp_path)
     for step in (10, 20):
         save(tmp_path, step)
-        assert restarts.starts_again(tmp_path) and restarts.reason(tmp_path) == ''
-        assert not restarts.starts_again(tmp_path)
-        said = f'stopped twice at step {step}, without getting further'
-        assert restarts.reason(tmp_path) == said
-    (tmp_path / 'checkpoints/00000030.damaged').mkdir()  # nothing that a run goes on from
-    assert not restarts.starts_again(tmp_path)
+        assert restarts.note_stop(tmp_path) and run_state.restart_refusal(tmp_path) == ''
+        assert not restarts.note_stop(tmp_path)
+        message = f'stopped twice at step {step}, without getting further'
+        assert run_state.restart_refusal(tmp_path) == message
+    (tmp_path / 'checkpoints/00000030.damaged').mkdir()  # no run resumes from it
+    assert not restarts.note_stop(tmp_path)
     (tmp_path / 'status.json').write_text('{"state": "running", "step": 25}')  # no word of saving
-    assert not restarts.starts_again(tmp_path)
+    assert not restarts.note_stop(tmp_path)
     (tmp_path / 'status.json').write_text('{"state": "preempted", "step": 25}')
-    assert restarts.starts_again(tmp_path)
+    assert restarts.note_stop(tmp_path)
     (tmp_path / 'probes.json').write_text('{"3": {}}')  # a search, within a step
-    assert restarts.starts_again(tmp_path) and not restarts.starts_again(tmp_path)
-    (tmp_path / restarts.NOTE).write_text('{"saved": ')  # a power failure: as if it were the first
-    assert restarts.starts_again(tmp_path)
+    assert restarts.note_stop(tmp_path) and not restarts.note_stop(tmp_path)
+    (tmp_path / run_state.RESTART_NOTE).write_text(
+        '{"saved": '
+    )  # a power failure: as if it were the first
+    assert restarts.note_stop(tmp_path)
 
 
 def test_what_holds_in_one_launcher_holds_in_the_next(tmp_path):
     """A launcher that is started again does not forget that a member was stopped at its step."""
     save(tmp_path, 5)
     (tmp_path / 'status.json').write_text('{"state": "running"}')
-    assert engine.Attempts(0).ended(tmp_path, 143) == ('preempted', True, '')
-    word, again, said = engine.Attempts(0).ended(tmp_path, 143)
-    assert (word, again) == ('failed', False) and 'stopped twice at step 5' in said
-    assert state.read(tmp_path).word == 'failed' and 'twice' in state.read(tmp_path).reason
-    assert engine.Attempts(1).ended(tmp_path, 143)[1]  # a retry is one
+    assert engine.Attempts(0).end(tmp_path, 143) == ('preempted', True, '')
+    phase, is_restarted, message = engine.Attempts(0).end(tmp_path, 143)
+    assert (phase, is_restarted) == ('failed', False) and 'stopped twice at step 5' in message
+    assert (
+        state.read_member_state(tmp_path).phase == 'failed'
+        and 'twice' in state.read_member_state(tmp_path).reason
+    )
+    assert engine.Attempts(1).end(tmp_path, 143)[1]  # a retry is one
     save(tmp_path, 6)
-    assert state.read(tmp_path).word != 'failed'  # it was started by hand, and got further
-    assert engine.Attempts(0).ended(tmp_path, 143) == ('preempted', True, '')
-    assert state.read(tmp_path).reason == 'its process is gone'
+    assert (
+        state.read_member_state(tmp_path).phase != 'failed'
+    )  # it was started by hand, and got further
+    assert engine.Attempts(0).end(tmp_path, 143) == ('preempted', True, '')
+    assert state.read_member_state(tmp_path).reason == 'its process is gone'
 
 
 def batch(tmp_path, does, **options):
@@ -65,7 +73,7 @@ def batch(tmp_path, does, **options):
     for name, body in commands.items():
         (bin_dir / name).write_text(f'#!/bin/bash\n{body}\n')
         (bin_dir / name).chmod(0o755)
-    script = slurm.script({path: ['true']}, ONE, slurm.Options(**options), tmp_path / 'slurm')
+    script = slurm.write_script({path: ['true']}, ONE, slurm.Options(**options), tmp_path / 'slurm')
     environment = os.environ | {
         'PATH': f'{bin_dir}:{os.environ["PATH"]}',
         'REQUEUED': str(tmp_path / 'requeued'),
@@ -87,7 +95,7 @@ def test_a_job_that_is_warned_before_it_can_save_goes_back_once(tmp_path):
     assert batch(tmp_path, warned) == 0 and requeued(tmp_path) == ['requeue 7_0']
     assert batch(tmp_path, warned) == 1 and requeued(tmp_path) == ['requeue 7_0']
     path = tmp_path / 'runs/member'
-    assert state.read(path).word == 'failed'
+    assert state.read_member_state(path).phase == 'failed'
     assert 'stopped twice at step 0' in (path / 'log.txt').read_text()
     for step in (10, 20):  # one that has saved goes back each time
         saves = f'mkdir -p "$RUN/checkpoints/{step:08d}"; {warned}'
@@ -104,7 +112,7 @@ def test_a_second_job_of_a_member_that_runs_starts_nothing(tmp_path):
     hold = subprocess.Popen(['flock', '--no-fork', str(path / 'launched'), 'sleep', '60'])
     try:
         deadline = time.monotonic() + 60
-        while state.read(path).word != 'running':
+        while state.read_member_state(path).phase != 'running':
             assert time.monotonic() < deadline
             time.sleep(0.02)
         assert batch(tmp_path, 'touch "$RUN/started"') == 1
@@ -122,7 +130,7 @@ def test_a_second_job_of_a_member_that_runs_starts_nothing(tmp_path):
     ],
 )  # fmt: skip
 def test_a_time_limit_is_read_as_slurm_reads_it(limit, expected):
-    assert slurm.seconds(limit) == expected
+    assert slurm.parse_time_limit(limit) == expected
 
 
 def test_a_limit_that_is_over_at_the_warning_is_refused():
@@ -143,12 +151,12 @@ PODS = k8s.Options('image', 'claim')
 
 
 def container(path, resources=ONE):
-    manifest = k8s.jobset(
+    manifest = k8s.make_jobset(
         path, ['/bin/python', '-m', 'mi.main', f'--workdir={path}'], resources, PODS
     )
     (job,) = manifest['spec']['replicatedJobs']
-    (found,) = job['template']['spec']['template']['spec']['containers']
-    return manifest['metadata']['name'], found['command']
+    (container_spec,) = job['template']['spec']['template']['spec']['containers']
+    return manifest['metadata']['name'], container_spec['command']
 
 
 def pod(path, program, **environment):
@@ -178,13 +186,16 @@ def test_a_member_that_failed_gets_a_job_set_of_a_new_name(tmp_path):
     assert container(path)[0] == first  # it has not begun: the same one
     names = [first]
     assert pod(path, 'exit 1') == 1  # refused before the run could write anything
-    assert state.read(path).word == 'failed' and state.read(path).reason == 'exit code 1'
+    assert (
+        state.read_member_state(path).phase == 'failed'
+        and state.read_member_state(path).reason == 'exit code 1'
+    )
     names.append(container(path)[0])
     assert pod(path, 'exit 1') == 1
     names.append(container(path)[0])
     for updated in ('12:00', '13:00'):  # its node was lost, or it ran out of memory
-        told = {'state': 'running', 'pid': 1, 'host': 'pod', 'updated': updated}
-        (path / 'status.json').write_text(json.dumps(told))
+        status = {'state': 'running', 'pid': 1, 'host': 'pod', 'updated': updated}
+        (path / 'status.json').write_text(json.dumps(status))
         names.append(container(path)[0])
         assert container(path)[0] == names[-1]  # the same failure has the same name
     assert len(set(names)) == 5 and all(len(name) <= 40 for name in names)
@@ -203,16 +214,16 @@ def test_members_that_run_are_left_out_of_the_manifest(tmp_path, capsys, monkeyp
     held = subprocess.Popen(['flock', '--no-fork', str(runs / 'lock'), 'sleep', '60'])
     try:
         deadline = time.monotonic() + 60
-        while state.read(runs).word != 'running':
+        while state.read_member_state(runs).phase != 'running':
             assert time.monotonic() < deadline
             time.sleep(0.02)
         assert k8s.submit(commands, ONE) == dict.fromkeys(commands, 'queued')
     finally:
         held.kill()
         held.wait()
-    said = capsys.readouterr()
-    assert f'--workdir={waits}' in said.out and f'--workdir={runs}' not in said.out
-    assert '1 running, left alone: runs' in said.err
+    output = capsys.readouterr()
+    assert f'--workdir={waits}' in output.out and f'--workdir={runs}' not in output.out
+    assert '1 running, left alone: runs' in output.err
 
 
 def test_a_signal_to_the_first_process_of_a_container_reaches_the_run(tmp_path):
@@ -224,8 +235,8 @@ def test_a_signal_to_the_first_process_of_a_container_reaches_the_run(tmp_path):
     command = [sys.executable, '-m', 'launch.restarts', str(path), '--']
     for expected in 143, 1:  # the second saves no more than the first
         (path / 'ready').unlink(missing_ok=True)
-        words = [*command, 'bash', '-c', program, str(path)]
-        first = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+        arguments = [*command, 'bash', '-c', program, str(path)]
+        first = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         while not (path / 'ready').exists():
             assert time.monotonic() < deadline

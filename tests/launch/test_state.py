@@ -12,7 +12,8 @@ import time
 import pytest
 import rich.console
 
-from launch import local, state
+from launch import records, state, table, watch
+from mi.training import run_state
 from mi.training.lock import is_locked
 
 
@@ -20,10 +21,10 @@ def record(step, split='train', **values):
     return json.dumps({'step': step, 'seed': 0, 'split': split, **values}) + '\n'
 
 
-def make(path, word, step=0, **metric):
+def make(path, phase, step=0, **metric):
     path.mkdir(parents=True)
-    told = {'state': word, 'step': step, 'reason': 'no disk' if word == 'failed' else None}
-    (path / 'status.json').write_text(json.dumps(told))
+    status = {'state': phase, 'step': step, 'reason': 'no disk' if phase == 'failed' else None}
+    (path / 'status.json').write_text(json.dumps(status))
     (path / 'cost.json').write_text('{"steps": 100}')
     timing = {'step': step, 'seconds': 1.0, 'steps_per_second': 3.0}
     (path / 'timing.jsonl').write_text(json.dumps(timing) + '\n')
@@ -51,29 +52,29 @@ class Held:
 @pytest.fixture
 def opened(monkeypatch):
     """The files that are opened, by name, as long as the test runs."""
-    found = []
+    file_names = []
 
     def counting(function):
         def opens(file, *args, **options):
-            found.append(pathlib.Path(os.fspath(file)).name)
+            file_names.append(pathlib.Path(os.fspath(file)).name)
             return function(file, *args, **options)
 
         return opens
 
     monkeypatch.setattr(io, 'open', counting(io.open))  # pathlib's
     monkeypatch.setattr('builtins.open', counting(open))
-    return found
+    return file_names
 
 
 def test_what_has_not_changed_is_not_read_again(tmp_path, opened):
-    """1,000 members of which one runs: the looks after the first read what it has added."""
+    """Of 1,000 members one runs; later reads only read what it has added."""
     finished = [tmp_path / f'done {i}' for i in range(200)]
     for path in finished:
         make(path, 'done', 100, loss=0.5)
     waiting = [tmp_path / f'waiting {i}' for i in range(799)]
     path = tmp_path / 'runs'
     make(path, 'running', 10, loss=2.0)
-    reader, paths = state.Reader('loss'), [*finished, *waiting, path]
+    reader, paths = state.StateReader('loss'), [*finished, *waiting, path]
     with Held(path / 'lock'):
         opened.clear()
         first = {p: reader.read(p) for p in paths}
@@ -86,18 +87,18 @@ def test_what_has_not_changed_is_not_read_again(tmp_path, opened):
             file.write(record(20, loss=1.0) + '{"step": 30')
         (path / 'timing.jsonl').write_text('{"step": 20, "seconds": 2.0, "steps_per_second": 5}\n')
         opened.clear()
-        now = reader.read(path)
-        assert (now.word, now.step, now.metric) == ('running', 20, 'loss 1 (train)')
+        member = reader.read(path)
+        assert (member.phase, member.step, member.metric) == ('running', 20, 'loss 1 (train)')
         assert sorted(opened) == ['lock', 'metrics.jsonl', 'timing.jsonl']
-        assert now == state.read(path, 'loss')
+        assert member == state.read_member_state(path, 'loss')
     (path / 'status.json').write_text('{"state": "done", "step": 100}')
-    assert reader.read(path).word == 'done'
+    assert reader.read(path).phase == 'done'
     opened.clear()
-    assert reader.read(path).word == 'done' and opened == []
+    assert reader.read(path).phase == 'done' and opened == []
 
 
 def test_those_who_ask_at_once_do_not_see_each_other(tmp_path):
-    """Another who looks whether the lock is held, just now, is no run."""
+    """A process that only tests the lock does not count as a run."""
     lock = tmp_path / 'lock'
     with open(lock, 'w') as another:
         fcntl.flock(another, fcntl.LOCK_SH)
@@ -114,39 +115,41 @@ def test_the_time_left_is_by_the_pace_of_the_last_record(tmp_path):
     text = [json.dumps(record) + '\n' for record in timing]
     with Held(path / 'lock'):
         (path / 'timing.jsonl').write_text(text[0])
-        assert state.read(path).left == 90 * 90 / 10  # the steps from the beginning
+        assert (
+            state.read_member_state(path).seconds_left == 90 * 90 / 10
+        )  # the steps from the beginning
         (path / 'timing.jsonl').write_text(''.join(text))
-        now = state.read(path)
-        assert (now.step, now.steps, now.left) == (30, 100, 70 * 5 / 20)
-        assert now.rate == '10,000 tokens/s'
-    assert state.read(path).left is None  # it has died
+        member = state.read_member_state(path)
+        assert (member.step, member.num_steps, member.seconds_left) == (30, 100, 70 * 5 / 20)
+        assert member.rate == '10,000 tokens/s'
+    assert state.read_member_state(path).seconds_left is None  # it has died
 
 
 def test_a_member_that_is_started_again_is_seen(tmp_path):
     """Only one that is done, or was stopped for good, stays so."""
-    reader, path = state.Reader(), tmp_path / 'a'
-    assert reader.read(path).word == 'waiting'
-    for word in ('failed', 'preempted'):
+    reader, path = state.StateReader(), tmp_path / 'a'
+    assert reader.read(path).phase == 'waiting'
+    for phase in ('failed', 'preempted'):
         if path.exists():
-            (path / 'status.json').write_text(json.dumps({'state': word, 'step': 7}))
+            (path / 'status.json').write_text(json.dumps({'state': phase, 'step': 7}))
         else:
-            make(path, word)
-        assert reader.read(path).word == word
+            make(path, phase)
+        assert reader.read(path).phase == phase
         with Held(path / 'launched'):
-            assert reader.read(path).word == 'running'
-        assert reader.read(path).word == word
+            assert reader.read(path).phase == 'running'
+        assert reader.read(path).phase == phase
     (path / 'status.json').write_text('{"state": "running"}')
-    assert reader.read(path).word == 'died'
-    (path / state.STOPPED).write_text('{"reason": "behind"}')
+    assert reader.read(path).phase == 'died'
+    (path / run_state.STOP_MARK).write_text('{"reason": "behind"}')
     assert reader.read(path)[0::6] == ('stopped', 'behind')
 
 
 def test_records_that_a_checkpoint_takes_back_are_forgotten(tmp_path):
-    """Of a run that goes on from step 10, what it had recorded after that is cut off."""
+    """A run that resumes from step 10 has its later records cut off."""
     path = tmp_path / 'a'
     make(path, 'preempted', 10, loss=2.0)
-    reader, curve = state.Reader('loss'), state.Curve(path, 'loss', 'train')
-    before = (path / 'metrics.jsonl').read_text()
+    reader, curve = state.StateReader('loss'), records.CurveReader(path, 'loss', 'train')
+    old_records = (path / 'metrics.jsonl').read_text()
     for step, loss in ((20, 1.0), (30, 0.5)):
         with open(path / 'metrics.jsonl', 'a') as file:
             file.write(record(step, loss=loss))
@@ -155,7 +158,7 @@ def test_records_that_a_checkpoint_takes_back_are_forgotten(tmp_path):
         20: 1,
         30: 0.5,
     }
-    (path / 'metrics.jsonl').write_text(before)
+    (path / 'metrics.jsonl').write_text(old_records)
     assert reader.read(path).metric == 'loss 2 (train)' and curve.read() == {10: 2}
     (path / 'metrics.jsonl').unlink()
     assert reader.read(path).metric == '' and curve.read() == {}
@@ -164,7 +167,7 @@ def test_records_that_a_checkpoint_takes_back_are_forgotten(tmp_path):
 def test_a_metric_is_the_mean_over_seeds_however_far_back_it_is(tmp_path):
     path = tmp_path / 'a'
     make(path, 'running')
-    reader = state.Reader('success')
+    reader = state.StateReader('success')
     evaluations = [
         record(10, split, success=value + more)
         for value in (0.25, 0.75)  # of each seed
@@ -174,7 +177,7 @@ def test_a_metric_is_the_mean_over_seeds_however_far_back_it_is(tmp_path):
     assert reader.read(path).metric == 'success 0.5 (eval)'
     with open(path / 'metrics.jsonl', 'a') as file:
         file.writelines(record(10 + i, loss=1.0, name='x' * 100) for i in range(1, 1000))
-    assert (path / 'metrics.jsonl').stat().st_size > state.TAIL
+    assert (path / 'metrics.jsonl').stat().st_size > records.TAIL
     assert reader.read(path).metric == 'success 0.5 (eval)'
 
 
@@ -182,28 +185,32 @@ def test_another_metric_is_never_shown_as_if_it_were_the_one(tmp_path):
     """A typo in METRIC; and a run that has no value of it yet."""
     path = tmp_path / 'a'
     make(path, 'running', 10, nats=3.0)
-    died = state.read(path, 'bits').metric
+    died = state.read_member_state(path, 'bits').metric
     assert died == 'no bits yet, nats 3 (train)'
     (path / 'status.json').write_text('{"state": "done", "step": 100}')
-    assert state.read(path, 'bits').metric == 'no bits, nats 3 (train)'
-    assert state.read(path).metric == 'nats 3 (train)'
+    assert state.read_member_state(path, 'bits').metric == 'no bits, nats 3 (train)'
+    assert state.read_member_state(path).metric == 'nats 3 (train)'
     with open(path / 'metrics.jsonl', 'a') as file:
         file.write(record(20, 'valid', bits=None, nats=2.0))
-    assert state.read(path, 'bits').metric == 'no bits, nats 2 (valid)'
+    assert state.read_member_state(path, 'bits').metric == 'no bits, nats 2 (valid)'
 
 
-STATES = {f'arm={i}': state.State('done', 100, 100) for i in range(290)}
-STATES |= {f'arm={i}': state.State('waiting') for i in range(290, 297)}
-STATES['arm=297'] = state.State('failed', 3, 100, reason='ValueError: no disk ' + 'and so on ' * 20)
-STATES['arm=298'] = state.State('running', 7, 100, '1,200 tokens/s', 75.0, 'loss 1.25 (train)')
-STATES['arm=299'] = state.State('died', 9, 100, reason='its process is gone')
+STATES = {f'arm={i}': state.MemberState('done', 100, 100) for i in range(290)}
+STATES |= {f'arm={i}': state.MemberState('waiting') for i in range(290, 297)}
+STATES['arm=297'] = state.MemberState(
+    'failed', 3, 100, reason='ValueError: no disk ' + 'and so on ' * 20
+)
+STATES['arm=298'] = state.MemberState(
+    'running', 7, 100, '1,200 tokens/s', 75.0, 'loss 1.25 (train)'
+)
+STATES['arm=299'] = state.MemberState('died', 9, 100, reason='its process is gone')
 
 
 def rendered(width, height, states):
     console = rich.console.Console(
         file=io.StringIO(), width=width, height=height, force_terminal=True, color_system=None
     )
-    console.print(state.Table('2.0 min', states), end='')
+    console.print(table.FittedTable('2.0 min', states), end='')
     return console.file.getvalue().splitlines()
 
 
@@ -238,17 +245,17 @@ def test_a_table_that_fits_is_shown_as_it_is():
 
 def test_the_more_a_look_takes_the_fewer_there_are(tmp_path, monkeypatch):
     """A twentieth of the time at most, by a clock that a look moves on by 3 seconds."""
-    now, looks = [0.0], []
-    monkeypatch.setattr(local.time, 'monotonic', lambda: now[0])
+    clock, looks = [0.0], []
+    monkeypatch.setattr(watch.time, 'monotonic', lambda: clock[0])
     path = tmp_path / 'a'
-    watch = local.Watch([path])
+    display = watch.Watch([path])
 
     def rule(paths):
-        looks.append(now[0])
-        now[0] += 3.0
+        looks.append(clock[0])
+        clock[0] += 3.0
 
     for _ in range(2000):
-        watch.update(rule)
-        now[0] += 0.2
-    assert len(looks) == pytest.approx(now[0] / 63, abs=2)
+        display.update(rule)
+        clock[0] += 0.2
+    assert len(looks) == pytest.approx(clock[0] / 63, abs=2)
     assert min(b - a for a, b in itertools.pairwise(looks)) >= 60.0

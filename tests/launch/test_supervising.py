@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from launch import engine, local, pbt, process, slurm, state, sweep
+from launch import engine, local, pbt, process, slurm, state, sweep, watch
+from launch.population import Population
 from mi.config import UserError
 from mi.training.lock import is_locked
 
@@ -31,7 +32,10 @@ def have_begun(paths):
 def assert_saved(paths):
     for path in paths:
         assert not is_locked(path / 'lock') and not is_locked(path / 'launched')
-        assert state.read(path).word == 'preempted' and state.read(path).step >= 1
+        assert (
+            state.read_member_state(path).phase == 'preempted'
+            and state.read_member_state(path).step >= 1
+        )
 
 
 @pytest.mark.parametrize('error', [RuntimeError, OSError, UserError, SystemExit, Broken])
@@ -51,7 +55,7 @@ def test_members_end_when_the_next_one_cannot_be_started(tmp_path):
     paths = [tmp_path / 'a', tmp_path / 'b']
 
     class Late(dict):
-        """Commands of which the second is looked up when the first has begun, and is none."""
+        """Commands whose second is looked up when the first member has begun, and is invalid."""
 
         def __getitem__(self, path):
             deadline = time.monotonic() + 60
@@ -69,12 +73,12 @@ def test_members_end_when_the_next_one_cannot_be_started(tmp_path):
 def test_members_end_when_the_screen_does(tmp_path, monkeypatch):
     path = tmp_path / 'a'
 
-    def show(self, states, last):
+    def show(self, states, is_last):
         if have_begun([path]):
             raise OSError('the screen is gone')
 
-    monkeypatch.setattr(local.Watch, '_show', show)
-    monkeypatch.setattr(local.Watch, 'say', show)  # raises too: it takes other arguments
+    monkeypatch.setattr(watch.Watch, '_show', show)
+    monkeypatch.setattr(watch.Watch, 'print', show)  # raises too: it takes other arguments
     with pytest.raises(OSError, match='the screen is gone'):
         local.submit({path: counting(path)}, TWO)
     assert_saved([path])
@@ -88,34 +92,34 @@ def test_all_processes_of_a_member_start_or_none(tmp_path):
     assert not is_locked(tmp_path / 'a/launched')
 
 
-@pytest.mark.parametrize('where', ['decide', 'looks'])
-def test_members_of_a_population_end_when_a_decision_raises(tmp_path, monkeypatch, where):
-    told = {'metric': 'loss', 'split': 'train', 'lower_is_better': True}
-    (tmp_path / 'sweep.json').write_text(json.dumps(told))
+@pytest.mark.parametrize('method', ['decide', 'is_due'])
+def test_members_of_a_population_end_when_a_decision_raises(tmp_path, monkeypatch, method):
+    sweep_file = {'metric': 'loss', 'split': 'train', 'lower_is_better': True}
+    (tmp_path / 'sweep.json').write_text(json.dumps(sweep_file))
     paths = [tmp_path / 'a', tmp_path / 'b']
 
-    def looks(self, member, interval):
-        if where == 'looks' and have_begun(paths):
+    def is_due(self, member, interval):
+        if method == 'is_due' and have_begun(paths):
             raise UserError('no such number')
         return member == 'a' and have_begun(paths)
 
     def decide(self, member):
         raise UserError('no such number')
 
-    monkeypatch.setattr(pbt.Population, 'looks', looks)
-    monkeypatch.setattr(pbt.Population, 'decide', decide)
+    monkeypatch.setattr(Population, 'is_due', is_due)
+    monkeypatch.setattr(Population, 'decide', decide)
     members = [sweep.Member(p.name, p.name, counting(p)[:2] + counting(p)[3:], {}) for p in paths]
-    population = pbt.Population(tmp_path, members, 0.05, [], 0)
+    population = Population(tmp_path, members, 0.05, [], 0)
     with pytest.raises(UserError, match='no such number'):
-        pbt.train(population, ['a', 'b'], 1, TWO)
+        pbt.train(population, 1, TWO)
     assert_saved(paths)
 
 
 def test_jobs_that_cannot_be_noted_are_taken_back(tmp_path, monkeypatch):
-    said = []
+    commands = []
 
     def run(*command):
-        said.append(command)
+        commands.append(command)
         return '7\n' if command[0] == 'sbatch' else ''
 
     def write_json(file, value):
@@ -125,11 +129,11 @@ def test_jobs_that_cannot_be_noted_are_taken_back(tmp_path, monkeypatch):
         monkeypatch.setattr(slurm, name, type('Flag', (), {'value': ''}))
     monkeypatch.setattr(slurm, 'WARNING', type('Flag', (), {'value': 120}))
     monkeypatch.setattr(slurm, 'SBATCH', type('Flag', (), {'value': []}))
-    monkeypatch.setattr(slurm, '_slurm', run)
+    monkeypatch.setattr(slurm, 'run_slurm', run)
     monkeypatch.setattr(slurm, 'write_json', write_json)
     with pytest.raises(OSError, match='no space'):
         slurm.submit({tmp_path / 'runs/a': ['true']}, TWO)
-    assert said[-1] == ('scancel', '7')
+    assert commands[-1] == ('scancel', '7')
 
 
 RAY = """
@@ -149,7 +153,7 @@ ray.submit(commands, engine.Resources(), rule)
 @pytest.mark.slow
 def test_members_on_a_ray_cluster_save_and_end_too(tmp_path):
     paths = [tmp_path / 'a', tmp_path / 'b']
-    told = json.dumps([str(p) for p in paths]), json.dumps([counting(p) for p in paths])
-    done = subprocess.run([sys.executable, '-c', RAY, *told], capture_output=True, text=True)
-    assert done.returncode == 1 and 'RuntimeError: a rule' in done.stderr
+    arguments = [json.dumps([str(path) for path in paths]), json.dumps([*map(counting, paths)])]
+    result = subprocess.run([sys.executable, '-c', RAY, *arguments], capture_output=True, text=True)
+    assert result.returncode == 1 and 'RuntimeError: a rule' in result.stderr
     assert_saved(paths)

@@ -32,16 +32,20 @@ V4, V5E, V5P, V6E = 'tpu-v4-podslice', 'tpu-v5-lite-podslice', 'tpu-v5p-slice', 
     ],
 )
 def test_a_topology_has_the_hosts_of_the_table(kind, topology, machine, hosts, chips):
-    found = tpu.find_slice(kind, topology)
-    assert (found.machine, found.hosts, found.chips) == (machine, hosts, chips)
-    assert found.devices == hosts * chips
-    assert found.topology == f'{tpu.GENERATIONS[kind].name}:{topology}'
+    tpu_slice = tpu.find_slice(kind, topology)
+    assert (tpu_slice.machine, tpu_slice.hosts, tpu_slice.chips_per_host) == (machine, hosts, chips)
+    assert tpu_slice.devices == hosts * chips
+    assert tpu_slice.topology == f'{tpu.GENERATIONS[kind].name}:{topology}'
 
 
 def test_a_slice_of_smaller_hosts_can_be_asked_for():
-    for given in ({'chips': 4}, {'hosts': 2}, {'chips': 4, 'hosts': 2}):
-        found = tpu.find_slice(V5E, '2x4', **given)
-        assert (found.machine, found.hosts, found.chips) == ('ct5lp-hightpu-4t', 2, 4)
+    for counts in ({'chips_per_host': 4}, {'num_hosts': 2}, {'chips_per_host': 4, 'num_hosts': 2}):
+        tpu_slice = tpu.find_slice(V5E, '2x4', **counts)
+        assert (tpu_slice.machine, tpu_slice.hosts, tpu_slice.chips_per_host) == (
+            'ct5lp-hightpu-4t',
+            2,
+            4,
+        )
 
 
 def test_a_chip_may_be_two_devices():
@@ -49,14 +53,14 @@ def test_a_chip_may_be_two_devices():
 
 
 @pytest.mark.parametrize(
-    'kind, topology, given, message',
+    'kind, topology, counts, message',
     [
         (V5E, '3x3', {}, '1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16 or 16x16'),
         (V5E, '4x2', {}, '--topology=4x2'),
         (V5E, '16x32', {}, '--topology=16x32'),
-        (V5E, '4x4', {'chips': 8}, '--gpus=8: expected --processes=4 --gpus=4'),
-        (V5E, '4x4', {'hosts': 2}, '--processes=2: expected --processes=4 --gpus=4'),
-        (V5E, '2x4', {'hosts': 4}, '--processes=2 --gpus=4 or --processes=1 --gpus=8'),
+        (V5E, '4x4', {'chips_per_host': 8}, '--gpus=8: expected --processes=4 --gpus=4'),
+        (V5E, '4x4', {'num_hosts': 2}, '--processes=2: expected --processes=4 --gpus=4'),
+        (V5E, '2x4', {'num_hosts': 4}, '--processes=2 --gpus=4 or --processes=1 --gpus=8'),
         (V5P, '8x4x4', {}, 'A ≤ B ≤ C'),
         (V5P, '2x8x8', {}, 'multiples of 4'),
         (V5P, '16x24x24', {}, 'at most 6,144 chips'),
@@ -64,7 +68,7 @@ def test_a_chip_may_be_two_devices():
         ('v5e', '4x4', {}, '--tpu=v5e: '),
     ],
 )
-def test_what_gke_has_not_is_refused_with_what_it_has(kind, topology, given, message):
+def test_what_gke_has_not_is_refused_with_what_it_has(kind, topology, counts, message):
     with pytest.raises(UserError, match=re.escape(message)) as refused:
-        tpu.find_slice(kind, topology, **given)
+        tpu.find_slice(kind, topology, **counts)
     assert '\n' not in str(refused.value)

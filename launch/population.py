@@ -1,0 +1,273 @@
+"""A population of members that copy each other's checkpoints and perturb hyperparameters.
+
+`launch.pbt` describes the algorithm and runs the members.
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import pathlib
+import random
+import shutil
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from launch import records, state, sweep
+from mi.config import Rule, UserError, flatten
+from mi.fit import factory as fit
+from mi.lm import config as lm
+from mi.rl import config as rl
+from mi.training import checkpoint
+from mi.training.io import read_json, write_json
+
+FACTOR, PERTURB_PROBABILITY = 1.2, 1 / 3
+SCHEMAS = {'lm': lm.SCHEMA, 'rl': rl.SCHEMA, 'fit': fit.SCHEMA}  # task of a config → its rules
+COPY_ATTEMPTS = 10  # tries to copy a checkpoint from a run that deletes old ones meanwhile
+
+
+def exploit(
+    fitness: Mapping[str, float], member: str, margin: float, rng: random.Random
+) -> str | None:
+    """Return the member that a member copies; None if it continues as it is.
+
+    Args:
+      fitness: member → fitness, where larger is better. Members without records are absent.
+      member: the member that compares itself.
+      margin: by how much the drawn member must be better.
+      rng: draws the member to compare with.
+    """
+    candidates = sorted(fitness.keys() - {member})
+    if member not in fitness or not candidates:
+        return None
+    candidate = rng.choice(candidates)
+    return candidate if fitness[candidate] - fitness[member] > margin else None
+
+
+def explore(values: Mapping[str, float], rng: random.Random) -> dict[str, float]:
+    """Multiply each value by 1.2 or 1/1.2 with probability 1/3; return the new values."""
+    perturbed = dict(values)
+    for key in values:
+        if rng.random() < PERTURB_PROBABILITY:
+            perturbed[key] *= FACTOR if rng.random() < 0.5 else 1 / FACTOR
+    return perturbed
+
+
+def is_scalable(value: Any) -> bool:
+    """Return whether a factor can change a hyperparameter: an integer is a size, and 0 stays 0."""
+    return isinstance(value, float) and math.isfinite(value) and value != 0
+
+
+class Population:
+    """The run directories of the members, and the decisions about them.
+
+    All of it is stored in the sweep directory, so that a new launcher continues from there.
+
+    Args:
+      workdir: directory of the sweep.
+      members: the members of the sweep; they are the first generation.
+      margin, perturb, seed: as the flags of `launch.pbt`.
+      split: split of the fitness; '' for SPLIT.
+    """
+
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        members: Iterable[sweep.Member],
+        margin: float,
+        perturb: Iterable[str],
+        seed: int,
+        split: str = '',
+    ):
+        # Read what is compared.
+        fields = {'metric': str, 'split': str, 'lower_is_better': bool}
+        sweep_file = state.read_sweep_file(workdir, fields)
+        self._metric, self._split = sweep_file['metric'], split or sweep_file['split']
+        self._sign = -1 if sweep_file['lower_is_better'] else 1
+        self._workdir = workdir
+        self._members = {member.name: member for member in members}
+        self._margin, self._perturb, self._seed = margin, list(perturb), seed
+
+        # Read earlier decisions, and carry out the last one if its launcher was killed before.
+        self._file = workdir / 'pbt.jsonl'
+        fields = {'member': str, 'from': str, 'to': str, 'step': int, 'overrides': dict}
+        self._decisions = records.read_records(self._file, fields, tail=records.WHOLE_FILE)
+        for decision in self._decisions:
+            self._fork(decision)
+
+    def names(self) -> list[str]:
+        """Return the names of the members, in the order of the sweep."""
+        return list(self._members)
+
+    def run_dir(self, member: str) -> pathlib.Path:
+        """Return the current run directory of a member."""
+        children = [d['to'] for d in self._decisions if d['member'] == member]
+        return self._workdir / (children[-1] if children else member)
+
+    def is_due(self, member: str, interval: int) -> bool:
+        """Return whether a member has saved at its next comparison, before its last step."""
+        steps = [d['step'] for d in self._decisions if d['member'] == member]
+        due_step = (steps[-1] // interval + 1) * interval if steps else interval
+        run_dir = self.run_dir(member)
+        return due_step <= last_saved_step(run_dir) < state.read_member_state(run_dir).num_steps
+
+    def command(self, member: str) -> list[str]:
+        """Return the command that runs a member in its current run directory."""
+        run_dir = self.run_dir(member)
+        command = [
+            argument
+            for argument in self._members[member].command
+            if not argument.startswith('--workdir=')
+        ]
+        if (run_dir / 'fork.json').exists():
+            overrides = _override_flags(read_json(run_dir / 'fork.json')['overrides'])
+            command = [arg for arg in command if arg.partition('=')[0] not in overrides]
+            command += [f'{flag}={value}' for flag, value in overrides.items()]
+        return [*command, f'--workdir={run_dir}']
+
+    def decide(self, member: str) -> None:
+        """Decide what a member that has saved does next, and fork its run directory if needed."""
+        # Compare with a member drawn at random; the draw depends only on seed, member and step.
+        run_dir = self.run_dir(member)
+        rng = random.Random(f'{self._seed} {member} {last_saved_step(run_dir)}')
+        fitness = self._measure_fitness()
+        copied_member = exploit(fitness, member, self._margin, rng)
+        parent = self.run_dir(copied_member) if copied_member else run_dir
+
+        # Perturb the hyperparameters of the parent.
+        values = self._read_hyperparameters(parent)
+        new_values = self._drop_refused(parent, values, explore(values, rng))
+        is_forked = copied_member or new_values != values
+        decision = {
+            'member': member,
+            'step': last_saved_step(parent),
+            'copied': copied_member,
+            'fitness': fitness.get(member),
+            'from': parent.name,
+            'to': self._next_name(member) if is_forked else run_dir.name,
+            'overrides': new_values,
+        }
+
+        # Note the decision before carrying it out: the launcher may be killed in between.
+        records.append_record(self._file, decision)
+        self._decisions.append(decision)
+        self._fork(decision)
+
+    def summary(self) -> str:
+        """Return the decisions in a line, which also shows that no member was compared."""
+        comparisons = [
+            decision
+            for decision in self._decisions
+            if isinstance(decision.get('fitness'), records.NUMBER)
+        ]
+        if not comparisons:
+            return (
+                f'pbt: no member was compared, as none recorded {self._metric} of the '
+                f'{self._split} split before its first comparison'
+            )
+        copies = sum(bool(decision.get('copied')) for decision in comparisons)
+        return f'pbt: {len(comparisons)} comparisons, {copies} copies'
+
+    def _measure_fitness(self) -> dict[str, float]:
+        """Return the newest value of each member that has one and has saved; larger is better."""
+        fitness = {}
+        for member in self._members:
+            curve = records.read_curve(self.run_dir(member), self._metric, self._split)
+            if curve and last_saved_step(self.run_dir(member)):
+                fitness[member] = self._sign * curve[max(curve)]
+        return fitness
+
+    def _next_name(self, member: str) -> str:
+        """Return NAME.1, NAME.2, …, unless another member has that name, as 'x=0.1' may."""
+        generation = 1 + sum(d['member'] == member for d in self._decisions)
+        used_names = {*self._members, *(d['to'] for d in self._decisions)}
+        names = (f'{member}.{"0" * zeros}{generation}' for zeros in itertools.count())
+        return next(name for name in names if name not in used_names)
+
+    def _read_hyperparameters(self, run_dir: pathlib.Path) -> dict[str, float]:
+        """Return the hyperparameters of a run that may change.
+
+        Raises:
+          UserError: if its config has one of them not.
+        """
+        config = read_flat_config(run_dir)
+        for key in self._perturb:
+            if key not in config or not is_scalable(config[key]):
+                raise UserError(
+                    f'--perturb={key}: expected a number with a decimal point, other than 0, in '
+                    f'the config of {run_dir}'
+                )
+        return {key: config[key] for key in self._perturb}
+
+    def _drop_refused(
+        self, run_dir: pathlib.Path, values: Mapping[str, float], new_values: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Return the new values, except those that the config refuses, such as a rate above 1."""
+        rules = find_rules(read_flat_config(run_dir))
+        return {
+            key: values[key] if key in rules and rules[key](new_value) else new_value
+            for key, new_value in new_values.items()
+        }
+
+    def _fork(self, decision: Mapping[str, Any]) -> None:
+        """Make the run directory of a decision, if it does not exist."""
+        parent, child = (self._workdir / decision[key] for key in ('from', 'to'))
+        if child.exists():
+            return
+        temporary = child.with_name(f'.{child.name}')
+        checkpoint_dir = self._copy_checkpoint(parent, temporary)
+        meta = json.loads((checkpoint_dir / 'meta.json').read_text())
+        history = (parent / 'metrics.jsonl').read_bytes()[: meta['metrics']]
+        (temporary / 'metrics.jsonl').write_bytes(history)
+        write_json(temporary / 'fork.json', {'parent': parent.name, **decision})
+        temporary.rename(child)
+
+    def _copy_checkpoint(self, parent: pathlib.Path, child: pathlib.Path) -> pathlib.Path:
+        """Copy the newest complete checkpoint of a run, which may be deleting old ones; return it.
+
+        Raises:
+          UserError: if it has none.
+        """
+        for _ in range(COPY_ATTEMPTS):
+            for step in list_saved_steps(parent):
+                shutil.rmtree(child, ignore_errors=True)
+                copy = child / 'checkpoints' / f'{step:08d}'
+                with contextlib.suppress(FileNotFoundError, shutil.Error):
+                    shutil.copytree(parent / 'checkpoints' / copy.name, copy)
+                if not checkpoint.find_damage(copy):
+                    return copy
+        raise UserError(
+            f'{parent}: expected a complete checkpoint. Remove the last line of {self._file} to '
+            f'decide again'
+        )
+
+
+def list_saved_steps(run_dir: pathlib.Path) -> list[int]:
+    """Return the steps of the checkpoints of a run, newest first."""
+    checkpoints = (run_dir / 'checkpoints').glob('*')
+    return sorted((int(path.name) for path in checkpoints if path.name.isdigit()), reverse=True)
+
+
+def last_saved_step(run_dir: pathlib.Path) -> int:
+    """Return the step of the newest checkpoint of a run; 0 if it has none."""
+    return next(iter(list_saved_steps(run_dir)), 0)
+
+
+def read_flat_config(run_dir: pathlib.Path) -> dict[str, Any]:
+    """Return the flat config of a run; for a copy that has not begun, the one it will have."""
+    if (run_dir / 'config.json').exists():
+        return flatten(read_json(run_dir / 'config.json'))
+    fork = read_json(run_dir / 'fork.json')
+    return {**read_flat_config(run_dir.with_name(fork['parent'])), **fork['overrides']}
+
+
+def find_rules(config: Mapping[str, Any]) -> Mapping[str, Rule]:
+    """Return the rules for the keys of a flat config."""
+    rules = SCHEMAS[config['task']]
+    if config['task'] == 'fit':
+        rules = rules | fit.problem_module(config['problem.name']).SCHEMA
+    return rules
+
+
+def _override_flags(overrides: Mapping[str, Any]) -> dict[str, str]:
+    return {f'--config.{key}': str(value) for key, value in overrides.items()}

@@ -1,0 +1,154 @@
+"""Readers for files with one JSON object per line, which runs and launchers append to."""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from mi.training.io import complete_size
+
+TAIL = 2**16  # bytes at the end of a file that are read the first time
+WHOLE_FILE = 2**62  # as a tail: everything
+
+Record = dict[str, Any]
+Fields = Mapping[str, type | tuple[type, ...]]  # key → type of the values that a record must have
+NUMBER = (int, float)
+TIMING: Fields = {'step': int, 'seconds': NUMBER}  # fields of timing.jsonl
+METRICS: Fields = {'step': int, 'split': str}  # fields of metrics.jsonl
+
+
+class RecordReader:
+    """A reader that returns the records added to a file since its last call.
+
+    Args:
+      file: the file; it need not exist.
+      fields: what each record must have. Other records, damaged lines and an unfinished last line
+        are skipped.
+      tail: bytes at the end of the file that the first call reads.
+    """
+
+    def __init__(self, file: pathlib.Path, fields: Fields, tail: int = TAIL):
+        self._file, self._fields, self._tail = file, fields, tail
+        self._stamp: FileStamp | None = None
+        self._end = 0  # offset after the last complete line that was read
+
+    def read(self) -> tuple[list[Record], bool]:
+        """Return the new records, and whether they replace all earlier ones.
+
+        They replace them at the first call and if the file was truncated or replaced, as when a run
+        resumes from a checkpoint.
+        """
+        stamp = read_stamp(self._file)
+        if stamp == self._stamp:
+            return [], False
+        last_stamp, self._stamp = self._stamp, stamp
+        is_replaced = (
+            last_stamp is None
+            or stamp is None
+            or stamp.inode != last_stamp.inode
+            or stamp.size < self._end
+        )
+        if is_replaced:
+            text, self._end = _read_tail(self._file, self._tail)
+        else:
+            with open(self._file, 'rb') as stream:
+                stream.seek(self._end)
+                text = stream.read()
+        length = text.rfind(b'\n') + 1
+        self._end += length
+        values = (_parse(line) for line in text[:length].split(b'\n')[:-1])
+        return [value for value in values if has_fields(value, self._fields)], is_replaced
+
+
+class CurveReader:
+    """A reader for the learning curve of a run: step → metric, averaged over seeds.
+
+    Args:
+      run_dir: the run directory.
+      metric: name of the metric.
+      split: split whose records count.
+    """
+
+    def __init__(self, run_dir: pathlib.Path, metric: str, split: str):
+        self._records = RecordReader(run_dir / 'metrics.jsonl', METRICS, tail=WHOLE_FILE)
+        self._metric, self._split = metric, split
+        self._values: dict[int, list[float]] = {}
+
+    def read(self) -> dict[int, float]:
+        """Return the curve so far; only what was added since the last call is read."""
+        new_records, is_replaced = self._records.read()
+        if is_replaced:
+            self._values = {}
+        for record in new_records:
+            value = record.get(self._metric)
+            if record['split'] == self._split and isinstance(value, NUMBER):
+                self._values.setdefault(record['step'], []).append(value)
+        return {step: sum(values) / len(values) for step, values in self._values.items()}
+
+
+class FileStamp(NamedTuple):
+    """What changes when a file does."""
+
+    inode: int
+    size: int
+    modified_ns: int
+
+
+def read_stamp(file: pathlib.Path) -> FileStamp | None:
+    """Return the stamp of a file; None if there is no file."""
+    try:
+        stat = os.stat(file)
+    except FileNotFoundError:
+        return None
+    return FileStamp(stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+def read_records(file: pathlib.Path, fields: Fields, tail: int = TAIL) -> list[Record]:
+    """Return the newest records of a file, as the first call of `RecordReader.read` does."""
+    return RecordReader(file, fields, tail).read()[0]
+
+
+def read_curve(run_dir: pathlib.Path, metric: str, split: str) -> dict[int, float]:
+    """Return the learning curve of a run, as `CurveReader.read` does."""
+    return CurveReader(run_dir, metric, split).read()
+
+
+def append_record(file: pathlib.Path, record: Mapping[str, Any]) -> None:
+    """Append a record to a file that only this process writes; an unfinished last line is cut."""
+    with open(file, 'ab') as stream:
+        stream.truncate(complete_size(file))
+        stream.write(json.dumps(record).encode() + b'\n')
+
+
+def has_fields(record: Any, fields: Fields) -> bool:
+    """Return whether a JSON value is an object with these fields."""
+    return isinstance(record, dict) and all(
+        isinstance(record.get(key), kind) for key, kind in fields.items()
+    )
+
+
+def get_int(record: Mapping[str, Any], key: str) -> int:
+    """Return an integer field of a record; 0 if it is missing."""
+    return record[key] if isinstance(record.get(key), int) else 0
+
+
+def _read_tail(file: pathlib.Path, size: int) -> tuple[bytes, int]:
+    """Return the last complete lines within `size` bytes of the end, and their offset."""
+    try:
+        with open(file, 'rb') as stream:
+            file_size = stream.seek(0, 2)
+            offset = stream.seek(max(0, file_size - size))
+            text = stream.read()
+    except FileNotFoundError:
+        return b'', 0
+    first_line = text.find(b'\n') + 1 if offset else 0
+    return text[first_line:], offset + first_line
+
+
+def _parse(text: bytes) -> Any:
+    """Return the value of a line of JSON; None if it is damaged."""
+    try:
+        return json.loads(text)
+    except ValueError:  # also raised for bytes that are not UTF-8
+        return None
