@@ -171,7 +171,7 @@ def test_a_tpu_slice_is_asked_for_by_kind_and_shape():
         ({'tpu': 'v5'}, '--topology=SHAPE'),
         ({'tpu': 'tpu-v5p', 'topology': '4x4'}, "--tpu=tpu-v5p: did you mean 'tpu-v5p-slice'?"),
         ({'tpu': 'tpu-v5p-slice', 'topology': '4x4'}, '--topology=4x4: expected a slice of'),
-        ({'mount': '/elsewhere'}, 'the pods see the claim at --mount=/elsewhere'),
+        ({'mount': '/elsewhere'}, 'expected a directory in --mount=/elsewhere'),
     ],
 )
 def test_what_is_missing_is_named(options, message):
