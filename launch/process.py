@@ -237,7 +237,7 @@ def run(
 def try_lock(lock: IO[str]) -> bool:
     """Lock a file; return whether that succeeded.
 
-    It tries for half a second, because `mi.training.lock.is_locked` takes a lock briefly to test it.
+    It tries for half a second, as `mi.training.lock.is_locked` takes the lock briefly to test it.
     """
     for _ in range(10):
         try:
