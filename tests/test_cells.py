@@ -152,7 +152,7 @@ def test_weights_are_packed_as_cudnn_takes_them():
     lstm = cells.LSTM(H)
     params = lstm.init(keys[1], carry, x)['params']
     params['b'] = jax.random.normal(keys[2], (4 * H,))
-    vector = cudnn.packed(params['W'], params['U'], params['b'])
+    vector = cudnn.pack_weights(params['W'], params['U'], params['b'])
     assert vector.size == rnn.get_num_params_in_lstm(N, H, 1, False)
     y, h, c = rnn.lstm_ref(
         x.swapaxes(0, 1), carry[1][None], carry[0][None],

@@ -1,4 +1,4 @@
-"""CELLS: one config word → one recurrent cell, run over a sequence.
+"""Recurrent cells that run over a sequence, and the table of their names.
 
 Shapes: T steps, B sequences, n input features, H state features; sequences are [T, B, n].
 
@@ -7,23 +7,25 @@ Every cell is a Linen module with the fields `features` (H), `dtype` and `param_
     carry, h = cell(carry, x, reset, keep)
     x [T, B, n], reset [T, B] bool or None, keep [B, H] or None → h [T, B, H]
 
-Where `reset` is true, the state is zeroed before the step. `keep` is what h_{t−1} is multiplied by,
-at every step, before anything reads it: a mask of state dropout, the same for all steps (Gal &
-Ghahramani, 2016), or None. The carry is a tuple of arrays that starts with c and h, each [B, H];
-`cell.initial(batch)` is the carry before the first step, and the one that is returned continues the
-sequence in the next call. `dtype` is that of the products with the weights; gates and state are f32
-(f64 where `dtype` is), as is what the products add up in. What depends on x alone is
-made for the whole sequence before the loop. The four gates stand side by side in the order
-i, f, o, j; W are weights of x, U of h, and the forget gate's bias starts at 1.
+- `reset` zeroes the state before a step.
+- `keep` multiplies h_{t−1} at every step, before anything reads it: a mask of state dropout, the
+  same for all steps (Gal & Ghahramani, 2016).
+- The carry is a tuple of arrays that starts with c and h, each [B, H]. `cell.initial(batch)` is the
+  carry before the first step; the returned carry continues the sequence in the next call.
+- `dtype` is the dtype of the products with the weights. Their sums, the gates and the state are
+  f32, or f64 if `dtype` is f64.
+- Products that depend on x alone are computed for the whole sequence before the loop.
+- The four gates are concatenated in the order i, f, o, j. W are weights of x, U of h, and the
+  forget gate's bias starts at 1.
 
-    word           class                 options
+    name           class                 options
     'lstm'         LSTM                  impl
     'mlstm'        MultiplicativeLSTM
     'mi_lstm'      MILSTM                alpha, beta
     'mogrifier'    MogrifierLSTM         rounds, rank, capped
     'hyper_lstm'   HyperLSTM             hyper_features, embedding, layer_norm
 
-A config file adds a cell of its own, for both trainers: `CELLS['mine'] = MyCell`.
+A config file adds a cell, for both trainers: `CELLS['mine'] = MyCell`.
 """
 
 import functools
@@ -32,12 +34,12 @@ from typing import Any
 
 from flax import linen as nn
 
-from mi.cells.base import initial_carry as initial_carry
 from mi.cells.hyper_lstm import HyperLSTM as HyperLSTM
 from mi.cells.lstm import LSTM as LSTM
 from mi.cells.mogrifier import MogrifierLSTM as MogrifierLSTM
 from mi.cells.multiplicative import MILSTM as MILSTM
 from mi.cells.multiplicative import MultiplicativeLSTM as MultiplicativeLSTM
+from mi.cells.state import initial_carry as initial_carry
 from mi.config import has_parameter, suggest
 from mi.kernels.lstm import Carry as Carry
 from mi.kernels.lstm import Impl as Impl
@@ -55,9 +57,10 @@ def get(name: str, **options: Any) -> Callable[..., nn.Module]:
     """Return the constructor of CELLS[name], with those options that it has a field for.
 
     Raises:
-      ValueError: on an unknown word, naming the nearest known one.
+      ValueError: for an unknown name, with the nearest known one.
     """
     if name not in CELLS:
         raise ValueError(f'unknown cell {name!r}; {suggest(name, CELLS)}')
     cell = CELLS[name]
-    return functools.partial(cell, **{k: v for k, v in options.items() if has_parameter(cell, k)})
+    known_options = {k: v for k, v in options.items() if has_parameter(cell, k)}
+    return functools.partial(cell, **known_options)

@@ -1,21 +1,17 @@
-"""The HyperLSTM."""
+"""The HyperLSTM: a small LSTM that scales the weights of a large one."""
 
 import functools
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 from jax.nn import initializers
 from jax.typing import DTypeLike
 
-from mi.cells.base import (
-    check_shapes,
-    forget_bias,
-    initial_carry,
-    normalize_groups,
-    orthogonal_gates,
-)
+from mi.cells.initializers import forget_bias, orthogonal_gates
+from mi.cells.state import check_shapes, initial_carry
 from mi.kernels.linear import accumulation_dtype
 from mi.kernels.lstm import (
     broadcast_row,
@@ -35,21 +31,22 @@ class HyperLSTM(nn.Module):
         i, f, o, j = α_x(z_x) ⊙ x_t W + α_h(z_h) ⊙ h_{t−1} U + β(z_b) + b
         c_t = σ(f) ⊙ c_{t−1} + σ(i) ⊙ tanh(j),   h_t = σ(o) ⊙ tanh(c_t)
 
-    α_x, α_h and β are linear for each gate on its own: D_x, D_h, D_b [4, E, H]; Z_x, Z_h, Z_b
+    α_x, α_h and β are linear and separate for each gate: D_x, D_h, D_b [4, E, H]; Z_x, Z_h, Z_b
     [G, 4E]. The small LSTM has the weights hyper_W of x, hyper_U of h and hyper_V of ĥ. The paper
-    writes ĥ_{t−1} where the z are made; ĥ_t, here, is what the authors' code has.
+    computes the z from ĥ_{t−1}, the authors' code and this one from ĥ_t.
 
-    Initialisation as published: W, U and the small LSTM's weights orthogonal; Z_x = Z_h = 0,
+    Initialization as published: W, U and the small LSTM's weights orthogonal; Z_x = Z_h = 0,
     z_x⁰ = z_h⁰ = 1 and D_x = D_h = 0.1/E, so that α_x = α_h = 0.1; Z_b normal of deviation 0.01,
-    D_b = 0, so that β = 0. The forget gates' bias of 1 is the code's, the paper's is 0.
+    D_b = 0, so that β = 0. The forget gates' bias of 1 is that of the code; the paper's is 0.
 
     Attributes:
       features, dtype, param_dtype: as in `LSTM`.
       hyper_features: G; 128 on characters of Penn Treebank, 256 on enwik8.
-      embedding: E; 4 and 64 there.
-      layer_norm: whether every i, f, o, j, and the c inside tanh(c), are normalised over its
-        features, with a gain and a shift, in both LSTMs; the forget gates' 1 is in the shift then.
-        The paper's recurrent dropout is left out.
+      embedding: E; 4 on Penn Treebank, 64 on enwik8.
+      layer_norm: whether i, f, o, j and the c inside tanh(c) are each normalized over their
+        features, with a gain and a shift, in both LSTMs. The forget gates' 1 is in the shift then.
+
+    The paper's recurrent dropout is not implemented.
     """
 
     features: int
@@ -67,7 +64,7 @@ class HyperLSTM(nn.Module):
         reset: Array | None = None,
         keep: Array | None = None,
     ) -> tuple[HyperCarry, Array]:
-        """(c, h, ĉ, ĥ), [T, B, n] → the carry after the last step, h of every step [T, B, H]."""
+        """Map (c, h, ĉ, ĥ) and x [T, B, n] to the last carry and h of every step [T, B, H]."""
         H, G, E = self.features, self.hyper_features, self.embedding
         check_shapes(carry, x, reset, keep, (H, H, G, G))
         n = x.shape[-1]
@@ -82,8 +79,9 @@ class HyperLSTM(nn.Module):
                 return lambda a: a
             gain = param(f'{name}_gain', ones, groups * size)
             shift = param(f'{name}_shift', forget_bias if groups == 4 else zeros, groups * size)
-            return functools.partial(normalize_groups, gain=gain, shift=shift, groups=groups)
+            return functools.partial(_normalize_groups, gain=gain, shift=shift, groups=groups)
 
+        # The parameters.
         weights = (
             param('W', orthogonal_gates, n, 4 * H),
             param('U', orthogonal_gates, H, 4 * H),
@@ -104,7 +102,9 @@ class HyperLSTM(nn.Module):
         gates, cell = norm('gates', 4, H), norm('c', 1, H)
         hyper_gates, hyper_cell = norm('hyper_gates', 4, G), norm('hyper_c', 1, G)
 
-        def generated(z: Array, D: Array) -> Array:
+        # The step.
+        def generate(z: Array, D: Array) -> Array:
+            """Return the scales [B, 4H] that embeddings z [B, 4E] of the gates generate."""
             z = z.reshape(-1, 4, E).astype(D.dtype)
             y = jnp.einsum('bge,geh->bgh', z, D, preferred_element_type=accumulation_dtype(D))
             return y.reshape(-1, 4 * H)
@@ -113,20 +113,30 @@ class HyperLSTM(nn.Module):
             (c, h, hyper_c, hyper_h), (Wx, hyper_Wx) = carry, row
             a = hyper_Wx + multiply(h, hyper_U) + multiply(hyper_h, hyper_V)
             hyper_c, hyper_h = update_carry(hyper_c, hyper_gates(a), cell=hyper_cell)
-            alpha_x = generated(multiply(hyper_h, Z_x) + broadcast_row(z_x, 2, x.dtype), D_x)
-            alpha_h = generated(multiply(hyper_h, Z_h) + broadcast_row(z_h, 2, x.dtype), D_h)
-            beta = generated(multiply(hyper_h, Z_b), D_b)
+            alpha_x = generate(multiply(hyper_h, Z_x) + broadcast_row(z_x, 2, x.dtype), D_x)
+            alpha_h = generate(multiply(hyper_h, Z_h) + broadcast_row(z_h, 2, x.dtype), D_h)
+            beta = generate(multiply(hyper_h, Z_b), D_b)
             a = alpha_x * Wx + alpha_h * multiply(h, U) + beta + broadcast_row(b, 2, x.dtype)
             c, h = update_carry(c, gates(a), cell=cell)
             return (c, h, hyper_c, hyper_h), h
 
+        # What depends on x alone, for all steps; then the loop.
         rows = multiply(x, W), multiply(x, hyper_W) + broadcast_row(hyper_b, 3, x.dtype)
         carry, h = scan_lstm(step, carry, rows, reset, keep, x.dtype)
         return carry, h.astype(x.dtype)
 
     def initial(self, batch: int) -> HyperCarry:
-        """The zero state of both LSTMs."""
+        """Return the zero state of both LSTMs."""
         dtype = self.dtype or self.param_dtype
         return *initial_carry(batch, self.features, dtype), *initial_carry(
             batch, self.hyper_features, dtype
         )
+
+
+def _normalize_groups(array: Array, *, gain: Array, shift: Array, groups: int) -> Array:
+    """Normalize each group of [B, groups · H] to mean 0 and variance 1; apply gain and shift."""
+    dtype = array.dtype
+    grouped = array.reshape(array.shape[0], groups, -1)
+    grouped = jax.nn.standardize(grouped, axis=-1, epsilon=1e-3)  # the ε of the authors' code
+    normalized = grouped.reshape(array.shape)
+    return normalized * broadcast_row(gain, 2, dtype) + broadcast_row(shift, 2, dtype)

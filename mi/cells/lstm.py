@@ -1,4 +1,4 @@
-"""The LSTM with its own backward pass, or by cuDNN."""
+"""The LSTM, with its own backward pass or by cuDNN."""
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -6,7 +6,8 @@ from jax import Array
 from jax.nn import initializers
 from jax.typing import DTypeLike
 
-from mi.cells.base import check_shapes, forget_bias, initial_carry, orthogonal_gates
+from mi.cells.initializers import forget_bias, orthogonal_gates
+from mi.cells.state import check_shapes, initial_carry
 from mi.kernels import cudnn
 from mi.kernels.linear import accumulation_dtype
 from mi.kernels.lstm import Carry, Impl, lstm, lstm_reference, widen
@@ -18,15 +19,15 @@ class LSTM(nn.Module):
         i, f, o, j = x_t W + h_{t−1} U + b
         c_t = σ(f) ⊙ c_{t−1} + σ(i) ⊙ tanh(j),   h_t = σ(o) ⊙ tanh(c_t)
 
-    W [n, 4H] is applied to the whole sequence at once, U [H, 4H] in the loop; the four gates stand
-    side by side in this order. The forget gate's bias starts at 1.
+    W [n, 4H] is applied to all steps in one product, U [H, 4H] in the loop; the four gates are
+    concatenated in this order. The forget gate's bias starts at 1.
 
     Attributes:
       features: H.
-      impl: 'xla', or 'cudnn' for NVIDIA's own, which is f32 and has neither reset nor keep; on its
-        GPUs alone.
-      dtype: of the products with W and U; the gates and the state are f32 at least.
-      param_dtype: of the parameters.
+      impl: 'xla', or 'cudnn' for NVIDIA's kernel, which needs an NVIDIA GPU and f32 and has neither
+        reset nor keep.
+      dtype: dtype of the products with W and U; gates and state are at least f32.
+      param_dtype: dtype of the parameters.
     """
 
     features: int
@@ -38,11 +39,11 @@ class LSTM(nn.Module):
     def __call__(
         self, carry: Carry, x: Array, reset: Array | None = None, keep: Array | None = None
     ) -> tuple[Carry, Array]:
-        """(c, h), [T, B, n] → (c, h) after the last step, h of every step [T, B, H].
+        """Map (c, h) and x [T, B, n] to the last (c, h) and h of every step [T, B, H].
 
         Raises:
-          ValueError: if the shapes of carry, x, reset and keep do not fit, as with all cells, or
-            cuDNN has not what is asked for.
+          ValueError: if the shapes of carry, x, reset and keep do not match, as in all cells, or if
+            cuDNN does not support the dtype, reset or keep.
         """
         H = self.features
         check_shapes(carry, x, reset, keep, (H, H))
@@ -54,15 +55,15 @@ class LSTM(nn.Module):
         if self.impl == 'cudnn':
             if x.dtype != jnp.float32 or reset is not None or keep is not None:
                 raise ValueError(
-                    f"impl='cudnn' is for f32 without reset and keep; got {x.dtype}, reset "
-                    f"{reset is not None}, keep {keep is not None}; use impl='xla'"
+                    f"impl = 'cudnn': expected f32 without reset and keep (got {x.dtype}, reset "
+                    f"{reset is not None}, keep {keep is not None}); use impl='xla'"
                 )
             return cudnn.lstm(carry, x, (W, U, b))
         carry, keep = widen((carry, keep), x.dtype)
-        run = lstm if len(x) else lstm_reference  # whose loop may have no step
+        run = lstm if len(x) else lstm_reference  # its loop may have no step
         carry, h = run(carry, x, W, U, b.astype(accumulation_dtype(x)), reset, keep)
         return carry, h.astype(x.dtype)
 
     def initial(self, batch: int) -> Carry:
-        """The zero state."""
+        """Return the zero state."""
         return initial_carry(batch, self.features, self.dtype or self.param_dtype)

@@ -1,4 +1,4 @@
-"""The Mogrifier LSTM."""
+"""The Mogrifier LSTM: x and h gate one another before the LSTM."""
 
 import functools
 
@@ -8,7 +8,8 @@ from jax import Array
 from jax.nn import initializers
 from jax.typing import DTypeLike
 
-from mi.cells.base import check_shapes, forget_bias, initial_carry, orthogonal_gates
+from mi.cells.initializers import forget_bias, orthogonal_gates
+from mi.cells.state import check_shapes, initial_carry
 from mi.kernels.linear import accumulation_dtype
 from mi.kernels.lstm import (
     Carry,
@@ -20,7 +21,7 @@ from mi.kernels.lstm import (
 
 
 class MogrifierLSTM(nn.Module):
-    """Mogrifier LSTM (Melis et al., 2020): x and h gate one another before the LSTM sees them.
+    """Mogrifier LSTM (Melis et al., 2020): x and h gate one another before the LSTM reads them.
 
         for round i = 1 … r:   x ← 2σ(h Q_i + q_i) ⊙ x   for odd i
                                h ← 2σ(x R_i + r_i) ⊙ h   for even i
@@ -31,12 +32,12 @@ class MogrifierLSTM(nn.Module):
     rank, Q_i = Q_i_left Q_i_right, [H, rank] and [rank, n], and R_i likewise. The biases q_i [n]
     and r_i [H] are those of the released code; the paper's equations have none. They start at 0.
 
-    Nothing is made before the loop: already the first round needs h_{t−1}.
+    Nothing can be computed before the loop, as the first round needs h_{t−1}.
 
     Attributes:
       features, dtype, param_dtype: as in `LSTM`.
       rounds: r; 0 for the LSTM.
-      rank: of every Q_i and R_i; None for full matrices.
+      rank: rank of every Q_i and R_i; None for full matrices.
       capped: whether the input gate is min(1 − σ(f), σ(i)), which keeps c in [−1, 1].
     """
 
@@ -51,10 +52,10 @@ class MogrifierLSTM(nn.Module):
     def __call__(
         self, carry: Carry, x: Array, reset: Array | None = None, keep: Array | None = None
     ) -> tuple[Carry, Array]:
-        """(c, h), [T, B, n] → (c, h) after the last step, h of every step [T, B, H].
+        """Map (c, h) and x [T, B, n] to the last (c, h) and h of every step [T, B, H].
 
         Raises:
-          ValueError: also if rounds < 0 or rank < 1.
+          ValueError: if rounds < 0 or rank < 1, or the shapes do not match.
         """
         H = self.features
         check_shapes(carry, x, reset, keep, (H, H))
@@ -64,10 +65,14 @@ class MogrifierLSTM(nn.Module):
                 f'rounds must be at least 0 and rank at least 1, or None for full matrices; '
                 f'got rounds={self.rounds}, rank={self.rank}'
             )
+
+        # The parameters of the LSTM.
         W = self.param('W', initializers.lecun_normal(), (n, 4 * H), self.param_dtype)
         U = self.param('U', orthogonal_gates, (H, 4 * H), self.param_dtype)
         b = self.param('b', forget_bias, (4 * H,), self.param_dtype)
         x, W, U = nn.dtypes.promote_dtype(x, W, U, dtype=self.dtype)
+
+        # The factors and the bias of each round.
         maps = []
         for i in range(1, self.rounds + 1):
             letter, size_in, size_out = ('Q', H, n) if i % 2 else ('R', n, H)
@@ -83,6 +88,8 @@ class MogrifierLSTM(nn.Module):
                 f'{letter.lower()}_{i}', initializers.zeros, (size_out,), self.param_dtype
             )
             maps.append(([factor.astype(x.dtype) for factor in factors], bias))
+
+        # The loop.
         dtype = x.dtype
 
         def step(carry: Carry, x_t: Array) -> tuple[Carry, Array]:
@@ -101,5 +108,5 @@ class MogrifierLSTM(nn.Module):
         return carry, h.astype(dtype)
 
     def initial(self, batch: int) -> Carry:
-        """The zero state."""
+        """Return the zero state."""
         return initial_carry(batch, self.features, self.dtype or self.param_dtype)

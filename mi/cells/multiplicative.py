@@ -1,4 +1,4 @@
-"""The multiplicative LSTM and the LSTM with multiplicative integration."""
+"""LSTMs with products of x and h: the multiplicative LSTM and multiplicative integration."""
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -6,13 +6,8 @@ from jax import Array
 from jax.nn import initializers
 from jax.typing import DTypeLike
 
-from mi.cells.base import (
-    check_shapes,
-    forget_bias,
-    initial_carry,
-    orthogonal,
-    orthogonal_gates,
-)
+from mi.cells.initializers import forget_bias, orthogonal, orthogonal_gates
+from mi.cells.state import check_shapes, initial_carry
 from mi.kernels.lstm import (
     Carry,
     broadcast_row,
@@ -44,7 +39,7 @@ class MultiplicativeLSTM(nn.Module):
     def __call__(
         self, carry: Carry, x: Array, reset: Array | None = None, keep: Array | None = None
     ) -> tuple[Carry, Array]:
-        """(c, h), [T, B, n] → (c, h) after the last step, h of every step [T, B, H]."""
+        """Map (c, h) and x [T, B, n] to the last (c, h) and h of every step [T, B, H]."""
         H = self.features
         check_shapes(carry, x, reset, keep, (H, H))
         n = x.shape[-1]
@@ -66,7 +61,7 @@ class MultiplicativeLSTM(nn.Module):
         return carry, h.astype(x.dtype)
 
     def initial(self, batch: int) -> Carry:
-        """The zero state."""
+        """Return the zero state."""
         return initial_carry(batch, self.features, self.dtype or self.param_dtype)
 
 
@@ -78,13 +73,14 @@ class MILSTM(nn.Module):
 
     W [n, 4H], U [H, 4H]; α, β₁, β₂, b [4H]. With α = 0 and β₁ = β₂ = 1 it is the LSTM.
 
-    α starts at 1 and β₁, β₂ at ½: recalled from the paper, where they differ between experiments,
-    and not checked against it; public code has 1, 1, 1 too. The paper's b starts at 0; the forget
-    gate's 1 is ours.
+    α starts at 1 and β₁, β₂ at ½. These values are recalled from the paper, where they differ
+    between experiments, and not checked against it; public code uses 1, 1, 1 too. The paper's b
+    starts at 0; the forget gate's 1 is ours.
 
     Attributes:
       features, dtype, param_dtype: as in `LSTM`.
-      alpha, beta: where α, and where β₁ and β₂ start.
+      alpha: initial value of α.
+      beta: initial value of β₁ and β₂.
     """
 
     features: int
@@ -97,7 +93,7 @@ class MILSTM(nn.Module):
     def __call__(
         self, carry: Carry, x: Array, reset: Array | None = None, keep: Array | None = None
     ) -> tuple[Carry, Array]:
-        """(c, h), [T, B, n] → (c, h) after the last step, h of every step [T, B, H]."""
+        """Map (c, h) and x [T, B, n] to the last (c, h) and h of every step [T, B, H]."""
         H = self.features
         check_shapes(carry, x, reset, keep, (H, H))
         n = x.shape[-1]
@@ -111,8 +107,8 @@ class MILSTM(nn.Module):
         x, W, U = nn.dtypes.promote_dtype(x, W, U, dtype=self.dtype)
 
         def step(carry: Carry, row: tuple[Array, Array]) -> tuple[Carry, Array]:
-            (c, h), (of_Uh, rest) = carry, row
-            c, h = update_carry(c, of_Uh * multiply(h, U) + rest)
+            (c, h), (scale, offset) = carry, row
+            c, h = update_carry(c, scale * multiply(h, U) + offset)
             return (c, h), h
 
         Wx = multiply(x, W)
@@ -124,5 +120,5 @@ class MILSTM(nn.Module):
         return carry, h.astype(x.dtype)
 
     def initial(self, batch: int) -> Carry:
-        """The zero state."""
+        """Return the zero state."""
         return initial_carry(batch, self.features, self.dtype or self.param_dtype)

@@ -1,4 +1,4 @@
-"""The LSTM of NVIDIA's cuDNN, through `jax.experimental.rnn`: one call for all steps, on its GPUs.
+"""The LSTM of NVIDIA's cuDNN, by `jax.experimental.rnn`: one call for all steps.
 
 Shapes: T steps, B sequences, n input features, H state features.
 """
@@ -17,9 +17,9 @@ _Weights = tuple[Array, Array, Array]  # W, U, b as in `mi.cells.LSTM`
 
 @jax.custom_vjp
 def lstm(carry: Carry, x: Array, weights: _Weights) -> tuple[Carry, Array]:
-    """What `mi.cells.LSTM` computes, in f32; several seeds one after another. Reverse mode only.
+    """Compute `mi.cells.LSTM` in f32; under vmap one call after another. Reverse mode only.
 
-    cuDNN's products are TF32 unless jax_default_matmul_precision is 'highest', as XLA's are.
+    Like XLA's, cuDNN's products are TF32 unless jax_default_matmul_precision is 'highest'.
 
     Args:
       carry: (c, h), each [B, H].
@@ -32,42 +32,47 @@ def lstm(carry: Carry, x: Array, weights: _Weights) -> tuple[Carry, Array]:
     return _forward(carry, x, weights)[0]
 
 
-def packed(W: Array, U: Array, b: Array) -> Array:
-    """The vector that cuDNN takes: gates in the order i, f, j, o, outputs first, two biases."""
+def pack_weights(W: Array, U: Array, b: Array) -> Array:
+    """Return the vector of weights that cuDNN reads, with gates in the order i, f, j, o.
 
-    def rows(a: Array) -> Array:
+    Matrices are flattened with their outputs first, and the second bias is zero.
+    """
+
+    def flatten(a: Array) -> Array:
         i, f, o, j = jnp.split(a, 4, axis=-1)
         return jnp.concatenate([i, f, j, o], axis=-1).T.reshape(-1)
 
-    return jnp.concatenate([rows(W), rows(U), rows(b), jnp.zeros_like(b)])
+    return jnp.concatenate([flatten(W), flatten(U), flatten(b), jnp.zeros_like(b)])
 
 
 def _forward(carry: Carry, x: Array, weights: _Weights) -> tuple[tuple[Carry, Array], Any]:
     @sequential_vmap
     def run(c: Array, h: Array, x: Array, vector: Array) -> Any:
         lengths = jnp.full(x.shape[0], x.shape[1], jnp.int32)
-        return rnn.lstm_fwd(x, h[None], c[None], vector, lengths, *_layer(x.shape[-1], h.shape[-1]))
+        return rnn.lstm_fwd(
+            x, h[None], c[None], vector, lengths, *_describe_layer(x.shape[-1], h.shape[-1])
+        )
 
-    vector, unpack = jax.vjp(packed, *weights)
+    vector, unpack = jax.vjp(pack_weights, *weights)
     (y, h, c), residuals = run(*carry, x.swapaxes(0, 1), vector)
     return ((c[0], h[0]), y.swapaxes(0, 1)), (residuals, unpack)
 
 
 def _backward(residuals: Any, cotangents: tuple[Carry, Array]) -> tuple[Carry, Array, _Weights]:
-    of_call, unpack = residuals
+    call_residuals, unpack = residuals
     (dc, dh), dy = cotangents
 
     @sequential_vmap
     def run(residuals: Any, dy: Array, dh: Array, dc: Array) -> Any:
-        layer = _layer(residuals[0].shape[-1], dh.shape[-1])
+        layer = _describe_layer(residuals[0].shape[-1], dh.shape[-1])
         return rnn.lstm_bwd(*layer, residuals, (dy, dh[None], dc[None]))[:4]
 
-    dx, dh, dc, dvector = run(of_call, dy.swapaxes(0, 1), dh, dc)
+    dx, dh, dc, dvector = run(call_residuals, dy.swapaxes(0, 1), dh, dc)
     return (dc[0], dh[0]), dx.swapaxes(0, 1), unpack(dvector)
 
 
-def _layer(n: int, H: int) -> tuple[int, int, int, float, bool, None]:
-    """Sizes, one layer, no dropout, one direction, and the precision that jax is set to."""
+def _describe_layer(n: int, H: int) -> tuple[int, int, int, float, bool, None]:
+    """Return sizes, layers, dropout, directions, and None for JAX's current precision."""
     return n, H, 1, 0.0, False, None
 
 

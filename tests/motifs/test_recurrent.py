@@ -348,7 +348,7 @@ def test_shapes_that_do_not_fit_are_refused(name):
     run = functools.partial(MODULES[name].apply, variables)
     with pytest.raises(ValueError, match=r'x must be \[T, B, n\]'):
         run(carry, x[0])
-    with pytest.raises(ValueError, match=r'the carry must be .* initial\(2\) makes one'):
+    with pytest.raises(ValueError, match=r'the carry must be .* Try cell\.initial\(2\)'):
         run(carry, x[:, :2])
     with pytest.raises(ValueError, match=r'the carry must be'):
         run(carry[:1], x)

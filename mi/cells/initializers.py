@@ -1,0 +1,37 @@
+"""Initializers of the weights and biases of the gates."""
+
+import jax
+import jax.numpy as jnp
+from chex import PRNGKey
+from jax import Array
+from jax.nn import initializers
+from jax.typing import DTypeLike
+
+
+def orthogonal_gates(key: PRNGKey, shape: tuple[int, int], dtype: DTypeLike) -> Array:
+    """Draw [n, 4H], an orthogonal matrix [n, H] for each gate."""
+    n, H = shape[0], shape[1] // 4
+    gates = jax.vmap(lambda k: orthogonal(k, (n, H), dtype))(jax.random.split(key, 4))
+    return gates.swapaxes(0, 1).reshape(shape)
+
+
+def orthogonal(key: PRNGKey, shape: tuple[int, int], dtype: DTypeLike) -> Array:
+    """Draw an orthogonal matrix of any dtype, decomposed in f32.
+
+    Under vmap the matrices are drawn one after another. On CPU, jaxlib decomposes a batch in a
+    thread of XLA that waits for other threads, so that two simultaneous decompositions, as on two
+    devices, can deadlock.
+    """
+
+    @jax.custom_batching.sequential_vmap
+    def draw(key: PRNGKey) -> Array:
+        return initializers.orthogonal()(key, shape, jnp.float32)
+
+    return draw(key).astype(dtype)
+
+
+def forget_bias(key: PRNGKey, shape: tuple[int], dtype: DTypeLike) -> Array:
+    """Return the bias [4H] of i, f, o, j: 1 for f, 0 for the others."""
+    del key
+    H = shape[0] // 4
+    return jnp.zeros(shape, dtype).at[H : 2 * H].set(1)
