@@ -47,7 +47,8 @@ from mi.kernels import lstm as lstm_kernel
 from mi.kernels.linear import linear
 from mi.kernels.lstm import lstm_reference
 from mi.lm import factory, train
-from mi.training import host, optim, sharding
+from mi.lm.data.batches import Batch
+from mi.training import host, sharding
 
 ROUNDS = flags.DEFINE_integer('rounds', 7, 'Interleaved rounds.', lower_bound=1)
 ONLY = flags.DEFINE_list('only', None, 'Sets: lstm, transformer, cells, fusions, loop.')
@@ -278,20 +279,24 @@ def make_config(name: str, size: str, side: str) -> ml_collections.ConfigDict:
 
 
 def mi_step(config: ml_collections.ConfigDict, V: int) -> Callable[[], object]:
-    """Return the training step of `mi.lm.train` for one seed."""
-    config = factory.matched(config, V)
+    """Return the update of `mi.lm.trainer`, compiled for one seed."""
+    config = factory.match_size(config, V)
     T, B = config.train.length, config.train.batch
-    model, optimizer = factory.build(config, V), optim.make_optimizer(config.optim, 1000)
-    seeds, mesh = np.zeros(1, np.int32), sharding.make_mesh(1, B)
-    state = train.start(model, optimizer, seeds, B, mesh)
+    config.train.steps = 1000
+    trainer, mesh = factory.build_trainer(config, V), sharding.make_mesh(1, B)
+    seeds = np.zeros(1, np.int32)
+    state = trainer.init_seeds(seeds, mesh)
     rng = np.random.default_rng(0)
     tokens = rng.integers(V, size=(1, T + 1, B)).astype(np.int32)
     tokens = sharding.shard_array(tokens, sharding.batch_sharding(mesh, 2, has_seeds=True))
-    compiled = train.compile_step(model, optimizer, 1, state, seeds, tokens, None, mesh)
+    batch = Batch(
+        tokens, None, sharding.shard_array(seeds, sharding.seed_sharding(mesh)), np.int32(0)
+    )
+    compiled = trainer.compile(state, batch, mesh)
 
     def step() -> None:
         nonlocal state
-        state, metrics = compiled(state, seeds, np.int32(0), tokens, None)
+        state, metrics = compiled(state, batch)
         jax.block_until_ready(metrics)
 
     return step
@@ -342,7 +347,7 @@ def main(argv: Sequence[str]) -> None:
     if SIDE.value:
         rounds.serve(make_step(*SIDE.value.split('/')))
         return
-    print(f'{host.describe_machine()}, jax {jax.__version__}')
+    print(f'{host.machine()}, jax {jax.__version__}')
     figures: list[dict[str, Any]] = []
     for name in ONLY.value or SIZES:
         sides = SIDES[name]
@@ -368,11 +373,7 @@ def main(argv: Sequence[str]) -> None:
                      'tokens_per_second': tokens / median, 'ratio': ratio, 'ratios': ratios}
                 )  # fmt: skip
     if JSON.value:
-        record = {
-            'machine': host.describe_machine(),
-            'jax': jax.__version__,
-            'rounds': ROUNDS.value,
-        }
+        record = {'machine': host.machine(), 'jax': jax.__version__, 'rounds': ROUNDS.value}
         with open(JSON.value, 'w') as file:
             json.dump(record | {'figures': figures}, file, indent=2)
 

@@ -4,6 +4,7 @@ Everything is traced abstractly: no array is allocated.
 """
 
 import collections
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -20,7 +21,8 @@ from configs import rl as rl_configs
 from configs import rl_dmlab30
 from mi import counting
 from mi.lm import factory as lm
-from mi.lm import train
+from mi.lm.data.batches import Batch
+from mi.lm.trainer import Trainer
 from mi.rl import factory as rl
 from mi.rl import learner
 from mi.rl.envs.host import dmlab30
@@ -42,24 +44,29 @@ class Training(NamedTuple):
 
     model: Any  # nn.Module, or an Agent
     optimizer: optax.GradientTransformation
-    state: Any  # train.State or learner.LearnerState
+    state: Any  # TrainState or learner.LearnerState
 
 
 def lm_training(config: ml_collections.ConfigDict, vocabulary: int, rows: int) -> Training:
     """Return model, optimizer and state shapes of a language model."""
-    model = lm.build(config, vocabulary)
-    optimizer = optim.make_optimizer(config.optim, config.train.steps)
-    seed = jax.ShapeDtypeStruct((), jnp.int32)
-    state = jax.eval_shape(lambda seed: train.init(model, optimizer, seed, rows), seed)
-    return Training(model, optimizer, state)
+    trainer = make_lm_trainer(config, vocabulary, rows)
+    state = jax.eval_shape(trainer.init, jax.ShapeDtypeStruct((), jnp.int32))
+    return Training(trainer.model, trainer.optimizer, state)
+
+
+def make_lm_trainer(config: ml_collections.ConfigDict, vocabulary: int, rows: int) -> Trainer:
+    """Return the trainer of a batch of `rows` sequences, which are not divided into parts."""
+    trainer = lm.build_trainer(config, vocabulary)
+    return dataclasses.replace(trainer, batch_size=rows, accumulation=1)
 
 
 def lm_work(config: ml_collections.ConfigDict, vocabulary: int, rows: int) -> Work:
     """Return the work of a training step; counts every block of an adaptive softmax."""
-    model, optimizer, state = lm_training(config, vocabulary, rows)
-    number = jax.ShapeDtypeStruct((), jnp.int32)
-    tokens = jax.ShapeDtypeStruct((config.train.length + 1, rows), jnp.int32)
-    step = functools.partial(train.train_step, model, optimizer, 1)
+    model, _, state = lm_training(config, vocabulary, rows)
+    number: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    tokens: Any = jax.ShapeDtypeStruct((config.train.length + 1, rows), jnp.int32)
+    batch = Batch(tokens, None, seed=number, step=number)
+    step = make_lm_trainer(config, vocabulary, rows).step
 
     def loss(params: chex.ArrayTree, carry: chex.ArrayTree, tokens: chex.Array) -> chex.Array:
         key = jax.random.key(0)
@@ -69,7 +76,7 @@ def lm_work(config: ml_collections.ConfigDict, vocabulary: int, rows: int) -> Wo
         )
         return losses.objective.mean()  # type: ignore[attr-defined]
 
-    products = counting.products(step, state, number, number, tokens, None)
+    products = counting.products(step, state, batch)
     return Work(products, saved_bytes(loss, state.params, state.carry, tokens))
 
 

@@ -67,7 +67,7 @@ def _from_the_root() -> None:
 def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A directory with a little of each split of Austen: real text, evaluated in no time."""
     directory = tmp_path_factory.mktemp('texts')
-    for split, [(_, text)] in sources.austen().items():
+    for split, [(_, text)] in sources.load_austen().items():
         (directory / f'{split}.txt').write_bytes(text[:12_000])
     return str(directory)
 

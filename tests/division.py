@@ -19,7 +19,8 @@ import numpy as np
 from configs import lm, rl
 from mi.estimate import costs, program
 from mi.lm import config as lm_keys
-from mi.lm import evaluate, factory, train
+from mi.lm import evaluate, factory
+from mi.lm.trainer import Trainer
 from mi.rl import evaluate as rl_evaluate
 from mi.rl import factory as rl_setup
 from mi.rl.actors import loop as actors_loop
@@ -40,27 +41,27 @@ def lm_config(word='', **changes):
 def lm_parts(config, count):
     """Return model, mesh, shapes of the state and of the seeds, on so many devices."""
     lm_keys.validate(config)
-    model = factory.build(config, V)
-    optimizer = optim.make_optimizer(config.optim, 10)
+    trainer = Trainer(
+        factory.build_model(config, V),
+        optim.make_optimizer(config.optim, 10),
+        config.train.batch,
+        config.train.accumulate,
+    )
     seeds, batch = np.asarray(config.seeds, np.int32), config.train.batch
     fsdp = count if config.train.fsdp > 1 else 1
     mesh = sharding.make_mesh(len(seeds), batch, fsdp, config.train.mesh, jax.devices()[:count])
-    return model, optimizer, mesh, seeds, train.shapes(model, optimizer, seeds, batch, mesh)
+    return trainer, mesh, seeds, trainer.shapes(seeds, mesh)
 
 
 def lm_step(config, count):
-    model, optimizer, mesh, seeds, state = lm_parts(config, count)
-    shape = len(seeds), config.train.length + 1, config.train.batch
-    rows = sharding.batch_sharding(mesh, 2, has_seeds=True)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
-    step = train.compile_step(
-        model, optimizer, config.train.accumulate, state, seeds, tokens, None, mesh
-    )
-    return step, state.params
+    trainer, mesh, seeds, state = lm_parts(config, count)
+    batch = trainer.batch_shapes(seeds, config.train.length, mesh)
+    return trainer.compile(state, batch, mesh), state.params
 
 
 def lm_evaluation(config, count):
-    model, _, mesh, seeds, state = lm_parts(config, count)
+    trainer, mesh, seeds, state = lm_parts(config, count)
+    model = trainer.model
     carry = jax.eval_shape(
         jax.vmap(lambda _: model.initial_carry(config.train.batch)), jnp.zeros(len(seeds))
     )

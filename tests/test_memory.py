@@ -12,7 +12,6 @@ from configs import lm, rl
 from experiments.expressivity import config as expressivity
 from mi.config import UserError
 from mi.estimate import cli, costs, memory
-from mi.lm import train as train_lm
 from mi.rl.fused import loop as fused
 from mi.training import sharding
 
@@ -55,9 +54,8 @@ def test_a_language_model_starts_with_so_many_bytes():
     with config.unlocked():
         config.seeds = (0, 1)
     told = memory.estimate_memory(config, compiles=False)
-    _, model, optimiser, _, _ = costs.lm_setup(config)
-    seeds, B = np.asarray(config.seeds, np.int32), config.train.batch
-    state = train_lm.start(model, optimiser, seeds, B, sharding.make_mesh(2, B))
+    seeds, mesh = np.asarray(config.seeds, np.int32), sharding.make_mesh(2, config.train.batch)
+    state = costs.lm_setup(config).trainer.init_seeds(seeds, mesh)
     found = [taken(part) for part in (state.params, state.opt_state, state.carry)]
     assert [told[name] for name in ('parameters', 'optimiser', 'other')] == found
     assert told['checkpoint'] == sum(found)

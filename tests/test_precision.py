@@ -26,6 +26,8 @@ from mi.lm import assess, sample
 from mi.lm import config as lm_config
 from mi.lm import factory as lm_setup
 from mi.lm import train as lm_train
+from mi.lm.data.batches import Batch
+from mi.lm.trainer import Trainer
 from mi.rl import assess as assess_rl
 from mi.rl import config as rl_setup
 from mi.rl import train as rl_train
@@ -77,16 +79,13 @@ F32 = ('f32', 'f32')
 )
 def test_the_config_sets_the_precision_of_a_training_step(word, setting):
     config = edited(lm.get_config(f'{word},tiny'.strip(',')), **{'train.matmul_precision': setting})
-    model = lm_setup.build(config, 11)
+    model = lm_setup.build_model(config, 11)
     optimizer = optim.make_optimizer(config.optim, config.train.steps)
-    state = jax.eval_shape(lambda seed: lm_train.init(model, optimizer, seed, batch=2), 0)
-    tokens = jax.ShapeDtypeStruct((9, 2), jnp.int32)
-
-    def step(*args):
-        return lm_train.train_step(model, optimizer, 1, *args, None)
-
+    trainer = Trainer(model, optimizer, batch_size=2)
+    state = jax.eval_shape(trainer.init, 0)
+    batch = Batch(jax.ShapeDtypeStruct((9, 2), jnp.int32), None, seed=0, step=0)
     with precision.use_config(config):
-        assert products(step, state, 0, 0, tokens) == {(F32, setting.upper())}
+        assert products(trainer.step, state, batch) == {(F32, setting.upper())}
 
 
 @pytest.mark.parametrize('config', [composition.get_config(), seq2seq.get_config()])
@@ -152,7 +151,7 @@ def test_explain_asks_for_f32():
 def test_products_of_bf16_take_no_other_dtype():
     """The precision is an attribute of them that no compiler heeds: their inputs are exact."""
     config = edited(lm.get_config('tiny'), **{'model.dtype': 'bfloat16'})
-    model = lm_setup.build(config, 11)
+    model = lm_setup.build_model(config, 11)
     carry = model.initial_carry(2)
     tokens = jnp.zeros((3, 2), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), carry, tokens, None, None)

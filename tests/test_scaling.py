@@ -88,7 +88,7 @@ def test_a_training_step_of_a_language_model_has_three_times_the_products_of_a_p
     work = workloads.lm_work(config, 256, 4)
     total = sum(p.flops * p.times for p in work.products)
     tokens = config.train.length * 4
-    forward = tokens * lm.costs(config, 256)['flops_per_token']['model']
+    forward = tokens * lm.compute_costs(config, 256)['flops_per_token']['model']
     assert 2.5 < total / forward < 3.2
     twice = workloads.lm_work(config, 256, 8)
     assert sum(p.flops * p.times for p in twice.products) == 2 * total

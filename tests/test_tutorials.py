@@ -206,7 +206,7 @@ def test_your_own_cell_and_optimizer(tmp_path):
         lm_config.validate(for_lm)
         rl_config.validate(for_rl)
         (E, H), words = (for_lm.model[name] for name in ('embed', 'hidden')), 11
-        model = lm.build(for_lm, words)
+        model = lm.build_model(for_lm, words)
         tokens = jnp.zeros((3, 2), jnp.int32)
         carry = model.initial_carry(2)
         shapes = jax.eval_shape(model.init, jax.random.key(0), carry, tokens)['params']

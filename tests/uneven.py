@@ -16,7 +16,7 @@ import numpy as np
 from mi.estimate import costs
 from mi.lm import factory, sample
 from mi.lm.data import token_store
-from mi.lm.evaluate import Reading, evaluate
+from mi.lm.evaluate import Excerpt, Reading, evaluate
 from mi.rl import envs
 from mi.rl import evaluate as rl_evaluate
 from mi.rl import factory as rl_setup
@@ -43,14 +43,17 @@ def mesh_of(devices, batch):
 def language_model(texts, devices):
     """Return nats per token of three parts of a text, and four texts that are drawn."""
     config = lm_tiny()
-    corpus, model = token_store.load(texts, 'byte', 256), factory.build(config, 256)
+    corpus, model = token_store.load(texts, 'byte', 256), factory.build_model(config, 256)
     row = jnp.zeros((1, 1), jnp.int32)
     params = model.init(jax.random.key(1), model.initial_carry(1), row)['params']
     params = jax.tree.map(lambda a: np.asarray(3 * a)[None], params)
-    scores = evaluate(model, params, corpus, 'valid', Reading(3, 16), 200, mesh_of(devices, 4))
+    excerpt = Excerpt(corpus, 'valid', 200)
+    scores = evaluate(model, params, excerpt, Reading(3, 16), mesh_of(devices, 4))
     prompt = np.arange(3, dtype=np.int32)
     local_devices = jax.devices()[:devices]
-    texts = sample.generate_all(model, params, prompt, [0], 4, 6, 1.0, 1.0, devices=local_devices)
+    texts = sample.generate_all(
+        model, params, prompt, [0], 4, sample.Decoding(6), devices=local_devices
+    )
     return scores[0]['nats_per_token'], texts.tolist()
 
 

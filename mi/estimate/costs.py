@@ -19,9 +19,9 @@ from mi.fit import factory as fit
 from mi.fit import train as train_fit
 from mi.lm import config as lm_config
 from mi.lm import factory as lm
-from mi.lm import train as train_lm
 from mi.lm.data import sources
-from mi.lm.model import LanguageModel
+from mi.lm.data.batches import Batch
+from mi.lm.trainer import Trainer
 from mi.rl import config as rl_config
 from mi.rl import envs, learner
 from mi.rl import factory as rl
@@ -61,10 +61,9 @@ class LMSetup(NamedTuple):
     """A language model of a config, as far as it can be known without the text."""
 
     config: ml_collections.ConfigDict
-    model: LanguageModel
-    optimiser: optax.GradientTransformation
+    trainer: Trainer
     vocabulary: int
-    domains: int  # 0 where the model is not told the domain
+    domains: int  # 0 if the model does not use domains
 
 
 def lm_setup(config: ml_collections.ConfigDict) -> LMSetup:
@@ -74,32 +73,30 @@ def lm_setup(config: ml_collections.ConfigDict) -> LMSetup:
     by_domain = config.model.source == 'domain'
     domains = _domains(config) if by_domain else 0
     vocabulary = 256 if config.data.level == 'byte' else config.data.vocabulary
-    config = lm.matched(config, vocabulary, domains)
-    model = lm.build(config, vocabulary, domains)
-    optimiser = optim.make_optimizer(config.optim, config.train.steps)
-    return LMSetup(config, model, optimiser, vocabulary, domains)
+    config = lm.match_size(config, vocabulary, domains)
+    return LMSetup(config, lm.build_trainer(config, vocabulary, domains), vocabulary, domains)
 
 
 def _lm(config: ml_collections.ConfigDict) -> Costs:
-    config, model, optimiser, vocabulary, domains = lm_setup(config)
+    config, trainer, vocabulary, domains = lm_setup(config)
     B, T = config.train.batch, config.train.length
-    number = jax.ShapeDtypeStruct((), jnp.int32)
-    tokens = jax.ShapeDtypeStruct((T + 1, B), jnp.int32)
-    state = jax.eval_shape(lambda seed: train_lm.init(model, optimiser, seed, B), number)
-    step = functools.partial(train_lm.train_step, model, optimiser, config.train.accumulate)
+    number: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    tokens: Any = jax.ShapeDtypeStruct((T + 1, B), jnp.int32)
+    state = jax.eval_shape(trainer.init, number)
+    batch = Batch(tokens, tokens if domains else None, seed=number, step=number)
     return {
-        **lm.costs(config, vocabulary, domains),
+        **lm.compute_costs(config, vocabulary, domains),
         'steps': config.train.steps,
         'seeds': len(config.seeds),
         'units': B * T,
-        'flops': counting.flops(step, state, number, number, tokens, tokens if domains else None),
+        'flops': counting.flops(trainer.step, state, batch),
     }
 
 
 def _domains(config: ml_collections.ConfigDict) -> int:
     source = config.data
-    cache = sources.cache_directory(source.cache)
-    texts = sources.texts(source.source, source.path, ['train'], cache)['train']
+    cache = sources.get_cache_directory(source.cache)
+    texts = sources.load_texts(source.source, source.path, ['train'], cache)['train']
     return len([text for text in texts if text.domain])
 
 

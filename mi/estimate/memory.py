@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -21,7 +20,6 @@ from mi.fit import factory as fit
 from mi.fit import train as train_fit
 from mi.lm import config as lm
 from mi.lm import evaluate as evaluate_lm
-from mi.lm import train as train_lm
 from mi.rl import config as rl_config
 from mi.rl import evaluate as evaluate_rl
 from mi.rl import factory as rl
@@ -115,22 +113,24 @@ def count_bytes(tree: Any) -> int:
 
 
 def _lm(config: ml_collections.ConfigDict, devices: Devices) -> RunPrograms:
-    config, model, optimiser, _, domains = costs.lm_setup(config)
-    B, T, seeds = config.train.batch, config.train.length, np.asarray(config.seeds, np.int32)
+    config, trainer, _, domains = costs.lm_setup(config)
+    B, seeds = config.train.batch, np.asarray(config.seeds, np.int32)
     mesh = sharding.make_mesh(len(seeds), B, config.train.fsdp, config.train.mesh, devices)
-    state = train_lm.shapes(model, optimiser, seeds, B, mesh)
-    rows = jax.ShapeDtypeStruct(
-        (len(seeds), T + 1, B), jnp.int32, sharding=sharding.batch_sharding(mesh, 2, has_seeds=True)
-    )
-    told = rows if domains else None
-    step = model, optimiser, config.train.accumulate, state, seeds, rows, told, mesh
-    segment = model, state.params, lm.reading(config), domains > 0, mesh
+    state = trainer.shapes(seeds, mesh)
+    batch = trainer.batch_shapes(seeds, config.train.length, mesh)
     return RunPrograms(
         {'parameters': state.params, 'optimiser': state.opt_state, 'other': state.carry},
         mesh,
         1,
-        functools.partial(train_lm.compile_step, *step),  # type: ignore[arg-type]
-        functools.partial(evaluate_lm.compile_segment, *segment),
+        functools.partial(trainer.compile, state, batch, mesh),
+        functools.partial(
+            evaluate_lm.compile_segment,
+            trainer.model,
+            state.params,
+            lm.get_reading(config),
+            domains > 0,
+            mesh,
+        ),
     )
 
 

@@ -1,1 +1,1 @@
-"""Language models: data, model, loss, evaluation, training."""
+"""Language models: data, model, loss, training, evaluation and sampling."""

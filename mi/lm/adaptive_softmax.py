@@ -1,4 +1,4 @@
-"""An adaptive softmax, and the embedding that shares its tables.
+"""The adaptive softmax, and the embedding that shares its tables.
 
 Shapes: y [..., E], targets [...]; V words in clusters of c_0, c_1, …
 """
@@ -17,29 +17,30 @@ from mi.lm.loss import Losses, even_size
 
 
 class AdaptiveWords(nn.Module):
-    """Words in clusters by frequency, the rarer the smaller (Grave et al., 2017).
+    """Words in clusters by frequency, with fewer features for rarer words (Grave et al., 2017).
 
-    Ids are sorted, the most frequent first; cutoffs (a, b, …) make the head 0 … a − 1 and the tails
+    Ids are sorted by frequency, descending. Cutoffs (a, b, …) make the head 0 … a − 1 and the tails
     a … b − 1, b … V − 1. Tail i has e_w of D = E / divisor^i features and a matrix P_i [D, E].
 
         p(w) = p_head(w),   p_head(tail i) · p_i(w) in tail i
         logits of the head y · o_w + b_w, and y · t_i + c_i for each tail; of tail i (y P_iᵀ) · o_w
         x = √E e_w in the head,   √E e_w P_i in tail i
 
-    Tied, o_w = e_w and the same P_i serve both (Baevski & Auli, 2019).
+    If tied, o_w = e_w and the same P_i serve both (Baevski & Auli, 2019).
 
-    A tail's logits are made for its own tokens alone: they are gathered in blocks of a fixed size,
-    as many blocks as there are tokens for, so that none is ever dropped however they are
-    distributed. Under vmap every block is computed, whether it holds a token or not.
+    A tail's logits are computed for its tokens alone. These are gathered into blocks of a fixed
+    size; blocks without a token are skipped, and no token is ever dropped. Under vmap every block
+    is computed.
 
     Attributes:
       vocabulary: V.
       features: E.
       cutoffs: first id of each tail.
-      divisor: as above.
-      tied: as above.
-      chunk: tokens of a block, and of the head at once; 0 for an eighth of the tokens and all.
-      dtype: of the products; parameters and losses are f32.
+      divisor: ratio of the features of one cluster to those of the next.
+      tied: whether input and output share their tables.
+      chunk: tokens of a block, and tokens whose logits of the head are in memory simultaneously; 0
+        for an eighth of the tokens and for all tokens.
+      dtype: dtype of the products; parameters and losses are f32.
     """
 
     vocabulary: int
@@ -54,8 +55,8 @@ class AdaptiveWords(nn.Module):
         E, ends = self.features, [0, *self.cutoffs, self.vocabulary]
         if sorted(set(ends)) != ends:
             raise ValueError(
-                f'cutoffs {self.cutoffs} must rise from above 0 to below the vocabulary of '
-                f'{self.vocabulary}'
+                f'cutoffs = {self.cutoffs}: expected increasing integers above 0 and below the '
+                f'vocabulary of {self.vocabulary}'
             )
         self.clusters = list(itertools.pairwise(ends))
         widths = [max(1, E // self.divisor**i) for i in range(len(self.clusters))]
@@ -68,7 +69,7 @@ class AdaptiveWords(nn.Module):
             ]
 
         def projections(name: str) -> list[Array]:
-            # Rows of unit length: what is projected keeps its variance.
+            # Rows of unit length: a projection keeps the variance.
             return [
                 self.param(f'{name}_{i}', initializers.normal(E**-0.5), (width, E))
                 for i, width in enumerate(widths)
@@ -86,96 +87,102 @@ class AdaptiveWords(nn.Module):
         ]
 
     def embed(self, tokens: Array) -> Array:
-        """Ids [...] → x [..., E]."""
+        """Return x [..., E] of ids [...]."""
         x = jnp.zeros((*tokens.shape, self.features), self.dtype)
         for i, (start, end) in enumerate(self.clusters):
-            inside = (tokens >= start) & (tokens < end)
-            rows = self.embedding[i][jnp.where(inside, tokens - start, 0)].astype(self.dtype)
+            is_inside = (tokens >= start) & (tokens < end)
+            rows = self.embedding[i][jnp.where(is_inside, tokens - start, 0)].astype(self.dtype)
             if i > 0:
                 rows = linear(rows, self.P[i - 1].astype(self.dtype))
-            x = jnp.where(inside[..., None], rows * self.features**0.5, x)
+            x = jnp.where(is_inside[..., None], rows * self.features**0.5, x)
         return x
 
     def losses(self, y: Array, targets: Array) -> Losses:
-        """y [..., E], ids [...] → what each target costs."""
+        """Return the losses of targets [...], given y [..., E]."""
         flat = jnp.asarray(y, self.dtype).reshape(-1, y.shape[-1])
         ids = jnp.asarray(targets).reshape(-1)
-        cost = self._of_head(flat, ids)
+        nats = self._compute_head_nats(flat, ids)
         for i, (start, end) in enumerate(self.clusters[1:], start=1):
-            inside = (ids >= start) & (ids < end)
-            cost = cost + self._of_tail(i, flat, jnp.where(inside, ids - start, -1))
-        cost = cost.reshape(targets.shape)
-        return Losses(cost, cost)
+            is_inside = (ids >= start) & (ids < end)
+            nats = nats + self._compute_tail_nats(i, flat, jnp.where(is_inside, ids - start, -1))
+        nats = nats.reshape(targets.shape)
+        return Losses(nats, nats)
 
     def logits(self, y: Array) -> Array:
-        """ln p of every word: y [..., E] → [..., V] in f32."""
+        """Return ln p of every word, [..., V] in f32, given y [..., E]."""
         y = y.astype(self.dtype)
-        head = jax.nn.log_softmax(self._head(y))
-        first = self.clusters[0][1]
-        parts = [head[..., :first]]
+        head = jax.nn.log_softmax(self._head_logits(y))
+        head_size = self.clusters[0][1]
+        parts = [head[..., :head_size]]
         for i in range(1, len(self.clusters)):
-            tail = jax.nn.log_softmax(self._tail(i, y))
-            parts.append(head[..., first + i - 1, None] + tail)
+            tail = jax.nn.log_softmax(self._tail_logits(i, y))
+            parts.append(head[..., head_size + i - 1, None] + tail)
         return jnp.concatenate(parts, axis=-1)
 
-    def _head(self, y: Array) -> Array:
+    def _head_logits(self, y: Array) -> Array:
         table = jnp.concatenate([self.output[0], self.T]).astype(self.dtype)
-        return _biased(linear(y, table.T, out_dtype=jnp.float32), self.bias[0])
+        return _add_bias(linear(y, table.T, out_dtype=jnp.float32), self.bias[0])
 
-    def _tail(self, i: int, y: Array) -> Array:
+    def _tail_logits(self, i: int, y: Array) -> Array:
         y = linear(y, self.P_out[i - 1].T.astype(self.dtype))
         table = self.output[i].astype(self.dtype)
-        return _biased(linear(y, table.T, out_dtype=jnp.float32), self.bias[i])
+        return _add_bias(linear(y, table.T, out_dtype=jnp.float32), self.bias[i])
 
-    def _of_head(self, y: Array, ids: Array) -> Array:
-        """−ln p_head of each token's word or tail."""
-        entry = ids
-        first = self.clusters[0][1]
+    def _compute_head_nats(self, y: Array, ids: Array) -> Array:
+        """Compute −ln p_head of each token's word or tail."""
+        entries = ids
+        head_size = self.clusters[0][1]
         for i, (start, end) in enumerate(self.clusters[1:]):
-            entry = jnp.where((ids >= start) & (ids < end), first + i, entry)
+            entries = jnp.where((ids >= start) & (ids < end), head_size + i, entries)
 
         @jax.checkpoint
-        def one(row: tuple[Array, Array]) -> Array:
-            return _nats(self._head(row[0]), row[1])
+        def compute_block(block: tuple[Array, Array]) -> Array:
+            y, entries = block
+            return _compute_nats(self._head_logits(y), entries)
 
-        tokens = len(ids)
-        size = even_size(tokens, self.chunk or tokens)
-        rows = _blocks(y, size), _blocks(entry, size)
-        return jax.lax.map(one, rows).reshape(-1)[:tokens]
+        num_tokens = len(ids)
+        size = even_size(num_tokens, self.chunk or num_tokens)
+        blocks = _split_blocks(y, size), _split_blocks(entries, size)
+        return jax.lax.map(compute_block, blocks).reshape(-1)[:num_tokens]
 
-    def _of_tail(self, i: int, y: Array, ids: Array) -> Array:
-        """−ln p_i of the tokens in tail i, 0 of the others; ids are −1 for those."""
-        tokens = len(ids)
-        size = even_size(tokens, self.chunk or -(-tokens // 8))
-        there = ids >= 0
-        # The tail's tokens first, in order; those beyond the last one are not looked at.
-        order = jnp.argsort(~there, stable=True)
-        places = _blocks(order, size)
+    def _compute_tail_nats(self, i: int, y: Array, ids: Array) -> Array:
+        """Compute −ln p_i of the tokens in tail i, with 0 for the other tokens.
 
-        def block(place: Array) -> Array:
+        Args:
+          i: number of the tail, from 1.
+          y: [N, E].
+          ids: positions of the words in the tail, [N]; −1 for tokens outside the tail.
+        """
+        num_tokens = len(ids)
+        size = even_size(num_tokens, self.chunk or -(-num_tokens // 8))
+        is_inside = ids >= 0
+        # Sort the tail's tokens to the front, so that the blocks after them are skipped.
+        order = jnp.argsort(~is_inside, stable=True)
+
+        def compute_block(index: Array) -> Array:
             def compute() -> Array:
-                cost = _nats(self._tail(i, y[place]), jnp.maximum(ids[place], 0))
-                return jnp.where(there[place], cost, 0.0)
+                nats = _compute_nats(self._tail_logits(i, y[index]), jnp.maximum(ids[index], 0))
+                return jnp.where(is_inside[index], nats, 0.0)
 
-            return jax.lax.cond(
-                there[place].any(), jax.checkpoint(compute), lambda: jnp.zeros(size)
-            )
+            has_token = is_inside[index].any()
+            return jax.lax.cond(has_token, jax.checkpoint(compute), lambda: jnp.zeros(size))
 
-        costs = jax.lax.map(block, places).reshape(-1)[:tokens]
-        return jnp.zeros(tokens).at[order].set(costs)
+        nats = jax.lax.map(compute_block, _split_blocks(order, size)).reshape(-1)[:num_tokens]
+        return jnp.zeros(num_tokens).at[order].set(nats)
 
 
-def _blocks(a: Array, size: int) -> Array:
-    """[N, …] → [blocks, size, …], the last one filled up with row 0."""
-    count = -(-len(a) // size)
+def _split_blocks(array: Array, size: int) -> Array:
+    """Split [N, …] into [blocks, size, …]; row 0 pads the last block."""
+    count = -(-len(array) // size)
     index = jnp.arange(count * size)
-    return a[jnp.where(index < len(a), index, 0)].reshape(count, size, *a.shape[1:])
+    index = jnp.where(index < len(array), index, 0)
+    return array[index].reshape(count, size, *array.shape[1:])
 
 
-def _nats(logits: Array, targets: Array) -> Array:
-    own = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - own
+def _compute_nats(logits: Array, targets: Array) -> Array:
+    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - target_logits
 
 
-def _biased(logits: Array, bias: Array) -> Array:
+def _add_bias(logits: Array, bias: Array) -> Array:
     return logits + bias.reshape((1,) * (logits.ndim - 1) + (-1,))

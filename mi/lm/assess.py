@@ -1,4 +1,4 @@
-"""A trained language model, looked at again: other ways to evaluate the same checkpoint."""
+"""Evaluation of a trained language model by any protocol (`--mode=eval`)."""
 
 import pathlib
 from typing import Any
@@ -11,7 +11,7 @@ import rich.table
 from mi import precision
 from mi.lm import config as lm_config
 from mi.lm import dynamic_evaluation, factory
-from mi.lm.evaluate import evaluate
+from mi.lm.evaluate import Excerpt, evaluate
 from mi.lm.restore import restore
 from mi.training.io import write_json
 
@@ -19,37 +19,44 @@ SPLITS = ('valid', 'test')
 
 
 def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
-    """Evaluates the newest checkpoint of a run directory as `config.eval` and `config.dynamic` say.
+    """Evaluate the newest checkpoint of a run directory as `config.eval` and `config.dynamic` set.
 
-    Prints a table and writes evaluation.json there; dynamic evaluation is a row of its own.
+    Print a table and write evaluation.json to the directory. Dynamic evaluation has its own row.
 
     Raises:
-      UserError: if the directory has no whole checkpoint, or is of another config.
+      UserError: if the directory has no complete checkpoint, or has another config.
     """
+    # The model.
     path = pathlib.Path(workdir)
     config, corpus, params, step, mesh = restore(config, workdir)
-    model = factory.for_evaluation(factory.build(config, *corpus.sizes), config)
-    how, adaptation = lm_config.reading(config), dynamic_evaluation.Adaptation(**config.dynamic)
+    model = factory.configure_evaluation(factory.build_model(config, *corpus.sizes), config)
+    reading = lm_config.get_reading(config)
+    adaptation = dynamic_evaluation.Adaptation(**config.dynamic)
+
+    # The metrics, by protocol and seed.
     scores: dict[str, dict[str, Any]] = {}
     with precision.use_config(config):
         for split in SPLITS:
-            of_seeds = evaluate(model, params, corpus, split, how, config.eval.final_tokens, mesh)
+            excerpt = Excerpt(corpus, split, config.eval.final_tokens)
+            results = evaluate(model, params, excerpt, reading, mesh)
             if config.dynamic.tokens:
                 adapted = dynamic_evaluation.evaluate(model, params, corpus, split, adaptation)
                 scores[f'{split}_dynamic'] = dict(zip(map(str, config.seeds), adapted, strict=True))
-            scores[split] = dict(zip(map(str, config.seeds), of_seeds, strict=True))
+            scores[split] = dict(zip(map(str, config.seeds), results, strict=True))
     write_json(path / 'evaluation.json', {'step': step, **scores})
+
+    # The table.
     table = rich.table.Table('', 'nats/token', 'perplexity', 'bits/byte', 'how', title=str(path))
     for name, values in sorted(scores.items()):
         rows = list(values.values())
-        over = ', '.join(f'{key} {value}' for key, value in rows[0]['over'].items())
-        cells = [_mean(rows, key) for key in ('nats_per_token', 'perplexity', 'bits_per_byte')]
-        table.add_row(name, *cells, over)
+        protocol = ', '.join(f'{key} {value}' for key, value in rows[0]['over'].items())
+        keys = 'nats_per_token', 'perplexity', 'bits_per_byte'
+        table.add_row(name, *(_format_mean(rows, key) for key in keys), protocol)
     rich.console.Console().print(table)
 
 
-def _mean(rows: list[dict[str, Any]], key: str) -> str:
-    """Mean over seeds, and the standard deviation where there are several."""
+def _format_mean(rows: list[dict[str, Any]], key: str) -> str:
+    """Format the mean over seeds, with the standard deviation of several seeds."""
     if rows[0][key] is None:
         return ''
     values = np.array([row[key] for row in rows])

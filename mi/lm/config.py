@@ -1,4 +1,4 @@
-"""Keys of a language-model config and their checks."""
+"""Rules for the keys of a language-model config, and checks across keys."""
 
 from collections import ChainMap
 from collections.abc import Callable
@@ -32,29 +32,33 @@ from mi.precision import PRECISIONS
 from mi.training import optim, trackers
 
 CORES: dict[str, Callable[..., nn.Module]] = {'transformer': Transformer}
-"""The cores that are not layers of a recurrent cell: config word → module, called as Transformer.
+"""Cores that are not layers of a recurrent cell: name → module, called like Transformer.
 
-Every word of `mi.cells.CELLS` is a core too. A config file may add to both.
+Every name in `mi.cells.CELLS` is a core too. A config file may add to both.
 """
 
-
 RATE = number(0, 0.99)
+SEGMENT = 256  # tokens of a segment in evaluation, if state or a memory is carried
 
 
-SEGMENT = 256  # tokens of a segment in evaluation, where state or a memory is carried
-
-
-def cutoffs(value: Any) -> str:
+def check_cutoffs(value: Any) -> str:
+    """Rule of `model.cutoffs`."""
     is_valid = isinstance(value, tuple | list) and not any(map(integer(1), value))
-    return '' if is_valid and sorted(set(value)) == list(value) else 'a tuple of rising integers'
+    return (
+        ''
+        if is_valid and sorted(set(value)) == list(value)
+        else 'a tuple of increasing integers of at least 1'
+    )
 
 
-def tokens(value: Any) -> str:
-    fine = isinstance(value, int) and not isinstance(value, bool) and value >= 0 and value != 1
-    return '' if fine else 'an integer of at least 2, of which one is predicted, or 0'
+def check_token_count(value: Any) -> str:
+    """Rule of a number of tokens that are evaluated; the first one is not predicted."""
+    is_valid = isinstance(value, int) and not isinstance(value, bool) and value >= 0 and value != 1
+    return '' if is_valid else 'an integer of at least 2, or 0'
 
 
-def segment(value: Any) -> str:
+def check_segment(value: Any) -> str:
+    """Rule of `eval.length`."""
     is_valid = value == -1 or not integer(1)(value)
     return '' if is_valid and not isinstance(value, bool) else 'an integer of at least 1, or -1'
 
@@ -85,7 +89,7 @@ SCHEMA: dict[str, Rule] = {
     'model.memory': integer(0),
     'model.remat': boolean,
     'model.tied': boolean,
-    'model.cutoffs': cutoffs,
+    'model.cutoffs': check_cutoffs,
     'model.divisor': integer(1),
     'model.dtype': choice(['float32', 'bfloat16']),
     'model.site': choice(SITES),
@@ -114,12 +118,12 @@ SCHEMA: dict[str, Rule] = {
     'train.save_every': integer(1),
     'train.keep': integer(1),
     'eval.batch': integer(1),
-    'eval.length': segment,
+    'eval.length': check_segment,
     'eval.memory': integer(-1),
     'eval.stride': integer(0),
-    'eval.valid_tokens': tokens,
-    'eval.final_tokens': tokens,
-    'dynamic.tokens': tokens,
+    'eval.valid_tokens': check_token_count,
+    'eval.final_tokens': check_token_count,
+    'dynamic.tokens': check_token_count,
     'dynamic.length': integer(1),
     'dynamic.learning_rate': number(0),
     'dynamic.decay': number(0),
@@ -135,81 +139,104 @@ SCHEMA: dict[str, Rule] = {
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Refuses a config that cannot work, before anything is built.
+    """Check a config before anything is built.
 
     Raises:
-      UserError: which key, what was expected, what to change.
+      UserError: which key is wrong, what was expected and what to try.
     """
     check(config, SCHEMA)
-    model, training = config.model, config.train
-    optim.validate(config.optim, training.steps)
+    optim.validate(config.optim, config.train.steps)
     if config.data.level == 'bpe' and config.data.vocabulary < 256:
         raise UserError(
-            f'config.data.vocabulary = {config.data.vocabulary}: at the level bpe the 256 bytes '
-            f'are in it; expected at least 256'
+            f'config.data.vocabulary = {config.data.vocabulary}: expected at least 256, as '
+            f"config.data.level = 'bpe' always includes the 256 byte tokens"
         )
-    transformer = model.core == 'transformer'
+    _check_model(config)
+    _check_training(config)
+    _check_evaluation(config)
+
+
+def _check_model(config: ml_collections.ConfigDict) -> None:
+    """Raise UserError if keys of the model contradict each other."""
+    # Sites and sources that the core does not have.
+    model = config.model
+    is_transformer = model.core == 'transformer'
     if model.core in CORES and model.source == 'state':
         raise UserError(
             f"config.model.source = 'state': config.model.core = {model.core!r} has no state of "
-            f"one step; use 'recurrent' or 'summary'"
+            f"one step. Try 'recurrent' or 'summary'"
         )
-    if model.site == 'attention' and not transformer:
+    if model.site == 'attention' and not is_transformer:
         raise UserError(
-            f"config.model.site = 'attention': config.model.core = {model.core!r} has none; use "
-            f"'transformer'"
-        )
-    for key, heads in (('heads', model.heads), ('kv_heads', model.kv_heads or model.heads)):
-        whole = model.hidden if key == 'heads' else model.heads
-        if transformer and whole % heads:
-            raise UserError(f'config.model.{key} = {heads}: expected a divisor of {whole}')
-    if transformer and model.hidden // model.heads % 2:
-        raise UserError(
-            f'config.model.hidden / config.model.heads = {model.hidden // model.heads}: positions '
-            f'turn pairs of features; make it even'
+            f"config.model.site = 'attention': config.model.core = {model.core!r} has no "
+            f"attention. Try config.model.core = 'transformer'"
         )
     if model.fusion.name in fusion.ONE_HOT and model.source != 'domain':
         raise UserError(
-            f'config.model.fusion.name = {model.fusion.name!r} takes one-hot contexts alone; it '
-            f"needs config.model.source = 'domain'"
+            f'config.model.fusion.name = {model.fusion.name!r}: expected one-hot contexts. Try '
+            f"config.model.source = 'domain'"
         )
+
+    # Sizes of a Transformer.
+    for key, heads in (('heads', model.heads), ('kv_heads', model.kv_heads or model.heads)):
+        dividend = model.hidden if key == 'heads' else model.heads
+        if is_transformer and dividend % heads:
+            raise UserError(f'config.model.{key} = {heads}: expected a divisor of {dividend}')
+    if is_transformer and model.hidden // model.heads % 2:
+        raise UserError(
+            f'config.model.hidden / config.model.heads = {model.hidden // model.heads}: expected '
+            f'an even number, as position embeddings rotate pairs of features'
+        )
+
+    # Implementations and losses.
     if model.impl == 'cudnn':
         fits = model.core == 'lstm' and model.dtype == 'float32' and not config.dropout.state
         if not fits or jax.default_backend() != 'gpu':
             raise UserError(
                 "config.model.impl = 'cudnn': expected an NVIDIA GPU, config.model.core = 'lstm', "
-                "config.model.dtype = 'float32' and config.dropout.state = 0; use 'xla'"
+                "config.model.dtype = 'float32' and config.dropout.state = 0. Try 'xla'"
             )
     if model.cutoffs and (config.loss.label_smoothing or config.loss.z_loss):
         raise UserError(
-            'config.model.cutoffs: an adaptive softmax has no whole distribution to smooth or to '
-            'normalise; set config.loss.label_smoothing and config.loss.z_loss to 0'
+            f'config.model.cutoffs = {tuple(model.cutoffs)}: expected () with label smoothing or a '
+            f'z-loss, as an adaptive softmax computes no full distribution. Try '
+            f'config.loss.label_smoothing = 0 and config.loss.z_loss = 0'
         )
+
+
+def _check_training(config: ml_collections.ConfigDict) -> None:
+    """Raise UserError if a batch cannot be divided into parts."""
+    training = config.train
     if training.batch % training.accumulate:
         raise UserError(
             f'config.train.accumulate = {training.accumulate}: expected a divisor of '
             f'config.train.batch = {training.batch}'
         )
-    if config.eval.memory >= 0 and not transformer:
+
+
+def _check_evaluation(config: ml_collections.ConfigDict) -> None:
+    """Raise UserError if a text cannot be read as `config.eval` and `config.dynamic` set."""
+    is_transformer = config.model.core == 'transformer'
+    if config.eval.memory >= 0 and not is_transformer:
         raise UserError(
-            f'config.eval.memory = {config.eval.memory} is for Transformers; a recurrent state is '
-            f'carried through the whole text: use -1'
+            f'config.eval.memory = {config.eval.memory}: expected -1 for '
+            f'config.model.core = {config.model.core!r}, whose state is carried through the text'
         )
-    length = reading(config).length
+    length = get_reading(config).length
     if not 0 <= config.eval.stride <= length:
         raise UserError(
             f'config.eval.stride = {config.eval.stride}: expected at most {length}, the tokens of '
             f'a window. Try a longer config.eval.length'
         )
-    if transformer:
+    if is_transformer:
         _refuse_unseen_positions(config)
 
 
 def _refuse_unseen_positions(config: ml_collections.ConfigDict) -> None:
-    """Refuse to evaluate a Transformer at distances between tokens that training does not have.
+    """Raise UserError if evaluation has distances between tokens that training does not have.
 
-    With a memory, in training and in evaluation, its length is free: recurrence over segments is
-    made for that.
+    If training and evaluation both have a memory, its length is free: recurrence over segments is
+    designed for that.
     """
     trained_memory, length = config.model.memory, config.train.length
     memory = trained_memory if config.eval.memory < 0 else config.eval.memory
@@ -220,21 +247,21 @@ def _refuse_unseen_positions(config: ml_collections.ConfigDict) -> None:
         )
     if memory:
         return
-    seen = trained_memory + 1 if trained_memory else length
-    lengths = {'eval.length': reading(config).length}
+    max_length = trained_memory + 1 if trained_memory else length
+    lengths = {'eval.length': get_reading(config).length}
     if config.dynamic.tokens:
         lengths['dynamic.length'] = config.dynamic.length
     for key, value in lengths.items():
-        if value > seen:
+        if value > max_length:
             raise UserError(
-                f'config.{key} = {value}: expected at most {seen}, the positions that training '
-                f'has for a Transformer that is evaluated without memory. Try '
-                f'config.{key} = {seen}, or config.model.memory'
+                f'config.{key} = {value}: expected at most {max_length}, the positions of '
+                f'training, for a Transformer that is evaluated without memory. Try '
+                f'config.{key} = {max_length}, or config.model.memory'
             )
 
 
-def reading(config: ml_collections.ConfigDict) -> Reading:
-    """Return how a text is read: with `eval.length` −1, in segments as long as training allows."""
+def get_reading(config: ml_collections.ConfigDict) -> Reading:
+    """Return how a text is read; `eval.length` = −1 is the longest segment that training allows."""
     length = config.eval.length
     if length < 0:
         is_bounded = config.model.core == 'transformer' and not config.model.memory

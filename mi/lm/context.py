@@ -1,9 +1,9 @@
-"""Where the context z_t of a language model comes from: always from tokens before t.
+"""Sources of the context z_t of a language model, which depends on the tokens before t alone.
 
-    recurrent   the state of a small LSTM that reads the embedded tokens
-    summary     a decaying mean of the embedded tokens, each feature with a memory of its own
-    domain      one-hot, the number of the document's domain
-    state       the state of the recurrent core itself; made there, see mi.lm.recurrent
+    recurrent   the state of a small LSTM over the embedded tokens
+    summary     a decaying mean of the embedded tokens, with one decay for each feature
+    domain      the domain of the document, one-hot
+    state       the state of the recurrent core, see mi.lm.recurrent
 
 Shapes: T steps, B sequences, E embedding, m context.
 """
@@ -28,7 +28,7 @@ class RecurrentContext(nn.Module):
 
     Attributes:
       features: m.
-      dtype: of the products.
+      dtype: dtype of the products.
     """
 
     features: int
@@ -36,24 +36,25 @@ class RecurrentContext(nn.Module):
 
     @nn.compact
     def __call__(self, carry: cells.Carry, x: Array) -> tuple[cells.Carry, Array]:
-        """x [T, B, E] → z [T, B, m], and the carry after."""
-        after, h = cells.LSTM(self.features, dtype=self.dtype, name='lstm')(carry, x)
-        return after, previous(carry[1], h)
+        """Map the carry and x [T, B, E] to the new carry and z [T, B, m]."""
+        next_carry, h = cells.LSTM(self.features, dtype=self.dtype, name='lstm')(carry, x)
+        return next_carry, previous(carry[1], h)
 
     def initial(self, batch: int) -> cells.Carry:
+        """Return the state before the first token: zeros."""
         return cells.initial_carry(batch, self.features)
 
 
 class Summary(nn.Module):
     """z_t = s_{t−1},   s_t = λ ⊙ s_{t−1} + √(1 − λ²) ⊙ (A x_t + c).
 
-    The factor keeps the variance of white inputs. λ = exp(−1/τ) is learnt; τ, the steps that a
-    feature remembers, starts spread from 1 to `longest`, evenly in log τ.
+    The factor keeps the variance of white inputs. λ = exp(−1/τ) is learned. τ, the number of steps
+    that a feature remembers, starts between 1 and `longest`, spaced evenly in log τ.
 
     Attributes:
       features: m.
-      longest: the largest τ at the start.
-      dtype: of the product; the sums are f32.
+      longest: largest initial τ, in steps.
+      dtype: dtype of the product; the sums are f32.
     """
 
     features: int
@@ -62,7 +63,7 @@ class Summary(nn.Module):
 
     @nn.compact
     def __call__(self, carry: Array, x: Array) -> tuple[Array, Array]:
-        """s [B, m], x [T, B, E] → s after, z [T, B, m]."""
+        """Map s [B, m] and x [T, B, E] to the new s and z [T, B, m]."""
         m = self.features
         log_tau = self.param(
             'log_tau', lambda _: jnp.linspace(0, jnp.log(self.longest), m, dtype=jnp.float32)
@@ -72,13 +73,15 @@ class Summary(nn.Module):
         a = jnp.sqrt(1 - decay**2) * a
         a = a.at[0].add(decay[0] * carry)
 
-        def join(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
+        # s_t = λ s_{t−1} + a_t for all t in parallel.
+        def compose(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
             return left[0] * right[0], left[1] * right[0] + right[1]
 
-        _, s = jax.lax.associative_scan(join, (jnp.broadcast_to(decay, a.shape), a))
+        _, s = jax.lax.associative_scan(compose, (jnp.broadcast_to(decay, a.shape), a))
         return s[-1], previous(carry, s).astype(self.dtype)
 
     def initial(self, batch: int) -> Array:
+        """Return the state before the first token: zeros."""
         return jnp.zeros((batch, self.features))
 
 
@@ -86,5 +89,5 @@ NETWORKS: dict[str, Any] = {'recurrent': RecurrentContext, 'summary': Summary}
 
 
 def previous(first: Array, h: Array) -> Array:
-    """[T, B, …] with row t what h has at t − 1, and `first` [B, …] in row 0."""
+    """Shift h [T, B, …] by one step: row t becomes h[t − 1], row 0 `first` [B, …]."""
     return jnp.concatenate([first[None].astype(h.dtype), h[:-1]])

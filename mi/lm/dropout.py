@@ -1,4 +1,4 @@
-"""What is dropped in training."""
+"""Dropout of a language model."""
 
 from typing import NamedTuple
 
@@ -8,17 +8,18 @@ from mi.dropout import RowDropout
 
 
 class Rates(NamedTuple):
-    """Rates of dropout, by what is dropped.
+    """Dropout rates.
 
     Attributes:
-      word: words, at all their places in a segment (Gal & Ghahramani, 2016).
-      input: features of what enters the core.
-      layer: features between recurrent layers; in a Transformer those of what each branch adds.
-      state: features of h_{t−1} in recurrent layers, the same at all steps of a segment.
-      attention: weights of attention.
-      output: features of what leaves the core.
+      word: rate of words, dropped at all their positions in a segment (Gal & Ghahramani, 2016).
+      input: rate of the core's input features.
+      layer: rate of the features between recurrent layers, or of a Transformer's residual branches.
+      state: rate of the features of h_{t−1} in recurrent layers; a segment drops the same ones at
+        all steps.
+      attention: rate of the attention weights.
+      output: rate of the core's output features.
       locked: whether input, layer and output drop the same features at all steps of a segment, as
-        AWD-LSTM does (Merity et al., 2018).
+        in AWD-LSTM (Merity et al., 2018).
     """
 
     word: float = 0.0
@@ -31,13 +32,13 @@ class Rates(NamedTuple):
 
 
 def drop(rate: float, rates: Rates, x: Array, train: bool, time: int = 0) -> Array:
-    """Return x with features dropped, the same along the axis `time` where locked.
+    """Return x with features dropped; if locked, the same ones at all steps.
 
     Args:
       rate: share of the features.
-      rates: for whether they are locked.
+      rates: rates of the model, of which `locked` is used.
       x: [T, B, features], or [B, T, features] with `time` 1.
-      train: whether to drop any.
+      train: whether to drop features.
       time: axis of the steps.
     """
     shared_axes = (time,) if rates.locked else ()

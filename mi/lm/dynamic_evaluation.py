@@ -1,42 +1,44 @@
-"""Dynamic evaluation: the parameters go on learning from the text that they have predicted.
+"""Dynamic evaluation, in which the parameters keep learning from the text they have predicted.
 
-The RMS variant of Krause et al. (2018). After each segment, whose loss has been counted,
+The RMS variant of Krause et al. (2018). After the loss of a segment has been counted,
 
     θ ← θ − η g / (√MS + ε) + λ ⊙ (θ₀ − θ),   λ = min(1, decay · √MS / mean(√MS))
 
 with g the gradient of the segment's mean loss, MS the mean of g² over segments of the training
-text, and θ₀ the trained parameters. The text is one stream, and every segment is seen once.
+text, and θ₀ the trained parameters. The text is one stream, and every segment is read once.
 
-The defaults are those of the authors' code, as recalled, where MS is a mean as here. With η = 2e-3,
-which goes with another scale of MS, small LSTMs on Austen diverged.
+The defaults are those of the authors' code, recalled from memory; MS is a mean there too. With
+η = 2e-3, which fits another scale of MS, small LSTMs diverged on Austen.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from chex import ArrayTree
 from jax import Array
 
 from mi.config import UserError
-from mi.lm.data import streams, token_store
-from mi.lm.evaluate import result
+from mi.lm.data import streams
+from mi.lm.data.corpus import Corpus
+from mi.lm.evaluate import compute_metrics
 from mi.lm.loss import Losses
-from mi.lm.model import Carry, LanguageModel
+from mi.lm.model import Carry, LanguageModel, Params
 from mi.training import placement, progress, sharding
 
 
 class Adaptation(NamedTuple):
-    """How the parameters go on learning.
+    """How the parameters keep learning.
 
     Attributes:
-      tokens: of the text, from its start.
+      tokens: number of tokens from the start of the text.
       length: tokens of a segment.
       learning_rate: η.
-      decay, epsilon: see above.
-      statistics: segments of the training text that MS is the mean over.
+      decay, epsilon: decay and ε of the update.
+      statistics: number of segments of the training text that MS is the mean over.
     """
 
     tokens: int
@@ -47,164 +49,203 @@ class Adaptation(NamedTuple):
     statistics: int = 200
 
 
+class Segments(NamedTuple):
+    """Segments of T tokens: one, each array [T, 1], or several, with a leading axis.
+
+    Attributes:
+      inputs: ids.
+      targets: ids of the tokens that follow.
+      mask: 1 for targets that count.
+      domains: domain of each input; None for a model that does not use domains.
+    """
+
+    inputs: Array
+    targets: Array
+    mask: Array
+    domains: Array | None
+
+
+class Rates(NamedTuple):
+    """The numbers of an update: η, decay and ε."""
+
+    learning_rate: Array | np.float32
+    decay: Array | np.float32
+    epsilon: Array | np.float32
+
+
 ROUND = 50  # segments in one call of a program
 
 
 def evaluate(
     model: LanguageModel,
-    params: Any,
-    corpus: token_store.Corpus,
+    params: Params,
+    corpus: Corpus,
     split: str,
     adaptation: Adaptation,
 ) -> list[dict[str, Any]]:
     """Return the metrics of each seed on the first `adaptation.tokens` tokens of a split.
 
-    The text is one stream, so that devices can share the seeds and nothing else.
+    The text is one stream, so that devices can share the seeds but not the text.
 
     Args:
       model: the model.
       params: its parameters, [S, …].
       corpus: the corpus.
       split: 'valid' or 'test'.
-      adaptation: how.
+      adaptation: how the parameters learn.
 
     Raises:
-      UserError: if the loss is not finite any more.
+      UserError: if the loss becomes non-finite.
     """
+    # The seeds, divided over the devices of this process.
     params = sharding.to_host(params)
-    seeds = len(jax.tree.leaves(params)[0])
-    mesh = placement.seed_mesh(seeds, jax.local_devices())
-    params = placement.shard_seeds(params, mesh)
-    start, add_squares, adapt = _programs(model, mesh)
-    statistics = np.asarray(corpus.tokens['train'][: adaptation.statistics * adaptation.length + 1])
-    carry, squares = start((params,), None)
+    num_seeds = len(jax.tree.leaves(params)[0])
+    mesh = placement.seed_mesh(num_seeds, jax.local_devices())
+    trained = placement.shard_seeds(params, mesh)
+    start, add_squares, adapt = _compile_programs(model, mesh)
+
+    # Σ g² over segments of the training text.
+    num_tokens = adaptation.statistics * adaptation.length + 1
+    train_tokens = np.asarray(corpus.tokens['train'][:num_tokens])
+    carry, squares = start((trained,), None)
     count = 0
-    for rows in _rounds(corpus, 'train', statistics, model, adaptation.length):
-        carry, squares = add_squares((params, carry, squares), rows)
-        count += len(rows[0])
+    for segments in _read_rounds(corpus, 'train', train_tokens, model, adaptation.length):
+        carry, squares = add_squares((trained, carry, squares), segments)
+        count += len(segments.inputs)
 
-    tokens = corpus.tokens[split]
-    tokens = np.asarray(tokens[: adaptation.tokens])
-    total, now, (carry, _) = np.zeros(seeds), params, start((params,), None)
-    settings = adaptation.learning_rate, adaptation.decay, adaptation.epsilon
-    rates: Any = tuple(map(np.float32, settings))
-    work = progress.Work(f'dynamic evaluation of {split}', len(tokens) - 1, 'tokens')
-    with work:
-        for rows in _rounds(corpus, split, tokens, model, adaptation.length):
-            now, carry, nats = adapt(
-                (params, squares, now, carry), (np.float32(count), rates, rows)
-            )
-            total += placement.gather_seeds(nats, seeds).astype(np.float64)
-            if not np.isfinite(total).all():
-                raise UserError(
-                    f'dynamic evaluation of {split}: the loss is not finite any more; lower '
-                    f'config.dynamic.learning_rate = {adaptation.learning_rate}, or raise '
-                    f'config.dynamic.epsilon = {adaptation.epsilon} or config.dynamic.statistics'
-                )
-            work.done += rows[2].sum()
-    over = {'predictions': len(tokens) - 1, 'batch': 1} | adaptation._asdict()
-    return [result(mean, corpus, split, over) for mean in (total / over['predictions']).tolist()]
+    # The held-out text.
+    tokens = np.asarray(corpus.tokens[split][: adaptation.tokens])
+    predictions = len(tokens) - 1
+    total, params, (carry, _) = np.zeros(num_seeds), trained, start((trained,), None)
+    rates = Rates(
+        np.float32(adaptation.learning_rate),
+        np.float32(adaptation.decay),
+        np.float32(adaptation.epsilon),
+    )
+    with progress.Work(f'dynamic evaluation of {split}', predictions, 'tokens') as work:
+        for segments in _read_rounds(corpus, split, tokens, model, adaptation.length):
+            shared = np.float32(count), rates, segments
+            params, carry, nats = adapt((trained, squares, params, carry), shared)
+            total += placement.gather_seeds(nats, num_seeds).astype(np.float64)
+            _refuse_non_finite(total, split, adaptation)
+            work.done += segments.mask.sum()
+    protocol = {'predictions': predictions, 'batch': 1} | adaptation._asdict()
+    means = (total / predictions).tolist()
+    return [compute_metrics(nats_per_token, corpus, split, protocol) for nats_per_token in means]
 
 
-def _rounds(
-    corpus: token_store.Corpus, split: str, tokens: np.ndarray, model: LanguageModel, length: int
-) -> Any:
-    """Inputs, targets, mask and domains of consecutive segments, [≤ ROUND, T, 1] each."""
-    rows: list[Any] = []
-    for *row, positions in streams.segments(tokens, 1, length):
-        domains = corpus.domain(split, positions) if model.source == 'domain' else None
-        rows.append((*row, domains))
-        if len(rows) == ROUND:
-            yield jax.tree.map(lambda *a: np.stack(a), *rows)
-            rows = []
-    if rows:
-        yield jax.tree.map(lambda *a: np.stack(a), *rows)
-
-
-def _gradient(model: LanguageModel, params: Any, carry: Carry, row: Any) -> Any:
-    """Gradient of a segment's mean loss, carry after it, Σ nats."""
-    inputs, targets, mask, domains = row
-
-    def objective(params: Any) -> tuple[Array, tuple[Carry, Array]]:
-        losses: Losses
-        after, losses = model.apply(  # type: ignore[assignment]
-            {'params': params}, carry, inputs, targets, domains
+def _refuse_non_finite(total: np.ndarray, split: str, adaptation: Adaptation) -> None:
+    if not np.isfinite(total).all():
+        raise UserError(
+            f'dynamic evaluation of {split}: the loss is not finite. Try a lower '
+            f'config.dynamic.learning_rate than {adaptation.learning_rate}, a higher '
+            f'config.dynamic.epsilon than {adaptation.epsilon}, or more config.dynamic.statistics'
         )
-        total = (losses.nats * mask).sum()
-        return total / jnp.maximum(mask.sum(), 1), (after, total)
 
-    gradient, (after, total) = jax.grad(objective, has_aux=True)(params)
-    return gradient, after, total
+
+def _read_rounds(
+    corpus: Corpus, split: str, tokens: np.ndarray, model: LanguageModel, length: int
+) -> Iterator[Any]:
+    """Yield consecutive `Segments`, at most ROUND of them at a time."""
+    segments: list[Any] = []
+    pieces: Iterator[Any] = streams.segments(tokens, 1, length)
+    for inputs, targets, mask, positions in pieces:
+        domains: Any = corpus.get_domains(split, positions) if model.source == 'domain' else None
+        segments.append(Segments(inputs, targets, mask, domains))
+        if len(segments) == ROUND:
+            yield jax.tree.map(lambda *a: np.stack(a), *segments)
+            segments = []
+    if segments:
+        yield jax.tree.map(lambda *a: np.stack(a), *segments)
+
+
+def _compute_gradient(
+    model: LanguageModel, params: Params, carry: Carry, segment: Segments
+) -> tuple[Params, Carry, Array]:
+    """Compute the gradient of a segment's mean loss, the carry after the segment and Σ nats."""
+
+    def compute_loss(params: Params) -> tuple[Array, tuple[Carry, Array]]:
+        losses: Losses
+        next_carry, losses = model.apply(  # type: ignore[assignment]
+            {'params': params}, carry, segment.inputs, segment.targets, segment.domains
+        )
+        total = (losses.nats * segment.mask).sum()
+        return total / jnp.maximum(segment.mask.sum(), 1), (next_carry, total)
+
+    grads, (next_carry, total) = jax.grad(compute_loss, has_aux=True)(params)
+    return grads, next_carry, total
 
 
 @functools.cache
-def _programs(model: LanguageModel, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
+def _compile_programs(model: LanguageModel, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
     """Return `_start`, `_add_squares` and `_adapt` for all seeds, which the devices share."""
-    by_seed, everywhere = sharding.seed_sharding(mesh).spec, sharding.replicated(mesh).spec
+    seed_spec, replicated_spec = sharding.seed_sharding(mesh).spec, sharding.replicated(mesh).spec
 
-    def compiled(function: Callable[..., Any]) -> Any:
-        def device_seeds(seeded: Any, shared: Any) -> Any:
+    def compile_seeds(function: Callable[..., Any]) -> Any:
+        def map_seeds(seeded: Any, shared: Any) -> Any:
             return sharding.map_seeds(lambda *row: function(model, row, shared), mesh)(*seeded)
 
         return jax.jit(
             jax.shard_map(
-                device_seeds,
+                map_seeds,
                 mesh=mesh,
-                in_specs=(by_seed, everywhere),
-                out_specs=by_seed,
+                in_specs=(seed_spec, replicated_spec),
+                out_specs=seed_spec,
                 check_vma=False,
             )
         )
 
-    return compiled(_start), compiled(_add_squares), compiled(_adapt)
+    return compile_seeds(_start), compile_seeds(_add_squares), compile_seeds(_adapt)
 
 
-def _start(model: LanguageModel, seeded: tuple[Any], shared: None) -> tuple[Carry, Any]:
-    """Return the carry before the first token, and sums of squares of nothing yet."""
+def _start(model: LanguageModel, seeded: tuple[Params], shared: None) -> tuple[Carry, Params]:
+    """Return the carry before the first token, and zeros for Σ g²."""
     (params,) = seeded
     return model.initial_carry(1), jax.tree.map(jnp.zeros_like, params)
 
 
 def _add_squares(
-    model: LanguageModel, seeded: tuple[Any, Carry, Any], rows: Any
-) -> tuple[Carry, Any]:
+    model: LanguageModel, seeded: tuple[Params, Carry, Params], segments: Segments
+) -> tuple[Carry, Params]:
     """Return the carry after the segments, and Σ g² with theirs added."""
     params, carry, squares = seeded
 
-    def step(carried: Any, row: Any) -> tuple[Any, None]:
-        carry, squares = carried
-        gradient, carry, _ = _gradient(model, params, carry, row)
-        return (carry, jax.tree.map(lambda s, g: s + g * g, squares, gradient)), None
+    def step(state: tuple[Carry, ArrayTree], segment: Segments) -> Any:
+        carry, squares = state
+        grads, carry, _ = _compute_gradient(model, params, carry, segment)
+        return (carry, jax.tree.map(lambda s, g: s + g * g, squares, grads)), None
 
-    return jax.lax.scan(step, (carry, squares), rows)[0]
+    state, _ = jax.lax.scan(step, (carry, squares), segments)
+    return state
 
 
 def _adapt(
     model: LanguageModel,
-    seeded: tuple[Any, Any, Any, Carry],
-    shared: tuple[Array, tuple[Array, Array, Array], Any],
-) -> tuple[Any, Carry, Array]:
-    """Return parameters and carry after the segments, and Σ nats of them.
+    seeded: tuple[Params, Params, Params, Carry],
+    shared: tuple[Array, Rates, Segments],
+) -> tuple[Params, Carry, Array]:
+    """Return parameters and carry after the segments, and Σ nats of the segments.
 
     Args:
       model: the model.
-      seeded: trained parameters, Σ g², parameters and carry up to here.
-      shared: number of segments in Σ g², η with decay and ε, and the segments.
+      seeded: trained parameters, Σ g², and the parameters and carry before the segments.
+      shared: number of segments in Σ g², the rates, and the segments.
     """
     trained, squares, params, carry = seeded
-    count, (learning_rate, decay, epsilon), rows = shared
+    count, rates, segments = shared
     roots = jax.tree.map(lambda total: jnp.sqrt(total / count), squares)
     leaves = jax.tree.leaves(roots)
     mean = sum(root.sum() for root in leaves) / sum(root.size for root in leaves)
 
-    def move(now: Array, before: Array, g: Array, root: Array) -> Array:
-        back = jnp.minimum(1, decay * root / mean)
-        return now - learning_rate * g / (root + epsilon) + back * (before - now)
+    def move(param: Array, trained: Array, grad: Array, root: Array) -> Array:
+        decay = jnp.minimum(1, rates.decay * root / mean)
+        learned = param - rates.learning_rate * grad / (root + rates.epsilon)
+        return learned + decay * (trained - param)
 
-    def step(carried: Any, row: Any) -> tuple[Any, Array]:
-        params, carry = carried
-        gradient, carry, nats = _gradient(model, params, carry, row)
-        return (jax.tree.map(move, params, trained, gradient, roots), carry), nats
+    def step(state: tuple[Params, Carry], segment: Segments) -> Any:
+        params, carry = state
+        grads, carry, nats = _compute_gradient(model, params, carry, segment)
+        return (jax.tree.map(move, params, trained, grads, roots), carry), nats
 
-    (params, carry), nats = jax.lax.scan(step, (params, carry), rows)
+    (params, carry), nats = jax.lax.scan(step, (params, carry), segments)
     return params, carry, nats.sum()

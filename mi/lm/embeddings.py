@@ -1,4 +1,4 @@
-"""Words in and out: the embedding of a token, and what the next one costs."""
+"""The embedding of the tokens, and the softmax that predicts the next one."""
 
 from typing import NamedTuple
 
@@ -13,11 +13,11 @@ from mi.lm.loss import Losses, softmax_losses
 
 
 class Objective(NamedTuple):
-    """How the loss is made, see `mi.lm.loss.softmax_losses`.
+    """Options of the loss, see `mi.lm.loss.softmax_losses`.
 
     Attributes:
       label_smoothing, z_loss: weights of the terms beside −ln p(target).
-      chunk: tokens whose logits are there at once; 0 for all.
+      chunk: tokens whose logits are in memory simultaneously; 0 for all.
     """
 
     label_smoothing: float = 0.0
@@ -26,16 +26,16 @@ class Objective(NamedTuple):
 
 
 class Words(nn.Module):
-    """An embedding e_w of every word, and the softmax over all of them.
+    """An embedding e_w of every word, and the softmax over all words.
 
-        x = √E e_w,   logits = y · o_w + b_w,   o_w = e_w where tied
+        x = √E e_w,   logits = y · o_w + b_w,   o_w = e_w if tied
 
     Attributes:
       vocabulary: V.
       features: E.
       tied: whether the output embedding is the input embedding (Press & Wolf, 2017).
-      objective: see there.
-      dtype: of the products; parameters, logits and losses are f32.
+      objective: options of the loss.
+      dtype: dtype of the products; parameters, logits and losses are f32.
     """
 
     vocabulary: int
@@ -52,16 +52,16 @@ class Words(nn.Module):
         self.bias = self.param('bias', initializers.zeros, (V,))
 
     def embed(self, tokens: Array) -> Array:
-        """Ids [...] → x [..., E]."""
+        """Return x [..., E] of ids [...]."""
         return (self.embedding[tokens] * self.features**0.5).astype(self.dtype)
 
     def logits(self, y: Array) -> Array:
-        """y [..., E] → [..., V] in f32."""
+        """Return the logits [..., V] of y [..., E], in f32."""
         table = self.embedding if self.tied else self.output
         logits = linear(y, table.T.astype(self.dtype), out_dtype=jnp.float32)
         return logits + self.bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
     def losses(self, y: Array, targets: Array) -> Losses:
-        """y [..., E], ids [...] → what each target costs."""
+        """Return the losses of targets [...], given y [..., E]."""
         table = self.embedding if self.tied else self.output
         return softmax_losses(y, table, self.bias, targets, **self.objective._asdict())

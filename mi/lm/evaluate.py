@@ -1,11 +1,12 @@
-"""Evaluation of a language model on a whole text, once.
+"""Evaluation of a language model on a held-out text, each token of which is predicted once.
 
-Three ways, and the results say which:
+There are three protocols, and the results name theirs:
 
-- Carried state: the text in contiguous parts, in segments one after another, with the recurrent
-  state or the Transformer's memory carried on.
-- Sliding window (`stride`): a window of `length` tokens that moves on by `stride` and predicts so
-  many; every token but the first ones sees at least length − stride tokens, nothing is carried.
+- Carried state: the text in contiguous parts, in segments one after another. The recurrent state
+  or the Transformer's memory is carried from segment to segment.
+- Sliding window (`stride`): a window of `length` tokens that advances by `stride` tokens and
+  predicts these. Every token but the first ones sees at least length − stride tokens; nothing is
+  carried.
 - Dynamic: see `mi.lm.dynamic_evaluation`.
 """
 
@@ -16,23 +17,25 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from chex import ArrayTree
 from jax import Array
+from jax.typing import DTypeLike
 
 from mi.lm import loss
-from mi.lm.data import streams, token_store
-from mi.lm.model import Carry, LanguageModel
+from mi.lm.data import streams
+from mi.lm.data.corpus import Corpus
+from mi.lm.model import Carry, LanguageModel, Params
 from mi.rows import sum_over_rows
-from mi.training import progress
-from mi.training import sharding as training_sharding
+from mi.training import progress, sharding
 
 
 class Reading(NamedTuple):
     """How a text is read.
 
     Attributes:
-      batch: parts of it, or windows, that are read side by side.
+      batch: number of parts, or windows, that are read in parallel.
       length: tokens of a segment or a window.
-      stride: of the windows; 0 to carry state from segment to segment instead.
+      stride: tokens that a window advances by; 0 to carry state from segment to segment instead.
     """
 
     batch: int
@@ -40,115 +43,130 @@ class Reading(NamedTuple):
     stride: int = 0
 
 
+class Excerpt(NamedTuple):
+    """The start of a held-out text.
+
+    Attributes:
+      corpus: the corpus.
+      split: 'valid' or 'test'.
+      num_tokens: tokens from the start of the text; 0 for all.
+    """
+
+    corpus: Corpus
+    split: str
+    num_tokens: int = 0
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Ids of the excerpt, [N]."""
+        tokens = self.corpus.tokens[self.split]
+        return tokens[: self.num_tokens or len(tokens)]
+
+
 @functools.cache
 def segment_program(model: LanguageModel, mesh: jax.sharding.Mesh) -> Any:
-    """Return the program of a segment: carry and Σ nats of it, [S], of every seed.
+    """Return the program that evaluates a segment with every seed.
 
-    (params, carry, inputs [T, B], targets, mask, domains) → (carry, Σ nats). Each device has its
-    seeds and rows; the sums are the only communication, where parameters are not split.
+    (params, carry, inputs [T, B], targets, mask, domains) → (carry, Σ nats [S]). Each device has
+    its seeds and rows. The sums are the only communication if parameters are not split.
     """
-    rows = training_sharding.batch_sharding(mesh, 1).spec
-    by_seed, carry_spec = (
-        training_sharding.seed_sharding(mesh).spec,
-        training_sharding.batch_sharding(mesh, 1, True).spec,
-    )
+    row_spec = sharding.batch_sharding(mesh, 1).spec
+    seed_spec = sharding.seed_sharding(mesh).spec
+    carry_sharding = sharding.batch_sharding(mesh, 1, has_seeds=True)
 
-    def one_seed(
-        partition: Any, params: Any, carry: Carry, batch: Sequence[Any]
+    def evaluate_seed(
+        partition: ArrayTree | None, params: Params, carry: Carry, segment: Sequence[Any]
     ) -> tuple[Carry, Array]:
-        inputs, targets, mask, domains = batch
+        inputs, targets, mask, domains = segment
+        params = sharding.gather_params(params, partition)
         losses: loss.Losses
-        carry, losses = model.apply(  # type: ignore[assignment]
-            {'params': training_sharding.gather_params(params, partition)},
-            carry,
-            inputs,
-            targets,
-            domains,
+        next_carry, losses = model.apply(  # type: ignore[assignment]
+            {'params': params}, carry, inputs, targets, domains
         )
-        return carry, sum_over_rows((losses.nats * mask).sum())
+        return next_carry, sum_over_rows((losses.nats * mask).sum())
 
-    def segment(params: Any, carry: Carry, *batch: Array | None) -> tuple[Carry, Array]:
-        partition = training_sharding.fsdp_specs(params, mesh)
+    def evaluate_segment(
+        params: Params, carry: Carry, *segment: Array | None
+    ) -> tuple[Carry, Array]:
+        partition = sharding.fsdp_specs(params, mesh)
+        params_specs = sharding.partition_specs(sharding.fsdp_sharding(params, mesh))
         return jax.shard_map(
-            jax.vmap(functools.partial(one_seed, partition), in_axes=(0, 0, None)),
+            jax.vmap(functools.partial(evaluate_seed, partition), in_axes=(0, 0, None)),
             mesh=mesh,
-            in_specs=(
-                training_sharding.partition_specs(training_sharding.fsdp_sharding(params, mesh)),
-                carry_spec,
-                [rows] * 4,
-            ),
-            out_specs=(carry_spec, by_seed),
+            in_specs=(params_specs, carry_sharding.spec, [row_spec] * 4),
+            out_specs=(carry_sharding.spec, seed_spec),
             check_vma=False,
-        )(params, carry, list(batch))
+        )(params, carry, list(segment))
 
-    carry_sharding = training_sharding.batch_sharding(mesh, 1, has_seeds=True)
-    return jax.jit(
-        segment, out_shardings=(carry_sharding, training_sharding.metrics_sharding(mesh))
-    )
+    out_shardings = carry_sharding, sharding.metrics_sharding(mesh)
+    return jax.jit(evaluate_segment, out_shardings=out_shardings)
 
 
 def evaluate(
     model: LanguageModel,
-    params: Any,
-    corpus: token_store.Corpus,
-    split: str,
+    params: Params,
+    excerpt: Excerpt,
     reading: Reading,
-    most: int,
     mesh: jax.sharding.Mesh,
     check: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """The metrics of each seed on a split.
+    """Return the metrics of each seed on a held-out text.
 
     Args:
       model: the model.
-      params: its parameters, with a leading axis of seeds.
-      corpus: the corpus.
-      split: 'valid' or 'test'.
-      reading: how.
-      most: how many tokens from the start of the text; 0 for all of them.
-      mesh: of devices, which share the seeds and the batch.
-      check: called before each segment; what it raises ends the evaluation.
+      params: its parameters, [S, …].
+      excerpt: the text.
+      reading: how the text is read.
+      mesh: the devices, which share the seeds and the batch.
+      check: called before each segment; an exception that it raises ends the evaluation.
 
     Returns:
       For each seed: nats_per_token, perplexity, bits_per_byte (None where the tokens do not
       determine the text), and how they were measured.
     """
-    tokens = corpus.tokens[split]
-    tokens = tokens[: most or len(tokens)]
-    seeds = len(jax.tree.leaves(params)[0])
+    # Sizes: idle rows without a token give every device the same number of rows.
+    corpus, split, _ = excerpt
+    tokens = excerpt.tokens
+    num_seeds = len(jax.tree.leaves(params)[0])
     predictions = len(tokens) - 1
     batch = min(reading.batch, predictions)
-    total = np.zeros(seeds, np.float64)
-    program = segment_program(model, mesh)
-    shards = mesh.size // mesh.shape['seed']
-    idle = -batch % shards  # rows without a token, so that the devices have as many each
-    start = _initial_carry(model, seeds, batch + idle, mesh)
-    carry = start
-    sharding = training_sharding.batch_sharding(mesh, 1)
+    idle = -batch % (mesh.size // mesh.shape['seed'])
+    row_sharding = sharding.batch_sharding(mesh, 1)
 
     def put(array: np.ndarray) -> Array:
-        return training_sharding.shard_array(np.pad(array, ((0, 0), (0, idle))), sharding)
+        return sharding.shard_array(np.pad(array, ((0, 0), (0, idle))), row_sharding)
 
+    # The text, segment by segment.
+    program = segment_program(model, mesh)
+    initial_carry = _place_initial_carry(model, num_seeds, batch + idle, mesh)
+    carry, total = initial_carry, np.zeros(num_seeds, np.float64)
     with progress.Work(f'evaluating {split}', predictions, 'tokens') as work:
-        for inputs, targets, mask, positions in _pieces(tokens, batch, reading):
+        for inputs, targets, mask, positions in _read_pieces(tokens, batch, reading):
             check()
             domains = None
             if model.source == 'domain':
-                domains = put(corpus.domain(split, positions))
-            carry, summed = program(params, carry, *map(put, (inputs, targets, mask)), domains)
-            total += np.asarray(summed, np.float64)
-            carry = start if reading.stride else carry
+                domains = put(corpus.get_domains(split, positions))
+            carry, nats = program(params, carry, *map(put, (inputs, targets, mask)), domains)
+            total += np.asarray(nats, np.float64)
+            carry = initial_carry if reading.stride else carry
             work.done += mask.sum()
-    over = {'predictions': predictions, 'batch': batch, 'length': reading.length}
+
+    # The metrics, and how they were measured.
+    protocol = {'predictions': predictions, 'batch': batch, 'length': reading.length}
     if reading.stride:
-        over['stride'] = reading.stride
+        protocol['stride'] = reading.stride
     if model.memory is not None:
-        over['memory'] = model.memory
-    return [result(mean, corpus, split, over) for mean in (total / predictions).tolist()]
+        protocol['memory'] = model.memory
+    means = (total / predictions).tolist()
+    return [compute_metrics(nats_per_token, corpus, split, protocol) for nats_per_token in means]
 
 
 def compile_segment(
-    model: LanguageModel, params: Any, reading: Reading, has_domains: bool, mesh: jax.sharding.Mesh
+    model: LanguageModel,
+    params: Params,
+    reading: Reading,
+    has_domains: bool,
+    mesh: jax.sharding.Mesh,
 ) -> jax.stages.Compiled:
     """Compile the program that `evaluate` calls for each segment of a text that is long enough.
 
@@ -156,22 +174,20 @@ def compile_segment(
       model: the model.
       params: shapes of the parameters of all seeds, placed on the mesh.
       reading: how the text is read.
-      has_domains: whether the model is told the domain of each token.
-      mesh: of devices.
+      has_domains: whether the model uses the domain of each token.
+      mesh: the devices.
     """
     batch = reading.batch + -reading.batch % (mesh.size // mesh.shape['seed'])
-    seeds = jax.tree.leaves(params)[0].shape[0]
-    carry_sharding = training_sharding.batch_sharding(mesh, 1, has_seeds=True)
+    num_seeds = jax.tree.leaves(params)[0].shape[0]
+    carry_sharding = sharding.batch_sharding(mesh, 1, has_seeds=True)
     carry = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct((seeds, *a.shape), a.dtype, sharding=carry_sharding),
+        lambda a: jax.ShapeDtypeStruct((num_seeds, *a.shape), a.dtype, sharding=carry_sharding),
         jax.eval_shape(lambda: model.initial_carry(batch)),
     )
 
-    def rows(dtype: Any) -> jax.ShapeDtypeStruct:
+    def rows(dtype: DTypeLike) -> jax.ShapeDtypeStruct:
         shape = reading.length, batch
-        return jax.ShapeDtypeStruct(
-            shape, dtype, sharding=training_sharding.batch_sharding(mesh, 1)
-        )
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh, 1))
 
     tokens, mask = rows(np.int32), rows(np.float32)
     domains = tokens if has_domains else None
@@ -181,37 +197,46 @@ def compile_segment(
     return compiled
 
 
-def _initial_carry(model: LanguageModel, seeds: int, batch: int, mesh: jax.sharding.Mesh) -> Carry:
-    """Return the carry of all seeds before the first token, each device with its own."""
-
-    sharding = training_sharding.batch_sharding(mesh, 1, has_seeds=True)
+def _place_initial_carry(
+    model: LanguageModel, num_seeds: int, batch: int, mesh: jax.sharding.Mesh
+) -> Carry:
+    """Return the carry of all seeds before the first token, each device with its part."""
+    carry_sharding = sharding.batch_sharding(mesh, 1, has_seeds=True)
     return jax.tree.map(
-        lambda a: training_sharding.shard_array(np.broadcast_to(a, (seeds, *a.shape)), sharding),
+        lambda a: sharding.shard_array(np.broadcast_to(a, (num_seeds, *a.shape)), carry_sharding),
         model.initial_carry(batch),
     )
 
 
-def _pieces(tokens: np.ndarray, batch: int, reading: Reading) -> Iterator[streams.Piece]:
+def _read_pieces(tokens: np.ndarray, batch: int, reading: Reading) -> Iterator[streams.Piece]:
+    """Return the segments or windows of a text."""
     if reading.stride:
         return streams.windows(tokens, batch, reading.length, reading.stride)
     return streams.segments(tokens, batch, reading.length)
 
 
-def result(
-    nats_per_token: float, corpus: token_store.Corpus, split: str, over: dict[str, Any]
+def compute_metrics(
+    nats_per_token: float, corpus: Corpus, split: str, protocol: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the metrics that follow from the mean loss of the first `over['predictions']`.
+    """Return the metrics that follow from the mean loss of the first tokens of a split.
 
-    Bits per byte are those of the bytes that were predicted, which a text may have more or fewer of
-    to a token in its first part than elsewhere.
+    Bits per byte use the bytes of the predicted tokens, as the bytes per token of an excerpt and of
+    the whole text differ.
+
+    Args:
+      nats_per_token: mean loss.
+      corpus: the corpus.
+      split: 'valid' or 'test'.
+      protocol: how the loss was measured; 'predictions' is the number of predicted tokens.
     """
-    predictions = over['predictions']
-    predicted_bytes = corpus.predicted_bytes(split, predictions) if corpus.lossless else 0
+    predictions = protocol['predictions']
+    predicted_bytes = corpus.count_predicted_bytes(split, predictions) if corpus.lossless else 0
+    bits_per_byte = None
+    if predicted_bytes:
+        bits_per_byte = loss.bits_per_byte(nats_per_token, predictions, predicted_bytes)
     return {
         'nats_per_token': nats_per_token,
         'perplexity': math.exp(min(nats_per_token, 700.0)),
-        'bits_per_byte': loss.bits_per_byte(nats_per_token, predictions, predicted_bytes)
-        if predicted_bytes
-        else None,
-        'over': over,
+        'bits_per_byte': bits_per_byte,
+        'over': protocol,
     }

@@ -1,66 +1,109 @@
-"""Build a language model and its corpus from a config."""
+"""Construction of the corpus, the model and the trainer from a config."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+from flax import linen as nn
 
 from mi import cells, counting, fusion
-from mi.config import (
-    UserError,
-    has_parameter,
-)
+from mi.config import UserError, has_parameter
 from mi.lm.adaptive_softmax import AdaptiveWords
 from mi.lm.config import CORES
 from mi.lm.data import token_store
+from mi.lm.data.corpus import Corpus
 from mi.lm.dropout import Rates
 from mi.lm.embeddings import Objective, Words
 from mi.lm.model import LanguageModel
 from mi.lm.recurrent import Recurrent
+from mi.lm.trainer import Trainer
+from mi.training import optim
 
 
-def corpus(config: ml_collections.ConfigDict) -> token_store.Corpus:
-    """The corpus of a config."""
-    source = config.data
+def load_corpus(config: ml_collections.ConfigDict) -> Corpus:
+    """Load the corpus that a config names.
+
+    Raises:
+      UserError: if the corpus cannot be read, or has no domains although the model needs them.
+    """
+    data = config.data
     corpus = token_store.load(
-        source.source,
-        source.level,
-        source.vocabulary,
-        source.cache,
-        path=source.path,
-        train_tokens=source.train_tokens,
+        data.source,
+        data.level,
+        data.vocabulary,
+        data.cache,
+        path=data.path,
+        train_tokens=data.train_tokens,
     )
     if config.model.source == 'domain' and not corpus.domains:
         raise UserError(
-            f"config.model.source = 'domain': config.data.source = {source.source!r} has no "
-            f"domains; use 'domains' or 'austen-domains'"
+            f"config.model.source = 'domain': config.data.source = {data.source!r} has no "
+            f"domains. Try the source 'domains' or 'austen-domains'"
         )
     return corpus
 
 
-def build(config: ml_collections.ConfigDict, vocabulary: int, domains: int = 0) -> LanguageModel:
-    """The model of a config; from here on there are typed fields and no config."""
-    model, word = config.model, config.model.fusion
-    objective = Objective(**config.loss)
-    words: Callable[..., Any]
-    if model.cutoffs:
-        if model.cutoffs[-1] >= vocabulary:
-            raise UserError(
-                f'config.model.cutoffs = {tuple(model.cutoffs)}: expected all below the '
-                f'vocabulary, which has {vocabulary} ids'
-            )
-        words = functools.partial(
-            AdaptiveWords,
-            cutoffs=tuple(model.cutoffs),
-            divisor=model.divisor,
-            chunk=objective.chunk,
+def build_model(
+    config: ml_collections.ConfigDict, vocabulary: int, num_domains: int = 0
+) -> LanguageModel:
+    """Build the model of a config; below this function there are typed fields and no config.
+
+    Args:
+      config: config of a run.
+      vocabulary: number of token ids.
+      num_domains: number of domains, for the source 'domain'.
+
+    Raises:
+      UserError: if a cutoff of the adaptive softmax is not below the vocabulary.
+    """
+    model, fusion_config = config.model, config.model.fusion
+    uses_domains = model.source == 'domain'
+    fusion_options = {'context': 'one_hot'} if uses_domains and fusion_config.name != 'none' else {}
+    context = num_domains if uses_domains else model.context
+    return LanguageModel(
+        words=functools.partial(
+            _get_words(config, vocabulary),
+            vocabulary=vocabulary,
+            features=model.embed,
+            tied=model.tied,
+        ),
+        core=functools.partial(
+            _get_core(model), features=model.hidden, layers=model.layers, hidden=model.ffn
+        ),
+        site=model.site,
+        source=model.source,
+        context=0 if fusion_config.name == 'none' else context,
+        fusion=functools.partial(
+            fusion.get(fusion_config.name, rank=fusion_config.rank, hidden=fusion_config.hidden),
+            **fusion_options,
+        ),
+        rates=Rates(**config.dropout),
+        dtype=jnp.dtype(model.dtype),
+    )
+
+
+def _get_words(
+    config: ml_collections.ConfigDict, vocabulary: int
+) -> Callable[..., Words | AdaptiveWords]:
+    """Return the constructor of the embedding and the softmax."""
+    objective, cutoffs = Objective(**config.loss), tuple(config.model.cutoffs)
+    if not cutoffs:
+        return functools.partial(Words, objective=objective)
+    if cutoffs[-1] >= vocabulary:
+        raise UserError(
+            f'config.model.cutoffs = {cutoffs}: expected integers below the vocabulary, which has '
+            f'{vocabulary} ids'
         )
-    else:
-        words = functools.partial(Words, objective=objective)
-    core: Callable[..., Any]
+    return functools.partial(
+        AdaptiveWords, cutoffs=cutoffs, divisor=config.model.divisor, chunk=objective.chunk
+    )
+
+
+def _get_core(model: ml_collections.ConfigDict) -> Callable[..., nn.Module]:
+    """Return the constructor of the core, with those options that it has a field for."""
     if model.core in CORES:
         module = CORES[model.core]
         options = {
@@ -71,113 +114,120 @@ def build(config: ml_collections.ConfigDict, vocabulary: int, domains: int = 0) 
             'memory': model.memory,
             'remat': model.remat,
         }
-        core = functools.partial(
-            module, **{k: v for k, v in options.items() if has_parameter(module, k)}
-        )
-    else:
-        options = {'rounds': model.rounds, 'rank': model.rank or None, 'capped': model.capped}
-        cell = cells.get(model.core, impl=model.impl, **options)
-        core = functools.partial(Recurrent, cell=cell)
-    domain = model.source == 'domain'
-    context = domains if domain else model.context
-    kind = {'context': 'one_hot'} if domain and word.name != 'none' else {}
-    return LanguageModel(
-        words=functools.partial(
-            words, vocabulary=vocabulary, features=model.embed, tied=model.tied
-        ),
-        core=functools.partial(core, features=model.hidden, layers=model.layers, hidden=model.ffn),
-        site=model.site,
-        source=model.source,
-        context=0 if word.name == 'none' else context,
-        fusion=functools.partial(fusion.get(word.name, rank=word.rank, hidden=word.hidden), **kind),
-        rates=Rates(**config.dropout),
-        dtype=jnp.dtype(model.dtype),
+        known_options = {k: v for k, v in options.items() if has_parameter(module, k)}
+        return functools.partial(module, **known_options)
+    options = {'rounds': model.rounds, 'rank': model.rank or None, 'capped': model.capped}
+    cell = cells.get(model.core, impl=model.impl, **options)
+    return functools.partial(Recurrent, cell=cell)
+
+
+def build_trainer(
+    config: ml_collections.ConfigDict, vocabulary: int, num_domains: int = 0
+) -> Trainer:
+    """Build the trainer of a config, with its model and its optimizer; see `build_model`."""
+    return Trainer(
+        model=build_model(config, vocabulary, num_domains),
+        optimizer=optim.make_optimizer(config.optim, config.train.steps),
+        batch_size=config.train.batch,
+        accumulation=config.train.accumulate,
     )
 
 
-def for_evaluation(model: LanguageModel, config: ml_collections.ConfigDict) -> LanguageModel:
-    """The model with the memory that it is evaluated with."""
+def configure_evaluation(model: LanguageModel, config: ml_collections.ConfigDict) -> LanguageModel:
+    """Return the model with the memory that `config.eval.memory` sets."""
     if config.model.core != 'transformer' or config.eval.memory < 0:
         return model
     return model.clone(core=functools.partial(model.core, memory=config.eval.memory))
 
 
-def for_sampling(model: LanguageModel, config: ml_collections.ConfigDict) -> LanguageModel:
-    """Return the model whose tokens see as far back as in training, however long the text gets."""
+def configure_sampling(model: LanguageModel, config: ml_collections.ConfigDict) -> LanguageModel:
+    """Return the model whose tokens attend as far back as in training, however long the text."""
     if config.model.core != 'transformer' or config.model.memory:
         return model
-    reach = max(1, config.train.length - 1)
-    return model.clone(core=functools.partial(model.core, memory=reach))
+    memory = max(1, config.train.length - 1)
+    return model.clone(core=functools.partial(model.core, memory=memory))
 
 
-def costs(
-    config: ml_collections.ConfigDict, vocabulary: int, domains: int = 0
+def compute_costs(
+    config: ml_collections.ConfigDict, vocabulary: int, num_domains: int = 0
 ) -> dict[str, dict[str, int]]:
-    """Parameters, and forward FLOPs of products per token, of the model and of its fusions."""
-    # Of cuDNN's call nothing could be counted.
-    model = build(_changed(config, {'model.impl': 'xla'}), vocabulary, domains)
+    """Compute the parameters and the forward FLOPs per token, of the model and of its fusions.
+
+    FLOPs are those of the products.
+    """
+    # XLA's LSTM in place of cuDNN's call, whose FLOPs cannot be counted.
+    model = build_model(_override(config, {'model.impl': 'xla'}), vocabulary, num_domains)
     T, B = config.train.length, config.train.batch
     tokens = jax.ShapeDtypeStruct((T, B), jnp.int32)
     carry = jax.eval_shape(lambda: model.initial_carry(B))
     inputs = carry, tokens, None, tokens if model.source == 'domain' else None
     variables: Any = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-    parameters = per_token = 0.0
-    for module, own, shapes in counting.modules(model, 'fuse_.*', variables, *inputs):
-        parameters += counting.parameters(own)
-        x = shapes[0]
-        per_token += counting.flops(module.apply, own, *shapes) / (x.shape[0] * x.shape[1])
+
+    # The fusions alone; one inside a loop over time runs once for each token.
+    fusion_params = fusion_flops = 0.0
+    for module, fusion_variables, shapes in counting.modules(model, 'fuse_.*', variables, *inputs):
+        fusion_params += counting.parameters(fusion_variables)
+        flops = counting.flops(module.apply, fusion_variables, *shapes)
+        num_tokens = shapes[0].shape[0] * shapes[0].shape[1]
+        fusion_flops += flops / num_tokens
     return {
-        'parameters': {'model': counting.parameters(variables), 'fusion': round(parameters)},
+        'parameters': {
+            'model': counting.parameters(variables),
+            'fusion': round(fusion_params),
+        },
         'flops_per_token': {
             'model': round(counting.flops(model.apply, variables, *inputs) / (T * B)),
-            'fusion': round(per_token),
+            'fusion': round(fusion_flops),
         },
     }
 
 
-def matched(
-    config: ml_collections.ConfigDict, vocabulary: int, domains: int = 0
+def match_size(
+    config: ml_collections.ConfigDict, vocabulary: int, num_domains: int = 0
 ) -> ml_collections.ConfigDict:
-    """The config with the size `match.knob` at which `match.by` comes nearest to its target.
+    """Return the config with the size `match.knob` at which `match.by` is nearest to its target.
 
-    The target is `match.target`, or the cost of this config as given with the fusion 'concat'. The
-    hidden size of a Transformer goes up in steps of 2 · heads, its feed-forward layer with it.
+    The target is `match.target`, or the cost of this config with the fusion 'concat'. The hidden
+    size of a Transformer increases in steps of 2 · heads, its feed-forward layer with it.
+
+    Raises:
+      UserError: if the fusion does not have the size, or no size costs as little as the target.
     """
     if config.match.by == 'none':
         return config
     if config.match.knob == 'rank' and 'rank' not in fusion.get_options(config.model.fusion.name):
         raise UserError(
-            f"config.match.knob = 'rank': the fusion {config.model.fusion.name!r} has no rank; "
-            f"use 'hidden'"
+            f"config.match.knob = 'rank': the fusion {config.model.fusion.name!r} has no rank. "
+            f"Try 'hidden'"
         )
     kind = 'parameters' if config.match.by == 'parameters' else 'flops_per_token'
-    model = config.model
 
-    def of_size(size: int) -> dict[str, Any]:
-        if config.match.knob == 'rank':
-            return {'model.fusion.rank': size}
-        if model.core != 'transformer':
-            return {'model.hidden': size}
-        hidden = 2 * model.heads * size
-        return {
-            'model.hidden': hidden,
-            'model.ffn': max(1, round(hidden * model.ffn / model.hidden)),
-        }
+    def compute_cost(changes: Mapping[str, Any]) -> int:
+        return compute_costs(_override(config, changes), vocabulary, num_domains)[kind]['model']
 
-    def at(changes: dict[str, Any]) -> int:
-        return costs(_changed(config, changes), vocabulary, domains)[kind]['model']
-
-    target = config.match.target or at({'model.fusion.name': 'concat'})
+    target = config.match.target or compute_cost({'model.fusion.name': 'concat'})
     try:
-        size = counting.nearest_size(lambda size: at(of_size(size)), target)
+        size = counting.nearest_size(lambda n: compute_cost(_resize(config, n)), target)
     except ValueError as error:
-        raise UserError(f'config.match: {error}; give another config.match.target') from error
-    return _changed(config, of_size(size))
+        raise UserError(f'config.match: {error}. Try another config.match.target') from error
+    return _override(config, _resize(config, size))
 
 
-def _changed(
-    config: ml_collections.ConfigDict, changes: dict[str, Any]
+def _resize(config: ml_collections.ConfigDict, size: int) -> dict[str, Any]:
+    """Return the changes that give a config a size, see `match_size`."""
+    model = config.model
+    if config.match.knob == 'rank':
+        return {'model.fusion.rank': size}
+    if model.core != 'transformer':
+        return {'model.hidden': size}
+    hidden = 2 * model.heads * size
+    return {'model.hidden': hidden, 'model.ffn': max(1, round(hidden * model.ffn / model.hidden))}
+
+
+def _override(
+    config: ml_collections.ConfigDict, changes: Mapping[str, Any]
 ) -> ml_collections.ConfigDict:
+    """Return a copy of a config with some values changed."""
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict(changes)
     return config

@@ -1,4 +1,4 @@
-"""The feed-forward layer of a Transformer, whose first product may be a fusion."""
+"""The feed-forward layer of a Transformer."""
 
 from collections.abc import Callable
 
@@ -16,13 +16,13 @@ ACTIVATIONS = ('swiglu', 'relu', 'gelu')
 class FeedForward(nn.Module):
     """y = A₂ (silu(Gx + g) ⊙ f(x, z)) + a,   or   y = A₂ act(f(x, z)) + a.
 
-    f is an affine map to `hidden` features, or the fusion. SwiGLU: Shazeer, 2020.
+    f is an affine map to `hidden` features, or a fusion. The first form is SwiGLU (Shazeer, 2020).
 
     Attributes:
       hidden: F.
-      activation: a word of ACTIVATIONS.
+      activation: one of ACTIVATIONS.
       fusion: constructor of f; None for an affine map of x.
-      dtype: of the products.
+      dtype: dtype of the products.
     """
 
     hidden: int
@@ -32,7 +32,7 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array | None) -> Array:
-        """x [..., n], z [..., m] → [..., n]; z is for the fusion alone."""
+        """Map x [..., n] and z [..., m] to y [..., n]; only a fusion reads z."""
         if self.fusion is None:
             hidden = Affine(self.hidden, self.dtype, name='hidden')(x)
         else:

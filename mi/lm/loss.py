@@ -1,4 +1,4 @@
-"""The loss of a language model, from what its logits are linear in.
+"""The losses of a softmax over a vocabulary, computed from the features before the logits.
 
 Shapes: y [..., E], output embedding [V, E], bias [V], targets [...].
 """
@@ -16,11 +16,11 @@ from mi.kernels.linear import linear
 
 
 class Losses(NamedTuple):
-    """What each token costs.
+    """The losses of each token.
 
     Attributes:
-      nats: −ln p(target): what is reported.
-      objective: what is minimised.
+      nats: −ln p(target), which is reported.
+      objective: the loss that is minimized.
     """
 
     nats: Array
@@ -28,19 +28,20 @@ class Losses(NamedTuple):
 
 
 def nats(logits: Array, targets: Array) -> Array:
-    """−ln p(target) of each token, in nats: [..., V], [...] → [...]."""
+    """Compute −ln p(target) of each token, in nats: logits [..., V], targets [...] → [...]."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
 
 def bits_per_byte(nats_per_token: float, tokens: int, text_bytes: int) -> float:
-    """The loss of a text of so many tokens and bytes, per byte: nats · tokens / (ln 2 · bytes)."""
+    """Convert nats per token to bits per byte: nats · tokens / (ln 2 · bytes)."""
     return nats_per_token * tokens / (text_bytes * math.log(2))
 
 
 def even_size(tokens: int, largest: int) -> int:
-    """Return the size of as few equal parts as have at most `largest` tokens, the last one padded.
+    """Return the size of equal parts with at most `largest` tokens, as few of them as possible.
 
-    Parts of `largest` would compute for nothing where a device has little more than one of them.
+    The last part is padded. Parts of exactly `largest` tokens would waste work on a device that has
+    few more tokens than one part.
     """
     return -(-tokens // -(-tokens // largest))
 
@@ -55,8 +56,9 @@ def softmax_losses(
     z_loss: float = 0.0,
     chunk: int = 0,
 ) -> Losses:
-    """The losses of a softmax over all words, logits = y · tableᵀ + bias, products in y's dtype.
+    """Compute the losses of a softmax over all words, with products in y's dtype.
 
+        logits = y · tableᵀ + bias
         objective = (1 − s) nats + s mean_v(−ln p(v)) + w (ln Z)²
 
     with s the label smoothing (Szegedy et al., 2016), w the z-loss (Chowdhery et al., 2022) and Z
@@ -66,28 +68,31 @@ def softmax_losses(
       y: [..., E].
       table: [V, E].
       bias: [V].
-      targets: [...], ids.
+      targets: ids [...].
       label_smoothing, z_loss: s and w.
-      chunk: how many tokens' logits are there at once, forward and backward, where they are made
-        anew: one product more; 0 for all of them.
+      chunk: tokens whose logits are in memory simultaneously; 0 for all. The backward pass then
+        recomputes the logits, which is one more product.
     """
     tokens = targets.size
-    of_logits = functools.partial(_losses, label_smoothing=label_smoothing, z_loss=z_loss)
+    compute_losses = functools.partial(
+        _losses_from_logits, label_smoothing=label_smoothing, z_loss=z_loss
+    )
     flat, ids = y.reshape(tokens, -1), targets.reshape(-1)
     if chunk == 0 or chunk >= tokens:
-        losses = of_logits(_logits(flat, table, bias), ids)
+        losses = compute_losses(_logits(flat, table, bias), ids)
     else:
         chunks = -(-tokens // chunk)
         chunk = even_size(tokens, chunk)
         padding = chunks * chunk - tokens
-        rows = jnp.pad(flat, ((0, padding), (0, 0))).reshape(chunks, chunk, -1)
-        of_rows = jnp.pad(ids, (0, padding)).reshape(chunks, chunk)
+        flat = jnp.pad(flat, ((0, padding), (0, 0))).reshape(chunks, chunk, -1)
+        ids = jnp.pad(ids, (0, padding)).reshape(chunks, chunk)
 
         @jax.checkpoint
-        def one(row: tuple[Array, Array]) -> Losses:
-            return of_logits(_logits(row[0], table, bias), row[1])
+        def compute_chunk(rows: tuple[Array, Array]) -> Losses:
+            y, targets = rows
+            return compute_losses(_logits(y, table, bias), targets)
 
-        losses = jax.lax.map(one, (rows, of_rows))
+        losses = jax.lax.map(compute_chunk, (flat, ids))
         losses = jax.tree.map(lambda a: a.reshape(-1)[:tokens], losses)
     return Losses(*(a.reshape(targets.shape) for a in losses))
 
@@ -97,13 +102,15 @@ def _logits(y: Array, table: Array, bias: Array) -> Array:
     return logits + bias.reshape(1, -1).astype(jnp.float32)
 
 
-def _losses(logits: Array, targets: Array, label_smoothing: float, z_loss: float) -> Losses:
+def _losses_from_logits(
+    logits: Array, targets: Array, label_smoothing: float, z_loss: float
+) -> Losses:
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    own = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    objective = of_target = log_z - own
+    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    nats = objective = log_z - target_logits
     if label_smoothing:
-        spread = log_z - logits.mean(axis=-1)
-        objective = (1 - label_smoothing) * of_target + label_smoothing * spread
+        uniform_nats = log_z - logits.mean(axis=-1)
+        objective = (1 - label_smoothing) * nats + label_smoothing * uniform_nats
     if z_loss:
         objective = objective + z_loss * log_z**2
-    return Losses(of_target, objective)
+    return Losses(nats, objective)

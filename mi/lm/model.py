@@ -1,4 +1,4 @@
-"""A language model with a place, its site, where a token stream meets a context.
+"""The language model: a token stream and a context, fused at one site.
 
 Shapes: T steps, B sequences, E embedding, H hidden, m context, V vocabulary; tokens are [T, B].
 """
@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from chex import ArrayTree
 from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
@@ -25,7 +26,9 @@ from mi.lm.recurrent import Recurrent
 Site = Literal['none', 'encoder', 'decoder', 'both', 'input_gate', 'norm', 'ffn', 'attention']
 SITES = get_args(Site)
 
-Carry = dict[str, Any]
+Carry = dict[str, Any]  # 'core' and, if it has a state, 'context' → its state
+
+Params = ArrayTree  # parameters of a model, one array for each
 
 
 class LanguageModel(nn.Module):
@@ -38,23 +41,23 @@ class LanguageModel(nn.Module):
         logits_t = y_t · output embedding + bias         [V]   predicts token t + 1
 
     At the decoder the logits are a multiplicative interaction of h and z, bilinear in both, whose W
-    is factored through the E features of the output embedding: m·H·E numbers and not m·H·V.
+    is factored through the E features of the output embedding: it has m·H·E entries, not m·H·V.
 
-    The context z_t [m] has seen the tokens before t and no other, see `mi.lm.context`.
+    The context z_t [m] depends on the tokens before t alone, see `mi.lm.context`.
 
-    With the source 'state' at any other site than the decoder, x_t depends on h_{t−1}, so that
-    fusion and input projection run inside the loop over time; in all other cases they are one
-    product for all steps.
+    With the source 'state' and a site before the decoder, x_t depends on h_{t−1}: fusion and input
+    projection run inside the loop over time. In all other cases they are one product for all steps.
 
     Attributes:
-      words: constructor of the embedding and the softmax, `Words` or `AdaptiveWords`, with E.
+      words: constructor of the embedding of E features and the softmax, `Words` or
+        `AdaptiveWords`.
       core: constructor of `Recurrent` or `Transformer`.
       site: where the fusion is; 'none' for a plain model.
       source: where the context comes from.
-      context: m; 0 for no context at all, as the fusion 'none' wants it.
+      context: m; 0 for no context, which the fusion 'none' needs.
       fusion: constructor of the module (x, z) → y, one of `mi.fusion.FUSIONS`.
-      rates: of dropout.
-      dtype: of the products; parameters, state and logits are f32.
+      rates: dropout rates.
+      dtype: dtype of the products; parameters, state and logits are f32.
     """
 
     words: Callable[..., Words | AdaptiveWords]
@@ -75,61 +78,39 @@ class LanguageModel(nn.Module):
         domains: Array | None = None,
         train: bool = False,
     ) -> tuple[Carry, Array | Losses]:
-        """Carry, [T, B] ids → carry after the last token, and what is predicted.
+        """Return the carry after the last token, and the prediction of the tokens that follow.
 
         Args:
           carry: from `initial_carry`, or from the call on the tokens before these.
-          tokens: the inputs; what is predicted at t is the token after tokens[t].
-          targets: [T, B], those tokens, if only what they cost is wanted.
-          domains: [T, B], of the tokens, for the source 'domain'.
+          tokens: ids [T, B]; the prediction at t is of the token after tokens[t].
+          targets: ids of those tokens, [T, B]; None for logits in place of losses.
+          domains: domain of each token, [T, B], for the source 'domain'.
           train: whether dropout is on; needs the rngs 'dropout' and 'state'.
 
         Returns:
           The carry, and logits [T, B, V] in f32 (log-probabilities of an adaptive softmax), or the
           losses of the targets, each [T, B].
+
+        Raises:
+          ValueError: for the source 'domain' without domains.
         """
-        rates = self.rates
         words = self.words(dtype=self.dtype, name='words')
-        x = words.embed(tokens)
-        if train and rates.word:
-            keep = RowDropout(rates.word, row_axis=None)(jnp.ones(words.vocabulary), False)
-            x = x * keep[tokens][..., None].astype(x.dtype)
-        x = drop(rates.input, rates, x, train)
-
-        core = self._core(name='core')
-        after: Carry = {}
-        if self.source == 'state' and self._has_context() and self.site != 'decoder':
-            loop = nn.scan(
-                lambda core, state, x_t: _pair(core(state, x_t[None], None, train)),
-                variable_broadcast='params',
-                split_rngs={'params': False, 'dropout': not rates.locked, 'state': False},
-            )
-            after['core'], (h, z) = loop(core, carry['core'], x)
-            h, z = h[:, 0], z[:, 0]
-        else:
-            after, z = self._context(carry, x, domains)
-            after['core'], h, _ = core(carry['core'], x, z, train)
-            if z is None:
-                z = Affine(self.context, dtype=self.dtype, name='context')(
-                    previous(carry['core'][-1][1], h)
-                )
-
-        h = drop(rates.output, rates, h, train)
-        if self.site in ('decoder', 'both'):
-            y = self.fusion(words.features, dtype=self.dtype, name='fuse_decoder')(h, z)
-        else:
-            y = Affine(words.features, dtype=self.dtype, name='decoder')(h)
-        return after, words.logits(y) if targets is None else words.losses(y, targets)
+        x = self._embed(words, tokens, train)
+        run_core = self._run_step_by_step if self._fuses_state_in_core else self._run_sequence
+        carry, h, z = run_core(carry, x, domains, train)
+        h = drop(self.rates.output, self.rates, h, train)
+        y = self._decode(words.features, h, z)
+        return carry, words.logits(y) if targets is None else words.losses(y, targets)
 
     def initial_carry(self, batch: int) -> Carry:
-        """The state before the first token: zeros."""
-        carry: Carry = {'core': self._core(parent=None).initial(batch)}
-        if self._has_context() and self.source in NETWORKS:
+        """Return the state before the first token: zeros."""
+        carry: Carry = {'core': self._make_core(parent=None).initial(batch)}
+        if self._has_context and self.source in NETWORKS:
             carry['context'] = NETWORKS[self.source](self.context, parent=None).initial(batch)
         return carry
 
     def decoder(self) -> 'LanguageModel':
-        """The same model, going on from call to call by keys and values, see `Transformer`."""
+        """Return the same model with cached keys and values, see `Transformer.decode`."""
         if self.memory is None:
             return self
         return self.clone(core=functools.partial(self.core, decode=True))
@@ -137,37 +118,81 @@ class LanguageModel(nn.Module):
     @property
     def memory(self) -> int | None:
         """Tokens that a Transformer remembers from segment to segment; None for another core."""
-        return getattr(self._core(parent=None), 'memory', None)
+        return getattr(self._make_core(parent=None), 'memory', None)
 
-    def _core(self, **options: Any) -> Any:
-        of_state = self._has_context() and self.source == 'state' and self.site != 'decoder'
-        extra = {'context': self.context} if of_state else {}
-        return self.core(
-            site=self.site,
-            fusion=self.fusion,
-            rates=self.rates,
-            dtype=self.dtype,
-            **extra,
-            **options,
+    @property
+    def _has_context(self) -> bool:
+        return self.site != 'none' and self.context > 0
+
+    @property
+    def _fuses_state_in_core(self) -> bool:
+        """Whether the context of a step is the core's own state of the step before."""
+        return self._has_context and self.source == 'state' and self.site != 'decoder'
+
+    def _embed(self, words: Words | AdaptiveWords, tokens: Array, train: bool) -> Array:
+        """Return the embedded tokens [T, B, E], with dropout of whole words and of features."""
+        x = words.embed(tokens)
+        if train and self.rates.word:
+            keep = RowDropout(self.rates.word, row_axis=None)(jnp.ones(words.vocabulary), False)
+            x = x * keep[tokens][..., None].astype(x.dtype)
+        return drop(self.rates.input, self.rates, x, train)
+
+    def _run_step_by_step(
+        self, carry: Carry, x: Array, domains: Array | None, train: bool
+    ) -> tuple[Carry, Array, Array]:
+        """Run the core in a loop over time, in which it makes z_t from its own h_{t−1}."""
+        del domains  # the source is 'state'
+
+        def step(core: nn.Module, state: Any, x_t: Array) -> tuple[Any, tuple[Array, Array]]:
+            state, h, z = core(state, x_t[None], None, train)
+            return state, (h, z)
+
+        loop = nn.scan(
+            step,
+            variable_broadcast='params',
+            split_rngs={'params': False, 'dropout': not self.rates.locked, 'state': False},
         )
+        state, (h, z) = loop(self._make_core(name='core'), carry['core'], x)
+        return {'core': state}, h[:, 0], z[:, 0]
 
-    def _context(self, carry: Carry, x: Array, domains: Array | None) -> tuple[Carry, Array | None]:
-        """What of the carry is the context's, and z; no z for one that is made of the states."""
-        if not self._has_context():
+    def _run_sequence(
+        self, carry: Carry, x: Array, domains: Array | None, train: bool
+    ) -> tuple[Carry, Array, Array]:
+        """Compute z of all steps, then run the core on all of them."""
+        core = self._make_core(name='core')
+        next_carry, z = self._compute_context(carry, x, domains)
+        next_carry['core'], h, _ = core(carry['core'], x, z, train)
+        if z is None:  # the source 'state' at the decoder, which reads all states of the core
+            top_h = carry['core'][-1][1]
+            affine = Affine(self.context, dtype=self.dtype, name='context')
+            z = affine(previous(top_h, h))
+        return next_carry, h, z
+
+    def _compute_context(
+        self, carry: Carry, x: Array, domains: Array | None
+    ) -> tuple[Carry, Array | None]:
+        """Return the carry of the context network, and z; None if z is made from the states."""
+        if not self._has_context:
             return {}, jnp.zeros((1, x.shape[1], 0), self.dtype)
         if self.source == 'domain':
             if domains is None:
-                raise ValueError("the source 'domain' needs domains, [T, B]")
+                raise ValueError("source = 'domain': expected domains [T, B] (got None)")
             return {}, jax.nn.one_hot(domains, self.context, dtype=self.dtype)
         if self.source == 'state':
             return {}, None
         network = NETWORKS[self.source](self.context, dtype=self.dtype, name='context')
-        after, z = network(carry['context'], x)
-        return {'context': after}, z
+        state, z = network(carry['context'], x)
+        return {'context': state}, z
 
-    def _has_context(self) -> bool:
-        return self.site != 'none' and self.context > 0
+    def _decode(self, features: int, h: Array, z: Array) -> Array:
+        """Return y [T, B, E], which the logits are linear in."""
+        if self.site in ('decoder', 'both'):
+            return self.fusion(features, dtype=self.dtype, name='fuse_decoder')(h, z)
+        return Affine(features, dtype=self.dtype, name='decoder')(h)
 
-
-def _pair(result: tuple[Any, Any, Any]) -> tuple[Any, tuple[Any, Any]]:
-    return result[0], result[1:]
+    def _make_core(self, **options: Any) -> Any:
+        if self._fuses_state_in_core:
+            options['context'] = self.context
+        return self.core(
+            site=self.site, fusion=self.fusion, rates=self.rates, dtype=self.dtype, **options
+        )

@@ -1,4 +1,4 @@
-"""The recurrent core: layers of any cell of `mi.cells`, with the sites of a fusion."""
+"""The recurrent core: layers of a cell of `mi.cells`, with the sites of a fusion."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,30 +14,30 @@ from mi.layers import Affine
 from mi.lm.dropout import Rates, drop
 from mi.lm.feed_forward import FeedForward
 
-Carry = list[Any]
+Carry = list[Any]  # the state of each layer
 
 
 class Recurrent(nn.Module):
-    """L recurrent layers, x_t → h_t, and where in them x meets z.
+    """L recurrent layers, x_t → h_t, with the sites at which x and z are fused.
 
-        encoder      what enters the first layer becomes fuse(x, z)
-        input_gate   what enters each layer becomes fuse(x, z), where the Mogrifier has its gates
-        norm         what enters each layer becomes fuse(x / rms(x), z)
-        ffn          each layer is followed by h + FeedForward(h), its first product the fusion
+        encoder      the input of the first layer becomes fuse(x, z)
+        input_gate   the input of each layer becomes fuse(x, z), as the Mogrifier gates its input
+        norm         the input of each layer becomes fuse(x / rms(x), z)
+        ffn          each layer is followed by h + FeedForward(h), whose first product is the fusion
 
-    Without a z, the context is made here, an affine map of the top layer's h_{t−1}: the source
-    'state'. T is 1 then, and the loop over time is around this module.
+    For the source 'state', z is None and is made here, an affine map of the top layer's h_{t−1}.
+    T is 1 then, and the loop over time is outside this module.
 
     Attributes:
       features: H of every layer.
       layers: L.
-      cell: constructor, one of `mi.cells.CELLS`.
-      hidden: of the feed-forward layers.
-      site: one of the above, or any other word for none.
+      cell: constructor of a cell, one of `mi.cells.CELLS`.
+      hidden: hidden features of the feed-forward layers.
+      site: one of the above; any other value for no fusion.
       fusion: constructor of (x, z) → y.
-      context: m, of the context that is made here.
-      rates: of dropout.
-      dtype: of the products.
+      context: m, if the context is made here; 0 otherwise.
+      rates: dropout rates.
+      dtype: dtype of the products.
     """
 
     features: int
@@ -54,35 +54,40 @@ class Recurrent(nn.Module):
     def __call__(
         self, carry: Carry, x: Array, z: Array | None, train: bool = False
     ) -> tuple[Carry, Array, Array | None]:
-        """States, x [T, B, E], z [T, B, m] → states, h [T, B, H] and the z that was fused."""
+        """Map states, x [T, B, E] and z [T, B, m] to new states, h [T, B, H] and the fused z."""
         if z is None and self.context:
             z = Affine(self.context, dtype=self.dtype, name='context')(carry[-1][1][None])
         if self.site in ('encoder', 'both'):
             x = self._fuse('encoder', x, z)
-        after = []
+        next_carry = []
         for i, state in enumerate(carry):
+            # The input of the layer.
             if i > 0:
                 x = drop(self.rates.layer, self.rates, x, train)
             if self.site == 'norm':
                 x = self._fuse(f'norm_{i}', nn.RMSNorm(use_scale=False, dtype=self.dtype)(x), z)
             elif self.site == 'input_gate':
                 x = self._fuse(f'input_gate_{i}', x, z)
+
+            # The layer, with dropout of its state.
             keep = None
             if train and self.rates.state:
                 keep = jnp.ones((x.shape[1], self.features))
                 keep = RowDropout(self.rates.state, row_axis=0, collection='state')(keep, False)
             cell = self.cell(self.features, dtype=self.dtype, name=f'layer_{i}')
-            last, x = cell(state, x, None, keep)
+            next_state, x = cell(state, x, None, keep)
+            next_carry.append(next_state)
+
+            # The feed-forward layer.
             if self.site == 'ffn':
                 ffn = FeedForward(
                     self.hidden, fusion=self.fusion, dtype=self.dtype, name=f'ffn_{i}'
                 )
                 x = x + ffn(nn.RMSNorm(dtype=self.dtype, name=f'norm_{i}')(x), z)
-            after.append(last)
-        return after, x, z
+        return next_carry, x, z
 
     def initial(self, batch: int) -> Carry:
-        """The states before the first token."""
+        """Return the states before the first token: zeros."""
         return [self.cell(self.features, parent=None).initial(batch) for _ in range(self.layers)]
 
     def _fuse(self, name: str, x: Array, z: Array | None) -> Array:

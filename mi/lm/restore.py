@@ -1,7 +1,7 @@
-"""A trained language model from its run directory: config, corpus and parameters."""
+"""Restoring a trained language model from its run directory."""
 
 import pathlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import ml_collections
@@ -9,29 +9,30 @@ import numpy as np
 
 from mi.config import UserError, describe_difference
 from mi.lm import config as lm_config
-from mi.lm import factory, train
-from mi.lm.data import token_store
-from mi.training import checkpoint, optim, sharding
+from mi.lm import factory
+from mi.lm.data.corpus import Corpus
+from mi.lm.model import Params
+from mi.training import checkpoint, sharding
 from mi.training.run_config import merge_eval_config, read_config
 
-OWN = ('eval', 'dynamic', 'sample', 'data', 'tracker')
-FIXED = ('task', 'model', 'seeds')
+OVERRIDABLE = ('eval', 'dynamic', 'sample', 'data', 'tracker')  # sections that an evaluation sets
+FIXED = ('task', 'model', 'seeds')  # sections that must be those of the run
 
 
 class Trained(NamedTuple):
-    """A run's newest whole checkpoint, ready to be evaluated.
+    """The newest complete checkpoint of a run, with all that an evaluation needs.
 
     Attributes:
-      config: of the run, evaluated and sampled from as was asked for.
-      corpus: the tokens that it was trained on, wherever the text is now.
-      params: of all seeds, [S, …].
-      step: how many updates they have had.
-      mesh: the devices that the parameters are on.
+      config: config of the run, with the requested values of the sections in OVERRIDABLE.
+      corpus: tokens that the model was trained on, wherever the text is now.
+      params: parameters of all seeds, [S, …].
+      step: number of updates.
+      mesh: devices that the parameters are on.
     """
 
     config: ml_collections.ConfigDict
-    corpus: token_store.Corpus
-    params: Any
+    corpus: Corpus
+    params: Params
     step: int
     mesh: jax.sharding.Mesh
 
@@ -39,38 +40,40 @@ class Trained(NamedTuple):
 def restore(config: ml_collections.ConfigDict, workdir: str) -> Trained:
     """Restore the parameters of a run directory.
 
-    The text may have moved: what counts is the SHA-256 of its tokens. What evaluation does not
-    read, such as the optimizer, the batch or how many devices trained, may be another.
+    The text may have moved: the SHA-256 of its tokens identifies it. Values that evaluation does
+    not use, such as the optimizer, the batch size or the number of devices, may differ.
 
     Raises:
-      UserError: if the directory has no whole checkpoint, or is of another model, other seeds or
+      UserError: if the directory has no complete checkpoint, or has another model, other seeds or
         other tokens.
     """
+    # The config of the run; if sizes were matched, the recorded model has the matched size.
     lm_config.validate(config)
     path = pathlib.Path(workdir)
     recorded = read_config(path)
-    corpus = factory.corpus(config)
-    if config.model.to_dict() != recorded.model.to_dict():  # the run has the size that was matched
-        config = factory.matched(config, *corpus.sizes)
-    config = merge_eval_config(path, config, overridable=OWN, fixed=FIXED)
+    corpus = factory.load_corpus(config)
+    if config.model.to_dict() != recorded.model.to_dict():
+        config = factory.match_size(config, *corpus.sizes)
+    config = merge_eval_config(path, config, overridable=OVERRIDABLE, fixed=FIXED)
     lm_config.validate(config)
 
-    # The shapes of the parameters, on the devices that are here.
-    batch, seeds = config.train.batch, np.asarray(config.seeds, np.int32)
-    mesh = sharding.make_mesh(len(seeds), batch, config.train.fsdp)
-    model = factory.build(config, *corpus.sizes)
-    optimiser = optim.make_optimizer(config.optim, config.train.steps)
-    like = train.shapes(model, optimiser, seeds, batch, mesh)
+    # The shapes of the parameters, on the present devices.
+    seeds = np.asarray(config.seeds, np.int32)
+    mesh = sharding.make_mesh(len(seeds), config.train.batch, config.train.fsdp)
+    shapes = factory.build_trainer(config, *corpus.sizes).shapes(seeds, mesh)
 
-    saved = checkpoint.Checkpoints(path / 'checkpoints', config.train.keep)
-    newest, meta = saved.newest()
+    # The parameters, if they were trained on the same tokens.
+    checkpoints = checkpoint.Checkpoints(path / 'checkpoints', config.train.keep)
+    newest, meta = checkpoints.newest()
     if meta['data'] != corpus.sha256:
-        before, now = ({'data': side.data.to_dict() | {'cache': ''}} for side in (recorded, config))
-        changed = describe_difference(before, now)
+        trained_data, data = (
+            {'data': side.data.to_dict() | {'cache': ''}} for side in (recorded, config)
+        )
+        difference = describe_difference(trained_data, data)
         raise UserError(
             f'{path} was trained on other tokens than {config.data.source} has now'
-            f'{f" ({changed})" if changed else ""}; restore the text, or name it by '
+            f'{f" ({difference})" if difference else ""}. Try restoring the text, or name it by '
             f'--config.data.source'
         )
-    params = saved.restore_part(newest, 'params', like.params)
+    params = checkpoints.restore_part(newest, 'params', shapes.params)
     return Trained(config, corpus, params, meta['step'], mesh)

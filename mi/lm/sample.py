@@ -1,57 +1,69 @@
-"""Text from a trained language model, one token after another."""
+"""Text generation by a trained language model (`--mode=sample`)."""
 
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from chex import ArrayTree, PRNGKey
 from jax import Array
 
 from mi import precision
 from mi.config import UserError
 from mi.lm import factory
-from mi.lm.model import LanguageModel
+from mi.lm.model import Carry, LanguageModel, Params
 from mi.lm.restore import restore
 from mi.rows import make_row_keys
 from mi.training import progress, sharding
 from mi.training.io import write_json
 
 
-def sample(config: ml_collections.ConfigDict, workdir: str) -> None:
-    """Continues `config.sample.prompt` with the newest checkpoint of a run directory, each seed's.
+class Decoding(NamedTuple):
+    """How tokens are drawn from the distribution of a model.
 
-    Prints the texts and writes them to samples.json there.
+    Attributes:
+      num_tokens: tokens of a text.
+      temperature: divisor of the logits; 0 for the most likely token.
+      top_p: tokens are drawn from the fewest most likely ones that have this probability together
+        (nucleus sampling, Holtzman et al., 2020).
+    """
+
+    num_tokens: int
+    temperature: float | Array = 1.0
+    top_p: float | Array = 1.0
+
+
+def sample(config: ml_collections.ConfigDict, workdir: str) -> None:
+    """Continue `config.sample.prompt` with the newest checkpoint of each seed of a run.
+
+    Print the texts and write them to samples.json in the run directory.
 
     Raises:
-      UserError: if the directory has no whole checkpoint, is of another config, or the prompt is
+      UserError: if the directory has no complete checkpoint or another config, or the prompt is
         empty.
     """
+    # The model and the prompt.
     path = pathlib.Path(workdir)
     config, corpus, params, step, _ = restore(config, workdir)
     if config.model.source == 'domain':
         raise UserError(
-            "config.model.source = 'domain': what is written has no domain; --mode=sample is for "
-            'models with another context'
+            "config.model.source = 'domain': expected a model with another context, as a sampled "
+            'text has no domain. Try --mode=eval'
         )
     options = config.sample
     prompt = corpus.encode(options.prompt)
     if len(prompt) == 0:
         raise UserError("config.sample.prompt = '': expected at least one token to start from")
-    model = factory.for_sampling(factory.build(config, *corpus.sizes), config)
+    model = factory.configure_sampling(factory.build_model(config, *corpus.sizes), config)
+
+    # The texts of each seed.
+    decoding = Decoding(options.tokens, options.temperature, options.top_p)
+    prompt = np.asarray(prompt, np.int32)
     with progress.Work(f'writing {options.tokens:,} tokens'), precision.use_config(config):
-        tokens = generate_all(
-            model,
-            params,
-            np.asarray(prompt, np.int32),
-            config.seeds,
-            options.texts,
-            options.tokens,
-            options.temperature,
-            options.top_p,
-        )
+        tokens = generate_all(model, params, prompt, config.seeds, options.texts, decoding)
     texts = [[corpus.decode(row) for row in seed_tokens] for seed_tokens in tokens]
     for seed, seed_texts in zip(config.seeds, texts, strict=True):
         for text in seed_texts:
@@ -64,112 +76,117 @@ def sample(config: ml_collections.ConfigDict, workdir: str) -> None:
 
 def generate_all(
     model: LanguageModel,
-    params: Any,
+    params: Params,
     prompt: np.ndarray,
     seeds: Sequence[int],
-    texts: int,
-    count: int,
-    temperature: float,
-    top_p: float,
-    devices: Sequence[jax.Device] | None = None,
+    num_texts: int,
+    decoding: Decoding,
+    *,
+    devices: Sequence[jax.Device] | None = None,  # tests divide the texts over some of them
 ) -> np.ndarray:
-    """Return the tokens of all texts of all seeds, [S, texts, count]; the devices share them.
+    """Return the tokens of all texts of all seeds, [S, texts, tokens]; the devices share the texts.
 
     Args:
       model: the model.
       params: its parameters, [S, …].
       prompt: ids [P], at least one.
-      seeds: S of them, which decide what is drawn.
-      texts: of each seed.
-      count, temperature, top_p: as in `generate`.
-      devices: those of this process if None.
+      seeds: S seeds, which decide what is drawn.
+      num_texts: texts of each seed.
+      decoding: how tokens are drawn.
+      devices: devices to use; None for those of this process.
     """
+    # Devices divide the seeds, then the texts.
     params = sharding.to_host(params)
     devices = jax.local_devices() if devices is None else devices
-    mesh = sharding.make_mesh(len(seeds), texts, devices=devices)
-    by_seed, everywhere = sharding.seed_sharding(mesh), sharding.replicated(mesh)
-    rows = sharding.batch_sharding(mesh, 1, has_seeds=True)
-    device_texts = texts // (mesh.size // mesh.shape['seed'])
+    mesh = sharding.make_mesh(len(seeds), num_texts, devices=devices)
+    seed_sharding = sharding.seed_sharding(mesh)
+    replicated_spec = sharding.replicated(mesh).spec
+    texts_per_device = num_texts // (mesh.size // mesh.shape['seed'])
 
-    def draw_texts(params: Any, seeds: Array, prompt: Array, settings: Any) -> Array:
-        def one_seed(params: Any, seed: Array) -> Array:
-            temperature, top_p = settings
+    # One program for any temperature and top_p.
+    def generate_seeds(
+        params: Params, seeds: Array, prompt: Array, options: tuple[Array, Array]
+    ) -> Array:
+        traced_decoding = Decoding(decoding.num_tokens, *options)
+
+        def generate_seed(params: Params, seed: Array) -> Array:
             key = jax.random.key(seed)
-            return generate(model, params, prompt, key, count, temperature, top_p, device_texts)
+            return generate(model, params, prompt, key, traced_decoding, texts_per_device)
 
-        return sharding.map_seeds(one_seed, mesh)(params, seeds)
+        return sharding.map_seeds(generate_seed, mesh)(params, seeds)
 
     program = jax.shard_map(
-        draw_texts,
+        generate_seeds,
         mesh=mesh,
-        in_specs=(by_seed.spec, by_seed.spec, everywhere.spec, everywhere.spec),
-        out_specs=rows.spec,
+        in_specs=(seed_sharding.spec, seed_sharding.spec, replicated_spec, replicated_spec),
+        out_specs=sharding.batch_sharding(mesh, 1, has_seeds=True).spec,
         check_vma=False,
     )
-    arguments = jax.device_put((params, np.asarray(seeds, np.int32)), by_seed)
-    settings = np.float32(temperature), np.float32(top_p)
-    return np.asarray(jax.jit(program)(*arguments, prompt, settings))
+    placed = jax.device_put((params, np.asarray(seeds, np.int32)), seed_sharding)
+    options = np.float32(decoding.temperature), np.float32(decoding.top_p)
+    return np.asarray(jax.jit(program)(*placed, prompt, options))
 
 
 def generate(
     model: LanguageModel,
-    params: Any,
+    params: Params,
     prompt: Array,
-    key: Array,
-    count: int,
-    temperature: float | Array = 1.0,
-    top_p: float | Array = 1.0,
-    texts: int = 1,
+    key: PRNGKey,
+    decoding: Decoding,
+    num_texts: int = 1,
 ) -> Array:
-    """Return texts that continue the prompt [P], `count` tokens each, [texts, count].
+    """Return tokens that continue the prompt [P], [texts, tokens].
 
-    What went before is in the carry of a recurrent core and in the keys and values that a
-    Transformer keeps, so that a token costs the same wherever it stands.
+    The carry of a recurrent core, or the cached keys and values of a Transformer, hold the text
+    before a token, so that every token costs the same.
 
     Args:
       model: the model.
       params: its parameters, of one seed.
       prompt: ids, at least one.
       key: random key.
-      count: how many tokens.
-      temperature: of the distribution; 0 for the likeliest token.
-      top_p: only the likeliest tokens are drawn that have this much of the distribution together
-        (nucleus sampling, Holtzman et al., 2020).
-      texts: how many; each has its own random keys, by its number.
+      decoding: how tokens are drawn.
+      num_texts: number of texts; each has its own random keys, which depend on its number alone.
     """
-    model = model.decoder()
-    carry = model.initial_carry(texts)
-    whole = jnp.zeros((len(prompt) + count, texts), jnp.int32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), carry, whole)
+    # An empty cache for all tokens.
+    model, count = model.decoder(), decoding.num_tokens
+    carry = model.initial_carry(num_texts)
+    all_tokens = jnp.zeros((len(prompt) + count, num_texts), jnp.int32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), carry, all_tokens)
     cache = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), variables.get('cache', {}))
     draw_rows = jax.vmap(draw, (0, 0, None, None))
 
-    def next_tokens(carry: Any, cache: Any, tokens: Array, key: Array) -> Any:
+    def draw_next(
+        carry: Carry, cache: ArrayTree, tokens: Array, key: PRNGKey
+    ) -> tuple[Carry, Any, Array]:
         (carry, logits), updated = model.apply(
             {'params': params, 'cache': cache}, carry, tokens, mutable=['cache']
         )
-        drawn = draw_rows(logits[-1], make_row_keys(key, texts), temperature, top_p)
+        row_keys = make_row_keys(key, num_texts)
+        drawn = draw_rows(logits[-1], row_keys, decoding.temperature, decoding.top_p)
         return carry, updated.get('cache', {}), drawn
 
+    # The prompt in one call, then one token after another.
     keys = jax.random.split(key, count)
-    prompts = jnp.broadcast_to(prompt[:, None], (len(prompt), texts))
-    carry, cache, first = next_tokens(carry, cache, prompts, keys[0])
+    prompts = jnp.broadcast_to(prompt[:, None], (len(prompt), num_texts))
+    carry, cache, first = draw_next(carry, cache, prompts, keys[0])
 
-    def step(state: Any, key: Array) -> tuple[Any, Array]:
+    def step(state: tuple[Any, Any, Array], key: PRNGKey) -> tuple[tuple[Any, Any, Array], Array]:
         carry, cache, tokens = state
-        carry, cache, drawn = next_tokens(carry, cache, tokens[None], key)
+        carry, cache, drawn = draw_next(carry, cache, tokens[None], key)
         return (carry, cache, drawn), drawn
 
     _, rest = jax.lax.scan(step, (carry, cache, first), keys[1:])
     return jnp.concatenate([first[None], rest]).T
 
 
-def draw(logits: Array, key: Array, temperature: float | Array, top_p: float | Array) -> Array:
-    """A token from logits [V]; see `generate`."""
+def draw(logits: Array, key: PRNGKey, temperature: float | Array, top_p: float | Array) -> Array:
+    """Draw a token from logits [V]; see `Decoding`."""
     scaled = logits / jnp.maximum(temperature, 1e-6)
     ordered = jnp.sort(scaled)[::-1]
     probability = jax.nn.softmax(ordered)
-    inside = jnp.cumsum(probability) - probability < top_p  # the likeliest always is
-    lowest = jnp.where(inside, ordered, jnp.inf).min()
+    # The nucleus always holds the most likely token.
+    is_in_nucleus = jnp.cumsum(probability) - probability < top_p
+    lowest = jnp.where(is_in_nucleus, ordered, jnp.inf).min()
     drawn = jax.random.categorical(key, jnp.where(scaled >= lowest, scaled, -jnp.inf))
     return jnp.where(temperature > 0, drawn, jnp.argmax(logits)).astype(jnp.int32)

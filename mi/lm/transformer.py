@@ -1,4 +1,4 @@
-"""The Transformer core: a decoder with a memory of earlier segments, and the sites of a fusion."""
+"""The Transformer core: a decoder with a memory of earlier segments and the sites of a fusion."""
 
 import functools
 from collections.abc import Callable
@@ -14,43 +14,43 @@ from mi.lm.dropout import Rates, drop
 from mi.lm.feed_forward import FeedForward
 from mi.motifs.attention import Attention, Positions
 
-Carry = dict[str, Array]
+Carry = dict[str, Array]  # the memory: 'inputs' [B, M, L, H], 'filled' [B]; {} without one
 
 
 class Transformer(nn.Module):
-    """L pre-norm blocks, x_t → h_t, and where in them x meets z.
+    """L pre-norm blocks, x_t → h_t, with the sites at which x and z are fused.
 
         x ← x + attention(n, n),   n = norm(x)
         x ← x + FeedForward(norm(x))
         h = norm(x)
 
-        encoder      what enters the first block becomes fuse(x, z)
+        encoder      the input of the first block becomes fuse(x, z)
         input_gate   before each block, x ← x + fuse(norm(x), z)
-        attention    the queries are made of fuse(n, z): scores that x_t, z_t and x_s meet in
+        attention    the queries are made from fuse(n, z): scores are products of x_t, z_t and x_s
         ffn          the first product of each feed-forward layer is the fusion
         norm         every norm(x) becomes fuse(x / rms(x), z); AdaLN with the fusion 'film'
 
-    Norms are RMSNorm (Zhang & Sennrich, 2019). With a memory of M > 0, a token attends to itself
-    and to the M tokens before it, in this segment or in those before (Transformer-XL, Dai et al.,
-    2019: no gradient goes into the memory), so that where segments end has no effect on the result.
-    Without one it attends to what its segment has.
+    Norms are RMSNorm (Zhang & Sennrich, 2019). With a memory of M > 0 tokens, a token attends to
+    itself and to the M tokens before it, in this segment or in earlier ones (Transformer-XL, Dai et
+    al., 2019). No gradient flows into the memory, and segment boundaries have no effect on the
+    result. Without a memory, a token attends to its segment alone.
 
     Attributes:
       features: H.
       layers: L.
-      heads, kv_heads: of the attention, see `mi.motifs.attention.Attention`; kv_heads None for
-        heads.
-      hidden: of the feed-forward layers.
-      activation: of the feed-forward layers: 'swiglu', 'relu' or 'gelu'.
+      heads, kv_heads: attention heads, see `mi.motifs.attention.Attention`; kv_heads None for
+        as many as heads.
+      hidden: hidden features of the feed-forward layers.
+      activation: activation of the feed-forward layers: 'swiglu', 'relu' or 'gelu'.
       positions: 'rotary' or 'relative'.
-      memory: M, tokens.
-      site: one of the above, or any other word for none.
+      memory: M, in tokens.
+      site: one of the above; any other value for no fusion.
       fusion: constructor of (x, z) → y.
-      rates: of dropout.
-      remat: whether the backward pass makes the activations of each block anew.
-      decode: whether a call continues the tokens in the collection 'cache', as `Attention` has it;
-        the memory is not used then.
-      dtype: of the products; the memory is f32.
+      rates: dropout rates.
+      remat: whether the backward pass recomputes the activations of each block.
+      decode: whether a call continues the tokens in the collection 'cache', see `Attention`. The
+        memory is not used then.
+      dtype: dtype of the products; the memory is f32.
     """
 
     features: int
@@ -72,20 +72,25 @@ class Transformer(nn.Module):
     def __call__(
         self, carry: Carry, x: Array, z: Array | None, train: bool = False
     ) -> tuple[Carry, Array, Array | None]:
-        """Memory [B, M, …], x [T, B, E], z [T, B, m] → memory, h [T, B, H] and z."""
+        """Map the memory, x [T, B, E] and z [T, B, m] to the new memory, h [T, B, H] and z."""
+        # The input of the first block, [B, T, H].
         T, B, E = x.shape
         M = 0 if self.decode else self.memory
         x = x.swapaxes(0, 1)
-        of_rows = None if z is None else jnp.broadcast_to(z.swapaxes(0, 1), (B, T, z.shape[-1]))
+        z_rows = None if z is None else jnp.broadcast_to(z.swapaxes(0, 1), (B, T, z.shape[-1]))
         if self.site in ('encoder', 'both'):
             assert self.fusion is not None
-            x = self.fusion(E, dtype=self.dtype, name='fuse_encoder')(x, of_rows)
+            x = self.fusion(E, dtype=self.dtype, name='fuse_encoder')(x, z_rows)
         if self.features != E:
             x = Affine(self.features, self.dtype, name='input')(x)
+
+        # The mask of the keys: the memory is filled from its end.
         mask = None
-        if M > 0:  # the memory is filled from its end
-            there = jnp.arange(M)[None] >= M - carry['filled'][:, None]
-            mask = jnp.concatenate([there, jnp.ones((B, T), bool)], axis=1)[:, None]
+        if M > 0:
+            is_filled = jnp.arange(M)[None] >= M - carry['filled'][:, None]
+            mask = jnp.concatenate([is_filled, jnp.ones((B, T), bool)], axis=1)[:, None]
+
+        # The blocks.
         block = functools.partial(
             nn.remat(_Block) if self.remat else _Block,
             heads=self.heads,
@@ -101,21 +106,23 @@ class Transformer(nn.Module):
             dtype=self.dtype,
             train=train,
         )
-        kept = []
+        block_inputs = []
         for i in range(self.layers):
-            before = carry['inputs'][:, :, i] if M > 0 else None
-            x, n = block(name=f'block_{i}')(x, before, mask, of_rows)
-            kept.append(n)
-        h = _norm(self, 'norm_out', x, of_rows)
-        after: Carry = {}
+            memory = carry['inputs'][:, :, i] if M > 0 else None
+            x, n = block(name=f'block_{i}')(x, memory, mask, z_rows)
+            block_inputs.append(n)
+        h = _norm(self, 'norm_out', x, z_rows)
+
+        # The memory of the next segment.
+        next_carry: Carry = {}
         if M > 0:
-            inputs = jnp.stack(kept, axis=2).astype(jnp.float32)
+            inputs = jnp.stack(block_inputs, axis=2).astype(jnp.float32)
             inputs = jnp.concatenate([carry['inputs'], inputs], axis=1)[:, -M:]
-            after = {'inputs': inputs, 'filled': jnp.minimum(carry['filled'] + T, M)}
-        return after, h.swapaxes(0, 1), z
+            next_carry = {'inputs': inputs, 'filled': jnp.minimum(carry['filled'] + T, M)}
+        return next_carry, h.swapaxes(0, 1), z
 
     def initial(self, batch: int) -> Carry:
-        """An empty memory."""
+        """Return an empty memory."""
         if self.memory == 0 or self.decode:
             return {}
         return {
@@ -125,6 +132,8 @@ class Transformer(nn.Module):
 
 
 class _Block(nn.Module):
+    """A block of attention and a feed-forward layer; the attributes are those of `Transformer`."""
+
     heads: int
     kv_heads: int | None
     hidden: int
@@ -142,17 +151,20 @@ class _Block(nn.Module):
     def __call__(
         self, x: Array, memory: Array | None, mask: Array | None, z: Array | None
     ) -> tuple[Array, Array]:
-        """x [B, T, H], memory [B, M, H], mask [B, 1, M + T] → x after, n [B, T, H]."""
+        """Map x [B, T, H], with memory [B, M, H] and mask [B, 1, M + T], to x and n [B, T, H]."""
         H, rates = x.shape[-1], self.rates
 
-        def branch(y: Array) -> Array:
+        def add_branch(y: Array) -> Array:
             return x + drop(rates.layer, rates, y, self.train, time=1)
 
+        # The gate of the input.
         if self.site == 'input_gate':
             n = nn.RMSNorm(dtype=self.dtype, name='norm_gate')(x)
-            x = branch(self._fused(n, z))
+            x = add_branch(self._fuse(n, z))
+
+        # Attention: the keys and values are the memory and this segment, which is the default.
         n = _norm(self, 'norm', x, z)
-        query = self._fused(n, z) if self.site == 'attention' else n
+        query = self._fuse(n, z) if self.site == 'attention' else n
         attention = Attention(
             self.heads,
             features=H,
@@ -165,12 +177,16 @@ class _Block(nn.Module):
             name='attention',
         )
         if memory is None and self.site != 'attention':
-            asked = None
+            context = None
         elif memory is None:
-            asked = n
+            context = n
         else:
-            asked = jnp.concatenate([memory.astype(n.dtype), n], axis=1)
-        x = branch(attention(query, asked, mask, decode=self.decode, deterministic=not self.train))
+            context = jnp.concatenate([memory.astype(n.dtype), n], axis=1)
+        x = add_branch(
+            attention(query, context, mask, decode=self.decode, deterministic=not self.train)
+        )
+
+        # The feed-forward layer.
         ffn = FeedForward(
             self.hidden,
             self.activation,
@@ -178,16 +194,16 @@ class _Block(nn.Module):
             self.dtype,
             name='feed_forward',
         )
-        x = branch(ffn(_norm(self, 'norm_feed_forward', x, z), z))
+        x = add_branch(ffn(_norm(self, 'norm_feed_forward', x, z), z))
         return x, n
 
-    def _fused(self, n: Array, z: Array | None) -> Array:
+    def _fuse(self, n: Array, z: Array | None) -> Array:
         assert self.fusion is not None
         return self.fusion(n.shape[-1], dtype=self.dtype, name=f'fuse_{self.site}')(n, z)
 
 
 def _norm(module: Any, name: str, x: Array, z: Array | None) -> Array:
-    """The module's norm of this name, which is fused with z at the site 'norm'."""
+    """Normalize x in a module; at the site 'norm', fuse the result with z."""
     if module.site != 'norm':
         return nn.RMSNorm(dtype=module.dtype, name=name)(x)
     x = nn.RMSNorm(use_scale=False, dtype=module.dtype, name=name)(x)

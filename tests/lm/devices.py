@@ -14,10 +14,12 @@ import numpy as np
 
 from configs import lm
 from mi.lm import config as lm_config
-from mi.lm import factory, train
+from mi.lm import factory
+from mi.lm.data.batches import BatchLoader
 from mi.lm.data.streams import Stream
 from mi.lm.data.token_store import load
-from mi.lm.evaluate import evaluate
+from mi.lm.evaluate import Excerpt, evaluate
+from mi.lm.trainer import Trainer
 from mi.training import optim, sharding
 
 MESHES = {  # devices [seed, data, fsdp], parts of the batch
@@ -33,24 +35,22 @@ MESHES = {  # devices [seed, data, fsdp], parts of the batch
 def measure(config, corpus, shape, parts):
     devices = jax.devices()[: math.prod(shape)]
     mesh = sharding.make_mesh(len(config.seeds), config.train.batch, shape=shape, devices=devices)
-    model, optimiser = factory.build(config, *corpus.sizes), optim.make_optimizer(config.optim, 10)
     seeds, B = np.asarray(config.seeds, np.int32), config.train.batch
-    state = train.start(model, optimiser, seeds, B, mesh)
-    placed_seeds = sharding.shard_array(seeds, sharding.seed_sharding(mesh))
+    trainer = Trainer(
+        factory.build_model(config, *corpus.sizes), optim.make_optimizer(config.optim, 10), B, parts
+    )
+    state = trainer.init_seeds(seeds, mesh)
     streams = [Stream(corpus.tokens['train'], B, config.train.length, seed) for seed in seeds]
-
-    def batch(step):
-        tokens = np.stack([stream[step] for stream in streams])
-        return sharding.shard_array(tokens, sharding.batch_sharding(mesh, 2, has_seeds=True))
-
-    compiled = train.compile_step(model, optimiser, parts, state, seeds, batch(0), None, mesh)
+    loader = BatchLoader(corpus, streams, seeds, False, mesh)
+    compiled = trainer.compile(state, loader.load(0), mesh)
     nats, norms = [], []
     for step in range(4):
-        state, measured = compiled(state, placed_seeds, np.int32(step), batch(step), None)
-        nats.append(np.asarray(measured['nats_per_token']).tolist())
-        norms.append(np.asarray(measured['gradient_norm']).tolist())
-    reading = lm_config.reading(config)
-    scores = evaluate(model, state.params, corpus, 'valid', reading, 1000, mesh)
+        state, metrics = compiled(state, loader.load(step))
+        nats.append(np.asarray(metrics['nats_per_token']).tolist())
+        norms.append(np.asarray(metrics['gradient_norm']).tolist())
+    reading = lm_config.get_reading(config)
+    excerpt = Excerpt(corpus, 'valid', 1000)
+    scores = evaluate(trainer.model, state.params, excerpt, reading, mesh)
     nats.append([score['nats_per_token'] for score in scores])
     leaves = jax.tree.leaves(state.params)
     return {'nats': nats, 'norms': norms, 'split': sum(not a.is_fully_replicated for a in leaves)}

@@ -39,7 +39,7 @@ def of_splits(directory, name, text='a b\n'):
 
 
 def read(source, path='', splits=sources.SPLITS, cache=pathlib.Path('/nonexistent')):
-    found = sources.texts(source, str(path), splits, cache)
+    found = sources.load_texts(source, str(path), splits, cache)
     return {s: [bytes(text.array()).decode() for text in texts] for s, texts in found.items()}
 
 
@@ -58,7 +58,7 @@ def test_the_real_evaluation_texts_of_wikitext_have_the_known_tokens(source, tmp
         text = gzip.decompress(real(f'wikitext-2.{split}.txt.gz').read_bytes()).decode()
         words = [w for line in text.splitlines() for w in [*line.split(), '<eos>']]
         np.testing.assert_array_equal(ids, [of[word] for word in words])
-        assert corpus.bytes[split] == len(text.encode())
+        assert corpus.num_bytes[split] == len(text.encode())
     assert corpus.lossless
 
 
@@ -83,7 +83,7 @@ def test_a_wikitext_that_is_cut_or_has_no_train_is_refused(tmp_path, cache):
 def test_enwik8_packed_and_plain(tmp_path):
     packed = token_store.load('enwik8', 'byte', 256, str(tmp_path), path=str(real('enwik8.gz')))
     sizes = {'train': 90_000_000, 'valid': 5_000_000, 'test': 5_000_000}
-    assert {s: len(ids) for s, ids in packed.tokens.items()} == packed.bytes == sizes
+    assert {s: len(ids) for s, ids in packed.tokens.items()} == packed.num_bytes == sizes
     assert bytes(packed.tokens['train'][:10]) == b'<mediawiki'
     md5 = hashlib.md5(usedforsecurity=False)
     for tokens in packed.tokens.values():
@@ -96,7 +96,7 @@ def test_enwik8_packed_and_plain(tmp_path):
     np.testing.assert_array_equal(plain.tokens['train'], packed.tokens['train'][:9_000_000])
     assert plain.tokens['test'].filename == tmp_path / 'enwik8'
     assert not (tmp_path / 'none').exists()
-    assert len(plain.tokens['train']) == plain.bytes['train'] == 9_000_000
+    assert len(plain.tokens['train']) == plain.num_bytes['train'] == 9_000_000
 
 
 @pytest.mark.parametrize('source', ['enwik8', 'text8'])
@@ -150,7 +150,7 @@ def test_a_missing_file_is_named_with_where_it_was_expected_and_where_it_is(
 
 def test_a_path_that_is_not_asked_for_is_refused(tmp_path):
     for source in ('austen', str(tmp_path), WIKITEXT_2):
-        with pytest.raises(UserError, match='says already where it is; use'):
+        with pytest.raises(UserError, match='is itself a place'):
             read(source, tmp_path)
 
 
@@ -162,7 +162,7 @@ def test_an_unknown_word_has_a_nearest_one():
 def test_the_lines_of_a_large_file_are_counted_over_its_blocks(tmp_path):
     lines = [b'%09d\n' % i for i in range(2_000_000)]  # 20 MB, more than one block
     (tmp_path / 'large.txt').write_bytes(b''.join(lines))
-    texts = sources.texts(str(tmp_path / 'large.txt'), '', ('valid',), tmp_path)
+    texts = sources.load_texts(str(tmp_path / 'large.txt'), '', ('valid',), tmp_path)
     [text] = texts['valid']
     assert bytes(text.array()) == b''.join(lines[1_800_000:1_900_000])
 
@@ -235,12 +235,12 @@ def test_directories_and_files_as_domains(tmp_path, cache):
     assert corpus.domains == ('law', 'news', 'poems') and corpus.sizes[1] == 3
     assert corpus.decode(corpus.tokens['valid']) == 'law 0\nnews 0\na poem\n'
     positions = np.array([[0, 2, 3], [5, 6, 8]])
-    np.testing.assert_array_equal(corpus.domain('valid', positions), [[0, 0, 1], [1, 2, 2]])
-    assert corpus.domain('train', np.array([18 * 3 - 1, 18 * 3])).tolist() == [0, 1]
+    np.testing.assert_array_equal(corpus.get_domains('valid', positions), [[0, 0, 1], [1, 2, 2]])
+    assert corpus.get_domains('train', np.array([18 * 3 - 1, 18 * 3])).tolist() == [0, 1]
 
     stream = streams.Stream(corpus.tokens['train'], 2, 7, seed=0)
     law, news = (corpus.tokenizer.token_to_id(word) for word in ('law', 'news'))
-    domains = corpus.domain('train', stream.positions(3))
+    domains = corpus.get_domains('train', stream.get_positions(3))
     assert (domains[stream[3] == law] == 0).all() and (domains[stream[3] == news] == 1).all()
 
 

@@ -41,8 +41,8 @@ def test_bits_per_byte_are_of_the_bytes_that_were_predicted(level, size, read, t
     else:  # words and ends of lines, by hand
         ends = [len(text[:i].encode()) for i in _ends_of_words(text)]
         predicted = ends[count - 1] - ends[0]
-    result = evaluate.result(3.0, corpus, 'valid', {'predictions': count - 1})
-    assert corpus.predicted_bytes('valid', count - 1) == predicted
+    result = evaluate.compute_metrics(3.0, corpus, 'valid', {'predictions': count - 1})
+    assert corpus.count_predicted_bytes('valid', count - 1) == predicted
     expected = 3.0 * (count - 1) / (predicted * math.log(2))
     assert result['bits_per_byte'] == pytest.approx(expected, rel=1e-12)
 
@@ -68,19 +68,21 @@ def test_bytes_of_words_are_those_of_several_texts_with_any_white_space(tmp_path
     assert corpus.lossless and len(corpus.tokens['valid']) == 14
     # ä, b, end, end, c, <eos>, d, <eos> of an open line | e, f, end, g, end, end
     ends = [3, 6, 8, 9, 10, 16, 18, 18, 19, 22, 25, 27, 28, 30]
-    found = [corpus.predicted_bytes('valid', n) for n in range(1, 14)]
+    found = [corpus.count_predicted_bytes('valid', n) for n in range(1, 14)]
     assert found == [end - 3 for end in ends[1:]]
 
 
 def test_tokens_that_do_not_determine_the_text_have_no_bits_per_byte(tmp_path, cache):
     corpus = token_store.load(digits_then_words(tmp_path), 'word', 50, cache)
-    assert evaluate.result(3.0, corpus, 'valid', {'predictions': 9})['bits_per_byte'] is None
+    assert (
+        evaluate.compute_metrics(3.0, corpus, 'valid', {'predictions': 9})['bits_per_byte'] is None
+    )
 
 
 def with_params(word='core=lstm', **changes):
     """A model with parameters of one seed that are far from uniform, and its config."""
     config = tiny(word, **{'data.level': 'byte'} | changes)
-    model = factory.build(config, 256)
+    model = factory.build_model(config, 256)
     row = jnp.zeros((1, 1), jnp.int32)
     params = model.init(jax.random.key(1), model.initial_carry(1), row)['params']
     return config, model, jax.tree.map(lambda a: 3 * a, params)
@@ -99,9 +101,8 @@ def nats_of(model, params, tokens):
 
 
 def measure(model, params, corpus, reading, most):
-    return evaluate.evaluate(
-        model, seed_axis(params), corpus, 'valid', reading, most, sharding.make_mesh(1, 1)
-    )[0]
+    excerpt, mesh = evaluate.Excerpt(corpus, 'valid', most), sharding.make_mesh(1, 1)
+    return evaluate.evaluate(model, seed_axis(params), excerpt, reading, mesh)[0]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ def test_a_sliding_window_starts_from_no_state(texts):
 @pytest.mark.parametrize('changes', [{'loss.label_smoothing': 0.3}, {'loss.z_loss': 0.1}])
 def test_what_is_minimized_has_no_part_in_what_is_reported(changes, texts):
     _, model, params = with_params()
-    smoothed = factory.build(tiny(**changes), 256)
+    smoothed = factory.build_model(tiny(**changes), 256)
     corpus = token_store.load(texts, 'byte', 256)
     reading = evaluate.Reading(batch=2, length=8)
     plain = measure(model, params, corpus, reading, 41)

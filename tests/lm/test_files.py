@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mi.config import UserError
-from mi.lm.data import sources, token_store
+from mi.lm.data import archives, sources, token_store
 from mi.training import progress
 
 LINES = ''.join(f'the line {i}\n' for i in range(40))
@@ -161,8 +161,10 @@ def test_a_file_of_two_splits_is_refused_and_words_go_before_parts_of_words(tmp_
     assert "train-test.txt: both 'train' and 'test' are in its name" in said
     names = ['train.txt', 'constrained.txt', 'my_validation.txt', 'invalid.txt', 'latest.txt',
              'Test.txt']  # fmt: skip
-    found = sources.texts(str(directory(tmp_path / 'words', names)), '', sources.SPLITS, tmp_path)
-    read = {split: texts[0].given.name for split, texts in found.items()}
+    found = sources.load_texts(
+        str(directory(tmp_path / 'words', names)), '', sources.SPLITS, tmp_path
+    )
+    read = {split: texts[0].origin.name for split, texts in found.items()}
     assert read == {'train': 'train.txt', 'valid': 'my_validation.txt', 'test': 'Test.txt'}
 
 
@@ -187,7 +189,7 @@ def test_errors_of_the_system_name_the_file_and_the_key(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     (tmp_path / 'text.gz').write_bytes(gzip.compress(LINES.encode()))
-    monkeypatch.setattr(sources, '_unpack', full)
+    monkeypatch.setattr(archives, '_unpack', full)
     said = refusal(tmp_path / 'text.gz', tmp_path / 'cache')
     assert said.startswith(f'{tmp_path}/cache: No space left on device. Try another directory')
 
@@ -232,7 +234,7 @@ def test_the_bytes_of_enwik8_are_split_at_90_and_95_percent(tmp_path, monkeypatc
     text = bytes(range(250)) * 4
     (tmp_path / 'enwik8').write_bytes(text)
     md5 = hashlib.md5(text, usedforsecurity=False).hexdigest()
-    read = functools.partial(sources._of_bytes, 'enwik8', 1_000, md5)
+    read = functools.partial(sources._read_bytes, 'enwik8', 1_000, md5)
     known = dataclasses.replace(sources.CORPORA['enwik8'], read=read)
     monkeypatch.setitem(sources.CORPORA, 'enwik8', known)
     found = token_store.load('enwik8', 'byte', 256, str(tmp_path), path=str(tmp_path / 'enwik8'))
@@ -248,7 +250,7 @@ def test_other_counts_of_a_known_corpus_make_its_tokens_again(tmp_path, monkeypa
 
     def load_with(count):
         counts = dict.fromkeys(sources.SPLITS, count)
-        entry = dataclasses.replace(known, tokens=counts, vocabulary=0)
+        entry = dataclasses.replace(known, num_tokens=counts, vocabulary=0)
         monkeypatch.setitem(sources.CORPORA, 'ptb', entry)
         return token_store.load('ptb', 'token', 100, str(tmp_path / 'cache'), path=str(tmp_path))
 

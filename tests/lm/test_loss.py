@@ -173,5 +173,5 @@ def test_logits_and_embedding_start_with_unit_variance():
 
 
 def test_cutoffs_that_do_not_rise_are_refused():
-    with pytest.raises(ValueError, match='must rise'):
+    with pytest.raises(ValueError, match='expected increasing integers'):
         AdaptiveWords(10, 4, (5, 5)).init(jax.random.key(0), jnp.zeros((1, 4)), method='logits')

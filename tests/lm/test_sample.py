@@ -26,26 +26,33 @@ def tiny(word='core=lstm', **changes):
     return config.lock()
 
 
+def generate(model, params, prompt, seed, *decoding):
+    """Return the tokens of one text."""
+    return sample.generate(model, params, prompt, jax.random.key(seed), sample.Decoding(*decoding))[
+        0
+    ]
+
+
 @pytest.mark.parametrize('word', ['core=lstm,source=state', 'core=transformer'])
 def test_the_likeliest_tokens_are_those_of_the_whole_text(word):
     """Greedy sampling from kept state is the argmax of logits computed for all tokens at once."""
     config = tiny(word, **{'model.memory': 0})
-    model = factory.build(config, 11)
+    model = factory.build_model(config, 11)
     carry = model.initial_carry(1)
     params = jax.jit(model.init)(jax.random.key(3), carry, jnp.zeros((1, 1), int))['params']
     params = jax.tree.map(lambda a: 2 * a, params)  # far from uniform
     prompt = jnp.array([1, 4, 2])
-    drawn = sample.generate(model, params, prompt, jax.random.key(0), 12, 0.0, 1.0)[0]
+    drawn = generate(model, params, prompt, 0, 12, 0.0, 1.0)
     text = jnp.concatenate([prompt, drawn])
     _, logits = model.apply({'params': params}, carry, text[:, None])
     np.testing.assert_array_equal(drawn, logits[2:-1, 0].argmax(-1))
-    again = sample.generate(model, params, prompt, jax.random.key(1), 12, 1.5, 1.0)[0]
+    again = generate(model, params, prompt, 1, 12, 1.5, 1.0)
     assert (again != drawn).any()
 
 
 def uniform(config):
     """A model whose logits are all the same, whatever it reads, and its parameters."""
-    model = factory.build(config, 11)
+    model = factory.build_model(config, 11)
     carry = model.initial_carry(1)
     params = model.init(jax.random.key(3), carry, jnp.zeros((1, 1), int))['params']
     return model, jax.tree.map(jnp.zeros_like, params)
@@ -53,7 +60,7 @@ def uniform(config):
 
 def test_every_token_is_drawn_with_a_key_of_its_own():
     model, params = uniform(tiny())
-    drawn = sample.generate(model, params, jnp.array([1]), jax.random.key(0), 200)[0]
+    drawn = generate(model, params, jnp.array([1]), 0, 200)
     counts = np.bincount(drawn, minlength=11)  # 200 / 11 = 18 each, σ = 4
     assert counts.min() > 0 and counts.max() < 18 + 5 * 4
     after_each = {(int(a), int(b)) for a, b in itertools.pairwise(drawn)}
@@ -63,29 +70,22 @@ def test_every_token_is_drawn_with_a_key_of_its_own():
 def test_a_transformer_writes_from_no_more_tokens_than_it_was_trained_on():
     changes = {'model.layers': 1, 'model.site': 'none', 'train.length': 6}
     config = tiny('core=transformer', **changes)
-    model = factory.for_sampling(factory.build(config, 11), config)
+    model = factory.configure_sampling(factory.build_model(config, 11), config)
     carry = model.initial_carry(1)
     params = model.init(jax.random.key(3), carry, jnp.zeros((1, 1), int))['params']
     params = jax.tree.map(lambda a: 3 * a, params)  # far from uniform
 
     def draw(prompt):
         tokens = jnp.asarray(prompt, jnp.int32)
-        return sample.generate(model, params, tokens, jax.random.key(0), 12, 0.0)[0].tolist()
+        return generate(model, params, tokens, 0, 12, 0.0).tolist()
 
     drawn = draw([1, 2, 3, 4, 5, 6])
     assert draw([9, 8, 7, 1, 2, 3, 4, 5, 6]) == drawn  # what is further back has no part
-    text = [
-        1,
-        2,
-        3,
-        4,
-        5,
-        6,
-        *drawn,
-    ]  # and each is the likeliest after the 6 before it, on their own
-    plain = factory.build(config, 11)
+    # Each token is the most likely one after the 6 before it alone.
+    text = [*range(1, 7), *drawn]
+    plain = factory.build_model(config, 11)
     prompt = jnp.arange(1, 7, dtype=jnp.int32)
-    farther = sample.generate(plain, params, prompt, jax.random.key(0), 12, 0.0)[0].tolist()
+    farther = generate(plain, params, prompt, 0, 12, 0.0).tolist()
     assert farther != drawn  # it would have a part
     for i in range(6, len(text)):
         inputs = jnp.asarray(text[i - 6 : i])[:, None]
@@ -112,7 +112,7 @@ def test_dynamic_evaluation_is_the_update_written_out(texts):
     """Against a loop over segments in NumPy, with gradients of a model that is linear in words."""
     config = tiny('core=lstm', **{'model.site': 'none', 'data.source': texts})
     corpus = load(texts, 'byte', 256)
-    model = factory.build(config, 256)
+    model = factory.build_model(config, 256)
     carry = model.initial_carry(1)
     params = jax.jit(model.init)(jax.random.key(0), carry, jnp.zeros((1, 1), int))['params']
     how = dynamic_evaluation.Adaptation(
@@ -196,14 +196,14 @@ def test_dynamic_evaluation_as_it_is_set_helps_a_trained_model_or_says_that_it_d
     changes = {'train.steps': 200, 'optim.learning_rate': 1e-2, 'eval.final_tokens': 2_000}
     config = tiny('core=lstm', **changes)
     train.train(config, str(tmp_path))
-    corpus = factory.corpus(config)
+    corpus = factory.load_corpus(config)
     params = restore.restore(config, str(tmp_path)).params
-    model = factory.for_evaluation(factory.build(config, *corpus.sizes), config)
+    model = factory.configure_evaluation(factory.build_model(config, *corpus.sizes), config)
 
     def nats(**changes):
         how = dynamic_evaluation.Adaptation(tokens=3_000)._replace(**changes)
         return dynamic_evaluation.evaluate(model, params, corpus, 'test', how)[0]['nats_per_token']
 
     assert nats() < nats(learning_rate=0.0) - 0.01
-    with pytest.raises(UserError, match=r'not finite any more; lower config\.dynamic\.learning'):
+    with pytest.raises(UserError, match=r'not finite\. Try a lower config\.dynamic\.learning'):
         nats(learning_rate=1e30)

@@ -1,5 +1,7 @@
 """Devices, parts of a batch and blocks made anew change what a step costs, and not what it does."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 
 from configs import lm, lm_enwik8, lm_ptb, lm_wikitext103
 from mi.lm import config as lm_config
-from mi.lm import factory, train
+from mi.lm import factory
+from mi.lm.data.batches import Batch
+from mi.lm.trainer import Trainer
 from mi.training import optim
 from tests.conftest import printed_on_devices
 
@@ -34,16 +38,16 @@ def test_the_gradient_of_parts_is_that_of_the_batch(word):
     else:
         config.dropout.attention = 0.3
     config.optim.name = 'sgd'
-    model, optimiser = factory.build(config, 11), optim.make_optimizer(config.optim, 10)
+    model, optimizer = factory.build_model(config, 11), optim.make_optimizer(config.optim, 10)
     tokens = jax.random.randint(jax.random.key(0), (9, 4), 0, 11)
-    after = []
+    results = []
     for parts in (1, 2, 4):
-        state = train.init(model, optimiser, jnp.asarray(0), 4)
-        step = jax.jit(lambda *a, parts=parts: train.train_step(model, optimiser, parts, *a, None))
-        after.append(step(state, jnp.asarray(0), jnp.asarray(0), tokens))
-    for other in after[1:]:
+        trainer = Trainer(model, optimizer, batch_size=4, accumulation=parts)
+        batch = Batch(tokens, None, seed=jnp.asarray(0), step=jnp.asarray(0))
+        results.append(jax.jit(trainer.step)(trainer.init(batch.seed), batch))
+    for result in results[1:]:
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), after[0], other
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), results[0], result
         )
 
 
@@ -60,11 +64,10 @@ def test_the_step_of_every_config_lowers_for_accelerators(file, preset):
     config = file.get_config(preset)
     lm_config.validate(config)
     vocabulary = 256 if config.data.level == 'byte' else config.data.vocabulary
-    model, optimiser = factory.build(config, vocabulary), optim.make_optimizer(config.optim, 20)
-    seed = jnp.asarray(0)
-    state = jax.eval_shape(lambda: train.init(model, optimiser, seed, config.train.batch))
+    trainer = dataclasses.replace(factory.build_trainer(config, vocabulary), accumulation=1)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    state = jax.eval_shape(trainer.init, number)
     shape = config.train.length + 1, config.train.batch
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
-    step = jax.jit(lambda *args: train.train_step(model, optimiser, 1, *args, None))
-    exported = jax.export.export(step, platforms=['cuda', 'tpu'])(state, seed, seed, tokens)
+    batch = Batch(jax.ShapeDtypeStruct(shape, jnp.int32), None, seed=number, step=number)
+    exported = jax.export.export(jax.jit(trainer.step), platforms=['cuda', 'tpu'])(state, batch)
     assert exported.platforms == ('cuda', 'tpu')

@@ -24,6 +24,8 @@ from mi.lm import (
     config as lm_config,
 )
 from mi.lm.data import sources
+from mi.lm.data.batches import Batch
+from mi.lm.trainer import Trainer
 from mi.training import optim, progress, run_dir
 
 
@@ -88,62 +90,65 @@ def test_unknown_and_missing_keys():
 @pytest.mark.parametrize('by, kind', [('parameters', 'parameters'), ('flops', 'flops_per_token')])
 def test_matched_arms_cost_what_concat_costs(fuse, by, kind):
     base = {'model.hidden': 96, 'model.context': 16}
-    target = factory.costs(tiny(**base, **{'model.fusion.name': 'concat'}), 256)[kind]['model']
-    config = factory.matched(tiny(**base, **{'model.fusion.name': fuse, 'match.by': by}), 256)
-    costs = factory.costs(config, 256)
+    target = factory.compute_costs(tiny(**base, **{'model.fusion.name': 'concat'}), 256)[kind][
+        'model'
+    ]
+    config = factory.match_size(tiny(**base, **{'model.fusion.name': fuse, 'match.by': by}), 256)
+    costs = factory.compute_costs(config, 256)
     assert abs(costs[kind]['model'] / target - 1) < 0.01
     for other in (-1, 1):  # no neighbour is nearer
         near = tiny(**base, **{'model.fusion.name': fuse}).unlock()
         near.model.hidden = config.model.hidden + other
-        miss = abs(factory.costs(near, 256)[kind]['model'] - target)
+        miss = abs(factory.compute_costs(near, 256)[kind]['model'] - target)
         assert miss >= abs(costs[kind]['model'] - target)
 
 
 def test_matching_by_rank_and_what_cannot_match():
     changes = {'model.fusion.name': 'mi_low_rank', 'match.by': 'parameters', 'match.knob': 'rank'}
     base = tiny(**changes)
-    target = factory.costs(base, 256)['parameters']['model'] + 1000
-    matched = factory.matched(tiny(**changes, **{'match.target': target}), 256)
+    target = factory.compute_costs(base, 256)['parameters']['model'] + 1000
+    matched = factory.match_size(tiny(**changes, **{'match.target': target}), 256)
     E, m = base.model.embed, base.model.context
     assert matched.model.fusion.rank == base.model.fusion.rank + round(1000 / (2 * E + m))
     with pytest.raises(UserError, match="the fusion 'mi' has no rank"):
-        factory.matched(tiny(**{'match.by': 'parameters', 'match.knob': 'rank'}), 256)
+        factory.match_size(tiny(**{'match.by': 'parameters', 'match.knob': 'rank'}), 256)
     with pytest.raises(UserError, match='the smallest size, 1, costs'):
-        factory.matched(tiny(**{'match.by': 'parameters', 'match.target': 10}), 256)
+        factory.match_size(tiny(**{'match.by': 'parameters', 'match.target': 10}), 256)
 
 
 def test_a_matched_transformer_has_a_feed_forward_layer():
     changes = {'model.ffn': 1, 'model.heads': 2, 'match.by': 'parameters', 'match.target': 8000}
-    config = factory.matched(tiny(**{'model.core': 'transformer'}, **changes), 256)
+    config = factory.match_size(tiny(**{'model.core': 'transformer'}, **changes), 256)
     assert config.model.ffn == 1 and config.model.hidden < 32
-    assert factory.costs(config, 256)['parameters']['model'] > 0
+    assert factory.compute_costs(config, 256)['parameters']['model'] > 0
 
 
 def test_costs_of_the_fusion_alone():
-    costs = factory.costs(tiny(**{'model.fusion.name': 'mi'}), 256)
+    costs = factory.compute_costs(tiny(**{'model.fusion.name': 'mi'}), 256)
     E, m = 16, 8
     assert costs['parameters']['fusion'] == m * E * E + m * E + E * E + E
-    both = factory.costs(tiny(**{'model.fusion.name': 'mi', 'model.site': 'both'}), 256)
+    both = factory.compute_costs(tiny(**{'model.fusion.name': 'mi', 'model.site': 'both'}), 256)
     H = 32
     assert (
         both['parameters']['fusion']
         == costs['parameters']['fusion'] + m * H * E + m * E + H * E + E
     )
-    assert factory.costs(tiny(**{'model.site': 'none'}), 256)['parameters']['fusion'] == 0
+    assert factory.compute_costs(tiny(**{'model.site': 'none'}), 256)['parameters']['fusion'] == 0
 
 
 def golden_step():
     config = tiny()
-    model = factory.build(config, 11)
-    optimiser = optim.make_optimizer(config.optim, config.train.steps)
-    state = jax.jit(lambda seed: train.init(model, optimiser, seed, batch=2))(jnp.asarray(3))
+    model = factory.build_model(config, 11)
+    optimizer = optim.make_optimizer(config.optim, config.train.steps)
+    trainer, seed = Trainer(model, optimizer, batch_size=2), jnp.asarray(3)
+    state = jax.jit(trainer.init)(seed)
     tokens = jnp.arange(2 * 9).reshape(9, 2) * 7 % 11
-    one_step = jax.jit(lambda *args: train.train_step(model, optimiser, 1, *args, None))
-    measured = []
+    train_step = jax.jit(trainer.step)
+    curve = []
     for step in range(3):
-        state, values = one_step(state, jnp.asarray(3), jnp.asarray(step), tokens)
-        measured.append([float(values['nats_per_token']), float(values['gradient_norm'])])
-    return measured
+        state, metrics = train_step(state, Batch(tokens, None, seed, jnp.asarray(step)))
+        curve.append([float(metrics['nats_per_token']), float(metrics['gradient_norm'])])
+    return curve
 
 
 def test_golden_step():
@@ -175,7 +180,7 @@ def test_a_seed_among_others_is_the_seed_alone(tmp_path, texts):
 def test_it_learns_and_leaves_a_run_directory(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(progress, 'INTERVAL', 0.02)  # of reports
     lengths = {'train': 300_000, 'valid': 5_000, 'test': 7_000}
-    for split, [(_, text)] in sources.austen().items():
+    for split, [(_, text)] in sources.load_austen().items():
         (tmp_path / f'{split}.txt').write_bytes(text[: lengths[split]])
     changes = {'data.source': str(tmp_path), 'eval.valid_tokens': 0}
     train.train(tiny(**changes, **{'train.steps': 60, 'train.log_every': 30}), str(tmp_path))
@@ -246,12 +251,15 @@ def test_a_continued_run_keeps_the_time_since_the_last_record(tmp_path):
     config = tiny()
     meta = {'metrics': 0, 'unlogged': []}
     for step in (1, 2):
-        with run_dir.open_run(tmp_path, config) as run, train._Log(config, run, meta) as log:
-            log.measured(step, {'nats_per_token': jnp.ones(len(config.seeds))})
+        with (
+            run_dir.open_run(tmp_path, config) as run,
+            train._TrainingLog(config, run, meta) as log,
+        ):
+            log.add_step(step, {'nats_per_token': jnp.ones(len(config.seeds))})
             time.sleep(0.2)
             if step == 2:
-                log.training(step)
-            meta = json.loads(json.dumps(log.position()))
+                log.write_training(step)
+            meta = json.loads(json.dumps(log.get_position()))
     (record,) = map(json.loads, (tmp_path / 'timing.jsonl').read_text().splitlines())
     assert record['seconds'] >= 0.4
     tokens = 2 * config.train.batch * config.train.length * len(config.seeds)
@@ -279,13 +287,13 @@ def test_the_context_may_be_the_domain(tmp_path):
     assert {r['split'] for r in records(tmp_path)} == {'train', 'valid', 'valid_whole', 'test'}
     assess.assess(config, str(tmp_path))
     assert np.isfinite(json.loads((tmp_path / 'cost.json').read_text())['parameters']['fusion'])
-    with pytest.raises(UserError, match='what is written has no domain'):
+    with pytest.raises(UserError, match='a sampled text has no domain'):
         sample.sample(config, str(tmp_path))
 
 
 def test_cutoffs_and_vocabularies_that_cannot_be_are_refused():
-    with pytest.raises(UserError, match='expected all below the vocabulary, which has 300 ids'):
-        factory.build(tiny(**{'model.cutoffs': (100, 300)}), 300)
+    with pytest.raises(UserError, match='expected integers below the vocabulary'):
+        factory.build_model(tiny(**{'model.cutoffs': (100, 300)}), 300)
     with pytest.raises(UserError, match='expected at least 256'):
         lm_config.validate(tiny(**{'data.level': 'bpe', 'data.vocabulary': 100}))
 
@@ -314,7 +322,7 @@ def test_a_transformer_without_memory_is_evaluated_on_positions_that_it_has_seen
     config.update_from_flattened_dict(changes)
     lm_config.validate(config)
     assert config.model.core == 'transformer' and config.model.memory == 0
-    assert lm_config.reading(config).length == config.train.length
+    assert lm_config.get_reading(config).length == config.train.length
 
 
 @pytest.mark.parametrize(
@@ -357,12 +365,12 @@ def test_bf16_trains(tmp_path, texts):
 
 def test_the_step_lowers_for_accelerators():
     config = tiny()
-    model, optimiser = factory.build(config, 256), optim.make_optimizer(config.optim, 20)
-    seed = jnp.asarray(0)
-    state = jax.eval_shape(lambda: train.init(model, optimiser, seed, 4))
-    tokens = jax.ShapeDtypeStruct((17, 4), jnp.int32)
-    step = jax.jit(lambda *args: train.train_step(model, optimiser, 1, *args, None))
-    exported = jax.export.export(step, platforms=['cuda', 'tpu'])(state, seed, seed, tokens)
+    trainer = factory.build_trainer(config, 256)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    state = jax.eval_shape(trainer.init, number)
+    tokens = jax.ShapeDtypeStruct((17, config.train.batch), jnp.int32)
+    batch = Batch(tokens, None, seed=number, step=number)
+    exported = jax.export.export(jax.jit(trainer.step), platforms=['cuda', 'tpu'])(state, batch)
     assert exported.platforms == ('cuda', 'tpu')
 
 
@@ -375,13 +383,13 @@ def test_a_run_stopped_in_its_evaluations_continues_to_the_same_bits(tmp_path, m
     original = train.evaluate
     for split, step in (('valid', 2), ('test', 4)):
 
-        def stopped(model, params, corpus, evaluated, *rest, split=split):
-            if evaluated == split:
+        def evaluate_and_stop(model, params, excerpt, *rest, split=split):
+            if excerpt.split == split:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return original(model, params, corpus, evaluated, *rest)
+            return original(model, params, excerpt, *rest)
 
         with monkeypatch.context() as patched, pytest.raises(SystemExit) as raised:
-            patched.setattr(train, 'evaluate', stopped)
+            patched.setattr(train, 'evaluate', evaluate_and_stop)
             train.train(config, str(tmp_path / 'cut'))
         assert raised.value.code == 143
         status = json.loads((tmp_path / 'cut' / 'status.json').read_text())

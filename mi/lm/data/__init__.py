@@ -1,1 +1,1 @@
-"""Texts as tokens."""
+"""Corpora: from named texts to token ids and batches."""

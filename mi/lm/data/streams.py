@@ -1,4 +1,4 @@
-"""Batches of a text: streams for training, segments and windows for evaluation."""
+"""Orders in which a text is read: streams for training, segments and windows for evaluation."""
 
 from collections.abc import Iterator
 
@@ -7,26 +7,31 @@ import numpy as np
 from mi.config import UserError
 
 Piece = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""Inputs, targets, mask, and positions of the inputs, each [T, B]."""
 
 
 class Stream:
-    """Batches of a contiguous text, a pure function of the step: nothing to save, exact resume.
+    """Batches of a contiguous text, a pure function of the step, so that no state is saved.
 
-    B readers start evenly spaced in the text and each reads on, T tokens a step, around the whole
-    text: a carried recurrent state always continues the text that it has read. N / (B·T) steps
-    are an epoch, in which every token is read once.
+    B readers start evenly spaced in the text. Each reads T tokens a step, and after the end of the
+    text it continues at the start, so that a carried state always fits the tokens that follow. An
+    epoch is N / (B·T) steps, in which every token is read once.
 
     Args:
-      tokens: [N].
+      tokens: ids [N].
       batch: B.
       length: T.
-      seed: where in the text the first reader starts, so that seeds read in different order.
+      seed: draws where the first reader starts, so that seeds read in different order.
+
+    Raises:
+      UserError: if the text has fewer tokens than the batch.
     """
 
     def __init__(self, tokens: np.ndarray, batch: int, length: int, seed: int):
         if len(tokens) < batch + 1:
             raise UserError(
-                f'the training text has {len(tokens)} tokens, fewer than the batch of {batch}'
+                f'config.train.batch = {batch}: expected less than {len(tokens)}, the tokens of '
+                f'the training text'
             )
         self._tokens, self._length = tokens, length
         first = np.random.default_rng(seed).integers(len(tokens))
@@ -34,45 +39,44 @@ class Stream:
         self._epoch = max(1, len(tokens) // (batch * length))
 
     def __len__(self) -> int:
-        """Whole steps of an epoch; any step may be asked for."""
+        """Return the number of complete steps of an epoch; `__getitem__` takes any step."""
         return self._epoch
 
     def __getitem__(self, step: int) -> np.ndarray:
-        """int32 [T + 1, B]: rows 0…T−1 are the inputs, rows 1…T the targets."""
-        return self._tokens[self.positions(step)].astype(np.int32)
+        """Return int32 [T + 1, B]: rows 0…T−1 are the inputs, rows 1…T the targets."""
+        return self._tokens[self.get_positions(step)].astype(np.int32)
 
-    def positions(self, step: int, readers: slice = slice(None)) -> np.ndarray:
-        """Return where in the text the tokens of a step stand, [T + 1, b]; see `Corpus.domain`.
+    def get_positions(self, step: int, readers: slice = slice(None)) -> np.ndarray:
+        """Return the positions in the text of the tokens of a step, [T + 1, b].
 
         Args:
           step: number of the step.
-          readers: b of them, for a device that has these rows of the batch; all by default.
+          readers: the b readers of a device that has these rows of the batch; all by default.
         """
         rows = step * self._length + np.arange(self._length + 1)
         return (self._starts[None, readers] + rows[:, None]) % len(self._tokens)
 
 
 def segments(tokens: np.ndarray, batch: int, length: int) -> Iterator[Piece]:
-    """The whole text once: inputs, targets, mask and positions of the inputs, each [T, B].
+    """Yield the text in segments, between which the state is carried.
 
-    The N − 1 predictions are split into B contiguous parts; parts are padded, masked with 0, to
-    the same number of segments. State is to be carried from segment to segment.
+    The N − 1 predictions are split into B contiguous parts. Parts are padded to the same number of
+    segments; the mask is 0 there.
     """
     predictions = len(tokens) - 1
     part = -(-predictions // batch)
     starts = np.arange(batch)[None, :] * part
-    for at in range(0, part, length):
-        rows = at + np.arange(length)[:, None]
-        yield gather_piece(tokens, starts + rows, (starts + rows < predictions) & (rows < part))
+    for first in range(0, part, length):
+        rows = first + np.arange(length)[:, None]
+        yield _gather_piece(tokens, starts + rows, (starts + rows < predictions) & (rows < part))
 
 
 def windows(tokens: np.ndarray, batch: int, length: int, stride: int) -> Iterator[Piece]:
-    """The whole text once, in windows of T tokens that move on by `stride`, B side by side.
+    """Yield the text in windows of T = min(length, N − 1) tokens, B in parallel.
 
-    Inputs, targets, mask and positions of the inputs, each [T, B], T = min(length, N − 1). The mask
-    is 1 for all of the first window and for the last `stride` of the others: each of the N − 1
-    predictions is scored once, from at least T − stride + 1 tokens but for the first T − stride of
-    the text. No state is to be carried.
+    Windows advance by `stride` tokens, and no state is carried. The mask is 1 for all of the first
+    window and for the last `stride` tokens of the others: each of the N − 1 predictions is scored
+    once. After the first T − stride, each sees at least T − stride + 1 tokens.
 
     Raises:
       ValueError: unless 1 ≤ stride ≤ length.
@@ -83,14 +87,15 @@ def windows(tokens: np.ndarray, batch: int, length: int, stride: int) -> Iterato
     length = min(length, predictions)
     count = 1 + -(-(predictions - length) // stride)
     rows = np.arange(length)[:, None]
-    for at in range(0, count, batch):
-        window = at + np.arange(batch)[None, :]
+    for first in range(0, count, batch):
+        window = first + np.arange(batch)[None, :]
         index = window * stride + rows
-        scored = (rows >= length - stride) | (window == 0)
-        yield gather_piece(tokens, index, scored & (index < predictions))
+        is_scored = (rows >= length - stride) | (window == 0)
+        yield _gather_piece(tokens, index, is_scored & (index < predictions))
 
 
-def gather_piece(tokens: np.ndarray, index: np.ndarray, mask: np.ndarray) -> Piece:
+def _gather_piece(tokens: np.ndarray, index: np.ndarray, mask: np.ndarray) -> Piece:
+    """Return the piece whose inputs are at these positions, clipped to the text."""
     index = np.minimum(index, len(tokens) - 2)
     inputs, targets = tokens[index], tokens[index + 1]
     return inputs.astype(np.int32), targets.astype(np.int32), mask.astype(np.float32), index

@@ -1,0 +1,122 @@
+"""The corpus: token ids of three splits, their domains, and the text that they stand for."""
+
+import dataclasses
+import functools
+import re
+
+import numpy as np
+import tokenizers
+from tokenizers import models
+
+from mi.lm.data.texts import Texts
+from mi.lm.data.tokenizers import count_bytes, mark_line_ends, remove_line_ends, split_pieces
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """A tokenized corpus.
+
+    Attributes:
+      name: its name, for messages.
+      vocabulary: number of token ids. Ids of words are sorted by frequency, descending; an <unk>
+        that does not occur in the text comes last.
+      tokens: split → ids [N].
+      num_bytes: split → length of its text in UTF-8; without train if `train_tokens` shortens it
+        at another level than 'byte'.
+      lossless: whether the tokens determine the text, so that bits per byte are defined.
+      sha256: hash of the tokens of all splits; a run only continues on the same tokens.
+      domains: names of the domains, sorted; () if there are none.
+      starts: split → the position at which each domain starts, [domains]; [0] if there are none.
+      tokenizer: the tokenizer; None for bytes.
+      texts: split → its texts, in the order in which they are read.
+    """
+
+    name: str
+    vocabulary: int
+    tokens: dict[str, np.ndarray]
+    num_bytes: dict[str, int]
+    lossless: bool
+    sha256: str
+    domains: tuple[str, ...]
+    starts: dict[str, np.ndarray]
+    tokenizer: tokenizers.Tokenizer | None
+    texts: Texts
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Number of token ids and number of domains."""
+        return self.vocabulary, len(self.domains)
+
+    def get_domains(self, split: str, positions: np.ndarray) -> np.ndarray:
+        """Return the index in `domains` of the tokens at these positions, int32, same shape."""
+        return (np.searchsorted(self.starts[split], positions, 'right') - 1).astype(np.int32)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Return the ids of a text whose last line may continue, [N]."""
+        if self.tokenizer is None:
+            return np.frombuffer(text.encode(), np.uint8)
+        if not self._is_bpe:
+            text = mark_line_ends(text)
+        return np.asarray(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, tokens: np.ndarray) -> str:
+        """Return the text of ids [N]; words are separated by a space."""
+        if self.tokenizer is None:
+            return np.asarray(tokens, np.uint8).tobytes().decode(errors='replace')
+        text = self.tokenizer.decode(np.asarray(tokens).tolist())
+        return text if self._is_bpe else re.sub(' ?<eos> ?', '\n', text)
+
+    def count_predicted_bytes(self, split: str, predictions: int) -> int:
+        """Count the bytes of the text in the tokens after the first one of a split.
+
+        White space before a word belongs to the word; at the level 'bpe' the ids decide.
+
+        Args:
+          split: 'train', 'valid' or 'test'.
+          predictions: number of tokens after the first.
+
+        Raises:
+          ValueError: if the tokens do not determine the text.
+        """
+        if not self.lossless:
+            raise ValueError(f'{self.name}: the tokens do not determine the text')
+        if self.tokenizer is None:
+            return predictions
+        if self._is_bpe:
+            counts = np.bincount(self.tokens[split][1 : predictions + 1], minlength=self.vocabulary)
+            return int(counts @ self._bytes_per_id)
+        for count in (1, predictions + 1):
+            if (split, count) not in self._word_ends:
+                self._word_ends[split, count] = self._find_word_end(split, count)
+        return self._word_ends[split, predictions + 1] - self._word_ends[split, 1]
+
+    @functools.cached_property
+    def _bytes_per_id(self) -> np.ndarray:
+        """Bytes of each id at the level 'bpe', [V]; each character of an id's name is a byte."""
+        assert self.tokenizer is not None
+        names = (self.tokenizer.id_to_token(i) or '' for i in range(self.vocabulary))
+        return np.array([len(name) for name in names], np.int64)
+
+    @functools.cached_property
+    def _word_ends(self) -> dict[tuple[str, int], int]:
+        """Split and count → result of `_find_word_end`, which every evaluation needs."""
+        return {}
+
+    def _find_word_end(self, split: str, count: int) -> int:
+        """Return the byte at which the first `count` tokens of the level 'token' end."""
+        assert self.tokenizer is not None
+        if count == len(self.tokens[split]):
+            return self.num_bytes[split]
+        end = 0
+        for text in self.texts[split]:
+            for piece in split_pieces(text, 'token'):
+                words = self.tokenizer.encode(piece, add_special_tokens=False).offsets
+                if count <= len(words):
+                    return end + count_bytes(piece, words[count - 1][1])
+                count -= len(words)
+                end += len(remove_line_ends(piece).encode())
+        raise ValueError(f'{self.name}: {split} has fewer tokens')
+
+    @property
+    def _is_bpe(self) -> bool:
+        return self.tokenizer is not None and isinstance(self.tokenizer.model, models.BPE)

@@ -1,0 +1,115 @@
+"""Texts as spans of plain files, and their division into splits."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from mi.config import UserError
+
+SPLITS = ('train', 'valid', 'test')
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Bytes `start` to `stop` of a plain file.
+
+    Attributes:
+      file: the plain file.
+      start, stop: span in bytes.
+      origin: the file that the user named, plain or packed, for messages.
+      domain: name of its domain; '' if the corpus has no domains.
+    """
+
+    file: pathlib.Path
+    start: int
+    stop: int
+    origin: pathlib.Path
+    domain: str = ''
+
+    @property
+    def size(self) -> int:
+        """Length in bytes."""
+        return self.stop - self.start
+
+    def array(self) -> np.ndarray:
+        """Return the bytes, uint8 [size], memory-mapped."""
+        if self.size == 0:
+            return np.zeros(0, np.uint8)
+        return np.memmap(self.file, np.uint8, 'r', self.start, (self.size,))
+
+    def pieces(self, size: int = 2**16) -> Iterator[str]:
+        """Yield the text in pieces of up to `size` bytes, each as long as possible.
+
+        A piece ends with a line. In a line that is longer, it ends before a space; a word that is
+        longer is not divided.
+
+        Raises:
+          UserError: if the text is not UTF-8.
+        """
+        array, position, block_size = self.array(), 0, size
+        while position < len(array):
+            block = array[position : position + block_size].tobytes()
+            cut = len(block)
+            if position + cut < len(array):
+                cut = block.rfind(b'\n') + 1 or block.rfind(b' ', 1)
+            if cut < 0:
+                block_size *= 2
+                continue
+            try:
+                piece = block[:cut].decode()
+            except UnicodeDecodeError as error:
+                byte = self.start + position + error.start
+                raise UserError(f'{self.origin} is not UTF-8 text (byte {byte})') from error
+            yield piece
+            position, block_size = position + cut, size
+
+
+Texts = dict[str, list[Text]]  # split → its texts, in order; with domains, one for each, by name
+
+
+def split_by_lines(text: Text) -> Texts:
+    """Split a text: nine tenths of the lines to train, a twentieth to valid, the rest to test.
+
+    If a text has too few lines, these shares of its bytes are cut after a word.
+    """
+    array, block_size = text.array(), 2**24
+    ends = [
+        np.flatnonzero(array[i : i + block_size] == ord('\n')) + i
+        for i in range(0, len(array), block_size)
+    ]
+    starts = np.concatenate([np.array([-1]), *ends]) + 1
+    num_lines = len(starts) - (starts[-1] == len(array))
+    cuts = [int(starts[int(num_lines * share)]) for share in (0.9, 0.95)]
+    if not 1 < cuts[0] < cuts[1] - 1 < len(array) - 2:
+        cuts = [_find_word_end(array, len(array) * share // 100) for share in (90, 95)]
+    return split_at(text, cuts)
+
+
+def _find_word_end(array: np.ndarray, position: int) -> int:
+    """Return the byte after the first white space at or after a position.
+
+    If a fortieth of the text has no white space, return the start of the next letter.
+    """
+    window = array[position : position + len(array) // 40]
+    spaces = np.flatnonzero(np.isin(window, np.frombuffer(b'\t\n\r ', np.uint8)))
+    if len(spaces):
+        return position + int(spaces[0]) + 1
+    while position < len(array) and array[position] & 0b1100_0000 == 0b1000_0000:
+        position += 1  # within a letter of UTF-8
+    return position
+
+
+def split_at(text: Text, cuts: Sequence[int]) -> Texts:
+    """Return the three splits of a text, given the bytes at which valid and test start."""
+    edges = [text.start, *(text.start + cut for cut in cuts), text.stop]
+    return {
+        split: [dataclasses.replace(text, start=start, stop=stop)]
+        for split, start, stop in zip(SPLITS, edges, edges[1:], strict=False)
+    }
+
+
+def join_texts(parts: Sequence[Texts]) -> Texts:
+    """Return the texts of all parts, split by split."""
+    return {split: [text for part in parts for text in part[split]] for split in parts[0]}

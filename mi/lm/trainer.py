@@ -1,0 +1,269 @@
+"""The update of a language model: its state, its gradient and the program of all seeds.
+
+One program updates all seeds of a run, vmapped over them; arrays with a leading axis of seeds are
+marked [S, …]. Several devices divide seeds, batches and, with `config.train.fsdp`, parameters, see
+`mi.training.sharding`.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from chex import ArrayTree
+from jax import Array
+
+from mi.lm.data.batches import Batch
+from mi.lm.loss import Losses
+from mi.lm.model import Carry, LanguageModel, Params
+from mi.rows import get_row_indices, mean_over_rows, select_rows
+from mi.training import sharding
+
+Metrics = dict[str, Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What an update changes; in a run every array has a leading axis of seeds.
+
+    Attributes:
+      params: parameters of the model.
+      opt_state: state of the optimizer.
+      carry: state of the model after the last token of the batch before.
+    """
+
+    params: Params
+    opt_state: optax.OptState
+    carry: Carry
+
+
+class Gradient(NamedTuple):
+    """The gradient of a batch's mean loss.
+
+    Attributes:
+      grads: one array for each parameter.
+      nats: mean loss in nats per token.
+      carry: state of the model after the last token.
+    """
+
+    grads: Params
+    nats: Array
+    carry: Carry
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """The updates of a model by an optimizer.
+
+    Attributes:
+      model: the model.
+      optimizer: the optimizer.
+      batch_size: B, the streams of one seed.
+      accumulation: parts that a batch is divided into. Their gradients are computed one after
+        another, so that the activations of one part are in memory at a time.
+    """
+
+    model: LanguageModel
+    optimizer: optax.GradientTransformation
+    batch_size: int
+    accumulation: int = 1
+
+    def init(self, seed: Array) -> TrainState:
+        """Return the state of one seed before the first update."""
+        carry = self.model.initial_carry(self.batch_size)
+        params_key, _ = jax.random.split(jax.random.key(seed))
+        tokens = jnp.zeros((1, self.batch_size), jnp.int32)
+        domains = tokens if self.model.source == 'domain' else None
+        params = self.model.init(params_key, carry, tokens, None, domains)['params']
+        return TrainState(params=params, opt_state=self.optimizer.init(params), carry=carry)
+
+    def init_seeds(self, seeds: np.ndarray, mesh: jax.sharding.Mesh) -> TrainState:
+        """Return the state of all seeds before the first update, [S, …], placed on the mesh."""
+        shardings = jax.tree.map(lambda a: a.sharding, self.shapes(seeds, mesh))
+        return sharding.jit_once(jax.vmap(self.init), seeds, out_shardings=shardings)
+
+    def shapes(self, seeds: np.ndarray, mesh: jax.sharding.Mesh) -> TrainState:
+        """Return what `init_seeds` returns as `jax.ShapeDtypeStruct`s with their shardings."""
+        state = jax.eval_shape(jax.vmap(self.init), seeds)
+        row_sharding = sharding.batch_sharding(mesh, 1, has_seeds=True)
+        shardings = TrainState(
+            params=sharding.fsdp_sharding(state.params, mesh),
+            opt_state=sharding.fsdp_sharding(state.opt_state, mesh),
+            carry=jax.tree.map(lambda _: row_sharding, state.carry),
+        )
+        return sharding.with_shardings(state, shardings)
+
+    def batch_shapes(self, seeds: np.ndarray, length: int, mesh: jax.sharding.Mesh) -> Batch:
+        """Return a batch of all seeds as `jax.ShapeDtypeStruct`s with their shardings.
+
+        Args:
+          seeds: the seeds, int32 [S].
+          length: T, the tokens of each stream that are predicted.
+          mesh: the devices.
+        """
+        tokens: Any = jax.ShapeDtypeStruct(
+            (len(seeds), length + 1, self.batch_size),
+            jnp.int32,
+            sharding=sharding.batch_sharding(mesh, 2, has_seeds=True),
+        )
+        seed: Any = jax.ShapeDtypeStruct(
+            seeds.shape, seeds.dtype, sharding=sharding.seed_sharding(mesh)
+        )
+        domains = tokens if self.model.source == 'domain' else None
+        return Batch(tokens, domains, seed, np.int32(0))
+
+    def compute_gradient(
+        self, params: Params, carry: Carry, batch: Batch, partition: ArrayTree | None = None
+    ) -> Gradient:
+        """Compute the gradient of one seed; a pure function.
+
+        Under `jax.shard_map` the batch holds this device's rows, and the mean is over all devices
+        that share the batch.
+
+        Args:
+          params: this device's part of the parameters.
+          carry: state of the model before the first token.
+          batch: inputs and targets.
+          partition: how the parameters are split, see `mi.training.sharding.gather_params`.
+        """
+        _, key = jax.random.split(jax.random.key(batch.seed))
+        key = jax.random.fold_in(key, batch.step)
+        rngs = {'dropout': key, 'state': jax.random.fold_in(key, 0)}
+
+        def compute_loss(
+            params: Params, carry: Carry, tokens: Array, domains: Array | None
+        ) -> tuple[Array, tuple[Array, Carry]]:
+            losses: Losses
+            next_carry, losses = self.model.apply(  # type: ignore[assignment]
+                {'params': sharding.gather_params(params, partition)},
+                carry,
+                tokens[:-1],
+                tokens[1:],
+                None if domains is None else domains[:-1],
+                train=True,
+                rngs=rngs,
+            )
+            return losses.objective.mean(), (losses.nats.mean(), next_carry)
+
+        grad_fn = jax.grad(compute_loss, has_aux=True)
+        rows = batch.tokens, batch.domains
+        # A device that has few rows divides them into as many parts as it can.
+        num_parts = math.gcd(self.accumulation, batch.tokens.shape[1])
+        if num_parts == 1:
+            grads, (nats, carry) = grad_fn(params, carry, *rows)
+        else:
+            grads, nats, carry = _accumulate(grad_fn, params, carry, rows, num_parts)
+        return Gradient(sharding.mean_gradients(grads, partition), mean_over_rows(nats), carry)
+
+    def apply_gradient(self, state: TrainState, gradient: Gradient) -> tuple[TrainState, Metrics]:
+        """Update one seed; return its new state and the metrics of the update."""
+        updates, opt_state = self.optimizer.update(gradient.grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            'nats_per_token': gradient.nats,
+            'gradient_norm': optax.tree.norm(gradient.grads),
+        }
+        return TrainState(params, opt_state, gradient.carry), metrics
+
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """Update one seed on one device; a pure function."""
+        return self.apply_gradient(state, self.compute_gradient(state.params, state.carry, batch))
+
+    def compile(
+        self, state: TrainState, batch: Batch, mesh: jax.sharding.Mesh
+    ) -> jax.stages.Compiled:
+        """Compile the update of all seeds, (state, batch) → (state, metrics), ahead of time.
+
+        An array of another shape is then an error and not another compilation. The state is
+        donated.
+
+        Args:
+          state: state of all seeds, arrays or shapes, placed as `shapes` places them.
+          batch: a batch of all seeds, likewise.
+          mesh: the devices.
+        """
+        state_specs = sharding.partition_specs(state)
+        seed_spec: Any = sharding.seed_sharding(mesh).spec
+        row_spec: Any = sharding.batch_sharding(mesh, 2, has_seeds=True).spec
+        step_spec: Any = sharding.replicated(mesh).spec
+        batch_specs = Batch(row_spec, row_spec, seed_spec, step_spec)
+        gradient_specs = Gradient(state_specs.params, seed_spec, state_specs.carry)
+        partition = sharding.fsdp_specs(state.params, mesh)
+        compute_gradient = functools.partial(self.compute_gradient, partition=partition)
+
+        # Each device computes the gradient of its seeds on its rows.
+        @functools.partial(
+            jax.shard_map,
+            mesh=mesh,
+            in_specs=(state_specs.params, state_specs.carry, batch_specs),
+            out_specs=gradient_specs,
+            check_vma=False,
+        )
+        def compute_gradients(params: Params, carry: Carry, batch: Batch) -> Gradient:
+            batch = batch._replace(step=jnp.broadcast_to(batch.step, batch.seed.shape))
+            return _map_seeds(compute_gradient, params, carry, batch)
+
+        # The optimizer sees whole arrays, so that any is right. The partitioner splits its work as
+        # the parameters are split.
+        def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+            gradient = compute_gradients(state.params, state.carry, batch)
+            return _map_seeds(self.apply_gradient, state, gradient)
+
+        out_shardings = jax.tree.map(lambda a: a.sharding, state), sharding.metrics_sharding(mesh)
+        jitted = jax.jit(update, donate_argnums=0, out_shardings=out_shardings)
+        return jitted.lower(state, batch).compile()
+
+
+def _accumulate(
+    grad_fn: Callable[..., Any],
+    params: Params,
+    carry: Carry,
+    rows: tuple[Array, Array | None],
+    num_parts: int,
+) -> tuple[Params, Array, Carry]:
+    """Average gradient and loss over parts of the batch, one part after another.
+
+    Returns:
+      The gradient, the loss in nats per token and the carry of all rows.
+    """
+
+    def add_part(total: ArrayTree, part: Any) -> tuple[ArrayTree, Carry]:
+        carry, rows, row_indices = part
+        with select_rows(row_indices):
+            grads, (nats, next_carry) = grad_fn(params, carry, *rows)
+        total = jax.tree.map(lambda a, b: a + b / num_parts, total, (grads, nats))
+        return total, next_carry
+
+    zeros = jax.tree.map(jnp.zeros_like, (params, jnp.zeros(())))
+    parts = (
+        _split_rows(carry, num_parts, 0),
+        _split_rows(rows, num_parts, 1),
+        _split_rows(get_row_indices(rows[0].shape[1]), num_parts, 0),
+    )
+    (grads, nats), carries = jax.lax.scan(add_part, zeros, parts)
+    carry = jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:]), carries)
+    return grads, nats, carry
+
+
+def _split_rows(tree: Any, num_parts: int, axis: int) -> Any:
+    """Split arrays […, B, …] to [parts, …, B / parts, …]; row i goes to part i % parts."""
+
+    def split(array: Array) -> Array:
+        rows = array.reshape(*array.shape[:axis], -1, num_parts, *array.shape[axis + 1 :])
+        return jnp.moveaxis(rows, axis + 1, 0)
+
+    return jax.tree.map(split, tree)
+
+
+def _map_seeds(function: Callable[..., Any], *args: Any) -> Any:
+    """Apply a function to each seed; to a single one without vmap, whose products are slower."""
+    if len(jax.tree.leaves(args)[0]) > 1:
+        return jax.vmap(function)(*args)
+    result = function(*jax.tree.map(lambda a: a[0], args))
+    return jax.tree.map(lambda a: a[None], result)
