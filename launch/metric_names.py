@@ -150,10 +150,10 @@ def describe_environment(name: str) -> EnvironmentInfo:
 def _find_fit_splits(config: ml_collections.ConfigDict) -> Splits:
     config = config.copy_and_resolve_references()
     config.model.parameters = 0  # the names are the same at any size, and no search is needed
-    problem = fit.problem(config)
+    problem = fit.make_problem(config)
 
     def record_all(seed: chex.Array) -> dict[str, dict[str, chex.Array]]:
-        world_key, init_key, batch_key, _ = train_fit.keys(seed)
+        world_key, init_key, batch_key, _ = train_fit.split_keys(seed)
         world = problem.draw_world(world_key)
         params = problem.init_params(init_key, world)
         loss, measured = problem.loss(params, world, batch_key)

@@ -90,7 +90,7 @@ def test_the_config_sets_the_precision_of_a_training_step(word, setting):
 
 @pytest.mark.parametrize('config', [composition.get_config(), seq2seq.get_config()])
 def test_fit_problems_ask_for_f32(config):
-    problem = fit_setup.problem(config)
+    problem = fit_setup.make_problem(config)
     optimizer = optim.make_optimizer(config.optim, config.train.steps)
     state = jax.eval_shape(functools.partial(fit.start, problem, optimizer), jnp.int32(0))
     with precision.use_config(config):

@@ -122,7 +122,7 @@ def growth_law(arm: runs.Arm) -> tuple[list[int], dict[int, float]]:
         if d >= fit_from and np.isfinite(list(by_seed.values())).all()
     ]
     powers = {
-        seed: search.exponent(dimensions, [sizes[d][seed] for d in dimensions])
+        seed: search.fit_exponent(dimensions, [sizes[d][seed] for d in dimensions])
         for seed in arm.seeds
     }
     return dimensions, {seed: power for seed, power in powers.items() if power is not None}

@@ -158,11 +158,11 @@ def _rl(config: ml_collections.ConfigDict) -> Costs:
 
 
 def _fit(config: ml_collections.ConfigDict) -> Costs:
-    problem = fit.problem(config)
+    problem = fit.make_problem(config)
     optimiser = optim.make_optimizer(config.optim, config.train.steps)
     seed = jax.ShapeDtypeStruct((), jnp.int32)
-    state = jax.eval_shape(functools.partial(train_fit.start, problem, optimiser), seed)
-    one = functools.partial(train_fit.steps, problem, optimiser, 1)
+    state = jax.eval_shape(functools.partial(train_fit.init_train_state, problem, optimiser), seed)
+    one = functools.partial(train_fit.train_steps, problem, optimiser, 1)
     return {
         **problem.costs(),
         'steps': config.train.steps,

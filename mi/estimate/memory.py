@@ -175,7 +175,7 @@ def _rl(config: ml_collections.ConfigDict, devices: Devices) -> RunPrograms:
 
 
 def _fit(config: ml_collections.ConfigDict, devices: Devices) -> RunPrograms:
-    problem = fit.problem(config)
+    problem = fit.make_problem(config)
     optimizer = optim.make_optimizer(config.optim, config.train.steps)
     mesh = placement.seed_mesh(len(config.seeds), devices)
     state, seeds = train_fit.shapes(problem, optimizer, len(config.seeds), mesh)
@@ -184,7 +184,7 @@ def _fit(config: ml_collections.ConfigDict, devices: Devices) -> RunPrograms:
     saved = placement.gathered_shapes(state, len(config.seeds))
     evaluate = placement.shard_map_seeds(functools.partial(train_fit.evaluate, problem), mesh)
     return RunPrograms(
-        {'parameters': saved.params, 'optimiser': saved.optimiser, 'other': saved.step},
+        {'parameters': saved.params, 'optimiser': saved.opt_state, 'other': saved.step},
         mesh,
         count,
         functools.partial(train_fit.compile_steps, *program),

@@ -1,4 +1,4 @@
-"""From a config, checked, to the problem that it names, its model of the size that is asked for."""
+"""Check a config and build its problem, with a model of the wanted size."""
 
 import functools
 import importlib
@@ -71,10 +71,10 @@ def problem_module(name: Any) -> types.ModuleType:
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Refuses a config that cannot work, before anything is built.
+    """Check a config before anything is built.
 
     Raises:
-      UserError: which key, what was expected, what to change.
+      UserError: naming the key, what was expected, and what to change.
     """
     name = flatten(config.to_dict()).get('problem.name')
     schema = SCHEMA | problem_module(name).SCHEMA
@@ -88,71 +88,73 @@ def validate(config: ml_collections.ConfigDict) -> None:
             )
     if config.task == 'search' and config.model.parameters:
         raise UserError(
-            f'config.model.parameters = {config.model.parameters}: expected 0, for a search sets '
-            f'the width; the most is config.search.parameters'
+            f'config.model.parameters = {config.model.parameters}: expected 0. A '
+            f'search sets the width; config.search.parameters is its limit'
         )
     if config.task == 'search' and config.train.steps % config.train.eval_every:
         raise UserError(
             f'config.train.steps = {config.train.steps}: expected a multiple of '
-            f'config.train.eval_every = {config.train.eval_every}, where the error is looked at'
+            f'config.train.eval_every = {config.train.eval_every}, the steps of an evaluation'
         )
 
 
-def problem(config: ml_collections.ConfigDict) -> Problem:
-    """The problem of a config; where `model.parameters` is not 0, at the width that comes nearest.
+def make_problem(config: ml_collections.ConfigDict) -> Problem:
+    """Build the problem of a config, with the width nearest to `model.parameters` if that is not 0.
 
     Raises:
-      UserError: on a config that cannot work, or if no width has about so many parameters.
+      UserError: on an invalid config, or if no width comes near that number of parameters.
     """
     validate(config)
-    wanted = config.model.parameters
-    if wanted:
-        config = of_width(config, _nearest_width(config, 'config.model.parameters', wanted))
+    target = config.model.parameters
+    if target:
+        config = set_width(config, _nearest_width(config, 'config.model.parameters', target))
     return problem_module(config.problem.name).make(config)
 
 
 def largest_width(config: ml_collections.ConfigDict) -> int:
-    """The largest width of at most `search.parameters`; 1 if there is none.
+    """Return the largest width of at most `search.parameters`; 1 if there is none.
 
     Raises:
-      UserError: if no width costs so many: nothing grows with it.
+      UserError: if the number of parameters does not grow with the width.
     """
-    most = config.search.parameters
-    if _parameters_at(config, 1) > most:
+    limit = config.search.parameters
+    if _count_at_width(config, 1) > limit:
         return 1
-    width = _nearest_width(config, 'config.search.parameters', most)
-    return width if _parameters_at(config, width) <= most else width - 1
+    width = _nearest_width(config, 'config.search.parameters', limit)
+    return width if _count_at_width(config, width) <= limit else width - 1
 
 
-def _nearest_width(config: ml_collections.ConfigDict, key: str, wanted: int) -> int:
-    """Where the number of parameters comes nearest to the one wanted, which stands at the key."""
+def _nearest_width(config: ml_collections.ConfigDict, key: str, target: int) -> int:
+    """Return the width whose number of parameters is nearest to the target, the value of `key`."""
     try:
-        return counting.nearest_size(functools.partial(_parameters_at, config), wanted)
+        return counting.nearest_size(functools.partial(_count_at_width, config), target)
     except ValueError as error:
-        smallest = _parameters_at(config, 1)
-        if smallest == _parameters_at(config, 2):
-            expected = '0, or ' * (key == 'config.model.parameters') + 'a model that grows'
+        smallest = _count_at_width(config, 1)
+        if smallest == _count_at_width(config, 2):
+            expected = 'a model that grows'
+            if key == 'config.model.parameters':
+                expected = f'0, or {expected}'
             raise UserError(
-                f'{key} = {wanted}: nothing in the model grows with config.model.width, it has '
-                f'{smallest:,} at any; expected {expected}, as with config.model.depth = 1'
+                f'{key} = {target}: the model has {smallest:,} parameters at any width; expected '
+                f'{expected}, as with config.model.depth = 1'
             ) from error
-        change = 'give more of them, or another fusion' if smallest > wanted else 'give fewer'
-        raise UserError(f'{key}: {error}; {change}') from error
+        advice = 'Raise it, or use another fusion.' if smallest > target else 'Lower it.'
+        raise UserError(f'{key} = {target}: {error}. {advice}') from error
 
 
-def _parameters_at(config: ml_collections.ConfigDict, width: int) -> int:
-    return parameters(problem_module(config.problem.name).make(of_width(config, width)))
+def _count_at_width(config: ml_collections.ConfigDict, width: int) -> int:
+    return count_parameters(problem_module(config.problem.name).make(set_width(config, width)))
 
 
-def parameters(problem: Problem) -> int:
-    """Of the model of a problem."""
+def count_parameters(problem: Problem) -> int:
+    """Count the parameters of a problem's model."""
     key = jax.random.key(0)
     params = jax.eval_shape(lambda key: problem.init_params(key, problem.draw_world(key)), key)
     return counting.parameters(problem.model_params(params))
 
 
-def of_width(config: ml_collections.ConfigDict, width: int) -> ml_collections.ConfigDict:
-    """The config with another width of the model."""
+def set_width(config: ml_collections.ConfigDict, width: int) -> ml_collections.ConfigDict:
+    """Return the config with another `model.width`."""
     config = config.copy_and_resolve_references()
     config.model.width = width
     return config

@@ -32,63 +32,65 @@ from mi.training import (
 )
 
 
-class State(NamedTuple):
-    """What a step changes; in a run every array has a leading axis of seeds."""
+class TrainState(NamedTuple):
+    """The state of one seed; in a run every array has a leading axis of seeds."""
 
     params: Any
-    optimiser: Any
+    opt_state: optax.OptState
     step: Array
 
 
-def keys(seed: Array) -> tuple[Array, Array, Array, Array]:
-    """The keys of a seed: of its world, its initial parameters, its batches, its evaluations."""
-    world, init, batches, evaluations = jax.random.split(jax.random.key(seed), 4)
-    return world, init, batches, evaluations
+def split_keys(seed: Array) -> tuple[Array, Array, Array, Array]:
+    """Return the keys of the world, the initial parameters, the batches and the evaluations."""
+    world_key, init_key, batch_key, eval_key = jax.random.split(jax.random.key(seed), 4)
+    return world_key, init_key, batch_key, eval_key
 
 
-def start(problem: Problem, optimiser: optax.GradientTransformation, seed: Array) -> State:
-    """The state of one seed before its first step."""
-    of_world, of_init, _, _ = keys(seed)
-    params = problem.init_params(of_init, problem.draw_world(of_world))
-    return State(params, optimiser.init(params), jnp.int32(0))
+def init_train_state(
+    problem: Problem, optimizer: optax.GradientTransformation, seed: Array
+) -> TrainState:
+    """Return the state of one seed before its first step."""
+    world_key, init_key, _, _ = split_keys(seed)
+    params = problem.init_params(init_key, problem.draw_world(world_key))
+    return TrainState(params, optimizer.init(params), jnp.int32(0))
 
 
-def steps(
+def train_steps(
     problem: Problem,
-    optimiser: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     count: int,
-    state: State,
+    state: TrainState,
     seed: Array,
     rate: Array | float = 1.0,
-) -> tuple[State, Metrics]:
-    """`count` steps of one seed and the means of their metrics; the updates are times `rate`."""
-    of_world, _, of_batches, _ = keys(seed)
-    world = problem.draw_world(of_world)
+) -> tuple[TrainState, Metrics]:
+    """Take `count` steps of one seed and average their metrics; `rate` scales the updates."""
+    world_key, _, batch_key, _ = split_keys(seed)
+    world = problem.draw_world(world_key)
 
-    def step(state: State, _: None) -> tuple[State, Metrics]:
-        key = jax.random.fold_in(of_batches, state.step)
-        (loss, measured), gradients = jax.value_and_grad(problem.loss, has_aux=True)(
+    def step(state: TrainState, _: None) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(batch_key, state.step)
+        (loss, metrics), gradients = jax.value_and_grad(problem.loss, has_aux=True)(
             state.params, world, key
         )
-        updates, memory = optimiser.update(gradients, state.optimiser, state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         updates = jax.tree.map(lambda u: rate * u, updates)
         params = optax.apply_updates(state.params, updates)
-        return State(params, memory, state.step + 1), {'loss': loss, **measured}
+        return TrainState(params, opt_state, state.step + 1), {'loss': loss, **metrics}
 
-    state, measured = jax.lax.scan(step, state, None, count)
-    return state, {name: values.mean() for name, values in measured.items()}
+    state, metrics = jax.lax.scan(step, state, None, count)
+    return state, {name: values.mean() for name, values in metrics.items()}
 
 
 def evaluate(problem: Problem, params: Any, seed: Array) -> dict[str, Metrics]:
-    """The metrics of one seed, by split."""
-    of_world, _, _, key = keys(seed)
-    world = problem.draw_world(of_world)
+    """Return the metrics of one seed, by split."""
+    world_key, _, _, key = split_keys(seed)
+    world = problem.draw_world(world_key)
     return problem.evaluate(params, world, key)
 
 
 def shapes(
     problem: Problem, optimizer: optax.GradientTransformation, count: int, mesh: Mesh
-) -> tuple[State, Array]:
+) -> tuple[TrainState, Array]:
     """Return the shapes of the state and the numbers of `count` seeds, placed on a mesh.
 
     Args:
@@ -97,7 +99,7 @@ def shapes(
       mesh: from `placement.seed_mesh`.
     """
     seeds = jax.ShapeDtypeStruct(placement.padded_indices(count, mesh).shape, jnp.int32)
-    init = functools.partial(start, problem, optimizer)
+    init = functools.partial(init_train_state, problem, optimizer)
     return jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding.seed_sharding(mesh)),
         (jax.eval_shape(jax.vmap(init), seeds), seeds),
@@ -108,7 +110,7 @@ def compile_steps(
     problem: Problem,
     optimizer: optax.GradientTransformation,
     count: int,
-    state: State,
+    state: TrainState,
     seeds: Array,
     mesh: Mesh,
 ) -> jax.stages.Compiled:
@@ -120,15 +122,17 @@ def compile_steps(
       state, seeds: placed on the mesh, or their `shapes`.
       mesh: from `placement.seed_mesh`.
     """
-    program = placement.shard_map_seeds(functools.partial(steps, problem, optimizer, count), mesh)
+    program = placement.shard_map_seeds(
+        functools.partial(train_steps, problem, optimizer, count), mesh
+    )
     return jax.jit(program, donate_argnums=0).lower(state, seeds).compile()
 
 
 def train(
     config: ml_collections.ConfigDict, workdir: str, profile: run_dir.Steps | None = None
 ) -> None:
-    """Trains, evaluates and leaves a run directory; continues it where there is one."""
-    problem = factory.problem(config)
+    """Train and evaluate all seeds, and write a run directory; resume it if there is one."""
+    problem = factory.make_problem(config)
     with run_dir.open_run(workdir, config, profile) as run:
         _train(config, problem, run)
 
@@ -141,16 +145,16 @@ def _train(config: ml_collections.ConfigDict, problem: Problem, run: run_dir.Run
     # The state of all seeds: that of a checkpoint, or drawn where the seeds are placed.
     mesh = placement.seed_mesh(count_seeds)
     seeds = placement.shard_seeds(np.asarray(config.seeds, np.int32), mesh)
-    like, _ = shapes(problem, optimizer, count_seeds, mesh)
-    saved = checkpoint.Checkpoints(run.path / 'checkpoints', config.train.keep)
-    restored = saved.restore(placement.gathered_shapes(like, count_seeds))
+    shape_tree, _ = shapes(problem, optimizer, count_seeds, mesh)
+    checkpoints = checkpoint.Checkpoints(run.path / 'checkpoints', config.train.keep)
+    restored = checkpoints.restore(placement.gathered_shapes(shape_tree, count_seeds))
     meta: dict[str, Any] = {'step': 0, 'metrics': 0}
     if restored is not None:
-        on_host, meta = restored
-        state = placement.shard_seeds(on_host, mesh)
+        host_state, meta = restored
+        state = placement.shard_seeds(host_state, mesh)
     else:
         with progress.Work('drawing the initial parameters'):
-            init = functools.partial(start, problem, optimizer)
+            init = functools.partial(init_train_state, problem, optimizer)
             state = sharding.jit_once(placement.shard_map_seeds(init, mesh), seeds)
     run.step = meta['step']
 
@@ -164,57 +168,57 @@ def _train(config: ml_collections.ConfigDict, problem: Problem, run: run_dir.Run
                     compiled[count] = compile_steps(problem, optimizer, count, state, seeds, mesh)
 
             # The steps of one record, and the record.
-            began = time.perf_counter()
+            start_time = time.perf_counter()
             with progress.Work(f'training steps {run.step + 1:,} to {run.step + count:,}'):
-                state, measured = run.call_traced(count, compiled[count], state, seeds)
-                measured = placement.gather_seeds(measured, count_seeds)
-            seconds = time.perf_counter() - began
+                state, metrics = run.call_traced(count, compiled[count], state, seeds)
+                metrics = placement.gather_seeds(metrics, count_seeds)
+            seconds = time.perf_counter() - start_time
             run.step += count
             step = run.step
-            logger.refuse_non_finite(config.seeds, step, measured)
-            write(log, step, config.seeds, {'train': measured})
+            logger.refuse_non_finite(config.seeds, step, metrics)
+            write_records(log, step, config.seeds, {'train': metrics})
             rate = count * problem.examples * count_seeds / seconds
             log.write_timing(step, {'seconds': seconds, 'examples_per_second': rate})
-            log.show_progress(
-                step, f'loss {measured["loss"].mean():.4g}', f'{rate:,.0f} examples/s'
-            )
+            log.show_progress(step, f'loss {metrics["loss"].mean():.4g}', f'{rate:,.0f} examples/s')
 
             # What is due at this step: evaluation, artefacts, checkpoint.
             if step % config.train.eval_every == 0 or step == total:
                 with progress.Work('evaluating'):
                     scores = placement.gather_seeds(measure(state.params, seeds), count_seeds)
-                write(log, step, config.seeds, scores)
+                write_records(log, step, config.seeds, scores)
             if step == total:
-                _keep(problem, run, state, seeds, mesh)
+                _write_artifacts(problem, run, state, seeds, mesh)
             stops = run.should_stop(recorded=True)
             if step % config.train.save_every == 0 or step == total or stops:
-                parts = {'parameters': state.params, 'moments of the optimizer': state.optimiser}
+                parts = {'parameters': state.params, 'moments of the optimizer': state.opt_state}
                 logger.refuse_broken_state(config.seeds, step, parts)
-                on_host = placement.gather_seeds(state, count_seeds)
-                saved.save(step, on_host, {'metrics': log.position()})
+                host_state = placement.gather_seeds(state, count_seeds)
+                checkpoints.save(step, host_state, {'metrics': log.position()})
                 if stops and step < total:
                     run.exit_preempted()
 
 
-def write(
+def write_records(
     log: logger.RunLogger,
     step: int,
     seeds: Sequence[int],
-    measured: dict[str, dict[str, np.ndarray]],
+    metrics: dict[str, dict[str, np.ndarray]],
 ) -> None:
-    """A record for each seed and split, of metrics [S]; one that is not finite is None."""
-    for split, named in measured.items():
+    """Write a record for each seed and split, of metrics [S]; None for what is not finite."""
+    for split, split_metrics in metrics.items():
         for i, seed in enumerate(seeds):
-            values = {name: float(value[i]) for name, value in named.items()}
+            values = {name: float(value[i]) for name, value in split_metrics.items()}
             finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
             log.write(step, seed, split, finite)
 
 
-def _keep(problem: Problem, run: run_dir.Run, state: State, seeds: Array, mesh: Mesh) -> None:
+def _write_artifacts(
+    problem: Problem, run: run_dir.Run, state: TrainState, seeds: Array, mesh: Mesh
+) -> None:
     """Write the problem's artefacts, [S, …] each, to artefacts.npz."""
 
     def draw_one(params: Any, seed: Array) -> Metrics:
-        world_key, _, _, key = keys(seed)
+        world_key, _, _, key = split_keys(seed)
         return problem.artifacts(params, problem.draw_world(world_key), key)
 
     arrays = jax.jit(placement.shard_map_seeds(draw_one, mesh))(state.params, seeds)

@@ -86,7 +86,7 @@ def test_the_digits_are_split_anew_for_each_seed_and_centres_are_fixed_where_the
     images, labels = digits.load()
     assert images.shape == (digits.COUNT, 8, 8, 1) and labels.shape == (digits.COUNT,)
     assert abs(images.mean()) < 1e-5 and images.std() == pytest.approx(1, abs=1e-5)
-    problem = factory.problem(config(**SMALL | {'model.centres': 'fixed'}))
+    problem = factory.make_problem(config(**SMALL | {'model.centres': 'fixed'}))
     worlds = [problem.draw_world(jax.random.key(i)) for i in (0, 1)]
     rows = [np.asarray(world.rows) for world in worlds]
     assert all(sorted(r) == list(range(digits.COUNT)) for r in rows)
@@ -143,4 +143,4 @@ def test_a_network_learns_digits_and_resumes_to_the_same_bits(tmp_path, monkeypa
 )
 def test_bad_values_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
-        factory.problem(config(**changes))
+        factory.make_problem(config(**changes))

@@ -167,9 +167,9 @@ def test_every_student_of_the_sweep_is_one_network_of_the_size_asked_for_whateve
             given and overrides['problem.support'] != 'connected'
         ):
             continue
-        problem = factory.problem(config(**overrides))
+        problem = factory.make_problem(config(**overrides))
         counted = problem.costs()['parameters']['model']
-        assert counted == factory.parameters(problem)
+        assert counted == factory.count_parameters(problem)
         assert counted == pytest.approx(overrides['model.parameters'], rel=0.07)
         of = [v for k, v in overrides.items() if k not in ('problem.support', 'seeds')]
         sizes.setdefault(tuple(of), set()).add(counted)

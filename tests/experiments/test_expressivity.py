@@ -167,7 +167,7 @@ def test_bisection_finds_what_trying_every_width_finds(seed):
     first = rng.integers(0, sizes + 3, seeds)  # of each seed, from where on it reaches the target
     tried = {}
     while True:
-        found = search.brackets(tried, seeds, sizes)
+        found = search.find_brackets(tried, seeds, sizes)
         place = search.next_place(found, sizes, int(rng.integers(0, 30)), 4)
         if place is None:
             break
@@ -177,10 +177,10 @@ def test_bisection_finds_what_trying_every_width_finds(seed):
 
 
 def test_widths_and_growth():
-    assert search.grid(16, 2) == [1, 2, 3, 4, 6, 8, 11, 16]
-    assert search.grid(15, 2) == [1, 2, 3, 4, 6, 8, 11, 15]  # the largest too
-    assert search.exponent([4, 8, 16], [3 * d**2.5 for d in (4, 8, 16)]) == pytest.approx(2.5)
-    assert search.exponent([4], [10]) is None
+    assert search.make_grid(16, 2) == [1, 2, 3, 4, 6, 8, 11, 16]
+    assert search.make_grid(15, 2) == [1, 2, 3, 4, 6, 8, 11, 15]  # the largest too
+    assert search.fit_exponent([4, 8, 16], [3 * d**2.5 for d in (4, 8, 16)]) == pytest.approx(2.5)
+    assert search.fit_exponent([4], [10]) is None
     assert [search._guess(h) for h in ([], [3], [3, 5], [7, 2])] == [0, 3, 7, 0]
     of = config(**{'search.parameters': 73, 'problem.dimension': 2})
     assert factory.largest_width(of) == 12  # 2·12·2 + 12 + 12 + 1
@@ -345,16 +345,28 @@ def test_a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not(tmp_path,
         ('search', {'search.rates': ()}, r'search\.rates.*non-empty tuple of positive numbers'),
         ('search', {'search.at': (1, 0)}, r'search\.at.*tuple of positive integers'),
         ('search', {'search.over': 'model.width'}, r'search\.over'),
-        ('search', {'model.depth': 0}, r'search\.parameters = 30000: nothing .* it has 3 at any'),
-        ('search', {'model.parameters': 100}, r'= 100: expected 0, .*search\.parameters'),
+        (
+            'search',
+            {'model.depth': 0},
+            r'search\.parameters = 30000: the model has 3 parameters at any',
+        ),
+        ('search', {'model.parameters': 100}, r'= 100: expected 0\. .*search\.parameters'),
         ('search', {'train.eval_every': 333}, r'expected a multiple of config\.train\.log_every'),
         ('search', {'train.steps': 1100}, r'train\.steps = 1100: expected a multiple of .* 250'),
-        ('fit', {'model.parameters': 3}, r'model\.parameters: the smallest size, 1, .* give more'),
-        ('fit', {'model.parameters': 10**14}, r'model\.parameters: no size up to .* give fewer'),
+        (
+            'fit',
+            {'model.parameters': 3},
+            r'model\.parameters = 3: the smallest size, 1, .* Raise it',
+        ),
+        (
+            'fit',
+            {'model.parameters': 10**14},
+            r'model\.parameters = 10+: no size up to .* Lower it',
+        ),
         (
             'fit',
             {'model.parameters': 100, 'model.depth': 0, 'model.fusion.name': 'mi'},
-            r'= 100: nothing in the model grows with config\.model\.width, it has 25 .* 0, or',
+            r'= 100: the model has 25 parameters at any width; expected 0, or',
         ),
     ],
 )

@@ -233,4 +233,4 @@ def test_a_fixed_mixing_at_the_end_stays_above_its_floor_and_attention_goes_belo
 )
 def test_bad_values_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
-        factory.problem(config(**changes))
+        factory.make_problem(config(**changes))

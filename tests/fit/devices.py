@@ -36,7 +36,7 @@ def config(word, **changes):
 
 def programs(config, devices):
     """Return FLOPs and collectives of the training steps and the evaluation on some devices."""
-    problem, count = factory.problem(config), len(config.seeds)
+    problem, count = factory.make_problem(config), len(config.seeds)
     optimizer = optim.make_optimizer(config.optim, config.train.steps)
     mesh = placement.seed_mesh(count, devices)
     state, seeds = train.shapes(problem, optimizer, count, mesh)

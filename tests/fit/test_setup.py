@@ -65,18 +65,18 @@ def test_the_parameters_that_are_matched_are_those_that_are_written_down(word, c
     """But for sequences, of which a run writes down one network of several."""
     config = edited(CONFIGS[word](), **{'model.parameters': 0}, **changes)
     assert config.problem.name == word
-    problem = factory.problem(config)
+    problem = factory.make_problem(config)
     networks = len(config.problem.targets) if 'seq2seq' in word else 1
-    assert factory.parameters(problem) == networks * problem.costs()['parameters']['model']
+    assert factory.count_parameters(problem) == networks * problem.costs()['parameters']['model']
 
 
 def test_every_step_of_every_seed_draws_batches_of_its_own_and_metrics_are_means():
     optimizer = optax.sgd(0.1)
 
     def batches(seed, count, steps):
-        state, means = train.start(DRAWS, optimizer, seed), []
+        state, means = train.init_train_state(DRAWS, optimizer, seed), []
         for _ in range(steps):
-            state, measured = train.steps(DRAWS, optimizer, count, state, jnp.int32(seed))
+            state, measured = train.train_steps(DRAWS, optimizer, count, state, jnp.int32(seed))
             means.append(measured)
         return [[float(m[name]) for m in means] for name in ('batch', 'drawn')]
 
