@@ -23,7 +23,7 @@ from mi.config import UserError, flatten, format_error, suggest
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 FLAG = re.compile(r'--?(?P<no>no)?config\.(?P<key>[^=]*)(?:=(?P<text>.*))?', re.DOTALL)
-WORD = re.compile(r'[\w./:+-]+')  # an unquoted entry of a tuple
+UNQUOTED = re.compile(r'[\w./:+-]+')  # an unquoted entry of a tuple
 EXPECTED = {bool: 'True or False', int: 'an integer', float: 'a number'}
 PARSERS: dict[type, flags.ArgumentParser] = {
     bool: flags.BooleanParser(),
@@ -163,23 +163,23 @@ def _parse_entries(key: str, text: str) -> tuple[Any, ...]:
     try:
         value = ast.literal_eval(text.strip())
     except (SyntaxError, ValueError):
-        words = [word.strip() for word in text.strip('() ').split(',')]
+        entries = [entry.strip() for entry in text.strip('() ').split(',')]
         is_balanced = text.count('(') == text.count(')')
-        if not is_balanced or not all(WORD.fullmatch(word) for word in words if word):
-            words = ['']
-        if not any(words):
+        if not is_balanced or not all(UNQUOTED.fullmatch(entry) for entry in entries if entry):
+            entries = ['']
+        if not any(entries):
             raise UserError(
                 f"config.{key}{_format_text(text)}: expected a tuple, such as '(0, 1)'; () for none"
             ) from None
-        return tuple(_parse_literal(word) for word in words if word)
+        return tuple(_parse_literal(entry) for entry in entries if entry)
     return tuple(value) if isinstance(value, tuple | list) else (value,)
 
 
-def _parse_literal(word: str) -> Any:
+def _parse_literal(entry: str) -> Any:
     try:
-        return ast.literal_eval(word)
+        return ast.literal_eval(entry)
     except (SyntaxError, ValueError):
-        return word
+        return entry
 
 
 def _format_text(text: str | None) -> str:

@@ -31,11 +31,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def activation(word: str) -> Callable[[Array], Array]:
-    """ACTIVATIONS[word]; ValueError on an unknown word, naming the nearest known one."""
-    if word not in ACTIVATIONS:
-        raise ValueError(f'unknown activation {word!r}; {suggest(word, ACTIVATIONS)}')
-    return ACTIVATIONS[word]
+def get_activation(name: str) -> Callable[[Array], Array]:
+    """Return ACTIVATIONS[name]; raise ValueError if the name is unknown."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f'unknown activation {name!r}; {suggest(name, ACTIVATIONS)}')
+    return ACTIVATIONS[name]
 
 
 def expand_mask(x: Array, mask: Array | None) -> Array:
@@ -88,7 +88,7 @@ class GatedLinearUnit(nn.Module):
         Raises:
           ValueError: if the activation is unknown or the leading axes do not broadcast.
         """
-        act = activation(self.activation)
+        act = get_activation(self.activation)
         x, z = align_streams(x, x if z is None else z)
         m, n, k = z.shape[-1], x.shape[-1], self.features
         A = self.param('A', context_init(self.context), (m, k), self.param_dtype)
@@ -180,7 +180,7 @@ class Highway(nn.Module):
         Raises:
           ValueError: if the activation is unknown or the leading axes do not broadcast.
         """
-        act = activation(self.activation)
+        act = get_activation(self.activation)
         x, z = align_streams(x, x if z is None else z)
         x, z = nn.dtypes.promote_dtype(x, z, dtype=self.dtype)
         affine = functools.partial(Affine, x.shape[-1], self.dtype, self.param_dtype)

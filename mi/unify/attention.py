@@ -111,7 +111,7 @@ def convert_convolutional_self_attention(
     scores = Product(
         name='scores',
         x_is='r, the square and the entries of the offset from query to key',
-        z_is='v of each head, its sharpness and centre',
+        z_is='v of each head, its sharpness and center',
         x=jnp.concatenate([(delta**2).sum(-1, keepdims=True), delta], axis=-1),
         z=v[:, None, None],
         W=make_inner(3),
