@@ -103,9 +103,8 @@ def table(
                 text = ratios.format_estimate(
                     ratios.geometric(moving_values, name) if moving_values else None
                 )
-                text += f' ({len(moving_values)} of {len(values)})' * (
-                    len(moving_values) < len(values)
-                )
+                if len(moving_values) < len(values):
+                    text += f' ({len(moving_values)} of {len(values)})'
             line.append(text)
         valid = arm.finite_values('valid', split)
         line.append(
