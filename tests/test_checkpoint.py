@@ -80,8 +80,8 @@ def half_a_manifest(path):
 @pytest.mark.parametrize(
     'damage, said',
     [
-        (flip_one_bit, 'has another SHA-256'),
-        (truncate, 'has another SHA-256'),
+        (flip_one_bit, 'does not match its SHA-256'),
+        (truncate, 'does not match its SHA-256'),
         (lose_a_file, 'is missing'),
         (lose_the_manifest, 'has no manifest.json'),
         (half_a_manifest, 'is not JSON'),
@@ -93,7 +93,9 @@ def test_a_damaged_one_is_set_aside_for_the_one_before(tmp_path, damage, said, c
     restored = restore(tmp_path)
     [line] = capsys.readouterr().err.splitlines()  # without a line of code
     assert line.startswith(f'warning: checkpoint {tmp_path}/00000010 is damaged (') and said in line
-    assert line.endswith('it is kept as 00000010.damaged and the run goes on from the one before')
+    assert line.endswith(
+        'it is kept as 00000010.damaged and the run continues from the previous one'
+    )
     assert_is(5, restored)
     assert (tmp_path / '00000010.damaged').exists()
     save(tmp_path, 10)  # the run comes by here again
@@ -107,15 +109,17 @@ def test_who_only_reads_leaves_a_damaged_one_where_it_is_and_says_so(tmp_path, c
     assert (path.name, meta['step'], meta['metrics']) == ('00000005', 5, 50)
     said = capsys.readouterr().err.splitlines()
     assert 'warning: checkpoint' in said[0] and '00000010 is damaged (' in said[0]
-    assert said[1:] == ['warning: 00000005 is taken instead of the newest']
+    assert said[1:] == ['warning: 00000005 is used instead of the newest']
     assert sorted(p.name for p in tmp_path.iterdir()) == ['00000005', '00000010']
     flip_one_bit(tmp_path / '00000005')
-    with pytest.raises(UserError, match=r'no checkpoint in .* is whole: restore one from a backup'):
+    with pytest.raises(
+        UserError, match=r'no checkpoint in .* is intact: restore one from a backup'
+    ):
         Checkpoints(tmp_path).newest()
     assert sorted(p.name for p in tmp_path.iterdir()) == ['00000005', '00000010']
     (tmp_path / '00000005').rename(tmp_path / '00000005.damaged')
     (tmp_path / '00000010').rename(tmp_path / '00000010.damaged')
-    with pytest.raises(UserError, match=r'is whole; they are kept as \*\.damaged'):
+    with pytest.raises(UserError, match=r'is intact; they are kept as \*\.damaged'):
         Checkpoints(tmp_path).newest()
 
 
@@ -169,10 +173,10 @@ def test_all_damaged_is_an_error_that_deletes_nothing(tmp_path):
     save(tmp_path, 5, 10)
     for step in ('00000005', '00000010'):
         flip_one_bit(tmp_path / step)
-    with pytest.raises(UserError, match=r'no checkpoint in .* is whole'):
+    with pytest.raises(UserError, match=r'no checkpoint in .* is intact'):
         restore(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['00000005.damaged', '00000010.damaged']
-    with pytest.raises(UserError, match=r'no checkpoint in .* is whole'):
+    with pytest.raises(UserError, match=r'no checkpoint in .* is intact'):
         restore(tmp_path)  # not a fresh start the second time either
 
 

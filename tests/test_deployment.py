@@ -164,7 +164,7 @@ def test_lines_say_what_a_device_does():
     }  # fmt: skip
     rows = cli.program_rows(step, limit=int(16e9))
     lines = [' '.join(row) for row in rows]
-    assert lines[0] == 'FLOPs of products 2.5 G 0.690 of those on one device; 1/8 = 0.125 is right'
+    assert lines[0] == 'FLOPs of products 2.5 G 0.690 of those on one device; 1/8 = 0.125 is ideal'
     assert 'memory 5 GB fits into 16 GB; arguments 2 GB, temporaries 3 GB' in lines
     assert 'sends 14 MB 2 × all-reduce of 4 MB' in lines
     assert any(line.startswith('time 12.3 ms') for line in lines)

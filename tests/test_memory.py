@@ -35,7 +35,7 @@ def test_of_a_small_network_every_byte_is_known_by_hand():
     numbers = (3 + 3) * 16 + 16 + 16 + 1  # (x, z) → 16 features → y, and biases
     # Adam has two numbers for each parameter, and it and the schedule count the steps.
     assert told['parameters'] == 2 * 4 * numbers
-    assert told['optimiser'] == 2 * 4 * (2 * numbers + 2)
+    assert told['optimizer'] == 2 * 4 * (2 * numbers + 2)
     assert told['other'] == 2 * 4
     step = told['step']
     assert step['arguments'] == told['checkpoint'] + 2 * 4  # and the seeds
@@ -57,7 +57,7 @@ def test_a_language_model_starts_with_so_many_bytes():
     seeds, mesh = np.asarray(config.seeds, np.int32), sharding.make_mesh(2, config.train.batch)
     state = costs.lm_setup(config).trainer.init_seeds(seeds, mesh)
     found = [taken(part) for part in (state.params, state.opt_state, state.carry)]
-    assert [told[name] for name in ('parameters', 'optimiser', 'other')] == found
+    assert [told[name] for name in ('parameters', 'optimizer', 'other')] == found
     assert told['checkpoint'] == sum(found)
 
 
@@ -65,14 +65,14 @@ def test_a_language_model_starts_with_so_many_bytes():
 def test_an_agent_starts_with_so_many_bytes():
     config = rl.get_config('tiny,env=catch')
     told = memory.estimate_memory(config, compiles=False)
-    environment, agent, optimiser, _, _ = costs.rl_setup(config)
-    state = fused.start(config, environment, agent, optimiser, fused.mesh_of(config))
+    environment, agent, optimizer, _, _ = costs.rl_setup(config)
+    state = fused.start(config, environment, agent, optimizer, fused.mesh_of(config))
     assert told['checkpoint'] == taken(state) and 'step' not in told
     assert told['parameters'] == taken(state.learner.params)
 
 
 def test_a_search_does_not_know_its_models_before():
-    with pytest.raises(UserError, match='its models are found by the run'):
+    with pytest.raises(UserError, match='a search chooses its models during the run'):
         memory.estimate_memory(expressivity.get_config('search'))
 
 
@@ -104,7 +104,7 @@ def test_what_is_wrong_with_a_command_is_one_line(arguments, said):
 def test_lines_are_for_people():
     told = {'parameters': {'model': 429720, 'fusion': 137280}, 'steps': 400, 'seeds': 3}
     told |= {'flops_per_token': {'model': 859_000, 'fusion': 279_000}, 'units': 2048}
-    bytes_ = {'parameters': 5_160_000, 'optimiser': 10_300_000, 'other': 0, 'checkpoint': 15.5e6}
+    bytes_ = {'parameters': 5_160_000, 'optimizer': 10_300_000, 'other': 0, 'checkpoint': 15.5e6}
     lines = cli.lines(told | {'flops': 5.28e9, 'memory': bytes_})
     assert lines[0].split() == ['parameters', '429,720', 'of', 'them', 'the', 'fusion', '137,280']
     assert 'FLOPs of the run          6.34 T  all steps and seeds, without evaluations' in lines

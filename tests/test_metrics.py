@@ -57,7 +57,7 @@ def test_a_file_without_the_lines_of_the_checkpoint_is_refused_as_it_is(tmp_path
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(capfd):
-    progress = logger.Progress(total=10, done=5, every=1000)
+    progress = logger.Progress(total=10, done=5, interval=1000)
     for step in range(6, 11):
         progress.update(step, '1.5 nats', '7 tokens/s')
     progress.close()
@@ -65,7 +65,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(capfd):
 
 
 def test_more_than_a_day_is_left(capfd):
-    progress = logger.Progress(total=1000, every=-1)
+    progress = logger.Progress(total=1000, interval=-1)
     progress._start -= 3600 * 100  # two of a thousand steps
     progress.update(2, '', '')
     progress.close()

@@ -41,12 +41,12 @@ def test_the_last_update_has_the_final_scale_and_one_before_it_the_peak(name, wa
     assert max(rates) == pytest.approx(0.4)
     assert rates[-1] == pytest.approx(0.1) and rates[-2] > 0.1001
     params = {'w': jnp.zeros(2)}  # and so the updates are: of sgd, the gradient times the rate
-    optimiser = optim.make_optimizer(
+    optimizer = optim.make_optimizer(
         config(**section.to_dict() | {'name': 'sgd', 'b1': 0.0}), steps
     )
-    state = optimiser.init(params)
+    state = optimizer.init(params)
     for step in range(steps):
-        moves, state = optimiser.update({'w': jnp.array([0.5, 0.0])}, state, params)
+        moves, state = optimizer.update({'w': jnp.array([0.5, 0.0])}, state, params)
         assert float(moves['w'][0]) == pytest.approx(-0.5 * rates[step])
 
 
@@ -62,7 +62,7 @@ def test_the_warm_up_of_a_short_run_is_a_quarter_of_it(steps, warmup):
 def test_a_run_that_would_end_in_its_warm_up_is_refused():
     optim.validate(config(warmup_steps=9), 10)
     with pytest.raises(
-        UserError, match=r'^config\.optim\.warmup_steps = 10: expected fewer than 10'
+        UserError, match=r'^config\.optim\.warmup_steps = 10: expected fewer than the 10'
     ):
         optim.validate(config(warmup_steps=10), 10)
 
@@ -99,8 +99,8 @@ def test_without_warmup_the_first_step_has_the_full_rate():
 
 def update(params, gradients, **values):
     values = {'schedule': 'constant', 'warmup_steps': 0, 'clip_norm': 0.0} | values
-    optimiser = optim.make_optimizer(config(**values), steps=10)
-    return optimiser.update(gradients, optimiser.init(params), params)[0]
+    optimizer = optim.make_optimizer(config(**values), steps=10)
+    return optimizer.update(gradients, optimizer.init(params), params)[0]
 
 
 def test_adam_s_first_step_is_the_sign_of_the_gradient():
@@ -134,8 +134,8 @@ def test_rmsprop_follows_tensorflow_s_rule_for_20_steps(momentum):
     rate, rho, eps = 0.01, 0.99, 0.1
     values = {'learning_rate': rate, 'b1': momentum, 'b2': rho, 'eps': eps}
     constant = {'schedule': 'constant', 'warmup_steps': 0, 'clip_norm': 0.0}
-    optimiser = optim.make_optimizer(config(name='rmsprop', **values, **constant), steps=20)
-    step, state = jax.jit(optimiser.update), optimiser.init(jnp.zeros(3))
+    optimizer = optim.make_optimizer(config(name='rmsprop', **values, **constant), steps=20)
+    step, state = jax.jit(optimizer.update), optimizer.init(jnp.zeros(3))
     ms, mom = np.ones(3), np.zeros(3)
     for g in np.random.default_rng(0).normal(size=(20, 3)) * [0.1, 1, 10]:
         got, state = step(jnp.asarray(g, jnp.float32), state)

@@ -311,8 +311,10 @@ def test_versions_are_recorded_and_another_is_said_in_one_line(tmp_path, monkeyp
     with run_dir.open_run(tmp_path, config()):
         pass
     assert capsys.readouterr().err == ''
-    current = versions.current()
-    monkeypatch.setattr(versions, 'current', lambda: current | {'jax': '9.9', 'dirty': 'yes'})
+    current = versions.describe_environment()
+    monkeypatch.setattr(
+        versions, 'describe_environment', lambda: current | {'jax': '9.9', 'dirty': 'yes'}
+    )
     for _ in range(2):  # the second time it is as it was before
         with run_dir.open_run(tmp_path, config()):
             pass

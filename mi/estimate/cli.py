@@ -1,4 +1,4 @@
-"""The command that prints what a run of a config costs before it is started.
+"""Command line that prints the cost of a config's run before it starts.
 
     python -m mi.estimate --config=configs/lm.py:quickstart --config.model.hidden=1024
     python -m mi.estimate --config=configs/rl.py --nocompile
@@ -29,42 +29,42 @@ PREFIXES = {12: 'T', 9: 'G', 6: 'M', 3: 'k'}
 Row = tuple[str, str, str]
 
 
-def lines(told: dict[str, Any]) -> list[str]:
-    """The costs of a run, one a line, for people."""
-    unit = next(name for name in ('token', 'step', 'example') if f'flops_per_{name}' in told)
-    what = {'token': 'tokens', 'step': 'steps of environments', 'example': 'examples'}[unit]
-    parameters, forward = told['parameters'], told[f'flops_per_{unit}']
-    seeds = told['seeds']
-    whole = told['flops'] * told['steps'] * seeds
+def lines(estimate: dict[str, Any]) -> list[str]:
+    """Return the costs of a run as a table, one line per cost."""
+    unit = next(name for name in ('token', 'step', 'example') if f'flops_per_{name}' in estimate)
+    plural = {'token': 'tokens', 'step': 'environment steps', 'example': 'examples'}[unit]
+    parameters, forward = estimate['parameters'], estimate[f'flops_per_{unit}']
+    seeds = estimate['seeds']
+    total_flops = estimate['flops'] * estimate['steps'] * seeds
     rows = [
         ('parameters', f'{parameters["model"]:,}', f'of them the fusion {parameters["fusion"]:,}'),
-        ('training steps', f'{told["steps"]:,}', f'of {told["units"]:,} {what} each'),
-        ('seeds', f'{seeds}', 'trained at once'),
+        ('training steps', f'{estimate["steps"]:,}', f'of {estimate["units"]:,} {plural} each'),
+        ('seeds', f'{seeds}', 'trained simultaneously'),
         (
             f'FLOPs per {unit}',
             scaled(forward['model']),
             f'forward; of them the fusion {scaled(forward["fusion"])}',
         ),
-        ('FLOPs per training step', scaled(told['flops']), 'of one seed, forward and backward'),
-        ('FLOPs of the run', scaled(whole), 'all steps and seeds, without evaluations'),
+        ('FLOPs per training step', scaled(estimate['flops']), 'of one seed, forward and backward'),
+        ('FLOPs of the run', scaled(total_flops), 'all steps and seeds, without evaluations'),
     ]
-    sizes = told['memory']
-    for name in ('parameters', 'optimiser', 'other'):
+    sizes = estimate['memory']
+    for name in ('parameters', 'optimizer', 'other'):
         rows.append((f'{name}, bytes', scaled(sizes[name]) + 'B', 'all seeds'))
     rows.append(('checkpoint, bytes', scaled(sizes['checkpoint']) + 'B', 'before compression'))
-    if 'programs' in told:
-        rows += _deployment_rows(told)
+    if 'programs' in estimate:
+        rows += _deployment_rows(estimate)
     widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
     return [f'{a:<{widths[0]}}  {b:>{widths[1]}}  {c}'.rstrip() for a, b, c in rows]
 
 
-def _deployment_rows(told: dict[str, Any]) -> list[Row]:
-    """What the programs do on each device."""
-    devices = told['devices']
+def _deployment_rows(estimate: dict[str, Any]) -> list[Row]:
+    """Return the rows of the programs, per device."""
+    devices = estimate['devices']
     mesh = ' × '.join(f'{name} {size}' for name, size in devices['mesh'].items())
     idle = f', {devices["idle"]} of them idle' if devices['idle'] else ''
     rows = [('devices', f'{devices["count"]}', f'{devices["kind"]}: {mesh}{idle}')]
-    for name, program in told['programs'].items():
+    for name, program in estimate['programs'].items():
         title = {'step': 'training step', 'evaluation': 'evaluation'}[name]
         if program.get('updates', 1) > 1:
             title += f', {program["updates"]} at a time'
@@ -78,15 +78,15 @@ def program_rows(program: dict[str, Any], limit: int | None) -> list[Row]:
     if program['flops'] is None:
         return [('memory', 'does not fit', program['error'])]
 
-    # Work, and which part of the work of one device it is.
+    # Work, and its share of the work on one device.
     share, parts = program['share'], program['parts']
     note = ''
     if share is not None and parts > 1:
-        note = f'{share:.3f} of those on one device; 1/{parts} = {1 / parts:.3f} is right'
+        note = f'{share:.3f} of those on one device; 1/{parts} = {1 / parts:.3f} is ideal'
     rows = [('FLOPs of products', scaled(program['flops']), note)]
     rows.append(('bytes accessed', scaled(program['bytes_accessed']) + 'B', 'of main memory'))
 
-    # Memory.
+    # Memory, if the compiler reports it.
     if program['peak'] is not None:
         verdict = ''
         if limit is not None:
@@ -118,7 +118,7 @@ def program_rows(program: dict[str, Any], limit: int | None) -> list[Row]:
 
 
 def scaled_seconds(value: float) -> str:
-    """Three digits and a unit: 0.0123 → '12.3 ms'."""
+    """Return three digits and a unit: 0.0123 → '12.3 ms'."""
     for unit, size in (('s', 1), ('ms', 1e-3)):
         if value >= size:
             return f'{value / size:.3g} {unit}'
@@ -126,7 +126,7 @@ def scaled_seconds(value: float) -> str:
 
 
 def scaled(value: float) -> str:
-    """Three digits and a prefix of powers of ten: 2400000 → '2.4 M'."""
+    """Return three digits and a prefix of powers of ten: 2400000 → '2.4 M'."""
     power = next((p for p in PREFIXES if abs(value) >= 10**p), 0)
     return f'{value / 10**power:.3g} {PREFIXES.get(power, "")}'
 
@@ -135,8 +135,8 @@ def main(argv: Sequence[str]) -> None:
     """Print the costs of a config.
 
     Raises:
-      UserError: on a command or a config that cannot work.
-      SystemExit: with code 1, if a program does not fit into the memory of a device.
+      UserError: if the command or the config is invalid.
+      SystemExit: with code 1 if a program does not fit into the memory of a device.
     """
     values = flags.FlagValues()
     file = flags.DEFINE_string('config', None, 'Config file.', flag_values=values)
@@ -150,8 +150,8 @@ def main(argv: Sequence[str]) -> None:
         arguments, changes = overrides.split(argv)
         rest = values(arguments)
         if not file.value or len(rest) > 1:
-            raise UserError('--config=FILE is needed; with it go --config.KEY=VALUE, --topology, '
-                            '--eval, --json and --nocompile')  # fmt: skip
+            raise UserError('--config=FILE is required; the other flags are --config.KEY=VALUE, '
+                            '--topology, --eval, --json and --nocompile')  # fmt: skip
         if (topology.value or evaluates.value) and not compiles.value:
             raise UserError('--nocompile: --topology and --eval compile; remove it')
         if topology.value:
@@ -159,24 +159,24 @@ def main(argv: Sequence[str]) -> None:
         config = overrides.load(file.value, changes)
         with progress.Work('sizing the state'):
             sizes = memory.estimate_memory(config, compiles=False)
-        described: dict[str, Any] = {}
+        programs: dict[str, Any] = {}
         if compiles.value:
-            described = _deployment(config, topology.value, evaluates.value)
+            programs = _deployment(config, topology.value, evaluates.value)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(' '.join(str(error).split())) from error
     with progress.Work('counting the FLOPs of a training step'):
-        told = costs.estimate_costs(config) | {'memory': sizes} | described
-    print(json.dumps(told, indent=2) if as_json.value else '\n'.join(lines(told)))
-    if told.get('fits') is False:
+        estimate = costs.estimate_costs(config) | {'memory': sizes} | programs
+    print(json.dumps(estimate, indent=2) if as_json.value else '\n'.join(lines(estimate)))
+    if estimate.get('fits') is False:
         raise SystemExit(1)
 
 
 def _deployment(
     config: ml_collections.ConfigDict, topology: str | None, evaluates: bool
 ) -> dict[str, Any]:
-    one = None
+    one_device = None
     devices: Sequence[jax.Device] = jax.devices()
     if topology:
-        devices, one = topologies.describe(topology), topologies.describe_one(topology)
+        devices, one_device = topologies.describe(topology), topologies.describe_one(topology)
     with progress.Work(f'compiling for {len(devices)} {devices[0].device_kind}'):
-        return {'topology': topology, **deployment.report(config, devices, one, evaluates)}
+        return {'topology': topology, **deployment.report(config, devices, one_device, evaluates)}

@@ -34,22 +34,22 @@ Costs = dict[str, Any]
 
 
 def estimate_costs(config: ml_collections.ConfigDict) -> Costs:
-    """What a run of a config will cost.
+    """Return the cost of a config's run.
 
-    - 'parameters' and 'flops_per_token' ('…_step' of an environment, '…_example'): {'model': …,
-      'fusion': …} of one seed and of a forward pass, as in cost.json;
-    - 'steps': how many the run has; 'seeds': how many it trains at once;
-    - 'units': tokens, steps of environments or examples of one step and one seed;
-    - 'flops': of one step and one seed, forward and backward, for an agent acting too.
+    - 'parameters': {'model': …, 'fusion': …} of one seed, as in cost.json;
+    - 'flops_per_token', '…_step' (of an environment) or '…_example': the same for a forward pass;
+    - 'steps': number of training steps; 'seeds': number of seeds that train simultaneously;
+    - 'units': tokens, environment steps or examples per training step and seed;
+    - 'flops': FLOPs per training step and seed, forward and backward, plus acting in RL.
 
-    Of a search (task 'search'), which finds the sizes of its models itself, there are only 'steps'
-    and 'seeds'. Evaluations count nothing anywhere.
+    A search (task 'search') chooses the sizes of its models itself, so it only has 'steps' and
+    'seeds'. Evaluations are not counted.
 
-    A model of words or byte pairs has `data.vocabulary` of them here. A run has as many where its
-    text has.
+    The vocabulary of a model of words or byte pairs is `data.vocabulary`; a run uses fewer entries
+    if its text has fewer.
 
     Raises:
-      UserError: on a config that cannot work.
+      UserError: if the config is invalid.
     """
     task = config.task
     if task not in TASKS:
@@ -58,7 +58,7 @@ def estimate_costs(config: ml_collections.ConfigDict) -> Costs:
 
 
 class LMSetup(NamedTuple):
-    """A language model of a config, as far as it can be known without the text."""
+    """The language model of a config, without its text."""
 
     config: ml_collections.ConfigDict
     trainer: Trainer
@@ -67,11 +67,12 @@ class LMSetup(NamedTuple):
 
 
 def lm_setup(config: ml_collections.ConfigDict) -> LMSetup:
+    """Return the language model of a config, with its optimizer and sizes."""
     config = config.copy_and_resolve_references()
-    config.model.impl = 'xla'  # of cuDNN's calls nothing could be counted, nor is a GPU needed here
+    config.model.impl = 'xla'  # FLOPs of cuDNN calls cannot be counted
     lm_config.validate(config)
-    by_domain = config.model.source == 'domain'
-    domains = _domains(config) if by_domain else 0
+    is_multi_domain = config.model.source == 'domain'
+    domains = _count_domains(config) if is_multi_domain else 0
     vocabulary = 256 if config.data.level == 'byte' else config.data.vocabulary
     config = lm.match_size(config, vocabulary, domains)
     return LMSetup(config, lm.build_trainer(config, vocabulary, domains), vocabulary, domains)
@@ -93,24 +94,25 @@ def _lm(config: ml_collections.ConfigDict) -> Costs:
     }
 
 
-def _domains(config: ml_collections.ConfigDict) -> int:
-    source = config.data
-    cache = sources.get_cache_directory(source.cache)
-    texts = sources.load_texts(source.source, source.path, ['train'], cache)['train']
+def _count_domains(config: ml_collections.ConfigDict) -> int:
+    data = config.data
+    cache = sources.get_cache_directory(data.cache)
+    texts = sources.load_texts(data.source, data.path, ['train'], cache)['train']
     return len([text for text in texts if text.domain])
 
 
 class RLSetup(NamedTuple):
-    """An agent of a config; the environment where it is a JAX one."""
+    """The agent of a config, and its environment if it is written in JAX."""
 
     environment: JaxEnvironment | None
     agent: Agent
-    optimiser: optax.GradientTransformation
+    optimizer: optax.GradientTransformation
     learner: learner.LearnerState  # shapes, of one seed
     trajectory: Trajectory  # shapes, of one seed's update
 
 
 def rl_setup(config: ml_collections.ConfigDict) -> RLSetup:
+    """Return the agent of a config, with its optimizer and the shapes of one update."""
     rl_config.validate(config)
     B, T = config.train.batch, config.train.length
     environment = None
@@ -121,11 +123,11 @@ def rl_setup(config: ml_collections.ConfigDict) -> RLSetup:
         environment = envs.make(name, options)
         spec = environment.spec
     agent = rl.build_agent(config, spec)
-    optimiser = optim.make_optimizer(config.optim, rl_config.count_updates(config))
+    optimizer = optim.make_optimizer(config.optim, rl_config.count_updates(config))
 
     def start(seed: jax.Array) -> learner.LearnerState:
         params = rl.init_params(agent, jax.random.key(seed))
-        return learner.init_learner_state(params, optimiser, len(spec.tasks))
+        return learner.init_learner_state(params, optimizer, len(spec.tasks))
 
     def rows(dtype: Any) -> Any:
         return jax.ShapeDtypeStruct((T, B), dtype)
@@ -139,36 +141,36 @@ def rl_setup(config: ml_collections.ConfigDict) -> RLSetup:
         carry=jax.eval_shape(lambda: agent.initial_carry(B)),
     )
     state = jax.eval_shape(start, jax.ShapeDtypeStruct((), jnp.int32))
-    return RLSetup(environment, agent, optimiser, state, trajectory)
+    return RLSetup(environment, agent, optimizer, state, trajectory)
 
 
 def _rl(config: ml_collections.ConfigDict) -> Costs:
-    _, agent, optimiser, state, trajectory = rl_setup(config)
+    _, agent, optimizer, state, trajectory = rl_setup(config)
     B, T = config.train.batch, config.train.length
-    update = functools.partial(learner.update, agent, optimiser, rl.get_hyperparameters(config))
+    update = functools.partial(learner.update, agent, optimizer, rl.get_hyperparameters(config))
     costs = rl.compute_costs(agent, B, T)
-    of_acting = B * T * costs['flops_per_step']['model']
+    acting_flops = B * T * costs['flops_per_step']['model']
     return {
         **costs,
         'steps': rl_config.count_updates(config),
         'seeds': len(config.seeds),
         'units': B * T,
-        'flops': of_acting + counting.flops(update, state, trajectory),
+        'flops': acting_flops + counting.flops(update, state, trajectory),
     }
 
 
 def _fit(config: ml_collections.ConfigDict) -> Costs:
     problem = fit.make_problem(config)
-    optimiser = optim.make_optimizer(config.optim, config.train.steps)
+    optimizer = optim.make_optimizer(config.optim, config.train.steps)
     seed = jax.ShapeDtypeStruct((), jnp.int32)
-    state = jax.eval_shape(functools.partial(train_fit.init_train_state, problem, optimiser), seed)
-    one = functools.partial(train_fit.train_steps, problem, optimiser, 1)
+    state = jax.eval_shape(functools.partial(train_fit.init_train_state, problem, optimizer), seed)
+    step = functools.partial(train_fit.train_steps, problem, optimizer, 1)
     return {
         **problem.costs(),
         'steps': config.train.steps,
         'seeds': len(config.seeds),
         'units': problem.examples,
-        'flops': counting.flops(one, state, seed),
+        'flops': counting.flops(step, state, seed),
     }
 
 

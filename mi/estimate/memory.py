@@ -1,8 +1,8 @@
-"""What a run of a config takes in memory: the state of all seeds, and what compiles its programs.
+"""Memory of a config's run: the state of all seeds, and its compiled programs.
 
-Nothing is allocated and nothing is run: states are shapes, and programs are compiled for the
-devices that are here, or for ones that `mi.estimate.topologies` describes. What the compiler says
-of a training step is the estimate; data, other programs and the device's own needs come on top.
+Nothing is allocated or run: states are shapes, and programs are compiled for the present devices or
+for those that `mi.estimate.topologies` describes. The estimate is the compiler's report on a
+training step. Data, other programs and the runtime of the device add to it.
 """
 
 import functools
@@ -27,18 +27,18 @@ from mi.rl.actors import loop as actors_loop
 from mi.rl.fused import loop as fused
 from mi.training import optim, placement, sharding
 
-Devices = Sequence[jax.Device] | None  # those that are here if None
+Devices = Sequence[jax.Device] | None  # None for the devices that are present
 
 
 class RunPrograms(NamedTuple):
-    """The state of all seeds as shapes, by what it holds, and what compiles the programs of a run.
+    """The state of a run as shapes, and functions that compile its programs.
 
     Attributes:
-      state: 'parameters', 'optimiser' and 'other' → trees; a checkpoint holds all of them.
-      mesh: of the devices that the programs are for.
-      updates: that one call of `compile()` does.
-      compile: () → the program that the trainer calls for a step, or for those of one record.
-      compile_evaluation: () → the program that it calls to evaluate, None if it has no such.
+      state: 'parameters', 'optimizer' and 'other' → trees of all seeds; a checkpoint holds them.
+      mesh: the devices of the programs.
+      updates: updates per call of the compiled training program.
+      compile: () → the compiled training program: one step, or all steps of one record.
+      compile_evaluation: () → the compiled evaluation program; None if there is none.
     """
 
     state: dict[str, Any]
@@ -49,47 +49,47 @@ class RunPrograms(NamedTuple):
 
 
 def estimate_memory(config: ml_collections.ConfigDict, compiles: bool = True) -> dict[str, Any]:
-    """Bytes that a run of a config takes.
+    """Return the memory of a config's run, in bytes.
 
-    - 'parameters', 'optimiser', 'other': of the state of all seeds;
-    - 'checkpoint': their sum, before it is compressed;
-    - 'step': {'arguments', 'outputs', 'in_place', 'temporaries', 'peak'} of the compiled step, on
-      each device; arguments that outputs overwrite are in place. peak = arguments + outputs −
-      in_place + temporaries. Only if `compiles`.
+    - 'parameters', 'optimizer', 'other': the state of all seeds;
+    - 'checkpoint': their sum, before compression;
+    - 'step': {'arguments', 'outputs', 'in_place', 'temporaries', 'peak'} of the compiled step per
+      device, if `compiles`. Arguments that outputs overwrite are in place; peak = arguments +
+      outputs − in_place + temporaries.
 
     Raises:
-      UserError: on a config that cannot work, or a search, whose models are not known before.
+      UserError: if the config is invalid, or that of a search, whose models the run chooses.
     """
     training = make_programs(config)
-    told: dict[str, Any] = {name: count_bytes(tree) for name, tree in training.state.items()}
-    told['checkpoint'] = sum(told.values())
+    estimate: dict[str, Any] = {name: count_bytes(tree) for name, tree in training.state.items()}
+    estimate['checkpoint'] = sum(estimate.values())
     if compiles and (step := measure(training.compile())) is not None:
-        told['step'] = step
-    return told
+        estimate['step'] = step
+    return estimate
 
 
 def make_programs(config: ml_collections.ConfigDict, devices: Devices = None) -> RunPrograms:
     """Return the state and the programs of a config's run.
 
     Args:
-      config: of any task but 'search'.
-      devices: that share the work, present or described.
+      config: a config of any task but 'search'.
+      devices: the devices that divide the work, present or described.
 
     Raises:
-      UserError: on a config that cannot work, or a search, whose models are not known before.
+      UserError: if the config is invalid, or that of a search, whose models the run chooses.
     """
     if config.task not in PROGRAMS:
         raise UserError(
-            f'config.task = {config.task!r}: its models are found by the run; ask for one of '
-            f'{", ".join(PROGRAMS)}'
+            f'config.task = {config.task!r}: expected one of {", ".join(PROGRAMS)}; a search '
+            f'chooses its models during the run'
         )
     training = PROGRAMS[config.task](config, devices)
-    # Compiled with the precision of products that the run has.
-    precise = precision.use_config(config)
+    # Compile with the run's precision of matrix products.
+    with_precision = precision.use_config(config)
     evaluation = training.compile_evaluation
     return training._replace(
-        compile=precise(training.compile),
-        compile_evaluation=None if evaluation is None else precise(evaluation),
+        compile=with_precision(training.compile),
+        compile_evaluation=None if evaluation is None else with_precision(evaluation),
     )
 
 
@@ -108,7 +108,7 @@ def measure(compiled: jax.stages.Compiled) -> dict[str, int] | None:
 
 
 def count_bytes(tree: Any) -> int:
-    """Bytes of a tree of arrays, or of their shapes."""
+    """Return the bytes of a tree of arrays, or of their shapes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
@@ -119,7 +119,7 @@ def _lm(config: ml_collections.ConfigDict, devices: Devices) -> RunPrograms:
     state = trainer.shapes(seeds, mesh)
     batch = trainer.batch_shapes(seeds, config.train.length, mesh)
     return RunPrograms(
-        {'parameters': state.params, 'optimiser': state.opt_state, 'other': state.carry},
+        {'parameters': state.params, 'optimizer': state.opt_state, 'other': state.carry},
         mesh,
         1,
         functools.partial(trainer.compile, state, batch, mesh),
@@ -135,17 +135,17 @@ def _lm(config: ml_collections.ConfigDict, devices: Devices) -> RunPrograms:
 
 
 def _rl(config: ml_collections.ConfigDict, devices: Devices) -> RunPrograms:
-    environment, agent, optimiser, of_learner, trajectory = costs.rl_setup(config)
+    environment, agent, optimizer, learner_state, trajectory = costs.rl_setup(config)
     if config.train.topology == 'fused':
-        assert environment is not None  # or validation had refused it
+        assert environment is not None  # validation refuses other environments
         mesh = fused.mesh_of(config, devices)
-        state = fused.shapes(config, environment, agent, optimiser, mesh)
+        state = fused.shapes(config, environment, agent, optimizer, mesh)
         count = min(config.train.log_every, rl_config.count_updates(config))
-        program = environment, agent, optimiser, config, state, count, mesh
+        program = environment, agent, optimizer, config, state, count, mesh
         return RunPrograms(
             {
                 'parameters': state.learner.params,
-                'optimiser': state.learner.opt_state,
+                'optimizer': state.learner.opt_state,
                 'other': (state.learner.statistics, state.actor),
             },
             mesh,
@@ -161,16 +161,16 @@ def _rl(config: ml_collections.ConfigDict, devices: Devices) -> RunPrograms:
             ),
         )
     mesh = sharding.make_mesh(1, config.train.batch, shape=config.train.mesh, devices=devices)
-    update = actors_loop.learner_update(agent, optimiser, rl.get_hyperparameters(config), mesh)
+    update = actors_loop.learner_update(agent, optimizer, rl.get_hyperparameters(config), mesh)
     return RunPrograms(
         {
-            'parameters': of_learner.params,
-            'optimiser': of_learner.opt_state,
-            'other': of_learner.statistics,
+            'parameters': learner_state.params,
+            'optimizer': learner_state.opt_state,
+            'other': learner_state.statistics,
         },
         mesh,
         1,
-        lambda: actors_loop.lower_update(update, of_learner, trajectory, mesh).compile(),
+        lambda: actors_loop.lower_update(update, learner_state, trajectory, mesh).compile(),
     )
 
 
@@ -184,7 +184,7 @@ def _fit(config: ml_collections.ConfigDict, devices: Devices) -> RunPrograms:
     saved = placement.gathered_shapes(state, len(config.seeds))
     evaluate = placement.shard_map_seeds(functools.partial(train_fit.evaluate, problem), mesh)
     return RunPrograms(
-        {'parameters': saved.params, 'optimiser': saved.opt_state, 'other': saved.step},
+        {'parameters': saved.params, 'optimizer': saved.opt_state, 'other': saved.step},
         mesh,
         count,
         functools.partial(train_fit.compile_steps, *program),

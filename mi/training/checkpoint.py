@@ -1,15 +1,15 @@
-"""Checkpoints that a run can be continued from bit for bit, or not at all.
+"""Verified checkpoints: a run continues from one bit for bit, or not at all.
 
     checkpoints/00000500/state/          the arrays, by orbax
-    checkpoints/00000500/meta.json       step, what its arrays are, and what the loop adds
+    checkpoints/00000500/meta.json       step, dtypes and shapes, and values of the training loop
     checkpoints/00000500/manifest.json   SHA-256 of every file above
 
-Orbax restores flipped bits without a word, and a directory can be left half-written. So a step is
-written in a hidden directory, gets its manifest, and is renamed into place last; on restore every
-hash is compared, and a step that fails is set aside as NAME.damaged for the newest one that holds.
+Orbax restores flipped bits silently, and a killed process leaves a half-written directory.
+Therefore a step is written to a hidden directory, gets its manifest, and is renamed last. Restoring
+compares every hash. A damaged step is renamed to NAME.damaged, and the newest intact one is used.
 
-Of several processes (mi.training.sharding) each writes the arrays that it has, so that all have to
-call and see the same file system; the first one does everything else.
+Every process writes its own arrays; all of them have to call `save` and share a file system. The
+primary process does everything else.
 """
 
 import contextlib
@@ -37,15 +37,15 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-      directory: where they are, made on the first save.
-      keep: how many of the newest to keep. With fewer than 2 a damaged one has no predecessor.
+      directory: their directory; the first save creates it.
+      keep: number of checkpoints to keep. With fewer than 2, a damaged one has no predecessor.
     """
 
     def __init__(self, directory: str | os.PathLike[str], keep: int = 2):
         self._directory = pathlib.Path(directory).absolute()
         self._keep = keep
-        # What every device has is written by one of them: to share the writing, orbax would compile
-        # a program for each array that slices it.
+        # One device writes a replicated array. To share the writing, orbax would compile a program
+        # that slices it, for each array.
         handlers = ocp.type_handlers
         registry = handlers.create_type_handler_registry(
             (jax.Array, handlers.ArrayHandler(use_replica_parallel=False)),
@@ -55,7 +55,7 @@ class Checkpoints:
         self._orbax = ocp.AsyncCheckpointer(handler)
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        """Writes `state`, a tree of arrays, as the checkpoint of a step; returns when on disk."""
+        """Write a tree of arrays as the checkpoint of a step; return when it is on disk."""
         final = self._directory / f'{step:08d}'
         if sharding.broadcast_from_primary(
             final.exists()
@@ -67,7 +67,7 @@ class Checkpoints:
             if sharding.is_primary():
                 os.rename(saving, final)
         except BaseException as error:
-            if storage_failure(error):  # what is there of it would take what is left of the disk
+            if storage_failure(error):  # free the space that the incomplete checkpoint takes
                 shutil.rmtree(saving, ignore_errors=True)
             raise
         if sharding.is_primary():
@@ -76,26 +76,26 @@ class Checkpoints:
         sharding.barrier('checkpoint in place')
 
     def _write(self, saving: pathlib.Path, step: int, state: Any, meta: dict[str, Any]) -> None:
-        """Write everything of a checkpoint, in a hidden directory."""
+        """Write all files of a checkpoint to a hidden directory."""
         if sharding.is_primary():
             for leftover in self._directory.glob('.saving-*'):
                 shutil.rmtree(leftover)
             saving.mkdir(parents=True)
         sharding.barrier('checkpoint begun')
-        with _without_words_of_orbax():
+        with _silence_orbax():
             self._orbax.save(saving / 'state', args=ocp.args.PyTreeSave(state))
             self._orbax.wait_until_finished()
         sharding.barrier('checkpoint written')
         if sharding.is_primary():
-            meta = meta | {'step': step, 'arrays': _arrays(state)}
+            meta = meta | {'step': step, 'arrays': _describe_arrays(state)}
             (saving / 'meta.json').write_text(json.dumps(meta, indent=2, allow_nan=False) + '\n')
             manifest = {name: hash_file(saving / name) for name in _files(saving)}
             (saving / 'manifest.json').write_text(json.dumps(manifest, indent=2) + '\n')
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
-        """Restore the newest checkpoint whose every hash holds; None if there is none.
+        """Restore the newest intact checkpoint; return None if there is none.
 
-        For the run that holds the directory: damaged ones are set aside.
+        Only for the run that holds the directory, because it renames damaged checkpoints.
 
         Args:
           like: a tree of arrays with the shapes, dtypes and shardings to restore to.
@@ -104,15 +104,16 @@ class Checkpoints:
           (state, meta)
 
         Raises:
-          UserError: if there are checkpoints but none of them holds, or the newest good one is of
-            another model. Nothing is deleted.
+          UserError: if all checkpoints are damaged, or the newest intact one is of another model.
+            Nothing is deleted.
         """
-        step = sharding.broadcast_from_primary(self._mend() if sharding.is_primary() else 0)
+        newest = self._set_damaged_aside() if sharding.is_primary() else 0
+        step = sharding.broadcast_from_primary(newest)
         if step < 0:
             return None
         path = self._directory / f'{step:08d}'
-        meta = _meta(path)
-        _refuse_other(path, meta.pop('arrays'), _arrays(like))
+        meta = _read_meta(path)
+        _refuse_other_model(path, meta.pop('arrays'), _describe_arrays(like))
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         restore = ocp.args.PyTreeRestore(
             item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
@@ -120,44 +121,44 @@ class Checkpoints:
         return self._orbax.restore(path / 'state', args=restore), meta
 
     def newest(self) -> tuple[pathlib.Path, dict[str, Any]]:
-        """Return the newest checkpoint whose every hash holds, and its meta.
+        """Return the path of the newest intact checkpoint, and its meta.
 
-        For those who only read, perhaps while the run goes on: damaged ones stay where they are.
+        Safe while the run is writing: it does not rename damaged checkpoints.
 
         Raises:
-          UserError: if there is none, or none of them holds.
+          UserError: if there is no checkpoint, or all are damaged.
         """
         paths: list[pathlib.Path] = []
-        while paths != (paths := self._steps()):  # the run may clear one away that is looked at
-            for passed, path in enumerate(paths):
-                wrong = find_damage(path)
-                if not wrong:
-                    if passed:
-                        _say(f'{path.name} is taken instead of the newest')
-                    return path, _meta(path)
+        while paths != (paths := self._steps()):  # the run may delete one meanwhile
+            for age, path in enumerate(paths):
+                damage = find_damage(path)
+                if not damage:
+                    if age:
+                        _warn(f'{path.name} is used instead of the newest')
+                    return path, _read_meta(path)
                 if path.exists():
-                    _say(f'checkpoint {path} is damaged ({wrong})')
-        if paths or self._set_aside():
-            raise UserError(self._none_is_whole())
+                    _warn(f'checkpoint {path} is damaged ({damage})')
+        if paths or self._damaged():
+            raise UserError(self._all_damaged_message())
         raise UserError(f'{self._directory.parent} has no checkpoint yet: train it first')
 
     def restore_part(self, path: pathlib.Path, part: str, like: Any) -> Any:
-        """Restore one part of a checkpoint's state, whatever the rest of it is.
+        """Restore one part of a checkpoint's state and ignore the rest.
 
         Args:
           path: from `newest`.
-          part: which one, as 'learner.params'.
-          like: its arrays, with the shapes, dtypes and shardings to restore to.
+          part: path of fields, such as 'learner.params'.
+          like: the part, with the shapes, dtypes and shardings to restore to.
 
         Raises:
-          UserError: if it is of another model.
+          UserError: if the checkpoint is of another model.
         """
         arrays = {
             name.removeprefix(f'.{part}'): shape
-            for name, shape in _meta(path)['arrays'].items()
+            for name, shape in _read_meta(path)['arrays'].items()
             if name.startswith(f'.{part}[') or name == f'.{part}'
         }
-        _refuse_other(path, arrays, _arrays(like))
+        _refuse_other_model(path, arrays, _describe_arrays(like))
         tree = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         for name in reversed(part.split('.')):
             tree = {name: tree}
@@ -172,82 +173,85 @@ class Checkpoints:
             restored = restored[name]
         return restored
 
-    def _mend(self) -> int:
-        """Set damaged checkpoints aside and return the newest step that holds; −1 without any."""
+    def _set_damaged_aside(self) -> int:
+        """Rename damaged checkpoints and return the newest intact step; −1 if there is none."""
         for path in self._steps():
-            wrong = find_damage(path)
-            if not wrong:
+            damage = find_damage(path)
+            if not damage:
                 return int(path.name)
             aside = _free_name(path)
             os.rename(path, aside)
-            _say(
-                f'checkpoint {path} is damaged ({wrong}); it is kept as {aside.name} and the run '
-                f'goes on from the one before'
+            _warn(
+                f'checkpoint {path} is damaged ({damage}); it is kept as {aside.name} and the run '
+                f'continues from the previous one'
             )
-        if self._set_aside():
-            raise UserError(self._none_is_whole())
+        if self._damaged():
+            raise UserError(self._all_damaged_message())
         return -1
 
-    def _set_aside(self) -> list[pathlib.Path]:
+    def _damaged(self) -> list[pathlib.Path]:
         return list(self._directory.glob('*.damaged*'))
 
-    def _none_is_whole(self) -> str:
-        kept = '; they are kept as *.damaged' if self._set_aside() else ''
+    def _all_damaged_message(self) -> str:
+        suffix = '; they are kept as *.damaged' if self._damaged() else ''
         return (
-            f'no checkpoint in {self._directory} is whole{kept}: restore one from a backup, or '
-            f'name another --workdir to start afresh'
+            f'no checkpoint in {self._directory} is intact{suffix}: restore one from a backup, '
+            f'or name another --workdir to start over'
         )
 
     def _steps(self) -> list[pathlib.Path]:
-        """The directories of the steps in place, newest first."""
-        found = [path for path in self._directory.glob('*') if path.name.isdigit()]
-        return sorted(found, key=lambda path: int(path.name), reverse=True)
+        """Return the directories of the checkpoints, newest first."""
+        paths = [path for path in self._directory.glob('*') if path.name.isdigit()]
+        return sorted(paths, key=lambda path: int(path.name), reverse=True)
 
 
 def hash_file(file: pathlib.Path) -> str:
-    """SHA-256 of a file's bytes, as hex."""
+    """Return the SHA-256 of a file as hexadecimal text."""
     with open(file, 'rb') as stream:
         return hashlib.file_digest(stream, 'sha256').hexdigest()
 
 
-def _meta(path: pathlib.Path) -> dict[str, Any]:
+def _read_meta(path: pathlib.Path) -> dict[str, Any]:
     return json.loads((path / 'meta.json').read_text())
 
 
-def _refuse_other(path: pathlib.Path, before: dict[str, str], now: dict[str, str]) -> None:
-    """Refuse a checkpoint whose arrays are not those that are asked for."""
-    changed = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
+def _refuse_other_model(
+    path: pathlib.Path, saved: dict[str, str], expected: dict[str, str]
+) -> None:
+    """Refuse a checkpoint whose arrays differ from the expected ones."""
+    names = sorted(saved | expected)
+    changed = [name for name in names if saved.get(name) != expected.get(name)]
     if changed:
         name, absent = changed[0], 'absent'
         raise UserError(
-            f'checkpoint {path} is of another model: {name} was {before.get(name, absent)} '
-            f'and is {now.get(name, absent)}; was the code changed since? Name another --workdir'
+            f'checkpoint {path} is of another model: {name} was {saved.get(name, absent)} and is '
+            f'{expected.get(name, absent)} now; did the code change since? Name another --workdir'
         )
 
 
 @contextlib.contextmanager
-def _without_words_of_orbax() -> Iterator[None]:
-    """Keep orbax from logging a traceback from each of its threads: it raises the error too."""
+def _silence_orbax() -> Iterator[None]:
+    """Suppress the traceback that each thread of orbax logs; orbax raises the error too."""
 
-    def is_ours(record: stdlib_logging.LogRecord) -> bool:
+    def is_not_orbax(record: stdlib_logging.LogRecord) -> bool:
         return 'orbax' not in record.pathname
 
     logger = logging.get_absl_logger()
-    logger.addFilter(is_ours)
+    logger.addFilter(is_not_orbax)
     try:
         yield
     finally:
-        logger.removeFilter(is_ours)
+        logger.removeFilter(is_not_orbax)
 
 
-def _say(line: str) -> None:
+def _warn(line: str) -> None:
     print(f'warning: {line}', file=sys.stderr)
 
 
-def _arrays(tree: Any) -> dict[str, str]:
-    """Name of each array of a tree → its dtype and shape, in words."""
+def _describe_arrays(tree: Any) -> dict[str, str]:
+    """Return the name of each array → its dtype and shape, such as 'float32[2, 3]'."""
     leaves, _ = jax.tree.flatten_with_path(tree)
-    return {jax.tree_util.keystr(path): f'{a.dtype}{list(a.shape)}' for path, a in leaves}
+    return {jax.tree_util.keystr(path): f'{leaf.dtype}{list(leaf.shape)}' for path, leaf in leaves}
 
 
 def _files(path: pathlib.Path) -> list[str]:
@@ -255,7 +259,7 @@ def _files(path: pathlib.Path) -> list[str]:
 
 
 def find_damage(path: pathlib.Path) -> str:
-    """What is wrong with a checkpoint, '' if nothing is."""
+    """Return what is wrong with a checkpoint, '' if it is intact."""
     try:
         manifest = json.loads((path / 'manifest.json').read_text())
     except FileNotFoundError:
@@ -265,7 +269,7 @@ def find_damage(path: pathlib.Path) -> str:
     for name, expected in manifest.items():
         try:
             if hash_file(path / name) != expected:
-                return f'{name} has another SHA-256 than when it was written'
+                return f'{name} does not match its SHA-256'
         except FileNotFoundError:
             return f'{name} is missing'
     return ''
@@ -276,4 +280,4 @@ def _free_name(path: pathlib.Path) -> pathlib.Path:
         aside = path.with_name(f'{path.name}.damaged' + (f'-{i}' if i > 1 else ''))
         if not aside.exists():
             return aside
-    raise UserError(f'{path.parent} holds 999 damaged copies of {path.name}; clear them away')
+    raise UserError(f'{path.parent} holds 999 damaged copies of {path.name}; delete them')

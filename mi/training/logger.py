@@ -1,8 +1,8 @@
-"""What a run measured: files for machines, one line for the person who waits.
+"""The logger of a run: metric files, TensorBoard, a tracker, and a progress line.
 
-metrics.jsonl   what was learnt, {"step", "seed", "split", …}: the same bits on every run
-timing.jsonl    what it took here, {"step", "seconds", "tokens_per_second"}: never the same
-tensorboard/    a copy of both, and another one where config.tracker says (mi.training.trackers)
+metrics.jsonl   results, {"step", "seed", "split", …}: bit-equal on every run
+timing.jsonl    speed, {"step", "seconds", "tokens_per_second"}: different on every run
+tensorboard/    a copy of both; config.tracker names another one (mi.training.trackers)
 """
 
 import collections
@@ -31,21 +31,21 @@ from mi.training.trackers import Tracker
 
 Record = dict[str, Any]  # name → value
 
-LOWER = 'Lower config.optim.learning_rate or config.optim.clip_norm'
+ADVICE = 'Lower config.optim.learning_rate or config.optim.clip_norm'
 
 
 class MetricsWriter:
-    """Writes the metrics of one run.
+    """The writer of the metrics of one run.
 
     Args:
       path: the run directory.
-      position: length in bytes at which metrics.jsonl is continued; what a killed run wrote after
-        its last checkpoint is cut off, because the continued run writes it again.
-      step: the step that is continued from.
-      tracker: what gets a copy beside TensorBoard; closed with the files.
+      position: bytes of metrics.jsonl to keep. Records after it were written by a killed run after
+        its last checkpoint; they are cut, because the continued run writes them again.
+      step: the step of the checkpoint.
+      tracker: receives a copy beside TensorBoard; closed with the files.
 
     Raises:
-      UserError: if metrics.jsonl has no line that ends at `position`. It is left as it is.
+      UserError: if no line of metrics.jsonl ends at `position`. The file does not change.
     """
 
     def __init__(
@@ -57,16 +57,18 @@ class MetricsWriter:
     ):
         self._tracker = tracker
         _refuse_cut(path / 'metrics.jsonl', position)
-        self._told = collections.Counter[tuple[Any, ...]]()
+        # Records that the tracker received before the run was killed.
+        self._tracked = collections.Counter[tuple[Any, ...]]()
         if tracker and tracker.continued:
-            self._told = _written_since(path, position, step)
+            self._tracked = _count_records_since(path, position, step)
+        # Open the files; an error closes those that are open.
         with contextlib.ExitStack() as stack:
             self._metrics = stack.enter_context(open(path / 'metrics.jsonl', 'ab'))
             self._metrics.truncate(position)
-            self._metrics.seek(0, os.SEEK_END)  # or `tell` is where the file ended before
+            self._metrics.seek(0, os.SEEK_END)  # truncate does not move `tell`
             self._timing = stack.enter_context(open(path / 'timing.jsonl', 'ab'))
             self._timing.truncate(complete_size(path / 'timing.jsonl'))
-            # The step itself is shown anew, as part of it may come after the checkpoint.
+            # Repeat the step of the checkpoint: part of it may have come after the checkpoint.
             self._tensorboard = TensorBoard(path / 'tensorboard', step if position else 0)
             stack.callback(self._tensorboard.close)
             for record in _records(path / 'metrics.jsonl', 0, position):
@@ -80,9 +82,9 @@ class MetricsWriter:
             self._files = stack.pop_all()
 
     def write(self, step: int, seed: int, split: str, values: Mapping[str, Any]) -> None:
-        """One record of a seed's metrics; None for a value that has no meaning here.
+        """Write one record of a seed's metrics; None for a value that is undefined here.
 
-        What is not a number, such as how an evaluation was done, goes to the file alone.
+        Values that are not numbers, such as the protocol of an evaluation, only go to the file.
         """
         record = {'step': step, 'seed': seed, 'split': split, **values}
         self._metrics.write(json.dumps(record, allow_nan=False).encode() + b'\n')
@@ -90,7 +92,7 @@ class MetricsWriter:
         self._copy(step, _scalars(record), (step, seed, split))
 
     def write_timing(self, step: int, values: Mapping[str, float]) -> None:
-        """One record of what the steps since the last one took."""
+        """Write one record of the time that the steps since the last record took."""
         record = {'step': step, **values}
         self._timing.write(json.dumps(record, allow_nan=False).encode() + b'\n')
         self._timing.flush()
@@ -98,13 +100,13 @@ class MetricsWriter:
 
     def _copy(self, step: int, values: dict[str, float], record: tuple[Any, ...]) -> None:
         self._tensorboard.write(step, values)
-        if self._told[record] > 0:  # before the run was killed
-            self._told[record] -= 1
+        if self._tracked[record] > 0:
+            self._tracked[record] -= 1
         elif self._tracker and values:
             self._tracker.write(step, values)
 
     def position(self) -> int:
-        """Length of metrics.jsonl in bytes, all of it on disk: what a checkpoint remembers."""
+        """Flush metrics.jsonl to disk and return its size in bytes, for a checkpoint."""
         os.fsync(self._metrics.fileno())
         self._tensorboard.flush()
         return self._metrics.tell()
@@ -114,22 +116,22 @@ class MetricsWriter:
 
 
 class TensorBoard:
-    """Scalars for TensorBoard, written by the caller's thread.
+    """A writer of TensorBoard scalars that writes in the caller's thread.
 
-    tensorboardX's own SummaryWriter hands them to a thread, which can neither be waited for when a
-    checkpoint is saved nor say that the disk is full.
+    tensorboardX's SummaryWriter hands them to a thread. A checkpoint cannot wait for that thread,
+    and it cannot report a full disk.
 
     Args:
-      path: the directory of the event files; one more is made.
-      first: the first step that is written; what earlier files have from there on is hidden.
+      path: the directory of the event files; the writer adds one.
+      first: the first step to write. TensorBoard hides earlier files' events from this step on.
     """
 
     def __init__(self, path: pathlib.Path, first: int):
         path.mkdir(exist_ok=True)
-        again = any(path.iterdir())
-        suffix = f'.{time.time_ns()}'  # two within a second have names of their own, in order
+        has_events = any(path.iterdir())
+        suffix = f'.{time.time_ns()}'  # unique and ordered, even within one second
         self._events = EventsWriter(str(path / 'events'), suffix)
-        if again:
+        if has_events:
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self._events.write_event(self._event(first, session_log=start))
 
@@ -140,7 +142,7 @@ class TensorBoard:
             self._events.write_event(self._event(step, summary=summary))
 
     def flush(self) -> None:
-        """Return when all is on disk."""
+        """Wait until all events are on disk."""
         self._events.flush()
 
     def close(self) -> None:
@@ -150,31 +152,31 @@ class TensorBoard:
         return event_pb2.Event(wall_time=time.time(), step=step, **content)
 
 
-def _written_since(
+def _count_records_since(
     path: pathlib.Path, position: int, step: int
 ) -> collections.Counter[tuple[Any, ...]]:
-    """Which records the files have beyond a checkpoint: a tracker was told them already."""
-    told = collections.Counter[tuple[Any, ...]]()
+    """Count the records after a checkpoint, which a tracker has received already."""
+    counts = collections.Counter[tuple[Any, ...]]()
     for record in _records(path / 'metrics.jsonl', position):
-        told[record['step'], record['seed'], record['split']] += 1
+        counts[record['step'], record['seed'], record['split']] += 1
     for record in _records(path / 'timing.jsonl'):
         if record['step'] > step or position == 0:
-            told[record['step'],] = 1
-    return told
+            counts[record['step'],] = 1
+    return counts
 
 
 def _records(file: pathlib.Path, start: int = 0, end: int | None = None) -> list[Record]:
-    """The records of the whole lines between two positions of a file."""
+    """Return the records of the complete lines between two positions of a file."""
     records = []
     content = file.read_bytes() if file.exists() else b''
     for line in content[start : complete_size(file) if end is None else end].splitlines():
-        with contextlib.suppress(ValueError):  # whoever reads the file will say what is wrong
+        with contextlib.suppress(ValueError):  # the report names broken lines
             records.append(json.loads(line))
     return records
 
 
 def _scalars(record: Record) -> dict[str, float]:
-    """The numbers of a record, by the names that they have outside of the file."""
+    """Return the numbers of a record by their names in TensorBoard and trackers."""
     split, seed = record['split'], record['seed']
     return {
         f'{split}/{name}/seed{seed}': value
@@ -188,35 +190,35 @@ def _timings(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _refuse_cut(file: pathlib.Path, position: int) -> None:
-    """Refuses a file that was cut: `truncate` would fill it up with zeros to the position."""
+    """Refuse a truncated file: `truncate` would pad it with zeros up to the position."""
     if position == 0:
         return
     size = file.stat().st_size if file.exists() else 0
-    mend = 'restore it, or name another --workdir'
+    advice = 'restore it, or name another --workdir'
     if size < position:
-        raise UserError(f'{file} has {size} bytes and the checkpoint needs {position}; {mend}')
+        raise UserError(f'{file} has {size} bytes and the checkpoint needs {position}; {advice}')
     with open(file, 'rb') as stream:
         stream.seek(position - 1)
         if stream.read(1) != b'\n':
             raise UserError(
-                f'{file} has no line that ends at byte {position}, where the checkpoint goes on; '
-                f'{mend}'
+                f'{file} has no line that ends at byte {position}, where the checkpoint continues; '
+                f'{advice}'
             )
 
 
 def find_records_end(path: pathlib.Path, position: int, step: int, count: int) -> int | None:
-    """Return where the `count` records of a step end that begin at a position of metrics.jsonl.
+    """Return the end of the `count` records of a step that start at a position of metrics.jsonl.
 
-    Where an evaluation comes after the checkpoint of its step, this says whether it was finished.
+    An evaluation that follows the checkpoint of its step is complete if all its records exist.
 
     Args:
       path: the run directory.
-      position: in bytes; that of the checkpoint.
-      step: of the records.
-      count: how many there are to be.
+      position: of the checkpoint, in bytes.
+      step: the step of the records.
+      count: the expected number of records.
 
     Returns:
-      None if one of them is missing or cut.
+      The end in bytes, or None if a record is missing or truncated.
     """
     if count == 0:
         return position
@@ -233,31 +235,34 @@ def find_records_end(path: pathlib.Path, position: int, step: int, count: int) -
 
 
 def refuse_non_finite(seeds: Sequence[int], step: int, measured: dict[str, np.ndarray]) -> None:
-    """Ends a run that has gone wrong, before anything of it is saved.
+    """Raise an error for metrics that are not finite, before a checkpoint is saved.
 
     Args:
-      seeds: those of the leading axis.
+      seeds: the seeds of axis S.
       step: number of steps or updates.
-      measured: name → [S].
+      measured: name → values [S].
+
+    Raises:
+      UserError: which metric, of which seed.
     """
     for name, value in measured.items():
         if not np.isfinite(value).all():
             seed = seeds[int(np.argmin(np.isfinite(value)))]
             raise UserError(
-                f'{name} of seed {seed} is not finite by step {step}; nothing of that is saved. '
-                f'{LOWER}'
+                f'{name} of seed {seed} is not finite by step {step}; that state is not saved. '
+                f'{ADVICE}'
             )
 
 
 def refuse_broken_state(seeds: Sequence[int], step: int, parts: Mapping[str, Any]) -> None:
-    """Refuse a state that no training can go on from, before it is saved.
+    """Refuse a state from which training cannot continue, before it is saved.
 
-    All numbers have to be finite, and those of 'parameters' small enough for their squares to be.
+    All numbers have to be finite, and the squares of the 'parameters' too.
 
     Args:
-      seeds: those of the leading axis of every array, which may be split, and padded with repeats
-        in their order.
-      step: the one that the state comes after.
+      seeds: the seeds of the leading axis of every array. The axis may be sharded, and padded with
+        repeats in the order of the seeds.
+      step: the last step of the state.
       parts: name → tree of arrays.
 
     Raises:
@@ -265,34 +270,37 @@ def refuse_broken_state(seeds: Sequence[int], step: int, parts: Mapping[str, Any
     """
     for name, tree in parts.items():
         limit = math.sqrt(np.finfo(np.float32).max) if name == 'parameters' else math.inf
-        sound = np.ones(len(seeds), bool)
+        # Check the shards of this process, seed by seed.
+        is_sound = np.ones(len(seeds), bool)
         for leaf in jax.tree.leaves(tree):
             if jnp.issubdtype(leaf.dtype, jnp.inexact):
                 for shard in leaf.addressable_shards:
-                    numbers = np.arange(leaf.shape[0] if leaf.ndim else 1)
-                    places = numbers[shard.index[:1]] % len(seeds)
+                    rows = np.arange(leaf.shape[0] if leaf.ndim else 1)
+                    places = rows[shard.index[:1]] % len(seeds)
                     size = np.abs(np.asarray(shard.data)).reshape(len(places), -1)
-                    np.logical_and.at(sound, places, (size < limit).all(1))  # NaN is not
-        broken = [sharding.any_process(not each) for each in sound]
-        if any(broken):
-            what = f'an entry of the {name}' + (', or its square,' if name == 'parameters' else '')
+                    np.logical_and.at(is_sound, places, (size < limit).all(1))  # False for NaN
+        # Agree on it with the other processes.
+        is_broken = [sharding.any_process(not sound) for sound in is_sound]
+        if any(is_broken):
+            seed = seeds[is_broken.index(True)]
+            suffix = ', or its square,' if name == 'parameters' else ''
             raise UserError(
-                f'{what} of seed {seeds[broken.index(True)]} is not finite by step {step}; nothing '
-                f'of that is saved. {LOWER}'
+                f'an entry of the {name}{suffix} of seed {seed} is not finite by step {step}; '
+                f'that state is not saved. {ADVICE}'
             )
 
 
 class Progress:
-    """One line with step, rate, time left and the last loss; plain lines where no terminal is.
+    """A line with step, rate, time left and the last loss; plain lines without a terminal.
 
     Args:
       total: number of steps.
-      done: steps done before.
-      every: seconds between two plain lines.
+      done: finished steps of a continued run.
+      interval: seconds between two plain lines.
     """
 
-    def __init__(self, total: int, done: int = 0, every: float = 15.0):
-        self._total, self._first, self._every = total, done, every
+    def __init__(self, total: int, done: int = 0, interval: float = 15.0):
+        self._total, self._first, self._interval = total, done, interval
         self._console = rich.console.Console(stderr=True)
         self._start = self._last_line = time.monotonic()
         self._bar: rich.progress.Progress | None = None
@@ -310,14 +318,15 @@ class Progress:
             self._bar.start()
 
     def update(self, step: int, note: str, rate: str) -> None:
+        """Show a step; plain lines appear at the interval and at the last step."""
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, note=note, rate=rate)
             return
         now = time.monotonic()
-        if now - self._last_line >= self._every or step == self._total:
+        if now - self._last_line >= self._interval or step == self._total:
             per_step = (now - self._start) / max(1, step - self._first)
-            left = format_duration(per_step * (self._total - step))
-            self._console.print(f'step {step}/{self._total}  {note}  {rate}  {left} left')
+            time_left = format_duration(per_step * (self._total - step))
+            self._console.print(f'step {step}/{self._total}  {note}  {rate}  {time_left} left')
             self._last_line = now
 
     def close(self) -> None:
@@ -326,13 +335,16 @@ class Progress:
 
 
 class RunLogger(contextlib.AbstractContextManager['RunLogger']):
-    """The files and the line of one run; nothing at all in a process that does not write.
+    """The logger of one run: `MetricsWriter` and `Progress` in the process that writes.
+
+    Other processes only check that values are finite.
 
     Args:
       path: the run directory; None for a process that does not write.
       total: number of steps.
-      done: the step that is continued from.
-      position, tracker: as in `MetricsWriter`.
+      done: the step of the checkpoint.
+      position: as in `MetricsWriter`.
+      tracker: as in `MetricsWriter`.
     """
 
     def __init__(
@@ -347,7 +359,11 @@ class RunLogger(contextlib.AbstractContextManager['RunLogger']):
         self._progress = path and Progress(total, done)
 
     def write(self, step: int, seed: int, split: str, values: Mapping[str, Any]) -> None:
-        """Write a record as `MetricsWriter` does; a value that is not finite ends the run."""
+        """Write a record as `MetricsWriter.write` does.
+
+        Raises:
+          UserError: if a value is not finite; it ends the run.
+        """
         for name, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
                 refuse_non_finite([seed], step, {f'{name} ({split})': np.asarray([value])})
@@ -355,17 +371,17 @@ class RunLogger(contextlib.AbstractContextManager['RunLogger']):
             self._files.write(step, seed, split, values)
 
     def write_timing(self, step: int, values: Mapping[str, float]) -> None:
-        """As in `MetricsWriter`."""
+        """Write a record as `MetricsWriter.write_timing` does."""
         if self._files:
             self._files.write_timing(step, values)
 
     def show_progress(self, step: int, note: str, rate: str) -> None:
-        """Shows how far the run is."""
+        """Show the progress of the run."""
         if self._progress:
             self._progress.update(step, note, rate)
 
     def position(self) -> int:
-        """As in `MetricsWriter`."""
+        """Flush metrics.jsonl and return its size in bytes; 0 in a process that does not write."""
         return self._files.position() if self._files else 0
 
     def __exit__(self, *exception: object) -> None:

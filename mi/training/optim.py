@@ -20,7 +20,7 @@ OPTIMIZERS: dict[str, Constructor] = {
         config.b2,
         config.eps,
         weight_decay=config.weight_decay,
-        mask=_matrices,
+        mask=_is_matrix,
     ),
     'rmsprop': lambda config, rate: optax.rmsprop(  # TensorFlow's
         rate,
@@ -32,9 +32,9 @@ OPTIMIZERS: dict[str, Constructor] = {
     ),
     'sgd': lambda config, rate: optax.sgd(rate, momentum=config.b1 or None),
 }
-"""Config word → constructor: the config's section `optim` and the learning rate by step → optax.
+"""Name → constructor, which takes the section `optim` and the learning-rate schedule.
 
-A config file adds its own: `OPTIMIZERS['lion'] = lambda config, rate: optax.lion(rate)`.
+A config file can add one: `OPTIMIZERS['lion'] = lambda config, rate: optax.lion(rate)`.
 """
 
 WITHOUT_DECAY = ('adam', 'rmsprop', 'sgd')
@@ -48,16 +48,16 @@ SCHEMA: dict[str, Rule] = {
     'optim.final_scale': number(0, 1),
     'optim.clip_norm': number(0),
     'optim.weight_decay': number(0),
-    'optim.b1': number(0, below=1),  # with 1 a mean would never take anything in
+    'optim.b1': number(0, below=1),  # at 1 the mean would ignore the gradient
     'optim.b2': number(0, below=1),
     'optim.eps': number(0, exclusive=True),
 }
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The section `optim` with its defaults."""
+    """Return the section `optim` with its defaults."""
     config = ml_collections.ConfigDict()
-    config.name = 'adam'  # a word of OPTIMIZERS: adam, adamw, rmsprop, sgd
+    config.name = 'adam'  # a key of OPTIMIZERS: adam, adamw, rmsprop, sgd
     config.learning_rate = 1e-3  # after warm-up
     config.schedule = 'cosine'  # constant, cosine, linear, rsqrt
     config.warmup_steps = -1  # -1: 100, or a quarter of the run if that is less
@@ -78,8 +78,8 @@ def validate(config: ml_collections.ConfigDict, steps: int) -> None:
     """
     if config.warmup_steps >= steps:
         raise UserError(
-            f'config.optim.warmup_steps = {config.warmup_steps}: expected fewer than {steps}, the '
-            f'updates of the run. Try -1, which is at most a quarter of them'
+            f'config.optim.warmup_steps = {config.warmup_steps}: expected fewer than the {steps} '
+            f'updates of the run. Try -1, which takes at most a quarter of them'
         )
     if config.weight_decay and config.name in WITHOUT_DECAY:
         raise UserError(
@@ -89,22 +89,22 @@ def validate(config: ml_collections.ConfigDict, steps: int) -> None:
 
 
 def warmup_steps(config: ml_collections.ConfigDict, steps: int) -> int:
-    """Return the steps of the warm-up of a run of `steps` updates."""
+    """Return the number of warm-up steps in a run of `steps` updates."""
     return min(100, steps // 4) if config.warmup_steps < 0 else config.warmup_steps
 
 
 def schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
     """Return the learning rate by step, 0-based: linear warm-up, then the named decay.
 
-    The warm-up rises from peak / warm-up to the peak, which step `warmup` has. The last step,
-    steps − 1, has `final_scale` of the peak.
+    The warm-up rises from peak / warmup to the peak at step `warmup`. The last step, steps − 1, has
+    `final_scale` times the peak.
     """
     peak, warmup = config.learning_rate, warmup_steps(config, steps)
-    after = max(1, steps - 1 - warmup)
+    decay_steps = max(1, steps - 1 - warmup)
     decays = {
         'constant': optax.constant_schedule(peak),
-        'cosine': optax.cosine_decay_schedule(peak, after, config.final_scale),
-        'linear': optax.linear_schedule(peak, peak * config.final_scale, after),
+        'cosine': optax.cosine_decay_schedule(peak, decay_steps, config.final_scale),
+        'linear': optax.linear_schedule(peak, peak * config.final_scale, decay_steps),
         'rsqrt': lambda step: peak * (1 + jnp.maximum(step, 0) / max(1, warmup)) ** -0.5,
     }
     if warmup == 0:
@@ -114,9 +114,9 @@ def schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
-    """Return the optimizer of a run of `steps` updates.
+    """Return the optimizer of a run of `steps` updates, clipping included.
 
-    RMSProp is TensorFlow's: ε inside the square root, mean square starting at one.
+    RMSProp is TensorFlow's: ε is inside the square root, and the mean square starts at one.
     """
     rate = schedule(config, steps)
     transforms: list[optax.GradientTransformation] = []
@@ -126,10 +126,10 @@ def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.Gradi
     return optax.chain(*transforms)
 
 
-def _matrices(params: Any) -> Any:
-    """True for the leaves that weight decay applies to: all but biases and scales.
+def _is_matrix(params: Any) -> Any:
+    """Return True for the leaves with weight decay: all but biases and scales.
 
-    Biases of two axes are u and v [heads, d] of relative attention.
+    The biases u and v [heads, d] of relative attention have two axes.
     """
     return jax.tree.map_with_path(
         lambda path, leaf: leaf.ndim >= 2 and getattr(path[-1], 'key', None) not in ('u', 'v'),

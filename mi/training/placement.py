@@ -1,7 +1,7 @@
-"""Places seeds, or whatever else is independent, over devices that never communicate.
+"""Placement of independent seeds over devices that never communicate.
 
-As many seeds as there are devices, or any other number: where it does not divide, some seeds are
-repeated so that every device has the same number, and the repeats' results are dropped.
+The number of seeds is arbitrary. If the devices do not divide it, some seeds are repeated, so that
+every device has the same number, and the results of the repeats are dropped.
 """
 
 import math
@@ -17,14 +17,15 @@ from mi.training import sharding as training_sharding
 
 
 def seed_mesh(count: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Return a mesh that places `count` independent seeds, as evenly as they can be, over 'seed'.
+    """Return a mesh that places `count` independent seeds as evenly as possible over 'seed'.
 
-    The largest share of a device is ceil(count / devices). Several processes use every device, as
-    each of them has to run the program; one process uses no more than have a seed of their own.
+    No device has more than ceil(count / devices) seeds. Several processes use every device, because
+    each process has to run the program. One process only uses devices that get a seed.
 
     Args:
-      count: seeds, or whatever else is independent, such as pairs of a seed and a learning rate.
-      devices: all that there are, unless given.
+      count: number of seeds, or of other independent items such as pairs of a seed and a learning
+        rate.
+      devices: the devices; None for all that are present.
     """
     devices = jax.devices() if devices is None else devices
     shards = len(devices)
@@ -36,14 +37,14 @@ def seed_mesh(count: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 def seeds_per_device(count: int, devices: int) -> int:
-    """Return the most seeds that a device has where `count` of them are placed over devices."""
+    """Return the largest number of seeds on a device if `count` seeds are placed evenly."""
     return math.ceil(count / devices)
 
 
 def shard_map_seeds(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """Return the function of one seed, mapped over arrays [S, …] that `shard_seeds` has split.
+    """Return a function of one seed mapped over arrays [S, …] from `shard_seeds`.
 
-    Each device maps over its own seeds, so there is nothing to communicate.
+    Each device maps over its own seeds and does not communicate.
     """
     spec = PartitionSpec('seed')
     return jax.shard_map(
@@ -52,13 +53,13 @@ def shard_map_seeds(function: Callable[..., Any], mesh: Mesh) -> Callable[..., A
 
 
 def padded_indices(count: int, mesh: Mesh) -> np.ndarray:
-    """Return which seed is at each place of a split axis: all, then repeats up to even shares."""
+    """Return the index of the seed at each entry of a padded axis: all seeds, then repeats."""
     shards = mesh.shape['seed']
     return np.arange(shards * seeds_per_device(count, shards)) % count
 
 
 def shard_seeds(tree: Any, mesh: Mesh) -> Any:
-    """Split host arrays [S, …] over 'seed', padded with repeats; every process has all of them."""
+    """Shard host arrays [S, …] over 'seed', padded with repeats; every process passes all."""
     sharding = training_sharding.seed_sharding(mesh)
 
     def shard(array: np.ndarray) -> Array:
@@ -70,21 +71,21 @@ def shard_seeds(tree: Any, mesh: Mesh) -> Any:
 
 
 def gather_seeds(tree: Any, count: int) -> Any:
-    """Return arrays that are split over 'seed' as host arrays [S, …], on every process.
+    """Return arrays sharded over 'seed' as host arrays [S, …], on every process.
 
     Args:
-      tree: of arrays, all on the same mesh.
-      count: S; the repeats that `shard_seeds` has added are dropped.
+      tree: arrays on one mesh.
+      count: S, without the repeats that `shard_seeds` added.
     """
     if jax.process_count() > 1:
         mesh = jax.tree.leaves(tree)[0].sharding.mesh
         gather = jax.jit(_identity, out_shardings=training_sharding.replicated(mesh))
         tree = training_sharding.to_local(gather(tree))
-    return jax.tree.map(lambda a: a[:count], jax.device_get(tree))
+    return jax.tree.map(lambda array: array[:count], jax.device_get(tree))
 
 
 def gathered_shapes(tree: Any, count: int) -> Any:
-    """Return the shapes of what `gather_seeds` returns for arrays of these shapes."""
+    """Return the shapes that `gather_seeds` returns for arrays of these shapes."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct((count, *a.shape[1:]), a.dtype), tree)
 
 

@@ -1,4 +1,4 @@
-"""Lines on stderr while one long piece of work is under way, such as compiling or tokenizing."""
+"""Progress lines on stderr for long work, such as compiling or tokenizing."""
 
 import contextlib
 import sys
@@ -14,10 +14,10 @@ Item = TypeVar('Item')
 
 
 class Work(contextlib.AbstractContextManager['Work']):
-    """Reports a piece of work every `INTERVAL` seconds until it ends; shorter work is silent.
+    """A report on a piece of work, every `INTERVAL` seconds until it ends; short work is silent.
 
-    A thread writes the lines, so that they also come while the work is inside one call. Of several
-    processes the first alone writes.
+    A thread writes the lines, so that they also appear while the work is inside one call. Only the
+    primary process writes.
 
         with Work('compiling'):
             compiled = lowered.compile()
@@ -27,10 +27,10 @@ class Work(contextlib.AbstractContextManager['Work']):
                 work.done += len(piece)
 
     Args:
-      name: what is done, as 'compiling the training step'.
-      total: how much there is to do; 0 if unknown.
-      unit: what `total` counts, as it is written.
-      scale: how many of what `total` counts are one unit.
+      name: name of the work, such as 'compiling the training step'.
+      total: amount of work; 0 if unknown.
+      unit: name of the unit that the lines show.
+      scale: amount of work per unit.
     """
 
     def __init__(self, name: str, total: float = 0, unit: str = '', scale: float = 1):
@@ -41,20 +41,20 @@ class Work(contextlib.AbstractContextManager['Work']):
         self._start = 0.0
 
     def line(self, seconds: float) -> str:
-        """Return what is written after so many seconds: how far the work is, rate and time left."""
+        """Return the line after a number of seconds: amount done, rate and time left."""
         if not 0 < self.done < self._total:
             return f'{self._name} … {seconds:.0f} s so far'
         rate = self.done / seconds
         counts = (f'{count / self._scale:,.0f}' for count in (self.done, self._total))
-        left = format_duration((self._total - self.done) / rate)
+        time_left = format_duration((self._total - self.done) / rate)
         return (
             f'{self._name} … {" of ".join(counts)} {self._unit}, '
-            f'{rate / self._scale:,.1f} {self._unit}/s, {left} left'
+            f'{rate / self._scale:,.1f} {self._unit}/s, {time_left} left'
         )
 
     def __enter__(self) -> 'Work':
         self._start = time.monotonic()
-        # A program without jax, as the report, is one process, and does not wait for its import.
+        # A program without jax, such as the report, is one process and must not import it here.
         jax = sys.modules.get('jax')
         if jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0:
             self._thread = threading.Thread(target=self._report, daemon=True)
@@ -76,17 +76,17 @@ class Work(contextlib.AbstractContextManager['Work']):
 
 
 def work_if(is_long: bool, name: str) -> contextlib.AbstractContextManager[object]:
-    """Return the report of a piece of work that is long, such as the first of its kind."""
+    """Return `Work(name)` for long work, and a context that does nothing otherwise."""
     return Work(name) if is_long else contextlib.nullcontext()
 
 
 def _write(line: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # stderr may be closed; the work goes on
+    with contextlib.suppress(OSError, ValueError):  # a closed stderr must not stop the work
         print(line, file=sys.stderr, flush=True)
 
 
 def track(items: Iterable[Item], name: str, total: float, unit: str) -> Iterator[Item]:
-    """Yield the items, and report how many of `total` have been yielded as `Work` does."""
+    """Yield the items and report their number out of `total`, as `Work` does."""
     with Work(name, total, unit) as work:
         for item in items:
             yield item

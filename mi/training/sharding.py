@@ -1,14 +1,14 @@
-"""Several devices, in one process or in many, that divide the work: one mesh, three axes.
+"""Sharding of a run over devices and processes: one mesh with three axes.
 
     seed   seeds of a run, which never communicate
     data   rows of a batch
     fsdp   rows of a batch, and large parameters with their optimizer state
 
-A trainer's step runs under `jax.shard_map`: each device computes its own seeds and rows, and all
-communication is a named reduction of `mi.rows` or one of the collectives of `gather_params` and
-`mean_gradients`. The automatic partitioner never sees a batch, as it gathers the whole of it where
-[T, B] is flattened. All processes run the same program on the same config; the first alone writes
-to the run directory.
+A trainer's step runs under `jax.shard_map`: each device computes its own seeds and rows. All
+communication is explicit: the reductions of `mi.rows`, and the collectives of `gather_params` and
+`mean_gradients`. The automatic partitioner never sees a batch, because it would gather the full
+batch where [T, B] is flattened. All processes run the same program on the same config; only the
+primary process writes to the run directory.
 """
 
 import math
@@ -26,33 +26,32 @@ from mi.config import UserError
 from mi.rows import ROWS, mean_over_rows
 from mi.training import progress
 
-HEARTBEAT_SECONDS = 30  # seconds after which a process that is gone ends the others
+HEARTBEAT_SECONDS = 30  # a process that is silent for longer ends the others
 AXES = ('seed', 'data', 'fsdp')
-MIN_FSDP_SIZE = 2**12  # entries of the smallest array that 'fsdp' splits
+MIN_FSDP_SIZE = 2**12  # entries; smaller arrays are replicated over 'fsdp'
 
 
-def initialize(how: str) -> None:
-    """Makes this process one of several; before anything else of jax.
+def initialize(distributed: str) -> None:
+    """Connect this process to the others of its run; call it before any other function of jax.
 
     Args:
-      how: '' for a process on its own; 'auto' where jax finds the others by itself (Slurm, Open
-        MPI, Kubernetes, TPU); 'HOST:PORT,COUNT,INDEX' otherwise, with the address at which process
-        0 listens.
+      distributed: '' for a single process; 'auto' where jax detects the others (Slurm, Open MPI,
+        Kubernetes, TPU); otherwise 'HOST:PORT,COUNT,INDEX' with the address of process 0.
 
     Raises:
-      UserError: if it is none of these.
+      UserError: if the value has none of these forms.
     """
-    if not how:
+    if not distributed:
         return
-    if how == 'auto':
+    if distributed == 'auto':
         with progress.Work('waiting for the other processes'):
             jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
         return
-    match = re.fullmatch(r'([^,]+:\d+),(\d+),(\d+)', how)
+    match = re.fullmatch(r'([^,]+:\d+),(\d+),(\d+)', distributed)
     if match is None or int(match[3]) >= int(match[2]):
         raise UserError(
-            f"--distributed={how}: expected 'auto', or 'HOST:PORT,COUNT,INDEX' with INDEX from 0 "
-            f'to COUNT - 1'
+            f"--distributed={distributed}: expected 'auto', or 'HOST:PORT,COUNT,INDEX' with INDEX "
+            f'from 0 to COUNT - 1'
         )
     with progress.Work('waiting for the other processes'):
         jax.distributed.initialize(
@@ -61,32 +60,32 @@ def initialize(how: str) -> None:
 
 
 def is_primary() -> bool:
-    """Whether this is the process that writes; a process on its own is."""
+    """Return whether this process writes to the run directory; a single process does."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Returns when every process has come here."""
+    """Wait until every process has reached the barrier of this name."""
     with progress.Work(f'waiting for the other processes: {name}'):
         multihost_utils.sync_global_devices(name)
 
 
 def any_process(flag: bool) -> bool:
-    """Whether the flag is set in any process; all have to ask."""
+    """Return whether the flag is set in any process; all processes have to call it."""
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
 def sum_over_processes(number: int) -> int:
-    """The sum over all processes; all have to ask."""
+    """Return the sum of a number over all processes; all processes have to call it."""
     if jax.process_count() == 1:
         return number
     return int(np.sum(multihost_utils.process_allgather(np.asarray(number))))
 
 
 def broadcast_from_primary(number: int) -> int:
-    """The number that the first process has; all have to ask."""
+    """Return the number of the primary process; all processes have to call it."""
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.asarray(number)))
@@ -95,26 +94,23 @@ def broadcast_from_primary(number: int) -> int:
 def compile_fast(
     function: Callable[..., Any], *args: Any, level: int = 0, **options: Any
 ) -> jax.stages.Compiled:
-    """Compile a function with little optimization, for those that run once or not for long.
-
-    On CPU it is compiled at a level of optimization from 0 to 3, which is as much as others get. To
-    compile one that draws many truncated normals takes 20 seconds at 3 and 3 at 0, and to run it no
-    time at all. Level 1 takes 0.6 of the time to compile, and runs loops as fast as 3.
+    """Compile a function at a low optimization level, for functions that run once or briefly.
 
     Args:
-      function: any.
+      function: the function.
       *args: its arguments, or their shapes.
-      level: of optimization, on CPU.
-      **options: of `jax.jit`.
+      level: the optimization level on CPU, from 0 to 3; 3 is XLA's default. Level 1 runs loops as
+        fast as 3.
+      **options: options of `jax.jit`.
     """
-    quick: dict[str, str | bool] = {}
+    compiler_options: dict[str, str | bool] = {}
     if jax.default_backend() == 'cpu':
-        quick['xla_backend_optimization_level'] = str(level)
-    return jax.jit(function, **options).lower(*args).compile(compiler_options=quick)
+        compiler_options['xla_backend_optimization_level'] = str(level)
+    return jax.jit(function, **options).lower(*args).compile(compiler_options=compiler_options)
 
 
 def jit_once(function: Callable[..., Any], *args: Any, out_shardings: Any = None) -> Any:
-    """Return the result of a function that is run this one time, as those that draw parameters."""
+    """Return function(*args), compiled at a low optimization level: it suits initializers."""
     return compile_fast(function, *args, out_shardings=out_shardings)(*args)
 
 
@@ -127,26 +123,26 @@ def make_mesh(
 ) -> Mesh:
     """Return a mesh [seed, data, fsdp] of all devices, or of as many as divide the work evenly.
 
-    Of the meshes that use the most devices, the one with the most seeds apart is taken, as seeds
-    need no communication.
+    Of the meshes that use the most devices, it takes the one that shards the most over 'seed',
+    because seeds need no communication.
 
     Args:
-      seeds: how many are trained at once.
+      seeds: number of seeds that train simultaneously.
       batch: rows of a seed's batch.
-      fsdp: devices that share one copy of the parameters, fewer where there are not as many.
-      shape: `config.train.mesh`, to set all three axes; () for what is said above.
-      devices: all of them if None; those of a topology's description to compile for it.
+      fsdp: devices that share one copy of the parameters; fewer if there are fewer devices.
+      shape: `config.train.mesh`, which sets all three axes; () to choose them.
+      devices: the devices; None for all that are present.
 
     Raises:
-      UserError: if the devices cannot share the work so, or, with several processes, if some
-        devices would have none.
+      UserError: if the devices cannot divide the work, or if some devices of several processes
+        would be idle.
     """
     devices = jax.devices() if devices is None else devices
     shape = choose_mesh_shape(seeds, batch, fsdp, shape, len(devices))
     count = math.prod(shape)
     if count < len(devices) and len({device.process_index for device in devices}) > 1:
         raise UserError(
-            f'config.train.batch = {batch} and {seeds} seeds employ {count} of {len(devices)} '
+            f'config.train.batch = {batch} and {seeds} seeds use {count} of {len(devices)} '
             f'devices: with several processes, expected all. Try a multiple of {len(devices)}'
         )
     return jax.make_mesh(
@@ -157,19 +153,21 @@ def make_mesh(
 def choose_mesh_shape(
     seeds: int, batch: int, fsdp: int, shape: Sequence[int], devices: int
 ) -> tuple[int, ...]:
-    """Return the shape of the `make_mesh` that so many devices have, without asking for any.
+    """Return the shape of `make_mesh` for a number of devices, which need not be present.
 
     Raises:
-      UserError: if the devices cannot share the work so.
+      UserError: if the devices cannot divide the work.
     """
     if not shape:
-        return _largest(seeds, batch, fsdp, devices)
+        return _choose_largest_shape(seeds, batch, fsdp, devices)
     shape = tuple(shape)
     key = f'config.train.mesh = {shape}'
     if math.prod(shape) > devices:
-        raise UserError(f'{key}: expected a product of at most {devices}, the devices')
+        raise UserError(f'{key}: expected a product of at most {devices}, the number of devices')
     if seeds % shape[0]:
-        raise UserError(f'{key}: expected first a divisor of {seeds}, the number of config.seeds')
+        raise UserError(
+            f'{key}: expected the first entry to divide {seeds}, the number of config.seeds'
+        )
     if batch % (shape[1] * shape[2]):
         raise UserError(
             f'{key}: expected data · fsdp to divide {batch}, the rows of config.train.batch'
@@ -177,7 +175,7 @@ def choose_mesh_shape(
     return shape
 
 
-def _largest(seeds: int, batch: int, fsdp: int, devices: int) -> tuple[int, int, int]:
+def _choose_largest_shape(seeds: int, batch: int, fsdp: int, devices: int) -> tuple[int, int, int]:
     if devices < fsdp:
         fsdp = math.gcd(fsdp, devices)
     if batch % fsdp:
@@ -186,53 +184,53 @@ def _largest(seeds: int, batch: int, fsdp: int, devices: int) -> tuple[int, int,
             f'config.train.batch'
         )
 
-    def split(seed_shards: int) -> tuple[int, int, int]:
-        most = devices // (seed_shards * fsdp)
-        data = max(n for n in range(1, most + 1) if batch % (n * fsdp) == 0)
+    def fill(seed_shards: int) -> tuple[int, int, int]:
+        max_data = devices // (seed_shards * fsdp)
+        data = max(n for n in range(1, max_data + 1) if batch % (n * fsdp) == 0)
         return seed_shards, data, fsdp
 
-    most_apart = min(seeds, devices // fsdp)
-    shapes = [split(n) for n in range(1, most_apart + 1) if seeds % n == 0]
+    max_seed_shards = min(seeds, devices // fsdp)
+    shapes = [fill(n) for n in range(1, max_seed_shards + 1) if seeds % n == 0]
     return max(shapes, key=lambda shape: (math.prod(shape), shape[0]))
 
 
 def platform(mesh: Mesh) -> str:
-    """Return 'cpu', 'gpu' or 'tpu': what the devices of a mesh are, present or only described."""
+    """Return the platform of a mesh, present or only described: 'cpu', 'gpu' or 'tpu'."""
     name: str = mesh.devices.flat[0].platform
     return 'gpu' if name in ('cuda', 'rocm') else name
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of what every device has whole."""
+    """Return the sharding of arrays that every device holds in full."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def seed_sharding(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of [S, …] whose seeds are split."""
+    """Return the sharding of arrays [S, …] over 'seed'."""
     return NamedSharding(mesh, PartitionSpec('seed'))
 
 
 def metrics_sharding(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of numbers [S] that every process reads: split by seed within one."""
+    """Return the sharding of metrics [S] that every process reads."""
     return replicated(mesh) if mesh.is_multi_process else seed_sharding(mesh)
 
 
 def batch_sharding(mesh: Mesh, axis: int, has_seeds: bool = False) -> NamedSharding:
-    """Return the sharding of […, B, …] whose rows, axis `axis`, are split.
+    """Return the sharding of arrays […, B, …] over the rows of the batch.
 
     Args:
       mesh: from `make_mesh`.
-      axis: that of the rows.
-      has_seeds: whether axis 0 is that of the seeds, and split as well.
+      axis: the axis B.
+      has_seeds: whether axis 0 holds the seeds and is sharded over 'seed'.
     """
-    first = ('seed',) if has_seeds else ()
-    return NamedSharding(mesh, PartitionSpec(*first, *[None] * (axis - len(first)), ROWS))
+    leading = ('seed',) if has_seeds else ()
+    return NamedSharding(mesh, PartitionSpec(*leading, *[None] * (axis - len(leading)), ROWS))
 
 
 def fsdp_sharding(tree: Any, mesh: Mesh) -> Any:
-    """Return the sharding of each parameter [S, …]: seeds split, large ones over 'fsdp' too.
+    """Return the sharding of each parameter [S, …]: over 'seed', and over 'fsdp' if it is large.
 
-    Of a large array the longest axis is split that 'fsdp' divides.
+    'fsdp' shards the longest axis that it divides.
 
     Args:
       tree: arrays of all seeds, or their shapes.
@@ -262,15 +260,15 @@ def partition_specs(shardings: Any) -> Any:
 
 
 def fsdp_specs(params: Any, mesh: Mesh) -> Any:
-    """Return the specs of parameters [S, …] for `gather_params`, None if 'fsdp' splits none."""
+    """Return the specs of parameters [S, …] for `gather_params`; None if 'fsdp' shards none."""
     return None if mesh.shape['fsdp'] == 1 else partition_specs(fsdp_sharding(params, mesh))
 
 
 def map_seeds(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """Return the function of one seed as one of the seeds that a device has, [S, …] each.
+    """Return a function of one seed mapped over the seeds of a device, [S, …].
 
-    On few cores the products of one seed fill them, and batched ones are 1.2 to 1.3 × slower: on a
-    CPU one seed follows the other.
+    On a CPU it loops over the seeds, because the products of one seed keep all cores busy and
+    batched products are slower. Elsewhere it is `jax.vmap`.
     """
     if platform(mesh) == 'cpu':
         return lambda *args: jax.lax.map(lambda row: function(*row), args)
@@ -278,30 +276,31 @@ def map_seeds(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
 
 
 def gather_params(params: Any, partition: Any) -> Any:
-    """Return the parameters of one seed whole, those that 'fsdp' splits by an all-gather each.
+    """Return the full parameters of one seed, with an all-gather of those sharded over 'fsdp'.
 
-    The gradient through it is a reduce-scatter: the sum over 'fsdp', split as the parameters are.
-    What is gathered is there until the backward pass has used it. To gather it again there, under
-    `jax.checkpoint`, was tried: on TPU it wrote z ⊗ x, which XLA else never does.
+    Its gradient is a reduce-scatter: the sum over 'fsdp', sharded as the parameters are. Gathered
+    parameters stay in memory until the backward pass has used them. Gathering them again there,
+    under `jax.checkpoint`, makes XLA materialize z ⊗ x on TPU.
 
     Args:
-      params: of one seed, what this device has of them.
-      partition: the `PartitionSpec` of each array of all seeds, [S, …]; None if none is split.
+      params: the shards of one seed's parameters on this device.
+      partition: the `PartitionSpec` of each array [S, …], from `fsdp_specs`; None if 'fsdp' shards
+        none of them.
     """
     if partition is None:
         return params
 
-    def whole(array: Array, spec: PartitionSpec) -> Array:
+    def gather(array: Array, spec: PartitionSpec) -> Array:
         if 'fsdp' not in spec:
             return array
         axis = spec.index('fsdp') - 1
         return jax.lax.all_gather(array, 'fsdp', axis=axis, tiled=True)
 
-    return jax.tree.map(whole, params, partition)
+    return jax.tree.map(gather, params, partition)
 
 
 def mean_gradients(gradients: Any, partition: Any) -> Any:
-    """Return the means over the devices that share a batch of gradients through `gather_params`."""
+    """Return gradients through `gather_params`, averaged over the devices that share a batch."""
     if partition is None:
         return mean_over_rows(gradients)
 
@@ -311,13 +310,13 @@ def mean_gradients(gradients: Any, partition: Any) -> Any:
         copies, shards = jax.lax.axis_size('data'), jax.lax.axis_size('fsdp')
         if copies > 1:
             gradient = jax.lax.psum(gradient, 'data')
-        return gradient / (copies * shards)  # the reduce-scatter has summed over 'fsdp'
+        return gradient / (copies * shards)  # the reduce-scatter summed over 'fsdp'
 
     return jax.tree.map(mean, gradients, partition)
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
-    """Return the shapes with a sharding each, as `jax.ShapeDtypeStruct`s."""
+    """Return `jax.ShapeDtypeStruct`s with these shapes and shardings."""
     return jax.tree.map(
         lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
         shapes,
@@ -326,27 +325,27 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
 
 
 def shard_array(array: np.ndarray, sharding: NamedSharding) -> Array:
-    """Return an array that every process has whole, each device with its part of it."""
+    """Return a sharded array; every process passes the full host array."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def shard_batch(tree: Any, mesh: Mesh, axis: int) -> Any:
-    """Return arrays of which this process has its rows, their `axis` split over all devices."""
+    """Return arrays sharded over the rows, `axis`; each process passes its own rows."""
     sharding = batch_sharding(mesh, axis)
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), tree)
 
 
 def to_local(tree: Any) -> Any:
-    """Return arrays that every device has whole as arrays of one device of this process."""
+    """Return replicated arrays as arrays of one device of this process."""
     return jax.tree.map(lambda a: a.addressable_data(0), tree)
 
 
 def to_host(tree: Any) -> Any:
-    """Return arrays as NumPy arrays, wherever their parts are; all processes have to ask."""
+    """Return arrays with any sharding as NumPy arrays; all processes have to call it."""
 
-    def whole(array: Any) -> np.ndarray:
+    def gather(array: Any) -> np.ndarray:
         if getattr(array, 'is_fully_addressable', True) or array.is_fully_replicated:
             return np.asarray(array)
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
-    return jax.tree.map(whole, tree)
+    return jax.tree.map(gather, tree)

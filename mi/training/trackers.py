@@ -1,10 +1,9 @@
-"""Where else the metrics of a run are shown, by the word config.tracker.
+"""Experiment trackers, which receive a copy of the metrics: `config.tracker`.
 
-JSONL and TensorBoard are always there (mi.training.logger) and are what reports read; a tracker
-gets a copy. It is told the project, the run directory's name, and an id that tracker.json keeps, so
-that a continued run goes on where it is. Whether it is online is its own affair:
-WANDB_MODE=offline, and trackio, which keeps a local database unless TRACKIO_SPACE_ID names a Space,
-need no network.
+Reports read the JSONL files, which every run writes (mi.training.logger). A tracker receives the
+project, the name of the run directory, and an id. tracker.json stores the id, so that a continued
+run continues in the tracker. Two trackers need no network: wandb with WANDB_MODE=offline, and
+trackio, which uses a local database unless TRACKIO_SPACE_ID names a Space.
 """
 
 import importlib
@@ -18,11 +17,11 @@ from typing import Any, Protocol
 
 from mi.config import UserError, suggest, suggest_install
 
-PROJECT = 'mi'  # where WANDB_PROJECT names no other
+PROJECT = 'mi'  # unless WANDB_PROJECT names another
 
 
 class Wandb:
-    """Weights & Biases: metrics over their step; wandb's own step only counts records."""
+    """Weights & Biases, with metrics over their step; wandb's own step only counts records."""
 
     def __init__(self, path: pathlib.Path, id: str, config: dict[str, Any], continued: bool):
         self.continued = continued
@@ -71,11 +70,11 @@ class Trackio:
 
 
 class Tracker(Protocol):
-    """What gets a copy of the metrics.
+    """A receiver of a copy of the metrics.
 
     Attributes:
-      continued: whether it was told what the run measured before. It is not told again what a
-        killed run wrote after its last checkpoint: neither of the two can take a record back.
+      continued: whether it has the metrics of the run so far. Records that a killed run wrote after
+        its last checkpoint are not sent again, because no tracker can remove a record.
     """
 
     continued: bool
@@ -93,21 +92,21 @@ TRACKERS: dict[str, Callable[[pathlib.Path, str, dict[str, Any], bool], Tracker]
 
 
 def check_tracker(value: Any) -> str:
-    """A rule: one of TRACKERS, whose package is there."""
+    """Return the error of a value of config.tracker, '' for an installed tracker."""
     if not isinstance(value, str) or value not in TRACKERS:
-        return f'one of the known words; {suggest(str(value), TRACKERS)}'
+        return f'one of the known trackers; {suggest(str(value), TRACKERS)}'
     if value != 'none' and importlib.util.find_spec(value) is None:
         return f"its package, which is not installed. Try {suggest_install(value)}, or take 'none'"
     return ''
 
 
-def start_tracker(word: str, path: pathlib.Path, config: dict[str, Any]) -> Tracker | None:
-    """The tracker of a run directory, new or continued; None for 'none'."""
-    make = TRACKERS[word]
+def start_tracker(name: str, path: pathlib.Path, config: dict[str, Any]) -> Tracker | None:
+    """Return the tracker of a run directory, new or continued; None for 'none'."""
+    make = TRACKERS[name]
     if make is None:
         return None
     file = path / 'tracker.json'
-    told = json.loads(file.read_text()) if file.exists() else {'id': secrets.token_hex(4)}
-    continued = file.exists() and told.get('name', word) == word
-    file.write_text(json.dumps({'id': told['id'], 'name': word}) + '\n')
-    return make(path.resolve(), told['id'], config, continued)
+    record = json.loads(file.read_text()) if file.exists() else {'id': secrets.token_hex(4)}
+    continued = file.exists() and record.get('name', name) == name
+    file.write_text(json.dumps({'id': record['id'], 'name': name}) + '\n')
+    return make(path.resolve(), record['id'], config, continued)

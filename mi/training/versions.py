@@ -1,9 +1,9 @@
-"""What a run computes with: versions, code, settings of JAX, device.
+"""The environment of a run: versions, code, settings of JAX, device.
 
-versions.json   of the first start, and in `continued`, what was another at a later one
+versions.json   the environment of the first start; `continued` holds later changes
 
-The same bits need the same of all. What draws other random numbers or computes in another precision
-is refused when a run is continued; of the rest one line says what is another.
+Bit-equal results need an equal environment. A continued run is refused if a setting would change
+random numbers or precision; other changes print one warning.
 """
 
 import functools
@@ -21,7 +21,7 @@ from mi.config import UserError, describe_difference
 from mi.training.io import read_json
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'orbax-checkpoint')
-SETTINGS = (  # of jax.config; each is set by an environment variable of its name in capitals
+SETTINGS = (  # of jax.config; the environment variable of each is its name in capitals
     'jax_default_prng_impl',
     'jax_threefry_partitionable',
     'jax_enable_x64',
@@ -30,13 +30,13 @@ SETTINGS = (  # of jax.config; each is set by an environment variable of its nam
 )
 
 
-def current() -> dict[str, Any]:
-    """Return what this process computes with."""
+def describe_environment() -> dict[str, Any]:
+    """Return versions, code, settings and device of this process."""
     device = jax.devices()[0]
     return {
         'python': platform.python_version(),
-        **{name: _installed(name) for name in PACKAGES},
-        **_code(),
+        **{name: _installed_version(name) for name in PACKAGES},
+        **_describe_commit(),
         **{name: getattr(jax.config, name) for name in SETTINGS},
         'xla_flags': os.environ.get('XLA_FLAGS', ''),
         'device': f'{device.platform} {device.device_kind}',
@@ -45,38 +45,42 @@ def current() -> dict[str, Any]:
 
 
 def compare(file: pathlib.Path, step: int | None) -> dict[str, Any]:
-    """Return what versions.json has to hold now; say on stderr what is another than before.
+    """Return the new content of versions.json; warn on stderr about changes.
 
     Args:
       file: versions.json.
-      step: of the checkpoint that the run is continued from; None for a run that starts.
+      step: the step of the checkpoint that the run continues from; None for a new run.
 
     Raises:
-      UserError: if a setting is another that would silently give other numbers.
+      UserError: if a setting differs that would silently change the numbers.
     """
-    now = current()
+    current = describe_environment()
     if step is None or not file.exists():
-        return now | {'continued': []}
+        return current | {'continued': []}
+
+    # The environment of the last start is the first one with all changes since.
     record = read_json(file)
     continued = record.setdefault('continued', [])
-    before = {name: value for name, value in record.items() if name != 'continued'}
-    for later in continued:
-        before |= later['changed']
+    previous = {name: value for name, value in record.items() if name != 'continued'}
+    for restart in continued:
+        previous |= restart['changed']
+
+    # Refuse what changes the numbers; warn about the rest.
     for name in SETTINGS:
-        if name in before and before[name] != now[name]:
+        if name in previous and previous[name] != current[name]:
             raise UserError(
-                f'{name} = {now[name]!r}: {file.parent} was computed with {before[name]!r}, and '
-                f'would go on with other numbers; set {name.upper()}={before[name]}, or name '
+                f'{name} = {current[name]!r}: {file.parent} was computed with {previous[name]!r}, '
+                f'so its numbers would change; set {name.upper()}={previous[name]}, or name '
                 f'another --workdir'
             )
-    if changed := describe_difference(before, now):
-        print(f'warning: {file.parent} is continued with another {changed}', file=sys.stderr)
-        values = {name: now[name] for name in now if before.get(name) != now[name]}
-        continued.append({'step': step, 'changed': values})
+    if difference := describe_difference(previous, current):
+        print(f'warning: {file.parent} is continued with another {difference}', file=sys.stderr)
+        changed = {name: current[name] for name in current if previous.get(name) != current[name]}
+        continued.append({'step': step, 'changed': changed})
     return record
 
 
-def _installed(name: str) -> str | None:
+def _installed_version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -84,16 +88,16 @@ def _installed(name: str) -> str | None:
 
 
 @functools.lru_cache
-def _code() -> dict[str, Any]:
-    """The commit of this code and whether its files differ from it; None where Git has no part."""
+def _describe_commit() -> dict[str, Any]:
+    """Return the commit of this code, and whether files differ from it; None outside of Git."""
 
     def git(*arguments: str) -> str | None:
         command = ['git', '-C', str(pathlib.Path(__file__).parent), *arguments]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+            result = subprocess.run(command, capture_output=True, text=True, timeout=30)
         except (OSError, subprocess.TimeoutExpired):
             return None
-        return done.stdout.strip() if done.returncode == 0 else None
+        return result.stdout.strip() if result.returncode == 0 else None
 
     if git('ls-files', '--error-unmatch', pathlib.Path(__file__).name) is None:
         return {'commit': None, 'dirty': None}

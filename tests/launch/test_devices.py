@@ -119,7 +119,7 @@ def test_a_check_compiles_the_dearest_member_for_its_devices(tmp_path):
     listed, _, checked = result.stdout.partition('check: ')
     assert 'all of it' in listed
     assert checked.startswith('batch=8,fusion=mi\npython -m mi.estimate ')
-    assert '1/4 = 0.250 is right' in checked
+    assert '1/4 = 0.250 is ideal' in checked
     assert 'warning: each member will be refused, as 1 of 4 devices would be idle' in result.stderr
 
 

@@ -129,6 +129,6 @@ def test_a_flipped_bit_costs_no_more_than_the_steps_since_the_checkpoint_before(
     file.write_bytes(content)
     finish(workdir, texts)
     log = workdir.with_suffix('.log').read_text()
-    assert f'{newest} is damaged' in log and 'goes on from the one before' in log
+    assert f'{newest} is damaged' in log and 'continues from the previous one' in log
     assert newest.with_name(newest.name + '.damaged').exists()
     assert_same_end(workdir, uninterrupted)

@@ -205,7 +205,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, tex
         'data.source': texts,
     })  # fmt: skip
     with pytest.raises(
-        UserError, match=r'of seed 0 is not finite by step \d+; nothing of that is saved'
+        UserError, match=r'of seed 0 is not finite by step \d+; that state is not saved'
     ):
         train.train(config, str(tmp_path))
     status = json.loads((tmp_path / 'status.json').read_text())
@@ -230,7 +230,7 @@ def test_a_run_whose_last_update_breaks_the_parameters_has_not_succeeded(
             'optim.learning_rate': rate,
         }
     )
-    said = r'(valid|parameters).* of seed 0 is not finite by step 1; nothing of that is saved'
+    said = r'(valid|parameters).* of seed 0 is not finite by step 1; that state is not saved'
     with pytest.raises(UserError, match=said):
         train.train(config, str(tmp_path))
     assert json.loads((tmp_path / 'status.json').read_text())['state'] == 'failed'

@@ -54,7 +54,7 @@ def test_an_agent_of_threads_is_scored_whatever_the_batch_is_now(tmp_path, capsy
     capsys.readouterr()
     for manifest in (tmp_path / 'checkpoints').glob('*/manifest.json'):
         manifest.unlink()
-    with pytest.raises(UserError, match=r'no checkpoint in .* is whole'):
+    with pytest.raises(UserError, match=r'no checkpoint in .* is intact'):
         assess(config, str(tmp_path))
     assert 'has no manifest.json' in capsys.readouterr().err
 
