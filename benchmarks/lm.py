@@ -347,7 +347,7 @@ def main(argv: Sequence[str]) -> None:
     if SIDE.value:
         rounds.serve(make_step(*SIDE.value.split('/')))
         return
-    print(f'{host.machine()}, jax {jax.__version__}')
+    print(f'{host.describe_machine()}, jax {jax.__version__}')
     figures: list[dict[str, Any]] = []
     for name in ONLY.value or SIZES:
         sides = SIDES[name]
@@ -373,7 +373,11 @@ def main(argv: Sequence[str]) -> None:
                      'tokens_per_second': tokens / median, 'ratio': ratio, 'ratios': ratios}
                 )  # fmt: skip
     if JSON.value:
-        record = {'machine': host.machine(), 'jax': jax.__version__, 'rounds': ROUNDS.value}
+        record = {
+            'machine': host.describe_machine(),
+            'jax': jax.__version__,
+            'rounds': ROUNDS.value,
+        }
         with open(JSON.value, 'w') as file:
             json.dump(record | {'figures': figures}, file, indent=2)
 
