@@ -77,7 +77,7 @@ def sweep() -> list[dict[str, Any]]:
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
-    """Compares each arm with concat of its own core and site, as a table and a figure."""
+    """Compare each arm with concat of its own core and site, as a table and a figure."""
     found: dict[tuple[str, str], dict[str, runs.Arm]] = {}
     sweep = runs.read_sweep(workdir)
     for arm in sweep.arms:

@@ -17,7 +17,7 @@ from jax.extend import core
 
 
 def parameters(tree: Any) -> int:
-    """Number of entries of a tree of arrays or of `jax.ShapeDtypeStruct`s."""
+    """Count the entries of a tree of arrays or of `jax.ShapeDtypeStruct`s."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
@@ -36,7 +36,7 @@ class Product(NamedTuple):
 
 
 def products(function: Callable[..., Any], *args: Any) -> list[Product]:
-    """The products and convolutions of function(*args); args may be shapes only.
+    """List the products and convolutions of function(*args); args may be shapes only.
 
     The body of a loop counts once per iteration, and of a branch the side with more FLOPs.
     """
@@ -87,7 +87,7 @@ def _bytes(eqn: core.JaxprEqn) -> int:
 
 
 def _inner(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
-    """The jaxprs that an equation calls: scan's body, a jit's or custom_vjp's function."""
+    """Yield the jaxprs that an equation calls: scan's body, a jit's or custom_vjp's function."""
     jaxprs = []
     for value in eqn.params.values():
         if isinstance(value, core.ClosedJaxpr):
@@ -100,7 +100,7 @@ def _inner(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
 def modules(
     model: nn.Module, pattern: str, variables: Any, *args: Any
 ) -> Iterator[tuple[nn.Module, Any, list[jax.ShapeDtypeStruct]]]:
-    """The parts of a Linen model whose names match: what a part of the model costs.
+    """Yield the parts of a Linen model whose names match, to count what they cost.
 
     Yields, for each: the module unbound, its variables, and the shapes of the arrays it is called
     with in model(*args); variables and args may be shapes only.
@@ -123,7 +123,7 @@ def modules(
 
 
 def nearest_size(cost: Callable[[int], int], target: int, low: int = 1) -> int:
-    """The size s ≥ low whose cost is nearest to the target, for a cost that never falls with s.
+    """Return the size s ≥ low whose cost is nearest to the target; costs must not fall with s.
 
     Raises:
       ValueError: if even the smallest size costs a tenth more than the target: nothing matches.

@@ -1,1 +1,1 @@
-"""Self-attention can express convolutions: centres and sharpness, learned on digits."""
+"""Self-attention can express convolutions: centers and sharpness, learned on digits."""

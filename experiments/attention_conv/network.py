@@ -61,7 +61,7 @@ def windows(x: Array, K: int) -> Array:
 
 
 def grid(heads: int) -> Array:
-    """The offsets of a K × K kernel [K², 2], in the order of its entries; heads = K²."""
+    """Return the offsets of a K × K kernel [K², 2], in the order of its entries; heads = K²."""
     K = round(heads**0.5)
     i, j = jnp.divmod(jnp.arange(heads), K)
     return jnp.stack([i - (K - 1) // 2, j - (K - 1) // 2], axis=-1).astype(jnp.float32)
@@ -102,7 +102,7 @@ class ImageNetwork(nn.Module):
 
 
 def make(model: ml_collections.ConfigDict, outputs: int) -> ImageNetwork:
-    """The network of a config's section `model`."""
+    """Build the network of a config's section `model`."""
     if model.layer == 'convolution':
         return ImageNetwork(
             outputs,
@@ -124,7 +124,7 @@ def attention(
     alpha: float = 1.0,
     dtype: DTypeLike | None = None,
 ) -> ImageNetwork:
-    """The network whose layers are self-attention, its heads starting at the centres."""
+    """Build a network of self-attention whose heads start at the given centers."""
 
     def layer(name: str | None) -> nn.Module:
         return ConvolutionalSelfAttention(

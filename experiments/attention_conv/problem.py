@@ -6,7 +6,7 @@ After Cordonnier et al., On the Relationship between Self-Attention and Convolut
 Alpaydin & Kaynak, Optical Recognition of Handwritten Digits, UCI 1998), each seed with its own
 split of them. Theirs were CIFAR-10; network and training are ours.
 
-At the end a run keeps, of every layer of self-attention, the centres Δ and the α of its heads,
+At the end a run keeps, of every layer of self-attention, the centers Δ and the α of its heads,
 before training and after; of a network of convolutions how far it is from the network in which
 every layer is K² heads, for each α of the config, in f32 and in bf16.
 """

@@ -1,11 +1,11 @@
 """Self-attention that can be a convolution: how exactly it is one, and whether it becomes one.
 
 Networks of three layers classify digits of 8 × 8 pixels, all of about 5,000 parameters: of
-convolutions, and of self-attention whose scores are quadratic in the offset, with centres Δ and
-sharpness α of each head learnt, or left as drawn, or learnt from a grid on. In each trained network
-of convolutions every layer is then replaced by K² heads at the offsets of its kernel: theory says
-that it is the same function as α grows, with an error that falls as e^−α until rounding stops it.
-Theory does not say that learnt centres form the grid: that is what the figure shows.
+convolutions, and of self-attention whose scores are quadratic in the offset, with centers Δ and
+sharpness α of each head learned, or left as drawn, or learned from a grid on. In each trained
+network of convolutions every layer is then replaced by K² heads at the offsets of its kernel:
+theory says that it is the same function as α grows, with an error that falls as e^−α until rounding
+stops it. Theory does not say that learned centers form the grid: that is what the figure shows.
 
     python -m launch.local --sweep=experiments/attention_conv/sweep.py \
         --workdir=runs/attention_conv --parallel=2
@@ -64,7 +64,7 @@ def sweep() -> list[dict[str, Any]]:
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
-    """Draws the error of the construction and the centres, and writes both as tables."""
+    """Draw the error of the construction and the centers, and write both as tables."""
     arms = read_arms(workdir)
     kernels = {
         f'{K} × {K}': arms[f'convolution, {K}'] for K in (3, 5) if f'convolution, {K}' in arms
@@ -82,7 +82,7 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
 
 
 class ArmArrays(NamedTuple):
-    """What the runs of an arm kept, the arrays of all its seeds [S, …] joined."""
+    """The artifacts of an arm; the arrays of all its seeds are joined, [S, …]."""
 
     seeds: list[int]
     alphas: list[float]
@@ -90,7 +90,7 @@ class ArmArrays(NamedTuple):
 
 
 def read_arms(workdir: pathlib.Path) -> dict[str, ArmArrays]:
-    """{label: what its runs kept}; only of runs that are done."""
+    """Return the arrays of each arm by its label, from the runs that are done."""
     parts_of_label: dict[str, list[ArmArrays]] = {}
     for member in json.loads((workdir / 'sweep.json').read_text())['members']:
         folder = workdir / member['name']
@@ -110,7 +110,7 @@ def read_arms(workdir: pathlib.Path) -> dict[str, ArmArrays]:
 
 
 def _draw_construction(figure: Figure, kernels: dict[str, ArmArrays]) -> None:
-    """The error of the layers, and the accuracy of the whole network, against α."""
+    """Draw the error of the layers, and the accuracy of the whole network, against α."""
     error_axes, accuracy_axes = figure.subplots(1, 2)
     for (title, arm), color in zip(kernels.items(), plots.PALETTE, strict=False):
         alphas = np.array(arm.alphas)
@@ -143,7 +143,7 @@ def _draw_construction(figure: Figure, kernels: dict[str, ArmArrays]) -> None:
 
 
 def _draw_centers(labeled_arms: dict[str, ArmArrays]) -> Figure:
-    """Of the first seed, the centres of every layer's heads before and after, and their widths."""
+    """Draw the centers and widths of every layer's heads, of the first seed."""
     depth = next(iter(labeled_arms.values())).arrays['Delta'].shape[1]
     figure = Figure(figsize=(plots.WIDTH, 0.5 + 1.75 * len(labeled_arms)), layout='constrained')
     grid = figure.subplots(len(labeled_arms), depth, squeeze=False, sharex=True, sharey=True)
@@ -160,7 +160,7 @@ def _draw_centers(labeled_arms: dict[str, ArmArrays]) -> Figure:
 
 
 def _draw_heads(axes: Axes, arrays: dict[str, np.ndarray]) -> None:
-    """Offsets of one layer, Δ [H, 2] as (rows, columns); rows run down, as in an image."""
+    """Draw the offsets of one layer, Δ [H, 2] as (rows, columns); rows run down."""
     offsets = np.array([(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)])
     axes.plot(*offsets.T[::-1], '+', color=plots.INK, ms=5, mew=0.6, label='3 × 3 kernel')
     before, after = arrays['Delta_before'], arrays['Delta']
@@ -169,7 +169,7 @@ def _draw_heads(axes: Axes, arrays: dict[str, np.ndarray]) -> None:
     axes.plot(*before.T[::-1], 'o', mfc='none', color=plots.GREY, ms=3.5, label='Δ before')
     axes.plot(*after.T[::-1], 'o', color=plots.PALETTE[0], ms=3.5, mew=0, label='Δ after')
     for center, alpha in zip(after, arrays['alpha'], strict=True):
-        if alpha > 0:  # below, the head looks away from its centre
+        if alpha > 0:  # below, the head looks away from its center
             axes.add_patch(
                 Circle(center[::-1], compute_width(alpha), color=plots.PALETTE[0], alpha=0.12, lw=0)
             )
@@ -179,12 +179,12 @@ def _draw_heads(axes: Axes, arrays: dict[str, np.ndarray]) -> None:
 
 
 def compute_width(alpha: Any) -> Any:
-    """The standard deviation of a head's Gaussian along an axis, in pixels: 1 / √(2α)."""
+    """Return the standard deviation of a head's Gaussian along an axis, in pixels: 1 / √(2α)."""
     return 1 / np.sqrt(2 * np.maximum(alpha, 1e-6))
 
 
 def _tabulate_errors(kernels: dict[str, ArmArrays]) -> str:
-    """Means over layers and seeds; and over seeds of what the whole network loses."""
+    """Tabulate errors, averaged over layers and seeds, and the accuracy that is lost."""
     header = ['kernel, α', 'error of a layer, f32 [95 %]', 'bf16 [95 %]']
     header += ['error of the logits, f32 [95 %]', 'accuracy lost, f32, points [95 %]']
     body = []
@@ -203,7 +203,7 @@ def _tabulate_errors(kernels: dict[str, ArmArrays]) -> str:
 
 
 def _tabulate_centers(arms: dict[str, ArmArrays]) -> str:
-    """Of every layer of self-attention, how its centres lie to the offsets of a 3 × 3 kernel."""
+    """Tabulate the distances of the centers from the offsets of a 3 × 3 kernel, by layer."""
     offsets = np.array([(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)], float)
     header = ['arm', 'layer', 'moved, pixels', f'heads within {NEAR} of an offset, before', 'after']
     header += ['offsets with such a head, before', 'after', 'width before', 'after']
@@ -233,7 +233,7 @@ def _tabulate_centers(arms: dict[str, ArmArrays]) -> str:
         'Means over seeds [95 %]. A 3 × 3 kernel has 9 offsets; heads near one are in per cent. '
         'Widths are medians over heads of 1 / √(2α), in pixels.'
     )
-    return f'**Centres of the heads**\n\n{tables.format_markdown(header, body)}\n\n{note}'
+    return f'**Centers of the heads**\n\n{tables.format_markdown(header, body)}\n\n{note}'
 
 
 def _estimate(arm: ArmArrays, values: np.ndarray) -> statistics.Estimate:

@@ -17,7 +17,7 @@ every step, uniform in [1/2, 1]. What the network knows of the task, `problem.co
 
     given     z = √M c, so that entries of size 1 are usual
     learned   nothing but its number: z is a row of parameters for each task that is trained. The z
-              of another is learnt by gradient from examples of it, everything else as it was, from
+              of another is learned by gradient from examples of it, everything else as it was, from
               the mean of the rows.
 
 Errors are Σ(y − ŷ)² / Σ(y − ȳ)² over examples and outputs, ȳ the mean of a task: the part of the

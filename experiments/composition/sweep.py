@@ -3,7 +3,7 @@
 A modular teacher of Schug et al. (ICLR 2024), and students of about 4,000 parameters that differ in
 the fusion with the task. Training has every module alone and some of their pairs, in one ring that
 connects all modules, or in two that do not, or none; other pairs are tested. The coefficients of
-the modules are given, or nothing but the number of a task, a context being learnt for each. Ten
+the modules are given, or nothing but the number of a task, a context being learned for each. Ten
 seeds, and ten others.
 
     python -m launch.local --sweep=experiments/composition/sweep.py --workdir=runs/modules \
@@ -13,7 +13,7 @@ The report also has composition.png, .pdf and .md: errors on the combinations th
 on those that were not.
 
 Source: question, teacher and supports are of Schug et al., Discovering Modular Solutions That
-Generalize Compositionally; students, how contexts are learnt and other constants are ours.
+Generalize Compositionally; students, how contexts are learned and other constants are ours.
 """
 
 import pathlib
@@ -45,11 +45,11 @@ NOTES = [
     'pairs whatever the support; curves are of those that were.',
     'A label is the fusion, the hidden layers, the support, what is known of the task, and the '
     'parameters.',
-    'All students have within 7 % of 4,000 parameters, or of 7,200 where contexts are learnt, and '
+    'All students have within 7 % of 4,000 parameters, or of 7,200 where contexts are learned, and '
     'meet the task at the first map. mi with one hidden layer has the form of the teacher, with '
     'twice its hidden units: that is what is asked, whether such a one finds it.',
     'given: the coefficients of the modules, drawn at random, are the context. learned: they are '
-    'equal, and the context of each task, 12 numbers that are not counted as parameters, is learnt '
+    'equal, and the context of each task, 12 numbers that are no parameters, is learned '
     'with all else; that of a task that was not seen by 500 steps of gradient from 256 examples of '
     'it, everything else as it was.',
     'The support alone has 6 tasks and the others 12, so that it sees half as many examples.',
@@ -93,7 +93,7 @@ ArmByKey = dict[tuple[str, str, str], runs.Arm]  # student, context, support →
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
-    """Draws errors in and out of the support, and writes them as a table."""
+    """Draw errors in and out of the support, and write them as a table."""
     sweep = runs.read_sweep(workdir)
     arms = {_key(arm): arm for arm in sweep.arms if arm.finite_values(METRIC, SPLIT)}
     contexts = [context for context in CONTEXTS if any(key[1] == context for key in arms)]
@@ -123,7 +123,7 @@ def _students(arms: ArmByKey, context: str) -> list[str]:
 
 
 def _draw(axes: Axes, arms: ArmByKey, context: str) -> None:
-    """A line for each student, a mark for each support: filled out of it, and hollow in it."""
+    """Draw a line per student and a mark per support: filled for unseen pairs, hollow for seen."""
     students = _students(arms, context)
     for y, name in enumerate(students):
         for i, (support, marker) in enumerate(SUPPORTS.items()):
@@ -151,7 +151,7 @@ def _draw(axes: Axes, arms: ArmByKey, context: str) -> None:
 
 
 def _table(arms_by_key: ArmByKey, context: str, draws: tuple[tuple[int, ...], ...]) -> str:
-    """Errors seen and unseen by support; under it how well the two draws agree on the ranking."""
+    """Tabulate errors by support, with the agreement of both sets of seeds on the ranking."""
     students = _students(arms_by_key, context)
     supports = [s for s in SUPPORTS if any((name, context, s) in arms_by_key for name in students)]
     body = []

@@ -91,7 +91,7 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
         plots.save(figure, out, 'inclusion')
 
 
-def _errors(axes: Axes, arms: list[runs.Arm], label: str, colour: str, dashes: Any = '-') -> None:
+def _errors(axes: Axes, arms: list[runs.Arm], label: str, color: str, dashes: Any = '-') -> None:
     """Medians over the seeds, and the whole range of them."""
     if not arms:
         return
@@ -100,7 +100,7 @@ def _errors(axes: Axes, arms: list[runs.Arm], label: str, colour: str, dashes: A
     middle = np.array([np.median(of) for of in values])
     spread = [middle - [min(of) for of in values], [max(of) for of in values] - middle]
     axes.errorbar(
-        sizes, middle, spread, color=colour, ls=dashes, marker='.', label=label, elinewidth=0.8
+        sizes, middle, spread, color=color, ls=dashes, marker='.', label=label, elinewidth=0.8
     )
 
 

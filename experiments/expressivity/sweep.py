@@ -73,7 +73,7 @@ def sweep() -> list[dict[str, Any]]:
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
-    """Draws parameters against the dimension, and writes them and the growth laws as tables."""
+    """Draw parameters against the dimension, and write them and the growth laws as tables."""
     sweep = runs.read_sweep(workdir)
     arms = [arm for arm in sweep.arms if arm.state == 'done']
     by_target = {
@@ -105,7 +105,7 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def smallest_parameters(arm: runs.Arm) -> dict[int, dict[int, float]]:
-    """{dimension: {seed: parameters}}; ∞ where the target was not reached."""
+    """Return {dimension: {seed: parameters}}; ∞ where the target was not reached."""
     parameters = {d: arm.final_values(f'parameters/{d}', SPLIT) for d in arm.config['search']['at']}
     return {
         d: {seed: by_seed.get(seed, np.inf) for seed in arm.seeds}
@@ -114,7 +114,7 @@ def smallest_parameters(arm: runs.Arm) -> dict[int, dict[int, float]]:
 
 
 def growth_law(arm: runs.Arm) -> tuple[list[int], dict[int, float]]:
-    """The dimensions that all seeds reached, from the first of the law on, and {seed: exponent}."""
+    """Return the dimensions that all seeds reached, from `fit_from` on, and {seed: exponent}."""
     sizes, fit_from = smallest_parameters(arm), arm.config['search']['fit_from']
     dimensions = [
         d
@@ -136,7 +136,7 @@ def _name(arm: runs.Arm) -> str:
 def _draw(
     axes: Axes, title: str, arms: Sequence[runs.Arm], styles: dict[str, panels.Style]
 ) -> None:
-    """Medians and the whole range of the seeds; a triangle where half of them need more."""
+    """Draw medians and the range of the seeds; a triangle where half of them need more."""
     for i, arm in enumerate(arms):
         sizes, (color, dashes) = smallest_parameters(arm), styles[_name(arm)]
         limit = arm.config['search']['parameters']
@@ -158,7 +158,7 @@ def _draw(
 
 
 def _table(arms: Sequence[runs.Arm]) -> str:
-    """Median parameters by dimension, where not all seeds got there how many; and the law."""
+    """Tabulate median parameters by dimension, how many seeds reached them, and the law."""
     dimensions = sorted({d for arm in arms for d in smallest_parameters(arm)})
     body = []
     for arm in arms:

@@ -1,4 +1,4 @@
-"""What figures of experiments share: styles, lines of means with intervals, ticks, rankings."""
+"""Styles, lines of means with intervals, ticks and rankings of several experiments."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ Style = tuple[str, Any]  # color and dashes
 
 
 def styles(labels: Iterable[str], grey: Iterable[str] = ()) -> dict[str, Style]:
-    """A color and dashes for each label, no two alike; shades of grey for those that are grey."""
+    """Return distinct colors and dashes by label; shades of grey for the labels in `grey`."""
     labels, grey = dict.fromkeys(labels), dict.fromkeys(grey)
     colored = [label for label in labels if label not in grey]
     by_label: dict[str, Style] = {label: plots.make_style(i)[:2] for i, label in enumerate(colored)}
@@ -28,7 +28,7 @@ def styles(labels: Iterable[str], grey: Iterable[str] = ()) -> dict[str, Style]:
 
 
 def draw_line(axes: Axes, values: Values, label: str, style: Style) -> None:
-    """Means over the seeds, with bars for their 95 % intervals; none where one is not finite."""
+    """Draw means over seeds with 95 % intervals; nothing where a value is not finite."""
     estimates = {
         x: statistics.estimate(by_seed, label) for x, by_seed in values.items() if _finite(by_seed)
     }
@@ -49,28 +49,28 @@ SUPERSCRIPTS = str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹')
 
 
 def format_power(value: float, position: Any = None) -> str:
-    """10⁻³ for 0.001 and 2·10⁻³ for 0.002, in letters, as figures here parse no mathematics."""
+    """Write 0.001 as 10⁻³ and 0.002 as 2·10⁻³, in letters, as figures parse no mathematics."""
     mantissa, exponent = f'{value:.3e}'.split('e')
     times = '' if float(mantissa) == 1 else f'{float(mantissa):g}·'
     return f'{times}10' + f'{int(exponent)}'.translate(SUPERSCRIPTS)
 
 
 def set_power_ticks(axis: Axis) -> None:
-    """Ticks at powers of ten, or between them if there are too few, of a logarithmic axis."""
+    """Set ticks at powers of ten, and between them if there are too few."""
     axis.set_major_locator(plots.Decades())
     axis.set_major_formatter(FuncFormatter(format_power))
     axis.set_minor_locator(NullLocator())
 
 
 def set_ticks(axes: Axes, numbers: Sequence[float]) -> None:
-    """A logarithmic axis of x with these numbers and no others."""
+    """Set a logarithmic axis of x with these ticks and no others."""
     axes.set_xscale('log')
     axes.set_xticks(list(numbers), [f'{n:.12g}' for n in numbers])
     axes.set_xticks([], minor=True)
 
 
 def interval(values: Mapping[int, float], label: str, digits: int = 3) -> str:
-    """mean [low, high] in so many digits that count, — for no values or one that is not finite."""
+    """Write mean [low, high] in `digits` significant digits; — unless all values are finite."""
     if not _finite(values):
         return tables.NONE
     estimate = statistics.estimate(values, label)
@@ -82,7 +82,7 @@ def interval(values: Mapping[int, float], label: str, digits: int = 3) -> str:
 def agreement(
     values: Mapping[str, Mapping[int, float]], draws: Sequence[Sequence[int]]
 ) -> float | None:
-    """Kendall's τ of the rankings of the arms by the means of two sets of seeds; None if undefined.
+    """Return Kendall's τ of the rankings by the means of two sets of seeds; None if undefined.
 
     Args:
       values: {arm: {seed: value}}.
@@ -101,5 +101,5 @@ def agreement(
 
 
 def _finite(values: Mapping[int, float]) -> bool:
-    """Whether there are values, and all are finite: the mean of the others is a selection."""
+    """Return whether there are values and all are finite; the mean of some would be biased."""
     return bool(values) and bool(np.isfinite(list(values.values())).all())

@@ -9,7 +9,7 @@ from mi.report.tables import NONE
 
 
 def geometric(values: Mapping[int, float], arm: str) -> Estimate:
-    """exp of the mean of logarithms with its interval, of {seed: positive value}.
+    """Return exp of the mean of logarithms with its interval, of {seed: positive value}.
 
     Raises:
       ValueError: if there is no value, or one is not positive and finite.
@@ -24,13 +24,13 @@ def geometric(values: Mapping[int, float], arm: str) -> Estimate:
 
 
 def ratio(values: Mapping[int, float], baseline: Mapping[int, float], arm: str) -> Estimate | None:
-    """The geometric mean of value / baseline, paired by seed; None if no seed has both."""
+    """Return the geometric mean of value / baseline, paired by seed; None if no seed has both."""
     paired = {seed: values[seed] / baseline[seed] for seed in values if seed in baseline}
     return geometric(paired, arm) if paired else None
 
 
 def format_estimate(estimate: Estimate | None) -> str:
-    """mean [low, high], in two significant digits."""
+    """Write mean [low, high] in two significant digits."""
     if estimate is None:
         return NONE
     mean, low, high = (_format(x) for x in (estimate.mean, estimate.low, estimate.high))

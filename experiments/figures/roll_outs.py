@@ -1,4 +1,4 @@
-"""Predictions that go on for long, of several arms: their errors over time, and tables of scores.
+"""Long predictions of several arms: their errors over time, and tables of scores.
 
 Errors of different laws, and of different times, differ by orders of magnitude: means over seeds
 are geometric.
@@ -19,7 +19,7 @@ from mi.report.runs import Arm
 
 
 class Style(NamedTuple):
-    """How an arm is called and drawn."""
+    """The name and the style of an arm."""
 
     label: str
     color: str
@@ -27,7 +27,7 @@ class Style(NamedTuple):
 
 
 def load_artifacts(workdir: pathlib.Path, label: str) -> dict[str, np.ndarray]:
-    """The artefacts of an arm, the seeds of all its runs one after the other; {} without them."""
+    """Load the artefacts of an arm, with the seeds of all its runs joined; {} without any."""
     members = json.loads((workdir / 'sweep.json').read_text())['members']
     files = [workdir / m['name'] / 'artefacts.npz' for m in members if m['label'] == label]
     loaded = [np.load(file) for file in files if file.exists()]
@@ -36,7 +36,7 @@ def load_artifacts(workdir: pathlib.Path, label: str) -> dict[str, np.ndarray]:
 
 
 def draw_curve(axes: Axes, time: np.ndarray, values: np.ndarray, style: Style) -> None:
-    """The geometric mean of [seeds, times] with its interval; only where all are above zero."""
+    """Draw the geometric mean of [seeds, times] with its interval, where all are positive."""
     is_positive = (values > 0).all(0)
     middle, low, high = statistics.estimate_band(np.log(values[:, is_positive]))
     axes.plot(
@@ -55,7 +55,7 @@ def draw_curve(axes: Axes, time: np.ndarray, values: np.ndarray, style: Style) -
 
 
 def draw_legend(figure: Figure, columns: int) -> None:
-    """One for all panels, below them; each label once."""
+    """Draw one legend below all panels, with each label once."""
     lines = {str(line.get_label()): line for axes in figure.axes for line in axes.get_lines()}
     labeled = {label: line for label, line in lines.items() if not label.startswith('_')}
     figure.legend(
@@ -63,7 +63,7 @@ def draw_legend(figure: Figure, columns: int) -> None:
     )
 
 
-LEARNED = 0.5  # an error below which a law has learnt to move at all; it is 1 for a body at rest
+LEARNED = 0.5  # an error below which a law has learned to move at all; it is 1 for a body at rest
 NOTE = (
     'Geometric means over seeds, but for `valid`, a share: its means are arithmetic. Drifts are '
     f'those of the seeds whose error is below {LEARNED}, as a body that rests has none; where '
@@ -79,7 +79,7 @@ def table(
     reference: str,
     draws: Sequence[Sequence[int]],
 ) -> str:
-    """Parameters and scores of {name: arm}; the ratio of the metric to that of the reference.
+    """Tabulate parameters and scores of {name: arm}, and the ratio to the reference's metric.
 
     Means over seeds with intervals, as NOTE says; the ratio in each of the sets of seeds `draws`,
     or of all seeds if there are none. There are none where a seed is not finite.

@@ -1,4 +1,4 @@
-"""Laws of motion to be learnt: an energy in one of several forms, or a field without one.
+"""Learned laws of motion: an energy in one of several forms, or a field without one.
 
     joint       H = h(q, p)               dq/dt = ∂H/∂p, dp/dt = −∂H/∂q
     square      H = h(s, s), s = [q; p]   the same
@@ -62,12 +62,12 @@ class Law(nn.Module):
 
 
 def make(model: ml_collections.ConfigDict) -> Law:
-    """The law of a config's section `model`."""
+    """Build the law of a config's section `model`."""
     return Law(model.form, lambda features: network.make(model, features, context='dense'))
 
 
 def field(law: Law, params: Any) -> integrators.Field:
-    """The velocities of the state, of any form."""
+    """Return the velocity field of a law of any form."""
 
     def of_law(q: Array, p: Array) -> Any:
         return law.apply(params, q, p)
@@ -78,10 +78,10 @@ def field(law: Law, params: Any) -> integrators.Field:
 def step(
     law: Law, params: Any, time: float, iterations: int, order: Literal[2, 4]
 ) -> integrators.Step:
-    """Of an energy the generalised leapfrog, or the composition of fourth order of it.
+    """Return the generalized leapfrog of an energy, or its composition of fourth order.
 
-    One iteration is enough for an energy that separates. A field has Runge and Kutta's step, of
-    fourth order whatever is asked for.
+    One iteration is enough for an energy that separates. A field uses
+    Runge and Kutta's step, of fourth order for any `order`.
     """
     if law.form == 'field':
         return integrators.rk4(field(law, params), time)
@@ -91,18 +91,18 @@ def step(
 
 
 def energy(law: Law, params: Any, q: Array, p: Array) -> Array:
-    """H [...], but for the form 'field'."""
+    """Return H [...]; the form 'field' has none."""
     H: Any = law.apply(params, q, p)
     return H
 
 
 def init(law: Law, key: Array, degrees: int) -> Any:
-    """Parameters."""
+    """Draw the initial parameters."""
     return law.init(key, jnp.zeros(degrees), jnp.zeros(degrees))
 
 
 def costs(law: Law, degrees: int) -> dict[str, dict[str, int]]:
-    """As `network.costs`; the FLOPs of the model are those of one evaluation of its field."""
+    """Count as `network.costs`; the model's FLOPs are those of one evaluation of its field."""
     one = jax.ShapeDtypeStruct((degrees,), jnp.float32)
     counted = network.costs(law, one, one)
     params = jax.eval_shape(law.init, jax.random.key(0), one, one)

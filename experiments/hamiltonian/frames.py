@@ -1,7 +1,7 @@
-"""A law of motion learnt from frames alone, by a variational autoencoder that predicts them.
+"""A law of motion learned from frames alone, by a variational autoencoder that predicts them.
 
     s₀ = (q₀, p₀) ~ N(μ, σ²)     μ, log σ from the first `seen` frames, by the encoder
-    s₁, …, s_T                   by the law, which is learnt, from s₀: a leapfrog for each frame
+    s₁, …, s_T                   by the law, which is learned, from s₀: a leapfrog for each frame
     x_t ~ Bernoulli(g(q_t))      g the decoder, which sees the positions only
 
 After Hamiltonian Generative Networks (Toth et al., 2020). The loss is −log p(x_t | q_t), summed
@@ -18,7 +18,7 @@ Metrics, of fresh trajectories (experiments.hamiltonian.scores), predicted from 
     valid         the time for which the error is below TOLERANCE, as a share of `longer` horizons
     drift         of the true energy from the places in predicted frames: |Ē of the last of `longer`
                   horizons − Ē of the first| in units of the standard deviation of Ē of true frames
-    drift_learnt  of the learnt energy, mean over the last of `longer` horizons; not of a field
+    drift_learnt  of the learned energy, mean over the last of `longer` horizons; not of a field
 """
 
 import dataclasses

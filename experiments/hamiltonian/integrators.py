@@ -1,4 +1,4 @@
-"""Steps of time: symplectic ones for an energy, Runge and Kutta's for any field.
+"""Integrators: symplectic ones for an energy, Runge and Kutta's for any field.
 
 Shapes: q [..., d] positions, p [..., d] momenta. An energy is (q, p) → H [...], a field is
 (q, p) → (dq/dt, dp/dt) [..., d] each, and a step is (q, p) → (q, p), some time later.
@@ -17,7 +17,7 @@ Step = Callable[[Array, Array], State]
 
 
 def gradients(energy: Energy) -> tuple[Callable[[Array, Array], Array], ...]:
-    """∂H/∂q and ∂H/∂p, [..., d] each, of an energy whose entries do not depend on each other."""
+    """Return ∂H/∂q and ∂H/∂p, [..., d] each, of an energy whose rows are independent."""
 
     def total(q: Array, p: Array) -> Array:
         return jnp.sum(energy(q, p))
@@ -26,7 +26,7 @@ def gradients(energy: Energy) -> tuple[Callable[[Array, Array], Array], ...]:
 
 
 def hamiltonian(energy: Energy) -> Field:
-    """The field of Hamilton's equations: dq/dt = ∂H/∂p, dp/dt = −∂H/∂q."""
+    """Return the field of Hamilton's equations: dq/dt = ∂H/∂p, dp/dt = −∂H/∂q."""
 
     def field(q: Array, p: Array) -> State:
         by_q, by_p = jax.grad(lambda q, p: jnp.sum(energy(q, p)), (0, 1))(q, p)
@@ -36,14 +36,14 @@ def hamiltonian(energy: Energy) -> Field:
 
 
 def leapfrog(energy: Energy, time: float, iterations: int = 1) -> Step:
-    """The generalised leapfrog, of second order, for an energy that need not separate.
+    """Return the generalized leapfrog, of second order, for an energy that need not separate.
 
         p½ = p  − τ/2 ∂H/∂q(q, p½)
         q' = q  + τ/2 (∂H/∂p(q, p½) + ∂H/∂p(q', p½))
         p' = p½ − τ/2 ∂H/∂q(q', p½)
 
-    The first two lines are implicit, and solved by so many iterations from p½ = p and q' = q. For
-    H = T(p) + V(q) they are exact after one, and this is the usual leapfrog, symplectic and
+    The first two lines are implicit, and solved by `iterations` iterations from p½ = p and q' = q.
+    For H = T(p) + V(q) they are exact after one, and this is the usual leapfrog, symplectic and
     reversible. For other energies one iteration is the scheme that Toth et al. (2020) apply as if H
     separated, which is neither; the error of both falls by a factor of the order of τ with each
     further iteration (Hairer, Lubich and Wanner, Geometric Numerical Integration, VI.3). A step
@@ -68,9 +68,9 @@ def leapfrog(energy: Energy, time: float, iterations: int = 1) -> Step:
 
 
 def yoshida(energy: Energy, time: float, iterations: int = 1) -> Step:
-    """Three leapfrogs of which one goes back: of fourth order, and symplectic where they are.
+    """Return three leapfrogs, one backward in time: of fourth order, and symplectic too.
 
-    Where a leapfrog is not reversible, for want of iterations, the order is lower (Yoshida, 1990).
+    If too few iterations make a leapfrog irreversible, the order is lower (Yoshida, 1990).
 
     Args:
       time: of the whole step.
@@ -88,7 +88,7 @@ def yoshida(energy: Energy, time: float, iterations: int = 1) -> Step:
 
 
 def rk4(field: Field, time: float) -> Step:
-    """The classical method of Runge and Kutta, of fourth order; four fields a step."""
+    """Return a step of the classical method of Runge and Kutta, of fourth order; four fields."""
 
     def step(q: Array, p: Array) -> State:
         def at(slope: State, share: float) -> State:
@@ -106,7 +106,7 @@ def rk4(field: Field, time: float) -> Step:
 
 
 def roll_out(step: Step, q: Array, p: Array, steps: int, substeps: int = 1) -> State:
-    """The states at 0, 1, …, `steps` times `substeps` steps: [steps + 1, ..., d] each."""
+    """Return the states at 0, 1, …, `steps` times `substeps` steps: [steps + 1, ..., d] each."""
 
     def several(state: State, _: None) -> tuple[State, State]:
         state = jax.lax.fori_loop(0, substeps, lambda _, s: step(*s), state)

@@ -2,7 +2,7 @@
 
     mass_spring   H = p²/2m + k q²/2          m = ½, k = 2; amplitudes of 0.2 to 1
     pendulum      H = p²/2m + m g (1 − cos q)  m = ½, g = 3, length 1; amplitudes of 0.5 to 2.5 rad
-    two_body      H = (|p₁|² + |p₂|²)/2m − G m²/|q₁ − q₂|   m = G = 1; the centre of mass at rest
+    two_body      H = (|p₁|² + |p₂|²)/2m − G m²/|q₁ − q₂|   m = G = 1; the center of mass at rest
 
 All are H = T(p) + V(q). Shapes: q, p [..., d]; d is 1, and 4 for the two bodies on their plane.
 
@@ -51,11 +51,11 @@ class System(NamedTuple):
     moving: int
 
     def energy(self, q: Array, p: Array) -> Array:
-        """H [...]."""
+        """Return H [...]."""
         return jnp.sum(jnp.square(p), -1) / (2 * self.mass) + self.potential(q)
 
     def motion(self, q: Array, p: Array, steps: int) -> State:
-        """The states at 0, 1, …, `steps` observations, [steps + 1, ..., d] each."""
+        """Return the states at 0, 1, …, `steps` observations, [steps + 1, ..., d] each."""
         step = integrators.yoshida(self.energy, self.time / SUBSTEPS)
         return integrators.roll_out(step, q, p, steps, SUBSTEPS)
 
@@ -90,7 +90,7 @@ def _attraction(q: Array) -> Array:
 
 
 def _orbits(key: Array, count: int) -> State:
-    """Two bodies opposite each other at their farthest, at 0.5 to 1 from the centre of mass.
+    """Two bodies opposite each other at their farthest, at 0.5 to 1 from the center of mass.
 
     Of the speed of a circular orbit they have 0.9 to 1, either way round.
     """

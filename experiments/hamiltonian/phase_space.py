@@ -1,4 +1,4 @@
-"""A law of motion learnt from states and their velocities, and rolled out ten times longer.
+"""A law of motion learned from states and their velocities, and rolled out ten times longer.
 
 The training set are trajectories of a system (experiments.hamiltonian.mechanics), exact and free of
 noise; the loss is the mean squared error of dq/dt and dp/dt at their states (derivative matching,
@@ -11,7 +11,7 @@ Metrics, over fresh trajectories (experiments.hamiltonian.scores):
     error         of states, mean over a horizon as long as in training; error_long over `longer`
     valid         the time for which the error is below TOLERANCE, as a share of `longer` horizons
     drift         of the true energy along the prediction, mean over the last of `longer` horizons
-    drift_learnt  the same of the learnt energy; not of a field
+    drift_learnt  the same of the learned energy; not of a field
 """
 
 import dataclasses

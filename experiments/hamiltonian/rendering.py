@@ -16,7 +16,7 @@ SOFTNESS = 0.08  # of the edge: a pixel
 
 
 def render(places: Array) -> Array:
-    """The frames."""
+    """Render the frames."""
     x, y = (places[..., None, None, :, i] for i in (0, 1))
     columns, rows = _grid(x.ndim)
     distance = jnp.sqrt(jnp.square(columns - x) + jnp.square(rows - y))
@@ -24,7 +24,7 @@ def render(places: Array) -> Array:
 
 
 def locate(frames: Array) -> Array:
-    """The centres of mass of squared brightness: the places of the bodies.
+    """Return the centers of mass of squared brightness, the places of the bodies.
 
     Squared, so that a faint haze over all of a decoded frame does not draw them to its middle.
     """
@@ -35,6 +35,6 @@ def locate(frames: Array) -> Array:
 
 def _grid(ndim: int) -> tuple[np.ndarray, np.ndarray]:
     """x of the columns and y of the rows, to go with frames of so many axes."""
-    centres = ((np.arange(SIDE) + 0.5) * 2 * VIEW / SIDE - VIEW).astype(np.float32)
+    centers = ((np.arange(SIDE) + 0.5) * 2 * VIEW / SIDE - VIEW).astype(np.float32)
     lead = (1,) * (ndim - 3)
-    return centres.reshape(*lead, 1, SIDE, 1), -centres.reshape(*lead, SIDE, 1, 1)
+    return centers.reshape(*lead, 1, SIDE, 1), -centers.reshape(*lead, SIDE, 1, 1)

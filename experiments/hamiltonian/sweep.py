@@ -2,7 +2,7 @@
 
 Mass and spring, pendulum, two bodies. Energies H(q, p) by networks of about 4,500 parameters in
 which q and p meet by a fusion; an MI of the state with itself; a separable T(p) + V(q), which these
-systems are; and fields without an energy. Learnt from velocities at states of 100 trajectories,
+systems are; and fields without an energy. Learned from velocities at states of 100 trajectories,
 predicted for ten times as long as these are. Five seeds, and once more with five others.
 
     python -m launch.local --sweep=experiments/hamiltonian/sweep.py --workdir=runs/states \
@@ -72,7 +72,7 @@ def sweep() -> list[dict[str, Any]]:
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
-    """Draws portraits and curves of each system, and writes the scores as tables."""
+    """Draw portraits and curves of each system, and write the scores as tables."""
     sweep = runs.read_sweep(workdir)
     texts = []
     with matplotlib.rc_context(plots.STYLE):
@@ -104,7 +104,7 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def _draw_portrait(axes: Axes, name: str, artifacts: dict[str, dict[str, np.ndarray]]) -> None:
-    """Two trajectories of the first seed: q and p, or the orbit of the first of two bodies."""
+    """Draw two trajectories of the first seed: q and p, or the orbit of the first body."""
     is_scalar = SYSTEMS[name].degrees == 1
     axes.set(
         xlabel='q' if is_scalar else 'x',

@@ -1,4 +1,4 @@
-"""Laws of motion from frames: a variational autoencoder whose latent state moves by a learnt law.
+"""Laws of motion from frames: a variational autoencoder whose latent state moves by a learned law.
 
 Mass and spring, pendulum, two bodies, seen as soft discs on 32×32 pixels. The latent law is an
 energy, by concatenation or by an MI of q and p, or a field without an energy; all models have
@@ -48,10 +48,10 @@ NOTES = [
     'training; mean over 20 fresh trajectories. error_long: that distance, over all of them.',
     'A label is the system, the form of the law, and the fusion in it. All models have about '
     '287,000 parameters, some 4,500 of them in the law.',
-    'Energies move by the generalised leapfrog with two iterations.',
+    'Energies move by the generalized leapfrog with two iterations.',
     'An error or a drift that is above 100 or not a number counts as 100, so that a mean over '
     'trajectories may be that of the few that run away. A body that rests in the middle has an '
-    'error of 1 and no drift: the drift of an arm that has not learnt to move means nothing.',
+    'error of 1 and no drift: the drift of an arm that has not learned to move means nothing.',
 ]
 
 ARMS = {
@@ -74,7 +74,7 @@ def sweep() -> list[dict[str, Any]]:
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
-    """Films and draws what the first seed predicts, draws curves, and writes scores as tables."""
+    """Write films and figures of the first seed's predictions, curves, and tables of scores."""
     sweep = runs.read_sweep(workdir)
     texts = []
     with matplotlib.rc_context(plots.STYLE):
@@ -113,7 +113,7 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def _select_films(artifacts: dict[str, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """{what: frames [time, side, side, 3]} of the first seed's first trajectory."""
+    """Return frames [time, side, side, 3] of the first seed's first trajectory, by label."""
     filmed = {arm: artifacts[arm] for arm in FILM_ARMS if arm in artifacts}
     films = {ARMS[arm].label: arrays['predicted'] for arm, arrays in filmed.items()}
     if filmed:
@@ -122,13 +122,13 @@ def _select_films(artifacts: dict[str, dict[str, np.ndarray]]) -> dict[str, np.n
 
 
 def _paint(frames: np.ndarray) -> np.ndarray:
-    """Brightness [..., bodies] in bytes → colors on white [..., 3] in bytes."""
+    """Convert brightness [..., bodies] in bytes to colors on white [..., 3] in bytes."""
     absorbed = frames[..., None] / 255 * (1 - BODIES / 255)
     return np.uint8(np.round(255 * np.prod(1 - absorbed, axis=-2)))
 
 
 def _write_gif(path: pathlib.Path, films: dict[str, np.ndarray], time: float) -> None:
-    """One GIF, all films beside each other."""
+    """Write one GIF with all films side by side."""
     images = []
     for t, frames in enumerate(zip(*films.values(), strict=True)):
         image = Image.new('RGB', (SIDE * len(films), SIDE + CAPTION), 'white')
@@ -143,7 +143,7 @@ def _write_gif(path: pathlib.Path, films: dict[str, np.ndarray], time: float) ->
 
 
 def _tile(films: dict[str, np.ndarray], horizon: int) -> tuple[np.ndarray, int]:
-    """A line of frames per film, after so many HORIZONS; and how large one is with its margin."""
+    """Return a row of frames per film, at the HORIZONS, and the size of a frame with its margin."""
     margin = 2
     lines = []
     for frames in films.values():

@@ -10,7 +10,7 @@ function without noise, at evenly spaced x. What a network knows of the task, `p
     one_hot      z = e_i, its number
     descriptor   z = P(s + noise), s = (1 − f, f, a, b) with f = 0 for affine and 1 for sinusoid, P
                  a matrix that the seed draws; the noise is drawn once for each task
-    inferred     z = ψ(mean_j φ(x_j, y_j)) of a few examples of it, φ and ψ learnt with the rest
+    inferred     z = ψ(mean_j φ(x_j, y_j)) of a few examples of it, φ and ψ learned with the rest
 
 New tasks come with K examples each; `Regression._evaluate_new` says how they are learned.
 

@@ -10,7 +10,7 @@ seeds, and ten others.
         --parallel=2
 
 The report also has regression.png, .pdf and .md, and regression_tasks.png and .pdf: errors against
-examples, and what is learnt of single tasks.
+examples, and what is learned of single tasks.
 
 Source: the two families are of Jayakumar et al. (ICLR 2020), recalled; the experiment is ours.
 """
@@ -98,7 +98,7 @@ ArmByKey = dict[tuple[str, str, int], runs.Arm]  # fusion, context, examples →
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
-    """Draws errors against examples, of known tasks and of new ones, and tables of both."""
+    """Draw errors of known and of new tasks against examples, and write tables of both."""
     sweep = runs.read_sweep(workdir)
     arms = {_key(arm): arm for arm in sweep.arms if arm.finite_values(METRIC, SPLIT)}
     fusions = list(dict.fromkeys(fusion for fusion, _, _ in arms))
@@ -146,7 +146,7 @@ def _key(arm: runs.Arm) -> tuple[str, str, int]:
 
 
 def _read_known(arms: ArmByKey, fusion: str, context: str) -> dict[float, dict[int, float]]:
-    """{examples of each task: {seed: error}}."""
+    """Return {examples of each task: {seed: error}}."""
     return {
         n: arm.final_values(METRIC, SPLIT)
         for (f, c, n), arm in sorted(arms.items())
@@ -155,7 +155,7 @@ def _read_known(arms: ArmByKey, fusion: str, context: str) -> dict[float, dict[i
 
 
 def _read_new(arms: ArmByKey, fusion: str, context: str) -> dict[float, dict[int, float]]:
-    """{examples of a new task: {seed: error}}; those of 'none' stand beside every context."""
+    """Return {examples of a new task: {seed: error}}; 'none' has the same for every context."""
     arm = arms.get((fusion, 'one_hot' if fusion == 'none' else context, TRANSFER_EXAMPLES))
     names = [n for n in arm.metric_names('new') if n.startswith('mse/')] if arm else []
     shots = sorted(int(name.partition('/')[2]) for name in names)
@@ -171,7 +171,7 @@ def _format_axes(axes: Axes, label: str, numbers: list[float]) -> None:
 
 
 def _draw_tasks(workdir: pathlib.Path, out: pathlib.Path) -> None:
-    """Two tasks of the first seed, each of a family, as two networks have learnt them."""
+    """Draw two tasks of each family as two networks learned them, of the first seed."""
     members = json.loads((workdir / 'sweep.json').read_text())['members']
     arrays = {}
     for member in members:
@@ -209,7 +209,7 @@ def _draw_tasks(workdir: pathlib.Path, out: pathlib.Path) -> None:
 def _write_tables(
     arms: ArmByKey, fusions: list[str], draws: tuple[tuple[int, ...], ...]
 ) -> list[str]:
-    """Errors on known and on new tasks; under each, how well the two draws agree on the ranking."""
+    """Tabulate errors of known and of new tasks, with the agreement of both sets of seeds."""
     texts = []
     for context, title in CONTEXTS.items():
         for title_of_tasks, read_errors in (('Known tasks', _read_known), ('New tasks', _read_new)):

@@ -72,7 +72,7 @@ Overrides = dict[str, Any]
 
 
 def parameters(depth: int, features: int) -> int:
-    """Of four networks of attention with feed-forward layers of about 2 C, in round numbers."""
+    """Return the parameters of four networks with feed-forward layers of about 2 C, rounded."""
     return 4 * (8 * depth + 5) * features**2
 
 
@@ -118,10 +118,12 @@ def sweep() -> list[Overrides]:
 
 
 class Floors(NamedTuple):
-    """What no network of a kind can be better than, {target: …}, means over all seeds.
+    """Lower bounds of the error by target, averaged over all seeds.
 
-    And the errors above the first of them, on the very sequences that it is of: {label: {target:
-    {seed: …}}}.
+    Attributes:
+      equivariant: bound of functions that commute with permutations.
+      additive: bound of sums over tokens.
+      above: {label: {target: {seed: error above `equivariant`, on the sequences of that bound}}}.
     """
 
     equivariant: dict[str, float]
@@ -130,7 +132,7 @@ class Floors(NamedTuple):
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
-    """Draws the errors against depth and parameters, and writes them with the floors as tables."""
+    """Draw the errors against depth and parameters, and tabulate them with the floors."""
     sweep_runs = runs.read_sweep(workdir)
     arms = [arm for arm in sweep_runs.arms if arm.finite_values(METRIC, SPLIT)]
     floors = read_floors(workdir)
@@ -173,7 +175,7 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def read_floors(workdir: pathlib.Path) -> Floors:
-    """From what every run kept; runs of the same seed have the same, so each seed counts once."""
+    """Read the floors of every run; runs of one seed have the same, so each seed counts once."""
     floors: dict[int, np.ndarray] = {}
     above: dict[str, dict[str, dict[int, float]]] = {}
     targets: list[str] = []
@@ -196,14 +198,14 @@ def read_floors(workdir: pathlib.Path) -> Floors:
 
 
 def mixer_name(arm: runs.Arm) -> str:
-    """The key of NAMES that the mixer of an arm has."""
+    """Return the key of NAMES of an arm's mixer."""
     model = arm.config['model']
     fused = model['mixer'] in ('pairs', 'summary')
     return f'{model["mixer"]}, {model["fusion"]["name"]}' if fused else str(model['mixer'])
 
 
 def select_arms(arms: Sequence[runs.Arm], **values: Any) -> list[runs.Arm]:
-    """Those with these settings of the model, and the usual ones in all others but the mixer."""
+    """Return the arms with these model settings, and defaults for all others but the mixer."""
     defaults = {'positions': 'learnt', 'ends': 'feed_forward', 'heads': HEADS}
     defaults |= {'depth': DEPTH, 'features': FEATURES}
     settings = {name: value for name, value in (defaults | values).items() if value is not None}
@@ -213,7 +215,7 @@ def select_arms(arms: Sequence[runs.Arm], **values: Any) -> list[runs.Arm]:
 
 
 def _line(axes: Axes, arms: Sequence[runs.Arm], target: str, along: Any, **style: Any) -> None:
-    """Means over seeds with their intervals."""
+    """Draw means over seeds with their intervals."""
     points = []
     for arm in sorted(arms, key=along):
         if errors := arm.final_values(f'{METRIC}/{target}', SPLIT):
@@ -280,7 +282,7 @@ def _by_size(axes: Axes, arms: Sequence[runs.Arm], target: str, floors: Floors) 
 
 
 def _predictions(arms: Sequence[runs.Arm], floors: Floors) -> str:
-    """What theory rules out and allows, and the least that any seed of any size came to."""
+    """Tabulate what theory rules out, beside the lowest error of any seed and size."""
     rows: list[list[str]] = []
 
     def add_rows(network: str, is_orderless: bool, arms: list[runs.Arm], expected: str) -> None:
@@ -353,6 +355,6 @@ def _errors(arms: Sequence[runs.Arm]) -> str:
 
 
 def _cell(estimate: statistics.Estimate) -> str:
-    """Two digits of the mean that count, for errors span four orders of magnitude."""
+    """Write the mean in two significant digits, as errors span four orders of magnitude."""
     digits = max(0, 1 - int(np.floor(np.log10(estimate.mean)))) if estimate.mean > 0 else 0
     return str(tables.format_interval(estimate, digits))

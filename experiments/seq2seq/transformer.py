@@ -83,7 +83,7 @@ def _norm(name: str, h: Array) -> Array:
 
 
 def make(model: ml_collections.ConfigDict, outputs: int) -> Transformer:
-    """The network of a config's section `model`; rank and hidden size 0 stand for `features`.
+    """Build the network of a config's section `model`; rank and hidden size 0 mean `features`.
 
     Raises:
       UserError: if the heads do not divide the features.

@@ -69,7 +69,7 @@ class FusedMLP(nn.Module):
 
 
 def make(model: ml_collections.ConfigDict, features: int, context: Context) -> FusedMLP:
-    """The network of a config's section `model`; rank and hidden size 0 stand for the width."""
+    """Build the network of a config's section `model`; rank and hidden size 0 mean the width."""
     word = model.fusion
     fuse = fusion.get(word.name, rank=word.rank or model.width, hidden=word.hidden or model.width)
 
@@ -82,7 +82,7 @@ def make(model: ml_collections.ConfigDict, features: int, context: Context) -> F
 def costs(
     model: nn.Module, *inputs: jax.ShapeDtypeStruct, part: str = r'fusion.*'
 ) -> dict[str, dict[str, int]]:
-    """Parameters and FLOPs per example of a network and of what is fused in it.
+    """Count parameters and FLOPs per example of a network and of its fusions.
 
     Args:
       inputs: the shapes of one example.

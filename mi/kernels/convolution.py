@@ -66,7 +66,7 @@ def _blocks(x: Array, W: Array, s: int, t: int) -> tuple[Array, Array]:
 
 @jax.custom_vjp
 def _valid(x: Array, W: Array) -> Array:
-    """The convolution of stride 1 without padding."""
+    """Compute the convolution of stride 1 without padding."""
     if x.shape[-1] < MANY:
         return _native(x, W)
     windows = [row for rows in _windows(x, W) for row in rows]
@@ -93,7 +93,7 @@ def _native(x: Array, W: Array) -> Array:
 
 
 def _windows(x: Array, W: Array) -> list[list[Array]]:
-    """What each W[i, j] is multiplied with, [N, h, w, c]."""
+    """Yield the operand of each W[i, j], [N, h, w, c]."""
     (i, j), (height, width) = W.shape[:2], x.shape[1:3]
     h, w = height - i + 1, width - j + 1
     return [[x[:, a : a + h, b : b + w] for b in range(j)] for a in range(i)]
