@@ -106,12 +106,12 @@ def test_plan_of_ids_takes_the_rows_of_W_where_many_inputs_share_one():
 
 
 def test_plan_of_a_gpu_keeps_larger_intermediates():
-    of_gpu = functools.partial(bilinear.choose_order, platform='gpu')
-    assert of_gpu((4096, 512), (4096, 64), 512) == 'outer'
-    assert of_gpu((16384, 512), (16384, 64), 512) == 'outer_chunks'  # 2 GiB
-    assert of_gpu((4096, 512), (4096, 30), 128) == 'x_first'
-    assert of_gpu((4096, 64), (4096, 16), 1024) == 'outer'
-    assert of_gpu((8, 64), (8, 256), 32) == 'z_first'
+    choose_gpu_order = functools.partial(bilinear.choose_order, platform='gpu')
+    assert choose_gpu_order((4096, 512), (4096, 64), 512) == 'outer'
+    assert choose_gpu_order((16384, 512), (16384, 64), 512) == 'outer_chunks'  # 2 GiB
+    assert choose_gpu_order((4096, 512), (4096, 30), 128) == 'x_first'
+    assert choose_gpu_order((4096, 64), (4096, 16), 1024) == 'outer'
+    assert choose_gpu_order((8, 64), (8, 256), 32) == 'z_first'
 
 
 @pytest.mark.parametrize(
@@ -201,9 +201,9 @@ def test_a_tpu_never_writes_the_outer_product(rows, m, n, k, monkeypatch):
     """The program of all gradients has less in memory than z ⊗ x, and no product twice."""
     monkeypatch.setenv('XLA_FLAGS', '')  # libtpu aborts on flags of the CPU
     mesh = jax.sharding.Mesh([topologies.describe_one('v5e:1x1')], ('data',))
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     shapes = ((*rows, n), (*rows, m), (m, n, k), (*rows, k))
-    args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=whole) for shape in shapes]
+    args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=replicated) for shape in shapes]
 
     def gradients(x, z, W, dy):
         y, pull_back = jax.vjp(bilinear.bilinear, x, z, W)
@@ -236,10 +236,12 @@ def test_gradients_of_groups_are_those_of_the_dense_product(ids):
     x, _, W = streams((80,))
     ids, dy = jnp.asarray(ids), jax.random.normal(jax.random.key(4), (80, K))
 
-    def of(z):
+    def compute_grads(z):
         return jax.grad(lambda x, W: (bilinear.bilinear(x, z, W) * dy).sum(), (0, 1))(x, W)
 
-    for got, expected in zip(of(ids), of(jax.nn.one_hot(ids, M)), strict=True):
+    for got, expected in zip(
+        compute_grads(ids), compute_grads(jax.nn.one_hot(ids, M)), strict=True
+    ):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 

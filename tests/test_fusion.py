@@ -27,7 +27,7 @@ AFFINE_IN_BOTH = {
     *('none', 'concat', 'film', 'mfb', 'mutan', 'block', 'compact', 'multi_head'),
     *('mi', 'mi_low_rank', 'mi_tucker', 'mi_block', 'mi_diagonal', 'mi_scalar'),
 }
-each = pytest.mark.parametrize('name', FUSIONS)
+all_fusions = pytest.mark.parametrize('name', FUSIONS)
 
 
 def make(name, features=K, **options):
@@ -36,7 +36,7 @@ def make(name, features=K, **options):
 
 
 @functools.cache
-def made(name, features=K):
+def make_apply(name, features=K):
     """The module, jitted, and random variables for x [..., N] and z [..., M]."""
     module = make(name, features)
     return jax.jit(module.apply), drawn(module, jnp.zeros((1, N)), jnp.zeros((1, M)))
@@ -49,40 +49,40 @@ def contexts(name, *lead):
     return random(1, *lead, M)
 
 
-@each
+@all_fusions
 @pytest.mark.parametrize(
     'x_lead, z_lead', [((), ()), ((6,), (6,)), ((2, 5), (2, 1)), ((2, 5), (5,))]
 )
 def test_broadcast_context_is_the_context_repeated(name, x_lead, z_lead):
     x, z = random(0, *x_lead, N), contexts(name, *z_lead)
-    apply, variables = made(name)
+    apply, variables = make_apply(name)
     y = apply(variables, x, z)
     assert y.shape == (*x_lead, K)
     repeated = jnp.broadcast_to(z, (*x_lead, M))
     np.testing.assert_allclose(y, apply(variables, x, repeated), rtol=2e-5, atol=1e-5)
 
 
-@each
+@all_fusions
 def test_jit_vmap_and_eval_shape_agree_with_the_call(name):
     x, z = random(0, 6, N), contexts(name, 6)
-    apply, variables = made(name)
+    apply, variables = make_apply(name)
     y = make(name).apply(variables, x, z)
     assert jax.eval_shape(apply, variables, x, z).shape == y.shape
     np.testing.assert_allclose(apply(variables, x, z), y, rtol=1e-5, atol=1e-5)
-    each_row = jax.vmap(apply, in_axes=(None, 0, 0))(variables, x, z)
-    np.testing.assert_allclose(each_row, y, rtol=1e-5, atol=1e-5)
+    row_outputs = jax.vmap(apply, in_axes=(None, 0, 0))(variables, x, z)
+    np.testing.assert_allclose(row_outputs, y, rtol=1e-5, atol=1e-5)
 
 
-@each
+@all_fusions
 @pytest.mark.parametrize('features', [K, N])
 def test_every_parameter_and_both_streams_get_a_gradient(name, features):
     x, z = random(0, 6, N), contexts(name, 6)
-    apply, variables = made(name, features)
+    apply, variables = make_apply(name, features)
     loss = jax.jit(jax.grad(lambda p, x, z: (apply(p, x, z) ** 2).sum(), (0, 1, 2)))
     grads = loss(variables, x, z)
-    *of_params_and_x, of_z = jax.tree.leaves(grads)
-    assert all(bool((g != 0).any()) for g in of_params_and_x)
-    assert bool((of_z != 0).any()) == (name != 'none')
+    *other_grads, z_grad = jax.tree.leaves(grads)
+    assert all(bool((g != 0).any()) for g in other_grads)
+    assert bool((z_grad != 0).any()) == (name != 'none')
 
 
 def test_every_word_that_ships_is_there():
@@ -98,7 +98,7 @@ def outcome(name, x, z, **options):
     return shapes[0].shape
 
 
-@each
+@all_fusions
 @pytest.mark.parametrize('ids', [(5,), (5, 4), ()], ids=str)
 def test_integers_are_ids_of_contexts_or_refused(name, ids):
     x, z = jnp.zeros((*ids, N) if ids else (5, N)), jnp.zeros(ids, jnp.int32)
@@ -107,18 +107,18 @@ def test_integers_are_ids_of_contexts_or_refused(name, ids):
         assert outcome(name, x, z, context='one_hot', contexts=M) == (*x.shape[:-1], K)
 
 
-@each
+@all_fusions
 def test_an_integer_is_the_one_hot_context_and_out_of_range_the_nearest(name):
     if not has_parameter(FUSIONS[name], 'contexts'):
         pytest.skip('takes no integers')
     x, ids = random(0, 5, N), jnp.array([0, 3, M - 1, -1, M + 4])
     module = make(name, context='one_hot', contexts=M)
-    _, variables = made(name)
+    _, variables = make_apply(name)
     expected = module.apply(variables, x, jax.nn.one_hot(jnp.clip(ids, 0, M - 1), M))
     np.testing.assert_allclose(module.apply(variables, x, ids), expected, rtol=1e-5, atol=1e-5)
 
 
-@each
+@all_fusions
 @pytest.mark.parametrize(
     'x_lead, z_lead',
     [((0,), ()), ((0,), (1,)), ((1,), (0,)), ((2, 0), (2, 1)), ((), (0,))],
@@ -126,12 +126,12 @@ def test_an_integer_is_the_one_hot_context_and_out_of_range_the_nearest(name):
 )
 def test_an_empty_batch_beside_a_shared_stream_is_empty(name, x_lead, z_lead):
     x, z = jnp.zeros((*x_lead, N)), jnp.zeros((*z_lead, M))
-    _, variables = made(name)
+    _, variables = make_apply(name)
     lead = np.broadcast_shapes(x_lead, z_lead)
     assert jax.eval_shape(make(name).apply, variables, x, z).shape == (*lead, K)
 
 
-@each
+@all_fusions
 @pytest.mark.parametrize('context', ['dense', 'one_hot'])
 def test_unit_variance_at_initialisation(name, context):
     """Over draws of parameters and inputs; at sizes of which none divides another."""
@@ -163,20 +163,20 @@ def test_a_gate_has_logits_of_unit_variance_for_either_kind_of_context(context):
     np.testing.assert_allclose((logits**2).mean(), size, rtol=0.05)
 
 
-@each
+@all_fusions
 def test_bf16_is_close_to_f32(name):
     x, z = random(0, 64, N), contexts(name, 64)
-    apply, variables = made(name)
+    apply, variables = make_apply(name)
     exact = apply(variables, x, z)
     y = jax.jit(make(name, dtype=jnp.bfloat16).apply)(variables, x, z)
     assert y.dtype == jnp.bfloat16
     assert float(jnp.linalg.norm(y.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)) < 1e-2
 
 
-@each
+@all_fusions
 def test_the_context_of_zeros_gives_finite_values_and_gradients(name):
     x, z = random(0, 6, N), jnp.zeros((6, M))
-    apply, _ = made(name)
+    apply, _ = make_apply(name)
     variables = jax.jit(make(name).init)(jax.random.key(0, impl='unsafe_rbg'), x, z)
     y = apply(variables, x, z)
     gradients = jax.jit(jax.grad(lambda *a: apply(*a).sum(), (0, 1, 2)))(variables, x, z)
@@ -185,19 +185,19 @@ def test_the_context_of_zeros_gives_finite_values_and_gradients(name):
         assert bool((y != 0).any()) == (name not in ZERO_AT_ZERO)
 
 
-@each
+@all_fusions
 def test_variables_survive_serialisation(name):
     x, z = random(0, 6, N), contexts(name, 6)
-    apply, variables = made(name)
-    other = jax.tree.map(jnp.zeros_like, variables)
-    restored = flax.serialization.from_bytes(other, flax.serialization.to_bytes(variables))
+    apply, variables = make_apply(name)
+    blank = jax.tree.map(jnp.zeros_like, variables)
+    restored = flax.serialization.from_bytes(blank, flax.serialization.to_bytes(variables))
     np.testing.assert_array_equal(apply(restored, x, z), apply(variables, x, z))
 
 
-@each
+@all_fusions
 def test_it_is_a_composition_of_the_one_equation(name):
     x, z = random(0, 2, 5, N), contexts(name, 2, 5)
-    apply, variables = made(name)
+    apply, variables = make_apply(name)
     try:
         composition = as_mi(make(name), variables, x, z)
     except ValueError as error:
@@ -209,28 +209,30 @@ def test_it_is_a_composition_of_the_one_equation(name):
         assert (not composition.around) == (name in AFFINE_IN_BOTH)
     if not composition.around and len(composition.products) == 1:
         W, U, V, b = composition
-        by_hand = jnp.einsum('...m,mnk,...n->...k', z, W, x) + z @ U + x @ V
-        np.testing.assert_allclose(by_hand + b[None, None], expected, rtol=1e-4, atol=1e-4)
+        expected_sum = jnp.einsum('...m,mnk,...n->...k', z, W, x) + z @ U + x @ V
+        np.testing.assert_allclose(expected_sum + b[None, None], expected, rtol=1e-4, atol=1e-4)
 
 
-@each
+@all_fusions
 def test_float64_is_computed_in_float64(name):
     """Its derivatives are finite differences of steps of 1e-5, which f32 does not resolve."""
     with jax.enable_x64(True):
         module = make(name, dtype=jnp.float64, param_dtype=jnp.float64)
-        assert_float64(module.apply, *wide((made(name)[1], random(0, 3, N), contexts(name, 3))))
+        assert_float64(
+            module.apply, *wide((make_apply(name)[1], random(0, 3, N), contexts(name, 3)))
+        )
 
 
 @pytest.mark.parametrize('name', ['attention', 'experts', 'layer_norm'])
 def test_in_bf16_softmax_and_statistics_are_f32(name):
     x, z = jnp.zeros((6, N), jnp.bfloat16), jnp.zeros((6, M), jnp.bfloat16)
     module = make(name, dtype=jnp.bfloat16)
-    program = str(jax.make_jaxpr(module.apply)(made(name)[1], x, z))
+    program = str(jax.make_jaxpr(module.apply)(make_apply(name)[1], x, z))
     assert re.search(r'f32\[[\d,]*\] = (exp|rsqrt)', program)
     assert not re.search(r'bf16\[[\d,]*\] = (exp|rsqrt|reduce_sum|div)', program)
 
 
-@each
+@all_fusions
 @pytest.mark.parametrize('platform', ['cpu', 'cuda', 'tpu'])
 def test_lowers_for(name, platform):
     x, z = jax.ShapeDtypeStruct((6, N), jnp.float32), jax.ShapeDtypeStruct((6, M), jnp.float32)
@@ -257,9 +259,9 @@ def test_gate_at_rest_passes_its_input():
     x, z = random(0, 6, N), random(1, 6, M)
     module = make('gate')
     p = module.init(jax.random.key(2), x, z)['params']
-    at_rest = {**p, 'gate': jax.tree.map(jnp.zeros_like, p['gate'])}
+    closed_gate = {**p, 'gate': jax.tree.map(jnp.zeros_like, p['gate'])}
     np.testing.assert_allclose(
-        module.apply({'params': at_rest}, x, z), x @ p['x']['V'], rtol=1e-5, atol=1e-5
+        module.apply({'params': closed_gate}, x, z), x @ p['x']['V'], rtol=1e-5, atol=1e-5
     )
     gate = 1 / (1 + np.exp(-np.asarray(z @ p['gate']['V'])))
     expected = 2 * gate * np.asarray(x @ p['x']['V'])

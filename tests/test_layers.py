@@ -102,10 +102,10 @@ def test_the_sum_of_the_terms_has_the_variance_of_a_dense_layer(form, context):
     n, m, batch, draws = 64, 32, 256, 64
 
     def output_and_dense(seed):
-        key, of_x, of_z = jax.random.split(jax.random.key(seed, impl='rbg'), 3)
-        x = jax.random.normal(of_x, (batch, n))
+        key, x_grad, z_grad = jax.random.split(jax.random.key(seed, impl='rbg'), 3)
+        x = jax.random.normal(x_grad, (batch, n))
         if context == 'dense':
-            z = jax.random.normal(of_z, (batch, m))
+            z = jax.random.normal(z_grad, (batch, m))
         else:
             z = jax.nn.one_hot(jnp.arange(batch) % m, m)
         y, _ = FORMS[form](n, context=context).init_with_output(key, x, z)
@@ -253,14 +253,14 @@ def test_streams_that_do_not_fit_are_refused():
     ],
 )
 def test_without_a_dtype_it_is_that_of_both_streams_and_the_parameters(
-    form, of_x, of_z, of_params, expected
+    form, x_grad, z_grad, params_grad, expected
 ):
-    layer = FORMS[form](4, context='one_hot', contexts=3, param_dtype=of_params)
-    z = jnp.zeros(6, of_z) if of_z == jnp.int32 else jnp.zeros((6, 3), of_z)
-    x = jnp.zeros((6, 4), of_x)
+    layer = FORMS[form](4, context='one_hot', contexts=3, param_dtype=params_grad)
+    z = jnp.zeros(6, z_grad) if z_grad == jnp.int32 else jnp.zeros((6, 3), z_grad)
+    x = jnp.zeros((6, 4), x_grad)
     y, variables = jax.eval_shape(layer.init_with_output, jax.random.key(0), x, z)
     assert y.dtype == expected
-    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(of_params)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(params_grad)}
 
 
 def test_an_unknown_context_is_refused_before_it_decides_a_scale():

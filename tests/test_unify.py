@@ -150,19 +150,19 @@ class Affine(nn.Module):
         return self.change(y, x, z)
 
 
-def of_feature(x):
+def get_feature(x):
     return x.sum(-1, keepdims=True)
 
 
 NOT_AFFINE = {
     'small outputs': lambda y, x, z: 1e-4 * nn.relu(y),
-    'beside large outputs': lambda y, x, z: y + 1e-3 * jnp.tanh(3 * of_feature(x)),
+    'beside large outputs': lambda y, x, z: y + 1e-3 * jnp.tanh(3 * get_feature(x)),
     'half a percent': lambda y, x, z: y + 2e-3 * jnp.abs(y),
-    'in z': lambda y, x, z: y + jnp.abs(of_feature(z)),
+    'in z': lambda y, x, z: y + jnp.abs(get_feature(z)),
     'far from zero': lambda y, x, z: nn.relu(y + 1000),
     'far and small': lambda y, x, z: jnp.maximum(1e-3 * y, -1),
-    'squares': lambda y, x, z: y + 1e-3 * of_feature(x) ** 2,
-    'squares of z': lambda y, x, z: y + 1e-3 * of_feature(z) ** 2,
+    'squares': lambda y, x, z: y + 1e-3 * get_feature(x) ** 2,
+    'squares of z': lambda y, x, z: y + 1e-3 * get_feature(z) ** 2,
     'saturation': lambda y, x, z: jnp.clip(y, -1e5, 1e5),
     'statistics of the batch': lambda y, x, z: y - y.mean(0, keepdims=True),
     'not a number at zero': lambda y, x, z: y / jnp.linalg.norm(x, axis=-1, keepdims=True),
@@ -182,7 +182,7 @@ def test_what_is_not_affine_is_refused_whatever_its_size(name):
 
 def test_one_large_row_does_not_hide_the_others():
     x, z = random(0, 7, N).at[3].set(3000), random(1, 7, M)
-    module = Affine(lambda y, x, z: y + jnp.abs(of_feature(z)))
+    module = Affine(lambda y, x, z: y + jnp.abs(get_feature(z)))
     with pytest.raises(ValueError, match='not affine'):
         as_mi(module, drawn(module, x, z), x, z)
 

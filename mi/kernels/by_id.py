@@ -36,6 +36,7 @@ def _multiply_by_id_backward(
     order, sizes, starts = _sort_by_id(ids, W.shape[0])
     sorted_x, sorted_dy = _pad_block(x[order]), _pad_block(dy[order])
     dx = _multiply_sorted(sorted_dy, sizes, starts, W.swapaxes(1, 2), precision)
+
     # The gradient of W, one group after another.
     accumulator = accumulation_dtype(x, dy)
 

@@ -41,6 +41,8 @@ def convert_attention(
 
     Mix: x [d, S] are the values of a head, z [S] its weights, and W is their inner product.
 
+    The parameters are those of the module's call.
+
     Raises:
       ValueError: with `decode` or with dropout.
     """

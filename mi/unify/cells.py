@@ -186,6 +186,7 @@ def _apply_gates(
       prefix: prefix of the names of these parameters.
       name: prefix of the names of the products.
     """
+    # The gates, optionally normalized.
     H = c.shape[-1]
     if f'{prefix}gates_gain' in norms:
         normalized = _standardize(a.reshape(-1, 4, H)).reshape(a.shape)
@@ -195,6 +196,7 @@ def _apply_gates(
     def make_product(gate: str, x_is: str, z_is: str, x: Array, z: Array) -> Product:
         return Product(name=name + gate, x_is=x_is, z_is=z_is, x=x, z=z, W=make_pointwise(H))
 
+    # The new cell state, and the output.
     update = make_product(
         'input gate',
         'the candidate tanh(j)',

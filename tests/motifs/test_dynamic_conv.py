@@ -126,16 +126,16 @@ def test_a_causal_output_depends_on_the_last_inputs_alone(module):
     module = module(H, 3, causal=True)
     variables = parameters(module, X)
     y = lambda x: module.apply(variables, x)[0].sum(-1)  # noqa: E731
-    of_x = jax.jit(jax.jacobian(y))(X)  # [T, B, T, C]
-    depends = np.abs(of_x).sum((1, 3)) > 0
+    jacobian = jax.jit(jax.jacobian(y))(X)  # [T, B, T, C]
+    depends = np.abs(jacobian).sum((1, 3)) > 0
     np.testing.assert_array_equal(depends, np.tri(T, dtype=bool) & ~np.tri(T, k=-3, dtype=bool))
 
 
 @both
 def test_a_constant_passes_inside_and_loses_mass_at_the_ends(module):
     module = module(H, 3)
-    ones = jnp.ones((1, T, C))
-    y, _ = start(module, ones)
+    constant = jnp.ones((1, T, C))
+    y, _ = start(module, constant)
     np.testing.assert_allclose(y[:, 1:-1], 1, rtol=1e-6)
     assert bool((y[:, 0] < 0.99).all()) and bool((y[:, -1] < 0.99).all())
 
@@ -197,8 +197,8 @@ def test_bf16_is_close_to_f32(module, inputs):
 def test_the_backward_pass_keeps_the_input_and_the_kernels_and_no_windows():
     x, kernel = random(5, 64, 8), jax.nn.softmax(random(6, 64, 2, 9))
     _, vjp = jax.vjp(lambda x, kernel: convolve(x, kernel, True), x, kernel)
-    kept = sum(leaf.size for leaf in jax.tree.leaves(vjp))
-    assert kept <= x.size + kernel.size + 16
+    residual_size = sum(leaf.size for leaf in jax.tree.leaves(vjp))
+    assert residual_size <= x.size + kernel.size + 16
 
 
 def mixed(variables, z):

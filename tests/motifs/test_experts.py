@@ -129,8 +129,8 @@ def test_masked_tokens_get_nothing_take_no_capacity_and_count_in_no_loss():
     expected = routed(numpy(variables), X, X, 2, MASK, np.ceil(0.6 * R * T * 2 / E))
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
     assert not y[~MASK].any()
-    _, of_tokens = run_with_losses(module, variables, X[MASK])
-    assert losses == pytest.approx(of_tokens, rel=1e-5)
+    _, token_losses = run_with_losses(module, variables, X[MASK])
+    assert losses == pytest.approx(token_losses, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -152,14 +152,17 @@ def test_the_gradients_are_those_of_all_experts_on_all_tokens_with_the_same_gate
         g = jnp.where(probabilities >= least, probabilities, 0)
         g = g / g.sum(-1, keepdims=True)
         h = nn.relu(jnp.einsum('rtn,enh->rteh', x, p['V']) + p['b'][None, None])
-        each = jnp.einsum('rteh,ehk->rtek', h, p['A']) + p['a'][None, None]
-        return jnp.einsum('rte,rtek->rtk', g, each)
+        expert_outputs = jnp.einsum('rteh,ehk->rtek', h, p['A']) + p['a'][None, None]
+        return jnp.einsum('rte,rtek->rtk', g, expert_outputs)
 
-    of = lambda f: jax.jit(jax.grad(lambda v, x: (f(v, x) ** 2).sum(), (0, 1)))(variables, X)  # noqa: E731
+    def compute_grads(function):
+        loss = lambda v, x: (function(v, x) ** 2).sum()  # noqa: E731
+        return jax.jit(jax.grad(loss, (0, 1)))(variables, X)
+
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
-        of(module.apply),
-        of(dense),
+        compute_grads(module.apply),
+        compute_grads(dense),
     )
 
 
@@ -207,9 +210,9 @@ def test_the_losses_teach_the_router_and_are_not_variables():
 def test_every_assignment_has_a_row_of_its_own_in_a_block_of_its_expert(N, S, experts, capacity):
     rng = np.random.default_rng(0)
     same = np.tile(np.arange(S) + 1, (N, 1)) % experts
-    all_of_them = np.tile(np.arange(experts), (N, 1))
-    others = [rng.permuted(all_of_them, axis=1)[:, :S] for _ in range(4)]
-    for chosen in [same, *others]:
+    all_experts = np.tile(np.arange(experts), (N, 1))
+    random_choices = [rng.permuted(all_experts, axis=1)[:, :S] for _ in range(4)]
+    for chosen in [same, *random_choices]:
         chosen = np.where(rng.random((N, 1)) < 0.1, experts, chosen)  # some tokens are masked
         slot, token, owner = map(np.asarray, assign_blocks(jnp.asarray(chosen), experts, capacity))
         number, rows = token.shape

@@ -142,16 +142,16 @@ def at_the_start(n, k, context='dense', **options):
     ],
 )
 def test_hyperfan_in_starts_at_unit_variance(n, k, options):
-    of_y, _ = at_the_start(n, k, **options)
-    assert 0.85 < of_y < 1.15
+    y_variance, _ = at_the_start(n, k, **options)
+    assert 0.85 < y_variance < 1.15
 
 
 @pytest.mark.parametrize('n, k', [(16, 32), (32, 16)])
 def test_hyperfan_out_starts_with_unit_variance_of_the_gradient(n, k):
-    of_y, of_dx = at_the_start(n, k, hyperfan='out')
-    assert 0.85 < of_dx < 1.15
+    y_variance, dx_variance = at_the_start(n, k, hyperfan='out')
+    assert 0.85 < dx_variance < 1.15
     # the generated bias makes up for what of y's variance n inputs leave open
-    np.testing.assert_allclose(of_y, max(1, n / k), rtol=0.15)
+    np.testing.assert_allclose(y_variance, max(1, n / k), rtol=0.15)
 
 
 def test_the_head_starts_with_the_variances_of_the_formula():

@@ -111,14 +111,14 @@ def statistics(x, mask):
 def test_in_training_the_conditional_batch_norm_is_its_equation(mask):
     module = ConditionalBatchNorm(use_running_average=False, momentum=0.8, epsilon=0.1)
     variables = parameters(module, X, Z)
-    y, after = module.apply(variables, X, Z, mask=mask, mutable='batch_stats')
+    y, new_stats = module.apply(variables, X, Z, mask=mask, mutable='batch_stats')
 
     mean, variance = statistics(X, np.ones(X.shape[:-1], bool) if mask is None else mask)
     normalised = (np.asarray(X) - mean) / np.sqrt(variance + 0.1)
     same(y, modulated(numpy(variables['params']['modulation']), normalised, np.asarray(Z)))
-    before = numpy(variables['batch_stats']['norm'])
-    same(after['batch_stats']['norm']['mean'], 0.8 * before['mean'] + 0.2 * mean)
-    same(after['batch_stats']['norm']['var'], 0.8 * before['var'] + 0.2 * variance)
+    old_stats = numpy(variables['batch_stats']['norm'])
+    same(new_stats['batch_stats']['norm']['mean'], 0.8 * old_stats['mean'] + 0.2 * mean)
+    same(new_stats['batch_stats']['norm']['var'], 0.8 * old_stats['var'] + 0.2 * variance)
     same(as_mi(module, variables, X, Z, mask=mask).output, y, 2e-5)
 
 
@@ -137,23 +137,23 @@ def test_masked_positions_do_not_reach_the_others_in_the_batch_norm():
     variables = parameters(module, X, Z)
     run = functools.partial(module.apply, variables, mask=MASK, mutable='batch_stats')
     garbage = jnp.where(MASK[..., None], X, jnp.nan)
-    (y, after), (other, other_after) = run(X, Z), run(garbage, Z)
-    same(other[MASK], y[MASK])
-    jax.tree.map(same, other_after, after)
+    (y, new_stats), (garbage_y, garbage_stats) = run(X, Z), run(garbage, Z)
+    same(garbage_y[MASK], y[MASK])
+    jax.tree.map(same, garbage_stats, new_stats)
 
 
 def test_statistics_are_shared_over_the_named_axis():
     module = ConditionalBatchNorm(use_running_average=False, axis_name='devices')
     variables = parameters(module, X, Z)
     alone = ConditionalBatchNorm(use_running_average=False)
-    expected, after = alone.apply(variables, X, Z, mutable='batch_stats')
+    expected, new_stats = alone.apply(variables, X, Z, mutable='batch_stats')
 
     def shard(x, z):
         return module.apply(variables, x, z, mutable='batch_stats')
 
     y, shared = jax.vmap(shard, axis_name='devices')(X[:, None], Z[:, None])
     same(y[:, 0], expected)
-    jax.tree.map(lambda a, b: same(a, np.stack([b, b])), shared, after)
+    jax.tree.map(lambda a, b: same(a, np.stack([b, b])), shared, new_stats)
 
 
 @pytest.mark.parametrize(
@@ -187,8 +187,8 @@ def test_the_adaptive_block_is_its_equation():
     y, h = np.zeros(x.shape), over_features(x, 0.1)
     for i in np.ndindex(x.shape[:-1]):
         z_i = z[i[0], 0, 0]
-        made = z_i / (1 + np.exp(-z_i)) @ p['head']['V'] + p['head']['b']
-        b, s, g = made[:N], made[N : 2 * N], made[2 * N :]
+        head_output = z_i / (1 + np.exp(-z_i)) @ p['head']['V'] + p['head']['b']
+        b, s, g = head_output[:N], head_output[N : 2 * N], head_output[2 * N :]
         y[i] = x[i] + g * ((h[i] * (1 + s) + b) @ p['F']['V'] + p['F']['b'])
     same(module.apply(variables, X, Z), y)
     is_its_composition(module, variables, X, Z)
@@ -246,10 +246,10 @@ def test_in_bf16_the_batch_statistics_are_those_of_f32():
     x = X.astype(jnp.bfloat16)
     module = ConditionalBatchNorm(use_running_average=False, momentum=0.0, dtype=jnp.bfloat16)
     variables = parameters(module, x, Z)
-    _, after = module.apply(variables, x, Z, mutable='batch_stats')
+    _, new_stats = module.apply(variables, x, Z, mutable='batch_stats')
     mean, variance = statistics(x.astype(jnp.float32), np.ones(X.shape[:-1], bool))
-    same(after['batch_stats']['norm']['mean'], mean)
-    same(after['batch_stats']['norm']['var'], variance)
+    same(new_stats['batch_stats']['norm']['mean'], mean)
+    same(new_stats['batch_stats']['norm']['var'], variance)
 
 
 @pytest.mark.parametrize(

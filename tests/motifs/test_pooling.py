@@ -21,7 +21,7 @@ MODULES = {
     'block': functools.partial(BLOCK, rank=3, blocks=2, hidden=4),
     'compact': CompactBilinear,
 }
-each = pytest.mark.parametrize('name', MODULES)
+all_modules = pytest.mark.parametrize('name', MODULES)
 
 
 @functools.cache
@@ -79,9 +79,9 @@ def block(p, x, z):
     s = np.zeros(4)
     for c, r in itertools.product(range(2), range(3)):
         chunk = slice(2 * c, 2 * c + 2)
-        of_z = p['M'][c, r].T @ (p['P'].T @ z)[chunk]
-        of_x = p['N'][c, r].T @ (p['Q'].T @ x)[chunk]
-        s[chunk] += of_z * of_x
+        z_map = p['M'][c, r].T @ (p['P'].T @ z)[chunk]
+        x_map = p['N'][c, r].T @ (p['Q'].T @ x)[chunk]
+        s[chunk] += z_map * x_map
     return p['O'].T @ s + p['b']
 
 
@@ -97,7 +97,7 @@ def compact(p, x, z):
 LOOPS = {'mlb': mlb, 'mfb': mfb, 'mutan': mutan, 'block': block, 'compact': compact}
 
 
-@each
+@all_modules
 def test_it_is_the_loop_of_its_paper_s_equation(name):
     module, variables, x, z = drawn(name)
     y = apply(module)(variables, x, z)
@@ -108,7 +108,7 @@ def test_it_is_the_loop_of_its_paper_s_equation(name):
         np.testing.assert_allclose(y[b, t], LOOPS[name](p, x[b, t], z[b, 0]), 1e-5, 1e-5)
 
 
-@each
+@all_modules
 def test_it_is_its_composition(name):
     module, variables, x, z = drawn(name)
     composition = is_its_composition(module, variables, x, z)
@@ -132,7 +132,7 @@ def draws(count):
     return jax.random.split(jax.random.key(0, impl='rbg'), count)  # rbg compiles in half the time
 
 
-@each
+@all_modules
 @pytest.mark.parametrize('context', ['dense', 'one_hot'])
 def test_unit_variance_at_initialisation(name, context):
     n, m, batch = 24, 16, 128
@@ -149,7 +149,7 @@ def test_unit_variance_at_initialisation(name, context):
     assert 0.75 < variances.mean() < 1.25, variances
 
 
-@each
+@all_modules
 def test_bf16_is_close_to_f32(name):
     module, variables, x, z = drawn(name)
     y = apply(module.clone(dtype=jnp.bfloat16))(variables, x, z)
@@ -158,7 +158,7 @@ def test_bf16_is_close_to_f32(name):
     assert float(jnp.linalg.norm(y.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)) < 1e-2
 
 
-@each
+@all_modules
 def test_parameters_have_the_dtype_that_was_asked_for(name):
     module, _, x, z = drawn(name)
     module = module.clone(param_dtype=jnp.bfloat16)
@@ -166,14 +166,14 @@ def test_parameters_have_the_dtype_that_was_asked_for(name):
     assert {a.dtype for a in jax.tree.leaves(shapes)} <= {jnp.dtype('bfloat16')}
 
 
-@each
+@all_modules
 def test_gradients_are_those_of_finite_differences(name):
     module, variables, x, z = drawn(name)
     args = variables, x, z
     check_grads(apply(module), args, order=1, modes=['rev'], atol=2e-2, rtol=2e-2)
 
 
-@each
+@all_modules
 def test_vmap_over_rows_is_the_call_on_all(name):
     module, variables, x, z = drawn(name)
     rows = jax.vmap(apply(module), in_axes=(None, 0, 0))(variables, x, z)
@@ -184,9 +184,9 @@ def test_mutan_is_block_with_one_block():
     module, variables, x, z = drawn('mutan')
     p = variables['params']
     as_block = p | {'M': p['M'][None], 'N': p['N'][None]}
-    one_block = BLOCK(K, rank=2, blocks=1, hidden=4)
+    single_block = BLOCK(K, rank=2, blocks=1, hidden=4)
     np.testing.assert_allclose(
-        apply(one_block)({'params': as_block}, x, z),
+        apply(single_block)({'params': as_block}, x, z),
         apply(module)(variables, x, z),
         rtol=1e-5,
         atol=1e-6,
@@ -239,9 +239,9 @@ def test_mfb_drops_factors_before_the_sum():
     y, kept = apply(module)(variables, x, z), apply(MFB(K, factors=3))(variables, x, z)
     np.testing.assert_array_equal(y, kept)
     p = variables['params']
-    each_factor = (2 * (z @ p['P']) * (x @ p['Q'])).reshape(2, 4, K, 3)
+    factors = (2 * (z @ p['P']) * (x @ p['Q'])).reshape(2, 4, K, 3)
     subsets = np.array(list(itertools.product([0, 1], repeat=3)))
-    possible = np.einsum('btkf,sf->btks', each_factor, subsets)  # [2, 4, K, 8]
+    possible = np.einsum('btkf,sf->btks', factors, subsets)  # [2, 4, K, 8]
     dropped = module.apply(
         variables, x, z, deterministic=False, rngs={'dropout': jax.random.key(0)}
     )
@@ -271,7 +271,7 @@ def test_compact_pooling_has_no_parameters_and_another_seed_has_other_hashes():
     assert not np.allclose(CompactBilinear(K, seed=1).apply({}, x, z), y)
 
 
-@each
+@all_modules
 def test_bad_input_is_refused(name):
     module, variables, x, z = drawn(name)
     with pytest.raises(ValueError, match='do not broadcast'):
