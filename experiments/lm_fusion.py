@@ -59,7 +59,7 @@ def sweep() -> list[dict[str, Any]]:
         places = {'model.core': [core], 'model.site': sites}
         return product(**places, **{'model.fusion.name': fusions})
 
-    every = chain(*(
+    members = chain(*(
         chain(
             arms(core, ['encoder', 'decoder'], ['concat', 'mi', 'mi_low_rank', 'film']),
             arms(core, ['encoder'], ['none']),  # which is the same at any site
@@ -68,32 +68,36 @@ def sweep() -> list[dict[str, Any]]:
     ))  # fmt: skip
     # What is compared first comes first, of both cores.
     order = ['concat', 'mi', 'none', 'mi_low_rank', 'film']
-    every.sort(key=lambda arm: order.index(arm['model.fusion.name']))
+    members.sort(key=lambda arm: order.index(arm['model.fusion.name']))
     if not ENWIK8:
-        return every
+        return members
     data = {'data.source': 'enwik8', 'data.path': ENWIK8, 'data.train_tokens': 9_000_000}
     longer = {'train.batch': 32, 'train.steps': 4000, 'train.eval_every': 500}
-    return [arm | data | longer | {'train.save_every': 2000} for arm in every]
+    return [arm | data | longer | {'train.save_every': 2000} for arm in members]
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Compare each arm with concat of its own core and site, as a table and a figure."""
-    found: dict[tuple[str, str], dict[str, runs.Arm]] = {}
+    arms_by_site: dict[tuple[str, str], dict[str, runs.Arm]] = {}
     sweep = runs.read_sweep(workdir)
     for arm in sweep.arms:
         if arm.finite_values(METRIC, SPLIT):
             core, site, fusion = arm.label.split(', ')
-            found.setdefault((core, site), {})[fusion] = arm
-    found = {place: arms for place, arms in found.items() if 'concat' in arms}
+            arms_by_site.setdefault((core, site), {})[fusion] = arm
+    arms_by_site = {place: arms for place, arms in arms_by_site.items() if 'concat' in arms}
+
+    # A row of the table and a point of the figure for each arm.
     header = ['core', 'site', 'fusion', 'bits per byte ↓ [95 %]', 'difference to concat [95 %]']
     header += ['parameters', 'of the fusion', 'FLOPs per token', 'train seconds']
     body = []
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(plots.WIDTH, 2.4), layout='constrained')
-        panels = figure.subplots(1, max(1, len(found)), sharex=True, sharey=True, squeeze=False)[0]
-        for axes, ((core, site), arms) in zip(panels, found.items(), strict=False):
-            if site == 'encoder' and (core, 'decoder') in found and 'none' in arms:
-                found[core, 'decoder'] |= {'none': arms['none']}
+        panels = figure.subplots(
+            1, max(1, len(arms_by_site)), sharex=True, sharey=True, squeeze=False
+        )[0]
+        for axes, ((core, site), arms) in zip(panels, arms_by_site.items(), strict=False):
+            if site == 'encoder' and (core, 'decoder') in arms_by_site and 'none' in arms:
+                arms_by_site[core, 'decoder'] |= {'none': arms['none']}
             arms = {fusion: arms[fusion] for fusion in WORDS if fusion in arms}
             finals = {fusion: arm.final_values(METRIC, SPLIT) for fusion, arm in arms.items()}
             for fusion, final in finals.items():
@@ -103,7 +107,7 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
                 body.append([
                     core, site, fusion, str(tables.format_interval(mean, 4)),
                     str(tables.format_interval(gap, 4, '+')),
-                    *(f'{arms[fusion].get_cost(what, part):,}' for what, part in COUNTS),
+                    *(f'{arms[fusion].get_cost(quantity, part):,}' for quantity, part in COUNTS),
                     f'{arms[fusion].training_seconds()[1][-1]:.0f}',
                 ])  # fmt: skip
                 if gap is not None:
@@ -115,6 +119,8 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
             axes.axvline(0, color=plots.GREY, lw=0.8)
             axes.set_title(f'{core},\n{site}')
             axes.set_yticks(range(1, len(WORDS)), [tables.humanize(fusion) for fusion in WORDS[1:]])
+
+        # Labels that the panels share.
         panels[0].set_ylim(len(WORDS) - 0.5, 0.5)
         figure.supxlabel('bits per byte − concat', fontsize='medium')
         plots.save(figure, out, 'lm_fusion')

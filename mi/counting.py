@@ -53,32 +53,32 @@ def flops(function: Callable[..., Any], *args: Any) -> int:
     return _flops(products(function, *args))
 
 
-def _flops(found: list[Product]) -> int:
-    return sum(product.flops * product.times for product in found)
+def _flops(products: list[Product]) -> int:
+    return sum(product.flops * product.times for product in products)
 
 
 def _products(jaxpr: core.Jaxpr, times: int) -> list[Product]:
-    found: list[Product] = []
+    products: list[Product] = []
     for eqn in jaxpr.eqns:
         shapes: list[tuple[int, ...]] = [getattr(v.aval, 'shape', ()) for v in eqn.invars]
         out = math.prod(getattr(eqn.outvars[0].aval, 'shape', ())) if eqn.outvars else 0
         if eqn.primitive.name == 'dot_general':
             (contracted, _), _ = eqn.params['dimension_numbers']
-            each = 2 * math.prod(shapes[0][axis] for axis in contracted) * out
-            found.append(Product(each, _bytes(eqn), times))
+            product_flops = 2 * math.prod(shapes[0][axis] for axis in contracted) * out
+            products.append(Product(product_flops, _bytes(eqn), times))
         elif eqn.primitive.name == 'conv_general_dilated':
             out_features = shapes[1][eqn.params['dimension_numbers'].rhs_spec[0]]
-            each = 2 * math.prod(shapes[1]) // out_features * out
-            found.append(Product(each, _bytes(eqn), times))
+            product_flops = 2 * math.prod(shapes[1]) // out_features * out
+            products.append(Product(product_flops, _bytes(eqn), times))
         elif eqn.primitive.name == 'cond':
             sides = [_products(branch.jaxpr, times) for branch in eqn.params['branches']]
-            dearest: list[Product] = max(sides, key=_flops)
-            found += dearest
+            costliest_branch: list[Product] = max(sides, key=_flops)
+            products += costliest_branch
         else:
             length = eqn.params['length'] if eqn.primitive.name == 'scan' else 1
             for inner in _inner(eqn):
-                found += _products(inner, times * length)
-    return found
+                products += _products(inner, times * length)
+    return products
 
 
 def _bytes(eqn: core.JaxprEqn) -> int:
@@ -105,19 +105,19 @@ def modules(
     Yields, for each: the module unbound, its variables, and the shapes of the arrays it is called
     with in model(*args); variables and args may be shapes only.
     """
-    found: dict[tuple[str, ...], tuple[nn.Module, list[jax.ShapeDtypeStruct]]] = {}
+    matches: dict[tuple[str, ...], tuple[nn.Module, list[jax.ShapeDtypeStruct]]] = {}
 
     def watch(call: Any, inputs: Any, options: Any, context: Any) -> Any:
         module = context.module
         named = module.name and re.fullmatch(pattern, module.name)
         if named and context.method_name == '__call__':
             shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in inputs]
-            found[module.path] = module.clone(parent=None), shapes
+            matches[module.path] = module.clone(parent=None), shapes
         return call(*inputs, **options)
 
     with nn.intercept_methods(watch):
         jax.eval_shape(model.apply, variables, *args)
-    for path, (module, shapes) in found.items():
+    for path, (module, shapes) in matches.items():
         own = functools.reduce(lambda tree, key: tree.get(key, {}), path, variables['params'])
         yield module, {'params': own}, shapes
 

@@ -163,12 +163,12 @@ def _draw_heads(axes: Axes, arrays: dict[str, np.ndarray]) -> None:
     """Draw the offsets of one layer, Δ [H, 2] as (rows, columns); rows run down."""
     offsets = np.array([(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)])
     axes.plot(*offsets.T[::-1], '+', color=plots.INK, ms=5, mew=0.6, label='3 × 3 kernel')
-    before, after = arrays['Delta_before'], arrays['Delta']
-    for start, end in zip(before, after, strict=True):
+    initial_centers, final_centers = arrays['Delta_before'], arrays['Delta']
+    for start, end in zip(initial_centers, final_centers, strict=True):
         axes.plot(*zip(start[::-1], end[::-1], strict=True), color=plots.GREY, lw=0.6, zorder=1)
-    axes.plot(*before.T[::-1], 'o', mfc='none', color=plots.GREY, ms=3.5, label='Δ before')
-    axes.plot(*after.T[::-1], 'o', color=plots.PALETTE[0], ms=3.5, mew=0, label='Δ after')
-    for center, alpha in zip(after, arrays['alpha'], strict=True):
+    axes.plot(*initial_centers.T[::-1], 'o', mfc='none', color=plots.GREY, ms=3.5, label='Δ before')
+    axes.plot(*final_centers.T[::-1], 'o', color=plots.PALETTE[0], ms=3.5, mew=0, label='Δ after')
+    for center, alpha in zip(final_centers, arrays['alpha'], strict=True):
         if alpha > 0:  # below, the head looks away from its center
             axes.add_patch(
                 Circle(center[::-1], compute_width(alpha), color=plots.PALETTE[0], alpha=0.12, lw=0)
@@ -212,12 +212,14 @@ def _tabulate_centers(arms: dict[str, ArmArrays]) -> str:
         if 'Delta' not in arm.arrays:
             continue
         for layer in range(arm.arrays['Delta'].shape[1]):
-            before, after = (arm.arrays[name][:, layer] for name in ('Delta_before', 'Delta'))
-            distance = np.linalg.norm(after - before, axis=-1).mean(-1)
+            initial_centers, final_centers = (
+                arm.arrays[name][:, layer] for name in ('Delta_before', 'Delta')
+            )
+            distance = np.linalg.norm(final_centers - initial_centers, axis=-1).mean(-1)
             distance[distance < 1e-6] = 0  # rounding
             is_near = [
                 np.linalg.norm(centers[:, :, None] - offsets, axis=-1) <= NEAR
-                for centers in (before, after)
+                for centers in (initial_centers, final_centers)
             ]  # [S, H, 9]
             values = [(distance, 2)]
             values += [(100 * mask.any(-1).mean(-1), 0) for mask in is_near]

@@ -20,6 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.tracker = 'none'  # a name in mi.training.trackers.TRACKERS: none, wandb, trackio
     config.seeds = tuple(range(10))
 
+    # What is learned.
     config.problem = problem = ml_collections.ConfigDict()
     problem.name = 'experiments.composition.problem'
     problem.modules = 6  # M
@@ -37,6 +38,7 @@ def get_config() -> ml_collections.ConfigDict:
     transfer.steps = 500
     transfer.learning_rate = 3e-2
 
+    # The network.
     config.model = model = ml_collections.ConfigDict()
     model.width = 32
     model.parameters = 4000  # or 0 for the width above
@@ -48,6 +50,7 @@ def get_config() -> ml_collections.ConfigDict:
     fusion.rank = 0  # as the width
     fusion.hidden = 0  # as the width
 
+    # How it is trained.
     config.train = train = ml_collections.ConfigDict()
     train.steps = 4000
     train.batch = 32  # examples of each task, new ones in every step

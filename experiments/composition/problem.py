@@ -186,7 +186,7 @@ class Composition(Problem):
         # Tasks that were trained.
         c, x, y = self.draw_examples(world, key, self.trained, self.eval_examples)
         z = params['contexts'] if self.is_learned else self._given_context(c)
-        seen = unexplained(y, self._predict(params, z, x))
+        seen_error = unexplained(y, self._predict(params, z, x))
 
         # Combinations that were not.
         test_key, transfer_key = jax.random.split(key)
@@ -194,8 +194,8 @@ class Composition(Problem):
         z = self._given_context(c)
         if self.is_learned:
             z = self._learn_contexts(params, world, transfer_key)
-        unseen = unexplained(y, self._predict(params, z, x))
-        return {'seen': {'error': seen}, 'unseen': {'error': unseen}}
+        unseen_error = unexplained(y, self._predict(params, z, x))
+        return {'seen': {'error': seen_error}, 'unseen': {'error': unseen_error}}
 
     def _learn_contexts(self, params: Params, world: Teacher, key: PRNGKey) -> Array:
         """Return contexts of the tested tasks, learned by gradient from their examples."""

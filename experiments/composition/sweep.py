@@ -131,13 +131,17 @@ def _draw(axes: Axes, arms: ArmByKey, context: str) -> None:
             if arm is None:
                 continue
             color, y_mark = plots.PALETTE[i], y + 0.25 * (i - 1)
-            unseen = statistics.estimate(arm.final_values(METRIC, 'unseen'), name)
-            seen = statistics.estimate(arm.final_values(METRIC, 'seen'), name)
-            axes.plot(seen.mean, y_mark, marker, color=color, mfc='none', ms=3.5, mew=0.7)
-            if unseen.low is not None:
-                axes.plot([unseen.low, unseen.high], [y_mark, y_mark], color=color, lw=1.2)
+            unseen_error = statistics.estimate(arm.final_values(METRIC, 'unseen'), name)
+            seen_error = statistics.estimate(arm.final_values(METRIC, 'seen'), name)
+            axes.plot(seen_error.mean, y_mark, marker, color=color, mfc='none', ms=3.5, mew=0.7)
+            if unseen_error.low is not None:
+                axes.plot(
+                    [unseen_error.low, unseen_error.high], [y_mark, y_mark], color=color, lw=1.2
+                )
             label = f'unseen pairs, {support}' if y == 0 else None
-            axes.plot(unseen.mean, y_mark, marker, color=color, ms=4, mew=0, ls='', label=label)
+            axes.plot(
+                unseen_error.mean, y_mark, marker, color=color, ms=4, mew=0, ls='', label=label
+            )
     if students:
         axes.plot([], [], 'o', color=plots.GREY, mfc='none', ms=3.5, mew=0.7, ls='',
                   label='hollow: combinations seen')  # fmt: skip

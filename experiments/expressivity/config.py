@@ -28,12 +28,14 @@ def get_config(arg: str = 'search') -> ml_collections.ConfigDict:
     config.tracker = 'none'  # a name in mi.training.trackers.TRACKERS: none, wandb, trackio
     config.seeds = (0, 1, 2, 3, 4)
 
+    # What is learned.
     config.problem = problem = ml_collections.ConfigDict()
     problem.name = 'experiments.expressivity.problem'
     problem.target = 'product'  # product, additive, x_only
     problem.dimension = 4  # d, of x and of z
     problem.examples = 8192  # of the evaluation
 
+    # The network.
     config.model = model = ml_collections.ConfigDict()
     model.width = 32
     model.parameters = 0  # choose the width with about this many; 0 keeps it, as in a search
@@ -45,6 +47,7 @@ def get_config(arg: str = 'search') -> ml_collections.ConfigDict:
     fusion.rank = 0  # as the width
     fusion.hidden = 0  # as the width
 
+    # How it is trained.
     config.train = train = ml_collections.ConfigDict()
     train.steps = 2000
     train.batch = 256

@@ -62,7 +62,7 @@ def sweep() -> list[dict[str, Any]]:
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
-    """Draws the error against the size, and two surfaces of errors; nothing if no run is done."""
+    """Draw the error against the size, and two surfaces of errors; nothing if no run is done."""
     arms = {
         arm.label: arm for arm in runs.read_sweep(workdir).arms if arm.finite_values(METRIC, SPLIT)
     }
@@ -70,19 +70,21 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
         return
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(plots.WIDTH, 2.3), layout='constrained')
-        left, *maps = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
+        error_axes, *maps = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
         for depth, dashes in zip((1, 2), plots.DASHES, strict=False):
             label = f'concat, {depth} hidden layer{"s" if depth > 1 else ""}'
             kind = [arm for name, arm in arms.items() if name.startswith(f'concat, {depth},')]
-            _errors(left, kind, label, plots.GREY, dashes)
-        _errors(left, [a for n, a in arms.items() if n.startswith('mi')], 'MI', plots.PALETTE[0])
-        left.set(xscale='log', yscale='log', xlabel='parameters', ylabel='mean squared error')
-        panels.set_power_ticks(left.xaxis)
-        panels.set_power_ticks(left.yaxis)
+            _draw_errors(error_axes, kind, label, plots.GREY, dashes)
+        _draw_errors(
+            error_axes, [a for n, a in arms.items() if n.startswith('mi')], 'MI', plots.PALETTE[0]
+        )
+        error_axes.set(xscale='log', yscale='log', xlabel='parameters', ylabel='mean squared error')
+        panels.set_power_ticks(error_axes.xaxis)
+        panels.set_power_ticks(error_axes.yaxis)
         figure.legend(loc='outside lower center', ncols=3, handlelength=3, frameon=False)
-        shown = {'concat, 1, 16': 'concat, width 16', 'mi, 0, 1': 'MI'}
-        for axes, (label, title) in zip(maps, shown.items(), strict=True):
-            image = _surface(axes, workdir, label, title)
+        surface_titles = {'concat, 1, 16': 'concat, width 16', 'mi, 0, 1': 'MI'}
+        for axes, (label, title) in zip(maps, surface_titles.items(), strict=True):
+            image = _draw_surface(axes, workdir, label, title)
         maps[0].set_ylabel('z')
         maps[1].set_yticklabels([])
         if image is not None:
@@ -91,21 +93,26 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
         plots.save(figure, out, 'inclusion')
 
 
-def _errors(axes: Axes, arms: list[runs.Arm], label: str, color: str, dashes: Any = '-') -> None:
-    """Medians over the seeds, and the whole range of them."""
+def _draw_errors(
+    axes: Axes, arms: list[runs.Arm], label: str, color: str, dashes: Any = '-'
+) -> None:
+    """Draw medians over the seeds, and their range."""
     if not arms:
         return
     sizes = [arm.get_cost('parameters', 'model') for arm in arms]
     values = [list(arm.final_values(METRIC, SPLIT).values()) for arm in arms]
-    middle = np.array([np.median(of) for of in values])
-    spread = [middle - [min(of) for of in values], [max(of) for of in values] - middle]
+    medians = np.array([np.median(finals) for finals in values])
+    spread = [
+        medians - [min(finals) for finals in values],
+        [max(finals) for finals in values] - medians,
+    ]
     axes.errorbar(
-        sizes, middle, spread, color=color, ls=dashes, marker='.', label=label, elinewidth=0.8
+        sizes, medians, spread, color=color, ls=dashes, marker='.', label=label, elinewidth=0.8
     )
 
 
-def _surface(axes: Axes, workdir: pathlib.Path, label: str, title: str) -> Any:
-    """|error| of the first seed's network on the square of x and z; nothing if it is not there."""
+def _draw_surface(axes: Axes, workdir: pathlib.Path, label: str, title: str) -> Any:
+    """Draw |error| of the first seed on a square of x and z; nothing if it is missing."""
     members = json.loads((workdir / 'sweep.json').read_text())['members']
     folder = workdir / next(m['name'] for m in members if m['label'] == label)
     axes.set(title=title, xlabel='x')

@@ -88,6 +88,7 @@ def table(
     against = f'{tables.humanize(metric)} / that of {reference}'
     header += [f'{against}, seeds {seeds[0]} to {seeds[-1]}' for seeds in draws] or [against]
     baseline = arms[reference].finite_values(metric, split) if reference in arms else {}
+    # A row for each law: parameters, scores, and ratios to the reference.
     body = []
     for name, arm in arms.items():
         parameters = arm.get_cost('parameters', 'model')

@@ -103,12 +103,12 @@ def init(law: Law, key: Array, degrees: int) -> Any:
 
 def costs(law: Law, degrees: int) -> dict[str, dict[str, int]]:
     """Count as `network.costs`; the model's FLOPs are those of one evaluation of its field."""
-    one = jax.ShapeDtypeStruct((degrees,), jnp.float32)
-    counted = network.costs(law, one, one)
-    params = jax.eval_shape(law.init, jax.random.key(0), one, one)
+    vector = jax.ShapeDtypeStruct((degrees,), jnp.float32)
+    counted = network.costs(law, vector, vector)
+    params = jax.eval_shape(law.init, jax.random.key(0), vector, vector)
 
     def velocities(params: Any, q: Array, p: Array) -> State:
         return field(law, params)(q, p)
 
-    counted['flops_per_example']['model'] = counting.flops(velocities, params, one, one)
+    counted['flops_per_example']['model'] = counting.flops(velocities, params, vector, vector)
     return counted

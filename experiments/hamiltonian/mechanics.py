@@ -66,9 +66,9 @@ def _oscillation(
     """Draws states of amplitudes in [low, high]: q = a sin φ, and the p of V(a)."""
 
     def draw(key: Array, count: int) -> State:
-        of_amplitude, of_phase = jax.random.split(key)
-        a = jax.random.uniform(of_amplitude, (count, 1), minval=low, maxval=high)
-        phase = jax.random.uniform(of_phase, (count, 1), maxval=2 * jnp.pi)
+        amplitude_key, phase_key = jax.random.split(key)
+        a = jax.random.uniform(amplitude_key, (count, 1), minval=low, maxval=high)
+        phase = jax.random.uniform(phase_key, (count, 1), maxval=2 * jnp.pi)
         q = a * jnp.sin(phase)
         kinetic = jnp.maximum(potential(a) - potential(q), 0)[..., None]
         return q, jnp.sign(jnp.cos(phase)) * jnp.sqrt(2 * mass * kinetic)
@@ -94,11 +94,11 @@ def _orbits(key: Array, count: int) -> State:
 
     Of the speed of a circular orbit they have 0.9 to 1, either way round.
     """
-    of_radius, of_angle, of_speed, of_sign = jax.random.split(key, 4)
-    r = jax.random.uniform(of_radius, (count, 1), minval=0.5, maxval=1.0)
-    angle = jax.random.uniform(of_angle, (count, 1), maxval=2 * jnp.pi)
-    share = jax.random.uniform(of_speed, (count, 1), minval=0.9, maxval=1.0)
-    sign = jax.random.rademacher(of_sign, (count, 1)).astype(jnp.float32)
+    radius_key, angle_key, speed_key, sign_key = jax.random.split(key, 4)
+    r = jax.random.uniform(radius_key, (count, 1), minval=0.5, maxval=1.0)
+    angle = jax.random.uniform(angle_key, (count, 1), maxval=2 * jnp.pi)
+    share = jax.random.uniform(speed_key, (count, 1), minval=0.9, maxval=1.0)
+    sign = jax.random.rademacher(sign_key, (count, 1)).astype(jnp.float32)
     out = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
     across = jnp.concatenate([-jnp.sin(angle), jnp.cos(angle)], -1)
     q, p = r * out, sign * share / jnp.sqrt(4 * r) * across  # v²/r = G m/(2r)²

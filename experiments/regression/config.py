@@ -19,6 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.tracker = 'none'  # a name in mi.training.trackers.TRACKERS: none, wandb, trackio
     config.seeds = tuple(range(10))
 
+    # What is learned.
     config.problem = problem = ml_collections.ConfigDict()
     problem.name = 'experiments.regression.problem'
     problem.context = 'one_hot'  # one_hot, descriptor, inferred: what says which task it is
@@ -36,6 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
     transfer.steps = 500  # to learn their contexts
     transfer.learning_rate = 1e-2
 
+    # The network.
     config.model = model = ml_collections.ConfigDict()
     model.width = 32
     model.parameters = 6000  # or 0 for the width above
@@ -47,6 +49,7 @@ def get_config() -> ml_collections.ConfigDict:
     fusion.rank = 0  # as the width
     fusion.hidden = 0  # as the width
 
+    # How it is trained.
     config.train = train = ml_collections.ConfigDict()
     train.steps = 4000
     train.batch = 8  # examples of each task, new ones in every step

@@ -241,6 +241,7 @@ class Regression(Problem):
         The fusion 'none' has no context to learn. There, all of `fresh_params` are learned from the
         K examples alone, as a network does without other tasks.
         """
+        # Where the contexts of new tasks start.
         tasks = world.new
         grid = _grid(len(tasks.x))
         targets = values(tasks, grid)
@@ -271,6 +272,7 @@ class Regression(Problem):
                 z = transfer.fit(lambda z: compute_error(params, z, x, y), z, steps, rate)
             return compute_error(params, z, grid, targets)
 
+        # All new tasks, for each number of examples.
         errors = {
             f'mse/{K}': jax.vmap(functools.partial(learn_and_test, K))(
                 z_start, tasks.x, tasks.y, grid, targets

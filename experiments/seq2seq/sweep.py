@@ -139,11 +139,14 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(plots.WIDTH, 4.4), layout='constrained')
         panels = figure.subplots(2, len(TARGETS), sharey=True, sharex='row')
+        # A column for each target: errors by depth above, by size below.
         for column, (target, kind) in enumerate(TARGETS.items()):
             top, bottom = panels[:, column]
             top.set_title(f'{target}\n{kind}', fontsize=8)
             _by_depth(top, arms, target, floors)
             _by_size(bottom, arms, target, floors)
+
+        # Scales and labels that the panels share.
         for axes in panels[:, 0]:
             axes.set_yscale('log')
             axes.yaxis.set_major_formatter('{x:g}')
@@ -301,6 +304,7 @@ def _predictions(arms: Sequence[runs.Arm], floors: Floors) -> str:
                 line.append(f'{min(gaps):+.4f}'.replace('-', '−') if gaps else tables.NONE)
             rows.append(line)
 
+    # Functions without order, against the first bound.
     for name in ('attention', 'pairs, mi_low_rank'):
         mixer_arms = [arm for arm in arms if mixer_name(arm) == name]
         add_rows(
@@ -310,6 +314,8 @@ def _predictions(arms: Sequence[runs.Arm], floors: Floors) -> str:
             '0 or above',
         )
         add_rows(f'{NAMES[name]}, positions', True, select_arms(mixer_arms, depth=None), 'below 0')
+
+    # Sums over tokens, against the second bound.
     for name in ('fixed', 'attention'):
         mixer_arms = [arm for arm in arms if mixer_name(arm) == name]
         final_mixing_arms = select_arms(mixer_arms, features=None, depth=1, ends='mixer')
@@ -326,6 +332,7 @@ def _predictions(arms: Sequence[runs.Arm], floors: Floors) -> str:
         *select_arms(fixed, depth=3),
     ]
     add_rows('fixed mixings, a feed-forward layer last', False, fixed_arms, 'any')
+
     header = ['network', 'target', 'bound', 'error − bound, by theory']
     header += [f'least of seeds {s[0]} to {s[-1]}' for s in SEEDS]
     note = (

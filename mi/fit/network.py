@@ -93,10 +93,13 @@ def costs(
     return {
         'parameters': {
             'model': counting.parameters(variables),
-            'fusion': sum(counting.parameters(of) for _, of, _ in fused),
+            'fusion': sum(counting.parameters(part_variables) for _, part_variables, _ in fused),
         },
         'flops_per_example': {
             'model': counting.flops(model.apply, variables, *inputs),
-            'fusion': sum(counting.flops(part.apply, of, *shapes) for part, of, shapes in fused),
+            'fusion': sum(
+                counting.flops(part.apply, part_variables, *shapes)
+                for part, part_variables, shapes in fused
+            ),
         },
     }

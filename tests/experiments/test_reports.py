@@ -237,7 +237,7 @@ def test_the_error_of_a_product_is_drawn_by_its_median_and_range(tmp_path):
     assert (tmp_path / 'inclusion.png').stat().st_size > 0
     arms = runs.read_sweep(tmp_path).arms
     axes = Figure().subplots()
-    inclusion._errors(axes, arms[:2], 'concat', 'grey')
+    inclusion._draw_errors(axes, arms[:2], 'concat', 'grey')
     (container,) = axes.containers
     middle, _, (bars,) = container
     assert middle.get_xydata().tolist() == [[40, 2.0], [160, 0.25]]
