@@ -1,8 +1,7 @@
-"""What a module costs: parameters and FLOPs from shapes alone, and the size that meets a target.
+"""Counts of parameters and FLOPs from shapes alone, and the model size that meets a target.
 
-Nothing is allocated or compiled: shapes come from `jax.eval_shape`, FLOPs from the jaxpr.
-
-python -m mi.estimate --config=configs/lm.py prints what a run of a config costs: see `mi.estimate`.
+Nothing is allocated or compiled: shapes come from `jax.eval_shape`, FLOPs from the jaxpr. The
+command `python -m mi.estimate --config=FILE` prints the cost of a run.
 """
 
 import functools
@@ -22,12 +21,12 @@ def parameters(tree: Any) -> int:
 
 
 class Product(NamedTuple):
-    """A product of a function, as often as the function computes it.
+    """A matrix product or convolution in a function.
 
     Attributes:
       flops: 2·a·b·c for [a, b] and [b, c].
-      bytes: of both factors and of what comes out.
-      times: how often.
+      bytes: bytes of both factors and of the result.
+      times: number of executions.
     """
 
     flops: int
@@ -36,58 +35,59 @@ class Product(NamedTuple):
 
 
 def products(function: Callable[..., Any], *args: Any) -> list[Product]:
-    """List the products and convolutions of function(*args); args may be shapes only.
+    """Return the products and convolutions of function(*args); args may be shapes only.
 
-    The body of a loop counts once per iteration, and of a branch the side with more FLOPs.
+    The body of a loop counts once per iteration; of a branch, the side with more FLOPs counts.
     """
-    return _products(jax.make_jaxpr(function)(*args).jaxpr, 1)
+    return _find_products(jax.make_jaxpr(function)(*args).jaxpr, 1)
 
 
 def flops(function: Callable[..., Any], *args: Any) -> int:
-    """Floating-point operations of the products in function(*args); args may be shapes only.
+    """Count the floating-point operations of the products in function(*args).
 
-    A product of [a, b] and [b, c] counts 2·a·b·c; additions, activations and look-ups count
-    nothing, a loop counts its body once per iteration, and of a branch the dearer side counts.
-    `compiled.cost_analysis()` would count a loop's body once in all.
+    A product of [a, b] and [b, c] counts 2·a·b·c. Additions, activations and look-ups count
+    nothing. The body of a loop counts once per iteration, whereas `compiled.cost_analysis()` counts
+    it once; of a branch, the more expensive side counts. The args may be shapes only.
     """
-    return _flops(products(function, *args))
+    return _sum_flops(products(function, *args))
 
 
-def _flops(products: list[Product]) -> int:
-    return sum(product.flops * product.times for product in products)
+def _sum_flops(matmuls: list[Product]) -> int:
+    return sum(product.flops * product.times for product in matmuls)
 
 
-def _products(jaxpr: core.Jaxpr, times: int) -> list[Product]:
-    products: list[Product] = []
+def _find_products(jaxpr: core.Jaxpr, times: int) -> list[Product]:
+    """Return the products of a jaxpr that is executed `times` times."""
+    matmuls: list[Product] = []
     for eqn in jaxpr.eqns:
         shapes: list[tuple[int, ...]] = [getattr(v.aval, 'shape', ()) for v in eqn.invars]
-        out = math.prod(getattr(eqn.outvars[0].aval, 'shape', ())) if eqn.outvars else 0
+        out_size = math.prod(getattr(eqn.outvars[0].aval, 'shape', ())) if eqn.outvars else 0
         if eqn.primitive.name == 'dot_general':
             (contracted, _), _ = eqn.params['dimension_numbers']
-            product_flops = 2 * math.prod(shapes[0][axis] for axis in contracted) * out
-            products.append(Product(product_flops, _bytes(eqn), times))
+            count = 2 * math.prod(shapes[0][axis] for axis in contracted) * out_size
+            matmuls.append(Product(count, _count_bytes(eqn), times))
         elif eqn.primitive.name == 'conv_general_dilated':
             out_features = shapes[1][eqn.params['dimension_numbers'].rhs_spec[0]]
-            product_flops = 2 * math.prod(shapes[1]) // out_features * out
-            products.append(Product(product_flops, _bytes(eqn), times))
+            count = 2 * math.prod(shapes[1]) // out_features * out_size
+            matmuls.append(Product(count, _count_bytes(eqn), times))
         elif eqn.primitive.name == 'cond':
-            sides = [_products(branch.jaxpr, times) for branch in eqn.params['branches']]
-            costliest_branch: list[Product] = max(sides, key=_flops)
-            products += costliest_branch
+            sides = [_find_products(branch.jaxpr, times) for branch in eqn.params['branches']]
+            most_expensive: list[Product] = max(sides, key=_sum_flops)
+            matmuls += most_expensive
         else:
             length = eqn.params['length'] if eqn.primitive.name == 'scan' else 1
-            for inner in _inner(eqn):
-                products += _products(inner, times * length)
-    return products
+            for inner in _inner_jaxprs(eqn):
+                matmuls += _find_products(inner, times * length)
+    return matmuls
 
 
-def _bytes(eqn: core.JaxprEqn) -> int:
+def _count_bytes(eqn: core.JaxprEqn) -> int:
     arrays: list[Any] = [v.aval for v in (*eqn.invars, *eqn.outvars)]
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
 
 
-def _inner(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
-    """Yield the jaxprs that an equation calls: scan's body, a jit's or custom_vjp's function."""
+def _inner_jaxprs(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
+    """Return the jaxprs that an equation calls: the body of a scan, the function of a jit."""
     jaxprs = []
     for value in eqn.params.values():
         if isinstance(value, core.ClosedJaxpr):
@@ -100,37 +100,40 @@ def _inner(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
 def modules(
     model: nn.Module, pattern: str, variables: Any, *args: Any
 ) -> Iterator[tuple[nn.Module, Any, list[jax.ShapeDtypeStruct]]]:
-    """Yield the parts of a Linen model whose names match, to count what they cost.
+    """Yield the submodules of a Linen model whose names match a pattern.
 
-    Yields, for each: the module unbound, its variables, and the shapes of the arrays it is called
-    with in model(*args); variables and args may be shapes only.
+    Each item is the unbound module, its variables, and the shapes of its inputs in model(*args);
+    variables and args may be shapes only.
     """
-    matches: dict[tuple[str, ...], tuple[nn.Module, list[jax.ShapeDtypeStruct]]] = {}
+    calls: dict[tuple[str, ...], tuple[nn.Module, list[jax.ShapeDtypeStruct]]] = {}
 
-    def watch(call: Any, inputs: Any, options: Any, context: Any) -> Any:
+    # Record the inputs of the matching submodules during an abstract call of the model.
+    def record(call: Any, inputs: Any, options: Any, context: Any) -> Any:
         module = context.module
-        named = module.name and re.fullmatch(pattern, module.name)
-        if named and context.method_name == '__call__':
+        is_match = module.name and re.fullmatch(pattern, module.name)
+        if is_match and context.method_name == '__call__':
             shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in inputs]
-            matches[module.path] = module.clone(parent=None), shapes
+            calls[module.path] = module.clone(parent=None), shapes
         return call(*inputs, **options)
 
-    with nn.intercept_methods(watch):
+    with nn.intercept_methods(record):
         jax.eval_shape(model.apply, variables, *args)
-    for path, (module, shapes) in matches.items():
-        own = functools.reduce(lambda tree, key: tree.get(key, {}), path, variables['params'])
-        yield module, {'params': own}, shapes
+    # Select the parameters of each.
+    for path, (module, shapes) in calls.items():
+        params = functools.reduce(lambda tree, key: tree.get(key, {}), path, variables['params'])
+        yield module, {'params': params}, shapes
 
 
 def nearest_size(cost: Callable[[int], int], target: int, low: int = 1) -> int:
-    """Return the size s ≥ low whose cost is nearest to the target; costs must not fall with s.
+    """Return the size s ≥ low whose cost is nearest to the target; cost must not fall with s.
 
     Raises:
-      ValueError: if even the smallest size costs a tenth more than the target: nothing matches.
+      ValueError: if even the smallest size costs over a tenth more than the target.
     """
     smallest = cost(low)
     if smallest > 1.1 * target:
         raise ValueError(f'the smallest size, {low}, costs {smallest:,}, the target is {target:,}')
+    # Double the size until it reaches the target, then bisect.
     high = low + 1
     while cost(high) < target:
         low, high = high, 2 * high

@@ -1,9 +1,9 @@
-"""The one entry point: python -m mi.main --config=configs/lm.py --workdir=runs/first
+"""Entry point of every run: python -m mi.main --config=configs/lm.py --workdir=runs/first
 
-To evaluate or sample, --config may be left out: the run directory has what the run was made with.
+--mode=eval and --mode=sample read the config from the run directory, so --config is optional there.
 
-Exit codes: 0 done; 1 something to mend, one line on stderr says what; 143 stopped by a signal,
-after saving: the same command continues the run.
+Exit codes: 0 success; 1 a user error, with one line on stderr; 143 stopped by a signal after a
+checkpoint: the same command continues the run.
 """
 
 import functools
@@ -35,19 +35,19 @@ TASKS = {
 
 
 def define_flags() -> None:
-    """Define the flags of the program; not at import, so that a launcher's stay apart."""
+    """Define the flags; not at import, because a launcher that imports this module has its own."""
     flags.DEFINE_string(
         'config', None, 'Config file, FILE.py or FILE.py:ARGUMENT; --config.KEY=VALUE sets a key.'
     )
-    flags.DEFINE_string('workdir', None, 'Run directory, made or continued.')
+    flags.DEFINE_string('workdir', None, 'Run directory, new or continued.')
     flags.DEFINE_enum(
         'mode',
         'train',
         ['train', 'eval', 'sample'],
-        'eval: the scores, and videos, of what a run has learned. sample: text that it writes.',
+        'eval: evaluate a trained run, with videos in RL. sample: generate text.',
     )
     flags.DEFINE_string(
-        'profile', '', 'FIRST:LAST, the training steps of a trace, written to WORKDIR/profile.'
+        'profile', '', 'FIRST:LAST, the training steps to trace; the trace is in WORKDIR/profile.'
     )
     flags.DEFINE_string(
         'distributed', '', "One of several processes: 'auto', or 'HOST:PORT,COUNT,INDEX'."
@@ -55,7 +55,15 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str], changes: Sequence[overrides.Override] = ()) -> None:
-    """Run what the flags name; `changes` are those of the config."""
+    """Run the task and mode that the flags name.
+
+    Args:
+      argv: the arguments that are not flags.
+      changes: overrides of the config.
+
+    Raises:
+      UserError: if flags or config are invalid.
+    """
     values = flags.FLAGS
     if not values['verbosity'].present:
         logging.set_verbosity(logging.WARNING)  # orbax writes a page per checkpoint
@@ -63,23 +71,25 @@ def main(argv: Sequence[str], changes: Sequence[overrides.Override] = ()) -> Non
         raise UserError(f'unexpected argument {argv[1]!r}; flags are --NAME=VALUE')
     mode = values.mode
     if mode == 'train' and not (values.config and values.workdir):
-        raise UserError('--config=FILE and --workdir=DIRECTORY are both needed')
+        raise UserError('--config=FILE and --workdir=DIRECTORY are both required')
     if not values.workdir:
-        raise UserError(f'--mode={mode} needs --workdir=DIRECTORY, that of the run')
+        raise UserError(f'--mode={mode} requires --workdir=DIRECTORY, the directory of the run')
     if values.config:
         config = overrides.load(values.config, changes)
     else:
         config = read_config(values.workdir)
         overrides.apply(config, changes)
+    # Select the function of the task.
     task, tasks = config.get('task'), TASKS[mode]
     if task not in tasks:
         raise UserError(f'config.task = {task!r}: --mode={mode} expects one of {", ".join(tasks)}')
     profile = {'profile': parse_steps(values.profile)} if values.profile else {}
     if profile and (mode != 'train' or task == 'search'):
         raise UserError(
-            f'--profile={values.profile} only applies to training of the tasks lm, rl and fit; '
+            f'--profile={values.profile} only applies to --mode=train of the tasks lm, rl and fit; '
             f'remove it'
         )
+    # Configure the process, then run.
     keep_freed_memory()
     set_xla_flags()
     sharding.initialize(values.distributed)
@@ -89,13 +99,13 @@ def main(argv: Sequence[str], changes: Sequence[overrides.Override] = ()) -> Non
         if values.config or not str(error).startswith('config.'):
             raise
         raise UserError(
-            f'{error}; the config is that of the run, and --config=FILE adds what FILE registers '
-            f'and newer keys'
+            f'{error}; the config is that of the run; --config=FILE adds newer keys and what FILE '
+            f'registers'
         ) from error
 
 
 def run() -> None:
-    """Parse the command line and run; what the user can mend ends with one line and exit code 1."""
+    """Parse the command line and run; a user error ends with one line and exit code 1."""
     define_flags()
     changes: list[overrides.Override] = []
 
@@ -110,9 +120,9 @@ def run() -> None:
         app.run(functools.partial(main, changes=changes), flags_parser=parse)
     except UserError as error:
         sys.exit(f'error: {error}')
-    except OSError as error:  # outside of a run that is training
-        if full := storage_failure(error):
-            sys.exit(f'error: {full}; make room, and give the same command again')
+    except OSError as error:  # outside of an open run directory
+        if failure := storage_failure(error):
+            sys.exit(f'error: {failure}; free some space, then run the same command again')
         raise
 
 

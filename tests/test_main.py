@@ -19,8 +19,8 @@ def run(*arguments):
 @pytest.mark.parametrize(
     'arguments, said',
     [
-        ([], '--config=FILE and --workdir=DIRECTORY are both needed'),
-        ([CONFIG], '--config=FILE and --workdir=DIRECTORY are both needed'),
+        ([], '--config=FILE and --workdir=DIRECTORY are both required'),
+        ([CONFIG], '--config=FILE and --workdir=DIRECTORY are both required'),
         ([CONFIG, '--workdir={0}', 'more'], "unexpected argument 'more'"),
         (['--config=configs/none.py', '--workdir={0}'], 'configs/none.py: no such file'),
         ([CONFIG + ',quikstart', '--workdir={0}'], "did you mean 'quickstart'"),
@@ -37,8 +37,8 @@ def run(*arguments):
             'config.optim.learning_rate = nan',
         ),
         ([CONFIG, '--workdr={0}'], "'workdr'. Did you mean: workdir ?"),
-        ([CONFIG, '--workdir='], '--config=FILE and --workdir=DIRECTORY are both needed'),
-        (['--mode=eval'], '--mode=eval needs --workdir=DIRECTORY'),
+        ([CONFIG, '--workdir='], '--config=FILE and --workdir=DIRECTORY are both required'),
+        (['--mode=eval'], '--mode=eval requires --workdir=DIRECTORY'),
         (['--mode=eval', '--workdir={0}'], 'has no config.json: expected the directory of a run'),
         ([CONFIG, '--config.train.batch=-1', '--workdir={0}'], 'config.train.batch = -1'),
         ([CONFIG, '--config.data.source=/no/text', '--workdir={0}'], 'no such file or directory'),
