@@ -125,7 +125,7 @@ def test_one_device_does_not_share_as_many_do():
 @pytest.mark.parametrize(
     ('said', 'expected'),
     [
-        ('INVALID_ARGUMENT: Unknown opcode: mulhi', r'expected the libtpu that belongs to jax'),
+        ('INVALID_ARGUMENT: Unknown opcode: mulhi', r'expected the libtpu of jax'),
         (
             'INTERNAL: Mosaic failed\nat …',
             'XLA cannot compile the program: INTERNAL: Mosaic failed',

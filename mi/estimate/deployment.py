@@ -1,10 +1,10 @@
-"""What the programs of a config do on each of some devices, which may be only described.
+"""Report on the programs of a config per device, for present or described devices.
 
     devices = topologies.describe('v5e:4x4')
     report(config, devices, one=topologies.describe_one('v5e:4x4'))
 
-Programs are compiled, twice each: for all devices and for one, as the share of the work that a
-device has is the measure of a program that divides it. Nothing is run.
+Each program is compiled twice, for all devices and for one. The ratio of their FLOPs shows how well
+the program divides its work. Nothing is run.
 """
 
 import re
@@ -32,29 +32,29 @@ def report(
     one: jax.Device | None = None,
     evaluates: bool = False,
 ) -> dict[str, Any]:
-    """Return what the training step and, if asked for, the evaluation do on each device.
+    """Return a report on the training step per device and, optionally, on the evaluation.
 
-    - 'devices': 'kind', 'count', 'hosts', 'idle' (without work), 'mesh' (axis → devices), 'memory'
-      (bytes of each; None where nobody says, as of a CPU);
-    - 'fits': whether all programs have that memory; None where it is not known;
-    - 'programs': 'step' and 'evaluation' → see `measure`, and 'share', the FLOPs over those on one
-      device; 1 / 'parts' is right for a program that divides its work. 'one_device' has what it is
-      compared with, and the step's 'updates' are those of one call.
+    - 'devices': 'kind', 'count', 'hosts', 'idle' (devices without work), 'mesh' (axis → devices),
+      'memory' (bytes per device; None if unknown, as on a CPU);
+    - 'fits': whether all programs fit into the memory; None if it is unknown;
+    - 'programs': 'step' and 'evaluation' → the result of `measure`, with these additions. 'share'
+      is the ratio of the FLOPs to those on one device; the ideal is 1 / 'parts'. 'one_device' is
+      the program that it is compared with. The step's 'updates' is the number of updates per call.
 
     Args:
-      config: of any task but 'search'.
-      devices: that share the work.
-      one: a device of the same kind to compare with; the first of them unless given.
-      evaluates: whether 'evaluation' is there.
+      config: a config of any task but 'search'.
+      devices: the devices that divide the work.
+      one: a device of the same kind to compare with; None for the first device.
+      evaluates: whether to include 'evaluation'.
 
     Raises:
-      UserError: if the config cannot work on these devices.
+      UserError: if the devices cannot run the config.
     """
     one = devices[0] if one is None else one
     training = memory.make_programs(config, devices)
-    alone = training
+    single = training
     if training.mesh.size > 1:
-        alone = memory.make_programs(on_one_device(config), [one])
+        single = memory.make_programs(on_one_device(config), [one])
     limit = topologies.memory_of(devices[0])
     result: dict[str, Any] = {
         'devices': {
@@ -67,13 +67,14 @@ def report(
         },
         'programs': {},
     }
-    compilers = {'step': (training.compile, alone.compile)}
+    # Select the programs.
+    compilers = {'step': (training.compile, single.compile)}
     if evaluates:
-        if training.compile_evaluation is None or alone.compile_evaluation is None:
+        if training.compile_evaluation is None or single.compile_evaluation is None:
             raise UserError(f'--eval: config.task = {config.task!r} compiles no evaluation here')
-        compilers['evaluation'] = training.compile_evaluation, alone.compile_evaluation
+        compilers['evaluation'] = training.compile_evaluation, single.compile_evaluation
 
-    # A compiler keeps about one core busy.
+    # Compile for all devices and for one in two threads; a compiler keeps about one core busy.
     with futures.ThreadPoolExecutor(2) as threads:
         pending = {
             name: (
@@ -84,16 +85,17 @@ def report(
             )
             for name, (compile_all, compile_one) in compilers.items()
         }
-    for name, (divided, whole) in pending.items():
+    # Compare each program with that of one device.
+    for name, (divided, undivided) in pending.items():
         measured = divided.result()
-        reference = whole.result() if whole else measured
+        reference = undivided.result() if undivided else measured
         measured['parts'] = training.mesh.size
         measured['one_device'] = {key: reference[key] for key in ('flops', 'peak', 'fits')}
         if name == 'step':
             measured['updates'] = training.updates
             if reference['flops'] is None:  # it does not fit on one device
-                each = costs.estimate_costs(config)['flops'] * len(config.seeds)
-                measured['one_device']['flops'] = training.updates * each
+                update_flops = costs.estimate_costs(config)['flops'] * len(config.seeds)
+                measured['one_device']['flops'] = training.updates * update_flops
         flops = measured['one_device']['flops']
         measured['share'] = measured['flops'] / flops if measured['flops'] and flops else None
         result['programs'][name] = measured
@@ -103,7 +105,7 @@ def report(
 
 
 def on_one_device(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Return the config without its choices of how devices share the work."""
+    """Return the config without its options for dividing the work over devices."""
     config = config.copy_and_resolve_references().unlock()
     if 'fsdp' in config.train:
         config.train.fsdp = 1
@@ -115,35 +117,35 @@ def on_one_device(config: ml_collections.ConfigDict) -> ml_collections.ConfigDic
 def measure(
     compiles: Callable[[], jax.stages.Compiled], device: jax.Device, limit: int | None
 ) -> dict[str, Any]:
-    """Compile a program and return what one call of it does on each device.
+    """Compile a program and return the cost of one call per device.
 
     - 'flops', 'bytes_accessed', 'kernels', 'bytes_sent', 'unknown_loops', 'uncounted_calls': see
       `program.Program`; 'collectives': a list with 'kind', 'count', 'bytes' of one, 'group' and
       'bytes_sent' by all;
     - 'arguments', 'outputs', 'in_place', 'temporaries', 'peak': bytes, as in `memory.measure`;
-    - 'fits': whether peak ≤ limit; False where the compiler has refused the program, with its words
-      in 'error', and then all numbers are None;
-    - 'seconds': of the kernels of a TPU as its compiler estimates them, without waiting for
-      collectives; None on other devices, as their compilers estimate nothing.
+    - 'fits': whether peak ≤ limit. If the compiler refuses the program, it is False, 'error' is the
+      compiler's message, and all numbers are None;
+    - 'seconds': time of the kernels as the compiler of a TPU estimates it, without waiting for
+      collectives; None on other devices, whose compilers do not estimate it.
 
     Args:
       compiles: returns the program.
-      device: one of those that it is for.
-      limit: bytes of the memory of a device, None if not known.
+      device: one of the program's devices.
+      limit: bytes of memory per device; None if unknown.
     """
     try:
         compiled = compiles()
-        found = program.analyze(compiled)
+        analysis = program.analyze(compiled)
     except jax.errors.JaxRuntimeError as error:
-        return _refused(error)
+        return _report_refusal(error)
     bytes_ = memory.measure(compiled) or dict.fromkeys(
         ('arguments', 'outputs', 'in_place', 'temporaries', 'peak')
     )
     peak = bytes_['peak']
     clock = topologies.clock_of(device)
     return {
-        'flops': found.flops,
-        'bytes_accessed': found.bytes_accessed,
+        'flops': analysis.flops,
+        'bytes_accessed': analysis.bytes_accessed,
         **bytes_,
         'fits': None if limit is None or peak is None else peak <= limit,
         'collectives': [
@@ -154,29 +156,29 @@ def measure(
                 'group': collective.group,
                 'bytes_sent': collective.bytes_sent,
             }
-            for collective in found.collectives
+            for collective in analysis.collectives
         ],
-        'bytes_sent': found.bytes_sent,
-        'kernels': found.kernels,
-        'seconds': found.cycles / clock if found.cycles and clock else None,
-        'unknown_loops': list(found.unknown_loops),
-        'uncounted_calls': list(found.uncounted_calls),
+        'bytes_sent': analysis.bytes_sent,
+        'kernels': analysis.kernels,
+        'seconds': analysis.cycles / clock if analysis.cycles and clock else None,
+        'unknown_loops': list(analysis.unknown_loops),
+        'uncounted_calls': list(analysis.uncounted_calls),
     }
 
 
-def _refused(error: jax.errors.JaxRuntimeError) -> dict[str, Any]:
-    """What is left to say of a program that the compiler has refused for its memory."""
-    said = str(error)
-    if 'Unknown opcode' in said:
+def _report_refusal(error: jax.errors.JaxRuntimeError) -> dict[str, Any]:
+    """Return the report on a program that the compiler refused because of its memory."""
+    message = str(error)
+    if 'Unknown opcode' in message:
         raise UserError(
-            f'--topology: expected the libtpu that belongs to jax {jax.__version__}, as this one '
-            f'writes programs that jaxlib cannot read. Try {suggest_install("tpu")}'
+            f'--topology: expected the libtpu of jax {jax.__version__}; jaxlib cannot read '
+            f'the programs of the installed one. Try {suggest_install("tpu")}'
         ) from error
-    if OUT_OF_MEMORY not in said:
-        raise UserError(f'XLA cannot compile the program: {said.splitlines()[0]}') from error
+    if OUT_OF_MEMORY not in message:
+        raise UserError(f'XLA cannot compile the program: {message.splitlines()[0]}') from error
     names = (
         'flops', 'bytes_accessed', 'arguments', 'outputs', 'in_place', 'temporaries', 'peak',
         'collectives', 'bytes_sent', 'kernels', 'seconds', 'unknown_loops', 'uncounted_calls',
     )  # fmt: skip
-    line = re.sub(r'^RESOURCE_EXHAUSTED: ', '', said.splitlines()[0])
+    line = re.sub(r'^RESOURCE_EXHAUSTED: ', '', message.splitlines()[0])
     return dict.fromkeys(names) | {'fits': False, 'error': line}

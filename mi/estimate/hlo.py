@@ -1,4 +1,4 @@
-"""Parse optimized HLO, the text of `compiled.as_text()`, and find the trip counts of its loops."""
+"""Parser of optimized HLO, `compiled.as_text()`, and the trip counts of its loops."""
 
 import dataclasses
 import math
@@ -59,7 +59,7 @@ class Instruction(NamedTuple):
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
-        """The arrays of the result; of an asynchronous start, of what it will have produced."""
+        """Return the arrays of the result; for an asynchronous start, those of its final result."""
         result = self.result
         if self.opcode == 'copy-start':
             result = split_tuple(result)[0]
@@ -69,34 +69,34 @@ class Instruction(NamedTuple):
 
     @property
     def target(self) -> str:
-        """The target of a custom call."""
+        """Return the target of a custom call."""
         return self.option('custom_call_target')
 
     @property
     def label(self) -> str:
-        """Its name and, where the text has it, the operation of the source."""
+        """Return the name and, if the text has it, the operation of the source."""
         match = re.search(r'op_name="([^"]*)"', self.attributes)
         return f'{self.name} ({match[1]})' if match else self.name
 
     def called(self, attribute: str) -> tuple[str, ...]:
-        """The computations that an attribute names: body=%b, branch_computations={%b, %c}."""
+        """Return the computations of an attribute: body=%b, branch_computations={%b, %c}."""
         match = re.search(rf'\b{attribute}=(\{{[^}}]*\}}|%?[\w.\-]+)', self.attributes)
         return tuple(re.findall(r'[\w.\-]+', match[1])) if match else ()
 
     def branches(self) -> tuple[str, ...]:
-        """The computations of a conditional, in the order of its operands."""
+        """Return the computations of a conditional, in the order of its operands."""
         return self.called('branch_computations') or (
             *self.called('true_computation'),
             *self.called('false_computation'),
         )
 
     def option(self, attribute: str) -> str:
-        """The text of a plain attribute, or '': direction=LT, index=3, custom_call_target="…"."""
+        """Return the text of a plain attribute, such as direction=LT or index=3; '' if absent."""
         match = re.search(rf'\b{attribute}="?([^,"\s]*)', self.attributes)
         return match[1] if match else ''
 
     def dims(self, attribute: str) -> tuple[int, ...]:
-        """Numbers of an attribute: lhs_contracting_dims={1,2}."""
+        """Return the numbers of an attribute: lhs_contracting_dims={1,2}."""
         match = re.search(rf'\b{attribute}=\{{([\d,]*)\}}', self.attributes)
         return _integers(match[1]) if match else ()
 
@@ -109,9 +109,9 @@ class Computation(NamedTuple):
     root: str
 
     def operand_shapes(self, instruction: Instruction) -> list[Shape]:
-        """The arrays of all operands."""
-        found = (self.instructions[name].shapes for name in instruction.operands)
-        return [shape for shapes in found for shape in shapes]
+        """Return the arrays of all operands."""
+        operands = (self.instructions[name] for name in instruction.operands)
+        return [shape for operand in operands for shape in operand.shapes]
 
 
 class Module(NamedTuple):
@@ -168,7 +168,7 @@ def _parse_instruction(name: str, text: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """The position behind the parenthesis that closes the one at `start`."""
+    """Return the position after the parenthesis that closes the one at `start`."""
     depth = 0
     for match in re.compile('[()]').finditer(text, start):
         depth += 1 if match[0] == '(' else -1
@@ -178,7 +178,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def split_tuple(text: str) -> list[str]:
-    """The elements of the text of a tuple: '((f32[2], s32[]), f32[3,4])' has two."""
+    """Return the elements of a tuple's text: '((f32[2], s32[]), f32[3,4])' has two."""
     if not text.startswith('('):
         return [text]
     parts, depth = [''], 0
@@ -192,7 +192,7 @@ def split_tuple(text: str) -> list[str]:
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:
-    """The arrays of the text of a type; bounds of dynamic sizes count as sizes."""
+    """Return the arrays of a type's text; bounds of dynamic sizes count as sizes."""
     shapes = []
     for dtype, dims, layout in ARRAY.findall(text):
         space = re.search(r'S\((\d+)\)', layout)
@@ -228,19 +228,19 @@ PASSED_ON = {'copy', 'bitcast', 'copy-start', 'copy-done', 'convert', 'optimizat
 
 
 class Constants:
-    """Evaluates scalar integers as far as they do not depend on data."""
+    """An evaluator of scalar integers that do not depend on data."""
 
     def __init__(self, module: Module) -> None:
         self.computations = module.computations
         self.values: dict[tuple[str, str, tuple[Value, ...]], Value] = {}
 
     def result(self, name: str, arguments: Iterable[Value]) -> Value:
-        """What a computation returns if it is called with these arguments."""
+        """Return the result of a computation for these arguments."""
         computation = self.computations[name]
         return self.value(computation, computation.root, tuple(arguments))
 
     def value(self, computation: Computation, name: str, arguments: tuple[Value, ...]) -> Value:
-        """What an instruction of a computation results in if that is called with `arguments`."""
+        """Return the result of an instruction in a computation called with `arguments`."""
         key = computation.name, name, arguments
         if key not in self.values:
             self.values[key] = self._evaluate(
@@ -280,7 +280,7 @@ class Constants:
         return None
 
     def invariants(self, loop: Instruction, state: Value) -> Value:
-        """The state of a loop without the elements that its body changes."""
+        """Return the state of a loop without the elements that its body changes."""
         if not isinstance(state, tuple):
             return None
         counters, following = self._step(loop, len(state))
@@ -290,9 +290,9 @@ class Constants:
         return tuple(value if after == counter else None for value, counter, after in pairs)
 
     def trip_count(self, loop: Instruction, state: Value) -> int | None:
-        """How often the body of a `while` runs, or None if that depends on data.
+        """Return how often the body of a `while` runs, or None if that depends on data.
 
-        The compiler's own count if it is written down; else from a condition that compares a
+        It takes the compiler's own count if the text has it. Otherwise the condition has to compare a
         counter with a bound, both known at the start.
         """
         if match := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
@@ -310,7 +310,7 @@ class Constants:
         return _iterations(condition.direction, lhs[0] - rhs[0], lhs[1] - rhs[1])
 
     def _step(self, loop: Instruction, size: int) -> tuple[tuple[Value, ...], Value]:
-        """The elements of a loop's state as counters, and what its body makes of them."""
+        """Return the elements of a loop's state as counters, and the result of its body."""
         counters = tuple(Counter(index, 0) for index in range(size))
         return counters, self.result(loop.called('body')[0], [counters])
 
@@ -318,7 +318,7 @@ class Constants:
 def _progress(
     value: Value, state: tuple[Value, ...], following: tuple[Value, ...]
 ) -> tuple[int, int] | None:
-    """The number that a condition reads before the first iteration, and what each adds to it."""
+    """Return the number that a condition reads first, and its increment per iteration."""
     if isinstance(value, int):
         return value, 0
     if not isinstance(value, Counter):
@@ -340,7 +340,7 @@ def _add(a: Value, b: Value, sign: int = 1) -> Value:
 
 
 def _iterations(direction: str, difference: int, step: int) -> int | None:
-    """How often `difference` compares with 0 before it no longer does, growing by `step`."""
+    """Count the steps for which `difference`, growing by `step`, compares with 0."""
     if direction in ('GT', 'GE'):
         direction = {'GT': 'LT', 'GE': 'LE'}[direction]
         difference, step = -difference, -step

@@ -1,4 +1,4 @@
-"""Count what single instructions of optimized HLO cost: FLOPs of products, bytes of kernels."""
+"""Costs of single instructions of optimized HLO: FLOPs of products, bytes of kernels."""
 
 import math
 import re
@@ -12,19 +12,19 @@ NO_TRAFFIC = {'AllocateBuffer', 'Sharding', 'SPMDFullToShardShape', 'SPMDShardTo
 
 
 def estimated_cycles(instruction: hlo.Instruction) -> int:
-    """Return the cycles that a TPU's compiler has written down for a kernel; 0 if it has not."""
+    """Return the cycles that a TPU's compiler estimates for a kernel; 0 without an estimate."""
     match = re.search(r'"estimated_cycles":"?(\d+)', instruction.attributes)
     return int(match[1]) if match else 0
 
 
 class Memory:
-    """Bytes of main memory that the kernels of a module read and write."""
+    """The bytes of main memory that the kernels of a module read and write."""
 
     def __init__(self, module: hlo.Module) -> None:
         self.computations = module.computations
 
     def bytes_accessed(self, computation: hlo.Computation, kernel: hlo.Instruction) -> int:
-        """Bytes that an instruction, which is no part of another, reads and writes."""
+        """Return the bytes that a kernel reads and writes."""
         if kernel.target in NO_TRAFFIC:
             return 0
         read = sum(
@@ -36,7 +36,7 @@ class Memory:
     def _read(
         self, computation: hlo.Computation, operand: str, user: hlo.Instruction, position: int
     ) -> int:
-        """Bytes of an operand that one of its users reads."""
+        """Return the bytes of an operand that one of its users reads."""
         source = computation.instructions[operand]
         size = _size(source.shapes)
         if user.opcode in SLICES:
@@ -50,7 +50,7 @@ class Memory:
         return size
 
     def _read_parameter(self, fused: hlo.Computation, number: str) -> int:
-        """Bytes of a parameter that a fused computation reads."""
+        """Return the bytes of a parameter that a fused computation reads."""
         for instruction in fused.instructions.values():
             if instruction.opcode == 'parameter' and instruction.arguments == number:
                 return self._read_by_all(fused, instruction)
@@ -70,7 +70,7 @@ class Memory:
         return total
 
     def _written(self, computation: hlo.Computation, kernel: hlo.Instruction) -> int:
-        """Bytes of the result that an instruction writes."""
+        """Return the bytes of the result that an instruction writes."""
         if kernel.opcode in ('dynamic-update-slice', 'scatter'):
             update = -1 if kernel.opcode == 'scatter' else 1
             source = computation.instructions[kernel.operands[update]]
@@ -87,12 +87,12 @@ class Memory:
 
 
 def _size(shapes: tuple[hlo.Shape, ...], anywhere: bool = False) -> int:
-    """Bytes of arrays in main memory, or `anywhere`."""
+    """Return the bytes of arrays in main memory, or `anywhere`."""
     return sum(shape.bytes for shape in shapes if anywhere or shape.is_in_main_memory)
 
 
 def product_flops(computation: hlo.Computation, instruction: hlo.Instruction) -> int | None:
-    """FLOPs of a dot, a convolution or a call of cuBLAS or cuDNN for one; None of other calls."""
+    """Return the FLOPs of a dot, a convolution or its library call; None for other calls."""
     shapes = computation.operand_shapes(instruction)
     target = instruction.target
     if instruction.opcode == 'dot':
@@ -118,7 +118,7 @@ def product_flops(computation: hlo.Computation, instruction: hlo.Instruction) ->
 
 
 def _convolution_flops(instruction: hlo.Instruction, lhs: hlo.Shape, out: hlo.Shape) -> int:
-    """FLOPs of a convolution without those on padding and on the holes of dilation.
+    """Return the FLOPs of a convolution, without padding and the holes of dilation.
 
     A TPU writes products as convolutions, with batch axes as dilated spatial ones; so counted they
     have the FLOPs of the product.
@@ -153,11 +153,11 @@ class Taps(NamedTuple):
     rhs_dilate: int = 1
 
     def pairs(self, inputs: int, outputs: int) -> int:
-        """Pairs of an output and a tap that meet an entry of the input."""
+        """Count the pairs of an output and a tap that read an entry of the input."""
         return sum(self._outputs(tap, inputs, outputs) for tap in range(self.size))
 
     def _outputs(self, tap: int, inputs: int, outputs: int) -> int:
-        """Outputs o in range for which o·stride + shift = i·lhs_dilate with an input i in range."""
+        """Count the outputs o for which o·stride + shift = i·lhs_dilate with an input i in range."""
         shift = tap * self.rhs_dilate - self.pad
         common = math.gcd(self.stride, self.lhs_dilate)
         if shift % common:

@@ -1,12 +1,12 @@
-"""Read what a compiled program does on each device: FLOPs, bytes, collectives and kernels.
+"""Analysis of a compiled program per device: FLOPs, bytes, collectives and kernels.
 
     compiled = jax.jit(step).lower(*shapes).compile()
     program = analyze(compiled)
     program.flops, program.collectives, program.bytes_sent
 
-Everything is read from the optimized HLO of one device, `compiled.as_text()`, of a CPU, a TPU or a
-GPU. Loops are multiplied out by their trip counts, where `compiled.cost_analysis()` counts their
-bodies once; of a conditional the dearest branch counts.
+The source is the optimized HLO of one device, `compiled.as_text()`, on a CPU, a TPU or a GPU. The
+body of a loop counts once per iteration, whereas `compiled.cost_analysis()` counts it once; of a
+conditional, the most expensive branch counts.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ KINDS = (
     'collective-permute',
     'collective-broadcast',
 )
-# Custom calls that may hold products which their text does not describe.
+# Custom calls that may contain products without describing them in the text.
 OPAQUE = re.compile('cudnn|cublas|onednn|tpu_custom_call|mosaic|triton|lapack|solver', re.I)
-# Instructions that name, pass on or wait for results of others.
+# Instructions that name, forward or await the results of others.
 NO_KERNEL = {
     *('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'domain'),
     *('partition-id', 'replica-id', 'optimization-barrier', 'add-dependency'),
@@ -40,7 +40,7 @@ NO_KERNEL = {
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Equal communications of a program.
+    """Equal collectives of a program.
 
     Attributes:
       kind: one of `KINDS`.
@@ -56,27 +56,27 @@ class Collective:
 
     @property
     def total(self) -> int:
-        """Bytes of the outputs of all executions."""
+        """Return the bytes of the outputs of all executions."""
         return self.count * self.bytes
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes that each device sends in all executions, on a ring."""
+        """Return the bytes that each device sends in all executions, on a ring."""
         return self.count * ring_bytes(self.kind, self.bytes, self.group)
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What one run of a compiled program does on each device.
+    """The cost of one run of a compiled program per device.
 
     Attributes:
-      flops: of products and convolutions, 2·a·b·c for [a, b] and [b, c]. A product that the
-        compiler turned into elementwise operations, as with a vector, counts nothing.
-      bytes_accessed: of the main memory that kernels read and write. A kernel that takes a slice of
-        an array reads the slice; where a TPU keeps arrays in its vector memory nothing counts.
-      cycles: of kernels, as the compiler of a TPU estimates them; None on other devices.
-      collectives: largest in total first; a group of one device sends nothing and is left out.
-      kernels: opcode → launches, of instructions that are not part of another: 'fusion',
+      flops: FLOPs of products and convolutions, 2·a·b·c for [a, b] and [b, c]. A product that the
+        compiler turns into elementwise operations, as with a vector, counts nothing.
+      bytes_accessed: bytes of main memory that kernels read and write. A kernel that slices an
+        array reads the slice; arrays in the vector memory of a TPU count nothing.
+      cycles: cycles of kernels as the compiler of a TPU estimates them; None on other devices.
+      collectives: largest total first; a group of one device sends nothing and is omitted.
+      kernels: opcode → launches of instructions that are not part of another: 'fusion',
         'custom-call', 'dot', 'copy', …
       unknown_loops: loops whose trip count depends on data; their bodies count once.
       uncounted_calls: targets of custom calls whose products, if any, are not in `flops`.
@@ -92,15 +92,15 @@ class Program:
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes that each device sends to others, on rings."""
+        """Return the bytes that each device sends to others, on rings."""
         return sum(collective.bytes_sent for collective in self.collectives)
 
 
 def ring_bytes(kind: str, size: int, group: int) -> int:
-    """Bytes that each of `group` devices sends for one collective with an output of `size` bytes.
+    """Return the bytes that each of `group` devices sends for an output of `size` bytes.
 
-    On a ring an array travels in `group` parts. An all-gather passes each part on `group` − 1
-    times, a reduce-scatter too, and an all-reduce is one of each.
+    An array travels on the ring in `group` parts. An all-gather forwards each part `group` − 1
+    times, as does a reduce-scatter; an all-reduce is one of each.
     """
     if kind == 'all-reduce':
         return 2 * (group - 1) * size // group
@@ -112,15 +112,19 @@ def ring_bytes(kind: str, size: int, group: int) -> int:
 
 
 def analyze(compiled: jax.stages.Compiled) -> Program:
-    """Read the program that each device runs."""
+    """Analyze the program that each device runs.
+
+    Raises:
+      ValueError: if the executable has no HLO text.
+    """
     text = compiled.as_text()
     if text is None:
-        raise ValueError('compiled: expected an executable that has an HLO text')
+        raise ValueError('compiled: expected an executable with an HLO text')
     return analyze_text(text)
 
 
 def analyze_text(text: str) -> Program:
-    """Read a program from its optimized HLO."""
+    """Analyze the text of optimized HLO."""
     module = hlo.parse(text)
     tally = _Reader(module).read(module.entry, ())
     collectives = [
@@ -140,7 +144,7 @@ def analyze_text(text: str) -> Program:
 
 @dataclasses.dataclass
 class _Tally:
-    """Sums over the instructions of a computation and of those that it calls."""
+    """Sums over the instructions of a computation, called ones included."""
 
     flops: int = 0
     bytes_accessed: int = 0
@@ -164,13 +168,13 @@ class _Tally:
 
     @property
     def price(self) -> tuple[int, int, int]:
-        """What the dearest branch has most of: FLOPs, then bytes of collectives, then kernels."""
+        """Return the sort key of a branch: FLOPs, then bytes of collectives, then kernels."""
         moved = sum(count * size for (_, size, _), count in self.collectives.items())
         return self.flops, moved, sum(self.kernels.values())
 
 
 class _Reader:
-    """Walks through the computations of a module as the device executes them."""
+    """A walk through the computations of a module in the order of execution."""
 
     def __init__(self, module: hlo.Module) -> None:
         self.module = module
@@ -258,7 +262,7 @@ def _collectives(
 
 
 def _group(instruction: hlo.Instruction, num_devices: int) -> int:
-    """The number of devices that communicate with each other."""
+    """Return the number of devices that communicate with each other."""
     attributes = instruction.attributes
     if match := re.search(r'source_target_pairs=\{(.*?)\}\}', attributes):
         pairs = re.findall(r'(\d+),(\d+)', match[1])
@@ -274,7 +278,7 @@ def _group(instruction: hlo.Instruction, num_devices: int) -> int:
 
 
 def _is_continued(computation: hlo.Computation, instruction: hlo.Instruction) -> bool:
-    """Whether a TPU goes on with a collective here, beside other work, that it began elsewhere."""
+    """Return whether a TPU continues a collective here that started elsewhere."""
     if 'async_collective_fusion_config' not in instruction.attributes:
         return False
     calls = computation.instructions.values()

@@ -1,4 +1,4 @@
-"""Devices to compile for that are not here: slices of TPUs and hosts of NVIDIA GPUs, by name.
+"""Absent devices to compile for: slices of TPUs and hosts of NVIDIA GPUs, by name.
 
     devices = topologies.describe('v5e:4x4')
     mesh = parallel.mesh(seeds, batch, devices=devices)
@@ -32,7 +32,7 @@ class Tpu(NamedTuple):
     """A generation of TPUs.
 
     Attributes:
-      kind: what jax calls its devices.
+      kind: name of its devices in jax.
       memory: bytes of a device that a program can have.
       clock: cycles a second, of those that the compiler estimates for a kernel.
       largest: chips of the largest slice.
@@ -47,10 +47,10 @@ class Tpu(NamedTuple):
 
 
 class Gpu(NamedTuple):
-    """A kind of NVIDIA GPU: what XLA's compiler asks about one.
+    """A kind of NVIDIA GPU, with the properties that XLA's compiler needs.
 
     Attributes:
-      kind: what jax calls its devices.
+      kind: name of its devices in jax.
       memory: bytes of a device.
       bandwidth: of that memory, bytes a second.
       cores: streaming multiprocessors.
@@ -131,7 +131,7 @@ def describe_one(name: str) -> jax.Device:
 
 
 def memory_of(device: jax.Device) -> int | None:
-    """Return the bytes that a program can have on a device; None if nobody says, as of a CPU."""
+    """Return the memory of a program on a device in bytes; None if unknown, as on a CPU."""
     chips: list[Tpu | Gpu] = [*TPUS.values(), *GPUS.values()]
     for chip in chips:
         if chip.kind == device.device_kind:
@@ -143,7 +143,7 @@ def memory_of(device: jax.Device) -> int | None:
 
 
 def clock_of(device: jax.Device) -> float | None:
-    """Return the cycles a second of a TPU, of those that XLA estimates; None of other devices."""
+    """Return the clock of a TPU in cycles per second, as XLA counts; None for other devices."""
     clocks = {tpu.kind: tpu.clock for tpu in TPUS.values()}
     return clocks.get(device.device_kind)
 
@@ -153,7 +153,7 @@ def _is_flat(family: str) -> bool:
 
 
 def _parse(name: str) -> tuple[str, str]:
-    """The family and the size of an existing topology."""
+    """Return the family and the size of an existing topology."""
     family, _, size = name.partition(':')
     if family not in (*TPUS, *GPUS):
         raise UserError(f'--topology={name}: {suggest(family, (*TPUS, *GPUS))}')
@@ -232,7 +232,7 @@ def _has_module(name: str) -> bool:
 
 @contextlib.contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set variables that are not set for what is loaded meanwhile, but not for later processes."""
+    """Set unset environment variables while the context is open."""
     new = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(new)
     try:
@@ -243,7 +243,7 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 def _target(gpu: Gpu) -> str:
-    """A GPU as a `stream_executor.GpuTargetConfigProto` in text."""
+    """Return a GPU as a `stream_executor.GpuTargetConfigProto` in text."""
     optin = gpu.shared_memory - 1024  # a block can have all of a core's but 1 kB
     return f"""
 gpu_device_info {{
