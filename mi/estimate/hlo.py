@@ -292,8 +292,8 @@ class Constants:
     def trip_count(self, loop: Instruction, state: Value) -> int | None:
         """Return how often the body of a `while` runs, or None if that depends on data.
 
-        It takes the compiler's own count if the text has it. Otherwise the condition has to compare a
-        counter with a bound, both known at the start.
+        It takes the compiler's own count if the text has it. Otherwise the condition has to compare
+        a counter with a bound, both known at the start.
         """
         if match := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(match[1])

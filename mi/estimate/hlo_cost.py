@@ -157,7 +157,7 @@ class Taps(NamedTuple):
         return sum(self._outputs(tap, inputs, outputs) for tap in range(self.size))
 
     def _outputs(self, tap: int, inputs: int, outputs: int) -> int:
-        """Count the outputs o for which o·stride + shift = i·lhs_dilate with an input i in range."""
+        """Count the outputs o with o·stride + shift = i·lhs_dilate for an input i in range."""
         shift = tap * self.rhs_dilate - self.pad
         common = math.gcd(self.stride, self.lhs_dilate)
         if shift % common:
