@@ -15,7 +15,7 @@ Impl = Literal['xla', 'cudnn']
 Carry = tuple[Array, Array]  # (c, h), each [B, H], at least f32
 
 
-def lstm_reference(
+def lstm_reference(  # the arguments of `lstm`
     carry: Carry,
     x: Array,
     W: Array,
@@ -104,7 +104,7 @@ def widen(tree: Any, dtype: DTypeLike) -> Any:
 
 
 @jax.custom_vjp
-def lstm(
+def lstm(  # arrays are separate arguments, so that each has its cotangent
     carry: Carry,
     x: Array,
     W: Array,

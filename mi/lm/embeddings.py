@@ -1,7 +1,5 @@
 """The embedding of the tokens, and the softmax that predicts the next one."""
 
-from typing import NamedTuple
-
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
@@ -9,20 +7,7 @@ from jax.nn import initializers
 from jax.typing import DTypeLike
 
 from mi.kernels.linear import linear
-from mi.lm.loss import Losses, softmax_losses
-
-
-class Objective(NamedTuple):
-    """Options of the loss, see `mi.lm.loss.softmax_losses`.
-
-    Attributes:
-      label_smoothing, z_loss: weights of the terms beside −ln p(target).
-      chunk: tokens whose logits are in memory simultaneously; 0 for all.
-    """
-
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-    chunk: int = 0
+from mi.lm.loss import Losses, Objective, softmax_losses
 
 
 class Words(nn.Module):
@@ -64,4 +49,4 @@ class Words(nn.Module):
     def losses(self, y: Array, targets: Array) -> Losses:
         """Return the losses of targets [...], given y [..., E]."""
         table = self.embedding if self.tied else self.output
-        return softmax_losses(y, table, self.bias, targets, **self.objective._asdict())
+        return softmax_losses(y, table, self.bias, targets, self.objective)

@@ -177,6 +177,7 @@ def compile_segment(
       has_domains: whether the model uses the domain of each token.
       mesh: the devices.
     """
+    # The shapes of the carry, and of a segment.
     batch = reading.batch + -reading.batch % (mesh.size // mesh.shape['seed'])
     num_seeds = jax.tree.leaves(params)[0].shape[0]
     carry_sharding = sharding.batch_sharding(mesh, 1, has_seeds=True)

@@ -16,7 +16,8 @@ from mi.lm.config import CORES
 from mi.lm.data import token_store
 from mi.lm.data.corpus import Corpus
 from mi.lm.dropout import Rates
-from mi.lm.embeddings import Objective, Words
+from mi.lm.embeddings import Words
+from mi.lm.loss import Objective
 from mi.lm.model import LanguageModel
 from mi.lm.recurrent import Recurrent
 from mi.lm.trainer import Trainer
@@ -59,10 +60,13 @@ def build_model(
     Raises:
       UserError: if a cutoff of the adaptive softmax is not below the vocabulary.
     """
+    # The context, which a model without fusion does not have.
     model, fusion_config = config.model, config.model.fusion
     uses_domains = model.source == 'domain'
     fusion_options = {'context': 'one_hot'} if uses_domains and fusion_config.name != 'none' else {}
     context = num_domains if uses_domains else model.context
+
+    # The model, with constructors of its parts.
     return LanguageModel(
         words=functools.partial(
             _get_words(config, vocabulary),

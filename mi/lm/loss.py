@@ -3,7 +3,6 @@
 Shapes: y [..., E], output embedding [V, E], bias [V], targets [...].
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -25,6 +24,20 @@ class Losses(NamedTuple):
 
     nats: Array
     objective: Array
+
+
+class Objective(NamedTuple):
+    """Options of the loss, see `softmax_losses`.
+
+    Attributes:
+      label_smoothing, z_loss: weights of the terms beside −ln p(target).
+      chunk: tokens whose logits are in memory simultaneously; 0 for all. The backward pass then
+        recomputes the logits, which is one more product.
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    chunk: int = 0
 
 
 def nats(logits: Array, targets: Array) -> Array:
@@ -51,10 +64,7 @@ def softmax_losses(
     table: Array,
     bias: Array,
     targets: Array,
-    *,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    chunk: int = 0,
+    objective: Objective,
 ) -> Losses:
     """Compute the losses of a softmax over all words, with products in y's dtype.
 
@@ -69,18 +79,15 @@ def softmax_losses(
       table: [V, E].
       bias: [V].
       targets: ids [...].
-      label_smoothing, z_loss: s and w.
-      chunk: tokens whose logits are in memory simultaneously; 0 for all. The backward pass then
-        recomputes the logits, which is one more product.
+      objective: s, w and the chunk size.
     """
-    tokens = targets.size
-    compute_losses = functools.partial(
-        _losses_from_logits, label_smoothing=label_smoothing, z_loss=z_loss
-    )
+    tokens, chunk = targets.size, objective.chunk
     flat, ids = y.reshape(tokens, -1), targets.reshape(-1)
     if chunk == 0 or chunk >= tokens:
-        losses = compute_losses(_logits(flat, table, bias), ids)
+        # All tokens in one product.
+        losses = _losses_from_logits(_logits(flat, table, bias), ids, objective)
     else:
+        # One chunk of tokens after another.
         chunks = -(-tokens // chunk)
         chunk = even_size(tokens, chunk)
         padding = chunks * chunk - tokens
@@ -90,7 +97,7 @@ def softmax_losses(
         @jax.checkpoint
         def compute_chunk(rows: tuple[Array, Array]) -> Losses:
             y, targets = rows
-            return compute_losses(_logits(y, table, bias), targets)
+            return _losses_from_logits(_logits(y, table, bias), targets, objective)
 
         losses = jax.lax.map(compute_chunk, (flat, ids))
         losses = jax.tree.map(lambda a: a.reshape(-1)[:tokens], losses)
@@ -102,15 +109,13 @@ def _logits(y: Array, table: Array, bias: Array) -> Array:
     return logits + bias.reshape(1, -1).astype(jnp.float32)
 
 
-def _losses_from_logits(
-    logits: Array, targets: Array, label_smoothing: float, z_loss: float
-) -> Losses:
+def _losses_from_logits(logits: Array, targets: Array, options: Objective) -> Losses:
     log_z = jax.nn.logsumexp(logits, axis=-1)
     target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     nats = objective = log_z - target_logits
-    if label_smoothing:
+    if options.label_smoothing:
         uniform_nats = log_z - logits.mean(axis=-1)
-        objective = (1 - label_smoothing) * nats + label_smoothing * uniform_nats
-    if z_loss:
-        objective = objective + z_loss * log_z**2
+        objective = (1 - options.label_smoothing) * nats + options.label_smoothing * uniform_nats
+    if options.z_loss:
+        objective = objective + options.z_loss * log_z**2
     return Losses(nats, objective)

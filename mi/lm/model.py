@@ -94,11 +94,14 @@ class LanguageModel(nn.Module):
         Raises:
           ValueError: for the source 'domain' without domains.
         """
+        # x_t and h_t.
         words = self.words(dtype=self.dtype, name='words')
         x = self._embed(words, tokens, train)
         run_core = self._run_step_by_step if self._fuses_state_in_core else self._run_sequence
         carry, h, z = run_core(carry, x, domains, train)
         h = drop(self.rates.output, self.rates, h, train)
+
+        # y_t and the logits, or the losses.
         y = self._decode(words.features, h, z)
         return carry, words.logits(y) if targets is None else words.losses(y, targets)
 

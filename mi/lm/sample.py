@@ -82,7 +82,7 @@ def generate_all(
     num_texts: int,
     decoding: Decoding,
     *,
-    devices: Sequence[jax.Device] | None = None,  # tests divide the texts over some of them
+    devices: Sequence[jax.Device] | None = None,  # a seventh, for tests on some devices
 ) -> np.ndarray:
     """Return the tokens of all texts of all seeds, [S, texts, tokens]; the devices share the texts.
 

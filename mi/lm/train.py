@@ -3,7 +3,7 @@
 import contextlib
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from mi.lm.data.batches import BatchLoader
 from mi.lm.data.corpus import Corpus
 from mi.lm.data.streams import Stream
 from mi.lm.evaluate import Excerpt, evaluate
-from mi.lm.model import Params
+from mi.lm.model import LanguageModel, Params
 from mi.lm.trainer import Metrics
 from mi.training import checkpoint, logger, progress, run_dir, sharding
 
@@ -62,34 +62,19 @@ def _train(config: ml_collections.ConfigDict, corpus: Corpus, run: run_dir.Run) 
     run.step = meta['step']
 
     # The programs: evaluation is compiled when it is first called.
-    evaluation_model = factory.configure_evaluation(trainer.model, config)
-    reading = lm_config.get_reading(config)
-
-    def stop_if_signalled() -> None:  # during an evaluation, which follows its checkpoint
-        if run.should_stop(recorded=False):
-            run.exit_preempted()
-
-    def evaluate_split(params: Params, split: str, num_tokens: int) -> list[dict[str, Any]]:
-        excerpt = Excerpt(corpus, split, num_tokens)
-        return evaluate(evaluation_model, params, excerpt, reading, mesh, stop_if_signalled)
-
+    evaluate_split = _make_evaluation(config, corpus, trainer.model, run, mesh)
     with progress.Work('compiling the training step'):
         train_step = trainer.compile(state, loader.load(0), mesh)
     is_synchronous = sharding.platform(mesh) == 'cpu' and mesh.size > 1  # queued steps deadlock
 
-    # A run that ended between a checkpoint and the evaluation of its step evaluates first.
-    num_missing = len(seeds) if meta.get('is_evaluated') is False else 0
-    position = logger.find_records_end(run.path, meta['metrics'], run.step, num_missing)
-    is_evaluation_missing = sharding.any_process(position is None)
-    if position is not None and not is_evaluation_missing:
-        meta['metrics'] = position
-
+    # The loop. A run that ended between a checkpoint and its evaluation evaluates first.
+    is_evaluation_missing = _skip_finished_evaluation(run, meta, len(seeds))
     with _TrainingLog(config, run, meta) as log:
         if is_evaluation_missing:
             scores = evaluate_split(state.params, 'valid', config.eval.valid_tokens)
             log.write_evaluation(run.step, 'valid', scores)
         for step in range(run.step + 1, num_steps + 1):
-            # Update, and log.
+            # Update and log.
             state, metrics = run.call_traced(1, train_step, state, loader.load(step - 1))
             if is_synchronous:
                 jax.block_until_ready(metrics)
@@ -108,8 +93,8 @@ def _train(config: ml_collections.ConfigDict, corpus: Corpus, run: run_dir.Run) 
                     step,
                     {'parameters': state.params, 'moments of the optimizer': state.opt_state},
                 )
-                meta = {'data': corpus.sha256, 'is_evaluated': not is_evaluation_step}
-                checkpoints.save(step, state, log.get_position() | meta)
+                progress_meta = {'data': corpus.sha256, 'is_evaluated': not is_evaluation_step}
+                checkpoints.save(step, state, log.get_position() | progress_meta)
                 log.resume_clock()
                 if is_stopping:
                     run.exit_preempted()
@@ -136,6 +121,41 @@ def _make_loader(
         for seed in config.seeds
     ]
     return BatchLoader(corpus, streams, seeds, config.model.source == 'domain', mesh)
+
+
+def _make_evaluation(
+    config: ml_collections.ConfigDict,
+    corpus: Corpus,
+    model: LanguageModel,
+    run: run_dir.Run,
+    mesh: jax.sharding.Mesh,
+) -> Callable[[Params, str, int], list[dict[str, Any]]]:
+    """Return (params, split, number of tokens) → the metrics of each seed."""
+    model = factory.configure_evaluation(model, config)
+    reading = lm_config.get_reading(config)
+
+    def stop_if_signalled() -> None:  # the checkpoint before the evaluation holds the state
+        if run.should_stop(recorded=False):
+            run.exit_preempted()
+
+    def evaluate_split(params: Params, split: str, num_tokens: int) -> list[dict[str, Any]]:
+        excerpt = Excerpt(corpus, split, num_tokens)
+        return evaluate(model, params, excerpt, reading, mesh, stop_if_signalled)
+
+    return evaluate_split
+
+
+def _skip_finished_evaluation(run: run_dir.Run, meta: dict[str, Any], num_seeds: int) -> bool:
+    """Return whether the evaluation of the checkpoint's step is missing.
+
+    If all its records are in metrics.jsonl, move the position in `meta` to their end.
+    """
+    num_missing = num_seeds if meta.get('is_evaluated') is False else 0
+    position = logger.find_records_end(run.path, meta['metrics'], run.step, num_missing)
+    is_missing = sharding.any_process(position is None)
+    if position is not None and not is_missing:
+        meta['metrics'] = position
+    return is_missing
 
 
 def _refuse_different_tokens(

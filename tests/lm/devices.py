@@ -66,7 +66,7 @@ def main(core, texts):
         config.dropout.update({'state': 0.0, 'attention': 0.2})
         config.model.update({'memory': 8, 'source': 'summary', 'site': 'attention', 'layers': 1})
     corpus = load(texts, 'byte', 256)
-    print(json.dumps({name: measure(config, corpus, *how) for name, how in MESHES.items()}))
+    print(json.dumps({name: measure(config, corpus, *options) for name, options in MESHES.items()}))
 
 
 if __name__ == '__main__':

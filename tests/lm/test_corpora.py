@@ -31,7 +31,7 @@ def real(name):
     return REAL / name
 
 
-def of_splits(directory, name, text='a b\n'):
+def write_splits(directory, name, text='a b\n'):
     directory.mkdir(exist_ok=True)
     for split in sources.SPLITS:
         (directory / name.format(split)).write_text(text)
@@ -53,11 +53,11 @@ def test_the_real_evaluation_texts_of_wikitext_have_the_known_tokens(source, tmp
     options = {'path': str(tmp_path), 'splits': HELD_OUT, 'fit': HELD_OUT}
     corpus = token_store.load(source, 'token', 50_000, cache, **options)
     assert {s: len(ids) for s, ids in corpus.tokens.items()} == {'valid': 217_646, 'test': 245_569}
-    of = corpus.tokenizer.get_vocab()
+    vocabulary = corpus.tokenizer.get_vocab()
     for split, ids in corpus.tokens.items():
         text = gzip.decompress(real(f'wikitext-2.{split}.txt.gz').read_bytes()).decode()
         words = [w for line in text.splitlines() for w in [*line.split(), '<eos>']]
-        np.testing.assert_array_equal(ids, [of[word] for word in words])
+        np.testing.assert_array_equal(ids, [vocabulary[word] for word in words])
         assert corpus.num_bytes[split] == len(text.encode())
     assert corpus.lossless
 
@@ -114,7 +114,7 @@ def test_bytes_that_are_not_those_of_the_corpus_are_refused(source, tmp_path):
 
 
 def test_the_counts_of_ptb_are_those_of_its_words(tmp_path, cache, monkeypatch):
-    path = of_splits(tmp_path, 'ptb.{}.txt', ' a <unk> N \n b \n')
+    path = write_splits(tmp_path, 'ptb.{}.txt', ' a <unk> N \n b \n')
     with pytest.raises(UserError, match=r'train\.txt: 6 tokens with <eos>, expected 929,589; get'):
         token_store.load('ptb', 'token', 100, cache, path=path)
     known = dataclasses.replace(sources.CORPORA['ptb'], tokens=dict.fromkeys(sources.SPLITS, 6))
@@ -203,9 +203,9 @@ def test_a_packed_file_that_is_cut_is_refused_and_leaves_nothing(ending, tmp_pat
 
 
 def test_the_tokenised_text_of_wikitext_goes_before_the_raw_one(tmp_path):
-    of_splits(tmp_path, 'wiki.{}.raw', 'raw\n')
+    write_splits(tmp_path, 'wiki.{}.raw', 'raw\n')
     assert read('wikitext-2', tmp_path)['valid'] == ['raw\n']
-    of_splits(tmp_path, 'wiki.{}.tokens', 'tokens\n')
+    write_splits(tmp_path, 'wiki.{}.tokens', 'tokens\n')
     assert read('wikitext-2', tmp_path)['valid'] == ['tokens\n']
 
 
@@ -213,21 +213,21 @@ def test_the_tokenised_text_of_wikitext_goes_before_the_raw_one(tmp_path):
 def test_pieces_are_whole_lines_or_words_and_together_the_text(size, tmp_path):
     words = 'naïve — a\n\nb c d e f g h i j\n extraordinarily, k l m n o p q r s t u\n …end'
     (tmp_path / 'text').write_text(words)
-    whole = len(words.encode())
-    text = sources.Text(tmp_path / 'text', 0, whole, tmp_path)
+    num_bytes = len(words.encode())
+    text = sources.Text(tmp_path / 'text', 0, num_bytes, tmp_path)
     pieces = list(text.pieces(size))
     assert ''.join(pieces) == words
     for piece, following in itertools.pairwise(pieces):
         assert piece.endswith('\n') or following.startswith(' ')
-    assert len(pieces) == 1 if size > whole else len(pieces) > 2
+    assert len(pieces) == 1 if size > num_bytes else len(pieces) > 2
     assert all(len(piece.encode()) <= 16 for piece in pieces if size == 16 and 'extra' not in piece)
-    middle = dataclasses.replace(text, start=7, stop=whole - 6)
+    middle = dataclasses.replace(text, start=7, stop=num_bytes - 6)
     assert ''.join(middle.pieces(size)).encode() == words.encode()[7:-6]
 
 
 def test_directories_and_files_as_domains(tmp_path, cache):
     (tmp_path / 'news.txt').write_text(''.join(f'news {i % 3}\n' for i in range(20)))
-    of_splits(tmp_path / 'poems', '{}.txt', 'a poem\n')
+    write_splits(tmp_path / 'poems', '{}.txt', 'a poem\n')
     packed = gzip.compress(b''.join(b'law %d\n' % (i % 3) for i in range(20)))
     (tmp_path / 'law.txt.gz').write_bytes(packed)
     (tmp_path / '.hidden').write_text('')
@@ -247,7 +247,7 @@ def test_directories_and_files_as_domains(tmp_path, cache):
 def test_domains_that_cannot_be(tmp_path, cache):
     with pytest.raises(UserError, match='expected a directory with a text file or directory for'):
         read('domains', tmp_path)
-    of_splits(tmp_path / 'poems', '{}.txt')
+    write_splits(tmp_path / 'poems', '{}.txt')
     (tmp_path / 'poems' / 'valid.txt').write_text('')
     with pytest.raises(UserError, match=r'poems/valid\.txt: the valid text is empty'):
         token_store.load('domains', 'byte', 256, cache, path=str(tmp_path))

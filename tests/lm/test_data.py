@@ -39,11 +39,11 @@ def test_words_of_a_long_text_are_those_of_a_regular_expression(cache):
     [(_, text)] = sources.load_austen()['train']  # longer than what is tokenised at once
     lines = text.decode().split('\n')  # the last one has no end
     words = [word for line in lines for word in [*re.findall(r"[\w']+|[^\w\s]", line), '<eos>']]
-    of = corpus.tokenizer.get_vocab()
-    expected = [of.get(word, of['<unk>']) for word in words]
+    vocabulary = corpus.tokenizer.get_vocab()
+    expected = [vocabulary.get(word, vocabulary['<unk>']) for word in words]
     np.testing.assert_array_equal(corpus.tokens['train'], expected)
-    counts = np.bincount(expected, minlength=500)[: of['<unk>']]
-    assert (np.diff(counts) <= 0).all() and of['<unk>'] == 499  # the most frequent first
+    counts = np.bincount(expected, minlength=500)[: vocabulary['<unk>']]
+    assert (np.diff(counts) <= 0).all() and vocabulary['<unk>'] == 499  # the most frequent first
 
 
 def test_word_levels(tmp_path, cache):

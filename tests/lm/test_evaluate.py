@@ -68,8 +68,8 @@ def test_bytes_of_words_are_those_of_several_texts_with_any_white_space(tmp_path
     assert corpus.lossless and len(corpus.tokens['valid']) == 14
     # ä, b, end, end, c, <eos>, d, <eos> of an open line | e, f, end, g, end, end
     ends = [3, 6, 8, 9, 10, 16, 18, 18, 19, 22, 25, 27, 28, 30]
-    found = [corpus.count_predicted_bytes('valid', n) for n in range(1, 14)]
-    assert found == [end - 3 for end in ends[1:]]
+    counts = [corpus.count_predicted_bytes('valid', n) for n in range(1, 14)]
+    assert counts == [end - 3 for end in ends[1:]]
 
 
 def test_tokens_that_do_not_determine_the_text_have_no_bits_per_byte(tmp_path, cache):
@@ -100,8 +100,8 @@ def nats_of(model, params, tokens):
     return np.asarray(losses.nats[:, 0], np.float64)
 
 
-def measure(model, params, corpus, reading, most):
-    excerpt, mesh = evaluate.Excerpt(corpus, 'valid', most), sharding.make_mesh(1, 1)
+def measure(model, params, corpus, reading, num_tokens):
+    excerpt, mesh = evaluate.Excerpt(corpus, 'valid', num_tokens), sharding.make_mesh(1, 1)
     return evaluate.evaluate(model, seed_axis(params), excerpt, reading, mesh)[0]
 
 
@@ -141,9 +141,10 @@ def test_what_is_minimized_has_no_part_in_what_is_reported(changes, texts):
     reading = evaluate.Reading(batch=2, length=8)
     plain = measure(model, params, corpus, reading, 41)
     assert measure(smoothed, params, corpus, reading, 41) == plain
-    how = dynamic_evaluation.Adaptation(tokens=21, learning_rate=0.0, decay=0.0)
+    adaptation = dynamic_evaluation.Adaptation(tokens=21, learning_rate=0.0, decay=0.0)
     stacked = jax.tree.map(lambda a: a[None], params)
     first, second = (
-        dynamic_evaluation.evaluate(m, stacked, corpus, 'valid', how) for m in (model, smoothed)
+        dynamic_evaluation.evaluate(m, stacked, corpus, 'valid', adaptation)
+        for m in (model, smoothed)
     )
     assert first == second

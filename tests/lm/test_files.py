@@ -58,8 +58,11 @@ def test_a_text_with_few_lines_is_cut_at_words_and_letters(text, tmp_path):
 
 def test_a_text_that_is_too_short_says_what_to_do(tmp_path):
     (tmp_path / 'text').write_text('ab\ncd')
-    said = refusal(tmp_path / 'text', tmp_path / 'cache')
-    assert 'text is empty or too short' in said and 'a directory with a file for each split' in said
+    message = refusal(tmp_path / 'text', tmp_path / 'cache')
+    assert (
+        'text is empty or too short' in message
+        and 'a directory with a file for each split' in message
+    )
 
 
 def test_a_text_without_a_split_is_refused_before_the_vocabulary_is_made(tmp_path, monkeypatch):
@@ -100,8 +103,8 @@ def test_a_packed_file_is_unpacked_by_its_name_or_its_first_bytes(name, pack, tm
 def test_other_formats_are_not_read_as_bytes(name, head, kind, tmp_path):
     packed = name.endswith(('.tgz', '.gz'))
     (tmp_path / name).write_bytes(head if packed else head.ljust(2_000, b'x\n'[:1]))
-    said = refusal(tmp_path / name, tmp_path / 'cache')
-    assert said.startswith(f'{tmp_path / name}: expected text in UTF-8') and kind in said
+    message = refusal(tmp_path / name, tmp_path / 'cache')
+    assert message.startswith(f'{tmp_path / name}: expected text in UTF-8') and kind in message
 
 
 def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
@@ -157,8 +160,8 @@ def test_backup_files_are_not_data(tmp_path):
 
 def test_a_file_of_two_splits_is_refused_and_words_go_before_parts_of_words(tmp_path):
     both = directory(tmp_path / 'both', ['train-test.txt', 'valid.txt'])
-    said = refusal(both, tmp_path / 'cache')
-    assert "train-test.txt: both 'train' and 'test' are in its name" in said
+    message = refusal(both, tmp_path / 'cache')
+    assert "train-test.txt: both 'train' and 'test' are in its name" in message
     names = ['train.txt', 'constrained.txt', 'my_validation.txt', 'invalid.txt', 'latest.txt',
              'Test.txt']  # fmt: skip
     found = sources.load_texts(
@@ -172,26 +175,26 @@ def test_errors_of_the_system_name_the_file_and_the_key(tmp_path, monkeypatch):
     (tmp_path / 'text').write_text(LINES)
     (tmp_path / 'file').write_text('')
     for cache in (tmp_path / 'file', tmp_path / 'file' / 'below'):
-        said = refusal(tmp_path / 'text', cache, 'bpe')
-        assert said.startswith(f'{tmp_path}/file') and 'for config.data.cache' in said
-    said = refusal(tmp_path / ('long' * 100), tmp_path / 'cache')
-    assert 'File name too long' in said and 'for config.data.source' in said
+        message = refusal(tmp_path / 'text', cache, 'bpe')
+        assert message.startswith(f'{tmp_path}/file') and 'for config.data.cache' in message
+    message = refusal(tmp_path / ('long' * 100), tmp_path / 'cache')
+    assert 'File name too long' in message and 'for config.data.source' in message
 
     def refuse(file, *rest):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
 
     with monkeypatch.context() as patched:
         patched.setattr(np, 'memmap', refuse)
-        said = refusal(tmp_path / 'text', tmp_path / 'cache')
-        assert said.startswith(f'{tmp_path}/text: Permission denied. Try another file')
+        message = refusal(tmp_path / 'text', tmp_path / 'cache')
+        assert message.startswith(f'{tmp_path}/text: Permission denied. Try another file')
 
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     (tmp_path / 'text.gz').write_bytes(gzip.compress(LINES.encode()))
     monkeypatch.setattr(archives, '_unpack', full)
-    said = refusal(tmp_path / 'text.gz', tmp_path / 'cache')
-    assert said.startswith(f'{tmp_path}/cache: No space left on device. Try another directory')
+    message = refusal(tmp_path / 'text.gz', tmp_path / 'cache')
+    assert message.startswith(f'{tmp_path}/cache: No space left on device. Try another directory')
 
 
 @pytest.mark.parametrize('name, text', [('meta.json', '{}'), ('tokenizer.json', '{"a')])

@@ -7,7 +7,7 @@ import pytest
 
 from mi import counting
 from mi.lm.adaptive_softmax import AdaptiveWords
-from mi.lm.loss import softmax_losses
+from mi.lm.loss import Objective, softmax_losses
 
 N, E, V = 23, 6, 40
 
@@ -35,7 +35,7 @@ def in_numpy(y, table, bias, targets, label_smoothing=0.0, z_loss=0.0):
 @pytest.mark.parametrize('chunk', [0, 1, 8, 23, 100])
 @pytest.mark.parametrize('options', [{}, {'label_smoothing': 0.1, 'z_loss': 0.01}])
 def test_losses_are_the_sums_written_out_however_they_are_cut(inputs, chunk, options):
-    losses = softmax_losses(*inputs, chunk=chunk, **options)
+    losses = softmax_losses(*inputs, Objective(chunk=chunk, **options))
     np.testing.assert_allclose(losses, in_numpy(*inputs, **options), rtol=1e-5, atol=1e-5)
 
 
@@ -45,7 +45,7 @@ def test_the_gradient_of_chunks_is_that_of_the_whole(inputs, chunk):
     weights = jnp.cos(jnp.arange(N))
 
     def weighted(chunk, *floats):
-        losses = softmax_losses(*floats, targets, chunk=chunk, label_smoothing=0.1, z_loss=0.01)
+        losses = softmax_losses(*floats, targets, Objective(0.1, z_loss=0.01, chunk=chunk))
         return (losses.objective * weights).sum() + losses.nats.mean()
 
     whole, parts = (
@@ -61,7 +61,7 @@ def test_chunks_take_a_fraction_of_the_memory():
 
     def temporary(chunk):
         def loss(*args):
-            return softmax_losses(*args, chunk=chunk).nats.mean()
+            return softmax_losses(*args, Objective(chunk=chunk)).nats.mean()
 
         compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*args).compile()
         return compiled.memory_analysis().temp_size_in_bytes
@@ -117,14 +117,14 @@ def test_an_adaptive_softmax_drops_no_token(targets, chunk):
 def test_its_gradient_is_that_of_the_whole_distribution(targets):
     words, params, y = adaptive(chunk=4)
 
-    def of_blocks(params, y):
+    def block_loss(params, y):
         return words.apply(params, y, targets, method='losses').objective.mean()
 
-    def of_all(params, y):
+    def full_loss(params, y):
         log_p = words.apply(params, y, method='logits')
         return -jnp.take_along_axis(log_p, targets[:, None], axis=-1).mean()
 
-    blocks, whole = (jax.jit(jax.grad(f, (0, 1)))(params, y) for f in (of_blocks, of_all))
+    blocks, whole = (jax.jit(jax.grad(f, (0, 1)))(params, y) for f in (block_loss, full_loss))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), blocks, whole)
 
 

@@ -52,9 +52,11 @@ def make(
 ):
     constructor = fusion.get(fuse, rank=3, hidden=4) if isinstance(fuse, str) else fuse
     sizes = {'features': 12, 'layers': 1, 'hidden': 6}
-    of_core = {name: options.pop(name) for name in list(options) if name not in ('rates', 'dtype')}
+    core_options = {
+        name: options.pop(name) for name in list(options) if name not in ('rates', 'dtype')
+    }
     if core == 'transformer':
-        of_core = {'heads': 2, 'memory': 5} | of_core
+        core_options = {'heads': 2, 'memory': 5} | core_options
         constructor_of_core = Transformer
     else:
         small = {'hyper_features': 4, 'embedding': 3} if core == 'hyper_lstm' else {}
@@ -62,7 +64,7 @@ def make(
         constructor_of_core = functools.partial(Recurrent, cell=cell)
     return lm.LanguageModel(
         words=functools.partial(Words, vocabulary=V, features=8, tied=tied),
-        core=functools.partial(constructor_of_core, **(sizes | of_core)),
+        core=functools.partial(constructor_of_core, **(sizes | core_options)),
         site=site,
         source=source,
         context=D if source == 'domain' and context else context,
@@ -177,13 +179,13 @@ def test_every_parameter_of_a_transformer_learns_at_every_site(site, tokens):
 
 def test_the_arms_of_a_comparison_differ_in_the_fusion_alone(tokens):
     carry = make().initial_carry(B)
-    of_mi, of_concat = (
+    mi_params, concat_params = (
         jax.eval_shape(make(fuse=f).init, jax.random.key(0), carry, tokens)['params']
         for f in ('mi', 'concat')
     )
     name = 'fuse_encoder'
-    encoder_mi, encoder_concat = of_mi['core'].pop(name), of_concat['core'].pop(name)
-    assert jax.tree.map(jnp.shape, of_mi) == jax.tree.map(jnp.shape, of_concat)
+    encoder_mi, encoder_concat = mi_params['core'].pop(name), concat_params['core'].pop(name)
+    assert jax.tree.map(jnp.shape, mi_params) == jax.tree.map(jnp.shape, concat_params)
     assert set(encoder_mi) - set(encoder_concat) == {'W'}
 
 
@@ -302,8 +304,8 @@ def test_segments_with_a_memory_are_one_long_segment(positions, tokens):
 
 
 def test_a_block_made_anew_in_the_backward_pass_has_the_same_gradient(tokens):
-    kept = make('transformer', 'ffn', layers=2)
-    variables, carry, domains = run(kept, tokens)
+    plain = make('transformer', 'ffn', layers=2)
+    variables, carry, domains = run(plain, tokens)
 
     def gradient(model):
         def loss(variables):
@@ -313,7 +315,7 @@ def test_a_block_made_anew_in_the_backward_pass_has_the_same_gradient(tokens):
 
     remade = gradient(make('transformer', 'ffn', layers=2, remat=True))
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradient(kept), remade
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradient(plain), remade
     )
 
 

@@ -28,9 +28,8 @@ def tiny(word='core=lstm', **changes):
 
 def generate(model, params, prompt, seed, *decoding):
     """Return the tokens of one text."""
-    return sample.generate(model, params, prompt, jax.random.key(seed), sample.Decoding(*decoding))[
-        0
-    ]
+    key = jax.random.key(seed)
+    return sample.generate(model, params, prompt, key, sample.Decoding(*decoding))[0]
 
 
 @pytest.mark.parametrize('word', ['core=lstm,source=state', 'core=transformer'])
@@ -63,8 +62,8 @@ def test_every_token_is_drawn_with_a_key_of_its_own():
     drawn = generate(model, params, jnp.array([1]), 0, 200)
     counts = np.bincount(drawn, minlength=11)  # 200 / 11 = 18 each, σ = 4
     assert counts.min() > 0 and counts.max() < 18 + 5 * 4
-    after_each = {(int(a), int(b)) for a, b in itertools.pairwise(drawn)}
-    assert len(after_each) > 60  # of 121 pairs, 98 are expected
+    pairs = {(int(a), int(b)) for a, b in itertools.pairwise(drawn)}
+    assert len(pairs) > 60  # of 121 pairs, 98 are expected
 
 
 def test_a_transformer_writes_from_no_more_tokens_than_it_was_trained_on():
@@ -115,11 +114,11 @@ def test_dynamic_evaluation_is_the_update_written_out(texts):
     model = factory.build_model(config, 256)
     carry = model.initial_carry(1)
     params = jax.jit(model.init)(jax.random.key(0), carry, jnp.zeros((1, 1), int))['params']
-    how = dynamic_evaluation.Adaptation(
+    adaptation = dynamic_evaluation.Adaptation(
         tokens=25, length=6, learning_rate=1e-2, decay=0.5, epsilon=1e-8, statistics=4
     )
     stacked = jax.tree.map(lambda a: a[None], params)
-    (measured,) = dynamic_evaluation.evaluate(model, stacked, corpus, 'valid', how)
+    (measured,) = dynamic_evaluation.evaluate(model, stacked, corpus, 'valid', adaptation)
 
     def loss(params, carry, tokens):
         after, losses = model.apply({'params': params}, carry, tokens[:-1, None], tokens[1:, None])
@@ -201,8 +200,9 @@ def test_dynamic_evaluation_as_it_is_set_helps_a_trained_model_or_says_that_it_d
     model = factory.configure_evaluation(factory.build_model(config, *corpus.sizes), config)
 
     def nats(**changes):
-        how = dynamic_evaluation.Adaptation(tokens=3_000)._replace(**changes)
-        return dynamic_evaluation.evaluate(model, params, corpus, 'test', how)[0]['nats_per_token']
+        adaptation = dynamic_evaluation.Adaptation(tokens=3_000)._replace(**changes)
+        metrics, *_ = dynamic_evaluation.evaluate(model, params, corpus, 'test', adaptation)
+        return metrics['nats_per_token']
 
     assert nats() < nats(learning_rate=0.0) - 0.01
     with pytest.raises(UserError, match=r'not finite\. Try a lower config\.dynamic\.learning'):

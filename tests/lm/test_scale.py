@@ -19,13 +19,13 @@ from tests.conftest import printed_on_devices
 @pytest.mark.slow
 @pytest.mark.parametrize('core', ['lstm', 'transformer'])
 def test_the_losses_are_the_same_on_1_2_and_4_devices_and_with_split_parameters(texts, core):
-    found = printed_on_devices(4, 'tests.lm.devices', core, texts)
-    for how in found.values():
-        np.testing.assert_allclose(how['nats'], found['one']['nats'], rtol=2e-4)
-        np.testing.assert_allclose(how['norms'], found['one']['norms'], rtol=1e-3)
-    assert not found['one']['split'] and not found['four']['split']
+    printed = printed_on_devices(4, 'tests.lm.devices', core, texts)
+    for curve in printed.values():
+        np.testing.assert_allclose(curve['nats'], printed['one']['nats'], rtol=2e-4)
+        np.testing.assert_allclose(curve['norms'], printed['one']['norms'], rtol=1e-3)
+    assert not printed['one']['split'] and not printed['four']['split']
     for name in ('seeds', 'split', 'all', 'parts'):
-        assert found[name]['split'], name
+        assert printed[name]['split'], name
 
 
 @pytest.mark.parametrize('word', ['core=lstm', 'core=transformer'])

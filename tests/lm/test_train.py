@@ -87,18 +87,22 @@ def test_unknown_and_missing_keys():
 
 
 @pytest.mark.parametrize('fuse', ['none', 'film', 'mi', 'mi_low_rank'])
-@pytest.mark.parametrize('by, kind', [('parameters', 'parameters'), ('flops', 'flops_per_token')])
-def test_matched_arms_cost_what_concat_costs(fuse, by, kind):
+@pytest.mark.parametrize(
+    'quantity, kind', [('parameters', 'parameters'), ('flops', 'flops_per_token')]
+)
+def test_matched_arms_cost_what_concat_costs(fuse, quantity, kind):
     base = {'model.hidden': 96, 'model.context': 16}
     target = factory.compute_costs(tiny(**base, **{'model.fusion.name': 'concat'}), 256)[kind][
         'model'
     ]
-    config = factory.match_size(tiny(**base, **{'model.fusion.name': fuse, 'match.by': by}), 256)
+    config = factory.match_size(
+        tiny(**base, **{'model.fusion.name': fuse, 'match.by': quantity}), 256
+    )
     costs = factory.compute_costs(config, 256)
     assert abs(costs[kind]['model'] / target - 1) < 0.01
-    for other in (-1, 1):  # no neighbour is nearer
+    for offset in (-1, 1):  # no neighbour is nearer
         near = tiny(**base, **{'model.fusion.name': fuse}).unlock()
-        near.model.hidden = config.model.hidden + other
+        near.model.hidden = config.model.hidden + offset
         miss = abs(factory.compute_costs(near, 256)[kind]['model'] - target)
         assert miss >= abs(costs[kind]['model'] - target)
 
@@ -193,9 +197,9 @@ def test_it_learns_and_leaves_a_run_directory(tmp_path, capsys, monkeypatch):
     assert test['perplexity'] == pytest.approx(math.exp(test['nats_per_token']))
     read = {r['split']: r['over']['predictions'] for r in records(tmp_path) if 'over' in r}
     assert read == {'valid': 5_000 - 1, 'valid_whole': 5_000 - 1, 'test': 7_000 - 1}
-    said = capsys.readouterr().err
+    stderr = capsys.readouterr().err
     for work in ('compiling the training step', 'evaluating valid', 'evaluating test'):
-        assert f'{work} … ' in said
+        assert f'{work} … ' in stderr
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, texts):
@@ -230,8 +234,8 @@ def test_a_run_whose_last_update_breaks_the_parameters_has_not_succeeded(
             'optim.learning_rate': rate,
         }
     )
-    said = r'(valid|parameters).* of seed 0 is not finite by step 1; that state is not saved'
-    with pytest.raises(UserError, match=said):
+    reason = r'(valid|parameters).* of seed 0 is not finite by step 1; that state is not saved'
+    with pytest.raises(UserError, match=reason):
         train.train(config, str(tmp_path))
     assert json.loads((tmp_path / 'status.json').read_text())['state'] == 'failed'
     assert not list(tmp_path.glob('checkpoints/0*'))

@@ -82,6 +82,7 @@ def load_texts(source: str, path: str, splits: Collection[str], cache: pathlib.P
     Raises:
       UserError: which file is missing, ambiguous or wrong, and where to get it.
     """
+    # The place of the corpus.
     known = find_source(source)
     location = path or source
     if source in CORPORA and not known.is_bundled:
@@ -97,6 +98,8 @@ def load_texts(source: str, path: str, splits: Collection[str], cache: pathlib.P
             f"config.data.path = {path!r}: expected '', as config.data.source = {source!r} is "
             f"itself a place. Try config.data.path = ''"
         )
+
+    # The texts.
     try:
         with name_os_errors(cache):
             texts = known.read(pathlib.Path(location).expanduser(), splits, cache)

@@ -265,7 +265,7 @@ def _read_token_files(
         meta['lossless'],
         meta['sha256'],
         domains,
-        {split: np.array(at if domains else [0]) for split, at in meta['starts'].items()},
+        {split: np.array(starts if domains else [0]) for split, starts in meta['starts'].items()},
         tokenizer,
         texts,
     )
