@@ -42,7 +42,7 @@ SEGMENT = 256  # tokens of a segment in evaluation, if state or a memory is carr
 
 
 def check_cutoffs(value: Any) -> str:
-    """Rule of `model.cutoffs`."""
+    """Return what `model.cutoffs` must be; '' for a valid value."""
     is_valid = isinstance(value, tuple | list) and not any(map(integer(1), value))
     return (
         ''
@@ -52,13 +52,13 @@ def check_cutoffs(value: Any) -> str:
 
 
 def check_token_count(value: Any) -> str:
-    """Rule of a number of tokens that are evaluated; the first one is not predicted."""
+    """Return what a number of evaluated tokens must be; the first one is not predicted."""
     is_valid = isinstance(value, int) and not isinstance(value, bool) and value >= 0 and value != 1
     return '' if is_valid else 'an integer of at least 2, or 0'
 
 
 def check_segment(value: Any) -> str:
-    """Rule of `eval.length`."""
+    """Return what `eval.length` must be; '' for a valid value."""
     is_valid = value == -1 or not integer(1)(value)
     return '' if is_valid and not isinstance(value, bool) else 'an integer of at least 1, or -1'
 
