@@ -202,7 +202,7 @@ def test_a_packed_file_that_is_cut_is_refused_and_leaves_nothing(ending, tmp_pat
         read(str(tmp_path / 'two.zip'), cache=tmp_path / 'cache')
 
 
-def test_the_tokenised_text_of_wikitext_goes_before_the_raw_one(tmp_path):
+def test_the_tokenized_text_of_wikitext_goes_before_the_raw_one(tmp_path):
     write_splits(tmp_path, 'wiki.{}.raw', 'raw\n')
     assert read('wikitext-2', tmp_path)['valid'] == ['raw\n']
     write_splits(tmp_path, 'wiki.{}.tokens', 'tokens\n')

@@ -36,7 +36,7 @@ def test_lossless_levels_give_the_text_back(level, size, cache):
 
 def test_words_of_a_long_text_are_those_of_a_regular_expression(cache):
     corpus = token_store.load('austen', 'word', 500, cache)
-    [(_, text)] = sources.load_austen()['train']  # longer than what is tokenised at once
+    [(_, text)] = sources.load_austen()['train']  # longer than one batch of the tokenizer
     lines = text.decode().split('\n')  # the last one has no end
     words = [word for line in lines for word in [*re.findall(r"[\w']+|[^\w\s]", line), '<eos>']]
     vocabulary = corpus.tokenizer.get_vocab()

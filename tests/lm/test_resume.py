@@ -63,7 +63,7 @@ def assert_same_end(ended, uninterrupted):
 
 
 def restored(path: pathlib.Path) -> dict[str, bytes]:
-    """Every array of a checkpoint, parameters, optimiser and carry, as its bytes."""
+    """Every array of a checkpoint, parameters, optimizer and carry, as its bytes."""
     import jax
     import orbax.checkpoint as ocp
 

@@ -156,7 +156,7 @@ def golden_step():
 
 
 def test_golden_step():
-    """Changes only with the model, its initialisation, the optimiser or jax's random numbers.
+    """Changes only with the model, its initialization, the optimizer or jax's random numbers.
 
     If you changed one of these on purpose, say so in the commit and put the new numbers here.
     """
