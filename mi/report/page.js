@@ -185,10 +185,12 @@ function extent(values, margin) {
 
 const curves = {over: 'steps', range: 'later half'};
 
+/** Draw the learning curves with their bands, and a readout beside the pointer. */
 function drawCurves(box, width) {
   const xs = arm => curves.over === 'steps' ? arm.curve.steps : arm.curve.seconds;
   const arms = shownArms().filter(arm => arm.curve && xs(arm));
   if (!arms.length) return placeholder('No curve to show.');
+  // Find the ranges of the axes.
   const last = Math.max(...arms.map(arm => xs(arm).at(-1)));
   const half = curves.range === 'all' ? 0 : last / 2, ys = [];
   for (const arm of arms) {
@@ -199,6 +201,7 @@ function drawCurves(box, width) {
     x: [0, last || 1], y: extent(ys, 0.06), integer: curves.over === 'steps',
     xlabel: `training ${curves.over}`,
   });
+  // Draw a band and a line per arm.
   for (const arm of arms) {
     const {mean, low, high} = arm.curve, points = (values, order) => order.map(i => `${f.x(xs(arm)[i]).toFixed(1)},${f.y(values[i]).toFixed(1)}`);
     const forward = [...mean.keys()], backward = forward.toReversed();
@@ -208,6 +211,7 @@ function drawCurves(box, width) {
     if (mean.length === 1) group.append(svg('circle', {cx: f.x(xs(arm)[0]), cy: f.y(mean[0]), r: 3, fill: arm.color}));
     f.inside.append(group);
   }
+  // Follow the pointer.
   const cursor = svg('line', {class: 'grid', y1: f.y0, y2: f.y1, visibility: 'hidden'});
   const readout = html('div', {class: 'readout', hidden: ''});
   f.root.append(cursor);
@@ -253,6 +257,7 @@ function makeLabel(text, pixels, attributes) {
   return svg('text', {class: 'name', ...attributes}, cut, svg('title', {}, text));
 }
 
+/** Draw a row per arm: a dot per seed, a bar at the mean, a line for its interval. */
 function drawFinals(box, width) {
   const arms = shownArms();
   const numbers = arms.flatMap(({final}) => final ? [...final.values, final.low ?? final.mean, final.high ?? final.mean] : []);
@@ -290,6 +295,7 @@ function findFront(arms) {
   return sorted.filter(arm => sign * arm.final.mean < best && ((best = sign * arm.final.mean), true));
 }
 
+/** Draw the final value of each arm against its cost, and a line through the front. */
 function drawPareto(box, width) {
   const arms = shownArms().filter(arm => arm.final && arm.costs[cost] > 0);
   if (!arms.length) return placeholder('No arm has this cost and a final value.');
@@ -300,12 +306,14 @@ function drawPareto(box, width) {
     y: extent(arms.flatMap(({final}) => [final.low ?? final.mean, final.high ?? final.mean]), 0.1),
     xlabel: `${DATA.costs[cost]}${isLog ? ', logarithmic' : ''}`,
   });
+  // Draw the front as steps.
   const front = findFront(arms);
   const steps = front.flatMap((arm, i) => {
     const x = f.x(arm.costs[cost]), y = f.y(arm.final.mean);
     return i ? [`${x},${f.y(front[i - 1].final.mean)}`, `${x},${y}`] : [`${x},${y}`];
   });
   f.inside.append(svg('polyline', {class: 'front', points: [...steps, `${f.x1},${f.y(front.at(-1).final.mean)}`].join(' ')}));
+  // Draw each arm, with its label where it covers nothing.
   const occupied = arms.map(arm => ({x: f.x(arm.costs[cost]) - 5, y: f.y(arm.final.mean) - 5, w: 10, h: 10}));
   for (const arm of arms) {
     const x = f.x(arm.costs[cost]), {mean, low, high} = arm.final;
