@@ -33,7 +33,7 @@ from configs import rl as configs
 from mi.rl import envs, factory
 from mi.rl.actors import loop as actors_loop
 from mi.rl.actors.threads import Actors
-from mi.rl.actors.worker import Policy, Worker, joined
+from mi.rl.actors.worker import Policy, Worker, concatenate_trajectories
 from mi.rl.envs.spec import HostEnvironment, Step
 from mi.training import host, optim, sharding
 
@@ -212,8 +212,8 @@ def measure(config: ml_collections.ConfigDict, updates: int) -> Measurement:
     )
     pool.close()
     mesh = sharding.make_mesh(1, B)
-    state = actors_loop.start(agent, optimizer, 0, mesh)
-    update = actors_loop.learner_update(agent, optimizer, factory.get_hyperparameters(config), mesh)
+    state = actors_loop.init_state(agent, optimizer, 0, mesh)
+    update = actors_loop.jit_update(agent, optimizer, factory.get_hyperparameters(config), mesh)
     policies: list[ClockedPolicy] = []
     workers: list[ClockedWorker] = []
 
@@ -239,9 +239,9 @@ def measure(config: ml_collections.ConfigDict, updates: int) -> Measurement:
             if step == WARMUP:
                 start = time.perf_counter()
             window = actors_loop.Window()
-            items = actors_loop.take(config, actors, step, window)
+            items = actors_loop.take_batch(config, actors, step, window)
             join_start = time.perf_counter()
-            trajectory = joined([item.trajectory for item in items])
+            trajectory = concatenate_trajectories([item.trajectory for item in items])
             state, _ = update(state, trajectory)
             clock.add(state)
             actors.publish(state.params, step + 1)
@@ -249,7 +249,7 @@ def measure(config: ml_collections.ConfigDict, updates: int) -> Measurement:
                 joins.append(time.perf_counter() - join_start)
                 lags += window.lags
                 dropped += window.dropped
-                actor_waits += [item.waited for item in items]
+                actor_waits += [item.wait_seconds for item in items]
         clock.wait()
     # Collect the times after the warm-up.
     calls = [seconds for policy in policies for seconds in policy.calls.since(start)]

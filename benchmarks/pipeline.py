@@ -230,7 +230,7 @@ class _System:
                 self._wake(self._blocked_learners)
 
     def learner(self) -> Process:
-        """Take trajectories, update and publish, as `actors_loop.take` and the loop around it."""
+        """Take trajectories, update and publish, as `mi.rl.actors.loop` does."""
         topology, stages = self.topology, self.stages
         while True:
             # Take a batch of trajectories that are not too old.

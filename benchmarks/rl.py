@@ -33,6 +33,7 @@ from benchmarks import rounds
 from configs import rl as configs
 from mi.rl import envs, factory, learner
 from mi.rl.actors import loop as actors_loop
+from mi.rl.actors.worker import concatenate_trajectories
 from mi.rl.envs import auto_reset
 from mi.rl.fused import loop as fused
 from mi.rl.fused import rollout
@@ -93,8 +94,8 @@ def fused_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
         factory.build_agent(config, environment.spec),
         optim.make_optimizer(config.optim, 1000),
     )
-    mesh = fused.mesh_of(config)
-    state = fused.start(config, environment, agent, optimizer, mesh)
+    mesh = fused.make_mesh(config)
+    state = fused.init_states(config, environment, agent, optimizer, mesh)
     compiled = fused.compile_updates(environment, agent, optimizer, config, state, 1, mesh)
 
     def step() -> None:
@@ -114,16 +115,16 @@ def threads_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
     )
     pool.close()
     mesh = sharding.make_mesh(1, config.train.batch)
-    state = actors_loop.start(agent, optimizer, 0, mesh)
-    update = actors_loop.learner_update(agent, optimizer, factory.get_hyperparameters(config), mesh)
+    state = actors_loop.init_state(agent, optimizer, 0, mesh)
+    update = actors_loop.jit_update(agent, optimizer, factory.get_hyperparameters(config), mesh)
     actors = actors_loop.start_actors(config, agent, state.params, 0)
     actors.__enter__()
     version, window = 0, actors_loop.Window()
 
     def step() -> None:
         nonlocal state, version
-        items = actors_loop.take(config, actors, version, window)
-        state, _ = update(state, actors_loop.joined([item.trajectory for item in items]))
+        items = actors_loop.take_batch(config, actors, version, window)
+        state, _ = update(state, concatenate_trajectories([item.trajectory for item in items]))
         version += 1
         actors.publish(state.params, version)
 
@@ -138,7 +139,7 @@ def parts_step(config: ml_collections.ConfigDict, part: str) -> Callable[[], obj
         factory.build_agent(config, environment.spec),
         optim.make_optimizer(config.optim, 1000),
     )
-    init = functools.partial(fused.init, environment, agent, optimizer, config.train.batch)
+    init = functools.partial(fused.init_state, environment, agent, optimizer, config.train.batch)
     state = jax.jit(init)(jnp.asarray(0))
     params, T = state.learner.params, config.train.length
 
@@ -211,8 +212,8 @@ def conv_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
     )
     # Compile the update.
     mesh = sharding.make_mesh(1, config.train.batch)
-    state = actors_loop.start(agent, optimizer, 0, mesh)
-    update = actors_loop.learner_update(agent, optimizer, factory.get_hyperparameters(config), mesh)
+    state = actors_loop.init_state(agent, optimizer, 0, mesh)
+    update = actors_loop.jit_update(agent, optimizer, factory.get_hyperparameters(config), mesh)
     return lambda: jax.block_until_ready(update(state, trajectory))
 
 

@@ -84,7 +84,7 @@ def rl_parts(count, **changes):
 
 def rl_fused(count, **changes):
     config, (environment, agent, optimizer, *_), mesh = rl_parts(count, **changes)
-    state = fused.shapes(config, environment, agent, optimizer, mesh)
+    state = fused.get_state_shapes(config, environment, agent, optimizer, mesh)
     arguments = environment, agent, optimizer, config, state, 2, mesh
     return fused.compile_updates(*arguments), state.learner.params
 
@@ -93,18 +93,16 @@ def rl_learner(count):
     config, (_, agent, optimizer, state, trajectory), mesh = rl_parts(
         count, **{'train.topology': 'threads', 'actors.batch': 16}
     )
-    update = actors_loop.learner_update(
-        agent, optimizer, rl_setup.get_hyperparameters(config), mesh
-    )
+    update = actors_loop.jit_update(agent, optimizer, rl_setup.get_hyperparameters(config), mesh)
     return actors_loop.lower_update(update, state, trajectory, mesh).compile(), state.params
 
 
 def rl_evaluation(count, **changes):
     config, (environment, agent, optimizer, *_), mesh = rl_parts(count, **changes)
-    state = fused.shapes(config, environment, agent, optimizer, mesh)
+    state = fused.get_state_shapes(config, environment, agent, optimizer, mesh)
     by_seed = sharding.seed_sharding(mesh)
     keys = jax.ShapeDtypeStruct((len(config.seeds), 2), jnp.int32, sharding=by_seed)
-    play = rl_evaluate.episodes_program(environment, agent, 16, False, mesh)
+    play = rl_evaluate.make_program(environment, agent, 16, False, mesh)
     return play.lower(state.learner.params, keys).compile(), state.learner.params
 
 

@@ -66,7 +66,7 @@ def test_an_agent_starts_with_so_many_bytes():
     config = rl.get_config('tiny,env=catch')
     told = memory.estimate_memory(config, compiles=False)
     environment, agent, optimizer, _, _ = costs.rl_setup(config)
-    state = fused.start(config, environment, agent, optimizer, fused.mesh_of(config))
+    state = fused.init_states(config, environment, agent, optimizer, fused.make_mesh(config))
     assert told['checkpoint'] == taken(state) and 'step' not in told
     assert told['parameters'] == taken(state.learner.params)
 

@@ -61,8 +61,8 @@ def agent(devices):
     """Return returns of three tasks, one episode each, and the longest episode of an unroll."""
     mesh = mesh_of(devices, 4)
     params = jax.tree.map(lambda a: jnp.asarray(a)[None], PARAMS)
-    keys = rl_evaluate.evaluation_keys([0], 0)
-    (played,) = rl_evaluate.episodes(Ramp(), Knows(), params, keys, 1, False, mesh)
+    keys = rl_evaluate.make_evaluation_keys([0], 0)
+    (played,) = rl_evaluate.play_episodes(Ramp(), Knows(), params, keys, 1, False, mesh)
 
     config = rl_tiny(**{'train.batch': 4, 'train.length': 9})
     environment = LateRamp()
@@ -70,7 +70,7 @@ def agent(devices):
         rl_setup.build_agent(config, environment.spec),
         optim.make_optimizer(config.optim, 10),
     )
-    state = fused.start(config, environment, net, optimizer, mesh)
+    state = fused.init_states(config, environment, net, optimizer, mesh)
     compiled = fused.compile_updates(environment, net, optimizer, config, state, 1, mesh)
     _, measured = compiled(state)
     longest = measured.counts.longest_unfinished.tolist()
@@ -82,8 +82,8 @@ def learner_update(devices):
     config = rl_tiny(**{'train.batch': 8, 'loss.popart': 0.1})
     net = rl_setup.build_agent(config, envs.make(config.env.name).spec)
     optimizer, mesh = optim.make_optimizer(config.optim, 10), mesh_of(devices, 8)
-    state = actors_loop.start(net, optimizer, 0, mesh)
-    update = actors_loop.learner_update(net, optimizer, rl_setup.get_hyperparameters(config), mesh)
+    state = actors_loop.init_state(net, optimizer, 0, mesh)
+    update = actors_loop.jit_update(net, optimizer, rl_setup.get_hyperparameters(config), mesh)
     shapes = costs.rl_setup(config).trajectory
     rng = np.random.default_rng(0)
     trajectory = jax.tree.map(
@@ -94,7 +94,7 @@ def learner_update(devices):
         ),
         shapes,
     )
-    state, measured = update(state, actors_loop.on_devices(trajectory, mesh))
+    state, measured = update(state, actors_loop.shard_trajectory(trajectory, mesh))
     norms = [float(jnp.linalg.norm(a)) for a in jax.tree.leaves(state.params)]
     return norms, state.statistics.mu.tolist(), float(measured['loss'])
 

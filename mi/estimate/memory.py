@@ -138,8 +138,8 @@ def _rl(config: ml_collections.ConfigDict, devices: Devices) -> RunPrograms:
     environment, agent, optimizer, learner_state, trajectory = costs.rl_setup(config)
     if config.train.topology == 'fused':
         assert environment is not None  # validation refuses other environments
-        mesh = fused.mesh_of(config, devices)
-        state = fused.shapes(config, environment, agent, optimizer, mesh)
+        mesh = fused.make_mesh(config, devices)
+        state = fused.get_state_shapes(config, environment, agent, optimizer, mesh)
         count = min(config.train.log_every, rl_config.count_updates(config))
         program = environment, agent, optimizer, config, state, count, mesh
         return RunPrograms(
@@ -161,7 +161,7 @@ def _rl(config: ml_collections.ConfigDict, devices: Devices) -> RunPrograms:
             ),
         )
     mesh = sharding.make_mesh(1, config.train.batch, shape=config.train.mesh, devices=devices)
-    update = actors_loop.learner_update(agent, optimizer, rl.get_hyperparameters(config), mesh)
+    update = actors_loop.jit_update(agent, optimizer, rl.get_hyperparameters(config), mesh)
     return RunPrograms(
         {
             'parameters': learner_state.params,

@@ -104,7 +104,7 @@ def play(
     """
     tasks, B = len(pool.spec.tasks), pool.batch
     deadline = time.monotonic() + limits.seconds
-    step, acting, action = pool.reset(), policy.start(B, key), jnp.zeros(B, jnp.int32)
+    step, acting, action = pool.reset(), policy.init(B, key), jnp.zeros(B, jnp.int32)
     check_finite(pool.spec, step)
     left = shares(np.asarray(step.observation['task']), tasks, episodes)
     skip = getattr(pool, 'skip', None)

@@ -37,7 +37,7 @@ def episodes(
 ) -> dict[str, list[Frame]]:
     """The first episode of one row of each task, observation and return up to there, by task."""
     policy, B = Policy(agent, greedy), pool.batch
-    step, acting, action = pool.reset(), policy.start(B, key), jnp.zeros(B, jnp.int32)
+    step, acting, action = pool.reset(), policy.init(B, key), jnp.zeros(B, jnp.int32)
     first = {int(task): row for row, task in reversed(list(enumerate(step.observation['task'])))}
     frames: dict[str, list[Frame]] = {pool.spec.tasks[task]: [] for task in first}
     running, returned = dict(first), np.zeros(B)

@@ -43,7 +43,7 @@ def test_scores_are_normalised_by_task_and_capped_at_one():
         Ramp().spec, random=(0.0, 10.0, 1.0), reference=(4.0, 20.0, 3.0), has_success=False
     )
     returned = [np.array([7.0, 9.0]), np.array([30.0]), np.array([-1.0, -1.0])]
-    measured = evaluate.summary(spec, returned, returned, returned)
+    measured = evaluate.summarize(spec, returned, returned, returned)
     assert measured['capped_mean'] == pytest.approx((1 + 1 - 1) / 3)
     assert measured['capped_median'] == 1
     assert measured['return'] == pytest.approx((8 + 30 - 1) / 3)

@@ -53,8 +53,8 @@ from mi.rl.fused import loop as fused
 
 config, environment, agent, optimiser = parts(seeds=(0, 1))
 config.train.mesh = json.loads(sys.argv[1])
-mesh = fused.mesh_of(config)
-state = fused.start(config, environment, agent, optimiser, mesh)
+mesh = fused.make_mesh(config)
+state = fused.init_states(config, environment, agent, optimiser, mesh)
 update = fused.compile_updates(environment, agent, optimiser, config, state, 3, mesh)
 for _ in range(2):
     state, measured = jax.block_until_ready(update(state))

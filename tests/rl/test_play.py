@@ -82,7 +82,7 @@ def test_every_task_is_played_as_often_as_is_asked_for(tasks, episodes, share):
     assert shares(np.array(tasks), 2, episodes).tolist() == share
     played = played_by(Counts(tasks, [3] * len(tasks)), episodes)
     assert [len(returns) for returns in played.returned] == [episodes, episodes]
-    summary = evaluate.summary(Counts(tasks, [3] * 4).spec, *played[:3])
+    summary = evaluate.summarize(Counts(tasks, [3] * 4).spec, *played[:3])
     assert summary['episodes_per_task'] == episodes
 
 

@@ -14,7 +14,7 @@ def episodes(number, returns, lengths, successes):
 
 def test_tasks_weigh_alike_however_many_episodes_they_have():
     ended = episodes([99, 1, 0], [99 * 4, 10, 0], [99 * 2, 200, 0], [99, 0, 0])
-    record = episode_metrics.of_episodes(ended, TASKS)
+    record = episode_metrics.summarize_episodes(ended, TASKS)
     assert record['episodes'] == 100
     assert (record['return'], record['length'], record['success']) == (7.0, 101.0, 0.5)
     assert record['success/short'] == 1
@@ -25,14 +25,17 @@ def test_tasks_weigh_alike_however_many_episodes_they_have():
 
 def test_what_is_unknown_is_none_and_the_line_shows_what_is_known():
     ended = episodes([2, 1, 0], [8, 10, 0], [4, 200, 0], [0, 0, 0])
-    unknown = episode_metrics.of_episodes(ended, TASKS, has_success=False)
+    unknown = episode_metrics.summarize_episodes(ended, TASKS, has_success=False)
     assert all(unknown[name] is None for name in unknown if name.startswith('success'))
     assert unknown['return'] == 7.0
-    assert episode_metrics.note(unknown) == 'return 7.000'
-    assert episode_metrics.note(episode_metrics.of_episodes(ended, TASKS)) == 'success 0.000'
-    nothing = episode_metrics.of_episodes(episodes(*[[0, 0, 0]] * 4), TASKS)
+    assert episode_metrics.make_note(unknown) == 'return 7.000'
+    assert (
+        episode_metrics.make_note(episode_metrics.summarize_episodes(ended, TASKS))
+        == 'success 0.000'
+    )
+    nothing = episode_metrics.summarize_episodes(episodes(*[[0, 0, 0]] * 4), TASKS)
     assert nothing['return'] is nothing['success'] is None
-    assert episode_metrics.note(nothing) == 'no episode ended yet'
+    assert episode_metrics.make_note(nothing) == 'no episode ended yet'
 
 
 @pytest.mark.parametrize(

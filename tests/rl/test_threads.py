@@ -7,7 +7,7 @@ import pytest
 
 from mi.config import UserError
 from mi.rl.actors import loop as actors_loop
-from mi.rl.actors.threads import Actors, Item
+from mi.rl.actors.threads import Actors, QueueItem
 from mi.rl.actors.worker import Policy, Worker
 from mi.rl.trajectory import Episodes
 from tests.rl.catch_late import CatchLate, Knows
@@ -61,7 +61,7 @@ def test_trajectories_of_all_workers_arrive():
 def test_a_full_queue_holds_the_workers_back():
     counting = Counts()
     with actors(lambda: counting, capacity=3) as running:
-        until(lambda: running.waiting() == 3)
+        until(lambda: running.count_waiting() == 3)
         time.sleep(0.5)
         assert counting.collected == 4  # three in the queue, one in its hands
         for _ in range(4):
@@ -122,11 +122,11 @@ def test_trajectories_of_old_parameters_are_dropped_and_counted():
 
         def get(self, stops):
             version = self.versions.pop(0)
-            return Item(version, Episodes(*np.zeros((4, 1))), version, 0.0)
+            return QueueItem(version, Episodes(*np.zeros((4, 1))), version, 0.0)
 
     waiting = Queue([4, 7, 6, 10, 9])
     window = actors_loop.Window()
-    items = actors_loop.take(config, waiting, 10, window, lambda: False)
+    items = actors_loop.take_batch(config, waiting, 10, window, lambda: False)
     assert [item.version for item in items] == [7, 10]
     assert (window.dropped, window.lags) == (2, [3, 0])
     assert waiting.versions == [9]

@@ -11,10 +11,9 @@ import pytest
 
 from configs import rl as configs
 from mi.config import UserError
-from mi.rl import train
+from mi.rl import evaluate, train
 from mi.rl.actors import loop as actors_loop
 from mi.rl.evaluate import Evaluation
-from mi.rl.fused import loop as fused
 from mi.training import checkpoint
 from tests.conftest import ROOT
 
@@ -151,14 +150,14 @@ def test_a_fused_run_stopped_in_its_evaluation_continues_to_the_same_bits(tmp_pa
     """SIGTERM in the first policy's evaluation: the checkpoint of its step is there already."""
     config = tiny(**{'train.steps': 40 * 10, 'seeds': (3, 4), 'eval.greedy': True})
     train.train(config, str(tmp_path / 'whole'))
-    original = fused.episodes
+    original = evaluate.play_episodes
 
     def stopped(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments)
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as raised:
-        patched.setattr(fused, 'episodes', stopped)
+        patched.setattr(evaluate, 'play_episodes', stopped)
         train.train(config, str(tmp_path / 'cut'))
     assert raised.value.code == 143
     assert (tmp_path / 'cut' / 'checkpoints' / '00000010').exists()
@@ -167,7 +166,7 @@ def test_a_fused_run_stopped_in_its_evaluation_continues_to_the_same_bits(tmp_pa
     name = 'metrics.jsonl'
     assert (tmp_path / 'cut' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
     with monkeypatch.context() as patched:  # what is evaluated is not evaluated again
-        patched.setattr(fused, 'episodes', None)
+        patched.setattr(evaluate, 'play_episodes', None)
         train.train(config, str(tmp_path / 'cut'))
 
 
@@ -228,8 +227,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path, topol
     'changes, said',
     [
         ({'env.name': 'katch'}, "config.env.name = 'katch' is unknown; did you mean 'catch'"),
-        ({'env.name': 'babyai/goto'}, "set config.train.topology = 'threads'"),
-        ({'train.topology': 'threads', 'seeds': (0, 1)}, 'trains one seed'),
+        ({'env.name': 'babyai/goto'}, "Try config.train.topology = 'threads'"),
+        ({'train.topology': 'threads', 'seeds': (0, 1)}, 'expected one seed'),
         ({'train.topology': 'threads', 'actors.batch': 3}, 'a multiple of config.actors.batch = 3'),
         (
             {'env.name': 'xland/kinds', 'eval.held_out': 'xland/test'},

@@ -17,7 +17,7 @@ from mi.rl import (
 )
 from mi.rl.actors import loop as actors_loop
 from mi.rl.actors.threads import Actors
-from mi.rl.actors.worker import Policy, Worker, joined
+from mi.rl.actors.worker import Policy, Worker, concatenate_trajectories
 from mi.rl.envs.jax.batched import Batched
 from mi.rl.envs.jax.catch import Catch
 from mi.rl.fused import rollout
@@ -49,7 +49,7 @@ def fused():
 def from_worker(*groups):
     worker = Worker(groups, Policy(AGENT), 25, jax.random.key(1))
     collected = worker.collect({})
-    trajectory = joined([trajectory for trajectory, _ in collected])
+    trajectory = concatenate_trajectories([trajectory for trajectory, _ in collected])
     return trajectory, jax.tree.map(lambda *a: sum(a), *[episodes for _, episodes in collected])
 
 
@@ -72,7 +72,7 @@ def from_threads():
             item = actors.get()
             if item.trajectory.inputs.is_first[0].all():
                 items[item.trajectory.inputs.observation['grid'].tobytes()] = item
-    trajectory = joined([item.trajectory for item in items.values()])
+    trajectory = concatenate_trajectories([item.trajectory for item in items.values()])
     return trajectory, jax.tree.map(lambda *a: sum(a), *[i.episodes for i in items.values()])
 
 
@@ -150,7 +150,7 @@ def test_an_instruction_is_encoded_where_it_or_the_parameters_are_new():
     init = jax.jit(agent.init)
     params = [init(jax.random.key(i), {}, given)['params'] for i in range(2)]
     policy, reference = Policy(agent), jax.jit(functools.partial(rollout.act, agent))
-    acting = policy.start(rows, jax.random.key(2))
+    acting = policy.init(rows, jax.random.key(2))
     compared = set()
     for t in range(steps):
         now, row = params[t > 3], jax.tree.map(lambda a, t=t: a[t], given)
@@ -187,7 +187,7 @@ def test_an_instruction_may_change_within_an_episode():
         params = init(jax.random.key(0), carry, inputs)['params']
         learner = one({'params': params}, carry, inputs)[1]
         policy, state = Policy(agent), carry
-        acting = policy.start(rows, jax.random.key(1))
+        acting = policy.init(rows, jax.random.key(1))
         for t in range(steps):
             row = jax.tree.map(lambda a, t=t: a[t], inputs)
             state, truth = one({'params': params}, state, jax.tree.map(lambda a: a[None], row))

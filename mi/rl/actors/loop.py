@@ -1,14 +1,14 @@
-"""Topologies 'threads' and 'ray': actors feed a bounded queue, the learner takes what there is.
+"""Topologies 'threads' and 'ray': actors feed a bounded queue to the learner.
 
-The learner's state is saved and continued exactly; the environments start anew. The lag of a
-trajectory is how many updates older the parameters are that acted on it; what is older than
-`config.actors.max_lag` is dropped and counted.
+The learner's state is saved and resumed exactly; the environments restart. The lag of a trajectory
+is the number of updates since the parameters that acted. Trajectories with a lag above
+`config.actors.max_lag` are dropped and counted.
 """
 
 import contextlib
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,34 +16,19 @@ import ml_collections
 import numpy as np
 import optax
 
-from mi.rl import (
-    config as rl_config,
-)
-from mi.rl import (
-    envs,
-    episode_metrics,
-    factory,
-    learner,
-    loss,
-)
+from mi.rl import config as rl_config
+from mi.rl import envs, episode_metrics, factory, learner, loss, popart
 from mi.rl.actors import ray as ray_actors
-from mi.rl.actors.threads import Actors, Item
-from mi.rl.actors.worker import Policy, Worker, joined
-from mi.rl.agent import Agent
-from mi.rl.evaluate import Evaluation
-from mi.rl.play import StoppedError, never
+from mi.rl.actors.threads import Actors, QueueItem
+from mi.rl.actors.worker import Policy, Worker, concatenate_trajectories
+from mi.rl.agent import Agent, Params
+from mi.rl.checkpointing import Snapshot, is_evaluation_due, resume, save_or_stop
+from mi.rl.envs.spec import Spec
+from mi.rl.evaluate import Evaluate, Evaluation, write_evaluations
+from mi.rl.play import never
 from mi.rl.trajectory import Episodes, Trajectory
 from mi.rows import mean_over_rows
-from mi.training import (
-    checkpoint,
-    logger,
-    optim,
-    progress,
-    run_dir,
-)
-from mi.training import (
-    sharding as training_sharding,
-)
+from mi.training import checkpoint, logger, optim, progress, run_dir, sharding
 
 
 def make_worker(
@@ -53,10 +38,14 @@ def make_worker(
     policy: Policy | None = None,
     birth: int = 0,
 ) -> Worker:
-    """Worker `index` of this process of a run that goes on at `version`.
+    """Make worker `index` of this process.
 
-    With the policy, where there is one to share. The one that takes its place when it dies has the
-    next number of birth, and with it other episodes.
+    Args:
+      config: of the run.
+      version: number of updates when the run was started or resumed.
+      index: of the worker.
+      policy: to share; None to make one.
+      birth: number of workers at this index that died. It changes the episodes.
     """
     actors = config.actors
     key = jax.random.key(config.seeds[0])
@@ -72,7 +61,7 @@ def make_worker(
 def train(
     config: ml_collections.ConfigDict, workdir: str, profile: run_dir.Steps | None = None
 ) -> None:
-    """Trains, evaluates and leaves a run directory; continues it where there is one."""
+    """Train and evaluate in a run directory, or resume the run that it holds."""
     with contextlib.ExitStack() as stack:
         keys = {'eval': 'env.name'}
         if config.eval.held_out:
@@ -89,154 +78,167 @@ def train(
 
 def _train(
     config: ml_collections.ConfigDict,
-    evaluations: dict[str, Evaluation],
+    evaluations: Mapping[str, Evaluation],
     agent: Agent,
     run: run_dir.Run,
 ) -> None:
-    total, B, T = rl_config.count_updates(config), config.train.batch, config.train.length
-    seed, tasks = config.seeds[0], agent.spec.tasks
-    optimiser = optim.make_optimizer(config.optim, total)
-    run.write('cost.json', {'steps': total, **factory.compute_costs(agent, B, T)})
-    mesh = training_sharding.make_mesh(1, B, shape=config.train.mesh)
-    state = start(agent, optimiser, seed, mesh)
-    saved = checkpoint.Checkpoints(run.path / 'checkpoints', config.train.keep)
-    restored = saved.restore(state)
-    meta: dict[str, Any] = {'step': 0, 'metrics': 0}
+    """Run the training loop.
+
+    Args:
+      config: of the run.
+      evaluations: split → evaluation.
+      agent: the agent.
+      run: the open run.
+    """
+    num_updates, B, T = rl_config.count_updates(config), config.train.batch, config.train.length
+    optimizer = optim.make_optimizer(config.optim, num_updates)
+    run.write('cost.json', {'steps': num_updates, **factory.compute_costs(agent, B, T)})
+
+    # A new state, or that of the newest checkpoint.
+    mesh = sharding.make_mesh(1, B, shape=config.train.mesh)
+    state = init_state(agent, optimizer, config.seeds[0], mesh)
+    checkpoints = checkpoint.Checkpoints(run.path / 'checkpoints', config.train.keep)
+    restored, meta, records_end = resume(run, checkpoints, state, len(evaluations))
     if restored is not None:
-        state, meta = restored
-    run.step = meta['step']
+        state = restored
     env_steps = meta.get('env_steps', run.step * B * T)
 
-    # A run that ended between a checkpoint and the evaluation of its step has that to do still.
-    policies = 1 + config.eval.greedy
-    pending = len(evaluations) * policies if meta.get('is_evaluated') is False else 0
-    position = logger.find_records_end(run.path, meta['metrics'], run.step, pending)
-
-    update = learner_update(agent, optimiser, factory.get_hyperparameters(config), mesh)
+    update = jit_update(agent, optimizer, factory.get_hyperparameters(config), mesh)
     is_asked_to_stop = functools.partial(run.should_stop, recorded=False)
     window = Window()
     with (
-        run.open_logger(total, position or meta['metrics']) as log,
+        run.open_logger(num_updates, records_end or meta['metrics']) as log,
         contextlib.ExitStack() as stack,
     ):
-        if position is None:
+        if records_end is None:
             _evaluate(evaluations, agent, state, run, log, env_steps)
-        if run.step < total:
-            actors = stack.enter_context(
-                start_actors(config, agent, training_sharding.to_local(state.params), run.step)
-            )
+        if run.step < num_updates:
+            params = sharding.to_local(state.params)
+            actors = stack.enter_context(start_actors(config, agent, params, run.step))
         first_step = run.step
-        while run.step < total:
+        while run.step < num_updates:
+            # Update the learner and publish its parameters.
             is_first = run.step == first_step
             with progress.work_if(is_first, 'waiting for the first trajectories'):
-                items = take(config, actors, run.step, window, is_asked_to_stop)
+                items = take_batch(config, actors, run.step, window, is_asked_to_stop)
             if items is not None:
-                trajectory = on_devices(joined([item.trajectory for item in items]), mesh)
+                trajectory = concatenate_trajectories([item.trajectory for item in items])
                 with progress.work_if(is_first, 'compiling the update'):
-                    state, measured = run.call_traced(1, update, state, trajectory)
+                    state, metrics = run.call_traced(
+                        1, update, state, shard_trajectory(trajectory, mesh)
+                    )
                 run.step += 1
-                actors.publish(training_sharding.to_local(state.params), run.step)
-                window.add(measured, items)
-            step = run.step
-            recorded = step % config.train.log_every == 0
-            stops = run.should_stop(recorded)
-            evaluates = step % config.train.eval_every == 0 or step == total
-            evaluates = evaluates and items is not None
-            saves = step % config.train.save_every == 0 or evaluates or stops
+                actors.publish(sharding.to_local(state.params), run.step)
+                window.add(metrics, items)
+            is_recorded = run.step % config.train.log_every == 0
+            is_stopping = run.should_stop(is_recorded)
+            will_evaluate = items is not None and is_evaluation_due(config, run.step)
+            will_save = run.step % config.train.save_every == 0 or will_evaluate or is_stopping
 
-            # What was learned since the last record.
-            if (recorded or saves) and window.updates:
-                new_steps = training_sharding.sum_over_processes(window.transitions)
+            # Write the record since the last one.
+            if (is_recorded or will_save) and window.updates:
+                new_steps = sharding.sum_over_processes(window.transitions)
                 env_steps += new_steps
-                values, timing = window.take(whole=saves)
-                means = {name: value.mean(keepdims=True) for name, value in values.items()}
-                logger.refuse_non_finite([seed], step, means)
-                record: episode_metrics.Record = {n: float(value[0]) for n, value in means.items()}
-                record |= episode_metrics.of_episodes(
-                    window.episodes(), tasks, agent.spec.has_success
-                )
-                record |= episode_metrics.of_statistics(
-                    training_sharding.to_local(state.statistics), tasks
-                )
-                log.write(step, seed, 'train', {'env_steps': env_steps, **record})
+                values, timing = window.take(is_complete=will_save)
+                statistics = sharding.to_local(state.statistics)
+                record = _make_record(run, values, window.episodes(), statistics, agent.spec)
+                log.write(run.step, config.seeds[0], 'train', {'env_steps': env_steps, **record})
                 rate = new_steps / timing['seconds']
-                timing |= {'steps_per_second': rate, 'queue': actors.waiting()}
-                log.write_timing(step, timing)
-                log.show_progress(step, episode_metrics.note(record), f'{rate:,.0f} steps/s')
+                timing |= {'steps_per_second': rate, 'queue': actors.count_waiting()}
+                log.write_timing(run.step, timing)
+                note = episode_metrics.make_note(record)
+                log.show_progress(run.step, note, f'{rate:,.0f} steps/s')
 
-            # The checkpoint comes before the evaluation, which may take long and be cut short.
-            if saves:
-                logger.refuse_broken_state([seed], step, learner.name_parts(state))
-                meta = {'metrics': log.position(), 'env_steps': env_steps}
-                saved.save(step, state, meta | {'is_evaluated': not evaluates})
-                if stops and (step < total or evaluates):
-                    run.exit_preempted()
-            if evaluates:
+            # Save, stop and evaluate.
+            if will_save:
+                snapshot = Snapshot(state, state, env_steps)
+                save_or_stop(run, checkpoints, log, snapshot, will_evaluate, is_stopping)
+            if will_evaluate:
                 _evaluate(evaluations, agent, state, run, log, env_steps)
-            if recorded or saves:
-                window = Window()  # after evaluation and saving, which are not training
+            if is_recorded or will_save:
+                window = Window()  # its clock excludes evaluation and saving
+
+
+def _make_record(
+    run: run_dir.Run,
+    values: Mapping[str, np.ndarray],
+    episodes: Episodes,
+    statistics: popart.Statistics,
+    spec: Spec,
+) -> episode_metrics.Record:
+    """Return the record of a window of updates.
+
+    Raises:
+      UserError: if a value is not finite.
+    """
+    means = {name: value.mean(keepdims=True) for name, value in values.items()}
+    logger.refuse_non_finite(run.config.seeds, run.step, means)
+    record: episode_metrics.Record = {name: float(mean[0]) for name, mean in means.items()}
+    record |= episode_metrics.summarize_episodes(episodes, spec.tasks, spec.has_success)
+    record |= episode_metrics.summarize_statistics(statistics, spec.tasks)
+    return record
 
 
 def _evaluate(
-    evaluations: dict[str, Evaluation],
+    evaluations: Mapping[str, Evaluation],
     agent: Agent,
     state: learner.LearnerState,
     run: run_dir.Run,
     log: logger.RunLogger,
     env_steps: int,
 ) -> None:
-    """Write a record for each environment and policy; or end the run, if it is asked to end."""
-    if not training_sharding.is_primary():
+    """Evaluate every split in the first process, or end the run if it is asked to stop."""
+    if not sharding.is_primary():
         return
-    params, seed = training_sharding.to_local(state.params), run.config.seeds[0]
-    stops = functools.partial(run.should_stop, recorded=False)
-    try:
-        for split, evaluation in evaluations.items():
-            with progress.Work(f'evaluating {split}'):
-                measured = evaluation(agent, params, run.step, seed, stops)
-            for policy, scores in measured.items():
-                log.write(run.step, seed, split + policy, {'env_steps': env_steps, **scores})
-    except StoppedError:
-        run.exit_preempted()
+    params, seed = sharding.to_local(state.params), run.config.seeds[0]
+
+    def evaluate(evaluation: Evaluation) -> Evaluate:
+        return lambda stops: [evaluation(agent, params, run.step, seed, stops)]
+
+    splits = {split: evaluate(evaluation) for split, evaluation in evaluations.items()}
+    write_evaluations(splits, run, log, [env_steps])
 
 
-def start(
-    agent: Agent, optimiser: optax.GradientTransformation, seed: int, mesh: jax.sharding.Mesh
+def init_state(
+    agent: Agent, optimizer: optax.GradientTransformation, seed: int, mesh: jax.sharding.Mesh
 ) -> learner.LearnerState:
-    """The learner's state before the first update, on every device."""
+    """Return the learner's state before the first update, on every device."""
 
-    def fresh() -> learner.LearnerState:
+    def init() -> learner.LearnerState:
         params = factory.init_params(agent, jax.random.key(seed))
-        return learner.init_learner_state(params, optimiser, len(agent.spec.tasks))
+        return learner.init_learner_state(params, optimizer, len(agent.spec.tasks))
 
-    return training_sharding.jit_once(fresh, out_shardings=training_sharding.replicated(mesh))
+    state: learner.LearnerState = sharding.jit_once(init, out_shardings=sharding.replicated(mesh))
+    return state
 
 
-def learner_update(
+def jit_update(
     agent: Agent,
-    optimiser: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     hyperparameters: loss.Hyperparameters,
     mesh: jax.sharding.Mesh,
 ) -> Any:
     """Return `learner.update` jitted for a mesh: (state, trajectory [T, B]) → (state, metrics).
 
-    Each device computes the gradient of its rows; they exchange it and the sums of PopArt.
+    Each device computes the gradient of its rows; the devices reduce it and the sums of PopArt.
     """
 
-    def update(state: learner.LearnerState, trajectory: Trajectory) -> Any:
-        state, measured = learner.update(agent, optimiser, hyperparameters, state, trajectory)
-        return state, mean_over_rows(measured)
+    def update(
+        state: learner.LearnerState, trajectory: Trajectory
+    ) -> tuple[learner.LearnerState, dict[str, jax.Array]]:
+        state, metrics = learner.update(agent, optimizer, hyperparameters, state, trajectory)
+        return state, mean_over_rows(metrics)
 
-    everywhere: Any = training_sharding.replicated(mesh).spec
-    steps: Any = training_sharding.batch_sharding(mesh, 1).spec
-    carry: Any = training_sharding.batch_sharding(mesh, 0).spec
+    replicated: Any = sharding.replicated(mesh).spec
+    steps: Any = sharding.batch_sharding(mesh, 1).spec
+    carry: Any = sharding.batch_sharding(mesh, 0).spec
     rows = Trajectory(steps, steps, steps, steps, steps, carry)
     return jax.jit(
         jax.shard_map(
             update,
             mesh=mesh,
-            in_specs=(everywhere, rows),
-            out_specs=everywhere,
+            in_specs=(replicated, rows),
+            out_specs=replicated,
             check_vma=False,
         )
     )
@@ -245,46 +247,50 @@ def learner_update(
 def lower_update(
     update: Any, state: learner.LearnerState, trajectory: Trajectory, mesh: jax.sharding.Mesh
 ) -> jax.stages.Lowered:
-    """Return a `learner_update` lowered for the shapes of a state and a trajectory."""
+    """Lower a `jit_update` for the shapes of a state and a trajectory."""
 
-    def placed(tree: Any, sharding: jax.sharding.NamedSharding) -> Any:
-        return training_sharding.with_shardings(tree, jax.tree.map(lambda _: sharding, tree))
+    def add_sharding(tree: Any, leaf_sharding: jax.sharding.NamedSharding) -> Any:
+        return sharding.with_shardings(tree, jax.tree.map(lambda _: leaf_sharding, tree))
 
-    steps = placed(trajectory._replace(carry={}), training_sharding.batch_sharding(mesh, 1))
-    carry = placed(trajectory.carry, training_sharding.batch_sharding(mesh, 0))
-    everywhere = placed(state, training_sharding.replicated(mesh))
-    return update.lower(everywhere, steps._replace(carry=carry))
+    steps = add_sharding(trajectory._replace(carry={}), sharding.batch_sharding(mesh, 1))
+    carry = add_sharding(trajectory.carry, sharding.batch_sharding(mesh, 0))
+    state = add_sharding(state, sharding.replicated(mesh))
+    return update.lower(state, steps._replace(carry=carry))
 
 
 def start_actors(
-    config: ml_collections.ConfigDict, agent: Agent, params: Any, version: int
+    config: ml_collections.ConfigDict, agent: Agent, params: Params, version: int
 ) -> Actors:
-    numbers = range(config.actors.number)
+    """Return the actors of the config's topology, which start when the context is entered."""
     make = functools.partial(make_worker, config, version)
     queue = params, version, config.actors.queue, config.actors.timeout
+    indices = range(config.actors.number)
     if config.train.topology == 'ray':
         cpus = ray_actors.cpus_per_actor(config.actors.number)
-        makers: Any = [
-            functools.partial(ray_actors.Remote, functools.partial(make, i), cpus) for i in numbers
+        remotes = [
+            functools.partial(ray_actors.Remote, functools.partial(make, index), cpus)
+            for index in indices
         ]
-        return Actors(makers, *queue, share=ray_actors.share)
+        return Actors(remotes, *queue, share=ray_actors.share)
     policy = Policy(agent)
-    makers = [functools.partial(make, i, policy) for i in numbers]
-    return Actors(makers, *queue)
+    return Actors([functools.partial(make, index, policy) for index in indices], *queue)
 
 
-def take(
+def take_batch(
     config: ml_collections.ConfigDict,
     actors: Actors,
     step: int,
     window: 'Window',
     stops: Callable[[], bool] = never,
-) -> list[Item] | None:
-    """Return this process's trajectories of one update; None if the run is to end."""
-    items: list[Item] = []
-    began = time.perf_counter()
-    each = config.train.batch // jax.process_count()
-    while len(items) < each // config.actors.batch:
+) -> list[QueueItem] | None:
+    """Return this process's trajectories of one update; None if the run is to end.
+
+    Trajectories of parameters that are too old are dropped. The window counts them and the wait.
+    """
+    items: list[QueueItem] = []
+    start_time = time.perf_counter()
+    rows = config.train.batch // jax.process_count()
+    while len(items) < rows // config.actors.batch:
         item = actors.get(stops)
         if item is None:
             return None
@@ -294,63 +300,68 @@ def take(
             continue
         window.lags.append(lag)
         items.append(item)
-    window.waited += time.perf_counter() - began
+    window.wait_seconds += time.perf_counter() - start_time
     return items
 
 
-def on_devices(trajectory: Trajectory, mesh: jax.sharding.Mesh) -> Trajectory:
-    carry = training_sharding.shard_batch(trajectory.carry, mesh, axis=0)
-    return training_sharding.shard_batch(trajectory._replace(carry={}), mesh, axis=1)._replace(
-        carry=carry
-    )
+def shard_trajectory(trajectory: Trajectory, mesh: jax.sharding.Mesh) -> Trajectory:
+    """Divide the rows of this process's trajectory over its devices."""
+    carry = sharding.shard_batch(trajectory.carry, mesh, axis=0)
+    steps: Trajectory = sharding.shard_batch(trajectory._replace(carry={}), mesh, axis=1)
+    return steps._replace(carry=carry)
 
 
 class Window:
-    """What was measured since the last record.
+    """Measurements since the last record.
 
     Attributes:
-      updates: how many there were.
-      transitions: learned from, in this process; rows whose action was ignored are none.
+      updates: number of updates.
+      transitions: number of valid transitions learned from in this process.
+      lags: of the trajectories, in updates.
+      dropped: number of trajectories that were too old.
+      wait_seconds: time that the learner waited for trajectories.
     """
 
     def __init__(self) -> None:
-        self._began = time.perf_counter()
-        self._measured: list[dict[str, jax.Array]] = []
+        self._start_time = time.perf_counter()
+        self._metrics: list[dict[str, jax.Array]] = []
         self._episodes: list[Episodes] = []
-        self._actors_waited = 0.0
+        self._actor_wait_seconds = 0.0
         self.lags: list[int] = []
         self.updates = self.transitions = 0
         self.dropped = 0
-        self.waited = 0.0
+        self.wait_seconds = 0.0
 
-    def add(self, measured: dict[str, jax.Array], items: list[Item]) -> None:
+    def add(self, metrics: dict[str, jax.Array], items: list[QueueItem]) -> None:
+        """Add an update and the trajectories that it learned from."""
         self.updates += 1
-        self._measured.append(measured)
+        self._metrics.append(metrics)
         self._episodes += [item.episodes for item in items]
-        self._actors_waited += sum(item.waited for item in items)
+        self._actor_wait_seconds += sum(item.wait_seconds for item in items)
         self.transitions += sum(int(item.trajectory.valid.sum()) for item in items)
 
-    def take(self, whole: bool) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-        """Values of the updates, [updates], and what they took in seconds.
+    def take(self, is_complete: bool) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """Return the values of the updates, [updates], and their timing in seconds.
 
-        Unless `whole`, the newest update is left out, as waiting for it would hold the learner up.
+        Unless `is_complete`, the newest of several updates is left out, because the learner would
+        have to wait for it.
         """
-        updates = self.updates
-        there = self._measured if whole or updates == 1 else self._measured[:-1]
-        fetched = jax.device_get(there)
-        values = {name: np.stack([m[name] for m in fetched]) for name in fetched[0]}
+        skips_newest = not is_complete and self.updates > 1
+        metrics = jax.device_get(self._metrics[:-1] if skips_newest else self._metrics)
+        values = {name: np.stack([m[name] for m in metrics]) for name in metrics[0]}
         values |= {
             'lag': np.asarray(self.lags),
             'lag_max': np.max(self.lags, keepdims=True),
             'dropped': np.asarray([self.dropped]),
         }
         timing = {
-            'seconds': time.perf_counter() - self._began,
-            'updates': updates,
-            'learner_waited': self.waited,
-            'actors_waited': self._actors_waited,
+            'seconds': time.perf_counter() - self._start_time,
+            'updates': self.updates,
+            'learner_waited': self.wait_seconds,
+            'actors_waited': self._actor_wait_seconds,
         }
         return values, timing
 
     def episodes(self) -> Episodes:
-        return episode_metrics.total(self._episodes)
+        """Return the sums over the episodes that ended."""
+        return episode_metrics.add_episodes(self._episodes)

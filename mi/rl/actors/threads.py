@@ -1,13 +1,13 @@
-"""Actors and learner side by side: a thread for each worker, and one bounded queue.
+"""Actor threads: one for each worker, and a bounded queue to the learner.
 
     worker ── thread ─┐
     worker ── thread ─┼─ queue of trajectories, bounded ── learner, in the caller's thread
     worker ── thread ─┘                                       │
          ▲────────────── newest parameters ───────────────────┘
 
-A thread takes the newest parameters before each trajectory and waits where the queue is full. An
-exception in a worker ends the run: the learner raises it at its next `get`. The workers are in this
-process (topology 'threads') or in Ray's (`mi.rl.actors.ray`); the queue and the learner are the
+A thread takes the newest parameters before each trajectory and waits while the queue is full. An
+exception in a worker ends the run: the learner raises it at its next `get`. The workers run in this
+process (topology 'threads') or in processes of Ray (`mi.rl.actors.ray`); queue and learner are the
 same.
 """
 
@@ -23,62 +23,65 @@ from mi import precision
 from mi.config import UserError
 from mi.rl.trajectory import Episodes, Trajectory
 
-POLL = 0.2  # seconds between two looks at whether the run is over
-GRACE = 5.0  # seconds that the threads are given to end
+POLL = 0.2  # seconds between two checks of whether the run is over
+GRACE = 5.0  # seconds that the threads have to end
 
 
-class Collects(Protocol):
-    """What a thread drives: a `Worker`, or one in another process."""
+class Collector(Protocol):
+    """The interface that a thread uses of a `Worker`, here or in another process."""
 
     def collect(self, params: Any) -> list[tuple[Trajectory, Episodes]]: ...
 
     def close(self) -> None: ...
 
 
-class Item(NamedTuple):
+class QueueItem(NamedTuple):
     """One trajectory of one group.
 
     Attributes:
       trajectory: [T, B, …], NumPy.
-      episodes: that ended in it.
+      episodes: those that ended in it.
       version: of the parameters that acted.
-      waited: seconds that the thread waited for room in the queue, the time before.
+      wait_seconds: how long the thread waited to put its previous trajectory into the queue.
     """
 
     trajectory: Trajectory
     episodes: Episodes
     version: int
-    waited: float
+    wait_seconds: float
 
 
 class Actors:
-    """Threads and their queue; a context manager that ends them.
+    """Threads and their queue; a context manager that starts and ends them.
 
     Args:
-      makers: of the workers; each is called in its own thread.
-      params, version: the first parameters, and after how many updates.
-      capacity: trajectories that the queue holds.
-      timeout: most seconds that `get` waits.
-      share: makes of parameters what the workers are handed.
+      makers: make the workers, each in its own thread.
+      params: the first parameters.
+      version: number of updates that they have had.
+      capacity: number of trajectories in the queue.
+      timeout: longest wait of `get`, seconds.
+      share: converts parameters for the workers.
     """
+
+    # Six parameters beside self: all are needed before the first thread starts.
 
     def __init__(
         self,
-        makers: Sequence[Callable[[], Collects]],
+        makers: Sequence[Callable[[], Collector]],
         params: Any,
         version: int,
         capacity: int,
         timeout: float,
         share: Callable[[Any], Any] = lambda params: params,
     ):
-        self._queue: queue.Queue[Item | None] = queue.Queue(capacity)
+        self._queue: queue.Queue[QueueItem | None] = queue.Queue(capacity)
         self._error: BaseException | None = None
         self._share, self._timeout = share, timeout
         self._precision = precision.get_current()  # of this thread
-        self._over = threading.Event()
+        self._is_over = threading.Event()
         self.publish(params, version)
-        self._threads = [  # daemons: one whose environment hangs must not keep the process
-            threading.Thread(target=self._guarded, args=(make,), name=f'actor {i}', daemon=True)
+        self._threads = [  # daemons, so that a hanging environment does not keep the process alive
+            threading.Thread(target=self._run_worker, args=(make,), name=f'actor {i}', daemon=True)
             for i, make in enumerate(makers)
         ]
 
@@ -88,23 +91,23 @@ class Actors:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._over.set()
+        self._is_over.set()
         deadline = time.monotonic() + GRACE
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def publish(self, params: Any, version: int) -> None:
-        """Gives the workers new parameters, which must not be donated afterwards."""
+        """Give the workers new parameters, which must not be donated afterwards."""
         self._latest = self._share(params), version
 
-    def get(self, stops: Callable[[], bool] = lambda: False) -> Item | None:
-        """The next trajectory; waits for it, and raises what a worker raised.
+    def get(self, stops: Callable[[], bool] = lambda: False) -> QueueItem | None:
+        """Wait for the next trajectory; raise the exception of a worker.
 
         Args:
-          stops: whether the run is to end, asked while there is no trajectory.
+          stops: whether the run is to end, asked while the queue is empty.
 
         Returns:
-          None if the run is to end and there is no trajectory.
+          The trajectory; None if the run is to end and the queue is empty.
 
         Raises:
           UserError: if there is none within the timeout.
@@ -121,41 +124,42 @@ class Actors:
                     continue
                 raise UserError(
                     f'no trajectory in {self._timeout:g} s from {len(self._threads)} actors: an '
-                    f'environment hangs or is very slow; raise config.actors.timeout if it is slow'
+                    f'environment hangs or is slow. Raise config.actors.timeout if it is slow'
                 ) from None
         if item is None or self._error is not None:
             assert self._error is not None
             raise self._error
         return item
 
-    def waiting(self) -> int:
-        """Trajectories in the queue now."""
+    def count_waiting(self) -> int:
+        """Return the number of trajectories in the queue."""
         return self._queue.qsize()
 
-    def _guarded(self, make: Callable[[], Collects]) -> None:
+    def _run_worker(self, make: Callable[[], Collector]) -> None:
+        """Make a worker and collect until the run is over; keep its exception for `get`."""
         try:
             worker = make()
             try:
                 with jax.default_matmul_precision(self._precision):
-                    self._run(worker)
+                    self._collect(worker)
             finally:
                 worker.close()
-        except BaseException as error:
+        except BaseException as error:  # whatever it is, the learner has to raise it
             self._error = error
             self._put(None)
 
-    def _run(self, worker: Collects) -> None:
-        waited = 0.0
-        while not self._over.is_set():
+    def _collect(self, worker: Collector) -> None:
+        wait_seconds = 0.0
+        while not self._is_over.is_set():
             params, version = self._latest
             for trajectory, episodes in worker.collect(params):
-                began = time.perf_counter()
-                self._put(Item(trajectory, episodes, version, waited))
-                waited = time.perf_counter() - began
+                start_time = time.perf_counter()
+                self._put(QueueItem(trajectory, episodes, version, wait_seconds))
+                wait_seconds = time.perf_counter() - start_time
 
-    def _put(self, item: Item | None) -> None:
-        """Waits for room until the run is over."""
-        while not self._over.is_set():
+    def _put(self, item: QueueItem | None) -> None:
+        """Put an item into the queue as soon as it has space, unless the run is over."""
+        while not self._is_over.is_set():
             try:
                 self._queue.put(item, timeout=POLL)
                 return

@@ -1,12 +1,12 @@
-"""Acting on the host: trajectories from environments that are stepped outside of the program.
+"""Workers: trajectories from environments that are stepped on the host.
 
-A worker has several groups of rows. While one group simulates, the policy looks at another:
+A worker has several groups of rows. While one group simulates, the policy serves another:
 
     group 0   simulate ........ policy  simulate ........ policy
     group 1   policy  simulate ........ policy  simulate ........
 
-Its trajectories are those of `mi.rl.fused.rollout`, with the host's convention for the end of an
-episode: the step whose action was ignored stays in, not valid.
+Its trajectories are those of `mi.rl.fused.rollout`. Steps whose action was ignored, after the end
+of an episode, are included and not valid.
 """
 
 import functools
@@ -22,6 +22,7 @@ from mi.rl.agent import (
     Agent,
     Carry,
     Inputs,
+    Params,
     encode_instruction,
     is_instructed,
 )
@@ -33,14 +34,14 @@ from mi.rl.instructions import InstructionEncoder
 from mi.rl.trajectory import Episodes, Trajectory
 
 
-class Acting(NamedTuple):
-    """What a policy continues from.
+class PolicyState(NamedTuple):
+    """The state of a policy between two steps.
 
     Attributes:
       key: random key of the actions.
-      carry: of the agent.
-      tokens, instruction: the newest of each row, [B, L], and encoded, [B, …]; None if the agent
-        reads none.
+      carry: the agent's.
+      tokens, instruction: newest instruction of each row, [B, L], and its encoding, [B, …]; None if
+        the agent reads no instructions.
     """
 
     key: Array
@@ -50,22 +51,23 @@ class Acting(NamedTuple):
 
 
 class Policy:
-    """An agent's actions on B environments, one step at a time.
+    """An agent that acts in B environments, one step at a time.
 
-    An instruction is encoded where it is new and remembered; where the parameters are new, all are.
+    Encodings of instructions are cached: only new instructions are encoded, and all of them after a
+    change of the parameters.
     """
 
     def __init__(self, agent: Agent, greedy: bool = False):
         self._agent, self._greedy = agent, greedy
         self._step: Any = jax.jit(self._act)
 
-    def start(self, batch: int, key: Array) -> Acting:
-        """Before the first step of B episodes."""
+    def init(self, batch: int, key: Array) -> PolicyState:
+        """Return the state before the first step of B episodes."""
         carry = self._agent.initial_carry(batch)
         if not is_instructed(self._agent):
-            return Acting(key, carry)
+            return PolicyState(key, carry)
         tokens = self._agent.spec.observation['instruction']
-        return Acting(
+        return PolicyState(
             key,
             carry,
             jnp.zeros((batch, *tokens.shape), tokens.dtype),
@@ -73,60 +75,66 @@ class Policy:
         )
 
     def __call__(
-        self, params: Any, acting: Acting, inputs: Inputs, new: bool = False
-    ) -> tuple[Acting, Array, Array]:
-        """The next actions on inputs [B, …], and their log-probabilities, [B].
+        self, params: Params, state: PolicyState, inputs: Inputs, has_new_params: bool = False
+    ) -> tuple[PolicyState, Array, Array]:
+        """Return the next state, and actions [B] with their log-probabilities [B].
 
         Args:
-          params: of the agent.
-          acting: after the step before.
-          inputs: what the agent sees.
-          new: whether these are not the parameters of the step before.
+          params: the agent's.
+          state: after the previous step.
+          inputs: the agent's, [B, …].
+          has_new_params: whether the parameters changed since the previous step.
         """
-        return self._step(params, acting, inputs, new)
+        return self._step(params, state, inputs, has_new_params)
 
     def _act(
-        self, params: Any, acting: Acting, inputs: Inputs, new: Array
-    ) -> tuple[Acting, Array, Array]:
-        key, of_actions = jax.random.split(acting.key)
-        tokens, instruction = acting.tokens, acting.instruction
+        self, params: Params, state: PolicyState, inputs: Inputs, has_new_params: Array
+    ) -> tuple[PolicyState, Array, Array]:
+        key, action_key = jax.random.split(state.key)
+
+        # Encode the instructions that are new, and let the agent read the encodings.
+        tokens, instruction = state.tokens, state.instruction
         if tokens is not None and instruction is not None:
             observation = dict(inputs.observation)
             encode = functools.partial(encode_instruction, self._agent, params)
-            before, tokens = tokens, observation['instruction']
-            outdated = inputs.is_first | new | (tokens != before).any(-1)
-            instruction = _refreshed(encode, tokens, instruction, outdated)
+            prev_tokens, tokens = tokens, observation['instruction']
+            is_outdated = inputs.is_first | has_new_params | (tokens != prev_tokens).any(-1)
+            instruction = _update_encodings(encode, tokens, instruction, is_outdated)
             observation['instruction'] = instruction
             inputs = inputs._replace(observation=observation)
+
         carry, action, log_prob = act(
-            self._agent, params, acting.carry, inputs, of_actions, self._greedy
+            self._agent, params, state.carry, inputs, action_key, self._greedy
         )
-        return Acting(key, carry, tokens, instruction), action, log_prob
+        return PolicyState(key, carry, tokens, instruction), action, log_prob
 
 
-def _refreshed(
-    encode: Callable[[Array], Array], tokens: Array, encoded: Array, outdated: Array
+def _update_encodings(
+    encode: Callable[[Array], Array], tokens: Array, encoded: Array, is_outdated: Array
 ) -> Array:
-    """encode(tokens) in the outdated rows, the encoding that is there in the others.
+    """Return `encoded` with encode(tokens) in the outdated rows.
 
-    Up to an eighth of the rows are taken out and encoded alone, all of them where it is more.
+    If at most an eighth of the rows is outdated, only that many are encoded; otherwise all are.
     """
     B = len(tokens)
-    few = -(-B // 8)
+    max_rows = -(-B // 8)
 
-    def some() -> Array:
-        rows = jnp.nonzero(outdated, size=few, fill_value=B)[0]
+    def encode_outdated() -> Array:
+        rows = jnp.nonzero(is_outdated, size=max_rows, fill_value=B)[0]
         return encoded.at[rows].set(encode(tokens.at[rows].get(mode='clip')), mode='drop')
 
-    return jax.lax.cond(outdated.sum() <= few, some, lambda: encode(tokens).astype(encoded.dtype))
+    def encode_all() -> Array:
+        return encode(tokens).astype(encoded.dtype)
+
+    return jax.lax.cond(is_outdated.sum() <= max_rows, encode_outdated, encode_all)
 
 
 class Worker:
     """Groups of environments under one policy.
 
     Args:
-      groups: batches of environments, which it closes; two let simulation and policy overlap.
-      policy: of that agent; the workers of one process share it.
+      groups: batches of environments, which it closes; with two, simulation and policy overlap.
+      policy: the policy; the workers of a process share it.
       length: T.
       key: random key of the actions.
     """
@@ -142,98 +150,129 @@ class Worker:
         keys = jax.random.split(key, len(groups))
         self._groups = [_Group(g, policy, k) for g, k in zip(groups, keys, strict=True)]
 
-    def collect(self, params: Any) -> list[tuple[Trajectory, Episodes]]:
-        """The next T transitions of each group, NumPy, and the episodes that ended in them."""
+    def collect(self, params: Params) -> list[tuple[Trajectory, Episodes]]:
+        """Collect T transitions of each group in NumPy, and the episodes that ended."""
         for group in self._groups:
-            group.begin()
+            group.begin_trajectory()
         for _ in range(self._length):
             for group in self._groups:
                 group.receive()
                 group.send(params)
         for group in self._groups:
             group.receive()
-        return [group.take() for group in self._groups]
+        return [group.take_trajectory() for group in self._groups]
 
     def close(self) -> None:
         for environment in self._environments:
             environment.close()
 
 
+class _TrajectoryBuilder:
+    """The rows of a trajectory so far, and the episodes that ended in it, by task.
+
+    Attributes:
+      carry: the agent's, before the first row.
+      inputs: T + 1 rows in the end; the other lists have T.
+    """
+
+    def __init__(self, carry: Carry, num_tasks: int):
+        self.carry = carry
+        self.inputs: list[Inputs] = []
+        self.actions: list[np.ndarray] = []
+        self.log_probs: list[Array] = []
+        self.discounts: list[np.ndarray] = []
+        self.valid: list[np.ndarray] = []
+        self.episodes = np.zeros((4, num_tasks), np.float32)
+
+    def build(self) -> tuple[Trajectory, Episodes]:
+        """Stack the rows."""
+        trajectory = Trajectory(
+            inputs=jax.tree.map(lambda *rows: np.stack(rows), *self.inputs),
+            action=_stack(self.actions),
+            log_prob=_stack([np.asarray(log_prob) for log_prob in self.log_probs]),
+            discount=_stack(self.discounts),
+            valid=_stack(self.valid),
+            carry=jax.tree.map(np.asarray, self.carry),
+        )
+        return trajectory, Episodes(*self.episodes)
+
+
+def _stack(rows: Sequence[np.ndarray]) -> Any:
+    return np.stack(rows)
+
+
 class _Group:
-    """A batch of environments, and what a trajectory of it has so far."""
+    """A batch of environments with the state of its policy and the trajectory in progress."""
 
     def __init__(self, environment: HostEnvironment, policy: Policy, key: Array):
         self._environment, self._policy = environment, policy
         B = environment.batch
-        self._acting = policy.start(B, key)
+        self._policy_state = policy.init(B, key)
         self._step: Step = environment.reset()
         check_step(environment.spec, B, self._step)
         check_finite(environment.spec, self._step)
-        self._action = np.zeros(B, np.int32)
-        self._sent = False
-        self._returned, self._length = np.zeros(B, np.float32), np.zeros(B, np.float32)
+        self._action: Any = np.zeros(B, np.int32)
+        self._is_sent = False
+        self._returns, self._lengths = np.zeros(B, np.float32), np.zeros(B, np.float32)
+        self._has_new_params = True
+        self._builder = self._make_builder()
 
-    def begin(self) -> None:
-        self._rows: list[Inputs] = []
-        self._actions: list[np.ndarray] = []
-        self._log_probs: list[Array] = []
-        self._discounts: list[np.ndarray] = []
-        self._valid: list[np.ndarray] = []
-        self._episodes = np.zeros((4, len(self._environment.spec.tasks)), np.float32)
-        self._first_carry, self._new = self._acting.carry, True
+    def begin_trajectory(self) -> None:
+        """Start a trajectory, whose parameters may be new."""
+        self._builder = self._make_builder()
+        self._has_new_params = True
 
     def receive(self) -> None:
-        """The next row of the inputs: what the action sent before led to."""
-        if self._sent:
-            before, after = self._step, self._environment.recv()
-            self._sent = False
-            check_finite(self._environment.spec, after)
-            self._discounts.append(np.asarray(after.discount, np.float32))
-            self._valid.append(~np.asarray(before.is_last))
-            self._count(before, after)
-            self._step = after
+        """Receive the result of the last action, and append the next row of the inputs."""
+        if self._is_sent:
+            prev_step, step = self._step, self._environment.recv()
+            self._is_sent = False
+            check_finite(self._environment.spec, step)
+            self._builder.discounts.append(np.asarray(step.discount, np.float32))
+            self._builder.valid.append(~np.asarray(prev_step.is_last))
+            self._count_episodes(prev_step, step)
+            self._step = step
         step = self._step
-        row: Any = step.observation, self._action, step.reward, step.is_first
-        self._rows.append(jax.tree.map(np.array, Inputs(*row)))  # a copy
+        inputs = Inputs(step.observation, self._action, step.reward, step.is_first)
+        self._builder.inputs.append(jax.tree.map(np.array, inputs))  # a copy
 
-    def send(self, params: Any) -> None:
-        """The action on the newest row."""
-        self._acting, action, log_prob = self._policy(
-            params, self._acting, self._rows[-1], self._new
+    def send(self, params: Params) -> None:
+        """Send the policy's action on the newest inputs."""
+        self._policy_state, action, log_prob = self._policy(
+            params, self._policy_state, self._builder.inputs[-1], self._has_new_params
         )
-        self._new = False
+        self._has_new_params = False
         self._action = np.asarray(action)
-        self._actions.append(self._action)
-        self._log_probs.append(log_prob)
+        self._builder.actions.append(self._action)
+        self._builder.log_probs.append(log_prob)
         self._environment.send(self._action)
-        self._sent = True
+        self._is_sent = True
 
-    def take(self) -> tuple[Trajectory, Episodes]:
-        inputs = jax.tree.map(lambda *rows: np.stack(rows), *self._rows)
-        log_probs = [np.asarray(a) for a in self._log_probs]
-        of_actions = self._actions, log_probs, self._discounts, self._valid
-        carry = jax.tree.map(np.asarray, self._first_carry)
-        rows: Any = inputs, *map(np.stack, of_actions), carry
-        return Trajectory(*rows), Episodes(*self._episodes)
+    def take_trajectory(self) -> tuple[Trajectory, Episodes]:
+        """Return the trajectory and the episodes that ended in it."""
+        return self._builder.build()
 
-    def _count(self, before: Step, after: Step) -> None:
-        """Episodes that ended with this step, by task."""
-        played = ~np.asarray(before.is_last)
-        self._returned = np.where(played, self._returned + after.reward, 0).astype(np.float32)
-        self._length = np.where(played, self._length + 1, 0).astype(np.float32)
-        ended = played & (np.asarray(after.is_last) | (np.asarray(after.discount) == 0))
-        task = np.asarray(before.observation['task'])[ended]
-        success = np.asarray(after.success, np.float32)
-        of_rows = np.ones_like(success), self._returned, self._length, success
-        for sums, values in zip(self._episodes, of_rows, strict=True):
-            sums += np.bincount(task, values[ended], len(sums))
-        self._returned[ended] = 0
-        self._length[ended] = 0
+    def _make_builder(self) -> _TrajectoryBuilder:
+        return _TrajectoryBuilder(self._policy_state.carry, len(self._environment.spec.tasks))
+
+    def _count_episodes(self, prev_step: Step, step: Step) -> None:
+        """Add the episodes that ended with this step to the sums by task."""
+        is_valid = ~np.asarray(prev_step.is_last)
+        self._returns = np.where(is_valid, self._returns + step.reward, 0).astype(np.float32)
+        self._lengths = np.where(is_valid, self._lengths + 1, 0).astype(np.float32)
+        is_over = is_valid & (np.asarray(step.is_last) | (np.asarray(step.discount) == 0))
+        task = np.asarray(prev_step.observation['task'])[is_over]
+        success = np.asarray(step.success, np.float32)
+        values = np.ones_like(success), self._returns, self._lengths, success
+        for sums, row_values in zip(self._builder.episodes, values, strict=True):
+            sums += np.bincount(task, row_values[is_over], len(sums))
+        self._returns[is_over] = 0
+        self._lengths[is_over] = 0
 
 
-def joined(trajectories: Sequence[Trajectory]) -> Trajectory:
-    """Trajectories of several groups side by side, along B."""
+def concatenate_trajectories(trajectories: Sequence[Trajectory]) -> Trajectory:
+    """Concatenate trajectories of several groups along B."""
     carry = jax.tree.map(lambda *a: np.concatenate(a), *[t.carry for t in trajectories])
-    rest = [trajectory._replace(carry={}) for trajectory in trajectories]
-    both: Any = jax.tree.map(lambda *a: np.concatenate(a, axis=1), *rest)
-    return both._replace(carry=carry)
+    without_carry = [trajectory._replace(carry={}) for trajectory in trajectories]
+    merged: Any = jax.tree.map(lambda *a: np.concatenate(a, axis=1), *without_carry)
+    return merged._replace(carry=carry)

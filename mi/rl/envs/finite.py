@@ -1,4 +1,4 @@
-"""Whether what an environment on the host returns is finite, and who is to blame if it is not."""
+"""Checks that rewards and observations are finite, with errors that name the environment."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from mi.rl.envs.spec import Spec, Step
 
 
 def check_finite(spec: Spec, step: Step) -> None:
-    """Refuse a reward or an observation that is NaN or infinite, before anything learns from it.
+    """Refuse a reward or an observation that is NaN or infinite, before it is learned from.
 
     Raises:
       UserError: which environment, task and entry.
@@ -22,15 +22,15 @@ def check_finite(spec: Spec, step: Step) -> None:
         if is_finite.all():
             continue
         row = int(np.argmin(is_finite))
-        what = name if name in ('reward', 'discount') else f'observation {name!r}'
-        wrong = value[row][~np.isfinite(value[row])].flat[0] if value[row].ndim else value[row]
-        where = f'{spec.name}, task {spec.tasks[task[row]]!r},'
-        raise error(where, f'{what} of {wrong}')
+        label = name if name in ('reward', 'discount') else f'observation {name!r}'
+        example = value[row][~np.isfinite(value[row])].flat[0] if value[row].ndim else value[row]
+        environment = f'{spec.name}, task {spec.tasks[task[row]]!r},'
+        raise make_error(environment, f'{label} of {example}')
 
 
-def error(environment: str, what: str) -> UserError:
-    """Return the error about an environment that returned what is not finite."""
+def make_error(environment: str, value: str) -> UserError:
+    """Return the error about a value that is not finite."""
     return UserError(
-        f'the environment {environment} returned a {what}: expected finite float32 numbers. Mend '
-        f'the environment, or wrap it; no setting of the optimizer helps'
+        f'the environment {environment} returned a {value}: expected finite float32 numbers. Fix '
+        f'or wrap the environment; no optimizer setting helps'
     )

@@ -1,13 +1,12 @@
-"""Topology 'fused': acting and learning are one program, deterministic, for all seeds of a run.
+"""Topology 'fused': acting and learning in one program, deterministic, for all seeds of a run.
 
-Arrays with a leading axis of seeds are marked [S, …]. Several devices divide the seeds and the
-environments, see `mi.training.sharding`; the program is the same.
+Arrays with a leading axis of seeds are marked [S, …]. With several devices, seeds and environments
+are divided over them (`mi.training.sharding`); the program is the same.
 """
 
 import functools
-import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,176 +16,165 @@ import numpy as np
 import optax
 from jax import Array
 
-from mi.rl import (
-    config as rl_config,
-)
-from mi.rl import (
-    envs,
-    episode_metrics,
-    factory,
-    learner,
-    loss,
-)
-from mi.rl import (
-    trajectory as rl_trajectory,
-)
-from mi.rl.agent import Agent
+from mi.rl import config as rl_config
+from mi.rl import envs, episode_metrics, factory, learner, loss, popart
+from mi.rl.agent import Agent, Params
+from mi.rl.checkpointing import Snapshot, is_evaluation_due, resume, save_or_stop
 from mi.rl.envs import auto_reset, finite
 from mi.rl.envs.spec import JaxEnvironment, Spec
-from mi.rl.evaluate import episodes, evaluation_keys, summary
+from mi.rl.evaluate import Evaluate, evaluate_seeds, make_evaluation_keys, write_evaluations
 from mi.rl.fused import rollout
+from mi.rl.trajectory import Episodes
 from mi.rows import max_over_rows, mean_over_rows, sum_over_rows
-from mi.training import (
-    checkpoint,
-    logger,
-    optim,
-    progress,
-    run_dir,
-    sharding,
-)
+from mi.training import checkpoint, logger, optim, progress, run_dir, sharding
 
 
-class State(NamedTuple):
-    """What an update changes; in a run every array has a leading axis of seeds."""
+class TrainState(NamedTuple):
+    """The state that an update changes; in a run every array has a leading axis of seeds."""
 
     learner: learner.LearnerState
     actor: rollout.ActorState
 
 
-class Measured(NamedTuple):
-    """What one update measures, or several.
+class UpdateMetrics(NamedTuple):
+    """Metrics of one update, or of several.
 
     Attributes:
       learner: name → mean over the updates.
-      episodes: that ended in them.
-      counts: of them.
+      episodes: those that ended.
+      counts: of the unrolls.
     """
 
     learner: dict[str, Array]
-    episodes: rl_trajectory.Episodes
+    episodes: Episodes
     counts: rollout.UnrollCounts
 
 
-def init(
+def init_state(
     environment: JaxEnvironment,
     agent: Agent,
-    optimiser: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     batch: int,
     seed: Array,
-) -> State:
-    """The state before the first update of one seed."""
-    of_params, of_actor = jax.random.split(jax.random.key(seed))
-    params = factory.init_params(agent, of_params)
-    tasks = len(environment.spec.tasks)
-    acting = rollout.init_actor_state(environment, agent, batch, of_actor)
-    return State(learner.init_learner_state(params, optimiser, tasks), acting)
+) -> TrainState:
+    """Return the state of one seed before the first update."""
+    params_key, actor_key = jax.random.split(jax.random.key(seed))
+    params = factory.init_params(agent, params_key)
+    num_tasks = len(environment.spec.tasks)
+    actor = rollout.init_actor_state(environment, agent, batch, actor_key)
+    return TrainState(learner.init_learner_state(params, optimizer, num_tasks), actor)
 
 
 def update(
     environment: JaxEnvironment,
     agent: Agent,
-    optimiser: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     hyperparameters: loss.Hyperparameters,
     length: int,
-    state: State,
-) -> tuple[State, Measured]:
-    """One unroll and one update of one seed; a pure function."""
-    acting, trajectory, ended, counts = rollout.unroll(
+    state: TrainState,
+) -> tuple[TrainState, UpdateMetrics]:
+    """Unroll the environments of one seed and update its learner once; a pure function."""
+    actor, trajectory, episodes, counts = rollout.unroll(
         environment, agent, length, state.learner.params, state.actor
     )
-    learning, measured = learner.update(
-        agent, optimiser, hyperparameters, state.learner, trajectory
+    learner_state, metrics = learner.update(
+        agent, optimizer, hyperparameters, state.learner, trajectory
     )
-    return State(learning, acting), Measured(measured, ended, counts)
+    return TrainState(learner_state, actor), UpdateMetrics(metrics, episodes, counts)
 
 
+# Seven parameters: training and `mi.estimate` make the parts of a run in different ways.
 def compile_updates(
     environment: JaxEnvironment,
     agent: Agent,
-    optimiser: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     config: ml_collections.ConfigDict,
-    state: State,
+    state: TrainState,
     count: int,
     mesh: jax.sharding.Mesh,
 ) -> jax.stages.Compiled:
-    """`count` updates of all seeds, state → state and `Measured`, [S, …].
+    """Compile `count` updates of all seeds ahead of time: state → state and `UpdateMetrics`.
 
-    Each device steps its environments and computes the gradient on their rows. In an update the
-    devices exchange the gradient and the sums of PopArt; once for all updates, what was measured.
-
-    Compiled ahead; the state is donated.
+    Each device steps its environments and computes the gradient of their rows. In each update the
+    devices reduce the gradient and the sums of PopArt; after the last, they reduce the metrics. The
+    state is donated.
     """
-    one = functools.partial(
+    update_once = functools.partial(
         update,
         environment,
         agent,
-        optimiser,
+        optimizer,
         factory.get_hyperparameters(config),
         config.train.length,
     )
 
-    def several(state: State) -> tuple[State, Measured]:
-        state, measured = jax.lax.scan(lambda state, _: one(state), state, None, count)
-        counts = measured.counts
-        wrong = jax.tree.map(lambda a: (~a).any(0).astype(jnp.int32), counts.are_finite)
-        longest, wrong = max_over_rows((counts.longest_unfinished.max(0), wrong))
-        return state, Measured(
-            mean_over_rows(jax.tree.map(lambda a: a.mean(0), measured.learner)),
-            sum_over_rows(jax.tree.map(lambda a: a.sum(0), measured.episodes)),
+    def update_seed(state: TrainState) -> tuple[TrainState, UpdateMetrics]:
+        state, metrics = jax.lax.scan(lambda state, _: update_once(state), state, None, count)
+        counts = metrics.counts
+        has_failed = jax.tree.map(lambda a: (~a).any(0).astype(jnp.int32), counts.are_finite)
+        longest, has_failed = max_over_rows((counts.longest_unfinished.max(0), has_failed))
+        return state, UpdateMetrics(
+            mean_over_rows(jax.tree.map(lambda a: a.mean(0), metrics.learner)),
+            sum_over_rows(jax.tree.map(lambda a: a.sum(0), metrics.episodes)),
             rollout.UnrollCounts(
                 sum_over_rows(counts.transitions.sum(0)),
                 longest,
-                jax.tree.map(lambda a: a == 0, wrong),
+                jax.tree.map(lambda a: a == 0, has_failed),
             ),
         )
 
-    partition, by_seed = sharding.partition_specs(state), sharding.seed_sharding(mesh).spec
-    all_seeds = jax.shard_map(
-        sharding.map_seeds(several, mesh),
+    partition = sharding.partition_specs(state)
+    update_seeds = jax.shard_map(
+        sharding.map_seeds(update_seed, mesh),
         mesh=mesh,
         in_specs=(partition,),
-        out_specs=(partition, by_seed),
+        out_specs=(partition, sharding.seed_sharding(mesh).spec),
         check_vma=False,
     )
     shardings = jax.tree.map(lambda a: a.sharding, state), sharding.metrics_sharding(mesh)
-    return jax.jit(all_seeds, donate_argnums=0, out_shardings=shardings).lower(state).compile()
+    return jax.jit(update_seeds, donate_argnums=0, out_shardings=shardings).lower(state).compile()
 
 
-def start(
+def init_states(
     config: ml_collections.ConfigDict,
     environment: JaxEnvironment,
     agent: Agent,
-    optimiser: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
-) -> State:
-    """The state of all seeds, [S, …], its seeds and rows of environments split over the devices."""
-    fresh = functools.partial(init, environment, agent, optimiser, config.train.batch)
-    like = shapes(config, environment, agent, optimiser, mesh)
-    shardings = jax.tree.map(lambda a: a.sharding, like)
+) -> TrainState:
+    """Return the state of all seeds, [S, …], with seeds and environments sharded."""
+    init = functools.partial(init_state, environment, agent, optimizer, config.train.batch)
+    shapes = get_state_shapes(config, environment, agent, optimizer, mesh)
+    shardings = jax.tree.map(lambda a: a.sharding, shapes)
     seeds = np.asarray(config.seeds, np.int32)
-    return sharding.jit_once(jax.vmap(fresh), seeds, out_shardings=shardings)
+    state: TrainState = sharding.jit_once(jax.vmap(init), seeds, out_shardings=shardings)
+    return state
 
 
-def shapes(
+def get_state_shapes(
     config: ml_collections.ConfigDict,
     environment: JaxEnvironment,
     agent: Agent,
-    optimiser: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
-) -> State:
-    """What `start` makes, as `jax.ShapeDtypeStruct`s with their shardings."""
-    fresh = functools.partial(init, environment, agent, optimiser, config.train.batch)
-    state: State = jax.eval_shape(jax.vmap(fresh), np.asarray(config.seeds, np.int32))
-    by_seed, rows = sharding.seed_sharding(mesh), sharding.batch_sharding(mesh, 1, has_seeds=True)
-    split = jax.tree.map(lambda _: rows, state.actor)._replace(key=by_seed)
-    shardings: Any = State(jax.tree.map(lambda _: by_seed, state.learner), split)
-    return sharding.with_shardings(state, shardings)
+) -> TrainState:
+    """Return the shapes and shardings of `init_states`, without computing it."""
+    init = functools.partial(init_state, environment, agent, optimizer, config.train.batch)
+    state: TrainState = jax.eval_shape(jax.vmap(init), np.asarray(config.seeds, np.int32))
+    by_seed, by_rows = (
+        sharding.seed_sharding(mesh),
+        sharding.batch_sharding(mesh, 1, has_seeds=True),
+    )
+    actor = jax.tree.map(lambda _: by_rows, state.actor)._replace(key=by_seed)
+    shardings: Any = TrainState(jax.tree.map(lambda _: by_seed, state.learner), actor)
+    shapes: TrainState = sharding.with_shardings(state, shardings)
+    return shapes
 
 
-def mesh_of(
+def make_mesh(
     config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
-    """Return the mesh of a run of the config, on the devices that are here if none are given."""
+    """Return the mesh of a run of the config, by default on all devices."""
     shape = config.train.mesh
     return sharding.make_mesh(len(config.seeds), config.train.batch, shape=shape, devices=devices)
 
@@ -194,96 +182,132 @@ def mesh_of(
 def train(
     config: ml_collections.ConfigDict, workdir: str, profile: run_dir.Steps | None = None
 ) -> None:
-    """Trains, evaluates and leaves a run directory; continues it where there is one."""
+    """Train and evaluate in a run directory, or resume the run that it holds."""
     environment = envs.make(*factory.get_environment_args(config))
     agent = factory.build_agent(config, environment.spec)
-    evaluations = {'eval': environment}
+    environments = {'eval': environment}
     if config.eval.held_out:
         key = 'eval.held_out'
-        evaluations['held_out'] = envs.make(*factory.get_environment_args(config, key), key)
-        factory.check_held_out(config, environment.spec, evaluations['held_out'].spec)
+        environments['held_out'] = envs.make(*factory.get_environment_args(config, key), key)
+        factory.check_held_out(config, environment.spec, environments['held_out'].spec)
     with run_dir.open_run(workdir, config, profile) as run:
-        _train(config, evaluations, agent, run)
+        _train(config, environments, agent, run)
 
 
 def _train(
     config: ml_collections.ConfigDict,
-    evaluations: dict[str, JaxEnvironment],
+    environments: Mapping[str, JaxEnvironment],
     agent: Agent,
     run: run_dir.Run,
 ) -> None:
-    total, B, T = rl_config.count_updates(config), config.train.batch, config.train.length
-    environment = evaluations['eval']
-    tasks, has_success = environment.spec.tasks, environment.spec.has_success
-    optimiser = optim.make_optimizer(config.optim, total)
-    run.write('cost.json', {'steps': total, **factory.compute_costs(agent, B, T)})
+    """Run the training loop.
+
+    Args:
+      config: of the run.
+      environments: split → environment to evaluate in; that of 'eval' is trained in.
+      agent: the agent.
+      run: the open run.
+    """
+    num_updates, environment = rl_config.count_updates(config), environments['eval']
+    optimizer = optim.make_optimizer(config.optim, num_updates)
+    costs = factory.compute_costs(agent, config.train.batch, config.train.length)
+    run.write('cost.json', {'steps': num_updates, **costs})
+
+    # A new state, or that of the newest checkpoint.
     with progress.Work('drawing the initial parameters and episodes'):
-        mesh = mesh_of(config)
-        state = start(config, environment, agent, optimiser, mesh)
-    saved = checkpoint.Checkpoints(run.path / 'checkpoints', config.train.keep)
-    restored = saved.restore(_plain(state))
-    meta: dict[str, Any] = {'step': 0, 'metrics': 0, 'env_steps': [0] * len(config.seeds)}
+        mesh = make_mesh(config)
+        state = init_states(config, environment, agent, optimizer, mesh)
+    checkpoints = checkpoint.Checkpoints(run.path / 'checkpoints', config.train.keep)
+    restored, meta, records_end = resume(run, checkpoints, _unwrap_keys(state), len(environments))
     if restored is not None:
-        state, meta = _keyed(restored[0], state), restored[1]
-    run.step = meta['step']
-    env_steps = np.asarray(meta['env_steps'], np.int64)  # of each seed
+        state = _wrap_keys(restored, state)
+    env_steps = np.asarray(meta.get('env_steps', [0] * len(config.seeds)), np.int64)  # [S]
 
-    # A run that ended between a checkpoint and the evaluation of its step has that to do still.
-    policies = 1 + config.eval.greedy
-    pending = len(evaluations) * policies * len(config.seeds)
-    if meta.get('is_evaluated') is not False:
-        pending = 0
-    position = logger.find_records_end(run.path, meta['metrics'], run.step, pending)
-
-    compiled: dict[int, jax.stages.Compiled] = {}
-    with run.open_logger(total, position or meta['metrics']) as log:
-        if position is None:
-            _evaluate(evaluations, agent, state, run, log, env_steps, mesh)
-        while run.step < total:
-            count = min(config.train.log_every, total - run.step)
+    compiled: dict[int, jax.stages.Compiled] = {}  # number of updates → program
+    with run.open_logger(num_updates, records_end or meta['metrics']) as log:
+        if records_end is None:
+            splits = make_splits(environments, agent, state.learner.params, run, mesh)
+            write_evaluations(splits, run, log, env_steps)
+        while run.step < num_updates:
+            # Compile as many updates as a record has.
+            count = min(config.train.log_every, num_updates - run.step)
             if count not in compiled:
                 with progress.Work(f'compiling {count:,} updates'):
                     compiled[count] = compile_updates(
-                        environment, agent, optimiser, config, state, count, mesh
+                        environment, agent, optimizer, config, state, count, mesh
                     )
-            began = time.perf_counter()
+
+            # Train.
+            start_time = time.perf_counter()
             with progress.Work(f'updates {run.step + 1:,} to {run.step + count:,}'):
-                state, measured = run.call_traced(count, compiled[count], state)
-                measured, statistics = sharding.to_host((measured, state.learner.statistics))
-            seconds = time.perf_counter() - began
-            learner_values, ended, counts = measured
-            _check_counts(environment.spec, counts)
+                state, metrics = run.call_traced(count, compiled[count], state)
+                metrics, statistics = sharding.to_host((metrics, state.learner.statistics))
+            seconds = time.perf_counter() - start_time
+
+            # Write the records.
+            _check_counts(environment.spec, metrics.counts)
             run.step += count
-            step, rate = run.step, counts.transitions.sum() / seconds
-            env_steps += counts.transitions
-            logger.refuse_non_finite(config.seeds, step, learner_values)
-            for i, seed in enumerate(config.seeds):
-                of_seed = jax.tree.map(lambda a, i=i: a[i], (learner_values, ended, statistics))
-                values: episode_metrics.Record = {
-                    n: float(value) for n, value in of_seed[0].items()
-                }
-                values |= episode_metrics.of_episodes(of_seed[1], tasks, has_success)
-                values |= episode_metrics.of_statistics(of_seed[2], tasks)
-                log.write(step, seed, 'train', {'env_steps': int(env_steps[i]), **values})
-            log.write_timing(step, {'seconds': seconds, 'steps_per_second': rate})
-            all_seeds = rl_trajectory.Episodes(*(a.sum(0) for a in ended))
-            note = episode_metrics.note(episode_metrics.of_episodes(all_seeds, tasks, has_success))
-            log.show_progress(step, note, f'{rate:,.0f} steps/s')
-            evaluates = step % config.train.eval_every == 0 or step == total
-            stops = run.should_stop(recorded=True)
-            # The checkpoint comes before the evaluation, which may take long and be cut short.
-            if step % config.train.save_every == 0 or evaluates or stops:
-                logger.refuse_broken_state(config.seeds, step, learner.name_parts(state.learner))
-                meta = {'metrics': log.position(), 'env_steps': env_steps.tolist()}
-                saved.save(step, _plain(state), meta | {'is_evaluated': not evaluates})
-                if stops and (step < total or evaluates):
-                    run.exit_preempted()
-            if evaluates:
-                _evaluate(evaluations, agent, state, run, log, env_steps, mesh)
+            env_steps += metrics.counts.transitions
+            logger.refuse_non_finite(config.seeds, run.step, metrics.learner)
+            note = _write_records(run, log, environment.spec, env_steps, metrics, statistics)
+            rate = metrics.counts.transitions.sum() / seconds
+            log.write_timing(run.step, {'seconds': seconds, 'steps_per_second': rate})
+            log.show_progress(run.step, note, f'{rate:,.0f} steps/s')
+
+            # Save, stop and evaluate.
+            will_evaluate = is_evaluation_due(config, run.step)
+            is_stopping = run.should_stop(recorded=True)
+            if run.step % config.train.save_every == 0 or will_evaluate or is_stopping:
+                snapshot = Snapshot(_unwrap_keys(state), state.learner, env_steps.tolist())
+                save_or_stop(run, checkpoints, log, snapshot, will_evaluate, is_stopping)
+            if will_evaluate:
+                splits = make_splits(environments, agent, state.learner.params, run, mesh)
+                write_evaluations(splits, run, log, env_steps)
+
+
+def make_splits(
+    environments: Mapping[str, JaxEnvironment],
+    agent: Agent,
+    params: Params,
+    run: run_dir.Run,
+    mesh: jax.sharding.Mesh,
+) -> dict[str, Evaluate]:
+    """Return split → evaluation of these parameters, [S, …], for `write_evaluations`."""
+    keys = make_evaluation_keys(run.config.seeds, run.step)
+    return {
+        split: functools.partial(
+            evaluate_seeds, environment, agent, params, keys, run.config.eval, mesh
+        )
+        for split, environment in environments.items()
+    }
+
+
+def _write_records(
+    run: run_dir.Run,
+    log: logger.RunLogger,
+    spec: Spec,
+    env_steps: np.ndarray,
+    metrics: UpdateMetrics,
+    statistics: popart.Statistics,
+) -> str:
+    """Write a record for each seed; return a note about all seeds for the progress line."""
+    for i, seed in enumerate(run.config.seeds):
+        seed_metrics, seed_statistics = jax.tree.map(
+            lambda a, i=i: a[i], ((metrics.learner, metrics.episodes), statistics)
+        )
+        learner_metrics, episodes = seed_metrics
+        record: episode_metrics.Record = {'env_steps': int(env_steps[i])}
+        record |= {name: float(value) for name, value in learner_metrics.items()}
+        record |= episode_metrics.summarize_episodes(episodes, spec.tasks, spec.has_success)
+        record |= episode_metrics.summarize_statistics(seed_statistics, spec.tasks)
+        log.write(run.step, seed, 'train', record)
+    all_episodes = Episodes(*(a.sum(0) for a in metrics.episodes))
+    summary = episode_metrics.summarize_episodes(all_episodes, spec.tasks, spec.has_success)
+    return episode_metrics.make_note(summary)
 
 
 def _check_counts(spec: Spec, counts: rollout.UnrollCounts) -> None:
-    """Refuse an environment that is not what its spec says, before anything of it is recorded.
+    """Refuse an environment that contradicts its spec, before anything is recorded.
 
     Raises:
       UserError: if an episode is too long, or if a reward or an observation is not finite.
@@ -291,49 +315,18 @@ def _check_counts(spec: Spec, counts: rollout.UnrollCounts) -> None:
     auto_reset.check_length(spec, int(counts.longest_unfinished.max()))
     for name, is_finite in counts.are_finite.items():
         if not is_finite.all():
-            raise finite.error(spec.name, f'{name} that is not finite')
+            raise finite.make_error(spec.name, f'{name} that is not finite')
 
 
-def _evaluate(
-    evaluations: dict[str, JaxEnvironment],
-    agent: Agent,
-    state: State,
-    run: run_dir.Run,
-    log: logger.RunLogger,
-    env_steps: np.ndarray,
-    mesh: jax.sharding.Mesh,
-) -> None:
-    """Write a record for each environment, seed and policy; or end the run, if it is asked to."""
-    config, step = run.config, run.step
-    policies = ('', '_greedy') if config.eval.greedy else ('',)
-    for split, environment in evaluations.items():
-        played = {}
-        for policy in policies:
-            if run.should_stop(recorded=False):
-                run.exit_preempted()
-            with progress.Work(f'evaluating {split}'):
-                played[policy] = episodes(
-                    environment,
-                    agent,
-                    state.learner.params,
-                    evaluation_keys(config.seeds, step),
-                    config.eval.episodes,
-                    policy == '_greedy',
-                    mesh,
-                )
-        for (i, seed), policy in itertools.product(enumerate(config.seeds), policies):
-            scores = summary(environment.spec, *played[policy][i])
-            log.write(step, seed, split + policy, {'env_steps': int(env_steps[i]), **scores})
-
-
-def _plain(state: State) -> State:
-    """The state with random keys as the numbers that they are, for the checkpoint."""
+def _unwrap_keys(state: TrainState) -> TrainState:
+    """Return the state with random keys as their data, for the checkpoint."""
     return jax.tree.map(lambda a: jax.random.key_data(a) if _is_key(a) else a, state)
 
 
-def _keyed(plain: State, like: State) -> State:
-    return jax.tree.map(lambda a, b: jax.random.wrap_key_data(a) if _is_key(b) else a, plain, like)
+def _wrap_keys(state: TrainState, like: TrainState) -> TrainState:
+    """Undo `_unwrap_keys`."""
+    return jax.tree.map(lambda a, b: jax.random.wrap_key_data(a) if _is_key(b) else a, state, like)
 
 
-def _is_key(a: Array) -> bool:
-    return jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
+def _is_key(array: Array) -> bool:
+    return jnp.issubdtype(array.dtype, jax.dtypes.prng_key)

@@ -205,9 +205,9 @@ def test_the_learner_discounts_by_gamma(discount):
 def play(environment, agent, each):
     """Episodes of one seed that draws its actions."""
     params = jax.tree.map(lambda a: jnp.asarray(a)[None], PARAMS)
-    keys = evaluate.evaluation_keys([0], 0)
+    keys = evaluate.make_evaluation_keys([0], 0)
     mesh = sharding.make_mesh(1, 1)
-    (played,) = evaluate.episodes(environment, agent, params, keys, each, False, mesh)
+    (played,) = evaluate.play_episodes(environment, agent, params, keys, each, False, mesh)
     return played
 
 
@@ -219,7 +219,7 @@ def test_evaluation_plays_whole_episodes_of_each_task(terminates):
     np.testing.assert_array_equal(returned, np.tile(RETURN * np.arange(1, 4), (4, 1)).T)
     np.testing.assert_array_equal(success, np.tile([False, True, False], (4, 1)).T)
     np.testing.assert_array_equal(length, np.full((3, 4), LIMIT))
-    scores = evaluate.summary(Ramp().spec, *played)
+    scores = evaluate.summarize(Ramp().spec, *played)
     assert [scores[f'return/{task}'] for task in TASKS] == [28, 56, 84]
     assert (scores['success/two'], scores['success/three']) == (1, 0)
 
@@ -252,13 +252,12 @@ def test_evaluations_draw_other_episodes_at_every_step_and_seed(monkeypatch):
 
     written = Written()
     params = jax.tree.map(lambda a: jnp.stack([a, a]), PARAMS)
-    state = fused.State(learner.LearnerState(params, None, None), None)
     config = tiny(**{'seeds': (0, 1), 'eval.episodes': 5})
     for step in (1, 2):
         run = types.SimpleNamespace(config=config, step=step, should_stop=lambda recorded: False)
-        fused._evaluate(
-            {'eval': Lottery()}, Knows(), state, run, written, np.ones(2), sharding.make_mesh(2, 1)
-        )
+        mesh = sharding.make_mesh(2, 1)
+        splits = fused.make_splits({'eval': Lottery()}, Knows(), params, run, mesh)
+        evaluate.write_evaluations(splits, run, written, np.ones(2))
     assert len(set(written)) == 4
 
 
