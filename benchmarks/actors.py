@@ -104,14 +104,14 @@ class ClockedPolicy(Policy):
         self.calls, self.first_calls = Stopwatch(), Stopwatch()
         self.params_wait = Stopwatch()
 
-    def __call__(self, params: Any, acting: Any, inputs: Any, new: bool = False) -> Any:
-        if new:
+    def __call__(self, params: Any, state: Any, inputs: Any, has_new_params: bool = False) -> Any:
+        if has_new_params:
             wait_start = time.perf_counter()
             jax.block_until_ready(params)
             self.params_wait.add(wait_start)
         start = time.perf_counter()
-        result = jax.block_until_ready(super().__call__(params, acting, inputs, new))
-        (self.first_calls if new else self.calls).add(start)
+        result = jax.block_until_ready(super().__call__(params, state, inputs, has_new_params))
+        (self.first_calls if has_new_params else self.calls).add(start)
         return result
 
 

@@ -1,11 +1,11 @@
-"""A convolution of images whose gradient is quick on XLA's CPU backend too.
+"""A convolution of images whose gradient is fast on XLA's CPU backend too.
 
     y[h, w] = Σ_ij x[s·h + i, s·w + j] W[i, j],   x [N, H, W, c], W [i, j, c, k]
 
-That backend's gradient by the kernel is two to four times slower than a product of matrices for
-each i, j, and that by the input of a stride four times slower than that of none. So a stride s
-becomes channels first, a block of s × s pixels one pixel of s²·c channels, and ∂W is products.
-Other backends have convolutions of their own and keep them. `benchmarks.rl`, row conv, measures it.
+On that backend ∂y/∂W is slower than one matrix product for each i, j, and strides make ∂y/∂x slow.
+So each block of s × s pixels becomes one pixel with s²·c channels, which leaves stride 1, and ∂W is
+computed by products. Other backends use their own convolutions. `benchmarks.rl`, row conv, measures
+both.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 AXES = ('NHWC', 'HWIO', 'NHWC')
-MANY = 32  # channels from which on products are the quicker way forward too
+MIN_PRODUCT_CHANNELS = 32  # from here on, products are faster in the forward pass too
 
 
 def convolve(
@@ -28,17 +28,18 @@ def convolve(
     feature_group_count: int = 1,
     **options: Any,
 ) -> Array:
-    """`lax.conv_general_dilated` of images, as `nn.Conv(conv_general_dilated=convolve)` calls it.
+    """Convolve images, with the signature that `nn.Conv(conv_general_dilated=…)` expects.
 
-    Dilated and grouped ones, and strides that do not divide the kernel, are left as they are.
+    Dilated and grouped convolutions, and strides that do not divide the kernel, are passed to
+    `lax.conv_general_dilated`. Seven parameters, because that is its signature.
     """
     options |= {'lhs_dilation': lhs_dilation, 'rhs_dilation': rhs_dilation}
     options |= {'feature_group_count': feature_group_count}
 
-    def native(x: Array, W: Array) -> Array:
+    def convolve_natively(x: Array, W: Array) -> Array:
         return jax.lax.conv_general_dilated(x, W, window_strides, padding, **options)
 
-    def products(x: Array, W: Array) -> Array:
+    def multiply(x: Array, W: Array) -> Array:
         pads = padding
         if isinstance(padding, str):
             pads = jax.lax.padtype_to_pads(x.shape[1:3], W.shape[:2], window_strides, padding)
@@ -47,12 +48,12 @@ def convolve(
 
     divides = all(size % s == 0 for size, s in zip(rhs.shape, window_strides, strict=False))
     if not divides or {*lhs_dilation, *rhs_dilation, feature_group_count} != {1}:
-        return native(lhs, rhs)
-    return jax.lax.platform_dependent(lhs, rhs, cpu=products, default=native)
+        return convolve_natively(lhs, rhs)
+    return jax.lax.platform_dependent(lhs, rhs, cpu=multiply, default=convolve_natively)
 
 
 def _blocks(x: Array, W: Array, s: int, t: int) -> tuple[Array, Array]:
-    """x and W with blocks of s × t pixels as one."""
+    """Return x and W with each block of s × t pixels as one pixel."""
     N, height, width, c = x.shape
     i, j, _, k = W.shape
     height, width = height // s, width // t
@@ -66,8 +67,8 @@ def _blocks(x: Array, W: Array, s: int, t: int) -> tuple[Array, Array]:
 
 @jax.custom_vjp
 def _valid(x: Array, W: Array) -> Array:
-    """Compute the convolution of stride 1 without padding."""
-    if x.shape[-1] < MANY:
+    """Convolve with stride 1 and without padding."""
+    if x.shape[-1] < MIN_PRODUCT_CHANNELS:
         return _native(x, W)
     windows = [row for rows in _windows(x, W) for row in rows]
     return sum(a @ w for a, w in zip(windows, W.reshape(-1, *W.shape[2:]), strict=True))
@@ -77,12 +78,12 @@ def _forward(x: Array, W: Array) -> tuple[Array, tuple[Array, Array]]:
     return _valid(x, W), (x, W)
 
 
-def _backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    x, W = kept
-    _, by_input = jax.vjp(lambda x: _native(x, W), x)
+def _backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, W = residuals
+    _, input_vjp = jax.vjp(lambda x: _native(x, W), x)
     rows = dy.reshape(-1, dy.shape[-1])
     dW = [[a.reshape(-1, a.shape[-1]).T @ rows for a in row] for row in _windows(x, W)]
-    return *by_input(dy), jnp.stack([jnp.stack(row) for row in dW])
+    return *input_vjp(dy), jnp.stack([jnp.stack(row) for row in dW])
 
 
 _valid.defvjp(_forward, _backward)
@@ -93,7 +94,7 @@ def _native(x: Array, W: Array) -> Array:
 
 
 def _windows(x: Array, W: Array) -> list[list[Array]]:
-    """Yield the operand of each W[i, j], [N, h, w, c]."""
+    """Return the window of x that each W[i, j] multiplies, [N, h, w, c]."""
     (i, j), (height, width) = W.shape[:2], x.shape[1:3]
     h, w = height - i + 1, width - j + 1
     return [[x[:, a : a + h, b : b + w] for b in range(j)] for a in range(i)]

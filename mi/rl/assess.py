@@ -1,4 +1,4 @@
-"""A trained agent, looked at again: scores of every task, greedy and sampled, and videos."""
+"""Evaluation of a trained agent: scores of every task, greedy and sampled, and videos."""
 
 import functools
 import pathlib
@@ -32,18 +32,21 @@ FIXED = ('task', 'env', 'model', 'seeds')
 
 
 def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
-    """Evaluates the newest checkpoint of a run directory and writes below its evaluation/.
+    """Evaluate the newest checkpoint of a run directory, and write into its evaluation/.
 
-        scores.json    by split ('eval', 'held_out'; greedy or not) and seed, as in metrics.jsonl
+        scores.json    records of metrics.jsonl, by split and policy ('eval_greedy', …) and seed
         TASK.gif       the greedy policy of the first seed
 
     Raises:
-      UserError: if the directory has no whole checkpoint, or is of another config.
+      UserError: if the directory has no complete checkpoint, or belongs to another config.
     """
+    # The config of the run, with the evaluation's own keys.
     rl_config.validate(config)
     path = pathlib.Path(workdir)
     config = merge_eval_config(path, config, overridable=OWN, fixed=FIXED).unlock()
     config.eval.greedy = True
+
+    # Scores of every split, seed and policy.
     scores: dict[str, Any] = {}
     keys = {'eval': 'env.name'}
     if config.eval.held_out:
@@ -52,17 +55,19 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
         with precision.use_config(config), Evaluation(config, key) as evaluation:
             if split == 'eval':
                 agent = factory.build_agent(config, evaluation.spec)
-                params, step = _restored(config, agent, path)
+                params, step = _restore_params(config, agent, path)
             factory.check_held_out(config, agent.spec, evaluation.spec)
             for i, seed in enumerate(config.seeds):
-                of_seed = jax.tree.map(lambda a, i=i: a[i], params)
-                for policy, values in evaluation(agent, of_seed, step, seed).items():
-                    scores.setdefault(split + policy, {})[str(seed)] = values
-        _print(evaluation.spec, split, scores)
+                seed_params = jax.tree.map(lambda a, i=i: a[i], params)
+                for policy, record in evaluation(agent, seed_params, step, seed).items():
+                    scores.setdefault(split + policy, {})[str(seed)] = record
+        _print_scores(evaluation.spec, split, scores)
     folder = path / 'evaluation'
     folder.mkdir(exist_ok=True)
     write_json(folder / 'scores.json', {'step': step, **scores})
-    first = jax.tree.map(lambda a: a[0], params)
+
+    # Videos of the first seed's greedy policy.
+    first_params = jax.tree.map(lambda a: a[0], params)
     rows = max(config.actors.batch, len(agent.spec.tasks))
     name, options = factory.get_environment_args(config)
     pool = Watched(
@@ -73,45 +78,45 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
     try:
         action_key = jax.random.key(config.seeds[0])
         with precision.use_config(config):
-            frames = video.episodes(pool, agent, first, action_key, greedy=True)
+            frames = video.record_episodes(pool, agent, first_params, action_key, greedy=True)
     finally:
         pool.close()
-    for task, of_task in frames.items():
+    for task, task_frames in frames.items():
         name = task.replace(' ', '_').replace('/', '_')
-        video.write(folder / f'{name}.gif', pool.spec, task, of_task)
+        video.write(folder / f'{name}.gif', pool.spec, task, task_frames)
     print(f'{folder}: scores.json and {len(frames)} videos')
 
 
-def _restored(
+def _restore_params(
     config: ml_collections.ConfigDict, agent: Agent, path: pathlib.Path
 ) -> tuple[Any, int]:
-    """The parameters of all seeds, [S, …], whatever the topology and batch were; and their step."""
+    """Return the parameters of all seeds, [S, …], from a run of any topology, and their step."""
     saved = checkpoint.Checkpoints(path / 'checkpoints', config.train.keep)
     newest, meta = saved.newest()
     like: Any = jax.eval_shape(functools.partial(factory.init_params, agent), jax.random.key(0))
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    fused = config.train.topology == 'fused'
-    axes = (len(config.seeds),) if fused else ()
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    has_seeds = config.train.topology == 'fused'
+    axes = (len(config.seeds),) if has_seeds else ()
     like = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(axes + a.shape, a.dtype, sharding=here), like
+        lambda a: jax.ShapeDtypeStruct(axes + a.shape, a.dtype, sharding=device), like
     )
-    params = saved.restore_part(newest, 'learner.params' if fused else 'params', like)
-    if not fused:
+    params = saved.restore_part(newest, 'learner.params' if has_seeds else 'params', like)
+    if not has_seeds:
         params = jax.tree.map(lambda a: a[None], params)
     return params, meta['step']
 
 
-def _print(spec: Spec, split: str, scores: dict[str, Any]) -> None:
-    """A row for each task: mean over seeds of return and success, sampled and greedy.
+def _print_scores(spec: Spec, split: str, scores: dict[str, Any]) -> None:
+    """Print a row for each task: mean return and success over seeds, sampled and greedy.
 
-    Where the environment has no notion of success, the greedy column has the return.
+    If the environment does not define success, the greedy column has the return.
     """
     shown = 'success' if spec.has_success else 'return'
     columns = ['task', 'return', '± 2 s.e.', *(['success'] if spec.has_success else [])]
     table = rich.table.Table(*columns, f'greedy {shown}', title=split)
 
     def mean(policy: str, name: str) -> float:
-        return float(np.mean([of[name] for of in scores[split + policy].values()]))
+        return float(np.mean([record[name] for record in scores[split + policy].values()]))
 
     def add_row(label: str, suffix: str, width: str) -> None:
         success = [f'{mean("", f"success{suffix}"):.2f}'] if spec.has_success else []
@@ -119,7 +124,8 @@ def _print(spec: Spec, split: str, scores: dict[str, Any]) -> None:
         table.add_row(label, f'{mean("", f"return{suffix}"):.3f}', width, *success, greedy)
 
     for task in spec.tasks:
-        errors = [of.get(f'stderr/{task}', float('nan')) for of in scores[split].values()]
+        records = scores[split].values()
+        errors = [record.get(f'stderr/{task}', float('nan')) for record in records]
         width = 2 * np.sqrt(np.sum(np.square(errors))) / len(errors)
         add_row(task, f'/{task}', f'{width:.3f}')
     table.add_section()

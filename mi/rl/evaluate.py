@@ -366,7 +366,7 @@ class Evaluation:
                 file=sys.stderr,
             )
         return {
-            **summarize(self.spec, played.returned, played.success, played.length),
+            **summarize(self.spec, played.returns, played.success, played.length),
             'cut': played.cut,
             'steps_needed': played.steps_needed,
             'steps_taken': played.steps_taken,

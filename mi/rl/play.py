@@ -1,8 +1,8 @@
-"""Play whole episodes on the host, within limits, and end where the run is to end.
+"""Whole episodes on the host, within limits, for evaluation.
 
-Each row plays a share of its task's episodes that is fixed before the first step, however long they
-are, so that short ones are not preferred. A row that has played its share is not stepped any more,
-where the environment can leave rows alone (`spec.SkipsRows`).
+Each row plays a share of its task's episodes that is fixed in advance, so that short episodes are
+not preferred. A row that has played its share is skipped, if the environment can skip rows
+(`spec.SkipsRows`).
 """
 
 import queue
@@ -17,27 +17,28 @@ import numpy as np
 
 from mi.config import UserError
 from mi.rl.actors.worker import Policy
-from mi.rl.agent import Inputs
+from mi.rl.agent import Inputs, Params
 from mi.rl.envs.finite import check_finite
 from mi.rl.envs.spec import HostEnvironment, Step
 
-POLL = 0.1  # seconds between two looks at whether the run is to end
+POLL = 0.1  # seconds between two checks of whether the run is to end
 
 
 def never() -> bool:
+    """Return False: the run is not to end."""
     return False
 
 
 class StoppedError(Exception):
-    """The run is to end, and what was being played is not over."""
+    """The run is to end before its episodes are over."""
 
 
 class Limits(NamedTuple):
-    """How long an evaluation may be.
+    """Limits of an evaluation. An episode that one of them cuts counts as it is.
 
     Attributes:
-      steps: most of one episode; a longer one is cut there and counts as it is.
-      seconds: most of all episodes; what is being played then is cut and counts as it is.
+      steps: of one episode.
+      seconds: of all episodes together.
     """
 
     steps: int = 30_000
@@ -48,13 +49,13 @@ class Played(NamedTuple):
     """Episodes of each task.
 
     Attributes:
-      returned, success, length: an array for each task, with an entry for each episode.
+      returns, success, length: an array for each task, with an entry for each episode.
       cut: number of episodes that were cut by a limit.
-      steps_needed: of all rows together, those of the episodes.
-      steps_taken: those that the environments made for it.
+      steps_needed: sum of the episodes' lengths.
+      steps_taken: number of steps that the environments made.
     """
 
-    returned: list[np.ndarray]
+    returns: list[np.ndarray]
     success: list[np.ndarray]
     length: list[np.ndarray]
     cut: int
@@ -62,26 +63,27 @@ class Played(NamedTuple):
     steps_taken: int
 
 
-def shares(task: np.ndarray, tasks: int, episodes: int) -> np.ndarray:
-    """Return how many episodes each row plays, [B], so that each task has `episodes` in all.
+def divide_episodes(task: np.ndarray, num_tasks: int, episodes: int) -> np.ndarray:
+    """Return the number of episodes of each row, [B], so that each task has `episodes` in all.
 
     Args:
       task: of each row, [B].
-      tasks: how many there are.
-      episodes: of each task.
+      num_tasks: number of tasks.
+      episodes: number for each task.
     """
     share = np.zeros(len(task), np.int64)
-    for i in range(tasks):
+    for i in range(num_tasks):
         rows = np.flatnonzero(task == i)
         share[rows] = episodes // len(rows)
         share[rows[: episodes % len(rows)]] += 1
     return share
 
 
+# Seven parameters: `stops` belongs to the run, the others to the evaluation.
 def play(
     pool: HostEnvironment,
     policy: Policy,
-    params: Any,
+    params: Params,
     key: jax.Array,
     episodes: int,
     limits: Limits,
@@ -91,78 +93,80 @@ def play(
 
     Args:
       pool: environments, at least one of each task.
-      policy: whose actions are played.
-      params: of its agent.
+      policy: selects the actions.
+      params: the agent's.
       key: random key of the actions.
-      episodes: of each task.
-      limits: how long it may take.
+      episodes: number for each task.
+      limits: of steps and seconds.
       stops: whether the run is to end, asked before every step.
 
     Raises:
       StoppedError: if the run is to end.
       UserError: if a reward or an observation is not finite.
     """
-    tasks, B = len(pool.spec.tasks), pool.batch
+    num_tasks, B = len(pool.spec.tasks), pool.batch
     deadline = time.monotonic() + limits.seconds
-    step, acting, action = pool.reset(), policy.init(B, key), jnp.zeros(B, jnp.int32)
+    step, policy_state, action = pool.reset(), policy.init(B, key), jnp.zeros(B, jnp.int32)
     check_finite(pool.spec, step)
-    left = shares(np.asarray(step.observation['task']), tasks, episodes)
+    remaining = divide_episodes(np.asarray(step.observation['task']), num_tasks, episodes)
     skip = getattr(pool, 'skip', None)
-    returned, length = np.zeros(B), np.zeros(B, np.int64)
-    ended: list[list[tuple[float, bool, int]]] = [[] for _ in range(tasks)]
-    cut = steps_taken = 0
-    idle = np.zeros(B, bool)
+    returns, length = np.zeros(B), np.zeros(B, np.int64)
+    results: list[list[tuple[float, bool, int]]] = [[] for _ in range(num_tasks)]
+    num_cut = steps_taken = 0
+    is_idle = np.zeros(B, bool)
 
-    while (left > 0).any():
+    while (remaining > 0).any():
         if stops():
             raise StoppedError
 
-        # Leave rows alone that have played their share.
-        if skip is not None and ((left == 0) & ~idle).any():
-            idle = left == 0
-            skip(idle)
+        # Skip rows that have played their share.
+        if skip is not None and ((remaining == 0) & ~is_idle).any():
+            is_idle = remaining == 0
+            skip(is_idle)
 
-        # One step of the others.
+        # Step the others.
         inputs: Any = step.observation, action, step.reward, step.is_first
-        acting, action, _ = policy(params, acting, Inputs(*inputs))
+        policy_state, action, _ = policy(params, policy_state, Inputs(*inputs))
         task, is_ignored = np.asarray(step.observation['task']), np.asarray(step.is_last)
         pool.send(np.asarray(action))
         step = pool.recv()
         check_finite(pool.spec, step)
-        steps_taken += int((~idle).sum())
-        returned = np.where(is_ignored, 0, returned + step.reward)
+        steps_taken += int((~is_idle).sum())
+        returns = np.where(is_ignored, 0, returns + step.reward)
         length = np.where(is_ignored, 0, length + 1)
 
-        # Count the episodes that ended, and those that a limit ends.
+        # Count the episodes that ended or that a limit cuts.
         is_over = ~is_ignored & (np.asarray(step.is_last) | (np.asarray(step.discount) == 0))
-        is_cut = ~is_ignored & ~is_over & (left > 0) & (length >= limits.steps)
+        is_cut = ~is_ignored & ~is_over & (remaining > 0) & (length >= limits.steps)
         if time.monotonic() > deadline:
-            is_cut = ~is_over & (left > 0) & (length > 0)
-            left = np.where(is_over, np.minimum(left, 1), is_cut)
-        for row in np.flatnonzero((is_over | is_cut) & (left > 0)):
+            is_cut = ~is_over & (remaining > 0) & (length > 0)
+            remaining = np.where(is_over, np.minimum(remaining, 1), is_cut)
+        for row in np.flatnonzero((is_over | is_cut) & (remaining > 0)):
             success = bool(is_over[row] and step.success[row])
-            ended[task[row]].append((float(returned[row]), success, int(length[row])))
-        cut += int(is_cut.sum())
-        # The episode of a row that was cut goes on, so that the row has no other to play.
-        left = np.where(is_cut, 0, np.where(is_over, np.maximum(left - 1, 0), left))
-        returned[is_over], length[is_over] = 0, 0
-    returns, successes, lengths = (
-        [np.array([row[i] for row in rows]) for rows in ended] for i in range(3)
+            results[task[row]].append((float(returns[row]), success, int(length[row])))
+        num_cut += int(is_cut.sum())
+        # The environment continues an episode that was cut, so its row plays no more.
+        played_one = np.where(is_over, np.maximum(remaining - 1, 0), remaining)
+        remaining = np.where(is_cut, 0, played_one)
+        returns[is_over], length[is_over] = 0, 0
+
+    task_returns, successes, lengths = (
+        [np.array([episode[i] for episode in rows]) for rows in results] for i in range(3)
     )
     steps_needed = int(sum(values.sum() for values in lengths))
-    return Played(returns, successes, lengths, cut, steps_needed, steps_taken)
+    return Played(task_returns, successes, lengths, num_cut, steps_needed, steps_taken)
 
 
 class Watched:
-    """A `HostEnvironment` that is waited for only so long, and not when the run is to end.
+    """A `HostEnvironment` with a timeout, whose waiting ends when the run is to end.
 
-    Its thread waits for the environment, and is left behind with it if it hangs: the caller's own
-    is free to handle signals.
+    A thread waits for the environment, and is abandoned with it if it hangs. The caller's thread
+    can handle signals meanwhile.
 
     Args:
       pool: the environment.
-      timeout: most seconds of a step or a reset.
-      key: of the config, to raise where the environment is slow and does not hang.
+      timeout: longest step or reset, seconds.
+      key: the config key of the timeout, for the error.
       stops: whether the run is to end.
     """
 
@@ -176,7 +180,7 @@ class Watched:
         self.spec, self.batch = pool.spec, pool.batch
         self.stops = stops
         self._pool, self._timeout, self._key = pool, timeout, key
-        self._is_left = False
+        self._is_abandoned = False
         self._calls: queue.SimpleQueue[Callable[[], Step] | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Any] = queue.SimpleQueue()
         if hasattr(pool, 'skip'):
@@ -201,10 +205,11 @@ class Watched:
     def close(self) -> None:
         """Close the environment, unless it hangs."""
         self._calls.put(None)
-        if not self._is_left:
+        if not self._is_abandoned:
             self._pool.close()
 
     def _wait_for(self, method: Callable[[], Step]) -> Step:
+        """Call a method of the environment in the thread, and wait for its result."""
         self._calls.put(method)
         deadline = time.monotonic() + self._timeout
         while True:
@@ -214,12 +219,12 @@ class Watched:
                 is_late = time.monotonic() > deadline
                 if not is_late and not self.stops():
                     continue
-                self._is_left = True
+                self._is_abandoned = True
                 if not is_late:
                     raise StoppedError from None
                 raise UserError(
                     f'{self.spec.name} made no step in {self._timeout:g} s: an environment hangs '
-                    f'or is very slow; raise {self._key} if it is slow'
+                    f'or is slow. Raise {self._key} if it is slow'
                 ) from None
             if isinstance(result, BaseException):
                 raise result
@@ -229,5 +234,5 @@ class Watched:
         while (method := self._calls.get()) is not None:
             try:
                 self._results.put(method())
-            except BaseException as error:
+            except BaseException as error:  # whatever it is, the caller's thread has to raise it
                 self._results.put(error)

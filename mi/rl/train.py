@@ -1,10 +1,10 @@
-"""Training an agent: config → environment → agent → loop → run directory.
+"""The entry point of training: it validates a config and runs the loop of its topology.
 
-One agent, one loss and one update (`mi.rl.learner`), and three ways to feed it:
+Agent, loss and update (`mi.rl.learner`) are the same; the topologies differ in what feeds them:
 
-    fused     the environment is JAX: acting and learning are one program       mi.rl.fused
-    threads   environments on the host, threads with batched inference          mi.rl.actors.loop
-    ray       the same workers in processes of Ray, on any host                 mi.rl.actors.loop
+    fused     the environment is in JAX: acting and learning are one program   mi.rl.fused
+    threads   environments on the host, in threads with batched inference       mi.rl.actors.loop
+    ray       the same workers in Ray processes, on any host                    mi.rl.actors.loop
 """
 
 import ml_collections
@@ -18,13 +18,15 @@ from mi.training import run_dir
 def train(
     config: ml_collections.ConfigDict, workdir: str, profile: run_dir.Steps | None = None
 ) -> None:
-    """Trains, evaluates and leaves a run directory; continues it where there is one.
+    """Train and evaluate in a run directory, or resume the run that it holds.
 
     Args:
-      profile: first and last of the updates that are recorded, as in `run.start`.
+      config: of the run.
+      workdir: the run directory.
+      profile: first and last update to profile; None for none.
 
     Raises:
-      UserError: for a config or directory that cannot work, and for a loss that is not finite.
+      UserError: if the config or the directory cannot work, or the loss is not finite.
     """
     rl_config.validate(config)
     if config.train.topology == 'fused':

@@ -1,4 +1,4 @@
-"""An episode of each task as a GIF: what the agent sees, its instruction, its return so far."""
+"""Videos: an episode of each task as a GIF, with the instruction and the return so far."""
 
 import pathlib
 from collections.abc import Sequence
@@ -10,51 +10,69 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from mi.rl.actors.worker import Policy
-from mi.rl.agent import Agent, Inputs
+from mi.rl.agent import Agent, Inputs, Params
 from mi.rl.envs.spec import HostEnvironment, Observation, Spec
 
 SIDE = 240  # of the picture, pixels
-CAPTION = 30  # below it, pixels
-MILLISECONDS = 150  # a frame
-LAST = 8  # frames that the last one stays
+CAPTION = 30  # height of the text below it, pixels
+MILLISECONDS = 150  # per frame
+LAST_FRAMES = 8  # repetitions of the last frame
 
 Frame = tuple[Observation, float]
 
-# Category of the first layer → shape; what is not named is a filled square of its colour.
+# Category in the first layer → shape; others are filled squares.
 SHAPES = {
     'xland': {3: 'circle', 4: 'box', 5: 'triangle'},
     'babyai': {4: 'door', 5: 'triangle', 6: 'circle', 7: 'box'},
 }
-HIDDEN = {'xland': (0, 1), 'babyai': (0, 1, 3)}  # nothing there: unseen, empty, floor
-COLOURS = {
+EMPTY = {'xland': (0, 1), 'babyai': (0, 1, 3)}  # categories without an object: unseen, empty, floor
+COLORS = {
     'xland': ['white', 'red', 'green', 'blue', 'purple', 'yellow', 'grey', 'black'],
     'babyai': ['red', 'green', 'blue', 'purple', 'yellow', 'grey'],
 }
 
 
-def episodes(
-    pool: HostEnvironment, agent: Agent, params: Any, key: jax.Array, greedy: bool, most: int = 500
+def record_episodes(
+    pool: HostEnvironment,
+    agent: Agent,
+    params: Params,
+    key: jax.Array,
+    greedy: bool,
+    max_steps: int = 500,
 ) -> dict[str, list[Frame]]:
-    """The first episode of one row of each task, observation and return up to there, by task."""
+    """Return the frames of an episode of each task: observation and return so far.
+
+    Args:
+      pool: environments, at least one of each task.
+      agent, params: whose actions are played.
+      key: random key of the actions.
+      greedy: whether to take the most likely action instead of sampling.
+      max_steps: after which an episode is cut.
+    """
     policy, B = Policy(agent, greedy), pool.batch
-    step, acting, action = pool.reset(), policy.init(B, key), jnp.zeros(B, jnp.int32)
+    step, policy_state, action = pool.reset(), policy.init(B, key), jnp.zeros(B, jnp.int32)
     first = {int(task): row for row, task in reversed(list(enumerate(step.observation['task'])))}
     frames: dict[str, list[Frame]] = {pool.spec.tasks[task]: [] for task in first}
-    running, returned = dict(first), np.zeros(B)
-    for _ in range(most):
+    running, returns = dict(first), np.zeros(B)
+    for _ in range(max_steps):
+        # Record the frames of the rows whose episode runs.
         for task, row in running.items():
             observation = {name: np.array(a[row]) for name, a in step.observation.items()}
-            frames[pool.spec.tasks[task]].append((observation, float(returned[row])))
+            frames[pool.spec.tasks[task]].append((observation, float(returns[row])))
+
+        # Step all rows.
         inputs: Any = step.observation, action, step.reward, step.is_first
-        acting, action, _ = policy(params, acting, Inputs(*inputs))
+        policy_state, action, _ = policy(params, policy_state, Inputs(*inputs))
         pool.send(np.asarray(action))
         step = pool.recv()
-        returned += step.reward
-        over = step.is_last | (step.discount == 0)
+        returns += step.reward
+        is_over = step.is_last | (step.discount == 0)
+
+        # Repeat the last frame of an episode that ended, with its final return.
         for task, row in list(running.items()):
-            if over[row]:
-                seen = frames[pool.spec.tasks[task]]
-                seen.append((seen[-1][0], float(returned[row])))
+            if is_over[row]:
+                task_frames = frames[pool.spec.tasks[task]]
+                task_frames.append((task_frames[-1][0], float(returns[row])))
                 del running[task]
         if not running:
             break
@@ -62,71 +80,90 @@ def episodes(
 
 
 def write(path: pathlib.Path, spec: Spec, task: str, frames: Sequence[Frame]) -> None:
-    """One GIF."""
+    """Write frames as a GIF."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    images = [picture(spec, task, *frame, step) for step, frame in enumerate(frames)]
-    images += images[-1:] * LAST
+    images = [
+        draw_frame(spec, task, observation, episode_return, step)
+        for step, (observation, episode_return) in enumerate(frames)
+    ]
+    images += images[-1:] * LAST_FRAMES
     images[0].save(path, save_all=True, append_images=images[1:], duration=MILLISECONDS, loop=0)
 
 
-def picture(
-    spec: Spec, task: str, observation: Observation, returned: float, step: int
+def draw_frame(
+    spec: Spec, task: str, observation: Observation, episode_return: float, step: int
 ) -> Image.Image:
-    """What is seen in one step, with the instruction (or the task's name) below it."""
+    """Draw an observation, with the instruction (or the task's name) and the return below it."""
     image = Image.new('RGB', (SIDE, SIDE + CAPTION), 'black')
     if 'pixels' in observation:
         pixels = observation['pixels']
         pixels = pixels if pixels.shape[-1] == 3 else np.repeat(pixels[..., -1:], 3, axis=-1)
         image.paste(Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.NEAREST))
     elif 'grid' in observation:
-        _draw(image, spec, observation['grid'])
+        _draw_grid(image, spec, observation['grid'])
     draw = ImageDraw.Draw(image)
-    draw.text((4, SIDE + 3), instruction(spec, task, observation)[:44], 'white')
-    draw.text((4, SIDE + 16), f'step {step}   return {returned:.2f}', 'white')
+    draw.text((4, SIDE + 3), get_instruction(spec, task, observation)[:44], 'white')
+    draw.text((4, SIDE + 16), f'step {step}   return {episode_return:.2f}', 'white')
     return image
 
 
-def instruction(spec: Spec, task: str, observation: Observation) -> str:
-    """In words where they are known, else the task's name."""
+def get_instruction(spec: Spec, task: str, observation: Observation) -> str:
+    """Return the instruction in words if they are known, otherwise the task's name."""
     tokens = observation.get('instruction')
     if tokens is None or not spec.words:
         return task
     return ' '.join(spec.words[token - 1] for token in tokens if token)
 
 
-def _draw(image: Image.Image, spec: Spec, grid: np.ndarray) -> None:
-    """A grid's cells: the shape says the first layer, the colour the second."""
-    kind = spec.name.partition('/')[0]
-    shapes, hidden = SHAPES.get(kind, {}), HIDDEN.get(kind, (0,))
-    colours = COLOURS.get(kind, ['white'])
-    if kind == 'babyai':  # [column, row]
+def _draw_grid(image: Image.Image, spec: Spec, grid: np.ndarray) -> None:
+    """Draw a grid's cells: the first layer determines the shape, the second the color."""
+    name = spec.name.partition('/')[0]
+    shapes, empty = SHAPES.get(name, {}), EMPTY.get(name, (0,))
+    colors = COLORS.get(name, ['white'])
+    if name == 'babyai':  # [column, row]
         grid = grid.swapaxes(0, 1)
     rows, columns = grid.shape[:2]
     draw, size = ImageDraw.Draw(image), SIDE / max(rows, columns)
+
+    # Cells and their objects.
     for y in range(rows):
         for x in range(columns):
-            what, colour = int(grid[y, x, 0]), int(grid[y, x, 1]) if grid.shape[-1] > 1 else 0
+            category, color = int(grid[y, x, 0]), int(grid[y, x, 1]) if grid.shape[-1] > 1 else 0
             left, top = x * size, y * size
-            right, bottom = left + size - 2, top + size - 2
-            draw.rectangle((left, top, right, bottom), '#202020')
-            if what in hidden:
-                continue
-            fill, inner = colours[colour % len(colours)], size / 5
-            box = left + inner, top + inner, right - inner, bottom - inner
-            match shapes.get(what, 'square'):
-                case 'circle':
-                    draw.ellipse(box, fill)
-                case 'box':
-                    draw.rectangle(box, fill)
-                case 'triangle':
-                    top_point = (left + right) / 2, top + inner
-                    draw.polygon([top_point, (box[2], box[3]), (box[0], box[3])], fill)
-                case 'door':
-                    draw.rectangle((left, top, right, bottom), outline=fill, width=3)
-                case _:
-                    draw.rectangle((left, top, right, bottom), fill)
-    if kind in SHAPES:  # the agent, in the middle of the last row, looks up
+            box = left, top, left + size - 2, top + size - 2
+            draw.rectangle(box, '#202020')
+            if category not in empty:
+                shape = shapes.get(category, 'square')
+                _draw_object(draw, shape, colors[color % len(colors)], box, size)
+
+    # The agent, in the middle of the last row, facing up.
+    if name in SHAPES:
         left, top = columns // 2 * size, (rows - 1) * size
         middle = left + size / 2
         corners = [(middle, top + 2), (left + size - 4, top + size - 4), (left + 4, top + size - 4)]
         draw.polygon(corners, outline='orange')
+
+
+def _draw_object(
+    draw: ImageDraw.ImageDraw,
+    shape: str,
+    color: str,
+    box: tuple[float, float, float, float],
+    size: float,
+) -> None:
+    """Draw an object into a cell: box (left, top, right, bottom), size in pixels."""
+    left, top, right, bottom = box
+    margin = size / 5
+    inner = left + margin, top + margin, right - margin, bottom - margin
+    match shape:
+        case 'circle':
+            draw.ellipse(inner, color)
+        case 'box':
+            draw.rectangle(inner, color)
+        case 'triangle':
+            tip = (left + right) / 2, top + margin
+            draw.polygon([tip, (inner[2], inner[3]), (inner[0], inner[3])], color)
+        case 'door':
+            draw.rectangle(box, outline=color, width=3)
+        case _:
+            draw.rectangle(box, color)

@@ -70,8 +70,8 @@ def test_a_picture_has_the_instruction_and_the_cells():
     empty = {'grid': grid, 'instruction': np.array([1, 7, 10])}
     with_ball = {**empty, 'grid': grid.copy()}
     with_ball['grid'][0, 0] = 3, 1  # a ball, red
-    assert video.instruction(spec, 'hold red ball', empty) == 'hold red ball'
-    pictures = [np.asarray(video.picture(spec, 'task', o, 0.5, 3)) for o in (empty, with_ball)]
+    assert video.get_instruction(spec, 'hold red ball', empty) == 'hold red ball'
+    pictures = [np.asarray(video.draw_frame(spec, 'task', o, 0.5, 3)) for o in (empty, with_ball)]
     cell = video.SIDE // 5
     changed = (pictures[0] != pictures[1]).any(-1)
     assert changed[:cell, :cell].any()

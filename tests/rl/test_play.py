@@ -8,7 +8,7 @@ from mi.config import UserError
 from mi.rl import evaluate
 from mi.rl.actors.worker import Policy
 from mi.rl.envs.jax.catch import Catch
-from mi.rl.play import Limits, StoppedError, Watched, play, shares
+from mi.rl.play import Limits, StoppedError, Watched, divide_episodes, play
 from tests.rl.catch_late import CatchLate, Knows
 
 POLICY = Policy(Knows())
@@ -79,9 +79,9 @@ def played_by(pool, episodes, limits=LIMITS, stops=lambda: False):
     ],
 )
 def test_every_task_is_played_as_often_as_is_asked_for(tasks, episodes, share):
-    assert shares(np.array(tasks), 2, episodes).tolist() == share
+    assert divide_episodes(np.array(tasks), 2, episodes).tolist() == share
     played = played_by(Counts(tasks, [3] * len(tasks)), episodes)
-    assert [len(returns) for returns in played.returned] == [episodes, episodes]
+    assert [len(returns) for returns in played.returns] == [episodes, episodes]
     summary = evaluate.summarize(Counts(tasks, [3] * 4).spec, *played[:3])
     assert summary['episodes_per_task'] == episodes
 
@@ -93,21 +93,21 @@ def test_only_the_rows_that_play_are_stepped():
     assert played.steps_needed == played.steps_taken == 2 + 5 + 11 + 40
     assert pool.taken.tolist() == [2, 5, 11, 40]
     assert [lengths.tolist() for lengths in played.length] == [[2, 5], [11, 40]]
-    assert [returns.tolist() for returns in played.returned] == [[2, 5], [11, 40]]
+    assert [returns.tolist() for returns in played.returns] == [[2, 5], [11, 40]]
 
 
 def test_rows_that_cannot_be_left_alone_are_stepped_and_not_counted():
     pool = Counts((0, 0), (2, 11), skips=False)
     played = played_by(pool, 2)
     assert (played.steps_needed, played.steps_taken) == (13, 22)
-    assert played.returned[0].tolist() == [2, 11]
+    assert played.returns[0].tolist() == [2, 11]
 
 
 def test_an_episode_that_never_ends_is_cut_at_the_most_steps():
     played = played_by(Counts((0, 0, 1), (3, np.inf, 7)), 2, Limits(steps=20))
     assert played.cut == 1
     assert played.length[0].tolist() == [3, 20]
-    assert played.returned[0].tolist() == [3, 20]
+    assert played.returns[0].tolist() == [3, 20]
     assert not played.success[0].any()
     assert played.length[1].tolist() == [7, 7]
 

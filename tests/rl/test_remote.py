@@ -24,7 +24,7 @@ def received():
     arrived = []
     before = {s: signal.signal(s, lambda number, frame: arrived.append(number)) for s in SIGNALS}
     try:
-        ray_actors.start()
+        ray_actors.init_ray()
         yield arrived
     finally:
         for number, handler in before.items():
@@ -125,7 +125,7 @@ def test_an_environment_that_cannot_be_made_is_one_line_and_no_death(capfd):
 def test_more_actors_than_cpus_all_work():
     cpus = int(ray.cluster_resources()['CPU'])
     number = cpus + 2
-    share = ray_actors.cpus_per_actor(number)
+    share = ray_actors.compute_cpus_per_actor(number)
     assert 0 < share < 1
     far = [ray_actors.Remote(make(), share) for _ in range(number)]
     try:

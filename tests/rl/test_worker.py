@@ -156,7 +156,7 @@ def test_an_instruction_is_encoded_where_it_or_the_parameters_are_new():
         now, row = params[t > 3], jax.tree.map(lambda a, t=t: a[t], given)
         key, of_actions = jax.random.split(acting.key)
         _, action, log_prob = reference(now, {}, row, of_actions)
-        acting, *measured = policy(now, acting, row, new=t == 4)
+        acting, *measured = policy(now, acting, row, has_new_params=t == 4)
         np.testing.assert_array_equal(measured[0], action)
         np.testing.assert_allclose(measured[1], log_prob, rtol=1e-5)
         assert (jax.random.key_data(acting.key) == jax.random.key_data(key)).all()

@@ -266,7 +266,7 @@ def start_actors(
     queue = params, version, config.actors.queue, config.actors.timeout
     indices = range(config.actors.number)
     if config.train.topology == 'ray':
-        cpus = ray_actors.cpus_per_actor(config.actors.number)
+        cpus = ray_actors.compute_cpus_per_actor(config.actors.number)
         remotes = [
             functools.partial(ray_actors.Remote, functools.partial(make, index), cpus)
             for index in indices

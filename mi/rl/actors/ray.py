@@ -1,7 +1,7 @@
-"""Workers in processes of Ray, on this host or any other, that are started again when they die.
+"""Workers in Ray processes, on this host or any other, that are restarted when they die.
 
-A cluster is joined where RAY_ADDRESS names one; otherwise Ray starts here. Parameters go out
-through Ray's object store, once for each update; trajectories come back the same way.
+RAY_ADDRESS names the cluster to connect to; without it, Ray starts on this host. Parameters are
+shared through Ray's object store, once for each update; trajectories return the same way.
 """
 
 import contextlib
@@ -21,86 +21,88 @@ from mi.config import UserError, suggest_install
 from mi.rl.actors.worker import Worker
 from mi.rl.trajectory import Episodes, Trajectory
 
-DEATHS = 3  # in a row, without a trajectory between them, after which a run ends
-PATIENCE = 30.0  # seconds that a process may take to start before a line says that it waits
-MOST_ACTORS_PER_CPU = 64
+MAX_DEATHS = 3  # in a row, without a trajectory between them; then the run ends
+PATIENCE = 30.0  # seconds until a message says that a process still waits to start
+MAX_ACTORS_PER_CPU = 64
 
 
 class Remote:
-    """A `Worker` in another process, which looks like one in this.
+    """A `Worker` in another process, with the same interface.
 
-    An exception of its environments is raised here, as from a thread; a process that dies (out of
-    memory, a lost host, kill -9) is replaced, with new environments.
+    An exception of its environments is raised here. A process that dies (out of memory, a lost
+    host, kill -9) is replaced, with new environments.
 
     Args:
-      make: makes the worker, in the process; it is told how many were there before, `birth`.
-      cpus: what the process is given of a CPU; Ray starts it where so much is free.
+      make: makes the worker in the process; its argument `birth` counts the processes before it.
+      cpus: CPUs of the process; Ray starts it on a node where they are free.
     """
 
     def __init__(self, make: Callable[..., Worker], cpus: float = 1.0):
-        self._ray, self._make, self._cpus, self._births = start(), make, cpus, 0
-        self._process = self._new()
-        self._started = False
+        self._ray, self._make, self._cpus, self._births = init_ray(), make, cpus, 0
+        self._process = self._start_process()
+        self._is_started = False
 
     def collect(self, params: Any) -> list[tuple[Trajectory, Episodes]]:
-        """As `Worker.collect`; `params` are those of `share`.
+        """Collect trajectories as `Worker.collect`, with parameters from `share`.
 
         Raises:
-          UserError: if the process dies again and again.
+          UserError: if the process dies repeatedly.
         """
-        for _ in range(DEATHS):
+        for _ in range(MAX_DEATHS):
             try:
-                if not self._started:
+                if not self._is_started:
                     self._wait_for_start()
                 return self._ray.get(self._process.collect.remote(params))
             except self._ray.exceptions.RayActorError as error:
                 death = error
-                print(f'an actor died and is started again: {error}', file=sys.stderr)
-                self._process, self._started = self._new(), False
+                print(f'an actor died and is restarted: {error}', file=sys.stderr)
+                self._process, self._is_started = self._start_process(), False
             except self._ray.exceptions.RayTaskError as error:
                 cause = error.cause
-                # A UserError is a whole message; the traceback of any other is worth reading.
+                # A UserError says everything; for other exceptions the traceback helps.
                 raise cause from None if isinstance(cause, UserError) else error
         raise UserError(
-            f'an actor died {DEATHS} times before it had a trajectory; the last time: {death}'
+            f'an actor died {MAX_DEATHS} times before it had a trajectory; the last time: {death}'
         )
 
     def pid(self) -> int:
-        """Of the process, on its host."""
+        """Return the process id, on its host."""
         return self._ray.get(self._process.pid.remote())
 
     def close(self) -> None:
         self._ray.kill(self._process)
 
-    def _new(self) -> Any:
+    def _start_process(self) -> Any:
         make = functools.partial(self._make, birth=self._births)
         self._births += 1
         return self._ray.remote(_Process).options(num_cpus=self._cpus).remote(make)
 
     def _wait_for_start(self) -> None:
-        """Return when the worker is made; say so where Ray finds no place for its process."""
-        placed, made = self._process.pid.remote(), self._process.make.remote()
-        if not self._ray.wait([placed], timeout=PATIENCE)[0]:
+        """Wait until the worker is made; print a message if Ray has no CPUs for its process."""
+        pid, worker = self._process.pid.remote(), self._process.make.remote()
+        if not self._ray.wait([pid], timeout=PATIENCE)[0]:
             total = self._ray.cluster_resources().get('CPU', 0)
             print(
-                f'an actor waits for {self._cpus:g} of a CPU: Ray has {total:g} in all, and none '
-                f'of them has so much left. Lower config.actors.number, or end what uses them',
+                f'an actor waits for {self._cpus:g} of a CPU: Ray has {total:g} CPUs, all in use. '
+                f'Lower config.actors.number, or end what uses them',
                 file=sys.stderr,
             )
-        self._ray.get(made)
-        self._started = True
+        self._ray.get(worker)
+        self._is_started = True
 
 
 class _Process:
-    """A worker in its process; `make` makes it, as Ray takes a constructor's error for a death."""
+    """A worker in its process. `make` makes it: Ray treats an error in a constructor as a death."""
 
     def __init__(self, make: Callable[[], Worker]):
         self._make = make
+        self._worker: Worker | None = None
 
     def make(self) -> None:
         self._worker = self._make()
 
     def collect(self, params: Any) -> list[tuple[Trajectory, Episodes]]:
+        assert self._worker is not None
         return self._worker.collect(params)
 
     def pid(self) -> int:
@@ -108,12 +110,12 @@ class _Process:
 
 
 def share(params: Any) -> Any:
-    """Parameters in Ray's object store."""
-    return start().put(jax.device_get(params))
+    """Put parameters into Ray's object store and return the reference."""
+    return init_ray().put(jax.device_get(params))
 
 
-def start() -> Any:
-    """Ray, running.
+def init_ray() -> Any:
+    """Return the module ray, initialized.
 
     Raises:
       UserError: if it is not installed.
@@ -122,12 +124,12 @@ def start() -> Any:
         import ray
     except ImportError as error:
         raise UserError(
-            f"config.train.topology = 'ray' needs Ray, which is not installed. "
+            f"config.train.topology = 'ray': expected Ray, which is not installed. "
             f'Try {suggest_install("ray")}'
         ) from error
     if not ray.is_initialized():
         with warnings.catch_warnings(), _signal_handlers():
-            # Its forks do nothing but start another program.
+            # Ray only forks to start another program.
             warnings.filterwarnings('ignore', r'os\.fork\(\) was called', RuntimeWarning)
             ray.init(  # the accelerators are the learner's
                 runtime_env={'env_vars': {'JAX_PLATFORMS': 'cpu'}},
@@ -138,22 +140,22 @@ def start() -> Any:
     return ray
 
 
-def cpus_per_actor(number: int) -> float:
-    """Return what `number` actors can have of a CPU each, so that Ray starts all: 1 at most.
+def compute_cpus_per_actor(number: int) -> float:
+    """Return the CPUs that each of `number` actors can have so that Ray starts all; at most 1.
 
     Raises:
       UserError: if too few CPUs are free.
     """
-    ray = start()
+    ray = init_ray()
     nodes = [node['Resources'].get('CPU', 0.0) for node in ray.nodes() if node['Alive']]
     deadline = time.monotonic() + PATIENCE
     while True:
-        # Ray says in public what is free in all; it is taken to be spread as the CPUs are.
+        # Ray's public API has only the total of the free CPUs; assume that they are spread evenly.
         free = ray.available_resources().get('CPU', 0.0) / max(1.0, sum(nodes))
         try:
             share = divide_cpus(number, [free * cpus for cpus in nodes])
             break
-        except UserError:  # what has just ended may not have given back its CPUs yet
+        except UserError:  # processes that have just ended may still hold their CPUs
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.5)
@@ -170,30 +172,30 @@ def divide_cpus(number: int, free: Sequence[float]) -> float:
     """Return the largest 1, 1/2, 1/3, … of a CPU that `number` actors can have on these nodes.
 
     Raises:
-      UserError: if they would be more than MOST_ACTORS_PER_CPU on a CPU.
+      UserError: if a CPU would have more than MAX_ACTORS_PER_CPU actors.
     """
-    for actors_per_cpu in range(1, MOST_ACTORS_PER_CPU + 1):
+    for actors_per_cpu in range(1, MAX_ACTORS_PER_CPU + 1):
         if sum(int(cpus * actors_per_cpu + 1e-6) for cpus in free) >= number:
             return int(10_000 / actors_per_cpu) / 10_000  # Ray counts in 1/10,000
     raise UserError(
-        f'config.actors.number = {number}: expected at most {MOST_ACTORS_PER_CPU} for each of the '
+        f'config.actors.number = {number}: expected at most {MAX_ACTORS_PER_CPU} for each of the '
         f'{sum(free):g} CPUs that Ray has free. Lower it, or end what uses the cluster'
     )
 
 
 @contextlib.contextmanager
 def _signal_handlers() -> Iterator[None]:
-    """Put the handlers of all signals back, which Ray replaces in Python and in C++.
+    """Restore the signal handlers that Ray replaces in Python and in C++.
 
-    The run's own save a checkpoint; Ray's abort the process. Those that were not set from Python
-    (None) are left alone.
+    The run's handlers save a checkpoint; Ray's abort the process. Handlers that were not set from
+    Python (None) are left alone.
     """
     catchable = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
-    before = {number: signal.getsignal(number) for number in catchable}
+    handlers = {number: signal.getsignal(number) for number in catchable}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             if handler is not None:
                 with contextlib.suppress(ValueError, OSError):  # not in the main thread
                     signal.signal(number, handler)
