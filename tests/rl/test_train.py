@@ -232,10 +232,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path, topol
         ({'train.topology': 'threads', 'actors.batch': 3}, 'a multiple of config.actors.batch = 3'),
         (
             {'env.name': 'xland/kinds', 'eval.held_out': 'xland/test'},
-            'tasks that were never trained',
+            'expected the trained tasks',
         ),
-        ({'eval.held_out': 'xland/test', 'model.source': 'inferred'}, 'expected the same world'),
-        ({'model.source': 'instruction'}, 'name the instruction, but it'),
+        (
+            {'eval.held_out': 'xland/test', 'model.source': 'inferred'},
+            'Try a suite of the same environment',
+        ),
+        ({'model.source': 'instruction'}, 'use the instruction, but'),
         ({'env.name': 'catch/hard'}, 'catch has no suites'),
         ({'model.sites': ('readuot',)}, 'a tuple of distinct sites out of instruction'),
         ({'model.fusion.name': 'multi_head', 'model.source': 'embedding'}, 'one-hot contexts'),

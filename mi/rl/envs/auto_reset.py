@@ -1,4 +1,4 @@
-"""A `JaxEnvironment` as a stream of episodes: the next one begins where one has ended.
+"""A `JaxEnvironment` as a stream of episodes: each end starts the next episode.
 
 Functions of one environment, which the caller vmaps. After `terminated` the next episode begins
 with the same step; after `truncated` one step later, so that the learner sees the last observation
@@ -16,14 +16,14 @@ from mi.rl.envs.spec import JaxEnvironment, Spec, Step
 
 
 class StreamState(NamedTuple):
-    """One environment and what its next episodes are drawn from.
+    """One environment, and the random key of its next episodes.
 
     Attributes:
       env_state: of the environment.
-      key: random key; with `episode` it makes the next episode.
-      episode: int32, number of the running episode.
-      length: int32, steps of the running episode up to now; 0 where none is running.
-      is_last: bool, whether it was truncated by the newest step, so that the next one restarts.
+      key: random key; with `episode` it determines the next episode.
+      episode: int32, number of the current episode.
+      length: int32, steps of the current episode so far; 0 if it has ended.
+      is_last: bool, whether the last step truncated it, so that the next step restarts.
     """
 
     env_state: Any
@@ -34,24 +34,25 @@ class StreamState(NamedTuple):
 
 
 def reset(environment: JaxEnvironment, key: Array, task: Array) -> tuple[StreamState, Step]:
-    """Begin a stream with an episode of a task; later episodes draw their tasks evenly."""
+    """Begin a stream with an episode of a task; later episodes draw their tasks uniformly."""
     reset_key, key = jax.random.split(key)
     env_state, observation = environment.reset(reset_key, task)
-    zero, no = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
+    zero, false = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
     env_state, observation = jax.tree.map(_without_weak_type, (env_state, dict(observation)))
-    step = Step(observation, jnp.zeros(()), jnp.ones(()), ~no, no, no)
-    return StreamState(env_state, key, zero, zero, no), step
+    step = Step(observation, jnp.zeros(()), jnp.ones(()), ~false, false, false)
+    return StreamState(env_state, key, zero, zero, false), step
 
 
 def step(
     environment: JaxEnvironment, state: StreamState, action: Array
 ) -> tuple[StreamState, Step]:
-    """Step the stream; where its episode was truncated, ignore the action and begin the next."""
+    """Step the stream; if its episode was truncated, ignore the action and begin the next."""
     env_state, transition = environment.step(state.env_state, action)
     terminated = transition.terminated & ~state.is_last
     truncated = transition.truncated & ~(terminated | state.is_last)
     restarts = terminated | state.is_last
 
+    # The first state of the next episode, which is used if the stream restarts.
     episode = state.episode + restarts
     reset_key, task_key = jax.random.split(jax.random.fold_in(state.key, state.episode))
     tasks = len(environment.spec.tasks)
@@ -81,18 +82,18 @@ def _without_weak_type(array: Array) -> Array:
 
 
 def check_length(spec: Spec, unfinished: int) -> None:
-    """Refuse an episode that goes on for longer than its spec says.
+    """Refuse an episode that is longer than its spec allows.
 
     Args:
       spec: of the environment.
-      unfinished: steps after which an episode had not ended.
+      unfinished: length of an episode that has not ended.
 
     Raises:
-      UserError: if those are the most that an episode can have.
+      UserError: if an episode may not be longer than that.
     """
     if unfinished >= spec.episode:
         raise UserError(
             f'Spec.episode = {spec.episode} of environment {spec.name!r}: expected the most steps '
-            f'of an episode, and one has more. Raise it, or return truncated=True after '
+            f'of an episode (got a longer one). Raise it, or return truncated=True after '
             f'{spec.episode} steps'
         )

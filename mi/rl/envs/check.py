@@ -1,4 +1,4 @@
-"""Checks that an environment is what its spec says, before anything is compiled."""
+"""Checks that an environment agrees with its spec, before anything is compiled."""
 
 import math
 import numbers
@@ -13,8 +13,8 @@ from mi.config import UserError
 from mi.rl.envs.spec import JaxEnvironment, Spec, Step, Transition
 
 PROTOCOL = 'see JaxEnvironment in mi/rl/envs/spec.py'
-SEEN = ('grid', 'pixels', 'features')  # entries of which an agent needs one
-ENTRIES = {  # entry of an observation → rank, type, both in words
+AGENT_ENTRIES = ('grid', 'pixels', 'features')  # an agent needs one of them
+ENTRIES = {  # entry of an observation → rank, type, and both as text
     'task': (0, jnp.int32, 'int32 []'),
     'grid': (3, jnp.integer, 'integers [h, w, layers]'),
     'pixels': (3, jnp.uint8, 'uint8 [h, w, c]'),
@@ -31,6 +31,8 @@ def check_spec(spec: Spec) -> None:
     """
     if not isinstance(spec, Spec):
         raise UserError(f'environment.spec = {spec!r}: expected a Spec; {PROTOCOL}')
+
+    # A rule for each field: whether it holds, and what is expected.
     tasks = len(spec.tasks)
     layers = spec.observation['grid'].shape[-1:] if 'grid' in spec.observation else ()
     words = max(0, spec.vocabulary - 1)
@@ -65,34 +67,34 @@ def check_spec(spec: Spec) -> None:
             if low == high:
                 _refuse(
                     spec,
-                    f'Spec.reference of task {task!r} = {high}: expected another score '
-                    f'than that of Spec.random',
+                    f'Spec.reference of task {task!r} = {high}: expected a score other than that '
+                    f'of Spec.random',
                 )
     _check_entries(spec)
 
 
 def _check_entries(spec: Spec) -> None:
     """Refuse a spec whose observation no agent can read."""
-    if 'task' not in spec.observation or not spec.observation.keys() & set(SEEN):
+    if 'task' not in spec.observation or not spec.observation.keys() & set(AGENT_ENTRIES):
         _refuse(
             spec,
-            f"Spec.observation has {_names(spec.observation)}: expected 'task' and at least one "
-            f'of {", ".join(SEEN)}',
+            f"Spec.observation has {_list_names(spec.observation)}: expected 'task' and at least "
+            f'one of {", ".join(AGENT_ENTRIES)}',
         )
     for name, entry in spec.observation.items():
         if name not in ENTRIES:
             continue
         rank, kind, expected = ENTRIES[name]
-        fits = len(entry.shape) == rank and all(entry.shape) and jnp.issubdtype(entry.dtype, kind)
-        if not fits:
-            found = _type(entry)
-            _refuse(spec, f'Spec.observation[{name!r}] is {found}: expected {expected}')
+        is_valid = len(entry.shape) == rank and all(entry.shape)
+        if not is_valid or not jnp.issubdtype(entry.dtype, kind):
+            actual = _describe_type(entry)
+            _refuse(spec, f'Spec.observation[{name!r}] is {actual}: expected {expected}')
 
 
 def check_environment(environment: JaxEnvironment) -> None:
-    """Refuse an environment whose functions do not return what its spec says.
+    """Refuse an environment whose functions contradict its spec.
 
-    Traces `reset` and `step`; runs neither.
+    Traces `reset` and `step` without running them.
 
     Raises:
       UserError: what was returned, and what is expected.
@@ -105,38 +107,41 @@ def check_environment(environment: JaxEnvironment) -> None:
     if spec.episode == 0:
         _refuse(spec, 'Spec.episode = 0: expected the most steps of an episode, for its evaluation')
 
+    # Trace `reset`.
     key, index = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0)))
     result = jax.eval_shape(environment.reset, key, index)
     if not _is_pair(result, Mapping):
         _refuse(
             spec,
-            f'reset returned {_kinds(result)}: expected the state and the first observation, name '
-            f'→ array; {PROTOCOL}',
+            f'reset returned {_describe_class(result)}: expected the state and the first '
+            f'observation, name → array; {PROTOCOL}',
         )
     state, observation = result
     _check_observation(spec, 'reset', observation)
 
+    # Trace `step`, whose state must have the same types.
     result = jax.eval_shape(environment.step, state, index)
     if not _is_pair(result, Transition):
         _refuse(
             spec,
-            f'step returned {_kinds(result)}: expected the state and a Transition; {PROTOCOL}',
+            f'step returned {_describe_class(result)}: expected the state and a Transition; '
+            f'{PROTOCOL}',
         )
     next_state, transition = result
     _check_observation(spec, 'step', transition.observation)
     _check_scalars(spec, transition)
-    before, after = (_leaves(tree) for tree in (state, next_state))
-    for path in sorted(before.keys() | after.keys()):
-        if before.get(path) != after.get(path):
+    reset_types, step_types = (_describe_leaves(tree) for tree in (state, next_state))
+    for path in sorted(reset_types.keys() | step_types.keys()):
+        if reset_types.get(path) != step_types.get(path):
             _refuse(
                 spec,
-                f'state{path} is {before.get(path, "absent")} after reset and '
-                f'{after.get(path, "absent")} after step: expected the same',
+                f'state{path} is {reset_types.get(path, "absent")} after reset and '
+                f'{step_types.get(path, "absent")} after step: expected the same',
             )
 
 
 def check_step(spec: Spec, batch: int, step: Step) -> None:
-    """Refuse a first step of a pool that is not what its spec says, [B, …].
+    """Refuse a first step of a pool, [B, …], that contradicts the spec.
 
     Raises:
       UserError: what was returned, and what is expected.
@@ -153,36 +158,39 @@ def _check_observation(
 ) -> None:
     """Refuse an observation that differs from the spec."""
     if not isinstance(observation, Mapping) or observation.keys() != spec.observation.keys():
-        found = _names(observation) if isinstance(observation, Mapping) else _kinds(observation)
+        is_mapping = isinstance(observation, Mapping)
+        actual = _list_names(observation) if is_mapping else _describe_class(observation)
         _refuse(
             spec,
-            f'{function} returned the observation {found}: expected that of the spec, '
-            f'{_names(spec.observation)}',
+            f'{function} returned the observation {actual}: expected that of the spec, '
+            f'{_list_names(spec.observation)}',
         )
     for name, entry in spec.observation.items():
-        expected = _type(jax.ShapeDtypeStruct((*rows, *entry.shape), entry.dtype))
-        found = _type(observation[name])
-        if found != expected:
+        expected = _describe_type(jax.ShapeDtypeStruct((*rows, *entry.shape), entry.dtype))
+        actual = _describe_type(observation[name])
+        if actual != expected:
             _refuse(
                 spec,
-                f'{function} returned observation[{name!r}] as {found}: expected {expected}, as in '
-                f'Spec.observation',
+                f'{function} returned observation[{name!r}] as {actual}: expected {expected}, as '
+                f'in Spec.observation',
             )
 
 
 def _check_scalars(spec: Spec, transition: Transition) -> None:
-    """Refuse rewards and flags that are not single numbers of their kind."""
+    """Refuse rewards and flags that are not scalars of their type."""
     for name in ('reward', 'terminated', 'truncated', 'success'):
         value = getattr(transition, name)
-        real = jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
-        fits = real if name == 'reward' else value.dtype == bool
-        if value.shape != () or not fits:
+        is_real = jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(
+            value.dtype, jnp.integer
+        )
+        is_valid = is_real if name == 'reward' else value.dtype == bool
+        if value.shape != () or not is_valid:
             expected = 'float32 []' if name == 'reward' else 'bool []'
-            _refuse(spec, f'step returned {name} as {_type(value)}: expected {expected}')
+            _refuse(spec, f'step returned {name} as {_describe_type(value)}: expected {expected}')
 
 
-def _refuse(spec: Spec, what: str) -> None:
-    raise UserError(f'environment {spec.name!r}: {what}')
+def _refuse(spec: Spec, message: str) -> None:
+    raise UserError(f'environment {spec.name!r}: {message}')
 
 
 def _is_count(value: Any) -> bool:
@@ -198,24 +206,24 @@ def _are_scores(scores: Any, tasks: int) -> bool:
     return scores is None or (len(scores) == tasks and all(math.isfinite(s) for s in scores))
 
 
-def _names(observation: Mapping[str, Any]) -> str:
+def _list_names(observation: Mapping[str, Any]) -> str:
     return ', '.join(map(repr, observation)) or 'nothing'
 
 
-def _type(array: Any) -> str:
+def _describe_type(array: Any) -> str:
     """Return shape and type as 'float32[3,2]'."""
     array = array if hasattr(array, 'dtype') else np.asarray(array)
     return f'{jnp.dtype(array.dtype).name}[{",".join(map(str, array.shape))}]'
 
 
-def _kinds(value: Any) -> str:
-    """Return the name of a type, or of those of a tuple, as '(State, Step)'."""
+def _describe_class(value: Any) -> str:
+    """Return the name of a value's class, or of the classes in a tuple, as '(State, Step)'."""
     if type(value) is tuple:
         return f'({", ".join(type(part).__name__ for part in value)})'
     return type(value).__name__
 
 
-def _leaves(tree: Any) -> dict[str, str]:
-    """Return path → type of a state's arrays."""
+def _describe_leaves(tree: Any) -> dict[str, str]:
+    """Return path → shape and type of a state's arrays."""
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path): _type(leaf) for path, leaf in paths}
+    return {jax.tree_util.keystr(path): _describe_type(leaf) for path, leaf in paths}

@@ -1,9 +1,10 @@
-"""What an environment is to the agent: its spec, and what comes back from a step.
+"""The interface of environments: their spec, and the results of a step.
 
-There are two kinds of environment. A `JaxEnvironment` is pure functions of one environment, which
-the caller vmaps and compiles; a `HostEnvironment` is a batch of environments on the host, in NumPy.
+There are two kinds of environment. A `JaxEnvironment` consists of pure functions of one
+environment, which the caller vmaps and compiles. A `HostEnvironment` is a batch of environments on
+the host, in NumPy.
 
-A `JaxEnvironment` plays one episode. It says how the episode ended and returns its last
+A `JaxEnvironment` plays one episode. It reports how the episode ended and returns its last
 observation; `mi.rl.envs.auto_reset` begins the next episode:
 
     def step(self, state, action):
@@ -16,9 +17,9 @@ observation; `mi.rl.envs.auto_reset` begins the next episode:
             truncated=state.time == LIMIT,  # cut: the value is that of the last observation
         )
 
-A stream of episodes, which actors and learner see, consists of `Step`s. `Step.reward` and
-`Step.discount` belong to the action that led there, `Step.observation` is what it led to. A new
-episode begins in one of two ways, and a stream may use both:
+Actors and learner see a stream of episodes, which consists of `Step`s. `Step.reward` and
+`Step.discount` belong to the previous action, and `Step.observation` is its result. A new episode
+begins in one of two ways, and a stream may use both:
 
 - with the step that ends an episode: it has the episode's last reward, discount 0, and the first
   observation of the next episode, `is_first`. The last observation is never seen, so this is only
@@ -42,7 +43,7 @@ Observation = Mapping[str, Any]  # name → array, as in Spec.observation
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, and so it has a hash
 class Spec:
-    """What does not change between steps.
+    """The constants of an environment.
 
     Attributes:
       name: of the environment, as 'xland'.
@@ -52,17 +53,16 @@ class Spec:
         tokens below `vocabulary`, 0 for padding.
       actions: number of actions.
       tasks: name of each task, by index.
-      random, reference: score of each task of the uniform random policy, and of what is reached at
-        best (a human, a solved task); None where unknown. Scores are episode returns.
-      sources: where those come from, in words.
+      random, reference: mean episode return for each task of the uniform random policy, and of a
+        reference (a human, a solved task); None if unknown.
+      sources: of these scores, as text.
       categories: of each layer of 'grid'.
       vocabulary: number of tokens of 'instruction', padding included; 0 if there is none.
-      words: of the tokens 1, 2, …; empty where they are not known.
-      episode: most steps of an episode, after which it has terminated or been truncated. A
-        `JaxEnvironment` has to give it, because its evaluation is one compiled program; elsewhere 0
-        means unknown.
-      has_success: whether the success of a step says anything; False where the environment has no
-        goal, so that its success is unknown, not 0.
+      words: of the tokens 1, 2, …; empty if unknown.
+      episode: most steps of an episode, after which it has terminated or been truncated. Required
+        of a `JaxEnvironment`, because its evaluation is one compiled program; otherwise 0 means
+        unknown.
+      has_success: whether the environment defines success. If not, success is unknown, not 0.
     """
 
     name: str
@@ -80,16 +80,15 @@ class Spec:
 
 
 class Transition(NamedTuple):
-    """What an action led to in a `JaxEnvironment`; arrays of one environment.
+    """The result of an action in a `JaxEnvironment`; arrays of one environment.
 
     Attributes:
-      observation: name → array, of the state that the action led to; the last one of the episode
-        where it ended.
+      observation: name → array, of the next state; the episode's last observation if it ended.
       reward: float32.
       terminated: bool, whether the episode ended by its rules, so that no reward can follow.
-      truncated: bool, whether it was cut although it could continue, as by a time limit. An episode
-        that is both has terminated.
-      success: bool, whether the episode reached its goal; read where it ended.
+      truncated: bool, whether the episode was cut although it could continue, as by a time limit.
+        An episode that is both has terminated.
+      success: bool, whether the episode reached its goal; only read at its end.
     """
 
     observation: Observation
@@ -104,12 +103,12 @@ class Step(NamedTuple):
 
     Attributes:
       observation: name → array.
-      reward: float32, of the action that led here; 0 at the start.
-      discount: float32, 0 where the episode terminated and 1 elsewhere; the learner multiplies it
-        by γ.
+      reward: float32, of the previous action; 0 at the start.
+      discount: float32, 0 if the episode terminated and 1 otherwise; the learner multiplies it by
+        γ.
       is_first: whether the observation is the first of an episode.
       is_last: whether the observation is the last of an episode and the next action is ignored.
-      success: whether the episode that the action ended reached its goal; False elsewhere.
+      success: whether the previous action ended an episode that reached its goal.
     """
 
     observation: Observation
@@ -121,7 +120,7 @@ class Step(NamedTuple):
 
 
 class JaxEnvironment(Protocol):
-    """One episode as pure functions; the state is a pytree of arrays, alike after reset and step.
+    """One episode as pure functions; reset and step return states of the same structure and types.
 
     After the last step of an episode `step` may be called again; the result is dropped.
     """
@@ -129,41 +128,41 @@ class JaxEnvironment(Protocol):
     spec: Spec
 
     def reset(self, key: jax.Array, task: jax.Array) -> tuple[Any, Observation]:
-        """The state and first observation of a new episode of a task, int32 [], an index."""
+        """Return state and first observation of a new episode of a task, its index int32 []."""
         ...
 
     def step(self, state: Any, action: jax.Array) -> tuple[Any, Transition]:
-        """The state after an action, int32 [], and what it led to."""
+        """Return the state after an action, int32 [], and its result."""
         ...
 
 
 class HostEnvironment(Protocol):
-    """B environments on the host, stepped together; each row keeps its task for ever."""
+    """B environments on the host, stepped together; each row keeps its task."""
 
     spec: Spec
     batch: int
 
     def reset(self) -> Step:
-        """The first observation of every row; [B, …]."""
+        """Return the first step of every row, [B, …]."""
         ...
 
     def send(self, actions: np.ndarray) -> None:
-        """Starts a step of all rows, int32 [B]; returns at once where the simulator allows it."""
+        """Start a step of all rows, int32 [B]; return immediately if the simulator can."""
         ...
 
     def recv(self) -> Step:
-        """Waits for the step that was sent."""
+        """Wait for the step that was sent, and return it."""
         ...
 
     def close(self) -> None: ...
 
 
 class SkipsRows(HostEnvironment, Protocol):
-    """A `HostEnvironment` that can leave rows alone: evaluation steps those that still play."""
+    """A `HostEnvironment` that can skip rows, for evaluation."""
 
     def skip(self, rows: np.ndarray) -> None:
         """Leave the rows, bool [B], alone until `reset`, from the next `send` on.
 
-        What `recv` says of them is their last observation, reward 0 and discount 1.
+        For these rows `recv` returns their last observation, reward 0 and discount 1.
         """
         ...

@@ -13,7 +13,7 @@ import numpy as np
 
 from mi.config import UserError
 
-# In the order of the grammar: actions, articles, colours, objects, places, connectives.
+# In the order of the grammar: actions, articles, colors, objects, places, connectives.
 _GRAMMAR = (
     'go to pick up open put next the a red green blue purple yellow grey object door key ball box '
     'in front of you behind on your left right and then after'
@@ -28,7 +28,7 @@ _NUMBERS = {word: i for i, word in enumerate(BABYAI_WORDS, start=1)}
 
 
 class Tokenizer:
-    """text → its tokens [length] int32; each distinct text is tokenised once.
+    """Tokenizer: text → tokens [length] int32, cached for each distinct text.
 
     Attributes:
       number: word → token, at least 1.
@@ -41,17 +41,17 @@ class Tokenizer:
         self._known: dict[str, np.ndarray] = {}
 
     def __call__(self, text: str) -> np.ndarray:
-        """Read-only tokens.
+        """Return read-only tokens.
 
         Raises:
-          UserError: if there are more than `length` words, or `number` refuses one.
+          UserError: if there are more than `length` words, or `number` refuses a word.
         """
         if text not in self._known:
             words = re.findall('[a-z0-9]+', text.lower())
             if len(words) > self.length:
                 raise UserError(
-                    f'the instruction {text!r} has {len(words)} words, expected at most '
-                    f'{self.length}; raise config.env.options.length'
+                    f'the instruction {text!r} has {len(words)} words: expected at most '
+                    f'{self.length}. Raise config.env.options.length'
                 )
             tokens = np.zeros(self.length, np.int32)
             tokens[: len(words)] = [self.number(word) for word in words]
@@ -61,7 +61,7 @@ class Tokenizer:
 
 
 def babyai(length: int = BABYAI_LENGTH) -> Tokenizer:
-    """Tokens below BABYAI_VOCABULARY; a word outside the grammar raises UserError."""
+    """Return the tokenizer of BabyAI; a word outside its grammar raises UserError."""
 
     def number(word: str) -> int:
         if word not in _NUMBERS:
@@ -72,8 +72,8 @@ def babyai(length: int = BABYAI_LENGTH) -> Tokenizer:
 
 
 def hashed(buckets: int, length: int) -> Tokenizer:
-    """Tokens 1 + CRC-32 of the word modulo `buckets`: the same in every process and on any machine.
+    """Return a tokenizer with tokens 1 + CRC-32 of the word modulo `buckets`, on any machine.
 
-    The published agent hashes with another function, so its buckets are not these.
+    The published agent uses another hash function, so its buckets differ.
     """
     return Tokenizer(lambda word: 1 + zlib.crc32(word.encode()) % buckets, length)

@@ -1,4 +1,4 @@
-"""A `JaxEnvironment` on the host: B rows of it as a `HostEnvironment`, for actors with a queue."""
+"""A `HostEnvironment` made of B rows of a `JaxEnvironment`, for actors with a queue."""
 
 import functools
 
@@ -10,12 +10,12 @@ from mi.rl.envs.spec import JaxEnvironment, Step
 
 
 class Batched:
-    """B rows of a `JaxEnvironment`, their first tasks dealt out evenly.
+    """B rows of a `JaxEnvironment`, with evenly assigned first tasks.
 
     Args:
       environment: pure functions of one row.
       batch: B.
-      seed: makes all that is drawn.
+      seed: of everything random.
     """
 
     def __init__(self, environment: JaxEnvironment, batch: int, seed: int):
@@ -24,6 +24,8 @@ class Batched:
         step = functools.partial(auto_reset.step, environment)
         self._reset = jax.jit(jax.vmap(reset))
         self._step = jax.jit(jax.vmap(step), donate_argnums=0)
+        self._state: auto_reset.StreamState | None = None
+        self._result: Step | None = None
 
     def reset(self) -> Step:
         keys = jax.random.split(jax.random.key(self._seed), self.batch)
@@ -35,8 +37,9 @@ class Batched:
         self._state, self._result = self._step(self._state, actions)
 
     def recv(self) -> Step:
+        assert self._state is not None, 'call reset first'
         auto_reset.check_length(self.spec, int(np.max(self._state.length)))
         return jax.tree.map(np.asarray, self._result)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there is nothing to release."""

@@ -1,4 +1,4 @@
-"""Catch: a ball falls, a paddle below catches it or not. One task, solved when every return is 1.
+"""Catch: a ball falls, and a paddle catches it or not. One task, solved if every return is 1.
 
 The game of bsuite (Osband et al., 2020), after Mnih et al. (2014): a board of 10 × 5, the ball
 starts in a column of the top row drawn at random, the paddle in the middle of the bottom row;
@@ -19,7 +19,7 @@ ROWS, COLUMNS = 10, 5
 
 
 class State(NamedTuple):
-    """Where ball and paddle are, int32."""
+    """Positions of ball and paddle, int32."""
 
     row: Array
     column: Array
@@ -64,6 +64,7 @@ class Catch:
 
 
 def make(suite: str) -> Catch:
+    """Return the environment; a suite raises UserError."""
     if suite:
-        raise UserError(f"config.env.name = 'catch/{suite}': catch has no suites; give 'catch'")
+        raise UserError(f"config.env.name = 'catch/{suite}': catch has no suites. Try 'catch'")
     return Catch()
