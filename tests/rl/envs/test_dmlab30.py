@@ -117,7 +117,7 @@ def test_there_are_thirty_levels_and_the_two_action_sets():
         assert len(set(actions)) == len(actions)
 
 
-def test_wrong_words_are_the_users_to_mend(fake):
+def test_wrong_words_raise_user_errors(fake):
     with pytest.raises(UserError, match="did you mean 'rooms_watermaze'"):
         dmlab30.make('room_watermaze', batch=1)
     with pytest.raises(UserError, match="did you mean 'impala'"):

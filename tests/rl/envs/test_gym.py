@@ -131,7 +131,7 @@ def test_a_scenario_steps_with_the_shapes_of_its_spec():
     environment.close()
 
 
-def test_wrong_words_of_vizdoom_are_the_users_to_mend():
+def test_wrong_words_of_vizdoom_raise_user_errors():
     pytest.importorskip('vizdoom', reason='the extra vizdoom is not installed')
     with pytest.raises(UserError, match="did you mean 'basic'"):
         host_gymnasium.make_vizdoom('basics', batch=1)

@@ -350,7 +350,7 @@ def test_procgen_trains_on_two_hundred_levels_and_tests_on_all():
         environment.close()
 
 
-def test_wrong_words_are_the_users_to_mend():
+def test_wrong_words_raise_user_errors():
     pytest.importorskip('envpool', reason=NO_ENVPOOL)
     with pytest.raises(UserError, match="babyai/GoToLocl is unknown; did you mean 'GoToLocal'"):
         babyai.make('GoToLocl', batch=1)

@@ -56,8 +56,8 @@ def test_hashes_are_between_one_and_the_number_of_buckets():
     assert set(tokens) == set(range(1, 8))
 
 
-def test_too_long_a_text_and_an_unknown_word_are_the_users_to_mend():
-    with pytest.raises(UserError, match=r'at most 2; raise config\.env\.options\.length'):
+def test_too_long_a_text_and_an_unknown_word_raise_user_errors():
+    with pytest.raises(UserError, match=r'at most 2. Raise config\.env\.options\.length'):
         text.babyai(2)('go to the')
     with pytest.raises(UserError, match=r"'swim' is not in BabyAI"):
         text.babyai()('swim to the ball')
