@@ -90,7 +90,7 @@ def test_every_word_that_ships_is_there():
 
 
 def outcome(name, x, z, **options):
-    """The shape of the output of a freshly initialised module, or what it raises."""
+    """The shape of the output of a freshly initialized module, or what it raises."""
     try:
         shapes = jax.eval_shape(make(name, **options).init_with_output, jax.random.key(0), x, z)
     except ValueError as error:
@@ -133,7 +133,7 @@ def test_an_empty_batch_beside_a_shared_stream_is_empty(name, x_lead, z_lead):
 
 @all_fusions
 @pytest.mark.parametrize('context', ['dense', 'one_hot'])
-def test_unit_variance_at_initialisation(name, context):
+def test_unit_variance_at_initialization(name, context):
     """Over draws of parameters and inputs; at sizes of which none divides another."""
     if name in fusion.ONE_HOT and context == 'dense':
         pytest.skip('takes one-hot contexts alone')

@@ -243,7 +243,7 @@ def test_streams_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize('form', FORMS)
 @pytest.mark.parametrize(
-    ('of_x', 'of_z', 'of_params', 'expected'),
+    ('x_grad', 'z_grad', 'params_grad', 'expected'),
     [
         (jnp.bfloat16, jnp.float32, jnp.bfloat16, jnp.float32),
         (jnp.float32, jnp.bfloat16, jnp.bfloat16, jnp.float32),

@@ -18,7 +18,7 @@ def off_the_zeros(variables):
 
 
 def drawn(module, *inputs, **kwargs):
-    """Random variables of a module for these inputs, nothing initialised."""
+    """Random variables of a module for these inputs, nothing initialized."""
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs, **kwargs))
     return jax.tree.map(lambda a: 0.5 * random(a.size, *a.shape).astype(a.dtype), shapes)
 

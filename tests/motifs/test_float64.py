@@ -16,7 +16,7 @@ N, M = 4, 3
 X, Z, TOKENS, IMAGE = random(0, 3, N), random(1, 3, M), random(2, 2, 5, N), random(3, 2, 4, 4, N)
 BOTH = (X, Z)
 MOTIFS = {
-    'MFB, normalised': (functools.partial(pooling.MFB, 4, normalize=True), BOTH),
+    'MFB, normalized': (functools.partial(pooling.MFB, 4, normalize=True), BOTH),
     'FeatureWiseModulation': (normalization.FeatureWiseModulation, BOTH),
     'ConditionalBatchNorm': (
         functools.partial(normalization.ConditionalBatchNorm, True),

@@ -189,7 +189,7 @@ def test_bf16_is_close_to_f32(module):
 
 
 class Block(nn.Module):
-    """A target with dense layers, a normalisation between them and a residual connection."""
+    """A target with dense layers, a normalization between them and a residual connection."""
 
     @nn.compact
     def __call__(self, x):

@@ -51,7 +51,7 @@ def modulated(p, x, z):
 
 
 def over_features(x, epsilon):
-    """Every position normalised on its own."""
+    """Every position normalized on its own."""
     y = np.zeros(x.shape)
     for i in np.ndindex(x.shape[:-1]):
         y[i] = (x[i] - x[i].mean()) / np.sqrt(x[i].var() + epsilon)
@@ -114,8 +114,8 @@ def test_in_training_the_conditional_batch_norm_is_its_equation(mask):
     y, new_stats = module.apply(variables, X, Z, mask=mask, mutable='batch_stats')
 
     mean, variance = statistics(X, np.ones(X.shape[:-1], bool) if mask is None else mask)
-    normalised = (np.asarray(X) - mean) / np.sqrt(variance + 0.1)
-    same(y, modulated(numpy(variables['params']['modulation']), normalised, np.asarray(Z)))
+    normalized = (np.asarray(X) - mean) / np.sqrt(variance + 0.1)
+    same(y, modulated(numpy(variables['params']['modulation']), normalized, np.asarray(Z)))
     old_stats = numpy(variables['batch_stats']['norm'])
     same(new_stats['batch_stats']['norm']['mean'], 0.8 * old_stats['mean'] + 0.2 * mean)
     same(new_stats['batch_stats']['norm']['var'], 0.8 * old_stats['var'] + 0.2 * variance)
@@ -126,8 +126,8 @@ def test_in_evaluation_the_conditional_batch_norm_uses_the_running_statistics():
     module = ConditionalBatchNorm(epsilon=0.1)
     variables = parameters(ConditionalBatchNorm(use_running_average=True), X, Z)
     running = numpy(variables['batch_stats']['norm'])
-    normalised = (np.asarray(X) - running['mean']) / np.sqrt(running['var'] + 0.1)
-    expected = modulated(numpy(variables['params']['modulation']), normalised, np.asarray(Z))
+    normalized = (np.asarray(X) - running['mean']) / np.sqrt(running['var'] + 0.1)
+    expected = modulated(numpy(variables['params']['modulation']), normalized, np.asarray(Z))
     same(module.apply(variables, X, Z, True), expected)
     is_its_composition(module, variables, X, Z, True)
 

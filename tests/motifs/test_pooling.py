@@ -118,7 +118,7 @@ def test_it_is_its_composition(name):
         np.testing.assert_allclose(W, tensor(module, variables, N, M), rtol=1e-4, atol=1e-5)
 
 
-def test_normalised_mfb_is_its_composition():
+def test_normalized_mfb_is_its_composition():
     _, variables, x, z = drawn('mfb')
     composition = is_its_composition(MFB(K, factors=3, normalize=True), variables, x, z)
     with pytest.raises(ValueError, match='not one product alone'):
@@ -134,7 +134,7 @@ def draws(count):
 
 @all_modules
 @pytest.mark.parametrize('context', ['dense', 'one_hot'])
-def test_unit_variance_at_initialisation(name, context):
+def test_unit_variance_at_initialization(name, context):
     n, m, batch = 24, 16, 128
     module = MODULES[name](32, context=context)
     if name in ('mutan', 'block'):
@@ -212,7 +212,7 @@ def test_block_s_core_is_zero_off_the_blocks_of_its_diagonal():
     np.testing.assert_array_equal(np.abs(W) > 1e-6, (i == j) & (j == k))
 
 
-def test_normalised_mfb_has_length_1_and_the_signed_root_s_proportions():
+def test_normalized_mfb_has_length_1_and_the_signed_root_s_proportions():
     module, variables, x, z = drawn('mfb')
     y = apply(module)(variables, x, z)
     normed = apply(MFB(K, factors=3, normalize=True))(variables, x, z)
@@ -224,7 +224,7 @@ def test_normalised_mfb_has_length_1_and_the_signed_root_s_proportions():
     np.testing.assert_allclose(in_bf16.astype(jnp.float32), normed, atol=3e-2)
 
 
-def test_normalised_mfb_of_zero_is_zero_with_a_finite_gradient():
+def test_normalized_mfb_of_zero_is_zero_with_a_finite_gradient():
     _, variables, x, z = drawn('mfb')
     module = MFB(K, factors=3, normalize=True)
     x = x * np.array([0, 1], np.float32)[:, None, None]

@@ -264,7 +264,7 @@ def test_a_mogrifier_of_no_rounds_is_the_lstm():
     )
 
 
-def test_a_factorised_mogrifier_is_the_full_one_of_the_products():
+def test_a_factorized_mogrifier_is_the_full_one_of_the_products():
     variables, *inputs = drawn('mogrifier of rank 2')
     p = dict(variables['params'])
     for name in ('Q_1', 'R_2', 'Q_3', 'R_4'):
@@ -304,7 +304,7 @@ def test_hyper_lstm_starts_as_an_lstm_with_a_tenth_of_its_weights():
     assert_close(((c, h), hs), RUN['lstm']({'params': tenth}, carry[:2], x, reset))
 
 
-def test_hyper_lstm_s_published_initialisation():
+def test_hyper_lstm_s_published_initialization():
     p = initial_parameters('hyper_lstm')
     for W in np.split(p['W'], 4, axis=1) + np.split(p['U'], 4, axis=1):
         np.testing.assert_allclose(W.T @ W, np.eye(H), atol=1e-5)
