@@ -10,7 +10,7 @@ awd        after AWD-LSTM (Merity et al., 2018; test perplexity 57.3, 52.8 with 
            three layers, E = 400, dropout of words 0.1, of inputs 0.4, between layers 0.25, of
            outputs 0.4, segments of 70, batch 20. Where it drops recurrent weights (0.5) this drops
            the state (0.25); all layers are of one size; Adam instead of averaged SGD; no penalties
-           on activations. So it is not AWD-LSTM, and its number is not to be expected.
+           on activations. So it is not AWD-LSTM, so do not expect its number.
 mogrifier  Melis et al. (2020): two layers, 24 million parameters, 5 rounds of rank 84, capped input
            gates. Dropout and optimizer are ours, the paper tunes them by search.
 smoke      a minute on a laptop, on Austen's words.

@@ -19,7 +19,7 @@ METRIC = 'bits_per_byte'
 SPLIT = 'test'
 BASELINE = 'concat'
 NOTES = [
-    'Test text: Persuasion, all of it once, in 64 parts of which each is read from a zero state to '
+    'Test text: Persuasion, all of it once, in 64 parts, each read from a zero state to '
     'its end with the state carried. Training text: Emma, Mansfield Park, Pride and Prejudice and '
     'Sense and Sensibility, less than one pass. Curves: the first 30,000 tokens of Northanger '
     'Abbey.',
@@ -30,5 +30,5 @@ NOTES = [
 
 
 def sweep() -> list[dict[str, Any]]:
-    # The dearest arm early: two at once, the last one does not wait alone for it.
+    # The costliest arm early, so that it does not run alone at the end.
     return product(**{'model.fusion.name': ['mi', 'concat', 'none', 'mi_low_rank']})

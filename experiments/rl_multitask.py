@@ -2,7 +2,7 @@
 
 Environment: xland (mi/rl/envs/jax/xland.py), where only the task says what is wanted. Arms differ
 in the word of the fusion, at the site `core_input`: what the LSTM reads is the fusion of the
-features with the task's index. The arm none is not told the task. Five seeds, trained at once by
+features with the task's index. The arm none is not told the task. Five seeds, trained together by
 vmap.
 
     python -m launch.local --sweep=experiments/rl_multitask.py --workdir=runs/rl --parallel=2
@@ -24,7 +24,7 @@ LOWER_IS_BETTER = False
 BASELINE = 'concat'
 NOTES = [
     'Equal environment steps; the column at equal time has the same wall time instead. 16 episodes '
-    'of each task, sampled from the policy, on layouts drawn anew at every evaluation.',
+    'of each task, sampled from the policy, on fresh layouts at every evaluation.',
     'Sizes of torso and LSTM are the same in all arms, so that the arms differ in parameters: see '
     'that column.',
     'none does not know the task, and shows what a policy gets that tries everything in turn.',

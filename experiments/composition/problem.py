@@ -12,7 +12,7 @@ them, with c_i = 0 for the others. Training has every module alone, and of pairs
     alone           none
 
 and what is tested are the pairs that are in neither of the rings, the same for all three. The
-coefficients of a pair are, by `problem.coefficients`, 'equal', with c of norm 1, or 'drawn' anew in
+coefficients of a pair are, by `problem.coefficients`, 'equal', with c of norm 1, or 'drawn' in
 every step, uniform in [1/2, 1]. What the network knows of the task, `problem.context`:
 
     given     z = √M c, so that entries of size 1 are usual

@@ -1,6 +1,6 @@
 """How large a network has to be to fit xᵀz, and two targets that have no product in them.
 
-Networks of ReLU layers, the first of which meets z with the fusion of the arm; for the
+Networks of ReLU layers, whose first meets z with the fusion of the arm; for the
 concatenation one to three hidden layers. For each dimension of x and z, the smallest network that
 reaches a mean squared error of 0.1 on Gaussian inputs, found by bisection on the width with the
 best of three learning rates, for each of five seeds; once more with five others.
@@ -97,7 +97,7 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
         if target_arms
     ]
     texts += [
-        'Medians over all seeds, of which one that did not reach the error counts as larger than '
+        'Medians over all seeds; a seed that did not reach the error counts as larger than '
         f'all others. {sweep.describe_excluded()}\n',
         f'{statistics.CAUTION}\n',
     ]

@@ -34,7 +34,7 @@ def locate(frames: Array) -> Array:
 
 
 def _grid(ndim: int) -> tuple[np.ndarray, np.ndarray]:
-    """x of the columns and y of the rows, to go with frames of so many axes."""
+    """Return x of the columns and y of the rows, broadcastable to frames of `ndim` axes."""
     centers = ((np.arange(SIDE) + 0.5) * 2 * VIEW / SIDE - VIEW).astype(np.float32)
     lead = (1,) * (ndim - 3)
     return centers.reshape(*lead, 1, SIDE, 1), -centers.reshape(*lead, SIDE, 1, 1)

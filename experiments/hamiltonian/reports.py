@@ -43,7 +43,7 @@ def describe(
       system: name of SYSTEMS.
       arms: by the name that the tables show.
       scores: metrics of the first table.
-      reference: the arm of which ratios of `error_long` are formed.
+      reference: the arm that ratios of `error_long` refer to.
     """
     table = roll_outs.table(arms, scores, 'error_long', sweep.split, reference, sweep.seed_sets)
     labeled = [dataclasses.replace(arm, label=label) for label, arm in arms.items()]

@@ -2,7 +2,7 @@
 
 Mass and spring, pendulum, two bodies, seen as soft discs on 32×32 pixels. The latent law is an
 energy, by concatenation or by an MI of q and p, or a field without an energy; all models have
-about 300,000 parameters, most of which are the encoder's and decoder's. Trained to predict 11
+about 300,000 parameters, most of them in the encoder and the decoder. Trained to predict 11
 frames from the first 3 of them, evaluated on 101. Five seeds, and once more with five others.
 
     python -m launch.local --sweep=experiments/hamiltonian/sweep_frames.py --workdir=runs/frames \\

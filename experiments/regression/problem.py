@@ -1,4 +1,4 @@
-"""Many regressions at once: which fusion of input and task needs the fewest examples of each?
+"""Many regression tasks: which fusion of input and task needs the fewest examples of each?
 
     affine      y = a x + b
     sinusoid    y = a sin(10 x) + b

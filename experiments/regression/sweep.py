@@ -1,4 +1,4 @@
-"""Many regressions at once: which fusion of input and task needs the fewest examples of each?
+"""Many regression tasks: which fusion of input and task needs the fewest examples of each?
 
 Affine functions and sinusoids, half of the tasks each. The task comes as its number, as a noisy
 descriptor or as a context inferred from at most 16 of its examples; networks of two hidden layers
