@@ -1,8 +1,7 @@
 """The Transformer core: a decoder with a memory of earlier segments and the sites of a fusion."""
 
-import functools
+import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -15,6 +14,23 @@ from mi.lm.feed_forward import FeedForward
 from mi.motifs.attention import Attention, Positions
 
 Carry = dict[str, Array]  # the memory: 'inputs' [B, M, L, H], 'filled' [B]; {} without one
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """Options of a block; the fields are those of `Transformer`."""
+
+    heads: int
+    kv_heads: int | None
+    hidden: int
+    activation: str
+    positions: Positions
+    memory: int
+    site: str
+    fusion: Callable[..., nn.Module] | None
+    rates: Rates
+    decode: bool
+    dtype: DTypeLike
 
 
 class Transformer(nn.Module):
@@ -91,27 +107,15 @@ class Transformer(nn.Module):
             mask = jnp.concatenate([is_filled, jnp.ones((B, T), bool)], axis=1)[:, None]
 
         # The blocks.
-        block = functools.partial(
-            nn.remat(_Block) if self.remat else _Block,
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            hidden=self.hidden,
-            activation=self.activation,
-            positions=self.positions,
-            memory=self.memory,
-            site=self.site,
-            fusion=self.fusion,
-            rates=self.rates,
-            decode=self.decode,
-            dtype=self.dtype,
-            train=train,
-        )
+        config = self._make_block_config()
+        block_class = nn.remat(_Block) if self.remat else _Block
         block_inputs = []
         for i in range(self.layers):
             memory = carry['inputs'][:, :, i] if M > 0 else None
-            x, n = block(name=f'block_{i}')(x, memory, mask, z_rows)
+            block = block_class(config, train, name=f'block_{i}')
+            x, n = block(x, memory, mask, z_rows)
             block_inputs.append(n)
-        h = _norm(self, 'norm_out', x, z_rows)
+        h = _normalize(config, 'norm_out', x, z_rows)
 
         # The memory of the next segment.
         next_carry: Carry = {}
@@ -130,21 +134,16 @@ class Transformer(nn.Module):
             'filled': jnp.zeros(batch, jnp.int32),
         }
 
+    def _make_block_config(self) -> BlockConfig:
+        """Return the options of a block: the fields of the same names."""
+        names = [field.name for field in dataclasses.fields(BlockConfig)]
+        return BlockConfig(**{name: getattr(self, name) for name in names})
+
 
 class _Block(nn.Module):
-    """A block of attention and a feed-forward layer; the attributes are those of `Transformer`."""
+    """A block of attention and a feed-forward layer."""
 
-    heads: int
-    kv_heads: int | None
-    hidden: int
-    activation: str
-    positions: Positions
-    memory: int
-    site: str
-    fusion: Callable[..., nn.Module] | None
-    rates: Rates
-    decode: bool
-    dtype: DTypeLike
+    config: BlockConfig
     train: bool
 
     @nn.compact
@@ -152,59 +151,61 @@ class _Block(nn.Module):
         self, x: Array, memory: Array | None, mask: Array | None, z: Array | None
     ) -> tuple[Array, Array]:
         """Map x [B, T, H], with memory [B, M, H] and mask [B, 1, M + T], to x and n [B, T, H]."""
-        H, rates = x.shape[-1], self.rates
+        config, H = self.config, x.shape[-1]
 
         def add_branch(y: Array) -> Array:
-            return x + drop(rates.layer, rates, y, self.train, time=1)
+            return x + drop(config.rates.layer, config.rates, y, self.train, time=1)
 
         # The gate of the input.
-        if self.site == 'input_gate':
-            n = nn.RMSNorm(dtype=self.dtype, name='norm_gate')(x)
+        if config.site == 'input_gate':
+            n = nn.RMSNorm(dtype=config.dtype, name='norm_gate')(x)
             x = add_branch(self._fuse(n, z))
 
         # Attention: the keys and values are the memory and this segment, which is the default.
-        n = _norm(self, 'norm', x, z)
-        query = self._fuse(n, z) if self.site == 'attention' else n
+        n = _normalize(config, 'norm', x, z)
+        query = self._fuse(n, z) if config.site == 'attention' else n
         attention = Attention(
-            self.heads,
+            config.heads,
             features=H,
-            kv_heads=self.kv_heads,
+            kv_heads=config.kv_heads,
             causal=True,
-            positions=self.positions,
-            window=self.memory + 1 if self.memory else None,
-            dropout=rates.attention,
-            dtype=self.dtype,
+            positions=config.positions,
+            window=config.memory + 1 if config.memory else None,
+            dropout=config.rates.attention,
+            dtype=config.dtype,
             name='attention',
         )
-        if memory is None and self.site != 'attention':
+        if memory is None and config.site != 'attention':
             context = None
         elif memory is None:
             context = n
         else:
             context = jnp.concatenate([memory.astype(n.dtype), n], axis=1)
         x = add_branch(
-            attention(query, context, mask, decode=self.decode, deterministic=not self.train)
+            attention(query, context, mask, decode=config.decode, deterministic=not self.train)
         )
 
         # The feed-forward layer.
         ffn = FeedForward(
-            self.hidden,
-            self.activation,
-            self.fusion if self.site == 'ffn' else None,
-            self.dtype,
+            config.hidden,
+            config.activation,
+            config.fusion if config.site == 'ffn' else None,
+            config.dtype,
             name='feed_forward',
         )
-        x = add_branch(ffn(_norm(self, 'norm_feed_forward', x, z), z))
+        x = add_branch(ffn(_normalize(config, 'norm_feed_forward', x, z), z))
         return x, n
 
     def _fuse(self, n: Array, z: Array | None) -> Array:
-        assert self.fusion is not None
-        return self.fusion(n.shape[-1], dtype=self.dtype, name=f'fuse_{self.site}')(n, z)
+        config = self.config
+        assert config.fusion is not None
+        return config.fusion(n.shape[-1], dtype=config.dtype, name=f'fuse_{config.site}')(n, z)
 
 
-def _norm(module: Any, name: str, x: Array, z: Array | None) -> Array:
-    """Normalize x in a module; at the site 'norm', fuse the result with z."""
-    if module.site != 'norm':
-        return nn.RMSNorm(dtype=module.dtype, name=name)(x)
-    x = nn.RMSNorm(use_scale=False, dtype=module.dtype, name=name)(x)
-    return module.fusion(x.shape[-1], dtype=module.dtype, name=f'fuse_{name}')(x, z)
+def _normalize(config: BlockConfig, name: str, x: Array, z: Array | None) -> Array:
+    """Normalize x; at the site 'norm', fuse the result with z."""
+    if config.site != 'norm':
+        return nn.RMSNorm(dtype=config.dtype, name=name)(x)
+    assert config.fusion is not None
+    x = nn.RMSNorm(use_scale=False, dtype=config.dtype, name=name)(x)
+    return config.fusion(x.shape[-1], dtype=config.dtype, name=f'fuse_{name}')(x, z)
