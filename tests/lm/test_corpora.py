@@ -117,7 +117,7 @@ def test_the_counts_of_ptb_are_those_of_its_words(tmp_path, cache, monkeypatch):
     path = write_splits(tmp_path, 'ptb.{}.txt', ' a <unk> N \n b \n')
     with pytest.raises(UserError, match=r'train\.txt: 6 tokens with <eos>, expected 929,589; get'):
         token_store.load('ptb', 'token', 100, cache, path=path)
-    known = dataclasses.replace(sources.CORPORA['ptb'], tokens=dict.fromkeys(sources.SPLITS, 6))
+    known = dataclasses.replace(sources.CORPORA['ptb'], num_tokens=dict.fromkeys(sources.SPLITS, 6))
     monkeypatch.setitem(sources.CORPORA, 'ptb', known)
     with pytest.raises(UserError, match='txt: 5 different tokens with <eos>, expected 10,000; get'):
         token_store.load('ptb', 'token', 10_000, cache, path=path)
