@@ -72,8 +72,8 @@ def _find_products(jaxpr: core.Jaxpr, times: int) -> list[Product]:
             matmuls.append(Product(count, _count_bytes(eqn), times))
         elif eqn.primitive.name == 'cond':
             sides = [_find_products(branch.jaxpr, times) for branch in eqn.params['branches']]
-            most_expensive: list[Product] = max(sides, key=_sum_flops)
-            matmuls += most_expensive
+            costliest_branch: list[Product] = max(sides, key=_sum_flops)
+            matmuls += costliest_branch
         else:
             length = eqn.params['length'] if eqn.primitive.name == 'scan' else 1
             for inner in _inner_jaxprs(eqn):

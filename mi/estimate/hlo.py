@@ -287,7 +287,7 @@ class Constants:
         if not isinstance(following, tuple):
             return None
         pairs = zip(state, counters, following, strict=True)
-        return tuple(value if after == counter else None for value, counter, after in pairs)
+        return tuple(value if update == counter else None for value, counter, update in pairs)
 
     def trip_count(self, loop: Instruction, state: Value) -> int | None:
         """Return how often the body of a `while` runs, or None if that depends on data.
@@ -323,10 +323,10 @@ def _progress(
         return value, 0
     if not isinstance(value, Counter):
         return None
-    start, after = state[value.index], following[value.index]
-    if not isinstance(start, int) or not isinstance(after, Counter) or after.index != value.index:
+    start, update = state[value.index], following[value.index]
+    if not isinstance(start, int) or not isinstance(update, Counter) or update.index != value.index:
         return None
-    return start + value.offset, after.offset
+    return start + value.offset, update.offset
 
 
 def _add(a: Value, b: Value, sign: int = 1) -> Value:

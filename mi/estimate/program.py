@@ -253,7 +253,7 @@ def _collectives(
     kind = instruction.opcode.removesuffix('-start')
     size = sum(shape.bytes for shape in instruction.shapes)
     group = _group(instruction, module.num_devices)
-    # On TPU a reduce-scatter may be an all-reduce of which one fusion keeps a part.
+    # On TPU a reduce-scatter may be an all-reduce whose fusion keeps only a part.
     root = computation.instructions[computation.root]
     is_scattered = computation.name.startswith('all-reduce-scatter')
     if kind == 'all-reduce' and is_scattered and root.opcode != 'all-reduce':

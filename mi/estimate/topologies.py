@@ -212,7 +212,7 @@ def _describe_gpus(family: str, count: int) -> list[jax.Device]:
             f'--topology={name}: expected the CUDA plugin of jax. {suggest_install("cuda")}'
         )
     hosts = max(1, count // HOST)
-    with _environment({'JAX_SKIP_CUDA_CONSTRAINTS_CHECK': '1'}):  # there is no driver to ask
+    with _environment({'JAX_SKIP_CUDA_CONSTRAINTS_CHECK': '1'}):  # no driver is present
         return list(
             topologies.get_topology_desc(
                 platform='cuda',

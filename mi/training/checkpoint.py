@@ -21,8 +21,9 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
+import chex
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -31,6 +32,9 @@ from absl import logging
 from mi.config import UserError
 from mi.training import sharding
 from mi.training.io import storage_failure
+
+Tree = TypeVar('Tree')  # a pytree of arrays
+Meta = dict[str, Any]  # the content of meta.json
 
 
 class Checkpoints:
@@ -54,7 +58,7 @@ class Checkpoints:
         handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
         self._orbax = ocp.AsyncCheckpointer(handler)
 
-    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+    def save(self, step: int, state: chex.ArrayTree, meta: Meta) -> None:
         """Write a tree of arrays as the checkpoint of a step; return when it is on disk."""
         final = self._directory / f'{step:08d}'
         if sharding.broadcast_from_primary(
@@ -75,7 +79,7 @@ class Checkpoints:
                 shutil.rmtree(old, ignore_errors=True)
         sharding.barrier('checkpoint in place')
 
-    def _write(self, saving: pathlib.Path, step: int, state: Any, meta: dict[str, Any]) -> None:
+    def _write(self, saving: pathlib.Path, step: int, state: chex.ArrayTree, meta: Meta) -> None:
         """Write all files of a checkpoint to a hidden directory."""
         if sharding.is_primary():
             for leftover in self._directory.glob('.saving-*'):
@@ -92,7 +96,7 @@ class Checkpoints:
             manifest = {name: hash_file(saving / name) for name in _files(saving)}
             (saving / 'manifest.json').write_text(json.dumps(manifest, indent=2) + '\n')
 
-    def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
+    def restore(self, like: Tree) -> tuple[Tree, Meta] | None:
         """Restore the newest intact checkpoint; return None if there is none.
 
         Only for the run that holds the directory, because it renames damaged checkpoints.
@@ -120,7 +124,7 @@ class Checkpoints:
         )
         return self._orbax.restore(path / 'state', args=restore), meta
 
-    def newest(self) -> tuple[pathlib.Path, dict[str, Any]]:
+    def newest(self) -> tuple[pathlib.Path, Meta]:
         """Return the path of the newest intact checkpoint, and its meta.
 
         Safe while the run is writing: it does not rename damaged checkpoints.
@@ -211,7 +215,7 @@ def hash_file(file: pathlib.Path) -> str:
         return hashlib.file_digest(stream, 'sha256').hexdigest()
 
 
-def _read_meta(path: pathlib.Path) -> dict[str, Any]:
+def _read_meta(path: pathlib.Path) -> Meta:
     return json.loads((path / 'meta.json').read_text())
 
 

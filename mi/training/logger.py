@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +31,7 @@ from mi.training.io import complete_size, format_duration
 from mi.training.trackers import Tracker
 
 Record = dict[str, Any]  # name → value
+RecordKey = tuple[int | str, ...]  # (step, seed, split), or (step,) for timing
 
 ADVICE = 'Lower config.optim.learning_rate or config.optim.clip_norm'
 
@@ -58,7 +60,7 @@ class MetricsWriter:
         self._tracker = tracker
         _refuse_cut(path / 'metrics.jsonl', position)
         # Records that the tracker received before the run was killed.
-        self._tracked = collections.Counter[tuple[Any, ...]]()
+        self._tracked = collections.Counter[RecordKey]()
         if tracker and tracker.continued:
             self._tracked = _count_records_since(path, position, step)
         # Open the files; an error closes those that are open.
@@ -98,10 +100,10 @@ class MetricsWriter:
         self._timing.flush()
         self._copy(step, _timings(values), (step,))
 
-    def _copy(self, step: int, values: dict[str, float], record: tuple[Any, ...]) -> None:
+    def _copy(self, step: int, values: dict[str, float], key: RecordKey) -> None:
         self._tensorboard.write(step, values)
-        if self._tracked[record] > 0:
-            self._tracked[record] -= 1
+        if self._tracked[key] > 0:
+            self._tracked[key] -= 1
         elif self._tracker and values:
             self._tracker.write(step, values)
 
@@ -154,9 +156,9 @@ class TensorBoard:
 
 def _count_records_since(
     path: pathlib.Path, position: int, step: int
-) -> collections.Counter[tuple[Any, ...]]:
+) -> collections.Counter[RecordKey]:
     """Count the records after a checkpoint, which a tracker has received already."""
-    counts = collections.Counter[tuple[Any, ...]]()
+    counts = collections.Counter[RecordKey]()
     for record in _records(path / 'metrics.jsonl', position):
         counts[record['step'], record['seed'], record['split']] += 1
     for record in _records(path / 'timing.jsonl'):
@@ -254,7 +256,9 @@ def refuse_non_finite(seeds: Sequence[int], step: int, measured: dict[str, np.nd
             )
 
 
-def refuse_broken_state(seeds: Sequence[int], step: int, parts: Mapping[str, Any]) -> None:
+def refuse_broken_state(
+    seeds: Sequence[int], step: int, parts: Mapping[str, chex.ArrayTree]
+) -> None:
     """Refuse a state from which training cannot continue, before it is saved.
 
     All numbers have to be finite, and the squares of the 'parameters' too.

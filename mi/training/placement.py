@@ -6,7 +6,7 @@ every device has the same number, and the results of the repeats are dropped.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -14,6 +14,8 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
 from mi.training import sharding as training_sharding
+
+Tree = TypeVar('Tree')  # a pytree of arrays
 
 
 def seed_mesh(count: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -84,10 +86,10 @@ def gather_seeds(tree: Any, count: int) -> Any:
     return jax.tree.map(lambda array: array[:count], jax.device_get(tree))
 
 
-def gathered_shapes(tree: Any, count: int) -> Any:
+def gathered_shapes(tree: Tree, count: int) -> Tree:
     """Return the shapes that `gather_seeds` returns for arrays of these shapes."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct((count, *a.shape[1:]), a.dtype), tree)
 
 
-def _identity(tree: Any) -> Any:
+def _identity(tree: Tree) -> Tree:
     return tree

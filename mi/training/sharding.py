@@ -14,7 +14,7 @@ primary process writes to the run directory.
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -25,6 +25,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mi.config import UserError
 from mi.rows import ROWS, mean_over_rows
 from mi.training import progress
+
+Tree = TypeVar('Tree')  # a pytree of arrays
+Specs = Any  # a pytree of `PartitionSpec`s, None if 'fsdp' shards nothing
 
 HEARTBEAT_SECONDS = 30  # a process that is silent for longer ends the others
 AXES = ('seed', 'data', 'fsdp')
@@ -248,7 +251,7 @@ def fsdp_sharding(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(sharding, tree)
 
 
-def partition_specs(shardings: Any) -> Any:
+def partition_specs(shardings: Any) -> Specs:
     """Return the `PartitionSpec` of each sharding, array or shape of a tree."""
 
     def spec(leaf: Any) -> PartitionSpec:
@@ -259,7 +262,7 @@ def partition_specs(shardings: Any) -> Any:
     return jax.tree.map(spec, shardings)
 
 
-def fsdp_specs(params: Any, mesh: Mesh) -> Any:
+def fsdp_specs(params: Any, mesh: Mesh) -> Specs:
     """Return the specs of parameters [S, …] for `gather_params`; None if 'fsdp' shards none."""
     return None if mesh.shape['fsdp'] == 1 else partition_specs(fsdp_sharding(params, mesh))
 
@@ -275,7 +278,7 @@ def map_seeds(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     return jax.vmap(function)
 
 
-def gather_params(params: Any, partition: Any) -> Any:
+def gather_params(params: Tree, partition: Specs) -> Tree:
     """Return the full parameters of one seed, with an all-gather of those sharded over 'fsdp'.
 
     Its gradient is a reduce-scatter: the sum over 'fsdp', sharded as the parameters are. Gathered
@@ -299,7 +302,7 @@ def gather_params(params: Any, partition: Any) -> Any:
     return jax.tree.map(gather, params, partition)
 
 
-def mean_gradients(gradients: Any, partition: Any) -> Any:
+def mean_gradients(gradients: Tree, partition: Specs) -> Tree:
     """Return gradients through `gather_params`, averaged over the devices that share a batch."""
     if partition is None:
         return mean_over_rows(gradients)
@@ -315,7 +318,7 @@ def mean_gradients(gradients: Any, partition: Any) -> Any:
     return jax.tree.map(mean, gradients, partition)
 
 
-def with_shardings(shapes: Any, shardings: Any) -> Any:
+def with_shardings(shapes: Tree, shardings: Any) -> Tree:
     """Return `jax.ShapeDtypeStruct`s with these shapes and shardings."""
     return jax.tree.map(
         lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
@@ -329,13 +332,13 @@ def shard_array(array: np.ndarray, sharding: NamedSharding) -> Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def shard_batch(tree: Any, mesh: Mesh, axis: int) -> Any:
+def shard_batch(tree: Tree, mesh: Mesh, axis: int) -> Tree:
     """Return arrays sharded over the rows, `axis`; each process passes its own rows."""
     sharding = batch_sharding(mesh, axis)
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), tree)
 
 
-def to_local(tree: Any) -> Any:
+def to_local(tree: Tree) -> Tree:
     """Return replicated arrays as arrays of one device of this process."""
     return jax.tree.map(lambda a: a.addressable_data(0), tree)
 
