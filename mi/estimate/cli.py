@@ -150,7 +150,7 @@ def main(argv: Sequence[str]) -> None:
         arguments, changes = overrides.split(argv)
         rest = values(arguments)
         if not file.value or len(rest) > 1:
-            raise UserError('--config=FILE is required; the other flags are --config.KEY=VALUE, '
+            raise UserError('expected --config=FILE; the other flags are --config.KEY=VALUE, '
                             '--topology, --eval, --json and --nocompile')  # fmt: skip
         if (topology.value or evaluates.value) and not compiles.value:
             raise UserError('--nocompile: --topology and --eval compile; remove it')
