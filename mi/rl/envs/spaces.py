@@ -1,4 +1,4 @@
-"""Gymnasium's spaces as the agent's: what it sees is features or pixels, what it does is a number.
+"""Conversion of Gymnasium's spaces: observations to features or pixels, actions to a number.
 
 Box [h, w, c], [c, h, w] or [h, w]      'pixels' uint8, if its numbers are a picture's
 Box of other shapes, Discrete, MultiBinary, MultiDiscrete, Dict and Tuple of them
@@ -23,10 +23,10 @@ Convert = Callable[[Any], Any]
 
 
 def observation(space: Any) -> tuple[str, tuple[int, ...], Convert]:
-    """Return the entry of an observation, its shape, and what converts one of the space to it.
+    """Return the entry of an observation, its shape, and the conversion to it.
 
     Raises:
-      UserError: for a space that neither features nor pixels hold.
+      UserError: if neither features nor pixels can hold the space.
     """
     import gymnasium
 
@@ -56,10 +56,10 @@ def observation(space: Any) -> tuple[str, tuple[int, ...], Convert]:
 
 
 def actions(space: Any) -> tuple[int, Convert]:
-    """Return how many actions there are, and what makes one of the space from its number.
+    """Return the number of actions, and the conversion of a number to an action.
 
     Raises:
-      UserError: for continuous actions, and for too many.
+      UserError: if actions are continuous, or too many.
     """
     number, decode = _count(space), _decode
     if number is None:
@@ -75,7 +75,7 @@ def actions(space: Any) -> tuple[int, Convert]:
 
 
 def _count(space: Any) -> int | None:
-    """How many elements a discrete space has; None if one of its parts is not discrete."""
+    """Return the number of elements of a discrete space; None if a part is not discrete."""
     import gymnasium
 
     match space:
@@ -92,7 +92,7 @@ def _count(space: Any) -> int | None:
 
 
 def _decode(space: Any, number: int) -> Any:
-    """The element of a discrete space with this number, the last part counting fastest."""
+    """Return the element of a discrete space with this number; the last part counts fastest."""
     import gymnasium
 
     match space:
@@ -120,7 +120,7 @@ def _parts(space: Any) -> list[Any]:
 
 
 def _is_picture(space: Any) -> bool:
-    """Whether it is a Box of 3 axes with channels, or of 2 with bytes."""
+    """Return whether a space is a Box with 3 axes and channels, or with 2 axes and bytes."""
     import gymnasium
 
     if not isinstance(space, gymnasium.spaces.Box) or 0 in space.shape:
@@ -143,7 +143,7 @@ def _has_picture(space: Any) -> bool:
 
 
 def _picture(space: Any) -> tuple[tuple[int, ...], Convert]:
-    """The shape [h, w, c] of a picture, and what converts one to it, in bytes."""
+    """Return the shape [h, w, c] of a picture, and the conversion to it, in bytes."""
     shape = space.shape if len(space.shape) == 3 else (*space.shape, 1)
     is_first = shape[-1] not in CHANNELS and shape[0] < min(shape[1:])
     low, width = space.low.astype(np.float64), space.high.astype(np.float64) - space.low
@@ -153,7 +153,7 @@ def _picture(space: Any) -> tuple[tuple[int, ...], Convert]:
         picture = np.asarray(value)
         if space.dtype != np.uint8:
             if not np.isfinite(picture).all():
-                raise UserError('a pixel of an observation is not finite; mend the environment')
+                raise UserError('a pixel of an observation is not finite. Fix the environment')
             picture = np.clip(np.rint((picture - low) * scale), 0, 255).astype(np.uint8)
         picture = picture.reshape(shape)
         return np.ascontiguousarray(np.moveaxis(picture, 0, -1)) if is_first else picture

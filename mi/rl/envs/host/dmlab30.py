@@ -5,7 +5,7 @@ runs per process, so that a batch of B rows is B spawned processes.
 
 Observations: 'pixels' [72, 96, 3] uint8; 'instruction' [L], words hashed to 1000 tokens above the
 padding; 'task'. Every action is repeated 4 times. The engine has no observation once an episode is
-over, and its episodes end by their time: as in scalable_agent, a new one starts at once.
+over, and its episodes end by their time: as in scalable_agent, a new one starts immediately.
 
 Levels, scores, the nine actions and the test levels are those of scalable_agent's dmlab30.py and
 environments.py (Espeholt et al., 2018; read at commit cd66d00); the fifteen actions are those of
@@ -107,7 +107,7 @@ HEIGHT, WIDTH = 72, 96
 
 
 def capped_score(returns: Mapping[str, float]) -> float:
-    """Mean capped human-normalized score in per cent: mean of min(100, 100 (s − r)/(h − r)).
+    """Return the mean capped human-normalized score: mean of min(100, 100 (s − r)/(h − r)), in %.
 
     s is the mean return of a level, r and h its random and human scores (Espeholt et al., 2018).
 
@@ -129,14 +129,14 @@ def capped_score(returns: Mapping[str, float]) -> float:
 
 
 class LevelCache:
-    """Compiled maps on disk, as the engine wants its `level_cache`: making one takes seconds."""
+    """A cache of compiled maps on disk, with the interface of the engine's `level_cache`."""
 
     def __init__(self, folder: str):
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def fetch(self, key: str, pk3_path: str) -> bool:
-        """Copies the map of this key to the path, if there is one."""
+        """Copy the map of this key to the path; return whether there is one."""
         try:
             shutil.copyfile(self._folder / key, pk3_path)
         except FileNotFoundError:
@@ -144,7 +144,7 @@ class LevelCache:
         return True
 
     def write(self, key: str, pk3_path: str) -> None:
-        """Keeps the map at the path; whole or not at all, for processes that share the folder."""
+        """Store the map at the path atomically, for processes that share the folder."""
         handle, temporary = tempfile.mkstemp(dir=self._folder)
         os.close(handle)
         shutil.copyfile(pk3_path, temporary)
@@ -152,7 +152,7 @@ class LevelCache:
 
 
 def _engine(pipe: Connection, arguments: dict[str, Any], seed: int, actions: np.ndarray) -> None:
-    """One engine in its own process: None resets it, an action steps it; errors come as text."""
+    """Run an engine: None resets it, an action steps it; errors are sent as text."""
     try:
         import deepmind_lab
 
@@ -164,16 +164,16 @@ def _engine(pipe: Connection, arguments: dict[str, Any], seed: int, actions: np.
             reward = 0.0
             if action is not None:
                 reward = lab.step(actions[action], num_steps=REPEAT)
-            first = action is None or not lab.is_running()
-            if first:
+            is_first = action is None or not lab.is_running()
+            if is_first:
                 lab.reset(seed=int(random.integers(2**31 - 1)))
-            seen = lab.observations()
-            text = seen['INSTR']
+            observation = lab.observations()
+            text = observation['INSTR']
             text = text.decode() if isinstance(text, bytes) else str(text)
-            pipe.send((seen['RGB_INTERLEAVED'], text, reward, first))
+            pipe.send((observation['RGB_INTERLEAVED'], text, reward, is_first))
     except (EOFError, BrokenPipeError, ConnectionResetError):  # the parent closed its end
         lab.close()
-    except Exception as error:
+    except Exception as error:  # whatever the engine raises; the parent raises it
         pipe.send(f'{type(error).__name__}: {error}')
 
 
@@ -188,7 +188,7 @@ class DMLab:
         seed: int,
         timeout: float,
     ):
-        """`engines`: the arguments of each row's Lab, and its cache's folder or None."""
+        """Start an engine for each row: `engines` has its Lab's arguments and cache folder."""
         self.spec = spec
         self.batch = len(engines)
         self._timeout = timeout
@@ -223,7 +223,11 @@ class DMLab:
         self._send(actions.tolist())
 
     def recv(self) -> Step:
-        """Raises UserError if an engine fails, or does not answer within the timeout."""
+        """Return the step that was sent.
+
+        Raises:
+          UserError: if an engine fails, or does not answer within the timeout.
+        """
         deadline = time.monotonic() + self._timeout
         for row in np.flatnonzero(~self._idle).tolist():
             pipe, level = self._pipes[row], self._levels[row]
@@ -271,7 +275,7 @@ class DMLab:
 
 
 def spec_of(tasks: tuple[str, ...] = LEVELS, actions: str = 'impala', length: int = 16) -> Spec:
-    """The spec of levels, which needs no engine; the arguments are those of `make`."""
+    """Return the spec of levels, which needs no engine; the arguments are those of `make`."""
     return Spec(
         name='dmlab30',
         observation={
@@ -319,7 +323,7 @@ def make(
     length: int = 16,
     timeout: float = 600.0,
 ) -> DMLab:
-    """Rows of DMLab-30, spread over the levels in turn.
+    """Make B rows of DMLab-30; row i has level i modulo their number.
 
     Args:
       suite: 'train' or '' for the thirty levels, 'test' for them with the held-out variants,

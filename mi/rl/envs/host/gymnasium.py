@@ -109,7 +109,7 @@ class GymVector:
 def make_gym(
     suite: str, *, batch: int, seed: int = 0, asynchronous: bool = False, **arguments: Any
 ) -> GymVector:
-    """B rows of one gymnasium id, as 'CartPole-v1' or 'module:Id-v0'.
+    """Make B rows of one gymnasium id, as 'CartPole-v1' or 'module:Id-v0'.
 
     A module is imported first, so that it can register ids of its own. What is seen is 'pixels' or
     'features', and actions are numbered from 0: see `mi.rl.envs.spaces`.
@@ -149,7 +149,7 @@ def make_gym(
 
 
 def _first(gymnasium: Any, suite: str, arguments: Mapping[str, Any]) -> Any:
-    """An environment by its id; whatever its module or constructor raises becomes one line."""
+    """Make an environment by its id; an error of its module or constructor becomes one line."""
     if not suite:
         raise UserError("gymnasium needs an id, as in 'gymnasium/CartPole-v1'")
     try:
@@ -165,7 +165,7 @@ def _first(gymnasium: Any, suite: str, arguments: Mapping[str, Any]) -> Any:
             f'gymnasium/{suite}: {format_error(error).rstrip(".")}; install it, or put its '
             f'directory on PYTHONPATH'
         ) from error
-    except Exception as error:  # foreign code: it raises what it likes
+    except Exception as error:  # foreign code may raise anything
         given = ' '.join(repr(dict(arguments)).split())
         raise UserError(
             f'gymnasium/{suite} cannot be made: {type(error).__name__}: {format_error(error)}; the '
@@ -174,14 +174,14 @@ def _first(gymnasium: Any, suite: str, arguments: Mapping[str, Any]) -> Any:
 
 
 def make_vizdoom(suite: str, *, batch: int, seed: int = 0, asynchronous: bool = False) -> GymVector:
-    """Scenarios of ViZDoom (Kempka et al., 2016) as tasks, through its gymnasium wrappers.
+    """Make scenarios of ViZDoom (Kempka et al., 2016) as tasks, through its gymnasium wrappers.
 
     Observations: 'pixels' [60, 80, 3] uint8, the screen of 320 × 240 averaged over 4 × 4 pixels.
     Every action is repeated 4 times. Action 0 presses nothing; the others press one button each:
     those that any of the tasks has, by name. Where a task lacks the button, nothing is pressed.
 
     Args:
-      suite: words of VIZDOOM joined by commas; 'all' or '' for all.
+      suite: names in VIZDOOM joined by commas; 'all' or '' for all.
       batch: B, at least one row for each task; row i has task i modulo their number.
       seed, asynchronous: as in `make_gym`.
 
@@ -223,7 +223,7 @@ _DOOM_OPTIONS = {'frame_skip': VIZDOOM_REPEAT, 'max_buttons_pressed': 1}
 
 
 class _Maker:
-    """Makes an environment by its id, in whatever process it is called, with the agent's spaces."""
+    """A picklable maker of an environment by its id, with the agent's spaces."""
 
     def __init__(self, name: str, arguments: Mapping[str, Any]):
         self.name, self.arguments = name, dict(arguments)
@@ -243,7 +243,7 @@ class _Maker:
 
 
 class _Skippable:
-    """Makes an environment that does nothing, and shows its last observation, while `is_idle`."""
+    """A picklable maker of an environment that repeats its last observation while `is_idle`."""
 
     def __init__(self, maker: Callable[[], Any]):
         self.maker = maker
@@ -271,7 +271,7 @@ class _Skippable:
 
 
 class _DoomMaker:
-    """Makes a scenario with the pixels and the buttons that all tasks share."""
+    """A picklable maker of a scenario with the pixels and buttons that all tasks share."""
 
     def __init__(self, task: str, buttons: tuple[str, ...]):
         self.task, self.buttons = task, buttons
@@ -281,7 +281,7 @@ class _DoomMaker:
 
         _doom()
         env = _make(_doom_id(self.task), **_DOOM_OPTIONS)
-        env.unwrapped.game.set_doom_config_path(os.devnull)  # else written where the user stands
+        env.unwrapped.game.set_doom_config_path(os.devnull)  # otherwise written to the cwd
         own = _buttons(env)
         # The package's action k presses the buttons of row k of its map.
         presses = [tuple(row) for row in env.unwrapped.button_map]
@@ -297,15 +297,17 @@ class _DoomMaker:
 
 
 def _ends(env: Any) -> Any:
-    """ViZDoom's episodes end as gymnasium's do.
+    """Wrap ViZDoom's environment so that its episodes end as gymnasium's do.
 
-    Its wrapper shows a black screen after the last step, from whose value an episode that was cut
-    would be bootstrapped: the screen before is shown instead. And it calls an episode that was cut
-    by the time limit terminated too.
+    Its own wrapper returns a black screen after the last step, from which a truncated episode would
+    bootstrap: this one returns the previous screen. It also reports episodes that the time limit
+    cut as truncated only, not as terminated.
     """
     import gymnasium
 
     class Ends(gymnasium.Wrapper):  # type: ignore[misc, type-arg, unused-ignore]
+        _seen: Any = None
+
         def reset(self, **arguments: Any) -> Any:
             self._seen, info = self.env.reset(**arguments)
             return self._seen, info
@@ -341,7 +343,7 @@ def _make(name: str, **options: Any) -> Any:
 
 
 def _doom() -> None:
-    """Registers ViZDoom's ids."""
+    """Register ViZDoom's ids."""
     try:
         import vizdoom.gymnasium_wrapper  # noqa: F401
     except ImportError as error:

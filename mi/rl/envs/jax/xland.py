@@ -1,8 +1,8 @@
-"""XLand-MiniGrid with many goals in one world: only the task says which of them is wanted.
+"""XLand-MiniGrid with many goals in one world, of which the task selects one.
 
 Source: Nikulin et al., XLand-MiniGrid (NeurIPS 2024), package `xminigrid`: tiles, actions, field of
 view, goals and reward are its own, and tests/rl/envs/test_xland.py runs both side by side. What is
-written anew is the step, for speed: tiles are one number each, all actions are one expression, only
+rewritten is the step, for speed: tiles are one number each, all actions are one expression, only
 the goals in use are checked, and an episode's layout is drawn without a sort. There are no rules.
 The tasks are ours; it is none of the package's benchmarks, which would be downloads.
 
@@ -16,7 +16,7 @@ and the agent, at places drawn at random for every episode. The tasks, kind × c
 
 Every object is in every episode, whatever the task. 54 tasks; 24 of them are held out ('test'), so
 that each kind, colour and shape is in both parts, and the other 30 are the default. 'kinds' is a
-small suite that is learnt in minutes: the six kinds, all with the red ball.
+small suite that is learned in minutes: the six kinds, all with the red ball.
 """
 
 import itertools
@@ -69,7 +69,7 @@ _FIELDS = _fields_of_view()
 
 
 class Goal(NamedTuple):
-    """A task: what has to be done with which object."""
+    """A task: a kind of goal and its object."""
 
     kind: str
     paint: str
@@ -118,7 +118,7 @@ class State(NamedTuple):
 
 
 class XLand:
-    """A `JaxEnvironment`: a layout drawn anew for every episode, and one of the tasks.
+    """A `JaxEnvironment`: a new random layout for every episode, and one of the tasks.
 
     Observation: 'grid' [5, 5, 2] the tiles and colours in the field of view, nothing hidden by
     walls; 'features' [5] the direction, one-hot, and whether something is carried; 'task';
@@ -160,7 +160,7 @@ class XLand:
         )
 
     def reset(self, key: Array, task: Array) -> tuple[State, Observation]:
-        """Nine objects and the agent in ten different places, one draw for all."""
+        """Place nine objects and the agent in ten different places, with one draw."""
         draws = jax.random.bits(key, (len(OBJECTS) + 2,))
         places = jnp.asarray(_INSIDE)[distinct(draws[:-1], len(_INSIDE))]
         y, x = jnp.divmod(places[-1], SIZE)
@@ -203,7 +203,7 @@ class XLand:
 
 
 def act(state: State, action: Array) -> State:
-    """What an action does: the package's `take_action`, for a room without doors."""
+    """Return the state after an action: the package's `take_action`, without doors."""
     ahead = jnp.asarray(_AROUND)[state.direction]
     y, x = state.y + ahead[0], state.x + ahead[1]
     front = y * SIZE + x
@@ -225,7 +225,7 @@ def act(state: State, action: Array) -> State:
 
 
 def reaches(state: State, action: Array, kind: Array, tile: Array) -> Array:
-    """Whether the action that led to `state` reached the goal: kind of `KINDS`, tile of `OBJECTS`.
+    """Return whether the action that led to `state` reached the goal (kind in `KINDS`, a tile).
 
     As in the package, a move that a wall stopped counts as a move.
     """
@@ -239,7 +239,7 @@ def reaches(state: State, action: Array, kind: Array, tile: Array) -> Array:
 
 
 def field_of_view(state: State) -> Array:
-    """uint8 [view, view], the agent in the middle of the last row; 0 beyond the walls."""
+    """Return uint8 [view, view], the agent in the middle of the last row; 0 beyond the walls."""
     offsets = jnp.asarray(_FIELDS)[state.direction]
     y, x = state.y + offsets[:, 0], state.x + offsets[:, 1]
     inside = (y >= 0) & (y < SIZE) & (x >= 0) & (x < SIZE)
@@ -248,7 +248,7 @@ def field_of_view(state: State) -> Array:
 
 
 def distinct(draws: Array, n: int) -> Array:
-    """k random words uint32 [k] → k different numbers below n, every sequence equally likely.
+    """Return k different numbers below n from k random uint32, every sequence equally likely.
 
     The i-th is a number below n − i, which is the rank among those that are left.
     """
@@ -266,11 +266,12 @@ def distinct(draws: Array, n: int) -> Array:
 
 
 def make(suite: str) -> XLand:
-    """'train' (the 30 tasks, also for no suite), 'test', 'all', 'kinds' (six, with one object), or
-    one task as 'hold red ball'.
+    """Make an environment: 'train' (the 30 tasks, also ''), 'test', 'all', 'kinds', or one task.
+
+    'kinds' has the six kinds with one object; a single task is named as 'hold red ball'.
 
     Raises:
-      UserError: on an unknown suite or task.
+      UserError: if the suite or task is unknown.
     """
     if suite in SUITES or not suite:
         return XLand(SUITES[suite or 'train'])
