@@ -79,7 +79,7 @@ def test_arms_of_one_side_are_lost_or_new(sweeps, tmp_path):
     verdicts = {pair.label: pair.verdict for pair in pairs}
     assert verdicts == {'concat': 'equal', 'mi': 'worse', 'film': 'lost', 'gate': None}
     text = (tmp_path / 'out' / 'compare.md').read_text()
-    assert 'lost missing in the candidate' in text and '— not in the baseline' in text
+    assert 'lost waiting in the candidate' in text and '— not in the baseline' in text
 
 
 def test_an_arm_that_diverges_is_lost(sweeps, tmp_path):

@@ -82,7 +82,7 @@ def test_names_are_words_and_never_markup(page):
     assert page("document.querySelectorAll('img').length") == 0
     assert EVIL in names(page) and EVIL in drawn(page, 'curves')
     legend = page("[...document.querySelectorAll('#legend button')].map(b => b.textContent)")
-    assert legend == [*GAINS, 'later (missing)', 'all', 'none']
+    assert legend == [*GAINS, 'later (waiting)', 'all', 'none']
 
 
 def test_every_figure_is_drawn(page):
