@@ -168,7 +168,7 @@ def test_logits_and_embedding_start_with_unit_variance():
     for part in (slice(0, 500), slice(500, 1_500), slice(1_500, 4_000)):
         assert 0.7 < x[part].var() < 1.4
     bound = words.bind(params)
-    for logits in (bound._head(y), bound._tail(1, y), bound._tail(2, y)):
+    for logits in (bound._head_logits(y), bound._tail_logits(1, y), bound._tail_logits(2, y)):
         assert 0.7 < logits.var() < 1.4
 
 
