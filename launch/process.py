@@ -111,7 +111,7 @@ class AdoptedProcess:
         return code
 
 
-def start(
+def start(  # noqa: PLR0913
     run_dir: pathlib.Path,
     command: Sequence[str],
     *,

@@ -4,6 +4,7 @@ Shapes: x [..., rows, columns, n] the image, y [..., k] the output.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import ml_collections
@@ -109,30 +110,33 @@ def make(model: ml_collections.ConfigDict, outputs: int) -> ImageNetwork:
             lambda name: EdgeConvolution(model.kernel, model.width, name=name),
             model.depth,
         )
-    centres = DRAWN
+    centers = DRAWN
     if model.centres == 'grid':
-        centres = initializers.constant(grid(model.heads))
-    return attention(outputs, model.heads, model.width, model.depth, centres, model.alpha)
+        centers = initializers.constant(grid(model.heads))
+    heads = Heads(model.heads, centers, model.alpha)
+    return attention(outputs, heads, model.width, model.depth)
+
+
+class Heads(NamedTuple):
+    """The heads of a layer: how many, and their initial centers and α."""
+
+    number: int
+    center_init: Initializer = DRAWN
+    alpha: float = 1.0
 
 
 def attention(
-    outputs: int,
-    heads: int,
-    width: int,
-    depth: int,
-    centres: Initializer = DRAWN,
-    alpha: float = 1.0,
-    dtype: DTypeLike | None = None,
+    outputs: int, heads: Heads, width: int, depth: int, dtype: DTypeLike | None = None
 ) -> ImageNetwork:
-    """Build a network of self-attention whose heads start at the given centers."""
+    """Build a network of self-attention."""
 
     def layer(name: str | None) -> nn.Module:
         return ConvolutionalSelfAttention(
-            heads,
+            heads.number,
             width,
             dtype,
-            Delta_init=centres,
-            alpha_init=initializers.constant(alpha),
+            Delta_init=heads.center_init,
+            alpha_init=initializers.constant(heads.alpha),
             name=name,
         )
 

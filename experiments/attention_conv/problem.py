@@ -168,7 +168,7 @@ def compare_construction(
     f32.
     """
     # The inputs and outputs of every convolution.
-    depth, heads = model.depth, model.kernel**2
+    depth, heads = model.depth, vision.Heads(model.kernel**2)
     convolutions = vision.make(model, CLASSES)
     logits, variables = convolutions.apply(
         params, images, capture_intermediates=True, mutable='intermediates'
@@ -178,7 +178,7 @@ def compare_construction(
     inputs = [images, *map(jax.nn.relu, outputs[:-1])]
 
     def compare(alpha: Array, dtype: DTypeLike) -> Metrics:
-        attention = vision.attention(CLASSES, heads, model.width, depth, dtype=dtype)
+        attention = vision.attention(CLASSES, heads, model.width, depth, dtype)
         converted = {
             name: layer if name == 'out' else convert_convolution(layer['V'], layer['b'], alpha)
             for name, layer in params['params'].items()

@@ -18,7 +18,7 @@ AXES = ('NHWC', 'HWIO', 'NHWC')
 MIN_PRODUCT_CHANNELS = 32  # from here on, products are faster in the forward pass too
 
 
-def convolve(
+def convolve(  # noqa: PLR0913 - the signature of jax.lax.conv_general_dilated
     lhs: Array,
     rhs: Array,
     window_strides: tuple[int, int],

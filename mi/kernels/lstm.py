@@ -15,7 +15,7 @@ Impl = Literal['xla', 'cudnn']
 Carry = tuple[Array, Array]  # (c, h), each [B, H], at least f32
 
 
-def lstm_reference(  # the arguments of `lstm`
+def lstm_reference(  # noqa: PLR0913 - the arguments of `lstm`
     carry: Carry,
     x: Array,
     W: Array,
@@ -104,7 +104,7 @@ def widen(tree: Any, dtype: DTypeLike) -> Any:
 
 
 @jax.custom_vjp
-def lstm(  # arrays are separate arguments, so that each has its cotangent
+def lstm(  # noqa: PLR0913 - separate arrays, so that each has its cotangent
     carry: Carry,
     x: Array,
     W: Array,
@@ -142,7 +142,7 @@ def lstm(  # arrays are separate arguments, so that each has its cotangent
     return _lstm_forward(carry, x, W, U, b, reset, keep)[0]
 
 
-def _lstm_forward(
+def _lstm_forward(  # noqa: PLR0913 - the arguments of `lstm`
     carry: Carry,
     x: Array,
     W: Array,

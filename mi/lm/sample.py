@@ -74,7 +74,7 @@ def sample(config: ml_collections.ConfigDict, workdir: str) -> None:
     )
 
 
-def generate_all(
+def generate_all(  # noqa: PLR0913 - what a program needs, and what is drawn
     model: LanguageModel,
     params: Params,
     prompt: np.ndarray,

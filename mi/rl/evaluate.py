@@ -41,7 +41,7 @@ def make_evaluation_keys(seeds: Sequence[int], step: int) -> np.ndarray:
 
 # Seven parameters: the five static ones key the cache of `make_program`, and the caller varies
 # `params` and `keys` alone.
-def play_episodes(
+def play_episodes(  # noqa: PLR0913
     environment: JaxEnvironment,
     agent: Agent,
     params: Params,
@@ -211,7 +211,7 @@ def summarize(
     return record
 
 
-def evaluate_seeds(
+def evaluate_seeds(  # noqa: PLR0913 - as `play_episodes`
     environment: JaxEnvironment,
     agent: Agent,
     params: Params,

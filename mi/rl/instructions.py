@@ -72,7 +72,7 @@ def _halves_flops(fusion: nn.Module, x: Array, z: Array) -> bool:
 
 
 def index_instructions(is_new: Array) -> tuple[Array, Array, Array]:
-    """Number the instructions of each environment.
+    """Assign numbers to the instructions of each environment.
 
     Args:
       is_new: bool [T, B], whether a step has another instruction than the previous one.

@@ -80,7 +80,7 @@ def divide_episodes(task: np.ndarray, num_tasks: int, episodes: int) -> np.ndarr
 
 
 # Seven parameters: `stops` belongs to the run, the others to the evaluation.
-def play(
+def play(  # noqa: PLR0913
     pool: HostEnvironment,
     policy: Policy,
     params: Params,

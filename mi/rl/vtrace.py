@@ -27,7 +27,7 @@ class VTrace(NamedTuple):
     is_clipped: Array
 
 
-def vtrace(
+def vtrace(  # noqa: PLR0913 - the arguments of rlax's
     values: Array,
     reward_t: Array,
     discount_t: Array,

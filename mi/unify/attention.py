@@ -21,7 +21,7 @@ QUERY_IS = 'the query token'
 SOFTMAX = 'the softmax of the scores, and the affine maps of values and output'
 
 
-def convert_attention(
+def convert_attention(  # noqa: PLR0913 - those of the module's call
     module: Attention,
     variables: Variables,
     x: Array,
@@ -209,7 +209,7 @@ def _convert_inner(
     return convert_attention(fields, variables, x, z, mask, deterministic=deterministic)
 
 
-def _make_score_product(
+def _make_score_product(  # noqa: PLR0913 - the parts of a Product
     name: str,
     x_is: str,
     z_is: str,

@@ -56,7 +56,7 @@ class Recipe(NamedTuple):
         return pathlib.Path(self.source).name
 
 
-def load(  # the keys of `config.data`, and options of tests and scripts
+def load(  # noqa: PLR0913 - the keys of `config.data`, and options of scripts
     source: str,
     level: Level,
     vocabulary: int,

@@ -84,7 +84,7 @@ def update(
 
 
 # Seven parameters: training and `mi.estimate` make the parts of a run in different ways.
-def compile_updates(
+def compile_updates(  # noqa: PLR0913
     environment: JaxEnvironment,
     agent: Agent,
     optimizer: optax.GradientTransformation,

@@ -311,7 +311,7 @@ def suite_spec(suite: str, *, actions: str = 'impala', length: int = 16) -> Spec
     return spec_of(tasks, actions, length)
 
 
-def make(
+def make(  # noqa: PLR0913 - the options of the environment
     suite: str,
     *,
     batch: int,
