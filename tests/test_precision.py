@@ -92,9 +92,11 @@ def test_the_config_sets_the_precision_of_a_training_step(word, setting):
 def test_fit_problems_ask_for_f32(config):
     problem = fit_setup.make_problem(config)
     optimizer = optim.make_optimizer(config.optim, config.train.steps)
-    state = jax.eval_shape(functools.partial(fit.start, problem, optimizer), jnp.int32(0))
+    state = jax.eval_shape(
+        functools.partial(fit.init_train_state, problem, optimizer), jnp.int32(0)
+    )
     with precision.use_config(config):
-        step = functools.partial(fit.steps, problem, optimizer, 1)
+        step = functools.partial(fit.train_steps, problem, optimizer, 1)
         assert products(step, state, 0) == {(F32, 'HIGHEST')}
         errors = functools.partial(fit.evaluate, problem)
         assert products(errors, state.params, 0) == {(F32, 'HIGHEST')}
