@@ -1,7 +1,13 @@
 """Registries of environments, JAX and HOST, and functions that make one by name.
 
 A name may have a suite behind a slash, as in 'babyai/goto', which the environment's maker parses.
-Add an environment with `JAX[name] = maker` or `HOST[name] = maker`.
+Add an environment in a config file with `JAX[name] = maker` or `HOST[name] = maker`:
+
+    JAX    maker(suite, **options) → JaxEnvironment
+    HOST   maker(suite, *, batch, seed, **options) → HostEnvironment
+
+Options are keyword-only arguments with defaults. Actors of the topology 'ray' do not read the
+config file, so they need the entry in this module.
 """
 
 import contextlib
@@ -76,7 +82,7 @@ def pool(
     Args:
       name: a name in JAX or HOST, with its suite behind a slash.
       batch: number of rows.
-      seed: of everything random in them.
+      seed: seed of everything random in them.
       options, key: as in `make`.
 
     Raises:
@@ -119,8 +125,9 @@ def host_spec(
         check_spec(spec)
         if batch < len(spec.tasks):
             raise UserError(
-                f'{batch} rows for {len(spec.tasks)} tasks: expected a row for each. Raise '
-                f'config.actors.batch or name fewer tasks'
+                f'{spec.name} has {len(spec.tasks)} tasks but the batch has only {batch} '
+                f'environments: expected at least one per task. Raise config.actors.batch '
+                f'or name fewer tasks'
             )
     return spec
 
@@ -134,7 +141,7 @@ def count_evaluation_rows(name: str, batch: int, episodes: int, key: str = 'env.
     """Return the number of rows for evaluation on the host: one per episode if rows are cheap.
 
     Args:
-      name: of the environment.
+      name: name of the environment.
       batch: number of rows if they are not cheap.
       episodes: number for each task.
       key: as in `make`.
