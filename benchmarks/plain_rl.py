@@ -64,7 +64,7 @@ class Net(nn.Module):
     features: int
     hidden: int
     fusion: Literal['concat', 'mi', 'none']
-    categories: tuple[int, ...] = (xland.TILES, xland.COLOURS)
+    categories: tuple[int, ...] = (xland.TILES, xland.COLORS)
     vocabulary: int = 0
 
     @nn.compact
@@ -125,7 +125,7 @@ class PlainXLand:
             view_size=xland.VIEW,
             max_steps=xland.STEPS,
         )
-        tiles = [jnp.array(divmod(t, xland.COLOURS), jnp.uint8) for t in xland.OBJECTS.values()]
+        tiles = [jnp.array(divmod(t, xland.COLORS), jnp.uint8) for t in xland.OBJECTS.values()]
         names = list(xland.OBJECTS)
         self._goals = jnp.stack(
             [

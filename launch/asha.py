@@ -30,7 +30,7 @@ class Arrival:
     Attributes:
       rung: step of the rung.
       name: name of the member.
-      value: its metric there, averaged over seeds.
+      value: metric of the member at the rung, averaged over seeds.
     """
 
     rung: int

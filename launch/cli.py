@@ -170,7 +170,7 @@ def get_paths() -> tuple[str, pathlib.Path]:
       UserError: if one of them is missing.
     """
     if not SWEEP.value or not WORKDIR.value:
-        raise UserError('--sweep=FILE and --workdir=DIRECTORY are both needed')
+        raise UserError('--sweep=FILE and --workdir=DIRECTORY are both required')
     return SWEEP.value, pathlib.Path(WORKDIR.value)
 
 
@@ -185,7 +185,7 @@ def main(
 
     Args:
       name: name of its module.
-      submit: its submit function; an engine that watches its members also takes a `Rule`.
+      submit: submit function of the engine; an engine that watches its members also takes a `Rule`.
       find_devices: returns the devices of a member.
       watches: whether the engine watches its members.
     """

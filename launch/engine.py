@@ -46,7 +46,7 @@ class Exit(NamedTuple):
     Attributes:
       phase: phase of the member.
       is_restarted: whether the member runs again.
-      message: what to tell the user; '' for nothing.
+      message: text for the user; '' for nothing.
     """
 
     phase: str

@@ -125,7 +125,7 @@ def _make_pod(
       path: the run directory.
       command: the command of the member.
       name: name of its JobSet.
-      resources: what the member gets.
+      resources: resources of each member.
       options: options of the pods.
     """
     # Run the command under the rules for restarts.
@@ -197,7 +197,9 @@ def make_manifests(
       UserError: if an option is missing, or the sweep directory is not on the volume.
     """
     if not options.image or not options.claim:
-        raise UserError('--image=IMAGE and --claim=NAME of a PersistentVolumeClaim are both needed')
+        raise UserError(
+            '--image=IMAGE and --claim=NAME of a PersistentVolumeClaim are both required'
+        )
     if tpu_slice := find_slice(resources, options):
         resources = dataclasses.replace(
             resources, processes=tpu_slice.hosts, gpus=tpu_slice.chips_per_host

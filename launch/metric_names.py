@@ -29,7 +29,7 @@ UPDATE_NAMES = {
 QUEUE_NAMES = {'lag', 'lag_max', 'dropped'}  # in topologies with actors
 EVALUATION_NAMES = {'episodes_per_task'}
 HOST_EVALUATION_NAMES = {'cut', 'steps_needed', 'steps_taken'}
-CAPPED_NAMES = {'capped_mean', 'capped_median'}  # of tasks with scores
+CAPPED_NAMES = {'capped_mean', 'capped_median'}  # in evaluations of tasks with scores
 TASK_PREFIXES = ('return/', 'success/')
 UPDATE_PREFIXES = ('popart_mu/', 'popart_sigma/')
 # Suites on the host whose episodes have no goal, and suites whose best scores are unknown.
@@ -219,7 +219,7 @@ def find_error(metric: str, key: str, split: str, splits: Splits) -> str:
       metric: METRIC.
       key: 'SPLIT' or 'CURVES'.
       split: the value of that key.
-      splits: what a member records.
+      splits: split → numbers that a member records.
     """
     if split not in splits:
         return f'{key} = {split!r}: expected a split of its records; {suggest(split, splits)}'

@@ -34,7 +34,7 @@ def exploit(
     Args:
       fitness: member → fitness, where larger is better. Members without records are absent.
       member: the member that compares itself.
-      margin: by how much the drawn member must be better.
+      margin: minimum lead of the drawn member in fitness.
       rng: draws the member to compare with.
     """
     candidates = sorted(fitness.keys() - {member})
@@ -66,7 +66,7 @@ class Population:
     Args:
       workdir: directory of the sweep.
       members: the members of the sweep; they are the first generation.
-      margin, perturb, seed: as the flags of `launch.pbt`.
+      margin, perturb, seed: values of these flags of `launch.pbt`.
       split: split of the fitness; '' for SPLIT.
     """
 
@@ -237,8 +237,8 @@ class Population:
                 if not checkpoint.find_damage(copy):
                     return copy
         raise UserError(
-            f'{parent}: expected a complete checkpoint. Remove the last line of {self._file} to '
-            f'decide again'
+            f'{parent}: found no intact checkpoint to copy. Remove the last line of {self._file} '
+            f'to redo this decision'
         )
 
 

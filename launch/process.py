@@ -206,7 +206,7 @@ def run(
     Args:
       path: the run directory.
       command: the command.
-      cwd: its working directory.
+      cwd: working directory of the command.
       address: 'HOST:PORT' at which the first of several processes listens.
       processes: number of processes.
       index: index of this process.

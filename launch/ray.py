@@ -86,7 +86,7 @@ class ClusterPlaces:
     """The nodes of a Ray cluster, which places the members itself.
 
     Args:
-      resources: what each member gets.
+      resources: resources of each member.
       max_members: members that run simultaneously.
     """
 

@@ -23,7 +23,7 @@ class RecordReader:
 
     Args:
       file: the file; it need not exist.
-      fields: what each record must have. Other records, damaged lines and an unfinished last line
+      fields: required fields of a record. Other records, damaged lines and an unfinished last line
         are skipped.
       tail: bytes at the end of the file that the first call reads.
     """

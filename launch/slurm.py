@@ -44,7 +44,7 @@ WARNING = flags.DEFINE_integer(
     120,
     'Seconds before the limit at which a job saves and goes back to the queue.',
     lower_bound=1,
-    upper_bound=65535,  # of sbatch --signal
+    upper_bound=65535,  # the limit of sbatch --signal
 )
 SBATCH = flags.DEFINE_multi_string(
     'sbatch', [], 'Another option of sbatch, such as --sbatch=--account=me; may be repeated.'
@@ -144,9 +144,9 @@ def write_script(
 
     Args:
       commands: run directory → command.
-      resources: what each member gets.
+      resources: resources of each member.
       options: other options of sbatch.
-      folder: where the output of the jobs themselves goes.
+      folder: directory for the output of the jobs themselves.
     """
     # List the options of sbatch and of srun.
     limit = f'%{resources.parallel}' if resources.parallel else ''

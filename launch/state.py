@@ -20,7 +20,7 @@ from mi.config import UserError
 from mi.training.io import read_json
 from mi.training.run_state import STOP_MARK, read_object, read_run_state
 
-RATE_SUFFIX = '_per_second'  # of the keys in timing.jsonl that are rates
+RATE_SUFFIX = '_per_second'  # suffix of the rates in timing.jsonl
 
 
 class MemberState(NamedTuple):
@@ -232,7 +232,7 @@ def read_sweep_file(workdir: pathlib.Path, fields: Fields) -> dict[str, Any]:
 
     Args:
       workdir: directory of the sweep.
-      fields: what it must have.
+      fields: required fields.
 
     Raises:
       UserError: if the file is damaged.

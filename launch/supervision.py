@@ -51,7 +51,7 @@ class Members(Protocol):
 
         Args:
           name: the member.
-          phase: how it ended.
+          phase: phase in which the member ended.
           had_to_stop: the last value of `should_stop`.
         """
 
@@ -112,7 +112,7 @@ def supervise(
 
     Args:
       members: the members.
-      places: where they run.
+      places: places for the members to run.
       retries: restarts of a member that fails.
       rule: marks members that are to be stopped for good.
     """

@@ -153,8 +153,8 @@ class MultiplicativeInteraction(nn.Module):
       context: 'dense' or 'one_hot'; determines the initial scale of W and U.
       contexts: m; required if contexts are integers.
       use_W, use_U, use_V, use_b: whether to include each term.
-      dtype: of the computation; None for the promoted dtype of inputs and parameters.
-      param_dtype: of the parameters.
+      dtype: dtype of the computation; None for the promoted dtype of inputs and parameters.
+      param_dtype: dtype of the parameters.
       precision: as in `jax.lax.dot_general`.
       W_init, U_init, V_init: None for equal shares of a unit variance.
       b_init: zeros.

@@ -201,12 +201,12 @@ def _describe_unknown_key(config: ml_collections.ConfigDict, key: str) -> str:
 
 
 def find_file(path: str, folders: Collection[str]) -> str:
-    """Return the path of a file that comes with the project, such as configs/lm.py.
+    """Resolve a path such as configs/lm.py, falling back to the copy in the project.
 
     Args:
       path: a path, returned unchanged if it exists.
-      folders: folders of the project. A path in one of them that does not exist in the current
-        directory refers to the project.
+      folders: folders of the project. If `path` begins with one of these and is not a file
+        relative to the current directory, the project's copy is returned, if there is one.
     """
     project_path = pathlib.Path(__file__).parents[1] / path
     is_in_project = pathlib.Path(path).parts[0] in folders and project_path.is_file()

@@ -108,7 +108,7 @@ def test_a_simulator_that_is_not_installed_is_not_needed(monkeypatch, name, tors
 def test_rows_that_are_fewer_than_tasks_are_refused_without_a_simulator():
     config = rl_dmlab30.get_config().unlock()
     config.actors.batch, config.train.batch = 15, 60
-    with pytest.raises(UserError, match='15 rows for 30 tasks'):
+    with pytest.raises(UserError, match='30 tasks but the batch has only 15'):
         costs.estimate_costs(config)
 
 

@@ -118,7 +118,7 @@ def program_rows(program: dict[str, Any], limit: int | None) -> list[Row]:
 
 
 def scaled_seconds(value: float) -> str:
-    """Return three digits and a unit: 0.0123 → '12.3 ms'."""
+    """Format with three significant digits and a unit: 0.0123 → '12.3 ms'."""
     for unit, size in (('s', 1), ('ms', 1e-3)):
         if value >= size:
             return f'{value / size:.3g} {unit}'
@@ -126,7 +126,7 @@ def scaled_seconds(value: float) -> str:
 
 
 def scaled(value: float) -> str:
-    """Return three digits and a prefix of powers of ten: 2400000 → '2.4 M'."""
+    """Format with three significant digits and an SI prefix: 2400000 → '2.4 M'."""
     power = next((p for p in PREFIXES if abs(value) >= 10**p), 0)
     return f'{value / 10**power:.3g} {PREFIXES.get(power, "")}'
 

@@ -42,12 +42,12 @@ class Instruction(NamedTuple):
     """One line of a computation.
 
     Attributes:
-      name: unique in its computation.
-      result: text of the type of the result, a tuple in parentheses.
+      name: name of the instruction, unique in its computation.
+      result: the result type as HLO text; parenthesized if it is a tuple.
       opcode: 'dot', 'fusion', 'all-gather-start', …
       operands: names of the operands.
       arguments: the text between the parentheses, for constants and parameters.
-      attributes: the text behind them.
+      attributes: the text after the closing parenthesis.
     """
 
     name: str
@@ -115,12 +115,12 @@ class Computation(NamedTuple):
 
 
 class Module(NamedTuple):
-    """A program of one device.
+    """An HLO module: the program that each device runs.
 
     Attributes:
       computations: name → computation.
-      entry: the name of the one that runs.
-      num_devices: that run it together.
+      entry: name of the entry computation.
+      num_devices: number of devices that run the program (partitions × replicas).
     """
 
     computations: dict[str, Computation]

@@ -18,7 +18,7 @@ def estimated_cycles(instruction: hlo.Instruction) -> int:
 
 
 class Memory:
-    """The bytes of main memory that the kernels of a module read and write."""
+    """Counter of the main-memory bytes that a module's kernels read and write."""
 
     def __init__(self, module: hlo.Module) -> None:
         self.computations = module.computations

@@ -43,7 +43,7 @@ class Collective:
     """Equal collectives of a program.
 
     Attributes:
-      kind: one of `KINDS`.
+      kind: kind of the collective, one of `KINDS`.
       count: executions in one run of the program.
       bytes: size of the output on each device in one execution.
       group: devices that communicate with each other.
@@ -186,8 +186,8 @@ class _Reader:
         """Sum over a computation that is called with these arguments.
 
         Args:
-          name: of the computation.
-          arguments: what is known of them.
+          name: name of the computation.
+          arguments: known values of its arguments.
           is_fused: part of one kernel, so that its instructions launch none.
         """
         key = name, arguments, is_fused
@@ -207,7 +207,7 @@ class _Reader:
         is_fused: bool,
     ) -> None:
         if instruction.opcode.endswith(('-done', '-update')):
-            return  # of what its start has counted
+            return  # its start has counted it
         opcode = instruction.opcode.removesuffix('-start')
         if not is_fused and opcode not in NO_KERNEL:
             tally.kernels[opcode] += 1

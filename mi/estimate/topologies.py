@@ -36,7 +36,7 @@ class Tpu(NamedTuple):
       memory: bytes of a device that a program can have.
       clock: cycles a second, of those that the compiler estimates for a kernel.
       largest: chips of the largest slice.
-      options: of the description of a slice.
+      options: options of the description of a slice.
     """
 
     kind: str
@@ -52,7 +52,7 @@ class Gpu(NamedTuple):
     Attributes:
       kind: name of its devices in jax.
       memory: bytes of a device.
-      bandwidth: of that memory, bytes a second.
+      bandwidth: memory bandwidth, bytes a second.
       cores: streaming multiprocessors.
       fpus: units for f32 of a core.
       clock: GHz.
@@ -108,10 +108,13 @@ def prepare_process() -> None:
 
 
 def describe(name: str) -> list[jax.Device]:
-    """Return the devices that a name describes; programs can be compiled for them, but not run.
+    """Return the devices of a named topology.
+
+    They need not be present: programs can be compiled for them but not run.
 
     Args:
-      name: 'v5e:4x4', 'v5p:2x2x2', … for a slice of TPUs, 'h100:8' for GPUs, hosts of 8 if more.
+      name: 'v5e:4x4', 'v5p:2x2x2', … for a slice of TPUs, 'h100:8' for GPUs; more than 8 are
+        divided into hosts of 8.
 
     Raises:
       UserError: if there is no such topology, or if its compiler is not installed.
@@ -174,7 +177,7 @@ def _parse(name: str) -> tuple[str, str]:
         )
         example = f'{family}:2x2x2'
     if not exists:
-        raise UserError(f'--topology={name}: expected {sizes}. Try {example}.')
+        raise UserError(f'--topology={name}: expected {sizes}. Try {example}')
     return family, size
 
 
@@ -226,7 +229,7 @@ def _describe_gpus(family: str, count: int) -> list[jax.Device]:
 def _has_module(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # of its package
+    except ModuleNotFoundError:  # its package is missing
         return False
 
 

@@ -84,7 +84,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
         if config.train[key] % config.train.log_every:
             raise UserError(
                 f'config.train.{key} = {config.train[key]}: expected a multiple of '
-                f'config.train.log_every = {config.train.log_every}, the steps of one record'
+                f'config.train.log_every = {config.train.log_every}, the number of steps between '
+                f'records'
             )
     if config.task == 'search' and config.model.parameters:
         raise UserError(
@@ -94,7 +95,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if config.task == 'search' and config.train.steps % config.train.eval_every:
         raise UserError(
             f'config.train.steps = {config.train.steps}: expected a multiple of '
-            f'config.train.eval_every = {config.train.eval_every}, the steps of an evaluation'
+            f'config.train.eval_every = {config.train.eval_every}, the number of steps between '
+            f'evaluations'
         )
 
 

@@ -39,7 +39,7 @@ class FusedMLP(nn.Module):
 
     Attributes:
       features: k.
-      width: of the hidden layers.
+      width: width of the hidden layers.
       depth: d, the number of hidden layers.
       fusion: features → module (x, z) → y.
       site: 'first', 'last' or 'all': which of the d + 1 maps meet z.

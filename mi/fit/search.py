@@ -154,7 +154,7 @@ class _Search:
         """Train at one width after the other until the bracket of every seed is closed."""
         config, run, sizes = self._config, self._run, self._grids[value]
         probes = self._probes.setdefault(value, {})
-        seconds = 0.0  # of all probes of the value; the last record of a step is what counts
+        seconds = 0.0  # sum over all probes of the value; the last record of a step is what counts
         for records in probes.values():
             _write_probe(log, step, config.seeds, value, records)
         while True:

@@ -94,9 +94,9 @@ def shapes(
     """Return the shapes of the state and the numbers of `count` seeds, placed on a mesh.
 
     Args:
-      problem, optimizer: what is trained, and how.
+      problem, optimizer: the problem to train on, and its optimizer.
       count: S.
-      mesh: from `placement.seed_mesh`.
+      mesh: mesh from `placement.seed_mesh`.
     """
     seeds = jax.ShapeDtypeStruct(placement.padded_indices(count, mesh).shape, jnp.int32)
     init = functools.partial(init_train_state, problem, optimizer)
@@ -117,10 +117,10 @@ def compile_steps(
     """Compile `count` steps of all seeds: (state, seeds) → (state, metrics), [S, …] each.
 
     Args:
-      problem, optimizer: what is trained, and how.
+      problem, optimizer: the problem to train on, and its optimizer.
       count: steps.
       state, seeds: placed on the mesh, or their `shapes`.
-      mesh: from `placement.seed_mesh`.
+      mesh: mesh from `placement.seed_mesh`.
     """
     program = placement.shard_map_seeds(
         functools.partial(train_steps, problem, optimizer, count), mesh

@@ -23,9 +23,9 @@ def fit(
 
     Args:
       loss: params → scalar.
-      params: where to start.
-      steps: of Adam.
-      learning_rate: of the first step.
+      params: initial parameters.
+      steps: number of steps of Adam.
+      learning_rate: learning rate of the first step.
     """
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
 

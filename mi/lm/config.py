@@ -163,8 +163,8 @@ def _check_model(config: ml_collections.ConfigDict) -> None:
     is_transformer = model.core == 'transformer'
     if model.core in CORES and model.source == 'state':
         raise UserError(
-            f"config.model.source = 'state': config.model.core = {model.core!r} has no state of "
-            f"one step. Try 'recurrent' or 'summary'"
+            f"config.model.source = 'state': config.model.core = {model.core!r} has no "
+            f"per-step recurrent state. Try 'recurrent' or 'summary'"
         )
     if model.site == 'attention' and not is_transformer:
         raise UserError(

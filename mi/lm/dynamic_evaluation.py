@@ -92,7 +92,7 @@ def evaluate(
       params: its parameters, [S, …].
       corpus: the corpus.
       split: 'valid' or 'test'.
-      adaptation: how the parameters learn.
+      adaptation: rule by which the parameters learn.
 
     Raises:
       UserError: if the loss becomes non-finite.

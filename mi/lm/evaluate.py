@@ -116,7 +116,7 @@ def evaluate(
       model: the model.
       params: its parameters, [S, …].
       excerpt: the text.
-      reading: how the text is read.
+      reading: protocol by which the text is read.
       mesh: the devices, which share the seeds and the batch.
       check: called before each segment; an exception that it raises ends the evaluation.
 
@@ -173,7 +173,7 @@ def compile_segment(
     Args:
       model: the model.
       params: shapes of the parameters of all seeds, placed on the mesh.
-      reading: how the text is read.
+      reading: protocol by which the text is read.
       has_domains: whether the model uses the domain of each token.
       mesh: the devices.
     """
@@ -228,7 +228,7 @@ def compute_metrics(
       nats_per_token: mean loss.
       corpus: the corpus.
       split: 'valid' or 'test'.
-      protocol: how the loss was measured; 'predictions' is the number of predicted tokens.
+      protocol: protocol of the measurement; 'predictions' is the number of predicted tokens.
     """
     predictions = protocol['predictions']
     predicted_bytes = corpus.count_predicted_bytes(split, predictions) if corpus.lossless else 0

@@ -20,7 +20,7 @@ class FeedForward(nn.Module):
 
     Attributes:
       hidden: F.
-      activation: one of ACTIVATIONS.
+      activation: name of an activation in ACTIVATIONS.
       fusion: constructor of f; None for an affine map of x.
       dtype: dtype of the products.
     """

@@ -52,8 +52,8 @@ class LanguageModel(nn.Module):
       words: constructor of the embedding of E features and the softmax, `Words` or
         `AdaptiveWords`.
       core: constructor of `Recurrent` or `Transformer`.
-      site: where the fusion is; 'none' for a plain model.
-      source: where the context comes from.
+      site: position of the fusion; 'none' for a plain model.
+      source: origin of the context.
       context: m; 0 for no context, which the fusion 'none' needs.
       fusion: constructor of the module (x, z) → y, one of `mi.fusion.FUSIONS`.
       rates: dropout rates.
@@ -81,7 +81,7 @@ class LanguageModel(nn.Module):
         """Return the carry after the last token, and the prediction of the tokens that follow.
 
         Args:
-          carry: from `initial_carry`, or from the call on the tokens before these.
+          carry: carry from `initial_carry`, or from the call on the tokens before these.
           tokens: ids [T, B]; the prediction at t is of the token after tokens[t].
           targets: ids of those tokens, [T, B]; None for logits in place of losses.
           domains: domain of each token, [T, B], for the source 'domain'.

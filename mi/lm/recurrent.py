@@ -33,7 +33,7 @@ class Recurrent(nn.Module):
       layers: L.
       cell: constructor of a cell, one of `mi.cells.CELLS`.
       hidden: hidden features of the feed-forward layers.
-      site: one of the above; any other value for no fusion.
+      site: position of the fusion, from the list above; any other value for no fusion.
       fusion: constructor of (x, z) → y.
       context: m, if the context is made here; 0 otherwise.
       rates: dropout rates.

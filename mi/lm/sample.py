@@ -92,7 +92,7 @@ def generate_all(  # noqa: PLR0913 - what a program needs, and what is drawn
       prompt: ids [P], at least one.
       seeds: S seeds, which decide what is drawn.
       num_texts: texts of each seed.
-      decoding: how tokens are drawn.
+      decoding: rule by which tokens are drawn.
       devices: devices to use; None for those of this process.
     """
     # Devices divide the seeds, then the texts.
@@ -145,7 +145,7 @@ def generate(
       params: its parameters, of one seed.
       prompt: ids, at least one.
       key: random key.
-      decoding: how tokens are drawn.
+      decoding: rule by which tokens are drawn.
       num_texts: number of texts; each has its own random keys, which depend on its number alone.
     """
     # An empty cache for all tokens.

@@ -181,7 +181,7 @@ class _TrainingLog(contextlib.AbstractContextManager['_TrainingLog']):
     Args:
       config: config of the run.
       run: the open run directory.
-      meta: what the checkpoint holds beside the state.
+      meta: content of the checkpoint beside the state.
     """
 
     def __init__(self, config: ml_collections.ConfigDict, run: run_dir.Run, meta: dict[str, Any]):

@@ -47,7 +47,7 @@ class Gradient(NamedTuple):
     """The gradient of a batch's mean loss.
 
     Attributes:
-      grads: one array for each parameter.
+      grads: gradients, one array for each parameter.
       nats: mean loss in nats per token.
       carry: state of the model after the last token.
     """
@@ -130,7 +130,7 @@ class Trainer:
           params: this device's part of the parameters.
           carry: state of the model before the first token.
           batch: inputs and targets.
-          partition: how the parameters are split, see `mi.training.sharding.gather_params`.
+          partition: division of the parameters, see `mi.training.sharding.gather_params`.
         """
         _, key = jax.random.split(jax.random.key(batch.seed))
         key = jax.random.fold_in(key, batch.step)

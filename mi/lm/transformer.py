@@ -60,7 +60,7 @@ class Transformer(nn.Module):
       activation: activation of the feed-forward layers: 'swiglu', 'relu' or 'gelu'.
       positions: 'rotary' or 'relative'.
       memory: M, in tokens.
-      site: one of the above; any other value for no fusion.
+      site: position of the fusion, from the list above; any other value for no fusion.
       fusion: constructor of (x, z) → y.
       rates: dropout rates.
       remat: whether the backward pass recomputes the activations of each block.

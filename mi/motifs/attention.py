@@ -48,8 +48,8 @@ def align_tokens(x: Array, z: Array) -> tuple[Array, Array]:
         jnp.broadcast_shapes(x.shape[:-2], z.shape[:-2])
     except ValueError as error:
         raise ValueError(
-            f'the axes before the last two of x {x.shape} and z {z.shape} do not broadcast; '
-            f'give an axis of length 1 where one is shared'
+            f'the leading axes (all but the last two) of x {x.shape} and z {z.shape} do not '
+            f'broadcast; give a stream length 1 along an axis over which it is shared'
         ) from error
     ndim = max(x.ndim, z.ndim)
     return expand_rank(x, ndim), expand_rank(z, ndim)

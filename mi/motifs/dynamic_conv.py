@@ -252,8 +252,8 @@ def _check_sizes(heads: int, width: int, x: Array) -> None:
         raise ValueError(f'x must be [..., T, C]; got {x.shape}')
     if heads < 1 or x.shape[-1] % heads:
         raise ValueError(
-            f'heads = {heads} does not divide the {x.shape[-1]} channels of x {x.shape}: '
-            f'expected a divisor'
+            f'heads = {heads}: expected a positive divisor of {x.shape[-1]}, the number of '
+            f'channels of x {x.shape}'
         )
     if width < 1:
         raise ValueError(f'width = {width}: expected at least 1')

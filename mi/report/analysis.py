@@ -39,11 +39,11 @@ class Row:
     Attributes:
       arm: the arm.
       final: the compared metric per seed, empty where the arm has no final record.
-      metric: its mean.
-      difference: its difference to the baseline, paired by seed.
-      test: of that difference, corrected for the number of arms.
+      metric: mean of that metric.
+      difference: difference of the metric to the baseline, paired by seed.
+      test: test of that difference, corrected for the number of arms.
       verdict: as in `statistics.judge`.
-      summary: of the scores of each seed, and of each task where there are several.
+      summary: summary of the scores of each seed, and of each task where there are several.
       equal_time: mean of the curve when the fastest arm finished.
       secondary: means of the other numbers in the final records, except those of single tasks.
       seconds: training time.

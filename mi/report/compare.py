@@ -22,10 +22,10 @@ class Pair:
     """An arm of both sweeps, or of one of them.
 
     Attributes:
-      label: its label.
-      baseline, candidate: its rows in the two sweeps; None where a sweep has no such arm.
+      label: label of the arm.
+      baseline, candidate: rows of the arm in the two sweeps; None where a sweep has no such arm.
       difference: candidate − baseline, paired by seed.
-      test: of the difference, corrected for the number of arms that are not equal.
+      test: test of the difference, corrected for the number of arms that are not equal.
       verdict: better, worse, no difference seen; equal where every seed has the same bits; lost
         where only the baseline has values; None where there is nothing to compare.
     """

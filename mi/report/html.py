@@ -20,7 +20,7 @@ from mi.report.statistics import Estimate
 from mi.report.tables import Cell
 
 HERE = pathlib.Path(__file__).parent
-MAX_POINTS = 500  # of a curve on the page; the figures for a paper have all points
+MAX_POINTS = 500  # largest number for a curve on the page; the figures for a paper have all points
 
 
 def render_page(sweep: Sweep, rows: list[Row], notes: list[str]) -> str:

@@ -33,7 +33,7 @@ class Arm:
     """One side of a comparison: a run directory with all its seeds.
 
     Attributes:
-      label: its name in tables and figures; unique in a sweep.
+      label: name of the arm in tables and figures; unique in a sweep.
       state: phase of the run, see `mi.training.run_state`; 'waiting' if it has no run directory.
       reason: why it failed, died, was stopped or is waiting.
       seeds: the seeds that the config asks for, whether they have finished or not.
@@ -175,10 +175,10 @@ class Sweep:
       curves: the split of the learning curves.
       lower_is_better: the direction of the metric.
       baseline: the label of the arm that the others are compared with, if there is one.
-      arms: in the order of sweep.json.
+      arms: the arms, in the order of sweep.json.
       notes: remarks of the sweep's author.
       command: the command that launched the sweep.
-      warnings: what was skipped while reading, one line each.
+      warnings: messages on skipped content, one line each.
       seed_sets: the sets of two or more seeds with which every arm was trained, one run per set;
         empty unless there are several.
       problems: keys of overrides; arms that differ in one of them learn different problems and are

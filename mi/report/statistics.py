@@ -172,7 +172,8 @@ def mean(scores: np.ndarray) -> np.ndarray:
 def median(scores: np.ndarray) -> np.ndarray:
     """Return the median over tasks of the means over seeds, for [..., seeds, tasks].
 
-    This is the definition of the paper and of rliable. A single task has the median over seeds.
+    The definition of Agarwal et al. (2021) and rliable. With a single task, the median over seeds
+    is returned.
     """
     task_scores = scores[..., 0] if scores.shape[-1] == 1 else scores.mean(-2)
     return np.median(task_scores, axis=-1)

@@ -58,7 +58,7 @@ class Column(Generic[Item]):
       title, detail: text of the header.
       cell: formats the cell of an item.
       shown_if: whether the table has the column.
-      terminal: how a terminal shows it.
+      terminal: form of the column in a terminal.
     """
 
     name: str

@@ -45,7 +45,10 @@ class _Column(NamedTuple):
 
 
 def make_console() -> rich.console.Console:
-    """Return a console for the standard output; 160 characters wide where nothing sets a width."""
+    """Return a console for stdout.
+
+    It is 160 characters wide unless a terminal or COLUMNS sets the width.
+    """
     console = rich.console.Console(soft_wrap=False)
     if not _is_limited(console):
         console.width = 160

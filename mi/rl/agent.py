@@ -105,12 +105,12 @@ class Agent(nn.Module):
         'shallow', or 'deep' if the picture is smaller than `Shallow.min_side`.
       features: F, 256 as in IMPALA.
       core: constructor of a cell of `mi.cells`; None for no memory.
-      sites: where to fuse; any subset of `SITES`.
+      sites: places of fusion; any subset of `SITES`.
       source: source of the context, one of `SOURCES`.
       context: m, for all sources but 'task'.
       fusion: constructor of the module (x, z) → y, one of `mi.fusion.FUSIONS`.
       use_instruction: whether to encode instructions.
-      dtype: of the products; parameters, state and outputs are f32.
+      dtype: dtype of the products; parameters, state and outputs are f32.
     """
 
     spec: Spec
@@ -129,7 +129,7 @@ class Agent(nn.Module):
         """Return the carry after the last step and the outputs of every step.
 
         Args:
-          carry: from `initial_carry` or the previous call.
+          carry: carry from `initial_carry` or the previous call.
           inputs: [T, B, …].
         """
         torso = TORSOS_BY_NAME[self._torso_name()]

@@ -13,10 +13,10 @@ class Resumed(NamedTuple):
     """Where a run continues.
 
     Attributes:
-      state: from the newest checkpoint; None for a new run.
-      meta: what was saved with it.
-      records_end: where metrics.jsonl continues, bytes; None if the evaluation of this step is
-        missing, because the run ended between the checkpoint and the evaluation.
+      state: state from the newest checkpoint; None for a new run.
+      meta: meta that was saved with it.
+      records_end: offset at which metrics.jsonl continues, bytes; None if the evaluation of this
+        step is missing, because the run ended between the checkpoint and the evaluation.
     """
 
     state: Any
@@ -29,7 +29,7 @@ class Snapshot(NamedTuple):
 
     Attributes:
       state: the arrays to save.
-      learner: the learner's part of them, which must be finite.
+      learner: the learner's part of the arrays, which must be finite.
       env_steps: environment steps so far, of each seed or of the only one.
     """
 
@@ -45,7 +45,7 @@ def resume(
 
     Args:
       run: the open run.
-      checkpoints: of the run.
+      checkpoints: checkpoints of the run.
       like: a state with the structure and the shardings to restore.
       num_splits: number of environments that are evaluated.
     """

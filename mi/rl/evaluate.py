@@ -27,7 +27,7 @@ from mi.training import logger, progress, run_dir, sharding
 
 
 class EpisodeArrays(NamedTuple):
-    """Return, success and length of the episodes of one seed: an array for each task."""
+    """Returns, successes and lengths of one seed's episodes, one array per task."""
 
     returns: list[np.ndarray]
     success: list[np.ndarray]
@@ -56,10 +56,10 @@ def play_episodes(  # noqa: PLR0913
       environment: a JAX environment.
       agent: the agent.
       params: its parameters, [S, …].
-      keys: from `make_evaluation_keys`.
+      keys: random keys from `make_evaluation_keys`.
       num_episodes: number for each task.
       greedy: whether to take the most likely action instead of sampling.
-      mesh: of devices.
+      mesh: mesh of devices.
 
     Raises:
       UserError: if an episode is longer than the spec allows.
@@ -186,8 +186,8 @@ def summarize(
     number of episodes of a task.
 
     Args:
-      spec: of the environment.
-      returns, success, length: of the episodes of each task.
+      spec: spec of the environment.
+      returns, success, length: arrays of the episodes of each task.
     """
     mean_return = np.array([values.mean() for values in returns])
     success_rate = np.array([values.mean() for values in success])
@@ -224,8 +224,8 @@ def evaluate_seeds(  # noqa: PLR0913 - as `play_episodes`
 
     Args:
       environment, agent, params, keys, mesh: as in `play_episodes`.
-      config: of the evaluation, config.eval.
-      stops: whether the run is to end, asked before each policy is evaluated.
+      config: config of the evaluation, config.eval.
+      stops: called before each policy is evaluated; returns whether to abort.
 
     Returns:
       For each seed, the records of the sampled policy '' and, with `config.greedy`, of '_greedy'.
@@ -277,7 +277,7 @@ class Evaluation:
     """Evaluation of one seed in any environment, with rows of its own; a context manager.
 
     Args:
-      config: of the run.
+      config: config of the run.
       key: the config key that names the environment, 'env.name' or 'eval.held_out'.
     """
 
@@ -314,10 +314,10 @@ class Evaluation:
         """Return the records of the sampled policy '' and, with config.eval.greedy, of '_greedy'.
 
         Args:
-          agent, params: of one seed.
+          agent, params: agent and parameters of one seed.
           step: number of updates so far.
-          seed: one of the run's. Seed and step determine the episodes.
-          stops: whether the run is to end.
+          seed: a seed of the run. Seed and step determine the episodes.
+          stops: returns whether to abort.
 
         Raises:
           StoppedError: if the run is to end before the evaluation is over.

@@ -26,7 +26,7 @@ def get_environment_args(
     """Return name and options of an environment of a config.
 
     Args:
-      config: of the run.
+      config: config of the run.
       key: the key that names it, 'env.name' or 'eval.held_out'. Both have the same options.
     """
     name: str = config.env.name if key == 'env.name' else config.eval.held_out
@@ -73,8 +73,8 @@ def _get_core(model: ml_collections.ConfigDict) -> Callable[..., Any] | None:
     heads = options.get('heads', GatedTransformer.heads)
     if model.core == 'transformer' and model.hidden % heads:
         raise UserError(
-            f'config.model.hidden = {model.hidden}: expected a multiple of {heads}, the heads of '
-            f'the transformer'
+            f'config.model.hidden = {model.hidden}: expected a multiple of {heads}, the '
+            f"transformer's number of heads"
         )
     return functools.partial(constructor, model.hidden, **options)
 

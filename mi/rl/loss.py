@@ -103,10 +103,10 @@ def impala_loss(
     The IMPALA code sums over time too.
 
     Args:
-      outputs: the learner's, [T + 1, B, …].
+      outputs: outputs of the learner, [T + 1, B, …].
       trajectory: [T, B, …].
-      statistics: of PopArt.
-      hyperparameters: of the loss.
+      statistics: statistics of PopArt.
+      hyperparameters: hyperparameters of the loss.
 
     Returns:
       The loss [], and its terms, [B] each but `targets` [T, B].
@@ -138,10 +138,10 @@ def compute_terms(
     With μ = 0 and σ = 1 it is plain IMPALA.
 
     Args:
-      outputs: the learner's logits [T + 1, A] and values n [T + 1], in the units of the task.
+      outputs: logits [T + 1, A] and values n [T + 1] of the learner, in the units of the task.
       trajectory: [T, …], of one environment; its carry is ignored.
-      statistics: of PopArt.
-      hyperparameters: of the loss.
+      statistics: statistics of PopArt.
+      hyperparameters: hyperparameters of the loss.
     """
     h, task, valid_t = hyperparameters, trajectory.inputs.observation['task'], trajectory.valid
     reward_t = clip_reward(trajectory.inputs.reward[1:], h.reward_clip)

@@ -38,7 +38,7 @@ def check_options(
 
     Args:
       key: the config key of the options, as 'config.env.options'.
-      name: what the options are for, in errors.
+      name: name of the module or environment that takes the options, for errors.
       options: name → value.
       defaults: name → default of all known options.
 

@@ -34,11 +34,11 @@ class StoppedError(Exception):
 
 
 class Limits(NamedTuple):
-    """Limits of an evaluation. An episode that one of them cuts counts as it is.
+    """Limits of an evaluation. An episode cut by a limit counts with its return so far.
 
     Attributes:
-      steps: of one episode.
-      seconds: of all episodes together.
+      steps: maximum steps of one episode.
+      seconds: maximum duration of all episodes together.
     """
 
     steps: int = 30_000
@@ -67,7 +67,7 @@ def divide_episodes(task: np.ndarray, num_tasks: int, episodes: int) -> np.ndarr
     """Return the number of episodes of each row, [B], so that each task has `episodes` in all.
 
     Args:
-      task: of each row, [B].
+      task: task of each row, [B].
       num_tasks: number of tasks.
       episodes: number for each task.
     """
@@ -89,16 +89,16 @@ def play(  # noqa: PLR0913
     limits: Limits,
     stops: Callable[[], bool] = never,
 ) -> Played:
-    """Play `episodes` of every task.
+    """Play `episodes` complete episodes of every task, unless a limit cuts them.
 
     Args:
       pool: environments, at least one of each task.
       policy: selects the actions.
-      params: the agent's.
+      params: parameters of the agent.
       key: random key of the actions.
       episodes: number for each task.
-      limits: of steps and seconds.
-      stops: whether the run is to end, asked before every step.
+      limits: maximum steps per episode and seconds in total.
+      stops: called before every step; returns whether to abort.
 
     Raises:
       StoppedError: if the run is to end.
@@ -167,7 +167,7 @@ class Watched:
       pool: the environment.
       timeout: longest step or reset, seconds.
       key: the config key of the timeout, for the error.
-      stops: whether the run is to end.
+      stops: returns whether to abort.
     """
 
     def __init__(

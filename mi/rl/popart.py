@@ -17,7 +17,7 @@ from jax import Array
 
 from mi.rows import sum_over_rows
 
-LOWEST, HIGHEST = 1e-4, 1e6  # of σ, as published
+LOWEST, HIGHEST = 1e-4, 1e6  # bounds of σ, as published
 LARGEST_TARGET = 1e3 * HIGHEST  # magnitude up to which a target moves the moments
 
 

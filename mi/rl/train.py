@@ -21,7 +21,7 @@ def train(
     """Train and evaluate in a run directory, or resume the run that it holds.
 
     Args:
-      config: of the run.
+      config: config of the run.
       workdir: the run directory.
       profile: first and last update to profile; None for none.
 

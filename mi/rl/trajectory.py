@@ -30,7 +30,7 @@ class Trajectory(NamedTuple):
       log_prob: float32 [T, B].
       discount: float32 [T, B], 0 where the action terminated the episode, 1 elsewhere.
       valid: bool [T, B], false where the action was ignored because the episode had ended.
-      carry: the agent's, before row 0.
+      carry: carry of the agent before row 0.
     """
 
     inputs: Inputs

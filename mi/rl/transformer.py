@@ -30,9 +30,9 @@ class GatedTransformer(nn.Module):
     Attributes:
       features: H.
       layers: L.
-      heads: of the attention; a divisor of H.
+      heads: number of heads of the attention; a divisor of H.
       memory: M, steps.
-      dtype: of the products; the memory is f32.
+      dtype: dtype of the products; the memory is f32.
     """
 
     features: int

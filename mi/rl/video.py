@@ -13,7 +13,7 @@ from mi.rl.actors.worker import Policy
 from mi.rl.agent import Agent, Inputs, Params
 from mi.rl.envs.spec import HostEnvironment, Observation, Spec
 
-SIDE = 240  # of the picture, pixels
+SIDE = 240  # side of the picture, pixels
 CAPTION = 30  # height of the text below it, pixels
 MILLISECONDS = 150  # per frame
 LAST_FRAMES = 8  # repetitions of the last frame
@@ -47,7 +47,7 @@ def record_episodes(
       agent, params: whose actions are played.
       key: random key of the actions.
       greedy: whether to take the most likely action instead of sampling.
-      max_steps: after which an episode is cut.
+      max_steps: number of steps after which an episode is cut.
     """
     policy, B = Policy(agent, greedy), pool.batch
     step, policy_state, action = pool.reset(), policy.init(B, key), jnp.zeros(B, jnp.int32)

@@ -150,7 +150,7 @@ class Checkpoints:
         """Restore one part of a checkpoint's state and ignore the rest.
 
         Args:
-          path: from `newest`.
+          path: path from `newest`.
           part: path of fields, such as 'learner.params'.
           like: the part, with the shapes, dtypes and shardings to restore to.
 

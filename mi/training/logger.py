@@ -215,7 +215,7 @@ def find_records_end(path: pathlib.Path, position: int, step: int, count: int) -
 
     Args:
       path: the run directory.
-      position: of the checkpoint, in bytes.
+      position: offset in metrics.jsonl at the checkpoint, in bytes.
       step: the step of the records.
       count: the expected number of records.
 
@@ -295,12 +295,14 @@ def refuse_broken_state(
 
 
 class Progress:
-    """A line with step, rate, time left and the last loss; plain lines without a terminal.
+    """Progress on stderr: a bar in a terminal, otherwise one plain line per `interval`.
+
+    A line has the step, a note, the rate and the time left.
 
     Args:
       total: number of steps.
-      done: finished steps of a continued run.
-      interval: seconds between two plain lines.
+      done: steps already completed when a run is resumed.
+      interval: minimum seconds between plain lines.
     """
 
     def __init__(self, total: int, done: int = 0, interval: float = 15.0):

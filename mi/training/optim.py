@@ -61,7 +61,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.learning_rate = 1e-3  # after warm-up
     config.schedule = 'cosine'  # constant, cosine, linear, rsqrt
     config.warmup_steps = -1  # -1: 100, or a quarter of the run if that is less
-    config.final_scale = 0.0  # of the learning rate at the last step: cosine and linear
+    config.final_scale = 0.0  # share of the learning rate left at the last step: cosine and linear
     config.clip_norm = 1.0  # global norm of the gradient; 0 for no clipping
     config.weight_decay = 0.0  # decoupled, on matrices: adamw
     config.b1 = 0.9  # first moment: adam, adamw; momentum: sgd, rmsprop

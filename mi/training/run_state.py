@@ -27,7 +27,7 @@ class RunState:
     """How a run is doing.
 
     Attributes:
-      phase: one of the words above.
+      phase: phase of the run, from the list above.
       reason: why it failed, died or was stopped; '' otherwise.
     """
 

@@ -168,13 +168,9 @@ def choose_mesh_shape(
     if math.prod(shape) > devices:
         raise UserError(f'{key}: expected a product of at most {devices}, the number of devices')
     if seeds % shape[0]:
-        raise UserError(
-            f'{key}: expected the first entry to divide {seeds}, the number of config.seeds'
-        )
+        raise UserError(f'{key}: expected the first entry to divide the number of seeds, {seeds}')
     if batch % (shape[1] * shape[2]):
-        raise UserError(
-            f'{key}: expected data · fsdp to divide {batch}, the rows of config.train.batch'
-        )
+        raise UserError(f'{key}: expected data · fsdp to divide config.train.batch = {batch}')
     return shape
 
 
@@ -222,7 +218,7 @@ def batch_sharding(mesh: Mesh, axis: int, has_seeds: bool = False) -> NamedShard
     """Return the sharding of arrays […, B, …] over the rows of the batch.
 
     Args:
-      mesh: from `make_mesh`.
+      mesh: mesh from `make_mesh`.
       axis: the axis B.
       has_seeds: whether axis 0 holds the seeds and is sharded over 'seed'.
     """
@@ -237,7 +233,7 @@ def fsdp_sharding(tree: Any, mesh: Mesh) -> Any:
 
     Args:
       tree: arrays of all seeds, or their shapes.
-      mesh: from `make_mesh`.
+      mesh: mesh from `make_mesh`.
     """
     shards = mesh.shape['fsdp']
 

@@ -21,7 +21,7 @@ class Product:
     """One product of two streams, f(x, z) = zᵀWx + zᵀU + Vx + b, with its tensors and inputs.
 
     Attributes:
-      name: what the product computes, such as 'gate' or 'scores'.
+      name: name of the result, such as 'gate' or 'scores'.
       x_is, z_is: descriptions of the streams in words.
       x: [..., n], the input of the product.
       z: [..., m], the context of the product; leading axes broadcast.
@@ -60,7 +60,7 @@ class Composition:
     If the module is a single product and nothing else, W, U, V, b = composition gives its tensors.
 
     Attributes:
-      products: in the order of the computation.
+      products: the products, in the order of the computation.
       output: the output of the module.
       around: a description of the operations around the products, such as 'softmax of the scores';
         '' if the module is a product and nothing else.

@@ -38,8 +38,8 @@ def convert_affine(
         contexts = getattr(module, 'contexts', None)
         if contexts is None:
             raise ValueError(
-                f'{kind}: z is {z.dtype}, and as_mi differentiates by z: expected a float dtype, '
-                f'or a module with a field `contexts`. Try jax.nn.one_hot(z, m)'
+                f'{kind}: z is {z.dtype}, and as_mi differentiates with respect to z: expected a '
+                f'float dtype, or a module with a field `contexts`. Try jax.nn.one_hot(z, m)'
             )
         z = one_hot(z, contexts, accumulation_dtype(x))
     if x.ndim < 1 or z.ndim < 1:

@@ -161,7 +161,7 @@ def test_backup_files_are_not_data(tmp_path):
 def test_a_file_of_two_splits_is_refused_and_words_go_before_parts_of_words(tmp_path):
     both = directory(tmp_path / 'both', ['train-test.txt', 'valid.txt'])
     message = refusal(both, tmp_path / 'cache')
-    assert "train-test.txt: both 'train' and 'test' are in its name" in message
+    assert "train-test.txt: the name contains both 'train' and 'test'" in message
     names = ['train.txt', 'constrained.txt', 'my_validation.txt', 'invalid.txt', 'latest.txt',
              'Test.txt']  # fmt: skip
     found = sources.load_texts(

@@ -139,7 +139,11 @@ def test_a_config_from_before_core_options_builds_the_same_agent():
     [
         ('transformer', {'layer': 3}, r"core_options\.layer is unknown .* did you mean 'layers'"),
         ('transformer', {'layers': 'three'}, r"layers = 'three': expected int"),
-        ('transformer', {'heads': 3}, 'expected a multiple of 3, the heads'),
+        (
+            'transformer',
+            {'heads': 3},
+            "expected a multiple of 3, the transformer's number of heads",
+        ),
         ('lstm', {'layers': 3}, r"core_options\.layers is unknown to 'lstm'"),
         ('none', {'layers': 3}, 'it has no options'),
     ],

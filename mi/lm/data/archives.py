@@ -40,7 +40,7 @@ _NOT_TEXT = {  # first bytes of a file that is not text → its format
     b'\xfe\xff': 'UTF-16 text',
     b'\0\0\xfe\xff': 'UTF-32 text',
 }
-_BYTE_ORDER_MARK = b'\xef\xbb\xbf'  # of UTF-8; not part of the text
+_BYTE_ORDER_MARK = b'\xef\xbb\xbf'  # UTF-8's; not part of the text
 
 
 def open_text(file: pathlib.Path, cache: pathlib.Path) -> Text:

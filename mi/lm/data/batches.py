@@ -36,7 +36,7 @@ class BatchLoader:
 
     Args:
       corpus: the corpus, whose training text is read.
-      streams: one for each seed.
+      streams: token streams, one for each seed.
       seeds: the seeds, int32 [S].
       has_domains: whether a batch holds the domain of each token.
       mesh: the devices.

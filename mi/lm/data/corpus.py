@@ -17,7 +17,7 @@ class Corpus:
     """A tokenized corpus.
 
     Attributes:
-      name: its name, for messages.
+      name: name of the corpus, for messages.
       vocabulary: number of token ids. Ids of words are sorted by frequency, descending; an <unk>
         that does not occur in the text comes last.
       tokens: split → ids [N].

@@ -41,7 +41,7 @@ class Source:
 
     Attributes:
       read: (path, splits, cache) → texts, of at least these splits.
-      origin: where the corpus can be downloaded; '' if unknown.
+      origin: source of the download; '' if unknown.
       is_bundled: whether the corpus is part of the package, so that it needs no path.
       hub: its name as a source on the Hugging Face hub; '' if it has none.
       num_tokens: split → number of tokens of the level 'token', with an <eos> for each line.
@@ -75,7 +75,7 @@ def load_texts(source: str, path: str, splits: Collection[str], cache: pathlib.P
 
     Args:
       source: a name, see `find_source`.
-      path: where the files of a name of `CORPORA` are; '' for $MI_DATA/SOURCE.
+      path: path of the files for a name of `CORPORA`; '' for $MI_DATA/SOURCE.
       splits: the splits to read; files of other splits may be missing.
       cache: directory for unpacked files and downloads from the hub.
 
@@ -174,8 +174,8 @@ def _read_local(path: pathlib.Path, splits: Collection[str], cache: pathlib.Path
         file = matches[0]
         if file in split_of_file:
             raise UserError(
-                f'{file}: both {split_of_file[file]!r} and {split!r} are in its name, expected a '
-                f'file for each. Try other names'
+                f'{file}: the name contains both {split_of_file[file]!r} and {split!r}: expected '
+                f'one file per split. Rename the file'
             )
         split_of_file[file] = split
         texts[split] = [open_text(file, cache)]

@@ -77,7 +77,7 @@ def load(  # noqa: PLR0913 - the keys of `config.data`, and options of scripts
       level: level of the tokens, see above.
       vocabulary: largest number of ids, for 'bpe', 'word' and 'token'.
       cache: directory for token files; '' for $MI_CACHE or ~/.cache/mi.
-      path: where the files of a name in `CORPORA` are; '' for $MI_DATA/SOURCE.
+      path: path of the files for a name in `CORPORA`; '' for $MI_DATA/SOURCE.
       splits: the splits to load; files of other splits may be missing.
       fit: the splits that the vocabulary is made from. If it excludes train, results are not
         comparable to published numbers.

@@ -110,7 +110,7 @@ def mark_line_ends(text: str) -> str:
 
 
 def remove_line_ends(piece: str) -> str:
-    """Return the text of a piece, or of its start, without the <eos> of its lines."""
+    """Undo `mark_line_ends` on a piece or a prefix of one; a lone <eos> becomes ''."""
     return '' if piece == EOS.strip() else piece.replace(f'{EOS}\n', '\n')
 
 

@@ -41,10 +41,10 @@ def make_worker(
     """Make worker `index` of this process.
 
     Args:
-      config: of the run.
+      config: config of the run.
       version: number of updates when the run was started or resumed.
-      index: of the worker.
-      policy: to share; None to make one.
+      index: index of the worker.
+      policy: policy to share; None to make one.
       birth: number of workers at this index that died. It changes the episodes.
     """
     actors = config.actors
@@ -85,7 +85,7 @@ def _train(
     """Run the training loop.
 
     Args:
-      config: of the run.
+      config: config of the run.
       evaluations: split → evaluation.
       agent: the agent.
       run: the open run.
@@ -317,7 +317,7 @@ class Window:
     Attributes:
       updates: number of updates.
       transitions: number of valid transitions learned from in this process.
-      lags: of the trajectories, in updates.
+      lags: lags of the trajectories, in updates.
       dropped: number of trajectories that were too old.
       wait_seconds: time that the learner waited for trajectories.
     """

@@ -33,7 +33,8 @@ class Remote:
     host, kill -9) is replaced, with new environments.
 
     Args:
-      make: makes the worker in the process; its argument `birth` counts the processes before it.
+      make: constructor of the worker in the process; its argument `birth` counts the earlier
+        processes.
       cpus: CPUs of the process; Ray starts it on a node where they are free.
     """
 
@@ -169,7 +170,11 @@ def compute_cpus_per_actor(number: int) -> float:
 
 
 def divide_cpus(number: int, free: Sequence[float]) -> float:
-    """Return the largest 1, 1/2, 1/3, … of a CPU that `number` actors can have on these nodes.
+    """Return the largest CPU share 1/k at which `number` actors fit on the nodes.
+
+    Args:
+      number: number of actors.
+      free: free CPUs of each node.
 
     Raises:
       UserError: if a CPU would have more than MAX_ACTORS_PER_CPU actors.

@@ -40,9 +40,9 @@ class QueueItem(NamedTuple):
 
     Attributes:
       trajectory: [T, B, …], NumPy.
-      episodes: those that ended in it.
-      version: of the parameters that acted.
-      wait_seconds: how long the thread waited to put its previous trajectory into the queue.
+      episodes: the episodes that ended in it.
+      version: version of the parameters that acted.
+      wait_seconds: time that the thread waited to put its previous trajectory into the queue.
     """
 
     trajectory: Trajectory
@@ -77,7 +77,7 @@ class Actors:
         self._queue: queue.Queue[QueueItem | None] = queue.Queue(capacity)
         self._error: BaseException | None = None
         self._share, self._timeout = share, timeout
-        self._precision = precision.get_current()  # of this thread
+        self._precision = precision.get_current()  # the setting of this thread
         self._is_over = threading.Event()
         self.publish(params, version)
         self._threads = [  # daemons, so that a hanging environment does not keep the process alive
@@ -104,7 +104,7 @@ class Actors:
         """Wait for the next trajectory; raise the exception of a worker.
 
         Args:
-          stops: whether the run is to end, asked while the queue is empty.
+          stops: called while the queue is empty; returns whether to end the run.
 
         Returns:
           The trajectory; None if the run is to end and the queue is empty.

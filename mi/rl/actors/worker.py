@@ -39,7 +39,7 @@ class PolicyState(NamedTuple):
 
     Attributes:
       key: random key of the actions.
-      carry: the agent's.
+      carry: carry of the agent.
       tokens, instruction: newest instruction of each row, [B, L], and its encoding, [B, …]; None if
         the agent reads no instructions.
     """
@@ -80,9 +80,9 @@ class Policy:
         """Return the next state, and actions [B] with their log-probabilities [B].
 
         Args:
-          params: the agent's.
-          state: after the previous step.
-          inputs: the agent's, [B, …].
+          params: parameters of the agent.
+          state: state after the previous step.
+          inputs: inputs of the agent, [B, …].
           has_new_params: whether the parameters changed since the previous step.
         """
         return self._step(params, state, inputs, has_new_params)
@@ -171,7 +171,7 @@ class _TrajectoryBuilder:
     """The rows of a trajectory so far, and the episodes that ended in it, by task.
 
     Attributes:
-      carry: the agent's, before the first row.
+      carry: carry of the agent before the first row.
       inputs: T + 1 rows in the end; the other lists have T.
     """
 

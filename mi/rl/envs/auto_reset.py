@@ -19,7 +19,7 @@ class StreamState(NamedTuple):
     """One environment, and the random key of its next episodes.
 
     Attributes:
-      env_state: of the environment.
+      env_state: state of the environment.
       key: random key; with `episode` it determines the next episode.
       episode: int32, number of the current episode.
       length: int32, steps of the current episode so far; 0 if it has ended.
@@ -85,7 +85,7 @@ def check_length(spec: Spec, unfinished: int) -> None:
     """Refuse an episode that is longer than its spec allows.
 
     Args:
-      spec: of the environment.
+      spec: spec of the environment.
       unfinished: length of an episode that has not ended.
 
     Raises:

@@ -34,18 +34,19 @@ def observation(space: Any) -> tuple[str, tuple[int, ...], Convert]:
         return 'pixels', *_picture(space)
     if _has_picture(space):
         raise UserError(
-            f'observes {space}: expected a picture alone, or none. Register an id whose maker '
-            f'wraps it, as with gymnasium.wrappers.TransformObservation'
+            f'the observation space {space} has images among its entries: expected a single '
+            f'image, or no images. Register an id whose constructor wraps it, as with '
+            f'gymnasium.wrappers.TransformObservation'
         )
     if not space.is_np_flattenable:
         raise UserError(
-            f'observes {space}: expected a space of a fixed size. Register an id whose maker wraps '
-            f'it, as with gymnasium.wrappers.TransformObservation'
+            f'the observation space {space} varies in size: expected a fixed size. Register an id '
+            f'whose constructor wraps it, as with gymnasium.wrappers.TransformObservation'
         )
     size = gymnasium.spaces.flatdim(space)
     if not 0 < size <= MOST_FEATURES:
         raise UserError(
-            f'observes {space}: expected 1 to {MOST_FEATURES:,} numbers, and it has {size:,}'
+            f'the observation space {space} has {size:,} numbers: expected 1 to {MOST_FEATURES:,}'
         )
 
     def flatten(value: Any) -> np.ndarray:
@@ -64,12 +65,12 @@ def actions(space: Any) -> tuple[int, Convert]:
     number, decode = _count(space), _decode
     if number is None:
         raise UserError(
-            f'has actions {space}: expected discrete ones. Register an id whose maker wraps it, as '
-            f'with gymnasium.wrappers.DiscretizeAction'
+            f'the action space {space} is not discrete: expected a discrete one. Register an id '
+            f'whose constructor wraps it, as with gymnasium.wrappers.DiscretizeAction'
         )
     if not 0 < number <= MOST_ACTIONS:
         raise UserError(
-            f'has actions {space}: expected 1 to {MOST_ACTIONS:,} in all, and it has {number:,}'
+            f'the action space {space} has {number:,} actions: expected 1 to {MOST_ACTIONS:,}'
         )
     return number, lambda action: decode(space, int(action))
 

@@ -46,7 +46,7 @@ class Spec:
     """The constants of an environment.
 
     Attributes:
-      name: of the environment, as 'xland'.
+      name: name of the environment, as 'xland'.
       observation: name → shape and dtype of one observation's entries. 'grid' [h, w, layers] are
         small integers, each layer a category below `categories`; 'pixels' [h, w, c] uint8;
         'features' [n] float32; 'task' [] int32, the index into `tasks`; 'instruction' [L] int32,
@@ -55,10 +55,10 @@ class Spec:
       tasks: name of each task, by index.
       random, reference: mean episode return for each task of the uniform random policy, and of a
         reference (a human, a solved task); None if unknown.
-      sources: of these scores, as text.
-      categories: of each layer of 'grid'.
+      sources: sources of these scores, as text.
+      categories: number of categories of each layer of 'grid'.
       vocabulary: number of tokens of 'instruction', padding included; 0 if there is none.
-      words: of the tokens 1, 2, …; empty if unknown.
+      words: words of the tokens 1, 2, …; empty if unknown.
       episode: most steps of an episode, after which it has terminated or been truncated. Required
         of a `JaxEnvironment`, because its evaluation is one compiled program; otherwise 0 means
         unknown.

@@ -41,8 +41,8 @@ class UpdateMetrics(NamedTuple):
 
     Attributes:
       learner: name → mean over the updates.
-      episodes: those that ended.
-      counts: of the unrolls.
+      episodes: the episodes that ended.
+      counts: counts of the unrolls.
     """
 
     learner: dict[str, Array]
@@ -203,7 +203,7 @@ def _train(
     """Run the training loop.
 
     Args:
-      config: of the run.
+      config: config of the run.
       environments: split → environment to evaluate in; that of 'eval' is trained in.
       agent: the agent.
       run: the open run.

@@ -19,8 +19,8 @@ class ActorState(NamedTuple):
 
     Attributes:
       environment: states of B environments, [B, …].
-      inputs: the agent's next inputs, [B, …].
-      carry: the agent's.
+      inputs: next inputs of the agent, [B, …].
+      carry: carry of the agent.
       key: random key of the actions.
       episode_return: return of each running episode so far, [B] float32.
     """

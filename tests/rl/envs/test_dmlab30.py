@@ -122,7 +122,7 @@ def test_wrong_words_raise_user_errors(fake):
         dmlab30.make('room_watermaze', batch=1)
     with pytest.raises(UserError, match="did you mean 'impala'"):
         dmlab30.make('', batch=30, actions='impla')
-    with pytest.raises(UserError, match='29 rows for 30 levels'):
+    with pytest.raises(UserError, match='30 levels but the batch has only 29'):
         dmlab30.make('train', batch=29)
 
 

@@ -70,7 +70,7 @@ def test_processes_give_what_one_process_gives():
 
 def test_spaces_that_no_network_takes_are_refused():
     pytest.importorskip('gymnasium', reason='the extra gym is not installed')
-    with pytest.raises(UserError, match=r'Pendulum-v1 has actions .*expected discrete'):
+    with pytest.raises(UserError, match=r'Pendulum-v1: the action space .*expected a discrete'):
         host_gymnasium.make_gym('Pendulum-v1', batch=1)
     with pytest.raises(UserError, match="did you mean 'CartPole-v1'"):
         host_gymnasium.make_gym('CartPol-v1', batch=1)
@@ -135,7 +135,7 @@ def test_wrong_words_of_vizdoom_raise_user_errors():
     pytest.importorskip('vizdoom', reason='the extra vizdoom is not installed')
     with pytest.raises(UserError, match="did you mean 'basic'"):
         host_gymnasium.make_vizdoom('basics', batch=1)
-    with pytest.raises(UserError, match='1 rows for the 9 tasks'):
+    with pytest.raises(UserError, match='9 tasks but the batch has only 1'):
         host_gymnasium.make_vizdoom('all', batch=1)
 
 

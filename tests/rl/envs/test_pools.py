@@ -358,7 +358,7 @@ def test_wrong_words_raise_user_errors():
         atari.make('Pongg', batch=1)
     with pytest.raises(UserError, match='procgen/hard is unknown; known: test, train'):
         procgen.make('hard', batch=1)
-    with pytest.raises(UserError, match='2 rows for the 96 tasks of babyai'):
+    with pytest.raises(UserError, match='babyai has 96 tasks but the batch has only 2'):
         babyai.make('all', batch=2)
 
 

@@ -91,17 +91,19 @@ def test_other_spaces_are_features(space, value, features):
 @pytest.mark.parametrize(
     ('space', 'said'),
     [
-        (floats(0), 'it has 0'),
-        (bytes_(0, 64, 3), 'it has 0'),
-        (Discrete(10**6), 'it has 1,000,000'),
-        (Dict(image=bytes_(64, 64, 3), speed=floats(1)), 'a picture alone, or none'),
-        (Sequence(floats(1)), 'of a fixed size'),
-        (Graph(floats(1), None), 'of a fixed size'),
+        (floats(0), 'has 0 numbers'),
+        (bytes_(0, 64, 3), 'has 0 numbers'),
+        (Discrete(10**6), 'has 1,000,000 numbers'),
+        (Dict(image=bytes_(64, 64, 3), speed=floats(1)), 'a single image, or no images'),
+        (Sequence(floats(1)), 'expected a fixed size'),
+        (Graph(floats(1), None), 'expected a fixed size'),
     ],
     ids=str,
 )
 def test_an_observation_that_no_network_takes_is_refused(space, said):
-    with pytest.raises(UserError, match=rf"config\.env\.name = '{ID}': .* observes .*{said}"):
+    with pytest.raises(
+        UserError, match=rf"config\.env\.name = '{ID}': .* observation space .*{said}"
+    ):
         envs.pool(ID, 1, 0, {'observation_space': space})
 
 
@@ -136,14 +138,14 @@ def test_every_action_of_a_discrete_space_has_one_number(space, number):
 @pytest.mark.parametrize(
     ('space', 'said'),
     [
-        (floats(2, low=0.0), 'expected discrete ones'),
-        (Tuple([Discrete(2), floats(2, low=0.0)]), 'expected discrete ones'),
-        (MultiBinary(11), '1 to 1,024 in all, and it has 2,048'),
+        (floats(2, low=0.0), 'expected a discrete one'),
+        (Tuple([Discrete(2), floats(2, low=0.0)]), 'expected a discrete one'),
+        (MultiBinary(11), 'has 2,048 actions: expected 1 to 1,024'),
     ],
     ids=str,
 )
 def test_other_actions_are_refused(space, said):
-    with pytest.raises(UserError, match=f'has actions .*{said}'):
+    with pytest.raises(UserError, match=f'the action space .*{said}'):
         envs.pool(ID, 1, 0, {'action_space': space})
 
 

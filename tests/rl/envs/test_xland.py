@@ -52,7 +52,7 @@ def of_the_package(goals):
         'down': kinds.AgentNearDownGoal,
         'left': kinds.AgentNearLeftGoal,
     }
-    tiles = [divmod(xland.OBJECTS[f'{g.paint} {g.shape}'], xland.COLOURS) for g in goals]
+    tiles = [divmod(xland.OBJECTS[f'{g.paint} {g.shape}'], xland.COLORS) for g in goals]
     encodings = jnp.stack(
         [
             of_kind[g.kind](tile=jnp.array(tile, jnp.uint8)).encode().astype(jnp.uint8)
@@ -65,7 +65,7 @@ def of_the_package(goals):
     )
 
     def tile(code):
-        return jnp.stack(jnp.divmod(code, jnp.uint8(xland.COLOURS)), axis=-1)
+        return jnp.stack(jnp.divmod(code, jnp.uint8(xland.COLORS)), axis=-1)
 
     def step(state, action):
         agent = AgentState(jnp.stack([state.y, state.x]), state.direction, tile(state.pocket))
@@ -101,12 +101,12 @@ def test_a_step_is_the_packages_own(played):
         theirs = jax.jit(jax.vmap(jax.vmap(of_the_package(xland.ALL))))(before, chosen)
         moved, after = jax.jit(jax.vmap(jax.vmap(environment.step)))(before, chosen)
     ran = ~np.asarray(stream.is_last)  # others were truncated one step before
-    tiles = np.asarray(theirs.state.grid, np.int32) @ np.array([xland.COLOURS, 1])
+    tiles = np.asarray(theirs.state.grid, np.int32) @ np.array([xland.COLORS, 1])
     np.testing.assert_array_equal(tiles.reshape(moved.grid.shape), moved.grid)
     np.testing.assert_array_equal(theirs.state.agent.position, np.stack([moved.y, moved.x], -1))
     np.testing.assert_array_equal(theirs.state.agent.direction, moved.direction)
     np.testing.assert_array_equal(
-        np.asarray(theirs.state.agent.pocket, np.int32) @ np.array([xland.COLOURS, 1]), moved.pocket
+        np.asarray(theirs.state.agent.pocket, np.int32) @ np.array([xland.COLORS, 1]), moved.pocket
     )
     np.testing.assert_allclose(theirs.reward, after.reward, rtol=1e-6)
     np.testing.assert_array_equal(theirs.discount == 0, after.terminated)

@@ -67,7 +67,7 @@ SCORES = {
     'YarsRevenge': (3092.9, 54576.9),
     'Zaxxon': (32.5, 9173.3),
 }
-NUM_ACTIONS = 18  # of all games; each has some of them
+NUM_ACTIONS = 18  # the union over all games; each has some of them
 MAX_STEPS = 27000  # 108 000 frames, 30 minutes
 
 

@@ -93,8 +93,8 @@ def make(
     Args:
       suite: a name in `SUITES`, a level as 'GoToLocal', or several joined by commas; '' is 'all'.
       batch: B, at least one row for each level.
-      seed: of row 0; row i has seed + i.
-      threads: in all, at least one for each level; 0 for one per core.
+      seed: seed of row 0; row i has seed + i.
+      threads: number of threads in all, at least one for each level; 0 for one per core.
       timeout: longest step, seconds.
       length: longest instruction, words; 0 for the longest that the levels' grammar makes.
 

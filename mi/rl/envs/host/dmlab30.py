@@ -329,7 +329,7 @@ def make(  # noqa: PLR0913 - the options of the environment
       suite: 'train' or '' for the thirty levels, 'test' for them with the held-out variants,
         or levels joined by commas.
       batch: B, at least one row for each level.
-      seed: of the engines.
+      seed: seed of the engines.
       actions: 'impala' (9) or 'extended' (15).
       renderer: 'software' or 'hardware'.
       cache: a folder for compiled maps.
@@ -344,8 +344,8 @@ def make(  # noqa: PLR0913 - the options of the environment
     tasks = spec.tasks
     if batch < len(tasks):
         raise UserError(
-            f'{batch} rows for {len(tasks)} levels: expected a row for each; raise '
-            f'config.actors.batch or name fewer levels'
+            f'dmlab30 has {len(tasks)} levels but the batch has only {batch} environments: '
+            f'expected at least one per level. Raise config.actors.batch or name fewer levels'
         )
     if importlib.util.find_spec('deepmind_lab') is None:
         raise UserError('deepmind_lab is not installed, and pip has none; docs/dmlab.md builds it')

@@ -36,8 +36,8 @@ class Pools:
         """Take ownership of the pools.
 
         Args:
-          spec: has a task for each pool, in order.
-          pools: of the gymnasium interface, with batch_size = num_envs.
+          spec: spec with a task for each pool, in order.
+          pools: pools of the gymnasium interface, with batch_size = num_envs.
           reader: (EnvPool's observation of all rows, is_first [B]) → observation, without 'task'.
           rewards_success: whether a positive last reward of an episode means success.
           timeout: longest wait of `recv` and `reset`, seconds.
@@ -201,8 +201,8 @@ def make_pools(
     """
     if batch < len(ids):
         raise UserError(
-            f'{batch} rows for the {len(ids)} tasks of {spec.name}: expected a row for each. Raise '
-            f'config.actors.batch or name fewer tasks'
+            f'{spec.name} has {len(ids)} tasks but the batch has only {batch} environments: '
+            f'expected at least one per task. Raise config.actors.batch or name fewer tasks'
         )
     envpool = import_envpool()
     pools, row = [], 0

@@ -117,9 +117,9 @@ def make_gym(
     Args:
       suite: the id.
       batch: B.
-      seed: of row 0; row i has seed + i.
+      seed: seed of row 0; row i has seed + i.
       asynchronous: whether each row runs in a process of its own.
-      arguments: of the environment's own constructor.
+      arguments: arguments of the environment's own constructor.
 
     Raises:
       UserError: if the environment cannot be made, has other spaces, or gymnasium is not installed.
@@ -130,7 +130,7 @@ def make_gym(
         entry, shape, _ = spaces.observation(one.observation_space)
         actions, _ = spaces.actions(one.action_space)
     except UserError as error:
-        raise UserError(f'gymnasium/{suite} {error}') from error
+        raise UserError(f'gymnasium/{suite}: {error}') from error
     finally:
         one.close()
     spec = Spec(
@@ -196,8 +196,8 @@ def make_vizdoom(suite: str, *, batch: int, seed: int = 0, asynchronous: bool = 
             raise UserError(f'vizdoom/{task} is unknown; {suggest(task, (*VIZDOOM, "all"))}')
     if batch < len(tasks):
         raise UserError(
-            f'{batch} rows for the {len(tasks)} tasks of vizdoom: expected a row for each; raise '
-            f'config.actors.batch or name fewer tasks'
+            f'vizdoom has {len(tasks)} tasks but the batch has only {batch} environments: expected '
+            f'at least one per task. Raise config.actors.batch or name fewer tasks'
         )
     buttons: dict[str, None] = {}
     for task in tasks:
@@ -337,7 +337,7 @@ def _doom_id(task: str) -> str:
 def _make(name: str, **options: Any) -> Any:
     import gymnasium
 
-    with warnings.catch_warnings():  # that there is a newer version of an id
+    with warnings.catch_warnings():  # about newer versions of an id
         warnings.simplefilter('ignore', DeprecationWarning)
         return gymnasium.make(name, **options)
 

@@ -53,7 +53,7 @@ def make_spec(suite: str) -> Spec:
         reference=tuple(SCORES[game][1] for game in games),
         sources='R_min and R_max of the easy mode, Cobbe et al. (2020), from public code',
         has_success=False,
-        episode=6000,  # of Bigfish; 1000 of most
+        episode=6000,  # the limit in Bigfish; most games have 1000
     )
 
 

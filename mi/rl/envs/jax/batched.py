@@ -15,7 +15,7 @@ class Batched:
     Args:
       environment: pure functions of one row.
       batch: B.
-      seed: of everything random.
+      seed: seed of everything random.
     """
 
     def __init__(self, environment: JaxEnvironment, batch: int, seed: int):

@@ -7,7 +7,7 @@ the goals in use are checked, and an episode's layout is drawn without a sort. T
 The tasks are ours; it is none of the package's benchmarks, which would be downloads.
 
 The world: a room of 9 × 9 with walls around, nine objects (ball, square, pyramid; red, green, blue)
-and the agent, at places drawn at random for every episode. The tasks, kind × colour × shape:
+and the agent, at places drawn at random for every episode. The tasks, kind × color × shape:
 
     hold    it has just picked the object up
     near    it has just moved to a place beside the object
@@ -15,7 +15,7 @@ and the agent, at places drawn at random for every episode. The tasks, kind × c
             it has just moved, or put down, so that the object is above it, to its right, …
 
 Every object is in every episode, whatever the task. 54 tasks; 24 of them are held out ('test'), so
-that each kind, colour and shape is in both parts, and the other 30 are the default. 'kinds' is a
+that each kind, color and shape is in both parts, and the other 30 are the default. 'kinds' is a
 small suite that is learned in minutes: the six kinds, all with the red ball.
 """
 
@@ -30,17 +30,17 @@ from jax import Array
 from mi.config import UserError, suggest
 from mi.rl.envs.spec import Observation, Spec, Transition
 
-SIZE = 9  # of the room, walls included
-VIEW = 5  # of the field of view: the agent is in the middle of its last row, and looks up
-STEPS = 40  # after which an episode is truncated
+SIZE = 9  # side of the grid, walls included
+VIEW = 5  # side of the field of view: the agent is in the middle of its last row, facing up
+STEPS = 40  # maximum length of an episode
 
-TILES, COLOURS = 13, 12  # of the package
-EMPTY, FLOOR, WALL = 0 * COLOURS + 0, 1 * COLOURS + 7, 2 * COLOURS + 6
+TILES, COLORS = 13, 12  # as numbered in the package
+EMPTY, FLOOR, WALL = 0 * COLORS + 0, 1 * COLORS + 7, 2 * COLORS + 6
 SHAPES = {'ball': 3, 'square': 4, 'pyramid': 5}
 PAINTS = {'red': 1, 'green': 2, 'blue': 3}
 OBJECTS = {
-    f'{paint} {shape}': tile * COLOURS + colour
-    for (paint, colour), (shape, tile) in itertools.product(PAINTS.items(), SHAPES.items())
+    f'{paint} {shape}': tile * COLORS + color
+    for (paint, color), (shape, tile) in itertools.product(PAINTS.items(), SHAPES.items())
 }
 KINDS = ('hold', 'near', 'up', 'right', 'down', 'left')
 FORWARD, CLOCKWISE, COUNTERCLOCKWISE, PICK_UP, PUT_DOWN, TOGGLE = range(6)
@@ -81,7 +81,7 @@ class Goal(NamedTuple):
 
 
 def _held_out(kind: int, paint: int, shape: int) -> bool:
-    """4 of 9 objects for each kind: two diagonals of the colours × shapes, less one of 6."""
+    """4 of 9 objects for each kind: two diagonals of the colors × shapes, less one of 6."""
     diagonal = (paint + shape + kind) % 3
     return diagonal == 0 or (diagonal == 1 and paint == kind % 3)
 
@@ -98,11 +98,11 @@ SUITES = {'train': TRAIN, 'test': TEST, 'all': ALL, 'kinds': KINDS_ALONE}
 
 
 class State(NamedTuple):
-    """One environment.
+    """The state of one environment.
 
     Attributes:
       task: int32, index into the tasks.
-      grid: uint8 [size · size], tile · 12 + colour.
+      grid: uint8 [size · size], tile · 12 + color.
       y, x, direction: int32; 0 is up, 1 right, 2 down, 3 left.
       pocket: uint8, what is carried, as in `grid`; 0 for nothing.
       time: int32, steps of the episode.
@@ -120,9 +120,9 @@ class State(NamedTuple):
 class XLand:
     """A `JaxEnvironment`: a new random layout for every episode, and one of the tasks.
 
-    Observation: 'grid' [5, 5, 2] the tiles and colours in the field of view, nothing hidden by
+    Observation: 'grid' [5, 5, 2] the tiles and colors in the field of view, nothing hidden by
     walls; 'features' [5] the direction, one-hot, and whether something is carried; 'task';
-    'instruction' [3] the goal as the tokens of kind, colour and shape.
+    'instruction' [3] the goal as the tokens of kind, color and shape.
 
     Reward 1 − 0.9 t / 40 when the goal is reached after t steps, which terminates the episode;
     after 40 steps it is truncated. Actions: forward, turn clockwise, turn counterclockwise, pick
@@ -153,7 +153,7 @@ class XLand:
                 'random: mean return of the uniform policy for the kind of goal, measured here '
                 '(tests/rl/envs/test_xland.py); reference: 1, a bound that none reaches'
             ),
-            categories=(TILES, COLOURS),
+            categories=(TILES, COLORS),
             vocabulary=1 + len(words),
             words=words,
             episode=STEPS,
@@ -195,7 +195,7 @@ class XLand:
         direction = state.direction == jnp.arange(4)
         carrying = (state.pocket != EMPTY)[None]
         return {
-            'grid': jnp.stack(jnp.divmod(field_of_view(state), jnp.uint8(COLOURS)), axis=-1),
+            'grid': jnp.stack(jnp.divmod(field_of_view(state), jnp.uint8(COLORS)), axis=-1),
             'features': jnp.concatenate([direction, carrying]).astype(jnp.float32),
             'task': state.task,
             'instruction': jnp.asarray(self._tokens)[state.task],
