@@ -318,12 +318,12 @@ def _make_members(
     differing_keys = [
         key for key in keys if len({repr(changes.get(key)) for changes in overrides}) > 1
     ]
-    shown = [
+    shown_overrides = [
         {key: changes[key] for key in (differing_keys or keys) if key in changes}
         for changes in overrides
     ]
-    names = _make_names(shown, overrides)
-    labels = _make_labels(overrides, shown, task_key)
+    names = _make_names(shown_overrides, overrides)
+    labels = _make_labels(overrides, shown_overrides, task_key)
 
     members = []
     for changes, name, label in zip(overrides, names, labels, strict=True):
@@ -337,7 +337,7 @@ def _to_flags(changes: Overrides) -> list[str]:
     return [f'--config.{key}={value}' for key, value in changes.items()]
 
 
-def _make_names(shown: list[Overrides], overrides: list[Overrides]) -> list[str]:
+def _make_names(shown_overrides: list[Overrides], overrides: list[Overrides]) -> list[str]:
     """Return a name of a run directory for each member, without repetitions.
 
     A name has the values that differ. If an earlier member has that name, as 'a/b' has that of
@@ -348,11 +348,11 @@ def _make_names(shown: list[Overrides], overrides: list[Overrides]) -> list[str]
     """
     used_names: list[str] = []
     used_flags: set[tuple[str, ...]] = set()
-    for changes, shown_changes in zip(overrides, shown, strict=True):
+    for changes, shown_keys in zip(overrides, shown_overrides, strict=True):
         flags = tuple(sorted(_to_flags(changes)))
         digest = hashlib.sha256('\0'.join(flags).encode()).hexdigest()[:8]
         short_name, long_name = (
-            ','.join(f'{format_key(key)}={value}' for key, value in shown_changes.items()).replace(
+            ','.join(f'{format_key(key)}={value}' for key, value in shown_keys.items()).replace(
                 '/', '_'
             )
             or 'only'
@@ -377,7 +377,7 @@ def _to_file_name(name: str, max_bytes: int = 255) -> str:
 
 
 def _make_labels(
-    overrides: list[Overrides], shown: list[Overrides], task_key: str | None
+    overrides: list[Overrides], shown_overrides: list[Overrides], task_key: str | None
 ) -> list[str]:
     """Return the label of each member: its values, with keys if another arm has the same values."""
 
@@ -385,7 +385,7 @@ def _make_labels(
         return {key: changes[key] for key in changes if key not in ('seeds', task_key)}
 
     arms = [repr(sorted(drop_seeds_and_task(changes).items())) for changes in overrides]
-    shown_values = [drop_seeds_and_task(changes) for changes in shown]
+    shown_values = [drop_seeds_and_task(changes) for changes in shown_overrides]
     labels = [', '.join(map(str, values.values())) or 'only' for values in shown_values]
     for format_key in (_shorten_key, str):
         labels_with_keys = [

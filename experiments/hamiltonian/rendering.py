@@ -30,7 +30,9 @@ def locate(frames: Array) -> Array:
     """
     mass = jnp.square(frames)
     total = jnp.sum(mass, (-3, -2))
-    return jnp.stack([jnp.sum(mass * at, (-3, -2)) / total for at in _grid(frames.ndim)], -1)
+    return jnp.stack(
+        [jnp.sum(mass * coordinates, (-3, -2)) / total for coordinates in _grid(frames.ndim)], -1
+    )
 
 
 def _grid(ndim: int) -> tuple[np.ndarray, np.ndarray]:

@@ -114,8 +114,8 @@ class Summary(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         C = x.shape[-1]
-        said = nn.relu(Affine(C, name='said')(x))
-        z = 2**0.5 * said.mean(-2, keepdims=True)
+        hidden = nn.relu(Affine(C, name='said')(x))
+        z = 2**0.5 * hidden.mean(-2, keepdims=True)
         return self.fuse(C, name='read')(x, z)
 
 

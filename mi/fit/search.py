@@ -218,7 +218,7 @@ def probe(config: ml_collections.ConfigDict, width: int) -> list[logger.Record]:
     An error that is not finite, of a learning rate that is too high, counts as infinite.
     """
     problem = factory.make_problem(factory.set_width(config, width))
-    total, every = config.train.steps, config.train.eval_every
+    total, eval_every = config.train.steps, config.train.eval_every
     optimizer = optim.make_optimizer(config.optim, total)
     rates = np.asarray(config.search.rates, np.float32)
     grid_shape = len(config.seeds), len(rates)
@@ -239,7 +239,7 @@ def probe(config: ml_collections.ConfigDict, width: int) -> list[logger.Record]:
     def advance(
         state: train.TrainState, seed: Array, scale: Array
     ) -> tuple[train.TrainState, Array]:
-        state, _ = train.train_steps(problem, optimizer, every, state, seed, scale)
+        state, _ = train.train_steps(problem, optimizer, eval_every, state, seed, scale)
         return state, train.evaluate(problem, state.params, seed)['eval']['mse']
 
     program = placement.shard_map_seeds(advance, mesh)
@@ -247,7 +247,7 @@ def probe(config: ml_collections.ConfigDict, width: int) -> list[logger.Record]:
 
     # The lowest error of each pair at any evaluation so far.
     errors = np.full(grid_shape, np.finfo(np.float64).max)
-    for _ in range(total // every):
+    for _ in range(total // eval_every):
         state, latest = compiled(state, seeds, scales)
         latest = placement.gather_seeds(latest, pairs).reshape(grid_shape)
         errors = np.fmin(errors, np.where(np.isfinite(latest), latest, np.inf))

@@ -81,11 +81,11 @@ def print_table(console: rich.console.Console, table: Table, title: str, files: 
         for i, (column, header) in enumerate(zip(table.columns, table.header, strict=True))
     ]  # fmt: skip
     widths = _choose_widths(columns, limit)
-    shown = [column for column in columns if column.name in widths]
+    visible = [column for column in columns if column.name in widths]
 
     # Lay them out.
     grid = rich.table.Table(title=rich.text.Text(title), title_justify='left')
-    for i, column in enumerate(shown):
+    for i, column in enumerate(visible):
         grid.add_column(
             rich.text.Text('\n'.join(filter(None, column.header[:2]))),
             justify='left' if i == 0 or column.wraps else 'right',
@@ -97,7 +97,7 @@ def print_table(console: rich.console.Console, table: Table, title: str, files: 
         grid.add_row(
             *(
                 _to_text(column.cells[number], column.name == 'metric' and is_best)
-                for column in shown
+                for column in visible
             )
         )
     width = FRAME + sum(GAP + column_width for column_width in widths.values())

@@ -111,16 +111,16 @@ def _print_scores(spec: Spec, split: str, scores: dict[str, Any]) -> None:
 
     If the environment does not define success, the greedy column has the return.
     """
-    shown = 'success' if spec.has_success else 'return'
+    score_name = 'success' if spec.has_success else 'return'
     columns = ['task', 'return', '± 2 s.e.', *(['success'] if spec.has_success else [])]
-    table = rich.table.Table(*columns, f'greedy {shown}', title=split)
+    table = rich.table.Table(*columns, f'greedy {score_name}', title=split)
 
     def mean(policy: str, name: str) -> float:
         return float(np.mean([record[name] for record in scores[split + policy].values()]))
 
     def add_row(label: str, suffix: str, width: str) -> None:
         success = [f'{mean("", f"success{suffix}"):.2f}'] if spec.has_success else []
-        greedy = f'{mean("_greedy", f"{shown}{suffix}"):.{2 if spec.has_success else 3}f}'
+        greedy = f'{mean("_greedy", f"{score_name}{suffix}"):.{2 if spec.has_success else 3}f}'
         table.add_row(label, f'{mean("", f"return{suffix}"):.3f}', width, *success, greedy)
 
     for task in spec.tasks:

@@ -63,11 +63,11 @@ class GymVector:
     def reset(self) -> Step:
         if self._skips:
             self.skip(np.zeros(self.batch, bool))
-        seen, _ = self._vector.reset(seed=self._seed)
+        observation, _ = self._vector.reset(seed=self._seed)
         self._seed = None  # the next time, other episodes
         zero, no = np.zeros(self.batch, np.float32), np.zeros(self.batch, bool)
         self._last = no
-        return Step(self._observe(seen), zero, zero + 1, ~no, no, no)
+        return Step(self._observe(observation), zero, zero + 1, ~no, no, no)
 
     def skip(self, rows: np.ndarray) -> None:
         """As in `SkipsRows`."""
@@ -82,15 +82,15 @@ class GymVector:
 
     def recv(self) -> Step:
         if self._asynchronous:
-            seen, reward, terminated, truncated, _ = self._vector.step_wait()
+            observation, reward, terminated, truncated, _ = self._vector.step_wait()
         else:
-            seen, reward, terminated, truncated, _ = self._vector.step(self._actions)
+            observation, reward, terminated, truncated, _ = self._vector.step(self._actions)
         first, last = self._last, terminated | truncated
         self._last = last
         with np.errstate(over='ignore'):  # what is too large is inf, and refused as such
             reward = reward.astype(np.float32)
         return Step(
-            observation=self._observe(seen),
+            observation=self._observe(observation),
             reward=reward,
             discount=np.where(terminated, 0, 1).astype(np.float32),
             is_first=first,
@@ -101,9 +101,9 @@ class GymVector:
     def close(self) -> None:
         self._vector.close()
 
-    def _observe(self, seen: np.ndarray) -> dict[str, np.ndarray]:
+    def _observe(self, observation: np.ndarray) -> dict[str, np.ndarray]:
         dtype = self.spec.observation[self._entry].dtype
-        return {self._entry: seen.astype(dtype, copy=False), 'task': self._task}
+        return {self._entry: observation.astype(dtype, copy=False), 'task': self._task}
 
 
 def make_gym(
@@ -125,14 +125,14 @@ def make_gym(
       UserError: if the environment cannot be made, has other spaces, or gymnasium is not installed.
     """
     gymnasium = _gymnasium('gym')
-    one = _first(gymnasium, suite, arguments)
+    probe_env = _first(gymnasium, suite, arguments)
     try:
-        entry, shape, _ = spaces.observation(one.observation_space)
-        actions, _ = spaces.actions(one.action_space)
+        entry, shape, _ = spaces.observation(probe_env.observation_space)
+        actions, _ = spaces.actions(probe_env.action_space)
     except UserError as error:
         raise UserError(f'gymnasium/{suite}: {error}') from error
     finally:
-        one.close()
+        probe_env.close()
     spec = Spec(
         name=f'gymnasium/{suite}',
         observation={
@@ -141,7 +141,7 @@ def make_gym(
         },
         actions=actions,
         tasks=(suite,),
-        episode=one.spec.max_episode_steps or 0,
+        episode=probe_env.spec.max_episode_steps or 0,
         has_success=False,
     )
     makers = [_Maker(suite, arguments)] * batch
@@ -166,10 +166,10 @@ def _first(gymnasium: Any, suite: str, arguments: Mapping[str, Any]) -> Any:
             f'directory on PYTHONPATH'
         ) from error
     except Exception as error:  # foreign code may raise anything
-        given = ' '.join(repr(dict(arguments)).split())
+        given_arguments = ' '.join(repr(dict(arguments)).split())
         raise UserError(
             f'gymnasium/{suite} cannot be made: {type(error).__name__}: {format_error(error)}; the '
-            f'arguments of its constructor are config.env.options = {given}'
+            f'arguments of its constructor are config.env.options = {given_arguments}'
         ) from error
 
 
@@ -201,9 +201,9 @@ def make_vizdoom(suite: str, *, batch: int, seed: int = 0, asynchronous: bool = 
         )
     buttons: dict[str, None] = {}
     for task in tasks:
-        one = _make(_doom_id(task), **_DOOM_OPTIONS)
-        buttons |= dict.fromkeys(_buttons(one))
-        one.close()
+        probe_env = _make(_doom_id(task), **_DOOM_OPTIONS)
+        buttons |= dict.fromkeys(_buttons(probe_env))
+        probe_env.close()
     spec = Spec(
         name='vizdoom',
         observation={
@@ -237,8 +237,8 @@ class _Maker:
         low, high, dtype = (
             (0, 255, np.uint8) if entry == 'pixels' else (-np.inf, np.inf, np.float32)
         )
-        seen = gymnasium.spaces.Box(low, high, shape, dtype)
-        env = gymnasium.wrappers.TransformObservation(env, convert, seen)
+        space = gymnasium.spaces.Box(low, high, shape, dtype)
+        env = gymnasium.wrappers.TransformObservation(env, convert, space)
         return gymnasium.wrappers.TransformAction(env, decode, gymnasium.spaces.Discrete(number))
 
 
@@ -282,11 +282,13 @@ class _DoomMaker:
         _doom()
         env = _make(_doom_id(self.task), **_DOOM_OPTIONS)
         env.unwrapped.game.set_doom_config_path(os.devnull)  # otherwise written to the cwd
-        own = _buttons(env)
+        env_buttons = _buttons(env)
         # The package's action k presses the buttons of row k of its map.
         presses = [tuple(row) for row in env.unwrapped.button_map]
         table = [0] + [
-            presses.index(tuple(int(name == button) for name in own)) if button in own else 0
+            presses.index(tuple(int(name == button) for name in env_buttons))
+            if button in env_buttons
+            else 0
             for button in self.buttons
         ]
         env = gymnasium.wrappers.TransformAction(
@@ -313,16 +315,16 @@ def _ends(env: Any) -> Any:
             return self._seen, info
 
         def step(self, action: Any) -> Any:
-            seen, reward, terminated, truncated, info = self.env.step(action)
+            observation, reward, terminated, truncated, info = self.env.step(action)
             if not (terminated or truncated):
-                self._seen = seen
+                self._seen = observation
             return self._seen, reward, terminated and not truncated, truncated, info
 
     return Ends(env)
 
 
-def _screen(seen: dict[str, np.ndarray]) -> np.ndarray:
-    blocks = seen['screen'].reshape(60, 4, 80, 4, 3)
+def _screen(observation: dict[str, np.ndarray]) -> np.ndarray:
+    blocks = observation['screen'].reshape(60, 4, 80, 4, 3)
     return blocks.mean(axis=(1, 3), dtype=np.float32).astype(np.uint8)
 
 

@@ -165,9 +165,9 @@ class XLand:
         places = jnp.asarray(_INSIDE)[distinct(draws[:-1], len(_INSIDE))]
         y, x = jnp.divmod(places[-1], SIZE)
         grid = jnp.asarray(_ROOM)
-        at = jnp.arange(SIZE * SIZE)
+        cells = jnp.arange(SIZE * SIZE)
         for place, tile in zip(places, OBJECTS.values(), strict=False):
-            grid = jnp.where(at == place, jnp.uint8(tile), grid)
+            grid = jnp.where(cells == place, jnp.uint8(tile), grid)
         state = State(
             task.astype(jnp.int32),
             grid,
@@ -256,11 +256,14 @@ def distinct(draws: Array, n: int) -> Array:
     numbers = []
     for i in range(draws.shape[0]):
         number = (draws[i] % (n - i)).astype(jnp.int32)
-        for other in taken:
-            number = number + (number >= other)
+        for smaller_number in taken:
+            number = number + (number >= smaller_number)
         numbers.append(number)
-        for j, other in enumerate(taken):
-            taken[j], number = jnp.minimum(other, number), jnp.maximum(other, number)
+        for j, smaller_number in enumerate(taken):
+            taken[j], number = (
+                jnp.minimum(smaller_number, number),
+                jnp.maximum(smaller_number, number),
+            )
         taken.append(number)
     return jnp.stack(numbers)
 
