@@ -1,6 +1,6 @@
 """Core × site × fusion of a language model, with the parameters of the concat arm.
 
-An LSTM and a Transformer, byte level, a recurrent context; the fusion stands at the token's
+An LSTM and a Transformer, byte level, a recurrent context; the fusion is at the token's
 embedding or at the output embedding. Arms of one core and site differ in the word of the fusion;
 the core is made larger or smaller so that all have the parameters of the concat arm there, within
 3 %. Three seeds.
@@ -46,7 +46,7 @@ NOTES = [
     'Sizes set per arm so that all arms of one core and site have the parameters of concat, within '
     '3 %; the Transformers are larger than the LSTMs, so that arms of two cores do not compare. '
     'Differences to concat of the same core and site are in lm_fusion.md.',
-    'none has no context, and a larger core in its place. It is the same at both sites, and stands '
+    'none has no context, and a larger core in its place. It is the same at both sites, and listed '
     'at the encoder.',
 ]
 

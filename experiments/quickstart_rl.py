@@ -1,6 +1,6 @@
 """Concatenation against multiplicative interaction where an agent meets its task, in minutes.
 
-Six goals in one room, one IMPALA agent; the task's index comes in by the fusion at what the LSTM
+Six goals in one world, one IMPALA agent; the task's index comes in by the fusion at what the LSTM
 reads. Three seeds.
 
     make run

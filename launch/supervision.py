@@ -129,7 +129,7 @@ def supervise(
 
     with stop_on_error(watch, places.stop_all) as check_signals:
         while waiting or running:
-            # Start members while there is room.
+            # Start members while slots are free.
             check_signals()
             while waiting and places.has_room():
                 check_signals()

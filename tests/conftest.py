@@ -40,12 +40,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def forced(devices: int) -> str:
-    """XLA_FLAGS of a program of its own: those of the tests, and so many devices of the CPU."""
+    """XLA_FLAGS of a program of its own: those of the tests, and this number of CPU devices."""
     return f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={devices}'
 
 
 def printed_on_devices(count: int, module: str, *arguments: str) -> Any:
-    """Return the JSON that a module prints last, run where there are so many devices of the CPU."""
+    """Return the JSON that a module prints last, run with this number of CPU devices."""
     done = subprocess.run(
         [sys.executable, '-m', module, *arguments],
         cwd=ROOT,

@@ -39,7 +39,7 @@ def lm_config(word='', **changes):
 
 
 def lm_parts(config, count):
-    """Return model, mesh, shapes of the state and of the seeds, on so many devices."""
+    """Return model, mesh, shapes of the state and of the seeds, on this number of devices."""
     lm_keys.validate(config)
     trainer = Trainer(
         factory.build_model(config, V),

@@ -119,7 +119,7 @@ def test_forget_bias_is_one_and_recurrent_weights_orthogonal():
 
 
 def test_recurrent_weights_are_decomposed_one_at_a_time():
-    """jaxlib's decomposition of a batch stands still on CPU if two of them run at once."""
+    """jaxlib's decomposition of a batch deadlocks on CPU if two of them run simultaneously."""
 
     def draw(key):
         args = jnp.zeros((B, H)), jnp.zeros((B, H))

@@ -213,7 +213,7 @@ def test_a_save_that_fails_leaves_the_ones_before_and_none_of_its_own(
                 lambda path, text: raising(full)() if path.name == broken else write(path, text),
             )
         checkpoints.save(10, state(10), {'metrics': 100})
-    assert [p.name for p in tmp_path.iterdir()] == ['00000005']  # and room for what comes next
+    assert [p.name for p in tmp_path.iterdir()] == ['00000005']  # and space for the next one
     assert_is(5, restore(tmp_path))
     save(tmp_path, 10)
     assert_is(10, restore(tmp_path))

@@ -1,4 +1,4 @@
-"""What is told before a run is what the run then writes down, and FLOPs counted by hand."""
+"""Estimates before a run equal what the run records; FLOPs are counted by hand."""
 
 import json
 import subprocess

@@ -45,7 +45,7 @@ def check_communication(case, n, row):
 
 
 def compiled_programs(workdir, config, devices):
-    """Return how often each program was compiled by a run on so many devices."""
+    """Return how often each program was compiled by a run on this number of devices."""
     done = subprocess.run(
         [sys.executable, '-m', 'mi.main', *config, f'--workdir={workdir}'],
         cwd=ROOT,

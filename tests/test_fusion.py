@@ -134,7 +134,7 @@ def test_an_empty_batch_beside_a_shared_stream_is_empty(name, x_lead, z_lead):
 @all_fusions
 @pytest.mark.parametrize('context', ['dense', 'one_hot'])
 def test_unit_variance_at_initialization(name, context):
-    """Over draws of parameters and inputs; at sizes of which none divides another."""
+    """Over draws of parameters and inputs; at sizes that do not divide each other."""
     if name in fusion.ONE_HOT and context == 'dense':
         pytest.skip('takes one-hot contexts alone')
 

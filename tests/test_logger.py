@@ -103,7 +103,7 @@ def write(log, *steps):
 
 
 class Recorder:
-    """A tracker that keeps what it is told."""
+    """A tracker that keeps the records it receives."""
 
     def __init__(self, continued):
         self.continued = continued
@@ -168,7 +168,7 @@ def test_a_tracker_is_not_told_twice_what_a_killed_run_wrote_after_its_checkpoin
 
 
 def test_records_of_one_step_are_told_apart_by_their_number(tmp_path):
-    """As those of a search, which writes all of them anew."""
+    """As those of a search, which writes all of them again."""
     for more, told in ((0, 2), (1, 1)):
         tracker = Recorder(bool(more))
         log = logger.MetricsWriter(tmp_path, 0, 0, tracker)

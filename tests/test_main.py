@@ -1,4 +1,4 @@
-"""What a user sees of a mistake: one line that says what to mend, and exit code 1."""
+"""A user error ends with one line that says what to change, and exit code 1."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Memory that is told before a run is what its arrays take, and nothing is allocated to tell it."""
+"""The estimated memory is that of the arrays, and estimating it allocates nothing."""
 
 import gc
 import json

@@ -39,7 +39,7 @@ def test_collection_time_matches_the_timeline():
 
 @pytest.mark.parametrize('capacity', [1, 3])
 def test_exponential_times_give_the_rate_of_a_tandem_that_blocks(capacity):
-    # Two stages of rate 1 with room for Q between them: M/M/1/K with K = Q + 2, counting the one
+    # Two stages of rate 1 with a queue of Q between them: M/M/1/K with K = Q + 2, counting the one
     # that is served and the one that is blocked, so that the rate is 1 − 1 / (Q + 3).
     topology = Topology(1, 1, 1, 1, 1, queue=capacity, max_in_flight=0)
     one, no = exponential(1.0), constant(0.0)

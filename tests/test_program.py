@@ -165,7 +165,7 @@ def test_ring_bytes():
     assert program.ring_bytes('collective-permute', 800, 8) == 800
 
 
-# What XLA's compiler wrote for a v5e:2x2, shortened: an all-gather that goes on beside a loop's
+# What XLA's compiler wrote for a v5e:2x2, shortened: an all-gather that runs beside a loop's
 # products, a loop whose bound is in its state, and a batch of products as a dilated convolution.
 TPU = """HloModule jit_f, is_scheduled=true, num_partitions=4
 

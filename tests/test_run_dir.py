@@ -114,7 +114,7 @@ def test_signals_ask_once_and_handlers_come_back(tmp_path):
         assert not run.should_stop(recorded=False)
         signal.raise_signal(signal.SIGTERM)
         assert run.should_stop(recorded=False)
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one ends at once
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one ends immediately
     assert signal.getsignal(signal.SIGTERM) is before
 
 

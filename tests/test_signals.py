@@ -20,7 +20,7 @@ from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
 
-# As `python -m mi.main`, but that at a step and after so many questions whether to stop, it waits
+# As `python -m mi.main`, but that at a step and after a number of checks whether to stop, it waits
 # until the answer is yes.
 WAITING = """
 import pathlib, sys, time
@@ -63,7 +63,7 @@ CASES = {
     'search': (SEARCH, 0, 2),
 }
 SAVED = 5  # the step of the newest checkpoint then; a search has probes.json instead
-SAME_BITS = ('lm', 'fused', 'fit', 'search')  # environments on the host start anew
+SAME_BITS = ('lm', 'fused', 'fit', 'search')  # environments on the host restart
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
 
 

@@ -40,7 +40,7 @@ VALIDATE = {
 
 
 def shell(text):
-    """What stands in the blocks of a page that name no language."""
+    """The blocks of a page that name no language."""
     inside, kept = None, []
     for line in text.split('\n'):
         if line.startswith('```'):

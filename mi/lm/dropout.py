@@ -36,7 +36,7 @@ def drop(rate: float, rates: Rates, x: Array, train: bool, time: int = 0) -> Arr
 
     Args:
       rate: share of the features.
-      rates: rates of the model, of which `locked` is used.
+      rates: rates of the model; only `locked` is used.
       x: [T, B, features], or [B, T, features] with `time` 1.
       train: whether to drop features.
       time: axis of the steps.

@@ -1,4 +1,4 @@
-"""Evaluation of a language model on a held-out text, each token of which is predicted once.
+"""Evaluation of a language model on a held-out text; each token is predicted once.
 
 There are three protocols, and the results name theirs:
 

@@ -245,7 +245,7 @@ def refuse_non_finite(seeds: Sequence[int], step: int, measured: dict[str, np.nd
       measured: name → values [S].
 
     Raises:
-      UserError: which metric, of which seed.
+      UserError: naming the metric and the seed.
     """
     for name, value in measured.items():
         if not np.isfinite(value).all():
@@ -270,7 +270,7 @@ def refuse_broken_state(
       parts: name → tree of arrays.
 
     Raises:
-      UserError: which part, of which seed.
+      UserError: naming the part and the seed.
     """
     for name, tree in parts.items():
         limit = math.sqrt(np.finfo(np.float32).max) if name == 'parameters' else math.inf

@@ -82,7 +82,7 @@ def test_a_grid_of_sharp_heads_is_a_convolution_of_the_kernel_in_that_order():
     np.testing.assert_allclose(ours.apply(params, x), y, rtol=1e-4, atol=1e-5)
 
 
-def test_the_digits_are_split_anew_for_each_seed_and_centres_are_fixed_where_they_are_to_be():
+def test_each_seed_splits_the_digits_and_fixed_centers_have_no_gradient():
     images, labels = digits.load()
     assert images.shape == (digits.COUNT, 8, 8, 1) and labels.shape == (digits.COUNT,)
     assert abs(images.mean()) < 1e-5 and images.std() == pytest.approx(1, abs=1e-5)

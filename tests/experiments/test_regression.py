@@ -1,4 +1,4 @@
-"""Many regressions at once: what a network is told of a task, and what it is worth for new ones."""
+"""Many regression tasks: the context of a task, and its value for new tasks."""
 
 import json
 
@@ -88,7 +88,7 @@ TOY = {
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-    """Networks that know the tasks by number or by examples, and one that is told nothing."""
+    """Networks that know the tasks by number or by examples, and one without a context."""
     path = tmp_path_factory.mktemp('regression')
     for name, context in (('mi', 'one_hot'), ('none', 'one_hot'), ('mi', 'inferred')):
         said = {'model.fusion.name': name, 'problem.context': context}

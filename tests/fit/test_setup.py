@@ -62,7 +62,7 @@ CONFIGS = {
     ],
 )
 def test_the_parameters_that_are_matched_are_those_that_are_written_down(word, changes):
-    """But for sequences, of which a run writes down one network of several."""
+    """Except for sequences: a run records one network of several."""
     config = edited(CONFIGS[word](), **{'model.parameters': 0}, **changes)
     assert config.problem.name == word
     problem = factory.make_problem(config)

@@ -49,7 +49,7 @@ def main():
         status('failed', num_done, 'ValueError: so it was asked')
         print('ValueError: so it was asked', file=sys.stderr)
         sys.exit(1)
-    if 'stops' in flags:  # as if it were asked to after so many steps
+    if 'stops' in flags:  # as if it were asked to after this number of steps
         stop_at = num_done + int(flags['stops'])
         if stop_at == num_done:
             status('preempted', num_done)

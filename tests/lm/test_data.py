@@ -56,7 +56,7 @@ def test_word_levels(tmp_path, cache):
     assert len(tokens.tokens['train']) == 3 * (5 + 6)
     assert len(tokens.tokens['test']) == 2 + 1 + 1  # an empty line is an <eos>
     assert not tokens.lossless  # bird is not in the training text …
-    unknown = tokens.tokens['train'][8]  # … so it becomes what stands for <unk> there
+    unknown = tokens.tokens['train'][8]  # … so it becomes the token of <unk>
     assert tokens.tokens['valid'][1] == unknown
     for corpus in (words, tokens):
         ids = set(np.concatenate(list(corpus.tokens.values())).tolist())

@@ -20,7 +20,7 @@ def tiny(word='core=lstm', **changes):
 
 
 def digits_then_words(directory):
-    """Texts of which the first part has fewer bytes to a token than the rest."""
+    """Texts whose first part has fewer bytes per token than the rest."""
     lines = [f'{i * 7919 % 1000}\n' for i in range(200)] + ['the same naïve words\n'] * 200
     for split in ('train', 'valid', 'test'):
         (directory / f'{split}.txt').write_text(''.join(lines))

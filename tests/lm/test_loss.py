@@ -129,7 +129,7 @@ def test_its_gradient_is_that_of_the_whole_distribution(targets):
 
 
 def test_tokens_that_do_not_fill_a_chunk_are_not_padded_to_one():
-    """As on many devices, of which each has few rows of the batch."""
+    """As on many devices with few rows of the batch each."""
 
     def flops(chunk):
         words, params, y = adaptive(chunk=chunk)

@@ -265,7 +265,7 @@ def test_bf16_products_give_f32_logits(tokens):
 @pytest.mark.parametrize('site', ['none', 'attention'])
 @pytest.mark.parametrize('memory', [0, 3])
 def test_one_token_at_a_time_with_a_cache_is_the_whole(site, memory, tokens):
-    """KV cache: what a Transformer computes from kept keys and values is what it computes anew."""
+    """KV cache: a Transformer computes the same from cached keys and values as from all tokens."""
     model = make('transformer', site, layers=2, memory=memory, kv_heads=1)
     variables, carry, domains = run(model, tokens)
     _, whole = jax.jit(model.apply)(variables, carry, tokens, None, domains)
@@ -303,7 +303,7 @@ def test_segments_with_a_memory_are_one_long_segment(positions, tokens):
     assert (all_before[5] != whole[5]).any()  # the sixth sees four before it, and not five
 
 
-def test_a_block_made_anew_in_the_backward_pass_has_the_same_gradient(tokens):
+def test_a_rematerialized_block_has_the_same_gradient(tokens):
     plain = make('transformer', 'ffn', layers=2)
     variables, carry, domains = run(plain, tokens)
 

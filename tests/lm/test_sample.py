@@ -34,7 +34,7 @@ def generate(model, params, prompt, seed, *decoding):
 
 @pytest.mark.parametrize('word', ['core=lstm,source=state', 'core=transformer'])
 def test_the_likeliest_tokens_are_those_of_the_whole_text(word):
-    """Greedy sampling from kept state is the argmax of logits computed for all tokens at once."""
+    """Greedy sampling from kept state is the argmax of logits computed for all tokens together."""
     config = tiny(word, **{'model.memory': 0})
     model = factory.build_model(config, 11)
     carry = model.initial_carry(1)

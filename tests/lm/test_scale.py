@@ -1,4 +1,4 @@
-"""Devices, parts of a batch and blocks made anew change what a step costs, and not what it does."""
+"""Devices, accumulation and rematerialization change the cost of a step, not its result."""
 
 import dataclasses
 

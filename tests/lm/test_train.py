@@ -347,7 +347,7 @@ def test_positions_that_a_transformer_has_not_seen_are_refused(changes, key, mos
         lm_config.validate(config)
     config.update_from_flattened_dict({key: most})
     lm_config.validate(config)
-    config.model.core = 'lstm'  # reads on for ever
+    config.model.core = 'lstm'  # carries its state without a limit
     config.update_from_flattened_dict({'eval.memory': -1, 'model.memory': 0, 'eval.length': 999})
     lm_config.validate(config)
 

@@ -271,7 +271,7 @@ def test_leading_axes_broadcast():
 
 
 def decoded(module, variables, x, sizes, mask=None):
-    """The outputs of calls that take so many tokens each, with an empty cache as long as x."""
+    """The outputs of calls with these numbers of tokens, with an empty cache as long as x."""
     cache = new_cache(module, x)
 
     @jax.jit

@@ -245,7 +245,7 @@ def values_of(agent, trajectory, params, statistics):
 
 @pytest.mark.parametrize('order', loss.POPART_ORDERS)
 def test_the_learner_moves_the_statistics_and_no_value(order):
-    """With an optimiser that stands still, what the agent says of the values stays as it was."""
+    """With an optimizer that changes nothing, the predicted values stay the same."""
     agent, trajectory = agent_and_trajectory(drawn_rewards())
     optimiser, h = optax.set_to_zero(), loss.Hyperparameters(popart=0.1, popart_order=order)
     state = learner_state(agent, trajectory, optimiser)

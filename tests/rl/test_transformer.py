@@ -34,7 +34,7 @@ def run(module, variables, x, reset, parts):
 
 
 def test_step_by_step_is_the_whole_sequence(case):
-    """What the learner computes at once is what the actor did."""
+    """The learner computes in one call what the actor computed step by step."""
     whole = run(*case, [13])
     assert case[3].any()
     np.testing.assert_allclose(run(*case, [1] * 13), whole, atol=2e-5)

@@ -13,7 +13,7 @@ T = 9
 
 
 def drawn(seed=0, off_policy=True):
-    """Two episodes, the first of which ends with action 3."""
+    """Two episodes; the first ends with action 3."""
     rng = np.random.default_rng(seed)
     discount = np.full(T, 0.95, np.float32)
     discount[3] = 0

@@ -32,7 +32,7 @@ class Batch(NamedTuple):
 
 
 class BatchLoader:
-    """The batches of all seeds, [S, …], of which each device gets its seeds and rows.
+    """The batches of all seeds, [S, …]; each device gets its own seeds and rows.
 
     Args:
       corpus: the corpus, whose training text is read.

@@ -1,4 +1,4 @@
-"""XLand-MiniGrid with many goals in one world, of which the task selects one.
+"""XLand-MiniGrid with many goals in one world; the task selects the goal.
 
 Source: Nikulin et al., XLand-MiniGrid (NeurIPS 2024), package `xminigrid`: tiles, actions, field of
 view, goals and reward are its own, and tests/rl/envs/test_xland.py runs both side by side. What is
@@ -6,7 +6,7 @@ rewritten is the step, for speed: tiles are one number each, all actions are one
 the goals in use are checked, and an episode's layout is drawn without a sort. There are no rules.
 The tasks are ours; it is none of the package's benchmarks, which would be downloads.
 
-The world: a room of 9 × 9 with walls around, nine objects (ball, square, pyramid; red, green, blue)
+The world: a 9 × 9 grid with walls around, nine objects (ball, square, pyramid; red, green, blue)
 and the agent, at places drawn at random for every episode. The tasks, kind × color × shape:
 
     hold    it has just picked the object up
