@@ -74,7 +74,7 @@ def agent(devices):
     compiled = fused.compile_updates(environment, net, optimizer, config, state, 1, mesh)
     _, measured = compiled(state)
     longest = measured.counts.longest_unfinished.tolist()
-    return np.ravel(played.returned).tolist(), longest
+    return np.ravel(played.returns).tolist(), longest
 
 
 def learner_update(devices):
