@@ -227,7 +227,11 @@ def run(
         return code
     except KeyboardInterrupt:
         process.stop()
-        return process.wait()
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:  # asked again; the run is saving
+                continue
     except BaseException:  # a run must not outlive its watcher, whatever ends that; raised again
         process.stop()
         process.wait()

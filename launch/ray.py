@@ -27,6 +27,8 @@ from mi.config import UserError, suggest_install
 from mi.training.lock import is_locked
 from mi.training.run_dir import PREEMPTED
 
+CANCEL_INTERVAL = 10.0  # seconds between two cancellations of a task
+
 ADDRESS = flags.DEFINE_string(
     'address', '', "Address of a Ray cluster: 'auto', 'HOST:PORT', 'ray://…'; '' for this machine."
 )
@@ -115,11 +117,14 @@ class ClusterPlaces:
         """
         import ray
 
-        tasks = [task for member in self._running.values() for task in member.tasks]
-        for task in tasks:
-            ray.cancel(task)
-        if tasks:
-            ray.wait(tasks, num_returns=len(tasks), timeout=process.SAVE_TIMEOUT)
+        # A cancellation can get lost in a busy Ray, so ask until every task has ended.
+        pending = [task for member in self._running.values() for task in member.tasks]
+        deadline = time.monotonic() + process.SAVE_TIMEOUT
+        while pending and time.monotonic() < deadline:
+            for task in pending:
+                ray.cancel(task)
+            _, pending = ray.wait(pending, num_returns=len(pending), timeout=CANCEL_INTERVAL)
+
         deadline = time.monotonic() + process.SAVE_TIMEOUT
         while time.monotonic() < deadline and any(
             is_locked(path / 'lock') for path in self._running

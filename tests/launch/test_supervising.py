@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -148,6 +149,22 @@ def rule(members):
 commands = dict(zip(paths, json.loads(sys.argv[2])))
 ray.submit(commands, engine.Resources(), rule)
 """
+
+
+def test_a_watcher_that_is_interrupted_twice_waits_until_the_member_has_saved(tmp_path):
+    path = tmp_path / 'a'
+    code = 'import json, sys; from launch import process; process.run(*json.loads(sys.argv[1]))'
+    arguments = json.dumps([str(path), counting(path), str(tmp_path)])
+    watcher = subprocess.Popen([sys.executable, '-c', code, arguments])
+    deadline = time.monotonic() + 60
+    while not have_begun([path]):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for _ in range(2):
+        watcher.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    assert watcher.wait(60) == 0
+    assert_saved([path])
 
 
 @pytest.mark.slow
