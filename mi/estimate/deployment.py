@@ -133,11 +133,14 @@ def measure(
       device: one of the program's devices.
       limit: bytes of memory per device; None if unknown.
     """
+    # Compile; a refusal for want of memory is a result too.
     try:
         compiled = compiles()
         analysis = program.analyze(compiled)
     except jax.errors.JaxRuntimeError as error:
         return _report_refusal(error)
+
+    # Memory, and the clock that turns cycles into seconds.
     bytes_ = memory.measure(compiled) or dict.fromkeys(
         ('arguments', 'outputs', 'in_place', 'temporaries', 'peak')
     )

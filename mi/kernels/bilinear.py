@@ -156,11 +156,14 @@ def bilinear(
     Raises:
       ValueError: if the shapes do not match, or the order is unknown or unsuitable for z.
     """
+    # Choose an order.
     has_ids = jnp.issubdtype(z.dtype, jnp.integer)
     _check_operands(x, z, W, order)
     if order is None:
         context: Literal['dense', 'ids'] = 'ids' if has_ids else 'dense'
         order = choose_order(x.shape, z.shape, W.shape[2], context, target_platform(), len(W))
+
+    # Evaluate by it: ids first, then dense contexts.
     if order == 'one_hot':
         one_hot = jax.nn.one_hot(jnp.clip(z, 0, len(W) - 1), len(W), dtype=x.dtype)
         return bilinear(x, one_hot, W, precision=precision)

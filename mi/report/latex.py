@@ -13,7 +13,7 @@ from mi.report.tables import Cell
 def to_latex(sweep: Sweep, rows: list[Row], notes: list[str]) -> str:
     """Return a booktabs table, scaled down only if it is wider than the line.
 
-    Details go on a second line, the reasons of states into the caption.
+    The second line of a row has the details; the caption has the reasons of states.
     """
     table = tables.make_table(sweep, rows)
     header = ' & '.join(map(_stack, table.header))

@@ -66,12 +66,15 @@ def vtrace(  # noqa: PLR0913 - the arguments of rlax's
             f'values.shape = {values.shape}: expected [T + 1], and [T] for the other arguments '
             f'(got {shapes}). Vmap over the batch'
         )
+
+    # Temporal differences and traces.
     values = jax.lax.stop_gradient(values)
     rho = jnp.exp(jax.lax.stop_gradient(log_rho_t))
     rho_hat = jnp.where(valid_t, jnp.minimum(rho_clip, rho), 0)
     trace = jnp.where(valid_t, discount_t * lambda_ * jnp.minimum(c_clip, rho), 0)
     deltas = rho_hat * (reward_t + discount_t * values[1:] - values[:-1])
 
+    # Accumulate v_t − V_t backward in time.
     def step(next_error: Array, row: tuple[Array, Array]) -> tuple[Array, Array]:
         delta, c = row
         error = delta + c * next_error

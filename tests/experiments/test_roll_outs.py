@@ -1,4 +1,4 @@
-"""Tables of predictions that go on for long, of known numbers."""
+"""Tables of long predictions with known numbers."""
 
 from experiments.figures import roll_outs
 from mi.report.runs import Arm

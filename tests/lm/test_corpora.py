@@ -123,7 +123,7 @@ def test_the_counts_of_ptb_are_those_of_its_words(tmp_path, cache, monkeypatch):
         token_store.load('ptb', 'token', 10_000, cache, path=path)
     assert (
         token_store.load('ptb', 'token', 100, cache, path=path).vocabulary == 5
-    )  # cut: not to be known
+    )  # cut: its counts differ from the known ones
     known = dataclasses.replace(known, vocabulary=5)
     monkeypatch.setitem(sources.CORPORA, 'ptb', known)
     assert token_store.load('ptb', 'token', 5, cache, path=path).lossless

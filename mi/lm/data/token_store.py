@@ -90,6 +90,7 @@ def load(  # noqa: PLR0913 - the keys of `config.data`, and options of scripts
         a known corpus differ from the known ones.
       ValueError: for unknown splits, no splits, or train_tokens without train.
     """
+    # Check the arguments.
     if not splits:
         raise ValueError(f'splits = (): expected some of {SPLITS}')
     for split in (*splits, *fit):
@@ -99,6 +100,8 @@ def load(  # noqa: PLR0913 - the keys of `config.data`, and options of scripts
         raise ValueError(
             f"train_tokens = {train_tokens}: expected 'train' in splits (got {tuple(splits)})"
         )
+
+    # Describe the token files, then read them or make them.
     root = get_cache_directory(cache)
     needs_fit = level != 'byte'
     recipe = Recipe(

@@ -108,6 +108,7 @@ def compile_updates(  # noqa: PLR0913
         config.train.length,
     )
 
+    # All updates of one seed, then the reductions of their metrics over devices.
     def update_seed(state: TrainState) -> tuple[TrainState, UpdateMetrics]:
         state, metrics = jax.lax.scan(lambda state, _: update_once(state), state, None, count)
         counts = metrics.counts
@@ -123,6 +124,7 @@ def compile_updates(  # noqa: PLR0913
             ),
         )
 
+    # Map over the seeds of each device, and compile.
     partition = sharding.partition_specs(state)
     update_seeds = jax.shard_map(
         sharding.map_seeds(update_seed, mesh),

@@ -101,6 +101,7 @@ def make(
     Raises:
       UserError: if a name is unknown, there are too few rows, or envpool is not installed.
     """
+    # Levels, and the longest instruction that they can give.
     ids, tasks = _list_ids(), parse_levels(suite)
     has_clauses = any(task.startswith(SEQUENCES) for task in tasks)
     length = length or (text.BABYAI_LENGTH if has_clauses else text.BABYAI_CLAUSE)
@@ -120,6 +121,8 @@ def make(
         vocabulary=text.BABYAI_VOCABULARY,
         words=text.BABYAI_WORDS,
     )
+
+    # One pool of environments for each level.
     pools = make_pools(spec, [ids[task] for task in tasks], batch, seed, threads)
     reader = _ObservationReader(batch, length)
     return Pools(spec, pools, reader, rewards_success=True, timeout=timeout)

@@ -340,6 +340,7 @@ def make(  # noqa: PLR0913 - the options of the environment
     Raises:
       UserError: on an unknown word, too few rows, or if the engine is not installed.
     """
+    # Check the batch and the installation.
     spec = suite_spec(suite, actions=actions, length=length)
     tasks = spec.tasks
     if batch < len(tasks):
@@ -349,6 +350,8 @@ def make(  # noqa: PLR0913 - the options of the environment
         )
     if importlib.util.find_spec('deepmind_lab') is None:
         raise UserError('deepmind_lab is not installed, and pip has none; docs/dmlab.md builds it')
+
+    # The settings of an engine for each row.
     config = {'width': str(WIDTH), 'height': str(HEIGHT), 'logLevel': 'WARN'}
     if suite == 'test':
         config['allowHoldOutLevels'] = 'true'

@@ -124,6 +124,7 @@ def make_gym(
     Raises:
       UserError: if the environment cannot be made, has other spaces, or gymnasium is not installed.
     """
+    # Read the spaces from one environment.
     gymnasium = _gymnasium('gym')
     probe_env = _first(gymnasium, suite, arguments)
     try:
@@ -133,6 +134,8 @@ def make_gym(
         raise UserError(f'gymnasium/{suite}: {error}') from error
     finally:
         probe_env.close()
+
+    # Describe them, and make one environment for each row.
     spec = Spec(
         name=f'gymnasium/{suite}',
         observation={
@@ -188,6 +191,7 @@ def make_vizdoom(suite: str, *, batch: int, seed: int = 0, asynchronous: bool = 
     Raises:
       UserError: on an unknown word, too few rows, or if vizdoom is not installed.
     """
+    # Check the tasks and the batch.
     _gymnasium('vizdoom')
     _doom()
     tasks = tuple(VIZDOOM) if suite in ('', 'all') else tuple(dict.fromkeys(suite.split(',')))
@@ -199,6 +203,8 @@ def make_vizdoom(suite: str, *, batch: int, seed: int = 0, asynchronous: bool = 
             f'vizdoom has {len(tasks)} tasks but the batch has only {batch} environments: expected '
             f'at least one per task. Raise config.actors.batch or name fewer tasks'
         )
+
+    # Collect the buttons of all tasks.
     buttons: dict[str, None] = {}
     for task in tasks:
         probe_env = _make(_doom_id(task), **_DOOM_OPTIONS)
