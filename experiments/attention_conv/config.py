@@ -14,26 +14,20 @@ Needs scikit-learn, the extra `digits`.
 
 import ml_collections
 
-from mi.config import UserError
-from mi.training import optim
+from mi.fit import base_config
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
-    if arg:
-        raise UserError(
-            f'--config=experiments/attention_conv/config.py:{arg}: expected no argument'
-        )
-    config = ml_collections.ConfigDict()
-    config.task = 'fit'
-    config.tracker = 'none'  # a name in mi.training.trackers.TRACKERS: none, wandb, trackio
-    config.seeds = (0, 1, 2, 3, 4)
+    base_config.check_preset('experiments/attention_conv/config.py', arg)
+    config = base_config.get_base_config('experiments.attention_conv.problem')
 
-    config.problem = problem = ml_collections.ConfigDict()
-    problem.name = 'experiments.attention_conv.problem'
+    # What is learned.
+    problem = config.problem
     problem.train = 1200  # images to learn from; the other 597 are held out
     # For the heads that replace a convolution, at the end of a run with convolutions.
     problem.alphas = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0, 16.0, 20.0, 32.0, 100.0)
 
+    # The network.
     config.model = model = ml_collections.ConfigDict()
     model.width = 16  # channels
     model.parameters = 0  # choose the width with about this many; 0 keeps it
@@ -46,15 +40,13 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     model.alpha = 1.0  # of all heads, at first
     model.kernel = 3  # of convolution
 
-    config.train = train = ml_collections.ConfigDict()
+    # How it is trained.
+    train = config.train
     train.steps = 1200
     train.batch = 32
-    train.matmul_precision = 'highest'  # of f32 products: default, high, highest
     train.log_every = 100
     train.eval_every = 200
     train.save_every = 600
-    train.keep = 1
 
-    config.optim = optim.get_config()
     config.optim.learning_rate = 1e-2
     return config.lock()

@@ -11,18 +11,15 @@ Ten seeds train simultaneously.
 
 import ml_collections
 
-from mi.training import optim
+from mi.fit import base_config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    config = ml_collections.ConfigDict()
-    config.task = 'fit'
-    config.tracker = 'none'  # a name in mi.training.trackers.TRACKERS: none, wandb, trackio
+    config = base_config.get_base_config('experiments.composition.problem')
     config.seeds = tuple(range(10))
 
     # What is learned.
-    config.problem = problem = ml_collections.ConfigDict()
-    problem.name = 'experiments.composition.problem'
+    problem = config.problem
     problem.modules = 6  # M
     problem.inputs = 16  # n
     problem.hidden = 16  # h, of the teacher
@@ -39,27 +36,17 @@ def get_config() -> ml_collections.ConfigDict:
     transfer.learning_rate = 3e-2
 
     # The network.
-    config.model = model = ml_collections.ConfigDict()
-    model.width = 32
-    model.parameters = 4000  # or 0 for the width above
-    model.depth = 1  # hidden layers
-    model.site = 'first'  # first, last, all: the maps that take z
-    model.activation = 'relu'  # relu, identity
-    model.fusion = fusion = ml_collections.ConfigDict()
-    fusion.name = 'mi'
-    fusion.rank = 0  # as the width
-    fusion.hidden = 0  # as the width
+    config.model = model = base_config.get_fused_mlp_config()
+    model.parameters = 4000  # choose the width with about this many
+    model.fusion.name = 'mi'
 
     # How it is trained.
-    config.train = train = ml_collections.ConfigDict()
+    train = config.train
     train.steps = 4000
     train.batch = 32  # examples of each task, new ones in every step
-    train.matmul_precision = 'highest'  # of f32 products: default, high, highest
     train.log_every = 1000
     train.eval_every = 4000
     train.save_every = 4000
-    train.keep = 1
 
-    config.optim = optim.get_config()
     config.optim.learning_rate = 1e-2
     return config.lock()

@@ -11,47 +11,29 @@ A search trains about a dozen widths of each dimension, with three learning rate
 
 import ml_collections
 
-from mi.config import UserError, suggest
-from mi.training import optim
+from mi.fit import base_config
 
 PRESETS = ('search', 'fit')
 
 
 def get_config(arg: str = 'search') -> ml_collections.ConfigDict:
-    if arg not in PRESETS:
-        raise UserError(
-            f'--config=experiments/expressivity/config.py:{arg}: expected a preset; '
-            f'{suggest(arg, PRESETS)}'
-        )
-    config = ml_collections.ConfigDict()
+    base_config.check_preset('experiments/expressivity/config.py', arg, PRESETS)
+    config = base_config.get_base_config('experiments.expressivity.problem')
     config.task = arg
-    config.tracker = 'none'  # a name in mi.training.trackers.TRACKERS: none, wandb, trackio
-    config.seeds = (0, 1, 2, 3, 4)
 
     # What is learned.
-    config.problem = problem = ml_collections.ConfigDict()
-    problem.name = 'experiments.expressivity.problem'
+    problem = config.problem
     problem.target = 'product'  # product, additive, x_only
     problem.dimension = 4  # d, of x and of z
     problem.examples = 8192  # of the evaluation
 
     # The network.
-    config.model = model = ml_collections.ConfigDict()
-    model.width = 32
-    model.parameters = 0  # choose the width with about this many; 0 keeps it, as in a search
-    model.depth = 1  # hidden layers
-    model.site = 'first'  # first, last, all: the maps that take z
-    model.activation = 'relu'  # relu, identity
-    model.fusion = fusion = ml_collections.ConfigDict()
-    fusion.name = 'concat'
-    fusion.rank = 0  # as the width
-    fusion.hidden = 0  # as the width
+    config.model = base_config.get_fused_mlp_config()  # a search sets the width
 
     # How it is trained.
-    config.train = train = ml_collections.ConfigDict()
+    train = config.train
     train.steps = 2000
     train.batch = 256
-    train.matmul_precision = 'highest'  # of f32 products: default, high, highest
     train.log_every = 250
     train.eval_every = 250  # a search checks its target there
     train.save_every = 1000
@@ -67,6 +49,5 @@ def get_config(arg: str = 'search') -> ml_collections.ConfigDict:
         search.per_octave = 3  # widths
         search.rates = (1e-2, 3e-2, 1e-1)  # learning rates, in place of config.optim.learning_rate
 
-    config.optim = optim.get_config()
     config.optim.learning_rate = 3e-3
     return config.lock()

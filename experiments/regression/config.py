@@ -10,18 +10,15 @@ Ten seeds train simultaneously.
 
 import ml_collections
 
-from mi.training import optim
+from mi.fit import base_config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    config = ml_collections.ConfigDict()
-    config.task = 'fit'
-    config.tracker = 'none'  # a name in mi.training.trackers.TRACKERS: none, wandb, trackio
+    config = base_config.get_base_config('experiments.regression.problem')
     config.seeds = tuple(range(10))
 
     # What is learned.
-    config.problem = problem = ml_collections.ConfigDict()
-    problem.name = 'experiments.regression.problem'
+    problem = config.problem
     problem.context = 'one_hot'  # one_hot, descriptor, inferred: what says which task it is
     problem.tasks = 32  # half of each family
     problem.examples = 16  # of each task, all that there are for training
@@ -38,27 +35,19 @@ def get_config() -> ml_collections.ConfigDict:
     transfer.learning_rate = 1e-2
 
     # The network.
-    config.model = model = ml_collections.ConfigDict()
-    model.width = 32
-    model.parameters = 6000  # or 0 for the width above
+    config.model = model = base_config.get_fused_mlp_config()
+    model.parameters = 6000  # choose the width with about this many
     model.depth = 2  # hidden layers
     model.site = 'last'  # first, last, all: the maps that take z
-    model.activation = 'relu'  # relu, identity
-    model.fusion = fusion = ml_collections.ConfigDict()
-    fusion.name = 'mi'
-    fusion.rank = 0  # as the width
-    fusion.hidden = 0  # as the width
+    model.fusion.name = 'mi'
 
     # How it is trained.
-    config.train = train = ml_collections.ConfigDict()
+    train = config.train
     train.steps = 4000
     train.batch = 8  # examples of each task, new ones in every step
-    train.matmul_precision = 'highest'  # of f32 products: default, high, highest
     train.log_every = 1000
     train.eval_every = 4000
     train.save_every = 4000
-    train.keep = 1
 
-    config.optim = optim.get_config()
     config.optim.learning_rate = 3e-3
     return config.lock()

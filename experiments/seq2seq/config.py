@@ -11,20 +11,15 @@ A network for each of four targets and five seeds, trained simultaneously.
 
 import ml_collections
 
-from mi.config import UserError
-from mi.training import optim
+from mi.fit import base_config
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
-    if arg:
-        raise UserError(f'--config=experiments/seq2seq/config.py:{arg}: expected no argument')
-    config = ml_collections.ConfigDict()
-    config.task = 'fit'
-    config.tracker = 'none'  # a name in mi.training.trackers.TRACKERS: none, wandb, trackio
-    config.seeds = (0, 1, 2, 3, 4)
+    base_config.check_preset('experiments/seq2seq/config.py', arg)
+    config = base_config.get_base_config('experiments.seq2seq.problem')
 
-    config.problem = problem = ml_collections.ConfigDict()
-    problem.name = 'experiments.seq2seq.problem'
+    # What is learned.
+    problem = config.problem
     problem.targets = ('difference', 'farthest', 'reverse', 'sort')
     problem.length = 5  # n, tokens
     problem.features = 2  # d, of a token
@@ -33,6 +28,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     problem.orbits = 64  # sequences that are taken in all n! orders, for the equivariant floor
     problem.floor_examples = 16384  # of the additive floor
 
+    # The network.
     config.model = model = ml_collections.ConfigDict()
     model.width = 32  # of the feed-forward layers
     # choose the width with about this many; 0 keeps it. Counts the networks of all targets, where
@@ -49,16 +45,14 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     fusion.rank = 0  # as the features
     fusion.hidden = 0  # as the features
 
-    config.train = train = ml_collections.ConfigDict()
+    # How it is trained.
+    train = config.train
     train.steps = 1200
     train.batch = 32
-    train.matmul_precision = 'highest'  # of f32 products: default, high, highest
     train.log_every = 200
     train.eval_every = 200
     train.save_every = 600
-    train.keep = 1
 
-    config.optim = optim.get_config()
     config.optim.learning_rate = 5e-3
     config.optim.clip_norm = 0.0  # clipping would couple the networks of the targets
     return config.lock()
