@@ -257,8 +257,8 @@ def probe(config: ml_collections.ConfigDict, width: int) -> list[logger.Record]:
         {
             'width': width,
             'parameters': factory.count_parameters(problem),
-            'mse': float(seed_errors.min()),
-            'learning_rate': float(rates[seed_errors.argmin()]),
+            'mse': float(np.min(seed_errors)),
+            'learning_rate': float(rates[np.argmin(seed_errors)]),
         }
         for seed_errors in errors
     ]

@@ -8,6 +8,8 @@ computed by products. Other backends use their own convolutions. `benchmarks.rl`
 both.
 """
 
+import functools
+import operator
 from typing import Any
 
 import jax
@@ -71,7 +73,9 @@ def _valid(x: Array, W: Array) -> Array:
     if x.shape[-1] < MIN_PRODUCT_CHANNELS:
         return _native(x, W)
     windows = [row for rows in _windows(x, W) for row in rows]
-    return sum(a @ w for a, w in zip(windows, W.reshape(-1, *W.shape[2:]), strict=True))
+    taps = W.reshape(-1, *W.shape[2:])
+    products = (window @ tap for window, tap in zip(windows, taps, strict=True))
+    return functools.reduce(operator.add, products)
 
 
 def _forward(x: Array, W: Array) -> tuple[Array, tuple[Array, Array]]:

@@ -14,6 +14,7 @@ the next row is the first of another episode (`mi.rl.envs.spec`).
 import functools
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -44,10 +45,10 @@ class Trajectory(NamedTuple):
 class Episodes(NamedTuple):
     """Number of episodes that ended, and sums over them, by task, [tasks] float32."""
 
-    number: Array
-    returns: Array
-    lengths: Array
-    successes: Array
+    number: chex.Array
+    returns: chex.Array
+    lengths: chex.Array
+    successes: chex.Array
 
 
 def compute_log_prob(logits: Array, action: Array) -> Array:

@@ -8,13 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from mi.config import UserError
 from mi.rl.envs.spec import JaxEnvironment, Spec, Step, Transition
 
 PROTOCOL = 'see JaxEnvironment in mi/rl/envs/spec.py'
 AGENT_ENTRIES = ('grid', 'pixels', 'features')  # an agent needs one of them
-ENTRIES = {  # entry of an observation → rank, type, and both as text
+ENTRIES: dict[
+    str, tuple[int, DTypeLike, str]
+] = {  # entry of an observation → rank, type, and both as text
     'task': (0, jnp.int32, 'int32 []'),
     'grid': (3, jnp.integer, 'integers [h, w, layers]'),
     'pixels': (3, jnp.uint8, 'uint8 [h, w, c]'),
