@@ -1,7 +1,7 @@
 # make run    the quickstart: concat against MI on real text and on six tasks of an agent, tables
 #             and curves, about ten minutes
-# make test   checks and all tests
-# make fast   the tests that take seconds
+# make test   lint, format, types, and the tests that take seconds
+# make test_slow   the tests that train, start programs or compile for other machines
 # make check  lint, format and types
 # make docs   the documentation in site/; its search needs a server: python3 -m http.server -d site
 # Everything runs in .venv, which is made on first use with Python 3.11 to 3.13, and has pip.
@@ -13,7 +13,7 @@ BIN = .venv/bin
 WORKDIR ?= runs/quickstart
 PARALLEL ?= 2
 
-.PHONY: run test fast check docs clean
+.PHONY: run test test_slow check docs clean
 
 run: .venv/run
 	$(BIN)/python -m launch.local \
@@ -21,11 +21,13 @@ run: .venv/run
 	$(BIN)/python -m launch.local \
 		--sweep=experiments/quickstart_rl.py --workdir=$(WORKDIR)_rl --parallel=$(PARALLEL)
 
-test: check
-	$(BIN)/python -m pytest -n $(PARALLEL) --dist worksteal --durations=20
+PYTEST = $(BIN)/python -m pytest -n $(PARALLEL) --dist worksteal --durations=20
 
-fast: .venv/test
-	$(BIN)/python -m pytest -n $(PARALLEL) --dist worksteal -m 'not slow'
+test: check
+	$(PYTEST) -m 'not slow'
+
+test_slow: .venv/test
+	$(PYTEST) -m slow
 
 check: .venv/test
 	$(BIN)/ruff check .
