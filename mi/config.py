@@ -16,6 +16,8 @@ from typing import Any
 
 import ml_collections
 
+from mi.registry import Registry, is_reference
+
 Rule = Callable[[Any], str]
 SMALLEST, LARGEST = 2.0**-126, 2.0**127  # magnitudes of normal float32 numbers
 
@@ -49,7 +51,12 @@ def suggest_install(extra: str) -> str:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Return a hint for an unknown name: the closest known name, if any is close, and all names."""
+    """Return a hint for an unknown name: the closest known name, if any is close, and all names.
+
+    For 'package.module:Object' in a registry, return why it cannot be imported.
+    """
+    if isinstance(known, Registry) and is_reference(name):
+        return known.explain(name)
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
     hint = f'did you mean {close[0]!r}? ' if close else ''

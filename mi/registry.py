@@ -1,0 +1,73 @@
+"""Registries: a name in a config → an object of this package, or of the user's own.
+
+    FUSIONS['film']                      # an entry
+    FUSIONS['my_fusion.layers:Gate2']    # any importable object, 'package.module:Object'
+
+Thus a config reaches a user's fusion, cell, core, environment, corpus, optimizer, schedule or
+tracker without an entry here, in every trainer, sweep, launcher and report.
+"""
+
+import functools
+import importlib
+from typing import Any, TypeVar
+
+Entry = TypeVar('Entry')
+
+
+def is_reference(name: object) -> bool:
+    """Return whether a name has the form 'package.module:Object'."""
+    if not isinstance(name, str):
+        return False
+    module, colon, path = name.partition(':')
+    return bool(colon) and all(
+        part.isidentifier() for part in [*module.split('.'), *path.split('.')]
+    )
+
+
+def import_object(reference: str) -> Any:
+    """Import the object that 'package.module:Object' names; Object may have dots.
+
+    Raises:
+      ValueError: if the name has another form, its module cannot be imported, or the module has no
+        such object. Other errors of the module pass through.
+    """
+    if not is_reference(reference):
+        raise ValueError(f"{reference!r}: expected 'package.module:Object'")
+    module, _, path = reference.partition(':')
+    try:
+        return functools.reduce(getattr, path.split('.'), importlib.import_module(module))
+    except ImportError as error:
+        raise ValueError(
+            f'{reference!r}: expected an importable module ({error}). Try `pip install -e .` in '
+            f'its directory'
+        ) from error
+    except AttributeError as error:
+        raise ValueError(f'{reference!r}: expected an object of the module ({error})') from error
+
+
+class Registry(dict[str, Entry]):
+    """A dict from names to objects that also imports 'package.module:Object'.
+
+    `in` and `[]` accept such names; iteration and `len` cover the entries alone.
+    """
+
+    def __missing__(self, name: str) -> Entry:
+        if not is_reference(name):
+            raise KeyError(name)
+        entry: Entry = import_object(name)
+        return entry
+
+    def __contains__(self, name: object) -> bool:
+        if super().__contains__(name):
+            return True
+        return is_reference(name) and not self.explain(str(name))
+
+    def explain(self, name: str) -> str:
+        """Return why a reference cannot be imported; '' for an entry and where it can."""
+        if super().__contains__(name):
+            return ''
+        try:
+            import_object(name)
+        except ValueError as error:
+            return str(error)
+        return ''

@@ -1,0 +1,360 @@
+"""Checks for a user's own modules, the ones that the modules of this package pass.
+
+    from mi import testing
+
+    def test_my_fusion():
+        testing.check_fusion(MyFusion)
+
+    def test_my_environment():
+        testing.check_environment(make_my_environment(''))
+
+Each check raises AssertionError with a sentence that says what was expected and what was returned.
+What passes them works in every trainer, topology and sweep of this package.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import Array
+
+FEATURES, CONTEXT, OUTPUTS = 12, 8, 16  # sizes n, m and k that do not divide each other
+STEPS, ROWS = 6, 3
+TOLERANCE = 2e-5
+
+
+@jax.numpy_rank_promotion('allow')
+def check_fusion(
+    constructor: Callable[..., nn.Module], *, is_one_hot: bool = False, uses_context: bool = True
+) -> None:
+    """Check the module of a fusion, (x, z) → y, as `mi.fusion.FUSIONS` describes it.
+
+    - y is [..., features] for every broadcastable pair of leading axes, and a z that broadcasts
+      gives what the repeated z gives;
+    - each row of y depends on its own row of x and z alone, and `jit` and `vmap` change nothing;
+    - every parameter, x and z get a finite gradient, and some of it is nonzero;
+    - `dtype` is the dtype of y, and parameters stay in `param_dtype`.
+
+    Args:
+      constructor: called with `features` and, by keyword, `dtype`.
+      is_one_hot: whether z is one-hot, as for the names in `mi.fusion.ONE_HOT`.
+      uses_context: whether y depends on z; False for a baseline without context.
+
+    Raises:
+      AssertionError: what was expected and what the module returned.
+    """
+    module: Any = constructor(OUTPUTS)
+    variables = randomize(module, jnp.zeros((1, FEATURES)), _draw_context(1, is_one_hot))
+    apply = jax.jit(module.apply)
+
+    # Leading axes, and a context that is shared.
+    for x_rows, z_rows in (((), ()), ((6,), (6,)), ((2, 5), (2, 1)), ((2, 5), (5,))):
+        x, z = _normal(0, *x_rows, FEATURES), _draw_context(z_rows, is_one_hot)
+        y = apply(variables, x, z)
+        _expect(
+            y.shape == (*x_rows, OUTPUTS),
+            f'x {x.shape} and z {z.shape}: expected y {(*x_rows, OUTPUTS)}, got {y.shape}',
+        )
+        repeated = jnp.broadcast_to(z, (*x_rows, CONTEXT))
+        _expect_close(y, apply(variables, x, repeated), f'z {z.shape} and z repeated', TOLERANCE)
+
+    # Rows are independent, compiled or not.
+    x, z = _normal(0, 6, FEATURES), _draw_context(6, is_one_hot)
+    y = apply(variables, x, z)
+    _expect_close(module.apply(variables, x, z), y, 'the call with and without jit', TOLERANCE)
+    _expect_close(jax.vmap(apply, (None, 0, 0))(variables, x, z), y, 'the call and vmap', TOLERANCE)
+    _expect_close(
+        apply(variables, x[::-1], z[::-1])[::-1], y, 'y and y of reversed rows', TOLERANCE
+    )
+
+    # Gradients.
+    gradient = jax.jit(jax.grad(lambda *inputs: (module.apply(*inputs) ** 2).sum(), (0, 1, 2)))
+    param_grads, x_grad, z_grad = gradient(variables, x, z)
+    _check_gradients(param_grads)
+    _check_gradient('x', x_grad)
+    _expect(bool(jnp.isfinite(z_grad).all()), 'the gradient of z is not finite')
+    _expect(
+        bool((z_grad != 0).any()) == uses_context,
+        f'expected a {"nonzero" if uses_context else "zero"} gradient of z',
+    )
+
+    # Types.
+    low_precision = constructor(OUTPUTS, dtype=jnp.bfloat16)
+    shapes = jax.eval_shape(low_precision.init_with_output, jax.random.key(0), x, z)
+    _expect(shapes[0].dtype == jnp.bfloat16, f'dtype=bfloat16: y is {shapes[0].dtype}')
+    dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(shapes[1])}
+    _expect(dtypes <= {'float32'}, f'dtype=bfloat16: expected float32 parameters, got {dtypes}')
+
+
+@jax.numpy_rank_promotion('allow')
+def check_cell(constructor: Callable[..., nn.Module], features: int = 8) -> None:
+    """Check a recurrent cell, (carry, x [T, B, n], reset, keep) → (carry, h [T, B, H]).
+
+    - shapes, and a carry whose structure and types a step does not change;
+    - two halves of a sequence, with the carry handed over, give what the whole gives;
+    - h_t depends on no later x, and on no other row;
+    - `reset` before a step gives what a new sequence gives; `keep` of ones changes nothing;
+    - every parameter and x get a finite gradient, and some of it is nonzero.
+
+    Args:
+      constructor: called with `features`.
+      features: H.
+
+    Raises:
+      AssertionError: what was expected and what the cell returned.
+    """
+    cell: Any = constructor(features)
+    x, carry = _normal(0, STEPS, ROWS, FEATURES), cell.initial(ROWS)
+    variables = randomize(cell, carry, x)
+    apply = jax.jit(cell.apply)
+
+    # Shapes.
+    last, hidden = apply(variables, carry, x)
+    expected_shape = (STEPS, ROWS, features)
+    _expect(hidden.shape == expected_shape, f'expected h {expected_shape}, got {hidden.shape}')
+    before, after = _describe(carry), _describe(last)
+    _expect(before == after, f'expected a carry as before the step, {before}, got {after}')
+
+    # Time: continuation, causality, reset.
+    half = STEPS // 2
+    middle, first_half = apply(variables, carry, x[:half])
+    end, second_half = apply(variables, middle, x[half:])
+    _expect_close(jnp.concatenate([first_half, second_half]), hidden, 'two halves and the whole')
+    for name, whole, halves in zip(
+        _describe(last), *map(jax.tree.leaves, (last, end)), strict=True
+    ):
+        _expect_close(halves, whole, f'carry{name} after two halves and after the whole')
+    changed = x.at[half:].set(0.0)
+    _expect_close(
+        apply(variables, carry, changed)[1][:half],
+        hidden[:half],
+        f'h before step {half} if x changes',
+    )
+    reset = jnp.zeros((STEPS, ROWS), bool).at[half].set(True)
+    _, restarted = apply(variables, carry, x, reset)
+    fresh = apply(variables, cell.initial(ROWS), x[half:])[1]
+    _expect_close(restarted[half:], fresh, 'h after a reset and of a new sequence')
+
+    # Rows.
+    row = jax.tree.map(lambda leaf: leaf[:1], carry)
+    alone = apply(variables, row, x[:, :1])[1]
+    _expect_close(alone, hidden[:, :1], 'a row alone and in its batch')
+    kept = apply(variables, carry, x, None, jnp.ones((ROWS, features)))[1]
+    _expect_close(kept, hidden, 'h with keep = 1 and without keep')
+
+    # Gradients.
+    gradient = jax.jit(jax.grad(lambda v, x: (cell.apply(v, carry, x)[1] ** 2).sum(), (0, 1)))
+    param_grads, x_grad = gradient(variables, x)
+    _check_gradients(param_grads)
+    _check_gradient('x', x_grad)
+
+
+@jax.numpy_rank_promotion('allow')
+def check_environment(environment: Any, num_rows: int = 8, seed: int = 0) -> None:
+    """Check a `mi.rl.envs.spec.JaxEnvironment`: its spec, and episodes of a random policy.
+
+    - `mi.rl.envs.check.check_environment`: types of reset and step against the spec;
+    - equal keys and actions give equal episodes, with `jit` and `vmap`;
+    - observations are finite and inside their categories, vocabulary and tasks; rewards are finite;
+    - the task of an observation is the task of the episode;
+    - every episode ends within `Spec.episode` steps.
+
+    Args:
+      environment: the environment.
+      num_rows: episodes that are played at the same time.
+      seed: seed of actions and episodes.
+
+    Raises:
+      UserError: if a type contradicts the spec.
+      AssertionError: what was expected and what the environment returned.
+    """
+    from mi.rl.envs import check
+
+    check.check_environment(environment)
+    spec = environment.spec
+    tasks = jnp.arange(num_rows, dtype=jnp.int32) % len(spec.tasks)
+    reset, step = jax.jit(jax.vmap(environment.reset)), jax.jit(jax.vmap(environment.step))
+
+    def play() -> list[Any]:
+        keys = jax.random.split(jax.random.key(seed), num_rows)
+        state, observation = reset(keys, tasks)
+        steps, is_over = [jax.tree.map(np.asarray, observation)], np.zeros(num_rows, bool)
+        rng = np.random.default_rng(seed)
+        for _ in range(spec.episode):
+            action = rng.integers(spec.actions, size=num_rows).astype(np.int32)
+            state, transition = step(state, action)
+            transition = jax.tree.map(np.asarray, transition)
+            is_running = ~is_over
+            _check_observations(spec, transition.observation, is_running, np.asarray(tasks))
+            _expect(
+                bool(np.isfinite(transition.reward[is_running]).all()),
+                f'expected finite rewards, got {transition.reward}',
+            )
+            is_over |= transition.terminated | transition.truncated
+            steps.append(transition)
+            if is_over.all():
+                return steps
+        raise AssertionError(
+            f'expected every episode to end within Spec.episode = {spec.episode} steps; of '
+            f'{num_rows} episodes {num_rows - is_over.sum()} did not'
+        )
+
+    first, second = play(), play()
+    _check_observations(spec, first[0], np.ones(num_rows, bool), np.asarray(tasks))
+    chex.assert_trees_all_equal(first, second, custom_message='two episodes of one key')
+
+
+@jax.numpy_rank_promotion('allow')
+def check_host_environment(
+    maker: Callable[..., Any], suite: str = '', num_rows: int = 2, num_steps: int = 200
+) -> None:
+    """Check a `mi.rl.envs.spec.HostEnvironment` with a random policy.
+
+    - spec and first step (`mi.rl.envs.check`);
+    - every step has the shapes and types of the first, finite rewards, and observations inside
+      their categories, vocabulary and tasks;
+    - each row keeps its task; `is_first` follows `is_last`, with reward 0;
+    - equal seeds and actions give equal steps;
+    - `recv` does not overwrite the step before.
+
+    Args:
+      maker: maker(suite, *, batch, seed) → environment, as in `mi.rl.envs.HOST`.
+      suite: the part of the name behind the slash.
+      num_rows: rows; at least one for each task.
+      num_steps: steps that are played.
+
+    Raises:
+      UserError: if a type contradicts the spec.
+      AssertionError: what was expected and what the environment returned.
+    """
+    from mi.rl.envs import check
+
+    def play() -> list[Any]:
+        pool = maker(suite, batch=num_rows, seed=0)
+        try:
+            check.check_spec(pool.spec)
+            step = pool.reset()
+            check.check_step(pool.spec, num_rows, step)
+            tasks, everyone = np.array(step.observation['task']), np.ones(num_rows, bool)
+            _expect(bool(np.all(step.is_first)), 'reset: expected is_first in every row')
+            steps, rng = [jax.tree.map(np.array, step)], np.random.default_rng(0)
+            for _ in range(num_steps):
+                previous, previous_copy = step, steps[-1]
+                pool.send(rng.integers(pool.spec.actions, size=num_rows).astype(np.int32))
+                step = pool.recv()
+                chex.assert_trees_all_equal(
+                    jax.tree.map(np.asarray, previous),
+                    previous_copy,
+                    custom_message='recv overwrote the step that it returned before',
+                )
+                chex.assert_trees_all_equal_shapes_and_dtypes(
+                    jax.tree.map(np.asarray, step), previous_copy
+                )
+                _check_observations(pool.spec, step.observation, everyone, tasks)
+                _check_stream(previous_copy, step)
+                steps.append(jax.tree.map(np.array, step))
+            return steps
+        finally:
+            pool.close()
+
+    chex.assert_trees_all_equal(play(), play(), custom_message='two pools of one seed')
+
+
+def randomize(module: nn.Module, *inputs: Any, scale: float = 0.3) -> Any:
+    """Initialize a module with random values, so that no parameter is zero by its initializer."""
+    variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+    leaves, structure = jax.tree.flatten(variables)
+    keys = jax.random.split(jax.random.key(1), max(1, len(leaves)))
+    draws = [
+        scale * jax.random.normal(key, leaf.shape, leaf.dtype)
+        for key, leaf in zip(keys, leaves, strict=False)
+    ]
+    return jax.tree.unflatten(structure, draws)
+
+
+def _check_stream(previous: Any, step: Any) -> None:
+    """Check how an episode follows the one before, in a step of a pool."""
+    is_restart = np.asarray(previous.is_last)
+    _expect(
+        bool(np.all(np.asarray(step.is_first)[is_restart])),
+        'the step after is_last: expected is_first',
+    )
+    _expect(
+        bool((np.asarray(step.reward)[is_restart] == 0).all()),
+        'the step after is_last: expected reward 0',
+    )
+    reward, discount = np.asarray(step.reward), np.asarray(step.discount)
+    _expect(bool(np.isfinite(reward).all()), f'expected finite rewards, got {reward}')
+    _expect(bool(np.isin(discount, (0, 1)).all()), f'expected discounts 0 or 1, got {discount}')
+
+
+def _check_observations(spec: Any, observation: Any, is_running: np.ndarray, tasks: Any) -> None:
+    """Check that the observations of running rows are possible ones of their tasks."""
+    limits = {'task': len(spec.tasks), 'instruction': spec.vocabulary}
+    for name, array in observation.items():
+        values = np.asarray(array)[is_running]
+        if name == 'task':
+            expected = np.asarray(tasks)[is_running]
+            _expect(
+                bool((values == expected).all()),
+                f"observation['task']: expected the task of the episode, {expected}, got {values}",
+            )
+        if name in limits and values.size:
+            low, high = values.min(), values.max()
+            _expect(
+                bool(low >= 0 and high < limits[name]),
+                f'observation[{name!r}]: expected 0 to {limits[name] - 1}, got {low} to {high}',
+            )
+        if name == 'grid' and values.size:
+            highest = values.reshape(-1, values.shape[-1]).max(axis=0)
+            _expect(
+                bool((highest < np.asarray(spec.categories)).all() and values.min() >= 0),
+                f"observation['grid']: expected layers below {spec.categories}, got {highest}",
+            )
+        if np.issubdtype(values.dtype, np.floating):
+            _expect(bool(np.isfinite(values).all()), f'observation[{name!r}] is not finite')
+
+
+def _check_gradients(grads: Any) -> None:
+    """Check the gradient of every parameter."""
+    for path, grad in jax.tree_util.tree_flatten_with_path(grads)[0]:
+        _check_gradient(f'parameter {jax.tree_util.keystr(path)}', grad)
+
+
+def _check_gradient(name: str, grad: Array) -> None:
+    _expect(bool(jnp.isfinite(grad).all()), f'the gradient of {name} is not finite')
+    _expect(bool((grad != 0).any()), f'the gradient of {name} is zero')
+
+
+def _normal(seed: int, *shape: int) -> Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def _draw_context(rows: int | tuple[int, ...], is_one_hot: bool) -> Array:
+    """Return a context [*rows, m], normal or one-hot."""
+    shape = (rows,) if isinstance(rows, int) else rows
+    if not is_one_hot:
+        return _normal(1, *shape, CONTEXT)
+    return jax.nn.one_hot(jax.random.randint(jax.random.key(1), shape, 0, CONTEXT), CONTEXT)
+
+
+def _describe(tree: Any) -> dict[str, str]:
+    """Return path → dtype and shape of the leaves."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): f'{leaf.dtype}{list(leaf.shape)}' for path, leaf in leaves}
+
+
+def _expect_close(actual: Any, expected: Any, what: str, tolerance: float = TOLERANCE) -> None:
+    try:
+        np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
+    except AssertionError as error:
+        raise AssertionError(f'expected equality of {what}{error}') from error
+
+
+def _expect(is_met: bool, message: str) -> None:
+    if not is_met:
+        raise AssertionError(message)

@@ -1,0 +1,216 @@
+"""The checks of `mi.testing` accept our modules and refuse modules with one fault each."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mi import FUSIONS, cells, fusion, testing
+from mi.cells import CELLS
+from mi.rl.envs import HOST, JAX
+from mi.rl.envs.jax.batched import Batched
+from mi.rl.envs.jax.catch import Catch
+
+OPTIONS = {'rank': 4, 'hidden': 12}
+
+
+@pytest.mark.parametrize('name', FUSIONS)
+def test_every_fusion_passes(name):
+    testing.check_fusion(
+        fusion.get(name, **OPTIONS),
+        is_one_hot=name in fusion.ONE_HOT,
+        uses_context=name != 'none',
+    )
+
+
+@pytest.mark.parametrize('name', CELLS)
+def test_every_cell_passes(name):
+    testing.check_cell(cells.get(name))
+
+
+@pytest.mark.parametrize('name', JAX)
+def test_every_environment_in_jax_passes(name):
+    testing.check_environment(JAX[name](''))
+
+
+def test_environments_of_the_host_pass():
+    testing.check_host_environment(HOST['gymnasium'], 'CartPole-v1', num_rows=3)
+
+
+class FaultyFusion(nn.Module):
+    """A gate with one fault."""
+
+    features: int
+    fault: str = ''
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x, z):
+        dtype = None if self.fault == 'dtype' else self.dtype
+        gate = nn.Dense(self.features, dtype=dtype)(z)
+        if self.fault == 'shape' and x.ndim > z.ndim:
+            return gate
+        y = nn.sigmoid(gate) * nn.Dense(self.features, dtype=dtype)(x)
+        if self.fault == 'rows':
+            y = y - y.mean(axis=0)
+        if self.fault == 'gradient':
+            y = nn.Dense(self.features, dtype=dtype)(x) + 0 * gate
+        if self.fault == 'unused':
+            self.param('unused', nn.initializers.ones, (1,))
+        if self.fault == 'nan':
+            y = y + jnp.where(z[..., :1] > 9, 1, jnp.sqrt(jnp.abs(0 * x[..., :1])))
+        return y
+
+
+@pytest.mark.parametrize(
+    ('fault', 'message'),
+    [
+        ('shape', r'expected y \(2, 5, 16\)'),
+        ('rows', 'vmap'),
+        ('gradient', 'gradient of'),
+        ('unused', 'gradient of parameter .*unused.* is zero'),
+        ('nan', 'not finite'),
+        ('dtype', 'y is float32'),
+    ],
+)
+def test_a_faulty_fusion_is_refused(fault, message):
+    testing.check_fusion(FaultyFusion)
+    with pytest.raises(AssertionError, match=message):
+        testing.check_fusion(functools.partial(FaultyFusion, fault=fault))
+
+
+class FaultyCell(nn.Module):
+    """A plain recurrent cell with one fault."""
+
+    features: int
+    fault: str = ''
+
+    @nn.compact
+    def __call__(self, carry, x, reset=None, keep=None):
+        W, U = nn.Dense(self.features), nn.Dense(self.features, use_bias=False)
+        reset = jnp.zeros(x.shape[:2], bool) if reset is None else reset
+        if self.fault == 'future':
+            x = x + x[-1:]
+        if self.fault == 'rows':
+            x = x - x.mean(axis=1, keepdims=True)
+        (hidden,), outputs = carry, []
+        for x_t, reset_t in zip(x, reset, strict=True):
+            if self.fault != 'reset':
+                hidden = jnp.where(reset_t[:, None], 0.0, hidden)
+            if keep is not None:
+                hidden = hidden * keep * (0.5 if self.fault == 'keep' else 1)
+            hidden = jnp.tanh(W(x_t) + U(hidden))
+            outputs.append(hidden)
+        if self.fault == 'carry':
+            hidden = outputs[0]
+        if self.fault == 'types':
+            hidden = hidden.astype(jnp.bfloat16)
+        return (hidden,), jnp.stack(outputs)
+
+    def initial(self, batch):
+        return (jnp.zeros((batch, self.features)),)
+
+
+@pytest.mark.parametrize(
+    ('fault', 'message'),
+    [
+        ('future', 'two halves'),
+        ('rows', 'row alone'),
+        ('reset', 'after a reset'),
+        ('keep', 'keep = 1'),
+        ('carry', 'two halves'),
+        ('types', 'carry as before'),
+    ],
+)
+def test_a_faulty_cell_is_refused(fault, message):
+    testing.check_cell(FaultyCell)
+    with pytest.raises(AssertionError, match=message):
+        testing.check_cell(functools.partial(FaultyCell, fault=fault))
+
+
+class FaultyCatch(Catch):
+    """Catch with one fault."""
+
+    fault = ''
+
+    def step(self, state, action):
+        state, transition = super().step(state, action)
+        if self.fault == 'endless':
+            no = jnp.zeros((), bool)
+            transition = transition._replace(terminated=no, truncated=no)
+        if self.fault == 'reward':
+            transition = transition._replace(reward=transition.reward / 0.0)
+        if self.fault == 'task':
+            task = transition.observation['task']
+            other = {'task': (task + 1) % max(2, len(self.spec.tasks))}
+            transition = transition._replace(observation=dict(transition.observation) | other)
+        return state, transition
+
+
+@pytest.mark.parametrize(
+    ('fault', 'message'),
+    [
+        ('endless', 'to end within'),
+        ('reward', 'finite rewards'),
+        ('task', "observation\\['task'\\]"),
+    ],
+)
+def test_a_faulty_environment_is_refused(fault, message):
+    environment = JAX['catch']('')
+    environment.__class__ = type('Faulty', (FaultyCatch,), {'fault': fault})
+    with pytest.raises(AssertionError, match=message):
+        testing.check_environment(environment)
+
+
+class FaultyPool(Batched):
+    """Rows of Catch on the host with one fault."""
+
+    fault = ''
+
+    def recv(self):
+        step = super().recv()
+        if self.fault == 'overwrites':
+            step = step._replace(reward=self._reward(step))
+        if self.fault == 'random':
+            step = step._replace(reward=np.random.default_rng().random(self.batch, np.float32))
+        if self.fault == 'first':
+            step = step._replace(is_first=np.ones(self.batch, bool), is_last=step.is_first)
+        if self.fault == 'discount':
+            step = step._replace(discount=np.full(self.batch, 0.5, np.float32))
+        return step
+
+    @functools.cached_property
+    def _buffer(self):
+        return np.zeros(self.batch, np.float32)
+
+    def _reward(self, step):
+        self._buffer += 1
+        return self._buffer
+
+
+@pytest.mark.parametrize(
+    ('fault', 'message'),
+    [
+        ('overwrites', 'overwrote'),
+        ('random', 'two pools of one seed|expected reward 0'),
+        ('discount', 'discounts 0 or 1'),
+    ],
+)
+def test_a_faulty_pool_is_refused(fault, message):
+    def maker(suite, *, batch, seed, fault=''):
+        pool = FaultyPool(JAX['catch'](suite), batch, seed)
+        pool.fault = fault
+        return pool
+
+    testing.check_host_environment(maker, num_steps=30)
+    with pytest.raises(AssertionError, match=message):
+        testing.check_host_environment(functools.partial(maker, fault=fault), num_steps=30)
+
+
+def test_parameters_that_start_at_zero_are_drawn():
+    variables = testing.randomize(nn.Dense(3), jnp.zeros((1, 2)))
+    assert all(bool((leaf != 0).all()) for leaf in jax.tree.leaves(variables))
