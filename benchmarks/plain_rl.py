@@ -168,10 +168,13 @@ def make_inputs(time_step: TimeStep, task: Array, action: Array) -> Inputs:
     return Inputs(observation, action, time_step.reward, time_step.step_type == 0)
 
 
-def xland_step(
+def make_xland_update(
     config: ml_collections.ConfigDict, fusion: Literal['concat', 'mi']
-) -> Callable[[], object]:
-    """Return an update of the plain fused loop on our tasks."""
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Return an update of the plain fused loop on our tasks, and its first arguments.
+
+    The update maps learner state, actor state and key to the next states and the loss.
+    """
     B, T = config.train.batch, config.train.length
     environment = PlainXLand()
     net = Net(len(xland.TRAIN), 6, config.model.features, config.model.hidden, fusion)
@@ -212,7 +215,7 @@ def xland_step(
         )
         return learner_state, state, metrics['loss']
 
-    # Initialize and compile.
+    # Initialize.
     with jax.numpy_rank_promotion('allow'):
         reset = jax.jit(jax.vmap(environment.reset))
         time_step, task = reset(jax.random.split(jax.random.key(0), B))
@@ -221,7 +224,17 @@ def xland_step(
         inputs = jax.tree.map(lambda a: a[None], make_inputs(time_step, task, state[2]))
         params = jax.jit(net.init)(jax.random.key(1), carry, inputs)['params']
         learner_state = learner.init_learner_state(params, optimizer, len(xland.TRAIN))
-        compiled = jax.jit(update).lower(learner_state, state, jax.random.key(0)).compile()
+    return update, (learner_state, state, jax.random.key(0))
+
+
+def xland_step(
+    config: ml_collections.ConfigDict, fusion: Literal['concat', 'mi']
+) -> Callable[[], object]:
+    """Return a function that runs an update of the plain fused loop on our tasks."""
+    update, arguments = make_xland_update(config, fusion)
+    learner_state, state, _ = arguments
+    with jax.numpy_rank_promotion('allow'):
+        compiled = jax.jit(update).lower(*arguments).compile()
     keys = iter(jax.random.split(jax.random.key(2), 100_000))
 
     def run_update() -> None:

@@ -73,10 +73,15 @@ class Instruction(NamedTuple):
         return self.option('custom_call_target')
 
     @property
+    def operation(self) -> str | None:
+        """Return the JAX operation with its modules, 'jit(step)/core/dot_general', if known."""
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return match[1] if match else None
+
+    @property
     def label(self) -> str:
         """Return the name and, if the text has it, the operation of the source."""
-        match = re.search(r'op_name="([^"]*)"', self.attributes)
-        return f'{self.name} ({match[1]})' if match else self.name
+        return self.name if self.operation is None else f'{self.name} ({self.operation})'
 
     def called(self, attribute: str) -> tuple[str, ...]:
         """Return the computations of an attribute: body=%b, branch_computations={%b, %c}."""

@@ -78,6 +78,8 @@ class Program:
       collectives: largest total first; a group of one device sends nothing and is omitted.
       kernels: opcode → launches of instructions that are not part of another: 'fusion',
         'custom-call', 'dot', 'copy', …
+      sources: JAX operation with its modules → launches of the kernels that end in it, and the
+        bytes that these read and write.
       unknown_loops: loops whose trip count depends on data; their bodies count once.
       uncounted_calls: targets of custom calls whose products, if any, are not in `flops`.
     """
@@ -87,6 +89,7 @@ class Program:
     cycles: int | None
     collectives: tuple[Collective, ...]
     kernels: dict[str, int]
+    sources: dict[str, tuple[int, int]]
     unknown_loops: tuple[str, ...]
     uncounted_calls: tuple[str, ...]
 
@@ -137,6 +140,7 @@ def analyze_text(text: str) -> Program:
         cycles=tally.cycles or None,
         collectives=tuple(sorted(collectives, key=lambda c: (-c.total, c.kind))),
         kernels=dict(sorted(tally.kernels.items())),
+        sources={name: (count, tally.traffic[name]) for name, count in tally.sources.items()},
         unknown_loops=tuple(sorted(tally.unknown_loops)),
         uncounted_calls=tuple(sorted(tally.uncounted_calls)),
     )
@@ -151,6 +155,8 @@ class _Tally:
     cycles: int = 0
     collectives: Counter[tuple[str, int, int]] = dataclasses.field(default_factory=Counter)
     kernels: Counter[str] = dataclasses.field(default_factory=Counter)
+    sources: Counter[str] = dataclasses.field(default_factory=Counter)
+    traffic: Counter[str] = dataclasses.field(default_factory=Counter)
     unknown_loops: set[str] = dataclasses.field(default_factory=set)
     uncounted_calls: set[str] = dataclasses.field(default_factory=set)
 
@@ -163,6 +169,9 @@ class _Tally:
                 self.collectives[key] += times * count
             for name, count in other.kernels.items():
                 self.kernels[name] += times * count
+            for source, count in other.sources.items():
+                self.sources[source] += times * count
+                self.traffic[source] += times * other.traffic[source]
         self.unknown_loops |= other.unknown_loops
         self.uncounted_calls |= other.uncounted_calls
 
@@ -211,7 +220,10 @@ class _Reader:
         opcode = instruction.opcode.removesuffix('-start')
         if not is_fused and opcode not in NO_KERNEL:
             tally.kernels[opcode] += 1
-            tally.bytes_accessed += self.memory.bytes_accessed(computation, instruction)
+            num_bytes = self.memory.bytes_accessed(computation, instruction)
+            tally.bytes_accessed += num_bytes
+            tally.sources[instruction.operation or opcode] += 1
+            tally.traffic[instruction.operation or opcode] += num_bytes
             tally.cycles += hlo_cost.estimated_cycles(instruction)
 
         # Other computations: a loop's body as often as it runs, of a conditional one branch.
