@@ -13,7 +13,7 @@ config file, so they need the entry in this module.
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TypeVar
 
 from mi.config import UserError, suggest
 from mi.rl.envs.check import check_environment, check_spec
@@ -22,6 +22,9 @@ from mi.rl.envs.jax import catch, xland
 from mi.rl.envs.jax.batched import Batched
 from mi.rl.envs.spec import HostEnvironment, JaxEnvironment, Spec
 from mi.rl.options import check_options, get_keyword_defaults
+
+Options = Mapping[str, object]  # of `config.env.options`: argument of the maker → value
+Made = TypeVar('Made')
 
 JAX: dict[str, Callable[..., JaxEnvironment]] = {'xland': xland.make, 'catch': catch.make}
 HOST: dict[str, Callable[..., HostEnvironment]] = {
@@ -48,80 +51,88 @@ MAX_EVALUATION_ROWS = 1024
 
 
 def make(
-    name: str, options: Mapping[str, Any] | None = None, key: str = 'env.name'
+    env_name: str, options: Options | None = None, config_key: str = 'env.name'
 ) -> JaxEnvironment:
     """Make an environment of pure functions of one row.
 
     Args:
-      name: a name in JAX, with its suite behind a slash.
+      env_name: a name in JAX, with its suite behind a slash.
       options: arguments of its maker, by name.
-      key: the config key that gives the name.
+      config_key: the config key that gives the name.
 
     Raises:
       UserError: if the name or an option is unknown, if the environment runs on the host, if its
         maker refuses, or if the environment contradicts its spec.
     """
-    word = _word(name, key)
-    if word in HOST:
+    maker_name = _parse_maker_name(env_name, config_key)
+    if maker_name in HOST:
         raise UserError(
-            f'config.{key} = {name!r} runs on the host: expected an environment in JAX for the '
-            f"topology 'fused'. Try config.train.topology = 'threads' or 'ray'"
+            f'config.{config_key} = {env_name!r} runs on the host: expected an environment in '
+            f"JAX for the topology 'fused'. Try config.train.topology = 'threads' or 'ray'"
         )
-    return _make_jax(word, name, key, options or {})
+    return _make_jax(maker_name, env_name, config_key, options or {})
 
 
 def pool(
-    name: str,
+    env_name: str,
     batch: int,
     seed: int,
-    options: Mapping[str, Any] | None = None,
-    key: str = 'env.name',
+    options: Options | None = None,
+    config_key: str = 'env.name',
 ) -> HostEnvironment:
     """Make `batch` rows of any environment on the host.
 
     Args:
-      name: a name in JAX or HOST, with its suite behind a slash.
+      env_name: a name in JAX or HOST, with its suite behind a slash.
       batch: number of rows.
       seed: seed of everything random in them.
-      options, key: as in `make`.
+      options, config_key: as in `make`.
 
     Raises:
       UserError: if the name or an option is unknown, if its maker refuses, or if the environment
         contradicts its spec.
     """
-    word, options = _word(name, key), options or {}
-    if word in JAX:
-        return Batched(_make_jax(word, name, key, options), batch, seed)
+    maker_name, options = _parse_maker_name(env_name, config_key), options or {}
+    if maker_name in JAX:
+        return Batched(_make_jax(maker_name, env_name, config_key, options), batch, seed)
     environment: HostEnvironment = _call_maker(
-        HOST[word], name, key, options, batch=batch, seed=seed
+        HOST[maker_name], env_name, config_key, options, batch=batch, seed=seed
     )
-    with _named(name, key):
+    with _name_in_errors(env_name, config_key):
         check_spec(environment.spec)
     return environment
 
 
 def host_spec(
-    name: str, batch: int, options: Mapping[str, Any] | None = None, key: str = 'env.name'
+    env_name: str,
+    batch: int,
+    options: Options | None = None,
+    config_key: str = 'env.name',
 ) -> Spec:
     """Return the spec of an environment on the host, without its simulator where `SPECS` has it.
 
     Args:
-      name: a name in HOST, with its suite behind a slash.
+      env_name: a name in HOST, with its suite behind a slash.
       batch: number of rows, at least one for each task.
-      options, key: as in `make`.
+      options, config_key: as in `make`.
 
     Raises:
       UserError: as in `pool`.
     """
-    word, _, suite = name.partition('/')
+    maker_name, _, suite = env_name.partition('/')
     options = options or {}
-    if word not in SPECS:
-        with contextlib.closing(pool(name, batch, 0, options, key)) as environment:
+    if maker_name not in SPECS:
+        with contextlib.closing(pool(env_name, batch, 0, options, config_key)) as environment:
             return environment.spec
-    _check_options(HOST[word], name, options)
-    parameters = inspect.signature(SPECS[word]).parameters
-    with _named(name, key):
-        spec = SPECS[word](suite, **{k: v for k, v in options.items() if k in parameters})
+
+    # Make the spec alone, from the options that change it, with the checks of `pool`.
+    _check_options(HOST[maker_name], env_name, options)
+    parameters = inspect.signature(SPECS[maker_name]).parameters
+    with _name_in_errors(env_name, config_key):
+        spec = SPECS[maker_name](
+            suite,
+            **{option: setting for option, setting in options.items() if option in parameters},
+        )
         check_spec(spec)
         if batch < len(spec.tasks):
             raise UserError(
@@ -132,70 +143,76 @@ def host_spec(
     return spec
 
 
-def is_on_host(name: str) -> bool:
+def is_on_host(env_name: str) -> bool:
     """Return whether an environment is stepped on the host, outside of JAX's programs."""
-    return name.partition('/')[0] in HOST
+    return env_name.partition('/')[0] in HOST
 
 
-def count_evaluation_rows(name: str, batch: int, episodes: int, key: str = 'env.name') -> int:
+def count_evaluation_rows(
+    env_name: str, batch: int, num_episodes: int, config_key: str = 'env.name'
+) -> int:
     """Return the number of rows for evaluation on the host: one per episode if rows are cheap.
 
     Args:
-      name: name of the environment.
+      env_name: name of the environment.
       batch: number of rows if they are not cheap.
-      episodes: number for each task.
-      key: as in `make`.
+      num_episodes: number for each task.
+      config_key: as in `make`.
 
     Raises:
       UserError: if the suite is unknown.
     """
-    word, _, suite = name.partition('/')
-    if word not in CHEAP:
+    maker_name, _, suite = env_name.partition('/')
+    if maker_name not in CHEAP:
         return batch
-    with _named(name, key):
-        tasks = len(CHEAP[word](suite))
-    return tasks * max(1, min(episodes, MAX_EVALUATION_ROWS // tasks))
+    with _name_in_errors(env_name, config_key):
+        num_tasks = len(CHEAP[maker_name](suite))
+    return num_tasks * max(1, min(num_episodes, MAX_EVALUATION_ROWS // num_tasks))
 
 
-def _word(name: str, key: str) -> str:
-    word = name.partition('/')[0]
-    if word not in JAX and word not in HOST:
-        known = suggest(word, (*JAX, *HOST))
-        raise UserError(f'config.{key} = {name!r} is unknown; {known}')
-    return word
+def _parse_maker_name(env_name: str, config_key: str) -> str:
+    maker_name = env_name.partition('/')[0]
+    if maker_name not in JAX and maker_name not in HOST:
+        hint = suggest(maker_name, (*JAX, *HOST))
+        raise UserError(f'config.{config_key} = {env_name!r} is unknown; {hint}')
+    return maker_name
 
 
-def _make_jax(word: str, name: str, key: str, options: Mapping[str, Any]) -> JaxEnvironment:
-    environment: JaxEnvironment = _call_maker(JAX[word], name, key, options)
-    with _named(name, key):
+def _make_jax(maker_name: str, env_name: str, config_key: str, options: Options) -> JaxEnvironment:
+    environment: JaxEnvironment = _call_maker(JAX[maker_name], env_name, config_key, options)
+    with _name_in_errors(env_name, config_key):
         check_environment(environment)
     return environment
 
 
 def _call_maker(
-    maker: Callable[..., Any], name: str, key: str, options: Mapping[str, Any], **rows: int
-) -> Any:
+    maker: Callable[..., Made],
+    env_name: str,
+    config_key: str,
+    options: Options,
+    **rows: int,
+) -> Made:
     """Call a maker with the suite and checked options; errors name the config key."""
-    _check_options(maker, name, options)
-    with _named(name, key):
-        return maker(name.partition('/')[2], **rows, **options)
+    _check_options(maker, env_name, options)
+    with _name_in_errors(env_name, config_key):
+        return maker(env_name.partition('/')[2], **rows, **options)
 
 
-def _check_options(maker: Callable[..., Any], name: str, options: Mapping[str, Any]) -> None:
+def _check_options(maker: Callable[..., object], env_name: str, options: Options) -> None:
     """Refuse options that the maker does not have, or of another type."""
     defaults = get_keyword_defaults(maker)
-    for reserved in ('batch', 'seed'):  # config keys of their own
-        defaults.pop(reserved, None)
-    kinds = [parameter.kind for parameter in inspect.signature(maker).parameters.values()]
-    if inspect.Parameter.VAR_KEYWORD in kinds:  # the simulator checks them
-        options = {option: value for option, value in options.items() if option in defaults}
-    check_options('config.env.options', name, options, defaults)
+    for reserved_option in ('batch', 'seed'):  # config keys of their own
+        defaults.pop(reserved_option, None)
+    parameter_kinds = [parameter.kind for parameter in inspect.signature(maker).parameters.values()]
+    if inspect.Parameter.VAR_KEYWORD in parameter_kinds:  # the simulator checks them
+        options = {option: setting for option, setting in options.items() if option in defaults}
+    check_options('config.env.options', env_name, options, defaults)
 
 
 @contextlib.contextmanager
-def _named(name: str, key: str) -> Iterator[None]:
+def _name_in_errors(env_name: str, config_key: str) -> Iterator[None]:
     """Put the config key that names the environment in front of an error."""
     try:
         yield
     except UserError as error:
-        raise UserError(f'config.{key} = {name!r}: {error}') from error
+        raise UserError(f'config.{config_key} = {env_name!r}: {error}') from error

@@ -5,8 +5,9 @@ with the same step; after `truncated` one step later, so that the learner sees t
 (see `mi.rl.envs.spec`).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -26,21 +27,23 @@ class StreamState(NamedTuple):
       is_last: bool, whether the last step truncated it, so that the next step restarts.
     """
 
-    env_state: Any
+    env_state: chex.ArrayTree
     key: Array
     episode: Array
     length: Array
     is_last: Array
 
 
-def reset(environment: JaxEnvironment, key: Array, task: Array) -> tuple[StreamState, Step]:
+def reset(
+    environment: JaxEnvironment, rng_key: Array, task_index: Array
+) -> tuple[StreamState, Step]:
     """Begin a stream with an episode of a task; later episodes draw their tasks uniformly."""
-    reset_key, key = jax.random.split(key)
-    env_state, observation = environment.reset(reset_key, task)
-    zero, false = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
+    reset_key, rng_key = jax.random.split(rng_key)
+    env_state, observation = environment.reset(reset_key, task_index)
+    zero_steps, no_flag = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
     env_state, observation = jax.tree.map(_without_weak_type, (env_state, dict(observation)))
-    step = Step(observation, jnp.zeros(()), jnp.ones(()), ~false, false, false)
-    return StreamState(env_state, key, zero, zero, false), step
+    step = Step(observation, jnp.zeros(()), jnp.ones(()), ~no_flag, no_flag, no_flag)
+    return StreamState(env_state, rng_key, zero_steps, zero_steps, no_flag), step
 
 
 def step(
@@ -55,12 +58,12 @@ def step(
     # The first state of the next episode, which is used if the stream restarts.
     episode = state.episode + restarts
     reset_key, task_key = jax.random.split(jax.random.fold_in(state.key, state.episode))
-    tasks = len(environment.spec.tasks)
-    task = (jax.random.bits(task_key) % tasks).astype(jnp.int32)
-    new_state, new_observation = environment.reset(reset_key, task)
+    num_tasks = len(environment.spec.tasks)
+    task_index = (jax.random.bits(task_key) % num_tasks).astype(jnp.int32)
+    first_state, first_observation = environment.reset(reset_key, task_index)
     env_state, observation = jax.tree.map(
         lambda new, old: _without_weak_type(jnp.where(restarts, new, old)),
-        (new_state, dict(new_observation)),
+        (first_state, dict(first_observation)),
         (env_state, dict(transition.observation)),
     )
     length = jnp.where(restarts | truncated, 0, state.length + 1)

@@ -12,25 +12,30 @@ def check_finite(spec: Spec, step: Step) -> None:
     Raises:
       UserError: which environment, task and entry.
     """
-    task = np.asarray(step.observation['task'])
-    values = {'reward': step.reward, 'discount': step.discount, **step.observation}
-    for name, value in values.items():
-        value = np.asarray(value)
-        if not np.issubdtype(value.dtype, np.floating):
+    task_indices = np.asarray(step.observation['task'])
+    named_arrays = {'reward': step.reward, 'discount': step.discount, **step.observation}
+    for field_name, array in named_arrays.items():
+        field_values = np.asarray(array)
+        if not np.issubdtype(field_values.dtype, np.floating):
             continue
-        is_finite = np.isfinite(value).reshape(len(value), -1).all(1)
+        is_finite = np.isfinite(field_values).reshape(len(field_values), -1).all(1)
         if is_finite.all():
             continue
-        row = int(np.argmin(is_finite))
-        label = name if name in ('reward', 'discount') else f'observation {name!r}'
-        example = value[row][~np.isfinite(value[row])].flat[0] if value[row].ndim else value[row]
-        environment = f'{spec.name}, task {spec.tasks[task[row]]!r},'
-        raise make_error(environment, f'{label} of {example}')
+
+        # Name the first row that is not finite, and its first such number.
+        bad_row = int(np.argmin(is_finite))
+        label = (
+            field_name if field_name in ('reward', 'discount') else f'observation {field_name!r}'
+        )
+        row_values = np.atleast_1d(field_values[bad_row])
+        bad_value = row_values[~np.isfinite(row_values)].flat[0]
+        description = f'{spec.name}, task {spec.tasks[task_indices[bad_row]]!r},'
+        raise make_error(description, f'{label} of {bad_value}')
 
 
-def make_error(environment: str, value: str) -> UserError:
+def make_error(description: str, value: str) -> UserError:
     """Return the error about a value that is not finite."""
     return UserError(
-        f'the environment {environment} returned a {value}: expected finite float32 numbers. Fix '
+        f'the environment {description} returned a {value}: expected finite float32 numbers. Fix '
         f'or wrap the environment; no optimizer setting helps'
     )

@@ -15,14 +15,16 @@ import numpy as np
 
 from mi.config import UserError
 
-MOST_FEATURES = 2**16
-MOST_ACTIONS = 1024
+MAX_FEATURES = 2**16
+MAX_ACTIONS = 1024
 CHANNELS = (1, 2, 3, 4)
 
-Convert = Callable[[Any], Any]
+Space = Any  # gymnasium.Space; the package is optional
+Element = Any  # of a space: an array, a number, or a dict or tuple of them
+Convert = Callable[[Element], Element]
 
 
-def observation(space: Any) -> tuple[str, tuple[int, ...], Convert]:
+def observation(space: Space) -> tuple[str, tuple[int, ...], Convert]:
     """Return the entry of an observation, its shape, and the conversion to it.
 
     Raises:
@@ -30,8 +32,9 @@ def observation(space: Any) -> tuple[str, tuple[int, ...], Convert]:
     """
     import gymnasium
 
+    # A picture becomes pixels; other spaces must have one size.
     if _is_picture(space):
-        return 'pixels', *_picture(space)
+        return 'pixels', *_describe_picture(space)
     if _has_picture(space):
         raise UserError(
             f'the observation space {space} has images among its entries: expected a single '
@@ -43,39 +46,42 @@ def observation(space: Any) -> tuple[str, tuple[int, ...], Convert]:
             f'the observation space {space} varies in size: expected a fixed size. Register an id '
             f'whose constructor wraps it, as with gymnasium.wrappers.TransformObservation'
         )
-    size = gymnasium.spaces.flatdim(space)
-    if not 0 < size <= MOST_FEATURES:
+
+    # Flatten everything else to features.
+    num_features = gymnasium.spaces.flatdim(space)
+    if not 0 < num_features <= MAX_FEATURES:
         raise UserError(
-            f'the observation space {space} has {size:,} numbers: expected 1 to {MOST_FEATURES:,}'
+            f'the observation space {space} has {num_features:,} numbers: expected 1 to '
+            f'{MAX_FEATURES:,}'
         )
 
-    def flatten(value: Any) -> np.ndarray:
+    def flatten(element: Element) -> np.ndarray:
         with np.errstate(over='ignore'):  # what is too large is inf, and refused as such
-            return np.asarray(gymnasium.spaces.flatten(space, value)).astype(np.float32)
+            return np.asarray(gymnasium.spaces.flatten(space, element)).astype(np.float32)
 
-    return 'features', (size,), flatten
+    return 'features', (num_features,), flatten
 
 
-def actions(space: Any) -> tuple[int, Convert]:
+def actions(space: Space) -> tuple[int, Convert]:
     """Return the number of actions, and the conversion of a number to an action.
 
     Raises:
       UserError: if actions are continuous, or too many.
     """
-    number, decode = _count(space), _decode
-    if number is None:
+    num_actions = _count_elements(space)
+    if num_actions is None:
         raise UserError(
             f'the action space {space} is not discrete: expected a discrete one. Register an id '
             f'whose constructor wraps it, as with gymnasium.wrappers.DiscretizeAction'
         )
-    if not 0 < number <= MOST_ACTIONS:
+    if not 0 < num_actions <= MAX_ACTIONS:
         raise UserError(
-            f'the action space {space} has {number:,} actions: expected 1 to {MOST_ACTIONS:,}'
+            f'the action space {space} has {num_actions:,} actions: expected 1 to {MAX_ACTIONS:,}'
         )
-    return number, lambda action: decode(space, int(action))
+    return num_actions, lambda action: _decode_element(space, int(action))
 
 
-def _count(space: Any) -> int | None:
+def _count_elements(space: Space) -> int | None:
     """Return the number of elements of a discrete space; None if a part is not discrete."""
     import gymnasium
 
@@ -87,12 +93,12 @@ def _count(space: Any) -> int | None:
         case gymnasium.spaces.MultiBinary():
             return int(2 ** math.prod(space.shape))
         case gymnasium.spaces.Tuple() | gymnasium.spaces.Dict():
-            counts = [_count(part) for part in _parts(space)]
-            return None if None in counts else math.prod(counts)  # type: ignore[arg-type]
+            field_counts = [_count_elements(field) for field in _list_fields(space)]
+            return None if None in field_counts else math.prod(field_counts)  # type: ignore[arg-type]
     return None
 
 
-def _decode(space: Any, number: int) -> Any:
+def _decode_element(space: Space, number: int) -> Element:
     """Return the element of a discrete space with this number; the last part counts fastest."""
     import gymnasium
 
@@ -105,22 +111,25 @@ def _decode(space: Any, number: int) -> Any:
         case gymnasium.spaces.MultiBinary():
             digits = np.unravel_index(number, (2,) * math.prod(space.shape))
             return np.reshape(digits, space.shape).astype(space.dtype)
-    parts = _parts(space)
-    numbers = np.unravel_index(number, [_count(part) or 0 for part in parts])
-    values = [_decode(part, int(n)) for part, n in zip(parts, numbers, strict=True)]
+    fields = _list_fields(space)
+    field_numbers = np.unravel_index(number, [_count_elements(field) or 0 for field in fields])
+    elements = [
+        _decode_element(field, int(field_number))
+        for field, field_number in zip(fields, field_numbers, strict=True)
+    ]
     if isinstance(space, gymnasium.spaces.Tuple):
-        return tuple(values)
-    return dict(zip(space.spaces, values, strict=True))
+        return tuple(elements)
+    return dict(zip(space.spaces, elements, strict=True))
 
 
-def _parts(space: Any) -> list[Any]:
+def _list_fields(space: Space) -> list[Space]:
     import gymnasium
 
     is_tuple = isinstance(space, gymnasium.spaces.Tuple)
     return list(space.spaces if is_tuple else space.spaces.values())
 
 
-def _is_picture(space: Any) -> bool:
+def _is_picture(space: Space) -> bool:
     """Return whether a space is a Box with 3 axes and channels, or with 2 axes and bytes."""
     import gymnasium
 
@@ -135,28 +144,32 @@ def _is_picture(space: Any) -> bool:
     return space.dtype == np.uint8 or bool(is_bounded and has_channels)
 
 
-def _has_picture(space: Any) -> bool:
+def _has_picture(space: Space) -> bool:
     import gymnasium
 
     if isinstance(space, gymnasium.spaces.Tuple | gymnasium.spaces.Dict):
-        return any(_is_picture(part) or _has_picture(part) for part in _parts(space))
+        return any(_is_picture(field) or _has_picture(field) for field in _list_fields(space))
     return False
 
 
-def _picture(space: Any) -> tuple[tuple[int, ...], Convert]:
+def _describe_picture(space: Space) -> tuple[tuple[int, ...], Convert]:
     """Return the shape [h, w, c] of a picture, and the conversion to it, in bytes."""
-    shape = space.shape if len(space.shape) == 3 else (*space.shape, 1)
-    is_first = shape[-1] not in CHANNELS and shape[0] < min(shape[1:])
-    low, width = space.low.astype(np.float64), space.high.astype(np.float64) - space.low
-    scale = 255 / np.where(width > 0, width, 1)
+    picture_shape = space.shape if len(space.shape) == 3 else (*space.shape, 1)
+    is_channels_first = picture_shape[-1] not in CHANNELS and picture_shape[0] < min(
+        picture_shape[1:]
+    )
+    low_values = space.low.astype(np.float64)
+    value_range = space.high.astype(np.float64) - space.low
+    scale = 255 / np.where(value_range > 0, value_range, 1)
 
-    def convert(value: Any) -> np.ndarray:
-        picture = np.asarray(value)
+    def convert(element: Element) -> np.ndarray:
+        picture = np.asarray(element)
         if space.dtype != np.uint8:
             if not np.isfinite(picture).all():
                 raise UserError('a pixel of an observation is not finite. Fix the environment')
-            picture = np.clip(np.rint((picture - low) * scale), 0, 255).astype(np.uint8)
-        picture = picture.reshape(shape)
-        return np.ascontiguousarray(np.moveaxis(picture, 0, -1)) if is_first else picture
+            picture = np.clip(np.rint((picture - low_values) * scale), 0, 255).astype(np.uint8)
+        picture = picture.reshape(picture_shape)
+        return np.ascontiguousarray(np.moveaxis(picture, 0, -1)) if is_channels_first else picture
 
-    return ((*shape[1:], shape[0]) if is_first else shape), convert
+    entry_shape = (*picture_shape[1:], picture_shape[0]) if is_channels_first else picture_shape
+    return entry_shape, convert

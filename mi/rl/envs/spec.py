@@ -33,12 +33,13 @@ begins in one of two ways, and a stream may use both:
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
+import chex
 import jax
 import numpy as np
 
-Observation = Mapping[str, Any]  # name → array, as in Spec.observation
+Observation = Mapping[str, chex.Array]  # name → array, as in Spec.observation
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, and so it has a hash
@@ -92,10 +93,10 @@ class Transition(NamedTuple):
     """
 
     observation: Observation
-    reward: Any
-    terminated: Any
-    truncated: Any = False
-    success: Any = False
+    reward: chex.Array
+    terminated: chex.Array
+    truncated: chex.Array | bool = False
+    success: chex.Array | bool = False
 
 
 class Step(NamedTuple):
@@ -112,11 +113,11 @@ class Step(NamedTuple):
     """
 
     observation: Observation
-    reward: Any
-    discount: Any
-    is_first: Any
-    is_last: Any
-    success: Any
+    reward: chex.Array
+    discount: chex.Array
+    is_first: chex.Array
+    is_last: chex.Array
+    success: chex.Array
 
 
 class JaxEnvironment(Protocol):
@@ -127,11 +128,11 @@ class JaxEnvironment(Protocol):
 
     spec: Spec
 
-    def reset(self, key: jax.Array, task: jax.Array) -> tuple[Any, Observation]:
+    def reset(self, key: jax.Array, task: jax.Array) -> tuple[chex.ArrayTree, Observation]:
         """Return state and first observation of a new episode of a task, its index int32 []."""
         ...
 
-    def step(self, state: Any, action: jax.Array) -> tuple[Any, Transition]:
+    def step(self, state: chex.ArrayTree, action: jax.Array) -> tuple[chex.ArrayTree, Transition]:
         """Return the state after an action, int32 [], and its result."""
         ...
 

@@ -24,7 +24,7 @@ BABYAI_VOCABULARY = len(BABYAI_WORDS) + 1
 BABYAI_LENGTH = 72
 # One clause: 'put a grey ball in front of you next to a grey ball in front of you'.
 BABYAI_CLAUSE = 17
-_NUMBERS = {word: i for i, word in enumerate(BABYAI_WORDS, start=1)}
+_BABYAI_TOKENS = {word: token for token, word in enumerate(BABYAI_WORDS, start=1)}
 
 
 class Tokenizer:
@@ -64,9 +64,9 @@ def babyai(length: int = BABYAI_LENGTH) -> Tokenizer:
     """Return the tokenizer of BabyAI; a word outside its grammar raises UserError."""
 
     def number(word: str) -> int:
-        if word not in _NUMBERS:
+        if word not in _BABYAI_TOKENS:
             raise UserError(f'{word!r} is not in BabyAI; expected one of {" ".join(BABYAI_WORDS)}')
-        return _NUMBERS[word]
+        return _BABYAI_TOKENS[word]
 
     return Tokenizer(number, length)
 

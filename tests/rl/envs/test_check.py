@@ -162,7 +162,7 @@ def test_an_environment_that_contradicts_its_spec_is_refused(monkeypatch, enviro
     with pytest.raises(UserError, match=said):
         envs.pool('ramp', 2, 0)
     with pytest.raises(UserError, match=said.replace('env.name', 'eval.held_out')):
-        envs.make('ramp', key='eval.held_out')
+        envs.make('ramp', config_key='eval.held_out')
 
 
 def test_an_environment_without_a_method_is_refused():

@@ -193,12 +193,12 @@ def test_tasks_and_layouts_are_drawn_evenly():
     grid = np.asarray(drawn.grid)
     counted = [np.bincount(drawn.task, minlength=30), np.bincount(drawn.direction, minlength=4)]
     where = np.asarray(drawn.y) * xland.SIZE + np.asarray(drawn.x)
-    counted.append(np.bincount(where, minlength=81)[xland._INSIDE])
+    counted.append(np.bincount(where, minlength=81)[xland._FLOOR_CELLS])
     for tile in xland.OBJECTS.values():
         at = (grid == tile).argmax(1)
         assert ((grid == tile).sum(1) == 1).all()
         assert (at != where).all()
-        counted.append(np.bincount(at, minlength=81)[xland._INSIDE])
+        counted.append(np.bincount(at, minlength=81)[xland._FLOOR_CELLS])
     for count in counted:
         expected = count.sum() / len(count)
         chi = ((count - expected) ** 2 / expected).sum()

@@ -1,9 +1,6 @@
 """Atari 2600 (Bellemare et al., 2013) through EnvPool, preprocessed as for DQN."""
 
-import jax
-import numpy as np
-
-from mi.rl.envs.host.envpool import Pools, import_envpool, make_pools, parse_games, read_pixels
+from mi.rl.envs.host.envpool import GameSuite, Pools, import_envpool, make_pools, read_pixels
 from mi.rl.envs.spec import Spec
 
 # Game → score of the uniform random policy, and of a human tester; episodes of at most 30 minutes
@@ -67,8 +64,14 @@ SCORES = {
     'YarsRevenge': (3092.9, 54576.9),
     'Zaxxon': (32.5, 9173.3),
 }
-NUM_ACTIONS = 18  # the union over all games; each has some of them
-MAX_STEPS = 27000  # 108 000 frames, 30 minutes
+GAMES = GameSuite(
+    name='atari',
+    scores=SCORES,
+    sources='random and human scores of Wang et al. (2016), from dqn_zoo; no sticky actions',
+    pixels=(84, 84, 4),
+    num_actions=18,  # the union over all games; each has some of them
+    max_steps=27000,  # 108 000 frames, 30 minutes
+)
 
 
 def parse_suite(suite: str) -> tuple[str, ...]:
@@ -77,7 +80,7 @@ def parse_suite(suite: str) -> tuple[str, ...]:
     Raises:
       UserError: if a game is unknown.
     """
-    return parse_games('atari', suite, SCORES)
+    return GAMES.parse_games(suite)
 
 
 def make_spec(suite: str) -> Spec:
@@ -87,23 +90,10 @@ def make_spec(suite: str) -> Spec:
       UserError: if a game is unknown, or envpool is needed and not installed.
     """
     games = parse_suite(suite)
-    actions = NUM_ACTIONS
-    if len(games) == 1:
-        actions = int(import_envpool().make_spec(f'{games[0]}-v5').gymnasium_action_space.n)
-    return Spec(
-        name='atari',
-        observation={
-            'pixels': jax.ShapeDtypeStruct((84, 84, 4), np.uint8),
-            'task': jax.ShapeDtypeStruct((), np.int32),
-        },
-        actions=actions,
-        tasks=games,
-        random=tuple(SCORES[game][0] for game in games),
-        reference=tuple(SCORES[game][1] for game in games),
-        sources='random and human scores of Wang et al. (2016), from dqn_zoo; no sticky actions',
-        has_success=False,
-        episode=MAX_STEPS,
-    )
+    if len(games) > 1:
+        return GAMES.make_spec(games)
+    action_space = import_envpool().make_spec(f'{games[0]}-v5').gymnasium_action_space
+    return GAMES.make_spec(games, num_actions=int(action_space.n))
 
 
 def make(
@@ -130,15 +120,18 @@ def make(
       UserError: if a game is unknown, there are too few rows, or envpool is not installed.
     """
     spec = make_spec(suite)
-    options = {
-        'frame_skip': 4,
-        'stack_num': 4,
-        'episodic_life': False,
-        'reward_clip': False,
-        'full_action_space': len(spec.tasks) > 1,
-        'repeat_action_probability': sticky,
-        'max_episode_steps': MAX_STEPS,
-    }
-    ids = [f'{game}-v5' for game in spec.tasks]
-    pools = make_pools(spec, ids, batch, seed, threads, **options)
+    pools = make_pools(
+        spec,
+        [f'{game}-v5' for game in spec.tasks],
+        batch,
+        seed,
+        threads,
+        frame_skip=4,
+        stack_num=4,
+        episodic_life=False,
+        reward_clip=False,
+        full_action_space=len(spec.tasks) > 1,
+        repeat_action_probability=sticky,
+        max_episode_steps=spec.episode,
+    )
     return Pools(spec, pools, read_pixels, timeout=timeout)

@@ -19,7 +19,7 @@ SUITES = {
     'synth': ('Synth', 'ActionObjDoor', 'MiniBoss', 'Boss'),
 }
 # Prefixes of the levels whose instructions have several clauses.
-SEQUENCES = (
+CLAUSE_LEVELS = (
     *('GoToSeq', 'SynthSeq', 'Boss', 'MiniBoss', 'MoveTwoAcross'),
     *('OpenDoorsOrder', 'OpenTwoDoors', 'OpenRedBlueDoors'),
 )
@@ -56,22 +56,23 @@ def parse_levels(suite: str) -> tuple[str, ...]:
     Raises:
       UserError: if a name is unknown, or envpool is not installed.
     """
-    known = _list_ids()
+    known_levels = _list_level_ids()
     levels: list[str] = []
-    for name in (suite or 'all').split(','):
-        if name in known:
-            levels.append(name)
-        elif name in SUITES:
-            levels += [level for level in known if level.startswith(SUITES[name])]
+    for suite_or_level in (suite or 'all').split(','):
+        if suite_or_level in known_levels:
+            levels.append(suite_or_level)
+        elif suite_or_level in SUITES:
+            levels += [level for level in known_levels if level.startswith(SUITES[suite_or_level])]
         else:
-            raise UserError(f'babyai/{name} is unknown; {suggest(name, (*SUITES, *known))}')
+            hint = suggest(suite_or_level, (*SUITES, *known_levels))
+            raise UserError(f'babyai/{suite_or_level} is unknown; {hint}')
     return tuple(dict.fromkeys(levels))
 
 
-def _list_ids() -> dict[str, str]:
+def _list_level_ids() -> dict[str, str]:
     """Return level → EnvPool's id, as 'GoToLocal' → 'BabyAI-GoToLocal-v0'."""
-    names = import_envpool().list_all_envs()
-    return {name[7:-3]: name for name in names if name.startswith('BabyAI-')}
+    env_ids = import_envpool().list_all_envs()
+    return {env_id[7:-3]: env_id for env_id in env_ids if env_id.startswith('BabyAI-')}
 
 
 def make(
@@ -102,8 +103,8 @@ def make(
       UserError: if a name is unknown, there are too few rows, or envpool is not installed.
     """
     # Levels, and the longest instruction that they can give.
-    ids, tasks = _list_ids(), parse_levels(suite)
-    has_clauses = any(task.startswith(SEQUENCES) for task in tasks)
+    level_ids, levels = _list_level_ids(), parse_levels(suite)
+    has_clauses = any(level.startswith(CLAUSE_LEVELS) for level in levels)
     length = length or (text.BABYAI_LENGTH if has_clauses else text.BABYAI_CLAUSE)
     spec = Spec(
         name='babyai',
@@ -114,8 +115,8 @@ def make(
             'task': jax.ShapeDtypeStruct((), np.int32),
         },
         actions=7,
-        tasks=tasks,
-        reference=(1.0,) * len(tasks),
+        tasks=levels,
+        reference=(1.0,) * len(levels),
         sources='a return is 1 − 0.9 t / limit when solved at step t, 0 otherwise',
         categories=CATEGORIES,
         vocabulary=text.BABYAI_VOCABULARY,
@@ -123,6 +124,6 @@ def make(
     )
 
     # One pool of environments for each level.
-    pools = make_pools(spec, [ids[task] for task in tasks], batch, seed, threads)
+    pools = make_pools(spec, [level_ids[level] for level in levels], batch, seed, threads)
     reader = _ObservationReader(batch, length)
     return Pools(spec, pools, reader, rewards_success=True, timeout=timeout)

@@ -101,6 +101,8 @@ ACTIONS = {
         (0, 0, 0, 0, 1, 0, 0),
     ),
 }
+LabArguments = dict[str, Any]  # of `deepmind_lab.Lab`, and 'cache', the folder of its maps
+
 BUCKETS = 1000
 REPEAT = 4
 HEIGHT, WIDTH = 72, 96
@@ -122,8 +124,8 @@ def capped_score(returns: Mapping[str, float]) -> float:
         unknown = sorted(set(returns) - set(LEVELS))
         raise ValueError(f'returns must have all levels: missing {missing}, unknown {unknown}')
     scores = [
-        min(100.0, 100 * (returns[level] - random) / (human - random))
-        for level, (random, human) in SCORES.items()
+        min(100.0, 100 * (returns[level] - random_score) / (human_score - random_score))
+        for level, (random_score, human_score) in SCORES.items()
     ]
     return float(np.mean(scores))
 
@@ -145,36 +147,39 @@ class LevelCache:
 
     def write(self, key: str, pk3_path: str) -> None:
         """Store the map at the path atomically, for processes that share the folder."""
-        handle, temporary = tempfile.mkstemp(dir=self._folder)
-        os.close(handle)
-        shutil.copyfile(pk3_path, temporary)
-        os.replace(temporary, self._folder / key)
+        file_descriptor, temporary_path = tempfile.mkstemp(dir=self._folder)
+        os.close(file_descriptor)
+        shutil.copyfile(pk3_path, temporary_path)
+        os.replace(temporary_path, self._folder / key)
 
 
-def _engine(pipe: Connection, arguments: dict[str, Any], seed: int, actions: np.ndarray) -> None:
+def _serve_engine(
+    connection: Connection, lab_arguments: LabArguments, seed: int, actions: np.ndarray
+) -> None:
     """Run an engine: None resets it, an action steps it; errors are sent as text."""
     try:
         import deepmind_lab
 
-        cache = arguments.pop('cache')
-        lab = deepmind_lab.Lab(**arguments, level_cache=LevelCache(cache) if cache else None)
-        random = np.random.default_rng(seed)
+        cache_folder = lab_arguments.pop('cache')
+        level_cache = LevelCache(cache_folder) if cache_folder else None
+        lab = deepmind_lab.Lab(**lab_arguments, level_cache=level_cache)
+        rng = np.random.default_rng(seed)
         while True:
-            action = pipe.recv()
+            action = connection.recv()
             reward = 0.0
             if action is not None:
                 reward = lab.step(actions[action], num_steps=REPEAT)
             is_first = action is None or not lab.is_running()
             if is_first:
-                lab.reset(seed=int(random.integers(2**31 - 1)))
+                lab.reset(seed=int(rng.integers(2**31 - 1)))
             observation = lab.observations()
-            text = observation['INSTR']
-            text = text.decode() if isinstance(text, bytes) else str(text)
-            pipe.send((observation['RGB_INTERLEAVED'], text, reward, is_first))
+            words = observation['INSTR']
+            instruction = words.decode() if isinstance(words, bytes) else str(words)
+            connection.send((observation['RGB_INTERLEAVED'], instruction, reward, is_first))
     except (EOFError, BrokenPipeError, ConnectionResetError):  # the parent closed its end
         lab.close()
     except Exception as error:  # whatever the engine raises; the parent raises it
-        pipe.send(f'{type(error).__name__}: {error}')
+        connection.send(f'{type(error).__name__}: {error}')
 
 
 class DMLab:
@@ -183,41 +188,46 @@ class DMLab:
     def __init__(
         self,
         spec: Spec,
-        engines: Sequence[dict[str, Any]],
+        engines: Sequence[LabArguments],
         actions: np.ndarray,
         seed: int,
         timeout: float,
     ):
         """Start an engine for each row: `engines` has its Lab's arguments and cache folder."""
+        # The levels and tasks of the rows.
         self.spec = spec
         self.batch = len(engines)
         self._timeout = timeout
         self._levels = [engine['level'] for engine in engines]
         self._task = np.arange(self.batch, dtype=np.int32) % len(spec.tasks)
         self._tokens = hashed(BUCKETS, spec.observation['instruction'].shape[0])
-        context = multiprocessing.get_context('spawn')
-        seeds = np.random.SeedSequence(seed).generate_state(self.batch)
-        self._pipes, self._processes = [], []
-        self._idle = np.zeros(self.batch, bool)
+
+        # One process for each row: an engine must be alone in its process.
+        spawn_context = multiprocessing.get_context('spawn')
+        row_seeds = np.random.SeedSequence(seed).generate_state(self.batch)
+        self._connections, self._processes = [], []
+        self._is_idle = np.zeros(self.batch, bool)
         self._answers: list[Any] = [None] * self.batch  # the newest of each row
-        for arguments, row_seed in zip(engines, seeds, strict=True):
-            pipe, theirs = context.Pipe()
-            process = context.Process(
-                target=_engine, args=(theirs, arguments, int(row_seed), actions), daemon=True
+        for lab_arguments, row_seed in zip(engines, row_seeds, strict=True):
+            connection, engine_connection = spawn_context.Pipe()
+            process = spawn_context.Process(
+                target=_serve_engine,
+                args=(engine_connection, lab_arguments, int(row_seed), actions),
+                daemon=True,
             )
             process.start()
-            theirs.close()
-            self._pipes.append(pipe)
+            engine_connection.close()
+            self._connections.append(connection)
             self._processes.append(process)
 
     def reset(self) -> Step:
-        self._idle = np.zeros(self.batch, bool)
+        self._is_idle = np.zeros(self.batch, bool)
         self._send([None] * self.batch)
         return self.recv()._replace(discount=np.ones(self.batch, np.float32))
 
     def skip(self, rows: np.ndarray) -> None:
         """As in `SkipsRows`."""
-        self._idle = np.array(rows)
+        self._is_idle = np.array(rows)
 
     def send(self, actions: np.ndarray) -> None:
         self._send(actions.tolist())
@@ -228,39 +238,44 @@ class DMLab:
         Raises:
           UserError: if an engine fails, or does not answer within the timeout.
         """
+        # Wait for all rows until one deadline.
         deadline = time.monotonic() + self._timeout
-        for row in np.flatnonzero(~self._idle).tolist():
-            pipe, level = self._pipes[row], self._levels[row]
-            if not pipe.poll(max(0.0, deadline - time.monotonic())):
+        for row in np.flatnonzero(~self._is_idle).tolist():
+            connection, level = self._connections[row], self._levels[row]
+            if not connection.poll(max(0.0, deadline - time.monotonic())):
                 raise UserError(
                     f'{level} did not answer in {self._timeout:g} s; raise '
                     f'config.env.options.timeout, or try the engine alone as docs/dmlab.md says'
                 )
             try:
-                answer = pipe.recv()
+                answer = connection.recv()
             except (EOFError, ConnectionResetError):
                 answer = 'its process died'
             if isinstance(answer, str):
                 raise UserError(f'{level}: {answer}; see docs/dmlab.md')
             self._answers[row] = answer
-        pixels, texts, rewards, firsts = zip(*self._answers, strict=True)
-        first = np.array(firsts) & ~self._idle
+
+        # Skipped rows repeat their last answer, with reward 0.
+        pixels, instructions, rewards, starts = zip(*self._answers, strict=True)
+        is_first = np.array(starts) & ~self._is_idle
         return Step(
             observation={
                 'pixels': np.stack(pixels),
-                'instruction': np.stack([self._tokens(text) for text in texts]),
+                'instruction': np.stack(
+                    [self._tokens(instruction) for instruction in instructions]
+                ),
                 'task': self._task,
             },
-            reward=np.where(self._idle, 0, np.array(rewards)).astype(np.float32),
-            discount=(~first).astype(np.float32),
-            is_first=first,
+            reward=np.where(self._is_idle, 0, np.array(rewards)).astype(np.float32),
+            discount=(~is_first).astype(np.float32),
+            is_first=is_first,
             is_last=np.zeros(self.batch, bool),
             success=np.zeros(self.batch, bool),
         )
 
     def close(self) -> None:
-        for pipe in self._pipes:
-            pipe.close()
+        for connection in self._connections:
+            connection.close()
         for process in self._processes:
             process.join(5)
             if process.is_alive():
@@ -268,10 +283,10 @@ class DMLab:
                 process.join()
 
     def _send(self, requests: Sequence[int | None]) -> None:
-        for row in np.flatnonzero(~self._idle).tolist():
-            pipe, request = self._pipes[row], requests[row]
+        for row in np.flatnonzero(~self._is_idle).tolist():
+            connection, request = self._connections[row], requests[row]
             with contextlib.suppress(BrokenPipeError):  # recv says that the process died
-                pipe.send(request)
+                connection.send(request)
 
 
 def spec_of(tasks: tuple[str, ...] = LEVELS, actions: str = 'impala', length: int = 16) -> Spec:
@@ -303,12 +318,12 @@ def suite_spec(suite: str, *, actions: str = 'impala', length: int = 16) -> Spec
         raise UserError(
             f'config.env.options.actions = {actions!r} is unknown; {suggest(actions, ACTIONS)}'
         )
-    tasks = LEVELS if suite in ('', 'train', 'test') else tuple(suite.split(','))
-    for task in tasks:
-        if task not in SCORES:
-            hint = suggest(task, (*LEVELS, 'train', 'test'))
-            raise UserError(f'dmlab30/{task} is unknown; {hint}')
-    return spec_of(tasks, actions, length)
+    levels = LEVELS if suite in ('', 'train', 'test') else tuple(suite.split(','))
+    for level in levels:
+        if level not in SCORES:
+            hint = suggest(level, (*LEVELS, 'train', 'test'))
+            raise UserError(f'dmlab30/{level} is unknown; {hint}')
+    return spec_of(levels, actions, length)
 
 
 def make(  # noqa: PLR0913 - the options of the environment
@@ -352,17 +367,17 @@ def make(  # noqa: PLR0913 - the options of the environment
         raise UserError('deepmind_lab is not installed, and pip has none; docs/dmlab.md builds it')
 
     # The settings of an engine for each row.
-    config = {'width': str(WIDTH), 'height': str(HEIGHT), 'logLevel': 'WARN'}
+    lab_settings = {'width': str(WIDTH), 'height': str(HEIGHT), 'logLevel': 'WARN'}
     if suite == 'test':
-        config['allowHoldOutLevels'] = 'true'
+        lab_settings['allowHoldOutLevels'] = 'true'
     if dataset is not None:
-        config['datasetPath'] = dataset
-    names = [HELD_OUT.get(task, task) if suite == 'test' else task for task in tasks]
+        lab_settings['datasetPath'] = dataset
+    level_names = [HELD_OUT.get(task, task) if suite == 'test' else task for task in tasks]
     engines = [
         {
-            'level': f'contributed/dmlab30/{names[row % len(names)]}',
+            'level': f'contributed/dmlab30/{level_names[row % len(level_names)]}',
             'observations': ['RGB_INTERLEAVED', 'INSTR'],
-            'config': config,
+            'config': lab_settings,
             'renderer': renderer,
             'cache': cache,
         }

@@ -5,18 +5,23 @@ episode starts one step later (see `spec`): EnvPool ignores the action after the
 and answers it with the first observation of the next episode and reward 0.
 """
 
+import dataclasses
 import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from mi.config import UserError, suggest, suggest_install
 from mi.rl.envs.spec import Observation, Spec, Step
 
+Pool = Any  # an environment of EnvPool; the package is optional
+PoolResult = tuple[Any, ...]  # of a pool's `reset` or `recv`
 EnvPoolObservation = Any  # an array, or a dict of them, of all rows
 Reader = Callable[[EnvPoolObservation, np.ndarray], Observation]
 
@@ -27,7 +32,7 @@ class Pools:
     def __init__(
         self,
         spec: Spec,
-        pools: Sequence[Any],
+        pools: Sequence[Pool],
         reader: Reader,
         *,
         rewards_success: bool = False,
@@ -42,29 +47,32 @@ class Pools:
           rewards_success: whether a positive last reward of an episode means success.
           timeout: longest wait of `recv` and `reset`, seconds.
         """
-        sizes = [pool.config['num_envs'] for pool in pools]
+        # The rows of each pool: one task after another.
+        pool_sizes = [pool.config['num_envs'] for pool in pools]
         self.spec = spec
-        self.batch = sum(sizes)
+        self.batch = sum(pool_sizes)
         self._pools = pools
-        self._ends = np.cumsum(sizes)[:-1]
-        self._task = np.repeat(np.arange(len(pools), dtype=np.int32), sizes)
+        self._ends = np.cumsum(pool_sizes)[:-1]
+        self._task = np.repeat(np.arange(len(pools), dtype=np.int32), pool_sizes)
         self._reader = reader
         self._rewards_success = rewards_success
         self._timeout = timeout
         self._is_last = np.zeros(self.batch, bool)
         self._is_idle = np.zeros(self.batch, bool)
         self._observation: EnvPoolObservation = None
+
         # EnvPool waits without a timeout, so a thread waits that can be abandoned.
-        self._calls: queue.SimpleQueue[list[Callable[[], Any]] | None] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[list[Callable[[], PoolResult]] | None]
+        self._calls = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[PoolResult | Exception] = queue.SimpleQueue()
         threading.Thread(target=self._serve, daemon=True).start()
 
     def reset(self) -> Step:
         results = self._call('reset', range(len(self._pools)))
-        zero, false = np.zeros(self.batch, np.float32), np.zeros(self.batch, bool)
-        self._is_last, self._is_idle = false, false
+        zero_reward, no_flag = np.zeros(self.batch, np.float32), np.zeros(self.batch, bool)
+        self._is_last, self._is_idle = no_flag, no_flag
         self._observation = _concatenate([observation for observation, _ in results])
-        return Step(self._read(~false), zero, zero + 1, ~false, false, false)
+        return Step(self._read(~no_flag), zero_reward, zero_reward + 1, ~no_flag, no_flag, no_flag)
 
     def skip(self, rows: np.ndarray) -> None:
         """Leave rows alone, as in `SkipsRows`: EnvPool steps the rows that it gets actions for."""
@@ -72,14 +80,11 @@ class Pools:
 
     def send(self, actions: np.ndarray) -> None:
         """Start a step of all rows that are not skipped."""
-        actions = np.asarray(actions, np.int32)
-        parts = zip(
-            self._pools,
-            np.split(actions, self._ends),
-            np.split(self._is_idle, self._ends),
-            strict=True,
-        )
-        for pool, pool_actions, is_idle in parts:
+        actions_by_pool = np.split(np.asarray(actions, np.int32), self._ends)
+        is_idle_by_pool = np.split(self._is_idle, self._ends)
+        for pool, pool_actions, is_idle in zip(
+            self._pools, actions_by_pool, is_idle_by_pool, strict=True
+        ):
             if not is_idle.any():
                 pool.send(pool_actions)
             elif not is_idle.all():
@@ -92,24 +97,31 @@ class Pools:
           UserError: if a pool does not answer within the timeout.
         """
         # Join the results of all pools that have rows to step.
-        active = [i for i, rows in enumerate(np.split(self._is_idle, self._ends)) if not rows.all()]
-        results = [result[:5] for result in self._call('recv', active)]
-        observations, *scalars, infos = (list(part) for part in zip(*results, strict=True))
+        is_idle_by_pool = np.split(self._is_idle, self._ends)
+        active_pools = [
+            pool_index for pool_index, is_idle in enumerate(is_idle_by_pool) if not is_idle.all()
+        ]
+        results = [result[:5] for result in self._call('recv', active_pools)]
+        observations, *scalars, infos = (list(column) for column in zip(*results, strict=True))
         observation = _concatenate(observations)
-        reward, terminated, truncated = (_concatenate(parts) for parts in scalars)
+        reward, terminated, truncated = (_concatenate(column) for column in scalars)
 
         # Skipped rows keep their observation, with reward 0 and no end.
         if self._is_idle.any():
-            starts = np.concatenate([[0], self._ends])
-            rows = np.concatenate(
-                [starts[i] + info['env_id'] for i, info in zip(active, infos, strict=True)]
+            pool_starts = np.concatenate([[0], self._ends])
+            active_rows = np.concatenate(
+                [
+                    pool_starts[pool_index] + info['env_id']
+                    for pool_index, info in zip(active_pools, infos, strict=True)
+                ]
             )
-            observation = _update_rows(self._observation, observation, rows)
+            observation = _update_rows(self._observation, observation, active_rows)
             reward, terminated, truncated = (
-                _scatter_rows(values, rows, self.batch)
+                _scatter_rows(values, active_rows, self.batch)
                 for values in (reward, terminated, truncated)
             )
 
+        # Build the step, and remember its ends: the next step begins their episodes.
         is_first, is_last = self._is_last & ~self._is_idle, terminated | truncated
         self._observation, self._is_last = observation, is_last
         is_success = is_last & (reward > 0) & self._rewards_success
@@ -130,23 +142,26 @@ class Pools:
     def _read(self, is_first: np.ndarray) -> Observation:
         return {**self._reader(self._observation, is_first), 'task': self._task}
 
-    def _call(self, method: str, pools: Iterable[int]) -> list[Any]:
+    def _call(self, method_name: str, pool_indices: Iterable[int]) -> list[PoolResult]:
         """Call the method of each of these pools, in the thread that may wait, and return results.
 
         Raises:
           UserError: if a pool does not answer within the timeout.
         """
-        self._calls.put([getattr(self._pools[i], method) for i in pools])
+        self._calls.put(
+            [getattr(self._pools[pool_index], method_name) for pool_index in pool_indices]
+        )
         deadline = time.monotonic() + self._timeout
-        results: list[Any] = []
-        for task in (self.spec.tasks[i] for i in pools):
+        results: list[PoolResult] = []
+        for pool_index in pool_indices:
             try:
                 result = self._results.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
+                task_name = self.spec.tasks[pool_index]
                 raise UserError(
-                    f'{self.spec.name}/{task} did not answer in {self._timeout:g} s: expected a '
-                    f'step of its {self.batch} rows. Raise config.env.options.timeout, or use '
-                    f'fewer rows'
+                    f'{self.spec.name}/{task_name} did not answer in {self._timeout:g} s: '
+                    f'expected a step of its {self.batch} rows. Raise '
+                    f'config.env.options.timeout, or use fewer rows'
                 ) from None
             if isinstance(result, Exception):
                 raise result
@@ -163,7 +178,7 @@ class Pools:
                     self._results.put(error)
 
 
-def import_envpool() -> Any:
+def import_envpool() -> types.ModuleType:
     """Return the module envpool.
 
     Raises:
@@ -176,50 +191,91 @@ def import_envpool() -> Any:
     return envpool
 
 
-def parse_games(name: str, games: str, known: Iterable[str]) -> tuple[str, ...]:
-    """Return the games of a comma-separated list; all known ones for '' or 'all'.
+@dataclasses.dataclass(frozen=True)
+class GameSuite:
+    """Games of one kind, which EnvPool simulates and the agent sees as pixels.
 
-    Raises:
-      UserError: if a game is unknown.
+    Attributes:
+      name: name of the environment, as 'atari'.
+      scores: game → mean return of a random policy, and of a reference.
+      sources: sources of the scores, as text.
+      pixels: shape [h, w, c] of an observation.
+      num_actions: number of actions.
+      max_steps: most steps of an episode.
     """
-    if games in ('', 'all'):
-        return tuple(known)
-    parsed = tuple(dict.fromkeys(games.split(',')))
-    for game in parsed:
-        if game not in known:
-            raise UserError(f'{name}/{game} is unknown; {suggest(game, (*known, "all"))}')
-    return parsed
+
+    name: str
+    scores: Mapping[str, tuple[float, float]]
+    sources: str
+    pixels: tuple[int, int, int]
+    num_actions: int
+    max_steps: int
+
+    def parse_games(self, games: str) -> tuple[str, ...]:
+        """Return the games of a comma-separated list; all known ones for '' or 'all'.
+
+        Raises:
+          UserError: if a game is unknown.
+        """
+        if games in ('', 'all'):
+            return tuple(self.scores)
+        parsed_games = tuple(dict.fromkeys(games.split(',')))
+        for game in parsed_games:
+            if game not in self.scores:
+                hint = suggest(game, (*self.scores, 'all'))
+                raise UserError(f'{self.name}/{game} is unknown; {hint}')
+        return parsed_games
+
+    def make_spec(self, games: tuple[str, ...], num_actions: int | None = None) -> Spec:
+        """Return the spec of some games, which may have fewer actions than the suite."""
+        return Spec(
+            name=self.name,
+            observation={
+                'pixels': jax.ShapeDtypeStruct(self.pixels, np.uint8),
+                'task': jax.ShapeDtypeStruct((), np.int32),
+            },
+            actions=self.num_actions if num_actions is None else num_actions,
+            tasks=games,
+            random=tuple(self.scores[game][0] for game in games),
+            reference=tuple(self.scores[game][1] for game in games),
+            sources=self.sources,
+            has_success=False,
+            episode=self.max_steps,
+        )
 
 
 def make_pools(
-    spec: Spec, ids: Sequence[str], batch: int, seed: int, threads: int, **options: Any
-) -> list[Any]:
-    """Make a pool of each id, with batch // len(ids) rows or one more.
+    spec: Spec, env_ids: Sequence[str], batch: int, seed: int, threads: int, **env_options: object
+) -> list[Pool]:
+    """Make a pool of each id, with batch // len(env_ids) rows or one more.
 
     Raises:
-      UserError: if there are fewer rows than ids, or envpool is not installed.
+      UserError: if there are fewer rows than `env_ids`, or envpool is not installed.
     """
-    if batch < len(ids):
+    if batch < len(env_ids):
         raise UserError(
-            f'{spec.name} has {len(ids)} tasks but the batch has only {batch} environments: '
+            f'{spec.name} has {len(env_ids)} tasks but the batch has only {batch} environments: '
             f'expected at least one per task. Raise config.actors.batch or name fewer tasks'
         )
+
+    # Spread rows and threads evenly; row i has the seed `seed` + i in whichever pool.
     envpool = import_envpool()
-    pools, row = [], 0
     threads = threads or min(batch, len(os.sched_getaffinity(0)))
-    for i, name in enumerate(ids):
-        rows = batch // len(ids) + (i < batch % len(ids))
+    pools: list[Pool] = []
+    first_row = 0
+    for id_index, env_id in enumerate(env_ids):
+        num_rows = batch // len(env_ids) + (id_index < batch % len(env_ids))
         pool = envpool.make(
-            name,
+            env_id,
             env_type='gymnasium',
-            num_envs=rows,
-            batch_size=rows,
-            num_threads=max(1, threads * rows // batch),
-            seed=seed + row,
-            **options,
+            num_envs=num_rows,
+            batch_size=num_rows,
+            num_threads=max(1, threads * num_rows // batch),
+            seed=seed + first_row,
+            **env_options,
         )
         pools.append(pool)
-        row += rows
+        first_row += num_rows
     return pools
 
 
@@ -229,13 +285,18 @@ def read_pixels(observation: np.ndarray, is_first: np.ndarray) -> Observation:
     return {'pixels': np.ascontiguousarray(np.moveaxis(observation, 1, -1))}
 
 
-def _update_rows(observation: Any, new: Any, rows: np.ndarray) -> Any:
+def _update_rows(
+    observation: EnvPoolObservation, new_values: EnvPoolObservation, rows: np.ndarray
+) -> EnvPoolObservation:
     """Return an observation of all rows with new values in some of them."""
     if isinstance(observation, dict):
-        return {name: _update_rows(observation[name], new[name], rows) for name in observation}
-    observation = observation.copy()  # the previous step keeps its array
-    observation[rows] = new
-    return observation
+        return {
+            entry_name: _update_rows(entry, new_values[entry_name], rows)
+            for entry_name, entry in observation.items()
+        }
+    updated = observation.copy()  # the previous step keeps its array
+    updated[rows] = new_values
+    return updated
 
 
 def _scatter_rows(values: np.ndarray, rows: np.ndarray, batch: int) -> np.ndarray:
@@ -245,8 +306,11 @@ def _scatter_rows(values: np.ndarray, rows: np.ndarray, batch: int) -> np.ndarra
     return scattered
 
 
-def _concatenate(parts: Sequence[Any]) -> Any:
+def _concatenate(observations: Sequence[EnvPoolObservation]) -> EnvPoolObservation:
     """Concatenate arrays, or dicts of arrays, along the rows."""
-    if isinstance(parts[0], dict):
-        return {name: _concatenate([part[name] for part in parts]) for name in parts[0]}
-    return np.concatenate(parts)
+    if isinstance(observations[0], dict):
+        return {
+            entry_name: _concatenate([observation[entry_name] for observation in observations])
+            for entry_name in observations[0]
+        }
+    return np.concatenate(observations)

@@ -3,11 +3,14 @@
 A new episode starts one step later (see `spec`), as in gymnasium's AutoresetMode.NEXT_STEP.
 """
 
+import functools
 import os
+import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
+import chex
 import jax
 import numpy as np
 
@@ -16,7 +19,7 @@ from mi.rl.envs import spaces
 from mi.rl.envs.spec import Spec, Step
 
 # Task → the middle of the package's id. Deathmatch is left out: some of its buttons are continuous.
-VIZDOOM = {
+SCENARIOS = {
     'basic': 'Basic',
     'deadly_corridor': 'DeadlyCorridor',
     'defend_center': 'DefendCenter',
@@ -28,6 +31,13 @@ VIZDOOM = {
     'take_cover': 'TakeCover',
 }
 VIZDOOM_REPEAT = 4
+_VIZDOOM_OPTIONS = {'frame_skip': VIZDOOM_REPEAT, 'max_buttons_pressed': 1}
+
+Env = Any  # gymnasium.Env; the package is optional
+EnvMaker = Callable[[], Env]
+Arguments = Mapping[str, object]  # of an environment's constructor
+Info = dict[str, Any]
+EnvStep = tuple[chex.ArrayTree, SupportsFloat, bool, bool, Info]
 
 
 class GymVector:
@@ -36,7 +46,7 @@ class GymVector:
     def __init__(
         self,
         spec: Spec,
-        makers: Sequence[Callable[[], Any]],
+        env_makers: Sequence[EnvMaker],
         tasks: Sequence[int],
         *,
         seed: int,
@@ -46,34 +56,37 @@ class GymVector:
         import gymnasium
 
         self.spec = spec
-        self.batch = len(makers)
+        self.batch = len(env_makers)
         self._seed: int | None = seed
         self._asynchronous, self._skips = asynchronous, False
         self._entry = next(name for name in spec.observation if name != 'task')
         self._task = np.array(tasks, np.int32)
-        self._last = np.zeros(self.batch, bool)
+        self._was_last = np.zeros(self.batch, bool)
         self._actions = np.zeros(self.batch, np.int64)
-        makers = [_Skippable(maker) for maker in makers]
-        options: dict[str, Any] = {'autoreset_mode': gymnasium.vector.AutoresetMode.NEXT_STEP}
+        make_vector: Callable[..., Env] = gymnasium.vector.SyncVectorEnv
         if asynchronous:  # a fork would copy the locks of JAX's threads
-            self._vector: Any = gymnasium.vector.AsyncVectorEnv(makers, context='spawn', **options)
-        else:
-            self._vector = gymnasium.vector.SyncVectorEnv(makers, **options)
+            make_vector = functools.partial(gymnasium.vector.AsyncVectorEnv, context='spawn')
+        self._vector = make_vector(
+            [_SkippableMaker(maker) for maker in env_makers],
+            autoreset_mode=gymnasium.vector.AutoresetMode.NEXT_STEP,
+        )
 
     def reset(self) -> Step:
         if self._skips:
             self.skip(np.zeros(self.batch, bool))
         observation, _ = self._vector.reset(seed=self._seed)
-        self._seed = None  # the next time, other episodes
-        zero, no = np.zeros(self.batch, np.float32), np.zeros(self.batch, bool)
-        self._last = no
-        return Step(self._observe(observation), zero, zero + 1, ~no, no, no)
+        self._seed = None  # later resets begin other episodes
+        zero_reward, no_flag = np.zeros(self.batch, np.float32), np.zeros(self.batch, bool)
+        self._was_last = no_flag
+        return Step(
+            self._observe(observation), zero_reward, zero_reward + 1, ~no_flag, no_flag, no_flag
+        )
 
     def skip(self, rows: np.ndarray) -> None:
         """As in `SkipsRows`."""
         self._skips = bool(rows.any())
         self._vector.set_attr('is_idle', rows.tolist())
-        self._last = self._last & ~rows
+        self._was_last = self._was_last & ~rows
 
     def send(self, actions: np.ndarray) -> None:
         self._actions = np.asarray(actions, np.int64)
@@ -85,16 +98,16 @@ class GymVector:
             observation, reward, terminated, truncated, _ = self._vector.step_wait()
         else:
             observation, reward, terminated, truncated, _ = self._vector.step(self._actions)
-        first, last = self._last, terminated | truncated
-        self._last = last
+        is_first, is_last = self._was_last, terminated | truncated
+        self._was_last = is_last
         with np.errstate(over='ignore'):  # what is too large is inf, and refused as such
             reward = reward.astype(np.float32)
         return Step(
             observation=self._observe(observation),
             reward=reward,
             discount=np.where(terminated, 0, 1).astype(np.float32),
-            is_first=first,
-            is_last=last,
+            is_first=is_first,
+            is_last=is_last,
             success=np.zeros(self.batch, bool),
         )
 
@@ -107,7 +120,7 @@ class GymVector:
 
 
 def make_gym(
-    suite: str, *, batch: int, seed: int = 0, asynchronous: bool = False, **arguments: Any
+    suite: str, *, batch: int, seed: int = 0, asynchronous: bool = False, **env_arguments: Any
 ) -> GymVector:
     """Make B rows of one gymnasium id, as 'CartPole-v1' or 'module:Id-v0'.
 
@@ -125,8 +138,8 @@ def make_gym(
       UserError: if the environment cannot be made, has other spaces, or gymnasium is not installed.
     """
     # Read the spaces from one environment.
-    gymnasium = _gymnasium('gym')
-    probe_env = _first(gymnasium, suite, arguments)
+    gymnasium = _import_gymnasium('gym')
+    probe_env = _make_probe_env(gymnasium, suite, env_arguments)
     try:
         entry, shape, _ = spaces.observation(probe_env.observation_space)
         actions, _ = spaces.actions(probe_env.action_space)
@@ -147,32 +160,32 @@ def make_gym(
         episode=probe_env.spec.max_episode_steps or 0,
         has_success=False,
     )
-    makers = [_Maker(suite, arguments)] * batch
-    return GymVector(spec, makers, [0] * batch, seed=seed, asynchronous=asynchronous)
+    env_makers = [_GymMaker(suite, env_arguments)] * batch
+    return GymVector(spec, env_makers, [0] * batch, seed=seed, asynchronous=asynchronous)
 
 
-def _first(gymnasium: Any, suite: str, arguments: Mapping[str, Any]) -> Any:
+def _make_probe_env(gymnasium: types.ModuleType, env_id: str, arguments: Arguments) -> Env:
     """Make an environment by its id; an error of its module or constructor becomes one line."""
-    if not suite:
+    if not env_id:
         raise UserError("gymnasium needs an id, as in 'gymnasium/CartPole-v1'")
     try:
-        return _make(suite, **arguments)
+        return _make_env(env_id, **arguments)
     except (gymnasium.error.NameNotFound, gymnasium.error.NamespaceNotFound) as error:
-        known = [name for name in gymnasium.registry if '/' not in name]
+        known_ids = [known_id for known_id in gymnasium.registry if '/' not in known_id]
         raise UserError(
-            f"gymnasium/{suite} is unknown; {suggest(suite, known)}. An id of one's own has its "
-            f"module in front, as 'my_module:MyEnv-v0'"
+            f"gymnasium/{env_id} is unknown; {suggest(env_id, known_ids)}. An id of one's own has "
+            f"its module in front, as 'my_module:MyEnv-v0'"
         ) from error
     except ModuleNotFoundError as error:
         raise UserError(
-            f'gymnasium/{suite}: {format_error(error).rstrip(".")}; install it, or put its '
+            f'gymnasium/{env_id}: {format_error(error).rstrip(".")}; install it, or put its '
             f'directory on PYTHONPATH'
         ) from error
     except Exception as error:  # foreign code may raise anything
         given_arguments = ' '.join(repr(dict(arguments)).split())
         raise UserError(
-            f'gymnasium/{suite} cannot be made: {type(error).__name__}: {format_error(error)}; the '
-            f'arguments of its constructor are config.env.options = {given_arguments}'
+            f'gymnasium/{env_id} cannot be made: {type(error).__name__}: {format_error(error)}; '
+            f'the arguments of its constructor are config.env.options = {given_arguments}'
         ) from error
 
 
@@ -184,7 +197,7 @@ def make_vizdoom(suite: str, *, batch: int, seed: int = 0, asynchronous: bool = 
     those that any of the tasks has, by name. Where a task lacks the button, nothing is pressed.
 
     Args:
-      suite: names in VIZDOOM joined by commas; 'all' or '' for all.
+      suite: names in SCENARIOS joined by commas; 'all' or '' for all.
       batch: B, at least one row for each task; row i has task i modulo their number.
       seed, asynchronous: as in `make_gym`.
 
@@ -192,23 +205,25 @@ def make_vizdoom(suite: str, *, batch: int, seed: int = 0, asynchronous: bool = 
       UserError: on an unknown word, too few rows, or if vizdoom is not installed.
     """
     # Check the tasks and the batch.
-    _gymnasium('vizdoom')
-    _doom()
-    tasks = tuple(VIZDOOM) if suite in ('', 'all') else tuple(dict.fromkeys(suite.split(',')))
-    for task in tasks:
-        if task not in VIZDOOM:
-            raise UserError(f'vizdoom/{task} is unknown; {suggest(task, (*VIZDOOM, "all"))}')
-    if batch < len(tasks):
+    _import_gymnasium('vizdoom')
+    _register_vizdoom()
+    scenarios = tuple(SCENARIOS) if suite in ('', 'all') else tuple(dict.fromkeys(suite.split(',')))
+    for scenario in scenarios:
+        if scenario not in SCENARIOS:
+            raise UserError(
+                f'vizdoom/{scenario} is unknown; {suggest(scenario, (*SCENARIOS, "all"))}'
+            )
+    if batch < len(scenarios):
         raise UserError(
-            f'vizdoom has {len(tasks)} tasks but the batch has only {batch} environments: expected '
-            f'at least one per task. Raise config.actors.batch or name fewer tasks'
+            f'vizdoom has {len(scenarios)} tasks but the batch has only {batch} environments: '
+            f'expected at least one per task. Raise config.actors.batch or name fewer tasks'
         )
 
     # Collect the buttons of all tasks.
     buttons: dict[str, None] = {}
-    for task in tasks:
-        probe_env = _make(_doom_id(task), **_DOOM_OPTIONS)
-        buttons |= dict.fromkeys(_buttons(probe_env))
+    for scenario in scenarios:
+        probe_env = _make_env(_scenario_id(scenario), **_VIZDOOM_OPTIONS)
+        buttons |= dict.fromkeys(_list_buttons(probe_env))
         probe_env.close()
     spec = Spec(
         name='vizdoom',
@@ -217,94 +232,102 @@ def make_vizdoom(suite: str, *, batch: int, seed: int = 0, asynchronous: bool = 
             'task': jax.ShapeDtypeStruct((), np.int32),
         },
         actions=1 + len(buttons),
-        tasks=tasks,
+        tasks=scenarios,
         has_success=False,
     )
-    rows = [row % len(tasks) for row in range(batch)]
-    makers = [_DoomMaker(tasks[task], tuple(buttons)) for task in rows]
-    return GymVector(spec, makers, rows, seed=seed, asynchronous=asynchronous)
+
+    # Deal the tasks out to the rows, in turn.
+    row_tasks = [row % len(scenarios) for row in range(batch)]
+    env_makers = [_ScenarioMaker(scenarios[task], tuple(buttons)) for task in row_tasks]
+    return GymVector(spec, env_makers, row_tasks, seed=seed, asynchronous=asynchronous)
 
 
-_DOOM_OPTIONS = {'frame_skip': VIZDOOM_REPEAT, 'max_buttons_pressed': 1}
-
-
-class _Maker:
+class _GymMaker:
     """A picklable maker of an environment by its id, with the agent's spaces."""
 
-    def __init__(self, name: str, arguments: Mapping[str, Any]):
-        self.name, self.arguments = name, dict(arguments)
+    def __init__(self, env_id: str, arguments: Arguments):
+        self.env_id, self.arguments = env_id, dict(arguments)
 
-    def __call__(self) -> Any:
+    def __call__(self) -> Env:
         import gymnasium
 
-        env = _make(self.name, **self.arguments)
+        env = _make_env(self.env_id, **self.arguments)
         entry, shape, convert = spaces.observation(env.observation_space)
-        number, decode = spaces.actions(env.action_space)
-        low, high, dtype = (
-            (0, 255, np.uint8) if entry == 'pixels' else (-np.inf, np.inf, np.float32)
+        num_actions, decode = spaces.actions(env.action_space)
+        agent_space = (
+            gymnasium.spaces.Box(0, 255, shape, np.uint8)
+            if entry == 'pixels'
+            else gymnasium.spaces.Box(-np.inf, np.inf, shape, np.float32)
         )
-        space = gymnasium.spaces.Box(low, high, shape, dtype)
-        env = gymnasium.wrappers.TransformObservation(env, convert, space)
-        return gymnasium.wrappers.TransformAction(env, decode, gymnasium.spaces.Discrete(number))
+        env = gymnasium.wrappers.TransformObservation(env, convert, agent_space)
+        return gymnasium.wrappers.TransformAction(
+            env, decode, gymnasium.spaces.Discrete(num_actions)
+        )
 
 
-class _Skippable:
+class _SkippableMaker:
     """A picklable maker of an environment that repeats its last observation while `is_idle`."""
 
-    def __init__(self, maker: Callable[[], Any]):
-        self.maker = maker
+    def __init__(self, env_maker: EnvMaker):
+        self.env_maker = env_maker
 
-    def __call__(self) -> Any:
+    def __call__(self) -> Env:
         import gymnasium
 
         class Skippable(gymnasium.Wrapper):  # type: ignore[misc, type-arg, unused-ignore]
             is_idle = False
-            _seen: Any = None
+            _last_observation: chex.ArrayTree = None
 
-            def reset(self, **arguments: Any) -> Any:
+            def reset(self, **arguments: Any) -> tuple[chex.ArrayTree, Info]:
                 if self.is_idle:
-                    return self._seen, {}
-                self._seen, info = self.env.reset(**arguments)
-                return self._seen, info
+                    return self._last_observation, {}
+                self._last_observation, info = self.env.reset(**arguments)
+                return self._last_observation, info
 
-            def step(self, action: Any) -> Any:
+            def step(self, action: chex.ArrayTree) -> EnvStep:
                 if self.is_idle:
-                    return self._seen, 0.0, False, False, {}
-                self._seen, *rest = self.env.step(action)
-                return self._seen, *rest
+                    return self._last_observation, 0.0, False, False, {}
+                env_step: EnvStep = self.env.step(action)
+                self._last_observation = env_step[0]
+                return env_step
 
-        return Skippable(self.maker())
+        return Skippable(self.env_maker())
 
 
-class _DoomMaker:
+class _ScenarioMaker:
     """A picklable maker of a scenario with the pixels and buttons that all tasks share."""
 
-    def __init__(self, task: str, buttons: tuple[str, ...]):
-        self.task, self.buttons = task, buttons
+    def __init__(self, scenario: str, buttons: tuple[str, ...]):
+        self.scenario, self.buttons = scenario, buttons
 
-    def __call__(self) -> Any:
+    def __call__(self) -> Env:
         import gymnasium
 
-        _doom()
-        env = _make(_doom_id(self.task), **_DOOM_OPTIONS)
+        _register_vizdoom()
+        env = _make_env(_scenario_id(self.scenario), **_VIZDOOM_OPTIONS)
         env.unwrapped.game.set_doom_config_path(os.devnull)  # otherwise written to the cwd
-        env_buttons = _buttons(env)
+
         # The package's action k presses the buttons of row k of its map.
-        presses = [tuple(row) for row in env.unwrapped.button_map]
-        table = [0] + [
-            presses.index(tuple(int(name == button) for name in env_buttons))
-            if button in env_buttons
-            else 0
-            for button in self.buttons
-        ]
+        env_buttons = _list_buttons(env)
+        pressed_buttons = [tuple(row) for row in env.unwrapped.button_map]
+        package_actions = [0]
+        for button in self.buttons:
+            presses = tuple(int(env_button == button) for env_button in env_buttons)
+            package_actions.append(pressed_buttons.index(presses) if any(presses) else 0)
+
+        # Number the actions by the shared buttons, and shrink the screen.
         env = gymnasium.wrappers.TransformAction(
-            env, lambda action: table[action], gymnasium.spaces.Discrete(len(table))
+            env,
+            lambda action: package_actions[action],
+            gymnasium.spaces.Discrete(len(package_actions)),
         )
-        pixels = gymnasium.spaces.Box(0, 255, (60, 80, 3), np.uint8)
-        return gymnasium.wrappers.TransformObservation(_ends(env), _screen, pixels)
+        pixel_space = gymnasium.spaces.Box(0, 255, (60, 80, 3), np.uint8)
+        return gymnasium.wrappers.TransformObservation(
+            _report_truncation(env), _downsample_screen, pixel_space
+        )
 
 
-def _ends(env: Any) -> Any:
+def _report_truncation(env: Env) -> Env:
     """Wrap ViZDoom's environment so that its episodes end as gymnasium's do.
 
     Its own wrapper returns a black screen after the last step, from which a truncated episode would
@@ -313,44 +336,45 @@ def _ends(env: Any) -> Any:
     """
     import gymnasium
 
-    class Ends(gymnasium.Wrapper):  # type: ignore[misc, type-arg, unused-ignore]
-        _seen: Any = None
+    class ReportsTruncation(gymnasium.Wrapper):  # type: ignore[misc, type-arg, unused-ignore]
+        _last_observation: chex.ArrayTree = None
 
-        def reset(self, **arguments: Any) -> Any:
-            self._seen, info = self.env.reset(**arguments)
-            return self._seen, info
+        def reset(self, **arguments: Any) -> tuple[chex.ArrayTree, Info]:
+            self._last_observation, info = self.env.reset(**arguments)
+            return self._last_observation, info
 
-        def step(self, action: Any) -> Any:
+        def step(self, action: chex.ArrayTree) -> EnvStep:
             observation, reward, terminated, truncated, info = self.env.step(action)
             if not (terminated or truncated):
-                self._seen = observation
-            return self._seen, reward, terminated and not truncated, truncated, info
+                self._last_observation = observation
+            is_terminated = terminated and not truncated
+            return self._last_observation, reward, is_terminated, truncated, info
 
-    return Ends(env)
+    return ReportsTruncation(env)
 
 
-def _screen(observation: dict[str, np.ndarray]) -> np.ndarray:
+def _downsample_screen(observation: dict[str, np.ndarray]) -> np.ndarray:
     blocks = observation['screen'].reshape(60, 4, 80, 4, 3)
     return blocks.mean(axis=(1, 3), dtype=np.float32).astype(np.uint8)
 
 
-def _buttons(env: Any) -> list[str]:
+def _list_buttons(env: Env) -> list[str]:
     return [button.name for button in env.unwrapped.game.get_available_buttons()]
 
 
-def _doom_id(task: str) -> str:
-    return f'Vizdoom{VIZDOOM[task]}-v1'
+def _scenario_id(scenario: str) -> str:
+    return f'Vizdoom{SCENARIOS[scenario]}-v1'
 
 
-def _make(name: str, **options: Any) -> Any:
+def _make_env(env_id: str, **arguments: Any) -> Env:
     import gymnasium
 
     with warnings.catch_warnings():  # about newer versions of an id
         warnings.simplefilter('ignore', DeprecationWarning)
-        return gymnasium.make(name, **options)
+        return gymnasium.make(env_id, **arguments)
 
 
-def _doom() -> None:
+def _register_vizdoom() -> None:
     """Register ViZDoom's ids."""
     try:
         import vizdoom.gymnasium_wrapper  # noqa: F401
@@ -358,7 +382,7 @@ def _doom() -> None:
         raise UserError(f'vizdoom is not installed. Try {suggest_install("vizdoom")}') from error
 
 
-def _gymnasium(extra: str) -> Any:
+def _import_gymnasium(extra: str) -> types.ModuleType:
     try:
         import gymnasium
     except ImportError as error:

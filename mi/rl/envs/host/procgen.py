@@ -1,10 +1,7 @@
 """Procgen (Cobbe et al., 2020) through EnvPool: games whose levels are made from a seed."""
 
-import jax
-import numpy as np
-
 from mi.config import UserError, suggest
-from mi.rl.envs.host.envpool import Pools, make_pools, parse_games, read_pixels
+from mi.rl.envs.host.envpool import GameSuite, Pools, make_pools, read_pixels
 from mi.rl.envs.spec import Spec
 
 # Game → R_min and R_max of the easy mode (Cobbe et al., 2020, appendix); as public code gives them,
@@ -27,6 +24,14 @@ SCORES = {
     'Plunder': (4.5, 30.0),
     'Starpilot': (2.5, 64.0),
 }
+GAMES = GameSuite(
+    name='procgen',
+    scores=SCORES,
+    sources='R_min and R_max of the easy mode, Cobbe et al. (2020), from public code',
+    pixels=(64, 64, 3),
+    num_actions=15,
+    max_steps=6000,  # the limit in Bigfish; most games have 1000
+)
 
 
 def parse_suite(suite: str) -> tuple[str, ...]:
@@ -40,21 +45,7 @@ def parse_suite(suite: str) -> tuple[str, ...]:
 
 def make_spec(suite: str) -> Spec:
     """Return the spec of a suite of `make`; an unknown one raises UserError."""
-    games = parse_suite(suite)
-    return Spec(
-        name='procgen',
-        observation={
-            'pixels': jax.ShapeDtypeStruct((64, 64, 3), np.uint8),
-            'task': jax.ShapeDtypeStruct((), np.int32),
-        },
-        actions=15,
-        tasks=games,
-        random=tuple(SCORES[game][0] for game in games),
-        reference=tuple(SCORES[game][1] for game in games),
-        sources='R_min and R_max of the easy mode, Cobbe et al. (2020), from public code',
-        has_success=False,
-        episode=6000,  # the limit in Bigfish; most games have 1000
-    )
+    return GAMES.make_spec(parse_suite(suite))
 
 
 def make(
@@ -96,10 +87,10 @@ def make(
 
 def _split_suite(suite: str) -> tuple[str, tuple[str, ...]]:
     """Return the split, 'train' or 'test', and the games of a suite."""
-    split, _, names = (suite or 'train').partition('/')
+    split, _, games = (suite or 'train').partition('/')
     if split not in ('train', 'test'):
         raise UserError(
             f'procgen/{suite} is unknown; {suggest(split, ("train", "test"))}. Try '
             f"'procgen/train', or 'procgen/train/Coinrun,Maze' for some games"
         )
-    return split, parse_games('procgen', names, SCORES)
+    return split, GAMES.parse_games(games)

@@ -45,8 +45,8 @@ class Catch:
 
     def reset(self, key: Array, task: Array) -> tuple[State, Observation]:
         del task
-        zero = jnp.zeros((), jnp.int32)
-        state = State(zero, jax.random.randint(key, (), 0, COLUMNS), zero + COLUMNS // 2)
+        first_row = jnp.zeros((), jnp.int32)
+        state = State(first_row, jax.random.randint(key, (), 0, COLUMNS), first_row + COLUMNS // 2)
         return state, self._observe(state)
 
     def step(self, state: State, action: Array) -> tuple[State, Transition]:

@@ -49,23 +49,26 @@ FORWARD, CLOCKWISE, COUNTERCLOCKWISE, PICK_UP, PUT_DOWN, TOGGLE = range(6)
 # number by symmetry. Standard errors 0.001 to 0.002.
 RANDOM = dict(zip(KINDS, (0.044, 0.127, 0.042, 0.042, 0.042, 0.042), strict=True))
 
-_AROUND = np.array([(-1, 0), (0, 1), (1, 0), (0, -1)])  # up, right, down, left, as (y, x)
-_INSIDE = np.arange(SIZE * SIZE).reshape(SIZE, SIZE)[1:-1, 1:-1].ravel()
-_ROOM = np.full(SIZE * SIZE, WALL, np.uint8)
-_ROOM[_INSIDE] = FLOOR
+_DIRECTIONS = np.array([(-1, 0), (0, 1), (1, 0), (0, -1)])  # up, right, down, left, as (y, x)
+_FLOOR_CELLS = np.arange(SIZE * SIZE).reshape(SIZE, SIZE)[1:-1, 1:-1].ravel()
+_EMPTY_ROOM = np.full(SIZE * SIZE, WALL, np.uint8)
+_EMPTY_ROOM[_FLOOR_CELLS] = FLOOR
 
 
-def _fields_of_view() -> np.ndarray:
-    """[4 directions, view · view] offsets (y, x) from the agent to what it sees."""
-    rows, columns = np.mgrid[-VIEW + 1 : 1, -(VIEW // 2) : VIEW // 2 + 1]
-    ahead, aside = -rows.ravel(), columns.ravel()
-    right = np.roll(_AROUND, -1, axis=0)
+def _view_offsets() -> np.ndarray:
+    """Return [4 directions, view · view, 2], offsets (y, x) from the agent to what it sees."""
+    row_offsets, column_offsets = np.mgrid[-VIEW + 1 : 1, -(VIEW // 2) : VIEW // 2 + 1]
+    steps_ahead, steps_aside = -row_offsets.ravel(), column_offsets.ravel()
+    right_directions = np.roll(_DIRECTIONS, -1, axis=0)
     return np.stack(
-        [np.outer(ahead, _AROUND[d]) + np.outer(aside, right[d]) for d in range(4)]
+        [
+            np.outer(steps_ahead, forward) + np.outer(steps_aside, right)
+            for forward, right in zip(_DIRECTIONS, right_directions, strict=True)
+        ]
     ).astype(np.int32)
 
 
-_FIELDS = _fields_of_view()
+_VIEW_OFFSETS = _view_offsets()
 
 
 class Goal(NamedTuple):
@@ -80,17 +83,20 @@ class Goal(NamedTuple):
         return f'{self.kind} {self.paint} {self.shape}'
 
 
-def _held_out(kind: int, paint: int, shape: int) -> bool:
-    """4 of 9 objects for each kind: two diagonals of the colors × shapes, less one of 6."""
-    diagonal = (paint + shape + kind) % 3
-    return diagonal == 0 or (diagonal == 1 and paint == kind % 3)
+def _is_held_out(kind_index: int, paint_index: int, shape_index: int) -> bool:
+    """Return whether a goal is held out: 4 of 9 objects for each kind.
+
+    They are two diagonals of the colors × shapes, less one of 6.
+    """
+    diagonal = (paint_index + shape_index + kind_index) % 3
+    return diagonal == 0 or (diagonal == 1 and paint_index == kind_index % 3)
 
 
 ALL = tuple(Goal(*words) for words in itertools.product(KINDS, PAINTS, SHAPES))
 TEST = tuple(
-    Goal(*(words for _, words in numbered))
-    for numbered in itertools.product(enumerate(KINDS), enumerate(PAINTS), enumerate(SHAPES))
-    if _held_out(*(number for number, _ in numbered))
+    Goal(*(words for _, words in numbered_words))
+    for numbered_words in itertools.product(enumerate(KINDS), enumerate(PAINTS), enumerate(SHAPES))
+    if _is_held_out(*(number for number, _ in numbered_words))
 )
 TRAIN = tuple(goal for goal in ALL if goal not in TEST)
 KINDS_ALONE = tuple(Goal(kind, 'red', 'ball') for kind in KINDS)
@@ -134,9 +140,11 @@ class XLand:
 
     def __init__(self, goals: tuple[Goal, ...]):
         self._kind = np.array([KINDS.index(goal.kind) for goal in goals], np.int32)
-        self._object = np.array([OBJECTS[f'{g.paint} {g.shape}'] for g in goals], np.uint8)
-        words = (*KINDS, *PAINTS, *SHAPES)
-        self._tokens = np.array([[1 + words.index(word) for word in g] for g in goals], np.int32)
+        self._object = np.array([OBJECTS[f'{goal.paint} {goal.shape}'] for goal in goals], np.uint8)
+        vocabulary = (*KINDS, *PAINTS, *SHAPES)
+        self._tokens = np.array(
+            [[1 + vocabulary.index(word) for word in goal] for goal in goals], np.int32
+        )
         self.spec = Spec(
             name='xland',
             observation={
@@ -154,25 +162,25 @@ class XLand:
                 '(tests/rl/envs/test_xland.py); reference: 1, a bound that none reaches'
             ),
             categories=(TILES, COLORS),
-            vocabulary=1 + len(words),
-            words=words,
+            vocabulary=1 + len(vocabulary),
+            words=vocabulary,
             episode=STEPS,
         )
 
     def reset(self, key: Array, task: Array) -> tuple[State, Observation]:
         """Place nine objects and the agent in ten different places, with one draw."""
         draws = jax.random.bits(key, (len(OBJECTS) + 2,))
-        places = jnp.asarray(_INSIDE)[distinct(draws[:-1], len(_INSIDE))]
-        y, x = jnp.divmod(places[-1], SIZE)
-        grid = jnp.asarray(_ROOM)
-        cells = jnp.arange(SIZE * SIZE)
-        for place, tile in zip(places, OBJECTS.values(), strict=False):
-            grid = jnp.where(cells == place, jnp.uint8(tile), grid)
+        cells_drawn = jnp.asarray(_FLOOR_CELLS)[distinct(draws[:-1], len(_FLOOR_CELLS))]
+        agent_y, agent_x = jnp.divmod(cells_drawn[-1], SIZE)
+        grid = jnp.asarray(_EMPTY_ROOM)
+        cell_indices = jnp.arange(SIZE * SIZE)
+        for object_cell, object_tile in zip(cells_drawn, OBJECTS.values(), strict=False):
+            grid = jnp.where(cell_indices == object_cell, jnp.uint8(object_tile), grid)
         state = State(
             task.astype(jnp.int32),
             grid,
-            y.astype(jnp.int32),
-            x.astype(jnp.int32),
+            agent_y.astype(jnp.int32),
+            agent_x.astype(jnp.int32),
             (draws[-1] % 4).astype(jnp.int32),
             jnp.zeros((), jnp.uint8),
             jnp.zeros((), jnp.int32),
@@ -181,8 +189,9 @@ class XLand:
 
     def step(self, state: State, action: Array) -> tuple[State, Transition]:
         state = act(state, action)
-        kind, tile = jnp.asarray(self._kind)[state.task], jnp.asarray(self._object)[state.task]
-        reached = reaches(state, action, kind, tile)
+        goal_kind = jnp.asarray(self._kind)[state.task]
+        goal_tile = jnp.asarray(self._object)[state.task]
+        reached = reaches(state, action, goal_kind, goal_tile)
         return state, Transition(
             self._observe(state),
             reward=jnp.where(reached, 1 - 0.9 * (state.time / STEPS), 0.0),
@@ -192,11 +201,11 @@ class XLand:
         )
 
     def _observe(self, state: State) -> Observation:
-        direction = state.direction == jnp.arange(4)
-        carrying = (state.pocket != EMPTY)[None]
+        is_facing = state.direction == jnp.arange(4)
+        is_carrying = (state.pocket != EMPTY)[None]
         return {
             'grid': jnp.stack(jnp.divmod(field_of_view(state), jnp.uint8(COLORS)), axis=-1),
-            'features': jnp.concatenate([direction, carrying]).astype(jnp.float32),
+            'features': jnp.concatenate([is_facing, is_carrying]).astype(jnp.float32),
             'task': state.task,
             'instruction': jnp.asarray(self._tokens)[state.task],
         }
@@ -204,22 +213,25 @@ class XLand:
 
 def act(state: State, action: Array) -> State:
     """Return the state after an action: the package's `take_action`, without doors."""
-    ahead = jnp.asarray(_AROUND)[state.direction]
-    y, x = state.y + ahead[0], state.x + ahead[1]
-    front = y * SIZE + x
-    tile = state.grid[front]
-    floor = tile == FLOOR
-    moves = (action == FORWARD) & floor
-    picks = (action == PICK_UP) & (tile != WALL) & ~floor & (state.pocket == EMPTY)
-    puts = (action == PUT_DOWN) & floor & (state.pocket != EMPTY)
-    left = jnp.where(picks, jnp.uint8(FLOOR), jnp.where(puts, state.pocket, tile))
-    turn = (action == CLOCKWISE).astype(jnp.int32) - (action == COUNTERCLOCKWISE)
+    step_ahead = jnp.asarray(_DIRECTIONS)[state.direction]
+    ahead_y, ahead_x = state.y + step_ahead[0], state.x + step_ahead[1]
+    front_cell = ahead_y * SIZE + ahead_x
+    front_tile = state.grid[front_cell]
+    is_floor = front_tile == FLOOR
+    is_moving = (action == FORWARD) & is_floor
+    is_object = ~is_floor & (front_tile != WALL)
+    picks_up = (action == PICK_UP) & is_object & (state.pocket == EMPTY)
+    puts_down = (action == PUT_DOWN) & is_floor & (state.pocket != EMPTY)
+    placed_tile = jnp.where(puts_down, state.pocket, front_tile)
+    new_front_tile = jnp.where(picks_up, jnp.uint8(FLOOR), placed_tile)
+    emptied_pocket = jnp.where(puts_down, jnp.uint8(EMPTY), state.pocket)
+    rotation = (action == CLOCKWISE).astype(jnp.int32) - (action == COUNTERCLOCKWISE)
     return state._replace(
-        grid=jnp.where(jnp.arange(SIZE * SIZE) == front, left, state.grid),
-        y=jnp.where(moves, y, state.y),
-        x=jnp.where(moves, x, state.x),
-        direction=(state.direction + turn) % 4,
-        pocket=jnp.where(picks, tile, jnp.where(puts, jnp.uint8(EMPTY), state.pocket)),
+        grid=jnp.where(jnp.arange(SIZE * SIZE) == front_cell, new_front_tile, state.grid),
+        y=jnp.where(is_moving, ahead_y, state.y),
+        x=jnp.where(is_moving, ahead_x, state.x),
+        direction=(state.direction + rotation) % 4,
+        pocket=jnp.where(picks_up, front_tile, emptied_pocket),
         time=state.time + 1,
     )
 
@@ -229,42 +241,42 @@ def reaches(state: State, action: Array, kind: Array, tile: Array) -> Array:
 
     As in the package, a move that a wall stopped counts as a move.
     """
-    around = jnp.asarray(_AROUND @ np.array([SIZE, 1]))
-    beside = state.grid[state.y * SIZE + state.x + around] == tile  # [4]
-    moved = action == FORWARD
-    hold = (action == PICK_UP) & (state.pocket == tile)
-    near = moved & beside.any()
-    towards = (moved | (action == PUT_DOWN)) & beside
-    return jnp.concatenate([hold[None], near[None], towards])[kind]
+    neighbor_offsets = jnp.asarray(_DIRECTIONS @ np.array([SIZE, 1]))
+    is_beside = state.grid[state.y * SIZE + state.x + neighbor_offsets] == tile  # [4]
+    has_moved = action == FORWARD
+    is_held = (action == PICK_UP) & (state.pocket == tile)
+    is_near = has_moved & is_beside.any()
+    is_in_direction = (has_moved | (action == PUT_DOWN)) & is_beside
+    return jnp.concatenate([is_held[None], is_near[None], is_in_direction])[kind]
 
 
 def field_of_view(state: State) -> Array:
     """Return uint8 [view, view], the agent in the middle of the last row; 0 beyond the walls."""
-    offsets = jnp.asarray(_FIELDS)[state.direction]
-    y, x = state.y + offsets[:, 0], state.x + offsets[:, 1]
-    inside = (y >= 0) & (y < SIZE) & (x >= 0) & (x < SIZE)
-    tiles = state.grid[jnp.clip(y * SIZE + x, 0, SIZE * SIZE - 1)]
-    return jnp.where(inside, tiles, jnp.uint8(EMPTY)).reshape(VIEW, VIEW)
+    view_offsets = jnp.asarray(_VIEW_OFFSETS)[state.direction]
+    seen_y, seen_x = state.y + view_offsets[:, 0], state.x + view_offsets[:, 1]
+    is_inside = (seen_y >= 0) & (seen_y < SIZE) & (seen_x >= 0) & (seen_x < SIZE)
+    tiles = state.grid[jnp.clip(seen_y * SIZE + seen_x, 0, SIZE * SIZE - 1)]
+    return jnp.where(is_inside, tiles, jnp.uint8(EMPTY)).reshape(VIEW, VIEW)
 
 
-def distinct(draws: Array, n: int) -> Array:
-    """Return k different numbers below n from k random uint32, every sequence equally likely.
+def distinct(draws: Array, bound: int) -> Array:
+    """Return k different numbers below `bound` from k random uint32, every sequence equally likely.
 
-    The i-th is a number below n − i, which is the rank among those that are left.
+    The i-th is a number below bound − i, which is the rank among those that are left.
     """
-    taken: list[Array] = []  # in order
+    sorted_numbers: list[Array] = []  # in order
     numbers = []
-    for i in range(draws.shape[0]):
-        number = (draws[i] % (n - i)).astype(jnp.int32)
-        for smaller_number in taken:
+    for draw_index in range(draws.shape[0]):
+        number = (draws[draw_index] % (bound - draw_index)).astype(jnp.int32)
+        for smaller_number in sorted_numbers:
             number = number + (number >= smaller_number)
         numbers.append(number)
-        for j, smaller_number in enumerate(taken):
-            taken[j], number = (
+        for rank, smaller_number in enumerate(sorted_numbers):
+            sorted_numbers[rank], number = (
                 jnp.minimum(smaller_number, number),
                 jnp.maximum(smaller_number, number),
             )
-        taken.append(number)
+        sorted_numbers.append(number)
     return jnp.stack(numbers)
 
 
@@ -280,6 +292,8 @@ def make(suite: str) -> XLand:
         return XLand(SUITES[suite or 'train'])
     goals = tuple(goal for goal in ALL if goal.name == suite.replace('_', ' '))
     if not goals:
-        known = [*SUITES, *(goal.name for goal in ALL)]
-        raise UserError(f"config.env.name = 'xland/{suite}' is unknown; {suggest(suite, known)}")
+        known_names = [*SUITES, *(goal.name for goal in ALL)]
+        raise UserError(
+            f"config.env.name = 'xland/{suite}' is unknown; {suggest(suite, known_names)}"
+        )
     return XLand(goals)
