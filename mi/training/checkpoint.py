@@ -60,41 +60,45 @@ class Checkpoints:
 
     def save(self, step: int, state: chex.ArrayTree, meta: Meta) -> None:
         """Write a tree of arrays as the checkpoint of a step; return when it is on disk."""
-        final = self._directory / f'{step:08d}'
-        if sharding.broadcast_from_primary(
-            final.exists()
-        ):  # a run that was stopped at this very step
+        final_dir = self._directory / f'{step:08d}'
+        is_saved = sharding.broadcast_from_primary(final_dir.exists())
+        if is_saved:  # a run that was stopped at this very step
             return
-        saving = self._directory / f'.saving-{step:08d}'
+        saving_dir = self._directory / f'.saving-{step:08d}'
         try:
-            self._write(saving, step, state, meta)
+            self._write(saving_dir, step, state, meta)
             if sharding.is_primary():
-                os.rename(saving, final)
-        except BaseException as error:
+                os.rename(saving_dir, final_dir)
+        except Exception as error:  # orbax raises errors of its own for those of the disk
             if storage_failure(error):  # free the space that the incomplete checkpoint takes
-                shutil.rmtree(saving, ignore_errors=True)
+                shutil.rmtree(saving_dir, ignore_errors=True)
             raise
         if sharding.is_primary():
-            for old in self._steps()[self._keep :]:
-                shutil.rmtree(old, ignore_errors=True)
+            for old_checkpoint in self._list_steps()[self._keep :]:
+                shutil.rmtree(old_checkpoint, ignore_errors=True)
         sharding.barrier('checkpoint in place')
 
-    def _write(self, saving: pathlib.Path, step: int, state: chex.ArrayTree, meta: Meta) -> None:
+    def _write(
+        self, saving_dir: pathlib.Path, step: int, state: chex.ArrayTree, meta: Meta
+    ) -> None:
         """Write all files of a checkpoint to a hidden directory."""
         if sharding.is_primary():
             for leftover in self._directory.glob('.saving-*'):
                 shutil.rmtree(leftover)
-            saving.mkdir(parents=True)
+            saving_dir.mkdir(parents=True)
         sharding.barrier('checkpoint begun')
         with _silence_orbax():
-            self._orbax.save(saving / 'state', args=ocp.args.PyTreeSave(state))
+            self._orbax.save(saving_dir / 'state', args=ocp.args.PyTreeSave(state))
             self._orbax.wait_until_finished()
         sharding.barrier('checkpoint written')
         if sharding.is_primary():
             meta = meta | {'step': step, 'arrays': _describe_arrays(state)}
-            (saving / 'meta.json').write_text(json.dumps(meta, indent=2, allow_nan=False) + '\n')
-            manifest = {name: hash_file(saving / name) for name in _files(saving)}
-            (saving / 'manifest.json').write_text(json.dumps(manifest, indent=2) + '\n')
+            (saving_dir / 'meta.json').write_text(
+                json.dumps(meta, indent=2, allow_nan=False) + '\n'
+            )
+            files = _list_files(saving_dir)
+            manifest = {file_name: hash_file(saving_dir / file_name) for file_name in files}
+            (saving_dir / 'manifest.json').write_text(json.dumps(manifest, indent=2) + '\n')
 
     def restore(self, like: Tree) -> tuple[Tree, Meta] | None:
         """Restore the newest intact checkpoint; return None if there is none.
@@ -111,18 +115,19 @@ class Checkpoints:
           UserError: if all checkpoints are damaged, or the newest intact one is of another model.
             Nothing is deleted.
         """
-        newest = self._set_damaged_aside() if sharding.is_primary() else 0
-        step = sharding.broadcast_from_primary(newest)
+        newest_step = self._set_damaged_aside() if sharding.is_primary() else 0
+        step = sharding.broadcast_from_primary(newest_step)
         if step < 0:
             return None
-        path = self._directory / f'{step:08d}'
-        meta = _read_meta(path)
-        _refuse_other_model(path, meta.pop('arrays'), _describe_arrays(like))
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        restore = ocp.args.PyTreeRestore(
-            item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
+        checkpoint_dir = self._directory / f'{step:08d}'
+        meta = _read_meta(checkpoint_dir)
+        _refuse_other_model(checkpoint_dir, meta.pop('arrays'), _describe_arrays(like))
+        abstract_state = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        restore_args = ocp.args.PyTreeRestore(
+            item=abstract_state,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state),
         )
-        return self._orbax.restore(path / 'state', args=restore), meta
+        return self._orbax.restore(checkpoint_dir / 'state', args=restore_args), meta
 
     def newest(self) -> tuple[pathlib.Path, Meta]:
         """Return the path of the newest intact checkpoint, and its meta.
@@ -132,81 +137,85 @@ class Checkpoints:
         Raises:
           UserError: if there is no checkpoint, or all are damaged.
         """
-        paths: list[pathlib.Path] = []
-        while paths != (paths := self._steps()):  # the run may delete one meanwhile
-            for age, path in enumerate(paths):
-                damage = find_damage(path)
+        checkpoint_dirs: list[pathlib.Path] = []
+        # List them again after a failure: the run may have deleted one meanwhile.
+        while checkpoint_dirs != (checkpoint_dirs := self._list_steps()):
+            for age, checkpoint_dir in enumerate(checkpoint_dirs):
+                damage = find_damage(checkpoint_dir)
                 if not damage:
                     if age:
-                        _warn(f'{path.name} is used instead of the newest')
-                    return path, _read_meta(path)
-                if path.exists():
-                    _warn(f'checkpoint {path} is damaged ({damage})')
-        if paths or self._damaged():
-            raise UserError(self._all_damaged_message())
+                        _warn(f'{checkpoint_dir.name} is used instead of the newest')
+                    return checkpoint_dir, _read_meta(checkpoint_dir)
+                if checkpoint_dir.exists():
+                    _warn(f'checkpoint {checkpoint_dir} is damaged ({damage})')
+        if checkpoint_dirs or self._list_damaged():
+            raise UserError(self._describe_damage())
         raise UserError(f'{self._directory.parent} has no checkpoint yet: train it first')
 
-    def restore_part(self, path: pathlib.Path, part: str, like: Any) -> Any:
+    def restore_part(self, checkpoint_dir: pathlib.Path, field_path: str, like: Tree) -> Tree:
         """Restore one part of a checkpoint's state and ignore the rest.
 
         Args:
-          path: path from `newest`.
-          part: path of fields, such as 'learner.params'.
+          checkpoint_dir: path from `newest`.
+          field_path: path of fields, such as 'learner.params'.
           like: the part, with the shapes, dtypes and shardings to restore to.
 
         Raises:
           UserError: if the checkpoint is of another model.
         """
-        arrays = {
-            name.removeprefix(f'.{part}'): shape
-            for name, shape in _read_meta(path)['arrays'].items()
-            if name.startswith(f'.{part}[') or name == f'.{part}'
+        # Compare the arrays of the part with those in the checkpoint.
+        saved_arrays = {
+            name.removeprefix(f'.{field_path}'): shape
+            for name, shape in _read_meta(checkpoint_dir)['arrays'].items()
+            if name.startswith(f'.{field_path}[') or name == f'.{field_path}'
         }
-        _refuse_other_model(path, arrays, _describe_arrays(like))
-        tree = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        for name in reversed(part.split('.')):
-            tree = {name: tree}
-        restore = ocp.args.PyTreeRestore(
-            item=tree,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
+        _refuse_other_model(checkpoint_dir, saved_arrays, _describe_arrays(like))
+
+        # Restore the part, nested in the fields that lead to it.
+        abstract_state = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        for name in reversed(field_path.split('.')):
+            abstract_state = {name: abstract_state}
+        restore_args = ocp.args.PyTreeRestore(
+            item=abstract_state,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state),
             partial_restore=True,
         )
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            restored = reader.restore(path / 'state', args=restore)
-        for name in part.split('.'):
-            restored = restored[name]
-        return restored
+            restored_part = reader.restore(checkpoint_dir / 'state', args=restore_args)
+        for name in field_path.split('.'):
+            restored_part = restored_part[name]
+        return restored_part
 
     def _set_damaged_aside(self) -> int:
         """Rename damaged checkpoints and return the newest intact step; −1 if there is none."""
-        for path in self._steps():
-            damage = find_damage(path)
+        for checkpoint_dir in self._list_steps():
+            damage = find_damage(checkpoint_dir)
             if not damage:
-                return int(path.name)
-            aside = _free_name(path)
-            os.rename(path, aside)
+                return int(checkpoint_dir.name)
+            damaged_dir = _choose_damaged_name(checkpoint_dir)
+            os.rename(checkpoint_dir, damaged_dir)
             _warn(
-                f'checkpoint {path} is damaged ({damage}); it is kept as {aside.name} and the run '
-                f'continues from the previous one'
+                f'checkpoint {checkpoint_dir} is damaged ({damage}); it is kept as '
+                f'{damaged_dir.name} and the run continues from the previous one'
             )
-        if self._damaged():
-            raise UserError(self._all_damaged_message())
+        if self._list_damaged():
+            raise UserError(self._describe_damage())
         return -1
 
-    def _damaged(self) -> list[pathlib.Path]:
+    def _list_damaged(self) -> list[pathlib.Path]:
         return list(self._directory.glob('*.damaged*'))
 
-    def _all_damaged_message(self) -> str:
-        suffix = '; they are kept as *.damaged' if self._damaged() else ''
+    def _describe_damage(self) -> str:
+        suffix = '; they are kept as *.damaged' if self._list_damaged() else ''
         return (
             f'no checkpoint in {self._directory} is intact{suffix}: restore one from a backup, '
             f'or name another --workdir to start over'
         )
 
-    def _steps(self) -> list[pathlib.Path]:
+    def _list_steps(self) -> list[pathlib.Path]:
         """Return the directories of the checkpoints, newest first."""
-        paths = [path for path in self._directory.glob('*') if path.name.isdigit()]
-        return sorted(paths, key=lambda path: int(path.name), reverse=True)
+        step_dirs = [path for path in self._directory.glob('*') if path.name.isdigit()]
+        return sorted(step_dirs, key=lambda step_dir: int(step_dir.name), reverse=True)
 
 
 def hash_file(file: pathlib.Path) -> str:
@@ -215,21 +224,27 @@ def hash_file(file: pathlib.Path) -> str:
         return hashlib.file_digest(stream, 'sha256').hexdigest()
 
 
-def _read_meta(path: pathlib.Path) -> Meta:
-    return json.loads((path / 'meta.json').read_text())
+def _read_meta(checkpoint_dir: pathlib.Path) -> Meta:
+    return json.loads((checkpoint_dir / 'meta.json').read_text())
 
 
 def _refuse_other_model(
-    path: pathlib.Path, saved: dict[str, str], expected: dict[str, str]
+    checkpoint_dir: pathlib.Path, saved_arrays: dict[str, str], expected_arrays: dict[str, str]
 ) -> None:
     """Refuse a checkpoint whose arrays differ from the expected ones."""
-    names = sorted(saved | expected)
-    changed = [name for name in names if saved.get(name) != expected.get(name)]
-    if changed:
-        name, absent = changed[0], 'absent'
+    array_names = sorted(saved_arrays | expected_arrays)
+    changed_arrays = [
+        array_name
+        for array_name in array_names
+        if saved_arrays.get(array_name) != expected_arrays.get(array_name)
+    ]
+    if changed_arrays:
+        array_name = changed_arrays[0]
+        saved_shape = saved_arrays.get(array_name, 'absent')
+        expected_shape = expected_arrays.get(array_name, 'absent')
         raise UserError(
-            f'checkpoint {path} is of another model: {name} was {saved.get(name, absent)} and is '
-            f'{expected.get(name, absent)} now; did the code change since? Name another --workdir'
+            f'checkpoint {checkpoint_dir} is of another model: {array_name} was {saved_shape} and '
+            f'is {expected_shape} now; did the code change since? Name another --workdir'
         )
 
 
@@ -252,36 +267,45 @@ def _warn(line: str) -> None:
     print(f'warning: {line}', file=sys.stderr)
 
 
-def _describe_arrays(tree: Any) -> dict[str, str]:
+def _describe_arrays(tree: chex.ArrayTree) -> dict[str, str]:
     """Return the name of each array → its dtype and shape, such as 'float32[2, 3]'."""
-    leaves, _ = jax.tree.flatten_with_path(tree)
-    return {jax.tree_util.keystr(path): f'{leaf.dtype}{list(leaf.shape)}' for path, leaf in leaves}
+    paths_and_leaves, _ = jax.tree.flatten_with_path(tree)
+    return {
+        jax.tree_util.keystr(key_path): f'{leaf.dtype}{list(leaf.shape)}'
+        for key_path, leaf in paths_and_leaves
+    }
 
 
-def _files(path: pathlib.Path) -> list[str]:
-    return sorted(str(f.relative_to(path)) for f in path.rglob('*') if f.is_file())
+def _list_files(directory: pathlib.Path) -> list[str]:
+    return sorted(
+        str(file.relative_to(directory)) for file in directory.rglob('*') if file.is_file()
+    )
 
 
-def find_damage(path: pathlib.Path) -> str:
+def find_damage(checkpoint_dir: pathlib.Path) -> str:
     """Return what is wrong with a checkpoint, '' if it is intact."""
     try:
-        manifest = json.loads((path / 'manifest.json').read_text())
+        manifest = json.loads((checkpoint_dir / 'manifest.json').read_text())
     except FileNotFoundError:
         return 'it has no manifest.json'
     except ValueError:
         return 'its manifest.json is not JSON'
-    for name, expected in manifest.items():
+    for file_name, expected_hash in manifest.items():
         try:
-            if hash_file(path / name) != expected:
-                return f'{name} does not match its SHA-256'
+            if hash_file(checkpoint_dir / file_name) != expected_hash:
+                return f'{file_name} does not match its SHA-256'
         except FileNotFoundError:
-            return f'{name} is missing'
+            return f'{file_name} is missing'
     return ''
 
 
-def _free_name(path: pathlib.Path) -> pathlib.Path:
-    for i in range(1, 1000):
-        aside = path.with_name(f'{path.name}.damaged' + (f'-{i}' if i > 1 else ''))
-        if not aside.exists():
-            return aside
-    raise UserError(f'{path.parent} holds 999 damaged copies of {path.name}; delete them')
+def _choose_damaged_name(checkpoint_dir: pathlib.Path) -> pathlib.Path:
+    for copy_number in range(1, 1000):
+        damaged_dir = checkpoint_dir.with_name(
+            f'{checkpoint_dir.name}.damaged' + (f'-{copy_number}' if copy_number > 1 else '')
+        )
+        if not damaged_dir.exists():
+            return damaged_dir
+    raise UserError(
+        f'{checkpoint_dir.parent} holds 999 damaged copies of {checkpoint_dir.name}; delete them'
+    )

@@ -37,7 +37,7 @@ YNN_FLAG = '--xla_cpu_experimental_ynn_fusion_type'
 YNN_FAULTS_SINCE = (0, 10, 2)  # jaxlib
 
 
-def safe_xla_flags(current: str = '', jaxlib: str | None = None) -> str:
+def safe_xla_flags(current_flags: str = '', jaxlib: str | None = None) -> str:
     """Return the current XLA flags with those added that avoid known faults of XLA on CPU.
 
     A current flag keeps its value. From jaxlib 0.10.2 on, one more flag restricts XLA's YNN library
@@ -46,15 +46,19 @@ def safe_xla_flags(current: str = '', jaxlib: str | None = None) -> str:
     of a hypernetwork's output is infinity or 1e23 instead of 1.
 
     Args:
-      current: the value of the environment variable XLA_FLAGS.
+      current_flags: the value of the environment variable XLA_FLAGS.
       jaxlib: version of jaxlib; None for the installed one.
     """
     flags = dict(XLA_FLAGS)
     version = re.findall(r'\d+', jaxlib or importlib.metadata.version('jaxlib'))
     if tuple(map(int, version[:3])) >= YNN_FAULTS_SINCE:
         flags[YNN_FLAG] = 'LIBRARY_FUSION_TYPE_DOT'
-    missing = [f'{name}={value}' for name, value in flags.items() if name not in current]
-    return ' '.join([current, *missing]).strip()
+    missing_flags = [
+        f'{flag_name}={flag_value}'
+        for flag_name, flag_value in flags.items()
+        if flag_name not in current_flags
+    ]
+    return ' '.join([current_flags, *missing_flags]).strip()
 
 
 def set_xla_flags() -> None:
@@ -67,14 +71,14 @@ def describe_machine() -> str:
     device = jax.devices()[0]
     if device.platform != 'cpu':
         return f'{jax.device_count()} × {device.device_kind}'
-    return f'{_processor()}, {len(os.sched_getaffinity(0))} cores'
+    return f'{_read_processor_name()}, {len(os.sched_getaffinity(0))} cores'
 
 
-def _processor() -> str:
+def _read_processor_name() -> str:
     """Return the name of the CPU."""
-    info = pathlib.Path('/proc/cpuinfo')
-    if info.exists():
-        for line in info.read_text().splitlines():
+    cpu_info = pathlib.Path('/proc/cpuinfo')
+    if cpu_info.exists():
+        for line in cpu_info.read_text().splitlines():
             if line.startswith('model name'):
                 return line.partition(':')[2].strip()
     return platform.processor() or platform.machine()

@@ -14,39 +14,39 @@ from mi.config import UserError, format_error
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
+def write_json(path: pathlib.Path, contents: object) -> None:
     """Write a JSON file atomically: a reader never sees a half-written file.
 
     Raises:
       UserError: if a number is not finite, which JSON cannot represent.
     """
     try:
-        text = json.dumps(value, indent=2, allow_nan=False)
+        encoded = json.dumps(contents, indent=2, allow_nan=False)
     except ValueError as error:
         raise UserError(f'{path}: {format_error(error)}; nothing is written') from error
     with replace_file(path) as temporary:
-        temporary.write_text(text + '\n')
+        temporary.write_text(encoded + '\n')
 
 
 @contextlib.contextmanager
 def replace_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yield a temporary path that replaces a file at the end, or is removed after an error."""
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+    temporary_path = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
-        yield temporary
-        os.replace(temporary, path)
+        yield temporary_path
+        os.replace(temporary_path, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        temporary_path.unlink(missing_ok=True)
 
 
-def overwrite(path: pathlib.Path, content: bytes) -> None:
+def overwrite(path: pathlib.Path, contents: bytes) -> None:
     """Overwrite a file in the blocks that it has, which works on a full disk as well.
 
     Raises:
       OSError: if that fails too.
     """
     with open(path, 'r+b') as stream:
-        stream.write(content)
+        stream.write(contents)
         stream.truncate()
 
 
@@ -59,16 +59,16 @@ def read_json(path: pathlib.Path, missing: dict[str, Any] | None = None) -> dict
     if missing is not None and not path.exists():
         return missing
     try:
-        value = json.loads(path.read_bytes())
+        contents = json.loads(path.read_bytes())
     except ValueError as error:  # also for bytes that are not text
         raise UserError(
             f'{path} is not JSON ({error}); restore it, or name another --workdir'
         ) from error
-    if not isinstance(value, dict):
+    if not isinstance(contents, dict):
         raise UserError(
             f'{path} is not a JSON object: expected {{…}}; restore it, or name another --workdir'
         )
-    return value
+    return contents
 
 
 def complete_size(path: pathlib.Path) -> int:
@@ -90,9 +90,9 @@ def storage_failure(error: BaseException) -> str:
         if isinstance(cause, OSError) and cause.errno in STORAGE:
             prefix = f'{cause.filename}: ' if cause.filename else ''
             return f'{prefix}{os.strerror(cause.errno)}'
-        for number in STORAGE[:3]:
-            if os.strerror(number) in str(cause):
-                return os.strerror(number)
+        for error_number in STORAGE[:3]:
+            if os.strerror(error_number) in str(cause):
+                return os.strerror(error_number)
         cause = cause.__cause__ or cause.__context__
     return ''
 

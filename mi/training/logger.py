@@ -30,6 +30,7 @@ from mi.training import sharding
 from mi.training.io import complete_size, format_duration
 from mi.training.trackers import Tracker
 
+Metrics = Mapping[str, object]  # name → number, text, or None where it is undefined
 Record = dict[str, Any]  # name → value
 RecordKey = tuple[int | str, ...]  # (step, seed, split), or (step,) for timing
 
@@ -73,39 +74,39 @@ class MetricsWriter:
             # Repeat the step of the checkpoint: part of it may have come after the checkpoint.
             self._tensorboard = TensorBoard(path / 'tensorboard', step if position else 0)
             stack.callback(self._tensorboard.close)
-            for record in _records(path / 'metrics.jsonl', 0, position):
+            for record in _read_records(path / 'metrics.jsonl', 0, position):
                 if record['step'] == step:
-                    self._tensorboard.write(step, _scalars(record))
-            for record in _records(path / 'timing.jsonl'):
+                    self._tensorboard.write(step, _name_scalars(record))
+            for record in _read_records(path / 'timing.jsonl'):
                 if record.pop('step') == step and position:
-                    self._tensorboard.write(step, _timings(record))
+                    self._tensorboard.write(step, _name_timings(record))
             if tracker:
                 stack.callback(tracker.close)
             self._files = stack.pop_all()
 
-    def write(self, step: int, seed: int, split: str, values: Mapping[str, Any]) -> None:
+    def write(self, step: int, seed: int, split: str, metrics: Metrics) -> None:
         """Write one record of a seed's metrics; None for a value that is undefined here.
 
         Values that are not numbers, such as the protocol of an evaluation, only go to the file.
         """
-        record = {'step': step, 'seed': seed, 'split': split, **values}
+        record = {'step': step, 'seed': seed, 'split': split, **metrics}
         self._metrics.write(json.dumps(record, allow_nan=False).encode() + b'\n')
         self._metrics.flush()
-        self._copy(step, _scalars(record), (step, seed, split))
+        self._copy(step, _name_scalars(record), (step, seed, split))
 
-    def write_timing(self, step: int, values: Mapping[str, float]) -> None:
+    def write_timing(self, step: int, timings: Mapping[str, float]) -> None:
         """Write one record of the time that the steps since the last record took."""
-        record = {'step': step, **values}
+        record = {'step': step, **timings}
         self._timing.write(json.dumps(record, allow_nan=False).encode() + b'\n')
         self._timing.flush()
-        self._copy(step, _timings(values), (step,))
+        self._copy(step, _name_timings(timings), (step,))
 
-    def _copy(self, step: int, values: dict[str, float], key: RecordKey) -> None:
-        self._tensorboard.write(step, values)
-        if self._tracked[key] > 0:
-            self._tracked[key] -= 1
-        elif self._tracker and values:
-            self._tracker.write(step, values)
+    def _copy(self, step: int, scalars: dict[str, float], record_key: RecordKey) -> None:
+        self._tensorboard.write(step, scalars)
+        if self._tracked[record_key] > 0:
+            self._tracked[record_key] -= 1
+        elif self._tracker and scalars:
+            self._tracker.write(step, scalars)
 
     def position(self) -> int:
         """Flush metrics.jsonl to disk and return its size in bytes, for a checkpoint."""
@@ -134,13 +135,13 @@ class TensorBoard:
         suffix = f'.{time.time_ns()}'  # unique and ordered, even within one second
         self._events = EventsWriter(str(path / 'events'), suffix)
         if has_events:
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._events.write_event(self._event(first, session_log=start))
+            session_start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._events.write_event(self._event(first, session_log=session_start))
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write scalars of a step."""
-        for name, value in values.items():
-            summary = tensorboardX.summary.scalar(name, value)
+        for scalar_name, scalar in scalars.items():
+            summary = tensorboardX.summary.scalar(scalar_name, scalar)
             self._events.write_event(self._event(step, summary=summary))
 
     def flush(self) -> None:
@@ -150,7 +151,7 @@ class TensorBoard:
     def close(self) -> None:
         self._events.close()
 
-    def _event(self, step: int, **content: Any) -> Any:
+    def _event(self, step: int, **content: Any) -> event_pb2.Event:
         return event_pb2.Event(wall_time=time.time(), step=step, **content)
 
 
@@ -158,47 +159,49 @@ def _count_records_since(
     path: pathlib.Path, position: int, step: int
 ) -> collections.Counter[RecordKey]:
     """Count the records after a checkpoint, which a tracker has received already."""
-    counts = collections.Counter[RecordKey]()
-    for record in _records(path / 'metrics.jsonl', position):
-        counts[record['step'], record['seed'], record['split']] += 1
-    for record in _records(path / 'timing.jsonl'):
+    record_counts = collections.Counter[RecordKey]()
+    for record in _read_records(path / 'metrics.jsonl', position):
+        record_counts[record['step'], record['seed'], record['split']] += 1
+    for record in _read_records(path / 'timing.jsonl'):
         if record['step'] > step or position == 0:
-            counts[record['step'],] = 1
-    return counts
+            record_counts[record['step'],] = 1
+    return record_counts
 
 
-def _records(file: pathlib.Path, start: int = 0, end: int | None = None) -> list[Record]:
+def _read_records(file: pathlib.Path, start: int = 0, end: int | None = None) -> list[Record]:
     """Return the records of the complete lines between two positions of a file."""
     records = []
-    content = file.read_bytes() if file.exists() else b''
-    for line in content[start : complete_size(file) if end is None else end].splitlines():
+    contents = file.read_bytes() if file.exists() else b''
+    for line in contents[start : complete_size(file) if end is None else end].splitlines():
         with contextlib.suppress(ValueError):  # the report names broken lines
             records.append(json.loads(line))
     return records
 
 
-def _scalars(record: Record) -> dict[str, float]:
+def _name_scalars(record: Record) -> dict[str, float]:
     """Return the numbers of a record by their names in TensorBoard and trackers."""
     split, seed = record['split'], record['seed']
     return {
-        f'{split}/{name}/seed{seed}': value
-        for name, value in record.items()
-        if name not in ('step', 'seed', 'split') and isinstance(value, int | float)
+        f'{split}/{metric_name}/seed{seed}': metric_value
+        for metric_name, metric_value in record.items()
+        if metric_name not in ('step', 'seed', 'split') and isinstance(metric_value, int | float)
     }
 
 
-def _timings(values: Mapping[str, float]) -> dict[str, float]:
-    return {f'timing/{name}': value for name, value in values.items()}
+def _name_timings(timings: Mapping[str, float]) -> dict[str, float]:
+    return {f'timing/{timing_name}': seconds for timing_name, seconds in timings.items()}
 
 
 def _refuse_cut(file: pathlib.Path, position: int) -> None:
     """Refuse a truncated file: `truncate` would pad it with zeros up to the position."""
     if position == 0:
         return
-    size = file.stat().st_size if file.exists() else 0
+    file_size = file.stat().st_size if file.exists() else 0
     advice = 'restore it, or name another --workdir'
-    if size < position:
-        raise UserError(f'{file} has {size} bytes and the checkpoint needs {position}; {advice}')
+    if file_size < position:
+        raise UserError(
+            f'{file} has {file_size} bytes and the checkpoint needs {position}; {advice}'
+        )
     with open(file, 'rb') as stream:
         stream.seek(position - 1)
         if stream.read(1) != b'\n':
@@ -208,8 +211,8 @@ def _refuse_cut(file: pathlib.Path, position: int) -> None:
             )
 
 
-def find_records_end(path: pathlib.Path, position: int, step: int, count: int) -> int | None:
-    """Return the end of the `count` records of a step that start at a position of metrics.jsonl.
+def find_records_end(path: pathlib.Path, position: int, step: int, num_records: int) -> int | None:
+    """Return the end of a step's records that start at a position of metrics.jsonl.
 
     An evaluation that follows the checkpoint of its step is complete if all its records exist.
 
@@ -217,19 +220,19 @@ def find_records_end(path: pathlib.Path, position: int, step: int, count: int) -
       path: the run directory.
       position: offset in metrics.jsonl at the checkpoint, in bytes.
       step: the step of the records.
-      count: the expected number of records.
+      num_records: the expected number of records.
 
     Returns:
       The end in bytes, or None if a record is missing or truncated.
     """
-    if count == 0:
+    if num_records == 0:
         return position
     file = path / 'metrics.jsonl'
     if not file.exists():
         return None
     with open(file, 'rb') as stream:
         stream.seek(position)
-        for _ in range(count):
+        for _ in range(num_records):
             line = stream.readline()
             if not line.endswith(b'\n') or json.loads(line)['step'] != step:
                 return None
@@ -247,12 +250,12 @@ def refuse_non_finite(seeds: Sequence[int], step: int, measured: dict[str, np.nd
     Raises:
       UserError: naming the metric and the seed.
     """
-    for name, value in measured.items():
-        if not np.isfinite(value).all():
-            seed = seeds[int(np.argmin(np.isfinite(value)))]
+    for metric_name, values_by_seed in measured.items():
+        if not np.isfinite(values_by_seed).all():
+            bad_seed = seeds[int(np.argmin(np.isfinite(values_by_seed)))]
             raise UserError(
-                f'{name} of seed {seed} is not finite by step {step}; that state is not saved. '
-                f'{ADVICE}'
+                f'{metric_name} of seed {bad_seed} is not finite by step {step}; that state is not '
+                f'saved. {ADVICE}'
             )
 
 
@@ -272,25 +275,26 @@ def refuse_broken_state(
     Raises:
       UserError: naming the part and the seed.
     """
-    for name, tree in parts.items():
-        limit = math.sqrt(np.finfo(np.float32).max) if name == 'parameters' else math.inf
+    for part_name, tree in parts.items():
+        limit = math.sqrt(np.finfo(np.float32).max) if part_name == 'parameters' else math.inf
         # Check the shards of this process, seed by seed.
         is_sound = np.ones(len(seeds), bool)
         for leaf in jax.tree.leaves(tree):
             if jnp.issubdtype(leaf.dtype, jnp.inexact):
                 for shard in leaf.addressable_shards:
-                    rows = np.arange(leaf.shape[0] if leaf.ndim else 1)
-                    places = rows[shard.index[:1]] % len(seeds)
-                    size = np.abs(np.asarray(shard.data)).reshape(len(places), -1)
-                    np.logical_and.at(is_sound, places, (size < limit).all(1))  # False for NaN
+                    seed_rows = np.arange(leaf.shape[0] if leaf.ndim else 1)
+                    seed_indices = seed_rows[shard.index[:1]] % len(seeds)
+                    magnitudes = np.abs(np.asarray(shard.data)).reshape(len(seed_indices), -1)
+                    is_bounded = (magnitudes < limit).all(1)  # False for NaN
+                    np.logical_and.at(is_sound, seed_indices, is_bounded)
         # Agree on it with the other processes.
-        is_broken = [sharding.any_process(not sound) for sound in is_sound]
+        is_broken = [sharding.any_process(not is_seed_sound) for is_seed_sound in is_sound]
         if any(is_broken):
-            seed = seeds[is_broken.index(True)]
-            suffix = ', or its square,' if name == 'parameters' else ''
+            bad_seed = seeds[is_broken.index(True)]
+            suffix = ', or its square,' if part_name == 'parameters' else ''
             raise UserError(
-                f'an entry of the {name}{suffix} of seed {seed} is not finite by step {step}; '
-                f'that state is not saved. {ADVICE}'
+                f'an entry of the {part_name}{suffix} of seed {bad_seed} is not finite by step '
+                f'{step}; that state is not saved. {ADVICE}'
             )
 
 
@@ -364,22 +368,23 @@ class RunLogger(contextlib.AbstractContextManager['RunLogger']):
         self._files = path and MetricsWriter(path, position, done, tracker)
         self._progress = path and Progress(total, done)
 
-    def write(self, step: int, seed: int, split: str, values: Mapping[str, Any]) -> None:
+    def write(self, step: int, seed: int, split: str, metrics: Metrics) -> None:
         """Write a record as `MetricsWriter.write` does.
 
         Raises:
           UserError: if a value is not finite; it ends the run.
         """
-        for name, value in values.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                refuse_non_finite([seed], step, {f'{name} ({split})': np.asarray([value])})
+        for metric_name, metric_value in metrics.items():
+            if isinstance(metric_value, float) and not math.isfinite(metric_value):
+                measured = {f'{metric_name} ({split})': np.asarray([metric_value])}
+                refuse_non_finite([seed], step, measured)
         if self._files:
-            self._files.write(step, seed, split, values)
+            self._files.write(step, seed, split, metrics)
 
-    def write_timing(self, step: int, values: Mapping[str, float]) -> None:
+    def write_timing(self, step: int, timings: Mapping[str, float]) -> None:
         """Write a record as `MetricsWriter.write_timing` does."""
         if self._files:
-            self._files.write_timing(step, values)
+            self._files.write_timing(step, timings)
 
     def show_progress(self, step: int, note: str, rate: str) -> None:
         """Show the progress of the run."""

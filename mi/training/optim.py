@@ -1,8 +1,8 @@
 """The optimizer that a config's `optim` section names, built from optax."""
 
 from collections.abc import Callable
-from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -13,28 +13,32 @@ from mi.config import Rule, UserError, choice, integer, number
 Constructor = Callable[[ml_collections.ConfigDict, optax.Schedule], optax.GradientTransformation]
 
 OPTIMIZERS: dict[str, Constructor] = {
-    'adam': lambda config, rate: optax.adam(rate, config.b1, config.b2, config.eps),
-    'adamw': lambda config, rate: optax.adamw(
-        rate,
+    'adam': lambda config, learning_rate: optax.adam(
+        learning_rate, config.b1, config.b2, config.eps
+    ),
+    'adamw': lambda config, learning_rate: optax.adamw(
+        learning_rate,
         config.b1,
         config.b2,
         config.eps,
         weight_decay=config.weight_decay,
         mask=_is_matrix,
     ),
-    'rmsprop': lambda config, rate: optax.rmsprop(  # TensorFlow's
-        rate,
+    'rmsprop': lambda config, learning_rate: optax.rmsprop(  # TensorFlow's
+        learning_rate,
         config.b2,
         config.eps,
         initial_scale=1.0,
         eps_in_sqrt=True,
         momentum=config.b1 or None,
     ),
-    'sgd': lambda config, rate: optax.sgd(rate, momentum=config.b1 or None),
+    'sgd': lambda config, learning_rate: optax.sgd(learning_rate, momentum=config.b1 or None),
 }
 """Name → constructor, which takes the section `optim` and the learning-rate schedule.
 
-A config file can add one: `OPTIMIZERS['lion'] = lambda config, rate: optax.lion(rate)`.
+A config file can add one:
+
+    OPTIMIZERS['lion'] = lambda config, learning_rate: optax.lion(learning_rate)
 """
 
 WITHOUT_DECAY = ('adam', 'rmsprop', 'sgd')
@@ -99,18 +103,19 @@ def schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
     The warm-up rises from peak / warmup to the peak at step `warmup`. The last step, steps − 1, has
     `final_scale` times the peak.
     """
-    peak, warmup = config.learning_rate, warmup_steps(config, steps)
+    peak_rate, warmup = config.learning_rate, warmup_steps(config, steps)
     decay_steps = max(1, steps - 1 - warmup)
-    decays = {
-        'constant': optax.constant_schedule(peak),
-        'cosine': optax.cosine_decay_schedule(peak, decay_steps, config.final_scale),
-        'linear': optax.linear_schedule(peak, peak * config.final_scale, decay_steps),
-        'rsqrt': lambda step: peak * (1 + jnp.maximum(step, 0) / max(1, warmup)) ** -0.5,
+    decay_schedules = {
+        'constant': optax.constant_schedule(peak_rate),
+        'cosine': optax.cosine_decay_schedule(peak_rate, decay_steps, config.final_scale),
+        'linear': optax.linear_schedule(peak_rate, peak_rate * config.final_scale, decay_steps),
+        'rsqrt': lambda step: peak_rate * (1 + jnp.maximum(step, 0) / max(1, warmup)) ** -0.5,
     }
+    decay_schedule = decay_schedules[config.schedule]
     if warmup == 0:
-        return decays[config.schedule]
-    rise = optax.linear_schedule(peak / warmup, peak, warmup)
-    return optax.join_schedules([rise, decays[config.schedule]], [warmup])
+        return decay_schedule
+    warmup_schedule = optax.linear_schedule(peak_rate / warmup, peak_rate, warmup)
+    return optax.join_schedules([warmup_schedule, decay_schedule], [warmup])
 
 
 def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
@@ -118,15 +123,15 @@ def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.Gradi
 
     RMSProp is TensorFlow's: ε is inside the square root, and the mean square starts at one.
     """
-    rate = schedule(config, steps)
+    learning_rate = schedule(config, steps)
     transforms: list[optax.GradientTransformation] = []
     if config.clip_norm > 0:
         transforms.append(optax.clip_by_global_norm(config.clip_norm))
-    transforms.append(OPTIMIZERS[config.name](config, rate))
+    transforms.append(OPTIMIZERS[config.name](config, learning_rate))
     return optax.chain(*transforms)
 
 
-def _is_matrix(params: Any) -> Any:
+def _is_matrix(params: chex.ArrayTree) -> chex.ArrayTree:
     """Return True for the leaves with weight decay: all but biases and scales.
 
     The biases u and v [heads, d] of relative attention have two axes.

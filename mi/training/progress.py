@@ -44,12 +44,12 @@ class Work(contextlib.AbstractContextManager['Work']):
         """Return the line after a number of seconds: amount done, rate and time left."""
         if not 0 < self.done < self._total:
             return f'{self._name} … {seconds:.0f} s so far'
-        rate = self.done / seconds
-        counts = (f'{count / self._scale:,.0f}' for count in (self.done, self._total))
-        time_left = format_duration((self._total - self.done) / rate)
+        units_rate = self.done / seconds
+        amounts = (f'{amount / self._scale:,.0f}' for amount in (self.done, self._total))
+        time_left = format_duration((self._total - self.done) / units_rate)
         return (
-            f'{self._name} … {" of ".join(counts)} {self._unit}, '
-            f'{rate / self._scale:,.1f} {self._unit}/s, {time_left} left'
+            f'{self._name} … {" of ".join(amounts)} {self._unit}, '
+            f'{units_rate / self._scale:,.1f} {self._unit}/s, {time_left} left'
         )
 
     def __enter__(self) -> 'Work':

@@ -5,7 +5,6 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import ml_collections
 
@@ -21,25 +20,35 @@ def record_config(file: pathlib.Path, config: ml_collections.ConfigDict) -> None
     Raises:
       UserError: if the run was made with another config.
     """
-    resolved = json.loads(config.to_json())
+    resolved_config = json.loads(config.to_json())
     if not file.exists():
-        write_json(file, resolved)
+        write_json(file, resolved_config)
         return
-    recorded, current = flatten(read_json(file)), flatten(resolved)
-    for side in (recorded, current):
-        side.pop('tracker', None)  # a tracker gets copies and does not change what is learned
-    added = {key: value for key, value in current.items() if key not in recorded}
-    difference = describe_difference(recorded, current)
-    if describe_difference(recorded | added, current):
+    # Compare the flat values; keys that were added since are no difference.
+    recorded_values, current_values = flatten(read_json(file)), flatten(resolved_config)
+    for config_values in (recorded_values, current_values):
+        config_values.pop('tracker', None)  # it gets copies and does not change what is learned
+    added_values = {
+        config_key: current_values[config_key]
+        for config_key in current_values
+        if config_key not in recorded_values
+    }
+    difference = describe_difference(recorded_values, current_values)
+    if describe_difference(recorded_values | added_values, current_values):
         raise UserError(
             f'{file.parent} was made with another config: {difference}; name another --workdir'
         )
-    if added:
-        keys = ', '.join(f'config.{key} = {value!r}' for key, value in added.items())
-        print(
-            f'warning: {file.parent} is older than {keys}; it continues with that', file=sys.stderr
+
+    # Record the added keys too.
+    if added_values:
+        assignments = ', '.join(
+            f'config.{config_key} = {default!r}' for config_key, default in added_values.items()
         )
-        write_json(file, resolved)
+        print(
+            f'warning: {file.parent} is older than {assignments}; it continues with that',
+            file=sys.stderr,
+        )
+        write_json(file, resolved_config)
 
 
 def read_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:
@@ -54,10 +63,10 @@ def read_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(_lists_to_tuples(read_json(file))).lock()
 
 
-def _lists_to_tuples(value: Any) -> Any:
+def _lists_to_tuples(value: object) -> object:
     """Return a JSON value with the tuples of the config, which JSON writes as lists."""
     if isinstance(value, dict):
-        return {key: _lists_to_tuples(entry) for key, entry in value.items()}
+        return {config_key: _lists_to_tuples(entry) for config_key, entry in value.items()}
     return tuple(map(_lists_to_tuples, value)) if isinstance(value, list) else value
 
 
@@ -83,32 +92,33 @@ def merge_eval_config(
     Raises:
       UserError: if a fixed key differs, or it is not the directory of a run.
     """
-    trained = flatten(read_config(workdir).to_dict())
-    requested = flatten(config.to_dict())
+    trained_values = flatten(read_config(workdir).to_dict())
+    requested_values = flatten(config.to_dict())
 
-    def is_in(key: str, sections: Sequence[str]) -> bool:
-        return any(f'{key}.'.startswith(f'{section}.') for section in sections)
+    def is_in_sections(config_key: str, sections: Sequence[str]) -> bool:
+        return any(f'{config_key}.'.startswith(f'{section}.') for section in sections)
 
     # Refuse another model than the checkpoint's.
-    for key in trained.keys() & requested.keys():
-        if is_in(key, fixed) and _to_plain(trained[key]) != _to_plain(requested[key]):
+    for config_key in trained_values.keys() & requested_values.keys():
+        trained, requested = trained_values[config_key], requested_values[config_key]
+        if is_in_sections(config_key, fixed) and _to_plain(trained) != _to_plain(requested):
             raise UserError(
-                f'config.{key} = {requested[key]!r}: {workdir} was trained with {trained[key]!r}; '
+                f'config.{config_key} = {requested!r}: {workdir} was trained with {trained!r}; '
                 f'remove it, or name the --workdir of another run'
             )
 
     # Take everything that evaluation may not change from the run.
-    recorded = {
-        key: value
-        for key, value in trained.items()
-        if key in requested and not is_in(key, overridable)
+    fixed_values = {
+        config_key: value
+        for config_key, value in trained_values.items()
+        if config_key in requested_values and not is_in_sections(config_key, overridable)
     }
     merged = config.copy_and_resolve_references()
     with merged.ignore_type():
-        merged.update_from_flattened_dict(recorded)
+        merged.update_from_flattened_dict(fixed_values)
     return merged.lock()
 
 
-def _to_plain(value: Any) -> Any:
+def _to_plain(value: object) -> object:
     """Return the value as JSON stores it."""
     return json.loads(json.dumps(value))

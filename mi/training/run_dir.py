@@ -21,7 +21,7 @@ import signal
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TypeVar
 
 import jax
 import ml_collections
@@ -36,6 +36,7 @@ from mi.training.lock import hold_lock
 from mi.training.run_config import record_config
 
 Steps = tuple[int, int]  # first and last
+Result = TypeVar('Result')
 
 PREEMPTED = 143  # 128 + SIGTERM, the exit code that schedulers expect from a job they stopped
 
@@ -58,22 +59,23 @@ class Run:
         self._has_signal = False
         self._profile, self._is_tracing = profile, False
 
-    def write(self, name: str, value: dict[str, Any]) -> None:
+    def write(self, file_name: str, contents: Mapping[str, object]) -> None:
         """Write a JSON file atomically; only the primary process writes."""
         if sharding.is_primary():
-            write_json(self.path / name, value)
+            write_json(self.path / file_name, contents)
 
-    def write_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+    def write_arrays(self, file_name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Write an .npz file atomically; only the primary process writes."""
         if sharding.is_primary():
-            with replace_file(self.path / name) as temporary, open(temporary, 'wb') as stream:
+            with replace_file(self.path / file_name) as temporary, open(temporary, 'wb') as stream:
                 np.savez_compressed(stream, allow_pickle=False, **arrays)
 
     def write_status(self, state: str, reason: str | None = None) -> None:
         """Write status.json, in place if the disk has no space for another file."""
-        process = jax.process_index()
-        file = self.path / (f'status.{process}.json' if process else 'status.json')
-        value = {
+        process_index = jax.process_index()
+        file_name = f'status.{process_index}.json' if process_index else 'status.json'
+        status_file = self.path / file_name
+        status = {
             'state': state,
             'reason': reason,
             'step': self.step,
@@ -83,9 +85,9 @@ class Run:
             'updated': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
         }
         try:
-            write_json(file, value)
+            write_json(status_file, status)
         except OSError:
-            overwrite(file, json.dumps(value).encode() + b'\n')
+            overwrite(status_file, json.dumps(status).encode() + b'\n')
 
     def open_logger(self, total: int, position: int) -> logger.RunLogger:
         """Return the logger of the run.
@@ -100,22 +102,22 @@ class Run:
         tracker = trackers.start_tracker(self.config.tracker, self.path, config)
         return logger.RunLogger(self.path, total, self.step, position, tracker)
 
-    def call_traced(self, count: int, program: Callable[..., Any], *args: Any) -> Any:
-        """Return program(*args), the next `count` steps; trace them if the profile contains them.
+    def call_traced(self, num_steps: int, program: Callable[..., Result], *args: object) -> Result:
+        """Return program(*args), the next `num_steps`; trace them if the profile contains them.
 
         The trace starts before the first step of the profile and ends when its last step has been
         computed. A program of several steps is traced as a whole. Each call is marked 'train' with
         its first step, because the profiler's overview needs it.
         """
-        first, last = self.step + 1, self.step + count
-        if self._profile is None or last < self._profile[0] or first > self._profile[1]:
+        first_step, last_step = self.step + 1, self.step + num_steps
+        if self._profile is None or last_step < self._profile[0] or first_step > self._profile[1]:
             return program(*args)
         if not self._is_tracing:
             jax.profiler.start_trace(str(self.path / 'profile'))
             self._is_tracing = True
-        with jax.profiler.StepTraceAnnotation('train', step_num=first):
+        with jax.profiler.StepTraceAnnotation('train', step_num=first_step):
             result = program(*args)
-        if last >= self._profile[1]:
+        if last_step >= self._profile[1]:
             jax.block_until_ready(result)
             self.end_trace()
         return result
@@ -141,11 +143,11 @@ class Run:
         """Raise `Preempted`, after a checkpoint; the same command continues the run."""
         raise Preempted
 
-    def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
+    def _on_signal(self, signal_number: int, frame: types.FrameType | None) -> None:
         self._has_signal = True
-        signal.signal(number, signal.SIG_DFL)  # a second signal ends the process immediately
-        name = signal.Signals(number).name
-        print(f'{name}: saving after this step; the same command continues', file=sys.stderr)
+        signal.signal(signal_number, signal.SIG_DFL)  # a second signal ends the process immediately
+        signal_name = signal.Signals(signal_number).name
+        print(f'{signal_name}: saving after this step; the same command continues', file=sys.stderr)
 
 
 class Preempted(SystemExit):
@@ -173,6 +175,7 @@ def open_run(
     Raises:
       UserError: if another process holds the directory, or it was made with another config.
     """
+    # Make the directory.
     path = pathlib.Path(workdir)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -186,11 +189,12 @@ def open_run(
             _record_versions(path)
         sharding.barrier('run directory')
 
+        # Set precision and signal handlers for the time of the run.
         run = Run(path, config, profile)
         stack.enter_context(precision.use_config(config))
-        handlers = {
-            number: signal.signal(number, run._on_signal)
-            for number in (signal.SIGTERM, signal.SIGINT)
+        old_handlers = {
+            signal_number: signal.signal(signal_number, run._on_signal)
+            for signal_number in (signal.SIGTERM, signal.SIGINT)
         }
         # Record every way in which the run can end.
         try:
@@ -208,8 +212,8 @@ def open_run(
             raise
         finally:
             run.end_trace()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+            for signal_number, old_handler in old_handlers.items():
+                signal.signal(signal_number, old_handler)
 
 
 @contextlib.contextmanager
@@ -230,12 +234,12 @@ def _explain_storage_failure(path: pathlib.Path) -> Iterator[None]:
 
 def _record_versions(path: pathlib.Path) -> None:
     """Write versions.json, or refuse JAX settings that would change a continued run."""
-    steps = [
-        int(directory.name)
-        for directory in (path / 'checkpoints').glob('*')
-        if directory.name.isdigit()
+    saved_steps = [
+        int(checkpoint_dir.name)
+        for checkpoint_dir in (path / 'checkpoints').glob('*')
+        if checkpoint_dir.name.isdigit()
     ]
-    step = max(steps, default=0 if (path / 'probes.json').exists() else None)
+    step = max(saved_steps, default=0 if (path / 'probes.json').exists() else None)
     write_json(path / 'versions.json', versions.compare(path / 'versions.json', step))
 
 
@@ -245,9 +249,10 @@ def parse_steps(text: str) -> Steps:
     Raises:
       UserError: if the text has another form, or the last step comes before the first.
     """
-    first, colon, last = text.removeprefix('steps=').partition(':')
-    if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+    first_step, colon, last_step = text.removeprefix('steps=').partition(':')
+    has_numbers = colon and first_step.isdecimal() and last_step.isdecimal()
+    if not has_numbers or not 1 <= int(first_step) <= int(last_step):
         raise UserError(
             f'--profile={text}: expected FIRST:LAST, such as 10:20, the first step is 1'
         )
-    return int(first), int(last)
+    return int(first_step), int(last_step)

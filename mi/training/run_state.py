@@ -35,7 +35,7 @@ class RunState:
     reason: str = ''
 
 
-def read_run_state(run_dir: pathlib.Path, status: Mapping[str, Any] | None = None) -> RunState:
+def read_run_state(run_dir: pathlib.Path, status: Mapping[str, object] | None = None) -> RunState:
     """Return the state of a run.
 
     Rules, in order:
@@ -58,6 +58,7 @@ def read_run_state(run_dir: pathlib.Path, status: Mapping[str, Any] | None = Non
     if status.get('state') == 'running' and not is_alive:
         status = read_object(run_dir / 'status.json')
 
+    # Apply the rules in order.
     phase = status.get('state')
     if phase == 'done':
         return RunState('done')
@@ -89,12 +90,14 @@ class SavedProgress(NamedTuple):
 
 def saved_progress(run_dir: pathlib.Path) -> SavedProgress:
     """Return how much a run has saved so far."""
-    steps = [int(p.name) for p in (run_dir / 'checkpoints').glob('*') if p.name.isdigit()]
+    checkpoint_dirs = (run_dir / 'checkpoints').glob('*')
+    saved_steps = [int(path.name) for path in checkpoint_dirs if path.name.isdigit()]
     status = read_object(run_dir / 'status.json')
     if status.get('state') == 'preempted' and isinstance(status.get('step'), int):
-        steps.append(status['step'])
-    probes = run_dir / 'probes.json'
-    return SavedProgress(max(steps, default=-1), probes.stat().st_size if probes.exists() else 0)
+        saved_steps.append(status['step'])
+    probes_file = run_dir / 'probes.json'
+    probe_bytes = probes_file.stat().st_size if probes_file.exists() else 0
+    return SavedProgress(max(saved_steps, default=-1), probe_bytes)
 
 
 def restart_refusal(run_dir: pathlib.Path) -> str:
@@ -107,9 +110,9 @@ def restart_refusal(run_dir: pathlib.Path) -> str:
 def last_line(log: pathlib.Path) -> str:
     """Return the last line of a log that is not blank; '' if there is none."""
     try:
-        with open(log, 'rb') as stream:
-            stream.seek(max(0, stream.seek(0, 2) - LOG_TAIL))
-            lines = stream.read().decode(errors='replace').splitlines()
+        with open(log, 'rb') as log_file:
+            log_file.seek(max(0, log_file.seek(0, 2) - LOG_TAIL))
+            lines = log_file.read().decode(errors='replace').splitlines()
     except FileNotFoundError:
         return ''
     return next((line.strip() for line in reversed(lines) if line.strip()), '')
@@ -118,7 +121,7 @@ def last_line(log: pathlib.Path) -> str:
 def read_object(file: pathlib.Path) -> dict[str, Any]:
     """Return a JSON object; {} if the file is missing or damaged, as after a power failure."""
     try:
-        value = json.loads(file.read_bytes())
+        contents = json.loads(file.read_bytes())
     except (FileNotFoundError, ValueError):
         return {}
-    return value if isinstance(value, dict) else {}
+    return contents if isinstance(contents, dict) else {}

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import chex
 import jax
 import numpy as np
 from jax import Array
@@ -27,6 +28,7 @@ from mi.rows import ROWS, mean_over_rows
 from mi.training import progress
 
 Tree = TypeVar('Tree')  # a pytree of arrays
+Shardings = Any  # a pytree of `NamedSharding`s
 Specs = Any  # a pytree of `PartitionSpec`s, None if 'fsdp' shards nothing
 
 HEARTBEAT_SECONDS = 30  # a process that is silent for longer ends the others
@@ -50,15 +52,18 @@ def initialize(distributed: str) -> None:
         with progress.Work('waiting for the other processes'):
             jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
         return
-    match = re.fullmatch(r'([^,]+:\d+),(\d+),(\d+)', distributed)
-    if match is None or int(match[3]) >= int(match[2]):
+    address_match = re.fullmatch(r'([^,]+:\d+),(\d+),(\d+)', distributed)
+    if address_match is None or int(address_match[3]) >= int(address_match[2]):
         raise UserError(
             f"--distributed={distributed}: expected 'auto', or 'HOST:PORT,COUNT,INDEX' with INDEX "
             f'from 0 to COUNT - 1'
         )
     with progress.Work('waiting for the other processes'):
         jax.distributed.initialize(
-            match[1], int(match[2]), int(match[3]), heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+            address_match[1],
+            int(address_match[2]),
+            int(address_match[3]),
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
 
 
@@ -95,7 +100,7 @@ def broadcast_from_primary(number: int) -> int:
 
 
 def compile_fast(
-    function: Callable[..., Any], *args: Any, level: int = 0, **options: Any
+    function: Callable[..., object], *args: object, level: int = 0, **options: Any
 ) -> jax.stages.Compiled:
     """Compile a function at a low optimization level, for functions that run once or briefly.
 
@@ -112,14 +117,14 @@ def compile_fast(
     return jax.jit(function, **options).lower(*args).compile(compiler_options=compiler_options)
 
 
-def jit_once(function: Callable[..., Any], *args: Any, out_shardings: Any = None) -> Any:
+def jit_once(function: Callable[..., Tree], *args: object, out_shardings: Shardings = None) -> Tree:
     """Return function(*args), compiled at a low optimization level: it suits initializers."""
     return compile_fast(function, *args, out_shardings=out_shardings)(*args)
 
 
 def make_mesh(
-    seeds: int,
-    batch: int,
+    num_seeds: int,
+    batch_size: int,
     fsdp: int = 1,
     shape: Sequence[int] = (),
     devices: Sequence[jax.Device] | None = None,
@@ -130,8 +135,8 @@ def make_mesh(
     because seeds need no communication.
 
     Args:
-      seeds: number of seeds that train simultaneously.
-      batch: rows of a seed's batch.
+      num_seeds: number of seeds that train simultaneously.
+      batch_size: rows of a seed's batch.
       fsdp: devices that share one copy of the parameters; fewer if there are fewer devices.
       shape: `config.train.mesh`, which sets all three axes; () to choose them.
       devices: the devices; None for all that are present.
@@ -140,21 +145,23 @@ def make_mesh(
       UserError: if the devices cannot divide the work, or if some devices of several processes
         would be idle.
     """
+    # Several processes have to use all devices, because each one runs the program.
     devices = jax.devices() if devices is None else devices
-    shape = choose_mesh_shape(seeds, batch, fsdp, shape, len(devices))
-    count = math.prod(shape)
-    if count < len(devices) and len({device.process_index for device in devices}) > 1:
+    shape = choose_mesh_shape(num_seeds, batch_size, fsdp, shape, len(devices))
+    num_used = math.prod(shape)
+    if num_used < len(devices) and len({device.process_index for device in devices}) > 1:
         raise UserError(
-            f'config.train.batch = {batch} and {seeds} seeds use {count} of {len(devices)} '
-            f'devices: with several processes, expected all. Try a multiple of {len(devices)}'
+            f'config.train.batch = {batch_size} and {num_seeds} seeds use {num_used} of '
+            f'{len(devices)} devices: with several processes, expected all. Try a multiple of '
+            f'{len(devices)}'
         )
     return jax.make_mesh(
-        shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=tuple(devices)[:count]
+        shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=tuple(devices)[:num_used]
     )
 
 
 def choose_mesh_shape(
-    seeds: int, batch: int, fsdp: int, shape: Sequence[int], devices: int
+    num_seeds: int, batch_size: int, fsdp: int, shape: Sequence[int], num_devices: int
 ) -> tuple[int, ...]:
     """Return the shape of `make_mesh` for a number of devices, which need not be present.
 
@@ -162,41 +169,49 @@ def choose_mesh_shape(
       UserError: if the devices cannot divide the work.
     """
     if not shape:
-        return _choose_largest_shape(seeds, batch, fsdp, devices)
+        return _choose_largest_shape(num_seeds, batch_size, fsdp, num_devices)
     shape = tuple(shape)
-    key = f'config.train.mesh = {shape}'
-    if math.prod(shape) > devices:
-        raise UserError(f'{key}: expected a product of at most {devices}, the number of devices')
-    if seeds % shape[0]:
-        raise UserError(f'{key}: expected the first entry to divide the number of seeds, {seeds}')
-    if batch % (shape[1] * shape[2]):
-        raise UserError(f'{key}: expected data · fsdp to divide config.train.batch = {batch}')
+    setting = f'config.train.mesh = {shape}'
+    if math.prod(shape) > num_devices:
+        raise UserError(
+            f'{setting}: expected a product of at most {num_devices}, the number of devices'
+        )
+    if num_seeds % shape[0]:
+        raise UserError(
+            f'{setting}: expected the first entry to divide the number of seeds, {num_seeds}'
+        )
+    if batch_size % (shape[1] * shape[2]):
+        raise UserError(
+            f'{setting}: expected data · fsdp to divide config.train.batch = {batch_size}'
+        )
     return shape
 
 
-def _choose_largest_shape(seeds: int, batch: int, fsdp: int, devices: int) -> tuple[int, int, int]:
-    if devices < fsdp:
-        fsdp = math.gcd(fsdp, devices)
-    if batch % fsdp:
+def _choose_largest_shape(
+    num_seeds: int, batch_size: int, fsdp: int, num_devices: int
+) -> tuple[int, int, int]:
+    if num_devices < fsdp:
+        fsdp = math.gcd(fsdp, num_devices)
+    if batch_size % fsdp:
         raise UserError(
-            f'config.train.fsdp = {fsdp}: expected a divisor of {batch}, the rows of '
+            f'config.train.fsdp = {fsdp}: expected a divisor of {batch_size}, the rows of '
             f'config.train.batch'
         )
 
     def fill(seed_shards: int) -> tuple[int, int, int]:
-        max_data = devices // (seed_shards * fsdp)
-        data = max(n for n in range(1, max_data + 1) if batch % (n * fsdp) == 0)
-        return seed_shards, data, fsdp
+        max_data = num_devices // (seed_shards * fsdp)
+        data_shards = max(n for n in range(1, max_data + 1) if batch_size % (n * fsdp) == 0)
+        return seed_shards, data_shards, fsdp
 
-    max_seed_shards = min(seeds, devices // fsdp)
-    shapes = [fill(n) for n in range(1, max_seed_shards + 1) if seeds % n == 0]
+    max_seed_shards = min(num_seeds, num_devices // fsdp)
+    shapes = [fill(n) for n in range(1, max_seed_shards + 1) if num_seeds % n == 0]
     return max(shapes, key=lambda shape: (math.prod(shape), shape[0]))
 
 
 def platform(mesh: Mesh) -> str:
     """Return the platform of a mesh, present or only described: 'cpu', 'gpu' or 'tpu'."""
-    name: str = mesh.devices.flat[0].platform
-    return 'gpu' if name in ('cuda', 'rocm') else name
+    platform_name: str = mesh.devices.flat[0].platform
+    return 'gpu' if platform_name in ('cuda', 'rocm') else platform_name
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -222,11 +237,11 @@ def batch_sharding(mesh: Mesh, axis: int, has_seeds: bool = False) -> NamedShard
       axis: the axis B.
       has_seeds: whether axis 0 holds the seeds and is sharded over 'seed'.
     """
-    leading = ('seed',) if has_seeds else ()
-    return NamedSharding(mesh, PartitionSpec(*leading, *[None] * (axis - len(leading)), ROWS))
+    seed_axis = ('seed',) if has_seeds else ()
+    return NamedSharding(mesh, PartitionSpec(*seed_axis, *[None] * (axis - len(seed_axis)), ROWS))
 
 
-def fsdp_sharding(tree: Any, mesh: Mesh) -> Any:
+def fsdp_sharding(tree: chex.ArrayTree, mesh: Mesh) -> Shardings:
     """Return the sharding of each parameter [S, …]: over 'seed', and over 'fsdp' if it is large.
 
     'fsdp' shards the longest axis that it divides.
@@ -235,22 +250,24 @@ def fsdp_sharding(tree: Any, mesh: Mesh) -> Any:
       tree: arrays of all seeds, or their shapes.
       mesh: mesh from `make_mesh`.
     """
-    shards = mesh.shape['fsdp']
+    num_shards = mesh.shape['fsdp']
 
-    def sharding(array: Any) -> NamedSharding:
-        axes = [i for i in range(1, len(array.shape)) if array.shape[i] % shards == 0]
-        if shards == 1 or not axes or math.prod(array.shape[1:]) < MIN_FSDP_SIZE:
+    def choose_sharding(array: Array | jax.ShapeDtypeStruct) -> NamedSharding:
+        divisible_axes = [
+            axis for axis in range(1, len(array.shape)) if array.shape[axis] % num_shards == 0
+        ]
+        if num_shards == 1 or not divisible_axes or math.prod(array.shape[1:]) < MIN_FSDP_SIZE:
             return seed_sharding(mesh)
-        longest = max(axes, key=lambda i: array.shape[i])
-        return NamedSharding(mesh, PartitionSpec('seed', *[None] * (longest - 1), 'fsdp'))
+        longest_axis = max(divisible_axes, key=lambda axis: array.shape[axis])
+        return NamedSharding(mesh, PartitionSpec('seed', *[None] * (longest_axis - 1), 'fsdp'))
 
-    return jax.tree.map(sharding, tree)
+    return jax.tree.map(choose_sharding, tree)
 
 
-def partition_specs(shardings: Any) -> Specs:
+def partition_specs(shardings: Shardings) -> Specs:
     """Return the `PartitionSpec` of each sharding, array or shape of a tree."""
 
-    def spec(leaf: Any) -> PartitionSpec:
+    def spec(leaf: NamedSharding | Array | jax.ShapeDtypeStruct) -> PartitionSpec:
         sharding = leaf if isinstance(leaf, NamedSharding) else leaf.sharding
         assert isinstance(sharding, NamedSharding)
         return sharding.spec
@@ -258,12 +275,12 @@ def partition_specs(shardings: Any) -> Specs:
     return jax.tree.map(spec, shardings)
 
 
-def fsdp_specs(params: Any, mesh: Mesh) -> Specs:
+def fsdp_specs(params: chex.ArrayTree, mesh: Mesh) -> Specs:
     """Return the specs of parameters [S, …] for `gather_params`; None if 'fsdp' shards none."""
     return None if mesh.shape['fsdp'] == 1 else partition_specs(fsdp_sharding(params, mesh))
 
 
-def map_seeds(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+def map_seeds(function: Callable[..., Tree], mesh: Mesh) -> Callable[..., Tree]:
     """Return a function of one seed mapped over the seeds of a device, [S, …].
 
     On a CPU it loops over the seeds, because the products of one seed keep all cores busy and
@@ -306,18 +323,18 @@ def mean_gradients(gradients: Tree, partition: Specs) -> Tree:
     def mean(gradient: Array, spec: PartitionSpec) -> Array:
         if 'fsdp' not in spec:
             return mean_over_rows(gradient)
-        copies, shards = jax.lax.axis_size('data'), jax.lax.axis_size('fsdp')
-        if copies > 1:
+        num_copies, num_shards = jax.lax.axis_size('data'), jax.lax.axis_size('fsdp')
+        if num_copies > 1:
             gradient = jax.lax.psum(gradient, 'data')
-        return gradient / (copies * shards)  # the reduce-scatter summed over 'fsdp'
+        return gradient / (num_copies * num_shards)  # the reduce-scatter summed over 'fsdp'
 
     return jax.tree.map(mean, gradients, partition)
 
 
-def with_shardings(shapes: Tree, shardings: Any) -> Tree:
+def with_shardings(shapes: Tree, shardings: Shardings) -> Tree:
     """Return `jax.ShapeDtypeStruct`s with these shapes and shardings."""
     return jax.tree.map(
-        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+        lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
         shapes,
         shardings,
     )
@@ -331,18 +348,18 @@ def shard_array(array: np.ndarray, sharding: NamedSharding) -> Array:
 def shard_batch(tree: Tree, mesh: Mesh, axis: int) -> Tree:
     """Return arrays sharded over the rows, `axis`; each process passes its own rows."""
     sharding = batch_sharding(mesh, axis)
-    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), tree)
+    return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), tree)
 
 
 def to_local(tree: Tree) -> Tree:
     """Return replicated arrays as arrays of one device of this process."""
-    return jax.tree.map(lambda a: a.addressable_data(0), tree)
+    return jax.tree.map(lambda array: array.addressable_data(0), tree)
 
 
-def to_host(tree: Any) -> Any:
+def to_host(tree: chex.ArrayTree) -> Any:
     """Return arrays with any sharding as NumPy arrays; all processes have to call it."""
 
-    def gather(array: Any) -> np.ndarray:
+    def gather(array: Array) -> np.ndarray:
         if getattr(array, 'is_fully_addressable', True) or array.is_fully_replicated:
             return np.asarray(array)
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))

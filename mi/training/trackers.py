@@ -13,7 +13,7 @@ import os
 import pathlib
 import secrets
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from mi.config import UserError, suggest, suggest_install
 
@@ -23,7 +23,7 @@ PROJECT = 'mi'  # unless WANDB_PROJECT names another
 class Wandb:
     """Weights & Biases, with metrics over their step; wandb's own step only counts records."""
 
-    def __init__(self, path: pathlib.Path, id: str, config: dict[str, Any], continued: bool):
+    def __init__(self, path: pathlib.Path, id: str, config: dict[str, object], continued: bool):
         self.continued = continued
         wandb = importlib.import_module('wandb')
         try:
@@ -44,8 +44,8 @@ class Wandb:
             ) from error
         self._run.define_metric('*', step_metric='step')
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log({'step': step, **values})
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._run.log({'step': step, **scalars})
 
     def close(self) -> None:
         self._run.finish()
@@ -54,16 +54,16 @@ class Wandb:
 class Trackio:
     """Hugging Face's trackio: a local database, or a Space."""
 
-    def __init__(self, path: pathlib.Path, id: str, config: dict[str, Any], continued: bool):
+    def __init__(self, path: pathlib.Path, id: str, config: dict[str, object], continued: bool):
         self.continued = continued
         trackio = importlib.import_module('trackio')
-        name, group = f'{path.name}-{id}', path.parent.name
+        run_name, group = f'{path.name}-{id}', path.parent.name
         self._run = trackio.init(
-            PROJECT, name=name, group=group, config=config, resume='allow', embed=False
+            PROJECT, name=run_name, group=group, config=config, resume='allow', embed=False
         )
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._run.log(dict(scalars), step=step)
 
     def close(self) -> None:
         self._run.finish()
@@ -79,19 +79,19 @@ class Tracker(Protocol):
 
     continued: bool
 
-    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+    def write(self, step: int, scalars: Mapping[str, float]) -> None: ...
 
     def close(self) -> None: ...
 
 
-TRACKERS: dict[str, Callable[[pathlib.Path, str, dict[str, Any], bool], Tracker] | None] = {
+TRACKERS: dict[str, Callable[[pathlib.Path, str, dict[str, object], bool], Tracker] | None] = {
     'none': None,
     'wandb': Wandb,
     'trackio': Trackio,
 }
 
 
-def check_tracker(value: Any) -> str:
+def check_tracker(value: object) -> str:
     """Return the error of a value of config.tracker, '' for an installed tracker."""
     if not isinstance(value, str) or value not in TRACKERS:
         return f'one of the known trackers; {suggest(str(value), TRACKERS)}'
@@ -100,13 +100,15 @@ def check_tracker(value: Any) -> str:
     return ''
 
 
-def start_tracker(name: str, path: pathlib.Path, config: dict[str, Any]) -> Tracker | None:
+def start_tracker(
+    tracker_name: str, path: pathlib.Path, config: dict[str, object]
+) -> Tracker | None:
     """Return the tracker of a run directory, new or continued; None for 'none'."""
-    make = TRACKERS[name]
-    if make is None:
+    make_tracker = TRACKERS[tracker_name]
+    if make_tracker is None:
         return None
-    file = path / 'tracker.json'
-    record = json.loads(file.read_text()) if file.exists() else {'id': secrets.token_hex(4)}
-    continued = file.exists() and record.get('name', name) == name
-    file.write_text(json.dumps({'id': record['id'], 'name': name}) + '\n')
-    return make(path.resolve(), record['id'], config, continued)
+    id_file = path / 'tracker.json'
+    record = json.loads(id_file.read_text()) if id_file.exists() else {'id': secrets.token_hex(4)}
+    continued = id_file.exists() and record.get('name', tracker_name) == tracker_name
+    id_file.write_text(json.dumps({'id': record['id'], 'name': tracker_name}) + '\n')
+    return make_tracker(path.resolve(), record['id'], config, continued)

@@ -13,12 +13,13 @@ import pathlib
 import platform
 import subprocess
 import sys
-from typing import Any
 
 import jax
 
 from mi.config import UserError, describe_difference
 from mi.training.io import read_json
+
+Environment = dict[str, object]  # name of a version or a setting → value
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'orbax-checkpoint')
 SETTINGS = (  # of jax.config; the environment variable of each is its name in capitals
@@ -30,7 +31,7 @@ SETTINGS = (  # of jax.config; the environment variable of each is its name in c
 )
 
 
-def describe_environment() -> dict[str, Any]:
+def describe_environment() -> Environment:
     """Return versions, code, settings and device of this process."""
     device = jax.devices()[0]
     return {
@@ -44,7 +45,7 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def compare(file: pathlib.Path, step: int | None) -> dict[str, Any]:
+def compare(file: pathlib.Path, step: int | None) -> dict[str, object]:
     """Return the new content of versions.json; warn on stderr about changes.
 
     Args:
@@ -59,45 +60,47 @@ def compare(file: pathlib.Path, step: int | None) -> dict[str, Any]:
         return current | {'continued': []}
 
     # The environment of the last start is the first one with all changes since.
-    record = read_json(file)
-    continued = record.setdefault('continued', [])
-    previous = {name: value for name, value in record.items() if name != 'continued'}
+    versions_record = read_json(file)
+    continued = versions_record.setdefault('continued', [])
+    previous = {entry: versions_record[entry] for entry in versions_record if entry != 'continued'}
     for restart in continued:
         previous |= restart['changed']
 
     # Refuse what changes the numbers; warn about the rest.
-    for name in SETTINGS:
-        if name in previous and previous[name] != current[name]:
+    for setting_name in SETTINGS:
+        if setting_name in previous and previous[setting_name] != current[setting_name]:
             raise UserError(
-                f'{name} = {current[name]!r}: {file.parent} was computed with {previous[name]!r}, '
-                f'so its numbers would change; set {name.upper()}={previous[name]}, or name '
-                f'another --workdir'
+                f'{setting_name} = {current[setting_name]!r}: {file.parent} was computed with '
+                f'{previous[setting_name]!r}, so its numbers would change; set '
+                f'{setting_name.upper()}={previous[setting_name]}, or name another --workdir'
             )
     if difference := describe_difference(previous, current):
         print(f'warning: {file.parent} is continued with another {difference}', file=sys.stderr)
-        changed = {name: current[name] for name in current if previous.get(name) != current[name]}
+        changed = {
+            entry: current[entry] for entry in current if previous.get(entry) != current[entry]
+        }
         continued.append({'step': step, 'changed': changed})
-    return record
+    return versions_record
 
 
-def _installed_version(name: str) -> str | None:
+def _installed_version(package: str) -> str | None:
     try:
-        return importlib.metadata.version(name)
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
 @functools.lru_cache
-def _describe_commit() -> dict[str, Any]:
+def _describe_commit() -> Environment:
     """Return the commit of this code, and whether files differ from it; None outside of Git."""
 
     def git(*arguments: str) -> str | None:
         command = ['git', '-C', str(pathlib.Path(__file__).parent), *arguments]
         try:
-            result = subprocess.run(command, capture_output=True, text=True, timeout=30)
+            completed = subprocess.run(command, capture_output=True, text=True, timeout=30)
         except (OSError, subprocess.TimeoutExpired):
             return None
-        return result.stdout.strip() if result.returncode == 0 else None
+        return completed.stdout.strip() if completed.returncode == 0 else None
 
     if git('ls-files', '--error-unmatch', pathlib.Path(__file__).name) is None:
         return {'commit': None, 'dirty': None}
