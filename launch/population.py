@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from launch import records, state, sweep
-from mi.config import Rule, UserError, flatten
+from mi.config import Rule, UserError, find_violation, flatten
 from mi.fit import factory as fit
 from mi.lm import config as lm
 from mi.rl import config as rl
@@ -204,10 +204,12 @@ class Population:
     ) -> dict[str, float]:
         """Return the new values, except those that the config refuses, such as a rate above 1."""
         rules = find_rules(read_flat_config(run_dir))
-        return {
-            key: values[key] if key in rules and rules[key](new_value) else new_value
+        refused = [
+            key
             for key, new_value in new_values.items()
-        }
+            if key in rules and find_violation(rules[key], new_value)
+        ]
+        return {**new_values, **{key: values[key] for key in refused}}
 
     def _fork(self, decision: Mapping[str, Any]) -> None:
         """Make the run directory of a decision, if it does not exist."""

@@ -1,7 +1,8 @@
 """Checking a config against a schema before anything is built from it.
 
-A schema maps every dotted key to a rule. A rule takes the value and returns a description of the
-expected value, or '' if the value is valid.
+A schema maps every dotted key to a rule. A rule is the type of the key's default if that is all
+there is to check. Otherwise it is a function, which takes the value and returns a description of
+the expected value, or '' if the value is valid.
 """
 
 import difflib
@@ -12,14 +13,16 @@ import pathlib
 import re
 import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import ml_collections
 
 from mi.registry import Registry, is_reference
 
-Rule = Callable[[Any], str]
+Rule = type | Callable[[object], str]
 SMALLEST, LARGEST = 2.0**-126, 2.0**127  # magnitudes of normal float32 numbers
+EXPECTED = {bool: 'True or False', int: 'an integer', float: 'a number', str: 'a string'}
+"""Type → description of its values, for errors."""
 
 
 class UserError(Exception):
@@ -28,7 +31,7 @@ class UserError(Exception):
 
 def format_error(error: BaseException) -> str:
     """Return the message of an error in one line, without the quotes of a KeyError."""
-    message: Any = error
+    message: object = error
     while isinstance(message, KeyError | AttributeError) and message.args:
         message = message.args[0]  # ml_collections nests these errors
     return ' '.join(str(message).split())
@@ -42,8 +45,8 @@ def suggest_install(extra: str) -> str:
     """
     clone = pathlib.Path(__file__).resolve().parent.parent
     if (clone / 'setup.py').exists():
-        path = '.' if clone == pathlib.Path.cwd() else str(clone)
-        return f'pip install -e {shlex.quote(f"{path}[{extra}]")}'
+        clone_path = '.' if clone == pathlib.Path.cwd() else str(clone)
+        return f'pip install -e {shlex.quote(f"{clone_path}[{extra}]")}'
     requirements = importlib.metadata.requires('multiplicative-interactions') or []
     pattern = re.compile(rf'(.+?) *; *extra == [\'"]{extra}[\'"]')
     matches = (pattern.fullmatch(requirement) for requirement in requirements)
@@ -57,13 +60,13 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """
     if isinstance(known, Registry) and is_reference(name):
         return known.explain(name)
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f'did you mean {close[0]!r}? ' if close else ''
-    return f'{hint}known: {", ".join(known)}'
+    known_names = sorted(known)
+    close_names = difflib.get_close_matches(name, known_names, n=1)
+    hint = f'did you mean {close_names[0]!r}? ' if close_names else ''
+    return f'{hint}known: {", ".join(known_names)}'
 
 
-def has_parameter(constructor: Callable[..., Any], name: str) -> bool:
+def has_parameter(constructor: Callable[..., object], name: str) -> bool:
     """Return whether a class, function or partial has a parameter with this name."""
     return name in inspect.signature(constructor).parameters
 
@@ -71,30 +74,33 @@ def has_parameter(constructor: Callable[..., Any], name: str) -> bool:
 def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
     """Flatten nested keys: {'optim': {'name': 'adam'}} → {'optim.name': 'adam'}."""
     leaves: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            leaves |= flatten(value, f'{prefix}{key}.')
+    for field_name, field_value in config.items():
+        if isinstance(field_value, Mapping):
+            leaves |= flatten(field_value, f'{prefix}{field_name}.')
         else:
-            leaves[f'{prefix}{key}'] = value
+            leaves[f'{prefix}{field_name}'] = field_value
     return leaves
 
 
 def describe_difference(
-    old_config: Mapping[str, Any], new_config: Mapping[str, Any], max_keys: int = 8
+    old_config: Mapping[str, object], new_config: Mapping[str, object], max_keys: int = 8
 ) -> str:
     """Describe the keys that differ, 'model.width was 3 and is 4 now, …'; '' if none differ."""
-    old, new = flatten(old_config), flatten(new_config)
+    old_leaves, new_leaves = flatten(old_config), flatten(new_config)
 
-    def format_value(leaves: Mapping[str, Any], key: str) -> str:
-        return repr(leaves[key]) if key in leaves else 'absent'
+    def format_leaf(leaves: Mapping[str, object], config_key: str) -> str:
+        return repr(leaves[config_key]) if config_key in leaves else 'absent'
 
-    changes = [
-        f'{key} was {format_value(old, key)} and is {format_value(new, key)} now'
-        for key in sorted(old | new)
-        if not (key in old and key in new and old[key] == new[key])
-    ]
-    rest = [f'{len(changes) - max_keys} more'] if len(changes) > max_keys else []
-    return ', '.join(changes[:max_keys] + rest)
+    changes = []
+    for config_key in sorted(old_leaves | new_leaves):
+        is_in_both = config_key in old_leaves and config_key in new_leaves
+        if not (is_in_both and old_leaves[config_key] == new_leaves[config_key]):
+            old_value, new_value = (
+                format_leaf(leaves, config_key) for leaves in (old_leaves, new_leaves)
+            )
+            changes.append(f'{config_key} was {old_value} and is {new_value} now')
+    omitted = [f'{len(changes) - max_keys} more'] if len(changes) > max_keys else []
+    return ', '.join(changes[:max_keys] + omitted)
 
 
 def check(config: ml_collections.ConfigDict, schema: Mapping[str, Rule]) -> None:
@@ -105,31 +111,38 @@ def check(config: ml_collections.ConfigDict, schema: Mapping[str, Rule]) -> None
     values = flatten(config.to_dict())
 
     # Expand rules for optional keys.
-    optional = {key.removesuffix('*'): rule for key, rule in schema.items() if key.endswith('.*')}
-    for key in values:
-        for prefix, rule in optional.items():
-            if key.startswith(prefix):
-                schema = {**schema, key: rule}
-    schema = {key: rule for key, rule in schema.items() if not key.endswith('.*')}
+    rules: dict[str, Rule] = {}
+    for pattern, rule in schema.items():
+        if pattern.endswith('.*'):
+            prefix = pattern.removesuffix('*')
+            rules |= {config_key: rule for config_key in values if config_key.startswith(prefix)}
+        else:
+            rules[pattern] = rule
 
     # Compare keys, then check values.
-    for key in values:
-        if key not in schema:
-            close = difflib.get_close_matches(key, schema, n=1)
-            hint = f'; did you mean config.{close[0]}?' if close else ''
-            raise UserError(f'config.{key} is unknown{hint}')
-    for key, rule in schema.items():
-        if key not in values:
-            raise UserError(f'config.{key} is missing')
-        expected = rule(values[key])
-        if expected:
-            raise UserError(f'config.{key} = {values[key]!r}: expected {expected}')
+    for config_key in values:
+        if config_key not in rules:
+            close_keys = difflib.get_close_matches(config_key, rules, n=1)
+            hint = f'; did you mean config.{close_keys[0]}?' if close_keys else ''
+            raise UserError(f'config.{config_key} is unknown{hint}')
+    for config_key, rule in rules.items():
+        if config_key not in values:
+            raise UserError(f'config.{config_key} is missing')
+        if expected := find_violation(rule, values[config_key]):
+            raise UserError(f'config.{config_key} = {values[config_key]!r}: expected {expected}')
+
+
+def find_violation(rule: Rule, value: object) -> str:
+    """Return the values that a rule expects, '' if it accepts this one."""
+    if isinstance(rule, type):
+        return '' if isinstance(value, rule) else EXPECTED[rule]
+    return rule(value)
 
 
 def choice(known: Collection[str]) -> Rule:
     """Return a rule for the names in `known`, which may grow before the config is checked."""
 
-    def check_choice(value: Any) -> str:
+    def check_choice(value: object) -> str:
         if isinstance(value, str) and value in known:
             return ''
         return f'one of the known words; {suggest(str(value), known)}'
@@ -137,20 +150,23 @@ def choice(known: Collection[str]) -> Rule:
     return check_choice
 
 
-def integer(low: int, high: float = math.inf) -> Rule:
+def integer(low: int, high: float = math.inf) -> Callable[[object], str]:
     """Return a rule for integers in [low, high]."""
     bounds = f'an integer of at least {low}' + ('' if math.isinf(high) else f', at most {high}')
 
-    def check_integer(value: Any) -> str:
-        is_valid = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-        return '' if is_valid else bounds
+    def check_integer(value: object) -> str:
+        return '' if _is_integer(value) and low <= value <= high else bounds
 
     return check_integer
 
 
+def _is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def number(
     low: float, high: float = math.inf, *, exclusive: bool = False, below: float = math.inf
-) -> Rule:
+) -> Callable[[object], str]:
     """Return a rule for numbers in [low, high], or (low, high] if exclusive, less than `below`.
 
     In float32 the number must be finite, and nonzero unless it is 0.
@@ -159,8 +175,8 @@ def number(
     bounds += '' if math.isinf(high) else f', at most {high}'
     bounds += '' if math.isinf(below) else f', below {below}'
 
-    def check_number(value: Any) -> str:
-        if not isinstance(value, int | float) or isinstance(value, bool):
+    def check_number(value: object) -> str:
+        if not (_is_integer(value) or isinstance(value, float)):
             return bounds
         exceeds_low = value > low if exclusive else value >= low
         if not (exceeds_low and value <= high and value < below and math.isfinite(value)):
@@ -171,35 +187,28 @@ def number(
     return check_number
 
 
-def boolean(value: Any) -> str:
-    return '' if isinstance(value, bool) else 'True or False'
-
-
-def text(value: Any) -> str:
-    return '' if isinstance(value, str) else 'a string'
-
-
-def seeds(value: Any) -> str:
+def seeds(value: object) -> str:
     is_valid = (
         isinstance(value, tuple | list)
         and len(value) > 0
-        and all(isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 2**31 for s in value)
+        and not any(map(integer(0, 2**31 - 1), value))
         and len(set(value)) == len(value)
     )
     expected = 'a non-empty tuple of distinct non-negative integers, such as (0, 1, 2)'
     return '' if is_valid else expected
 
 
-def mesh_shape(value: Any) -> str:
-    is_valid = isinstance(value, tuple | list) and len(value) in (0, 3)
-    is_valid = is_valid and not any(map(integer(1), value))
+def mesh_shape(value: object) -> str:
+    is_valid = (
+        isinstance(value, tuple | list) and len(value) in (0, 3) and not any(map(integer(1), value))
+    )
     return '' if is_valid else 'a tuple (seed, data, fsdp) of numbers of devices, or ()'
 
 
-def tuple_of(rule: Rule, description: str) -> Rule:
+def tuple_of(rule: Callable[[object], str], description: str) -> Rule:
     """Return a rule for non-empty tuples whose entries pass `rule`."""
 
-    def check_entries(value: Any) -> str:
+    def check_entries(value: object) -> str:
         is_valid = isinstance(value, tuple | list) and len(value) > 0 and not any(map(rule, value))
         return '' if is_valid else f'a non-empty tuple of {description}'
 

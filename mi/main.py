@@ -54,49 +54,55 @@ def define_flags() -> None:
     )
 
 
-def main(argv: Sequence[str], changes: Sequence[overrides.Override] = ()) -> None:
+def main(argv: Sequence[str], config_overrides: Sequence[overrides.Override] = ()) -> None:
     """Run the task and mode that the flags name.
 
     Args:
       argv: the arguments that are not flags.
-      changes: overrides of the config.
+      config_overrides: overrides of the config.
 
     Raises:
       UserError: if flags or config are invalid.
     """
-    values = flags.FLAGS
-    if not values['verbosity'].present:
+    # Check the flags, and load the config.
+    flag_values = flags.FLAGS
+    if not flag_values['verbosity'].present:
         logging.set_verbosity(logging.WARNING)  # orbax writes a page per checkpoint
     if len(argv) > 1:
         raise UserError(f'unexpected argument {argv[1]!r}; flags are --NAME=VALUE')
-    mode = values.mode
-    if mode == 'train' and not (values.config and values.workdir):
+    mode = flag_values.mode
+    if mode == 'train' and not (flag_values.config and flag_values.workdir):
         raise UserError('--config=FILE and --workdir=DIRECTORY are both required')
-    if not values.workdir:
+    if not flag_values.workdir:
         raise UserError(f'--mode={mode} requires --workdir=DIRECTORY, the directory of the run')
-    if values.config:
-        config = overrides.load(values.config, changes)
+    if flag_values.config:
+        config = overrides.load(flag_values.config, config_overrides)
     else:
-        config = read_config(values.workdir)
-        overrides.apply(config, changes)
+        config = read_config(flag_values.workdir)
+        overrides.apply(config, config_overrides)
+
     # Select the function of the task.
-    task, tasks = config.get('task'), TASKS[mode]
+    tasks = TASKS[mode]
+    if 'task' not in config:
+        raise UserError(f'config.task is missing: --mode={mode} expects {", ".join(tasks)}')
+    task = config.task
     if task not in tasks:
         raise UserError(f'config.task = {task!r}: --mode={mode} expects one of {", ".join(tasks)}')
-    profile = {'profile': parse_steps(values.profile)} if values.profile else {}
-    if profile and (mode != 'train' or task == 'search'):
+    profile_arguments = {'profile': parse_steps(flag_values.profile)} if flag_values.profile else {}
+    if profile_arguments and (mode != 'train' or task == 'search'):
         raise UserError(
-            f'--profile={values.profile} only applies to --mode=train of the tasks lm, rl and fit; '
-            f'remove it'
+            f'--profile={flag_values.profile} only applies to --mode=train of the tasks lm, rl '
+            f'and fit; remove it'
         )
+
     # Configure the process, then run.
     keep_freed_memory()
     set_xla_flags()
-    sharding.initialize(values.distributed)
+    sharding.initialize(flag_values.distributed)
     try:
-        tasks[task](config, values.workdir, **profile)
+        tasks[task](config, flag_values.workdir, **profile_arguments)
     except UserError as error:
-        if values.config or not str(error).startswith('config.'):
+        if flag_values.config or not str(error).startswith('config.'):
             raise
         raise UserError(
             f'{error}; the config is that of the run; --config=FILE adds newer keys and what FILE '
@@ -107,17 +113,17 @@ def main(argv: Sequence[str], changes: Sequence[overrides.Override] = ()) -> Non
 def run() -> None:
     """Parse the command line and run; a user error ends with one line and exit code 1."""
     define_flags()
-    changes: list[overrides.Override] = []
+    config_overrides: list[overrides.Override] = []
 
     def parse(argv: Sequence[str]) -> list[str]:
-        rest, changes[:] = overrides.split(argv)
+        other_arguments, config_overrides[:] = overrides.split(argv)
         try:
-            return flags.FLAGS(rest)
+            return flags.FLAGS(other_arguments)
         except flags.Error as error:
             raise UserError(format_error(error)) from error
 
     try:
-        app.run(functools.partial(main, changes=changes), flags_parser=parse)
+        app.run(functools.partial(main, config_overrides=config_overrides), flags_parser=parse)
     except UserError as error:
         sys.exit(f'error: {error}')
     except OSError as error:  # outside of an open run directory

@@ -14,17 +14,16 @@ import sys
 import traceback
 import types
 from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_collections
 from absl import flags
 
-from mi.config import UserError, flatten, format_error, suggest
+from mi.config import EXPECTED, UserError, flatten, format_error, suggest
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 FLAG = re.compile(r'--?(?P<no>no)?config\.(?P<key>[^=]*)(?:=(?P<text>.*))?', re.DOTALL)
 UNQUOTED = re.compile(r'[\w./:+-]+')  # an unquoted entry of a tuple
-EXPECTED = {bool: 'True or False', int: 'an integer', float: 'a number'}
 PARSERS: dict[type, flags.ArgumentParser] = {
     bool: flags.BooleanParser(),
     int: flags.IntegerParser(),
@@ -49,26 +48,30 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[Override]]:
         arguments = flags.FlagValues().read_flags_from_files(list(argv), force_gnu=False)
     except flags.Error as error:
         raise UserError(format_error(error)) from error
-    rest: list[str] = []
+
+    # Take the arguments one by one; an override may take the next one as its text.
+    other_arguments: list[str] = []
     overrides: list[Override] = []
     while arguments:
         argument = arguments.pop(0)
-        match = FLAG.fullmatch(argument)
+        flag_match = FLAG.fullmatch(argument)
         if argument == '--':
-            rest += [argument, *arguments]
+            other_arguments += [argument, *arguments]
             break
-        if match is None:
-            rest.append(argument)
+        if flag_match is None:
+            other_arguments.append(argument)
             continue
-        text = match['text']
-        if match['no']:
-            if text is not None:
-                raise UserError(f'{argument}: expected no value; use --config.{match["key"]}=VALUE')
-            text = 'False'
-        elif text is None and arguments and not arguments[0].startswith('--'):
-            text = arguments.pop(0)
-        overrides.append(Override(match['key'], text))
-    return rest, overrides
+        override_text = flag_match['text']
+        if flag_match['no']:
+            if override_text is not None:
+                raise UserError(
+                    f'{argument}: expected no value; use --config.{flag_match["key"]}=VALUE'
+                )
+            override_text = 'False'
+        elif override_text is None and arguments and not arguments[0].startswith('--'):
+            override_text = arguments.pop(0)
+        overrides.append(Override(flag_match['key'], override_text))
+    return other_arguments, overrides
 
 
 def load(file: str, overrides: Sequence[Override] = ()) -> ml_collections.ConfigDict:
@@ -91,11 +94,15 @@ def parse(arguments: Sequence[str]) -> ml_collections.ConfigDict:
     Raises:
       UserError: if the file or a key does not exist, or a value does not have the type of its key.
     """
-    rest, overrides = split(arguments)
-    files = [argument.partition('=')[2] for argument in rest if re.match('--?config=', argument)]
-    if not files:
+    other_arguments, overrides = split(arguments)
+    config_files = [
+        argument.partition('=')[2]
+        for argument in other_arguments
+        if re.match('--?config=', argument)
+    ]
+    if not config_files:
         raise UserError('--config: expected --config=FILE')
-    return load(files[-1], overrides)
+    return load(config_files[-1], overrides)
 
 
 def apply(config: ml_collections.ConfigDict, overrides: Sequence[Override]) -> None:
@@ -105,63 +112,74 @@ def apply(config: ml_collections.ConfigDict, overrides: Sequence[Override]) -> N
       UserError: if a key does not exist, a value does not have the type of its key, or the task
         changes, which determines the keys.
     """
-    task = config.get('task')
-    for key, text in overrides:
-        # Find the section that has the key.
-        *sections, name = key.split('.')
-        section: Any = config
-        for part in sections:
-            section = section.get(part) if isinstance(section, ml_collections.ConfigDict) else None
-        if not isinstance(section, ml_collections.ConfigDict) or name not in section:
-            raise UserError(_describe_unknown_key(config, key))
-        if isinstance(section[name], ml_collections.ConfigDict):
-            keys = [f'config.{key}.{leaf}' for leaf in flatten(section[name].to_dict())]
-            example = next((leaf for leaf in keys if leaf.endswith('.name')), keys[0])
+    for override in overrides:
+        key, text = override
+        section, field_name = _find_field(config, override)
+        new_value = _parse_value(key, text, section.get_type(field_name))
+        if key == 'task' and new_value != config.task:
             raise UserError(
-                f'config.{key}{_format_text(text)}: it is a section, of {", ".join(keys)}; '
-                f'try --{example}={text or "VALUE"}'
+                f'config.task = {new_value!r}: expected {config.task!r}, the task of the config '
+                f'file. Try another --config'
             )
-
-        # Parse and assign the value.
-        value = _parse_value(key, text, section.get_type(name))
         try:
-            section[name] = value
+            section[field_name] = new_value
         except (TypeError, ValueError) as error:
             raise UserError(f'config.{key}{_format_text(text)}: {format_error(error)}') from error
-    if config.get('task') != task:
+
+
+def _find_field(
+    config: ml_collections.ConfigDict, override: Override
+) -> tuple[ml_collections.ConfigDict, str]:
+    """Return the section and the field that an override sets.
+
+    Raises:
+      UserError: if the key does not exist, or is a section.
+    """
+    key, text = override
+    *section_names, field_name = key.split('.')
+    section = config
+    for section_name in section_names:
+        if not isinstance(section.get(section_name), ml_collections.ConfigDict):
+            raise UserError(_describe_unknown_key(config, key))
+        section = section[section_name]
+    if field_name not in section:
+        raise UserError(_describe_unknown_key(config, key))
+
+    # A section has no value; suggest one of its keys.
+    if isinstance(section[field_name], ml_collections.ConfigDict):
+        keys = [f'config.{key}.{leaf}' for leaf in flatten(section[field_name].to_dict())]
+        example = next((leaf for leaf in keys if leaf.endswith('.name')), keys[0])
         raise UserError(
-            f'config.task = {config.task!r}: expected {task!r}, the task of the config file. '
-            f'Try another --config'
+            f'config.{key}{_format_text(text)}: it is a section, of {", ".join(keys)}; '
+            f'try --{example}={text or "VALUE"}'
         )
+    return section, field_name
 
 
-def _parse_value(key: str, text: str | None, kind: type) -> Any:
+def _parse_value(key: str, text: str | None, value_type: type) -> object:
     """Parse the text as a value of the key's type."""
     if text is None:
-        if kind is bool:
+        if value_type is bool:
             return True
         raise UserError(f'config.{key} has no value: expected --config.{key}=VALUE')
-    if kind is str:
+    if value_type is str:
         return text
-    if kind in (tuple, list):
-        return kind(_parse_entries(key, text))
-    if kind in PARSERS:
+    if value_type in (tuple, list):
+        return value_type(_parse_entries(key, text))
+    if value_type in PARSERS:
         try:
-            return PARSERS[kind].parse(text)
+            return PARSERS[value_type].parse(text)
         except (TypeError, ValueError):
             raise UserError(
-                f'config.{key}{_format_text(text)}: expected {EXPECTED[kind]}'
+                f'config.{key}{_format_text(text)}: expected {EXPECTED[value_type]}'
             ) from None
-    try:  # the key has no type, for example because its value is None
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        return text
+    return _parse_literal(text)  # the key has no type, for example because its value is None
 
 
-def _parse_entries(key: str, text: str) -> tuple[Any, ...]:
+def _parse_entries(key: str, text: str) -> tuple[object, ...]:
     """Parse '(0, 1)', '0,1' or '0' as a tuple; strings need no quotes."""
     try:
-        value = ast.literal_eval(text.strip())
+        literal = ast.literal_eval(text.strip())
     except (SyntaxError, ValueError):
         entries = [entry.strip() for entry in text.strip('() ').split(',')]
         is_balanced = text.count('(') == text.count(')')
@@ -172,10 +190,11 @@ def _parse_entries(key: str, text: str) -> tuple[Any, ...]:
                 f"config.{key}{_format_text(text)}: expected a tuple, such as '(0, 1)'; () for none"
             ) from None
         return tuple(_parse_literal(entry) for entry in entries if entry)
-    return tuple(value) if isinstance(value, tuple | list) else (value,)
+    return tuple(literal) if isinstance(literal, tuple | list) else (literal,)
 
 
-def _parse_literal(entry: str) -> Any:
+def _parse_literal(entry: str) -> object:
+    """Parse a Python literal; text that is none stays text."""
     try:
         return ast.literal_eval(entry)
     except (SyntaxError, ValueError):
@@ -188,16 +207,16 @@ def _format_text(text: str | None) -> str:
 
 def _describe_unknown_key(config: ml_collections.ConfigDict, key: str) -> str:
     """Describe an unknown key, with the nearest key or the keys of its section."""
-    section, path = config, 'config'
-    for part in key.split('.'):
-        if part not in section:
+    section, section_path = config, 'config'
+    for field_name in key.split('.'):
+        if field_name not in section:
             break
-        path, section = f'{path}.{part}', section[part]
+        section_path, section = f'{section_path}.{field_name}', section[field_name]
         if not isinstance(section, ml_collections.ConfigDict):
-            return f'config.{key} is unknown; {path} is a value and has no keys'
-    if close := difflib.get_close_matches(key, flatten(config.to_dict()), n=1):
-        return f'config.{key} is unknown; did you mean config.{close[0]}?'
-    return f'config.{key} is unknown; the keys of {path} are {", ".join(sorted(section))}'
+            return f'config.{key} is unknown; {section_path} is a value and has no keys'
+    if close_keys := difflib.get_close_matches(key, flatten(config.to_dict()), n=1):
+        return f'config.{key} is unknown; did you mean config.{close_keys[0]}?'
+    return f'config.{key} is unknown; the keys of {section_path} are {", ".join(sorted(section))}'
 
 
 def find_file(path: str, folders: Collection[str]) -> str:
@@ -215,26 +234,28 @@ def find_file(path: str, folders: Collection[str]) -> str:
 
 def _get_config(file: str) -> ml_collections.ConfigDict:
     # Find the file.
-    path, colon, argument = file.partition(':')
-    path = find_file(path, ('configs', 'experiments'))
-    if not pathlib.Path(path).is_file() or not path.endswith('.py'):
-        problem = 'a directory' if pathlib.Path(path).is_dir() else 'no such file'
-        problem = 'not a Python file' if pathlib.Path(path).is_file() else problem
-        names = sorted(config.stem for config in CONFIGS.glob('*.py') if config.stem != '__init__')
+    file_path, colon, argument = file.partition(':')
+    file_path = find_file(file_path, ('configs', 'experiments'))
+    if not pathlib.Path(file_path).is_file() or not file_path.endswith('.py'):
+        problem = 'a directory' if pathlib.Path(file_path).is_dir() else 'no such file'
+        problem = 'not a Python file' if pathlib.Path(file_path).is_file() else problem
+        config_names = sorted(
+            config.stem for config in CONFIGS.glob('*.py') if config.stem != '__init__'
+        )
         raise UserError(
             f'--config={file}: {problem}; expected FILE.py or FILE.py:ARGUMENT, of your own or '
-            f'configs/NAME.py; {suggest(pathlib.Path(path).stem, names)}'
+            f'configs/NAME.py; {suggest(pathlib.Path(file_path).stem, config_names)}'
         )
 
     # Execute it.
-    module = _create_module(path)
+    module = _create_module(file_path)
     try:
         module.__spec__.loader.exec_module(module)  # type: ignore[union-attr]
         config = module.get_config(*([argument] if colon else []))
     except UserError:
         raise
     except Exception as error:  # the user's program may raise any error
-        location = _locate_error(error, path)
+        location = _locate_error(error, file_path)
         raise UserError(f'--config={file}{location}: {_describe_error(error)}') from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(
@@ -244,20 +265,20 @@ def _get_config(file: str) -> ml_collections.ConfigDict:
     return config.lock()
 
 
-def _create_module(path: str) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location('config_file', path)
+def _create_module(file_path: str) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location('config_file', file_path)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look up their module here
     return module
 
 
-def _locate_error(error: Exception, path: str) -> str:
+def _locate_error(error: Exception, file_path: str) -> str:
     """Return the line of the config file that raised an error, as a suffix of the file."""
     frames = traceback.extract_tb(error.__traceback__)
-    absolute = str(pathlib.Path(path).absolute())
-    lines = [frame.lineno for frame in frames if frame.filename == absolute]
-    return f', line {lines[-1]}' if lines else ''
+    absolute_path = str(pathlib.Path(file_path).absolute())
+    line_numbers = [frame.lineno for frame in frames if frame.filename == absolute_path]
+    return f', line {line_numbers[-1]}' if line_numbers else ''
 
 
 def _describe_error(error: Exception) -> str:

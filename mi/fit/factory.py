@@ -18,7 +18,6 @@ from mi.config import (
     integer,
     number,
     seeds,
-    text,
     tuple_of,
 )
 from mi.fit.problem import Problem
@@ -29,7 +28,7 @@ SCHEMA: dict[str, Rule] = {
     'task': choice(['fit', 'search']),
     'seeds': seeds,
     'tracker': trackers.check_tracker,
-    'problem.name': text,
+    'problem.name': str,
     'model.width': integer(1),
     'model.parameters': integer(0),
     'train.steps': integer(1),

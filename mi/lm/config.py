@@ -12,14 +12,12 @@ from mi import cells, fusion
 from mi.config import (
     Rule,
     UserError,
-    boolean,
     check,
     choice,
     integer,
     mesh_shape,
     number,
     seeds,
-    text,
 )
 from mi.lm.context import SOURCES
 from mi.lm.data import tokenizers
@@ -53,26 +51,26 @@ def check_cutoffs(value: Any) -> str:
 
 def check_token_count(value: Any) -> str:
     """Return what a number of evaluated tokens must be; the first one is not predicted."""
-    is_valid = isinstance(value, int) and not isinstance(value, bool) and value >= 0 and value != 1
+    is_valid = not integer(0)(value) and value != 1
     return '' if is_valid else 'an integer of at least 2, or 0'
 
 
 def check_segment(value: Any) -> str:
     """Return what `eval.length` must be; '' for a valid value."""
     is_valid = value == -1 or not integer(1)(value)
-    return '' if is_valid and not isinstance(value, bool) else 'an integer of at least 1, or -1'
+    return '' if is_valid else 'an integer of at least 1, or -1'
 
 
 SCHEMA: dict[str, Rule] = {
     'task': choice(['lm']),
     'seeds': seeds,
     'tracker': trackers.check_tracker,
-    'data.source': text,
-    'data.path': text,
+    'data.source': str,
+    'data.path': str,
     'data.level': choice(tokenizers.LEVELS),
     'data.vocabulary': integer(2),
     'data.train_tokens': integer(0),
-    'data.cache': text,
+    'data.cache': str,
     'model.core': choice(ChainMap(CORES, cells.CELLS)),
     'model.embed': integer(1),
     'model.hidden': integer(1),
@@ -81,14 +79,14 @@ SCHEMA: dict[str, Rule] = {
     'model.impl': choice(get_args(cells.Impl)),
     'model.rounds': integer(0),
     'model.rank': integer(0),
-    'model.capped': boolean,
+    'model.capped': bool,
     'model.heads': integer(1),
     'model.kv_heads': integer(0),
     'model.activation': choice(ACTIVATIONS),
     'model.positions': choice(['rotary', 'relative']),
     'model.memory': integer(0),
-    'model.remat': boolean,
-    'model.tied': boolean,
+    'model.remat': bool,
+    'model.tied': bool,
     'model.cutoffs': check_cutoffs,
     'model.divisor': integer(1),
     'model.dtype': choice(['float32', 'bfloat16']),
@@ -99,7 +97,7 @@ SCHEMA: dict[str, Rule] = {
     'model.fusion.rank': integer(1),
     'model.fusion.hidden': integer(1),
     **{f'dropout.{name}': RATE for name in Rates._fields if name != 'locked'},
-    'dropout.locked': boolean,
+    'dropout.locked': bool,
     'loss.label_smoothing': number(0, 0.99),
     'loss.z_loss': number(0),
     'loss.chunk': integer(0),
@@ -129,7 +127,7 @@ SCHEMA: dict[str, Rule] = {
     'dynamic.decay': number(0),
     'dynamic.epsilon': number(0, exclusive=True),
     'dynamic.statistics': integer(1),
-    'sample.prompt': text,
+    'sample.prompt': str,
     'sample.texts': integer(1),
     'sample.tokens': integer(1),
     'sample.temperature': number(0),

@@ -12,14 +12,12 @@ from mi import cells, fusion
 from mi.config import (
     Rule,
     UserError,
-    boolean,
     check,
     choice,
     integer,
     mesh_shape,
     number,
     seeds,
-    text,
 )
 from mi.precision import PRECISIONS
 from mi.rl.agent import SITES, SOURCES, TORSOS
@@ -54,14 +52,14 @@ SCHEMA: dict[str, Rule] = {
     'task': choice(['rl']),
     'seeds': seeds,
     'tracker': trackers.check_tracker,
-    'env.name': text,
+    'env.name': str,
     'env.options.*': lambda value: '',  # `mi.rl.envs` checks them against the maker's arguments
     'model.torso': choice(TORSOS),
     'model.features': integer(1),
     'model.core': choice(ChainMap[str, Any](CORES, cells.CELLS, {'none': None})),
     'model.core_options.*': lambda value: '',  # `factory` checks them against the core's fields
     'model.hidden': integer(1),
-    'model.instruction': boolean,
+    'model.instruction': bool,
     'model.dtype': choice(['float32', 'bfloat16']),
     'model.sites': check_sites,
     'model.source': choice(SOURCES),
@@ -77,9 +75,9 @@ SCHEMA: dict[str, Rule] = {
     'loss.baseline_cost': number(0),
     'loss.reward_clip': choice(CLIPS),
     'loss.popart': number(0, 1),
-    'loss.popart_corrected': boolean,
+    'loss.popart_corrected': bool,
     'loss.popart_order': choice(POPART_ORDERS),
-    'loss.popart_preserve': boolean,
+    'loss.popart_preserve': bool,
     'train.topology': choice(TOPOLOGIES),
     'train.steps': integer(1),
     'train.batch': integer(1),
@@ -100,8 +98,8 @@ SCHEMA: dict[str, Rule] = {
     'eval.batch': integer(0),
     'eval.steps': integer(1),
     'eval.seconds': number(0, exclusive=True),
-    'eval.greedy': boolean,
-    'eval.held_out': text,
+    'eval.greedy': bool,
+    'eval.held_out': str,
     **optim.SCHEMA,
 }
 
