@@ -4,9 +4,11 @@ An argument is parsed before anything is built from it, so that its order cannot
 """
 
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mi.config import UserError, suggest
+
+Settings = dict[str, object]  # config key → value
 
 
 class Argument(NamedTuple):
@@ -22,23 +24,23 @@ class Argument(NamedTuple):
     presets: tuple[str, ...]
     values: dict[str, str]
 
-    def merge(self, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    def merge(self, preset_settings: Mapping[str, Settings]) -> Settings:
         """Return the settings of all presets, config key → value.
 
         Raises:
           UserError: if two presets set a key to different values.
         """
-        merged: dict[str, Any] = {}
+        merged: Settings = {}
         owners: dict[str, str] = {}
         for preset in self.presets:
-            for key, value in settings[preset].items():
-                if merged.setdefault(key, value) != value:
+            for config_key, setting in preset_settings[preset].items():
+                if merged.setdefault(config_key, setting) != setting:
                     raise UserError(
-                        f'--config={self.text}: expected presets that agree (got config.{key} = '
-                        f'{merged[key]!r} in {owners[key]!r} and {value!r} in {preset!r}). '
-                        f'Choose one'
+                        f'--config={self.text}: expected presets that agree (got '
+                        f'config.{config_key} = {merged[config_key]!r} in {owners[config_key]!r} '
+                        f'and {setting!r} in {preset!r}). Choose one'
                     )
-                owners[key] = preset
+                owners[config_key] = preset
         return merged
 
 
@@ -54,21 +56,21 @@ def parse(file: str, text: str, presets: Collection[str], keys: Mapping[str, str
     Raises:
       UserError: if a part is unknown, or a key has two values.
     """
-    names: set[str] = set()
+    preset_names: set[str] = set()
     values: dict[str, str] = {}
     for part in text.split(','):
-        key, equals, value = part.partition('=')
-        if equals and key in keys:
-            if values.setdefault(keys[key], value) != value:
+        short_key, equals, value = part.partition('=')
+        if equals and short_key in keys:
+            if values.setdefault(keys[short_key], value) != value:
                 raise UserError(
-                    f'--config={file}:{text}: expected one value of {key} '
-                    f'(got {values[keys[key]]!r} and {value!r})'
+                    f'--config={file}:{text}: expected one value of {short_key} '
+                    f'(got {values[keys[short_key]]!r} and {value!r})'
                 )
         elif part in presets:
-            names.add(part)
+            preset_names.add(part)
         else:
-            forms = ', '.join(f'{key}=…' for key in keys)
+            forms = ', '.join(f'{short_key}=…' for short_key in keys)
             raise UserError(
                 f'--config={file}:{part}: expected {forms} or a preset; {suggest(part, presets)}'
             )
-    return Argument(f'{file}:{text}', tuple(sorted(names)), values)
+    return Argument(f'{file}:{text}', tuple(sorted(preset_names)), values)

@@ -19,8 +19,6 @@ fusion=NAME, site=NAME, source=NAME
 core=NAME          config.model.core; core=transformer sets sizes too, which presets override
 """
 
-from typing import Any
-
 import ml_collections
 
 from configs import arguments
@@ -32,7 +30,7 @@ KEYS = {
     'site': 'model.site',
     'source': 'model.source',
 }
-CORES: dict[str, dict[str, Any]] = {
+CORES: dict[str, arguments.Settings] = {
     'transformer': {
         'model.layers': 4,
         'model.embed': 256,
@@ -41,29 +39,45 @@ CORES: dict[str, dict[str, Any]] = {
         'optim.warmup_steps': 200,
     }
 }
-PRESETS: dict[str, dict[str, Any]] = {
+# For comparisons of arms: one number of parameters, three seeds, no dropout.
+COMPARISON: arguments.Settings = {
+    'seeds': (0, 1, 2),
+    'dropout.input': 0.0,
+    'dropout.layer': 0.0,
+    'dropout.output': 0.0,
+    'match.by': 'parameters',
+    'eval.batch': 64,
+}
+# A minute on a laptop, on Austen's text: the preset `smoke` of configs/lm_*.py.
+SMOKE: arguments.Settings = {
+    'data.source': 'austen',
+    'train.batch': 16,
+    'train.length': 32,
+    'train.steps': 60,
+    'train.log_every': 20,
+    'train.eval_every': 20,
+    'train.save_every': 20,
+    'eval.length': -1,
+    'optim.warmup_steps': -1,
+}
+PRESETS: dict[str, arguments.Settings] = {
     'default': {},
     'quickstart': {  # minutes on two cores
-        'seeds': (0, 1, 2),
+        **COMPARISON,
         'data.level': 'bpe',
         'data.vocabulary': 1024,
         'model.embed': 64,
         'model.hidden': 256,
         'model.fusion.hidden': 64,
-        'dropout.input': 0.0,
-        'dropout.layer': 0.0,
-        'dropout.output': 0.0,
-        'match.by': 'parameters',
         'train.steps': 400,
         'train.log_every': 20,
         'train.eval_every': 50,
         'train.save_every': 100,
-        'eval.batch': 64,
         'eval.valid_tokens': 30_000,
         'optim.learning_rate': 4e-3,
     },
     'fusion_study': {  # experiments/lm_fusion.py: five minutes an arm on one core
-        'seeds': (0, 1, 2),
+        **COMPARISON,
         'model.embed': 48,  # keeps W of a full MI at a fifth of the model
         'model.context': 16,
         'model.fusion.rank': 16,
@@ -72,16 +86,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         'model.heads': 4,
         'model.ffn': 352,
         'model.memory': 64,
-        'dropout.input': 0.0,
-        'dropout.layer': 0.0,
-        'dropout.output': 0.0,
-        'match.by': 'parameters',
         'train.steps': 1_000,
         'train.batch': 16,
         'train.log_every': 50,
         'train.eval_every': 250,
         'train.save_every': 250,
-        'eval.batch': 64,
         'eval.length': 256,
         'eval.valid_tokens': 50_000,
         'eval.final_tokens': 500_000,
@@ -114,107 +123,15 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     config.seeds = (0,)  # trained simultaneously, logged separately
     config.tracker = 'none'  # a name in mi.training.trackers.TRACKERS: none, wandb, trackio
 
-    config.data = data = ml_collections.ConfigDict()
-    data.source = 'austen'  # a name in mi.lm.data.sources.CORPORA, a text file or a directory
-    data.path = ''  # where the files of a known corpus are; '' is $MI_DATA/SOURCE
-    data.level = 'byte'  # byte, bpe, word, token
-    data.vocabulary = 10_000  # at most; bpe, word and token
-    data.train_tokens = 0  # from the start of the training text; 0 for all
-    data.cache = ''  # directory for token files; '' is $MI_CACHE or ~/.cache/mi
-
-    config.model = model = ml_collections.ConfigDict()
-    model.core = 'lstm'  # a name in mi.cells.CELLS, or transformer
-    model.embed = 128  # E
-    model.hidden = 512  # H
-    model.layers = 1
-    model.tied = True  # input and output embedding
-    model.cutoffs = ()  # of an adaptive softmax: first id of each tail cluster; () disables it
-    model.divisor = 4  # of the adaptive softmax: tail i has embed / divisor^i features
-    model.dtype = 'float32'  # of the products: float32, bfloat16
-    model.impl = 'xla'  # of the LSTM: xla, or cudnn on an NVIDIA GPU
-
-    model.rounds = 5  # of the Mogrifier
-    model.rank = 0  # of its matrices; 0 for full ones
-    model.capped = True  # its input gate: min(1 − f, i)
-
-    # Of the Transformer alone, up to remat.
-    model.heads = 4
-    model.kv_heads = 0  # heads of keys and values; 0 for as many
-    model.ffn = 1024  # hidden features of feed-forward layers, also those of the LSTM's site ffn
-    model.activation = 'swiglu'  # swiglu, relu, gelu
-    model.positions = 'rotary'  # rotary, relative (Transformer-XL's)
-    model.memory = 0  # M: tokens of the segments before that are attended to
-    model.remat = False  # recompute the activations of each block in the backward pass
-
-    model.site = 'encoder'  # none, encoder, decoder, both, input_gate, norm, ffn, attention
-    # The context: recurrent (an LSTM of its own), summary (a decaying mean), domain (one-hot), or
-    # state (the core's), with which fusion and input projection run in the loop over time, unless
-    # the site is the decoder; docs/lm.md has what that costs.
-    model.source = 'recurrent'
-    model.context = 32  # m; for domain it is their number
-    model.fusion = fusion = ml_collections.ConfigDict()
-    fusion.name = 'mi'  # a name in mi.fusion.FUSIONS
-    fusion.rank = 32  # of the fusions that have one: mi_low_rank, mi_tucker, mlb, …
-    fusion.hidden = 128  # of those that have a hidden layer: concat_mlp, hypernetwork, …
-
-    config.dropout = dropout = ml_collections.ConfigDict()  # rates, see mi.lm.dropout
-    dropout.word = 0.0
-    dropout.input = 0.1
-    dropout.layer = 0.1
-    dropout.state = 0.0
-    dropout.attention = 0.0
-    dropout.output = 0.1
-    dropout.locked = False  # the same features at all steps of a segment
-
-    config.loss = loss = ml_collections.ConfigDict()
-    loss.label_smoothing = 0.0
-    loss.z_loss = 0.0  # weight of (ln Z)²
-    loss.chunk = 0  # tokens per block of logits, for large vocabularies; 0 for all
-
-    # Match the cost of every arm in a comparison by changing one size of the model.
-    config.match = match = ml_collections.ConfigDict()
-    match.by = 'none'  # none, parameters, flops (forward, per token)
-    match.knob = 'hidden'  # the size that is changed: hidden (H), rank
-    match.target = 0  # the cost to reach; 0 for that of this config with fusion concat
-
-    config.train = train = ml_collections.ConfigDict()
-    train.steps = 5_000
-    train.batch = 32  # B: streams read in parallel, a seed, over all devices
-    train.length = 64  # T: tokens a stream and step; truncated BPTT, state carries over
-    train.accumulate = 1  # parts of the batch that run one after another; their gradients add up
-    train.fsdp = 1  # devices that share one copy of parameters and optimizer
-    train.mesh = ()  # devices along (seed, data, fsdp); (): seeds first, then the batch
-    train.matmul_precision = 'default'  # of f32 products: default, high, highest
-    train.log_every = 50
-    train.eval_every = 500  # on the validation text
-    train.save_every = 500
-    train.keep = 2  # checkpoints
-
-    config.eval = evaluation = ml_collections.ConfigDict()
-    evaluation.batch = 32
-    # Tokens of a segment; -1: train.length for a Transformer without memory, which has seen no
-    # other positions, and 256 for others
-    evaluation.length = -1
-    evaluation.memory = -1  # of a Transformer, tokens; -1 for that of training
-    evaluation.stride = 0  # of a sliding window of `length`; 0 carries state instead
-    evaluation.valid_tokens = 0  # of the validation text during training; 0 for all
-    evaluation.final_tokens = 0  # of the validation and test text at the end; 0 for all
-
-    config.dynamic = dynamic = ml_collections.ConfigDict()  # evaluation, with --mode=eval
-    dynamic.tokens = 0  # of each text; 0 for none of it
-    dynamic.length = 5  # tokens between two updates
-    dynamic.learning_rate = 5e-5
-    dynamic.decay = 2e-3  # back to the trained parameters
-    dynamic.epsilon = 2e-5  # beside the root of the mean square of gradients
-    dynamic.statistics = 200  # segments of the training text for the mean square of gradients
-
-    config.sample = sample = ml_collections.ConfigDict()  # with --mode=sample
-    sample.prompt = 'It is a truth universally acknowledged,'
-    sample.texts = 1  # of each seed
-    sample.tokens = 400
-    sample.temperature = 0.8  # 0 for the likeliest token
-    sample.top_p = 0.95  # of the distribution, the likeliest tokens
-
+    config.data = data_config()
+    config.model = model_config()
+    config.dropout = dropout_config()
+    config.loss = loss_config()
+    config.match = match_config()
+    config.train = train_config()
+    config.eval = evaluation_config()
+    config.dynamic = dynamic_config()
+    config.sample = sample_config()
     config.optim = optim.get_config()
     config.optim.learning_rate = 2e-3
 
@@ -227,3 +144,139 @@ def set_values(config: ml_collections.ConfigDict, argument: arguments.Argument) 
     """Set the values that an argument has for KEYS, and the sizes of its core."""
     config.update_from_flattened_dict(CORES.get(argument.values.get('model.core', ''), {}))
     config.update_from_flattened_dict(argument.values)
+
+
+def data_config() -> ml_collections.ConfigDict:
+    """Return the section `data`: corpus and tokens."""
+    config = ml_collections.ConfigDict()
+    config.source = 'austen'  # a name in mi.lm.data.sources.CORPORA, a text file or a directory
+    config.path = ''  # where the files of a known corpus are; '' is $MI_DATA/SOURCE
+    config.level = 'byte'  # byte, bpe, word, token
+    config.vocabulary = 10_000  # at most; bpe, word and token
+    config.train_tokens = 0  # from the start of the training text; 0 for all
+    config.cache = ''  # directory for token files; '' is $MI_CACHE or ~/.cache/mi
+    return config
+
+
+def model_config() -> ml_collections.ConfigDict:
+    """Return the section `model`: core, fusion site, context and fusion."""
+    config = ml_collections.ConfigDict()
+    config.core = 'lstm'  # a name in mi.cells.CELLS, or transformer
+    config.embed = 128  # E
+    config.hidden = 512  # H
+    config.layers = 1
+    config.tied = True  # input and output embedding
+    config.cutoffs = ()  # of an adaptive softmax: first id of each tail cluster; () disables it
+    config.divisor = 4  # of the adaptive softmax: tail i has embed / divisor^i features
+    config.dtype = 'float32'  # of the products: float32, bfloat16
+    config.impl = 'xla'  # of the LSTM: xla, or cudnn on an NVIDIA GPU
+
+    config.rounds = 5  # of the Mogrifier
+    config.rank = 0  # of its matrices; 0 for full ones
+    config.capped = True  # its input gate: min(1 − f, i)
+
+    # Of the Transformer alone, up to remat.
+    config.heads = 4
+    config.kv_heads = 0  # heads of keys and values; 0 for as many
+    config.ffn = 1024  # hidden features of feed-forward layers, also those of the LSTM's site ffn
+    config.activation = 'swiglu'  # swiglu, relu, gelu
+    config.positions = 'rotary'  # rotary, relative (Transformer-XL's)
+    config.memory = 0  # M: tokens of the segments before that are attended to
+    config.remat = False  # recompute the activations of each block in the backward pass
+
+    config.site = 'encoder'  # none, encoder, decoder, both, input_gate, norm, ffn, attention
+    # The context: recurrent (an LSTM of its own), summary (a decaying mean), domain (one-hot), or
+    # state (the core's), with which fusion and input projection run in the loop over time, unless
+    # the site is the decoder; docs/lm.md has what that costs.
+    config.source = 'recurrent'
+    config.context = 32  # m; for domain it is their number
+    config.fusion = fusion = ml_collections.ConfigDict()
+    fusion.name = 'mi'  # a name in mi.fusion.FUSIONS
+    fusion.rank = 32  # of the fusions that have one: mi_low_rank, mi_tucker, mlb, …
+    fusion.hidden = 128  # of those that have a hidden layer: concat_mlp, hypernetwork, …
+    return config
+
+
+def dropout_config() -> ml_collections.ConfigDict:
+    """Return the section `dropout`: rates, see mi.lm.dropout."""
+    config = ml_collections.ConfigDict()
+    config.word = 0.0
+    config.input = 0.1
+    config.layer = 0.1
+    config.state = 0.0
+    config.attention = 0.0
+    config.output = 0.1
+    config.locked = False  # the same features at all steps of a segment
+    return config
+
+
+def loss_config() -> ml_collections.ConfigDict:
+    """Return the section `loss`."""
+    config = ml_collections.ConfigDict()
+    config.label_smoothing = 0.0
+    config.z_loss = 0.0  # weight of (ln Z)²
+    config.chunk = 0  # tokens per block of logits, for large vocabularies; 0 for all
+    return config
+
+
+def match_config() -> ml_collections.ConfigDict:
+    """Return the section `match`: one size of the model sets the cost of every arm."""
+    config = ml_collections.ConfigDict()
+    config.by = 'none'  # none, parameters, flops (forward, per token)
+    config.knob = 'hidden'  # the size that is changed: hidden (H), rank
+    config.target = 0  # the cost to reach; 0 for that of this config with fusion concat
+    return config
+
+
+def train_config() -> ml_collections.ConfigDict:
+    """Return the section `train`: steps, batch, devices and records."""
+    config = ml_collections.ConfigDict()
+    config.steps = 5_000
+    config.batch = 32  # B: streams read in parallel, a seed, over all devices
+    config.length = 64  # T: tokens a stream and step; truncated BPTT, state carries over
+    config.accumulate = 1  # parts of the batch that run one after another; their gradients add up
+    config.fsdp = 1  # devices that share one copy of parameters and optimizer
+    config.mesh = ()  # devices along (seed, data, fsdp); (): seeds first, then the batch
+    config.matmul_precision = 'default'  # of f32 products: default, high, highest
+    config.log_every = 50
+    config.eval_every = 500  # on the validation text
+    config.save_every = 500
+    config.keep = 2  # checkpoints
+    return config
+
+
+def evaluation_config() -> ml_collections.ConfigDict:
+    """Return the section `eval`: segments and how many tokens are read."""
+    config = ml_collections.ConfigDict()
+    config.batch = 32
+    # Tokens of a segment; -1: train.length for a Transformer without memory, which has seen no
+    # other positions, and 256 for others
+    config.length = -1
+    config.memory = -1  # of a Transformer, tokens; -1 for that of training
+    config.stride = 0  # of a sliding window of `length`; 0 carries state instead
+    config.valid_tokens = 0  # of the validation text during training; 0 for all
+    config.final_tokens = 0  # of the validation and test text at the end; 0 for all
+    return config
+
+
+def dynamic_config() -> ml_collections.ConfigDict:
+    """Return the section `dynamic`: dynamic evaluation, with --mode=eval."""
+    config = ml_collections.ConfigDict()
+    config.tokens = 0  # of each text; 0 for none of it
+    config.length = 5  # tokens between two updates
+    config.learning_rate = 5e-5
+    config.decay = 2e-3  # back to the trained parameters
+    config.epsilon = 2e-5  # beside the root of the mean square of gradients
+    config.statistics = 200  # segments of the training text for the mean square of gradients
+    return config
+
+
+def sample_config() -> ml_collections.ConfigDict:
+    """Return the section `sample`: generated text, with --mode=sample."""
+    config = ml_collections.ConfigDict()
+    config.prompt = 'It is a truth universally acknowledged,'
+    config.texts = 1  # of each seed
+    config.tokens = 400
+    config.temperature = 0.8  # 0 for the likeliest token
+    config.top_p = 0.95  # of the distribution, the likeliest tokens
+    return config

@@ -18,13 +18,11 @@ smoke        a minute on a laptop, on Austen's bytes; config.data.source overrid
 Nothing here was measured by us: no machine of ours has trained it.
 """
 
-from typing import Any
-
 import ml_collections
 
 from configs import arguments, lm
 
-MOGRIFIER: dict[str, Any] = {
+MOGRIFIER: arguments.Settings = {
     'model.core': 'mogrifier',
     'model.rounds': 5,
     'model.rank': 61,
@@ -47,7 +45,7 @@ MOGRIFIER: dict[str, Any] = {
     'optim.clip_norm': 10.0,
     'loss.z_loss': 0.0,
 }
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, arguments.Settings] = {
     'mogrifier_48m': MOGRIFIER | {'model.hidden': 1800},
     'mogrifier_96m': MOGRIFIER,
     'transformer': {
@@ -99,18 +97,12 @@ def get_config(arg: str = 'mogrifier_96m') -> ml_collections.ConfigDict:
 
 def _shrink(config: ml_collections.ConfigDict) -> None:
     """Set the sizes of a run of a minute, whatever the model."""
-    config.data.source = 'austen'
+    config.update_from_flattened_dict(lm.SMOKE)
     config.model.layers = min(2, config.model.layers)
     config.model.embed = config.model.hidden = 64
     config.model.ffn = 128
     config.model.rank = 8
     config.model.memory = min(64, config.model.memory)
-    config.train.batch = 16
-    config.train.length = 32
-    config.train.steps = 60
-    config.train.log_every = config.train.save_every = config.train.eval_every = 20
     config.eval.memory = min(64, config.eval.memory)
-    config.eval.length = -1
     config.eval.batch = 64
     config.eval.valid_tokens = config.eval.final_tokens = 50_000
-    config.optim.warmup_steps = -1

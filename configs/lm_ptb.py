@@ -18,13 +18,11 @@ smoke      a minute on a laptop, on Austen's words.
 Nothing here was measured by us: the text needs a license.
 """
 
-from typing import Any
-
 import ml_collections
 
 from configs import arguments, lm
 
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, arguments.Settings] = {
     'awd': {
         'model.core': 'lstm',
         'model.hidden': 1000,
@@ -39,30 +37,23 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     'smoke': {},  # overrides the rest: SMOKE
 }
-SMOKE: dict[str, Any] = {
-    'data.source': 'austen',
+SMOKE: arguments.Settings = {
+    **lm.SMOKE,
     'data.level': 'word',
     'data.vocabulary': 2_000,
     'model.layers': 2,
     'model.embed': 64,
     'model.hidden': 64,
     'model.rank': 8,
-    'train.batch': 16,
-    'train.length': 32,
-    'train.steps': 60,
-    'train.log_every': 20,
-    'train.save_every': 20,
-    'train.eval_every': 20,
     'eval.batch': 32,
-    'eval.length': -1,
     'eval.valid_tokens': 20_000,
     'eval.final_tokens': 20_000,
-    'optim.warmup_steps': -1,
 }
 
 
 def get_config(arg: str = 'awd') -> ml_collections.ConfigDict:
     argument = arguments.parse('configs/lm_ptb.py', arg, PRESETS, lm.KEYS)
+    # The settings of both models.
     config = lm.get_config().unlock()
     config.data.source = 'ptb'
     config.data.level = 'token'
@@ -87,6 +78,8 @@ def get_config(arg: str = 'awd') -> ml_collections.ConfigDict:
     config.optim.weight_decay = 1e-4
     config.optim.warmup_steps = 500
     config.optim.clip_norm = 0.25
+
+    # Their own settings: those of `awd`, overridden by what the argument names.
     config.update_from_flattened_dict(PRESETS['awd'])
     config.update_from_flattened_dict(argument.merge(PRESETS))
     lm.set_values(config, argument)

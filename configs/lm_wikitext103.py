@@ -19,13 +19,11 @@ smoke        a minute on a laptop, on Austen's words: shows that everything runs
 Nothing here was measured by us: no machine of ours has trained it.
 """
 
-from typing import Any
-
 import ml_collections
 
 from configs import arguments, lm
 
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, arguments.Settings] = {
     'lstm': {
         'model.core': 'lstm',
         'model.embed': 512,
@@ -95,7 +93,7 @@ def get_config(arg: str = 'lstm') -> ml_collections.ConfigDict:
 
 def _shrink(config: ml_collections.ConfigDict) -> None:
     """Set the sizes of a run of a minute, whatever the model."""
-    config.data.source = 'austen'
+    config.update_from_flattened_dict(lm.SMOKE)
     config.data.level = 'word'
     config.data.vocabulary = 8_000
     config.model.cutoffs = (1_000, 4_000)
@@ -106,12 +104,6 @@ def _shrink(config: ml_collections.ConfigDict) -> None:
     config.model.ffn = 128
     config.model.memory = min(32, config.model.memory)
     config.model.context = 16
-    config.train.batch = 16
-    config.train.length = 32
-    config.train.steps = 60
-    config.train.log_every = config.train.save_every = config.train.eval_every = 20
     config.eval.memory = min(32, config.eval.memory)
-    config.eval.length = -1
     config.eval.batch = 32
     config.eval.valid_tokens = config.eval.final_tokens = 20_000
-    config.optim.warmup_steps = -1

@@ -22,8 +22,6 @@ babyai_goto    34 levels of BabyAI, EnvPool
 tiny           seconds, for tests
 """
 
-from typing import Any
-
 import ml_collections
 
 from configs import arguments
@@ -35,7 +33,7 @@ KEYS = {'env': 'env.name', 'fusion': 'model.fusion.name'}
 # keeps the policy random to the end, so the greedy policy is evaluated too. Values follow PopArt's
 # statistics: preserved values would have to be learned again whenever returns grow, and until then
 # would be too high in the states before a fall.
-CLASSIC_CONTROL: dict[str, Any] = {
+CLASSIC_CONTROL: arguments.Settings = {
     'model.features': 64,
     'model.core': 'none',
     'model.sites': (),
@@ -57,7 +55,7 @@ CLASSIC_CONTROL: dict[str, Any] = {
     'optim.warmup_steps': 100,
     'optim.clip_norm': 0.5,
 }
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, arguments.Settings] = {
     'default': {},
     'catch': {  # solved within a minute on two cores
         'env.name': 'catch',
@@ -141,72 +139,12 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     config.seeds = (0,)  # trained simultaneously, logged separately
     config.tracker = 'none'  # a name in mi.training.trackers.TRACKERS: none, wandb, trackio
 
-    config.env = env = ml_collections.ConfigDict()
-    env.name = 'xland'  # a name in mi.rl.envs.JAX or HOST; its suite follows a slash
-    # Arguments of the environment's maker, by name: --config.env.options="{'sticky': 0.25}"
-    env.options = ml_collections.ConfigDict()
-
-    config.model = model = ml_collections.ConfigDict()
-    model.torso = 'auto'  # auto, dense, conv, shallow, deep
-    model.features = 128  # F
-    model.core = 'lstm'  # a name in mi.cells.CELLS, transformer, or none
-    model.hidden = 128  # H
-    # Other fields of the core, by name: --config.model.core_options="{'layers': 3}"
-    model.core_options = ml_collections.ConfigDict()
-    model.instruction = False  # the agent reads the instruction
-    model.dtype = 'float32'  # of the products: float32, bfloat16
-
-    model.sites = ('core_input',)  # instruction, core_input, readout: any of them
-    model.source = 'task'  # the context: task, embedding, inferred, instruction
-    model.context = 32  # m, for all sources but task
-    model.fusion = fusion = ml_collections.ConfigDict()
-    fusion.name = 'mi'  # a name in mi.fusion.FUSIONS
-    fusion.rank = 32
-    fusion.hidden = 128
-
-    config.loss = loss = ml_collections.ConfigDict()
-    loss.discount = 0.9
-    loss.lambda_ = 0.95
-    loss.rho_clip = 1.0
-    loss.c_clip = 1.0
-    loss.entropy_cost = 0.01
-    loss.baseline_cost = 0.5
-    loss.reward_clip = 'none'  # none, unit, paper, code
-    loss.popart = 0.01  # step of the statistics, published with 3e-4 for longer runs; 0 for none
-    # The statistics forget σ = 1 with the first targets. With it, one goal of xland reached success
-    # 0.68 instead of 0.89 after 600,000 steps.
-    loss.popart_corrected = False
-    loss.popart_order = 'gradient_first'  # gradient_first, statistics_first
-    loss.popart_preserve = True  # keep the values when the statistics move
-
-    config.train = train = ml_collections.ConfigDict()
-    train.topology = 'fused'  # fused, threads, ray
-    train.steps = 6_000_000  # of the environments, a seed
-    train.batch = 128  # B: environments
-    train.length = 20  # T: steps of each per update
-    train.mesh = ()  # devices along (seed, data, fsdp); (): seeds first, then the batch
-    train.matmul_precision = 'default'  # of f32 products: default, high, highest
-    train.log_every = 40  # updates
-    train.eval_every = 200
-    train.save_every = 200
-    train.keep = 2  # checkpoints
-
-    config.actors = actors = ml_collections.ConfigDict()  # of the topologies threads and ray
-    actors.number = 1  # threads, or processes
-    actors.groups = 2  # of each: one simulates while the policy serves another
-    actors.batch = 64  # environments of a group; a trajectory in the queue has as many
-    actors.queue = 4  # trajectories
-    actors.max_lag = 20  # updates; trajectories of older parameters are dropped
-    actors.timeout = 120.0  # seconds without a trajectory or an evaluated step that end a run
-
-    config.eval = evaluation = ml_collections.ConfigDict()
-    evaluation.episodes = 16  # per task
-    evaluation.batch = 0  # rows on the host; 0 for one for each episode where rows are cheap
-    evaluation.steps = 30_000  # limit of an episode on the host; a longer one is cut and counts
-    evaluation.seconds = 3600.0  # limit of an evaluation on the host; unfinished episodes are cut
-    evaluation.greedy = False  # evaluate the greedy policy too
-    evaluation.held_out = ''  # tasks that are evaluated and never trained, as xland/test
-
+    config.env = env_config()
+    config.model = model_config()
+    config.loss = loss_config()
+    config.train = train_config()
+    config.actors = actors_config()
+    config.eval = evaluation_config()
     config.optim = optim.get_config()
     config.optim.learning_rate = 1e-3
     config.optim.schedule = 'constant'
@@ -216,3 +154,93 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     config.update_from_flattened_dict(argument.merge(PRESETS))
     config.update_from_flattened_dict(argument.values)
     return config.lock()
+
+
+def env_config() -> ml_collections.ConfigDict:
+    """Return the section `env`."""
+    config = ml_collections.ConfigDict()
+    config.name = 'xland'  # a name in mi.rl.envs.JAX or HOST; its suite follows a slash
+    # Arguments of the environment's maker, by name: --config.env.options="{'sticky': 0.25}"
+    config.options = ml_collections.ConfigDict()
+    return config
+
+
+def model_config() -> ml_collections.ConfigDict:
+    """Return the section `model`: torso, core, fusion sites, context and fusion."""
+    config = ml_collections.ConfigDict()
+    config.torso = 'auto'  # auto, dense, conv, shallow, deep
+    config.features = 128  # F
+    config.core = 'lstm'  # a name in mi.cells.CELLS, transformer, or none
+    config.hidden = 128  # H
+    # Other fields of the core, by name: --config.model.core_options="{'layers': 3}"
+    config.core_options = ml_collections.ConfigDict()
+    config.instruction = False  # the agent reads the instruction
+    config.dtype = 'float32'  # of the products: float32, bfloat16
+
+    config.sites = ('core_input',)  # instruction, core_input, readout: any of them
+    config.source = 'task'  # the context: task, embedding, inferred, instruction
+    config.context = 32  # m, for all sources but task
+    config.fusion = fusion = ml_collections.ConfigDict()
+    fusion.name = 'mi'  # a name in mi.fusion.FUSIONS
+    fusion.rank = 32
+    fusion.hidden = 128
+    return config
+
+
+def loss_config() -> ml_collections.ConfigDict:
+    """Return the section `loss`: V-trace, its costs, and PopArt."""
+    config = ml_collections.ConfigDict()
+    config.discount = 0.9
+    config.lambda_ = 0.95
+    config.rho_clip = 1.0
+    config.c_clip = 1.0
+    config.entropy_cost = 0.01
+    config.baseline_cost = 0.5
+    config.reward_clip = 'none'  # none, unit, paper, code
+    config.popart = 0.01  # step of the statistics, published with 3e-4 for longer runs; 0 for none
+    # The statistics forget σ = 1 with the first targets. With it, one goal of xland reached success
+    # 0.68 instead of 0.89 after 600,000 steps.
+    config.popart_corrected = False
+    config.popart_order = 'gradient_first'  # gradient_first, statistics_first
+    config.popart_preserve = True  # keep the values when the statistics move
+    return config
+
+
+def train_config() -> ml_collections.ConfigDict:
+    """Return the section `train`: steps, batch, devices and records."""
+    config = ml_collections.ConfigDict()
+    config.topology = 'fused'  # fused, threads, ray
+    config.steps = 6_000_000  # of the environments, a seed
+    config.batch = 128  # B: environments
+    config.length = 20  # T: steps of each per update
+    config.mesh = ()  # devices along (seed, data, fsdp); (): seeds first, then the batch
+    config.matmul_precision = 'default'  # of f32 products: default, high, highest
+    config.log_every = 40  # updates
+    config.eval_every = 200
+    config.save_every = 200
+    config.keep = 2  # checkpoints
+    return config
+
+
+def actors_config() -> ml_collections.ConfigDict:
+    """Return the section `actors`, of the topologies threads and ray."""
+    config = ml_collections.ConfigDict()
+    config.number = 1  # threads, or processes
+    config.groups = 2  # of each: one simulates while the policy serves another
+    config.batch = 64  # environments of a group; a trajectory in the queue has as many
+    config.queue = 4  # trajectories
+    config.max_lag = 20  # updates; trajectories of older parameters are dropped
+    config.timeout = 120.0  # seconds without a trajectory or an evaluated step that end a run
+    return config
+
+
+def evaluation_config() -> ml_collections.ConfigDict:
+    """Return the section `eval`."""
+    config = ml_collections.ConfigDict()
+    config.episodes = 16  # per task
+    config.batch = 0  # rows on the host; 0 for one for each episode where rows are cheap
+    config.steps = 30_000  # limit of an episode on the host; a longer one is cut and counts
+    config.seconds = 3600.0  # limit of an evaluation on the host; unfinished episodes are cut
+    config.greedy = False  # evaluate the greedy policy too
+    config.held_out = ''  # tasks that are evaluated and never trained, as xland/test
+    return config

@@ -16,13 +16,11 @@ smoke        a minute on a laptop, on Catch instead of the engine: shows that ev
 Nothing here was measured by us: no machine of ours has the engine. docs/tutorials/dmlab30.md.
 """
 
-from typing import Any
-
 import ml_collections
 
 from configs import arguments, rl
 
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, arguments.Settings] = {
     'default': {},
     'smoke': {
         'env.name': 'catch',
@@ -43,6 +41,7 @@ KEYS = {'fusion': 'model.fusion.name'}
 
 def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     argument = arguments.parse('configs/rl_dmlab30.py', arg, PRESETS, KEYS)
+    # IMPALA's deep agent on the thirty levels.
     config = rl.get_config().unlock()
     config.env.name = 'dmlab30'
     config.model.torso = 'deep'
@@ -55,6 +54,8 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     config.loss.reward_clip = 'paper'
     config.loss.popart = 3e-4
     config.loss.popart_corrected = True  # else σ = 1 stays for thousands of updates
+
+    # Actors in threads; a group needs a row for each level.
     config.train.topology = 'threads'
     config.train.steps = 2_500_000_000
     config.train.batch = 60
@@ -66,6 +67,8 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
     config.actors.batch = 30
     config.actors.timeout = 600.0  # maps are compiled at first
     config.eval.episodes = 10
+
+    # IMPALA's optimizer, then what the argument names.
     config.optim.name = 'rmsprop'
     config.optim.learning_rate = 2e-4
     config.optim.schedule = 'linear'
