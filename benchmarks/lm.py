@@ -42,10 +42,10 @@ from benchmarks import rounds
 from configs import lm as configs
 from mi import cells
 from mi.cells import Carry
+from mi.cells import lstm as lstm_cell
 from mi.fusion import FUSIONS, ONE_HOT
-from mi.kernels import lstm as lstm_kernel
 from mi.kernels.linear import linear
-from mi.kernels.lstm import lstm_reference
+from mi.kernels.lstm import LSTMWeights, lstm_reference
 from mi.lm import factory, train
 from mi.lm.data.batches import Batch
 from mi.training import host, sharding
@@ -202,16 +202,17 @@ def _torch_device() -> str:
 
 @jax.custom_vjp
 def products_alone(
-    carry: Carry, x: Array, W: Array, U: Array, b: Array, reset: None, keep: None
+    carry: Carry, x: Array, weights: LSTMWeights, reset: None, keep: None
 ) -> tuple[Carry, Array]:
     """Compute only the products of `mi.kernels.lstm.lstm`; the result has no meaning."""
-    return _products_forward(carry, x, W, U, b, reset, keep)[0]
+    return _products_forward(carry, x, weights, reset, keep)[0]
 
 
 def _products_forward(
-    carry: Carry, x: Array, W: Array, U: Array, b: Array, reset: None, keep: None
+    carry: Carry, x: Array, weights: LSTMWeights, reset: None, keep: None
 ) -> tuple[tuple[Carry, Array], tuple[Array, ...]]:
-    del b, reset, keep
+    del reset, keep
+    W, U, _ = weights
     (T, B, n), H = x.shape, U.shape[0]
     U_T = jax.lax.optimization_barrier(U.T)
     gates = jnp.einsum('ng,rn->gr', W, x.reshape(T * B, n))
@@ -221,7 +222,7 @@ def _products_forward(
 
 def _products_backward(
     residuals: tuple[Array, ...], cotangents: tuple[Carry, Array]
-) -> tuple[Any, ...]:
+) -> tuple[Carry, Array, LSTMWeights, None, None]:
     x, W, U, dgates = residuals
     (dc, _), dhs = cotangents
     (T, B, n), H = x.shape, U.shape[0]
@@ -234,16 +235,9 @@ def _products_backward(
     x_first, h_first = jax.lax.optimization_barrier((x.reshape(T * B, n).T, dgates[:H]))
     dW = jnp.einsum('nr,gr->ng', x_first, dgates)
     dU = jnp.einsum('hr,gr->hg', h_first, dgates)
+    db = jnp.tile(dh.mean(axis=1), 4)  # uses dh, or XLA drops it
     dx = jnp.einsum('ng,gr->nr', W, dgates).reshape(n, T, B).transpose(1, 2, 0)
-    return (
-        (dc, dh.T),
-        dx,
-        dW,
-        dU,
-        jnp.tile(dh.mean(axis=1), 4),
-        None,
-        None,
-    )  # uses dh, or XLA drops it
+    return (dc, dh.T), dx, LSTMWeights(dW, dU, db), None, None
 
 
 products_alone.defvjp(_products_forward, _products_backward)
@@ -336,8 +330,8 @@ def make_step(name: str, size: str, side: str) -> Callable[[], object]:
     replacements = {'plain': lstm_reference, 'products': products_alone}
     with contextlib.ExitStack() as stack:
         if side in replacements:
-            stack.callback(functools.partial(setattr, lstm_kernel, 'lstm', lstm_kernel.lstm))
-            lstm_kernel.lstm = replacements[side]
+            stack.callback(functools.partial(setattr, lstm_cell, 'lstm', lstm_cell.lstm))
+            lstm_cell.lstm = replacements[side]
         return mi_step(config, sizes[0])
 
 

@@ -16,11 +16,13 @@ T, B, N, H = 7, 3, 4, 5
 
 
 def inputs(seed=0):
-    """carry, x, W, U, b; and reset."""
+    """carry, x, weights; and reset."""
     keys = jax.random.split(jax.random.key(seed), 7)
     shapes = (B, H), (B, H), (T, B, N), (N, 4 * H), (H, 4 * H), (4 * H,)
     c, h, *rest = (jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=False))
-    return ((c, h), *rest), jax.random.bernoulli(keys[-1], 0.3, (T, B))
+    x, *weights = rest
+    reset = jax.random.bernoulli(keys[-1], 0.3, (T, B))
+    return ((c, h), x, lstm_kernel.LSTMWeights(*weights)), reset
 
 
 def assert_trees_close(a, b, **tolerance):
@@ -40,7 +42,7 @@ def test_own_backward_pass_is_automatic_differentiation(with_reset, over_seeds):
         return sum((w * o).sum() for w, o in zip(weights, outputs, strict=True))
 
     def gradients(function):
-        grad = jax.value_and_grad(lambda *a: weighted(function, *a), argnums=range(5))
+        grad = jax.value_and_grad(lambda *a: weighted(function, *a), argnums=range(3))
         if not over_seeds:
             return grad(*args)
         stacked = jax.tree.map(lambda *a: jnp.stack(a), inputs(0)[0], inputs(1)[0])
@@ -73,10 +75,10 @@ def test_lstm_is_flax_s():
 
 
 def test_reset_starts_afresh():
-    (carry, x, *weights), _ = inputs()
+    (carry, x, weights), _ = inputs()
     reset = jnp.zeros((T, B), bool).at[3].set(True)
-    last, h = lstm_kernel.lstm(carry, x, *weights, reset)
-    fresh_last, fresh = lstm_kernel.lstm(cells.initial_carry(B, H), x[3:], *weights)
+    last, h = lstm_kernel.lstm(carry, x, weights, reset)
+    fresh_last, fresh = lstm_kernel.lstm(cells.initial_carry(B, H), x[3:], weights)
     np.testing.assert_allclose(h[3:], fresh, rtol=1e-5, atol=1e-6)
     assert_trees_close(last, fresh_last, rtol=1e-5, atol=1e-6)
 
@@ -101,10 +103,10 @@ def test_a_state_that_is_dropped_is_not_read(word):
 
 
 def test_two_halves_with_the_carry_are_the_whole():
-    (carry, x, *weights), _ = inputs()
-    middle, first = lstm_kernel.lstm(carry, x[:4], *weights)
-    last, second = lstm_kernel.lstm(middle, x[4:], *weights)
-    whole_last, whole = lstm_kernel.lstm(carry, x, *weights)
+    (carry, x, weights), _ = inputs()
+    middle, first = lstm_kernel.lstm(carry, x[:4], weights)
+    last, second = lstm_kernel.lstm(middle, x[4:], weights)
+    whole_last, whole = lstm_kernel.lstm(carry, x, weights)
     np.testing.assert_allclose(jnp.concatenate([first, second]), whole, rtol=1e-5, atol=1e-6)
     assert_trees_close(last, whole_last, rtol=1e-5, atol=1e-6)
 

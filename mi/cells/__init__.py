@@ -30,7 +30,6 @@ A config file adds a cell, for both trainers: `CELLS['mine'] = MyCell`.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 from flax import linen as nn
 
@@ -53,14 +52,14 @@ CELLS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def get(name: str, **options: Any) -> Callable[..., nn.Module]:
-    """Return the constructor of CELLS[name], with those options that it has a field for.
+def get(cell_name: str, **options: object) -> Callable[..., nn.Module]:
+    """Return the constructor of CELLS[cell_name], with those options that it has a field for.
 
     Raises:
       ValueError: for an unknown name, with the nearest known one.
     """
-    if name not in CELLS:
-        raise ValueError(f'unknown cell {name!r}; {suggest(name, CELLS)}')
-    cell = CELLS[name]
-    known_options = {k: v for k, v in options.items() if has_parameter(cell, k)}
+    if cell_name not in CELLS:
+        raise ValueError(f'unknown cell {cell_name!r}; {suggest(cell_name, CELLS)}')
+    cell = CELLS[cell_name]
+    known_options = {option: options[option] for option in options if has_parameter(cell, option)}
     return functools.partial(cell, **known_options)

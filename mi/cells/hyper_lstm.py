@@ -67,25 +67,18 @@ class HyperLSTM(nn.Module):
         """Map (c, h, ĉ, ĥ) and x [T, B, n] to the last carry and h of every step [T, B, H]."""
         H, G, E = self.features, self.hyper_features, self.embedding
         check_shapes(carry, x, reset, keep, (H, H, G, G))
-        n = x.shape[-1]
+        input_size = x.shape[-1]
         zeros, ones, scale = initializers.zeros, initializers.ones, initializers.constant(0.1 / E)
-        bias = zeros if self.layer_norm else forget_bias
+        bias_init = zeros if self.layer_norm else forget_bias
 
         def param(name: str, init: Callable[..., Array], *shape: int) -> Array:
             return self.param(name, init, shape, self.param_dtype)
 
-        def norm(name: str, groups: int, size: int) -> Callable[[Array], Array]:
-            if not self.layer_norm:
-                return lambda a: a
-            gain = param(f'{name}_gain', ones, groups * size)
-            shift = param(f'{name}_shift', forget_bias if groups == 4 else zeros, groups * size)
-            return functools.partial(_normalize_groups, gain=gain, shift=shift, groups=groups)
-
         # The parameters.
         weights = (
-            param('W', orthogonal_gates, n, 4 * H),
+            param('W', orthogonal_gates, input_size, 4 * H),
             param('U', orthogonal_gates, H, 4 * H),
-            param('hyper_W', orthogonal_gates, n, 4 * G),
+            param('hyper_W', orthogonal_gates, input_size, 4 * G),
             param('hyper_U', orthogonal_gates, H, 4 * G),
             param('hyper_V', orthogonal_gates, G, 4 * G),
             param('Z_x', zeros, G, 4 * E),
@@ -97,33 +90,41 @@ class HyperLSTM(nn.Module):
         )
         promoted = nn.dtypes.promote_dtype(x, *weights, dtype=self.dtype)
         x, W, U, hyper_W, hyper_U, hyper_V, Z_x, Z_h, Z_b, D_x, D_h, D_b = promoted
-        b, hyper_b = param('b', bias, 4 * H), param('hyper_b', bias, 4 * G)
+        b, hyper_b = param('b', bias_init, 4 * H), param('hyper_b', bias_init, 4 * G)
         z_x, z_h = param('z_x', ones, 4 * E), param('z_h', ones, 4 * E)
-        gates, cell = norm('gates', 4, H), norm('c', 1, H)
-        hyper_gates, hyper_cell = norm('hyper_gates', 4, G), norm('hyper_c', 1, G)
+        normalize_gates, normalize_cell = self._make_norm('gates', 4, H), self._make_norm('c', 1, H)
+        normalize_hyper_gates = self._make_norm('hyper_gates', 4, G)
+        normalize_hyper_cell = self._make_norm('hyper_c', 1, G)
 
-        # The step.
-        def generate(z: Array, D: Array) -> Array:
-            """Return the scales [B, 4H] that embeddings z [B, 4E] of the gates generate."""
-            z = z.reshape(-1, 4, E).astype(D.dtype)
-            y = jnp.einsum('bge,geh->bgh', z, D, preferred_element_type=accumulation_dtype(D))
-            return y.reshape(-1, 4 * H)
-
-        def step(carry: HyperCarry, row: tuple[Array, Array]) -> tuple[HyperCarry, Array]:
-            (c, h, hyper_c, hyper_h), (Wx, hyper_Wx) = carry, row
-            a = hyper_Wx + multiply(h, hyper_U) + multiply(hyper_h, hyper_V)
-            hyper_c, hyper_h = update_carry(hyper_c, hyper_gates(a), cell=hyper_cell)
-            alpha_x = generate(multiply(hyper_h, Z_x) + broadcast_row(z_x, 2, x.dtype), D_x)
-            alpha_h = generate(multiply(hyper_h, Z_h) + broadcast_row(z_h, 2, x.dtype), D_h)
-            beta = generate(multiply(hyper_h, Z_b), D_b)
-            a = alpha_x * Wx + alpha_h * multiply(h, U) + beta + broadcast_row(b, 2, x.dtype)
-            c, h = update_carry(c, gates(a), cell=cell)
-            return (c, h, hyper_c, hyper_h), h
+        # The step: the small LSTM, the scales that it generates, and the large LSTM.
+        def step(carry: HyperCarry, inputs: tuple[Array, Array]) -> tuple[HyperCarry, Array]:
+            (cell, hidden, hyper_cell, hyper_hidden), (Wx, hyper_Wx) = carry, inputs
+            hyper_gates = hyper_Wx + multiply(hidden, hyper_U) + multiply(hyper_hidden, hyper_V)
+            hyper_cell, hyper_hidden = update_carry(
+                hyper_cell, normalize_hyper_gates(hyper_gates), normalize=normalize_hyper_cell
+            )
+            alpha_x = _generate(multiply(hyper_hidden, Z_x) + broadcast_row(z_x, 2, x.dtype), D_x)
+            alpha_h = _generate(multiply(hyper_hidden, Z_h) + broadcast_row(z_h, 2, x.dtype), D_h)
+            beta = _generate(multiply(hyper_hidden, Z_b), D_b)
+            Uh = multiply(hidden, U)
+            gates = alpha_x * Wx + alpha_h * Uh + beta + broadcast_row(b, 2, x.dtype)
+            cell, hidden = update_carry(cell, normalize_gates(gates), normalize=normalize_cell)
+            return (cell, hidden, hyper_cell, hyper_hidden), hidden
 
         # What depends on x alone, for all steps; then the loop.
-        rows = multiply(x, W), multiply(x, hyper_W) + broadcast_row(hyper_b, 3, x.dtype)
-        carry, h = scan_lstm(step, carry, rows, reset, keep, x.dtype)
-        return carry, h.astype(x.dtype)
+        inputs = multiply(x, W), multiply(x, hyper_W) + broadcast_row(hyper_b, 3, x.dtype)
+        carry, hiddens = scan_lstm(step, carry, inputs, reset, keep, x.dtype)
+        return carry, hiddens.astype(x.dtype)
+
+    def _make_norm(self, name: str, groups: int, size: int) -> Callable[[Array], Array]:
+        """Return the layer norm of gates or of c, each with its parameters; or the identity."""
+        if not self.layer_norm:
+            return lambda array: array
+        shape = (groups * size,)
+        shift_init = forget_bias if groups == 4 else initializers.zeros
+        gain = self.param(f'{name}_gain', initializers.ones, shape, self.param_dtype)
+        shift = self.param(f'{name}_shift', shift_init, shape, self.param_dtype)
+        return functools.partial(_normalize_groups, gain=gain, shift=shift, groups=groups)
 
     def initial(self, batch: int) -> HyperCarry:
         """Return the zero state of both LSTMs."""
@@ -131,6 +132,14 @@ class HyperLSTM(nn.Module):
         return *initial_carry(batch, self.features, dtype), *initial_carry(
             batch, self.hyper_features, dtype
         )
+
+
+def _generate(embeddings: Array, D: Array) -> Array:
+    """Return the scales [B, 4H] of the gates for their embeddings z [B, 4E], by D [4, E, H]."""
+    z = embeddings.reshape(-1, *D.shape[:2]).astype(D.dtype)
+    accumulator = accumulation_dtype(D)
+    scales = jnp.einsum('bge,geh->bgh', z, D, preferred_element_type=accumulator)
+    return scales.reshape(-1, D.shape[0] * D.shape[2])
 
 
 def _normalize_groups(array: Array, *, gain: Array, shift: Array, groups: int) -> Array:

@@ -10,8 +10,9 @@ from jax.typing import DTypeLike
 
 def orthogonal_gates(key: PRNGKey, shape: tuple[int, int], dtype: DTypeLike) -> Array:
     """Draw [n, 4H], an orthogonal matrix [n, H] for each gate."""
-    n, H = shape[0], shape[1] // 4
-    gates = jax.vmap(lambda k: orthogonal(k, (n, H), dtype))(jax.random.split(key, 4))
+    gate_shape = shape[0], shape[1] // 4
+    gate_keys = jax.random.split(key, 4)
+    gates = jax.vmap(lambda gate_key: orthogonal(gate_key, gate_shape, dtype))(gate_keys)
     return gates.swapaxes(0, 1).reshape(shape)
 
 
@@ -33,5 +34,5 @@ def orthogonal(key: PRNGKey, shape: tuple[int, int], dtype: DTypeLike) -> Array:
 def forget_bias(key: PRNGKey, shape: tuple[int], dtype: DTypeLike) -> Array:
     """Return the bias [4H] of i, f, o, j: 1 for f, 0 for the others."""
     del key
-    H = shape[0] // 4
-    return jnp.zeros(shape, dtype).at[H : 2 * H].set(1)
+    hidden_size = shape[0] // 4
+    return jnp.zeros(shape, dtype).at[hidden_size : 2 * hidden_size].set(1)

@@ -10,7 +10,7 @@ from mi.cells.initializers import forget_bias, orthogonal_gates
 from mi.cells.state import check_shapes, initial_carry
 from mi.kernels import cudnn
 from mi.kernels.linear import accumulation_dtype
-from mi.kernels.lstm import Carry, Impl, lstm, lstm_reference, widen
+from mi.kernels.lstm import Carry, Impl, LSTMWeights, lstm, lstm_reference, widen
 
 
 class LSTM(nn.Module):
@@ -45,24 +45,32 @@ class LSTM(nn.Module):
           ValueError: if the shapes of carry, x, reset and keep do not match, as in all cells, or if
             cuDNN does not support the dtype, reset or keep.
         """
-        H = self.features
-        check_shapes(carry, x, reset, keep, (H, H))
-        n = x.shape[-1]
-        W = self.param('W', initializers.lecun_normal(), (n, 4 * H), self.param_dtype)
-        U = self.param('U', orthogonal_gates, (H, 4 * H), self.param_dtype)
-        b = self.param('b', forget_bias, (4 * H,), self.param_dtype)
+        hidden_size = self.features
+        check_shapes(carry, x, reset, keep, (hidden_size, hidden_size))
+
+        # The weights, with the four gates side by side.
+        input_size, gates_size = x.shape[-1], 4 * hidden_size
+        lecun_normal = initializers.lecun_normal()
+        W = self.param('W', lecun_normal, (input_size, gates_size), self.param_dtype)
+        U = self.param('U', orthogonal_gates, (hidden_size, gates_size), self.param_dtype)
+        b = self.param('b', forget_bias, (gates_size,), self.param_dtype)
         x, W, U = nn.dtypes.promote_dtype(x, W, U, dtype=self.dtype)
+
+        # NVIDIA's kernel.
         if self.impl == 'cudnn':
             if x.dtype != jnp.float32 or reset is not None or keep is not None:
                 raise ValueError(
                     f"impl = 'cudnn': expected f32 without reset and keep (got {x.dtype}, reset "
                     f"{reset is not None}, keep {keep is not None}); use impl='xla'"
                 )
-            return cudnn.lstm(carry, x, (W, U, b))
+            return cudnn.lstm(carry, x, LSTMWeights(W, U, b))
+
+        # Ours, whose loop needs a step.
         carry, keep = widen((carry, keep), x.dtype)
-        run = lstm if len(x) else lstm_reference  # its loop may have no step
-        carry, h = run(carry, x, W, U, b.astype(accumulation_dtype(x)), reset, keep)
-        return carry, h.astype(x.dtype)
+        run_lstm = lstm if len(x) else lstm_reference
+        weights = LSTMWeights(W, U, b.astype(accumulation_dtype(x)))
+        carry, hiddens = run_lstm(carry, x, weights, reset, keep)
+        return carry, hiddens.astype(x.dtype)
 
     def initial(self, batch: int) -> Carry:
         """Return the zero state."""

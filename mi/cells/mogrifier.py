@@ -57,9 +57,8 @@ class MogrifierLSTM(nn.Module):
         Raises:
           ValueError: if rounds < 0 or rank < 1, or the shapes do not match.
         """
-        H = self.features
-        check_shapes(carry, x, reset, keep, (H, H))
-        n = x.shape[-1]
+        hidden_size, input_size = self.features, x.shape[-1]
+        check_shapes(carry, x, reset, keep, (hidden_size, hidden_size))
         if self.rounds < 0 or (self.rank is not None and self.rank < 1):
             raise ValueError(
                 f'rounds must be at least 0 and rank at least 1, or None for full matrices; '
@@ -67,45 +66,47 @@ class MogrifierLSTM(nn.Module):
             )
 
         # The parameters of the LSTM.
-        W = self.param('W', initializers.lecun_normal(), (n, 4 * H), self.param_dtype)
-        U = self.param('U', orthogonal_gates, (H, 4 * H), self.param_dtype)
-        b = self.param('b', forget_bias, (4 * H,), self.param_dtype)
+        gates_size, lecun_normal = 4 * hidden_size, initializers.lecun_normal()
+        W = self.param('W', lecun_normal, (input_size, gates_size), self.param_dtype)
+        U = self.param('U', orthogonal_gates, (hidden_size, gates_size), self.param_dtype)
+        b = self.param('b', forget_bias, (gates_size,), self.param_dtype)
         x, W, U = nn.dtypes.promote_dtype(x, W, U, dtype=self.dtype)
 
         # The factors and the bias of each round.
-        maps = []
-        for i in range(1, self.rounds + 1):
-            letter, size_in, size_out = ('Q', H, n) if i % 2 else ('R', n, H)
-            shapes = {f'{letter}_{i}': (size_in, size_out)}
-            if self.rank is not None:
-                shapes = {
-                    f'{letter}_{i}_left': (size_in, self.rank),
-                    f'{letter}_{i}_right': (self.rank, size_out),
-                }
-            lecun = initializers.lecun_normal()
-            factors = [self.param(k, lecun, s, self.param_dtype) for k, s in shapes.items()]
-            bias = self.param(
-                f'{letter.lower()}_{i}', initializers.zeros, (size_out,), self.param_dtype
-            )
-            maps.append(([factor.astype(x.dtype) for factor in factors], bias))
+        dtype = x.dtype
+        rounds = []
+        for round_index in range(1, self.rounds + 1):
+            shape = (hidden_size, input_size) if round_index % 2 else (input_size, hidden_size)
+            letter = 'Q' if round_index % 2 else 'R'
+            factors = self._make_factors(f'{letter}_{round_index}', *shape)
+            bias_name = f'{letter.lower()}_{round_index}'
+            bias = self.param(bias_name, initializers.zeros, shape[1:], self.param_dtype)
+            rounds.append(([factor.astype(dtype) for factor in factors], bias))
 
         # The loop.
-        dtype = x.dtype
-
         def step(carry: Carry, x_t: Array) -> tuple[Carry, Array]:
-            (c, h), x = carry, x_t.astype(accumulation_dtype(dtype))
-            for i, (factors, bias) in enumerate(maps, start=1):
-                gate = 2 * nn.sigmoid(
-                    functools.reduce(multiply, factors, h if i % 2 else x)
-                    + broadcast_row(bias, 2, dtype)
-                )
-                x, h = (gate * x, h) if i % 2 else (x, gate * h)
-            gates = multiply(x, W) + multiply(h, U) + broadcast_row(b, 2, dtype)
-            c, h = update_carry(c, gates, capped=self.capped)
-            return (c, h), h
+            (cell, hidden), x_t = carry, x_t.astype(accumulation_dtype(dtype))
+            for round_index, (factors, bias) in enumerate(rounds, start=1):
+                is_odd = round_index % 2 == 1
+                product = functools.reduce(multiply, factors, hidden if is_odd else x_t)
+                gate = 2 * nn.sigmoid(product + broadcast_row(bias, 2, dtype))
+                x_t, hidden = (gate * x_t, hidden) if is_odd else (x_t, gate * hidden)
+            gates = multiply(x_t, W) + multiply(hidden, U) + broadcast_row(b, 2, dtype)
+            cell, hidden = update_carry(cell, gates, capped=self.capped)
+            return (cell, hidden), hidden
 
-        carry, h = scan_lstm(step, carry, x, reset, keep, dtype)
-        return carry, h.astype(dtype)
+        carry, hiddens = scan_lstm(step, carry, x, reset, keep, dtype)
+        return carry, hiddens.astype(dtype)
+
+    def _make_factors(self, name: str, num_rows: int, num_columns: int) -> list[Array]:
+        """Return the parameters whose product is the matrix of a round: one, or two of a rank."""
+        lecun_normal = initializers.lecun_normal()
+        if self.rank is None:
+            return [self.param(name, lecun_normal, (num_rows, num_columns), self.param_dtype)]
+        return [
+            self.param(f'{name}_left', lecun_normal, (num_rows, self.rank), self.param_dtype),
+            self.param(f'{name}_right', lecun_normal, (self.rank, num_columns), self.param_dtype),
+        ]
 
     def initial(self, batch: int) -> Carry:
         """Return the zero state."""

@@ -40,25 +40,28 @@ class MultiplicativeLSTM(nn.Module):
         self, carry: Carry, x: Array, reset: Array | None = None, keep: Array | None = None
     ) -> tuple[Carry, Array]:
         """Map (c, h) and x [T, B, n] to the last (c, h) and h of every step [T, B, H]."""
-        H = self.features
-        check_shapes(carry, x, reset, keep, (H, H))
-        n = x.shape[-1]
-        W_m = self.param('W_m', initializers.lecun_normal(), (n, H), self.param_dtype)
-        U_m = self.param('U_m', orthogonal, (H, H), self.param_dtype)
-        W = self.param('W', initializers.lecun_normal(), (n, 4 * H), self.param_dtype)
-        U = self.param('U', orthogonal_gates, (H, 4 * H), self.param_dtype)
-        b = self.param('b', forget_bias, (4 * H,), self.param_dtype)
+        hidden_size, input_size = self.features, x.shape[-1]
+        check_shapes(carry, x, reset, keep, (hidden_size, hidden_size))
+
+        # The parameters.
+        gates_size, lecun_normal = 4 * hidden_size, initializers.lecun_normal()
+        W_m = self.param('W_m', lecun_normal, (input_size, hidden_size), self.param_dtype)
+        U_m = self.param('U_m', orthogonal, (hidden_size, hidden_size), self.param_dtype)
+        W = self.param('W', lecun_normal, (input_size, gates_size), self.param_dtype)
+        U = self.param('U', orthogonal_gates, (hidden_size, gates_size), self.param_dtype)
+        b = self.param('b', forget_bias, (gates_size,), self.param_dtype)
         x, W_m, U_m, W, U = nn.dtypes.promote_dtype(x, W_m, U_m, W, U, dtype=self.dtype)
 
-        def step(carry: Carry, row: tuple[Array, Array]) -> tuple[Carry, Array]:
-            (c, h), (Wx_m, Wx) = carry, row
-            m = Wx_m * multiply(h, U_m)
-            c, h = update_carry(c, Wx + multiply(m, U))
-            return (c, h), h
+        # The loop; the products of x are computed before it, for all steps.
+        def step(carry: Carry, inputs: tuple[Array, Array]) -> tuple[Carry, Array]:
+            (cell, hidden), (Wx_m, Wx) = carry, inputs
+            m_t = Wx_m * multiply(hidden, U_m)
+            cell, hidden = update_carry(cell, Wx + multiply(m_t, U))
+            return (cell, hidden), hidden
 
-        rows = multiply(x, W_m), multiply(x, W) + broadcast_row(b, 3, x.dtype)
-        carry, h = scan_lstm(step, carry, rows, reset, keep, x.dtype)
-        return carry, h.astype(x.dtype)
+        inputs = multiply(x, W_m), multiply(x, W) + broadcast_row(b, 3, x.dtype)
+        carry, hiddens = scan_lstm(step, carry, inputs, reset, keep, x.dtype)
+        return carry, hiddens.astype(x.dtype)
 
     def initial(self, batch: int) -> Carry:
         """Return the zero state."""
@@ -94,30 +97,33 @@ class MILSTM(nn.Module):
         self, carry: Carry, x: Array, reset: Array | None = None, keep: Array | None = None
     ) -> tuple[Carry, Array]:
         """Map (c, h) and x [T, B, n] to the last (c, h) and h of every step [T, B, H]."""
-        H = self.features
-        check_shapes(carry, x, reset, keep, (H, H))
-        n = x.shape[-1]
+        hidden_size, input_size = self.features, x.shape[-1]
+        check_shapes(carry, x, reset, keep, (hidden_size, hidden_size))
+
+        # The parameters.
+        gates_size, lecun_normal = 4 * hidden_size, initializers.lecun_normal()
         alpha_init, beta_init = map(initializers.constant, (self.alpha, self.beta))
-        W = self.param('W', initializers.lecun_normal(), (n, 4 * H), self.param_dtype)
-        U = self.param('U', orthogonal_gates, (H, 4 * H), self.param_dtype)
-        alpha = self.param('alpha', alpha_init, (4 * H,), self.param_dtype)
-        beta_1 = self.param('beta_1', beta_init, (4 * H,), self.param_dtype)
-        beta_2 = self.param('beta_2', beta_init, (4 * H,), self.param_dtype)
-        b = self.param('b', forget_bias, (4 * H,), self.param_dtype)
+        W = self.param('W', lecun_normal, (input_size, gates_size), self.param_dtype)
+        U = self.param('U', orthogonal_gates, (hidden_size, gates_size), self.param_dtype)
+        alpha = self.param('alpha', alpha_init, (gates_size,), self.param_dtype)
+        beta_1 = self.param('beta_1', beta_init, (gates_size,), self.param_dtype)
+        beta_2 = self.param('beta_2', beta_init, (gates_size,), self.param_dtype)
+        b = self.param('b', forget_bias, (gates_size,), self.param_dtype)
         x, W, U = nn.dtypes.promote_dtype(x, W, U, dtype=self.dtype)
 
-        def step(carry: Carry, row: tuple[Array, Array]) -> tuple[Carry, Array]:
-            (c, h), (scale, offset) = carry, row
-            c, h = update_carry(c, scale * multiply(h, U) + offset)
-            return (c, h), h
+        # In the loop, the pre-activations are affine in Uh: scale ⊙ Uh + offset.
+        def step(carry: Carry, inputs: tuple[Array, Array]) -> tuple[Carry, Array]:
+            (cell, hidden), (scale, offset) = carry, inputs
+            cell, hidden = update_carry(cell, scale * multiply(hidden, U) + offset)
+            return (cell, hidden), hidden
 
         Wx = multiply(x, W)
         alpha, beta_1, beta_2, b = (
-            broadcast_row(a, 3, x.dtype) for a in (alpha, beta_1, beta_2, b)
+            broadcast_row(vector, 3, x.dtype) for vector in (alpha, beta_1, beta_2, b)
         )
-        rows = alpha * Wx + beta_1, beta_2 * Wx + b
-        carry, h = scan_lstm(step, carry, rows, reset, keep, x.dtype)
-        return carry, h.astype(x.dtype)
+        inputs = alpha * Wx + beta_1, beta_2 * Wx + b
+        carry, hiddens = scan_lstm(step, carry, inputs, reset, keep, x.dtype)
+        return carry, hiddens.astype(x.dtype)
 
     def initial(self, batch: int) -> Carry:
         """Return the zero state."""

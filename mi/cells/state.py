@@ -34,13 +34,15 @@ def check_shapes(
     """
     if x.ndim != 3:
         raise ValueError(f'x must be [T, B, n]; got {x.shape}; one step is x[None]')
-    T, B, _ = x.shape
-    expected, shapes = [(B, H) for H in features], [a.shape for a in carry]
-    if shapes != expected:
+    batch_size = x.shape[1]
+    expected_shapes = [(batch_size, hidden_size) for hidden_size in features]
+    shapes = [array.shape for array in carry]
+    if shapes != expected_shapes:
         raise ValueError(
-            f'for x {x.shape} the carry must be {expected}; got {shapes}. Try cell.initial({B})'
+            f'for x {x.shape} the carry must be {expected_shapes}; got {shapes}. '
+            f'Try cell.initial({batch_size})'
         )
-    if reset is not None and reset.shape != (T, B):
-        raise ValueError(f'for x {x.shape} reset must be {(T, B)}; got {reset.shape}')
-    if keep is not None and keep.shape != expected[1]:
-        raise ValueError(f'for x {x.shape} keep must be {expected[1]}; got {keep.shape}')
+    if reset is not None and reset.shape != x.shape[:2]:
+        raise ValueError(f'for x {x.shape} reset must be {x.shape[:2]}; got {reset.shape}')
+    if keep is not None and keep.shape != expected_shapes[1]:
+        raise ValueError(f'for x {x.shape} keep must be {expected_shapes[1]}; got {keep.shape}')

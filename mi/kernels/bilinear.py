@@ -92,9 +92,9 @@ def choose_order(
 
     # One stream is shared: count operations.
     if x_axes != z_axes:
-        z_first = z_rows * m * n * k + num_rows * n * k
-        x_first = x_rows * m * n * k + num_rows * m * k
-        if x_first < z_first:
+        z_first_cost = z_rows * m * n * k + num_rows * n * k
+        x_first_cost = x_rows * m * n * k + num_rows * m * k
+        if x_first_cost < z_first_cost:
             return 'x_first'
         return 'z_first' if 4 * z_rows * n * k <= max_bytes else 'z_first_chunks'
 
@@ -165,8 +165,8 @@ def bilinear(
 
     # Evaluate by it: ids first, then dense contexts.
     if order == 'one_hot':
-        one_hot = jax.nn.one_hot(jnp.clip(z, 0, len(W) - 1), len(W), dtype=x.dtype)
-        return bilinear(x, one_hot, W, precision=precision)
+        dense_context = jax.nn.one_hot(jnp.clip(z, 0, len(W) - 1), len(W), dtype=x.dtype)
+        return bilinear(x, dense_context, W, precision=precision)
     if order == 'rows':
         return _multiply_selected_rows(x, z, W, precision)
     if order == 'groups':
@@ -183,12 +183,12 @@ def _check_operands(x: Array, z: Array, W: Array, order: Order | None) -> None:
             f'W must be [m, n, k] with z [..., m] and x [..., n]; '
             f'got W {W.shape}, z {z.shape}, x {x.shape}'
         )
-    known = ID_ORDERS if has_ids else DENSE_ORDERS
-    if order is not None and order not in known:
-        kind = 'integer ids' if has_ids else 'a dense context'
+    known_orders = ID_ORDERS if has_ids else DENSE_ORDERS
+    if order is not None and order not in known_orders:
+        context_kind = 'integer ids' if has_ids else 'a dense context'
         raise ValueError(
-            f'order = {order!r}: expected an order for {kind} (z is {z.dtype}). '
-            f'Try {", ".join(known)}'
+            f'order = {order!r}: expected an order for {context_kind} (z is {z.dtype}). '
+            f'Try {", ".join(known_orders)}'
         )
 
 
@@ -197,7 +197,7 @@ class _Operands(NamedTuple):
 
     Attributes:
       x, z, W: [X…, n], [Z…, m] and [m, n, k].
-      X, Z, Y: one letter for each leading axis of x, of z and of the output.
+      x_labels, z_labels, output_labels: one letter for each leading axis of x, z and the output.
       x_axes, z_axes: the leading axes with those of length 1, equally many.
       precision: as in `jax.lax.dot_general`.
     """
@@ -205,9 +205,9 @@ class _Operands(NamedTuple):
     x: Array
     z: Array
     W: Array
-    X: str
-    Z: str
-    Y: str
+    x_labels: str
+    z_labels: str
+    output_labels: str
     x_axes: tuple[int, ...]
     z_axes: tuple[int, ...]
     precision: Precision
@@ -216,74 +216,80 @@ class _Operands(NamedTuple):
     def dtype(self) -> jnp.dtype:
         return jnp.result_type(self.x, self.z, self.W)
 
+    def label(self, equation: str) -> str:
+        """Replace X, Z and Y by the letters of the leading axes of x, z and the output."""
+        labels = {'X': self.x_labels, 'Z': self.z_labels, 'Y': self.output_labels}
+        return ''.join(labels.get(letter, letter) for letter in equation)
+
 
 def _multiply_dense(x: Array, z: Array, W: Array, order: Order, precision: Precision) -> Array:
     x_axes, z_axes = _align_leading_axes(x.shape, z.shape)
-    out_axes = np.broadcast_shapes(x_axes, z_axes)  # lengths 0 and 1 broadcast to 0
+    output_axes = np.broadcast_shapes(x_axes, z_axes)  # lengths 0 and 1 broadcast to 0
     is_tpu = target_platform() == 'tpu'
     if is_tpu and x_axes == z_axes:  # XLA:TPU is slow if rows have more than one axis
         x_axes = z_axes = (math.prod(x_axes),)
         x, z = x.reshape(*x_axes, x.shape[-1]), z.reshape(*z_axes, z.shape[-1])
-    X, Z, Y = _label_axes(x_axes, z_axes)
+    labels = _label_axes(x_axes, z_axes)
     x, z = _squeeze_leading(x, 1), _squeeze_leading(z, 1)
-    operands = _Operands(x, z, W, X, Z, Y, x_axes, z_axes, precision)
+    operands = _Operands(x, z, W, *labels, x_axes, z_axes, precision)
     evaluators = _TPU_EVALUATORS if is_tpu else _EVALUATORS
-    return evaluators[order](operands).reshape(*out_axes, W.shape[2])
+    return evaluators[order](operands).reshape(*output_axes, W.shape[2])
 
 
 def _evaluate_outer(operands: _Operands) -> Array:
-    x, z, W, X, Z, Y, *_ = operands
-    m, n, k = W.shape
-    zx = jnp.einsum(f'{Z}m,{X}n->{Y}mn', z, x)
-    zx = zx.reshape(*zx.shape[:-2], m * n)
-    y = linear(zx, W.reshape(m * n, k), precision=operands.precision)
-    return y.astype(operands.dtype)
+    m, n, k = operands.W.shape
+    products = jnp.einsum(operands.label('Zm,Xn->Ymn'), operands.z, operands.x)
+    products = products.reshape(*products.shape[:-2], m * n)
+    output = linear(products, operands.W.reshape(m * n, k), precision=operands.precision)
+    return output.astype(operands.dtype)
 
 
 def _evaluate_outer_chunks(operands: _Operands) -> Array:
-    x, z, W, X, Z, Y, *_ = operands
-    m, n, k = W.shape
-    size = _find_divisor(m, limit=max(1, 2 * NARROW_FEATURES // max(1, n)))
+    m, n, k = operands.W.shape
+    chunk_size = _find_divisor(m, limit=max(1, 2 * NARROW_FEATURES // max(1, n)))
 
     def multiply_chunk(z: Array, W: Array) -> Array:
-        zx = jnp.einsum(f'{Z}m,{X}n->{Y}mn', z, x)
-        zx = zx.reshape(*zx.shape[:-2], size * n)
-        out_dtype = accumulation_dtype(operands.dtype)
-        return linear(zx, W.reshape(size * n, k), out_dtype=out_dtype, precision=operands.precision)
+        products = jnp.einsum(operands.label('Zm,Xn->Ymn'), z, operands.x)
+        return linear(
+            products.reshape(*products.shape[:-2], chunk_size * n),
+            W.reshape(chunk_size * n, k),
+            out_dtype=accumulation_dtype(operands.dtype),
+            precision=operands.precision,
+        )
 
-    z_chunks = jnp.moveaxis(z.reshape(*z.shape[:-1], m // size, size), -2, 0)
-    return _sum_chunks(operands, multiply_chunk, z_chunks, W.reshape(m // size, size, n, k))
+    z_chunks = _split_axis(operands.z, -1, chunk_size)
+    W_chunks = _split_axis(operands.W, 0, chunk_size)
+    return _sum_chunks(operands, multiply_chunk, z_chunks, W_chunks)
 
 
 def _evaluate_x_first(operands: _Operands) -> Array:
-    x, z, W, X, Z, Y, *_ = operands
-    m, n, k = W.shape
-    xW = linear(x, W.swapaxes(0, 1).reshape(n, m * k), precision=operands.precision)
-    xW = xW.astype(operands.dtype).reshape(*x.shape[:-1], m, k)
-    return _einsum(operands, f'{Z}m,{X}mk->{Y}k', z, xW)
+    m, n, k = operands.W.shape
+    W = operands.W.swapaxes(0, 1).reshape(n, m * k)
+    xW = linear(operands.x, W, precision=operands.precision).astype(operands.dtype)
+    xW = xW.reshape(*xW.shape[:-1], m, k)
+    return _einsum(operands, 'Zm,Xmk->Yk', operands.z, xW)
 
 
 def _evaluate_z_first(operands: _Operands) -> Array:
-    x, z, W, X, Z, Y, *_ = operands
-    m, n, k = W.shape
-    zW = linear(z, W.reshape(m, n * k), precision=operands.precision)
-    zW = zW.astype(operands.dtype).reshape(*z.shape[:-1], n, k)
-    return _einsum(operands, f'{X}n,{Z}nk->{Y}k', x, zW)
+    m, n, k = operands.W.shape
+    W = operands.W.reshape(m, n * k)
+    zW = linear(operands.z, W, precision=operands.precision).astype(operands.dtype)
+    zW = zW.reshape(*zW.shape[:-1], n, k)
+    return _einsum(operands, 'Xn,Znk->Yk', operands.x, zW)
 
 
 def _evaluate_z_first_chunks(operands: _Operands) -> Array:
-    x, z, W, X, Z, Y, _, z_axes, _ = operands
-    m, n, k = W.shape
-    column_bytes = 4 * max(1, math.prod(z_axes) * k)
-    size = _find_divisor(n, limit=max(1, _CHUNK_BYTES // column_bytes))
+    _, n, k = operands.W.shape
+    column_bytes = 4 * max(1, math.prod(operands.z_axes) * k)
+    chunk_size = _find_divisor(n, limit=max(1, _CHUNK_BYTES // column_bytes))
 
     def multiply_chunk(x: Array, W: Array) -> Array:
-        zW = _einsum(operands, f'{Z}m,mnk->{Z}nk', z, W)
+        zW = _einsum(operands, 'Zm,mnk->Znk', operands.z, W)
         out_dtype = accumulation_dtype(operands.dtype)
-        return _einsum(operands, f'{X}n,{Z}nk->{Y}k', x, zW, out_dtype)
+        return _einsum(operands, 'Xn,Znk->Yk', x, zW, out_dtype)
 
-    x_chunks = jnp.moveaxis(x.reshape(*x.shape[:-1], n // size, size), -2, 0)
-    W_chunks = jnp.moveaxis(W.reshape(m, n // size, size, k), 1, 0)
+    x_chunks = _split_axis(operands.x, -1, chunk_size)
+    W_chunks = _split_axis(operands.W, 1, chunk_size)
     return _sum_chunks(operands, multiply_chunk, x_chunks, W_chunks)
 
 
@@ -294,28 +300,25 @@ def _evaluate_outer_on_tpu(operands: _Operands) -> Array:
     over its output, unless a reshape of the last two axes lies between them. An einsum for z ⊗ x
     would turn these sums into products.
     """
-    _, _, _, _, _, Y, x_axes, z_axes, _ = operands
     accumulator = accumulation_dtype(operands.dtype)
 
     def multiply(x: Array, z: Array, W: Array) -> Array:
-        x, z = x.astype(accumulator), z.astype(accumulator)
-        zx = z.reshape(*z_axes, z.shape[-1], 1) * x.reshape(*x_axes, 1, x.shape[-1])
-        zx = _squeeze_leading(zx, 2).astype(operands.dtype)
-        return _einsum(operands, f'{Y}mn,mnk->{Y}k', zx, W)
+        z_column = z.astype(accumulator).reshape(*operands.z_axes, z.shape[-1], 1)
+        x_row = x.astype(accumulator).reshape(*operands.x_axes, 1, x.shape[-1])
+        products = _squeeze_leading(z_column * x_row, 2).astype(operands.dtype)
+        return _einsum(operands, 'Ymn,mnk->Yk', products, W)
 
     return jax.checkpoint(multiply, prevent_cse=False)(operands.x, operands.z, operands.W)
 
 
 def _evaluate_x_first_on_tpu(operands: _Operands) -> Array:
-    x, z, W, X, Z, Y, *_ = operands
-    xW = _einsum(operands, f'{X}n,mnk->{X}mk', x, W)
-    return _einsum(operands, f'{Z}m,{X}mk->{Y}k', z, xW)
+    xW = _einsum(operands, 'Xn,mnk->Xmk', operands.x, operands.W)
+    return _einsum(operands, 'Zm,Xmk->Yk', operands.z, xW)
 
 
 def _evaluate_z_first_on_tpu(operands: _Operands) -> Array:
-    x, z, W, X, Z, Y, *_ = operands
-    zW = _einsum(operands, f'{Z}m,mnk->{Z}nk', z, W)
-    return _einsum(operands, f'{X}n,{Z}nk->{Y}k', x, zW)
+    zW = _einsum(operands, 'Zm,mnk->Znk', operands.z, operands.W)
+    return _einsum(operands, 'Xn,Znk->Yk', operands.x, zW)
 
 
 _EVALUATORS: dict[Order, Callable[[_Operands], Array]] = {
@@ -333,12 +336,17 @@ _TPU_EVALUATORS: dict[Order, Callable[[_Operands], Array]] = _EVALUATORS | {
 
 
 def _einsum(
-    operands: _Operands, equation: str, a: Array, b: Array, out_dtype: DTypeLike | None = None
+    operands: _Operands,
+    equation: str,
+    left: Array,
+    right: Array,
+    out_dtype: DTypeLike | None = None,
 ) -> Array:
+    """Compute an einsum of two arrays, accumulated in f32 at least; X, Z, Y as in `label`."""
     return accumulate(
-        functools.partial(jnp.einsum, equation),
-        a,
-        b,
+        functools.partial(jnp.einsum, operands.label(equation)),
+        left,
+        right,
         precision=operands.precision,
         out_dtype=out_dtype or operands.dtype,
     )
@@ -350,43 +358,51 @@ def _sum_chunks(operands: _Operands, multiply_chunk: Callable[..., Array], *chun
     The backward pass computes each chunk again.
     """
 
-    def add_chunk(y: Array, chunk: tuple[Array, ...]) -> tuple[Array, None]:
-        return y + multiply_chunk(*chunk), None
+    def add_chunk(total: Array, chunk: tuple[Array, ...]) -> tuple[Array, None]:
+        return total + multiply_chunk(*chunk), None
 
-    out_axes = np.broadcast_shapes(operands.x_axes, operands.z_axes)
-    shape = *(size for size in out_axes if size != 1), operands.W.shape[2]
+    output_axes = np.broadcast_shapes(operands.x_axes, operands.z_axes)
+    shape = *(length for length in output_axes if length != 1), operands.W.shape[2]
     zeros = jnp.zeros(shape, accumulation_dtype(operands.dtype))
-    y, _ = jax.lax.scan(jax.checkpoint(add_chunk, prevent_cse=False), zeros, chunks)
-    return y.astype(operands.dtype)
+    total, _ = jax.lax.scan(jax.checkpoint(add_chunk, prevent_cse=False), zeros, chunks)
+    return total.astype(operands.dtype)
+
+
+def _split_axis(array: Array, axis: int, chunk_size: int) -> Array:
+    """Return the chunks of this size along an axis, stacked along a new first axis."""
+    axis %= array.ndim
+    before, length, after = array.shape[:axis], array.shape[axis], array.shape[axis + 1 :]
+    chunks = array.reshape(*before, length // chunk_size, chunk_size, *after)
+    return jnp.moveaxis(chunks, axis, 0)
 
 
 def _find_divisor(size: int, limit: int) -> int:
     """Return the largest divisor of `size` up to `limit`, and 1 for a size of 0."""
     candidates = range(min(size, limit), 0, -1)
-    return next((part for part in candidates if size % part == 0), 1)
+    return next((divisor for divisor in candidates if size % divisor == 0), 1)
 
 
 def _multiply_selected_rows(x: Array, ids: Array, W: Array, precision: Precision) -> Array:
     """Compute W[ids] x with a copy of W[i] per id: x [..., n], ids [...] → [..., k]."""
     x_axes, id_axes = _align_leading_axes(x.shape, (*ids.shape, 1))
-    X, Z, Y = _label_axes(x_axes, id_axes)
+    x_labels, id_labels, output_labels = _label_axes(x_axes, id_axes)
     ids = jnp.clip(ids, 0, W.shape[0] - 1).reshape(id_axes)
-    rows = _squeeze_leading(W.astype(jnp.result_type(x, W))[ids], 2)
-    product = functools.partial(jnp.einsum, f'{X}n,{Z}nk->{Y}k')
-    y = accumulate(product, _squeeze_leading(x, 1), rows, precision=precision)
-    return y.reshape(*np.broadcast_shapes(x_axes, id_axes), W.shape[2])
+    selected = _squeeze_leading(W.astype(jnp.result_type(x, W))[ids], 2)
+    product = functools.partial(jnp.einsum, f'{x_labels}n,{id_labels}nk->{output_labels}k')
+    output = accumulate(product, _squeeze_leading(x, 1), selected, precision=precision)
+    return output.reshape(*np.broadcast_shapes(x_axes, id_axes), W.shape[2])
 
 
 def _multiply_groups(x: Array, ids: Array, W: Array, precision: Precision) -> Array:
     """Compute W[ids] x by groups of rows with the same id: x [..., n], ids [...] → [..., k]."""
     x_axes, id_axes = _align_leading_axes(x.shape, (*ids.shape, 1))
-    out_axes = np.broadcast_shapes(x_axes, id_axes)
+    output_axes = np.broadcast_shapes(x_axes, id_axes)
     n, dtype = x.shape[-1], jnp.result_type(x, W)
     ids = jnp.clip(ids, 0, W.shape[0] - 1)
-    x = jnp.broadcast_to(x.reshape(*x_axes, n), (*out_axes, n))
-    ids = jnp.broadcast_to(ids.reshape(id_axes), out_axes).reshape(-1)
-    y = multiply_by_id(x.reshape(-1, n).astype(dtype), ids, W.astype(dtype), precision)
-    return y.reshape(*out_axes, W.shape[2])
+    x = jnp.broadcast_to(x.reshape(*x_axes, n), (*output_axes, n))
+    ids = jnp.broadcast_to(ids.reshape(id_axes), output_axes).reshape(-1)
+    output = multiply_by_id(x.reshape(-1, n).astype(dtype), ids, W.astype(dtype), precision)
+    return output.reshape(*output_axes, W.shape[2])
 
 
 def _label_axes(x_axes: Sequence[int], z_axes: Sequence[int]) -> tuple[str, str, str]:
@@ -395,15 +411,19 @@ def _label_axes(x_axes: Sequence[int], z_axes: Sequence[int]) -> tuple[str, str,
     Without the axes of length 1, each einsum of two operands is one dot_general.
     """
     letters = string.ascii_uppercase[: len(x_axes)]
-    X = ''.join(c for c, size in zip(letters, x_axes, strict=True) if size != 1)
-    Z = ''.join(c for c, size in zip(letters, z_axes, strict=True) if size != 1)
-    return X, Z, ''.join(c for c in letters if c in X or c in Z)
+
+    def select_letters(axes: Sequence[int]) -> str:
+        pairs = zip(letters, axes, strict=True)
+        return ''.join(letter for letter, length in pairs if length != 1)
+
+    x_labels, z_labels = select_letters(x_axes), select_letters(z_axes)
+    return x_labels, z_labels, ''.join(sorted({*x_labels, *z_labels}))
 
 
-def _squeeze_leading(a: Array, num_trailing: int) -> Array:
-    """Return a without axes of length 1 among all but the last `num_trailing` axes."""
-    leading, trailing = a.shape[:-num_trailing], a.shape[-num_trailing:]
-    return a.reshape(*(size for size in leading if size != 1), *trailing)
+def _squeeze_leading(array: Array, num_trailing: int) -> Array:
+    """Return an array without axes of length 1 among all but the last `num_trailing` axes."""
+    leading, trailing = array.shape[:-num_trailing], array.shape[-num_trailing:]
+    return array.reshape(*(length for length in leading if length != 1), *trailing)
 
 
 def _align_leading_axes(
@@ -414,7 +434,8 @@ def _align_leading_axes(
     ndim = max(len(x_axes), len(z_axes))
     x_axes = (1,) * (ndim - len(x_axes)) + x_axes
     z_axes = (1,) * (ndim - len(z_axes)) + z_axes
-    if any(i != j and 1 not in (i, j) for i, j in zip(x_axes, z_axes, strict=True)):
+    pairs = zip(x_axes, z_axes, strict=True)
+    if any(x_axis != z_axis and 1 not in (x_axis, z_axis) for x_axis, z_axis in pairs):
         raise ValueError(
             f'the leading axes of x {tuple(x_shape)} and z {tuple(z_shape)} do not broadcast'
         )

@@ -17,9 +17,10 @@ BLOCK_ROWS = 32  # rows with the same id that are multiplied together
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def multiply_by_id(x: Array, ids: Array, W: Array, precision: Precision) -> Array:
     """Compute W[ids] x for rows x [B, n], sorted by id; reverse mode only."""
-    order, sizes, starts = _sort_by_id(ids, W.shape[0])
-    y = _multiply_sorted(_pad_block(x[order]), sizes, starts, W, precision)
-    return y[jnp.argsort(order)]
+    permutation, group_sizes, group_starts = _sort_by_id(ids, W.shape[0])
+    sorted_x = _pad_block(x[permutation])
+    outputs = _multiply_sorted(sorted_x, group_sizes, group_starts, W, precision)
+    return outputs[jnp.argsort(permutation)]
 
 
 def _multiply_by_id_forward(
@@ -29,38 +30,41 @@ def _multiply_by_id_forward(
 
 
 def _multiply_by_id_backward(
-    precision: Precision, residuals: tuple[Array, Array, Array], dy: Array
+    precision: Precision, residuals: tuple[Array, Array, Array], cotangent: Array
 ) -> tuple[Array, None, Array]:
     # Sort both streams; the gradient of x is a product of the same kind.
     x, ids, W = residuals
-    order, sizes, starts = _sort_by_id(ids, W.shape[0])
-    sorted_x, sorted_dy = _pad_block(x[order]), _pad_block(dy[order])
-    dx = _multiply_sorted(sorted_dy, sizes, starts, W.swapaxes(1, 2), precision)
+    permutation, group_sizes, group_starts = _sort_by_id(ids, W.shape[0])
+    sorted_x, sorted_cotangent = _pad_block(x[permutation]), _pad_block(cotangent[permutation])
+    x_cotangent = _multiply_sorted(
+        sorted_cotangent, group_sizes, group_starts, W.swapaxes(1, 2), precision
+    )
 
     # The gradient of W, one group after another.
-    accumulator = accumulation_dtype(x, dy)
+    accumulator = accumulation_dtype(x, cotangent)
 
     def compute_group_grad(_: None, group: tuple[Array, Array]) -> tuple[None, Array]:
-        size, start = group
+        group_size, group_start = group
 
-        def add_block(i: Array, dW: Array) -> Array:
-            offset = start + i * BLOCK_ROWS
-            is_in_group = jnp.arange(BLOCK_ROWS)[:, None] < size - i * BLOCK_ROWS
+        def add_block(block_index: Array, group_grad: Array) -> Array:
+            offset = group_start + block_index * BLOCK_ROWS
+            num_left = group_size - block_index * BLOCK_ROWS
+            is_in_group = jnp.arange(BLOCK_ROWS)[:, None] < num_left
             x_block = jax.lax.dynamic_slice_in_dim(sorted_x, offset, BLOCK_ROWS)
-            dy_block = jax.lax.dynamic_slice_in_dim(sorted_dy, offset, BLOCK_ROWS)
-            return dW + jnp.matmul(
+            cotangent_block = jax.lax.dynamic_slice_in_dim(sorted_cotangent, offset, BLOCK_ROWS)
+            return group_grad + jnp.matmul(
                 jnp.where(is_in_group, x_block, 0).T,
-                dy_block,
+                cotangent_block,
                 precision=precision,
                 preferred_element_type=accumulator,
             )
 
         zeros = jnp.zeros(W.shape[1:], accumulator)
-        num_blocks = -(-size // BLOCK_ROWS)
+        num_blocks = -(-group_size // BLOCK_ROWS)
         return None, jax.lax.fori_loop(0, num_blocks, add_block, zeros).astype(W.dtype)
 
-    _, dW = jax.lax.scan(compute_group_grad, None, (sizes, starts))
-    return dx[jnp.argsort(order)], None, dW
+    _, W_cotangent = jax.lax.scan(compute_group_grad, None, (group_sizes, group_starts))
+    return x_cotangent[jnp.argsort(permutation)], None, W_cotangent
 
 
 multiply_by_id.defvjp(_multiply_by_id_forward, _multiply_by_id_backward)
@@ -68,8 +72,8 @@ multiply_by_id.defvjp(_multiply_by_id_forward, _multiply_by_id_backward)
 
 def _sort_by_id(ids: Array, num_ids: int) -> tuple[Array, Array, Array]:
     """Return the permutation that sorts the ids, and the size and start of each id's group."""
-    sizes = jnp.bincount(ids, length=num_ids)
-    return jnp.argsort(ids), sizes, jnp.cumsum(sizes) - sizes
+    group_sizes = jnp.bincount(ids, length=num_ids)
+    return jnp.argsort(ids), group_sizes, jnp.cumsum(group_sizes) - group_sizes
 
 
 def _pad_block(rows: Array) -> Array:
@@ -77,24 +81,25 @@ def _pad_block(rows: Array) -> Array:
 
 
 def _multiply_sorted(
-    x: Array, sizes: Array, starts: Array, W: Array, precision: Precision
+    x: Array, group_sizes: Array, group_starts: Array, W: Array, precision: Precision
 ) -> Array:
     """Multiply rows that are sorted by id and padded by a block, [B + BLOCK_ROWS, n] → [B, k].
 
     The last block of a group runs over the group's end; the next groups overwrite those rows.
     """
 
-    def multiply_group(y: Array, group: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        W_i, size, start = group
+    def multiply_group(outputs: Array, group: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        group_W, group_size, group_start = group
 
-        def multiply_block(i: Array, y: Array) -> Array:
-            offset = start + i * BLOCK_ROWS
-            rows = jax.lax.dynamic_slice_in_dim(x, offset, BLOCK_ROWS)
-            block = accumulate(jnp.matmul, rows, W_i, precision=precision)
-            return jax.lax.dynamic_update_slice_in_dim(y, block, offset, 0)
+        def multiply_block(block_index: Array, outputs: Array) -> Array:
+            offset = group_start + block_index * BLOCK_ROWS
+            x_block = jax.lax.dynamic_slice_in_dim(x, offset, BLOCK_ROWS)
+            output_block = accumulate(jnp.matmul, x_block, group_W, precision=precision)
+            return jax.lax.dynamic_update_slice_in_dim(outputs, output_block, offset, 0)
 
-        return jax.lax.fori_loop(0, -(-size // BLOCK_ROWS), multiply_block, y), None
+        num_blocks = -(-group_size // BLOCK_ROWS)
+        return jax.lax.fori_loop(0, num_blocks, multiply_block, outputs), None
 
     zeros = jnp.zeros((x.shape[0], W.shape[2]), jnp.result_type(x, W))
-    y, _ = jax.lax.scan(multiply_group, zeros, (W, sizes, starts))
-    return y[:-BLOCK_ROWS]
+    outputs, _ = jax.lax.scan(multiply_group, zeros, (W, group_sizes, group_starts))
+    return outputs[:-BLOCK_ROWS]

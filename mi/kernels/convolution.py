@@ -10,6 +10,7 @@ both.
 
 import functools
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,11 +21,11 @@ AXES = ('NHWC', 'HWIO', 'NHWC')
 MIN_PRODUCT_CHANNELS = 32  # from here on, products are faster in the forward pass too
 
 
-def convolve(  # noqa: PLR0913 - the signature of jax.lax.conv_general_dilated
+def convolve(  # noqa: PLR0913 - nn.Conv calls it as jax.lax.conv_general_dilated
     lhs: Array,
     rhs: Array,
     window_strides: tuple[int, int],
-    padding: Any,
+    padding: str | Sequence[tuple[int, int]],
     lhs_dilation: tuple[int, int] = (1, 1),
     rhs_dilation: tuple[int, int] = (1, 1),
     feature_group_count: int = 1,
@@ -33,72 +34,91 @@ def convolve(  # noqa: PLR0913 - the signature of jax.lax.conv_general_dilated
     """Convolve images, with the signature that `nn.Conv(conv_general_dilated=…)` expects.
 
     Dilated and grouped convolutions, and strides that do not divide the kernel, are passed to
-    `lax.conv_general_dilated`. Seven parameters, because that is its signature.
+    `lax.conv_general_dilated`.
     """
     options |= {'lhs_dilation': lhs_dilation, 'rhs_dilation': rhs_dilation}
     options |= {'feature_group_count': feature_group_count}
 
+    # Two ways to convolve: XLA's own, and matrix products.
     def convolve_natively(x: Array, W: Array) -> Array:
         return jax.lax.conv_general_dilated(x, W, window_strides, padding, **options)
 
-    def multiply(x: Array, W: Array) -> Array:
-        pads = padding
-        if isinstance(padding, str):
-            pads = jax.lax.padtype_to_pads(x.shape[1:3], W.shape[:2], window_strides, padding)
-        x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-        return _valid(*_blocks(x, W, *window_strides))
+    def convolve_by_products(x: Array, W: Array) -> Array:
+        margins = padding
+        if isinstance(margins, str):
+            margins = jax.lax.padtype_to_pads(x.shape[1:3], W.shape[:2], window_strides, margins)
+        x = jnp.pad(x, ((0, 0), *margins, (0, 0)))
+        return _convolve_valid(*_merge_blocks(x, W, *window_strides))
 
-    divides = all(size % s == 0 for size, s in zip(rhs.shape, window_strides, strict=False))
-    if not divides or {*lhs_dilation, *rhs_dilation, feature_group_count} != {1}:
+    # Products only serve plain convolutions on CPU.
+    sizes_and_strides = zip(rhs.shape, window_strides, strict=False)
+    is_divisible = all(size % stride == 0 for size, stride in sizes_and_strides)
+    is_plain = {*lhs_dilation, *rhs_dilation, feature_group_count} == {1}
+    if not (is_divisible and is_plain):
         return convolve_natively(lhs, rhs)
-    return jax.lax.platform_dependent(lhs, rhs, cpu=multiply, default=convolve_natively)
+    return jax.lax.platform_dependent(lhs, rhs, cpu=convolve_by_products, default=convolve_natively)
 
 
-def _blocks(x: Array, W: Array, s: int, t: int) -> tuple[Array, Array]:
-    """Return x and W with each block of s × t pixels as one pixel."""
-    N, height, width, c = x.shape
-    i, j, _, k = W.shape
-    height, width = height // s, width // t
-    x = x[:, : height * s, : width * t].reshape(N, height, s, width, t, c)
-    W = W.reshape(i // s, s, j // t, t, c, k)
+def _merge_blocks(x: Array, W: Array, block_height: int, block_width: int) -> tuple[Array, Array]:
+    """Return x and W with each block of pixels as one pixel."""
+    num_images, height, width, channels = x.shape
+    kernel_height, kernel_width, _, features = W.shape
+    block_channels = block_height * block_width * channels
+
+    # How many blocks an image and the kernel have.
+    rows, columns = height // block_height, width // block_width
+    kernel_rows, kernel_columns = kernel_height // block_height, kernel_width // block_width
+
+    # Move the axes within a block next to the channels.
+    x = x[:, : rows * block_height, : columns * block_width]
+    x = x.reshape(num_images, rows, block_height, columns, block_width, channels)
+    W = W.reshape(kernel_rows, block_height, kernel_columns, block_width, channels, features)
     return (
-        x.swapaxes(2, 3).reshape(N, height, width, s * t * c),
-        W.swapaxes(1, 2).reshape(i // s, j // t, s * t * c, k),
+        x.swapaxes(2, 3).reshape(num_images, rows, columns, block_channels),
+        W.swapaxes(1, 2).reshape(kernel_rows, kernel_columns, block_channels, features),
     )
 
 
 @jax.custom_vjp
-def _valid(x: Array, W: Array) -> Array:
+def _convolve_valid(x: Array, W: Array) -> Array:
     """Convolve with stride 1 and without padding."""
     if x.shape[-1] < MIN_PRODUCT_CHANNELS:
-        return _native(x, W)
-    windows = [row for rows in _windows(x, W) for row in rows]
+        return _convolve_valid_natively(x, W)
+    windows = [window for window_row in _list_windows(x, W) for window in window_row]
     taps = W.reshape(-1, *W.shape[2:])
     products = (window @ tap for window, tap in zip(windows, taps, strict=True))
     return functools.reduce(operator.add, products)
 
 
-def _forward(x: Array, W: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _valid(x, W), (x, W)
+def _convolve_valid_forward(x: Array, W: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _convolve_valid(x, W), (x, W)
 
 
-def _backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+def _convolve_valid_backward(
+    residuals: tuple[Array, Array], cotangent: Array
+) -> tuple[Array, Array]:
     x, W = residuals
-    _, input_vjp = jax.vjp(lambda x: _native(x, W), x)
-    rows = dy.reshape(-1, dy.shape[-1])
-    dW = [[a.reshape(-1, a.shape[-1]).T @ rows for a in row] for row in _windows(x, W)]
-    return *input_vjp(dy), jnp.stack([jnp.stack(row) for row in dW])
+    _, compute_x_cotangent = jax.vjp(lambda x: _convolve_valid_natively(x, W), x)
+    cotangent_rows = cotangent.reshape(-1, cotangent.shape[-1])
+    W_cotangent = [
+        [window.reshape(-1, window.shape[-1]).T @ cotangent_rows for window in window_row]
+        for window_row in _list_windows(x, W)
+    ]
+    return *compute_x_cotangent(cotangent), jnp.stack([jnp.stack(row) for row in W_cotangent])
 
 
-_valid.defvjp(_forward, _backward)
+_convolve_valid.defvjp(_convolve_valid_forward, _convolve_valid_backward)
 
 
-def _native(x: Array, W: Array) -> Array:
+def _convolve_valid_natively(x: Array, W: Array) -> Array:
     return jax.lax.conv_general_dilated(x, W, (1, 1), 'VALID', dimension_numbers=AXES)
 
 
-def _windows(x: Array, W: Array) -> list[list[Array]]:
+def _list_windows(x: Array, W: Array) -> list[list[Array]]:
     """Return the window of x that each W[i, j] multiplies, [N, h, w, c]."""
-    (i, j), (height, width) = W.shape[:2], x.shape[1:3]
-    h, w = height - i + 1, width - j + 1
-    return [[x[:, a : a + h, b : b + w] for b in range(j)] for a in range(i)]
+    kernel_height, kernel_width = W.shape[:2]
+    height, width = x.shape[1] - kernel_height + 1, x.shape[2] - kernel_width + 1
+    return [
+        [x[:, top : top + height, left : left + width] for left in range(kernel_width)]
+        for top in range(kernel_height)
+    ]

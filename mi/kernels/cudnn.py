@@ -3,7 +3,8 @@
 Shapes: T steps, B sequences, n input features, H state features.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,20 +12,31 @@ from jax import Array
 from jax.custom_batching import sequential_vmap
 from jax.experimental import rnn
 
-Carry = tuple[Array, Array]  # (c, h), each [B, H], f32
-_Weights = tuple[Array, Array, Array]  # W, U, b as in `mi.cells.LSTM`
+from mi.kernels.lstm import Carry, LSTMWeights
+
+
+class _Residuals(NamedTuple):
+    """What the backward pass reads.
+
+    Attributes:
+      call: residuals of `rnn.lstm_fwd`; the first is x [B, T, n].
+      unpack_weights: transpose of `pack_weights`.
+    """
+
+    call: tuple[Array, ...]
+    unpack_weights: Callable[[Array], tuple[Array, Array, Array]]
 
 
 @jax.custom_vjp
-def lstm(carry: Carry, x: Array, weights: _Weights) -> tuple[Carry, Array]:
+def lstm(carry: Carry, x: Array, weights: LSTMWeights) -> tuple[Carry, Array]:
     """Compute `mi.cells.LSTM` in f32; under vmap one call after another. Reverse mode only.
 
     Like XLA's, cuDNN's products are TF32 unless jax_default_matmul_precision is 'highest'.
 
     Args:
-      carry: (c, h), each [B, H].
+      carry: (c, h), each [B, H], f32.
       x: [T, B, n].
-      weights: W [n, 4H], U [H, 4H] and b [4H], gates in the order i, f, o, j.
+      weights: as of `mi.kernels.lstm.lstm`.
 
     Returns:
       (c, h) after the last step and h of every step [T, B, H].
@@ -38,42 +50,54 @@ def pack_weights(W: Array, U: Array, b: Array) -> Array:
     Matrices are flattened with their outputs first, and the second bias is zero.
     """
 
-    def flatten(a: Array) -> Array:
-        i, f, o, j = jnp.split(a, 4, axis=-1)
+    def flatten(array: Array) -> Array:
+        i, f, o, j = jnp.split(array, 4, axis=-1)
         return jnp.concatenate([i, f, j, o], axis=-1).T.reshape(-1)
 
     return jnp.concatenate([flatten(W), flatten(U), flatten(b), jnp.zeros_like(b)])
 
 
-def _forward(carry: Carry, x: Array, weights: _Weights) -> tuple[tuple[Carry, Array], Any]:
+def _forward(
+    carry: Carry, x: Array, weights: LSTMWeights
+) -> tuple[tuple[Carry, Array], _Residuals]:
     @sequential_vmap
-    def run(c: Array, h: Array, x: Array, vector: Array) -> Any:
+    def run_layer(
+        cell: Array, hidden: Array, x: Array, weight_vector: Array
+    ) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
         lengths = jnp.full(x.shape[0], x.shape[1], jnp.int32)
-        return rnn.lstm_fwd(
-            x, h[None], c[None], vector, lengths, *_describe_layer(x.shape[-1], h.shape[-1])
-        )
+        layer = _describe_layer(x.shape[-1], hidden.shape[-1])
+        return rnn.lstm_fwd(x, hidden[None], cell[None], weight_vector, lengths, *layer)
 
-    vector, unpack = jax.vjp(pack_weights, *weights)
-    (y, h, c), residuals = run(*carry, x.swapaxes(0, 1), vector)
-    return ((c[0], h[0]), y.swapaxes(0, 1)), (residuals, unpack)
+    weight_vector, unpack_weights = jax.vjp(pack_weights, *weights)
+    (outputs, hidden, cell), residuals = run_layer(*carry, x.swapaxes(0, 1), weight_vector)
+    return ((cell[0], hidden[0]), outputs.swapaxes(0, 1)), _Residuals(residuals, unpack_weights)
 
 
-def _backward(residuals: Any, cotangents: tuple[Carry, Array]) -> tuple[Carry, Array, _Weights]:
-    call_residuals, unpack = residuals
-    (dc, dh), dy = cotangents
+def _backward(
+    residuals: _Residuals, cotangents: tuple[Carry, Array]
+) -> tuple[Carry, Array, LSTMWeights]:
+    (cell_cotangent, hidden_cotangent), output_cotangent = cotangents
 
     @sequential_vmap
-    def run(residuals: Any, dy: Array, dh: Array, dc: Array) -> Any:
-        layer = _describe_layer(residuals[0].shape[-1], dh.shape[-1])
-        return rnn.lstm_bwd(*layer, residuals, (dy, dh[None], dc[None]))[:4]
+    def run_layer(
+        residuals: tuple[Array, ...], outputs: Array, hidden: Array, cell: Array
+    ) -> tuple[Array, Array, Array, Array]:
+        layer = _describe_layer(residuals[0].shape[-1], hidden.shape[-1])
+        return rnn.lstm_bwd(*layer, residuals, (outputs, hidden[None], cell[None]))[:4]
 
-    dx, dh, dc, dvector = run(call_residuals, dy.swapaxes(0, 1), dh, dc)
-    return (dc[0], dh[0]), dx.swapaxes(0, 1), unpack(dvector)
+    x_cotangent, hidden_cotangent, cell_cotangent, vector_cotangent = run_layer(
+        residuals.call, output_cotangent.swapaxes(0, 1), hidden_cotangent, cell_cotangent
+    )
+    return (
+        (cell_cotangent[0], hidden_cotangent[0]),
+        x_cotangent.swapaxes(0, 1),
+        LSTMWeights(*residuals.unpack_weights(vector_cotangent)),
+    )
 
 
-def _describe_layer(n: int, H: int) -> tuple[int, int, int, float, bool, None]:
+def _describe_layer(input_size: int, hidden_size: int) -> tuple[int, int, int, float, bool, None]:
     """Return sizes, layers, dropout, directions, and None for JAX's current precision."""
-    return n, H, 1, 0.0, False, None
+    return input_size, hidden_size, 1, 0.0, False, None
 
 
 lstm.defvjp(_forward, _backward)

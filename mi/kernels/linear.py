@@ -43,9 +43,9 @@ def linear(
     """
     if jnp.issubdtype(x.dtype, jnp.integer):
         return V[jnp.clip(x, 0, len(V) - 1)].astype(out_dtype or V.dtype)
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    y = _matmul(rows, V, out_dtype, precision)
-    return y.reshape(*x.shape[:-1], V.shape[-1])
+    x_rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    output_rows = _matmul(x_rows, V, out_dtype, precision)
+    return output_rows.reshape(*x.shape[:-1], V.shape[-1])
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
@@ -66,14 +66,16 @@ def _matmul_jvp(
     for a narrow x, the transpose costs less than it saves. The barrier around dV keeps XLA from
     transposing the product back if V itself is a transpose, as an output embedding is.
     """
-    (x, V), (dx, dV) = primals, tangents
+    (x, V), (x_tangent, V_tangent) = primals, tangents
     multiply = functools.partial(accumulate, out_dtype=out_dtype, precision=precision)
     if target_platform() == 'cpu' and x.shape[-1] <= NARROW_FEATURES < x.shape[0]:
-        x_T, dV = jax.lax.optimization_barrier(x.T), jax.lax.optimization_barrier(dV)
-        V_term = multiply(functools.partial(jnp.einsum, 'nk,nb->kb'), dV, x_T).T
+        x_transposed = jax.lax.optimization_barrier(x.T)
+        V_tangent = jax.lax.optimization_barrier(V_tangent)
+        product = functools.partial(jnp.einsum, 'nk,nb->kb')
+        V_term = multiply(product, V_tangent, x_transposed).T
     else:
-        V_term = multiply(jnp.matmul, x, dV)
-    return _matmul(x, V, out_dtype, precision), multiply(jnp.matmul, dx, V) + V_term
+        V_term = multiply(jnp.matmul, x, V_tangent)
+    return _matmul(x, V, out_dtype, precision), multiply(jnp.matmul, x_tangent, V) + V_term
 
 
 def accumulation_dtype(*operands: ArrayLike | DTypeLike) -> jnp.dtype:
@@ -83,16 +85,17 @@ def accumulation_dtype(*operands: ArrayLike | DTypeLike) -> jnp.dtype:
 
 def accumulate(
     product: Callable[..., Array],
-    a: Array,
-    b: Array,
+    left: Array,
+    right: Array,
     *,
     out_dtype: DTypeLike | None = None,
     precision: Precision = None,
 ) -> Array:
-    """Return product(a, b), accumulated in f32 at least and rounded once.
+    """Return product(left, right), accumulated in f32 at least and rounded once.
 
-    The output dtype is by default the promoted dtype of a and b.
+    The output dtype is by default the promoted dtype of the operands.
     """
-    dtype = jnp.result_type(a, b)
-    y = product(a, b, precision=precision, preferred_element_type=accumulation_dtype(dtype))
-    return y.astype(out_dtype or dtype)
+    dtype = jnp.result_type(left, right)
+    accumulator = accumulation_dtype(dtype)
+    output = product(left, right, precision=precision, preferred_element_type=accumulator)
+    return output.astype(out_dtype or dtype)
