@@ -7,15 +7,16 @@ command `python -m mi.estimate --config=FILE` prints the cost of a run.
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import chex
 import jax
 from flax import linen as nn
 from jax.extend import core
 
 
-def parameters(tree: Any) -> int:
+def parameters(tree: chex.ArrayTree) -> int:
     """Count the entries of a tree of arrays or of `jax.ShapeDtypeStruct`s."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
@@ -34,7 +35,7 @@ class Product(NamedTuple):
     times: int
 
 
-def products(function: Callable[..., Any], *args: Any) -> list[Product]:
+def products(function: Callable[..., object], *args: object) -> list[Product]:
     """Return the products and convolutions of function(*args); args may be shapes only.
 
     The body of a loop counts once per iteration; of a branch, the side with more FLOPs counts.
@@ -42,7 +43,7 @@ def products(function: Callable[..., Any], *args: Any) -> list[Product]:
     return _find_products(jax.make_jaxpr(function)(*args).jaxpr, 1)
 
 
-def flops(function: Callable[..., Any], *args: Any) -> int:
+def flops(function: Callable[..., object], *args: object) -> int:
     """Count the floating-point operations of the products in function(*args).
 
     A product of [a, b] and [b, c] counts 2·a·b·c. Additions, activations and look-ups count
@@ -60,46 +61,46 @@ def _find_products(jaxpr: core.Jaxpr, times: int) -> list[Product]:
     """Return the products of a jaxpr that is executed `times` times."""
     matmuls: list[Product] = []
     for eqn in jaxpr.eqns:
-        shapes: list[tuple[int, ...]] = [getattr(v.aval, 'shape', ()) for v in eqn.invars]
-        out_size = math.prod(getattr(eqn.outvars[0].aval, 'shape', ())) if eqn.outvars else 0
+        shapes: list[tuple[int, ...]] = [getattr(var.aval, 'shape', ()) for var in eqn.invars]
+        output_size = math.prod(getattr(eqn.outvars[0].aval, 'shape', ())) if eqn.outvars else 0
         if eqn.primitive.name == 'dot_general':
             (contracted, _), _ = eqn.params['dimension_numbers']
-            count = 2 * math.prod(shapes[0][axis] for axis in contracted) * out_size
-            matmuls.append(Product(count, _count_bytes(eqn), times))
+            num_flops = 2 * math.prod(shapes[0][axis] for axis in contracted) * output_size
+            matmuls.append(Product(num_flops, _count_bytes(eqn), times))
         elif eqn.primitive.name == 'conv_general_dilated':
             out_features = shapes[1][eqn.params['dimension_numbers'].rhs_spec[0]]
-            count = 2 * math.prod(shapes[1]) // out_features * out_size
-            matmuls.append(Product(count, _count_bytes(eqn), times))
+            num_flops = 2 * math.prod(shapes[1]) // out_features * output_size
+            matmuls.append(Product(num_flops, _count_bytes(eqn), times))
         elif eqn.primitive.name == 'cond':
-            sides = [_find_products(branch.jaxpr, times) for branch in eqn.params['branches']]
-            costliest_branch: list[Product] = max(sides, key=_sum_flops)
+            branches = [_find_products(branch.jaxpr, times) for branch in eqn.params['branches']]
+            costliest_branch: list[Product] = max(branches, key=_sum_flops)
             matmuls += costliest_branch
         else:
-            length = eqn.params['length'] if eqn.primitive.name == 'scan' else 1
-            for inner in _inner_jaxprs(eqn):
-                matmuls += _find_products(inner, times * length)
+            num_iterations = eqn.params['length'] if eqn.primitive.name == 'scan' else 1
+            for inner_jaxpr in _list_inner_jaxprs(eqn):
+                matmuls += _find_products(inner_jaxpr, times * num_iterations)
     return matmuls
 
 
 def _count_bytes(eqn: core.JaxprEqn) -> int:
-    arrays: list[Any] = [v.aval for v in (*eqn.invars, *eqn.outvars)]
-    return sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
+    arrays: list[Any] = [var.aval for var in (*eqn.invars, *eqn.outvars)]
+    return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
 
 
-def _inner_jaxprs(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
+def _list_inner_jaxprs(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
     """Return the jaxprs that an equation calls: the body of a scan, the function of a jit."""
     jaxprs = []
-    for value in eqn.params.values():
-        if isinstance(value, core.ClosedJaxpr):
-            jaxprs.append(value.jaxpr)
-        elif isinstance(value, core.Jaxpr):
-            jaxprs.append(value)
+    for param in eqn.params.values():
+        if isinstance(param, core.ClosedJaxpr):
+            jaxprs.append(param.jaxpr)
+        elif isinstance(param, core.Jaxpr):
+            jaxprs.append(param)
     return jaxprs
 
 
 def modules(
-    model: nn.Module, pattern: str, variables: Any, *args: Any
-) -> Iterator[tuple[nn.Module, Any, list[jax.ShapeDtypeStruct]]]:
+    model: nn.Module, pattern: str, variables: Mapping[str, Any], *args: object
+) -> Iterator[tuple[nn.Module, dict[str, Any], list[jax.ShapeDtypeStruct]]]:
     """Yield the submodules of a Linen model whose names match a pattern.
 
     Each item is the unbound module, its variables, and the shapes of its inputs in model(*args);
@@ -108,38 +109,56 @@ def modules(
     calls: dict[tuple[str, ...], tuple[nn.Module, list[jax.ShapeDtypeStruct]]] = {}
 
     # Record the inputs of the matching submodules during an abstract call of the model.
-    def record(call: Any, inputs: Any, options: Any, context: Any) -> Any:
+    def record(
+        call: Callable[..., object],
+        inputs: tuple[Any, ...],
+        options: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> object:
         module = context.module
         is_match = module.name and re.fullmatch(pattern, module.name)
         if is_match and context.method_name == '__call__':
-            shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in inputs]
+            shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in inputs]
             calls[module.path] = module.clone(parent=None), shapes
         return call(*inputs, **options)
 
     with nn.intercept_methods(record):
         jax.eval_shape(model.apply, variables, *args)
+
     # Select the parameters of each.
     for path, (module, shapes) in calls.items():
-        params = functools.reduce(lambda tree, key: tree.get(key, {}), path, variables['params'])
+        params = functools.reduce(_get_subtree, path, variables['params'])
         yield module, {'params': params}, shapes
 
 
-def nearest_size(cost: Callable[[int], int], target: int, low: int = 1) -> int:
-    """Return the size s ≥ low whose cost is nearest to the target; cost must not fall with s.
+def _get_subtree(params: Mapping[str, Any], module_name: str) -> Mapping[str, Any]:
+    """Return the parameters of a submodule, none for one without parameters."""
+    subtree: Mapping[str, Any] = params.get(module_name, {})
+    return subtree
+
+
+def nearest_size(cost: Callable[[int], int], target: int, smallest: int = 1) -> int:
+    """Return the size ≥ smallest whose cost is nearest to the target; cost must not fall with size.
 
     Raises:
       ValueError: if even the smallest size costs over a tenth more than the target.
     """
-    smallest = cost(low)
-    if smallest > 1.1 * target:
-        raise ValueError(f'the smallest size, {low}, costs {smallest:,}, the target is {target:,}')
+    smallest_cost = cost(smallest)
+    if smallest_cost > 1.1 * target:
+        raise ValueError(
+            f'the smallest size, {smallest}, costs {smallest_cost:,}, the target is {target:,}'
+        )
+
     # Double the size until it reaches the target, then bisect.
-    high = low + 1
-    while cost(high) < target:
-        low, high = high, 2 * high
-        if high > 2**24:
-            raise ValueError(f'no size up to {low:,} reaches the target {target:,}')
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if cost(middle) < target else (low, middle)
-    return min((low, high), key=lambda size: abs(cost(size) - target))
+    lower_bound, upper_bound = smallest, smallest + 1
+    while cost(upper_bound) < target:
+        lower_bound, upper_bound = upper_bound, 2 * upper_bound
+        if upper_bound > 2**24:
+            raise ValueError(f'no size up to {lower_bound:,} reaches the target {target:,}')
+    while upper_bound - lower_bound > 1:
+        middle = (lower_bound + upper_bound) // 2
+        if cost(middle) < target:
+            lower_bound = middle
+        else:
+            upper_bound = middle
+    return min((lower_bound, upper_bound), key=lambda size: abs(cost(size) - target))

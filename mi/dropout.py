@@ -31,14 +31,18 @@ class RowDropout(nn.Module):
         """Return x [..., rows, ...] with entries dropped, unchanged if `deterministic`."""
         if deterministic or self.rate == 0:
             return x
-        key, keep = self.make_rng(self.collection), 1 - self.rate
-        shape = tuple(1 if axis in self.shared_axes else n for axis, n in enumerate(x.shape))
+        rng_key, keep_rate = self.make_rng(self.collection), 1 - self.rate
+        shape = tuple(
+            1 if axis in self.shared_axes else length for axis, length in enumerate(x.shape)
+        )
         if self.row_axis is None:
-            mask = jax.random.bernoulli(key, keep, shape)
+            mask = jax.random.bernoulli(rng_key, keep_rate, shape)
         else:
-            num_rows = shape[self.row_axis]
+            row_keys = rows.make_row_keys(rng_key, shape[self.row_axis])
             row_shape = shape[: self.row_axis] + shape[self.row_axis + 1 :]
-            mask = jax.vmap(
-                lambda key: jax.random.bernoulli(key, keep, row_shape), out_axes=self.row_axis
-            )(rows.make_row_keys(key, num_rows))
-        return jnp.where(mask, x / keep, 0).astype(x.dtype)
+            draw_masks = jax.vmap(
+                lambda row_key: jax.random.bernoulli(row_key, keep_rate, row_shape),
+                out_axes=self.row_axis,
+            )
+            mask = draw_masks(row_keys)
+        return jnp.where(mask, x / keep_rate, 0).astype(x.dtype)

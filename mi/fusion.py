@@ -75,8 +75,8 @@ ONE_HOT = {'multi_head'}
 OPTIONS = ('rank', 'hidden')
 
 
-def get(name: str, **options: int | None) -> Callable[..., nn.Module]:
-    """Return the constructor FUSIONS[name] with the options for which it has a field.
+def get(fusion_name: str, **options: int | None) -> Callable[..., nn.Module]:
+    """Return the constructor FUSIONS[fusion_name] with the options for which it has a field.
 
     A config holds the options of all fusions (`rank`, `hidden`), so an option that this fusion
     lacks is ignored. An option that no fusion has is an error.
@@ -84,15 +84,15 @@ def get(name: str, **options: int | None) -> Callable[..., nn.Module]:
     Raises:
       ValueError: if the name or an option is unknown; the message names the nearest known one.
     """
-    if name not in FUSIONS:
-        raise ValueError(f'unknown fusion {name!r}; {suggest(name, FUSIONS)}')
+    if fusion_name not in FUSIONS:
+        raise ValueError(f'unknown fusion {fusion_name!r}; {suggest(fusion_name, FUSIONS)}')
     for option in options:
         if option not in OPTIONS:
             raise ValueError(f'unknown fusion option {option!r}; {suggest(option, OPTIONS)}')
-    fields = {option: options[option] for option in get_options(name) if option in options}
-    return functools.partial(FUSIONS[name], **fields)
+    fields = {option: options[option] for option in get_options(fusion_name) if option in options}
+    return functools.partial(FUSIONS[fusion_name], **fields)
 
 
-def get_options(name: str) -> tuple[str, ...]:
-    """Return the names in OPTIONS for which FUSIONS[name] has a field."""
-    return tuple(option for option in OPTIONS if has_parameter(FUSIONS[name], option))
+def get_options(fusion_name: str) -> tuple[str, ...]:
+    """Return the names in OPTIONS for which FUSIONS[fusion_name] has a field."""
+    return tuple(option for option in OPTIONS if has_parameter(FUSIONS[fusion_name], option))

@@ -76,9 +76,9 @@ def one_hot(ids: Array, contexts: int, dtype: DTypeLike) -> Array:
     return jax.nn.one_hot(jnp.clip(ids, 0, contexts - 1), contexts, dtype=dtype)
 
 
-def expand_rank(a: Array, ndim: int) -> Array:
-    """Return `a` with axes of length 1 in front, so that it has `ndim` axes."""
-    return a.reshape((1,) * (ndim - a.ndim) + a.shape)
+def expand_rank(array: Array, ndim: int) -> Array:
+    """Return `array` with axes of length 1 in front, so that it has `ndim` axes."""
+    return array.reshape((1,) * (ndim - array.ndim) + array.shape)
 
 
 def add_bias(y: Array, b: Array) -> Array:
@@ -188,31 +188,35 @@ class MultiplicativeInteraction(nn.Module):
         """
         return self._sum_terms(*_prepare_inputs(self, x, z))
 
-    def _sum_terms(self, x: Array, z: Array, m: int) -> Array:
-        n, k, dtype = x.shape[-1], self.features, x.dtype
+    def _sum_terms(self, x: Array, z: Array, context_size: int) -> Array:
+        dtype = x.dtype
         share = 1 / max(1, self.use_W + self.use_U + self.use_V)
         U_init = self.U_init or context_init(self.context, share)
         V_init = self.V_init or input_init(share)
 
-        y = jnp.zeros((1,) * x.ndim, dtype)
+        # The terms of the equation, in its order.
+        output = jnp.zeros((1,) * x.ndim, dtype)
         if self.use_W:
-            y = y + self._compute_interaction(x, z, m, share)
+            output = output + self._compute_interaction(x, z, context_size, share)
         if self.use_U:
-            U = self.param('U', U_init, (m, k), self.param_dtype)
-            y = y + linear(z, U.astype(dtype), precision=self.precision)
+            U = self.param('U', U_init, (context_size, self.features), self.param_dtype)
+            output = output + linear(z, U.astype(dtype), precision=self.precision)
         if self.use_V:
-            V = self.param('V', V_init, (n, k), self.param_dtype)
-            y = y + linear(x, V.astype(dtype), precision=self.precision)
+            V = self.param('V', V_init, (x.shape[-1], self.features), self.param_dtype)
+            output = output + linear(x, V.astype(dtype), precision=self.precision)
         if self.use_b:
-            b = self.param('b', self.b_init, (k,), self.param_dtype)
-            y = add_bias(y, b.astype(dtype))
-        z_axes = z.shape if jnp.issubdtype(z.dtype, jnp.integer) else z.shape[:-1]
-        return jnp.broadcast_to(y, (*jnp.broadcast_shapes(x.shape[:-1], z_axes), k))
+            b = self.param('b', self.b_init, (self.features,), self.param_dtype)
+            output = add_bias(output, b.astype(dtype))
 
-    def _compute_interaction(self, x: Array, z: Array, m: int, variance: float) -> Array:
+        # Broadcast, as the included terms may depend on one stream only.
+        z_axes = z.shape if jnp.issubdtype(z.dtype, jnp.integer) else z.shape[:-1]
+        output_axes = jnp.broadcast_shapes(x.shape[:-1], z_axes)
+        return jnp.broadcast_to(output, (*output_axes, self.features))
+
+    def _compute_interaction(self, x: Array, z: Array, context_size: int, variance: float) -> Array:
         """Return zᵀWx; at initialization each entry has this variance."""
-        init = self.W_init or interaction_init(self.context, variance)
-        W = self.param('W', init, (m, x.shape[-1], self.features), self.param_dtype)
+        W_init = self.W_init or interaction_init(self.context, variance)
+        W = self.param('W', W_init, (context_size, x.shape[-1], self.features), self.param_dtype)
         return bilinear(x, z, W.astype(x.dtype), precision=self.precision)
 
 
@@ -228,14 +232,14 @@ class LowRankMultiplicativeInteraction(MultiplicativeInteraction, kw_only=True):
 
     rank: int
 
-    def _compute_interaction(self, x: Array, z: Array, m: int, variance: float) -> Array:
-        n, k, r = x.shape[-1], self.features, self.rank
-        P = self.param('P', context_init(self.context), (m, r), self.param_dtype)
-        Q = self.param('Q', input_init(), (n, r), self.param_dtype)
-        O = self.param('O', input_init(variance), (r, k), self.param_dtype)  # noqa: E741
-        P, Q, O = (a.astype(x.dtype) for a in (P, Q, O))  # noqa: E741
-        p = self.precision
-        return linear(linear(z, P, precision=p) * linear(x, Q, precision=p), O, precision=p)
+    def _compute_interaction(self, x: Array, z: Array, context_size: int, variance: float) -> Array:
+        rank, param_dtype = self.rank, self.param_dtype
+        P = self.param('P', context_init(self.context), (context_size, rank), param_dtype)
+        Q = self.param('Q', input_init(), (x.shape[-1], rank), param_dtype)
+        O = self.param('O', input_init(variance), (rank, self.features), param_dtype)  # noqa: E741
+        P, Q, O = (factor.astype(x.dtype) for factor in (P, Q, O))  # noqa: E741
+        project = functools.partial(linear, precision=self.precision)
+        return project(project(z, P) * project(x, Q), O)
 
 
 class TuckerMultiplicativeInteraction(MultiplicativeInteraction, kw_only=True):
@@ -250,16 +254,16 @@ class TuckerMultiplicativeInteraction(MultiplicativeInteraction, kw_only=True):
 
     rank: int
 
-    def _compute_interaction(self, x: Array, z: Array, m: int, variance: float) -> Array:
-        n, k, r = x.shape[-1], self.features, self.rank
-        P = self.param('P', context_init(self.context), (m, r), self.param_dtype)
-        Q = self.param('Q', input_init(), (n, r), self.param_dtype)
-        G = self.param('G', interaction_init('dense'), (r, r, r), self.param_dtype)
-        O = self.param('O', input_init(variance), (r, k), self.param_dtype)  # noqa: E741
-        P, Q, G, O = (a.astype(x.dtype) for a in (P, Q, G, O))  # noqa: E741
-        p = self.precision
-        core = bilinear(linear(x, Q, precision=p), linear(z, P, precision=p), G, precision=p)
-        return linear(core, O, precision=p)
+    def _compute_interaction(self, x: Array, z: Array, context_size: int, variance: float) -> Array:
+        rank, param_dtype = self.rank, self.param_dtype
+        P = self.param('P', context_init(self.context), (context_size, rank), param_dtype)
+        Q = self.param('Q', input_init(), (x.shape[-1], rank), param_dtype)
+        G = self.param('G', interaction_init('dense'), (rank, rank, rank), param_dtype)
+        O = self.param('O', input_init(variance), (rank, self.features), param_dtype)  # noqa: E741
+        P, Q, G, O = (factor.astype(x.dtype) for factor in (P, Q, G, O))  # noqa: E741
+        project = functools.partial(linear, precision=self.precision)
+        core_output = bilinear(project(x, Q), project(z, P), G, precision=self.precision)
+        return project(core_output, O)
 
 
 class BlockMultiplicativeInteraction(MultiplicativeInteraction, kw_only=True):
@@ -276,8 +280,14 @@ class BlockMultiplicativeInteraction(MultiplicativeInteraction, kw_only=True):
 
     blocks: int
 
-    def _compute_interaction(self, x: Array, z: Array, m: int, variance: float) -> Array:
-        g, n, k = self.blocks, -(-x.shape[-1] // self.blocks), -(-self.features // self.blocks)
+    def _compute_interaction(self, x: Array, z: Array, context_size: int, variance: float) -> Array:
+        # The widths of a block, rounded up; the last block of x is padded with zeros.
+        input_size, num_blocks = x.shape[-1], self.blocks
+        block_inputs, block_outputs = -(-input_size // num_blocks), -(-self.features // num_blocks)
+        padding = [(0, 0)] * (x.ndim - 1) + [(0, num_blocks * block_inputs - input_size)]
+        x_blocks = jnp.pad(x, padding).reshape(*x.shape[:-1], num_blocks, block_inputs)
+
+        # A W for each block, with the fan-in of a block.
         is_one_hot = self.context == 'one_hot'
         block_init = initializers.variance_scaling(
             variance,
@@ -287,13 +297,13 @@ class BlockMultiplicativeInteraction(MultiplicativeInteraction, kw_only=True):
             out_axis=3,
             batch_axis=(0, 1) if is_one_hot else 0,
         )
-        W = self.param('W', self.W_init or block_init, (g, m, n, k), self.param_dtype)
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, g * n - x.shape[-1])])
+        shape = num_blocks, context_size, block_inputs, block_outputs
+        W = self.param('W', self.W_init or block_init, shape, self.param_dtype)
         multiply_block = functools.partial(bilinear, precision=self.precision)
-        y = jax.vmap(multiply_block, in_axes=(-2, None, 0), out_axes=-2)(
-            x.reshape(*x.shape[:-1], g, n), z, W.astype(x.dtype)
-        )
-        return y.reshape(*y.shape[:-2], g * k)[..., : self.features]
+        multiply_blocks = jax.vmap(multiply_block, in_axes=(-2, None, 0), out_axes=-2)
+        output_blocks = multiply_blocks(x_blocks, z, W.astype(x.dtype))
+        output = output_blocks.reshape(*output_blocks.shape[:-2], num_blocks * block_outputs)
+        return output[..., : self.features]
 
 
 class MultiHead(MultiplicativeInteraction):
@@ -325,10 +335,10 @@ class MultiHead(MultiplicativeInteraction):
                 f"MultiHead.context = {self.context!r}: expected 'one_hot'. Try "
                 f'MultiplicativeInteraction for other contexts'
             )
-        x, z, m = _prepare_inputs(self, x, z)
+        x, z, context_size = _prepare_inputs(self, x, z)
         if jnp.issubdtype(z.dtype, jnp.integer):
-            return self._sum_terms(x, z, m)
-        return self._sum_terms(x, jnp.argmax(z, -1), m) * z.max(-1, keepdims=True)
+            return self._sum_terms(x, z, context_size)
+        return self._sum_terms(x, jnp.argmax(z, -1), context_size) * z.max(-1, keepdims=True)
 
 
 class DiagonalMultiplicativeInteraction(nn.Module):
@@ -354,20 +364,20 @@ class DiagonalMultiplicativeInteraction(nn.Module):
         Raises:
           ValueError: as in `MultiplicativeInteraction`.
         """
-        x, z, m = _prepare_inputs(self, x, z)
-        n, num_scales = x.shape[-1], self._count_scales(x.shape[-1])
-        init = context_init(self.context, 1 / 3)
-        W = self.param('W', init, (m, num_scales), self.param_dtype)
-        U = self.param('U', init, (m, n), self.param_dtype)
-        V = self.param('V', initializers.constant(3**-0.5), (num_scales,), self.param_dtype)
-        b = self.param('b', initializers.zeros, (n,), self.param_dtype)
-        W, U, V, b = (a.astype(x.dtype) for a in (W, U, V, b))
-        a = add_bias(linear(z, W, precision=self.precision), V)
-        c = add_bias(linear(z, U, precision=self.precision), b)
-        return a * x + c
+        x, z, context_size = _prepare_inputs(self, x, z)
+        num_features, num_scales = x.shape[-1], self._count_scales(x.shape[-1])
+        init, V_init = context_init(self.context, 1 / 3), initializers.constant(3**-0.5)
+        W = self.param('W', init, (context_size, num_scales), self.param_dtype)
+        U = self.param('U', init, (context_size, num_features), self.param_dtype)
+        V = self.param('V', V_init, (num_scales,), self.param_dtype)
+        b = self.param('b', initializers.zeros, (num_features,), self.param_dtype)
+        W, U, V, b = (weights.astype(x.dtype) for weights in (W, U, V, b))
+        scale = add_bias(linear(z, W, precision=self.precision), V)
+        shift = add_bias(linear(z, U, precision=self.precision), b)
+        return scale * x + shift
 
-    def _count_scales(self, n: int) -> int:
-        return n
+    def _count_scales(self, num_features: int) -> int:
+        return num_features
 
 
 class ScalarMultiplicativeInteraction(DiagonalMultiplicativeInteraction):
@@ -376,7 +386,7 @@ class ScalarMultiplicativeInteraction(DiagonalMultiplicativeInteraction):
     The diagonal form with one scale for all features: W [m, 1], V [1], U [m, n], b [n].
     """
 
-    def _count_scales(self, n: int) -> int:
+    def _count_scales(self, num_features: int) -> int:
         return 1
 
 

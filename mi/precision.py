@@ -14,14 +14,15 @@ Sums are in f32 at every precision. Products of bf16 inputs are exact and do not
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import ParamSpec, TypeVar
 
 import jax
 import ml_collections
 
 PRECISIONS = ('default', 'high', 'highest')
 
-_Function = TypeVar('_Function', bound=Callable[..., Any])
+_Arguments = ParamSpec('_Arguments')
+_Result = TypeVar('_Result')
 
 
 @contextlib.contextmanager
@@ -31,12 +32,12 @@ def use_config(config: ml_collections.ConfigDict) -> Iterator[None]:
     It applies to programs that this thread traces and lowers. 'default', or a config without the
     key, keeps JAX's setting, which JAX_DEFAULT_MATMUL_PRECISION may have changed.
     """
-    precision = config.get('train', {}).get('matmul_precision', 'default')
-    if precision == 'default':
-        yield
-    else:
-        with jax.default_matmul_precision(precision):
+    has_precision = 'train' in config and 'matmul_precision' in config.train
+    if has_precision and config.train.matmul_precision != 'default':
+        with jax.default_matmul_precision(config.train.matmul_precision):
             yield
+    else:
+        yield
 
 
 def get_current() -> str | None:
@@ -45,12 +46,12 @@ def get_current() -> str | None:
     return precision
 
 
-def use_highest(function: _Function) -> _Function:
+def use_highest(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
     """Decorate a function so that its products are as precise as f32 on every device."""
 
     @functools.wraps(function)
-    def precise_function(*args: Any, **kwargs: Any) -> Any:
+    def precise_function(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         with jax.default_matmul_precision('highest'):
             return function(*args, **kwargs)
 
-    return precise_function  # type: ignore[return-value]
+    return precise_function

@@ -33,20 +33,20 @@ def _get_row_axes() -> tuple[str, ...]:
 
 def sum_over_rows(tree: Tree) -> Tree:
     """Return the sum over the devices that share a batch, of values that each has for its rows."""
-    axes = _get_row_axes()
-    return jax.lax.psum(tree, axes) if axes else tree
+    row_axes = _get_row_axes()
+    return jax.lax.psum(tree, row_axes) if row_axes else tree
 
 
 def mean_over_rows(tree: Tree) -> Tree:
     """Return the mean over the devices that share a batch; each has equally many rows."""
-    axes = _get_row_axes()
-    return jax.lax.pmean(tree, axes) if axes else tree
+    row_axes = _get_row_axes()
+    return jax.lax.pmean(tree, row_axes) if row_axes else tree
 
 
 def max_over_rows(tree: Tree) -> Tree:
     """Return the maximum over the devices that share a batch."""
-    axes = _get_row_axes()
-    return jax.lax.pmax(tree, axes) if axes else tree
+    row_axes = _get_row_axes()
+    return jax.lax.pmax(tree, row_axes) if row_axes else tree
 
 
 def get_row_indices(num_rows: int) -> Array:
@@ -55,9 +55,9 @@ def get_row_indices(num_rows: int) -> Array:
     if selected_rows is not None:
         chex.assert_shape(selected_rows, (num_rows,))
         return selected_rows
-    axes = _get_row_axes()
-    first = num_rows * jax.lax.axis_index(axes) if axes else 0
-    return first + jnp.arange(num_rows, dtype=jnp.int32)
+    row_axes = _get_row_axes()
+    first_row = num_rows * jax.lax.axis_index(row_axes) if row_axes else 0
+    return first_row + jnp.arange(num_rows, dtype=jnp.int32)
 
 
 @contextlib.contextmanager
@@ -67,11 +67,11 @@ def select_rows(indices: Array) -> Iterator[None]:
     Args:
       indices: indices of the rows in the full batch, [rows] int32.
     """
-    token = _selected_rows.set(indices)
+    reset_token = _selected_rows.set(indices)
     try:
         yield
     finally:
-        _selected_rows.reset(token)
+        _selected_rows.reset(reset_token)
 
 
 def make_row_keys(key: chex.PRNGKey, num_rows: int) -> chex.PRNGKey:
