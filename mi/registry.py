@@ -9,6 +9,7 @@ tracker without an entry here, in every trainer, sweep, launcher and report.
 
 import functools
 import importlib
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 Entry = TypeVar('Entry')
@@ -48,8 +49,11 @@ def import_object(reference: str) -> Any:
 class Registry(dict[str, Entry]):
     """A dict from names to objects that also imports 'package.module:Object'.
 
-    `in` and `[]` accept such names; iteration and `len` cover the entries alone.
+    `in` and `[]` accept such names; iteration and `len` cover the entries alone. An attribute
+    `refuse`, set by the owner, says what is wrong with an imported object, '' if nothing is.
     """
+
+    refuse: Callable[[Any], str] = staticmethod(lambda entry: '')
 
     def __missing__(self, name: str) -> Entry:
         if not is_reference(name):
@@ -67,7 +71,6 @@ class Registry(dict[str, Entry]):
         if super().__contains__(name):
             return ''
         try:
-            import_object(name)
+            return self.refuse(import_object(name))
         except ValueError as error:
             return str(error)
-        return ''

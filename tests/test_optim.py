@@ -163,3 +163,66 @@ def test_an_optimizer_of_one_s_own_has_a_word_and_gets_the_section_and_the_sched
     np.testing.assert_allclose(step['w'], [-0.15, 0.2], rtol=1e-6)
     clipped = update({'w': jnp.zeros(2)}, {'w': jnp.array([3.0, -4.0])}, **settings, clip_norm=1.0)
     np.testing.assert_allclose(clipped['w'], [-0.03, 0.04], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('name', 'options', 'reference'),
+    [
+        ('optax:lion', {'b1': 0.8}, lambda rate: optax.lion(rate, b1=0.8)),
+        ('optax.contrib:muon', {'ns_steps': 3}, lambda rate: optax.contrib.muon(rate, ns_steps=3)),
+        ('optax:sgd', {}, optax.sgd),
+    ],
+)
+def test_any_function_of_a_learning_rate_is_an_optimizer(name, options, reference):
+    params = {'w': jnp.ones((3, 2)), 'b': jnp.ones(2)}
+    gradients = {'w': jnp.arange(6.0).reshape(3, 2) - 2.5, 'b': jnp.array([0.5, -1.0])}
+    assert not optim.SCHEMA['optim.name'](name)
+    settings = {'name': name, 'options': options, 'learning_rate': 0.1, 'clip_norm': 0.0}
+    step = update(params, gradients, **settings)
+    expected, _ = reference(0.1).update(gradients, reference(0.1).init(params), params)
+    for leaf, expected_leaf in zip(jax.tree.leaves(step), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(leaf, expected_leaf, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('name', 'reason'),
+    [
+        ('optax:lino', 'object of the module'),
+        ('optix:lion', 'importable module'),
+        ('optax:apply_updates', 'argument learning_rate'),
+        ('lion', 'known name'),
+    ],
+)
+def test_what_is_no_optimizer_is_refused_with_the_reason(name, reason):
+    assert reason in optim.SCHEMA['optim.name'](name)
+
+
+@pytest.mark.parametrize(
+    ('name', 'options', 'message'),
+    [
+        ('optax:lion', {'b3': 0.8}, r'optim\.options\.b3 is unknown'),
+        ('optax:lion', {'b1': 'high'}, r'optim\.options\.b1 = .*expected float'),
+        ('optax:lion', {'learning_rate': 1.0}, r'optim\.options\.learning_rate is unknown'),
+        ('adam', {'b1': 0.8}, 'it has no options'),
+    ],
+)
+def test_options_are_checked_against_the_function(name, options, message):
+    config = optim.get_config()
+    config.update({'name': name, 'options': options})
+    with pytest.raises(UserError, match=message):
+        optim.validate(config, 1000)
+
+
+def constant_then_zero(peak, steps, warmup, final_scale):
+    return lambda step: jnp.where(step < steps // 2, peak, final_scale)
+
+
+def test_a_schedule_of_one_s_own_follows_the_warmup():
+    config = optim.get_config()
+    config.update({'schedule': f'{__name__}:constant_then_zero', 'learning_rate': 0.5})
+    config.update({'warmup_steps': 10, 'final_scale': 0.25})
+    assert not optim.SCHEMA['optim.schedule'](config.schedule)
+    learning_rate = optim.schedule(config, 111)
+    np.testing.assert_allclose(
+        [learning_rate(step) for step in (5, 10, 59, 60)], [0.25 + 0.025, 0.5, 0.5, 0.25]
+    )

@@ -11,11 +11,11 @@ import ml_collections
 
 from mi import cells, counting, fusion
 from mi.config import UserError
+from mi.options import check_options, get_field_defaults
 from mi.rl import loss
 from mi.rl.agent import Agent, Inputs, Params
 from mi.rl.config import CORES, TORSO_INPUTS
 from mi.rl.envs.spec import Spec
-from mi.rl.options import check_options, get_field_defaults
 from mi.rl.torsos import Shallow
 from mi.rl.transformer import GatedTransformer
 

@@ -1,5 +1,12 @@
-"""The optimizer that a config's `optim` section names, built from optax."""
+"""The optimizer that a config's `optim` section names, built from optax.
 
+optim.name = 'adamw'                                      # a key of OPTIMIZERS
+optim.name = 'optax:lion'                                 # any function of a learning rate
+optim.name, optim.options = 'optax.contrib:muon', {'beta': 0.9}
+optim.schedule = 'my_package.schedules:one_cycle'         # any function of a peak and steps
+"""
+
+import inspect
 from collections.abc import Callable
 
 import chex
@@ -8,7 +15,9 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from mi.config import Rule, UserError, choice, integer, number
+from mi.config import Rule, UserError, choice, integer, number, suggest
+from mi.options import check_options, get_options
+from mi.registry import Registry, import_object, is_reference
 
 Constructor = Callable[[ml_collections.ConfigDict, optax.Schedule], optax.GradientTransformation]
 
@@ -36,16 +45,48 @@ OPTIMIZERS: dict[str, Constructor] = {
 }
 """Name → constructor, which takes the section `optim` and the learning-rate schedule.
 
-A config file can add one:
-
-    OPTIMIZERS['lion'] = lambda config, learning_rate: optax.lion(learning_rate)
+A config file can add one. Any other function of a learning rate has the name 'package.module:name',
+and `optim.options` are its other arguments.
 """
 
-WITHOUT_DECAY = ('adam', 'rmsprop', 'sgd')
-SCHEDULES = ('constant', 'cosine', 'linear', 'rsqrt')
+WITH_DECAY = ('adamw',)
+
+
+def _decay_by_root(peak: float, steps: int, warmup: int, final_scale: float) -> optax.Schedule:
+    return lambda step: peak * (1 + jnp.maximum(step, 0) / max(1, warmup)) ** -0.5
+
+
+SCHEDULES: Registry[Callable[[float, int, int, float], optax.Schedule]] = Registry(
+    constant=lambda peak, steps, warmup, final_scale: optax.constant_schedule(peak),
+    cosine=lambda peak, steps, warmup, final_scale: optax.cosine_decay_schedule(
+        peak, steps, final_scale
+    ),
+    linear=lambda peak, steps, warmup, final_scale: optax.linear_schedule(
+        peak, peak * final_scale, steps
+    ),
+    rsqrt=_decay_by_root,
+)
+"""Name → (peak, steps after warm-up, steps of warm-up, `final_scale`) → schedule after warm-up."""
+
+
+def check_optimizer(value: object) -> str:
+    """Return what is expected of `optim.name`, '' for a valid one."""
+    if not isinstance(value, str) or not (value in OPTIMIZERS or is_reference(value)):
+        return f"a known name, or 'package.module:name'; {suggest(str(value), OPTIMIZERS)}"
+    if value in OPTIMIZERS:
+        return ''
+    try:
+        constructor = import_object(value)
+    except ValueError as error:
+        return f'an optimizer; {error}'
+    if not callable(constructor) or 'learning_rate' not in _get_defaults(constructor):
+        return 'a function with an argument learning_rate, as optax.lion'
+    return ''
+
 
 SCHEMA: dict[str, Rule] = {
-    'optim.name': choice(OPTIMIZERS),
+    'optim.name': check_optimizer,
+    'optim.options.*': lambda value: '',  # `validate` checks them against the function's arguments
     'optim.learning_rate': number(0, exclusive=True),
     'optim.schedule': choice(SCHEDULES),
     'optim.warmup_steps': integer(-1),
@@ -61,9 +102,11 @@ SCHEMA: dict[str, Rule] = {
 def get_config() -> ml_collections.ConfigDict:
     """Return the section `optim` with its defaults."""
     config = ml_collections.ConfigDict()
-    config.name = 'adam'  # a key of OPTIMIZERS: adam, adamw, rmsprop, sgd
+    config.name = 'adam'  # adam, adamw, rmsprop, sgd, or 'optax:lion', 'package.module:name'
+    # Arguments of the function 'package.module:name': --config.optim.options="{'b1': 0.95}"
+    config.options = ml_collections.ConfigDict()
     config.learning_rate = 1e-3  # after warm-up
-    config.schedule = 'cosine'  # constant, cosine, linear, rsqrt
+    config.schedule = 'cosine'  # constant, cosine, linear, rsqrt, 'package.module:name'
     config.warmup_steps = -1  # -1: 100, or a quarter of the run if that is less
     config.final_scale = 0.0  # share of the learning rate left at the last step: cosine and linear
     config.clip_norm = 1.0  # global norm of the gradient; 0 for no clipping
@@ -85,11 +128,17 @@ def validate(config: ml_collections.ConfigDict, steps: int) -> None:
             f'config.optim.warmup_steps = {config.warmup_steps}: expected fewer than the {steps} '
             f'updates of the run. Try -1, which takes at most a quarter of them'
         )
-    if config.weight_decay and config.name in WITHOUT_DECAY:
+    if config.weight_decay and config.name not in WITH_DECAY:
         raise UserError(
             f'config.optim.weight_decay = {config.weight_decay}: expected 0, as '
-            f"config.optim.name = {config.name!r} has no weight decay. Try 'adamw'"
+            f"config.optim.name = {config.name!r} has no weight decay of this key. Try 'adamw', or "
+            f'config.optim.options'
         )
+    defaults = {}
+    if config.name not in OPTIMIZERS:
+        defaults = _get_defaults(import_object(config.name))
+        del defaults['learning_rate']  # a config key of its own
+    check_options('config.optim.options', config.name, get_options(config, 'options'), defaults)
 
 
 def warmup_steps(config: ml_collections.ConfigDict, steps: int) -> int:
@@ -105,13 +154,7 @@ def schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
     """
     peak_rate, warmup = config.learning_rate, warmup_steps(config, steps)
     decay_steps = max(1, steps - 1 - warmup)
-    decay_schedules = {
-        'constant': optax.constant_schedule(peak_rate),
-        'cosine': optax.cosine_decay_schedule(peak_rate, decay_steps, config.final_scale),
-        'linear': optax.linear_schedule(peak_rate, peak_rate * config.final_scale, decay_steps),
-        'rsqrt': lambda step: peak_rate * (1 + jnp.maximum(step, 0) / max(1, warmup)) ** -0.5,
-    }
-    decay_schedule = decay_schedules[config.schedule]
+    decay_schedule = SCHEDULES[config.schedule](peak_rate, decay_steps, warmup, config.final_scale)
     if warmup == 0:
         return decay_schedule
     warmup_schedule = optax.linear_schedule(peak_rate / warmup, peak_rate, warmup)
@@ -127,8 +170,20 @@ def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.Gradi
     transforms: list[optax.GradientTransformation] = []
     if config.clip_norm > 0:
         transforms.append(optax.clip_by_global_norm(config.clip_norm))
-    transforms.append(OPTIMIZERS[config.name](config, learning_rate))
+    if config.name in OPTIMIZERS:
+        transforms.append(OPTIMIZERS[config.name](config, learning_rate))
+    else:
+        options = get_options(config, 'options')
+        transforms.append(import_object(config.name)(learning_rate, **options))
     return optax.chain(*transforms)
+
+
+def _get_defaults(constructor: Callable[..., object]) -> dict[str, object]:
+    """Return name → default of the arguments of a function; None for a required one."""
+    return {
+        parameter.name: None if parameter.default is parameter.empty else parameter.default
+        for parameter in inspect.signature(constructor).parameters.values()
+    }
 
 
 def _is_matrix(params: chex.ArrayTree) -> chex.ArrayTree:

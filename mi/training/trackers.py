@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from mi.config import UserError, suggest, suggest_install
+from mi.registry import Registry, is_reference
 
 PROJECT = 'mi'  # unless WANDB_PROJECT names another
 
@@ -84,18 +85,17 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
-TRACKERS: dict[str, Callable[[pathlib.Path, str, dict[str, object], bool], Tracker] | None] = {
-    'none': None,
-    'wandb': Wandb,
-    'trackio': Trackio,
-}
+TrackerMaker = Callable[[pathlib.Path, str, dict[str, object], bool], Tracker]
+TRACKERS: Registry[TrackerMaker | None] = Registry(none=None, wandb=Wandb, trackio=Trackio)
+"""Name → (run directory, id, config, continued) → tracker; also 'package.module:Class'."""
 
 
 def check_tracker(value: object) -> str:
     """Return the error of a value of config.tracker, '' for an installed tracker."""
     if not isinstance(value, str) or value not in TRACKERS:
         return f'one of the known trackers; {suggest(str(value), TRACKERS)}'
-    if value != 'none' and importlib.util.find_spec(value) is None:
+    is_package = value != 'none' and not is_reference(value)
+    if is_package and importlib.util.find_spec(value) is None:
         return f"its package, which is not installed. Try {suggest_install(value)}, or take 'none'"
     return ''
 

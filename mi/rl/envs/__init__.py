@@ -1,13 +1,13 @@
 """Registries of environments, JAX and HOST, and functions that make one by name.
 
-A name may have a suite behind a slash, as in 'babyai/goto', which the environment's maker parses.
-Add an environment in a config file with `JAX[name] = maker` or `HOST[name] = maker`:
+A name is a key of a registry or 'package.module:maker'. It may have a suite behind a slash, as in
+'babyai/goto' or 'my_package.rooms:make/small', which the maker parses:
 
     JAX    maker(suite, **options) → JaxEnvironment
     HOST   maker(suite, *, batch, seed, **options) → HostEnvironment
 
-Options are keyword-only arguments with defaults. Actors of the topology 'ray' do not read the
-config file, so they need the entry in this module.
+Options are keyword-only arguments with defaults. A config file can also add an entry, `JAX[name] =
+maker`, except for actors of the topology 'ray', which do not read the config file.
 """
 
 import contextlib
@@ -15,26 +15,30 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
-from mi.config import UserError, suggest
+from mi.config import UserError, has_parameter, suggest
+from mi.options import check_options, get_keyword_defaults
+from mi.registry import Registry, is_reference
 from mi.rl.envs.check import check_environment, check_spec
 from mi.rl.envs.host import atari, babyai, dmlab30, gymnasium, procgen
 from mi.rl.envs.jax import catch, xland
 from mi.rl.envs.jax.batched import Batched
 from mi.rl.envs.spec import HostEnvironment, JaxEnvironment, Spec
-from mi.rl.options import check_options, get_keyword_defaults
 
 Options = Mapping[str, object]  # of `config.env.options`: argument of the maker → value
 Made = TypeVar('Made')
 
-JAX: dict[str, Callable[..., JaxEnvironment]] = {'xland': xland.make, 'catch': catch.make}
-HOST: dict[str, Callable[..., HostEnvironment]] = {
-    'babyai': babyai.make,
-    'atari': atari.make,
-    'procgen': procgen.make,
-    'gymnasium': gymnasium.make_gym,
-    'vizdoom': gymnasium.make_vizdoom,
-    'dmlab30': dmlab30.make,
-}
+JAX: Registry[Callable[..., JaxEnvironment]] = Registry(xland=xland.make, catch=catch.make)
+HOST: Registry[Callable[..., HostEnvironment]] = Registry(
+    babyai=babyai.make,
+    atari=atari.make,
+    procgen=procgen.make,
+    gymnasium=gymnasium.make_gym,
+    vizdoom=gymnasium.make_vizdoom,
+    dmlab30=dmlab30.make,
+)
+# The maker of a host environment has the argument `batch`.
+JAX.refuse = lambda maker: 'it runs on the host' if has_parameter(maker, 'batch') else ''
+HOST.refuse = lambda maker: '' if has_parameter(maker, 'batch') else 'it has no argument batch'
 # Makers of specs that need no simulator: (suite, options that change the spec) → spec.
 SPECS: dict[str, Callable[..., Spec]] = {
     'atari': atari.make_spec,
@@ -173,7 +177,8 @@ def count_evaluation_rows(
 def _parse_maker_name(env_name: str, config_key: str) -> str:
     maker_name = env_name.partition('/')[0]
     if maker_name not in JAX and maker_name not in HOST:
-        hint = suggest(maker_name, (*JAX, *HOST))
+        known_names = JAX if is_reference(maker_name) else (*JAX, *HOST)
+        hint = suggest(maker_name, known_names)
         raise UserError(f'config.{config_key} = {env_name!r} is unknown; {hint}')
     return maker_name
 

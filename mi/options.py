@@ -4,6 +4,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import ml_collections
+
 from mi.config import UserError, suggest
 
 
@@ -27,6 +29,12 @@ def get_field_defaults(module: Callable[..., Any]) -> dict[str, Any]:
         for parameter in inspect.signature(module).parameters.values()
         if parameter.name not in reserved and parameter.default is not parameter.empty
     }
+
+
+def get_options(config: ml_collections.ConfigDict, key: str) -> dict[str, Any]:
+    """Return the options under a key; none for a config.json from before the key existed."""
+    options = config.get(key)
+    return options.to_dict() if options else {}
 
 
 def check_options(
