@@ -39,7 +39,7 @@ def format_estimate(estimate: Estimate | None) -> str:
 
 def _exponentiate(log_estimate: Estimate) -> Estimate:
     low, high = (None if x is None else math.exp(x) for x in (log_estimate.low, log_estimate.high))
-    return Estimate(math.exp(log_estimate.mean), low, high, log_estimate.n)
+    return Estimate(math.exp(log_estimate.mean), low, high, log_estimate.num_seeds)
 
 
 def _format(value: float | None) -> str:

@@ -47,39 +47,39 @@ def write(
     with Work(f'reading {workdir}'):
         sweep = runs.read_sweep(pathlib.Path(workdir))
     with Work(f'intervals of {len(sweep.arms)} arms'):
-        rows = analysis.make_rows(sweep)
-    table_notes = notes.make_notes(sweep, rows)
+        results = analysis.compute_results(sweep)
+    table_notes = notes.make_notes(sweep, results)
 
     # Draw the figures and format the texts.
     folder = sweep.path / 'report' if out is None else pathlib.Path(out)
     with files.output_folder(folder), Work('drawing the figures'):
-        figure_files, remarks = figures.draw_figures(sweep, rows, folder)
+        figure_files, remarks = figures.draw_figures(sweep, results, folder)
     warnings = [*remarks, *sweep.warnings]
     with Work('writing the page and the tables'):
-        texts = {
-            'report.html': html.render_page(sweep, rows, [*table_notes, *warnings]),
-            'table.csv': csv.to_csv(sweep, rows),
-            'table.md': tables.to_markdown(sweep, rows, table_notes),
-            'table.tex': latex.to_latex(sweep, rows, table_notes),
+        documents = {
+            'report.html': html.render_page(sweep, results, [*table_notes, *warnings]),
+            'table.csv': csv.to_csv(sweep, results),
+            'table.md': tables.to_markdown(sweep, results, table_notes),
+            'table.tex': latex.to_latex(sweep, results, table_notes),
         }
-    if tables.has_tasks(rows):
-        texts['tasks.csv'] = csv.tasks_to_csv(rows)
+    if tables.has_tasks(results):
+        documents['tasks.csv'] = csv.tasks_to_csv(results)
     if ranking_text := rankings.to_markdown(sweep):
-        texts['draws.md'] = ranking_text
+        documents['draws.md'] = ranking_text
     with files.output_folder(folder):
-        for name, text in texts.items():
-            (folder / name).write_text(text, encoding='utf-8')
+        for file_name, contents in documents.items():
+            (folder / file_name).write_text(contents, encoding='utf-8')
 
     # Print the table, the warnings and the names of the files.
     console = terminal.make_console()
-    table = tables.make_table(sweep, rows)
+    table = tables.make_table(sweep, results)
     terminal.print_table(console, table, sweep.title, 'report.html and table.csv')
     for note in table_notes:
         console.print(note, markup=False, highlight=False)
     error_console = rich.console.Console(stderr=True, soft_wrap=True)
     for warning in warnings:
         error_console.print(f'warning: {warning}', markup=False, highlight=False)
-    paths = [*(folder / name for name in texts), *figure_files]
+    paths = [*(folder / file_name for file_name in documents), *figure_files]
     for path in paths:
         print(path)
     return paths

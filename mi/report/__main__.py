@@ -33,9 +33,9 @@ def main(argv: list[str]) -> None:
         if workdir and not baseline and not candidate:
             report.write(workdir, OUT.value)
         elif baseline and candidate and not workdir:
-            pairs = compare.compare_sweeps(baseline, candidate, OUT.value)
+            comparisons = compare.compare_sweeps(baseline, candidate, OUT.value)
             if FAIL_ON_WORSE.value:
-                _exit_if_worse(pairs)
+                _exit_if_worse(comparisons)
         else:
             sys.exit(
                 'error: expected --workdir=DIRECTORY, or --baseline=DIRECTORY and '
@@ -45,22 +45,23 @@ def main(argv: list[str]) -> None:
         sys.exit(f'error: {error}')
 
 
-def _exit_if_worse(pairs: list[compare.Pair]) -> None:
+def _exit_if_worse(comparisons: list[compare.ArmComparison]) -> None:
     """Exit with an error if an arm is worse or cannot be judged."""
+    # Collect every reason, so that one run of the command shows them all.
     errors = []
-    if worse := [pair.label for pair in pairs if compare.is_worse(pair)]:
+    if worse := [comparison.label for comparison in comparisons if compare.is_worse(comparison)]:
         errors.append(f'worse or lost: {", ".join(worse)}')
     unjudged = [
-        f'{pair.label} ({reason})'
-        for pair in pairs
-        if (reason := compare.explain_missing_verdict(pair))
+        f'{comparison.label} ({reason})'
+        for comparison in comparisons
+        if (reason := compare.explain_missing_verdict(comparison))
     ]
     if unjudged:
         errors.append(
             f'cannot be judged: {", ".join(unjudged)}; expected the same tasks, and at least two '
             'seeds that both have'
         )
-    if not errors and not any(pair.verdict for pair in pairs):
+    if not errors and not any(comparison.verdict for comparison in comparisons):
         errors.append(
             'nothing could be compared: no arm of the baseline has values; see their states'
         )

@@ -33,7 +33,7 @@ class Summary:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ArmResult:
     """The numbers of one arm in the table; None where there are none.
 
     Attributes:
@@ -77,21 +77,25 @@ class Finals(NamedTuple):
     values: dict[int, float]
 
 
-def make_rows(sweep: Sweep) -> list[Row]:
+def compute_results(sweep: Sweep) -> list[ArmResult]:
     """Return a row per arm, in the order of the sweep; an arm without numbers has a row too."""
+    # Every arm is compared with the finite values of the baseline.
     baseline_arm = next((arm for arm in sweep.arms if arm.label == sweep.baseline), None)
     baseline = None
     if baseline_arm is not None:
         baseline = Finals(baseline_arm, baseline_arm.finite_values(sweep.metric, sweep.split))
+    # A test is corrected for the number of arms, so all arms come first.
     equal_time = find_equal_time(sweep)
-    rows = [
-        _make_row(
+    results = [
+        _compute_result(
             sweep, Finals(arm, arm.final_values(sweep.metric, sweep.split)), baseline, equal_time
         )
         for arm in sweep.arms
     ]
-    tests = statistics.correct_holm([row.test for row in rows])
-    return [dataclasses.replace(row, test=test) for row, test in zip(rows, tests, strict=True)]
+    tests = statistics.correct_holm([result.test for result in results])
+    return [
+        dataclasses.replace(result, test=test) for result, test in zip(results, tests, strict=True)
+    ]
 
 
 def find_equal_time(sweep: Sweep) -> float | None:
@@ -100,15 +104,15 @@ def find_equal_time(sweep: Sweep) -> float | None:
     None unless there are several comparable arms, and all are done and timed.
     """
     arms = [arm for arm in sweep.arms if sweep.is_comparable(arm)]
-    seconds = [arm.training_seconds()[1] for arm in arms]
-    if len(arms) < 2 or any(arm.state != 'done' for arm in arms) or not all(map(len, seconds)):
+    arm_seconds = [arm.training_seconds()[1] for arm in arms]
+    if len(arms) < 2 or any(arm.state != 'done' for arm in arms) or not all(map(len, arm_seconds)):
         return None
-    return min(float(arm_seconds[-1]) for arm_seconds in seconds)
+    return min(float(elapsed[-1]) for elapsed in arm_seconds)
 
 
-def _make_row(
+def _compute_result(
     sweep: Sweep, finals: Finals, baseline: Finals | None, equal_time: float | None
-) -> Row:
+) -> ArmResult:
     arm, values = finals
     mean = difference = test = None
     remarks = []
@@ -120,7 +124,7 @@ def _make_row(
         remarks.append(f'{error}; no mean')
     remarks += _explain_missing(sweep, finals, baseline, mean, difference)
     _, seconds = arm.training_seconds()
-    return Row(
+    return ArmResult(
         arm=arm,
         final=values,
         metric=mean,
@@ -151,9 +155,10 @@ def _explain_missing(
         remarks.append(f'{arm.label}: no {sweep.metric} in the {sweep.split} records')
     if 0 < len(values) < len(arm.seeds):
         remarks.append(f'{arm.label}: {len(values)} of {len(arm.seeds)} seeds have a final record')
-    if difference is not None and difference.n < max(len(values), num_baseline_seeds):
+    if difference is not None and difference.num_seeds < max(len(values), num_baseline_seeds):
         remarks.append(
-            f'{arm.label}: the difference pairs the {difference.n} seeds that both arms have'
+            f'{arm.label}: the difference pairs the {difference.num_seeds} seeds '
+            'that both arms have'
         )
     elif mean is not None and not sweep.is_comparable(arm):
         mismatch = describe_task_mismatch(arm.tasks, sweep.tasks)
@@ -166,10 +171,10 @@ def _explain_missing(
 def _average_secondary(sweep: Sweep, arm: Arm) -> dict[str, float]:
     """Return the means over seeds of the other metrics, except those of single tasks."""
     averages = {}
-    for name in arm.metric_names(sweep.split):
-        values = arm.finite_values(name, sweep.split).values()
-        if '/' not in name and name != sweep.metric and values:
-            averages[name] = math.fsum(values) / len(values)
+    for metric_name in arm.metric_names(sweep.split):
+        values = arm.finite_values(metric_name, sweep.split).values()
+        if '/' not in metric_name and metric_name != sweep.metric and values:
+            averages[metric_name] = math.fsum(values) / len(values)
     return averages
 
 
@@ -185,15 +190,15 @@ def _estimate_at(sweep: Sweep, arm: Arm, seconds: float | None) -> Estimate | No
     is_reached = step_seconds <= seconds * 1.001
     if not is_reached.any():
         return None
-    last = int(np.flatnonzero(is_reached)[-1])
-    if not np.isfinite(values[:, last]).all():
+    last_index = int(np.flatnonzero(is_reached)[-1])
+    if not np.isfinite(values[:, last_index]).all():
         return None
 
     # Tasks with separate runs are resampled independently.
-    tasks, scores = arm.scores(sweep.metric, sweep.curves, int(steps[last]))
+    tasks, scores = arm.scores(sweep.metric, sweep.curves, int(steps[last_index]))
     if arm.separate_runs and tasks:
         return statistics.bootstrap_runs(scores, statistics.mean)
-    return statistics.estimate(dict(enumerate(values[:, last])), arm.label)
+    return statistics.estimate(dict(enumerate(values[:, last_index])), arm.label)
 
 
 def _estimate_mean(sweep: Sweep, finals: Finals) -> Estimate | None:
@@ -217,17 +222,28 @@ def compare_finals(
     if baseline is None or set(finals.arm.tasks) != set(baseline.arm.tasks):
         return None, None
     seeds = sorted(finals.values.keys() & baseline.values.keys())
+    # Separate runs of a task share nothing but its seed, so each task and seed is a pair.
     if finals.arm.separate_runs and seeds:
-        pairs = [
+        task_values = [
             [
                 arm.final_values(f'{sweep.metric}/{task}', sweep.split)
                 for arm in (finals.arm, baseline.arm)
             ]
             for task in finals.arm.tasks
         ]
-        gaps = np.array([[ours[seed] - theirs[seed] for ours, theirs in pairs] for seed in seeds])
+        gaps = np.array(
+            [
+                [
+                    arm_values[seed] - baseline_values[seed]
+                    for arm_values, baseline_values in task_values
+                ]
+                for seed in seeds
+            ]
+        )
         difference = statistics.bootstrap_runs(gaps, statistics.mean)
         return difference, statistics.sign_flip_test(gaps)
+
+    # One agent learned all tasks, or there is only one, so each seed is a pair.
     gaps = np.array([finals.values[seed] - baseline.values[seed] for seed in seeds])
     return (
         statistics.estimate_difference(finals.values, baseline.values, finals.arm.label),

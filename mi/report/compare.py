@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 from mi.config import UserError, flatten
 from mi.report import analysis, files, runs, statistics, tables, terminal
-from mi.report.analysis import Finals, Row
+from mi.report.analysis import ArmResult, Finals
 from mi.report.runs import Arm, Sweep
 from mi.report.statistics import Estimate, SignFlipTest
 from mi.report.tables import Cell, Column, Table, Terminal
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
+class ArmComparison:
     """An arm of both sweeps, or of one of them.
 
     Attributes:
@@ -31,8 +31,8 @@ class Pair:
     """
 
     label: str
-    baseline: Row | None
-    candidate: Row | None
+    baseline: ArmResult | None
+    candidate: ArmResult | None
     difference: Estimate | None = None
     test: SignFlipTest | None = None
     verdict: str | None = None
@@ -49,7 +49,7 @@ def compare_sweeps(
     baseline: str | os.PathLike[str],
     candidate: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
-) -> list[Pair]:
+) -> list[ArmComparison]:
     """Compare two sweeps, print the differences and write compare.md.
 
     Args:
@@ -64,132 +64,151 @@ def compare_sweeps(
         runs.read_sweep(pathlib.Path(baseline), 'baseline'),
         runs.read_sweep(pathlib.Path(candidate), 'candidate'),
     )
-    for key in ('metric', 'split', 'lower_is_better'):
-        expected, value = (getattr(sweep, key) for sweep in sweeps)
-        if value != expected:
+    for field_name in ('metric', 'split', 'lower_is_better'):
+        expected, actual = (getattr(sweep, field_name) for sweep in sweeps)
+        if actual != expected:
             raise UserError(
-                f'--candidate={candidate}: {key} = {value!r}: expected {expected!r}, as in the '
-                'baseline; compare sweeps that measure the same'
+                f'--candidate={candidate}: {field_name} = {actual!r}: expected {expected!r}, as '
+                'in the baseline; compare sweeps that measure the same'
             )
-    pairs = pair_arms(*sweeps)
-    table = _make_table(sweeps.candidate, pairs)
-    notes = _make_notes(sweeps, pairs)
+    comparisons = compare_arms(*sweeps)
+    table = _make_table(sweeps.candidate, comparisons)
+    notes = _make_notes(sweeps, comparisons)
     title = f'{sweeps.baseline.path} → {sweeps.candidate.path}'
 
     # Write compare.md.
     header, *body = [[str(cell) for cell in cells] for cells in (table.header, *table.body)]
-    items = '\n'.join(f'- {tables.escape_markdown(note)}' for note in notes)
-    text = f'{tables.format_markdown(header, body)}\n\n{items}'
+    note_items = '\n'.join(f'- {tables.escape_markdown(note)}' for note in notes)
+    contents = f'{tables.format_markdown(header, body)}\n\n{note_items}'
     folder = sweeps.candidate.path / 'report' if out is None else pathlib.Path(out)
-    file = folder / 'compare.md'
+    markdown_file = folder / 'compare.md'
     with files.output_folder(folder):
-        file.write_text(f'### {tables.escape_markdown(title)}\n\n{text}\n', encoding='utf-8')
+        markdown_file.write_text(
+            f'### {tables.escape_markdown(title)}\n\n{contents}\n', encoding='utf-8'
+        )
 
     # Print the table and the notes.
     console = terminal.make_console()
-    terminal.print_table(console, table, title, file.name)
+    terminal.print_table(console, table, title, markdown_file.name)
     for note in notes:
         console.print(note, markup=False, highlight=False)
-    print(file)
-    return pairs
+    print(markdown_file)
+    return comparisons
 
 
-def pair_arms(baseline: Sweep, candidate: Sweep) -> list[Pair]:
-    """Return a pair for every arm of either sweep, in the order of the baseline."""
-    old_rows, new_rows = (
-        {row.arm.label: row for row in analysis.make_rows(sweep)} for sweep in (baseline, candidate)
+def compare_arms(baseline: Sweep, candidate: Sweep) -> list[ArmComparison]:
+    """Return a comparison for every arm of either sweep, in the order of the baseline."""
+    baseline_results, candidate_results = (
+        {result.arm.label: result for result in analysis.compute_results(sweep)}
+        for sweep in (baseline, candidate)
     )
-    if len(old_rows) == len(new_rows) == 1:
-        old_rows = dict(zip(new_rows, old_rows.values(), strict=True))
-    pairs = [
-        _make_pair(candidate, label, old_rows.get(label), new_rows.get(label))
-        for label in {**old_rows, **new_rows}
+    # Two single runs have the names of their directories, so they match whatever those are.
+    if len(baseline_results) == len(candidate_results) == 1:
+        baseline_results = dict(zip(candidate_results, baseline_results.values(), strict=True))
+    comparisons = [
+        _compare_arm(candidate, label, baseline_results.get(label), candidate_results.get(label))
+        for label in {**baseline_results, **candidate_results}
     ]
-    tests = statistics.correct_holm([pair.test for pair in pairs])
-    return [dataclasses.replace(pair, test=test) for pair, test in zip(pairs, tests, strict=True)]
+    tests = statistics.correct_holm([comparison.test for comparison in comparisons])
+    return [
+        dataclasses.replace(comparison, test=test)
+        for comparison, test in zip(comparisons, tests, strict=True)
+    ]
 
 
-def _make_pair(sweep: Sweep, label: str, baseline: Row | None, candidate: Row | None) -> Pair:
+def _compare_arm(
+    sweep: Sweep, label: str, baseline: ArmResult | None, candidate: ArmResult | None
+) -> ArmComparison:
     has_baseline = baseline is not None and baseline.metric is not None
     has_candidate = candidate is not None and candidate.metric is not None
     if not (baseline and candidate and has_baseline and has_candidate):
-        return Pair(label, baseline, candidate, verdict='lost' if has_baseline else None)
+        return ArmComparison(label, baseline, candidate, verdict='lost' if has_baseline else None)
     difference, test = analysis.compare_finals(
         sweep, Finals(candidate.arm, candidate.final), Finals(baseline.arm, baseline.final)
     )
     verdict = statistics.judge(difference, sweep.lower_is_better)
-    common = baseline.final.keys() & candidate.final.keys()
-    if common and all(baseline.final[seed] == candidate.final[seed] for seed in common):
+    common_seeds = baseline.final.keys() & candidate.final.keys()
+    if common_seeds and all(baseline.final[seed] == candidate.final[seed] for seed in common_seeds):
         verdict, test = 'equal', None
-    return Pair(label, baseline, candidate, difference, test, verdict)
+    return ArmComparison(label, baseline, candidate, difference, test, verdict)
 
 
-def is_worse(pair: Pair) -> bool:
+def is_worse(comparison: ArmComparison) -> bool:
     """Return whether the candidate is worse beyond the interval, or has lost its values."""
-    return pair.verdict in ('worse', 'lost')
+    return comparison.verdict in ('worse', 'lost')
 
 
-def explain_missing_verdict(pair: Pair) -> str:
+def explain_missing_verdict(comparison: ArmComparison) -> str:
     """Return why both sides have values but there is no verdict; '' in every other case."""
-    if pair.verdict or not (pair.baseline and pair.candidate and pair.baseline.metric):
+    if comparison.verdict or not (
+        comparison.baseline and comparison.candidate and comparison.baseline.metric
+    ):
         return ''
-    tasks, expected = pair.candidate.arm.tasks, pair.baseline.arm.tasks
+    tasks, expected = comparison.candidate.arm.tasks, comparison.baseline.arm.tasks
     if set(tasks) != set(expected):
         return f'learned {analysis.describe_task_mismatch(tasks, expected)}'
-    return 'no seed in common' if pair.difference is None else 'one seed in common'
+    return 'no seed in common' if comparison.difference is None else 'one seed in common'
 
 
-def _make_table(sweep: Sweep, pairs: list[Pair]) -> Table:
-    columns = _make_columns(sweep, pairs)
-    return Table(columns, tables.make_body(columns, pairs), set())
+def _make_table(sweep: Sweep, comparisons: list[ArmComparison]) -> Table:
+    columns = _make_columns(sweep, comparisons)
+    return Table(columns, tables.make_body(columns, comparisons), set())
 
 
-def _make_columns(sweep: Sweep, pairs: list[Pair]) -> list[Column[Pair]]:
+def _make_columns(sweep: Sweep, comparisons: list[ArmComparison]) -> list[Column[ArmComparison]]:
     metric = f'{tables.humanize(sweep.metric)} {"↓" if sweep.lower_is_better else "↑"}'
-    num_tests = sum(pair.test is not None for pair in pairs)
+    num_tests = sum(comparison.test is not None for comparison in comparisons)
+    # Both sides and their difference share their decimals, so that they visibly add up.
+    baselines = [comparison.baseline for comparison in comparisons if comparison.baseline]
+    candidates = [comparison.candidate for comparison in comparisons if comparison.candidate]
     decimals = tables.count_decimals(
-        [pair.baseline.metric for pair in pairs if pair.baseline is not None],
-        [pair.candidate.metric for pair in pairs if pair.candidate is not None],
-        [pair.difference for pair in pairs],
+        [result.metric for result in baselines],
+        [result.metric for result in candidates],
+        [comparison.difference for comparison in comparisons],
     )
 
-    def format_metric(row: Row | None) -> Cell:
-        return tables.format_interval(row.metric if row else None, decimals)
+    def format_metric(result: ArmResult | None) -> Cell:
+        return tables.format_interval(result.metric if result else None, decimals)
 
     # The priorities differ from the order: on a narrow terminal the verdict precedes the costs.
     return [
         Column(
-            'arm', 'arm', '', lambda pair: Cell(pair.label),
+            'arm', 'arm', '', lambda comparison: Cell(comparison.label),
             terminal=Terminal(priority=0, wraps=True),
         ),
         Column(
-            'baseline', metric, 'baseline', lambda pair: format_metric(pair.baseline),
+            'baseline', metric, 'baseline',
+            lambda comparison: format_metric(comparison.baseline),
             terminal=Terminal(priority=1),
         ),
         Column(
-            'candidate', metric, 'candidate', lambda pair: format_metric(pair.candidate),
+            'candidate', metric, 'candidate',
+            lambda comparison: format_metric(comparison.candidate),
             terminal=Terminal(priority=2),
         ),
         Column(
             'difference', 'difference', tables.INTERVAL,
-            lambda pair: tables.format_interval(pair.difference, decimals, '+'),
+            lambda comparison: tables.format_interval(comparison.difference, decimals, '+'),
             terminal=Terminal(priority=3),
         ),
         Column(
-            'p', 'p', 'Holm' if num_tests > 1 else '', lambda pair: tables.format_test(pair.test),
+            'p', 'p', 'Holm' if num_tests > 1 else '',
+            lambda comparison: tables.format_test(comparison.test),
             terminal=Terminal(priority=5),
         ),
         Column(
-            'parameters', 'parameters', '×', lambda pair: _cost_cell(pair, 'parameters'),
+            'parameters', 'parameters', '×',
+            lambda comparison: _cost_cell(comparison, 'parameters'),
             terminal=Terminal(priority=6),
         ),
         Column(
             'flops', f'FLOPs per {sweep.unit}', '×',
-            lambda pair: _cost_cell(pair, f'flops_per_{sweep.unit}'),
+            lambda comparison: _cost_cell(comparison, f'flops_per_{sweep.unit}'),
             terminal=Terminal(priority=8),
         ),
         Column(
-            'seconds', 'train seconds', '×', lambda pair: _cost_cell(pair, 'seconds'),
+            'seconds', 'train seconds', '×',
+            lambda comparison: _cost_cell(comparison, 'seconds'),
             terminal=Terminal(priority=7),
         ),
         Column(
@@ -198,59 +217,65 @@ def _make_columns(sweep: Sweep, pairs: list[Pair]) -> list[Column[Pair]]:
     ]  # fmt: skip
 
 
-def _cost_cell(pair: Pair, quantity: str) -> Cell:
+def _cost_cell(comparison: ArmComparison, quantity: str) -> Cell:
     """Return the ratio of the costs, candidate over baseline."""
-    baseline, candidate = (_get_cost(row, quantity) for row in (pair.baseline, pair.candidate))
+    baseline, candidate = (
+        _get_cost(result, quantity) for result in (comparison.baseline, comparison.candidate)
+    )
     if not baseline or candidate is None:
         return Cell(tables.NONE)
     return Cell(f'{candidate / baseline:.3g}')
 
 
-def _get_cost(row: Row | None, quantity: str) -> float | None:
-    if row is None:
+def _get_cost(result: ArmResult | None, quantity: str) -> float | None:
+    if result is None:
         return None
-    return row.seconds if quantity == 'seconds' else row.arm.get_cost(quantity, 'model')
+    return result.seconds if quantity == 'seconds' else result.arm.get_cost(quantity, 'model')
 
 
-def _verdict_cell(pair: Pair) -> Cell:
-    if pair.difference:
-        detail = f'(n = {pair.difference.n})'
+def _verdict_cell(comparison: ArmComparison) -> Cell:
+    if comparison.difference:
+        detail = f'(n = {comparison.difference.num_seeds})'
     else:
-        detail = explain_missing_verdict(pair) or _explain_missing_values(pair)
-    return Cell(pair.verdict or tables.NONE, detail)
+        detail = explain_missing_verdict(comparison) or _explain_missing_values(comparison)
+    return Cell(comparison.verdict or tables.NONE, detail)
 
 
-def _explain_missing_values(pair: Pair) -> str:
-    for side, row in (('baseline', pair.baseline), ('candidate', pair.candidate)):
-        if row is None:
+def _explain_missing_values(comparison: ArmComparison) -> str:
+    for side, result in (('baseline', comparison.baseline), ('candidate', comparison.candidate)):
+        if result is None:
             return f'not in the {side}'
-        if row.metric is None:
-            return f'{"not finite" if row.final else row.arm.state} in the {side}'
+        if result.metric is None:
+            return f'{"not finite" if result.final else result.arm.state} in the {side}'
     return ''
 
 
-def _make_notes(sweeps: Sweeps, pairs: list[Pair]) -> list[str]:
+def _make_notes(sweeps: Sweeps, comparisons: list[ArmComparison]) -> list[str]:
     # List the arms by verdict.
     verdicts: dict[str, list[str]] = {}
-    for pair in pairs:
-        verdicts.setdefault(pair.verdict or 'without a verdict', []).append(pair.label)
-    listed = '; '.join(f'{verdict}: {", ".join(labels)}' for verdict, labels in verdicts.items())
+    for comparison in comparisons:
+        verdicts.setdefault(comparison.verdict or 'without a verdict', []).append(comparison.label)
+    verdict_list = '; '.join(
+        f'{verdict}: {", ".join(labels)}' for verdict, labels in verdicts.items()
+    )
     notes = [
-        f'{listed}.',
+        f'{verdict_list}.',
         'Differences are candidate − baseline, paired by the seeds that both have; better and '
         'worse mean that their interval excludes zero, equal that every seed has the same bits. × '
         f'is candidate over baseline. {statistics.CAUTION}',
     ]
-    if warning := statistics.warn_too_few_seeds([pair.test for pair in pairs]):
+    if warning := statistics.warn_too_few_seeds([comparison.test for comparison in comparisons]):
         notes.append(warning)
 
     # List what changed in the configs, and the arms where it did.
     changes: dict[str, list[str]] = {}
-    for pair in pairs:
-        if pair.baseline and pair.candidate:
-            for change in _list_changes(pair.baseline.arm, pair.candidate.arm):
-                changes.setdefault(change, []).append(pair.label)
-    num_common = sum(bool(pair.baseline and pair.candidate) for pair in pairs)
+    for comparison in comparisons:
+        if comparison.baseline and comparison.candidate:
+            for change in _list_changes(comparison.baseline.arm, comparison.candidate.arm):
+                changes.setdefault(change, []).append(comparison.label)
+    num_common = sum(
+        bool(comparison.baseline and comparison.candidate) for comparison in comparisons
+    )
     for change, labels in changes.items():
         scope = 'all arms' if len(labels) == num_common > 1 else ', '.join(labels)
         notes.append(f'The configs differ: {change} ({scope}).')
@@ -267,9 +292,9 @@ def _list_changes(baseline: Arm, candidate: Arm) -> list[str]:
     if not old_config or not new_config:
         return []
     return [
-        f'{key} = {old_config.get(key)!r} → {new_config.get(key)!r}'
-        for key in sorted(old_config.keys() | new_config.keys())
-        if old_config.get(key) != new_config.get(key)
+        f'{config_key} = {old_config.get(config_key)!r} → {new_config.get(config_key)!r}'
+        for config_key in sorted(old_config.keys() | new_config.keys())
+        if old_config.get(config_key) != new_config.get(config_key)
     ]
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from mi.report import plots, statistics
-from mi.report.analysis import Row
+from mi.report.analysis import ArmResult
 from mi.report.plots import DASHES, GREY, WIDTH, Style
 from mi.report.runs import Arm, Sweep
 from mi.report.statistics import Estimate
@@ -22,19 +22,19 @@ COSTS = {'parameters': 'parameters', 'flops': 'FLOPs per {unit}', 'seconds': 'tr
 
 
 def draw_figures(
-    sweep: Sweep, rows: list[Row], out: pathlib.Path
+    sweep: Sweep, results: list[ArmResult], out: pathlib.Path
 ) -> tuple[list[pathlib.Path], list[str]]:
     """Write each figure in every format; return the files and remarks."""
     remarks: list[str] = []
     paths = []
     with matplotlib.rc_context(plots.STYLE):
-        figures = {'curves': _draw_curves(sweep, remarks), 'finals': _draw_finals(sweep, rows)}
-        if any(row.task_summary for row in rows):
-            figures['tasks'] = _draw_tasks(sweep, rows)
-        if pareto := _draw_pareto(sweep, rows):
+        figures = {'curves': _draw_curves(sweep, remarks), 'finals': _draw_finals(sweep, results)}
+        if any(result.task_summary for result in results):
+            figures['tasks'] = _draw_tasks(sweep, results)
+        if pareto := _draw_pareto(sweep, results):
             figures['pareto'] = pareto
-        for name, figure in figures.items():
-            paths += plots.save(figure, out, name)
+        for figure_name, figure in figures.items():
+            paths += plots.save(figure, out, figure_name)
     return paths, remarks
 
 
@@ -46,7 +46,7 @@ def web_styles(sweep: Sweep) -> list[tuple[str, str]]:
 def _arm_styles(sweep: Sweep) -> list[Style]:
     """Return the style of each arm, the same in every figure; the baseline is grey."""
     labels = [arm.label for arm in sweep.arms if arm.label != sweep.baseline]
-    styles = {label: plots.make_style(i) for i, label in enumerate(labels)}
+    styles = {label: plots.make_style(arm_index) for arm_index, label in enumerate(labels)}
     return [styles.get(arm.label, Style(GREY, '-', 'o')) for arm in sweep.arms]
 
 
@@ -82,52 +82,55 @@ def seconds_at(arm: Arm, steps: np.ndarray) -> np.ndarray | None:
 def _draw_curves(sweep: Sweep, remarks: list[str]) -> Figure:
     """Draw the metric over steps and over seconds, a line and a band per arm."""
     figure = Figure(figsize=(WIDTH, _fit_legend(2.4, len(sweep.arms))), layout='constrained')
-    left, right = figure.subplots(1, 2, sharey=True)
+    step_axes, time_axes = figure.subplots(1, 2, sharey=True)
     labels = plots.shorten_labels(arm.label for arm in sweep.arms)
 
     # Draw each arm into both panels; remark what is missing.
     curves: list[Curve] = []
-    entries: list[tuple[float, str, Artist]] = []  # final value, label and line
-    missing: list[str] = []
+    legend_entries: list[tuple[float, str, Artist]] = []  # final value, label and line
+    missing_labels: list[str] = []
     for arm, style in zip(sweep.arms, _arm_styles(sweep), strict=True):
         curve = make_curve(sweep, arm)
         if not np.isfinite(arm.curve(sweep.metric, sweep.curves)[1]).all():
             remarks.append(f'{arm.label}: its curve omits steps that are not finite')
         if curve is None:
-            missing.append(arm.label)
+            missing_labels.append(arm.label)
             continue
         curves.append(curve)
-        handle = _draw_curve(left, curve.steps.astype(float), curve, style)
+        line = _draw_curve(step_axes, curve.steps.astype(float), curve, style)
         seconds = seconds_at(arm, curve.steps)
         if seconds is not None:
-            handle = _draw_curve(right, seconds, curve, style)
+            line = _draw_curve(time_axes, seconds, curve, style)
         else:
             remarks.append(f'{arm.label}: no curve over seconds, timing.jsonl has no record')
         label = labels[arm.label] + ('' if arm.state == 'done' else f' ({arm.state})')
-        entries.append((curve.mean[-1], label, handle))
-    if missing:
+        legend_entries.append((curve.mean[-1], label, line))
+    if missing_labels:
         remarks.append(
-            f'No {sweep.metric} in the {sweep.curves} records, and no curve: {", ".join(missing)}'
+            f'No {sweep.metric} in the {sweep.curves} records, and no curve: '
+            f'{", ".join(missing_labels)}'
         )
 
     # Label the axes.
-    left.set_ylabel(f'{humanize(sweep.metric)} ({sweep.curves})')
-    for axes, xlabel in ((left, 'training step'), (right, 'training seconds')):
+    step_axes.set_ylabel(f'{humanize(sweep.metric)} ({sweep.curves})')
+    for axes, xlabel in ((step_axes, 'training step'), (time_axes, 'training seconds')):
         axes.set_xlabel(xlabel)
         axes.set_xlim(left=0)
-        plots.set_round_ticks(axes, 4, integer=axes is left)
+        plots.set_round_ticks(axes, 4, integer=axes is step_axes)
     if not curves:
-        for axes in (left, right):
+        for axes in (step_axes, time_axes):
             _write_placeholder(axes, 'no records yet')
         return figure
-    left.set_ylim(_later_half_limits(curves))
-    left.ticklabel_format(axis='y', useOffset=False)
+    step_axes.set_ylim(_later_half_limits(curves))
+    step_axes.ticklabel_format(axis='y', useOffset=False)
 
     # The legend lists the arms from top to bottom, in the order in which the lines end.
-    entries.sort(key=lambda entry: -entry[0])
-    _, texts, handles = zip(*entries, strict=True)
+    legend_entries.sort(key=lambda entry: -entry[0])
+    _, entry_labels, handles = zip(*legend_entries, strict=True)
     if len(sweep.arms) > 1:
-        figure.legend(handles, texts, loc='outside right center', frameon=False, handlelength=1.6)
+        figure.legend(
+            handles, entry_labels, loc='outside right center', frameon=False, handlelength=1.6
+        )
     return figure
 
 
@@ -148,64 +151,68 @@ def _later_half_limits(curves: list[Curve]) -> tuple[float, float]:
     """
 
     def limits_since(step: float) -> tuple[float, float]:
-        parts = [(curve, curve.steps >= step) for curve in curves]
-        low = min(float(curve.low[part].min()) for curve, part in parts if part.any())
-        return low, max(float(curve.high[part].max()) for curve, part in parts if part.any())
+        lows, highs = [], []
+        for curve in curves:
+            is_later = curve.steps >= step
+            if is_later.any():
+                lows.append(float(curve.low[is_later].min()))
+                highs.append(float(curve.high[is_later].max()))
+        return min(lows), max(highs)
 
-    low, high = limits_since(max(curve.steps[-1] for curve in curves) / 2)
+    lower_limit, upper_limit = limits_since(max(curve.steps[-1] for curve in curves) / 2)
     lowest, highest = limits_since(0)
-    if highest - lowest <= 2 * (high - low):
-        low, high = lowest, highest
-    margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
-    return low - margin, high + margin
+    if highest - lowest <= 2 * (upper_limit - lower_limit):
+        lower_limit, upper_limit = lowest, highest
+    margin = 0.08 * (upper_limit - lower_limit) or 0.05 * abs(upper_limit) or 1.0
+    return lower_limit - margin, upper_limit + margin
 
 
-def _draw_finals(sweep: Sweep, rows: list[Row]) -> Figure:
+def _draw_finals(sweep: Sweep, results: list[ArmResult]) -> Figure:
     """Draw a line per arm: a point per seed, a bar at the mean, its interval; dashed: baseline."""
-    figure = Figure(figsize=(WIDTH, 0.75 + 0.28 * len(rows)), layout='constrained')
+    figure = Figure(figsize=(WIDTH, 0.75 + 0.28 * len(results)), layout='constrained')
     axes = figure.subplots()
-    for y, (row, style) in enumerate(zip(rows, _arm_styles(sweep), strict=True)):
-        if row.metric is None:
-            text = row.arm.state if not row.final else 'not finite'
-            axes.text(0.5, y, text, transform=axes.get_yaxis_transform(), color=GREY,
+    for y, (result, style) in enumerate(zip(results, _arm_styles(sweep), strict=True)):
+        if result.metric is None:
+            placeholder = result.arm.state if not result.final else 'not finite'
+            axes.text(0.5, y, placeholder, transform=axes.get_yaxis_transform(), color=GREY,
                       ha='center', va='center', fontsize=7, style='italic')  # fmt: skip
             continue
         # Seeds are drawn below the line, because the interval of few seeds ends at their extremes.
-        values = list(row.final.values())
+        values = list(result.final.values())
         seed_y = [y + 0.27] * len(values)
         axes.plot(values, seed_y, 'o', color=style.color, alpha=0.6, ms=3.5, mew=0, zorder=2)
-        if row.metric.low is not None and row.metric.high is not None:
-            ends = [row.metric.low, row.metric.high]
-            axes.plot(ends, [y, y], color=style.color, lw=1.4, solid_capstyle='butt', zorder=3)
-        axes.plot(row.metric.mean, y, '|', color=style.color, ms=11, mew=2, zorder=4)
-        if row.arm.label == sweep.baseline:
-            axes.axvline(row.metric.mean, color=GREY, ls=(0, (4, 3)), lw=0.8, zorder=1)
+        if result.metric.low is not None and result.metric.high is not None:
+            interval = [result.metric.low, result.metric.high]
+            axes.plot(interval, [y, y], color=style.color, lw=1.4, solid_capstyle='butt', zorder=3)
+        axes.plot(result.metric.mean, y, '|', color=style.color, ms=11, mew=2, zorder=4)
+        if result.arm.label == sweep.baseline:
+            axes.axvline(result.metric.mean, color=GREY, ls=(0, (4, 3)), lw=0.8, zorder=1)
 
     # Name the arms on the left and the metric below.
-    labels = plots.shorten_labels(row.arm.label for row in rows)
-    axes.set_yticks(range(len(rows)), [labels[row.arm.label] for row in rows])
-    axes.set_ylim(len(rows) - 0.4, -0.6)
+    labels = plots.shorten_labels(result.arm.label for result in results)
+    axes.set_yticks(range(len(results)), [labels[result.arm.label] for result in results])
+    axes.set_ylim(len(results) - 0.4, -0.6)
     axes.tick_params(axis='y', length=0)
     axes.spines['left'].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     axes.ticklabel_format(axis='x', useOffset=False)
-    if not any(row.metric for row in rows):
+    if not any(result.metric for result in results):
         axes.set_xticks([])
-    better = ''
-    if len(rows) > 1:
-        better = ', lower is better' if sweep.lower_is_better else ', higher is better'
-    axes.set_xlabel(f'{humanize(sweep.metric)} ({sweep.split}{better})')
+    direction = ''
+    if len(results) > 1:
+        direction = ', lower is better' if sweep.lower_is_better else ', higher is better'
+    axes.set_xlabel(f'{humanize(sweep.metric)} ({sweep.split}{direction})')
     return figure
 
 
-def list_costs(sweep: Sweep, row: Row) -> dict[str, float | None]:
+def list_costs(sweep: Sweep, result: ArmResult) -> dict[str, float | None]:
     """Return the costs of an arm, keyed as COSTS; all None if it is not comparable."""
-    if not sweep.is_comparable(row.arm):
+    if not sweep.is_comparable(result.arm):
         return dict.fromkeys(COSTS)
     return {
-        'parameters': row.arm.get_cost('parameters', 'model'),
-        'flops': row.arm.get_cost(f'flops_per_{sweep.unit}', 'model'),
-        'seconds': row.seconds,
+        'parameters': result.arm.get_cost('parameters', 'model'),
+        'flops': result.arm.get_cost(f'flops_per_{sweep.unit}', 'model'),
+        'seconds': result.seconds,
     }
 
 
@@ -218,21 +225,21 @@ class _Point(NamedTuple):
     costs: dict[str, float | None]
 
 
-def _draw_pareto(sweep: Sweep, rows: list[Row]) -> Figure | None:
+def _draw_pareto(sweep: Sweep, results: list[ArmResult]) -> Figure | None:
     """Draw the final metric against each cost that all comparable arms have; None without any."""
     points = [
-        _Point(row.arm.label, row.metric, style, list_costs(sweep, row))
-        for row, style in zip(rows, _arm_styles(sweep), strict=True)
-        if row.metric is not None and sweep.is_comparable(row.arm)
+        _Point(result.arm.label, result.metric, style, list_costs(sweep, result))
+        for result, style in zip(results, _arm_styles(sweep), strict=True)
+        if result.metric is not None and sweep.is_comparable(result.arm)
     ]
-    names = [name for name in COSTS if all(point.costs[name] for point in points)]
-    if len(points) < 2 or not names:
+    cost_names = [name for name in COSTS if all(point.costs[name] for point in points)]
+    if len(points) < 2 or not cost_names:
         return None
     figure = Figure(figsize=(WIDTH, _fit_legend(2.2, len(points))), layout='constrained')
-    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
-    for axes, name in zip(panels, names, strict=True):
-        handles = _draw_cost(axes, points, name, sweep.lower_is_better)
-        axes.set_xlabel(COSTS[name].format(unit=sweep.unit))
+    panels = figure.subplots(1, len(cost_names), sharey=True, squeeze=False)[0]
+    for axes, cost_name in zip(panels, cost_names, strict=True):
+        handles = _draw_cost(axes, points, cost_name, sweep.lower_is_better)
+        axes.set_xlabel(COSTS[cost_name].format(unit=sweep.unit))
     panels[0].set_ylabel(f'{humanize(sweep.metric)} ({sweep.split})')
     panels[0].ticklabel_format(axis='y', useOffset=False)
     labels = plots.shorten_labels(point.label for point in points)
@@ -242,19 +249,21 @@ def _draw_pareto(sweep: Sweep, rows: list[Row]) -> Figure | None:
     return figure
 
 
-def _draw_cost(axes: Axes, points: list[_Point], name: str, lower_is_better: bool) -> list[Artist]:
+def _draw_cost(
+    axes: Axes, points: list[_Point], cost_name: str, lower_is_better: bool
+) -> list[Artist]:
     """Draw the metric against one cost; return the markers of the points."""
     # A dashed line passes through the arms that no other arm beats in both.
-    costs = [point.costs[name] or 0 for point in points]
+    costs = [point.costs[cost_name] or 0 for point in points]
     sign = 1 if lower_is_better else -1
-    front: list[tuple[float, float]] = []
-    for cost, mean in sorted(
+    pareto_front: list[tuple[float, float]] = []
+    for cost, metric_mean in sorted(
         zip(costs, (point.metric.mean for point in points), strict=True),
         key=lambda pair: (pair[0], sign * pair[1]),
     ):
-        if not front or sign * mean < sign * front[-1][1]:
-            front.append((cost, mean))
-    axes.step(*zip(*front, strict=True), where='post', color=GREY, ls=(0, (4, 3)), lw=0.8)
+        if not pareto_front or sign * metric_mean < sign * pareto_front[-1][1]:
+            pareto_front.append((cost, metric_mean))
+    axes.step(*zip(*pareto_front, strict=True), where='post', color=GREY, ls=(0, (4, 3)), lw=0.8)
 
     # Each arm is a marker with a line for its interval.
     handles: list[Artist] = []
@@ -270,45 +279,51 @@ def _draw_cost(axes: Axes, points: list[_Point], name: str, lower_is_better: boo
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(plots.Ticks()))
     else:
-        plots.set_round_ticks(axes, 3, integer=name != 'seconds')
+        plots.set_round_ticks(axes, 3, integer=cost_name != 'seconds')
     axes.margins(x=0.1)
     return handles
 
 
-def _draw_tasks(sweep: Sweep, rows: list[Row]) -> Figure:
+def _draw_tasks(sweep: Sweep, results: list[ArmResult]) -> Figure:
     """Draw a line per task and a point per arm, with tasks sorted by the mean over arms."""
-    means: dict[str, dict[str, float]] = {}  # {task: {arm: mean}}
-    for row in rows:
-        if row.task_summary is not None:
-            task_means = row.task_summary.scores.mean(axis=0)
-            for task, mean in zip(row.task_summary.tasks, task_means, strict=True):
-                means.setdefault(task, {})[row.arm.label] = float(mean)
-    order = sorted(means, key=lambda task: np.mean(list(means[task].values())))
+    means_by_task: dict[str, dict[str, float]] = {}  # {task: {arm: mean}}
+    for result in results:
+        if result.task_summary is not None:
+            task_means = result.task_summary.scores.mean(axis=0)
+            for task, mean in zip(result.task_summary.tasks, task_means, strict=True):
+                means_by_task.setdefault(task, {})[result.arm.label] = float(mean)
+    sorted_tasks = sorted(
+        means_by_task, key=lambda task: np.mean(list(means_by_task[task].values()))
+    )
 
     # Draw the points of each arm.
-    height = _fit_legend(0.8 + 0.14 * len(order), len(rows) if len(rows) > 1 else 0)
+    height = _fit_legend(0.8 + 0.14 * len(sorted_tasks), len(results) if len(results) > 1 else 0)
     figure = Figure(figsize=(WIDTH, height), layout='constrained')
     axes = figure.subplots()
-    labels = plots.shorten_labels(row.arm.label for row in rows)
+    labels = plots.shorten_labels(result.arm.label for result in results)
     handles = {}
-    for row, style in zip(rows, _arm_styles(sweep), strict=True):
-        arm = row.arm.label
-        points = [(means[task][arm], y) for y, task in enumerate(order) if arm in means[task]]
+    for result, style in zip(results, _arm_styles(sweep), strict=True):
+        label = result.arm.label
+        points = [
+            (means_by_task[task][label], y)
+            for y, task in enumerate(sorted_tasks)
+            if label in means_by_task[task]
+        ]
         if points:
-            (handles[labels[arm]],) = axes.plot(
+            (handles[labels[label]],) = axes.plot(
                 *zip(*points, strict=True), style.marker, color=style.color, ms=3.5, mew=0,
                 alpha=0.85, ls='none',
             )  # fmt: skip
 
     # Name the tasks on the left and the metric below.
-    task_labels = plots.shorten_labels(order)
-    axes.set_yticks(range(len(order)), [task_labels[task] for task in order])
+    task_labels = plots.shorten_labels(sorted_tasks)
+    axes.set_yticks(range(len(sorted_tasks)), [task_labels[task] for task in sorted_tasks])
     axes.tick_params(axis='y', length=0, labelsize=6)
-    axes.set_ylim(-0.7, len(order) - 0.3)
+    axes.set_ylim(-0.7, len(sorted_tasks) - 0.3)
     axes.grid(axis='y', lw=0.3, color=GREY, alpha=0.5)
     axes.spines['left'].set_visible(False)
     axes.set_xlabel(f'{humanize(sweep.metric)} ({sweep.split}), mean over seeds')
-    if len(rows) > 1:
+    if len(results) > 1:
         figure.legend(
             list(handles.values()), list(handles), loc='outside right center', frameon=False,
             handlelength=1.0,
@@ -317,8 +332,8 @@ def _draw_tasks(sweep: Sweep, rows: list[Row]) -> Figure:
     return figure
 
 
-def _write_placeholder(axes: Axes, text: str) -> None:
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha='center', va='center', color=GREY)
+def _write_placeholder(axes: Axes, placeholder: str) -> None:
+    axes.text(0.5, 0.5, placeholder, transform=axes.transAxes, ha='center', va='center', color=GREY)
     axes.set_xticks([])
     axes.set_yticks([])
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from mi.config import flatten
 from mi.report import figures, statistics, tables
-from mi.report.analysis import Row
+from mi.report.analysis import ArmResult
 from mi.report.runs import Arm, Sweep
 from mi.report.statistics import Estimate
 from mi.report.tables import Cell
@@ -23,7 +23,7 @@ HERE = pathlib.Path(__file__).parent
 MAX_POINTS = 500  # largest number for a curve on the page; the figures for a paper have all points
 
 
-def render_page(sweep: Sweep, rows: list[Row], notes: list[str]) -> str:
+def render_page(sweep: Sweep, results: list[ArmResult], notes: list[str]) -> str:
     """Return the HTML document.
 
     Args:
@@ -32,75 +32,80 @@ def render_page(sweep: Sweep, rows: list[Row], notes: list[str]) -> str:
       notes: shown below the table.
     """
     # The sections of the page; the warning about too few seeds moves from the notes to the top.
-    warning = statistics.warn_too_few_seeds([row.test for row in rows])
-    parts = [
+    warning = statistics.warn_too_few_seeds([result.test for result in results])
+    sections = [
         f'<h1>{escape(sweep.title)}</h1>',
         f'<p>{escape(_introduce(sweep))}</p>',
         f'<p class="warning" role="note">{escape(warning)}</p>' if warning else '',
-        _results_table(sweep, rows),
+        _results_table(sweep, results),
         _note_list([note for note in notes if note != warning]),
         _curves_section(sweep),
-        _finals_and_cost_sections(sweep, rows),
-        _tasks_section(sweep, rows) if tables.has_tasks(rows) else '',
-        f'<h2>What differs</h2>{_config_table(sweep)}' if len(rows) > 1 else '',
+        _finals_and_cost_sections(sweep, results),
+        _tasks_section(sweep, results) if tables.has_tasks(results) else '',
+        f'<h2>What differs</h2>{_config_table(sweep)}' if len(results) > 1 else '',
         f'<h2>Runs</h2>\n{_runs_table(sweep)}',
         f'<h2>Command</h2><pre>{escape(str(sweep.command))}</pre>' if sweep.command else '',
-        f'<script type="application/json" id="data">{_page_data(sweep, rows)}</script>',
+        f'<script type="application/json" id="data">{_page_data(sweep, results)}</script>',
         f'<script>{(HERE / "page.js").read_text(encoding="utf-8")}</script>',
     ]
-    style = (HERE / 'page.css').read_text(encoding='utf-8')
+
+    # Styles and scripts are inlined, so that the file can be sent around.
+    stylesheet = (HERE / 'page.css').read_text(encoding='utf-8')
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<link rel="icon" href="data:,">\n'
-        f'<title>{escape(sweep.title)}</title>\n<style>{style}</style>\n</head>\n<body>\n'
-        + '\n'.join(filter(None, parts))
+        f'<title>{escape(sweep.title)}</title>\n<style>{stylesheet}</style>\n</head>\n<body>\n'
+        + '\n'.join(filter(None, sections))
         + '\n</body>\n</html>\n'
     )
 
 
-def _page_data(sweep: Sweep, rows: list[Row]) -> str:
+def _page_data(sweep: Sweep, results: list[ArmResult]) -> str:
     """Return the data of page.js, as JSON that is safe inside a script element."""
     # Only costs that some arm recorded can be chosen on the page.
-    arm_costs = [figures.list_costs(sweep, row) for row in rows]
+    arm_costs = [figures.list_costs(sweep, result) for result in results]
     recorded_costs = {
-        name: text.format(unit=sweep.unit)
-        for name, text in figures.COSTS.items()
-        if any(costs[name] for costs in arm_costs)
+        cost_name: axis_title.format(unit=sweep.unit)
+        for cost_name, axis_title in figures.COSTS.items()
+        if any(costs[cost_name] for costs in arm_costs)
     }
-    better = ''
-    if len(rows) > 1:
-        better = ', lower is better' if sweep.lower_is_better else ', higher is better'
+
+    # The arms keep the order of the sweep, in which they have their colors.
+    direction = ''
+    if len(results) > 1:
+        direction = ', lower is better' if sweep.lower_is_better else ', higher is better'
     labels = [arm.label for arm in sweep.arms]
     styles = figures.web_styles(sweep)
-    data = {
+    page_data = {
         'metric': tables.humanize(sweep.metric),
         'split': sweep.split,
-        'better': better,
+        'better': direction,
         'lowerIsBetter': sweep.lower_is_better,
         'baseline': labels.index(sweep.baseline) if sweep.baseline is not None else None,
         'costs': recorded_costs,
         'arms': [
             {
-                'label': ' '.join(row.arm.label.split()),
-                'state': row.arm.state,
-                'why': row.arm.state if not row.final else 'not finite',
+                'label': ' '.join(result.arm.label.split()),
+                'state': result.arm.state,
+                'why': result.arm.state if not result.final else 'not finite',
                 'color': color,
                 'dash': dashes,
-                'curve': _curve_data(sweep, row.arm),
-                'final': _final_data(row),
+                'curve': _curve_data(sweep, result.arm),
+                'final': _final_data(result),
                 'costs': costs,
             }
-            for row, (color, dashes), costs in zip(rows, styles, arm_costs, strict=True)
+            for result, (color, dashes), costs in zip(results, styles, arm_costs, strict=True)
         ],
     }
-    return json.dumps(data, allow_nan=False, separators=(',', ':')).replace('<', '\\u003c')
+    return json.dumps(page_data, allow_nan=False, separators=(',', ':')).replace('<', '\\u003c')
 
 
 def _curve_data(sweep: Sweep, arm: Arm) -> dict[str, Any] | None:
     curve = figures.make_curve(sweep, arm)
     if curve is None:
         return None
+    # Thin out the points evenly; the first and the last stay.
     indices = np.linspace(0, len(curve.steps) - 1, MAX_POINTS).round().astype(int)
     indices = np.unique(indices)
     seconds = figures.seconds_at(arm, curve.steps)
@@ -114,11 +119,11 @@ def _curve_data(sweep: Sweep, arm: Arm) -> dict[str, Any] | None:
     }
 
 
-def _final_data(row: Row) -> dict[str, Any] | None:
-    estimate = row.metric
+def _final_data(result: ArmResult) -> dict[str, Any] | None:
+    estimate = result.metric
     if estimate is None:
         return None
-    values = list(row.final.values())
+    values = list(result.final.values())
     return {'mean': estimate.mean, 'low': estimate.low, 'high': estimate.high, 'values': values}
 
 
@@ -131,52 +136,56 @@ def _introduce(sweep: Sweep) -> str:
     metric = f'{tables.humanize(sweep.metric)} of the {sweep.split} split'
     if len(sweep.arms) == 1:
         return f'One run, {metric}.'
-    better = 'lower' if sweep.lower_is_better else 'higher'
-    text = f'{len(sweep.arms)} arms compared on {metric} ({better} is better)'
+    direction = 'lower' if sweep.lower_is_better else 'higher'
+    sentence = f'{len(sweep.arms)} arms compared on {metric} ({direction} is better)'
     if sweep.baseline is not None:
-        text += f'; differences are to {sweep.baseline}, paired by seed'
-    return f'{text}.'
+        sentence += f'; differences are to {sweep.baseline}, paired by seed'
+    return f'{sentence}.'
 
 
-def _results_table(sweep: Sweep, rows: list[Row]) -> str:
-    table = tables.make_table(sweep, rows)
+def _results_table(sweep: Sweep, results: list[ArmResult]) -> str:
+    table = tables.make_table(sweep, results)
+    # Only columns with numbers have values to sort by; others are sorted by their text.
     is_numeric = [
-        any(cells[i].value is not None for cells in table.body) for i in range(len(table.columns))
+        any(cells[column_index].value is not None for cells in table.body)
+        for column_index in range(len(table.columns))
     ]
     header = ''.join(
         f'<th scope="col"{_class_attribute("word" if column.terminal.wraps else "")}>'
         f'{_cell_html(cell)}</th>'
         for column, cell in zip(table.columns, table.header, strict=True)
     )
-    lines = []
-    for i, (row, cells) in enumerate(zip(rows, table.body, strict=True)):
-        line = [f'<th scope="row">{_cell_html(cells[0])}</th>']
-        for j, (column, cell) in enumerate(zip(table.columns, cells, strict=True)):
-            if j == 0:
+
+    # Write a line per arm; color and weight mark verdicts and the best mean.
+    table_rows = []
+    for row_index, (result, cells) in enumerate(zip(results, table.body, strict=True)):
+        row_cells = [f'<th scope="row">{_cell_html(cells[0])}</th>']
+        for column_index, (column, cell) in enumerate(zip(table.columns, cells, strict=True)):
+            if column_index == 0:
                 continue
             classes = _class_attribute(
                 'word' if column.terminal.wraps else '',
-                _verdict_class(row, cell) if column.name == 'verdict' else '',
+                _verdict_class(result, cell) if column.name == 'verdict' else '',
             )
-            value = _data_attribute(cell.value) if is_numeric[j] else ''
-            text = _cell_html(cell, bold=column.name == 'metric' and i in table.best)
-            line.append(f'<td{classes}{value}>{text}</td>')
-        is_baseline = row.arm.label == sweep.baseline
-        lines.append(
-            f'<tr{_class_attribute("baseline" if is_baseline else "")}>{"".join(line)}</tr>'
+            sort_attribute = _data_attribute(cell.value) if is_numeric[column_index] else ''
+            cell_text = _cell_html(cell, bold=column.name == 'metric' and row_index in table.best)
+            row_cells.append(f'<td{classes}{sort_attribute}>{cell_text}</td>')
+        is_baseline = result.arm.label == sweep.baseline
+        table_rows.append(
+            f'<tr{_class_attribute("baseline" if is_baseline else "")}>{"".join(row_cells)}</tr>'
         )
-    return _scrolling_table(f'<tr>{header}</tr>', lines, 'sortable', 'Results')
+    return _scrolling_table(f'<tr>{header}</tr>', table_rows, 'sortable', 'Results')
 
 
-def _verdict_class(row: Row, cell: Cell) -> str:
+def _verdict_class(result: ArmResult, cell: Cell) -> str:
     """Return the color class of a verdict; none where no difference could be significant."""
-    if row.test is None or not row.test.can_be_significant:
+    if result.test is None or not result.test.can_be_significant:
         return ''
     return {'better': 'good', 'worse': 'bad'}.get(cell.main, '')
 
 
-def _class_attribute(*names: str) -> str:
-    classes = ' '.join(filter(None, names))
+def _class_attribute(*class_names: str) -> str:
+    classes = ' '.join(filter(None, class_names))
     return f' class="{classes}"' if classes else ''
 
 
@@ -186,13 +195,13 @@ def _data_attribute(value: float | None, name: str = 'value') -> str:
 
 
 def _scrolling_table(
-    header: str, lines: Iterable[str], classes: str, name: str, attributes: str = ''
+    header: str, table_rows: Iterable[str], classes: str, name: str, attributes: str = ''
 ) -> str:
     """Return a table that scrolls sideways where the window is narrower."""
     return (
         f'<div class="wide" tabindex="0" role="region" aria-label="{escape(name)}">'
         f'<table class="{classes}"{attributes}>\n<thead>{header}</thead>\n<tbody>\n'
-        + '\n'.join(lines)
+        + '\n'.join(table_rows)
         + '\n</tbody></table></div>'
     )
 
@@ -212,9 +221,9 @@ def _note_list(notes: Iterable[str]) -> str:
 
 def _chart(name: str, label: str, caption: str, has_bar: bool = False) -> str:
     """Return a figure that page.js fills; `label` describes it to screen readers."""
-    bar = f'<div class="bar" id="{name}-bar"></div>' if has_bar else ''
+    toolbar = f'<div class="bar" id="{name}-bar"></div>' if has_bar else ''
     return (
-        f'<figure>{bar}'
+        f'<figure>{toolbar}'
         f'<div class="chart" id="{name}" role="img" aria-label="{escape(label)}">'
         f'<noscript>JavaScript draws it; {name}.png and .pdf are beside this page.</noscript>'
         f'</div><figcaption>{escape(caption)}</figcaption></figure>'
@@ -238,13 +247,15 @@ def _curves_section(sweep: Sweep) -> str:
     return f'<h2>Learning curves</h2>{legend}{chart}'
 
 
-def _finals_and_cost_sections(sweep: Sweep, rows: list[Row]) -> str:
+def _finals_and_cost_sections(sweep: Sweep, results: list[ArmResult]) -> str:
     caption = 'A dot per seed, a bar at the mean, a line for its 95 % bootstrap interval'
     if sweep.baseline is not None:
         caption += f'; dashed: the mean of {sweep.baseline}'
-    chart = _chart('finals', _describe_finals(sweep, rows), f'{caption}.')
-    parts = [f'<h2>Final values</h2>{chart}']
-    arm_costs = [figures.list_costs(sweep, row) for row in rows if row.metric is not None]
+    chart = _chart('finals', _describe_finals(sweep, results), f'{caption}.')
+    sections = [f'<h2>Final values</h2>{chart}']
+    arm_costs = [
+        figures.list_costs(sweep, result) for result in results if result.metric is not None
+    ]
     if len(arm_costs) > 1 and any(any(costs.values()) for costs in arm_costs):
         label = f'{tables.humanize(sweep.metric)} against parameters, FLOPs and seconds of training'
         caption = (
@@ -252,34 +263,35 @@ def _finals_and_cost_sections(sweep: Sweep, rows: list[Row]) -> str:
             'best mean for that cost or less; the arms on it are larger.'
         )
         chart = _chart('pareto', label, caption, has_bar=True)
-        parts.append(f'<h2>Cost against quality</h2>{chart}')
-    sections = ''.join(f'<section>{part}</section>' for part in parts)
-    return f'<div class="pair">{sections}</div>'
+        sections.append(f'<h2>Cost against quality</h2>{chart}')
+    contents = ''.join(f'<section>{section}</section>' for section in sections)
+    return f'<div class="pair">{contents}</div>'
 
 
-def _describe_finals(sweep: Sweep, rows: list[Row]) -> str:
+def _describe_finals(sweep: Sweep, results: list[ArmResult]) -> str:
     def format_estimate(estimate: Estimate) -> str:
         interval = ''
         if estimate.low is not None:
             interval = f' [{estimate.low:.4g}, {estimate.high:.4g}]'
         return f'{estimate.mean:.4g}{interval}'
 
-    arm_texts = [
-        f'{row.arm.label} {format_estimate(row.metric) if row.metric else row.arm.state}'
-        for row in rows
+    descriptions = [
+        f'{result.arm.label} '
+        f'{format_estimate(result.metric) if result.metric else result.arm.state}'
+        for result in results
     ]
     metric = tables.humanize(sweep.metric)
-    return f'{metric} of the {sweep.split} split by arm: {"; ".join(arm_texts)}'
+    return f'{metric} of the {sweep.split} split by arm: {"; ".join(descriptions)}'
 
 
-def _tasks_section(sweep: Sweep, rows: list[Row]) -> str:
+def _tasks_section(sweep: Sweep, results: list[ArmResult]) -> str:
     """Return a table with a row per task and a column per arm, sorted by the mean over arms."""
     # Compute {arm: {task: mean}} and the order of the tasks.
     means: dict[str, dict[str, float]] = {}
-    for row in rows:
-        if row.task_summary is not None:
-            task_means = row.task_summary.scores.mean(axis=0).tolist()
-            means[row.arm.label] = dict(zip(row.task_summary.tasks, task_means, strict=True))
+    for result in results:
+        if result.task_summary is not None:
+            task_means = result.task_summary.scores.mean(axis=0).tolist()
+            means[result.arm.label] = dict(zip(result.task_summary.tasks, task_means, strict=True))
     tasks = list(dict.fromkeys(task for arm_means in means.values() for task in arm_means))
 
     def mean_over_arms(task: str) -> float:
@@ -289,20 +301,25 @@ def _tasks_section(sweep: Sweep, rows: list[Row]) -> str:
 
     # Write a line per task; its cells hold the score and the difference to the baseline.
     baseline_means = means.get(sweep.baseline or '', {})
-    lines = []
+    table_rows = []
     for task in tasks:
         cells = []
         for arm_means in means.values():
-            value, baseline = arm_means.get(task), baseline_means.get(task)
-            gap = None if value is None or baseline is None else value - baseline
-            text = tables.NONE if value is None else f'{value:.4g}'
-            cells.append(f'<td{_data_attribute(value)}{_data_attribute(gap, "gap")}>{text}</td>')
-        lines.append(f'<tr><th scope="row">{escape(task)}</th>{"".join(cells)}</tr>')
-    header = ''.join(f'<th scope="col">{escape(text)}</th>' for text in ['task', *means])
-    largest = max(abs(value) for arm_means in means.values() for value in arm_means.values())
+            task_mean, baseline_mean = arm_means.get(task), baseline_means.get(task)
+            difference = None
+            if task_mean is not None and baseline_mean is not None:
+                difference = task_mean - baseline_mean
+            cell_text = tables.NONE if task_mean is None else f'{task_mean:.4g}'
+            attributes = _data_attribute(task_mean) + _data_attribute(difference, 'gap')
+            cells.append(f'<td{attributes}>{cell_text}</td>')
+        table_rows.append(f'<tr><th scope="row">{escape(task)}</th>{"".join(cells)}</tr>')
+
+    # Page.js replaces the numbers by differences with this many decimals.
+    header = ''.join(f'<th scope="col">{escape(title)}</th>' for title in ['task', *means])
+    largest = max(abs(mean) for arm_means in means.values() for mean in arm_means.values())
     decimals = 2 if largest < 10 else 1 if largest < 1000 else 0
     table = _scrolling_table(
-        f'<tr>{header}</tr>', lines, 'heat sortable', 'Tasks', f' data-digits="{decimals}"'
+        f'<tr>{header}</tr>', table_rows, 'heat sortable', 'Tasks', f' data-digits="{decimals}"'
     )
     caption = (
         f'{_capitalize(tables.humanize(sweep.metric))} of the {sweep.split} split, mean over '
@@ -325,31 +342,34 @@ def _config_table(sweep: Sweep) -> str:
     baseline = next((arm for arm in sweep.arms if arm.label == sweep.baseline), sweep.arms[0])
     reference = flatten(baseline.config)
     settings = {arm.label: _flatten_config(arm, reference) for arm in sweep.arms}
-    keys = [
-        key
-        for key in sorted(set().union(*settings.values()))
+    differing_keys = [
+        config_key
+        for config_key in sorted(set().union(*settings.values()))
         if any(
-            _format_setting(arm_settings, key) != _format_setting(reference, key)
+            _format_setting(arm_settings, config_key) != _format_setting(reference, config_key)
             for arm_settings in settings.values()
         )
     ]
-    if not keys:
+    if not differing_keys:
         return '<p>The configs are equal.</p>'
 
     # Write a line per arm, the baseline first.
-    lines = []
+    table_rows = []
     for arm in [baseline, *(arm for arm in sweep.arms if arm is not baseline)]:
         cells = []
-        for key in keys:
-            text = _format_setting(settings[arm.label], key)
-            kind = 'same' if text == _format_setting(reference, key) else 'other'
-            classes = _class_attribute('' if arm is baseline else kind)
-            cells.append(f'<td{classes}>{escape(text)}</td>')
+        for config_key in differing_keys:
+            setting = _format_setting(settings[arm.label], config_key)
+            emphasis = 'same' if setting == _format_setting(reference, config_key) else 'other'
+            classes = _class_attribute('' if arm is baseline else emphasis)
+            cells.append(f'<td{classes}>{escape(setting)}</td>')
         classes = _class_attribute('baseline' if arm is baseline else '')
         label = f'<th scope="row">{escape(arm.label)}</th>'
-        lines.append(f'<tr{classes}>{label}{"".join(cells)}</tr>')
-    header = ''.join(f'<th scope="col">{_breakable(key)}</th>' for key in ['arm', *keys])
-    table = _scrolling_table(f'<tr>{header}</tr>', lines, 'words sortable', 'Configs that differ')
+        table_rows.append(f'<tr{classes}>{label}{"".join(cells)}</tr>')
+    titles = ['arm', *differing_keys]
+    header = ''.join(f'<th scope="col">{_breakable(title)}</th>' for title in titles)
+    table = _scrolling_table(
+        f'<tr>{header}</tr>', table_rows, 'words sortable', 'Configs that differ'
+    )
     caption = f'Bold: another value than that of {escape(baseline.label)}.'
     return f'{table}<p class="soft">{caption}</p>'
 
@@ -359,25 +379,33 @@ def _flatten_config(arm: Arm, reference: Mapping[str, Any]) -> dict[str, Any]:
     return flatten(arm.config) or {**reference, **arm.overrides}
 
 
-def _format_setting(settings: Mapping[str, Any], key: str) -> str:
-    return json.dumps(settings[key], ensure_ascii=False) if key in settings else tables.NONE
+def _format_setting(settings: Mapping[str, Any], config_key: str) -> str:
+    return (
+        json.dumps(settings[config_key], ensure_ascii=False)
+        if config_key in settings
+        else tables.NONE
+    )
 
 
-def _breakable(key: str) -> str:
+def _breakable(config_key: str) -> str:
     """Return a dotted key that may break after its dots."""
-    return '<wbr>'.join(escape(part) for part in key.replace('.', '.\n').split('\n'))
+    return '<wbr>'.join(escape(segment) for segment in config_key.replace('.', '.\n').split('\n'))
 
 
 def _runs_table(sweep: Sweep) -> str:
-    names = ['arm', 'state', 'reason', 'seeds', 'step', 'machine', 'updated']
-    header = ''.join(f'<th scope="col">{escape(name)}</th>' for name in names)
-    lines = []
+    column_titles = ['arm', 'state', 'reason', 'seeds', 'step', 'machine', 'updated']
+    header = ''.join(f'<th scope="col">{escape(title)}</th>' for title in column_titles)
+    table_rows = []
     for arm in sweep.arms:
-        status = [arm.status.get(key) for key in ('step', 'machine', 'updated')]
-        texts = [tables.NONE if value is None else str(value) for value in status]
-        texts[-1] = texts[-1].replace('T', ' ').replace('+00:00', ' UTC')
+        status_values = [arm.status.get(field) for field in ('step', 'machine', 'updated')]
+        step, machine, updated = (
+            tables.NONE if status_value is None else str(status_value)
+            for status_value in status_values
+        )
+        updated = updated.replace('T', ' ').replace('+00:00', ' UTC')
         seeds = ', '.join(map(str, arm.seeds))
-        texts = [arm.state, arm.reason or tables.NONE, seeds or tables.NONE, *texts]
-        cells = ''.join(f'<td>{escape(text)}</td>' for text in texts)
-        lines.append(f'<tr><th scope="row">{escape(arm.label)}</th>{cells}</tr>')
-    return _scrolling_table(f'<tr>{header}</tr>', lines, 'words sortable', 'Runs')
+        cell_texts = [arm.state, arm.reason or tables.NONE, seeds or tables.NONE]
+        cell_texts += [step, machine, updated]
+        cells = ''.join(f'<td>{escape(cell_text)}</td>' for cell_text in cell_texts)
+        table_rows.append(f'<tr><th scope="row">{escape(arm.label)}</th>{cells}</tr>')
+    return _scrolling_table(f'<tr>{header}</tr>', table_rows, 'words sortable', 'Runs')

@@ -5,39 +5,41 @@ import textwrap
 import unicodedata
 
 from mi.report import tables
-from mi.report.analysis import Row
+from mi.report.analysis import ArmResult
 from mi.report.runs import Sweep
 from mi.report.tables import Cell
 
 
-def to_latex(sweep: Sweep, rows: list[Row], notes: list[str]) -> str:
+def to_latex(sweep: Sweep, results: list[ArmResult], notes: list[str]) -> str:
     """Return a booktabs table, scaled down only if it is wider than the line.
 
     The second line of a row has the details; the caption has the reasons of states.
     """
-    table = tables.make_table(sweep, rows)
+    table = tables.make_table(sweep, results)
     header = ' & '.join(map(_stack, table.header))
 
     # Write each row on one line, or on two if it has details.
-    lines = []
-    for i, cells in enumerate(table.body):
-        mains = [escape_latex(cell.main) for cell in cells]
+    table_lines = []
+    for row_index, cells in enumerate(table.body):
+        main_texts = [escape_latex(cell.main) for cell in cells]
         details = [_small(cell.detail) for cell in cells[:-1]]
-        if i in table.best:
-            mains[1] = rf'\textbf{{{mains[1]}}}'
-        lines.append(' & '.join(mains) + r' \\')
+        if row_index in table.best:
+            main_texts[1] = rf'\textbf{{{main_texts[1]}}}'
+        table_lines.append(' & '.join(main_texts) + r' \\')
         if any(details):
-            lines.append(' & '.join([*details, '']) + r' \\')
-    body = '\n'.join(lines)
+            table_lines.append(' & '.join([*details, '']) + r' \\')
+    body = '\n'.join(table_lines)
 
     # The caption holds the title, the notes and the reasons.
     reasons = [
-        f'{row.arm.label}: {row.arm.state}, {tables.shorten(row.arm.reason)}'
-        for row in rows
-        if row.arm.reason
+        f'{result.arm.label}: {result.arm.state}, {tables.shorten(result.arm.reason)}'
+        for result in results
+        if result.arm.reason
     ]
     sentences = [sweep.title, *notes, *reasons]
-    caption = ' '.join(f'{escape_latex(text.rstrip(".…"))}.' for text in sentences)
+    caption = ' '.join(f'{escape_latex(sentence.rstrip(".…"))}.' for sentence in sentences)
+
+    # A comment names the commands that made the numbers.
     origin = f'Made by python -m mi.report --workdir={sweep.path}'
     if sweep.command:
         origin += f' from runs of: {sweep.command}'
@@ -66,8 +68,8 @@ def _small(detail: str) -> str:
 
 def _stack(cell: Cell) -> str:
     """Break a header into narrow lines, so that the numbers set the width of the column."""
-    lines = textwrap.wrap(cell.main, 12, break_long_words=False)
-    stacked = r' \\ '.join(map(escape_latex, [*lines, *filter(None, [cell.detail])]))
+    header_lines = textwrap.wrap(cell.main, 12, break_long_words=False)
+    stacked = r' \\ '.join(map(escape_latex, [*header_lines, *filter(None, [cell.detail])]))
     return rf'\shortstack[r]{{{stacked}}}'
 
 
@@ -106,37 +108,42 @@ ACCENTS = {
 
 def escape_latex(text: str) -> str:
     """Return the text in LaTeX, on one line."""
-    parts: list[str] = []
+    escaped: list[str] = []
     for character in unicodedata.normalize('NFD', text):
-        if character in ACCENTS and parts:
-            parts[-1] = rf'\{ACCENTS[character]}{{{parts[-1]}}}'
-        elif character == '-' and parts and parts[-1].endswith('-'):
-            parts.append('{}-')
+        if character in ACCENTS and escaped:
+            escaped[-1] = rf'\{ACCENTS[character]}{{{escaped[-1]}}}'
+        elif character == '-' and escaped and escaped[-1].endswith('-'):
+            escaped.append('{}-')
         else:
-            parts.append(_command(character))
-    return ''.join(parts)
+            escaped.append(_command(character))
+    return ''.join(escaped)
 
 
 def _command(character: str) -> str:
     """Return a character in LaTeX, or its number, [U+4E2D], if there is no command for it."""
+    # Characters with a command of their own.
     if character.isascii():
         return ASCII.get(character, character if character.isprintable() else ' ')
-    if known := SYMBOLS.get(character) or LATIN.get(character):
-        return known
+    if command := SYMBOLS.get(character) or LATIN.get(character):
+        return command
     greek = re.fullmatch('GREEK (SMALL|CAPITAL) LETTER ([A-Z]+)', unicodedata.name(character, ''))
     if greek and greek[2] in GREEK:
-        name = greek[2].lower().replace('lamda', 'lambda')
-        return f'$\\{name if greek[1] == "SMALL" else name.capitalize()}$'
+        letter_name = greek[2].lower().replace('lamda', 'lambda')
+        return f'$\\{letter_name if greek[1] == "SMALL" else letter_name.capitalize()}$'
+
     # Superscripts, subscripts, fractions and ligatures decompose into other characters.
-    kind, _, points = unicodedata.decomposition(character).rpartition('>')
-    inner = ''.join(escape_latex(chr(int(point, 16))) for point in points.split())
-    match kind:
+    tag, _, code_points = unicodedata.decomposition(character).rpartition('>')
+    characters = [chr(int(code_point, 16)) for code_point in code_points.split()]
+    decomposed = ''.join(map(escape_latex, characters))
+    match tag:
         case '<super':
-            return rf'\textsuperscript{{{inner}}}'
+            return rf'\textsuperscript{{{decomposed}}}'
         case '<sub':
-            return rf'$_{{\mbox{{\scriptsize {inner}}}}}$'
-    if inner:
-        return inner
+            return rf'$_{{\mbox{{\scriptsize {decomposed}}}}}$'
+    if decomposed:
+        return decomposed
+
+    # Control characters and spaces become a space; everything else its number.
     category = unicodedata.category(character)
     if category[0] in 'CZ':
         return ' ' if category != 'Cf' else ''

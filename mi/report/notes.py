@@ -1,22 +1,22 @@
 """The notes below the table, which explain how to read it."""
 
 from mi.report import analysis, statistics, tables
-from mi.report.analysis import Row
+from mi.report.analysis import ArmResult
 from mi.report.runs import Sweep
 
 
-def make_notes(sweep: Sweep, rows: list[Row]) -> list[str]:
+def make_notes(sweep: Sweep, results: list[ArmResult]) -> list[str]:
     """Return the notes that belong below the table, in every format."""
-    notes = [_seed_note(rows)]
+    notes = [_seed_note(results)]
     if sweep.baseline is not None:
         notes.append(
             f'Differences are arm − {sweep.baseline}, paired by seed; better and worse mean '
             'that their interval excludes zero.'
         )
-        notes += _test_notes(rows)
-    if tables.has_tasks(rows):
-        notes.append(_task_note(sweep, rows))
-    if tables.has_equal_time(rows):
+        notes += _test_notes(results)
+    if tables.has_tasks(results):
+        notes.append(_task_note(sweep, results))
+    if tables.has_equal_time(results):
         seconds = tables.format_seconds(analysis.find_equal_time(sweep))
         notes.append(
             f'At equal time: the last {sweep.curves} record that an arm had reached when the '
@@ -27,42 +27,44 @@ def make_notes(sweep: Sweep, rows: list[Row]) -> list[str]:
         f'{sweep.unit}: forward, matrix products only, a multiply-add counts as two. Seconds and '
         f'{sweep.unit}s/s: training, all seeds of the run together.'
     )
-    if len(rows) > 1:
+    if len(results) > 1:
         scope = ' of each problem' if len(sweep.group_by_problem()) > 1 else ''
         notes.append(f'Bold marks the best mean{scope} and claims no significance.')
-    return [*notes, *(remark for row in rows for remark in row.remarks), *sweep.notes]
+    return [*notes, *(remark for result in results for remark in result.remarks), *sweep.notes]
 
 
-def _seed_note(rows: list[Row]) -> str:
-    counts = sorted({row.metric.n for row in rows if row.metric is not None})
-    if len(counts) == 1:
-        seeds = f'{counts[0]} {"seed" if counts == [1] else "seeds"} per arm.'
-    elif counts:
-        arm_counts = [f'{row.arm.label} {row.metric.n}' for row in rows if row.metric is not None]
-        seeds = f'The arms differ in their number of seeds: {", ".join(arm_counts)}.'
+def _seed_note(results: list[ArmResult]) -> str:
+    seed_counts = sorted({result.metric.num_seeds for result in results if result.metric})
+    if len(seed_counts) == 1:
+        sentence = f'{seed_counts[0]} {"seed" if seed_counts == [1] else "seeds"} per arm.'
+    elif seed_counts:
+        arm_counts = [
+            f'{result.arm.label} {result.metric.num_seeds}' for result in results if result.metric
+        ]
+        sentence = f'The arms differ in their number of seeds: {", ".join(arm_counts)}.'
     else:
-        seeds = 'No arm has a final record yet.'
-    single = ' One seed has no interval.' if 1 in counts else ''
-    return f'{seeds} {statistics.CAUTION}{single}'
+        sentence = 'No arm has a final record yet.'
+    caveat = ' One seed has no interval.' if 1 in seed_counts else ''
+    return f'{sentence} {statistics.CAUTION}{caveat}'
 
 
-def _test_notes(rows: list[Row]) -> list[str]:
-    tests = [row.test for row in rows if row.test is not None]
+def _test_notes(results: list[ArmResult]) -> list[str]:
+    tests = [result.test for result in results if result.test is not None]
     if not tests:
         return []
-    corrected = ''
+    correction = ''
     if len(tests) > 1:
-        corrected = f', corrected by Holm for the {len(tests)} arms; the intervals are not'
+        correction = f', corrected by Holm for the {len(tests)} arms; the intervals are not'
     explanation = (
         'p: the probability that differences of these sizes have a mean so far from zero if each '
-        f'sign is chance, by a two-sided permutation test{corrected}.'
+        f'sign is chance, by a two-sided permutation test{correction}.'
     )
-    warning = statistics.warn_too_few_seeds([row.test for row in rows])
+    warning = statistics.warn_too_few_seeds([result.test for result in results])
     return [explanation, warning] if warning else [explanation]
 
 
-def _task_note(sweep: Sweep, rows: list[Row]) -> str:
-    if any(row.task_summary.separate_runs for row in rows if row.task_summary):
+def _task_note(sweep: Sweep, results: list[ArmResult]) -> str:
+    if any(result.task_summary.separate_runs for result in results if result.task_summary):
         resampling = (
             'All intervals of this table resample the runs of each task independently, because '
             'every task was learned by separate runs (stratified bootstrap)'

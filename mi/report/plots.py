@@ -58,12 +58,12 @@ METADATA: dict[str, dict[str, None]] = {
 logging.getLogger('fontTools').setLevel(logging.WARNING)
 
 
-def save(figure: Figure, out: pathlib.Path, name: str) -> list[pathlib.Path]:
+def save(figure: Figure, out: pathlib.Path, figure_name: str) -> list[pathlib.Path]:
     """Write NAME.png, .pdf and .svg and return their paths; call it within STYLE.
 
     The same figure gives the same bytes.
     """
-    paths = [out / f'{name}.{kind}' for kind in METADATA]
+    paths = [out / f'{figure_name}.{extension}' for extension in METADATA]
     figure.draw_without_rendering()
     # Keep the layout of the first draw instead of repeating it for every file.
     figure.set_layout_engine('none')
@@ -80,40 +80,43 @@ class Style(NamedTuple):
     marker: str
 
 
-def make_style(number: int) -> Style:
+def make_style(arm_index: int) -> Style:
     """Return the style of the arm with this number; no two arms have the same color.
 
     The palette comes first. Later rounds use shades of it, which are harder to tell apart, so each
     round has its own dashes and markers too.
     """
-    turn, index = divmod(number, len(PALETTE))
-    color = PALETTE[index]
-    if turn:
-        red, green, blue = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    palette_round, color_index = divmod(arm_index, len(PALETTE))
+    color = PALETTE[color_index]
+    if palette_round:
+        red, green, blue = (int(color[offset : offset + 2], 16) / 255 for offset in (1, 3, 5))
         hue, _, saturation = colorsys.rgb_to_hls(red, green, blue)
-        lightness = 0.32 + 0.36 * ((turn * GOLDEN + 0.45) % 1)  # visible on white and on black
-        hue += 0.06 * (turn // 8 * GOLDEN % 1)
+        # Visible on white and on black.
+        lightness = 0.32 + 0.36 * ((palette_round * GOLDEN + 0.45) % 1)
+        hue += 0.06 * (palette_round // 8 * GOLDEN % 1)
         channels = colorsys.hls_to_rgb(hue, lightness, max(0.4, saturation * 0.8))
         color = '#' + ''.join(f'{round(255 * channel):02X}' for channel in channels)
-    return Style(color, DASHES[turn % len(DASHES)], MARKERS[turn % len(MARKERS)])
+    return Style(color, DASHES[palette_round % len(DASHES)], MARKERS[palette_round % len(MARKERS)])
 
 
 def format_ticks(values: Sequence[float]) -> list[str]:
     """Format numbers with a common unit prefix and distinct digits: 429.5k, 430.0k."""
     # Choose the largest prefix that the smallest number allows.
-    sizes = [abs(value) for value in values if value]
-    if not sizes:
+    magnitudes = [abs(value) for value in values if value]
+    if not magnitudes:
         return ['0' for _ in values]
-    power = next(power for power in tables.PREFIX if min(sizes) >= 10**power or not power)
-    scaled = [value / 10**power for value in values]
+    smallest = min(magnitudes)
+    exponent = next(power for power in tables.PREFIX if smallest >= 10**power or not power)
+    scaled = [value / 10**exponent for value in values]
 
     # Choose the fewest decimals whose error is small beside the smallest gap.
-    gap = min((abs(b - a) for a, b in itertools.pairwise(sorted(set(scaled)))), default=0.0)
-    allowed = 1e-3 * gap or 0.005 * max(map(abs, scaled))
+    neighbors = itertools.pairwise(sorted(set(scaled)))
+    gap = min((abs(larger - smaller) for smaller, larger in neighbors), default=0.0)
+    tolerance = 1e-3 * gap or 0.005 * max(map(abs, scaled))
     decimals = next(
-        (n for n in range(15) if all(abs(x - round(x, n)) <= allowed for x in scaled)), 15
+        (n for n in range(15) if all(abs(x - round(x, n)) <= tolerance for x in scaled)), 15
     )
-    prefix = tables.PREFIX[power].strip()
+    prefix = tables.PREFIX[exponent].strip()
     return [f'{x:.{decimals}f}{prefix}'.replace('-', '−') if x else '0' for x in scaled]
 
 
@@ -125,15 +128,16 @@ class Decades(Locator):
         return self.tick_values(*self.axis.get_view_interval())
 
     def tick_values(self, vmin: float, vmax: float) -> Any:
-        low, high = sorted((vmin, vmax))
-        powers = np.arange(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1.0)
+        lower_limit, upper_limit = sorted((vmin, vmax))
+        first_power = math.floor(math.log10(lower_limit))
+        powers = np.arange(first_power, math.ceil(math.log10(upper_limit)) + 1.0)
         for digits in ((1,), (1, 3), (1, 2, 5)):
             stride = -(-len(powers) // 5) if digits == (1,) else 1
             ticks = np.outer(10 ** powers[::stride], digits).ravel()
-            ticks = ticks[(low <= ticks) & (ticks <= high)]
+            ticks = ticks[(lower_limit <= ticks) & (ticks <= upper_limit)]
             if len(ticks) > 2:
                 return ticks
-        return MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+        return MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(lower_limit, upper_limit)
 
 
 class Ticks(Formatter):
@@ -146,9 +150,9 @@ class Ticks(Formatter):
         return format_ticks([x])[0]
 
 
-def set_round_ticks(axes: Axes, count: int, integer: bool) -> None:
+def set_round_ticks(axes: Axes, num_ticks: int, integer: bool) -> None:
     """Set about `count` round ticks of x; integers where x counts something."""
-    locator = MaxNLocator(count, steps=[1, 2, 2.5, 5, 10], integer=integer)
+    locator = MaxNLocator(num_ticks, steps=[1, 2, 2.5, 5, 10], integer=integer)
     axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_major_formatter(Ticks())
 
@@ -173,9 +177,12 @@ def shorten_labels(texts: Iterable[str]) -> dict[str, str]:
 
     # Number the labels that are still equal.
     for text in texts:
-        copies = [copy for copy in texts if labels[copy] == labels[text]]
-        if len(copies) > 1:
-            labels |= {copy: f'{labels[copy][:30]} ({i})' for i, copy in enumerate(copies, start=1)}
+        duplicates = [duplicate for duplicate in texts if labels[duplicate] == labels[text]]
+        if len(duplicates) > 1:
+            labels |= {
+                duplicate: f'{labels[duplicate][:30]} ({copy_number})'
+                for copy_number, duplicate in enumerate(duplicates, start=1)
+            }
     return labels
 
 

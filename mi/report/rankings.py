@@ -1,6 +1,7 @@
 """Rankings of the arms by each set of seeds: are they stable, or an accident of the seeds?"""
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import scipy.stats
@@ -17,11 +18,13 @@ def to_markdown(sweep: Sweep) -> str:
     arms of different problems are not ranked with each other.
     """
     problems = sweep.group_by_problem()
-    texts = {name: _rank_arms(sweep, arms) for name, arms in problems.items() if len(arms) > 1}
+    ranking_tables = {
+        problem: _rank_arms(sweep, arms) for problem, arms in problems.items() if len(arms) > 1
+    }
     return '\n'.join(
-        f'**{tables.humanize(name)}**\n\n{text}' if len(problems) > 1 else text
-        for name, text in texts.items()
-        if text
+        f'**{tables.humanize(problem)}**\n\n{ranking_table}' if len(problems) > 1 else ranking_table
+        for problem, ranking_table in ranking_tables.items()
+        if ranking_table
     )
 
 
@@ -29,12 +32,12 @@ def _rank_arms(sweep: Sweep, arms: Sequence[Arm]) -> str:
     """Return the table of one problem; '' until every arm has every seed."""
     # Leave out arms that diverged.
     finals = {arm.label: arm.final_values(sweep.metric, sweep.split) for arm in arms}
-    diverged = [
+    diverged_labels = [
         arm.label
         for arm in arms
         if finals[arm.label] and not arm.finite_values(sweep.metric, sweep.split)
     ]
-    finals = {label: values for label, values in finals.items() if label not in diverged}
+    finals = {label: values for label, values in finals.items() if label not in diverged_labels}
     seeds = set(itertools.chain.from_iterable(sweep.seed_sets))
     if (
         len(finals) < 2
@@ -54,27 +57,27 @@ def _rank_arms(sweep: Sweep, arms: Sequence[Arm]) -> str:
         means = [estimate.mean for estimate in estimates]
         decimals = tables.count_decimals(estimates)
         ranks = scipy.stats.rankdata([sign * mean for mean in means], method='min').astype(int)
-        columns.append([str(tables.format_interval(e, decimals)) for e in estimates])
+        columns.append([str(tables.format_interval(estimate, decimals)) for estimate in estimates])
         columns.append([str(rank) for rank in ranks])
-        metric = tables.humanize(sweep.metric)
-        header += [f'{metric}, seeds {_format_seeds(seed_set)} [95 %]', 'rank']
+        metric_title = tables.humanize(sweep.metric)
+        header += [f'{metric_title}, seeds {_format_seeds(seed_set)} [95 %]', 'rank']
         rankings.append(means)
-    body = [list(line) for line in zip(finals, *columns, strict=True)]
+    body = [list(cells) for cells in zip(finals, *columns, strict=True)]
 
     # Compare every two rankings.
     notes = []
-    for i, j in itertools.combinations(range(len(rankings)), 2):
-        first, second = (_format_seeds(sweep.seed_sets[k]) for k in (i, j))
-        tau = _format_tau(rankings[i], rankings[j])
-        notes.append(f"Kendall's τ of the ranking by seeds {first} and that by {second}: {tau}.")
-    if diverged:
-        notes.append(f'Not ranked, because a seed is not finite: {"; ".join(diverged)}.')
+    ranked_sets = zip(map(_format_seeds, sweep.seed_sets), rankings, strict=True)
+    for (seeds_a, means_a), (seeds_b, means_b) in itertools.combinations(ranked_sets, 2):
+        tau = _format_tau(means_a, means_b)
+        notes.append(f"Kendall's τ of the ranking by seeds {seeds_a} and that by {seeds_b}: {tau}.")
+    if diverged_labels:
+        notes.append(f'Not ranked, because a seed is not finite: {"; ".join(diverged_labels)}.')
     return tables.format_markdown(header, body) + '\n\n' + '\n'.join(notes) + '\n'
 
 
 def _format_tau(means_a: Sequence[float], means_b: Sequence[float]) -> str:
     tau = float(scipy.stats.kendalltau(means_a, means_b).statistic)
-    return f'{tau:.2f}' if tau == tau else 'undefined, because all means of one are equal'
+    return f'{tau:.2f}' if not math.isnan(tau) else 'undefined, because all means of one are equal'
 
 
 def _format_seeds(seeds: tuple[int, ...]) -> str:

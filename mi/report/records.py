@@ -14,19 +14,19 @@ Record = dict[str, Any]  # a JSON object
 def read_metrics(path: pathlib.Path, done: bool, warnings: list[str]) -> list[Record]:
     """Return the records of metrics.jsonl, with the arguments and errors of `_read_lines`."""
     records = _read_lines(path, done, warnings)
-    for number, record in records.items():
+    for line_number, record in records.items():
         has_position = isinstance(record.get('step'), int) and isinstance(record.get('seed'), int)
         if not has_position or not isinstance(record.get('split'), str):
-            raise UserError(f'{path}, line {number}: expected step, seed and split')
+            raise UserError(f'{path}, line {line_number}: expected step, seed and split')
     return list(records.values())
 
 
 def read_timing(path: pathlib.Path, done: bool, warnings: list[str]) -> list[Record]:
     """Return the records of timing.jsonl, with the arguments and errors of `_read_lines`."""
     records = _read_lines(path, done, warnings)
-    for number, record in records.items():
+    for line_number, record in records.items():
         if not isinstance(record.get('step'), int) or not is_number(record.get('seconds')):
-            raise UserError(f'{path}, line {number}: expected step and seconds')
+            raise UserError(f'{path}, line {line_number}: expected step and seconds')
     return list(records.values())
 
 
@@ -45,45 +45,51 @@ def _read_lines(path: pathlib.Path, done: bool, warnings: list[str]) -> dict[int
     """
     if not path.exists():
         return {}
-    *lines, rest = path.read_bytes().split(b'\n')
+    # Every complete line ends in a newline.
+    *lines, unfinished = path.read_bytes().split(b'\n')
     records = {
-        number: _parse_record(line, path, number)
-        for number, line in enumerate(lines, 1)
+        line_number: _parse_record(line, path, line_number)
+        for line_number, line in enumerate(lines, 1)
         if line.strip()
     }
-    if rest.strip():
-        number = len(lines) + 1
+
+    # The process may be killed, or still be writing, in the middle of the last line.
+    if unfinished.strip():
+        line_number = len(lines) + 1
         try:
-            records[number] = _parse_record(rest, path, number)
+            records[line_number] = _parse_record(unfinished, path, line_number)
         except UserError:
             if done:
                 raise
-            warnings.append(f'{path}, line {number}: skipped, it is half written')
+            warnings.append(f'{path}, line {line_number}: skipped, it is half written')
     return records
 
 
-def _parse_record(line: bytes, path: pathlib.Path, number: int) -> Record:
+def _parse_record(line: bytes, path: pathlib.Path, line_number: int) -> Record:
     try:
         record = json.loads(line)
     except ValueError:  # includes UnicodeDecodeError
         record = None
     if not isinstance(record, dict):
-        raise UserError(f'{path}, line {number}: not a JSON object')
+        raise UserError(f'{path}, line {line_number}: not a JSON object')
     return record
 
 
-def require_field(record: Mapping[str, Any], key: str, kind: type, path: pathlib.Path) -> Any:
+def require_field(record: Record, field_name: str, expected_type: type, path: pathlib.Path) -> Any:
     """Return record[key].
 
     Raises:
       UserError: if it is absent or has another type; names the file at path.
     """
-    if not isinstance(record.get(key), kind):
-        raise UserError(f'{path}: {key} = {record.get(key)!r}: expected a {kind.__name__}')
-    return record[key]
+    if not isinstance(record.get(field_name), expected_type):
+        raise UserError(
+            f'{path}: {field_name} = {record.get(field_name)!r}: '
+            f'expected a {expected_type.__name__}'
+        )
+    return record[field_name]
 
 
-def is_number(value: Any) -> TypeGuard[float]:
+def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -93,13 +99,11 @@ def average_timing(timings: Sequence[Sequence[Record]]) -> list[Record]:
     averages: list[Record] = []
     for step in sorted(set.intersection(*map(set, step_records))):
         records = [run_records[step] for run_records in step_records]
-        names = [
-            name for name in records[0] if all(is_number(record.get(name)) for record in records)
-        ]
-        averages.append(
-            {name: sum(record[name] for record in records) / len(records) for name in names}
-        )
-        averages[-1]['step'] = step
+        average: Record = {}
+        for field_name in records[0]:
+            if all(is_number(record.get(field_name)) for record in records):
+                average[field_name] = sum(record[field_name] for record in records) / len(records)
+        averages.append(average | {'step': step})
     return averages
 
 
@@ -121,8 +125,9 @@ def join_tasks(task_records: Mapping[str, Sequence[Record]], metric: str) -> lis
     joined: list[Record] = []
     for (step, seed, split), values in task_values.items():
         if len(values) == len(task_records):
-            finite = [value for value in values.values() if value is not None]
-            mean = math.fsum(finite) / len(values) if len(finite) == len(values) else None
-            joined.append({'step': step, 'seed': seed, 'split': split, metric: mean})
+            finite_values = [value for value in values.values() if value is not None]
+            is_finite = len(finite_values) == len(values)
+            task_mean = math.fsum(finite_values) / len(values) if is_finite else None
+            joined.append({'step': step, 'seed': seed, 'split': split, metric: task_mean})
             joined[-1] |= {f'{metric}/{task}': value for task, value in values.items()}
     return joined

@@ -77,9 +77,9 @@ class Arm:
         values: dict[int, dict[int, float]] = {}
         for record in self.metrics:
             is_null = metric in record and record[metric] is None
-            value = math.nan if is_null else record.get(metric)
-            if record['split'] == split and is_number(value):
-                values.setdefault(record['seed'], {})[record['step']] = float(value)
+            metric_value = math.nan if is_null else record.get(metric)
+            if record['split'] == split and is_number(metric_value):
+                values.setdefault(record['seed'], {})[record['step']] = float(metric_value)
         return {seed: dict(sorted(values[seed].items())) for seed in sorted(values)}
 
     def final_values(self, metric: str, split: str) -> dict[int, float]:
@@ -117,42 +117,44 @@ class Arm:
           split: the split of the records.
           step: the step of the records; None for the final values.
         """
+        # The columns are the metrics of single tasks; the rows are the seeds that have all of them.
         prefix = f'{metric}/'
-        names = [name for name in self.metric_names(split) if name.startswith(prefix)]
+        metric_names = [name for name in self.metric_names(split) if name.startswith(prefix)]
         columns = [
-            self.final_values(name, split)
+            self.final_values(metric_name, split)
             if step is None
             else {
                 seed: values[step]
-                for seed, values in self.values_by_seed(name, split).items()
+                for seed, values in self.values_by_seed(metric_name, split).items()
                 if step in values
             }
-            for name in names
+            for metric_name in metric_names
         ]
         seeds = sorted(set.intersection(*map(set, columns))) if columns else []
         scores = np.array([[column[seed] for column in columns] for seed in seeds], float)
-        scores = scores.reshape(len(seeds), len(names))
+        scores = scores.reshape(len(seeds), len(metric_names))
         scores = scores[np.isfinite(scores).all(axis=1)]
-        return tuple(name.removeprefix(prefix) for name in names) if len(scores) else (), scores
+        tasks = tuple(name.removeprefix(prefix) for name in metric_names)
+        return tasks if len(scores) else (), scores
 
     def training_seconds(self) -> tuple[np.ndarray, np.ndarray]:
         """Return steps [M] and the training seconds up to each of them [M].
 
         A resumed run repeats steps; the last record of a step counts.
         """
-        last = {record['step']: float(record['seconds']) for record in self.timing}
-        steps = sorted(last)
-        return np.array(steps, int), np.cumsum([last[step] for step in steps])
+        step_seconds = {record['step']: float(record['seconds']) for record in self.timing}
+        steps = sorted(step_seconds)
+        return np.array(steps, int), np.cumsum([step_seconds[step] for step in steps])
 
     def throughput(self, unit: str) -> float | None:
         """Return the units (tokens, steps) per second of all training, weighted by duration."""
-        name = f'{unit}s_per_second'
-        last = {record['step']: record for record in self.timing if is_number(record.get(name))}
-        seconds = math.fsum(record['seconds'] for record in last.values())
-        processed = math.fsum(record['seconds'] * record[name] for record in last.values())
+        column = f'{unit}s_per_second'
+        timed = {record['step']: record for record in self.timing if is_number(record.get(column))}
+        seconds = math.fsum(record['seconds'] for record in timed.values())
+        processed = math.fsum(record['seconds'] * record[column] for record in timed.values())
         return processed / seconds if seconds > 0 else None
 
-    def get_cost(self, quantity: str, part: str) -> int | None:
+    def get_cost(self, quantity: str, component: str) -> int | None:
         """Return a count of cost.json.
 
         Args:
@@ -160,8 +162,8 @@ class Arm:
           part: 'model' or 'fusion'.
         """
         counts = self.cost.get(quantity)
-        value = counts.get(part) if isinstance(counts, dict) else None
-        return value if isinstance(value, int) else None
+        count = counts.get(component) if isinstance(counts, dict) else None
+        return count if isinstance(count, int) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,10 +205,10 @@ class Sweep:
         """Return the arms of each problem, in order; all under '' where there is only one."""
         groups: dict[str, list[Arm]] = {}
         for arm in self.arms:
-            name = ', '.join(
+            problem = ', '.join(
                 str(arm.overrides[key]) for key in self.problems if key in arm.overrides
             )
-            groups.setdefault(name, []).append(arm)
+            groups.setdefault(problem, []).append(arm)
         return groups
 
     @property
@@ -272,21 +274,21 @@ def read_sweep(workdir: pathlib.Path, flag: str = 'workdir') -> Sweep:
 
 
 def _read_sweep_directory(workdir: pathlib.Path) -> Sweep:
-    path = workdir / 'sweep.json'
-    spec = read_json(path)
-    metric = require_field(spec, 'metric', str, path)
+    sweep_file = workdir / 'sweep.json'
+    spec = read_json(sweep_file)
+    metric = require_field(spec, 'metric', str, sweep_file)
 
     # Read the members, grouped by label, and by task where members name one.
     warnings: list[str] = []
     runs: dict[str, list[Arm]] = {}  # {label: runs}
     task_runs: dict[str, dict[str, list[Arm]]] = {}  # {label: {task: runs}}
-    for member in require_field(spec, 'members', list, path):
-        run, task = _read_member(member, path, warnings)
+    for member in require_field(spec, 'members', list, sweep_file):
+        run, task = _read_member(member, sweep_file, warnings)
         runs.setdefault(run.label, []).append(run)
         if task is not None:
             task_runs.setdefault(run.label, {}).setdefault(task, []).append(run)
     if not runs:
-        raise UserError(f'{path}: members = []: expected one or more')
+        raise UserError(f'{sweep_file}: members = []: expected one or more')
 
     # Merge the runs of each label into one arm; all arms list their tasks in the same order.
     tasks = dict.fromkeys(task for arm_runs in task_runs.values() for task in arm_runs)
@@ -294,51 +296,58 @@ def _read_sweep_directory(workdir: pathlib.Path) -> Sweep:
     for label, arm_runs in runs.items():
         if label in task_runs:
             task_arms = {
-                task: _merge_seeds(task_runs[label][task], path)
+                task: _merge_seeds(task_runs[label][task], sweep_file)
                 for task in tasks
                 if task in task_runs[label]
             }
             arms.append(_merge_tasks(task_arms, metric))
         else:
-            arms.append(_merge_seeds(arm_runs, path))
+            arms.append(_merge_seeds(arm_runs, sweep_file))
 
-    baseline = spec.get('baseline')
-    if baseline is not None and baseline not in runs:
-        raise UserError(f'{path}: baseline = {baseline!r}: expected null or one of {list(runs)}')
+    # Check the baseline, and the types of all fields.
+    baseline, labels = spec.get('baseline'), list(runs)
+    if baseline is not None and baseline not in labels:
+        raise UserError(f'{sweep_file}: baseline = {baseline!r}: expected null or one of {labels}')
     return Sweep(
         path=workdir,
-        title=spec.get('title') or require_field(spec, 'name', str, path),
+        title=spec.get('title') or require_field(spec, 'name', str, sweep_file),
         metric=metric,
-        split=require_field(spec, 'split', str, path),
-        curves=require_field({'curves': 'valid'} | spec, 'curves', str, path),
-        lower_is_better=require_field(spec, 'lower_is_better', bool, path),
+        split=require_field(spec, 'split', str, sweep_file),
+        curves=require_field({'curves': 'valid'} | spec, 'curves', str, sweep_file),
+        lower_is_better=require_field(spec, 'lower_is_better', bool, sweep_file),
         baseline=baseline,
         arms=arms,
-        notes=[str(note) for note in require_field({'notes': []} | spec, 'notes', list, path)],
+        notes=list(map(str, require_field({'notes': []} | spec, 'notes', list, sweep_file))),
         command=spec.get('command'),
         warnings=warnings,
         seed_sets=() if task_runs else _find_seed_sets(list(runs.values())),
-        problems=tuple(map(str, require_field({'problems': []} | spec, 'problems', list, path))),
+        problems=tuple(
+            map(str, require_field({'problems': []} | spec, 'problems', list, sweep_file))
+        ),
     )
 
 
-def _read_member(member: object, path: pathlib.Path, warnings: list[str]) -> tuple[Arm, str | None]:
+def _read_member(
+    member: object, sweep_file: pathlib.Path, warnings: list[str]
+) -> tuple[Arm, str | None]:
     """Return the run of a member of sweep.json, and its task if it names one."""
     if not isinstance(member, dict):
-        raise UserError(f'{path}: members contains {member!r}: expected an object with a name')
-    name = require_field(member, 'name', str, path)
-    overrides = require_field({'overrides': {}} | member, 'overrides', dict, path)
-    label = require_field({'label': name} | member, 'label', str, path)
-    run = _read_run(path.parent / name, label, overrides, warnings)
-    return run, require_field(member, 'task', str, path) if 'task' in member else None
+        raise UserError(
+            f'{sweep_file}: members contains {member!r}: expected an object with a name'
+        )
+    member_name = require_field(member, 'name', str, sweep_file)
+    overrides = require_field({'overrides': {}} | member, 'overrides', dict, sweep_file)
+    label = require_field({'label': member_name} | member, 'label', str, sweep_file)
+    run = _read_run(sweep_file.parent / member_name, label, overrides, warnings)
+    return run, require_field(member, 'task', str, sweep_file) if 'task' in member else None
 
 
 def _find_seed_sets(arms: list[list[Arm]]) -> tuple[tuple[int, ...], ...]:
     """Return the seed sets of the runs if all arms have the same ones, and several; else ()."""
     arm_sets = {tuple(sorted({run.seeds for run in arm_runs})) for arm_runs in arms}
-    common = arm_sets.pop()
-    has_several = len(common) > 1 and all(len(seeds) > 1 for seeds in common)
-    return common if has_several and not arm_sets else ()
+    common_sets = arm_sets.pop()
+    has_several = len(common_sets) > 1 and all(len(seeds) > 1 for seeds in common_sets)
+    return common_sets if has_several and not arm_sets else ()
 
 
 def _merge_seeds(runs: list[Arm], path: pathlib.Path) -> Arm:
@@ -353,13 +362,13 @@ def _merge_seeds(runs: list[Arm], path: pathlib.Path) -> Arm:
             f'labels, or different seeds'
         )
     # An arm is done once all its runs are; until then it has the state of the first other run.
-    worst = next((run for run in runs if run.state != 'done'), first)
+    status_run = next((run for run in runs if run.state != 'done'), first)
     return dataclasses.replace(
         first,
-        state=worst.state,
-        reason=worst.reason,
+        state=status_run.state,
+        reason=status_run.reason,
         seeds=tuple(seeds),
-        status=worst.status,
+        status=status_run.status,
         metrics=[record for run in runs for record in run.metrics],
         timing=average_timing([run.timing for run in runs]),
     )
@@ -374,13 +383,13 @@ def _merge_tasks(arms: dict[str, Arm], metric: str) -> Arm:
     first = next(iter(arms.values()))
     if len(arms) == 1:
         return dataclasses.replace(first, tasks=tuple(arms))
-    worst = next((arm for arm in arms.values() if arm.state != 'done'), first)
+    status_arm = next((arm for arm in arms.values() if arm.state != 'done'), first)
     return dataclasses.replace(
         first,
-        state=worst.state,
-        reason=worst.reason,
+        state=status_arm.state,
+        reason=status_arm.reason,
         seeds=tuple(sorted(set.intersection(*(set(arm.seeds) for arm in arms.values())))),
-        status=worst.status,
+        status=status_arm.status,
         metrics=join_tasks({task: arm.metrics for task, arm in arms.items()}, metric),
         timing=average_timing([arm.timing for arm in arms.values()]),
         tasks=tuple(arms),
@@ -392,10 +401,12 @@ def _read_single_run(workdir: pathlib.Path) -> Sweep:
     arm = _read_run(workdir, workdir.resolve().name, {}, warnings)
     # An agent records returns in the eval split and has no test text.
     is_agent = bool(arm.metric_names('eval'))
-    names = arm.metric_names('eval') or arm.metric_names('test') or arm.metric_names('valid')
+    metric_names = arm.metric_names('eval') or arm.metric_names('test') or arm.metric_names('valid')
     # Bits per byte are comparable across vocabularies. A run of one-hot targets has none, and is
     # shown by its first number.
-    metric = 'bits_per_byte' if 'bits_per_byte' in names or not names else names[0]
+    metric = 'bits_per_byte'
+    if metric_names and metric not in metric_names:
+        metric = metric_names[0]
     return Sweep(
         path=workdir,
         title=arm.label,
@@ -411,17 +422,19 @@ def _read_single_run(workdir: pathlib.Path) -> Sweep:
     )
 
 
-def _read_run(path: pathlib.Path, label: str, overrides: Record, warnings: list[str]) -> Arm:
-    if not path.is_dir():
-        return Arm(label, 'waiting', f'no folder {path.name}', overrides=overrides)
+def _read_run(run_dir: pathlib.Path, label: str, overrides: Record, warnings: list[str]) -> Arm:
+    if not run_dir.is_dir():
+        return Arm(label, 'waiting', f'no folder {run_dir.name}', overrides=overrides)
     # The state is read before the records: a run that ends in between counts as running.
-    run_state = read_run_state(path)
-    status = read_json(path / 'status.json', missing={})
-    done = run_state.phase == 'done'
-    metrics = read_metrics(path / 'metrics.jsonl', done, warnings)
-    config = read_json(path / 'config.json', missing={})
-    seeds = config.get('seeds')
-    if not isinstance(seeds, list):
+    run_state = read_run_state(run_dir)
+    status = read_json(run_dir / 'status.json', missing={})
+    is_done = run_state.phase == 'done'
+    metrics = read_metrics(run_dir / 'metrics.jsonl', is_done, warnings)
+    config = read_json(run_dir / 'config.json', missing={})
+    # Without the list of the config, the seeds are those that have a record.
+    if 'seeds' in config:
+        seeds = require_field(config, 'seeds', list, run_dir / 'config.json')
+    else:
         seeds = sorted({record['seed'] for record in metrics})
     return Arm(
         label=label,
@@ -430,8 +443,8 @@ def _read_run(path: pathlib.Path, label: str, overrides: Record, warnings: list[
         seeds=tuple(seeds),
         overrides=overrides,
         config=config,
-        cost=read_json(path / 'cost.json', missing={}),
+        cost=read_json(run_dir / 'cost.json', missing={}),
         status=status,
         metrics=metrics,
-        timing=read_timing(path / 'timing.jsonl', done, warnings),
+        timing=read_timing(run_dir / 'timing.jsonl', is_done, warnings),
     )

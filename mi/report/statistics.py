@@ -36,12 +36,12 @@ Statistic = Callable[[np.ndarray], np.ndarray]  # [..., seeds, tasks] → [...]
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean over n seeds and its interval [low, high], None where n = 1."""
+    """A mean over seeds and its interval [low, high], None for a single seed."""
 
     mean: float
     low: float | None
     high: float | None
-    n: int
+    num_seeds: int
 
     @property
     def width(self) -> float:
@@ -59,18 +59,23 @@ def estimate(values: Mapping[int, float], arm: str) -> Estimate:
     Raises:
       ValueError: if there is no value, or one is NaN or infinite; names the arm and the seed.
     """
+    # A seed that diverged must not be left out in silence.
     if not values:
         raise ValueError(f'{arm}: no values')
     for seed, value in values.items():
         if not np.isfinite(value):
             raise ValueError(f'{arm}: the value of seed {seed} is {value}')
+
+    # Without spread there is nothing to resample.
     sample = np.array([values[seed] for seed in sorted(values)], float)
-    n = len(sample)
-    if n == 1:
-        return Estimate(float(sample[0]), None, None, n)
+    num_seeds = len(sample)
+    if num_seeds == 1:
+        return Estimate(float(sample[0]), None, None, num_seeds)
     # The mean of equal numbers may differ from them by rounding.
     if np.all(sample == sample[0]):
-        return Estimate(float(sample[0]), float(sample[0]), float(sample[0]), n)
+        return Estimate(float(sample[0]), float(sample[0]), float(sample[0]), num_seeds)
+
+    # The generator is seeded, so that equal values have equal intervals.
     interval = scipy.stats.bootstrap(
         (sample,),
         np.mean,
@@ -79,7 +84,7 @@ def estimate(values: Mapping[int, float], arm: str) -> Estimate:
         method='percentile',
         rng=np.random.default_rng(0),
     ).confidence_interval
-    return Estimate(float(sample.mean()), float(interval.low), float(interval.high), n)
+    return Estimate(float(sample.mean()), float(interval.low), float(interval.high), num_seeds)
 
 
 def estimate_difference(
@@ -114,35 +119,45 @@ def estimate_band(
     Raises:
       ValueError: if a value is NaN or infinite, or there is no seed.
     """
-    n, num_steps = values.shape
-    if n == 0 or not np.all(np.isfinite(values)):
+    num_seeds, num_steps = values.shape
+    if num_seeds == 0 or not np.all(np.isfinite(values)):
         raise ValueError('values: expected at least one seed and finite values')
     mean = values.mean(axis=0)
-    if n == 1:
+    if num_seeds == 1:
         return mean, None, None
     rng = np.random.default_rng(0)
-    weights = rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n  # [RESAMPLES, seeds]
+    weights = _draw_weights(rng, num_seeds)
     # Chunks of 256 steps bound the memory of [RESAMPLES, N].
     chunks = [
-        np.quantile(weights @ values[:, i : i + 256], QUANTILES, axis=0)
-        for i in range(0, num_steps, 256)
+        np.quantile(weights @ values[:, start : start + 256], QUANTILES, axis=0)
+        for start in range(0, num_steps, 256)
     ]
     low, high = np.concatenate(chunks, axis=1) if chunks else np.empty((2, 0))
     return mean, low, high
 
 
+def _draw_weights(rng: np.random.Generator, num_seeds: int) -> np.ndarray:
+    """Draw the share of each seed in each resample, [RESAMPLES, seeds]."""
+    probabilities = np.full(num_seeds, 1 / num_seeds)
+    return rng.multinomial(num_seeds, probabilities, size=RESAMPLES) / num_seeds
+
+
 def bootstrap_seeds(scores: np.ndarray, statistic: Statistic) -> Estimate:
     """Estimate a statistic of scores [seeds, tasks]; resamples take whole seeds."""
-    n = len(scores)
-    return _bootstrap(scores, statistic, lambda rng, shape: scores[rng.integers(n, size=shape)])
+    num_seeds = len(scores)
+
+    def resample(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+        return scores[rng.integers(num_seeds, size=shape)]
+
+    return _bootstrap(scores, statistic, resample)
 
 
 def bootstrap_runs(scores: np.ndarray, statistic: Statistic) -> Estimate:
     """Estimate a statistic of scores [seeds, tasks]; resamples are stratified by task."""
-    n, num_tasks = scores.shape
+    num_seeds, num_tasks = scores.shape
 
     def resample(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
-        return scores[rng.integers(n, size=(*shape, num_tasks)), np.arange(num_tasks)]
+        return scores[rng.integers(num_seeds, size=(*shape, num_tasks)), np.arange(num_tasks)]
 
     return _bootstrap(scores, statistic, resample)
 
@@ -152,16 +167,16 @@ def _bootstrap(
     statistic: Statistic,
     resample: Callable[[np.random.Generator, tuple[int, int]], np.ndarray],
 ) -> Estimate:
-    """Bootstrap a statistic; resample(rng, (count, n)) returns [count, n, tasks]."""
-    n = len(scores)
-    point = float(statistic(scores))
-    if n == 1:
-        return Estimate(point, None, None, n)
+    """Bootstrap a statistic; resample(rng, (count, seeds)) returns [count, seeds, tasks]."""
+    num_seeds = len(scores)
+    point_estimate = float(statistic(scores))
+    if num_seeds == 1:
+        return Estimate(point_estimate, None, None, num_seeds)
     rng = np.random.default_rng(0)
     # Ten chunks bound the memory.
-    chunks = [statistic(resample(rng, (RESAMPLES // 10, n))) for _ in range(10)]
+    chunks = [statistic(resample(rng, (RESAMPLES // 10, num_seeds))) for _ in range(10)]
     low, high = np.quantile(np.concatenate(chunks), QUANTILES)
-    return Estimate(point, float(low), float(high), n)
+    return Estimate(point_estimate, float(low), float(high), num_seeds)
 
 
 def mean(scores: np.ndarray) -> np.ndarray:
@@ -181,9 +196,9 @@ def median(scores: np.ndarray) -> np.ndarray:
 
 def iqm(scores: np.ndarray) -> np.ndarray:
     """Return the interquartile mean of [..., seeds, tasks]: a quarter is cut off at each end."""
-    flat = np.sort(scores.reshape(*scores.shape[:-2], -1), axis=-1)
-    cut = flat.shape[-1] // 4
-    return flat[..., cut : flat.shape[-1] - cut].mean(-1)
+    sorted_scores = np.sort(scores.reshape(*scores.shape[:-2], -1), axis=-1)
+    num_cut = sorted_scores.shape[-1] // 4
+    return sorted_scores[..., num_cut : sorted_scores.shape[-1] - num_cut].mean(-1)
 
 
 def probability_of_improvement(
@@ -204,20 +219,20 @@ def probability_of_improvement(
     wins = np.where(gap == 0, 0.5, gap > 0)  # [seeds, baseline seeds, tasks]
     if not separate_runs:
         wins = wins.mean(-1, keepdims=True)
-    n, m, num_strata = wins.shape
-    point = float(wins.mean())
-    if min(n, m) == 1:
-        return Estimate(point, None, None, min(n, m))
+    num_seeds, num_baseline_seeds, num_strata = wins.shape
+    point_estimate = float(wins.mean())
+    if min(num_seeds, num_baseline_seeds) == 1:
+        return Estimate(point_estimate, None, None, min(num_seeds, num_baseline_seeds))
 
     # Resample both sides, each stratum independently.
     rng = np.random.default_rng(0)
-    total = np.zeros(RESAMPLES)
-    for i in range(num_strata):
-        weights = rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n
-        baseline_weights = rng.multinomial(m, np.full(m, 1 / m), size=RESAMPLES) / m
-        total += ((weights @ wins[..., i]) * baseline_weights).sum(-1)
-    low, high = np.quantile(total / num_strata, QUANTILES)
-    return Estimate(point, float(low), float(high), min(n, m))
+    stratum_sums = np.zeros(RESAMPLES)
+    for stratum in range(num_strata):
+        weights = _draw_weights(rng, num_seeds)
+        baseline_weights = _draw_weights(rng, num_baseline_seeds)
+        stratum_sums += ((weights @ wins[..., stratum]) * baseline_weights).sum(-1)
+    low, high = np.quantile(stratum_sums / num_strata, QUANTILES)
+    return Estimate(point_estimate, float(low), float(high), min(num_seeds, num_baseline_seeds))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,25 +273,26 @@ def sign_flip_test(differences: np.ndarray) -> SignFlipTest | None:
       differences: [seeds], or [seeds, tasks] where each task has separate runs: each task of each
         seed is then a pair.
     """
+    # Each task of each seed is a pair.
     pairs_per_seed = differences.shape[1] if differences.ndim == 2 else 1
     differences = differences.ravel()
-    n = len(differences)
-    if n < 2:
+    num_pairs = len(differences)
+    if num_pairs < 2:
         return None
     observed = abs(differences.sum())
     # Sums of the same numbers in another order differ by rounding.
     tolerance = 1e-12 * np.abs(differences).sum()
-    if n <= 16:
+    if num_pairs <= 16:
         # Half of the choices suffice: flipping all signs keeps the absolute sum.
-        signs = 1 - 2 * (np.arange(2 ** (n - 1))[:, None] >> np.arange(n) & 1)
-        p = float(np.mean(np.abs(signs @ differences) >= observed - tolerance))
+        signs = 1 - 2 * (np.arange(2 ** (num_pairs - 1))[:, None] >> np.arange(num_pairs) & 1)
+        p_value = float(np.mean(np.abs(signs @ differences) >= observed - tolerance))
     else:
         rng = np.random.default_rng(0)
-        signs = 1 - 2 * rng.integers(2, size=(RESAMPLES, n))
+        signs = 1 - 2 * rng.integers(2, size=(RESAMPLES, num_pairs))
         extreme = np.sum(np.abs(signs @ differences) >= observed - tolerance)
-        p = float(extreme + 1) / (RESAMPLES + 1)
-    min_p = max(2.0 ** (1 - n), 1 / (RESAMPLES + 1) if n > 16 else 0.0)
-    return SignFlipTest(p, min_p, p, min_p, n, pairs_per_seed)
+        p_value = float(extreme + 1) / (RESAMPLES + 1)
+    min_p = max(2.0 ** (1 - num_pairs), 1 / (RESAMPLES + 1) if num_pairs > 16 else 0.0)
+    return SignFlipTest(p_value, min_p, p_value, min_p, num_pairs, pairs_per_seed)
 
 
 def correct_holm(tests: Sequence[SignFlipTest | None]) -> list[SignFlipTest | None]:
@@ -286,15 +302,17 @@ def correct_holm(tests: Sequence[SignFlipTest | None]) -> list[SignFlipTest | No
     corrected p falls below its predecessor. The probability of any false positive among the tests
     stays below ALPHA.
     """
-    order = sorted((test.p, i) for i, test in enumerate(tests) if test is not None)
+    ranked_tests = sorted(
+        (test.p, test_index) for test_index, test in enumerate(tests) if test is not None
+    )
     corrected: list[SignFlipTest | None] = list(tests)
-    largest = 0.0
-    for rank, (p, i) in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * p))
-        test = tests[i]
+    largest_p = 0.0
+    for rank, (p_value, test_index) in enumerate(ranked_tests):
+        largest_p = max(largest_p, min(1.0, (len(ranked_tests) - rank) * p_value))
+        test = tests[test_index]
         assert test is not None
-        min_p_holm = min(1.0, len(order) * test.min_p)
-        corrected[i] = dataclasses.replace(test, p_holm=largest, min_p_holm=min_p_holm)
+        min_p_holm = min(1.0, len(ranked_tests) * test.min_p)
+        corrected[test_index] = dataclasses.replace(test, p_holm=largest_p, min_p_holm=min_p_holm)
     return corrected
 
 
@@ -305,26 +323,26 @@ def count_seeds_needed(num_arms: int, pairs_per_seed: int = 1) -> int:
       num_arms: the number of tested arms.
       pairs_per_seed: as in `SignFlipTest`.
     """
-    num_pairs = next(n for n in range(2, 64) if num_arms * 2.0 ** (1 - n) <= ALPHA)
+    num_pairs = next(count for count in range(2, 64) if num_arms * 2.0 ** (1 - count) <= ALPHA)
     return -(-num_pairs // pairs_per_seed)
 
 
 def warn_too_few_seeds(tests: Sequence[SignFlipTest | None]) -> str | None:
     """Return a warning if no difference could be significant, however large; otherwise None."""
-    known = [test for test in tests if test is not None]
-    if not known or any(test.can_be_significant for test in known):
+    valid_tests = [test for test in tests if test is not None]
+    if not valid_tests or any(test.can_be_significant for test in valid_tests):
         return None
-    best = min(known, key=lambda test: test.min_p_holm)
-    num_seeds = count_seeds_needed(len(known), best.pairs_per_seed)
-    corrected = tasks = ''
-    if len(known) > 1:
-        corrected = f', {format_p(best.min_p_holm)} after Holm for {len(known)} arms'
+    best = min(valid_tests, key=lambda test: test.min_p_holm)
+    num_seeds = count_seeds_needed(len(valid_tests), best.pairs_per_seed)
+    correction = task_note = ''
+    if len(valid_tests) > 1:
+        correction = f', {format_p(best.min_p_holm)} after Holm for {len(valid_tests)} arms'
     if best.pairs_per_seed > 1:
-        tasks = f' of {best.pairs_per_seed} tasks each'
+        task_note = f' of {best.pairs_per_seed} tasks each'
     return (
         f'Too few seeds to call any difference significant: with {best.num_pairs} pairs even '
-        f'differences that all agree in sign have p = {format_p(best.min_p)}{corrected}. '
-        f'{num_seeds} seeds{tasks} are the fewest that can reach {ALPHA}.'
+        f'differences that all agree in sign have p = {format_p(best.min_p)}{correction}. '
+        f'{num_seeds} seeds{task_note} are the fewest that can reach {ALPHA}.'
     )
 
 

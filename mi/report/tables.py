@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from mi.report import analysis, statistics
-from mi.report.analysis import Row
+from mi.report.analysis import ArmResult
 from mi.report.runs import Sweep
 from mi.report.statistics import Estimate, SignFlipTest
 
@@ -98,65 +98,70 @@ def humanize(name: str) -> str:
     return name.replace('_', ' ')
 
 
-def make_table(sweep: Sweep, rows: list[Row]) -> Table:
+def make_table(sweep: Sweep, results: list[ArmResult]) -> Table:
     """Return the formatted table, the same for every format but CSV."""
-    columns = _make_columns(sweep, rows)
+    columns = _make_columns(sweep, results)
     best: set[int] = set()
     for problem_arms in sweep.group_by_problem().values():
         labels = {arm.label for arm in problem_arms}
         means = {
-            i: row.metric.mean
-            for i, row in enumerate(rows)
-            if row.metric is not None and row.arm.label in labels and sweep.is_comparable(row.arm)
+            row_index: result.metric.mean
+            for row_index, result in enumerate(results)
+            if result.metric and result.arm.label in labels and sweep.is_comparable(result.arm)
         }
-        target = (min if sweep.lower_is_better else max)(means.values(), default=None)
-        best |= {i for i, mean in means.items() if mean == target and len(labels) > 1}
-    return Table(columns, make_body(columns, rows), best)
+        best_mean = (min if sweep.lower_is_better else max)(means.values(), default=None)
+        if len(labels) > 1:
+            best |= {row_index for row_index, mean in means.items() if mean == best_mean}
+    return Table(columns, make_body(columns, results), best)
 
 
-def _make_columns(sweep: Sweep, rows: list[Row]) -> list[Column[Row]]:
+def _make_columns(sweep: Sweep, results: list[ArmResult]) -> list[Column[ArmResult]]:
     arrow = ''
-    if len(rows) > 1:
+    if len(results) > 1:
         arrow = ' ↓' if sweep.lower_is_better else ' ↑'
-    leading = [column for column in _score_columns(sweep, rows, arrow) if column.shown_if]
-    trailing = _cost_columns(sweep, rows)
+    leading = [column for column in _score_columns(sweep, results, arrow) if column.shown_if]
+    trailing = _cost_columns(sweep, results)
     # A secondary metric whose title is taken by another column is qualified by its split.
-    taken = [column.title.removesuffix(arrow) for column in (*leading, *trailing)]
+    taken_titles = [column.title.removesuffix(arrow) for column in (*leading, *trailing)]
+    titles = _disambiguate(secondary_names(results), taken_titles, sweep.split)
     secondary = [
-        Column(f'{METRIC}{name}', title, '', _secondary_cell(name))
-        for name, title in _disambiguate(secondary_names(rows), taken, sweep.split).items()
+        Column(f'{METRIC}{metric_name}', title, '', _secondary_cell(metric_name))
+        for metric_name, title in titles.items()
     ]
     return [*leading, *secondary, *trailing]
 
 
-def _score_columns(sweep: Sweep, rows: list[Row], arrow: str) -> list[Column[Row]]:
+def _score_columns(sweep: Sweep, results: list[ArmResult], arrow: str) -> list[Column[ArmResult]]:
     """Return the columns of the compared metric."""
-    decimals = count_decimals([row.metric for row in rows], [row.difference for row in rows])
-    has_baseline, is_multitask = sweep.baseline is not None, has_tasks(rows)
-    num_tests = sum(row.test is not None for row in rows)
+    decimals = count_decimals(
+        [result.metric for result in results], [result.difference for result in results]
+    )
+    # Columns without content are left out: those of differences, tests and tasks.
+    has_baseline, is_multitask = sweep.baseline is not None, has_tasks(results)
+    num_tests = sum(result.test is not None for result in results)
     # The equal-time column names the time, so its title is computed here.
     equal_time = f'{sweep.curves} after {format_seconds(analysis.find_equal_time(sweep))} s{arrow}'
     return [
         Column(
-            'arm', 'arm', '', lambda row: Cell(row.arm.label),
+            'arm', 'arm', '', lambda result: Cell(result.arm.label),
             terminal=Terminal(priority=0, wraps=True),
         ),
         Column(
             'metric', f'{humanize(sweep.metric)}{arrow}', INTERVAL,
-            lambda row: format_interval(row.metric, decimals),
+            lambda result: format_interval(result.metric, decimals),
             terminal=Terminal(priority=1),
         ),
         Column(
             'difference', f'difference to {sweep.baseline}', INTERVAL,
-            lambda row: format_interval(row.difference, decimals, '+'),
+            lambda result: format_interval(result.difference, decimals, '+'),
             shown_if=has_baseline, terminal=Terminal(priority=3),
         ),
         Column(
-            'verdict', 'verdict', '', lambda row: _verdict_cell(sweep, row),
+            'verdict', 'verdict', '', lambda result: _verdict_cell(sweep, result),
             shown_if=has_baseline, terminal=Terminal(priority=4, wraps=True),
         ),
         Column(
-            'p', 'p', 'Holm' if num_tests > 1 else '', lambda row: format_test(row.test),
+            'p', 'p', 'Holm' if num_tests > 1 else '', lambda result: format_test(result.test),
             shown_if=has_baseline, terminal=Terminal(priority=5),
         ),
         Column(
@@ -173,33 +178,34 @@ def _score_columns(sweep: Sweep, rows: list[Row], arrow: str) -> list[Column[Row
         ),
         Column(
             'equal_time', equal_time, INTERVAL,
-            lambda row: format_interval(row.equal_time, decimals),
-            shown_if=has_equal_time(rows), terminal=Terminal(priority=11),
+            lambda result: format_interval(result.equal_time, decimals),
+            shown_if=has_equal_time(results), terminal=Terminal(priority=11),
         ),
     ]  # fmt: skip
 
 
-def _cost_columns(sweep: Sweep, rows: list[Row]) -> list[Column[Row]]:
+def _cost_columns(sweep: Sweep, results: list[ArmResult]) -> list[Column[ArmResult]]:
     """Return the columns of costs, and of the runs themselves."""
     unit = sweep.unit
     # A state that is not done explains missing numbers, so it comes right after the metric.
-    is_done = all(row.arm.state == 'done' for row in rows)
+    is_done = all(result.arm.state == 'done' for result in results)
     return [
         Column(
             'parameters', 'parameters', '/ fusion', _parameters_cell,
             terminal=Terminal(priority=6),
         ),
         Column(
-            'flops', f'FLOPs per {unit}', '/ fusion', lambda row: _flops_cell(row, unit),
+            'flops', f'FLOPs per {unit}', '/ fusion', lambda result: _flops_cell(result, unit),
             terminal=Terminal(priority=12),
         ),
         Column(
             'seconds', 'train seconds', '',
-            lambda row: Cell(format_seconds(row.seconds), value=row.seconds),
+            lambda result: Cell(format_seconds(result.seconds), value=result.seconds),
             terminal=Terminal(priority=7),
         ),
         Column(
-            'rate', f'{unit}s/s', '', lambda row: Cell(_format_short(row.rate), value=row.rate),
+            'rate', f'{unit}s/s', '',
+            lambda result: Cell(_format_short(result.rate), value=result.rate),
             terminal=Terminal(priority=13),
         ),
         Column('seeds', 'seeds', '', _seeds_cell, terminal=Terminal(priority=14)),
@@ -210,90 +216,94 @@ def _cost_columns(sweep: Sweep, rows: list[Row]) -> list[Column[Row]]:
     ]  # fmt: skip
 
 
-def _verdict_cell(sweep: Sweep, row: Row) -> Cell:
-    if row.verdict and row.difference:
-        return Cell(row.verdict, f'(n = {row.difference.n})')
-    return Cell('baseline' if row.arm.label == sweep.baseline else row.verdict or NONE)
+def _verdict_cell(sweep: Sweep, result: ArmResult) -> Cell:
+    if result.verdict and result.difference:
+        return Cell(result.verdict, f'(n = {result.difference.num_seeds})')
+    return Cell('baseline' if result.arm.label == sweep.baseline else result.verdict or NONE)
 
 
-def _task_cell(name: str, decimals: int) -> Callable[[Row], Cell]:
-    def format_cell(row: Row) -> Cell:
-        estimate = getattr(row.task_summary, name) if row.task_summary else None
+def _task_cell(statistic: str, decimals: int) -> Callable[[ArmResult], Cell]:
+    def format_cell(result: ArmResult) -> Cell:
+        estimate = getattr(result.task_summary, statistic) if result.task_summary else None
         return format_interval(estimate, decimals)
 
     return format_cell
 
 
-def _secondary_cell(name: str) -> Callable[[Row], Cell]:
-    def format_cell(row: Row) -> Cell:
-        value = row.secondary.get(name)
-        return Cell(_format_significant(value), value=value)
+def _secondary_cell(metric_name: str) -> Callable[[ArmResult], Cell]:
+    def format_cell(result: ArmResult) -> Cell:
+        metric_mean = result.secondary.get(metric_name)
+        return Cell(_format_significant(metric_mean), value=metric_mean)
 
     return format_cell
 
 
-def _parameters_cell(row: Row) -> Cell:
-    counts = [row.arm.get_cost('parameters', part) for part in ('model', 'fusion')]
+def _parameters_cell(result: ArmResult) -> Cell:
+    counts = [result.arm.get_cost('parameters', component) for component in ('model', 'fusion')]
     return _pair_cell([NONE if count is None else f'{count:,}' for count in counts], counts[0])
 
 
-def _flops_cell(row: Row, unit: str) -> Cell:
-    counts = [row.arm.get_cost(f'flops_per_{unit}', part) for part in ('model', 'fusion')]
+def _flops_cell(result: ArmResult, unit: str) -> Cell:
+    quantity = f'flops_per_{unit}'
+    counts = [result.arm.get_cost(quantity, component) for component in ('model', 'fusion')]
     return _pair_cell([_format_short(count) for count in counts], counts[0])
 
 
-def _seeds_cell(row: Row) -> Cell:
-    num_final, num_seeds = len(row.final), len(row.arm.seeds)
+def _seeds_cell(result: ArmResult) -> Cell:
+    num_final, num_seeds = len(result.final), len(result.arm.seeds)
     text = f'{num_final}' if num_final == num_seeds else f'{num_final} of {num_seeds}'
     return Cell(text, value=num_final)
 
 
-def _state_cell(row: Row) -> Cell:
-    return Cell(row.arm.state, f'({shorten(row.arm.reason)})' if row.arm.reason else '')
+def _state_cell(result: ArmResult) -> Cell:
+    return Cell(result.arm.state, f'({shorten(result.arm.reason)})' if result.arm.reason else '')
 
 
-def _disambiguate(names: Iterable[str], taken: Collection[str], split: str) -> dict[str, str]:
+def _disambiguate(
+    metric_names: Iterable[str], taken_titles: Collection[str], split: str
+) -> dict[str, str]:
     """Return {metric: title}; a title that another column has is qualified by the split."""
-    names = list(names)
-    uses = collections.Counter([*map(humanize, names), *taken])
+    metric_names = list(metric_names)
+    uses = collections.Counter([*map(humanize, metric_names), *taken_titles])
     return {
-        name: humanize(name) if uses[humanize(name)] == 1 else f'{name} ({split})' for name in names
+        name: humanize(name) if uses[humanize(name)] == 1 else f'{name} ({split})'
+        for name in metric_names
     }
 
 
-def to_markdown(sweep: Sweep, rows: list[Row], notes: list[str]) -> str:
-    table = make_table(sweep, rows)
-    lines = [[escape_markdown(str(cell)) for cell in cells] for cells in table.body]
-    for i in table.best:
-        mean, detail, _ = table.body[i][1]
-        lines[i][1] = f'**{escape_markdown(mean)}** {escape_markdown(detail)}'.strip()
-    grid = _join_grid([escape_markdown(str(cell)) for cell in table.header], lines)
-    items = '\n'.join(f'- {escape_markdown(note)}' for note in notes)
-    return f'### {escape_markdown(sweep.title)}\n\n{grid}\n\n{items}\n'
+def to_markdown(sweep: Sweep, results: list[ArmResult], notes: list[str]) -> str:
+    table = make_table(sweep, results)
+    body = [[escape_markdown(str(cell)) for cell in cells] for cells in table.body]
+    for row_index in table.best:
+        mean, detail, _ = table.body[row_index][1]
+        body[row_index][1] = f'**{escape_markdown(mean)}** {escape_markdown(detail)}'.strip()
+    grid = _join_grid([escape_markdown(str(cell)) for cell in table.header], body)
+    note_items = '\n'.join(f'- {escape_markdown(note)}' for note in notes)
+    return f'### {escape_markdown(sweep.title)}\n\n{grid}\n\n{note_items}\n'
 
 
 def format_markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     """Return a Markdown table of plain text; the first column is left-aligned, others right."""
-    lines = [[escape_markdown(text) for text in line] for line in body]
-    return _join_grid([escape_markdown(text) for text in header], lines)
+    escaped_body = [[escape_markdown(text) for text in cells] for cells in body]
+    return _join_grid([escape_markdown(text) for text in header], escaped_body)
 
 
 def _join_grid(header: list[str], body: list[list[str]]) -> str:
-    lines = [header, ['---'] + ['---:'] * (len(header) - 1), *body]
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+    grid = [header, ['---'] + ['---:'] * (len(header) - 1), *body]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in grid)
 
 
-def has_tasks(rows: list[Row]) -> bool:
-    return any(row.task_summary for row in rows)
+def has_tasks(results: list[ArmResult]) -> bool:
+    return any(result.task_summary for result in results)
 
 
-def has_equal_time(rows: list[Row]) -> bool:
-    return any(row.equal_time for row in rows)
+def has_equal_time(results: list[ArmResult]) -> bool:
+    return any(result.equal_time for result in results)
 
 
-def secondary_names(rows: list[Row]) -> list[str]:
+def secondary_names(results: list[ArmResult]) -> list[str]:
     """Return the names of the secondary metrics of all rows, in order of appearance."""
-    return list({name: None for row in rows for name in row.secondary})
+    return list({metric_name: None for result in results for metric_name in result.secondary})
 
 
 def count_decimals(
@@ -304,26 +314,28 @@ def count_decimals(
     They show two digits of the typical interval width of the column with the narrowest intervals,
     and at most five digits of the largest mean.
     """
+    # The largest mean limits the decimals.
     largest = max((abs(estimate.mean) for estimate in means if estimate), default=0.0) or 1.0
-    limit = 4 - math.floor(math.log10(largest))
+    max_decimals = 4 - math.floor(math.log10(largest))
+    # The median width of the intervals of each column asks for two digits.
     decimals = []
     for column in (means, *differences):
         widths = sorted(estimate.width for estimate in column if estimate and estimate.width > 0)
         if widths:
             decimals.append(1 - math.floor(math.log10(widths[len(widths) // 2])))
-    return max(0, min(max(decimals, default=limit - 1), limit))
+    return max(0, min(max(decimals, default=max_decimals - 1), max_decimals))
 
 
 def format_interval(estimate: Estimate | None, decimals: int, sign: str = '') -> Cell:
     """Format mean and [low, high] with these decimals, or as powers of ten if all digits are 0."""
     if estimate is None:
         return Cell(NONE)
-    known = [x for x in (estimate.mean, estimate.low, estimate.high) if x is not None]
-    vanishes = 0 < max(map(abs, known)) < 0.5 * 10**-decimals
-    spec = f'{sign}.0e' if vanishes else f'{sign}z.{decimals}f'
+    bounds = [bound for bound in (estimate.mean, estimate.low, estimate.high) if bound is not None]
+    vanishes = 0 < max(map(abs, bounds)) < 0.5 * 10**-decimals
+    number_format = f'{sign}.0e' if vanishes else f'{sign}z.{decimals}f'
     mean, low, high = (
-        NONE if x is None else f'{x:{spec}}'.replace('-', '−')
-        for x in (estimate.mean, estimate.low, estimate.high)
+        NONE if bound is None else f'{bound:{number_format}}'.replace('-', '−')
+        for bound in (estimate.mean, estimate.low, estimate.high)
     )
     detail = '' if estimate.low is None else f'[{low}, {high}]'
     return Cell(mean, detail, estimate.mean)
@@ -355,13 +367,13 @@ def _format_short(value: float | None) -> str:
     """Format three significant digits with a unit prefix: 2400000 → 2.40 M."""
     if value is None:
         return NONE
-    power = next((power for power in (12, 9, 6, 3) if abs(value) >= 0.9995 * 10**power), 0)
-    scaled = abs(value) / 10**power
+    exponent = next((power for power in (12, 9, 6, 3) if abs(value) >= 0.9995 * 10**power), 0)
+    scaled = abs(value) / 10**exponent
     if scaled >= 99.95 or scaled == abs(value) == int(scaled):
         decimals = 0
     else:
         decimals = 2 if scaled < 9.995 else 1
-    return f'{value / 10**power:.{decimals}f}{PREFIX[power]}'
+    return f'{value / 10**exponent:.{decimals}f}{PREFIX[exponent]}'
 
 
 def format_seconds(value: float | None) -> str:

@@ -29,19 +29,19 @@ class _Column(NamedTuple):
     @property
     def min_width(self) -> int:
         """The fewest characters that break no number, no interval and no word of usual length."""
-        parts = [part for cell in self.cells for part in cell[:2]]
+        texts = [text for cell in self.cells for text in cell[:2]]
         if self.wraps:
-            short = [part for part in parts if len(part) <= LONGEST // 2 and part.startswith('(')]
-            words = [word for part in parts if part not in short for word in part.split()]
-            parts = [*short, *words]
-        body = _text_width(parts)
-        header = _text_width([*self.header.main.split(), self.header.detail])
-        return max(min(LONGEST, body) if self.wraps else body, header)
+            remarks = [text for text in texts if len(text) <= LONGEST // 2 and text.startswith('(')]
+            words = [word for text in texts if text not in remarks for word in text.split()]
+            texts = [*remarks, *words]
+        body_width = _text_width(texts)
+        header_width = _text_width([*self.header.main.split(), self.header.detail])
+        return max(min(LONGEST, body_width) if self.wraps else body_width, header_width)
 
     @property
     def max_width(self) -> int:
         """The number of characters at which nothing wraps."""
-        return _text_width(part for cell in (self.header, *self.cells) for part in cell[:2])
+        return _text_width(text for cell in (self.header, *self.cells) for text in cell[:2])
 
 
 def make_console() -> rich.console.Console:
@@ -72,48 +72,48 @@ def print_table(console: rich.console.Console, table: Table, title: str, files: 
       files: the files that have the hidden columns.
     """
     # Choose the columns that fit.
-    limit = console.width if _is_limited(console) else None
+    width_limit = console.width if _is_limited(console) else None
     columns = [
         _Column(
-            column.name, header, [cells[i] for cells in table.body],
+            column.name, table.header[column_index], [cells[column_index] for cells in table.body],
             column.terminal.priority, column.terminal.wraps,
         )
-        for i, (column, header) in enumerate(zip(table.columns, table.header, strict=True))
+        for column_index, column in enumerate(table.columns)
     ]  # fmt: skip
-    widths = _choose_widths(columns, limit)
+    widths = _choose_widths(columns, width_limit)
     visible = [column for column in columns if column.name in widths]
 
     # Lay them out.
     grid = rich.table.Table(title=rich.text.Text(title), title_justify='left')
-    for i, column in enumerate(visible):
+    for column_index, column in enumerate(visible):
         grid.add_column(
             rich.text.Text('\n'.join(filter(None, column.header[:2]))),
-            justify='left' if i == 0 or column.wraps else 'right',
+            justify='left' if column_index == 0 or column.wraps else 'right',
             width=widths[column.name],
             overflow='fold',
         )
-    for number in range(len(table.body)):
-        is_best = number in table.best
+    for row_index in range(len(table.body)):
+        is_best = row_index in table.best
         grid.add_row(
             *(
-                _to_text(column.cells[number], column.name == 'metric' and is_best)
+                _to_text(column.cells[row_index], column.name == 'metric' and is_best)
                 for column in visible
             )
         )
-    width = FRAME + sum(GAP + column_width for column_width in widths.values())
-    rich.console.Console(file=console.file, width=max(width, console.width)).print(grid)
+    table_width = FRAME + sum(GAP + column_width for column_width in widths.values())
+    rich.console.Console(file=console.file, width=max(table_width, console.width)).print(grid)
 
     # Name the hidden columns.
-    hidden = [
+    hidden_headers = [
         ' '.join(column.header.main.split()) for column in columns if column.name not in widths
     ]
-    if hidden:
-        names = hidden[:MAX_NAMED]
-        if len(hidden) > MAX_NAMED:
-            names.append(f'{len(hidden) - MAX_NAMED} more')
-        width_text = f' at {limit} columns' if limit is not None else ''
+    if hidden_headers:
+        named_columns = hidden_headers[:MAX_NAMED]
+        if len(hidden_headers) > MAX_NAMED:
+            named_columns.append(f'{len(hidden_headers) - MAX_NAMED} more')
+        width_note = f' at {width_limit} columns' if width_limit is not None else ''
         console.print(
-            f'Not shown{width_text}: {", ".join(names)}; see {files}.',
+            f'Not shown{width_note}: {", ".join(named_columns)}; see {files}.',
             markup=False,
             highlight=False,
         )
@@ -126,29 +126,29 @@ def _to_text(cell: Cell, bold: bool) -> rich.text.Text:
     return rich.text.Text.assemble(main, '\n', cell.detail)
 
 
-def _choose_widths(columns: Sequence[_Column], limit: int | None) -> Mapping[str, int]:
+def _choose_widths(columns: Sequence[_Column], width_limit: int | None) -> Mapping[str, int]:
     """Return the width of every shown column, by its name."""
     ranked = sorted(
         (column for column in columns if column.priority is not None),
         key=lambda column: column.priority or 0,
     )
-    if limit is None:
+    if width_limit is None:
         return {column.name: column.max_width for column in ranked}
 
     # Show the columns that fit at their smallest width, in the order of priority.
     widths: dict[str, int] = {}
-    spare = limit - FRAME
-    for i, column in enumerate(ranked):
-        if i < ALWAYS_SHOWN or GAP + column.min_width <= spare:
+    spare_width = width_limit - FRAME
+    for rank, column in enumerate(ranked):
+        if rank < ALWAYS_SHOWN or GAP + column.min_width <= spare_width:
             widths[column.name] = column.min_width
-            spare -= GAP + column.min_width
+            spare_width -= GAP + column.min_width
 
     # Widen them with what is left, in the same order.
     for column in ranked:
         if column.name in widths:
-            added = min(max(spare, 0), column.max_width - widths[column.name])
-            widths[column.name] += added
-            spare -= added
+            widening = min(max(spare_width, 0), column.max_width - widths[column.name])
+            widths[column.name] += widening
+            spare_width -= widening
     return widths
 
 

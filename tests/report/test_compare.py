@@ -39,12 +39,12 @@ def run_report(*flags):
 
 def test_arms_are_matched_by_label_and_seed(sweeps, capsys):
     baseline, candidate = sweeps
-    pairs = {pair.label: pair for pair in compare.compare_sweeps(baseline, candidate)}
-    verdicts = {label: pair.verdict for label, pair in pairs.items()}
+    comparisons = {arm.label: arm for arm in compare.compare_sweeps(baseline, candidate)}
+    verdicts = {label: arm.verdict for label, arm in comparisons.items()}
     assert verdicts == {'concat': 'equal', 'mi': 'worse', 'film': 'no difference seen'}
-    gap = pairs['mi'].difference
-    assert (gap.mean, gap.low, gap.high, gap.n) == (0.625, 0.5, 0.75, 3)
-    assert pairs['mi'].test.p == 0.25 and pairs['mi'].test.p_holm == 0.5  # of two arms
+    gap = comparisons['mi'].difference
+    assert (gap.mean, gap.low, gap.high, gap.num_seeds) == (0.625, 0.5, 0.75, 3)
+    assert comparisons['mi'].test.p == 0.25 and comparisons['mi'].test.p_holm == 0.5  # of two arms
     text = (candidate / 'report' / 'compare.md').read_text()
     assert '| mi | 2.7 [1.8, 3.8] | 3.3 [2.2, 4.5] | +0.6 [+0.5, +0.8] | 0.50 too few |' in text
     assert 'worse (n = 3) |' in text and 'Too few seeds' in text
@@ -55,8 +55,9 @@ def test_arms_are_matched_by_label_and_seed(sweeps, capsys):
 def test_higher_is_better_reverses_the_verdict(sweeps):
     for sweep in sweeps:
         synthetic.change_sweep(sweep, lower_is_better=False)
-    pairs = {pair.label: pair.verdict for pair in compare.pair_arms(*map(runs.read_sweep, sweeps))}
-    assert pairs['mi'] == 'better'
+    comparisons = compare.compare_arms(*map(runs.read_sweep, sweeps))
+    verdicts = {arm.label: arm.verdict for arm in comparisons}
+    assert verdicts['mi'] == 'better'
 
 
 def test_only_seeds_that_both_have_are_paired(sweeps):
@@ -64,9 +65,9 @@ def test_only_seeds_that_both_have_are_paired(sweeps):
     file = baseline / 'mi' / 'metrics.jsonl'
     file.write_text(''.join(file.read_text().splitlines(True)[:-1]))  # seed 2 has no record
     mi = next(
-        pair for pair in compare.pair_arms(*map(runs.read_sweep, sweeps)) if pair.label == 'mi'
+        arm for arm in compare.compare_arms(*map(runs.read_sweep, sweeps)) if arm.label == 'mi'
     )
-    assert (mi.difference.mean, mi.difference.n) == (0.5625, 2)
+    assert (mi.difference.mean, mi.difference.num_seeds) == (0.5625, 2)
 
 
 def test_arms_of_one_side_are_lost_or_new(sweeps, tmp_path):
@@ -75,8 +76,8 @@ def test_arms_of_one_side_are_lost_or_new(sweeps, tmp_path):
     shutil.rmtree(candidate / 'film')
     members = [{'name': arm, 'label': arm} for arm in ('concat', 'mi', 'film', 'gate')]
     synthetic.change_sweep(candidate, members=members)
-    pairs = compare.compare_sweeps(baseline, candidate, tmp_path / 'out')
-    verdicts = {pair.label: pair.verdict for pair in pairs}
+    comparisons = compare.compare_sweeps(baseline, candidate, tmp_path / 'out')
+    verdicts = {arm.label: arm.verdict for arm in comparisons}
     assert verdicts == {'concat': 'equal', 'mi': 'worse', 'film': 'lost', 'gate': None}
     text = (tmp_path / 'out' / 'compare.md').read_text()
     assert 'lost waiting in the candidate' in text and '— not in the baseline' in text
@@ -85,8 +86,8 @@ def test_arms_of_one_side_are_lost_or_new(sweeps, tmp_path):
 def test_an_arm_that_diverges_is_lost(sweeps, tmp_path):
     file = sweeps[1] / 'mi' / 'metrics.jsonl'
     file.write_text(file.read_text().replace('"bits_per_byte": 3.125', '"bits_per_byte": null'))
-    pairs = {pair.label: pair for pair in compare.compare_sweeps(*sweeps, tmp_path / 'out')}
-    assert pairs['mi'].verdict == 'lost' and compare.is_worse(pairs['mi'])
+    comparisons = {arm.label: arm for arm in compare.compare_sweeps(*sweeps, tmp_path / 'out')}
+    assert comparisons['mi'].verdict == 'lost' and compare.is_worse(comparisons['mi'])
     assert 'lost not finite in the candidate' in (tmp_path / 'out' / 'compare.md').read_text()
 
 
@@ -104,8 +105,10 @@ def test_changes_of_configs_and_costs_are_listed(sweeps):
 
 def test_two_single_runs_are_matched_whatever_their_names(sweeps):
     baseline, candidate = sweeps
-    pairs = compare.pair_arms(runs.read_sweep(baseline / 'mi'), runs.read_sweep(candidate / 'film'))
-    assert [(pair.label, pair.difference.n) for pair in pairs] == [('film', 3)]
+    (arm,) = compare.compare_arms(
+        runs.read_sweep(baseline / 'mi'), runs.read_sweep(candidate / 'film')
+    )
+    assert (arm.label, arm.difference.num_seeds) == ('film', 3)
 
 
 def test_sweeps_with_different_metrics_are_refused(sweeps):
@@ -147,9 +150,9 @@ def test_arms_without_a_verdict_fail_the_command(sweeps, seeds, message):
     result = run_report(f'--baseline={baseline}', f'--candidate={candidate}', '--fail_on_worse')
     assert result.returncode == 1 and result.stderr.count('\n') == 1
     assert result.stderr.startswith(f'error: cannot be judged: {message}; expected ')
-    pairs = compare.pair_arms(*map(runs.read_sweep, sweeps))
-    assert [pair.verdict for pair in pairs] == (['equal', None, None] if seeds else [None] * 3)
-    same = compare.pair_arms(runs.read_sweep(baseline), runs.read_sweep(baseline))
+    comparisons = compare.compare_arms(*map(runs.read_sweep, sweeps))
+    assert [arm.verdict for arm in comparisons] == (['equal', None, None] if seeds else [None] * 3)
+    same = compare.compare_arms(runs.read_sweep(baseline), runs.read_sweep(baseline))
     assert not any(map(compare.explain_missing_verdict, same))
 
 

@@ -81,8 +81,8 @@ def test_a_table_of_any_names_compiles(tmp_path):
     changes = {'title': f'*{WORDS}', 'notes': [f'*{WORDS}'], 'command': f'a {WORDS}'}
     synthetic.write_sweep(tmp_path, members, baseline=members[0]['label'], **changes)
     sweep = runs.read_sweep(tmp_path)
-    rows = analysis.make_rows(sweep)
-    text = latex.to_latex(sweep, rows, notes.make_notes(sweep, rows))
+    results = analysis.compute_results(sweep)
+    text = latex.to_latex(sweep, results, notes.make_notes(sweep, results))
     assert text.partition('\n')[2].isascii()
     compiled([text], tmp_path)
 

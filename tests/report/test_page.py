@@ -38,9 +38,9 @@ def write(workdir):
     settings = {'metric': 'success', 'split': 'eval', 'curves': 'eval', 'lower_is_better': False}
     synthetic.write_sweep(workdir, members, title=EVIL, **settings)
     sweep = runs.read_sweep(workdir)
-    rows = analysis.make_rows(sweep)
+    results = analysis.compute_results(sweep)
     file = workdir / 'report.html'
-    file.write_text(html.render_page(sweep, rows, notes.make_notes(sweep, rows)))
+    file.write_text(html.render_page(sweep, results, notes.make_notes(sweep, results)))
     return file
 
 

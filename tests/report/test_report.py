@@ -532,7 +532,7 @@ def test_a_slow_report_names_its_stages(sweep, monkeypatch, capsys):
     """Every stage takes a twentieth of a second here, and reports after a thousandth."""
     monkeypatch.setattr('mi.training.progress.INTERVAL', 0.001)
     stages = {(report.runs, 'read_sweep'): f'reading {sweep}'}
-    stages |= {(report.analysis, 'make_rows'): 'intervals of 3 arms'}
+    stages |= {(report.analysis, 'compute_results'): 'intervals of 3 arms'}
     stages |= {(report.figures, 'draw_figures'): 'drawing the figures'}
     stages |= {(report.html, 'render_page'): 'writing the page'}
 

@@ -34,7 +34,7 @@ def test_estimate_is_the_enumerated_bootstrap(values):
 def test_three_seeds_give_their_range():
     """P(all three draws are the smallest) = 1/27 > 2.5 %: what the standing note warns of."""
     result = statistics.estimate(THREE, 'mi')
-    assert (result.low, result.high, result.n) == (1.0, 4.5, 3)
+    assert (result.low, result.high, result.num_seeds) == (1.0, 4.5, 3)
 
 
 def test_equal_values_have_an_interval_without_width():
@@ -44,7 +44,7 @@ def test_equal_values_have_an_interval_without_width():
 
 def test_one_seed_has_no_interval():
     result = statistics.estimate({3: 2.5}, 'mi')
-    assert (result.mean, result.low, result.high, result.n) == (2.5, None, None, 1)
+    assert (result.mean, result.low, result.high, result.num_seeds) == (2.5, None, None, 1)
     assert statistics.judge(result, lower_is_better=True) is None
 
 
@@ -74,12 +74,12 @@ def test_difference_is_arm_minus_baseline_paired_by_seed():
     arm = {2: 8.75, 0: 0.5, 1: 4.75}
     result = statistics.estimate_difference(arm, baseline, 'mi')
     assert result.mean == pytest.approx(-1 / 3)
-    assert (result.low, result.high, result.n) == (-0.5, -0.25, 3)
+    assert (result.low, result.high, result.num_seeds) == (-0.5, -0.25, 3)
 
 
 def test_difference_uses_the_seeds_that_both_have():
     result = statistics.estimate_difference({0: 1.0, 1: 2.0}, {1: 1.5, 2: 100.0}, 'mi')
-    assert (result.mean, result.low, result.n) == (0.5, None, 1)
+    assert (result.mean, result.low, result.num_seeds) == (0.5, None, 1)
     assert statistics.estimate_difference({0: 1.0}, {1: 1.0}, 'mi') is None
 
 
@@ -164,7 +164,7 @@ def test_intervals_over_tasks_draw_whole_seeds():
     means = scores.mean(axis=1)
     result = statistics.bootstrap_seeds(scores, lambda drawn: drawn.mean((-2, -1)))
     low, high = enumerated(means)
-    assert (result.mean, result.n) == (pytest.approx(means.mean()), 4)
+    assert (result.mean, result.num_seeds) == (pytest.approx(means.mean()), 4)
     assert (result.low, result.high) == (pytest.approx(low), pytest.approx(high))
     alone = statistics.bootstrap_seeds(scores[:1], statistics.iqm)
     assert (alone.low, alone.high) == (None, None)

@@ -72,7 +72,7 @@ def test_without_a_baseline_the_arms_of_all_tasks_are_compared(tmp_path):
 
 def test_arms_of_one_task_each_are_not_compared_where_it_is_another(tmp_path):
     write(tmp_path, {'concat': {'Pong': PONG}, 'mi': {'Breakout': BREAKOUT}})
-    concat, mi = analysis.make_rows(runs.read_sweep(tmp_path))
+    concat, mi = analysis.compute_results(runs.read_sweep(tmp_path))
     assert (mi.difference, mi.test, mi.verdict, mi.summary.improvement) == (None,) * 4
     assert mi.remarks == ['mi learned other tasks: not compared'] and concat.remarks == []
 
@@ -80,7 +80,7 @@ def test_arms_of_one_task_each_are_not_compared_where_it_is_another(tmp_path):
 def test_the_tasks_are_paired_in_whatever_order_the_members_come(tmp_path):
     turned = {task: add(BOTH[task], 1) for task in ('Breakout', 'Pong')}
     write(tmp_path, {'concat': BOTH, 'mi': turned})
-    _, mi = analysis.make_rows(runs.read_sweep(tmp_path))
+    _, mi = analysis.compute_results(runs.read_sweep(tmp_path))
     assert (mi.difference.mean, mi.difference.low, mi.difference.high) == (1, 1, 1)
     assert mi.test.p == 2 / 2**6 and mi.summary.tasks == ('Pong', 'Breakout')
 
@@ -94,7 +94,7 @@ def test_every_interval_draws_the_runs_of_each_task_on_their_own(tmp_path):
     }
     write(tmp_path, scores)
     read = runs.read_sweep(tmp_path)
-    _, mi = analysis.make_rows(read)
+    _, mi = analysis.compute_results(read)
     theirs, ours = (
         np.array([list(values.values()) for values in scores[arm].values()]).T for arm in scores
     )
@@ -104,13 +104,13 @@ def test_every_interval_draws_the_runs_of_each_task_on_their_own(tmp_path):
     assert mi.equal_time == mi.metric
     late = tmp_path / 'mi,Pong' / 'timing.jsonl'  # concat is done when mi has made half its steps
     synthetic.write_lines(late, [{'step': 20, 'seconds': 24.0}])
-    _, mi = analysis.make_rows(runs.read_sweep(tmp_path))
+    _, mi = analysis.compute_results(runs.read_sweep(tmp_path))
     assert mi.equal_time == statistics.bootstrap_runs(ours / 2, statistics.mean)
 
 
 def test_a_task_that_diverged_leaves_its_arm_without_a_mean(tmp_path):
     write(tmp_path, {'concat': BOTH, 'mi': {'Pong': PONG, 'Breakout': BREAKOUT | {1: None}}})
-    _, mi = analysis.make_rows(runs.read_sweep(tmp_path))
+    _, mi = analysis.compute_results(runs.read_sweep(tmp_path))
     assert (mi.metric, mi.difference, mi.verdict, mi.summary) == (None,) * 4
     assert mi.remarks == ['mi: the value of seed 1 is nan; no mean']
 
@@ -122,7 +122,7 @@ def test_a_task_that_diverged_leaves_its_arm_without_a_mean(tmp_path):
 def test_two_sweeps_of_other_tasks_are_not_compared(tmp_path, scores, verdict, reason):
     baseline = write(tmp_path / 'before', {'mi': BOTH}, baseline=None)
     candidate = write(tmp_path / 'after', {'mi': scores}, baseline=None)
-    (pair,) = compare.pair_arms(runs.read_sweep(baseline), runs.read_sweep(candidate))
+    (pair,) = compare.compare_arms(runs.read_sweep(baseline), runs.read_sweep(candidate))
     assert pair.verdict == verdict
     assert compare.explain_missing_verdict(pair) == reason
 
@@ -141,7 +141,7 @@ def test_the_warning_of_too_few_seeds_counts_pairs_of_task_and_seed(tmp_path):
     """Three pairs of one seed have p = 0.25 at least; six of two seeds have 0.031."""
     write(tmp_path, {'concat': take_seeds(THREE, 1), 'mi': take_seeds(THREE, 1, shift=1)})
     read = runs.read_sweep(tmp_path)
-    tests = [row.test for row in analysis.make_rows(read)]
+    tests = [result.test for result in analysis.compute_results(read)]
     assert (tests[1].num_pairs, tests[1].pairs_per_seed, tests[1].min_p) == (3, 3, 0.25)
     assert statistics.warn_too_few_seeds(tests) == (
         'Too few seeds to call any difference significant: with 3 pairs even differences that all '
@@ -153,9 +153,9 @@ def test_the_warning_of_too_few_seeds_counts_pairs_of_task_and_seed(tmp_path):
 
 def test_the_number_of_seeds_in_the_warning_is_enough(tmp_path):
     write(tmp_path, {'concat': take_seeds(THREE, 2), 'mi': take_seeds(THREE, 2, shift=1)})
-    row = analysis.make_rows(runs.read_sweep(tmp_path))[1]
-    assert row.test.p == 2 / 2**6 and row.test.can_be_significant
-    assert statistics.warn_too_few_seeds([row.test]) is None
+    result = analysis.compute_results(runs.read_sweep(tmp_path))[1]
+    assert result.test.p == 2 / 2**6 and result.test.can_be_significant
+    assert statistics.warn_too_few_seeds([result.test]) is None
 
 
 @pytest.mark.parametrize('seeds', [1, 2])
@@ -196,6 +196,6 @@ def test_scores_of_tasks_are_those_of_the_seeds_that_are_finite_in_all(tmp_path)
     tasks, scores = read.arms[0].scores('return', 'eval')
     assert tasks == ('a', 'b')
     np.testing.assert_array_equal(scores, [[0, 4], [2, 6]])
-    (row,) = analysis.make_rows(read)
-    assert (row.task_summary.median.mean, row.task_summary.iqm.mean) == (3.0, 3.0)
-    assert np.isfinite([row.task_summary.median.low, row.task_summary.iqm.high]).all()
+    (result,) = analysis.compute_results(read)
+    assert (result.task_summary.median.mean, result.task_summary.iqm.mean) == (3.0, 3.0)
+    assert np.isfinite([result.task_summary.median.low, result.task_summary.iqm.high]).all()
