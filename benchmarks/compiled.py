@@ -120,7 +120,7 @@ def compile_record(name: str, family: str, chips: int) -> Record:
     """Compile the training step of a job; return its record, per chip and update."""
     config = JOBS[name].config(chips)
     devices = topologies.describe(topology_name(family, chips))
-    limit = topologies.memory_of(devices[0])
+    limit = topologies.get_memory(devices[0])
     start = time.monotonic()
     training = memory.make_programs(config, devices)
     measured = deployment.measure(training.compile, devices[0], limit)

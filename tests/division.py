@@ -79,7 +79,7 @@ def rl_parts(count, **changes):
     config.update_from_flattened_dict({'loss.popart': 0.01, **changes})
     devices = jax.devices()[:count]
     mesh = sharding.make_mesh(len(config.seeds), config.train.batch, devices=devices)
-    return config.lock(), costs.rl_setup(config), mesh
+    return config.lock(), costs.make_rl_setup(config), mesh
 
 
 def rl_fused(count, **changes):

@@ -101,7 +101,7 @@ def test_a_simulator_that_is_not_installed_is_not_needed(monkeypatch, name, tors
     config.model.instruction = name.startswith('dmlab30')
     config.model.hidden = config.model.features = 32
     config.actors.batch = config.train.batch = 60
-    spec = costs.rl_setup(config).agent.spec
+    spec = costs.make_rl_setup(config).agent.spec
     assert (len(spec.tasks), spec.actions) == (tasks, actions)
 
 

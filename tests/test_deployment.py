@@ -73,7 +73,7 @@ def test_two_devices_have_a_seed_each_and_send_nothing():
 
 
 def test_a_program_that_takes_more_memory_than_a_device_has_ends_with_code_1(monkeypatch, capsys):
-    monkeypatch.setattr(topologies, 'memory_of', lambda device: 1000)
+    monkeypatch.setattr(topologies, 'get_memory', lambda device: 1000)
     with pytest.raises(SystemExit) as raised:
         cli.main(['cost', *SMALL, '--config.seeds=(0,)'])
     assert raised.value.code == 1
@@ -108,7 +108,9 @@ def test_the_share_is_of_the_products_of_the_function_where_one_device_cannot_ho
 
     monkeypatch.setattr(deployment, 'measure', refuse_one)
     monkeypatch.setattr(memory, 'make_programs', claim_two)
-    step = deployment.report(small_config(), [devices[0]] * 2, one='one')['programs']['step']
+    step = deployment.report(small_config(), [devices[0]] * 2, single_device='one')['programs'][
+        'step'
+    ]
     # Five updates of two seeds; nothing was divided, so the one device has all products.
     forward = [2 * 8 * 3 * 16, 2 * 8 * (16 + 3) * 1]
     assert step['one_device']['flops'] == 5 * 2 * (2 * forward[0] + 3 * forward[1])
@@ -162,7 +164,7 @@ def test_lines_say_what_a_device_does():
         'collectives': [{'kind': 'all-reduce', 'count': 2, 'bytes': 4e6, 'group': 8}],
         'seconds': 0.0123, 'unknown_loops': ['while.3'], 'uncounted_calls': [], 'updates': 20,
     }  # fmt: skip
-    rows = cli.program_rows(step, limit=int(16e9))
+    rows = cli.make_program_rows(step, memory_limit=int(16e9))
     lines = [' '.join(row) for row in rows]
     assert lines[0] == 'FLOPs of products 2.5 G 0.690 of those on one device; 1/8 = 0.125 is ideal'
     assert 'memory 5 GB fits into 16 GB; arguments 2 GB, temporaries 3 GB' in lines

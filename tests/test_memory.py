@@ -58,7 +58,7 @@ def test_a_language_model_starts_with_so_many_bytes():
         config.seeds = (0, 1)
     told = memory.estimate_memory(config, compiles=False)
     seeds, mesh = np.asarray(config.seeds, np.int32), sharding.make_mesh(2, config.train.batch)
-    state = costs.lm_setup(config).trainer.init_seeds(seeds, mesh)
+    state = costs.make_lm_setup(config).trainer.init_seeds(seeds, mesh)
     found = [taken(part) for part in (state.params, state.opt_state, state.carry)]
     assert [told[name] for name in ('parameters', 'optimizer', 'other')] == found
     assert told['checkpoint'] == sum(found)
@@ -68,7 +68,7 @@ def test_a_language_model_starts_with_so_many_bytes():
 def test_an_agent_starts_with_so_many_bytes():
     config = rl.get_config('tiny,env=catch')
     told = memory.estimate_memory(config, compiles=False)
-    environment, agent, optimizer, _, _ = costs.rl_setup(config)
+    environment, agent, optimizer, _, _ = costs.make_rl_setup(config)
     state = fused.init_states(config, environment, agent, optimizer, fused.make_mesh(config))
     assert told['checkpoint'] == taken(state) and 'step' not in told
     assert told['parameters'] == taken(state.learner.params)
@@ -108,7 +108,7 @@ def test_lines_are_for_people():
     told = {'parameters': {'model': 429720, 'fusion': 137280}, 'steps': 400, 'seeds': 3}
     told |= {'flops_per_token': {'model': 859_000, 'fusion': 279_000}, 'units': 2048}
     bytes_ = {'parameters': 5_160_000, 'optimizer': 10_300_000, 'other': 0, 'checkpoint': 15.5e6}
-    lines = cli.lines(told | {'flops': 5.28e9, 'memory': bytes_})
+    lines = cli.format_estimate(told | {'flops': 5.28e9, 'memory': bytes_})
     assert lines[0].split() == ['parameters', '429,720', 'of', 'them', 'the', 'fusion', '137,280']
     assert 'FLOPs of the run          6.34 T  all steps and seeds, without evaluations' in lines
     assert any('checkpoint, bytes' in line and '15.5 MB' in line for line in lines)

@@ -158,11 +158,11 @@ def test_each_collective_has_its_bytes_and_those_that_a_ring_sends():
 
 
 def test_ring_bytes():
-    assert program.ring_bytes('all-reduce', 800, 8) == 2 * 7 * 100
-    assert program.ring_bytes('all-gather', 800, 8) == 700
-    assert program.ring_bytes('reduce-scatter', 100, 8) == 700
-    assert program.ring_bytes('all-to-all', 800, 8) == 700
-    assert program.ring_bytes('collective-permute', 800, 8) == 800
+    assert program.count_ring_bytes('all-reduce', 800, 8) == 2 * 7 * 100
+    assert program.count_ring_bytes('all-gather', 800, 8) == 700
+    assert program.count_ring_bytes('reduce-scatter', 100, 8) == 700
+    assert program.count_ring_bytes('all-to-all', 800, 8) == 700
+    assert program.count_ring_bytes('collective-permute', 800, 8) == 800
 
 
 # What XLA's compiler wrote for a v5e:2x2, shortened: an all-gather that runs beside a loop's

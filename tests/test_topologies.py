@@ -62,6 +62,6 @@ def test_slices_of_tpus(name, chips, hosts, kind):
     assert len({device.process_index for device in devices}) == hosts
     assert topologies.describe_one(name).device_kind == kind
     memory = {'v5e': 15.75, 'v6e': 31.24, 'v5p': 95.73, 'v4': 30.75}[name.partition(':')[0]]
-    assert topologies.memory_of(devices[0]) == int(memory * 2**30)
+    assert topologies.get_memory(devices[0]) == int(memory * 2**30)
     added = set(os.environ) - before - {'TPU_LIBRARY_PATH', 'TPU_SKIP_MDS_QUERY'}  # by jax itself
     assert not added

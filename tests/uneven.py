@@ -84,7 +84,7 @@ def learner_update(devices):
     optimizer, mesh = optim.make_optimizer(config.optim, 10), mesh_of(devices, 8)
     state = actors_loop.init_state(net, optimizer, 0, mesh)
     update = actors_loop.jit_update(net, optimizer, rl_setup.get_hyperparameters(config), mesh)
-    shapes = costs.rl_setup(config).trajectory
+    shapes = costs.make_rl_setup(config).trajectory
     rng = np.random.default_rng(0)
     trajectory = jax.tree.map(
         lambda a: (

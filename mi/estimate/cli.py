@@ -9,7 +9,6 @@ Exit code 0; 1 if a program does not fit into the memory of a device, and on an 
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import ml_collections
@@ -23,112 +22,139 @@ from mi.estimate import (
     memory,
     topologies,
 )
+from mi.estimate.costs import Costs
+from mi.estimate.deployment import Report
 from mi.training import progress
 
 PREFIXES = {12: 'T', 9: 'G', 6: 'M', 3: 'k'}
 Row = tuple[str, str, str]
 
 
-def lines(estimate: dict[str, Any]) -> list[str]:
+def format_estimate(estimate: Costs) -> list[str]:
     """Return the costs of a run as a table, one line per cost."""
-    unit = next(name for name in ('token', 'step', 'example') if f'flops_per_{name}' in estimate)
+    unit = next(unit for unit in ('token', 'step', 'example') if f'flops_per_{unit}' in estimate)
     plural = {'token': 'tokens', 'step': 'environment steps', 'example': 'examples'}[unit]
     parameters, forward = estimate['parameters'], estimate[f'flops_per_{unit}']
     seeds = estimate['seeds']
     total_flops = estimate['flops'] * estimate['steps'] * seeds
-    rows = [
+    table_rows = [
         ('parameters', f'{parameters["model"]:,}', f'of them the fusion {parameters["fusion"]:,}'),
         ('training steps', f'{estimate["steps"]:,}', f'of {estimate["units"]:,} {plural} each'),
         ('seeds', f'{seeds}', 'trained simultaneously'),
         (
             f'FLOPs per {unit}',
-            scaled(forward['model']),
-            f'forward; of them the fusion {scaled(forward["fusion"])}',
+            format_scaled(forward['model']),
+            f'forward; of them the fusion {format_scaled(forward["fusion"])}',
         ),
-        ('FLOPs per training step', scaled(estimate['flops']), 'of one seed, forward and backward'),
-        ('FLOPs of the run', scaled(total_flops), 'all steps and seeds, without evaluations'),
+        (
+            'FLOPs per training step',
+            format_scaled(estimate['flops']),
+            'of one seed, forward and backward',
+        ),
+        (
+            'FLOPs of the run',
+            format_scaled(total_flops),
+            'all steps and seeds, without evaluations',
+        ),
     ]
-    sizes = estimate['memory']
-    for name in ('parameters', 'optimizer', 'other'):
-        rows.append((f'{name}, bytes', scaled(sizes[name]) + 'B', 'all seeds'))
-    rows.append(('checkpoint, bytes', scaled(sizes['checkpoint']) + 'B', 'before compression'))
+
+    # The state in memory, and the programs if they were compiled.
+    memory_sizes = estimate['memory']
+    for state_name in ('parameters', 'optimizer', 'other'):
+        size = format_bytes(memory_sizes[state_name])
+        table_rows.append((f'{state_name}, bytes', size, 'all seeds'))
+    checkpoint_size = format_bytes(memory_sizes['checkpoint'])
+    table_rows.append(('checkpoint, bytes', checkpoint_size, 'before compression'))
     if 'programs' in estimate:
-        rows += _deployment_rows(estimate)
-    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
-    return [f'{a:<{widths[0]}}  {b:>{widths[1]}}  {c}'.rstrip() for a, b, c in rows]
+        table_rows += _make_deployment_rows(estimate)
+
+    # Align the labels on the left and the amounts on the right.
+    label_width, amount_width = (max(len(row[column]) for row in table_rows) for column in (0, 1))
+    return [
+        f'{label:<{label_width}}  {amount:>{amount_width}}  {remark}'.rstrip()
+        for label, amount, remark in table_rows
+    ]
 
 
-def _deployment_rows(estimate: dict[str, Any]) -> list[Row]:
+def _make_deployment_rows(estimate: Costs) -> list[Row]:
     """Return the rows of the programs, per device."""
     devices = estimate['devices']
-    mesh = ' × '.join(f'{name} {size}' for name, size in devices['mesh'].items())
-    idle = f', {devices["idle"]} of them idle' if devices['idle'] else ''
-    rows = [('devices', f'{devices["count"]}', f'{devices["kind"]}: {mesh}{idle}')]
-    for name, program in estimate['programs'].items():
-        title = {'step': 'training step', 'evaluation': 'evaluation'}[name]
+    mesh_text = ' × '.join(f'{axis} {size}' for axis, size in devices['mesh'].items())
+    idle_note = f', {devices["idle"]} of them idle' if devices['idle'] else ''
+    table_rows = [('devices', f'{devices["count"]}', f'{devices["kind"]}: {mesh_text}{idle_note}')]
+    for program_name, program in estimate['programs'].items():
+        title = {'step': 'training step', 'evaluation': 'evaluation'}[program_name]
         if program.get('updates', 1) > 1:
             title += f', {program["updates"]} at a time'
-        rows += [('', '', ''), (title, '', 'on each device')]
-        rows += program_rows(program, devices['memory'])
-    return rows
+        table_rows += [('', '', ''), (title, '', 'on each device')]
+        table_rows += make_program_rows(program, devices['memory'])
+    return table_rows
 
 
-def program_rows(program: dict[str, Any], limit: int | None) -> list[Row]:
+def make_program_rows(program: Report, memory_limit: int | None) -> list[Row]:
     """Return the lines of a program of `deployment.report`, for a memory of `limit` bytes."""
     if program['flops'] is None:
         return [('memory', 'does not fit', program['error'])]
 
     # Work, and its share of the work on one device.
-    share, parts = program['share'], program['parts']
-    note = ''
-    if share is not None and parts > 1:
-        note = f'{share:.3f} of those on one device; 1/{parts} = {1 / parts:.3f} is ideal'
-    rows = [('FLOPs of products', scaled(program['flops']), note)]
-    rows.append(('bytes accessed', scaled(program['bytes_accessed']) + 'B', 'of main memory'))
+    share, num_parts = program['share'], program['parts']
+    remark = ''
+    if share is not None and num_parts > 1:
+        remark = f'{share:.3f} of those on one device; 1/{num_parts} = {1 / num_parts:.3f} is ideal'
+    table_rows = [('FLOPs of products', format_scaled(program['flops']), remark)]
+    table_rows.append(('bytes accessed', format_bytes(program['bytes_accessed']), 'of main memory'))
 
     # Memory, if the compiler reports it.
     if program['peak'] is not None:
         verdict = ''
-        if limit is not None:
-            verdict = f'{"fits" if program["fits"] else "DOES NOT FIT"} into {scaled(limit)}B; '
-        note = ', '.join(f'{n} {scaled(program[n])}B' for n in ('arguments', 'temporaries'))
-        rows.append(('memory', scaled(program['peak']) + 'B', verdict + note))
+        if memory_limit is not None:
+            fits = 'fits' if program['fits'] else 'DOES NOT FIT'
+            verdict = f'{fits} into {format_bytes(memory_limit)}; '
+        fields = ('arguments', 'temporaries')
+        remark = ', '.join(f'{field} {format_bytes(program[field])}' for field in fields)
+        table_rows.append(('memory', format_bytes(program['peak']), verdict + remark))
 
     # Communication, kernels and time.
-    if parts > 1:
-        sends = [
-            f'{c["count"]} × {c["kind"]} of {scaled(c["bytes"])}B' for c in program['collectives']
+    if num_parts > 1:
+        transfers = [
+            f'{collective["count"]} × {collective["kind"]} of {format_bytes(collective["bytes"])}'
+            for collective in program['collectives']
         ]
-        if len(sends) > 6:
-            sends[6:] = [f'{len(sends) - 6} more']
-        rows.append(('sends', scaled(program['bytes_sent']) + 'B', '; '.join(sends) or 'nothing'))
+        if len(transfers) > 6:
+            transfers[6:] = [f'{len(transfers) - 6} more']
+        bytes_sent = format_bytes(program['bytes_sent'])
+        table_rows.append(('sends', bytes_sent, '; '.join(transfers) or 'nothing'))
     kernels = sorted(program['kernels'].items(), key=lambda item: -item[1])
-    note = ', '.join(f'{count:,} {opcode}' for opcode, count in kernels[:4])
-    rows.append(('kernels', f'{sum(program["kernels"].values()):,}', note))
+    remark = ', '.join(f'{count:,} {opcode}' for opcode, count in kernels[:4])
+    table_rows.append(('kernels', f'{sum(program["kernels"].values()):,}', remark))
     if program['seconds'] is None:
-        rows.append(('time', '?', 'XLA estimates none for this kind of device'))
+        table_rows.append(('time', '?', 'XLA estimates none for this kind of device'))
     else:
-        note = "of kernels, as XLA estimates their cycles; without waiting for others' data"
-        rows.append(('time', scaled_seconds(program['seconds']), note))
+        remark = "of kernels, as XLA estimates their cycles; without waiting for others' data"
+        table_rows.append(('time', format_seconds(program['seconds']), remark))
     for loop in program['unknown_loops']:
-        rows.append(('counted once', 'loop', f'{loop}: its length depends on data'))
+        table_rows.append(('counted once', 'loop', f'{loop}: its length depends on data'))
     for target in program['uncounted_calls']:
-        rows.append(('not counted', 'call', f'{target}: its products are not in the FLOPs'))
-    return rows
+        table_rows.append(('not counted', 'call', f'{target}: its products are not in the FLOPs'))
+    return table_rows
 
 
-def scaled_seconds(value: float) -> str:
+def format_seconds(value: float) -> str:
     """Format with three significant digits and a unit: 0.0123 → '12.3 ms'."""
-    for unit, size in (('s', 1), ('ms', 1e-3)):
-        if value >= size:
-            return f'{value / size:.3g} {unit}'
+    for unit, unit_seconds in (('s', 1), ('ms', 1e-3)):
+        if value >= unit_seconds:
+            return f'{value / unit_seconds:.3g} {unit}'
     return f'{value / 1e-6:.3g} µs'
 
 
-def scaled(value: float) -> str:
+def format_scaled(value: float) -> str:
     """Format with three significant digits and an SI prefix: 2400000 → '2.4 M'."""
-    power = next((p for p in PREFIXES if abs(value) >= 10**p), 0)
-    return f'{value / 10**power:.3g} {PREFIXES.get(power, "")}'
+    exponent = next((power for power in PREFIXES if abs(value) >= 10**power), 0)
+    return f'{value / 10**exponent:.3g} {PREFIXES.get(exponent, "")}'
+
+
+def format_bytes(value: float) -> str:
+    return f'{format_scaled(value)}B'
 
 
 def main(argv: Sequence[str]) -> None:
@@ -138,42 +164,48 @@ def main(argv: Sequence[str]) -> None:
       UserError: if the command or the config is invalid.
       SystemExit: with code 1 if a program does not fit into the memory of a device.
     """
-    values = flags.FlagValues()
-    file = flags.DEFINE_string('config', None, 'Config file.', flag_values=values)
+    # The flags of this command; those of the config are overrides.
+    flag_values = flags.FlagValues()
+    config_file = flags.DEFINE_string('config', None, 'Config file.', flag_values=flag_values)
     topology = flags.DEFINE_string(
-        'topology', None, 'Devices to compile for, such as v5e:4x4 or h100:8.', flag_values=values
+        'topology',
+        None,
+        'Devices to compile for, such as v5e:4x4 or h100:8.',
+        flag_values=flag_values,
     )
-    evaluates = flags.DEFINE_bool('eval', False, 'Compile evaluation too.', flag_values=values)
-    compiles = flags.DEFINE_bool('compile', True, 'Compile the step.', flag_values=values)
-    as_json = flags.DEFINE_bool('json', False, 'Every number as JSON.', flag_values=values)
+    evaluates = flags.DEFINE_bool('eval', False, 'Compile evaluation too.', flag_values=flag_values)
+    compiles = flags.DEFINE_bool('compile', True, 'Compile the step.', flag_values=flag_values)
+    as_json = flags.DEFINE_bool('json', False, 'Every number as JSON.', flag_values=flag_values)
+
+    # Read the config and compile its programs; what is wrong with either is an error of the user.
     try:
         arguments, changes = overrides.split(argv)
-        rest = values(arguments)
-        if not file.value or len(rest) > 1:
+        positional = flag_values(arguments)
+        if not config_file.value or len(positional) > 1:
             raise UserError('expected --config=FILE; the other flags are --config.KEY=VALUE, '
                             '--topology, --eval, --json and --nocompile')  # fmt: skip
         if (topology.value or evaluates.value) and not compiles.value:
             raise UserError('--nocompile: --topology and --eval compile; remove it')
         if topology.value:
             topologies.prepare_process()
-        config = overrides.load(file.value, changes)
+        config = overrides.load(config_file.value, changes)
         with progress.Work('sizing the state'):
-            sizes = memory.estimate_memory(config, compiles=False)
-        programs: dict[str, Any] = {}
+            memory_sizes = memory.estimate_memory(config, compiles=False)
+        programs: Report = {}
         if compiles.value:
             programs = _deployment(config, topology.value, evaluates.value)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(' '.join(str(error).split())) from error
+
+    # Count and print.
     with progress.Work('counting the FLOPs of a training step'):
-        estimate = costs.estimate_costs(config) | {'memory': sizes} | programs
-    print(json.dumps(estimate, indent=2) if as_json.value else '\n'.join(lines(estimate)))
+        estimate = costs.estimate_costs(config) | {'memory': memory_sizes} | programs
+    print(json.dumps(estimate, indent=2) if as_json.value else '\n'.join(format_estimate(estimate)))
     if estimate.get('fits') is False:
         raise SystemExit(1)
 
 
-def _deployment(
-    config: ml_collections.ConfigDict, topology: str | None, evaluates: bool
-) -> dict[str, Any]:
+def _deployment(config: ml_collections.ConfigDict, topology: str | None, evaluates: bool) -> Report:
     one_device = None
     devices: Sequence[jax.Device] = jax.devices()
     if topology:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
+from jax.typing import DTypeLike
 
 from mi import counting
 from mi.config import UserError, suggest
@@ -30,7 +31,7 @@ from mi.rl.envs.spec import JaxEnvironment
 from mi.rl.trajectory import Trajectory
 from mi.training import optim
 
-Costs = dict[str, Any]
+Costs = dict[str, Any]  # a JSON object
 
 
 def estimate_costs(config: ml_collections.ConfigDict) -> Costs:
@@ -63,42 +64,44 @@ class LMSetup(NamedTuple):
     config: ml_collections.ConfigDict
     trainer: Trainer
     vocabulary: int
-    domains: int  # 0 if the model does not use domains
+    num_domains: int  # 0 if the model does not use domains
 
 
-def lm_setup(config: ml_collections.ConfigDict) -> LMSetup:
+def make_lm_setup(config: ml_collections.ConfigDict) -> LMSetup:
     """Return the language model of a config, with its optimizer and sizes."""
     config = config.copy_and_resolve_references()
     config.model.impl = 'xla'  # FLOPs of cuDNN calls cannot be counted
     lm_config.validate(config)
     is_multi_domain = config.model.source == 'domain'
-    domains = _count_domains(config) if is_multi_domain else 0
+    num_domains = _count_domains(config) if is_multi_domain else 0
     vocabulary = 256 if config.data.level == 'byte' else config.data.vocabulary
-    config = lm.match_size(config, vocabulary, domains)
-    return LMSetup(config, lm.build_trainer(config, vocabulary, domains), vocabulary, domains)
+    config = lm.match_size(config, vocabulary, num_domains)
+    trainer = lm.build_trainer(config, vocabulary, num_domains)
+    return LMSetup(config, trainer, vocabulary, num_domains)
 
 
 def _lm(config: ml_collections.ConfigDict) -> Costs:
-    config, trainer, vocabulary, domains = lm_setup(config)
-    B, T = config.train.batch, config.train.length
-    number: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    tokens: Any = jax.ShapeDtypeStruct((T + 1, B), jnp.int32)
-    state = jax.eval_shape(trainer.init, number)
-    batch = Batch(tokens, tokens if domains else None, seed=number, step=number)
+    config, trainer, vocabulary, num_domains = make_lm_setup(config)
+    batch_size, num_tokens = config.train.batch, config.train.length
+    scalar_shape: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    token_shape: Any = jax.ShapeDtypeStruct((num_tokens + 1, batch_size), jnp.int32)
+    train_state = jax.eval_shape(trainer.init, scalar_shape)
+    domain_shape = token_shape if num_domains else None
+    batch = Batch(token_shape, domain_shape, seed=scalar_shape, step=scalar_shape)
     return {
-        **lm.compute_costs(config, vocabulary, domains),
+        **lm.compute_costs(config, vocabulary, num_domains),
         'steps': config.train.steps,
         'seeds': len(config.seeds),
-        'units': B * T,
-        'flops': counting.flops(trainer.step, state, batch),
+        'units': batch_size * num_tokens,
+        'flops': counting.flops(trainer.step, train_state, batch),
     }
 
 
 def _count_domains(config: ml_collections.ConfigDict) -> int:
     data = config.data
     cache = sources.get_cache_directory(data.cache)
-    texts = sources.load_texts(data.source, data.path, ['train'], cache)['train']
-    return len([text for text in texts if text.domain])
+    documents = sources.load_texts(data.source, data.path, ['train'], cache)['train']
+    return len([document for document in documents if document.domain])
 
 
 class RLSetup(NamedTuple):
@@ -111,66 +114,69 @@ class RLSetup(NamedTuple):
     trajectory: Trajectory  # shapes, of one seed's update
 
 
-def rl_setup(config: ml_collections.ConfigDict) -> RLSetup:
+def make_rl_setup(config: ml_collections.ConfigDict) -> RLSetup:
     """Return the agent of a config, with its optimizer and the shapes of one update."""
     rl_config.validate(config)
-    B, T = config.train.batch, config.train.length
+    # The environment says what the agent observes and which actions it has.
+    batch_size, num_steps = config.train.batch, config.train.length
     environment = None
-    name, options = rl.get_environment_args(config)
-    if envs.is_on_host(name):
-        spec = envs.host_spec(name, config.actors.batch, options)
+    env_name, env_options = rl.get_environment_args(config)
+    if envs.is_on_host(env_name):
+        env_spec = envs.host_spec(env_name, config.actors.batch, env_options)
     else:
-        environment = envs.make(name, options)
-        spec = environment.spec
-    agent = rl.build_agent(config, spec)
+        environment = envs.make(env_name, env_options)
+        env_spec = environment.spec
+    agent = rl.build_agent(config, env_spec)
     optimizer = optim.make_optimizer(config.optim, rl_config.count_updates(config))
 
-    def start(seed: jax.Array) -> learner.LearnerState:
+    # A state and a trajectory of one seed, as shapes.
+    def init_state(seed: jax.Array) -> learner.LearnerState:
         params = rl.init_params(agent, jax.random.key(seed))
-        return learner.init_learner_state(params, optimizer, len(spec.tasks))
+        return learner.init_learner_state(params, optimizer, len(env_spec.tasks))
 
-    def rows(dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct((T, B), dtype)
+    def make_shape(dtype: DTypeLike) -> Any:
+        return jax.ShapeDtypeStruct((num_steps, batch_size), dtype)
 
     trajectory = Trajectory(
-        inputs=rl.make_input_shapes(spec, T + 1, B),
-        action=rows(jnp.int32),
-        log_prob=rows(jnp.float32),
-        discount=rows(jnp.float32),
-        valid=rows(jnp.bool_),
-        carry=jax.eval_shape(lambda: agent.initial_carry(B)),
+        inputs=rl.make_input_shapes(env_spec, num_steps + 1, batch_size),
+        action=make_shape(jnp.int32),
+        log_prob=make_shape(jnp.float32),
+        discount=make_shape(jnp.float32),
+        valid=make_shape(jnp.bool_),
+        carry=jax.eval_shape(lambda: agent.initial_carry(batch_size)),
     )
-    state = jax.eval_shape(start, jax.ShapeDtypeStruct((), jnp.int32))
-    return RLSetup(environment, agent, optimizer, state, trajectory)
+    state_shapes = jax.eval_shape(init_state, jax.ShapeDtypeStruct((), jnp.int32))
+    return RLSetup(environment, agent, optimizer, state_shapes, trajectory)
 
 
 def _rl(config: ml_collections.ConfigDict) -> Costs:
-    _, agent, optimizer, state, trajectory = rl_setup(config)
-    B, T = config.train.batch, config.train.length
+    _, agent, optimizer, learner_state, trajectory = make_rl_setup(config)
+    batch_size, num_steps = config.train.batch, config.train.length
     update = functools.partial(learner.update, agent, optimizer, rl.get_hyperparameters(config))
-    costs = rl.compute_costs(agent, B, T)
-    acting_flops = B * T * costs['flops_per_step']['model']
+    agent_costs = rl.compute_costs(agent, batch_size, num_steps)
+    acting_flops = batch_size * num_steps * agent_costs['flops_per_step']['model']
     return {
-        **costs,
+        **agent_costs,
         'steps': rl_config.count_updates(config),
         'seeds': len(config.seeds),
-        'units': B * T,
-        'flops': acting_flops + counting.flops(update, state, trajectory),
+        'units': batch_size * num_steps,
+        'flops': acting_flops + counting.flops(update, learner_state, trajectory),
     }
 
 
 def _fit(config: ml_collections.ConfigDict) -> Costs:
     problem = fit.make_problem(config)
     optimizer = optim.make_optimizer(config.optim, config.train.steps)
-    seed = jax.ShapeDtypeStruct((), jnp.int32)
-    state = jax.eval_shape(functools.partial(train_fit.init_train_state, problem, optimizer), seed)
-    step = functools.partial(train_fit.train_steps, problem, optimizer, 1)
+    seed_shape = jax.ShapeDtypeStruct((), jnp.int32)
+    init_state = functools.partial(train_fit.init_train_state, problem, optimizer)
+    train_state = jax.eval_shape(init_state, seed_shape)
+    train_step = functools.partial(train_fit.train_steps, problem, optimizer, 1)
     return {
         **problem.costs(),
         'steps': config.train.steps,
         'seeds': len(config.seeds),
         'units': problem.examples,
-        'flops': counting.flops(step, state, seed),
+        'flops': counting.flops(train_step, train_state, seed_shape),
     }
 
 

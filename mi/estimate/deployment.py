@@ -1,14 +1,14 @@
 """Report on the programs of a config per device, for present or described devices.
 
     devices = topologies.describe('v5e:4x4')
-    report(config, devices, one=topologies.describe_one('v5e:4x4'))
+    report(config, devices, single_device=topologies.describe_one('v5e:4x4'))
 
 Each program is compiled twice, for all devices and for one. The ratio of their FLOPs shows how well
 the program divides its work. Nothing is run.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -23,15 +23,18 @@ from mi.estimate import (
     topologies,
 )
 
+Report = dict[str, Any]  # a JSON object
+Compiler = Callable[[], jax.stages.Compiled]
+
 OUT_OF_MEMORY = 'RESOURCE_EXHAUSTED'
 
 
 def report(
     config: ml_collections.ConfigDict,
     devices: Sequence[jax.Device],
-    one: jax.Device | None = None,
+    single_device: jax.Device | None = None,
     evaluates: bool = False,
-) -> dict[str, Any]:
+) -> Report:
     """Return a report on the training step per device and, optionally, on the evaluation.
 
     - 'devices': 'kind', 'count', 'hosts', 'idle' (devices without work), 'mesh' (axis → devices),
@@ -44,64 +47,78 @@ def report(
     Args:
       config: a config of any task but 'search'.
       devices: the devices that divide the work.
-      one: a device of the same kind to compare with; None for the first device.
+      single_device: a device of the same kind to compare with; None for the first device.
       evaluates: whether to include 'evaluation'.
 
     Raises:
       UserError: if the devices cannot run the config.
     """
-    one = devices[0] if one is None else one
+    single_device = devices[0] if single_device is None else single_device
     training = memory.make_programs(config, devices)
-    single = training
+    undivided = training
     if training.mesh.size > 1:
-        single = memory.make_programs(on_one_device(config), [one])
-    limit = topologies.memory_of(devices[0])
-    result: dict[str, Any] = {
-        'devices': {
-            'kind': devices[0].device_kind,
-            'count': len(devices),
-            'hosts': len({device.process_index for device in devices}),
-            'idle': len(devices) - training.mesh.size,
-            'mesh': {name: int(size) for name, size in training.mesh.shape.items()},
-            'memory': limit,
-        },
-        'programs': {},
-    }
-    # Select the programs.
-    compilers = {'step': (training.compile, single.compile)}
-    if evaluates:
-        if training.compile_evaluation is None or single.compile_evaluation is None:
-            raise UserError(f'--eval: config.task = {config.task!r} compiles no evaluation here')
-        compilers['evaluation'] = training.compile_evaluation, single.compile_evaluation
+        undivided = memory.make_programs(on_one_device(config), [single_device])
+    description = _describe_devices(devices, training.mesh)
 
-    # Compile for all devices and for one in two threads; a compiler keeps about one core busy.
-    with futures.ThreadPoolExecutor(2) as threads:
-        pending = {
-            name: (
-                threads.submit(measure, compile_all, devices[0], limit),
-                threads.submit(measure, compile_one, one, limit)
-                if training.mesh.size > 1
-                else None,
-            )
-            for name, (compile_all, compile_one) in compilers.items()
-        }
+    # Select the programs.
+    compilers = {'step': (training.compile, undivided.compile)}
+    if evaluates:
+        if training.compile_evaluation is None or undivided.compile_evaluation is None:
+            raise UserError(f'--eval: config.task = {config.task!r} compiles no evaluation here')
+        compilers['evaluation'] = training.compile_evaluation, undivided.compile_evaluation
+
     # Compare each program with that of one device.
-    for name, (divided, undivided) in pending.items():
-        measured = divided.result()
-        reference = undivided.result() if undivided else measured
-        measured['parts'] = training.mesh.size
-        measured['one_device'] = {key: reference[key] for key in ('flops', 'peak', 'fits')}
-        if name == 'step':
+    programs = _measure_programs(compilers, devices[0], single_device, description['memory'])
+    for program_name, (measured, reference) in programs.items():
+        one_device = {field: reference[field] for field in ('flops', 'peak', 'fits')}
+        measured |= {'parts': training.mesh.size, 'one_device': one_device}
+        if program_name == 'step':
             measured['updates'] = training.updates
-            if reference['flops'] is None:  # it does not fit on one device
+            if one_device['flops'] is None:  # it does not fit on one device
                 update_flops = costs.estimate_costs(config)['flops'] * len(config.seeds)
-                measured['one_device']['flops'] = training.updates * update_flops
-        flops = measured['one_device']['flops']
+                one_device['flops'] = training.updates * update_flops
+        flops = one_device['flops']
         measured['share'] = measured['flops'] / flops if measured['flops'] and flops else None
-        result['programs'][name] = measured
-    fits = [measured['fits'] for measured in result['programs'].values()]
-    result['fits'] = False if False in fits else None if None in fits else True
-    return result
+    fits = [measured['fits'] for measured, _ in programs.values()]
+    return {
+        'devices': description,
+        'programs': {name: measured for name, (measured, _) in programs.items()},
+        'fits': False if False in fits else None if None in fits else True,
+    }
+
+
+def _measure_programs(
+    compilers: Mapping[str, tuple[Compiler, Compiler]],
+    device: jax.Device,
+    single_device: jax.Device,
+    memory_limit: int | None,
+) -> dict[str, tuple[Report, Report]]:
+    """Return the costs of each program on all devices and on one; equal compilers run once."""
+    measurements = {}
+    # Two threads, because a compiler keeps about one core busy.
+    with futures.ThreadPoolExecutor(2) as threads:
+        for program_name, (compile_all, compile_one) in compilers.items():
+            divided = threads.submit(measure, compile_all, device, memory_limit)
+            undivided = divided
+            if compile_one is not compile_all:
+                undivided = threads.submit(measure, compile_one, single_device, memory_limit)
+            measurements[program_name] = divided, undivided
+    return {
+        program_name: (divided.result(), undivided.result())
+        for program_name, (divided, undivided) in measurements.items()
+    }
+
+
+def _describe_devices(devices: Sequence[jax.Device], mesh: jax.sharding.Mesh) -> Report:
+    """Return 'devices' of `report`; devices that the mesh leaves out are idle."""
+    return {
+        'kind': devices[0].device_kind,
+        'count': len(devices),
+        'hosts': len({device.process_index for device in devices}),
+        'idle': len(devices) - mesh.size,
+        'mesh': {axis: int(size) for axis, size in mesh.shape.items()},
+        'memory': topologies.get_memory(devices[0]),
+    }
 
 
 def on_one_device(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -114,43 +131,41 @@ def on_one_device(config: ml_collections.ConfigDict) -> ml_collections.ConfigDic
     return config.lock()
 
 
-def measure(
-    compiles: Callable[[], jax.stages.Compiled], device: jax.Device, limit: int | None
-) -> dict[str, Any]:
+def measure(compile_program: Compiler, device: jax.Device, memory_limit: int | None) -> Report:
     """Compile a program and return the cost of one call per device.
 
     - 'flops', 'bytes_accessed', 'kernels', 'bytes_sent', 'unknown_loops', 'uncounted_calls': see
       `program.Program`; 'collectives': a list with 'kind', 'count', 'bytes' of one, 'group' and
       'bytes_sent' by all;
     - 'arguments', 'outputs', 'in_place', 'temporaries', 'peak': bytes, as in `memory.measure`;
-    - 'fits': whether peak ≤ limit. If the compiler refuses the program, it is False, 'error' is the
-      compiler's message, and all numbers are None;
+    - 'fits': whether peak ≤ memory_limit. If the compiler refuses the program, it is False,
+      'error' is the compiler's message, and all numbers are None;
     - 'seconds': time of the kernels as the compiler of a TPU estimates it, without waiting for
       collectives; None on other devices, whose compilers do not estimate it.
 
     Args:
-      compiles: returns the program.
+      compile_program: returns the program.
       device: one of the program's devices.
-      limit: bytes of memory per device; None if unknown.
+      memory_limit: bytes of memory per device; None if unknown.
     """
     # Compile; a refusal for want of memory is a result too.
     try:
-        compiled = compiles()
+        compiled = compile_program()
         analysis = program.analyze(compiled)
     except jax.errors.JaxRuntimeError as error:
         return _report_refusal(error)
 
-    # Memory, and the clock that turns cycles into seconds.
-    bytes_ = memory.measure(compiled) or dict.fromkeys(
+    # Sizes as the compiler reports them, and the clock that turns cycles into seconds.
+    memory_bytes = memory.measure(compiled) or dict.fromkeys(
         ('arguments', 'outputs', 'in_place', 'temporaries', 'peak')
     )
-    peak = bytes_['peak']
-    clock = topologies.clock_of(device)
+    peak_bytes = memory_bytes['peak']
+    clock = topologies.get_clock(device)
     return {
         'flops': analysis.flops,
         'bytes_accessed': analysis.bytes_accessed,
-        **bytes_,
-        'fits': None if limit is None or peak is None else peak <= limit,
+        **memory_bytes,
+        'fits': None if memory_limit is None or peak_bytes is None else peak_bytes <= memory_limit,
         'collectives': [
             {
                 'kind': collective.kind,
@@ -169,7 +184,7 @@ def measure(
     }
 
 
-def _report_refusal(error: jax.errors.JaxRuntimeError) -> dict[str, Any]:
+def _report_refusal(error: jax.errors.JaxRuntimeError) -> Report:
     """Return the report on a program that the compiler refused because of its memory."""
     message = str(error)
     if 'Unknown opcode' in message:
@@ -179,9 +194,9 @@ def _report_refusal(error: jax.errors.JaxRuntimeError) -> dict[str, Any]:
         ) from error
     if OUT_OF_MEMORY not in message:
         raise UserError(f'XLA cannot compile the program: {message.splitlines()[0]}') from error
-    names = (
+    field_names = (
         'flops', 'bytes_accessed', 'arguments', 'outputs', 'in_place', 'temporaries', 'peak',
         'collectives', 'bytes_sent', 'kernels', 'seconds', 'unknown_loops', 'uncounted_calls',
     )  # fmt: skip
-    line = re.sub(r'^RESOURCE_EXHAUSTED: ', '', message.splitlines()[0])
-    return dict.fromkeys(names) | {'fits': False, 'error': line}
+    first_line = re.sub(r'^RESOURCE_EXHAUSTED: ', '', message.splitlines()[0])
+    return dict.fromkeys(field_names) | {'fits': False, 'error': first_line}

@@ -115,7 +115,7 @@ class Computation(NamedTuple):
 
     def operand_shapes(self, instruction: Instruction) -> list[Shape]:
         """Return the arrays of all operands."""
-        operands = (self.instructions[name] for name in instruction.operands)
+        operands = (self.instructions[operand_name] for operand_name in instruction.operands)
         return [shape for operand in operands for shape in operand.shapes]
 
 
@@ -133,43 +133,44 @@ class Module(NamedTuple):
     num_devices: int
 
 
-def parse(text: str) -> Module:
+def parse(hlo_text: str) -> Module:
     """Parse the text of an optimized module.
 
     Raises:
       ValueError: if there is no entry computation.
     """
-    header = text[: text.find('\n')]
-    counts = {name: int(count) for name, count in re.findall(r'num_(\w+)=(\d+)', header)}
+    header = hlo_text[: hlo_text.find('\n')]
+    device_counts = {unit: int(count) for unit, count in re.findall(r'num_(\w+)=(\d+)', header)}
     computations: dict[str, Computation] = {}
-    entry = name = root = ''
+    entry_name = computation_name = root_name = ''
     instructions: dict[str, Instruction] | None = None
-    for line in text.splitlines():
+    for line in hlo_text.splitlines():
         if instructions is None:
             if line.endswith('{') and (match := COMPUTATION.match(line)):
-                name, root, instructions = match[2], '', {}
-                entry = name if match[1] else entry
+                computation_name, root_name, instructions = match[2], '', {}
+                entry_name = computation_name if match[1] else entry_name
         elif line.startswith('}'):
-            computations[name] = Computation(name, instructions, root)
+            computations[computation_name] = Computation(computation_name, instructions, root_name)
             instructions = None
         elif match := INSTRUCTION.match(line):
             instruction = _parse_instruction(match[2], match[3])
             instructions[instruction.name] = instruction
-            root = instruction.name if match[1] or not root else root
-    if not entry:
+            root_name = instruction.name if match[1] or not root_name else root_name
+    if not entry_name:
         raise ValueError('text: expected optimized HLO with an ENTRY computation')
-    num_devices = counts.get('partitions', 1) * counts.get('replicas', 1)
-    return Module(computations, entry, num_devices)
+    num_devices = device_counts.get('partitions', 1) * device_counts.get('replicas', 1)
+    return Module(computations, entry_name, num_devices)
 
 
 def _parse_instruction(name: str, text: str) -> Instruction:
-    end = _closing(text, 0) if text.startswith('(') else text.find(' ')
-    result, rest = text[:end], text[end:].lstrip()
-    start = rest.find('(')
-    end = _closing(rest, start)
-    arguments = rest[start + 1 : end - 1]
+    # result opcode(arguments), attributes
+    result_end = _closing(text, 0) if text.startswith('(') else text.find(' ')
+    result, call = text[:result_end], text[result_end:].lstrip()
+    opening = call.find('(')
+    call_end = _closing(call, opening)
+    arguments = call[opening + 1 : call_end - 1]
     operands = tuple(OPERAND.findall(arguments))
-    return Instruction(name, result, rest[:start], operands, arguments, rest[end:])
+    return Instruction(name, result, call[:opening], operands, arguments, call[call_end:])
 
 
 def _closing(text: str, start: int) -> int:
@@ -186,14 +187,14 @@ def split_tuple(text: str) -> list[str]:
     """Return the elements of a tuple's text: '((f32[2], s32[]), f32[3,4])' has two."""
     if not text.startswith('('):
         return [text]
-    parts, depth = [''], 0
+    elements, depth = [''], 0
     for character in text[1:-1]:
         depth += (character in '([{') - (character in ')]}')
         if character == ',' and depth == 0:
-            parts.append('')
+            elements.append('')
         else:
-            parts[-1] += character
-    return [re.sub(r'/\*.*?\*/', '', part).strip() for part in parts]
+            elements[-1] += character
+    return [re.sub(r'/\*.*?\*/', '', element).strip() for element in elements]
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:
@@ -239,32 +240,36 @@ class Constants:
         self.computations = module.computations
         self.values: dict[tuple[str, str, tuple[Value, ...]], Value] = {}
 
-    def result(self, name: str, arguments: Iterable[Value]) -> Value:
+    def result(self, computation_name: str, arguments: Iterable[Value]) -> Value:
         """Return the result of a computation for these arguments."""
-        computation = self.computations[name]
+        computation = self.computations[computation_name]
         return self.value(computation, computation.root, tuple(arguments))
 
-    def value(self, computation: Computation, name: str, arguments: tuple[Value, ...]) -> Value:
+    def value(
+        self, computation: Computation, instruction_name: str, arguments: tuple[Value, ...]
+    ) -> Value:
         """Return the result of an instruction in a computation called with `arguments`."""
-        key = computation.name, name, arguments
-        if key not in self.values:
-            self.values[key] = self._evaluate(
-                computation, computation.instructions[name], arguments
-            )
-        return self.values[key]
+        call_key = computation.name, instruction_name, arguments
+        if call_key not in self.values:
+            instruction = computation.instructions[instruction_name]
+            self.values[call_key] = self._evaluate(computation, instruction, arguments)
+        return self.values[call_key]
 
     def _evaluate(
         self, computation: Computation, instruction: Instruction, arguments: tuple[Value, ...]
     ) -> Value:
         opcode, result = instruction.opcode, instruction.result
+        # Arrays are data; of scalars and tuples, some instructions are known.
         if not result.startswith('(') and '[]' not in result:
-            return None  # arrays are data
+            return None
         if opcode == 'parameter':
             index = int(instruction.arguments)
             return arguments[index] if index < len(arguments) else None
         if opcode == 'constant':
             is_integer = re.fullmatch(r'-?\d+', instruction.arguments)
             return int(instruction.arguments) if is_integer else None
+
+        # The result follows from what is known of the operands.
         operands = [self.value(computation, name, arguments) for name in instruction.operands]
         if opcode in PASSED_ON:
             return operands[0]
@@ -277,6 +282,8 @@ class Constants:
             return _add(operands[0], operands[1], 1 if opcode == 'add' else -1)
         if opcode == 'compare':
             return Comparison(instruction.option('direction'), operands[0], operands[1])
+
+        # Other computations are evaluated for these operands.
         if opcode in ('fusion', 'call'):
             called = instruction.called('calls' if opcode == 'fusion' else 'to_apply')
             return self.result(called[0], operands)
@@ -334,13 +341,13 @@ def _progress(
     return start + value.offset, update.offset
 
 
-def _add(a: Value, b: Value, sign: int = 1) -> Value:
-    if isinstance(a, int) and isinstance(b, int):
-        return a + sign * b
-    if isinstance(a, Counter) and isinstance(b, int):
-        return Counter(a.index, a.offset + sign * b)
-    if isinstance(a, int) and isinstance(b, Counter) and sign == 1:
-        return Counter(b.index, b.offset + a)
+def _add(left: Value, right: Value, sign: int = 1) -> Value:
+    if isinstance(left, int) and isinstance(right, int):
+        return left + sign * right
+    if isinstance(left, Counter) and isinstance(right, int):
+        return Counter(left.index, left.offset + sign * right)
+    if isinstance(left, int) and isinstance(right, Counter) and sign == 1:
+        return Counter(right.index, right.offset + left)
     return None
 
 

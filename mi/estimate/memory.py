@@ -7,8 +7,9 @@ training step. Data, other programs and the runtime of the device add to it.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import chex
 import jax
 import ml_collections
 import numpy as np
@@ -41,14 +42,14 @@ class RunPrograms(NamedTuple):
       compile_evaluation: () → the compiled evaluation program; None if there is none.
     """
 
-    state: dict[str, Any]
+    state: dict[str, chex.ArrayTree]
     mesh: jax.sharding.Mesh
     updates: int
     compile: Callable[[], jax.stages.Compiled]
     compile_evaluation: Callable[[], jax.stages.Compiled] | None = None
 
 
-def estimate_memory(config: ml_collections.ConfigDict, compiles: bool = True) -> dict[str, Any]:
+def estimate_memory(config: ml_collections.ConfigDict, compiles: bool = True) -> costs.Costs:
     """Return the memory of a config's run, in bytes.
 
     - 'parameters', 'optimizer', 'other': the state of all seeds;
@@ -61,7 +62,7 @@ def estimate_memory(config: ml_collections.ConfigDict, compiles: bool = True) ->
       UserError: if the config is invalid, or that of a search, whose models the run chooses.
     """
     training = make_programs(config)
-    estimate: dict[str, Any] = {name: count_bytes(tree) for name, tree in training.state.items()}
+    estimate: costs.Costs = {name: count_bytes(tree) for name, tree in training.state.items()}
     estimate['checkpoint'] = sum(estimate.values())
     if compiles and (step := measure(training.compile())) is not None:
         estimate['step'] = step
@@ -86,11 +87,11 @@ def make_programs(config: ml_collections.ConfigDict, devices: Devices = None) ->
     training = PROGRAMS[config.task](config, devices)
     # Compile with the run's precision of matrix products.
     with_precision = precision.use_config(config)
-    evaluation = training.compile_evaluation
-    return training._replace(
-        compile=with_precision(training.compile),
-        compile_evaluation=None if evaluation is None else with_precision(evaluation),
-    )
+    programs = training._replace(compile=with_precision(training.compile))
+    if training.compile_evaluation is not None:
+        evaluation = with_precision(training.compile_evaluation)
+        programs = programs._replace(compile_evaluation=evaluation)
+    return programs
 
 
 def measure(compiled: jax.stages.Compiled) -> dict[str, int] | None:
@@ -107,59 +108,66 @@ def measure(compiled: jax.stages.Compiled) -> dict[str, int] | None:
     return program | {'peak': sum(program.values()) - 2 * program['in_place']}
 
 
-def count_bytes(tree: Any) -> int:
+def count_bytes(tree: chex.ArrayTree) -> int:
     """Return the bytes of a tree of arrays, or of their shapes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _lm(config: ml_collections.ConfigDict, devices: Devices) -> RunPrograms:
-    config, trainer, _, domains = costs.lm_setup(config)
-    B, seeds = config.train.batch, np.asarray(config.seeds, np.int32)
-    mesh = sharding.make_mesh(len(seeds), B, config.train.fsdp, config.train.mesh, devices)
-    state = trainer.shapes(seeds, mesh)
-    batch = trainer.batch_shapes(seeds, config.train.length, mesh)
+    config, trainer, _, num_domains = costs.make_lm_setup(config)
+    batch_size, seeds = config.train.batch, np.asarray(config.seeds, np.int32)
+    mesh = sharding.make_mesh(len(seeds), batch_size, config.train.fsdp, config.train.mesh, devices)
+    state_shapes = trainer.shapes(seeds, mesh)
+    batch_shapes = trainer.batch_shapes(seeds, config.train.length, mesh)
     return RunPrograms(
-        {'parameters': state.params, 'optimizer': state.opt_state, 'other': state.carry},
+        {
+            'parameters': state_shapes.params,
+            'optimizer': state_shapes.opt_state,
+            'other': state_shapes.carry,
+        },
         mesh,
         1,
-        functools.partial(trainer.compile, state, batch, mesh),
+        functools.partial(trainer.compile, state_shapes, batch_shapes, mesh),
         functools.partial(
             evaluate_lm.compile_segment,
             trainer.model,
-            state.params,
+            state_shapes.params,
             lm.get_reading(config),
-            domains > 0,
+            num_domains > 0,
             mesh,
         ),
     )
 
 
 def _rl(config: ml_collections.ConfigDict, devices: Devices) -> RunPrograms:
-    environment, agent, optimizer, learner_state, trajectory = costs.rl_setup(config)
+    environment, agent, optimizer, learner_state, trajectory = costs.make_rl_setup(config)
+    # Fused: the environment is part of the compiled program.
     if config.train.topology == 'fused':
         assert environment is not None  # validation refuses other environments
         mesh = fused.make_mesh(config, devices)
-        state = fused.get_state_shapes(config, environment, agent, optimizer, mesh)
-        count = min(config.train.log_every, rl_config.count_updates(config))
-        program = environment, agent, optimizer, config, state, count, mesh
+        state_shapes = fused.get_state_shapes(config, environment, agent, optimizer, mesh)
+        num_updates = min(config.train.log_every, rl_config.count_updates(config))
+        program_args = environment, agent, optimizer, config, state_shapes, num_updates, mesh
         return RunPrograms(
             {
-                'parameters': state.learner.params,
-                'optimizer': state.learner.opt_state,
-                'other': (state.learner.statistics, state.actor),
+                'parameters': state_shapes.learner.params,
+                'optimizer': state_shapes.learner.opt_state,
+                'other': (state_shapes.learner.statistics, state_shapes.actor),
             },
             mesh,
-            count,
-            functools.partial(fused.compile_updates, *program),
+            num_updates,
+            functools.partial(fused.compile_updates, *program_args),
             functools.partial(
                 evaluate_rl.compile_episodes,
                 environment,
                 agent,
-                state.learner.params,
+                state_shapes.learner.params,
                 config.eval.episodes,
                 mesh,
             ),
         )
+
+    # Actors: the compiled program is the update; the environments run on hosts.
     mesh = sharding.make_mesh(1, config.train.batch, shape=config.train.mesh, devices=devices)
     update = actors_loop.jit_update(agent, optimizer, rl.get_hyperparameters(config), mesh)
     return RunPrograms(
@@ -178,17 +186,21 @@ def _fit(config: ml_collections.ConfigDict, devices: Devices) -> RunPrograms:
     problem = fit.make_problem(config)
     optimizer = optim.make_optimizer(config.optim, config.train.steps)
     mesh = placement.seed_mesh(len(config.seeds), devices)
-    state, seeds = train_fit.shapes(problem, optimizer, len(config.seeds), mesh)
-    count = min(config.train.log_every, config.train.steps)
-    program = problem, optimizer, count, state, seeds, mesh
-    saved = placement.gathered_shapes(state, len(config.seeds))
+    state_shapes, seeds = train_fit.shapes(problem, optimizer, len(config.seeds), mesh)
+    num_steps = min(config.train.log_every, config.train.steps)
+    program_args = problem, optimizer, num_steps, state_shapes, seeds, mesh
+    saved_shapes = placement.gathered_shapes(state_shapes, len(config.seeds))
     evaluate = placement.shard_map_seeds(functools.partial(train_fit.evaluate, problem), mesh)
     return RunPrograms(
-        {'parameters': saved.params, 'optimizer': saved.opt_state, 'other': saved.step},
+        {
+            'parameters': saved_shapes.params,
+            'optimizer': saved_shapes.opt_state,
+            'other': saved_shapes.step,
+        },
         mesh,
-        count,
-        functools.partial(train_fit.compile_steps, *program),
-        lambda: jax.jit(evaluate).lower(state.params, seeds).compile(),
+        num_steps,
+        functools.partial(train_fit.compile_steps, *program_args),
+        lambda: jax.jit(evaluate).lower(state_shapes.params, seeds).compile(),
     )
 
 

@@ -62,7 +62,7 @@ class Collective:
     @property
     def bytes_sent(self) -> int:
         """Return the bytes that each device sends in all executions, on a ring."""
-        return self.count * ring_bytes(self.kind, self.bytes, self.group)
+        return self.count * count_ring_bytes(self.kind, self.bytes, self.group)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Program:
         return sum(collective.bytes_sent for collective in self.collectives)
 
 
-def ring_bytes(kind: str, size: int, group: int) -> int:
+def count_ring_bytes(kind: str, size: int, group: int) -> int:
     """Return the bytes that each of `group` devices sends for an output of `size` bytes.
 
     An array travels on the ring in `group` parts. An all-gather forwards each part `group` − 1
@@ -120,19 +120,19 @@ def analyze(compiled: jax.stages.Compiled) -> Program:
     Raises:
       ValueError: if the executable has no HLO text.
     """
-    text = compiled.as_text()
-    if text is None:
+    hlo_text = compiled.as_text()
+    if hlo_text is None:
         raise ValueError('compiled: expected an executable with an HLO text')
-    return analyze_text(text)
+    return analyze_text(hlo_text)
 
 
-def analyze_text(text: str) -> Program:
+def analyze_text(hlo_text: str) -> Program:
     """Analyze the text of optimized HLO."""
-    module = hlo.parse(text)
+    module = hlo.parse(hlo_text)
     tally = _Reader(module).read(module.entry, ())
     collectives = [
-        Collective(kind, count, size, group)
-        for (kind, size, group), count in tally.collectives.items()
+        Collective(kind, count, output_bytes, group)
+        for (kind, output_bytes, group), count in tally.collectives.items()
     ]
     return Program(
         flops=tally.flops,
@@ -165,10 +165,10 @@ class _Tally:
         self.bytes_accessed += times * other.bytes_accessed
         self.cycles += times * other.cycles
         if times:
-            for key, count in other.collectives.items():
-                self.collectives[key] += times * count
-            for name, count in other.kernels.items():
-                self.kernels[name] += times * count
+            for collective_key, count in other.collectives.items():
+                self.collectives[collective_key] += times * count
+            for opcode, count in other.kernels.items():
+                self.kernels[opcode] += times * count
             for source, count in other.sources.items():
                 self.sources[source] += times * count
                 self.traffic[source] += times * other.traffic[source]
@@ -178,8 +178,10 @@ class _Tally:
     @property
     def price(self) -> tuple[int, int, int]:
         """Return the sort key of a branch: FLOPs, then bytes of collectives, then kernels."""
-        moved = sum(count * size for (_, size, _), count in self.collectives.items())
-        return self.flops, moved, sum(self.kernels.values())
+        bytes_moved = sum(
+            count * output_bytes for (_, output_bytes, _), count in self.collectives.items()
+        )
+        return self.flops, bytes_moved, sum(self.kernels.values())
 
 
 class _Reader:
@@ -191,21 +193,23 @@ class _Reader:
         self.memory = hlo_cost.Memory(module)
         self.tallies: dict[tuple[str, tuple[hlo.Value, ...], bool], _Tally] = {}
 
-    def read(self, name: str, arguments: tuple[hlo.Value, ...], is_fused: bool = False) -> _Tally:
+    def read(
+        self, computation_name: str, arguments: tuple[hlo.Value, ...], is_fused: bool = False
+    ) -> _Tally:
         """Sum over a computation that is called with these arguments.
 
         Args:
-          name: name of the computation.
+          computation_name: name of the computation.
           arguments: known values of its arguments.
           is_fused: part of one kernel, so that its instructions launch none.
         """
-        key = name, arguments, is_fused
-        if key not in self.tallies:
-            self.tallies[key] = _Tally()
-            computation = self.module.computations[name]
+        call_key = computation_name, arguments, is_fused
+        if call_key not in self.tallies:
+            self.tallies[call_key] = _Tally()
+            computation = self.module.computations[computation_name]
             for instruction in computation.instructions.values():
-                self._add(self.tallies[key], computation, instruction, arguments, is_fused)
-        return self.tallies[key]
+                self._add(self.tallies[call_key], computation, instruction, arguments, is_fused)
+        return self.tallies[call_key]
 
     def _add(
         self,
@@ -224,7 +228,7 @@ class _Reader:
             tally.bytes_accessed += num_bytes
             tally.sources[instruction.operation or opcode] += 1
             tally.traffic[instruction.operation or opcode] += num_bytes
-            tally.cycles += hlo_cost.estimated_cycles(instruction)
+            tally.cycles += hlo_cost.get_estimated_cycles(instruction)
 
         # Other computations: a loop's body as often as it runs, of a conditional one branch.
         if opcode in ('while', 'conditional', 'call', 'fusion', 'async'):
@@ -233,26 +237,26 @@ class _Reader:
                 for operand in instruction.operands
             )
         if opcode == 'while':
-            count = self.constants.trip_count(instruction, operands[0])
-            if count is None:
+            trip_count = self.constants.trip_count(instruction, operands[0])
+            if trip_count is None:
                 tally.unknown_loops.add(instruction.label)
             state = self.constants.invariants(instruction, operands[0])
             (body,) = instruction.called('body')
-            tally.add(self.read(body, (state,), is_fused), 1 if count is None else count)
+            tally.add(self.read(body, (state,), is_fused), 1 if trip_count is None else trip_count)
         elif opcode == 'conditional':
             branches = zip(instruction.branches(), operands[1:], strict=True)
             tallies = [self.read(branch, (state,), is_fused) for branch, state in branches]
             tally.add(max(tallies, key=lambda branch: branch.price))
         elif opcode in ('call', 'fusion', 'async'):
-            for name in instruction.called('to_apply' if opcode == 'call' else 'calls'):
-                tally.add(self.read(name, operands, is_fused or opcode == 'fusion'))
+            for called_name in instruction.called('to_apply' if opcode == 'call' else 'calls'):
+                tally.add(self.read(called_name, operands, is_fused or opcode == 'fusion'))
 
         # The work of the instruction itself.
         elif opcode in KINDS:
             if not _is_continued(computation, instruction):
                 tally.collectives.update(_collectives(self.module, computation, instruction))
         elif opcode in ('dot', 'convolution', 'custom-call'):
-            flops = hlo_cost.product_flops(computation, instruction)
+            flops = hlo_cost.count_product_flops(computation, instruction)
             if flops is None and OPAQUE.search(instruction.target):
                 tally.uncounted_calls.add(instruction.target)
             tally.flops += flops or 0
@@ -263,29 +267,29 @@ def _collectives(
 ) -> dict[tuple[str, int, int], int]:
     """(kind, bytes of the output, devices of a group) → 1; empty for a group of one."""
     kind = instruction.opcode.removesuffix('-start')
-    size = sum(shape.bytes for shape in instruction.shapes)
-    group = _group(instruction, module.num_devices)
+    output_bytes = sum(shape.bytes for shape in instruction.shapes)
+    group_size = _group(instruction, module.num_devices)
     # On TPU a reduce-scatter may be an all-reduce whose fusion keeps only a part.
     root = computation.instructions[computation.root]
     is_scattered = computation.name.startswith('all-reduce-scatter')
     if kind == 'all-reduce' and is_scattered and root.opcode != 'all-reduce':
-        kind, size = 'reduce-scatter', sum(shape.bytes for shape in root.shapes)
-    return {(kind, size, group): 1} if group > 1 else {}
+        kind, output_bytes = 'reduce-scatter', sum(shape.bytes for shape in root.shapes)
+    return {(kind, output_bytes, group_size): 1} if group_size > 1 else {}
 
 
 def _group(instruction: hlo.Instruction, num_devices: int) -> int:
     """Return the number of devices that communicate with each other."""
     attributes = instruction.attributes
     if match := re.search(r'source_target_pairs=\{(.*?)\}\}', attributes):
-        pairs = re.findall(r'(\d+),(\d+)', match[1])
-        return max(1, sum(source != target for source, target in pairs))
+        device_pairs = re.findall(r'(\d+),(\d+)', match[1])
+        return max(1, sum(source != target for source, target in device_pairs))
     if match := re.search(r'replica_groups=\[(\d+),(\d+)\]', attributes):
         return int(match[2])
     if match := re.search(r'replica_groups=\{\{([\d,]*)\}', attributes):
         return len(match[1].split(','))
     if match := re.search(r'replica_groups=mesh\[(.*?)\] \{(.*?)\}', attributes):  # jax 0.12
-        sizes = dict(re.findall(r"\\?'(\w+)\\?'=(\d+)", match[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"\\?'(\w+)\\?'", match[2]))
+        axis_sizes = dict(re.findall(r"\\?'(\w+)\\?'=(\d+)", match[1]))
+        return math.prod(int(axis_sizes[axis]) for axis in re.findall(r"\\?'(\w+)\\?'", match[2]))
     return num_devices
 
 

@@ -133,7 +133,7 @@ def describe_one(name: str) -> jax.Device:
     return _describe_gpus(family, 1)[0]
 
 
-def memory_of(device: jax.Device) -> int | None:
+def get_memory(device: jax.Device) -> int | None:
     """Return the memory of a program on a device in bytes; None if unknown, as on a CPU."""
     chips: list[Tpu | Gpu] = [*TPUS.values(), *GPUS.values()]
     for chip in chips:
@@ -141,11 +141,11 @@ def memory_of(device: jax.Device) -> int | None:
             return chip.memory
     if device.platform == 'cpu':
         return None
-    stats = device.memory_stats() or {}
-    return stats.get('bytes_limit')
+    memory_stats = device.memory_stats() or {}
+    return memory_stats.get('bytes_limit')
 
 
-def clock_of(device: jax.Device) -> float | None:
+def get_clock(device: jax.Device) -> float | None:
     """Return the clock of a TPU in cycles per second, as XLA counts; None for other devices."""
     clocks = {tpu.kind: tpu.clock for tpu in TPUS.values()}
     return clocks.get(device.device_kind)
@@ -161,23 +161,27 @@ def _parse(name: str) -> tuple[str, str]:
     if family not in (*TPUS, *GPUS):
         raise UserError(f'--topology={name}: {suggest(family, (*TPUS, *GPUS))}')
     if family in GPUS:
-        sizes = f'1, 2, 4 or a multiple of {HOST} devices'
+        expected_sizes = f'1, 2, 4 or a multiple of {HOST} devices'
         is_size = re.fullmatch(r'[1-9]\d*', size) is not None
-        exists = is_size and (size in ('1', '2', '4') or int(size) % HOST == 0)
+        is_known = is_size and (size in ('1', '2', '4') or int(size) % HOST == 0)
         example = f'{family}:{HOST}'
     elif _is_flat(family):
-        sizes, exists, example = f'one of {", ".join(PLANES)}', size in PLANES, f'{family}:4x4'
+        expected_sizes, is_known, example = (
+            f'one of {", ".join(PLANES)}',
+            size in PLANES,
+            f'{family}:4x4',
+        )
     else:
         dims = [int(dim) for dim in size.split('x')] if re.fullmatch(r'\d+x\d+x\d+', size) else []
         is_large = dims == sorted(dims) and all(dim and dim % 4 == 0 for dim in dims)
-        sizes = f'one of {", ".join(CUBES)}, or multiples of 4 as in 4x4x8'
-        sizes += f', up to {TPUS[family].largest:,} chips'
-        exists = size in CUBES or (
+        expected_sizes = f'one of {", ".join(CUBES)}, or multiples of 4 as in 4x4x8'
+        expected_sizes += f', up to {TPUS[family].largest:,} chips'
+        is_known = size in CUBES or (
             bool(dims) and is_large and math.prod(dims) <= TPUS[family].largest
         )
         example = f'{family}:2x2x2'
-    if not exists:
-        raise UserError(f'--topology={name}: expected {sizes}. Try {example}')
+    if not is_known:
+        raise UserError(f'--topology={name}: expected {expected_sizes}. Try {example}')
     return family, size
 
 
@@ -186,8 +190,8 @@ def _describe_tpus(family: str, size: str) -> list[jax.Device]:
         raise UserError(f'--topology={family}:{size}: expected libtpu. {suggest_install("tpu")}')
     dims = [int(dim) for dim in size.split('x')]
     # A host has up to 2 × 2 chips.
-    bounds = [min(2, dims[0]), min(2, dims[1]), 1]
-    alone = {
+    host_bounds = [min(2, dims[0]), min(2, dims[1]), 1]
+    variables = {
         'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # nothing here takes a TPU from another process
         # What a machine with TPUs would tell; else libtpu asks a server and complains.
         'TPU_SKIP_MDS_QUERY': '1',
@@ -196,39 +200,40 @@ def _describe_tpus(family: str, size: str) -> list[jax.Device]:
         'TPU_STDERR_LOG_LEVEL': '3',
         'TPU_MIN_LOG_LEVEL': '3',
     }
-    with _environment(alone):
+    with _environment(variables):
         return list(
             topologies.get_topology_desc(
                 platform='tpu',
                 topology_name=f'{family}:{size}',
-                chips_per_host_bounds=bounds,
+                chips_per_host_bounds=host_bounds,
                 **TPUS[family].options,
             ).devices
         )
 
 
-def _describe_gpus(family: str, count: int) -> list[jax.Device]:
-    name = f'{family}:{count}'
-    known = ('jax_plugins.xla_cuda13', 'jax_plugins.xla_cuda12')
-    if not any(_has_module(plugin) for plugin in known):
+def _describe_gpus(family: str, num_devices: int) -> list[jax.Device]:
+    topology_name = f'{family}:{num_devices}'
+    plugins = ('jax_plugins.xla_cuda13', 'jax_plugins.xla_cuda12')
+    if not any(_has_module(plugin) for plugin in plugins):
         raise UserError(
-            f'--topology={name}: expected the CUDA plugin of jax. {suggest_install("cuda")}'
+            f'--topology={topology_name}: expected the CUDA plugin of jax. '
+            f'{suggest_install("cuda")}'
         )
-    hosts = max(1, count // HOST)
+    num_hosts = max(1, num_devices // HOST)
     with _environment({'JAX_SKIP_CUDA_CONSTRAINTS_CHECK': '1'}):  # no driver is present
         return list(
             topologies.get_topology_desc(
                 platform='cuda',
                 topology_name=family,
-                topology=f'1x{hosts}x{count // hosts}',
+                topology=f'1x{num_hosts}x{num_devices // num_hosts}',
                 target_config=_target(GPUS[family]),
             ).devices
         )
 
 
-def _has_module(name: str) -> bool:
+def _has_module(module_name: str) -> bool:
     try:
-        return importlib.util.find_spec(name) is not None
+        return importlib.util.find_spec(module_name) is not None
     except ModuleNotFoundError:  # its package is missing
         return False
 
@@ -236,18 +241,18 @@ def _has_module(name: str) -> bool:
 @contextlib.contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
     """Set unset environment variables while the context is open."""
-    new = {name: value for name, value in variables.items() if name not in os.environ}
-    os.environ.update(new)
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
     try:
         yield
     finally:
-        for name in new:
+        for name in added:
             del os.environ[name]
 
 
 def _target(gpu: Gpu) -> str:
     """Return a GPU as a `stream_executor.GpuTargetConfigProto` in text."""
-    optin = gpu.shared_memory - 1024  # a block can have all of a core's but 1 kB
+    block_memory = gpu.shared_memory - 1024  # a block can have all of a core's but 1 kB
     return f"""
 gpu_device_info {{
   threads_per_block_limit: 1024
@@ -262,7 +267,7 @@ gpu_device_info {{
   registers_per_core_limit: 65536
   registers_per_block_limit: 65536
   shared_memory_per_block: 49152
-  shared_memory_per_block_optin: {optin}
+  shared_memory_per_block_optin: {block_memory}
   shared_memory_per_core: {gpu.shared_memory}
   core_count: {gpu.cores}
   fpus_per_core: {gpu.fpus}
