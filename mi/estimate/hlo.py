@@ -139,8 +139,11 @@ def parse(hlo_text: str) -> Module:
     Raises:
       ValueError: if there is no entry computation.
     """
+    # The header has the devices that run the module.
     header = hlo_text[: hlo_text.find('\n')]
     device_counts = {unit: int(count) for unit, count in re.findall(r'num_(\w+)=(\d+)', header)}
+
+    # A line opens a computation, closes it, or is one of its instructions.
     computations: dict[str, Computation] = {}
     entry_name = computation_name = root_name = ''
     instructions: dict[str, Instruction] | None = None
@@ -311,11 +314,14 @@ class Constants:
             return int(match[1])
         if not isinstance(state, tuple):
             return None
+
+        # The condition sees the state of one iteration, whose scalars are counters.
         counters, following = self._step(loop, len(state))
         condition = self.result(loop.called('condition')[0], [counters])
         if not isinstance(condition, Comparison) or not isinstance(following, tuple):
             return None
 
+        # Both sides grow linearly, so their difference does too.
         lhs, rhs = (_progress(value, state, following) for value in (condition.lhs, condition.rhs))
         if lhs is None or rhs is None:
             return None
@@ -353,6 +359,7 @@ def _add(left: Value, right: Value, sign: int = 1) -> Value:
 
 def _iterations(direction: str, difference: int, step: int) -> int | None:
     """Count the steps for which `difference`, growing by `step`, compares with 0."""
+    # Turn each direction into LT or NE.
     if direction in ('GT', 'GE'):
         direction = {'GT': 'LT', 'GE': 'LE'}[direction]
         difference, step = -difference, -step

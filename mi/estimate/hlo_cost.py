@@ -39,6 +39,7 @@ class Memory:
         """Return the bytes of an operand that one of its users reads."""
         source = computation.instructions[operand]
         operand_bytes = _size(source.shapes)
+        # Slices and updates touch a part of it, a fusion what its own instructions read.
         if user.opcode in SLICES:
             slice_bytes = _size(user.shapes, anywhere=True)
             return min(operand_bytes, slice_bytes) if position == 0 else operand_bytes

@@ -222,6 +222,8 @@ class _Reader:
         if instruction.opcode.endswith(('-done', '-update')):
             return  # its start has counted it
         opcode = instruction.opcode.removesuffix('-start')
+
+        # The instruction as a kernel; within a fusion it is part of another one.
         if not is_fused and opcode not in NO_KERNEL:
             tally.kernels[opcode] += 1
             num_bytes = self.memory.bytes_accessed(computation, instruction)

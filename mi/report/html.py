@@ -8,7 +8,6 @@ import json
 import pathlib
 from collections.abc import Iterable, Mapping
 from html import escape
-from typing import Any
 
 import numpy as np
 
@@ -101,7 +100,7 @@ def _page_data(sweep: Sweep, results: list[ArmResult]) -> str:
     return json.dumps(page_data, allow_nan=False, separators=(',', ':')).replace('<', '\\u003c')
 
 
-def _curve_data(sweep: Sweep, arm: Arm) -> dict[str, Any] | None:
+def _curve_data(sweep: Sweep, arm: Arm) -> dict[str, object] | None:
     curve = figures.make_curve(sweep, arm)
     if curve is None:
         return None
@@ -119,7 +118,7 @@ def _curve_data(sweep: Sweep, arm: Arm) -> dict[str, Any] | None:
     }
 
 
-def _final_data(result: ArmResult) -> dict[str, Any] | None:
+def _final_data(result: ArmResult) -> dict[str, object] | None:
     estimate = result.metric
     if estimate is None:
         return None
@@ -374,12 +373,12 @@ def _config_table(sweep: Sweep) -> str:
     return f'{table}<p class="soft">{caption}</p>'
 
 
-def _flatten_config(arm: Arm, reference: Mapping[str, Any]) -> dict[str, Any]:
+def _flatten_config(arm: Arm, reference: Mapping[str, object]) -> dict[str, object]:
     """Return the config of an arm; until it has one, the reference with its overrides."""
     return flatten(arm.config) or {**reference, **arm.overrides}
 
 
-def _format_setting(settings: Mapping[str, Any], config_key: str) -> str:
+def _format_setting(settings: Mapping[str, object], config_key: str) -> str:
     return (
         json.dumps(settings[config_key], ensure_ascii=False)
         if config_key in settings

@@ -25,7 +25,13 @@ GREY = '#808080'  # the baseline
 # black.
 PALETTE = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 GOLDEN = 0.618034  # multiples of it, modulo 1, are spread evenly for any number of them
-DASHES = ('-', (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))  # one per round of the palette
+Dashes = str | tuple[float, tuple[float, ...]]  # a line style of matplotlib
+DASHES: tuple[Dashes, ...] = (
+    '-',
+    (0, (4, 1.5)),
+    (0, (1, 1)),
+    (0, (4, 1, 1, 1)),
+)  # one per round of the palette
 MARKERS = ('o', 's', '^', 'D')  # one per round of the palette
 WIDTH = 5.5
 LONGEST = 34  # characters of a label
@@ -76,7 +82,7 @@ class Style(NamedTuple):
     """The style of an arm, for lines and for points."""
 
     color: str
-    dashes: Any
+    dashes: Dashes
     marker: str
 
 
