@@ -61,6 +61,8 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[Override]]:
         if flag_match is None:
             other_arguments.append(argument)
             continue
+
+        # The forms are --config.KEY=TEXT, --config.KEY TEXT, --config.KEY and --noconfig.KEY.
         override_text = flag_match['text']
         if flag_match['no']:
             if override_text is not None:

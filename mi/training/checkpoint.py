@@ -64,6 +64,8 @@ class Checkpoints:
         is_saved = sharding.broadcast_from_primary(final_dir.exists())
         if is_saved:  # a run that was stopped at this very step
             return
+
+        # Write into a hidden directory; its new name makes it a checkpoint.
         saving_dir = self._directory / f'.saving-{step:08d}'
         try:
             self._write(saving_dir, step, state, meta)
@@ -73,6 +75,8 @@ class Checkpoints:
             if storage_failure(error):  # free the space that the incomplete checkpoint takes
                 shutil.rmtree(saving_dir, ignore_errors=True)
             raise
+
+        # Delete the oldest ones only now that the new one is complete.
         if sharding.is_primary():
             for old_checkpoint in self._list_steps()[self._keep :]:
                 shutil.rmtree(old_checkpoint, ignore_errors=True)
@@ -82,6 +86,7 @@ class Checkpoints:
         self, saving_dir: pathlib.Path, step: int, state: chex.ArrayTree, meta: Meta
     ) -> None:
         """Write all files of a checkpoint to a hidden directory."""
+        # Remove what killed processes have left, and write the arrays with all processes.
         if sharding.is_primary():
             for leftover in self._directory.glob('.saving-*'):
                 shutil.rmtree(leftover)
@@ -91,6 +96,8 @@ class Checkpoints:
             self._orbax.save(saving_dir / 'state', args=ocp.args.PyTreeSave(state))
             self._orbax.wait_until_finished()
         sharding.barrier('checkpoint written')
+
+        # The manifest comes last, because it has the hash of every other file.
         if sharding.is_primary():
             meta = meta | {'step': step, 'arrays': _describe_arrays(state)}
             (saving_dir / 'meta.json').write_text(
@@ -120,6 +127,8 @@ class Checkpoints:
         if step < 0:
             return None
         checkpoint_dir = self._directory / f'{step:08d}'
+
+        # Refuse the checkpoint of another model before orbax reads it.
         meta = _read_meta(checkpoint_dir)
         _refuse_other_model(checkpoint_dir, meta.pop('arrays'), _describe_arrays(like))
         abstract_state = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)

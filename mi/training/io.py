@@ -85,6 +85,7 @@ def storage_failure(error: BaseException) -> str:
     The operating system's error may be the cause of the exception, or only be part of its message,
     as in those of orbax.
     """
+    # Follow the chain of causes to an error of the operating system.
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in STORAGE:

@@ -112,11 +112,15 @@ class Run:
         first_step, last_step = self.step + 1, self.step + num_steps
         if self._profile is None or last_step < self._profile[0] or first_step > self._profile[1]:
             return program(*args)
+
+        # Start the trace with the first program that has a step of the profile.
         if not self._is_tracing:
             jax.profiler.start_trace(str(self.path / 'profile'))
             self._is_tracing = True
         with jax.profiler.StepTraceAnnotation('train', step_num=first_step):
             result = program(*args)
+
+        # End it once the devices have computed the last step.
         if last_step >= self._profile[1]:
             jax.block_until_ready(result)
             self.end_trace()

@@ -169,9 +169,12 @@ class XLand:
 
     def reset(self, key: Array, task: Array) -> tuple[State, Observation]:
         """Place nine objects and the agent in ten different places, with one draw."""
+        # Ten places without repetition, and the direction of the agent.
         draws = jax.random.bits(key, (len(OBJECTS) + 2,))
         cells_drawn = jnp.asarray(_FLOOR_CELLS)[distinct(draws[:-1], len(_FLOOR_CELLS))]
         agent_y, agent_x = jnp.divmod(cells_drawn[-1], SIZE)
+
+        # Put each object in its place by a comparison, without a scatter.
         grid = jnp.asarray(_EMPTY_ROOM)
         cell_indices = jnp.arange(SIZE * SIZE)
         for object_cell, object_tile in zip(cells_drawn, OBJECTS.values(), strict=False):
@@ -213,15 +216,20 @@ class XLand:
 
 def act(state: State, action: Array) -> State:
     """Return the state after an action: the package's `take_action`, without doors."""
+    # The cell in front of the agent.
     step_ahead = jnp.asarray(_DIRECTIONS)[state.direction]
     ahead_y, ahead_x = state.y + step_ahead[0], state.x + step_ahead[1]
     front_cell = ahead_y * SIZE + ahead_x
     front_tile = state.grid[front_cell]
     is_floor = front_tile == FLOOR
+
+    # Which action has an effect: at most one of these is true.
     is_moving = (action == FORWARD) & is_floor
     is_object = ~is_floor & (front_tile != WALL)
     picks_up = (action == PICK_UP) & is_object & (state.pocket == EMPTY)
     puts_down = (action == PUT_DOWN) & is_floor & (state.pocket != EMPTY)
+
+    # Tile and pocket afterwards.
     placed_tile = jnp.where(puts_down, state.pocket, front_tile)
     new_front_tile = jnp.where(picks_up, jnp.uint8(FLOOR), placed_tile)
     emptied_pocket = jnp.where(puts_down, jnp.uint8(EMPTY), state.pocket)
