@@ -16,6 +16,7 @@ import numpy as np
 from mi.estimate import costs
 from mi.lm import factory, sample
 from mi.lm.data import token_store
+from mi.lm.data.token_store import Recipe
 from mi.lm.evaluate import Excerpt, Reading, evaluate
 from mi.rl import envs
 from mi.rl import evaluate as rl_evaluate
@@ -43,7 +44,8 @@ def mesh_of(devices, batch):
 def language_model(texts, devices):
     """Return nats per token of three parts of a text, and four texts that are drawn."""
     config = lm_tiny()
-    corpus, model = token_store.load(texts, 'byte', 256), factory.build_model(config, 256)
+    corpus = token_store.load(Recipe(texts, 'byte', 256))
+    model = factory.build_model(config, 256)
     row = jnp.zeros((1, 1), jnp.int32)
     params = model.init(jax.random.key(1), model.initial_carry(1), row)['params']
     params = jax.tree.map(lambda a: np.asarray(3 * a)[None], params)
@@ -52,7 +54,7 @@ def language_model(texts, devices):
     prompt = np.arange(3, dtype=np.int32)
     local_devices = jax.devices()[:devices]
     texts = sample.generate_all(
-        model, params, prompt, [0], 4, sample.Decoding(6), devices=local_devices
+        model, params, prompt, [0], sample.Decoding(6, num_texts=4), local_devices
     )
     return scores[0]['nats_per_token'], texts.tolist()
 

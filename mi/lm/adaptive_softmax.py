@@ -52,131 +52,136 @@ class AdaptiveWords(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
-        E, ends = self.features, [0, *self.cutoffs, self.vocabulary]
-        if sorted(set(ends)) != ends:
+        E, cluster_edges = self.features, [0, *self.cutoffs, self.vocabulary]
+        if sorted(set(cluster_edges)) != cluster_edges:
             raise ValueError(
                 f'cutoffs = {self.cutoffs}: expected increasing integers above 0 and below the '
                 f'vocabulary of {self.vocabulary}'
             )
-        self.clusters = list(itertools.pairwise(ends))
+        self.clusters = list(itertools.pairwise(cluster_edges))
         widths = [max(1, E // self.divisor**i) for i in range(len(self.clusters))]
-        sizes = [end - start for start, end in self.clusters]
+        cluster_sizes = [end - start for start, end in self.clusters]
 
-        def tables(name: str) -> list[Array]:
+        def make_tables(prefix: str) -> list[Array]:
             return [
-                self.param(f'{name}_{i}', initializers.normal(width**-0.5), (size, width))
-                for i, (size, width) in enumerate(zip(sizes, widths, strict=True))
+                self.param(f'{prefix}_{i}', initializers.normal(width**-0.5), (size, width))
+                for i, (size, width) in enumerate(zip(cluster_sizes, widths, strict=True))
             ]
 
-        def projections(name: str) -> list[Array]:
+        def make_projections(prefix: str) -> list[Array]:
             # Rows of unit length: a projection keeps the variance.
             return [
-                self.param(f'{name}_{i}', initializers.normal(E**-0.5), (width, E))
+                self.param(f'{prefix}_{i}', initializers.normal(E**-0.5), (width, E))
                 for i, width in enumerate(widths)
                 if i > 0
             ]
 
-        self.embedding, self.P = tables('embedding'), projections('P')
-        self.output = self.embedding if self.tied else tables('output')
-        self.P_out = self.P if self.tied else projections('P_out')
-        tails = len(self.cutoffs)
-        self.T = self.param('T', initializers.normal(E**-0.5), (tails, E))
+        self.embedding, self.P = make_tables('embedding'), make_projections('P')
+        self.output = self.embedding if self.tied else make_tables('output')
+        self.P_out = self.P if self.tied else make_projections('P_out')
+        num_tails = len(self.cutoffs)
+        self.T = self.param('T', initializers.normal(E**-0.5), (num_tails, E))
         self.bias = [
-            self.param(f'bias_{i}', initializers.zeros, (size + (tails if i == 0 else 0),))
-            for i, size in enumerate(sizes)
+            self.param(f'bias_{i}', initializers.zeros, (size + (num_tails if i == 0 else 0),))
+            for i, size in enumerate(cluster_sizes)
         ]
 
     def embed(self, tokens: Array) -> Array:
         """Return x [..., E] of ids [...]."""
         x = jnp.zeros((*tokens.shape, self.features), self.dtype)
-        for i, (start, end) in enumerate(self.clusters):
-            is_inside = (tokens >= start) & (tokens < end)
-            rows = self.embedding[i][jnp.where(is_inside, tokens - start, 0)].astype(self.dtype)
-            if i > 0:
-                rows = linear(rows, self.P[i - 1].astype(self.dtype))
-            x = jnp.where(is_inside[..., None], rows * self.features**0.5, x)
+        for cluster, (first_id, end_id) in enumerate(self.clusters):
+            is_inside = (tokens >= first_id) & (tokens < end_id)
+            table_rows = jnp.where(is_inside, tokens - first_id, 0)
+            embeddings = self.embedding[cluster][table_rows].astype(self.dtype)
+            if cluster > 0:
+                embeddings = linear(embeddings, self.P[cluster - 1].astype(self.dtype))
+            x = jnp.where(is_inside[..., None], embeddings * self.features**0.5, x)
         return x
 
     def losses(self, y: Array, targets: Array) -> Losses:
         """Return the losses of targets [...], given y [..., E]."""
-        flat = jnp.asarray(y, self.dtype).reshape(-1, y.shape[-1])
-        ids = jnp.asarray(targets).reshape(-1)
-        nats = self._compute_head_nats(flat, ids)
-        for i, (start, end) in enumerate(self.clusters[1:], start=1):
-            is_inside = (ids >= start) & (ids < end)
-            nats = nats + self._compute_tail_nats(i, flat, jnp.where(is_inside, ids - start, -1))
+        flat_features = jnp.asarray(y, self.dtype).reshape(-1, y.shape[-1])
+        flat_targets = jnp.asarray(targets).reshape(-1)
+        nats = self._compute_head_nats(flat_features, flat_targets)
+        for tail, (first_id, end_id) in enumerate(self.clusters[1:], start=1):
+            is_inside = (flat_targets >= first_id) & (flat_targets < end_id)
+            tail_targets = jnp.where(is_inside, flat_targets - first_id, -1)
+            nats = nats + self._compute_tail_nats(tail, flat_features, tail_targets)
         nats = nats.reshape(targets.shape)
         return Losses(nats, nats)
 
     def logits(self, y: Array) -> Array:
         """Return ln p of every word, [..., V] in f32, given y [..., E]."""
         y = y.astype(self.dtype)
-        head = jax.nn.log_softmax(self._head_logits(y))
+        head_log_probs = jax.nn.log_softmax(self._head_logits(y))
         head_size = self.clusters[0][1]
-        parts = [head[..., :head_size]]
-        for i in range(1, len(self.clusters)):
-            tail = jax.nn.log_softmax(self._tail_logits(i, y))
-            parts.append(head[..., head_size + i - 1, None] + tail)
-        return jnp.concatenate(parts, axis=-1)
+        log_probs = [head_log_probs[..., :head_size]]
+        for tail in range(1, len(self.clusters)):
+            tail_log_probs = jax.nn.log_softmax(self._tail_logits(tail, y))
+            log_probs.append(head_log_probs[..., head_size + tail - 1, None] + tail_log_probs)
+        return jnp.concatenate(log_probs, axis=-1)
 
     def _head_logits(self, y: Array) -> Array:
-        table = jnp.concatenate([self.output[0], self.T]).astype(self.dtype)
-        return _add_bias(linear(y, table.T, out_dtype=jnp.float32), self.bias[0])
+        head_table = jnp.concatenate([self.output[0], self.T]).astype(self.dtype)
+        return _add_bias(linear(y, head_table.T, out_dtype=jnp.float32), self.bias[0])
 
-    def _tail_logits(self, i: int, y: Array) -> Array:
-        y = linear(y, self.P_out[i - 1].T.astype(self.dtype))
-        table = self.output[i].astype(self.dtype)
-        return _add_bias(linear(y, table.T, out_dtype=jnp.float32), self.bias[i])
+    def _tail_logits(self, tail: int, y: Array) -> Array:
+        y = linear(y, self.P_out[tail - 1].T.astype(self.dtype))
+        tail_table = self.output[tail].astype(self.dtype)
+        return _add_bias(linear(y, tail_table.T, out_dtype=jnp.float32), self.bias[tail])
 
-    def _compute_head_nats(self, y: Array, ids: Array) -> Array:
+    def _compute_head_nats(self, y: Array, targets: Array) -> Array:
         """Compute −ln p_head of each token's word or tail."""
-        entries = ids
+        head_entries = targets
         head_size = self.clusters[0][1]
-        for i, (start, end) in enumerate(self.clusters[1:]):
-            entries = jnp.where((ids >= start) & (ids < end), head_size + i, entries)
+        for tail_entry, (first_id, end_id) in enumerate(self.clusters[1:], start=head_size):
+            is_inside = (targets >= first_id) & (targets < end_id)
+            head_entries = jnp.where(is_inside, tail_entry, head_entries)
 
         @jax.checkpoint
         def compute_block(block: tuple[Array, Array]) -> Array:
-            y, entries = block
-            return _compute_nats(self._head_logits(y), entries)
+            y, head_entries = block
+            return _compute_nats(self._head_logits(y), head_entries)
 
-        num_tokens = len(ids)
-        size = even_size(num_tokens, self.chunk or num_tokens)
-        blocks = _split_blocks(y, size), _split_blocks(entries, size)
+        num_tokens = len(targets)
+        block_size = even_size(num_tokens, self.chunk or num_tokens)
+        blocks = _split_blocks(y, block_size), _split_blocks(head_entries, block_size)
         return jax.lax.map(compute_block, blocks).reshape(-1)[:num_tokens]
 
-    def _compute_tail_nats(self, i: int, y: Array, ids: Array) -> Array:
+    def _compute_tail_nats(self, tail: int, y: Array, tail_targets: Array) -> Array:
         """Compute −ln p_i of the tokens in tail i, with 0 for the other tokens.
 
         Args:
-          i: number of the tail, from 1.
+          tail: number of the tail, from 1.
           y: [N, E].
-          ids: positions of the words in the tail, [N]; −1 for tokens outside the tail.
+          tail_targets: positions of the words in the tail, [N]; −1 for tokens outside the tail.
         """
-        num_tokens = len(ids)
-        size = even_size(num_tokens, self.chunk or -(-num_tokens // 8))
-        is_inside = ids >= 0
+        num_tokens = len(tail_targets)
+        block_size = even_size(num_tokens, self.chunk or -(-num_tokens // 8))
+        is_inside = tail_targets >= 0
         # Sort the tail's tokens to the front, so that the blocks after them are skipped.
-        order = jnp.argsort(~is_inside, stable=True)
+        token_order = jnp.argsort(~is_inside, stable=True)
 
-        def compute_block(index: Array) -> Array:
+        def compute_block(token_index: Array) -> Array:
             def compute() -> Array:
-                nats = _compute_nats(self._tail_logits(i, y[index]), jnp.maximum(ids[index], 0))
-                return jnp.where(is_inside[index], nats, 0.0)
+                logits = self._tail_logits(tail, y[token_index])
+                nats = _compute_nats(logits, jnp.maximum(tail_targets[token_index], 0))
+                return jnp.where(is_inside[token_index], nats, 0.0)
 
-            has_token = is_inside[index].any()
-            return jax.lax.cond(has_token, jax.checkpoint(compute), lambda: jnp.zeros(size))
+            has_token = is_inside[token_index].any()
+            return jax.lax.cond(has_token, jax.checkpoint(compute), lambda: jnp.zeros(block_size))
 
-        nats = jax.lax.map(compute_block, _split_blocks(order, size)).reshape(-1)[:num_tokens]
-        return jnp.zeros(num_tokens).at[order].set(nats)
+        blocks = _split_blocks(token_order, block_size)
+        nats = jax.lax.map(compute_block, blocks).reshape(-1)[:num_tokens]
+        return jnp.zeros(num_tokens).at[token_order].set(nats)
 
 
-def _split_blocks(array: Array, size: int) -> Array:
+def _split_blocks(array: Array, block_size: int) -> Array:
     """Split [N, …] into [blocks, size, …]; row 0 pads the last block."""
-    count = -(-len(array) // size)
-    index = jnp.arange(count * size)
-    index = jnp.where(index < len(array), index, 0)
-    return array[index].reshape(count, size, *array.shape[1:])
+    num_blocks = -(-len(array) // block_size)
+    row_index = jnp.arange(num_blocks * block_size)
+    row_index = jnp.where(row_index < len(array), row_index, 0)
+    return array[row_index].reshape(num_blocks, block_size, *array.shape[1:])
 
 
 def _compute_nats(logits: Array, targets: Array) -> Array:

@@ -27,7 +27,7 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
       UserError: if the directory has no complete checkpoint, or has another config.
     """
     # The model.
-    path = pathlib.Path(workdir)
+    run_path = pathlib.Path(workdir)
     config, corpus, params, step, mesh = restore(config, workdir)
     model = factory.configure_evaluation(factory.build_model(config, *corpus.sizes), config)
     reading = lm_config.get_reading(config)
@@ -43,22 +43,25 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
                 adapted = dynamic_evaluation.evaluate(model, params, corpus, split, adaptation)
                 scores[f'{split}_dynamic'] = dict(zip(map(str, config.seeds), adapted, strict=True))
             scores[split] = dict(zip(map(str, config.seeds), results, strict=True))
-    write_json(path / 'evaluation.json', {'step': step, **scores})
+    write_json(run_path / 'evaluation.json', {'step': step, **scores})
 
     # The table.
-    table = rich.table.Table('', 'nats/token', 'perplexity', 'bits/byte', 'how', title=str(path))
-    for name, values in sorted(scores.items()):
-        rows = list(values.values())
-        protocol = ', '.join(f'{key} {value}' for key, value in rows[0]['over'].items())
-        keys = 'nats_per_token', 'perplexity', 'bits_per_byte'
-        table.add_row(name, *(_format_mean(rows, key) for key in keys), protocol)
-    rich.console.Console().print(table)
+    headers = '', 'nats/token', 'perplexity', 'bits/byte', 'how'
+    score_table = rich.table.Table(*headers, title=str(run_path))
+    for protocol_name, scores_by_seed in sorted(scores.items()):
+        seed_scores = list(scores_by_seed.values())
+        protocol = seed_scores[0]['over']
+        description = ', '.join(f'{option} {setting}' for option, setting in protocol.items())
+        columns = 'nats_per_token', 'perplexity', 'bits_per_byte'
+        means = [_format_mean(seed_scores, column) for column in columns]
+        score_table.add_row(protocol_name, *means, description)
+    rich.console.Console().print(score_table)
 
 
-def _format_mean(rows: list[dict[str, Any]], key: str) -> str:
+def _format_mean(seed_scores: list[dict[str, Any]], column: str) -> str:
     """Format the mean over seeds, with the standard deviation of several seeds."""
-    if rows[0][key] is None:
+    if seed_scores[0][column] is None:
         return ''
-    values = np.array([row[key] for row in rows])
+    values = np.array([score[column] for score in seed_scores])
     spread = f' ± {values.std(ddof=1):.4f}' if len(values) > 1 else ''
     return f'{values.mean():.4f}{spread}'

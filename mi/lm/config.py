@@ -176,10 +176,11 @@ def _check_model(config: ml_collections.ConfigDict) -> None:
         )
 
     # Sizes of a Transformer.
-    for key, heads in (('heads', model.heads), ('kv_heads', model.kv_heads or model.heads)):
+    head_counts = {'heads': model.heads, 'kv_heads': model.kv_heads or model.heads}
+    for key, num_heads in head_counts.items():
         dividend = model.hidden if key == 'heads' else model.heads
-        if is_transformer and dividend % heads:
-            raise UserError(f'config.model.{key} = {heads}: expected a divisor of {dividend}')
+        if is_transformer and dividend % num_heads:
+            raise UserError(f'config.model.{key} = {num_heads}: expected a divisor of {dividend}')
     if is_transformer and model.hidden // model.heads % 2:
         raise UserError(
             f'config.model.hidden / config.model.heads = {model.hidden // model.heads}: expected '
@@ -249,10 +250,10 @@ def _refuse_unseen_positions(config: ml_collections.ConfigDict) -> None:
     lengths = {'eval.length': get_reading(config).length}
     if config.dynamic.tokens:
         lengths['dynamic.length'] = config.dynamic.length
-    for key, value in lengths.items():
-        if value > max_length:
+    for key, num_tokens in lengths.items():
+        if num_tokens > max_length:
             raise UserError(
-                f'config.{key} = {value}: expected at most {max_length}, the positions of '
+                f'config.{key} = {num_tokens}: expected at most {max_length}, the positions of '
                 f'training, for a Transformer that is evaluated without memory. Try '
                 f'config.{key} = {max_length}, or config.model.memory'
             )

@@ -37,8 +37,8 @@ class RecurrentContext(nn.Module):
     @nn.compact
     def __call__(self, carry: cells.Carry, x: Array) -> tuple[cells.Carry, Array]:
         """Map the carry and x [T, B, E] to the new carry and z [T, B, m]."""
-        next_carry, h = cells.LSTM(self.features, dtype=self.dtype, name='lstm')(carry, x)
-        return next_carry, previous(carry[1], h)
+        next_carry, hidden = cells.LSTM(self.features, dtype=self.dtype, name='lstm')(carry, x)
+        return next_carry, previous(carry[1], hidden)
 
     def initial(self, batch: int) -> cells.Carry:
         """Return the state before the first token: zeros."""
@@ -69,16 +69,17 @@ class Summary(nn.Module):
             'log_tau', lambda _: jnp.linspace(0, jnp.log(self.longest), m, dtype=jnp.float32)
         )
         decay = jnp.exp(-jnp.exp(-log_tau)).reshape(1, 1, m)
-        a = Affine(m, self.dtype, name='input')(x).astype(jnp.float32)
-        a = jnp.sqrt(1 - decay**2) * a
-        a = a.at[0].add(decay[0] * carry)
+        inputs = Affine(m, self.dtype, name='input')(x).astype(jnp.float32)
+        inputs = jnp.sqrt(1 - decay**2) * inputs
+        inputs = inputs.at[0].add(decay[0] * carry)
 
-        # s_t = λ s_{t−1} + a_t for all t in parallel.
+        # s_t = λ s_{t−1} + inputs_t for all t in parallel.
         def compose(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
             return left[0] * right[0], left[1] * right[0] + right[1]
 
-        _, s = jax.lax.associative_scan(compose, (jnp.broadcast_to(decay, a.shape), a))
-        return s[-1], previous(carry, s).astype(self.dtype)
+        decays = jnp.broadcast_to(decay, inputs.shape)
+        _, states = jax.lax.associative_scan(compose, (decays, inputs))
+        return states[-1], previous(carry, states).astype(self.dtype)
 
     def initial(self, batch: int) -> Array:
         """Return the state before the first token: zeros."""

@@ -101,41 +101,44 @@ def evaluate(
     params = sharding.to_host(params)
     num_seeds = len(jax.tree.leaves(params)[0])
     mesh = placement.seed_mesh(num_seeds, jax.local_devices())
-    trained = placement.shard_seeds(params, mesh)
-    start, add_squares, adapt = _compile_programs(model, mesh)
+    trained_params = placement.shard_seeds(params, mesh)
+    init_state, add_squares, adapt = _compile_programs(model, mesh)
 
     # Σ g² over segments of the training text.
     num_tokens = adaptation.statistics * adaptation.length + 1
     train_tokens = np.asarray(corpus.tokens['train'][:num_tokens])
-    carry, squares = start((trained,), None)
-    count = 0
+    carry, square_sums = init_state((trained_params,), None)
+    num_segments = 0
     for segments in _read_rounds(corpus, 'train', train_tokens, model, adaptation.length):
-        carry, squares = add_squares((trained, carry, squares), segments)
-        count += len(segments.inputs)
+        carry, square_sums = add_squares((trained_params, carry, square_sums), segments)
+        num_segments += len(segments.inputs)
 
     # The held-out text.
     tokens = np.asarray(corpus.tokens[split][: adaptation.tokens])
-    predictions = len(tokens) - 1
-    total, params, (carry, _) = np.zeros(num_seeds), trained, start((trained,), None)
+    num_predictions = len(tokens) - 1
+    total_nats, params = np.zeros(num_seeds), trained_params
+    carry, _ = init_state((trained_params,), None)
     rates = Rates(
         np.float32(adaptation.learning_rate),
         np.float32(adaptation.decay),
         np.float32(adaptation.epsilon),
     )
-    with progress.Work(f'dynamic evaluation of {split}', predictions, 'tokens') as work:
+    with progress.Work(f'dynamic evaluation of {split}', num_predictions, 'tokens') as work:
         for segments in _read_rounds(corpus, split, tokens, model, adaptation.length):
-            shared = np.float32(count), rates, segments
-            params, carry, nats = adapt((trained, squares, params, carry), shared)
-            total += placement.gather_seeds(nats, num_seeds).astype(np.float64)
-            _refuse_non_finite(total, split, adaptation)
+            shared = np.float32(num_segments), rates, segments
+            params, carry, nats = adapt((trained_params, square_sums, params, carry), shared)
+            total_nats += placement.gather_seeds(nats, num_seeds).astype(np.float64)
+            _refuse_non_finite(total_nats, split, adaptation)
             work.done += segments.mask.sum()
-    protocol = {'predictions': predictions, 'batch': 1} | adaptation._asdict()
-    means = (total / predictions).tolist()
-    return [compute_metrics(nats_per_token, corpus, split, protocol) for nats_per_token in means]
+    protocol = {'predictions': num_predictions, 'batch': 1} | adaptation._asdict()
+    mean_nats = (total_nats / num_predictions).tolist()
+    return [
+        compute_metrics(nats_per_token, corpus, split, protocol) for nats_per_token in mean_nats
+    ]
 
 
-def _refuse_non_finite(total: np.ndarray, split: str, adaptation: Adaptation) -> None:
-    if not np.isfinite(total).all():
+def _refuse_non_finite(total_nats: np.ndarray, split: str, adaptation: Adaptation) -> None:
+    if not np.isfinite(total_nats).all():
         raise UserError(
             f'dynamic evaluation of {split}: the loss is not finite. Try a lower '
             f'config.dynamic.learning_rate than {adaptation.learning_rate}, a higher '
@@ -169,16 +172,16 @@ def _compute_gradient(
         next_carry, losses = model.apply(  # type: ignore[assignment]
             {'params': params}, carry, segment.inputs, segment.targets, segment.domains
         )
-        total = (losses.nats * segment.mask).sum()
-        return total / jnp.maximum(segment.mask.sum(), 1), (next_carry, total)
+        total_nats = (losses.nats * segment.mask).sum()
+        return total_nats / jnp.maximum(segment.mask.sum(), 1), (next_carry, total_nats)
 
-    grads, (next_carry, total) = jax.grad(compute_loss, has_aux=True)(params)
-    return grads, next_carry, total
+    grads, (next_carry, total_nats) = jax.grad(compute_loss, has_aux=True)(params)
+    return grads, next_carry, total_nats
 
 
 @functools.cache
 def _compile_programs(model: LanguageModel, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
-    """Return `_start`, `_add_squares` and `_adapt` for all seeds, which the devices share."""
+    """Return `_init_state`, `_add_squares` and `_adapt` for all seeds, which the devices share."""
     seed_spec, replicated_spec = sharding.seed_sharding(mesh).spec, sharding.replicated(mesh).spec
 
     def compile_seeds(function: Callable[..., Any]) -> Any:
@@ -195,10 +198,10 @@ def _compile_programs(model: LanguageModel, mesh: jax.sharding.Mesh) -> tuple[An
             )
         )
 
-    return compile_seeds(_start), compile_seeds(_add_squares), compile_seeds(_adapt)
+    return compile_seeds(_init_state), compile_seeds(_add_squares), compile_seeds(_adapt)
 
 
-def _start(model: LanguageModel, seeded: tuple[Params], shared: None) -> tuple[Carry, Params]:
+def _init_state(model: LanguageModel, seeded: tuple[Params], shared: None) -> tuple[Carry, Params]:
     """Return the carry before the first token, and zeros for Σ g²."""
     (params,) = seeded
     return model.initial_carry(1), jax.tree.map(jnp.zeros_like, params)
@@ -208,15 +211,15 @@ def _add_squares(
     model: LanguageModel, seeded: tuple[Params, Carry, Params], segments: Segments
 ) -> tuple[Carry, Params]:
     """Return the carry after the segments, and Σ g² with theirs added."""
-    params, carry, squares = seeded
+    params, carry, square_sums = seeded
 
-    def step(state: tuple[Carry, ArrayTree], segment: Segments) -> Any:
-        carry, squares = state
+    def step(loop_state: tuple[Carry, ArrayTree], segment: Segments) -> Any:
+        carry, square_sums = loop_state
         grads, carry, _ = _compute_gradient(model, params, carry, segment)
-        return (carry, jax.tree.map(lambda s, g: s + g * g, squares, grads)), None
+        return (carry, jax.tree.map(lambda s, g: s + g * g, square_sums, grads)), None
 
-    state, _ = jax.lax.scan(step, (carry, squares), segments)
-    return state
+    loop_state, _ = jax.lax.scan(step, (carry, square_sums), segments)
+    return loop_state
 
 
 def _adapt(
@@ -231,21 +234,21 @@ def _adapt(
       seeded: trained parameters, Σ g², and the parameters and carry before the segments.
       shared: number of segments in Σ g², the rates, and the segments.
     """
-    trained, squares, params, carry = seeded
-    count, rates, segments = shared
-    roots = jax.tree.map(lambda total: jnp.sqrt(total / count), squares)
-    leaves = jax.tree.leaves(roots)
-    mean = sum(root.sum() for root in leaves) / sum(root.size for root in leaves)
+    trained_params, square_sums, params, carry = seeded
+    num_segments, rates, segments = shared
+    grad_rms = jax.tree.map(lambda total: jnp.sqrt(total / num_segments), square_sums)
+    rms_leaves = jax.tree.leaves(grad_rms)
+    mean_rms = sum(rms.sum() for rms in rms_leaves) / sum(rms.size for rms in rms_leaves)
 
-    def move(param: Array, trained: Array, grad: Array, root: Array) -> Array:
-        decay = jnp.minimum(1, rates.decay * root / mean)
-        learned = param - rates.learning_rate * grad / (root + rates.epsilon)
+    def update_param(param: Array, trained: Array, grad: Array, rms: Array) -> Array:
+        decay = jnp.minimum(1, rates.decay * rms / mean_rms)
+        learned = param - rates.learning_rate * grad / (rms + rates.epsilon)
         return learned + decay * (trained - param)
 
-    def step(state: tuple[Params, Carry], segment: Segments) -> Any:
-        params, carry = state
+    def step(loop_state: tuple[Params, Carry], segment: Segments) -> Any:
+        params, carry = loop_state
         grads, carry, nats = _compute_gradient(model, params, carry, segment)
-        return (jax.tree.map(move, params, trained, grads, roots), carry), nats
+        return (jax.tree.map(update_param, params, trained_params, grads, grad_rms), carry), nats
 
     (params, carry), nats = jax.lax.scan(step, (params, carry), segments)
     return params, carry, nats.sum()

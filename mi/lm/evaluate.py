@@ -128,37 +128,39 @@ def evaluate(
     corpus, split, _ = excerpt
     tokens = excerpt.tokens
     num_seeds = len(jax.tree.leaves(params)[0])
-    predictions = len(tokens) - 1
-    batch = min(reading.batch, predictions)
-    idle = -batch % (mesh.size // mesh.shape['seed'])
+    num_predictions = len(tokens) - 1
+    batch_size = min(reading.batch, num_predictions)
+    idle_rows = -batch_size % (mesh.size // mesh.shape['seed'])
     row_sharding = sharding.batch_sharding(mesh, 1)
 
-    def put(array: np.ndarray) -> Array:
-        return sharding.shard_array(np.pad(array, ((0, 0), (0, idle))), row_sharding)
+    def shard_rows(array: np.ndarray) -> Array:
+        return sharding.shard_array(np.pad(array, ((0, 0), (0, idle_rows))), row_sharding)
 
     # The text, segment by segment.
     program = segment_program(model, mesh)
-    initial_carry = _place_initial_carry(model, num_seeds, batch + idle, mesh)
-    carry, total = initial_carry, np.zeros(num_seeds, np.float64)
-    with progress.Work(f'evaluating {split}', predictions, 'tokens') as work:
-        for inputs, targets, mask, positions in _read_pieces(tokens, batch, reading):
+    initial_carry = _place_initial_carry(model, num_seeds, batch_size + idle_rows, mesh)
+    carry, total_nats = initial_carry, np.zeros(num_seeds, np.float64)
+    with progress.Work(f'evaluating {split}', num_predictions, 'tokens') as work:
+        for inputs, targets, mask, positions in _read_pieces(tokens, batch_size, reading):
             check()
             domains = None
             if model.source == 'domain':
-                domains = put(corpus.get_domains(split, positions))
-            carry, nats = program(params, carry, *map(put, (inputs, targets, mask)), domains)
-            total += np.asarray(nats, np.float64)
+                domains = shard_rows(corpus.get_domains(split, positions))
+            carry, nats = program(params, carry, *map(shard_rows, (inputs, targets, mask)), domains)
+            total_nats += np.asarray(nats, np.float64)
             carry = initial_carry if reading.stride else carry
             work.done += mask.sum()
 
     # The metrics, and how they were measured.
-    protocol = {'predictions': predictions, 'batch': batch, 'length': reading.length}
+    protocol = {'predictions': num_predictions, 'batch': batch_size, 'length': reading.length}
     if reading.stride:
         protocol['stride'] = reading.stride
     if model.memory is not None:
         protocol['memory'] = model.memory
-    means = (total / predictions).tolist()
-    return [compute_metrics(nats_per_token, corpus, split, protocol) for nats_per_token in means]
+    mean_nats = (total_nats / num_predictions).tolist()
+    return [
+        compute_metrics(nats_per_token, corpus, split, protocol) for nats_per_token in mean_nats
+    ]
 
 
 def compile_segment(
@@ -178,19 +180,19 @@ def compile_segment(
       mesh: the devices.
     """
     # The shapes of the carry, and of a segment.
-    batch = reading.batch + -reading.batch % (mesh.size // mesh.shape['seed'])
+    batch_size = reading.batch + -reading.batch % (mesh.size // mesh.shape['seed'])
     num_seeds = jax.tree.leaves(params)[0].shape[0]
     carry_sharding = sharding.batch_sharding(mesh, 1, has_seeds=True)
     carry = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct((num_seeds, *a.shape), a.dtype, sharding=carry_sharding),
-        jax.eval_shape(lambda: model.initial_carry(batch)),
+        jax.eval_shape(lambda: model.initial_carry(batch_size)),
     )
 
-    def rows(dtype: DTypeLike) -> jax.ShapeDtypeStruct:
-        shape = reading.length, batch
+    def describe_rows(dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+        shape = reading.length, batch_size
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh, 1))
 
-    tokens, mask = rows(np.int32), rows(np.float32)
+    tokens, mask = describe_rows(np.int32), describe_rows(np.float32)
     domains = tokens if has_domains else None
     compiled: jax.stages.Compiled = (
         segment_program(model, mesh).lower(params, carry, tokens, tokens, mask, domains).compile()
@@ -230,11 +232,11 @@ def compute_metrics(
       split: 'valid' or 'test'.
       protocol: protocol of the measurement; 'predictions' is the number of predicted tokens.
     """
-    predictions = protocol['predictions']
-    predicted_bytes = corpus.count_predicted_bytes(split, predictions) if corpus.lossless else 0
+    num_predictions = protocol['predictions']
+    predicted_bytes = corpus.count_predicted_bytes(split, num_predictions) if corpus.lossless else 0
     bits_per_byte = None
     if predicted_bytes:
-        bits_per_byte = loss.bits_per_byte(nats_per_token, predictions, predicted_bytes)
+        bits_per_byte = loss.bits_per_byte(nats_per_token, num_predictions, predicted_bytes)
     return {
         'nats_per_token': nats_per_token,
         'perplexity': math.exp(min(nats_per_token, 700.0)),

@@ -32,9 +32,7 @@ def load_corpus(config: ml_collections.ConfigDict) -> Corpus:
     """
     data = config.data
     corpus = token_store.load(
-        data.source,
-        data.level,
-        data.vocabulary,
+        token_store.Recipe(data.source, data.level, data.vocabulary),
         data.cache,
         path=data.path,
         train_tokens=data.train_tokens,
@@ -61,31 +59,34 @@ def build_model(
       UserError: if a cutoff of the adaptive softmax is not below the vocabulary.
     """
     # The context, which a model without fusion does not have.
-    model, fusion_config = config.model, config.model.fusion
-    uses_domains = model.source == 'domain'
+    model_config, fusion_config = config.model, config.model.fusion
+    uses_domains = model_config.source == 'domain'
     fusion_options = {'context': 'one_hot'} if uses_domains and fusion_config.name != 'none' else {}
-    context = num_domains if uses_domains else model.context
+    context = num_domains if uses_domains else model_config.context
 
     # The model, with constructors of its parts.
     return LanguageModel(
         words=functools.partial(
             _get_words(config, vocabulary),
             vocabulary=vocabulary,
-            features=model.embed,
-            tied=model.tied,
+            features=model_config.embed,
+            tied=model_config.tied,
         ),
         core=functools.partial(
-            _get_core(model), features=model.hidden, layers=model.layers, hidden=model.ffn
+            _get_core(model_config),
+            features=model_config.hidden,
+            layers=model_config.layers,
+            hidden=model_config.ffn,
         ),
-        site=model.site,
-        source=model.source,
+        site=model_config.site,
+        source=model_config.source,
         context=0 if fusion_config.name == 'none' else context,
         fusion=functools.partial(
             fusion.get(fusion_config.name, rank=fusion_config.rank, hidden=fusion_config.hidden),
             **fusion_options,
         ),
         rates=Rates(**config.dropout),
-        dtype=jnp.dtype(model.dtype),
+        dtype=jnp.dtype(model_config.dtype),
     )
 
 
@@ -161,9 +162,9 @@ def compute_costs(
     """
     # XLA's LSTM in place of cuDNN's call, whose FLOPs cannot be counted.
     model = build_model(_override(config, {'model.impl': 'xla'}), vocabulary, num_domains)
-    T, B = config.train.length, config.train.batch
-    tokens = jax.ShapeDtypeStruct((T, B), jnp.int32)
-    carry = jax.eval_shape(lambda: model.initial_carry(B))
+    num_steps, batch_size = config.train.length, config.train.batch
+    tokens = jax.ShapeDtypeStruct((num_steps, batch_size), jnp.int32)
+    carry = jax.eval_shape(lambda: model.initial_carry(batch_size))
     inputs = carry, tokens, None, tokens if model.source == 'domain' else None
     variables: Any = jax.eval_shape(model.init, jax.random.key(0), *inputs)
 
@@ -174,13 +175,14 @@ def compute_costs(
         flops = counting.flops(module.apply, fusion_variables, *shapes)
         num_tokens = shapes[0].shape[0] * shapes[0].shape[1]
         fusion_flops += flops / num_tokens
+    model_flops = counting.flops(model.apply, variables, *inputs)
     return {
         'parameters': {
             'model': counting.parameters(variables),
             'fusion': round(fusion_params),
         },
         'flops_per_token': {
-            'model': round(counting.flops(model.apply, variables, *inputs) / (T * B)),
+            'model': round(model_flops / (num_steps * batch_size)),
             'fusion': round(fusion_flops),
         },
     }
@@ -204,17 +206,18 @@ def match_size(
             f"config.match.knob = 'rank': the fusion {config.model.fusion.name!r} has no rank. "
             f"Try 'hidden'"
         )
-    kind = 'parameters' if config.match.by == 'parameters' else 'flops_per_token'
+    cost_name = 'parameters' if config.match.by == 'parameters' else 'flops_per_token'
 
     def compute_cost(changes: Mapping[str, Any]) -> int:
-        return compute_costs(_override(config, changes), vocabulary, num_domains)[kind]['model']
+        costs = compute_costs(_override(config, changes), vocabulary, num_domains)
+        return costs[cost_name]['model']
 
     target = config.match.target or compute_cost({'model.fusion.name': 'concat'})
     try:
-        size = counting.nearest_size(lambda n: compute_cost(_resize(config, n)), target)
+        matched_size = counting.nearest_size(lambda n: compute_cost(_resize(config, n)), target)
     except ValueError as error:
         raise UserError(f'config.match: {error}. Try another config.match.target') from error
-    return _override(config, _resize(config, size))
+    return _override(config, _resize(config, matched_size))
 
 
 def _resize(config: ml_collections.ConfigDict, size: int) -> dict[str, Any]:

@@ -45,18 +45,18 @@ def nats(logits: Array, targets: Array) -> Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
 
-def bits_per_byte(nats_per_token: float, tokens: int, text_bytes: int) -> float:
+def bits_per_byte(nats_per_token: float, num_tokens: int, num_bytes: int) -> float:
     """Convert nats per token to bits per byte: nats · tokens / (ln 2 · bytes)."""
-    return nats_per_token * tokens / (text_bytes * math.log(2))
+    return nats_per_token * num_tokens / (num_bytes * math.log(2))
 
 
-def even_size(tokens: int, largest: int) -> int:
-    """Return the size of equal parts with at most `largest` tokens, as few of them as possible.
+def even_size(num_tokens: int, max_size: int) -> int:
+    """Return the size of equal parts with at most `max_size` tokens, as few of them as possible.
 
-    The last part is padded. Parts of exactly `largest` tokens would waste work on a device that has
-    few more tokens than one part.
+    The last part is padded. Parts of exactly `max_size` tokens would waste work on a device that
+    has few more tokens than one part.
     """
-    return -(-tokens // -(-tokens // largest))
+    return -(-num_tokens // -(-num_tokens // max_size))
 
 
 def softmax_losses(
@@ -81,27 +81,28 @@ def softmax_losses(
       targets: ids [...].
       objective: s, w and the chunk size.
     """
-    tokens, chunk = targets.size, objective.chunk
-    flat, ids = y.reshape(tokens, -1), targets.reshape(-1)
-    if chunk == 0 or chunk >= tokens:
+    num_tokens, chunk_size = targets.size, objective.chunk
+    flat_features, flat_targets = y.reshape(num_tokens, -1), targets.reshape(-1)
+    if chunk_size == 0 or chunk_size >= num_tokens:
         # All tokens in one product.
-        losses = _losses_from_logits(_logits(flat, table, bias), ids, objective)
+        losses = _losses_from_logits(_logits(flat_features, table, bias), flat_targets, objective)
     else:
         # One chunk of tokens after another.
-        chunks = -(-tokens // chunk)
-        chunk = even_size(tokens, chunk)
-        padding = chunks * chunk - tokens
-        flat = jnp.pad(flat, ((0, padding), (0, 0))).reshape(chunks, chunk, -1)
-        ids = jnp.pad(ids, (0, padding)).reshape(chunks, chunk)
+        num_chunks = -(-num_tokens // chunk_size)
+        chunk_size = even_size(num_tokens, chunk_size)
+        padding = num_chunks * chunk_size - num_tokens
+        feature_chunks = jnp.pad(flat_features, ((0, padding), (0, 0)))
+        feature_chunks = feature_chunks.reshape(num_chunks, chunk_size, -1)
+        target_chunks = jnp.pad(flat_targets, (0, padding)).reshape(num_chunks, chunk_size)
 
         @jax.checkpoint
-        def compute_chunk(rows: tuple[Array, Array]) -> Losses:
-            y, targets = rows
+        def compute_chunk(chunk: tuple[Array, Array]) -> Losses:
+            y, targets = chunk
             return _losses_from_logits(_logits(y, table, bias), targets, objective)
 
-        losses = jax.lax.map(compute_chunk, (flat, ids))
-        losses = jax.tree.map(lambda a: a.reshape(-1)[:tokens], losses)
-    return Losses(*(a.reshape(targets.shape) for a in losses))
+        losses = jax.lax.map(compute_chunk, (feature_chunks, target_chunks))
+        losses = jax.tree.map(lambda array: array.reshape(-1)[:num_tokens], losses)
+    return Losses(*(array.reshape(targets.shape) for array in losses))
 
 
 def _logits(y: Array, table: Array, bias: Array) -> Array:

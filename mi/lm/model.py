@@ -146,17 +146,17 @@ class LanguageModel(nn.Module):
         """Run the core in a loop over time, in which it makes z_t from its own h_{t−1}."""
         del domains  # the source is 'state'
 
-        def step(core: nn.Module, state: Any, x_t: Array) -> tuple[Any, tuple[Array, Array]]:
-            state, h, z = core(state, x_t[None], None, train)
-            return state, (h, z)
+        def step(core: nn.Module, core_state: Any, x_t: Array) -> tuple[Any, tuple[Array, Array]]:
+            core_state, h, z = core(core_state, x_t[None], None, train)
+            return core_state, (h, z)
 
         loop = nn.scan(
             step,
             variable_broadcast='params',
             split_rngs={'params': False, 'dropout': not self.rates.locked, 'state': False},
         )
-        state, (h, z) = loop(self._make_core(name='core'), carry['core'], x)
-        return {'core': state}, h[:, 0], z[:, 0]
+        core_state, (h, z) = loop(self._make_core(name='core'), carry['core'], x)
+        return {'core': core_state}, h[:, 0], z[:, 0]
 
     def _run_sequence(
         self, carry: Carry, x: Array, domains: Array | None, train: bool
@@ -184,8 +184,8 @@ class LanguageModel(nn.Module):
         if self.source == 'state':
             return {}, None
         network = NETWORKS[self.source](self.context, dtype=self.dtype, name='context')
-        state, z = network(carry['context'], x)
-        return {'context': state}, z
+        network_state, z = network(carry['context'], x)
+        return {'context': network_state}, z
 
     def _decode(self, features: int, h: Array, z: Array) -> Array:
         """Return y [T, B, E], which the logits are linear in."""

@@ -60,30 +60,32 @@ class Recurrent(nn.Module):
         if self.site in ('encoder', 'both'):
             x = self._fuse('encoder', x, z)
         next_carry = []
-        for i, state in enumerate(carry):
+        for layer_index, layer_state in enumerate(carry):
             # The input of the layer.
-            if i > 0:
+            if layer_index > 0:
                 x = drop(self.rates.layer, self.rates, x, train)
             if self.site == 'norm':
-                x = self._fuse(f'norm_{i}', nn.RMSNorm(use_scale=False, dtype=self.dtype)(x), z)
+                normed = nn.RMSNorm(use_scale=False, dtype=self.dtype)(x)
+                x = self._fuse(f'norm_{layer_index}', normed, z)
             elif self.site == 'input_gate':
-                x = self._fuse(f'input_gate_{i}', x, z)
+                x = self._fuse(f'input_gate_{layer_index}', x, z)
 
             # The layer, with dropout of its state.
-            keep = None
+            keep_mask = None
             if train and self.rates.state:
-                keep = jnp.ones((x.shape[1], self.features))
-                keep = RowDropout(self.rates.state, row_axis=0, collection='state')(keep, False)
-            cell = self.cell(self.features, dtype=self.dtype, name=f'layer_{i}')
-            next_state, x = cell(state, x, None, keep)
+                dropout = RowDropout(self.rates.state, row_axis=0, collection='state')
+                keep_mask = dropout(jnp.ones((x.shape[1], self.features)), False)
+            cell = self.cell(self.features, dtype=self.dtype, name=f'layer_{layer_index}')
+            next_state, x = cell(layer_state, x, None, keep_mask)
             next_carry.append(next_state)
 
             # The feed-forward layer.
             if self.site == 'ffn':
-                ffn = FeedForward(
-                    self.hidden, fusion=self.fusion, dtype=self.dtype, name=f'ffn_{i}'
+                feed_forward = FeedForward(
+                    self.hidden, fusion=self.fusion, dtype=self.dtype, name=f'ffn_{layer_index}'
                 )
-                x = x + ffn(nn.RMSNorm(dtype=self.dtype, name=f'norm_{i}')(x), z)
+                norm = nn.RMSNorm(dtype=self.dtype, name=f'norm_{layer_index}')
+                x = x + feed_forward(norm(x), z)
         return next_carry, x, z
 
     def initial(self, batch: int) -> Carry:

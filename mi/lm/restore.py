@@ -49,12 +49,12 @@ def restore(config: ml_collections.ConfigDict, workdir: str) -> Trained:
     """
     # The config of the run; if sizes were matched, the recorded model has the matched size.
     lm_config.validate(config)
-    path = pathlib.Path(workdir)
-    recorded = read_config(path)
+    run_path = pathlib.Path(workdir)
+    recorded = read_config(run_path)
     corpus = factory.load_corpus(config)
     if config.model.to_dict() != recorded.model.to_dict():
         config = factory.match_size(config, *corpus.sizes)
-    config = merge_eval_config(path, config, overridable=OVERRIDABLE, fixed=FIXED)
+    config = merge_eval_config(run_path, config, overridable=OVERRIDABLE, fixed=FIXED)
     lm_config.validate(config)
 
     # The shapes of the parameters, on the present devices.
@@ -63,17 +63,17 @@ def restore(config: ml_collections.ConfigDict, workdir: str) -> Trained:
     shapes = factory.build_trainer(config, *corpus.sizes).shapes(seeds, mesh)
 
     # The parameters, if they were trained on the same tokens.
-    checkpoints = checkpoint.Checkpoints(path / 'checkpoints', config.train.keep)
-    newest, meta = checkpoints.newest()
-    if meta['data'] != corpus.sha256:
-        trained_data, data = (
+    checkpoints = checkpoint.Checkpoints(run_path / 'checkpoints', config.train.keep)
+    newest, checkpoint_meta = checkpoints.newest()
+    if checkpoint_meta['data'] != corpus.sha256:
+        trained_data, current_data = (
             {'data': side.data.to_dict() | {'cache': ''}} for side in (recorded, config)
         )
-        difference = describe_difference(trained_data, data)
+        difference = describe_difference(trained_data, current_data)
         raise UserError(
-            f'{path} was trained on other tokens than {config.data.source} has now'
+            f'{run_path} was trained on other tokens than {config.data.source} has now'
             f'{f" ({difference})" if difference else ""}. Try restoring the text, or name it by '
             f'--config.data.source'
         )
     params = checkpoints.restore_part(newest, 'params', shapes.params)
-    return Trained(config, corpus, params, meta['step'], mesh)
+    return Trained(config, corpus, params, checkpoint_meta['step'], mesh)

@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,20 +20,26 @@ from mi.rows import make_row_keys
 from mi.training import progress, sharding
 from mi.training.io import write_json
 
+GenerationState = tuple[Carry, ArrayTree, Array]
+"""Carry, cached keys and values, and the newest token of each text."""
+
 
 class Decoding(NamedTuple):
-    """How tokens are drawn from the distribution of a model.
+    """How texts are drawn from the distribution of a model.
 
     Attributes:
       num_tokens: tokens of a text.
       temperature: divisor of the logits; 0 for the most likely token.
       top_p: tokens are drawn from the fewest most likely ones that have this probability together
         (nucleus sampling, Holtzman et al., 2020).
+      num_texts: texts of each seed; each text has its own random keys, which depend on its number
+        alone.
     """
 
     num_tokens: int
     temperature: float | Array = 1.0
     top_p: float | Array = 1.0
+    num_texts: int = 1
 
 
 def sample(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -46,7 +52,7 @@ def sample(config: ml_collections.ConfigDict, workdir: str) -> None:
         empty.
     """
     # The model and the prompt.
-    path = pathlib.Path(workdir)
+    run_path = pathlib.Path(workdir)
     config, corpus, params, step, _ = restore(config, workdir)
     if config.model.source == 'domain':
         raise UserError(
@@ -60,29 +66,27 @@ def sample(config: ml_collections.ConfigDict, workdir: str) -> None:
     model = factory.configure_sampling(factory.build_model(config, *corpus.sizes), config)
 
     # The texts of each seed.
-    decoding = Decoding(options.tokens, options.temperature, options.top_p)
+    decoding = Decoding(options.tokens, options.temperature, options.top_p, options.texts)
     prompt = np.asarray(prompt, np.int32)
     with progress.Work(f'writing {options.tokens:,} tokens'), precision.use_config(config):
-        tokens = generate_all(model, params, prompt, config.seeds, options.texts, decoding)
-    texts = [[corpus.decode(row) for row in seed_tokens] for seed_tokens in tokens]
+        tokens = generate_all(model, params, prompt, config.seeds, decoding)
+    texts = [[corpus.decode(token_row) for token_row in seed_tokens] for seed_tokens in tokens]
     for seed, seed_texts in zip(config.seeds, texts, strict=True):
-        for text in seed_texts:
-            print(f'--- seed {seed}, step {step}\n{options.prompt}{text}')
+        for continuation in seed_texts:
+            print(f'--- seed {seed}, step {step}\n{options.prompt}{continuation}')
     write_json(
-        path / 'samples.json',
+        run_path / 'samples.json',
         {'step': step, **options.to_dict(), 'seeds': list(config.seeds), 'texts': texts},
     )
 
 
-def generate_all(  # noqa: PLR0913 - what a program needs, and what is drawn
+def generate_all(
     model: LanguageModel,
     params: Params,
     prompt: np.ndarray,
     seeds: Sequence[int],
-    num_texts: int,
     decoding: Decoding,
-    *,
-    devices: Sequence[jax.Device] | None = None,  # a seventh, for tests on some devices
+    devices: Sequence[jax.Device] | None = None,
 ) -> np.ndarray:
     """Return the tokens of all texts of all seeds, [S, texts, tokens]; the devices share the texts.
 
@@ -91,27 +95,26 @@ def generate_all(  # noqa: PLR0913 - what a program needs, and what is drawn
       params: its parameters, [S, …].
       prompt: ids [P], at least one.
       seeds: S seeds, which decide what is drawn.
-      num_texts: texts of each seed.
-      decoding: rule by which tokens are drawn.
+      decoding: rule by which the texts are drawn.
       devices: devices to use; None for those of this process.
     """
     # Devices divide the seeds, then the texts.
     params = sharding.to_host(params)
     devices = jax.local_devices() if devices is None else devices
-    mesh = sharding.make_mesh(len(seeds), num_texts, devices=devices)
+    mesh = sharding.make_mesh(len(seeds), decoding.num_texts, devices=devices)
     seed_sharding = sharding.seed_sharding(mesh)
     replicated_spec = sharding.replicated(mesh).spec
-    texts_per_device = num_texts // (mesh.size // mesh.shape['seed'])
+    texts_per_device = decoding.num_texts // (mesh.size // mesh.shape['seed'])
 
     # One program for any temperature and top_p.
     def generate_seeds(
-        params: Params, seeds: Array, prompt: Array, options: tuple[Array, Array]
+        params: Params, seeds: Array, prompt: Array, sampling_options: tuple[Array, Array]
     ) -> Array:
-        traced_decoding = Decoding(decoding.num_tokens, *options)
+        device_decoding = Decoding(decoding.num_tokens, *sampling_options, texts_per_device)
 
         def generate_seed(params: Params, seed: Array) -> Array:
-            key = jax.random.key(seed)
-            return generate(model, params, prompt, key, traced_decoding, texts_per_device)
+            seed_key = jax.random.key(seed)
+            return generate(model, params, prompt, seed_key, device_decoding)
 
         return sharding.map_seeds(generate_seed, mesh)(params, seeds)
 
@@ -123,17 +126,12 @@ def generate_all(  # noqa: PLR0913 - what a program needs, and what is drawn
         check_vma=False,
     )
     placed = jax.device_put((params, np.asarray(seeds, np.int32)), seed_sharding)
-    options = np.float32(decoding.temperature), np.float32(decoding.top_p)
-    return np.asarray(jax.jit(program)(*placed, prompt, options))
+    sampling_options = np.float32(decoding.temperature), np.float32(decoding.top_p)
+    return np.asarray(jax.jit(program)(*placed, prompt, sampling_options))
 
 
 def generate(
-    model: LanguageModel,
-    params: Params,
-    prompt: Array,
-    key: PRNGKey,
-    decoding: Decoding,
-    num_texts: int = 1,
+    model: LanguageModel, params: Params, prompt: Array, key: PRNGKey, decoding: Decoding
 ) -> Array:
     """Return tokens that continue the prompt [P], [texts, tokens].
 
@@ -145,20 +143,18 @@ def generate(
       params: its parameters, of one seed.
       prompt: ids, at least one.
       key: random key.
-      decoding: rule by which tokens are drawn.
-      num_texts: number of texts; each has its own random keys, which depend on its number alone.
+      decoding: rule by which the texts are drawn.
     """
     # An empty cache for all tokens.
-    model, count = model.decoder(), decoding.num_tokens
+    model = model.decoder()
+    num_tokens, num_texts = decoding.num_tokens, decoding.num_texts
     carry = model.initial_carry(num_texts)
-    all_tokens = jnp.zeros((len(prompt) + count, num_texts), jnp.int32)
+    all_tokens = jnp.zeros((len(prompt) + num_tokens, num_texts), jnp.int32)
     variables = jax.eval_shape(model.init, jax.random.key(0), carry, all_tokens)
     cache = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), variables.get('cache', {}))
     draw_rows = jax.vmap(draw, (0, 0, None, None))
 
-    def draw_next(
-        carry: Carry, cache: ArrayTree, tokens: Array, key: PRNGKey
-    ) -> tuple[Carry, Any, Array]:
+    def draw_next(carry: Carry, cache: ArrayTree, tokens: Array, key: PRNGKey) -> GenerationState:
         (carry, logits), updated = model.apply(
             {'params': params, 'cache': cache}, carry, tokens, mutable=['cache']
         )
@@ -167,26 +163,26 @@ def generate(
         return carry, updated.get('cache', {}), drawn
 
     # The prompt in one call, then one token after another.
-    keys = jax.random.split(key, count)
+    step_keys = jax.random.split(key, num_tokens)
     prompts = jnp.broadcast_to(prompt[:, None], (len(prompt), num_texts))
-    carry, cache, first = draw_next(carry, cache, prompts, keys[0])
+    carry, cache, first_tokens = draw_next(carry, cache, prompts, step_keys[0])
 
-    def step(state: tuple[Any, Any, Array], key: PRNGKey) -> tuple[tuple[Any, Any, Array], Array]:
-        carry, cache, tokens = state
+    def step(loop_state: GenerationState, key: PRNGKey) -> tuple[GenerationState, Array]:
+        carry, cache, tokens = loop_state
         carry, cache, drawn = draw_next(carry, cache, tokens[None], key)
         return (carry, cache, drawn), drawn
 
-    _, rest = jax.lax.scan(step, (carry, cache, first), keys[1:])
-    return jnp.concatenate([first[None], rest]).T
+    _, other_tokens = jax.lax.scan(step, (carry, cache, first_tokens), step_keys[1:])
+    return jnp.concatenate([first_tokens[None], other_tokens]).T
 
 
 def draw(logits: Array, key: PRNGKey, temperature: float | Array, top_p: float | Array) -> Array:
     """Draw a token from logits [V]; see `Decoding`."""
     scaled = logits / jnp.maximum(temperature, 1e-6)
-    ordered = jnp.sort(scaled)[::-1]
-    probability = jax.nn.softmax(ordered)
+    sorted_logits = jnp.sort(scaled)[::-1]
+    probabilities = jax.nn.softmax(sorted_logits)
     # The nucleus always holds the most likely token.
-    is_in_nucleus = jnp.cumsum(probability) - probability < top_p
-    lowest = jnp.where(is_in_nucleus, ordered, jnp.inf).min()
-    drawn = jax.random.categorical(key, jnp.where(scaled >= lowest, scaled, -jnp.inf))
+    is_in_nucleus = jnp.cumsum(probabilities) - probabilities < top_p
+    threshold = jnp.where(is_in_nucleus, sorted_logits, jnp.inf).min()
+    drawn = jax.random.categorical(key, jnp.where(scaled >= threshold, scaled, -jnp.inf))
     return jnp.where(temperature > 0, drawn, jnp.argmax(logits)).astype(jnp.int32)

@@ -1,6 +1,5 @@
 """Training of a language model: config → corpus → model → loop → run directory."""
 
-import contextlib
 import pathlib
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ from mi.lm.data.corpus import Corpus
 from mi.lm.data.streams import Stream
 from mi.lm.evaluate import Excerpt, evaluate
 from mi.lm.model import LanguageModel, Params
-from mi.lm.trainer import Metrics
+from mi.lm.trainer import Metrics, name_parts
 from mi.training import checkpoint, logger, progress, run_dir, sharding
 
 
@@ -54,28 +53,30 @@ def _train(config: ml_collections.ConfigDict, corpus: Corpus, run: run_dir.Run) 
 
     # The state: that of the newest checkpoint, or a new one.
     with progress.Work('drawing the initial parameters'):
-        state = trainer.init_seeds(seeds, mesh)
+        train_state = trainer.init_seeds(seeds, mesh)
     checkpoints = checkpoint.Checkpoints(run.path / 'checkpoints', config.train.keep)
-    new_meta: dict[str, Any] = {'step': 0, 'metrics': 0, 'unlogged': [], 'data': corpus.sha256}
-    state, meta = checkpoints.restore(state) or (state, new_meta)
+    meta: dict[str, Any] = {'step': 0, 'metrics': 0, 'unlogged': [], 'data': corpus.sha256}
+    train_state, meta = checkpoints.restore(train_state) or (train_state, meta)
     _refuse_different_tokens(run.path, config, corpus, meta)
     run.step = meta['step']
 
     # The programs: evaluation is compiled when it is first called.
     evaluate_split = _make_evaluation(config, corpus, trainer.model, run, mesh)
     with progress.Work('compiling the training step'):
-        train_step = trainer.compile(state, loader.load(0), mesh)
+        train_step = trainer.compile(train_state, loader.load(0), mesh)
     is_synchronous = sharding.platform(mesh) == 'cpu' and mesh.size > 1  # queued steps deadlock
 
     # The loop. A run that ended between a checkpoint and its evaluation evaluates first.
     is_evaluation_missing = _skip_finished_evaluation(run, meta, len(seeds))
-    with _TrainingLog(config, run, meta) as log:
+    with run.open_logger(num_steps, meta['metrics']) as run_log:
+        log = _TrainingLog(config, run_log, meta)
         if is_evaluation_missing:
-            scores = evaluate_split(state.params, 'valid', config.eval.valid_tokens)
+            scores = evaluate_split(train_state.params, 'valid', config.eval.valid_tokens)
             log.write_evaluation(run.step, 'valid', scores)
         for step in range(run.step + 1, num_steps + 1):
             # Update and log.
-            state, metrics = run.call_traced(1, train_step, state, loader.load(step - 1))
+            batch = loader.load(step - 1)
+            train_state, metrics = run.call_traced(1, train_step, train_state, batch)
             if is_synchronous:
                 jax.block_until_ready(metrics)
             log.add_step(step, metrics)
@@ -88,13 +89,9 @@ def _train(config: ml_collections.ConfigDict, corpus: Corpus, run: run_dir.Run) 
             is_evaluation_step = step % config.train.eval_every == 0 or step == num_steps
             is_stopping = run.should_stop(is_record_step)
             if step % config.train.save_every == 0 or is_evaluation_step or is_stopping:
-                logger.refuse_broken_state(
-                    config.seeds,
-                    step,
-                    {'parameters': state.params, 'moments of the optimizer': state.opt_state},
-                )
+                logger.refuse_broken_state(config.seeds, step, name_parts(train_state))
                 progress_meta = {'data': corpus.sha256, 'is_evaluated': not is_evaluation_step}
-                checkpoints.save(step, state, log.get_position() | progress_meta)
+                checkpoints.save(step, train_state, log.get_position() | progress_meta)
                 log.resume_clock()
                 if is_stopping:
                     run.exit_preempted()
@@ -102,11 +99,11 @@ def _train(config: ml_collections.ConfigDict, corpus: Corpus, run: run_dir.Run) 
             # Evaluate.
             if is_evaluation_step:
                 log.stop_clock()
-                scores = evaluate_split(state.params, 'valid', config.eval.valid_tokens)
+                scores = evaluate_split(train_state.params, 'valid', config.eval.valid_tokens)
                 log.write_evaluation(step, 'valid', scores)
-        for split, name in (('valid', 'valid_whole'), ('test', 'test')):
-            scores = evaluate_split(state.params, split, config.eval.final_tokens)
-            log.write_evaluation(num_steps, name, scores)
+        for split, split_label in (('valid', 'valid_whole'), ('test', 'test')):
+            scores = evaluate_split(train_state.params, split, config.eval.final_tokens)
+            log.write_evaluation(num_steps, split_label, scores)
 
 
 def _make_loader(
@@ -172,22 +169,24 @@ def _refuse_different_tokens(
         )
 
 
-class _TrainingLog(contextlib.AbstractContextManager['_TrainingLog']):
-    """The metrics of the loop, on their way to the run directory.
+class _TrainingLog:
+    """The metrics of the loop, on their way to the log of the run.
 
     The metrics of a step are read while the next step runs, so that the device never waits. A value
     that is not finite ends the run before its state is saved.
 
     Args:
       config: config of the run.
-      run: the open run directory.
+      log: the open log of the run.
       meta: content of the checkpoint beside the state.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, run: run_dir.Run, meta: dict[str, Any]):
+    def __init__(
+        self, config: ml_collections.ConfigDict, log: logger.RunLogger, meta: Mapping[str, Any]
+    ):
         self._seeds: tuple[int, ...] = tuple(config.seeds)
         self._tokens_per_step = config.train.batch * config.train.length * len(self._seeds)
-        self._log = run.open_logger(config.train.steps, meta['metrics'])
+        self._log = log
         self._unlogged: list[list[float]] = meta['unlogged']  # nats of each seed, by step
         self._unread: tuple[int, Metrics] | None = None
         # Steps since the last record and their seconds, which older checkpoints do not have.
@@ -203,13 +202,16 @@ class _TrainingLog(contextlib.AbstractContextManager['_TrainingLog']):
     def write_training(self, step: int) -> None:
         """Write each seed's mean loss since the last record, and how long the steps took."""
         self.stop_clock()
-        means = np.mean(self._unlogged, axis=0).tolist()
+        nats_per_seed = np.mean(self._unlogged, axis=0).tolist()
         self._unlogged.clear()
-        for seed, nats in zip(self._seeds, means, strict=True):
-            self._log.write(step, seed, 'train', {'nats_per_token': nats})
-        rate = self._steps * self._tokens_per_step / self._seconds
-        self._log.write_timing(step, {'seconds': self._seconds, 'tokens_per_second': rate})
-        self._log.show_progress(step, f'{np.mean(means):.4f} nats/token', f'{rate:,.0f} tokens/s')
+        for seed, mean_nats in zip(self._seeds, nats_per_seed, strict=True):
+            self._log.write(step, seed, 'train', {'nats_per_token': mean_nats})
+        tokens_per_second = self._steps * self._tokens_per_step / self._seconds
+        timing = {'seconds': self._seconds, 'tokens_per_second': tokens_per_second}
+        self._log.write_timing(step, timing)
+        self._log.show_progress(
+            step, f'{np.mean(nats_per_seed):.4f} nats/token', f'{tokens_per_second:,.0f} tokens/s'
+        )
         self._steps, self._seconds = 0, 0.0
         self.resume_clock()
 
@@ -243,9 +245,6 @@ class _TrainingLog(contextlib.AbstractContextManager['_TrainingLog']):
             return
         step, metrics = self._unread
         self._unread = None
-        values = sharding.to_host(metrics)
-        logger.refuse_non_finite(self._seeds, step, values)
-        self._unlogged.append(values['nats_per_token'].tolist())
-
-    def __exit__(self, *exception: object) -> None:
-        self._log.__exit__(*exception)
+        metric_values = sharding.to_host(metrics)
+        logger.refuse_non_finite(self._seeds, step, metric_values)
+        self._unlogged.append(metric_values['nats_per_token'].tolist())

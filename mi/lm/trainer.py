@@ -43,6 +43,14 @@ class TrainState:
     carry: Carry
 
 
+def name_parts(train_state: TrainState) -> dict[str, ArrayTree]:
+    """Return the parts that have to be finite, by their names in messages."""
+    return {
+        'parameters': train_state.params,
+        'moments of the optimizer': train_state.opt_state,
+    }
+
+
 class Gradient(NamedTuple):
     """The gradient of a batch's mean loss.
 
@@ -132,9 +140,9 @@ class Trainer:
           batch: inputs and targets.
           partition: division of the parameters, see `mi.training.sharding.gather_params`.
         """
-        _, key = jax.random.split(jax.random.key(batch.seed))
-        key = jax.random.fold_in(key, batch.step)
-        rngs = {'dropout': key, 'state': jax.random.fold_in(key, 0)}
+        _, dropout_key = jax.random.split(jax.random.key(batch.seed))
+        dropout_key = jax.random.fold_in(dropout_key, batch.step)
+        rngs = {'dropout': dropout_key, 'state': jax.random.fold_in(dropout_key, 0)}
 
         def compute_loss(
             params: Params, carry: Carry, tokens: Array, domains: Array | None
@@ -152,13 +160,13 @@ class Trainer:
             return losses.objective.mean(), (losses.nats.mean(), next_carry)
 
         grad_fn = jax.grad(compute_loss, has_aux=True)
-        rows = batch.tokens, batch.domains
+        token_rows = batch.tokens, batch.domains
         # A device that has few rows divides them into as many parts as it can.
         num_parts = math.gcd(self.accumulation, batch.tokens.shape[1])
         if num_parts == 1:
-            grads, (nats, carry) = grad_fn(params, carry, *rows)
+            grads, (nats, carry) = grad_fn(params, carry, *token_rows)
         else:
-            grads, nats, carry = _accumulate(grad_fn, params, carry, rows, num_parts)
+            grads, nats, carry = _accumulate(grad_fn, params, carry, token_rows, num_parts)
         return Gradient(sharding.mean_gradients(grads, partition), mean_over_rows(nats), carry)
 
     def apply_gradient(self, state: TrainState, gradient: Gradient) -> tuple[TrainState, Metrics]:
@@ -224,7 +232,7 @@ def _accumulate(
     grad_fn: Callable[..., Any],
     params: Params,
     carry: Carry,
-    rows: tuple[Array, Array | None],
+    token_rows: tuple[Array, Array | None],
     num_parts: int,
 ) -> tuple[Params, Array, Carry]:
     """Average gradient and loss over parts of the batch, one part after another.
@@ -234,17 +242,17 @@ def _accumulate(
     """
 
     def add_part(total: ArrayTree, part: Any) -> tuple[ArrayTree, Carry]:
-        carry, rows, row_indices = part
+        carry, token_rows, row_indices = part
         with select_rows(row_indices):
-            grads, (nats, next_carry) = grad_fn(params, carry, *rows)
+            grads, (nats, next_carry) = grad_fn(params, carry, *token_rows)
         total = jax.tree.map(lambda a, b: a + b / num_parts, total, (grads, nats))
         return total, next_carry
 
     zeros = jax.tree.map(jnp.zeros_like, (params, jnp.zeros(())))
     parts = (
         _split_rows(carry, num_parts, 0),
-        _split_rows(rows, num_parts, 1),
-        _split_rows(get_row_indices(rows[0].shape[1]), num_parts, 0),
+        _split_rows(token_rows, num_parts, 1),
+        _split_rows(get_row_indices(token_rows[0].shape[1]), num_parts, 0),
     )
     (grads, nats), carries = jax.lax.scan(add_part, zeros, parts)
     carry = jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:]), carries)
@@ -255,8 +263,8 @@ def _split_rows(tree: Any, num_parts: int, axis: int) -> Any:
     """Split arrays […, B, …] to [parts, …, B / parts, …]; row i goes to part i % parts."""
 
     def split(array: Array) -> Array:
-        rows = array.reshape(*array.shape[:axis], -1, num_parts, *array.shape[axis + 1 :])
-        return jnp.moveaxis(rows, axis + 1, 0)
+        row_parts = array.reshape(*array.shape[:axis], -1, num_parts, *array.shape[axis + 1 :])
+        return jnp.moveaxis(row_parts, axis + 1, 0)
 
     return jax.tree.map(split, tree)
 

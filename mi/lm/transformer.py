@@ -90,39 +90,43 @@ class Transformer(nn.Module):
     ) -> tuple[Carry, Array, Array | None]:
         """Map the memory, x [T, B, E] and z [T, B, m] to the new memory, h [T, B, H] and z."""
         # The input of the first block, [B, T, H].
-        T, B, E = x.shape
-        M = 0 if self.decode else self.memory
+        num_steps, batch_size, num_inputs = x.shape
+        memory_size = 0 if self.decode else self.memory
         x = x.swapaxes(0, 1)
-        z_rows = None if z is None else jnp.broadcast_to(z.swapaxes(0, 1), (B, T, z.shape[-1]))
+        z_rows = z
+        if z is not None:
+            z_rows = jnp.broadcast_to(z.swapaxes(0, 1), (batch_size, num_steps, z.shape[-1]))
         if self.site in ('encoder', 'both'):
             assert self.fusion is not None
-            x = self.fusion(E, dtype=self.dtype, name='fuse_encoder')(x, z_rows)
-        if self.features != E:
+            x = self.fusion(num_inputs, dtype=self.dtype, name='fuse_encoder')(x, z_rows)
+        if self.features != num_inputs:
             x = Affine(self.features, self.dtype, name='input')(x)
 
         # The mask of the keys: the memory is filled from its end.
         mask = None
-        if M > 0:
-            is_filled = jnp.arange(M)[None] >= M - carry['filled'][:, None]
-            mask = jnp.concatenate([is_filled, jnp.ones((B, T), bool)], axis=1)[:, None]
+        if memory_size > 0:
+            is_filled = jnp.arange(memory_size)[None] >= memory_size - carry['filled'][:, None]
+            is_token = jnp.ones((batch_size, num_steps), bool)
+            mask = jnp.concatenate([is_filled, is_token], axis=1)[:, None]
 
         # The blocks.
-        config = self._make_block_config()
+        block_config = self._make_block_config()
         block_class = nn.remat(_Block) if self.remat else _Block
         block_inputs = []
-        for i in range(self.layers):
-            memory = carry['inputs'][:, :, i] if M > 0 else None
-            block = block_class(config, train, name=f'block_{i}')
-            x, n = block(x, memory, mask, z_rows)
-            block_inputs.append(n)
-        h = _normalize(config, 'norm_out', x, z_rows)
+        for block_index in range(self.layers):
+            memory = carry['inputs'][:, :, block_index] if memory_size > 0 else None
+            block = block_class(block_config, train, name=f'block_{block_index}')
+            x, block_input = block(x, memory, mask, z_rows)
+            block_inputs.append(block_input)
+        h = _normalize(block_config, 'norm_out', x, z_rows)
 
         # The memory of the next segment.
         next_carry: Carry = {}
-        if M > 0:
+        if memory_size > 0:
             inputs = jnp.stack(block_inputs, axis=2).astype(jnp.float32)
-            inputs = jnp.concatenate([carry['inputs'], inputs], axis=1)[:, -M:]
-            next_carry = {'inputs': inputs, 'filled': jnp.minimum(carry['filled'] + T, M)}
+            inputs = jnp.concatenate([carry['inputs'], inputs], axis=1)[:, -memory_size:]
+            num_filled = jnp.minimum(carry['filled'] + num_steps, memory_size)
+            next_carry = {'inputs': inputs, 'filled': num_filled}
         return next_carry, h.swapaxes(0, 1), z
 
     def initial(self, batch: int) -> Carry:
@@ -136,8 +140,8 @@ class Transformer(nn.Module):
 
     def _make_block_config(self) -> BlockConfig:
         """Return the options of a block: the fields of the same names."""
-        names = [field.name for field in dataclasses.fields(BlockConfig)]
-        return BlockConfig(**{name: getattr(self, name) for name in names})
+        field_names = [field.name for field in dataclasses.fields(BlockConfig)]
+        return BlockConfig(**{name: getattr(self, name) for name in field_names})
 
 
 class _Block(nn.Module):
@@ -150,23 +154,23 @@ class _Block(nn.Module):
     def __call__(
         self, x: Array, memory: Array | None, mask: Array | None, z: Array | None
     ) -> tuple[Array, Array]:
-        """Map x [B, T, H], with memory [B, M, H] and mask [B, 1, M + T], to x and n [B, T, H]."""
-        config, H = self.config, x.shape[-1]
+        """Map x [B, T, H], memory [B, M, H] and mask [B, 1, M + T] to x and norm(x) [B, T, H]."""
+        config, num_features = self.config, x.shape[-1]
 
         def add_branch(y: Array) -> Array:
             return x + drop(config.rates.layer, config.rates, y, self.train, time=1)
 
         # The gate of the input.
         if config.site == 'input_gate':
-            n = nn.RMSNorm(dtype=config.dtype, name='norm_gate')(x)
-            x = add_branch(self._fuse(n, z))
+            normed = nn.RMSNorm(dtype=config.dtype, name='norm_gate')(x)
+            x = add_branch(self._fuse(normed, z))
 
         # Attention: the keys and values are the memory and this segment, which is the default.
-        n = _normalize(config, 'norm', x, z)
-        query = self._fuse(n, z) if config.site == 'attention' else n
+        normed = _normalize(config, 'norm', x, z)
+        query = self._fuse(normed, z) if config.site == 'attention' else normed
         attention = Attention(
             config.heads,
-            features=H,
+            features=num_features,
             kv_heads=config.kv_heads,
             causal=True,
             positions=config.positions,
@@ -178,28 +182,29 @@ class _Block(nn.Module):
         if memory is None and config.site != 'attention':
             context = None
         elif memory is None:
-            context = n
+            context = normed
         else:
-            context = jnp.concatenate([memory.astype(n.dtype), n], axis=1)
+            context = jnp.concatenate([memory.astype(normed.dtype), normed], axis=1)
         x = add_branch(
             attention(query, context, mask, decode=config.decode, deterministic=not self.train)
         )
 
         # The feed-forward layer.
-        ffn = FeedForward(
+        feed_forward = FeedForward(
             config.hidden,
             config.activation,
             config.fusion if config.site == 'ffn' else None,
             config.dtype,
             name='feed_forward',
         )
-        x = add_branch(ffn(_normalize(config, 'norm_feed_forward', x, z), z))
-        return x, n
+        x = add_branch(feed_forward(_normalize(config, 'norm_feed_forward', x, z), z))
+        return x, normed
 
-    def _fuse(self, n: Array, z: Array | None) -> Array:
+    def _fuse(self, normed: Array, z: Array | None) -> Array:
         config = self.config
         assert config.fusion is not None
-        return config.fusion(n.shape[-1], dtype=config.dtype, name=f'fuse_{config.site}')(n, z)
+        name = f'fuse_{config.site}'
+        return config.fusion(normed.shape[-1], dtype=config.dtype, name=name)(normed, z)
 
 
 def _normalize(config: BlockConfig, name: str, x: Array, z: Array | None) -> Array:

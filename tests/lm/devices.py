@@ -17,7 +17,7 @@ from mi.lm import config as lm_config
 from mi.lm import factory
 from mi.lm.data.batches import BatchLoader
 from mi.lm.data.streams import Stream
-from mi.lm.data.token_store import load
+from mi.lm.data.token_store import Recipe, load
 from mi.lm.evaluate import Excerpt, evaluate
 from mi.lm.trainer import Trainer
 from mi.training import optim, sharding
@@ -65,7 +65,7 @@ def main(core, texts):
     if core == 'transformer':
         config.dropout.update({'state': 0.0, 'attention': 0.2})
         config.model.update({'memory': 8, 'source': 'summary', 'site': 'attention', 'layers': 1})
-    corpus = load(texts, 'byte', 256)
+    corpus = load(Recipe(texts, 'byte', 256))
     print(json.dumps({name: measure(config, corpus, *options) for name, options in MESHES.items()}))
 
 

@@ -18,6 +18,7 @@ import pytest
 
 from mi.config import UserError, suggest_install
 from mi.lm.data import sources, streams, token_store
+from mi.lm.data.token_store import Recipe
 from tests.conftest import ROOT
 
 REAL = pathlib.Path(os.environ.get('MI_TEST_DATA', ROOT / '../shared/data'))
@@ -50,8 +51,8 @@ def test_the_real_evaluation_texts_of_wikitext_have_the_known_tokens(source, tmp
         shutil.copy(
             real(name), tmp_path / (name if source == 'wikitext-2' else f'wiki.{name[11:]}')
         )
-    options = {'path': str(tmp_path), 'splits': HELD_OUT, 'fit': HELD_OUT}
-    corpus = token_store.load(source, 'token', 50_000, cache, **options)
+    recipe = Recipe(source, 'token', 50_000, splits=HELD_OUT, fit=HELD_OUT)
+    corpus = token_store.load(recipe, cache, path=str(tmp_path))
     assert {s: len(ids) for s, ids in corpus.tokens.items()} == {'valid': 217_646, 'test': 245_569}
     vocabulary = corpus.tokenizer.get_vocab()
     for split, ids in corpus.tokens.items():
@@ -65,23 +66,26 @@ def test_the_real_evaluation_texts_of_wikitext_have_the_known_tokens(source, tmp
 def test_a_wikitext_that_is_cut_or_has_no_train_is_refused(tmp_path, cache):
     text = gzip.decompress(real('wikitext-2.valid.txt.gz').read_bytes())
     (tmp_path / 'wiki.valid.tokens').write_bytes(text[:-4])  # two lines less
-    options = {'path': str(tmp_path), 'splits': ('valid',), 'fit': ('valid',)}
+    held_out = {'splits': ('valid',), 'fit': ('valid',)}
+    path = str(tmp_path)
     with pytest.raises(UserError) as error:
-        token_store.load('wikitext-2', 'token', 50_000, cache, **options)
+        token_store.load(Recipe('wikitext-2', 'token', 50_000, **held_out), cache, path=path)
     assert str(error.value).startswith(
         f'{tmp_path}/wiki.valid.tokens: 217,644 tokens with <eos>, expected 217,646; get it from '
         f'https://huggingface.co/datasets/Salesforce/wikitext'
     )
     assert '\n' not in str(error.value)
     with pytest.raises(UserError, match=r'expected wiki\.train\.tokens or .*, found none; get it'):
-        token_store.load(
-            'wikitext-2', 'token', 50_000, cache, path=str(tmp_path), splits=('valid',)
-        )
-    assert len(token_store.load('wikitext-2', 'byte', 256, cache, **options).tokens['valid']) > 1e6
+        fits_train = Recipe('wikitext-2', 'token', 50_000, splits=('valid',))
+        token_store.load(fits_train, cache, path=path)
+    as_bytes = token_store.load(Recipe('wikitext-2', 'byte', 256, **held_out), cache, path=path)
+    assert len(as_bytes.tokens['valid']) > 1e6
 
 
 def test_enwik8_packed_and_plain(tmp_path):
-    packed = token_store.load('enwik8', 'byte', 256, str(tmp_path), path=str(real('enwik8.gz')))
+    packed = token_store.load(
+        Recipe('enwik8', 'byte', 256), str(tmp_path), path=str(real('enwik8.gz'))
+    )
     sizes = {'train': 90_000_000, 'valid': 5_000_000, 'test': 5_000_000}
     assert {s: len(ids) for s, ids in packed.tokens.items()} == packed.num_bytes == sizes
     assert bytes(packed.tokens['train'][:10]) == b'<mediawiki'
@@ -92,7 +96,7 @@ def test_enwik8_packed_and_plain(tmp_path):
 
     (tmp_path / 'enwik8').hardlink_to(packed.tokens['train'].filename)
     options = {'path': str(tmp_path), 'train_tokens': 9_000_000}
-    plain = token_store.load('enwik8', 'byte', 256, str(tmp_path / 'none'), **options)
+    plain = token_store.load(Recipe('enwik8', 'byte', 256), str(tmp_path / 'none'), **options)
     np.testing.assert_array_equal(plain.tokens['train'], packed.tokens['train'][:9_000_000])
     assert plain.tokens['test'].filename == tmp_path / 'enwik8'
     assert not (tmp_path / 'none').exists()
@@ -116,17 +120,17 @@ def test_bytes_that_are_not_those_of_the_corpus_are_refused(source, tmp_path):
 def test_the_counts_of_ptb_are_those_of_its_words(tmp_path, cache, monkeypatch):
     path = write_splits(tmp_path, 'ptb.{}.txt', ' a <unk> N \n b \n')
     with pytest.raises(UserError, match=r'train\.txt: 6 tokens with <eos>, expected 929,589; get'):
-        token_store.load('ptb', 'token', 100, cache, path=path)
+        token_store.load(Recipe('ptb', 'token', 100), cache, path=path)
     known = dataclasses.replace(sources.CORPORA['ptb'], num_tokens=dict.fromkeys(sources.SPLITS, 6))
     monkeypatch.setitem(sources.CORPORA, 'ptb', known)
     with pytest.raises(UserError, match='txt: 5 different tokens with <eos>, expected 10,000; get'):
-        token_store.load('ptb', 'token', 10_000, cache, path=path)
+        token_store.load(Recipe('ptb', 'token', 10_000), cache, path=path)
     assert (
-        token_store.load('ptb', 'token', 100, cache, path=path).vocabulary == 5
+        token_store.load(Recipe('ptb', 'token', 100), cache, path=path).vocabulary == 5
     )  # cut: its counts differ from the known ones
     known = dataclasses.replace(known, vocabulary=5)
     monkeypatch.setitem(sources.CORPORA, 'ptb', known)
-    assert token_store.load('ptb', 'token', 5, cache, path=path).lossless
+    assert token_store.load(Recipe('ptb', 'token', 5), cache, path=path).lossless
 
 
 @pytest.mark.parametrize('source', ['wikitext-103', 'wikitext-2', 'ptb', 'enwik8', 'text8'])
@@ -231,7 +235,7 @@ def test_directories_and_files_as_domains(tmp_path, cache):
     packed = gzip.compress(b''.join(b'law %d\n' % (i % 3) for i in range(20)))
     (tmp_path / 'law.txt.gz').write_bytes(packed)
     (tmp_path / '.hidden').write_text('')
-    corpus = token_store.load('domains', 'token', 99, cache, path=str(tmp_path))
+    corpus = token_store.load(Recipe('domains', 'token', 99), cache, path=str(tmp_path))
     assert corpus.domains == ('law', 'news', 'poems') and corpus.sizes[1] == 3
     assert corpus.decode(corpus.tokens['valid']) == 'law 0\nnews 0\na poem\n'
     positions = np.array([[0, 2, 3], [5, 6, 8]])
@@ -250,7 +254,7 @@ def test_domains_that_cannot_be(tmp_path, cache):
     write_splits(tmp_path / 'poems', '{}.txt')
     (tmp_path / 'poems' / 'valid.txt').write_text('')
     with pytest.raises(UserError, match=r'poems/valid\.txt: the valid text is empty'):
-        token_store.load('domains', 'byte', 256, cache, path=str(tmp_path))
+        token_store.load(Recipe('domains', 'byte', 256), cache, path=str(tmp_path))
     (tmp_path / 'poems.txt').write_text('a\n')
     with pytest.raises(UserError, match=r'poems and poems\.txt are both domain poems'):
         read('domains', tmp_path)
@@ -298,7 +302,7 @@ def test_rows_of_the_hub_are_lines_and_copied_once(tmp_path, cache, monkeypatch)
         assert read(WIKITEXT_2, cache=tmp_path)['valid'] == ['\n = Title = \na\nb\n\n']
     assert calls == [('Salesforce/wikitext', 'wikitext-2-v1')]
     with pytest.raises(UserError, match='10 tokens with <eos>, expected 2,088,628'):
-        token_store.load(WIKITEXT_2, 'token', 100, str(tmp_path))
+        token_store.load(Recipe(WIKITEXT_2, 'token', 100), str(tmp_path))
     with pytest.raises(UserError, match=r"expected train, validation and test .*\{'train'"):
         hub(monkeypatch, {'train': rows})
         read('hub:some/thing', cache=tmp_path)

@@ -6,6 +6,7 @@ import pytest
 
 from mi.config import UserError
 from mi.lm.data import sources, streams, token_store
+from mi.lm.data.token_store import Recipe
 
 
 def write(directory, **texts):
@@ -26,7 +27,7 @@ def test_austen_is_split_by_novel():
 
 @pytest.mark.parametrize('level, size', [('byte', 256), ('bpe', 400)])
 def test_lossless_levels_give_the_text_back(level, size, cache):
-    corpus = token_store.load('austen', level, size, cache)
+    corpus = token_store.load(Recipe('austen', level, size), cache)
     assert corpus.lossless and corpus.vocabulary == size and corpus.sizes == (size, 0)
     [(_, text)] = sources.load_austen()['test']
     assert corpus.decode(corpus.tokens['test']) == text.decode()
@@ -35,7 +36,7 @@ def test_lossless_levels_give_the_text_back(level, size, cache):
 
 
 def test_words_of_a_long_text_are_those_of_a_regular_expression(cache):
-    corpus = token_store.load('austen', 'word', 500, cache)
+    corpus = token_store.load(Recipe('austen', 'word', 500), cache)
     [(_, text)] = sources.load_austen()['train']  # longer than one batch of the tokenizer
     lines = text.decode().split('\n')  # the last one has no end
     words = [word for line in lines for word in [*re.findall(r"[\w']+|[^\w\s]", line), '<eos>']]
@@ -49,10 +50,10 @@ def test_words_of_a_long_text_are_those_of_a_regular_expression(cache):
 def test_word_levels(tmp_path, cache):
     train = "a cat, a dog\nthe cat's a <unk> cat\n" * 3
     write(tmp_path, train=train, valid='a bird\n', test='a  cat\n\n')
-    words = token_store.load(str(tmp_path), 'word', 100, cache)
+    words = token_store.load(Recipe(str(tmp_path), 'word', 100), cache)
     # the first line: a · cat · , · a · dog · <eos>
     assert len(words.tokens['train']) == 3 * (6 + 6)
-    tokens = token_store.load(str(tmp_path), 'token', 100, cache)
+    tokens = token_store.load(Recipe(str(tmp_path), 'token', 100), cache)
     assert len(tokens.tokens['train']) == 3 * (5 + 6)
     assert len(tokens.tokens['test']) == 2 + 1 + 1  # an empty line is an <eos>
     assert not tokens.lossless  # bird is not in the training text …
@@ -68,8 +69,8 @@ def test_word_levels(tmp_path, cache):
 
 
 def test_a_last_line_without_an_end_has_an_eos_too(tmp_path, cache):
-    with_end = token_store.load(write(tmp_path, train='a b\r\nc\n'), 'token', 100, cache)
-    without = token_store.load(write(tmp_path, train='a b\nc'), 'token', 100, cache)
+    with_end = token_store.load(Recipe(write(tmp_path, train='a b\r\nc\n'), 'token', 100), cache)
+    without = token_store.load(Recipe(write(tmp_path, train='a b\nc'), 'token', 100), cache)
     assert with_end.tokens['train'].tolist() == without.tokens['train'].tolist()
     assert len(without.tokens['train']) == 5
 
@@ -77,13 +78,15 @@ def test_a_last_line_without_an_end_has_an_eos_too(tmp_path, cache):
 def test_a_small_vocabulary_keeps_the_frequent_words_and_unk(tmp_path, cache):
     for split in token_store.SPLITS:
         (tmp_path / f'{split}.txt').write_text('c b c a b c\n')
-    corpus = token_store.load(str(tmp_path), 'token', 3, cache)
+    corpus = token_store.load(Recipe(str(tmp_path), 'token', 3), cache)
     c, b, c2, a, b2, c3, end = corpus.tokens['train'].tolist()
     assert corpus.vocabulary == 3 and c == c2 == c3 and b == b2 and a == end == 2
 
 
 def test_an_unk_of_the_text_that_is_too_rare_takes_the_place_of_the_rarest_word(tmp_path, cache):
-    corpus = token_store.load(write(tmp_path, train='c b c <unk> b c c c\n' * 3), 'token', 3, cache)
+    corpus = token_store.load(
+        Recipe(write(tmp_path, train='c b c <unk> b c c c\n' * 3), 'token', 3), cache
+    )
     c, b, _, unknown, *_, end = corpus.tokens['train'].tolist()[:9]
     assert corpus.vocabulary == 3 and (c, unknown, end) == (0, 2, 2) and b == 1
 
@@ -91,13 +94,13 @@ def test_an_unk_of_the_text_that_is_too_rare_takes_the_place_of_the_rarest_word(
 def test_unknown_words_of_the_text_itself_lose_nothing(tmp_path, cache):
     for split in token_store.SPLITS:
         (tmp_path / f'{split}.txt').write_text('a <unk> cat\n')
-    assert token_store.load(str(tmp_path), 'token', 100, cache).lossless
+    assert token_store.load(Recipe(str(tmp_path), 'token', 100), cache).lossless
 
 
 def test_tokens_are_kept_and_checked(tmp_path):
     cache = str(tmp_path)
-    first = token_store.load('austen', 'byte', 256, cache)
-    again = token_store.load('austen', 'byte', 256, cache)
+    first = token_store.load(Recipe('austen', 'byte', 256), cache)
+    again = token_store.load(Recipe('austen', 'byte', 256), cache)
     assert isinstance(again.tokens['train'], np.memmap)
     assert first.sha256 == again.sha256
     file = again.tokens['train'].filename
@@ -105,13 +108,19 @@ def test_tokens_are_kept_and_checked(tmp_path):
         stream.seek(1000)
         stream.write(b'\xff')
     with pytest.raises(UserError, match='damaged; delete that directory'):
-        token_store.load('austen', 'byte', 256, cache)
+        token_store.load(Recipe('austen', 'byte', 256), cache)
 
 
 def test_texts_that_differ_in_a_word_or_in_where_they_end_have_tokens_of_their_own(tmp_path, cache):
-    first = token_store.load(write(tmp_path, train='a b\na b\n', valid='b a\n'), 'token', 9, cache)
-    word = token_store.load(write(tmp_path, train='a b\nb b\n', valid='b a\n'), 'token', 9, cache)
-    end = token_store.load(write(tmp_path, train='a b\n', valid='a b\nb a\n'), 'token', 9, cache)
+    first = token_store.load(
+        Recipe(write(tmp_path, train='a b\na b\n', valid='b a\n'), 'token', 9), cache
+    )
+    word = token_store.load(
+        Recipe(write(tmp_path, train='a b\nb b\n', valid='b a\n'), 'token', 9), cache
+    )
+    end = token_store.load(
+        Recipe(write(tmp_path, train='a b\n', valid='a b\nb a\n'), 'token', 9), cache
+    )
     assert len(first.tokens['train']) == len(word.tokens['train']) == 6
     assert first.sha256 != word.sha256
     assert len(end.tokens['train']) == 3 and len(end.tokens['valid']) == 6
@@ -120,15 +129,17 @@ def test_texts_that_differ_in_a_word_or_in_where_they_end_have_tokens_of_their_o
 def test_large_token_files_are_hashed_when_asked_and_always_measured(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(token_store, 'HASHED', 10)
     source = write(tmp_path, train='a few words of training text\n')
-    file = pathlib.Path(token_store.load(source, 'token', 9, cache).tokens['train'].filename)
+    file = pathlib.Path(
+        token_store.load(Recipe(source, 'token', 9), cache).tokens['train'].filename
+    )
     whole = file.read_bytes()
     file.write_bytes(whole[:-2] + b'\1\1')
-    token_store.load(source, 'token', 9, cache)
+    token_store.load(Recipe(source, 'token', 9), cache)
     with pytest.raises(UserError, match='damaged'):
-        token_store.load(source, 'token', 9, cache, verify=True)
+        token_store.load(Recipe(source, 'token', 9), cache, verify=True)
     file.write_bytes(whole[:-2])
     with pytest.raises(UserError, match='damaged'):
-        token_store.load(source, 'token', 9, cache)
+        token_store.load(Recipe(source, 'token', 9), cache)
 
 
 def test_a_build_that_fails_leaves_nothing(tmp_path):
@@ -136,7 +147,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path):
     (tmp_path / 'texts').mkdir()
     source = write(tmp_path / 'texts', test='')
     with pytest.raises(UserError, match=r'test\.txt: the test text is empty'):
-        token_store.load(source, 'bpe', 300, str(cache))
+        token_store.load(Recipe(source, 'bpe', 300), str(cache))
     assert list(cache.rglob('*')) == []
 
 
@@ -145,7 +156,7 @@ def test_a_single_file_is_split_by_lines_and_mapped_where_it_is(count, end, tmp_
     file = tmp_path / 'book.txt'
     lines = [f'line {i}\n' for i in range(count - 1)] + [f'last{end}']
     file.write_text(''.join(lines))
-    corpus = token_store.load(str(file), 'byte', 256)
+    corpus = token_store.load(Recipe(str(file), 'byte', 256))
     a, b = int(count * 0.9), int(count * 0.95)
     for split, part in zip(token_store.SPLITS, (lines[:a], lines[a:b], lines[b:]), strict=True):
         assert bytes(corpus.tokens[split]).decode() == ''.join(part)
@@ -155,19 +166,19 @@ def test_a_single_file_is_split_by_lines_and_mapped_where_it_is(count, end, tmp_
 
 def test_what_is_missing_is_named(tmp_path, cache):
     with pytest.raises(UserError, match='no such file or directory'):
-        token_store.load(str(tmp_path / 'nothing'), 'byte', 256)
+        token_store.load(Recipe(str(tmp_path / 'nothing'), 'byte', 256))
     (tmp_path / 'train.txt').write_text('some text')
     with pytest.raises(UserError, match="one file with 'valid' in its name, found none"):
-        token_store.load(str(tmp_path), 'byte', 256)
+        token_store.load(Recipe(str(tmp_path), 'byte', 256))
     (tmp_path / 'valid.txt').write_text('')
     (tmp_path / 'test.txt').write_text('some text')
     with pytest.raises(UserError, match='the valid text is empty'):
-        token_store.load(str(tmp_path), 'byte', 256)
+        token_store.load(Recipe(str(tmp_path), 'byte', 256))
     (tmp_path / 'valid.txt').write_bytes(b'caf\xe9 au lait')
     with pytest.raises(UserError, match=r'valid\.txt is not UTF-8 text \(byte 3\)'):
-        token_store.load(str(tmp_path), 'bpe', 300, cache)
+        token_store.load(Recipe(str(tmp_path), 'bpe', 300), cache)
     assert (
-        token_store.load(str(tmp_path), 'byte', 256).tokens['valid'][3] == 0xE9
+        token_store.load(Recipe(str(tmp_path), 'byte', 256)).tokens['valid'][3] == 0xE9
     )  # bytes are bytes
 
 
@@ -176,20 +187,22 @@ def test_without_train_the_vocabulary_is_made_of_what_one_says(tmp_path, cache):
     (tmp_path / 'test.txt').write_text('c\n')
     held_out = ('test', 'valid')
     with pytest.raises(UserError, match="'train' in its name, found none"):
-        token_store.load(str(tmp_path), 'token', 9, cache, splits=held_out)
-    corpus = token_store.load(str(tmp_path), 'token', 9, cache, splits=held_out, fit=('valid',))
+        token_store.load(Recipe(str(tmp_path), 'token', 9, splits=held_out), cache)
+    corpus = token_store.load(
+        Recipe(str(tmp_path), 'token', 9, splits=held_out, fit=('valid',)), cache
+    )
     assert list(corpus.tokens) == ['valid', 'test'] and corpus.vocabulary == 4
     assert corpus.tokens['test'][0] == corpus.tokenizer.token_to_id('<unk>')
-    assert list(token_store.load(str(tmp_path), 'byte', 256, splits=held_out).tokens) == [
+    assert list(token_store.load(Recipe(str(tmp_path), 'byte', 256, splits=held_out)).tokens) == [
         'valid',
         'test',
     ]
     with pytest.raises(ValueError, match="unknown split 'tests'; did you mean 'test'"):
-        token_store.load(str(tmp_path), 'byte', 256, splits=('tests',))
+        token_store.load(Recipe(str(tmp_path), 'byte', 256, splits=('tests',)))
 
 
 def test_novels_as_domains(cache):
-    corpus = token_store.load('austen-domains', 'byte', 256, cache)
+    corpus = token_store.load(Recipe('austen-domains', 'byte', 256), cache)
     assert corpus.domains[0] == 'Emma' and corpus.sizes == (256, 6)
     [(_, train)] = sources.load_austen()['train']
     found = ''
@@ -203,19 +216,19 @@ def test_novels_as_domains(cache):
 
 
 def test_only_the_first_tokens_to_train_on(cache):
-    some = token_store.load('austen', 'byte', 256, cache, train_tokens=1000)
-    whole = token_store.load('austen', 'byte', 256, cache)
+    some = token_store.load(Recipe('austen', 'byte', 256), cache, train_tokens=1000)
+    whole = token_store.load(Recipe('austen', 'byte', 256), cache)
     np.testing.assert_array_equal(some.tokens['train'], whole.tokens['train'][:1000])
     assert len(some.tokens['valid']) == len(whole.tokens['valid'])
     assert some.sha256 != whole.sha256 and some.num_bytes['train'] == 1000
-    other = token_store.load('austen', 'byte', 256, cache, train_tokens=1001)
+    other = token_store.load(Recipe('austen', 'byte', 256), cache, train_tokens=1001)
     assert other.sha256 != some.sha256
     with pytest.raises(UserError, match=r'train_tokens = 4000000: expected 0 .* at most 3,124,769'):
-        token_store.load('austen', 'byte', 256, cache, train_tokens=4_000_000)
+        token_store.load(Recipe('austen', 'byte', 256), cache, train_tokens=4_000_000)
     with pytest.raises(UserError, match=r'more than 3,\d+,\d+, so that no domain is left out'):
-        token_store.load('austen-domains', 'byte', 256, cache, train_tokens=1000)
+        token_store.load(Recipe('austen-domains', 'byte', 256), cache, train_tokens=1000)
     with pytest.raises(ValueError, match="expected 'train' in splits"):
-        token_store.load('austen', 'byte', 256, cache, train_tokens=9, splits=('test',))
+        token_store.load(Recipe('austen', 'byte', 256, splits=('test',)), cache, train_tokens=9)
 
 
 def test_readers_go_on_where_they_stopped_and_cover_the_text():

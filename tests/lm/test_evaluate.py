@@ -10,6 +10,7 @@ import pytest
 from configs import lm as configs
 from mi.lm import dynamic_evaluation, evaluate, factory
 from mi.lm.data import token_store
+from mi.lm.data.token_store import Recipe
 from mi.training import sharding
 
 
@@ -30,7 +31,7 @@ def digits_then_words(directory):
 @pytest.mark.parametrize('level, size', [('byte', 256), ('bpe', 300), ('token', 5_000)])
 @pytest.mark.parametrize('read', [2, 150, 900, 0])
 def test_bits_per_byte_are_of_the_bytes_that_were_predicted(level, size, read, tmp_path, cache):
-    corpus = token_store.load(digits_then_words(tmp_path), level, size, cache)
+    corpus = token_store.load(Recipe(digits_then_words(tmp_path), level, size), cache)
     text = (tmp_path / 'valid.txt').read_text()
     count = read or len(corpus.tokens['valid'])
     if level == 'byte':
@@ -64,7 +65,7 @@ def test_bytes_of_words_are_those_of_several_texts_with_any_white_space(tmp_path
         (tmp_path / 'one' / domain).mkdir()
         for split in ('train', 'valid', 'test'):
             (tmp_path / 'one' / domain / f'{split}.txt').write_text(text)
-    corpus = token_store.load('domains', 'token', 100, cache, path=str(tmp_path / 'one'))
+    corpus = token_store.load(Recipe('domains', 'token', 100), cache, path=str(tmp_path / 'one'))
     assert corpus.lossless and len(corpus.tokens['valid']) == 14
     # ä, b, end, end, c, <eos>, d, <eos> of an open line | e, f, end, g, end, end
     ends = [3, 6, 8, 9, 10, 16, 18, 18, 19, 22, 25, 27, 28, 30]
@@ -73,7 +74,7 @@ def test_bytes_of_words_are_those_of_several_texts_with_any_white_space(tmp_path
 
 
 def test_tokens_that_do_not_determine_the_text_have_no_bits_per_byte(tmp_path, cache):
-    corpus = token_store.load(digits_then_words(tmp_path), 'word', 50, cache)
+    corpus = token_store.load(Recipe(digits_then_words(tmp_path), 'word', 50), cache)
     assert (
         evaluate.compute_metrics(3.0, corpus, 'valid', {'predictions': 9})['bits_per_byte'] is None
     )
@@ -110,7 +111,7 @@ def measure(model, params, corpus, reading, num_tokens):
 )
 def test_state_is_carried_from_segment_to_segment(word, changes, texts):
     _, model, params = with_params(word, **changes)
-    corpus = token_store.load(texts, 'byte', 256)
+    corpus = token_store.load(Recipe(texts, 'byte', 256))
     measured = measure(model, params, corpus, evaluate.Reading(batch=1, length=8), 41)
     whole = nats_of(model, params, corpus.tokens['valid'][:41])
     assert measured['nats_per_token'] == pytest.approx(whole.mean(), rel=1e-5)
@@ -120,7 +121,7 @@ def test_state_is_carried_from_segment_to_segment(word, changes, texts):
 
 def test_a_sliding_window_starts_from_no_state(texts):
     _, model, params = with_params()
-    corpus = token_store.load(texts, 'byte', 256)
+    corpus = token_store.load(Recipe(texts, 'byte', 256))
     reading = evaluate.Reading(batch=2, length=8, stride=3)
     measured = measure(model, params, corpus, reading, 42)
     tokens = corpus.tokens['valid'][:42]
@@ -137,7 +138,7 @@ def test_a_sliding_window_starts_from_no_state(texts):
 def test_what_is_minimized_has_no_part_in_what_is_reported(changes, texts):
     _, model, params = with_params()
     smoothed = factory.build_model(tiny(**changes), 256)
-    corpus = token_store.load(texts, 'byte', 256)
+    corpus = token_store.load(Recipe(texts, 'byte', 256))
     reading = evaluate.Reading(batch=2, length=8)
     plain = measure(model, params, corpus, reading, 41)
     assert measure(smoothed, params, corpus, reading, 41) == plain

@@ -15,13 +15,14 @@ import pytest
 
 from mi.config import UserError
 from mi.lm.data import archives, sources, token_store
+from mi.lm.data.token_store import Recipe
 from mi.training import progress
 
 LINES = ''.join(f'the line {i}\n' for i in range(40))
 
 
 def load(source, cache, level='byte'):
-    return token_store.load(str(source), level, 300, str(cache))
+    return token_store.load(Recipe(str(source), level, 300), str(cache))
 
 
 def refusal(source, cache, level='byte'):
@@ -154,7 +155,9 @@ def test_backup_files_are_not_data(tmp_path):
     corpus = load(directory(tmp_path / 'texts', names + beside), tmp_path / 'cache')
     assert joined(corpus) == LINES.encode() * 3
     domains = directory(tmp_path / 'domains', ['a.txt', 'a.txt~', 'b.txt', '#b.txt#', '.DS_Store'])
-    corpus = token_store.load('domains', 'byte', 256, str(tmp_path / 'cache'), path=str(domains))
+    corpus = token_store.load(
+        Recipe('domains', 'byte', 256), str(tmp_path / 'cache'), path=str(domains)
+    )
     assert corpus.domains == ('a', 'b')
 
 
@@ -240,7 +243,9 @@ def test_the_bytes_of_enwik8_are_split_at_90_and_95_percent(tmp_path, monkeypatc
     read = functools.partial(sources._read_bytes, 'enwik8', 1_000, md5)
     known = dataclasses.replace(sources.CORPORA['enwik8'], read=read)
     monkeypatch.setitem(sources.CORPORA, 'enwik8', known)
-    found = token_store.load('enwik8', 'byte', 256, str(tmp_path), path=str(tmp_path / 'enwik8'))
+    found = token_store.load(
+        Recipe('enwik8', 'byte', 256), str(tmp_path), path=str(tmp_path / 'enwik8')
+    )
     parts = [bytes(found.tokens[split]) for split in sources.SPLITS]
     assert parts == [text[:900], text[900:950], text[950:]]
 
@@ -255,7 +260,9 @@ def test_other_counts_of_a_known_corpus_make_its_tokens_again(tmp_path, monkeypa
         counts = dict.fromkeys(sources.SPLITS, count)
         entry = dataclasses.replace(known, num_tokens=counts, vocabulary=0)
         monkeypatch.setitem(sources.CORPORA, 'ptb', entry)
-        return token_store.load('ptb', 'token', 100, str(tmp_path / 'cache'), path=str(tmp_path))
+        return token_store.load(
+            Recipe('ptb', 'token', 100), str(tmp_path / 'cache'), path=str(tmp_path)
+        )
 
     assert len(load_with(6).tokens['train']) == 6
     with pytest.raises(UserError, match='6 tokens with <eos>, expected 7'):

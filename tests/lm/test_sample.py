@@ -17,7 +17,7 @@ from mi.lm import (
     sample,
     train,
 )
-from mi.lm.data.token_store import load
+from mi.lm.data.token_store import Recipe, load
 
 
 def tiny(word='core=lstm', **changes):
@@ -110,7 +110,7 @@ def test_nucleus_and_temperature_draw_from_the_distribution_they_say():
 def test_dynamic_evaluation_is_the_update_written_out(texts):
     """Against a loop over segments in NumPy, with gradients of a model that is linear in words."""
     config = tiny('core=lstm', **{'model.site': 'none', 'data.source': texts})
-    corpus = load(texts, 'byte', 256)
+    corpus = load(Recipe(texts, 'byte', 256))
     model = factory.build_model(config, 256)
     carry = model.initial_carry(1)
     params = jax.jit(model.init)(jax.random.key(0), carry, jnp.zeros((1, 1), int))['params']

@@ -258,8 +258,9 @@ def test_a_continued_run_keeps_the_time_since_the_last_record(tmp_path):
     for step in (1, 2):
         with (
             run_dir.open_run(tmp_path, config) as run,
-            train._TrainingLog(config, run, meta) as log,
+            run.open_logger(config.train.steps, meta['metrics']) as run_log,
         ):
+            log = train._TrainingLog(config, run_log, meta)
             log.add_step(step, {'nats_per_token': jnp.ones(len(config.seeds))})
             time.sleep(0.2)
             if step == 2:

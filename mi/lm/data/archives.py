@@ -49,20 +49,20 @@ def open_text(file: pathlib.Path, cache: pathlib.Path) -> Text:
     Raises:
       UserError: if the file is damaged or is not text.
     """
-    plain, packing = file, _detect_packing(file)
+    plain_file, packing = file, _detect_packing(file)
     if packing:
-        digest = _hash_file(file)
-        plain = cache / 'unpacked' / f'{digest[:16]}-{file.stem}'
-        if not plain.exists():
-            with write_atomically(plain) as new:
-                _unpack(file, packing, new)
+        packed_sha256 = _hash_file(file)
+        plain_file = cache / 'unpacked' / f'{packed_sha256[:16]}-{file.stem}'
+        if not plain_file.exists():
+            with write_atomically(plain_file) as unpacked_file:
+                _unpack(file, packing, unpacked_file)
                 # Later runs find it by the hash of the packed file, and do not hash it again.
-                new.chmod(0o444)
-    with open(plain, 'rb') as stream:
-        head = stream.read(512)
-    _refuse_binary(file, head)
-    start = len(_BYTE_ORDER_MARK) if head.startswith(_BYTE_ORDER_MARK) else 0
-    return Text(plain, start, plain.stat().st_size, file)
+                unpacked_file.chmod(0o444)
+    with open(plain_file, 'rb') as stream:
+        first_bytes = stream.read(512)
+    _refuse_binary(file, first_bytes)
+    text_start = len(_BYTE_ORDER_MARK) if first_bytes.startswith(_BYTE_ORDER_MARK) else 0
+    return Text(plain_file, text_start, plain_file.stat().st_size, file)
 
 
 def find_first(files: list[pathlib.Path], expected: str) -> pathlib.Path:
@@ -76,8 +76,8 @@ def find_first(files: list[pathlib.Path], expected: str) -> pathlib.Path:
       UserError: if none exists.
     """
     for file in files:
-        for ending in ('', *PACKED):
-            candidate = file.with_name(file.name + ending)
+        for packed_suffix in ('', *PACKED):
+            candidate = file.with_name(file.name + packed_suffix)
             if candidate.is_file():
                 return candidate
     raise UserError(f'{expected} (or one of these as {", ".join(PACKED)}), found none')
@@ -97,10 +97,10 @@ def write_atomically(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yield a place to write a file or directory, which is moved to `path` when complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='.building-', dir=path.parent) as directory:
-        new = pathlib.Path(directory) / path.name
-        yield new
+        new_path = pathlib.Path(directory) / path.name
+        yield new_path
         try:
-            new.rename(path)
+            new_path.rename(path)
         except OSError:
             if not path.exists():  # otherwise another process has made the same
                 raise
@@ -128,8 +128,8 @@ def name_os_errors(cache: pathlib.Path) -> Iterator[None]:
 
 
 def _hash_file(file: pathlib.Path) -> str:
-    digest, size = hashlib.sha256(), file.stat().st_size
-    with open(file, 'rb') as stream, progress.Work(f'hashing {file}', size, 'MB', 1e6) as work:
+    digest, num_bytes = hashlib.sha256(), file.stat().st_size
+    with open(file, 'rb') as stream, progress.Work(f'hashing {file}', num_bytes, 'MB', 1e6) as work:
         while block := stream.read(2**22):
             digest.update(block)
             work.done += len(block)
@@ -141,36 +141,37 @@ def _detect_packing(file: pathlib.Path) -> str:
     if file.suffix in PACKED:
         return file.suffix
     with open(file, 'rb') as stream:
-        head = stream.read(8)
-    return next((packing for magic, packing in _MAGIC.items() if head.startswith(magic)), '')
+        first_bytes = stream.read(8)
+    return next((packing for magic, packing in _MAGIC.items() if first_bytes.startswith(magic)), '')
 
 
-def _refuse_binary(file: pathlib.Path, head: bytes) -> None:
+def _refuse_binary(file: pathlib.Path, first_bytes: bytes) -> None:
     """Raise UserError if unpacked bytes start like those of another format than text."""
-    formats = _NOT_TEXT | {magic: f'packed as {packing}' for magic, packing in _MAGIC.items()}
-    kind = next((kind for magic, kind in formats.items() if head.startswith(magic)), '')
-    if head[257:262] == b'ustar':
-        kind = 'a tar archive'
-    if kind:
+    format_names = _NOT_TEXT | {magic: f'packed as {packing}' for magic, packing in _MAGIC.items()}
+    matches = (name for magic, name in format_names.items() if first_bytes.startswith(magic))
+    format_name = next(matches, '')
+    if first_bytes[257:262] == b'ustar':
+        format_name = 'a tar archive'
+    if format_name:
         raise UserError(
             f'{file}: expected text in UTF-8, plain or packed once as {", ".join(PACKED)}, found '
-            f'{kind}. Try unpacking or converting it'
+            f'{format_name}. Try unpacking or converting it'
         )
 
 
 def _unpack(file: pathlib.Path, packing: str, target: pathlib.Path) -> None:
     """Write the contents of a packed file to the target."""
-    size = file.stat().st_size
+    packed_size = file.stat().st_size
     try:
         with (
-            open(file, 'rb') as raw,
-            _open_packed(file, packing, raw) as packed,
-            open(target, 'wb') as plain,
-            progress.Work(f'unpacking {file}', size, 'MB', 1e6) as work,
+            open(file, 'rb') as packed_stream,
+            _open_packed(file, packing, packed_stream) as unpacked_stream,
+            open(target, 'wb') as target_stream,
+            progress.Work(f'unpacking {file}', packed_size, 'MB', 1e6) as work,
         ):
-            while block := packed.read(2**20):
-                plain.write(block)
-                work.done = raw.tell()
+            while block := unpacked_stream.read(2**20):
+                target_stream.write(block)
+                work.done = packed_stream.tell()
     except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
         raise UserError(f'{file} is damaged: {error}') from error
     except NotImplementedError as error:  # from zipfile
@@ -182,24 +183,24 @@ def _unpack(file: pathlib.Path, packing: str, target: pathlib.Path) -> None:
 
 
 def _open_packed(
-    file: pathlib.Path, packing: str, raw: IO[bytes]
+    file: pathlib.Path, packing: str, packed_stream: IO[bytes]
 ) -> contextlib.AbstractContextManager[IO[bytes]]:
     """Return the unpacked bytes of an open packed file."""
     if packing == '.gz':
-        return cast(IO[bytes], gzip.open(raw))
+        return cast(IO[bytes], gzip.open(packed_stream))
     if packing == '.xz':
-        return cast(IO[bytes], lzma.open(raw))
+        return cast(IO[bytes], lzma.open(packed_stream))
     if packing == '.bz2':
-        return cast(IO[bytes], bz2.open(raw))
-    archive = zipfile.ZipFile(raw)
+        return cast(IO[bytes], bz2.open(packed_stream))
+    archive = zipfile.ZipFile(packed_stream)
     members = [
         member
         for member in archive.infolist()
         if not member.is_dir() and is_data(pathlib.PurePath(member.filename).name)
     ]
     if len(members) != 1:
-        names = ', '.join(member.filename for member in members) or 'none'
-        raise UserError(f'{file}: expected one file in it, found {names}')
+        member_names = ', '.join(member.filename for member in members) or 'none'
+        raise UserError(f'{file}: expected one file in it, found {member_names}')
     if members[0].flag_bits & 1:
         raise UserError(f'{file}: expected a zip without password. Try unpacking it')
     return archive.open(members[0])

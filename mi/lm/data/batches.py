@@ -57,8 +57,8 @@ class BatchLoader:
 
     def load(self, step: int) -> Batch:
         """Return the batch that is read after `step` updates."""
-        text = self._corpus.tokens['train']
-        tokens = self._place(step, lambda positions: text[positions].astype(np.int32))
+        train_tokens = self._corpus.tokens['train']
+        tokens = self._place(step, lambda positions: train_tokens[positions].astype(np.int32))
         domains = None
         if self._has_domains:
             domains = self._place(step, functools.partial(self._corpus.get_domains, 'train'))
@@ -67,10 +67,11 @@ class BatchLoader:
     def _place(self, step: int, look_up: Callable[[np.ndarray], np.ndarray]) -> Array:
         """Give each device the values that `look_up` returns for its positions in the text."""
 
-        def load_shard(index: tuple[slice, ...] | None) -> np.ndarray:
-            assert index is not None
-            seeds, _, rows = index
-            positions = [stream.get_positions(step, rows) for stream in self._streams[seeds]]
+        def load_shard(shard_index: tuple[slice, ...] | None) -> np.ndarray:
+            assert shard_index is not None
+            seed_slice, _, readers = shard_index
+            streams = self._streams[seed_slice]
+            positions = [stream.get_positions(step, readers) for stream in streams]
             return look_up(np.stack(positions))
 
         return jax.make_array_from_callback(self._shape, self._sharding, load_shard)

@@ -66,14 +66,14 @@ class Corpus:
         text = self.tokenizer.decode(np.asarray(tokens).tolist())
         return text if self._is_bpe else re.sub(' ?<eos> ?', '\n', text)
 
-    def count_predicted_bytes(self, split: str, predictions: int) -> int:
+    def count_predicted_bytes(self, split: str, num_predictions: int) -> int:
         """Count the bytes of the text in the tokens after the first one of a split.
 
         White space before a word belongs to the word; at the level 'bpe' the ids decide.
 
         Args:
           split: 'train', 'valid' or 'test'.
-          predictions: number of tokens after the first.
+          num_predictions: number of tokens after the first.
 
         Raises:
           ValueError: if the tokens do not determine the text.
@@ -81,40 +81,41 @@ class Corpus:
         if not self.lossless:
             raise ValueError(f'{self.name}: the tokens do not determine the text')
         if self.tokenizer is None:
-            return predictions
+            return num_predictions
         if self._is_bpe:
-            counts = np.bincount(self.tokens[split][1 : predictions + 1], minlength=self.vocabulary)
-            return int(counts @ self._bytes_per_id)
-        for count in (1, predictions + 1):
-            if (split, count) not in self._word_ends:
-                self._word_ends[split, count] = self._find_word_end(split, count)
-        return self._word_ends[split, predictions + 1] - self._word_ends[split, 1]
+            predicted_ids = self.tokens[split][1 : num_predictions + 1]
+            id_counts = np.bincount(predicted_ids, minlength=self.vocabulary)
+            return int(id_counts @ self._bytes_per_id)
+        for num_tokens in (1, num_predictions + 1):
+            if (split, num_tokens) not in self._word_ends:
+                self._word_ends[split, num_tokens] = self._find_word_end(split, num_tokens)
+        return self._word_ends[split, num_predictions + 1] - self._word_ends[split, 1]
 
     @functools.cached_property
     def _bytes_per_id(self) -> np.ndarray:
         """Bytes of each id at the level 'bpe', [V]; each character of an id's name is a byte."""
         assert self.tokenizer is not None
-        names = (self.tokenizer.id_to_token(i) or '' for i in range(self.vocabulary))
-        return np.array([len(name) for name in names], np.int64)
+        token_names = (self.tokenizer.id_to_token(i) or '' for i in range(self.vocabulary))
+        return np.array([len(token_name) for token_name in token_names], np.int64)
 
     @functools.cached_property
     def _word_ends(self) -> dict[tuple[str, int], int]:
         """Split and count → result of `_find_word_end`, which every evaluation needs."""
         return {}
 
-    def _find_word_end(self, split: str, count: int) -> int:
-        """Return the byte at which the first `count` tokens of the level 'token' end."""
+    def _find_word_end(self, split: str, num_tokens: int) -> int:
+        """Return the byte at which the first `num_tokens` tokens of the level 'token' end."""
         assert self.tokenizer is not None
-        if count == len(self.tokens[split]):
+        if num_tokens == len(self.tokens[split]):
             return self.num_bytes[split]
-        end = 0
+        byte_offset = 0
         for text in self.texts[split]:
             for piece in split_pieces(text, 'token'):
-                words = self.tokenizer.encode(piece, add_special_tokens=False).offsets
-                if count <= len(words):
-                    return end + count_bytes(piece, words[count - 1][1])
-                count -= len(words)
-                end += len(remove_line_ends(piece).encode())
+                word_spans = self.tokenizer.encode(piece, add_special_tokens=False).offsets
+                if num_tokens <= len(word_spans):
+                    return byte_offset + count_bytes(piece, word_spans[num_tokens - 1][1])
+                num_tokens -= len(word_spans)
+                byte_offset += len(remove_line_ends(piece).encode())
         raise ValueError(f'{self.name}: {split} has fewer tokens')
 
     @property

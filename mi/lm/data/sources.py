@@ -60,13 +60,14 @@ class Source:
         return UserError(f'{problem}; get it from {self.origin}' if self.origin else problem)
 
 
-def find_source(name: str) -> Source:
+def find_source(source: str) -> Source:
     """Return how to read a name of `CORPORA`, a name on the hub, or a text file or directory."""
-    if name in CORPORA:
-        return CORPORA[name]
-    if name.startswith(HUB):
-        known = next((s for s in CORPORA.values() if s.hub == name), Source(_read_local))
-        return dataclasses.replace(known, read=functools.partial(_read_hub, name), origin='')
+    if source in CORPORA:
+        return CORPORA[source]
+    if source.startswith(HUB):
+        matches = (corpus for corpus in CORPORA.values() if corpus.hub == source)
+        hub_source = next(matches, Source(_read_local))
+        return dataclasses.replace(hub_source, read=functools.partial(_read_hub, source), origin='')
     return Source(_read_local)
 
 
@@ -83,16 +84,16 @@ def load_texts(source: str, path: str, splits: Collection[str], cache: pathlib.P
       UserError: which file is missing, ambiguous or wrong, and where to get it.
     """
     # The place of the corpus.
-    known = find_source(source)
-    location = path or source
-    if source in CORPORA and not known.is_bundled:
-        root = os.environ.get('MI_DATA', '')
-        if not path and not root:
-            raise known.make_error(
+    known_source = find_source(source)
+    corpus_path = path or source
+    if source in CORPORA and not known_source.is_bundled:
+        data_root = os.environ.get('MI_DATA', '')
+        if not path and not data_root:
+            raise known_source.make_error(
                 f"config.data.path = '': expected the place of {source!r}, or its parent directory "
                 f'in $MI_DATA'
             )
-        location = path or os.path.join(root, source)
+        corpus_path = path or os.path.join(data_root, source)
     elif path:
         raise UserError(
             f"config.data.path = {path!r}: expected '', as config.data.source = {source!r} is "
@@ -102,9 +103,9 @@ def load_texts(source: str, path: str, splits: Collection[str], cache: pathlib.P
     # The texts.
     try:
         with name_os_errors(cache):
-            texts = known.read(pathlib.Path(location).expanduser(), splits, cache)
+            texts = known_source.read(pathlib.Path(corpus_path).expanduser(), splits, cache)
     except UserError as error:
-        raise known.make_error(str(error)) from error
+        raise known_source.make_error(str(error)) from error
     return {split: texts[split] for split in SPLITS if split in splits}
 
 
@@ -122,7 +123,11 @@ def load_austen() -> dict[str, list[tuple[str, bytes]]]:
       Split → one pair of a domain, '', and the bytes of its text.
     """
     texts = load_texts('austen', '', SPLITS, get_cache_directory(''))
-    return {s: [('', b''.join(part.array().tobytes() for part in texts[s]))] for s in SPLITS}
+    contents = {
+        split: b''.join(text.array().tobytes() for text in split_texts)
+        for split, split_texts in texts.items()
+    }
+    return {split: [('', split_contents)] for split, split_contents in contents.items()}
 
 
 def _read_austen(path: pathlib.Path, splits: Collection[str], cache: pathlib.Path) -> Texts:
@@ -139,16 +144,16 @@ def _read_austen_domains(path: pathlib.Path, splits: Collection[str], cache: pat
 def _find_novels(cache: pathlib.Path) -> list[tuple[str, Text]]:
     """Return split and text of each novel, in the order of the file, which is alphabetical."""
     file_text = open_text(pathlib.Path(__file__).parents[2] / 'data/austen.txt.xz', cache)
-    position, titles = 0, []
+    byte_offset, titles = 0, []
     for line in file_text.array().tobytes().splitlines(keepends=True):
-        title = line.strip().decode()
-        if title in _AUSTEN:
-            titles.append((position, title))
-        position += len(line)
-    ends = [start for start, _ in titles[1:]] + [position]
+        novel_title = line.strip().decode()
+        if novel_title in _AUSTEN:
+            titles.append((byte_offset, novel_title))
+        byte_offset += len(line)
+    novel_ends = [start for start, _ in titles[1:]] + [byte_offset]
     return [
         (_AUSTEN[title], Text(file_text.file, start, end, file_text.origin, title.title()))
-        for (start, title), end in zip(titles, ends, strict=True)
+        for (start, title), end in zip(titles, novel_ends, strict=True)
     ]
 
 
@@ -169,8 +174,10 @@ def _read_local(path: pathlib.Path, splits: Collection[str], cache: pathlib.Path
         matches = [file for file in files if _has_split(file.name, split)]
         matches = matches or [file for file in files if split in file.name]
         if len(matches) != 1:
-            names = ', '.join(file.name for file in matches) or 'none'
-            raise UserError(f'{path}: expected one file with {split!r} in its name, found {names}')
+            file_names = ', '.join(file.name for file in matches) or 'none'
+            raise UserError(
+                f'{path}: expected one file with {split!r} in its name, found {file_names}'
+            )
         file = matches[0]
         if file in split_of_file:
             raise UserError(
@@ -182,9 +189,9 @@ def _read_local(path: pathlib.Path, splits: Collection[str], cache: pathlib.Path
     return texts
 
 
-def _has_split(name: str, split: str) -> bool:
+def _has_split(file_name: str, split: str) -> bool:
     """Return whether a name has a split as a word: 'my-test.txt' has 'test', 'latest.txt' not."""
-    return bool(re.search(rf'(?<![a-z]){_SPLIT_PATTERNS[split]}(?![a-z])', name.lower()))
+    return bool(re.search(rf'(?<![a-z]){_SPLIT_PATTERNS[split]}(?![a-z])', file_name.lower()))
 
 
 def _read_domains(path: pathlib.Path, splits: Collection[str], cache: pathlib.Path) -> Texts:
@@ -193,18 +200,25 @@ def _read_domains(path: pathlib.Path, splits: Collection[str], cache: pathlib.Pa
     for entry in sorted(path.iterdir()) if path.is_dir() else ():
         if not is_data(entry.name):
             continue
-        plain = entry.with_suffix('') if entry.suffix in PACKED else entry
-        name = entry.name if entry.is_dir() else plain.stem
-        if name in entries:
-            raise UserError(f'{path}: {entries[name].name} and {entry.name} are both domain {name}')
-        entries[name] = entry
+        unpacked_name = entry.with_suffix('') if entry.suffix in PACKED else entry
+        domain = entry.name if entry.is_dir() else unpacked_name.stem
+        if domain in entries:
+            raise UserError(
+                f'{path}: {entries[domain].name} and {entry.name} are both domain {domain}'
+            )
+        entries[domain] = entry
     if not entries:
         raise UserError(f'{path}: expected a directory with a text file or directory for a domain')
-    parts = []
-    for name, entry in sorted(entries.items()):
+    domain_texts = []
+    for domain, entry in sorted(entries.items()):
         texts = _read_local(entry, splits, cache)
-        parts.append({s: [dataclasses.replace(t, domain=name) for t in texts[s]] for s in splits})
-    return join_texts(parts)
+        domain_texts.append(
+            {
+                split: [dataclasses.replace(text, domain=domain) for text in texts[split]]
+                for split in splits
+            }
+        )
+    return join_texts(domain_texts)
 
 
 def _read_split_files(
@@ -218,8 +232,8 @@ def _read_split_files(
     texts = {}
     for split in splits:
         files = [path / f'{stem}.{split}{ending}' for stem in stems for ending in endings]
-        names = ' or '.join(file.name for file in files)
-        texts[split] = [open_text(find_first(files, f'{path}: expected {names}'), cache)]
+        file_names = ' or '.join(file.name for file in files)
+        texts[split] = [open_text(find_first(files, f'{path}: expected {file_names}'), cache)]
     return texts
 
 
@@ -236,9 +250,9 @@ def _read_bytes(
     text = open_text(find_first([file], f'{file.parent}: expected {file.name}'), cache)
     if text.stop != size:
         raise UserError(f'{text.origin}: {text.stop:,} bytes, expected {size:,}')
-    digest = hashlib.md5(text.array().data, usedforsecurity=False).hexdigest()
-    if digest != md5:
-        raise UserError(f'{text.origin}: md5 {digest}, expected {md5}')
+    md5_of_text = hashlib.md5(text.array().data, usedforsecurity=False).hexdigest()
+    if md5_of_text != md5:
+        raise UserError(f'{text.origin}: md5 {md5_of_text}, expected {md5}')
     return split_at(text, [size * 90 // 100, size * 95 // 100])
 
 
@@ -246,18 +260,18 @@ def _read_hub(
     source: str, path: pathlib.Path, splits: Collection[str], cache: pathlib.Path
 ) -> Texts:
     """Read a dataset of the hub, which is copied to text files on first use."""
-    parts = source.removeprefix(HUB).split('/')
-    if len(parts) not in (2, 3) or not all(parts):
+    name_parts = source.removeprefix(HUB).split('/')
+    if len(name_parts) not in (2, 3) or not all(name_parts):
         raise UserError(
             f'config.data.source = {source!r}: expected {HUB}OWNER/NAME or {HUB}OWNER/NAME/CONFIG'
         )
-    copy = cache / 'hub' / '--'.join(parts)
-    if not copy.exists():
-        _copy_dataset(source, _download_dataset(source, parts), copy)
-    return _read_local(copy, splits, cache)
+    local_copy = cache / 'hub' / '--'.join(name_parts)
+    if not local_copy.exists():
+        _copy_dataset(source, _download_dataset(source, name_parts), local_copy)
+    return _read_local(local_copy, splits, cache)
 
 
-def _download_dataset(source: str, parts: list[str]) -> Any:
+def _download_dataset(source: str, name_parts: list[str]) -> Any:
     """Return the splits of a dataset of the hub, by their names there."""
     try:
         import datasets
@@ -267,30 +281,34 @@ def _download_dataset(source: str, parts: list[str]) -> Any:
             f'installed. Try {suggest_install("hub")}'
         ) from error
     try:
-        return datasets.load_dataset('/'.join(parts[:2]), *parts[2:])
+        return datasets.load_dataset('/'.join(name_parts[:2]), *name_parts[2:])
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = ' '.join(str(error).split())
         raise UserError(f'config.data.source = {source!r}: {reason}') from error
 
 
-def _copy_dataset(source: str, dataset: Any, copy: pathlib.Path) -> None:
+def _copy_dataset(source: str, dataset: Any, local_copy: pathlib.Path) -> None:
     """Write the column 'text' of every split to a text file, a line for each row."""
-    with write_atomically(copy) as new:
-        new.mkdir()
-        for split, names in _HUB_SPLITS.items():
-            rows = next((dataset[name] for name in names if name in dataset), None)
-            if rows is None or 'text' not in rows.column_names:
-                columns = {name: part.column_names for name, part in dataset.items()}
+    with write_atomically(local_copy) as new_directory:
+        new_directory.mkdir()
+        for split, split_names in _HUB_SPLITS.items():
+            hub_split = next((dataset[name] for name in split_names if name in dataset), None)
+            if hub_split is None or 'text' not in hub_split.column_names:
+                columns = {name: hub_split.column_names for name, hub_split in dataset.items()}
                 raise UserError(
                     f'config.data.source = {source!r}: expected train, validation and test '
                     f"with a column 'text', found {columns}"
                 )
-            count = getattr(rows, 'num_rows', 0)
-            work = progress.Work(f'copying {split} of {source}', count, 'rows')
-            with work, open(new / f'{split}.txt', 'w', encoding='utf-8', newline='') as stream:
-                for batch in rows.iter(batch_size=1000):
-                    stream.writelines(t if t.endswith('\n') else f'{t}\n' for t in batch['text'])
-                    work.done += len(batch['text'])
+            num_rows = getattr(hub_split, 'num_rows', 0)
+            work = progress.Work(f'copying {split} of {source}', num_rows, 'rows')
+            file = new_directory / f'{split}.txt'
+            with work, open(file, 'w', encoding='utf-8', newline='') as stream:
+                for batch in hub_split.iter(batch_size=1000):
+                    texts = batch['text']
+                    stream.writelines(
+                        text if text.endswith('\n') else f'{text}\n' for text in texts
+                    )
+                    work.done += len(texts)
 
 
 def _make_wikitext(name: str, vocabulary: int, num_train_tokens: int) -> Source:

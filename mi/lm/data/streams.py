@@ -34,8 +34,8 @@ class Stream:
                 f'the training text'
             )
         self._tokens, self._length = tokens, length
-        first = np.random.default_rng(seed).integers(len(tokens))
-        self._starts = first + np.arange(batch) * (len(tokens) // batch)
+        first_start = np.random.default_rng(seed).integers(len(tokens))
+        self._starts = first_start + np.arange(batch) * (len(tokens) // batch)
         self._epoch = max(1, len(tokens) // (batch * length))
 
     def __len__(self) -> int:
@@ -53,8 +53,8 @@ class Stream:
           step: number of the step.
           readers: the b readers of a device that has these rows of the batch; all by default.
         """
-        rows = step * self._length + np.arange(self._length + 1)
-        return (self._starts[None, readers] + rows[:, None]) % len(self._tokens)
+        time_offsets = step * self._length + np.arange(self._length + 1)
+        return (self._starts[None, readers] + time_offsets[:, None]) % len(self._tokens)
 
 
 def segments(tokens: np.ndarray, batch: int, length: int) -> Iterator[Piece]:
@@ -63,12 +63,14 @@ def segments(tokens: np.ndarray, batch: int, length: int) -> Iterator[Piece]:
     The N − 1 predictions are split into B contiguous parts. Parts are padded to the same number of
     segments; the mask is 0 there.
     """
-    predictions = len(tokens) - 1
-    part = -(-predictions // batch)
-    starts = np.arange(batch)[None, :] * part
-    for first in range(0, part, length):
-        rows = first + np.arange(length)[:, None]
-        yield _gather_piece(tokens, starts + rows, (starts + rows < predictions) & (rows < part))
+    num_predictions = len(tokens) - 1
+    part_length = -(-num_predictions // batch)
+    part_starts = np.arange(batch)[None, :] * part_length
+    for segment_start in range(0, part_length, length):
+        time_offsets = segment_start + np.arange(length)[:, None]
+        positions = part_starts + time_offsets
+        is_scored = (positions < num_predictions) & (time_offsets < part_length)
+        yield _gather_piece(tokens, positions, is_scored)
 
 
 def windows(tokens: np.ndarray, batch: int, length: int, stride: int) -> Iterator[Piece]:
@@ -83,19 +85,19 @@ def windows(tokens: np.ndarray, batch: int, length: int, stride: int) -> Iterato
     """
     if not 1 <= stride <= length:
         raise ValueError(f'stride = {stride}: expected 1 to {length}, the length of a window')
-    predictions = len(tokens) - 1
-    length = min(length, predictions)
-    count = 1 + -(-(predictions - length) // stride)
-    rows = np.arange(length)[:, None]
-    for first in range(0, count, batch):
-        window = first + np.arange(batch)[None, :]
-        index = window * stride + rows
-        is_scored = (rows >= length - stride) | (window == 0)
-        yield _gather_piece(tokens, index, is_scored & (index < predictions))
+    num_predictions = len(tokens) - 1
+    length = min(length, num_predictions)
+    num_windows = 1 + -(-(num_predictions - length) // stride)
+    time_offsets = np.arange(length)[:, None]
+    for first_window in range(0, num_windows, batch):
+        window_numbers = first_window + np.arange(batch)[None, :]
+        positions = window_numbers * stride + time_offsets
+        is_scored = (time_offsets >= length - stride) | (window_numbers == 0)
+        yield _gather_piece(tokens, positions, is_scored & (positions < num_predictions))
 
 
-def _gather_piece(tokens: np.ndarray, index: np.ndarray, mask: np.ndarray) -> Piece:
+def _gather_piece(tokens: np.ndarray, positions: np.ndarray, mask: np.ndarray) -> Piece:
     """Return the piece whose inputs are at these positions, clipped to the text."""
-    index = np.minimum(index, len(tokens) - 2)
-    inputs, targets = tokens[index], tokens[index + 1]
-    return inputs.astype(np.int32), targets.astype(np.int32), mask.astype(np.float32), index
+    positions = np.minimum(positions, len(tokens) - 2)
+    inputs, targets = tokens[positions], tokens[positions + 1]
+    return inputs.astype(np.int32), targets.astype(np.int32), mask.astype(np.float32), positions

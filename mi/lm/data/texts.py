@@ -48,22 +48,22 @@ class Text:
         Raises:
           UserError: if the text is not UTF-8.
         """
-        array, position, block_size = self.array(), 0, size
-        while position < len(array):
-            block = array[position : position + block_size].tobytes()
-            cut = len(block)
-            if position + cut < len(array):
-                cut = block.rfind(b'\n') + 1 or block.rfind(b' ', 1)
-            if cut < 0:
+        text_bytes, position, block_size = self.array(), 0, size
+        while position < len(text_bytes):
+            block = text_bytes[position : position + block_size].tobytes()
+            piece_end = len(block)
+            if position + piece_end < len(text_bytes):
+                piece_end = block.rfind(b'\n') + 1 or block.rfind(b' ', 1)
+            if piece_end < 0:
                 block_size *= 2
                 continue
             try:
-                piece = block[:cut].decode()
+                piece = block[:piece_end].decode()
             except UnicodeDecodeError as error:
-                byte = self.start + position + error.start
-                raise UserError(f'{self.origin} is not UTF-8 text (byte {byte})') from error
+                bad_byte = self.start + position + error.start
+                raise UserError(f'{self.origin} is not UTF-8 text (byte {bad_byte})') from error
             yield piece
-            position, block_size = position + cut, size
+            position, block_size = position + piece_end, size
 
 
 Texts = dict[str, list[Text]]  # split → its texts, in order; with domains, one for each, by name
@@ -74,42 +74,42 @@ def split_by_lines(text: Text) -> Texts:
 
     If a text has too few lines, these shares of its bytes are cut after a word.
     """
-    array, block_size = text.array(), 2**24
-    ends = [
-        np.flatnonzero(array[i : i + block_size] == ord('\n')) + i
-        for i in range(0, len(array), block_size)
+    text_bytes, block_size = text.array(), 2**24
+    line_ends = [
+        np.flatnonzero(text_bytes[start : start + block_size] == ord('\n')) + start
+        for start in range(0, len(text_bytes), block_size)
     ]
-    starts = np.concatenate([np.array([-1]), *ends]) + 1
-    num_lines = len(starts) - (starts[-1] == len(array))
-    cuts = [int(starts[int(num_lines * share)]) for share in (0.9, 0.95)]
-    if not 1 < cuts[0] < cuts[1] - 1 < len(array) - 2:
-        cuts = [_find_word_end(array, len(array) * share // 100) for share in (90, 95)]
+    line_starts = np.concatenate([np.array([-1]), *line_ends]) + 1
+    num_lines = len(line_starts) - (line_starts[-1] == len(text_bytes))
+    cuts = [int(line_starts[int(num_lines * share)]) for share in (0.9, 0.95)]
+    if not 1 < cuts[0] < cuts[1] - 1 < len(text_bytes) - 2:
+        cuts = [_find_word_end(text_bytes, len(text_bytes) * share // 100) for share in (90, 95)]
     return split_at(text, cuts)
 
 
-def _find_word_end(array: np.ndarray, position: int) -> int:
+def _find_word_end(text_bytes: np.ndarray, position: int) -> int:
     """Return the byte after the first white space at or after a position.
 
     If a fortieth of the text has no white space, return the start of the next letter.
     """
-    window = array[position : position + len(array) // 40]
+    window = text_bytes[position : position + len(text_bytes) // 40]
     spaces = np.flatnonzero(np.isin(window, np.frombuffer(b'\t\n\r ', np.uint8)))
     if len(spaces):
         return position + int(spaces[0]) + 1
-    while position < len(array) and array[position] & 0b1100_0000 == 0b1000_0000:
+    while position < len(text_bytes) and text_bytes[position] & 0b1100_0000 == 0b1000_0000:
         position += 1  # within a letter of UTF-8
     return position
 
 
 def split_at(text: Text, cuts: Sequence[int]) -> Texts:
     """Return the three splits of a text, given the bytes at which valid and test start."""
-    edges = [text.start, *(text.start + cut for cut in cuts), text.stop]
+    split_edges = [text.start, *(text.start + cut for cut in cuts), text.stop]
     return {
         split: [dataclasses.replace(text, start=start, stop=stop)]
-        for split, start, stop in zip(SPLITS, edges, edges[1:], strict=False)
+        for split, start, stop in zip(SPLITS, split_edges, split_edges[1:], strict=False)
     }
 
 
-def join_texts(parts: Sequence[Texts]) -> Texts:
+def join_texts(corpora: Sequence[Texts]) -> Texts:
     """Return the texts of all parts, split by split."""
-    return {split: [text for part in parts for text in part[split]] for split in parts[0]}
+    return {split: [text for corpus in corpora for text in corpus[split]] for split in corpora[0]}

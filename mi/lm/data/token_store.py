@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Collection
 from importlib import metadata
 from typing import IO, NamedTuple
 
@@ -34,21 +33,24 @@ _FORMAT = 2  # version of the token files; those of another version are made aga
 
 
 class Recipe(NamedTuple):
-    """What token files are made from.
+    """What the tokens of a corpus are made from.
 
     Attributes:
-      source: name of the corpus.
-      level: level of the tokens.
-      vocabulary: largest number of ids.
-      splits: splits that are tokenized, in the order of SPLITS.
-      fit: splits that the vocabulary is made from, in the order of SPLITS; () for bytes.
+      source: a name in `mi.lm.data.sources.CORPORA`; 'hub:OWNER/NAME/CONFIG'; a text file, whose
+        last tenth of lines becomes valid and test; or a directory with one file for each of
+        *train*, *valid* and *test*. Files may be packed: .bz2, .gz, .xz, .zip.
+      level: level of the tokens, see above.
+      vocabulary: largest number of ids, for 'bpe', 'word' and 'token'.
+      splits: the splits to tokenize; files of other splits may be missing.
+      fit: the splits that the vocabulary is made from. If it excludes train, results are not
+        comparable to published numbers.
     """
 
     source: str
     level: Level
     vocabulary: int
-    splits: tuple[str, ...]
-    fit: tuple[str, ...]
+    splits: tuple[str, ...] = SPLITS
+    fit: tuple[str, ...] = ('train',)
 
     @property
     def name(self) -> str:
@@ -56,31 +58,20 @@ class Recipe(NamedTuple):
         return pathlib.Path(self.source).name
 
 
-def load(  # noqa: PLR0913 - the keys of `config.data`, and options of scripts
-    source: str,
-    level: Level,
-    vocabulary: int,
+def load(
+    recipe: Recipe,
     cache: str = '',
     *,
     path: str = '',
-    splits: Collection[str] = SPLITS,
-    fit: Collection[str] = ('train',),
     train_tokens: int = 0,
     verify: bool = False,
 ) -> Corpus:
     """Load a corpus; tokenize it on first use. Plain bytes are mapped where they are.
 
     Args:
-      source: a name in `mi.lm.data.sources.CORPORA`; 'hub:OWNER/NAME/CONFIG'; a text file, whose
-        last tenth of lines becomes valid and test; or a directory with one file for each of
-        *train*, *valid* and *test*. Files may be packed: .bz2, .gz, .xz, .zip.
-      level: level of the tokens, see above.
-      vocabulary: largest number of ids, for 'bpe', 'word' and 'token'.
+      recipe: the text, and how it is tokenized.
       cache: directory for token files; '' for $MI_CACHE or ~/.cache/mi.
       path: path of the files for a name in `CORPORA`; '' for $MI_DATA/SOURCE.
-      splits: the splits to load; files of other splits may be missing.
-      fit: the splits that the vocabulary is made from. If it excludes train, results are not
-        comparable to published numbers.
       train_tokens: number of tokens from the start of train; 0 for all. The vocabulary is made from
         all of train.
       verify: whether to verify the hash of token files larger than `HASHED` as well.
@@ -90,35 +81,41 @@ def load(  # noqa: PLR0913 - the keys of `config.data`, and options of scripts
         a known corpus differ from the known ones.
       ValueError: for unknown splits, no splits, or train_tokens without train.
     """
-    # Check the arguments.
-    if not splits:
-        raise ValueError(f'splits = (): expected some of {SPLITS}')
-    for split in (*splits, *fit):
-        if split not in SPLITS:
-            raise ValueError(f'unknown split {split!r}; {suggest(split, SPLITS)}')
-    if train_tokens and 'train' not in splits:
+    # Check the splits, and put them into one order, on which the name of the token files depends.
+    recipe = _order_splits(recipe)
+    if train_tokens and 'train' not in recipe.splits:
         raise ValueError(
-            f"train_tokens = {train_tokens}: expected 'train' in splits (got {tuple(splits)})"
+            f"train_tokens = {train_tokens}: expected 'train' in splits (got {recipe.splits})"
         )
 
-    # Describe the token files, then read them or make them.
-    root = get_cache_directory(cache)
-    needs_fit = level != 'byte'
-    recipe = Recipe(
-        source,
-        level,
-        vocabulary,
-        splits=tuple(split for split in SPLITS if split in splits),
-        fit=tuple(split for split in SPLITS if split in fit and needs_fit),
-    )
-    with name_os_errors(root):
+    # Read the token files, or make them.
+    cache_directory = get_cache_directory(cache)
+    with name_os_errors(cache_directory):
         used_splits = [split for split in SPLITS if split in recipe.splits + recipe.fit]
-        texts = load_texts(source, path, used_splits, root)
-        corpus = _load(recipe, texts, root, verify)
-        return _shorten(corpus, train_tokens, level) if train_tokens else corpus
+        texts = load_texts(recipe.source, path, used_splits, cache_directory)
+        corpus = _load(recipe, texts, cache_directory, verify)
+        return _shorten(corpus, train_tokens, recipe.level) if train_tokens else corpus
 
 
-def _load(recipe: Recipe, texts: Texts, root: pathlib.Path, verify: bool) -> Corpus:
+def _order_splits(recipe: Recipe) -> Recipe:
+    """Return the recipe with its splits in the order of SPLITS, and none to fit bytes to.
+
+    Raises:
+      ValueError: for unknown splits or no splits.
+    """
+    if not recipe.splits:
+        raise ValueError(f'splits = (): expected some of {SPLITS}')
+    for split in (*recipe.splits, *recipe.fit):
+        if split not in SPLITS:
+            raise ValueError(f'unknown split {split!r}; {suggest(split, SPLITS)}')
+    fit = () if recipe.level == 'byte' else recipe.fit
+    return recipe._replace(
+        splits=tuple(split for split in SPLITS if split in recipe.splits),
+        fit=tuple(split for split in SPLITS if split in fit),
+    )
+
+
+def _load(recipe: Recipe, texts: Texts, cache_directory: pathlib.Path, verify: bool) -> Corpus:
     """Map the bytes of plain texts, or the token files, which are written if they are missing."""
     splits = recipe.splits
     domains = tuple(text.domain for text in texts[splits[0]] if text.domain)
@@ -146,14 +143,14 @@ def _load(recipe: Recipe, texts: Texts, root: pathlib.Path, verify: bool) -> Cor
         )
 
     # Token files, named by a hash of all that they depend on.
-    known = find_source(recipe.source)
-    checks = [dict(known.num_tokens), known.vocabulary]
+    known_source = find_source(recipe.source)
+    checks = [dict(known_source.num_tokens), known_source.vocabulary]
     versions = [_FORMAT, metadata.version('tokenizers')]
     options = [recipe.level, recipe.vocabulary, splits, recipe.fit, checks, *versions]
-    spans = [text.array() for parts in texts.values() for text in parts]
-    edges = np.array([len(span) for span in spans])
-    key = _compute_sha256(json.dumps(options).encode(), edges, *spans)[:16]
-    directory = root / f'{recipe.name}-{recipe.level}-{key}'
+    text_spans = [text.array() for split_texts in texts.values() for text in split_texts]
+    span_lengths = np.array([len(text_span) for text_span in text_spans])
+    recipe_key = _compute_sha256(json.dumps(options).encode(), span_lengths, *text_spans)[:16]
+    directory = cache_directory / f'{recipe.name}-{recipe.level}-{recipe_key}'
     if not directory.exists():
         _write_token_files(directory, texts, recipe)
     corpus = _read_token_files(directory, recipe.name, domains, texts, num_bytes)
@@ -172,59 +169,50 @@ def _write_token_files(directory: pathlib.Path, texts: Texts, recipe: Recipe) ->
     Raises:
       UserError: if the counts of a known corpus differ from the known ones.
     """
-    # The vocabulary.
+    # The vocabulary, and the smallest dtype for its ids.
     level = recipe.level
-    known = find_source(recipe.source) if level == 'token' else None
     tokenizer, num_types = fit_tokenizer(texts, level, recipe.vocabulary, recipe.fit)
-    is_complete = known and recipe.fit == ('train',) and recipe.vocabulary >= known.vocabulary > 0
-    if known and is_complete and num_types != known.vocabulary:
-        raise known.make_error(
-            f'{texts["train"][0].origin}: {num_types:,} different tokens with <eos>, expected '
-            f'{known.vocabulary:,}'
-        )
+    _check_num_types(recipe, texts, num_types)
     num_ids = 256 if tokenizer is None else tokenizer.get_vocab_size()
-    dtype = np.dtype(np.uint8 if num_ids <= 2**8 else np.uint16 if num_ids <= 2**16 else np.int32)
+    id_type = np.uint8 if num_ids <= 2**8 else np.uint16 if num_ids <= 2**16 else np.int32
+    id_dtype = np.dtype(id_type)
 
     # The ids, some pieces at a time.
     lossless, sha256 = level != 'word', hashlib.sha256()
-    counts: dict[str, int] = {}
+    num_tokens: dict[str, int] = {}
     starts: dict[str, list[int]] = {}
-    with write_atomically(directory) as new:
-        new.mkdir()
+    with write_atomically(directory) as new_directory:
+        new_directory.mkdir()
         for split in recipe.splits:
-            counts[split], starts[split] = 0, []
-            with open(new / f'{split}.npy', 'wb') as stream:
-                _write_header(stream, dtype, 0)
+            num_tokens[split], starts[split] = 0, []
+            with open(new_directory / f'{split}.npy', 'wb') as stream:
+                _write_header(stream, id_dtype, 0)
                 for text in texts[split]:
-                    starts[split].append(counts[split])
+                    starts[split].append(num_tokens[split])
                     for piece, ids in encode(text, level, tokenizer, split):
                         if level == 'token' and tokenizer and lossless:
                             num_unknown = int((ids == tokenizer.token_to_id('<unk>')).sum())
                             lossless = num_unknown == len(UNKNOWN.findall(piece))
-                        narrow_ids = ids.astype(dtype)
+                        narrow_ids = ids.astype(id_dtype)
                         stream.write(narrow_ids.data)
                         sha256.update(narrow_ids.data)
-                        counts[split] += len(narrow_ids)
-                    _check_length(recipe, split, text, counts[split] - starts[split][-1])
+                        num_tokens[split] += len(narrow_ids)
+                    _check_length(recipe, split, text, num_tokens[split] - starts[split][-1])
                 stream.seek(0)
-                _write_header(stream, dtype, counts[split])
-            if known and counts[split] != known.num_tokens.get(split, counts[split]):
-                raise known.make_error(
-                    f'{texts[split][0].origin}: {counts[split]:,} tokens with <eos>, expected '
-                    f'{known.num_tokens[split]:,}'
-                )
+                _write_header(stream, id_dtype, num_tokens[split])
+            _check_num_tokens(recipe, split, texts[split][0], num_tokens[split])
 
-        # What is known of them.
+        # The tokenizer, and what a reader needs to know of the ids.
         if tokenizer:
-            (new / 'tokenizer.json').write_text(tokenizer.to_str(pretty=True))
-        meta = {
+            (new_directory / 'tokenizer.json').write_text(tokenizer.to_str(pretty=True))
+        store_meta = {
             'vocabulary': num_ids,
             'lossless': lossless,
             'sha256': sha256.hexdigest(),
-            'tokens': counts,
+            'tokens': num_tokens,
             'starts': starts,
         }
-        (new / 'meta.json').write_text(json.dumps(meta, indent=2) + '\n')
+        (new_directory / 'meta.json').write_text(json.dumps(store_meta, indent=2) + '\n')
 
 
 def _write_header(stream: IO[bytes], dtype: np.dtype, length: int) -> None:
@@ -246,29 +234,30 @@ def _read_token_files(
       UserError: if a file is missing or cut.
     """
     try:
-        meta = json.loads((directory / 'meta.json').read_text())
+        store_meta = json.loads((directory / 'meta.json').read_text())
         tokens = {split: np.load(directory / f'{split}.npy', mmap_mode='r') for split in num_bytes}
-        keys = {'vocabulary', 'lossless', 'sha256', 'starts'}
-        if not isinstance(meta, dict) or keys - meta.keys():
+        required_keys = {'vocabulary', 'lossless', 'sha256', 'starts'}
+        if not isinstance(store_meta, dict) or required_keys - store_meta.keys():
             raise ValueError('meta.json lacks keys')
-        file, tokenizer = directory / 'tokenizer.json', None
-        if file.exists():
-            description = file.read_text()
+        tokenizer_file, tokenizer = directory / 'tokenizer.json', None
+        if tokenizer_file.exists():
+            description = tokenizer_file.read_text()
             json.loads(description)  # raises ValueError where tokenizers raises a bare Exception
             tokenizer = tokenizers.Tokenizer.from_str(description)
     except PermissionError:
         raise
     except (OSError, ValueError) as error:
         raise _make_damage_error(directory) from error
+    starts = store_meta['starts'] if domains else {split: [0] for split in num_bytes}
     return Corpus(
         name,
-        meta['vocabulary'],
+        store_meta['vocabulary'],
         tokens,
         num_bytes,
-        meta['lossless'],
-        meta['sha256'],
+        store_meta['lossless'],
+        store_meta['sha256'],
         domains,
-        {split: np.array(starts if domains else [0]) for split, starts in meta['starts'].items()},
+        {split: np.array(positions) for split, positions in starts.items()},
         tokenizer,
         texts,
     )
@@ -278,49 +267,70 @@ def _make_damage_error(directory: pathlib.Path) -> UserError:
     return UserError(f'the token files in {directory} are damaged; delete that directory')
 
 
-def _shorten(corpus: Corpus, count: int, level: Level) -> Corpus:
-    """Return the corpus with the first `count` tokens of train."""
-    train, starts = corpus.tokens['train'], corpus.starts['train']
-    if not starts[-1] < count <= len(train):
-        minimum = f'more than {starts[-1]:,}, so that no domain is left out, and '
+def _shorten(corpus: Corpus, num_tokens: int, level: Level) -> Corpus:
+    """Return the corpus with the first `num_tokens` tokens of train."""
+    train_tokens, domain_starts = corpus.tokens['train'], corpus.starts['train']
+    if not domain_starts[-1] < num_tokens <= len(train_tokens):
+        minimum = f'more than {domain_starts[-1]:,}, so that no domain is left out, and '
         raise UserError(
-            f'config.data.train_tokens = {count}: expected 0 for all, or '
-            f'{minimum if corpus.domains else ""}at most {len(train):,}, the tokens of train'
+            f'config.data.train_tokens = {num_tokens}: expected 0 for all, or '
+            f'{minimum if corpus.domains else ""}at most {len(train_tokens):,}, the tokens of train'
         )
     num_bytes = {split: size for split, size in corpus.num_bytes.items() if split != 'train'}
     if level == 'byte':
-        num_bytes['train'] = count
+        num_bytes['train'] = num_tokens
     return dataclasses.replace(
         corpus,
-        tokens=corpus.tokens | {'train': train[:count]},
+        tokens=corpus.tokens | {'train': train_tokens[:num_tokens]},
         num_bytes=num_bytes,
-        sha256=_compute_sha256(f'{corpus.sha256} {count}'.encode()),
+        sha256=_compute_sha256(f'{corpus.sha256} {num_tokens}'.encode()),
     )
 
 
-def _check_length(recipe: Recipe, split: str, text: Text, count: int) -> None:
+def _check_num_types(recipe: Recipe, texts: Texts, num_types: int) -> None:
+    """Raise UserError if the whole vocabulary of a known corpus has another size than known."""
+    known_size = find_source(recipe.source).vocabulary
+    is_whole = recipe.fit == ('train',) and recipe.vocabulary >= known_size > 0
+    if recipe.level == 'token' and is_whole and num_types != known_size:
+        raise find_source(recipe.source).make_error(
+            f'{texts["train"][0].origin}: {num_types:,} different tokens with <eos>, expected '
+            f'{known_size:,}'
+        )
+
+
+def _check_num_tokens(recipe: Recipe, split: str, text: Text, num_tokens: int) -> None:
+    """Raise UserError if a split of a known corpus has another number of tokens than known."""
+    source = find_source(recipe.source)
+    expected = source.num_tokens.get(split, num_tokens)
+    if recipe.level == 'token' and num_tokens != expected:
+        raise source.make_error(
+            f'{text.origin}: {num_tokens:,} tokens with <eos>, expected {expected:,}'
+        )
+
+
+def _check_length(recipe: Recipe, split: str, text: Text, num_tokens: int) -> None:
     """Raise UserError if a text has fewer than two tokens."""
-    if count < 2:
+    if num_tokens < 2:
         raise find_source(recipe.source).make_error(
             f'{text.origin}: the {split} text is empty or too short, expected at least two tokens. '
             f'Try a longer text, or a directory with a file for each split'
         )
 
 
-def _compute_sha256(*parts: bytes | np.ndarray) -> str:
-    """Return the hash of the bytes of all parts."""
+def _compute_sha256(*buffers: bytes | np.ndarray) -> str:
+    """Return the hash of the bytes of all buffers."""
     digest, block_size = hashlib.sha256(), 2**22
     views = [
-        np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
-        if isinstance(part, np.ndarray)
-        else memoryview(part)
-        for part in parts
+        np.ascontiguousarray(buffer).reshape(-1).view(np.uint8).data
+        if isinstance(buffer, np.ndarray)
+        else memoryview(buffer)
+        for buffer in buffers
     ]
-    size = sum(len(view) for view in views)
-    with progress.Work('hashing the text', size, 'MB', 1e6) as work:
+    num_bytes = sum(len(view) for view in views)
+    with progress.Work('hashing the text', num_bytes, 'MB', 1e6) as work:
         for view in views:
-            for start in range(0, len(view), block_size):
-                block = view[start : start + block_size]
+            for block_start in range(0, len(view), block_size):
+                block = view[block_start : block_start + block_size]
                 digest.update(block)
                 work.done += len(block)
     return digest.hexdigest()

@@ -20,7 +20,7 @@ UNKNOWN = re.compile(r'(?<!\S)<unk>(?!\S)')
 
 
 def fit_tokenizer(
-    texts: Texts, level: Level, size: int, fit: Collection[str]
+    texts: Texts, level: Level, vocab_size: int, fit: Collection[str]
 ) -> tuple[tokenizers.Tokenizer | None, int]:
     """Fit a tokenizer to the splits `fit`.
 
@@ -29,8 +29,9 @@ def fit_tokenizer(
     """
     if level == 'byte':
         return None, 0
-    total = sum(text.size for split in fit for text in texts[split])
-    with progress.Work(f'making the vocabulary of {" and ".join(fit)}', total, 'MB', 1e6) as work:
+    num_bytes = sum(text.size for split in fit for text in texts[split])
+    label = f'making the vocabulary of {" and ".join(fit)}'
+    with progress.Work(label, num_bytes, 'MB', 1e6) as work:
         pieces = (
             piece
             for split in fit
@@ -38,41 +39,43 @@ def fit_tokenizer(
             for piece in split_pieces(text, level, work)
         )
         if level == 'bpe':
-            return _fit_bpe(size, pieces), 0
-        return _fit_words(level, size, pieces)
+            return _fit_bpe(vocab_size, pieces), 0
+        return _fit_words(level, vocab_size, pieces)
 
 
-def _fit_bpe(size: int, pieces: Iterator[str]) -> tokenizers.Tokenizer:
+def _fit_bpe(vocab_size: int, pieces: Iterator[str]) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
         pieces,
-        trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False),
     )
     return tokenizer
 
 
-def _fit_words(level: Level, size: int, pieces: Iterator[str]) -> tuple[tokenizers.Tokenizer, int]:
-    """Fit the `size` most frequent words; <unk> is one of them, or replaces the rarest."""
+def _fit_words(
+    level: Level, vocab_size: int, pieces: Iterator[str]
+) -> tuple[tokenizers.Tokenizer, int]:
+    """Fit the `vocab_size` most frequent words; <unk> is one of them, or replaces the rarest."""
     tokenizer = tokenizers.Tokenizer(models.WordLevel({}, unk_token='<unk>'))
     if level == 'token':
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     else:
-        words = tokenizers.Regex(r"<unk>|<eos>|[\w']+|[^\w\s]")
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(words, 'removed', invert=True)
+        word_pattern = tokenizers.Regex(r"<unk>|<eos>|[\w']+|[^\w\s]")
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(word_pattern, 'removed', invert=True)
     # <unk> is not a special token: if the text has the word <unk> too, the trainer would give it a
     # second id and skip a number.
     trainer = trainers.WordLevelTrainer(vocab_size=2**31, special_tokens=[], show_progress=False)
     tokenizer.train_from_iterator(pieces, trainer)
     vocabulary = tokenizer.get_vocab(with_added_tokens=False)
-    if vocabulary.get('<unk>', size) >= size:
-        frequent = {word: i for word, i in vocabulary.items() if i < size - 1}
-        frequent['<unk>'] = len(frequent)
+    if vocabulary.get('<unk>', vocab_size) >= vocab_size:
+        frequent_words = {word: i for word, i in vocabulary.items() if i < vocab_size - 1}
+        frequent_words['<unk>'] = len(frequent_words)
     else:
-        frequent = {word: i for word, i in vocabulary.items() if i < size}
-    tokenizer.model = models.WordLevel(frequent, unk_token='<unk>')
+        frequent_words = {word: i for word, i in vocabulary.items() if i < vocab_size}
+    tokenizer.model = models.WordLevel(frequent_words, unk_token='<unk>')
     return tokenizer, len(vocabulary)
 
 
@@ -81,15 +84,15 @@ def encode(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield pieces of a text and their ids; for bytes the piece is ''."""
     if tokenizer is None:
-        array, block_size = text.array(), 2**24
-        for start in range(0, len(array), block_size):
-            yield '', array[start : start + block_size]
+        text_bytes, block_size = text.array(), 2**24
+        for block_start in range(0, len(text_bytes), block_size):
+            yield '', text_bytes[block_start : block_start + block_size]
         return
     with progress.Work(f'tokenizing {split}', text.size, 'MB', 1e6) as work:
         pieces = split_pieces(text, level, work)
-        while batch := list(itertools.islice(pieces, 32)):  # tokenized in parallel
-            encoded = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-            for piece, encoding in zip(batch, encoded, strict=True):
+        while piece_batch := list(itertools.islice(pieces, 32)):  # tokenized in parallel
+            encodings = tokenizer.encode_batch_fast(piece_batch, add_special_tokens=False)
+            for piece, encoding in zip(piece_batch, encodings, strict=True):
                 yield piece, np.asarray(encoding.ids, np.int32)
 
 
@@ -114,11 +117,11 @@ def remove_line_ends(piece: str) -> str:
     return '' if piece == EOS.strip() else piece.replace(f'{EOS}\n', '\n')
 
 
-def count_bytes(piece: str, end: int) -> int:
-    """Count the bytes of text in a piece up to the word that ends at `end`.
+def count_bytes(piece: str, word_end: int) -> int:
+    """Count the bytes of text in a piece up to the word that ends at `word_end`.
 
     The end of a line belongs to its <eos>.
     """
-    if piece[:end].endswith(EOS) and piece[end : end + 1] == '\n':
-        end += 1
-    return len(remove_line_ends(piece[:end]).encode())
+    if piece[:word_end].endswith(EOS) and piece[word_end : word_end + 1] == '\n':
+        word_end += 1
+    return len(remove_line_ends(piece[:word_end]).encode())
