@@ -100,7 +100,8 @@ def _lm(config: ml_collections.ConfigDict) -> Costs:
 def _count_domains(config: ml_collections.ConfigDict) -> int:
     data = config.data
     cache = sources.get_cache_directory(data.cache)
-    documents = sources.load_texts(data.source, data.path, ['train'], cache)['train']
+    with lm.name_data_keys():
+        documents = sources.load_texts(data.source, data.path, ['train'], cache)['train']
     return len([document for document in documents if document.domain])
 
 

@@ -9,9 +9,12 @@ import rich.console
 import rich.table
 
 from mi import precision
+from mi.config import UserError
 from mi.lm import config as lm_config
 from mi.lm import dynamic_evaluation, factory
+from mi.lm.data.corpus import Corpus
 from mi.lm.evaluate import Excerpt, evaluate
+from mi.lm.model import LanguageModel, Params
 from mi.lm.restore import restore
 from mi.training.io import write_json
 
@@ -24,7 +27,8 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
     Print a table and write evaluation.json to the directory. Dynamic evaluation has its own row.
 
     Raises:
-      UserError: if the directory has no complete checkpoint, or has another config.
+      UserError: if the directory has no complete checkpoint or another config, or dynamic
+        evaluation diverges.
     """
     # The model.
     run_path = pathlib.Path(workdir)
@@ -40,7 +44,7 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
             excerpt = Excerpt(corpus, split, config.eval.final_tokens)
             results = evaluate(model, params, excerpt, reading, mesh)
             if config.dynamic.tokens:
-                adapted = dynamic_evaluation.evaluate(model, params, corpus, split, adaptation)
+                adapted = _evaluate_dynamically(model, params, corpus, split, adaptation)
                 scores[f'{split}_dynamic'] = dict(zip(map(str, config.seeds), adapted, strict=True))
             scores[split] = dict(zip(map(str, config.seeds), results, strict=True))
     write_json(run_path / 'evaluation.json', {'step': step, **scores})
@@ -56,6 +60,24 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
         means = [_format_mean(seed_scores, column) for column in columns]
         score_table.add_row(protocol_name, *means, description)
     rich.console.Console().print(score_table)
+
+
+def _evaluate_dynamically(
+    model: LanguageModel,
+    params: Params,
+    corpus: Corpus,
+    split: str,
+    adaptation: dynamic_evaluation.Adaptation,
+) -> list[dict[str, Any]]:
+    """Return the metrics of dynamic evaluation; raise UserError if it diverges."""
+    try:
+        return dynamic_evaluation.evaluate(model, params, corpus, split, adaptation)
+    except FloatingPointError as error:
+        raise UserError(
+            f'{error}. Try a lower config.dynamic.learning_rate than {adaptation.learning_rate}, a '
+            f'higher config.dynamic.epsilon than {adaptation.epsilon}, or more '
+            f'config.dynamic.statistics'
+        ) from error
 
 
 def _format_mean(seed_scores: list[dict[str, Any]], column: str) -> str:

@@ -21,7 +21,6 @@ import numpy as np
 from chex import ArrayTree
 from jax import Array
 
-from mi.config import UserError
 from mi.lm.data import streams
 from mi.lm.data.corpus import Corpus
 from mi.lm.evaluate import compute_metrics
@@ -95,7 +94,7 @@ def evaluate(
       adaptation: rule by which the parameters learn.
 
     Raises:
-      UserError: if the loss becomes non-finite.
+      FloatingPointError: if the loss becomes non-finite.
     """
     # The seeds, divided over the devices of this process.
     params = sharding.to_host(params)
@@ -128,22 +127,14 @@ def evaluate(
             shared = np.float32(num_segments), rates, segments
             params, carry, nats = adapt((trained_params, square_sums, params, carry), shared)
             total_nats += placement.gather_seeds(nats, num_seeds).astype(np.float64)
-            _refuse_non_finite(total_nats, split, adaptation)
+            if not np.isfinite(total_nats).all():
+                raise FloatingPointError(f'dynamic evaluation of {split}: the loss is not finite')
             work.done += segments.mask.sum()
     protocol = {'predictions': num_predictions, 'batch': 1} | adaptation._asdict()
     mean_nats = (total_nats / num_predictions).tolist()
     return [
         compute_metrics(nats_per_token, corpus, split, protocol) for nats_per_token in mean_nats
     ]
-
-
-def _refuse_non_finite(total_nats: np.ndarray, split: str, adaptation: Adaptation) -> None:
-    if not np.isfinite(total_nats).all():
-        raise UserError(
-            f'dynamic evaluation of {split}: the loss is not finite. Try a lower '
-            f'config.dynamic.learning_rate than {adaptation.learning_rate}, a higher '
-            f'config.dynamic.epsilon than {adaptation.epsilon}, or more config.dynamic.statistics'
-        )
 
 
 def _read_rounds(

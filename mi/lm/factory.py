@@ -1,7 +1,9 @@
 """Construction of the corpus, the model and the trainer from a config."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ from mi.lm.adaptive_softmax import AdaptiveWords
 from mi.lm.config import CORES
 from mi.lm.data import token_store
 from mi.lm.data.corpus import Corpus
+from mi.lm.data.texts import DataError
 from mi.lm.dropout import Rates
 from mi.lm.embeddings import Words
 from mi.lm.loss import Objective
@@ -31,18 +34,29 @@ def load_corpus(config: ml_collections.ConfigDict) -> Corpus:
       UserError: if the corpus cannot be read, or has no domains although the model needs them.
     """
     data = config.data
-    corpus = token_store.load(
-        token_store.Recipe(data.source, data.level, data.vocabulary),
-        data.cache,
-        path=data.path,
-        train_tokens=data.train_tokens,
-    )
+    with name_data_keys():
+        corpus = token_store.load(
+            token_store.Recipe(data.source, data.level, data.vocabulary),
+            data.cache,
+            path=data.path,
+            train_tokens=data.train_tokens,
+        )
     if config.model.source == 'domain' and not corpus.domains:
         raise UserError(
             f"config.model.source = 'domain': config.data.source = {data.source!r} has no "
             f"domains. Try the source 'domains' or 'austen-domains'"
         )
     return corpus
+
+
+@contextlib.contextmanager
+def name_data_keys() -> Iterator[None]:
+    """Turn a DataError into a UserError, in which `source` is called config.data.source."""
+    try:
+        yield
+    except DataError as error:
+        message = re.sub(r'`(source|path|cache|train_tokens)`', r'config.data.\1', str(error))
+        raise UserError(message) from error
 
 
 def build_model(

@@ -112,11 +112,18 @@ def _make_loader(
     seeds: np.ndarray,
     mesh: jax.sharding.Mesh,
 ) -> BatchLoader:
-    """Return the loader of the training batches of all seeds."""
-    streams = [
-        Stream(corpus.tokens['train'], config.train.batch, config.train.length, seed)
-        for seed in config.seeds
-    ]
+    """Return the loader of the training batches of all seeds.
+
+    Raises:
+      UserError: if the batch has more streams than the training text has tokens.
+    """
+    try:
+        streams = [
+            Stream(corpus.tokens['train'], config.train.batch, config.train.length, seed)
+            for seed in config.seeds
+        ]
+    except ValueError as error:
+        raise UserError(f'config.train.{error}') from error
     return BatchLoader(corpus, streams, seeds, config.model.source == 'domain', mesh)
 
 

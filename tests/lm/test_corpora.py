@@ -16,8 +16,9 @@ import zipfile
 import numpy as np
 import pytest
 
-from mi.config import UserError, suggest_install
+from mi.config import suggest_install
 from mi.lm.data import sources, streams, token_store
+from mi.lm.data.texts import DataError
 from mi.lm.data.token_store import Recipe
 from tests.conftest import ROOT
 
@@ -68,14 +69,14 @@ def test_a_wikitext_that_is_cut_or_has_no_train_is_refused(tmp_path, cache):
     (tmp_path / 'wiki.valid.tokens').write_bytes(text[:-4])  # two lines less
     held_out = {'splits': ('valid',), 'fit': ('valid',)}
     path = str(tmp_path)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(DataError) as error:
         token_store.load(Recipe('wikitext-2', 'token', 50_000, **held_out), cache, path=path)
     assert str(error.value).startswith(
         f'{tmp_path}/wiki.valid.tokens: 217,644 tokens with <eos>, expected 217,646; get it from '
         f'https://huggingface.co/datasets/Salesforce/wikitext'
     )
     assert '\n' not in str(error.value)
-    with pytest.raises(UserError, match=r'expected wiki\.train\.tokens or .*, found none; get it'):
+    with pytest.raises(DataError, match=r'expected wiki\.train\.tokens or .*, found none; get it'):
         fits_train = Recipe('wikitext-2', 'token', 50_000, splits=('valid',))
         token_store.load(fits_train, cache, path=path)
     as_bytes = token_store.load(Recipe('wikitext-2', 'byte', 256, **held_out), cache, path=path)
@@ -106,24 +107,24 @@ def test_enwik8_packed_and_plain(tmp_path):
 @pytest.mark.parametrize('source', ['enwik8', 'text8'])
 def test_bytes_that_are_not_those_of_the_corpus_are_refused(source, tmp_path):
     (tmp_path / source).write_bytes(b'<mediawiki')
-    with pytest.raises(UserError) as error:
+    with pytest.raises(DataError) as error:
         read(source, tmp_path)
     assert str(error.value) == (
         f'{tmp_path}/{source}: 10 bytes, expected 100,000,000; get it from '
         f'http://mattmahoney.net/dc/{source}.zip'
     )
     os.truncate(tmp_path / source, 100_000_000)
-    with pytest.raises(UserError, match=f'{source}: md5 [0-9a-f]+, expected .*/{source}.zip'):
+    with pytest.raises(DataError, match=f'{source}: md5 [0-9a-f]+, expected .*/{source}.zip'):
         read(source, tmp_path)
 
 
 def test_the_counts_of_ptb_are_those_of_its_words(tmp_path, cache, monkeypatch):
     path = write_splits(tmp_path, 'ptb.{}.txt', ' a <unk> N \n b \n')
-    with pytest.raises(UserError, match=r'train\.txt: 6 tokens with <eos>, expected 929,589; get'):
+    with pytest.raises(DataError, match=r'train\.txt: 6 tokens with <eos>, expected 929,589; get'):
         token_store.load(Recipe('ptb', 'token', 100), cache, path=path)
     known = dataclasses.replace(sources.CORPORA['ptb'], num_tokens=dict.fromkeys(sources.SPLITS, 6))
     monkeypatch.setitem(sources.CORPORA, 'ptb', known)
-    with pytest.raises(UserError, match='txt: 5 different tokens with <eos>, expected 10,000; get'):
+    with pytest.raises(DataError, match='txt: 5 different tokens with <eos>, expected 10,000; get'):
         token_store.load(Recipe('ptb', 'token', 10_000), cache, path=path)
     assert (
         token_store.load(Recipe('ptb', 'token', 100), cache, path=path).vocabulary == 5
@@ -142,24 +143,24 @@ def test_a_missing_file_is_named_with_where_it_was_expected_and_where_it_is(
         source, f'{source}/wiki.train.tokens'
     )
     place = (tmp_path / file).parent
-    with pytest.raises(UserError) as error:
+    with pytest.raises(DataError) as error:
         read(source)
     message = str(error.value)
     assert message.startswith(f'{place}: expected {(tmp_path / file).name}')
     assert '; get it from ' in message and '://' in message and '\n' not in message
     monkeypatch.delenv('MI_DATA')
-    with pytest.raises(UserError, match=r"config\.data\.path = '': expected the place.*; get it"):
+    with pytest.raises(DataError, match=r"`path` = '': expected the place.*; get it"):
         read(source)
 
 
 def test_a_path_that_is_not_asked_for_is_refused(tmp_path):
     for source in ('austen', str(tmp_path), WIKITEXT_2):
-        with pytest.raises(UserError, match='is itself a place'):
+        with pytest.raises(DataError, match='is itself a place'):
             read(source, tmp_path)
 
 
 def test_an_unknown_word_has_a_nearest_one():
-    with pytest.raises(UserError, match=r"'enwik9': no such file or directory.*mean 'enwik8'"):
+    with pytest.raises(DataError, match=r"'enwik9': no such file or directory.*mean 'enwik8'"):
         read('enwik9')
 
 
@@ -196,13 +197,13 @@ def test_a_packed_file_that_is_cut_is_refused_and_leaves_nothing(ending, tmp_pat
         pack = gzip.compress if ending == '.gz' else lzma.compress
         file.write_bytes(pack(b'a b\n' * 1000))
     os.truncate(file, file.stat().st_size - 9)
-    with pytest.raises(UserError, match=rf'book\.txt\{ending} is damaged: '):
+    with pytest.raises(DataError, match=rf'book\.txt\{ending} is damaged: '):
         read(str(file), cache=tmp_path / 'cache')
     assert list((tmp_path / 'cache').rglob('*.txt')) == []
     with zipfile.ZipFile(tmp_path / 'two.zip', 'w') as archive:
         archive.writestr('a', '')
         archive.writestr('b', '')
-    with pytest.raises(UserError, match=r'two\.zip: expected one file in it, found a, b'):
+    with pytest.raises(DataError, match=r'two\.zip: expected one file in it, found a, b'):
         read(str(tmp_path / 'two.zip'), cache=tmp_path / 'cache')
 
 
@@ -249,22 +250,22 @@ def test_directories_and_files_as_domains(tmp_path, cache):
 
 
 def test_domains_that_cannot_be(tmp_path, cache):
-    with pytest.raises(UserError, match='expected a directory with a text file or directory for'):
+    with pytest.raises(DataError, match='expected a directory with a text file or directory for'):
         read('domains', tmp_path)
     write_splits(tmp_path / 'poems', '{}.txt')
     (tmp_path / 'poems' / 'valid.txt').write_text('')
-    with pytest.raises(UserError, match=r'poems/valid\.txt: the valid text is empty'):
+    with pytest.raises(DataError, match=r'poems/valid\.txt: the valid text is empty'):
         token_store.load(Recipe('domains', 'byte', 256), cache, path=str(tmp_path))
     (tmp_path / 'poems.txt').write_text('a\n')
-    with pytest.raises(UserError, match=r'poems and poems\.txt are both domain poems'):
+    with pytest.raises(DataError, match=r'poems and poems\.txt are both domain poems'):
         read('domains', tmp_path)
 
 
 def test_the_hub_needs_its_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'datasets', None)
-    with pytest.raises(UserError, match=re.escape(f'Try {suggest_install("hub")}')):
+    with pytest.raises(DataError, match=re.escape(f'Try {suggest_install("hub")}')):
         read(WIKITEXT_2, cache=tmp_path)
-    with pytest.raises(UserError, match='expected hub:OWNER/NAME or hub:OWNER/NAME/CONFIG'):
+    with pytest.raises(DataError, match='expected hub:OWNER/NAME or hub:OWNER/NAME/CONFIG'):
         read('hub:wikitext', cache=tmp_path)
 
 
@@ -301,9 +302,9 @@ def test_rows_of_the_hub_are_lines_and_copied_once(tmp_path, cache, monkeypatch)
     for _ in range(2):
         assert read(WIKITEXT_2, cache=tmp_path)['valid'] == ['\n = Title = \na\nb\n\n']
     assert calls == [('Salesforce/wikitext', 'wikitext-2-v1')]
-    with pytest.raises(UserError, match='10 tokens with <eos>, expected 2,088,628'):
+    with pytest.raises(DataError, match='10 tokens with <eos>, expected 2,088,628'):
         token_store.load(Recipe(WIKITEXT_2, 'token', 100), str(tmp_path))
-    with pytest.raises(UserError, match=r"expected train, validation and test .*\{'train'"):
+    with pytest.raises(DataError, match=r"expected train, validation and test .*\{'train'"):
         hub(monkeypatch, {'train': rows})
         read('hub:some/thing', cache=tmp_path)
     assert sorted(f.name for f in (tmp_path / 'hub').iterdir()) == [
@@ -323,6 +324,6 @@ def test_a_directory_by_the_package_of_the_hub_itself(tmp_path, monkeypatch):
         split: [f' {name} \n\nnaïve\n']
         for split, name in zip(sources.SPLITS, ('train', 'validation', 'test'), strict=True)
     }
-    with pytest.raises(UserError, match="'hub:owner/nothing': "):
+    with pytest.raises(DataError, match="'hub:owner/nothing': "):
         monkeypatch.setenv('HF_HUB_OFFLINE', '1')
         read('hub:owner/nothing', cache=tmp_path / 'cache')

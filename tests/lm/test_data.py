@@ -4,8 +4,8 @@ import re
 import numpy as np
 import pytest
 
-from mi.config import UserError
 from mi.lm.data import sources, streams, token_store
+from mi.lm.data.texts import DataError
 from mi.lm.data.token_store import Recipe
 
 
@@ -107,7 +107,7 @@ def test_tokens_are_kept_and_checked(tmp_path):
     with open(file, 'r+b') as stream:
         stream.seek(1000)
         stream.write(b'\xff')
-    with pytest.raises(UserError, match='damaged; delete that directory'):
+    with pytest.raises(DataError, match='damaged; delete that directory'):
         token_store.load(Recipe('austen', 'byte', 256), cache)
 
 
@@ -135,10 +135,10 @@ def test_large_token_files_are_hashed_when_asked_and_always_measured(tmp_path, c
     whole = file.read_bytes()
     file.write_bytes(whole[:-2] + b'\1\1')
     token_store.load(Recipe(source, 'token', 9), cache)
-    with pytest.raises(UserError, match='damaged'):
+    with pytest.raises(DataError, match='damaged'):
         token_store.load(Recipe(source, 'token', 9), cache, verify=True)
     file.write_bytes(whole[:-2])
-    with pytest.raises(UserError, match='damaged'):
+    with pytest.raises(DataError, match='damaged'):
         token_store.load(Recipe(source, 'token', 9), cache)
 
 
@@ -146,7 +146,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path):
     cache = tmp_path / 'cache'
     (tmp_path / 'texts').mkdir()
     source = write(tmp_path / 'texts', test='')
-    with pytest.raises(UserError, match=r'test\.txt: the test text is empty'):
+    with pytest.raises(DataError, match=r'test\.txt: the test text is empty'):
         token_store.load(Recipe(source, 'bpe', 300), str(cache))
     assert list(cache.rglob('*')) == []
 
@@ -165,17 +165,17 @@ def test_a_single_file_is_split_by_lines_and_mapped_where_it_is(count, end, tmp_
 
 
 def test_what_is_missing_is_named(tmp_path, cache):
-    with pytest.raises(UserError, match='no such file or directory'):
+    with pytest.raises(DataError, match='no such file or directory'):
         token_store.load(Recipe(str(tmp_path / 'nothing'), 'byte', 256))
     (tmp_path / 'train.txt').write_text('some text')
-    with pytest.raises(UserError, match="one file with 'valid' in its name, found none"):
+    with pytest.raises(DataError, match="one file with 'valid' in its name, found none"):
         token_store.load(Recipe(str(tmp_path), 'byte', 256))
     (tmp_path / 'valid.txt').write_text('')
     (tmp_path / 'test.txt').write_text('some text')
-    with pytest.raises(UserError, match='the valid text is empty'):
+    with pytest.raises(DataError, match='the valid text is empty'):
         token_store.load(Recipe(str(tmp_path), 'byte', 256))
     (tmp_path / 'valid.txt').write_bytes(b'caf\xe9 au lait')
-    with pytest.raises(UserError, match=r'valid\.txt is not UTF-8 text \(byte 3\)'):
+    with pytest.raises(DataError, match=r'valid\.txt is not UTF-8 text \(byte 3\)'):
         token_store.load(Recipe(str(tmp_path), 'bpe', 300), cache)
     assert (
         token_store.load(Recipe(str(tmp_path), 'byte', 256)).tokens['valid'][3] == 0xE9
@@ -186,7 +186,7 @@ def test_without_train_the_vocabulary_is_made_of_what_one_says(tmp_path, cache):
     (tmp_path / 'valid.txt').write_text('a b\n')
     (tmp_path / 'test.txt').write_text('c\n')
     held_out = ('test', 'valid')
-    with pytest.raises(UserError, match="'train' in its name, found none"):
+    with pytest.raises(DataError, match="'train' in its name, found none"):
         token_store.load(Recipe(str(tmp_path), 'token', 9, splits=held_out), cache)
     corpus = token_store.load(
         Recipe(str(tmp_path), 'token', 9, splits=held_out, fit=('valid',)), cache
@@ -223,9 +223,9 @@ def test_only_the_first_tokens_to_train_on(cache):
     assert some.sha256 != whole.sha256 and some.num_bytes['train'] == 1000
     other = token_store.load(Recipe('austen', 'byte', 256), cache, train_tokens=1001)
     assert other.sha256 != some.sha256
-    with pytest.raises(UserError, match=r'train_tokens = 4000000: expected 0 .* at most 3,124,769'):
+    with pytest.raises(DataError, match=r'train_tokens = 4000000: expected 0 .* at most 3,124,769'):
         token_store.load(Recipe('austen', 'byte', 256), cache, train_tokens=4_000_000)
-    with pytest.raises(UserError, match=r'more than 3,\d+,\d+, so that no domain is left out'):
+    with pytest.raises(DataError, match=r'more than 3,\d+,\d+, so that no domain is left out'):
         token_store.load(Recipe('austen-domains', 'byte', 256), cache, train_tokens=1000)
     with pytest.raises(ValueError, match="expected 'train' in splits"):
         token_store.load(Recipe('austen', 'byte', 256, splits=('test',)), cache, train_tokens=9)
@@ -278,7 +278,7 @@ def test_evaluation_parts_are_contiguous():
 
 
 def test_too_short_a_text():
-    with pytest.raises(UserError, match='batch = 4: expected less than 3, the tokens'):
+    with pytest.raises(ValueError, match='batch = 4: expected less than 3, the tokens'):
         streams.Stream(np.arange(3), 4, 5, seed=0)
 
 

@@ -13,8 +13,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from mi.config import UserError
 from mi.lm.data import archives, sources, token_store
+from mi.lm.data.texts import DataError
 from mi.lm.data.token_store import Recipe
 from mi.training import progress
 
@@ -26,7 +26,7 @@ def load(source, cache, level='byte'):
 
 
 def refusal(source, cache, level='byte'):
-    with pytest.raises(UserError) as error:
+    with pytest.raises(DataError) as error:
         load(source, cache, level)
     assert '\n' not in str(error.value)
     return str(error.value)
@@ -174,14 +174,14 @@ def test_a_file_of_two_splits_is_refused_and_words_go_before_parts_of_words(tmp_
     assert read == {'train': 'train.txt', 'valid': 'my_validation.txt', 'test': 'Test.txt'}
 
 
-def test_errors_of_the_system_name_the_file_and_the_key(tmp_path, monkeypatch):
+def test_errors_of_the_system_name_the_file_and_the_argument(tmp_path, monkeypatch):
     (tmp_path / 'text').write_text(LINES)
     (tmp_path / 'file').write_text('')
     for cache in (tmp_path / 'file', tmp_path / 'file' / 'below'):
         message = refusal(tmp_path / 'text', cache, 'bpe')
-        assert message.startswith(f'{tmp_path}/file') and 'for config.data.cache' in message
+        assert message.startswith(f'{tmp_path}/file') and 'for `cache`' in message
     message = refusal(tmp_path / ('long' * 100), tmp_path / 'cache')
-    assert 'File name too long' in message and 'for config.data.source' in message
+    assert 'File name too long' in message and 'for `source`' in message
 
     def refuse(file, *rest):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
@@ -265,5 +265,5 @@ def test_other_counts_of_a_known_corpus_make_its_tokens_again(tmp_path, monkeypa
         )
 
     assert len(load_with(6).tokens['train']) == 6
-    with pytest.raises(UserError, match='6 tokens with <eos>, expected 7'):
+    with pytest.raises(DataError, match='6 tokens with <eos>, expected 7'):
         load_with(7)

@@ -205,5 +205,6 @@ def test_dynamic_evaluation_as_it_is_set_helps_a_trained_model_or_says_that_it_d
         return metrics['nats_per_token']
 
     assert nats() < nats(learning_rate=0.0) - 0.01
+    config.dynamic.tokens, config.dynamic.learning_rate = 3_000, 1e30
     with pytest.raises(UserError, match=r'not finite\. Try a lower config\.dynamic\.learning'):
-        nats(learning_rate=1e30)
+        assess.assess(config, str(tmp_path))

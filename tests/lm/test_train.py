@@ -297,6 +297,34 @@ def test_the_context_may_be_the_domain(tmp_path):
         sample.sample(config, str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'source': 'ptb'}, "config.data.path = '': expected the place of 'ptb', or its parent "),
+        (
+            {'source': 'austen', 'path': 'x'},
+            "config.data.path = 'x': expected '', as config.data.source = 'austen' is itself a "
+            "place. Try config.data.path = ''",
+        ),
+        (
+            {'source': 'austen', 'train_tokens': 10**9},
+            'config.data.train_tokens = 1000000000: expected 0 for all, or at most 3,124,769, ',
+        ),
+    ],
+)
+def test_an_error_of_the_data_names_the_keys_of_the_config(changes, message, monkeypatch):
+    monkeypatch.delenv('MI_DATA', raising=False)
+    with pytest.raises(UserError) as error:
+        factory.load_corpus(tiny(**{f'data.{key}': value for key, value in changes.items()}))
+    assert str(error.value).startswith(message)
+
+
+def test_a_batch_larger_than_the_text_names_the_key_of_the_config(tmp_path, texts):
+    config = tiny(**{'data.source': texts, 'train.batch': 10**6})
+    with pytest.raises(UserError, match=r'^config\.train\.batch = 1000000: expected less than '):
+        train.train(config, str(tmp_path))
+
+
 def test_cutoffs_and_vocabularies_that_cannot_be_are_refused():
     with pytest.raises(UserError, match='expected integers below the vocabulary'):
         factory.build_model(tiny(**{'model.cutoffs': (100, 300)}), 300)

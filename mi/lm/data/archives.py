@@ -13,8 +13,7 @@ import zlib
 from collections.abc import Iterator
 from typing import IO, cast
 
-from mi.config import UserError
-from mi.lm.data.texts import Text
+from mi.lm.data.texts import DataError, Text
 from mi.training import progress
 
 PACKED = ('.bz2', '.gz', '.xz', '.zip')
@@ -47,7 +46,7 @@ def open_text(file: pathlib.Path, cache: pathlib.Path) -> Text:
     """Return the text of a file, which is unpacked into the cache if it is packed.
 
     Raises:
-      UserError: if the file is damaged or is not text.
+      DataError: if the file is damaged or is not text.
     """
     plain_file, packing = file, _detect_packing(file)
     if packing:
@@ -73,14 +72,14 @@ def find_first(files: list[pathlib.Path], expected: str) -> pathlib.Path:
       expected: start of the error message, up to the names.
 
     Raises:
-      UserError: if none exists.
+      DataError: if none exists.
     """
     for file in files:
         for packed_suffix in ('', *PACKED):
             candidate = file.with_name(file.name + packed_suffix)
             if candidate.is_file():
                 return candidate
-    raise UserError(f'{expected} (or one of these as {", ".join(PACKED)}), found none')
+    raise DataError(f'{expected} (or one of these as {", ".join(PACKED)}), found none')
 
 
 def is_data(name: str) -> bool:
@@ -108,7 +107,7 @@ def write_atomically(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def name_os_errors(cache: pathlib.Path) -> Iterator[None]:
-    """Turn errors of the operating system into a UserError that names the file and the key.
+    """Turn errors of the operating system into a DataError that names the file.
 
     Args:
       cache: directory of token files and unpacked files.
@@ -118,13 +117,11 @@ def name_os_errors(cache: pathlib.Path) -> Iterator[None]:
     except OSError as error:
         file = pathlib.Path(os.fsdecode(error.filename or cache))
         is_in_cache = file == cache or cache in file.parents or file in cache.parents
-        key, hint = (
-            ('config.data.cache', 'another directory')
-            if is_in_cache
-            else ('config.data.source', 'another file, or change who may read it')
-        )
+        hint = 'another file, or change who may read it for `source`'
+        if is_in_cache:
+            hint = 'another directory for `cache`'
         reason = error.strerror or str(error)
-        raise UserError(f'{file}: {reason}. Try {hint} for {key}') from error
+        raise DataError(f'{file}: {reason}. Try {hint}') from error
 
 
 def _hash_file(file: pathlib.Path) -> str:
@@ -146,14 +143,14 @@ def _detect_packing(file: pathlib.Path) -> str:
 
 
 def _refuse_binary(file: pathlib.Path, first_bytes: bytes) -> None:
-    """Raise UserError if unpacked bytes start like those of another format than text."""
+    """Raise DataError if unpacked bytes start like those of another format than text."""
     format_names = _NOT_TEXT | {magic: f'packed as {packing}' for magic, packing in _MAGIC.items()}
     matches = (name for magic, name in format_names.items() if first_bytes.startswith(magic))
     format_name = next(matches, '')
     if first_bytes[257:262] == b'ustar':
         format_name = 'a tar archive'
     if format_name:
-        raise UserError(
+        raise DataError(
             f'{file}: expected text in UTF-8, plain or packed once as {", ".join(PACKED)}, found '
             f'{format_name}. Try unpacking or converting it'
         )
@@ -173,13 +170,13 @@ def _unpack(file: pathlib.Path, packing: str, target: pathlib.Path) -> None:
                 target_stream.write(block)
                 work.done = packed_stream.tell()
     except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
-        raise UserError(f'{file} is damaged: {error}') from error
+        raise DataError(f'{file} is damaged: {error}') from error
     except NotImplementedError as error:  # from zipfile
-        raise UserError(f'{file}: {error}. Try unpacking it') from error
+        raise DataError(f'{file}: {error}. Try unpacking it') from error
     except OSError as error:
         if error.errno is not None:  # from the operating system; those of gzip and bz2 have none
             raise
-        raise UserError(f'{file} is damaged: {error}') from error
+        raise DataError(f'{file} is damaged: {error}') from error
 
 
 def _open_packed(
@@ -200,7 +197,7 @@ def _open_packed(
     ]
     if len(members) != 1:
         member_names = ', '.join(member.filename for member in members) or 'none'
-        raise UserError(f'{file}: expected one file in it, found {member_names}')
+        raise DataError(f'{file}: expected one file in it, found {member_names}')
     if members[0].flag_bits & 1:
-        raise UserError(f'{file}: expected a zip without password. Try unpacking it')
+        raise DataError(f'{file}: expected a zip without password. Try unpacking it')
     return archive.open(members[0])

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from mi.config import UserError, suggest, suggest_install
+from mi.config import suggest, suggest_install
 from mi.lm.data.archives import (
     PACKED,
     find_first,
@@ -18,7 +18,15 @@ from mi.lm.data.archives import (
     open_text,
     write_atomically,
 )
-from mi.lm.data.texts import SPLITS, Text, Texts, join_texts, split_at, split_by_lines
+from mi.lm.data.texts import (
+    SPLITS,
+    DataError,
+    Text,
+    Texts,
+    join_texts,
+    split_at,
+    split_by_lines,
+)
 from mi.training import progress
 
 HUB = 'hub:'
@@ -55,9 +63,9 @@ class Source:
     num_tokens: Mapping[str, int] = dataclasses.field(default_factory=dict)
     vocabulary: int = 0
 
-    def make_error(self, problem: str) -> UserError:
+    def make_error(self, problem: str) -> DataError:
         """Return the error that states a problem of the files and where to get the right ones."""
-        return UserError(f'{problem}; get it from {self.origin}' if self.origin else problem)
+        return DataError(f'{problem}; get it from {self.origin}' if self.origin else problem)
 
 
 def find_source(source: str) -> Source:
@@ -81,7 +89,7 @@ def load_texts(source: str, path: str, splits: Collection[str], cache: pathlib.P
       cache: directory for unpacked files and downloads from the hub.
 
     Raises:
-      UserError: which file is missing, ambiguous or wrong, and where to get it.
+      DataError: which file is missing, ambiguous or wrong, and where to get it.
     """
     # The place of the corpus.
     known_source = find_source(source)
@@ -90,21 +98,21 @@ def load_texts(source: str, path: str, splits: Collection[str], cache: pathlib.P
         data_root = os.environ.get('MI_DATA', '')
         if not path and not data_root:
             raise known_source.make_error(
-                f"config.data.path = '': expected the place of {source!r}, or its parent directory "
-                f'in $MI_DATA'
+                f"`path` = '': expected the place of {source!r}, or its parent directory in "
+                f'$MI_DATA'
             )
         corpus_path = path or os.path.join(data_root, source)
     elif path:
-        raise UserError(
-            f"config.data.path = {path!r}: expected '', as config.data.source = {source!r} is "
-            f"itself a place. Try config.data.path = ''"
+        raise DataError(
+            f"`path` = {path!r}: expected '', as `source` = {source!r} is itself a place. Try "
+            f"`path` = ''"
         )
 
     # The texts.
     try:
         with name_os_errors(cache):
             texts = known_source.read(pathlib.Path(corpus_path).expanduser(), splits, cache)
-    except UserError as error:
+    except DataError as error:
         raise known_source.make_error(str(error)) from error
     return {split: texts[split] for split in SPLITS if split in splits}
 
@@ -162,8 +170,8 @@ def _read_local(path: pathlib.Path, splits: Collection[str], cache: pathlib.Path
     if path.is_file():
         return split_by_lines(open_text(path, cache))
     if not path.is_dir():
-        raise UserError(
-            f'config.data.source = {str(path)!r}: no such file or directory, and no known corpus; '
+        raise DataError(
+            f'`source` = {str(path)!r}: no such file or directory, and no known corpus; '
             f'{suggest(str(path), CORPORA)}, {HUB}OWNER/NAME'
         )
     texts = {}
@@ -175,12 +183,12 @@ def _read_local(path: pathlib.Path, splits: Collection[str], cache: pathlib.Path
         matches = matches or [file for file in files if split in file.name]
         if len(matches) != 1:
             file_names = ', '.join(file.name for file in matches) or 'none'
-            raise UserError(
+            raise DataError(
                 f'{path}: expected one file with {split!r} in its name, found {file_names}'
             )
         file = matches[0]
         if file in split_of_file:
-            raise UserError(
+            raise DataError(
                 f'{file}: the name contains both {split_of_file[file]!r} and {split!r}: expected '
                 f'one file per split. Rename the file'
             )
@@ -203,12 +211,12 @@ def _read_domains(path: pathlib.Path, splits: Collection[str], cache: pathlib.Pa
         unpacked_name = entry.with_suffix('') if entry.suffix in PACKED else entry
         domain = entry.name if entry.is_dir() else unpacked_name.stem
         if domain in entries:
-            raise UserError(
+            raise DataError(
                 f'{path}: {entries[domain].name} and {entry.name} are both domain {domain}'
             )
         entries[domain] = entry
     if not entries:
-        raise UserError(f'{path}: expected a directory with a text file or directory for a domain')
+        raise DataError(f'{path}: expected a directory with a text file or directory for a domain')
     domain_texts = []
     for domain, entry in sorted(entries.items()):
         texts = _read_local(entry, splits, cache)
@@ -249,10 +257,10 @@ def _read_bytes(
     file = path / name if path.is_dir() else path
     text = open_text(find_first([file], f'{file.parent}: expected {file.name}'), cache)
     if text.stop != size:
-        raise UserError(f'{text.origin}: {text.stop:,} bytes, expected {size:,}')
+        raise DataError(f'{text.origin}: {text.stop:,} bytes, expected {size:,}')
     md5_of_text = hashlib.md5(text.array().data, usedforsecurity=False).hexdigest()
     if md5_of_text != md5:
-        raise UserError(f'{text.origin}: md5 {md5_of_text}, expected {md5}')
+        raise DataError(f'{text.origin}: md5 {md5_of_text}, expected {md5}')
     return split_at(text, [size * 90 // 100, size * 95 // 100])
 
 
@@ -262,8 +270,8 @@ def _read_hub(
     """Read a dataset of the hub, which is copied to text files on first use."""
     name_parts = source.removeprefix(HUB).split('/')
     if len(name_parts) not in (2, 3) or not all(name_parts):
-        raise UserError(
-            f'config.data.source = {source!r}: expected {HUB}OWNER/NAME or {HUB}OWNER/NAME/CONFIG'
+        raise DataError(
+            f'`source` = {source!r}: expected {HUB}OWNER/NAME or {HUB}OWNER/NAME/CONFIG'
         )
     local_copy = cache / 'hub' / '--'.join(name_parts)
     if not local_copy.exists():
@@ -276,15 +284,15 @@ def _download_dataset(source: str, name_parts: list[str]) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise UserError(
-            f'config.data.source = {source!r} needs the package datasets, which is not '
-            f'installed. Try {suggest_install("hub")}'
+        raise DataError(
+            f'`source` = {source!r} needs the package datasets, which is not installed. Try '
+            f'{suggest_install("hub")}'
         ) from error
     try:
         return datasets.load_dataset('/'.join(name_parts[:2]), *name_parts[2:])
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = ' '.join(str(error).split())
-        raise UserError(f'config.data.source = {source!r}: {reason}') from error
+        raise DataError(f'`source` = {source!r}: {reason}') from error
 
 
 def _copy_dataset(source: str, dataset: Any, local_copy: pathlib.Path) -> None:
@@ -295,9 +303,9 @@ def _copy_dataset(source: str, dataset: Any, local_copy: pathlib.Path) -> None:
             hub_split = next((dataset[name] for name in split_names if name in dataset), None)
             if hub_split is None or 'text' not in hub_split.column_names:
                 columns = {name: hub_split.column_names for name, hub_split in dataset.items()}
-                raise UserError(
-                    f'config.data.source = {source!r}: expected train, validation and test '
-                    f"with a column 'text', found {columns}"
+                raise DataError(
+                    f'`source` = {source!r}: expected train, validation and test with a column '
+                    f"'text', found {columns}"
                 )
             num_rows = getattr(hub_split, 'num_rows', 0)
             work = progress.Work(f'copying {split} of {source}', num_rows, 'rows')
@@ -315,8 +323,8 @@ def _make_wikitext(name: str, vocabulary: int, num_train_tokens: int) -> Source:
     hub = f'{HUB}Salesforce/wikitext/{name}-v1'
     return Source(
         functools.partial(_read_split_files, ('wiki', name), ('.tokens', '.txt', '.raw')),
-        origin=f'https://huggingface.co/datasets/Salesforce/wikitext, or let config.data.source = '
-        f'{hub!r} do it',
+        origin=f'https://huggingface.co/datasets/Salesforce/wikitext, or let `source` = {hub!r} '
+        f'do it',
         hub=hub,
         num_tokens={'train': num_train_tokens, 'valid': 217_646, 'test': 245_569},
         vocabulary=vocabulary,

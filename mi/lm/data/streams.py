@@ -4,8 +4,6 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mi.config import UserError
-
 Piece = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """Inputs, targets, mask, and positions of the inputs, each [T, B]."""
 
@@ -24,14 +22,14 @@ class Stream:
       seed: draws where the first reader starts, so that seeds read in different order.
 
     Raises:
-      UserError: if the text has fewer tokens than the batch.
+      ValueError: if the text has fewer tokens than the batch.
     """
 
     def __init__(self, tokens: np.ndarray, batch: int, length: int, seed: int):
         if len(tokens) < batch + 1:
-            raise UserError(
-                f'config.train.batch = {batch}: expected less than {len(tokens)}, the tokens of '
-                f'the training text'
+            raise ValueError(
+                f'batch = {batch}: expected less than {len(tokens)}, the tokens of the training '
+                f'text'
             )
         self._tokens, self._length = tokens, length
         first_start = np.random.default_rng(seed).integers(len(tokens))

@@ -6,9 +6,15 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from mi.config import UserError
-
 SPLITS = ('train', 'valid', 'test')
+
+
+class DataError(ValueError):
+    """Files or arguments that make no corpus.
+
+    The message has one line. It writes the arguments of `mi.lm.data.token_store.load` in backticks,
+    so that a caller can give them the names that its own user knows.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Text:
         longer is not divided.
 
         Raises:
-          UserError: if the text is not UTF-8.
+          DataError: if the text is not UTF-8.
         """
         text_bytes, position, block_size = self.array(), 0, size
         while position < len(text_bytes):
@@ -61,7 +67,7 @@ class Text:
                 piece = block[:piece_end].decode()
             except UnicodeDecodeError as error:
                 bad_byte = self.start + position + error.start
-                raise UserError(f'{self.origin} is not UTF-8 text (byte {bad_byte})') from error
+                raise DataError(f'{self.origin} is not UTF-8 text (byte {bad_byte})') from error
             yield piece
             position, block_size = position + piece_end, size
 

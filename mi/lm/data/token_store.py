@@ -20,11 +20,11 @@ from typing import IO, NamedTuple
 import numpy as np
 import tokenizers
 
-from mi.config import UserError, suggest
+from mi.config import suggest
 from mi.lm.data.archives import name_os_errors, write_atomically
 from mi.lm.data.corpus import Corpus
 from mi.lm.data.sources import find_source, get_cache_directory, load_texts
-from mi.lm.data.texts import SPLITS, Text, Texts
+from mi.lm.data.texts import SPLITS, DataError, Text, Texts
 from mi.lm.data.tokenizers import UNKNOWN, Level, encode, fit_tokenizer
 from mi.training import progress
 
@@ -77,7 +77,7 @@ def load(
       verify: whether to verify the hash of token files larger than `HASHED` as well.
 
     Raises:
-      UserError: if a file is missing, empty, ambiguous, damaged or not UTF-8, or if the counts of
+      DataError: if a file is missing, empty, ambiguous, damaged or not UTF-8, or if the counts of
         a known corpus differ from the known ones.
       ValueError: for unknown splits, no splits, or train_tokens without train.
     """
@@ -167,7 +167,7 @@ def _write_token_files(directory: pathlib.Path, texts: Texts, recipe: Recipe) ->
     """Make the vocabulary and write the ids of each split; the directory appears when complete.
 
     Raises:
-      UserError: if the counts of a known corpus differ from the known ones.
+      DataError: if the counts of a known corpus differ from the known ones.
     """
     # The vocabulary, and the smallest dtype for its ids.
     level = recipe.level
@@ -231,7 +231,7 @@ def _read_token_files(
     """Map what `_write_token_files` wrote.
 
     Raises:
-      UserError: if a file is missing or cut.
+      DataError: if a file is missing or cut.
     """
     try:
         store_meta = json.loads((directory / 'meta.json').read_text())
@@ -263,8 +263,8 @@ def _read_token_files(
     )
 
 
-def _make_damage_error(directory: pathlib.Path) -> UserError:
-    return UserError(f'the token files in {directory} are damaged; delete that directory')
+def _make_damage_error(directory: pathlib.Path) -> DataError:
+    return DataError(f'the token files in {directory} are damaged; delete that directory')
 
 
 def _shorten(corpus: Corpus, num_tokens: int, level: Level) -> Corpus:
@@ -272,8 +272,8 @@ def _shorten(corpus: Corpus, num_tokens: int, level: Level) -> Corpus:
     train_tokens, domain_starts = corpus.tokens['train'], corpus.starts['train']
     if not domain_starts[-1] < num_tokens <= len(train_tokens):
         minimum = f'more than {domain_starts[-1]:,}, so that no domain is left out, and '
-        raise UserError(
-            f'config.data.train_tokens = {num_tokens}: expected 0 for all, or '
+        raise DataError(
+            f'`train_tokens` = {num_tokens}: expected 0 for all, or '
             f'{minimum if corpus.domains else ""}at most {len(train_tokens):,}, the tokens of train'
         )
     num_bytes = {split: size for split, size in corpus.num_bytes.items() if split != 'train'}
@@ -288,7 +288,7 @@ def _shorten(corpus: Corpus, num_tokens: int, level: Level) -> Corpus:
 
 
 def _check_num_types(recipe: Recipe, texts: Texts, num_types: int) -> None:
-    """Raise UserError if the whole vocabulary of a known corpus has another size than known."""
+    """Raise DataError if the whole vocabulary of a known corpus has another size than known."""
     known_size = find_source(recipe.source).vocabulary
     is_whole = recipe.fit == ('train',) and recipe.vocabulary >= known_size > 0
     if recipe.level == 'token' and is_whole and num_types != known_size:
@@ -299,7 +299,7 @@ def _check_num_types(recipe: Recipe, texts: Texts, num_types: int) -> None:
 
 
 def _check_num_tokens(recipe: Recipe, split: str, text: Text, num_tokens: int) -> None:
-    """Raise UserError if a split of a known corpus has another number of tokens than known."""
+    """Raise DataError if a split of a known corpus has another number of tokens than known."""
     source = find_source(recipe.source)
     expected = source.num_tokens.get(split, num_tokens)
     if recipe.level == 'token' and num_tokens != expected:
@@ -309,7 +309,7 @@ def _check_num_tokens(recipe: Recipe, split: str, text: Text, num_tokens: int) -
 
 
 def _check_length(recipe: Recipe, split: str, text: Text, num_tokens: int) -> None:
-    """Raise UserError if a text has fewer than two tokens."""
+    """Raise DataError if a text has fewer than two tokens."""
     if num_tokens < 2:
         raise find_source(recipe.source).make_error(
             f'{text.origin}: the {split} text is empty or too short, expected at least two tokens. '
