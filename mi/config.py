@@ -213,3 +213,14 @@ def tuple_of(rule: Callable[[object], str], description: str) -> Rule:
         return '' if is_valid else f'a non-empty tuple of {description}'
 
     return check_entries
+
+
+RUN_SCHEMA: dict[str, Rule] = {
+    'seeds': seeds,
+    'train.batch': integer(1),
+    'train.log_every': integer(1),
+    'train.eval_every': integer(1),
+    'train.save_every': integer(1),
+    'train.keep': integer(1),
+}
+"""Rules for the keys of every trainer: seeds, batch size, and how often a run logs and saves."""

@@ -10,6 +10,7 @@ import ml_collections
 
 from mi import counting
 from mi.config import (
+    RUN_SCHEMA,
     Rule,
     UserError,
     check,
@@ -17,7 +18,6 @@ from mi.config import (
     flatten,
     integer,
     number,
-    seeds,
     tuple_of,
 )
 from mi.fit.problem import Problem
@@ -26,18 +26,13 @@ from mi.training import optim, trackers
 
 SCHEMA: dict[str, Rule] = {
     'task': choice(['fit', 'search']),
-    'seeds': seeds,
+    **RUN_SCHEMA,
     'tracker': trackers.check_tracker,
     'problem.name': str,
     'model.width': integer(1),
     'model.parameters': integer(0),
     'train.steps': integer(1),
-    'train.batch': integer(1),
     'train.matmul_precision': choice(PRECISIONS),
-    'train.log_every': integer(1),
-    'train.eval_every': integer(1),
-    'train.save_every': integer(1),
-    'train.keep': integer(1),
     **optim.SCHEMA,
 }
 

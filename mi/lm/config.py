@@ -2,7 +2,7 @@
 
 from collections import ChainMap
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import get_args
 
 import jax
 import ml_collections
@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from mi import cells, fusion
 from mi.config import (
+    RUN_SCHEMA,
     Rule,
     UserError,
     check,
@@ -17,7 +18,6 @@ from mi.config import (
     integer,
     mesh_shape,
     number,
-    seeds,
 )
 from mi.lm.context import SOURCES
 from mi.lm.data import tokenizers
@@ -39,23 +39,23 @@ RATE = number(0, 0.99)
 SEGMENT = 256  # tokens of a segment in evaluation, if state or a memory is carried
 
 
-def check_cutoffs(value: Any) -> str:
+def check_cutoffs(value: object) -> str:
     """Return what `model.cutoffs` must be; '' for a valid value."""
-    is_valid = isinstance(value, tuple | list) and not any(map(integer(1), value))
-    return (
-        ''
-        if is_valid and sorted(set(value)) == list(value)
-        else 'a tuple of increasing integers of at least 1'
+    is_valid = (
+        isinstance(value, tuple | list)
+        and not any(map(integer(1), value))
+        and sorted(set(value)) == list(value)
     )
+    return '' if is_valid else 'a tuple of increasing integers of at least 1'
 
 
-def check_token_count(value: Any) -> str:
+def check_token_count(value: object) -> str:
     """Return what a number of evaluated tokens must be; the first one is not predicted."""
     is_valid = not integer(0)(value) and value != 1
     return '' if is_valid else 'an integer of at least 2, or 0'
 
 
-def check_segment(value: Any) -> str:
+def check_segment(value: object) -> str:
     """Return what `eval.length` must be; '' for a valid value."""
     is_valid = value == -1 or not integer(1)(value)
     return '' if is_valid else 'an integer of at least 1, or -1'
@@ -63,7 +63,7 @@ def check_segment(value: Any) -> str:
 
 SCHEMA: dict[str, Rule] = {
     'task': choice(['lm']),
-    'seeds': seeds,
+    **RUN_SCHEMA,
     'tracker': trackers.check_tracker,
     'data.source': str,
     'data.path': str,
@@ -105,16 +105,11 @@ SCHEMA: dict[str, Rule] = {
     'match.knob': choice(['hidden', 'rank']),
     'match.target': integer(0),
     'train.steps': integer(1, 2**31 - 1),
-    'train.batch': integer(1),
     'train.length': integer(1),
     'train.accumulate': integer(1),
     'train.fsdp': integer(1),
     'train.mesh': mesh_shape,
     'train.matmul_precision': choice(PRECISIONS),
-    'train.log_every': integer(1),
-    'train.eval_every': integer(1),
-    'train.save_every': integer(1),
-    'train.keep': integer(1),
     'eval.batch': integer(1),
     'eval.length': check_segment,
     'eval.memory': integer(-1),

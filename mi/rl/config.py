@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from mi import cells, fusion
 from mi.config import (
+    RUN_SCHEMA,
     Rule,
     UserError,
     check,
@@ -17,7 +18,6 @@ from mi.config import (
     integer,
     mesh_shape,
     number,
-    seeds,
 )
 from mi.precision import PRECISIONS
 from mi.rl.agent import SITES, SOURCES, TORSOS
@@ -50,7 +50,7 @@ def check_sites(value: Any) -> str:
 
 SCHEMA: dict[str, Rule] = {
     'task': choice(['rl']),
-    'seeds': seeds,
+    **RUN_SCHEMA,
     'tracker': trackers.check_tracker,
     'env.name': str,
     'env.options.*': lambda value: '',  # `mi.rl.envs` checks them against the maker's arguments
@@ -80,14 +80,9 @@ SCHEMA: dict[str, Rule] = {
     'loss.popart_preserve': bool,
     'train.topology': choice(TOPOLOGIES),
     'train.steps': integer(1),
-    'train.batch': integer(1),
     'train.length': integer(1),
     'train.mesh': mesh_shape,
     'train.matmul_precision': choice(PRECISIONS),
-    'train.log_every': integer(1),
-    'train.eval_every': integer(1),
-    'train.save_every': integer(1),
-    'train.keep': integer(1),
     'actors.number': integer(1),
     'actors.batch': integer(1),
     'actors.groups': integer(1),
