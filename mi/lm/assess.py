@@ -1,7 +1,6 @@
 """Evaluation of a trained language model by any protocol (`--mode=eval`)."""
 
 import pathlib
-from typing import Any
 
 import ml_collections
 import numpy as np
@@ -13,7 +12,7 @@ from mi.config import UserError
 from mi.lm import config as lm_config
 from mi.lm import dynamic_evaluation, factory
 from mi.lm.data.corpus import Corpus
-from mi.lm.evaluate import Excerpt, evaluate
+from mi.lm.evaluate import Excerpt, Scores, evaluate
 from mi.lm.model import LanguageModel, Params
 from mi.lm.restore import restore
 from mi.training.io import write_json
@@ -38,7 +37,7 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
     adaptation = dynamic_evaluation.Adaptation(**config.dynamic)
 
     # The metrics, by protocol and seed.
-    scores: dict[str, dict[str, Any]] = {}
+    scores: dict[str, dict[str, Scores]] = {}
     with precision.use_config(config):
         for split in SPLITS:
             excerpt = Excerpt(corpus, split, config.eval.final_tokens)
@@ -68,7 +67,7 @@ def _evaluate_dynamically(
     corpus: Corpus,
     split: str,
     adaptation: dynamic_evaluation.Adaptation,
-) -> list[dict[str, Any]]:
+) -> list[Scores]:
     """Return the metrics of dynamic evaluation; raise UserError if it diverges."""
     try:
         return dynamic_evaluation.evaluate(model, params, corpus, split, adaptation)
@@ -80,7 +79,7 @@ def _evaluate_dynamically(
         ) from error
 
 
-def _format_mean(seed_scores: list[dict[str, Any]], column: str) -> str:
+def _format_mean(seed_scores: list[Scores], column: str) -> str:
     """Format the mean over seeds, with the standard deviation of several seeds."""
     if seed_scores[0][column] is None:
         return ''

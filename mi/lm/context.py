@@ -8,7 +8,7 @@
 Shapes: T steps, B sequences, E embedding, m context.
 """
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +86,10 @@ class Summary(nn.Module):
         return jnp.zeros((batch, self.features))
 
 
-NETWORKS: dict[str, Any] = {'recurrent': RecurrentContext, 'summary': Summary}
+NETWORKS: dict[str, type[RecurrentContext] | type[Summary]] = {
+    'recurrent': RecurrentContext,
+    'summary': Summary,
+}
 
 
 def previous(first: Array, h: Array) -> Array:

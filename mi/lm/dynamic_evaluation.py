@@ -13,17 +13,17 @@ The defaults are those of the authors' code, recalled from memory; MS is a mean 
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from chex import ArrayTree
 from jax import Array
 
 from mi.lm.data import streams
 from mi.lm.data.corpus import Corpus
-from mi.lm.evaluate import compute_metrics
+from mi.lm.evaluate import Scores, compute_metrics
 from mi.lm.loss import Losses
 from mi.lm.model import Carry, LanguageModel, Params
 from mi.training import placement, progress, sharding
@@ -58,10 +58,10 @@ class Segments(NamedTuple):
       domains: domain of each input; None for a model that does not use domains.
     """
 
-    inputs: Array
-    targets: Array
-    mask: Array
-    domains: Array | None
+    inputs: chex.Array
+    targets: chex.Array
+    mask: chex.Array
+    domains: chex.Array | None
 
 
 class Rates(NamedTuple):
@@ -81,7 +81,7 @@ def evaluate(
     corpus: Corpus,
     split: str,
     adaptation: Adaptation,
-) -> list[dict[str, Any]]:
+) -> list[Scores]:
     """Return the metrics of each seed on the first `adaptation.tokens` tokens of a split.
 
     The text is one stream, so that devices can share the seeds but not the text.
@@ -139,12 +139,11 @@ def evaluate(
 
 def _read_rounds(
     corpus: Corpus, split: str, tokens: np.ndarray, model: LanguageModel, length: int
-) -> Iterator[Any]:
+) -> Iterator[Segments]:
     """Yield consecutive `Segments`, at most ROUND of them at a time."""
-    segments: list[Any] = []
-    pieces: Iterator[Any] = streams.segments(tokens, 1, length)
-    for inputs, targets, mask, positions in pieces:
-        domains: Any = corpus.get_domains(split, positions) if model.source == 'domain' else None
+    segments: list[Segments] = []
+    for inputs, targets, mask, positions in streams.segments(tokens, 1, length):
+        domains = corpus.get_domains(split, positions) if model.source == 'domain' else None
         segments.append(Segments(inputs, targets, mask, domains))
         if len(segments) == ROUND:
             yield jax.tree.map(lambda *a: np.stack(a), *segments)
@@ -171,12 +170,14 @@ def _compute_gradient(
 
 
 @functools.cache
-def _compile_programs(model: LanguageModel, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
+def _compile_programs(
+    model: LanguageModel, mesh: jax.sharding.Mesh
+) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped, jax.stages.Wrapped]:
     """Return `_init_state`, `_add_squares` and `_adapt` for all seeds, which the devices share."""
     seed_spec, replicated_spec = sharding.seed_sharding(mesh).spec, sharding.replicated(mesh).spec
 
-    def compile_seeds(function: Callable[..., Any]) -> Any:
-        def map_seeds(seeded: Any, shared: Any) -> Any:
+    def compile_seeds(function: Callable[..., chex.ArrayTree]) -> jax.stages.Wrapped:
+        def map_seeds(seeded: tuple[chex.ArrayTree, ...], shared: chex.ArrayTree) -> chex.ArrayTree:
             return sharding.map_seeds(lambda *row: function(model, row, shared), mesh)(*seeded)
 
         return jax.jit(
@@ -204,7 +205,9 @@ def _add_squares(
     """Return the carry after the segments, and Σ g² with theirs added."""
     params, carry, square_sums = seeded
 
-    def step(loop_state: tuple[Carry, ArrayTree], segment: Segments) -> Any:
+    def step(
+        loop_state: tuple[Carry, chex.ArrayTree], segment: Segments
+    ) -> tuple[tuple[Carry, chex.ArrayTree], None]:
         carry, square_sums = loop_state
         grads, carry, _ = _compute_gradient(model, params, carry, segment)
         return (carry, jax.tree.map(lambda s, g: s + g * g, square_sums, grads)), None
@@ -236,7 +239,9 @@ def _adapt(
         learned = param - rates.learning_rate * grad / (rms + rates.epsilon)
         return learned + decay * (trained - param)
 
-    def step(loop_state: tuple[Params, Carry], segment: Segments) -> Any:
+    def step(
+        loop_state: tuple[Params, Carry], segment: Segments
+    ) -> tuple[tuple[Params, Carry], Array]:
         params, carry = loop_state
         grads, carry, nats = _compute_gradient(model, params, carry, segment)
         return (jax.tree.map(update_param, params, trained_params, grads, grad_rms), carry), nats

@@ -12,7 +12,7 @@ There are three protocols, and the results name theirs:
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +27,9 @@ from mi.lm.data.corpus import Corpus
 from mi.lm.model import Carry, LanguageModel, Params
 from mi.rows import sum_over_rows
 from mi.training import progress, sharding
+
+Scores = dict[str, Any]
+"""Metrics of one seed on a text, and how they were measured: the fields of a JSON record."""
 
 
 class Reading(NamedTuple):
@@ -64,7 +67,7 @@ class Excerpt(NamedTuple):
 
 
 @functools.cache
-def segment_program(model: LanguageModel, mesh: jax.sharding.Mesh) -> Any:
+def segment_program(model: LanguageModel, mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
     """Return the program that evaluates a segment with every seed.
 
     (params, carry, inputs [T, B], targets, mask, domains) → (carry, Σ nats [S]). Each device has
@@ -109,7 +112,7 @@ def evaluate(
     reading: Reading,
     mesh: jax.sharding.Mesh,
     check: Callable[[], None] = lambda: None,
-) -> list[dict[str, Any]]:
+) -> list[Scores]:
     """Return the metrics of each seed on a held-out text.
 
     Args:
@@ -194,10 +197,8 @@ def compile_segment(
 
     tokens, mask = describe_rows(np.int32), describe_rows(np.float32)
     domains = tokens if has_domains else None
-    compiled: jax.stages.Compiled = (
-        segment_program(model, mesh).lower(params, carry, tokens, tokens, mask, domains).compile()
-    )
-    return compiled
+    program = segment_program(model, mesh)
+    return program.lower(params, carry, tokens, tokens, mask, domains).compile()
 
 
 def _place_initial_carry(
@@ -219,8 +220,8 @@ def _read_pieces(tokens: np.ndarray, batch: int, reading: Reading) -> Iterator[s
 
 
 def compute_metrics(
-    nats_per_token: float, corpus: Corpus, split: str, protocol: dict[str, Any]
-) -> dict[str, Any]:
+    nats_per_token: float, corpus: Corpus, split: str, protocol: Mapping[str, Any]
+) -> Scores:
     """Return the metrics that follow from the mean loss of the first tokens of a split.
 
     Bits per byte use the bytes of the predicted tokens, as the bytes per token of an excerpt and of

@@ -222,7 +222,7 @@ def match_size(
         )
     cost_name = 'parameters' if config.match.by == 'parameters' else 'flops_per_token'
 
-    def compute_cost(changes: Mapping[str, Any]) -> int:
+    def compute_cost(changes: Mapping[str, object]) -> int:
         costs = compute_costs(_override(config, changes), vocabulary, num_domains)
         return costs[cost_name]['model']
 
@@ -234,7 +234,7 @@ def match_size(
     return _override(config, _resize(config, matched_size))
 
 
-def _resize(config: ml_collections.ConfigDict, size: int) -> dict[str, Any]:
+def _resize(config: ml_collections.ConfigDict, size: int) -> dict[str, int]:
     """Return the changes that give a config a size, see `match_size`."""
     model = config.model
     if config.match.knob == 'rank':
@@ -246,7 +246,7 @@ def _resize(config: ml_collections.ConfigDict, size: int) -> dict[str, Any]:
 
 
 def _override(
-    config: ml_collections.ConfigDict, changes: Mapping[str, Any]
+    config: ml_collections.ConfigDict, changes: Mapping[str, object]
 ) -> ml_collections.ConfigDict:
     """Return a copy of a config with some values changed."""
     config = config.copy_and_resolve_references()

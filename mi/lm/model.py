@@ -146,7 +146,9 @@ class LanguageModel(nn.Module):
         """Run the core in a loop over time, in which it makes z_t from its own h_{t−1}."""
         del domains  # the source is 'state'
 
-        def step(core: nn.Module, core_state: Any, x_t: Array) -> tuple[Any, tuple[Array, Array]]:
+        def step(
+            core: nn.Module, core_state: ArrayTree, x_t: Array
+        ) -> tuple[ArrayTree, tuple[Array, Array]]:
             core_state, h, z = core(core_state, x_t[None], None, train)
             return core_state, (h, z)
 

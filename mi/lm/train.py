@@ -1,9 +1,7 @@
 """Training of a language model: config → corpus → model → loop → run directory."""
 
-import pathlib
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import ml_collections
@@ -15,9 +13,9 @@ from mi.lm import factory
 from mi.lm.data.batches import BatchLoader
 from mi.lm.data.corpus import Corpus
 from mi.lm.data.streams import Stream
-from mi.lm.evaluate import Excerpt, evaluate
+from mi.lm.evaluate import Excerpt, Scores, evaluate
 from mi.lm.model import LanguageModel, Params
-from mi.lm.trainer import Metrics, name_parts
+from mi.lm.trainer import Metrics, TrainState, name_parts
 from mi.training import checkpoint, logger, progress, run_dir, sharding
 
 
@@ -55,9 +53,7 @@ def _train(config: ml_collections.ConfigDict, corpus: Corpus, run: run_dir.Run) 
     with progress.Work('drawing the initial parameters'):
         train_state = trainer.init_seeds(seeds, mesh)
     checkpoints = checkpoint.Checkpoints(run.path / 'checkpoints', config.train.keep)
-    meta: dict[str, Any] = {'step': 0, 'metrics': 0, 'unlogged': [], 'data': corpus.sha256}
-    train_state, meta = checkpoints.restore(train_state) or (train_state, meta)
-    _refuse_different_tokens(run.path, config, corpus, meta)
+    train_state, meta = _restore_state(config, corpus, checkpoints, run, train_state)
     run.step = meta['step']
 
     # The programs: evaluation is compiled when it is first called.
@@ -75,8 +71,9 @@ def _train(config: ml_collections.ConfigDict, corpus: Corpus, run: run_dir.Run) 
             log.write_evaluation(run.step, 'valid', scores)
         for step in range(run.step + 1, num_steps + 1):
             # Update and log.
-            batch = loader.load(step - 1)
-            train_state, metrics = run.call_traced(1, train_step, train_state, batch)
+            train_state, metrics = run.call_traced(
+                1, train_step, train_state, loader.load(step - 1)
+            )
             if is_synchronous:
                 jax.block_until_ready(metrics)
             log.add_step(step, metrics)
@@ -133,7 +130,7 @@ def _make_evaluation(
     model: LanguageModel,
     run: run_dir.Run,
     mesh: jax.sharding.Mesh,
-) -> Callable[[Params, str, int], list[dict[str, Any]]]:
+) -> Callable[[Params, str, int], list[Scores]]:
     """Return (params, split, number of tokens) → the metrics of each seed."""
     model = factory.configure_evaluation(model, config)
     reading = lm_config.get_reading(config)
@@ -142,14 +139,14 @@ def _make_evaluation(
         if run.should_stop(recorded=False):
             run.exit_preempted()
 
-    def evaluate_split(params: Params, split: str, num_tokens: int) -> list[dict[str, Any]]:
+    def evaluate_split(params: Params, split: str, num_tokens: int) -> list[Scores]:
         excerpt = Excerpt(corpus, split, num_tokens)
         return evaluate(model, params, excerpt, reading, mesh, stop_if_signalled)
 
     return evaluate_split
 
 
-def _skip_finished_evaluation(run: run_dir.Run, meta: dict[str, Any], num_seeds: int) -> bool:
+def _skip_finished_evaluation(run: run_dir.Run, meta: checkpoint.Meta, num_seeds: int) -> bool:
     """Return whether the evaluation of the checkpoint's step is missing.
 
     If all its records are in metrics.jsonl, move the position in `meta` to their end.
@@ -162,18 +159,26 @@ def _skip_finished_evaluation(run: run_dir.Run, meta: dict[str, Any], num_seeds:
     return is_missing
 
 
-def _refuse_different_tokens(
-    path: pathlib.Path,
+def _restore_state(
     config: ml_collections.ConfigDict,
     corpus: Corpus,
-    meta: Mapping[str, Any],
-) -> None:
-    """Raise UserError unless a checkpoint was trained on the tokens of the corpus."""
+    checkpoints: checkpoint.Checkpoints,
+    run: run_dir.Run,
+    initial_state: TrainState,
+) -> tuple[TrainState, checkpoint.Meta]:
+    """Return state and meta of the newest checkpoint, or those before the first update.
+
+    Raises:
+      UserError: if the checkpoint was trained on other tokens than those of the corpus.
+    """
+    new_meta: checkpoint.Meta = {'step': 0, 'metrics': 0, 'unlogged': [], 'data': corpus.sha256}
+    train_state, meta = checkpoints.restore(initial_state) or (initial_state, new_meta)
     if meta['data'] != corpus.sha256:
         raise UserError(
-            f'{path} was trained on other tokens than {config.data.source} has now. Try restoring '
-            f'the text, or another --workdir'
+            f'{run.path} was trained on other tokens than {config.data.source} has now. Try '
+            f'restoring the text, or another --workdir'
         )
+    return train_state, meta
 
 
 class _TrainingLog:
@@ -189,7 +194,7 @@ class _TrainingLog:
     """
 
     def __init__(
-        self, config: ml_collections.ConfigDict, log: logger.RunLogger, meta: Mapping[str, Any]
+        self, config: ml_collections.ConfigDict, log: logger.RunLogger, meta: checkpoint.Meta
     ):
         self._seeds: tuple[int, ...] = tuple(config.seeds)
         self._tokens_per_step = config.train.batch * config.train.length * len(self._seeds)
@@ -222,13 +227,13 @@ class _TrainingLog:
         self._steps, self._seconds = 0, 0.0
         self.resume_clock()
 
-    def write_evaluation(self, step: int, split: str, scores: list[dict[str, Any]]) -> None:
+    def write_evaluation(self, step: int, split: str, scores: list[Scores]) -> None:
         """Write each seed's metrics of a held-out split."""
         for seed, score in zip(self._seeds, scores, strict=True):
             self._log.write(step, seed, split, score)
         self.resume_clock()
 
-    def get_position(self) -> dict[str, Any]:
+    def get_position(self) -> checkpoint.Meta:
         """Return what a checkpoint needs to continue the log from here."""
         self.stop_clock()
         return {

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import flax.struct
 import jax
@@ -26,6 +26,8 @@ from mi.rows import get_row_indices, mean_over_rows, select_rows
 from mi.training import sharding
 
 Metrics = dict[str, Array]
+
+Result = TypeVar('Result')  # arrays of one seed, or of all seeds
 
 
 @flax.struct.dataclass
@@ -229,7 +231,7 @@ class Trainer:
 
 
 def _accumulate(
-    grad_fn: Callable[..., Any],
+    grad_fn: Callable[..., tuple[Params, tuple[Array, Carry]]],
     params: Params,
     carry: Carry,
     token_rows: tuple[Array, Array | None],
@@ -241,7 +243,9 @@ def _accumulate(
       The gradient, the loss in nats per token and the carry of all rows.
     """
 
-    def add_part(total: ArrayTree, part: Any) -> tuple[ArrayTree, Carry]:
+    def add_part(
+        total: ArrayTree, part: tuple[Carry, tuple[Array, Array | None], Array]
+    ) -> tuple[ArrayTree, Carry]:
         carry, token_rows, row_indices = part
         with select_rows(row_indices):
             grads, (nats, next_carry) = grad_fn(params, carry, *token_rows)
@@ -259,7 +263,7 @@ def _accumulate(
     return grads, nats, carry
 
 
-def _split_rows(tree: Any, num_parts: int, axis: int) -> Any:
+def _split_rows(tree: ArrayTree, num_parts: int, axis: int) -> ArrayTree:
     """Split arrays […, B, …] to [parts, …, B / parts, …]; row i goes to part i % parts."""
 
     def split(array: Array) -> Array:
@@ -269,7 +273,7 @@ def _split_rows(tree: Any, num_parts: int, axis: int) -> Any:
     return jax.tree.map(split, tree)
 
 
-def _map_seeds(function: Callable[..., Any], *args: Any) -> Any:
+def _map_seeds(function: Callable[..., Result], *args: ArrayTree) -> Result:
     """Apply a function to each seed; to a single one without vmap, whose products are slower."""
     if len(jax.tree.leaves(args)[0]) > 1:
         return jax.vmap(function)(*args)
