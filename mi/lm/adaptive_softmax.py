@@ -52,6 +52,7 @@ class AdaptiveWords(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
+        # The clusters, and the features of each.
         E, cluster_edges = self.features, [0, *self.cutoffs, self.vocabulary]
         if sorted(set(cluster_edges)) != cluster_edges:
             raise ValueError(
@@ -76,6 +77,7 @@ class AdaptiveWords(nn.Module):
                 if i > 0
             ]
 
+        # The input side, the output side, and the tails' entries in the head.
         self.embedding, self.P = make_tables('embedding'), make_projections('P')
         self.output = self.embedding if self.tied else make_tables('output')
         self.P_out = self.P if self.tied else make_projections('P_out')
@@ -159,6 +161,7 @@ class AdaptiveWords(nn.Module):
         num_tokens = len(tail_targets)
         block_size = even_size(num_tokens, self.chunk or -(-num_tokens // 8))
         is_inside = tail_targets >= 0
+
         # Sort the tail's tokens to the front, so that the blocks after them are skipped.
         token_order = jnp.argsort(~is_inside, stable=True)
 

@@ -132,9 +132,7 @@ def evaluate(
             work.done += segments.mask.sum()
     protocol = {'predictions': num_predictions, 'batch': 1} | adaptation._asdict()
     mean_nats = (total_nats / num_predictions).tolist()
-    return [
-        compute_metrics(nats_per_token, corpus, split, protocol) for nats_per_token in mean_nats
-    ]
+    return [compute_metrics(nats, corpus, split, protocol) for nats in mean_nats]
 
 
 def _read_rounds(

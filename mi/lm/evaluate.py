@@ -77,6 +77,7 @@ def segment_program(model: LanguageModel, mesh: jax.sharding.Mesh) -> jax.stages
     seed_spec = sharding.seed_sharding(mesh).spec
     carry_sharding = sharding.batch_sharding(mesh, 1, has_seeds=True)
 
+    # One seed on the rows of this device.
     def evaluate_seed(
         partition: ArrayTree | None, params: Params, carry: Carry, segment: Sequence[Any]
     ) -> tuple[Carry, Array]:
@@ -88,6 +89,7 @@ def segment_program(model: LanguageModel, mesh: jax.sharding.Mesh) -> jax.stages
         )
         return next_carry, sum_over_rows((losses.nats * mask).sum())
 
+    # All seeds: how their parameters are split is known when the program is traced.
     def evaluate_segment(
         params: Params, carry: Carry, *segment: Array | None
     ) -> tuple[Carry, Array]:
@@ -161,9 +163,7 @@ def evaluate(
     if model.memory is not None:
         protocol['memory'] = model.memory
     mean_nats = (total_nats / num_predictions).tolist()
-    return [
-        compute_metrics(nats_per_token, corpus, split, protocol) for nats_per_token in mean_nats
-    ]
+    return [compute_metrics(nats, corpus, split, protocol) for nats in mean_nats]
 
 
 def compile_segment(

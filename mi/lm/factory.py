@@ -174,7 +174,8 @@ def compute_costs(
 
     FLOPs are those of the products.
     """
-    # XLA's LSTM in place of cuDNN's call, whose FLOPs cannot be counted.
+    # The shapes of a call of the model, with XLA's LSTM in place of cuDNN's, whose FLOPs cannot be
+    # counted.
     model = build_model(_override(config, {'model.impl': 'xla'}), vocabulary, num_domains)
     num_steps, batch_size = config.train.length, config.train.batch
     tokens = jax.ShapeDtypeStruct((num_steps, batch_size), jnp.int32)
@@ -189,6 +190,8 @@ def compute_costs(
         flops = counting.flops(module.apply, fusion_variables, *shapes)
         num_tokens = shapes[0].shape[0] * shapes[0].shape[1]
         fusion_flops += flops / num_tokens
+
+    # The whole model.
     model_flops = counting.flops(model.apply, variables, *inputs)
     return {
         'parameters': {

@@ -142,6 +142,7 @@ class Trainer:
           batch: inputs and targets.
           partition: division of the parameters, see `mi.training.sharding.gather_params`.
         """
+        # Random keys depend on the seed and the step alone, so that a resumed run draws the same.
         _, dropout_key = jax.random.split(jax.random.key(batch.seed))
         dropout_key = jax.random.fold_in(dropout_key, batch.step)
         rngs = {'dropout': dropout_key, 'state': jax.random.fold_in(dropout_key, 0)}
@@ -161,6 +162,7 @@ class Trainer:
             )
             return losses.objective.mean(), (losses.nats.mean(), next_carry)
 
+        # The gradient of the whole batch, or the mean of those of its parts.
         grad_fn = jax.grad(compute_loss, has_aux=True)
         token_rows = batch.tokens, batch.domains
         # A device that has few rows divides them into as many parts as it can.
@@ -198,6 +200,7 @@ class Trainer:
           batch: a batch of all seeds, likewise.
           mesh: the devices.
         """
+        # Where each array of the state, the batch and the gradient is placed.
         state_specs = sharding.partition_specs(state)
         seed_spec: Any = sharding.seed_sharding(mesh).spec
         row_spec: Any = sharding.batch_sharding(mesh, 2, has_seeds=True).spec

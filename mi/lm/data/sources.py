@@ -174,6 +174,8 @@ def _read_local(path: pathlib.Path, splits: Collection[str], cache: pathlib.Path
             f'`source` = {str(path)!r}: no such file or directory, and no known corpus; '
             f'{suggest(str(path), CORPORA)}, {HUB}OWNER/NAME'
         )
+
+    # One file for each split.
     texts = {}
     split_of_file: dict[pathlib.Path, str] = {}
     files = sorted(file for file in path.iterdir() if is_data(file.name) and file.is_file())

@@ -233,6 +233,7 @@ def _read_token_files(
     Raises:
       DataError: if a file is missing or cut.
     """
+    # Any file that is missing, cut or edited counts as damage.
     try:
         store_meta = json.loads((directory / 'meta.json').read_text())
         tokens = {split: np.load(directory / f'{split}.npy', mmap_mode='r') for split in num_bytes}
@@ -248,6 +249,8 @@ def _read_token_files(
         raise
     except (OSError, ValueError) as error:
         raise _make_damage_error(directory) from error
+
+    # Sources without domains store the starts of their texts; they are read as one domain.
     starts = store_meta['starts'] if domains else {split: [0] for split in num_bytes}
     return Corpus(
         name,
