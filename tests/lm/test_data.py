@@ -223,7 +223,7 @@ def test_only_the_first_tokens_to_train_on(cache):
     assert some.sha256 != whole.sha256 and some.num_bytes['train'] == 1000
     other = token_store.load(Recipe('austen', 'byte', 256), cache, train_tokens=1001)
     assert other.sha256 != some.sha256
-    with pytest.raises(DataError, match=r'train_tokens = 4000000: expected 0 .* at most 3,124,769'):
+    with pytest.raises(DataError, match=r'= 4000000: expected 0 .* at most 3,124,769'):
         token_store.load(Recipe('austen', 'byte', 256), cache, train_tokens=4_000_000)
     with pytest.raises(DataError, match=r'more than 3,\d+,\d+, so that no domain is left out'):
         token_store.load(Recipe('austen-domains', 'byte', 256), cache, train_tokens=1000)
