@@ -72,7 +72,7 @@ def scan_lstm(
     """
     carry, keep = widen((carry, keep), dtype)
 
-    # Resets and dropout come before the step, so that no cell needs to know of them.
+    # Reset and drop before the step, so that cells need not handle either.
     def reset_and_step(
         carry: _CellCarry, inputs_and_reset: tuple[_Inputs, Array | None]
     ) -> tuple[_CellCarry, Array]:
@@ -109,7 +109,7 @@ def update_carry(
 
 
 def multiply(vectors: Array, W: Array) -> Array:
-    """Return vectors W in at least f32, with a product of W's dtype."""
+    """Multiply vectors by W in the dtype of W; the result is in at least f32."""
     return linear(vectors.astype(W.dtype), W, out_dtype=accumulation_dtype(W))
 
 
