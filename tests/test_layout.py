@@ -11,8 +11,9 @@ from tests.conftest import ROOT
 
 # From the bottom up. Packages of one layer do not import each other.
 LAYERS = [
+    ['registry'],
     ['config', 'precision', 'rows'],
-    ['kernels', 'counting', 'dropout', 'overrides'],
+    ['kernels', 'counting', 'dropout', 'overrides', 'options'],
     ['layers'],
     ['motifs'],
     ['fusion'],
@@ -20,7 +21,7 @@ LAYERS = [
     ['unify'],
     ['training'],
     ['lm', 'rl', 'fit'],
-    ['main', 'estimate'],
+    ['main', 'estimate', 'testing'],
 ]
 LAYER = {package: i for i, packages in enumerate(LAYERS) for package in packages}
 # A report reads run directories and knows nothing of models.
