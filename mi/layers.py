@@ -50,6 +50,13 @@ def input_init(variance: float = 1.0) -> Initializer:
     return initializers.variance_scaling(variance, 'fan_in', 'truncated_normal')
 
 
+def stacked_init(variance: float = 1.0, num_axes: int = 1) -> Initializer:
+    """Return an initializer for maps [..., n, k], stacked over this many axes: as `input_init`."""
+    return initializers.variance_scaling(
+        variance, 'fan_in', 'truncated_normal', batch_axis=tuple(range(num_axes))
+    )
+
+
 def interaction_init(context: Context, variance: float = 1.0) -> Initializer:
     """Return an initializer for W [m, n, k]: each entry of zᵀWx has this variance."""
     check_context(context)

@@ -7,7 +7,6 @@ at least, sums in f32, outputs in the compute dtype. `jax.nn.dot_product_attenti
 has no dropout, and it returns the mean of the values for a query that sees no key.
 """
 
-import functools
 from typing import Literal, get_args
 
 import jax
@@ -29,8 +28,8 @@ Positions = Literal['none', 'rotary', 'relative']
 
 def masked_softmax(scores: Array, mask: Array) -> Array:
     """Return the softmax over the last axis where the mask is True; fully masked rows are zero."""
-    lowest = jnp.finfo(scores.dtype).min
-    return jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, lowest)), 0)
+    lowest_score = jnp.finfo(scores.dtype).min
+    return jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, lowest_score)), 0)
 
 
 def align_tokens(x: Array, z: Array) -> tuple[Array, Array]:
@@ -133,132 +132,157 @@ class Attention(nn.Module):
                 f'decode = True: expected causal self-attention (got causal={self.causal}, '
                 f'x {x.shape} and z {z.shape}). Try decode=False'
             )
-        T, n = x.shape[-2:]
-        features, kv_heads, d = self._check_sizes(n)
+        num_queries, input_size = x.shape[-2:]
+        features, kv_heads, head_features = self._check_sizes(input_size)
 
-        # Project tokens to queries, keys and values.
-        affine = functools.partial(Affine, dtype=self.dtype, param_dtype=self.param_dtype)
-        query = affine(self.heads * d, name='query')(x).reshape(*x.shape[:-1], self.heads, d)
-        key = affine(kv_heads * d, name='key')(z).reshape(*z.shape[:-1], kv_heads, d)
-        value = affine(kv_heads * d, name='value')(z).reshape(*z.shape[:-1], kv_heads, d)
-        query, key, value = nn.dtypes.promote_dtype(query, key, value, dtype=self.dtype)
+        queries, keys, values = self._project_tokens(x, z, kv_heads, head_features)
 
         # Encode positions, and append keys and values to the cache.
-        cache = self._get_cache(key, value) if decode else None
-        start = cache['filled'].value if cache else jnp.zeros((), jnp.int32)
-        last = start + z.shape[-2] - 1  # position of the last query and of the last new key
-        query_positions = last - jnp.arange(T)[::-1]
+        cache = self._get_cache(keys, values) if decode else None
+        first_position = cache['filled'].value if cache else jnp.zeros((), jnp.int32)
+        last_position = first_position + z.shape[-2] - 1  # of the last query and the last new key
+        query_positions = last_position - jnp.arange(num_queries)[::-1]
         if self.positions == 'rotary':
-            query = rotate(query, query_positions)
-            key = rotate(key, start + jnp.arange(key.shape[-3]))
+            queries = rotate(queries, query_positions)
+            keys = rotate(keys, first_position + jnp.arange(keys.shape[-3]))
         if cache and not self.is_initializing():
-            key, value = _append(cache, key, value)
-        S = key.shape[-3]
+            keys, values = _append(cache, keys, values)
+        num_keys = keys.shape[-3]
 
         # Weigh the keys that each query sees.
-        query = query.reshape(*x.shape[:-1], kv_heads, self.heads // kv_heads, d)
-        scores = self._compute_scores(query, key, last, n) * d**-0.5
-        distance = query_positions[:, None] - jnp.arange(S)[None]
-        visible = expand_rank(is_visible(distance, self.causal, self.window), x.ndim)
+        head_groups = kv_heads, self.heads // kv_heads
+        queries = queries.reshape(*x.shape[:-1], *head_groups, head_features)
+        scores = self._compute_scores(queries, keys, last_position, input_size)
+        scores = scores * head_features**-0.5
+        distances = query_positions[:, None] - jnp.arange(num_keys)[None]
+        visible = expand_rank(is_visible(distances, self.causal, self.window), x.ndim)
         if mask is not None:
-            visible &= _check_mask(mask, (*jnp.broadcast_shapes(x.shape[:-2], z.shape[:-2]), T, S))
+            leading = jnp.broadcast_shapes(x.shape[:-2], z.shape[:-2])
+            visible &= _check_mask(mask, (*leading, num_queries, num_keys))
         weights = masked_softmax(scores, visible[..., None, None, :, :])
         row_axis = 0 if weights.ndim > 4 else None
         weights = RowDropout(self.dropout, row_axis)(weights, deterministic=deterministic)
 
         # Mix the values and project the heads to the output.
-        mixture = einsum('...kgts,...skd->...tkgd', weights.astype(value.dtype), value)
-        mixture = mixture.astype(value.dtype).reshape(*mixture.shape[:-3], self.heads * d)
-        y = affine(features, name='out')(mixture)
-        return jnp.where(last < S, y, jnp.nan) if decode else y
+        mixture = einsum('...kgts,...skd->...tkgd', weights.astype(values.dtype), values)
+        mixture = mixture.astype(values.dtype)
+        mixture = mixture.reshape(*mixture.shape[:-3], self.heads * head_features)
+        output = Affine(features, self.dtype, self.param_dtype, name='out')(mixture)
+        return jnp.where(last_position < num_keys, output, jnp.nan) if decode else output
 
-    def _check_sizes(self, n: int) -> tuple[int, int, int]:
+    def _check_sizes(self, input_size: int) -> tuple[int, int, int]:
         """Return features, kv_heads and head_features for x [..., n] after checking all fields."""
-        heads, features, kv_heads = self.heads, self.features or n, self.kv_heads or self.heads
+        heads, kv_heads = self.heads, self.kv_heads or self.heads
+        features = self.features or input_size
         if heads % kv_heads:
             raise ValueError(f'kv_heads = {kv_heads}: expected a divisor of heads = {heads}')
         if self.head_features is None and features % heads:
             raise ValueError(
                 f'{features} features do not divide into {heads} heads; give head_features'
             )
-        d = self.head_features or features // heads
+        head_features = self.head_features or features // heads
         if self.positions not in get_args(Positions):
             hint = suggest(self.positions, get_args(Positions))
             raise ValueError(f'unknown positions {self.positions!r}; {hint}')
-        if self.positions == 'rotary' and d % 2:
-            raise ValueError(f'rotary positions need an even head_features (got {d})')
-        if self.positions == 'relative' and n % 2:
+        if self.positions == 'rotary' and head_features % 2:
+            raise ValueError(f'rotary positions need an even head_features (got {head_features})')
+        if self.positions == 'relative' and input_size % 2:
             raise ValueError(
-                f'relative positions need an even number of features (got x [..., {n}])'
+                f'relative positions need an even number of features (got x [..., {input_size}])'
             )
         if self.window is not None and self.window < 1:
             raise ValueError(f'window = {self.window}: expected at least 1, or None')
-        return features, kv_heads, d
+        return features, kv_heads, head_features
 
-    def _compute_scores(self, query: Array, key: Array, last: Array, n: int) -> Array:
+    def _project_tokens(
+        self, x: Array, z: Array, kv_heads: int, head_features: int
+    ) -> tuple[Array, Array, Array]:
+        """Return queries [..., T, H, d], and keys and values [..., S, kv_heads, d]."""
+
+        def project(tokens: Array, num_heads: int, name: str) -> Array:
+            affine = Affine(num_heads * head_features, self.dtype, self.param_dtype, name=name)
+            return affine(tokens).reshape(*tokens.shape[:-1], num_heads, head_features)
+
+        queries = project(x, self.heads, 'query')
+        keys, values = project(z, kv_heads, 'key'), project(z, kv_heads, 'value')
+        queries, keys, values = nn.dtypes.promote_dtype(queries, keys, values, dtype=self.dtype)
+        return queries, keys, values
+
+    def _compute_scores(
+        self, queries: Array, keys: Array, last_position: Array, input_size: int
+    ) -> Array:
         """Return √d times the scores [..., kv_heads, group, T, S], in f32 at least.
 
         Args:
-          query: [..., T, kv_heads, group, d].
-          key: [..., S, kv_heads, d].
-          last: position of the last query.
-          n: features of a token.
+          queries: [..., T, kv_heads, group, d].
+          keys: [..., S, kv_heads, d].
+          last_position: position of the last query.
+          input_size: features of a token.
         """
         if self.positions != 'relative':
-            return einsum('...tkgd,...skd->...kgts', query, key)
-        T, kv_heads, group, d = query.shape[-4:]
-        S = key.shape[-3]
+            return einsum('...tkgd,...skd->...kgts', queries, keys)
+
+        # The biases u and v of each head.
+        num_queries, kv_heads, group, head_features = queries.shape[-4:]
+        num_keys, dtype = keys.shape[-3], queries.dtype
+        bias_shape = self.heads, head_features
         u, v = (
             expand_rank(
-                self.param(name, initializers.zeros, (self.heads, d), self.param_dtype)
-                .astype(query.dtype)
-                .reshape(kv_heads, group, d),
-                query.ndim,
+                self.param(bias_name, initializers.zeros, bias_shape, self.param_dtype)
+                .astype(dtype)
+                .reshape(kv_heads, group, head_features),
+                queries.ndim,
             )
-            for name in ('u', 'v')
+            for bias_name in ('u', 'v')
         )
-        R = self.param('R', input_init(), (n, kv_heads * d), self.param_dtype)
-        # From the largest visible distance to the smallest.
-        distances = last - jnp.arange(S if self.causal else T + S - 1)
-        r = compute_sinusoids(distances, n, query.dtype).astype(query.dtype)
-        r = linear(r, R.astype(query.dtype)).reshape(len(distances), kv_heads, d)
-        distance_scores = einsum('...tkgd,lkd->...kgtl', query + v, r)
-        key_scores = einsum('...tkgd,...skd->...kgts', query + u, key)
-        return key_scores + shift_relative(distance_scores, S)
 
-    def _get_cache(self, key: Array, value: Array) -> dict[str, nn.Variable]:
+        # R r for each distance, from the largest visible distance to the smallest.
+        R_shape = input_size, kv_heads * head_features
+        R = self.param('R', input_init(), R_shape, self.param_dtype)
+        num_distances = num_keys if self.causal else num_queries + num_keys - 1
+        distances = last_position - jnp.arange(num_distances)
+        r = compute_sinusoids(distances, input_size, dtype).astype(dtype)
+        distance_keys = linear(r, R.astype(dtype))
+        distance_keys = distance_keys.reshape(num_distances, kv_heads, head_features)
+
+        # The scores of keys and of distances.
+        distance_scores = einsum('...tkgd,lkd->...kgtl', queries + v, distance_keys)
+        key_scores = einsum('...tkgd,...skd->...kgts', queries + u, keys)
+        return key_scores + shift_relative(distance_scores, num_keys)
+
+    def _get_cache(self, keys: Array, values: Array) -> dict[str, nn.Variable]:
         """Return the cache after checking that it has space for the new keys."""
         if not (self.has_variable('cache', 'filled') or self.is_initializing()):
             raise ValueError(
-                f'decode = True: expected a cache for keys {key.shape}. Try init with decode=True '
+                f'decode = True: expected a cache for keys {keys.shape}. Try init with decode=True '
                 f'and an x of the full length'
             )
         cache = {
-            'keys': self.variable('cache', 'keys', jnp.zeros, key.shape, key.dtype),
-            'values': self.variable('cache', 'values', jnp.zeros, value.shape, value.dtype),
+            'keys': self.variable('cache', 'keys', jnp.zeros, keys.shape, keys.dtype),
+            'values': self.variable('cache', 'values', jnp.zeros, values.shape, values.dtype),
             'filled': self.variable('cache', 'filled', jnp.zeros, (), jnp.int32),
         }
         cache_shape = cache['keys'].value.shape
-        if key.shape[:-3] != cache_shape[:-3] or key.shape[-3] > cache_shape[-3]:
+        if keys.shape[:-3] != cache_shape[:-3] or keys.shape[-3] > cache_shape[-3]:
             raise ValueError(
-                f'the cache has keys {cache_shape} and no space for {key.shape}; '
+                f'the cache has keys {cache_shape} and no space for {keys.shape}; '
                 f'initialize one with this batch and the full length'
             )
         return cache
 
 
-def _append(cache: dict[str, nn.Variable], key: Array, value: Array) -> tuple[Array, Array]:
+def _append(cache: dict[str, nn.Variable], keys: Array, values: Array) -> tuple[Array, Array]:
     """Write the new keys and values into the cache, and return everything in it."""
-    for name, update in (('keys', key), ('values', value)):
-        buffer = cache[name]
+    for variable_name, update in (('keys', keys), ('values', values)):
+        buffer = cache[variable_name]
         buffer.value = jax.lax.dynamic_update_slice_in_dim(
             buffer.value,
             update.astype(buffer.value.dtype),
             cache['filled'].value,
             axis=update.ndim - 3,
         )
-    cache['filled'].value += key.shape[-3]
-    return cache['keys'].value.astype(key.dtype), cache['values'].value.astype(value.dtype)
+    cache['filled'].value += keys.shape[-3]
+    return cache['keys'].value.astype(keys.dtype), cache['values'].value.astype(values.dtype)
 
 
 def _check_mask(mask: Array, shape: tuple[int, ...]) -> Array:
@@ -301,19 +325,10 @@ class GatedCrossAttention(nn.Module):
         self, x: Array, z: Array, mask: Array | None = None, *, deterministic: bool = True
     ) -> Array:
         """Return y [..., T, n] for x [..., T, n], z [..., S, m]; mask as in `Attention`."""
-        attention = Attention(
-            self.heads,
-            head_features=self.head_features,
-            kv_heads=self.kv_heads,
-            dropout=self.dropout,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            name='attention',
-        )
-        y = attention(x, z, mask, deterministic=deterministic)
+        mixture = _make_attention(self)(x, z, mask, deterministic=deterministic)
         a = self.param('a', initializers.zeros, (), self.param_dtype)
-        x = expand_rank(x.astype(y.dtype), y.ndim)
-        return x + jnp.tanh(a).astype(y.dtype) * y
+        x = expand_rank(x.astype(mixture.dtype), mixture.ndim)
+        return x + jnp.tanh(a).astype(mixture.dtype) * mixture
 
 
 class LatentCrossAttention(nn.Module):
@@ -343,18 +358,21 @@ class LatentCrossAttention(nn.Module):
     @nn.compact
     def __call__(self, z: Array, mask: Array | None = None, *, deterministic: bool = True) -> Array:
         """Return y [..., L, d] for z [..., S, m]; mask as in `Attention`."""
-        x = self.param(
-            'latents', self.latents_init, (self.latents, self.features), self.param_dtype
-        )
+        latents_shape = self.latents, self.features
+        x = self.param('latents', self.latents_init, latents_shape, self.param_dtype)
         x, z = align_tokens(x, z)
         x, z = nn.dtypes.promote_dtype(x, z, dtype=self.dtype)
-        attention = Attention(
-            self.heads,
-            head_features=self.head_features,
-            kv_heads=self.kv_heads,
-            dropout=self.dropout,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            name='attention',
-        )
-        return x + attention(x, z, mask, deterministic=deterministic)
+        return x + _make_attention(self)(x, z, mask, deterministic=deterministic)
+
+
+def _make_attention(module: GatedCrossAttention | LatentCrossAttention) -> Attention:
+    """Return the submodule 'attention', with the fields that the module shares with it."""
+    return Attention(
+        module.heads,
+        head_features=module.head_features,
+        kv_heads=module.kv_heads,
+        dropout=module.dropout,
+        dtype=module.dtype,
+        param_dtype=module.param_dtype,
+        name='attention',
+    )

@@ -183,9 +183,9 @@ class SameWidth(nn.Module):
         if self.contexts and not accepts_ids and jnp.issubdtype(z.dtype, jnp.integer):
             z = one_hot(z, self.contexts, x.dtype)
         fields: dict[str, Context | DTypeLike | int | None] = {
-            name: value
-            for name, value in (('context', self.context), ('contexts', self.contexts))
-            if has_parameter(self.module, name)
+            field_name: option
+            for field_name, option in (('context', self.context), ('contexts', self.contexts))
+            if has_parameter(self.module, field_name)
         }
         fields |= {'dtype': self.dtype, 'param_dtype': self.param_dtype}
         return self.module(**fields, name='form')(x, z)

@@ -53,14 +53,16 @@ class ConvolutionalSelfAttention(nn.Module):
         """
         if x.ndim < 3:
             raise ValueError(f'x must be [..., rows, columns, n]; got {x.shape}')
-        *_, rows, columns, n = x.shape
+        *_, num_rows, num_columns, input_size = x.shape
         Delta = self.param('Delta', self.Delta_init, (self.heads, 2), self.param_dtype)
         alpha = self.param('alpha', self.alpha_init, (self.heads,), self.param_dtype)
-        V_shape = self.heads, n, self.features
+        V_shape = self.heads, input_size, self.features
         V = self.param('V', interaction_init('dense'), V_shape, self.param_dtype)
         b = self.param('b', initializers.zeros, (self.features,), self.param_dtype)
-        row_weights = _compute_axis_weights(rows, Delta[:, 0], alpha)
-        column_weights = _compute_axis_weights(columns, Delta[:, 1], alpha)
+
+        # A softmax over rows and one over columns, applied one after the other.
+        row_weights = _compute_axis_weights(num_rows, Delta[:, 0], alpha)
+        column_weights = _compute_axis_weights(num_columns, Delta[:, 1], alpha)
         x, V, b = nn.dtypes.promote_dtype(x, V, b, dtype=self.dtype)
         mixture = einsum('hjc,...rcn->...hrjn', column_weights.astype(x.dtype), x).astype(x.dtype)
         mixture = einsum('hir,...hrjn->...ijhn', row_weights.astype(x.dtype), mixture)
@@ -68,11 +70,12 @@ class ConvolutionalSelfAttention(nn.Module):
         return add_bias(linear(mixture, V.reshape(-1, self.features)), b)
 
 
-def _compute_axis_weights(size: int, Delta: Array, alpha: Array) -> Array:
+def _compute_axis_weights(num_positions: int, Delta: Array, alpha: Array) -> Array:
     """Return the softmax over keys of −α (δ² − 2Δδ), [H, query, key] in f32 at least."""
-    dtype = accumulation_dtype(Delta)
-    Delta, alpha = (a.astype(dtype)[:, None, None] for a in (Delta, alpha))
-    delta = (jnp.arange(size)[None] - jnp.arange(size)[:, None]).astype(dtype)[None]
+    sum_dtype = accumulation_dtype(Delta)
+    Delta, alpha = (param.astype(sum_dtype)[:, None, None] for param in (Delta, alpha))
+    positions = jnp.arange(num_positions)
+    delta = (positions[None] - positions[:, None]).astype(sum_dtype)[None]
     return jax.nn.softmax(-alpha * (delta**2 - 2 * Delta * delta))
 
 
@@ -99,13 +102,12 @@ def convert_convolution(
     """
     if kernel.ndim != 4:
         raise ValueError(f'kernel must be [K_1, K_2, n, k]; got {kernel.shape}')
-    K_1, K_2, n, k = kernel.shape
-    i, j = jnp.divmod(jnp.arange(K_1 * K_2), K_2)
+    K_1, K_2, input_size, features = kernel.shape
+    kernel_row, kernel_column = jnp.divmod(jnp.arange(K_1 * K_2), K_2)
+    offsets = [kernel_row - (K_1 - 1) // 2, kernel_column - (K_2 - 1) // 2]
     return {
-        'Delta': jnp.stack([i - (K_1 - 1) // 2, j - (K_2 - 1) // 2], axis=-1).astype(
-            accumulation_dtype(kernel)
-        ),
+        'Delta': jnp.stack(offsets, axis=-1).astype(accumulation_dtype(kernel)),
         'alpha': jnp.full(K_1 * K_2, alpha),
-        'V': kernel.reshape(K_1 * K_2, n, k),
-        'b': jnp.zeros(k) if b is None else b,
+        'V': kernel.reshape(K_1 * K_2, input_size, features),
+        'b': jnp.zeros(features) if b is None else b,
     }

@@ -5,6 +5,7 @@ kernel, m the width of the context z. Images are x [B, height, width, C].
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -16,7 +17,7 @@ from jax.nn import initializers
 from jax.typing import DTypeLike
 
 from mi.kernels.linear import accumulation_dtype, linear
-from mi.layers import Context, align_streams, check_dense, context_init, expand_rank
+from mi.layers import Context, align_streams, check_dense, context_init, expand_rank, stacked_init
 from mi.motifs.gating import expand_mask
 
 
@@ -62,9 +63,8 @@ class LightweightConvolution(nn.Module):
           ValueError: if the shapes do not match or the heads do not divide the channels.
         """
         _check_sizes(self.heads, self.width, x)
-        W = self.param(
-            'W', initializers.glorot_uniform(), (self.heads, self.width), self.param_dtype
-        )
+        W_shape = self.heads, self.width
+        W = self.param('W', initializers.glorot_uniform(), W_shape, self.param_dtype)
         x = x.astype(nn.dtypes.canonicalize_dtype(x, W, dtype=self.dtype))
         kernel = jax.nn.softmax(W.astype(accumulation_dtype(x)))
         kernel = nn.Dropout(self.dropconnect, deterministic=deterministic)(kernel)
@@ -119,12 +119,8 @@ class DynamicConvolution(nn.Module):
                 f'z {z.shape} has {z.shape[-2]} positions: expected {x.shape[-2]}, as in '
                 f'x {x.shape}, or 1'
             )
-        Q = self.param(
-            'Q',
-            initializers.glorot_uniform(),
-            (z.shape[-1], self.heads * self.width),
-            self.param_dtype,
-        )
+        Q_shape = z.shape[-1], self.heads * self.width
+        Q = self.param('Q', initializers.glorot_uniform(), Q_shape, self.param_dtype)
         x, z, Q = nn.dtypes.promote_dtype(x, z, Q, dtype=self.dtype)
         logits = linear(z, Q, out_dtype=accumulation_dtype(x))
         kernel = jax.nn.softmax(logits.reshape(*z.shape[:-1], self.heads, self.width))
@@ -176,26 +172,27 @@ class ConditionalConvolution(nn.Module):
             raise ValueError(f'z must be [B, m] with B = {x.shape[0]} as in x; got {z.shape}')
 
         # Parameters.
-        kh, kw = _make_pair(self.kernel_size)
-        B, C, E, k = x.shape[0], x.shape[-1], self.experts, self.features
-        K_init = initializers.variance_scaling(4 / E, 'fan_in', 'truncated_normal', batch_axis=0)
-        K = self.param('K', K_init, (E, kh, kw, C, k), self.param_dtype)
-        b = self.param('b', initializers.zeros, (E, k), self.param_dtype)
-        G_init = context_init(self.context, 0.01)
-        G = self.param('G', G_init, (z.shape[-1], E), self.param_dtype)
-        a = self.param('a', initializers.zeros, (E,), self.param_dtype)
+        window_shape, strides = _make_pair(self.kernel_size), _make_pair(self.strides)
+        K_shape = self.experts, *window_shape, x.shape[-1], self.features
+        K = self.param('K', stacked_init(4 / self.experts), K_shape, self.param_dtype)
+        b = self.param('b', initializers.zeros, (self.experts, self.features), self.param_dtype)
+        G_shape = z.shape[-1], self.experts
+        G = self.param('G', context_init(self.context, 0.01), G_shape, self.param_dtype)
+        a = self.param('a', initializers.zeros, (self.experts,), self.param_dtype)
 
         # A kernel for each example, applied to its windows.
         dtype = nn.dtypes.canonicalize_dtype(x, K, b, dtype=self.dtype)
-        wide = accumulation_dtype(dtype)
-        z, G, a = nn.dtypes.promote_dtype(z, G, a, dtype=wide)
+        sum_dtype = accumulation_dtype(dtype)
+        z, G, a = nn.dtypes.promote_dtype(z, G, a, dtype=sum_dtype)
         g = nn.sigmoid(linear(z, G) + a[None])
         x, g, K, b = nn.dtypes.promote_dtype(x, g, K, b, dtype=dtype)
-        kernels = linear(g, K.reshape(E, -1)).reshape(B, kh * kw * C, k)
+        window_size = math.prod(K_shape[1:-1])
+        kernels = linear(g, K.reshape(self.experts, -1))
+        kernels = kernels.reshape(len(x), window_size, self.features)
         # XLA's grouped convolution would do this, but its gradient is slow on CPU.
-        patches = _extract_windows(x, (kh, kw), _make_pair(self.strides), self.padding)
-        y = jnp.einsum('bhwp,bpk->bhwk', patches, kernels, preferred_element_type=wide)
-        return y.astype(x.dtype) + linear(g, b).reshape(B, 1, 1, k)
+        windows = _extract_windows(x, window_shape, strides, self.padding)
+        output = jnp.einsum('bhwp,bpk->bhwk', windows, kernels, preferred_element_type=sum_dtype)
+        return output.astype(x.dtype) + linear(g, b).reshape(len(x), 1, 1, self.features)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -206,18 +203,20 @@ def convolve(x: Array, kernel: Array, causal: bool) -> Array:
     The sum runs over shifted copies of x, which XLA fuses and the backward pass recomputes. It is
     in the dtype of the kernel, f32 at least, and the output has the dtype of x.
     """
-    (T, C), (H, K) = x.shape[-2:], kernel.shape[-2:]
-    left = K - 1 if causal else K // 2
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(left, K - 1 - left), (0, 0)])
-    x = x.reshape(*x.shape[:-1], H, C // H)
-    terms = (kernel[..., j, None] * x[..., j : j + T, :, :] for j in range(K))
-    y = sum(terms, start=jnp.zeros((), kernel.dtype)).astype(x.dtype)
-    return y.reshape(*y.shape[:-2], C)
+    num_positions, num_channels = x.shape[-2:]
+    heads, width = kernel.shape[-2:]
+    left_padding = width - 1 if causal else width // 2
+    padding = left_padding, width - 1 - left_padding
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [padding, (0, 0)])
+    x = x.reshape(*x.shape[:-1], heads, num_channels // heads)
+    terms = (kernel[..., j, None] * x[..., j : j + num_positions, :, :] for j in range(width))
+    output = sum(terms, start=jnp.zeros((), kernel.dtype)).astype(x.dtype)
+    return output.reshape(*output.shape[:-2], num_channels)
 
 
 def _extract_windows(
     x: Array,
-    size: tuple[int, int],
+    window_shape: tuple[int, int],
     strides: tuple[int, int],
     padding: str | Sequence[tuple[int, int]],
 ) -> Array:
@@ -231,17 +230,18 @@ def _extract_windows(
             raise ValueError(
                 f"unknown padding {padding!r}: expected 'SAME', 'VALID' or pairs of numbers"
             )
-        padding = jax.lax.padtype_to_pads(x.shape[1:3], size, strides, padding)
+        padding = jax.lax.padtype_to_pads(x.shape[1:3], window_shape, strides, padding)
     x = jnp.pad(x, [(0, 0), *padding, (0, 0)])
-    (kh, kw), (sh, sw) = size, strides
-    rows, columns = x.shape[1] - kh, x.shape[2] - kw
-    if rows < 0 or columns < 0:
-        raise ValueError(f'the kernel {size} is larger than the padded image {x.shape[1:3]}')
+    last_row, last_column = x.shape[1] - window_shape[0], x.shape[2] - window_shape[1]
+    if last_row < 0 or last_column < 0:
+        raise ValueError(
+            f'the kernel {window_shape} is larger than the padded image {x.shape[1:3]}'
+        )
     return jnp.concatenate(
         [
-            x[:, i : i + rows + 1 : sh, j : j + columns + 1 : sw]
-            for i in range(kh)
-            for j in range(kw)
+            x[:, i : i + last_row + 1 : strides[0], j : j + last_column + 1 : strides[1]]
+            for i in range(window_shape[0])
+            for j in range(window_shape[1])
         ],
         axis=-1,
     )

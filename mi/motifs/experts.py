@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from mi.kernels.bilinear import bilinear
 from mi.kernels.linear import accumulation_dtype, linear
-from mi.layers import Context, align_streams, check_dense, context_init
+from mi.layers import Context, align_streams, check_dense, context_init, stacked_init
 
 
 class DenseMixture(nn.Module):
@@ -46,10 +46,11 @@ class DenseMixture(nn.Module):
     def __call__(self, x: Array, z: Array) -> Array:
         """Return y [..., k] for x [..., n] and z [..., m], whose leading axes broadcast."""
         x, z = align_streams(x, z)
-        m, n, k = z.shape[-1], x.shape[-1], self.features
-        G = self.param('G', context_init(self.context, 0.01), (m, self.experts), self.param_dtype)
-        E = self.param('E', _expert_init(self.experts), (self.experts, n, k), self.param_dtype)
-        e = self.param('e', initializers.zeros, (self.experts, k), self.param_dtype)
+        G_shape = z.shape[-1], self.experts
+        E_shape = self.experts, x.shape[-1], self.features
+        G = self.param('G', context_init(self.context, 0.01), G_shape, self.param_dtype)
+        E = self.param('E', stacked_init(self.experts), E_shape, self.param_dtype)
+        e = self.param('e', initializers.zeros, (self.experts, self.features), self.param_dtype)
         x, z, G, E, e = nn.dtypes.promote_dtype(x, z, G, E, e, dtype=self.dtype)
         g = jax.nn.softmax(linear(z, G, out_dtype=accumulation_dtype(x))).astype(x.dtype)
         return bilinear(x, g, E) + linear(g, e)
@@ -110,63 +111,75 @@ class RoutedMixture(nn.Module):
         Raises:
           ValueError: if the shapes do not match, or top_k or the capacity factor is out of range.
         """
-        E, S, k = self.experts, self.top_k, self.features
-        if not 1 <= S <= E:
-            raise ValueError(f'top_k = {S}: expected 1 to {E}, the number of experts')
+        if not 1 <= self.top_k <= self.experts:
+            raise ValueError(
+                f'top_k = {self.top_k}: expected 1 to {self.experts}, the number of experts'
+            )
         if self.capacity_factor is not None and self.capacity_factor <= 0:
             raise ValueError(
                 f'capacity_factor = {self.capacity_factor}: expected above 0, or None for no limit'
             )
 
         # Parameters.
-        leading, n = x.shape[:-1], x.shape[-1]
         if z is None:
             z = x
         else:
             check_dense(z)
-        G = self.param('G', context_init(self.context), (z.shape[-1], E), self.param_dtype)
-        V = self.param('V', _expert_init(), (E, n, self.hidden), self.param_dtype)
-        b = self.param('b', initializers.zeros, (E, self.hidden), self.param_dtype)
-        A = self.param('A', _expert_init(2.0), (E, self.hidden, k), self.param_dtype)
-        a = self.param('a', initializers.zeros, (E, k), self.param_dtype)
+        leading, input_size = x.shape[:-1], x.shape[-1]
+        num_experts, hidden_size, features = self.experts, self.hidden, self.features
+        V_shape = num_experts, input_size, hidden_size
+        A_shape = num_experts, hidden_size, features
+        G_shape = z.shape[-1], num_experts
+        G = self.param('G', context_init(self.context), G_shape, self.param_dtype)
+        V = self.param('V', stacked_init(), V_shape, self.param_dtype)
+        b = self.param('b', initializers.zeros, (num_experts, hidden_size), self.param_dtype)
+        A = self.param('A', stacked_init(2.0), A_shape, self.param_dtype)
+        a = self.param('a', initializers.zeros, (num_experts, features), self.param_dtype)
 
         # Route each token to its top S experts.
         dtype = nn.dtypes.canonicalize_dtype(x, V, b, A, a, dtype=self.dtype)
-        wide = accumulation_dtype(dtype)
-        logits = _flatten_rows('z', linear(*nn.dtypes.promote_dtype(z, G, dtype=wide)), leading)
+        z, G = nn.dtypes.promote_dtype(z, G, dtype=accumulation_dtype(dtype))
+        logits = _flatten_rows('z', linear(z, G), leading)
         mask = jnp.ones(leading, bool) if mask is None else mask
         valid = _flatten_rows('the mask', mask[..., None], leading)[:, 0]
-        p = jax.nn.softmax(logits)
-        g, choices = jax.lax.top_k(p, S)
-        if S > 1:
-            g = g / g.sum(-1, keepdims=True)
-        choices = jnp.where(valid[:, None], choices, E)
-
-        # Losses.
-        if not self.is_initializing():
-            counts = jnp.bincount(choices.reshape(-1), length=E)
-            f = counts / counts.sum().clip(1)
-            share = valid / valid.sum().clip(1)
-            self.sow('losses', 'load_balance', E * f @ (share @ p))
-            self.sow('losses', 'router_z', share @ jax.nn.logsumexp(logits, axis=-1) ** 2)
+        gates, choices = self._route(logits, valid)
 
         # Apply the experts to their blocks of tokens, and sum each token's terms.
         x, V, b, A, a = nn.dtypes.promote_dtype(x, V, b, A, a, dtype=dtype)
         capacity = None
         if self.capacity_factor is not None:
-            capacity = math.ceil(self.capacity_factor * choices.size / E)
-        slot, token, expert = assign_blocks(choices, E, capacity)
+            capacity = math.ceil(self.capacity_factor * choices.size / num_experts)
+        slot, row_token, block_expert = assign_blocks(choices, num_experts, capacity)
         if capacity is None:
-            V, b, A, a = V[expert], b[expert], A[expert], a[expert]
-        tokens = x.reshape(-1, n).at[token].get(mode='fill', fill_value=0)
-        h = self.activation(_multiply_blocks(tokens, V) + b[:, None])
-        y = (
-            (_multiply_blocks(h, A) + a[:, None])
-            .reshape(-1, k)
-            .at[slot]
-            .get(mode='fill', fill_value=0)
-        )
-        return (g[..., None] * y).sum(1).astype(x.dtype).reshape(*leading, k)
+            V, b, A, a = (param[block_expert] for param in (V, b, A, a))
+        tokens = x.reshape(-1, input_size).at[row_token].get(mode='fill', fill_value=0)
+        hidden = self.activation(_multiply_blocks(tokens, V) + b[:, None])
+        outputs = (_multiply_blocks(hidden, A) + a[:, None]).reshape(-1, features)
+        terms = outputs.at[slot].get(mode='fill', fill_value=0)
+        return (gates[..., None] * terms).sum(1).astype(x.dtype).reshape(*leading, features)
+
+    def _route(self, logits: Array, valid: Array) -> tuple[Array, Array]:
+        """Return the gates and the experts of each token [N, S], and sow the losses.
+
+        Args:
+          logits: [N, E].
+          valid: [N], whether a row is a token; the others choose the expert E, which is none.
+        """
+        num_experts, top_k = self.experts, self.top_k
+        p = jax.nn.softmax(logits)
+        gates, choices = jax.lax.top_k(p, top_k)
+        if top_k > 1:
+            gates = gates / gates.sum(-1, keepdims=True)
+        choices = jnp.where(valid[:, None], choices, num_experts)
+
+        # The losses are means over the tokens.
+        if not self.is_initializing():
+            counts = jnp.bincount(choices.reshape(-1), length=num_experts)
+            f = counts / counts.sum().clip(1)
+            token_share = valid / valid.sum().clip(1)
+            self.sow('losses', 'load_balance', num_experts * f @ (token_share @ p))
+            self.sow('losses', 'router_z', token_share @ jax.nn.logsumexp(logits, axis=-1) ** 2)
+        return gates, choices
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -182,55 +195,57 @@ def assign_blocks(choices: Array, experts: int, capacity: int | None) -> tuple[A
 
     Returns:
       slot [N, S]: the row of each assignment, out of B · R; B · R for none.
-      token [B, R]: the token in each row; N for none.
-      expert [B]: the expert of each block.
+      row_token [B, R]: the token in each row; N for none.
+      block_expert [B]: the expert of each block.
     """
-    N, S = choices.shape
-    flat = choices.T.reshape(-1)  # first choices first
-    counts = jnp.bincount(flat, length=experts)
-    order = jnp.argsort(flat)
+    num_tokens, top_k = choices.shape
+    num_assignments = num_tokens * top_k
+    expert = choices.T.reshape(-1)  # of each assignment, first choices first
+    counts = jnp.bincount(expert, length=experts)
+    order = jnp.argsort(expert)
 
     # The rank of each assignment among those of its expert.
-    starts = (jnp.cumsum(counts) - counts)[flat[order]]
-    rank = jnp.zeros_like(flat).at[order].set((jnp.arange(N * S) - starts).astype(flat.dtype))
+    starts = (jnp.cumsum(counts) - counts)[expert[order]]
+    ranks = (jnp.arange(num_assignments) - starts).astype(expert.dtype)
+    rank = jnp.zeros_like(expert).at[order].set(ranks)
 
     # The blocks of each expert.
     if capacity is None:
-        R = max(1, math.ceil(N * S / experts))
-        B = (N * S + min(experts, N * S) * (R - 1)) // R
-        num_blocks = -(-counts // R)
-        end = jnp.cumsum(num_blocks)
-        expert = jnp.searchsorted(end, jnp.arange(B), side='right').clip(max=experts - 1)
-        first = end - num_blocks
-        is_assigned = flat < experts
+        num_rows = max(1, math.ceil(num_assignments / experts))
+        max_padding = min(experts, num_assignments) * (num_rows - 1)
+        num_blocks = (num_assignments + max_padding) // num_rows
+        expert_blocks = -(-counts // num_rows)
+        block_ends = jnp.cumsum(expert_blocks)
+        block_expert = jnp.searchsorted(block_ends, jnp.arange(num_blocks), side='right')
+        block_expert = block_expert.clip(max=experts - 1)
+        first_block = block_ends - expert_blocks
+        is_assigned = expert < experts
     else:
-        R, B = min(capacity, N), experts
-        expert = first = jnp.arange(experts)
-        is_assigned = (flat < experts) & (rank < R)
+        num_rows, num_blocks = min(capacity, num_tokens), experts
+        block_expert = first_block = jnp.arange(experts)
+        is_assigned = (expert < experts) & (rank < num_rows)
 
     # The rows of the assignments, and the tokens in the rows.
-    slot = jnp.where(is_assigned, first[flat] * R + rank, B * R)
-    token = jnp.full(B * R, N).at[slot].set(jnp.tile(jnp.arange(N), S), mode='drop')
-    return slot.reshape(S, N).T, token.reshape(B, R), expert
+    num_slots = num_blocks * num_rows
+    slot = jnp.where(is_assigned, first_block[expert] * num_rows + rank, num_slots)
+    token = jnp.tile(jnp.arange(num_tokens), top_k)
+    row_token = jnp.full(num_slots, num_tokens).at[slot].set(token, mode='drop')
+    return slot.reshape(top_k, num_tokens).T, row_token.reshape(num_blocks, num_rows), block_expert
 
 
 def _multiply_blocks(x: Array, W: Array) -> Array:
     """Multiply [B, R, n] by [B, n, k] per block, accumulated in f32 at least."""
-    wide = accumulation_dtype(x, W)
-    return jnp.einsum('brn,bnk->brk', x, W, preferred_element_type=wide).astype(x.dtype)
+    product = jnp.einsum('brn,bnk->brk', x, W, preferred_element_type=accumulation_dtype(x, W))
+    return product.astype(x.dtype)
 
 
-def _flatten_rows(name: str, a: Array, leading: tuple[int, ...]) -> Array:
-    """Broadcast the leading axes of a [..., c] to those of x and flatten them: [N, c]."""
+def _flatten_rows(stream_name: str, stream: Array, leading: tuple[int, ...]) -> Array:
+    """Broadcast the leading axes of a stream [..., c] to those of x and flatten them: [N, c]."""
     try:
-        a = jnp.broadcast_to(a, (*leading, a.shape[-1]))
+        rows = jnp.broadcast_to(stream, (*leading, stream.shape[-1]))
     except ValueError as error:
         raise ValueError(
-            f'the leading axes {a.shape[:-1]} of {name} do not broadcast to those of x, {leading}'
+            f'the leading axes {stream.shape[:-1]} of {stream_name} do not broadcast to those of '
+            f'x, {leading}'
         ) from error
-    return a.reshape(-1, a.shape[-1])
-
-
-def _expert_init(variance: float = 1.0) -> initializers.Initializer:
-    """Return an initializer for [E, n, k]: the outputs of each expert have this variance."""
-    return initializers.variance_scaling(variance, 'fan_in', 'truncated_normal', batch_axis=0)
+    return rows.reshape(-1, rows.shape[-1])

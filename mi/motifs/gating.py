@@ -31,11 +31,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def get_activation(name: str) -> Callable[[Array], Array]:
-    """Return ACTIVATIONS[name]; raise ValueError if the name is unknown."""
-    if name not in ACTIVATIONS:
-        raise ValueError(f'unknown activation {name!r}; {suggest(name, ACTIVATIONS)}')
-    return ACTIVATIONS[name]
+def get_activation(activation: str) -> Callable[[Array], Array]:
+    """Return the function of this name; raise ValueError if the name is unknown."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f'unknown activation {activation!r}; {suggest(activation, ACTIVATIONS)}')
+    return ACTIVATIONS[activation]
 
 
 def expand_mask(x: Array, mask: Array | None) -> Array:
@@ -88,18 +88,18 @@ class GatedLinearUnit(nn.Module):
         Raises:
           ValueError: if the activation is unknown or the leading axes do not broadcast.
         """
-        act = get_activation(self.activation)
+        activation = get_activation(self.activation)
         x, z = align_streams(x, x if z is None else z)
-        m, n, k = z.shape[-1], x.shape[-1], self.features
-        A = self.param('A', context_init(self.context), (m, k), self.param_dtype)
-        B = self.param('B', self.B_init, (n, k), self.param_dtype)
+        features = self.features
+        A = self.param('A', context_init(self.context), (z.shape[-1], features), self.param_dtype)
+        B = self.param('B', self.B_init, (x.shape[-1], features), self.param_dtype)
         x, z, A, B = nn.dtypes.promote_dtype(x, z, A, B, dtype=self.dtype)
-        gate, y = linear(z, A), linear(x, B)
+        gate, values = linear(z, A), linear(x, B)
         if self.use_bias:
-            a = self.param('a', initializers.zeros, (k,), self.param_dtype)
-            b = self.param('b', initializers.zeros, (k,), self.param_dtype)
-            gate, y = add_bias(gate, a.astype(x.dtype)), add_bias(y, b.astype(x.dtype))
-        return act(gate) * y
+            a = self.param('a', initializers.zeros, (features,), self.param_dtype)
+            b = self.param('b', initializers.zeros, (features,), self.param_dtype)
+            gate, values = add_bias(gate, a.astype(x.dtype)), add_bias(values, b.astype(x.dtype))
+        return activation(gate) * values
 
 
 class GatedFeedForward(nn.Module):
@@ -136,7 +136,7 @@ class GatedFeedForward(nn.Module):
         Raises:
           ValueError: if the activation is unknown.
         """
-        k = self.features or x.shape[-1]
+        features = self.features or x.shape[-1]
         hidden = GatedLinearUnit(
             self.hidden,
             self.activation,
@@ -146,13 +146,13 @@ class GatedFeedForward(nn.Module):
             name='glu',
         )(x)
         hidden = nn.Dropout(self.dropout)(hidden, deterministic=deterministic)
-        C = self.param('C', input_init(), (self.hidden, k), self.param_dtype)
+        C = self.param('C', input_init(), (self.hidden, features), self.param_dtype)
         hidden, C = nn.dtypes.promote_dtype(hidden, C, dtype=self.dtype)
-        y = linear(hidden, C)
+        output = linear(hidden, C)
         if self.use_bias:
-            c = self.param('c', initializers.zeros, (k,), self.param_dtype)
-            y = add_bias(y, c.astype(y.dtype))
-        return y
+            c = self.param('c', initializers.zeros, (features,), self.param_dtype)
+            output = add_bias(output, c.astype(output.dtype))
+        return output
 
 
 class Highway(nn.Module):
@@ -180,17 +180,17 @@ class Highway(nn.Module):
         Raises:
           ValueError: if the activation is unknown or the leading axes do not broadcast.
         """
-        act = get_activation(self.activation)
+        activation = get_activation(self.activation)
         x, z = align_streams(x, x if z is None else z)
         x, z = nn.dtypes.promote_dtype(x, z, dtype=self.dtype)
         affine = functools.partial(Affine, x.shape[-1], self.dtype, self.param_dtype)
-        H = act(affine(name='H')(x))
-        gate = affine(
+        H = activation(affine(name='H')(x))
+        gate_map = affine(
             V_init=context_init(self.context),
             b_init=initializers.constant(self.gate_bias),
             name='T',
         )
-        T = nn.sigmoid(gate(z))
+        T = nn.sigmoid(gate_map(z))
         return T * H + (1 - T) * x
 
 
@@ -224,10 +224,11 @@ class SqueezeExcitation(nn.Module):
           ValueError: if r does not divide C, an axis is duplicate or not a spatial axis of x, or
             the mask does not match x.
         """
-        C, r = x.shape[-1], self.ratio
-        if r < 1 or C % r:
+        num_channels = x.shape[-1]
+        if self.ratio < 1 or num_channels % self.ratio:
             raise ValueError(
-                f'ratio {r} does not divide the {C} channels of x {x.shape}: expected a divisor'
+                f'ratio {self.ratio} does not divide the {num_channels} channels of x {x.shape}: '
+                f'expected a divisor'
             )
         axes = {axis % x.ndim for axis in self.axes if -x.ndim <= axis < x.ndim}
         if not axes or len(axes) < len(self.axes) or x.ndim - 1 in axes:
@@ -235,8 +236,9 @@ class SqueezeExcitation(nn.Module):
                 f'axes {self.axes} are not axes of space in x {x.shape}: '
                 f'expected distinct axes without the last, which is C'
             )
-        W1 = self.param('W1', input_init(), (C, C // r), self.param_dtype)
-        W2 = self.param('W2', initializers.he_normal(), (C // r, C), self.param_dtype)
+        W1_shape = num_channels, num_channels // self.ratio
+        W1 = self.param('W1', input_init(), W1_shape, self.param_dtype)
+        W2 = self.param('W2', initializers.he_normal(), W1_shape[::-1], self.param_dtype)
         pooled = _masked_mean(x, tuple(sorted(axes)), expand_mask(x, mask))
         x, W1, W2 = nn.dtypes.promote_dtype(x, W1, W2, dtype=self.dtype)
         s = nn.sigmoid(linear(nn.relu(linear(pooled.astype(x.dtype), W1)), W2))

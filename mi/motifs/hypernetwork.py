@@ -4,6 +4,7 @@ Shapes: x [..., n] the input, z [..., m] the context, y [..., k] the output; W'(
 b'(z) [..., k] the generated weights. Source: Ha et al., HyperNetworks, 2017.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
@@ -17,6 +18,7 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 from jax.nn import initializers
 from jax.nn.initializers import Initializer
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from mi.kernels.linear import accumulation_dtype, linear
@@ -34,6 +36,7 @@ from mi.layers import (
 
 Activation = Callable[[Array], Array]
 Hyperfan = Literal['in', 'out']
+OutSharding = NamedSharding | PartitionSpec | None
 Shape = Sequence[int]
 
 
@@ -118,47 +121,41 @@ class MLPHypernetwork(nn.Module):
           ValueError: if the leading axes do not broadcast, or hidden, hyperfan or chunk is invalid.
         """
         x, z = align_streams(x, z)
-        n, k = x.shape[-1], self.features
-        hidden = k if self.hidden is None else self.hidden
-        num_chunks = _count_chunks(n * k, self.chunk)
+        input_size, features = x.shape[-1], self.features
+        num_weights = input_size * features
+        num_chunks = _count_chunks(num_weights, self.chunk)
 
         # The hidden layers.
-        h = _Hidden(
-            hidden=hidden,
-            activation=self.activation,
-            embeddings=num_chunks + 1 if num_chunks else 0,
-            context=self.context,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            name='hidden',
-        )(z)
+        widths = features if self.hidden is None else self.hidden
+        hidden = _compute_hidden(self, z, widths, embeddings=num_chunks + 1 if num_chunks else 0)
 
         # A head that generates all weights together.
-        d = h.shape[-1]
-        W_std, U_std = _compute_hyperfan(self.hyperfan, n, k)
-        W_init = _compensate(self.activation, initializers.normal(W_std * d**-0.5))
-        U_init = _compensate(self.activation, initializers.normal(U_std * d**-0.5))
+        hidden_size = hidden.shape[-1]
+        W_std, U_std = _compute_hyperfan(self.hyperfan, input_size, features)
+        W_init = _compensate(self.activation, initializers.normal(W_std * hidden_size**-0.5))
+        U_init = _compensate(self.activation, initializers.normal(U_std * hidden_size**-0.5))
         zeros = initializers.zeros
         if not num_chunks:
             return MultiplicativeInteraction(
-                k,
+                features,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
                 W_init=W_init,
                 U_init=U_init,
                 V_init=zeros,
                 name='head',
-            )(x, h)
+            )(x, hidden)
 
         # A head that generates the weights chunk by chunk.
-        W = self.param('W', W_init, (d, self.chunk), self.param_dtype)
-        U = self.param('U', U_init, (d, k), self.param_dtype)
-        V = self.param('V', zeros, (n, k), self.param_dtype)
-        b = self.param('b', zeros, (k,), self.param_dtype)
-        x, h, W, U, V, b = nn.dtypes.promote_dtype(x, h, W, U, V, b, dtype=self.dtype)
-        weights = _join_chunks(linear(h[..., :-1, :], W), n * k).reshape(*z.shape[:-1], n, k)
-        bias = add_bias(linear(h[..., -1, :], U), b)
-        return _map_affine(x, add_bias(weights, V), bias)
+        W = self.param('W', W_init, (hidden_size, self.chunk), self.param_dtype)
+        U = self.param('U', U_init, (hidden_size, features), self.param_dtype)
+        V = self.param('V', zeros, (input_size, features), self.param_dtype)
+        b = self.param('b', zeros, (features,), self.param_dtype)
+        x, hidden, W, U, V, b = nn.dtypes.promote_dtype(x, hidden, W, U, V, b, dtype=self.dtype)
+        weights = _join_chunks(linear(hidden[..., :-1, :], W), num_weights)
+        weights = add_bias(weights.reshape(*z.shape[:-1], input_size, features), V)
+        bias = add_bias(linear(hidden[..., -1, :], U), b)
+        return _map_affine(x, weights, bias)
 
 
 class Hypernetwork(nn.Module):
@@ -207,32 +204,26 @@ class Hypernetwork(nn.Module):
 
         # The target's parameters V, and the hidden layers.
         target = self.target.clone(parent=None)
-        row = jax.ShapeDtypeStruct(x.shape[len(rows) :], x.dtype)
-        V = self.param('V', lambda key: _init_target(target, key, row))
-        flat, unravel = ravel_pytree(V)
-        num_chunks = _count_chunks(flat.size, self.chunk)
-        h = _Hidden(
-            hidden=self.hidden,
-            activation=self.activation,
-            embeddings=num_chunks,
-            context=self.context,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            name='hidden',
-        )(z)
+        input_spec = jax.ShapeDtypeStruct(x.shape[len(rows) :], x.dtype)
+        V = self.param('V', lambda rng_key: _init_target(target, rng_key, input_spec))
+        V_flat, unravel = ravel_pytree(V)
+        num_chunks = _count_chunks(V_flat.size, self.chunk)
+        hidden = _compute_hidden(self, z, self.hidden, embeddings=num_chunks)
 
-        # The target with the parameters of each row.
-        W_shape = h.shape[-1], self.chunk or flat.size
+        # The parameters of each row, which the hidden layers generate.
+        W_shape = hidden.shape[-1], self.chunk or V_flat.size
         W = self.param('W', initializers.zeros, W_shape, self.param_dtype)
-        h, W = nn.dtypes.promote_dtype(h, W, dtype=self.dtype)
-        theta = linear(h, W, out_dtype=flat.dtype)
+        hidden, W = nn.dtypes.promote_dtype(hidden, W, dtype=self.dtype)
+        theta = linear(hidden, W, out_dtype=V_flat.dtype)
         if num_chunks:
-            theta = _join_chunks(theta, flat.size)
-        theta = theta.reshape(-1, flat.size) + flat[None]
-        y = jax.vmap(lambda theta, x: target.apply({'params': unravel(theta)}, x))(
-            theta, x.reshape(-1, *row.shape)
+            theta = _join_chunks(theta, V_flat.size)
+        theta = theta.reshape(-1, V_flat.size) + V_flat[None]
+
+        # Apply the target to each row with its parameters.
+        outputs = jax.vmap(lambda theta, x: target.apply({'params': unravel(theta)}, x))(
+            theta, x.reshape(-1, *input_spec.shape)
         )
-        return jax.tree.map(lambda a: a.reshape(*rows, *a.shape[1:]), y)
+        return jax.tree.map(lambda leaf: leaf.reshape(*rows, *leaf.shape[1:]), outputs)
 
 
 class _Hidden(nn.Module):
@@ -247,39 +238,57 @@ class _Hidden(nn.Module):
 
     @nn.compact
     def __call__(self, z: Array) -> Array:
-        first, *rest = _check_widths(self.hidden)
-        share = 1 / 2 if self.embeddings else 1
-        h = Affine(
-            first, self.dtype, self.param_dtype, V_init=context_init(self.context, share), name='0'
-        )(z)
+        first_width, *widths = _check_widths(self.hidden)
+        variance = 1 / 2 if self.embeddings else 1  # of each input of the first layer
+        first_init = context_init(self.context, variance)
+        affine = functools.partial(Affine, dtype=self.dtype, param_dtype=self.param_dtype)
+        hidden = affine(first_width, V_init=first_init, name='0')(z)
         if self.embeddings:
-            e_init = initializers.normal(share**0.5)
-            e = self.param('e', e_init, (self.embeddings, first), self.param_dtype)
-            h = add_bias(h[..., None, :], e.astype(h.dtype))
+            e_init, e_shape = initializers.normal(variance**0.5), (self.embeddings, first_width)
+            e = self.param('e', e_init, e_shape, self.param_dtype)
+            hidden = add_bias(hidden[..., None, :], e.astype(hidden.dtype))
         hidden_init = _compensate(self.activation, input_init())
-        for i, width in enumerate(rest, 1):
-            h = Affine(width, self.dtype, self.param_dtype, V_init=hidden_init, name=f'{i}')(
-                self.activation(h)
-            )
-        return self.activation(h)
+        for layer_index, width in enumerate(widths, 1):
+            layer = affine(width, V_init=hidden_init, name=f'{layer_index}')
+            hidden = layer(self.activation(hidden))
+        return self.activation(hidden)
+
+
+def _compute_hidden(
+    module: MLPHypernetwork | Hypernetwork,
+    z: Array,
+    widths: int | Sequence[int],
+    embeddings: int,
+) -> Array:
+    """Apply the submodule 'hidden', which has these widths and the other fields of the module."""
+    layers = _Hidden(
+        hidden=widths,
+        activation=module.activation,
+        embeddings=embeddings,
+        context=module.context,
+        dtype=module.dtype,
+        param_dtype=module.param_dtype,
+        name='hidden',
+    )
+    return layers(z)
 
 
 def _map_affine(x: Array, W: Array, b: Array) -> Array:
     """Return Wx + b for x [..., n], W [..., n, k], b [..., k], accumulated in f32 at least."""
-    y = jnp.einsum('...n,...nk->...k', x, W, preferred_element_type=accumulation_dtype(x, W))
-    return y.astype(x.dtype) + b
+    product = jnp.einsum('...n,...nk->...k', x, W, preferred_element_type=accumulation_dtype(x, W))
+    return product.astype(x.dtype) + b
 
 
-def _join_chunks(chunks: Array, size: int) -> Array:
-    """Concatenate [..., chunks, chunk] to [..., size], and truncate the last chunk."""
-    return chunks.reshape(*chunks.shape[:-2], -1)[..., :size]
+def _join_chunks(chunks: Array, num_weights: int) -> Array:
+    """Concatenate [..., chunks, chunk] to [..., num_weights], and truncate the last chunk."""
+    return chunks.reshape(*chunks.shape[:-2], -1)[..., :num_weights]
 
 
-def _count_chunks(size: int, chunk: int | None) -> int:
-    """Return the number of chunks for this many entries, and 0 without chunks."""
+def _count_chunks(num_weights: int, chunk: int | None) -> int:
+    """Return the number of chunks for this many weights, and 0 without chunks."""
     if chunk is not None and chunk < 1:
         raise ValueError(f'chunk = {chunk}: expected at least 1, or None for no chunks')
-    return 0 if chunk is None else math.ceil(size / chunk)
+    return 0 if chunk is None else math.ceil(num_weights / chunk)
 
 
 def _check_widths(hidden: int | Sequence[int]) -> tuple[int, ...]:
@@ -292,13 +301,13 @@ def _check_widths(hidden: int | Sequence[int]) -> tuple[int, ...]:
     return widths
 
 
-def _compute_hyperfan(hyperfan: Hyperfan, n: int, k: int) -> tuple[float, float]:
+def _compute_hyperfan(hyperfan: Hyperfan, input_size: int, features: int) -> tuple[float, float]:
     """Return the initial standard deviations of the entries of W'(z) and b'(z)."""
     match hyperfan:
         case 'in':
-            return (1 / (2 * n)) ** 0.5, (1 / 2) ** 0.5
+            return (1 / (2 * input_size)) ** 0.5, (1 / 2) ** 0.5
         case 'out':
-            return (1 / k) ** 0.5, max(0, 1 - n / k) ** 0.5
+            return (1 / features) ** 0.5, max(0, 1 - input_size / features) ** 0.5
     raise ValueError(f'unknown hyperfan {hyperfan!r}; known: {", ".join(get_args(Hyperfan))}')
 
 
@@ -309,20 +318,22 @@ def _compensate(activation: Activation, init: Initializer) -> Initializer:
     def scaled_init(
         key: chex.PRNGKey,
         shape: Shape,
-        dtype: Any = jnp.float32,
-        out_sharding: Any = None,
+        dtype: Any = jnp.float32,  # as in `Initializer`
+        out_sharding: OutSharding = None,
     ) -> Array:
-        wide = accumulation_dtype(dtype)
-        squares = activation(jnp.asarray(nodes, wide)) ** 2
-        second_moment = squares @ jnp.asarray(weights / weights.sum(), wide)
+        sum_dtype = accumulation_dtype(dtype)
+        squares = activation(jnp.asarray(nodes, sum_dtype)) ** 2
+        second_moment = squares @ jnp.asarray(weights / weights.sum(), sum_dtype)
         return init(key, shape, dtype, out_sharding) * second_moment.astype(dtype) ** -0.5
 
     return scaled_init
 
 
-def _init_target(target: nn.Module, key: chex.PRNGKey, row: jax.ShapeDtypeStruct) -> chex.ArrayTree:
+def _init_target(
+    target: nn.Module, rng_key: chex.PRNGKey, input_spec: jax.ShapeDtypeStruct
+) -> chex.ArrayTree:
     """Return the target's own initial parameters."""
-    variables = target.init(key, jnp.zeros(row.shape, row.dtype))
+    variables = target.init(rng_key, jnp.zeros(input_spec.shape, input_spec.dtype))
     if set(variables) != {'params'}:
         raise ValueError(
             f'{type(target).__name__} has the variables {sorted(variables)}: '

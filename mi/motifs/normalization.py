@@ -6,7 +6,6 @@ a context [B, m] for images [B, H, W, n] as [B, 1, 1, m].
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -132,8 +131,9 @@ class AdaLNZero(nn.Module):
 
         y = x + g(z) ⊙ F(LN(x) ⊙ (1 + s(z)) + b(z))
 
-    One affine map of silu(z) gives b, s and g, [n] each and in this order. It starts at zero, so
-    the block starts as the identity. LN is as in `ConditionalLayerNorm`.
+    One affine map of silu(z) gives the shift b, the scale s and the gate g, [n] each and in this
+    order. It starts at zero, so the block starts as the identity. LN is as in
+    `ConditionalLayerNorm`.
 
     Attributes:
       F: [..., n] → [..., n], a module or a function; the module's parameters are under 'F'.
@@ -147,7 +147,7 @@ class AdaLNZero(nn.Module):
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, z: Array, *args: Any, **kwargs: Any) -> Array:
+    def __call__(self, x: Array, z: Array, *args: object, **kwargs: object) -> Array:
         """Return y [..., n] for x [..., n] and z [..., m].
 
         Args:
@@ -163,14 +163,15 @@ class AdaLNZero(nn.Module):
         head = Affine(
             3 * x.shape[-1], self.dtype, self.param_dtype, V_init=initializers.zeros, name='head'
         )
-        b, s, g = jnp.split(head(nn.silu(z)), 3, axis=-1)
-        h = _make_layer_norm(self.epsilon, self.dtype)(x) * (1 + s) + b
-        y = self.F(h, *args, **kwargs)
-        if y.shape != h.shape:
+        shift, scale, gate = jnp.split(head(nn.silu(z)), 3, axis=-1)
+        inner = _make_layer_norm(self.epsilon, self.dtype)(x) * (1 + scale) + shift
+        update = self.F(inner, *args, **kwargs)
+        if update.shape != inner.shape:
             raise ValueError(
-                f'F maps {h.shape} to {y.shape}: expected the same shape, because x is added'
+                f'F maps {inner.shape} to {update.shape}: expected the same shape, because x is '
+                f'added'
             )
-        return x + g * y.astype(h.dtype)
+        return x + gate * update.astype(inner.dtype)
 
 
 def _make_layer_norm(epsilon: float, dtype: DTypeLike | None) -> nn.LayerNorm:

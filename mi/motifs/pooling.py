@@ -25,6 +25,7 @@ from mi.layers import (
     context_init,
     expand_rank,
     input_init,
+    stacked_init,
 )
 
 _TANH_VARIANCE = 0.394  # variance of tanh(g), g ~ N(0, 1)
@@ -53,10 +54,7 @@ class MLB(nn.Module):
         Raises:
           ValueError: if the leading axes do not broadcast, or `context` is unknown.
         """
-        x, z = _prepare_streams(x, z, self.context)
-        P = self.param('P', context_init(self.context), (z.shape[-1], self.rank), self.param_dtype)
-        Q = self.param('Q', input_init(), (x.shape[-1], self.rank), self.param_dtype)
-        x, z, P, Q = nn.dtypes.promote_dtype(x, z, P, Q, dtype=self.dtype)
+        x, z, P, Q = _prepare_factors(self, x, z, self.rank)
         joint = jnp.tanh(linear(z, P)) * jnp.tanh(linear(x, Q))
         return _map_output(self, joint, variance=_TANH_VARIANCE**-2)
 
@@ -96,21 +94,18 @@ class MFB(nn.Module):
         Raises:
           ValueError: as in `MLB`.
         """
-        x, z = _prepare_streams(x, z, self.context)
         width = self.features * self.factors
-        Q_init = input_init(1 / self.factors)
-        P = self.param('P', context_init(self.context), (z.shape[-1], width), self.param_dtype)
-        Q = self.param('Q', Q_init, (x.shape[-1], width), self.param_dtype)
-        x, z, P, Q = nn.dtypes.promote_dtype(x, z, P, Q, dtype=self.dtype)
-        wide = accumulation_dtype(x)
-        joint = linear(z, P, out_dtype=wide) * linear(x, Q, out_dtype=wide)
+        x, z, P, Q = _prepare_factors(self, x, z, width, variance=1 / self.factors)
+        sum_dtype = accumulation_dtype(x)
+        joint = linear(z, P, out_dtype=sum_dtype) * linear(x, Q, out_dtype=sum_dtype)
         joint = nn.Dropout(self.dropout)(joint, deterministic=deterministic)
-        y = joint.reshape(*joint.shape[:-1], self.features, self.factors).sum(-1)
+        output = joint.reshape(*joint.shape[:-1], self.features, self.factors).sum(-1)
         if self.normalize:
-            root = jnp.sqrt(jnp.where(y == 0, 1, jnp.abs(y)))  # finite gradient at 0
-            y = jnp.sign(y) * root
-            y = y * jax.lax.rsqrt(jnp.maximum(jnp.square(y).sum(-1, keepdims=True), 1e-24))
-        return y.astype(x.dtype)
+            root = jnp.sqrt(jnp.where(output == 0, 1, jnp.abs(output)))  # finite gradient at 0
+            output = jnp.sign(output) * root
+            square_length = jnp.square(output).sum(-1, keepdims=True)
+            output = output * jax.lax.rsqrt(jnp.maximum(square_length, 1e-24))
+        return output.astype(x.dtype)
 
 
 class MUTAN(nn.Module):
@@ -203,26 +198,32 @@ class CompactBilinear(nn.Module):
     def __call__(self, x: Array, z: Array) -> Array:
         """Return y [..., k] for x [..., n] and z [..., m]; errors as in `MLB`."""
         x, z = _prepare_streams(x, z, self.context)
-        k, m, n = self.features, z.shape[-1], x.shape[-1]
         x, z = nn.dtypes.promote_dtype(x, z, dtype=self.dtype)
-        hash_z, sign_z, hash_x, sign_x = self.draw_hashes(m, n)
-        spectrum = _compute_spectrum(z, hash_z, sign_z, k) * _compute_spectrum(x, hash_x, sign_x, k)
-        scale = (k / n if self.context == 'one_hot' else k / (m * n)) ** 0.5
-        return (scale * jnp.fft.irfft(spectrum, n=k)).astype(x.dtype)
+        context_size, input_size = z.shape[-1], x.shape[-1]
+        hash_z, sign_z, hash_x, sign_x = self.draw_hashes(context_size, input_size)
+        z_spectrum = _compute_spectrum(z, hash_z, sign_z, self.features)
+        x_spectrum = _compute_spectrum(x, hash_x, sign_x, self.features)
+        num_terms = input_size if self.context == 'one_hot' else context_size * input_size
+        scale = (self.features / num_terms) ** 0.5
+        output = scale * jnp.fft.irfft(z_spectrum * x_spectrum, n=self.features)
+        return output.astype(x.dtype)
 
-    def draw_hashes(self, m: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def draw_hashes(
+        self, context_size: int, input_size: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Draw a hash and a sign for every entry of z and x: [m], [m], [n], [n]."""
         rng = np.random.default_rng([self.seed, self.features])
-        hash_z, hash_x = (rng.integers(self.features, size=size) for size in (m, n))
-        sign_z, sign_x = (rng.choice([-1.0, 1.0], size=size) for size in (m, n))
+        sizes = context_size, input_size
+        hash_z, hash_x = (rng.integers(self.features, size=size) for size in sizes)
+        sign_z, sign_x = (rng.choice([-1.0, 1.0], size=size) for size in sizes)
         return hash_z, sign_z, hash_x, sign_x
 
 
-def _compute_spectrum(a: Array, hashes: np.ndarray, signs: np.ndarray, k: int) -> Array:
-    """Return the Fourier transform of the sketch ψ(a)."""
-    sign_row = expand_rank(jnp.asarray(signs, accumulation_dtype(a)), a.ndim)
-    sketch = jnp.zeros((*a.shape[:-1], k), sign_row.dtype).at[..., hashes].add(a * sign_row)
-    return jnp.fft.rfft(sketch)
+def _compute_spectrum(stream: Array, hashes: np.ndarray, signs: np.ndarray, features: int) -> Array:
+    """Return the Fourier transform of the sketch ψ of a stream."""
+    sign_row = expand_rank(jnp.asarray(signs, accumulation_dtype(stream)), stream.ndim)
+    sketch = jnp.zeros((*stream.shape[:-1], features), sign_row.dtype)
+    return jnp.fft.rfft(sketch.at[..., hashes].add(stream * sign_row))
 
 
 def _prepare_streams(x: Array, z: Array, context: str) -> tuple[Array, Array]:
@@ -231,46 +232,59 @@ def _prepare_streams(x: Array, z: Array, context: str) -> tuple[Array, Array]:
     return align_streams(x, z)
 
 
+def _prepare_factors(
+    module: MLB | MFB | MUTAN | BLOCK, x: Array, z: Array, width: int, variance: float = 1.0
+) -> tuple[Array, Array, Array, Array]:
+    """Return x, z, and the parameters P [m, width] and Q [n, width], in the computation's dtype.
+
+    At initialization, each entry of Pᵀz has variance 1, and each entry of Qᵀx has this variance.
+    """
+    x, z = _prepare_streams(x, z, module.context)
+    P_init, Q_init = context_init(module.context), input_init(variance)
+    P = module.param('P', P_init, (z.shape[-1], width), module.param_dtype)
+    Q = module.param('Q', Q_init, (x.shape[-1], width), module.param_dtype)
+    x, z, P, Q = nn.dtypes.promote_dtype(x, z, P, Q, dtype=module.dtype)
+    return x, z, P, Q
+
+
 def _fuse_blocks(module: MUTAN | BLOCK, x: Array, z: Array, blocks: int | None) -> Array:
     """Return the output of `BLOCK`, or of `MUTAN` if `blocks` is None.
 
     `MUTAN` has one block, and no block axis in M and N.
     """
-    x, z = _prepare_streams(x, z, module.context)
-    hidden, R = module.hidden or module.features, module.rank
-    C = 1 if blocks is None else blocks
-    if C < 1 or hidden % C:
+    hidden_size, rank = module.hidden or module.features, module.rank
+    num_blocks = 1 if blocks is None else blocks
+    if num_blocks < 1 or hidden_size % num_blocks:
         raise ValueError(
-            f'blocks={blocks} must divide hidden={hidden}, which is features if hidden is None'
+            f'blocks={blocks} must divide hidden={hidden_size}, which is features if hidden is None'
         )
 
     # Parameters.
-    L = hidden // C
-    shape = (R, L, L) if blocks is None else (C, R, L, L)
-    core_init = initializers.variance_scaling(
-        1.0, 'fan_in', 'truncated_normal', batch_axis=tuple(range(len(shape) - 2))
-    )
-    P = module.param('P', context_init(module.context), (z.shape[-1], hidden), module.param_dtype)
-    Q = module.param('Q', input_init(), (x.shape[-1], hidden), module.param_dtype)
-    M = module.param('M', core_init, shape, module.param_dtype)
-    N = module.param('N', core_init, shape, module.param_dtype)
-    x, z, P, Q, M, N = nn.dtypes.promote_dtype(x, z, P, Q, M, N, dtype=module.dtype)
+    x, z, P, Q = _prepare_factors(module, x, z, hidden_size)
+    block_size = hidden_size // num_blocks
+    core_shape = num_blocks, rank, block_size, block_size
+    param_shape = core_shape[1:] if blocks is None else core_shape
+    core_init = stacked_init(num_axes=len(param_shape) - 2)
+    M = module.param('M', core_init, param_shape, module.param_dtype).astype(x.dtype)
+    N = module.param('N', core_init, param_shape, module.param_dtype).astype(x.dtype)
 
     # The products of all blocks, summed over the rank.
-    def map_chunks(a: Array, maps: Array) -> Array:
-        chunks = a.reshape(*a.shape[:-1], C, L)
-        maps = maps.reshape(C, R, L, L)
-        wide = accumulation_dtype(a, maps)
-        return jnp.einsum('...cl,crlj->...crj', chunks, maps, preferred_element_type=wide)
+    def map_blocks(stream: Array, maps: Array) -> Array:
+        stream_blocks = stream.reshape(*stream.shape[:-1], num_blocks, block_size)
+        maps = maps.reshape(core_shape)
+        sum_dtype = accumulation_dtype(stream, maps)
+        return jnp.einsum(
+            '...cl,crlj->...crj', stream_blocks, maps, preferred_element_type=sum_dtype
+        )
 
-    s = (map_chunks(linear(z, P), M) * map_chunks(linear(x, Q), N)).sum(-2)
-    s = s.reshape(*s.shape[:-2], hidden).astype(x.dtype)
-    return _map_output(module, s, variance=1 / R)
+    joint = (map_blocks(linear(z, P), M) * map_blocks(linear(x, Q), N)).sum(-2)
+    joint = joint.reshape(*joint.shape[:-2], hidden_size).astype(x.dtype)
+    return _map_output(module, joint, variance=1 / rank)
 
 
-def _map_output(module: MLB | MUTAN | BLOCK, s: Array, variance: float) -> Array:
-    """Return Oᵀs + b, with Oᵀs of this variance per unit variance of s."""
-    shape = s.shape[-1], module.features
-    O = module.param('O', input_init(variance), shape, module.param_dtype)  # noqa: E741
-    b = module.param('b', initializers.zeros, shape[1:], module.param_dtype)
-    return add_bias(linear(s, O.astype(s.dtype)), b.astype(s.dtype))
+def _map_output(module: MLB | MUTAN | BLOCK, joint: Array, variance: float) -> Array:
+    """Return Oᵀs + b for the joint s, with Oᵀs of this variance per unit variance of s."""
+    O_shape = joint.shape[-1], module.features
+    O = module.param('O', input_init(variance), O_shape, module.param_dtype)  # noqa: E741
+    b = module.param('b', initializers.zeros, O_shape[1:], module.param_dtype)
+    return add_bias(linear(joint, O.astype(joint.dtype)), b.astype(joint.dtype))

@@ -37,12 +37,12 @@ def compute_angles(positions: Array, features: int, dtype: DTypeLike = jnp.float
       features: number of token features, even.
       dtype: dtype of the tokens.
     """
-    wide = accumulation_dtype(dtype)
-    frequencies = BASE ** (-2 / features * jnp.arange(features // 2, dtype=wide))
-    return jnp.multiply.outer(positions.astype(wide), frequencies)
+    angle_dtype = accumulation_dtype(dtype)
+    frequencies = BASE ** (-2 / features * jnp.arange(features // 2, dtype=angle_dtype))
+    return jnp.multiply.outer(positions.astype(angle_dtype), frequencies)
 
 
-def rotate(a: Array, positions: Array) -> Array:
+def rotate(tokens: Array, positions: Array) -> Array:
     """Apply the rotary position embedding (Su et al., 2021): rotate pairs of entries by angles.
 
     The inner product of a rotated query and a rotated key depends on their positions only through
@@ -50,24 +50,24 @@ def rotate(a: Array, positions: Array) -> Array:
     The two pairings differ by a permutation of the d entries.
 
     Args:
-      a: [..., T, heads, d], queries or keys; d is even.
+      tokens: [..., T, heads, d], queries or keys; d is even.
       positions: [T].
 
     Returns:
-      [..., T, heads, d] in the dtype of a.
+      [..., T, heads, d] in the dtype of the tokens.
     """
-    angle = compute_angles(positions, a.shape[-1], a.dtype)[:, None]
-    angle = expand_rank(angle, a.ndim)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(a, 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
-    return rotated.astype(a.dtype)
+    angles = compute_angles(positions, tokens.shape[-1], tokens.dtype)[:, None]
+    angles = expand_rank(angles, tokens.ndim)
+    cosines, sines = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(tokens, 2, axis=-1)
+    rotated = first * cosines - second * sines, first * sines + second * cosines
+    return jnp.concatenate(rotated, axis=-1).astype(tokens.dtype)
 
 
 def compute_sinusoids(positions: Array, features: int, dtype: DTypeLike = jnp.float32) -> Array:
     """Return all sines, then all cosines of positions [...]: [..., features] (Dai et al., 2019)."""
-    angle = compute_angles(positions, features, dtype)
-    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+    angles = compute_angles(positions, features, dtype)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
 def shift_relative(scores: Array, num_keys: int) -> Array:
@@ -82,7 +82,7 @@ def shift_relative(scores: Array, num_keys: int) -> Array:
       [..., T, S]: entry (t, s) is entry (t, T − 1 − t + s) of `scores`. If L < T + S − 1, this
       index can reach L; such entries hold unrelated scores, and the caller must mask them.
     """
-    *leading, T, L = scores.shape
+    *leading, num_queries, num_distances = scores.shape
     padded = jnp.pad(scores, [(0, 0)] * (scores.ndim - 1) + [(1, 0)])
-    rows = padded.reshape(*leading, L + 1, T)[..., 1:, :].reshape(*leading, T, L)
-    return rows[..., :num_keys]
+    shifted = padded.reshape(*leading, num_distances + 1, num_queries)[..., 1:, :]
+    return shifted.reshape(scores.shape)[..., :num_keys]
