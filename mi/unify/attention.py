@@ -1,5 +1,7 @@
 """Converters of attention: scores multiply tokens, and the mix multiplies weights and values."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -18,10 +20,20 @@ from mi.unify.composition import Composition, Params, Product, Variables, make_i
 
 KEY_IS = 'the key token'
 QUERY_IS = 'the query token'
+DISTANCE_IS = 'the sinusoids of the distance'
 SOFTMAX = 'the softmax of the scores, and the affine maps of values and output'
 
 
-def convert_attention(  # noqa: PLR0913 - those of the module's call
+class _TokenMap(NamedTuple):
+    """Tokens [..., n] and their affine map for each head, A [n, H, d] and c [H, d]."""
+
+    description: str
+    tokens: Array
+    A: Array
+    c: Array
+
+
+def convert_attention(  # noqa: PLR0913 - `as_mi` passes the arguments of the module's call
     module: Attention,
     variables: Variables,
     x: Array,
@@ -105,8 +117,11 @@ def convert_convolutional_self_attention(
     """Convert to scores with x = r_δ and z = v of a head, and a mix over all positions."""
     params = variables['params']
     Delta, alpha = params['Delta'], params['alpha']
-    *leading, rows, columns, n = x.shape
-    grid = jnp.stack(jnp.meshgrid(jnp.arange(rows), jnp.arange(columns), indexing='ij'), axis=-1)
+    *leading, num_rows, num_columns, input_size = x.shape
+
+    # The offsets between all positions of the grid, scored by each head.
+    axes = jnp.arange(num_rows), jnp.arange(num_columns)
+    grid = jnp.stack(jnp.meshgrid(*axes, indexing='ij'), axis=-1)
     grid = grid.reshape(-1, 2).astype(jnp.float32)
     delta = grid[None] - grid[:, None]  # [query, key, 2]
     v = -alpha[:, None] * jnp.concatenate([jnp.ones((module.heads, 1)), -2 * Delta], axis=-1)
@@ -119,10 +134,13 @@ def convert_convolutional_self_attention(
         W=make_inner(3),
     )
     weights = jax.nn.softmax(scores()[..., 0])  # [H, query, key]
-    values = jnp.einsum('...sn,hnk->...hks', x.reshape(*leading, rows * columns, n), params['V'])
+
+    # The mix of the values, summed over the heads.
+    tokens = x.reshape(*leading, num_rows * num_columns, input_size)
+    values = jnp.einsum('...sn,hnk->...hks', tokens, params['V'])
     mix = _make_mix_product(weights, values)
-    y = mix().sum(-4)[..., 0].reshape(*leading, rows, columns, module.features)
-    output = add_bias(y, params['b'])
+    mixture = mix().sum(-4)[..., 0].reshape(*leading, num_rows, num_columns, module.features)
+    output = add_bias(mixture, params['b'])
     return Composition(
         (scores, mix), output, 'the softmax of the scores, the map V, the sum over heads'
     )
@@ -131,68 +149,84 @@ def convert_convolutional_self_attention(
 def _compute_products(
     module: Attention, params: Params, x: Array, z: Array, mask: Array | None
 ) -> tuple[tuple[Product, ...], Array]:
-    """Return the products and the output; d is the width of the query parameters."""
+    """Return the products and the output."""
     x, z = align_tokens(x, z)
-    heads, T, S = module.heads, x.shape[-2], z.shape[-2]
-    kv_heads = module.kv_heads or heads
-    d = params['query']['b'].shape[0] // heads
+    score_products, scores = _compute_scores(module, params, x, z)
 
-    def split_heads(matrix: Array, group: int) -> Array:
-        """Return [..., H, d] for [..., (H / group) · d]; a group of heads shares its entries."""
-        head_matrix = matrix.reshape(*matrix.shape[:-1], heads // group, d)
-        return jnp.repeat(head_matrix, group, axis=-2)
-
-    # Parameters per head, and positions.
-    group = heads // kv_heads
-    A_q, c_q = (split_heads(params['query'][name], 1) for name in 'Vb')
-    A_k, c_k = (split_heads(params['key'][name], group) for name in 'Vb')
-    A_v, c_v = (split_heads(params['value'][name], group) for name in 'Vb')
-    query_positions, key_positions = jnp.arange(T) + S - T, jnp.arange(S)
-    distance = query_positions[:, None] - key_positions[None]
-
-    # The products that add up to the scores.
-    query_tokens, key_tokens = x[..., :, None, :], z[..., None, :, :]
-    if module.positions == 'rotary':
-        query = rotate(_map_affine('...tn,nhd->...thd', x, A_q, c_q), query_positions)
-        key = rotate(_map_affine('...sm,mhd->...shd', z, A_k, c_k), key_positions)
-        score_products = [
-            Product(
-                name='scores',
-                x_is='the key of a head, rotated by its position',
-                z_is='the query of that head, rotated by its position',
-                x=jnp.moveaxis(key, -2, -3)[..., None, :, :],
-                z=jnp.moveaxis(query, -2, -3)[..., :, None, :],
-                W=make_inner(d) / d**0.5,
-            )
-        ]
-        scores = score_products[0]()[..., 0]
-    else:
-        u, v = (params.get(name, jnp.zeros((heads, d))) for name in 'uv')
-        score_products = [
-            _make_score_product(
-                'scores', KEY_IS, QUERY_IS, key_tokens, query_tokens, A_k, c_k, A_q, c_q + u
-            )
-        ]
-        if module.positions == 'relative':
-            r_is, r = 'the sinusoids of the distance', compute_sinusoids(distance, x.shape[-1])
-            R, no_bias = split_heads(params['R'], group), jnp.zeros((heads, d))
-            score_products.append(
-                _make_score_product(
-                    'position scores', r_is, QUERY_IS, r, query_tokens, R, no_bias, A_q, c_q + v
-                )
-            )
-        scores = jnp.moveaxis(sum(product() for product in score_products), -1, -3)
-
-    # The softmax, and the mix of the values.
-    visible = expand_rank(is_visible(distance, module.causal, module.window), scores.ndim)
+    # The weights of the visible keys.
+    query_positions, key_positions = _get_positions(x, z)
+    distances = query_positions[:, None] - key_positions[None]
+    visible = expand_rank(is_visible(distances, module.causal, module.window), scores.ndim)
     if mask is not None:
         visible = visible & mask[..., None, :, :]
     weights = masked_softmax(scores, visible)  # [..., H, T, S]
+
+    # The mix of the values, and the output.
+    kv_heads = module.kv_heads or module.heads
+    A_v, c_v = _get_head_map(params['value'], kv_heads, module.heads)
     values = jnp.moveaxis(_map_affine('...sm,mhd->...shd', z, A_v, c_v), -3, -1)  # [..., H, d, S]
     mix = _make_mix_product(weights, values)
-    mixed = jnp.moveaxis(mix()[..., 0], -3, -2)  # [..., T, H, d]
-    A_o = params['out']['V'].reshape(heads, d, -1)
-    return (*score_products, mix), _map_affine('...thd,hdk->...tk', mixed, A_o, params['out']['b'])
+    mixture = jnp.moveaxis(mix()[..., 0], -3, -2)  # [..., T, H, d]
+    A_o, c_o = params['out']['V'].reshape(*c_v.shape, -1), params['out']['b']
+    return (*score_products, mix), _map_affine('...thd,hdk->...tk', mixture, A_o, c_o)
+
+
+def _compute_scores(
+    module: Attention, params: Params, x: Array, z: Array
+) -> tuple[list[Product], Array]:
+    """Return the products that add up to the scores, and the scores [..., H, T, S]."""
+    heads = module.heads
+    kv_heads = module.kv_heads or heads
+    A_q, c_q = _get_head_map(params['query'], heads, heads)
+    A_k, c_k = _get_head_map(params['key'], kv_heads, heads)
+    query_positions, key_positions = _get_positions(x, z)
+
+    # With rotary positions, the streams are the rotated queries and keys.
+    if module.positions == 'rotary':
+        queries = rotate(_map_affine('...tn,nhd->...thd', x, A_q, c_q), query_positions)
+        keys = rotate(_map_affine('...sm,mhd->...shd', z, A_k, c_k), key_positions)
+        head_features = c_q.shape[-1]
+        product = Product(
+            name='scores',
+            x_is='the key of a head, rotated by its position',
+            z_is='the query of that head, rotated by its position',
+            x=jnp.moveaxis(keys, -2, -3)[..., None, :, :],
+            z=jnp.moveaxis(queries, -2, -3)[..., :, None, :],
+            W=make_inner(head_features) / head_features**0.5,
+        )
+        return [product], product()[..., 0]
+
+    # Otherwise the streams are the tokens, and the distances of relative positions.
+    no_bias = jnp.zeros(c_q.shape)
+    u, v = (params.get(bias_name, no_bias) for bias_name in 'uv')
+    key_map = _TokenMap(KEY_IS, z[..., None, :, :], A_k, c_k)
+    query_map = _TokenMap(QUERY_IS, x[..., :, None, :], A_q, c_q + u)
+    products = [_make_score_product('scores', key_map, query_map)]
+    if module.positions == 'relative':
+        r = compute_sinusoids(query_positions[:, None] - key_positions[None], x.shape[-1])
+        R = _split_heads(params['R'], kv_heads, heads)
+        distance_map = _TokenMap(DISTANCE_IS, r, R, no_bias)
+        query_map = query_map._replace(c=c_q + v)
+        products.append(_make_score_product('position scores', distance_map, query_map))
+    return products, jnp.moveaxis(sum(product() for product in products), -1, -3)
+
+
+def _get_positions(x: Array, z: Array) -> tuple[Array, Array]:
+    """Return the positions of the queries and of the keys; the last query is at the last key."""
+    num_queries, num_keys = x.shape[-2], z.shape[-2]
+    return jnp.arange(num_queries) + num_keys - num_queries, jnp.arange(num_keys)
+
+
+def _get_head_map(params: Params, num_maps: int, heads: int) -> tuple[Array, Array]:
+    """Return A [n, H, d] and c [H, d] of the affine map to queries, keys or values."""
+    A, c = (_split_heads(params[field], num_maps, heads) for field in 'Vb')
+    return A, c
+
+
+def _split_heads(matrix: Array, num_maps: int, heads: int) -> Array:
+    """Return [..., H, d] for [..., num_maps · d]; H / num_maps heads share a map."""
+    maps = matrix.reshape(*matrix.shape[:-1], num_maps, -1)
+    return jnp.repeat(maps, heads // num_maps, axis=-2)
 
 
 def _convert_inner(
@@ -209,22 +243,10 @@ def _convert_inner(
     return convert_attention(fields, variables, x, z, mask, deterministic=deterministic)
 
 
-def _make_score_product(  # noqa: PLR0913 - the parts of a Product
-    name: str,
-    x_is: str,
-    z_is: str,
-    x: Array,
-    z: Array,
-    A_x: Array,
-    c_x: Array,
-    A_z: Array,
-    c_z: Array,
-) -> Product:
-    """Return the product (A_x x + c_x)ᵀ(A_z z + c_z) / √d per head.
-
-    It has nine parameters because a product has two streams, each with a description, an input and
-    an affine map: A_x [n, H, d], A_z [m, H, d], c [H, d].
-    """
+def _make_score_product(name: str, x_map: _TokenMap, z_map: _TokenMap) -> Product:
+    """Return the product (A_x x + c_x)ᵀ(A_z z + c_z) / √d per head."""
+    x_is, x, A_x, c_x = x_map
+    z_is, z, A_z, c_z = z_map
     A_z, c_z = A_z / A_z.shape[-1] ** 0.5, c_z / c_z.shape[-1] ** 0.5
     return Product(
         name,

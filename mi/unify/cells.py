@@ -5,7 +5,7 @@ the same composition with a different carry. f, i, o are the gates after their s
 """
 
 from collections.abc import Sequence
-from typing import Any
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,10 @@ from mi.cells import (
     MultiplicativeLSTM,
 )
 from mi.cells.hyper_lstm import HyperCarry
-from mi.unify.composition import Composition, Product, Variables, make_pointwise
+from mi.unify.composition import Composition, Params, Product, Variables, make_pointwise
 
 _GATES = 'sigmoid of the gates, tanh of the candidate and of c; sums'
+_NO_NORMS: Params = MappingProxyType({})
 
 
 def convert_lstm(
@@ -31,7 +32,8 @@ def convert_lstm(
     """Convert to the three gates."""
     params = variables['params']
     (c, h), x_t = _take_step(carry, x, reset)
-    (c, h), gates = _apply_gates(c, x_t @ params['W'] + h @ params['U'] + params['b'][None])
+    gate_inputs = x_t @ params['W'] + h @ params['U'] + params['b'][None]
+    (c, h), gates = _apply_gates(c, gate_inputs)
     return Composition(gates, ((c, h), h[None]), _GATES)
 
 
@@ -45,7 +47,7 @@ def convert_mlstm(
     """Convert to m, a low-rank form of x and h, and the three gates."""
     params = variables['params']
     (c, h), x_t = _take_step(carry, x, reset)
-    m = Product(
+    intermediate = Product(
         name='intermediate state m',
         x_is='the input x_t',
         z_is='the state h before the step',
@@ -53,8 +55,9 @@ def convert_mlstm(
         z=h,
         W=jnp.einsum('ik,jk->ijk', params['U_m'], params['W_m']),
     )
-    (c, h), gates = _apply_gates(c, x_t @ params['W'] + m() @ params['U'] + params['b'][None])
-    return Composition((m, *gates), ((c, h), h[None]), _GATES)
+    gate_inputs = x_t @ params['W'] + intermediate() @ params['U'] + params['b'][None]
+    (c, h), gates = _apply_gates(c, gate_inputs)
+    return Composition((intermediate, *gates), ((c, h), h[None]), _GATES)
 
 
 def convert_mi_lstm(
@@ -63,7 +66,7 @@ def convert_mi_lstm(
     """Convert to the gates before activation, which have all four terms, and the three gates."""
     params = variables['params']
     (c, h), x_t = _take_step(carry, x, reset)
-    a = Product(
+    gate_inputs = Product(
         name='gates before their activation',
         x_is='the input x_t',
         z_is='the state h before the step',
@@ -74,8 +77,8 @@ def convert_mi_lstm(
         V=params['beta_2'][None] * params['W'],
         b=params['b'],
     )
-    (c, h), gates = _apply_gates(c, a())
-    return Composition((a, *gates), ((c, h), h[None]), _GATES)
+    (c, h), gates = _apply_gates(c, gate_inputs())
+    return Composition((gate_inputs, *gates), ((c, h), h[None]), _GATES)
 
 
 def convert_mogrifier(
@@ -84,27 +87,30 @@ def convert_mogrifier(
     """Convert to one pointwise product per round, and the three gates."""
     params = variables['params']
     (c, h), x_t = _take_step(carry, x, reset)
-    # Rounds alternate: h gates x, then x gates h.
+    # Rounds alternate: h gates x in odd rounds, x gates h in even ones.
     products = []
-    for i in range(1, module.rounds + 1):
-        letter = 'Q' if i % 2 else 'R'
+    for round_index in range(1, module.rounds + 1):
+        is_odd = round_index % 2 == 1
+        letter = 'Q' if is_odd else 'R'
         if module.rank is None:
-            matrix = params[f'{letter}_{i}']
+            matrix = params[f'{letter}_{round_index}']
         else:
-            matrix = params[f'{letter}_{i}_left'] @ params[f'{letter}_{i}_right']
-        stream, context = (x_t, h) if i % 2 else (h, x_t)
+            left, right = (params[f'{letter}_{round_index}_{side}'] for side in ('left', 'right'))
+            matrix = left @ right
+        bias = params[f'{letter.lower()}_{round_index}'][None]
+        stream, context = (x_t, h) if is_odd else (h, x_t)
         product = Product(
-            name=f'round {i}',
-            x_is='the input' if i % 2 else 'the state h',
-            z_is=f'a gate, 2σ of an affine map of {"the state h" if i % 2 else "the input"}',
+            name=f'round {round_index}',
+            x_is='the input' if is_odd else 'the state h',
+            z_is=f'a gate, 2σ of an affine map of {"the state h" if is_odd else "the input"}',
             x=stream,
-            z=2 * jax.nn.sigmoid(context @ matrix + params[f'{letter.lower()}_{i}'][None]),
+            z=2 * jax.nn.sigmoid(context @ matrix + bias),
             W=make_pointwise(stream.shape[-1]),
         )
         products.append(product)
-        x_t, h = (product(), h) if i % 2 else (x_t, product())
-    a = x_t @ params['W'] + h @ params['U'] + params['b'][None]
-    (c, h), gates = _apply_gates(c, a, capped=module.capped)
+        x_t, h = (product(), h) if is_odd else (x_t, product())
+    gate_inputs = x_t @ params['W'] + h @ params['U'] + params['b'][None]
+    (c, h), gates = _apply_gates(c, gate_inputs, capped=module.capped)
     return Composition((*products, *gates), ((c, h), h[None]), _GATES)
 
 
@@ -114,44 +120,44 @@ def convert_hyper_lstm(
     """Convert to the hypernetworks α(z) ⊙ x W and α(z) ⊙ h U, and the gates of both LSTMs."""
     params = variables['params']
     (c, h, hyper_c, hyper_h), x_t = _take_step(carry, x, reset)
-    E, H = module.embedding, module.features
+    embedding_size, features = module.embedding, module.features
 
     # The small LSTM.
-    a = (
+    hyper_inputs = (
         x_t @ params['hyper_W']
         + h @ params['hyper_U']
         + hyper_h @ params['hyper_V']
         + params['hyper_b'][None]
     )
     (hyper_c, hyper_h), hyper_gates = _apply_gates(
-        hyper_c, a, norms=params, prefix='hyper_', name='small LSTM: '
+        hyper_c, hyper_inputs, norms=params, prefix='hyper_', name='small LSTM: '
     )
 
     # The weights of the main LSTM, scaled by its embeddings.
     gate_identity = jnp.eye(4)
 
     def make_scaled_product(name: str, x_is: str, x: Array, letter: str, weights: Array) -> Product:
-        W = jnp.einsum(
-            'gf,geh,nfh->genfh', gate_identity, params[f'D_{letter}'], weights.reshape(-1, 4, H)
-        )
+        D, gate_weights = params[f'D_{letter}'], weights.reshape(-1, 4, features)
+        W = jnp.einsum('gf,geh,nfh->genfh', gate_identity, D, gate_weights)
         return Product(
             name=name,
             x_is=x_is,
             z_is='the embedding of the small LSTM for these weights',
             x=x,
             z=hyper_h @ params[f'Z_{letter}'] + params[f'z_{letter}'][None],
-            W=W.reshape(4 * E, -1, 4 * H),
+            W=W.reshape(4 * embedding_size, -1, 4 * features),
         )
 
     x_product = make_scaled_product('α(z) ⊙ x W', 'the input x_t', x_t, 'x', params['W'])
     h_product = make_scaled_product(
         'α(z) ⊙ h U', 'the state h before the step', h, 'h', params['U']
     )
-    z_b = (hyper_h @ params['Z_b']).reshape(-1, 4, E)
-    beta = jnp.einsum('bge,geh->bgh', z_b, params['D_b']).reshape(-1, 4 * H)
-    (c, h), gates = _apply_gates(
-        c, x_product() + h_product() + beta + params['b'][None], norms=params
-    )
+    z_b = (hyper_h @ params['Z_b']).reshape(-1, 4, embedding_size)
+    beta = jnp.einsum('bge,geh->bgh', z_b, params['D_b']).reshape(-1, 4 * features)
+
+    # The gates of the main LSTM.
+    gate_inputs = x_product() + h_product() + beta + params['b'][None]
+    (c, h), gates = _apply_gates(c, gate_inputs, norms=params)
     around = _GATES + ('; layer norm of the gates and of c' if module.layer_norm else '')
     return Composition(
         (*hyper_gates, x_product, h_product, *gates), ((c, h, hyper_c, hyper_h), h[None]), around
@@ -163,16 +169,16 @@ def _take_step(carry: Sequence[Array], x: Array, reset: Array | None) -> tuple[l
     if x.shape[0] != 1:
         raise ValueError(f'as_mi of a cell needs one step, x [1, B, n] (got {x.shape})')
     if reset is not None:
-        carry = [jnp.where(reset[0][:, None], 0, a) for a in carry]
+        carry = [jnp.where(reset[0][:, None], 0, state) for state in carry]
     return list(carry), x[0]
 
 
 def _apply_gates(
     c: Array,
-    a: Array,
+    gate_inputs: Array,
     *,
     capped: bool = False,
-    norms: Any = (),
+    norms: Params = _NO_NORMS,
     prefix: str = '',
     name: str = '',
 ) -> tuple[Carry, tuple[Product, ...]]:
@@ -180,41 +186,43 @@ def _apply_gates(
 
     Args:
       c: [B, H], the cell state before the step.
-      a: [B, 4H], the gates i, f, o and the candidate j before activation.
+      gate_inputs: [B, 4H], the gates i, f, o and the candidate j before activation.
       capped: whether the input gate is at most 1 − f.
       norms: parameters, which may have a gain and a shift for the gates and for c.
       prefix: prefix of the names of these parameters.
       name: prefix of the names of the products.
     """
     # The gates, optionally normalized.
-    H = c.shape[-1]
+    features = c.shape[-1]
     if f'{prefix}gates_gain' in norms:
-        normalized = _standardize(a.reshape(-1, 4, H)).reshape(a.shape)
-        a = normalized * norms[f'{prefix}gates_gain'][None] + norms[f'{prefix}gates_shift'][None]
-    i, f, o = (jax.nn.sigmoid(a[:, k * H : (k + 1) * H]) for k in range(3))
+        gain, shift = norms[f'{prefix}gates_gain'][None], norms[f'{prefix}gates_shift'][None]
+        standardized = _standardize(gate_inputs.reshape(-1, 4, features))
+        gate_inputs = standardized.reshape(gate_inputs.shape) * gain + shift
+    *logits, candidate = jnp.split(gate_inputs, 4, axis=-1)
+    i, f, o = (jax.nn.sigmoid(logit) for logit in logits)
 
     def make_product(gate: str, x_is: str, z_is: str, x: Array, z: Array) -> Product:
-        return Product(name=name + gate, x_is=x_is, z_is=z_is, x=x, z=z, W=make_pointwise(H))
+        W = make_pointwise(features)
+        return Product(name=name + gate, x_is=x_is, z_is=z_is, x=x, z=z, W=W)
 
     # The new cell state, and the output.
     update = make_product(
         'input gate',
         'the candidate tanh(j)',
         'the gate min(1 − f, i)' if capped else 'the gate i',
-        jnp.tanh(a[:, 3 * H :]),
+        jnp.tanh(candidate),
         jnp.minimum(1 - f, i) if capped else i,
     )
     memory = make_product('forget gate', 'c before the step', 'the gate f', c, f)
     c = update() + memory()
-    c_norm = c
+    squashed_c = jnp.tanh(c)
     if f'{prefix}c_gain' in norms:
-        c_norm = _standardize(c) * norms[f'{prefix}c_gain'][None] + norms[f'{prefix}c_shift'][None]
-    output = make_product(
-        'output gate', 'tanh of c after the step', 'the gate o', jnp.tanh(c_norm), o
-    )
+        gain, shift = norms[f'{prefix}c_gain'][None], norms[f'{prefix}c_shift'][None]
+        squashed_c = jnp.tanh(_standardize(c) * gain + shift)
+    output = make_product('output gate', 'tanh of c after the step', 'the gate o', squashed_c, o)
     return (c, output()), (update, memory, output)
 
 
-def _standardize(a: Array) -> Array:
-    centered = a - a.mean(-1, keepdims=True)
+def _standardize(x: Array) -> Array:
+    centered = x - x.mean(-1, keepdims=True)
     return centered / jnp.sqrt((centered**2).mean(-1, keepdims=True) + 1e-3)

@@ -43,14 +43,14 @@ class Product:
         """Return f(x, z), evaluated term by term: [..., k]."""
         highest = jax.lax.Precision.HIGHEST
         x, z = align_streams(self.x, self.z)
-        y = jnp.einsum('...m,mnk,...n->...k', z, self.W, x, precision=highest)
+        output = jnp.einsum('...m,mnk,...n->...k', z, self.W, x, precision=highest)
         if self.U is not None:
-            y = y + jnp.matmul(z, self.U, precision=highest)
+            output = output + jnp.matmul(z, self.U, precision=highest)
         if self.V is not None:
-            y = y + jnp.matmul(x, self.V, precision=highest)
+            output = output + jnp.matmul(x, self.V, precision=highest)
         if self.b is not None:
-            y = add_bias(y, self.b)
-        return y
+            output = add_bias(output, self.b)
+        return output
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +82,17 @@ class Composition:
                 f'use .products and .output'
             )
         (product,) = self.products
-        m, n, k = product.W.shape
+        context_size, input_size, output_size = product.W.shape
         zeros = functools.partial(jnp.zeros, dtype=product.W.dtype)
         yield product.W
-        yield zeros((m, k)) if product.U is None else product.U
-        yield zeros((n, k)) if product.V is None else product.V
-        yield zeros((k,)) if product.b is None else product.b
+        yield zeros((context_size, output_size)) if product.U is None else product.U
+        yield zeros((input_size, output_size)) if product.V is None else product.V
+        yield zeros((output_size,)) if product.b is None else product.b
+
+
+def map_affine(params: Params, x: Array) -> Array:
+    """Return Vx + b for the parameters of an `Affine`."""
+    return add_bias(x @ params['V'], params['b'])
 
 
 def make_diagonal(a: Array) -> Array:

@@ -4,10 +4,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from mi.layers import MultiHead, add_bias, align_streams, one_hot
+from mi.layers import MultiHead, align_streams, one_hot
 from mi.motifs.conditioning import ConcatMLP, FeatureAttention, Gate, SameWidth
 from mi.motifs.normalization import ConditionalLayerNorm
-from mi.unify.composition import Composition, Params, Product, Variables, make_pointwise
+from mi.unify.composition import Composition, Product, Variables, make_pointwise, map_affine
 from mi.unify.derivatives import convert_affine
 from mi.unify.normalization import convert_conditional_layer_norm
 
@@ -16,7 +16,7 @@ def convert_gate(module: Gate, variables: Variables, x: Array, z: Array) -> Comp
     """Convert to the product of the gate with an affine map of x."""
     params = variables['params']
     x, z = align_streams(x, z)
-    gate = 2 * nn.sigmoid(_map_affine(params['gate'], z))
+    gate = 2 * nn.sigmoid(map_affine(params['gate'], z))
     V, b = params['x']['V'], params['x']['b']
     product = Product(
         name='gate',
@@ -34,19 +34,19 @@ def convert_concat_mlp(module: ConcatMLP, variables: Variables, x: Array, z: Arr
     """Convert the hidden layer, whose W is zero."""
     params = variables['params']
     hidden = params['hidden']
-    n, m, k = x.shape[-1], z.shape[-1], hidden['b'].shape[0]
+    W_shape = z.shape[-1], x.shape[-1], hidden['b'].shape[0]
     product = Product(
         name='concatenation',
         x_is='the input',
         z_is='the context',
         x=x,
         z=z,
-        W=jnp.zeros((m, n, k)),
+        W=jnp.zeros(W_shape),
         U=hidden['U'],
         V=hidden['V'],
         b=hidden['b'],
     )
-    output = _map_affine(params['out'], nn.relu(product()))
+    output = map_affine(params['out'], nn.relu(product()))
     return Composition((product,), output, around='relu and an affine map of the sum')
 
 
@@ -66,23 +66,23 @@ def convert_feature_attention(
 ) -> Composition:
     """Convert to the scores, a low-rank form, and the product of their softmax and the values."""
     params = variables['params']
-    s = params['scores']
+    form = params['scores']
     scores = Product(
         name='scores',
         x_is='the input',
         z_is='the context',
         x=x,
         z=z,
-        W=jnp.einsum('mr,nr,rk->mnk', s['P'], s['Q'], s['O']),
-        U=s['U'],
-        V=s['V'],
-        b=s['b'],
+        W=jnp.einsum('mr,nr,rk->mnk', form['P'], form['Q'], form['O']),
+        U=form['U'],
+        V=form['V'],
+        b=form['b'],
     )
     attention = Product(
         name='attention',
         x_is='the values, an affine map of the input',
         z_is='k times the softmax of the scores',
-        x=_map_affine(params['value'], x),
+        x=map_affine(params['value'], x),
         z=module.features * nn.softmax(scores()),
         W=make_pointwise(module.features),
     )
@@ -95,11 +95,7 @@ def convert_same_width(module: SameWidth, variables: Variables, x: Array, z: Arr
     if module.module is not ConditionalLayerNorm:
         return convert_affine(module, variables, x, z)
     if 'x' in params:
-        x = _map_affine(params['x'], x)
+        x = map_affine(params['x'], x)
     if module.contexts and jnp.issubdtype(z.dtype, jnp.integer):
         z = one_hot(z, module.contexts, x.dtype)
     return convert_conditional_layer_norm(ConditionalLayerNorm(), {'params': params['form']}, x, z)
-
-
-def _map_affine(params: Params, x: Array) -> Array:
-    return add_bias(x @ params['V'], params['b'])

@@ -31,35 +31,39 @@ def convert_affine(
     Integers z are ids of one-hot contexts, as in `mi.layers`. A module whose field `dtype` is less
     precise than f32 is differentiated in f32.
     """
-    kind = type(module).__name__
+    module_name = type(module).__name__
     function, x, z = _get_function(module, variables, args, kwargs)
     raw_z = z
     if jnp.issubdtype(z.dtype, jnp.integer):
         contexts = getattr(module, 'contexts', None)
         if contexts is None:
             raise ValueError(
-                f'{kind}: z is {z.dtype}, and as_mi differentiates with respect to z: expected a '
-                f'float dtype, or a module with a field `contexts`. Try jax.nn.one_hot(z, m)'
+                f'{module_name}: z is {z.dtype}, and as_mi differentiates with respect to z: '
+                f'expected a float dtype, or a module with a field `contexts`. Try '
+                f'jax.nn.one_hot(z, m)'
             )
         z = one_hot(z, contexts, accumulation_dtype(x))
     if x.ndim < 1 or z.ndim < 1:
-        raise ValueError(f'{kind}: expected x [..., n] and z [..., m]; got {x.shape} and {z.shape}')
+        raise ValueError(
+            f'{module_name}: expected x [..., n] and z [..., m]; got {x.shape} and {z.shape}'
+        )
 
     # Evaluate the module in f32 at least.
-    shape = jax.eval_shape(function, x, raw_z)
-    _check_output(kind, shape, x, z)
-    dtype = accumulation_dtype(x, z, shape.dtype)
-    if hasattr(module, 'dtype') and jnp.dtype(shape.dtype) != dtype:
+    output_spec = jax.eval_shape(function, x, raw_z)
+    _check_output(module_name, output_spec, x, z)
+    dtype = accumulation_dtype(x, z, output_spec.dtype)
+    if hasattr(module, 'dtype') and jnp.dtype(output_spec.dtype) != dtype:
         function, *_ = _get_function(module.clone(dtype=dtype), variables, args, kwargs)
 
     # Compare the equation with the module at the inputs and at random points.
-    product = _differentiate(kind, function, x, z, dtype)
+    product = _differentiate(module_name, function, x, z, dtype)
     probe_x, probe_z = _draw_probes(x.shape[-1], z.shape[-1], dtype)
     with jax.default_matmul_precision('highest'):
-        probe_y = jax.vmap(_make_row_function(function, x.ndim, z.ndim))(probe_x, probe_z)
+        probe_row = _make_row_function(function, x.ndim, z.ndim)
+        probe_output = jax.vmap(probe_row)(probe_x, probe_z)
         error = jnp.maximum(
             _measure_error(product, function(x, raw_z)),
-            _measure_error(dataclasses.replace(product, x=probe_x, z=probe_z), probe_y),
+            _measure_error(dataclasses.replace(product, x=probe_x, z=probe_z), probe_output),
         )
     output = product()
 
@@ -68,25 +72,27 @@ def convert_affine(
     tolerance = max(1e-4, 16 * float(precision))
     if isinstance(error, jax.core.Tracer):  # an error cannot be raised inside jit
         nan = jnp.where(error <= tolerance, 0.0, jnp.nan).astype(dtype)
-        tensors = {name: getattr(product, name) + nan for name in ('W', 'U', 'V', 'b')}
+        tensors = {letter: getattr(product, letter) + nan for letter in 'WUVb'}
         return Composition((dataclasses.replace(product, **tensors),), output + nan)
     if not error <= tolerance:
         raise ValueError(
-            f'{kind} is not affine in x and in z: the equation with its derivatives at zero has a '
-            f'relative error of {float(error):.2g}. Try a converter: '
-            f'mi.unify.CONVERTERS[{kind}] = …'
+            f'{module_name} is not affine in x and in z: the equation with its derivatives at zero '
+            f'has a relative error of {float(error):.2g}. Try a converter: '
+            f'mi.unify.CONVERTERS[{module_name}] = …'
         )
     return Composition((product,), output)
 
 
-def _differentiate(kind: str, function: Function, x: Array, z: Array, dtype: DTypeLike) -> Product:
+def _differentiate(
+    module_name: str, function: Function, x: Array, z: Array, dtype: DTypeLike
+) -> Product:
     """Return the product whose tensors are the derivatives of the function at zero."""
     row_function = _make_row_function(function, x.ndim, z.ndim)
     zeros = jnp.zeros(x.shape[-1], dtype), jnp.zeros(z.shape[-1], dtype)
     with jax.default_matmul_precision('highest'):
         W = jax.jacfwd(jax.jacrev(row_function, 0), 1)(*zeros)  # [k, n, m]
         return Product(
-            name=kind,
+            name=module_name,
             x_is='the input',
             z_is='the context',
             x=x,
@@ -121,15 +127,16 @@ def _get_function(
             f'module whose __call__(x, z) calls it'
         )
     parameters = list(inspect.signature(type(module).__call__).parameters)[1:3]  # without self
-    keywords = [name for name in parameters[len(args) :] if kwargs.get(name) is not None]
-    streams = *args[:2], *(kwargs[name] for name in keywords)
+    unfilled = parameters[len(args) :]
+    keywords = [parameter for parameter in unfilled if kwargs.get(parameter) is not None]
+    streams = *args[:2], *(kwargs[keyword] for keyword in keywords)
     if len(streams) < 2 or any(stream is None for stream in streams):
         raise ValueError(
             f'{type(module).__name__}: expected the two streams x and z; got {len(args)} inputs '
             f'and the keywords {sorted(kwargs)}. A module with one stream needs a converter: '
             f'mi.unify.CONVERTERS[{type(module).__name__}] = …'
         )
-    options = {name: value for name, value in kwargs.items() if name not in keywords}
+    options = {keyword: kwargs[keyword] for keyword in kwargs if keyword not in keywords}
 
     def function(x: Array, z: Array) -> Array:
         return module.apply(variables, x, z, *args[2:], **options)  # type: ignore[return-value]
@@ -138,27 +145,30 @@ def _get_function(
     return function, x, z
 
 
-def _check_output(kind: str, output: Any, x: Array, z: Array) -> None:
+def _check_output(module_name: str, output: object, x: Array, z: Array) -> None:
     """Raise ValueError unless the output is one float array [..., k] with the leading axes."""
     leading = np.broadcast_shapes(x.shape[:-1], z.shape[:-1])
     if not isinstance(output, jax.ShapeDtypeStruct):
-        shapes = jax.tree.map(lambda a: a.shape, output)
-        raise ValueError(f'{kind}: expected one array as its output; got the shapes {shapes}')
+        shapes = jax.tree.map(lambda leaf: leaf.shape, output)
+        raise ValueError(
+            f'{module_name}: expected one array as its output; got the shapes {shapes}'
+        )
     if output.ndim != len(leading) + 1 or output.shape[:-1] != leading:
         raise ValueError(
-            f'{kind}: expected an output [..., k] with the leading axes {leading} of x {x.shape} '
-            f'and z {z.shape}; got {output.shape}'
+            f'{module_name}: expected an output [..., k] with the leading axes {leading} of '
+            f'x {x.shape} and z {z.shape}; got {output.shape}'
         )
     if not jnp.issubdtype(output.dtype, jnp.floating):
-        raise ValueError(f'{kind}: expected an output in a float dtype; got {output.dtype}')
+        raise ValueError(f'{module_name}: expected an output in a float dtype; got {output.dtype}')
 
 
-def _draw_probes(n: int, m: int, dtype: DTypeLike) -> tuple[Array, Array]:
+def _draw_probes(input_size: int, context_size: int, dtype: DTypeLike) -> tuple[Array, Array]:
     """Return random x [R, n] and z [R, m] at several scales, because kinks can be far from zero."""
     rng = np.random.default_rng(0)
     scale_pairs = [pair for pair in itertools.product(_PROBE_SCALES, repeat=2) for _ in range(4)]
     scales = np.asarray(scale_pairs)
-    x, z = (rng.normal(size=(len(scale_pairs), size)) for size in (n, m))
+    x = rng.normal(size=(len(scales), input_size))
+    z = rng.normal(size=(len(scales), context_size))
     return jnp.asarray(x * scales[:, :1], dtype), jnp.asarray(z * scales[:, 1:], dtype)
 
 
@@ -173,7 +183,8 @@ def _measure_error(product: Product, expected: Array) -> Array:
         dataclasses.replace(product, x=x_input, z=z_input)()
         for x_input, z_input in ((x, z), (x, no_z), (no_x, z), (no_x, no_z))
     )
-    size = functools.reduce(jnp.maximum, map(jnp.abs, (actual, x_terms, z_terms, bias)))
-    size = jnp.maximum(size, jnp.abs(expected)).max(-1)
+    terms = actual, x_terms, z_terms, bias, expected
+    magnitude = functools.reduce(jnp.maximum, map(jnp.abs, terms)).max(-1)
     difference = jnp.abs(actual - expected).max(-1)
-    return jnp.where(size == 0, 0, difference / jnp.where(size == 0, 1, size)).max(initial=0)
+    is_zero = magnitude == 0
+    return jnp.where(is_zero, 0, difference / jnp.where(is_zero, 1, magnitude)).max(initial=0)

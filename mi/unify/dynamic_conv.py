@@ -51,11 +51,11 @@ def convert_conditional_convolution(
     params = variables['params']
     z = x.mean((1, 2)) if z is None else z
     g = nn.sigmoid(z @ params['G'] + params['a'][None])
-    E, kh, kw, C, k = params['K'].shape
+    num_experts, height, width, _, output_size = params['K'].shape
     strides = module.strides
-    patches = jax.lax.conv_general_dilated_patches(
+    windows = jax.lax.conv_general_dilated_patches(
         x,
-        (kh, kw),
+        (height, width),
         (strides, strides) if isinstance(strides, int) else strides,
         module.padding,
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
@@ -64,9 +64,9 @@ def convert_conditional_convolution(
         name='convolution',
         x_is='the window of the input',
         z_is='the routing weights g, a sigmoid of an affine map of the context',
-        x=patches,
+        x=windows,
         z=g[:, None, None],
-        W=params['K'].transpose(0, 3, 1, 2, 4).reshape(E, C * kh * kw, k),
+        W=params['K'].transpose(0, 3, 1, 2, 4).reshape(num_experts, -1, output_size),
         U=params['b'],
     )
     return Composition((product,), product(), 'the sigmoid of the routing')
@@ -82,18 +82,26 @@ def _multiply_windows(
     """Return the product of kernel [..., T or 1, H, K] and the windows of x [..., T, C]."""
     if mask is not None:
         x = jnp.where(mask[..., None], x, 0)
-    (T, C), (H, K) = x.shape[-2:], kernel.shape[-2:]
-    index = jnp.arange(T)[:, None] + jnp.arange(K)[None] - (K - 1 if module.causal else K // 2)
-    is_inside = (index >= 0) & (index < T)
+    num_positions, num_channels = x.shape[-2:]
+    heads, width = kernel.shape[-2:]
+    left_padding = width - 1 if module.causal else width // 2
+
+    # The window of each position, zero beyond the ends.
+    index = jnp.arange(num_positions)[:, None] + jnp.arange(width)[None] - left_padding
+    is_inside = (index >= 0) & (index < num_positions)
     window = jnp.where(is_inside[:, :, None], x[..., index, :], 0)
-    window = jnp.swapaxes(window, -1, -2).reshape(*x.shape[:-1], H, C // H, K)
+    window = jnp.swapaxes(window, -1, -2).reshape(
+        *x.shape[:-1], heads, num_channels // heads, width
+    )
+
     product = Product(
         name='convolution',
         x_is='the window of a channel around the position',
         z_is=z_is,
         x=window,
         z=kernel[..., None, :],
-        W=make_inner(K),
+        W=make_inner(width),
     )
-    y = product()
-    return Composition((product,), y.reshape(*y.shape[:-3], C), 'the softmax of the kernel')
+    output = product()
+    output = output.reshape(*output.shape[:-3], num_channels)
+    return Composition((product,), output, 'the softmax of the kernel')

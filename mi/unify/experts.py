@@ -38,33 +38,39 @@ def convert_routed_mixture(
 ) -> Composition:
     """Convert to gᵀAh + gᵀa, with the hidden units h of all experts and g = 0 if not chosen."""
     params = variables['params']
-    E, h, k = params['A'].shape
+    num_experts, hidden_size, output_size = params['A'].shape
     leading = x.shape[:-1]
     logits = (x if z is None else z) @ params['G']
-    g = jnp.broadcast_to(jax.nn.softmax(logits), (*leading, E)).reshape(-1, E)
-    choice = jax.nn.one_hot(jax.lax.top_k(g, module.top_k)[1], E)  # [N, S, E]
-    g = g * choice.sum(1)
+
+    # The weights of the chosen experts; a masked row chooses none.
+    gates = jnp.broadcast_to(jax.nn.softmax(logits), (*leading, num_experts))
+    gates = gates.reshape(-1, num_experts)
+    choices = jax.nn.one_hot(jax.lax.top_k(gates, module.top_k)[1], num_experts)  # [N, S, E]
+    gates = gates * choices.sum(1)
     if module.top_k > 1:
-        g = g / g.sum(-1, keepdims=True)
+        gates = gates / gates.sum(-1, keepdims=True)
     if mask is not None:
-        choice = choice * jnp.broadcast_to(mask, leading).reshape(-1, 1, 1)
+        choices = choices * jnp.broadcast_to(mask, leading).reshape(-1, 1, 1)
+
     # With a capacity, first choices come first and earlier tokens before later ones.
     if module.capacity_factor is not None:
-        capacity = math.ceil(module.capacity_factor * g.shape[0] * module.top_k / E)
-        queue = choice.transpose(1, 0, 2).reshape(-1, E)
-        queue = (queue * (jnp.cumsum(queue, axis=0) <= capacity)).reshape(-1, *g.shape)
-        choice = queue.transpose(1, 0, 2)
-    g = (g * choice.sum(1)).reshape(*leading, E)
+        capacity = math.ceil(module.capacity_factor * len(gates) * module.top_k / num_experts)
+        queue = choices.transpose(1, 0, 2).reshape(-1, num_experts)
+        queue = queue * (jnp.cumsum(queue, axis=0) <= capacity)
+        choices = queue.reshape(-1, *gates.shape).transpose(1, 0, 2)
+    gates = (gates * choices.sum(1)).reshape(*leading, num_experts)
+
+    # The product of the gates with the output layers of all experts.
     hidden = jnp.einsum('...n,enh->...eh', x, params['V'])
     hidden = module.activation(add_bias(hidden, params['b']))
-    W = jnp.eye(E)[:, :, None, None] * params['A'][None]
+    W = jnp.eye(num_experts)[:, :, None, None] * params['A'][None]
     product = Product(
         name='mixture',
         x_is='the hidden units of all experts',
         z_is='the gate g, a softmax of the router, zero for the experts not chosen',
-        x=hidden.reshape(*leading, E * h),
-        z=g,
-        W=W.reshape(E, E * h, k),
+        x=hidden.reshape(*leading, num_experts * hidden_size),
+        z=gates,
+        W=W.reshape(num_experts, num_experts * hidden_size, output_size),
         U=params['a'],
     )
     return Composition((product,), product(), 'the router, and the hidden layer of each expert')

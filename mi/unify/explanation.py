@@ -36,7 +36,7 @@ def explain(module: nn.Module, variables: Variables, *args: Any, **kwargs: Any) 
     for product in composition.products:
         lines += ['', f'  {product.name}', *(f'    {line}' for line in _describe_product(product))]
 
-    def call(variables: Variables, args: tuple[Any, ...]) -> Any:
+    def call(variables: Variables, args: tuple[Any, ...]) -> chex.ArrayTree:
         return module.apply(variables, *args, **kwargs)
 
     flops = counting.flops(call, variables, args)
@@ -54,38 +54,39 @@ def explain(module: nn.Module, variables: Variables, *args: Any, **kwargs: Any) 
 def describe_form(W: np.ndarray) -> str:
     """Describe the form of W [m, n, k] by its nonzero entries and its ranks."""
     W = np.asarray(W)
-    m, n, k = W.shape
+    context_size, input_size, output_size = W.shape
     if not W.any():
         return 'zero: no interaction'
     is_nonzero = (W != 0).any(axis=0)  # [n, k]
-    if n == k and not is_nonzero[~np.eye(n, dtype=bool)].any():
-        diagonal = W[:, np.arange(n), np.arange(n)]
-        if n > 1 and (diagonal == diagonal[:, :1]).all():
+    off_diagonal = ~np.eye(input_size, dtype=bool)
+    if input_size == output_size and not is_nonzero[off_diagonal].any():
+        diagonal = np.diagonal(W, axis1=1, axis2=2)
+        if input_size > 1 and (diagonal == diagonal[:, :1]).all():
             return 'scalar'
-        if m == n and not diagonal[~np.eye(n, dtype=bool)].any():
+        if context_size == input_size and not diagonal[off_diagonal].any():
             return 'pointwise product'
         return 'diagonal'
-    if k == 1 and m == n and not W[~np.eye(n, dtype=bool)].any():
+    if output_size == 1 and context_size == input_size and not W[off_diagonal].any():
         return 'inner product'
     if is_nonzero.mean() <= 0.5:
         num_blocks = _count_blocks(is_nonzero)
         return f'block-diagonal, {num_blocks} blocks' if num_blocks else 'sparse'
-    return 'low rank' if any(rank < full for rank, full in _compute_ranks(W)) else 'full'
+    return 'low rank' if any(rank < full_rank for rank, full_rank in _compute_ranks(W)) else 'full'
 
 
 def _describe_product(product: Product) -> list[str]:
     W = np.asarray(product.W)
-    m, n, k = W.shape
+    tensors = {'U': product.U, 'V': product.V, 'b': product.b}
     terms = [
-        name
-        for name, term in zip(('U', 'V', 'b'), (product.U, product.V, product.b), strict=True)
-        if term is not None and np.any(np.asarray(term))
+        letter
+        for letter, tensor in tensors.items()
+        if tensor is not None and np.any(np.asarray(tensor))
     ]
-    ranks = ', '.join(f'{rank} of {full}' for rank, full in _compute_ranks(W))
+    ranks = ', '.join(f'{rank} of {full_rank}' for rank, full_rank in _compute_ranks(W))
     return [
         f'x       {product.x_is} {list(product.x.shape)}',
         f'z       {product.z_is} {list(product.z.shape)}',
-        f'W       [{m}, {n}, {k}], {describe_form(W)}; beside it {", ".join(terms) or "nothing"}',
+        f'W       {list(W.shape)}, {describe_form(W)}; beside it {", ".join(terms) or "nothing"}',
         f'ranks   {ranks} (unfolded along z, x, y)',
     ]
 
@@ -102,13 +103,12 @@ def _compute_ranks(W: np.ndarray) -> list[tuple[int, int]]:
 
 def _count_blocks(is_nonzero: np.ndarray) -> int:
     """Return the number of equal blocks if the mask [n, k] is block-diagonal, else 0."""
-    n, k = is_nonzero.shape
-    for num_blocks in range(min(n, k), 1, -1):
-        if n % num_blocks == 0 and k % num_blocks == 0:
-            mask = np.kron(
-                np.eye(num_blocks, dtype=bool), np.ones((n // num_blocks, k // num_blocks), bool)
-            )
-            if not is_nonzero[~mask].any():
+    input_size, output_size = is_nonzero.shape
+    for num_blocks in range(min(is_nonzero.shape), 1, -1):
+        if input_size % num_blocks == 0 and output_size % num_blocks == 0:
+            block_shape = input_size // num_blocks, output_size // num_blocks
+            blocks = np.kron(np.eye(num_blocks, dtype=bool), np.ones(block_shape, bool))
+            if not is_nonzero[~blocks].any():
                 return num_blocks
     return 0
 

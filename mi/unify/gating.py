@@ -13,7 +13,14 @@ from mi.motifs.gating import (
     SqueezeExcitation,
     expand_mask,
 )
-from mi.unify.composition import Composition, Params, Product, Variables, make_pointwise
+from mi.unify.composition import (
+    Composition,
+    Params,
+    Product,
+    Variables,
+    make_pointwise,
+    map_affine,
+)
 
 
 def convert_gated_linear_unit(
@@ -57,12 +64,12 @@ def convert_highway(
     """Convert to T ⊙ H, and to (1 − T) ⊙ x with W = −1 on the diagonal and V = 1."""
     params = variables['params']
     x, z = align_streams(x, x if z is None else z)
-    n = x.shape[-1]
-    H = ACTIVATIONS[module.activation](_map_affine(x, params['H']['V'], params['H']['b']))
-    T = nn.sigmoid(_map_affine(z, params['T']['V'], params['T']['b']))
+    pointwise = make_pointwise(x.shape[-1])
+    H = ACTIVATIONS[module.activation](map_affine(params['H'], x))
+    T = nn.sigmoid(map_affine(params['T'], z))
     z_is = 'the gate T, a sigmoid of an affine map of the context'
-    transform = Product('transform', 'H, of the input', z_is, H, T, make_pointwise(n))
-    carry = Product('carry', 'the input', z_is, x, T, -make_pointwise(n), V=jnp.eye(n))
+    transform = Product('transform', 'H, of the input', z_is, H, T, pointwise)
+    carry = Product('carry', 'the input', z_is, x, T, -pointwise, V=jnp.eye(x.shape[-1]))
     around = f'the sigmoid of T, the {module.activation} of H, and a sum'
     return Composition((transform, carry), transform() + carry(), around)
 
@@ -73,8 +80,8 @@ def convert_squeeze_excitation(
     """Convert to s ⊙ x, where s depends on x."""
     params = variables['params']
     valid = expand_mask(x, mask)
-    count = valid.sum(module.axes, keepdims=True).clip(1)
-    pooled = jnp.where(valid, x, 0).sum(module.axes, keepdims=True) / count
+    num_valid = valid.sum(module.axes, keepdims=True).clip(1)
+    pooled = jnp.where(valid, x, 0).sum(module.axes, keepdims=True) / num_valid
     s = nn.sigmoid(nn.relu(pooled @ params['W1']) @ params['W2'])
     product = Product(
         name='excitation',
@@ -89,12 +96,13 @@ def convert_squeeze_excitation(
 
 def _make_gate_product(params: Params, activation: str, x: Array, z: Array | None) -> Product:
     A, B = params['A'], params['B']
-    k = A.shape[1]
-    a, b = params.get('a', jnp.zeros(k)), params.get('b', jnp.zeros(k))
+    features = A.shape[1]
+    no_bias = jnp.zeros(features)
+    a, b = params.get('a', no_bias), params.get('b', no_bias)
     x, z = align_streams(x, x if z is None else z)
     z_is = 'the context'
     if activation != 'identity':
-        z, A, a = ACTIVATIONS[activation](_map_affine(z, A, a)), jnp.eye(k), jnp.zeros(k)
+        z, A, a = ACTIVATIONS[activation](add_bias(z @ A, a)), jnp.eye(features), no_bias
         z_is = f'the gate, {activation} of an affine map of the context'
     return Product(
         name='gate',
@@ -111,7 +119,3 @@ def _make_gate_product(params: Params, activation: str, x: Array, z: Array | Non
 
 def _describe_activation(activation: str) -> str:
     return '' if activation == 'identity' else f'the {activation} of the gate'
-
-
-def _map_affine(x: Array, V: Array, b: Array) -> Array:
-    return add_bias(x @ V, b)

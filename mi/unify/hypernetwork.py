@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 
 from mi.layers import Affine, add_bias, align_streams
 from mi.motifs.hypernetwork import Hypernetwork, LinearHypernetwork, MLPHypernetwork
-from mi.unify.composition import Composition, Params, Product, Variables
+from mi.unify.composition import Composition, Params, Product, Variables, map_affine
 
 HIDDEN = 'the last hidden layer of a network of the context'
 
@@ -47,17 +48,18 @@ def convert_mlp_hypernetwork(
     """Convert to the head's product; with chunks, z is the h of all chunks and W a band matrix."""
     params = variables['params']
     x, z = align_streams(x, z)
-    h = _compute_hidden(params['hidden'], module.activation, z)
+    hidden = _compute_hidden(params['hidden'], module.activation, z)
     if module.chunk is None:
         head = params['head']
         W, U, V, b = head['W'], head['U'], head['V'], head['b']
     else:
         V, b = params['V'], params['b']
-        d = h.shape[-1]
-        W = jnp.pad(_make_band(params['W'], V.size), [(0, d), (0, 0)]).reshape(-1, *V.shape)
-        U = jnp.pad(params['U'], [(len(W) - d, 0), (0, 0)])
-        h = h.reshape(*z.shape[:-1], -1)
-    product = Product('generated layer', 'the input', HIDDEN, x, h, W, U, V, b)
+        hidden_size = hidden.shape[-1]
+        band = _make_band(params['W'], V.size)
+        W = jnp.pad(band, [(0, hidden_size), (0, 0)]).reshape(-1, *V.shape)
+        U = jnp.pad(params['U'], [(len(W) - hidden_size, 0), (0, 0)])
+        hidden = hidden.reshape(*z.shape[:-1], -1)
+    product = Product('generated layer', 'the input', HIDDEN, x, hidden, W, U, V, b)
     return Composition((product,), product(), 'the hidden layers that compute z')
 
 
@@ -71,76 +73,91 @@ def convert_hypernetwork(
     """
     params = variables['params']
     rows = z.shape[:-1]
-    flat, unravel = ravel_pytree(params['V'])
-    h = _compute_hidden(params['hidden'], module.activation, z)
+    V_flat, unravel = ravel_pytree(params['V'])
+    hidden = _compute_hidden(params['hidden'], module.activation, z)
     W_flat = params['W']
     if module.chunk is not None:
-        W_flat = _make_band(W_flat, flat.size)
-        h = h.reshape(*rows, -1)
+        W_flat = _make_band(W_flat, V_flat.size)
+        hidden = hidden.reshape(*rows, -1)
     W = jax.vmap(unravel)(W_flat)
-
     target = module.target.clone(parent=None)
 
-    def convert_row(x: Array, h: Array) -> tuple[Any, list[Product]]:
+    # Apply the target to each row, with a product in place of each of its layers.
+    def convert_row(x: Array, hidden: Array) -> tuple[chex.ArrayTree, list[Product]]:
         products = []
 
-        def call_layer(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        def call_layer(
+            call: Callable[..., Any],
+            args: tuple[Any, ...],
+            kwargs: Mapping[str, object],
+            context: nn.module.InterceptorContext,
+        ) -> object:
             if context.method_name != '__call__' or type(context.module) not in LAYERS:
                 return call(*args, **kwargs)
-            path = context.module.path
-            weight, bias = LAYERS[type(context.module)]
-            z_term, constant = _get_branch(W, path), _get_branch(params['V'], path)
-            product = Product(
-                name=' '.join(('generated layer', *path)),
-                x_is='the input of the layer',
-                z_is=HIDDEN,
-                x=args[0],
-                z=h,
-                W=z_term[weight],
-                U=z_term.get(bias),
-                V=constant[weight],
-                b=constant.get(bias),
-            )
+            product = _make_layer_product(context.module, args[0], hidden, W, params['V'])
             products.append(product)
             return product()
 
         with nn.intercept_methods(call_layer):
-            y = target.apply({'params': unravel(h @ W_flat + flat)}, x)
-        return y, products
+            output = target.apply({'params': unravel(hidden @ W_flat + V_flat)}, x)
+        return output, products
 
-    # Apply the target to each row, and stack the products of the rows.
-    outcomes = [convert_row(x[row], h[row]) for row in np.ndindex(rows)]
-    if not outcomes[0][1]:
+    row_outputs, row_products = [], []
+    for row in np.ndindex(rows):
+        output, products = convert_row(x[row], hidden[row])
+        row_outputs.append(output)
+        row_products.append(products)
+    if not row_products[0]:
         raise ValueError(
             f'{type(target).__name__} has no Dense or Affine layer to write as a product'
         )
 
-    def stack_rows(*leaves: Array) -> Array:
-        return jnp.stack(leaves).reshape(*rows, *leaves[0].shape)
-
-    products = []
-    for row_products in zip(*(products for _, products in outcomes), strict=True):
-        xs = stack_rows(*(product.x for product in row_products))
-        zs = h.reshape(*rows, *(1,) * (xs.ndim - h.ndim), h.shape[-1])
-        products.append(dataclasses.replace(row_products[0], x=xs, z=zs))
+    # Stack the outputs and the products of the rows.
+    stack_rows = functools.partial(_stack_rows, rows)
+    stacked_products = []
+    for layer_products in zip(*row_products, strict=True):
+        layer_x = stack_rows(*(product.x for product in layer_products))
+        layer_z = hidden.reshape(*rows, *(1,) * (layer_x.ndim - hidden.ndim), hidden.shape[-1])
+        stacked_products.append(dataclasses.replace(layer_products[0], x=layer_x, z=layer_z))
     return Composition(
-        tuple(products),
-        jax.tree.map(stack_rows, *(y for y, _ in outcomes)),
+        tuple(stacked_products),
+        jax.tree.map(stack_rows, *row_outputs),
         'the hidden layers that compute z, and what the target does between its layers',
     )
 
 
-def _get_branch(tree: Params, path: tuple[str, ...]) -> Any:
-    return functools.reduce(lambda branch, name: branch[name], path, tree)
+def _stack_rows(rows: tuple[int, ...], *leaves: Array) -> Array:
+    return jnp.stack(leaves).reshape(*rows, *leaves[0].shape)
+
+
+def _make_layer_product(layer: nn.Module, x: Array, hidden: Array, W: Params, V: Params) -> Product:
+    """Return the product that a layer of the target is, with its parameters in W and V."""
+    weight, bias = LAYERS[type(layer)]
+    z_term, constant = _get_branch(W, layer.path), _get_branch(V, layer.path)
+    return Product(
+        name=' '.join(('generated layer', *layer.path)),
+        x_is='the input of the layer',
+        z_is=HIDDEN,
+        x=x,
+        z=hidden,
+        W=z_term[weight],
+        U=z_term.get(bias),
+        V=constant[weight],
+        b=constant.get(bias),
+    )
+
+
+def _get_branch(tree: Params, path: tuple[str, ...]) -> Params:
+    return functools.reduce(lambda branch, submodule: branch[submodule], path, tree)
 
 
 def _compute_hidden(params: Params, activation: Callable[[Array], Array], z: Array) -> Array:
-    h = add_bias(z @ params['0']['V'], params['0']['b'])
+    hidden = map_affine(params['0'], z)
     if 'e' in params:
-        h = add_bias(h[..., None, :], params['e'])
-    for i in range(1, sum(name != 'e' for name in params)):
-        h = add_bias(activation(h) @ params[f'{i}']['V'], params[f'{i}']['b'])
-    return activation(h)
+        hidden = add_bias(hidden[..., None, :], params['e'])
+    for layer_index in range(1, sum(param_name != 'e' for param_name in params)):
+        hidden = map_affine(params[f'{layer_index}'], activation(hidden))
+    return activation(hidden)
 
 
 def _make_band(W: Array, size: int) -> Array:

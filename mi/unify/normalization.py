@@ -52,7 +52,8 @@ def convert_conditional_batch_norm(
     """Convert to the modulation of x, normalized by batch statistics on one device."""
     if nn.merge_param('use_running_average', module.use_running_average, use_running_average):
         running = variables['batch_stats']['norm']
-        mean, variance = (expand_rank(running[name], x.ndim) for name in ('mean', 'var'))
+        statistics = (running['mean'], running['var'])
+        mean, variance = (expand_rank(statistic, x.ndim) for statistic in statistics)
     else:
         axes = tuple(range(x.ndim - 1))
         valid = expand_mask(x, mask)
@@ -68,12 +69,13 @@ def convert_conditional_batch_norm(
 
 
 def convert_ada_ln_zero(
-    module: AdaLNZero, variables: Variables, x: Array, z: Array, *args: Any, **kwargs: Any
+    module: AdaLNZero, variables: Variables, x: Array, z: Array, *args: object, **kwargs: object
 ) -> Composition:
     """Convert to the modulation before F, and to g(z) ⊙ F after it."""
+    # The affine maps of silu(z) that give shift, scale and gate.
     head = variables['params']['head']
-    B, S, G = jnp.split(head['V'], 3, axis=-1)
-    b, s, g = jnp.split(head['b'], 3)
+    shift_V, scale_V, gate_V = jnp.split(head['V'], 3, axis=-1)
+    shift_b, scale_b, gate_b = jnp.split(head['b'], 3)
     x, z = align_streams(x, z)
     z = nn.silu(z)
     z_is = 'silu of the context'
@@ -83,18 +85,28 @@ def convert_ada_ln_zero(
         z_is=z_is,
         x=_normalize(x, module.epsilon),
         z=z,
-        W=make_diagonal(S),
-        U=B,
-        V=jnp.diag(1 + s),
-        b=b,
+        W=make_diagonal(scale_V),
+        U=shift_V,
+        V=jnp.diag(1 + scale_b),
+        b=shift_b,
     )
+
+    # F between the products, with its own parameters if it is a module.
     F: Any = module.F
     if isinstance(F, nn.Module):
-        F = functools.partial(
-            F.apply, {name: tree['F'] for name, tree in variables.items() if 'F' in tree}
-        )
-    y = F(modulation(), *args, **kwargs)
-    gate = Product('gate', 'the output of F', z_is, y, z, make_diagonal(G), V=jnp.diag(g))
+        F_variables = {
+            collection: tree['F'] for collection, tree in variables.items() if 'F' in tree
+        }
+        F = functools.partial(F.apply, F_variables)
+    gate = Product(
+        name='gate',
+        x_is='the output of F',
+        z_is=z_is,
+        x=F(modulation(), *args, **kwargs),
+        z=z,
+        W=make_diagonal(gate_V),
+        V=jnp.diag(gate_b),
+    )
     around = 'the normalization of x, F between the products, and x added after them'
     return Composition((modulation, gate), x + gate(), around)
 

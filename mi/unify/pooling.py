@@ -31,15 +31,15 @@ def convert_mfb(
     """Convert with W[i, j, k] = Σ_f P[i, (k, f)] Q[j, (k, f)]."""
     if not deterministic:
         raise ValueError('as_mi needs MFB without dropout. Try deterministic=True')
-    k, f = module.features, module.factors
-    P, Q = (variables['params'][name].reshape(-1, k, f) for name in 'PQ')
+    window_shape = module.features, module.factors
+    P, Q = (variables['params'][factor].reshape(-1, *window_shape) for factor in 'PQ')
     product = _make_product('factorized pooling', x, z, jnp.einsum('ikf,jkf->ijk', P, Q))
-    y = product()
+    output = product()
     if not module.normalize:
-        return Composition((product,), y)
-    y = jnp.sign(y) * jnp.sqrt(jnp.abs(y))
-    y = y / jnp.linalg.norm(y, axis=-1, keepdims=True)
-    return Composition((product,), y, 'signed root and division by the length')
+        return Composition((product,), output)
+    output = jnp.sign(output) * jnp.sqrt(jnp.abs(output))
+    output = output / jnp.linalg.norm(output, axis=-1, keepdims=True)
+    return Composition((product,), output, 'signed root and division by the length')
 
 
 def convert_mutan(module: MUTAN, variables: Variables, x: Array, z: Array) -> Composition:
@@ -54,11 +54,11 @@ def convert_mutan(module: MUTAN, variables: Variables, x: Array, z: Array) -> Co
 def convert_block(module: BLOCK, variables: Variables, x: Array, z: Array) -> Composition:
     """Convert with W = a block-superdiagonal core times P, Q and O along its axes."""
     params = variables['params']
-    blocks = jnp.einsum('drac,drbc->dabc', params['M'], params['N'])
+    cubes = jnp.einsum('drac,drbc->dabc', params['M'], params['N'])
     core = jnp.zeros((params['O'].shape[0],) * 3)
-    L = blocks.shape[-1]
-    for d, cube in enumerate(blocks):
-        block = slice(d * L, (d + 1) * L)
+    block_size = cubes.shape[-1]
+    for block_index, cube in enumerate(cubes):
+        block = slice(block_index * block_size, (block_index + 1) * block_size)
         core = core.at[block, block, block].set(cube)
     W = jnp.einsum('ia,jb,abc,ck->ijk', params['P'], params['Q'], core, params['O'])
     product = _make_product('block-superdiagonal fusion', x, z, W, params['b'])
@@ -69,12 +69,12 @@ def convert_compact_bilinear(
     module: CompactBilinear, variables: Variables, x: Array, z: Array
 ) -> Composition:
     """Convert with W[i, j, k] = scale · sign_i sign_j if hash_i + hash_j ≡ k, else 0."""
-    d = module.features
+    features = module.features
     hash_z, sign_z, hash_x, sign_x = module.draw_hashes(z.shape[-1], x.shape[-1])
-    is_target = jax.nn.one_hot((hash_z[:, None] + hash_x[None, :]) % d, d)
+    is_target = jax.nn.one_hot((hash_z[:, None] + hash_x[None, :]) % features, features)
     signs = sign_z[:, None] * sign_x[None, :]
-    m, n = signs.shape
-    scale = jnp.sqrt(d / n if module.context == 'one_hot' else d / (m * n))
+    num_terms = len(sign_x) if module.context == 'one_hot' else signs.size
+    scale = jnp.sqrt(features / num_terms)
     product = _make_product('compact bilinear pooling', x, z, scale * signs[:, :, None] * is_target)
     return Composition((product,), product())
 

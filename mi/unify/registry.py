@@ -1,7 +1,6 @@
 """CONVERTERS: a module class → the function that writes it as products; `as_mi` calls it."""
 
 from collections.abc import Callable
-from typing import Any
 
 from flax import linen as nn
 
@@ -89,7 +88,7 @@ A converter takes (module, variables, *inputs) and returns a `Composition`. To a
 
 
 @use_highest
-def as_mi(module: nn.Module, variables: Variables, *args: Any, **kwargs: Any) -> Composition:
+def as_mi(module: nn.Module, variables: Variables, *args: object, **kwargs: object) -> Composition:
     """Write module.apply(variables, *args, **kwargs) as products f(x, z) = zᵀWx + zᵀU + Vx + b.
 
     A module that is affine in x and affine in z needs no converter. Its tensors are its derivatives
@@ -110,7 +109,7 @@ def as_mi(module: nn.Module, variables: Variables, *args: Any, **kwargs: Any) ->
       ValueError: if the module has no converter and is not affine, does not have two streams and
         one output [..., k], or is not a Linen module.
     """
-    for kind in type(module).__mro__:
-        if kind in CONVERTERS:
-            return CONVERTERS[kind](module, variables, *args, **kwargs)
+    for module_class in type(module).__mro__:
+        if module_class in CONVERTERS:
+            return CONVERTERS[module_class](module, variables, *args, **kwargs)
     return convert_affine(module, variables, *args, **kwargs)
