@@ -96,7 +96,8 @@ def fused_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
     )
     mesh = fused.make_mesh(config)
     state = fused.init_states(config, environment, agent, optimizer, mesh)
-    compiled = fused.compile_updates(environment, agent, optimizer, config, state, 1, mesh)
+    update = fused.make_update(config, environment, agent, optimizer)
+    compiled = fused.compile_updates(update, state, 1, mesh)
 
     def step() -> None:
         nonlocal state

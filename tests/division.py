@@ -85,8 +85,8 @@ def rl_parts(count, **changes):
 def rl_fused(count, **changes):
     config, (environment, agent, optimizer, *_), mesh = rl_parts(count, **changes)
     state = fused.get_state_shapes(config, environment, agent, optimizer, mesh)
-    arguments = environment, agent, optimizer, config, state, 2, mesh
-    return fused.compile_updates(*arguments), state.learner.params
+    update = fused.make_update(config, environment, agent, optimizer)
+    return fused.compile_updates(update, state, 2, mesh), state.learner.params
 
 
 def rl_learner(count):
@@ -102,7 +102,8 @@ def rl_evaluation(count, **changes):
     state = fused.get_state_shapes(config, environment, agent, optimizer, mesh)
     by_seed = sharding.seed_sharding(mesh)
     keys = jax.ShapeDtypeStruct((len(config.seeds), 2), jnp.int32, sharding=by_seed)
-    play = rl_evaluate.make_program(environment, agent, 16, False, mesh)
+    simulation = rl_evaluate.Simulation(environment, agent, mesh)
+    play = rl_evaluate.make_program(simulation, 16, False)
     return play.lower(state.learner.params, keys).compile(), state.learner.params
 
 

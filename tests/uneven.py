@@ -64,7 +64,8 @@ def agent(devices):
     mesh = mesh_of(devices, 4)
     params = jax.tree.map(lambda a: jnp.asarray(a)[None], PARAMS)
     keys = rl_evaluate.make_evaluation_keys([0], 0)
-    (played,) = rl_evaluate.play_episodes(Ramp(), Knows(), params, keys, 1, False, mesh)
+    simulation = rl_evaluate.Simulation(Ramp(), Knows(), mesh)
+    (played,) = rl_evaluate.play_episodes(simulation, params, keys, 1, False)
 
     config = rl_tiny(**{'train.batch': 4, 'train.length': 9})
     environment = LateRamp()
@@ -73,7 +74,8 @@ def agent(devices):
         optim.make_optimizer(config.optim, 10),
     )
     state = fused.init_states(config, environment, net, optimizer, mesh)
-    compiled = fused.compile_updates(environment, net, optimizer, config, state, 1, mesh)
+    update = fused.make_update(config, environment, net, optimizer)
+    compiled = fused.compile_updates(update, state, 1, mesh)
     _, measured = compiled(state)
     longest = measured.counts.longest_unfinished.tolist()
     return np.ravel(played.returns).tolist(), longest

@@ -147,7 +147,7 @@ def _rl(config: ml_collections.ConfigDict, devices: Devices) -> RunPrograms:
         mesh = fused.make_mesh(config, devices)
         state_shapes = fused.get_state_shapes(config, environment, agent, optimizer, mesh)
         num_updates = min(config.train.log_every, rl_config.count_updates(config))
-        program_args = environment, agent, optimizer, config, state_shapes, num_updates, mesh
+        update_once = fused.make_update(config, environment, agent, optimizer)
         return RunPrograms(
             {
                 'parameters': state_shapes.learner.params,
@@ -156,14 +156,12 @@ def _rl(config: ml_collections.ConfigDict, devices: Devices) -> RunPrograms:
             },
             mesh,
             num_updates,
-            functools.partial(fused.compile_updates, *program_args),
+            functools.partial(fused.compile_updates, update_once, state_shapes, num_updates, mesh),
             functools.partial(
                 evaluate_rl.compile_episodes,
-                environment,
-                agent,
+                evaluate_rl.Simulation(environment, agent, mesh),
                 state_shapes.learner.params,
                 config.eval.episodes,
-                mesh,
             ),
         )
 

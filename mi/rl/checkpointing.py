@@ -1,15 +1,18 @@
-"""Steps of the training loop that all topologies share: resume a run, save it, and stop it."""
+"""Steps of the training loop that all topologies share: cost, resume, save and stop a run."""
 
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple
 
+import chex
 import ml_collections
 
-from mi.rl import learner
+from mi.rl import factory, learner
+from mi.rl.agent import Agent
 from mi.rl.config import count_updates
 from mi.training import checkpoint, logger, run_dir
+from mi.training.sharding import Tree
 
 
-class Resumed(NamedTuple):
+class Resumed(NamedTuple, Generic[Tree]):
     """Where a run continues.
 
     Attributes:
@@ -19,8 +22,8 @@ class Resumed(NamedTuple):
         step is missing, because the run ended between the checkpoint and the evaluation.
     """
 
-    state: Any
-    meta: dict[str, Any]
+    state: Tree | None
+    meta: checkpoint.Meta
     records_end: int | None
 
 
@@ -33,14 +36,21 @@ class Snapshot(NamedTuple):
       env_steps: environment steps so far, of each seed or of the only one.
     """
 
-    state: Any
+    state: chex.ArrayTree
     learner: learner.LearnerState
     env_steps: list[int] | int
 
 
+def write_costs(run: run_dir.Run, agent: Agent) -> None:
+    """Write cost.json: the number of updates, and parameters and FLOPs of the agent."""
+    num_updates, training = count_updates(run.config), run.config.train
+    costs = factory.compute_costs(agent, training.batch, training.length)
+    run.write('cost.json', {'steps': num_updates, **costs})
+
+
 def resume(
-    run: run_dir.Run, checkpoints: checkpoint.Checkpoints, like: Any, num_splits: int
-) -> Resumed:
+    run: run_dir.Run, checkpoints: checkpoint.Checkpoints, like: Tree, num_splits: int
+) -> Resumed[Tree]:
     """Restore the newest checkpoint if there is one, and set `run.step`.
 
     Args:
@@ -53,8 +63,8 @@ def resume(
     run.step = meta['step']
     num_records = 0
     if meta.get('is_evaluated') is False:
-        policies = 1 + run.config.eval.greedy
-        num_records = num_splits * policies * len(run.config.seeds)
+        num_policies = 1 + run.config.eval.greedy
+        num_records = num_splits * num_policies * len(run.config.seeds)
     records_end = logger.find_records_end(run.path, meta['metrics'], run.step, num_records)
     return Resumed(state, meta, records_end)
 

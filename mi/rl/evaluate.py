@@ -6,7 +6,7 @@ Environments in JAX are played by one compiled program for all seeds, others on 
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,18 @@ from mi.rl.agent import Agent, Inputs, Params
 from mi.rl.envs import auto_reset
 from mi.rl.envs.spec import JaxEnvironment, Spec
 from mi.rl.episode_metrics import Record
-from mi.rl.fused.rollout import act, init_actor_state
+from mi.rl.fused.rollout import ActorState, act, init_actor_state
 from mi.rl.play import Limits, StoppedError, Watched, never, play
 from mi.rows import get_row_indices
 from mi.training import logger, progress, run_dir, sharding
+
+
+class Simulation(NamedTuple):
+    """An agent in a JAX environment, divided over the devices of a mesh; hashable."""
+
+    environment: JaxEnvironment
+    agent: Agent
+    mesh: jax.sharding.Mesh
 
 
 class EpisodeArrays(NamedTuple):
@@ -39,90 +47,74 @@ def make_evaluation_keys(seeds: Sequence[int], step: int) -> np.ndarray:
     return np.array([[seed, step] for seed in seeds], np.int32)
 
 
-# Seven parameters: the five static ones key the cache of `make_program`, and the caller varies
-# `params` and `keys` alone.
-def play_episodes(  # noqa: PLR0913
-    environment: JaxEnvironment,
-    agent: Agent,
-    params: Params,
-    keys: np.ndarray,
-    num_episodes: int,
-    greedy: bool,
-    mesh: jax.sharding.Mesh,
+def play_episodes(
+    simulation: Simulation, params: Params, seed_steps: np.ndarray, num_episodes: int, greedy: bool
 ) -> list[EpisodeArrays]:
     """Play episodes of every task for each seed, divided over the devices.
 
     Args:
-      environment: a JAX environment.
-      agent: the agent.
-      params: its parameters, [S, …].
-      keys: random keys from `make_evaluation_keys`.
+      simulation: environment, agent and mesh.
+      params: parameters of the agent, [S, …].
+      seed_steps: seed and step of each seed, from `make_evaluation_keys`.
       num_episodes: number for each task.
       greedy: whether to take the most likely action instead of sampling.
-      mesh: mesh of devices.
 
     Raises:
       UserError: if an episode is longer than the spec allows.
     """
-    program = make_program(environment, agent, num_episodes, greedy, mesh)  # type: ignore[arg-type]
-    placed_keys = sharding.shard_array(keys, sharding.seed_sharding(mesh))
-    returns, success, length = sharding.to_host(program(params, placed_keys))
-    auto_reset.check_length(environment.spec, int(length.max()) - 1)
+    spec, mesh = simulation.environment.spec, simulation.mesh
+    program = make_program(simulation, num_episodes, greedy)
+    placed_steps = sharding.shard_array(seed_steps, sharding.seed_sharding(mesh))
+    returns, success, length = sharding.to_host(program(params, placed_steps))
+    auto_reset.check_length(spec, int(length.max()) - 1)
 
     # Row i of a seed has an episode of task i % num_tasks; rows that pad the devices come last.
-    num_tasks = len(environment.spec.tasks)
+    num_tasks = len(spec.tasks)
     by_task = [
-        a[:, : num_tasks * num_episodes].reshape(-1, num_episodes, num_tasks).swapaxes(1, 2)
-        for a in (returns, success, length)
+        array[:, : num_tasks * num_episodes].reshape(-1, num_episodes, num_tasks).swapaxes(1, 2)
+        for array in (returns, success, length)
     ]
-    return [EpisodeArrays(*(list(a[i]) for a in by_task)) for i in range(len(keys))]
+    return [EpisodeArrays(*map(list, seed_arrays)) for seed_arrays in zip(*by_task, strict=True)]
 
 
 def compile_episodes(
-    environment: JaxEnvironment,
-    agent: Agent,
-    params: Params,
-    num_episodes: int,
-    mesh: jax.sharding.Mesh,
+    simulation: Simulation, params: Params, num_episodes: int
 ) -> jax.stages.Compiled:
     """Compile the program that `play_episodes` calls, with sampled actions.
 
     Args:
-      environment, agent, num_episodes, mesh: as in `play_episodes`.
+      simulation: environment, agent and mesh.
       params: shapes of the parameters of all seeds, placed on the mesh.
+      num_episodes: number for each task.
     """
-    seeds = jax.tree.leaves(params)[0].shape[0]
-    keys = jax.ShapeDtypeStruct((seeds, 2), jnp.int32, sharding=sharding.seed_sharding(mesh))
-    program = make_program(environment, agent, num_episodes, False, mesh)  # type: ignore[arg-type]
-    compiled: jax.stages.Compiled = program.lower(params, keys).compile()
+    num_seeds = jax.tree.leaves(params)[0].shape[0]
+    by_seed = sharding.seed_sharding(simulation.mesh)
+    seed_steps = jax.ShapeDtypeStruct((num_seeds, 2), jnp.int32, sharding=by_seed)
+    program = make_program(simulation, num_episodes, greedy=False)
+    compiled: jax.stages.Compiled = program.lower(params, seed_steps).compile()
     return compiled
 
 
 @functools.cache
-def make_program(
-    environment: JaxEnvironment,
-    agent: Agent,
-    num_episodes: int,
-    greedy: bool,
-    mesh: jax.sharding.Mesh,
-) -> Any:
-    """Return the program (params, keys) → return, success and length of each row, [S, rows].
+def make_program(simulation: Simulation, num_episodes: int, greedy: bool) -> jax.stages.Wrapped:
+    """Return the program (params, seed steps) → return, success and length of rows, [S, rows].
 
     The devices do not communicate: each ends with the longest episode of its rows.
     """
-    rows = len(environment.spec.tasks) * num_episodes
-    shards = mesh.size // mesh.shape['seed']
-    device_rows = -(-rows // shards)
+    environment, agent, mesh = simulation
+    num_rows = len(environment.spec.tasks) * num_episodes
+    row_shards = mesh.size // mesh.shape['seed']
+    device_rows = -(-num_rows // row_shards)
 
-    def play_seed(params: Params, key: Array) -> tuple[Array, Array, Array]:
-        random_key = jax.random.fold_in(jax.random.key(key[0]), key[1])
-        is_played = get_row_indices(device_rows) < rows
-        return _play_rows(environment, agent, params, random_key, is_played, greedy)
+    # The rows of one seed on one device; the last ones may be padding, which is not played.
+    def play_seed(params: Params, seed_step: Array) -> tuple[Array, Array, Array]:
+        rng_key = jax.random.fold_in(jax.random.key(seed_step[0]), seed_step[1])
+        is_played = get_row_indices(device_rows) < num_rows
+        return _play_rows(environment, agent, params, rng_key, is_played, greedy)
 
-    by_seed, by_rows = (
-        sharding.seed_sharding(mesh).spec,
-        sharding.batch_sharding(mesh, 1, True).spec,
-    )
+    # All seeds on all devices.
+    by_seed = sharding.seed_sharding(mesh).spec
+    by_rows = sharding.batch_sharding(mesh, 1, has_seeds=True).spec
     return jax.jit(
         jax.shard_map(
             sharding.map_seeds(play_seed, mesh),
@@ -134,11 +126,27 @@ def make_program(
     )
 
 
+class _EvaluationState(NamedTuple):
+    """The rows of an evaluation between two steps; all but `actor` are [rows].
+
+    Attributes:
+      actor: the actor's state.
+      is_alive: whether the row's episode is still running.
+      returns, success, length: of the row's episode so far.
+    """
+
+    actor: ActorState
+    is_alive: Array
+    returns: Array
+    success: Array
+    length: Array
+
+
 def _play_rows(
     environment: JaxEnvironment,
     agent: Agent,
     params: Params,
-    key: Array,
+    rng_key: Array,
     is_played: Array,
     greedy: bool,
 ) -> tuple[Array, Array, Array]:
@@ -146,30 +154,36 @@ def _play_rows(
 
     The program runs one step longer than an episode may be, which reveals a longer one.
     """
-    rows = len(is_played)
-    state = init_actor_state(environment, agent, rows, key)
+    num_rows = len(is_played)
     env_step = jax.vmap(functools.partial(auto_reset.step, environment))
 
-    def is_running(loop_state: Any) -> Array:
-        _, is_alive, _, _, length = loop_state
-        return is_alive.any() & (length.max() <= environment.spec.episode)
+    def is_running(state: _EvaluationState) -> Array:
+        return state.is_alive.any() & (state.length.max() <= environment.spec.episode)
 
-    def step(loop_state: Any) -> Any:
-        state, is_alive, returns, success, length = loop_state
-        key, action_key = jax.random.split(state.key)
-        carry, action, _log_prob = act(agent, params, state.carry, state.inputs, action_key, greedy)
-        env_states, result = env_step(state.environment, action)
-        returns = returns + jnp.where(is_alive, result.reward, 0)
-        success = success | (is_alive & result.success)
-        length = length + is_alive
-        is_alive = is_alive & ~(result.is_last | (result.discount == 0))
+    # All rows step; those whose episode is over no longer count.
+    def step(state: _EvaluationState) -> _EvaluationState:
+        actor, is_alive = state.actor, state.is_alive
+        next_key, action_key = jax.random.split(actor.key)
+        carry, action, _log_prob = act(agent, params, actor.carry, actor.inputs, action_key, greedy)
+        env_states, result = env_step(actor.environment, action)
         inputs = Inputs(result.observation, action, result.reward, result.is_first)
-        state = state._replace(environment=env_states, inputs=inputs, carry=carry, key=key)
-        return state, is_alive, returns, success, length
+        return _EvaluationState(
+            actor._replace(environment=env_states, inputs=inputs, carry=carry, key=next_key),
+            is_alive & ~(result.is_last | (result.discount == 0)),
+            state.returns + jnp.where(is_alive, result.reward, 0),
+            state.success | (is_alive & result.success),
+            state.length + is_alive,
+        )
 
-    start = state, is_played, jnp.zeros(rows), jnp.zeros(rows, bool), jnp.zeros(rows, jnp.int32)
-    _, _, returns, success, length = jax.lax.while_loop(is_running, step, start)
-    return returns, success, length
+    init_state = _EvaluationState(
+        init_actor_state(environment, agent, num_rows, rng_key),
+        is_played,
+        jnp.zeros(num_rows),
+        jnp.zeros(num_rows, bool),
+        jnp.zeros(num_rows, jnp.int32),
+    )
+    end_state = jax.lax.while_loop(is_running, step, init_state)
+    return end_state.returns, end_state.success, end_state.length
 
 
 def summarize(
@@ -189,41 +203,46 @@ def summarize(
       spec: spec of the environment.
       returns, success, length: arrays of the episodes of each task.
     """
-    mean_return = np.array([values.mean() for values in returns])
-    success_rate = np.array([values.mean() for values in success])
+    # Means over tasks.
+    mean_returns = np.array([task_returns.mean() for task_returns in returns])
+    success_rates = np.array([task_success.mean() for task_success in success])
     record: Record = {
-        'return': float(mean_return.mean()),
-        'success': float(success_rate.mean()) if spec.has_success else None,
-        'length': float(np.mean([values.mean() for values in length])),
-        'episodes_per_task': min(len(values) for values in returns),
+        'return': float(mean_returns.mean()),
+        'success': float(success_rates.mean()) if spec.has_success else None,
+        'length': float(np.mean([task_lengths.mean() for task_lengths in length])),
+        'episodes_per_task': min(len(task_returns) for task_returns in returns),
     }
-    for i, name in enumerate(spec.tasks):
-        record[f'return/{name}'] = float(mean_return[i])
-        record[f'success/{name}'] = float(success_rate[i]) if spec.has_success else None
-        if len(returns[i]) > 1:
-            error = np.std(returns[i], ddof=1) / np.sqrt(len(returns[i]))
-            record[f'stderr/{name}'] = float(error)
+
+    # Scores of each task.
+    for task, task_name in enumerate(spec.tasks):
+        record[f'return/{task_name}'] = float(mean_returns[task])
+        record[f'success/{task_name}'] = float(success_rates[task]) if spec.has_success else None
+        num_episodes = len(returns[task])
+        if num_episodes > 1:
+            standard_error = np.std(returns[task], ddof=1) / np.sqrt(num_episodes)
+            record[f'stderr/{task_name}'] = float(standard_error)
+
+    # Normalized scores, as they are published.
     if spec.random is not None and spec.reference is not None:
-        low, high = np.asarray(spec.random), np.asarray(spec.reference)
-        capped = np.minimum(1, (mean_return - low) / (high - low))
+        random_scores, reference_scores = np.asarray(spec.random), np.asarray(spec.reference)
+        normalized = (mean_returns - random_scores) / (reference_scores - random_scores)
+        capped = np.minimum(1, normalized)
         record['capped_mean'] = float(capped.mean())
         record['capped_median'] = float(np.median(capped))
     return record
 
 
-def evaluate_seeds(  # noqa: PLR0913 - as `play_episodes`
-    environment: JaxEnvironment,
-    agent: Agent,
+def evaluate_seeds(
+    simulation: Simulation,
     params: Params,
-    keys: np.ndarray,
+    seed_steps: np.ndarray,
     config: ml_collections.ConfigDict,
-    mesh: jax.sharding.Mesh,
     stops: Callable[[], bool] = never,
 ) -> list[dict[str, Record]]:
     """Evaluate all seeds in an environment in JAX.
 
     Args:
-      environment, agent, params, keys, mesh: as in `play_episodes`.
+      simulation, params, seed_steps: as in `play_episodes`.
       config: config of the evaluation, config.eval.
       stops: called before each policy is evaluated; returns whether to abort.
 
@@ -233,14 +252,15 @@ def evaluate_seeds(  # noqa: PLR0913 - as `play_episodes`
     Raises:
       StoppedError: if the run is to end.
     """
-    records: list[dict[str, Record]] = [{} for _ in keys]
+    seed_records: list[dict[str, Record]] = [{} for _ in seed_steps]
     for greedy in (False, True) if config.greedy else (False,):
         if stops():
             raise StoppedError
-        by_seed = play_episodes(environment, agent, params, keys, config.episodes, greedy, mesh)
-        for record, episodes in zip(records, by_seed, strict=True):
-            record['_greedy' if greedy else ''] = summarize(environment.spec, *episodes)
-    return records
+        by_seed = play_episodes(simulation, params, seed_steps, config.episodes, greedy)
+        for records, episodes in zip(seed_records, by_seed, strict=True):
+            record = summarize(simulation.environment.spec, *episodes)
+            records['_greedy' if greedy else ''] = record
+    return seed_records
 
 
 Evaluate = Callable[[Callable[[], bool]], list[dict[str, Record]]]
@@ -265,10 +285,12 @@ def write_evaluations(
         for split, evaluate in splits.items():
             with progress.Work(f'evaluating {split}'):
                 by_seed = evaluate(stops)
-            for seed, steps, records in zip(run.config.seeds, env_steps, by_seed, strict=True):
-                for policy, record in records.items():
-                    values = {'env_steps': int(steps), **record}
-                    log.write(run.step, seed, split + policy, values)
+            for seed, seed_env_steps, records in zip(
+                run.config.seeds, env_steps, by_seed, strict=True
+            ):
+                for suffix, record in records.items():
+                    full_record = {'env_steps': int(seed_env_steps), **record}
+                    log.write(run.step, seed, split + suffix, full_record)
     except StoppedError:
         run.exit_preempted()
 
@@ -283,14 +305,15 @@ class Evaluation:
 
     def __init__(self, config: ml_collections.ConfigDict, key: str = 'env.name'):
         self._config = config
-        name, options = factory.get_environment_args(config, key)
-        self._compiled = None if envs.is_on_host(name) else envs.make(name, options, key)
-        rows = config.actors.batch
+        env_name, options = factory.get_environment_args(config, key)
+        self._compiled = None if envs.is_on_host(env_name) else envs.make(env_name, options, key)
+        batch_size = config.actors.batch
         if self._compiled is None:
-            episodes = config.eval.episodes
-            rows = config.eval.batch or envs.count_evaluation_rows(name, rows, episodes, key)
+            batch_size = config.eval.batch or envs.count_evaluation_rows(
+                env_name, batch_size, config.eval.episodes, key
+            )
         self._pool = Watched(
-            envs.pool(name, rows, config.seeds[0], options, key),
+            envs.pool(env_name, batch_size, config.seeds[0], options, key),
             config.actors.timeout,
             'config.actors.timeout',
         )
@@ -325,12 +348,12 @@ class Evaluation:
         if self._compiled is not None:
             return self._evaluate_compiled(agent, params, make_evaluation_keys([seed], step), stops)
         records: dict[str, Record] = {}
-        key = jax.random.fold_in(jax.random.key(seed), step)
+        rng_key = jax.random.fold_in(jax.random.key(seed), step)
         for greedy in (False, True) if self._config.eval.greedy else (False,):
             if stops():
                 raise StoppedError
             policy = self._get_policy(agent, greedy)
-            records['_greedy' if greedy else ''] = self._play(policy, params, key, stops)
+            records['_greedy' if greedy else ''] = self._play(policy, params, rng_key, stops)
         return records
 
     def _get_policy(self, agent: Agent, greedy: bool) -> Policy:
@@ -339,25 +362,26 @@ class Evaluation:
         return self._policies[agent, greedy]
 
     def _evaluate_compiled(
-        self, agent: Agent, params: Params, keys: np.ndarray, stops: Callable[[], bool]
+        self, agent: Agent, params: Params, seed_steps: np.ndarray, stops: Callable[[], bool]
     ) -> dict[str, Record]:
         """Evaluate on all devices of this process."""
         assert self._compiled is not None
         devices = jax.local_devices()
         mesh = sharding.make_mesh(1, len(devices), devices=devices)
+        simulation = Simulation(self._compiled, agent, mesh)
         params = jax.tree.map(lambda a: np.asarray(a)[None], params)
         params = jax.device_put(params, sharding.seed_sharding(mesh))
-        config = self._config.eval
-        (records,) = evaluate_seeds(self._compiled, agent, params, keys, config, mesh, stops)
+        (records,) = evaluate_seeds(simulation, params, seed_steps, self._config.eval, stops)
         return records
 
     def _play(
-        self, policy: Policy, params: Params, key: Array, stops: Callable[[], bool]
+        self, policy: Policy, params: Params, rng_key: Array, stops: Callable[[], bool]
     ) -> Record:
         """Play on the host, within the limits of the config."""
-        limits = Limits(self._config.eval.steps, self._config.eval.seconds)
+        config = self._config.eval
+        limits = Limits(config.episodes, config.steps, config.seconds)
         self._pool.stops = stops
-        played = play(self._pool, policy, params, key, self._config.eval.episodes, limits, stops)
+        played = play(self._pool, policy, params, rng_key, limits, stops)
         if played.cut:
             print(
                 f'evaluation of {self.spec.name}: {played.cut} episodes were cut and count as they '

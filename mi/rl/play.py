@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,10 +37,12 @@ class Limits(NamedTuple):
     """Limits of an evaluation. An episode cut by a limit counts with its return so far.
 
     Attributes:
+      episodes: complete episodes of each task.
       steps: maximum steps of one episode.
       seconds: maximum duration of all episodes together.
     """
 
+    episodes: int
     steps: int = 30_000
     seconds: float = 3600.0
 
@@ -63,98 +65,130 @@ class Played(NamedTuple):
     steps_taken: int
 
 
-def divide_episodes(task: np.ndarray, num_tasks: int, episodes: int) -> np.ndarray:
+def divide_episodes(tasks: np.ndarray, num_tasks: int, episodes: int) -> np.ndarray:
     """Return the number of episodes of each row, [B], so that each task has `episodes` in all.
 
     Args:
-      task: task of each row, [B].
+      tasks: task of each row, [B].
       num_tasks: number of tasks.
       episodes: number for each task.
     """
-    share = np.zeros(len(task), np.int64)
-    for i in range(num_tasks):
-        rows = np.flatnonzero(task == i)
-        share[rows] = episodes // len(rows)
-        share[rows[: episodes % len(rows)]] += 1
-    return share
+    row_episodes = np.zeros(len(tasks), np.int64)
+    for task in range(num_tasks):
+        task_rows = np.flatnonzero(tasks == task)
+        row_episodes[task_rows] = episodes // len(task_rows)
+        row_episodes[task_rows[: episodes % len(task_rows)]] += 1
+    return row_episodes
 
 
-# Seven parameters: `stops` belongs to the run, the others to the evaluation.
-def play(  # noqa: PLR0913
+def play(
     pool: HostEnvironment,
     policy: Policy,
     params: Params,
-    key: jax.Array,
-    episodes: int,
+    rng_key: jax.Array,
     limits: Limits,
     stops: Callable[[], bool] = never,
 ) -> Played:
-    """Play `episodes` complete episodes of every task, unless a limit cuts them.
+    """Play complete episodes of every task, unless a limit cuts them.
 
     Args:
       pool: environments, at least one of each task.
       policy: selects the actions.
       params: parameters of the agent.
-      key: random key of the actions.
-      episodes: number for each task.
-      limits: maximum steps per episode and seconds in total.
+      rng_key: random key of the actions.
+      limits: episodes per task, maximum steps per episode and seconds in total.
       stops: called before every step; returns whether to abort.
 
     Raises:
       StoppedError: if the run is to end.
       UserError: if a reward or an observation is not finite.
     """
-    num_tasks, B = len(pool.spec.tasks), pool.batch
+    batch_size, action = pool.batch, jnp.zeros(pool.batch, jnp.int32)
     deadline = time.monotonic() + limits.seconds
-    step, policy_state, action = pool.reset(), policy.init(B, key), jnp.zeros(B, jnp.int32)
+    step, policy_state = pool.reset(), policy.init(batch_size, rng_key)
     check_finite(pool.spec, step)
-    remaining = divide_episodes(np.asarray(step.observation['task']), num_tasks, episodes)
+    tally = _Tally(np.asarray(step.observation['task']), len(pool.spec.tasks), limits)
     skip = getattr(pool, 'skip', None)
-    returns, length = np.zeros(B), np.zeros(B, np.int64)
-    results: list[list[tuple[float, bool, int]]] = [[] for _ in range(num_tasks)]
-    num_cut = steps_taken = 0
-    is_idle = np.zeros(B, bool)
-
-    while (remaining > 0).any():
+    is_idle = np.zeros(batch_size, bool)
+    while (tally.remaining > 0).any():
         if stops():
             raise StoppedError
 
         # Skip rows that have played their share.
-        if skip is not None and ((remaining == 0) & ~is_idle).any():
-            is_idle = remaining == 0
+        if skip is not None and ((tally.remaining == 0) & ~is_idle).any():
+            is_idle = tally.remaining == 0
             skip(is_idle)
 
         # Step the others.
-        inputs: Any = step.observation, action, step.reward, step.is_first
-        policy_state, action, _ = policy(params, policy_state, Inputs(*inputs))
-        task, is_ignored = np.asarray(step.observation['task']), np.asarray(step.is_last)
+        inputs = Inputs(step.observation, action, step.reward, step.is_first)
+        policy_state, action, _ = policy(params, policy_state, inputs)
+        prev_step = step
         pool.send(np.asarray(action))
         step = pool.recv()
         check_finite(pool.spec, step)
-        steps_taken += int((~is_idle).sum())
-        returns = np.where(is_ignored, 0, returns + step.reward)
-        length = np.where(is_ignored, 0, length + 1)
+        tally.steps_taken += int((~is_idle).sum())
+        tally.add(prev_step, step, is_late=time.monotonic() > deadline)
+    return tally.summarize()
 
-        # Count the episodes that ended or that a limit cuts.
+
+class _Tally:
+    """The tally of `play`: each row's share of episodes, and the episodes so far.
+
+    Attributes:
+      remaining: number of episodes that each row has to play, [B].
+      steps_taken: number of steps that the environments made.
+    """
+
+    def __init__(self, tasks: np.ndarray, num_tasks: int, limits: Limits):
+        self.remaining = divide_episodes(tasks, num_tasks, limits.episodes)
+        self.steps_taken = 0
+        self._max_steps, self._num_cut = limits.steps, 0
+        self._returns, self._lengths = np.zeros(len(tasks)), np.zeros(len(tasks), np.int64)
+        # Return, success and length of each episode, by task.
+        self._episodes: list[list[tuple[float, bool, int]]] = [[] for _ in range(num_tasks)]
+
+    def add(self, prev_step: Step, step: Step, is_late: bool) -> None:
+        """Add a step, and the episodes that it ended or that a limit cuts.
+
+        Args:
+          prev_step: the step before.
+          step: the step.
+          is_late: whether the time is over, so that running episodes are cut.
+        """
+        is_ignored = np.asarray(prev_step.is_last)
+        self._returns = np.where(is_ignored, 0, self._returns + step.reward)
+        self._lengths = np.where(is_ignored, 0, self._lengths + 1)
+
+        # Which episodes ended, and which a limit cuts.
+        remaining = self.remaining
         is_over = ~is_ignored & (np.asarray(step.is_last) | (np.asarray(step.discount) == 0))
-        is_cut = ~is_ignored & ~is_over & (remaining > 0) & (length >= limits.steps)
-        if time.monotonic() > deadline:
-            is_cut = ~is_over & (remaining > 0) & (length > 0)
+        is_too_long = self._lengths >= self._max_steps
+        is_cut = ~is_ignored & ~is_over & (remaining > 0) & is_too_long
+        if is_late:
+            is_cut = ~is_over & (remaining > 0) & (self._lengths > 0)
             remaining = np.where(is_over, np.minimum(remaining, 1), is_cut)
+
+        # Count them for their tasks.
+        tasks = np.asarray(prev_step.observation['task'])
         for row in np.flatnonzero((is_over | is_cut) & (remaining > 0)):
             success = bool(is_over[row] and step.success[row])
-            results[task[row]].append((float(returns[row]), success, int(length[row])))
-        num_cut += int(is_cut.sum())
-        # The environment continues an episode that was cut, so its row plays no more.
-        played_one = np.where(is_over, np.maximum(remaining - 1, 0), remaining)
-        remaining = np.where(is_cut, 0, played_one)
-        returns[is_over], length[is_over] = 0, 0
+            episode = float(self._returns[row]), success, int(self._lengths[row])
+            self._episodes[tasks[row]].append(episode)
+        self._num_cut += int(is_cut.sum())
 
-    task_returns, successes, lengths = (
-        [np.array([episode[i] for episode in rows]) for rows in results] for i in range(3)
-    )
-    steps_needed = int(sum(values.sum() for values in lengths))
-    return Played(task_returns, successes, lengths, num_cut, steps_needed, steps_taken)
+        # The environment continues an episode that was cut, so its row plays no more.
+        remaining = np.where(is_over, np.maximum(remaining - 1, 0), remaining)
+        self.remaining = np.where(is_cut, 0, remaining)
+        self._returns[is_over], self._lengths[is_over] = 0, 0
+
+    def summarize(self) -> Played:
+        """Return the episodes so far."""
+        returns, success, lengths = (
+            [np.array([episode[column] for episode in episodes]) for episodes in self._episodes]
+            for column in range(3)
+        )
+        steps_needed = int(sum(task_lengths.sum() for task_lengths in lengths))
+        return Played(returns, success, lengths, self._num_cut, steps_needed, self.steps_taken)
 
 
 class Watched:
@@ -166,7 +200,7 @@ class Watched:
     Args:
       pool: the environment.
       timeout: longest step or reset, seconds.
-      key: the config key of the timeout, for the error.
+      config_key: the config key of the timeout, for the error.
       stops: returns whether to abort.
     """
 
@@ -174,15 +208,15 @@ class Watched:
         self,
         pool: HostEnvironment,
         timeout: float,
-        key: str,
+        config_key: str,
         stops: Callable[[], bool] = never,
     ):
         self.spec, self.batch = pool.spec, pool.batch
         self.stops = stops
-        self._pool, self._timeout, self._key = pool, timeout, key
+        self._pool, self._timeout, self._config_key = pool, timeout, config_key
         self._is_abandoned = False
         self._calls: queue.SimpleQueue[Callable[[], Step] | None] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[Step | BaseException] = queue.SimpleQueue()
         if hasattr(pool, 'skip'):
             self.skip = pool.skip
         threading.Thread(target=self._serve, daemon=True, name='watched').start()
@@ -224,7 +258,7 @@ class Watched:
                     raise StoppedError from None
                 raise UserError(
                     f'{self.spec.name} made no step in {self._timeout:g} s: an environment hangs '
-                    f'or is slow. Raise {self._key} if it is slow'
+                    f'or is slow. Raise {self._config_key} if it is slow'
                 ) from None
             if isinstance(result, BaseException):
                 raise result
@@ -234,5 +268,5 @@ class Watched:
         while (method := self._calls.get()) is not None:
             try:
                 self._results.put(method())
-            except BaseException as error:  # whatever it is, the caller's thread has to raise it
+            except BaseException as error:  # broad, exits included: the caller's thread raises it
                 self._results.put(error)

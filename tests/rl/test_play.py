@@ -12,7 +12,6 @@ from mi.rl.play import Limits, StoppedError, Watched, divide_episodes, play
 from tests.rl.catch_late import CatchLate, Knows
 
 POLICY = Policy(Knows())
-LIMITS = Limits()
 
 
 class Counts:
@@ -65,8 +64,8 @@ class Counts:
         )
 
 
-def played_by(pool, episodes, limits=LIMITS, stops=lambda: False):
-    return play(pool, POLICY, {}, jax.random.key(0), episodes, limits, stops)
+def played_by(pool, episodes, stops=lambda: False, **limits):
+    return play(pool, POLICY, {}, jax.random.key(0), Limits(episodes, **limits), stops)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +103,7 @@ def test_rows_that_cannot_be_left_alone_are_stepped_and_not_counted():
 
 
 def test_an_episode_that_never_ends_is_cut_at_the_most_steps():
-    played = played_by(Counts((0, 0, 1), (3, np.inf, 7)), 2, Limits(steps=20))
+    played = played_by(Counts((0, 0, 1), (3, np.inf, 7)), 2, steps=20)
     assert played.cut == 1
     assert played.length[0].tolist() == [3, 20]
     assert played.returns[0].tolist() == [3, 20]
@@ -113,7 +112,7 @@ def test_an_episode_that_never_ends_is_cut_at_the_most_steps():
 
 
 def test_an_evaluation_ends_after_its_seconds():
-    played = played_by(Counts((0, 0, 1), (1, np.inf, np.inf)), 2, Limits(10**9, seconds=0.2))
+    played = played_by(Counts((0, 0, 1), (1, np.inf, np.inf)), 2, steps=10**9, seconds=0.2)
     assert played.cut == 2
     assert [len(lengths) for lengths in played.length] == [2, 1]
 

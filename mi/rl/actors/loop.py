@@ -9,7 +9,6 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import ml_collections
@@ -22,13 +21,14 @@ from mi.rl.actors import ray as ray_actors
 from mi.rl.actors.threads import Actors, QueueItem
 from mi.rl.actors.worker import Policy, Worker, concatenate_trajectories
 from mi.rl.agent import Agent, Params
-from mi.rl.checkpointing import Snapshot, is_evaluation_due, resume, save_or_stop
+from mi.rl.checkpointing import Snapshot, is_evaluation_due, resume, save_or_stop, write_costs
 from mi.rl.envs.spec import Spec
 from mi.rl.evaluate import Evaluate, Evaluation, write_evaluations
 from mi.rl.play import never
 from mi.rl.trajectory import Episodes, Trajectory
 from mi.rows import mean_over_rows
 from mi.training import checkpoint, logger, optim, progress, run_dir, sharding
+from mi.training.sharding import Tree
 
 
 def make_worker(
@@ -47,15 +47,15 @@ def make_worker(
       policy: policy to share; None to make one.
       birth: number of workers at this index that died. It changes the episodes.
     """
-    actors = config.actors
-    key = jax.random.key(config.seeds[0])
-    for number in (version, index, jax.process_index(), birth):
-        key = jax.random.fold_in(key, number)
-    seeds = np.asarray(jax.random.randint(key, (actors.groups,), 0, 2**30))
-    name, options = factory.get_environment_args(config)
-    groups = [envs.pool(name, actors.batch, int(seed), options) for seed in seeds]
+    worker_key = jax.random.key(config.seeds[0])
+    for identifier in (version, index, jax.process_index(), birth):
+        worker_key = jax.random.fold_in(worker_key, identifier)
+    env_seeds = np.asarray(jax.random.randint(worker_key, (config.actors.groups,), 0, 2**30))
+    env_name, options = factory.get_environment_args(config)
+    batch_size = config.actors.batch
+    groups = [envs.pool(env_name, batch_size, int(env_seed), options) for env_seed in env_seeds]
     policy = policy or Policy(factory.build_agent(config, groups[0].spec))
-    return Worker(groups, policy, config.train.length, key)
+    return Worker(groups, policy, config.train.length, worker_key)
 
 
 def train(
@@ -63,11 +63,12 @@ def train(
 ) -> None:
     """Train and evaluate in a run directory, or resume the run that it holds."""
     with contextlib.ExitStack() as stack:
-        keys = {'eval': 'env.name'}
+        config_keys = {'eval': 'env.name'}
         if config.eval.held_out:
-            keys['held_out'] = 'eval.held_out'
+            config_keys['held_out'] = 'eval.held_out'
         evaluations = {
-            split: stack.enter_context(Evaluation(config, key)) for split, key in keys.items()
+            split: stack.enter_context(Evaluation(config, config_key))
+            for split, config_key in config_keys.items()
         }
         agent = factory.build_agent(config, evaluations['eval'].spec)
         for evaluation in evaluations.values():
@@ -82,121 +83,141 @@ def _train(
     agent: Agent,
     run: run_dir.Run,
 ) -> None:
-    """Run the training loop.
-
-    Args:
-      config: config of the run.
-      evaluations: split → evaluation.
-      agent: the agent.
-      run: the open run.
-    """
-    num_updates, B, T = rl_config.count_updates(config), config.train.batch, config.train.length
+    """Run the training loop: take trajectories, update, record, save and evaluate."""
+    num_updates = rl_config.count_updates(config)
     optimizer = optim.make_optimizer(config.optim, num_updates)
-    run.write('cost.json', {'steps': num_updates, **factory.compute_costs(agent, B, T)})
+    mesh = sharding.make_mesh(1, config.train.batch, shape=config.train.mesh)
+    update = jit_update(agent, optimizer, factory.get_hyperparameters(config), mesh)
+    is_asked_to_stop = functools.partial(run.should_stop, recorded=False)
+    write_costs(run, agent)
 
     # A new state, or that of the newest checkpoint.
-    mesh = sharding.make_mesh(1, B, shape=config.train.mesh)
     state = init_state(agent, optimizer, config.seeds[0], mesh)
     checkpoints = checkpoint.Checkpoints(run.path / 'checkpoints', config.train.keep)
     restored, meta, records_end = resume(run, checkpoints, state, len(evaluations))
-    if restored is not None:
-        state = restored
-    env_steps = meta.get('env_steps', run.step * B * T)
-
-    update = jit_update(agent, optimizer, factory.get_hyperparameters(config), mesh)
-    is_asked_to_stop = functools.partial(run.should_stop, recorded=False)
-    window = Window()
-    with (
-        run.open_logger(num_updates, records_end or meta['metrics']) as log,
-        contextlib.ExitStack() as stack,
-    ):
+    state = state if restored is None else restored
+    env_steps = meta.get('env_steps', run.step * config.train.batch * config.train.length)
+    window, first_step = Window(), run.step
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(run.open_logger(num_updates, records_end or meta['metrics']))
+        recorder = _Recorder(run, log, agent.spec, env_steps)
         if records_end is None:
-            _evaluate(evaluations, agent, state, run, log, env_steps)
+            _evaluate(evaluations, agent, state, recorder)
         if run.step < num_updates:
             params = sharding.to_local(state.params)
             actors = stack.enter_context(start_actors(config, agent, params, run.step))
-        first_step = run.step
         while run.step < num_updates:
             # Update the learner and publish its parameters.
             is_first = run.step == first_step
             with progress.work_if(is_first, 'waiting for the first trajectories'):
-                items = take_batch(config, actors, run.step, window, is_asked_to_stop)
-            if items is not None:
-                trajectory = concatenate_trajectories([item.trajectory for item in items])
+                queue_items = take_batch(config, actors, run.step, window, is_asked_to_stop)
+            if queue_items is not None:
+                trajectory = concatenate_trajectories([item.trajectory for item in queue_items])
                 with progress.work_if(is_first, 'compiling the update'):
                     state, metrics = run.call_traced(
                         1, update, state, shard_trajectory(trajectory, mesh)
                     )
                 run.step += 1
                 actors.publish(sharding.to_local(state.params), run.step)
-                window.add(metrics, items)
-            is_recorded = run.step % config.train.log_every == 0
-            is_stopping = run.should_stop(is_recorded)
-            will_evaluate = items is not None and is_evaluation_due(config, run.step)
-            will_save = run.step % config.train.save_every == 0 or will_evaluate or is_stopping
+                window.add(metrics, queue_items)
 
             # Write the record since the last one.
+            is_recorded = run.step % config.train.log_every == 0
+            is_stopping = run.should_stop(is_recorded)
+            will_evaluate = queue_items is not None and is_evaluation_due(config, run.step)
+            will_save = run.step % config.train.save_every == 0 or will_evaluate or is_stopping
             if (is_recorded or will_save) and window.updates:
-                new_steps = sharding.sum_over_processes(window.transitions)
-                env_steps += new_steps
-                values, timing = window.take(is_complete=will_save)
-                statistics = sharding.to_local(state.statistics)
-                record = _make_record(run, values, window.episodes(), statistics, agent.spec)
-                log.write(run.step, config.seeds[0], 'train', {'env_steps': env_steps, **record})
-                rate = new_steps / timing['seconds']
-                timing |= {'steps_per_second': rate, 'queue': actors.count_waiting()}
-                log.write_timing(run.step, timing)
-                note = episode_metrics.make_note(record)
-                log.show_progress(run.step, note, f'{rate:,.0f} steps/s')
+                recorder.write(window, state.statistics, actors, is_complete=will_save)
 
             # Save, stop and evaluate.
             if will_save:
-                snapshot = Snapshot(state, state, env_steps)
+                snapshot = Snapshot(state, state, recorder.env_steps)
                 save_or_stop(run, checkpoints, log, snapshot, will_evaluate, is_stopping)
             if will_evaluate:
-                _evaluate(evaluations, agent, state, run, log, env_steps)
+                _evaluate(evaluations, agent, state, recorder)
             if is_recorded or will_save:
                 window = Window()  # its clock excludes evaluation and saving
 
 
-def _make_record(
-    run: run_dir.Run,
-    values: Mapping[str, np.ndarray],
-    episodes: Episodes,
-    statistics: popart.Statistics,
-    spec: Spec,
-) -> episode_metrics.Record:
-    """Return the record of a window of updates.
+class _Recorder:
+    """The writer of a run's records.
 
-    Raises:
-      UserError: if a value is not finite.
+    Attributes:
+      run: the open run.
+      log: its logger.
+      env_steps: environment steps of all processes so far.
     """
-    means = {name: value.mean(keepdims=True) for name, value in values.items()}
-    logger.refuse_non_finite(run.config.seeds, run.step, means)
-    record: episode_metrics.Record = {name: float(mean[0]) for name, mean in means.items()}
-    record |= episode_metrics.summarize_episodes(episodes, spec.tasks, spec.has_success)
-    record |= episode_metrics.summarize_statistics(statistics, spec.tasks)
-    return record
+
+    def __init__(self, run: run_dir.Run, log: logger.RunLogger, spec: Spec, env_steps: int):
+        self.run, self.log, self.env_steps = run, log, env_steps
+        self._spec = spec
+
+    def write(
+        self,
+        window: 'Window',
+        statistics: popart.Statistics,
+        actors: Actors,
+        is_complete: bool,
+    ) -> None:
+        """Write the record of a window of updates and its timing, and show the progress.
+
+        Args:
+          window: the updates, and the trajectories that they learned from.
+          statistics: statistics of PopArt after the last update.
+          actors: the actors, whose queue is measured.
+          is_complete: as in `Window.take`.
+
+        Raises:
+          UserError: if a metric is not finite.
+        """
+        run, log = self.run, self.log
+        new_steps = sharding.sum_over_processes(window.transitions)
+        self.env_steps += new_steps
+        values, timing = window.take(is_complete)
+        record = self._make_record(values, window.episodes(), sharding.to_local(statistics))
+        full_record = {'env_steps': self.env_steps, **record}
+        log.write(run.step, run.config.seeds[0], 'train', full_record)
+
+        # The timing is in a file of its own, because it differs between equal runs.
+        steps_per_second = new_steps / timing['seconds']
+        timing |= {'steps_per_second': steps_per_second, 'queue': actors.count_waiting()}
+        log.write_timing(run.step, timing)
+        note = episode_metrics.make_note(record)
+        log.show_progress(run.step, note, f'{steps_per_second:,.0f} steps/s')
+
+    def _make_record(
+        self,
+        values: Mapping[str, np.ndarray],
+        episodes: Episodes,
+        statistics: popart.Statistics,
+    ) -> episode_metrics.Record:
+        """Return the means of the values, with the episodes and the statistics by task."""
+        means = {name: array.mean(keepdims=True) for name, array in values.items()}
+        logger.refuse_non_finite(self.run.config.seeds, self.run.step, means)
+        record: episode_metrics.Record = {name: float(mean[0]) for name, mean in means.items()}
+        tasks, has_success = self._spec.tasks, self._spec.has_success
+        record |= episode_metrics.summarize_episodes(episodes, tasks, has_success)
+        record |= episode_metrics.summarize_statistics(statistics, tasks)
+        return record
 
 
 def _evaluate(
     evaluations: Mapping[str, Evaluation],
     agent: Agent,
     state: learner.LearnerState,
-    run: run_dir.Run,
-    log: logger.RunLogger,
-    env_steps: int,
+    recorder: _Recorder,
 ) -> None:
     """Evaluate every split in the first process, or end the run if it is asked to stop."""
     if not sharding.is_primary():
         return
+    run = recorder.run
     params, seed = sharding.to_local(state.params), run.config.seeds[0]
 
     def evaluate(evaluation: Evaluation) -> Evaluate:
         return lambda stops: [evaluation(agent, params, run.step, seed, stops)]
 
     splits = {split: evaluate(evaluation) for split, evaluation in evaluations.items()}
-    write_evaluations(splits, run, log, [env_steps])
+    write_evaluations(splits, run, recorder.log, [recorder.env_steps])
 
 
 def init_state(
@@ -217,7 +238,7 @@ def jit_update(
     optimizer: optax.GradientTransformation,
     hyperparameters: loss.Hyperparameters,
     mesh: jax.sharding.Mesh,
-) -> Any:
+) -> jax.stages.Wrapped:
     """Return `learner.update` jitted for a mesh: (state, trajectory [T, B]) → (state, metrics).
 
     Each device computes the gradient of its rows; the devices reduce it and the sums of PopArt.
@@ -229,15 +250,15 @@ def jit_update(
         state, metrics = learner.update(agent, optimizer, hyperparameters, state, trajectory)
         return state, mean_over_rows(metrics)
 
-    replicated: Any = sharding.replicated(mesh).spec
-    steps: Any = sharding.batch_sharding(mesh, 1).spec
-    carry: Any = sharding.batch_sharding(mesh, 0).spec
-    rows = Trajectory(steps, steps, steps, steps, steps, carry)
+    replicated = sharding.replicated(mesh).spec
+    steps = sharding.batch_sharding(mesh, axis=1).spec
+    carry = sharding.batch_sharding(mesh, axis=0).spec
+    trajectory_spec = Trajectory(steps, steps, steps, steps, steps, carry)  # type: ignore[arg-type]
     return jax.jit(
         jax.shard_map(
             update,
             mesh=mesh,
-            in_specs=(replicated, rows),
+            in_specs=(replicated, trajectory_spec),
             out_specs=replicated,
             check_vma=False,
         )
@@ -245,15 +266,18 @@ def jit_update(
 
 
 def lower_update(
-    update: Any, state: learner.LearnerState, trajectory: Trajectory, mesh: jax.sharding.Mesh
+    update: jax.stages.Wrapped,
+    state: learner.LearnerState,
+    trajectory: Trajectory,
+    mesh: jax.sharding.Mesh,
 ) -> jax.stages.Lowered:
     """Lower a `jit_update` for the shapes of a state and a trajectory."""
 
-    def add_sharding(tree: Any, leaf_sharding: jax.sharding.NamedSharding) -> Any:
-        return sharding.with_shardings(tree, jax.tree.map(lambda _: leaf_sharding, tree))
+    def add_sharding(shapes: Tree, leaf_sharding: jax.sharding.NamedSharding) -> Tree:
+        return sharding.with_shardings(shapes, jax.tree.map(lambda _: leaf_sharding, shapes))
 
-    steps = add_sharding(trajectory._replace(carry={}), sharding.batch_sharding(mesh, 1))
-    carry = add_sharding(trajectory.carry, sharding.batch_sharding(mesh, 0))
+    steps = add_sharding(trajectory._replace(carry={}), sharding.batch_sharding(mesh, axis=1))
+    carry = add_sharding(trajectory.carry, sharding.batch_sharding(mesh, axis=0))
     state = add_sharding(state, sharding.replicated(mesh))
     return update.lower(state, steps._replace(carry=carry))
 
@@ -262,18 +286,25 @@ def start_actors(
     config: ml_collections.ConfigDict, agent: Agent, params: Params, version: int
 ) -> Actors:
     """Return the actors of the config's topology, which start when the context is entered."""
-    make = functools.partial(make_worker, config, version)
-    queue = params, version, config.actors.queue, config.actors.timeout
-    indices = range(config.actors.number)
+    make_indexed = functools.partial(make_worker, config, version)
+    worker_indices = range(config.actors.number)
+    connect = functools.partial(
+        Actors,
+        params=params,
+        version=version,
+        capacity=config.actors.queue,
+        timeout=config.actors.timeout,
+    )
+    # Processes, which build policies of their own, or threads, which share one.
     if config.train.topology == 'ray':
         cpus = ray_actors.compute_cpus_per_actor(config.actors.number)
         remotes = [
-            functools.partial(ray_actors.Remote, functools.partial(make, index), cpus)
-            for index in indices
+            functools.partial(ray_actors.Remote, functools.partial(make_indexed, index), cpus)
+            for index in worker_indices
         ]
-        return Actors(remotes, *queue, share=ray_actors.share)
+        return connect(remotes, share=ray_actors.share)
     policy = Policy(agent)
-    return Actors([functools.partial(make, index, policy) for index in indices], *queue)
+    return connect([functools.partial(make_indexed, index, policy) for index in worker_indices])
 
 
 def take_batch(
@@ -287,21 +318,21 @@ def take_batch(
 
     Trajectories of parameters that are too old are dropped. The window counts them and the wait.
     """
-    items: list[QueueItem] = []
+    queue_items: list[QueueItem] = []
     start_time = time.perf_counter()
-    rows = config.train.batch // jax.process_count()
-    while len(items) < rows // config.actors.batch:
-        item = actors.get(stops)
-        if item is None:
+    local_batch_size = config.train.batch // jax.process_count()
+    while len(queue_items) < local_batch_size // config.actors.batch:
+        queue_item = actors.get(stops)
+        if queue_item is None:
             return None
-        lag = step - item.version
+        lag = step - queue_item.version
         if lag > config.actors.max_lag:
             window.dropped += 1
             continue
         window.lags.append(lag)
-        items.append(item)
+        queue_items.append(queue_item)
     window.wait_seconds += time.perf_counter() - start_time
-    return items
+    return queue_items
 
 
 def shard_trajectory(trajectory: Trajectory, mesh: jax.sharding.Mesh) -> Trajectory:
@@ -332,13 +363,13 @@ class Window:
         self.dropped = 0
         self.wait_seconds = 0.0
 
-    def add(self, metrics: dict[str, jax.Array], items: list[QueueItem]) -> None:
+    def add(self, metrics: dict[str, jax.Array], queue_items: list[QueueItem]) -> None:
         """Add an update and the trajectories that it learned from."""
         self.updates += 1
         self._metrics.append(metrics)
-        self._episodes += [item.episodes for item in items]
-        self._actor_wait_seconds += sum(item.wait_seconds for item in items)
-        self.transitions += sum(int(item.trajectory.valid.sum()) for item in items)
+        self._episodes += [item.episodes for item in queue_items]
+        self._actor_wait_seconds += sum(item.wait_seconds for item in queue_items)
+        self.transitions += sum(int(item.trajectory.valid.sum()) for item in queue_items)
 
     def take(self, is_complete: bool) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         """Return the values of the updates, [updates], and their timing in seconds.
@@ -347,8 +378,11 @@ class Window:
         have to wait for it.
         """
         skips_newest = not is_complete and self.updates > 1
-        metrics = jax.device_get(self._metrics[:-1] if skips_newest else self._metrics)
-        values = {name: np.stack([m[name] for m in metrics]) for name in metrics[0]}
+        update_metrics = jax.device_get(self._metrics[:-1] if skips_newest else self._metrics)
+        values = {
+            metric_name: np.stack([metrics[metric_name] for metrics in update_metrics])
+            for metric_name in update_metrics[0]
+        }
         values |= {
             'lag': np.asarray(self.lags),
             'lag_max': np.max(self.lags, keepdims=True),

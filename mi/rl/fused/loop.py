@@ -5,9 +5,10 @@ are divided over them (`mi.training.sharding`); the program is the same.
 """
 
 import functools
+import operator
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,16 @@ from jax import Array
 from mi.rl import config as rl_config
 from mi.rl import envs, episode_metrics, factory, learner, loss, popart
 from mi.rl.agent import Agent, Params
-from mi.rl.checkpointing import Snapshot, is_evaluation_due, resume, save_or_stop
+from mi.rl.checkpointing import Snapshot, is_evaluation_due, resume, save_or_stop, write_costs
 from mi.rl.envs import auto_reset, finite
 from mi.rl.envs.spec import JaxEnvironment, Spec
-from mi.rl.evaluate import Evaluate, evaluate_seeds, make_evaluation_keys, write_evaluations
+from mi.rl.evaluate import (
+    Evaluate,
+    Simulation,
+    evaluate_seeds,
+    make_evaluation_keys,
+    write_evaluations,
+)
 from mi.rl.fused import rollout
 from mi.rl.trajectory import Episodes
 from mi.rows import max_over_rows, mean_over_rows, sum_over_rows
@@ -83,34 +90,41 @@ def update(
     return TrainState(learner_state, actor), UpdateMetrics(metrics, episodes, counts)
 
 
-# Seven parameters: training and `mi.estimate` make the parts of a run in different ways.
-def compile_updates(  # noqa: PLR0913
+SeedUpdate = Callable[[TrainState], tuple[TrainState, UpdateMetrics]]
+
+
+def make_update(
+    config: ml_collections.ConfigDict,
     environment: JaxEnvironment,
     agent: Agent,
     optimizer: optax.GradientTransformation,
-    config: ml_collections.ConfigDict,
-    state: TrainState,
-    count: int,
-    mesh: jax.sharding.Mesh,
+) -> SeedUpdate:
+    """Return `update` with everything static bound: state of one seed → state and metrics."""
+    hyperparameters = factory.get_hyperparameters(config)
+    return functools.partial(
+        update, environment, agent, optimizer, hyperparameters, config.train.length
+    )
+
+
+def compile_updates(
+    update_once: SeedUpdate, state: TrainState, num_updates: int, mesh: jax.sharding.Mesh
 ) -> jax.stages.Compiled:
-    """Compile `count` updates of all seeds ahead of time: state → state and `UpdateMetrics`.
+    """Compile several updates of all seeds ahead of time: state → state and `UpdateMetrics`.
 
     Each device steps its environments and computes the gradient of their rows. In each update the
     devices reduce the gradient and the sums of PopArt; after the last, they reduce the metrics. The
     state is donated.
+
+    Args:
+      update_once: update of one seed, from `make_update`.
+      state: state of all seeds, or its shapes and shardings.
+      num_updates: number of updates of a call.
+      mesh: mesh of devices.
     """
-    update_once = functools.partial(
-        update,
-        environment,
-        agent,
-        optimizer,
-        factory.get_hyperparameters(config),
-        config.train.length,
-    )
 
     # All updates of one seed, then the reductions of their metrics over devices.
     def update_seed(state: TrainState) -> tuple[TrainState, UpdateMetrics]:
-        state, metrics = jax.lax.scan(lambda state, _: update_once(state), state, None, count)
+        state, metrics = jax.lax.scan(lambda state, _: update_once(state), state, None, num_updates)
         counts = metrics.counts
         has_failed = jax.tree.map(lambda a: (~a).any(0).astype(jnp.int32), counts.are_finite)
         longest, has_failed = max_over_rows((counts.longest_unfinished.max(0), has_failed))
@@ -163,22 +177,19 @@ def get_state_shapes(
     """Return the shapes and shardings of `init_states`, without computing it."""
     init = functools.partial(init_state, environment, agent, optimizer, config.train.batch)
     state: TrainState = jax.eval_shape(jax.vmap(init), np.asarray(config.seeds, np.int32))
-    by_seed, by_rows = (
-        sharding.seed_sharding(mesh),
-        sharding.batch_sharding(mesh, 1, has_seeds=True),
-    )
-    actor = jax.tree.map(lambda _: by_rows, state.actor)._replace(key=by_seed)
-    shardings: Any = TrainState(jax.tree.map(lambda _: by_seed, state.learner), actor)
-    shapes: TrainState = sharding.with_shardings(state, shardings)
-    return shapes
+    by_seed = sharding.seed_sharding(mesh)
+    by_rows = sharding.batch_sharding(mesh, axis=1, has_seeds=True)
+    learner_shardings = jax.tree.map(lambda _: by_seed, state.learner)
+    actor_shardings = jax.tree.map(lambda _: by_rows, state.actor)._replace(key=by_seed)
+    return sharding.with_shardings(state, TrainState(learner_shardings, actor_shardings))
 
 
 def make_mesh(
     config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
     """Return the mesh of a run of the config, by default on all devices."""
-    shape = config.train.mesh
-    return sharding.make_mesh(len(config.seeds), config.train.batch, shape=shape, devices=devices)
+    num_seeds, batch_size, shape = len(config.seeds), config.train.batch, config.train.mesh
+    return sharding.make_mesh(num_seeds, batch_size, shape=shape, devices=devices)
 
 
 def train(
@@ -189,8 +200,9 @@ def train(
     agent = factory.build_agent(config, environment.spec)
     environments = {'eval': environment}
     if config.eval.held_out:
-        key = 'eval.held_out'
-        environments['held_out'] = envs.make(*factory.get_environment_args(config, key), key)
+        config_key = 'eval.held_out'
+        env_name, options = factory.get_environment_args(config, config_key)
+        environments['held_out'] = envs.make(env_name, options, config_key)
         factory.check_held_out(config, environment.spec, environments['held_out'].spec)
     with run_dir.open_run(workdir, config, profile) as run:
         _train(config, environments, agent, run)
@@ -202,18 +214,11 @@ def _train(
     agent: Agent,
     run: run_dir.Run,
 ) -> None:
-    """Run the training loop.
-
-    Args:
-      config: config of the run.
-      environments: split → environment to evaluate in; that of 'eval' is trained in.
-      agent: the agent.
-      run: the open run.
-    """
+    """Run the training loop, in the environment of the split 'eval'."""
     num_updates, environment = rl_config.count_updates(config), environments['eval']
     optimizer = optim.make_optimizer(config.optim, num_updates)
-    costs = factory.compute_costs(agent, config.train.batch, config.train.length)
-    run.write('cost.json', {'steps': num_updates, **costs})
+    update_once = make_update(config, environment, agent, optimizer)
+    write_costs(run, agent)
 
     # A new state, or that of the newest checkpoint.
     with progress.Work('drawing the initial parameters and episodes'):
@@ -221,8 +226,7 @@ def _train(
         state = init_states(config, environment, agent, optimizer, mesh)
     checkpoints = checkpoint.Checkpoints(run.path / 'checkpoints', config.train.keep)
     restored, meta, records_end = resume(run, checkpoints, _unwrap_keys(state), len(environments))
-    if restored is not None:
-        state = _wrap_keys(restored, state)
+    state = state if restored is None else _wrap_keys(restored, state)
     env_steps = np.asarray(meta.get('env_steps', [0] * len(config.seeds)), np.int64)  # [S]
 
     compiled: dict[int, jax.stages.Compiled] = {}  # number of updates → program
@@ -232,29 +236,27 @@ def _train(
             write_evaluations(splits, run, log, env_steps)
         while run.step < num_updates:
             # Compile as many updates as a record has.
-            count = min(config.train.log_every, num_updates - run.step)
-            if count not in compiled:
-                with progress.Work(f'compiling {count:,} updates'):
-                    compiled[count] = compile_updates(
-                        environment, agent, optimizer, config, state, count, mesh
-                    )
+            num_new = min(config.train.log_every, num_updates - run.step)
+            if num_new not in compiled:
+                with progress.Work(f'compiling {num_new:,} updates'):
+                    compiled[num_new] = compile_updates(update_once, state, num_new, mesh)
 
             # Train.
             start_time = time.perf_counter()
-            with progress.Work(f'updates {run.step + 1:,} to {run.step + count:,}'):
-                state, metrics = run.call_traced(count, compiled[count], state)
+            with progress.Work(f'updates {run.step + 1:,} to {run.step + num_new:,}'):
+                state, metrics = run.call_traced(num_new, compiled[num_new], state)
                 metrics, statistics = sharding.to_host((metrics, state.learner.statistics))
             seconds = time.perf_counter() - start_time
 
             # Write the records.
             _check_counts(environment.spec, metrics.counts)
-            run.step += count
+            run.step += num_new
             env_steps += metrics.counts.transitions
             logger.refuse_non_finite(config.seeds, run.step, metrics.learner)
             note = _write_records(run, log, environment.spec, env_steps, metrics, statistics)
-            rate = metrics.counts.transitions.sum() / seconds
-            log.write_timing(run.step, {'seconds': seconds, 'steps_per_second': rate})
-            log.show_progress(run.step, note, f'{rate:,.0f} steps/s')
+            steps_per_second = metrics.counts.transitions.sum() / seconds
+            log.write_timing(run.step, {'seconds': seconds, 'steps_per_second': steps_per_second})
+            log.show_progress(run.step, note, f'{steps_per_second:,.0f} steps/s')
 
             # Save, stop and evaluate.
             will_evaluate = is_evaluation_due(config, run.step)
@@ -275,10 +277,14 @@ def make_splits(
     mesh: jax.sharding.Mesh,
 ) -> dict[str, Evaluate]:
     """Return split → evaluation of these parameters, [S, …], for `write_evaluations`."""
-    keys = make_evaluation_keys(run.config.seeds, run.step)
+    seed_steps = make_evaluation_keys(run.config.seeds, run.step)
     return {
         split: functools.partial(
-            evaluate_seeds, environment, agent, params, keys, run.config.eval, mesh
+            evaluate_seeds,
+            Simulation(environment, agent, mesh),
+            params,
+            seed_steps,
+            run.config.eval,
         )
         for split, environment in environments.items()
     }
@@ -293,12 +299,11 @@ def _write_records(
     statistics: popart.Statistics,
 ) -> str:
     """Write a record for each seed; return a note about all seeds for the progress line."""
-    for i, seed in enumerate(run.config.seeds):
-        seed_metrics, seed_statistics = jax.tree.map(
-            lambda a, i=i: a[i], ((metrics.learner, metrics.episodes), statistics)
+    for seed_index, seed in enumerate(run.config.seeds):
+        learner_metrics, episodes, seed_statistics = jax.tree.map(
+            operator.itemgetter(seed_index), (metrics.learner, metrics.episodes, statistics)
         )
-        learner_metrics, episodes = seed_metrics
-        record: episode_metrics.Record = {'env_steps': int(env_steps[i])}
+        record: episode_metrics.Record = {'env_steps': int(env_steps[seed_index])}
         record |= {name: float(value) for name, value in learner_metrics.items()}
         record |= episode_metrics.summarize_episodes(episodes, spec.tasks, spec.has_success)
         record |= episode_metrics.summarize_statistics(seed_statistics, spec.tasks)

@@ -206,8 +206,8 @@ def play(environment, agent, each):
     """Episodes of one seed that draws its actions."""
     params = jax.tree.map(lambda a: jnp.asarray(a)[None], PARAMS)
     keys = evaluate.make_evaluation_keys([0], 0)
-    mesh = sharding.make_mesh(1, 1)
-    (played,) = evaluate.play_episodes(environment, agent, params, keys, each, False, mesh)
+    simulation = evaluate.Simulation(environment, agent, sharding.make_mesh(1, 1))
+    (played,) = evaluate.play_episodes(simulation, params, keys, each, False)
     return played
 
 
