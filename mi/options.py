@@ -2,14 +2,16 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import ml_collections
 
 from mi.config import UserError, suggest
 
+Options: TypeAlias = dict[str, Any]  # name → value, of the types that a config can hold
 
-def get_keyword_defaults(maker: Callable[..., Any]) -> dict[str, Any]:
+
+def get_keyword_defaults(maker: Callable[..., object]) -> Options:
     """Return name → default of the keyword-only arguments of a function."""
     return {
         parameter.name: parameter.default
@@ -18,7 +20,7 @@ def get_keyword_defaults(maker: Callable[..., Any]) -> dict[str, Any]:
     }
 
 
-def get_field_defaults(module: Callable[..., Any]) -> dict[str, Any]:
+def get_field_defaults(module: Callable[..., object]) -> Options:
     """Return name → default of the fields of a Flax module, or of a partial of one.
 
     Fields without a default, Flax's own and the dtypes, which have a config key, are left out.
@@ -38,29 +40,29 @@ def get_options(config: ml_collections.ConfigDict, key: str) -> dict[str, Any]:
 
 
 def check_options(
-    key: str, name: str, options: Mapping[str, Any], defaults: Mapping[str, Any]
+    config_key: str, owner: str, options: Mapping[str, object], defaults: Mapping[str, object]
 ) -> None:
     """Refuse options that are unknown, or of another type than their default.
 
     An option whose default is None takes any value.
 
     Args:
-      key: the config key of the options, as 'config.env.options'.
-      name: name of the module or environment that takes the options, for errors.
+      config_key: the config key of the options, as 'config.env.options'.
+      owner: name of the module or environment that takes the options, for errors.
       options: name → value.
       defaults: name → default of all known options.
 
     Raises:
       UserError: which option, and what is expected.
     """
-    for option, value in options.items():
+    for option, setting in options.items():
         if option not in defaults:
             hint = suggest(option, defaults) if defaults else 'it has no options'
-            raise UserError(f'{key}.{option} is unknown to {name!r}; {hint}')
+            raise UserError(f'{config_key}.{option} is unknown to {owner!r}; {hint}')
         default = defaults[option]
-        kinds = (int, float) if isinstance(default, float) else (type(default),)
-        if default is not None and type(value) not in kinds:
+        expected_types = (int, float) if isinstance(default, float) else (type(default),)
+        if default is not None and type(setting) not in expected_types:
             raise UserError(
-                f'{key}.{option} = {value!r}: expected {type(default).__name__}, as its default '
-                f'{default!r}'
+                f'{config_key}.{option} = {setting!r}: expected {type(default).__name__}, as its '
+                f'default {default!r}'
             )

@@ -75,7 +75,7 @@ class Context(NamedTuple):
     """
 
     z: Array
-    options: Mapping[str, Any]
+    options: Mapping[str, object]
     is_new: Array | None = None
 
 
@@ -145,13 +145,13 @@ class Agent(nn.Module):
         logits, value = self._readout(h, context, inputs.observation['task'])
         return context_carry | core_carry, Outputs(logits, value)
 
-    def initial_carry(self, batch: int) -> Carry:
+    def initial_carry(self, batch_size: int) -> Carry:
         """Return the carry before the first step of an episode: zeros."""
         carry: Carry = {}
         if self.core is not None:
-            carry['core'] = self.core(parent=None).initial(batch)
+            carry['core'] = self.core(parent=None).initial(batch_size)
         if self.source == 'inferred':
-            carry['context'] = cells.initial_carry(batch, self.context)
+            carry['context'] = cells.initial_carry(batch_size, self.context)
         return carry
 
     def _torso_name(self) -> str:
@@ -177,8 +177,10 @@ class Agent(nn.Module):
         # The parameters are made here and not in a submodule, because the encoder is applied as a
         # pure function inside of a `lax.cond`.
         encoder = InstructionEncoder(self.spec.vocabulary, dtype=self.dtype, parent=None)
-        tokens = jnp.zeros((1, 1), jnp.int32)
-        params = self.param('instruction_encoder', lambda key: encoder.init(key, tokens)['params'])
+        one_token = jnp.zeros((1, 1), jnp.int32)
+        params = self.param(
+            'instruction_encoder', lambda rng_key: encoder.init(rng_key, one_token)['params']
+        )
         if jnp.issubdtype(instruction.dtype, jnp.integer):
             encode = functools.partial(encoder.apply, {'params': params})
             instruction = encode_once_per_instruction(encode, instruction, is_new)
@@ -208,12 +210,12 @@ class Agent(nn.Module):
                 z = jax.nn.one_hot(task, num_tasks, dtype=self.dtype)
                 return Context(z, {'context': 'one_hot'}), {}
             case 'embedding':
-                shape = num_tasks, self.context
-                table = self.param('task_embedding', initializers.normal(1.0), shape)
-                return Context(table[task].astype(self.dtype), {'context': 'dense'}), {}
+                table_shape = num_tasks, self.context
+                embeddings = self.param('task_embedding', initializers.normal(1.0), table_shape)
+                return Context(embeddings[task].astype(self.dtype), {'context': 'dense'}), {}
             case 'inferred':
-                lstm = cells.LSTM(self.context, dtype=self.dtype, name='context')
-                next_carry, z = lstm(carry['context'], u, inputs.is_first)
+                context_lstm = cells.LSTM(self.context, dtype=self.dtype, name='context')
+                next_carry, z = context_lstm(carry['context'], u, inputs.is_first)
                 return Context(z, {'context': 'dense'}), {'context': next_carry}
             case 'instruction':
                 return instruction, {}
@@ -226,8 +228,8 @@ class Agent(nn.Module):
         fusion = self.fusion(features, dtype=self.dtype, **context.options, name=site)
         if context.is_new is not None:
             return fuse_once_per_instruction(fusion, x, context.z, context.is_new)
-        y: Array = fusion(x, context.z)
-        return y
+        fused: Array = fusion(x, context.z)
+        return fused
 
     def _core(self, carry: Carry, u: Array, is_first: Array) -> tuple[Array, Carry]:
         """Return the core's outputs [T, B, H] and its carry."""
@@ -238,15 +240,15 @@ class Agent(nn.Module):
 
     def _readout(self, h: Array, context: Context | None, task: Array) -> tuple[Array, Array]:
         """Return logits [T, B, A] and value [T, B], the latter through PopArt's affine map."""
-        features = self.spec.actions + 1
+        num_outputs, num_tasks = self.spec.actions + 1, len(self.spec.tasks)
         if 'readout' in self.sites:
-            y = self._fuse('readout', features, h, context)
+            outputs = self._fuse('readout', num_outputs, h, context)
         else:
-            y = Affine(features, self.dtype, name='readout')(h)
-        gain = self.param('gain', initializers.ones, (len(self.spec.tasks),))
-        shift = self.param('shift', initializers.zeros, (len(self.spec.tasks),))
-        value = gain[task] * y[..., -1].astype(jnp.float32) + shift[task]
-        return y[..., :-1].astype(jnp.float32), value
+            outputs = Affine(num_outputs, self.dtype, name='readout')(h)
+        gain = self.param('gain', initializers.ones, (num_tasks,))
+        shift = self.param('shift', initializers.zeros, (num_tasks,))
+        value = gain[task] * outputs[..., -1].astype(jnp.float32) + shift[task]
+        return outputs[..., :-1].astype(jnp.float32), value
 
 
 def forward(agent: Agent, params: Params, carry: Carry, inputs: Inputs) -> tuple[Carry, Outputs]:

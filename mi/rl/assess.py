@@ -1,8 +1,8 @@
 """Evaluation of a trained agent: scores of every task, greedy and sampled, and videos."""
 
 import functools
+import operator
 import pathlib
-from typing import Any
 
 import jax
 import ml_collections
@@ -19,8 +19,9 @@ from mi.rl import (
     factory,
     video,
 )
-from mi.rl.agent import Agent
+from mi.rl.agent import Agent, Params
 from mi.rl.envs.spec import Spec
+from mi.rl.episode_metrics import Record
 from mi.rl.evaluate import Evaluation
 from mi.rl.play import Watched
 from mi.training import checkpoint
@@ -29,6 +30,8 @@ from mi.training.run_config import merge_eval_config
 
 OWN = ('eval', 'actors', 'tracker')
 FIXED = ('task', 'env', 'model', 'seeds')
+
+Scores = dict[str, dict[str, Record]]  # split and policy, as 'eval_greedy' → seed → record
 
 
 def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -42,36 +45,36 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
     """
     # The config of the run, with the evaluation's own keys.
     rl_config.validate(config)
-    path = pathlib.Path(workdir)
-    config = merge_eval_config(path, config, overridable=OWN, fixed=FIXED).unlock()
+    run_path = pathlib.Path(workdir)
+    config = merge_eval_config(run_path, config, overridable=OWN, fixed=FIXED).unlock()
     config.eval.greedy = True
 
     # Scores of every split, seed and policy.
-    scores: dict[str, Any] = {}
-    keys = {'eval': 'env.name'}
+    scores: Scores = {}
+    config_keys = {'eval': 'env.name'}
     if config.eval.held_out:
-        keys['held_out'] = 'eval.held_out'
-    for split, key in keys.items():
-        with precision.use_config(config), Evaluation(config, key) as evaluation:
+        config_keys['held_out'] = 'eval.held_out'
+    for split, config_key in config_keys.items():
+        with precision.use_config(config), Evaluation(config, config_key) as evaluation:
             if split == 'eval':
                 agent = factory.build_agent(config, evaluation.spec)
-                params, step = _restore_params(config, agent, path)
+                params, step = _restore_params(config, agent, run_path)
             factory.check_held_out(config, agent.spec, evaluation.spec)
-            for i, seed in enumerate(config.seeds):
-                seed_params = jax.tree.map(lambda a, i=i: a[i], params)
-                for policy, record in evaluation(agent, seed_params, step, seed).items():
-                    scores.setdefault(split + policy, {})[str(seed)] = record
+            for seed_index, seed in enumerate(config.seeds):
+                seed_params = jax.tree.map(operator.itemgetter(seed_index), params)
+                for suffix, record in evaluation(agent, seed_params, step, seed).items():
+                    scores.setdefault(split + suffix, {})[str(seed)] = record
         _print_scores(evaluation.spec, split, scores)
-    folder = path / 'evaluation'
-    folder.mkdir(exist_ok=True)
-    write_json(folder / 'scores.json', {'step': step, **scores})
+    output_dir = run_path / 'evaluation'
+    output_dir.mkdir(exist_ok=True)
+    write_json(output_dir / 'scores.json', {'step': step, **scores})
 
     # Videos of the first seed's greedy policy.
-    first_params = jax.tree.map(lambda a: a[0], params)
-    rows = max(config.actors.batch, len(agent.spec.tasks))
-    name, options = factory.get_environment_args(config)
+    first_params = jax.tree.map(operator.itemgetter(0), params)
+    batch_size = max(config.actors.batch, len(agent.spec.tasks))
+    env_name, options = factory.get_environment_args(config)
     pool = Watched(
-        envs.pool(name, rows, config.seeds[0], options),
+        envs.pool(env_name, batch_size, config.seeds[0], options),
         config.actors.timeout,
         'config.actors.timeout',
     )
@@ -81,32 +84,32 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
             frames = video.record_episodes(pool, agent, first_params, action_key, greedy=True)
     finally:
         pool.close()
-    for task, task_frames in frames.items():
-        name = task.replace(' ', '_').replace('/', '_')
-        video.write(folder / f'{name}.gif', pool.spec, task, task_frames)
-    print(f'{folder}: scores.json and {len(frames)} videos')
+    for task_name, task_frames in frames.items():
+        file_stem = task_name.replace(' ', '_').replace('/', '_')
+        video.write(output_dir / f'{file_stem}.gif', pool.spec, task_name, task_frames)
+    print(f'{output_dir}: scores.json and {len(frames)} videos')
 
 
 def _restore_params(
-    config: ml_collections.ConfigDict, agent: Agent, path: pathlib.Path
-) -> tuple[Any, int]:
+    config: ml_collections.ConfigDict, agent: Agent, run_path: pathlib.Path
+) -> tuple[Params, int]:
     """Return the parameters of all seeds, [S, …], from a run of any topology, and their step."""
-    saved = checkpoint.Checkpoints(path / 'checkpoints', config.train.keep)
-    newest, meta = saved.newest()
-    like: Any = jax.eval_shape(functools.partial(factory.init_params, agent), jax.random.key(0))
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    checkpoints = checkpoint.Checkpoints(run_path / 'checkpoints', config.train.keep)
+    newest, meta = checkpoints.newest()
     has_seeds = config.train.topology == 'fused'
-    axes = (len(config.seeds),) if has_seeds else ()
+    seed_axis = (len(config.seeds),) if has_seeds else ()
+    on_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(axes + a.shape, a.dtype, sharding=device), like
+        lambda a: jax.ShapeDtypeStruct(seed_axis + a.shape, a.dtype, sharding=on_device),
+        jax.eval_shape(functools.partial(factory.init_params, agent), jax.random.key(0)),
     )
-    params = saved.restore_part(newest, 'learner.params' if has_seeds else 'params', like)
+    params = checkpoints.restore_part(newest, 'learner.params' if has_seeds else 'params', like)
     if not has_seeds:
         params = jax.tree.map(lambda a: a[None], params)
     return params, meta['step']
 
 
-def _print_scores(spec: Spec, split: str, scores: dict[str, Any]) -> None:
+def _print_scores(spec: Spec, split: str, scores: Scores) -> None:
     """Print a row for each task: mean return and success over seeds, sampled and greedy.
 
     If the environment does not define success, the greedy column has the return.
@@ -115,19 +118,22 @@ def _print_scores(spec: Spec, split: str, scores: dict[str, Any]) -> None:
     columns = ['task', 'return', '± 2 s.e.', *(['success'] if spec.has_success else [])]
     table = rich.table.Table(*columns, f'greedy {score_name}', title=split)
 
-    def mean(policy: str, name: str) -> float:
-        return float(np.mean([record[name] for record in scores[split + policy].values()]))
+    def mean(policy_suffix: str, metric_name: str) -> float:
+        records = scores[split + policy_suffix].values()
+        return float(np.array([record[metric_name] for record in records], float).mean())
 
-    def add_row(label: str, suffix: str, width: str) -> None:
-        success = [f'{mean("", f"success{suffix}"):.2f}'] if spec.has_success else []
-        greedy = f'{mean("_greedy", f"{score_name}{suffix}"):.{2 if spec.has_success else 3}f}'
-        table.add_row(label, f'{mean("", f"return{suffix}"):.3f}', width, *success, greedy)
+    def add_row(label: str, task_suffix: str, width: str) -> None:
+        success = [f'{mean("", f"success{task_suffix}"):.2f}'] if spec.has_success else []
+        greedy_mean = mean('_greedy', f'{score_name}{task_suffix}')
+        greedy = f'{greedy_mean:.{2 if spec.has_success else 3}f}'
+        table.add_row(label, f'{mean("", f"return{task_suffix}"):.3f}', width, *success, greedy)
 
-    for task in spec.tasks:
+    for task_name in spec.tasks:
         records = scores[split].values()
-        errors = [record.get(f'stderr/{task}', float('nan')) for record in records]
-        width = 2 * np.sqrt(np.sum(np.square(errors))) / len(errors)
-        add_row(task, f'/{task}', f'{width:.3f}')
+        metric_name = f'stderr/{task_name}'
+        standard_errors = np.array([record.get(metric_name, np.nan) for record in records], float)
+        width = 2 * np.sqrt(np.sum(np.square(standard_errors))) / len(standard_errors)
+        add_row(task_name, f'/{task_name}', f'{width:.3f}')
     table.add_section()
     add_row('mean', '', '')
     rich.console.Console().print(table)

@@ -40,10 +40,10 @@ TORSO_INPUTS = {  # torso → entries of the observation; it needs one of them
 TOPOLOGIES = ('fused', 'threads', 'ray')
 
 
-def check_sites(value: Any) -> str:
+def check_sites(sites: Any) -> str:
     """Accept a tuple of distinct sites."""
-    is_distinct = isinstance(value, tuple | list) and len(set(value)) == len(value)
-    if is_distinct and all(site in SITES for site in value):
+    is_tuple = isinstance(sites, tuple | list)
+    if is_tuple and len(set(sites)) == len(sites) and all(site in SITES for site in sites):
         return ''
     return f'a tuple of distinct sites out of {", ".join(SITES)}; () for none'
 
@@ -110,18 +110,19 @@ def validate(config: ml_collections.ConfigDict) -> None:
     model, training, actors = config.model, config.train, config.actors
 
     # The fusion and its context.
-    name = model.fusion.name
-    if name in fusion.ONE_HOT and ('instruction' in model.sites or model.source != 'task'):
+    fusion_name = model.fusion.name
+    is_one_hot = model.source == 'task' and 'instruction' not in model.sites
+    if fusion_name in fusion.ONE_HOT and not is_one_hot:
         raise UserError(
-            f'config.model.fusion.name = {name!r}: expected one-hot contexts only. Try '
+            f'config.model.fusion.name = {fusion_name!r}: expected one-hot contexts only. Try '
             f"config.model.source = 'task' and no site 'instruction'"
         )
 
     # Evaluations and checkpoints come with a record.
-    for name in ('eval_every', 'save_every'):
-        if training[name] % training.log_every:
+    for field in ('eval_every', 'save_every'):
+        if training[field] % training.log_every:
             raise UserError(
-                f'config.train.{name} = {training[name]}: expected a multiple of '
+                f'config.train.{field} = {training[field]}: expected a multiple of '
                 f'config.train.log_every = {training.log_every}, the updates of one record'
             )
 
@@ -133,12 +134,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f'config.seeds = {tuple(config.seeds)}: expected one seed with config.train.topology = '
             f'{training.topology!r}. Start a run for each seed'
         )
-    processes = jax.process_count()
-    if training.batch % (actors.batch * processes):
-        where = f', in each of {processes} processes' if processes > 1 else ''
+    num_processes = jax.process_count()
+    if training.batch % (actors.batch * num_processes):
+        scope = f', in each of {num_processes} processes' if num_processes > 1 else ''
         raise UserError(
             f'config.train.batch = {training.batch}: expected a multiple of config.actors.batch = '
-            f'{actors.batch}, the rows of one trajectory in the queue{where}'
+            f'{actors.batch}, the rows of one trajectory in the queue{scope}'
         )
 
 

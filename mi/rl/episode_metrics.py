@@ -18,25 +18,27 @@ def summarize_episodes(
     The mean over all tasks weights the tasks with an episode equally. None means unknown: no
     episode ended, or the environment does not define success.
     """
-    number, *sums = (np.asarray(a, np.float64) for a in episodes)
-    has_ended = number > 0
-    record: Record = {'episodes': float(number.sum())}
-    for name, total in zip(('return', 'length', 'success'), sums, strict=True):
-        is_known = has_ended if name != 'success' or has_success else np.zeros_like(has_ended)
-        means = np.divide(total, number, out=np.zeros_like(total), where=has_ended)
-        record[name] = float(means[is_known].mean()) if is_known.any() else None
-        if len(tasks) > 1 and name != 'length':
-            for i, task in enumerate(tasks):
-                record[f'{name}/{task}'] = float(means[i]) if is_known[i] else None
+    num_episodes, *sums = (np.asarray(task_sums, np.float64) for task_sums in episodes)
+    has_ended = num_episodes > 0
+    record: Record = {'episodes': float(num_episodes.sum())}
+    for metric_name, task_sums in zip(('return', 'length', 'success'), sums, strict=True):
+        is_defined = metric_name != 'success' or has_success
+        is_known = has_ended if is_defined else np.zeros_like(has_ended)
+        means = np.divide(task_sums, num_episodes, out=np.zeros_like(task_sums), where=has_ended)
+        record[metric_name] = float(means[is_known].mean()) if is_known.any() else None
+        if len(tasks) > 1 and metric_name != 'length':
+            for task, task_name in enumerate(tasks):
+                mean = float(means[task]) if is_known[task] else None
+                record[f'{metric_name}/{task_name}'] = mean
     return record
 
 
 def make_note(record: Record) -> str:
     """Return a record's success, or its return if that is unknown, for the progress line."""
-    for name in ('success', 'return'):
-        value = record.get(name)
-        if value is not None:
-            return f'{name} {value:.3f}'
+    for metric_name in ('success', 'return'):
+        mean = record.get(metric_name)
+        if mean is not None:
+            return f'{metric_name} {mean:.3f}'
     return 'no episode ended yet'
 
 
@@ -44,12 +46,12 @@ def summarize_statistics(statistics: popart.Statistics, tasks: Sequence[str]) ->
     """Return μ and σ of PopArt by task."""
     mu, sigma = np.asarray(statistics.mu), np.asarray(popart.sigma(statistics))
     record: Record = {}
-    for i, task in enumerate(tasks):
-        record[f'popart_mu/{task}'] = float(mu[i])
-        record[f'popart_sigma/{task}'] = float(sigma[i])
+    for task, task_name in enumerate(tasks):
+        record[f'popart_mu/{task_name}'] = float(mu[task])
+        record[f'popart_sigma/{task_name}'] = float(sigma[task])
     return record
 
 
 def add_episodes(episodes: Iterable[Episodes]) -> Episodes:
     """Sum the episodes of several trajectories."""
-    return Episodes(*(np.sum(np.stack(a), axis=0) for a in zip(*episodes, strict=True)))
+    return Episodes(*(np.sum(np.stack(sums), axis=0) for sums in zip(*episodes, strict=True)))

@@ -48,14 +48,18 @@ def make_evaluation_keys(seeds: Sequence[int], step: int) -> np.ndarray:
 
 
 def play_episodes(
-    simulation: Simulation, params: Params, seed_steps: np.ndarray, num_episodes: int, greedy: bool
+    simulation: Simulation,
+    params: Params,
+    evaluation_keys: np.ndarray,
+    num_episodes: int,
+    greedy: bool,
 ) -> list[EpisodeArrays]:
     """Play episodes of every task for each seed, divided over the devices.
 
     Args:
       simulation: environment, agent and mesh.
       params: parameters of the agent, [S, …].
-      seed_steps: seed and step of each seed, from `make_evaluation_keys`.
+      evaluation_keys: random keys from `make_evaluation_keys`.
       num_episodes: number for each task.
       greedy: whether to take the most likely action instead of sampling.
 
@@ -64,8 +68,8 @@ def play_episodes(
     """
     spec, mesh = simulation.environment.spec, simulation.mesh
     program = make_program(simulation, num_episodes, greedy)
-    placed_steps = sharding.shard_array(seed_steps, sharding.seed_sharding(mesh))
-    returns, success, length = sharding.to_host(program(params, placed_steps))
+    placed_keys = sharding.shard_array(evaluation_keys, sharding.seed_sharding(mesh))
+    returns, success, length = sharding.to_host(program(params, placed_keys))
     auto_reset.check_length(spec, int(length.max()) - 1)
 
     # Row i of a seed has an episode of task i % num_tasks; rows that pad the devices come last.
@@ -89,15 +93,15 @@ def compile_episodes(
     """
     num_seeds = jax.tree.leaves(params)[0].shape[0]
     by_seed = sharding.seed_sharding(simulation.mesh)
-    seed_steps = jax.ShapeDtypeStruct((num_seeds, 2), jnp.int32, sharding=by_seed)
+    evaluation_keys = jax.ShapeDtypeStruct((num_seeds, 2), jnp.int32, sharding=by_seed)
     program = make_program(simulation, num_episodes, greedy=False)
-    compiled: jax.stages.Compiled = program.lower(params, seed_steps).compile()
+    compiled: jax.stages.Compiled = program.lower(params, evaluation_keys).compile()
     return compiled
 
 
 @functools.cache
 def make_program(simulation: Simulation, num_episodes: int, greedy: bool) -> jax.stages.Wrapped:
-    """Return the program (params, seed steps) → return, success and length of rows, [S, rows].
+    """Return the program (params, evaluation keys) → return, success and length of rows, [S, rows].
 
     The devices do not communicate: each ends with the longest episode of its rows.
     """
@@ -107,8 +111,8 @@ def make_program(simulation: Simulation, num_episodes: int, greedy: bool) -> jax
     device_rows = -(-num_rows // row_shards)
 
     # The rows of one seed on one device; the last ones may be padding, which is not played.
-    def play_seed(params: Params, seed_step: Array) -> tuple[Array, Array, Array]:
-        rng_key = jax.random.fold_in(jax.random.key(seed_step[0]), seed_step[1])
+    def play_seed(params: Params, evaluation_key: Array) -> tuple[Array, Array, Array]:
+        rng_key = jax.random.fold_in(jax.random.key(evaluation_key[0]), evaluation_key[1])
         is_played = get_row_indices(device_rows) < num_rows
         return _play_rows(environment, agent, params, rng_key, is_played, greedy)
 
@@ -175,6 +179,7 @@ def _play_rows(
             state.length + is_alive,
         )
 
+    # Step until no row is alive, or one has outlived the spec.
     init_state = _EvaluationState(
         init_actor_state(environment, agent, num_rows, rng_key),
         is_played,
@@ -235,14 +240,14 @@ def summarize(
 def evaluate_seeds(
     simulation: Simulation,
     params: Params,
-    seed_steps: np.ndarray,
+    evaluation_keys: np.ndarray,
     config: ml_collections.ConfigDict,
     stops: Callable[[], bool] = never,
 ) -> list[dict[str, Record]]:
     """Evaluate all seeds in an environment in JAX.
 
     Args:
-      simulation, params, seed_steps: as in `play_episodes`.
+      simulation, params, evaluation_keys: as in `play_episodes`.
       config: config of the evaluation, config.eval.
       stops: called before each policy is evaluated; returns whether to abort.
 
@@ -252,11 +257,11 @@ def evaluate_seeds(
     Raises:
       StoppedError: if the run is to end.
     """
-    seed_records: list[dict[str, Record]] = [{} for _ in seed_steps]
+    seed_records: list[dict[str, Record]] = [{} for _ in evaluation_keys]
     for greedy in (False, True) if config.greedy else (False,):
         if stops():
             raise StoppedError
-        by_seed = play_episodes(simulation, params, seed_steps, config.episodes, greedy)
+        by_seed = play_episodes(simulation, params, evaluation_keys, config.episodes, greedy)
         for records, episodes in zip(seed_records, by_seed, strict=True):
             record = summarize(simulation.environment.spec, *episodes)
             records['_greedy' if greedy else ''] = record
@@ -300,20 +305,22 @@ class Evaluation:
 
     Args:
       config: config of the run.
-      key: the config key that names the environment, 'env.name' or 'eval.held_out'.
+      config_key: the config key that names the environment, 'env.name' or 'eval.held_out'.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, key: str = 'env.name'):
+    def __init__(self, config: ml_collections.ConfigDict, config_key: str = 'env.name'):
         self._config = config
-        env_name, options = factory.get_environment_args(config, key)
-        self._compiled = None if envs.is_on_host(env_name) else envs.make(env_name, options, key)
+        env_name, options = factory.get_environment_args(config, config_key)
+        self._compiled = (
+            None if envs.is_on_host(env_name) else envs.make(env_name, options, config_key)
+        )
         batch_size = config.actors.batch
         if self._compiled is None:
             batch_size = config.eval.batch or envs.count_evaluation_rows(
-                env_name, batch_size, config.eval.episodes, key
+                env_name, batch_size, config.eval.episodes, config_key
             )
         self._pool = Watched(
-            envs.pool(env_name, batch_size, config.seeds[0], options, key),
+            envs.pool(env_name, batch_size, config.seeds[0], options, config_key),
             config.actors.timeout,
             'config.actors.timeout',
         )
@@ -362,7 +369,7 @@ class Evaluation:
         return self._policies[agent, greedy]
 
     def _evaluate_compiled(
-        self, agent: Agent, params: Params, seed_steps: np.ndarray, stops: Callable[[], bool]
+        self, agent: Agent, params: Params, evaluation_keys: np.ndarray, stops: Callable[[], bool]
     ) -> dict[str, Record]:
         """Evaluate on all devices of this process."""
         assert self._compiled is not None
@@ -371,7 +378,7 @@ class Evaluation:
         simulation = Simulation(self._compiled, agent, mesh)
         params = jax.tree.map(lambda a: np.asarray(a)[None], params)
         params = jax.device_put(params, sharding.seed_sharding(mesh))
-        (records,) = evaluate_seeds(simulation, params, seed_steps, self._config.eval, stops)
+        (records,) = evaluate_seeds(simulation, params, evaluation_keys, self._config.eval, stops)
         return records
 
     def _play(

@@ -8,29 +8,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+from flax import linen as nn
+from jax.typing import DTypeLike
 
 from mi import cells, counting, fusion
 from mi.config import UserError
-from mi.options import check_options, get_field_defaults
+from mi.options import Options, check_options, get_field_defaults
 from mi.rl import loss
 from mi.rl.agent import Agent, Inputs, Params
 from mi.rl.config import CORES, TORSO_INPUTS
 from mi.rl.envs.spec import Spec
 from mi.rl.torsos import Shallow
-from mi.rl.transformer import GatedTransformer
 
 
 def get_environment_args(
-    config: ml_collections.ConfigDict, key: str = 'env.name'
-) -> tuple[str, dict[str, Any]]:
+    config: ml_collections.ConfigDict, config_key: str = 'env.name'
+) -> tuple[str, Options]:
     """Return name and options of an environment of a config.
 
     Args:
       config: config of the run.
-      key: the key that names it, 'env.name' or 'eval.held_out'. Both have the same options.
+      config_key: the key that names it, 'env.name' or 'eval.held_out'. Both have the same options.
     """
-    name: str = config.env.name if key == 'env.name' else config.eval.held_out
-    return name, _get_options(config.env, 'options')
+    env_name: str = config.env.name if config_key == 'env.name' else config.eval.held_out
+    return env_name, _get_options(config.env, 'options')
 
 
 def build_agent(config: ml_collections.ConfigDict, spec: Spec) -> Agent:
@@ -56,26 +57,27 @@ def build_agent(config: ml_collections.ConfigDict, spec: Spec) -> Agent:
     )
 
 
-def _get_options(config: ml_collections.ConfigDict, key: str) -> dict[str, Any]:
+def _get_options(config: ml_collections.ConfigDict, config_key: str) -> Options:
     """Return options by name; none for a config.json from before the key existed."""
-    options = config.get(key)
-    return options.to_dict() if options else {}
+    return config[config_key].to_dict() if config_key in config else {}
 
 
-def _get_core(model: ml_collections.ConfigDict) -> Callable[..., Any] | None:
+def _get_core(model: ml_collections.ConfigDict) -> Callable[..., nn.Module] | None:
     """Return the constructor of the core; None for no memory."""
     options = _get_options(model, 'core_options')
     if model.core == 'none':
         check_options('config.model.core_options', 'none', options, {})
         return None
     constructor = ChainMap(CORES, cells.CELLS)[model.core]
-    check_options('config.model.core_options', model.core, options, get_field_defaults(constructor))
-    heads = options.get('heads', GatedTransformer.heads)
-    if model.core == 'transformer' and model.hidden % heads:
-        raise UserError(
-            f'config.model.hidden = {model.hidden}: expected a multiple of {heads}, the '
-            f"transformer's number of heads"
-        )
+    defaults = get_field_defaults(constructor)
+    check_options('config.model.core_options', model.core, options, defaults)
+    if model.core == 'transformer':
+        num_heads = (defaults | options)['heads']
+        if model.hidden % num_heads:
+            raise UserError(
+                f'config.model.hidden = {model.hidden}: expected a multiple of {num_heads}, the '
+                f"transformer's number of heads"
+            )
     return functools.partial(constructor, model.hidden, **options)
 
 
@@ -127,26 +129,32 @@ def check_held_out(config: ml_collections.ConfigDict, trained: Spec, held_out: S
         differ and the agent reads the task's index.
     """
 
-    def describe(spec: Spec) -> dict[str, Any]:
-        shapes = {name: a.shape for name, a in spec.observation.items() if name != 'instruction'}
+    # What the shapes of the agent's parameters depend on.
+    def describe(spec: Spec) -> dict[str, object]:
         return {
-            'observation': shapes,
+            'observation': {
+                entry: array.shape
+                for entry, array in spec.observation.items()
+                if entry != 'instruction'
+            },
             'actions': spec.actions,
             'categories': spec.categories,
             'vocabulary': spec.vocabulary if config.model.instruction else 0,
         }
 
-    name = f'config.eval.held_out = {config.eval.held_out!r}'
+    # The same network must fit both environments.
+    setting = f'config.eval.held_out = {config.eval.held_out!r}'
     actual = describe(held_out)
-    for key, expected in describe(trained).items():
-        if actual[key] != expected:
+    for field, expected in describe(trained).items():
+        if actual[field] != expected:
             raise UserError(
-                f'{name}: expected the {key} of config.env.name = {config.env.name!r}, {expected} '
-                f'(got {actual[key]}). Try a suite of the same environment'
+                f'{setting}: expected the {field} of config.env.name = {config.env.name!r}, '
+                f'{expected} (got {actual[field]}). Try a suite of the same environment'
             )
+    # An index of a task means the same task in both.
     if config.model.source in ('task', 'embedding') and trained.tasks != held_out.tasks:
         raise UserError(
-            f'{name}: expected the trained tasks, because config.model.source = '
+            f'{setting}: expected the trained tasks, because config.model.source = '
             f"{config.model.source!r} reads their index. Try config.model.source = 'instruction' "
             f"or 'inferred'"
         )
@@ -157,34 +165,37 @@ def get_hyperparameters(config: ml_collections.ConfigDict) -> loss.Hyperparamete
     return loss.Hyperparameters(**config.loss)
 
 
-def make_input_shapes(spec: Spec, length: int, batch: int) -> Inputs:
+def make_input_shapes(spec: Spec, num_steps: int, batch_size: int) -> Inputs:
     """Return the shapes of an agent's inputs [T, B, …], without allocating memory."""
 
-    def add_rows(shape: tuple[int, ...], dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct((length, batch, *shape), dtype)
+    def add_rows(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+        return jax.ShapeDtypeStruct((num_steps, batch_size, *shape), dtype)
 
+    observation = {
+        entry: add_rows(array.shape, array.dtype) for entry, array in spec.observation.items()
+    }
     return Inputs(
-        observation={name: add_rows(a.shape, a.dtype) for name, a in spec.observation.items()},
+        observation=observation,
         action=add_rows((), jnp.int32),
         reward=add_rows((), jnp.float32),
         is_first=add_rows((), jnp.bool_),
     )
 
 
-def init_params(agent: Agent, key: jax.Array) -> Params:
+def init_params(agent: Agent, rng_key: jax.Array) -> Params:
     """Draw the initial parameters of an agent."""
-    shapes = make_input_shapes(agent.spec, 1, 1)
-    inputs = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-    params: Params = agent.init(key, agent.initial_carry(1), inputs)['params']
+    input_shapes = make_input_shapes(agent.spec, 1, 1)
+    inputs = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), input_shapes)
+    params: Params = agent.init(rng_key, agent.initial_carry(1), inputs)['params']
     return params
 
 
-def compute_costs(agent: Agent, batch: int, length: int) -> dict[str, Any]:
+def compute_costs(agent: Agent, batch_size: int, num_steps: int) -> dict[str, dict[str, int]]:
     """Count parameters, and forward FLOPs per environment step, of the agent and its fusions."""
-    inputs = make_input_shapes(agent.spec, length, batch)
-    carry = jax.eval_shape(lambda: agent.initial_carry(batch))
-    variables: Any = jax.eval_shape(agent.init, jax.random.key(0), carry, inputs)
-    flops = counting.flops(agent.apply, variables, carry, inputs)
+    inputs = make_input_shapes(agent.spec, num_steps, batch_size)
+    carry = jax.eval_shape(lambda: agent.initial_carry(batch_size))
+    variables = jax.eval_shape(agent.init, jax.random.key(0), carry, inputs)
+    model_flops = counting.flops(agent.apply, variables, carry, inputs)
 
     # The fusions alone.
     fusion_flops = fusion_parameters = 0.0
@@ -195,11 +206,14 @@ def compute_costs(agent: Agent, batch: int, length: int) -> dict[str, Any]:
         fusion_parameters += counting.parameters(module_variables)
         fusion_flops += counting.flops(module.apply, module_variables, *shapes)
 
-    steps = batch * length
+    env_steps = batch_size * num_steps
     return {
         'parameters': {
             'model': counting.parameters(variables),
             'fusion': round(fusion_parameters),
         },
-        'flops_per_step': {'model': round(flops / steps), 'fusion': round(fusion_flops / steps)},
+        'flops_per_step': {
+            'model': round(model_flops / env_steps),
+            'fusion': round(fusion_flops / env_steps),
+        },
     }

@@ -29,11 +29,11 @@ def encode_once_per_instruction(
     T, _, L = tokens.shape
     if 2 * MAX_INSTRUCTIONS >= T or MAX_INSTRUCTIONS >= L:
         return encode(tokens)
-    number, starts, is_few = index_instructions(is_new)
+    instruction_index, starts, is_few = index_instructions(is_new)
 
     def encode_distinct() -> Array:
-        encoded = encode(jnp.take_along_axis(tokens, starts[..., None], axis=0))
-        return jnp.take_along_axis(encoded, number[..., None], axis=0, mode='clip')
+        encodings = encode(jnp.take_along_axis(tokens, starts[..., None], axis=0))
+        return jnp.take_along_axis(encodings, instruction_index[..., None], axis=0, mode='clip')
 
     return jax.lax.cond(is_few, encode_distinct, lambda: encode(tokens))
 
@@ -48,12 +48,13 @@ def fuse_once_per_instruction(fusion: nn.Module, x: Array, z: Array, is_new: Arr
     is_short = len(x) <= 2 * MAX_INSTRUCTIONS
     if fusion.is_initializing() or is_short or not _halves_flops(fusion, x, z):
         return fusion(x, z)
-    number, starts, is_few = index_instructions(is_new)
+    instruction_index, starts, is_few = index_instructions(is_new)
 
     def fuse_distinct(fusion: nn.Module, x: Array, z: Array) -> Array:
-        distinct = jnp.take_along_axis(z, starts[..., None], axis=0)
-        y = fusion(x[None], distinct[:, None])
-        return jnp.take_along_axis(y, number[None, ..., None], axis=0, mode='clip')[0]
+        distinct_z = jnp.take_along_axis(z, starts[..., None], axis=0)
+        outputs = fusion(x[None], distinct_z[:, None])
+        indices = instruction_index[None, ..., None]
+        return jnp.take_along_axis(outputs, indices, axis=0, mode='clip')[0]
 
     return nn.cond(is_few, fuse_distinct, lambda fusion, x, z: fusion(x, z), fusion, x, z)  # type: ignore[no-any-return,unused-ignore]
 
@@ -67,8 +68,8 @@ def _halves_flops(fusion: nn.Module, x: Array, z: Array) -> bool:
         x, z = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
         return counting.flops(apply, variables, x, z)
 
-    shared = count_flops((1, T, B, n), (MAX_INSTRUCTIONS, 1, B, m))
-    return 2 * shared <= count_flops((T, B, n), (T, B, m))
+    distinct_flops = count_flops((1, T, B, n), (MAX_INSTRUCTIONS, 1, B, m))
+    return 2 * distinct_flops <= count_flops((T, B, n), (T, B, m))
 
 
 def index_instructions(is_new: Array) -> tuple[Array, Array, Array]:
@@ -78,14 +79,14 @@ def index_instructions(is_new: Array) -> tuple[Array, Array, Array]:
       is_new: bool [T, B], whether a step has another instruction than the previous one.
 
     Returns:
-      number: [T, B], the step's instruction, from 0.
+      instruction_index: [T, B], the step's instruction, from 0.
       starts: [MAX_INSTRUCTIONS, B], the first step of each instruction.
       is_few: bool [], whether no environment has more than `MAX_INSTRUCTIONS`.
     """
     changes = is_new & (jnp.arange(len(is_new)) > 0).reshape(-1, 1)
-    number = jnp.cumsum(changes, axis=0)
-    matches = number[None] == jnp.arange(MAX_INSTRUCTIONS).reshape(-1, 1, 1)
-    return number, matches.argmax(1), (number < MAX_INSTRUCTIONS).all()
+    instruction_index = jnp.cumsum(changes, axis=0)
+    matches = instruction_index[None] == jnp.arange(MAX_INSTRUCTIONS).reshape(-1, 1, 1)
+    return instruction_index, matches.argmax(1), (instruction_index < MAX_INSTRUCTIONS).all()
 
 
 class InstructionEncoder(nn.Module):
@@ -102,12 +103,16 @@ class InstructionEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Array) -> Array:
-        rows = tokens.reshape(-1, tokens.shape[-1]).T  # [L, rows]
-        table = self.param('embedding', initializers.normal(1.0), (self.vocabulary, self.embed))
+        token_rows = tokens.reshape(-1, tokens.shape[-1]).T  # [L, rows]
+        table_shape = self.vocabulary, self.embed
+        embeddings = self.param('embedding', initializers.normal(1.0), table_shape)
         lstm = cells.LSTM(self.hidden, dtype=self.dtype, name='lstm')
-        _, h = lstm(cells.initial_carry(rows.shape[1], self.hidden), table[rows].astype(self.dtype))
-        is_token = rows > 0
-        last = jnp.maximum(is_token.sum(0) - 1, 0)
-        state = jnp.take_along_axis(h, last[None, :, None], axis=0)[0]
-        state = jnp.where(is_token.any(0)[:, None], state, 0)
-        return state.reshape(*tokens.shape[:-1], self.hidden)
+        carry = cells.initial_carry(token_rows.shape[1], self.hidden)
+        _, hidden = lstm(carry, embeddings[token_rows].astype(self.dtype))
+
+        # The state after the last token of each row; zero for a row without tokens.
+        is_token = token_rows > 0
+        last_index = jnp.maximum(is_token.sum(0) - 1, 0)
+        last_hidden = jnp.take_along_axis(hidden, last_index[None, :, None], axis=0)[0]
+        encodings = jnp.where(is_token.any(0)[:, None], last_hidden, 0)
+        return encodings.reshape(*tokens.shape[:-1], self.hidden)

@@ -8,6 +8,7 @@ them, so that no value changes, unless `Hyperparameters.popart_preserve` is Fals
 `Hyperparameters.popart_order`.
 """
 
+import functools
 from typing import NamedTuple
 
 import chex
@@ -62,9 +63,11 @@ def update(
     Returns:
       The new state, and metrics by name, [].
     """
-    h, task = hyperparameters, trajectory.inputs.observation['task']
     params, statistics = state.params, state.statistics
-    is_statistics_first = h.popart > 0 and h.popart_order == 'statistics_first'
+    uses_popart = hyperparameters.popart > 0
+    is_statistics_first = uses_popart and hyperparameters.popart_order == 'statistics_first'
+    is_rescaled = is_statistics_first and hyperparameters.popart_preserve
+    move_statistics = functools.partial(_update_popart, hyperparameters, trajectory)
 
     # Forward pass; `pull_back` maps a gradient by the outputs to one by the parameters.
     def run_agent(params: Params) -> Outputs:
@@ -74,19 +77,20 @@ def update(
 
     # Move the statistics first, so that the loss is in the new units.
     if is_statistics_first:
-        _, terms = impala_loss(outputs, trajectory, statistics, h)
-        params, statistics = _update_popart(h, params, statistics, terms.targets, trajectory)
+        _, terms = impala_loss(outputs, trajectory, statistics, hyperparameters)
+        params, statistics = move_statistics(terms.targets, params, statistics)
 
     # Loss and gradient.
     def objective(outputs: Outputs) -> tuple[Array, LossTerms]:
-        if is_statistics_first and h.popart_preserve:
+        if is_rescaled:
+            task = trajectory.inputs.observation['task']
             value = popart.rescale(outputs.value, task, state.statistics, statistics)
             outputs = outputs._replace(value=value)
-        return impala_loss(outputs, trajectory, statistics, h)
+        return impala_loss(outputs, trajectory, statistics, hyperparameters)
 
     (loss, terms), output_grad = jax.value_and_grad(objective, has_aux=True)(outputs)
     (grad,) = pull_back(output_grad)
-    if is_statistics_first and h.popart_preserve:
+    if is_rescaled:
         # The chain rule went through the old gain and shift; in the new ones a unit is σ' / σ.
         ratio = popart.sigma(statistics) / popart.sigma(state.statistics)
         grad |= {name: ratio * grad[name] for name in ('gain', 'shift')}
@@ -97,36 +101,44 @@ def update(
     params = optax.apply_updates(params, updates)
 
     # Move the statistics last, so that the loss was in the old units.
-    if h.popart > 0 and not is_statistics_first:
-        params, statistics = _update_popart(h, params, statistics, terms.targets, trajectory)
-
-    T = trajectory.action.shape[0]
-    metrics = {
-        'loss': loss / T,
-        'policy': terms.policy.mean() / T,
-        'baseline': terms.baseline.mean() / T,
-        'entropy': terms.entropy.mean() / T,
-        'kl': terms.kl.mean(),
-        'rho_clipped': terms.clip_fraction.mean(),
-        'advantage': terms.advantage.mean(),
-        'gradient_norm': optax.tree.norm(grad),
-    }
+    if uses_popart and not is_statistics_first:
+        params, statistics = move_statistics(terms.targets, params, statistics)
+    metrics = _make_metrics(loss, terms, num_steps=len(trajectory.action))
+    metrics['gradient_norm'] = optax.tree.norm(grad)
     return LearnerState(params, opt_state, statistics), metrics
 
 
+def _make_metrics(loss: Array, terms: LossTerms, num_steps: int) -> dict[str, Array]:
+    """Return the loss per step and its diagnostics, by name."""
+    return {
+        'loss': loss / num_steps,
+        'policy': terms.policy.mean() / num_steps,
+        'baseline': terms.baseline.mean() / num_steps,
+        'entropy': terms.entropy.mean() / num_steps,
+        'kl': terms.kl.mean(),
+        'rho_clipped': terms.clip_fraction.mean(),
+        'advantage': terms.advantage.mean(),
+    }
+
+
 def _update_popart(
-    h: Hyperparameters,
+    hyperparameters: Hyperparameters,
+    trajectory: Trajectory,
+    targets: Array,
     params: Params,
     statistics: popart.Statistics,
-    targets: Array,
-    trajectory: Trajectory,
 ) -> tuple[Params, popart.Statistics]:
     """Move the statistics towards the targets, and rescale gain and shift so that values stay."""
     task = trajectory.inputs.observation['task'][:-1]
     next_statistics = popart.update(
-        statistics, targets, task, trajectory.valid, h.popart, h.popart_corrected
+        statistics,
+        targets,
+        task,
+        trajectory.valid,
+        hyperparameters.popart,
+        hyperparameters.popart_corrected,
     )
-    if not h.popart_preserve:
+    if not hyperparameters.popart_preserve:
         return params, next_statistics
     gain, shift = popart.preserve(params['gain'], params['shift'], statistics, next_statistics)
     return {**params, 'gain': gain, 'shift': shift}, next_statistics

@@ -18,7 +18,7 @@ from mi.rl.vtrace import vtrace
 PopArtOrder = Literal['gradient_first', 'statistics_first']
 POPART_ORDERS = get_args(PopArtOrder)
 
-CLIPS: dict[str, Callable[[Array], Array]] = {
+CLIPS: dict[str, Callable[[Array], Array]] = {  # name → function of the rewards r
     'none': lambda r: r,
     'unit': lambda r: jnp.clip(r, -1, 1),
     'paper': lambda r: 0.3 * jnp.minimum(jnp.tanh(r), 0) + 5 * jnp.maximum(jnp.tanh(r), 0),
@@ -78,18 +78,18 @@ class LossTerms(NamedTuple):
     advantage: Array
 
 
-def clip_reward(reward: Array, kind: str) -> Array:
+def clip_reward(reward: Array, clip_name: str) -> Array:
     """Clip rewards before they are learned from.
 
     'none'; 'unit' to [−1, 1]; and the two versions published with IMPALA:
     'paper', 0.3 · min(tanh r, 0) + 5 · max(tanh r, 0); 'code', 5 · tanh(r / 5), × 0.3 below zero.
 
     Raises:
-      ValueError: if the kind is unknown.
+      ValueError: if the name is unknown.
     """
-    if kind not in CLIPS:
-        raise ValueError(f'unknown reward clip {kind!r}; {suggest(kind, CLIPS)}')
-    return CLIPS[kind](reward)
+    if clip_name not in CLIPS:
+        raise ValueError(f'unknown reward clip {clip_name!r}; {suggest(clip_name, CLIPS)}')
+    return CLIPS[clip_name](reward)
 
 
 def impala_loss(
@@ -113,15 +113,17 @@ def impala_loss(
     """
     chex.assert_rank([outputs.logits, outputs.value], [3, 2])
     chex.assert_rank([trajectory.action, trajectory.log_prob, trajectory.valid], 2)
-    rows = Trajectory(inputs=1, action=1, log_prob=1, discount=1, valid=1, carry=None)  # type: ignore[arg-type]
-    compute = functools.partial(compute_terms, hyperparameters=hyperparameters)
-    terms = jax.vmap(compute, in_axes=(1, rows, None), out_axes=-1)(outputs, trajectory, statistics)
-    total = (
+    # Map over B, axis 1 of all but the carry, which the terms do not need.
+    row_axes = Trajectory(inputs=1, action=1, log_prob=1, discount=1, valid=1, carry=None)  # type: ignore[arg-type]
+    compute_row = functools.partial(compute_terms, hyperparameters=hyperparameters)
+    compute_rows = jax.vmap(compute_row, in_axes=(1, row_axes, None), out_axes=-1)
+    terms = compute_rows(outputs, trajectory, statistics)
+    row_loss = (
         terms.policy
         + hyperparameters.baseline_cost * terms.baseline
         - hyperparameters.entropy_cost * terms.entropy
     )
-    return total.mean(), terms
+    return row_loss.mean(), terms
 
 
 def compute_terms(
@@ -143,8 +145,8 @@ def compute_terms(
       statistics: statistics of PopArt.
       hyperparameters: hyperparameters of the loss.
     """
-    h, task, valid_t = hyperparameters, trajectory.inputs.observation['task'], trajectory.valid
-    reward_t = clip_reward(trajectory.inputs.reward[1:], h.reward_clip)
+    task, valid_t = trajectory.inputs.observation['task'], trajectory.valid
+    reward_t = clip_reward(trajectory.inputs.reward[1:], hyperparameters.reward_clip)
     log_pi = jax.nn.log_softmax(outputs.logits[:-1])
     log_pi_t = jnp.take_along_axis(log_pi, trajectory.action[:, None], axis=1)[:, 0]
 
@@ -152,25 +154,25 @@ def compute_terms(
     target = vtrace(
         popart.unnormalize(statistics, outputs.value, task),
         reward_t,
-        h.discount * trajectory.discount,
+        hyperparameters.discount * trajectory.discount,
         log_pi_t - trajectory.log_prob,
         valid_t,
-        h.lambda_,
-        h.rho_clip,
-        h.c_clip,
+        hyperparameters.lambda_,
+        hyperparameters.rho_clip,
+        hyperparameters.c_clip,
     )
 
     # The loss in the units of each task.
     advantage = target.advantages / popart.sigma(statistics)[task[:-1]]
     error = popart.normalize(statistics, target.targets, task[:-1]) - outputs.value[:-1]
     valid = valid_t.astype(outputs.logits.dtype)
-    count = jnp.maximum(valid.sum(), 1)
+    num_valid = jnp.maximum(valid.sum(), 1)
     return LossTerms(
         policy=-(valid * log_pi_t * advantage).sum(),
         baseline=0.5 * (valid * error**2).sum(),
         entropy=-(valid * (jnp.exp(log_pi) * log_pi).sum(-1)).sum(),
         targets=target.targets,
-        kl=(valid * (trajectory.log_prob - log_pi_t)).sum() / count,
-        clip_fraction=target.is_clipped.sum() / count,
-        advantage=(valid * jnp.abs(advantage)).sum() / count,
+        kl=(valid * (trajectory.log_prob - log_pi_t)).sum() / num_valid,
+        clip_fraction=target.is_clipped.sum() / num_valid,
+        advantage=(valid * jnp.abs(advantage)).sum() / num_valid,
     )

@@ -105,11 +105,15 @@ def play(
     """
     batch_size, action = pool.batch, jnp.zeros(pool.batch, jnp.int32)
     deadline = time.monotonic() + limits.seconds
+
+    # Start an episode in every row.
     step, policy_state = pool.reset(), policy.init(batch_size, rng_key)
     check_finite(pool.spec, step)
     tally = _Tally(np.asarray(step.observation['task']), len(pool.spec.tasks), limits)
     skip = getattr(pool, 'skip', None)
     is_idle = np.zeros(batch_size, bool)
+
+    # Play until every row has played its share.
     while (tally.remaining > 0).any():
         if stops():
             raise StoppedError

@@ -93,7 +93,7 @@ def update(
     mu, variance, updates = statistics
     task, weight = task.ravel(), weight.astype(jnp.float32).ravel()
     targets = jnp.where(weight > 0, targets.ravel(), 0)
-    bounded = jnp.clip(targets, -LARGEST_TARGET, LARGEST_TARGET)
+    bounded_targets = jnp.clip(targets, -LARGEST_TARGET, LARGEST_TARGET)
 
     def sum_weighted(*values: Array) -> tuple[Array, ...]:
         """Sum over each task's targets, on all devices that share the batch."""
@@ -101,25 +101,29 @@ def update(
         return sum_over_rows(tuple(sum_by_task(weight * value) for value in values))
 
     # Sums over each task's targets, relative to μ.
-    distance = bounded - mu[task]
-    is_unbounded = (bounded != targets).astype(jnp.float32)
-    number, total, beyond = sum_weighted(jnp.ones_like(targets), distance, is_unbounded)
-    is_present, divisor = number > 0, jnp.maximum(number, 1)
+    distance = bounded_targets - mu[task]
+    is_unbounded = (bounded_targets != targets).astype(jnp.float32)
+    sums = sum_weighted(jnp.ones_like(targets), distance, is_unbounded)
+    num_targets, distance_sum, num_unbounded = sums
+    is_present, divisor = num_targets > 0, jnp.maximum(num_targets, 1)
     updates = updates + is_present
+    beta_k = jnp.where(is_present, _correct_beta(beta, updates) if is_corrected else beta, 0)
 
+    # Two passes: in one, the first update would lose the digits of σ where μ is far from 0.
+    mean = distance_sum / divisor
+    (square_sum,) = sum_weighted((distance - mean[task]) ** 2)
+    target_variance = square_sum / divisor
+    variance = (1 - beta_k) * variance + beta_k * target_variance + beta_k * (1 - beta_k) * mean**2
+    variance = jnp.where(num_unbounded > 0, HIGHEST**2, jnp.minimum(variance, HIGHEST**2))
+    return Statistics(mu + beta_k * mean, variance, updates)
+
+
+def _correct_beta(beta: float, updates: Array) -> Array:
+    """Return β_k = β / (1 − (1 − β)^k) for k = `updates`."""
     # −expm1(k log1p(−β)) is 1 − (1 − β)^k with all its digits. The first step is 1 and not nearly:
     # of σ = 1 a rounding error would be more than some tasks' σ.
     correction = -jnp.expm1(jnp.maximum(updates, 1) * jnp.log1p(-jnp.float32(beta)))
-    step = jnp.where(updates == 1, 1, jnp.minimum(beta / correction, 1)) if is_corrected else beta
-    step = jnp.where(is_present, step, 0)
-
-    # Two passes: in one, the first update would lose the digits of σ where μ is far from 0.
-    mean = total / divisor
-    (squares,) = sum_weighted((distance - mean[task]) ** 2)
-    within = squares / divisor
-    variance = (1 - step) * variance + step * within + step * (1 - step) * mean**2
-    variance = jnp.where(beyond > 0, HIGHEST**2, jnp.minimum(variance, HIGHEST**2))
-    return Statistics(mu + step * mean, variance, updates)
+    return jnp.where(updates == 1, 1, jnp.minimum(beta / correction, 1))
 
 
 def rescale(values: Array, task: Array, old: Statistics, new: Statistics) -> Array:

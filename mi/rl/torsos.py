@@ -36,10 +36,11 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, observation: Mapping[str, Array]) -> Array:
-        x = jnp.concatenate(flatten_observation(observation, self.spec, self.dtype), axis=-1)
-        for name in ('hidden', 'out'):
-            x = nn.relu(affine(self.features, self.dtype, name)(x))
-        return x
+        vectors = flatten_observation(observation, self.spec, self.dtype)
+        hidden = jnp.concatenate(vectors, axis=-1)
+        for layer_name in ('hidden', 'out'):
+            hidden = nn.relu(affine(self.features, self.dtype, layer_name)(hidden))
+        return hidden
 
 
 class Conv(nn.Module):
@@ -54,12 +55,13 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, observation: Mapping[str, Array]) -> Array:
-        x = merge_time_and_batch(
+        images = merge_time_and_batch(
             encode_one_hot(observation['grid'], self.spec.categories, self.dtype)
         )
-        for i, channels in enumerate((32, 64)):
-            x = nn.relu(convolution(channels, (3, 3), dtype=self.dtype, name=f'conv_{i}')(x))
-        return project(x, observation, self.features, self.dtype)
+        for layer, channels in enumerate((32, 64)):
+            conv = convolution(channels, (3, 3), dtype=self.dtype, name=f'conv_{layer}')
+            images = nn.relu(conv(images))
+        return project(images, observation, self.features, self.dtype)
 
 
 class Shallow(nn.Module):
@@ -77,18 +79,18 @@ class Shallow(nn.Module):
 
     @nn.compact
     def __call__(self, observation: Mapping[str, Array]) -> Array:
-        x = merge_time_and_batch(observation['pixels'].astype(self.dtype) / 255)
-        for i, (channels, size, stride) in enumerate(((32, 8, 4), (64, 4, 2), (64, 3, 1))):
+        images = merge_time_and_batch(observation['pixels'].astype(self.dtype) / 255)
+        for layer, (channels, size, stride) in enumerate(((32, 8, 4), (64, 4, 2), (64, 3, 1))):
             conv = convolution(
                 channels,
                 (size, size),
                 (stride, stride),
                 'VALID',
                 dtype=self.dtype,
-                name=f'conv_{i}',
+                name=f'conv_{layer}',
             )
-            x = nn.relu(conv(x))
-        return project(x, observation, self.features, self.dtype)
+            images = nn.relu(conv(images))
+        return project(images, observation, self.features, self.dtype)
 
 
 class Deep(nn.Module):
@@ -107,15 +109,16 @@ class Deep(nn.Module):
 
     @nn.compact
     def __call__(self, observation: Mapping[str, Array]) -> Array:
-        x = merge_time_and_batch(observation['pixels'].astype(self.dtype) / 255)
-        for i, channels in enumerate((16, 32, 32)):
+        images = merge_time_and_batch(observation['pixels'].astype(self.dtype) / 255)
+        for section, channels in enumerate((16, 32, 32)):
             conv = functools.partial(convolution, channels, (3, 3), dtype=self.dtype)
-            x = conv(name=f'section_{i}')(x)
-            x = nn.max_pool(x, (3, 3), (2, 2), 'SAME')
-            for j in range(2):
-                block = conv(name=f'section_{i}_block_{j}_in')(nn.relu(x))
-                x = x + conv(name=f'section_{i}_block_{j}_out')(nn.relu(block))
-        return project(nn.relu(x), observation, self.features, self.dtype)
+            images = conv(name=f'section_{section}')(images)
+            images = nn.max_pool(images, (3, 3), (2, 2), 'SAME')
+            for block in range(2):
+                prefix = f'section_{section}_block_{block}'
+                residual = conv(name=f'{prefix}_in')(nn.relu(images))
+                images = images + conv(name=f'{prefix}_out')(nn.relu(residual))
+        return project(nn.relu(images), observation, self.features, self.dtype)
 
 
 TORSOS_BY_NAME: dict[str, Callable[..., nn.Module]] = {
@@ -133,10 +136,11 @@ def affine(features: int, dtype: DTypeLike, name: str) -> Affine:
 
 def encode_one_hot(grid: Array, categories: tuple[int, ...], dtype: DTypeLike) -> Array:
     """Encode each layer of a grid [..., h, w, layers] as one-hot, [..., h, w, Σ categories]."""
-    layers = [
-        jax.nn.one_hot(grid[..., i], count, dtype=dtype) for i, count in enumerate(categories)
+    one_hot_layers = [
+        jax.nn.one_hot(grid[..., layer], num_categories, dtype=dtype)
+        for layer, num_categories in enumerate(categories)
     ]
-    return jnp.concatenate(layers, axis=-1)
+    return jnp.concatenate(one_hot_layers, axis=-1)
 
 
 def flatten_observation(
@@ -145,8 +149,8 @@ def flatten_observation(
     """Return the one-hot grid and the features of an observation as vectors [T, B, n]."""
     vectors = []
     if 'grid' in observation:
-        grid = encode_one_hot(observation['grid'], spec.categories, dtype)
-        vectors.append(grid.reshape(*grid.shape[:-3], -1))
+        one_hot_grid = encode_one_hot(observation['grid'], spec.categories, dtype)
+        vectors.append(one_hot_grid.reshape(*one_hot_grid.shape[:-3], -1))
     if 'features' in observation:
         vectors.append(observation['features'].astype(dtype))
     return vectors
@@ -161,7 +165,7 @@ def project(
     images: Array, observation: Mapping[str, Array], features: int, dtype: DTypeLike
 ) -> Array:
     """Map the last feature maps and the observation's features through a dense layer, [T, B, F]."""
-    x = images.reshape(*observation['task'].shape, -1)
+    vectors = images.reshape(*observation['task'].shape, -1)
     if 'features' in observation:
-        x = jnp.concatenate([x, observation['features'].astype(dtype)], axis=-1)
-    return nn.relu(affine(features, dtype, 'out')(x))
+        vectors = jnp.concatenate([vectors, observation['features'].astype(dtype)], axis=-1)
+    return nn.relu(affine(features, dtype, 'out')(vectors))

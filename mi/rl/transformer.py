@@ -45,7 +45,7 @@ class GatedTransformer(nn.Module):
     def __call__(self, carry: Carry, x: Array, reset: Array) -> tuple[Carry, Array]:
         """Return the next memory [B, M, …] and h [T, B, H], for x [T, B, n] and reset [T, B]."""
         T, M = reset.shape[0], self.memory
-        x = Affine(self.features, self.dtype, name='input')(x).swapaxes(0, 1)  # [B, T, H]
+        hidden = Affine(self.features, self.dtype, name='input')(x).swapaxes(0, 1)  # [B, T, H]
         resets = reset.swapaxes(0, 1).astype(jnp.int32)
 
         # Mask: the M previous steps, of the same episode. Episodes are numbered from 0, the one in
@@ -56,20 +56,21 @@ class GatedTransformer(nn.Module):
         mask = is_near.reshape(1, T, M + T) & (episode[:, M:, None] == episode[:, None, :])
 
         # Layers; the memory holds the inputs of each.
-        inputs = []
-        for i in range(self.layers):
-            memory = carry['inputs'][:, :, i].astype(x.dtype)
-            inputs.append(jnp.concatenate([memory, x], axis=1)[:, -M:])
-            x = _Layer(self.heads, self.dtype, name=f'layer_{i}')(x, memory, mask)
+        layer_inputs = []
+        for layer_index in range(self.layers):
+            memory = carry['inputs'][:, :, layer_index].astype(hidden.dtype)
+            layer_inputs.append(jnp.concatenate([memory, hidden], axis=1)[:, -M:])
+            layer = _Layer(self.heads, self.dtype, name=f'layer_{layer_index}')
+            hidden = layer(hidden, memory, mask)
         is_current = (episode[:, -M:] == episode[:, -1:]).astype(jnp.int32)
-        memory = jnp.stack(inputs, axis=2).astype(jnp.float32)
-        return {'inputs': memory, 'there': is_current}, x.swapaxes(0, 1)
+        next_memory = jnp.stack(layer_inputs, axis=2).astype(jnp.float32)
+        return {'inputs': next_memory, 'there': is_current}, hidden.swapaxes(0, 1)
 
-    def initial(self, batch: int) -> Carry:
+    def initial(self, batch_size: int) -> Carry:
         """Return an empty memory."""
         return {
-            'inputs': jnp.zeros((batch, self.memory, self.layers, self.features)),
-            'there': jnp.zeros((batch, self.memory), jnp.int32),
+            'inputs': jnp.zeros((batch_size, self.memory, self.layers, self.features)),
+            'there': jnp.zeros((batch_size, self.memory), jnp.int32),
         }
 
 
@@ -82,17 +83,15 @@ class _Layer(nn.Module):
     @nn.compact
     def __call__(self, x: Array, memory: Array, mask: Array) -> Array:
         """Return [B, T, H] for x [B, T, H], memory [B, M, H] and mask [B, T, M + T]."""
-        H = x.shape[-1]
-        context = jnp.concatenate([memory, x], axis=1)
         norm = nn.LayerNorm(dtype=self.dtype, name='norm')
         attention = Attention(self.heads, positions='relative', dtype=self.dtype, name='attention')
-        context = norm(context)
-        y = nn.relu(attention(context[:, -x.shape[1] :], context, mask))
-        x = _Gate(self.dtype, name='gate')(x, y)
-        y = nn.LayerNorm(dtype=self.dtype, name='norm_out')(x)
-        for name in ('hidden', 'out'):
-            y = nn.relu(Affine(H, self.dtype, name=name)(y))
-        return _Gate(self.dtype, name='gate_out')(x, y)
+        context = norm(jnp.concatenate([memory, x], axis=1))
+        attended = nn.relu(attention(context[:, -x.shape[1] :], context, mask))
+        gated = _Gate(self.dtype, name='gate')(x, attended)
+        hidden = nn.LayerNorm(dtype=self.dtype, name='norm_out')(gated)
+        for dense_name in ('hidden', 'out'):
+            hidden = nn.relu(Affine(x.shape[-1], self.dtype, name=dense_name)(hidden))
+        return _Gate(self.dtype, name='gate_out')(gated, hidden)
 
 
 class _Gate(nn.Module):

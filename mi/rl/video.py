@@ -2,7 +2,6 @@
 
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +35,7 @@ def record_episodes(
     pool: HostEnvironment,
     agent: Agent,
     params: Params,
-    key: jax.Array,
+    rng_key: jax.Array,
     greedy: bool,
     max_steps: int = 500,
 ) -> dict[str, list[Frame]]:
@@ -45,24 +44,27 @@ def record_episodes(
     Args:
       pool: environments, at least one of each task.
       agent, params: whose actions are played.
-      key: random key of the actions.
+      rng_key: random key of the actions.
       greedy: whether to take the most likely action instead of sampling.
       max_steps: number of steps after which an episode is cut.
     """
-    policy, B = Policy(agent, greedy), pool.batch
-    step, policy_state, action = pool.reset(), policy.init(B, key), jnp.zeros(B, jnp.int32)
-    first = {int(task): row for row, task in reversed(list(enumerate(step.observation['task'])))}
-    frames: dict[str, list[Frame]] = {pool.spec.tasks[task]: [] for task in first}
-    running, returns = dict(first), np.zeros(B)
+    policy, batch_size = Policy(agent, greedy), pool.batch
+    step, policy_state = pool.reset(), policy.init(batch_size, rng_key)
+    action, returns = jnp.zeros(batch_size, jnp.int32), np.zeros(batch_size)
+
+    # The first row of each task is recorded.
+    row_tasks = [int(task) for task in step.observation['task']]
+    running = {task: row for row, task in reversed(list(enumerate(row_tasks)))}  # task → row
+    frames: dict[str, list[Frame]] = {pool.spec.tasks[task]: [] for task in running}
     for _ in range(max_steps):
         # Record the frames of the rows whose episode runs.
         for task, row in running.items():
-            observation = {name: np.array(a[row]) for name, a in step.observation.items()}
+            observation = {entry: np.array(rows[row]) for entry, rows in step.observation.items()}
             frames[pool.spec.tasks[task]].append((observation, float(returns[row])))
 
         # Step all rows.
-        inputs: Any = step.observation, action, step.reward, step.is_first
-        policy_state, action, _ = policy(params, policy_state, Inputs(*inputs))
+        inputs = Inputs(step.observation, action, step.reward, step.is_first)
+        policy_state, action, _ = policy(params, policy_state, inputs)
         pool.send(np.asarray(action))
         step = pool.recv()
         returns += step.reward
@@ -79,11 +81,11 @@ def record_episodes(
     return frames
 
 
-def write(path: pathlib.Path, spec: Spec, task: str, frames: Sequence[Frame]) -> None:
+def write(path: pathlib.Path, spec: Spec, task_name: str, frames: Sequence[Frame]) -> None:
     """Write frames as a GIF."""
     path.parent.mkdir(parents=True, exist_ok=True)
     images = [
-        draw_frame(spec, task, observation, episode_return, step)
+        draw_frame(spec, task_name, observation, episode_return, step)
         for step, (observation, episode_return) in enumerate(frames)
     ]
     images += images[-1:] * LAST_FRAMES
@@ -91,7 +93,7 @@ def write(path: pathlib.Path, spec: Spec, task: str, frames: Sequence[Frame]) ->
 
 
 def draw_frame(
-    spec: Spec, task: str, observation: Observation, episode_return: float, step: int
+    spec: Spec, task_name: str, observation: Observation, episode_return: float, step: int
 ) -> Image.Image:
     """Draw an observation, with the instruction (or the task's name) and the return below it."""
     image = Image.new('RGB', (SIDE, SIDE + CAPTION), 'black')
@@ -102,45 +104,46 @@ def draw_frame(
     elif 'grid' in observation:
         _draw_grid(image, spec, observation['grid'])
     draw = ImageDraw.Draw(image)
-    draw.text((4, SIDE + 3), get_instruction(spec, task, observation)[:44], 'white')
+    draw.text((4, SIDE + 3), get_instruction(spec, task_name, observation)[:44], 'white')
     draw.text((4, SIDE + 16), f'step {step}   return {episode_return:.2f}', 'white')
     return image
 
 
-def get_instruction(spec: Spec, task: str, observation: Observation) -> str:
+def get_instruction(spec: Spec, task_name: str, observation: Observation) -> str:
     """Return the instruction in words if they are known, otherwise the task's name."""
     tokens = observation.get('instruction')
     if tokens is None or not spec.words:
-        return task
+        return task_name
     return ' '.join(spec.words[token - 1] for token in tokens if token)
 
 
 def _draw_grid(image: Image.Image, spec: Spec, grid: np.ndarray) -> None:
     """Draw a grid's cells: the first layer determines the shape, the second the color."""
-    name = spec.name.partition('/')[0]
-    shapes, empty = SHAPES.get(name, {}), EMPTY.get(name, (0,))
-    colors = COLORS.get(name, ['white'])
-    if name == 'babyai':  # [column, row]
+    env_name = spec.name.partition('/')[0]
+    shapes, empty_categories = SHAPES.get(env_name, {}), EMPTY.get(env_name, (0,))
+    colors = COLORS.get(env_name, ['white'])
+    if env_name == 'babyai':  # [column, row]
         grid = grid.swapaxes(0, 1)
-    rows, columns = grid.shape[:2]
-    draw, size = ImageDraw.Draw(image), SIDE / max(rows, columns)
+    num_rows, num_columns = grid.shape[:2]
+    draw, cell_size = ImageDraw.Draw(image), SIDE / max(num_rows, num_columns)
 
     # Cells and their objects.
-    for y in range(rows):
-        for x in range(columns):
-            category, color = int(grid[y, x, 0]), int(grid[y, x, 1]) if grid.shape[-1] > 1 else 0
-            left, top = x * size, y * size
-            box = left, top, left + size - 2, top + size - 2
+    for row in range(num_rows):
+        for column in range(num_columns):
+            category = int(grid[row, column, 0])
+            color = int(grid[row, column, 1]) if grid.shape[-1] > 1 else 0
+            left, top = column * cell_size, row * cell_size
+            box = left, top, left + cell_size - 2, top + cell_size - 2
             draw.rectangle(box, '#202020')
-            if category not in empty:
+            if category not in empty_categories:
                 shape = shapes.get(category, 'square')
-                _draw_object(draw, shape, colors[color % len(colors)], box, size)
+                _draw_object(draw, shape, colors[color % len(colors)], box, cell_size)
 
     # The agent, in the middle of the last row, facing up.
-    if name in SHAPES:
-        left, top = columns // 2 * size, (rows - 1) * size
-        middle = left + size / 2
-        corners = [(middle, top + 2), (left + size - 4, top + size - 4), (left + 4, top + size - 4)]
+    if env_name in SHAPES:
+        left, top = num_columns // 2 * cell_size, (num_rows - 1) * cell_size
+        middle, right, bottom = left + cell_size / 2, left + cell_size - 4, top + cell_size - 4
+        corners = [(middle, top + 2), (right, bottom), (left + 4, bottom)]
         draw.polygon(corners, outline='orange')
 
 
@@ -149,11 +152,11 @@ def _draw_object(
     shape: str,
     color: str,
     box: tuple[float, float, float, float],
-    size: float,
+    cell_size: float,
 ) -> None:
-    """Draw an object into a cell: box (left, top, right, bottom), size in pixels."""
+    """Draw an object into a cell: box (left, top, right, bottom), all in pixels."""
     left, top, right, bottom = box
-    margin = size / 5
+    margin = cell_size / 5
     inner = left + margin, top + margin, right - margin, bottom - margin
     match shape:
         case 'circle':

@@ -59,28 +59,28 @@ def vtrace(  # noqa: PLR0913 - the arguments of rlax's
     Raises:
       ValueError: if the shapes do not match.
     """
-    T = reward_t.shape[0]
-    shapes = [a.shape for a in (reward_t, discount_t, log_rho_t, valid_t)]
-    if values.shape != (T + 1,) or any(shape != (T,) for shape in shapes):
+    num_steps = reward_t.shape[0]
+    other_shapes = [array.shape for array in (reward_t, discount_t, log_rho_t, valid_t)]
+    if values.shape != (num_steps + 1,) or any(shape != (num_steps,) for shape in other_shapes):
         raise ValueError(
             f'values.shape = {values.shape}: expected [T + 1], and [T] for the other arguments '
-            f'(got {shapes}). Vmap over the batch'
+            f'(got {other_shapes}). Vmap over the batch'
         )
 
     # Temporal differences and traces.
     values = jax.lax.stop_gradient(values)
     rho = jnp.exp(jax.lax.stop_gradient(log_rho_t))
     rho_hat = jnp.where(valid_t, jnp.minimum(rho_clip, rho), 0)
-    trace = jnp.where(valid_t, discount_t * lambda_ * jnp.minimum(c_clip, rho), 0)
+    traces = jnp.where(valid_t, discount_t * lambda_ * jnp.minimum(c_clip, rho), 0)
     deltas = rho_hat * (reward_t + discount_t * values[1:] - values[:-1])
 
     # Accumulate v_t − V_t backward in time.
-    def step(next_error: Array, row: tuple[Array, Array]) -> tuple[Array, Array]:
-        delta, c = row
-        error = delta + c * next_error
-        return error, error
+    def step(next_error: Array, delta_and_trace: tuple[Array, Array]) -> tuple[Array, Array]:
+        delta_t, trace_t = delta_and_trace
+        error_t = delta_t + trace_t * next_error
+        return error_t, error_t
 
-    _, errors = jax.lax.scan(step, jnp.zeros_like(values[-1]), (deltas, trace), reverse=True)
+    _, errors = jax.lax.scan(step, jnp.zeros_like(values[-1]), (deltas, traces), reverse=True)
     targets = values[:-1] + errors
     next_targets = jnp.concatenate([targets[1:], values[-1:]])
     advantages = rho_hat * (reward_t + discount_t * next_targets - values[:-1])

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,7 +19,9 @@ from typing import Any
 import jax
 
 from mi.config import UserError, suggest_install
+from mi.rl.actors.threads import SharedParams
 from mi.rl.actors.worker import Worker
+from mi.rl.agent import Params
 from mi.rl.trajectory import Episodes, Trajectory
 
 MAX_DEATHS = 3  # in a row, without a trajectory between them; then the run ends
@@ -33,17 +36,18 @@ class Remote:
     host, kill -9) is replaced, with new environments.
 
     Args:
-      make: constructor of the worker in the process; its argument `birth` counts the earlier
+      make_worker: constructor of the worker in the process; its argument `birth` counts the earlier
         processes.
       cpus: CPUs of the process; Ray starts it on a node where they are free.
     """
 
-    def __init__(self, make: Callable[..., Worker], cpus: float = 1.0):
-        self._ray, self._make, self._cpus, self._births = init_ray(), make, cpus, 0
+    def __init__(self, make_worker: Callable[..., Worker], cpus: float = 1.0):
+        self._ray, self._cpus = init_ray(), cpus
+        self._make_worker, self._births = make_worker, 0
         self._process = self._start_process()
         self._is_started = False
 
-    def collect(self, params: Any) -> list[tuple[Trajectory, Episodes]]:
+    def collect(self, params: SharedParams) -> list[tuple[Trajectory, Episodes]]:
         """Collect trajectories as `Worker.collect`, with parameters from `share`.
 
         Raises:
@@ -74,18 +78,18 @@ class Remote:
         self._ray.kill(self._process)
 
     def _start_process(self) -> Any:
-        make = functools.partial(self._make, birth=self._births)
+        make_worker = functools.partial(self._make_worker, birth=self._births)
         self._births += 1
-        return self._ray.remote(_Process).options(num_cpus=self._cpus).remote(make)
+        return self._ray.remote(_Process).options(num_cpus=self._cpus).remote(make_worker)
 
     def _wait_for_start(self) -> None:
         """Wait until the worker is made; print a message if Ray has no CPUs for its process."""
         pid, worker = self._process.pid.remote(), self._process.make.remote()
         if not self._ray.wait([pid], timeout=PATIENCE)[0]:
-            total = self._ray.cluster_resources().get('CPU', 0)
+            total_cpus = self._ray.cluster_resources().get('CPU', 0)
             print(
-                f'an actor waits for {self._cpus:g} of a CPU: Ray has {total:g} CPUs, all in use. '
-                f'Lower config.actors.number, or end what uses them',
+                f'an actor waits for {self._cpus:g} of a CPU: Ray has {total_cpus:g} CPUs, all in '
+                f'use. Lower config.actors.number, or end what uses them',
                 file=sys.stderr,
             )
         self._ray.get(worker)
@@ -95,14 +99,14 @@ class Remote:
 class _Process:
     """A worker in its process. `make` makes it: Ray treats an error in a constructor as a death."""
 
-    def __init__(self, make: Callable[[], Worker]):
-        self._make = make
+    def __init__(self, make_worker: Callable[[], Worker]):
+        self._make_worker = make_worker
         self._worker: Worker | None = None
 
     def make(self) -> None:
-        self._worker = self._make()
+        self._worker = self._make_worker()
 
-    def collect(self, params: Any) -> list[tuple[Trajectory, Episodes]]:
+    def collect(self, params: Params) -> list[tuple[Trajectory, Episodes]]:
         assert self._worker is not None
         return self._worker.collect(params)
 
@@ -110,12 +114,12 @@ class _Process:
         return os.getpid()
 
 
-def share(params: Any) -> Any:
+def share(params: Params) -> SharedParams:
     """Put parameters into Ray's object store and return the reference."""
     return init_ray().put(jax.device_get(params))
 
 
-def init_ray() -> Any:
+def init_ray() -> types.ModuleType:
     """Return the module ray, initialized.
 
     Raises:
@@ -141,50 +145,50 @@ def init_ray() -> Any:
     return ray
 
 
-def compute_cpus_per_actor(number: int) -> float:
-    """Return the CPUs that each of `number` actors can have so that Ray starts all; at most 1.
+def compute_cpus_per_actor(num_actors: int) -> float:
+    """Return the CPUs that each of the actors can have so that Ray starts all; at most 1.
 
     Raises:
       UserError: if too few CPUs are free.
     """
     ray = init_ray()
-    nodes = [node['Resources'].get('CPU', 0.0) for node in ray.nodes() if node['Alive']]
+    node_cpus = [node['Resources'].get('CPU', 0.0) for node in ray.nodes() if node['Alive']]
     deadline = time.monotonic() + PATIENCE
     while True:
         # Ray's public API has only the total of the free CPUs; assume that they are spread evenly.
-        free = ray.available_resources().get('CPU', 0.0) / max(1.0, sum(nodes))
+        free_fraction = ray.available_resources().get('CPU', 0.0) / max(1.0, sum(node_cpus))
         try:
-            share = divide_cpus(number, [free * cpus for cpus in nodes])
+            cpu_share = divide_cpus(num_actors, [free_fraction * cpus for cpus in node_cpus])
             break
         except UserError:  # processes that have just ended may still hold their CPUs
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.5)
-    if share < 1:
+    if cpu_share < 1:
         print(
-            f'config.actors.number = {number}: Ray has {free * sum(nodes):g} free CPUs, so each '
-            f'actor gets {share:g} of one',
+            f'config.actors.number = {num_actors}: Ray has {free_fraction * sum(node_cpus):g} free '
+            f'CPUs, so each actor gets {cpu_share:g} of one',
             file=sys.stderr,
         )
-    return share
+    return cpu_share
 
 
-def divide_cpus(number: int, free: Sequence[float]) -> float:
-    """Return the largest CPU share 1/k at which `number` actors fit on the nodes.
+def divide_cpus(num_actors: int, free_cpus: Sequence[float]) -> float:
+    """Return the largest CPU share 1/k at which the actors fit on the nodes.
 
     Args:
-      number: number of actors.
-      free: free CPUs of each node.
+      num_actors: number of actors.
+      free_cpus: free CPUs of each node.
 
     Raises:
       UserError: if a CPU would have more than MAX_ACTORS_PER_CPU actors.
     """
     for actors_per_cpu in range(1, MAX_ACTORS_PER_CPU + 1):
-        if sum(int(cpus * actors_per_cpu + 1e-6) for cpus in free) >= number:
+        if sum(int(cpus * actors_per_cpu + 1e-6) for cpus in free_cpus) >= num_actors:
             return int(10_000 / actors_per_cpu) / 10_000  # Ray counts in 1/10,000
     raise UserError(
-        f'config.actors.number = {number}: expected at most {MAX_ACTORS_PER_CPU} for each of the '
-        f'{sum(free):g} CPUs that Ray has free. Lower it, or end what uses the cluster'
+        f'config.actors.number = {num_actors}: expected at most {MAX_ACTORS_PER_CPU} for each of '
+        f'the {sum(free_cpus):g} CPUs that Ray has free. Lower it, or end what uses the cluster'
     )
 
 
@@ -196,11 +200,11 @@ def _signal_handlers() -> Iterator[None]:
     Python (None) are left alone.
     """
     catchable = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
-    handlers = {number: signal.getsignal(number) for number in catchable}
+    handlers = {signal_number: signal.getsignal(signal_number) for signal_number in catchable}
     try:
         yield
     finally:
-        for number, handler in handlers.items():
+        for signal_number, handler in handlers.items():
             if handler is not None:
                 with contextlib.suppress(ValueError, OSError):  # not in the main thread
-                    signal.signal(number, handler)
+                    signal.signal(signal_number, handler)

@@ -21,16 +21,20 @@ import jax
 
 from mi import precision
 from mi.config import UserError
+from mi.rl.agent import Params
 from mi.rl.trajectory import Episodes, Trajectory
 
 POLL = 0.2  # seconds between two checks of whether the run is over
 GRACE = 5.0  # seconds that the threads have to end
 
 
+SharedParams = Any  # parameters as workers take them: Ray's reference, or the arrays themselves
+
+
 class Collector(Protocol):
     """The interface that a thread uses of a `Worker`, here or in another process."""
 
-    def collect(self, params: Any) -> list[tuple[Trajectory, Episodes]]: ...
+    def collect(self, params: SharedParams) -> list[tuple[Trajectory, Episodes]]: ...
 
     def close(self) -> None: ...
 
@@ -55,7 +59,7 @@ class Actors:
     """Threads and their queue; a context manager that starts and ends them.
 
     Args:
-      makers: make the workers, each in its own thread.
+      makers: constructors of the workers, each called in its own thread.
       params: the first parameters.
       version: number of updates that they have had.
       capacity: number of trajectories in the queue.
@@ -63,16 +67,14 @@ class Actors:
       share: converts parameters for the workers.
     """
 
-    # Six parameters beside self: all are needed before the first thread starts.
-
     def __init__(
         self,
         makers: Sequence[Callable[[], Collector]],
-        params: Any,
+        params: Params,
         version: int,
         capacity: int,
         timeout: float,
-        share: Callable[[Any], Any] = lambda params: params,
+        share: Callable[[Params], SharedParams] = lambda params: params,
     ):
         self._queue: queue.Queue[QueueItem | None] = queue.Queue(capacity)
         self._error: BaseException | None = None
@@ -81,8 +83,10 @@ class Actors:
         self._is_over = threading.Event()
         self.publish(params, version)
         self._threads = [  # daemons, so that a hanging environment does not keep the process alive
-            threading.Thread(target=self._run_worker, args=(make,), name=f'actor {i}', daemon=True)
-            for i, make in enumerate(makers)
+            threading.Thread(
+                target=self._run_worker, args=(make_worker,), name=f'actor {index}', daemon=True
+            )
+            for index, make_worker in enumerate(makers)
         ]
 
     def __enter__(self) -> 'Actors':
@@ -96,7 +100,7 @@ class Actors:
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    def publish(self, params: Any, version: int) -> None:
+    def publish(self, params: Params, version: int) -> None:
         """Give the workers new parameters, which must not be donated afterwards."""
         self._latest = self._share(params), version
 
@@ -115,7 +119,7 @@ class Actors:
         deadline = time.monotonic() + self._timeout
         while True:
             try:
-                item = self._queue.get(timeout=min(POLL, self._timeout))
+                queue_item = self._queue.get(timeout=min(POLL, self._timeout))
                 break
             except queue.Empty:
                 if stops():
@@ -126,25 +130,25 @@ class Actors:
                     f'no trajectory in {self._timeout:g} s from {len(self._threads)} actors: an '
                     f'environment hangs or is slow. Raise config.actors.timeout if it is slow'
                 ) from None
-        if item is None or self._error is not None:
+        if queue_item is None or self._error is not None:
             assert self._error is not None
             raise self._error
-        return item
+        return queue_item
 
     def count_waiting(self) -> int:
         """Return the number of trajectories in the queue."""
         return self._queue.qsize()
 
-    def _run_worker(self, make: Callable[[], Collector]) -> None:
+    def _run_worker(self, make_worker: Callable[[], Collector]) -> None:
         """Make a worker and collect until the run is over; keep its exception for `get`."""
         try:
-            worker = make()
+            worker = make_worker()
             try:
                 with jax.default_matmul_precision(self._precision):
                     self._collect(worker)
             finally:
                 worker.close()
-        except BaseException as error:  # whatever it is, the learner has to raise it
+        except BaseException as error:  # broad, exits included: the learner's thread raises it
             self._error = error
             self._put(None)
 
@@ -157,11 +161,11 @@ class Actors:
                 self._put(QueueItem(trajectory, episodes, version, wait_seconds))
                 wait_seconds = time.perf_counter() - start_time
 
-    def _put(self, item: QueueItem | None) -> None:
+    def _put(self, queue_item: QueueItem | None) -> None:
         """Put an item into the queue as soon as it has space, unless the run is over."""
         while not self._is_over.is_set():
             try:
-                self._queue.put(item, timeout=POLL)
+                self._queue.put(queue_item, timeout=POLL)
                 return
             except queue.Full:
                 pass

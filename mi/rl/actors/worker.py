@@ -59,41 +59,45 @@ class Policy:
 
     def __init__(self, agent: Agent, greedy: bool = False):
         self._agent, self._greedy = agent, greedy
-        self._step: Any = jax.jit(self._act)
+        self._step: jax.stages.Wrapped = jax.jit(self._act)
 
-    def init(self, batch: int, key: Array) -> PolicyState:
+    def init(self, batch_size: int, rng_key: Array) -> PolicyState:
         """Return the state before the first step of B episodes."""
-        carry = self._agent.initial_carry(batch)
+        carry = self._agent.initial_carry(batch_size)
         if not is_instructed(self._agent):
-            return PolicyState(key, carry)
+            return PolicyState(rng_key, carry)
         tokens = self._agent.spec.observation['instruction']
         return PolicyState(
-            key,
+            rng_key,
             carry,
-            jnp.zeros((batch, *tokens.shape), tokens.dtype),
-            jnp.zeros((batch, InstructionEncoder.hidden)),
+            jnp.zeros((batch_size, *tokens.shape), tokens.dtype),
+            jnp.zeros((batch_size, InstructionEncoder.hidden)),
         )
 
     def __call__(
-        self, params: Params, state: PolicyState, inputs: Inputs, has_new_params: bool = False
+        self,
+        params: Params,
+        policy_state: PolicyState,
+        inputs: Inputs,
+        has_new_params: bool = False,
     ) -> tuple[PolicyState, Array, Array]:
         """Return the next state, and actions [B] with their log-probabilities [B].
 
         Args:
           params: parameters of the agent.
-          state: state after the previous step.
+          policy_state: state after the previous step.
           inputs: inputs of the agent, [B, …].
           has_new_params: whether the parameters changed since the previous step.
         """
-        return self._step(params, state, inputs, has_new_params)
+        return self._step(params, policy_state, inputs, has_new_params)
 
     def _act(
-        self, params: Params, state: PolicyState, inputs: Inputs, has_new_params: Array
+        self, params: Params, policy_state: PolicyState, inputs: Inputs, has_new_params: Array
     ) -> tuple[PolicyState, Array, Array]:
-        key, action_key = jax.random.split(state.key)
+        next_key, action_key = jax.random.split(policy_state.key)
 
         # Encode the instructions that are new, and let the agent read the encodings.
-        tokens, instruction = state.tokens, state.instruction
+        tokens, instruction = policy_state.tokens, policy_state.instruction
         if tokens is not None and instruction is not None:
             observation = dict(inputs.observation)
             encode = functools.partial(encode_instruction, self._agent, params)
@@ -104,27 +108,27 @@ class Policy:
             inputs = inputs._replace(observation=observation)
 
         carry, action, log_prob = act(
-            self._agent, params, state.carry, inputs, action_key, self._greedy
+            self._agent, params, policy_state.carry, inputs, action_key, self._greedy
         )
-        return PolicyState(key, carry, tokens, instruction), action, log_prob
+        return PolicyState(next_key, carry, tokens, instruction), action, log_prob
 
 
 def _update_encodings(
-    encode: Callable[[Array], Array], tokens: Array, encoded: Array, is_outdated: Array
+    encode: Callable[[Array], Array], tokens: Array, encodings: Array, is_outdated: Array
 ) -> Array:
-    """Return `encoded` with encode(tokens) in the outdated rows.
+    """Return `encodings` with encode(tokens) in the outdated rows.
 
     If at most an eighth of the rows is outdated, only that many are encoded; otherwise all are.
     """
-    B = len(tokens)
-    max_rows = -(-B // 8)
+    batch_size = len(tokens)
+    max_rows = -(-batch_size // 8)
 
     def encode_outdated() -> Array:
-        rows = jnp.nonzero(is_outdated, size=max_rows, fill_value=B)[0]
-        return encoded.at[rows].set(encode(tokens.at[rows].get(mode='clip')), mode='drop')
+        rows = jnp.nonzero(is_outdated, size=max_rows, fill_value=batch_size)[0]
+        return encodings.at[rows].set(encode(tokens.at[rows].get(mode='clip')), mode='drop')
 
     def encode_all() -> Array:
-        return encode(tokens).astype(encoded.dtype)
+        return encode(tokens).astype(encodings.dtype)
 
     return jax.lax.cond(is_outdated.sum() <= max_rows, encode_outdated, encode_all)
 
@@ -135,26 +139,29 @@ class Worker:
     Args:
       groups: batches of environments, which it closes; with two, simulation and policy overlap.
       policy: the policy; the workers of a process share it.
-      length: T.
-      key: random key of the actions.
+      num_steps: T.
+      rng_key: random key of the actions.
     """
 
     def __init__(
         self,
         groups: Sequence[HostEnvironment],
         policy: Policy,
-        length: int,
-        key: Array,
+        num_steps: int,
+        rng_key: Array,
     ):
-        self._environments, self._length = groups, length
-        keys = jax.random.split(key, len(groups))
-        self._groups = [_Group(g, policy, k) for g, k in zip(groups, keys, strict=True)]
+        self._environments, self._num_steps = groups, num_steps
+        group_keys = jax.random.split(rng_key, len(groups))
+        self._groups = [
+            _Group(environment, policy, group_key)
+            for environment, group_key in zip(groups, group_keys, strict=True)
+        ]
 
     def collect(self, params: Params) -> list[tuple[Trajectory, Episodes]]:
         """Collect T transitions of each group in NumPy, and the episodes that ended."""
         for group in self._groups:
             group.begin_trajectory()
-        for _ in range(self._length):
+        for _ in range(self._num_steps):
             for group in self._groups:
                 group.receive()
                 group.send(params)
@@ -204,16 +211,17 @@ def _stack(rows: Sequence[np.ndarray]) -> Any:
 class _Group:
     """A batch of environments with the state of its policy and the trajectory in progress."""
 
-    def __init__(self, environment: HostEnvironment, policy: Policy, key: Array):
+    def __init__(self, environment: HostEnvironment, policy: Policy, rng_key: Array):
         self._environment, self._policy = environment, policy
-        B = environment.batch
-        self._policy_state = policy.init(B, key)
+        batch_size = environment.batch
+        self._policy_state = policy.init(batch_size, rng_key)
         self._step: Step = environment.reset()
-        check_step(environment.spec, B, self._step)
+        check_step(environment.spec, batch_size, self._step)
         check_finite(environment.spec, self._step)
-        self._action: Any = np.zeros(B, np.int32)
+        self._action: Any = np.zeros(batch_size, np.int32)
         self._is_sent = False
-        self._returns, self._lengths = np.zeros(B, np.float32), np.zeros(B, np.float32)
+        self._returns = np.zeros(batch_size, np.float32)
+        self._lengths = np.zeros(batch_size, np.float32)
         self._has_new_params = True
         self._builder = self._make_builder()
 
@@ -261,18 +269,19 @@ class _Group:
         self._returns = np.where(is_valid, self._returns + step.reward, 0).astype(np.float32)
         self._lengths = np.where(is_valid, self._lengths + 1, 0).astype(np.float32)
         is_over = is_valid & (np.asarray(step.is_last) | (np.asarray(step.discount) == 0))
-        task = np.asarray(prev_step.observation['task'])[is_over]
+        tasks = np.asarray(prev_step.observation['task'])[is_over]
         success = np.asarray(step.success, np.float32)
-        values = np.ones_like(success), self._returns, self._lengths, success
-        for sums, row_values in zip(self._builder.episodes, values, strict=True):
-            sums += np.bincount(task, row_values[is_over], len(sums))
+        row_values = np.ones_like(success), self._returns, self._lengths, success
+        for task_sums, values in zip(self._builder.episodes, row_values, strict=True):
+            task_sums += np.bincount(tasks, values[is_over], len(task_sums))
         self._returns[is_over] = 0
         self._lengths[is_over] = 0
 
 
 def concatenate_trajectories(trajectories: Sequence[Trajectory]) -> Trajectory:
     """Concatenate trajectories of several groups along B."""
-    carry = jax.tree.map(lambda *a: np.concatenate(a), *[t.carry for t in trajectories])
-    without_carry = [trajectory._replace(carry={}) for trajectory in trajectories]
-    merged: Any = jax.tree.map(lambda *a: np.concatenate(a, axis=1), *without_carry)
+    carries = [trajectory.carry for trajectory in trajectories]
+    carry = jax.tree.map(lambda *arrays: np.concatenate(arrays), *carries)
+    steps = [trajectory._replace(carry={}) for trajectory in trajectories]
+    merged: Trajectory = jax.tree.map(lambda *arrays: np.concatenate(arrays, axis=1), *steps)
     return merged._replace(carry=carry)

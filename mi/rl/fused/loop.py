@@ -277,13 +277,13 @@ def make_splits(
     mesh: jax.sharding.Mesh,
 ) -> dict[str, Evaluate]:
     """Return split → evaluation of these parameters, [S, …], for `write_evaluations`."""
-    seed_steps = make_evaluation_keys(run.config.seeds, run.step)
+    evaluation_keys = make_evaluation_keys(run.config.seeds, run.step)
     return {
         split: functools.partial(
             evaluate_seeds,
             Simulation(environment, agent, mesh),
             params,
-            seed_steps,
+            evaluation_keys,
             run.config.eval,
         )
         for split, environment in environments.items()

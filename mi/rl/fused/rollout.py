@@ -50,27 +50,27 @@ class UnrollCounts(NamedTuple):
 
 
 def init_actor_state(
-    environment: JaxEnvironment, agent: Agent, batch: int, key: Array
+    environment: JaxEnvironment, agent: Agent, batch_size: int, rng_key: Array
 ) -> ActorState:
     """Start B episodes with evenly assigned tasks: row i of the batch has task i % num_tasks."""
-    action_key, env_key = jax.random.split(key)
-    tasks = get_row_indices(batch) % len(environment.spec.tasks)
+    action_key, env_key = jax.random.split(rng_key)
+    tasks = get_row_indices(batch_size) % len(environment.spec.tasks)
     reset = functools.partial(auto_reset.reset, environment)
-    env_states, step = jax.vmap(reset)(make_row_keys(env_key, batch), tasks)
-    inputs = _make_inputs(step, jnp.zeros(batch, jnp.int32))
-    carry = agent.initial_carry(batch)
-    return ActorState(env_states, inputs, carry, action_key, jnp.zeros(batch, jnp.float32))
+    env_states, first_step = jax.vmap(reset)(make_row_keys(env_key, batch_size), tasks)
+    inputs = _make_inputs(first_step, jnp.zeros(batch_size, jnp.int32))
+    carry = agent.initial_carry(batch_size)
+    return ActorState(env_states, inputs, carry, action_key, jnp.zeros(batch_size, jnp.float32))
 
 
 def unroll(
-    environment: JaxEnvironment, agent: Agent, length: int, params: Params, state: ActorState
+    environment: JaxEnvironment, agent: Agent, num_steps: int, params: Params, state: ActorState
 ) -> tuple[ActorState, Trajectory, Episodes, UnrollCounts]:
-    """Unroll T = `length` steps of this device's environments."""
+    """Unroll T = `num_steps` steps of this device's environments."""
     num_tasks = len(environment.spec.tasks)
     env_step = jax.vmap(functools.partial(auto_reset.step, environment))
 
     def step(state: ActorState, _: None) -> tuple[ActorState, _Row]:
-        key, action_key = jax.random.split(state.key)
+        next_key, action_key = jax.random.split(state.key)
         carry, action, log_prob = act(agent, params, state.carry, state.inputs, action_key)
         env_states, result = env_step(state.environment, action)
 
@@ -78,27 +78,29 @@ def unroll(
         valid = ~state.environment.is_last
         is_over = valid & (result.is_last | (result.discount == 0))
         episode_return = state.episode_return + result.reward
-        steps = state.environment.length + 1
+        episode_length = state.environment.length + 1
         task = state.inputs.observation['task']
-        episodes = sum_episodes(is_over, task, episode_return, steps, result.success, num_tasks)
+        episodes = sum_episodes(
+            is_over, task, episode_return, episode_length, result.success, num_tasks
+        )
 
         next_state = ActorState(
             environment=env_states,
             inputs=_make_inputs(result, action),
             carry=carry,
-            key=key,
+            key=next_key,
             episode_return=jnp.where(is_over, 0.0, episode_return),
         )
         row = state.inputs, action, log_prob, result.discount, valid
         counts = UnrollCounts(valid.sum(), env_states.length.max(), _are_finite(result))
         return next_state, (row, episodes, counts)
 
-    end_state, (rows, episodes, counts) = jax.lax.scan(step, state, None, length)
+    end_state, (rows, episodes, counts) = jax.lax.scan(step, state, None, num_steps)
 
     # The trajectory has T + 1 rows of inputs; the last one is that of the next unroll's first step.
     inputs, action, log_prob, discount, valid = rows
     inputs = jax.tree.map(
-        lambda a, last: jnp.concatenate([a, last[None]]), inputs, end_state.inputs
+        lambda rows, last_row: jnp.concatenate([rows, last_row[None]]), inputs, end_state.inputs
     )
     trajectory = Trajectory(inputs, action, log_prob, discount, valid, state.carry)
 
@@ -110,7 +112,7 @@ def unroll(
 
 
 def act(
-    agent: Agent, params: Params, carry: Carry, inputs: Inputs, key: Array, greedy: bool = False
+    agent: Agent, params: Params, carry: Carry, inputs: Inputs, rng_key: Array, greedy: bool = False
 ) -> tuple[Carry, Array, Array]:
     """Return carry, actions int32 [B] and their log-probabilities of one step, inputs [B, …]."""
     carry, outputs = forward(agent, params, carry, jax.tree.map(lambda a: a[None], inputs))
@@ -118,19 +120,19 @@ def act(
     if greedy:
         action = logits.argmax(-1)
     else:
-        action = jax.vmap(jax.random.categorical)(make_row_keys(key, len(logits)), logits)
+        action = jax.vmap(jax.random.categorical)(make_row_keys(rng_key, len(logits)), logits)
     action = action.astype(jnp.int32)
     return carry, action, compute_log_prob(logits, action)
 
 
 def _are_finite(step: Step) -> dict[str, Array]:
     """Return whether the reward, and each float entry of the observation, is finite, by name."""
-    observation = {f'observation {name!r}': a for name, a in step.observation.items()}
-    values = {'reward': step.reward} | observation
+    entries = {f'observation {name!r}': array for name, array in step.observation.items()}
+    arrays = {'reward': step.reward} | entries
     return {
-        name: jnp.isfinite(value).all()
-        for name, value in values.items()
-        if jnp.issubdtype(value.dtype, jnp.floating)
+        name: jnp.isfinite(array).all()
+        for name, array in arrays.items()
+        if jnp.issubdtype(array.dtype, jnp.floating)
     }
 
 
