@@ -132,15 +132,20 @@ class Agent(nn.Module):
           carry: carry from `initial_carry` or the previous call.
           inputs: [T, B, …].
         """
+        # What the agent sees and reads.
         torso = TORSOS_BY_NAME[self._torso_name()]
         v = torso(self.features, self.spec, self.dtype, name='torso')(inputs.observation)
         instruction = self._encode_instruction(inputs)
         if 'instruction' in self.sites:
             v = nn.relu(self._fuse('instruction', self.features, v, instruction))
+
+        # The core's input, and the context that modulates it.
         u = self._core_input(v, inputs, instruction)
         context, context_carry = self._context(carry, u, inputs, instruction)
         if 'core_input' in self.sites:
             u = nn.relu(self._fuse('core_input', self.features, u, context))
+
+        # Memory and outputs.
         h, core_carry = self._core(carry, u, inputs.is_first)
         logits, value = self._readout(h, context, inputs.observation['task'])
         return context_carry | core_carry, Outputs(logits, value)

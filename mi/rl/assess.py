@@ -96,6 +96,8 @@ def _restore_params(
     """Return the parameters of all seeds, [S, …], from a run of any topology, and their step."""
     checkpoints = checkpoint.Checkpoints(run_path / 'checkpoints', config.train.keep)
     newest, meta = checkpoints.newest()
+
+    # Only the topology 'fused' saves an axis of seeds.
     has_seeds = config.train.topology == 'fused'
     seed_axis = (len(config.seeds),) if has_seeds else ()
     on_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -128,6 +130,7 @@ def _print_scores(spec: Spec, split: str, scores: Scores) -> None:
         greedy = f'{greedy_mean:.{2 if spec.has_success else 3}f}'
         table.add_row(label, f'{mean("", f"return{task_suffix}"):.3f}', width, *success, greedy)
 
+    # The seeds are independent, so their squared standard errors add up.
     for task_name in spec.tasks:
         records = scores[split].values()
         metric_name = f'stderr/{task_name}'

@@ -61,6 +61,8 @@ def resume(
     """
     state, meta = checkpoints.restore(like) or (None, {'step': 0, 'metrics': 0})
     run.step = meta['step']
+
+    # A checkpoint is saved before its evaluation, so records of the evaluation may be missing.
     num_records = 0
     if meta.get('is_evaluated') is False:
         num_policies = 1 + run.config.eval.greedy

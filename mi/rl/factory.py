@@ -111,6 +111,8 @@ def _check_torso(config: ml_collections.ConfigDict, spec: Spec) -> None:
             f'{" or ".join(entries)} (got {available} from config.env.name = {env_name!r}). '
             f"Try 'auto'"
         )
+
+    # The convolutions without padding must leave at least a pixel.
     if torso == 'shallow':
         height, width, _ = spec.observation['pixels'].shape
         if min(height, width) < Shallow.min_side:
@@ -192,6 +194,7 @@ def init_params(agent: Agent, rng_key: jax.Array) -> Params:
 
 def compute_costs(agent: Agent, batch_size: int, num_steps: int) -> dict[str, dict[str, int]]:
     """Count parameters, and forward FLOPs per environment step, of the agent and its fusions."""
+    # The whole agent.
     inputs = make_input_shapes(agent.spec, num_steps, batch_size)
     carry = jax.eval_shape(lambda: agent.initial_carry(batch_size))
     variables = jax.eval_shape(agent.init, jax.random.key(0), carry, inputs)

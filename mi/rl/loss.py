@@ -145,6 +145,7 @@ def compute_terms(
       statistics: statistics of PopArt.
       hyperparameters: hyperparameters of the loss.
     """
+    # The actions that were taken, under the learner's policy.
     task, valid_t = trajectory.inputs.observation['task'], trajectory.valid
     reward_t = clip_reward(trajectory.inputs.reward[1:], hyperparameters.reward_clip)
     log_pi = jax.nn.log_softmax(outputs.logits[:-1])

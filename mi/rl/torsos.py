@@ -114,6 +114,7 @@ class Deep(nn.Module):
             conv = functools.partial(convolution, channels, (3, 3), dtype=self.dtype)
             images = conv(name=f'section_{section}')(images)
             images = nn.max_pool(images, (3, 3), (2, 2), 'SAME')
+            # Two residual blocks.
             for block in range(2):
                 prefix = f'section_{section}_block_{block}'
                 residual = conv(name=f'{prefix}_in')(nn.relu(images))

@@ -83,11 +83,14 @@ class _Layer(nn.Module):
     @nn.compact
     def __call__(self, x: Array, memory: Array, mask: Array) -> Array:
         """Return [B, T, H] for x [B, T, H], memory [B, M, H] and mask [B, T, M + T]."""
+        # Attention to the memory and to the steps before.
         norm = nn.LayerNorm(dtype=self.dtype, name='norm')
         attention = Attention(self.heads, positions='relative', dtype=self.dtype, name='attention')
         context = norm(jnp.concatenate([memory, x], axis=1))
         attended = nn.relu(attention(context[:, -x.shape[1] :], context, mask))
         gated = _Gate(self.dtype, name='gate')(x, attended)
+
+        # The dense layers.
         hidden = nn.LayerNorm(dtype=self.dtype, name='norm_out')(gated)
         for dense_name in ('hidden', 'out'):
             hidden = nn.relu(Affine(x.shape[-1], self.dtype, name=dense_name)(hidden))

@@ -47,6 +47,7 @@ def make_worker(
       policy: policy to share; None to make one.
       birth: number of workers at this index that died. It changes the episodes.
     """
+    # Each start of the run, worker, process and birth draws episodes of its own.
     worker_key = jax.random.key(config.seeds[0])
     for identifier in (version, index, jax.process_index(), birth):
         worker_key = jax.random.fold_in(worker_key, identifier)

@@ -116,6 +116,7 @@ class Actors:
         Raises:
           UserError: if there is none within the timeout.
         """
+        # Wait in short intervals, so that a signal can end the wait.
         deadline = time.monotonic() + self._timeout
         while True:
             try:
@@ -130,6 +131,8 @@ class Actors:
                     f'no trajectory in {self._timeout:g} s from {len(self._threads)} actors: an '
                     f'environment hangs or is slow. Raise config.actors.timeout if it is slow'
                 ) from None
+
+        # None marks a worker that failed.
         if queue_item is None or self._error is not None:
             assert self._error is not None
             raise self._error

@@ -161,10 +161,14 @@ class Worker:
         """Collect T transitions of each group in NumPy, and the episodes that ended."""
         for group in self._groups:
             group.begin_trajectory()
+
+        # While one group simulates, the policy serves the next.
         for _ in range(self._num_steps):
             for group in self._groups:
                 group.receive()
                 group.send(params)
+
+        # The last observation, which only bootstraps.
         for group in self._groups:
             group.receive()
         return [group.take_trajectory() for group in self._groups]
@@ -268,12 +272,16 @@ class _Group:
         is_valid = ~np.asarray(prev_step.is_last)
         self._returns = np.where(is_valid, self._returns + step.reward, 0).astype(np.float32)
         self._lengths = np.where(is_valid, self._lengths + 1, 0).astype(np.float32)
+
+        # Sums by task, in the order of the fields of `Episodes`.
         is_over = is_valid & (np.asarray(step.is_last) | (np.asarray(step.discount) == 0))
         tasks = np.asarray(prev_step.observation['task'])[is_over]
         success = np.asarray(step.success, np.float32)
         row_values = np.ones_like(success), self._returns, self._lengths, success
         for task_sums, values in zip(self._builder.episodes, row_values, strict=True):
             task_sums += np.bincount(tasks, values[is_over], len(task_sums))
+
+        # The next episode of these rows starts from zero.
         self._returns[is_over] = 0
         self._lengths[is_over] = 0
 

@@ -177,6 +177,8 @@ def get_state_shapes(
     """Return the shapes and shardings of `init_states`, without computing it."""
     init = functools.partial(init_state, environment, agent, optimizer, config.train.batch)
     state: TrainState = jax.eval_shape(jax.vmap(init), np.asarray(config.seeds, np.int32))
+
+    # The learner, and the key of the actions, are replicated over the devices of a seed.
     by_seed = sharding.seed_sharding(mesh)
     by_rows = sharding.batch_sharding(mesh, axis=1, has_seeds=True)
     learner_shardings = jax.tree.map(lambda _: by_seed, state.learner)
@@ -308,6 +310,8 @@ def _write_records(
         record |= episode_metrics.summarize_episodes(episodes, spec.tasks, spec.has_success)
         record |= episode_metrics.summarize_statistics(seed_statistics, spec.tasks)
         log.write(run.step, seed, 'train', record)
+
+    # The note is about all seeds.
     all_episodes = Episodes(*(a.sum(0) for a in metrics.episodes))
     summary = episode_metrics.summarize_episodes(all_episodes, spec.tasks, spec.has_success)
     return episode_metrics.make_note(summary)

@@ -120,6 +120,7 @@ def act(
     if greedy:
         action = logits.argmax(-1)
     else:
+        # A key for each row, so that no action depends on the division over devices.
         action = jax.vmap(jax.random.categorical)(make_row_keys(rng_key, len(logits)), logits)
     action = action.astype(jnp.int32)
     return carry, action, compute_log_prob(logits, action)
