@@ -33,9 +33,9 @@ def get_field_defaults(module: Callable[..., object]) -> Options:
     }
 
 
-def get_options(config: ml_collections.ConfigDict, key: str) -> dict[str, Any]:
+def get_options(config: ml_collections.ConfigDict, config_key: str) -> Options:
     """Return the options under a key; none for a config.json from before the key existed."""
-    options = config.get(key)
+    options = config.get(config_key)
     return options.to_dict() if options else {}
 
 

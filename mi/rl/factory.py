@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from mi import cells, counting, fusion
 from mi.config import UserError
-from mi.options import Options, check_options, get_field_defaults
+from mi.options import Options, check_options, get_field_defaults, get_options
 from mi.rl import loss
 from mi.rl.agent import Agent, Inputs, Params
 from mi.rl.config import CORES, TORSO_INPUTS
@@ -31,7 +31,7 @@ def get_environment_args(
       config_key: the key that names it, 'env.name' or 'eval.held_out'. Both have the same options.
     """
     env_name: str = config.env.name if config_key == 'env.name' else config.eval.held_out
-    return env_name, _get_options(config.env, 'options')
+    return env_name, get_options(config.env, 'options')
 
 
 def build_agent(config: ml_collections.ConfigDict, spec: Spec) -> Agent:
@@ -57,14 +57,9 @@ def build_agent(config: ml_collections.ConfigDict, spec: Spec) -> Agent:
     )
 
 
-def _get_options(config: ml_collections.ConfigDict, config_key: str) -> Options:
-    """Return options by name; none for a config.json from before the key existed."""
-    return config[config_key].to_dict() if config_key in config else {}
-
-
 def _get_core(model: ml_collections.ConfigDict) -> Callable[..., nn.Module] | None:
     """Return the constructor of the core; None for no memory."""
-    options = _get_options(model, 'core_options')
+    options = get_options(model, 'core_options')
     if model.core == 'none':
         check_options('config.model.core_options', 'none', options, {})
         return None
