@@ -191,7 +191,9 @@ def model_config() -> ml_collections.ConfigDict:
     config.source = 'recurrent'
     config.context = 32  # m; for domain it is their number
     config.fusion = fusion = ml_collections.ConfigDict()
-    fusion.name = 'mi'  # a name in mi.fusion.FUSIONS
+    fusion.name = 'mi'  # a name in mi.fusion.FUSIONS, or 'package.module:Class'
+    # Other fields of its module, by name: --config.model.fusion.options="{'factors': 4}"
+    fusion.options = ml_collections.ConfigDict()
     fusion.rank = 32  # of the fusions that have one: mi_low_rank, mi_tucker, mlb, …
     fusion.hidden = 128  # of those that have a hidden layer: concat_mlp, hypernetwork, …
     return config

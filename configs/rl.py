@@ -181,7 +181,9 @@ def model_config() -> ml_collections.ConfigDict:
     config.source = 'task'  # the context: task, embedding, inferred, instruction
     config.context = 32  # m, for all sources but task
     config.fusion = fusion = ml_collections.ConfigDict()
-    fusion.name = 'mi'  # a name in mi.fusion.FUSIONS
+    fusion.name = 'mi'  # a name in mi.fusion.FUSIONS, or 'package.module:Class'
+    # Other fields of its module, by name: --config.model.fusion.options="{'factors': 4}"
+    fusion.options = ml_collections.ConfigDict()
     fusion.rank = 32
     fusion.hidden = 128
     return config

@@ -12,6 +12,7 @@ import math
 import pathlib
 import re
 import shlex
+from collections import ChainMap
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeGuard
 
@@ -58,8 +59,10 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
     For 'package.module:Object' in a registry, return why it cannot be imported.
     """
-    if isinstance(known, Registry) and is_reference(name):
-        return known.explain(name)
+    tables = known.maps if isinstance(known, ChainMap) else [known]
+    registries = [table for table in tables if isinstance(table, Registry)]
+    if registries and is_reference(name):
+        return '; '.join(registry.explain(name) for registry in registries)
     known_names = sorted(known)
     close_names = difflib.get_close_matches(name, known_names, n=1)
     hint = f'did you mean {close_names[0]!r}? ' if close_names else ''

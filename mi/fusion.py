@@ -1,9 +1,9 @@
 """FUSIONS: a config name → a module that fuses an input x with a context z, (x, z) → y.
 
-To add a fusion, write a Linen module with the fields `features`, `context`, `dtype` and
-`param_dtype`, and `rank` or `hidden` if it uses them. Its call takes x [..., n] and z [..., m] with
-broadcastable leading axes and returns y [..., features]. Then add one line to FUSIONS, where
-trainers, sweeps and tests find it.
+To add a fusion, write a Linen module with the fields `features` and `dtype`, and `context`, `rank`
+or `hidden` if it uses them. Its call takes x [..., n] and z [..., m] with broadcastable leading
+axes and returns y [..., features]. A config names it 'package.module:Class', and `fusion.options`
+are its other fields; `mi.testing.check_fusion` checks it.
 
 From `none` to `swiglu`, and for the forms `mi…`, x passes its own affine map Vx + b, so two of
 these fusions differ only in how z enters. Fusions that preserve the number of features have that
@@ -11,8 +11,10 @@ map only if n differs. Bilinear pooling has no such map, as published.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import ml_collections
 from flax import linen as nn
 
 from mi.config import has_parameter, suggest
@@ -40,57 +42,96 @@ from mi.motifs.gating import GatedLinearUnit
 from mi.motifs.hypernetwork import MLPHypernetwork
 from mi.motifs.normalization import ConditionalLayerNorm
 from mi.motifs.pooling import BLOCK, MFB, MLB, MUTAN, CompactBilinear
+from mi.options import check_options, get_field_defaults
+from mi.options import get_options as read_options
+from mi.registry import Registry
 
-FUSIONS: dict[str, Callable[..., nn.Module]] = {
-    'none': functools.partial(MultiplicativeInteraction, use_W=False, use_U=False),
-    'concat': functools.partial(MultiplicativeInteraction, use_W=False),
-    'concat_mlp': ConcatMLP,
-    'film': FiLM,
-    'layer_norm': functools.partial(SameWidth, module=ConditionalLayerNorm),
-    'gate': Gate,
-    'glu': functools.partial(GatedLinearUnit, B_init=input_init(1 / SIGMOID_MOMENT)),
-    'swiglu': functools.partial(
-        GatedLinearUnit, activation='silu', B_init=input_init(1 / SILU_MOMENT)
-    ),
-    'attention': FeatureAttention,
-    'experts': DenseMixture,
-    'hypernetwork': MLPHypernetwork,
-    'mlb': MLB,
-    'mfb': MFB,
-    'mutan': MUTAN,
-    'block': functools.partial(BLOCK, blocks=4),
-    'compact': CompactBilinear,
-    'mi': MultiplicativeInteraction,
-    'mi_low_rank': LowRankMultiplicativeInteraction,
-    'mi_tucker': TuckerMultiplicativeInteraction,
-    'mi_block': functools.partial(BlockMultiplicativeInteraction, blocks=4),
-    'mi_diagonal': functools.partial(SameWidth, module=DiagonalMultiplicativeInteraction),
-    'mi_scalar': functools.partial(SameWidth, module=ScalarMultiplicativeInteraction),
-    'multi_head': MultiHead,
-}
+FUSIONS: Registry[Callable[..., nn.Module]] = Registry(
+    {
+        'none': functools.partial(MultiplicativeInteraction, use_W=False, use_U=False),
+        'concat': functools.partial(MultiplicativeInteraction, use_W=False),
+        'concat_mlp': ConcatMLP,
+        'film': FiLM,
+        'layer_norm': functools.partial(SameWidth, module=ConditionalLayerNorm),
+        'gate': Gate,
+        'glu': functools.partial(GatedLinearUnit, B_init=input_init(1 / SIGMOID_MOMENT)),
+        'swiglu': functools.partial(
+            GatedLinearUnit, activation='silu', B_init=input_init(1 / SILU_MOMENT)
+        ),
+        'attention': FeatureAttention,
+        'experts': DenseMixture,
+        'hypernetwork': MLPHypernetwork,
+        'mlb': MLB,
+        'mfb': MFB,
+        'mutan': MUTAN,
+        'block': functools.partial(BLOCK, blocks=4),
+        'compact': CompactBilinear,
+        'mi': MultiplicativeInteraction,
+        'mi_low_rank': LowRankMultiplicativeInteraction,
+        'mi_tucker': TuckerMultiplicativeInteraction,
+        'mi_block': functools.partial(BlockMultiplicativeInteraction, blocks=4),
+        'mi_diagonal': functools.partial(SameWidth, module=DiagonalMultiplicativeInteraction),
+        'mi_scalar': functools.partial(SameWidth, module=ScalarMultiplicativeInteraction),
+        'multi_head': MultiHead,
+    }
+)
 
 ONE_HOT = {'multi_head'}
 """Names of fusions that need a one-hot context; a config file may add its own."""
 
 OPTIONS = ('rank', 'hidden')
+RESERVED = (*OPTIONS, 'features', 'context', 'contexts')  # the trainer sets them
 
 
-def get(fusion_name: str, **options: int | None) -> Callable[..., nn.Module]:
-    """Return the constructor FUSIONS[fusion_name] with the options for which it has a field.
+def get(
+    fusion_name: str, options: Mapping[str, object] | None = None, **sizes: int | None
+) -> Callable[..., nn.Module]:
+    """Return the constructor FUSIONS[fusion_name] with its sizes and options.
 
-    A config holds the options of all fusions (`rank`, `hidden`), so an option that this fusion
-    lacks is ignored. An option that no fusion has is an error.
+    Args:
+      fusion_name: a key of FUSIONS, or 'package.module:Class'.
+      options: other fields of the module, `config.model.fusion.options`.
+      sizes: `rank` and `hidden`. A config holds those of all fusions, so a size that this fusion
+        lacks is ignored.
+
+    Returns:
+      A constructor whose argument `context` a module without such a field does not see.
 
     Raises:
-      ValueError: if the name or an option is unknown; the message names the nearest known one.
+      ValueError: if the name or a size is unknown; the message names the nearest known one.
+      UserError: if the module has no such option, or one of another type.
     """
     if fusion_name not in FUSIONS:
         raise ValueError(f'unknown fusion {fusion_name!r}; {suggest(fusion_name, FUSIONS)}')
-    for option in options:
-        if option not in OPTIONS:
-            raise ValueError(f'unknown fusion option {option!r}; {suggest(option, OPTIONS)}')
-    fields = {option: options[option] for option in get_options(fusion_name) if option in options}
-    return functools.partial(FUSIONS[fusion_name], **fields)
+    for size in sizes:
+        if size not in OPTIONS:
+            raise ValueError(f'unknown fusion option {size!r}; {suggest(size, OPTIONS)}')
+    constructor = FUSIONS[fusion_name]
+    fields: dict[str, Any] = {
+        size: sizes[size] for size in get_options(fusion_name) if size in sizes
+    }
+    if options:
+        defaults = get_field_defaults(constructor)
+        known_options = {field: defaults[field] for field in defaults if field not in RESERVED}
+        check_options('config.model.fusion.options', fusion_name, options, known_options)
+        fields |= options
+    if has_parameter(constructor, 'context'):
+        return functools.partial(constructor, **fields)
+    return functools.partial(_construct_without_context, constructor, **fields)
+
+
+def from_config(section: ml_collections.ConfigDict) -> Callable[..., nn.Module]:
+    """Return the constructor of a config's section `model.fusion`."""
+    return get(
+        section.name, read_options(section, 'options'), rank=section.rank, hidden=section.hidden
+    )
+
+
+def _construct_without_context(
+    constructor: Callable[..., nn.Module], features: int, *, context: str = 'dense', **fields: Any
+) -> nn.Module:
+    """Construct a module that has no field for the kind of context."""
+    return constructor(features, **fields)
 
 
 def get_options(fusion_name: str) -> tuple[str, ...]:

@@ -42,6 +42,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     model.ends = 'feed_forward'  # feed_forward, mixer
     model.fusion = fusion = ml_collections.ConfigDict()
     fusion.name = 'mi_low_rank'  # of pairs and summary
+    fusion.options = ml_collections.ConfigDict()  # other fields of its module
     fusion.rank = 0  # as the features
     fusion.hidden = 0  # as the features
 

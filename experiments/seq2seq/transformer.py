@@ -14,6 +14,7 @@ from experiments.seq2seq.mixers import MIXERS
 from mi import fusion
 from mi.config import Rule, UserError, choice, integer
 from mi.layers import Affine
+from mi.options import get_options
 
 POSITIONS = ('none', 'learnt')
 ENDS = ('feed_forward', 'mixer')
@@ -26,6 +27,7 @@ SCHEMA: dict[str, Rule] = {
     'model.positions': choice(POSITIONS),
     'model.ends': choice(ENDS),
     'model.fusion.name': choice(fusion.FUSIONS),
+    'model.fusion.options.*': lambda value: '',  # `fusion.get` checks them against the fields
     'model.fusion.rank': integer(0),
     'model.fusion.hidden': integer(0),
 }
@@ -95,7 +97,10 @@ def make(model: ml_collections.ConfigDict, outputs: int) -> Transformer:
         )
     word = model.fusion
     fuse = fusion.get(
-        word.name, rank=word.rank or model.features, hidden=word.hidden or model.features
+        word.name,
+        get_options(word, 'options'),
+        rank=word.rank or model.features,
+        hidden=word.hidden or model.features,
     )
     mixer = MIXERS[model.mixer]
     return Transformer(

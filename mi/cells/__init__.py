@@ -25,11 +25,13 @@ Every cell is a Linen module with the fields `features` (H), `dtype` and `param_
     'mogrifier'    MogrifierLSTM         rounds, rank, capped
     'hyper_lstm'   HyperLSTM             hyper_features, embedding, layer_norm
 
-A config file adds a cell, for both trainers: `CELLS['mine'] = MyCell`.
+A config of either trainer names another cell 'package.module:Class', and `mi.testing.check_cell`
+checks it. A config file can also add an entry: `CELLS['mine'] = MyCell`.
 """
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from flax import linen as nn
 
@@ -42,14 +44,24 @@ from mi.cells.state import initial_carry as initial_carry
 from mi.config import has_parameter, suggest
 from mi.kernels.lstm import Carry as Carry
 from mi.kernels.lstm import Impl as Impl
+from mi.registry import Registry
 
-CELLS: dict[str, Callable[..., nn.Module]] = {
-    'lstm': LSTM,
-    'mlstm': MultiplicativeLSTM,
-    'mi_lstm': MILSTM,
-    'mogrifier': MogrifierLSTM,
-    'hyper_lstm': HyperLSTM,
-}
+CELLS: Registry[Callable[..., nn.Module]] = Registry(
+    lstm=LSTM,
+    mlstm=MultiplicativeLSTM,
+    mi_lstm=MILSTM,
+    mogrifier=MogrifierLSTM,
+    hyper_lstm=HyperLSTM,
+)
+CELLS.refuse = lambda cell: '' if is_cell(cell) else 'its call has no argument reset'
+
+
+def is_cell(constructor: Callable[..., nn.Module]) -> bool:
+    """Return whether a module, or a partial of one, is called with an argument `reset`."""
+    module: Any = constructor
+    while isinstance(module, functools.partial):
+        module = module.func
+    return has_parameter(module.__call__, 'reset')
 
 
 def get(cell_name: str, **options: object) -> Callable[..., nn.Module]:

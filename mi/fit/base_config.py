@@ -40,6 +40,7 @@ def get_fused_mlp_config() -> ml_collections.ConfigDict:
     model.activation = 'relu'  # relu, softplus, tanh, identity
     model.fusion = ml_collections.ConfigDict()
     model.fusion.name = 'concat'
+    model.fusion.options = ml_collections.ConfigDict()  # other fields of its module
     model.fusion.rank = 0  # as the width
     model.fusion.hidden = 0  # as the width
     return model

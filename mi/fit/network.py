@@ -13,6 +13,7 @@ from jax import Array
 from mi import counting, fusion
 from mi.config import Rule, choice, integer
 from mi.layers import Context
+from mi.options import get_options
 
 SITES = ('first', 'last', 'all')
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -27,6 +28,7 @@ SCHEMA: dict[str, Rule] = {
     'model.site': choice(SITES),
     'model.activation': choice(ACTIVATIONS),
     'model.fusion.name': choice(fusion.FUSIONS),
+    'model.fusion.options.*': lambda value: '',  # `fusion.get` checks them against the fields
     'model.fusion.rank': integer(0),
     'model.fusion.hidden': integer(0),
 }
@@ -71,7 +73,12 @@ class FusedMLP(nn.Module):
 def make(model: ml_collections.ConfigDict, features: int, context: Context) -> FusedMLP:
     """Build the network of a config's section `model`; rank and hidden size 0 mean the width."""
     word = model.fusion
-    fuse = fusion.get(word.name, rank=word.rank or model.width, hidden=word.hidden or model.width)
+    fuse = fusion.get(
+        word.name,
+        get_options(word, 'options'),
+        rank=word.rank or model.width,
+        hidden=word.hidden or model.width,
+    )
 
     def fused(features: int, name: str) -> nn.Module:
         return fuse(features, context=context, name=name)

@@ -27,9 +27,11 @@ from mi.lm.feed_forward import ACTIVATIONS
 from mi.lm.model import SITES
 from mi.lm.transformer import Transformer
 from mi.precision import PRECISIONS
+from mi.registry import Registry
 from mi.training import optim, trackers
 
-CORES: dict[str, Callable[..., nn.Module]] = {'transformer': Transformer}
+CORES: Registry[Callable[..., nn.Module]] = Registry(transformer=Transformer)
+CORES.refuse = lambda core: 'it is a cell' if cells.is_cell(core) else ''
 """Cores that are not layers of a recurrent cell: name → module, called like Transformer.
 
 Every name in `mi.cells.CELLS` is a core too. A config file may add to both.
@@ -94,6 +96,7 @@ SCHEMA: dict[str, Rule] = {
     'model.source': choice(SOURCES),
     'model.context': integer(1),
     'model.fusion.name': choice(fusion.FUSIONS),
+    'model.fusion.options.*': lambda value: '',  # `fusion.get` checks them against the fields
     'model.fusion.rank': integer(1),
     'model.fusion.hidden': integer(1),
     **{f'dropout.{name}': RATE for name in Rates._fields if name != 'locked'},

@@ -95,10 +95,7 @@ def build_model(
         site=model_config.site,
         source=model_config.source,
         context=0 if fusion_config.name == 'none' else context,
-        fusion=functools.partial(
-            fusion.get(fusion_config.name, rank=fusion_config.rank, hidden=fusion_config.hidden),
-            **fusion_options,
-        ),
+        fusion=functools.partial(fusion.from_config(fusion_config), **fusion_options),
         rates=Rates(**config.dropout),
         dtype=jnp.dtype(model_config.dtype),
     )

@@ -20,12 +20,14 @@ from mi.config import (
     number,
 )
 from mi.precision import PRECISIONS
+from mi.registry import Registry
 from mi.rl.agent import SITES, SOURCES, TORSOS
 from mi.rl.loss import CLIPS, POPART_ORDERS
 from mi.rl.transformer import GatedTransformer
 from mi.training import optim, trackers
 
-CORES: dict[str, Callable[..., nn.Module]] = {'transformer': GatedTransformer}
+CORES: Registry[Callable[..., nn.Module]] = Registry(transformer=GatedTransformer)
+CORES.refuse = lambda core: 'it is a cell' if cells.is_cell(core) else ''
 """Cores beside the cells of `mi.cells`, with the same interface: name → module.
 
 Every name in `mi.cells.CELLS` is a core too. A config file may add to both.
@@ -65,6 +67,7 @@ SCHEMA: dict[str, Rule] = {
     'model.source': choice(SOURCES),
     'model.context': integer(1),
     'model.fusion.name': choice(fusion.FUSIONS),
+    'model.fusion.options.*': lambda value: '',  # `fusion.get` checks them against the fields
     'model.fusion.rank': integer(1),
     'model.fusion.hidden': integer(1),
     'loss.discount': number(0, 1),

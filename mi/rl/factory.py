@@ -51,7 +51,7 @@ def build_agent(config: ml_collections.ConfigDict, spec: Spec) -> Agent:
         sites=tuple(model.sites),
         source=model.source,
         context=model.context,
-        fusion=fusion.get(model.fusion.name, rank=model.fusion.rank, hidden=model.fusion.hidden),
+        fusion=fusion.from_config(model.fusion),
         use_instruction=model.instruction,
         dtype=jnp.dtype(model.dtype),
     )

@@ -224,7 +224,13 @@ def _list_names(observation: Mapping[str, object]) -> str:
 def _describe_type(array: chex.ArrayNumpy | jax.Array | jax.ShapeDtypeStruct) -> str:
     """Return shape and type as 'float32[3,2]'."""
     typed_array = array if hasattr(array, 'dtype') else np.asarray(array)
-    return f'{jnp.dtype(typed_array.dtype).name}[{",".join(map(str, typed_array.shape))}]'
+    return f'{_name_dtype(typed_array.dtype)}[{",".join(map(str, typed_array.shape))}]'
+
+
+def _name_dtype(dtype: DTypeLike) -> str:
+    """Return the name of a dtype, or 'key<fry>' of random keys."""
+    is_key = jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    return str(dtype) if is_key else jnp.dtype(dtype).name
 
 
 def _describe_class(value: object) -> str:

@@ -1,0 +1,1 @@
+"""A fusion, an environment and a sweep that `mi` finds by their names."""
