@@ -149,7 +149,7 @@ def set_values(config: ml_collections.ConfigDict, argument: arguments.Argument) 
 def data_config() -> ml_collections.ConfigDict:
     """Return the section `data`: corpus and tokens."""
     config = ml_collections.ConfigDict()
-    config.source = 'austen'  # a name in mi.lm.data.sources.CORPORA, a text file or a directory
+    config.source = 'austen'  # of mi.lm.data.sources: a corpus, file, directory, 'module:read'
     config.path = ''  # where the files of a known corpus are; '' is $MI_DATA/SOURCE
     config.level = 'byte'  # byte, bpe, word, token
     config.vocabulary = 10_000  # at most; bpe, word and token

@@ -1,8 +1,8 @@
 """An environment in which the task decides what an observation means.
 
-Each of eight steps shows a number x in [−1, 1]. Action 1 is right where s x > 0, action 0 elsewhere;
-the sign s is −1 for the task 'flipped' and 1 for 'plain'. The best policy depends on the product of
-x and the task. A policy that ignores the task is right half of the time.
+Each of eight steps shows a number x in [−1, 1]. Action 1 is right where s x > 0, action 0
+elsewhere; the sign s is −1 for the task 'flipped' and 1 for 'plain'. The best policy depends on the
+product of x and the task. A policy that ignores the task is right half of the time.
 """
 
 from typing import NamedTuple

@@ -1,6 +1,9 @@
-from mi import testing
+"""The checks that the modules of mi pass."""
+
 from my_fusion.environment import make
 from my_fusion.layers import TanhGate
+
+from mi import testing
 
 
 def test_the_fusion_works_in_every_trainer():

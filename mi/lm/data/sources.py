@@ -27,6 +27,7 @@ from mi.lm.data.texts import (
     split_at,
     split_by_lines,
 )
+from mi.registry import import_object, is_reference
 from mi.training import progress
 
 HUB = 'hub:'
@@ -69,14 +70,33 @@ class Source:
 
 
 def find_source(source: str) -> Source:
-    """Return how to read a name of `CORPORA`, a name on the hub, or a text file or directory."""
+    """Return how to read a corpus.
+
+    Args:
+      source: a name of `CORPORA`, a name on the hub, a text file or directory, or
+        'package.module:corpus'. That is a `Source`, or a function like `Source.read`, whose first
+        argument is `path`.
+
+    Raises:
+      DataError: if 'package.module:corpus' cannot be imported.
+    """
     if source in CORPORA:
         return CORPORA[source]
+    if is_reference(source):
+        return _import_source(source)
     if source.startswith(HUB):
         matches = (corpus for corpus in CORPORA.values() if corpus.hub == source)
         hub_source = next(matches, Source(_read_local))
         return dataclasses.replace(hub_source, read=functools.partial(_read_hub, source), origin='')
     return Source(_read_local)
+
+
+def _import_source(reference: str) -> Source:
+    try:
+        corpus = import_object(reference)
+    except ValueError as error:
+        raise DataError(f'`source` = {error}') from error
+    return corpus if isinstance(corpus, Source) else Source(corpus, is_bundled=True)
 
 
 def load_texts(source: str, path: str, splits: Collection[str], cache: pathlib.Path) -> Texts:
@@ -93,8 +113,10 @@ def load_texts(source: str, path: str, splits: Collection[str], cache: pathlib.P
     """
     # The place of the corpus.
     known_source = find_source(source)
-    corpus_path = path or source
-    if source in CORPORA and not known_source.is_bundled:
+    corpus_path = path if is_reference(source) else path or source
+    if is_reference(source) and known_source.is_bundled:
+        pass  # `path` is up to its function
+    elif (source in CORPORA or is_reference(source)) and not known_source.is_bundled:
         data_root = os.environ.get('MI_DATA', '')
         if not path and not data_root:
             raise known_source.make_error(
