@@ -63,6 +63,7 @@ def estimate_memory(config: ml_collections.ConfigDict, compiles: bool = True) ->
     """
     training = make_programs(config)
     estimate: costs.Costs = {name: count_bytes(tree) for name, tree in training.state.items()}
+    # A checkpoint holds the state, so its size is the sum so far.
     estimate['checkpoint'] = sum(estimate.values())
     if compiles and (step := measure(training.compile())) is not None:
         estimate['step'] = step

@@ -128,6 +128,7 @@ def analyze(compiled: jax.stages.Compiled) -> Program:
 
 def analyze_text(hlo_text: str) -> Program:
     """Analyze the text of optimized HLO."""
+    # Start at the entry, whose arguments are data.
     module = hlo.parse(hlo_text)
     tally = _Reader(module).read(module.entry, ())
     collectives = [
@@ -203,6 +204,7 @@ class _Reader:
           arguments: known values of its arguments.
           is_fused: part of one kernel, so that its instructions launch none.
         """
+        # Known arguments decide how often loops run, so each combination is counted separately.
         call_key = computation_name, arguments, is_fused
         if call_key not in self.tallies:
             self.tallies[call_key] = _Tally()
@@ -281,6 +283,7 @@ def _collectives(
 
 def _group(instruction: hlo.Instruction, num_devices: int) -> int:
     """Return the number of devices that communicate with each other."""
+    # HLO writes groups as pairs, as a grid, as lists or as axes of a mesh.
     attributes = instruction.attributes
     if match := re.search(r'source_target_pairs=\{(.*?)\}\}', attributes):
         device_pairs = re.findall(r'(\d+),(\d+)', match[1])

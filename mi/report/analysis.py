@@ -116,6 +116,7 @@ def _compute_result(
     arm, values = finals
     mean = difference = test = None
     remarks = []
+    # A seed that is not finite leaves its arm in the table, without a mean.
     try:
         mean = _estimate_mean(sweep, finals)
         if arm.label != sweep.baseline:
@@ -173,6 +174,7 @@ def _average_secondary(sweep: Sweep, arm: Arm) -> dict[str, float]:
     averages = {}
     for metric_name in arm.metric_names(sweep.split):
         values = arm.finite_values(metric_name, sweep.split).values()
+        # Metrics of single tasks are called METRIC/TASK.
         if '/' not in metric_name and metric_name != sweep.metric and values:
             averages[metric_name] = math.fsum(values) / len(values)
     return averages
@@ -205,6 +207,7 @@ def _estimate_mean(sweep: Sweep, finals: Finals) -> Estimate | None:
     arm, values = finals
     if not values:
         return None
+    # Runs of single tasks are resampled task by task, unless a seed was left out.
     seed_mean = statistics.estimate(values, arm.label)
     tasks, scores = arm.scores(sweep.metric, sweep.split)
     if not (arm.separate_runs and tasks and len(scores) == len(values)):
@@ -262,6 +265,7 @@ def _summarize_scores(sweep: Sweep, arm: Arm, baseline: Arm | None) -> Summary |
     tasks, scores = _final_scores(sweep, arm)
     if not len(scores):
         return None
+    # An arm beats another one only on the same tasks.
     improvement = None
     separate_runs = arm.separate_runs and bool(tasks)
     if baseline is not None and baseline is not arm and sweep.is_comparable(arm):

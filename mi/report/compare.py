@@ -127,6 +127,7 @@ def _compare_arm(
         sweep, Finals(candidate.arm, candidate.final), Finals(baseline.arm, baseline.final)
     )
     verdict = statistics.judge(difference, sweep.lower_is_better)
+    # Equal bits show that nothing changed, and need no test.
     common_seeds = baseline.final.keys() & candidate.final.keys()
     if common_seeds and all(baseline.final[seed] == candidate.final[seed] for seed in common_seeds):
         verdict, test = 'equal', None
@@ -289,6 +290,7 @@ def _make_notes(sweeps: Sweeps, comparisons: list[ArmComparison]) -> list[str]:
 
 def _list_changes(baseline: Arm, candidate: Arm) -> list[str]:
     old_config, new_config = flatten(baseline.config), flatten(candidate.config)
+    # A run that has not started has no config yet.
     if not old_config or not new_config:
         return []
     return [

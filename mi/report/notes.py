@@ -7,6 +7,7 @@ from mi.report.runs import Sweep
 
 def make_notes(sweep: Sweep, results: list[ArmResult]) -> list[str]:
     """Return the notes that belong below the table, in every format."""
+    # Explain the columns of scores, in their order.
     notes = [_seed_note(results)]
     if sweep.baseline is not None:
         notes.append(
@@ -22,6 +23,8 @@ def make_notes(sweep: Sweep, results: list[ArmResult]) -> list[str]:
             f'At equal time: the last {sweep.curves} record that an arm had reached when the '
             f'fastest was done, {seconds} s of training.'
         )
+
+    # Explain the costs, and the bold numbers.
     notes.append(
         'Parameters and FLOPs: the whole model / the fusion alone. FLOPs per '
         f'{sweep.unit}: forward, matrix products only, a multiply-add counts as two. Seconds and '

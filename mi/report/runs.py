@@ -431,11 +431,9 @@ def _read_run(run_dir: pathlib.Path, label: str, overrides: Record, warnings: li
     is_done = run_state.phase == 'done'
     metrics = read_metrics(run_dir / 'metrics.jsonl', is_done, warnings)
     config = read_json(run_dir / 'config.json', missing={})
-    # Without the list of the config, the seeds are those that have a record.
+    seeds = sorted({record['seed'] for record in metrics})  # until a config lists them
     if 'seeds' in config:
         seeds = require_field(config, 'seeds', list, run_dir / 'config.json')
-    else:
-        seeds = sorted({record['seed'] for record in metrics})
     return Arm(
         label=label,
         state=run_state.phase,

@@ -102,6 +102,7 @@ def make_table(sweep: Sweep, results: list[ArmResult]) -> Table:
     """Return the formatted table, the same for every format but CSV."""
     columns = _make_columns(sweep, results)
     best: set[int] = set()
+    # Arms of different problems are not ranked with each other.
     for problem_arms in sweep.group_by_problem().values():
         labels = {arm.label for arm in problem_arms}
         means = {
@@ -331,6 +332,7 @@ def format_interval(estimate: Estimate | None, decimals: int, sign: str = '') ->
     if estimate is None:
         return Cell(NONE)
     bounds = [bound for bound in (estimate.mean, estimate.low, estimate.high) if bound is not None]
+    # A number whose digits would all be zeros is written as a power of ten.
     vanishes = 0 < max(map(abs, bounds)) < 0.5 * 10**-decimals
     number_format = f'{sign}.0e' if vanishes else f'{sign}z.{decimals}f'
     mean, low, high = (
@@ -368,6 +370,7 @@ def _format_short(value: float | None) -> str:
     if value is None:
         return NONE
     exponent = next((power for power in (12, 9, 6, 3) if abs(value) >= 0.9995 * 10**power), 0)
+    # Three digits before the point, or a small whole number, need no decimals.
     scaled = abs(value) / 10**exponent
     if scaled >= 99.95 or scaled == abs(value) == int(scaled):
         decimals = 0
