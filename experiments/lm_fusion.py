@@ -21,9 +21,11 @@ models, sizes and text are ours.
 
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from launch.sweep import chain, product
@@ -50,14 +52,13 @@ NOTES = [
     'at the encoder.',
 ]
 
-WORDS = ['concat', 'mi', 'mi_low_rank', 'film', 'none']
-COUNTS = [('parameters', 'model'), ('parameters', 'fusion'), ('flops_per_token', 'model')]
+FUSIONS = ['concat', 'mi', 'mi_low_rank', 'film', 'none']
+COSTS = [('parameters', 'model'), ('parameters', 'fusion'), ('flops_per_token', 'model')]
 
 
 def sweep() -> list[dict[str, Any]]:
     def arms(core: str, sites: list[str], fusions: list[str]) -> list[dict[str, Any]]:
-        places = {'model.core': [core], 'model.site': sites}
-        return product(**places, **{'model.fusion.name': fusions})
+        return product(**{'model.core': [core], 'model.site': sites, 'model.fusion.name': fusions})
 
     members = chain(*(
         chain(
@@ -67,13 +68,13 @@ def sweep() -> list[dict[str, Any]]:
         for core in ('transformer', 'lstm')
     ))  # fmt: skip
     # What is compared first comes first, of both cores.
-    order = ['concat', 'mi', 'none', 'mi_low_rank', 'film']
-    members.sort(key=lambda arm: order.index(arm['model.fusion.name']))
+    fusion_order = ['concat', 'mi', 'none', 'mi_low_rank', 'film']
+    members.sort(key=lambda arm: fusion_order.index(arm['model.fusion.name']))
     if not ENWIK8:
         return members
     data = {'data.source': 'enwik8', 'data.path': ENWIK8, 'data.train_tokens': 9_000_000}
-    longer = {'train.batch': 32, 'train.steps': 4000, 'train.eval_every': 500}
-    return [arm | data | longer | {'train.save_every': 2000} for arm in members]
+    schedule = {'train.batch': 32, 'train.steps': 4000, 'train.eval_every': 500}
+    return [arm | data | schedule | {'train.save_every': 2000} for arm in members]
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
@@ -84,12 +85,12 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
         if arm.finite_values(METRIC, SPLIT):
             core, site, fusion = arm.label.split(', ')
             arms_by_site.setdefault((core, site), {})[fusion] = arm
-    arms_by_site = {place: arms for place, arms in arms_by_site.items() if 'concat' in arms}
+    arms_by_site = {site_key: arms for site_key, arms in arms_by_site.items() if 'concat' in arms}
 
     # A row of the table and a point of the figure for each arm.
     header = ['core', 'site', 'fusion', 'bits per byte ↓ [95 %]', 'difference to concat [95 %]']
     header += ['parameters', 'of the fusion', 'FLOPs per token', 'train seconds']
-    body = []
+    table_rows = []
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(plots.WIDTH, 2.4), layout='constrained')
         panels = figure.subplots(
@@ -98,31 +99,53 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
         for axes, ((core, site), arms) in zip(panels, arms_by_site.items(), strict=False):
             if site == 'encoder' and (core, 'decoder') in arms_by_site and 'none' in arms:
                 arms_by_site[core, 'decoder'] |= {'none': arms['none']}
-            arms = {fusion: arms[fusion] for fusion in WORDS if fusion in arms}
-            finals = {fusion: arm.final_values(METRIC, SPLIT) for fusion, arm in arms.items()}
-            for fusion, final in finals.items():
-                mean = statistics.estimate(final, fusion)
-                gap = statistics.estimate_difference(final, finals['concat'], fusion)
-                gap = None if fusion == 'concat' else gap
-                body.append([
-                    core, site, fusion, str(tables.format_interval(mean, 4)),
-                    str(tables.format_interval(gap, 4, '+')),
-                    *(f'{arms[fusion].get_cost(quantity, part):,}' for quantity, part in COUNTS),
-                    f'{arms[fusion].training_seconds()[1][-1]:.0f}',
-                ])  # fmt: skip
-                if gap is not None:
-                    base = finals['concat']
-                    seeds = [value - base[seed] for seed, value in final.items() if seed in base]
-                    row = WORDS.index(fusion)
-                    axes.plot(seeds, [row] * len(seeds), 'o', mfc='none', ms=3, color=plots.GREY)
-                    axes.plot([gap.mean], [row], '|', ms=10, mew=1.6, color=plots.PALETTE[0])
+            arms = {fusion: arms[fusion] for fusion in FUSIONS if fusion in arms}
+            concat_values = arms['concat'].final_values(METRIC, SPLIT)
+            for fusion, arm in arms.items():
+                gap = None
+                if fusion != 'concat':
+                    values = arm.final_values(METRIC, SPLIT)
+                    gap = statistics.estimate_difference(values, concat_values, fusion)
+                    _draw_gaps(axes, FUSIONS.index(fusion), values, concat_values, gap)
+                table_rows.append([core, site, fusion, *_format_cells(arm, gap)])
             axes.axvline(0, color=plots.GREY, lw=0.8)
             axes.set_title(f'{core},\n{site}')
-            axes.set_yticks(range(1, len(WORDS)), [tables.humanize(fusion) for fusion in WORDS[1:]])
+            axes.set_yticks(range(1, len(FUSIONS)), [*map(tables.humanize, FUSIONS[1:])])
 
         # Labels that the panels share.
-        panels[0].set_ylim(len(WORDS) - 0.5, 0.5)
+        panels[0].set_ylim(len(FUSIONS) - 0.5, 0.5)
         figure.supxlabel('bits per byte − concat', fontsize='medium')
         plots.save(figure, out, 'lm_fusion')
-    notes = [tables.format_markdown(header, body), statistics.CAUTION, sweep.describe_excluded()]
-    (out / 'lm_fusion.md').write_text('\n\n'.join(filter(None, notes)) + '\n', encoding='utf-8')
+    sections = [
+        tables.format_markdown(header, table_rows),
+        statistics.CAUTION,
+        sweep.describe_excluded(),
+    ]
+    (out / 'lm_fusion.md').write_text('\n\n'.join(filter(None, sections)) + '\n', encoding='utf-8')
+
+
+def _format_cells(arm: runs.Arm, gap: statistics.Estimate | None) -> list[str]:
+    """Write mean, difference to concat, costs and seconds of an arm."""
+    mean = statistics.estimate(arm.final_values(METRIC, SPLIT), arm.label)
+    return [
+        str(tables.format_interval(mean, 4)),
+        str(tables.format_interval(gap, 4, '+')),
+        *(f'{arm.get_cost(quantity, owner):,}' for quantity, owner in COSTS),
+        f'{arm.training_seconds()[1][-1]:.0f}',
+    ]
+
+
+def _draw_gaps(
+    axes: Axes,
+    y: int,
+    values: Mapping[int, float],
+    concat_values: Mapping[int, float],
+    mean_gap: statistics.Estimate | None,
+) -> None:
+    """Draw the difference to concat of each seed, and their mean; nothing if no seed has both."""
+    if mean_gap is None:
+        return
+    paired_seeds = [seed for seed in values if seed in concat_values]
+    gaps = [values[seed] - concat_values[seed] for seed in paired_seeds]
+    axes.plot(gaps, [y] * len(gaps), 'o', mfc='none', ms=3, color=plots.GREY)
+    axes.plot([mean_gap.mean], [y], '|', ms=10, mew=1.6, color=plots.PALETTE[0])

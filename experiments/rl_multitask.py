@@ -32,5 +32,5 @@ NOTES = [
 
 
 def sweep() -> list[dict[str, Any]]:
-    words = ['mi', 'concat', 'none', 'multi_head', 'film', 'mi_low_rank']
-    return product(**{'model.fusion.name': words, 'seeds': [(0, 1, 2, 3, 4)]})
+    fusions = ['mi', 'concat', 'none', 'multi_head', 'film', 'mi_low_rank']
+    return product(**{'model.fusion.name': fusions, 'seeds': [(0, 1, 2, 3, 4)]})

@@ -20,7 +20,7 @@ from mi.layers import Affine
 from mi.motifs.convolutional_attention import ConvolutionalSelfAttention
 
 CENTRES = ('learnt', 'fixed', 'grid')
-DRAWN = initializers.normal(2**0.5)
+CENTER_INIT = initializers.normal(2**0.5)
 
 
 class EdgeConvolution(nn.Module):
@@ -46,26 +46,30 @@ class EdgeConvolution(nn.Module):
         V = self.param('V', initializers.lecun_normal(), (K, K, n, self.features))
         b = self.param('b', initializers.zeros, (self.features,))
         x, V, b = nn.dtypes.promote_dtype(x, V, b, dtype=self.dtype)
-        y = linear(windows(x, K), V.reshape(-1, self.features))
+        y = linear(extract_windows(x, K), V.reshape(-1, self.features))
         return y + b.reshape((1,) * (y.ndim - 1) + b.shape)
 
 
-def windows(x: Array, K: int) -> Array:
+def extract_windows(image: Array, K: int) -> Array:
     """[..., rows, columns, n] → [..., rows, columns, K² n], the K × K neighbours of every pixel."""
-    rows, columns, _ = x.shape[-3:]
-    low, high = (K - 1) // 2, K // 2
-    sides = [(0, 0)] * (x.ndim - 3) + [(low, high), (low, high), (0, 0)]
-    x = jnp.pad(x, sides, mode='edge')
-    return jnp.concatenate(
-        [x[..., i : i + rows, j : j + columns, :] for i in range(K) for j in range(K)], axis=-1
-    )
+    num_rows, num_columns, _ = image.shape[-3:]
+    sides = (K - 1) // 2, K // 2
+    padding = [(0, 0)] * (image.ndim - 3) + [sides, sides, (0, 0)]
+    padded = jnp.pad(image, padding, mode='edge')
+    windows = [
+        padded[..., row : row + num_rows, column : column + num_columns, :]
+        for row in range(K)
+        for column in range(K)
+    ]
+    return jnp.concatenate(windows, axis=-1)
 
 
-def grid(heads: int) -> Array:
+def make_kernel_offsets(heads: int) -> Array:
     """Return the offsets of a K × K kernel [K², 2], in the order of its entries; heads = K²."""
     K = round(heads**0.5)
-    i, j = jnp.divmod(jnp.arange(heads), K)
-    return jnp.stack([i - (K - 1) // 2, j - (K - 1) // 2], axis=-1).astype(jnp.float32)
+    row, column = jnp.divmod(jnp.arange(heads), K)
+    center = (K - 1) // 2
+    return jnp.stack([row - center, column - center], axis=-1).astype(jnp.float32)
 
 
 LAYERS = ('attention', 'convolution')
@@ -97,9 +101,10 @@ class ImageNetwork(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        for i in range(self.depth):
-            x = nn.relu(self.layer(f'layer_{i}')(x))
-        return Affine(self.outputs, self.dtype, name='out')(x.mean((-3, -2))).astype(jnp.float32)
+        for layer_index in range(self.depth):
+            x = nn.relu(self.layer(f'layer_{layer_index}')(x))
+        readout = Affine(self.outputs, self.dtype, name='out')
+        return readout(x.mean((-3, -2))).astype(jnp.float32)
 
 
 def make(model: ml_collections.ConfigDict, outputs: int) -> ImageNetwork:
@@ -110,27 +115,27 @@ def make(model: ml_collections.ConfigDict, outputs: int) -> ImageNetwork:
             lambda name: EdgeConvolution(model.kernel, model.width, name=name),
             model.depth,
         )
-    centers = DRAWN
+    center_init = CENTER_INIT
     if model.centres == 'grid':
-        centers = initializers.constant(grid(model.heads))
-    heads = Heads(model.heads, centers, model.alpha)
-    return attention(outputs, heads, model.width, model.depth)
+        center_init = initializers.constant(make_kernel_offsets(model.heads))
+    heads = Heads(model.heads, center_init, model.alpha)
+    return make_attention(outputs, heads, model.width, model.depth)
 
 
 class Heads(NamedTuple):
     """The heads of a layer: how many, and their initial centers and α."""
 
     number: int
-    center_init: Initializer = DRAWN
+    center_init: Initializer = CENTER_INIT
     alpha: float = 1.0
 
 
-def attention(
+def make_attention(
     outputs: int, heads: Heads, width: int, depth: int, dtype: DTypeLike | None = None
 ) -> ImageNetwork:
     """Build a network of self-attention."""
 
-    def layer(name: str | None) -> nn.Module:
+    def make_layer(name: str | None) -> nn.Module:
         return ConvolutionalSelfAttention(
             heads.number,
             width,
@@ -140,4 +145,4 @@ def attention(
             name=name,
         )
 
-    return ImageNetwork(outputs, layer, depth, dtype)
+    return ImageNetwork(outputs, make_layer, depth, dtype)

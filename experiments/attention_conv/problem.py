@@ -30,19 +30,19 @@ from mi.fit import network
 from mi.fit.problem import Costs, Metrics, Params, Problem
 from mi.motifs.convolutional_attention import convert_convolution
 
-CLASSES = 10
-COUNT = 1797
+NUM_CLASSES = 10
+NUM_IMAGES = 1797
 DTYPES: dict[str, DTypeLike] = {'f32': jnp.float32, 'bf16': jnp.bfloat16}
 
 
 SCHEMA: dict[str, Rule] = {
-    'problem.train': integer(1, COUNT - 1),
+    'problem.train': integer(1, NUM_IMAGES - 1),
     'problem.alphas': tuple_of(number(0, exclusive=True), 'positive numbers'),
     **vision.SCHEMA,
 }
 
 
-def load() -> tuple[np.ndarray, np.ndarray]:
+def load_images() -> tuple[np.ndarray, np.ndarray]:
     """Load images [1797, 8, 8, 1] in f32, standardized over all pixels, and labels [1797].
 
     Raises:
@@ -55,21 +55,21 @@ def load() -> tuple[np.ndarray, np.ndarray]:
             f'experiments.attention_conv: its images come with scikit-learn, which is not '
             f'installed. Try {suggest_install("digits")}'
         ) from error
-    data = load_digits()
-    images = data.images.astype(np.float32)
+    digits = load_digits()
+    images = digits.images.astype(np.float32)
     images = (images - images.mean()) / images.std()
-    return images[..., None], data.target.astype(np.int32)
+    return images[..., None], digits.target.astype(np.int32)
 
 
 class Split(NamedTuple):
     """The world of a seed.
 
     Attributes:
-      rows: the images in the order of the seed, those to train on first.
+      image_ids: the images in the order of the seed, those to train on first.
       init_key: draws the initial parameters, so that `artifacts` can draw them again.
     """
 
-    rows: Array
+    image_ids: Array
     init_key: PRNGKey
 
 
@@ -94,26 +94,26 @@ class Digits(Problem):
 
     def draw_world(self, key: PRNGKey) -> Split:
         order_key, init_key = jax.random.split(key)
-        return Split(jax.random.permutation(order_key, COUNT), init_key)
+        return Split(jax.random.permutation(order_key, NUM_IMAGES), init_key)
 
     def init_params(self, key: PRNGKey, world: Split) -> Params:
         return self.model.init(world.init_key, jnp.zeros(self.images.shape[1:]))
 
-    def _score(self, params: Params, rows: Array) -> Metrics:
+    def _compute_metrics(self, params: Params, image_ids: Array) -> Metrics:
         if self.settings.centres == 'fixed':
             params = _stop_gradient_of_centers(params)
-        logits: Array = self.model.apply(params, self.images[rows])
-        labels = self.labels[rows]
+        logits: Array = self.model.apply(params, self.images[image_ids])
+        labels = self.labels[image_ids]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         return {'cross_entropy': loss, 'accuracy': compute_accuracy(logits, labels)}
 
     def loss(self, params: Params, world: Split, key: PRNGKey) -> tuple[Array, Metrics]:
-        rows = world.rows[: self.train_examples]
-        metrics = self._score(params, jax.random.choice(key, rows, (self.examples,)))
+        image_ids = world.image_ids[: self.train_examples]
+        metrics = self._compute_metrics(params, jax.random.choice(key, image_ids, (self.examples,)))
         return metrics['cross_entropy'], metrics
 
     def evaluate(self, params: Params, world: Split, key: PRNGKey) -> dict[str, Metrics]:
-        return {'eval': self._score(params, world.rows[self.train_examples :])}
+        return {'eval': self._compute_metrics(params, world.image_ids[self.train_examples :])}
 
     def costs(self) -> Costs:
         image = jax.ShapeDtypeStruct(self.images.shape[1:], jnp.float32)
@@ -124,9 +124,9 @@ class Digits(Problem):
         if self.settings.layer == 'attention':
             initial = self.init_params(key, world)
             return _stack_heads(params, '') | _stack_heads(initial, '_before')
-        rows = world.rows[self.train_examples :]
-        images, labels = self.images[rows], self.labels[rows]
-        return compare_construction(params, self.settings, images, labels, self.alphas)
+        image_ids = world.image_ids[self.train_examples :]
+        test_images, test_labels = self.images[image_ids], self.labels[image_ids]
+        return compare_construction(params, self.settings, test_images, test_labels, self.alphas)
 
 
 def make(config: ml_collections.ConfigDict) -> Digits:
@@ -141,10 +141,10 @@ def make(config: ml_collections.ConfigDict) -> Digits:
             f'config.model.heads = {model.heads}: expected a square number, for they start '
             f"as a grid; or give config.model.centres = 'learnt'"
         )
-    images, labels = (jnp.asarray(a) for a in load())
+    images, labels = (jnp.asarray(array) for array in load_images())
     return Digits(
         examples=config.train.batch,
-        model=vision.make(model, CLASSES),
+        model=vision.make(model, NUM_CLASSES),
         settings=model,
         images=images,
         labels=labels,
@@ -169,31 +169,33 @@ def compare_construction(
     """
     # The inputs and outputs of every convolution.
     depth, heads = model.depth, vision.Heads(model.kernel**2)
-    convolutions = vision.make(model, CLASSES)
+    convolutions = vision.make(model, NUM_CLASSES)
     logits, variables = convolutions.apply(
         params, images, capture_intermediates=True, mutable='intermediates'
     )
     intermediates = variables['intermediates']
-    outputs = [intermediates[f'layer_{i}']['__call__'][0] for i in range(depth)]
+    layer_names = [f'layer_{layer_index}' for layer_index in range(depth)]
+    outputs = [intermediates[layer_name]['__call__'][0] for layer_name in layer_names]
     inputs = [images, *map(jax.nn.relu, outputs[:-1])]
 
     def compare(alpha: Array, dtype: DTypeLike) -> Metrics:
-        attention = vision.attention(CLASSES, heads, model.width, depth, dtype)
-        converted = {
-            name: layer if name == 'out' else convert_convolution(layer['V'], layer['b'], alpha)
-            for name, layer in params['params'].items()
-        }
+        attention = vision.make_attention(NUM_CLASSES, heads, model.width, depth, dtype)
+        converted = {'out': params['params']['out']}
+        for layer_name in layer_names:
+            kernel = params['params'][layer_name]
+            converted[layer_name] = convert_convolution(kernel['V'], kernel['b'], alpha)
+
+        # Each layer on the output of the convolutions before it, then all layers together.
+        layer = attention.layer(None)
         layer_errors = [
-            _relative_error(
-                attention.layer(None).apply({'params': converted[f'layer_{i}']}, x), exact
-            )
-            for i, (x, exact) in enumerate(zip(inputs, outputs, strict=True))
+            _relative_error(layer.apply({'params': converted[layer_name]}, layer_input), expected)
+            for layer_name, layer_input, expected in zip(layer_names, inputs, outputs, strict=True)
         ]
-        y = attention.apply({'params': converted}, images)
+        attention_logits = attention.apply({'params': converted}, images)
         return {
             'layer_error': jnp.stack(layer_errors),
-            'logit_error': _relative_error(y, logits),
-            'accuracy': compute_accuracy(y, labels),
+            'logit_error': _relative_error(attention_logits, logits),
+            'accuracy': compute_accuracy(attention_logits, labels),
         }
 
     # Each dtype at each α.
@@ -201,13 +203,16 @@ def compare_construction(
         jax.lax.map(functools.partial(compare, dtype=dtype), jnp.array(alphas))
         for dtype in DTYPES.values()
     ]
-    arrays = {name: jnp.stack([c[name] for c in comparisons]) for name in comparisons[0]}
+    arrays = {
+        metric_name: jnp.stack([comparison[metric_name] for comparison in comparisons])
+        for metric_name in comparisons[0]
+    }
     return arrays | {'own_accuracy': compute_accuracy(logits, labels)}
 
 
-def _relative_error(y: Array, exact: Array) -> Array:
-    difference = y.astype(jnp.float32) - exact
-    return jnp.sqrt(jnp.square(difference).mean() / jnp.square(exact).mean())
+def _relative_error(output: Array, expected: Array) -> Array:
+    difference = output.astype(jnp.float32) - expected
+    return jnp.sqrt(jnp.square(difference).mean() / jnp.square(expected).mean())
 
 
 def compute_accuracy(logits: Array, labels: Array) -> Array:
@@ -217,10 +222,11 @@ def compute_accuracy(logits: Array, labels: Array) -> Array:
 
 def _stack_heads(params: Params, suffix: str) -> Metrics:
     """Return Δ [L, H, 2] and α [L, H] of all layers."""
-    layers = [p for name, p in sorted(params['params'].items()) if name.startswith('layer_')]
+    layer_names = sorted(name for name in params['params'] if name.startswith('layer_'))
+    layers = [params['params'][layer_name] for layer_name in layer_names]
     return {
-        f'{name}{suffix}': jnp.stack([layer[name] for layer in layers])
-        for name in ('Delta', 'alpha')
+        f'{param_name}{suffix}': jnp.stack([layer[param_name] for layer in layers])
+        for param_name in ('Delta', 'alpha')
     }
 
 

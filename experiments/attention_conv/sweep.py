@@ -58,9 +58,9 @@ def sweep() -> list[dict[str, Any]]:
         **{'model.layer': ['attention']},
         **{'model.heads': [9], 'model.centres': ['learnt', 'fixed', 'grid']},
     )
-    fewer = {'model.layer': 'attention', 'model.heads': 4, 'model.centres': 'learnt'}
-    layers = [*convolutions, *attention, fewer]
-    return product(layers, zip_(seeds=SEEDS), **{'model.parameters': [5000]})
+    four_heads = {'model.layer': 'attention', 'model.heads': 4, 'model.centres': 'learnt'}
+    layer_overrides = [*convolutions, *attention, four_heads]
+    return product(layer_overrides, zip_(seeds=SEEDS), **{'model.parameters': [5000]})
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
@@ -77,8 +77,8 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
         labeled_arms = {title: arms[label] for label, title in DRAWN_ARMS.items() if label in arms}
         if labeled_arms:
             plots.save(_draw_centers(labeled_arms), out, 'centres')
-    parts = [_tabulate_errors(kernels), _tabulate_centers(arms)]
-    (out / 'attention_conv.md').write_text('\n\n'.join(parts) + '\n', encoding='utf-8')
+    sections = [_tabulate_errors(kernels), _tabulate_centers(arms)]
+    (out / 'attention_conv.md').write_text('\n\n'.join(sections) + '\n', encoding='utf-8')
 
 
 class ArmArrays(NamedTuple):
@@ -91,45 +91,49 @@ class ArmArrays(NamedTuple):
 
 def read_arms(workdir: pathlib.Path) -> dict[str, ArmArrays]:
     """Return the arrays of each arm by its label, from the runs that are done."""
-    parts_of_label: dict[str, list[ArmArrays]] = {}
+    runs_by_label: dict[str, list[ArmArrays]] = {}
     for member in json.loads((workdir / 'sweep.json').read_text())['members']:
-        folder = workdir / member['name']
-        if (folder / 'artefacts.npz').exists():
-            config = json.loads((folder / 'config.json').read_text())
-            arrays = dict(np.load(folder / 'artefacts.npz'))
-            part = ArmArrays(config['seeds'], config['problem']['alphas'], arrays)
-            parts_of_label.setdefault(member['label'], []).append(part)
-    return {
-        label: ArmArrays(
-            [seed for part in parts for seed in part.seeds],
-            parts[0].alphas,
-            {name: np.concatenate([p.arrays[name] for p in parts]) for name in parts[0].arrays},
-        )
-        for label, parts in parts_of_label.items()
-    }
+        run_dir = workdir / member['name']
+        if (run_dir / 'artefacts.npz').exists():
+            config = json.loads((run_dir / 'config.json').read_text())
+            arrays = dict(np.load(run_dir / 'artefacts.npz'))
+            run_arrays = ArmArrays(config['seeds'], config['problem']['alphas'], arrays)
+            runs_by_label.setdefault(member['label'], []).append(run_arrays)
+    arms = {}
+    for label, arm_runs in runs_by_label.items():
+        seeds = [seed for run in arm_runs for seed in run.seeds]
+        joined_arrays = {
+            array_name: np.concatenate([run.arrays[array_name] for run in arm_runs])
+            for array_name in arm_runs[0].arrays
+        }
+        arms[label] = ArmArrays(seeds, arm_runs[0].alphas, joined_arrays)
+    return arms
 
 
 def _draw_construction(figure: Figure, kernels: dict[str, ArmArrays]) -> None:
     """Draw the error of the layers, and the accuracy of the whole network, against α."""
     error_axes, accuracy_axes = figure.subplots(1, 2)
-    for (title, arm), color in zip(kernels.items(), plots.PALETTE, strict=False):
+    for (kernel_title, arm), color in zip(kernels.items(), plots.PALETTE, strict=False):
         alphas = np.array(arm.alphas)
-        for d, (dtype, dashes) in enumerate(zip(('f32', 'bf16'), plots.DASHES, strict=False)):
-            errors = arm.arrays['layer_error'][:, d]  # [S, alphas, L]
-            style = {'color': color, 'ls': dashes, 'lw': 1.2}
-            label = f'{title}, {dtype}'
-            median = np.median(errors, (0, 2))
-            median[median == 0] = np.nan  # no point on a logarithmic axis
-            error_axes.plot(alphas, median, label=label, **style)
+        for dtype_index, dtype_name in enumerate(('f32', 'bf16')):
+            layer_errors = arm.arrays['layer_error'][:, dtype_index]  # [S, alphas, L]
+            line_style = {'color': color, 'ls': plots.DASHES[dtype_index], 'lw': 1.2}
+            line_label = f'{kernel_title}, {dtype_name}'
+            median_error = np.median(layer_errors, (0, 2))
+            median_error[median_error == 0] = np.nan  # no point on a logarithmic axis
+            error_axes.plot(alphas, median_error, label=line_label, **line_style)
             error_axes.fill_between(
-                alphas, errors.min((0, 2)), errors.max((0, 2)), median > 0,
+                alphas, layer_errors.min((0, 2)), layer_errors.max((0, 2)), median_error > 0,
                 color=color, alpha=0.15, lw=0,
             )  # fmt: skip
-            accuracy_gap = arm.arrays['accuracy'][:, d] - arm.arrays['own_accuracy'][:, None]
-            mean, low, high = statistics.estimate_band(100 * accuracy_gap)
-            accuracy_axes.plot(alphas, mean, label=label, **style)
-            if low is not None and high is not None:
-                accuracy_axes.fill_between(alphas, low, high, color=color, alpha=0.15, lw=0)
+            own_accuracy = arm.arrays['own_accuracy'][:, None]
+            accuracy_gap = arm.arrays['accuracy'][:, dtype_index] - own_accuracy
+            mean_gap, lower, upper = statistics.estimate_band(100 * accuracy_gap)
+            accuracy_axes.plot(alphas, mean_gap, label=line_label, **line_style)
+            if lower is not None and upper is not None:
+                accuracy_axes.fill_between(alphas, lower, upper, color=color, alpha=0.15, lw=0)
+
+    # The law of the theory, scales and labels.
     alphas = np.linspace(0.5, 21, 50)
     error_axes.plot(alphas, np.exp(-alphas), color=plots.GREY, ls=(0, (1, 1)), lw=1, label='e⁻ᵅ')
     error_axes.set(xlabel='α of every head', ylabel='relative error of a layer')
@@ -146,26 +150,28 @@ def _draw_centers(labeled_arms: dict[str, ArmArrays]) -> Figure:
     """Draw the centers and widths of every layer's heads, of the first seed."""
     depth = next(iter(labeled_arms.values())).arrays['Delta'].shape[1]
     figure = Figure(figsize=(plots.WIDTH, 0.5 + 1.75 * len(labeled_arms)), layout='constrained')
-    grid = figure.subplots(len(labeled_arms), depth, squeeze=False, sharex=True, sharey=True)
-    for row, (title, arm) in zip(grid, labeled_arms.items(), strict=True):
-        row[0].set_ylabel(f'{title}\nrows')
-        for layer, axes in enumerate(row):
-            _draw_heads(axes, {name: a[0, layer] for name, a in arm.arrays.items()})
-    for layer in range(depth):
-        grid[0, layer].set_title(f'layer {layer + 1}')
-        grid[-1, layer].set_xlabel('columns')
-    handles, labels = grid[0, 0].get_legend_handles_labels()
+    panel_grid = figure.subplots(len(labeled_arms), depth, squeeze=False, sharex=True, sharey=True)
+    for panel_row, (arm_title, arm) in zip(panel_grid, labeled_arms.items(), strict=True):
+        panel_row[0].set_ylabel(f'{arm_title}\nrows')
+        for layer_index, axes in enumerate(panel_row):
+            arrays = {name: array[0, layer_index] for name, array in arm.arrays.items()}
+            _draw_heads(axes, arrays)
+    for layer_index in range(depth):
+        panel_grid[0, layer_index].set_title(f'layer {layer_index + 1}')
+        panel_grid[-1, layer_index].set_xlabel('columns')
+    handles, labels = panel_grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside lower center', ncols=4, frameon=False)
     return figure
 
 
 def _draw_heads(axes: Axes, arrays: dict[str, np.ndarray]) -> None:
     """Draw the offsets of one layer, Δ [H, 2] as (rows, columns); rows run down."""
-    offsets = np.array([(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)])
-    axes.plot(*offsets.T[::-1], '+', color=plots.INK, ms=5, mew=0.6, label='3 × 3 kernel')
+    kernel_offsets = np.array([(row, column) for row in (-1, 0, 1) for column in (-1, 0, 1)])
+    axes.plot(*kernel_offsets.T[::-1], '+', color=plots.INK, ms=5, mew=0.6, label='3 × 3 kernel')
     initial_centers, final_centers = arrays['Delta_before'], arrays['Delta']
-    for start, end in zip(initial_centers, final_centers, strict=True):
-        axes.plot(*zip(start[::-1], end[::-1], strict=True), color=plots.GREY, lw=0.6, zorder=1)
+    for centers in zip(initial_centers, final_centers, strict=True):
+        rows, columns = np.transpose(centers)
+        axes.plot(columns, rows, color=plots.GREY, lw=0.6, zorder=1)
     axes.plot(*initial_centers.T[::-1], 'o', mfc='none', color=plots.GREY, ms=3.5, label='Δ before')
     axes.plot(*final_centers.T[::-1], 'o', color=plots.PALETTE[0], ms=3.5, mew=0, label='Δ after')
     for center, alpha in zip(final_centers, arrays['alpha'], strict=True):
@@ -187,62 +193,75 @@ def _tabulate_errors(kernels: dict[str, ArmArrays]) -> str:
     """Tabulate errors, averaged over layers and seeds, and the accuracy that is lost."""
     header = ['kernel, α', 'error of a layer, f32 [95 %]', 'bf16 [95 %]']
     header += ['error of the logits, f32 [95 %]', 'accuracy lost, f32, points [95 %]']
-    body = []
-    for title, arm in kernels.items():
+    table_rows = []
+    for kernel_title, arm in kernels.items():
         arrays = arm.arrays
         accuracy_lost = 100 * (arrays['own_accuracy'][:, None] - arrays['accuracy'][:, 0])
-        for i, alpha in enumerate(arm.alphas):
-            columns = [arrays['layer_error'][:, d, i].mean(-1) for d in (0, 1)]
-            columns.append(arrays['logit_error'][:, 0, i])
-            line = [f'{title}, {alpha:g}']
-            line += [_scientific(_estimate(arm, values)) for values in columns]
-            body.append(
-                [*line, str(tables.format_interval(_estimate(arm, accuracy_lost[:, i]), 2))]
-            )
-    return '**K² heads in place of a K × K convolution**\n\n' + tables.format_markdown(header, body)
+        for alpha_index, alpha in enumerate(arm.alphas):
+            error_columns = [
+                arrays['layer_error'][:, 0, alpha_index].mean(-1),
+                arrays['layer_error'][:, 1, alpha_index].mean(-1),
+                arrays['logit_error'][:, 0, alpha_index],
+            ]
+            table_row = [f'{kernel_title}, {alpha:g}']
+            table_row += [
+                _format_scientific(_estimate(arm, seed_errors)) for seed_errors in error_columns
+            ]
+            mean_loss = _estimate(arm, accuracy_lost[:, alpha_index])
+            table_row.append(str(tables.format_interval(mean_loss, 2)))
+            table_rows.append(table_row)
+    table = tables.format_markdown(header, table_rows)
+    return f'**K² heads in place of a K × K convolution**\n\n{table}'
 
 
 def _tabulate_centers(arms: dict[str, ArmArrays]) -> str:
     """Tabulate the distances of the centers from the offsets of a 3 × 3 kernel, by layer."""
-    offsets = np.array([(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)], float)
+    kernel_offsets = np.array([(row, column) for row in (-1, 0, 1) for column in (-1, 0, 1)], float)
     header = ['arm', 'layer', 'moved, pixels', f'heads within {NEAR} of an offset, before', 'after']
     header += ['offsets with such a head, before', 'after', 'width before', 'after']
-    body = []
-    for label, arm in arms.items():
-        if 'Delta' not in arm.arrays:
+    table_rows = []
+    for arm_label, arm in arms.items():
+        if 'Delta' not in arm.arrays:  # convolutions have no centers
             continue
-        for layer in range(arm.arrays['Delta'].shape[1]):
+        for layer_index in range(arm.arrays['Delta'].shape[1]):
             initial_centers, final_centers = (
-                arm.arrays[name][:, layer] for name in ('Delta_before', 'Delta')
+                arm.arrays[array_name][:, layer_index] for array_name in ('Delta_before', 'Delta')
             )
-            distance = np.linalg.norm(final_centers - initial_centers, axis=-1).mean(-1)
-            distance[distance < 1e-6] = 0  # rounding
+            moved_distance = np.linalg.norm(final_centers - initial_centers, axis=-1).mean(-1)
+            moved_distance[moved_distance < 1e-6] = 0  # rounding
+
+            # Which heads are near which offset, before training and after.
             is_near = [
-                np.linalg.norm(centers[:, :, None] - offsets, axis=-1) <= NEAR
+                np.linalg.norm(centers[:, :, None] - kernel_offsets, axis=-1) <= NEAR
                 for centers in (initial_centers, final_centers)
             ]  # [S, H, 9]
-            values = [(distance, 2)]
-            values += [(100 * mask.any(-1).mean(-1), 0) for mask in is_near]
-            values += [(mask.any(1).sum(-1).astype(float), 1) for mask in is_near]
-            values += [
-                (np.median(compute_width(arm.arrays[name][:, layer]), -1), 2)
-                for name in ('alpha_before', 'alpha')
+
+            # Values of each seed, and the digits that their mean is written with.
+            columns = [(moved_distance, 2)]
+            columns += [(100 * near_mask.any(-1).mean(-1), 0) for near_mask in is_near]
+            columns += [(near_mask.any(1).sum(-1).astype(float), 1) for near_mask in is_near]
+            columns += [
+                (np.median(compute_width(arm.arrays[array_name][:, layer_index]), -1), 2)
+                for array_name in ('alpha_before', 'alpha')
             ]
-            line = [label, str(layer + 1)]
-            line += [str(tables.format_interval(_estimate(arm, v), digits)) for v, digits in values]
-            body.append(line)
+            table_row = [arm_label, str(layer_index + 1)]
+            table_row += [
+                str(tables.format_interval(_estimate(arm, seed_values), num_digits))
+                for seed_values, num_digits in columns
+            ]
+            table_rows.append(table_row)
     note = (
         'Means over seeds [95 %]. A 3 × 3 kernel has 9 offsets; heads near one are in per cent. '
         'Widths are medians over heads of 1 / √(2α), in pixels.'
     )
-    return f'**Centers of the heads**\n\n{tables.format_markdown(header, body)}\n\n{note}'
+    return f'**Centers of the heads**\n\n{tables.format_markdown(header, table_rows)}\n\n{note}'
 
 
 def _estimate(arm: ArmArrays, values: np.ndarray) -> statistics.Estimate:
     return statistics.estimate(dict(zip(arm.seeds, map(float, values), strict=True)), 'kept')
 
 
-def _scientific(estimate: statistics.Estimate) -> str:
+def _format_scientific(estimate: statistics.Estimate) -> str:
     if estimate.low is None or estimate.high is None:
         return f'{estimate.mean:.1e}'
     return f'{estimate.mean:.1e} [{estimate.low:.1e}, {estimate.high:.1e}]'

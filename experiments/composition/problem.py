@@ -73,37 +73,39 @@ class Teacher(NamedTuple):
     readout: Array
 
 
-def ring(modules: range) -> set[frozenset[int]]:
+def make_ring(modules: range) -> set[frozenset[int]]:
     """Pair each module with the next one, and the last with the first."""
-    return {frozenset((a, b)) for a, b in itertools.pairwise([*modules, modules[0]])}
+    return {frozenset(pair) for pair in itertools.pairwise([*modules, modules[0]])}
 
 
-def tasks(modules: int, support: str) -> tuple[np.ndarray, np.ndarray]:
+def make_module_sets(modules: int, support: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the modules of the trained tasks [T, M] and of the tested ones [T', M], as 0 and 1."""
-    everything, half = range(modules), modules // 2
-    pairs: dict[str, set[frozenset[int]]] = {
-        'connected': ring(everything),
-        'disconnected': ring(everything[:half]) | ring(everything[half:]),
+    all_modules, half = range(modules), modules // 2
+    trained_pairs: dict[str, set[frozenset[int]]] = {
+        'connected': make_ring(all_modules),
+        'disconnected': make_ring(all_modules[:half]) | make_ring(all_modules[half:]),
         'alone': set(),
     }
-    singles = {frozenset([i]) for i in everything}
-    unseen = set(map(frozenset, itertools.combinations(everything, 2)))
-    unseen -= pairs['connected'] | pairs['disconnected']
+    singletons = {frozenset([module]) for module in all_modules}
+    unseen_pairs = set(map(frozenset, itertools.combinations(all_modules, 2)))
+    unseen_pairs -= trained_pairs['connected'] | trained_pairs['disconnected']
 
-    def rows(sets: set[frozenset[int]]) -> np.ndarray:
-        return np.array([[float(i in s) for i in everything] for s in sorted(sets, key=sorted)])
+    def encode(module_sets: set[frozenset[int]]) -> np.ndarray:
+        ordered_sets = sorted(module_sets, key=sorted)
+        members = [[module in subset for module in all_modules] for subset in ordered_sets]
+        return np.array(members, float)
 
-    return rows(singles | pairs[support]), rows(unseen)
+    return encode(singletons | trained_pairs[support]), encode(unseen_pairs)
 
 
-def outputs(teacher: Teacher, c: Array, x: Array) -> Array:
+def compute_outputs(teacher: Teacher, c: Array, x: Array) -> Array:
     """Return y of every task."""
     W = jnp.einsum('tm,mnh->tnh', c, teacher.modules)
     y: Array = jax.nn.relu(jnp.einsum('ten,tnh->teh', x, W)) @ teacher.readout
     return y
 
 
-def unexplained(y: Array, prediction: Array) -> Array:
+def compute_unexplained(y: Array, prediction: Array) -> Array:
     """Return the share of the variance of y [T, E, k] within tasks that is not predicted."""
     within = y - y.mean(1, keepdims=True)
     return jnp.sum(jnp.square(y - prediction)) / jnp.sum(jnp.square(within))
@@ -146,17 +148,17 @@ class Composition(Problem):
         return Teacher(modules, jax.random.normal(readout_key, (h, k)) * math.sqrt(2 / h))
 
     def draw_examples(
-        self, teacher: Teacher, key: PRNGKey, sets: Array, count: int
+        self, teacher: Teacher, key: PRNGKey, sets: Array, num_examples: int
     ) -> tuple[Array, Array, Array]:
-        """Draw coefficients c, inputs x and outputs y of `count` examples for each set."""
+        """Draw coefficients c, inputs x and outputs y of `num_examples` examples for each set."""
         c_key, x_key = jax.random.split(key)
         if self.draws_coefficients:
             c = sets * jax.random.uniform(c_key, sets.shape, minval=0.5)
         else:
             c = sets / jnp.linalg.norm(sets, axis=-1, keepdims=True)
-        n = self.teacher_shape[1]
-        x = jax.random.uniform(x_key, (len(sets), count, n), minval=-1) * math.sqrt(3)
-        return c, x, outputs(teacher, c, x)
+        shape = len(sets), num_examples, self.teacher_shape[1]
+        x = jax.random.uniform(x_key, shape, minval=-1) * math.sqrt(3)
+        return c, x, compute_outputs(teacher, c, x)
 
     def init_params(self, key: PRNGKey, world: World) -> Params:
         network_key, contexts_key = jax.random.split(key)
@@ -172,21 +174,21 @@ class Composition(Problem):
         return math.sqrt(self.teacher_shape[0]) * c
 
     def _predict(self, params: Params, z: Array, x: Array) -> Array:
-        y: Array = self.model.apply({'params': params['network']}, x, z[:, None])
-        return y
+        prediction: Array = self.model.apply({'params': params['network']}, x, z[:, None])
+        return prediction
 
     def loss(self, params: Params, world: Teacher, key: PRNGKey) -> tuple[Array, Metrics]:
         c, x, y = self.draw_examples(world, key, self.trained, self.batch)
         z = params['contexts'] if self.is_learned else self._given_context(c)
         prediction = self._predict(params, z, x)
         mse = jnp.mean(jnp.square(prediction - y))
-        return mse, {'mse': mse, 'error': unexplained(y, prediction)}
+        return mse, {'mse': mse, 'error': compute_unexplained(y, prediction)}
 
     def evaluate(self, params: Params, world: Teacher, key: PRNGKey) -> dict[str, Metrics]:
         # Tasks that were trained.
         c, x, y = self.draw_examples(world, key, self.trained, self.eval_examples)
         z = params['contexts'] if self.is_learned else self._given_context(c)
-        seen_error = unexplained(y, self._predict(params, z, x))
+        seen_error = compute_unexplained(y, self._predict(params, z, x))
 
         # Combinations that were not.
         test_key, transfer_key = jax.random.split(key)
@@ -194,24 +196,24 @@ class Composition(Problem):
         z = self._given_context(c)
         if self.is_learned:
             z = self._learn_contexts(params, world, transfer_key)
-        unseen_error = unexplained(y, self._predict(params, z, x))
+        unseen_error = compute_unexplained(y, self._predict(params, z, x))
         return {'seen': {'error': seen_error}, 'unseen': {'error': unseen_error}}
 
     def _learn_contexts(self, params: Params, world: Teacher, key: PRNGKey) -> Array:
         """Return contexts of the tested tasks, learned by gradient from their examples."""
         _, x, y = self.draw_examples(world, key, self.tested, self.transfer_examples)
 
-        def loss(z: Array) -> Array:  # a sum, so that every task is learned by itself
+        def total_loss(z: Array) -> Array:  # a sum, so that every task is learned by itself
             return jnp.sum(jnp.mean(jnp.square(self._predict(params, z, x) - y), (1, 2)))
 
-        mean = params['contexts'].mean(0)
-        start = jnp.broadcast_to(mean, (len(self.tested), self.contexts))
-        return transfer.fit(loss, start, self.transfer_steps, self.transfer_rate)
+        mean_context = params['contexts'].mean(0)
+        contexts = jnp.broadcast_to(mean_context, (len(self.tested), self.contexts))
+        return transfer.fit(total_loss, contexts, self.transfer_steps, self.transfer_rate)
 
     def costs(self) -> Costs:
         sizes = self.teacher_shape[1], self.contexts
-        x, z = (jax.ShapeDtypeStruct((size,), jnp.float32) for size in sizes)
-        return network.costs(self.model, x, z)
+        vectors = [jax.ShapeDtypeStruct((size,), jnp.float32) for size in sizes]
+        return network.costs(self.model, *vectors)
 
     def model_params(self, params: Params) -> Params:
         return params['network']
@@ -224,9 +226,10 @@ def make(config: ml_collections.ConfigDict) -> Composition:
       UserError: if the number of modules is odd, if contexts are learned for coefficients that
         change, or if the fusion needs a one-hot context.
     """
-    _refuse(config)
+    _check_config(config)
     problem = config.problem
-    trained, tested = map(jnp.asarray, tasks(problem.modules, problem.support))
+    module_sets = make_module_sets(problem.modules, problem.support)
+    trained, tested = map(jnp.asarray, module_sets)
     is_learned = problem.context == 'learned'
     return Composition(
         examples=len(trained) * config.train.batch,
@@ -245,8 +248,8 @@ def make(config: ml_collections.ConfigDict) -> Composition:
     )
 
 
-def _refuse(config: ml_collections.ConfigDict) -> None:
-    problem, name = config.problem, config.model.fusion.name
+def _check_config(config: ml_collections.ConfigDict) -> None:
+    problem, fusion_name = config.problem, config.model.fusion.name
     if problem.modules % 2:
         raise UserError(
             f'config.problem.modules = {problem.modules}: expected an even number, for two rings'
@@ -256,8 +259,8 @@ def _refuse(config: ml_collections.ConfigDict) -> None:
             f"config.problem.coefficients = {problem.coefficients!r}: expected 'equal' with "
             f"config.problem.context = 'learned', which has one row for each task"
         )
-    if name in fusion.ONE_HOT:
+    if fusion_name in fusion.ONE_HOT:
         raise UserError(
-            f'config.model.fusion.name = {name!r}: expected a fusion for dense contexts; this one '
-            f'needs a one-hot context'
+            f'config.model.fusion.name = {fusion_name!r}: expected a fusion for dense contexts; '
+            f'this one needs a one-hot context'
         )

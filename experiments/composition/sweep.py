@@ -74,9 +74,9 @@ def sweep() -> list[dict[str, Any]]:
     def arms(
         students: list[tuple[str, int]], context: str, coefficients: str, parameters: int
     ) -> Any:
-        words, depths = zip(*students, strict=True)
+        fusion_names, depths = zip(*students, strict=True)
         return product(
-            zip_(**{'model.fusion.name': words, 'model.depth': depths}),
+            zip_(**{'model.fusion.name': fusion_names, 'model.depth': depths}),
             **{
                 'problem.support': list(SUPPORTS),
                 'problem.context': [context],
@@ -95,52 +95,55 @@ ArmByKey = dict[tuple[str, str, str], runs.Arm]  # student, context, support →
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Draw errors in and out of the support, and write them as a table."""
     sweep = runs.read_sweep(workdir)
-    arms = {_key(arm): arm for arm in sweep.arms if arm.finite_values(METRIC, SPLIT)}
-    contexts = [context for context in CONTEXTS if any(key[1] == context for key in arms)]
+    arms = {_make_key(arm): arm for arm in sweep.arms if arm.finite_values(METRIC, SPLIT)}
+    contexts = [context for context in CONTEXTS if any(arm_key[1] == context for arm_key in arms)]
     with matplotlib.rc_context(plots.STYLE):
-        rows = max((len(_students(arms, context)) for context in contexts), default=1)
-        figure = Figure(figsize=(plots.WIDTH, 1.3 + 0.2 * rows), layout='constrained')
-        grid = figure.subplots(1, max(1, len(contexts)), squeeze=False)[0]
-        for axes, context in zip(grid, contexts, strict=False):
-            _draw(axes, arms, context)
-        handles, labels = grid[0].get_legend_handles_labels()
+        num_rows = max((len(_list_students(arms, context)) for context in contexts), default=1)
+        figure = Figure(figsize=(plots.WIDTH, 1.3 + 0.2 * num_rows), layout='constrained')
+        panel_row = figure.subplots(1, max(1, len(contexts)), squeeze=False)[0]
+        for axes, context in zip(panel_row, contexts, strict=False):
+            _draw_errors(axes, arms, context)
+        handles, labels = panel_row[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc='outside lower center', ncols=2, frameon=False)
         plots.save(figure, out, 'composition')
-    texts = [_table(arms, context, sweep.seed_sets) for context in contexts]
-    texts = [*filter(None, [*texts, sweep.describe_excluded()])]
-    (out / 'composition.md').write_text('\n\n'.join(texts) + '\n', encoding='utf-8')
+    sections = [_tabulate_errors(arms, context, sweep.seed_sets) for context in contexts]
+    sections = [*filter(None, [*sections, sweep.describe_excluded()])]
+    (out / 'composition.md').write_text('\n\n'.join(sections) + '\n', encoding='utf-8')
 
 
-def _key(arm: runs.Arm) -> tuple[str, str, str]:
+def _make_key(arm: runs.Arm) -> tuple[str, str, str]:
     overrides, depth = arm.overrides, arm.overrides['model.depth']
-    name = tables.humanize(overrides['model.fusion.name'])
-    name += f', depth {depth}' if depth > 1 else ''
-    return name, overrides['problem.context'], overrides['problem.support']
+    student = tables.humanize(overrides['model.fusion.name'])
+    student += f', depth {depth}' if depth > 1 else ''
+    return student, overrides['problem.context'], overrides['problem.support']
 
 
-def _students(arms: ArmByKey, context: str) -> list[str]:
-    return list(dict.fromkeys(name for name, c, _ in arms if c == context))
+def _list_students(arms: ArmByKey, context: str) -> list[str]:
+    students = (student for student, arm_context, _ in arms if arm_context == context)
+    return list(dict.fromkeys(students))
 
 
-def _draw(axes: Axes, arms: ArmByKey, context: str) -> None:
+def _draw_errors(axes: Axes, arms: ArmByKey, context: str) -> None:
     """Draw a line per student and a mark per support: filled for unseen pairs, hollow for seen."""
-    students = _students(arms, context)
-    for y, name in enumerate(students):
-        for i, (support, marker) in enumerate(SUPPORTS.items()):
-            arm = arms.get((name, context, support))
+    students = _list_students(arms, context)
+    for student_index, student in enumerate(students):
+        for support_index, (support, marker) in enumerate(SUPPORTS.items()):
+            arm = arms.get((student, context, support))
             if arm is None:
                 continue
-            color, y_mark = plots.PALETTE[i], y + 0.25 * (i - 1)
-            unseen_error = statistics.estimate(arm.final_values(METRIC, 'unseen'), name)
-            seen_error = statistics.estimate(arm.final_values(METRIC, 'seen'), name)
+
+            # The mean on unseen pairs with its interval, and that on seen ones.
+            color, y_mark = plots.PALETTE[support_index], student_index + 0.25 * (support_index - 1)
+            unseen_error = statistics.estimate(arm.final_values(METRIC, 'unseen'), student)
+            seen_error = statistics.estimate(arm.final_values(METRIC, 'seen'), student)
             axes.plot(seen_error.mean, y_mark, marker, color=color, mfc='none', ms=3.5, mew=0.7)
             if unseen_error.low is not None:
                 axes.plot(
                     [unseen_error.low, unseen_error.high], [y_mark, y_mark], color=color, lw=1.2
                 )
-            label = f'unseen pairs, {support}' if y == 0 else None
+            mark_label = f'unseen pairs, {support}' if student_index == 0 else None
             axes.plot(
-                unseen_error.mean, y_mark, marker, color=color, ms=4, mew=0, ls='', label=label
+                unseen_error.mean, y_mark, marker, color=color, ms=4, mew=0, ls='', label=mark_label
             )
     if students:
         axes.plot([], [], 'o', color=plots.GREY, mfc='none', ms=3.5, mew=0.7, ls='',
@@ -154,33 +157,47 @@ def _draw(axes: Axes, arms: ArmByKey, context: str) -> None:
     panels.set_power_ticks(axes.xaxis)
 
 
-def _table(arms_by_key: ArmByKey, context: str, draws: tuple[tuple[int, ...], ...]) -> str:
+def _tabulate_errors(
+    arms_by_key: ArmByKey, context: str, draws: tuple[tuple[int, ...], ...]
+) -> str:
     """Tabulate errors by support, with the agreement of both sets of seeds on the ranking."""
-    students = _students(arms_by_key, context)
-    supports = [s for s in SUPPORTS if any((name, context, s) in arms_by_key for name in students)]
-    body = []
-    for name in students:
-        arms = [arms_by_key.get((name, context, support)) for support in supports]
-        first = next(arm for arm in arms if arm is not None)
-        line = [name, f'{first.get_cost("parameters", "model"):,}']
-        for arm in arms:
-            line += [
-                panels.interval(arm.final_values(METRIC, split), name, 2) if arm else tables.NONE
+    students = _list_students(arms_by_key, context)
+    supports = [
+        support
+        for support in SUPPORTS
+        if any((student, context, support) in arms_by_key for student in students)
+    ]
+
+    # A row for each student: parameters, then both errors of each support.
+    table_rows = []
+    for student in students:
+        student_arms = [arms_by_key.get((student, context, support)) for support in supports]
+        first_arm = next(arm for arm in student_arms if arm is not None)
+        table_row = [student, f'{first_arm.get_cost("parameters", "model"):,}']
+        for arm in student_arms:
+            table_row += [
+                panels.format_mean(arm.final_values(METRIC, split), student, 2)
+                if arm
+                else tables.NONE
                 for split in ('seen', 'unseen')
             ]
-        body.append(line)
+        table_rows.append(table_row)
     header = ['student', 'parameters']
-    header += [f'{s}: {split} [95 %]' for s in supports for split in ('seen', 'unseen')]
-    text = f'**{CONTEXTS[context].capitalize()}**\n\n{tables.format_markdown(header, body)}'
+    header += [f'{support}: {split} [95 %]' for support in supports for split in ('seen', 'unseen')]
+    table = tables.format_markdown(header, table_rows)
+    section = f'**{CONTEXTS[context].capitalize()}**\n\n{table}'
+
+    # Agreement of the rankings, for each support.
     taus = []
     for support in supports:
-        arms = {
-            n: arms_by_key[key] for n in students if (key := (n, context, support)) in arms_by_key
+        final_errors = {
+            student: arms_by_key[arm_key].final_values(METRIC, SPLIT)
+            for student in students
+            if (arm_key := (student, context, support)) in arms_by_key
         }
-        values = {name: arm.final_values(METRIC, SPLIT) for name, arm in arms.items()}
-        tau = panels.agreement(values, draws)
+        tau = panels.compute_agreement(final_errors, draws)
         taus += [] if tau is None else [f'{support} {tau:.2f}']
     if taus:
-        text += "\n\nKendall's τ of the rankings on unseen pairs by the two sets of seeds: "
-        text += ', '.join(taus) + '.'
-    return text
+        section += "\n\nKendall's τ of the rankings on unseen pairs by the two sets of seeds: "
+        section += ', '.join(taus) + '.'
+    return section

@@ -70,26 +70,26 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
         return
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(plots.WIDTH, 2.3), layout='constrained')
-        error_axes, *maps = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
+        error_axes, *surface_axes = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
         for depth, dashes in zip((1, 2), plots.DASHES, strict=False):
-            label = f'concat, {depth} hidden layer{"s" if depth > 1 else ""}'
-            kind = [arm for name, arm in arms.items() if name.startswith(f'concat, {depth},')]
-            _draw_errors(error_axes, kind, label, plots.GREY, dashes)
-        _draw_errors(
-            error_axes, [a for n, a in arms.items() if n.startswith('mi')], 'MI', plots.PALETTE[0]
-        )
+            curve_label = f'concat, {depth} hidden layer{"s" if depth > 1 else ""}'
+            prefix = f'concat, {depth},'
+            depth_arms = [arm for label, arm in arms.items() if label.startswith(prefix)]
+            _draw_errors(error_axes, depth_arms, curve_label, plots.GREY, dashes)
+        mi_arms = [arm for label, arm in arms.items() if label.startswith('mi')]
+        _draw_errors(error_axes, mi_arms, 'MI', plots.PALETTE[0])
         error_axes.set(xscale='log', yscale='log', xlabel='parameters', ylabel='mean squared error')
         panels.set_power_ticks(error_axes.xaxis)
         panels.set_power_ticks(error_axes.yaxis)
         figure.legend(loc='outside lower center', ncols=3, handlelength=3, frameon=False)
         surface_titles = {'concat, 1, 16': 'concat, width 16', 'mi, 0, 1': 'MI'}
-        for axes, (label, title) in zip(maps, surface_titles.items(), strict=True):
+        for axes, (label, title) in zip(surface_axes, surface_titles.items(), strict=True):
             image = _draw_surface(axes, workdir, label, title)
-        maps[0].set_ylabel('z')
-        maps[1].set_yticklabels([])
+        surface_axes[0].set_ylabel('z')
+        surface_axes[1].set_yticklabels([])
         if image is not None:
-            bar = figure.colorbar(image, ax=maps, label='|error|', extend='both')
-            panels.set_power_ticks(bar.ax.yaxis)
+            color_bar = figure.colorbar(image, ax=surface_axes, label='|error|', extend='both')
+            panels.set_power_ticks(color_bar.ax.yaxis)
         plots.save(figure, out, 'inclusion')
 
 
@@ -100,11 +100,11 @@ def _draw_errors(
     if not arms:
         return
     sizes = [arm.get_cost('parameters', 'model') for arm in arms]
-    values = [list(arm.final_values(METRIC, SPLIT).values()) for arm in arms]
-    medians = np.array([np.median(finals) for finals in values])
+    seed_errors = [list(arm.final_values(METRIC, SPLIT).values()) for arm in arms]
+    medians = np.array([np.median(arm_errors) for arm_errors in seed_errors])
     spread = [
-        medians - [min(finals) for finals in values],
-        [max(finals) for finals in values] - medians,
+        medians - [min(arm_errors) for arm_errors in seed_errors],
+        [max(arm_errors) for arm_errors in seed_errors] - medians,
     ]
     axes.errorbar(
         sizes, medians, spread, color=color, ls=dashes, marker='.', label=label, elinewidth=0.8
@@ -114,13 +114,13 @@ def _draw_errors(
 def _draw_surface(axes: Axes, workdir: pathlib.Path, label: str, title: str) -> Any:
     """Draw |error| of the first seed on a square of x and z; nothing if it is missing."""
     members = json.loads((workdir / 'sweep.json').read_text())['members']
-    folder = workdir / next(m['name'] for m in members if m['label'] == label)
+    run_dir = workdir / next(member['name'] for member in members if member['label'] == label)
     axes.set(title=title, xlabel='x')
-    if not (folder / 'artefacts.npz').exists():
+    if not (run_dir / 'artefacts.npz').exists():
         return None
-    error = np.abs(np.load(folder / 'artefacts.npz')['surface'][0])
+    abs_error = np.abs(np.load(run_dir / 'artefacts.npz')['surface'][0])
     return axes.imshow(
-        np.maximum(error, 1e-12),  # the logarithm of 0
+        np.maximum(abs_error, 1e-12),  # the logarithm of 0
         norm=LogNorm(1e-8, 1),
         origin='lower',
         extent=(-SURFACE, SURFACE, -SURFACE, SURFACE),

@@ -68,8 +68,8 @@ class Products(Problem):
 
     def predict(self, params: Params, x: Array, z: Array) -> Array:
         """Return the prediction [...] for x and z [..., d]."""
-        y: Array = self.model.apply(params, x, z)
-        return y[..., 0]
+        prediction: Array = self.model.apply(params, x, z)
+        return prediction[..., 0]
 
     def _mean_squared_error(self, params: Params, key: PRNGKey, examples: int) -> Array:
         x, z = jax.random.normal(key, (2, examples, self.dimension))
@@ -90,8 +90,9 @@ class Products(Problem):
         """Return the error on a square grid, z along axis 0 and x along axis 1, if d = 1."""
         if self.dimension != 1:
             return {}
-        side = jnp.linspace(-SURFACE, SURFACE, POINTS)
-        z, x = (a[..., None] for a in jnp.meshgrid(side, side, indexing='ij'))
+        coordinates = jnp.linspace(-SURFACE, SURFACE, POINTS)
+        mesh = jnp.meshgrid(coordinates, coordinates, indexing='ij')
+        z, x = (coordinate[..., None] for coordinate in mesh)
         return {'surface': self.predict(params, x, z) - self.target(x, z)}
 
 

@@ -81,102 +81,116 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     }
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(plots.WIDTH, 2.6), layout='constrained')
-        grid = figure.subplots(1, len(TARGETS), sharey=True)
-        names = [_name(arm) for arm in arms]
-        styles = panels.styles(names, grey=[name for name in names if name.startswith('concat')])
-        for axes, (target, target_arms) in zip(grid, by_target.items(), strict=True):
-            _draw(axes, TARGETS[target], target_arms, styles)
+        panel_row = figure.subplots(1, len(TARGETS), sharey=True)
+        networks = [_name_network(arm) for arm in arms]
+        concat_networks = [network for network in networks if network.startswith('concat')]
+        styles = panels.assign_styles(networks, grey=concat_networks)
+        for axes, (target, target_arms) in zip(panel_row, by_target.items(), strict=True):
+            _draw_growth(axes, TARGETS[target], target_arms, styles)
         figure.axes[0].set_ylabel('parameters')
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc='outside lower center', ncols=4, handlelength=3,
                       frameon=False)  # fmt: skip
         plots.save(figure, out, 'expressivity')
-    texts = [
-        f'**{target}**, {TARGETS[target]}\n\n{_table(target_arms)}\n'
+    sections = [
+        f'**{target}**, {TARGETS[target]}\n\n{_tabulate_growth(target_arms)}\n'
         for target, target_arms in by_target.items()
         if target_arms
     ]
-    texts += [
+    sections += [
         'Medians over all seeds; a seed that did not reach the error counts as larger than '
         f'all others. {sweep.describe_excluded()}\n',
         f'{statistics.CAUTION}\n',
     ]
-    (out / 'expressivity.md').write_text('\n'.join(texts), encoding='utf-8')
+    (out / 'expressivity.md').write_text('\n'.join(sections), encoding='utf-8')
 
 
-def smallest_parameters(arm: runs.Arm) -> dict[int, dict[int, float]]:
+def read_smallest_parameters(arm: runs.Arm) -> dict[int, dict[int, float]]:
     """Return {dimension: {seed: parameters}}; ∞ where the target was not reached."""
-    parameters = {d: arm.final_values(f'parameters/{d}', SPLIT) for d in arm.config['search']['at']}
-    return {
-        d: {seed: by_seed.get(seed, np.inf) for seed in arm.seeds}
-        for d, by_seed in parameters.items()
-    }
+    smallest = {}
+    for dimension in arm.config['search']['at']:
+        by_seed = arm.final_values(f'parameters/{dimension}', SPLIT)
+        smallest[dimension] = {seed: by_seed.get(seed, np.inf) for seed in arm.seeds}
+    return smallest
 
 
-def growth_law(arm: runs.Arm) -> tuple[list[int], dict[int, float]]:
+def fit_growth_law(arm: runs.Arm) -> tuple[list[int], dict[int, float]]:
     """Return the dimensions that all seeds reached, from `fit_from` on, and {seed: exponent}."""
-    sizes, fit_from = smallest_parameters(arm), arm.config['search']['fit_from']
+    smallest, fit_from = read_smallest_parameters(arm), arm.config['search']['fit_from']
     dimensions = [
-        d
-        for d, by_seed in sizes.items()
-        if d >= fit_from and np.isfinite(list(by_seed.values())).all()
+        dimension
+        for dimension, by_seed in smallest.items()
+        if dimension >= fit_from and np.isfinite(list(by_seed.values())).all()
     ]
-    powers = {
-        seed: search.fit_exponent(dimensions, [sizes[d][seed] for d in dimensions])
-        for seed in arm.seeds
-    }
-    return dimensions, {seed: power for seed, power in powers.items() if power is not None}
+    exponents = {}
+    for seed in arm.seeds:
+        num_params = [smallest[dimension][seed] for dimension in dimensions]
+        exponent = search.fit_exponent(dimensions, num_params)
+        if exponent is not None:
+            exponents[seed] = exponent
+    return dimensions, exponents
 
 
-def _name(arm: runs.Arm) -> str:
+def _list_dimensions(arms: Sequence[runs.Arm]) -> list[int]:
+    return sorted({dimension for arm in arms for dimension in read_smallest_parameters(arm)})
+
+
+def _name_network(arm: runs.Arm) -> str:
     _, fusion, depth = arm.label.split(', ')
     return tables.humanize(fusion) + ('' if depth == '1' else f', {depth} hidden layers')
 
 
-def _draw(
+def _draw_growth(
     axes: Axes, title: str, arms: Sequence[runs.Arm], styles: dict[str, panels.Style]
 ) -> None:
     """Draw medians and the range of the seeds; a triangle where half of them need more."""
-    for i, arm in enumerate(arms):
-        sizes, (color, dashes) = smallest_parameters(arm), styles[_name(arm)]
-        limit = arm.config['search']['parameters']
-        d = np.array(list(sizes), float)
-        values = np.sort([list(by_seed.values()) for by_seed in sizes.values()], 1)
-        medians = np.median(values, 1)
+    for arm_index, arm in enumerate(arms):
+        smallest, network = read_smallest_parameters(arm), _name_network(arm)
+        color, dashes = styles[network]
+        max_params = arm.config['search']['parameters']
+        dimensions = np.array(list(smallest), float)
+        num_params = np.sort([list(by_seed.values()) for by_seed in smallest.values()], 1)
+        medians = np.median(num_params, 1)
+
+        # The dimensions that at least half of the seeds reached, then the first that they did not.
         is_reached = np.isfinite(medians)
-        axes.plot(
-            d[is_reached], medians[is_reached], color=color, ls=dashes, marker='.', label=_name(arm)
-        )
-        ends = values[is_reached, 0], np.minimum(values[is_reached, -1], limit)
-        axes.fill_between(d[is_reached], *ends, color=color, alpha=0.2, lw=0)
+        reached, medians = dimensions[is_reached], medians[is_reached]
+        axes.plot(reached, medians, color=color, ls=dashes, marker='.', label=network)
+        smallest_seed, largest_seed = num_params[is_reached, 0], num_params[is_reached, -1]
+        upper_ends = np.minimum(largest_seed, max_params)
+        axes.fill_between(reached, smallest_seed, upper_ends, color=color, alpha=0.2, lw=0)
         if not is_reached.all():  # beside each other, the arms that do not get further
-            place = d[~is_reached][:1] * 1.06**i
-            axes.plot(place, [limit], '^', color=color, mfc='none', ms=4, clip_on=False)
+            position = dimensions[~is_reached][:1] * 1.06**arm_index
+            axes.plot(position, [max_params], '^', color=color, mfc='none', ms=4, clip_on=False)
     axes.set(title=title, xlabel='dimension of x and z', yscale='log')
     panels.set_power_ticks(axes.yaxis)
-    panels.set_ticks(axes, sorted({d for arm in arms for d in smallest_parameters(arm)}))
+    panels.set_ticks(axes, _list_dimensions(arms))
 
 
-def _table(arms: Sequence[runs.Arm]) -> str:
+def _tabulate_growth(arms: Sequence[runs.Arm]) -> str:
     """Tabulate median parameters by dimension, how many seeds reached them, and the law."""
-    dimensions = sorted({d for arm in arms for d in smallest_parameters(arm)})
-    body = []
+    table_rows = []
     for arm in arms:
-        line = [_name(arm)]
-        for by_seed in smallest_parameters(arm).values():
-            values = list(by_seed.values())
-            reached = int(np.isfinite(values).sum())
-            note = '' if reached == len(values) else f'{reached} of {len(values)} seeds'
-            median = np.median(values)
-            text = f'{median:,.0f}' if np.isfinite(median) else 'not reached'
-            line.append(f'{text} ({note})' if note and reached else text)
-        fitted, powers = growth_law(arm)
-        line.append(', '.join(map(str, fitted)) if powers else tables.NONE)
-        for drawn in SEEDS:
-            draw_powers = {seed: powers[seed] for seed in drawn if seed in powers}
-            law = statistics.estimate(draw_powers, arm.label) if draw_powers else None
-            line.append(str(tables.format_interval(law, 2)))
-        body.append(line)
-    header = ['network', *(f'd = {d}' for d in dimensions), 'law of d =']
-    header += [f'exponent, seeds {s[0]} to {s[-1]} [95 %]' for s in SEEDS]
-    return tables.format_markdown(header, body)
+        table_row = [_name_network(arm)]
+        for by_seed in read_smallest_parameters(arm).values():
+            num_params = list(by_seed.values())
+            num_reached = int(np.isfinite(num_params).sum())
+            median = np.median(num_params)
+            cell = f'{median:,.0f}' if np.isfinite(median) else 'not reached'
+            if 0 < num_reached < len(num_params):
+                cell += f' ({num_reached} of {len(num_params)} seeds)'
+            table_row.append(cell)
+        fitted, exponents = fit_growth_law(arm)
+        table_row.append(', '.join(map(str, fitted)) if exponents else tables.NONE)
+        for seeds in SEEDS:
+            draw_exponents = {seed: exponents[seed] for seed in seeds if seed in exponents}
+            exponent = statistics.estimate(draw_exponents, arm.label) if draw_exponents else None
+            table_row.append(str(tables.format_interval(exponent, 2)))
+        table_rows.append(table_row)
+    header = [
+        'network',
+        *(f'd = {dimension}' for dimension in _list_dimensions(arms)),
+        'law of d =',
+    ]
+    header += [f'exponent, seeds {seeds[0]} to {seeds[-1]} [95 %]' for seeds in SEEDS]
+    return tables.format_markdown(header, table_rows)

@@ -12,35 +12,40 @@ from scipy import stats
 from mi.report import plots, statistics, tables
 
 Values = Mapping[float, Mapping[int, float]]  # {x: {seed: value}}
-Style = tuple[str, Any]  # color and dashes
+Style = tuple[str, Any]  # color, and dashes as matplotlib takes them
 
 
-def styles(labels: Iterable[str], grey: Iterable[str] = ()) -> dict[str, Style]:
+def assign_styles(labels: Iterable[str], grey: Iterable[str] = ()) -> dict[str, Style]:
     """Return distinct colors and dashes by label; shades of grey for the labels in `grey`."""
     labels, grey = dict.fromkeys(labels), dict.fromkeys(grey)
     colored = [label for label in labels if label not in grey]
-    by_label: dict[str, Style] = {label: plots.make_style(i)[:2] for i, label in enumerate(colored)}
-    for i, label in enumerate(grey):
-        turn, place = divmod(i, len(plots.DASHES))
+    styles: dict[str, Style] = {
+        label: plots.make_style(index)[:2] for index, label in enumerate(colored)
+    }
+    for grey_index, label in enumerate(grey):
+        turn, dash_index = divmod(grey_index, len(plots.DASHES))
         shade = 0x80 if not turn else 0x40 + round(0x70 * (turn * plots.GOLDEN % 1))
-        by_label[label] = (f'#{shade:02X}{shade:02X}{shade:02X}', plots.DASHES[place])
-    return by_label
+        styles[label] = (f'#{shade:02X}{shade:02X}{shade:02X}', plots.DASHES[dash_index])
+    return styles
 
 
 def draw_line(axes: Axes, values: Values, label: str, style: Style) -> None:
     """Draw means over seeds with 95 % intervals; nothing where a value is not finite."""
     estimates = {
-        x: statistics.estimate(by_seed, label) for x, by_seed in values.items() if _finite(by_seed)
+        x: statistics.estimate(by_seed, label)
+        for x, by_seed in values.items()
+        if _is_finite(by_seed)
     }
     if not estimates:
         return
-    means = [estimate.mean for estimate in estimates.values()]
-    bounds = np.array(
-        [[e.mean if end is None else end for end in (e.low, e.high)] for e in estimates.values()]
-    )
+    means, lower_bars, upper_bars = [], [], []
+    for estimate in estimates.values():
+        means.append(estimate.mean)
+        lower_bars.append(0 if estimate.low is None else abs(estimate.low - estimate.mean))
+        upper_bars.append(0 if estimate.high is None else abs(estimate.high - estimate.mean))
     color, dashes = style
     axes.errorbar(
-        list(estimates), means, np.abs(bounds.T - means), color=color, ls=dashes, marker='.',
+        list(estimates), means, [lower_bars, upper_bars], color=color, ls=dashes, marker='.',
         ms=4, lw=1.2, elinewidth=0.8, label=label,
     )  # fmt: skip
 
@@ -48,11 +53,11 @@ def draw_line(axes: Axes, values: Values, label: str, style: Style) -> None:
 SUPERSCRIPTS = str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹')
 
 
-def format_power(value: float, position: Any = None) -> str:
+def format_power(value: float, position: object = None) -> str:
     """Write 0.001 as 10⁻³ and 0.002 as 2·10⁻³, in letters, as figures parse no mathematics."""
     mantissa, exponent = f'{value:.3e}'.split('e')
-    times = '' if float(mantissa) == 1 else f'{float(mantissa):g}·'
-    return f'{times}10' + f'{int(exponent)}'.translate(SUPERSCRIPTS)
+    factor = '' if float(mantissa) == 1 else f'{float(mantissa):g}·'
+    return f'{factor}10' + f'{int(exponent)}'.translate(SUPERSCRIPTS)
 
 
 def set_power_ticks(axis: Axis) -> None:
@@ -65,21 +70,21 @@ def set_power_ticks(axis: Axis) -> None:
 def set_ticks(axes: Axes, numbers: Sequence[float]) -> None:
     """Set a logarithmic axis of x with these ticks and no others."""
     axes.set_xscale('log')
-    axes.set_xticks(list(numbers), [f'{n:.12g}' for n in numbers])
+    axes.set_xticks(list(numbers), [f'{number:.12g}' for number in numbers])
     axes.set_xticks([], minor=True)
 
 
-def interval(values: Mapping[int, float], label: str, digits: int = 3) -> str:
+def format_mean(values: Mapping[int, float], label: str, digits: int = 3) -> str:
     """Write mean [low, high] in `digits` significant digits; — unless all values are finite."""
-    if not _finite(values):
+    if not _is_finite(values):
         return tables.NONE
     estimate = statistics.estimate(values, label)
-    size = max(abs(estimate.mean), 1e-9)
-    places = max(0, digits - 1 - int(np.floor(np.log10(size))))
-    return str(tables.format_interval(estimate, min(places, 6)))
+    magnitude = max(abs(estimate.mean), 1e-9)
+    num_decimals = max(0, digits - 1 - int(np.floor(np.log10(magnitude))))
+    return str(tables.format_interval(estimate, min(num_decimals, 6)))
 
 
-def agreement(
+def compute_agreement(
     values: Mapping[str, Mapping[int, float]], draws: Sequence[Sequence[int]]
 ) -> float | None:
     """Return Kendall's τ of the rankings by the means of two sets of seeds; None if undefined.
@@ -91,15 +96,17 @@ def agreement(
     complete = [
         by_seed
         for by_seed in values.values()
-        if _finite(by_seed) and all(s in by_seed for seeds in draws[:2] for s in seeds)
+        if _is_finite(by_seed) and all(seed in by_seed for seeds in draws[:2] for seed in seeds)
     ]
     if len(draws) < 2 or len(complete) < 2:
         return None
-    means = [[np.mean([by_seed[s] for s in seeds]) for by_seed in complete] for seeds in draws[:2]]
+    means = [
+        [np.mean([by_seed[seed] for seed in seeds]) for by_seed in complete] for seeds in draws[:2]
+    ]
     tau = float(stats.kendalltau(*means).statistic)
     return tau if np.isfinite(tau) else None
 
 
-def _finite(values: Mapping[int, float]) -> bool:
+def _is_finite(values: Mapping[int, float]) -> bool:
     """Return whether there are values and all are finite; the mean of some would be biased."""
     return bool(values) and bool(np.isfinite(list(values.values())).all())

@@ -8,7 +8,7 @@ from mi.report.statistics import Estimate
 from mi.report.tables import NONE
 
 
-def geometric(values: Mapping[int, float], arm: str) -> Estimate:
+def estimate_geometric_mean(values: Mapping[int, float], arm: str) -> Estimate:
     """Return exp of the mean of logarithms with its interval, of {seed: positive value}.
 
     Raises:
@@ -18,36 +18,40 @@ def geometric(values: Mapping[int, float], arm: str) -> Estimate:
         raise ValueError(
             f'{arm}: the value of seed {invalid_seeds[0]} is {values[invalid_seeds[0]]}'
         )
-    return _exponentiate(
-        statistics.estimate({seed: math.log(v) for seed, v in values.items()}, arm)
-    )
+    logarithms = {seed: math.log(value) for seed, value in values.items()}
+    return _exponentiate(statistics.estimate(logarithms, arm))
 
 
-def ratio(values: Mapping[int, float], baseline: Mapping[int, float], arm: str) -> Estimate | None:
+def estimate_ratio(
+    values: Mapping[int, float], baseline: Mapping[int, float], arm: str
+) -> Estimate | None:
     """Return the geometric mean of value / baseline, paired by seed; None if no seed has both."""
     paired = {seed: values[seed] / baseline[seed] for seed in values if seed in baseline}
-    return geometric(paired, arm) if paired else None
+    return estimate_geometric_mean(paired, arm) if paired else None
 
 
 def format_estimate(estimate: Estimate | None) -> str:
     """Write mean [low, high] in two significant digits."""
     if estimate is None:
         return NONE
-    mean, low, high = (_format(x) for x in (estimate.mean, estimate.low, estimate.high))
+    mean, low, high = map(_format_number, (estimate.mean, estimate.low, estimate.high))
     return mean if estimate.low is None else f'{mean} [{low}, {high}]'
 
 
 def _exponentiate(log_estimate: Estimate) -> Estimate:
-    low, high = (None if x is None else math.exp(x) for x in (log_estimate.low, log_estimate.high))
+    low, high = (
+        None if bound is None else math.exp(bound)
+        for bound in (log_estimate.low, log_estimate.high)
+    )
     return Estimate(math.exp(log_estimate.mean), low, high, log_estimate.num_seeds)
 
 
-def _format(value: float | None) -> str:
+def _format_number(value: float | None) -> str:
     if value is None:
         return NONE
     if 10 <= value < 1000:
         return f'{value:.0f}'
     if 0.01 <= value < 10:
         return f'{value:#.2g}'
-    mantissa, power = f'{value:.1e}'.split('e')
-    return f'{mantissa}e{int(power)}'.replace('-', '−')
+    mantissa, exponent = f'{value:.1e}'.split('e')
+    return f'{mantissa}e{int(exponent)}'.replace('-', '−')

@@ -29,38 +29,38 @@ class Style(NamedTuple):
 def load_artifacts(workdir: pathlib.Path, label: str) -> dict[str, np.ndarray]:
     """Load the artefacts of an arm, with the seeds of all its runs joined; {} without any."""
     members = json.loads((workdir / 'sweep.json').read_text())['members']
-    files = [workdir / m['name'] / 'artefacts.npz' for m in members if m['label'] == label]
-    loaded = [np.load(file) for file in files if file.exists()]
-    names = loaded[0].files if loaded else []
-    return {name: np.concatenate([part[name] for part in loaded]) for name in names}
+    run_dirs = [workdir / member['name'] for member in members if member['label'] == label]
+    paths = [run_dir / 'artefacts.npz' for run_dir in run_dirs]
+    archives = [np.load(path) for path in paths if path.exists()]
+    names = archives[0].files if archives else []
+    return {name: np.concatenate([archive[name] for archive in archives]) for name in names}
 
 
 def draw_curve(axes: Axes, time: np.ndarray, values: np.ndarray, style: Style) -> None:
     """Draw the geometric mean of [seeds, times] with its interval, where all are positive."""
     is_positive = (values > 0).all(0)
-    middle, low, high = statistics.estimate_band(np.log(values[:, is_positive]))
+    mean_log, lower, upper = statistics.estimate_band(np.log(values[:, is_positive]))
     axes.plot(
         time[is_positive],
-        np.exp(middle),
+        np.exp(mean_log),
         color=style.color,
         ls=style.dashes,
         lw=1,
         label=style.label,
     )
-    if low is not None and high is not None:
-        ends = np.exp(low), np.exp(high)
-        axes.fill_between(time[is_positive], *ends, color=style.color, alpha=0.15, lw=0)
+    if lower is not None and upper is not None:
+        bounds = np.exp(lower), np.exp(upper)
+        axes.fill_between(time[is_positive], *bounds, color=style.color, alpha=0.15, lw=0)
     axes.set_yscale('log')
     panels.set_power_ticks(axes.yaxis)
 
 
 def draw_legend(figure: Figure, columns: int) -> None:
     """Draw one legend below all panels, with each label once."""
-    lines = {str(line.get_label()): line for axes in figure.axes for line in axes.get_lines()}
-    labeled = {label: line for label, line in lines.items() if not label.startswith('_')}
-    figure.legend(
-        labeled.values(), labeled.keys(), loc='outside lower center', ncols=columns, frameon=False
-    )
+    handles = {str(line.get_label()): line for axes in figure.axes for line in axes.get_lines()}
+    labels = [label for label in handles if not label.startswith('_')]
+    labeled = [handles[label] for label in labels]
+    figure.legend(labeled, labels, loc='outside lower center', ncols=columns, frameon=False)
 
 
 LEARNED = 0.5  # an error below which a law has learned to move at all; it is 1 for a body at rest
@@ -71,7 +71,7 @@ NOTE = (
 )
 
 
-def table(
+def tabulate_scores(
     arms: Mapping[str, Arm],
     scores: Sequence[str],
     metric: str,
@@ -85,35 +85,41 @@ def table(
     or of all seeds if there are none. There are none where a seed is not finite.
     """
     header = ['law', 'parameters', *map(tables.humanize, scores), 'valid']
-    against = f'{tables.humanize(metric)} / that of {reference}'
-    header += [f'{against}, seeds {seeds[0]} to {seeds[-1]}' for seeds in draws] or [against]
+    ratio_title = f'{tables.humanize(metric)} / that of {reference}'
+    if draws:
+        header += [f'{ratio_title}, seeds {seeds[0]} to {seeds[-1]}' for seeds in draws]
+    else:
+        header.append(ratio_title)
     baseline = arms[reference].finite_values(metric, split) if reference in arms else {}
+
     # A row for each law: parameters, scores, and ratios to the reference.
-    body = []
-    for name, arm in arms.items():
-        parameters = arm.get_cost('parameters', 'model')
-        line = [name, tables.NONE if parameters is None else f'{parameters:,}']
-        for score in scores:
-            values = arm.finite_values(score, split)
-            text = ratios.format_estimate(ratios.geometric(values, name) if values else None)
-            if score.startswith('drift') and values:
-                moving = {
-                    s for s, error in arm.final_values('error', split).items() if error < LEARNED
-                }
-                moving_values = {seed: value for seed, value in values.items() if seed in moving}
-                text = ratios.format_estimate(
-                    ratios.geometric(moving_values, name) if moving_values else None
-                )
-                if len(moving_values) < len(values):
-                    text += f' ({len(moving_values)} of {len(values)})'
-            line.append(text)
+    table_rows = []
+    for law, arm in arms.items():
+        num_params = arm.get_cost('parameters', 'model')
+        table_row = [law, tables.NONE if num_params is None else f'{num_params:,}']
+        table_row += [_format_score(arm, law, score, split) for score in scores]
         valid = arm.finite_values('valid', split)
-        line.append(
-            str(tables.format_interval(statistics.estimate(valid, name) if valid else None, 2))
-        )
-        finals = arm.finite_values(metric, split)
-        for seeds in draws or [tuple(finals)]:
-            ratio = ratios.ratio({s: finals[s] for s in seeds if s in finals}, baseline, name)
-            line.append(ratios.format_estimate(None if name == reference else ratio))
-        body.append(line)
-    return tables.format_markdown(header, body)
+        mean_valid = statistics.estimate(valid, law) if valid else None
+        table_row.append(str(tables.format_interval(mean_valid, 2)))
+        final_values = arm.finite_values(metric, split)
+        for seeds in draws or [tuple(final_values)]:
+            draw_values = {seed: final_values[seed] for seed in seeds if seed in final_values}
+            ratio = ratios.estimate_ratio(draw_values, baseline, law)
+            table_row.append(ratios.format_estimate(None if law == reference else ratio))
+        table_rows.append(table_row)
+    return tables.format_markdown(header, table_rows)
+
+
+def _format_score(arm: Arm, law: str, score: str, split: str) -> str:
+    """Write the geometric mean of a score; of a drift, over the seeds that move."""
+    values = arm.finite_values(score, split)
+    if not values:
+        return tables.NONE
+    num_seeds = len(values)
+    if score.startswith('drift'):
+        errors = arm.final_values('error', split)
+        moving_seeds = {seed for seed, error in errors.items() if error < LEARNED}
+        values = {seed: value for seed, value in values.items() if seed in moving_seeds}
+    mean = ratios.estimate_geometric_mean(values, law) if values else None
+    note = f' ({len(values)} of {num_seeds})' if len(values) < num_seeds else ''
+    return ratios.format_estimate(mean) + note

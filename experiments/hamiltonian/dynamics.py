@@ -13,20 +13,22 @@ knows nothing of energies.
 Shapes: q, p [..., d].
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+from chex import Array, PRNGKey
 from flax import linen as nn
-from jax import Array
 
 from experiments.hamiltonian import integrators
 from experiments.hamiltonian.integrators import State
 from mi import counting
 from mi.config import Rule, choice, integer
 from mi.fit import network
+from mi.fit.problem import Costs, Params
 
 FORMS = ('joint', 'square', 'separable', 'field')
 
@@ -49,7 +51,7 @@ class Law(nn.Module):
     network: Callable[..., nn.Module]
 
     @nn.compact
-    def __call__(self, q: Array, p: Array) -> Any:
+    def __call__(self, q: Array, p: Array) -> Array | State:
         if self.form == 'field':
             dq, dp = jnp.split(self.network(2 * q.shape[-1])(q, p), 2, -1)
             return dq, dp
@@ -66,17 +68,17 @@ def make(model: ml_collections.ConfigDict) -> Law:
     return Law(model.form, lambda features: network.make(model, features, context='dense'))
 
 
-def field(law: Law, params: Any) -> integrators.Field:
+def make_field(law: Law, params: Params) -> integrators.Field:
     """Return the velocity field of a law of any form."""
 
-    def of_law(q: Array, p: Array) -> Any:
+    def evaluate_law(q: Array, p: Array) -> Any:
         return law.apply(params, q, p)
 
-    return of_law if law.form == 'field' else integrators.hamiltonian(of_law)
+    return evaluate_law if law.form == 'field' else integrators.hamiltonian(evaluate_law)
 
 
-def step(
-    law: Law, params: Any, time: float, iterations: int, order: Literal[2, 4]
+def make_step(
+    law: Law, params: Params, time: float, iterations: int, order: Literal[2, 4]
 ) -> integrators.Step:
     """Return the generalized leapfrog of an energy, or its composition of fourth order.
 
@@ -84,31 +86,33 @@ def step(
     Runge and Kutta's step, of fourth order for any `order`.
     """
     if law.form == 'field':
-        return integrators.rk4(field(law, params), time)
-    make = integrators.leapfrog if order == 2 else integrators.yoshida
-    enough = 1 if law.form == 'separable' else iterations
-    return make(lambda q, p: energy(law, params, q, p), time, enough)
+        return integrators.rk4(make_field(law, params), time)
+    make_integrator = integrators.leapfrog if order == 2 else integrators.yoshida
+    num_iterations = 1 if law.form == 'separable' else iterations
+    energy = functools.partial(compute_energy, law, params)
+    return make_integrator(energy, time, num_iterations)
 
 
-def energy(law: Law, params: Any, q: Array, p: Array) -> Array:
+def compute_energy(law: Law, params: Params, q: Array, p: Array) -> Array:
     """Return H [...]; the form 'field' has none."""
-    H: Any = law.apply(params, q, p)
+    H: Array = law.apply(params, q, p)
     return H
 
 
-def init(law: Law, key: Array, degrees: int) -> Any:
+def init_params(law: Law, key: PRNGKey, degrees: int) -> Params:
     """Draw the initial parameters."""
     return law.init(key, jnp.zeros(degrees), jnp.zeros(degrees))
 
 
-def costs(law: Law, degrees: int) -> dict[str, dict[str, int]]:
+def costs(law: Law, degrees: int) -> Costs:
     """Count as `network.costs`; the model's FLOPs are those of one evaluation of its field."""
     vector = jax.ShapeDtypeStruct((degrees,), jnp.float32)
-    counted = network.costs(law, vector, vector)
+    law_costs = network.costs(law, vector, vector)
     params = jax.eval_shape(law.init, jax.random.key(0), vector, vector)
 
-    def velocities(params: Any, q: Array, p: Array) -> State:
-        return field(law, params)(q, p)
+    def compute_velocities(params: Params, q: Array, p: Array) -> State:
+        return make_field(law, params)(q, p)
 
-    counted['flops_per_example']['model'] = counting.flops(velocities, params, vector, vector)
-    return counted
+    flops = counting.flops(compute_velocities, params, vector, vector)
+    law_costs['flops_per_example']['model'] = flops
+    return law_costs

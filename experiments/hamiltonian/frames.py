@@ -75,10 +75,10 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, frames: Array) -> tuple[Array, Array]:
         pixels = frames.reshape(*frames.shape[:-3], -1)
-        h = nn.relu(nn.Dense(self.hidden, name='each')(pixels))
-        h = nn.relu(nn.Dense(self.hidden, name='all')(h.reshape(*h.shape[:-2], -1)))
-        mean = nn.Dense(2 * self.latent, name='mean')(h)
-        return mean, nn.Dense(2 * self.latent, name='log_deviation')(h) - 2
+        hidden = nn.relu(nn.Dense(self.hidden, name='each')(pixels))
+        hidden = nn.relu(nn.Dense(self.hidden, name='all')(hidden.reshape(*hidden.shape[:-2], -1)))
+        mean = nn.Dense(2 * self.latent, name='mean')(hidden)
+        return mean, nn.Dense(2 * self.latent, name='log_deviation')(hidden) - 2
 
 
 class Decoder(nn.Module):
@@ -92,10 +92,10 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, q: Array) -> Array:
-        h = nn.relu(nn.Dense(self.hidden, name='first')(q))
-        h = nn.relu(nn.Dense(self.hidden, name='second')(h))
+        hidden = nn.relu(nn.Dense(self.hidden, name='first')(q))
+        hidden = nn.relu(nn.Dense(self.hidden, name='second')(hidden))
         shape = rendering.SIDE, rendering.SIDE, BODIES
-        logits = nn.Dense(rendering.SIDE**2 * BODIES, name='pixels')(h)
+        logits = nn.Dense(rendering.SIDE**2 * BODIES, name='pixels')(hidden)
         return logits.reshape(*q.shape[:-1], *shape)
 
 
@@ -149,8 +149,10 @@ class Frames(Problem):
     def long(self) -> int:
         return self.longer * self.horizon
 
-    def _draw_places(self, key: PRNGKey, count: int, steps: int) -> Array:
-        return self.system.places(self.system.motion(*self.system.draw(key, count), steps)[0])
+    def _draw_places(self, key: PRNGKey, num_trajectories: int, num_frames: int) -> Array:
+        q, p = self.system.draw(key, num_trajectories)
+        positions, _ = self.system.motion(q, p, num_frames)
+        return self.system.places(positions)
 
     def draw_world(self, key: PRNGKey) -> Array:
         return self._draw_places(key, self.trajectories, self.horizon)
@@ -161,7 +163,7 @@ class Frames(Problem):
         return {
             'encoder': self.encoder.init(encoder_key, frames),
             'decoder': self.decoder.init(decoder_key, jnp.zeros(self.encoder.latent)),
-            'law': dynamics.init(self.law, law_key, self.encoder.latent),
+            'law': dynamics.init_params(self.law, law_key, self.encoder.latent),
         }
 
     def _encode(self, params: Params, places: Array) -> tuple[Array, Array]:
@@ -177,42 +179,44 @@ class Frames(Problem):
 
     def _predict(self, params: Params, state: Array, steps: int) -> State:
         """Roll the law out from a state [N, 2·latent]."""
-        step = dynamics.step(self.law, params['law'], self.system.time, self.iterations, order=2)
+        time = self.system.time
+        step = dynamics.make_step(self.law, params['law'], time, self.iterations, order=2)
         q, p = jnp.split(state, 2, -1)
         return integrators.roll_out(step, q, p, steps)
 
     def loss(self, params: Params, world: Array, key: PRNGKey) -> tuple[Array, Metrics]:
-        rows_key, noise_key, times_key = jax.random.split(key, 3)
+        trajectory_key, noise_key, times_key = jax.random.split(key, 3)
         T, seen = self.horizon, self.seen
 
         # The first state of each trajectory, drawn from the posterior, and where it leads.
-        rows = jax.random.randint(rows_key, (self.examples,), 0, world.shape[1])
-        places = world[:, rows]
+        trajectory_ids = jax.random.randint(trajectory_key, (self.examples,), 0, world.shape[1])
+        places = world[:, trajectory_ids]
         mean, log_deviation = self._encode(params, places)
         state = mean + jnp.exp(log_deviation) * jax.random.normal(noise_key, mean.shape)
         q, _ = self._predict(params, state, T)
 
         # Log-likelihood of the frames that the encoder saw, and of some later ones.
-        later = jax.random.choice(times_key, T + 1 - seen, (self.decoded,), replace=False)
-        times = jnp.concatenate([jnp.arange(seen), seen + later])
-        logits, true = self._decode(params, q[times]), rendering.render(places[times])
-        frame_nll = jnp.sum(nn.softplus(logits) - true * logits, (-3, -2, -1))
+        later_times = jax.random.choice(times_key, T + 1 - seen, (self.decoded,), replace=False)
+        times = jnp.concatenate([jnp.arange(seen), seen + later_times])
+        logits, true_frames = self._decode(params, q[times]), rendering.render(places[times])
+        frame_nll = jnp.sum(nn.softplus(logits) - true_frames * logits, (-3, -2, -1))
         nll = self.early * frame_nll[:seen].mean() + (1 - self.early) * frame_nll[seen:].mean()
 
         # Divergence of the posterior from N(0, 1).
         squares = jnp.square(mean) + jnp.exp(2 * log_deviation) - 1
         kl = jnp.mean(jnp.sum(squares / 2 - log_deviation, -1))
-        mse = jnp.mean(jnp.square(nn.sigmoid(logits) - true))
-        return nll + self.beta / (T + 1) * kl, {'nll': nll, 'kl': kl, 'pixels': mse}
+        pixel_mse = jnp.mean(jnp.square(nn.sigmoid(logits) - true_frames))
+        return nll + self.beta / (T + 1) * kl, {'nll': nll, 'kl': kl, 'pixels': pixel_mse}
 
     def _mean_energy(self, places: Array) -> Array:
         """Average the true energy over each horizon: places [time, N, …] → [horizons, N]."""
         system = self.system
-        moving = places[:, :, : system.moving]
-        velocity = (moving[2:] - moving[:-2]) / (2 * system.time)
+        moving_places = places[:, :, : system.moving]
+        velocity = (moving_places[2:] - moving_places[:-2]) / (2 * system.time)
         kinetic = system.mass / 2 * jnp.sum(jnp.square(velocity), (-2, -1))
-        H = kinetic + system.potential(system.coordinates(places[1:-1]))
-        return jnp.stack([part.mean(0) for part in jnp.array_split(H, self.longer)])
+        energies = kinetic + system.potential(system.coordinates(places[1:-1]))
+        horizons = jnp.array_split(energies, self.longer)
+        return jnp.stack([horizon.mean(0) for horizon in horizons])
 
     def _roll_out(self, params: Params, key: PRNGKey) -> Rollout:
         """Predict fresh trajectories and score them."""
@@ -221,34 +225,39 @@ class Frames(Problem):
 
         # Frame by frame, as all of them do not fit into memory.
         def compare_frame(step: tuple[Array, Array]) -> tuple[Array, ...]:
-            true, ours = rendering.render(step[0]), nn.sigmoid(self._decode(params, step[1]))
-            mse = jnp.mean(jnp.square(ours - true), (-3, -2, -1))
-            located = rendering.locate(true), rendering.locate(ours)
-            return true[:SHOWN], ours[:SHOWN], mse, *located
+            true, predicted = rendering.render(step[0]), nn.sigmoid(self._decode(params, step[1]))
+            pixel_error = jnp.mean(jnp.square(predicted - true), (-3, -2, -1))
+            located = rendering.locate(true), rendering.locate(predicted)
+            return true[:SHOWN], predicted[:SHOWN], pixel_error, *located
 
-        true, ours, pixels, true_places, our_places = jax.lax.map(compare_frame, (places, q))
+        true_film, predicted_film, pixel_errors, true_places, predicted_places = jax.lax.map(
+            compare_frame, (places, q)
+        )
+        films = {'true': true_film, 'predicted': predicted_film}
 
         # Scores of pixels, places and energies.
-        flat_places = [
-            a[:, :, : self.system.moving].reshape(*a.shape[:2], -1)
-            for a in (our_places, true_places)
+        moving_places = [
+            located[:, :, : self.system.moving].reshape(*located.shape[:2], -1)
+            for located in (predicted_places, true_places)
         ]
-        curves = {'pixels': scores.ceiled(pixels), 'error': scores.error(*flat_places)}
+        curves = {'pixels': scores.clip_scores(pixel_errors)}
+        curves['error'] = scores.compute_error(*moving_places)
         if self.law.form != 'field':
-            curves['drift_learnt'] = scores.drift(dynamics.energy(self.law, params['law'], q, p))
-        energies = self._mean_energy(our_places)
-        deviation = jnp.std(self._mean_energy(true_places)[0])
-        drift = scores.ceiled(jnp.abs(energies - energies[:1]) / deviation)
-        return Rollout({'true': true, 'predicted': ours}, curves, {'drift': drift})
+            learned_energy = dynamics.compute_energy(self.law, params['law'], q, p)
+            curves['drift_learnt'] = scores.compute_drift(learned_energy)
+        energies = self._mean_energy(predicted_places)
+        energy_deviation = jnp.std(self._mean_energy(true_places)[0])
+        drift = scores.clip_scores(jnp.abs(energies - energies[:1]) / energy_deviation)
+        return Rollout(films, curves, {'drift': drift})
 
     def evaluate(self, params: Params, world: World, key: PRNGKey) -> dict[str, Metrics]:
         _, curves, horizons = self._roll_out(params, key)
         T = self.horizon
         metrics = {'drift': horizons['drift'][-1].mean()}
-        for name in ('pixels', 'error'):
-            metrics[name] = curves[name][: T + 1].mean()
-            metrics[f'{name}_long'] = curves[name].mean()
-        metrics['valid'] = scores.valid(curves['error'], TOLERANCE).mean()
+        for score_name in ('pixels', 'error'):
+            metrics[score_name] = curves[score_name][: T + 1].mean()
+            metrics[f'{score_name}_long'] = curves[score_name].mean()
+        metrics['valid'] = scores.compute_valid_share(curves['error'], TOLERANCE).mean()
         if 'drift_learnt' in curves:
             metrics['drift_learnt'] = curves['drift_learnt'][self.long - T + 1 :].mean()
         return {'eval': metrics}
@@ -261,7 +270,7 @@ class Frames(Problem):
 
     def costs(self) -> Costs:
         """Count a prediction: one encoding, and a horizon of steps and of decoded frames."""
-        counted = dynamics.costs(self.law, self.encoder.latent)
+        model_costs = dynamics.costs(self.law, self.encoder.latent)
         params = jax.eval_shape(lambda key: self.init_params(key, {}), jax.random.key(0))
         places = jax.ShapeDtypeStruct((self.horizon + 1, 1, BODIES, 2), jnp.float32)
 
@@ -269,9 +278,9 @@ class Frames(Problem):
             state, _ = self._encode(params, places)
             return self._decode(params, self._predict(params, state, self.horizon)[0])
 
-        counted['parameters']['model'] = counting.parameters(params)
-        counted['flops_per_example']['model'] = counting.flops(predict_frames, params, places)
-        return counted
+        model_costs['parameters']['model'] = counting.parameters(params)
+        model_costs['flops_per_example']['model'] = counting.flops(predict_frames, params, places)
+        return model_costs
 
 
 def make(config: ml_collections.ConfigDict) -> Frames:
@@ -281,11 +290,11 @@ def make(config: ml_collections.ConfigDict) -> Frames:
       UserError: if more frames are seen or decoded than there are.
     """
     problem, T = config.problem, config.problem.horizon
-    for key, limit in {'seen': T, 'decoded': T + 1 - problem.seen}.items():
-        if problem[key] > limit:
+    for config_key, max_frames in {'seen': T, 'decoded': T + 1 - problem.seen}.items():
+        if problem[config_key] > max_frames:
             raise UserError(
-                f'config.problem.{key} = {problem[key]}: expected at most {limit} of the {T + 1} '
-                f'frames of config.problem.horizon = {T}'
+                f'config.problem.{config_key} = {problem[config_key]}: expected at most '
+                f'{max_frames} of the {T + 1} frames of config.problem.horizon = {T}'
             )
     return Frames(
         examples=config.train.batch,

@@ -16,21 +16,21 @@ Field = Callable[[Array, Array], State]
 Step = Callable[[Array, Array], State]
 
 
-def gradients(energy: Energy) -> tuple[Callable[[Array, Array], Array], ...]:
+def make_gradients(energy: Energy) -> tuple[Callable[[Array, Array], Array], ...]:
     """Return ∂H/∂q and ∂H/∂p, [..., d] each, of an energy whose rows are independent."""
 
-    def total(q: Array, p: Array) -> Array:
+    def total_energy(q: Array, p: Array) -> Array:
         return jnp.sum(energy(q, p))
 
-    return jax.grad(total, 0), jax.grad(total, 1)
+    return jax.grad(total_energy, 0), jax.grad(total_energy, 1)
 
 
 def hamiltonian(energy: Energy) -> Field:
     """Return the field of Hamilton's equations: dq/dt = ∂H/∂p, dp/dt = −∂H/∂q."""
 
     def field(q: Array, p: Array) -> State:
-        by_q, by_p = jax.grad(lambda q, p: jnp.sum(energy(q, p)), (0, 1))(q, p)
-        return by_p, -by_q
+        grad_q, grad_p = jax.grad(lambda q, p: jnp.sum(energy(q, p)), (0, 1))(q, p)
+        return grad_p, -grad_q
 
     return field
 
@@ -52,17 +52,17 @@ def leapfrog(energy: Energy, time: float, iterations: int = 1) -> Step:
     Args:
       time: τ.
     """
-    by_q, by_p = gradients(energy)
+    grad_q, grad_p = make_gradients(energy)
 
     def step(q: Array, p: Array) -> State:
-        half = p
+        p_half = p
         for _ in range(iterations):
-            half = p - time / 2 * by_q(q, half)
-        velocity = by_p(q, half)
-        new = q + time * velocity
+            p_half = p - time / 2 * grad_q(q, p_half)
+        velocity = grad_p(q, p_half)
+        q_next = q + time * velocity
         for _ in range(iterations - 1):
-            new = q + time / 2 * (velocity + by_p(new, half))
-        return new, half - time / 2 * by_q(new, half)
+            q_next = q + time / 2 * (velocity + grad_p(q_next, p_half))
+        return q_next, p_half - time / 2 * grad_q(q_next, p_half)
 
     return step
 
@@ -75,13 +75,13 @@ def yoshida(energy: Energy, time: float, iterations: int = 1) -> Step:
     Args:
       time: of the whole step.
     """
-    outer = 1 / (2 - 2 ** (1 / 3))
-    shares = outer, 1 - 2 * outer, outer
-    parts = [leapfrog(energy, share * time, iterations) for share in shares]
+    outer_share = 1 / (2 - 2 ** (1 / 3))
+    shares = outer_share, 1 - 2 * outer_share, outer_share
+    leapfrogs = [leapfrog(energy, share * time, iterations) for share in shares]
 
     def step(q: Array, p: Array) -> State:
-        for part in parts:
-            q, p = part(q, p)
+        for leapfrog_step in leapfrogs:
+            q, p = leapfrog_step(q, p)
         return q, p
 
     return step
@@ -91,15 +91,15 @@ def rk4(field: Field, time: float) -> Step:
     """Return a step of the classical method of Runge and Kutta, of fourth order; four fields."""
 
     def step(q: Array, p: Array) -> State:
-        def at(slope: State, share: float) -> State:
+        def field_at(slope: State, share: float) -> State:
             return field(q + share * time * slope[0], p + share * time * slope[1])
 
         first = field(q, p)
-        second = at(first, 0.5)
-        third = at(second, 0.5)
-        fourth = at(third, 1.0)
+        second = field_at(first, 0.5)
+        third = field_at(second, 0.5)
+        fourth = field_at(third, 1.0)
         slopes = zip(first, second, third, fourth, strict=True)
-        dq, dp = ((a + 2 * b + 2 * c + d) / 6 for a, b, c, d in slopes)
+        dq, dp = ((k1 + 2 * k2 + 2 * k3 + k4) / 6 for k1, k2, k3, k4 in slopes)
         return q + time * dq, p + time * dp
 
     return step
@@ -108,9 +108,9 @@ def rk4(field: Field, time: float) -> Step:
 def roll_out(step: Step, q: Array, p: Array, steps: int, substeps: int = 1) -> State:
     """Return the states at 0, 1, …, `steps` times `substeps` steps: [steps + 1, ..., d] each."""
 
-    def several(state: State, _: None) -> tuple[State, State]:
-        state = jax.lax.fori_loop(0, substeps, lambda _, s: step(*s), state)
+    def advance(state: State, _: None) -> tuple[State, State]:
+        state = jax.lax.fori_loop(0, substeps, lambda _, state: step(*state), state)
         return state, state
 
-    _, (qs, ps) = jax.lax.scan(several, (q, p), None, steps)
+    _, (qs, ps) = jax.lax.scan(advance, (q, p), None, steps)
     return jnp.concatenate([q[None], qs]), jnp.concatenate([p[None], ps])

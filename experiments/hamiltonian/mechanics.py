@@ -60,82 +60,84 @@ class System(NamedTuple):
         return integrators.roll_out(step, q, p, steps, SUBSTEPS)
 
 
-def _oscillation(
-    potential: Callable[[Array], Array], mass: float, low: float, high: float
+def _make_draw_oscillations(
+    potential: Callable[[Array], Array], mass: float, smallest: float, largest: float
 ) -> Callable[[Array, int], State]:
-    """Draws states of amplitudes in [low, high]: q = a sin φ, and the p of V(a)."""
+    """Return a function that draws states of these amplitudes: q = a sin φ, and the p of V(a)."""
 
-    def draw(key: Array, count: int) -> State:
+    def draw_oscillations(key: Array, num_states: int) -> State:
         amplitude_key, phase_key = jax.random.split(key)
-        a = jax.random.uniform(amplitude_key, (count, 1), minval=low, maxval=high)
-        phase = jax.random.uniform(phase_key, (count, 1), maxval=2 * jnp.pi)
-        q = a * jnp.sin(phase)
-        kinetic = jnp.maximum(potential(a) - potential(q), 0)[..., None]
+        shape = num_states, 1
+        amplitude = jax.random.uniform(amplitude_key, shape, minval=smallest, maxval=largest)
+        phase = jax.random.uniform(phase_key, shape, maxval=2 * jnp.pi)
+        q = amplitude * jnp.sin(phase)
+        kinetic = jnp.maximum(potential(amplitude) - potential(q), 0)[..., None]
         return q, jnp.sign(jnp.cos(phase)) * jnp.sqrt(2 * mass * kinetic)
 
-    return draw
+    return draw_oscillations
 
 
-def _spring(q: Array) -> Array:
+def _spring_potential(q: Array) -> Array:
     return _STIFFNESS / 2 * jnp.square(q[..., 0])
 
 
-def _hinge(q: Array) -> Array:
+def _pendulum_potential(q: Array) -> Array:
     return 0.5 * _GRAVITY * (1 - jnp.cos(q[..., 0]))
 
 
-def _attraction(q: Array) -> Array:
-    apart = q[..., :2] - q[..., 2:]
-    return -1 / jnp.sqrt(jnp.sum(jnp.square(apart), -1))
+def _gravity_potential(q: Array) -> Array:
+    separation = q[..., :2] - q[..., 2:]
+    return -1 / jnp.sqrt(jnp.sum(jnp.square(separation), -1))
 
 
-def _orbits(key: Array, count: int) -> State:
+def _draw_orbits(key: Array, num_states: int) -> State:
     """Two bodies opposite each other at their farthest, at 0.5 to 1 from the center of mass.
 
     Of the speed of a circular orbit they have 0.9 to 1, either way round.
     """
-    radius_key, angle_key, speed_key, sign_key = jax.random.split(key, 4)
-    r = jax.random.uniform(radius_key, (count, 1), minval=0.5, maxval=1.0)
-    angle = jax.random.uniform(angle_key, (count, 1), maxval=2 * jnp.pi)
-    share = jax.random.uniform(speed_key, (count, 1), minval=0.9, maxval=1.0)
-    sign = jax.random.rademacher(sign_key, (count, 1)).astype(jnp.float32)
-    out = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
+    radius_key, angle_key, speed_key, direction_key = jax.random.split(key, 4)
+    radius = jax.random.uniform(radius_key, (num_states, 1), minval=0.5, maxval=1.0)
+    angle = jax.random.uniform(angle_key, (num_states, 1), maxval=2 * jnp.pi)
+    speed_share = jax.random.uniform(speed_key, (num_states, 1), minval=0.9, maxval=1.0)
+    direction = jax.random.rademacher(direction_key, (num_states, 1)).astype(jnp.float32)
+    outward = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
     across = jnp.concatenate([-jnp.sin(angle), jnp.cos(angle)], -1)
-    q, p = r * out, sign * share / jnp.sqrt(4 * r) * across  # v²/r = G m/(2r)²
+    q = radius * outward
+    p = direction * speed_share / jnp.sqrt(4 * radius) * across  # v²/r = G m/(2r)²
     return jnp.concatenate([q, -q], -1), jnp.concatenate([p, -p], -1)
 
 
-def _beside(body: Array, fixed: tuple[float, float]) -> Array:
+def _add_anchor(body: Array, anchor: tuple[float, float]) -> Array:
     """[..., 2] and a place that does not change → [..., BODIES, 2]."""
-    return jnp.stack([body, jnp.broadcast_to(jnp.array(fixed), body.shape)], -2)
+    return jnp.stack([body, jnp.broadcast_to(jnp.array(anchor), body.shape)], -2)
 
 
 SYSTEMS: dict[str, System] = {
     'mass_spring': System(
         degrees=1,
         mass=0.5,
-        potential=_spring,
-        draw=_oscillation(_spring, 0.5, 0.2, 1.0),
+        potential=_spring_potential,
+        draw=_make_draw_oscillations(_spring_potential, 0.5, 0.2, 1.0),
         time=0.2,
-        places=lambda q: _beside(jnp.concatenate([q, jnp.zeros_like(q)], -1), (0.0, -0.7)),
+        places=lambda q: _add_anchor(jnp.concatenate([q, jnp.zeros_like(q)], -1), (0.0, -0.7)),
         coordinates=lambda places: places[..., 0, :1],
         moving=1,
     ),
     'pendulum': System(
         degrees=1,
         mass=0.5,
-        potential=_hinge,
-        draw=_oscillation(_hinge, 0.5, 0.5, 2.5),
+        potential=_pendulum_potential,
+        draw=_make_draw_oscillations(_pendulum_potential, 0.5, 0.5, 2.5),
         time=0.2,
-        places=lambda q: _beside(jnp.concatenate([jnp.sin(q), -jnp.cos(q)], -1), (0.0, 0.0)),
+        places=lambda q: _add_anchor(jnp.concatenate([jnp.sin(q), -jnp.cos(q)], -1), (0.0, 0.0)),
         coordinates=lambda places: jnp.arctan2(places[..., 0, :1], -places[..., 0, 1:]),
         moving=1,
     ),
     'two_body': System(
         degrees=4,
         mass=1.0,
-        potential=_attraction,
-        draw=_orbits,
+        potential=_gravity_potential,
+        draw=_draw_orbits,
         time=0.3,
         places=lambda q: q.reshape(*q.shape[:-1], BODIES, 2),
         coordinates=lambda places: places.reshape(*places.shape[:-2], 2 * BODIES),

@@ -65,50 +65,60 @@ class PhaseSpace(Problem):
     iterations: int
     eval_examples: int
 
-    def _draw(self, key: PRNGKey, count: int, steps: int) -> State:
-        return self.system.motion(*self.system.draw(key, count), steps)
+    def _draw_motion(self, key: PRNGKey, num_trajectories: int, steps: int) -> State:
+        return self.system.motion(*self.system.draw(key, num_trajectories), steps)
 
     def draw_world(self, key: PRNGKey) -> State:
-        q, p = self._draw(key, self.trajectories, self.horizon)
+        q, p = self._draw_motion(key, self.trajectories, self.horizon)
         return q.reshape(-1, self.system.degrees), p.reshape(-1, self.system.degrees)
 
     def init_params(self, key: PRNGKey, world: World) -> Params:
-        return dynamics.init(self.law, key, self.system.degrees)
+        return dynamics.init_params(self.law, key, self.system.degrees)
 
     def _velocity_error(self, params: Params, q: Array, p: Array) -> Array:
-        truth = integrators.hamiltonian(self.system.energy)
-        pairs = zip(dynamics.field(self.law, params)(q, p), truth(q, p), strict=True)
-        error_q, error_p = (jnp.mean(jnp.square(ours - true)) for ours, true in pairs)
+        true_field = integrators.hamiltonian(self.system.energy)
+        learned_field = dynamics.make_field(self.law, params)
+        velocities = zip(learned_field(q, p), true_field(q, p), strict=True)
+        error_q, error_p = (jnp.mean(jnp.square(learned - true)) for learned, true in velocities)
         return (error_q + error_p) / 2
 
     def loss(self, params: Params, world: State, key: PRNGKey) -> tuple[Array, Metrics]:
-        rows = jax.random.randint(key, (self.examples,), 0, len(world[0]))
-        mse = self._velocity_error(params, world[0][rows], world[1][rows])
+        state_ids = jax.random.randint(key, (self.examples,), 0, len(world[0]))
+        mse = self._velocity_error(params, world[0][state_ids], world[1][state_ids])
         return mse, {'derivative': mse}
 
     def _roll_out(self, params: Params, key: PRNGKey) -> tuple[State, State, Metrics]:
         """Return the true and the predicted motion, and the scores [time, trajectories]."""
-        true = self._draw(key, self.eval_examples, self.long)
+        true_motion = self._draw_motion(key, self.eval_examples, self.long)
+        initial_q, initial_p = (states[0] for states in true_motion)
         time = self.system.time / self.substeps
-        step = dynamics.step(self.law, params, time, self.iterations, order=4)
-        ours = integrators.roll_out(step, true[0][0], true[1][0], self.long, self.substeps)
-        curves = {'error': scores.error(jnp.concatenate(ours, -1), jnp.concatenate(true, -1))}
-        curves['drift'] = scores.drift(self.system.energy(*ours))
+        step = dynamics.make_step(self.law, params, time, self.iterations, order=4)
+        predicted = integrators.roll_out(step, initial_q, initial_p, self.long, self.substeps)
+        true_states, predicted_states = (
+            jnp.concatenate(motion, -1) for motion in (true_motion, predicted)
+        )
+        curves = {'error': scores.compute_error(predicted_states, true_states)}
+        curves['drift'] = scores.compute_drift(self.system.energy(*predicted))
         if self.law.form != 'field':
-            curves['drift_learnt'] = scores.drift(dynamics.energy(self.law, params, *ours))
-        return true, ours, curves
+            learned_energy = dynamics.compute_energy(self.law, params, *predicted)
+            curves['drift_learnt'] = scores.compute_drift(learned_energy)
+        return true_motion, predicted, curves
 
     def evaluate(self, params: Params, world: State, key: PRNGKey) -> dict[str, Metrics]:
-        true, _, curves = self._roll_out(params, key)
-        short = slice(self.horizon + 1)
-        late = slice(self.long - self.horizon + 1, None)
+        (true_q, true_p), _, curves = self._roll_out(params, key)
+        first_horizon = slice(self.horizon + 1)
+        last_horizon = slice(self.long - self.horizon + 1, None)
+        errors = curves['error']
         metrics = {
-            'derivative': self._velocity_error(params, true[0][short], true[1][short]),
-            'error': curves['error'][short].mean(),
-            'error_long': curves['error'].mean(),
-            'valid': scores.valid(curves['error'], TOLERANCE).mean(),
-            **{name: curve[late].mean() for name, curve in curves.items() if name != 'error'},
+            'derivative': self._velocity_error(
+                params, true_q[first_horizon], true_p[first_horizon]
+            ),
+            'error': errors[first_horizon].mean(),
+            'error_long': errors.mean(),
+            'valid': scores.compute_valid_share(errors, TOLERANCE).mean(),
         }
+        drifts = {name: curve for name, curve in curves.items() if name != 'error'}
+        metrics |= {name: drift[last_horizon].mean() for name, drift in drifts.items()}
         return {'eval': metrics}
 
     def costs(self) -> Costs:
@@ -116,9 +126,9 @@ class PhaseSpace(Problem):
 
     def artifacts(self, params: Params, world: State, key: PRNGKey) -> Metrics:
         """Return some states [time, SHOWN, 2d], [q; p], and all scores [time, examples]."""
-        true, ours, curves = self._roll_out(params, key)
-        states = {'true': true, 'predicted': ours}
-        shown = {name: jnp.concatenate(state, -1)[:, :SHOWN] for name, state in states.items()}
+        true_motion, predicted, curves = self._roll_out(params, key)
+        motions = {'true': true_motion, 'predicted': predicted}
+        shown = {name: jnp.concatenate(motion, -1)[:, :SHOWN] for name, motion in motions.items()}
         return shown | curves
 
 

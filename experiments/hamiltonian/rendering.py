@@ -17,7 +17,7 @@ SOFTNESS = 0.08  # of the edge: a pixel
 
 def render(places: Array) -> Array:
     """Render the frames."""
-    x, y = (places[..., None, None, :, i] for i in (0, 1))
+    x, y = (places[..., None, None, :, axis] for axis in (0, 1))
     columns, rows = _grid(x.ndim)
     distance = jnp.sqrt(jnp.square(columns - x) + jnp.square(rows - y))
     return jax.nn.sigmoid((RADIUS - distance) / SOFTNESS)
@@ -38,5 +38,6 @@ def locate(frames: Array) -> Array:
 def _grid(ndim: int) -> tuple[np.ndarray, np.ndarray]:
     """Return x of the columns and y of the rows, broadcastable to frames of `ndim` axes."""
     centers = ((np.arange(SIDE) + 0.5) * 2 * VIEW / SIDE - VIEW).astype(np.float32)
-    lead = (1,) * (ndim - 3)
-    return centers.reshape(*lead, 1, SIDE, 1), -centers.reshape(*lead, SIDE, 1, 1)
+    batch_axes = (1,) * (ndim - 3)
+    columns = centers.reshape(*batch_axes, 1, SIDE, 1)
+    return columns, -centers.reshape(*batch_axes, SIDE, 1, 1)

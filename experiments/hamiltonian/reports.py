@@ -45,7 +45,8 @@ def describe(
       scores: metrics of the first table.
       reference: the arm that ratios of `error_long` refer to.
     """
-    table = roll_outs.table(arms, scores, 'error_long', sweep.split, reference, sweep.seed_sets)
-    labeled = [dataclasses.replace(arm, label=label) for label, arm in arms.items()]
-    ranks = rankings.to_markdown(dataclasses.replace(sweep, arms=labeled))
-    return f'**{tables.humanize(system)}**\n\n{table}\n\n{ranks}'
+    split, draws = sweep.split, sweep.seed_sets
+    score_table = roll_outs.tabulate_scores(arms, scores, 'error_long', split, reference, draws)
+    labeled_arms = [dataclasses.replace(arm, label=label) for label, arm in arms.items()]
+    rank_table = rankings.to_markdown(dataclasses.replace(sweep, arms=labeled_arms))
+    return f'**{tables.humanize(system)}**\n\n{score_table}\n\n{rank_table}'

@@ -74,49 +74,53 @@ def sweep() -> list[dict[str, Any]]:
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Draw portraits and curves of each system, and write the scores as tables."""
     sweep = runs.read_sweep(workdir)
-    texts = []
+    sections = []
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(plots.WIDTH, 0.6 + 1.5 * len(SYSTEMS)), layout='constrained')
-        panels = figure.subplots(len(SYSTEMS), 3)
-        for (portrait, *curves), name in zip(panels, SYSTEMS, strict=True):
-            arms = reports.select_arms(sweep, name, list(ARMS))
-            artifacts = {arm: roll_outs.load_artifacts(workdir, f'{name}, {arm}') for arm in arms}
-            _draw_portrait(portrait, name, artifacts)
-            for axes, score in zip(curves, ('error', 'drift'), strict=True):
+        panel_grid = figure.subplots(len(SYSTEMS), 3)
+        for (portrait_axes, *curve_axes), system in zip(panel_grid, SYSTEMS, strict=True):
+            arms = reports.select_arms(sweep, system, list(ARMS))
+            artifacts = {arm: roll_outs.load_artifacts(workdir, f'{system}, {arm}') for arm in arms}
+            _draw_portrait(portrait_axes, system, artifacts)
+            for axes, score in zip(curve_axes, ('error', 'drift'), strict=True):
                 for arm, arrays in artifacts.items():
-                    values = arrays[score].mean(-1)  # over trajectories
-                    time = SYSTEMS[name].time * np.arange(values.shape[1])
-                    roll_outs.draw_curve(axes, time, values, ARMS[arm])
-            labeled = {ARMS[key].label: arm for key, arm in arms.items()}
-            texts.append(reports.describe(sweep, name, labeled, SCORES, REFERENCE))
-        for axes, title in zip(panels[0], ('', 'error', 'drift of energy'), strict=True):
-            axes.set_title(title, fontsize=8)
-        for axes in panels[-1][1:]:
+                    mean_scores = arrays[score].mean(-1)  # over trajectories
+                    time = SYSTEMS[system].time * np.arange(mean_scores.shape[1])
+                    roll_outs.draw_curve(axes, time, mean_scores, ARMS[arm])
+            labeled_arms = {ARMS[arm_name].label: arm for arm_name, arm in arms.items()}
+            sections.append(reports.describe(sweep, system, labeled_arms, SCORES, REFERENCE))
+        # Labels that the panels share.
+        for axes, panel_title in zip(panel_grid[0], ('', 'error', 'drift of energy'), strict=True):
+            axes.set_title(panel_title, fontsize=8)
+        for axes in panel_grid[-1][1:]:
             axes.set_xlabel('time')
         roll_outs.draw_legend(figure, columns=3)
         plots.save(figure, out, 'hamiltonian')
-    texts += [
-        f'{text}\n'
-        for text in (roll_outs.NOTE, statistics.CAUTION, sweep.describe_excluded())
-        if text
+    sections += [
+        f'{note}\n'
+        for note in (roll_outs.NOTE, statistics.CAUTION, sweep.describe_excluded())
+        if note
     ]
-    (out / 'hamiltonian.md').write_text('\n'.join(texts), encoding='utf-8')
+    (out / 'hamiltonian.md').write_text('\n'.join(sections), encoding='utf-8')
 
 
-def _draw_portrait(axes: Axes, name: str, artifacts: dict[str, dict[str, np.ndarray]]) -> None:
+def _draw_portrait(axes: Axes, system: str, artifacts: dict[str, dict[str, np.ndarray]]) -> None:
     """Draw two trajectories of the first seed: q and p, or the orbit of the first body."""
-    is_scalar = SYSTEMS[name].degrees == 1
+    is_scalar = SYSTEMS[system].degrees == 1
     axes.set(
         xlabel='q' if is_scalar else 'x',
-        ylabel=f'{tables.humanize(name)}\n{"p" if is_scalar else "y"}',
+        ylabel=f'{tables.humanize(system)}\n{"p" if is_scalar else "y"}',
     )
-    drawn = {arm: artifacts[arm] for arm in PORTRAIT_ARMS if arm in artifacts}
-    for arm, arrays in drawn.items():
-        for i in range(2):
-            axes.plot(*arrays['predicted'][0, :, i, :2].T, color=ARMS[arm].color, lw=0.7, alpha=0.8)
-    for arrays in list(drawn.values())[:1]:
-        true = arrays['true'][0, :, :2, :2]
-        for i in range(2):
-            axes.plot(*true[:, i].T, color=plots.INK, lw=0.6, ls=(0, (1, 2)), label='true')
-        x, y = 1.4 * np.abs(true).max((0, 1))
-        axes.set(xlim=(-x, x), ylim=(-y, y))
+    drawn_arms = [arm for arm in PORTRAIT_ARMS if arm in artifacts]
+    for arm in drawn_arms:
+        predicted_states = artifacts[arm]['predicted'][0, :, :2, :2]
+        for trajectory in predicted_states.swapaxes(0, 1):
+            axes.plot(*trajectory.T, color=ARMS[arm].color, lw=0.7, alpha=0.8)
+
+    # The true motion is the same for all arms, and sets the limits.
+    for arm in drawn_arms[:1]:
+        true_states = artifacts[arm]['true'][0, :, :2, :2]
+        for trajectory in true_states.swapaxes(0, 1):
+            axes.plot(*trajectory.T, color=plots.INK, lw=0.6, ls=(0, (1, 2)), label='true')
+        x_limit, y_limit = 1.4 * np.abs(true_states).max((0, 1))
+        axes.set(xlim=(-x_limit, x_limit), ylim=(-y_limit, y_limit))

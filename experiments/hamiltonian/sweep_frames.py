@@ -76,40 +76,42 @@ def sweep() -> list[dict[str, Any]]:
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Write films and figures of the first seed's predictions, curves, and tables of scores."""
     sweep = runs.read_sweep(workdir)
-    texts = []
+    sections = []
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(plots.WIDTH, 0.6 + 1.9 * len(SYSTEMS)), layout='constrained')
-        panels = figure.subplots(len(SYSTEMS), 2, width_ratios=(1.3, 1))
-        for (pictures, errors), name in zip(panels, SYSTEMS, strict=True):
-            arms = reports.select_arms(sweep, name, list(ARMS))
-            artifacts = {arm: roll_outs.load_artifacts(workdir, f'{name}, {arm}') for arm in arms}
+        panel_grid = figure.subplots(len(SYSTEMS), 2, width_ratios=(1.3, 1))
+        for (film_axes, error_axes), system in zip(panel_grid, SYSTEMS, strict=True):
+            arms = reports.select_arms(sweep, system, list(ARMS))
+            artifacts = {arm: roll_outs.load_artifacts(workdir, f'{system}, {arm}') for arm in arms}
             films = _select_films(artifacts)
-            pictures.set_axis_off()
+            film_axes.set_axis_off()
             if films:
-                _write_gif(out / f'{name}.gif', films, SYSTEMS[name].time)
+                _write_gif(out / f'{system}.gif', films, SYSTEMS[system].time)
                 horizon = next(iter(arms.values())).config['problem']['horizon']
-                image, size = _tile(films, horizon)
-                pictures.imshow(image)
-                for i, label in enumerate(films):
-                    pictures.text(-4, (i + 0.5) * size, label, ha='right', va='center', fontsize=6)
-                for i, h in enumerate(HORIZONS):
-                    pictures.text((i + 0.5) * size, -4, f'{h} T', ha='center', fontsize=6)
+                image, tile_size = _tile(films, horizon)
+                film_axes.imshow(image)
+                for row, label in enumerate(films):
+                    y = (row + 0.5) * tile_size
+                    film_axes.text(-4, y, label, ha='right', va='center', fontsize=6)
+                for column, num_horizons in enumerate(HORIZONS):
+                    x = (column + 0.5) * tile_size
+                    film_axes.text(x, -4, f'{num_horizons} T', ha='center', fontsize=6)
             for arm, arrays in artifacts.items():
-                values = arrays['error'].mean(-1)  # over trajectories
-                time = SYSTEMS[name].time * np.arange(values.shape[1])
-                roll_outs.draw_curve(errors, time, values, ARMS[arm])
-            errors.set_ylabel(f'error, {tables.humanize(name)}')
-            labeled = {ARMS[key].label: arm for key, arm in arms.items()}
-            texts.append(reports.describe(sweep, name, labeled, SCORES, REFERENCE))
-        panels[-1][1].set_xlabel('time')
+                mean_errors = arrays['error'].mean(-1)  # over trajectories
+                time = SYSTEMS[system].time * np.arange(mean_errors.shape[1])
+                roll_outs.draw_curve(error_axes, time, mean_errors, ARMS[arm])
+            error_axes.set_ylabel(f'error, {tables.humanize(system)}')
+            labeled_arms = {ARMS[arm_name].label: arm for arm_name, arm in arms.items()}
+            sections.append(reports.describe(sweep, system, labeled_arms, SCORES, REFERENCE))
+        panel_grid[-1][1].set_xlabel('time')
         roll_outs.draw_legend(figure, columns=3)
         plots.save(figure, out, 'hamiltonian_frames')
-    texts += [
-        f'{text}\n'
-        for text in (roll_outs.NOTE, statistics.CAUTION, sweep.describe_excluded())
-        if text
+    sections += [
+        f'{note}\n'
+        for note in (roll_outs.NOTE, statistics.CAUTION, sweep.describe_excluded())
+        if note
     ]
-    (out / 'hamiltonian_frames.md').write_text('\n'.join(texts), encoding='utf-8')
+    (out / 'hamiltonian_frames.md').write_text('\n'.join(sections), encoding='utf-8')
 
 
 def _select_films(artifacts: dict[str, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -130,14 +132,14 @@ def _paint(frames: np.ndarray) -> np.ndarray:
 def _write_gif(path: pathlib.Path, films: dict[str, np.ndarray], time: float) -> None:
     """Write one GIF with all films side by side."""
     images = []
-    for t, frames in enumerate(zip(*films.values(), strict=True)):
+    for frame_index, frames in enumerate(zip(*films.values(), strict=True)):
         image = Image.new('RGB', (SIDE * len(films), SIDE + CAPTION), 'white')
-        draw = ImageDraw.Draw(image)
-        for i, (label, frame) in enumerate(zip(films, frames, strict=True)):
+        canvas = ImageDraw.Draw(image)
+        for film_index, (label, frame) in enumerate(zip(films, frames, strict=True)):
             scaled = Image.fromarray(frame).resize((SIDE, SIDE), Image.Resampling.NEAREST)
-            image.paste(scaled, (i * SIDE, 0))
-            draw.text((i * SIDE + 4, SIDE + 2), label, 'black')
-        draw.text((4, 2), f't = {t * time:.1f}', 'grey')
+            image.paste(scaled, (film_index * SIDE, 0))
+            canvas.text((film_index * SIDE + 4, SIDE + 2), label, 'black')
+        canvas.text((4, 2), f't = {frame_index * time:.1f}', 'grey')
         images.append(image.quantize(64))
     images[0].save(path, save_all=True, append_images=images[1:], duration=MILLISECONDS, loop=0)
 
@@ -145,9 +147,11 @@ def _write_gif(path: pathlib.Path, films: dict[str, np.ndarray], time: float) ->
 def _tile(films: dict[str, np.ndarray], horizon: int) -> tuple[np.ndarray, int]:
     """Return a row of frames per film, at the HORIZONS, and the size of a frame with its margin."""
     margin = 2
-    lines = []
+    padding = ((margin, margin), (margin, margin), (0, 0))
+    times = [num_horizons * horizon for num_horizons in HORIZONS]
+    film_rows = []
     for frames in films.values():
-        tiles = [frames[h * horizon] for h in HORIZONS if h * horizon < len(frames)]
-        padding = ((margin, margin), (margin, margin), (0, 0))
-        lines.append(np.concatenate([np.pad(f, padding, constant_values=200) for f in tiles], 1))
-    return np.concatenate(lines), frames.shape[1] + 2 * margin
+        tiles = [frames[time] for time in times if time < len(frames)]
+        padded = [np.pad(tile, padding, constant_values=200) for tile in tiles]
+        film_rows.append(np.concatenate(padded, 1))
+    return np.concatenate(film_rows), frames.shape[1] + 2 * margin

@@ -114,13 +114,13 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: Array, y: Array, weights: Array) -> Array:
         """x, y [..., E], and weights [..., E] that sum to 1 → [..., m]."""
-        h = jnp.stack([x, y], -1)
+        hidden = jnp.stack([x, y], -1)
         for _ in range(2):
-            h = nn.relu(nn.Dense(self.width)(h))
-        return nn.Dense(self.features)(jnp.sum(weights[..., None] * h, -2))
+            hidden = nn.relu(nn.Dense(self.width)(hidden))
+        return nn.Dense(self.features)(jnp.sum(weights[..., None] * hidden, -2))
 
 
-def values(tasks: Tasks, x: Array) -> Array:
+def compute_values(tasks: Tasks, x: Array) -> Array:
     """Return the functions of the tasks, without noise, at x [T, E]."""
     shape = jnp.where(tasks.family[:, None] == 0, x, jnp.sin(10 * x))
     return tasks.a[:, None] * shape + tasks.b[:, None]
@@ -152,27 +152,27 @@ class Regression(Problem):
     learns_alone: bool
     learning_rate: float
 
-    def _draw_tasks(self, key: PRNGKey, P: Array, count: int, examples: int) -> Tasks:
+    def _draw_tasks(self, key: PRNGKey, P: Array, num_tasks: int, num_examples: int) -> Tasks:
         settings = self.settings
         task_key, z_key, x_key, noise_key = jax.random.split(key, 4)
-        family = jnp.arange(count) % 2
-        a, b = jax.random.uniform(task_key, (2, count), minval=-1, maxval=1)
-        z = jnp.eye(count)
+        family = jnp.arange(num_tasks) % 2
+        a, b = jax.random.uniform(task_key, (2, num_tasks), minval=-1, maxval=1)
+        z = jnp.eye(num_tasks)
         if settings.context == 'descriptor':
             descriptor = jnp.stack([1.0 - family, 1.0 * family, a, b], -1)
             noise = jax.random.normal(z_key, descriptor.shape)
             z = (descriptor + settings.descriptor_noise * noise) @ P
-        x = jax.random.uniform(x_key, (count, examples), minval=-1, maxval=1)
+        x = jax.random.uniform(x_key, (num_tasks, num_examples), minval=-1, maxval=1)
         tasks = Tasks(family, a, b, z, x, x)
         noise = settings.noise * jax.random.normal(noise_key, x.shape)
-        return tasks._replace(y=values(tasks, x) + noise)
+        return tasks._replace(y=compute_values(tasks, x) + noise)
 
     def draw_world(self, key: PRNGKey) -> RegressionWorld:
         P_key, known_key, new_key = jax.random.split(key, 3)
         P = jax.random.normal(P_key, (len(FAMILIES) + 2, self.features))
         known = self._draw_tasks(known_key, P, self.settings.tasks, self.settings.examples)
-        shots = max(self.transfer.shots)
-        return RegressionWorld(known, self._draw_tasks(new_key, P, self.transfer.tasks, shots))
+        max_shots = max(self.transfer.shots)
+        return RegressionWorld(known, self._draw_tasks(new_key, P, self.transfer.tasks, max_shots))
 
     def init_params(self, key: PRNGKey, world: World) -> Params:
         network_key, encoder_key = jax.random.split(key)
@@ -184,26 +184,27 @@ class Regression(Problem):
 
     def _predict(self, params: Params, z: Array, x: Array) -> Array:
         """Return y [T, E] at x [T, E] for contexts z [T, m]."""
-        y: Array = self.model.apply({'params': params['network']}, x[..., None], z[:, None])
-        return y[..., 0]
+        variables = {'params': params['network']}
+        prediction: Array = self.model.apply(variables, x[..., None], z[:, None])
+        return prediction[..., 0]
 
     def _infer(self, params: Params, x: Array, y: Array, weights: Array) -> Array:
         """Return contexts [T, m] of weighted examples [T, E]."""
         assert self.encoder is not None
-        z: Array = self.encoder.apply({'params': params['encoder']}, x, y, weights)
-        return z
+        context: Array = self.encoder.apply({'params': params['encoder']}, x, y, weights)
+        return context
 
     def loss(self, params: Params, world: RegressionWorld, key: PRNGKey) -> tuple[Array, Metrics]:
-        tasks, shots = world.known, max(self.transfer.shots)
-        batch_key, context_key, size_key = jax.random.split(key, 3)
+        tasks, max_shots = world.known, max(self.transfer.shots)
+        batch_key, context_key, shots_key = jax.random.split(key, 3)
         x, y = _draw_examples(batch_key, tasks, self.batch)
         z = tasks.z
         if self.encoder is not None:
             # Contexts of as few and as many examples as a new task may come with.
-            sizes = jnp.array(self.transfer.shots)
-            size = jax.random.choice(size_key, sizes, (len(tasks.x), 1))
-            examples = _draw_examples(context_key, tasks, shots)
-            z = self._infer(params, *examples, _weigh_first(size, shots))
+            shot_counts = jnp.array(self.transfer.shots)
+            num_shots = jax.random.choice(shots_key, shot_counts, (len(tasks.x), 1))
+            examples = _draw_examples(context_key, tasks, max_shots)
+            z = self._infer(params, *examples, _weigh_first(num_shots, max_shots))
         mse = jnp.mean(jnp.square(self._predict(params, z, x) - y))
         return mse, {'mse': mse}
 
@@ -212,17 +213,18 @@ class Regression(Problem):
         tasks = world.known
         z = tasks.z
         if self.encoder is not None:
-            count = min(max(self.transfer.shots), self.settings.examples)
-            x, y = tasks.x[:, :count], tasks.y[:, :count]
-            z = self._infer(params, x, y, jnp.full_like(x, 1 / count))
-        grid = _grid(len(tasks.x))
-        return grid, self._predict(params, z, grid), values(tasks, grid)
+            num_shots = min(max(self.transfer.shots), self.settings.examples)
+            x, y = tasks.x[:, :num_shots], tasks.y[:, :num_shots]
+            z = self._infer(params, x, y, jnp.full_like(x, 1 / num_shots))
+        grid = _make_grid(len(tasks.x))
+        return grid, self._predict(params, z, grid), compute_values(tasks, grid)
 
     def evaluate(self, params: Params, world: RegressionWorld, key: PRNGKey) -> dict[str, Metrics]:
         _, predictions, targets = self._predict_known(params, world)
-        error = jnp.mean(jnp.square(predictions - targets), -1)
-        families = {f'mse_{name}': error[i::2].mean() for i, name in enumerate(FAMILIES)}
-        metrics = {'eval': {'mse': error.mean(), **families}}
+        task_errors = jnp.mean(jnp.square(predictions - targets), -1)
+        metrics = {'eval': {'mse': task_errors.mean()}}
+        for family_index, family in enumerate(FAMILIES):  # the tasks are of each by turns
+            metrics['eval'][f'mse_{family}'] = task_errors[family_index::2].mean()
         if not self.is_one_hot:
             metrics['new'] = self._evaluate_new(params, world, self.init_params(key, world))
         return metrics
@@ -243,12 +245,12 @@ class Regression(Problem):
         """
         # Where the contexts of new tasks start.
         tasks = world.new
-        grid = _grid(len(tasks.x))
-        targets = values(tasks, grid)
-        z_start = tasks.z
+        grid = _make_grid(len(tasks.x))
+        targets = compute_values(tasks, grid)
+        initial_z = tasks.z
         if self.settings.context == 'one_hot':
-            count = self.settings.tasks
-            z_start = jnp.full((len(tasks.x), count), 1 / count)
+            num_known = self.settings.tasks
+            initial_z = jnp.full((len(tasks.x), num_known), 1 / num_known)
 
         def compute_error(params: Params, z: Array, x: Array, y: Array) -> Array:
             """Return the error of one task, with z [m] and x, y [E]."""
@@ -261,43 +263,46 @@ class Regression(Problem):
             x, y = x[:K], y[:K]
             steps = self.transfer.steps
             if self.learns_alone:
-                fitted = transfer.fit(
-                    lambda p: compute_error(p, z, x, y), fresh_params, steps, self.learning_rate
+                params_alone = transfer.fit(
+                    lambda params: compute_error(params, z, x, y),
+                    fresh_params,
+                    steps,
+                    self.learning_rate,
                 )
-                return compute_error(fitted, z, grid, targets)
+                return compute_error(params_alone, z, grid, targets)
             if self.encoder is not None:
                 z = self._infer(params, x[None], y[None], jnp.full((1, K), 1 / K))[0]
             else:
-                rate = self.transfer.learning_rate
-                z = transfer.fit(lambda z: compute_error(params, z, x, y), z, steps, rate)
+                learning_rate = self.transfer.learning_rate
+                z = transfer.fit(lambda z: compute_error(params, z, x, y), z, steps, learning_rate)
             return compute_error(params, z, grid, targets)
 
         # All new tasks, for each number of examples.
         errors = {
             f'mse/{K}': jax.vmap(functools.partial(learn_and_test, K))(
-                z_start, tasks.x, tasks.y, grid, targets
+                initial_z, tasks.x, tasks.y, grid, targets
             )
             for K in self.transfer.shots
         }
         if self.encoder is None and not self.learns_alone:
             initial_error = jax.vmap(compute_error, (None, 0, 0, 0))
-            errors['mse/0'] = initial_error(params, z_start, grid, targets)
-        return {name: error.mean() for name, error in errors.items()}
+            errors['mse/0'] = initial_error(params, initial_z, grid, targets)
+        return {metric_name: task_errors.mean() for metric_name, task_errors in errors.items()}
 
     def costs(self) -> Costs:
         """Count the network and, if there is one, the encoder of a context of one example."""
         x, z = (jax.ShapeDtypeStruct((size,), jnp.float32) for size in (1, self.features))
-        counted = network.costs(self.model, x, z)
+        model_costs = network.costs(self.model, x, z)
         if self.encoder is not None:
             encoder_costs = network.costs(self.encoder, x, x, x)
-            for name, parts in counted.items():
-                parts['model'] += encoder_costs[name]['model']
-        return counted
+            for cost_name, part_costs in model_costs.items():
+                part_costs['model'] += encoder_costs[cost_name]['model']
+        return model_costs
 
     def artifacts(self, params: Params, world: RegressionWorld, key: PRNGKey) -> Metrics:
         grid, predictions, targets = self._predict_known(params, world)
         arrays = {'grid': grid, 'found': predictions, 'wanted': targets, **world.known._asdict()}
-        return {name: a[:SHOWN] for name, a in arrays.items() if name != 'z'}
+        return {name: array[:SHOWN] for name, array in arrays.items() if name != 'z'}
 
 
 def make(config: ml_collections.ConfigDict) -> Regression:
@@ -306,45 +311,47 @@ def make(config: ml_collections.ConfigDict) -> Regression:
     Raises:
       UserError: if the fusion needs one-hot contexts and the problem has others.
     """
-    settings = Settings(**{f: config.problem[f] for f in Settings._fields})
-    context, name = settings.context, config.model.fusion.name
-    is_one_hot = name in fusion.ONE_HOT
+    settings = Settings(**{field: config.problem[field] for field in Settings._fields})
+    context, fusion_name = settings.context, config.model.fusion.name
+    is_one_hot = fusion_name in fusion.ONE_HOT
     if is_one_hot and context != 'one_hot':
         raise UserError(
-            f'config.model.fusion.name = {name!r} is for contexts that are one-hot: expected '
-            f"config.problem.context = 'one_hot', not {context!r}"
+            f'config.model.fusion.name = {fusion_name!r} is for contexts that are one-hot: '
+            f"expected config.problem.context = 'one_hot', not {context!r}"
         )
-    sizes = {
+    context_sizes = {
         'one_hot': settings.tasks,
         'descriptor': config.problem.descriptor,
         'inferred': config.problem.inferred,
     }
-    features = sizes[context]
-    kind: Context = 'one_hot' if context == 'one_hot' else 'dense'
+    features = context_sizes[context]
+    context_kind: Context = 'one_hot' if context == 'one_hot' else 'dense'
     return Regression(
         examples=settings.tasks * config.train.batch,
-        model=network.make(config.model, features=1, context=kind),
+        model=network.make(config.model, features=1, context=context_kind),
         encoder=Encoder(features, config.problem.encoder) if context == 'inferred' else None,
         settings=settings,
         transfer=TransferSettings(**config.transfer),
         features=features,
         batch=config.train.batch,
         is_one_hot=is_one_hot,
-        learns_alone=name == 'none',
+        learns_alone=fusion_name == 'none',
         learning_rate=config.optim.learning_rate,
     )
 
 
-def _draw_examples(key: PRNGKey, tasks: Tasks, count: int) -> tuple[Array, Array]:
+def _draw_examples(key: PRNGKey, tasks: Tasks, num_examples: int) -> tuple[Array, Array]:
     """Draw examples of every task with replacement, x and y [T, count]."""
-    rows = jax.random.randint(key, (len(tasks.x), count), 0, tasks.x.shape[-1])
-    return jnp.take_along_axis(tasks.x, rows, -1), jnp.take_along_axis(tasks.y, rows, -1)
+    example_ids = jax.random.randint(key, (len(tasks.x), num_examples), 0, tasks.x.shape[-1])
+    return jnp.take_along_axis(tasks.x, example_ids, -1), jnp.take_along_axis(
+        tasks.y, example_ids, -1
+    )
 
 
-def _weigh_first(size: Array, count: int) -> Array:
+def _weigh_first(num_weighted: Array, num_examples: int) -> Array:
     """Return equal weights [T, count] for the first `size` [T, 1] examples, 0 for the others."""
-    return jnp.where(jnp.arange(count)[None] < size, 1 / size, 0.0)
+    return jnp.where(jnp.arange(num_examples)[None] < num_weighted, 1 / num_weighted, 0.0)
 
 
-def _grid(tasks: int) -> Array:
-    return jnp.broadcast_to(jnp.linspace(-1, 1, POINTS), (tasks, POINTS))
+def _make_grid(num_tasks: int) -> Array:
+    return jnp.broadcast_to(jnp.linspace(-1, 1, POINTS), (num_tasks, POINTS))

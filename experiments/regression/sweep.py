@@ -80,9 +80,9 @@ def sweep() -> list[dict[str, Any]]:
     fixed = [dict(FIXED)]
 
     def arms(sites: dict[str, str], contexts: list[str], examples: tuple[int, ...]) -> Any:
-        words = zip_(**{'model.fusion.name': list(sites), 'model.site': list(sites.values())})
+        fusions = {'model.fusion.name': list(sites), 'model.site': list(sites.values())}
         return product(
-            words,
+            zip_(**fusions),
             fixed,
             **{'problem.context': contexts, 'problem.examples': examples, 'seeds': SEEDS},
         )
@@ -100,43 +100,50 @@ ArmByKey = dict[tuple[str, str, int], runs.Arm]  # fusion, context, examples →
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Draw errors of known and of new tasks against examples, and write tables of both."""
     sweep = runs.read_sweep(workdir)
-    arms = {_key(arm): arm for arm in sweep.arms if arm.finite_values(METRIC, SPLIT)}
+    arms = {_make_key(arm): arm for arm in sweep.arms if arm.finite_values(METRIC, SPLIT)}
     fusions = list(dict.fromkeys(fusion for fusion, _, _ in arms))
-    styles = panels.styles(fusions, grey=[f for f in ('concat', 'none') if f in fusions])
+    baselines = [fusion for fusion in ('concat', 'none') if fusion in fusions]
+    styles = panels.assign_styles(fusions, grey=baselines)
+    example_counts = sorted({num_examples for _, _, num_examples in arms})
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(plots.WIDTH, 4.2), layout='constrained')
-        grid = figure.subplots(2, len(CONTEXTS), sharey='row')
-        for (known_axes, new_axes), (context, title) in zip(grid.T, CONTEXTS.items(), strict=True):
-            known_axes.set_title(title)
+        panel_grid = figure.subplots(2, len(CONTEXTS), sharey='row')
+
+        # A column for each context: errors on known tasks above, on new ones below.
+        for (known_axes, new_axes), context in zip(panel_grid.T, CONTEXTS, strict=True):
+            known_axes.set_title(CONTEXTS[context])
+            shot_counts = set()
             for fusion in fusions:
                 if fusion != 'none':
-                    panels.draw_line(
-                        known_axes, _read_known(arms, fusion, context), fusion, styles[fusion]
-                    )
-                errors = {K: errors for K, errors in _read_new(arms, fusion, context).items() if K}
-                panels.draw_line(new_axes, errors, fusion, styles[fusion])
-            _format_axes(known_axes, 'examples per task', sorted({n for _, _, n in arms}))
-            shots = sorted({K for f in fusions for K in _read_new(arms, f, context) if K})
-            _format_axes(new_axes, 'examples per new task', shots)
-        grid[0, 0].set_ylabel('error, known tasks')
-        grid[1, 0].set_ylabel('error, new tasks')
+                    known_errors = _read_known(arms, fusion, context)
+                    panels.draw_line(known_axes, known_errors, fusion, styles[fusion])
+                new_errors = _read_new(arms, fusion, context)
+                new_errors.pop(0, None)  # no place on a logarithmic axis
+                panels.draw_line(new_axes, new_errors, fusion, styles[fusion])
+                shot_counts |= new_errors.keys()
+            _format_axes(known_axes, 'examples per task', example_counts)
+            _format_axes(new_axes, 'examples per new task', sorted(shot_counts))
+
+        # Labels that the panels share.
+        panel_grid[0, 0].set_ylabel('error, known tasks')
+        panel_grid[1, 0].set_ylabel('error, new tasks')
         handles = {
             label: handle
-            for axes in grid.flat
+            for axes in panel_grid.flat
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
         }
-        names = [tables.humanize(label) for label in handles]
+        labels = [tables.humanize(label) for label in handles]
         figure.legend(
-            list(handles.values()), names, loc='outside lower center', ncols=4, frameon=False
+            list(handles.values()), labels, loc='outside lower center', ncols=4, frameon=False
         )
         plots.save(figure, out, 'regression')
         _draw_tasks(workdir, out)
-    parts = [*_write_tables(arms, fusions, sweep.seed_sets), sweep.describe_excluded()]
-    text = '\n\n'.join(filter(None, parts)) + '\n'
-    (out / 'regression.md').write_text(text, encoding='utf-8')
+    sections = [*_tabulate_errors(arms, fusions, sweep.seed_sets), sweep.describe_excluded()]
+    contents = '\n\n'.join(filter(None, sections)) + '\n'
+    (out / 'regression.md').write_text(contents, encoding='utf-8')
 
 
-def _key(arm: runs.Arm) -> tuple[str, str, int]:
+def _make_key(arm: runs.Arm) -> tuple[str, str, int]:
     overrides = arm.overrides
     return (
         overrides['model.fusion.name'],
@@ -148,18 +155,20 @@ def _key(arm: runs.Arm) -> tuple[str, str, int]:
 def _read_known(arms: ArmByKey, fusion: str, context: str) -> dict[float, dict[int, float]]:
     """Return {examples of each task: {seed: error}}."""
     return {
-        n: arm.final_values(METRIC, SPLIT)
-        for (f, c, n), arm in sorted(arms.items())
-        if (f, c) == (fusion, context)
+        num_examples: arm.final_values(METRIC, SPLIT)
+        for (arm_fusion, arm_context, num_examples), arm in sorted(arms.items())
+        if (arm_fusion, arm_context) == (fusion, context)
     }
 
 
 def _read_new(arms: ArmByKey, fusion: str, context: str) -> dict[float, dict[int, float]]:
     """Return {examples of a new task: {seed: error}}; 'none' has the same for every context."""
     arm = arms.get((fusion, 'one_hot' if fusion == 'none' else context, TRANSFER_EXAMPLES))
-    names = [n for n in arm.metric_names('new') if n.startswith('mse/')] if arm else []
-    shots = sorted(int(name.partition('/')[2]) for name in names)
-    return {K: arm.final_values(f'mse/{K}', 'new') for K in shots} if arm else {}
+    if arm is None:
+        return {}
+    metric_names = [name for name in arm.metric_names('new') if name.startswith('mse/')]
+    shot_counts = sorted(int(name.partition('/')[2]) for name in metric_names)
+    return {num_shots: arm.final_values(f'mse/{num_shots}', 'new') for num_shots in shot_counts}
 
 
 def _format_axes(axes: Axes, label: str, numbers: list[float]) -> None:
@@ -173,72 +182,76 @@ def _format_axes(axes: Axes, label: str, numbers: list[float]) -> None:
 def _draw_tasks(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Draw two tasks of each family as two networks learned them, of the first seed."""
     members = json.loads((workdir / 'sweep.json').read_text())['members']
-    arrays = {}
+    artifacts = {}
     for member in members:
         overrides = member['overrides']
         is_drawn = (
             overrides['problem.context'] == 'one_hot'
             and overrides['problem.examples'] == TRANSFER_EXAMPLES
+            and overrides['model.fusion.name'] in DRAWN_FUSIONS
         )
-        file = workdir / member['name'] / 'artefacts.npz'
-        fusion = overrides['model.fusion.name']
-        if is_drawn and fusion in DRAWN_FUSIONS and fusion not in arrays and file.exists():
-            arrays[fusion] = np.load(file)
+        fusion, path = overrides['model.fusion.name'], workdir / member['name'] / 'artefacts.npz'
+        if is_drawn and fusion not in artifacts and path.exists():
+            artifacts[fusion] = np.load(path)
+
+    # A panel for each task: predictions, the function, and the examples.
     figure = Figure(figsize=(plots.WIDTH, 1.9), layout='constrained')
-    subplots = figure.subplots(1, 4, sharey=True)
-    for axes, task in zip(subplots, (0, 2, 1, 3), strict=True):
-        for fusion, predictions in arrays.items():
+    panel_row = figure.subplots(1, 4, sharey=True)
+    for axes, task_index in zip(panel_row, (0, 2, 1, 3), strict=True):
+        for fusion, predictions in artifacts.items():
             color = plots.GREY if fusion == 'concat' else plots.PALETTE[0]
-            x = predictions['grid'][0, task]
-            axes.plot(
-                x, predictions['found'][0, task], color=color, lw=1.2, label=DRAWN_FUSIONS[fusion]
-            )
-        if arrays:
-            predictions = next(iter(arrays.values()))
-            targets = predictions['wanted'][0, task]
-            axes.plot(x, targets, color=plots.INK, lw=0.8, ls=(0, (1, 1)), label='function')
-            x, y = (predictions[name][0, task] for name in ('x', 'y'))
+            grid, outputs = (predictions[name][0, task_index] for name in ('grid', 'found'))
+            axes.plot(grid, outputs, color=color, lw=1.2, label=DRAWN_FUSIONS[fusion])
+        if artifacts:
+            predictions = next(iter(artifacts.values()))
+            targets = predictions['wanted'][0, task_index]
+            axes.plot(grid, targets, color=plots.INK, lw=0.8, ls=(0, (1, 1)), label='function')
+            x, y = (predictions[name][0, task_index] for name in ('x', 'y'))
             axes.plot(x, y, 'o', color=plots.INK, ms=2.5, mew=0, label='examples')
         axes.set_xlabel('x')
-    subplots[0].set_ylabel('y')
-    handles, labels = subplots[0].get_legend_handles_labels()
+    panel_row[0].set_ylabel('y')
+    handles, labels = panel_row[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside lower center', ncols=4, frameon=False)
     plots.save(figure, out, 'regression_tasks')
 
 
-def _write_tables(
+def _tabulate_errors(
     arms: ArmByKey, fusions: list[str], draws: tuple[tuple[int, ...], ...]
 ) -> list[str]:
     """Tabulate errors of known and of new tasks, with the agreement of both sets of seeds."""
-    texts = []
-    for context, title in CONTEXTS.items():
-        for title_of_tasks, read_errors in (('Known tasks', _read_known), ('New tasks', _read_new)):
-            values = {f: read_errors(arms, f, context) for f in fusions}
-            if title_of_tasks == 'Known tasks':
-                values.pop('none', None)
-            numbers = sorted({n for errors in values.values() for n in errors})
-            if not numbers:
+    sections = []
+    for context, context_title in CONTEXTS.items():
+        for tasks_title, read_errors in (('Known tasks', _read_known), ('New tasks', _read_new)):
+            errors_by_fusion = {fusion: read_errors(arms, fusion, context) for fusion in fusions}
+            if tasks_title == 'Known tasks':
+                errors_by_fusion.pop('none', None)
+            example_counts = sorted(set().union(*errors_by_fusion.values()))
+            if not example_counts:
                 continue
-            body = [
-                [tables.humanize(f), *(panels.interval(errors.get(n, {}), f) for n in numbers)]
-                for f, errors in values.items()
-                if errors
-            ]
-            header = ['fusion', *(f'{n:g} examples [95 %]' for n in numbers)]
-            text = (
-                f'**{title_of_tasks}**, told by {title}\n\n{tables.format_markdown(header, body)}'
-            )
-            agreements = [
-                (
-                    n,
-                    panels.agreement(
-                        {f: errors[n] for f, errors in values.items() if n in errors}, draws
-                    ),
-                )
-                for n in numbers
-            ]
-            taus = ', '.join(f'{n:g}: {tau:.2f}' for n, tau in agreements if tau is not None)
+
+            # A row for each fusion, a column for each number of examples.
+            table_rows = []
+            for fusion, errors in errors_by_fusion.items():
+                if errors:
+                    counted_errors = [errors.get(count, {}) for count in example_counts]
+                    cells = [panels.format_mean(by_seed, fusion) for by_seed in counted_errors]
+                    table_rows.append([tables.humanize(fusion), *cells])
+            header = ['fusion', *(f'{count:g} examples [95 %]' for count in example_counts)]
+            table = tables.format_markdown(header, table_rows)
+            section = f'**{tasks_title}**, told by {context_title}\n\n{table}'
+
+            # Agreement of the rankings, for each number of examples.
+            taus = []
+            for count in example_counts:
+                errors_at_count = {
+                    fusion: errors[count]
+                    for fusion, errors in errors_by_fusion.items()
+                    if count in errors
+                }
+                tau = panels.compute_agreement(errors_at_count, draws)
+                taus += [] if tau is None else [f'{count:g}: {tau:.2f}']
             if taus:
-                text += f"\n\nKendall's τ of the rankings by the two sets of seeds: {taus}."
-            texts.append(text)
-    return texts
+                section += "\n\nKendall's τ of the rankings by the two sets of seeds: "
+                section += f'{", ".join(taus)}.'
+            sections.append(section)
+    return sections

@@ -40,10 +40,10 @@ class SmallAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        query, key, value = (_heads(x, self.heads, name) for name in ('query', 'key', 'value'))
+        query, key, value = (_project(x, self.heads, name) for name in ('query', 'key', 'value'))
         products = query[..., :, None, :, :] * key[..., None, :, :, :]
         scores = products.sum(-1) * query.shape[-1] ** -0.5
-        return _out(_mixed(jax.nn.softmax(scores, axis=-2), value))
+        return _merge_heads(_mix_values(jax.nn.softmax(scores, axis=-2), value))
 
 
 class Pairs(nn.Module):
@@ -62,8 +62,8 @@ class Pairs(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         weights = self.fuse(self.heads, name='weights')(x[..., :, None, :], x[..., None, :, :])
-        value = _heads(x, self.heads, 'value')
-        return _out(_mixed(weights * x.shape[-2] ** -0.5, value))
+        value = _project(x, self.heads, 'value')
+        return _merge_heads(_mix_values(weights * x.shape[-2] ** -0.5, value))
 
 
 class Fixed(nn.Module):
@@ -80,7 +80,7 @@ class Fixed(nn.Module):
         n = x.shape[-2]
         M = self.param('M', initializers.normal(n**-0.5), (self.heads, n, n))
         weights = M.transpose(1, 2, 0).reshape((1,) * (x.ndim - 2) + (n, n, self.heads))
-        return _out(_mixed(weights, _heads(x, self.heads, 'value')))
+        return _merge_heads(_mix_values(weights, _project(x, self.heads, 'value')))
 
 
 class Dynamic(nn.Module):
@@ -96,10 +96,10 @@ class Dynamic(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        n, C = x.shape[-2:]
-        value = Affine(C, name='value')(x)
-        mixed = DynamicConvolution(self.heads, 2 * n - 1, name='convolution')(value, x)
-        return Affine(C, name='out')(mixed)
+        num_tokens, num_channels = x.shape[-2:]
+        value = Affine(num_channels, name='value')(x)
+        mixed = DynamicConvolution(self.heads, 2 * num_tokens - 1, name='convolution')(value, x)
+        return Affine(num_channels, name='out')(mixed)
 
 
 class Summary(nn.Module):
@@ -113,10 +113,10 @@ class Summary(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        C = x.shape[-1]
-        hidden = nn.relu(Affine(C, name='said')(x))
+        num_channels = x.shape[-1]
+        hidden = nn.relu(Affine(num_channels, name='said')(x))
         z = 2**0.5 * hidden.mean(-2, keepdims=True)
-        return self.fuse(C, name='read')(x, z)
+        return self.fuse(num_channels, name='read')(x, z)
 
 
 MIXERS: dict[str, Callable[[int, Fuse, str], nn.Module]] = {
@@ -129,18 +129,18 @@ MIXERS: dict[str, Callable[[int, Fuse, str], nn.Module]] = {
 """Word of config.model.mixer → (heads, fusion, name) → module [..., n, C] → [..., n, C]."""
 
 
-def _heads(x: Array, heads: int, name: str) -> Array:
+def _project(x: Array, heads: int, name: str) -> Array:
     """[..., n, C] → [..., n, H, C / H], by an affine map of the module that calls it."""
-    C = x.shape[-1]
-    return Affine(C, name=name)(x).reshape(*x.shape[:-1], heads, C // heads)
+    num_channels = x.shape[-1]
+    return Affine(num_channels, name=name)(x).reshape(*x.shape[:-1], heads, num_channels // heads)
 
 
-def _mixed(weights: Array, value: Array) -> Array:
+def _mix_values(weights: Array, value: Array) -> Array:
     """Weights [..., t, s, H], values [..., s, H, d] → Σ_s w_ts v_s [..., t, H, d]."""
     return (weights[..., None] * value[..., None, :, :, :]).sum(-3)
 
 
-def _out(mixed: Array) -> Array:
+def _merge_heads(mixed: Array) -> Array:
     """[..., n, H, d] → [..., n, H · d], by an affine map of the module that calls it."""
     mixed = mixed.reshape(*mixed.shape[:-2], -1)
     return Affine(mixed.shape[-1], name='out')(mixed)

@@ -31,7 +31,6 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,15 +62,16 @@ TARGETS: dict[str, Target] = {
 }
 
 
-def _targets(value: Any) -> str:
-    if not isinstance(value, tuple | list) or not value or len(set(value)) < len(value):
+def _check_targets(targets: object) -> str:
+    """Describe what was expected, as a rule of `mi.config`; '' if the targets are valid."""
+    if not isinstance(targets, tuple | list) or not targets or len(set(targets)) < len(targets):
         return 'a non-empty tuple of distinct targets'
-    unknown = [word for word in value if word not in TARGETS]
+    unknown = [target for target in targets if target not in TARGETS]
     return f'known targets; {suggest(str(unknown[0]), TARGETS)}' if unknown else ''
 
 
 SCHEMA: dict[str, Rule] = {
-    'problem.targets': _targets,
+    'problem.targets': _check_targets,
     'problem.length': integer(2, LONGEST),
     'problem.features': integer(1),
     'problem.temperature': number(0, exclusive=True),
@@ -113,7 +113,7 @@ class Sequences(Problem):
     def compute_targets(self, X: Array) -> Array:
         """Return the targets [targets, ..., n, d] of X [..., n, d], each with mean square 1."""
         pairs = zip(self.targets, self.scales, strict=True)
-        return jnp.stack([TARGETS[name](X, self.temperature) / scale for name, scale in pairs])
+        return jnp.stack([TARGETS[target](X, self.temperature) / scale for target, scale in pairs])
 
     def init_params(self, key: PRNGKey, world: World) -> Params:
         keys = jax.random.split(key, len(self.targets))
@@ -131,8 +131,8 @@ class Sequences(Problem):
 
     def evaluate(self, params: Params, world: World, key: PRNGKey) -> dict[str, Metrics]:
         errors = self._mean_squared_errors(params, self._draw(key, self.eval_examples))
-        by_target = {f'mse/{t}': e for t, e in zip(self.targets, errors, strict=True)}
-        return {'eval': {'mse': errors.mean()} | by_target}
+        names = [f'mse/{target}' for target in self.targets]
+        return {'eval': {'mse': errors.mean()} | dict(zip(names, errors, strict=True))}
 
     def costs(self) -> Costs:
         tokens = jax.ShapeDtypeStruct((self.length, self.features), jnp.float32)
@@ -140,15 +140,17 @@ class Sequences(Problem):
 
     def artifacts(self, params: Params, world: World, key: PRNGKey) -> Metrics:
         """Return both floors, and the errors on the sequences of the first in all orders."""
-        X, X_other = (self._draw(k, self.floor_examples) for k in jax.random.split(key))
+        X_key, other_key = jax.random.split(key)
+        X, X_other = (self._draw(key, self.floor_examples) for key in (X_key, other_key))
         orbit = X[: self.orbits]
         errors = jax.lax.map(
-            lambda order: self._mean_squared_errors(params, orbit[:, order]), orders(self.length)
+            lambda order: self._mean_squared_errors(params, orbit[:, order]),
+            make_permutations(self.length),
         )
         return {
-            'equivariant_floor': equivariant_floor(self.compute_targets, orbit),
+            'equivariant_floor': compute_equivariant_floor(self.compute_targets, orbit),
             'error_in_all_orders': errors.mean(0),
-            'additive_floor': additive_floor(self.compute_targets, X, X_other),
+            'additive_floor': compute_additive_floor(self.compute_targets, X, X_other),
         }
 
 
@@ -178,7 +180,7 @@ def make(config: ml_collections.ConfigDict) -> Sequences:
         length=n,
         features=d,
         temperature=tau,
-        scales=tuple(scale(target, n, d, tau) for target in problem.targets),
+        scales=tuple(compute_scale(target, n, d, tau) for target in problem.targets),
         eval_examples=problem.examples,
         orbits=problem.orbits,
         floor_examples=problem.floor_examples,
@@ -191,18 +193,18 @@ def draw_sequences(key: PRNGKey, examples: int, n: int, d: int) -> Array:
 
 
 @functools.cache
-def scale(target: str, n: int, d: int, tau: float) -> float:
+def compute_scale(target: str, n: int, d: int, tau: float) -> float:
     """Return the root mean square of a target, of a fixed sample."""
     X = draw_sequences(jax.random.key(0), 2**15, n, d)
     return float(jnp.sqrt(jnp.square(TARGETS[target](X, tau)).mean()))
 
 
-def orders(n: int) -> Array:
+def make_permutations(n: int) -> Array:
     """Return all permutations of n places [n!, n]."""
     return jnp.array(list(itertools.permutations(range(n))))
 
 
-def equivariant_floor(f: Callable[[Array], Array], X: Array) -> Array:
+def compute_equivariant_floor(f: Callable[[Array], Array], X: Array) -> Array:
     """Return the least error of an equivariant function on the same sequences in all orders.
 
         mean_π ‖π⁻¹f(πX) − g(X)‖² / nd,   g(X) = mean_π π⁻¹f(πX)
@@ -213,25 +215,25 @@ def equivariant_floor(f: Callable[[Array], Array], X: Array) -> Array:
       f: [N, n, d] → [targets, N, n, d].
       X: [N, n, d], a sample of a distribution that is the same in each order of the tokens.
     """
-    permutations = orders(X.shape[-2])
+    permutations = make_permutations(X.shape[-2])
 
     def conjugate(order: Array) -> Array:
         """Return π⁻¹f(πX)."""
         return f(X[:, order])[:, :, jnp.argsort(order)]
 
-    def add(total: Array, order: Array) -> tuple[Array, None]:
+    def add_conjugate(total: Array, order: Array) -> tuple[Array, None]:
         return total + conjugate(order), None
 
     # g(X), one order at a time, as all of them do not fit into memory.
-    total, _ = jax.lax.scan(add, jnp.zeros_like(f(X)), permutations)
-    best = total / len(permutations)
+    total, _ = jax.lax.scan(add_conjugate, jnp.zeros_like(f(X)), permutations)
+    best_output = total / len(permutations)
     errors = jax.lax.map(
-        lambda order: jnp.square(conjugate(order) - best).mean((1, 2, 3)), permutations
+        lambda order: jnp.square(conjugate(order) - best_output).mean((1, 2, 3)), permutations
     )
     return errors.mean(0)
 
 
-def additive_floor(f: Callable[[Array], Array], X: Array, X_other: Array) -> Array:
+def compute_additive_floor(f: Callable[[Array], Array], X: Array, X_other: Array) -> Array:
     """Return the least E‖f(X) − Σ_s φ_s(x_s)‖² / nd, φ any functions, for independent tokens.
 
     Var E[f | x_s] is the covariance of f at two sequences that share the token s alone (Sobol').
@@ -244,8 +246,8 @@ def additive_floor(f: Callable[[Array], Array], X: Array, X_other: Array) -> Arr
     Y = f(X)
     Y = Y - Y.mean(1, keepdims=True)
     residual = jnp.square(Y).mean((1, 2, 3))
-    for s in range(n):
-        Y_shared = f(X_other.at[:, s].set(X[:, s]))
+    for token in range(n):
+        Y_shared = f(X_other.at[:, token].set(X[:, token]))
         Y_shared = Y_shared - Y_shared.mean(1, keepdims=True)
         residual = residual - (Y * Y_shared).mean((1, 2, 3))
     return residual * N / (N - 1)

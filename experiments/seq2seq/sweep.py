@@ -24,7 +24,7 @@ sizes and training are ours.
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -71,22 +71,23 @@ DEPTH, FEATURES, HEADS = 2, 16, 4
 Overrides = dict[str, Any]
 
 
-def parameters(depth: int, features: int) -> int:
+def count_parameters(depth: int, features: int) -> int:
     """Return the parameters of four networks with feed-forward layers of about 2 C, rounded."""
     return 4 * (8 * depth + 5) * features**2
 
 
 def sweep() -> list[Overrides]:
     def size_overrides(depth: int, features: int) -> Overrides:
-        sizes = {'model.depth': depth, 'model.features': features}
-        return sizes | {'model.parameters': parameters(depth, features)}
+        shape = {'model.depth': depth, 'model.features': features}
+        return shape | {'model.parameters': count_parameters(depth, features)}
 
-    def mixers(*words: str) -> list[Overrides]:
-        names = [mixer_name.split(', ') for mixer_name in words]
-        fusions = [{'model.fusion.name': name[1]} if name[1:] else {} for name in names]
-        return [
-            {'model.mixer': name[0], **fusion} for name, fusion in zip(names, fusions, strict=True)
-        ]
+    def mixers(*mixer_names: str) -> list[Overrides]:
+        overrides = []
+        for mixer_name in mixer_names:
+            mixer, _, fusion_name = mixer_name.partition(', ')
+            fusion = {'model.fusion.name': fusion_name} if fusion_name else {}
+            overrides.append({'model.mixer': mixer} | fusion)
+        return overrides
 
     seeds = zip_(seeds=SEEDS)
     equivariant = mixers('attention', 'pairs, mi_low_rank')
@@ -94,7 +95,9 @@ def sweep() -> list[Overrides]:
     return [
         *product(mixers(*NAMES), [size_overrides(depth, FEATURES) for depth in (1, 2, 3)], seeds),
         *product(
-            mixers('attention', 'pairs, mi_low_rank', 'summary, mi_low_rank', 'fixed'), sizes, seeds
+            mixers('attention', 'pairs, mi_low_rank', 'summary, mi_low_rank', 'fixed'),
+            sizes,
+            seeds,
         ),
         *product(
             mixers('attention', 'pairs, mi_low_rank', 'fixed'),
@@ -138,128 +141,135 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     floors = read_floors(workdir)
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(plots.WIDTH, 4.4), layout='constrained')
-        panels = figure.subplots(2, len(TARGETS), sharey=True, sharex='row')
+        panel_grid = figure.subplots(2, len(TARGETS), sharey=True, sharex='row')
         # A column for each target: errors by depth above, by size below.
-        for column, (target, kind) in enumerate(TARGETS.items()):
-            top, bottom = panels[:, column]
-            top.set_title(f'{target}\n{kind}', fontsize=8)
-            _by_depth(top, arms, target, floors)
-            _by_size(bottom, arms, target, floors)
+        for column, (target, target_kind) in enumerate(TARGETS.items()):
+            depth_axes, size_axes = panel_grid[:, column]
+            depth_axes.set_title(f'{target}\n{target_kind}', fontsize=8)
+            _draw_by_depth(depth_axes, arms, target, floors)
+            _draw_by_size(size_axes, arms, target, floors)
 
         # Scales and labels that the panels share.
-        for axes in panels[:, 0]:
+        for axes in panel_grid[:, 0]:
             axes.set_yscale('log')
             axes.yaxis.set_major_formatter('{x:g}')
             axes.yaxis.set_minor_formatter('')
-        panels[0, 0].set_xticks((1, 2, 3))
-        panels[1, 0].set_xscale('log')
-        panels[1, 0].xaxis.set_major_formatter(EngFormatter(sep=''))
-        panels[1, 0].xaxis.set_minor_formatter('')
-        for row, label in enumerate(('mixers', 'parameters')):
-            panels[row, 0].set_ylabel('error')
-            for axes in panels[row]:
+        panel_grid[0, 0].set_xticks((1, 2, 3))
+        panel_grid[1, 0].set_xscale('log')
+        panel_grid[1, 0].xaxis.set_major_formatter(EngFormatter(sep=''))
+        panel_grid[1, 0].xaxis.set_minor_formatter('')
+        for row_index, label in enumerate(('mixers', 'parameters')):
+            panel_grid[row_index, 0].set_ylabel('error')
+            for axes in panel_grid[row_index]:
                 axes.set_xlabel(label)
         handles = {
             label: handle
-            for axes in panels.flat
+            for axes in panel_grid.flat
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
         }
         figure.legend(
             handles.values(), handles.keys(), loc='outside lower center', ncols=3, frameon=False
         )
         plots.save(figure, out, 'seq2seq')
-    parts = [
-        _predictions(arms, floors),
-        _errors(arms),
+    sections = [
+        _tabulate_predictions(arms, floors),
+        _tabulate_errors(arms),
         statistics.CAUTION,
         sweep_runs.describe_excluded(),
     ]
-    (out / 'seq2seq.md').write_text('\n\n'.join(filter(None, parts)) + '\n', encoding='utf-8')
+    (out / 'seq2seq.md').write_text('\n\n'.join(filter(None, sections)) + '\n', encoding='utf-8')
 
 
 def read_floors(workdir: pathlib.Path) -> Floors:
     """Read the floors of every run; runs of one seed have the same, so each seed counts once."""
     floors: dict[int, np.ndarray] = {}
-    above: dict[str, dict[str, dict[int, float]]] = {}
+    gaps_by_label: dict[str, dict[str, dict[int, float]]] = {}
     targets: list[str] = []
     for member in json.loads((workdir / 'sweep.json').read_text())['members']:
-        folder = workdir / member['name']
-        if not (folder / 'artefacts.npz').exists():
+        run_dir = workdir / member['name']
+        if not (run_dir / 'artefacts.npz').exists():
             continue
-        config = json.loads((folder / 'config.json').read_text())
+        config = json.loads((run_dir / 'config.json').read_text())
         targets = config['problem']['targets']
-        arrays = np.load(folder / 'artefacts.npz')
-        arm_gaps = above.setdefault(member['label'], {target: {} for target in targets})
-        for i, seed in enumerate(config['seeds']):
-            floors[seed] = np.stack([arrays['equivariant_floor'][i], arrays['additive_floor'][i]])
-            gaps = arrays['error_in_all_orders'][i] - arrays['equivariant_floor'][i]
-            for target, gap in zip(targets, gaps, strict=True):
+        arrays = np.load(run_dir / 'artefacts.npz')
+        arm_gaps = gaps_by_label.setdefault(member['label'], {target: {} for target in targets})
+        names = 'equivariant_floor', 'additive_floor', 'error_in_all_orders'
+        equivariant_floors, additive_floors, errors = (arrays[name] for name in names)
+        for seed_index, seed in enumerate(config['seeds']):
+            floors[seed] = np.stack([equivariant_floors[seed_index], additive_floors[seed_index]])
+            target_gaps = errors[seed_index] - equivariant_floors[seed_index]
+            for target, gap in zip(targets, target_gaps, strict=True):
                 arm_gaps[target][seed] = float(gap)
     means = np.mean(list(floors.values()), axis=0) if floors else ((), ())
     equivariant, additive = (dict(zip(targets, map(float, mean), strict=True)) for mean in means)
-    return Floors(equivariant, additive, above)
+    return Floors(equivariant, additive, gaps_by_label)
 
 
-def mixer_name(arm: runs.Arm) -> str:
+def get_mixer_name(arm: runs.Arm) -> str:
     """Return the key of NAMES of an arm's mixer."""
     model = arm.config['model']
-    fused = model['mixer'] in ('pairs', 'summary')
-    return f'{model["mixer"]}, {model["fusion"]["name"]}' if fused else str(model['mixer'])
+    has_fusion = model['mixer'] in ('pairs', 'summary')
+    return f'{model["mixer"]}, {model["fusion"]["name"]}' if has_fusion else str(model['mixer'])
 
 
-def select_arms(arms: Sequence[runs.Arm], **values: Any) -> list[runs.Arm]:
-    """Return the arms with these model settings, and defaults for all others but the mixer."""
+def select_arms(arms: Sequence[runs.Arm], **settings: object) -> list[runs.Arm]:
+    """Return the arms with these model settings, and defaults for all others but the mixer.
+
+    A setting of None allows any value.
+    """
     defaults = {'positions': 'learnt', 'ends': 'feed_forward', 'heads': HEADS}
     defaults |= {'depth': DEPTH, 'features': FEATURES}
-    settings = {name: value for name, value in (defaults | values).items() if value is not None}
-    return [
-        arm for arm in arms if all(arm.config['model'][name] == v for name, v in settings.items())
-    ]
+    filters = {key: value for key, value in (defaults | settings).items() if value is not None}
+
+    def has_settings(arm: runs.Arm) -> bool:
+        return all(arm.config['model'][key] == value for key, value in filters.items())
+
+    return [arm for arm in arms if has_settings(arm)]
 
 
-def _line(axes: Axes, arms: Sequence[runs.Arm], target: str, along: Any, **style: Any) -> None:
+def _draw_line(
+    axes: Axes,
+    arms: Sequence[runs.Arm],
+    target: str,
+    get_position: Callable[[runs.Arm], float],
+    **style: Any,
+) -> None:
     """Draw means over seeds with their intervals."""
-    points = []
-    for arm in sorted(arms, key=along):
+    positions, means, lower_bars, upper_bars = [], [], [], []
+    for arm in sorted(arms, key=get_position):
         if errors := arm.final_values(f'{METRIC}/{target}', SPLIT):
             estimate = statistics.estimate(errors, arm.label)
-            points.append(
-                (
-                    along(arm),
-                    estimate.mean,
-                    estimate.low or estimate.mean,
-                    estimate.high or estimate.mean,
-                )
-            )
-    if points:
-        x, mean, low, high = (np.array(values, float) for values in zip(*points, strict=True))
-        axes.errorbar(
-            x, mean, [np.maximum(mean - low, 0), np.maximum(high - mean, 0)],
-            lw=1.1, ms=4, elinewidth=0.8, **style,
-        )  # fmt: skip
+            positions.append(get_position(arm))
+            means.append(estimate.mean)
+            lower_bars.append(max(estimate.mean - (estimate.low or estimate.mean), 0))
+            upper_bars.append(max((estimate.high or estimate.mean) - estimate.mean, 0))
+    if positions:
+        bars = [lower_bars, upper_bars]
+        axes.errorbar(positions, means, bars, lw=1.1, ms=4, elinewidth=0.8, **style)
 
 
-def _styles() -> dict[str, dict[str, Any]]:
+def _make_styles() -> dict[str, dict[str, Any]]:
     colors = dict(zip(NAMES, (plots.GREY, *plots.PALETTE), strict=False))
     return {name: {'color': color, 'marker': '.'} for name, color in colors.items()}
 
 
-def _depth(arm: runs.Arm) -> int:
+def _get_depth(arm: runs.Arm) -> int:
     return int(arm.config['model']['depth'])
 
 
-def _size(arm: runs.Arm) -> float:
+def _get_size(arm: runs.Arm) -> float:
     return arm.get_cost('parameters', 'model') or 0
 
 
-def _by_depth(axes: Axes, arms: Sequence[runs.Arm], target: str, floors: Floors) -> None:
-    for name, style in _styles().items():
-        mixer_arms = [arm for arm in arms if mixer_name(arm) == name]
-        _line(axes, select_arms(mixer_arms, depth=None), target, _depth, label=NAMES[name], **style)
+def _draw_by_depth(axes: Axes, arms: Sequence[runs.Arm], target: str, floors: Floors) -> None:
+    for mixer, style in _make_styles().items():
+        mixer_arms = [arm for arm in arms if get_mixer_name(arm) == mixer]
+        ordered_arms = select_arms(mixer_arms, depth=None)
+        _draw_line(axes, ordered_arms, target, _get_depth, label=NAMES[mixer], **style)
         unordered_arms = select_arms(mixer_arms, depth=None, positions='none')
         style = style | {'marker': 'o', 'mfc': 'none', 'ls': ':'}
-        label = f'{NAMES[name]}, no positions' if unordered_arms else None
-        _line(axes, unordered_arms, target, _depth, label=label, **style)
+        curve_label = f'{NAMES[mixer]}, no positions' if unordered_arms else None
+        _draw_line(axes, unordered_arms, target, _get_depth, label=curve_label, **style)
     if floors.equivariant.get(target, 0) > 1e-3:
         axes.axhline(
             floors.equivariant[target], color=plots.INK, ls=(0, (4, 2)), lw=0.8,
@@ -267,16 +277,15 @@ def _by_depth(axes: Axes, arms: Sequence[runs.Arm], target: str, floors: Floors)
         )  # fmt: skip
 
 
-def _by_size(axes: Axes, arms: Sequence[runs.Arm], target: str, floors: Floors) -> None:
-    for name, style in _styles().items():
-        mixer_arms = [arm for arm in arms if mixer_name(arm) == name]
-        _line(
-            axes, select_arms(mixer_arms, features=None), target, _size, label=NAMES[name], **style
-        )
+def _draw_by_size(axes: Axes, arms: Sequence[runs.Arm], target: str, floors: Floors) -> None:
+    for mixer, style in _make_styles().items():
+        mixer_arms = [arm for arm in arms if get_mixer_name(arm) == mixer]
+        usual_arms = select_arms(mixer_arms, features=None)
+        _draw_line(axes, usual_arms, target, _get_size, label=NAMES[mixer], **style)
         final_mixing_arms = select_arms(mixer_arms, features=None, depth=1, ends='mixer')
         style = style | {'marker': 's', 'mfc': 'none', 'ls': (0, (4, 1, 1, 1))}
-        label = f'one {NAMES[name]} at the end' if final_mixing_arms else None
-        _line(axes, final_mixing_arms, target, _size, label=label, **style)
+        curve_label = f'one {NAMES[mixer]} at the end' if final_mixing_arms else None
+        _draw_line(axes, final_mixing_arms, target, _get_size, label=curve_label, **style)
     if floors.additive.get(target, 0) > 0.02:
         axes.axhline(
             floors.additive[target], color=plots.INK, ls=(0, (1, 1)), lw=0.8,
@@ -284,16 +293,16 @@ def _by_size(axes: Axes, arms: Sequence[runs.Arm], target: str, floors: Floors) 
         )  # fmt: skip
 
 
-def _predictions(arms: Sequence[runs.Arm], floors: Floors) -> str:
+def _tabulate_predictions(arms: Sequence[runs.Arm], floors: Floors) -> str:
     """Tabulate what theory rules out, beside the lowest error of any seed and size."""
-    rows: list[list[str]] = []
+    table_rows: list[list[str]] = []
 
     def add_rows(network: str, is_orderless: bool, arms: list[runs.Arm], expected: str) -> None:
         bound = floors.equivariant if is_orderless else floors.additive
         for target in TARGETS:
             if bound.get(target, 0) < 0.02 or not arms:
                 continue
-            line = [network, target, f'{bound[target]:.3f}', expected]
+            table_row = [network, target, f'{bound[target]:.3f}', expected]
             for seeds in SEEDS:
                 gaps = [
                     floors.above[arm.label][target][seed] if is_orderless else error - bound[target]
@@ -301,67 +310,72 @@ def _predictions(arms: Sequence[runs.Arm], floors: Floors) -> str:
                     for seed, error in arm.final_values(f'{METRIC}/{target}', SPLIT).items()
                     if seed in seeds
                 ]
-                line.append(f'{min(gaps):+.4f}'.replace('-', '−') if gaps else tables.NONE)
-            rows.append(line)
+                table_row.append(f'{min(gaps):+.4f}'.replace('-', '−') if gaps else tables.NONE)
+            table_rows.append(table_row)
 
     # Functions without order, against the first bound.
-    for name in ('attention', 'pairs, mi_low_rank'):
-        mixer_arms = [arm for arm in arms if mixer_name(arm) == name]
+    for mixer in ('attention', 'pairs, mi_low_rank'):
+        mixer_arms = [arm for arm in arms if get_mixer_name(arm) == mixer]
         add_rows(
-            f'{NAMES[name]}, no positions',
+            f'{NAMES[mixer]}, no positions',
             True,
             select_arms(mixer_arms, depth=None, positions='none'),
             '0 or above',
         )
-        add_rows(f'{NAMES[name]}, positions', True, select_arms(mixer_arms, depth=None), 'below 0')
+        add_rows(f'{NAMES[mixer]}, positions', True, select_arms(mixer_arms, depth=None), 'below 0')
 
     # Sums over tokens, against the second bound.
-    for name in ('fixed', 'attention'):
-        mixer_arms = [arm for arm in arms if mixer_name(arm) == name]
+    for mixer in ('fixed', 'attention'):
+        mixer_arms = [arm for arm in arms if get_mixer_name(arm) == mixer]
         final_mixing_arms = select_arms(mixer_arms, features=None, depth=1, ends='mixer')
         add_rows(
-            f'one {NAMES[name]} at the end',
+            f'one {NAMES[mixer]} at the end',
             False,
             final_mixing_arms,
-            '0 or above' if name == 'fixed' else 'below 0',
+            '0 or above' if mixer == 'fixed' else 'below 0',
         )
-    fixed = [arm for arm in arms if mixer_name(arm) == 'fixed']
+    fixed_mixings = [arm for arm in arms if get_mixer_name(arm) == 'fixed']
     fixed_arms = [
-        *select_arms(fixed, features=None),
-        *select_arms(fixed, depth=1),
-        *select_arms(fixed, depth=3),
+        *select_arms(fixed_mixings, features=None),
+        *select_arms(fixed_mixings, depth=1),
+        *select_arms(fixed_mixings, depth=3),
     ]
     add_rows('fixed mixings, a feed-forward layer last', False, fixed_arms, 'any')
 
     header = ['network', 'target', 'bound', 'error − bound, by theory']
-    header += [f'least of seeds {s[0]} to {s[-1]}' for s in SEEDS]
+    header += [f'least of seeds {seeds[0]} to {seeds[-1]}' for seeds in SEEDS]
     note = (
         'The first bound is that of functions without order, and errors above it are those on the '
         'same sequences in all orders, so that theory holds to rounding; the second is that of '
         'sums over tokens, from a sample, to about 0.005. Least of all sizes and seeds.'
     )
-    return f'**Bounds**\n\n{tables.format_markdown(header, rows)}\n\n{note}'
+    return f'**Bounds**\n\n{tables.format_markdown(header, table_rows)}\n\n{note}'
 
 
-def _errors(arms: Sequence[runs.Arm]) -> str:
-    body = []
+def _tabulate_errors(arms: Sequence[runs.Arm]) -> str:
+    table_rows = []
     for arm in arms:
         model = arm.config['model']
-        kind = NAMES[mixer_name(arm)]
-        kind += ', no positions' * (model['positions'] == 'none')
-        kind += ', at the end' * (model['ends'] == 'mixer')
-        line = [kind, *(str(model[name]) for name in ('depth', 'heads', 'features'))]
-        line += [f'{_size(arm):,.0f}']
+        mixer = NAMES[get_mixer_name(arm)]
+        if model['positions'] == 'none':
+            mixer += ', no positions'
+        if model['ends'] == 'mixer':
+            mixer += ', at the end'
+        table_row = [mixer, *(str(model[key]) for key in ('depth', 'heads', 'features'))]
+        table_row += [f'{_get_size(arm):,.0f}']
         for target in TARGETS:
             errors = arm.final_values(f'{METRIC}/{target}', SPLIT)
-            line.append(_cell(statistics.estimate(errors, arm.label)) if errors else tables.NONE)
-        body.append(line)
+            estimate = statistics.estimate(errors, arm.label) if errors else None
+            table_row.append(_format_estimate(estimate))
+        table_rows.append(table_row)
     header = ['mixer', 'mixers', 'heads', 'features', 'parameters']
     header += [f'{target} [95 %]' for target in TARGETS]
-    return '**Errors**\n\n' + tables.format_markdown(header, body)
+    return '**Errors**\n\n' + tables.format_markdown(header, table_rows)
 
 
-def _cell(estimate: statistics.Estimate) -> str:
+def _format_estimate(estimate: statistics.Estimate | None) -> str:
     """Write the mean in two significant digits, as errors span four orders of magnitude."""
-    digits = max(0, 1 - int(np.floor(np.log10(estimate.mean)))) if estimate.mean > 0 else 0
-    return str(tables.format_interval(estimate, digits))
+    if estimate is None:
+        return tables.NONE
+    num_decimals = max(0, 1 - int(np.floor(np.log10(estimate.mean)))) if estimate.mean > 0 else 0
+    return str(tables.format_interval(estimate, num_decimals))

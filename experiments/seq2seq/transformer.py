@@ -65,22 +65,23 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        C = self.features
-        h = Affine(C, name='embed')(x)
+        h = Affine(self.features, name='embed')(x)
         if self.positions == 'learnt':
-            P = self.param('P', initializers.normal(1.0), (x.shape[-2], C))
+            P = self.param('P', initializers.normal(1.0), (x.shape[-2], self.features))
             h = h + P.reshape((1,) * (x.ndim - 2) + P.shape)
-        for i in range(self.depth + 1):
-            if i < self.depth or self.ends == 'feed_forward':
-                inner = nn.relu(Affine(self.width, name=f'inner_{i}')(_norm(f'norm_{i}', h)))
+        for layer_index in range(self.depth + 1):
+            if layer_index < self.depth or self.ends == 'feed_forward':
+                normalized = _normalize(f'norm_{layer_index}', h)
+                hidden = nn.relu(Affine(self.width, name=f'inner_{layer_index}')(normalized))
                 he_normal = initializers.he_normal()  # keeps the variance through the relu
-                h = h + Affine(C, V_init=he_normal, name=f'outer_{i}')(inner)
-            if i < self.depth:
-                h = h + self.mixer(f'mixer_{i}')(_norm(f'norm_mixer_{i}', h))
+                h = h + Affine(self.features, V_init=he_normal, name=f'outer_{layer_index}')(hidden)
+            if layer_index < self.depth:
+                normalized = _normalize(f'norm_mixer_{layer_index}', h)
+                h = h + self.mixer(f'mixer_{layer_index}')(normalized)
         return Affine(self.outputs, name='out')(h)
 
 
-def _norm(name: str, h: Array) -> Array:
+def _normalize(name: str, h: Array) -> Array:
     return nn.RMSNorm(name=name)(h)
 
 
@@ -95,17 +96,17 @@ def make(model: ml_collections.ConfigDict, outputs: int) -> Transformer:
             f'config.model.heads = {model.heads}: expected a divisor of config.model.features = '
             f'{model.features}, the channels that the heads share'
         )
-    word = model.fusion
-    fuse = fusion.get(
-        word.name,
-        get_options(word, 'options'),
-        rank=word.rank or model.features,
-        hidden=word.hidden or model.features,
+    fusion_config = model.fusion
+    make_fusion = fusion.get(
+        fusion_config.name,
+        get_options(fusion_config, 'options'),
+        rank=fusion_config.rank or model.features,
+        hidden=fusion_config.hidden or model.features,
     )
-    mixer = MIXERS[model.mixer]
+    make_mixer = MIXERS[model.mixer]
     return Transformer(
         outputs,
-        lambda name: mixer(model.heads, fuse, name),
+        lambda name: make_mixer(model.heads, make_fusion, name),
         model.features,
         model.width,
         model.depth,

@@ -47,7 +47,7 @@ def built():
     model = config(**{'model.layer': 'convolution', 'model.width': 6, 'model.depth': 2}).model
     alphas = (2.0, 4.0, 5.0, 6.0, 30.0)
     images = noise(1, 8, 24, 24, 1)
-    params = jax.jit(vision.make(model, digits.CLASSES).init)(jax.random.key(0), images)
+    params = jax.jit(vision.make(model, digits.NUM_CLASSES).init)(jax.random.key(0), images)
     measure = jax.jit(functools.partial(digits.compare_construction, model=model, alphas=alphas))
     return alphas, measure(params, images=images, labels=jnp.zeros(8, int))
 
@@ -83,13 +83,13 @@ def test_a_grid_of_sharp_heads_is_a_convolution_of_the_kernel_in_that_order():
 
 
 def test_each_seed_splits_the_digits_and_fixed_centers_have_no_gradient():
-    images, labels = digits.load()
-    assert images.shape == (digits.COUNT, 8, 8, 1) and labels.shape == (digits.COUNT,)
+    images, labels = digits.load_images()
+    assert images.shape == (digits.NUM_IMAGES, 8, 8, 1) and labels.shape == (digits.NUM_IMAGES,)
     assert abs(images.mean()) < 1e-5 and images.std() == pytest.approx(1, abs=1e-5)
     problem = factory.make_problem(config(**SMALL | {'model.centres': 'fixed'}))
     worlds = [problem.draw_world(jax.random.key(i)) for i in (0, 1)]
-    rows = [np.asarray(world.rows) for world in worlds]
-    assert all(sorted(r) == list(range(digits.COUNT)) for r in rows)
+    rows = [np.asarray(world.image_ids) for world in worlds]
+    assert all(sorted(r) == list(range(digits.NUM_IMAGES)) for r in rows)
     assert np.mean(rows[0] == rows[1]) < 0.01
 
     @jax.jit

@@ -42,7 +42,7 @@ def test_every_module_is_trained_and_the_tested_pairs_are_those_of_no_support(mo
     tested = set()
     seen = set()
     for support in composition.SUPPORTS:
-        trained, unseen = map(sets, composition.tasks(modules, support))
+        trained, unseen = map(sets, composition.make_module_sets(modules, support))
         assert singles <= trained
         pairs = trained - singles
         assert connected(pairs, modules) == (support == 'connected')
@@ -67,17 +67,17 @@ def test_the_teacher_is_its_equation_and_has_outputs_of_variance_1():
     for t in range(3):
         W = sum(c[t, i] * modules[i] for i in range(6))
         wanted[t] = np.maximum(x[t] @ W, 0) @ readout
-    found = composition.outputs(teacher, jnp.asarray(c), jnp.asarray(x))
+    found = composition.compute_outputs(teacher, jnp.asarray(c), jnp.asarray(x))
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3)
     assert np.mean(wanted**2) == pytest.approx(1, rel=0.3)
 
 
 def test_the_error_is_0_for_the_teacher_and_1_for_the_means_of_the_tasks():
     y = jax.random.normal(jax.random.key(0), (3, 50, 2)) + jnp.arange(3.0)[:, None, None]
-    assert composition.unexplained(y, y) == 0
+    assert composition.compute_unexplained(y, y) == 0
     means = jnp.broadcast_to(y.mean(1, keepdims=True), y.shape)
-    assert composition.unexplained(y, means) == pytest.approx(1)
-    assert composition.unexplained(y, means + 1) == pytest.approx(2, rel=0.2)
+    assert composition.compute_unexplained(y, means) == pytest.approx(1)
+    assert composition.compute_unexplained(y, means + 1) == pytest.approx(2, rel=0.2)
 
 
 def test_an_mi_of_the_teacher_s_modules_knows_every_combination():
@@ -152,9 +152,9 @@ def test_the_report_draws_and_tabulates_what_is_there(tmp_path):
         return Arm('label', 'done', None, tuple(range(20)), overrides, cost=cost, metrics=both)
 
     members = [m for m in experiment.sweep() if m['seeds'] == experiment.SEEDS[0]]
-    found = {experiment._key(a): a for a in (arm(m, 0.1 + i) for i, m in enumerate(members))}
+    found = {experiment._make_key(a): a for a in (arm(m, 0.1 + i) for i, m in enumerate(members))}
     assert len(found) == len(members) == len(chain(experiment.sweep())) / 2
-    text = experiment._table(found, 'given', tuple(map(tuple, experiment.SEEDS)))
+    text = experiment._tabulate_errors(found, 'given', tuple(map(tuple, experiment.SEEDS)))
     assert text.count('\n| ') == 2 + len(experiment.STUDENTS)
     assert 'connected 1.00, disconnected 1.00, alone 1.00' in text
 

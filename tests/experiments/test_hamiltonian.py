@@ -202,19 +202,19 @@ def test_discs_are_where_the_bodies_are():
 def test_scores():
     t = np.linspace(0, 2 * np.pi, 101)[:-1, None, None]
     wave = jnp.asarray(np.concatenate([np.sin(t), np.sin(t + 1)], 1))
-    np.testing.assert_allclose(scores.error(0 * wave, wave).mean(), 1, rtol=1e-5)
+    np.testing.assert_allclose(scores.compute_error(0 * wave, wave).mean(), 1, rtol=1e-5)
     quarter = jnp.roll(wave, 25, 0)
-    np.testing.assert_allclose(scores.error(quarter, wave).mean(), 2, rtol=1e-5)
-    np.testing.assert_allclose(scores.error(-wave, wave).mean(), 4, rtol=1e-5)
+    np.testing.assert_allclose(scores.compute_error(quarter, wave).mean(), 2, rtol=1e-5)
+    np.testing.assert_allclose(scores.compute_error(-wave, wave).mean(), 4, rtol=1e-5)
     bad = wave.at[50:, 0].set(jnp.nan)
-    error = scores.error(bad, wave)
+    error = scores.compute_error(bad, wave)
     assert (error[50:, 0] == scores.CEILING).all() and (error[:, 1] == 0).all()
-    np.testing.assert_allclose(scores.valid(error, 0.1), [0.5, 1])
+    np.testing.assert_allclose(scores.compute_valid_share(error, 0.1), [0.5, 1])
     returns = jnp.array([[0.0], [0.2], [0.0], [0.0]])  # below the tolerance again, too late
-    np.testing.assert_allclose(scores.valid(returns, 0.1), [0.25])
+    np.testing.assert_allclose(scores.compute_valid_share(returns, 0.1), [0.25])
     E = jnp.array([[1.0, 3.0], [1.5, 3.0]])
-    np.testing.assert_allclose(scores.drift(E), [[0, 0], [0.5, 0]])
-    np.testing.assert_allclose(scores.drift(10 - 7 * E), scores.drift(E), rtol=1e-5)
+    np.testing.assert_allclose(scores.compute_drift(E), [[0, 0], [0.5, 0]])
+    np.testing.assert_allclose(scores.compute_drift(10 - 7 * E), scores.compute_drift(E), rtol=1e-5)
 
 
 @pytest.mark.parametrize('name', ['mass_spring', 'two_body'])
@@ -235,15 +235,15 @@ def test_a_quadratic_mi_of_the_state_is_the_energy_of_a_spring():
     law = dynamics.make(
         config(**{'model.form': 'square', 'model.depth': 0, 'model.fusion.name': 'mi'}).model
     )
-    params = jax.tree.map(jnp.zeros_like, dynamics.init(law, jax.random.key(0), 1))
+    params = jax.tree.map(jnp.zeros_like, dynamics.init_params(law, jax.random.key(0), 1))
     (fused,) = params['params']['FusedMLP_0'].values()
     fused['W'] = jnp.diag(jnp.array([1.0, 1.0]))[..., None]
     system = SYSTEMS['mass_spring']
     q, p = system.draw(jax.random.key(1), 30)
     np.testing.assert_allclose(
-        dynamics.energy(law, params, q, p), system.energy(q, p), rtol=1e-6, atol=1e-6
+        dynamics.compute_energy(law, params, q, p), system.energy(q, p), rtol=1e-6, atol=1e-6
     )
-    ours = dynamics.field(law, params)(q, p)
+    ours = dynamics.make_field(law, params)(q, p)
     np.testing.assert_allclose(ours[0], p / system.mass, rtol=1e-6)
     np.testing.assert_allclose(ours[1], -2 * q, rtol=1e-6)
 
@@ -252,9 +252,9 @@ def test_a_quadratic_mi_of_the_state_is_the_energy_of_a_spring():
 def test_forms(form):
     """Which second derivatives of the energy there are, and that a field is free of one."""
     law = dynamics.make(config(**{'model.form': form, 'model.fusion.name': 'mi'}).model)
-    params = dynamics.init(law, jax.random.key(0), 2)
+    params = dynamics.init_params(law, jax.random.key(0), 2)
     q, p = jax.random.normal(jax.random.key(1), (2, 2))
-    field = dynamics.field(law, params)
+    field = dynamics.make_field(law, params)
     J = jacobian(field, q, p)
     by_q_p = np.abs(J[:2, :2]).max()  # ∂²H/∂q∂p
     assert (by_q_p < 1e-6) == (form == 'separable')
@@ -335,7 +335,7 @@ def test_the_loss_of_frames_is_the_evidence_lower_bound():
     for t in range(7):
         x = jax.nn.sigmoid(decoder.apply(params['decoder'], q))
         likelihood += float(jnp.sum(seen[t] * jnp.log(x) + (1 - seen[t]) * jnp.log1p(-x)))
-        q, p = dynamics.step(law, params['law'], 0.2, of.problem.iterations, 2)(q, p)
+        q, p = dynamics.make_step(law, params['law'], 0.2, of.problem.iterations, 2)(q, p)
     sigma = np.exp(np.asarray(log_deviation, np.float64))
     kl = np.sum(-np.log(sigma) + (sigma**2 + np.asarray(mean) ** 2 - 1) / 2)
     assert float(loss) == pytest.approx(-(likelihood - kl) / 7, rel=1e-4)

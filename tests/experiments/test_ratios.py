@@ -7,14 +7,14 @@ from mi.report.statistics import Estimate
 
 
 def test_geometric_means_and_ratios():
-    mean = ratios.geometric({0: 1.0, 1: 100.0, 2: 10.0}, 'arm')
+    mean = ratios.estimate_geometric_mean({0: 1.0, 1: 100.0, 2: 10.0}, 'arm')
     assert mean.mean == pytest.approx(10) and mean.num_seeds == 3
     assert 0.999 < mean.low < 10 < mean.high < 100.001
-    against = ratios.ratio({0: 2.0, 1: 600.0, 5: 1.0}, {0: 1.0, 1: 200.0, 2: 7.0}, 'arm')
+    against = ratios.estimate_ratio({0: 2.0, 1: 600.0, 5: 1.0}, {0: 1.0, 1: 200.0, 2: 7.0}, 'arm')
     assert against.mean == pytest.approx(6**0.5) and against.num_seeds == 2
-    assert ratios.ratio({0: 1.0}, {1: 1.0}, 'arm') is None
+    assert ratios.estimate_ratio({0: 1.0}, {1: 1.0}, 'arm') is None
     with pytest.raises(ValueError, match=r'arm: the value of seed 3 is 0\.0'):
-        ratios.geometric({1: 1.0, 3: 0.0}, 'arm')
+        ratios.estimate_geometric_mean({1: 1.0, 3: 0.0}, 'arm')
 
 
 @pytest.mark.parametrize(

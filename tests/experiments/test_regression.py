@@ -154,10 +154,10 @@ def test_the_report_tabulates_known_and_new_tasks_and_the_agreement_of_two_draws
         return Arm('label', 'done', None, tuple(range(20)), overrides, metrics=metrics)
 
     members = [m for m in experiment.sweep() if m['seeds'] == experiment.SEEDS[0]]
-    found = {experiment._key(a): a for a in (arm(m, 0.1 + i) for i, m in enumerate(members))}
+    found = {experiment._make_key(a): a for a in (arm(m, 0.1 + i) for i, m in enumerate(members))}
     assert len(found) == len(members)
     fusions = list(dict.fromkeys(f for f, _, _ in found))
-    text = '\n\n'.join(experiment._write_tables(found, fusions, tuple(experiment.SEEDS)))
+    text = '\n\n'.join(experiment._tabulate_errors(found, fusions, tuple(experiment.SEEDS)))
     assert text.count('**Known tasks**') == text.count('**New tasks**') == 3
     assert text.count('| multi head |') == 1
     assert text.count(': 1.00') == 3 * (len(experiment.EXAMPLES) + 2)

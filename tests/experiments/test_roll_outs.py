@@ -20,7 +20,9 @@ def test_a_law_that_rests_does_not_count_as_one_that_keeps_its_energy():
     ours = arm('ours', error=[0.1, 0.1, 0.9, 0.4], drift=[4.0, 1.0, 1e-6, 2.0])
     base = arm('base', error=[0.2, 0.2, 0.3, 0.2], drift=[1.0, 1.0, 1.0, 1.0])
     arms = {'base': base, 'ours': ours}
-    text = roll_outs.table(arms, ('error', 'drift'), 'long', 'eval', 'base', ((0, 1), (2, 3)))
+    text = roll_outs.tabulate_scores(
+        arms, ('error', 'drift'), 'long', 'eval', 'base', ((0, 1), (2, 3))
+    )
     header, _, *rows = [
         [c.strip() for c in line.strip('|').split('|')] for line in text.splitlines()
     ]
@@ -39,7 +41,9 @@ def test_an_arm_that_diverged_has_no_scores():
     ours.metrics[1]['long'] = None
     base = arm('base', error=[0.2, 0.2, 0.3, 0.2], drift=[1.0, 1.0, 1.0, 1.0])
     arms = {'base': base, 'ours': ours}
-    text = roll_outs.table(arms, ('error', 'drift'), 'long', 'eval', 'base', ((0, 1), (2, 3)))
+    text = roll_outs.tabulate_scores(
+        arms, ('error', 'drift'), 'long', 'eval', 'base', ((0, 1), (2, 3))
+    )
     cells = [c.strip() for c in text.splitlines()[-1].strip('|').split('|')]
     assert cells[2] == '—' and cells[-2:] == ['—', '—']
     assert cells[3].startswith('2.8 [') and cells[3].endswith('(2 of 4)')  # √(4 · 2)

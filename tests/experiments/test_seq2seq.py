@@ -59,10 +59,10 @@ def test_the_floors_are_those_that_can_be_calculated():
         )
 
     X, again = draw(1, 4000), draw(2, 4000)
-    equivariant = sequences.equivariant_floor(f, X[:500])
+    equivariant = sequences.compute_equivariant_floor(f, X[:500])
     assert equivariant[0] == pytest.approx(0, abs=1e-6)
     np.testing.assert_allclose(equivariant[1:3], 1 - 1 / N, rtol=0.05)
-    additive = sequences.additive_floor(f, X, again)
+    additive = sequences.compute_additive_floor(f, X, again)
     np.testing.assert_allclose(additive[:2], 0, atol=0.05)
     assert additive[3] == pytest.approx(3 / 9, rel=0.1)  # all of it: E x²x² = 1/9
     assert 0.04 < additive[2] < 0.14
@@ -76,7 +76,7 @@ def test_the_additive_floor_of_a_small_sample_is_unbiased():
 
     def floor(key):
         X, again = jax.random.uniform(key, (2, 4, 2, 1), minval=-1)
-        return sequences.additive_floor(product, X, again)
+        return sequences.compute_additive_floor(product, X, again)
 
     floors = jax.vmap(floor)(jax.random.split(jax.random.key(0), 20_000))
     assert floors.mean() == pytest.approx(1 / 9, rel=0.03)
@@ -88,7 +88,7 @@ def test_the_best_equivariant_function_has_the_floor_as_its_error_and_no_other_h
     def f(X):
         return (X[:, ::-1] * X[:, :1] + X**2)[None]
 
-    floor = sequences.equivariant_floor(f, X)[0]
+    floor = sequences.compute_equivariant_floor(f, X)[0]
     # Every function of (x_t, the sum of the others) is equivariant: the best polynomial of degree
     # 3 in them cannot be below the floor, up to the little that it fits of the sample.
     own, others = X, X.sum(1, keepdims=True) - X
@@ -114,7 +114,7 @@ def test_the_equivariant_floor_is_that_of_each_sequence_in_all_its_orders():
         y[:, :, order] = f(X[:, order])
         each.append(y)
     least = np.var(each, 0).mean((1, 2, 3))
-    floor = dict(zip(sequences.TARGETS, sequences.equivariant_floor(f, X), strict=True))
+    floor = dict(zip(sequences.TARGETS, sequences.compute_equivariant_floor(f, X), strict=True))
     np.testing.assert_allclose(list(floor.values()), least, rtol=1e-5, atol=1e-10)
     assert floor['difference'] < 1e-10 and floor['farthest'] < 1e-10
     assert floor['reverse'] > 0.1 and floor['sort'] > 0.1

@@ -90,7 +90,9 @@ def test_no_two_arms_have_the_same_color():
     # Shades of one color are told apart by their dashes, and points by their markers.
     assert len({(i % 6, style.dashes) for i, style in enumerate(styles[:24])}) == 24
     assert len({(i % 6, style.marker) for i, style in enumerate(styles[:24])}) == 24
-    styles = panels.styles([f'arm {i}' for i in range(30)], grey=[f'grey {i}' for i in range(12)])
+    styles = panels.assign_styles(
+        [f'arm {i}' for i in range(30)], grey=[f'grey {i}' for i in range(12)]
+    )
     assert len(set(styles.values())) == len(styles) == 42
 
 
