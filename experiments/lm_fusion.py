@@ -22,13 +22,12 @@ models, sizes and text are ours.
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from launch.sweep import chain, product
+from launch.sweep import Overrides, chain, product
 from mi.report import plots, runs, statistics, tables
 
 ENWIK8 = os.environ.get('MI_ENWIK8', '')
@@ -56,8 +55,8 @@ FUSIONS = ['concat', 'mi', 'mi_low_rank', 'film', 'none']
 COSTS = [('parameters', 'model'), ('parameters', 'fusion'), ('flops_per_token', 'model')]
 
 
-def sweep() -> list[dict[str, Any]]:
-    def arms(core: str, sites: list[str], fusions: list[str]) -> list[dict[str, Any]]:
+def sweep() -> list[Overrides]:
+    def arms(core: str, sites: list[str], fusions: list[str]) -> list[Overrides]:
         return product(**{'model.core': [core], 'model.site': sites, 'model.fusion.name': fusions})
 
     members = chain(*(

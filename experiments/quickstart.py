@@ -9,9 +9,7 @@ that all have the parameters of the concat arm. Three seeds.
 Source: the question is that of Jayakumar et al. (ICLR 2020); model, data and sizes are ours.
 """
 
-from typing import Any
-
-from launch.sweep import product
+from launch.sweep import Overrides, product
 
 CONFIG = 'configs/lm.py:quickstart'
 TITLE = 'Concatenation against multiplicative interaction, LSTM on Austen'
@@ -29,6 +27,6 @@ NOTES = [
 ]
 
 
-def sweep() -> list[dict[str, Any]]:
+def sweep() -> list[Overrides]:
     # The costliest arm early, so that it does not run alone at the end.
     return product(**{'model.fusion.name': ['mi', 'concat', 'none', 'mi_low_rank']})

@@ -9,9 +9,7 @@ experiments/rl_multitask.py is the same with thirty goals, six arms, five seeds 
 Source: the question is that of Jayakumar et al. (ICLR 2020); environment and sizes are ours.
 """
 
-from typing import Any
-
-from launch.sweep import product
+from launch.sweep import Overrides, product
 
 CONFIG = 'configs/rl.py:env=xland/kinds'
 TITLE = 'Concatenation against multiplicative interaction, six tasks of XLand'
@@ -26,7 +24,7 @@ NOTES = [
 ]
 
 
-def sweep() -> list[dict[str, Any]]:
+def sweep() -> list[Overrides]:
     return product(
         **{
             'model.fusion.name': ['mi', 'concat'],

@@ -7,9 +7,7 @@ greedy policy in its last evaluation. Topology `threads`, a run for each seed, j
     python -m launch.local --sweep=experiments/rl_acrobot.py --workdir=runs/rl_acrobot
 """
 
-from typing import Any
-
-from launch.sweep import product
+from launch.sweep import Overrides, product
 
 CONFIG = 'configs/rl.py:acrobot'
 TITLE = 'Acrobot-v1 with its preset'
@@ -25,5 +23,5 @@ NOTES = [
 ]
 
 
-def sweep() -> list[dict[str, Any]]:
+def sweep() -> list[Overrides]:
     return product(seeds=[(0,), (1,), (2,), (3,), (4,)])

@@ -11,9 +11,7 @@ features of the view ⊗ the encoded instruction. `gate` is the gated attention 
 Source: the question is that of Jayakumar et al. (ICLR 2020); levels, agent and sizes are ours.
 """
 
-from typing import Any
-
-from launch.sweep import product
+from launch.sweep import Overrides, product
 
 CONFIG = 'configs/rl.py'
 TITLE = 'Three levels of BabyAI: how the instruction comes in'
@@ -31,7 +29,7 @@ NOTES = [
 ]
 
 
-def sweep() -> list[dict[str, Any]]:
+def sweep() -> list[Overrides]:
     return product(
         **{
             'seeds': [(0,), (1,), (2,)],

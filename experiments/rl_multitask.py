@@ -11,9 +11,7 @@ Source: the question is that of Jayakumar et al. (ICLR 2020), section on multi-t
 DMLab-30 and other sites; environment, agent and sizes are ours, and none is the paper's.
 """
 
-from typing import Any
-
-from launch.sweep import product
+from launch.sweep import Overrides, product
 
 CONFIG = 'configs/rl.py'
 TITLE = 'Thirty tasks of XLand, IMPALA with an LSTM: how the task comes in'
@@ -31,6 +29,6 @@ NOTES = [
 ]
 
 
-def sweep() -> list[dict[str, Any]]:
+def sweep() -> list[Overrides]:
     fusions = ['mi', 'concat', 'none', 'multi_head', 'film', 'mi_low_rank']
     return product(**{'model.fusion.name': fusions, 'seeds': [(0, 1, 2, 3, 4)]})

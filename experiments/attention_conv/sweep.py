@@ -20,16 +20,17 @@ their training are ours.
 
 import json
 import pathlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
+from numpy.typing import ArrayLike
 
 from experiments.figures import panels
-from launch.sweep import product, zip_
+from launch.sweep import Overrides, product, zip_
 from mi.report import plots, statistics, tables
 
 CONFIG = 'experiments/attention_conv/config.py'
@@ -52,7 +53,7 @@ DRAWN_ARMS = {'attention, 9, learnt': 'drawn at first', 'attention, 9, grid': 'a
 NEAR = 0.5  # pixels from an offset of the kernel
 
 
-def sweep() -> list[dict[str, Any]]:
+def sweep() -> list[Overrides]:
     convolutions = product(**{'model.layer': ['convolution'], 'model.kernel': [3, 5, 1]})
     attention = product(
         **{'model.layer': ['attention']},
@@ -176,15 +177,14 @@ def _draw_heads(axes: Axes, arrays: dict[str, np.ndarray]) -> None:
     axes.plot(*final_centers.T[::-1], 'o', color=plots.PALETTE[0], ms=3.5, mew=0, label='Δ after')
     for center, alpha in zip(final_centers, arrays['alpha'], strict=True):
         if alpha > 0:  # below, the head looks away from its center
-            axes.add_patch(
-                Circle(center[::-1], compute_width(alpha), color=plots.PALETTE[0], alpha=0.12, lw=0)
-            )
+            radius = float(compute_width(alpha))
+            axes.add_patch(Circle(center[::-1], radius, color=plots.PALETTE[0], alpha=0.12, lw=0))
     axes.set(
         aspect='equal', xlim=(-4.5, 4.5), ylim=(4.5, -4.5), xticks=(-4, 0, 4), yticks=(-4, 0, 4)
     )
 
 
-def compute_width(alpha: Any) -> Any:
+def compute_width(alpha: ArrayLike) -> np.ndarray:
     """Return the standard deviation of a head's Gaussian along an axis, in pixels: 1 / √(2α)."""
     return 1 / np.sqrt(2 * np.maximum(alpha, 1e-6))
 

@@ -17,14 +17,13 @@ Generalize Compositionally; students, how contexts are learned and other constan
 """
 
 import pathlib
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.figures import panels
-from launch.sweep import chain, product, zip_
+from launch.sweep import Overrides, chain, product, zip_
 from mi.report import (
     plots,
     runs,
@@ -70,10 +69,10 @@ LEARNED = [
 CONTEXTS = {'given': 'coefficients given', 'learned': 'equal coefficients, contexts learnt'}
 
 
-def sweep() -> list[dict[str, Any]]:
+def sweep() -> list[Overrides]:
     def arms(
         students: list[tuple[str, int]], context: str, coefficients: str, parameters: int
-    ) -> Any:
+    ) -> list[Overrides]:
         fusion_names, depths = zip(*students, strict=True)
         return product(
             zip_(**{'model.fusion.name': fusion_names, 'model.depth': depths}),

@@ -17,17 +17,17 @@ Source: the question is that of Jayakumar et al. (ICLR 2020), expressivity; the 
 
 import json
 import pathlib
-from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from experiments.expressivity.problem import SURFACE
 from experiments.figures import panels
-from launch.sweep import product
+from launch.sweep import Overrides, product
 from mi.report import plots, runs
 
 CONFIG = 'experiments/expressivity/config.py:fit'
@@ -42,7 +42,7 @@ NOTES = [
 ]
 
 
-def sweep() -> list[dict[str, Any]]:
+def sweep() -> list[Overrides]:
     fixed = {
         'problem.dimension': [1],
         'train.steps': [4000],
@@ -50,7 +50,7 @@ def sweep() -> list[dict[str, Any]]:
         'seeds': [(0, 1, 2, 3, 4), (5, 6, 7, 8, 9)],
     }
 
-    def networks(fusion: str, depth: int, widths: list[int]) -> list[dict[str, Any]]:
+    def networks(fusion: str, depth: int, widths: list[int]) -> list[Overrides]:
         network = {'model.fusion.name': [fusion], 'model.depth': [depth], 'model.width': widths}
         return product(**network, **fixed)
 
@@ -94,7 +94,7 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def _draw_errors(
-    axes: Axes, arms: list[runs.Arm], label: str, color: str, dashes: Any = '-'
+    axes: Axes, arms: list[runs.Arm], label: str, color: str, dashes: plots.Dashes = '-'
 ) -> None:
     """Draw medians over the seeds, and their range."""
     if not arms:
@@ -111,7 +111,7 @@ def _draw_errors(
     )
 
 
-def _draw_surface(axes: Axes, workdir: pathlib.Path, label: str, title: str) -> Any:
+def _draw_surface(axes: Axes, workdir: pathlib.Path, label: str, title: str) -> AxesImage | None:
     """Draw |error| of the first seed on a square of x and z; nothing if it is missing."""
     members = json.loads((workdir / 'sweep.json').read_text())['members']
     run_dir = workdir / next(member['name'] for member in members if member['label'] == label)

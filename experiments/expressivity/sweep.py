@@ -17,7 +17,6 @@ other targets, training and search are ours.
 
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -25,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.figures import panels
-from launch.sweep import product
+from launch.sweep import Overrides, product
 from mi.fit import search
 from mi.report import (
     plots,
@@ -56,8 +55,8 @@ SEEDS = [(0, 1, 2, 3, 4), (5, 6, 7, 8, 9)]
 TARGETS = {'product': 'y = xᵀz', 'additive': 'y = Σ u(xᵢ) + u(zᵢ)', 'x_only': 'y = Σ u(xᵢ)'}
 
 
-def sweep() -> list[dict[str, Any]]:
-    def arms(targets: list[str], fusions: list[str], depths: list[int]) -> list[dict[str, Any]]:
+def sweep() -> list[Overrides]:
+    def arms(targets: list[str], fusions: list[str], depths: list[int]) -> list[Overrides]:
         return product(**{
             'problem.target': targets,
             'model.fusion.name': fusions,

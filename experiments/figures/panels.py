@@ -1,7 +1,6 @@
 """Styles, lines of means with intervals, ticks and rankings of several experiments."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,7 +11,7 @@ from scipy import stats
 from mi.report import plots, statistics, tables
 
 Values = Mapping[float, Mapping[int, float]]  # {x: {seed: value}}
-Style = tuple[str, Any]  # color, and dashes as matplotlib takes them
+Style = tuple[str, plots.Dashes]  # color and dashes
 
 
 def assign_styles(labels: Iterable[str], grey: Iterable[str] = ()) -> dict[str, Style]:

@@ -7,14 +7,14 @@ are geometric.
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.figures import panels, ratios
-from mi.report import statistics, tables
+from mi.report import plots, statistics, tables
 from mi.report.runs import Arm
 
 
@@ -23,7 +23,7 @@ class Style(NamedTuple):
 
     label: str
     color: str
-    dashes: Any
+    dashes: plots.Dashes
 
 
 def load_artifacts(workdir: pathlib.Path, label: str) -> dict[str, np.ndarray]:

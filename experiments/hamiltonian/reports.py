@@ -2,15 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from experiments.figures import roll_outs
 from experiments.hamiltonian.mechanics import SYSTEMS
-from launch.sweep import product, zip_
+from launch.sweep import Overrides, product, zip_
 from mi.report import rankings, runs, tables
 
 
-def combine(arms: Sequence[str]) -> list[dict[str, Any]]:
+def combine(arms: Sequence[str]) -> list[Overrides]:
     """Return overrides for every system, every arm 'FORM, FUSION' and two sets of seeds."""
     forms, fusions = zip(*(arm.split(', ') for arm in arms), strict=True)
     return product(

@@ -17,7 +17,6 @@ all constants but those of the systems, are ours.
 """
 
 import pathlib
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -28,6 +27,7 @@ from experiments.figures import roll_outs
 from experiments.figures.roll_outs import Style
 from experiments.hamiltonian import reports
 from experiments.hamiltonian.mechanics import SYSTEMS
+from launch.sweep import Overrides
 from mi.report import (
     plots,
     runs,
@@ -67,7 +67,7 @@ REFERENCE = ARMS['joint, concat'].label
 SCORES = ('derivative', 'error', 'error_long', 'drift', 'drift_learnt')
 
 
-def sweep() -> list[dict[str, Any]]:
+def sweep() -> list[Overrides]:
     return reports.combine(list(ARMS))
 
 

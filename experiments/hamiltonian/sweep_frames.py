@@ -17,7 +17,6 @@ Source: after Toth et al. (ICLR 2020); what is different is said in
 """
 
 import pathlib
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -28,6 +27,7 @@ from experiments.figures import roll_outs
 from experiments.figures.roll_outs import Style
 from experiments.hamiltonian import reports
 from experiments.hamiltonian.mechanics import SYSTEMS
+from launch.sweep import Overrides
 from mi.report import (
     plots,
     runs,
@@ -69,7 +69,7 @@ BODIES = np.array([[0xD5, 0x5E, 0x00], [0x00, 0x72, 0xB2]])  # colors of the cha
 HORIZONS = (0, 1, 2, 5, 10)  # in the figure
 
 
-def sweep() -> list[dict[str, Any]]:
+def sweep() -> list[Overrides]:
     return reports.combine(list(ARMS))
 
 

@@ -17,7 +17,6 @@ Source: the two families are of Jayakumar et al. (ICLR 2020), recalled; the expe
 
 import json
 import pathlib
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -25,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.figures import panels
-from launch.sweep import chain, product, zip_
+from launch.sweep import Overrides, chain, product, zip_
 from mi.report import plots, runs, tables
 
 CONFIG = 'experiments/regression/config.py'
@@ -76,10 +75,12 @@ FIXED = {
 }  # fmt: skip
 
 
-def sweep() -> list[dict[str, Any]]:
+def sweep() -> list[Overrides]:
     fixed = [dict(FIXED)]
 
-    def arms(sites: dict[str, str], contexts: list[str], examples: tuple[int, ...]) -> Any:
+    def arms(
+        sites: dict[str, str], contexts: list[str], examples: tuple[int, ...]
+    ) -> list[Overrides]:
         fusions = {'model.fusion.name': list(sites), 'model.site': list(sites.values())}
         return product(
             zip_(**fusions),

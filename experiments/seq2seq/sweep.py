@@ -33,7 +33,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from launch.sweep import product, zip_
+from launch.sweep import Overrides, product, zip_
 from mi.report import plots, runs, statistics, tables
 
 CONFIG = 'experiments/seq2seq/config.py'
@@ -68,7 +68,6 @@ NAMES = {
     'fixed': 'fixed mixing',
 }
 DEPTH, FEATURES, HEADS = 2, 16, 4
-Overrides = dict[str, Any]
 
 
 def count_parameters(depth: int, features: int) -> int:

@@ -25,12 +25,12 @@ def noise(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def test_the_convolution_is_that_of_lax_on_an_image_padded_with_its_edge():
+def test_edge_convolution_matches_lax_on_an_edge_padded_image():
     for K in (3, 4):
         x, module = noise(0, 2, 6, 5, 3), vision.EdgeConvolution(K, 4)
         y, variables = jax.jit(module.init_with_output)(jax.random.key(K), x)
-        low, high = (K - 1) // 2, K // 2
-        padded = jnp.pad(x, [(0, 0), (low, high), (low, high), (0, 0)], mode='edge')
+        sides = (K - 1) // 2, K // 2
+        padded = jnp.pad(x, [(0, 0), sides, sides, (0, 0)], mode='edge')
         expected = jax.lax.conv_general_dilated(
             padded,
             variables['params']['V'],
@@ -42,44 +42,44 @@ def test_the_convolution_is_that_of_lax_on_an_image_padded_with_its_edge():
 
 
 @pytest.fixture(scope='module')
-def built():
+def construction():
     """What is measured of a network of convolutions with random weights, on images of noise."""
     model = config(**{'model.layer': 'convolution', 'model.width': 6, 'model.depth': 2}).model
     alphas = (2.0, 4.0, 5.0, 6.0, 30.0)
     images = noise(1, 8, 24, 24, 1)
     params = jax.jit(vision.make(model, digits.NUM_CLASSES).init)(jax.random.key(0), images)
-    measure = jax.jit(functools.partial(digits.compare_construction, model=model, alphas=alphas))
-    return alphas, measure(params, images=images, labels=jnp.zeros(8, int))
+    compare = jax.jit(functools.partial(digits.compare_construction, model=model, alphas=alphas))
+    return alphas, compare(params, images=images, labels=jnp.zeros(8, int))
 
 
-def test_heads_stand_for_a_convolution_with_an_error_that_falls_as_e_to_the_minus_alpha(built):
+def test_error_of_heads_in_place_of_a_convolution_falls_as_exp_of_minus_alpha(construction):
     """A head has 1 − 4 e^−α of its weight on its pixel and e^−α on each of four neighbours, so that
     on noise the squared error is (16 + 4) e^−2α of the square, but for edges and e^−2α."""
-    alphas, found = built
-    for i, alpha in enumerate(alphas[1:4], 1):
-        first = found['layer_error'][0, i, 0]
-        assert first == pytest.approx(math.sqrt(20) * math.exp(-alpha), rel=0.25)
+    alphas, errors = construction
+    for alpha_index, alpha in enumerate(alphas[1:4], 1):
+        first_layer_error = errors['layer_error'][0, alpha_index, 0]
+        assert first_layer_error == pytest.approx(math.sqrt(20) * math.exp(-alpha), rel=0.25)
 
 
-def test_with_a_large_alpha_they_are_exact_to_rounding(built):
-    _, found = built
-    f32, bf16 = found['layer_error'][:, -1]
-    assert np.all(f32 < 1e-6) and found['logit_error'][0, -1] < 1e-5
+def test_heads_with_a_large_alpha_equal_the_convolution_up_to_rounding(construction):
+    _, errors = construction
+    f32, bf16 = errors['layer_error'][:, -1]
+    assert np.all(f32 < 1e-6) and errors['logit_error'][0, -1] < 1e-5
     assert np.all(bf16 < 2**-7) and np.all(bf16 > 2**-12)
-    assert found['accuracy'][0, -1] == found['own_accuracy']
-    assert np.all(np.diff(found['layer_error'][0, :4, :], axis=0) < 0)
+    assert errors['accuracy'][0, -1] == errors['own_accuracy']
+    assert np.all(np.diff(errors['layer_error'][0, :4, :], axis=0) < 0)
 
 
-def test_a_grid_of_sharp_heads_is_a_convolution_of_the_kernel_in_that_order():
+def test_a_grid_of_sharp_heads_is_a_convolution():
     changes = {'model.centres': 'grid', 'model.alpha': 50.0, 'model.depth': 1, 'model.width': 3}
     x = noise(2, 2, 8, 8, 1)
-    ours = vision.make(config(**changes).model, 10)
-    params = jax.jit(ours.init)(jax.random.key(0), x)
-    theirs = vision.make(config(**changes | {'model.layer': 'convolution'}).model, 10)
-    given = params['params']
-    kernel = {'V': given['layer_0']['V'].reshape(3, 3, 1, 3), 'b': given['layer_0']['b']}
-    y = theirs.apply({'params': {'layer_0': kernel, 'out': given['out']}}, x)
-    np.testing.assert_allclose(ours.apply(params, x), y, rtol=1e-4, atol=1e-5)
+    attention = vision.make(config(**changes).model, 10)
+    params = jax.jit(attention.init)(jax.random.key(0), x)
+    convolution = vision.make(config(**changes | {'model.layer': 'convolution'}).model, 10)
+    layer, out = params['params']['layer_0'], params['params']['out']
+    kernel = {'V': layer['V'].reshape(3, 3, 1, 3), 'b': layer['b']}
+    expected = convolution.apply({'params': {'layer_0': kernel, 'out': out}}, x)
+    np.testing.assert_allclose(attention.apply(params, x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_each_seed_splits_the_digits_and_fixed_centers_have_no_gradient():
@@ -87,17 +87,17 @@ def test_each_seed_splits_the_digits_and_fixed_centers_have_no_gradient():
     assert images.shape == (digits.NUM_IMAGES, 8, 8, 1) and labels.shape == (digits.NUM_IMAGES,)
     assert abs(images.mean()) < 1e-5 and images.std() == pytest.approx(1, abs=1e-5)
     problem = factory.make_problem(config(**SMALL | {'model.centres': 'fixed'}))
-    worlds = [problem.draw_world(jax.random.key(i)) for i in (0, 1)]
-    rows = [np.asarray(world.image_ids) for world in worlds]
-    assert all(sorted(r) == list(range(digits.NUM_IMAGES)) for r in rows)
-    assert np.mean(rows[0] == rows[1]) < 0.01
+    worlds = [problem.draw_world(jax.random.key(seed)) for seed in (0, 1)]
+    orders = [np.asarray(world.image_ids) for world in worlds]
+    assert all(sorted(order) == list(range(digits.NUM_IMAGES)) for order in orders)
+    assert np.mean(orders[0] == orders[1]) < 0.01
 
     @jax.jit
-    def gradient(key):
+    def compute_gradient(key):
         params = problem.init_params(key, worlds[0])
         return jax.grad(lambda p: problem.loss(p, worlds[0], key)[0])(params)
 
-    layer = gradient(jax.random.key(2))['params']['layer_0']
+    layer = compute_gradient(jax.random.key(2))['params']['layer_0']
     assert not np.any(layer['Delta']) and not np.any(layer['alpha']) and np.any(layer['V'])
 
 
@@ -117,16 +117,18 @@ def test_a_network_learns_digits_and_resumes_to_the_same_bits(tmp_path, monkeypa
             train.train(config(**SMALL), str(tmp_path / 'stopped'))
     assert os.listdir(tmp_path / 'stopped/checkpoints') == ['00000050']
     train.train(config(**SMALL), str(tmp_path / 'stopped'))
-    for name in ('metrics.jsonl', 'artefacts.npz'):
-        whole, stopped = ((tmp_path / at / name).read_bytes() for at in ('whole', 'stopped'))
+    for file_name in ('metrics.jsonl', 'artefacts.npz'):
+        whole, stopped = (
+            (tmp_path / run_name / file_name).read_bytes() for run_name in ('whole', 'stopped')
+        )
         assert whole == stopped
     accuracies = finals(tmp_path / 'whole', 'accuracy', 'eval')
     assert set(accuracies) == {0, 1} and min(accuracies.values()) > 0.3  # of ten classes
-    kept = np.load(tmp_path / 'whole/artefacts.npz')
-    assert kept['Delta'].shape == (2, 1, 4, 2) and np.all(kept['alpha_before'] == 1)
-    moved = np.linalg.norm(kept['Delta'] - kept['Delta_before'], axis=-1)
-    assert np.all(moved > 1e-3)
-    assert np.any(kept['Delta_before'][0] != kept['Delta_before'][1])
+    artifacts = np.load(tmp_path / 'whole/artefacts.npz')
+    assert artifacts['Delta'].shape == (2, 1, 4, 2) and np.all(artifacts['alpha_before'] == 1)
+    moved_distance = np.linalg.norm(artifacts['Delta'] - artifacts['Delta_before'], axis=-1)
+    assert np.all(moved_distance > 1e-3)
+    assert np.any(artifacts['Delta_before'][0] != artifacts['Delta_before'][1])
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from mi.fit import (
 )
 from mi.report import runs
 from mi.training.run_dir import PREEMPTED
-from tests.fit.runs import edited, records
+from tests.fit.runs import edited, finals, records
 
 
 def config(word='search', **changes):
@@ -57,35 +57,41 @@ def test_an_mi_network_is_any_relu_network_if_W_is_0(word, site, depth):
     """With its U, V and b an MI network is a ReLU network of the concatenation, and with U = 0 too
     one of x alone: the same function, bit for bit."""
     shape = {'model.depth': depth, 'model.width': 7, 'model.site': site}
-    mlp = model(**shape, **{'model.fusion.name': word})
-    ours = model(**shape, **{'model.fusion.name': 'mi'})
+    relu_network = model(**shape, **{'model.fusion.name': word})
+    mi_network = model(**shape, **{'model.fusion.name': 'mi'})
     x, z = jax.random.normal(jax.random.key(0), (2, 50, 5))
-    given = mlp.init(jax.random.key(1), x, z)
-    where = {'first': [0], 'last': [depth], 'all': [*range(depth + 1)]}[site]
-    fused = [name for name in given['params'] if name.startswith('fusion')]
-    assert sorted(fused) == [f'fusion_{i}' for i in where]
-    leaves, tree = jax.tree.flatten(given)  # biases are 0 at the start
-    drawn = [jax.random.normal(jax.random.key(2 + i), a.shape) for i, a in enumerate(leaves)]
-    given = jax.tree.unflatten(tree, drawn)
-    params = jax.tree.map(jnp.zeros_like, ours.init(jax.random.key(2), x, z))
-    for name, of in given['params'].items():
-        extra = {'concat': {'W'}, 'none': {'W', 'U'}}[word] if name.startswith('fusion') else set()
-        assert set(params['params'][name]) - set(of) == extra
-        params['params'][name] |= of
-    np.testing.assert_array_equal(ours.apply(params, x, z), mlp.apply(given, x, z))
-    h = np.asarray(x, np.float64)  # and that function is an MLP
-    for i in range(depth + 1):
-        fused = given['params'].get(f'fusion_{i}')
+    relu_params = relu_network.init(jax.random.key(1), x, z)
+    fused_layers = {'first': [0], 'last': [depth], 'all': [*range(depth + 1)]}[site]
+    fused = [name for name in relu_params['params'] if name.startswith('fusion')]
+    assert sorted(fused) == [f'fusion_{layer_index}' for layer_index in fused_layers]
+    leaves, tree = jax.tree.flatten(relu_params)  # biases are 0 at the start
+    random_leaves = [
+        jax.random.normal(jax.random.key(2 + index), leaf.shape)
+        for index, leaf in enumerate(leaves)
+    ]
+    relu_params = jax.tree.unflatten(tree, random_leaves)
+    mi_params = jax.tree.map(jnp.zeros_like, mi_network.init(jax.random.key(2), x, z))
+    for name, relu_layer in relu_params['params'].items():
+        is_fused = name.startswith('fusion')
+        mi_only = {'concat': {'W'}, 'none': {'W', 'U'}}[word] if is_fused else set()
+        assert set(mi_params['params'][name]) - set(relu_layer) == mi_only
+        mi_params['params'][name] |= relu_layer
+    expected = relu_network.apply(relu_params, x, z)
+    np.testing.assert_array_equal(mi_network.apply(mi_params, x, z), expected)
+    hidden = np.asarray(x, np.float64)  # and that function is an MLP
+    for layer_index in range(depth + 1):
+        fused = relu_params['params'].get(f'fusion_{layer_index}')
         if fused is None:
-            A, a = (given['params'][f'affine_{i}'][name] for name in ('kernel', 'bias'))
+            affine = relu_params['params'][f'affine_{layer_index}']
+            A, a = affine['kernel'], affine['bias']
         elif word == 'concat':
-            h = np.concatenate([h, z], -1)
+            hidden = np.concatenate([hidden, z], -1)
             A, a = np.concatenate([fused['V'], fused['U']]), fused['b']
         else:
             A, a = fused['V'], fused['b']
-        h = h @ np.asarray(A, np.float64) + np.asarray(a, np.float64)
-        h = np.maximum(h, 0) if i < depth else h
-    np.testing.assert_allclose(mlp.apply(given, x, z), h, rtol=1e-4, atol=1e-4)
+        hidden = hidden @ np.asarray(A, np.float64) + np.asarray(a, np.float64)
+        hidden = np.maximum(hidden, 0) if layer_index < depth else hidden
+    np.testing.assert_allclose(expected, hidden, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('d', [1, 3, 64])
@@ -101,33 +107,38 @@ def test_an_mi_with_the_identity_for_W_is_the_product(d):
 
 
 LENGTH, POINTS = 4.0, 2000  # of an interval of the diagonal x = z
-T = ((np.arange(POINTS) + 0.5) / POINTS - 0.5)[:, None] * LENGTH
+DIAGONAL = ((np.arange(POINTS) + 0.5) / POINTS - 0.5)[:, None] * LENGTH
 
 
-def on_the_diagonal(of, params):
+def evaluate_on_diagonal(network, params):
     with jax.enable_x64(True):
-        y = np.asarray(of.apply(params, T, T))[:, 0]
-    assert y.dtype == np.float64
-    return y
+        outputs = np.asarray(network.apply(params, DIAGONAL, DIAGONAL))[:, 0]
+    assert outputs.dtype == np.float64
+    return outputs
+
+
+def parabola_error(network, params):
+    """The mean squared error on the diagonal, where the product is a parabola."""
+    return np.mean((evaluate_on_diagonal(network, params) - DIAGONAL[:, 0] ** 2) ** 2)
 
 
 @pytest.mark.parametrize('seed', range(10))
-def test_on_a_line_a_relu_network_has_a_kink_a_unit_and_an_mi_network_is_curved(seed):
-    w, rng = 8, np.random.default_rng(seed)
-    curved = {}
+def test_on_a_line_a_relu_network_has_one_kink_per_unit_and_an_mi_is_curved(seed):
+    width, rng = 8, np.random.default_rng(seed)
+    is_curved = {}
     for name in ('concat', 'mi'):
-        of = model(**{'model.width': w, 'model.fusion.name': name})
-        shapes = jax.eval_shape(of.init, jax.random.key(0), T, T)
-        params = jax.tree.map(lambda a: rng.normal(size=a.shape), shapes)
-        curved[name] = np.abs(np.diff(on_the_diagonal(of, params), 2)) > 1e-9
+        fused_network = model(**{'model.width': width, 'model.fusion.name': name})
+        shapes = jax.eval_shape(fused_network.init, jax.random.key(0), DIAGONAL, DIAGONAL)
+        params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), shapes)
+        is_curved[name] = np.abs(np.diff(evaluate_on_diagonal(fused_network, params), 2)) > 1e-9
     # Each kink lies between two points, and shows at one of them or both.
-    kinks = np.sum(np.diff(curved['concat'], prepend=False) & curved['concat'])
-    assert 2 <= kinks <= w and np.sum(curved['concat']) <= 2 * w
-    assert np.sum(curved['mi']) > 2 * w
+    kinks = np.sum(np.diff(is_curved['concat'], prepend=False) & is_curved['concat'])
+    assert 2 <= kinks <= width and np.sum(is_curved['concat']) <= 2 * width
+    assert np.sum(is_curved['mi']) > 2 * width
 
 
 @pytest.mark.parametrize('w', [2, 4, 8])
-def test_no_relu_network_on_a_line_is_better_than_its_pieces_and_the_best_is_as_good(w):
+def test_relu_networks_on_a_line_have_the_error_of_their_pieces_as_a_tight_bound(w):
     """On the diagonal x = z a product is a parabola, and a ReLU network of w units has at most
     n = w + 1 straight pieces there, if the maps that meet z are concatenations. The least mean
     squared error of those is L⁴/(180 n⁴) on an interval of length L: each is affine on a length l,
@@ -135,45 +146,45 @@ def test_no_relu_network_on_a_line_is_better_than_its_pieces_and_the_best_is_as_
     n = w + 1
     points = POINTS / n  # of a piece; the mean over these is a little less than that of the length
     bound = (LENGTH / n) ** 4 / 180 * (1 - 1 / points**2) * (1 - 4 / points**2)
-    of = model(**{'model.width': w})
+    relu_network = model(**{'model.width': w})
 
-    def least(kinks, signs):
+    def fit_last_layer(kinks, signs):
         """The error of the network with these units, by least squares of its last map."""
-        rows = np.maximum(signs * (T - kinks), 0)
-        best, *_ = np.linalg.lstsq(np.c_[rows, np.ones(POINTS)], T**2, rcond=None)
+        rows = np.maximum(signs * (DIAGONAL - kinks), 0)
+        last_layer, *_ = np.linalg.lstsq(np.c_[rows, np.ones(POINTS)], DIAGONAL**2, rcond=None)
         half = signs[None] / 2
         params = {
             'fusion_0': {'U': half, 'V': half, 'b': -signs * kinks},
-            'affine_1': {'kernel': best[:-1], 'bias': best[-1]},
+            'affine_1': {'kernel': last_layer[:-1], 'bias': last_layer[-1]},
         }
-        return np.mean((on_the_diagonal(of, {'params': params}) - T[:, 0] ** 2) ** 2)
+        return parabola_error(relu_network, {'params': params})
 
     rng = np.random.default_rng(w)
-    equal = np.linspace(-LENGTH / 2, LENGTH / 2, n + 1)[1:-1]
+    equal_kinks = np.linspace(-LENGTH / 2, LENGTH / 2, n + 1)[1:-1]
     for spread in np.repeat([0.01, 0.1, 1], 30):
-        kinks = equal + spread * rng.normal(size=w)
-        assert least(kinks, rng.choice([-1, 1], w)) >= bound * (1 - 1e-9)
-    assert least(equal, np.sign(equal)) == pytest.approx(bound, rel=1e-3)
-    exact = model(**{'model.depth': 0, 'model.fusion.name': 'mi'})
-    params = jax.tree.map(jnp.zeros_like, exact.init(jax.random.key(0), T, T))
+        kinks = equal_kinks + spread * rng.normal(size=w)
+        assert fit_last_layer(kinks, rng.choice([-1, 1], w)) >= bound * (1 - 1e-9)
+    assert fit_last_layer(equal_kinks, np.sign(equal_kinks)) == pytest.approx(bound, rel=1e-3)
+    mi_network = model(**{'model.depth': 0, 'model.fusion.name': 'mi'})
+    params = jax.tree.map(jnp.zeros_like, mi_network.init(jax.random.key(0), DIAGONAL, DIAGONAL))
     params['params']['fusion_0']['W'] = jnp.ones((1, 1, 1))
-    assert np.mean((on_the_diagonal(exact, params) - T[:, 0] ** 2) ** 2) < 1e-9 * bound
+    assert parabola_error(mi_network, params) < 1e-9 * bound
 
 
 @pytest.mark.parametrize('seed', range(20))
 def test_bisection_finds_what_trying_every_width_finds(seed):
     rng = np.random.default_rng(seed)
     sizes, seeds = int(rng.integers(1, 30)), int(rng.integers(1, 6))
-    first = rng.integers(0, sizes + 3, seeds)  # of each seed, from where on it reaches the target
-    tried = {}
+    first_places = rng.integers(0, sizes + 3, seeds)  # from where on a seed reaches the target
+    reached = {}
     while True:
-        found = search.find_brackets(tried, seeds, sizes)
-        place = search.next_place(found, sizes, int(rng.integers(0, 30)), 4)
+        brackets = search.find_brackets(reached, seeds, sizes)
+        place = search.next_place(brackets, sizes, int(rng.integers(0, 30)), 4)
         if place is None:
             break
-        assert place not in tried
-        tried[place] = [bool(place >= f) for f in first]
-    assert [high for _, high in found] == [min(f, sizes) for f in first]
+        assert place not in reached
+        reached[place] = [bool(place >= first) for first in first_places]
+    assert [high for _, high in brackets] == [min(first, sizes) for first in first_places]
 
 
 def test_widths_and_growth():
@@ -181,11 +192,11 @@ def test_widths_and_growth():
     assert search.make_grid(15, 2) == [1, 2, 3, 4, 6, 8, 11, 15]  # the largest too
     assert search.fit_exponent([4, 8, 16], [3 * d**2.5 for d in (4, 8, 16)]) == pytest.approx(2.5)
     assert search.fit_exponent([4], [10]) is None
-    assert [search._guess(h) for h in ([], [3], [3, 5], [7, 2])] == [0, 3, 7, 0]
-    of = config(**{'search.parameters': 73, 'problem.dimension': 2})
-    assert factory.largest_width(of) == 12  # 2·12·2 + 12 + 12 + 1
-    of.search.parameters = 72
-    assert factory.largest_width(of) == 11
+    assert [search._guess(highest) for highest in ([], [3], [3, 5], [7, 2])] == [0, 3, 7, 0]
+    cfg = config(**{'search.parameters': 73, 'problem.dimension': 2})
+    assert factory.largest_width(cfg) == 12  # 2·12·2 + 12 + 12 + 1
+    cfg.search.parameters = 72
+    assert factory.largest_width(cfg) == 11
 
 
 @pytest.mark.slow
@@ -196,10 +207,12 @@ def test_a_low_rank_interaction_needs_fewer_parameters_than_a_relu_network_for_a
     }  # fmt: skip
     for name in ('mi_low_rank', 'concat'):
         search.search(config(**changes, **{'model.fusion.name': name}), str(tmp_path / name))
-    ours, theirs = (records(tmp_path / name, 'eval') for name in ('mi_low_rank', 'concat'))
-    for of, than in zip(ours, theirs, strict=True):
-        assert of['mse/2'] <= 0.1 and than['mse/2'] <= 0.1
-        assert of['parameters/2'] < than['parameters/2']
+    low_rank_records, concat_records = (
+        records(tmp_path / name, 'eval') for name in ('mi_low_rank', 'concat')
+    )
+    for low_rank, concat in zip(low_rank_records, concat_records, strict=True):
+        assert low_rank['mse/2'] <= 0.1 and concat['mse/2'] <= 0.1
+        assert low_rank['parameters/2'] < concat['parameters/2']
 
 
 @pytest.mark.parametrize('rates', [(1e-9, 1e-2), (1e-2, 1e-9)])
@@ -209,13 +222,14 @@ def test_a_probe_reports_the_rate_that_reached_its_error(rates):
         'train.save_every': 20, 'train.batch': 64,
         'problem.dimension': 1, 'problem.examples': 64, 'seeds': (0, 1), 'search.target': 1e-9,
     }  # fmt: skip
-    of_two = search.probe(config(**changes), 4)
-    of_one = search.probe(config(**changes | {'search.rates': (1e-2,)}), 4)
-    assert [r['learning_rate'] for r in of_two] == pytest.approx([1e-2, 1e-2])
-    assert [r['mse'] for r in of_two] == pytest.approx([r['mse'] for r in of_one], rel=1e-4)
+    two_rates = search.probe(config(**changes), 4)
+    one_rate = search.probe(config(**changes | {'search.rates': (1e-2,)}), 4)
+    assert [record['learning_rate'] for record in two_rates] == pytest.approx([1e-2, 1e-2])
+    errors, expected = ([record['mse'] for record in rates] for rates in (two_rates, one_rate))
+    assert errors == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_search_that_was_stopped_goes_on_and_tries_nothing_twice(tmp_path, monkeypatch):
+def test_a_stopped_search_resumes_and_tries_no_width_twice(tmp_path, monkeypatch):
     """Where a seed reaches the target from width 3 d² + seed on."""
     probed = []
 
@@ -223,8 +237,8 @@ def test_a_search_that_was_stopped_goes_on_and_tries_nothing_twice(tmp_path, mon
         probed.append((config.problem.dimension, width))
         reached = [width >= 3 * config.problem.dimension**2 + seed for seed in config.seeds]
         return [
-            {'width': width, 'parameters': width, 'mse': 0.1 - 0.01 * r + 0.01, 'learning_rate': 1}
-            for r in reached
+            {'width': width, 'parameters': width, 'mse': 0.1 if hit else 0.11, 'learning_rate': 1}
+            for hit in reached
         ]
 
     monkeypatch.setattr(search, 'probe', probe)
@@ -236,54 +250,58 @@ def test_a_search_that_was_stopped_goes_on_and_tries_nothing_twice(tmp_path, mon
         search.search(config(**changes), str(tmp_path / 'whole'))
     arm = runs.read_sweep(tmp_path / 'whole').arms[0]
     assert arm.training_seconds()[1][-1] >= len(probed)  # a probe is a tick at least
-    at_once, probed[:] = len(probed), []
+    num_probes, probed[:] = len(probed), []
     monkeypatch.setattr('mi.training.run_dir.Run.should_stop', lambda this, recorded: True)
-    for _ in range(at_once):
+    for _ in range(num_probes):
         with pytest.raises(SystemExit) as stopped:
             search.search(config(**changes), str(tmp_path / 'stopped'))
         assert stopped.value.code == PREEMPTED
     search.search(config(**changes), str(tmp_path / 'stopped'))
-    assert len(probed) == len(set(probed)) == at_once
-    whole, stopped = ((tmp_path / at / 'metrics.jsonl').read_bytes() for at in ('whole', 'stopped'))
+    assert len(probed) == len(set(probed)) == num_probes
+    whole, stopped = (
+        (tmp_path / run_name / 'metrics.jsonl').read_bytes() for run_name in ('whole', 'stopped')
+    )
     assert whole == stopped
-    for found in records(tmp_path / 'whole', 'eval'):
+    for record in records(tmp_path / 'whole', 'eval'):
         for d in (2, 4, 8):
-            wanted = 3 * d * d + found['seed']
-            assert wanted <= found[f'width/{d}'] <= max(wanted + 1, 1.05 * wanted)
-        assert found['exponent'] == pytest.approx(2, abs=0.2)
+            smallest_width = 3 * d * d + record['seed']
+            next_width = max(smallest_width + 1, 1.05 * smallest_width)
+            assert smallest_width <= record[f'width/{d}'] <= next_width
+        assert record['exponent'] == pytest.approx(2, abs=0.2)
 
 
-def test_a_seed_that_did_not_get_there_is_larger_than_all_that_did(tmp_path):
+def test_a_seed_that_missed_the_target_counts_as_the_largest(tmp_path):
     """Medians and laws of the report, of an arm with 2 d², one that 4 of 10 seeds lose at d = 8."""
     members = []
-    for fusion, lost in ('mi', ()), ('concat', (0, 3, 5, 6)), ('film', range(10)):
+    for fusion, missing_seeds in ('mi', ()), ('concat', (0, 3, 5, 6)), ('film', range(10)):
         for seeds in experiment.SEEDS:
             name = f'{fusion}, {seeds[0]}'
             (tmp_path / name).mkdir()
-            said = {'seeds': seeds, 'search': {'at': [2, 4, 8], 'fit_from': 2, 'parameters': 200}}
-            (tmp_path / name / 'config.json').write_text(json.dumps(said))
+            search_config = {'at': [2, 4, 8], 'fit_from': 2, 'parameters': 200}
+            run_config = {'seeds': seeds, 'search': search_config}
+            (tmp_path / name / 'config.json').write_text(json.dumps(run_config))
             (tmp_path / name / 'status.json').write_text('{"state": "done", "step": 3}')
-            lines = [
+            metrics = [
                 {f'parameters/{d}': (2 + 0.1 * seed) * d * d for d in (2, 4, 8)
-                 if d < 8 or seed not in lost} | {'step': 3, 'seed': seed, 'split': 'eval'}
+                 if d < 8 or seed not in missing_seeds} | {'step': 3, 'seed': seed, 'split': 'eval'}
                 for seed in seeds
             ]  # fmt: skip
-            text = ''.join(json.dumps(line) + '\n' for line in lines)
-            (tmp_path / name / 'metrics.jsonl').write_text(text)
+            contents = ''.join(json.dumps(line) + '\n' for line in metrics)
+            (tmp_path / name / 'metrics.jsonl').write_text(contents)
             members.append({'name': name, 'label': f'product, {fusion}, 1'})
-    told = {'name': 'a', 'metric': 'parameters/4', 'split': 'eval', 'lower_is_better': True}
-    (tmp_path / 'sweep.json').write_text(json.dumps(told | {'members': members}))
+    description = {'name': 'a', 'metric': 'parameters/4', 'split': 'eval', 'lower_is_better': True}
+    (tmp_path / 'sweep.json').write_text(json.dumps(description | {'members': members}))
     experiment.report(tmp_path, tmp_path)
-    rows = {
+    table = {
         line.split('|')[1].strip(): [cell.strip() for cell in line.split('|')[2:-1]]
         for line in (tmp_path / 'expressivity.md').read_text().splitlines()
         if line.startswith('|')
     }
     # Of concat 1, 2, 4, 7, 8, 9 are left at d = 8: the middle of ten is between the 5th and 6th.
-    assert rows['mi'][:4] == ['10', '39', '157', '2, 4, 8']
-    assert rows['concat'][:4] == ['10', '39', '182 (6 of 10 seeds)', '2, 4']
-    assert rows['film'][:4] == ['10', '39', 'not reached', '2, 4']
-    assert [rows[name][4] for name in ('mi', 'concat')] == ['2.00 [2.00, 2.00]'] * 2
+    assert table['mi'][:4] == ['10', '39', '157', '2, 4, 8']
+    assert table['concat'][:4] == ['10', '39', '182 (6 of 10 seeds)', '2, 4']
+    assert table['film'][:4] == ['10', '39', 'not reached', '2, 4']
+    assert [table[name][4] for name in ('mi', 'concat')] == ['2.00 [2.00, 2.00]'] * 2
 
 
 @pytest.fixture(scope='module')
@@ -297,31 +315,30 @@ def fitted(tmp_path_factory):
     return path
 
 
-def test_of_the_same_parameters_an_mi_fits_a_product_better_by_far(fitted):
-    ours, theirs = (
-        {r['seed']: r['mse'] for r in records(fitted / name, 'eval') if r['step'] == 2000}
-        for name in ('mi', 'concat')
-    )
+def test_an_mi_fits_a_product_better_than_concat_with_equal_parameters(fitted):
+    mi_errors, concat_errors = (finals(fitted / name, 'mse', 'eval') for name in ('mi', 'concat'))
     for seed in (0, 1):
-        assert ours[seed] < theirs[seed] / 10
-    counted = [json.loads((fitted / n / 'cost.json').read_text()) for n in ('mi', 'concat')]
-    assert [of['parameters']['model'] for of in counted] == [61, 61]
+        assert mi_errors[seed] < concat_errors[seed] / 10
+    costs = [json.loads((fitted / name / 'cost.json').read_text()) for name in ('mi', 'concat')]
+    assert [cost['parameters']['model'] for cost in costs] == [61, 61]
 
 
 def test_the_surface_is_the_error_at_each_point(fitted):
     surface = np.load(fitted / 'concat/artefacts.npz')['surface']
     assert surface.shape == (2, products.POINTS, products.POINTS)
-    of = config('fit', **{'problem.dimension': 1, 'model.width': 5})
-    problem = products.make(of)
+    cfg = config('fit', **{'problem.dimension': 1, 'model.width': 5})
+    problem = products.make(cfg)
     params = problem.init_params(jax.random.key(3), {})
     surface = problem.artifacts(params, {}, jax.random.key(4))['surface']
     x, z = 1.5, -0.75  # three quarters and three eighths of the way
-    y = network.make(of.model, 1, 'dense').apply(params, jnp.array([x]), jnp.array([z]))[0]
-    assert surface[45, 90] == pytest.approx(float(y) - x * z, abs=1e-6)
+    prediction = network.make(cfg.model, 1, 'dense').apply(params, jnp.array([x]), jnp.array([z]))[
+        0
+    ]
+    assert surface[45, 90] == pytest.approx(float(prediction) - x * z, abs=1e-6)
     assert abs(surface[45, 90] - surface[90, 45]) > 1e-3
 
 
-def test_a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not(tmp_path, monkeypatch):
+def test_a_resumed_run_is_bit_identical(tmp_path, monkeypatch):
     changes = {'seeds': (0, 1), 'train.steps': 40, 'train.log_every': 10, 'train.eval_every': 20,
                'train.save_every': 40, 'problem.dimension': 1}  # fmt: skip
     train.train(config('fit', **changes), str(tmp_path / 'whole'))
@@ -332,7 +349,9 @@ def test_a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not(tmp_path,
     assert os.listdir(tmp_path / 'stopped/checkpoints') == ['00000010']
     train.train(config('fit', **changes), str(tmp_path / 'stopped'))
     for name in ('metrics.jsonl', 'artefacts.npz', 'cost.json'):
-        whole, stopped = ((tmp_path / at / name).read_bytes() for at in ('whole', 'stopped'))
+        whole, stopped = (
+            (tmp_path / run_name / name).read_bytes() for run_name in ('whole', 'stopped')
+        )
         assert whole == stopped
 
 

@@ -32,7 +32,7 @@ def oscillator(q, p):
     return jnp.sum(jnp.square(q) + jnp.square(p), -1) / 2
 
 
-def twisted(q, p):
+def inseparable(q, p):
     """An energy that does not separate: (1 + q²)(1 + p²)/2, of each degree."""
     return jnp.sum((1 + jnp.square(q)) * (1 + jnp.square(p)), -1) / 2
 
@@ -41,26 +41,26 @@ def jacobian(step, q, p):
     """Of (q, p) → (q, p), [2d, 2d], in as many digits as f32 has."""
     d = len(q)
 
-    def flat(s):
-        return jnp.concatenate(step(s[:d], s[d:]))
+    def flat_step(state):
+        return jnp.concatenate(step(state[:d], state[d:]))
 
-    return np.asarray(jax.jit(jax.jacfwd(flat))(jnp.concatenate([q, p])), np.float64)
+    return np.asarray(jax.jit(jax.jacfwd(flat_step))(jnp.concatenate([q, p])), np.float64)
 
 
-def asymmetry(step, q, p):
+def symplectic_error(step, q, p):
     """max |JᵀΩJ − Ω|, which is 0 if and only if the step is symplectic here."""
     J, d = jacobian(step, q, p), len(q)
     omega = np.block([[np.zeros((d, d)), np.eye(d)], [-np.eye(d), np.zeros((d, d))]])
     return np.abs(J.T @ omega @ J - omega).max()
 
 
-def states(d=2):
+def draw_states(d=2):
     return 0.6 * jax.random.normal(jax.random.key(0), (2, d))
 
 
 def test_leapfrog_of_an_oscillator_is_its_matrix():
     t = 0.3
-    q, p = states()
+    q, p = draw_states()
     ours = integrators.leapfrog(oscillator, t)(q, p)
     M = np.array([[1 - t**2 / 2, t], [-t * (1 - t**2 / 4), 1 - t**2 / 2]])
     np.testing.assert_allclose(np.stack(ours), M @ np.stack([q, p]), rtol=1e-6, atol=1e-6)
@@ -77,7 +77,7 @@ def test_leapfrog_of_an_oscillator_is_its_matrix():
     ids=['leapfrog', 'implicit leapfrog', 'yoshida', 'rk4'],
 )
 def test_the_error_falls_with_the_order(make, order):
-    q, p = states()
+    q, p = draw_states()
     errors = []
     for steps in (4, 8):
         ours = integrators.roll_out(make(oscillator, 2 / steps), q, p, steps)
@@ -87,58 +87,58 @@ def test_the_error_falls_with_the_order(make, order):
 
 
 def test_energy_oscillates_within_the_square_of_the_step_and_does_not_drift():
-    q, p = states()
-    swings = []
-    for t in (0.2, 0.1):
-        qs, ps = integrators.roll_out(integrators.leapfrog(oscillator, t), q, p, 2000)
+    q, p = draw_states()
+    amplitudes = []
+    for time in (0.2, 0.1):
+        qs, ps = integrators.roll_out(integrators.leapfrog(oscillator, time), q, p, 2000)
         H = np.asarray(oscillator(qs, ps), np.float64)
-        swings.append(np.abs(H - H[0]).max())
-        assert abs(H[-500:].mean() - H[:500].mean()) < 0.02 * swings[-1]
-    assert swings[0] / swings[1] == pytest.approx(4, rel=0.1)
+        amplitudes.append(np.abs(H - H[0]).max())
+        assert abs(H[-500:].mean() - H[:500].mean()) < 0.02 * amplitudes[-1]
+    assert amplitudes[0] / amplitudes[1] == pytest.approx(4, rel=0.1)
 
 
 def test_leapfrog_is_symplectic_and_reversible_where_the_energy_separates():
     system = SYSTEMS['two_body']
-    q, p = (a[0] for a in system.draw(jax.random.key(1), 1))
+    q, p = (array[0] for array in system.draw(jax.random.key(1), 1))
     step = integrators.leapfrog(system.energy, 0.3)
-    assert asymmetry(step, q, p) < 1e-5
-    back = jax.jit(integrators.leapfrog(system.energy, -0.3))(*step(q, p))
-    np.testing.assert_allclose(np.stack(back), np.stack([q, p]), atol=1e-6)
+    assert symplectic_error(step, q, p) < 1e-5
+    returned = jax.jit(integrators.leapfrog(system.energy, -0.3))(*step(q, p))
+    np.testing.assert_allclose(np.stack(returned), np.stack([q, p]), atol=1e-6)
 
     def euler(q, p):
         dq, dp = integrators.hamiltonian(system.energy)(q, p)
         return q + 0.3 * dq, p + 0.3 * dp
 
-    assert asymmetry(euler, q, p) > 1e-2  # so that the measure can tell
+    assert symplectic_error(euler, q, p) > 1e-2  # so that the measure can tell
 
 
-def test_where_it_does_not_separate_iterations_make_leapfrog_symplectic_and_reversible():
-    q, p = states()
+def test_iterations_make_leapfrog_symplectic_for_energies_that_do_not_separate():
+    q, p = draw_states()
 
-    def broken(iterations):
-        forth = jax.jit(integrators.leapfrog(twisted, 0.2, iterations))
-        back = jax.jit(integrators.leapfrog(twisted, -0.2, iterations))(*forth(q, p))
-        return asymmetry(forth, q, p), np.abs(np.stack(back) - np.stack([q, p])).max()
+    def measure_errors(iterations):
+        forward = jax.jit(integrators.leapfrog(inseparable, 0.2, iterations))
+        returned = jax.jit(integrators.leapfrog(inseparable, -0.2, iterations))(*forward(q, p))
+        return symplectic_error(forward, q, p), np.abs(np.stack(returned) - np.stack([q, p])).max()
 
-    once, thrice, many = broken(1), broken(3), broken(12)
-    assert min(once) > 1e-3
-    assert all(b < a / 10 for a, b in zip(once, thrice, strict=True))
-    assert max(many) < 1e-5
+    one, three, twelve = (np.array(measure_errors(iterations)) for iterations in (1, 3, 12))
+    assert min(one) > 1e-3
+    assert np.all(three < one / 10)
+    assert max(twelve) < 1e-5
 
 
 @pytest.mark.parametrize('iterations', [1, 2, 3])
 def test_leapfrog_iterates_both_implicit_lines_as_often_as_it_says(iterations):
     """H = (1 + q²)(1 + p²) / 2, in NumPy from the three lines of the scheme."""
     q, p, tau = np.float64(0.7), np.float64(-0.4), 0.3
-    half, new = p, q
+    p_half, q_next = p, q
     for _ in range(iterations):
-        half = p - tau / 2 * q * (1 + half**2)
+        p_half = p - tau / 2 * q * (1 + p_half**2)
     for _ in range(iterations):
-        new = q + tau / 2 * (half * (1 + q**2) + half * (1 + new**2))
-    expected = new, half - tau / 2 * new * (1 + half**2)
+        q_next = q + tau / 2 * (p_half * (1 + q**2) + p_half * (1 + q_next**2))
+    expected = q_next, p_half - tau / 2 * q_next * (1 + p_half**2)
     step = integrators.leapfrog(lambda q, p: ((1 + q**2) * (1 + p**2))[..., 0] / 2, tau, iterations)
-    after = step(jnp.float32(q).reshape(1), jnp.float32(p).reshape(1))
-    np.testing.assert_allclose(np.concatenate(after), expected, rtol=1e-6)
+    actual = step(jnp.float32(q).reshape(1), jnp.float32(p).reshape(1))
+    np.testing.assert_allclose(np.concatenate(actual), expected, rtol=1e-6)
 
 
 def test_motions_are_those_of_closed_forms():
@@ -150,24 +150,25 @@ def test_motions_are_those_of_closed_forms():
     np.testing.assert_allclose(qs, np.cos(angle) * q + np.sin(angle) * p, atol=2e-5)
     np.testing.assert_allclose(ps, np.cos(angle) * p - np.sin(angle) * q, atol=2e-5)
 
-    a = 2.0  # a pendulum's period is 4 K(sin² a/2)/ω, by the arithmetic-geometric mean
-    mean, other = 1.0, math.cos(a / 2)
+    amplitude = 2.0  # a pendulum's period is 4 K(sin² a/2)/ω, by the arithmetic-geometric mean
+    arithmetic, geometric = 1.0, math.cos(amplitude / 2)
     for _ in range(6):
-        mean, other = (mean + other) / 2, math.sqrt(mean * other)
-    period = 2 * math.pi / math.sqrt(3.0) / mean
-    dense = pendulum._replace(time=period / 8)
-    qs, ps = dense.motion(jnp.array([[a]]), jnp.array([[0.0]]), 16)
-    np.testing.assert_allclose(qs[[8, 16], 0, 0], [a, a], atol=1e-3)
-    np.testing.assert_allclose(qs[[4, 12], 0, 0], [-a, -a], atol=1e-3)
+        arithmetic, geometric = (arithmetic + geometric) / 2, math.sqrt(arithmetic * geometric)
+    period = 2 * math.pi / math.sqrt(3.0) / arithmetic
+    dense_pendulum = pendulum._replace(time=period / 8)
+    qs, ps = dense_pendulum.motion(jnp.array([[amplitude]]), jnp.array([[0.0]]), 16)
+    np.testing.assert_allclose(qs[[8, 16], 0, 0], [amplitude, amplitude], atol=1e-3)
+    np.testing.assert_allclose(qs[[4, 12], 0, 0], [-amplitude, -amplitude], atol=1e-3)
     assert np.abs(ps[[4, 8], 0, 0]).max() < 5e-3
 
-    r = 0.8  # on a circle, with period 4π r^1.5
-    v = 1 / math.sqrt(4 * r)
-    q, p = jnp.array([[r, 0, -r, 0]]), jnp.array([[0, v, 0, -v]])
-    round_ = bodies._replace(time=4 * math.pi * r**1.5 / 40)
-    qs, _ = round_.motion(q, p, 40)
-    t = 2 * np.pi * np.arange(41) / 40
-    circle = r * np.stack([np.cos(t), np.sin(t), -np.cos(t), -np.sin(t)], -1)
+    radius = 0.8  # on a circle, with period 4π r^1.5
+    speed = 1 / math.sqrt(4 * radius)
+    q, p = jnp.array([[radius, 0, -radius, 0]]), jnp.array([[0, speed, 0, -speed]])
+    circling = bodies._replace(time=4 * math.pi * radius**1.5 / 40)
+    qs, _ = circling.motion(q, p, 40)
+    angles = 2 * np.pi * np.arange(41) / 40
+    first_body = radius * np.stack([np.cos(angles), np.sin(angles)], -1)
+    circle = np.concatenate([first_body, -first_body], -1)
     np.testing.assert_allclose(qs[:, 0], circle, atol=1e-4)
 
 
@@ -183,31 +184,31 @@ def test_a_motion_keeps_its_energy_and_stays_in_view(name):
     # The true energy is also that of places: what the problem of frames measures.
     speed = np.gradient(np.asarray(places[:, :, : system.moving]), system.time, axis=0)
     kinetic = system.mass / 2 * np.square(speed[1:-1]).sum((-2, -1))
-    seen = kinetic + system.potential(system.coordinates(places[1:-1]))
-    assert np.abs(seen - H[1:-1]).mean() < 0.25 * np.std(H[0])
+    visible_energy = kinetic + system.potential(system.coordinates(places[1:-1]))
+    assert np.abs(visible_energy - H[1:-1]).mean() < 0.25 * np.std(H[0])
 
 
-def test_discs_are_where_the_bodies_are():
+def test_discs_are_located_at_their_bodies():
     places = jax.random.uniform(jax.random.key(0), (50, 2, 2), minval=-0.8, maxval=0.8)
-    seen = rendering.render(places)
-    np.testing.assert_allclose(rendering.locate(seen), places, atol=2e-3)
-    at = rendering.render(jnp.array([[[0.9, 0.9], [-0.9, -0.9]]]))[0]
-    assert at[4, 27, 0] > 0.9 and at[27, 4, 0] < 0.01  # x to the right, y up
-    assert at[27, 4, 1] > 0.9 and at[4, 27, 1] < 0.01
-    area = float(seen[..., 0].sum((1, 2)).mean()) * (2 * rendering.VIEW / rendering.SIDE) ** 2
-    soft = math.pi * (rendering.RADIUS**2 + (math.pi * rendering.SOFTNESS) ** 2 / 3)
-    assert area == pytest.approx(soft, rel=0.01)
+    discs = rendering.render(places)
+    np.testing.assert_allclose(rendering.locate(discs), places, atol=2e-3)
+    corner_frame = rendering.render(jnp.array([[[0.9, 0.9], [-0.9, -0.9]]]))[0]
+    assert corner_frame[4, 27, 0] > 0.9 and corner_frame[27, 4, 0] < 0.01  # x to the right, y up
+    assert corner_frame[27, 4, 1] > 0.9 and corner_frame[4, 27, 1] < 0.01
+    area = float(discs[..., 0].sum((1, 2)).mean()) * (2 * rendering.VIEW / rendering.SIDE) ** 2
+    expected_area = math.pi * (rendering.RADIUS**2 + (math.pi * rendering.SOFTNESS) ** 2 / 3)
+    assert area == pytest.approx(expected_area, rel=0.01)
 
 
 def test_scores():
     t = np.linspace(0, 2 * np.pi, 101)[:-1, None, None]
     wave = jnp.asarray(np.concatenate([np.sin(t), np.sin(t + 1)], 1))
     np.testing.assert_allclose(scores.compute_error(0 * wave, wave).mean(), 1, rtol=1e-5)
-    quarter = jnp.roll(wave, 25, 0)
-    np.testing.assert_allclose(scores.compute_error(quarter, wave).mean(), 2, rtol=1e-5)
+    quarter_late = jnp.roll(wave, 25, 0)
+    np.testing.assert_allclose(scores.compute_error(quarter_late, wave).mean(), 2, rtol=1e-5)
     np.testing.assert_allclose(scores.compute_error(-wave, wave).mean(), 4, rtol=1e-5)
-    bad = wave.at[50:, 0].set(jnp.nan)
-    error = scores.compute_error(bad, wave)
+    diverged = wave.at[50:, 0].set(jnp.nan)
+    error = scores.compute_error(diverged, wave)
     assert (error[50:, 0] == scores.CEILING).all() and (error[:, 1] == 0).all()
     np.testing.assert_allclose(scores.compute_valid_share(error, 0.1), [0.5, 1])
     returns = jnp.array([[0.0], [0.2], [0.0], [0.0]])  # below the tolerance again, too late
@@ -224,10 +225,10 @@ def test_the_true_law_has_no_error(name, monkeypatch):
     monkeypatch.setattr(
         dynamics.Law, '__call__', lambda self, q, p: SYSTEMS[name].energy(q, p), raising=True
     )
-    found = problem.evaluate({}, None, jax.random.key(0))['eval']
-    assert found['derivative'] < 1e-12
-    assert found['error_long'] < 1e-3 and found['drift'] < 0.01 and found['valid'] == 1
-    assert found['drift'] == pytest.approx(float(found['drift_learnt']), rel=1e-4)
+    metrics = problem.evaluate({}, None, jax.random.key(0))['eval']
+    assert metrics['derivative'] < 1e-12
+    assert metrics['error_long'] < 1e-3 and metrics['drift'] < 0.01 and metrics['valid'] == 1
+    assert metrics['drift'] == pytest.approx(float(metrics['drift_learnt']), rel=1e-4)
 
 
 def test_a_quadratic_mi_of_the_state_is_the_energy_of_a_spring():
@@ -249,7 +250,7 @@ def test_a_quadratic_mi_of_the_state_is_the_energy_of_a_spring():
 
 
 @pytest.mark.parametrize('form', dynamics.FORMS)
-def test_forms(form):
+def test_second_derivatives_of_each_form(form):
     """Which second derivatives of the energy there are, and that a field is free of one."""
     law = dynamics.make(config(**{'model.form': form, 'model.fusion.name': 'mi'}).model)
     params = dynamics.init_params(law, jax.random.key(0), 2)
@@ -265,7 +266,7 @@ def test_forms(form):
 
 
 @pytest.fixture(scope='module')
-def learnt(tmp_path_factory):
+def learned_laws(tmp_path_factory):
     """Laws of a spring, of about 1,500 parameters, after 1,500 steps."""
     path = tmp_path_factory.mktemp('learnt')
     for name, changes in {
@@ -282,9 +283,9 @@ def learnt(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_over_ten_horizons_an_energy_drifts_less_than_a_field(learnt):
+def test_over_ten_horizons_an_energy_drifts_less_than_a_field(learned_laws):
     energy, field, quadratic = (
-        {r['seed']: r for r in records(learnt / name, 'eval')}
+        {record['seed']: record for record in records(learned_laws / name, 'eval')}
         for name in ('energy', 'field', 'quadratic')
     )
     for seed in (0, 1):
@@ -293,18 +294,18 @@ def test_over_ten_horizons_an_energy_drifts_less_than_a_field(learnt):
         # As good as f32 and the integrator: the MI of the state with itself has the true energy.
         assert quadratic[seed]['derivative'] < 1e-9
         assert quadratic[seed]['error_long'] < 1e-3
-    counted = [
-        json.loads((learnt / n / 'cost.json').read_text())['parameters']['model']
-        for n in ('energy', 'field')
+    num_params = [
+        json.loads((learned_laws / name / 'cost.json').read_text())['parameters']['model']
+        for name in ('energy', 'field')
     ]
-    assert abs(counted[0] - counted[1]) < 100
-    kept = np.load(learnt / 'energy/artefacts.npz')
-    assert kept['true'].shape == kept['predicted'].shape == (2, 151, phase_space.SHOWN, 2)
-    np.testing.assert_allclose(kept['error'].mean((1, 2)),
-                               [energy[s]['error_long'] for s in (0, 1)], rtol=1e-4)  # fmt: skip
+    assert abs(num_params[0] - num_params[1]) < 100
+    artifacts = np.load(learned_laws / 'energy/artefacts.npz')
+    assert artifacts['true'].shape == artifacts['predicted'].shape == (2, 151, phase_space.SHOWN, 2)
+    errors = [energy[seed]['error_long'] for seed in (0, 1)]
+    np.testing.assert_allclose(artifacts['error'].mean((1, 2)), errors, rtol=1e-4)
 
 
-def small(**changes):
+def small_config(**changes):
     settings = {'seeds': (0, 1), 'problem.trajectories': 20, 'problem.horizon': 6,
                 'problem.longer': 2, 'problem.examples': 4, 'problem.decoded': 3,
                 'model.parameters': 0, 'model.width': 8, 'model.hidden': 8, 'train.batch': 4,
@@ -315,71 +316,76 @@ def small(**changes):
 
 def test_the_loss_of_frames_is_the_evidence_lower_bound():
     """With all frames decoded and β = 1, against the sum written out for one trajectory."""
-    of = small(**{'problem.decoded': 4, 'problem.early': 3 / 7, 'train.batch': 1})
-    of.problem.trajectories = 1
-    problem = frames.make(of)
+    cfg = small_config(**{'problem.decoded': 4, 'problem.early': 3 / 7, 'train.batch': 1})
+    cfg.problem.trajectories = 1
+    problem = frames.make(cfg)
     world = problem.draw_world(jax.random.key(0))
     params = problem.init_params(jax.random.key(1), world)
     key = jax.random.key(2)
-    loss, measured = problem.loss(params, world, key)
-    seen = rendering.render(world)  # [7, 1, …]
+    loss, metrics = problem.loss(params, world, key)
+    true_frames = rendering.render(world)  # [7, 1, …]
     encoder, decoder, law = (
-        frames.Encoder(of.model.latent, 8),
+        frames.Encoder(cfg.model.latent, 8),
         frames.Decoder(8),
-        dynamics.make(of.model),
+        dynamics.make(cfg.model),
     )
-    mean, log_deviation = encoder.apply(params['encoder'], seen[:3].swapaxes(0, 1))
+    mean, log_deviation = encoder.apply(params['encoder'], true_frames[:3].swapaxes(0, 1))
     noise = jax.random.normal(jax.random.split(key, 3)[1], mean.shape)
     q, p = jnp.split(mean + jnp.exp(log_deviation) * noise, 2, -1)
-    likelihood = 0.0
-    for t in range(7):
-        x = jax.nn.sigmoid(decoder.apply(params['decoder'], q))
-        likelihood += float(jnp.sum(seen[t] * jnp.log(x) + (1 - seen[t]) * jnp.log1p(-x)))
-        q, p = dynamics.make_step(law, params['law'], 0.2, of.problem.iterations, 2)(q, p)
+    log_likelihood = 0.0
+    for time in range(7):
+        x, brightness = true_frames[time], jax.nn.sigmoid(decoder.apply(params['decoder'], q))
+        log_terms = x * jnp.log(brightness) + (1 - x) * jnp.log1p(-brightness)
+        log_likelihood += float(jnp.sum(log_terms))
+        q, p = dynamics.make_step(law, params['law'], 0.2, cfg.problem.iterations, 2)(q, p)
     sigma = np.exp(np.asarray(log_deviation, np.float64))
     kl = np.sum(-np.log(sigma) + (sigma**2 + np.asarray(mean) ** 2 - 1) / 2)
-    assert float(loss) == pytest.approx(-(likelihood - kl) / 7, rel=1e-4)
-    assert float(measured['kl']) == pytest.approx(kl, rel=1e-4)
+    assert float(loss) == pytest.approx(-(log_likelihood - kl) / 7, rel=1e-4)
+    assert float(metrics['kl']) == pytest.approx(kl, rel=1e-4)
 
 
-def test_what_is_predicted_depends_on_the_frames_that_are_seen_alone():
-    problem = frames.make(small(**{'problem.decoded': 1}))
+def test_the_encoder_depends_only_on_the_frames_that_it_sees():
+    problem = frames.make(small_config(**{'problem.decoded': 1}))
     places = jax.random.uniform(jax.random.key(0), (7, 20, 2, 2), minval=-0.5, maxval=0.5)
     params = problem.init_params(jax.random.key(1), places)
-    after = places.at[3:].set(0.2)
+    changed_later = places.at[3:].set(0.2)
 
-    def kl(world):
-        return problem.loss(params, world, jax.random.key(2))[1]['kl']
+    def compute_kl(world):
+        return float(problem.loss(params, world, jax.random.key(2))[1]['kl'])
 
-    assert float(kl(places)) == float(kl(after)) != float(kl(places.at[2:].set(0.2)))
+    assert compute_kl(places) == compute_kl(changed_later)
+    assert compute_kl(places) != compute_kl(places.at[2:].set(0.2))
 
 
-def test_frames_that_were_stopped_end_with_the_bits_of_those_that_were_not(tmp_path, monkeypatch):
-    train.train(small(), str(tmp_path / 'whole'))
+def test_a_resumed_run_of_frames_is_bit_identical(tmp_path, monkeypatch):
+    train.train(small_config(), str(tmp_path / 'whole'))
     with monkeypatch.context() as patch:
         patch.setattr('mi.training.run_dir.Run.should_stop', lambda this, recorded: this.step == 10)
         with pytest.raises(SystemExit):
-            train.train(small(), str(tmp_path / 'stopped'))
+            train.train(small_config(), str(tmp_path / 'stopped'))
     assert os.listdir(tmp_path / 'stopped/checkpoints') == ['00000010']
-    train.train(small(), str(tmp_path / 'stopped'))
+    train.train(small_config(), str(tmp_path / 'stopped'))
     for name in ('metrics.jsonl', 'artefacts.npz', 'cost.json'):
-        whole, stopped = ((tmp_path / at / name).read_bytes() for at in ('whole', 'stopped'))
+        whole, stopped = (
+            (tmp_path / run_name / name).read_bytes() for run_name in ('whole', 'stopped')
+        )
         assert whole == stopped
-    kept = np.load(tmp_path / 'whole/artefacts.npz')
-    assert kept['true'].dtype == np.uint8
-    assert kept['true'].shape == kept['predicted'].shape == (2, 13, frames.SHOWN, 32, 32, 2)
+    artifacts = np.load(tmp_path / 'whole/artefacts.npz')
+    true, predicted = artifacts['true'], artifacts['predicted']
+    assert true.dtype == np.uint8
+    assert true.shape == predicted.shape == (2, 13, frames.SHOWN, 32, 32, 2)
 
 
 @pytest.mark.slow
-def test_a_law_learnt_from_frames_predicts_where_the_body_will_be(tmp_path):
+def test_a_law_learned_from_frames_predicts_the_places_of_a_body(tmp_path):
     """Better by far than a frame that does not change, whose error is about 1 (or above)."""
     changes = {'seeds': (0,), 'problem.trajectories': 200, 'problem.horizon': 5,
                'problem.longer': 2, 'problem.iterations': 1, 'model.hidden': 64,
                'model.width': 32, 'train.batch': 16, 'train.steps': 900, 'train.log_every': 100,
                'train.eval_every': 900, 'train.save_every': 900}  # fmt: skip
-    train.train(small(**changes), str(tmp_path / 'run'))
-    (found,) = records(tmp_path / 'run', 'eval')
-    assert found['error'] < 0.1
+    train.train(small_config(**changes), str(tmp_path / 'run'))
+    (record,) = records(tmp_path / 'run', 'eval')
+    assert record['error'] < 0.1
 
 
 @pytest.mark.parametrize(

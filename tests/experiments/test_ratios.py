@@ -10,8 +10,8 @@ def test_geometric_means_and_ratios():
     mean = ratios.estimate_geometric_mean({0: 1.0, 1: 100.0, 2: 10.0}, 'arm')
     assert mean.mean == pytest.approx(10) and mean.num_seeds == 3
     assert 0.999 < mean.low < 10 < mean.high < 100.001
-    against = ratios.estimate_ratio({0: 2.0, 1: 600.0, 5: 1.0}, {0: 1.0, 1: 200.0, 2: 7.0}, 'arm')
-    assert against.mean == pytest.approx(6**0.5) and against.num_seeds == 2
+    ratio = ratios.estimate_ratio({0: 2.0, 1: 600.0, 5: 1.0}, {0: 1.0, 1: 200.0, 2: 7.0}, 'arm')
+    assert ratio.mean == pytest.approx(6**0.5) and ratio.num_seeds == 2
     assert ratios.estimate_ratio({0: 1.0}, {1: 1.0}, 'arm') is None
     with pytest.raises(ValueError, match=r'arm: the value of seed 3 is 0\.0'):
         ratios.estimate_geometric_mean({1: 1.0, 3: 0.0}, 'arm')
@@ -26,5 +26,5 @@ def test_geometric_means_and_ratios():
         (None, '—'),
     ],
 )
-def test_two_digits_of_any_size(estimate, text):
+def test_estimates_are_written_in_two_significant_digits(estimate, text):
     assert ratios.format_estimate(estimate) == text

@@ -21,30 +21,30 @@ def config(**changes):
     return edited(configs.get_config(), **changes)
 
 
-def world(of, seed=0):
-    return sharding.jit_once(lambda: regression.make(of).draw_world(jax.random.key(seed)))
+def draw_world(cfg, seed=0):
+    return sharding.jit_once(lambda: regression.make(cfg).draw_world(jax.random.key(seed)))
 
 
 def test_tasks_are_by_turns_affine_and_sinusoids_with_noise_on_their_examples():
-    of = config(**{'problem.tasks': 40, 'problem.examples': 500})
-    known, new = world(of)
-    for t in range(4):
-        x = np.asarray(known.x[t], np.float64)
-        shape = x if t % 2 == 0 else np.sin(10 * x)
-        rest = np.asarray(known.y[t]) - (float(known.a[t]) * shape + float(known.b[t]))
-        assert np.std(rest) == pytest.approx(0.1, rel=0.15)
-        assert abs(np.mean(rest)) < 0.02
+    cfg = config(**{'problem.tasks': 40, 'problem.examples': 500})
+    known, new = draw_world(cfg)
+    for task in range(4):
+        x = np.asarray(known.x[task], np.float64)
+        shape = x if task % 2 == 0 else np.sin(10 * x)
+        residual = np.asarray(known.y[task]) - (float(known.a[task]) * shape + float(known.b[task]))
+        assert np.std(residual) == pytest.approx(0.1, rel=0.15)
+        assert abs(np.mean(residual)) < 0.02
     assert np.abs(known.x).max() <= 1 and known.x.min() < -0.9 and known.x.max() > 0.9
     assert not np.isin(np.asarray(new.a), np.asarray(known.a)).any()
     assert new.x.shape == (32, 16)
 
 
-def test_a_descriptor_says_the_parameters_of_the_task_up_to_its_noise():
+def test_the_parameters_of_a_task_are_linear_in_its_descriptor_up_to_noise():
     """They are linear in it: least squares finds them, on new tasks too."""
-    of = config(**{'problem.context': 'descriptor', 'problem.tasks': 200})
-    known, new = world(of)
-    read, *_ = np.linalg.lstsq(np.asarray(known.z), np.asarray(known.a), rcond=None)
-    assert np.std(np.asarray(new.z) @ read - np.asarray(new.a)) == pytest.approx(0.1, rel=0.3)
+    cfg = config(**{'problem.context': 'descriptor', 'problem.tasks': 200})
+    known, new = draw_world(cfg)
+    readout, *_ = np.linalg.lstsq(np.asarray(known.z), np.asarray(known.a), rcond=None)
+    assert np.std(np.asarray(new.z) @ readout - np.asarray(new.a)) == pytest.approx(0.1, rel=0.3)
 
 
 def test_an_inferred_context_takes_examples_as_a_set_and_only_those_with_weight():
@@ -53,8 +53,8 @@ def test_an_inferred_context_takes_examples_as_a_set_and_only_those_with_weight(
     weights = jnp.array([0.5, 0.5, 0, 0, 0])
     params = encoder.init(jax.random.key(1), x, y, weights)
     z = encoder.apply(params, x, y, weights)
-    turned = encoder.apply(params, x[::-1], y[::-1], weights[::-1])
-    np.testing.assert_allclose(z, turned, atol=1e-6)
+    reversed_z = encoder.apply(params, x[::-1], y[::-1], weights[::-1])
+    np.testing.assert_allclose(z, reversed_z, atol=1e-6)
     np.testing.assert_allclose(z, encoder.apply(params, x.at[3].set(9.0), y, weights), atol=1e-6)
     assert np.abs(z - encoder.apply(params, x.at[1].set(9.0), y, weights)).max() > 1e-3
     assert regression._weigh_first(jnp.array([[2], [4]]), 4).tolist() == [
@@ -67,15 +67,15 @@ def test_errors_are_of_affine_tasks_and_of_sinusoids_each_by_its_name():
     """A network of zeros is exact for affine tasks that are zero, and for those alone."""
     cfg = config(**{'problem.tasks': 6, 'model.width': 4})
     problem = regression.make(cfg)
-    teacher = world(cfg)
-    is_sinusoid = teacher.known.family == 1
-    known = teacher.known._replace(a=3.0 * is_sinusoid, b=0.0 * is_sinusoid)
-    params = jax.tree.map(jnp.zeros_like, problem.init_params(jax.random.key(0), teacher))
-    measured = problem.evaluate(params, teacher._replace(known=known), jax.random.key(1))['eval']
+    world = draw_world(cfg)
+    is_sinusoid = world.known.family == 1
+    known = world.known._replace(a=3.0 * is_sinusoid, b=0.0 * is_sinusoid)
+    params = jax.tree.map(jnp.zeros_like, problem.init_params(jax.random.key(0), world))
+    metrics = problem.evaluate(params, world._replace(known=known), jax.random.key(1))['eval']
     grid = np.linspace(-1, 1, regression.POINTS)
-    assert measured['mse_affine'] == 0
-    assert measured['mse_sinusoid'] == pytest.approx(9 * np.mean(np.sin(10 * grid) ** 2), rel=1e-4)
-    assert measured['mse'] == pytest.approx(float(measured['mse_sinusoid']) / 2)
+    assert metrics['mse_affine'] == 0
+    assert metrics['mse_sinusoid'] == pytest.approx(9 * np.mean(np.sin(10 * grid) ** 2), rel=1e-4)
+    assert metrics['mse'] == pytest.approx(float(metrics['mse_sinusoid']) / 2)
 
 
 TOY = {
@@ -91,34 +91,38 @@ def trained(tmp_path_factory):
     """Networks that know the tasks by number or by examples, and one without a context."""
     path = tmp_path_factory.mktemp('regression')
     for name, context in (('mi', 'one_hot'), ('none', 'one_hot'), ('mi', 'inferred')):
-        said = {'model.fusion.name': name, 'problem.context': context}
-        train.train(config(**TOY, **said), str(path / f'{name}_{context}'))
+        overrides = {'model.fusion.name': name, 'problem.context': context}
+        train.train(config(**TOY, **overrides), str(path / f'{name}_{context}'))
     return path
 
 
 @pytest.mark.slow
-def test_the_number_of_a_task_tells_it_from_the_others(trained):
-    told, not_told = (finals(trained / f'{n}_one_hot', 'mse', 'eval') for n in ('mi', 'none'))
+def test_a_one_hot_context_halves_the_error(trained):
+    one_hot_errors, none_errors = (
+        finals(trained / f'{name}_one_hot', 'mse', 'eval') for name in ('mi', 'none')
+    )
     for seed in (0, 1):
-        assert told[seed] < not_told[seed] / 2
-        family = finals(trained / 'mi_one_hot', 'mse_affine', 'eval')[seed]
-        other = finals(trained / 'mi_one_hot', 'mse_sinusoid', 'eval')[seed]
-        assert told[seed] == pytest.approx((family + other) / 2, rel=1e-4)
+        assert one_hot_errors[seed] < none_errors[seed] / 2
+        affine_error = finals(trained / 'mi_one_hot', 'mse_affine', 'eval')[seed]
+        sinusoid_error = finals(trained / 'mi_one_hot', 'mse_sinusoid', 'eval')[seed]
+        assert one_hot_errors[seed] == pytest.approx((affine_error + sinusoid_error) / 2, rel=1e-4)
 
 
 @pytest.mark.slow
-def test_what_was_learnt_of_other_tasks_is_worth_more_than_four_examples_alone(trained):
-    alone = finals(trained / 'none_one_hot', 'mse/4', 'new')
+def test_transfer_beats_training_alone_on_four_examples(trained):
+    alone_errors = finals(trained / 'none_one_hot', 'mse/4', 'new')
     for run in ('mi_one_hot', 'mi_inferred'):
-        ours = finals(trained / run, 'mse/4', 'new')
-        assert np.mean(list(ours.values())) < 0.8 * np.mean(list(alone.values()))
-    before, after = (finals(trained / 'mi_one_hot', f'mse/{K}', 'new') for K in (0, 4))
+        transfer_errors = finals(trained / run, 'mse/4', 'new')
+        assert np.mean(list(transfer_errors.values())) < 0.8 * np.mean(list(alone_errors.values()))
+    initial_errors, final_errors = (
+        finals(trained / 'mi_one_hot', f'mse/{K}', 'new') for K in (0, 4)
+    )
     for seed in (0, 1):
-        assert after[seed] < before[seed]
+        assert final_errors[seed] < initial_errors[seed]
 
 
 @pytest.mark.slow
-def test_what_a_figure_shows_are_predictions_of_known_tasks(trained):
+def test_artifacts_hold_predictions_of_known_tasks(trained):
     arrays = np.load(trained / 'mi_one_hot/artefacts.npz')
     assert arrays['found'].shape == (2, regression.SHOWN, regression.POINTS)
     a, b, grid = (arrays[name] for name in ('a', 'b', 'grid'))
@@ -144,24 +148,26 @@ def test_every_member_of_the_sweep_can_be_built():
 
 
 def test_the_report_tabulates_known_and_new_tasks_and_the_agreement_of_two_draws():
-    def arm(overrides, value):
+    def make_arm(overrides, value):
         metrics = [
-            {'step': 1, 'seed': s, 'split': split, **{n: value * (1 + s % 10) for n in names}}
-            for s in range(20)
+            {'step': 1, 'seed': seed, 'split': split}
+            | dict.fromkeys(names, value * (1 + seed % 10))
+            for seed in range(20)
             for split, names in (('eval', ['mse']), ('new', ['mse/2', 'mse/16']))
             if split == 'eval' or overrides['model.fusion.name'] != 'multi_head'
         ]
         return Arm('label', 'done', None, tuple(range(20)), overrides, metrics=metrics)
 
-    members = [m for m in experiment.sweep() if m['seeds'] == experiment.SEEDS[0]]
-    found = {experiment._make_key(a): a for a in (arm(m, 0.1 + i) for i, m in enumerate(members))}
-    assert len(found) == len(members)
-    fusions = list(dict.fromkeys(f for f, _, _ in found))
-    text = '\n\n'.join(experiment._tabulate_errors(found, fusions, tuple(experiment.SEEDS)))
-    assert text.count('**Known tasks**') == text.count('**New tasks**') == 3
-    assert text.count('| multi head |') == 1
-    assert text.count(': 1.00') == 3 * (len(experiment.EXAMPLES) + 2)
-    assert experiment._read_new(found, 'none', 'inferred')  # beside every context
+    members = [member for member in experiment.sweep() if member['seeds'] == experiment.SEEDS[0]]
+    all_arms = [make_arm(member, 0.1 + index) for index, member in enumerate(members)]
+    arms = {experiment._make_key(arm): arm for arm in all_arms}
+    assert len(arms) == len(members)
+    fusions = list(dict.fromkeys(fusion for fusion, _, _ in arms))
+    contents = '\n\n'.join(experiment._tabulate_errors(arms, fusions, tuple(experiment.SEEDS)))
+    assert contents.count('**Known tasks**') == contents.count('**New tasks**') == 3
+    assert contents.count('| multi head |') == 1
+    assert contents.count(': 1.00') == 3 * (len(experiment.EXAMPLES) + 2)
+    assert experiment._read_new(arms, 'none', 'inferred')  # beside every context
 
 
 @pytest.mark.parametrize(
