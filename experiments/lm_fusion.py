@@ -95,6 +95,7 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
         panels = figure.subplots(
             1, max(1, len(arms_by_site)), sharex=True, sharey=True, squeeze=False
         )[0]
+        # A panel for each core and site; the arm none is the same at both sites of a core.
         for axes, ((core, site), arms) in zip(panels, arms_by_site.items(), strict=False):
             if site == 'encoder' and (core, 'decoder') in arms_by_site and 'none' in arms:
                 arms_by_site[core, 'decoder'] |= {'none': arms['none']}

@@ -144,6 +144,8 @@ def _draw_errors(axes: Axes, arms: ArmByKey, context: str) -> None:
             axes.plot(
                 unseen_error.mean, y_mark, marker, color=color, ms=4, mew=0, ls='', label=mark_label
             )
+
+    # Legend, names of the students and scale.
     if students:
         axes.plot([], [], 'o', color=plots.GREY, mfc='none', ms=3.5, mew=0.7, ls='',
                   label='hollow: combinations seen')  # fmt: skip

@@ -78,6 +78,7 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     by_target = {
         target: [arm for arm in arms if arm.label.startswith(f'{target},')] for target in TARGETS
     }
+    # A panel for each target, with the same style for a network in all of them.
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(plots.WIDTH, 2.6), layout='constrained')
         panel_row = figure.subplots(1, len(TARGETS), sharey=True)
@@ -91,6 +92,8 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
         figure.legend(handles, labels, loc='outside lower center', ncols=4, handlelength=3,
                       frameon=False)  # fmt: skip
         plots.save(figure, out, 'expressivity')
+
+    # A table for each target that has been run.
     sections = [
         f'**{target}**, {TARGETS[target]}\n\n{_tabulate_growth(target_arms)}\n'
         for target, target_arms in by_target.items()

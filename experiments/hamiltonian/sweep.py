@@ -78,6 +78,7 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(plots.WIDTH, 0.6 + 1.5 * len(SYSTEMS)), layout='constrained')
         panel_grid = figure.subplots(len(SYSTEMS), 3)
+        # A row for each system: the portrait, then error and drift over time.
         for (portrait_axes, *curve_axes), system in zip(panel_grid, SYSTEMS, strict=True):
             arms = reports.select_arms(sweep, system, list(ARMS))
             artifacts = {arm: roll_outs.load_artifacts(workdir, f'{system}, {arm}') for arm in arms}

@@ -80,6 +80,7 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(plots.WIDTH, 0.6 + 1.9 * len(SYSTEMS)), layout='constrained')
         panel_grid = figure.subplots(len(SYSTEMS), 2, width_ratios=(1.3, 1))
+        # A row for each system: frames at some horizons, then the error over time.
         for (film_axes, error_axes), system in zip(panel_grid, SYSTEMS, strict=True):
             arms = reports.select_arms(sweep, system, list(ARMS))
             artifacts = {arm: roll_outs.load_artifacts(workdir, f'{system}, {arm}') for arm in arms}
@@ -96,6 +97,8 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
                 for column, num_horizons in enumerate(HORIZONS):
                     x = (column + 0.5) * tile_size
                     film_axes.text(x, -4, f'{num_horizons} T', ha='center', fontsize=6)
+
+            # The error over time, and the tables.
             for arm, arrays in artifacts.items():
                 mean_errors = arrays['error'].mean(-1)  # over trajectories
                 time = SYSTEMS[system].time * np.arange(mean_errors.shape[1])

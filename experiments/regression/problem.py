@@ -319,6 +319,8 @@ def make(config: ml_collections.ConfigDict) -> Regression:
             f'config.model.fusion.name = {fusion_name!r} is for contexts that are one-hot: '
             f"expected config.problem.context = 'one_hot', not {context!r}"
         )
+
+    # The size of z, which depends on what says which task it is.
     context_sizes = {
         'one_hot': settings.tasks,
         'descriptor': config.problem.descriptor,

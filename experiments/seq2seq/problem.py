@@ -161,6 +161,7 @@ def make(config: ml_collections.ConfigDict) -> Sequences:
       UserError: if the heads do not fit, if the fusion needs a one-hot context, or if gradients
         are clipped, which would clip those of all targets together.
     """
+    # Refuse what would couple the networks, or needs another kind of context.
     problem = config.problem
     if config.optim.clip_norm > 0:
         raise UserError(
@@ -172,6 +173,8 @@ def make(config: ml_collections.ConfigDict) -> Sequences:
             f'config.model.fusion.name = {config.model.fusion.name!r}: expected a fusion for dense '
             f'contexts; this one needs a one-hot context, and here the context is a token'
         )
+
+    # Targets are divided by their root mean square on a fixed sample.
     n, d, tau = problem.length, problem.features, problem.temperature
     return Sequences(
         examples=config.train.batch,

@@ -92,18 +92,21 @@ def sweep() -> list[Overrides]:
     equivariant = mixers('attention', 'pairs, mi_low_rank')
     sizes = [size_overrides(DEPTH, features) for features in (8, 32)]
     return [
+        # Every mixer by depth, and most of them by size.
         *product(mixers(*NAMES), [size_overrides(depth, FEATURES) for depth in (1, 2, 3)], seeds),
         *product(
             mixers('attention', 'pairs, mi_low_rank', 'summary, mi_low_rank', 'fixed'),
             sizes,
             seeds,
         ),
+        # One head in place of four.
         *product(
             mixers('attention', 'pairs, mi_low_rank', 'fixed'),
             [{'model.heads': 1}],
             [size_overrides(DEPTH, FEATURES)],
             seeds,
         ),
+        # What the two bounds rule out: no positions, and one mixing at the end.
         *product(
             equivariant,
             [{'model.positions': 'none'}],
