@@ -12,6 +12,7 @@ from absl import app, flags, logging
 from launch import asha, plan, process, state, sweep
 from launch.devices import Devices, check_member, find_warnings
 from launch.engine import QUEUED, Resources, States, Submit
+from launch.members import Member
 from mi import report
 from mi.config import UserError
 from mi.training.run_dir import PREEMPTED
@@ -114,7 +115,7 @@ def run(
         sys.exit(1)
 
 
-def dry_run(members: Sequence[sweep.Member], workdir: pathlib.Path, devices: Devices) -> None:
+def dry_run(members: Sequence[Member], workdir: pathlib.Path, devices: Devices) -> None:
     """Print what would run and which devices would be idle; with --check, compile one member.
 
     The exit code is 1 if the member that is checked does not fit.

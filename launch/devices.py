@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import ml_collections
 
 from launch import sweep
+from launch.members import Member
 from mi.config import UserError
 from mi.training import placement, sharding
 
@@ -35,7 +36,7 @@ class Devices:
     topology: str = ''
 
 
-def find_warnings(members: Sequence[sweep.Member], devices: Devices) -> list[str]:
+def find_warnings(members: Sequence[Member], devices: Devices) -> list[str]:
     """Return a line for each kind of member that leaves devices without work of their own.
 
     Args:
@@ -103,7 +104,7 @@ def _describe_idle_seeds(config: ml_collections.ConfigDict, devices: Devices) ->
     return f'{waste}: {runs} {kind} are placed {share} to a device. Try a multiple of {count}'
 
 
-def check_member(member: sweep.Member, devices: Devices) -> bool:
+def check_member(member: Member, devices: Devices) -> bool:
     """Print the output of `mi.estimate` for a member; return whether it fits its devices.
 
     Without a topology, as many CPU devices are used instead. The share of the FLOPs and the bytes

@@ -85,14 +85,10 @@ class Slots:
                 first = (slot * num_processes + i) * gpus_per_process
                 gpus = self._gpus[first : first + gpus_per_process]
                 environment['CUDA_VISIBLE_DEVICES'] = ','.join(gpus)
-        member = process.start(
-            run_dir,
-            command,
-            processes=num_processes,
-            environments=environments,
-            cores=self._choose_cores(slot),
-            slot=slot,
+        options = process.ProcessOptions(
+            num_processes, environments, self._choose_cores(slot), slot
         )
+        member = process.start(run_dir, command, options)
         self._slots[run_dir], self._running[run_dir] = slot, member
         return member
 

@@ -10,6 +10,7 @@ import rich.markup
 import rich.table
 
 from launch import metric_names, records, state, sweep
+from launch.members import Member
 from mi.config import flatten
 from mi.estimate import costs
 from mi.fit import factory as fit
@@ -25,7 +26,7 @@ SCHEDULE_KEYS = ('steps', 'log_every', 'eval_every', 'save_every', 'keep')
 
 
 def show(
-    members: Sequence[sweep.Member], workdir: pathlib.Path, speed: float | None = None
+    members: Sequence[Member], workdir: pathlib.Path, speed: float | None = None
 ) -> list[float]:
     """Print what would run and what it costs; return the FLOPs of a step of each member.
 
@@ -108,7 +109,7 @@ def _shape_key(config: ml_collections.ConfigDict) -> str:
 
 
 def measure_speed(
-    members: Sequence[sweep.Member], member_costs: Sequence[costs.Costs], workdir: pathlib.Path
+    members: Sequence[Member], member_costs: Sequence[costs.Costs], workdir: pathlib.Path
 ) -> float:
     """Return the FLOP/s of the members that have run, from timing.jsonl; 0 if none has."""
     flops = seconds = 0.0

@@ -13,7 +13,8 @@ import shutil
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from launch import records, state, sweep
+from launch import records, state
+from launch.members import Member
 from mi.config import Rule, UserError, find_violation, flatten
 from mi.fit import factory as fit
 from mi.lm import config as lm
@@ -73,7 +74,7 @@ class Population:
     def __init__(
         self,
         workdir: pathlib.Path,
-        members: Iterable[sweep.Member],
+        members: Iterable[Member],
         margin: float,
         perturb: Iterable[str],
         seed: int,

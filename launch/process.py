@@ -6,6 +6,7 @@ launcher, and a launcher that was killed and started again can tell which runs a
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -41,13 +42,12 @@ class Process:
         If there are several processes, return the code of one that failed, if any. When one has
         ended, the others must follow, and are killed if they do not.
         """
-        codes = [process.poll() for process in self._processes]
-        exit_codes = [code for code in codes if code is not None]
-        bad_codes = [code for code in exit_codes if code]
-        if len(exit_codes) == len(codes):
-            return next(
-                (code for code in bad_codes if code != PREEMPTED), max(bad_codes, default=0)
-            )
+        poll_results = [process.poll() for process in self._processes]
+        exit_codes = [code for code in poll_results if code is not None]
+        if len(exit_codes) == len(self._processes):
+            bad_codes = [code for code in exit_codes if code]
+            failures = (code for code in bad_codes if code != PREEMPTED)
+            return next(failures, max(bad_codes, default=0))
         if exit_codes:
             now = time.monotonic()
             self._first_exit_time = self._first_exit_time or now
@@ -68,9 +68,9 @@ class Process:
 
     def wait(self) -> int:
         """Wait until the run has ended; return its exit code."""
-        while (code := self.poll()) is None:
+        while (exit_code := self.poll()) is None:
             time.sleep(POLL_INTERVAL)
-        return code
+        return exit_code
 
     def _send_signal(self, number: int) -> None:
         for process in self._processes:
@@ -104,33 +104,19 @@ class AdoptedProcess:
 
     def wait(self) -> int:
         """Wait for a run that was asked to stop; return immediately for any other."""
-        while (code := self.poll()) is None:
+        while (exit_code := self.poll()) is None:
             if not self._is_stopping:
                 return PREEMPTED
             time.sleep(POLL_INTERVAL)
-        return code
+        return exit_code
 
 
-def start(  # noqa: PLR0913
-    run_dir: pathlib.Path,
-    command: Sequence[str],
-    *,
-    processes: int = 1,
-    environments: Sequence[Mapping[str, str]] = ({},),
-    cores: Collection[int] = (),
-    slot: int = 0,
-    cwd: str | None = None,
-    lock_name: str = 'launched',
-) -> Process | AdoptedProcess:
-    """Start a run, unless it is already running.
+@dataclasses.dataclass(frozen=True)
+class ProcessOptions:
+    """How the processes of a run start.
 
-    It has more than six parameters because each is a setting of the processes, and most callers set
-    one or two.
-
-    Args:
-      run_dir: the run directory.
-      command: the command; each of several processes also gets --distributed with its index.
-      processes: number of processes.
+    Attributes:
+      processes: number of processes; each of several also gets --distributed with its index.
       environments: variables to add to the environment of each process.
       cores: CPU cores to run on; () for all.
       slot: the slot that the run takes, for `read_slot` in a later launcher.
@@ -138,32 +124,50 @@ def start(  # noqa: PLR0913
       lock_name: name of the lock file. Processes of a run that are started separately need
         different names.
     """
+
+    processes: int = 1
+    environments: Sequence[Mapping[str, str]] = ({},)
+    cores: Collection[int] = ()
+    slot: int = 0
+    cwd: str | None = None
+    lock_name: str = 'launched'
+
+
+ONE_PROCESS = ProcessOptions()  # on all cores, in the current directory
+
+
+def start(
+    run_dir: pathlib.Path, command: Sequence[str], options: ProcessOptions = ONE_PROCESS
+) -> Process | AdoptedProcess:
+    """Start a run, unless it is already running."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / lock_name, 'a+') as lock, open(run_dir / 'log.txt', 'ab') as log:
+    lock_path = run_dir / options.lock_name
+    with open(lock_path, 'a+') as lock_file, open(run_dir / 'log.txt', 'ab') as log_file:
         # Take the lock, and note who holds it.
-        if not try_lock(lock):
-            return AdoptedProcess(run_dir / lock_name)
-        lock.truncate(0)
-        lock.write(json.dumps({'slot': slot, 'host': socket.gethostname()}))
-        lock.flush()
+        if not try_lock(lock_file):
+            return AdoptedProcess(lock_path)
+        lock_file.truncate(0)
+        lock_file.write(json.dumps({'slot': options.slot, 'host': socket.gethostname()}))
+        lock_file.flush()
 
         # Start the processes, which inherit the lock.
         started: list[subprocess.Popen[bytes]] = []
-        address = f'localhost:{find_free_port()}' if processes > 1 else ''
-        with _pin_to_cores(cores), _kill_on_error(started):
-            for i in range(processes):
-                distributed = [f'--distributed={address},{processes},{i}'] if address else []
+        num_processes, environments = options.processes, options.environments
+        address = f'localhost:{find_free_port()}' if num_processes > 1 else ''
+        with _pin_to_cores(options.cores), _kill_on_error(started):
+            for index in range(num_processes):
+                peers = f'{address},{num_processes},{index}'
                 process = subprocess.Popen(
-                    [*command, *distributed],
-                    stdout=log,
-                    stderr=log,
+                    [*command, *([f'--distributed={peers}'] if address else [])],
+                    stdout=log_file,
+                    stderr=log_file,
                     stdin=subprocess.DEVNULL,
-                    cwd=cwd,
-                    env={**os.environ, **environments[i % len(environments)]},
+                    cwd=options.cwd,
+                    env={**os.environ, **environments[index % len(environments)]},
                     # In a group of its own, Ctrl-C reaches only the launcher, which then asks the
                     # runs to save.
                     process_group=0,
-                    pass_fds=[lock.fileno()],
+                    pass_fds=[lock_file.fileno()],
                 )
                 started.append(process)
     return Process(started)
@@ -216,15 +220,15 @@ def run(
     if processes > 1:
         command = [*command, f'--distributed={address},{processes},{index}']
     lock_name = f'launched.{index}' if index else 'launched'
-    process = start(run_dir, command, cwd=cwd, lock_name=lock_name)
+    process = start(run_dir, command, ProcessOptions(cwd=cwd, lock_name=lock_name))
 
     # Wait for it, and stop it if it is marked or this process is interrupted.
     try:
-        while (code := process.poll()) is None:
+        while (exit_code := process.poll()) is None:
             if (run_dir / STOP_MARK).exists():
                 process.stop()
             time.sleep(2 * POLL_INTERVAL)
-        return code
+        return exit_code
     except KeyboardInterrupt:
         process.stop()
         while True:
@@ -254,8 +258,9 @@ def try_lock(lock: IO[str]) -> bool:
 
 def read_slot(run_dir: pathlib.Path) -> int:
     """Return the slot of a running run; −1 if it is unknown or on another machine."""
-    note = read_object(run_dir / 'launched')
-    return int(note.get('slot', -1)) if note.get('host') == socket.gethostname() else -1
+    lock_note = read_object(run_dir / 'launched')
+    is_local = lock_note.get('host') == socket.gethostname()
+    return int(lock_note.get('slot', -1)) if is_local else -1
 
 
 def find_free_port() -> int:

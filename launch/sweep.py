@@ -13,13 +13,10 @@ def report(workdir, out) -> None         figures and tables of its own; optional
 """
 
 import contextlib
-import dataclasses
-import hashlib
 import importlib.util
 import itertools
 import json
 import pathlib
-import sys
 import traceback
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +26,7 @@ import ml_collections
 import numpy as np
 
 from launch import metric_names, state
+from launch.members import Member, Overrides, make_members
 from mi.config import UserError, describe_difference, flatten, format_error, suggest
 from mi.overrides import find_file
 from mi.overrides import parse as parse_arguments
@@ -38,26 +36,6 @@ from mi.training.progress import track
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
 WATCHING_ENGINES = ('local', 'ray', 'pbt')  # they start all members themselves and queue none
-
-Overrides = dict[str, Any]  # dotted key → value
-
-
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """One run of a sweep.
-
-    Attributes:
-      name: name of its run directory, made from the values that differ between members.
-      label: name of its arm in tables and figures: the values that differ, except seeds and task,
-        with their keys if two arms would have the same values. Members with one label are one arm.
-      command: its command.
-      overrides: its overrides of the config.
-    """
-
-    name: str
-    label: str
-    command: list[str]
-    overrides: Overrides
 
 
 def product(*sweeps: list[Overrides], **values: Sequence[Any]) -> list[Overrides]:
@@ -130,7 +108,7 @@ def load(
             {key: _to_plain(key, value) for key, value in changes.items()}
             for changes in module.sweep()
         ]
-    members = _make_members(overrides, module.CONFIG, workdir, task_key)
+    members = make_members(overrides, module.CONFIG, workdir, task_key)
     labels = list(dict.fromkeys(member.label for member in members))
     if module.BASELINE not in (None, *labels):
         hint = suggest(str(module.BASELINE), labels)
@@ -309,99 +287,6 @@ def _to_plain(key: str, value: Any) -> Any:
     raise UserError(f'{key} = {value!r}: expected a number, a string, or a tuple of them')
 
 
-def _make_members(
-    overrides: list[Overrides], config: str, workdir: pathlib.Path, task_key: str | None
-) -> list[Member]:
-    """Return the members with their names, labels and commands."""
-    # Names and labels show the keys in which members differ; a missing key differs from any value.
-    keys = list(dict.fromkeys(key for changes in overrides for key in changes))
-    differing_keys = [
-        key for key in keys if len({repr(changes.get(key)) for changes in overrides}) > 1
-    ]
-    shown_overrides = [
-        {key: changes[key] for key in (differing_keys or keys) if key in changes}
-        for changes in overrides
-    ]
-    names = _make_names(shown_overrides, overrides)
-    labels = _make_labels(overrides, shown_overrides, task_key)
-
-    members = []
-    for changes, name, label in zip(overrides, names, labels, strict=True):
-        command = [sys.executable, '-m', 'mi.main', f'--config={config}', *_to_flags(changes)]
-        command += [f'--workdir={workdir / name}']
-        members.append(Member(name, label, command, changes))
-    return members
-
-
-def _to_flags(changes: Overrides) -> list[str]:
-    return [f'--config.{key}={value}' for key, value in changes.items()]
-
-
-def _make_names(shown_overrides: list[Overrides], overrides: list[Overrides]) -> list[str]:
-    """Return a name of a run directory for each member, without repetitions.
-
-    A name has the values that differ. If an earlier member has that name, as 'a/b' has that of
-    'a_b', the keys are spelled out; if that is not enough, a hash of the overrides is added.
-
-    Raises:
-      UserError: if two members have the same overrides.
-    """
-    used_names: list[str] = []
-    used_flags: set[tuple[str, ...]] = set()
-    for changes, shown_keys in zip(overrides, shown_overrides, strict=True):
-        flags = tuple(sorted(_to_flags(changes)))
-        digest = hashlib.sha256('\0'.join(flags).encode()).hexdigest()[:8]
-        short_name, long_name = (
-            ','.join(f'{format_key(key)}={value}' for key, value in shown_keys.items()).replace(
-                '/', '_'
-            )
-            or 'only'
-            for format_key in (_shorten_key, str)
-        )
-        candidates = [
-            _to_file_name(name) for name in (short_name, long_name, f'{long_name},{digest}')
-        ]
-        if flags in used_flags:
-            raise UserError(f'two members of the sweep have the same overrides: {candidates[0]}')
-        used_flags.add(flags)
-        used_names.append(next(name for name in candidates if name not in used_names))
-    return used_names
-
-
-def _to_file_name(name: str, max_bytes: int = 255) -> str:
-    """Return the name; its beginning and a hash if it is too long for a file system."""
-    if len(name.encode()) <= max_bytes:
-        return name
-    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-    return f'{name.encode()[: max_bytes - 55].decode(errors="ignore")}-{digest}'
-
-
-def _make_labels(
-    overrides: list[Overrides], shown_overrides: list[Overrides], task_key: str | None
-) -> list[str]:
-    """Return the label of each member: its values, with keys if another arm has the same values."""
-
-    def drop_seeds_and_task(changes: Overrides) -> Overrides:
-        return {key: changes[key] for key in changes if key not in ('seeds', task_key)}
-
-    arms = [repr(sorted(drop_seeds_and_task(changes).items())) for changes in overrides]
-    shown_values = [drop_seeds_and_task(changes) for changes in shown_overrides]
-    labels = [', '.join(map(str, values.values())) or 'only' for values in shown_values]
-    for format_key in (_shorten_key, str):
-        labels_with_keys = [
-            ', '.join(f'{format_key(key)}={value}' for key, value in values.items()) or 'only'
-            for values in shown_values
-        ]
-        label_arms: dict[str, set[str]] = {}
-        for label, arm in zip(labels, arms, strict=True):
-            label_arms.setdefault(label, set()).add(arm)
-        labels = [
-            label if len(label_arms[label]) == 1 else label_with_keys
-            for label, label_with_keys in zip(labels, labels_with_keys, strict=True)
-        ]
-    return labels
-
-
 def _refuse_repeated_seeds(
     members: list[Member], configs: Mapping[str, ml_collections.ConfigDict], task_key: str | None
 ) -> None:
@@ -443,8 +328,3 @@ def _choose_curves(
                 raise UserError(f'--sweep={file}: {error} (member {name})')
     curves = getattr(module, 'CURVES', None)
     return curves or metric_names.choose_curves(module.METRIC, module.SPLIT, member_splits)
-
-
-def _shorten_key(key: str) -> str:
-    """Return the part of a key that identifies it: model.fusion.name → fusion."""
-    return '.'.join(part for part in key.split('.')[1:] if part != 'name') or key

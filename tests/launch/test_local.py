@@ -50,8 +50,8 @@ def test_the_processes_of_members_have_gpus_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(
         process,
         'start',
-        lambda path, command, environments, **_: dealt.append(
-            [environment['CUDA_VISIBLE_DEVICES'] for environment in environments]
+        lambda path, command, options: dealt.append(
+            [environment['CUDA_VISIBLE_DEVICES'] for environment in options.environments]
         ),
     )
     slots = local.Slots(engine.Resources(processes=2, gpus=2))

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from launch import asha, metric_names, pbt, sweep
+from launch.members import Member
 from launch.population import Population
 from mi import main
 from mi.config import UserError
@@ -180,7 +181,7 @@ def test_no_copy_takes_the_directory_of_another_member(tmp_path):
     sweep_file = {'metric': 'loss', 'split': 'eval', 'lower_is_better': True}
     (tmp_path / 'sweep.json').write_text(json.dumps(sweep_file))
     names = ['dropout=0', 'dropout=0.1', 'dropout=0.01']
-    members = [sweep.Member(name, name, [], {}) for name in names]
+    members = [Member(name, name, [], {}) for name in names]
     population = Population(tmp_path, members, 0.05, [], 0)
     assert population._next_name('dropout=0') == 'dropout=0.001'
     assert population._next_name('dropout=0.1') == 'dropout=0.1.1'

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from launch import engine, pbt, process, sweep
+from launch import engine, pbt, process
+from launch.members import Member
 from launch.population import Population, exploit, explore
 from mi.training import checkpoint
 
@@ -72,7 +73,7 @@ def test_one_that_was_made_and_has_not_begun_can_be_copied(tmp_path):
         (tmp_path / name / 'config.json').write_text(json.dumps(config))
     (tmp_path / 'late').mkdir()  # it is the best, and has nothing yet that could be copied
     (tmp_path / 'late/metrics.jsonl').write_text(record.replace('0.1', '2.0'))
-    members = [sweep.Member(name, name, [], {}) for name in ('good', 'bad', 'late')]
+    members = [Member(name, name, [], {}) for name in ('good', 'bad', 'late')]
 
     def fits(seed):  # the good one is perturbed, and the bad one would take the late
         draw = random.Random(f'{seed} good 800')
@@ -122,7 +123,7 @@ def test_the_better_one_is_copied_as_far_as_it_had_saved(tmp_path, lower_is_bett
         (saved / 'manifest.json').write_text(json.dumps(manifest))
         config = {'task': 'rl', 'optim': {'learning_rate': 0.5}}
         (path / 'config.json').write_text(json.dumps(config))
-    members = [sweep.Member(name, name, [], {}) for name in values]
+    members = [Member(name, name, [], {}) for name in values]
     population = Population(tmp_path, members, 0.05, ['optim.learning_rate'], 0)
     better, worse = ('a', 'b') if lower_is_better else ('b', 'a')
     population.decide(worse)
@@ -145,7 +146,7 @@ def test_what_a_killed_launcher_has_left_keeps_its_slot_and_is_waited_for(tmp_pa
     }
     path = tmp_path / 'second'
     adopted = process.start(path, [*commands['second'], f'--workdir={path}'])
-    members = [sweep.Member(name, name, command, {}) for name, command in commands.items()]
+    members = [Member(name, name, command, {}) for name, command in commands.items()]
     population = Population(tmp_path, members, 0.05, [], 0)
     assert population.summary().startswith('pbt: no member was compared, as none recorded loss')
     states = pbt.train(population, 10**9, engine.Resources(parallel=1))

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from launch import engine, local, pbt, process, slurm, state, sweep, watch
+from launch import engine, local, pbt, process, slurm, state, watch
+from launch.members import Member
 from launch.population import Population
 from mi.config import UserError
 from mi.training.lock import is_locked
@@ -87,9 +88,9 @@ def test_members_end_when_the_screen_does(tmp_path, monkeypatch):
 
 def test_all_processes_of_a_member_start_or_none(tmp_path):
     environments = [{}, {'PATH': 1}]  # no text: the second cannot be started
+    options = process.ProcessOptions(processes=2, environments=environments)
     with pytest.raises(TypeError):
-        command = counting(tmp_path / 'a')
-        process.start(tmp_path / 'a', command, processes=2, environments=environments)
+        process.start(tmp_path / 'a', counting(tmp_path / 'a'), options)
     assert not is_locked(tmp_path / 'a/launched')
 
 
@@ -109,7 +110,7 @@ def test_members_of_a_population_end_when_a_decision_raises(tmp_path, monkeypatc
 
     monkeypatch.setattr(Population, 'is_due', is_due)
     monkeypatch.setattr(Population, 'decide', decide)
-    members = [sweep.Member(p.name, p.name, counting(p)[:2] + counting(p)[3:], {}) for p in paths]
+    members = [Member(p.name, p.name, counting(p)[:2] + counting(p)[3:], {}) for p in paths]
     population = Population(tmp_path, members, 0.05, [], 0)
     with pytest.raises(UserError, match='no such number'):
         pbt.train(population, 1, TWO)

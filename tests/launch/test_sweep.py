@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from launch import sweep
+from launch.members import make_labels, make_members
 from mi.config import UserError
 from mi.overrides import find_file
 from tests.conftest import ROOT
@@ -63,8 +64,8 @@ def test_arms_of_the_same_values_are_told_apart_by_their_keys(tmp_path):
     ]  # fmt: skip
     both = [{'model.context': 24, 'data.context': 24}, {'model.context': 24}]
     shown = [{'model.context': 24}, {'data.context': 24}]
-    assert sweep._make_labels(shown, shown, None) == ['model.context=24', 'data.context=24']
-    assert sweep._make_labels(both, both, None) == ['24, 24', '24']
+    assert make_labels(shown, shown, None) == ['model.context=24', 'data.context=24']
+    assert make_labels(both, both, None) == ['24, 24', '24']
 
 
 def test_a_seed_of_an_arm_is_trained_once(tmp_path):
@@ -307,17 +308,17 @@ def test_members_whose_names_would_be_the_same_are_told_apart(tmp_path):
         {'train.batch': 8, 'eval.length': 16},
         {'train.batch': 8, 'train.length': 16},
     ]
-    names = [m.name for m in sweep._make_members(alike, 'c.py', tmp_path, None)]
+    names = [m.name for m in make_members(alike, 'c.py', tmp_path, None)]
     assert names == [
         'batch=8', 'train.batch=8', 'batch=8,length=16', 'train.batch=8,train.length=16',
     ]  # fmt: skip
-    assert len({m.name for m in sweep._make_members(sections, 'c.py', tmp_path, None)}) == 3
+    assert len({m.name for m in make_members(sections, 'c.py', tmp_path, None)}) == 3
     thrice = [{'data.source': source} for source in ('a/b', 'a_b', 'a/_b', 'a_/b', 'a//b')]
-    names = [m.name for m in sweep._make_members(thrice, 'c.py', tmp_path, None)]
+    names = [m.name for m in make_members(thrice, 'c.py', tmp_path, None)]
     assert len(set(names)) == 5
     for same in ({'data.source': 1}, {'data.source': '1'}), ({'seeds': (0,)}, {'seeds': (0,)}):
         with pytest.raises(UserError, match='two members of the sweep have the same overrides'):
-            sweep._make_members(list(same), 'c.py', tmp_path, None)
+            make_members(list(same), 'c.py', tmp_path, None)
 
 
 def test_numbers_of_numpy_are_those_of_python(tmp_path):

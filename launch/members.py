@@ -1,0 +1,134 @@
+"""Members of a sweep: the name, the label and the command of each.
+
+A name is that of a run directory, and a label that of an arm. Both show the values in which members
+differ, with their keys where the values alone are ambiguous.
+"""
+
+import dataclasses
+import hashlib
+import pathlib
+import sys
+from typing import Any
+
+from mi.config import UserError
+
+Overrides = dict[str, Any]  # dotted key → value
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One run of a sweep.
+
+    Attributes:
+      name: name of its run directory, made from the values that differ between members.
+      label: name of its arm in tables and figures: the values that differ, except seeds and task,
+        with their keys if two arms would have the same values. Members with one label are one arm.
+      command: its command.
+      overrides: its overrides of the config.
+    """
+
+    name: str
+    label: str
+    command: list[str]
+    overrides: Overrides
+
+
+def make_members(
+    overrides: list[Overrides], config: str, workdir: pathlib.Path, task_key: str | None
+) -> list[Member]:
+    """Return the members with their names, labels and commands."""
+    # Names and labels show the keys in which members differ; a missing key differs from any value.
+    keys = list(dict.fromkeys(key for changes in overrides for key in changes))
+    differing_keys = [
+        key for key in keys if len({repr(changes.get(key)) for changes in overrides}) > 1
+    ]
+    shown_overrides = [
+        {key: changes[key] for key in (differing_keys or keys) if key in changes}
+        for changes in overrides
+    ]
+    names = _make_names(shown_overrides, overrides)
+    labels = make_labels(overrides, shown_overrides, task_key)
+
+    members = []
+    for changes, name, label in zip(overrides, names, labels, strict=True):
+        command = [sys.executable, '-m', 'mi.main', f'--config={config}', *_to_flags(changes)]
+        command += [f'--workdir={workdir / name}']
+        members.append(Member(name, label, command, changes))
+    return members
+
+
+def _to_flags(changes: Overrides) -> list[str]:
+    return [f'--config.{key}={value}' for key, value in changes.items()]
+
+
+def _make_names(shown_overrides: list[Overrides], overrides: list[Overrides]) -> list[str]:
+    """Return a name of a run directory for each member, without repetitions.
+
+    A name has the values that differ. If an earlier member has that name, as 'a/b' has that of
+    'a_b', the keys are spelled out; if that is not enough, a hash of the overrides is added.
+
+    Raises:
+      UserError: if two members have the same overrides.
+    """
+    used_names: list[str] = []
+    used_flags: set[tuple[str, ...]] = set()
+    for changes, shown_keys in zip(overrides, shown_overrides, strict=True):
+        # Spell the name in three ways, from the shortest to the one that is always unique.
+        flags = tuple(sorted(_to_flags(changes)))
+        digest = hashlib.sha256('\0'.join(flags).encode()).hexdigest()[:8]
+        short_name, long_name = (
+            ','.join(f'{format_key(key)}={value}' for key, value in shown_keys.items()).replace(
+                '/', '_'
+            )
+            or 'only'
+            for format_key in (_shorten_key, str)
+        )
+        candidates = [
+            _to_file_name(name) for name in (short_name, long_name, f'{long_name},{digest}')
+        ]
+        if flags in used_flags:
+            raise UserError(f'two members of the sweep have the same overrides: {candidates[0]}')
+        used_flags.add(flags)
+        used_names.append(next(name for name in candidates if name not in used_names))
+    return used_names
+
+
+def _to_file_name(name: str, max_bytes: int = 255) -> str:
+    """Return the name; its beginning and a hash if it is too long for a file system."""
+    if len(name.encode()) <= max_bytes:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f'{name.encode()[: max_bytes - 55].decode(errors="ignore")}-{digest}'
+
+
+def make_labels(
+    overrides: list[Overrides], shown_overrides: list[Overrides], task_key: str | None
+) -> list[str]:
+    """Return the label of each member: its values, with keys if another arm has the same values."""
+
+    def drop_seeds_and_task(changes: Overrides) -> Overrides:
+        return {key: changes[key] for key in changes if key not in ('seeds', task_key)}
+
+    arms = [repr(sorted(drop_seeds_and_task(changes).items())) for changes in overrides]
+    shown_values = [drop_seeds_and_task(changes) for changes in shown_overrides]
+    labels = [', '.join(map(str, values.values())) or 'only' for values in shown_values]
+
+    # Add short keys to labels that two arms share, then whole keys to those that still are shared.
+    for format_key in (_shorten_key, str):
+        labels_with_keys = [
+            ', '.join(f'{format_key(key)}={value}' for key, value in values.items()) or 'only'
+            for values in shown_values
+        ]
+        label_arms: dict[str, set[str]] = {}
+        for label, arm in zip(labels, arms, strict=True):
+            label_arms.setdefault(label, set()).add(arm)
+        labels = [
+            label if len(label_arms[label]) == 1 else label_with_keys
+            for label, label_with_keys in zip(labels, labels_with_keys, strict=True)
+        ]
+    return labels
+
+
+def _shorten_key(key: str) -> str:
+    """Return the part of a key that identifies it: model.fusion.name → fusion."""
+    return '.'.join(part for part in key.split('.')[1:] if part != 'name') or key
