@@ -117,7 +117,7 @@ class Digits(Problem):
 
     def costs(self) -> Costs:
         image = jax.ShapeDtypeStruct(self.images.shape[1:], jnp.float32)
-        return network.costs(self.model, image, part=r'layer_\d+')
+        return network.costs(self.model, image, fusion_pattern=r'layer_\d+')
 
     def artifacts(self, params: Params, world: Split, key: PRNGKey) -> Metrics:
         """Return the heads before and after training, or the errors of the construction."""

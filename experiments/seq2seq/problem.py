@@ -136,7 +136,7 @@ class Sequences(Problem):
 
     def costs(self) -> Costs:
         tokens = jax.ShapeDtypeStruct((self.length, self.features), jnp.float32)
-        return network.costs(self.model, tokens, part=r'mixer_\d+')
+        return network.costs(self.model, tokens, fusion_pattern=r'mixer_\d+')
 
     def artifacts(self, params: Params, world: World, key: PRNGKey) -> Metrics:
         """Return both floors, and the errors on the sequences of the first in all orders."""

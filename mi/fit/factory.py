@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import ml_collections
+from chex import PRNGKey
 
 from mi import counting
 from mi.config import (
@@ -20,7 +21,7 @@ from mi.config import (
     number,
     tuple_of,
 )
-from mi.fit.problem import Problem
+from mi.fit.problem import Params, Problem
 from mi.precision import PRECISIONS
 from mi.training import optim, trackers
 
@@ -48,7 +49,7 @@ SEARCH: dict[str, Rule] = {
 }
 
 
-def problem_module(name: Any) -> types.ModuleType:
+def problem_module(module_name: Any) -> types.ModuleType:
     """Import the module of a problem, such as 'experiments.regression.problem'.
 
     Raises:
@@ -56,11 +57,11 @@ def problem_module(name: Any) -> types.ModuleType:
     """
     expected = "expected a module with SCHEMA and make, such as 'experiments.regression.problem'"
     try:
-        module = importlib.import_module(name)
+        module = importlib.import_module(module_name)
     except (ImportError, TypeError, ValueError) as error:
-        raise UserError(f'config.problem.name = {name!r}: {expected} ({error})') from error
+        raise UserError(f'config.problem.name = {module_name!r}: {expected} ({error})') from error
     if not (hasattr(module, 'SCHEMA') and hasattr(module, 'make')):
-        raise UserError(f'config.problem.name = {name!r}: {expected}')
+        raise UserError(f'config.problem.name = {module_name!r}: {expected}')
     return module
 
 
@@ -70,14 +71,15 @@ def validate(config: ml_collections.ConfigDict) -> None:
     Raises:
       UserError: naming the key, what was expected, and what to change.
     """
-    name = flatten(config.to_dict()).get('problem.name')
-    schema = SCHEMA | problem_module(name).SCHEMA
+    problem_name = flatten(config.to_dict()).get('problem.name')
+    schema = SCHEMA | problem_module(problem_name).SCHEMA
     check(config, schema | (SEARCH if config.task == 'search' else {}))
     optim.validate(config.optim, config.train.steps)
-    for key in ('eval_every', 'save_every'):
-        if config.train[key] % config.train.log_every:
+    for interval_key in ('eval_every', 'save_every'):
+        interval = config.train[interval_key]
+        if interval % config.train.log_every:
             raise UserError(
-                f'config.train.{key} = {config.train[key]}: expected a multiple of '
+                f'config.train.{interval_key} = {interval}: expected a multiple of '
                 f'config.train.log_every = {config.train.log_every}, the number of steps between '
                 f'records'
             )
@@ -101,9 +103,9 @@ def make_problem(config: ml_collections.ConfigDict) -> Problem:
       UserError: on an invalid config, or if no width comes near that number of parameters.
     """
     validate(config)
-    target = config.model.parameters
-    if target:
-        config = set_width(config, _nearest_width(config, 'config.model.parameters', target))
+    num_params = config.model.parameters
+    if num_params:
+        config = set_width(config, _nearest_width(config, 'config.model.parameters', num_params))
     return problem_module(config.problem.name).make(config)
 
 
@@ -113,29 +115,29 @@ def largest_width(config: ml_collections.ConfigDict) -> int:
     Raises:
       UserError: if the number of parameters does not grow with the width.
     """
-    limit = config.search.parameters
-    if _count_at_width(config, 1) > limit:
+    max_params = config.search.parameters
+    if _count_at_width(config, 1) > max_params:
         return 1
-    width = _nearest_width(config, 'config.search.parameters', limit)
-    return width if _count_at_width(config, width) <= limit else width - 1
+    width = _nearest_width(config, 'config.search.parameters', max_params)
+    return width if _count_at_width(config, width) <= max_params else width - 1
 
 
-def _nearest_width(config: ml_collections.ConfigDict, key: str, target: int) -> int:
-    """Return the width whose number of parameters is nearest to the target, the value of `key`."""
+def _nearest_width(config: ml_collections.ConfigDict, config_key: str, num_params: int) -> int:
+    """Return the width whose number of parameters is nearest to that of `config_key`."""
     try:
-        return counting.nearest_size(functools.partial(_count_at_width, config), target)
+        return counting.nearest_size(functools.partial(_count_at_width, config), num_params)
     except ValueError as error:
         smallest = _count_at_width(config, 1)
         if smallest == _count_at_width(config, 2):
             expected = 'a model that grows'
-            if key == 'config.model.parameters':
+            if config_key == 'config.model.parameters':
                 expected = f'0, or {expected}'
             raise UserError(
-                f'{key} = {target}: the model has {smallest:,} parameters at any width; expected '
-                f'{expected}, as with config.model.depth = 1'
+                f'{config_key} = {num_params}: the model has {smallest:,} parameters at any width; '
+                f'expected {expected}, as with config.model.depth = 1'
             ) from error
-        advice = 'Raise it, or use another fusion.' if smallest > target else 'Lower it.'
-        raise UserError(f'{key} = {target}: {error}. {advice}') from error
+        advice = 'Raise it, or use another fusion.' if smallest > num_params else 'Lower it.'
+        raise UserError(f'{config_key} = {num_params}: {error}. {advice}') from error
 
 
 def _count_at_width(config: ml_collections.ConfigDict, width: int) -> int:
@@ -144,8 +146,11 @@ def _count_at_width(config: ml_collections.ConfigDict, width: int) -> int:
 
 def count_parameters(problem: Problem) -> int:
     """Count the parameters of a problem's model."""
-    key = jax.random.key(0)
-    params = jax.eval_shape(lambda key: problem.init_params(key, problem.draw_world(key)), key)
+
+    def init_params(rng_key: PRNGKey) -> Params:
+        return problem.init_params(rng_key, problem.draw_world(rng_key))
+
+    params = jax.eval_shape(init_params, jax.random.key(0))
     return counting.parameters(problem.model_params(params))
 
 

@@ -20,7 +20,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     'relu': nn.relu,
     'softplus': nn.softplus,
     'tanh': nn.tanh,
-    'identity': lambda h: h,
+    'identity': lambda x: x,
 }
 
 SCHEMA: dict[str, Rule] = {
@@ -45,7 +45,7 @@ class FusedMLP(nn.Module):
       depth: d, the number of hidden layers.
       fusion: features → module (x, z) → y.
       site: 'first', 'last' or 'all': which of the d + 1 maps meet z.
-      activation: φ, a word of ACTIVATIONS.
+      activation: φ, a key of ACTIVATIONS.
     """
 
     features: int
@@ -57,56 +57,57 @@ class FusedMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array) -> Array:
-        fused = {'first': {0}, 'last': {self.depth}, 'all': set(range(self.depth + 1))}[self.site]
-        h = x
-        for i in range(self.depth + 1):
-            features = self.features if i == self.depth else self.width
-            if i in fused:
-                h = self.fusion(features, name=f'fusion_{i}')(h, z)
+        layers = range(self.depth + 1)
+        fused_layers = {'first': {0}, 'last': {self.depth}, 'all': {*layers}}[self.site]
+        hidden = x
+        for layer in layers:
+            features = self.features if layer == self.depth else self.width
+            if layer in fused_layers:
+                hidden = self.fusion(features, name=f'fusion_{layer}')(hidden, z)
             else:
-                h = nn.Dense(features, name=f'affine_{i}')(h)
-            if i < self.depth:
-                h = ACTIVATIONS[self.activation](h)
-        return h
+                hidden = nn.Dense(features, name=f'affine_{layer}')(hidden)
+            if layer < self.depth:
+                hidden = ACTIVATIONS[self.activation](hidden)
+        return hidden
 
 
 def make(model: ml_collections.ConfigDict, features: int, context: Context) -> FusedMLP:
     """Build the network of a config's section `model`; rank and hidden size 0 mean the width."""
-    word = model.fusion
-    fuse = fusion.get(
-        word.name,
-        get_options(word, 'options'),
-        rank=word.rank or model.width,
-        hidden=word.hidden or model.width,
+    rank, hidden = (size or model.width for size in (model.fusion.rank, model.fusion.hidden))
+    options = get_options(model.fusion, 'options')
+    make_fusion = fusion.get(model.fusion.name, options, rank=rank, hidden=hidden)
+
+    def make_fused_layer(features: int, name: str) -> nn.Module:
+        return make_fusion(features, context=context, name=name)
+
+    return FusedMLP(
+        features, model.width, model.depth, make_fused_layer, model.site, model.activation
     )
-
-    def fused(features: int, name: str) -> nn.Module:
-        return fuse(features, context=context, name=name)
-
-    return FusedMLP(features, model.width, model.depth, fused, model.site, model.activation)
 
 
 def costs(
-    model: nn.Module, *inputs: jax.ShapeDtypeStruct, part: str = r'fusion.*'
+    model: nn.Module, *inputs: jax.ShapeDtypeStruct, fusion_pattern: str = r'fusion.*'
 ) -> dict[str, dict[str, int]]:
     """Count parameters and FLOPs per example of a network and of its fusions.
 
     Args:
       inputs: the shapes of one example.
-      part: the names of the modules that count as fusions, a regular expression.
+      fusion_pattern: the names of the modules that count as fusions, a regular expression.
     """
     variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-    fused = list(counting.modules(model, part, variables, *inputs))
+    fusion_modules = list(counting.modules(model, fusion_pattern, variables, *inputs))
     return {
         'parameters': {
             'model': counting.parameters(variables),
-            'fusion': sum(counting.parameters(part_variables) for _, part_variables, _ in fused),
+            'fusion': sum(
+                counting.parameters(module_variables) for _, module_variables, _ in fusion_modules
+            ),
         },
         'flops_per_example': {
             'model': counting.flops(model.apply, variables, *inputs),
             'fusion': sum(
-                counting.flops(part.apply, part_variables, *shapes)
-                for part, part_variables, shapes in fused
+                counting.flops(module.apply, module_variables, *input_shapes)
+                for module, module_variables, input_shapes in fusion_modules
             ),
         },
     }

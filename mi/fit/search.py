@@ -13,7 +13,6 @@ import functools
 import json
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import ml_collections
 import numpy as np
@@ -33,48 +32,49 @@ Bracket = tuple[int, int]  # places in the grid: a width that fails, and one tha
 Probes = dict[int, list[logger.Record]]  # place in the grid → a record of each seed
 
 
-def make_grid(largest: int, per_octave: int) -> list[int]:
-    """Return the integers 2^(i / per_octave), i = 0, 1, …, up to `largest`, and `largest`."""
-    sizes = {1, largest}
+def make_grid(max_width: int, per_octave: int) -> list[int]:
+    """Return the integers 2^(i / per_octave), i = 0, 1, …, up to `max_width`, and `max_width`."""
+    widths = {1, max_width}
     i = 0
-    while (size := round(2 ** (i / per_octave))) <= largest:
-        sizes.add(size)
+    while (width := round(2 ** (i / per_octave))) <= max_width:
+        widths.add(width)
         i += 1
-    return sorted(sizes)
+    return sorted(widths)
 
 
-def find_brackets(reached: dict[int, list[bool]], seeds: int, sizes: int) -> list[Bracket]:
-    """Return (low, high] for each seed, which contains its smallest place in the grid.
+def find_brackets(reached: dict[int, list[bool]], num_seeds: int, num_places: int) -> list[Bracket]:
+    """Return (lower, upper] for each seed, which contains its smallest place in the grid.
 
     Args:
       reached: place → whether each seed reached the target there.
-      seeds: number of seeds.
-      sizes: number of places; `high` is `sizes` if no place is known to reach the target.
+      num_seeds: number of seeds.
+      num_places: number of places; the upper end if no place is known to reach the target.
     """
     brackets = []
-    for seed in range(seeds):
-        high = min((p for p, hits in reached.items() if hits[seed]), default=sizes)
-        misses = (p for p, hits in reached.items() if p < high and not hits[seed])
-        brackets.append((max(misses, default=-1), high))
+    for seed in range(num_seeds):
+        hits = [place for place, is_reached in reached.items() if is_reached[seed]]
+        upper_place = min(hits, default=num_places)
+        misses = [place for place in reached if place < upper_place and place not in hits]
+        brackets.append((max(misses, default=-1), upper_place))
     return brackets
 
 
-def next_place(brackets: list[Bracket], sizes: int, guess: int, octave: int) -> int | None:
+def next_place(brackets: list[Bracket], num_places: int, guess: int, octave: int) -> int | None:
     """Return the place to try next; None when every bracket is closed.
 
     The first is the guess. From there the search goes up or down in octaves, as a width that is too
     large costs most, and then to the middle of the widest bracket once that has two ends.
     """
-    low, high = max(brackets, key=lambda bracket: bracket[1] - bracket[0])
-    if high - low <= 1:
+    lower_place, upper_place = max(brackets, key=lambda bracket: bracket[1] - bracket[0])
+    if upper_place - lower_place <= 1:
         return None
-    if low < 0 and high == sizes:
-        return min(guess, sizes - 1)
-    if high == sizes:
-        return min(low + octave, sizes - 1)
-    if low < 0:
-        return max(high - octave, 0)
-    return (low + high) // 2
+    if lower_place < 0 and upper_place == num_places:
+        return min(guess, num_places - 1)
+    if upper_place == num_places:
+        return min(lower_place + octave, num_places - 1)
+    if lower_place < 0:
+        return max(upper_place - octave, 0)
+    return (lower_place + upper_place) // 2
 
 
 def fit_exponent(values: Sequence[float], parameters: Sequence[float]) -> float | None:
@@ -94,17 +94,17 @@ def search(config: ml_collections.ConfigDict, workdir: str) -> None:
     """
     factory.validate(config)
     grids = {}
-    for value in config.search.at:
-        with progress.Work(f'sizing the networks of {config.search.over} {value}'):
-            largest = factory.largest_width(_set_value(config, value))
-        grids[value] = make_grid(largest, config.search.per_octave)
+    for config_value in config.search.at:
+        with progress.Work(f'sizing the networks of {config.search.over} {config_value}'):
+            max_width = factory.largest_width(_set_value(config, config_value))
+        grids[config_value] = make_grid(max_width, config.search.per_octave)
     with run_dir.open_run(workdir, config) as run:
         _Search(config, grids, run).run()
 
 
-def _set_value(config: ml_collections.ConfigDict, value: int) -> ml_collections.ConfigDict:
+def _set_value(config: ml_collections.ConfigDict, config_value: int) -> ml_collections.ConfigDict:
     config = config.copy_and_resolve_references()
-    config.update_from_flattened_dict({config.search.over: value})
+    config.update_from_flattened_dict({config.search.over: config_value})
     return config
 
 
@@ -116,94 +116,101 @@ class _Search:
     ):
         self._config, self._grids, self._run = config, grids, run
         self._probes: dict[int, Probes] = {}  # by value
-        file = run.path / 'probes.json'
-        if file.exists():
+        probes_file = run.path / 'probes.json'
+        if probes_file.exists():
             self._probes = {
-                int(value): {int(place): records for place, records in probes.items()}
-                for value, probes in json.loads(file.read_text()).items()
+                int(config_value): {int(place): records for place, records in probes.items()}
+                for config_value, probes in json.loads(probes_file.read_text()).items()
             }
 
     def run(self) -> None:
         """Search at every value, then write the summary of each seed."""
         config, run = self._config, self._run
         run.write('cost.json', {'steps': len(self._grids)})
-        smallest: dict[int, list[logger.Record | None]] = {}  # by value, of each seed
-        highest: list[int] = []  # for each value, the place where all seeds reach the target
+        smallest_records: dict[int, list[logger.Record | None]] = {}  # by value, of each seed
+        highest_places: list[int] = []  # for each value, the place where all seeds reach the target
         with run.open_logger(len(self._grids), 0) as log:
-            for step, (value, sizes) in enumerate(self._grids.items()):
-                brackets = self._search_value(log, step, value, _guess(highest))
-                probes = self._probes[value]
-                smallest[value] = [
-                    probes[high][seed] if high < len(sizes) else None
-                    for seed, (_, high) in enumerate(brackets)
+            for step, (config_value, widths) in enumerate(self._grids.items()):
+                brackets = self._search_value(log, step, config_value, _guess(highest_places))
+                probes = self._probes[config_value]
+                smallest_records[config_value] = [
+                    probes[upper_place][seed] if upper_place < len(widths) else None
+                    for seed, (_, upper_place) in enumerate(brackets)
                 ]
-                highest.append(max(high for _, high in brackets))
+                highest_places.append(max(upper_place for _, upper_place in brackets))
                 run.step = step + 1
             fitted = [
-                value
-                for value, records in smallest.items()
-                if value >= config.search.fit_from and all(records)
+                config_value
+                for config_value, records in smallest_records.items()
+                if config_value >= config.search.fit_from and all(records)
             ]
-            for i, seed in enumerate(config.seeds):
-                records = {v: record for v, r in smallest.items() if (record := r[i]) is not None}
-                log.write(run.step, seed, 'eval', _summarize(records, fitted))
+            for seed_index, seed in enumerate(config.seeds):
+                seed_records = {
+                    config_value: record
+                    for config_value, records in smallest_records.items()
+                    if (record := records[seed_index]) is not None
+                }
+                log.write(run.step, seed, 'eval', _summarize(seed_records, fitted))
 
     def _search_value(
-        self, log: logger.RunLogger, step: int, value: int, guess: int
+        self, log: logger.RunLogger, step: int, config_value: int, guess: int
     ) -> list[Bracket]:
         """Train at one width after the other until the bracket of every seed is closed."""
-        config, run, sizes = self._config, self._run, self._grids[value]
-        probes = self._probes.setdefault(value, {})
+        config, run, widths = self._config, self._run, self._grids[config_value]
+        probes = self._probes.setdefault(config_value, {})
         seconds = 0.0  # sum over all probes of the value; the last record of a step is what counts
         for records in probes.values():
-            _write_probe(log, step, config.seeds, value, records)
+            _write_probe(log, step, config.seeds, config_value, records)
         while True:
-            brackets = _brackets_of_probes(config, probes, len(sizes))
-            place = next_place(brackets, len(sizes), guess, config.search.per_octave)
+            brackets = _brackets_of_probes(config, probes, len(widths))
+            place = next_place(brackets, len(widths), guess, config.search.per_octave)
             if place is None:
                 return brackets
 
             # Train all seeds at this width.
             start_time = time.perf_counter()
-            title = f'{config.search.over} {value}, width {sizes[place]}'
-            with progress.Work(f'training {title}'):
-                records = probe(_set_value(config, value), sizes[place])
+            probe_title = f'{config.search.over} {config_value}, width {widths[place]}'
+            with progress.Work(f'training {probe_title}'):
+                records = probe(_set_value(config, config_value), widths[place])
 
             # Save the probe before its record is written, so that a resume writes it again.
             probes[place] = records
-            run.write('probes.json', {str(v): saved for v, saved in self._probes.items()})
-            _write_probe(log, step, config.seeds, value, records)
+            run.write('probes.json', {str(key): saved for key, saved in self._probes.items()})
+            _write_probe(log, step, config.seeds, config_value, records)
             seconds += time.perf_counter() - start_time
             log.write_timing(step, {'seconds': seconds})
-            errors = sorted(record['mse'] for record in records)
-            log.show_progress(step, f'{title}: mse {errors[0]:.4g} … {errors[-1]:.4g}', '')
+            seed_errors = sorted(record['mse'] for record in records)
+            error_range = f'{seed_errors[0]:.4g} … {seed_errors[-1]:.4g}'
+            log.show_progress(step, f'{probe_title}: mse {error_range}', '')
             if run.should_stop(recorded=True):
                 run.exit_preempted()
 
 
-def _guess(highest: list[int]) -> int:
+def _guess(highest_places: list[int]) -> int:
     """Guess a place: as far above that of the last value as that was above its predecessor."""
-    if len(highest) < 2:
-        return highest[-1] if highest else 0
-    return max(0, 2 * highest[-1] - highest[-2])
+    if len(highest_places) < 2:
+        return highest_places[-1] if highest_places else 0
+    return max(0, 2 * highest_places[-1] - highest_places[-2])
 
 
 def _brackets_of_probes(
-    config: ml_collections.ConfigDict, probes: Probes, sizes: int
+    config: ml_collections.ConfigDict, probes: Probes, num_places: int
 ) -> list[Bracket]:
     reached = {
         place: [record['mse'] <= config.search.target for record in records]
         for place, records in probes.items()
     }
-    return find_brackets(reached, len(config.seeds), sizes)
+    return find_brackets(reached, len(config.seeds), num_places)
 
 
 def _summarize(records: dict[int, logger.Record], fitted: list[int]) -> logger.Record:
     """Summarize one seed: its smallest network at each value, and the law of those `fitted`."""
-    law = fit_exponent(fitted, [records[value]['parameters'] for value in fitted])
-    summary: logger.Record = {'exponent': law}
-    for name in ('parameters', 'width', 'mse', 'learning_rate'):
-        summary |= {f'{name}/{value}': record[name] for value, record in records.items()}
+    exponent = fit_exponent(fitted, [records[value]['parameters'] for value in fitted])
+    summary: logger.Record = {'exponent': exponent}
+    for field_name in ('parameters', 'width', 'mse', 'learning_rate'):
+        summary |= {
+            f'{field_name}/{value}': record[field_name] for value, record in records.items()
+        }
     return summary
 
 
@@ -218,54 +225,63 @@ def probe(config: ml_collections.ConfigDict, width: int) -> list[logger.Record]:
     An error that is not finite, of a learning rate that is too high, counts as infinite.
     """
     problem = factory.make_problem(factory.set_width(config, width))
-    total, eval_every = config.train.steps, config.train.eval_every
-    optimizer = optim.make_optimizer(config.optim, total)
-    rates = np.asarray(config.search.rates, np.float32)
-    grid_shape = len(config.seeds), len(rates)
-    pairs = len(config.seeds) * len(rates)
+    num_steps, eval_every = config.train.steps, config.train.eval_every
+    optimizer = optim.make_optimizer(config.optim, num_steps)
+    learning_rates = np.asarray(config.search.rates, np.float32)
+    grid_shape = len(config.seeds), len(learning_rates)
+    num_pairs = len(config.seeds) * len(learning_rates)
 
     # Every seed with every rate, [pairs], placed over the devices.
-    mesh = placement.seed_mesh(pairs)
-    seeds, scales = placement.shard_seeds(
+    mesh = placement.seed_mesh(num_pairs)
+    seeds, update_scales = placement.shard_seeds(
         (
-            np.repeat(np.asarray(config.seeds, np.int32), len(rates)),
-            np.tile(rates / config.optim.learning_rate, len(config.seeds)),
+            np.repeat(np.asarray(config.seeds, np.int32), len(learning_rates)),
+            np.tile(learning_rates / config.optim.learning_rate, len(config.seeds)),
         ),
         mesh,
     )
-    init = functools.partial(train.init_train_state, problem, optimizer)
-    state = sharding.jit_once(placement.shard_map_seeds(init, mesh), seeds)
+    init_pair = functools.partial(train.init_train_state, problem, optimizer)
+    train_state = sharding.jit_once(placement.shard_map_seeds(init_pair, mesh), seeds)
 
     def advance(
-        state: train.TrainState, seed: Array, scale: Array
+        train_state: train.TrainState, seed: Array, update_scale: Array
     ) -> tuple[train.TrainState, Array]:
-        state, _ = train.train_steps(problem, optimizer, eval_every, state, seed, scale)
-        return state, train.evaluate(problem, state.params, seed)['eval']['mse']
+        train_state, _ = train.train_steps(
+            problem, optimizer, eval_every, train_state, seed, update_scale
+        )
+        return train_state, train.evaluate(problem, train_state.params, seed)['eval']['mse']
 
-    program = placement.shard_map_seeds(advance, mesh)
-    compiled = sharding.compile_fast(program, state, seeds, scales, level=1, donate_argnums=0)
+    sharded_advance = placement.shard_map_seeds(advance, mesh)
+    compiled = sharding.compile_fast(
+        sharded_advance, train_state, seeds, update_scales, level=1, donate_argnums=0
+    )
 
     # The lowest error of each pair at any evaluation so far.
-    errors = np.full(grid_shape, np.finfo(np.float64).max)
-    for _ in range(total // eval_every):
-        state, latest = compiled(state, seeds, scales)
-        latest = placement.gather_seeds(latest, pairs).reshape(grid_shape)
-        errors = np.fmin(errors, np.where(np.isfinite(latest), latest, np.inf))
-        if (errors.min(1) <= config.search.target).all():
+    lowest_errors = np.full(grid_shape, np.finfo(np.float64).max)
+    for _ in range(num_steps // eval_every):
+        train_state, latest_errors = compiled(train_state, seeds, update_scales)
+        latest_errors = placement.gather_seeds(latest_errors, num_pairs).reshape(grid_shape)
+        latest_errors = np.where(np.isfinite(latest_errors), latest_errors, np.inf)
+        lowest_errors = np.fmin(lowest_errors, latest_errors)
+        if (lowest_errors.min(1) <= config.search.target).all():
             break
     return [
         {
             'width': width,
             'parameters': factory.count_parameters(problem),
             'mse': float(np.min(seed_errors)),
-            'learning_rate': float(rates[np.argmin(seed_errors)]),
+            'learning_rate': float(learning_rates[np.argmin(seed_errors)]),
         }
-        for seed_errors in errors
+        for seed_errors in lowest_errors
     ]
 
 
 def _write_probe(
-    log: logger.RunLogger, step: int, seeds: Sequence[int], value: Any, records: list[logger.Record]
+    log: logger.RunLogger,
+    step: int,
+    seeds: Sequence[int],
+    config_value: int,
+    records: list[logger.Record],
 ) -> None:
     for seed, record in zip(seeds, records, strict=True):
-        log.write(step, seed, 'probe', {'value': value, **record})
+        log.write(step, seed, 'probe', {'value': config_value, **record})

@@ -9,7 +9,7 @@ import functools
 import math
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from mi.fit import factory
-from mi.fit.problem import Metrics, Problem
+from mi.fit.problem import Metrics, Params, Problem
 from mi.training import (
     checkpoint,
     logger,
@@ -35,7 +35,7 @@ from mi.training import (
 class TrainState(NamedTuple):
     """The state of one seed; in a run every array has a leading axis of seeds."""
 
-    params: Any
+    params: Params
     opt_state: optax.OptState
     step: Array
 
@@ -58,74 +58,74 @@ def init_train_state(
 def train_steps(
     problem: Problem,
     optimizer: optax.GradientTransformation,
-    count: int,
-    state: TrainState,
+    num_steps: int,
+    train_state: TrainState,
     seed: Array,
-    rate: Array | float = 1.0,
+    update_scale: Array | float = 1.0,
 ) -> tuple[TrainState, Metrics]:
-    """Take `count` steps of one seed and average their metrics; `rate` scales the updates."""
+    """Take steps of one seed and average their metrics; `update_scale` multiplies the updates."""
     world_key, _, batch_key, _ = split_keys(seed)
     world = problem.draw_world(world_key)
 
-    def step(state: TrainState, _: None) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(batch_key, state.step)
+    def step(train_state: TrainState, _: None) -> tuple[TrainState, Metrics]:
+        step_key = jax.random.fold_in(batch_key, train_state.step)
         (loss, metrics), gradients = jax.value_and_grad(problem.loss, has_aux=True)(
-            state.params, world, key
+            train_state.params, world, step_key
         )
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        updates = jax.tree.map(lambda u: rate * u, updates)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state, state.step + 1), {'loss': loss, **metrics}
+        updates, opt_state = optimizer.update(gradients, train_state.opt_state, train_state.params)
+        updates = jax.tree.map(lambda u: update_scale * u, updates)
+        params = optax.apply_updates(train_state.params, updates)
+        return TrainState(params, opt_state, train_state.step + 1), {'loss': loss, **metrics}
 
-    state, metrics = jax.lax.scan(step, state, None, count)
-    return state, {name: values.mean() for name, values in metrics.items()}
+    train_state, metrics = jax.lax.scan(step, train_state, None, num_steps)
+    return train_state, {name: values.mean() for name, values in metrics.items()}
 
 
-def evaluate(problem: Problem, params: Any, seed: Array) -> dict[str, Metrics]:
+def evaluate(problem: Problem, params: Params, seed: Array) -> dict[str, Metrics]:
     """Return the metrics of one seed, by split."""
-    world_key, _, _, key = split_keys(seed)
+    world_key, _, _, eval_key = split_keys(seed)
     world = problem.draw_world(world_key)
-    return problem.evaluate(params, world, key)
+    return problem.evaluate(params, world, eval_key)
 
 
 def shapes(
-    problem: Problem, optimizer: optax.GradientTransformation, count: int, mesh: Mesh
+    problem: Problem, optimizer: optax.GradientTransformation, num_seeds: int, mesh: Mesh
 ) -> tuple[TrainState, Array]:
-    """Return the shapes of the state and the numbers of `count` seeds, placed on a mesh.
+    """Return the shapes of the state and the numbers of `num_seeds` seeds, placed on a mesh.
 
     Args:
       problem, optimizer: the problem to train on, and its optimizer.
-      count: S.
+      num_seeds: S.
       mesh: mesh from `placement.seed_mesh`.
     """
-    seeds = jax.ShapeDtypeStruct(placement.padded_indices(count, mesh).shape, jnp.int32)
-    init = functools.partial(init_train_state, problem, optimizer)
+    seed_shapes = jax.ShapeDtypeStruct(placement.padded_indices(num_seeds, mesh).shape, jnp.int32)
+    init_seed = functools.partial(init_train_state, problem, optimizer)
     return jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding.seed_sharding(mesh)),
-        (jax.eval_shape(jax.vmap(init), seeds), seeds),
+        (jax.eval_shape(jax.vmap(init_seed), seed_shapes), seed_shapes),
     )
 
 
 def compile_steps(
     problem: Problem,
     optimizer: optax.GradientTransformation,
-    count: int,
-    state: TrainState,
+    num_steps: int,
+    train_state: TrainState,
     seeds: Array,
     mesh: Mesh,
 ) -> jax.stages.Compiled:
-    """Compile `count` steps of all seeds: (state, seeds) → (state, metrics), [S, …] each.
+    """Compile `num_steps` steps of all seeds: (state, seeds) → (state, metrics), [S, …] each.
 
     Args:
       problem, optimizer: the problem to train on, and its optimizer.
-      count: steps.
-      state, seeds: placed on the mesh, or their `shapes`.
+      num_steps: steps of one call.
+      train_state, seeds: placed on the mesh, or their `shapes`.
       mesh: mesh from `placement.seed_mesh`.
     """
     program = placement.shard_map_seeds(
-        functools.partial(train_steps, problem, optimizer, count), mesh
+        functools.partial(train_steps, problem, optimizer, num_steps), mesh
     )
-    return jax.jit(program, donate_argnums=0).lower(state, seeds).compile()
+    return jax.jit(program, donate_argnums=0).lower(train_state, seeds).compile()
 
 
 def train(
@@ -138,64 +138,83 @@ def train(
 
 
 def _train(config: ml_collections.ConfigDict, problem: Problem, run: run_dir.Run) -> None:
-    total, count_seeds = config.train.steps, len(config.seeds)
-    optimizer = optim.make_optimizer(config.optim, total)
-    run.write('cost.json', {'steps': total, **problem.costs()})
+    num_steps, num_seeds = config.train.steps, len(config.seeds)
+    optimizer = optim.make_optimizer(config.optim, num_steps)
+    run.write('cost.json', {'steps': num_steps, **problem.costs()})
 
-    # The state of all seeds: that of a checkpoint, or drawn where the seeds are placed.
-    mesh = placement.seed_mesh(count_seeds)
+    # Place the seeds over the devices, and restore or draw their state.
+    mesh = placement.seed_mesh(num_seeds)
     seeds = placement.shard_seeds(np.asarray(config.seeds, np.int32), mesh)
-    shape_tree, _ = shapes(problem, optimizer, count_seeds, mesh)
     checkpoints = checkpoint.Checkpoints(run.path / 'checkpoints', config.train.keep)
-    restored = checkpoints.restore(placement.gathered_shapes(shape_tree, count_seeds))
-    meta: dict[str, Any] = {'step': 0, 'metrics': 0}
-    if restored is not None:
-        host_state, meta = restored
-        state = placement.shard_seeds(host_state, mesh)
-    else:
-        with progress.Work('drawing the initial parameters'):
-            init = functools.partial(init_train_state, problem, optimizer)
-            state = sharding.jit_once(placement.shard_map_seeds(init, mesh), seeds)
+    train_state, meta = _restore_or_init(problem, optimizer, checkpoints, seeds, num_seeds, mesh)
     run.step = meta['step']
 
-    measure = jax.jit(placement.shard_map_seeds(functools.partial(evaluate, problem), mesh))
-    compiled: dict[int, jax.stages.Compiled] = {}
-    with run.open_logger(total, meta['metrics']) as log:
-        while run.step < total:
-            count = min(config.train.log_every, total - run.step)
-            if count not in compiled:
-                with progress.Work(f'compiling {count:,} training steps'):
-                    compiled[count] = compile_steps(problem, optimizer, count, state, seeds, mesh)
+    evaluate_seeds = jax.jit(placement.shard_map_seeds(functools.partial(evaluate, problem), mesh))
+    compiled_steps: dict[int, jax.stages.Compiled] = {}
+    with run.open_logger(num_steps, meta['metrics']) as log:
+        while run.step < num_steps:
+            record_steps = min(config.train.log_every, num_steps - run.step)
+            if record_steps not in compiled_steps:
+                with progress.Work(f'compiling {record_steps:,} training steps'):
+                    compiled_steps[record_steps] = compile_steps(
+                        problem, optimizer, record_steps, train_state, seeds, mesh
+                    )
 
             # The steps of one record, and the record.
             start_time = time.perf_counter()
-            with progress.Work(f'training steps {run.step + 1:,} to {run.step + count:,}'):
-                state, metrics = run.call_traced(count, compiled[count], state, seeds)
-                metrics = placement.gather_seeds(metrics, count_seeds)
+            with progress.Work(f'training steps {run.step + 1:,} to {run.step + record_steps:,}'):
+                update = compiled_steps[record_steps]
+                train_state, metrics = run.call_traced(record_steps, update, train_state, seeds)
+                metrics = placement.gather_seeds(metrics, num_seeds)
             seconds = time.perf_counter() - start_time
-            run.step += count
+            run.step += record_steps
             step = run.step
             logger.refuse_non_finite(config.seeds, step, metrics)
             write_records(log, step, config.seeds, {'train': metrics})
-            rate = count * problem.examples * count_seeds / seconds
-            log.write_timing(step, {'seconds': seconds, 'examples_per_second': rate})
-            log.show_progress(step, f'loss {metrics["loss"].mean():.4g}', f'{rate:,.0f} examples/s')
+            speed = record_steps * problem.examples * num_seeds / seconds
+            log.write_timing(step, {'seconds': seconds, 'examples_per_second': speed})
+            mean_loss = metrics['loss'].mean()
+            log.show_progress(step, f'loss {mean_loss:.4g}', f'{speed:,.0f} examples/s')
 
             # What is due at this step: evaluation, artefacts, checkpoint.
-            if step % config.train.eval_every == 0 or step == total:
+            if step % config.train.eval_every == 0 or step == num_steps:
                 with progress.Work('evaluating'):
-                    scores = placement.gather_seeds(measure(state.params, seeds), count_seeds)
-                write_records(log, step, config.seeds, scores)
-            if step == total:
-                _write_artifacts(problem, run, state, seeds, mesh)
-            stops = run.should_stop(recorded=True)
-            if step % config.train.save_every == 0 or step == total or stops:
-                parts = {'parameters': state.params, 'moments of the optimizer': state.opt_state}
-                logger.refuse_broken_state(config.seeds, step, parts)
-                host_state = placement.gather_seeds(state, count_seeds)
+                    eval_metrics = evaluate_seeds(train_state.params, seeds)
+                    eval_metrics = placement.gather_seeds(eval_metrics, num_seeds)
+                write_records(log, step, config.seeds, eval_metrics)
+            if step == num_steps:
+                _write_artifacts(problem, run, train_state, seeds, mesh)
+            should_stop = run.should_stop(recorded=True)
+            if step % config.train.save_every == 0 or step == num_steps or should_stop:
+                state_parts = {
+                    'parameters': train_state.params,
+                    'moments of the optimizer': train_state.opt_state,
+                }
+                logger.refuse_broken_state(config.seeds, step, state_parts)
+                host_state = placement.gather_seeds(train_state, num_seeds)
                 checkpoints.save(step, host_state, {'metrics': log.position()})
-                if stops and step < total:
+                if should_stop and step < num_steps:
                     run.exit_preempted()
+
+
+def _restore_or_init(
+    problem: Problem,
+    optimizer: optax.GradientTransformation,
+    checkpoints: checkpoint.Checkpoints,
+    seeds: Array,
+    num_seeds: int,
+    mesh: Mesh,
+) -> tuple[TrainState, checkpoint.Meta]:
+    """Return the state of all seeds and its meta, of a checkpoint or drawn on their devices."""
+    state_shapes, _ = shapes(problem, optimizer, num_seeds, mesh)
+    restored = checkpoints.restore(placement.gathered_shapes(state_shapes, num_seeds))
+    if restored is not None:
+        host_state, meta = restored
+        return placement.shard_seeds(host_state, mesh), meta
+    with progress.Work('drawing the initial parameters'):
+        init_seed = functools.partial(init_train_state, problem, optimizer)
+        train_state = sharding.jit_once(placement.shard_map_seeds(init_seed, mesh), seeds)
+    return train_state, {'step': 0, 'metrics': 0}
 
 
 def write_records(
@@ -206,21 +225,24 @@ def write_records(
 ) -> None:
     """Write a record for each seed and split, of metrics [S]; None for what is not finite."""
     for split, split_metrics in metrics.items():
-        for i, seed in enumerate(seeds):
-            values = {name: float(value[i]) for name, value in split_metrics.items()}
-            finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
-            log.write(step, seed, split, finite)
+        for seed_index, seed in enumerate(seeds):
+            seed_metrics = {name: float(array[seed_index]) for name, array in split_metrics.items()}
+            finite_metrics = {
+                name: metric if math.isfinite(metric) else None
+                for name, metric in seed_metrics.items()
+            }
+            log.write(step, seed, split, finite_metrics)
 
 
 def _write_artifacts(
-    problem: Problem, run: run_dir.Run, state: TrainState, seeds: Array, mesh: Mesh
+    problem: Problem, run: run_dir.Run, train_state: TrainState, seeds: Array, mesh: Mesh
 ) -> None:
     """Write the problem's artefacts, [S, …] each, to artefacts.npz."""
 
-    def draw_one(params: Any, seed: Array) -> Metrics:
-        world_key, _, _, key = split_keys(seed)
-        return problem.artifacts(params, problem.draw_world(world_key), key)
+    def draw_one(params: Params, seed: Array) -> Metrics:
+        world_key, _, _, eval_key = split_keys(seed)
+        return problem.artifacts(params, problem.draw_world(world_key), eval_key)
 
-    arrays = jax.jit(placement.shard_map_seeds(draw_one, mesh))(state.params, seeds)
+    arrays = jax.jit(placement.shard_map_seeds(draw_one, mesh))(train_state.params, seeds)
     if arrays:
         run.write_arrays('artefacts.npz', placement.gather_seeds(arrays, len(run.config.seeds)))

@@ -1,7 +1,6 @@
 """Learn a new task from a few of its examples."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import optax
@@ -29,8 +28,10 @@ def fit(
     """
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
 
-    def step(state: tuple[Params, optax.OptState], _: None) -> tuple[Any, None]:
-        params, opt_state = state
+    def step(
+        carry: tuple[Params, optax.OptState], _: None
+    ) -> tuple[tuple[Params, optax.OptState], None]:
+        params, opt_state = carry
         updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), None
 
