@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from benchmarks.layer_sides import Side, jax_sides, torch_sides
+from benchmarks.layer_sides import Arrays, Side, Tensor, jax_sides, torch_sides
 from benchmarks.regimes import REGIMES, Regime, random_regimes, relative_error
 from mi.kernels import bilinear as kernels
 from mi.training import host
@@ -46,14 +46,14 @@ JSON = flags.DEFINE_string('json', None, 'JSON file to write the figures to.')
 PEAK_SIZE = 2048
 SLOW = 5.0  # seconds: one round is enough for a side that takes longer
 
-Call = Callable[[], Any]  # waits for its result
+Call = Callable[[], object]  # waits for its result
 SidePhase = tuple[str, str]  # and phase is f or fb
+Facts = dict[str, dict[str, float]]  # side → compile time and error
+Figure = dict[str, Any]  # a row of a table, for the JSON file
 
 
-def prepare(
-    library: str, regime: Regime
-) -> tuple[dict[SidePhase, Call], dict[str, dict[str, float]]]:
-    """Return a call per side and phase, and facts by side: compile time and error."""
+def prepare(library: str, regime: Regime) -> tuple[dict[SidePhase, Call], Facts]:
+    """Return a call per side and phase, and facts by side."""
     arrays = regime.draw_arrays()
     if library == 'torch':
         return _prepare_torch(regime, arrays), {}
@@ -64,49 +64,64 @@ def _prepare_torch(regime: Regime, arrays: Mapping[str, np.ndarray]) -> dict[Sid
     import torch
 
     calls: dict[SidePhase, Call] = {}
-    a = {name: torch.from_numpy(value) for name, value in arrays.items()}
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     if regime.form == 'ids':
-        a['z'] = a['z'].long()
-    dy = a.pop('dy')
-    differentiable = [t.requires_grad_() for t in a.values() if t.is_floating_point()]
-    for side, f in torch_sides(regime).items():
+        tensors['z'] = tensors['z'].long()
+    output_grad = tensors.pop('dy')
+    differentiable = [
+        tensor.requires_grad_() for tensor in tensors.values() if tensor.is_floating_point()
+    ]
 
-        def forward(f: Side = f) -> Any:
-            with torch.no_grad():
-                return f(a)
+    def forward(layer: Side) -> object:
+        with torch.no_grad():
+            return layer(tensors)
 
-        calls[side, 'f'] = forward
-        calls[side, 'fb'] = lambda f=f: torch.autograd.grad(f(a), differentiable, dy)
+    def forward_and_gradient(layer: Side) -> object:
+        return torch.autograd.grad(layer(tensors), differentiable, output_grad)
+
+    for side, layer in torch_sides(regime).items():
+        calls[side, 'f'] = functools.partial(forward, layer)
+        calls[side, 'fb'] = functools.partial(forward_and_gradient, layer)
     return calls
 
 
 def _prepare_jax(
     regime: Regime, arrays: Mapping[str, np.ndarray]
-) -> tuple[dict[SidePhase, Call], dict[str, dict[str, float]]]:
+) -> tuple[dict[SidePhase, Call], Facts]:
     calls: dict[SidePhase, Call] = {}
-    facts: dict[str, dict[str, float]] = {}
-    values = {name: jnp.asarray(value) for name, value in arrays.items()}
-    dy = values.pop('dy')
-    ids = {'z': values.pop('z')} if regime.form == 'ids' else {}
-    for side, f in jax_sides(regime).items():
+    facts: Facts = {}
+    inputs = {name: jnp.asarray(array) for name, array in arrays.items()}
+    output_grad = inputs.pop('dy')
+    ids = {'z': inputs.pop('z')} if regime.form == 'ids' else {}
 
-        def gradient(values: Any, ids: Any, dy: Any, f: Side = f) -> Any:
-            y, vjp = jax.vjp(lambda values: f(values | ids), values)
-            return y, vjp(dy)
+    def forward(layer: Side, inputs: Arrays, ids: Arrays) -> Tensor:
+        return layer(inputs | ids)
 
+    def forward_and_gradient(
+        layer: Side, inputs: Arrays, ids: Arrays, output_grad: Tensor
+    ) -> tuple[Tensor, Arrays]:
+        output, pull_back = jax.vjp(lambda inputs: layer(inputs | ids), inputs)
+        return output, pull_back(output_grad)
+
+    for side, layer in jax_sides(regime).items():
         # Compile the forward pass, alone and with the gradients.
-        start = time.perf_counter()
-        forward = jax.jit(lambda values, ids, f=f: f(values | ids)).lower(values, ids).compile()
-        backward = jax.jit(gradient).lower(values, ids, dy).compile()
-        facts[side] = {'compile': time.perf_counter() - start}
+        start_time = time.perf_counter()
+        lowered = jax.jit(functools.partial(forward, layer)).lower(inputs, ids)
+        calls[side, 'f'] = functools.partial(_call_and_wait, lowered.compile(), inputs, ids)
+        arguments = inputs, ids, output_grad
+        lowered = jax.jit(functools.partial(forward_and_gradient, layer)).lower(*arguments)
+        calls[side, 'fb'] = functools.partial(_call_and_wait, lowered.compile(), *arguments)
+        facts[side] = {'compile': time.perf_counter() - start_time}
         # Measure the error of our order, without that of TF32.
         if side == 'mi':
             with jax.default_matmul_precision('highest'):
-                y = jax.jit(lambda values, ids, f=f: f(values | ids))(values, ids)
-            facts[side]['error'] = relative_error(regime, arrays, np.asarray(y))
-        calls[side, 'f'] = lambda c=forward: jax.block_until_ready(c(values, ids))
-        calls[side, 'fb'] = lambda c=backward: jax.block_until_ready(c(values, ids, dy))
+                output = jax.jit(functools.partial(forward, layer))(inputs, ids)
+            facts[side]['error'] = relative_error(regime, arrays, np.asarray(output))
     return calls, facts
+
+
+def _call_and_wait(compiled: jax.stages.Compiled, *arguments: Tensor) -> Tensor:
+    return jax.block_until_ready(compiled(*arguments))
 
 
 def serve(library: str, has_memory: bool) -> None:
@@ -115,8 +130,8 @@ def serve(library: str, has_memory: bool) -> None:
         host.keep_freed_memory()
     regimes = REGIMES + random_regimes()
     calls: dict[SidePhase, Call] = {}
-    for line in sys.stdin:
-        request = json.loads(line)
+    for request_line in sys.stdin:
+        request = json.loads(request_line)
         if 'regime' in request:
             calls.clear()
             gc.collect()
@@ -130,24 +145,24 @@ def serve(library: str, has_memory: bool) -> None:
         print(json.dumps(answer), flush=True)
 
 
-def measure_seconds(call: Call, wait: Callable[[Any], Any] = lambda result: result) -> float:
+def measure_seconds(call: Call, wait: Callable[[object], object] = lambda result: result) -> float:
     """Return the mean seconds per call of a series.
 
     Args:
       call: the call.
       wait: waits for a result, if calls return before they end.
     """
-    start = time.perf_counter()
+    start_time = time.perf_counter()
     wait(call())
-    first_seconds = time.perf_counter() - start
+    first_seconds = time.perf_counter() - start_time
     if first_seconds > 1:  # too long for a warm-up to matter
         return first_seconds
     repeats = math.ceil(0.03 / first_seconds)
-    start = time.perf_counter()
+    start_time = time.perf_counter()
     for _ in range(repeats):
         result = call()
     wait(result)
-    return (time.perf_counter() - start) / repeats
+    return (time.perf_counter() - start_time) / repeats
 
 
 def measure_memory(call: Call) -> float:
@@ -155,28 +170,29 @@ def measure_memory(call: Call) -> float:
     call()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    with open('/proc/self/clear_refs', 'w') as file:
-        file.write('5')  # reset the peak
+    with open('/proc/self/clear_refs', 'w') as proc_file:
+        proc_file.write('5')  # reset the peak
     start_bytes = _read_status('VmRSS')
     call()
     return _read_status('VmHWM') - start_bytes
 
 
-def _read_status(key: str) -> int:
-    with open('/proc/self/status') as file:
-        return next(1024 * int(line.split()[1]) for line in file if line.startswith(key + ':'))
+def _read_status(field_name: str) -> int:
+    with open('/proc/self/status') as proc_file:
+        line = next(line for line in proc_file if line.startswith(f'{field_name}:'))
+    return 1024 * int(line.split()[1])
 
 
 def measure_peak(library: str) -> float:
     """Return the operations per second of the product of two large matrices."""
-    a = np.random.default_rng(0).normal(size=(PEAK_SIZE, PEAK_SIZE)).astype(np.float32)
+    matrix = np.random.default_rng(0).normal(size=(PEAK_SIZE, PEAK_SIZE)).astype(np.float32)
     if library == 'torch':
         import torch
 
-        t = torch.from_numpy(a)
-        return 2 * PEAK_SIZE**3 / measure_seconds(lambda: t @ t)
-    product, b = jax.jit(jnp.matmul), jnp.asarray(a)
-    return 2 * PEAK_SIZE**3 / measure_seconds(lambda: product(b, b).block_until_ready())
+        tensor = torch.from_numpy(matrix)
+        return 2 * PEAK_SIZE**3 / measure_seconds(lambda: tensor @ tensor)
+    product = functools.partial(jax.jit(jnp.matmul), *[jnp.asarray(matrix)] * 2)
+    return 2 * PEAK_SIZE**3 / measure_seconds(lambda: product().block_until_ready())
 
 
 class Worker:
@@ -195,10 +211,10 @@ class Worker:
         assert stdin is not None and stdout is not None
         stdin.write(json.dumps(request) + '\n')
         stdin.flush()
-        line = stdout.readline()
-        if not line:
+        answer_line = stdout.readline()
+        if not answer_line:
             raise RuntimeError(f'the worker ended at {request}')
-        return json.loads(line)
+        return json.loads(answer_line)
 
     def close(self) -> None:
         """End the process."""
@@ -210,35 +226,35 @@ Times = dict[tuple[str, str, str], list[float]]  # library, side, phase → seco
 
 def measure(
     workers: Mapping[str, Worker], index: int, rounds: int
-) -> tuple[Times, dict[str, dict[str, dict[str, float]]]]:
+) -> tuple[Times, dict[str, Facts]]:
     """Time all sides of a regime in turns; return the times, and facts by library and side."""
-    prepared = {library: worker.ask(regime=index) for library, worker in workers.items()}
+    answers = {library: worker.ask(regime=index) for library, worker in workers.items()}
     times: Times = {}
     slow_sides = set()
-    for i in range(rounds + 1):  # the first round is a warm-up
+    for round_index in range(rounds + 1):  # the first round is a warm-up
         for library, worker in workers.items():
             time.sleep(0.05)  # until the other library's threads have stopped spinning
-            for side in prepared[library]['sides']:
+            for side in answers[library]['sides']:
                 for phase in ('f', 'fb'):
                     if (library, side, phase) in slow_sides:
                         continue
                     seconds = worker.ask(side=side, phase=phase)
                     if seconds > SLOW:
                         slow_sides.add((library, side, phase))
-                    if i or seconds > SLOW:
+                    if round_index or seconds > SLOW:
                         times.setdefault((library, side, phase), []).append(seconds)
-    return times, {library: answer['facts'] for library, answer in prepared.items()}
+    return times, {library: answer['facts'] for library, answer in answers.items()}
 
 
 def peak_memory(index: int, sides: Sequence[tuple[str, str]]) -> dict[tuple[str, str], float]:
     """Return the peak resident bytes of both passes by library and side."""
-    peaks = {}
+    peak_bytes = {}
     for library, side in sides:
         worker = Worker(library, has_memory=True)
         worker.ask(regime=index)
-        peaks[library, side] = worker.ask(side=side, phase='fb')
+        peak_bytes[library, side] = worker.ask(side=side, phase='fb')
         worker.close()
-    return peaks
+    return peak_bytes
 
 
 class Comparison(NamedTuple):
@@ -269,16 +285,19 @@ def compare(times: Times, phase: str) -> Comparison:
         for (library, side, timed_phase), rounds in times.items()
         if timed_phase == phase
     }
-    naive = next((s for s in ('einsum', 'one product') if ('jax', s) in medians), 'mi')
+    naive_sides = ('einsum', 'one product')
+    naive = next((side for side in naive_sides if ('jax', side) in medians), 'mi')
     return Comparison(
         ours=medians['jax', 'mi'],
         naive=naive,
         naive_seconds=medians['jax', naive],
-        by_torch={side: s for (library, side), s in medians.items() if library == 'torch'},
+        by_torch={
+            side: seconds for (library, side), seconds in medians.items() if library == 'torch'
+        },
     )
 
 
-def race(indices: Sequence[int]) -> list[dict[str, Any]]:
+def race(indices: Sequence[int]) -> list[Figure]:
     """Race all sides of the regimes with these indices; print and return a figure per phase."""
     workers = {library: Worker(library) for library in ('jax', 'torch')}
     print(
@@ -289,9 +308,9 @@ def race(indices: Sequence[int]) -> list[dict[str, Any]]:
     for index in indices:
         regime = (REGIMES + random_regimes())[index]
         # Measure the peak of both libraries around the race.
-        peaks = [w.ask(peak=True) for w in workers.values() for _ in range(3)]
+        peaks = [worker.ask(peak=True) for worker in workers.values() for _ in range(3)]
         times, facts = measure(workers, index, ROUNDS.value)
-        peaks += [w.ask(peak=True) for w in workers.values() for _ in range(3)]
+        peaks += [worker.ask(peak=True) for worker in workers.values() for _ in range(3)]
         peak = max(statistics.median(peaks[i::6]) for i in range(6))
         for phase in ('f', 'fb'):
             figure = make_figure(index, phase, compare(times, phase), peak) | facts['jax']['mi']
@@ -310,75 +329,80 @@ def race(indices: Sequence[int]) -> list[dict[str, Any]]:
     return figures
 
 
-def make_figure(index: int, phase: str, comparison: Comparison, peak: float) -> dict[str, Any]:
+def make_figure(index: int, phase: str, comparison: Comparison, peak: float) -> Figure:
     """Return a row of the table: times, share of the peak, ratios and memory."""
     regime = (REGIMES + random_regimes())[index]
-    best = comparison.best_torch
-    sides = [('jax', 'mi'), ('jax', comparison.naive), ('torch', best)]
+    best_torch = comparison.best_torch
+    sides = [('jax', 'mi'), ('jax', comparison.naive), ('torch', best_torch)]
     # Memory is measured in both passes together.
     has_memory = phase == 'fb' and regime.name.startswith('R')
-    used = peak_memory(index, sides) if has_memory else dict.fromkeys(sides, math.nan)
+    peak_bytes = peak_memory(index, sides) if has_memory else dict.fromkeys(sides, math.nan)
     operations = regime.count_operations() * (3 if phase == 'fb' else 1)
-    ours, by_torch = comparison.ours, comparison.by_torch
+    our_seconds, torch_seconds = comparison.ours, comparison.by_torch
     return {
         'regime': regime.name,
         'phase': phase,
-        'mi_ms': 1e3 * ours,
-        'share': operations / ours / peak,
-        'einsum_over_mi': comparison.naive_seconds / ours,
-        'best_torch': best,
-        'best_torch_over_mi': by_torch[best] / ours,
-        'bilinear_over_mi': by_torch.get('Bilinear', math.nan) / ours,
-        'mi_mib': used['jax', 'mi'] / 2**20,
-        'einsum_mib': used['jax', comparison.naive] / 2**20,
-        'torch_mib': used['torch', best] / 2**20,
+        'mi_ms': 1e3 * our_seconds,
+        'share': operations / our_seconds / peak,
+        'einsum_over_mi': comparison.naive_seconds / our_seconds,
+        'best_torch': best_torch,
+        'best_torch_over_mi': torch_seconds[best_torch] / our_seconds,
+        'bilinear_over_mi': torch_seconds.get('Bilinear', math.nan) / our_seconds,
+        'mi_mib': peak_bytes['jax', 'mi'] / 2**20,
+        'einsum_mib': peak_bytes['jax', comparison.naive] / 2**20,
+        'torch_mib': peak_bytes['torch', best_torch] / 2**20,
     }
 
 
-def _gradient(order: kernels.Order, args: Sequence[Any], dy: Any) -> Any:
-    y, vjp = jax.vjp(lambda *a: kernels.bilinear(*a, order=order), *args)
-    return y, vjp(dy)
+def _forward_and_gradient(
+    order: kernels.Order, inputs: Sequence[Tensor], output_grad: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    output, pull_back = jax.vjp(lambda *arrays: kernels.bilinear(*arrays, order=order), *inputs)
+    return output, pull_back(output_grad)
 
 
 def compile_orders(regime: Regime) -> tuple[kernels.Order, dict[kernels.Order, Call]]:
     """Return the planned order, and forward and backward calls of all that fit into memory."""
-    arrays = {name: jnp.asarray(value) for name, value in regime.draw_arrays().items()}
-    args, dy = (arrays['x'], arrays['z'], arrays['W']), arrays['dy']
+    arrays = {name: jnp.asarray(array) for name, array in regime.draw_arrays().items()}
+    inputs, output_grad = (arrays['x'], arrays['z'], arrays['W']), arrays['dy']
     platform: Any = jax.default_backend()
-    planned = kernels.choose_order(args[0].shape, args[1].shape, regime.k, platform=platform)
+    x, z = arrays['x'].shape, arrays['z'].shape
+    planned_order = kernels.choose_order(x, z, regime.k, platform=platform)
     calls: dict[kernels.Order, Call] = {}
     for order in kernels.DENSE_ORDERS:
-        largest = {'outer': regime.n * regime.m, 'z_first': regime.n * regime.k}.get(order, 0)
-        if math.prod(regime.rows) * largest < (2**29 if platform == 'cpu' else 2**32):
-            gradient = jax.jit(functools.partial(_gradient, order))
-            compiled = gradient.lower(args, dy).compile()
-            calls[order] = functools.partial(compiled, args, dy)
-    return planned, calls
+        largest_size = {'outer': regime.n * regime.m, 'z_first': regime.n * regime.k}.get(order, 0)
+        if math.prod(regime.rows) * largest_size < (2**29 if platform == 'cpu' else 2**32):
+            gradient = jax.jit(functools.partial(_forward_and_gradient, order))
+            compiled = gradient.lower(inputs, output_grad).compile()
+            calls[order] = functools.partial(compiled, inputs, output_grad)
+    return planned_order, calls
 
 
-def race_orders() -> list[dict[str, Any]]:
+def race_orders() -> list[Figure]:
     """Race the planned order against all others; print and return a figure per random shape."""
     host.keep_freed_memory()
     print(f'{"B, m, n, k":<22}{"plan":>15}{"best":>16}{"plan/best":>11}   all, ms')
     figures = []
     for regime in random_regimes():
-        planned, calls = compile_orders(regime)
+        planned_order, calls = compile_orders(regime)
         # Time all orders in turns; the first round is a warm-up.
         times: dict[kernels.Order, list[float]] = {order: [] for order in calls}
-        for i in range(ROUNDS.value + 1):
+        for round_index in range(ROUNDS.value + 1):
             for order, call in calls.items():
                 seconds = measure_seconds(call, wait=jax.block_until_ready)
-                if i:
+                if round_index:
                     times[order].append(seconds)
         medians = {order: statistics.median(rounds) for order, rounds in times.items()}
-        best = min(medians, key=lambda order: medians[order])
-        ratio = medians[planned] / medians[best]
-        figures.append({'shape': regime.name, 'plan': planned, 'best': best, 'ratio': ratio})
-        details = ', '.join(f'{order} {1e3 * s:.2f}' for order, s in medians.items())
-        print(f'{regime.name:<22}{planned:>15}{best:>16}{ratio:11.2f}   {details}', flush=True)
+        best_order = min(medians, key=lambda order: medians[order])
+        ratio = medians[planned_order] / medians[best_order]
+        choice = {'plan': planned_order, 'best': best_order, 'ratio': ratio}
+        figures.append({'shape': regime.name, **choice})
+        details = ', '.join(f'{order} {1e3 * seconds:.2f}' for order, seconds in medians.items())
+        row = f'{regime.name:<22}{planned_order:>15}{best_order:>16}{ratio:11.2f}   {details}'
+        print(row, flush=True)
     ratios = [figure['ratio'] for figure in figures]
-    mean = math.exp(statistics.mean(map(math.log, ratios)))
-    print(f'geometric mean {mean:.2f}, worst {max(ratios):.2f}')
+    mean_ratio = math.exp(statistics.mean(map(math.log, ratios)))
+    print(f'geometric mean {mean_ratio:.2f}, worst {max(ratios):.2f}')
     return figures
 
 
@@ -392,17 +416,17 @@ def main(argv: Sequence[str]) -> None:
     if ORDERS.value:
         figures = race_orders()
     else:
-        names = [regime.name for regime in REGIMES + random_regimes()]
-        for name in ONLY.value:
-            if not any(known.startswith(name) for known in names):
-                raise app.UsageError(f'--only: unknown regime {name!r}; known: {", ".join(names)}')
-        figures = race(
-            [i for i, n in enumerate(names) if not ONLY.value or n.startswith(tuple(ONLY.value))]
-        )
+        regime_names = [regime.name for regime in REGIMES + random_regimes()]
+        for prefix in ONLY.value:
+            if not any(known.startswith(prefix) for known in regime_names):
+                known_names = ', '.join(regime_names)
+                raise app.UsageError(f'--only: unknown regime {prefix!r}; known: {known_names}')
+        prefixes = tuple(ONLY.value) or ('',)
+        figures = race([i for i, name in enumerate(regime_names) if name.startswith(prefixes)])
     if JSON.value:
         record = {'machine': host.describe_machine(), 'jax': jax.__version__, 'figures': figures}
-        with open(JSON.value, 'w') as file:
-            json.dump(record, file, indent=2)
+        with open(JSON.value, 'w') as json_file:
+            json.dump(record, json_file, indent=2)
 
 
 if __name__ == '__main__':

@@ -18,14 +18,14 @@ import importlib.metadata
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from benchmarks.layer_sides import jax_sides
+from benchmarks.layer_sides import Tensor, jax_sides
 from benchmarks.layers import ONLY
 from benchmarks.regimes import REGIMES, Regime
 from mi.estimate import program, topologies
@@ -45,13 +45,15 @@ PRESETS = [
 HEADER = (
     '| shape | dtype | chip | order | pass | kernels, µs | bound, µs | share | temporaries, MB |'
 )
+ArrayShape = jax.ShapeDtypeStruct
 MAX_BYTES = 2**34  # a larger intermediate array does not fit
 
 
 def select_regimes() -> list[Regime]:
     """Return R1 to R6, one of them with ids, and the shapes of the configs."""
-    selected = [r for r in REGIMES if r.name[:2] in ('R1', 'R2', 'R3', 'R5', 'R6')]
-    return [*selected, *(r for r in REGIMES if r.name == 'R4 ids random'), *PRESETS]
+    dense = [regime for regime in REGIMES if regime.name[:2] in ('R1', 'R2', 'R3', 'R5', 'R6')]
+    by_id = [regime for regime in REGIMES if regime.name == 'R4 ids random']
+    return [*dense, *by_id, *PRESETS]
 
 
 def select_orders(regime: Regime) -> Sequence[Any]:
@@ -59,21 +61,22 @@ def select_orders(regime: Regime) -> Sequence[Any]:
     if regime.form not in ('full', 'ids'):
         return [None]
     B, m, n, k = math.prod(regime.rows), regime.m, regime.n, regime.k
-    sizes = {  # of the largest intermediate array
+    largest_sizes = {  # of an intermediate array
         'x_first': B * m * k,
         'z_first': math.prod(regime.z_rows()) * n * k,
         'rows': B * n * k,
     }
-    known = ID_ORDERS if regime.form == 'ids' else DENSE_ORDERS
+    known_orders = ID_ORDERS if regime.form == 'ids' else DENSE_ORDERS
     return [
         order
-        for order in known
-        if 4 * sizes.get(order, 0) < MAX_BYTES and (not ORDERS.value or order in ORDERS.value)
+        for order in known_orders
+        if 4 * largest_sizes.get(order, 0) < MAX_BYTES
+        and (not ORDERS.value or order in ORDERS.value)
     ]
 
 
 def compile_pass(
-    function: Callable[..., Any], has_gradient: bool, mesh: Mesh, arrays: Sequence[Any]
+    function: Callable[..., Tensor], has_gradient: bool, mesh: Mesh, shapes: Sequence[ArrayShape]
 ) -> jax.stages.Compiled:
     """Compile a function, alone or with the gradients of all arrays, for a mesh.
 
@@ -81,27 +84,34 @@ def compile_pass(
       function: takes all arrays.
       has_gradient: compute the gradients of the floating-point arrays too.
       mesh: a mesh of one chip.
-      arrays: shapes.
+      shapes: shapes of the arrays.
     """
-    floats = [i for i, a in enumerate(arrays) if jnp.issubdtype(a.dtype, jnp.floating)]
+    float_indices = [
+        index for index, shape in enumerate(shapes) if jnp.issubdtype(shape.dtype, jnp.floating)
+    ]
 
-    def gradient(dy: Any, *arrays: Any) -> Any:
-        def call(*values: Any) -> Any:
+    def forward_and_gradient(
+        output_grad: Tensor, *arrays: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        def call(*float_arrays: Tensor) -> Tensor:
             inputs = list(arrays)
-            for i, value in zip(floats, values, strict=True):
-                inputs[i] = value
+            for index, float_array in zip(float_indices, float_arrays, strict=True):
+                inputs[index] = float_array
             return function(*inputs)
 
-        y, pull_back = jax.vjp(call, *(arrays[i] for i in floats))
-        return y, pull_back(dy)
+        output, pull_back = jax.vjp(call, *(arrays[index] for index in float_indices))
+        return output, pull_back(output_grad)
 
-    place = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
-    shapes = [place(a.shape, a.dtype) for a in arrays]
+    # Place all arrays on the chip, the gradient of the output included.
+    replicated = NamedSharding(mesh, PartitionSpec())
+    place = functools.partial(jax.ShapeDtypeStruct, sharding=replicated)
+    inputs = [place(shape.shape, shape.dtype) for shape in shapes]
     with jax.set_mesh(mesh):
         if not has_gradient:
-            return jax.jit(function).lower(*shapes).compile()
-        y = jax.eval_shape(function, *shapes)
-        return jax.jit(gradient).lower(place(y.shape, y.dtype), *shapes).compile()
+            return jax.jit(function).lower(*inputs).compile()
+        output = jax.eval_shape(function, *inputs)
+        output_grad = place(output.shape, output.dtype)
+        return jax.jit(forward_and_gradient).lower(output_grad, *inputs).compile()
 
 
 def read_estimates(
@@ -109,12 +119,27 @@ def read_estimates(
 ) -> tuple[float | None, float | None]:
     """Return the seconds in kernels and at the peaks of the chip; None where unknown."""
     try:
-        analysis, text = program.analyze(compiled), compiled.as_text()
+        analysis, hlo_text = program.analyze(compiled), compiled.as_text() or ''
     except jax.errors.JaxRuntimeError:  # jaxlib cannot read programs of a newer libtpu
         return None, None
-    kernels = None if analysis.unknown_loops or not analysis.cycles else analysis.cycles / clock
-    bound = compiled.cost_analysis()['optimal_seconds']
-    return kernels, bound if bound > 0 and ' while(' not in (text or '') else None
+    has_cycles = analysis.cycles and not analysis.unknown_loops
+    kernel_seconds = analysis.cycles / clock if has_cycles else None
+    bound_seconds = compiled.cost_analysis()['optimal_seconds']
+    has_bound = bound_seconds > 0 and ' while(' not in hlo_text
+    return kernel_seconds, bound_seconds if has_bound else None
+
+
+def make_function(regime: Regime, order: Any) -> tuple[Callable[..., Tensor], list[str]]:
+    """Return the layer, or its product in one order, and the names of its arrays."""
+    if order is not None:
+        return functools.partial(bilinear, order=order), ['x', 'z', 'W']
+    layer = jax_sides(regime)['mi']
+    array_names = [name for name in regime.draw_arrays() if name != 'dy']
+
+    def call(*arrays: Tensor) -> Tensor:
+        return layer(dict(zip(array_names, arrays, strict=True)))
+
+    return call, array_names
 
 
 def make_rows(regime: Regime, dtype: str, chip: str) -> Iterator[str]:
@@ -123,41 +148,34 @@ def make_rows(regime: Regime, dtype: str, chip: str) -> Iterator[str]:
         (1,), ('data',), axis_types=(AxisType.Auto,), devices=topologies.describe(f'{chip}:1x1')[:1]
     )
     # Describe the arrays and find the planned order.
-    planned = None
-    arrays = {
-        name: jax.ShapeDtypeStruct(a.shape, dtype if a.dtype.kind == 'f' else a.dtype)
-        for name, a in regime.draw_arrays().items()
+    planned_order = None
+    shapes = {
+        name: jax.ShapeDtypeStruct(array.shape, dtype if array.dtype.kind == 'f' else array.dtype)
+        for name, array in regime.draw_arrays().items()
     }
     if regime.form in ('full', 'ids'):
-        context: Any = 'ids' if regime.form == 'ids' else 'dense'
-        x, z = arrays['x'].shape, arrays['z'].shape
-        planned = choose_order(x, z, regime.k, context, 'tpu', regime.m)
+        context: Literal['ids', 'dense'] = 'ids' if regime.form == 'ids' else 'dense'
+        x_shape, z_shape = shapes['x'].shape, shapes['z'].shape
+        planned_order = choose_order(x_shape, z_shape, regime.k, context, 'tpu', regime.m)
     for order in select_orders(regime):
-        # Take the layer, or its product in one order.
-        if order is None:
-            names = [name for name in arrays if name != 'dy']
-            side = jax_sides(regime)['mi']
-
-            def function(*values: Any, names: Any = names, side: Any = side) -> Any:
-                return side(dict(zip(names, values, strict=True)))
-        else:
-            names, function = ['x', 'z', 'W'], functools.partial(bilinear, order=order)
+        function, array_names = make_function(regime, order)
         # Compile both passes and read the estimates.
         for has_gradient in (False, True):
-            compiled = compile_pass(function, has_gradient, mesh, [arrays[name] for name in names])
-            kernels, bound = read_estimates(compiled, topologies.TPUS[chip].clock)
+            inputs = [shapes[name] for name in array_names]
+            compiled = compile_pass(function, has_gradient, mesh, inputs)
+            kernel_seconds, bound_seconds = read_estimates(compiled, topologies.TPUS[chip].clock)
             operations = regime.count_operations() * (3 if has_gradient else 1)
-            temporaries = compiled.memory_analysis().temp_size_in_bytes
+            temporary_bytes = compiled.memory_analysis().temp_size_in_bytes
             cells = [
                 regime.name,
                 dtype,
                 chip,
-                f'**{order}**' if order and order == planned else order or 'layer',
+                f'**{order}**' if order and order == planned_order else order or 'layer',
                 'fb' if has_gradient else 'f',
-                f'{1e6 * kernels:.1f}' if kernels else '–',
-                f'{1e6 * bound:.1f}' if bound else '–',
-                f'{operations / kernels / PEAKS[chip]:.2f}' if kernels else '–',
-                f'{temporaries / 1e6:.1f}',
+                f'{1e6 * kernel_seconds:.1f}' if kernel_seconds else '–',
+                f'{1e6 * bound_seconds:.1f}' if bound_seconds else '–',
+                f'{operations / kernel_seconds / PEAKS[chip]:.2f}' if kernel_seconds else '–',
+                f'{temporary_bytes / 1e6:.1f}',
             ]
             yield f'| {" | ".join(cells)} |'
 
@@ -165,7 +183,7 @@ def make_rows(regime: Regime, dtype: str, chip: str) -> Iterator[str]:
 def main(argv: Sequence[str]) -> None:
     """Print the table of all regimes, a row as soon as it is compiled."""
     topologies.prepare_process()
-    versions = {name: importlib.metadata.version(name) for name in ('jax', 'libtpu')}
+    versions = {package: importlib.metadata.version(package) for package in ('jax', 'libtpu')}
     print(f'Estimates of the compiler, nothing is executed: {versions}\n')
     print(HEADER, '|---|---|---|---|---|---:|---:|---:|---:|', sep='\n')
     for regime in select_regimes():
@@ -175,8 +193,8 @@ def main(argv: Sequence[str]) -> None:
             continue
         for dtype in dtypes:
             for chip in CHIPS.value:
-                for row in make_rows(regime, dtype, chip):
-                    print(row)
+                for table_row in make_rows(regime, dtype, chip):
+                    print(table_row)
                     sys.stdout.flush()
 
 

@@ -57,25 +57,30 @@ class Regime:
         def normal(*shape: int, scale: float = 1.0) -> np.ndarray:
             return rng.normal(scale=scale, size=shape).astype(np.float32)
 
-        a = {'x': normal(*self.rows, n), 'dy': normal(*self.rows, k)}
+        arrays = {'x': normal(*self.rows, n), 'dy': normal(*self.rows, k)}
+        # One id per row, with the distribution of the regime.
         if self.form == 'ids':
             B = math.prod(self.rows)
-            p = np.arange(1, m + 1.0) ** -1.5
-            ids = {
+            id_weights = np.arange(1, m + 1.0) ** -1.5
+            id_arrays = {
                 'balanced': np.arange(B) % m,
                 'random': rng.integers(m, size=B),
-                'skewed': rng.choice(m, size=B, p=p / p.sum()),
+                'skewed': rng.choice(m, size=B, p=id_weights / id_weights.sum()),
             }
-            a |= {'z': ids[self.ids].astype(np.int32), 'W': normal(m, n, k, scale=n**-0.5)}
-            return a | {'U': normal(m, k)}
-        a['z'] = normal(*self.z_rows(), m)
+            arrays['z'] = id_arrays[self.ids].astype(np.int32)
+            return arrays | {'W': normal(m, n, k, scale=n**-0.5), 'U': normal(m, k)}
+
+        # All other forms have a context of numbers.
+        arrays['z'] = normal(*self.z_rows(), m)
         if self.form == 'film':
-            return a | {'gamma': normal(m, n, scale=m**-0.5), 'beta': normal(m, n, scale=m**-0.5)}
-        a |= {'U': normal(m, k, scale=m**-0.5), 'V': normal(n, k, scale=n**-0.5), 'b': normal(k)}
+            gamma, beta = (normal(m, n, scale=m**-0.5) for _ in range(2))
+            return arrays | {'gamma': gamma, 'beta': beta}
+        arrays['U'], arrays['V'] = normal(m, k, scale=m**-0.5), normal(n, k, scale=n**-0.5)
+        arrays['b'] = normal(k)
         if self.form == 'low_rank':
-            a |= {'P': normal(m, r, scale=m**-0.5), 'Q': normal(n, r, scale=n**-0.5)}
-            return a | {'O': normal(r, k, scale=r**-0.5)}
-        return a | {'W': normal(m, n, k, scale=(m * n) ** -0.5)}
+            arrays |= {'P': normal(m, r, scale=m**-0.5), 'Q': normal(n, r, scale=n**-0.5)}
+            return arrays | {'O': normal(r, k, scale=r**-0.5)}
+        return arrays | {'W': normal(m, n, k, scale=(m * n) ** -0.5)}
 
 
 REGIMES = [
@@ -109,20 +114,25 @@ def random_regimes() -> list[Regime]:
     return regimes
 
 
-def relative_error(regime: Regime, arrays: dict[str, np.ndarray], y: np.ndarray) -> float:
-    """Return ‖y − exact‖ / ‖exact‖ on the first 16 rows, with exact in float64."""
-    a = {name: v.astype(np.float64) for name, v in arrays.items() if v.dtype != np.int32}
-    x = a['x'].reshape(-1, regime.n)[:16]
+def relative_error(regime: Regime, arrays: dict[str, np.ndarray], output: np.ndarray) -> float:
+    """Return ‖output − exact‖ / ‖exact‖ on the first 16 rows, with exact in float64."""
+    terms = {
+        name: array.astype(np.float64) for name, array in arrays.items() if array.dtype != np.int32
+    }
+    x = terms['x'].reshape(-1, regime.n)[:16]
     if regime.form == 'ids':
         z = arrays['z'][:16]
-        exact = np.einsum('bn,bnk->bk', x, a['W'][z]) + a['U'][z]
+        exact = np.einsum('bn,bnk->bk', x, terms['W'][z]) + terms['U'][z]
     else:
-        z = np.broadcast_to(a['z'], (*regime.rows, regime.m)).reshape(-1, regime.m)[:16]
+        z = np.broadcast_to(terms['z'], (*regime.rows, regime.m)).reshape(-1, regime.m)[:16]
         if regime.form == 'film':
-            exact = (1 + z @ a['gamma']) * x + z @ a['beta']
+            exact = (1 + z @ terms['gamma']) * x + z @ terms['beta']
         else:
-            W = a['W'] if 'W' in a else np.einsum('mr,nr,rk->mnk', a['P'], a['Q'], a['O'])
+            if regime.form == 'low_rank':
+                W = np.einsum('mr,nr,rk->mnk', terms['P'], terms['Q'], terms['O'])
+            else:
+                W = terms['W']
             exact = np.einsum('bn,bnk->bk', x, np.einsum('bm,mnk->bnk', z, W))
-            exact += z @ a['U'] + x @ a['V'] + a['b']
-    difference = y.reshape(-1, y.shape[-1])[:16] - exact
+            exact += z @ terms['U'] + x @ terms['V'] + terms['b']
+    difference = output.reshape(-1, output.shape[-1])[:16] - exact
     return float(np.linalg.norm(difference) / np.linalg.norm(exact))
