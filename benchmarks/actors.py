@@ -23,18 +23,22 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import ml_collections
 import numpy as np
 from absl import app, flags
+from chex import Array
 
 from benchmarks import pipeline
 from configs import rl as configs
 from mi.rl import envs, factory
 from mi.rl.actors import loop as actors_loop
 from mi.rl.actors.threads import Actors
-from mi.rl.actors.worker import Policy, Worker, concatenate_trajectories
+from mi.rl.actors.worker import Policy, PolicyState, Worker, concatenate_trajectories
+from mi.rl.agent import Agent, Inputs, Params
 from mi.rl.envs.spec import HostEnvironment, Step
+from mi.rl.trajectory import Episodes, Trajectory
 from mi.training import host, optim, sharding
 
 UPDATES = flags.DEFINE_integer('updates', 60, 'Updates per run after the warm-up.', lower_bound=10)
@@ -50,16 +54,16 @@ class Stopwatch:
     """Seconds of a repeated stage."""
 
     def __init__(self) -> None:
-        self._rows: list[tuple[float, float]] = []  # end, seconds
+        self._stages: list[tuple[float, float]] = []  # end, seconds
 
-    def add(self, start: float) -> None:
+    def add(self, start_time: float) -> None:
         """Add a stage that ends now."""
-        end = time.perf_counter()
-        self._rows.append((end, end - start))
+        end_time = time.perf_counter()
+        self._stages.append((end_time, end_time - start_time))
 
-    def since(self, start: float) -> list[float]:
+    def since(self, start_time: float) -> list[float]:
         """Return the seconds of all stages that ended after a time."""
-        return [seconds for end, seconds in self._rows if end >= start]
+        return [seconds for end_time, seconds in self._stages if end_time >= start_time]
 
 
 class ClockedEnvironment:
@@ -79,40 +83,46 @@ class ClockedEnvironment:
         self._step = self._thread.submit(self._simulate, actions)
 
     def recv(self) -> Step:
-        start = time.perf_counter()
-        step = self._step.result()
-        self.caller_wait.add(start)
-        return step
+        start_time = time.perf_counter()
+        env_step = self._step.result()
+        self.caller_wait.add(start_time)
+        return env_step
 
     def close(self) -> None:
         self._thread.shutdown()
         self._environment.close()
 
     def _simulate(self, actions: np.ndarray) -> Step:
-        start = time.perf_counter()
+        start_time = time.perf_counter()
         self._environment.send(actions)
-        step = self._environment.recv()
-        self.simulation.add(start)
-        return step
+        env_step = self._environment.recv()
+        self.simulation.add(start_time)
+        return env_step
 
 
 class ClockedPolicy(Policy):
     """A policy that times its calls, without the wait for its parameters."""
 
-    def __init__(self, agent: Any):
+    def __init__(self, agent: Agent):
         super().__init__(agent)
         self.calls, self.first_calls = Stopwatch(), Stopwatch()
         self.params_wait = Stopwatch()
 
-    def __call__(self, params: Any, state: Any, inputs: Any, has_new_params: bool = False) -> Any:
+    def __call__(
+        self,
+        params: Params,
+        state: PolicyState,
+        inputs: Inputs,
+        has_new_params: bool = False,
+    ) -> tuple[PolicyState, Array, Array]:
         if has_new_params:
             wait_start = time.perf_counter()
             jax.block_until_ready(params)
             self.params_wait.add(wait_start)
-        start = time.perf_counter()
-        result = jax.block_until_ready(super().__call__(params, state, inputs, has_new_params))
-        (self.first_calls if has_new_params else self.calls).add(start)
-        return result
+        start_time = time.perf_counter()
+        decision = jax.block_until_ready(super().__call__(params, state, inputs, has_new_params))
+        (self.first_calls if has_new_params else self.calls).add(start_time)
+        return decision
 
 
 class ClockedWorker(Worker):
@@ -123,11 +133,11 @@ class ClockedWorker(Worker):
         self.collections = Stopwatch()
         super().__init__(self.environments, *args)
 
-    def collect(self, params: Any) -> Any:
-        start = time.perf_counter()
-        result = super().collect(params)
-        self.collections.add(start)
-        return result
+    def collect(self, params: Params) -> list[tuple[Trajectory, Episodes]]:
+        start_time = time.perf_counter()
+        trajectories = super().collect(params)
+        self.collections.add(start_time)
+        return trajectories
 
 
 class UpdateClock:
@@ -136,11 +146,11 @@ class UpdateClock:
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self.end_times: list[float] = []
-        self._queue: queue.SimpleQueue[tuple[float, Any] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[float, chex.ArrayTree] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
-    def add(self, result: Any) -> None:
+    def add(self, result: chex.ArrayTree) -> None:
         """Time an update that was just dispatched."""
         self._queue.put((time.perf_counter(), result))
 
@@ -153,14 +163,14 @@ class UpdateClock:
         while (entry := self._queue.get()) is not None:
             dispatch_time, result = entry
             jax.block_until_ready(result)
-            end = time.perf_counter()
-            self.seconds.append(end - max([dispatch_time, *self.end_times[-1:]]))
-            self.end_times.append(end)
+            end_time = time.perf_counter()
+            self.seconds.append(end_time - max([dispatch_time, *self.end_times[-1:]]))
+            self.end_times.append(end_time)
 
 
-def make_config(name: str, num_actors: int) -> ml_collections.ConfigDict:
+def make_config(set_name: str, num_actors: int) -> ml_collections.ConfigDict:
     """Return the config of a set."""
-    if name == 'catch':
+    if set_name == 'catch':
         config = configs.get_config('catch').unlock()
     else:
         config = configs.get_config().unlock()
@@ -187,6 +197,104 @@ def make_topology(config: ml_collections.ConfigDict) -> pipeline.Topology:
     )
 
 
+class ClockedTeam:
+    """The actors of a config, with a clock at each of their stages."""
+
+    def __init__(self, config: ml_collections.ConfigDict, agent: Agent):
+        self._config, self._agent = config, agent
+        self._policies: list[ClockedPolicy] = []
+        self._workers: list[ClockedWorker] = []
+
+    def make_worker(self, index: int) -> ClockedWorker:
+        """Make the worker of an actor, with its own environments, policy and key."""
+        actors = self._config.actors
+        first_seed = 100 * index
+        pools = [
+            envs.pool(self._config.env.name, actors.batch, first_seed + group)
+            for group in range(actors.groups)
+        ]
+        policy = ClockedPolicy(self._agent)
+        worker_key = jax.random.fold_in(jax.random.key(0), index)
+        worker = ClockedWorker(pools, policy, self._config.train.length, worker_key)
+        self._policies.append(policy)
+        self._workers.append(worker)
+        return worker
+
+    def simulations(self, start_time: float) -> list[float]:
+        """Return the seconds of the steps of all environments after a time."""
+        return [
+            seconds
+            for worker in self._workers
+            for environment in worker.environments
+            for seconds in environment.simulation.since(start_time)
+        ]
+
+    def policy_calls(self, start_time: float) -> tuple[list[float], list[float]]:
+        """Return the seconds of policy calls after a time: with old and with new parameters."""
+        calls = [seconds for policy in self._policies for seconds in policy.calls.since(start_time)]
+        first_calls = [
+            seconds for policy in self._policies for seconds in policy.first_calls.since(start_time)
+        ]
+        return calls, first_calls
+
+    def overhead(self, start_time: float) -> float:
+        """Return the mean seconds per step in which a thread neither acts nor waits."""
+        steps_per_collection = self._config.train.length * self._config.actors.groups
+        return statistics.mean(
+            _collection_overhead(policy, worker, start_time) / steps_per_collection
+            for policy, worker in zip(self._policies, self._workers, strict=True)
+        )
+
+
+class LearnerClock:
+    """Stages and statistics of the learner after the warm-up."""
+
+    def __init__(self) -> None:
+        self.updates = UpdateClock()
+        self.joins: list[float] = []
+        self.actor_waits: list[float] = []
+        self.lags: list[int] = []
+        self.num_dropped = 0
+        self.start_time = 0.0  # of the first update after the warm-up
+
+
+def train(config: ml_collections.ConfigDict, num_updates: int) -> tuple[ClockedTeam, LearnerClock]:
+    """Train with the loop of `mi.rl.actors.loop`; return its clocks."""
+    # Make the learner.
+    pool = envs.pool(config.env.name, config.actors.batch, 0)
+    agent = factory.build_agent(config, pool.spec)
+    optimizer = optim.make_optimizer(config.optim, 1000)
+    pool.close()
+    mesh = sharding.make_mesh(1, config.train.batch)
+    learner_state = actors_loop.init_state(agent, optimizer, 0, mesh)
+    update = actors_loop.jit_update(agent, optimizer, factory.get_hyperparameters(config), mesh)
+
+    # Start the actors, and update with their trajectories.
+    team, clock = ClockedTeam(config, agent), LearnerClock()
+    makers = [functools.partial(team.make_worker, i) for i in range(config.actors.number)]
+    settings = config.actors.queue, config.actors.timeout
+    with Actors(makers, learner_state.params, 0, *settings) as actors:
+        for step in range(WARMUP + num_updates):
+            if step == WARMUP:
+                clock.start_time = time.perf_counter()
+            window = actors_loop.Window()
+            items = actors_loop.take_batch(config, actors, step, window)
+            join_start = time.perf_counter()
+            trajectory = concatenate_trajectories([item.trajectory for item in items])
+            learner_state, _ = update(learner_state, trajectory)
+            clock.updates.add(learner_state)
+            actors.publish(learner_state.params, step + 1)
+
+            # Add the statistics of the update, unless it belongs to the warm-up.
+            if step >= WARMUP:
+                clock.joins.append(time.perf_counter() - join_start)
+                clock.lags += window.lags
+                clock.num_dropped += window.dropped
+                clock.actor_waits += [item.wait_seconds for item in items]
+        clock.updates.wait()
+    return team, clock
+
+
 class Measurement(NamedTuple):
     """Stages and statistics of a run.
 
@@ -201,106 +309,79 @@ class Measurement(NamedTuple):
     medians: dict[str, float]
 
 
-def measure(config: ml_collections.ConfigDict, updates: int) -> Measurement:
+def measure(config: ml_collections.ConfigDict, num_updates: int) -> Measurement:
     """Train for a number of updates after the warm-up, and time every stage."""
-    T, B, G = config.train.length, config.train.batch, config.actors.groups
-    # Make the learner.
-    pool = envs.pool(config.env.name, config.actors.batch, 0)
-    agent, optimizer = (
-        factory.build_agent(config, pool.spec),
-        optim.make_optimizer(config.optim, 1000),
-    )
-    pool.close()
-    mesh = sharding.make_mesh(1, B)
-    state = actors_loop.init_state(agent, optimizer, 0, mesh)
-    update = actors_loop.jit_update(agent, optimizer, factory.get_hyperparameters(config), mesh)
-    policies: list[ClockedPolicy] = []
-    workers: list[ClockedWorker] = []
+    team, clock = train(config, num_updates)
 
-    def make_worker(index: int) -> ClockedWorker:
-        groups = [
-            envs.pool(config.env.name, config.actors.batch, 100 * index + g) for g in range(G)
-        ]
-        policies.append(ClockedPolicy(agent))
-        key = jax.random.fold_in(jax.random.key(0), index)
-        workers.append(ClockedWorker(groups, policies[-1], T, key))
-        return workers[-1]
-
-    # Train, with the loop of `mi.rl.actors.loop`.
-    clock = UpdateClock()
-    joins: list[float] = []
-    actor_waits: list[float] = []
-    lags: list[int] = []
-    dropped = 0
-    makers = [functools.partial(make_worker, i) for i in range(config.actors.number)]
-    settings = config.actors.queue, config.actors.timeout
-    with Actors(makers, state.params, 0, *settings) as actors:
-        for step in range(WARMUP + updates):
-            if step == WARMUP:
-                start = time.perf_counter()
-            window = actors_loop.Window()
-            items = actors_loop.take_batch(config, actors, step, window)
-            join_start = time.perf_counter()
-            trajectory = concatenate_trajectories([item.trajectory for item in items])
-            state, _ = update(state, trajectory)
-            clock.add(state)
-            actors.publish(state.params, step + 1)
-            if step >= WARMUP:
-                joins.append(time.perf_counter() - join_start)
-                lags += window.lags
-                dropped += window.dropped
-                actor_waits += [item.wait_seconds for item in items]
-        clock.wait()
-    # Collect the times after the warm-up.
-    calls = [seconds for policy in policies for seconds in policy.calls.since(start)]
-    first_calls = [seconds for policy in policies for seconds in policy.first_calls.since(start)]
-    overhead = statistics.mean(
-        _collection_overhead(policy, worker, start) / (T * G)
-        for policy, worker in zip(policies, workers, strict=True)
-    )
-    simulations = [
-        seconds
-        for worker in workers
-        for environment in worker.environments
-        for seconds in environment.simulation.since(start)
-    ]
-    update_seconds = clock.seconds[WARMUP:]
-    span = clock.end_times[-1] - clock.end_times[WARMUP - 1]
+    # Collect the times after the warm-up; a call of the policy includes its share of the overhead.
+    calls, first_calls = team.policy_calls(clock.start_time)
+    overhead = team.overhead(clock.start_time)
+    simulations = team.simulations(clock.start_time)
+    update_seconds = clock.updates.seconds[WARMUP:]
+    span = clock.updates.end_times[-1] - clock.updates.end_times[WARMUP - 1]
+    num_steps = num_updates * config.train.batch * config.train.length
     return Measurement(
         stages=pipeline.Stages(
             simulate=pipeline.empirical(simulations),
             act=pipeline.empirical([seconds + overhead for seconds in calls]),
             first_act=pipeline.empirical([seconds + overhead for seconds in first_calls]),
             pack=pipeline.constant(0.0),  # part of the overhead
-            join=pipeline.empirical(joins),
+            join=pipeline.empirical(clock.joins),
             update=pipeline.empirical(update_seconds),
         ),
         outcome=pipeline.Outcome(
-            steps_per_second=updates * B * T / span,
+            steps_per_second=num_steps / span,
             utilization=sum(update_seconds) / span,
             queue_wait=float('nan'),  # the real queue does not measure it
-            actor_wait=float(np.mean(actor_waits)),
-            lag=float(np.mean(lags)),
-            lag_max=max(lags),
-            dropped=dropped,
+            actor_wait=float(np.mean(clock.actor_waits)),
+            lag=float(np.mean(clock.lags)),
+            lag_max=max(clock.lags),
+            dropped=clock.num_dropped,
         ),
         medians={
             'simulate': statistics.median(simulations),
             'act': statistics.median(calls) + overhead,
             'first': statistics.median(first_calls) + overhead,
-            'join': statistics.median(joins),
+            'join': statistics.median(clock.joins),
             'update': statistics.median(update_seconds),
         },
     )
 
 
-def _collection_overhead(policy: ClockedPolicy, worker: ClockedWorker, start: float) -> float:
+def _collection_overhead(policy: ClockedPolicy, worker: ClockedWorker, start_time: float) -> float:
     """Return seconds per collection in which the thread neither acts nor waits."""
     stopwatches = [policy.calls, policy.first_calls, policy.params_wait]
     stopwatches += [environment.caller_wait for environment in worker.environments]
-    collections = worker.collections.since(start)
-    busy = sum(sum(stopwatch.since(start)) for stopwatch in stopwatches)
-    return max(0.0, (sum(collections) - busy) / len(collections))
+    collections = worker.collections.since(start_time)
+    busy_seconds = sum(sum(stopwatch.since(start_time)) for stopwatch in stopwatches)
+    return max(0.0, (sum(collections) - busy_seconds) / len(collections))
+
+
+def compare(set_name: str, num_actors: int) -> dict[str, Any]:
+    """Measure and simulate a set; print both and return the figure for the JSON file."""
+    config = make_config(set_name, num_actors)
+    stages, measured, medians = measure(config, UPDATES.value)
+    simulated = pipeline.simulate(make_topology(config), stages, updates=400, warmup=50)
+
+    # Print the seconds of the stages, and a line for each of the two.
+    print(f'\n{set_name}, {num_actors} actors: ', end='')
+    print(', '.join(f'{stage} {1000 * seconds:.2f}' for stage, seconds in medians.items()))
+    for label, outcome in (('measured', measured), ('model', simulated)):
+        print(
+            f'  {label:<9} {outcome.steps_per_second:9,.0f} steps/s, learner busy '
+            f'{outcome.utilization:.2f}, lag {outcome.lag:.2f} (at most '
+            f'{outcome.lag_max}), an actor waits {1000 * outcome.actor_wait:.1f} for the '
+            f'queue',
+            flush=True,
+        )
+    return {
+        'set': set_name,
+        'actors': num_actors,
+        'seconds': medians,
+        'measured': dataclasses.asdict(measured) | {'queue_wait': None},
+        'model': dataclasses.asdict(simulated),
+        'ratio': simulated.steps_per_second / measured.steps_per_second,
+    }
 
 
 def main(argv: Sequence[str]) -> None:
@@ -309,40 +390,19 @@ def main(argv: Sequence[str]) -> None:
     host.keep_freed_memory()
     host.set_xla_flags()
     print(f'{host.describe_machine()}, jax {jax.__version__}; seconds in ms, rates in steps/s')
-    figures = []
-    for name in ONLY.value:
-        for num_actors in map(int, NUMBERS.value):
-            config = make_config(name, num_actors)
-            stages, real, medians = measure(config, UPDATES.value)
-            model = pipeline.simulate(make_topology(config), stages, updates=400, warmup=50)
-            print(f'\n{name}, {num_actors} actors: ', end='')
-            print(', '.join(f'{stage} {1000 * s:.2f}' for stage, s in medians.items()))
-            for label, outcome in (('measured', real), ('model', model)):
-                print(
-                    f'  {label:<9} {outcome.steps_per_second:9,.0f} steps/s, learner busy '
-                    f'{outcome.utilization:.2f}, lag {outcome.lag:.2f} (at most '
-                    f'{outcome.lag_max}), an actor waits {1000 * outcome.actor_wait:.1f} for the '
-                    f'queue',
-                    flush=True,
-                )
-            figures.append(
-                {
-                    'set': name,
-                    'actors': num_actors,
-                    'seconds': medians,
-                    'measured': dataclasses.asdict(real) | {'queue_wait': None},
-                    'model': dataclasses.asdict(model),
-                    'ratio': model.steps_per_second / real.steps_per_second,
-                }
-            )
+    figures = [
+        compare(set_name, num_actors)
+        for set_name in ONLY.value
+        for num_actors in map(int, NUMBERS.value)
+    ]
     if JSON.value:
         record = {
             'machine': host.describe_machine(), 'jax': jax.__version__, 'updates': UPDATES.value,
             'figures': figures,
         }  # fmt: skip
-        with open(JSON.value, 'w') as file:
-            json.dump(record, file, indent=2)
-            file.write('\n')
+        with open(JSON.value, 'w') as json_file:
+            json.dump(record, json_file, indent=2)
+            json_file.write('\n')
 
 
 if __name__ == '__main__':

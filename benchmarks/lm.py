@@ -22,14 +22,14 @@ A GPU gets larger sizes. torch's LSTM is cuDNN's there, and so is ours in the si
 parameters on both (autocast in torch).
 """
 
-import contextlib
-import functools
 import json
+import operator
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -109,8 +109,8 @@ def torch_lstm(V: int, E: int, H: int, T: int, B: int) -> Callable[[], object]:
             self.decoder, self.output = torch.nn.Linear(H, E), torch.nn.Linear(E, V)
 
         def forward(self, tokens, carry):
-            h, carry = self.lstm(self.embedding(tokens), carry)
-            return self.output(self.decoder(h)), carry
+            hidden, carry = self.lstm(self.embedding(tokens), carry)
+            return self.output(self.decoder(hidden)), carry
 
     device = _torch_device()
     model = Model().to(device)
@@ -137,15 +137,16 @@ def torch_transformer(sizes: Sequence[int], is_compiled: bool) -> Callable[[], o
     import torch
     from torch.nn import functional
 
-    V, H, layers, heads, T, B = sizes
-    d, device = H // heads, _torch_device()
+    V, H, num_layers, num_heads, T, B = sizes
+    head_size, device = H // num_heads, _torch_device()
     # Rotary positions.
-    position, pair = torch.arange(T, device=device), torch.arange(0, d, 2, device=device)
-    angles = position[:, None] * 10_000.0 ** (-pair / d)
+    positions = torch.arange(T, device=device)
+    feature_pairs = torch.arange(0, head_size, 2, device=device)
+    angles = positions[:, None] * 10_000.0 ** (-feature_pairs / head_size)
     cos, sin = angles.cos(), angles.sin()
 
-    def rotate(a):  # [B, heads, T, d], the halves as pairs
-        left, right = a.chunk(2, -1)
+    def rotate(features):  # [B, heads, T, head_size], the halves as pairs
+        left, right = features.chunk(2, -1)
         return torch.cat([left * cos - right * sin, left * sin + right * cos], -1)
 
     class Block(torch.nn.Module):
@@ -155,19 +156,20 @@ def torch_transformer(sizes: Sequence[int], is_compiled: bool) -> Callable[[], o
             self.qkv, self.out = torch.nn.Linear(H, 3 * H), torch.nn.Linear(H, H)
             self.gate_up, self.down = torch.nn.Linear(H, 8 * H), torch.nn.Linear(4 * H, H)
 
-        def forward(self, x):
-            qkv = self.qkv(self.norms[0](x)).view(B, T, 3, heads, d).permute(2, 0, 3, 1, 4)
+        def forward(self, hidden):
+            qkv = self.qkv(self.norms[0](hidden)).view(B, T, 3, num_heads, head_size)
+            qkv = qkv.permute(2, 0, 3, 1, 4)
             q, k, v = rotate(qkv[0]), rotate(qkv[1]), qkv[2]
-            y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + self.out(y.transpose(1, 2).reshape(B, T, H))
-            gate, up = self.gate_up(self.norms[1](x)).chunk(2, -1)
-            return x + self.down(functional.silu(gate) * up)
+            attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            hidden = hidden + self.out(attended.transpose(1, 2).reshape(B, T, H))
+            gate, up = self.gate_up(self.norms[1](hidden)).chunk(2, -1)
+            return hidden + self.down(functional.silu(gate) * up)
 
     class Model(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.embedding = torch.nn.Embedding(V, H)
-            self.blocks = torch.nn.Sequential(*(Block() for _ in range(layers)))
+            self.blocks = torch.nn.Sequential(*(Block() for _ in range(num_layers)))
             self.norm, self.decoder = torch.nn.RMSNorm(H), torch.nn.Linear(H, H)
             self.output = torch.nn.Linear(H, V)
 
@@ -243,54 +245,53 @@ def _products_backward(
 products_alone.defvjp(_products_forward, _products_backward)
 
 
-def make_config(name: str, size: str, side: str) -> ml_collections.ConfigDict:
+def make_config(set_name: str, size_name: str, side: str) -> ml_collections.ConfigDict:
     """Return the config of one of our sides."""
     config = configs.get_config().unlock()
-    sizes = SIZES[name][size]
-    for rate in ('input', 'layer', 'output'):
-        config.dropout[rate] = 0.0
-    if name == 'transformer':
-        _, H, layers, heads, T, B = sizes
-        config.model.update(
-            {'core': 'transformer', 'embed': H, 'hidden': H, 'layers': layers, 'heads': heads}
-        )
-        config.model.update({'ffn': 4 * H, 'site': 'none', 'tied': False})
+    sizes = SIZES[set_name][size_name]
+    config.model.update({'site': 'none', 'tied': False})
+    for dropout_key in ('input', 'layer', 'output'):
+        config.dropout[dropout_key] = 0.0
+    if set_name == 'transformer':
+        _, hidden_size, num_layers, num_heads, num_steps, batch_size = sizes
+        config.model.update({'core': 'transformer', 'layers': num_layers, 'heads': num_heads})
+        config.model.update({'embed': hidden_size, 'hidden': hidden_size, 'ffn': 4 * hidden_size})
         config.model.dtype = 'bfloat16' if GPU else 'float32'
     else:
-        _, E, H, T, B = sizes
-        config.model.update({'embed': E, 'hidden': H, 'site': 'none', 'tied': False})
+        _, embed_size, hidden_size, num_steps, batch_size = sizes
+        config.model.update({'embed': embed_size, 'hidden': hidden_size})
         if side == 'cudnn':
             config.model.impl = 'cudnn'
         if side == 'products':
             config.optim.learning_rate = 1e-12  # its gradients have no meaning and would overflow
-        if name == 'cells':
+        if set_name == 'cells':
             config.model.update({'core': side, 'rank': 64})
-        elif name == 'fusions':
-            config.model.site, config.model.fusion.name = size, side
+        elif set_name == 'fusions':
+            config.model.site, config.model.fusion.name = size_name, side
             config.match.by = 'parameters'
-    config.train.update({'length': T, 'batch': B})
+    config.train.update({'length': num_steps, 'batch': batch_size})
     return config
 
 
-def mi_step(config: ml_collections.ConfigDict, V: int) -> Callable[[], object]:
+def mi_step(config: ml_collections.ConfigDict, vocabulary: int) -> Callable[[], object]:
     """Return the update of `mi.lm.trainer`, compiled for one seed."""
-    config = factory.match_size(config, V)
-    T, B = config.train.length, config.train.batch
+    config = factory.match_size(config, vocabulary)
+    num_steps, batch_size = config.train.length, config.train.batch
     config.train.steps = 1000
-    trainer, mesh = factory.build_trainer(config, V), sharding.make_mesh(1, B)
+    trainer, mesh = factory.build_trainer(config, vocabulary), sharding.make_mesh(1, batch_size)
     seeds = np.zeros(1, np.int32)
-    state = trainer.init_seeds(seeds, mesh)
+    train_state = trainer.init_seeds(seeds, mesh)
     rng = np.random.default_rng(0)
-    tokens = rng.integers(V, size=(1, T + 1, B)).astype(np.int32)
+    tokens = rng.integers(vocabulary, size=(1, num_steps + 1, batch_size)).astype(np.int32)
     tokens = sharding.shard_array(tokens, sharding.batch_sharding(mesh, 2, has_seeds=True))
     batch = Batch(
         tokens, None, sharding.shard_array(seeds, sharding.seed_sharding(mesh)), np.int32(0)
     )
-    compiled = trainer.compile(state, batch, mesh)
+    compiled = trainer.compile(train_state, batch, mesh)
 
     def step() -> None:
-        nonlocal state
-        state, metrics = compiled(state, batch)
+        nonlocal train_state
+        train_state, metrics = compiled(train_state, batch)
         jax.block_until_ready(metrics)
 
     return step
@@ -306,33 +307,66 @@ def trainer_run(config: ml_collections.ConfigDict) -> Callable[[], object]:
     config.model.tied = True
 
     def run_trainer() -> float:
-        start = time.perf_counter()
+        start_time = time.perf_counter()
         with tempfile.TemporaryDirectory() as workdir:
             train.train(config, workdir)
-            with open(f'{workdir}/timing.jsonl') as file:
-                rows = [json.loads(line) for line in file]
-        loop_seconds = sum(row['seconds'] for row in rows)
-        return config.train.steps * (time.perf_counter() - start) / loop_seconds
+            with open(f'{workdir}/timing.jsonl') as timing_file:
+                records = [json.loads(line) for line in timing_file]
+        loop_seconds = sum(record['seconds'] for record in records)
+        return config.train.steps * (time.perf_counter() - start_time) / loop_seconds
 
     return run_trainer
 
 
-def make_step(name: str, size: str, side: str) -> Callable[[], object]:
+def make_step(set_name: str, size_name: str, side: str) -> Callable[[], object]:
     """Return a training step of a side."""
-    sizes = SIZES[name][size]
-    if side == 'torch' and name == 'lstm':
+    sizes = SIZES[set_name][size_name]
+    if side == 'torch' and set_name == 'lstm':
         return torch_lstm(*sizes)
     if side.startswith('torch'):
         return torch_transformer(sizes, is_compiled=side.endswith('compiled'))
-    config = make_config(name, size, side)
+    config = make_config(set_name, size_name, side)
     if side == 'run':
         return trainer_run(config)
     replacements = {'plain': lstm_reference, 'products': products_alone}
-    with contextlib.ExitStack() as stack:
-        if side in replacements:
-            stack.callback(functools.partial(setattr, lstm_cell, 'lstm', lstm_cell.lstm))
-            lstm_cell.lstm = replacements[side]
+    if side not in replacements:
         return mi_step(config, sizes[0])
+    # The cell calls the recurrence by its name in `mi.cells.lstm`.
+    with mock.patch.object(lstm_cell, 'lstm', replacements[side]):
+        return mi_step(config, sizes[0])
+
+
+def print_ratios(
+    seconds: Mapping[str, Sequence[float]], tokens_per_step: int
+) -> list[dict[str, Any]]:
+    """Print a row for each side, and return a figure for each.
+
+    Args:
+      seconds: side → seconds per step by round, with the peer of the ratios first.
+      tokens_per_step: tokens of a step.
+    """
+    peer = next(iter(seconds))
+    figures = []
+    print(f'{"":<16}{"ms a step":>12}{"tokens/s":>12}{"× " + peer:>18}  range')
+    for side, side_seconds in seconds.items():
+        ratios = sorted(map(operator.truediv, seconds[peer], side_seconds))
+        median_seconds, median_ratio = statistics.median(side_seconds), statistics.median(ratios)
+        tokens_per_second = tokens_per_step / median_seconds
+        print(
+            f'{side:<16}{1000 * median_seconds:12.2f}{tokens_per_second:12,.0f}'
+            f'{median_ratio:18.2f}  {ratios[0]:.2f}–{ratios[-1]:.2f}',
+            flush=True,
+        )
+        figures.append(
+            {
+                'side': side,
+                'seconds': median_seconds,
+                'tokens_per_second': tokens_per_second,
+                'ratio': median_ratio,
+                'ratios': ratios,
+            }
+        )
+    return figures
 
 
 def main(argv: Sequence[str]) -> None:
@@ -343,37 +377,24 @@ def main(argv: Sequence[str]) -> None:
         return
     print(f'{host.describe_machine()}, jax {jax.__version__}')
     figures: list[dict[str, Any]] = []
-    for name in ONLY.value or SIZES:
-        sides = SIDES[name]
-        for size, sizes in SIZES[name].items():
-            # Race.
-            commands = {s: ['-m', 'benchmarks.lm', f'--side={name}/{size}/{s}'] for s in sides}
+    for set_name in ONLY.value or SIZES:
+        for size_name, sizes in SIZES[set_name].items():
+            commands = {
+                side: ['-m', 'benchmarks.lm', f'--side={set_name}/{size_name}/{side}']
+                for side in SIDES[set_name]
+            }
             seconds = rounds.race(commands, ROUNDS.value)
-            # Print.
-            tokens = sizes[-1] * sizes[-2]
-            print(f'\n{name}, {size} {sizes}')
-            print(f'{"":<16}{"ms a step":>12}{"tokens/s":>12}{"× " + sides[0]:>18}  range')
-            for side in sides:
-                pairs = zip(seconds[sides[0]], seconds[side], strict=True)
-                ratios = sorted(peer_seconds / side_seconds for peer_seconds, side_seconds in pairs)
-                median, ratio = statistics.median(seconds[side]), statistics.median(ratios)
-                print(
-                    f'{side:<16}{1000 * median:12.2f}{tokens / median:12,.0f}{ratio:18.2f}'
-                    f'  {ratios[0]:.2f}–{ratios[-1]:.2f}',
-                    flush=True,
-                )
-                figures.append(
-                    {'set': name, 'size': size, 'side': side, 'seconds': median,
-                     'tokens_per_second': tokens / median, 'ratio': ratio, 'ratios': ratios}
-                )  # fmt: skip
+            print(f'\n{set_name}, {size_name} {sizes}')
+            for figure in print_ratios(seconds, tokens_per_step=sizes[-1] * sizes[-2]):
+                figures.append({'set': set_name, 'size': size_name, **figure})
     if JSON.value:
         record = {
             'machine': host.describe_machine(),
             'jax': jax.__version__,
             'rounds': ROUNDS.value,
         }
-        with open(JSON.value, 'w') as file:
-            json.dump(record | {'figures': figures}, file, indent=2)
+        with open(JSON.value, 'w') as json_file:
+            json.dump(record | {'figures': figures}, json_file, indent=2)
 
 
 if __name__ == '__main__':

@@ -22,17 +22,17 @@ def serve(step: Callable[[], object], seconds: float = 0.7) -> None:
       seconds: approximate length of a round.
     """
     step()  # compile
-    repeats, start = 0, time.perf_counter()
-    while time.perf_counter() < start + seconds:  # the first ones may wait for queued work
+    num_calls, start_time = 0, time.perf_counter()
+    while time.perf_counter() < start_time + seconds:  # the first ones may wait for queued work
         step()
-        repeats += 1
+        num_calls += 1
     print('ready', flush=True)
     for _ in sys.stdin:
         step()
-        start = time.perf_counter()
-        results = [step() for _ in range(repeats)]
-        steps = sum(n if isinstance(n, float) else 1 for n in results)
-        print((time.perf_counter() - start) / steps, flush=True)
+        start_time = time.perf_counter()
+        results = [step() for _ in range(num_calls)]
+        num_steps = sum(result if isinstance(result, float) else 1 for result in results)
+        print((time.perf_counter() - start_time) / num_steps, flush=True)
 
 
 def race(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[float]]:
@@ -50,16 +50,17 @@ def race(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[f
     def read_line(side: str) -> str:
         worker = workers[side]
         assert worker.stdout is not None
-        line = worker.stdout.readline()
-        if not line:
+        answer = worker.stdout.readline()
+        if not answer:
             raise RuntimeError(f'{side} ended with exit code {worker.wait()}')
-        return line
+        return answer
 
     def wait_until_ready(side: str) -> None:
         while read_line(side) != 'ready\n':
             pass
 
     try:
+        # Start all sides, and let them compile simultaneously if there are cores for it.
         is_parallel = len(os.sched_getaffinity(0)) >= 2 * len(commands)
         for side, arguments in commands.items():
             workers[side] = subprocess.Popen(
@@ -73,9 +74,11 @@ def race(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[f
         if is_parallel:
             for side in commands:
                 wait_until_ready(side)
+
+        # Let the sides take turns; every other round reverses their order.
         seconds: dict[str, list[float]] = {side: [] for side in commands}
-        for i in range(rounds):
-            for side in list(commands) if i % 2 else list(commands)[::-1]:
+        for round_index in range(rounds):
+            for side in list(commands) if round_index % 2 else list(commands)[::-1]:
                 time.sleep(PAUSE)
                 worker = workers[side]
                 assert worker.stdin is not None
