@@ -8,7 +8,7 @@ learning.
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import chex
 import jax
@@ -23,7 +23,7 @@ from xminigrid.envs.xland import XLandMiniGrid
 from xminigrid.types import RuleSet, TimeStep
 
 from mi.rl import envs, factory, learner
-from mi.rl.agent import Inputs, Outputs
+from mi.rl.agent import Carry, Inputs, Outputs, Params
 from mi.rl.envs.jax import xland
 from mi.rl.fused import rollout
 from mi.rl.instructions import InstructionEncoder
@@ -40,16 +40,18 @@ GOALS = {
 }
 
 
-def lstm(hidden: int, carry: Any, x: Array, is_first: Array) -> tuple[Any, Array]:
+def lstm(hidden_size: int, carry: Carry, inputs: Array, is_first: Array) -> tuple[Carry, Array]:
     """Run a textbook LSTM along the first axis; each episode starts from zeros."""
 
-    def step(cell: nn.Module, carry: Any, row: Any) -> Any:
-        x, first = row
-        carry = jax.tree.map(lambda a: jnp.where(first[:, None], 0.0, a), carry)
-        return cell(carry, x)
+    def step(
+        cell: nn.OptimizedLSTMCell, carry: Carry, timestep: tuple[Array, Array]
+    ) -> tuple[Carry, Array]:
+        inputs, is_first = timestep
+        carry = jax.tree.map(lambda array: jnp.where(is_first[:, None], 0.0, array), carry)
+        return cell(carry, inputs)
 
-    scan = nn.scan(step, variable_broadcast='params', split_rngs={'params': False})
-    return scan(nn.OptimizedLSTMCell(hidden), carry, (x, is_first))
+    unroll = nn.scan(step, variable_broadcast='params', split_rngs={'params': False})
+    return unroll(nn.OptimizedLSTMCell(hidden_size), carry, (inputs, is_first))
 
 
 class Net(nn.Module):
@@ -68,53 +70,63 @@ class Net(nn.Module):
     vocabulary: int = 0
 
     @nn.compact
-    def __call__(self, carry: Any, inputs: Inputs) -> tuple[Any, Outputs]:
+    def __call__(self, carry: Carry, inputs: Inputs) -> tuple[Carry, Outputs]:
         # Encode the observation.
         grid = inputs.observation['grid']
-        parts = [jax.nn.one_hot(grid[..., i], c) for i, c in enumerate(self.categories)]
-        x = jnp.concatenate(parts, -1).reshape(*grid.shape[:2], -1)
+        one_hots = [
+            jax.nn.one_hot(grid[..., channel], num_categories)
+            for channel, num_categories in enumerate(self.categories)
+        ]
+        features = jnp.concatenate(one_hots, -1).reshape(*grid.shape[:2], -1)
         if 'features' in inputs.observation:
-            x = jnp.concatenate([x, inputs.observation['features']], -1)
+            features = jnp.concatenate([features, inputs.observation['features']], -1)
         for _ in range(2):
-            x = nn.relu(nn.Dense(self.features)(x))
+            features = nn.relu(nn.Dense(self.features)(features))
         # Encode the instruction.
         if self.vocabulary:
             tokens = inputs.observation['instruction']
             words = tokens.reshape(-1, tokens.shape[-1]).T  # [L, T · B]
             embedded = nn.Embed(self.vocabulary, InstructionEncoder.embed)(words)
-            zeros = (jnp.zeros((words.shape[1], InstructionEncoder.hidden)),) * 2
-            _, states = lstm(InstructionEncoder.hidden, zeros, embedded, words < 0)
-            ends = jnp.maximum((words > 0).sum(0) - 1, 0)
-            encoding = jnp.take_along_axis(states, ends[None, :, None], axis=0)[0]
+            encoder_carry = (jnp.zeros((words.shape[1], InstructionEncoder.hidden)),) * 2
+            _, encoder_states = lstm(InstructionEncoder.hidden, encoder_carry, embedded, words < 0)
+            last_words = jnp.maximum((words > 0).sum(0) - 1, 0)
+            encoding = jnp.take_along_axis(encoder_states, last_words[None, :, None], axis=0)[0]
             encoding = encoding.reshape(*tokens.shape[:-1], -1)
-            x = nn.relu(nn.Dense(self.features)(jnp.concatenate([x, encoding], -1)))
+            features = nn.relu(nn.Dense(self.features)(jnp.concatenate([features, encoding], -1)))
         # Run the core.
         action = jax.nn.one_hot(inputs.action, self.actions)
-        x = jnp.concatenate([x, action, inputs.reward[..., None]], -1)
-        carry, h = lstm(self.hidden, carry, x, inputs.is_first)
+        features = jnp.concatenate([features, action, inputs.reward[..., None]], -1)
+        carry, hidden = lstm(self.hidden, carry, features, inputs.is_first)
         # Read out policy and value.
-        z = jax.nn.one_hot(inputs.observation['task'], self.tasks)
+        context = jax.nn.one_hot(inputs.observation['task'], self.tasks)
         if self.fusion == 'none':
-            y = nn.Dense(self.actions + 1)(h)
+            outputs = nn.Dense(self.actions + 1)(hidden)
         elif self.fusion == 'concat':
-            y = nn.Dense(self.actions + 1)(jnp.concatenate([h, z], -1))
+            outputs = nn.Dense(self.actions + 1)(jnp.concatenate([hidden, context], -1))
         else:
             shape = self.tasks, self.hidden, self.actions + 1
             W = self.param('W', nn.initializers.normal(self.hidden**-0.5), shape)
-            y = jnp.einsum('tbm,mnk,tbn->tbk', z, W, h)
-            y = y + nn.Dense(self.actions + 1)(h) + nn.Dense(self.actions + 1, use_bias=False)(z)
+            outputs = jnp.einsum('tbm,mnk,tbn->tbk', context, W, hidden)
+            outputs = outputs + nn.Dense(self.actions + 1)(hidden)
+            outputs = outputs + nn.Dense(self.actions + 1, use_bias=False)(context)
         # Apply PopArt's statistics.
         gain = self.param('gain', nn.initializers.ones, (self.tasks,))
         shift = self.param('shift', nn.initializers.zeros, (self.tasks,))
         task = inputs.observation['task']
-        return carry, Outputs(y[..., :-1], gain[task] * y[..., -1] + shift[task])
+        return carry, Outputs(outputs[..., :-1], gain[task] * outputs[..., -1] + shift[task])
+
+
+class LoopState(NamedTuple):
+    """The state of all environments and their agent between two steps."""
+
+    time_step: TimeStep
+    task: Array
+    action: Array
+    carry: Carry
 
 
 class PlainXLand:
-    """Our tasks in XLand-MiniGrid's own environment.
-
-    A state is (time step, task, action, carry).
-    """
+    """Our tasks in XLand-MiniGrid's own environment."""
 
     def __init__(self) -> None:
         self._environment = XLandMiniGrid()
@@ -125,35 +137,40 @@ class PlainXLand:
             view_size=xland.VIEW,
             max_steps=xland.STEPS,
         )
-        tiles = [jnp.array(divmod(t, xland.COLORS), jnp.uint8) for t in xland.OBJECTS.values()]
-        names = list(xland.OBJECTS)
+        tiles = {
+            name: jnp.array(divmod(tile, xland.COLORS), jnp.uint8)
+            for name, tile in xland.OBJECTS.items()
+        }
         self._goals = jnp.stack(
             [
-                GOALS[goal.kind](tile=tiles[names.index(f'{goal.paint} {goal.shape}')]).encode()
+                GOALS[goal.kind](tile=tiles[f'{goal.paint} {goal.shape}']).encode()
                 for goal in xland.TRAIN
             ]
         )
-        self._tiles = jnp.stack(tiles)
+        self._tiles = jnp.stack(list(tiles.values()))
 
-    def reset(self, key: chex.PRNGKey) -> tuple[TimeStep, Array]:
+    def reset(self, reset_key: chex.PRNGKey) -> tuple[TimeStep, Array]:
         """Begin an episode of a random task; return its first time step and the task."""
-        task_key, key = jax.random.split(key)
+        task_key, reset_key = jax.random.split(reset_key)
         task = jax.random.randint(task_key, (), 0, len(xland.TRAIN))
         rules = RuleSet(
             goal=self._goals[task], rules=EmptyRule().encode()[None], init_tiles=self._tiles
         )
-        return self._environment.reset(self._params.replace(ruleset=rules), key), task
+        return self._environment.reset(self._params.replace(ruleset=rules), reset_key), task
 
-    def step(self, time_step: TimeStep, task: Array, action: Array, key: chex.PRNGKey) -> Any:
+    def step(
+        self, time_step: TimeStep, task: Array, action: Array, reset_key: chex.PRNGKey
+    ) -> tuple[TimeStep, Array, Array]:
         """Step all environments; return time steps, tasks and discounts. Episodes restart."""
         step = jax.vmap(self._environment.step, (None, 0, 0))
         next_step = step(self._params, time_step, action)
         is_last = next_step.step_type == 2
-        keys = jax.random.split(key, task.shape[0])
-        first_step, new_task = jax.vmap(self.reset)(keys)
+        reset_keys = jax.random.split(reset_key, task.shape[0])
+        first_step, new_task = jax.vmap(self.reset)(reset_keys)
 
-        def where_last(a: Array, b: Array) -> Array:
-            return jnp.where(is_last.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+        def where_last(first: Array, following: Array) -> Array:
+            is_last_row = is_last.reshape(-1, *[1] * (first.ndim - 1))
+            return jnp.where(is_last_row, first, following)
 
         merged = jax.tree.map(where_last, first_step, next_step).replace(reward=next_step.reward)
         return merged, jnp.where(is_last, new_task, task), jnp.where(is_last, 0.0, 1.0)
@@ -170,61 +187,74 @@ def make_inputs(time_step: TimeStep, task: Array, action: Array) -> Inputs:
 
 def make_xland_update(
     config: ml_collections.ConfigDict, fusion: Literal['concat', 'mi']
-) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+) -> tuple[Callable[..., Any], tuple[learner.LearnerState, LoopState, chex.PRNGKey]]:
     """Return an update of the plain fused loop on our tasks, and its first arguments.
 
-    The update maps learner state, actor state and key to the next states and the loss.
+    The update maps learner state, loop state and key to the next states and the loss.
     """
-    B, T = config.train.batch, config.train.length
+    batch_size, num_steps = config.train.batch, config.train.length
     environment = PlainXLand()
-    net = Net(len(xland.TRAIN), 6, config.model.features, config.model.hidden, fusion)
+    network = Net(len(xland.TRAIN), 6, config.model.features, config.model.hidden, fusion)
     optimizer = optim.make_optimizer(config.optim, 1000)
     hyperparameters = factory.get_hyperparameters(config)
 
-    def act(params: chex.ArrayTree, key: chex.PRNGKey, carry: Any, inputs: Inputs) -> Any:
-        carry, outputs = net.apply(
-            {'params': params}, carry, jax.tree.map(lambda a: a[None], inputs)
+    def act(
+        params: Params, action_key: chex.PRNGKey, carry: Carry, inputs: Inputs
+    ) -> tuple[Carry, Array, Array]:
+        carry, outputs = network.apply(
+            {'params': params}, carry, jax.tree.map(lambda array: array[None], inputs)
         )
         logits = outputs.logits[0]
-        action = jax.random.categorical(key, logits).astype(jnp.int32)
+        action = jax.random.categorical(action_key, logits).astype(jnp.int32)
         return carry, action, compute_log_prob(logits, action)
 
-    def step(params: chex.ArrayTree, state: Any, key: chex.PRNGKey) -> Any:
-        time_step, task, action, carry = state
+    def step(
+        params: Params, loop_state: LoopState, step_key: chex.PRNGKey
+    ) -> tuple[LoopState, tuple[Inputs, Array, Array, Array]]:
+        time_step, task, action, carry = loop_state
         inputs = make_inputs(time_step, task, action)
-        action_key, reset_key = jax.random.split(key)
+        action_key, reset_key = jax.random.split(step_key)
         carry, action, log_prob = act(params, action_key, carry, inputs)
         time_step, task, discount = environment.step(time_step, task, action, reset_key)
-        return (time_step, task, action, carry), (inputs, action, log_prob, discount)
+        loop_state = LoopState(time_step, task, action, carry)
+        return loop_state, (inputs, action, log_prob, discount)
 
-    def update(learner_state: learner.LearnerState, state: Any, key: chex.PRNGKey) -> Any:
+    def update(
+        learner_state: learner.LearnerState, loop_state: LoopState, unroll_key: chex.PRNGKey
+    ) -> tuple[learner.LearnerState, LoopState, Array]:
         # Unroll a trajectory.
-        carry = state[3]
+        initial_carry = loop_state.carry
         scanned = functools.partial(step, learner_state.params)
-        state, (inputs, *rest) = jax.lax.scan(scanned, state, jax.random.split(key, T))
-        last_inputs = make_inputs(*state[:3])
-        inputs = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), inputs, last_inputs)
-        trajectory = Trajectory(inputs, *rest, jnp.ones((T, B), bool), carry)
+        step_keys = jax.random.split(unroll_key, num_steps)
+        loop_state, (inputs, *transitions) = jax.lax.scan(scanned, loop_state, step_keys)
+        last_inputs = make_inputs(*loop_state[:3])
+        inputs = jax.tree.map(
+            lambda array, last_array: jnp.concatenate([array, last_array[None]]),
+            inputs,
+            last_inputs,
+        )
+        is_valid = jnp.ones((num_steps, batch_size), bool)
+        trajectory = Trajectory(inputs, *transitions, is_valid, initial_carry)
         # Learn from it.
         learner_state, metrics = learner.update(
-            net,  # type: ignore[arg-type]
+            network,  # type: ignore[arg-type]
             optimizer,
             hyperparameters,
             learner_state,
             trajectory,
         )
-        return learner_state, state, metrics['loss']
+        return learner_state, loop_state, metrics['loss']
 
     # Initialize.
     with jax.numpy_rank_promotion('allow'):
-        reset = jax.jit(jax.vmap(environment.reset))
-        time_step, task = reset(jax.random.split(jax.random.key(0), B))
-        carry = (jnp.zeros((B, config.model.hidden)),) * 2
-        state = time_step, task, jnp.zeros(B, jnp.int32), carry
-        inputs = jax.tree.map(lambda a: a[None], make_inputs(time_step, task, state[2]))
-        params = jax.jit(net.init)(jax.random.key(1), carry, inputs)['params']
+        reset_all = jax.jit(jax.vmap(environment.reset))
+        time_step, task = reset_all(jax.random.split(jax.random.key(0), batch_size))
+        carry = (jnp.zeros((batch_size, config.model.hidden)),) * 2
+        loop_state = LoopState(time_step, task, jnp.zeros(batch_size, jnp.int32), carry)
+        inputs = jax.tree.map(lambda array: array[None], make_inputs(*loop_state[:3]))
+        params = jax.jit(network.init)(jax.random.key(1), carry, inputs)['params']
         learner_state = learner.init_learner_state(params, optimizer, len(xland.TRAIN))
-    return update, (learner_state, state, jax.random.key(0))
+    return update, (learner_state, loop_state, jax.random.key(0))
 
 
 def xland_step(
@@ -232,14 +262,14 @@ def xland_step(
 ) -> Callable[[], object]:
     """Return a function that runs an update of the plain fused loop on our tasks."""
     update, arguments = make_xland_update(config, fusion)
-    learner_state, state, _ = arguments
+    learner_state, loop_state, _ = arguments
     with jax.numpy_rank_promotion('allow'):
         compiled = jax.jit(update).lower(*arguments).compile()
-    keys = iter(jax.random.split(jax.random.key(2), 100_000))
+    update_keys = iter(jax.random.split(jax.random.key(2), 100_000))
 
     def run_update() -> None:
-        nonlocal learner_state, state
-        learner_state, state, loss = compiled(learner_state, state, next(keys))
+        nonlocal learner_state, loop_state
+        learner_state, loop_state, loss = compiled(learner_state, loop_state, next(update_keys))
         jax.block_until_ready(loss)
 
     return run_update
@@ -247,37 +277,44 @@ def xland_step(
 
 def host_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
     """Return an update of the plain loop on host environments; pixels use our network."""
-    B, T = config.train.batch, config.train.length
+    batch_size, num_steps = config.train.batch, config.train.length
     # Make environments, agent and learner.
-    pool = envs.pool(config.env.name, B, 0)
+    pool = envs.pool(config.env.name, batch_size, 0)
     agent: Any = factory.build_agent(config, pool.spec)
-    carry = agent.initial_carry(B)
+    carry = agent.initial_carry(batch_size)
     if pool.spec.vocabulary:
-        spec, sizes = pool.spec, (config.model.features, config.model.hidden)
-        agent = Net(len(spec.tasks), spec.actions, *sizes, 'none', spec.categories, spec.vocabulary)
-        carry = (jnp.zeros((B, config.model.hidden)),) * 2
+        agent = Net(
+            tasks=len(pool.spec.tasks),
+            actions=pool.spec.actions,
+            features=config.model.features,
+            hidden=config.model.hidden,
+            fusion='none',
+            categories=pool.spec.categories,
+            vocabulary=pool.spec.vocabulary,
+        )
+        carry = (jnp.zeros((batch_size, config.model.hidden)),) * 2
     optimizer = optim.make_optimizer(config.optim, 1000)
     hyperparameters = factory.get_hyperparameters(config)
     update = jax.jit(functools.partial(learner.update, agent, optimizer, hyperparameters))
-    policy = jax.jit(functools.partial(rollout.act, agent))
+    act = jax.jit(functools.partial(rollout.act, agent))
     # Initialize them.
-    time_step, action = pool.reset(), np.zeros(B, np.int32)
+    time_step, action = pool.reset(), np.zeros(batch_size, np.int32)
     inputs = Inputs(time_step.observation, action, time_step.reward, time_step.is_first)
-    unroll_inputs = jax.tree.map(lambda a: jnp.asarray(a)[None], inputs)
+    unroll_inputs = jax.tree.map(lambda array: jnp.asarray(array)[None], inputs)
     params = jax.jit(agent.init)(jax.random.key(0), carry, unroll_inputs)['params']
     learner_state = learner.init_learner_state(params, optimizer, len(pool.spec.tasks))
-    keys = iter(jax.random.split(jax.random.key(2), 1_000_000))
+    act_keys = iter(jax.random.split(jax.random.key(2), 1_000_000))
 
     def run_update() -> None:
         nonlocal learner_state, time_step, action, carry
         # Collect a trajectory, whose last inputs bootstrap.
         initial_carry, unroll, transitions = carry, [], []
-        for t in range(T + 1):
+        for time_index in range(num_steps + 1):
             inputs = Inputs(time_step.observation, action, time_step.reward, time_step.is_first)
             unroll.append(jax.tree.map(np.array, inputs))
-            if t == T:
+            if time_index == num_steps:
                 break
-            carry, sampled, log_prob = policy(learner_state.params, carry, inputs, next(keys))
+            carry, sampled, log_prob = act(learner_state.params, carry, inputs, next(act_keys))
             is_valid, action = ~time_step.is_last, np.asarray(sampled)
             pool.send(action)
             time_step = pool.recv()
