@@ -19,10 +19,12 @@ the peer.
 
 import functools
 import json
+import operator
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -34,6 +36,7 @@ from configs import rl as configs
 from mi.rl import envs, factory, learner
 from mi.rl.actors import loop as actors_loop
 from mi.rl.actors.worker import concatenate_trajectories
+from mi.rl.agent import Carry, Inputs
 from mi.rl.envs import auto_reset
 from mi.rl.fused import loop as fused
 from mi.rl.fused import rollout
@@ -60,19 +63,19 @@ SETS = {
 }
 
 
-def make_config(name: str) -> ml_collections.ConfigDict:
+def make_config(set_name: str) -> ml_collections.ConfigDict:
     """Return the config of a set."""
     config = configs.get_config().unlock()
-    if name == 'xland':
+    if set_name == 'xland':
         config.model.sites = ('readout',)  # where the plain loop has its fusion
-    elif name == 'babyai':
+    elif set_name == 'babyai':
         config.env.name = LEVELS
         config.model.update({'instruction': True, 'sites': ('instruction',)})
         config.model.fusion.name = 'concat'
         config.train.topology = 'threads'
-    elif name == 'seeds':
+    elif set_name == 'seeds':
         config.train.batch = 4096
-    elif name in ('pong', 'conv'):
+    elif set_name in ('pong', 'conv'):
         config.env.name = 'atari/Pong'
         config.model.update({'core': 'none', 'sites': (), 'features': 512})
         config.train.update({'topology': 'threads', 'batch': 64})
@@ -80,28 +83,26 @@ def make_config(name: str) -> ml_collections.ConfigDict:
     return config
 
 
-def count_steps(name: str, side: str) -> int:
+def count_steps(set_name: str, side: str) -> int:
     """Return the environment steps per update over all seeds."""
-    config = make_config(name)
-    seeds = int(side.split()[0]) if name == 'seeds' else 1
-    return config.train.batch * config.train.length * seeds
+    config = make_config(set_name)
+    num_seeds = int(side.split()[0]) if set_name == 'seeds' else 1
+    return config.train.batch * config.train.length * num_seeds
 
 
 def fused_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
     """Return an update of the topology 'fused'."""
     environment = envs.make(config.env.name)
-    agent, optimizer = (
-        factory.build_agent(config, environment.spec),
-        optim.make_optimizer(config.optim, 1000),
-    )
+    agent = factory.build_agent(config, environment.spec)
+    optimizer = optim.make_optimizer(config.optim, 1000)
     mesh = fused.make_mesh(config)
-    state = fused.init_states(config, environment, agent, optimizer, mesh)
+    train_state = fused.init_states(config, environment, agent, optimizer, mesh)
     update = fused.make_update(config, environment, agent, optimizer)
-    compiled = fused.compile_updates(update, state, 1, mesh)
+    compiled_update = fused.compile_updates(update, train_state, 1, mesh)
 
     def step() -> None:
-        nonlocal state
-        state, metrics = compiled(state)
+        nonlocal train_state
+        train_state, metrics = compiled_update(train_state)
         jax.block_until_ready(metrics)
 
     return step
@@ -110,199 +111,211 @@ def fused_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
 def threads_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
     """Return an update of the topology 'threads', with its actors running."""
     pool = envs.pool(config.env.name, config.actors.batch, 0)
-    agent, optimizer = (
-        factory.build_agent(config, pool.spec),
-        optim.make_optimizer(config.optim, 1000),
-    )
+    agent = factory.build_agent(config, pool.spec)
+    optimizer = optim.make_optimizer(config.optim, 1000)
     pool.close()
     mesh = sharding.make_mesh(1, config.train.batch)
-    state = actors_loop.init_state(agent, optimizer, 0, mesh)
+    learner_state = actors_loop.init_state(agent, optimizer, 0, mesh)
     update = actors_loop.jit_update(agent, optimizer, factory.get_hyperparameters(config), mesh)
-    actors = actors_loop.start_actors(config, agent, state.params, 0)
+    actors = actors_loop.start_actors(config, agent, learner_state.params, 0)
     actors.__enter__()
     version, window = 0, actors_loop.Window()
 
     def step() -> None:
-        nonlocal state, version
+        nonlocal learner_state, version
         items = actors_loop.take_batch(config, actors, version, window)
-        state, _ = update(state, concatenate_trajectories([item.trajectory for item in items]))
+        learner_state, _ = update(
+            learner_state, concatenate_trajectories([item.trajectory for item in items])
+        )
         version += 1
-        actors.publish(state.params, version)
+        actors.publish(learner_state.params, version)
 
     return step
 
 
-def parts_step(config: ml_collections.ConfigDict, part: str) -> Callable[[], object]:
+def parts_step(config: ml_collections.ConfigDict, part_name: str) -> Callable[[], object]:
     """Return one part of an update: environment, policy or learning."""
     # Initialize environments, agent and learner.
     environment = envs.make(config.env.name)
-    agent, optimizer = (
-        factory.build_agent(config, environment.spec),
-        optim.make_optimizer(config.optim, 1000),
-    )
-    init = functools.partial(fused.init_state, environment, agent, optimizer, config.train.batch)
-    state = jax.jit(init)(jnp.asarray(0))
-    params, T = state.learner.params, config.train.length
+    agent = factory.build_agent(config, environment.spec)
+    optimizer = optim.make_optimizer(config.optim, 1000)
+    num_steps, batch_size = config.train.length, config.train.batch
+    init_state = functools.partial(fused.init_state, environment, agent, optimizer, batch_size)
+    train_state = jax.jit(init_state)(jnp.asarray(0))
+    params = train_state.learner.params
 
     env_step = jax.vmap(functools.partial(auto_reset.step, environment))
 
-    def simulate(acting: rollout.ActorState) -> Any:
-        def step(state: Any, key: jax.Array) -> Any:
-            action = jax.random.randint(key, (config.train.batch,), 0, environment.spec.actions)
-            return env_step(state, action)
+    def simulate(actor_state: rollout.ActorState) -> chex.ArrayTree:
+        def step(env_state: chex.ArrayTree, step_key: chex.PRNGKey) -> chex.ArrayTree:
+            action = jax.random.randint(step_key, (batch_size,), 0, environment.spec.actions)
+            return env_step(env_state, action)
 
-        keys = jax.random.split(jax.random.key(0), T)
-        return jax.lax.scan(step, acting.environment, keys)
+        step_keys = jax.random.split(jax.random.key(0), num_steps)
+        return jax.lax.scan(step, actor_state.environment, step_keys)
 
-    def act(acting: rollout.ActorState, inputs: Any) -> Any:
-        def step(carry: Any, row: Any) -> Any:
-            key, inputs = row
-            carry, action, log_prob = rollout.act(agent, params, carry, inputs, key)
+    def act(actor_state: rollout.ActorState, inputs: Inputs) -> chex.ArrayTree:
+        def step(
+            carry: Carry, timestep: tuple[chex.PRNGKey, Inputs]
+        ) -> tuple[Carry, tuple[chex.Array, chex.Array]]:
+            step_key, inputs = timestep
+            carry, action, log_prob = rollout.act(agent, params, carry, inputs, step_key)
             return carry, (action, log_prob)
 
-        keys = jax.random.split(jax.random.key(0), T)
-        return jax.lax.scan(step, acting.carry, (keys, inputs))
+        step_keys = jax.random.split(jax.random.key(0), num_steps)
+        return jax.lax.scan(step, actor_state.carry, (step_keys, inputs))
 
     # Unroll a trajectory for the policy and the learner.
-    _, trajectory, *_ = jax.jit(functools.partial(rollout.unroll, environment, agent, T))(
-        params, state.actor
-    )
-    parts: dict[str, Callable[[], Any]] = {
-        'environment': functools.partial(jax.jit(simulate), state.actor),
-        'policy': functools.partial(
-            jax.jit(act), state.actor, jax.tree.map(lambda a: a[:-1], trajectory.inputs)
-        ),
-        'learning': functools.partial(
-            jax.jit(
-                functools.partial(
-                    learner.update, agent, optimizer, factory.get_hyperparameters(config)
-                )
-            ),
-            state.learner,
-            trajectory,
-        ),
+    unroll = functools.partial(rollout.unroll, environment, agent, num_steps)
+    _, trajectory, *_ = jax.jit(unroll)(params, train_state.actor)
+    policy_inputs = jax.tree.map(lambda array: array[:-1], trajectory.inputs)
+    hyperparameters = factory.get_hyperparameters(config)
+    update = functools.partial(learner.update, agent, optimizer, hyperparameters)
+    part_calls: dict[str, Callable[[], object]] = {
+        'environment': functools.partial(jax.jit(simulate), train_state.actor),
+        'policy': functools.partial(jax.jit(act), train_state.actor, policy_inputs),
+        'learning': functools.partial(jax.jit(update), train_state.learner, trajectory),
     }
-    return lambda: jax.block_until_ready(parts[part]())
+    return lambda: jax.block_until_ready(part_calls[part_name]())
 
 
 def conv_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
     """Return a learner's update on random frames."""
     pool = envs.pool(config.env.name, 1, 0)
-    agent, optimizer = (
-        factory.build_agent(config, pool.spec),
-        optim.make_optimizer(config.optim, 1000),
-    )
+    agent = factory.build_agent(config, pool.spec)
+    optimizer = optim.make_optimizer(config.optim, 1000)
     pool.close()
-    T, B = config.train.length, config.train.batch
+    batch_size = config.train.batch
+    leading_axes = config.train.length + 1, batch_size
     # Draw a trajectory.
     rng = np.random.default_rng(0)
     observation = {
-        name: rng.integers(0, 256 if name == 'pixels' else 1, (T + 1, B, *a.shape)).astype(a.dtype)
-        for name, a in agent.spec.observation.items()
+        name: rng.integers(0, 256 if name == 'pixels' else 1, (*leading_axes, *array.shape)).astype(
+            array.dtype
+        )
+        for name, array in agent.spec.observation.items()
     }
-    zeros = np.zeros((T + 1, B), np.float32)
-    false = np.zeros((T + 1, B), bool)
-    actions = np.zeros((T + 1, B), np.int32)
+    zeros = np.zeros(leading_axes, np.float32)
+    never = np.zeros(leading_axes, bool)
+    actions = np.zeros(leading_axes, np.int32)
     trajectory = Trajectory(
-        inputs=rollout.Inputs(observation, actions, zeros, false),
+        inputs=Inputs(observation, actions, zeros, never),
         action=actions[1:],
         log_prob=zeros[1:],
         discount=1 + zeros[1:],
-        valid=~false[1:],
-        carry=agent.initial_carry(B),
+        valid=~never[1:],
+        carry=agent.initial_carry(batch_size),
     )
     # Compile the update.
     mesh = sharding.make_mesh(1, config.train.batch)
-    state = actors_loop.init_state(agent, optimizer, 0, mesh)
+    learner_state = actors_loop.init_state(agent, optimizer, 0, mesh)
     update = actors_loop.jit_update(agent, optimizer, factory.get_hyperparameters(config), mesh)
-    return lambda: jax.block_until_ready(update(state, trajectory))
+    return lambda: jax.block_until_ready(update(learner_state, trajectory))
 
 
 def torch_convolutions(config: ml_collections.ConfigDict) -> Callable[[], object]:
     """Return forward and backward pass of the convolutions in torch."""
     import torch
 
-    layers = torch.nn.Sequential(
+    convolutions = torch.nn.Sequential(
         *(torch.nn.Conv2d(4, 32, 8, 4), torch.nn.ReLU(), torch.nn.Conv2d(32, 64, 4, 2)),
         *(torch.nn.ReLU(), torch.nn.Conv2d(64, 64, 3, 1), torch.nn.ReLU()),
     )
     frames = torch.rand((config.train.length + 1) * config.train.batch, 4, 84, 84)
 
     def step() -> None:
-        layers.zero_grad()
-        layers(frames).sum().backward()
+        convolutions.zero_grad()
+        convolutions(frames).sum().backward()
 
     return step
 
 
-def make_step(name: str, side: str) -> Callable[[], object]:
+def make_step(set_name: str, side: str) -> Callable[[], object]:
     """Return an update of a side."""
-    config = make_config(name)
+    config = make_config(set_name)
     if side.startswith('plain'):
         from benchmarks import plain_rl
 
-        if name != 'xland':
+        if set_name != 'xland':
             return plain_rl.host_step(config)
         return plain_rl.xland_step(config, 'mi' if side.endswith('mi') else 'concat')
     if side == 'rllib':
         from benchmarks import rllib
 
-        return rllib.make_step(name, config)
-    if name in ('babyai', 'pong'):
+        return rllib.make_step(set_name, config)
+    if set_name in ('babyai', 'pong'):
         config.model.fusion.name = 'mi' if side.endswith('mi') else config.model.fusion.name
         return threads_step(config)
-    if name == 'conv':
+    if set_name == 'conv':
         return conv_step(config) if side == 'update' else torch_convolutions(config)
-    if name == 'seeds':
-        seeds, config.model.fusion.name = side.split()
-        config.seeds = tuple(range(int(seeds)))
+    if set_name == 'seeds':
+        num_seeds, config.model.fusion.name = side.split()
+        config.seeds = tuple(range(int(num_seeds)))
         return fused_step(config)
     if side in FUSIONS:
         config.model.fusion.name = side
     return fused_step(config) if side in (*FUSIONS, 'whole') else parts_step(config, side)
 
 
+def print_ratios(set_name: str, seconds: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+    """Print a row for each side of a set, and return a figure for each.
+
+    Args:
+      set_name: name of the set.
+      seconds: side → seconds per update by round, with the peer of the ratios first.
+    """
+    peer = next(iter(seconds))
+    figures = []
+    print(f'\n{set_name:<20}{"ms an update":>14}{"steps/s":>12}{"× " + peer:>22}  range')
+    for side, side_seconds in seconds.items():
+        ratios = sorted(map(operator.truediv, seconds[peer], side_seconds))
+        median_seconds, median_ratio = statistics.median(side_seconds), statistics.median(ratios)
+        steps_per_second = count_steps(set_name, side) / median_seconds
+        print(
+            f'{side:<20}{1000 * median_seconds:14.2f}{steps_per_second:12,.0f}'
+            f'{median_ratio:22.2f}  {ratios[0]:.2f}–{ratios[-1]:.2f}',
+            flush=True,
+        )
+        figures.append(
+            {
+                'set': set_name,
+                'side': side,
+                'seconds': median_seconds,
+                'steps_per_second': steps_per_second,
+                'ratio': median_ratio,
+                'ratios': ratios,
+            }
+        )
+    return figures
+
+
 def main(argv: Sequence[str]) -> None:
     """Race the sides of every set, or serve as one of them."""
     del argv
     if SIDE.value:
-        name, side = SIDE.value.split('/')
+        set_name, side = SIDE.value.split('/')
         host.keep_freed_memory()
         host.set_xla_flags()
-        rounds.serve(make_step(name, side), seconds=4.0 if name in ('babyai', 'pong') else 1.5)
+        is_slow = set_name in ('babyai', 'pong')
+        rounds.serve(make_step(set_name, side), seconds=4.0 if is_slow else 1.5)
         return
     print(f'{host.describe_machine()}, jax {jax.__version__}')
     figures = []
-    on_gpu = jax.default_backend() == 'gpu'
-    for name in ONLY.value or [name for name in SETS if (name == 'seeds') == on_gpu]:
-        # Race.
-        sides = SETS[name]
-        commands = {s: ['-m', 'benchmarks.rl', f'--side={name}/{s}'] for s in sides}
-        seconds = rounds.race(commands, ROUNDS.value)
-        # Print.
-        print(f'\n{name:<20}{"ms an update":>14}{"steps/s":>12}{"× " + sides[0]:>22}  range')
-        for side in sides:
-            pairs = zip(seconds[sides[0]], seconds[side], strict=True)
-            ratios = sorted(peer_seconds / side_seconds for peer_seconds, side_seconds in pairs)
-            median, ratio = statistics.median(seconds[side]), statistics.median(ratios)
-            rate = count_steps(name, side) / median
-            print(
-                f'{side:<20}{1000 * median:14.2f}{rate:12,.0f}{ratio:22.2f}  '
-                f'{ratios[0]:.2f}–{ratios[-1]:.2f}',
-                flush=True,
-            )
-            figures.append(
-                {'set': name, 'side': side, 'seconds': median, 'steps_per_second': rate,
-                 'ratio': ratio, 'ratios': ratios}
-            )  # fmt: skip
+    has_gpu = jax.default_backend() == 'gpu'
+    device_sets = [set_name for set_name in SETS if (set_name == 'seeds') == has_gpu]
+    for set_name in ONLY.value or device_sets:
+        commands = {
+            side: ['-m', 'benchmarks.rl', f'--side={set_name}/{side}'] for side in SETS[set_name]
+        }
+        figures += print_ratios(set_name, rounds.race(commands, ROUNDS.value))
     if JSON.value:
         record = {
             'machine': host.describe_machine(),
             'jax': jax.__version__,
             'rounds': ROUNDS.value,
         }
-        with open(JSON.value, 'w') as file:
-            json.dump(record | {'figures': figures}, file, indent=2)
+        with open(JSON.value, 'w') as json_file:
+            json.dump(record | {'figures': figures}, json_file, indent=2)
 
 
 if __name__ == '__main__':
