@@ -168,7 +168,7 @@ class Step:
     def bottleneck(self) -> str:
         """Name of the part that takes longest."""
         parts = self.parts()
-        return max(parts, key=lambda name: parts[name])
+        return max(parts, key=lambda part: parts[part])
 
 
 def estimate_roofline(
@@ -192,9 +192,9 @@ def compute_traffic(parameters: int, replicas: int, fsdp: int) -> tuple[float, f
     Within a replica, parameters are gathered for the forward and for the backward pass, and
     gradients are scattered. Between replicas, each chip's part of the gradient is reduced.
     """
-    size = FLOAT_BYTES * parameters
-    inner_bytes = 3 * (fsdp - 1) / fsdp * size
-    outer_bytes = 2 * (replicas - 1) / replicas * size / fsdp
+    param_bytes = FLOAT_BYTES * parameters
+    inner_bytes = 3 * (fsdp - 1) / fsdp * param_bytes
+    outer_bytes = 2 * (replicas - 1) / replicas * param_bytes / fsdp
     return inner_bytes, outer_bytes
 
 
@@ -228,15 +228,15 @@ def estimate_step(
             f'{rows} rows on {chips} chips, fsdp = {fsdp}: expected rows to be a multiple of '
             f'chips, and chips of fsdp'
         )
-    work = job.work(rows // chips)
-    arithmetic, reading = estimate_roofline(work.products, chip)
+    chip_work = job.work(rows // chips)
+    arithmetic, reading = estimate_roofline(chip_work.products, chip)
     inner_bytes, outer_bytes = compute_traffic(job.parameters, chips // fsdp, fsdp)
     messages = 3 * (fsdp - 1) + 2 * (chips // fsdp - 1)
     seconds = inner_bytes / ring_bandwidth(chip, fsdp) + outer_bytes / ring_bandwidth(chip, chips)
     return Step(
         chips=chips,
         rows=rows,
-        memory=STORED_COPIES * FLOAT_BYTES * job.parameters / fsdp + work.activations,
+        memory=STORED_COPIES * FLOAT_BYTES * job.parameters / fsdp + chip_work.activations,
         arithmetic=arithmetic / share,
         reading=reading / share,
         optimizer=OPTIMIZER_PASSES * FLOAT_BYTES * job.parameters / fsdp / chip.bandwidth,

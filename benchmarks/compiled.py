@@ -62,24 +62,24 @@ class Job(NamedTuple):
     paper: Callable[[ml_collections.ConfigDict, int], Work] | None
 
 
-def wikitext(core: str, chips: int) -> ml_collections.ConfigDict:
+def wikitext(core: str, num_chips: int) -> ml_collections.ConfigDict:
     """Return the config of a language model with 256 rows on any number of chips."""
     config = lm_wikitext103.get_config(core).unlock()
     config.train.batch = 256
     return config.lock()
 
 
-def xland(chips: int) -> ml_collections.ConfigDict:
+def xland(num_chips: int) -> ml_collections.ConfigDict:
     """Return the config of 1,024 environments on any number of chips."""
     config = rl.get_config().unlock()
     config.train.batch = 1024
     return config.lock()
 
 
-def dmlab(chips: int) -> ml_collections.ConfigDict:
+def dmlab(num_chips: int) -> ml_collections.ConfigDict:
     """Return the config of a learner with 60 rows per chip."""
     config = rl_dmlab30.get_config().unlock()
-    config.train.batch *= chips
+    config.train.batch *= num_chips
     return config.lock()
 
 
@@ -111,45 +111,45 @@ JOBS = {
 }
 
 
-def topology_name(family: str, chips: int) -> str:
+def topology_name(family: str, num_chips: int) -> str:
     """Return the name for `mi.estimate.topologies` of a number of chips."""
-    return f'{family}:{chips if family == "h100" else SLICES[chips]}'
+    return f'{family}:{num_chips if family == "h100" else SLICES[num_chips]}'
 
 
-def compile_record(name: str, family: str, chips: int) -> Record:
+def compile_record(job_name: str, family: str, num_chips: int) -> Record:
     """Compile the training step of a job; return its record, per chip and update."""
-    config = JOBS[name].config(chips)
-    devices = topologies.describe(topology_name(family, chips))
-    limit = topologies.get_memory(devices[0])
-    start = time.monotonic()
-    training = memory.make_programs(config, devices)
-    measured = deployment.measure(training.compile, devices[0], limit)
-    parameter_bytes = memory.count_bytes(training.state['parameters']) // len(config.seeds)
+    config = JOBS[job_name].config(num_chips)
+    devices = topologies.describe(topology_name(family, num_chips))
+    memory_limit = topologies.get_memory(devices[0])
+    start_time = time.monotonic()
+    programs = memory.make_programs(config, devices)
+    measurement = deployment.measure(programs.compile, devices[0], memory_limit)
+    parameter_bytes = memory.count_bytes(programs.state['parameters']) // len(config.seeds)
 
-    def per_update(key: str) -> float | None:
-        return None if measured[key] is None else measured[key] / training.updates
+    def per_update(figure_name: str) -> float | None:
+        figure = measurement[figure_name]
+        return None if figure is None else figure / programs.updates
 
     return {
-        'job': name,
+        'job': job_name,
         'family': family,
-        'chips': chips,
-        'used': training.mesh.size,
-        'rows': JOBS[name].rows(chips),
+        'chips': num_chips,
+        'used': programs.mesh.size,
+        'rows': JOBS[job_name].rows(num_chips),
         'parameters': parameter_bytes // cluster.FLOAT_BYTES,
         'flops': per_update('flops'),
-        'whole': costs.estimate_costs(config)[
-            'flops'
-        ],  # of the batch, from the jaxpr, acting included
+        # Of the batch, from the jaxpr, acting included.
+        'whole': costs.estimate_costs(config)['flops'],
         'bytes_accessed': per_update('bytes_accessed'),
-        'peak': measured['peak'],
-        'limit': limit,
-        'fits': measured['fits'],
+        'peak': measurement['peak'],
+        'limit': memory_limit,
+        'fits': measurement['fits'],
         'bytes_sent': per_update('bytes_sent'),
-        'collectives': measured['collectives'],
-        'updates': training.updates,
+        'collectives': measurement['collectives'],
+        'updates': programs.updates,
         'seconds': per_update('seconds'),
-        'error': measured.get('error', ''),
-        'compiled_in': round(time.monotonic() - start),
+        'error': measurement.get('error', ''),
+        'compiled_in': round(time.monotonic() - start_time),
     }
 
 
@@ -160,8 +160,8 @@ def read_records(path: pathlib.Path) -> list[Record]:
 
 def write_records(path: pathlib.Path, records: Sequence[Record], tables: Mapping[str, Any]) -> None:
     """Write records, sorted, and tables to a file."""
-    content = {'records': sorted(records, key=_sort_key), 'tables': tables}
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + '\n')
+    contents = {'records': sorted(records, key=_sort_key), 'tables': tables}
+    path.write_text(json.dumps(contents, indent=1, ensure_ascii=False) + '\n')
 
 
 def _sort_key(record: Record) -> tuple[int, int, int]:
@@ -181,29 +181,32 @@ def estimate_seconds(record: Record) -> tuple[float, float]:
     FLOPs over peak and bytes over bandwidth. Sending is bytes over the slowest link of a ring.
     """
     chip = CHIPS[CHIP_OF[record['family']]]
-    computing = record['seconds']
-    if computing is None:
-        computing = max(record['flops'] / chip.flops, record['bytes_accessed'] / chip.bandwidth)
-    return computing, record['bytes_sent'] / cluster.ring_bandwidth(chip, record['chips'])
+    compute_seconds = record['seconds']
+    if compute_seconds is None:
+        read_seconds = record['bytes_accessed'] / chip.bandwidth
+        compute_seconds = max(record['flops'] / chip.flops, read_seconds)
+    return compute_seconds, record['bytes_sent'] / cluster.ring_bandwidth(chip, record['chips'])
 
 
 def batch_flops(record: Record, records: Mapping[tuple[str, str, int], Record]) -> float:
     """Return the FLOPs per update of the batch: on one chip, else by the model or the jaxpr."""
-    single_chip = records.get((record['job'], record['family'], 1))
-    if single_chip is not None and single_chip['flops'] is not None:
-        return single_chip['flops'] * record['rows'] / single_chip['rows']
+    single_record = records.get((record['job'], record['family'], 1))
+    if single_record is not None and single_record['flops'] is not None:
+        return single_record['flops'] * record['rows'] / single_record['rows']
     work = compute_work(record['job'], record['chips'])
     if work is None:
         return record['whole']
-    return record['chips'] * sum(p.flops * p.times for p in work.products)
+    return record['chips'] * sum(product.flops * product.times for product in work.products)
 
 
-def programs_table(records: Sequence[Record], name: str) -> Table:
+def programs_table(records: Sequence[Record], job_name: str) -> Table:
     """Return FLOPs, memory and bytes sent per chip of a job's compiled programs."""
-    by_key = {record_key(record): record for record in records}
-    table = [['chip', 'chips', 'rows', 'GFLOP', '× chips / whole', 'GB', 'fits', 'MB sent', 'by']]
+    records_by_key = {record_key(record): record for record in records}
+    table_rows = [
+        ['chip', 'chips', 'rows', 'GFLOP', '× chips / whole', 'GB', 'fits', 'MB sent', 'by']
+    ]
     for record in records:
-        if record['job'] != name:
+        if record['job'] != job_name:
             continue
         chip_cells = [
             record['family'],
@@ -211,10 +214,10 @@ def programs_table(records: Sequence[Record], name: str) -> Table:
             f'{record["rows"] / record["chips"]:g}',
         ]
         if record['flops'] is None:
-            table.append([*chip_cells, '', '', '', 'no', '', ''])
+            table_rows.append([*chip_cells, '', '', '', 'no', '', ''])
             continue
-        total_flops = batch_flops(record, by_key)
-        table.append(
+        total_flops = batch_flops(record, records_by_key)
+        table_rows.append(
             [
                 *chip_cells,
                 f'{record["flops"] / 1e9:,.1f}',
@@ -225,95 +228,95 @@ def programs_table(records: Sequence[Record], name: str) -> Table:
                 summarize_collectives(record),
             ]
         )
-    return table
+    return table_rows
 
 
 def summarize_collectives(record: Record) -> str:
     """Return the number of collectives per update by kind, as text."""
-    counts: dict[str, float] = {}
+    kind_counts: dict[str, float] = {}
     for collective in record['collectives']:
         kind = collective['kind']
-        counts[kind] = counts.get(kind, 0) + collective['count'] / record['updates']
-    return ', '.join(f'{count:g} {kind}' for kind, count in counts.items()) or 'nothing'
+        kind_counts[kind] = kind_counts.get(kind, 0) + collective['count'] / record['updates']
+    return ', '.join(f'{count:g} {kind}' for kind, count in kind_counts.items()) or 'nothing'
 
 
 def times_table(records: Sequence[Record]) -> Table:
     """Return milliseconds per update if nothing overlaps, and the speed-up."""
-    table = [['job', 'chip', 'chips', 'computing', 'sending', 'sum', 'rows/s', 'of linear']]
-    chip_rates: dict[tuple[str, str], float] = {}  # rows/s per chip with the fewest chips
+    table_rows = [['job', 'chip', 'chips', 'computing', 'sending', 'sum', 'rows/s', 'of linear']]
+    single_rates: dict[tuple[str, str], float] = {}  # rows/s per chip with the fewest chips
     for record in sorted(records, key=_sort_key):
         if not record['fits']:
             continue
-        computing, sending = estimate_seconds(record)
-        rate = record['rows'] / (computing + sending)
+        compute_seconds, send_seconds = estimate_seconds(record)
+        rows_per_second = record['rows'] / (compute_seconds + send_seconds)
         job_family = record['job'], record['family']
-        chip_rate = chip_rates.setdefault(job_family, rate / record['chips'])
-        table.append(
+        single_rate = single_rates.setdefault(job_family, rows_per_second / record['chips'])
+        table_rows.append(
             [
                 record['job'],
                 record['family'],
                 str(record['chips']),
-                f'{1e3 * computing:,.2f}',
-                f'{1e3 * sending:,.3f}',
-                f'{1e3 * (computing + sending):,.2f}',
-                f'{rate:,.0f}',
-                f'{rate / (chip_rate * record["chips"]):.2f}',
+                f'{1e3 * compute_seconds:,.2f}',
+                f'{1e3 * send_seconds:,.3f}',
+                f'{1e3 * (compute_seconds + send_seconds):,.2f}',
+                f'{rows_per_second:,.0f}',
+                f'{rows_per_second / (single_rate * record["chips"]):.2f}',
             ]
         )
-    return table
+    return table_rows
 
 
 def paper_table(records: Sequence[Record]) -> Table:
     """Return model over compiled program, per chip; * where they differ by more than a tenth."""
-    table = [['job', 'chip', 'chips', 'FLOPs', 'memory', 'bytes sent']]
+    table_rows = [['job', 'chip', 'chips', 'FLOPs', 'memory', 'bytes sent']]
     for record in records:
         work = compute_work(record['job'], record['chips'])
         if record['flops'] is None or work is None:
             continue
-        flops = sum(p.flops * p.times for p in work.products)
+        flops = sum(product.flops * product.times for product in work.products)
         stored_bytes = cluster.STORED_COPIES * cluster.FLOAT_BYTES * record['parameters']
-        paper = {
+        analytic = {
             'flops': flops,
             'peak': stored_bytes + work.activations,
             'bytes_sent': sum(cluster.compute_traffic(record['parameters'], record['chips'], 1)),
         }
-        table.append(
+        table_rows.append(
             [
                 record['job'],
                 record['family'],
                 str(record['chips']),
-                *(format_ratio(value, record[name]) for name, value in paper.items()),
+                *(format_ratio(figure, record[name]) for name, figure in analytic.items()),
             ]
         )
-    return table
+    return table_rows
 
 
 @functools.cache
-def compute_work(name: str, chips: int) -> Work | None:
+def compute_work(job_name: str, num_chips: int) -> Work | None:
     """Return the work per chip in the analytic model; None if it does not cover the job."""
-    job = JOBS[name]
-    return job.paper(job.config(chips), job.rows(chips) // chips) if job.paper else None
+    job = JOBS[job_name]
+    return job.paper(job.config(num_chips), job.rows(num_chips) // num_chips) if job.paper else None
 
 
-def format_ratio(paper: float, program: float) -> str:
+def format_ratio(analytic: float, compiled: float) -> str:
     """Return the ratio of model and program as text, with * if it is off by a tenth."""
-    if not paper and not program:
+    if not analytic and not compiled:
         return '0 and 0'
-    if not program:
+    if not compiled:
         return 'only on paper'
-    mark = '*' if abs(paper / program - 1) > TOLERANCE else ''
-    return f'{paper / program:.2f}{mark}'
+    mark = '*' if abs(analytic / compiled - 1) > TOLERANCE else ''
+    return f'{analytic / compiled:.2f}{mark}'
 
 
 def tables(records: Sequence[Record]) -> Iterator[tuple[str, str, Table]]:
     """Yield name, heading and rows of every table."""
-    for name, job in JOBS.items():
-        if not any(record['job'] == name for record in records):
+    for job_name, job in JOBS.items():
+        if not any(record['job'] == job_name for record in records):
             continue
         heading = (
             f'{job.title}; rows, FLOPs of products, memory and bytes sent of a chip, an update'
         )
-        yield f'compiled_{name}', heading, programs_table(records, name)
+        yield f'compiled_{job_name}', heading, programs_table(records, job_name)
     yield 'compiled_times', 'Milliseconds of an update, by arithmetic', times_table(records)
     yield 'compiled_paper', 'Model on paper over compiled program, of a chip', paper_table(records)
 
@@ -323,20 +326,22 @@ def main(argv: Sequence[str]) -> None:
     del argv
     path = pathlib.Path(RECORDS.value)
     if TABLES.value:
-        written = {}
-        for name, heading, table in tables(read_records(path)):
-            written[name] = {'heading': heading, 'rows': table}
+        written_tables = {}
+        for table_name, heading, table in tables(read_records(path)):
+            written_tables[table_name] = {'heading': heading, 'rows': table}
             scaling.print_table(heading, table)
-        write_records(path, read_records(path), written)
+        write_records(path, read_records(path), written_tables)
         return
+
+    # Compile what has no record yet, and write each record as soon as it is compiled.
     topologies.prepare_process()
-    numbers = [int(n) for n in NUMBERS_FLAG.value] or NUMBERS
-    for chips in numbers:
+    chip_counts = [int(number) for number in NUMBERS_FLAG.value] or NUMBERS
+    for num_chips in chip_counts:
         for family in FAMILIES.value:
-            for name in JOBS_FLAG.value or JOBS:
-                if (name, family, chips) in map(record_key, read_records(path)):
+            for job_name in JOBS_FLAG.value or JOBS:
+                if (job_name, family, num_chips) in map(record_key, read_records(path)):
                     continue
-                record = compile_record(name, family, chips)
+                record = compile_record(job_name, family, num_chips)
                 write_records(path, [*read_records(path), record], {})
                 print(json.dumps(record), flush=True)
 

@@ -45,10 +45,10 @@ class Share(NamedTuple):
     source: str
 
 
-def read_record(name: str) -> dict[str, Any]:
+def read_record(file_name: str) -> dict[str, Any]:
     """Return the content of a file in benchmarks/results; empty if it does not exist."""
-    path = RESULTS / name
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+    record_file = RESULTS / file_name
+    return dict(json.loads(record_file.read_text())) if record_file.exists() else {}
 
 
 def count_cores(record: Mapping[str, Any]) -> int:
@@ -70,42 +70,44 @@ def policy_call_seconds() -> float:
 
 
 def lm_share(
-    record: Mapping[str, Any], name: str, sizes: Mapping[str, tuple[int, ...]], seconds: Seconds
+    record: Mapping[str, Any], set_name: str, sizes: Mapping[str, tuple[int, ...]], seconds: Seconds
 ) -> float:
     """Return the median share of a bound that training steps reach in a record of benchmarks.lm.
 
     Args:
       record: content of the file.
-      name: lstm or transformer.
+      set_name: lstm or transformer.
       sizes: shapes of that set.
       seconds: time of products at the bound.
     """
     shares = []
     for figure in record['figures']:
-        if figure.get('set', 'lstm') != name or figure.get('side', 'mi') != 'mi':
+        if figure.get('set', 'lstm') != set_name or figure.get('side', 'mi') != 'mi':
             continue
         # Rebuild the config that was measured.
         config = lm_configs.get_config().unlock()
-        vocabulary, *middle, T, B = sizes[figure['size']]
+        vocabulary, *model_sizes, num_steps, batch_size = sizes[figure['size']]
         config.model.update({'site': 'none', 'tied': False})
-        if name == 'lstm':
-            config.model.update({'embed': middle[0], 'hidden': middle[1]})
+        if set_name == 'lstm':
+            config.model.update({'embed': model_sizes[0], 'hidden': model_sizes[1]})
         else:
-            H, layers, heads = middle
-            config.model.update({'core': 'transformer', 'embed': H, 'hidden': H, 'ffn': 4 * H})
-            config.model.update({'layers': layers, 'heads': heads, 'dtype': 'bfloat16'})
-        config.train.update({'length': T, 'batch': B})
+            hidden_size, num_layers, num_heads = model_sizes
+            config.model.update({'core': 'transformer', 'dtype': 'bfloat16'})
+            config.model.update({'layers': num_layers, 'heads': num_heads})
+            config.model.update({'embed': hidden_size, 'hidden': hidden_size})
+            config.model.ffn = 4 * hidden_size
+        config.train.update({'length': num_steps, 'batch': batch_size})
         # Compare its rate with that at the bound.
-        rate = figure['mi'] if 'mi' in figure else figure['tokens_per_second']
-        products = workloads.lm_work(config, vocabulary, B).products
-        shares.append(seconds(products) * rate / (T * B))
+        tokens_per_second = figure['mi'] if 'mi' in figure else figure['tokens_per_second']
+        products = workloads.lm_work(config, vocabulary, batch_size).products
+        shares.append(seconds(products) * tokens_per_second / (num_steps * batch_size))
     return statistics.median(shares)
 
 
 def roofline_shares(chip: Chip) -> dict[str, Share]:
     """Return the measured share of the roofline by kind of model; 1 where nothing was measured."""
-    bound = Share(1.0, f'not measured on {chip.name}: datasheet roofline, a bound')
-    shares = dict.fromkeys(('lstm', 'transformer', 'agent'), bound)
+    datasheet_bound = Share(1.0, f'not measured on {chip.name}: datasheet roofline, a bound')
+    shares = dict.fromkeys(('lstm', 'transformer', 'agent'), datasheet_bound)
 
     def seconds(f32: bool, products: Sequence[counting.Product]) -> float:
         return sum(cluster.estimate_roofline(products, chip, f32))
@@ -115,15 +117,19 @@ def roofline_shares(chip: Chip) -> dict[str, Share]:
     if chip.name in record.get('machine', ''):
         source = f'lm_gpu.json, {record["machine"]}'
         f32_seconds, bf16_seconds = (functools.partial(seconds, f32) for f32 in (True, False))
-        sets = {figure['set'] for figure in record['figures']}
-        if 'lstm' in sets:
+        measured_sets = {figure['set'] for figure in record['figures']}
+        if 'lstm' in measured_sets:
             shares['lstm'] = Share(lm_share(record, 'lstm', LSTM_GPU, f32_seconds), source)
-        if 'transformer' in sets:
+        if 'transformer' in measured_sets:
             share = lm_share(record, 'transformer', TRANSFORMER_GPU, bf16_seconds)
             shares['transformer'] = Share(share, source)
     # Agents.
     record = read_record('rl_gpu.json')
-    updates = [f for f in record.get('figures', []) if (f['set'], f['side']) == ('conv', 'update')]
+    updates = [
+        figure
+        for figure in record.get('figures', [])
+        if (figure['set'], figure['side']) == ('conv', 'update')
+    ]
     if chip.name in record.get('machine', '') and updates:
         share = seconds(True, workloads.pong_update().products) / updates[0]['seconds']
         shares['agent'] = Share(share, f'rl_gpu.json, {record["machine"]}')

@@ -42,8 +42,8 @@ def exponential(mean: float) -> Distribution:
 
 def empirical(seconds: Sequence[float]) -> Distribution:
     """Return the uniform distribution over measured seconds."""
-    values = np.asarray(seconds, float)
-    return lambda random: float(values[random.integers(len(values))])
+    measured_seconds = np.asarray(seconds, float)
+    return lambda random: float(measured_seconds[random.integers(len(measured_seconds))])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,12 +207,12 @@ class _System:
         while True:
             # Collect T steps per group with the newest parameters.
             version = self.version
-            for t in range(topology.length):
+            for step_index in range(topology.length):
                 for group in range(topology.groups):
                     yield max(self.now, simulated_times[group])
-                    if t == 0 and group == 0:
+                    if step_index == 0 and group == 0:
                         yield max(self.now, self.ready_times[version])
-                    seconds = (stages.act if t else stages.first_act)(self.random)
+                    seconds = (stages.act if step_index else stages.first_act)(self.random)
                     yield self._use_device(seconds) if topology.one_device else self.now + seconds
                     simulated_times[group] = self.now + stages.simulate(self.random)
             # Pack a trajectory per group once all have simulated.
@@ -221,11 +221,11 @@ class _System:
                 yield self.now + stages.pack(self.random)
             # Put them into the queue, and wait while it is full.
             for _ in range(topology.groups):
-                start = self.now
+                put_start = self.now
                 while len(self._queue) >= topology.queue:
                     self._blocked_actors.append(self._running)
                     yield PARKED
-                self.actor_waits.append((self.version, self.now - start))
+                self.actor_waits.append((self.version, self.now - put_start))
                 self._queue.append(_Trajectory(version, self.now))
                 self._wake(self._blocked_learners)
 
@@ -239,10 +239,10 @@ class _System:
                 while not self._queue:
                     self._blocked_learners.append(self._running)
                     yield PARKED
-                item = self._queue.popleft()
+                trajectory = self._queue.popleft()
                 self._wake(self._blocked_actors)
-                self.queue_waits.append((self.version, self.now - item.put_time))
-                lag = self.version - item.version
+                self.queue_waits.append((self.version, self.now - trajectory.put_time))
+                lag = self.version - trajectory.version
                 if lag > topology.max_lag:
                     self.dropped += 1
                     continue
@@ -258,8 +258,8 @@ class _System:
             self.ready_times.append(ready_time)
             self.update_seconds.append(seconds)
             # Publish it as soon as few enough updates are pending.
-            oldest = max(0, len(self.ready_times) - 1 - topology.max_in_flight)
-            yield max(self.now, self.ready_times[oldest])
+            oldest_version = max(0, len(self.ready_times) - 1 - topology.max_in_flight)
+            yield max(self.now, self.ready_times[oldest_version])
             self.version += 1
 
     def _use_device(self, seconds: float) -> float:
@@ -281,14 +281,14 @@ def simulate(
     system = _System(topology, stages, seed)
     system.run(updates)
 
-    def drop_warmup(rows: list[tuple[int, float]]) -> list[float]:
-        return [value for version, value in rows if version >= warmup] or [0.0]
+    def drop_warmup(versioned: list[tuple[int, float]]) -> list[float]:
+        return [statistic for version, statistic in versioned if version >= warmup] or [0.0]
 
-    seconds = system.ready_times[updates] - system.ready_times[warmup]
+    span = system.ready_times[updates] - system.ready_times[warmup]
     lags = drop_warmup(system.lags)
     return Outcome(
-        steps_per_second=(updates - warmup) * topology.batch * topology.length / seconds,
-        utilization=sum(system.update_seconds[warmup:updates]) / seconds,
+        steps_per_second=(updates - warmup) * topology.batch * topology.length / span,
+        utilization=sum(system.update_seconds[warmup:updates]) / span,
         queue_wait=float(np.mean(drop_warmup(system.queue_waits))),
         actor_wait=float(np.mean(drop_warmup(system.actor_waits))),
         lag=float(np.mean(lags)),

@@ -87,17 +87,17 @@ SYSTEMS = (
 def lm_table(job: Job, chip: Chip, share: float, price: float, is_weak: bool) -> Table:
     """Return a row per number of chips: the same batch on all, or the same rows on each if weak."""
     head = ['chips', 'FSDP', 'rows', 'GB', 'products', 'optimizer', 'MB', 'network', 'step']
-    table = [[*head, 'bound by', 'k tokens/s', 'of linear', 'updates', 'hours', 'cost']]
+    table_rows = [[*head, 'bound by', 'k tokens/s', 'of linear', 'updates', 'hours', 'cost']]
     single_rate = cluster.estimate_step(job, chip, 1, WIKITEXT_BATCH, share=share).rate
-    for chips in NUMBERS:
-        rows = WIKITEXT_BATCH * (chips if is_weak else 1)
-        if rows % chips:
+    for num_chips in NUMBERS:
+        rows = WIKITEXT_BATCH * (num_chips if is_weak else 1)
+        if rows % num_chips:
             continue
-        for fsdp in (1, 8) if chips > 1 else (1,):
-            step = cluster.estimate_step(job, chip, chips, rows, fsdp, share)
-            efficiency = step.rate / (chips * single_rate)
-            table.append(_lm_row(job, step, fsdp, efficiency, price))
-    return table
+        for fsdp in (1, 8) if num_chips > 1 else (1,):
+            step = cluster.estimate_step(job, chip, num_chips, rows, fsdp, share)
+            efficiency = step.rate / (num_chips * single_rate)
+            table_rows.append(_lm_row(job, step, fsdp, efficiency, price))
+    return table_rows
 
 
 def _lm_row(job: Job, step: Step, fsdp: int, efficiency: float, price: float) -> list[str]:
@@ -132,42 +132,42 @@ def core_seconds(has_policy: bool) -> float:
 def rl_table(chip: Chip, share: float, prices: Prices) -> Table:
     """Return a row per number of chips: the learner's rate, and the cores that feed it."""
     head = ['chips', 'GB', 'update', 'network', 'learner steps/s', 'MB/s', 'cores it wants']
-    table = [[*head, 'cores', 'bound by', 'steps/s', 'updates', 'hours', 'cost']]
+    table_rows = [[*head, 'cores', 'bound by', 'steps/s', 'updates', 'hours', 'cost']]
     job, step_bytes = workloads.dmlab_job(), workloads.trajectory_bytes()
     rows = rl_dmlab30.get_config().train.batch
     step_core_seconds = core_seconds(has_policy=True)
-    for chips in NUMBERS:
-        step = cluster.estimate_step(job, chip, chips, rows * chips, share=share)
+    for num_chips in NUMBERS:
+        step = cluster.estimate_step(job, chip, num_chips, rows * num_chips, share=share)
         needed_cores = step.rate * step_core_seconds
-        for cores in (chips * chip.cores, math.ceil(needed_cores)):
+        for num_cores in (num_chips * chip.cores, math.ceil(needed_cores)):
             # The slowest of learner, network and simulators sets the rate.
             rates = {
                 step.bottleneck: step.rate,
-                'network in': chips * chip.network / step_bytes,
-                'simulators': cores / step_core_seconds,
+                'network in': num_chips * chip.network / step_bytes,
+                'simulators': num_cores / step_core_seconds,
             }
-            bound = min(rates, key=lambda name: rates[name])
-            hours = job.total / rates[bound] / 3600
-            extra_cores = max(0, cores - chips * chip.cores)
-            bill = hours * (chips * prices.chip + extra_cores * prices.core)
-            table.append(
+            bottleneck = min(rates, key=lambda stage: rates[stage])
+            hours = job.total / rates[bottleneck] / 3600
+            extra_cores = max(0, num_cores - num_chips * chip.cores)
+            cost = hours * (num_chips * prices.chip + extra_cores * prices.core)
+            table_rows.append(
                 [
-                    str(chips),
+                    str(num_chips),
                     f'{step.memory / 1e9:.1f}',
                     f'{1e3 * step.seconds:.1f}',
                     f'{1e3 * step.network:.2f}',
                     f'{step.rate:,.0f}',
-                    f'{step_bytes * rates[bound] / chips / 1e6:,.0f}',
+                    f'{step_bytes * rates[bottleneck] / num_chips / 1e6:,.0f}',
                     f'{needed_cores:,.0f}',
-                    f'{cores:,}',
-                    bound,
-                    f'{rates[bound]:,.0f}',
+                    f'{num_cores:,}',
+                    bottleneck,
+                    f'{rates[bottleneck]:,.0f}',
                     f'{job.total / step.units:,.0f}',
                     f'{hours:,.1f}',
-                    f'{bill:,.0f}',
+                    f'{cost:,.0f}',
                 ]
             )
-    return table
+    return table_rows
 
 
 def actors_table(chip: Chip, share: float) -> Table:
@@ -177,16 +177,17 @@ def actors_table(chip: Chip, share: float) -> Table:
     cores of their engines, and their learner waits for each update because it has to send it.
     """
     head = ['topology', 'actors', 'rows of a group', 'of an update', 'cores', 'steps/s']
-    table = [[*head, 'learner busy', 'lag', 'largest', 'dropped', 'hours']]
+    table_rows = [[*head, 'learner busy', 'lag', 'largest', 'dropped', 'hours']]
     job = workloads.dmlab_job()
     groups = rl_dmlab30.get_config().actors.groups
     for system in SYSTEMS:
         topology, stages = _make_topology(system), _make_stages(system, job, chip, share)
         # Simulate long enough that every actor's trajectories arrive several times.
-        cycle = max(8, system.actors * groups * system.rows // system.batch)
-        outcome = pipeline.simulate(topology, stages, updates=8 * cycle, warmup=3 * cycle)
-        num_trajectories = outcome.dropped + 8 * cycle * system.batch // system.rows
-        table.append(
+        cycle_updates = max(8, system.actors * groups * system.rows // system.batch)
+        num_updates, warmup = 8 * cycle_updates, 3 * cycle_updates
+        outcome = pipeline.simulate(topology, stages, num_updates, warmup)
+        num_trajectories = outcome.dropped + num_updates * system.batch // system.rows
+        table_rows.append(
             [
                 system.topology,
                 str(system.actors),
@@ -201,7 +202,7 @@ def actors_table(chip: Chip, share: float) -> Table:
                 f'{job.total / outcome.steps_per_second / 3600:,.1f}',
             ]
         )
-    return table
+    return table_rows
 
 
 def _make_topology(system: System) -> pipeline.Topology:
@@ -228,30 +229,30 @@ def _make_stages(system: System, job: Job, chip: Chip, share: float) -> pipeline
     else:
         actor_flops = config.actors.groups * system.cores * measurements.core_flops()
         policy_seconds = system.rows * workloads.policy_flops() / actor_flops
-    act = pipeline.constant(measurements.policy_call_seconds() + policy_seconds)
-    update = cluster.estimate_step(job, chip, 1, system.batch, share=share)
+    act_time = pipeline.constant(measurements.policy_call_seconds() + policy_seconds)
+    update_step = cluster.estimate_step(job, chip, 1, system.batch, share=share)
     return pipeline.Stages(
         simulate=pipeline.engine_group(system.rows, system.cores, ENGINE),
-        act=act,
-        first_act=act,
+        act=act_time,
+        first_act=act_time,
         pack=pipeline.constant(0.0),
         join=pipeline.constant(0.0),
-        update=pipeline.constant(update.seconds),
+        update=pipeline.constant(update_step.seconds),
     )
 
 
 def check_table() -> Table:
     """Return the simulation next to a real run, from actors_cpu.json."""
     record = measurements.read_record('actors_cpu.json')
-    table = [['set', 'actors', '', 'steps/s', 'learner busy', 'lag', 'largest', 'actor waits']]
+    table_rows = [['set', 'actors', '', 'steps/s', 'learner busy', 'lag', 'largest', 'actor waits']]
     for figure in record['figures']:
-        for side in ('measured', 'model'):
-            outcome = figure[side]
-            table.append(
+        for source in ('measured', 'model'):
+            outcome = figure[source]
+            table_rows.append(
                 [
-                    figure['set'] if side == 'measured' else '',
-                    str(figure['actors']) if side == 'measured' else '',
-                    side,
+                    figure['set'] if source == 'measured' else '',
+                    str(figure['actors']) if source == 'measured' else '',
+                    source,
                     f'{outcome["steps_per_second"]:,.0f}',
                     f'{outcome["utilization"]:.2f}',
                     f'{outcome["lag"]:.2f}',
@@ -259,62 +260,62 @@ def check_table() -> Table:
                     f'{1e3 * outcome["actor_wait"]:.1f}',
                 ]
             )
-    return table
+    return table_rows
 
 
 def wikitext_jobs() -> dict[str, Job]:
     """Return the jobs on WikiText-103 by name of their model."""
     jobs = {}
-    for name in ('lstm', 'transformer'):
-        config = lm_wikitext103.get_config(name).unlock()
+    for model_name in ('lstm', 'transformer'):
+        config = lm_wikitext103.get_config(model_name).unlock()
         config.train.batch = WIKITEXT_BATCH
-        jobs[name] = workloads.lm_job(f'WikiText-103, {name}', config, WIKITEXT_TOKENS)
+        jobs[model_name] = workloads.lm_job(f'WikiText-103, {model_name}', config, WIKITEXT_TOKENS)
     return jobs
 
 
 def inputs_table(chip: Chip) -> Table:
     """Return the measured and the derived inputs of the other tables."""
-    cpu = measurements.read_record('lm_cpu.json')
-    cores, core_peak = measurements.count_cores(cpu), measurements.core_flops()
+    cpu_record = measurements.read_record('lm_cpu.json')
+    num_cores, core_peak = measurements.count_cores(cpu_record), measurements.core_flops()
 
     def seconds(products: Sequence[counting.Product]) -> float:
-        return sum(p.flops * p.times for p in products) / (cores * core_peak)
+        return sum(product.flops * product.times for product in products) / (num_cores * core_peak)
 
-    lstm_share = measurements.lm_share(cpu, 'lstm', measurements.LSTM_CPU, seconds)
+    lstm_share = measurements.lm_share(cpu_record, 'lstm', measurements.LSTM_CPU, seconds)
     policy_milliseconds = 1e3 * measurements.policy_call_seconds()
-    flops = workloads.policy_flops()
-    rows = [
+    policy_flops = workloads.policy_flops()
+    table_rows = [
         ('f32 products of one core', f'{core_peak / 1e9:.0f} GFLOP/s', 'layers_cpu.json'),
         ('share of it in LSTM training steps', f'{lstm_share:.2f}', 'lm_cpu.json'),
         ('host, for one call of a policy', f'{policy_milliseconds:.2f} ms', 'actors_cpu.json'),
         *(
-            (f'share of {chip.name}’s roofline, {kind}', f'{share.value:.2f}', share.source)
-            for kind, share in measurements.roofline_shares(chip).items()
+            (f'share of {chip.name}’s roofline, {model_kind}', f'{share.value:.2f}', share.source)
+            for model_kind, share in measurements.roofline_shares(chip).items()
         ),
         ('DMLab, a core', f'{1 / ENGINE.step:.0f} steps/s', 'Petrenko et al. (2020), recalled'),
-        ('policy of DMLab-30, forward', f'{flops / 1e6:.0f} MFLOP a step', 'mi.counting'),
-        ('the same on a core', f'{1e3 * flops / core_peak:.1f} ms', 'of the two'),
+        ('policy of DMLab-30, forward', f'{policy_flops / 1e6:.0f} MFLOP a step', 'mi.counting'),
+        ('the same on a core', f'{1e3 * policy_flops / core_peak:.1f} ms', 'of the two'),
         (
             'a step from actor to learner',
             f'{workloads.trajectory_bytes() / 1e3:.1f} kB',
             'its shapes',
         ),
     ]
-    return [['', 'value', 'from'], *map(list, rows)]
+    return [['', 'value', 'from'], *map(list, table_rows)]
 
 
 def tables(chip: Chip, prices: Prices) -> Iterator[tuple[str, str, Table]]:
     """Yield name, heading and rows of every table."""
     shares = measurements.roofline_shares(chip)
     yield 'inputs', 'Inputs', inputs_table(chip)
-    for name, job in wikitext_jobs().items():
-        size = f'{job.name}, {job.parameters / 1e6:.0f} M parameters, {chip.name}'
+    for model_name, job in wikitext_jobs().items():
+        model_title = f'{job.name}, {job.parameters / 1e6:.0f} M parameters, {chip.name}'
         for is_weak in (False, True):
-            kind = 'rows a chip' if is_weak else 'rows in all'
+            batch_kind = 'rows a chip' if is_weak else 'rows in all'
             yield (
-                f'{name}_{"weak" if is_weak else "strong"}',
-                f'{size}: {WIKITEXT_BATCH} {kind}; rows, GB, MB sent and ms of a chip',
-                lm_table(job, chip, shares[name].value, prices.chip, is_weak),
+                f'{model_name}_{"weak" if is_weak else "strong"}',
+                f'{model_title}: {WIKITEXT_BATCH} {batch_kind}; rows, GB, MB sent and ms of a chip',
+                lm_table(job, chip, shares[model_name].value, prices.chip, is_weak),
             )
     share = shares['agent'].value
     title = f'DMLab-30, {chip.name}; GB, ms and MB received of a chip'
@@ -327,8 +328,8 @@ def print_table(heading: str, table: Table) -> None:
     """Print a table with aligned columns."""
     print(f'\n{heading}')
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        print('  '.join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    for table_row in table:
+        print('  '.join(cell.rjust(width) for cell, width in zip(table_row, widths, strict=True)))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -336,15 +337,15 @@ def main(argv: Sequence[str]) -> None:
     del argv
     chip = CHIPS[CHIP.value]
     print(f'{chip.name}: {chip.source}')
-    written = {}
-    for name, heading, table in tables(chip, Prices(PRICE.value, CORE_PRICE.value)):
-        written[name] = {'heading': heading, 'rows': table}
+    written_tables = {}
+    for table_name, heading, table in tables(chip, Prices(PRICE.value, CORE_PRICE.value)):
+        written_tables[table_name] = {'heading': heading, 'rows': table}
         print_table(heading, table)
     if WRITE.value:
         record = {'chip': chip.name, 'price': PRICE.value, 'core_price': CORE_PRICE.value}
-        with open(WRITE.value, 'w') as file:
-            json.dump(record | {'tables': written}, file, indent=1, ensure_ascii=False)
-            file.write('\n')
+        with open(WRITE.value, 'w') as json_file:
+            json.dump(record | {'tables': written_tables}, json_file, indent=1, ensure_ascii=False)
+            json_file.write('\n')
 
 
 if __name__ == '__main__':

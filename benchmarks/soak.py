@@ -28,20 +28,20 @@ MINUTES = flags.DEFINE_integer('minutes', 10, 'Length of the test.', lower_bound
 
 def resident_memory(pid: int) -> float:
     """Return the resident memory of a process in MiB."""
-    status = pathlib.Path(f'/proc/{pid}/status').read_text()
-    return int(status.split('VmRSS:')[1].split()[0]) / 1024
+    status_text = pathlib.Path(f'/proc/{pid}/status').read_text()
+    return int(status_text.split('VmRSS:')[1].split()[0]) / 1024
 
 
-def read_rows(path: pathlib.Path) -> list[dict[str, float]]:
-    """Return the rows of a JSONL file; none if it does not exist."""
+def read_records(path: pathlib.Path) -> list[dict[str, float]]:
+    """Return the records of a JSONL file; none if it does not exist."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def main(argv: Sequence[str]) -> None:
     """Start the run and watch it."""
     del argv
-    with tempfile.TemporaryDirectory() as folder:
-        workdir = pathlib.Path(folder) / 'run'
+    with tempfile.TemporaryDirectory() as temporary_dir:
+        workdir = pathlib.Path(temporary_dir) / 'run'
         command = [
             sys.executable,
             '-m',
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
             '--config=configs/rl.py',
             f'--workdir={workdir}',
         ]
-        changes = {
+        overrides = {
             'env.name': rl.LEVELS,
             'model.instruction': True,
             'model.sites': "('instruction',)",
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
             'train.steps': 10**10,
             'train.log_every': 10,
         }
-        command += [f'--config.{key}={value}' for key, value in changes.items()]
+        command += [f'--config.{config_key}={setting}' for config_key, setting in overrides.items()]
         print(f'{host.describe_machine()}, {" ".join(command[1:])}\n', flush=True)
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         try:
@@ -69,38 +69,39 @@ def main(argv: Sequence[str]) -> None:
 def watch(process: subprocess.Popen[bytes], workdir: pathlib.Path) -> None:
     """Print a row per minute from the first record on, then stop the run with SIGTERM."""
     # Wait for the first record.
-    while process.poll() is None and not read_rows(workdir / 'timing.jsonl'):
+    while process.poll() is None and not read_records(workdir / 'timing.jsonl'):
         time.sleep(0.5)
     print(f'{"minute":>6}{"MiB":>8}{"steps/s":>10}{"lag":>8}{"max":>6}{"dropped":>9}{"queue":>8}')
-    num_rows = 0
+    num_read = 0
     for minute in range(1, MINUTES.value + 1):
         time.sleep(60)
         if process.poll() is not None:
             sys.exit(f'error: the run ended early with exit code {process.returncode}')
-        # Take the new rows that both files have.
-        timing = read_rows(workdir / 'timing.jsonl')[num_rows:]
-        metrics = read_rows(workdir / 'metrics.jsonl')
-        rows = [row for row in metrics if row['split'] == 'train'][num_rows:]
-        rows, timing = rows[: len(timing)], timing[: len(rows)]
-        num_rows += len(rows)
-        if not rows:
+        # Take the new records that both files have.
+        timings = read_records(workdir / 'timing.jsonl')[num_read:]
+        metrics = read_records(workdir / 'metrics.jsonl')
+        updates = [record for record in metrics if record['split'] == 'train'][num_read:]
+        updates, timings = updates[: len(timings)], timings[: len(updates)]
+        num_read += len(updates)
+        if not updates:
             sys.exit('error: no record in a minute')
-        seconds = sum(row['seconds'] for row in timing)
-        steps = sum(row['seconds'] * row['steps_per_second'] for row in timing)
-        mean_lag = statistics.mean(row['lag'] for row in rows)
-        mean_queue = statistics.mean(row['queue'] for row in timing)
+        seconds = sum(record['seconds'] for record in timings)
+        num_steps = sum(record['seconds'] * record['steps_per_second'] for record in timings)
+        mean_lag = statistics.mean(record['lag'] for record in updates)
+        mean_queue = statistics.mean(record['queue'] for record in timings)
         print(
-            f'{minute:6d}{resident_memory(process.pid):8.0f}{steps / seconds:10,.0f}'
-            f'{mean_lag:8.2f}{max(row["lag_max"] for row in rows):6.0f}'
-            f'{sum(row["dropped"] for row in rows):9.0f}{mean_queue:8.1f}',
+            f'{minute:6d}{resident_memory(process.pid):8.0f}{num_steps / seconds:10,.0f}'
+            f'{mean_lag:8.2f}{max(record["lag_max"] for record in updates):6.0f}'
+            f'{sum(record["dropped"] for record in updates):9.0f}{mean_queue:8.1f}',
             flush=True,
         )
     # Stop the run and wait until it has saved.
     process.send_signal(signal.SIGTERM)
-    start = time.perf_counter()
-    code = process.wait(120)
-    state = json.loads((workdir / 'status.json').read_text())
-    print(f'\nSIGTERM: exit code {code} after {time.perf_counter() - start:.1f} s, {state}')
+    stop_time = time.perf_counter()
+    exit_code = process.wait(120)
+    save_seconds = time.perf_counter() - stop_time
+    run_status = json.loads((workdir / 'status.json').read_text())
+    print(f'\nSIGTERM: exit code {exit_code} after {save_seconds:.1f} s, {run_status}')
 
 
 if __name__ == '__main__':

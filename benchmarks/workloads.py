@@ -50,8 +50,8 @@ class Training(NamedTuple):
 def lm_training(config: ml_collections.ConfigDict, vocabulary: int, rows: int) -> Training:
     """Return model, optimizer and state shapes of a language model."""
     trainer = make_lm_trainer(config, vocabulary, rows)
-    state = jax.eval_shape(trainer.init, jax.ShapeDtypeStruct((), jnp.int32))
-    return Training(trainer.model, trainer.optimizer, state)
+    state_shapes = jax.eval_shape(trainer.init, jax.ShapeDtypeStruct((), jnp.int32))
+    return Training(trainer.model, trainer.optimizer, state_shapes)
 
 
 def make_lm_trainer(config: ml_collections.ConfigDict, vocabulary: int, rows: int) -> Trainer:
@@ -62,22 +62,22 @@ def make_lm_trainer(config: ml_collections.ConfigDict, vocabulary: int, rows: in
 
 def lm_work(config: ml_collections.ConfigDict, vocabulary: int, rows: int) -> Work:
     """Return the work of a training step; counts every block of an adaptive softmax."""
-    model, _, state = lm_training(config, vocabulary, rows)
-    number: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    model, _, state_shapes = lm_training(config, vocabulary, rows)
+    scalar: Any = jax.ShapeDtypeStruct((), jnp.int32)
     tokens: Any = jax.ShapeDtypeStruct((config.train.length + 1, rows), jnp.int32)
-    batch = Batch(tokens, None, seed=number, step=number)
-    step = make_lm_trainer(config, vocabulary, rows).step
+    batch = Batch(tokens, None, seed=scalar, step=scalar)
+    train_step = make_lm_trainer(config, vocabulary, rows).step
 
     def loss(params: chex.ArrayTree, carry: chex.ArrayTree, tokens: chex.Array) -> chex.Array:
-        key = jax.random.key(0)
+        rng_key = jax.random.key(0)
         arguments = carry, tokens[:-1], tokens[1:]
         _, losses = model.apply(
-            {'params': params}, *arguments, train=True, rngs={'dropout': key, 'state': key}
+            {'params': params}, *arguments, train=True, rngs={'dropout': rng_key, 'state': rng_key}
         )
         return losses.objective.mean()  # type: ignore[attr-defined]
 
-    products = counting.products(step, state, batch)
-    return Work(products, saved_bytes(loss, state.params, state.carry, tokens))
+    products = counting.products(train_step, state_shapes, batch)
+    return Work(products, saved_bytes(loss, state_shapes.params, state_shapes.carry, tokens))
 
 
 def lm_job(name: str, config: ml_collections.ConfigDict, total: float) -> Job:
@@ -92,25 +92,27 @@ def lm_job(name: str, config: ml_collections.ConfigDict, total: float) -> Job:
     )
 
 
-def saved_bytes(loss: Callable[..., chex.Array], params: chex.ArrayTree, *args: Any) -> int:
+def saved_bytes(
+    loss: Callable[..., chex.Array], params: chex.ArrayTree, *args: chex.ArrayTree
+) -> int:
     """Return the bytes that reverse-mode differentiation of loss(params, …) saves.
 
     Parameters do not count. XLA saves less where it fuses or recomputes.
     """
 
-    def pull_back(params: chex.ArrayTree, *args: Any) -> Any:
+    def pull_back(params: chex.ArrayTree, *args: chex.ArrayTree) -> chex.ArrayTree:
         return jax.vjp(lambda params: loss(params, *args), params)[1]
 
     unseen_params = collections.Counter(
         (leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(params)
     )
-    total = 0
+    num_bytes = 0
     for leaf in jax.tree.leaves(jax.eval_shape(pull_back, params, *args)):
         if unseen_params[leaf.shape, leaf.dtype]:
             unseen_params[leaf.shape, leaf.dtype] -= 1
         else:
-            total += math.prod(leaf.shape) * leaf.dtype.itemsize
-    return total
+            num_bytes += math.prod(leaf.shape) * leaf.dtype.itemsize
+    return num_bytes
 
 
 def rl_training(config: ml_collections.ConfigDict, spec: Spec) -> Training:
@@ -127,13 +129,14 @@ def rl_training(config: ml_collections.ConfigDict, spec: Spec) -> Training:
 
 def trajectory_shapes(config: ml_collections.ConfigDict, spec: Spec, rows: int) -> Trajectory:
     """Return the shapes of a trajectory of `rows` environments."""
-    T = config.train.length
+    num_steps = config.train.length
     agent = rl.build_agent(config, spec)
     integers, floats, booleans = (
-        jax.ShapeDtypeStruct((T, rows), dtype) for dtype in (jnp.int32, jnp.float32, jnp.bool_)
+        jax.ShapeDtypeStruct((num_steps, rows), dtype)
+        for dtype in (jnp.int32, jnp.float32, jnp.bool_)
     )
     return Trajectory(
-        inputs=rl.make_input_shapes(spec, T + 1, rows),
+        inputs=rl.make_input_shapes(spec, num_steps + 1, rows),
         action=integers,
         log_prob=floats,
         discount=floats,
@@ -144,7 +147,7 @@ def trajectory_shapes(config: ml_collections.ConfigDict, spec: Spec, rows: int) 
 
 def rl_work(config: ml_collections.ConfigDict, spec: Spec, rows: int) -> Work:
     """Return the work of an update on `rows` environments."""
-    agent, optimizer, state = rl_training(config, spec)
+    agent, optimizer, state_shapes = rl_training(config, spec)
     trajectory = trajectory_shapes(config, spec, rows)
     update = functools.partial(learner.update, agent, optimizer, rl.get_hyperparameters(config))
 
@@ -152,17 +155,17 @@ def rl_work(config: ml_collections.ConfigDict, spec: Spec, rows: int) -> Work:
         _, outputs = learner.forward(agent, params, trajectory.carry, trajectory.inputs)
         return outputs.value.sum() + outputs.logits.sum()
 
-    products = counting.products(update, state, trajectory)
-    return Work(products, saved_bytes(loss, state.params, trajectory))
+    products = counting.products(update, state_shapes, trajectory)
+    return Work(products, saved_bytes(loss, state_shapes.params, trajectory))
 
 
 def dmlab_job() -> Job:
     """Return the job of training on DMLab-30."""
     config, spec = rl_dmlab30.get_config(), dmlab30.spec_of()
-    costs = rl.compute_costs(rl.build_agent(config, spec), 1, config.train.length)
+    agent_costs = rl.compute_costs(rl.build_agent(config, spec), 1, config.train.length)
     return Job(
         name='DMLab-30',
-        parameters=costs['parameters']['model'],
+        parameters=agent_costs['parameters']['model'],
         units=config.train.length,
         total=DMLAB_FRAMES / dmlab30.REPEAT,
         work=functools.lru_cache(functools.partial(rl_work, config, spec)),
@@ -179,10 +182,11 @@ def policy_products(
     config: ml_collections.ConfigDict, spec: Spec, rows: int
 ) -> list[counting.Product]:
     """Return the products of one step of the policy in `rows` environments."""
-    agent, _, state = rl_training(config, spec)
+    agent, _, state_shapes = rl_training(config, spec)
     carry = jax.eval_shape(lambda: agent.initial_carry(rows))
     policy = functools.partial(learner.forward, agent)
-    return counting.products(policy, state.params, carry, rl.make_input_shapes(spec, 1, rows))
+    inputs = rl.make_input_shapes(spec, 1, rows)
+    return counting.products(policy, state_shapes.params, carry, inputs)
 
 
 def trajectory_bytes() -> float:
@@ -190,8 +194,10 @@ def trajectory_bytes() -> float:
     config = rl_dmlab30.get_config()
     rows = config.actors.batch
     trajectory = trajectory_shapes(config, dmlab30.spec_of(), rows)
-    size = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(trajectory))
-    return size / (rows * config.train.length)
+    total_bytes = sum(
+        math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(trajectory)
+    )
+    return total_bytes / (rows * config.train.length)
 
 
 def pong_update() -> Work:

@@ -149,7 +149,7 @@ def test_a_program_that_divides_its_work_has_a_share_of_one():
 
 def test_a_program_too_large_for_one_chip_is_compared_with_the_model(monkeypatch):
     products = [Product(7e12 / 8, 0, 1)]
-    monkeypatch.setattr(compiled, 'compute_work', lambda name, chips: Work(products, 0))
+    monkeypatch.setattr(compiled, 'compute_work', lambda job_name, num_chips: Work(products, 0))
     refused = dict.fromkeys(('flops', 'peak', 'bytes_sent', 'seconds'))
     records = [record(1, **refused, fits=False, error='Ran out of memory'), record(8)]
     rows = columns(compiled.programs_table(records, 'lstm'))

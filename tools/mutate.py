@@ -77,78 +77,70 @@ class Fault:
 
     def mutate(self, source: str) -> str:
         """Return the source with the fault; ValueError if it cannot be applied."""
-        count = source.count(self.old)
-        if count != 1:
+        num_occurrences = source.count(self.old)
+        if num_occurrences != 1:
             raise ValueError(
-                f'{self.label}: old text occurs {count} times in {self.file}, not once'
+                f'{self.label}: old text occurs {num_occurrences} times in {self.file}, not once'
             )
         if self.old == self.new:
             raise ValueError(f'{self.label}: old and new text are the same')
-        mutated = source.replace(self.old, self.new)
+        mutated_source = source.replace(self.old, self.new)
         if self.file.endswith('.py'):
             try:
-                compile(mutated, self.file, 'exec')
+                compile(mutated_source, self.file, 'exec')
             except SyntaxError as error:
                 raise ValueError(f'{self.label}: {self.file} does not compile: {error}') from error
-        return mutated
+        return mutated_source
 
     def digest(self, root: pathlib.Path) -> str:
         """Return a hash of the fault, of the file that it changes and of its test files."""
-        content = hashlib.sha256(json.dumps(dataclasses.astuple(self)).encode())
+        fault_hash = hashlib.sha256(json.dumps(dataclasses.astuple(self)).encode())
         test_files = [argument.partition('::')[0] for argument in self.tests]
-        for name in (self.file, *test_files):
-            if (root / name).is_file():
-                content.update((root / name).read_bytes())
-        return content.hexdigest()
+        for file_name in (self.file, *test_files):
+            if (root / file_name).is_file():
+                fault_hash.update((root / file_name).read_bytes())
+        return fault_hash.hexdigest()
 
 
 def load_faults(folder: pathlib.Path) -> list[Fault]:
     """Read every fault of a folder's TOML files, in the order of their names."""
     faults = []
-    for path in sorted(folder.glob('*.toml')):
-        for entry in tomllib.loads(path.read_text())['fault']:
-            tests = tuple(entry.pop('tests'))
-            faults.append(Fault(area=path.stem, tests=tests, **entry))
+    for toml_file in sorted(folder.glob('*.toml')):
+        for fault_fields in tomllib.loads(toml_file.read_text())['fault']:
+            test_arguments = tuple(fault_fields.pop('tests'))
+            faults.append(Fault(area=toml_file.stem, tests=test_arguments, **fault_fields))
     return faults
 
 
 def invalid_faults(faults: Iterable[Fault], root: pathlib.Path) -> list[str]:
     """Return one line for each fault that cannot be applied or names a missing test file."""
-    lines = []
-    labels: collections.Counter[str] = collections.Counter()
+    problems = []
+    label_counts: collections.Counter[str] = collections.Counter()
     for fault in faults:
-        labels[fault.label] += 1
-        if labels[fault.label] > 1:
-            lines.append(f'{fault.label}: the name is taken')
+        label_counts[fault.label] += 1
+        if label_counts[fault.label] > 1:
+            problems.append(f'{fault.label}: the name is taken')
         try:
             fault.mutate((root / fault.file).read_text())
         except (OSError, ValueError) as error:
-            lines.append(str(error))
+            problems.append(str(error))
         for argument in fault.tests:
-            path = argument.partition('::')[0]
-            if path.startswith('tests/') and not (root / path).exists():
-                lines.append(f'{fault.label}: {path} does not exist')
-    return lines
+            test_file = argument.partition('::')[0]
+            if test_file.startswith('tests/') and not (root / test_file).exists():
+                problems.append(f'{fault.label}: {test_file} does not exist')
+    return problems
 
 
 def copy_tracked(root: pathlib.Path, target: pathlib.Path) -> None:
     """Copy the files that git tracks, as they are in the working tree."""
-    command = [
-        'git',
-        '-C',
-        str(root),
-        'ls-files',
-        '-z',
-        '--cached',
-        '--others',
-        '--exclude-standard',
-    ]
-    for name in subprocess.run(command, check=True, capture_output=True).stdout.split(b'\0'):
-        source = root / os.fsdecode(name)
-        if name and source.is_file():
-            copy = target / os.fsdecode(name)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, copy)
+    command = ['git', '-C', str(root), 'ls-files', '-z']
+    command += ['--cached', '--others', '--exclude-standard']
+    for file_name in subprocess.run(command, check=True, capture_output=True).stdout.split(b'\0'):
+        source_file = root / os.fsdecode(file_name)
+        if file_name and source_file.is_file():
+            target_file = target / os.fsdecode(file_name)
+            target_file.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source_file, target_file)
 
 
 def run_tests(tree: pathlib.Path, tests: Sequence[str], timeout: float) -> tuple[int | None, str]:
@@ -183,20 +175,20 @@ class Result:
 
 def try_fault(tree: pathlib.Path, fault: Fault, timeout: float) -> tuple[Result, str]:
     """Run the fault's tests in a tree that has it; return the result and pytest's output."""
-    path = tree / fault.file
-    source = path.read_text()
-    path.write_text(fault.mutate(source))
+    mutated_file = tree / fault.file
+    source = mutated_file.read_text()
+    mutated_file.write_text(fault.mutate(source))
     try:
-        code, output = run_tests(tree, fault.tests, timeout)
+        exit_code, output = run_tests(tree, fault.tests, timeout)
     finally:
-        path.write_text(source)
-    if code == 0:
+        mutated_file.write_text(source)
+    if exit_code == 0:
         return Result('survived'), output
-    if code is None or code < 0:  # a hang, or a crash of the interpreter
+    if exit_code is None or exit_code < 0:  # a hang, or a crash of the interpreter
         return Result('noticed'), output
-    failed = FAILED.search(output)
-    if code == TESTS_FAILED and failed:
-        return Result('noticed', failed[1]), output
+    failed_test = FAILED.search(output)
+    if exit_code == TESTS_FAILED and failed_test:
+        return Result('noticed', failed_test[1]), output
     return Result('invalid'), output
 
 
@@ -224,62 +216,72 @@ def run_faults(
 ) -> dict[Fault, Result]:
     """Return the result of each fault; prints a line for each as it ends."""
     digests = {fault: fault.digest(root) for fault in faults}
-    outcome = {f: known for f in faults if (known := results.get(digests[f])) is not None}
-    waiting = [fault for fault in faults if fault not in outcome]
+    outcomes = {
+        fault: known_result
+        for fault in faults
+        if (known_result := results.get(digests[fault])) is not None
+    }
+    pending_faults = [fault for fault in faults if fault not in outcomes]
 
-    def work(number: int) -> None:
-        with tempfile.TemporaryDirectory(prefix='mutate') as folder:
-            tree = pathlib.Path(folder)
+    def work(worker_index: int) -> None:
+        with tempfile.TemporaryDirectory(prefix='mutate') as temporary_dir:
+            tree = pathlib.Path(temporary_dir)
             copy_tracked(root, tree)
-            for fault in waiting[number::jobs]:
+            for fault in pending_faults[worker_index::jobs]:
                 result, output = try_fault(tree, fault, timeout)
-                outcome[fault] = result
+                outcomes[fault] = result
                 if result.verdict == 'invalid':
                     print(output[-2000:], flush=True)
                 else:
                     results.add(digests[fault], result)
-                done = f'{len(outcome)}/{len(faults)}'
-                print(f'{done} {result.verdict:8} {fault.label}  {result.test}', flush=True)
+                progress = f'{len(outcomes)}/{len(faults)}'
+                print(f'{progress} {result.verdict:8} {fault.label}  {result.test}', flush=True)
 
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        for worker in [pool.submit(work, number) for number in range(jobs)]:
-            worker.result()
-    return outcome
+    with concurrent.futures.ThreadPoolExecutor(jobs) as executor:
+        for future in [executor.submit(work, worker_index) for worker_index in range(jobs)]:
+            future.result()
+    return outcomes
 
 
 def discount_failing_tests(
-    outcome: dict[Fault, Result], root: pathlib.Path, timeout: float
+    outcomes: dict[Fault, Result], root: pathlib.Path, timeout: float
 ) -> None:
     """Mark a fault invalid where the test that noticed it fails on the unchanged code as well."""
-    tests = sorted({result.test for result in outcome.values() if result.test})
-    failing = set()
-    while tests:
-        code, output = run_tests(root, tests, timeout * 10)
-        failed = FAILED.search(output)
-        if code == 0:
+    noticing_tests = sorted({result.test for result in outcomes.values() if result.test})
+    failing_tests = set()
+    while noticing_tests:
+        exit_code, output = run_tests(root, noticing_tests, timeout * 10)
+        failed_test = FAILED.search(output)
+        if exit_code == 0:
             break
-        if not failed:
+        if not failed_test:
             raise RuntimeError(f'the tests do not run on the unchanged code:\n{output[-2000:]}')
-        failing.add(failed[1])
-        tests = [test for test in tests if test not in failing]
-    for fault, result in outcome.items():
-        if result.test in failing:
-            outcome[fault] = Result('invalid', result.test)
+        failing_tests.add(failed_test[1])
+        noticing_tests = [test for test in noticing_tests if test not in failing_tests]
+    for fault, result in outcomes.items():
+        if result.test in failing_tests:
+            outcomes[fault] = Result('invalid', result.test)
 
 
-def table(outcome: dict[Fault, Result]) -> str:
+def table(outcomes: dict[Fault, Result]) -> str:
     """Return a Markdown table by area, and the list of what was not noticed."""
-    lines = [
+    table_lines = [
         '| area | faults | noticed | survived | invalid |',
         '| --- | ---: | ---: | ---: | ---: |',
     ]
-    for area in [*sorted({fault.area for fault in outcome}), 'all']:
-        verdicts = [r.verdict for f, r in outcome.items() if area in ('all', f.area)]
-        counts = [verdicts.count(name) for name in ('noticed', 'survived', 'invalid')]
-        lines.append(f'| {area} | ' + ' | '.join(map(str, [len(verdicts), *counts])) + ' |')
-    missed = [f'- {r.verdict}: {f.label} ({f.file})' for f, r in outcome.items()
-              if r.verdict != 'noticed']  # fmt: skip
-    return '\n'.join([*lines, '', *missed])
+    for area in [*sorted({fault.area for fault in outcomes}), 'all']:
+        verdicts = [
+            result.verdict for fault, result in outcomes.items() if area in ('all', fault.area)
+        ]
+        verdict_counts = [verdicts.count(verdict) for verdict in ('noticed', 'survived', 'invalid')]
+        cells = [area, *map(str, [len(verdicts), *verdict_counts])]
+        table_lines.append(f'| {" | ".join(cells)} |')
+    missed_lines = [
+        f'- {result.verdict}: {fault.label} ({fault.file})'
+        for fault, result in outcomes.items()
+        if result.verdict != 'noticed'
+    ]
+    return '\n'.join([*table_lines, '', *missed_lines])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -294,23 +296,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--check', action='store_true', help='apply the faults, run nothing')
     options = parser.parse_args(argv)
 
-    faults = [f for f in load_faults(options.faults) if re.search(options.only, f.label)]
-    wrong = invalid_faults(faults, options.root)
-    if wrong or not faults:
-        print('\n'.join(wrong) or 'no fault matches --only', file=sys.stderr)
+    # Read the faults, and refuse those that cannot be applied.
+    all_faults = load_faults(options.faults)
+    faults = [fault for fault in all_faults if re.search(options.only, fault.label)]
+    problems = invalid_faults(faults, options.root)
+    if problems or not faults:
+        print('\n'.join(problems) or 'no fault matches --only', file=sys.stderr)
         return 2
     if options.check:
         print(f'{len(faults)} faults can be applied')
         return 0
 
+    # Run them, print the table, and compare with --least.
     options.results.parent.mkdir(parents=True, exist_ok=True)
     results = Results(options.results)
-    outcome = run_faults(faults, options.root, results, options.jobs, options.timeout)
-    discount_failing_tests(outcome, options.root, options.timeout)
-    print(table(outcome))
-    noticed = sum(result.verdict == 'noticed' for result in outcome.values())
-    print(f'{noticed} of {len(outcome)} noticed: {100 * noticed / len(outcome):.1f} %')
-    return int(100 * noticed < options.least * len(outcome))
+    outcomes = run_faults(faults, options.root, results, options.jobs, options.timeout)
+    discount_failing_tests(outcomes, options.root, options.timeout)
+    print(table(outcomes))
+    num_noticed = sum(result.verdict == 'noticed' for result in outcomes.values())
+    print(f'{num_noticed} of {len(outcomes)} noticed: {100 * num_noticed / len(outcomes):.1f} %')
+    return int(100 * num_noticed < options.least * len(outcomes))
 
 
 if __name__ == '__main__':
