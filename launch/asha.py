@@ -63,8 +63,8 @@ def find_stop_reason(
     def loss(arrival: Arrival) -> float:  # NaN is the worst; it does not compare
         return math.inf if math.isnan(arrival.value) else sign * arrival.value
 
-    losses = [loss(a) for a in earlier if a.rung == arrival.rung]
-    num_better = sum(value < loss(arrival) for value in losses)
+    losses = [loss(other) for other in earlier if other.rung == arrival.rung]
+    num_better = sum(other_loss < loss(arrival) for other_loss in losses)
     num_continuing = max(1, (len(losses) + 1) // factor)
     if num_better < num_continuing:
         return ''
@@ -134,8 +134,8 @@ class Asha:
             Arrival(record['rung'], record['name'], record['value'])
             for record in records.read_records(self._file, fields, tail=records.WHOLE_FILE)
         ]
-        for i, arrival in enumerate(self._arrivals):
-            self._mark_if_behind(arrival, self._arrivals[:i])
+        for place, arrival in enumerate(self._arrivals):
+            self._mark_if_behind(arrival, self._arrivals[:place])
 
         self._curves: dict[pathlib.Path, records.CurveReader] = {}
         self._num_steps: dict[pathlib.Path, int] = {}

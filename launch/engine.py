@@ -64,26 +64,26 @@ class Attempts:
         self._retries = retries
         self._failures: Counter[pathlib.Path] = Counter()
 
-    def end(self, run_dir: pathlib.Path, code: int) -> Exit:
+    def end(self, run_dir: pathlib.Path, exit_code: int) -> Exit:
         """Return what follows from an exit code.
 
         A member that is preempted twice without progress has failed; see `launch.restarts`.
         """
-        if code == 0 or state.is_finished(run_dir):
+        if exit_code == 0 or state.is_finished(run_dir):
             is_done = state.read_status(run_dir).get('state') == 'done'
             is_stopped = (run_dir / STOP_MARK).exists() and not is_done
             return Exit('stopped' if is_stopped else 'done')
-        is_stuck = code == PREEMPTED and not restarts.note_stop(run_dir)
-        if code == PREEMPTED and not is_stuck:
+        is_stuck = exit_code == PREEMPTED and not restarts.note_stop(run_dir)
+        if exit_code == PREEMPTED and not is_stuck:
             return Exit('preempted', is_restarted=True)
         self._failures[run_dir] += 1
         is_restarted = self._failures[run_dir] <= self._retries
-        log = run_dir / 'log.txt'
-        detail = restart_refusal(run_dir) if is_stuck else last_line(log) or 'no output'
-        cause = f'killed by signal {-code}' if code < 0 else f'exit code {code}'
+        log_file = run_dir / 'log.txt'
+        detail = restart_refusal(run_dir) if is_stuck else last_line(log_file) or 'no output'
+        cause = f'killed by signal {-exit_code}' if exit_code < 0 else f'exit code {exit_code}'
         outcome = 'failed, starting it again' if is_restarted else 'failed'
-        message = f'{run_dir.name} {outcome}: {cause}: {detail} ({log})'
-        return Exit('died' if code < 0 else 'failed', is_restarted, message)
+        message = f'{run_dir.name} {outcome}: {cause}: {detail} ({log_file})'
+        return Exit('died' if exit_code < 0 else 'failed', is_restarted, message)
 
 
 Submit = Callable[..., States]  # (commands, resources)

@@ -67,24 +67,24 @@ class Options:
 
 
 def make_jobset(
-    path: pathlib.Path, command: list[str], resources: Resources, options: Options
+    run_dir: pathlib.Path, command: list[str], resources: Resources, options: Options
 ) -> dict[str, Any]:
     """Return the JobSet of one member: one job with a pod for each process."""
-    name = make_dns_name(path.parent.name, path.name, *identify_failure(path))
-    pod = _make_pod(path, command, name, resources, options)
+    jobset_name = make_dns_name(run_dir.parent.name, run_dir.name, *identify_failure(run_dir))
+    pod_spec = _make_pod(run_dir, command, jobset_name, resources, options)
 
     # A job that its pod failure policy ends was preempted; JobSet counts only the other failures.
     preemption_rules = [
         {'action': 'FailJob', 'onPodConditions': [{'type': 'DisruptionTarget', 'status': 'True'}]},
         {'action': 'FailJob', 'onExitCodes': {'operator': 'In', 'values': [PREEMPTED]}},
     ]
-    job = {
+    job_spec = {
         'parallelism': resources.processes,
         'completions': resources.processes,
         'completionMode': 'Indexed',
         'backoffLimit': 0,
         'podFailurePolicy': {'rules': preemption_rules},
-        'template': {'spec': pod},
+        'template': {'spec': pod_spec},
     }
     failure_policy = {
         'maxRestarts': resources.retries,
@@ -98,7 +98,10 @@ def make_jobset(
     }
 
     # Label the JobSet with its sweep, and give a member its TPU slice alone.
-    metadata: dict[str, Any] = {'name': name, 'labels': {'sweep': make_dns_name(path.parent.name)}}
+    metadata: dict[str, Any] = {
+        'name': jobset_name,
+        'labels': {'sweep': make_dns_name(run_dir.parent.name)},
+    }
     if options.namespace:
         metadata['namespace'] = options.namespace
     if options.tpu:  # a slice is one node pool
@@ -109,15 +112,19 @@ def make_jobset(
         'kind': 'JobSet',
         'metadata': metadata,
         'spec': {
-            'network': {'enableDNSHostnames': True, 'subdomain': name},
+            'network': {'enableDNSHostnames': True, 'subdomain': jobset_name},
             'failurePolicy': failure_policy,
-            'replicatedJobs': [{'name': 'run', 'replicas': 1, 'template': {'spec': job}}],
+            'replicatedJobs': [{'name': 'run', 'replicas': 1, 'template': {'spec': job_spec}}],
         },
     }
 
 
 def _make_pod(
-    path: pathlib.Path, command: list[str], name: str, resources: Resources, options: Options
+    run_dir: pathlib.Path,
+    command: list[str],
+    jobset_name: str,
+    resources: Resources,
+    options: Options,
 ) -> dict[str, Any]:
     """Return the specification of a member's pods.
 
@@ -129,10 +136,10 @@ def _make_pod(
       options: options of the pods.
     """
     # Run the command under the rules for restarts.
-    arguments = ['python', '-m', 'launch.restarts', str(path), '--', 'python', *command[1:]]
+    arguments = ['python', '-m', 'launch.restarts', str(run_dir), '--', 'python', *command[1:]]
     if resources.processes > 1:
         # Kubernetes substitutes the variable. The name of the first pod is known in advance.
-        address = f'{name}-run-0-0.{name}:{PORT}'
+        address = f'{jobset_name}-run-0-0.{jobset_name}:{PORT}'
         peers = f'{address},{resources.processes},$(JOB_COMPLETION_INDEX)'
         arguments.append(f'--distributed={"auto" if options.tpu else peers}')
 
@@ -145,7 +152,7 @@ def _make_pod(
     if resources.gpus:
         limits['google.com/tpu' if options.tpu else 'nvidia.com/gpu'] = str(resources.gpus)
 
-    pod: dict[str, Any] = {
+    pod_spec: dict[str, Any] = {
         'restartPolicy': 'Never',
         'terminationGracePeriodSeconds': GRACE_PERIOD,
         'containers': [
@@ -161,31 +168,34 @@ def _make_pod(
         'volumes': [{'name': 'runs', 'persistentVolumeClaim': {'claimName': options.claim}}],
     }
     if options.tpu:
-        pod['nodeSelector'] = {
+        pod_spec['nodeSelector'] = {
             'cloud.google.com/gke-tpu-accelerator': options.tpu,
             'cloud.google.com/gke-tpu-topology': options.topology,
         }
-    return pod
+    return pod_spec
 
 
-def identify_failure(path: pathlib.Path) -> list[str]:
+def identify_failure(run_dir: pathlib.Path) -> list[str]:
     """Return what tells the failure of a member from any other; [] if it has not failed.
 
     It comes from files of its processes, so that the same failure always gives the same name.
     """
-    if read_run_state(path).phase not in ('failed', 'died'):
+    if read_run_state(run_dir).phase not in ('failed', 'died'):
         return []
-    status = state.read_status(path)
-    values = [restarts.count_failures(path), *(status.get(k) for k in ('pid', 'host', 'updated'))]
-    return [json.dumps(values)]
+    run_status = state.read_status(run_dir)
+    failure_facts = [
+        restarts.count_failures(run_dir),
+        *map(run_status.get, ('pid', 'host', 'updated')),
+    ]
+    return [json.dumps(failure_facts)]
 
 
 def make_dns_name(*parts: str, max_length: int = 40) -> str:
     """Return a name that Kubernetes accepts; different parts give different names."""
-    plain = re.sub(r'[^a-z0-9]+', '-', '-'.join(parts).lower()).strip('-')
+    plain_name = re.sub(r'[^a-z0-9]+', '-', '-'.join(parts).lower()).strip('-')
     digest = hashlib.sha256('/'.join(parts).encode()).hexdigest()[:8]
-    prefix = '' if plain[:1].isalpha() else 's-'
-    return f'{prefix}{plain[: max_length - 11].strip("-")}-{digest}'
+    prefix = '' if plain_name[:1].isalpha() else 's-'
+    return f'{prefix}{plain_name[: max_length - 11].strip("-")}-{digest}'
 
 
 def make_manifests(
@@ -204,13 +214,15 @@ def make_manifests(
         resources = dataclasses.replace(
             resources, processes=tpu_slice.hosts, gpus=tpu_slice.chips_per_host
         )
-    outside = [path for path in commands if not path.is_relative_to(options.mount)]
-    if outside:
+    outside_dirs = [run_dir for run_dir in commands if not run_dir.is_relative_to(options.mount)]
+    if outside_dirs:
         raise UserError(
-            f'--workdir={outside[0].parent}: expected a directory in --mount={options.mount}, '
+            f'--workdir={outside_dirs[0].parent}: expected a directory in --mount={options.mount}, '
             f'where the pods see the claim'
         )
-    return [make_jobset(path, command, resources, options) for path, command in commands.items()]
+    return [
+        make_jobset(run_dir, command, resources, options) for run_dir, command in commands.items()
+    ]
 
 
 def find_slice(resources: Resources, options: Options) -> tpu.Slice | None:
@@ -255,13 +267,19 @@ def get_options() -> Options:
 def submit(commands: Commands, resources: Resources) -> States:
     """Print the JobSets of members that are not running; nothing is sent anywhere."""
     options = get_options()
-    phases = {path: read_run_state(path).phase for path in commands}
-    idle = {path: command for path, command in commands.items() if phases[path] != 'running'}
-    yaml.safe_dump_all(make_manifests(idle, resources, options), sys.stdout, sort_keys=False)
+    phases = {run_dir: read_run_state(run_dir).phase for run_dir in commands}
+    idle_commands = {
+        run_dir: command for run_dir, command in commands.items() if phases[run_dir] != 'running'
+    }
+    yaml.safe_dump_all(
+        make_manifests(idle_commands, resources, options), sys.stdout, sort_keys=False
+    )
     for phase in ('running', 'failed', 'died'):
-        if names := [path.name for path in commands if phases[path] == phase]:
+        if member_names := [run_dir.name for run_dir in commands if phases[run_dir] == phase]:
             action = 'left alone' if phase == 'running' else 'in a JobSet of a new name'
-            print(f'{len(names)} {phase}, {action}: {", ".join(names)}', file=sys.stderr)
+            print(
+                f'{len(member_names)} {phase}, {action}: {", ".join(member_names)}', file=sys.stderr
+            )
     return dict.fromkeys(commands, QUEUED)
 
 

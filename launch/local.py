@@ -81,8 +81,8 @@ class Slots:
         num_processes, gpus_per_process = self._resources.processes, self._resources.gpus
         environments = [{'PYTHONUNBUFFERED': '1'} for _ in range(num_processes)]
         if gpus_per_process:
-            for i, environment in enumerate(environments):
-                first = (slot * num_processes + i) * gpus_per_process
+            for process_index, environment in enumerate(environments):
+                first = (slot * num_processes + process_index) * gpus_per_process
                 gpus = self._gpus[first : first + gpus_per_process]
                 environment['CUDA_VISIBLE_DEVICES'] = ','.join(gpus)
         options = process.ProcessOptions(
@@ -110,8 +110,8 @@ class Slots:
         """Return the cores of a slot: small programs run best on few cores of their own."""
         cores = sorted(os.sched_getaffinity(0))
         if self._resources.cores:
-            count = self._resources.cores * self._resources.processes
-            return {cores[(slot * count + i) % len(cores)] for i in range(count)}
+            num_cores = self._resources.cores * self._resources.processes
+            return {cores[(slot * num_cores + index) % len(cores)] for index in range(num_cores)}
         return set(cores[slot :: self.count]) or set(cores)
 
 

@@ -57,13 +57,15 @@ def choose_hyperparameters(configs: Configs, keys: Sequence[str] | None) -> list
       UserError: if a member cannot be trained in intervals, or a factor cannot change one of the
         keys in its config.
     """
-    for name, config in configs.items():
+    for member_name, config in configs.items():
         if config.task not in DEFAULT_PERTURB:
             raise UserError(
-                f'config.task = {config.task!r} of {name}: expected one of '
+                f'config.task = {config.task!r} of {member_name}: expected one of '
                 f'{", ".join(DEFAULT_PERTURB)}, which save checkpoints that others can resume from'
             )
-    flat_configs = {name: flatten(config.to_dict()) for name, config in configs.items()}
+    flat_configs = {
+        member_name: flatten(config.to_dict()) for member_name, config in configs.items()
+    }
 
     # Use the defaults that can change in all configs; some exist only for some optimizers.
     if keys is None:
@@ -73,19 +75,22 @@ def choose_hyperparameters(configs: Configs, keys: Sequence[str] | None) -> list
         return [
             key
             for key in defaults
-            if all(key in values and is_scalable(values[key]) for values in flat_configs.values())
+            if all(
+                key in flat_config and is_scalable(flat_config[key])
+                for flat_config in flat_configs.values()
+            )
         ]
 
     # Refuse keys that cannot change.
     for key in keys:
-        for name, values in flat_configs.items():
-            if key in values and is_scalable(values[key]):
+        for member_name, flat_config in flat_configs.items():
+            if key in flat_config and is_scalable(flat_config[key]):
                 continue
-            known_keys = [known for known, value in values.items() if is_scalable(value)]
-            value = f'{values[key]!r}' if key in values else 'no such key'
+            known_keys = [known for known, value in flat_config.items() if is_scalable(value)]
+            value = f'{flat_config[key]!r}' if key in flat_config else 'no such key'
             raise UserError(
                 f'--perturb={key}: expected a number with a decimal point, other than 0, in the '
-                f'config of {name} (got {value}); {suggest(key, known_keys)}'
+                f'config of {member_name} (got {value}); {suggest(key, known_keys)}'
             )
     return list(keys)
 

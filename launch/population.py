@@ -45,10 +45,10 @@ def exploit(
     return candidate if fitness[candidate] - fitness[member] > margin else None
 
 
-def explore(values: Mapping[str, float], rng: random.Random) -> dict[str, float]:
+def explore(hyperparameters: Mapping[str, float], rng: random.Random) -> dict[str, float]:
     """Multiply each value by 1.2 or 1/1.2 with probability 1/3; return the new values."""
-    perturbed = dict(values)
-    for key in values:
+    perturbed = dict(hyperparameters)
+    for key in hyperparameters:
         if rng.random() < PERTURB_PROBABILITY:
             perturbed[key] *= FACTOR if rng.random() < 0.5 else 1 / FACTOR
     return perturbed
@@ -102,12 +102,12 @@ class Population:
 
     def run_dir(self, member: str) -> pathlib.Path:
         """Return the current run directory of a member."""
-        children = [d['to'] for d in self._decisions if d['member'] == member]
+        children = [decision['to'] for decision in self._decisions if decision['member'] == member]
         return self._workdir / (children[-1] if children else member)
 
     def is_due(self, member: str, interval: int) -> bool:
         """Return whether a member has saved at its next comparison, before its last step."""
-        steps = [d['step'] for d in self._decisions if d['member'] == member]
+        steps = [decision['step'] for decision in self._decisions if decision['member'] == member]
         due_step = (steps[-1] // interval + 1) * interval if steps else interval
         run_dir = self.run_dir(member)
         return due_step <= last_saved_step(run_dir) < state.read_member_state(run_dir).num_steps
@@ -136,9 +136,11 @@ class Population:
         parent = self.run_dir(copied_member) if copied_member else run_dir
 
         # Perturb the hyperparameters of the parent.
-        values = self._read_hyperparameters(parent)
-        new_values = self._drop_refused(parent, values, explore(values, rng))
-        is_forked = copied_member or new_values != values
+        hyperparameters = self._read_hyperparameters(parent)
+        new_hyperparameters = self._drop_refused(
+            parent, hyperparameters, explore(hyperparameters, rng)
+        )
+        is_forked = copied_member or new_hyperparameters != hyperparameters
         decision = {
             'member': member,
             'step': last_saved_step(parent),
@@ -146,7 +148,7 @@ class Population:
             'fitness': fitness.get(member),
             'from': parent.name,
             'to': self._next_name(member) if is_forked else run_dir.name,
-            'overrides': new_values,
+            'overrides': new_hyperparameters,
         }
 
         # Note the decision before carrying it out: the launcher may be killed in between.
@@ -180,8 +182,8 @@ class Population:
 
     def _next_name(self, member: str) -> str:
         """Return NAME.1, NAME.2, …, unless another member has that name, as 'x=0.1' may."""
-        generation = 1 + sum(d['member'] == member for d in self._decisions)
-        used_names = {*self._members, *(d['to'] for d in self._decisions)}
+        generation = 1 + sum(decision['member'] == member for decision in self._decisions)
+        used_names = {*self._members, *(decision['to'] for decision in self._decisions)}
         names = (f'{member}.{"0" * zeros}{generation}' for zeros in itertools.count())
         return next(name for name in names if name not in used_names)
 
@@ -201,16 +203,19 @@ class Population:
         return {key: config[key] for key in self._perturb}
 
     def _drop_refused(
-        self, run_dir: pathlib.Path, values: Mapping[str, float], new_values: Mapping[str, float]
+        self,
+        run_dir: pathlib.Path,
+        hyperparameters: Mapping[str, float],
+        new_hyperparameters: Mapping[str, float],
     ) -> dict[str, float]:
         """Return the new values, except those that the config refuses, such as a rate above 1."""
         rules = find_rules(read_flat_config(run_dir))
-        refused = [
+        refused_keys = [
             key
-            for key, new_value in new_values.items()
+            for key, new_value in new_hyperparameters.items()
             if key in rules and find_violation(rules[key], new_value)
         ]
-        return {**new_values, **{key: values[key] for key in refused}}
+        return {**new_hyperparameters, **{key: hyperparameters[key] for key in refused_keys}}
 
     def _fork(self, decision: Mapping[str, Any]) -> None:
         """Make the run directory of a decision, if it does not exist."""
@@ -234,11 +239,11 @@ class Population:
         for _ in range(COPY_ATTEMPTS):
             for step in list_saved_steps(parent):
                 shutil.rmtree(child, ignore_errors=True)
-                copy = child / 'checkpoints' / f'{step:08d}'
+                checkpoint_dir = child / 'checkpoints' / f'{step:08d}'
                 with contextlib.suppress(FileNotFoundError, shutil.Error):
-                    shutil.copytree(parent / 'checkpoints' / copy.name, copy)
-                if not checkpoint.find_damage(copy):
-                    return copy
+                    shutil.copytree(parent / 'checkpoints' / checkpoint_dir.name, checkpoint_dir)
+                if not checkpoint.find_damage(checkpoint_dir):
+                    return checkpoint_dir
         raise UserError(
             f'{parent}: found no intact checkpoint to copy. Remove the last line of {self._file} '
             f'to redo this decision'

@@ -43,15 +43,15 @@ class Process:
         ended, the others must follow, and are killed if they do not.
         """
         poll_results = [process.poll() for process in self._processes]
-        exit_codes = [code for code in poll_results if code is not None]
+        exit_codes = [exit_code for exit_code in poll_results if exit_code is not None]
         if len(exit_codes) == len(self._processes):
-            bad_codes = [code for code in exit_codes if code]
-            failures = (code for code in bad_codes if code != PREEMPTED)
+            bad_codes = [exit_code for exit_code in exit_codes if exit_code]
+            failures = (exit_code for exit_code in bad_codes if exit_code != PREEMPTED)
             return next(failures, max(bad_codes, default=0))
         if exit_codes:
             now = time.monotonic()
             self._first_exit_time = self._first_exit_time or now
-            is_clean = all(code in (0, PREEMPTED) for code in exit_codes)
+            is_clean = all(exit_code in (0, PREEMPTED) for exit_code in exit_codes)
             if now - self._first_exit_time > (SAVE_TIMEOUT if is_clean else DEATH_TIMEOUT):
                 self.kill()
         return None
@@ -72,10 +72,10 @@ class Process:
             time.sleep(POLL_INTERVAL)
         return exit_code
 
-    def _send_signal(self, number: int) -> None:
+    def _send_signal(self, signal_number: int) -> None:
         for process in self._processes:
             if process.poll() is None:
-                process.send_signal(number)
+                process.send_signal(signal_number)
 
 
 class AdoptedProcess:

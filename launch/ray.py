@@ -49,25 +49,28 @@ def submit(commands: Commands, resources: Resources, rule: Rule | None = None) -
         ) from error
 
     # Connect to the cluster, or start a Ray of this machine.
-    cluster: dict[str, Any] = {'address': ADDRESS.value}
+    init_options: dict[str, Any] = {'address': ADDRESS.value}
     if not ADDRESS.value:
-        cluster = {'address': 'local', 'include_dashboard': False}
-    environment = {'PYTHONPATH': os.getcwd(), 'PYTHONUNBUFFERED': '1'}
+        init_options = {'address': 'local', 'include_dashboard': False}
+    env_vars = {'PYTHONPATH': os.getcwd(), 'PYTHONUNBUFFERED': '1'}
     try:
         ray.init(
-            runtime_env={'env_vars': environment},
+            runtime_env={'env_vars': env_vars},
             log_to_driver=False,
             logging_level=logging.WARNING,
-            **cluster,
+            **init_options,
         )
     except ConnectionError as error:
         raise UserError(f'--address={ADDRESS.value}: {error}') from error
 
     # Refuse what this machine does not have; a cluster may grow.
-    for kind, flag, count in (('CPU', 'cores', resources.cores), ('GPU', 'gpus', resources.gpus)):
-        available = ray.cluster_resources().get(kind, 0)
-        if count * resources.processes > available and not ADDRESS.value:
-            raise UserError(f'--{flag}={count}: Ray finds {available:.0f} of them on this machine')
+    for resource, flag, amount in (
+        ('CPU', 'cores', resources.cores),
+        ('GPU', 'gpus', resources.gpus),
+    ):
+        available = ray.cluster_resources().get(resource, 0)
+        if amount * resources.processes > available and not ADDRESS.value:
+            raise UserError(f'--{flag}={amount}: Ray finds {available:.0f} of them on this machine')
 
     # Run the members.
     max_members = resources.parallel or len(commands)
@@ -179,19 +182,22 @@ class ClusterMember:
         num_tasks = len(self.tasks)
         if len(ray.wait(self.tasks, num_returns=num_tasks, timeout=0)[0]) < num_tasks:
             return None
-        codes = []
+        exit_codes = []
         for task in self.tasks:
             try:
-                codes.append(int(ray.get(task)))
+                exit_codes.append(int(ray.get(task)))
             except ray.exceptions.TaskCancelledError:
-                codes.append(PREEMPTED)
+                exit_codes.append(PREEMPTED)
             except ray.exceptions.RayError as error:
                 message = ' '.join(str(error).split())
                 print(f'{type(error).__name__}: {message}', file=sys.stderr)
-                codes.append(1)
+                exit_codes.append(1)
         if self._group is not None:
             ray.util.remove_placement_group(self._group)
-        return next((code for code in codes if code not in (0, PREEMPTED)), max(codes))
+        return next(
+            (exit_code for exit_code in exit_codes if exit_code not in (0, PREEMPTED)),
+            max(exit_codes),
+        )
 
     def stop(self) -> None:
         """Do nothing: `process.run` stops a member with a stop mark on its own node."""

@@ -50,15 +50,15 @@ class RecordReader:
             or stamp.size < self._end
         )
         if is_replaced:
-            text, self._end = _read_tail(self._file, self._tail)
+            content, self._end = _read_tail(self._file, self._tail)
         else:
             with open(self._file, 'rb') as stream:
                 stream.seek(self._end)
-                text = stream.read()
-        length = text.rfind(b'\n') + 1
+                content = stream.read()
+        length = content.rfind(b'\n') + 1
         self._end += length
-        values = (_parse(line) for line in text[:length].split(b'\n')[:-1])
-        return [value for value in values if has_fields(value, self._fields)], is_replaced
+        parsed = (_parse(line) for line in content[:length].split(b'\n')[:-1])
+        return [record for record in parsed if has_fields(record, self._fields)], is_replaced
 
 
 class CurveReader:
@@ -124,31 +124,31 @@ def append_record(file: pathlib.Path, record: Mapping[str, Any]) -> None:
 def has_fields(record: Any, fields: Fields) -> bool:
     """Return whether a JSON value is an object with these fields."""
     return isinstance(record, dict) and all(
-        isinstance(record.get(key), kind) for key, kind in fields.items()
+        isinstance(record.get(field_name), kind) for field_name, kind in fields.items()
     )
 
 
-def get_int(record: Mapping[str, Any], key: str) -> int:
+def get_int(record: Mapping[str, Any], field_name: str) -> int:
     """Return an integer field of a record; 0 if it is missing."""
-    return record[key] if isinstance(record.get(key), int) else 0
+    return record[field_name] if isinstance(record.get(field_name), int) else 0
 
 
-def _read_tail(file: pathlib.Path, size: int) -> tuple[bytes, int]:
+def _read_tail(file: pathlib.Path, max_bytes: int) -> tuple[bytes, int]:
     """Return the last complete lines within `size` bytes of the end, and their offset."""
     try:
         with open(file, 'rb') as stream:
             file_size = stream.seek(0, 2)
-            offset = stream.seek(max(0, file_size - size))
-            text = stream.read()
+            offset = stream.seek(max(0, file_size - max_bytes))
+            content = stream.read()
     except FileNotFoundError:
         return b'', 0
-    first_line = text.find(b'\n') + 1 if offset else 0
-    return text[first_line:], offset + first_line
+    first_line = content.find(b'\n') + 1 if offset else 0
+    return content[first_line:], offset + first_line
 
 
-def _parse(text: bytes) -> Any:
+def _parse(json_line: bytes) -> Any:
     """Return the value of a line of JSON; None if it is damaged."""
     try:
-        return json.loads(text)
+        return json.loads(json_line)
     except ValueError:  # also raised for bytes that are not UTF-8
         return None

@@ -36,31 +36,31 @@ def note_stop(run_dir: pathlib.Path, process: int = 0) -> bool:
       process: index of the process that asks. Each has a note of its own, as all may ask
         simultaneously.
     """
-    note, progress = _read_note(run_dir, process), saved_progress(run_dir)
-    last_progress = note.get('saved')
+    stop_note, progress = _read_note(run_dir, process), saved_progress(run_dir)
+    last_progress = stop_note.get('saved')
     has_progressed = not isinstance(last_progress, list) or progress > tuple(last_progress)
     step = max(0, progress.step)
     reason = '' if has_progressed else f'stopped twice at step {step}, without getting further'
-    update = {'saved': list(progress), 'reason': reason, 'at': list(progress)}
-    _write_note(run_dir, process, note | update)
+    new_fields = {'saved': list(progress), 'reason': reason, 'at': list(progress)}
+    _write_note(run_dir, process, stop_note | new_fields)
     return has_progressed
 
 
-def note_failure(run_dir: pathlib.Path, code: int, process: int = 0) -> None:
+def note_failure(run_dir: pathlib.Path, exit_code: int, process: int = 0) -> None:
     """Note a failure, for launchers that are not running when it happens."""
-    note = _read_note(run_dir, process)
-    update = {
+    stop_note = _read_note(run_dir, process)
+    new_fields = {
         'failures': count_failures(run_dir, process) + 1,
-        'reason': note.get('reason') or f'exit code {code}',
+        'reason': stop_note.get('reason') or f'exit code {exit_code}',
         'at': list(saved_progress(run_dir)),
     }
-    _write_note(run_dir, process, note | update)
+    _write_note(run_dir, process, stop_note | new_fields)
 
 
 def count_failures(run_dir: pathlib.Path, process: int = 0) -> int:
     """Return how many failures were noted."""
-    count = _read_note(run_dir, process).get('failures')
-    return count if isinstance(count, int) else 0
+    num_failures = _read_note(run_dir, process).get('failures')
+    return num_failures if isinstance(num_failures, int) else 0
 
 
 def run(run_dir: pathlib.Path, command: Sequence[str], process: int = 0) -> int:
@@ -71,30 +71,30 @@ def run(run_dir: pathlib.Path, command: Sequence[str], process: int = 0) -> int:
     received_signals: list[int] = []
     children: list[subprocess.Popen[bytes]] = []
 
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        received_signals.append(number)
+    def on_signal(signal_number: int, frame: FrameType | None) -> None:
+        received_signals.append(signal_number)
         for child in children:
-            child.send_signal(number)
+            child.send_signal(signal_number)
 
     # Start the command, and pass on signals that came before it existed.
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     child = subprocess.Popen(command)
     children.append(child)
-    for number in received_signals:
-        child.send_signal(number)
-    code = child.wait()
-    if code < 0:
-        code = 128 - code  # as a shell reports a signal
+    for signal_number in received_signals:
+        child.send_signal(signal_number)
+    exit_code = child.wait()
+    if exit_code < 0:
+        exit_code = 128 - exit_code  # as a shell reports a signal
 
     # Note how it ended.
     run_dir.mkdir(parents=True, exist_ok=True)
-    if code == PREEMPTED and not note_stop(run_dir, process):
+    if exit_code == PREEMPTED and not note_stop(run_dir, process):
         print(f'{run_dir}: {restart_refusal(run_dir)}', file=sys.stderr)
-        code = 1
-    if code not in (0, PREEMPTED):
-        note_failure(run_dir, code, process)
-    return code
+        exit_code = 1
+    if exit_code not in (0, PREEMPTED):
+        note_failure(run_dir, exit_code, process)
+    return exit_code
 
 
 def _note_name(process: int) -> str:

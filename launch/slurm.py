@@ -110,8 +110,8 @@ def parse_time_limit(limit: str) -> float:
         raise UserError(
             f"--time={limit}: expected MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS. Try '4:00:00'"
         )
-    days, *parts = (None if part is None else int(part) for part in match.groups())
-    numbers = [part for part in parts if part is not None]
+    days, *clock_parts = (None if group is None else int(group) for group in match.groups())
+    numbers = [group for group in clock_parts if group is not None]
     if days is None and len(numbers) < 3:
         numbers = [0, *numbers]  # without days, the first of two numbers is minutes
     hours, minutes, remainder = [*numbers, 0, 0][:3]
@@ -149,10 +149,10 @@ def write_script(
       folder: directory for the output of the jobs themselves.
     """
     # List the options of sbatch and of srun.
-    limit = f'%{resources.parallel}' if resources.parallel else ''
+    array_limit = f'%{resources.parallel}' if resources.parallel else ''
     sbatch_options = [
         f'--job-name={shlex.quote(folder.parent.name)}',
-        f'--array=0-{len(commands) - 1}{limit}',
+        f'--array=0-{len(commands) - 1}{array_limit}',
         f'--output={shlex.quote(str(folder / "%A_%a.txt"))}',
         '--open-mode=append',
         '--requeue',
@@ -175,19 +175,21 @@ def write_script(
     # Write a line for each command, and the common rest.
     distributed = ['--distributed=auto'] if resources.processes > 1 else []
     sbatch_options += options.sbatch
-    lines = ['#!/bin/bash', *(f'#SBATCH {option}' for option in sbatch_options)]
-    lines += [f'cd {shlex.quote(os.getcwd())} || exit', 'case $SLURM_ARRAY_TASK_ID in']
-    for i, (path, command) in enumerate(commands.items()):
+    script_lines = ['#!/bin/bash', *(f'#SBATCH {option}' for option in sbatch_options)]
+    script_lines += [f'cd {shlex.quote(os.getcwd())} || exit', 'case $SLURM_ARRAY_TASK_ID in']
+    for task_index, (run_dir, command) in enumerate(commands.items()):
         arguments = shlex.join([*command, *distributed])
-        lines.append(f'{i}) path={shlex.quote(str(path))} command=({arguments}) ;;')
-    lines.append('esac')
+        script_lines.append(
+            f'{task_index}) path={shlex.quote(str(run_dir))} command=({arguments}) ;;'
+        )
+    script_lines.append('esac')
     job_script = JOB_SCRIPT.format(
         retries=resources.retries,
         srun=shlex.join(srun_options),
         preempted=PREEMPTED,
         restarts=shlex.join([sys.executable, '-m', 'launch.restarts']),
     )
-    return '\n'.join(lines) + '\n' + job_script
+    return '\n'.join(script_lines) + '\n' + job_script
 
 
 def submit(commands: Commands, resources: Resources) -> States:
@@ -202,37 +204,40 @@ def submit(commands: Commands, resources: Resources) -> States:
     # Find the members that are not in the queue.
     folder = next(iter(commands)).parent / 'slurm'
     jobs_file = folder / 'jobs.json'  # name of a member → its newest job
-    jobs: dict[str, str] = read_json(jobs_file) if jobs_file.exists() else {}
+    job_ids: dict[str, str] = read_json(jobs_file) if jobs_file.exists() else {}
     options = Options(PARTITION.value, TIME.value, GRES.value, WARNING.value, SBATCH.value)
     refuse_short(options)
     queued_jobs = read_queue()
     new_commands = {
-        path: command
-        for path, command in commands.items()
-        if jobs.get(path.name) not in queued_jobs
+        run_dir: command
+        for run_dir, command in commands.items()
+        if job_ids.get(run_dir.name) not in queued_jobs
     }
 
     # Submit them, and note their jobs.
     if new_commands:
         folder.mkdir(parents=True, exist_ok=True)
-        batch = folder / 'sweep.sh'
-        batch.write_text(write_script(new_commands, resources, options, folder))
-        job = run_slurm('sbatch', '--parsable', str(batch)).partition(';')[0].strip()
-        jobs |= {path.name: f'{job}_{i}' for i, path in enumerate(new_commands)}
+        batch_script = folder / 'sweep.sh'
+        batch_script.write_text(write_script(new_commands, resources, options, folder))
+        job_id = run_slurm('sbatch', '--parsable', str(batch_script)).partition(';')[0].strip()
+        job_ids |= {
+            run_dir.name: f'{job_id}_{task_index}'
+            for task_index, run_dir in enumerate(new_commands)
+        }
         try:
-            write_json(jobs_file, jobs)
+            write_json(jobs_file, job_ids)
         except BaseException:  # a job that is not noted would be submitted twice; raised again
-            run_slurm('scancel', job)
+            run_slurm('scancel', job_id)
             raise
-        print(f'job {job}: {len(new_commands)} members ({batch})')
+        print(f'job {job_id}: {len(new_commands)} members ({batch_script})')
     print(f'python -m launch.status --workdir={folder.parent}')
 
     # Wait for all members if asked to.
     if not WAIT.value:
         return dict.fromkeys(commands, QUEUED)
-    while read_queue() & set(jobs.values()):
+    while read_queue() & set(job_ids.values()):
         time.sleep(2)
-    return {path: state.read_member_state(path).phase for path in commands}
+    return {run_dir: state.read_member_state(run_dir).phase for run_dir in commands}
 
 
 def find_devices(resources: Resources) -> Devices:

@@ -130,11 +130,11 @@ class _MemberReader:
 def _format_rates(timing: Record) -> str:
     """Return the rates in a record of timing.jsonl: '1,200 tokens/s'."""
     rates = {
-        key.removesuffix(RATE_SUFFIX): value
-        for key, value in timing.items()
-        if key.endswith(RATE_SUFFIX) and isinstance(value, NUMBER)
+        field_name.removesuffix(RATE_SUFFIX): value
+        for field_name, value in timing.items()
+        if field_name.endswith(RATE_SUFFIX) and isinstance(value, NUMBER)
     }
-    return ', '.join(f'{rate:,.0f} {unit}/s' for unit, rate in rates.items())
+    return ', '.join(f'{speed:,.0f} {unit}/s' for unit, speed in rates.items())
 
 
 class _MetricSummary:
@@ -162,20 +162,26 @@ class _MetricSummary:
         if self._with_metric:
             return _format_mean(self._metric, self._with_metric)
         record = self._without_metric[-1] if self._without_metric else {}
-        name = next((name for name, value in record.items() if isinstance(value, float)), '')
-        if not name:
+        other_metric = next(
+            (other_metric for other_metric, value in record.items() if isinstance(value, float)), ''
+        )
+        if not other_metric:
             return ''
-        mean = _format_mean(name, self._without_metric)
+        mean = _format_mean(other_metric, self._without_metric)
         if not self._metric:
             return mean
         return f'no {self._metric}{"" if is_over else " yet"}, {mean}'
 
 
-def _format_mean(name: str, records: Sequence[Record]) -> str:
+def _format_mean(metric: str, records: Sequence[Record]) -> str:
     """Return the mean of a number over the records with the split of the last one."""
     split = records[-1]['split']
-    values = [r[name] for r in records if r['split'] == split and isinstance(r.get(name), NUMBER)]
-    return f'{name} {sum(values) / len(values):.4g} ({split})'
+    values = [
+        record[metric]
+        for record in records
+        if record['split'] == split and isinstance(record.get(metric), NUMBER)
+    ]
+    return f'{metric} {sum(values) / len(values):.4g} ({split})'
 
 
 class _CachedObject:
@@ -239,15 +245,19 @@ def read_sweep_file(workdir: pathlib.Path, fields: Fields) -> dict[str, Any]:
     """
     file = workdir / 'sweep.json'
     sweep = read_json(file)
-    invalid_keys = [key for key, kind in fields.items() if not isinstance(sweep.get(key), kind)]
+    invalid_fields = [
+        field_name
+        for field_name, kind in fields.items()
+        if not isinstance(sweep.get(field_name), kind)
+    ]
     members = sweep.get('members', [])
     if not all(has_fields(member, {'name': str, 'overrides': dict}) for member in members):
-        invalid_keys.append('members')
-    if invalid_keys:
-        key = invalid_keys[0]
+        invalid_fields.append('members')
+    if invalid_fields:
+        field_name = invalid_fields[0]
         raise UserError(
-            f'{file}: {key} = {sweep.get(key)!r}: expected what a launcher writes. Restore the '
-            f'file, or name another --workdir'
+            f'{file}: {field_name} = {sweep.get(field_name)!r}: expected what a launcher writes. '
+            f'Restore the file, or name another --workdir'
         )
     return sweep
 

@@ -146,11 +146,11 @@ def supervise(
                 run_dir, should_stop = members.run_dir(name), members.should_stop(name)
                 if should_stop:
                     member.stop()
-                if (code := member.poll()) is None:
+                if (exit_code := member.poll()) is None:
                     continue
                 del running[name]
                 places.release(run_dir)
-                phases[name], is_restarted, message = attempts.end(run_dir, code)
+                phases[name], is_restarted, message = attempts.end(run_dir, exit_code)
                 if message:
                     watch.print(message)
                 members.handle_exit(name, phases[name], should_stop)
@@ -197,17 +197,19 @@ def defer_signals() -> Iterator[Callable[[], None]]:
     """
     received_signals: list[int] = []
 
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        received_signals.append(number)
+    def on_signal(signal_number: int, frame: FrameType | None) -> None:
+        received_signals.append(signal_number)
 
     def check_signals() -> None:
         if received_signals:
             raise Stop
 
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    handlers = {number: signal.signal(number, on_signal) for number in numbers}
+    signal_numbers = (signal.SIGTERM, signal.SIGINT)
+    handlers = {
+        signal_number: signal.signal(signal_number, on_signal) for signal_number in signal_numbers
+    }
     try:
         yield check_signals
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for signal_number, handler in handlers.items():
+            signal.signal(signal_number, handler)

@@ -69,7 +69,9 @@ def zip_(**values: Sequence[Any]) -> list[Overrides]:
 def chain(*sweeps: list[Overrides]) -> list[Overrides]:
     """Return the members of all sweeps in order, without repetitions."""
     members = itertools.chain(*sweeps)
-    return list({json.dumps(m, sort_keys=True, default=repr): m for m in members}.values())
+    return list(
+        {json.dumps(member, sort_keys=True, default=repr): member for member in members}.values()
+    )
 
 
 def _merge_overrides(parts: Sequence[Overrides]) -> Overrides:
@@ -105,7 +107,7 @@ def load(
     task_key = getattr(module, 'TASK', None)
     with _user_errors(file):
         overrides = [
-            {key: _to_plain(key, value) for key, value in changes.items()}
+            {config_key: _to_plain(config_key, value) for config_key, value in changes.items()}
             for changes in module.sweep()
         ]
     members = make_members(overrides, module.CONFIG, workdir, task_key)

@@ -26,9 +26,9 @@ def build_table(
       max_rows: rows to show, with long reasons cut; None for all. The caption counts the others.
     """
     # Sort the members by phase.
-    rank = {phase: i for i, phase in enumerate(PHASES)}
-    rows = sorted(states.items(), key=lambda item: rank.get(item[1].phase, len(PHASES)))
-    shown_rows = rows if max_rows is None else rows[:max_rows]
+    rank = {phase: index for index, phase in enumerate(PHASES)}
+    labeled_states = sorted(states.items(), key=lambda item: rank.get(item[1].phase, len(PHASES)))
+    shown_states = labeled_states if max_rows is None else labeled_states[:max_rows]
     heading = ', '.join([title, _count_phases(states.values())])
 
     # Add the columns.
@@ -38,12 +38,12 @@ def build_table(
         table.add_column(name, justify='right' if is_number else 'left', overflow='fold')
 
     # Add the rows, and a caption for those that do not fit.
-    for label, state in shown_rows:
+    for label, state in shown_states:
         cells = format_row(label, state)
         if max_rows is not None and len(state.reason) > MAX_REASON:
             cells = *cells[:-1], f'{state.reason[:MAX_REASON]}…'
         table.add_row(*map(rich.markup.escape, cells))
-    if hidden_states := [state for _, state in rows[len(shown_rows) :]]:
+    if hidden_states := [state for _, state in labeled_states[len(shown_states) :]]:
         table.caption = f'and {len(hidden_states)} more: {_count_phases(hidden_states)}'
         table.caption_justify = 'left'
     return table
