@@ -112,6 +112,7 @@ def torch_lstm(V: int, E: int, H: int, T: int, B: int) -> Callable[[], object]:
             hidden, carry = self.lstm(self.embedding(tokens), carry)
             return self.output(self.decoder(hidden)), carry
 
+    # Model, optimizer and data; the carry goes from step to step, without its gradient.
     device = _torch_device()
     model = Model().to(device)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
@@ -123,11 +124,7 @@ def torch_lstm(V: int, E: int, H: int, T: int, B: int) -> Callable[[], object]:
         logits, next_carry = model(tokens[:-1], carry)
         carry = tuple(array.detach() for array in next_carry)
         loss = torch.nn.functional.cross_entropy(logits.reshape(-1, V), tokens[1:].reshape(-1))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
-        optimizer.step()
-        loss.item()
+        _apply_gradient(model, optimizer, loss)
 
     return step
 
@@ -186,13 +183,20 @@ def torch_transformer(sizes: Sequence[int], is_compiled: bool) -> Callable[[], o
         with torch.autocast(device, torch.bfloat16, enabled=device == 'cuda'):
             logits = forward(tokens[:, :-1])
         loss = functional.cross_entropy(logits.float().reshape(-1, V), tokens[:, 1:].reshape(-1))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
-        optimizer.step()
-        loss.item()
+        _apply_gradient(model, optimizer, loss)
 
     return step
+
+
+def _apply_gradient(model: Any, optimizer: Any, loss: Any) -> None:
+    """Clip the gradient of a loss, update the parameters of a torch model, and wait for it."""
+    import torch
+
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+    optimizer.step()
+    loss.item()
 
 
 def _torch_device() -> str:

@@ -185,6 +185,18 @@ def make_inputs(time_step: TimeStep, task: Array, action: Array) -> Inputs:
     return Inputs(observation, action, time_step.reward, time_step.step_type == 0)
 
 
+def act(
+    network: Net, params: Params, carry: Carry, inputs: Inputs, action_key: chex.PRNGKey
+) -> tuple[Carry, Array, Array]:
+    """Return the next carry, and actions [B] with their log-probabilities [B]."""
+    carry, outputs = network.apply(
+        {'params': params}, carry, jax.tree.map(lambda array: array[None], inputs)
+    )
+    logits = outputs.logits[0]
+    action = jax.random.categorical(action_key, logits).astype(jnp.int32)
+    return carry, action, compute_log_prob(logits, action)
+
+
 def make_xland_update(
     config: ml_collections.ConfigDict, fusion: Literal['concat', 'mi']
 ) -> tuple[Callable[..., Any], tuple[learner.LearnerState, LoopState, chex.PRNGKey]]:
@@ -198,23 +210,13 @@ def make_xland_update(
     optimizer = optim.make_optimizer(config.optim, 1000)
     hyperparameters = factory.get_hyperparameters(config)
 
-    def act(
-        params: Params, action_key: chex.PRNGKey, carry: Carry, inputs: Inputs
-    ) -> tuple[Carry, Array, Array]:
-        carry, outputs = network.apply(
-            {'params': params}, carry, jax.tree.map(lambda array: array[None], inputs)
-        )
-        logits = outputs.logits[0]
-        action = jax.random.categorical(action_key, logits).astype(jnp.int32)
-        return carry, action, compute_log_prob(logits, action)
-
     def step(
         params: Params, loop_state: LoopState, step_key: chex.PRNGKey
     ) -> tuple[LoopState, tuple[Inputs, Array, Array, Array]]:
         time_step, task, action, carry = loop_state
         inputs = make_inputs(time_step, task, action)
         action_key, reset_key = jax.random.split(step_key)
-        carry, action, log_prob = act(params, action_key, carry, inputs)
+        carry, action, log_prob = act(network, params, carry, inputs, action_key)
         time_step, task, discount = environment.step(time_step, task, action, reset_key)
         loop_state = LoopState(time_step, task, action, carry)
         return loop_state, (inputs, action, log_prob, discount)
@@ -296,7 +298,7 @@ def host_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
     optimizer = optim.make_optimizer(config.optim, 1000)
     hyperparameters = factory.get_hyperparameters(config)
     update = jax.jit(functools.partial(learner.update, agent, optimizer, hyperparameters))
-    act = jax.jit(functools.partial(rollout.act, agent))
+    policy = jax.jit(functools.partial(rollout.act, agent))
     # Initialize them.
     time_step, action = pool.reset(), np.zeros(batch_size, np.int32)
     inputs = Inputs(time_step.observation, action, time_step.reward, time_step.is_first)
@@ -314,7 +316,7 @@ def host_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
             unroll.append(jax.tree.map(np.array, inputs))
             if time_index == num_steps:
                 break
-            carry, sampled, log_prob = act(learner_state.params, carry, inputs, next(act_keys))
+            carry, sampled, log_prob = policy(learner_state.params, carry, inputs, next(act_keys))
             is_valid, action = ~time_step.is_last, np.asarray(sampled)
             pool.send(action)
             time_step = pool.recv()
