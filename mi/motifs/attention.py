@@ -7,6 +7,7 @@ at least, sums in f32, outputs in the compute dtype. `jax.nn.dot_product_attenti
 has no dropout, and it returns the mean of the values for a query that sees no key.
 """
 
+import functools
 from typing import Literal, get_args
 
 import jax
@@ -26,10 +27,31 @@ from mi.motifs.positions import compute_sinusoids, is_visible, rotate, shift_rel
 Positions = Literal['none', 'rotary', 'relative']
 
 
-def masked_softmax(scores: Array, mask: Array) -> Array:
-    """Return the softmax over the last axis where the mask is True; fully masked rows are zero."""
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def masked_softmax(scores: Array, mask: Array, dtype: DTypeLike | None = None) -> Array:
+    """Return the softmax over the last axis where the mask is True; fully masked rows are zero.
+
+    Args:
+      scores: [..., T, S]; the softmax is computed in their dtype.
+      mask: bool, broadcastable to the scores.
+      dtype: dtype of the result; None for that of the scores. The backward pass keeps the result
+        alone, so the weights of bf16 attention take two bytes each, not the four of f32 scores.
+    """
     lowest_score = jnp.finfo(scores.dtype).min
-    return jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, lowest_score)), 0)
+    weights = jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, lowest_score)), 0)
+    return weights.astype(dtype or scores.dtype)
+
+
+@masked_softmax.defjvp
+def _differentiate_softmax(
+    dtype: DTypeLike | None, primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    """Return p and its tangent p ⊙ (ṡ − Σ p ⊙ ṡ), in the dtype of the scores s."""
+    scores, mask = primals
+    weights = masked_softmax(scores, mask, dtype)
+    wide_weights, score_tangents = weights.astype(scores.dtype), tangents[0]
+    mean_tangents = (wide_weights * score_tangents).sum(axis=-1, keepdims=True)
+    return weights, (wide_weights * (score_tangents - mean_tangents)).astype(weights.dtype)
 
 
 def align_tokens(x: Array, z: Array) -> tuple[Array, Array]:
@@ -159,7 +181,9 @@ class Attention(nn.Module):
         if mask is not None:
             leading = jnp.broadcast_shapes(x.shape[:-2], z.shape[:-2])
             visible &= _check_mask(mask, (*leading, num_queries, num_keys))
-        weights = masked_softmax(scores, visible[..., None, None, :, :])
+        has_dropout = self.dropout > 0 and not deterministic
+        weights_dtype = scores.dtype if has_dropout else values.dtype
+        weights = masked_softmax(scores, visible[..., None, None, :, :], weights_dtype)
         row_axis = 0 if weights.ndim > 4 else None
         weights = RowDropout(self.dropout, row_axis)(weights, deterministic=deterministic)
 

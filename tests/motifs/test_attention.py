@@ -11,6 +11,7 @@ from mi.motifs.attention import (
     Attention,
     GatedCrossAttention,
     LatentCrossAttention,
+    masked_softmax,
 )
 from mi.motifs.convolutional_attention import ConvolutionalSelfAttention, convert_convolution
 from mi.unify import as_mi
@@ -552,3 +553,24 @@ def test_a_grid_or_kernel_with_missing_axes_is_refused():
         ConvolutionalSelfAttention(4, 2).init(KEY, X[0])
     with pytest.raises(ValueError, match=r'kernel must be \[K_1, K_2, n, k\]'):
         convert_convolution(X)
+
+
+@pytest.mark.parametrize('mode', ['forward', 'reverse'])
+def test_the_softmax_has_the_derivative_of_jax_and_none_where_all_is_masked(mode):
+    scores, tangent = random(0, 5, 7), random(1, 5, 7)
+    mask = jnp.arange(7)[None] < jnp.array([0, 1, 3, 6, 7])[:, None]
+
+    def reference(scores):
+        return jnp.where(mask, jax.nn.softmax(scores, where=mask), 0)
+
+    def differentiate(function):
+        if mode == 'forward':
+            return jax.jvp(function, (scores,), (tangent,))
+        y, pull_back = jax.vjp(function, scores)
+        return y, *pull_back(tangent)
+
+    y, derivative = differentiate(lambda scores: masked_softmax(scores, mask))
+    _, expected = differentiate(reference)
+    np.testing.assert_allclose(y[1:], reference(scores)[1:], rtol=1e-6)
+    np.testing.assert_allclose(derivative[1:], expected[1:], rtol=1e-5, atol=1e-7)
+    assert not y[0].any() and not derivative[0].any()
