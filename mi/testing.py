@@ -116,8 +116,11 @@ def check_cell(constructor: Callable[..., nn.Module], features: int = 8) -> None
     last, hidden = apply(variables, carry, x)
     expected_shape = (STEPS, ROWS, features)
     _expect(hidden.shape == expected_shape, f'expected h {expected_shape}, got {hidden.shape}')
-    before, after = _describe(carry), _describe(last)
-    _expect(before == after, f'expected a carry as before the step, {before}, got {after}')
+    first_types, last_types = _describe(carry), _describe(last)
+    _expect(
+        first_types == last_types,
+        f'expected a carry as before the step, {first_types}, got {last_types}',
+    )
 
     # Time: continuation, causality, reset.
     half = STEPS // 2
@@ -143,8 +146,8 @@ def check_cell(constructor: Callable[..., nn.Module], features: int = 8) -> None
     row = jax.tree.map(lambda leaf: leaf[:1], carry)
     alone = apply(variables, row, x[:, :1])[1]
     _expect_close(alone, hidden[:, :1], 'a row alone and in its batch')
-    kept = apply(variables, carry, x, None, jnp.ones((ROWS, features)))[1]
-    _expect_close(kept, hidden, 'h with keep = 1 and without keep')
+    undropped = apply(variables, carry, x, None, jnp.ones((ROWS, features)))[1]
+    _expect_close(undropped, hidden, 'h with keep = 1 and without keep')
 
     # Gradients.
     gradient = jax.jit(jax.grad(lambda v, x: (cell.apply(v, carry, x)[1] ** 2).sum(), (0, 1)))
@@ -174,6 +177,7 @@ def check_environment(environment: Any, num_rows: int = 8, seed: int = 0) -> Non
     """
     from mi.rl.envs import check
 
+    # Types, without running anything.
     check.check_environment(environment)
     spec = environment.spec
     tasks = jnp.arange(num_rows, dtype=jnp.int32) % len(spec.tasks)
@@ -203,6 +207,7 @@ def check_environment(environment: Any, num_rows: int = 8, seed: int = 0) -> Non
             f'{num_rows} episodes {num_rows - is_over.sum()} did not'
         )
 
+    # Episodes of a random policy, twice.
     first, second = play(), play()
     _check_observations(spec, first[0], np.ones(num_rows, bool), np.asarray(tasks))
     chex.assert_trees_all_equal(first, second, custom_message='two episodes of one key')
@@ -236,12 +241,14 @@ def check_host_environment(
     def play() -> list[Any]:
         pool = maker(suite, batch=num_rows, seed=0)
         try:
+            # The first step.
             check.check_spec(pool.spec)
             step = pool.reset()
             check.check_step(pool.spec, num_rows, step)
             tasks, everyone = np.array(step.observation['task']), np.ones(num_rows, bool)
             _expect(bool(np.all(step.is_first)), 'reset: expected is_first in every row')
             steps, rng = [jax.tree.map(np.array, step)], np.random.default_rng(0)
+            # Steps of a random policy.
             for _ in range(num_steps):
                 previous, previous_copy = step, steps[-1]
                 pool.send(rng.integers(pool.spec.actions, size=num_rows).astype(np.int32))
@@ -348,11 +355,11 @@ def _describe(tree: Any) -> dict[str, str]:
     return {jax.tree_util.keystr(path): f'{leaf.dtype}{list(leaf.shape)}' for path, leaf in leaves}
 
 
-def _expect_close(actual: Any, expected: Any, what: str, tolerance: float = TOLERANCE) -> None:
+def _expect_close(actual: Any, expected: Any, subject: str, tolerance: float = TOLERANCE) -> None:
     try:
         np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
     except AssertionError as error:
-        raise AssertionError(f'expected equality of {what}{error}') from error
+        raise AssertionError(f'expected equality of {subject}{error}') from error
 
 
 def _expect(is_met: bool, message: str) -> None:

@@ -371,8 +371,8 @@ def _sum_chunks(operands: _Operands, multiply_chunk: Callable[..., Array], *chun
 def _split_axis(array: Array, axis: int, chunk_size: int) -> Array:
     """Return the chunks of this size along an axis, stacked along a new first axis."""
     axis %= array.ndim
-    before, length, after = array.shape[:axis], array.shape[axis], array.shape[axis + 1 :]
-    chunks = array.reshape(*before, length // chunk_size, chunk_size, *after)
+    leading, length, trailing = array.shape[:axis], array.shape[axis], array.shape[axis + 1 :]
+    chunks = array.reshape(*leading, length // chunk_size, chunk_size, *trailing)
     return jnp.moveaxis(chunks, axis, 0)
 
 

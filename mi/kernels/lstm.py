@@ -80,8 +80,8 @@ def scan_lstm(
         if reset_t is not None:
             carry = jax.tree.map(lambda array: jnp.where(reset_t[:, None], 0, array), carry)
         if keep is not None:
-            cell, hidden, *other = carry
-            carry = (cell, keep * hidden, *other)  # type: ignore[assignment]
+            cell, hidden, *inner_states = carry
+            carry = (cell, keep * hidden, *inner_states)  # type: ignore[assignment]
         return step(carry, inputs_t)
 
     return jax.lax.scan(reset_and_step, carry, (inputs, reset))
