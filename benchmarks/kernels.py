@@ -1,6 +1,6 @@
 """Kernels, traffic and temporaries of a training step on a GPU, beside plain Flax code.
 
-    pip install -e '.[benchmark]' && python -m benchmarks.kernels --topology=h100:1
+    pip install -e '.[benchmark]' && python -m benchmarks.kernels --gpu_topology=h100:1
     python -m benchmarks.kernels                     # on the GPU of this machine, with times
 
     lstm          embedding → LSTM → affine H → E → affine E → V; the peer is `nn.OptimizedLSTMCell`
@@ -40,9 +40,11 @@ from configs import rl as rl_configs
 from mi.estimate import memory, program, topologies
 from mi.training import host
 
-# Names that `benchmarks.lm` and `benchmarks.rl`, which workers import, do not define.
+# Names that no other benchmark and no launcher defines.
 TOPOLOGY = flags.DEFINE_string(
-    'topology', None, 'GPU of mi.estimate.topologies to compile for, as h100:1; None to run here.'
+    'gpu_topology',
+    None,
+    'GPU of mi.estimate.topologies to compile for, as h100:1; None to run here.',
 )
 SETS = flags.DEFINE_list('sets', None, 'Sets: lstm, transformer, rl; all by default.')
 WHERE = flags.DEFINE_string('where', None, 'SET/SIDE whose launches are listed by their source.')
@@ -140,6 +142,8 @@ def make_plain_lm(core: str) -> tuple[Callable[..., Any], Callable[[], tuple[Any
         net = PlainTransformer(**TRANSFORMER_SIZES)
     else:
         net = PlainLstm(**LSTM_SIZES)
+
+    # The step that every peer computes; ours has the same loss, clipping and Adam.
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
 
     def compute_loss(params: chex.ArrayTree, tokens: Array) -> Array:
@@ -312,8 +316,8 @@ def main(argv: Sequence[str]) -> None:
         print_table(set_name, rows)
         figures += rows
     if OUTPUT.value:
-        with open(OUTPUT.value, 'w') as file:
-            json.dump({'device': device.device_kind, 'figures': figures}, file, indent=2)
+        with open(OUTPUT.value, 'w') as json_file:
+            json.dump({'device': device.device_kind, 'figures': figures}, json_file, indent=2)
 
 
 if __name__ == '__main__':
