@@ -14,7 +14,6 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import ml_collections
 from flax import linen as nn
 
 from mi.config import has_parameter, suggest
@@ -43,7 +42,6 @@ from mi.motifs.hypernetwork import MLPHypernetwork
 from mi.motifs.normalization import ConditionalLayerNorm
 from mi.motifs.pooling import BLOCK, MFB, MLB, MUTAN, CompactBilinear
 from mi.options import check_options, get_field_defaults
-from mi.options import get_options as read_options
 from mi.registry import Registry
 
 FUSIONS: Registry[Callable[..., nn.Module]] = Registry(
@@ -118,13 +116,6 @@ def get(
     if has_parameter(constructor, 'context'):
         return functools.partial(constructor, **fields)
     return functools.partial(_construct_without_context, constructor, **fields)
-
-
-def from_config(section: ml_collections.ConfigDict) -> Callable[..., nn.Module]:
-    """Return the constructor of a config's section `model.fusion`."""
-    return get(
-        section.name, read_options(section, 'options'), rank=section.rank, hidden=section.hidden
-    )
 
 
 def _construct_without_context(

@@ -24,6 +24,7 @@ from mi.lm.loss import Objective
 from mi.lm.model import LanguageModel
 from mi.lm.recurrent import Recurrent
 from mi.lm.trainer import Trainer
+from mi.options import get_options
 from mi.training import optim
 
 
@@ -95,7 +96,15 @@ def build_model(
         site=model_config.site,
         source=model_config.source,
         context=0 if fusion_config.name == 'none' else context,
-        fusion=functools.partial(fusion.from_config(fusion_config), **fusion_options),
+        fusion=functools.partial(
+            fusion.get(
+                fusion_config.name,
+                get_options(fusion_config, 'options'),
+                rank=fusion_config.rank,
+                hidden=fusion_config.hidden,
+            ),
+            **fusion_options,
+        ),
         rates=Rates(**config.dropout),
         dtype=jnp.dtype(model_config.dtype),
     )

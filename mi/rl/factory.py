@@ -51,7 +51,12 @@ def build_agent(config: ml_collections.ConfigDict, spec: Spec) -> Agent:
         sites=tuple(model.sites),
         source=model.source,
         context=model.context,
-        fusion=fusion.from_config(model.fusion),
+        fusion=fusion.get(
+            model.fusion.name,
+            get_options(model.fusion, 'options'),
+            rank=model.fusion.rank,
+            hidden=model.fusion.hidden,
+        ),
         use_instruction=model.instruction,
         dtype=jnp.dtype(model.dtype),
     )
