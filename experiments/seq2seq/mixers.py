@@ -8,7 +8,7 @@ and each head, y_t = A_o [Σ_s w_ts v_s of every head] + c_o. They differ in wha
     pairs          f(x_t, x_s) / √n       on both tokens, f the fusion
     dynamic_conv   softmax_j(Q x_t)       on the token that reads and on the distance j
     fixed          M_ts                   on the two places alone
-    summary        y_t = f(x_t, z), z the mean of what every token says: no pair is looked at
+    summary        y_t = f(x_t, z), z the mean over the tokens: no product of two tokens
 
 Attention, pairs and summary commute with permutations of the tokens; the other two know the order.
 

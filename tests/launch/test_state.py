@@ -240,7 +240,7 @@ def test_a_table_that_fits_is_shown_as_it_is():
         'arm=299',
     ]
     assert ' more: ' not in ' '.join(lines)
-    assert rendered(200, 1, states)  # a screen without room still has the counts
+    assert rendered(200, 1, states)  # a screen that is too small still has the counts
 
 
 def test_the_more_a_look_takes_the_fewer_there_are(tmp_path, monkeypatch):
