@@ -53,7 +53,7 @@ def find_warnings(members: Sequence[Member], devices: Devices) -> list[str]:
 
 
 def describe_waste(config: ml_collections.ConfigDict, devices: Devices) -> str:
-    """Return how many devices have no work of their own, and what to change; '' if none."""
+    """Describe devices that would idle or repeat work, and the remedy; '' if there are none."""
     # Fit problems divide only seeds.
     count = devices.count
     if config.task in ('fit', 'search'):

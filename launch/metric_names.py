@@ -123,7 +123,7 @@ class EnvironmentInfo(NamedTuple):
     has_scores: bool
 
     def split(self, names: set[str], prefixes: tuple[str, ...], interval: int) -> Split:
-        """Return the records of a split: these names, and those of its episodes and tasks."""
+        """Return the records of a split: `names`, and the names of its episodes and tasks."""
         names = names | EPISODE_NAMES
         if not self.has_success:
             names -= {'success'}

@@ -70,11 +70,11 @@ def interaction_init(context: Context, variance: float = 1.0) -> Initializer:
 
 
 def check_dense(z: Array) -> None:
-    """Raise ValueError if z holds integers, for modules that accept only vectors."""
+    """Raise ValueError if z holds integer ids, which the calling module does not accept."""
     if jnp.issubdtype(z.dtype, jnp.integer):
         raise ValueError(
-            f'z is {z.dtype} {z.shape}: expected a context [..., m] in a float dtype; integers '
-            f'are ids of contexts. Try jax.nn.one_hot(z, m)'
+            f'z is {z.dtype} {z.shape}: expected a context [..., m] in a float dtype; this '
+            f'module does not accept ids of contexts. Try jax.nn.one_hot(z, m)'
         )
 
 

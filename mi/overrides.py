@@ -245,8 +245,8 @@ def _get_config(file: str) -> ml_collections.ConfigDict:
             config.stem for config in CONFIGS.glob('*.py') if config.stem != '__init__'
         )
         raise UserError(
-            f'--config={file}: {problem}; expected FILE.py or FILE.py:ARGUMENT, of your own or '
-            f'configs/NAME.py; {suggest(pathlib.Path(file_path).stem, config_names)}'
+            f'--config={file}: {problem}; expected FILE.py or FILE.py:ARGUMENT, a file of yours '
+            f'or configs/NAME.py; {suggest(pathlib.Path(file_path).stem, config_names)}'
         )
 
     # Execute it.

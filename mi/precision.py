@@ -41,7 +41,7 @@ def use_config(config: ml_collections.ConfigDict) -> Iterator[None]:
 
 
 def get_current() -> str | None:
-    """Return the precision with which this thread traces; None for JAX's default."""
+    """Return the matmul precision of this thread; None for JAX's default."""
     precision: str | None = getattr(jax.config, 'jax_default_matmul_precision')  # noqa: B009
     return precision
 

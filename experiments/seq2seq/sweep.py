@@ -215,9 +215,9 @@ def get_mixer_name(arm: runs.Arm) -> str:
 
 
 def select_arms(arms: Sequence[runs.Arm], **settings: object) -> list[runs.Arm]:
-    """Return the arms with these model settings, and defaults for all others but the mixer.
+    """Return the arms whose model settings match; unspecified ones must equal their defaults.
 
-    A setting of None allows any value.
+    A setting of None allows any value, as does the mixer.
     """
     defaults = {'positions': 'learnt', 'ends': 'feed_forward', 'heads': HEADS}
     defaults |= {'depth': DEPTH, 'features': FEATURES}

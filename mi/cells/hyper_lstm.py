@@ -135,7 +135,7 @@ class HyperLSTM(nn.Module):
 
 
 def _generate(embeddings: Array, D: Array) -> Array:
-    """Return the scales [B, 4H] of the gates for their embeddings z [B, 4E], by D [4, E, H]."""
+    """Compute scales of the gates [B, 4H] from embeddings [B, 4E], with one map D[g] per gate."""
     z = embeddings.reshape(-1, *D.shape[:2]).astype(D.dtype)
     accumulator = accumulation_dtype(D)
     scales = jnp.einsum('bge,geh->bgh', z, D, preferred_element_type=accumulator)

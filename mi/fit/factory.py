@@ -134,7 +134,7 @@ def _nearest_width(config: ml_collections.ConfigDict, config_key: str, num_param
                 expected = f'0, or {expected}'
             raise UserError(
                 f'{config_key} = {num_params}: the model has {smallest:,} parameters at any width; '
-                f'expected {expected}, as with config.model.depth = 1'
+                f'expected {expected} with its width, such as config.model.depth = 1'
             ) from error
         advice = 'Raise it, or use another fusion.' if smallest > num_params else 'Lower it.'
         raise UserError(f'{config_key} = {num_params}: {error}. {advice}') from error

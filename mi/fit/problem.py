@@ -28,7 +28,7 @@ class Problem(abc.ABC):
     examples: int
 
     def draw_world(self, key: PRNGKey) -> World:
-        """Draw what a seed draws once, such as its tasks and their data."""
+        """Draw what stays fixed for a seed, such as its tasks and their data."""
         return {}
 
     @abc.abstractmethod

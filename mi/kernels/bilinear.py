@@ -187,7 +187,7 @@ def _check_operands(x: Array, z: Array, W: Array, order: Order | None) -> None:
     if order is not None and order not in known_orders:
         context_kind = 'integer ids' if has_ids else 'a dense context'
         raise ValueError(
-            f'order = {order!r}: expected an order for {context_kind} (z is {z.dtype}). '
+            f'order = {order!r} does not support {context_kind} (z is {z.dtype}). '
             f'Try {", ".join(known_orders)}'
         )
 

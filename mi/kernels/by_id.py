@@ -16,9 +16,9 @@ BLOCK_ROWS = 32  # rows with the same id that are multiplied together
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def multiply_by_id(x: Array, ids: Array, W: Array, precision: Precision) -> Array:
-    """Compute W[ids] x for rows x [B, n], sorted by id; reverse mode only."""
+    """Compute W[ids] x for rows x [B, n], which are sorted by id internally; reverse mode only."""
     permutation, group_sizes, group_starts = _sort_by_id(ids, W.shape[0])
-    sorted_x = _pad_block(x[permutation])
+    sorted_x = _append_zero_block(x[permutation])
     outputs = _multiply_sorted(sorted_x, group_sizes, group_starts, W, precision)
     return outputs[jnp.argsort(permutation)]
 
@@ -35,7 +35,10 @@ def _multiply_by_id_backward(
     # Sort both streams; the gradient of x is a product of the same kind.
     x, ids, W = residuals
     permutation, group_sizes, group_starts = _sort_by_id(ids, W.shape[0])
-    sorted_x, sorted_cotangent = _pad_block(x[permutation]), _pad_block(cotangent[permutation])
+    sorted_x, sorted_cotangent = (
+        _append_zero_block(x[permutation]),
+        _append_zero_block(cotangent[permutation]),
+    )
     x_cotangent = _multiply_sorted(
         sorted_cotangent, group_sizes, group_starts, W.swapaxes(1, 2), precision
     )
@@ -48,8 +51,8 @@ def _multiply_by_id_backward(
 
         def add_block(block_index: Array, group_grad: Array) -> Array:
             offset = group_start + block_index * BLOCK_ROWS
-            num_left = group_size - block_index * BLOCK_ROWS
-            is_in_group = jnp.arange(BLOCK_ROWS)[:, None] < num_left
+            num_remaining = group_size - block_index * BLOCK_ROWS
+            is_in_group = jnp.arange(BLOCK_ROWS)[:, None] < num_remaining
             x_block = jax.lax.dynamic_slice_in_dim(sorted_x, offset, BLOCK_ROWS)
             cotangent_block = jax.lax.dynamic_slice_in_dim(sorted_cotangent, offset, BLOCK_ROWS)
             return group_grad + jnp.matmul(
@@ -76,7 +79,7 @@ def _sort_by_id(ids: Array, num_ids: int) -> tuple[Array, Array, Array]:
     return jnp.argsort(ids), group_sizes, jnp.cumsum(group_sizes) - group_sizes
 
 
-def _pad_block(rows: Array) -> Array:
+def _append_zero_block(rows: Array) -> Array:
     return jnp.concatenate([rows, jnp.zeros((BLOCK_ROWS, rows.shape[1]), rows.dtype)])
 
 

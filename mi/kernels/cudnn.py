@@ -1,4 +1,4 @@
-"""The LSTM of NVIDIA's cuDNN, by `jax.experimental.rnn`: one call for all steps.
+"""The LSTM of NVIDIA's cuDNN, through `jax.experimental.rnn`: one call for all steps.
 
 Shapes: T steps, B sequences, n input features, H state features.
 """
@@ -36,7 +36,7 @@ def lstm(carry: Carry, x: Array, weights: LSTMWeights) -> tuple[Carry, Array]:
     Args:
       carry: (c, h), each [B, H], f32.
       x: [T, B, n].
-      weights: as of `mi.kernels.lstm.lstm`.
+      weights: as in `mi.kernels.lstm.lstm`.
 
     Returns:
       (c, h) after the last step and h of every step [T, B, H].

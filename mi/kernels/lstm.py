@@ -40,7 +40,7 @@ def lstm_reference(
     reset: Array | None = None,
     keep: Array | None = None,
 ) -> tuple[Carry, Array]:
-    """Compute `lstm` as its equation is written; supports forward-mode differentiation."""
+    """Compute `lstm` directly from its equations; supports forward-mode differentiation."""
     W, U, b = weights
 
     def step(carry: Carry, Wx: Array) -> tuple[Carry, Array]:
@@ -80,8 +80,8 @@ def scan_lstm(
         if reset_t is not None:
             carry = jax.tree.map(lambda array: jnp.where(reset_t[:, None], 0, array), carry)
         if keep is not None:
-            cell, hidden, *inner_states = carry
-            carry = (cell, keep * hidden, *inner_states)  # type: ignore[assignment]
+            cell, hidden, *other_states = carry
+            carry = (cell, keep * hidden, *other_states)  # type: ignore[assignment]
         return step(carry, inputs_t)
 
     return jax.lax.scan(reset_and_step, carry, (inputs, reset))
@@ -119,7 +119,7 @@ def broadcast_row(b: Array, ndim: int, dtype: DTypeLike) -> Array:
 
 
 def widen(tree: _Tree, dtype: DTypeLike) -> _Tree:
-    """Cast arrays to the dtype of a state next to products of this dtype: at least f32."""
+    """Cast arrays to the accumulation dtype of products of this dtype, at least f32."""
     state_dtype = accumulation_dtype(dtype)
     return jax.tree.map(lambda array: array.astype(state_dtype), tree)
 
@@ -253,9 +253,13 @@ def _lstm_backward(
         gate_cotangents = jax.lax.dynamic_update_index_in_dim(
             gate_cotangents, gate_cotangent, time, 0
         )
-        prev_cotangent = linear(U, gate_cotangent.astype(U.dtype), out_dtype=accumulation_dtype(U))
-        prev_cotangent = prev_cotangent if keep is None else prev_cotangent * keep.T
-        carry_cotangent = zero_where_reset((cell_cotangent * f_t, prev_cotangent), reset_t)
+        prev_hidden_cotangent = linear(
+            U, gate_cotangent.astype(U.dtype), out_dtype=accumulation_dtype(U)
+        )
+        prev_hidden_cotangent = (
+            prev_hidden_cotangent if keep is None else prev_hidden_cotangent * keep.T
+        )
+        carry_cotangent = zero_where_reset((cell_cotangent * f_t, prev_hidden_cotangent), reset_t)
         return (carry_cotangent, gate_cotangents), None
 
     start = (cell_cotangent.T, hidden_cotangent.T), residuals.gates
@@ -290,7 +294,7 @@ def _multiply_steps(
 
 
 def _get_previous_states(residuals: _Residuals, resets: Array | None) -> tuple[Array, Array]:
-    """Return c and h as each step has read them, after resets and dropout, [T, H, B]."""
+    """Return c and h as each step reads them, after resets and dropout, [T, H, B]."""
     prev_cells, prev_hiddens = (
         jnp.concatenate([first.T[None], later[:-1]])
         for first, later in zip(residuals.carry, (residuals.cells, residuals.hiddens), strict=True)

@@ -239,8 +239,9 @@ def _refuse_unseen_positions(config: ml_collections.ConfigDict) -> None:
     memory = trained_memory if config.eval.memory < 0 else config.eval.memory
     if memory and not trained_memory and memory >= length:
         raise UserError(
-            f'config.eval.memory = {memory}: expected at most {length - 1}, as training has '
-            f'config.train.length = {length} positions and no memory. Try config.model.memory'
+            f'config.eval.memory = {memory}: expected at most {length - 1}, because training has '
+            f'only config.train.length = {length} positions and no memory. Lower it, or train with '
+            f'config.model.memory'
         )
     if memory:
         return

@@ -119,8 +119,8 @@ def _get_words(
         return functools.partial(Words, objective=objective)
     if cutoffs[-1] >= vocabulary:
         raise UserError(
-            f'config.model.cutoffs = {cutoffs}: expected integers below the vocabulary, which has '
-            f'{vocabulary} ids'
+            f'config.model.cutoffs = {cutoffs}: expected integers below the vocabulary size, '
+            f'{vocabulary}'
         )
     return functools.partial(
         AdaptiveWords, cutoffs=cutoffs, divisor=config.model.divisor, chunk=objective.chunk

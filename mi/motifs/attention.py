@@ -289,8 +289,8 @@ class Attention(nn.Module):
         cache_shape = cache['keys'].value.shape
         if keys.shape[:-3] != cache_shape[:-3] or keys.shape[-3] > cache_shape[-3]:
             raise ValueError(
-                f'the cache has keys {cache_shape} and no space for {keys.shape}; '
-                f'initialize one with this batch and the full length'
+                f'the cache {cache_shape} cannot hold keys {keys.shape}; '
+                f'initialize it with this batch and the full length'
             )
         return cache
 

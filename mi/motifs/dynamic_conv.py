@@ -75,9 +75,9 @@ class LightweightConvolution(nn.Module):
 class DynamicConvolution(nn.Module):
     """A lightweight convolution with a different kernel at every position.
 
-        y_tc = Σ_j softmax(z_tᵀQ_h)_j x_{t+j−l, c},   z_t = x_t without another context
+        y_tc = Σ_j softmax(z_tᵀQ_h)_j x_{t+j−l, c},   z_t = x_t if no z is given
 
-    Q is [m, H·K]. The source, l and the ends are as in `LightweightConvolution`. Memory is
+    Q is [m, H·K]. See `LightweightConvolution` for the source, l and the ends. Memory is
     O(T · (C + H · K)), because no windows of x are stored.
 
     Attributes:
@@ -103,10 +103,11 @@ class DynamicConvolution(nn.Module):
         """Return y [..., T, C] for x [..., T, C].
 
         Args:
-          x: the input.
+          x: the sequence that is convolved.
           z: [..., T, m], or [..., 1, m] for the same kernel at all positions; leading axes
-            broadcast with those of x. None for x.
-          mask: [..., T], True where x is valid; elsewhere x counts as zero. None for all valid.
+            broadcast against those of x. None to use x.
+          mask: [..., T], True where x is valid; elsewhere x counts as zero. None if all positions
+            are valid.
           deterministic: whether DropConnect is off.
 
         Raises:

@@ -260,7 +260,7 @@ def _compute_hidden(
     widths: int | Sequence[int],
     embeddings: int,
 ) -> Array:
-    """Apply the submodule 'hidden', which has these widths and the other fields of the module."""
+    """Apply a submodule 'hidden' with these widths; its other fields come from the module."""
     layers = _Hidden(
         hidden=widths,
         activation=module.activation,

@@ -19,14 +19,14 @@ class Summary:
     Attributes:
       tasks: their names; empty where there is one number per seed.
       scores: [seeds, tasks].
-      separate_runs: whether each task has separate runs, which decides what is resampled.
+      has_separate_runs: whether each task has separate runs, which decides what is resampled.
       median, iqm: as in `statistics`, with their intervals.
       improvement: the probability that a seed beats a baseline seed on a task.
     """
 
     tasks: tuple[str, ...]
     scores: np.ndarray
-    separate_runs: bool
+    has_separate_runs: bool
     median: Estimate
     iqm: Estimate
     improvement: Estimate | None
@@ -198,7 +198,7 @@ def _estimate_at(sweep: Sweep, arm: Arm, seconds: float | None) -> Estimate | No
 
     # Tasks with separate runs are resampled independently.
     tasks, scores = arm.scores(sweep.metric, sweep.curves, int(steps[last_index]))
-    if arm.separate_runs and tasks:
+    if arm.has_separate_runs and tasks:
         return statistics.bootstrap_runs(scores, statistics.mean)
     return statistics.estimate(dict(enumerate(values[:, last_index])), arm.label)
 
@@ -210,7 +210,7 @@ def _estimate_mean(sweep: Sweep, finals: Finals) -> Estimate | None:
     # Runs of single tasks are resampled task by task, unless a seed was left out.
     seed_mean = statistics.estimate(values, arm.label)
     tasks, scores = arm.scores(sweep.metric, sweep.split)
-    if not (arm.separate_runs and tasks and len(scores) == len(values)):
+    if not (arm.has_separate_runs and tasks and len(scores) == len(values)):
         return seed_mean
     return statistics.bootstrap_runs(scores, statistics.mean)
 
@@ -226,7 +226,7 @@ def compare_finals(
         return None, None
     seeds = sorted(finals.values.keys() & baseline.values.keys())
     # Separate runs of a task share nothing but its seed, so each task and seed is a pair.
-    if finals.arm.separate_runs and seeds:
+    if finals.arm.has_separate_runs and seeds:
         task_values = [
             [
                 arm.final_values(f'{sweep.metric}/{task}', sweep.split)
@@ -267,18 +267,18 @@ def _summarize_scores(sweep: Sweep, arm: Arm, baseline: Arm | None) -> Summary |
         return None
     # An arm beats another one only on the same tasks.
     improvement = None
-    separate_runs = arm.separate_runs and bool(tasks)
+    has_separate_runs = arm.has_separate_runs and bool(tasks)
     if baseline is not None and baseline is not arm and sweep.is_comparable(arm):
         baseline_tasks, baseline_scores = _final_scores(sweep, baseline)
         if baseline_tasks == tasks and len(baseline_scores):
             improvement = statistics.probability_of_improvement(
-                scores, baseline_scores, sweep.lower_is_better, separate_runs=separate_runs
+                scores, baseline_scores, sweep.lower_is_better, has_separate_runs=has_separate_runs
             )
-    bootstrap = statistics.bootstrap_runs if separate_runs else statistics.bootstrap_seeds
+    bootstrap = statistics.bootstrap_runs if has_separate_runs else statistics.bootstrap_seeds
     return Summary(
         tasks=tasks,
         scores=scores,
-        separate_runs=separate_runs,
+        has_separate_runs=has_separate_runs,
         median=bootstrap(scores, statistics.median),
         iqm=bootstrap(scores, statistics.iqm),
         improvement=improvement,

@@ -140,7 +140,7 @@ def is_worse(comparison: ArmComparison) -> bool:
 
 
 def explain_missing_verdict(comparison: ArmComparison) -> str:
-    """Return why both sides have values but there is no verdict; '' in every other case."""
+    """Explain a missing verdict when both sides have values; return '' otherwise."""
     if comparison.verdict or not (
         comparison.baseline and comparison.candidate and comparison.baseline.metric
     ):

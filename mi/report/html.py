@@ -27,7 +27,7 @@ def render_page(sweep: Sweep, results: list[ArmResult], notes: list[str]) -> str
 
     Args:
       sweep: the sweep.
-      rows: its rows.
+      results: the results of its arms.
       notes: shown below the table.
     """
     # The sections of the page; the warning about too few seeds moves from the notes to the top.
@@ -48,7 +48,7 @@ def render_page(sweep: Sweep, results: list[ArmResult], notes: list[str]) -> str
         f'<script>{(HERE / "page.js").read_text(encoding="utf-8")}</script>',
     ]
 
-    # Styles and scripts are inlined, so that the file can be sent around.
+    # Styles and scripts are inlined, so that the file is self-contained.
     stylesheet = (HERE / 'page.css').read_text(encoding='utf-8')
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -155,7 +155,7 @@ def _results_table(sweep: Sweep, results: list[ArmResult]) -> str:
         for column, cell in zip(table.columns, table.header, strict=True)
     )
 
-    # Write a line per arm; color and weight mark verdicts and the best mean.
+    # Add a row per arm; color and weight mark verdicts and the best mean.
     table_rows = []
     for row_index, (result, cells) in enumerate(zip(results, table.body, strict=True)):
         row_cells = [f'<th scope="row">{_cell_html(cells[0])}</th>']
@@ -298,7 +298,7 @@ def _tasks_section(sweep: Sweep, results: list[ArmResult]) -> str:
 
     tasks.sort(key=lambda task: -mean_over_arms(task))
 
-    # Write a line per task; its cells hold the score and the difference to the baseline.
+    # Add a row per task; its cells hold the score and the difference to the baseline.
     baseline_means = means.get(sweep.baseline or '', {})
     table_rows = []
     for task in tasks:
@@ -313,7 +313,7 @@ def _tasks_section(sweep: Sweep, results: list[ArmResult]) -> str:
             cells.append(f'<td{attributes}>{cell_text}</td>')
         table_rows.append(f'<tr><th scope="row">{escape(task)}</th>{"".join(cells)}</tr>')
 
-    # Page.js replaces the numbers by differences with this many decimals.
+    # page.js replaces the numbers with differences with this many decimals.
     header = ''.join(f'<th scope="col">{escape(title)}</th>' for title in ['task', *means])
     largest = max(abs(mean) for arm_means in means.values() for mean in arm_means.values())
     decimals = 2 if largest < 10 else 1 if largest < 1000 else 0
@@ -337,7 +337,6 @@ def _capitalize(text: str) -> str:
 
 def _config_table(sweep: Sweep) -> str:
     """Return the config keys in which any arm differs from the baseline, or from the first arm."""
-    # Find the keys that differ.
     baseline = next((arm for arm in sweep.arms if arm.label == sweep.baseline), sweep.arms[0])
     reference = flatten(baseline.config)
     settings = {arm.label: _flatten_config(arm, reference) for arm in sweep.arms}
@@ -352,7 +351,7 @@ def _config_table(sweep: Sweep) -> str:
     if not differing_keys:
         return '<p>The configs are equal.</p>'
 
-    # Write a line per arm, the baseline first.
+    # Add a row per arm, the baseline first.
     table_rows = []
     for arm in [baseline, *(arm for arm in sweep.arms if arm is not baseline)]:
         cells = []

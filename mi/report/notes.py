@@ -67,7 +67,7 @@ def _test_notes(results: list[ArmResult]) -> list[str]:
 
 
 def _task_note(sweep: Sweep, results: list[ArmResult]) -> str:
-    if any(result.task_summary.separate_runs for result in results if result.task_summary):
+    if any(result.task_summary.has_separate_runs for result in results if result.task_summary):
         resampling = (
             'All intervals of this table resample the runs of each task independently, because '
             'every task was learned by separate runs (stratified bootstrap)'

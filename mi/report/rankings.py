@@ -1,4 +1,4 @@
-"""Rankings of the arms by each set of seeds: are they stable, or an accident of the seeds?"""
+"""Rankings of the arms by each set of seeds, which show whether the seeds decide the order."""
 
 import itertools
 import math
@@ -13,9 +13,9 @@ from mi.report.runs import Arm, Sweep
 def to_markdown(sweep: Sweep) -> str:
     """Return a table with the mean and rank of every arm in each seed set; '' without seed sets.
 
-    Kendall's τ of every two rankings follows: 1 if they are equal, 0 on average if they are random,
-    −1 if one is the reverse of the other. If there are several problems, each has its own table:
-    arms of different problems are not ranked with each other.
+    Kendall's τ of each pair of rankings follows: 1 if they are equal, 0 on average if they are
+    random, −1 if one is the reverse of the other. If there are several problems, each has its own
+    table: arms of different problems are not ranked with each other.
     """
     problems = sweep.group_by_problem()
     ranking_tables = {
@@ -64,7 +64,7 @@ def _rank_arms(sweep: Sweep, arms: Sequence[Arm]) -> str:
         rankings.append(means)
     body = [list(cells) for cells in zip(finals, *columns, strict=True)]
 
-    # Compare every two rankings.
+    # Compare each pair of rankings.
     notes = []
     ranked_sets = zip(map(_format_seeds, sweep.seed_sets), rankings, strict=True)
     for (seeds_a, means_a), (seeds_b, means_b) in itertools.combinations(ranked_sets, 2):

@@ -56,7 +56,7 @@ class Arm:
     tasks: tuple[str, ...] = ()
 
     @property
-    def separate_runs(self) -> bool:
+    def has_separate_runs(self) -> bool:
         """Whether separate runs learned its several tasks, rather than one agent all of them."""
         return len(self.tasks) > 1
 
@@ -94,7 +94,7 @@ class Arm:
         return {seed: values[max(values)] for seed, values in values_by_seed.items()}
 
     def finite_values(self, metric: str, split: str) -> dict[int, float]:
-        """Return `final_values`, or {} if a seed is not finite: the others would be a selection."""
+        """Return `final_values`; {} if one is not finite, as a mean of the others is biased."""
         values = self.final_values(metric, split)
         return values if all(map(math.isfinite, values.values())) else {}
 
@@ -147,19 +147,23 @@ class Arm:
         return np.array(steps, int), np.cumsum([step_seconds[step] for step in steps])
 
     def throughput(self, unit: str) -> float | None:
-        """Return the units (tokens, steps) per second of all training, weighted by duration."""
+        """Return the mean tokens or steps per second over all training, weighted by duration."""
         column = f'{unit}s_per_second'
-        timed = {record['step']: record for record in self.timing if is_number(record.get(column))}
-        seconds = math.fsum(record['seconds'] for record in timed.values())
-        processed = math.fsum(record['seconds'] * record[column] for record in timed.values())
-        return processed / seconds if seconds > 0 else None
+        timed_records = {
+            record['step']: record for record in self.timing if is_number(record.get(column))
+        }
+        seconds = math.fsum(record['seconds'] for record in timed_records.values())
+        num_units = math.fsum(
+            record['seconds'] * record[column] for record in timed_records.values()
+        )
+        return num_units / seconds if seconds > 0 else None
 
     def get_cost(self, quantity: str, component: str) -> int | None:
-        """Return a count of cost.json.
+        """Return a count from cost.json.
 
         Args:
           quantity: 'parameters' or 'flops_per_UNIT'.
-          part: 'model' or 'fusion'.
+          component: 'model' or 'fusion'.
         """
         counts = self.cost.get(quantity)
         count = counts.get(component) if isinstance(counts, dict) else None
@@ -222,19 +226,19 @@ class Sweep:
         return baseline_tasks[0] if baseline_tasks else tuple(dict.fromkeys(all_tasks))
 
     def is_comparable(self, arm: Arm) -> bool:
-        """Return whether an arm learned these tasks; a mean over others is another quantity."""
+        """Return whether an arm has the tasks of the sweep, over which means are comparable."""
         return set(arm.tasks) == set(self.tasks)
 
     def describe_excluded(self) -> str:
         """Return a note on the arms that a table leaves out: not done or not finite; '' if none."""
-        undone = [f'{arm.label} ({arm.state})' for arm in self.arms if arm.state != 'done']
+        unfinished = [f'{arm.label} ({arm.state})' for arm in self.arms if arm.state != 'done']
         diverged = [
             arm.label
             for arm in self.arms
             if arm.final_values(self.metric, self.split)
             and not arm.finite_values(self.metric, self.split)
         ]
-        notes = [f'Left out, because not done: {"; ".join(undone)}.'] if undone else []
+        notes = [f'Left out, because not done: {"; ".join(unfinished)}.'] if unfinished else []
         if diverged:
             notes.append(f'Left out, because a seed is not finite: {"; ".join(diverged)}.')
         return ' '.join(notes)

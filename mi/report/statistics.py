@@ -202,7 +202,11 @@ def iqm(scores: np.ndarray) -> np.ndarray:
 
 
 def probability_of_improvement(
-    scores: np.ndarray, baseline: np.ndarray, lower_is_better: bool, *, separate_runs: bool = False
+    scores: np.ndarray,
+    baseline: np.ndarray,
+    lower_is_better: bool,
+    *,
+    has_separate_runs: bool = False,
 ) -> Estimate:
     """Estimate P(a seed beats a baseline seed), averaged over tasks; ties count half.
 
@@ -210,14 +214,14 @@ def probability_of_improvement(
       scores: [seeds, tasks].
       baseline: [baseline seeds, tasks].
       lower_is_better: whether a lower score wins.
-      separate_runs: whether each task has separate runs, which are then resampled independently,
-        as in `bootstrap_runs`.
+      has_separate_runs: whether each task has separate runs, which are then resampled
+        independently, as in `bootstrap_runs`.
     """
     # Compare every seed with every baseline seed, task by task.
     sign = -1 if lower_is_better else 1
     gap = sign * (scores[:, None] - baseline[None])
     wins = np.where(gap == 0, 0.5, gap > 0)  # [seeds, baseline seeds, tasks]
-    if not separate_runs:
+    if not has_separate_runs:
         wins = wins.mean(-1, keepdims=True)
     num_seeds, num_baseline_seeds, num_strata = wins.shape
     point_estimate = float(wins.mean())

@@ -229,7 +229,10 @@ class Agent(nn.Module):
     def _fuse(self, site: Site, features: int, x: Array, context: Context | None) -> Array:
         """Fuse x [T, B, n] with the context at a site, [T, B, features]."""
         if context is None:
-            raise ValueError(f'site {site!r}: expected an agent that reads instructions')
+            raise ValueError(
+                f'site {site!r} needs an instruction, but this agent reads none. Try '
+                f'use_instruction=True'
+            )
         fusion = self.fusion(features, dtype=self.dtype, **context.options, name=site)
         if context.is_new is not None:
             return fuse_once_per_instruction(fusion, x, context.z, context.is_new)

@@ -261,8 +261,8 @@ class Watched:
                 if not is_late:
                     raise StoppedError from None
                 raise UserError(
-                    f'{self.spec.name} made no step in {self._timeout:g} s: an environment hangs '
-                    f'or is slow. Raise {self._config_key} if it is slow'
+                    f'{self.spec.name} did not finish a step within {self._timeout:g} s: it hangs '
+                    f'or is slow. If it is slow, raise {self._config_key}'
                 ) from None
             if isinstance(result, BaseException):
                 raise result

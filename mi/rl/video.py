@@ -95,7 +95,7 @@ def write(path: pathlib.Path, spec: Spec, task_name: str, frames: Sequence[Frame
 def draw_frame(
     spec: Spec, task_name: str, observation: Observation, episode_return: float, step: int
 ) -> Image.Image:
-    """Draw an observation, with the instruction (or the task's name) and the return below it."""
+    """Draw an observation; below it are instruction or task name, step and return."""
     image = Image.new('RGB', (SIDE, SIDE + CAPTION), 'black')
     if 'pixels' in observation:
         pixels = observation['pixels']

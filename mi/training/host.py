@@ -13,8 +13,9 @@ import jax
 def keep_freed_memory() -> None:
     """Make glibc keep freed memory: faster steps on CPU, in exchange for a larger process.
 
-    XLA on CPU allocates the temporaries of a program at every call. By default they are new pages
-    of the system, which are slow to touch. Call it before any array is made. It only affects glibc.
+    XLA on CPU allocates the temporaries of a program at every call. By default they are fresh pages
+    from the system, which are slow to touch. Call this function before any array is made. It only
+    affects glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
     if mallopt is not None:

@@ -126,7 +126,7 @@ def validate(config: ml_collections.ConfigDict, steps: int) -> None:
     if config.warmup_steps >= steps:
         raise UserError(
             f'config.optim.warmup_steps = {config.warmup_steps}: expected fewer than the {steps} '
-            f'updates of the run. Try -1, which takes at most a quarter of them'
+            f'updates of the run. Try -1, which warms up for at most a quarter of them'
         )
     if config.weight_decay and config.name not in WITH_DECAY:
         raise UserError(

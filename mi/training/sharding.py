@@ -118,7 +118,7 @@ def compile_fast(
 
 
 def jit_once(function: Callable[..., Tree], *args: object, out_shardings: Shardings = None) -> Tree:
-    """Return function(*args), compiled at a low optimization level: it suits initializers."""
+    """Return function(*args), compiled at a low optimization level, for code that runs once."""
     return compile_fast(function, *args, out_shardings=out_shardings)(*args)
 
 
@@ -152,8 +152,8 @@ def make_mesh(
     if num_used < len(devices) and len({device.process_index for device in devices}) > 1:
         raise UserError(
             f'config.train.batch = {batch_size} and {num_seeds} seeds use {num_used} of '
-            f'{len(devices)} devices: with several processes, expected all. Try a multiple of '
-            f'{len(devices)}'
+            f'{len(devices)} devices, but a run of several processes must use all. '
+            f'Try a batch that is a multiple of {len(devices)}'
         )
     return jax.make_mesh(
         shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=tuple(devices)[:num_used]

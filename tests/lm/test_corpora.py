@@ -72,7 +72,8 @@ def test_a_wikitext_that_is_cut_or_has_no_train_is_refused(tmp_path, cache):
     with pytest.raises(DataError) as error:
         token_store.load(Recipe('wikitext-2', 'token', 50_000, **held_out), cache, path=path)
     assert str(error.value).startswith(
-        f'{tmp_path}/wiki.valid.tokens: 217,644 tokens with <eos>, expected 217,646; get it from '
+        f'{tmp_path}/wiki.valid.tokens: expected 217,646 tokens including <eos>, found 217,644; '
+        'get it from '
         f'https://huggingface.co/datasets/Salesforce/wikitext'
     )
     assert '\n' not in str(error.value)
@@ -120,7 +121,7 @@ def test_bytes_that_are_not_those_of_the_corpus_are_refused(source, tmp_path):
 
 def test_the_counts_of_ptb_are_those_of_its_words(tmp_path, cache, monkeypatch):
     path = write_splits(tmp_path, 'ptb.{}.txt', ' a <unk> N \n b \n')
-    with pytest.raises(DataError, match=r'train\.txt: 6 tokens with <eos>, expected 929,589; get'):
+    with pytest.raises(DataError, match=r'expected 929,589 tokens including <eos>, found 6; get'):
         token_store.load(Recipe('ptb', 'token', 100), cache, path=path)
     known = dataclasses.replace(sources.CORPORA['ptb'], num_tokens=dict.fromkeys(sources.SPLITS, 6))
     monkeypatch.setitem(sources.CORPORA, 'ptb', known)
@@ -302,7 +303,7 @@ def test_rows_of_the_hub_are_lines_and_copied_once(tmp_path, cache, monkeypatch)
     for _ in range(2):
         assert read(WIKITEXT_2, cache=tmp_path)['valid'] == ['\n = Title = \na\nb\n\n']
     assert calls == [('Salesforce/wikitext', 'wikitext-2-v1')]
-    with pytest.raises(DataError, match='10 tokens with <eos>, expected 2,088,628'):
+    with pytest.raises(DataError, match='expected 2,088,628 tokens including <eos>, found 10'):
         token_store.load(Recipe(WIKITEXT_2, 'token', 100), str(tmp_path))
     with pytest.raises(DataError, match=r"expected train, validation and test .*\{'train'"):
         hub(monkeypatch, {'train': rows})

@@ -61,7 +61,7 @@ def test_a_text_that_is_too_short_says_what_to_do(tmp_path):
     (tmp_path / 'text').write_text('ab\ncd')
     message = refusal(tmp_path / 'text', tmp_path / 'cache')
     assert (
-        'text is empty or too short' in message
+        'text has fewer than two tokens' in message
         and 'a directory with a file for each split' in message
     )
 
@@ -265,5 +265,5 @@ def test_other_counts_of_a_known_corpus_make_its_tokens_again(tmp_path, monkeypa
         )
 
     assert len(load_with(6).tokens['train']) == 6
-    with pytest.raises(DataError, match='6 tokens with <eos>, expected 7'):
+    with pytest.raises(DataError, match='expected 7 tokens including <eos>, found 6'):
         load_with(7)

@@ -199,7 +199,7 @@ def test_statistics_of_many_tasks_are_rliables_and_archs(arm, name):
 def test_probability_of_improvement_is_rliables_where_tasks_have_their_own_runs(arm):
     scores, baseline = (np.array(GOLDEN['scores'][a]) for a in (arm, 'baseline'))
     point, low, high = GOLDEN['improvement'][arm]
-    result = statistics.probability_of_improvement(scores, baseline, False, separate_runs=True)
+    result = statistics.probability_of_improvement(scores, baseline, False, has_separate_runs=True)
     assert result.mean == pytest.approx(point)
     tolerance = 0.1 * (high - low)  # theirs are 2,000 draws
     assert (result.low, result.high) == (

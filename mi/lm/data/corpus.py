@@ -60,7 +60,7 @@ class Corpus:
         return np.asarray(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def decode(self, tokens: np.ndarray) -> str:
-        """Return the text of ids [N]; words are separated by a space."""
+        """Decode ids [N] to text; tokens of the levels word and token are joined by spaces."""
         if self.tokenizer is None:
             return np.asarray(tokens, np.uint8).tobytes().decode(errors='replace')
         text = self.tokenizer.decode(np.asarray(tokens).tolist())

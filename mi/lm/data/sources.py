@@ -328,8 +328,8 @@ def _copy_dataset(source: str, dataset: Any, local_copy: pathlib.Path) -> None:
             if hub_split is None or 'text' not in hub_split.column_names:
                 columns = {name: hub_split.column_names for name, hub_split in dataset.items()}
                 raise DataError(
-                    f'`source` = {source!r}: expected train, validation and test with a column '
-                    f"'text', found {columns}"
+                    f'`source` = {source!r}: expected the splits train, validation and test, each '
+                    f"with a column 'text'; found {columns}"
                 )
             num_rows = getattr(hub_split, 'num_rows', 0)
             work = progress.Work(f'copying {split} of {source}', num_rows, 'rows')

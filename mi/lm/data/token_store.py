@@ -104,7 +104,7 @@ def _order_splits(recipe: Recipe) -> Recipe:
       ValueError: for unknown splits or no splits.
     """
     if not recipe.splits:
-        raise ValueError(f'splits = (): expected some of {SPLITS}')
+        raise ValueError(f'splits = (): expected at least one of {SPLITS}')
     for split in (*recipe.splits, *recipe.fit):
         if split not in SPLITS:
             raise ValueError(f'unknown split {split!r}; {suggest(split, SPLITS)}')
@@ -307,7 +307,7 @@ def _check_num_tokens(recipe: Recipe, split: str, text: Text, num_tokens: int) -
     expected = source.num_tokens.get(split, num_tokens)
     if recipe.level == 'token' and num_tokens != expected:
         raise source.make_error(
-            f'{text.origin}: {num_tokens:,} tokens with <eos>, expected {expected:,}'
+            f'{text.origin}: expected {expected:,} tokens including <eos>, found {num_tokens:,}'
         )
 
 
@@ -315,7 +315,7 @@ def _check_length(recipe: Recipe, split: str, text: Text, num_tokens: int) -> No
     """Raise DataError if a text has fewer than two tokens."""
     if num_tokens < 2:
         raise find_source(recipe.source).make_error(
-            f'{text.origin}: the {split} text is empty or too short, expected at least two tokens. '
+            f'{text.origin}: the {split} text has fewer than two tokens. '
             f'Try a longer text, or a directory with a file for each split'
         )
 

@@ -71,8 +71,8 @@ def actions(space: Space) -> tuple[int, Convert]:
     num_actions = _count_elements(space)
     if num_actions is None:
         raise UserError(
-            f'the action space {space} is not discrete: expected a discrete one. Register an id '
-            f'whose constructor wraps it, as with gymnasium.wrappers.DiscretizeAction'
+            f'the action space {space} is not discrete. Register an id whose constructor makes it '
+            f'so, for example with gymnasium.wrappers.DiscretizeAction'
         )
     if not 0 < num_actions <= MAX_ACTIONS:
         raise UserError(

@@ -70,7 +70,7 @@ def test_processes_give_what_one_process_gives():
 
 def test_spaces_that_no_network_takes_are_refused():
     pytest.importorskip('gymnasium', reason='the extra gym is not installed')
-    with pytest.raises(UserError, match=r'Pendulum-v1: the action space .*expected a discrete'):
+    with pytest.raises(UserError, match=r'Pendulum-v1: the action space .*is not discrete'):
         host_gymnasium.make_gym('Pendulum-v1', batch=1)
     with pytest.raises(UserError, match="did you mean 'CartPole-v1'"):
         host_gymnasium.make_gym('CartPol-v1', batch=1)

@@ -138,8 +138,8 @@ def test_every_action_of_a_discrete_space_has_one_number(space, number):
 @pytest.mark.parametrize(
     ('space', 'said'),
     [
-        (floats(2, low=0.0), 'expected a discrete one'),
-        (Tuple([Discrete(2), floats(2, low=0.0)]), 'expected a discrete one'),
+        (floats(2, low=0.0), 'is not discrete'),
+        (Tuple([Discrete(2), floats(2, low=0.0)]), 'is not discrete'),
         (MultiBinary(11), 'has 2,048 actions: expected 1 to 1,024'),
     ],
     ids=str,

@@ -112,7 +112,7 @@ def make(
     A single game has its minimal action set; several games have all 18 actions.
 
     Args:
-      suite: a game as 'Breakout', several joined by commas, or 'all' or '' for all 57.
+      suite: a game such as 'Breakout', several joined by commas, or 'all' or '' for all 57.
       sticky: probability of repeating the previous action (Machado et al., 2018: 0.25).
       batch, seed, threads, timeout: as in `mi.rl.envs.host.babyai.make`.
 
