@@ -117,14 +117,19 @@ def apply(config: ml_collections.ConfigDict, overrides: Sequence[Override]) -> N
     for override in overrides:
         key, text = override
         section, field_name = _find_field(config, override)
-        new_value = _parse_value(key, text, section.get_type(field_name))
+        if _is_group(field_name):
+            section[field_name] = _parse_group(key, text)
+            continue
+        value_type = section.get_type(field_name) if field_name in section else type(None)
+        new_value = _parse_value(key, text, value_type)
         if key == 'task' and new_value != config.task:
             raise UserError(
                 f'config.task = {new_value!r}: expected {config.task!r}, the task of the config '
                 f'file. Try another --config'
             )
         try:
-            section[field_name] = new_value
+            with section.unlocked():  # a group may get new keys
+                section[field_name] = new_value
         except (TypeError, ValueError) as error:
             raise UserError(f'config.{key}{_format_text(text)}: {format_error(error)}') from error
 
@@ -133,6 +138,8 @@ def _find_field(
     config: ml_collections.ConfigDict, override: Override
 ) -> tuple[ml_collections.ConfigDict, str]:
     """Return the section and the field that an override sets.
+
+    A group of options, such as `env.options`, has any fields; what takes them checks their names.
 
     Raises:
       UserError: if the key does not exist, or is a section.
@@ -144,6 +151,8 @@ def _find_field(
         if not isinstance(section.get(section_name), ml_collections.ConfigDict):
             raise UserError(_describe_unknown_key(config, key))
         section = section[section_name]
+    if _is_group(field_name) or (section_names and _is_group(section_names[-1])):
+        return section, field_name
     if field_name not in section:
         raise UserError(_describe_unknown_key(config, key))
 
@@ -156,6 +165,26 @@ def _find_field(
             f'try --{example}={text or "VALUE"}'
         )
     return section, field_name
+
+
+def _is_group(field_name: str) -> bool:
+    """Return whether a section is a group of options, `options` or `core_options`."""
+    return field_name == 'options' or field_name.endswith('_options')
+
+
+def _parse_group(key: str, text: str | None) -> ml_collections.ConfigDict:
+    """Parse a dictionary of options.
+
+    Raises:
+      UserError: if the text is another literal, or none.
+    """
+    options = None if text is None else _parse_literal(text)
+    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+        raise UserError(
+            f'config.{key}{_format_text(text)}: expected a dictionary of options. Try '
+            f'--config.{key}="{{\'NAME\': VALUE}}", or --config.{key}.NAME=VALUE'
+        )
+    return ml_collections.ConfigDict(options)
 
 
 def _parse_value(key: str, text: str | None, value_type: type) -> object:

@@ -186,3 +186,25 @@ def test_a_reference_to_another_key_is_set_where_it_points(file):
     config.b = config.get_ref('a')
     overrides.apply(config, [overrides.Override('b', '2')])
     assert config.a == 2
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'expected'),
+    [
+        (["--config.env.options={'sticky': 0.25}"], {'sticky': 0.25}),
+        (['--config.env.options.sticky=0.25'], {'sticky': 0.25}),
+        (["--config.env.options={'a': 1}", '--config.env.options.b=x'], {'a': 1, 'b': 'x'}),
+        (["--config.env.options={'a': 1}", '--config.env.options={}'], {}),
+    ],
+)
+def test_options_are_given_as_a_dictionary_or_one_by_one(arguments, expected):
+    config = overrides.parse(['--config=configs/rl.py:tiny', *arguments])
+    assert config.env.options.to_dict() == expected
+    assert config.is_locked
+
+
+@pytest.mark.parametrize('group', ['env.options', 'model.core_options', 'model.fusion.options'])
+@pytest.mark.parametrize('text', ['', '=3', '=sticky', '={1: 2}'])
+def test_options_that_are_no_dictionary_are_refused(group, text):
+    with pytest.raises(UserError, match=rf'config\.{group}.*expected a dictionary of options'):
+        overrides.parse(['--config=configs/rl.py:tiny', f'--config.{group}{text}'])
