@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
-from mi import cells, fusion
+from configs import lm as lm_configs
+from configs import rl as rl_configs
 from mi.config import flatten
 from mi.fit import factory as fit
 from mi.lm import config as lm_config
@@ -31,6 +32,7 @@ PAGES = [
     ROOT / 'README.md',
     *(p for p in sorted((ROOT / 'docs').rglob('*.md')) if p.parent.name != 'motifs'),
 ]
+GROUPS = ('env.options', 'optim.options', 'model.fusion.options')  # given whole
 VALIDATE = {
     'lm': lm_config.validate,
     'rl': rl_config.validate,
@@ -116,9 +118,7 @@ def test_a_command_names_what_there_is(line):
         if name.startswith('config.'):
             if config is not None:
                 key = name[len('config.') :]
-                assert key in {*flatten(config.to_dict()), 'env.options'}, (
-                    name
-                )  # a group, given whole
+                assert key in {*flatten(config.to_dict()), *GROUPS}, name
         else:
             assert name in known_flags(RUNS.get(module, module)), name
         if name == 'sweep' and not value.startswith('my_'):
@@ -172,56 +172,54 @@ def code(name):
 
 @pytest.mark.slow
 def test_your_own_fusion_in_ten_lines(tmp_path, monkeypatch, capsys):
-    module, of_lm, of_rl, sweep, explained = code('fusion')
+    module, checked, of_lm, of_rl, sweep, explained = code('fusion')
     for name in ('configs', 'launch', 'experiments'):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(fusion, 'FUSIONS', fusion.FUSIONS)
-    (tmp_path / 'my_fusion.py').write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / 'my_layers.py').write_text(module)
     (tmp_path / 'my_sweep.py').write_text(sweep)
-    body = re.search(r'class Sine.*?(?=\n\n\n)', re.sub('""".*?"""', '', module), flags=re.S)[0]
-    assert len([line for line in body.split('\n') if line.strip()]) == 10
-    try:
-        names = runpy.run_path('my_fusion.py')
-        exec(of_lm, names)
-        exec(of_rl, names)
-        exec(explained, names)
-    finally:
-        fusion.FUSIONS.pop('sine', None)
+    body = re.search(r'class Sine.*', re.sub('""".*?"""', '', module), flags=re.S)[0]
+    assert len([line for line in body.split('\n') if line.strip()]) <= 10
+    for block in (checked, of_lm, of_rl, explained):
+        exec(block, {})
     assert 'Sine is not affine in x and in z' in capsys.readouterr().out
     for run in ('sine_lm', 'sine_rl'):
         assert '"state": "done"' in (tmp_path / 'runs' / run / 'status.json').read_text()
-        assert '"name": "sine"' in (tmp_path / 'runs' / run / 'config.json').read_text()
+        assert '"name": "my_layers:Sine"' in (tmp_path / 'runs' / run / 'config.json').read_text()
     names = runpy.run_path('my_sweep.py')
-    assert [m['model.fusion.name'] for m in names['sweep']()] == ['concat', 'sine']
+    assert [m['model.fusion.name'] for m in names['sweep']()] == ['concat', 'my_layers:Sine']
 
 
-def test_your_own_cell_and_optimizer(tmp_path):
-    """The words are known to the checks, and the cell is in the model that the config builds."""
-    (tmp_path / 'my_cell.py').write_text(*code('cell'))
-    before = dict(cells.CELLS), dict(optim.OPTIMIZERS)
-    try:
-        get_config = runpy.run_path(str(tmp_path / 'my_cell.py'))['get_config']
-        for_lm, for_rl = get_config('lm,tiny'), get_config('rl,tiny,env=catch')
-        lm_config.validate(for_lm)
-        rl_config.validate(for_rl)
-        (E, H), words = (for_lm.model[name] for name in ('embed', 'hidden')), 11
-        model = lm.build_model(for_lm, words)
-        tokens = jnp.zeros((3, 2), jnp.int32)
-        carry = model.initial_carry(2)
-        shapes = jax.eval_shape(model.init, jax.random.key(0), carry, tokens)['params']
-        assert shapes['core']['layer_0']['unit']['in']['kernel'].shape == (E, H)
-        agent = rl.build_agent(for_rl, envs.make('catch').spec)
-        params = jax.eval_shape(functools.partial(rl.init_params, agent), jax.random.key(0))
-        assert params['core']['unit']['hn']['kernel'].shape == (for_rl.model.hidden,) * 2
-        optimizer = optim.make_optimizer(for_lm.optim, 10)
-        weights = {'W': jnp.diag(jnp.array([3.0, 4.0])), 'b': jnp.ones(2)}
-        step, _ = optimizer.update(weights, optimizer.init(weights), weights)
-        assert float(jnp.abs(step['W'][0, 1])) < 1e-6 < float(jnp.abs(step['W']).max())
-    finally:
-        for words, known in zip((cells.CELLS, optim.OPTIMIZERS), before, strict=True):
-            words.clear()
-            words |= known
+def test_your_own_cell_and_optimizer(tmp_path, monkeypatch):
+    """The config accepts both, and the cell is in the models that it builds."""
+    (tmp_path / 'my_cells.py').write_text(*code('cell'))
+    monkeypatch.syspath_prepend(tmp_path)
+    for_lm, for_rl = lm_configs.get_config('tiny'), rl_configs.get_config('tiny,env=catch')
+    for config in (for_lm, for_rl):
+        config.model.core = 'my_cells:GRU'
+        config.optim.name = 'optax.contrib:muon'
+    with for_lm.unlocked():
+        for_lm.optim.options.beta = 0.9
+    lm_config.validate(for_lm)
+    rl_config.validate(for_rl)
+
+    # The models.
+    (E, H), words = (for_lm.model[name] for name in ('embed', 'hidden')), 11
+    model = lm.build_model(for_lm, words)
+    tokens = jnp.zeros((3, 2), jnp.int32)
+    carry = model.initial_carry(2)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), carry, tokens)['params']
+    assert shapes['core']['layer_0']['unit']['in']['kernel'].shape == (E, H)
+    agent = rl.build_agent(for_rl, envs.make('catch').spec)
+    params = jax.eval_shape(functools.partial(rl.init_params, agent), jax.random.key(0))
+    assert params['core']['unit']['hn']['kernel'].shape == (for_rl.model.hidden,) * 2
+
+    # Muon makes the update of a diagonal matrix orthogonal.
+    optimizer = optim.make_optimizer(for_lm.optim, 10)
+    weights = {'W': jnp.diag(jnp.array([3.0, 4.0])), 'b': jnp.ones(2)}
+    step, _ = optimizer.update(weights, optimizer.init(weights), weights)
+    assert float(jnp.abs(step['W'][0, 1])) < 1e-6 < float(jnp.abs(step['W']).max())
 
 
 @pytest.mark.parametrize('trainer', [lm_config, rl_config])

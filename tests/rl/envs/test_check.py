@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mi import testing
 from mi.config import UserError
 from mi.rl import envs
 from mi.rl.actors.worker import Policy, Worker
@@ -204,14 +205,13 @@ def test_a_worker_refuses_a_pool_that_contradicts_its_spec():
         Worker([Wrong()], Policy(Knows()), 3, jax.random.key(0))
 
 
-def test_the_environment_of_the_docs(monkeypatch):
+def test_the_environment_of_the_docs(monkeypatch, tmp_path):
     """To the right: the first task is done after 5 − x steps, the second is cut after 50."""
-    monkeypatch.setattr(envs, 'JAX', dict(envs.JAX))
     [code] = re.findall(r'```python\n(# my_walk.py.*?)```', DOCS.read_text(), flags=re.DOTALL)
-    namespace = {}
-    exec(code, namespace)
-    assert namespace['get_config']('tiny').env.name == 'walk'
-    environment = envs.make('walk')
+    (tmp_path / 'my_walk.py').write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    environment = envs.make('my_walk:make')
+    testing.check_environment(environment)
     for task, terminates in ((0, True), (1, False)):
         state, observation = environment.reset(jax.random.key(0), jnp.int32(task))
         start = round(float(observation['features'][0]) * 5)
