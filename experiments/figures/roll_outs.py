@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from experiments.figures import panels, ratios
 from mi.report import plots, statistics, tables
-from mi.report.runs import Arm
+from mi.report.arms import Arm
 
 
 class Style(NamedTuple):

@@ -47,6 +47,7 @@ def _train(config: ml_collections.ConfigDict, corpus: Corpus, run: run_dir.Run) 
     mesh = sharding.make_mesh(len(seeds), config.train.batch, config.train.fsdp, config.train.mesh)
     trainer = factory.build_trainer(config, *corpus.sizes)
     loader = _make_loader(config, corpus, seeds, mesh)
+    run.write('data.json', {'source': config.data.source, 'sha256': corpus.sha256})
     run.write('cost.json', {'steps': num_steps, **factory.compute_costs(config, *corpus.sizes)})
 
     # The state: that of the newest checkpoint, or a new one.

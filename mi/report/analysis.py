@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mi.report import statistics
-from mi.report.runs import Arm, Sweep
+from mi.report.arms import Arm, Sweep
 from mi.report.statistics import Estimate, SignFlipTest
 
 

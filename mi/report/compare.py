@@ -10,9 +10,9 @@ import pathlib
 from typing import NamedTuple
 
 from mi.config import UserError, flatten
-from mi.report import analysis, files, runs, statistics, tables, terminal
+from mi.report import analysis, files, provenance, runs, statistics, tables, terminal
 from mi.report.analysis import ArmResult, Finals
-from mi.report.runs import Arm, Sweep
+from mi.report.arms import Arm, Sweep
 from mi.report.statistics import Estimate, SignFlipTest
 from mi.report.tables import Cell, Column, Table, Terminal
 
@@ -285,7 +285,11 @@ def _make_notes(sweeps: Sweeps, comparisons: list[ArmComparison]) -> list[str]:
     old_machines, new_machines = map(_list_machines, sweeps)
     if old_machines != new_machines:
         notes.append(f'Other machines: {"; ".join(old_machines)} → {"; ".join(new_machines)}.')
-    return notes
+
+    # List versions, devices and tokens by side.
+    sides = zip(Sweeps._fields, sweeps, strict=True)
+    arms = [dataclasses.replace(arm, label=side) for side, sweep in sides for arm in sweep.arms]
+    return notes + provenance.describe(arms)
 
 
 def _list_changes(baseline: Arm, candidate: Arm) -> list[str]:

@@ -5,7 +5,7 @@ import io
 
 from mi.report import tables
 from mi.report.analysis import ArmResult
-from mi.report.runs import Sweep
+from mi.report.arms import Sweep
 from mi.report.statistics import Estimate
 
 

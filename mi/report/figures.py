@@ -12,8 +12,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from mi.report import plots, statistics
 from mi.report.analysis import ArmResult
+from mi.report.arms import Arm, Sweep
 from mi.report.plots import DASHES, GREY, WIDTH, Style
-from mi.report.runs import Arm, Sweep
 from mi.report.statistics import Estimate
 from mi.report.tables import humanize
 

@@ -14,7 +14,7 @@ import numpy as np
 from mi.config import flatten
 from mi.report import figures, statistics, tables
 from mi.report.analysis import ArmResult
-from mi.report.runs import Arm, Sweep
+from mi.report.arms import Arm, Sweep
 from mi.report.statistics import Estimate
 from mi.report.tables import Cell
 

@@ -6,7 +6,7 @@ import unicodedata
 
 from mi.report import tables
 from mi.report.analysis import ArmResult
-from mi.report.runs import Sweep
+from mi.report.arms import Sweep
 from mi.report.tables import Cell
 
 

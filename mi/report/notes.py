@@ -1,8 +1,8 @@
 """The notes below the table, which explain how to read it."""
 
-from mi.report import analysis, statistics, tables
+from mi.report import analysis, provenance, statistics, tables
 from mi.report.analysis import ArmResult
-from mi.report.runs import Sweep
+from mi.report.arms import Sweep
 
 
 def make_notes(sweep: Sweep, results: list[ArmResult]) -> list[str]:
@@ -33,7 +33,8 @@ def make_notes(sweep: Sweep, results: list[ArmResult]) -> list[str]:
     if len(results) > 1:
         scope = ' of each problem' if len(sweep.group_by_problem()) > 1 else ''
         notes.append(f'Bold marks the best mean{scope} and claims no significance.')
-    return [*notes, *(remark for result in results for remark in result.remarks), *sweep.notes]
+    remarks = [remark for result in results for remark in result.remarks]
+    return [*notes, *remarks, *sweep.notes, *provenance.describe(sweep.arms)]
 
 
 def _seed_note(results: list[ArmResult]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import scipy.stats
 
 from mi.report import statistics, tables
-from mi.report.runs import Arm, Sweep
+from mi.report.arms import Arm, Sweep
 
 
 def to_markdown(sweep: Sweep) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from mi.report import analysis, statistics
 from mi.report.analysis import ArmResult
-from mi.report.runs import Sweep
+from mi.report.arms import Sweep
 from mi.report.statistics import Estimate, SignFlipTest
 
 NONE = '—'

@@ -3,6 +3,7 @@
 config.json   resolved config               status.json   running, done, failed, preempted
 versions.json software and settings         cost.json     parameters and FLOPs
 lock          held by the writing process   tracker.json  id of the run at config.tracker
+data.json     hash of the tokens
 metrics.jsonl, timing.jsonl, tensorboard/   see mi.training.logger
 checkpoints/                                see mi.training.checkpoint
 profile/                                    trace, with --profile

@@ -36,6 +36,7 @@ def describe_environment() -> Environment:
     device = jax.devices()[0]
     return {
         'python': platform.python_version(),
+        'mi': _installed_version('multiplicative-interactions'),
         **{name: _installed_version(name) for name in PACKAGES},
         **_describe_commit(),
         **{name: getattr(jax.config, name) for name in SETTINGS},

@@ -14,7 +14,7 @@ from experiments.composition import sweep as experiment
 from launch.sweep import chain
 from mi.config import UserError
 from mi.fit import factory, train, transfer
-from mi.report.runs import Arm
+from mi.report.arms import Arm
 from mi.training import sharding
 from tests.fit.runs import edited, finals
 

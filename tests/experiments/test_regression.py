@@ -12,7 +12,7 @@ from experiments.regression import problem as regression
 from experiments.regression import sweep as experiment
 from mi.config import UserError
 from mi.fit import factory, train
-from mi.report.runs import Arm
+from mi.report.arms import Arm
 from mi.training import sharding
 from tests.fit.runs import edited, finals
 

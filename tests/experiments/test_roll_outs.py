@@ -1,7 +1,7 @@
 """Tables of long predictions with known numbers."""
 
 from experiments.figures import roll_outs
-from mi.report.runs import Arm
+from mi.report.arms import Arm
 
 
 def make_arm(label, error, drift):
