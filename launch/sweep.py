@@ -13,7 +13,6 @@ def report(workdir, out) -> None         figures and tables of its own; optional
 """
 
 import contextlib
-import importlib.util
 import itertools
 import json
 import pathlib
@@ -28,7 +27,7 @@ import numpy as np
 from launch import metric_names, state
 from launch.members import Member, Overrides, make_members
 from mi.config import UserError, describe_difference, flatten, format_error, suggest
-from mi.overrides import find_file
+from mi.overrides import create_module, find_file
 from mi.overrides import parse as parse_arguments
 from mi.training.io import write_json
 from mi.training.lock import is_locked
@@ -249,11 +248,10 @@ def _load_module(file: str) -> types.ModuleType:
             f'--sweep={file}: expected a file of your own or experiments/NAME.py; '
             f'{suggest(sweep_name(path), known_names)}'
         )
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = create_module(path.stem, str(path))
+    assert module.__spec__ is not None and module.__spec__.loader is not None
     with _user_errors(file):
-        spec.loader.exec_module(module)
+        module.__spec__.loader.exec_module(module)
     for name in ('CONFIG', 'TITLE', 'METRIC', 'SPLIT', 'BASELINE', 'NOTES', 'sweep'):
         if not hasattr(module, name):
             raise UserError(f'--sweep={file}: it does not define {name}')

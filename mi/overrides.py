@@ -7,6 +7,7 @@ names the key.
 
 import ast
 import difflib
+import importlib.machinery
 import importlib.util
 import pathlib
 import re
@@ -297,11 +298,29 @@ def _get_config(file: str) -> ml_collections.ConfigDict:
 
 
 def _create_module(file_path: str) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location('config_file', file_path)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look up their module here
+    module = create_module('config_file', file_path)
+    sys.modules[module.__name__] = module  # dataclasses look up their module here
     return module
+
+
+def create_module(name: str, file_path: str) -> types.ModuleType:
+    """Create the module of a user's file, for `module.__spec__.loader.exec_module(module)`.
+
+    Python's cache of bytecode is not used. It would be stale for a file that was edited twice
+    within a second and has the same size.
+    """
+    absolute_path = str(pathlib.Path(file_path).absolute())
+    loader = _UncachedLoader(name, absolute_path)
+    spec = importlib.util.spec_from_file_location(name, absolute_path, loader=loader)
+    assert spec is not None
+    return importlib.util.module_from_spec(spec)
+
+
+class _UncachedLoader(importlib.machinery.SourceFileLoader):
+    """A loader that compiles the source at every import."""
+
+    def get_code(self, fullname: str) -> types.CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def _locate_error(error: Exception, file_path: str) -> str:

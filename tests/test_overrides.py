@@ -208,3 +208,11 @@ def test_options_are_given_as_a_dictionary_or_one_by_one(arguments, expected):
 def test_options_that_are_no_dictionary_are_refused(group, text):
     with pytest.raises(UserError, match=rf'config\.{group}.*expected a dictionary of options'):
         overrides.parse(['--config=configs/rl.py:tiny', f'--config.{group}{text}'])
+
+
+def test_a_config_file_that_changes_within_a_second_is_read_again(tmp_path):
+    """Python's bytecode cache compares whole seconds and the size of a file."""
+    path = tmp_path / 'config.py'
+    for word in ('wordA', 'wordB', 'wordC'):
+        path.write_text(FILE.replace("word='default'", f"word='{word}'"))
+        assert load(str(path)).data.source == word

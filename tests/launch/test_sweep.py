@@ -384,3 +384,11 @@ def test_a_sweep_may_draw_figures_of_its_own(tmp_path):
     sweep.report(
         write_sweep(tmp_path, [{'model.site': 'none'}]), tmp_path / 'runs'
     )  # draws nothing
+
+
+def test_a_file_that_changes_within_a_second_is_read_again(tmp_path):
+    """Python's bytecode cache compares whole seconds and the size of a file."""
+    runs = tmp_path / 'runs'
+    for site in ('none', 'both', 'none'):
+        [member] = sweep.load(write_sweep(tmp_path, [{'model.site': site}]), runs, dry=True)
+        assert member.overrides == {'model.site': site}
