@@ -230,16 +230,21 @@ def run(
             time.sleep(2 * POLL_INTERVAL)
         return exit_code
     except KeyboardInterrupt:
-        process.stop()
-        while True:
-            try:
-                return process.wait()
-            except KeyboardInterrupt:  # asked again; the run is saving
-                continue
+        return _stop_uninterrupted(process)
     except BaseException:  # a run must not outlive its watcher, whatever ends that; raised again
         process.stop()
         process.wait()
         raise
+
+
+def _stop_uninterrupted(process: Process | AdoptedProcess) -> int:
+    """Make a run save and end, whatever else is pressed meanwhile; return its exit code."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process.stop()
+        return process.wait()
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def try_lock(lock: IO[str]) -> bool:

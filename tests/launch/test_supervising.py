@@ -154,7 +154,10 @@ ray.submit(commands, engine.Resources(), rule)
 
 def test_a_watcher_that_is_interrupted_twice_waits_until_the_member_has_saved(tmp_path):
     path = tmp_path / 'a'
-    code = 'import json, sys; from launch import process; process.run(*json.loads(sys.argv[1]))'
+    # A shell starts commands in the background without SIGINT.
+    code = 'import json, signal, sys; from launch import process; '
+    code += 'signal.signal(signal.SIGINT, signal.default_int_handler); '
+    code += 'process.run(*json.loads(sys.argv[1]))'
     arguments = json.dumps([str(path), counting(path), str(tmp_path)])
     watcher = subprocess.Popen([sys.executable, '-c', code, arguments])
     deadline = time.monotonic() + 60
