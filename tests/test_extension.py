@@ -141,8 +141,8 @@ def test_a_corpus_of_one_s_own_is_read(tmp_path):
         sources.load_texts('no_such.module:read', '', ('train',), tmp_path)
 
 
-def test_the_sweep_of_the_example_is_read():
-    members = sweep.load(EXAMPLE / 'my_fusion/sweep.py', ROOT / 'runs/never')
+def test_the_sweep_of_the_example_is_read(tmp_path):
+    members = sweep.load(str(EXAMPLE / 'my_fusion/sweep.py'), tmp_path, dry=True)
     assert len(members) == 3
 
 

@@ -255,7 +255,9 @@ def test_domains_that_cannot_be(tmp_path, cache):
         read('domains', tmp_path)
     write_splits(tmp_path / 'poems', '{}.txt')
     (tmp_path / 'poems' / 'valid.txt').write_text('')
-    with pytest.raises(DataError, match=r'poems/valid\.txt: the valid text is empty'):
+    with pytest.raises(
+        DataError, match=r'poems/valid\.txt: the valid text has fewer than two tokens'
+    ):
         token_store.load(Recipe('domains', 'byte', 256), cache, path=str(tmp_path))
     (tmp_path / 'poems.txt').write_text('a\n')
     with pytest.raises(DataError, match=r'poems and poems\.txt are both domain poems'):
@@ -305,7 +307,9 @@ def test_rows_of_the_hub_are_lines_and_copied_once(tmp_path, cache, monkeypatch)
     assert calls == [('Salesforce/wikitext', 'wikitext-2-v1')]
     with pytest.raises(DataError, match='expected 2,088,628 tokens including <eos>, found 10'):
         token_store.load(Recipe(WIKITEXT_2, 'token', 100), str(tmp_path))
-    with pytest.raises(DataError, match=r"expected train, validation and test .*\{'train'"):
+    with pytest.raises(
+        DataError, match=r"expected the splits train, validation and test.*\{'train'"
+    ):
         hub(monkeypatch, {'train': rows})
         read('hub:some/thing', cache=tmp_path)
     assert sorted(f.name for f in (tmp_path / 'hub').iterdir()) == [

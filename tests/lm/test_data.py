@@ -146,7 +146,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path):
     cache = tmp_path / 'cache'
     (tmp_path / 'texts').mkdir()
     source = write(tmp_path / 'texts', test='')
-    with pytest.raises(DataError, match=r'test\.txt: the test text is empty'):
+    with pytest.raises(DataError, match=r'test\.txt: the test text has fewer than two tokens'):
         token_store.load(Recipe(source, 'bpe', 300), str(cache))
     assert list(cache.rglob('*')) == []
 
@@ -172,7 +172,7 @@ def test_what_is_missing_is_named(tmp_path, cache):
         token_store.load(Recipe(str(tmp_path), 'byte', 256))
     (tmp_path / 'valid.txt').write_text('')
     (tmp_path / 'test.txt').write_text('some text')
-    with pytest.raises(DataError, match='the valid text is empty'):
+    with pytest.raises(DataError, match='the valid text has fewer than two tokens'):
         token_store.load(Recipe(str(tmp_path), 'byte', 256))
     (tmp_path / 'valid.txt').write_bytes(b'caf\xe9 au lait')
     with pytest.raises(DataError, match=r'valid\.txt is not UTF-8 text \(byte 3\)'):

@@ -70,7 +70,9 @@ def test_a_text_without_a_split_is_refused_before_the_vocabulary_is_made(tmp_pat
     for split in sources.SPLITS:
         (tmp_path / f'{split}.txt').write_text(LINES if split != 'test' else '')
     monkeypatch.setattr(token_store, 'fit_tokenizer', None)
-    assert 'test.txt: the test text is empty' in refusal(tmp_path, tmp_path / 'cache', 'bpe')
+    assert 'test.txt: the test text has fewer than two tokens' in refusal(
+        tmp_path, tmp_path / 'cache', 'bpe'
+    )
 
 
 @pytest.mark.parametrize('pack', [bz2.compress, gzip.compress, lzma.compress])

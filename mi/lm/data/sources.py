@@ -82,13 +82,16 @@ def find_source(source: str) -> Source:
     """
     if source in CORPORA:
         return CORPORA[source]
-    if is_reference(source):
-        return _import_source(source)
     if source.startswith(HUB):
         matches = (corpus for corpus in CORPORA.values() if corpus.hub == source)
         hub_source = next(matches, Source(_read_local))
         return dataclasses.replace(hub_source, read=functools.partial(_read_hub, source), origin='')
-    return Source(_read_local)
+    return _import_source(source) if _is_reference(source) else Source(_read_local)
+
+
+def _is_reference(source: str) -> bool:
+    """Return whether a source is 'package.module:corpus', and no dataset of the hub."""
+    return is_reference(source) and not source.startswith(HUB)
 
 
 def _import_source(reference: str) -> Source:
@@ -113,10 +116,10 @@ def load_texts(source: str, path: str, splits: Collection[str], cache: pathlib.P
     """
     # The place of the corpus.
     known_source = find_source(source)
-    corpus_path = path if is_reference(source) else path or source
-    if is_reference(source) and known_source.is_bundled:
+    corpus_path = path if _is_reference(source) else path or source
+    if _is_reference(source) and known_source.is_bundled:
         pass  # `path` is up to its function
-    elif (source in CORPORA or is_reference(source)) and not known_source.is_bundled:
+    elif (source in CORPORA or _is_reference(source)) and not known_source.is_bundled:
         data_root = os.environ.get('MI_DATA', '')
         if not path and not data_root:
             raise known_source.make_error(
