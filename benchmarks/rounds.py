@@ -5,11 +5,12 @@ see a machine in two states. So each side has its own process, sleeps during the
 and is compared round by round.
 """
 
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+
+from mi.training import host
 
 PAUSE = 0.3  # seconds until the threads of the previous side have stopped spinning
 
@@ -61,7 +62,7 @@ def race(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[f
 
     try:
         # Start all sides, and let them compile simultaneously if there are cores for it.
-        is_parallel = len(os.sched_getaffinity(0)) >= 2 * len(commands)
+        is_parallel = len(host.get_cores()) >= 2 * len(commands)
         for side, arguments in commands.items():
             workers[side] = subprocess.Popen(
                 [sys.executable, *arguments],

@@ -21,6 +21,7 @@ from launch.devices import Devices
 from launch.engine import Commands, Resources, Rule, States
 from launch.supervision import SweepMembers, supervise
 from mi.config import UserError
+from mi.training.host import get_cores
 from mi.training.lock import is_locked
 
 
@@ -108,7 +109,7 @@ class Slots:
 
     def _choose_cores(self, slot: int) -> set[int]:
         """Return the cores of a slot: small programs run best on few cores of their own."""
-        cores = sorted(os.sched_getaffinity(0))
+        cores = get_cores()
         if self._resources.cores:
             num_cores = self._resources.cores * self._resources.processes
             return {cores[(slot * num_cores + index) % len(cores)] for index in range(num_cores)}

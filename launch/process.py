@@ -190,8 +190,11 @@ def _pin_to_cores(cores: Collection[int]) -> Iterator[None]:
     """Run processes that are started in the block on these cores.
 
     They inherit the cores of the thread that starts them. Setting the cores in the child with
-    `preexec_fn` is not safe in a process that has threads.
+    `preexec_fn` is not safe in a process that has threads. macOS has no such setting.
     """
+    if not hasattr(os, 'sched_setaffinity'):
+        yield
+        return
     initial_cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores or initial_cores)
     try:

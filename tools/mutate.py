@@ -145,7 +145,8 @@ def copy_tracked(root: pathlib.Path, target: pathlib.Path) -> None:
 
 def run_tests(tree: pathlib.Path, tests: Sequence[str], timeout: float) -> tuple[int | None, str]:
     """Run pytest in a tree; return its exit code, None for a timeout, and its output."""
-    environment = os.environ | {'PYTHONPATH': str(tree), 'PYTHONDONTWRITEBYTECODE': '1'}
+    search_path = os.pathsep.join(filter(None, [str(tree), os.environ.get('PYTHONPATH')]))
+    environment = os.environ | {'PYTHONPATH': search_path, 'PYTHONDONTWRITEBYTECODE': '1'}
     process = subprocess.Popen(
         [*PYTEST, *tests],
         cwd=tree,

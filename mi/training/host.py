@@ -67,12 +67,19 @@ def set_xla_flags() -> None:
     os.environ['XLA_FLAGS'] = safe_xla_flags(os.environ.get('XLA_FLAGS', ''))
 
 
+def get_cores() -> list[int]:
+    """Return the cores that this process may use; all cores where the system does not say."""
+    if hasattr(os, 'sched_getaffinity'):  # not on macOS
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
 def describe_machine() -> str:
     """Return a description of the devices, such as '2 × NVIDIA H100', for the report."""
     device = jax.devices()[0]
     if device.platform != 'cpu':
         return f'{jax.device_count()} × {device.device_kind}'
-    return f'{_read_processor_name()}, {len(os.sched_getaffinity(0))} cores'
+    return f'{_read_processor_name()}, {len(get_cores())} cores'
 
 
 def _read_processor_name() -> str:

@@ -6,7 +6,6 @@ and answers it with the first observation of the next episode and reward 0.
 """
 
 import dataclasses
-import os
 import queue
 import threading
 import time
@@ -19,6 +18,7 @@ import numpy as np
 
 from mi.config import UserError, suggest, suggest_install
 from mi.rl.envs.spec import Observation, Spec, Step
+from mi.training.host import get_cores
 
 Pool = Any  # an environment of EnvPool; the package is optional
 PoolResult = tuple[Any, ...]  # of a pool's `reset` or `recv`
@@ -260,7 +260,7 @@ def make_pools(
 
     # Spread rows and threads evenly; row i has the seed `seed` + i in whichever pool.
     envpool = import_envpool()
-    threads = threads or min(batch, len(os.sched_getaffinity(0)))
+    threads = threads or min(batch, len(get_cores()))
     pools: list[Pool] = []
     first_row = 0
     for id_index, env_id in enumerate(env_ids):
