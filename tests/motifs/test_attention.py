@@ -335,7 +335,7 @@ def test_a_cache_that_does_not_fit_is_refused():
         call(X, params)
     with pytest.raises(ValueError, match=r'cannot hold keys \(2, 6, 4, 2\)'):
         call(LONG, {**params, 'cache': cache})
-    with pytest.raises(ValueError, match='initialize one with this batch'):
+    with pytest.raises(ValueError, match='initialize it with this batch'):
         call(X[:1], {**params, 'cache': cache})
 
 
