@@ -74,7 +74,7 @@ def check_dense(z: Array) -> None:
     if jnp.issubdtype(z.dtype, jnp.integer):
         raise ValueError(
             f'z is {z.dtype} {z.shape}: expected a context [..., m] in a float dtype; this '
-            f'module does not accept ids of contexts. Try jax.nn.one_hot(z, m)'
+            f'module does not accept context ids. Try jax.nn.one_hot(z, m)'
         )
 
 

@@ -1,10 +1,10 @@
 """A law of motion learned from states and their velocities, and rolled out ten times longer.
 
-The training set are trajectories of a system (experiments.hamiltonian.mechanics), exact and free of
-noise; the loss is the mean squared error of dq/dt and dp/dt at their states (derivative matching,
-as Greydanus et al., 2019), so that no integrator is involved in training and every form of law has
-the same loss. Trajectories that were not seen are predicted from their exact first states, by an
-integrator of fourth order: for an energy, a symplectic one.
+The training set consists of exact trajectories of a system (experiments.hamiltonian.mechanics),
+without noise. The loss is the mean squared error of dq/dt and dp/dt at their states (derivative
+matching, as in Greydanus et al., 2019). Thus no integrator is involved in training, and every form
+of law has the same loss. New trajectories are predicted from their exact first states by a
+fourth-order integrator, a symplectic one for an energy.
 
 Metrics, over fresh trajectories (experiments.hamiltonian.scores):
     derivative    the loss
@@ -43,16 +43,16 @@ SCHEMA: dict[str, Rule] = {
 
 @dataclasses.dataclass(frozen=True)
 class PhaseSpace(Problem):
-    """Learn a law of motion from states; the world of a seed is q, p [states, d] to train on.
+    """Learn a law of motion from states; a seed's world is its training set, q and p [states, d].
 
     Attributes:
-      system: whose motion is learned.
+      system: the system whose motion is learned.
       law: the model.
-      trajectories: in the training set.
+      trajectories: number of trajectories in the training set.
       horizon: observations in a training trajectory after its first.
       long: observations in an evaluated trajectory after its first.
       substeps: integrator steps between two observations, in the evaluation.
-      iterations: of the implicit lines of the leapfrog.
+      iterations: iterations that solve the implicit equations of the leapfrog.
       eval_examples: trajectories in an evaluation.
     """
 

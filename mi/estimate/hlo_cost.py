@@ -72,7 +72,7 @@ class Memory:
         return bytes_read
 
     def _written(self, computation: hlo.Computation, kernel: hlo.Instruction) -> int:
-        """Return the bytes of the result that an instruction writes."""
+        """Return the number of bytes that an instruction writes."""
         if kernel.opcode in ('dynamic-update-slice', 'scatter'):
             update = -1 if kernel.opcode == 'scatter' else 1
             source = computation.instructions[kernel.operands[update]]
@@ -161,7 +161,7 @@ class Taps(NamedTuple):
     rhs_dilate: int = 1
 
     def pairs(self, inputs: int, outputs: int) -> int:
-        """Count the pairs of an output and a tap that read an entry of the input."""
+        """Count the (output, tap) pairs that read an entry of the input."""
         return sum(self._outputs(tap, inputs, outputs) for tap in range(self.size))
 
     def _outputs(self, tap: int, inputs: int, outputs: int) -> int:

@@ -283,7 +283,7 @@ def _fuse_blocks(module: MUTAN | BLOCK, x: Array, z: Array, blocks: int | None) 
 
 
 def _map_output(module: MLB | MUTAN | BLOCK, joint: Array, variance: float) -> Array:
-    """Return Oᵀs + b for the joint s, with Oᵀs of this variance per unit variance of s."""
+    """Return Oᵀs + b for the joint s, with O initialized so that Var(Oᵀs) = variance · Var(s)."""
     O_shape = joint.shape[-1], module.features
     O = module.param('O', input_init(variance), O_shape, module.param_dtype)  # noqa: E741
     b = module.param('b', initializers.zeros, O_shape[1:], module.param_dtype)

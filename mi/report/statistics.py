@@ -300,7 +300,7 @@ def sign_flip_test(differences: np.ndarray) -> SignFlipTest | None:
 
 
 def correct_holm(tests: Sequence[SignFlipTest | None]) -> list[SignFlipTest | None]:
-    """Return the tests with p corrected for their number, by Holm's (1979) method.
+    """Return the tests with p-values corrected for their number by Holm's method (1979).
 
     The smallest p is multiplied by the number of tests, the next by one less, and so on; no
     corrected p falls below its predecessor. The probability of any false positive among the tests

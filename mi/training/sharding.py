@@ -163,7 +163,7 @@ def make_mesh(
 def choose_mesh_shape(
     num_seeds: int, batch_size: int, fsdp: int, shape: Sequence[int], num_devices: int
 ) -> tuple[int, ...]:
-    """Return the shape of `make_mesh` for a number of devices, which need not be present.
+    """Return the mesh shape that `make_mesh` uses for a number of devices, present or not.
 
     Raises:
       UserError: if the devices cannot divide the work.

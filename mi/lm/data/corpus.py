@@ -116,7 +116,7 @@ class Corpus:
                     return byte_offset + count_bytes(piece, word_spans[num_tokens - 1][1])
                 num_tokens -= len(word_spans)
                 byte_offset += len(remove_line_ends(piece).encode())
-        raise ValueError(f'{self.name}: {split} has fewer tokens')
+        raise ValueError(f'{self.name}: {split} has fewer tokens than requested')
 
     @property
     def _is_bpe(self) -> bool:

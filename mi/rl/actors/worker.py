@@ -249,7 +249,7 @@ class _Group:
         self._builder.inputs.append(jax.tree.map(np.array, inputs))  # a copy
 
     def send(self, params: Params) -> None:
-        """Send the policy's action on the newest inputs."""
+        """Send the policy's action for the newest inputs."""
         self._policy_state, action, log_prob = self._policy(
             params, self._policy_state, self._builder.inputs[-1], self._has_new_params
         )

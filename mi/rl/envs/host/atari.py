@@ -84,7 +84,7 @@ def parse_suite(suite: str) -> tuple[str, ...]:
 
 
 def make_spec(suite: str) -> Spec:
-    """Return the spec of a suite of `make`; that of a single game needs envpool.
+    """Return the spec for a suite that `make` accepts; a single game requires envpool.
 
     Raises:
       UserError: if a game is unknown, or envpool is needed and not installed.
