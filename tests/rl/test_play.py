@@ -132,7 +132,7 @@ def test_an_environment_that_hangs_is_left_behind(is_stopped):
     if is_stopped:
         pool.stops = lambda: hanging._steps == 3
     error = StoppedError if is_stopped else UserError
-    with pytest.raises(error, match=None if is_stopped else r'Raise config\.actors\.timeout'):
+    with pytest.raises(error, match=None if is_stopped else r'raise config\.actors\.timeout'):
         played_by(pool, 1, stops=pool.stops)
     pool.close()
     assert not hanging.closed  # it would wait for the step
