@@ -42,6 +42,7 @@ EXTRAS['test'] = [
     *('mypy>=2.0', 'pytest>=9.0', 'pytest-xdist>=3.8', 'ruff>=0.15'),
     'setuptools>=77',  # venv has none from Python 3.12 on; a test asks it what it would pack
     *('jsonschema>=4.23', 'kubernetes-validate>=1.34'),  # manifests
+    *('dm-haiku>=0.0.16', 'equinox>=0.13'),  # models that mi.find is tested on
     *('minigrid>=3.0', 'xminigrid>=0.9'),  # peers that the environments are compared with
     *(
         package

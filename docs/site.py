@@ -32,6 +32,7 @@ SECTIONS: dict[str, list[str]] = {
     ],
     'Guides': [
         'architecture.md',
+        'find.md',
         'pod.md',
         'lm.md',
         'rl.md',
@@ -51,6 +52,7 @@ PACKAGES = {
     'motifs': 'Motifs',
     'cells': 'Cells',
     'unify': 'As one equation',
+    'find': 'Find interactions',
     'training': 'Training',
     'lm': 'Language models',
     'lm.data': 'Corpora',

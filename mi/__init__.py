@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mi.find import find as find
     from mi.fusion import FUSIONS as FUSIONS
     from mi.kernels.bilinear import bilinear as bilinear
     from mi.layers import BlockMultiplicativeInteraction as BlockMultiplicativeInteraction
@@ -30,6 +31,7 @@ _MODULES = {
     'as_mi': 'mi.unify',
     'bilinear': 'mi.kernels.bilinear',
     'explain': 'mi.unify',
+    'find': 'mi.find',
 }
 __all__ = list(_MODULES)
 

@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 LAYERS = [
     ['registry'],
     ['config', 'precision', 'rows'],
-    ['kernels', 'counting', 'dropout', 'overrides', 'options'],
+    ['kernels', 'counting', 'dropout', 'overrides', 'options', 'find'],
     ['layers'],
     ['motifs'],
     ['fusion'],

@@ -1,0 +1,98 @@
+"""Candidates: streams that are concatenated or added, an MI with W = 0, and the cost of W."""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+
+from mi.find.trace import Meeting, Product
+from mi.find.values import get_sources
+
+RANK = 16  # of the low-rank form, or the smallest size where that is less
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A place where two streams meet parameters without a product.
+
+    The cost of W is in addition to the present affine map, for W [m, n, k], for factors of rank r,
+    and for a diagonal W, (zᵀa) ⊙ (Vx) with a [m, k]. FLOPs count two per multiplication with sum.
+
+    Attributes:
+      kind: 'concatenation' or 'sum'.
+      x, z: the streams of each side, separated by commas.
+      n, m, k: features of x, of z and of the result.
+      rank: r.
+      path: the names of the enclosing modules.
+      source: the source line.
+      times: executions per call; None if a while loop decides.
+      params: parameters of the forms 'full', 'low rank' and 'diagonal'.
+      flops: FLOPs of these forms per call, one iteration of a while loop.
+    """
+
+    kind: str
+    x: str
+    z: str
+    n: int
+    m: int
+    k: int
+    rank: int
+    path: str
+    source: str
+    times: int | None
+    params: dict[str, int]
+    flops: dict[str, int]
+
+
+def list_candidates(
+    meetings: Iterable[Meeting], products: Iterable[Product], names: dict[int, str]
+) -> list[Candidate]:
+    """Return the meetings of arrays that no recorded product multiplies.
+
+    Args:
+      meetings, products: from the interpreter.
+      names: the text of a bit mask of streams.
+    """
+    # Pairs of arrays that a product multiplies, directly or after an affine map.
+    multiplied = {
+        frozenset((left.root, right.root))
+        for product in products
+        for left in get_sources(product.left)
+        for right in get_sources(product.right)
+    }
+    candidates: dict[object, Candidate] = {}
+    for meeting in meetings:
+        pair = frozenset((meeting.left.root, meeting.right.root))
+        if pair in multiplied:
+            continue
+        place = pair, meeting.scope.path, meeting.source
+        candidates.setdefault(place, _make_candidate(meeting, names))
+    return list(candidates.values())
+
+
+def _make_candidate(meeting: Meeting, names: dict[int, str]) -> Candidate:
+    n, m = meeting.left.size * meeting.window, meeting.right.size * meeting.window
+    k = meeting.features
+    num_rows = math.prod(meeting.shape) // max(1, k)
+    rank = min(RANK, n, m, k)
+    times = meeting.scope.times or 1
+    params = {'full': m * n * k, 'low rank': rank * (m + n + k), 'diagonal': m * k}
+    row_flops = {
+        'full': 2 * m * n * k + 2 * n * k,
+        'low rank': 2 * params['low rank'] + rank,
+        'diagonal': 2 * m * k + 2 * k,
+    }
+    flops = {form: times * num_rows * cost for form, cost in row_flops.items()}
+    return Candidate(
+        kind=meeting.kind,
+        x=names[meeting.left.streams],
+        z=names[meeting.right.streams],
+        n=n,
+        m=m,
+        k=k,
+        rank=rank,
+        path=meeting.scope.path,
+        source=meeting.source,
+        times=meeting.scope.times,
+        params=params,
+        flops=flops,
+    )

@@ -1,0 +1,130 @@
+"""The rules that name a product; the first rule that applies counts.
+
+| motif | rule |
+| --- | --- |
+| activation | both sides are elementwise functions of the same array (x², SiLU, GELU), or both are statistics of the same array |
+| normalization | one side is a function of statistics of the other: x · rsqrt(mean x²), (x − mean x) / std x, eˣ / Σ eˣ |
+| routing | one side holds parameters, or entries of an array, that were selected by data |
+| dynamic convolution | weights from data, and overlapping slices of the other side; or a convolution whose kernel depends on data |
+| attention mix | one side is a softmax whose logits are themselves a product, which is then named attention scores; or a softmax is contracted over positions |
+| mixture of experts | one side is a softmax of something else |
+| gated recurrence | one side is bounded by a sigmoid or tanh, and one depends on the carry of the enclosing loop |
+| gate | one side is bounded by a sigmoid, or exactly one by a tanh; or one is an activation of an affine map and the other an affine map |
+| hypernetwork | a contraction over an axis of an affine map that keeps another axis of the same map: a generated matrix |
+| scale | elementwise; one side is 1 + an affine map, or exactly one side is an affine map |
+| bilinear pooling | both sides are affine maps, or both a tanh; or an outer product |
+| unnamed | everything else |
+
+Activations are recorded apart: they are no meeting of two streams. A product by a mask that a
+comparison made is a selection and is not recorded.
+"""  # noqa: E501 - a table
+
+from typing import NamedTuple
+
+from mi.find.values import Value
+
+ACTIVATION = 'activation'
+NORMALIZATION = 'normalization'
+ROUTING = 'routing'
+DYNAMIC_CONVOLUTION = 'dynamic convolution'
+SCORES = 'attention scores'
+MIX = 'attention mix'
+EXPERTS = 'mixture of experts'
+GATED_RECURRENCE = 'gated recurrence'
+GATE = 'gate'
+HYPERNETWORK = 'hypernetwork'
+SCALE = 'scale'
+BILINEAR = 'bilinear pooling'
+UNNAMED = 'unnamed'
+MOTIFS = (
+    NORMALIZATION, ROUTING, DYNAMIC_CONVOLUTION, SCORES, MIX, EXPERTS, GATED_RECURRENCE, GATE,
+    HYPERNETWORK, SCALE, BILINEAR, UNNAMED,
+)  # fmt: skip
+
+
+class Contraction(NamedTuple):
+    """The axes of a product.
+
+    Attributes:
+      left, right: the contracted axes of both sides.
+      left_batch, right_batch: the axes that both sides share in the result.
+    """
+
+    left: tuple[int, ...]
+    right: tuple[int, ...]
+    left_batch: tuple[int, ...]
+    right_batch: tuple[int, ...]
+
+
+def name_product(left: Value, right: Value, contraction: Contraction | None) -> str:
+    """Name the product of two values; contraction is None for an elementwise product."""
+    sides = left, right
+    if left.is_chosen or right.is_chosen:
+        return ROUTING
+    if contraction and any(
+        side.is_mask and axes
+        for side, axes in ((left, contraction.left), (right, contraction.right))
+    ):
+        return ROUTING
+    if is_dynamic_convolution(left, right) or is_dynamic_convolution(right, left):
+        return DYNAMIC_CONVOLUTION
+    if any(side.is_softmax for side in sides):
+        weights = left if left.is_softmax else right
+        is_product = weights.products or weights.mapped_products
+        return MIX if is_product or _mixes_positions(left, right, contraction) else EXPERTS
+
+    # Bounded sides.
+    squashes = {left.squash, right.squash}
+    is_gate = 'sigmoid' in squashes or squashes == {'', 'tanh'}
+    if squashes != {''} and (left.carried or right.carried):
+        return GATED_RECURRENCE
+    if is_gate:
+        return GATE
+    if squashes == {'tanh'}:
+        return BILINEAR
+
+    # Affine maps.
+    if contraction:
+        generated = [
+            _is_generated(left, contraction.left, contraction.left_batch),
+            _is_generated(right, contraction.right, contraction.right_batch),
+        ]
+        if sum(generated) == 1:
+            return HYPERNETWORK
+        is_outer = not contraction.left
+        return BILINEAR if is_outer or (left.linear and right.linear) else UNNAMED
+    if any(side.is_activation for side in sides) and any(side.linear for side in sides):
+        return GATE
+    if any(side.is_shifted for side in sides):
+        return SCALE
+    if left.linear and right.linear:
+        return BILINEAR
+    return SCALE if left.linear or right.linear else UNNAMED
+
+
+def is_dynamic_convolution(weights: Value, windows: Value) -> bool:
+    """Return whether weights from data multiply several windows of the other side."""
+    return windows.num_windows > 1 and bool(weights.is_softmax or weights.linear)
+
+
+def is_statistic(scale: Value, value: Value) -> bool:
+    """Return whether one value is a function of statistics of the other."""
+    return value.origin in scale.reduced
+
+
+def _mixes_positions(left: Value, right: Value, contraction: Contraction | None) -> bool:
+    """Return whether a softmax is contracted with an axis that is no feature of an affine map."""
+    if contraction is None:
+        return False
+    other, axes = (right, contraction.right) if left.is_softmax else (left, contraction.left)
+    return bool(axes) and not any(axis in other.features for axis in axes)
+
+
+def _is_generated(side: Value, contracted: tuple[int, ...], batch: tuple[int, ...]) -> bool:
+    """Return whether a side is a matrix that an affine map generated."""
+    free = [
+        axis
+        for axis in side.features
+        if axis not in contracted and axis not in batch and side.shape[axis] > 1
+    ]
+    return bool(side.linear) and bool(free) and any(axis in side.features for axis in contracted)

@@ -1,0 +1,132 @@
+"""Abstract values: what is known about an array of a function without computing it."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+INFINITY = math.inf
+Streams = int  # bit i is set if the array depends on stream i
+NO_IDS: frozenset[int] = frozenset()
+
+
+class Source(NamedTuple):
+    """An array that parameters or constants map linearly.
+
+    Attributes:
+      root: the id of the array.
+      streams: the streams that it depends on.
+      size: the number of its features that the map contracts.
+      is_carried: whether it depends on the carry of an enclosing loop.
+    """
+
+    root: int
+    streams: Streams
+    size: int
+    is_carried: bool = False
+
+
+class Value(NamedTuple):
+    """An abstract array.
+
+    Attributes:
+      shape: its shape.
+      streams: the streams that it depends on.
+      has_params: whether it depends on parameters.
+      degrees: for each stream an upper bound of its polynomial degree; infinite if there is none.
+      base: elementwise functions of the same array, entry by entry, have the same base.
+      origin: like `base`, but also kept by reshapes, transposes and broadcasts.
+      root: like `origin`, but also kept by slices.
+      reduced: the origins whose statistics it is a function of.
+      squash: 'sigmoid' or 'tanh' if it is bounded by one, else ''.
+      is_exp: whether it is the exponential of something.
+      is_softmax: whether it is a softmax.
+      is_literal: whether it is a constant whose entries are equal.
+      is_mask: whether its entries are zeros and ones that a comparison made.
+      is_choice: whether it depends on indices that a top-k, a sort or an argmax chose.
+      is_chosen: whether it holds parameters that were selected by such indices.
+      linear: the arrays that it is an affine map of; empty if it is no affine map.
+      features: for such a map, the axes that come from the parameters.
+      is_shifted: whether it is an affine map plus a constant number, as in 1 + γ(z).
+      is_activation: whether it is an elementwise nonlinear function of an affine map.
+      is_window: whether it is a slice over most of an axis, as a convolution by shifts takes it.
+      num_windows: the number of such slices that were concatenated.
+      parts: the arrays that were concatenated along `parts_axis`.
+      parts_axis: an axis from the end, negative.
+      products: ids of the products that reach it through elementwise operations and sums.
+      mapped_products: ids of those that reach it through one affine map more.
+      carried: ids of the loops whose carry it depends on.
+      pending: ids of softmax divisions that a product may absorb.
+    """
+
+    shape: tuple[int, ...]
+    streams: Streams = 0
+    has_params: bool = False
+    degrees: tuple[float, ...] = ()
+    base: int = 0
+    origin: int = 0
+    root: int = 0
+    reduced: frozenset[int] = NO_IDS
+    squash: str = ''
+    is_exp: bool = False
+    is_softmax: bool = False
+    is_literal: bool = False
+    is_mask: bool = False
+    is_choice: bool = False
+    is_chosen: bool = False
+    linear: tuple[Source, ...] = ()
+    features: tuple[int, ...] = ()
+    is_shifted: bool = False
+    is_activation: bool = False
+    is_window: bool = False
+    num_windows: int = 0
+    parts: tuple[Source, ...] = ()
+    parts_axis: int = 0
+    products: frozenset[int] = NO_IDS
+    mapped_products: frozenset[int] = NO_IDS
+    carried: frozenset[int] = NO_IDS
+    pending: frozenset[int] = NO_IDS
+
+    @property
+    def is_data(self) -> bool:
+        """Return whether the array depends on any stream."""
+        return self.streams != 0
+
+    def identify(self, value_id: int) -> 'Value':
+        """Return the value as an array of its own."""
+        return self._replace(base=value_id, origin=value_id, root=value_id)
+
+
+def max_degrees(values: Sequence[Value]) -> tuple[float, ...]:
+    """Return the degrees of a sum."""
+    return tuple(max(column) for column in zip(*(value.degrees for value in values), strict=True))
+
+
+def add_degrees(left: Value, right: Value) -> tuple[float, ...]:
+    """Return the degrees of a product."""
+    return tuple(a + b for a, b in zip(left.degrees, right.degrees, strict=True))
+
+
+def unbound_degrees(values: Sequence[Value]) -> tuple[float, ...]:
+    """Return the degrees of a function that is no polynomial."""
+    return tuple(INFINITY if degree else 0 for degree in max_degrees(values))
+
+
+def blend(values: Sequence[Value], shape: tuple[int, ...], is_polynomial: bool = False) -> Value:
+    """Return an array of this shape that depends on what the values depend on, and no more."""
+    streams, has_params, is_choice, carried = 0, False, False, NO_IDS
+    for value in values:
+        streams |= value.streams
+        is_choice = is_choice or value.is_choice
+        has_params = has_params or value.has_params
+        if value.carried:
+            carried |= value.carried
+    degrees = max_degrees(values) if is_polynomial else unbound_degrees(values)
+    return Value(shape, streams, has_params, degrees, carried=carried, is_choice=is_choice)
+
+
+def get_sources(value: Value) -> tuple[Source, ...]:
+    """Return the arrays that a value is an affine map of; the value itself if it is none."""
+    if value.linear:
+        return value.linear
+    size = value.shape[-1] if value.shape else 1
+    return (Source(value.root, value.streams, size, bool(value.carried)),)
