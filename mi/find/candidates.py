@@ -52,13 +52,15 @@ def list_candidates(
       meetings, products: from the interpreter.
       names: the text of a bit mask of streams.
     """
-    # Pairs of arrays that a product multiplies, directly or after an affine map.
-    multiplied = {
-        frozenset((left.root, right.root))
-        for product in products
-        for left in get_sources(product.left)
-        for right in get_sources(product.right)
-    }
+    # Pairs of arrays that a product multiplies, directly or after an affine map; and a product with
+    # its own factors, as in zᵀWx + zᵀU.
+    multiplied = set()
+    for product in products:
+        lefts, rights = get_sources(product.left), get_sources(product.right)
+        for left in lefts:
+            multiplied |= {frozenset((left.root, right.root)) for right in rights}
+        for source in (*lefts, *rights):
+            multiplied |= {frozenset((root, source.root)) for root in product.roots}
     candidates: dict[object, Candidate] = {}
     for meeting in meetings:
         pair = frozenset((meeting.left.root, meeting.right.root))

@@ -8,11 +8,15 @@
 | dynamic convolution | weights from data, and overlapping slices of the other side; or a convolution whose kernel depends on data |
 | attention mix | one side is a softmax whose logits are themselves a product, which is then named attention scores; or a softmax is contracted over positions |
 | mixture of experts | one side is a softmax of something else |
-| gated recurrence | one side is bounded by a sigmoid or tanh, and one depends on the carry of the enclosing loop |
-| gate | one side is bounded by a sigmoid, or exactly one by a tanh; or one is an activation of an affine map and the other an affine map |
+| gated recurrence | one side is bounded by a sigmoid or tanh, and one depends on the carry of the enclosing loop; or elementwise, and one side is the carry itself |
+| gate | one side is bounded by a sigmoid, or exactly one by a tanh |
+| bilinear pooling | both sides are bounded by a tanh |
 | hypernetwork | a contraction over an axis of an affine map that keeps another axis of the same map: a generated matrix |
-| scale | elementwise; one side is 1 + an affine map, or exactly one side is an affine map |
-| bilinear pooling | both sides are affine maps, or both a tanh; or an outer product |
+| bilinear pooling | an outer product, or a contraction of two affine maps |
+| scale | elementwise; one side is 1 + an affine map |
+| gate | elementwise; exactly one side is an activation of an affine map |
+| bilinear pooling | elementwise; both sides are affine maps |
+| scale | elementwise; exactly one side is an affine map |
 | unnamed | everything else |
 
 Activations are recorded apart: they are no meeting of two streams. A product by a mask that a
@@ -76,7 +80,8 @@ def name_product(left: Value, right: Value, contraction: Contraction | None) -> 
     # Bounded sides.
     squashes = {left.squash, right.squash}
     is_gate = 'sigmoid' in squashes or squashes == {'', 'tanh'}
-    if squashes != {''} and (left.carried or right.carried):
+    is_scaled_carry = contraction is None and (left.is_carry or right.is_carry)
+    if is_scaled_carry or (squashes != {''} and (left.carried or right.carried)):
         return GATED_RECURRENCE
     if is_gate:
         return GATE
@@ -93,10 +98,10 @@ def name_product(left: Value, right: Value, contraction: Contraction | None) -> 
             return HYPERNETWORK
         is_outer = not contraction.left
         return BILINEAR if is_outer or (left.linear and right.linear) else UNNAMED
-    if any(side.is_activation for side in sides) and any(side.linear for side in sides):
-        return GATE
     if any(side.is_shifted for side in sides):
         return SCALE
+    if left.is_activation != right.is_activation:
+        return GATE
     if left.linear and right.linear:
         return BILINEAR
     return SCALE if left.linear or right.linear else UNNAMED

@@ -28,7 +28,8 @@ from mi.find.values import (
 
 # Primitives by what they do to a value. The others are nonlinear functions.
 IDENTITIES = {
-    *('convert_element_type', 'copy', 'copy_p', 'stop_gradient', 'reduce_precision', 'real'),
+    *('convert_element_type', 'copy', 'copy_p', 'stop_gradient', 'reduce_precision'),
+    *('real', 'imag', 'conj'),
     *('device_put', 'sharding_constraint', 'name', 'pvary', 'reshard', 'optimization_barrier'),
     *('layout_constraint', 'psum_invariant', 'pcast'),
 }
@@ -81,6 +82,7 @@ class Product:
       scope, source: where it is.
       count: how many equations make it, such as the terms of a convolution by shifts.
       is_absorbed: whether another product includes it.
+      roots: ids of its results, one per equation, and of affine maps of them.
     """
 
     primitive: str
@@ -93,6 +95,7 @@ class Product:
     source: str
     count: int = 1
     is_absorbed: bool = False
+    roots: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass
@@ -221,6 +224,8 @@ class Interpreter:
             return self._slice(eqn, inputs, shapes, scope)
         if name == 'concatenate':
             return [self._concatenate(eqn, inputs, shape)]
+        if name == 'complex':
+            return [self._map_linearly(name, inputs, shape)]
         if name in ('add', 'sub', 'add_any'):
             return [self._add(eqn, inputs, shape, scope)]
         if name == 'neg':
@@ -268,6 +273,7 @@ class Interpreter:
             is_activation=bool(value.linear) or value.is_activation,
             linear=(),
             is_shifted=False,
+            is_carry=False,
             products=value.products if name in ('exp', 'exp2') else NO_IDS,
             mapped_products=value.mapped_products if name in ('exp', 'exp2') else NO_IDS,
         )
@@ -320,6 +326,7 @@ class Interpreter:
             squash=squash,
             is_exp=False,
             is_softmax=False,
+            is_carry=False,
             is_shifted=value.is_shifted or (bool(value.linear) and constant.is_literal),
             parts=(),
         )
@@ -548,6 +555,7 @@ class Interpreter:
             features=tuple(kept.index(axis) for axis in value.features if axis in kept),
             is_activation=False,
             is_window=False,
+            is_carry=False,
             parts=(),
             pending=NO_IDS,
         )
@@ -656,7 +664,7 @@ class Interpreter:
         if left.streams and right.streams:
             value = blend(inputs, shape)._replace(degrees=add_degrees(left, right))
             index = self._record(eqn, motifs.DYNAMIC_CONVOLUTION, inputs, shape, scope)
-            return self._finish_product(value, inputs, index)
+            return self._finish_product(value, index)
         numbers = eqn.params['dimension_numbers']
         value, spec = (left, numbers.lhs_spec) if left.streams else (right, numbers.rhs_spec)
         window = math.prod(right.shape[axis] for axis in numbers.rhs_spec[2:])
@@ -682,7 +690,10 @@ class Interpreter:
         has_parts = bool(value.parts) and len(value.shape) + value.parts_axis in contracted
         if has_parts and weights.has_params:
             self._record_parts(eqn, value, (shape, features, window), scope)
-        return self._identify(blend([value, weights], shape, is_polynomial=True))._replace(
+        result = self._identify(blend([value, weights], shape, is_polynomial=True))
+        for index in value.products | value.mapped_products:
+            self.products[index].roots += (result.root,)
+        return result._replace(
             linear=(source,),
             features=features,
             is_chosen=value.is_chosen or weights.is_chosen,
@@ -718,11 +729,15 @@ class Interpreter:
                 if motif == motifs.MIX:
                     for scores in weights.products | weights.mapped_products:
                         self.products[scores].motif = motifs.SCORES
-        return self._finish_product(value, inputs, index)
+        return self._finish_product(value, index)
 
-    def _finish_product(self, value: Value, inputs: list[Value], index: int | None) -> Value:
-        products = NO_IDS if index is None else frozenset([index])
-        return self._identify(value)._replace(products=products)
+    def _finish_product(self, value: Value, index: int | None) -> Value:
+        """Return the result of a product; its record gets the id of the result."""
+        value = self._identify(value)
+        if index is None:
+            return value
+        self.products[index].roots += (value.root,)
+        return value._replace(products=frozenset([index]))
 
     def _record(
         self,
@@ -781,12 +796,13 @@ class Interpreter:
         if not scope.is_recording:
             return
         shape, sizes, window = geometry
+        is_residual = kind == 'sum' and len(left) + len(right) > 2
         for left_source, right_source in itertools.product(left, right):
             union = left_source.streams | right_source.streams
             is_nested = union in (left_source.streams, right_source.streams)
             is_carried = left_source.is_carried or right_source.is_carried
-            is_same = left_source.root == right_source.root
-            if is_same or (is_nested and not is_carried):
+            is_equal = left_source.streams == right_source.streams or (is_residual and is_nested)
+            if left_source.root == right_source.root or (is_equal and not is_carried):
                 continue
             place = self._enter(eqn, scope)
             source = _find_line(eqn) or scope.frame
@@ -891,8 +907,7 @@ class Interpreter:
                 else value._replace(is_literal=False)
                 for value in carry
             ]
-            outputs = step([value._replace(carried=value.carried | loop) if value.streams else value
-                            for value in carry], silent)  # fmt: skip
+            outputs = step(_mark_carry(carry, loop), silent)
             widened = [
                 self._widen(old, new) for old, new in zip(carry, outputs[: len(carry)], strict=True)
             ]
@@ -904,15 +919,15 @@ class Interpreter:
             if is_fixed:
                 break
         self.flops = start
-        carry = [value._replace(carried=value.carried | loop) if value.streams else value
-                 for value in carry]  # fmt: skip
-        outputs = step(carry, scope)
+        outputs = step(_mark_carry(carry, loop), scope)
         finals = [
             self._identify(blend([new], new.shape, is_polynomial=True)) if new.streams else new
             for new in outputs[: len(carry)]
         ]
-        return [value._replace(carried=value.carried - loop)
-                for value in (*finals, *outputs[len(carry):])]  # fmt: skip
+        return [
+            value._replace(carried=value.carried - loop, is_carry=False)
+            for value in (*finals, *outputs[len(carry) :])
+        ]
 
     def _widen(self, old: Value, new: Value) -> Value:
         """Return what both allow; a degree that grows per iteration is unbounded."""
@@ -985,6 +1000,14 @@ def _find_jaxpr(eqn: core.JaxprEqn) -> Any:
         if isinstance(inner, core.ClosedJaxpr | core.Jaxpr):
             return inner
     return None
+
+
+def _mark_carry(carry: list[Value], loop: frozenset[int]) -> list[Value]:
+    """Mark what the body of a loop carries."""
+    return [
+        value._replace(carried=value.carried | loop, is_carry=True) if value.streams else value
+        for value in carry
+    ]
 
 
 def _count_scan_inputs(eqn: core.JaxprEqn) -> tuple[int, int]:

@@ -54,6 +54,7 @@ class Value(NamedTuple):
       parts_axis: an axis from the end, negative.
       products: ids of the products that reach it through elementwise operations and sums.
       mapped_products: ids of those that reach it through one affine map more.
+      is_carry: whether it is the carry of a loop itself.
       carried: ids of the loops whose carry it depends on.
       pending: ids of softmax divisions that a product may absorb.
     """
@@ -83,6 +84,7 @@ class Value(NamedTuple):
     parts_axis: int = 0
     products: frozenset[int] = NO_IDS
     mapped_products: frozenset[int] = NO_IDS
+    is_carry: bool = False
     carried: frozenset[int] = NO_IDS
     pending: frozenset[int] = NO_IDS
 

@@ -62,6 +62,10 @@ A = spec(M, N)
         (lambda p, x, z: jnp.tanh(z @ p['A']) * x, {'A': A}, ['gate']),
         (lambda p, x, z: jax.nn.silu(z @ p['A']) * (x @ p['V']), {'A': A, 'V': V}, ['gate']),
         (lambda p, x, z: jax.nn.relu(z @ p['A']) * (x @ p['V']), {'A': A, 'V': V}, ['gate']),
+        (lambda p, x, z: jax.nn.silu(z @ p['A']) * jnp.sin(x), {'A': A}, ['gate']),
+        (lambda p, x, z: jax.nn.relu(x @ p['V']) * (1 + z @ p['A']), {'A': A, 'V': V}, ['scale']),
+        (lambda p, x, z: jax.nn.relu(x @ p['V']) * jax.nn.relu(z @ p['A']), {'A': A, 'V': V},
+         ['unnamed']),
         (lambda p, x, z: (z @ p['A']) * (x @ p['V']), {'A': A, 'V': V}, ['bilinear pooling']),
         (lambda p, x, z: jnp.tanh(z @ p['A']) * jnp.tanh(x), {'A': A}, ['bilinear pooling']),
         (lambda p, x, z: (1 + z @ p['A']) * (x @ p['V']), {'A': A, 'V': V}, ['scale']),
@@ -273,6 +277,17 @@ def test_gates_of_a_carry_are_a_gated_recurrence():
     ]
 
 
+def test_a_linear_recurrence_with_decay_from_data_is_a_gated_recurrence():
+    """As in RG-LRU and Mamba: h ← exp(−softplus(z)) ⊙ h + x."""
+
+    def run(params, x, z):
+        decay = jnp.exp(-jax.nn.softplus(z))
+        return jax.lax.scan(lambda h, x_t: (decay * h + x_t, None), jnp.zeros((2, N)), x)[0]
+
+    report = find(run, None, x=spec(5, 2, N), z=X)
+    assert motifs(report) == ['gated recurrence'] and report.interactions[0].times == 5
+
+
 def test_a_while_loop_runs_unknown_times():
     def run(params, x, z):
         return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: jnp.cos(x) * z, x)
@@ -357,6 +372,10 @@ def test_a_residual_connection_is_no_candidate():
         (lambda x, z: z / x, 'affine in z, not polynomial in x'),
         (lambda x, z: jnp.where(z > 0, x, 0), 'affine in x, not polynomial in z'),
         (lambda x, z: jnp.fft.rfft(x)[:, :2].real * z[:, :1], 'bi-affine in x and z'),
+        (
+            lambda x, z: jnp.fft.ifft(jnp.fft.fft(x) * jnp.conj(jnp.fft.fft(z))).real,
+            'bi-affine in x and z',
+        ),
         (lambda x, z: jnp.cumsum(x.T[::-1], 0) @ z, 'bi-affine in x and z'),
         (lambda x, z: jnp.sort(x) + jnp.abs(z)[:, :1], 'not polynomial in x, not polynomial in z'),
     ],
@@ -449,7 +468,7 @@ def test_the_tree_is_at_most_100_columns_wide(report):
     assert max(map(len, text.splitlines())) <= 100
     assert text.startswith('Block.apply: 2 interactions (1 normalization, 1 bilinear pooling)')
     assert '    norm\n      normalization: x · x' in text
-    assert 'concatenation of x,z [8] and z [4] → 3' not in text  # x,z contains z
+    assert '    concatenation of x,z [8] and z [4] → 3' in text
     assert 'activations: 2 products' in text  # the squares of the variance
 
 

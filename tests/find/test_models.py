@@ -187,7 +187,13 @@ def test_multi_head_finds_the_largest_entry_of_a_float_context():
 def test_a_concatenation_of_ours_is_a_candidate():
     (candidate,) = find_in(Case(ConcatMLP(K), (X, Z), [])).candidates
     assert (candidate.kind, candidate.k) == ('sum', K)
-    assert not find_in(Case(mi.MultiplicativeInteraction(K), (X, Z), [])).candidates
+    for form in (
+        mi.MultiplicativeInteraction(K),
+        mi.LowRankMultiplicativeInteraction(K, rank=2),
+        mi.TuckerMultiplicativeInteraction(K, rank=2),
+        mi.BlockMultiplicativeInteraction(K, blocks=2),
+    ):
+        assert not find_in(Case(form, (X, Z), [])).candidates
 
 
 # ------------------------------------------------------------------------------ four libraries
