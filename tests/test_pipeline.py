@@ -114,7 +114,7 @@ def test_the_simulation_is_near_a_real_run():
     config = actors.make_config('catch', 2)
     config.train.batch, config.actors.batch = 16, 8
     config.model.features = config.model.hidden = 16
-    times, real, _ = actors.measure(config, updates=40)
+    times, real, _ = actors.measure(config, num_updates=40)
     model = simulate(actors.make_topology(config), times, updates=400)
     assert 0.6 < model.steps_per_second / real.steps_per_second < 1.6
     assert abs(model.lag - real.lag) < 1.5
