@@ -14,6 +14,7 @@ import pathlib
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import IO
@@ -223,29 +224,37 @@ def run(
     if processes > 1:
         command = [*command, f'--distributed={address},{processes},{index}']
     lock_name = f'launched.{index}' if index else 'launched'
-    process = start(run_dir, command, ProcessOptions(cwd=cwd, lock_name=lock_name))
+    options = ProcessOptions(cwd=cwd, lock_name=lock_name)
+    with _note_interrupts() as is_interrupted:
+        process = start(run_dir, command, options)
 
-    # Wait for it, and stop it if it is marked or this process is interrupted.
+        # Wait for it, and stop it if it is marked or this process is interrupted.
+        try:
+            while (exit_code := process.poll()) is None:
+                if is_interrupted.is_set() or (run_dir / STOP_MARK).exists():
+                    process.stop()
+                time.sleep(2 * POLL_INTERVAL)
+            return exit_code
+        except BaseException:  # raised again: a run must not outlive its watcher
+            process.stop()
+            process.wait()
+            raise
+
+
+@contextlib.contextmanager
+def _note_interrupts() -> Iterator[threading.Event]:
+    """Note interrupts in an event instead of raising KeyboardInterrupt.
+
+    Ray repeats its cancellations, and users press Ctrl-C twice. An exception could end this process
+    between two statements, before its run has saved.
+    """
+    is_interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only it gets signals
+        yield is_interrupted
+        return
+    handler = signal.signal(signal.SIGINT, lambda *_: is_interrupted.set())
     try:
-        while (exit_code := process.poll()) is None:
-            if (run_dir / STOP_MARK).exists():
-                process.stop()
-            time.sleep(2 * POLL_INTERVAL)
-        return exit_code
-    except KeyboardInterrupt:
-        return _stop_uninterrupted(process)
-    except BaseException:  # a run must not outlive its watcher, whatever ends that; raised again
-        process.stop()
-        process.wait()
-        raise
-
-
-def _stop_uninterrupted(process: Process | AdoptedProcess) -> int:
-    """Make a run save and end, whatever else is pressed meanwhile; return its exit code."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        process.stop()
-        return process.wait()
+        yield is_interrupted
     finally:
         signal.signal(signal.SIGINT, handler)
 
