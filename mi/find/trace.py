@@ -3,6 +3,8 @@
 Nothing is executed: the interpreter walks the equations once, into nested jaxprs too. The carry of
 a loop is iterated to a fixed point with recording off; then the body is recorded once, with the
 number of its iterations.
+
+The file is long because it has one rule per kind of primitive, and all rules share the records.
 """
 
 import dataclasses
