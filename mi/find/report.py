@@ -99,16 +99,16 @@ class Report:
     def __str__(self) -> str:
         """Return a tree by module path, at most 100 columns wide."""
         lines = [*_wrap(self._summarize()), *([''] if self.interactions else [])]
-        shown: tuple[str, ...] = ()
+        last_parts: tuple[str, ...] = ()
         for path, group in group_by_path(self.interactions).items():
             parts = tuple(path.split('/')) if path else ()
-            same = _count_common(shown, parts)
+            same = _count_common(last_parts, parts)
             lines += [
                 _clip('  ' * (depth + 1) + part)
                 for depth, part in enumerate(parts)
                 if depth >= same
             ]
-            shown = parts
+            last_parts = parts
             indent = '  ' * (len(parts) + 1)
             lines += [_format_line(indent, interaction, times) for interaction, times in group]
         lines += self._describe_rest()

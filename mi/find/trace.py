@@ -371,8 +371,8 @@ class Interpreter:
             self._record(eqn, motifs.ACTIVATION, inputs, shape, scope)
             return activation
         if name != 'pow' and (left.is_mask or right.is_mask):
-            kept = right if left.is_mask else left
-            return self._broadcast(kept, shape)._replace(
+            operand = right if left.is_mask else left
+            return self._broadcast(operand, shape)._replace(
                 streams=value.streams, degrees=value.degrees, carried=value.carried,
                 has_params=value.has_params, is_mask=left.is_mask and right.is_mask,
             )  # fmt: skip
@@ -521,8 +521,8 @@ class Interpreter:
         parts: list[Source] = []
         for operand in data:
             size, is_carried = operand.shape[axis], bool(operand.carried)
-            whole = (Source(operand.root, operand.streams, size, is_carried),)
-            parts += operand.parts if operand.parts_axis == axis else whole
+            undivided = (Source(operand.root, operand.streams, size, is_carried),)
+            parts += operand.parts if operand.parts_axis == axis else undivided
         num_windows = sum(operand.is_window for operand in data)
         if len(roots) == 1:
             value = value._replace(root=data[0].root)
@@ -544,7 +544,7 @@ class Interpreter:
         name = eqn.primitive.name
         degrees = value.degrees if name in SUMS else unbound_degrees([value])
         axes = eqn.params.get('axes', ())
-        kept = [axis for axis in range(len(value.shape)) if axis not in axes]
+        kept_axes = [axis for axis in range(len(value.shape)) if axis not in axes]
         is_linear = name in SUMS and not name.startswith('cum')
         return self._identify(value)._replace(
             shape=shape,
@@ -554,7 +554,7 @@ class Interpreter:
             is_exp=False,
             is_softmax=False,
             linear=value.linear if is_linear else (),
-            features=tuple(kept.index(axis) for axis in value.features if axis in kept),
+            features=tuple(kept_axes.index(axis) for axis in value.features if axis in kept_axes),
             is_activation=False,
             is_window=False,
             is_carry=False,
@@ -622,14 +622,16 @@ class Interpreter:
     def _contract(
         self, eqn: core.JaxprEqn, inputs: list[Value], shape: tuple[int, ...], scope: Scope
     ) -> Value:
-        left, right, *others = inputs
+        left, right, *group_inputs = inputs
         (axes, batch) = _get_dimension_numbers(eqn, left, right)
         contraction = Contraction(*axes, *batch)
-        sizes = [value for value in others if value.streams]  # group sizes of a ragged product
+        sizes = [
+            value for value in group_inputs if value.streams
+        ]  # group sizes of a ragged product
         if left.streams and not right.streams and sizes:
             right = blend([right, *sizes], right.shape)._replace(is_chosen=True)
         if left.streams and right.streams:
-            value = blend([left, right, *others], shape)
+            value = blend([left, right, *group_inputs], shape)
             value = value._replace(degrees=add_degrees(left, right))
             is_inner = all(
                 len(side.shape) == len(contracted) + len(shared)
@@ -934,8 +936,10 @@ class Interpreter:
     def _widen(self, old: Value, new: Value) -> Value:
         """Return what both allow; a degree that grows per iteration is unbounded."""
         degrees = tuple(
-            before if after <= before else (after if before == 0 and after <= 1 else math.inf)
-            for before, after in zip(old.degrees, new.degrees, strict=True)
+            old_degree
+            if new_degree <= old_degree
+            else (new_degree if old_degree == 0 and new_degree <= 1 else math.inf)
+            for old_degree, new_degree in zip(old.degrees, new.degrees, strict=True)
         )
         return old._replace(
             streams=old.streams | new.streams,
@@ -1064,16 +1068,16 @@ def _get_dimension_numbers(
     return (tuple(a), tuple(b)), (tuple(c), tuple(d))
 
 
-def _is_window(name: str, before: tuple[int, ...], after: tuple[int, ...]) -> bool:
+def _is_window(name: str, in_shape: tuple[int, ...], out_shape: tuple[int, ...]) -> bool:
     """Return whether a slice takes most of an axis, so that several of them overlap."""
-    if name not in ('slice', 'dynamic_slice') or len(before) != len(after):
+    if name not in ('slice', 'dynamic_slice') or len(in_shape) != len(out_shape):
         return False
-    pairs = zip(before, after, strict=True)
+    pairs = zip(in_shape, out_shape, strict=True)
     return any(length < full and 2 * length > full for full, length in pairs)
 
 
 def _map_axes(
-    eqn: core.JaxprEqn, before: tuple[int, ...], after: tuple[int, ...]
+    eqn: core.JaxprEqn, in_shape: tuple[int, ...], out_shape: tuple[int, ...]
 ) -> dict[int, tuple[int, ...]]:
     """Return for each axis of an operand the axes of the result that it becomes."""
     name, params = eqn.primitive.name, eqn.params
@@ -1082,29 +1086,29 @@ def _map_axes(
     if name == 'broadcast_in_dim':
         return {i: (axis,) for i, axis in enumerate(params['broadcast_dimensions'])}
     if name == 'rev':
-        return {axis: (axis,) for axis in range(len(before))}
+        return {axis: (axis,) for axis in range(len(in_shape))}
     return {
-        axis: tuple(out for out in outs if after[out] > 1)
-        for axes, outs in _group_axes(before, after)
+        axis: tuple(out for out in outs if out_shape[out] > 1)
+        for axes, outs in _group_axes(in_shape, out_shape)
         for axis in axes
-        if before[axis] > 1
+        if in_shape[axis] > 1
     }
 
 
 def _group_axes(
-    before: tuple[int, ...], after: tuple[int, ...]
+    in_shape: tuple[int, ...], out_shape: tuple[int, ...]
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Yield the smallest groups of axes of a reshape that have equal sizes."""
     i = j = 0
-    while i < len(before) and j < len(after):
+    while i < len(in_shape) and j < len(out_shape):
         axes, outs = [i], [j]
-        size, out_size = before[i], after[j]
+        size, out_size = in_shape[i], out_shape[j]
         i, j = i + 1, j + 1
         while size != out_size:
-            if size < out_size and i < len(before):
-                size, i, axes = size * before[i], i + 1, [*axes, i]
-            elif j < len(after):
-                out_size, j, outs = out_size * after[j], j + 1, [*outs, j]
+            if size < out_size and i < len(in_shape):
+                size, i, axes = size * in_shape[i], i + 1, [*axes, i]
+            elif j < len(out_shape):
+                out_size, j, outs = out_size * out_shape[j], j + 1, [*outs, j]
             else:
                 return
         yield axes, outs
