@@ -21,6 +21,7 @@ from mi.config import flatten
 from mi.fit import factory as fit
 from mi.lm import config as lm_config
 from mi.lm import factory as lm
+from mi.registry import is_reference
 from mi.rl import config as rl_config
 from mi.rl import envs
 from mi.rl import factory as rl
@@ -70,7 +71,7 @@ def source(module):
     return path / '__main__.py' if path.is_dir() else path.with_suffix('.py')
 
 
-RUNS = {'mi.estimate': 'mi.estimate.cli'}  # package → the module of its command line
+RUNS = {'mi.estimate': 'mi.estimate.cli', 'mi.find': 'mi.find.__main__'}  # package → its command
 
 
 def known_flags(module, seen=None):
@@ -110,6 +111,8 @@ def test_a_command_names_what_there_is(line):
     module = words[words.index('-m') + 1]
     assert source(module).exists(), module
     given = words[words.index('-m') + 2 :]
+    if module == 'mi.find':  # the reader's factory
+        assert is_reference(given.pop(0))
     assert all(word.startswith('--') for word in given), given
     flags = dict(word[2:].partition('=')[::2] for word in given)
     flags = {name: value for name, value in flags.items() if value != '…'}
