@@ -148,7 +148,7 @@ def measure(compile_program: Compiler, device: jax.Device, memory_limit: int | N
       device: one of the program's devices.
       memory_limit: bytes of memory per device; None if unknown.
     """
-    # Compile; a refusal for want of memory is a result too.
+    # Compile; running out of memory is a result too.
     try:
         compiled = compile_program()
         analysis = program.analyze(compiled)

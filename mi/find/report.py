@@ -116,6 +116,7 @@ class Report:
 
     def to_markdown(self) -> str:
         """Return the report as Markdown."""
+        # The interactions, equal ones in one row.
         lines = [f'# {self.name}', '', self._summarize(), '']
         if self.interactions:
             lines += [
@@ -134,6 +135,8 @@ class Report:
                     shorten_source(interaction.source),
                 ]
                 lines.append('| ' + ' | '.join(cell.replace('|', r'\|') for cell in cells) + ' |')
+
+        # The candidates, with what a W would add.
         if self.candidates:
             lines += [
                 '',
@@ -152,6 +155,8 @@ class Report:
                 '',
                 'The columns full, low rank and diagonal are parameters that W would add.',
             ]
+
+        # The degrees of the outputs, and what the interpreter could not read.
         lines += ['', '## Outputs', '', *(f'- {line}' for line in self.describe_outputs())]
         lines += [*(['', '## Notes', ''] if self.notes else []), *(f'- {n}' for n in self.notes)]
         return '\n'.join(lines) + '\n'

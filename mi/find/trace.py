@@ -215,6 +215,7 @@ class Interpreter:
         scope: Scope,
     ) -> list[Value]:
         """Return the outputs of an equation with data among its inputs."""
+        # Primitives that move or rename elements.
         name, shape = eqn.primitive.name, shapes[0] if shapes else ()
         if name == 'optimization_barrier':
             return inputs
@@ -228,6 +229,8 @@ class Interpreter:
             return [self._concatenate(eqn, inputs, shape)]
         if name == 'complex':
             return [self._map_linearly(name, inputs, shape)]
+
+        # Elementwise arithmetic.
         if name in ('add', 'sub', 'add_any'):
             return [self._add(eqn, inputs, shape, scope)]
         if name == 'neg':
@@ -238,6 +241,8 @@ class Interpreter:
             return [self._select(name, inputs, shape)]
         if name in ('square', 'integer_pow'):
             return [self._raise_power(eqn, inputs[0], shape, scope)]
+
+        # Products over axes, gathers and reductions.
         if name == 'gather':
             return [self._gather(eqn, inputs, shape, scope)]
         if 'dot' in name:
@@ -251,6 +256,8 @@ class Interpreter:
                                                                         strict=False)]  # fmt: skip
         if name in CHOICES:
             return self._choose(eqn, inputs, shapes)
+
+        # Anything else is a nonlinear function.
         if len(inputs) == 1 and shapes == [inputs[0].shape]:
             return [self._squash(name, inputs[0])]
         return [self._default(name, inputs, out) for out in shapes]

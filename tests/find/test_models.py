@@ -32,7 +32,7 @@ class Case(NamedTuple):
     Attributes:
       module, inputs: the module and what it is called with.
       expected: the motif and the two sides of each product, sides in any order.
-      parameter_sides: the products of `as_mi` of which one side is a parameter, or W is zero.
+      parameter_sides: the products of `as_mi` that have a parameter as one side, or a W of zero.
       inside: the products that `as_mi` counts as operations around its own, such as norms.
     """
 
