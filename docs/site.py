@@ -25,6 +25,7 @@ SECTIONS: dict[str, list[str]] = {
     'Tutorials': [
         'tutorials/fusion.md',
         'tutorials/cell.md',
+        'tutorials/problem.md',
         'tutorials/slurm.md',
         'tutorials/eight_gpus.md',
         'tutorials/wikitext103.md',

@@ -3,7 +3,8 @@
 They are known before the run starts, so that a sweep whose METRIC has a typo is refused
 immediately. The names of language models and agents are declared here, except the names of tasks: a
 JAX environment has them in its specification, and an environment on the host has them only once it
-is made. The names of a problem of `mi.fit` come from tracing it.
+is made. The names of a problem of `mi.fit` come from tracing it. A METRIC by reference is a
+function of these numbers, and is called once on made-up ones.
 """
 
 import difflib
@@ -17,8 +18,10 @@ import ml_collections
 from mi.config import UserError, flatten, suggest
 from mi.fit import factory as fit
 from mi.fit import train as train_fit
+from mi.registry import is_reference
 from mi.rl import config as rl_config
 from mi.rl import envs
+from mi.training.run_metric import find_refusal
 
 LM_NAMES = {'nats_per_token', 'perplexity'}  # in every evaluation
 EPISODE_NAMES = {'env_steps', 'return', 'success', 'length'}  # in every record of an agent
@@ -191,7 +194,8 @@ class Finder:
     """
 
     def __init__(self, metric: str):
-        self._is_task_metric = '/' in metric
+        self._metric = metric
+        self._reads_tasks = '/' in metric or is_reference(metric)
         self._cache: dict[str, Splits] = {}
 
     def find(self, config: ml_collections.ConfigDict) -> Splits:
@@ -199,15 +203,23 @@ class Finder:
         values = sorted(flatten(config.to_dict()).items())
         cache_key = repr([(key, value) for key, value in values if self._matters(key, value)])
         if cache_key not in self._cache:
-            self._cache[cache_key] = find_splits(config)
+            splits = find_splits(config)
+            if is_reference(self._metric):
+                splits = {name: self._add_reference(name, splits[name]) for name in splits}
+            self._cache[cache_key] = splits
         return self._cache[cache_key]
+
+    def _add_reference(self, name: str, split: Split) -> Split:
+        """Return a split with the metric among its numbers, if the function accepts its records."""
+        refusal = find_refusal(self._metric, name, split.names, has_more_names=bool(split.prefixes))
+        return split if refusal else split._replace(names={*split.names, self._metric})
 
     def _matters(self, key: str, value: Any) -> bool:
         """Return whether a config key can change what is recorded."""
         section = key.partition('.')[0]
         if section == 'train':
             return key in ('train.log_every', 'train.eval_every', 'train.topology')
-        if section == 'problem' and not self._is_task_metric:
+        if section == 'problem' and not self._reads_tasks:
             return isinstance(value, str)
         return section not in ('seeds', 'optim', 'model', 'dropout', 'match', 'loss', 'actors')
 
@@ -225,6 +237,9 @@ def find_error(metric: str, key: str, split: str, splits: Splits) -> str:
         return f'{key} = {split!r}: expected a split of its records; {suggest(split, splits)}'
     if splits[split].has(metric):
         return ''
+    if is_reference(metric):
+        names = ', '.join(sorted(splits[split].names))
+        return f'{find_refusal(metric, split, splits[split].names)}; {key} = {split!r} has {names}'
 
     # Name the closest number, or the splits that have it; names of single tasks are only counted.
     known_names = [

@@ -273,7 +273,7 @@ def find_rules(config: Mapping[str, Any]) -> Mapping[str, Rule]:
     """Return the rules for the keys of a flat config."""
     rules = SCHEMAS[config['task']]
     if config['task'] == 'fit':
-        rules = rules | fit.problem_module(config['problem.name']).SCHEMA
+        rules = {**rules, **fit.import_problem(config['problem.name']).SCHEMA}
     return rules
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from mi.training.io import complete_size
+from mi.training.run_metric import MetricAppender
 
 TAIL = 2**16  # bytes at the end of a file that are read the first time
 WHOLE_FILE = 2**62  # as a tail: everything
@@ -66,13 +67,14 @@ class CurveReader:
 
     Args:
       run_dir: the run directory.
-      metric: name of the metric.
+      metric: name of the metric, or 'package.module:function'.
       split: split whose records count.
     """
 
     def __init__(self, run_dir: pathlib.Path, metric: str, split: str):
         self._records = RecordReader(run_dir / 'metrics.jsonl', METRICS, tail=WHOLE_FILE)
         self._metric, self._split = metric, split
+        self._appender = MetricAppender(metric, {split})
         self._values: dict[int, list[float]] = {}
 
     def read(self) -> dict[int, float]:
@@ -80,7 +82,8 @@ class CurveReader:
         new_records, is_replaced = self._records.read()
         if is_replaced:
             self._values = {}
-        for record in new_records:
+            self._appender.clear()
+        for record in self._appender.append(new_records):
             value = record.get(self._metric)
             if record['split'] == self._split and isinstance(value, NUMBER):
                 self._values.setdefault(record['step'], []).append(value)

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 from launch.records import (
     METRICS,
     NUMBER,
+    TAIL,
     TIMING,
+    WHOLE_FILE,
     Fields,
     FileStamp,
     Record,
@@ -17,7 +19,9 @@ from launch.records import (
     read_stamp,
 )
 from mi.config import UserError
+from mi.registry import is_reference
 from mi.training.io import read_json
+from mi.training.run_metric import MetricAppender
 from mi.training.run_state import STOP_MARK, read_object, read_run_state
 
 RATE_SUFFIX = '_per_second'  # suffix of the rates in timing.jsonl
@@ -94,7 +98,11 @@ class _MemberReader:
         self._status = _CachedObject(run_dir / 'status.json')
         self._cost = _CachedObject(run_dir / 'cost.json')
         self._timing = RecordReader(run_dir / 'timing.jsonl', TIMING)
-        self._metrics = RecordReader(run_dir / 'metrics.jsonl', METRICS)
+        # A metric by reference needs the records from the first one on.
+        tail = WHOLE_FILE if is_reference(metric) else TAIL
+        self._metrics = RecordReader(run_dir / 'metrics.jsonl', METRICS, tail)
+        self._appender = MetricAppender(metric)
+        self._metric_error = ''
         self._last_timings: list[Record] = []  # the last two records of timing.jsonl
         self._metric_summary = _MetricSummary(metric)
 
@@ -120,8 +128,13 @@ class _MemberReader:
         new_metrics, is_replaced = self._metrics.read()
         if is_replaced:
             self._metric_summary = _MetricSummary(self._metric)
-        self._metric_summary.add(new_metrics)
-        metric = self._metric_summary.format(is_over=run_state.phase in ('done', 'stopped'))
+            self._appender.clear()
+        try:
+            self._metric_summary.add(self._appender.append(new_metrics))
+        except UserError as error:  # a broken function of METRIC must not hide the states
+            self._metric_error = str(error)
+        is_over = run_state.phase in ('done', 'stopped')
+        metric = self._metric_error or self._metric_summary.format(is_over)
         return MemberState(
             run_state.phase, step, num_steps, rate, seconds_left, metric, run_state.reason
         )

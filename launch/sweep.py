@@ -1,7 +1,10 @@
 """Sweeps as data: a Python file with the config, the overrides, and what to compare.
 
 CONFIG = 'configs/lm.py:quickstart'      with TITLE, METRIC, SPLIT, BASELINE and NOTES
-LOWER_IS_BETTER = True                   optional
+METRIC = 'bits_per_byte'                 a number that the runs record in SPLIT, or a function of
+                                         their records, 'package.module:function', as described in
+                                         `mi.training.run_metric`
+LOWER_IS_BETTER = True                   optional; a function may have it as an attribute
 CURVES = 'valid'                         split of the learning curves; optional. The default is
                                          'valid' if the runs record METRIC there during training,
                                          else SPLIT
@@ -29,9 +32,11 @@ from launch.members import Member, Overrides, make_members
 from mi.config import UserError, describe_difference, flatten, format_error, suggest
 from mi.overrides import create_module, find_file
 from mi.overrides import parse as parse_arguments
+from mi.registry import is_reference
 from mi.training.io import write_json
 from mi.training.lock import is_locked
 from mi.training.progress import track
+from mi.training.run_metric import find_direction
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
 WATCHING_ENGINES = ('local', 'ray', 'pbt')  # they start all members themselves and queue none
@@ -164,7 +169,7 @@ def _describe_sweep(
         'title': module.TITLE,
         'metric': module.METRIC,
         'split': module.SPLIT,
-        'lower_is_better': getattr(module, 'LOWER_IS_BETTER', True),
+        'lower_is_better': _choose_direction(file, module),
         'baseline': module.BASELINE,
         'problems': list(getattr(module, 'PROBLEMS', ())),
         'notes': module.NOTES,
@@ -172,6 +177,22 @@ def _describe_sweep(
         'base': json.loads(parse_config([f'--config={module.CONFIG}']).to_json()),
         'members': [_describe_member(member, task_key) for member in members],
     }
+
+
+def _choose_direction(file: str, module: types.ModuleType) -> bool:
+    """Return LOWER_IS_BETTER, or its default: that of a METRIC by reference, else True.
+
+    Raises:
+      UserError: if LOWER_IS_BETTER and the function of METRIC disagree.
+    """
+    declared = getattr(module, 'LOWER_IS_BETTER', None)
+    by_function = find_direction(module.METRIC) if is_reference(module.METRIC) else None
+    if None not in (declared, by_function) and declared != by_function:
+        raise UserError(
+            f'--sweep={file}: LOWER_IS_BETTER = {declared!r}: expected {by_function!r}, the '
+            f'attribute lower_is_better of METRIC = {module.METRIC!r}. Remove one of them'
+        )
+    return next(direction for direction in (declared, by_function, True) if direction is not None)
 
 
 def sweep_name(file: pathlib.Path) -> str:

@@ -26,8 +26,8 @@ LAYERS = [
 LAYER = {package: i for i, packages in enumerate(LAYERS) for package in packages}
 # A report reads run directories and knows nothing of models.
 READ_BY_REPORT = (
-    'config',
-    *(f'training.{name}' for name in ('io', 'lock', 'progress', 'run_state')),
+    *('config', 'registry'),
+    *(f'training.{name}' for name in ('io', 'lock', 'progress', 'run_metric', 'run_state')),
 )
 TYPED_MODULES = [
     *('kernels/bilinear', 'layers', 'fusion', 'cells/lstm', 'lm/model', 'lm/transformer'),

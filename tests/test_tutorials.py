@@ -17,11 +17,14 @@ from flax import linen as nn
 
 from configs import lm as lm_configs
 from configs import rl as rl_configs
+from launch import sweep
 from mi.config import flatten
 from mi.fit import factory as fit
+from mi.fit import train as train_fit
 from mi.lm import config as lm_config
 from mi.lm import factory as lm
 from mi.registry import is_reference
+from mi.report import runs
 from mi.rl import config as rl_config
 from mi.rl import envs
 from mi.rl import factory as rl
@@ -192,6 +195,30 @@ def test_your_own_fusion_in_ten_lines(tmp_path, monkeypatch, capsys):
         assert '"name": "my_layers:Sine"' in (tmp_path / 'runs' / run / 'config.json').read_text()
     names = runpy.run_path('my_sweep.py')
     assert [m['model.fusion.name'] for m in names['sweep']()] == ['concat', 'my_layers:Sine']
+
+
+@pytest.mark.slow
+def test_your_own_problem_and_metric(tmp_path, monkeypatch):
+    """The sweep of the page, run; the report has the areas, computed here from the records."""
+    problem, metric, sweep_file = code('problem')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, text in (('problem', problem), ('metrics', metric), ('sweep', sweep_file)):
+        (tmp_path / f'my_{name}.py').write_text(text)
+    members = sweep.load('my_sweep.py', tmp_path / 'runs')
+    assert [member.label for member in members] == ['concat', 'mi']
+    for member in members:
+        train_fit.train(sweep.parse_config(member.command), str(tmp_path / 'runs' / member.name))
+    read = runs.read_sweep(tmp_path / 'runs')
+    assert not read.lower_is_better and read.metric_title == 'area under curve'
+    for arm in read.arms:
+        values = arm.values_by_seed('accuracy', 'eval')
+        areas = arm.final_values(read.metric, 'eval')
+        assert list(values) == list(areas) == [0, 1, 2]
+        for seed, curve in values.items():
+            a, b, c, d = (curve[step] for step in (100, 200, 300, 400))
+            assert areas[seed] == pytest.approx((a / 2 + b + c + d / 2) / 3)
+            assert d > 0.55  # it learns
 
 
 def test_your_own_cell_and_optimizer(tmp_path, monkeypatch):

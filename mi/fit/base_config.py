@@ -12,7 +12,8 @@ def get_base_config(problem_name: str) -> ml_collections.ConfigDict:
     """Return a config with the keys that every problem has, to be extended and then locked.
 
     Args:
-      problem_name: the problem's module, such as 'experiments.regression.problem'.
+      problem_name: the problem's module, such as 'experiments.regression.problem', or an object
+        'package.module:Object' with SCHEMA and make.
     """
     config = ml_collections.ConfigDict()
     config.task = 'fit'  # fit, search

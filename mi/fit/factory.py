@@ -2,8 +2,8 @@
 
 import functools
 import importlib
-import types
-from typing import Any
+from collections.abc import Mapping
+from typing import Protocol, cast
 
 import jax
 import ml_collections
@@ -23,6 +23,7 @@ from mi.config import (
 )
 from mi.fit.problem import Params, Problem
 from mi.precision import PRECISIONS
+from mi.registry import import_object, is_reference
 from mi.training import optim, trackers
 
 SCHEMA: dict[str, Rule] = {
@@ -49,20 +50,39 @@ SEARCH: dict[str, Rule] = {
 }
 
 
-def problem_module(module_name: Any) -> types.ModuleType:
-    """Import the module of a problem, such as 'experiments.regression.problem'.
+class ProblemMaker(Protocol):
+    """A problem by name: a module, or a class or another object with these two names."""
+
+    @property
+    def SCHEMA(self) -> Mapping[str, Rule]:  # noqa: N802
+        """The rules of its config keys."""
+
+    def make(self, config: ml_collections.ConfigDict) -> Problem:
+        """Build the problem of a config."""
+
+
+def import_problem(problem_name: object) -> ProblemMaker:
+    """Import what makes a problem: 'package.module', or 'package.module:Object'.
 
     Raises:
-      UserError: if there is no such module, or if it lacks SCHEMA or make(config) → Problem.
+      UserError: if there is no such module or object, or if it lacks SCHEMA or make(config).
     """
-    expected = "expected a module with SCHEMA and make, such as 'experiments.regression.problem'"
+    expected = (
+        "expected a module with SCHEMA and make, such as 'experiments.regression.problem', or "
+        "'package.module:Object' with both"
+    )
     try:
-        module = importlib.import_module(module_name)
-    except (ImportError, TypeError, ValueError) as error:
-        raise UserError(f'config.problem.name = {module_name!r}: {expected} ({error})') from error
-    if not (hasattr(module, 'SCHEMA') and hasattr(module, 'make')):
-        raise UserError(f'config.problem.name = {module_name!r}: {expected}')
-    return module
+        if not isinstance(problem_name, str):
+            raise ValueError('it is no name')
+        is_object = is_reference(problem_name)
+        maker = import_object(problem_name) if is_object else importlib.import_module(problem_name)
+    except (ImportError, ValueError) as error:
+        raise UserError(f'config.problem.name = {problem_name!r}: {expected} ({error})') from error
+    if missing := [name for name in ('SCHEMA', 'make') if not hasattr(maker, name)]:
+        raise UserError(
+            f'config.problem.name = {problem_name!r}: {expected} (no {" and no ".join(missing)})'
+        )
+    return cast(ProblemMaker, maker)
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -72,7 +92,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
       UserError: naming the key, what was expected, and what to change.
     """
     problem_name = flatten(config.to_dict()).get('problem.name')
-    schema = SCHEMA | problem_module(problem_name).SCHEMA
+    schema = {**SCHEMA, **import_problem(problem_name).SCHEMA}
     check(config, schema | (SEARCH if config.task == 'search' else {}))
     optim.validate(config.optim, config.train.steps)
     for interval_key in ('eval_every', 'save_every'):
@@ -106,7 +126,7 @@ def make_problem(config: ml_collections.ConfigDict) -> Problem:
     num_params = config.model.parameters
     if num_params:
         config = set_width(config, _nearest_width(config, 'config.model.parameters', num_params))
-    return problem_module(config.problem.name).make(config)
+    return import_problem(config.problem.name).make(config)
 
 
 def largest_width(config: ml_collections.ConfigDict) -> int:
@@ -141,7 +161,7 @@ def _nearest_width(config: ml_collections.ConfigDict, config_key: str, num_param
 
 
 def _count_at_width(config: ml_collections.ConfigDict, width: int) -> int:
-    return count_parameters(problem_module(config.problem.name).make(set_width(config, width)))
+    return count_parameters(import_problem(config.problem.name).make(set_width(config, width)))
 
 
 def count_parameters(problem: Problem) -> int:

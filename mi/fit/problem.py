@@ -1,7 +1,8 @@
 """A small supervised problem and the model that learns it.
 
 To add a problem, write a module with `SCHEMA`, the rules of its config keys, and `make(config)`,
-which returns a `Problem`, and give its path as `config.problem.name`.
+which returns a `Problem`, and give its path as `config.problem.name`. A class with both, or another
+object, has the name 'package.module:Object'.
 """
 
 import abc

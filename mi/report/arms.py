@@ -6,6 +6,7 @@ import pathlib
 
 import numpy as np
 
+from mi.registry import is_reference
 from mi.report.records import Record, is_number
 
 
@@ -161,7 +162,8 @@ class Sweep:
     Attributes:
       path: the sweep directory.
       title: the heading of the report.
-      metric, split: the compared number, in the last record of that split.
+      metric, split: the compared number, in the last record of that split. It may be
+        'package.module:function', which reading a sweep has added to its records.
       curves: the split of the learning curves.
       lower_is_better: the direction of the metric.
       baseline: the label of the arm that the others are compared with, if there is one.
@@ -226,6 +228,12 @@ class Sweep:
         if diverged:
             notes.append(f'Left out, because a seed is not finite: {"; ".join(diverged)}.')
         return ' '.join(notes)
+
+    @property
+    def metric_title(self) -> str:
+        """The metric in words: 'bits per byte', and 'best return' for my.metrics:best_return."""
+        name = self.metric.rpartition(':')[2] if is_reference(self.metric) else self.metric
+        return name.replace('_', ' ')
 
     @property
     def unit(self) -> str:

@@ -157,7 +157,7 @@ def _make_table(sweep: Sweep, comparisons: list[ArmComparison]) -> Table:
 
 
 def _make_columns(sweep: Sweep, comparisons: list[ArmComparison]) -> list[Column[ArmComparison]]:
-    metric = f'{tables.humanize(sweep.metric)} {"↓" if sweep.lower_is_better else "↑"}'
+    metric = f'{sweep.metric_title} {"↓" if sweep.lower_is_better else "↑"}'
     num_tests = sum(comparison.test is not None for comparison in comparisons)
     # Both sides and their difference share their decimals, so that they visibly add up.
     baselines = [comparison.baseline for comparison in comparisons if comparison.baseline]

@@ -15,7 +15,6 @@ from mi.report.analysis import ArmResult
 from mi.report.arms import Arm, Sweep
 from mi.report.plots import DASHES, GREY, WIDTH, Style
 from mi.report.statistics import Estimate
-from mi.report.tables import humanize
 
 WEB_DASHES = ('none', '7 3', '2 2', '7 2 2 2')  # DASHES in SVG
 COSTS = {'parameters': 'parameters', 'flops': 'FLOPs per {unit}', 'seconds': 'training seconds'}
@@ -112,7 +111,7 @@ def _draw_curves(sweep: Sweep, remarks: list[str]) -> Figure:
         )
 
     # Label the axes.
-    step_axes.set_ylabel(f'{humanize(sweep.metric)} ({sweep.curves})')
+    step_axes.set_ylabel(f'{sweep.metric_title} ({sweep.curves})')
     for axes, xlabel in ((step_axes, 'training step'), (time_axes, 'training seconds')):
         axes.set_xlabel(xlabel)
         axes.set_xlim(left=0)
@@ -201,7 +200,7 @@ def _draw_finals(sweep: Sweep, results: list[ArmResult]) -> Figure:
     direction = ''
     if len(results) > 1:
         direction = ', lower is better' if sweep.lower_is_better else ', higher is better'
-    axes.set_xlabel(f'{humanize(sweep.metric)} ({sweep.split}{direction})')
+    axes.set_xlabel(f'{sweep.metric_title} ({sweep.split}{direction})')
     return figure
 
 
@@ -240,7 +239,7 @@ def _draw_pareto(sweep: Sweep, results: list[ArmResult]) -> Figure | None:
     for axes, cost_name in zip(panels, cost_names, strict=True):
         handles = _draw_cost(axes, points, cost_name, sweep.lower_is_better)
         axes.set_xlabel(COSTS[cost_name].format(unit=sweep.unit))
-    panels[0].set_ylabel(f'{humanize(sweep.metric)} ({sweep.split})')
+    panels[0].set_ylabel(f'{sweep.metric_title} ({sweep.split})')
     panels[0].ticklabel_format(axis='y', useOffset=False)
     labels = plots.shorten_labels(point.label for point in points)
     figure.legend(
@@ -322,7 +321,7 @@ def _draw_tasks(sweep: Sweep, results: list[ArmResult]) -> Figure:
     axes.set_ylim(-0.7, len(sorted_tasks) - 0.3)
     axes.grid(axis='y', lw=0.3, color=GREY, alpha=0.5)
     axes.spines['left'].set_visible(False)
-    axes.set_xlabel(f'{humanize(sweep.metric)} ({sweep.split}), mean over seeds')
+    axes.set_xlabel(f'{sweep.metric_title} ({sweep.split}), mean over seeds')
     if len(results) > 1:
         figure.legend(
             list(handles.values()), list(handles), loc='outside right center', frameon=False,

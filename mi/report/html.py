@@ -77,7 +77,7 @@ def _page_data(sweep: Sweep, results: list[ArmResult]) -> str:
     labels = [arm.label for arm in sweep.arms]
     styles = figures.web_styles(sweep)
     page_data = {
-        'metric': tables.humanize(sweep.metric),
+        'metric': sweep.metric_title,
         'split': sweep.split,
         'better': direction,
         'lowerIsBetter': sweep.lower_is_better,
@@ -132,7 +132,7 @@ def _round_values(values: np.ndarray) -> list[float]:
 
 def _introduce(sweep: Sweep) -> str:
     """Return a sentence on what is compared."""
-    metric = f'{tables.humanize(sweep.metric)} of the {sweep.split} split'
+    metric = f'{sweep.metric_title} of the {sweep.split} split'
     if len(sweep.arms) == 1:
         return f'One run, {metric}.'
     direction = 'lower' if sweep.lower_is_better else 'higher'
@@ -231,7 +231,7 @@ def _chart(name: str, label: str, caption: str, has_bar: bool = False) -> str:
 
 def _curves_section(sweep: Sweep) -> str:
     labels = ', '.join(arm.label for arm in sweep.arms)
-    metric = f'{tables.humanize(sweep.metric)} of the {sweep.curves} split'
+    metric = f'{sweep.metric_title} of the {sweep.curves} split'
     caption = (
         f'{_capitalize(metric)}: mean over seeds and its 95 % bootstrap interval at each '
         'step. The vertical axis is that of the later half of training unless all is chosen.'
@@ -256,7 +256,7 @@ def _finals_and_cost_sections(sweep: Sweep, results: list[ArmResult]) -> str:
         figures.list_costs(sweep, result) for result in results if result.metric is not None
     ]
     if len(arm_costs) > 1 and any(any(costs.values()) for costs in arm_costs):
-        label = f'{tables.humanize(sweep.metric)} against parameters, FLOPs and seconds of training'
+        label = f'{sweep.metric_title} against parameters, FLOPs and seconds of training'
         caption = (
             'Mean and 95 % bootstrap interval against the cost of the whole model. Dashed: the '
             'best mean for that cost or less; the arms on it are larger.'
@@ -279,7 +279,7 @@ def _describe_finals(sweep: Sweep, results: list[ArmResult]) -> str:
         f'{format_estimate(result.metric) if result.metric else result.arm.state}'
         for result in results
     ]
-    metric = tables.humanize(sweep.metric)
+    metric = sweep.metric_title
     return f'{metric} of the {sweep.split} split by arm: {"; ".join(descriptions)}'
 
 
@@ -321,7 +321,7 @@ def _tasks_section(sweep: Sweep, results: list[ArmResult]) -> str:
         f'<tr>{header}</tr>', table_rows, 'heat sortable', 'Tasks', f' data-digits="{decimals}"'
     )
     caption = (
-        f'{_capitalize(tables.humanize(sweep.metric))} of the {sweep.split} split, mean over '
+        f'{_capitalize(sweep.metric_title)} of the {sweep.split} split, mean over '
         'seeds; the stronger the color, the better. Differences: blue is better than the '
         'baseline, orange worse.'
     )

@@ -1,5 +1,6 @@
 """The notes below the table, which explain how to read it."""
 
+from mi.registry import is_reference
 from mi.report import analysis, provenance, statistics, tables
 from mi.report.analysis import ArmResult
 from mi.report.arms import Sweep
@@ -22,6 +23,12 @@ def make_notes(sweep: Sweep, results: list[ArmResult]) -> list[str]:
         notes.append(
             f'At equal time: the last {sweep.curves} record that an arm had reached when the '
             f'fastest was done, {seconds} s of training.'
+        )
+
+    if is_reference(sweep.metric):
+        notes.append(
+            f'{sweep.metric_title}: {sweep.metric}, a function of the {sweep.split} records of a '
+            f'seed.'
         )
 
     # Explain the costs, and the bold numbers.

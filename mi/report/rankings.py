@@ -59,7 +59,7 @@ def _rank_arms(sweep: Sweep, arms: Sequence[Arm]) -> str:
         ranks = scipy.stats.rankdata([sign * mean for mean in means], method='min').astype(int)
         columns.append([str(tables.format_interval(estimate, decimals)) for estimate in estimates])
         columns.append([str(rank) for rank in ranks])
-        metric_title = tables.humanize(sweep.metric)
+        metric_title = sweep.metric_title
         header += [f'{metric_title}, seeds {_format_seeds(seed_set)} [95 %]', 'rank']
         rankings.append(means)
     body = [list(cells) for cells in zip(finals, *columns, strict=True)]

@@ -25,6 +25,7 @@ from mi.report.records import (
     require_field,
 )
 from mi.training.io import read_json
+from mi.training.run_metric import MetricAppender
 from mi.training.run_state import read_run_state
 
 
@@ -36,7 +37,8 @@ def read_sweep(workdir: pathlib.Path, flag: str = 'workdir') -> Sweep:
       flag: the command-line flag that names it, for errors.
 
     Raises:
-      UserError: if it is neither, or one of its files is malformed.
+      UserError: if it is neither, one of its files is malformed, or a metric by reference cannot be
+        imported or computed.
     """
     if not workdir.is_dir():
         raise UserError(
@@ -55,6 +57,8 @@ def _read_sweep_directory(workdir: pathlib.Path) -> Sweep:
     sweep_file = workdir / 'sweep.json'
     spec = read_json(sweep_file)
     metric = require_field(spec, 'metric', str, sweep_file)
+    split = require_field(spec, 'split', str, sweep_file)
+    curves = require_field({'curves': 'valid'} | spec, 'curves', str, sweep_file)
 
     # Read the members, grouped by label, and by task where members name one.
     warnings: list[str] = []
@@ -62,6 +66,8 @@ def _read_sweep_directory(workdir: pathlib.Path) -> Sweep:
     task_runs: dict[str, dict[str, list[Arm]]] = {}  # {label: {task: runs}}
     for member in require_field(spec, 'members', list, sweep_file):
         run, task = _read_member(member, sweep_file, warnings)
+        records = MetricAppender(metric, {split, curves}).append(run.metrics)
+        run = dataclasses.replace(run, metrics=records)
         runs.setdefault(run.label, []).append(run)
         if task is not None:
             task_runs.setdefault(run.label, {}).setdefault(task, []).append(run)
@@ -90,8 +96,8 @@ def _read_sweep_directory(workdir: pathlib.Path) -> Sweep:
         path=workdir,
         title=spec.get('title') or require_field(spec, 'name', str, sweep_file),
         metric=metric,
-        split=require_field(spec, 'split', str, sweep_file),
-        curves=require_field({'curves': 'valid'} | spec, 'curves', str, sweep_file),
+        split=split,
+        curves=curves,
         lower_is_better=require_field(spec, 'lower_is_better', bool, sweep_file),
         baseline=baseline,
         arms=arms,

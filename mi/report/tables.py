@@ -148,7 +148,7 @@ def _score_columns(sweep: Sweep, results: list[ArmResult], arrow: str) -> list[C
             terminal=Terminal(priority=0, wraps=True),
         ),
         Column(
-            'metric', f'{humanize(sweep.metric)}{arrow}', INTERVAL,
+            'metric', f'{sweep.metric_title}{arrow}', INTERVAL,
             lambda result: format_interval(result.metric, decimals),
             terminal=Terminal(priority=1),
         ),

@@ -1,5 +1,7 @@
 """What a config of mi.fit is checked for, and what is counted, whatever the problem."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,8 @@ from experiments.expressivity import config as expressivity
 from experiments.hamiltonian import config as hamiltonian
 from experiments.regression import config as regression
 from experiments.seq2seq import config as seq2seq
-from mi.fit import factory, train
+from mi.config import UserError, integer
+from mi.fit import base_config, factory, train
 from mi.fit.problem import Problem
 from tests.fit.runs import edited
 
@@ -68,6 +71,52 @@ def test_the_parameters_that_are_matched_are_those_that_are_written_down(word, c
     problem = factory.make_problem(config)
     networks = len(config.problem.targets) if 'seq2seq' in word else 1
     assert factory.count_parameters(problem) == networks * problem.costs()['parameters']['model']
+
+
+class Named(Draws):
+    """A problem of this file, named 'tests.fit.test_setup:Named'."""
+
+    SCHEMA = types.MappingProxyType({'problem.examples': integer(1)})
+
+    @classmethod
+    def make(cls, config):
+        return cls(config.problem.examples)
+
+    def costs(self):
+        return {'parameters': {'model': 1, 'fusion': 0}}
+
+
+def name_problem(problem_name):
+    config = base_config.get_base_config(problem_name)
+    config.problem.examples = 7
+    config.model = {'width': 1, 'parameters': 0}
+    config.train.update({'steps': 2, 'batch': 1, 'log_every': 1, 'eval_every': 1, 'save_every': 2})
+    return config
+
+
+def test_a_problem_of_one_s_own_is_named_by_its_class(tmp_path):
+    config = name_problem(f'{__name__}:Named')
+    problem = factory.make_problem(config)
+    assert isinstance(problem, Named) and problem.examples == 7
+    train.train(config.lock(), str(tmp_path))
+    assert 'drawn' in (tmp_path / 'metrics.jsonl').read_text()
+    config.unlock().problem.examples = 0
+    with pytest.raises(UserError, match=r'config\.problem\.examples = 0: expected an integer'):
+        factory.make_problem(config)
+
+
+@pytest.mark.parametrize(
+    ('problem_name', 'message'),
+    [
+        (f'{__name__}:Naemd', "no attribute 'Naemd'"),
+        ('no_such.module:Named', "No module named 'no_such'"),
+        (f'{__name__}:Draws', 'no SCHEMA and no make'),
+        ('mi.fit.problem', 'no SCHEMA and no make'),
+    ],
+)
+def test_a_problem_that_cannot_be_imported_says_why(problem_name, message):
+    with pytest.raises(UserError, match=f'config.problem.name = .*{message}'):
+        factory.make_problem(name_problem(problem_name))
 
 
 def test_every_step_of_every_seed_draws_batches_of_its_own_and_metrics_are_means():
