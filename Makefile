@@ -4,10 +4,10 @@
 # make test_slow   the tests that train, start programs or compile for other machines
 # make check  lint, format and types
 # make docs   the documentation in site/; its search needs a server: python3 -m http.server -d site
-# Everything runs in .venv, which is made on first use with Python 3.11 to 3.13, and has pip.
+# Everything runs in .venv, which is made on first use with Python 3.11 to 3.14, and has pip.
 
-PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3; do \
-	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
+PYTHON ?= $(shell for p in python3.12 python3.13 python3.14 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null \
 	&& echo $$p && break; done)
 BIN = .venv/bin
 WORKDIR ?= runs/quickstart
@@ -38,11 +38,11 @@ docs: export NO_MKDOCS_2_WARNING = 1
 docs: .venv/docs
 	$(BIN)/mkdocs build --quiet
 
-.venv/run: EXTRA =
+.venv/run: EXTRA = [sweep]
 .venv/test: EXTRA = [test]
 .venv/docs: EXTRA = [docs]
 .venv/run .venv/test .venv/docs: setup.py pyproject.toml requirements/lock.txt
-	@test -n "$(PYTHON)" || { echo 'error: Python 3.11, 3.12 or 3.13 is needed: install one, or make PYTHON=/path/to/python3.12'; exit 1; }
+	@test -n "$(PYTHON)" || { echo 'error: Python 3.11 to 3.14 is needed: install one, or make PYTHON=/path/to/python3.12'; exit 1; }
 	@if command -v uv >/dev/null; then \
 		uv venv --quiet --allow-existing --seed --python "$(PYTHON)" .venv && \
 		uv pip install --quiet --python $(BIN)/python -e '.$(EXTRA)' -c requirements/lock.txt; \

@@ -1,6 +1,6 @@
 """The simulation of `benchmarks.pipeline` against the real topology `threads`, on this machine.
 
-    pip install -e '.[envpool]' && python -m benchmarks.actors
+    pip install -e '.[sweep,envpool]' && python -m benchmarks.actors
 
 A training run consists of the parts of `mi.rl.actors.loop`: its actors, queue, `take` and update,
 with a clock at every stage. The simulation takes the seconds of the stages from that run, and its

@@ -1,6 +1,6 @@
 """Training steps on WikiText-103, XLand-30 and DMLab-30, compiled for 1 to 256 described chips.
 
-    python -m benchmarks.compiled --families=v5e,v6e
+    pip install -e '.[sweep,tpu]' && python -m benchmarks.compiled --families=v5e,v6e
     python -m benchmarks.compiled --tables
 
 No chip is needed: XLA's own compiler compiles the training step of each job for those chips

@@ -1,6 +1,6 @@
 """Compiler estimates of the layers on TPUs. Nothing is executed.
 
-    pip install -e '.[tpu]' && python -m benchmarks.layers_tpu
+    pip install -e '.[sweep,tpu]' && python -m benchmarks.layers_tpu
 
 No TPU is needed: programs are compiled for one described chip. The shapes are R1 to R6 of
 `benchmarks.layers` and those of the configs. Every order is compiled forward (f) and forward with

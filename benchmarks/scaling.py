@@ -1,6 +1,6 @@
 """Estimates of WikiText-103 and DMLab-30 on 1, 8, 64 and 512 chips: the tables of docs/scaling.md.
 
-    python -m benchmarks.scaling
+    pip install -e '.[sweep]' && python -m benchmarks.scaling
     python -m benchmarks.scaling --chip='TPU v5p' --price=4 --core_price=0.03
 
 Measured speeds come from benchmarks/results. Without lm_gpu.json and rl_gpu.json, products run at

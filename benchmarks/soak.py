@@ -1,6 +1,6 @@
 """A soak test of the topology 'threads': memory, rate, lag, queue, and a clean stop.
 
-    pip install -e '.[envpool]' && python -m benchmarks.soak --minutes=10
+    pip install -e '.[sweep,envpool]' && python -m benchmarks.soak --minutes=10
 
 Run training on four levels of BabyAI in a process, and print a row per minute: resident memory,
 environment steps per second, mean and largest lag of the trajectories in updates, dropped

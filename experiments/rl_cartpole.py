@@ -3,7 +3,7 @@
 Solved is what gymnasium registers as its threshold, a mean return of 475. A run is judged by the
 greedy policy in its last evaluation. Topology `threads`, a run for each seed, joined in the report.
 
-    pip install -e '.[gym]'
+    pip install -e '.[sweep,gym]'
     python -m launch.local --sweep=experiments/rl_cartpole.py --workdir=runs/rl_cartpole
 """
 

@@ -5,7 +5,7 @@ agent, topology `threads`. The arms differ in the word of the fusion at the site
 features of the view ⊗ the encoded instruction. `gate` is the gated attention of Chaplot et al.
 (2018). A run for each seed, joined in the report.
 
-    pip install -e '.[envpool]'
+    pip install -e '.[sweep,envpool]'
     python -m launch.local --sweep=experiments/rl_language.py --workdir=runs/rl_language
 
 Source: the question is that of Jayakumar et al. (ICLR 2020); levels, agent and sizes are ours.

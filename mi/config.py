@@ -14,11 +14,12 @@ import re
 import shlex
 from collections import ChainMap
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, TypeGuard
-
-import ml_collections
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from mi.registry import Registry, is_reference
+
+if TYPE_CHECKING:
+    import ml_collections
 
 Rule = type | Callable[[object], str]
 SMALLEST, LARGEST = 2.0**-126, 2.0**127  # magnitudes of normal float32 numbers
@@ -42,16 +43,29 @@ def suggest_install(extra: str) -> str:
     """Return the command that installs the packages of an extra.
 
     The project is not on PyPI. In a clone the command installs the clone with the extra; otherwise
-    it installs the packages that the project's metadata lists for the extra.
+    it installs the packages that the project's metadata lists for the extra, and for the extras
+    that it includes.
     """
     clone = pathlib.Path(__file__).resolve().parent.parent
     if (clone / 'setup.py').exists():
         clone_path = '.' if clone == pathlib.Path.cwd() else str(clone)
         return f'pip install -e {shlex.quote(f"{clone_path}[{extra}]")}'
+    return shlex.join(['pip', 'install', *_list_requirements(extra)])
+
+
+def _list_requirements(extra: str) -> list[str]:
+    """Return what an extra installs, without the extras of this project that it names."""
     requirements = importlib.metadata.requires('multiplicative-interactions') or []
     pattern = re.compile(rf'(.+?) *; *extra == [\'"]{extra}[\'"]')
-    matches = (pattern.fullmatch(requirement) for requirement in requirements)
-    return shlex.join(['pip', 'install', *(match[1] for match in matches if match)])
+    names: list[str] = []
+    for match in filter(None, map(pattern.fullmatch, requirements)):
+        included = re.fullmatch(r'multiplicative-interactions\[(.+)\]', match[1])
+        if not included:
+            names.append(match[1])
+            continue
+        for included_extra in included[1].split(','):
+            names += _list_requirements(included_extra)
+    return list(dict.fromkeys(names))
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -106,7 +120,7 @@ def describe_difference(
     return ', '.join(changes[:max_keys] + omitted)
 
 
-def check(config: ml_collections.ConfigDict, schema: Mapping[str, Rule]) -> None:
+def check(config: 'ml_collections.ConfigDict', schema: Mapping[str, Rule]) -> None:
     """Raise UserError for the first unknown key, missing key, or invalid value.
 
     A rule for 'a.b.*' applies to all keys below a.b, which are optional.

@@ -8,15 +8,17 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import chex
 import jax
 from flax import linen as nn
 from jax.extend import core
 
+if TYPE_CHECKING:
+    import chex
 
-def parameters(tree: chex.ArrayTree) -> int:
+
+def parameters(tree: 'chex.ArrayTree') -> int:
     """Count the entries of a tree of arrays or of `jax.ShapeDtypeStruct`s."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 

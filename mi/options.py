@@ -2,11 +2,12 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
-
-import ml_collections
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mi.config import UserError, suggest
+
+if TYPE_CHECKING:
+    import ml_collections
 
 Options: TypeAlias = dict[str, Any]  # name → value, of the types that a config can hold
 
@@ -33,7 +34,7 @@ def get_field_defaults(module: Callable[..., object]) -> Options:
     }
 
 
-def get_options(config: ml_collections.ConfigDict, config_key: str) -> Options:
+def get_options(config: 'ml_collections.ConfigDict', config_key: str) -> Options:
     """Return the options under a key; none for a config.json from before the key existed."""
     options = config.get(config_key)
     return options.to_dict() if options else {}

@@ -14,10 +14,12 @@ Sums are in f32 at every precision. Products of bf16 inputs are exact and do not
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import jax
-import ml_collections
+
+if TYPE_CHECKING:
+    import ml_collections
 
 PRECISIONS = ('default', 'high', 'highest')
 
@@ -26,7 +28,7 @@ _Result = TypeVar('_Result')
 
 
 @contextlib.contextmanager
-def use_config(config: ml_collections.ConfigDict) -> Iterator[None]:
+def use_config(config: 'ml_collections.ConfigDict') -> Iterator[None]:
     """Trace with the precision `config.train.matmul_precision`.
 
     It applies to programs that this thread traces and lowers. 'default', or a config without the

@@ -8,7 +8,6 @@ import contextvars
 from collections.abc import Iterator
 from typing import TypeVar
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -53,7 +52,7 @@ def get_row_indices(num_rows: int) -> Array:
     """Return the indices of this device's rows in the full batch, [num_rows] int32."""
     selected_rows = _selected_rows.get()
     if selected_rows is not None:
-        chex.assert_shape(selected_rows, (num_rows,))
+        assert selected_rows.shape == (num_rows,), (selected_rows.shape, num_rows)
         return selected_rows
     row_axes = _get_row_axes()
     first_row = num_rows * jax.lax.axis_index(row_axes) if row_axes else 0
@@ -74,7 +73,7 @@ def select_rows(indices: Array) -> Iterator[None]:
         _selected_rows.reset(reset_token)
 
 
-def make_row_keys(key: chex.PRNGKey, num_rows: int) -> chex.PRNGKey:
+def make_row_keys(key: Array, num_rows: int) -> Array:
     """Return a random key for each row of this device, [num_rows].
 
     The key of a row does not depend on the number of devices that share the batch.

@@ -9,7 +9,8 @@
         testing.check_environment(make_my_environment(''))
 
 Each check raises AssertionError with a sentence that says what was expected and what was returned.
-What passes them works in every trainer, topology and sweep of this package.
+What passes them works in every trainer, topology and sweep of this package. Importing this module
+needs the extra `train`.
 """
 
 from collections.abc import Callable

@@ -36,3 +36,17 @@ def test_without_a_clone_the_packages_are_named(monkeypatch, tmp_path, extra, co
     monkeypatch.setattr(config, '__file__', str(tmp_path / 'site-packages/mi/config.py'))
     monkeypatch.setattr(importlib.metadata, 'requires', lambda name: REQUIRES)
     assert config.suggest_install(extra) == command
+
+
+def test_an_extra_that_includes_another_names_the_packages_of_both(monkeypatch, tmp_path):
+    requires = [
+        "multiplicative-interactions[gym,hub]; extra == 'all'",
+        "jax>=0.10; extra == 'all'",
+        "gymnasium>=1.2; extra == 'gym'",
+        "multiplicative-interactions[gym]; extra == 'hub'",
+        "datasets>=4.0; extra == 'hub'",
+    ]
+    monkeypatch.setattr(config, '__file__', str(tmp_path / 'site-packages/mi/config.py'))
+    monkeypatch.setattr(importlib.metadata, 'requires', lambda name: requires)
+    command = config.suggest_install('all')
+    assert shlex.split(command)[2:] == ['gymnasium>=1.2', 'datasets>=4.0', 'jax>=0.10']

@@ -8,6 +8,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 import types
 
 import jax
@@ -163,9 +164,9 @@ def test_a_launch_of_the_page_can_be_tried_by_a_dry_run(line):
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_is_installed_and_made_exists(page):
     text = page.read_text()
-    extras = re.search(r'EXTRAS = \{(.*?)\n\}', (ROOT / 'setup.py').read_text(), flags=re.S)[1]
-    for name in re.findall(r"pip install -e '\.\[(\w+)\]'", text):
-        assert f"'{name}':" in extras or name == 'test', name
+    project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+    for names in re.findall(r"pip install -e '\.\[([\w,]+)\]'", text):
+        assert set(names.split(',')) <= project['optional-dependencies'].keys()
     for target in re.findall(r'^make (\w+)', shell(text), flags=re.M):
         assert re.search(rf'^{target}:', (ROOT / 'Makefile').read_text(), flags=re.M), target
 

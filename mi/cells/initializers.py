@@ -2,13 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-from chex import PRNGKey
 from jax import Array
 from jax.nn import initializers
 from jax.typing import DTypeLike
 
 
-def orthogonal_gates(key: PRNGKey, shape: tuple[int, int], dtype: DTypeLike) -> Array:
+def orthogonal_gates(key: Array, shape: tuple[int, int], dtype: DTypeLike) -> Array:
     """Draw [n, 4H], an orthogonal matrix [n, H] for each gate."""
     gate_shape = shape[0], shape[1] // 4
     gate_keys = jax.random.split(key, 4)
@@ -16,7 +15,7 @@ def orthogonal_gates(key: PRNGKey, shape: tuple[int, int], dtype: DTypeLike) -> 
     return gates.swapaxes(0, 1).reshape(shape)
 
 
-def orthogonal(key: PRNGKey, shape: tuple[int, int], dtype: DTypeLike) -> Array:
+def orthogonal(key: Array, shape: tuple[int, int], dtype: DTypeLike) -> Array:
     """Draw an orthogonal matrix of any dtype, decomposed in f32.
 
     Under vmap the matrices are drawn one after another. On CPU, jaxlib decomposes a batch in a
@@ -25,13 +24,13 @@ def orthogonal(key: PRNGKey, shape: tuple[int, int], dtype: DTypeLike) -> Array:
     """
 
     @jax.custom_batching.sequential_vmap
-    def draw(key: PRNGKey) -> Array:
+    def draw(key: Array) -> Array:
         return initializers.orthogonal()(key, shape, jnp.float32)
 
     return draw(key).astype(dtype)
 
 
-def forget_bias(key: PRNGKey, shape: tuple[int], dtype: DTypeLike) -> Array:
+def forget_bias(key: Array, shape: tuple[int], dtype: DTypeLike) -> Array:
     """Return the bias [4H] of i, f, o, j: 1 for f, 0 for the others."""
     del key
     hidden_size = shape[0] // 4

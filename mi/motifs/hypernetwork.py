@@ -7,9 +7,8 @@ b'(z) [..., k] the generated weights. Source: Ha et al., HyperNetworks, 2017.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +32,9 @@ from mi.layers import (
     input_init,
     interaction_init,
 )
+
+if TYPE_CHECKING:
+    import chex
 
 Activation = Callable[[Array], Array]
 Hyperfan = Literal['in', 'out']
@@ -187,7 +189,7 @@ class Hypernetwork(nn.Module):
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, z: Array) -> chex.ArrayTree:
+    def __call__(self, x: Array, z: Array) -> 'chex.ArrayTree':
         """Apply the target to each row: x [*rows, ...], z [*rows, m] → [*rows, ...].
 
         Raises:
@@ -316,7 +318,7 @@ def _compensate(activation: Activation, init: Initializer) -> Initializer:
     nodes, weights = np.polynomial.hermite_e.hermegauss(64)
 
     def scaled_init(
-        key: chex.PRNGKey,
+        key: Array,
         shape: Shape,
         dtype: Any = jnp.float32,  # as in `Initializer`
         out_sharding: OutSharding = None,
@@ -330,8 +332,8 @@ def _compensate(activation: Activation, init: Initializer) -> Initializer:
 
 
 def _init_target(
-    target: nn.Module, rng_key: chex.PRNGKey, input_spec: jax.ShapeDtypeStruct
-) -> chex.ArrayTree:
+    target: nn.Module, rng_key: Array, input_spec: jax.ShapeDtypeStruct
+) -> 'chex.ArrayTree':
     """Return the target's own initial parameters."""
     variables = target.init(rng_key, jnp.zeros(input_spec.shape, input_spec.dtype))
     if set(variables) != {'params'}:

@@ -3,14 +3,16 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from mi.layers import add_bias, align_streams
+
+if TYPE_CHECKING:
+    import chex
 
 Params = Mapping[str, Any]  # nested by submodule
 Variables = Mapping[str, Params]  # by collection, as for `module.apply`
@@ -67,7 +69,7 @@ class Composition:
     """
 
     products: tuple[Product, ...]
-    output: chex.ArrayTree
+    output: 'chex.ArrayTree'
     around: str = ''
 
     def __iter__(self) -> Iterator[Array]:

@@ -1,9 +1,8 @@
 """A report about a module: its products, their form, and their cost."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import chex
 import jax
 import numpy as np
 from flax import linen as nn
@@ -12,6 +11,9 @@ from mi import counting
 from mi.precision import use_highest
 from mi.unify.composition import Product, Variables
 from mi.unify.registry import as_mi
+
+if TYPE_CHECKING:
+    import chex
 
 
 @use_highest
@@ -36,7 +38,7 @@ def explain(module: nn.Module, variables: Variables, *args: Any, **kwargs: Any) 
     for product in composition.products:
         lines += ['', f'  {product.name}', *(f'    {line}' for line in _describe_product(product))]
 
-    def call(variables: Variables, args: tuple[Any, ...]) -> chex.ArrayTree:
+    def call(variables: Variables, args: tuple[Any, ...]) -> 'chex.ArrayTree':
         return module.apply(variables, *args, **kwargs)
 
     flops = counting.flops(call, variables, args)
@@ -113,7 +115,7 @@ def _count_blocks(is_nonzero: np.ndarray) -> int:
     return 0
 
 
-def _count_bytes(tree: chex.ArrayTree) -> int:
+def _count_bytes(tree: 'chex.ArrayTree') -> int:
     return sum(
         math.prod(leaf.shape) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)

@@ -3,9 +3,8 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +15,9 @@ from jax.flatten_util import ravel_pytree
 from mi.layers import Affine, add_bias, align_streams
 from mi.motifs.hypernetwork import Hypernetwork, LinearHypernetwork, MLPHypernetwork
 from mi.unify.composition import Composition, Params, Product, Variables, map_affine
+
+if TYPE_CHECKING:
+    import chex
 
 HIDDEN = 'the last hidden layer of a network of the context'
 
@@ -83,7 +85,7 @@ def convert_hypernetwork(
     target = module.target.clone(parent=None)
 
     # Apply the target to each row, with a product in place of each of its layers.
-    def convert_row(x: Array, hidden: Array) -> tuple[chex.ArrayTree, list[Product]]:
+    def convert_row(x: Array, hidden: Array) -> 'tuple[chex.ArrayTree, list[Product]]':
         products = []
 
         def call_layer(

@@ -233,22 +233,6 @@ def run_elsewhere(folder, *command):
     return result.returncode, result.stdout + result.stderr
 
 
-def test_the_distribution_has_what_own_configs_and_sweeps_import():
-    """The list of packages comes from setuptools itself."""
-    result = subprocess.run(
-        [sys.executable, '-c', LISTS_PACKAGES], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert {'mi', 'mi.lm', 'launch', 'configs', 'experiments'} <= set(result.stdout.split())
-    assert 'tests' not in result.stdout.split()
-
-
-LISTS_PACKAGES = """
-import setuptools
-setuptools.setup = lambda **options: print(*options['packages'], sep='\\n')
-exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py'})
-"""
-
-
 @pytest.mark.slow
 def test_own_configs_and_sweeps_and_ours_work_from_another_directory(tmp_path):
     (tmp_path / 'mine.py').write_text(OWN_CONFIG)

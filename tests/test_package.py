@@ -1,0 +1,199 @@
+"""The distribution: what it contains, what it imports, and that its console scripts start."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+
+import pytest
+
+from launch import console
+from tests.conftest import ROOT
+from tools import extras
+
+LATE = ('orbax', 'matplotlib', 'tokenizers', 'tensorboardX', 'chex', 'ml_collections', 'optax')
+LAYER = """
+import sys, jax, mi
+from mi import find, fusion, motifs, unify
+x = jax.numpy.ones((2, 3))
+y, variables = mi.MultiplicativeInteraction(4).init_with_output(jax.random.key(0), x, x)
+apply = mi.MultiplicativeInteraction(4).apply
+mi.find(lambda params, x, z: apply(params, x, z), variables, x=x, z=x)
+print(y.shape, sorted(set(sys.argv[1:]) & sys.modules.keys()))
+"""
+
+
+def run(*command, cwd=None, **variables):
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd or ROOT,
+        env=os.environ | {'JAX_PLATFORMS': 'cpu', **variables},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_layers_import_no_package_of_an_extra():
+    done = run(sys.executable, '-c', LAYER, *LATE)
+    assert done.stdout.strip() == '(2, 4) []', done.stderr
+
+
+def test_the_package_itself_imports_nothing():
+    program = "import sys; import mi; print('jax' in sys.modules, 'numpy' in sys.modules)"
+    assert run(sys.executable, '-c', program).stdout == 'False False\n'
+
+
+def test_every_import_is_of_a_package_that_an_extra_declares():
+    """Imports of mi and launch that are not in a function or under TYPE_CHECKING."""
+    project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+    requirements = project['dependencies'] + [
+        each for extra in ('train', 'report', 'sweep') for each in read_all(project, extra)
+    ]
+    names = {re.match(r'[\w-]+', each)[0].lower() for each in requirements}
+    modules = {'absl-py': 'absl', 'orbax-checkpoint': 'orbax', 'pillow': 'PIL', 'pyyaml': 'yaml'}
+    modules |= {'tensorboardx': 'tensorboardX'}
+    known = {modules.get(name, name) for name in names} | set(sys.stdlib_module_names)
+    known |= {'mi', 'launch', 'configs'}
+    # Files that are imported for a chosen environment or engine, and its extra.
+    known |= {'gymnasium', 'ray', 'envpool'}
+    for folder in ('mi', 'launch', 'configs'):
+        for file in (ROOT / folder).rglob('*.py'):
+            assert {*list_imports(file)} <= known, file
+
+
+def read_all(project, extra):
+    for requirement in project['optional-dependencies'][extra]:
+        included = re.fullmatch(r'multiplicative-interactions\[(.+)\]', requirement)
+        for name in included[1].split(',') if included else []:
+            yield from read_all(project, name)
+        if not included:
+            yield requirement
+
+
+def list_imports(file):
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition('.')[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.partition('.')[0]
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'module'),
+    [
+        ([], 'launch.local'),
+        (['--sweep=a.py'], 'launch.local'),
+        (['slurm', '--sweep=a.py'], 'launch.slurm'),
+    ],
+)
+def test_the_engine_of_a_sweep_is_its_first_argument(monkeypatch, arguments, module):
+    monkeypatch.setattr(sys, 'argv', ['mi-sweep', *arguments])
+    calls = []
+    monkeypatch.setattr(console.runpy, 'run_module', lambda name, **options: calls.append(name))
+    console.sweep()
+    assert calls == [module] and sys.argv == ['mi-sweep', *arguments[-1:]][: len(sys.argv)]
+    assert all(argument.startswith('-') for argument in sys.argv[1:])
+
+
+def test_an_unknown_engine_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['mi-sweep', 'slrum', '--sweep=a.py'])
+    with pytest.raises(SystemExit, match=r"'slrum': expected an engine .* did you mean 'slurm'"):
+        console.sweep()
+
+
+@pytest.mark.parametrize('name', ['absl', 'orbax.checkpoint'])
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch, name):
+    def fail(module, **options):
+        raise ModuleNotFoundError(f'No module named {name!r}', name=name)
+
+    monkeypatch.setattr(console.runpy, 'run_module', fail)
+    package = name.partition('.')[0]
+    with pytest.raises(SystemExit, match=rf'error: {package} is not installed. Try pip install'):
+        console.train()
+
+
+def test_a_missing_module_of_our_own_is_no_matter_of_installation(monkeypatch):
+    def fail(module, **options):
+        raise ModuleNotFoundError("No module named 'mi.typo'", name='mi.typo')
+
+    monkeypatch.setattr(console.runpy, 'run_module', fail)
+    with pytest.raises(ModuleNotFoundError):
+        console.report()
+
+
+@pytest.fixture(scope='module')
+def dist(tmp_path_factory):
+    """The wheel and the sdist, built from a copy of the tracked files."""
+    source, folder = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('dist')
+    files = run('git', 'ls-files').stdout.split('\n')
+    for name in filter(None, files):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    done = run(sys.executable, '-m', 'build', '--outdir', folder, source)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.mark.slow
+def test_the_wheel_has_the_packages_and_their_data(dist):
+    assert run(sys.executable, '-m', 'twine', 'check', '--strict', *dist.iterdir()).returncode == 0
+    (wheel,) = dist.glob('*.whl')
+    names = zipfile.ZipFile(wheel).namelist()
+    folders = {name.partition('/')[0] for name in names}
+    metadata = {folder for folder in folders if folder.endswith('.dist-info')}
+    assert folders - metadata == {'mi', 'launch', 'configs', 'experiments'}
+    tracked = run('git', 'ls-files', 'mi', 'launch', 'configs', 'experiments').stdout.split('\n')
+    packed = [name for name in tracked if name.endswith(('.py', '.xz', '.css', '.js', '.typed'))]
+    assert set(packed) <= set(names)
+
+
+def find_python(version):
+    """Return an interpreter of this machine that can make an environment; else skip the test."""
+    folders = os.environ['PATH'].split(':')
+    folders += sorted(map(str, (ROOT.home() / '.pyenv/versions').glob(f'{version}.*/bin')))
+    for folder in folders:
+        python = shutil.which(f'python{version}', path=folder)
+        if python and run(python, '-c', 'import venv, ensurepip').returncode == 0:
+            return python
+    pytest.skip(f'no Python {version}')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('version', ['3.11', '3.12', '3.13', '3.14'])
+def test_the_wheel_installs_its_layers_and_with_an_extra_its_trainers(tmp_path, dist, version):
+    """Away from the clone, in an environment of its own."""
+    assert run(find_python(version), '-m', 'venv', tmp_path / 'env').returncode == 0
+    programs = tmp_path / 'env/bin'
+    (wheel,) = dist.glob('*.whl')
+    lock = ['-c', ROOT / 'requirements/lock.txt']
+    done = run(programs / 'python', '-m', 'pip', 'install', '--quiet', wheel, *lock)
+    assert done.returncode == 0, done.stderr
+    alone = {'cwd': tmp_path, 'PYTHONPATH': ''}
+    layer = run(programs / 'python', '-c', LAYER, *LATE, **alone)
+    assert layer.stdout.strip() == '(2, 4) []', layer.stderr
+    refused = run(programs / 'mi-train', **alone)
+    assert refused.returncode == 1 and 'is not installed. Try pip install' in refused.stderr
+
+    # With the extra, a run of one step, its report, and a sweep that runs nothing.
+    done = run(programs / 'python', '-m', 'pip', 'install', '--quiet', f'{wheel}[sweep]', *lock)
+    assert done.returncode == 0, done.stderr
+    config = '--config=experiments/expressivity/config.py:fit'
+    short = ['--config.train.steps=2', '--workdir=run']
+    trained = run(programs / 'mi-train', config, *short, **alone)
+    assert trained.returncode == 0, trained.stderr
+    sweep = ['--sweep=experiments/quickstart.py', '--workdir=sweep']
+    planned = run(programs / 'mi-sweep', *sweep, '--dry_run', **alone)
+    assert planned.returncode == 0 and 'all of it' in planned.stdout, planned.stderr
+    assert run(programs / 'mi-status', '--workdir=.', **alone).returncode == 0
+    assert run(programs / 'mi-report', '--helpshort', **alone).returncode in (0, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('installer', extras.INSTALLERS)
+def test_every_extra_has_a_solution_with_and_without_the_lock(installer, capsys):
+    extras.main([f'--installers={installer}'])
+    assert 'FAILED' not in capsys.readouterr().out

@@ -1,0 +1,96 @@
+"""Install every extra in fresh environments, by pip and by uv, with and without the lock.
+
+    python -m tools.extras                     # resolve all, install nothing
+    python -m tools.extras --install           # install them as well: about 20 GB of downloads
+    python -m tools.extras --only=sweep,ray --installers=uv --install
+
+An installation is followed by the installer's own check of all requirements, and by an import of
+the layers and of each console script's module that the extra promises. The output is a table of
+seconds; the exit code is 1 if a cell failed, and the installer's output is printed below the table.
+"""
+
+import argparse
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Sequence
+
+ROOT = pathlib.Path(__file__).parents[1]
+LOCK = 'requirements/lock.txt'
+INSTALLERS = ('pip', 'uv')
+MODULES = {'train': 'mi.main', 'report': 'mi.report', 'sweep': 'launch.local'}
+"""Extra → module that it promises, beside the layers."""
+
+
+def read_extras() -> dict[str, list[str]]:
+    """Return the requirements of each extra in pyproject.toml."""
+    project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+    extras: dict[str, list[str]] = project['optional-dependencies']
+    return extras
+
+
+def make_commands(
+    installer: str, environment: pathlib.Path, extra: str, *, locked: bool, dry: bool
+) -> list[list[str]]:
+    """Return the commands that make an environment and install, or only resolve, an extra in it."""
+    python = str(environment / 'bin/python')
+    options = ['--quiet', *(['--dry-run'] if dry else []), *(['-c', LOCK] if locked else [])]
+    target = f'.[{extra}]'
+    if installer == 'pip':
+        make = [sys.executable, '-m', 'venv', str(environment)]
+        install = [python, '-m', 'pip', 'install', *options, target]
+        check = [python, '-m', 'pip', 'check']
+    else:
+        uv = shutil.which('uv') or 'uv'
+        make = [uv, 'venv', '--quiet', '--python', sys.executable, str(environment)]
+        install = [uv, 'pip', 'install', '--python', python, *options, target]
+        check = [uv, 'pip', 'check', '--quiet', '--python', python]
+    if dry:
+        return [make, install]
+    modules = ['mi.layers', *(module for name, module in MODULES.items() if name == extra)]
+    return [make, install, check, [python, '-c', f'import {", ".join(modules)}']]
+
+
+def try_extra(installer: str, extra: str, *, locked: bool, dry: bool) -> tuple[float, str]:
+    """Return the seconds that an extra took, and the output of what failed, or ''."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        environment = pathlib.Path(folder) / 'environment'
+        for command in make_commands(installer, environment, extra, locked=locked, dry=dry):
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            if done.returncode:
+                return time.monotonic() - start, done.stdout + done.stderr
+    return time.monotonic() - start, ''
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table; exit with 1 if an extra cannot be installed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--only', default=','.join(read_extras()), help='extras, by commas')
+    parser.add_argument('--installers', default=','.join(INSTALLERS), help='pip, uv or both')
+    parser.add_argument('--install', action='store_true', help='install, do not only resolve')
+    options = parser.parse_args(arguments)
+    columns = [(name, locked) for name in options.installers.split(',') for locked in (False, True)]
+    headings = [f'{name}, lock' if locked else name for name, locked in columns]
+    print(f'{"extra":12}' + ''.join(f'{heading:>12}' for heading in headings), flush=True)
+    failures: list[str] = []
+    for extra in options.only.split(','):
+        print(f'{extra:12}', end='')
+        for (name, locked), heading in zip(columns, headings, strict=True):
+            seconds, output = try_extra(name, extra, locked=locked, dry=not options.install)
+            print(f'{"FAILED" if output else f"{seconds:.1f} s":>12}', end='', flush=True)
+            if output:
+                failures.append(f'[{extra}] by {heading}:\n{output[-2000:]}')
+        print()
+    if failures:
+        sys.exit('\n\n'.join(failures))
+
+
+if __name__ == '__main__':
+    main()
