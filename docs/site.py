@@ -32,6 +32,7 @@ SECTIONS: dict[str, list[str]] = {
         'tutorials/dmlab30.md',
     ],
     'Guides': [
+        'install.md',
         'architecture.md',
         'find.md',
         'pod.md',

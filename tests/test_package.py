@@ -82,6 +82,12 @@ def list_imports(file):
             yield node.module.partition('.')[0]
 
 
+def test_the_page_of_the_installation_has_every_extra_and_no_other():
+    page = (ROOT / 'docs/install.md').read_text()
+    rows = re.findall(r'^\| (`.*?`) \|', page, flags=re.M)
+    assert set(re.findall(r'`(\w+)`', ' '.join(rows))) == extras.read_extras().keys()
+
+
 @pytest.mark.parametrize(
     ('arguments', 'module'),
     [
