@@ -38,6 +38,7 @@ SECTIONS: dict[str, list[str]] = {
         'pod.md',
         'lm.md',
         'rl.md',
+        'training.md',
         'report.md',
         'data.md',
         'dmlab.md',

@@ -24,7 +24,7 @@ from mi.config import (
 from mi.fit.problem import Params, Problem
 from mi.precision import PRECISIONS
 from mi.registry import import_object, is_reference
-from mi.training import optim, trackers
+from mi.training import averaging, optim, trackers
 
 SCHEMA: dict[str, Rule] = {
     'task': choice(['fit', 'search']),
@@ -107,6 +107,14 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             f'config.model.parameters = {config.model.parameters}: expected 0. A '
             f'search sets the width; config.search.parameters is its limit'
+        )
+    if config.task == 'search' and averaging.has_eval_params(
+        optim.get_state_shapes(config.optim, config.train.steps)
+    ):
+        raise UserError(
+            f'config.optim.name = {config.optim.name!r}: expected an optimizer whose parameters '
+            f'are evaluated as they are trained, as a search scales its updates by '
+            f"config.search.rates. Try 'adam'"
         )
     if config.task == 'search' and config.train.steps % config.train.eval_every:
         raise UserError(

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from mi.fit import factory
 from mi.fit.problem import Metrics, Params, Problem
 from mi.training import (
+    averaging,
     checkpoint,
     logger,
     optim,
@@ -179,7 +180,7 @@ def _train(config: ml_collections.ConfigDict, problem: Problem, run: run_dir.Run
             # What is due at this step: evaluation, artefacts, checkpoint.
             if step % config.train.eval_every == 0 or step == num_steps:
                 with progress.Work('evaluating'):
-                    eval_metrics = evaluate_seeds(train_state.params, seeds)
+                    eval_metrics = evaluate_seeds(_get_eval_params(train_state), seeds)
                     eval_metrics = placement.gather_seeds(eval_metrics, num_seeds)
                 write_records(log, step, config.seeds, eval_metrics)
             if step == num_steps:
@@ -195,6 +196,10 @@ def _train(config: ml_collections.ConfigDict, problem: Problem, run: run_dir.Run
                 checkpoints.save(step, host_state, {'metrics': log.position()})
                 if should_stop and step < num_steps:
                     run.exit_preempted()
+
+
+def _get_eval_params(train_state: TrainState) -> Params:
+    return averaging.get_seeds_eval_params(train_state.opt_state, train_state.params)
 
 
 def _restore_or_init(
@@ -243,6 +248,7 @@ def _write_artifacts(
         world_key, _, _, eval_key = split_keys(seed)
         return problem.artifacts(params, problem.draw_world(world_key), eval_key)
 
-    arrays = jax.jit(placement.shard_map_seeds(draw_one, mesh))(train_state.params, seeds)
+    draw_seeds = jax.jit(placement.shard_map_seeds(draw_one, mesh))
+    arrays = draw_seeds(_get_eval_params(train_state), seeds)
     if arrays:
         run.write_arrays('artefacts.npz', placement.gather_seeds(arrays, len(run.config.seeds)))

@@ -12,7 +12,7 @@ from mi.lm import config as lm_config
 from mi.lm import factory
 from mi.lm.data.corpus import Corpus
 from mi.lm.model import Params
-from mi.training import checkpoint, sharding
+from mi.training import averaging, checkpoint, sharding
 from mi.training.run_config import merge_eval_config, read_config
 
 OVERRIDABLE = ('eval', 'dynamic', 'sample', 'data', 'tracker')  # sections that an evaluation sets
@@ -25,7 +25,7 @@ class Trained(NamedTuple):
     Attributes:
       config: config of the run, with the requested values of the sections in OVERRIDABLE.
       corpus: tokens that the model was trained on, wherever the text is now.
-      params: parameters of all seeds, [S, …].
+      params: parameters of all seeds that are evaluated, [S, …]; see `mi.training.averaging`.
       step: number of updates.
       mesh: devices that the parameters are on.
     """
@@ -75,5 +75,5 @@ def restore(config: ml_collections.ConfigDict, workdir: str) -> Trained:
             f'{f" ({difference})" if difference else ""}. Try restoring the text, or name it by '
             f'--config.data.source'
         )
-    params = checkpoints.restore_part(newest, 'params', shapes.params)
+    params = averaging.restore_eval_params(checkpoints, newest, shapes.params, shapes.opt_state)
     return Trained(config, corpus, params, checkpoint_meta['step'], mesh)

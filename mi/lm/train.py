@@ -14,9 +14,9 @@ from mi.lm.data.batches import BatchLoader
 from mi.lm.data.corpus import Corpus
 from mi.lm.data.streams import Stream
 from mi.lm.evaluate import Excerpt, Scores, evaluate
-from mi.lm.model import LanguageModel, Params
+from mi.lm.model import LanguageModel
 from mi.lm.trainer import Metrics, TrainState, name_parts
-from mi.training import checkpoint, logger, progress, run_dir, sharding
+from mi.training import averaging, checkpoint, logger, progress, run_dir, sharding
 
 
 def train(
@@ -68,7 +68,7 @@ def _train(config: ml_collections.ConfigDict, corpus: Corpus, run: run_dir.Run) 
     with run.open_logger(num_steps, meta['metrics']) as run_log:
         log = _TrainingLog(config, run_log, meta)
         if is_evaluation_missing:
-            scores = evaluate_split(train_state.params, 'valid', config.eval.valid_tokens)
+            scores = evaluate_split(train_state, 'valid', config.eval.valid_tokens)
             log.write_evaluation(run.step, 'valid', scores)
         for step in range(run.step + 1, num_steps + 1):
             # Update and log.
@@ -97,10 +97,10 @@ def _train(config: ml_collections.ConfigDict, corpus: Corpus, run: run_dir.Run) 
             # Evaluate.
             if is_evaluation_step:
                 log.stop_clock()
-                scores = evaluate_split(train_state.params, 'valid', config.eval.valid_tokens)
+                scores = evaluate_split(train_state, 'valid', config.eval.valid_tokens)
                 log.write_evaluation(step, 'valid', scores)
         for split, split_label in (('valid', 'valid_whole'), ('test', 'test')):
-            scores = evaluate_split(train_state.params, split, config.eval.final_tokens)
+            scores = evaluate_split(train_state, split, config.eval.final_tokens)
             log.write_evaluation(num_steps, split_label, scores)
 
 
@@ -131,8 +131,8 @@ def _make_evaluation(
     model: LanguageModel,
     run: run_dir.Run,
     mesh: jax.sharding.Mesh,
-) -> Callable[[Params, str, int], list[Scores]]:
-    """Return (params, split, number of tokens) → the metrics of each seed."""
+) -> Callable[[TrainState, str, int], list[Scores]]:
+    """Return (state, split, number of tokens) → the metrics of each seed."""
     model = factory.configure_evaluation(model, config)
     reading = lm_config.get_reading(config)
 
@@ -140,8 +140,9 @@ def _make_evaluation(
         if run.should_stop(recorded=False):
             run.exit_preempted()
 
-    def evaluate_split(params: Params, split: str, num_tokens: int) -> list[Scores]:
+    def evaluate_split(state: TrainState, split: str, num_tokens: int) -> list[Scores]:
         excerpt = Excerpt(corpus, split, num_tokens)
+        params = averaging.get_seeds_eval_params(state.opt_state, state.params)
         return evaluate(model, params, excerpt, reading, mesh, stop_if_signalled)
 
     return evaluate_split

@@ -1,12 +1,12 @@
 """Evaluation of a trained agent: scores of every task, greedy and sampled, and videos."""
 
-import functools
 import operator
 import pathlib
 
 import jax
 import ml_collections
 import numpy as np
+import optax
 import rich.console
 import rich.table
 
@@ -24,7 +24,7 @@ from mi.rl.envs.spec import Spec
 from mi.rl.episode_metrics import Record
 from mi.rl.evaluate import Evaluation
 from mi.rl.play import Watched
-from mi.training import checkpoint
+from mi.training import averaging, checkpoint, optim
 from mi.training.io import write_json
 from mi.training.run_config import merge_eval_config
 
@@ -93,7 +93,7 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
 def _restore_params(
     config: ml_collections.ConfigDict, agent: Agent, run_path: pathlib.Path
 ) -> tuple[Params, int]:
-    """Return the parameters of all seeds, [S, …], from a run of any topology, and their step."""
+    """Return the evaluated parameters of all seeds, [S, …], and their step, for any topology."""
     checkpoints = checkpoint.Checkpoints(run_path / 'checkpoints', config.train.keep)
     newest, meta = checkpoints.newest()
 
@@ -101,11 +101,25 @@ def _restore_params(
     has_seeds = config.train.topology == 'fused'
     seed_axis = (len(config.seeds),) if has_seeds else ()
     on_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = jax.tree.map(
+
+    optimizer = optim.make_optimizer(config.optim, rl_config.count_updates(config))
+
+    def init_learner() -> tuple[Params, optax.OptState]:
+        params = factory.init_params(agent, jax.random.key(0))
+        return params, optimizer.init(params)
+
+    params_shapes, opt_state_shapes = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(seed_axis + a.shape, a.dtype, sharding=on_device),
-        jax.eval_shape(functools.partial(factory.init_params, agent), jax.random.key(0)),
+        jax.eval_shape(init_learner),
     )
-    params = checkpoints.restore_part(newest, 'learner.params' if has_seeds else 'params', like)
+    params = averaging.restore_eval_params(
+        checkpoints,
+        newest,
+        params_shapes,
+        opt_state_shapes,
+        prefix='learner.' if has_seeds else '',
+        has_seeds=has_seeds,
+    )
     if not has_seeds:
         params = jax.tree.map(lambda a: a[None], params)
     return params, meta['step']

@@ -21,6 +21,7 @@ from mi.rl.agent import Agent, Outputs, Params, forward
 from mi.rl.loss import Hyperparameters, LossTerms, impala_loss
 from mi.rl.trajectory import Trajectory
 from mi.rows import mean_over_rows
+from mi.training import averaging
 
 
 class LearnerState(NamedTuple):
@@ -68,6 +69,7 @@ def update(
     is_statistics_first = uses_popart and hyperparameters.popart_order == 'statistics_first'
     is_rescaled = is_statistics_first and hyperparameters.popart_preserve
     move_statistics = functools.partial(_update_popart, hyperparameters, trajectory)
+    opt_state = state.opt_state
 
     # Forward pass; `pull_back` maps a gradient by the outputs to one by the parameters.
     def run_agent(params: Params) -> Outputs:
@@ -78,7 +80,9 @@ def update(
     # Move the statistics first, so that the loss is in the new units.
     if is_statistics_first:
         _, terms = impala_loss(outputs, trajectory, statistics, hyperparameters)
-        params, statistics = move_statistics(terms.targets, params, statistics)
+        params, opt_state, statistics = move_statistics(
+            terms.targets, params, opt_state, statistics
+        )
 
     # Loss and gradient.
     def objective(outputs: Outputs) -> tuple[Array, LossTerms]:
@@ -97,12 +101,14 @@ def update(
     grad = mean_over_rows(grad)
 
     # Optimizer step.
-    updates, opt_state = optimizer.update(grad, state.opt_state, params)
+    updates, opt_state = optimizer.update(grad, opt_state, params)
     params = optax.apply_updates(params, updates)
 
     # Move the statistics last, so that the loss was in the old units.
     if uses_popart and not is_statistics_first:
-        params, statistics = move_statistics(terms.targets, params, statistics)
+        params, opt_state, statistics = move_statistics(
+            terms.targets, params, opt_state, statistics
+        )
     metrics = _make_metrics(loss, terms, num_steps=len(trajectory.action))
     metrics['gradient_norm'] = optax.tree.norm(grad)
     return LearnerState(params, opt_state, statistics), metrics
@@ -126,9 +132,13 @@ def _update_popart(
     trajectory: Trajectory,
     targets: Array,
     params: Params,
+    opt_state: optax.OptState,
     statistics: popart.Statistics,
-) -> tuple[Params, popart.Statistics]:
-    """Move the statistics towards the targets, and rescale gain and shift so that values stay."""
+) -> tuple[Params, optax.OptState, popart.Statistics]:
+    """Move the statistics towards the targets, and rescale gain and shift so that values stay.
+
+    The copies of the parameters in the state of the optimizer are rescaled with them.
+    """
     task = trajectory.inputs.observation['task'][:-1]
     next_statistics = popart.update(
         statistics,
@@ -139,6 +149,10 @@ def _update_popart(
         hyperparameters.popart_corrected,
     )
     if not hyperparameters.popart_preserve:
-        return params, next_statistics
-    gain, shift = popart.preserve(params['gain'], params['shift'], statistics, next_statistics)
-    return {**params, 'gain': gain, 'shift': shift}, next_statistics
+        return params, opt_state, next_statistics
+
+    def preserve(params: Params) -> Params:
+        gain, shift = popart.preserve(params['gain'], params['shift'], statistics, next_statistics)
+        return {**params, 'gain': gain, 'shift': shift}
+
+    return preserve(params), averaging.map_copies(preserve, opt_state), next_statistics

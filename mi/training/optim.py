@@ -134,11 +134,46 @@ def validate(config: ml_collections.ConfigDict, steps: int) -> None:
             f"config.optim.name = {config.name!r} has no weight decay of this key. Try 'adamw', or "
             f'config.optim.options'
         )
-    defaults = {}
-    if config.name not in OPTIMIZERS:
-        defaults = _get_defaults(import_object(config.name))
-        del defaults['learning_rate']  # a config key of its own
-    check_options('config.optim.options', config.name, get_options(config, 'options'), defaults)
+    if config.name in OPTIMIZERS:
+        check_options('config.optim.options', config.name, get_options(config, 'options'), {})
+    else:
+        _check_imported(config, steps)
+
+
+def _check_imported(config: ml_collections.ConfigDict, steps: int) -> None:
+    """Refuse options that do not fit the function, and optimizers that need more than a gradient.
+
+    Raises:
+      UserError: which option, or what the optimizer needs.
+    """
+    # The options, by the arguments of the function; the learning rate is a config key of its own.
+    name, options = config.name, get_options(config, 'options')
+    constructor = import_object(name)
+    defaults = _get_defaults(constructor)
+    del defaults['learning_rate']
+    check_options('config.optim.options', name, options, defaults)
+    missing = set(_list_required(constructor)) - {'learning_rate', *options}
+    if missing:
+        raise UserError(
+            f'config.optim.options has no {" and no ".join(sorted(missing))}: expected a value, as '
+            f"{name!r} has no default. Try 'optax:lion' or 'optax.contrib:muon'"
+        )
+
+    # What the update needs beside gradients, state and parameters.
+    optimizer = constructor(schedule(config, steps), **options)
+    needed = set(_list_required(optimizer.update)[2:]) - {'params'}
+    if needed:
+        raise UserError(
+            f'config.optim.name = {name!r}: expected an optimizer that needs gradients and '
+            f'parameters alone (got one whose update needs {", ".join(sorted(needed))} too). Try '
+            f"'optax:lion' or 'optax.contrib:muon'"
+        )
+
+
+def get_state_shapes(config: ml_collections.ConfigDict, steps: int) -> optax.OptState:
+    """Return the shapes of the optimizer's state for one matrix, to see what kind it is."""
+    matrix = jax.ShapeDtypeStruct((2, 2), jnp.float32)
+    return jax.eval_shape(make_optimizer(config, steps).init, {'kernel': matrix})
 
 
 def warmup_steps(config: ml_collections.ConfigDict, steps: int) -> int:
@@ -178,12 +213,22 @@ def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.Gradi
     return optax.chain(*transforms)
 
 
-def _get_defaults(constructor: Callable[..., object]) -> dict[str, object]:
+def _get_defaults(function: Callable[..., object]) -> dict[str, object]:
     """Return name → default of the arguments of a function; None for a required one."""
     return {
-        parameter.name: None if parameter.default is parameter.empty else parameter.default
-        for parameter in inspect.signature(constructor).parameters.values()
+        argument.name: None if argument.default is argument.empty else argument.default
+        for argument in inspect.signature(function).parameters.values()
     }
+
+
+def _list_required(function: Callable[..., object]) -> list[str]:
+    """Return the names of the arguments that a call of a function needs."""
+    return [
+        argument.name
+        for argument in inspect.signature(function).parameters.values()
+        if argument.default is argument.empty
+        and argument.kind not in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD)
+    ]
 
 
 def _is_matrix(params: chex.ArrayTree) -> chex.ArrayTree:

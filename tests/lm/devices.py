@@ -3,6 +3,8 @@
 A program of its own, because the number of devices is fixed when jax starts:
 
     XLA_FLAGS=--xla_force_host_platform_device_count=4 python -m tests.lm.devices lstm TEXTS
+
+A third argument has keys of `optim` as JSON; those after it name the meshes, of all otherwise.
 """
 
 import json
@@ -20,7 +22,7 @@ from mi.lm.data.streams import Stream
 from mi.lm.data.token_store import Recipe, load
 from mi.lm.evaluate import Excerpt, evaluate
 from mi.lm.trainer import Trainer
-from mi.training import optim, sharding
+from mi.training import averaging, optim, sharding
 
 MESHES = {  # devices [seed, data, fsdp], parts of the batch
     'one': ((1, 1, 1), 1),
@@ -50,23 +52,31 @@ def measure(config, corpus, shape, parts):
         norms.append(np.asarray(metrics['gradient_norm']).tolist())
     reading = lm_config.get_reading(config)
     excerpt = Excerpt(corpus, 'valid', 1000)
-    scores = evaluate(trainer.model, state.params, excerpt, reading, mesh)
+    params = averaging.get_seeds_eval_params(state.opt_state, state.params)
+    scores = evaluate(trainer.model, params, excerpt, reading, mesh)
     nats.append([score['nats_per_token'] for score in scores])
     leaves = jax.tree.leaves(state.params)
-    return {'nats': nats, 'norms': norms, 'split': sum(not a.is_fully_replicated for a in leaves)}
+    split = sum(not a.is_fully_replicated for a in leaves)
+    # Entries of the optimizer on one device, as a share of all: those of its seeds at most.
+    opt_leaves = jax.tree.leaves(state.opt_state)
+    local = sum(math.prod(a.sharding.shard_shape(a.shape)) for a in opt_leaves)
+    share = local / sum(a.size for a in opt_leaves)
+    return {'nats': nats, 'norms': norms, 'split': split, 'share': share}
 
 
-def main(core, texts):
+def main(core, texts, changes='{}', *meshes):
     config = lm.get_config(f'core={core},tiny').unlock()
     config.seeds = (0, 1)
     # Adam and a clipped norm would hide a gradient of the wrong size.
     config.optim.update({'name': 'sgd', 'learning_rate': 0.5, 'clip_norm': 0.0})
+    config.optim.update(json.loads(changes))
     config.dropout.update({'word': 0.2, 'input': 0.2, 'layer': 0.2, 'state': 0.2, 'output': 0.2})
     if core == 'transformer':
         config.dropout.update({'state': 0.0, 'attention': 0.2})
         config.model.update({'memory': 8, 'source': 'summary', 'site': 'attention', 'layers': 1})
     corpus = load(Recipe(texts, 'byte', 256))
-    print(json.dumps({name: measure(config, corpus, *options) for name, options in MESHES.items()}))
+    printed = {name: measure(config, corpus, *MESHES[name]) for name in meshes or MESHES}
+    print(json.dumps(printed))
 
 
 if __name__ == '__main__':

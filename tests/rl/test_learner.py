@@ -10,9 +10,12 @@ import pytest
 
 from configs import rl as configs
 from mi.rl import envs, factory, learner
+from mi.rl.fused import rollout
 from mi.rl.trajectory import Trajectory
-from mi.training import optim
+from mi.training import averaging, optim
 from tests.conftest import ROOT, forced
+
+COPIES = [{'name': 'optax.contrib:schedule_free_sgd'}]  # optimizers with copies of parameters
 
 
 def parts(**changes):
@@ -43,6 +46,32 @@ def test_the_update_lowers_for_accelerators(platform):
         state, Trajectory(inputs, *rows, carry)
     )
     assert exported.platforms == (platform,)
+
+
+@pytest.mark.parametrize('order', ['gradient_first', 'statistics_first'])
+@pytest.mark.parametrize('settings', COPIES)
+def test_popart_rescales_the_copies_of_the_parameters(settings, order):
+    """With no learning, all copies stay equal, gain and shift in the new units among them."""
+    settings = {f'optim.{key}': value for key, value in settings.items()}
+    config, environment, agent, optimizer = parts(
+        **{'env.name': 'catch', 'loss.popart': 0.5, 'loss.popart_order': order},
+        **{'optim.learning_rate': 1e-30, **settings},
+    )
+    params = factory.init_params(agent, jax.random.key(0))
+    state = learner.init_learner_state(params, optimizer, len(environment.spec.tasks))
+    actor = rollout.init_actor_state(environment, agent, config.train.batch, jax.random.key(1))
+    _, trajectory, _, _ = rollout.unroll(environment, agent, 20, params, actor)
+    hyperparameters = factory.get_hyperparameters(config)
+    update = functools.partial(learner.update, agent, optimizer, hyperparameters)
+    state, _ = jax.jit(update)(state, trajectory)
+
+    assert abs(float(state.params['shift'][0])) > 1e-2  # the statistics have moved
+    eval_params = averaging.get_eval_params(state.opt_state, state.params)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+        eval_params,
+        state.params,
+    )
 
 
 MESH = """

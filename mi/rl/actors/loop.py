@@ -27,7 +27,7 @@ from mi.rl.evaluate import Evaluate, Evaluation, write_evaluations
 from mi.rl.play import never
 from mi.rl.trajectory import Episodes, Trajectory
 from mi.rows import mean_over_rows
-from mi.training import checkpoint, logger, optim, progress, run_dir, sharding
+from mi.training import averaging, checkpoint, logger, optim, progress, run_dir, sharding
 from mi.training.sharding import Tree
 
 
@@ -212,7 +212,8 @@ def _evaluate(
     if not sharding.is_primary():
         return
     run = recorder.run
-    params, seed = sharding.to_local(state.params), run.config.seeds[0]
+    opt_state, params = sharding.to_local((state.opt_state, state.params))
+    params, seed = averaging.get_eval_params(opt_state, params), run.config.seeds[0]
 
     def evaluate(evaluation: Evaluation) -> Evaluate:
         return lambda stops: [evaluation(agent, params, run.step, seed, stops)]

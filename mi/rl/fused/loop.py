@@ -19,7 +19,7 @@ from jax import Array
 
 from mi.rl import config as rl_config
 from mi.rl import envs, episode_metrics, factory, learner, loss, popart
-from mi.rl.agent import Agent, Params
+from mi.rl.agent import Agent
 from mi.rl.checkpointing import Snapshot, is_evaluation_due, resume, save_or_stop, write_costs
 from mi.rl.envs import auto_reset, finite
 from mi.rl.envs.spec import JaxEnvironment, Spec
@@ -33,7 +33,7 @@ from mi.rl.evaluate import (
 from mi.rl.fused import rollout
 from mi.rl.trajectory import Episodes
 from mi.rows import max_over_rows, mean_over_rows, sum_over_rows
-from mi.training import checkpoint, logger, optim, progress, run_dir, sharding
+from mi.training import averaging, checkpoint, logger, optim, progress, run_dir, sharding
 
 
 class TrainState(NamedTuple):
@@ -234,7 +234,7 @@ def _train(
     compiled: dict[int, jax.stages.Compiled] = {}  # number of updates → program
     with run.open_logger(num_updates, records_end or meta['metrics']) as log:
         if records_end is None:
-            splits = make_splits(environments, agent, state.learner.params, run, mesh)
+            splits = make_splits(environments, agent, state.learner, run, mesh)
             write_evaluations(splits, run, log, env_steps)
         while run.step < num_updates:
             # Compile as many updates as a record has.
@@ -267,18 +267,19 @@ def _train(
                 snapshot = Snapshot(_unwrap_keys(state), state.learner, env_steps.tolist())
                 save_or_stop(run, checkpoints, log, snapshot, will_evaluate, is_stopping)
             if will_evaluate:
-                splits = make_splits(environments, agent, state.learner.params, run, mesh)
+                splits = make_splits(environments, agent, state.learner, run, mesh)
                 write_evaluations(splits, run, log, env_steps)
 
 
 def make_splits(
     environments: Mapping[str, JaxEnvironment],
     agent: Agent,
-    params: Params,
+    state: learner.LearnerState,
     run: run_dir.Run,
     mesh: jax.sharding.Mesh,
 ) -> dict[str, Evaluate]:
-    """Return split → evaluation of these parameters, [S, …], for `write_evaluations`."""
+    """Return split → evaluation of a state, [S, …], for `write_evaluations`."""
+    params = averaging.get_seeds_eval_params(state.opt_state, state.params)
     evaluation_keys = make_evaluation_keys(run.config.seeds, run.step)
     return {
         split: functools.partial(

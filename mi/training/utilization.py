@@ -1,0 +1,54 @@
+"""Model FLOPs utilization: the share of the devices' peak that the model's products use.
+
+    MFU = model FLOPs per second / (devices · peak)
+
+Model FLOPs are those of the forward pass (`mi.counting.flops`), times 3 for an update, as the
+backward pass has two products for each one of the forward pass (Chowdhery et al., PaLM, 2022,
+appendix B). Recomputed activations and the optimizer count nothing.
+"""
+
+from collections.abc import Iterable
+
+import jax
+
+UPDATE = 3  # FLOPs of an update, in forward passes
+TERA = 1e12
+
+# Dense products in bf16, without sparsity, for each name of a device in jax.
+# TPU: https://cloud.google.com/tpu/docs/v4 (v5e, v5p, v6e), of a chip.
+# A100: NVIDIA A100 Tensor Core GPU datasheet. H100, H200: their datasheets, whose figures are with
+# sparsity, which doubles them.
+PEAK_FLOPS: dict[str, float] = {
+    'TPU v4': 275 * TERA,
+    'TPU v5 lite': 197 * TERA,  # v5e
+    'TPU v5': 459 * TERA,  # v5p
+    'TPU v5p': 459 * TERA,
+    'TPU v6 lite': 918 * TERA,  # v6e
+    'NVIDIA A100-SXM4-40GB': 312 * TERA,
+    'NVIDIA A100-SXM4-80GB': 312 * TERA,
+    'NVIDIA A100-PCIE-40GB': 312 * TERA,
+    'NVIDIA A100 80GB PCIe': 312 * TERA,
+    'NVIDIA H100 80GB HBM3': 989.5 * TERA,  # SXM
+    'NVIDIA H100 PCIe': 756.5 * TERA,
+    'NVIDIA H100 NVL': 835.5 * TERA,
+    'NVIDIA H200': 989.5 * TERA,  # SXM
+    'NVIDIA H200 NVL': 835.5 * TERA,
+}
+"""Name of a device in jax → FLOP/s of its peak; a device that is not in it has no utilization."""
+
+
+def compute_utilization(flops_per_second: float, devices: Iterable[jax.Device]) -> dict[str, float]:
+    """Return {'mfu': share of the peak}, for a record of timing.jsonl; {} for an unknown device.
+
+    Args:
+      flops_per_second: model FLOPs of all seeds per second.
+      devices: the devices of the run, in all processes.
+    """
+    peaks = [PEAK_FLOPS.get(device.device_kind) for device in devices]
+    known_peaks = [peak for peak in peaks if peak]
+    return {'mfu': flops_per_second / sum(known_peaks)} if len(known_peaks) == len(peaks) else {}
+
+
+def format_rate(rate: str, utilization: dict[str, float]) -> str:
+    """Return a rate for the progress line, with the utilization if it is known."""
+    return f'{rate}, {utilization["mfu"]:.1%} MFU' if utilization else rate
