@@ -14,7 +14,7 @@ import sys
 
 from mi.config import suggest, suggest_install
 
-ENGINES = ('k8s', 'local', 'ray', 'slurm')
+ENGINES = ('k8s', 'local', 'optuna', 'pbt', 'ray', 'slurm')
 OWN_PACKAGES = ('mi', 'launch', 'configs', 'experiments')
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import pathlib
 import sys
+from collections.abc import Collection
 from typing import Any
 
 from mi.config import UserError
@@ -34,13 +35,28 @@ class Member:
 
 
 def make_members(
-    overrides: list[Overrides], config: str, workdir: pathlib.Path, task_key: str | None
+    overrides: list[Overrides],
+    config: str,
+    workdir: pathlib.Path,
+    task_key: str | None,
+    searched_keys: Collection[str] = (),
 ) -> list[Member]:
-    """Return the members with their names, labels and commands."""
+    """Return the members with their names, labels and commands.
+
+    Args:
+      overrides: the overrides of each member.
+      config: CONFIG.
+      workdir: directory of the sweep.
+      task_key: TASK.
+      searched_keys: keys that are shown even if all members have the same value, so that names stay
+        the same when more members are drawn.
+    """
     # Names and labels show the keys in which members differ; a missing key differs from any value.
     keys = list(dict.fromkeys(key for changes in overrides for key in changes))
     differing_keys = [
-        key for key in keys if len({repr(changes.get(key)) for changes in overrides}) > 1
+        key
+        for key in keys
+        if key in searched_keys or len({repr(changes.get(key)) for changes in overrides}) > 1
     ]
     shown_overrides = [
         {key: changes[key] for key in (differing_keys or keys) if key in changes}
@@ -49,12 +65,16 @@ def make_members(
     names = _make_names(shown_overrides, overrides)
     labels = make_labels(overrides, shown_overrides, task_key)
 
-    members = []
-    for changes, name, label in zip(overrides, names, labels, strict=True):
-        command = [sys.executable, '-m', 'mi.main', f'--config={config}', *_to_flags(changes)]
-        command += [f'--workdir={workdir / name}']
-        members.append(Member(name, label, command, changes))
-    return members
+    return [
+        Member(name, label, make_command(config, changes, workdir / name), changes)
+        for changes, name, label in zip(overrides, names, labels, strict=True)
+    ]
+
+
+def make_command(config: str, changes: Overrides, run_dir: pathlib.Path) -> list[str]:
+    """Return the command that runs a config with overrides in a run directory."""
+    command = [sys.executable, '-m', 'mi.main', f'--config={config}', *_to_flags(changes)]
+    return [*command, f'--workdir={run_dir}']
 
 
 def _to_flags(changes: Overrides) -> list[str]:

@@ -12,25 +12,30 @@ TASK = 'env.name'                        key of the task, if each run learns one
 PROBLEMS = ('problem.system',)           keys that make arms separate problems, which are not ranked
                                          with each other; optional
 def sweep() -> list[dict[str, Any]]      overrides of CONFIG, one dict for each member
+SPACE, COUNT = {…}, 20                   in place of sweep(): a random search of COUNT members in a
+SEED = 0                                 space (`launch.search_space`), and its seed; optional
 def report(workdir, out) -> None         figures and tables of its own; optional
 """
 
-import contextlib
 import itertools
 import json
 import pathlib
-import traceback
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
-import numpy as np
 
 from launch import metric_names, state
 from launch.members import Member, Overrides, make_members
-from mi.config import UserError, describe_difference, flatten, format_error, suggest
-from mi.overrides import create_module, find_file
+from launch.search_space import choice as choice
+from launch.search_space import describe_space, list_searched_keys
+from launch.search_space import integer as integer
+from launch.search_space import log_uniform as log_uniform
+from launch.search_space import sample as sample
+from launch.search_space import uniform as uniform
+from launch.sweep_file import get_space, list_overrides, load_module, sweep_name
+from mi.config import UserError, describe_difference, flatten, suggest
 from mi.overrides import parse as parse_arguments
 from mi.registry import is_reference
 from mi.training.io import write_json
@@ -38,7 +43,6 @@ from mi.training.lock import is_locked
 from mi.training.progress import track
 from mi.training.run_metric import find_direction
 
-EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
 WATCHING_ENGINES = ('local', 'ray', 'pbt')  # they start all members themselves and queue none
 
 
@@ -107,43 +111,44 @@ def load(
         train the same seed of an arm; or the directory holds another sweep.
     """
     # Read the members and check them.
-    module = _load_module(file)
+    module = load_module(file)
     task_key = getattr(module, 'TASK', None)
-    with _user_errors(file):
-        overrides = [
-            {config_key: _to_plain(config_key, value) for config_key, value in changes.items()}
-            for changes in module.sweep()
-        ]
-    members = make_members(overrides, module.CONFIG, workdir, task_key)
+    members = make_members(
+        list_overrides(file, module),
+        module.CONFIG,
+        workdir,
+        task_key,
+        list_searched_keys(get_space(module)),
+    )
     labels = list(dict.fromkeys(member.label for member in members))
     if module.BASELINE not in (None, *labels):
         hint = suggest(str(module.BASELINE), labels)
         raise UserError(f'--sweep={file}: BASELINE = {module.BASELINE!r}: expected an arm; {hint}')
     configs = {member.name: parse_config(member.command) for member in members}
     _refuse_repeated_seeds(members, configs, task_key)
+    description = describe(file, module, members, configs)
+    description |= describe_command(file, workdir, engine)
+    write_description(workdir, description, dry=dry)
+    return members
 
-    curves = _choose_curves(file, module, configs)
-    description = {
-        **_describe_sweep(file, module, members),
-        'curves': curves,
-        'engine': engine,
-        'command': f'python -m launch.{engine} --sweep={file} --workdir={workdir}',
-    }
 
-    # Compare the description with that in the directory, and write it.
+def write_description(workdir: pathlib.Path, description: dict[str, Any], *, dry: bool) -> None:
+    """Write sweep.json unless `dry`, if its directory may hold this sweep.
+
+    Raises:
+      UserError: if the directory holds another sweep, or cannot be written.
+    """
     sweep_file = workdir / 'sweep.json'
     if sweep_file.exists():
         last_description = state.read_sweep_file(workdir, {'name': str, 'members': list})
         _refuse_changes(last_description, json.loads(json.dumps(description)), workdir)
-    if not dry:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            write_json(sweep_file, description)
-        except OSError as error:
-            raise UserError(
-                f'--workdir={workdir}: {error.strerror}; name another directory'
-            ) from error
-    return members
+    if dry:
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(sweep_file, description)
+    except OSError as error:
+        raise UserError(f'--workdir={workdir}: {error.strerror}; name another directory') from error
 
 
 def parse_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
@@ -159,10 +164,17 @@ def parse_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
         raise UserError(f'{config_flags}: {error}') from error
 
 
-def _describe_sweep(
-    file: str, module: types.ModuleType, members: Sequence[Member]
+def describe(
+    file: str,
+    module: types.ModuleType,
+    members: Sequence[Member],
+    configs: Mapping[str, ml_collections.ConfigDict],
 ) -> dict[str, Any]:
-    """Return the part of sweep.json that comes from the sweep file."""
+    """Return the part of sweep.json that comes from the sweep file.
+
+    Raises:
+      UserError: if a member will not record METRIC in SPLIT and CURVES.
+    """
     task_key = getattr(module, 'TASK', None)
     return {
         'name': sweep_name(pathlib.Path(file)),
@@ -175,8 +187,16 @@ def _describe_sweep(
         'notes': module.NOTES,
         'config': module.CONFIG,
         'base': json.loads(parse_config([f'--config={module.CONFIG}']).to_json()),
-        'members': [_describe_member(member, task_key) for member in members],
+        'space': describe_space(get_space(module)),
+        'members': [describe_member(member, task_key) for member in members],
+        'curves': _choose_curves(file, module, configs),
     }
+
+
+def describe_command(file: str, workdir: pathlib.Path, engine: str) -> dict[str, str]:
+    """Return the part of sweep.json that says how the sweep was started."""
+    command = f'python -m launch.{engine} --sweep={file} --workdir={workdir}'
+    return {'engine': engine, 'command': command}
 
 
 def _choose_direction(file: str, module: types.ModuleType) -> bool:
@@ -195,15 +215,7 @@ def _choose_direction(file: str, module: types.ModuleType) -> bool:
     return next(direction for direction in (declared, by_function, True) if direction is not None)
 
 
-def sweep_name(file: pathlib.Path) -> str:
-    """Return the name of a sweep: 'regression' for regression/sweep.py as for regression.py."""
-    prefix, _, variant = file.stem.partition('_')
-    if prefix != 'sweep':
-        return file.stem
-    return '_'.join(filter(None, (file.absolute().parent.name, variant)))
-
-
-def _describe_member(member: Member, task_key: str | None) -> dict[str, Any]:
+def describe_member(member: Member, task_key: str | None) -> dict[str, Any]:
     """Return the entry of a member in sweep.json."""
     entry = {'name': member.name, 'label': member.label, 'overrides': member.overrides}
     if task_key in member.overrides:
@@ -247,65 +259,9 @@ def _shorten(names: list[str]) -> str:
 
 def report(file: str, workdir: pathlib.Path) -> None:
     """Add the sweep file's own figures and tables to workdir/report, if it has any."""
-    draw = getattr(_load_module(file), 'report', None)
+    draw = getattr(load_module(file), 'report', None)
     if draw is not None:
         draw(workdir, workdir / 'report')
-
-
-def _load_module(file: str) -> types.ModuleType:
-    """Import a sweep file.
-
-    Raises:
-      UserError: if there is no such file, it raises, or it does not define what it must.
-    """
-    path = pathlib.Path(find_file(file, ('experiments',))).absolute()
-    if not path.is_file():
-        known_names = sorted(
-            sweep_name(path)
-            for path in EXPERIMENTS.rglob('*.py')
-            if 'CONFIG = ' in path.read_text()
-        )
-        raise UserError(
-            f'--sweep={file}: expected a file of your own or experiments/NAME.py; '
-            f'{suggest(sweep_name(path), known_names)}'
-        )
-    module = create_module(path.stem, str(path))
-    assert module.__spec__ is not None and module.__spec__.loader is not None
-    with _user_errors(file):
-        module.__spec__.loader.exec_module(module)
-    for name in ('CONFIG', 'TITLE', 'METRIC', 'SPLIT', 'BASELINE', 'NOTES', 'sweep'):
-        if not hasattr(module, name):
-            raise UserError(f'--sweep={file}: it does not define {name}')
-    return module
-
-
-@contextlib.contextmanager
-def _user_errors(file: str) -> Iterator[None]:
-    """Turn an error in a sweep file into a `UserError` with the line where it happened."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # a sweep file is the user's program and may raise anything
-        path = str(pathlib.Path(find_file(file, ('experiments',))).absolute())  # as imported
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == path]
-        message = format_error(error)
-        if isinstance(error, SyntaxError) and error.filename == path:
-            lines, message = [error.lineno], error.msg
-        location = f', line {lines[-1]}' if lines else ''
-        raise UserError(f'--sweep={file}{location}: {type(error).__name__}: {message}') from error
-
-
-def _to_plain(key: str, value: Any) -> Any:
-    """Return a value with NumPy's numbers and arrays as Python's, for JSON and flags."""
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    if isinstance(value, tuple | list):
-        return type(value)(_to_plain(key, item) for item in value)
-    if value is None or isinstance(value, str | int | float):
-        return value
-    raise UserError(f'{key} = {value!r}: expected a number, a string, or a tuple of them')
 
 
 def _refuse_repeated_seeds(

@@ -198,6 +198,17 @@ def test_your_own_fusion_in_ten_lines(tmp_path, monkeypatch, capsys):
     assert [m['model.fusion.name'] for m in names['sweep']()] == ['concat', 'my_layers:Sine']
 
 
+def test_the_search_of_the_launch_page_is_drawn(tmp_path):
+    text = (ROOT / 'docs/launch.md').read_text()
+    (tmp_path / 'my_search.py').write_text(re.findall(r'```python\n(.*?)```', text, flags=re.S)[0])
+    members = sweep.load(str(tmp_path / 'my_search.py'), tmp_path / 'runs')
+    assert len(members) == 20
+    for member in members:
+        config = sweep.parse_config(member.command)
+        lm_config.validate(config)
+        assert 32 <= config.model.hidden <= 512 and config.seeds == (0, 1, 2)
+
+
 @pytest.mark.slow
 def test_your_own_problem_and_metric(tmp_path, monkeypatch):
     """The sweep of the page, run; the report has the areas, computed here from the records."""
