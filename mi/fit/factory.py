@@ -112,9 +112,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
         optim.get_state_shapes(config.optim, config.train.steps)
     ):
         raise UserError(
-            f'config.optim.name = {config.optim.name!r}: expected an optimizer whose parameters '
-            f'are evaluated as they are trained, as a search scales its updates by '
-            f"config.search.rates. Try 'adam'"
+            f'config.optim.name = {config.optim.name!r}, config.optim.ema = {config.optim.ema}: '
+            f'expected an optimizer whose parameters are evaluated as they are trained, as a '
+            f"search scales the updates by config.search.rates. Try 'adam' and 0"
         )
     if config.task == 'search' and config.train.steps % config.train.eval_every:
         raise UserError(

@@ -18,6 +18,7 @@ import optax
 from mi.config import Rule, UserError, choice, integer, number, suggest
 from mi.options import check_options, get_options
 from mi.registry import Registry, import_object, is_reference
+from mi.training import averaging
 
 Constructor = Callable[[ml_collections.ConfigDict, optax.Schedule], optax.GradientTransformation]
 
@@ -96,6 +97,7 @@ SCHEMA: dict[str, Rule] = {
     'optim.b1': number(0, below=1),  # at 1 the mean would ignore the gradient
     'optim.b2': number(0, below=1),
     'optim.eps': number(0, exclusive=True),
+    'optim.ema': number(0, below=1),
 }
 
 
@@ -114,6 +116,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.b1 = 0.9  # first moment: adam, adamw; momentum: sgd, rmsprop
     config.b2 = 0.999  # second moment: adam, adamw; decay: rmsprop
     config.eps = 1e-8
+    config.ema = 0.0  # decay per update of an average of the parameters, for evaluation; 0: none
     return config
 
 
@@ -138,6 +141,11 @@ def validate(config: ml_collections.ConfigDict, steps: int) -> None:
         check_options('config.optim.options', config.name, get_options(config, 'options'), {})
     else:
         _check_imported(config, steps)
+    if config.ema and averaging.is_schedule_free(get_state_shapes(config, steps)):
+        raise UserError(
+            f'config.optim.ema = {config.ema}: expected 0, as config.optim.name = {config.name!r} '
+            f"averages the parameters itself. Try 0, or 'adamw'"
+        )
 
 
 def _check_imported(config: ml_collections.ConfigDict, steps: int) -> None:
@@ -197,7 +205,7 @@ def schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
-    """Return the optimizer of a run of `steps` updates, clipping included.
+    """Return the optimizer of a run of `steps` updates, with clipping and the average `ema`.
 
     RMSProp is TensorFlow's: ε is inside the square root, and the mean square starts at one.
     """
@@ -210,7 +218,8 @@ def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.Gradi
     else:
         options = get_options(config, 'options')
         transforms.append(import_object(config.name)(learning_rate, **options))
-    return optax.chain(*transforms)
+    optimizer = optax.chain(*transforms)
+    return averaging.average_params(optimizer, config.ema) if config.ema else optimizer
 
 
 def _get_defaults(function: Callable[..., object]) -> dict[str, object]:

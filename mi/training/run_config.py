@@ -5,11 +5,15 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import ml_collections
 
 from mi.config import UserError, describe_difference, flatten
 from mi.training.io import read_json, write_json
+
+ADDED = {'optim.ema': 0.0}
+"""SECTION.KEY that is younger than the first runs → its value in a run that is older."""
 
 
 def record_config(file: pathlib.Path, config: ml_collections.ConfigDict) -> None:
@@ -25,7 +29,7 @@ def record_config(file: pathlib.Path, config: ml_collections.ConfigDict) -> None
         write_json(file, resolved_config)
         return
     # Compare the flat values; keys that were added since are no difference.
-    recorded_values, current_values = flatten(read_json(file)), flatten(resolved_config)
+    recorded_values, current_values = flatten(_read(file)), flatten(resolved_config)
     for config_values in (recorded_values, current_values):
         config_values.pop('tracker', None)  # it gets copies and does not change what is learned
     added_values = {
@@ -60,7 +64,17 @@ def read_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:
     file = pathlib.Path(workdir) / 'config.json'
     if not file.exists():
         raise UserError(f'--workdir={workdir} has no config.json: expected the directory of a run')
-    return ml_collections.ConfigDict(_lists_to_tuples(read_json(file))).lock()
+    return ml_collections.ConfigDict(_lists_to_tuples(_read(file))).lock()
+
+
+def _read(file: pathlib.Path) -> dict[str, Any]:
+    """Return the content of a config.json, with the keys of ADDED that its sections lack."""
+    recorded: dict[str, Any] = read_json(file)
+    for config_key, default in ADDED.items():
+        section, _, name = config_key.partition('.')
+        if section in recorded:
+            recorded[section].setdefault(name, default)
+    return recorded
 
 
 def _lists_to_tuples(value: object) -> object:

@@ -72,10 +72,10 @@ def test_an_optimizer_of_optax_learns_and_continues_to_the_same_bits(name, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', list(LEARNING_RATES))
-def test_the_state_of_an_optimizer_is_divided_by_fsdp(name, texts):
+@pytest.mark.parametrize('settings', [*({'name': name} for name in LEARNING_RATES), {'ema': 0.5}])
+def test_the_state_of_an_optimizer_is_divided_by_fsdp(settings, texts):
     """Two devices that share the parameters learn what one does, and divide its large arrays."""
-    changes = {'name': name, 'learning_rate': 0.01}
+    changes = {'name': 'adam', 'learning_rate': 0.01, **settings}
     arguments = 'lstm', texts, json.dumps(changes), 'one', 'split'
     printed = printed_on_devices(4, 'tests.lm.devices', *arguments)
     one, split = printed['one'], printed['split']
@@ -151,3 +151,53 @@ def test_an_optimizer_that_needs_more_is_refused(name, message):
     config.name = name
     with pytest.raises(UserError, match=message):
         optim.validate(config, 100)
+
+
+@pytest.mark.slow
+def test_a_run_is_evaluated_at_the_average_of_its_parameters(tmp_path, texts):
+    """That of all checkpoints by the recursion in NumPy; a continued run has the same bits."""
+    settings = {'optim.ema': 0.8, 'optim.learning_rate': 0.01, 'train.save_every': 1}
+    config = tiny(texts, **settings, **{'train.keep': 100})
+    train.train(config, str(tmp_path / 'whole'))
+    train_in_two_parts(config, tmp_path / 'cut')
+    assert_same_bits(tmp_path / 'cut', tmp_path / 'whole')
+
+    # The recursion over the parameters after each update.
+    checkpoints = tmp_path / 'whole/checkpoints'
+    e, prefix = {}, "['params']"
+    for n in range(1, 21):
+        arrays = restored(checkpoints / f'{n:08d}/state')
+        for name in (name for name in arrays if name.startswith(prefix)):
+            p = np.frombuffer(arrays[name], np.float32).astype(np.float64)
+            e[name] = 0.8 * e.get(name, 0) + (1 - 0.8) * p
+    ema = {name: array for name, array in arrays.items() if "['ema']" in name}
+    assert len(ema) == len(e) > 5
+    for name, value in e.items():
+        saved = ema[name.replace(prefix, "['opt_state']['ema']")]
+        expected = value / (1 - 0.8**20)
+        np.testing.assert_allclose(np.frombuffer(saved, np.float32), expected, rtol=1e-4, atol=1e-6)
+
+    # The final record and --mode=eval are of the average.
+    trained = restore(config, str(tmp_path / 'whole'))
+    leaves, _ = jax.tree.flatten_with_path(trained.params)
+    for path, leaf in leaves:
+        name = "['opt_state']['ema']" + jax.tree_util.keystr(path)
+        assert np.asarray(leaf).tobytes() == ema[name]
+    assess.assess(config, str(tmp_path / 'whole'))
+    assessed = json.loads((tmp_path / 'whole/evaluation.json').read_text())['test']
+    final = {str(r['seed']): r for r in records(tmp_path / 'whole') if r['split'] == 'test'}
+    for seed in ('3', '4'):
+        assert assessed[seed]['nats_per_token'] == final[seed]['nats_per_token']
+
+
+@pytest.mark.slow
+def test_training_does_not_depend_on_the_average(tmp_path, texts):
+    """But for the rounding of another program; evaluations do."""
+    for name, ema in (('without', 0.0), ('with', 0.9)):
+        train.train(tiny(texts, **{'optim.ema': ema}), str(tmp_path / name))
+    without, averaged = (records(tmp_path / name) for name in ('without', 'with'))
+    splits = [record['split'] for record in without]
+    assert splits == [record['split'] for record in averaged] and {'train', 'test'} < {*splits}
+    for record, other in zip(without, averaged, strict=True):
+        is_equal = record['nats_per_token'] == pytest.approx(other['nats_per_token'], rel=1e-5)
+        assert is_equal is (record['split'] == 'train'), record

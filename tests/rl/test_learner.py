@@ -15,7 +15,10 @@ from mi.rl.trajectory import Trajectory
 from mi.training import averaging, optim
 from tests.conftest import ROOT, forced
 
-COPIES = [{'name': 'optax.contrib:schedule_free_sgd'}]  # optimizers with copies of parameters
+COPIES = [
+    {'ema': 0.5},
+    {'name': 'optax.contrib:schedule_free_sgd'},
+]  # optimizers with copies of parameters
 
 
 def parts(**changes):
