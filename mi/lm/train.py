@@ -16,7 +16,15 @@ from mi.lm.data.streams import Stream
 from mi.lm.evaluate import Excerpt, Scores, evaluate
 from mi.lm.model import LanguageModel
 from mi.lm.trainer import Metrics, TrainState, name_parts
-from mi.training import averaging, checkpoint, logger, progress, run_dir, sharding
+from mi.training import (
+    averaging,
+    checkpoint,
+    logger,
+    progress,
+    run_dir,
+    sharding,
+    utilization,
+)
 
 
 def train(
@@ -48,7 +56,10 @@ def _train(config: ml_collections.ConfigDict, corpus: Corpus, run: run_dir.Run) 
     trainer = factory.build_trainer(config, *corpus.sizes)
     loader = _make_loader(config, corpus, seeds, mesh)
     run.write('data.json', {'source': config.data.source, 'sha256': corpus.sha256})
-    run.write('cost.json', {'steps': num_steps, **factory.compute_costs(config, *corpus.sizes)})
+    costs = factory.compute_costs(config, *corpus.sizes)
+    run.write('cost.json', {'steps': num_steps, **costs})
+    token_flops = utilization.UPDATE * costs['flops_per_token']['model']
+    meter = utilization.Meter(token_flops, mesh.devices.flat)
 
     # The state: that of the newest checkpoint, or a new one.
     with progress.Work('drawing the initial parameters'):
@@ -66,7 +77,7 @@ def _train(config: ml_collections.ConfigDict, corpus: Corpus, run: run_dir.Run) 
     # The loop. A run that ended between a checkpoint and its evaluation evaluates first.
     is_evaluation_missing = _skip_finished_evaluation(run, meta, len(seeds))
     with run.open_logger(num_steps, meta['metrics']) as run_log:
-        log = _TrainingLog(config, run_log, meta)
+        log = _TrainingLog(config, run_log, meta, meter)
         if is_evaluation_missing:
             scores = evaluate_split(train_state, 'valid', config.eval.valid_tokens)
             log.write_evaluation(run.step, 'valid', scores)
@@ -193,14 +204,19 @@ class _TrainingLog:
       config: config of the run.
       log: the open log of the run.
       meta: content of the checkpoint beside the state.
+      meter: utilization of the devices by tokens per second.
     """
 
     def __init__(
-        self, config: ml_collections.ConfigDict, log: logger.RunLogger, meta: checkpoint.Meta
+        self,
+        config: ml_collections.ConfigDict,
+        log: logger.RunLogger,
+        meta: checkpoint.Meta,
+        meter: utilization.Meter,
     ):
         self._seeds: tuple[int, ...] = tuple(config.seeds)
         self._tokens_per_step = config.train.batch * config.train.length * len(self._seeds)
-        self._log = log
+        self._log, self._meter = log, meter
         self._unlogged: list[list[float]] = meta['unlogged']  # nats of each seed, by step
         self._unread: tuple[int, Metrics] | None = None
         # Steps since the last record and their seconds, which older checkpoints do not have.
@@ -222,10 +238,10 @@ class _TrainingLog:
             self._log.write(step, seed, 'train', {'nats_per_token': mean_nats})
         tokens_per_second = self._steps * self._tokens_per_step / self._seconds
         timing = {'seconds': self._seconds, 'tokens_per_second': tokens_per_second}
+        timing |= self._meter.measure(tokens_per_second)
         self._log.write_timing(step, timing)
-        self._log.show_progress(
-            step, f'{np.mean(nats_per_seed):.4f} nats/token', f'{tokens_per_second:,.0f} tokens/s'
-        )
+        rate = utilization.format_rate(f'{tokens_per_second:,.0f} tokens/s', timing)
+        self._log.show_progress(step, f'{np.mean(nats_per_seed):.4f} nats/token', rate)
         self._steps, self._seconds = 0, 0.0
         self.resume_clock()
 

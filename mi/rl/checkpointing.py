@@ -41,11 +41,15 @@ class Snapshot(NamedTuple):
     env_steps: list[int] | int
 
 
-def write_costs(run: run_dir.Run, agent: Agent) -> None:
-    """Write cost.json: the number of updates, and parameters and FLOPs of the agent."""
+def write_costs(run: run_dir.Run, agent: Agent) -> int:
+    """Write cost.json: the number of updates, and parameters and FLOPs of the agent.
+
+    Return the FLOPs of a forward pass per environment step.
+    """
     num_updates, training = count_updates(run.config), run.config.train
     costs = factory.compute_costs(agent, training.batch, training.length)
     run.write('cost.json', {'steps': num_updates, **costs})
+    return costs['flops_per_step']['model']
 
 
 def resume(

@@ -7,11 +7,11 @@ backward pass has two products for each one of the forward pass (Chowdhery et al
 appendix B). Recomputed activations and the optimizer count nothing.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import jax
 
-UPDATE = 3  # FLOPs of an update, in forward passes
+UPDATE = 3  # forward passes that have the FLOPs of an update
 TERA = 1e12
 
 # Dense products in bf16, without sparsity, for each name of a device in jax.
@@ -37,18 +37,26 @@ PEAK_FLOPS: dict[str, float] = {
 """Name of a device in jax → FLOP/s of its peak; a device that is not in it has no utilization."""
 
 
-def compute_utilization(flops_per_second: float, devices: Iterable[jax.Device]) -> dict[str, float]:
-    """Return {'mfu': share of the peak}, for a record of timing.jsonl; {} for an unknown device.
+class Meter:
+    """Measures the utilization of a run's devices.
 
     Args:
-      flops_per_second: model FLOPs of all seeds per second.
+      flops: model FLOPs for each unit that is counted per second, such as a token.
       devices: the devices of the run, in all processes.
     """
-    peaks = [PEAK_FLOPS.get(device.device_kind) for device in devices]
-    known_peaks = [peak for peak in peaks if peak]
-    return {'mfu': flops_per_second / sum(known_peaks)} if len(known_peaks) == len(peaks) else {}
+
+    def __init__(self, flops: float, devices: Iterable[jax.Device]):
+        self._flops = flops
+        self._peaks = [PEAK_FLOPS.get(device.device_kind) for device in devices]
+
+    def measure(self, units_per_second: float) -> dict[str, float]:
+        """Return {'mfu': share of the peak} for timing.jsonl; {} if a device's peak is unknown."""
+        peaks = [peak for peak in self._peaks if peak is not None]
+        if len(peaks) < len(self._peaks):
+            return {}
+        return {'mfu': self._flops * units_per_second / sum(peaks)}
 
 
-def format_rate(rate: str, utilization: dict[str, float]) -> str:
-    """Return a rate for the progress line, with the utilization if it is known."""
-    return f'{rate}, {utilization["mfu"]:.1%} MFU' if utilization else rate
+def format_rate(rate: str, timing: Mapping[str, float]) -> str:
+    """Return a rate for the progress line, with the utilization if `timing` has it."""
+    return f'{rate}, {timing["mfu"]:.1%} MFU' if 'mfu' in timing else rate

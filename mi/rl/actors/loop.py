@@ -19,6 +19,7 @@ from mi.rl import config as rl_config
 from mi.rl import envs, episode_metrics, factory, learner, loss, popart
 from mi.rl.actors import ray as ray_actors
 from mi.rl.actors.threads import Actors, QueueItem
+from mi.rl.actors.window import Window
 from mi.rl.actors.worker import Policy, Worker, concatenate_trajectories
 from mi.rl.agent import Agent, Params
 from mi.rl.checkpointing import Snapshot, is_evaluation_due, resume, save_or_stop, write_costs
@@ -27,7 +28,16 @@ from mi.rl.evaluate import Evaluate, Evaluation, write_evaluations
 from mi.rl.play import never
 from mi.rl.trajectory import Episodes, Trajectory
 from mi.rows import mean_over_rows
-from mi.training import averaging, checkpoint, logger, optim, progress, run_dir, sharding
+from mi.training import (
+    averaging,
+    checkpoint,
+    logger,
+    optim,
+    progress,
+    run_dir,
+    sharding,
+    utilization,
+)
 from mi.training.sharding import Tree
 
 
@@ -90,7 +100,7 @@ def _train(
     mesh = sharding.make_mesh(1, config.train.batch, shape=config.train.mesh)
     update = jit_update(agent, optimizer, factory.get_hyperparameters(config), mesh)
     is_asked_to_stop = functools.partial(run.should_stop, recorded=False)
-    write_costs(run, agent)
+    meter = utilization.Meter(utilization.UPDATE * write_costs(run, agent), mesh.devices.flat)
 
     # A new state, or that of the newest checkpoint.
     state = init_state(agent, optimizer, config.seeds[0], mesh)
@@ -101,7 +111,7 @@ def _train(
     window, first_step = Window(), run.step
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(run.open_logger(num_updates, records_end or meta['metrics']))
-        recorder = _Recorder(run, log, agent.spec, env_steps)
+        recorder = _Recorder(run, log, agent.spec, env_steps, meter)
         if records_end is None:
             _evaluate(evaluations, agent, state, recorder)
         if run.step < num_updates:
@@ -149,13 +159,20 @@ class _Recorder:
       env_steps: environment steps of all processes so far.
     """
 
-    def __init__(self, run: run_dir.Run, log: logger.RunLogger, spec: Spec, env_steps: int):
+    def __init__(
+        self,
+        run: run_dir.Run,
+        log: logger.RunLogger,
+        spec: Spec,
+        env_steps: int,
+        meter: utilization.Meter,
+    ):
         self.run, self.log, self.env_steps = run, log, env_steps
-        self._spec = spec
+        self._spec, self._meter = spec, meter
 
     def write(
         self,
-        window: 'Window',
+        window: Window,
         statistics: popart.Statistics,
         actors: Actors,
         is_complete: bool,
@@ -182,9 +199,11 @@ class _Recorder:
         # The timing is in a file of its own, because it differs between equal runs.
         steps_per_second = new_steps / timing['seconds']
         timing |= {'steps_per_second': steps_per_second, 'queue': actors.count_waiting()}
+        timing |= self._meter.measure(steps_per_second)
         log.write_timing(run.step, timing)
         note = episode_metrics.make_note(record)
-        log.show_progress(run.step, note, f'{steps_per_second:,.0f} steps/s')
+        rate = utilization.format_rate(f'{steps_per_second:,.0f} steps/s', timing)
+        log.show_progress(run.step, note, rate)
 
     def _make_record(
         self,
@@ -313,7 +332,7 @@ def take_batch(
     config: ml_collections.ConfigDict,
     actors: Actors,
     step: int,
-    window: 'Window',
+    window: Window,
     stops: Callable[[], bool] = never,
 ) -> list[QueueItem] | None:
     """Return this process's trajectories of one update; None if the run is to end.
@@ -342,62 +361,3 @@ def shard_trajectory(trajectory: Trajectory, mesh: jax.sharding.Mesh) -> Traject
     carry = sharding.shard_batch(trajectory.carry, mesh, axis=0)
     steps: Trajectory = sharding.shard_batch(trajectory._replace(carry={}), mesh, axis=1)
     return steps._replace(carry=carry)
-
-
-class Window:
-    """Measurements since the last record.
-
-    Attributes:
-      updates: number of updates.
-      transitions: number of valid transitions learned from in this process.
-      lags: lags of the trajectories, in updates.
-      dropped: number of trajectories that were too old.
-      wait_seconds: time that the learner waited for trajectories.
-    """
-
-    def __init__(self) -> None:
-        self._start_time = time.perf_counter()
-        self._metrics: list[dict[str, jax.Array]] = []
-        self._episodes: list[Episodes] = []
-        self._actor_wait_seconds = 0.0
-        self.lags: list[int] = []
-        self.updates = self.transitions = 0
-        self.dropped = 0
-        self.wait_seconds = 0.0
-
-    def add(self, metrics: dict[str, jax.Array], queue_items: list[QueueItem]) -> None:
-        """Add an update and the trajectories that it learned from."""
-        self.updates += 1
-        self._metrics.append(metrics)
-        self._episodes += [item.episodes for item in queue_items]
-        self._actor_wait_seconds += sum(item.wait_seconds for item in queue_items)
-        self.transitions += sum(int(item.trajectory.valid.sum()) for item in queue_items)
-
-    def take(self, is_complete: bool) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-        """Return the values of the updates, [updates], and their timing in seconds.
-
-        Unless `is_complete`, the newest of several updates is left out, because the learner would
-        have to wait for it.
-        """
-        skips_newest = not is_complete and self.updates > 1
-        update_metrics = jax.device_get(self._metrics[:-1] if skips_newest else self._metrics)
-        values = {
-            metric_name: np.stack([metrics[metric_name] for metrics in update_metrics])
-            for metric_name in update_metrics[0]
-        }
-        values |= {
-            'lag': np.asarray(self.lags),
-            'lag_max': np.max(self.lags, keepdims=True),
-            'dropped': np.asarray([self.dropped]),
-        }
-        timing = {
-            'seconds': time.perf_counter() - self._start_time,
-            'updates': self.updates,
-            'learner_waited': self.wait_seconds,
-            'actors_waited': self._actor_wait_seconds,
-        }
-        return values, timing
-
-    def episodes(self) -> Episodes:
-        """Return the sums over the episodes that ended."""
-        return episode_metrics.add_episodes(self._episodes)

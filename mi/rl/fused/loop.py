@@ -33,7 +33,16 @@ from mi.rl.evaluate import (
 from mi.rl.fused import rollout
 from mi.rl.trajectory import Episodes
 from mi.rows import max_over_rows, mean_over_rows, sum_over_rows
-from mi.training import averaging, checkpoint, logger, optim, progress, run_dir, sharding
+from mi.training import (
+    averaging,
+    checkpoint,
+    logger,
+    optim,
+    progress,
+    run_dir,
+    sharding,
+    utilization,
+)
 
 
 class TrainState(NamedTuple):
@@ -220,12 +229,14 @@ def _train(
     num_updates, environment = rl_config.count_updates(config), environments['eval']
     optimizer = optim.make_optimizer(config.optim, num_updates)
     update_once = make_update(config, environment, agent, optimizer)
-    write_costs(run, agent)
+    forward_flops = write_costs(run, agent)
 
     # A new state, or that of the newest checkpoint.
     with progress.Work('drawing the initial parameters and episodes'):
         mesh = make_mesh(config)
         state = init_states(config, environment, agent, optimizer, mesh)
+    # An environment step is acted on once and learned from once.
+    meter = utilization.Meter((1 + utilization.UPDATE) * forward_flops, mesh.devices.flat)
     checkpoints = checkpoint.Checkpoints(run.path / 'checkpoints', config.train.keep)
     restored, meta, records_end = resume(run, checkpoints, _unwrap_keys(state), len(environments))
     state = state if restored is None else _wrap_keys(restored, state)
@@ -256,9 +267,12 @@ def _train(
             env_steps += metrics.counts.transitions
             logger.refuse_non_finite(config.seeds, run.step, metrics.learner)
             note = _write_records(run, log, environment.spec, env_steps, metrics, statistics)
-            steps_per_second = metrics.counts.transitions.sum() / seconds
-            log.write_timing(run.step, {'seconds': seconds, 'steps_per_second': steps_per_second})
-            log.show_progress(run.step, note, f'{steps_per_second:,.0f} steps/s')
+            steps_per_second = float(metrics.counts.transitions.sum() / seconds)
+            timing = {'seconds': seconds, 'steps_per_second': steps_per_second}
+            timing |= meter.measure(steps_per_second)
+            log.write_timing(run.step, timing)
+            rate = utilization.format_rate(f'{steps_per_second:,.0f} steps/s', timing)
+            log.show_progress(run.step, note, rate)
 
             # Save, stop and evaluate.
             will_evaluate = is_evaluation_due(config, run.step)
