@@ -158,8 +158,11 @@ CASES = dict(case for name, changes in LM.items() for case in lm_cases(name, cha
 }
 
 
-WHOLE = {'lm/lstm', 'lm/transformer', 'fsdp/lstm', 'seeds/lstm', 'seeds/fused'}
-WHOLE |= {'rl/fused', 'rl/learner', 'rl/evaluation'}
+# One of each way to divide: a step by its batch, parameters, seeds, an agent's update by its batch.
+FIRST = ('lm/chunk', 'fsdp/transformer', 'seeds/transformer/evaluation', 'rl/learner')
+OTHERS = tuple(case for case in CASES if case not in FIRST)
+
+WHOLE = {'lm/lstm', 'lm/transformer', 'fsdp/lstm', 'rl/fused'}
 COUNTS = {case: (1, 2, 4, 8) if case in WHOLE else (1, 8) for case in CASES}
 
 
