@@ -117,6 +117,7 @@ def test_names_that_are_cut_stay_apart():
     assert (labels['short'], labels['_hidden']) == ('short', '_hidden')
 
 
+@pytest.mark.usefixtures('svg_files')
 def test_an_arm_whose_name_begins_with_an_underscore_is_in_every_legend(tmp_path):
     for name in ('_mi', 'concat'):
         synthetic.make_run(tmp_path / name, name, {})

@@ -42,6 +42,7 @@ def sweep(tmp_path):
     return path
 
 
+@pytest.mark.usefixtures('figure_files')
 def test_csv_holds_the_numbers(sweep):
     paths = report.write(sweep)
     figures = {f'{n}.{k}' for n in ('curves', 'finals', 'pareto') for k in ('png', 'pdf', 'svg')}
@@ -148,6 +149,7 @@ def test_the_page_escapes_and_fetches_nothing(sweep):
     assert 'width</th>' not in page
 
 
+@pytest.mark.usefixtures('figure_files')
 def test_the_same_runs_give_the_same_bytes(sweep, tmp_path):
     first = report.write(sweep, tmp_path / 'first')
     second = report.write(sweep, tmp_path / 'second')
@@ -371,6 +373,7 @@ def test_a_directory_without_sweep_or_run_is_refused(tmp_path):
         report.write(tmp_path)
 
 
+@pytest.mark.usefixtures('figure_files')
 @pytest.mark.parametrize('name', ['table.md', 'finals.pdf'])
 def test_a_directory_that_cannot_be_written_to_is_one_line(sweep, tmp_path, name):
     (tmp_path / 'out' / name).mkdir(parents=True)  # root may write to what is read-only
@@ -399,6 +402,7 @@ def test_the_command_needs_no_jax(sweep):
     assert done.returncode == 0 and 'table.csv' in done.stdout and 'Traceback' not in done.stderr
 
 
+@pytest.mark.usefixtures('figure_files')
 def test_several_tasks_and_arms_of_unequal_speed(tmp_path, capsys):
     """concat needs 10 s for its 20 steps, mi 40 s: at equal time it has its record of step 5."""
     members = []
@@ -447,6 +451,7 @@ def test_several_tasks_and_arms_of_unequal_speed(tmp_path, capsys):
     assert 'IQM' in read_text(tmp_path) and 'P(improvement)' not in read_text(tmp_path)
 
 
+@pytest.mark.usefixtures('svg_files')
 def test_forty_arms_of_many_sizes_fit_into_the_figures(tmp_path):
     """Every entry of a legend lies in its figure; axes without width would be a warning."""
     members = []
@@ -473,6 +478,7 @@ def test_forty_arms_of_many_sizes_fit_into_the_figures(tmp_path):
     assert '<!-- 10k -->' in drawn and 'mathdefault' not in drawn
 
 
+@pytest.mark.usefixtures('svg_files')
 def test_arms_that_differ_in_their_last_word_have_entries_of_their_own(tmp_path):
     labels = [f'transformer, decoder, recurrent context, {word}' for word in ('film', 'gate')]
     for label in labels:

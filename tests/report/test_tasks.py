@@ -42,6 +42,7 @@ def bold(path):
     return [line.split('|')[1].strip() for line in lines if '| **' in line]
 
 
+@pytest.mark.usefixtures('svg_files')
 def test_an_arm_of_fewer_tasks_is_not_compared(tmp_path):
     """mi has learned Pong alone, and better than concat has; its mean is that of an easier set."""
     gate = {task: add(values, 2) for task, values in BOTH.items()}
