@@ -37,6 +37,7 @@ def small_config():
     return config
 
 
+@pytest.mark.slow
 def test_two_devices_have_a_seed_each_and_send_nothing():
     """The FLOPs are those of `test_costs.test_flops_of_a_step_are_those_of_its_products`."""
     command = [

@@ -207,6 +207,7 @@ def assert_traced(setting):
     TRACES.clear()
 
 
+@pytest.mark.slow
 def test_a_language_model_is_trained_evaluated_and_sampled_with_it(tmp_path, texts, cache, watched):
     changes = {'data.source': texts, 'data.cache': cache, 'sample.tokens': 2, **EVERY}
     config = edited(lm.get_config('tiny'), **changes, **{'model.fusion.name': watched})
@@ -221,6 +222,7 @@ def test_a_language_model_is_trained_evaluated_and_sampled_with_it(tmp_path, tex
     assert_traced('high')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('topology', ['fused', 'threads'])
 def test_an_agent_is_trained_and_evaluated_with_it(tmp_path, watched, topology):
     config = edited(
@@ -234,6 +236,7 @@ def test_an_agent_is_trained_and_evaluated_with_it(tmp_path, watched, topology):
     assert_traced('highest')
 
 
+@pytest.mark.slow
 def test_a_fit_and_a_search_compute_with_it(tmp_path, watched):
     small = {'seeds': (0,), 'model.fusion.name': watched, 'problem.examples': 16, **EVERY}
     fit.train(edited(expressivity.get_config('fit'), **small), str(tmp_path / 'fit'))

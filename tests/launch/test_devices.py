@@ -105,6 +105,7 @@ def test_every_engine_knows_the_devices_of_a_member(monkeypatch):
     assert k8s.find_devices(Resources()) == Devices(16, 4, 'v5e:4x4')
 
 
+@pytest.mark.slow
 def test_a_check_needs_a_dry_run_and_a_number_of_devices(tmp_path):
     result = launch(tmp_path, 'local', '--check')
     assert result.returncode == 1 and '--check: expected --dry_run with it' in result.stderr

@@ -152,6 +152,7 @@ ray.submit(commands, engine.Resources(), rule)
 """
 
 
+@pytest.mark.slow
 def test_a_watcher_that_is_interrupted_twice_waits_until_the_member_has_saved(tmp_path):
     path = tmp_path / 'a'
     # A shell starts commands in the background without SIGINT.

@@ -29,6 +29,7 @@ def parts(**changes):
     return config, environment, agent, optim.make_optimizer(config.optim, 100)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('platform', ['cuda', 'tpu'])
 def test_the_update_lowers_for_accelerators(platform):
     config, environment, agent, optimiser = parts()

@@ -55,6 +55,7 @@ def test_a_run_leaves_its_directory_and_goes_on_to_the_same_bits(tmp_path, monke
     assert (tmp_path / 'cut' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_threads_leave_a_directory_and_the_learner_goes_on_exactly(tmp_path):
     """What the continued run starts from are the bits that the stopped one saved."""
     config = tiny(**{'train.topology': 'threads', 'train.steps': 40 * 10, 'eval.greedy': True})
@@ -114,6 +115,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, topology):
     assert steps[-1] == 1000
 
 
+@pytest.mark.slow
 def test_a_run_stopped_in_its_evaluation_has_its_checkpoint_and_evaluates_when_continued(
     tmp_path, monkeypatch
 ):
@@ -188,6 +190,7 @@ def test_steps_are_those_that_were_learned_from(tmp_path):
     assert scored['episodes_per_task'] == 2
 
 
+@pytest.mark.slow
 def test_seconds_of_threads_are_without_evaluation_and_saving(tmp_path, monkeypatch):
     """As those of the fused topology: a clock that both set forward shows."""
     ahead = [0.0]
