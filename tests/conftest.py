@@ -1,4 +1,5 @@
 import atexit
+import gc
 import importlib.metadata
 import json
 import os
@@ -25,9 +26,10 @@ import pytest
 from mi.lm.data import sources
 from mi.training import host
 
-# The flags of a training run, and what compiles sooner: no optimization by LLVM, and, where jaxlib
-# still has it, the older emitter of loops, which halved the time of the tests of agents' networks.
-FAST_COMPILATION = '--xla_backend_optimization_level=0'
+# The flags of a training run, and what compiles sooner: no optimization by LLVM, one module of LLVM
+# for each program, and, where jaxlib still has it, the older emitter of loops, which halved the
+# time of the tests of agents' networks.
+FAST_COMPILATION = '--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1'
 if importlib.metadata.version('jaxlib') < '0.12':
     FAST_COMPILATION += ' --xla_cpu_use_fusion_emitters=false'
 os.environ.setdefault('XLA_FLAGS', host.safe_xla_flags(FAST_COMPILATION))
@@ -56,6 +58,11 @@ def printed_on_devices(count: int, module: str, *arguments: str) -> Any:
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def pytest_collection_finish() -> None:
+    """Exclude modules and collected tests from garbage collections, each of which visits them."""
+    gc.freeze()
 
 
 @pytest.fixture(scope='session', autouse=True)
