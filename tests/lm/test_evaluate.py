@@ -1,5 +1,6 @@
 """Evaluation against sums over predictions that are written out here, from single applications."""
 
+import functools
 import math
 
 import jax
@@ -85,7 +86,8 @@ def with_params(word='core=lstm', **changes):
     config = tiny(word, **{'data.level': 'byte'} | changes)
     model = factory.build_model(config, 256)
     row = jnp.zeros((1, 1), jnp.int32)
-    params = model.init(jax.random.key(1), model.initial_carry(1), row)['params']
+    key = jax.random.key(1, impl='rbg')
+    params = jax.jit(lambda: model.init(key, model.initial_carry(1), row))()['params']
     return config, model, jax.tree.map(lambda a: 3 * a, params)
 
 
@@ -95,10 +97,14 @@ def seed_axis(params):
 
 def nats_of(model, params, tokens):
     """−ln p of tokens[1:], by one application from the initial state."""
-    tokens = jnp.asarray(tokens, jnp.int32)[:, None]
-    carry = model.initial_carry(1)
-    _, losses = model.apply({'params': params}, carry, tokens[:-1], tokens[1:])
-    return np.asarray(losses.nats[:, 0], np.float64)
+    tokens = np.asarray(tokens, np.int32)[:, None]
+    return np.asarray(_nats(model, params, tokens[:-1], tokens[1:])[:, 0], np.float64)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _nats(model, params, inputs, targets):
+    _, losses = model.apply({'params': params}, model.initial_carry(1), inputs, targets)
+    return losses.nats
 
 
 def measure(model, params, corpus, reading, num_tokens):

@@ -85,6 +85,14 @@ def test_a_first_return_of_10000_is_a_hundred_units():
     np.testing.assert_allclose(error, np.sqrt(9999), rtol=1e-3)
 
 
+@jax.jit
+def update_100_times(statistics, v, task, weight):
+    def one(_, statistics):
+        return popart.update(statistics, v, task, weight, 0.5)
+
+    return jax.lax.fori_loop(0, 100, one, statistics)
+
+
 HUGE = float(np.finfo(np.float32).max)
 
 
@@ -119,16 +127,8 @@ def test_no_finite_target_makes_the_statistics_infinite(outliers, beta, earlier)
     published.update(np.clip(v.astype(np.float64), -1e9, 1e9), task, weight)
     np.testing.assert_allclose(statistics.mu, [published.mu()[0], 0], rtol=1e-5, atol=1)
     np.testing.assert_allclose(popart.sigma(statistics), [popart.HIGHEST, 1], rtol=1e-6)
-
-    @jax.jit
-    def recover(statistics, v):
-        def one(_, statistics):
-            return popart.update(statistics, v, task, weight, 0.5)
-
-        return jax.lax.fori_loop(0, 100, one, statistics)
-
     v = rng.normal(size=64).astype(np.float32)
-    statistics = recover(statistics, v)
+    statistics = update_100_times(statistics, v, task, weight)
     np.testing.assert_allclose(statistics.mu[0], v.mean(), rtol=1e-3)
     np.testing.assert_allclose(popart.sigma(statistics)[0], v.std(), rtol=1e-3)
 
@@ -233,14 +233,31 @@ def drawn_rewards():
     return SCALES[[0, 2]][AGENT_TASK] * rng.normal(size=(T + 1, B))
 
 
-def learner_state(agent, trajectory, optimiser):
-    params = jax.jit(agent.init)(jax.random.key(0), {}, trajectory.inputs)['params']
-    return learner.init_learner_state(params, optimiser, len(agent.spec.tasks))
+@functools.cache
+def initial_params():
+    agent, trajectory = agent_and_trajectory(np.zeros((T + 1, B)))
+    return jax.jit(agent.init)(jax.random.key(0), {}, trajectory.inputs)['params']
 
 
-def values_of(agent, trajectory, params, statistics):
-    _, outputs = forward(agent, params, {}, trajectory.inputs)
-    return popart.unnormalize(statistics, outputs.value, AGENT_TASK)
+def learner_state(agent, optimiser):
+    return learner.init_learner_state(initial_params(), optimiser, len(agent.spec.tasks))
+
+
+@functools.cache
+def make_update(optimiser, hyperparameters):
+    agent, _ = agent_and_trajectory(np.zeros((T + 1, B)))
+    return jax.jit(functools.partial(learner.update, agent, optimiser, hyperparameters))
+
+
+@jax.jit
+def forward_values(params, inputs):
+    agent, _ = agent_and_trajectory(np.zeros((T + 1, B)))
+    return forward(agent, params, {}, inputs)[1].value
+
+
+def values_of(trajectory, params, statistics):
+    values = forward_values(params, trajectory.inputs)
+    return popart.unnormalize(statistics, values, AGENT_TASK)
 
 
 @pytest.mark.parametrize('order', loss.POPART_ORDERS)
@@ -248,8 +265,8 @@ def test_the_learner_moves_the_statistics_and_no_value(order):
     """With an optimizer that changes nothing, the predicted values stay the same."""
     agent, trajectory = agent_and_trajectory(drawn_rewards())
     optimiser, h = optax.set_to_zero(), loss.Hyperparameters(popart=0.1, popart_order=order)
-    state = learner_state(agent, trajectory, optimiser)
-    values = jax.jit(lambda s: values_of(agent, trajectory, s.params, s.statistics))
+    state = learner_state(agent, optimiser)
+    values = jax.jit(lambda s: values_of(trajectory, s.params, s.statistics))
     step = jax.jit(lambda state: learner.update(agent, optimiser, h, state, trajectory)[0])
     before = values(state)
     for _ in range(3):
@@ -266,20 +283,19 @@ def test_without_preservation_the_values_follow_the_statistics(order):
     agent, trajectory = agent_and_trajectory(drawn_rewards())
     h = loss.Hyperparameters(popart=0.1, popart_order=order, popart_preserve=False)
     optimizer = optax.set_to_zero()
-    state = learner_state(agent, trajectory, optimizer)
-    step = jax.jit(functools.partial(learner.update, agent, optimizer, h))
-    new_state, _ = step(state, trajectory)
+    state = learner_state(agent, optimizer)
+    new_state, _ = make_update(optimizer, h)(state, trajectory)
     for before, after in zip(
         jax.tree.leaves(state.params), jax.tree.leaves(new_state.params), strict=True
     ):
         np.testing.assert_array_equal(after, before)
 
     mu, sigma = new_state.statistics.mu, popart.sigma(new_state.statistics)
-    _, outputs = forward(agent, state.params, {}, trajectory.inputs)
-    expected = sigma[AGENT_TASK] * outputs.value + mu[AGENT_TASK]
-    got = values_of(agent, trajectory, new_state.params, new_state.statistics)
+    normalized = forward_values(state.params, trajectory.inputs)
+    expected = sigma[AGENT_TASK] * normalized + mu[AGENT_TASK]
+    got = values_of(trajectory, new_state.params, new_state.statistics)
     np.testing.assert_allclose(got, expected, rtol=1e-5)
-    old = values_of(agent, trajectory, state.params, state.statistics)
+    old = values_of(trajectory, state.params, state.statistics)
     assert (np.abs(got - old)[AGENT_TASK == 1] > 1).all()
 
 
@@ -290,7 +306,7 @@ def test_the_gradient_is_in_the_units_of_its_order(order, preserves):
     agent, trajectory = agent_and_trajectory(drawn_rewards())
     h = loss.Hyperparameters(popart=0.1, popart_order=order, popart_preserve=preserves)
     optimiser = optax.sgd(1e-3)
-    state = learner_state(agent, trajectory, optimiser)
+    state = learner_state(agent, optimiser)
     state = state._replace(statistics=Statistics(*map(jnp.array, ([0.3, 20], [4, 9], [3, 3]))))
 
     def terms(params, statistics):
@@ -344,7 +360,7 @@ def test_the_order_decides_the_units_of_the_first_error():
         discount=np.zeros((T, B), np.float32), log_prob=always, valid=of_large
     )
     optimiser, error = optax.sgd(1e-9), {}
-    state = learner_state(agent, trajectory, optimiser)
+    state = learner_state(agent, optimiser)
     for order in loss.POPART_ORDERS:
         h = loss.Hyperparameters(popart_order=order)
         _, measured = jax.jit(functools.partial(learner.update, agent, optimiser, h))(
@@ -358,6 +374,9 @@ def test_the_order_decides_the_units_of_the_first_error():
     np.testing.assert_allclose(error['statistics_first'], 2, rtol=1e-3)
 
 
+ADAM = optax.chain(optax.clip_by_global_norm(40.0), optax.adam(1e-3))
+
+
 @pytest.mark.parametrize('order', loss.POPART_ORDERS)
 @pytest.mark.parametrize('reward', [1e4, 1e20, -1e20])
 def test_an_update_with_one_huge_reward_is_finite_and_so_are_those_after(order, reward):
@@ -366,12 +385,10 @@ def test_an_update_with_one_huge_reward_is_finite_and_so_are_those_after(order, 
     agent, ordinary = agent_and_trajectory(rewards)
     rewards[3, 1] = reward
     _, hit = agent_and_trajectory(rewards)
-    optimiser = optax.chain(optax.clip_by_global_norm(40.0), optax.adam(1e-3))
     h = loss.Hyperparameters(popart=0.01, popart_order=order)
-    step = jax.jit(functools.partial(learner.update, agent, optimiser, h))
-    state = learner_state(agent, ordinary, optimiser)
+    state = learner_state(agent, ADAM)
     for trajectory in (hit, ordinary, hit, ordinary):
-        state, measured = step(state, trajectory)
+        state, measured = make_update(ADAM, h)(state, trajectory)
         for leaf in jax.tree.leaves(state):
             assert np.isfinite(leaf).all()
         if order == 'statistics_first' or reward == 1e4:
