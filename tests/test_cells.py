@@ -10,7 +10,7 @@ from jax.experimental import rnn
 from mi import cells
 from mi.kernels import cudnn
 from mi.kernels import lstm as lstm_kernel
-from tests.motifs.checks import assert_float64
+from tests.motifs.checks import assert_float64, drawn, random
 
 T, B, N, H = 7, 3, 4, 5
 
@@ -44,9 +44,9 @@ def test_own_backward_pass_is_automatic_differentiation(with_reset, over_seeds):
     def gradients(function):
         grad = jax.value_and_grad(lambda *a: weighted(function, *a), argnums=range(3))
         if not over_seeds:
-            return grad(*args)
+            return jax.jit(grad)(*args)
         stacked = jax.tree.map(lambda *a: jnp.stack(a), inputs(0)[0], inputs(1)[0])
-        return jax.vmap(grad)(*stacked)
+        return jax.jit(jax.vmap(grad))(*stacked)
 
     assert_trees_close(
         gradients(lstm_kernel.lstm), gradients(lstm_kernel.lstm_reference), rtol=2e-4, atol=2e-5
@@ -88,8 +88,8 @@ def test_a_state_that_is_dropped_is_not_read(word):
     """keep = 0 is every step from h = 0; keep = 1 is no keep."""
     cell = cells.CELLS[word](H)
     carry = cell.initial(B)
-    x = jax.random.normal(jax.random.key(0), (T, B, N))
-    params = jax.jit(cell.init)(jax.random.key(1), carry, x)
+    x = random(0, T, B, N)
+    params = drawn(cell, carry, x)
     apply = jax.jit(cell.apply)
     ones = apply(params, carry, x, None, jnp.ones((B, H)))
     assert_trees_close(ones, apply(params, carry, x), rtol=1e-5, atol=1e-6)
@@ -104,9 +104,10 @@ def test_a_state_that_is_dropped_is_not_read(word):
 
 def test_two_halves_with_the_carry_are_the_whole():
     (carry, x, weights), _ = inputs()
-    middle, first = lstm_kernel.lstm(carry, x[:4], weights)
-    last, second = lstm_kernel.lstm(middle, x[4:], weights)
-    whole_last, whole = lstm_kernel.lstm(carry, x, weights)
+    lstm = jax.jit(lstm_kernel.lstm)
+    middle, first = lstm(carry, x[:4], weights)
+    last, second = lstm(middle, x[4:], weights)
+    whole_last, whole = lstm(carry, x, weights)
     np.testing.assert_allclose(jnp.concatenate([first, second]), whole, rtol=1e-5, atol=1e-6)
     assert_trees_close(last, whole_last, rtol=1e-5, atol=1e-6)
 
@@ -201,7 +202,8 @@ def test_cudnn_refuses_what_it_has_not():
 def test_each_gate_is_drawn_on_its_own(word):
     """Gates with equal weights would start as one, and differ by their activations alone."""
     cell = cells.CELLS[word](H)
-    params = cell.init(jax.random.key(0), cell.initial(B), jnp.zeros((T, B, N)))['params']
+    key = jax.random.key(0, impl='rbg')
+    params = jax.jit(cell.init)(key, cell.initial(B), jnp.zeros((T, B, N)))['params']
     for name in ('W', 'U'):
         gates = np.split(np.asarray(params[name]), 4, axis=1)
         for i in range(4):

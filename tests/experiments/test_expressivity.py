@@ -1,5 +1,6 @@
 """What networks of ReLU layers and fusions can represent, and the search for the smallest one."""
 
+import functools
 import itertools
 import json
 import os
@@ -60,17 +61,14 @@ def test_an_mi_network_is_any_relu_network_if_W_is_0(word, site, depth):
     relu_network = model(**shape, **{'model.fusion.name': word})
     mi_network = model(**shape, **{'model.fusion.name': 'mi'})
     x, z = jax.random.normal(jax.random.key(0), (2, 50, 5))
-    relu_params = relu_network.init(jax.random.key(1), x, z)
+    relu_params = jax.eval_shape(relu_network.init, jax.random.key(1), x, z)
     fused_layers = {'first': [0], 'last': [depth], 'all': [*range(depth + 1)]}[site]
     fused = [name for name in relu_params['params'] if name.startswith('fusion')]
     assert sorted(fused) == [f'fusion_{layer_index}' for layer_index in fused_layers]
-    leaves, tree = jax.tree.flatten(relu_params)  # biases are 0 at the start
-    random_leaves = [
-        jax.random.normal(jax.random.key(2 + index), leaf.shape)
-        for index, leaf in enumerate(leaves)
-    ]
-    relu_params = jax.tree.unflatten(tree, random_leaves)
-    mi_params = jax.tree.map(jnp.zeros_like, mi_network.init(jax.random.key(2), x, z))
+    rng = np.random.default_rng(2)  # biases are 0 at the start
+    relu_params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype('f'), relu_params)
+    shapes = jax.eval_shape(mi_network.init, jax.random.key(2), x, z)
+    mi_params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     for name, relu_layer in relu_params['params'].items():
         is_fused = name.startswith('fusion')
         mi_only = {'concat': {'W'}, 'none': {'W', 'U'}}[word] if is_fused else set()
@@ -110,9 +108,14 @@ LENGTH, POINTS = 4.0, 2000  # of an interval of the diagonal x = z
 DIAGONAL = ((np.arange(POINTS) + 0.5) / POINTS - 0.5)[:, None] * LENGTH
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def apply_on_diagonal(network, params):
+    return network.apply(params, DIAGONAL, DIAGONAL)
+
+
 def evaluate_on_diagonal(network, params):
     with jax.enable_x64(True):
-        outputs = np.asarray(network.apply(params, DIAGONAL, DIAGONAL))[:, 0]
+        outputs = np.asarray(apply_on_diagonal(network, params))[:, 0]
     assert outputs.dtype == np.float64
     return outputs
 

@@ -320,24 +320,26 @@ def test_the_loss_of_frames_is_the_evidence_lower_bound():
     cfg.problem.trajectories = 1
     problem = frames.make(cfg)
     world = problem.draw_world(jax.random.key(0))
-    params = problem.init_params(jax.random.key(1), world)
+    params = jax.jit(problem.init_params)(jax.random.key(1), world)
     key = jax.random.key(2)
-    loss, metrics = problem.loss(params, world, key)
-    true_frames = rendering.render(world)  # [7, 1, …]
+    loss, metrics = jax.jit(problem.loss)(params, world, key)
+    true_frames = jax.jit(rendering.render)(world)  # [7, 1, …]
     encoder, decoder, law = (
         frames.Encoder(cfg.model.latent, 8),
         frames.Decoder(8),
         dynamics.make(cfg.model),
     )
-    mean, log_deviation = encoder.apply(params['encoder'], true_frames[:3].swapaxes(0, 1))
+    encode, decode = jax.jit(encoder.apply), jax.jit(decoder.apply)
+    step = jax.jit(dynamics.make_step(law, params['law'], 0.2, cfg.problem.iterations, 2))
+    mean, log_deviation = encode(params['encoder'], true_frames[:3].swapaxes(0, 1))
     noise = jax.random.normal(jax.random.split(key, 3)[1], mean.shape)
     q, p = jnp.split(mean + jnp.exp(log_deviation) * noise, 2, -1)
     log_likelihood = 0.0
     for time in range(7):
-        x, brightness = true_frames[time], jax.nn.sigmoid(decoder.apply(params['decoder'], q))
+        x, brightness = true_frames[time], jax.nn.sigmoid(decode(params['decoder'], q))
         log_terms = x * jnp.log(brightness) + (1 - x) * jnp.log1p(-brightness)
         log_likelihood += float(jnp.sum(log_terms))
-        q, p = dynamics.make_step(law, params['law'], 0.2, cfg.problem.iterations, 2)(q, p)
+        q, p = step(q, p)
     sigma = np.exp(np.asarray(log_deviation, np.float64))
     kl = np.sum(-np.log(sigma) + (sigma**2 + np.asarray(mean) ** 2 - 1) / 2)
     assert float(loss) == pytest.approx(-(log_likelihood - kl) / 7, rel=1e-4)
@@ -347,16 +349,18 @@ def test_the_loss_of_frames_is_the_evidence_lower_bound():
 def test_the_encoder_depends_only_on_the_frames_that_it_sees():
     problem = frames.make(small_config(**{'problem.decoded': 1}))
     places = jax.random.uniform(jax.random.key(0), (7, 20, 2, 2), minval=-0.5, maxval=0.5)
-    params = problem.init_params(jax.random.key(1), places)
+    params = jax.jit(problem.init_params)(jax.random.key(1), places)
     changed_later = places.at[3:].set(0.2)
+    loss = jax.jit(problem.loss)
 
     def compute_kl(world):
-        return float(problem.loss(params, world, jax.random.key(2))[1]['kl'])
+        return float(loss(params, world, jax.random.key(2))[1]['kl'])
 
     assert compute_kl(places) == compute_kl(changed_later)
     assert compute_kl(places) != compute_kl(places.at[2:].set(0.2))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_of_frames_is_bit_identical(tmp_path, monkeypatch):
     train.train(small_config(), str(tmp_path / 'whole'))
     with monkeypatch.context() as patch:

@@ -51,12 +51,12 @@ def test_an_inferred_context_takes_examples_as_a_set_and_only_those_with_weight(
     encoder = regression.Encoder(3, 8)
     x, y = jax.random.normal(jax.random.key(0), (2, 5))
     weights = jnp.array([0.5, 0.5, 0, 0, 0])
-    params = encoder.init(jax.random.key(1), x, y, weights)
-    z = encoder.apply(params, x, y, weights)
-    reversed_z = encoder.apply(params, x[::-1], y[::-1], weights[::-1])
+    params, encode = jax.jit(encoder.init)(jax.random.key(1), x, y, weights), jax.jit(encoder.apply)
+    z = encode(params, x, y, weights)
+    reversed_z = encode(params, x[::-1], y[::-1], weights[::-1])
     np.testing.assert_allclose(z, reversed_z, atol=1e-6)
-    np.testing.assert_allclose(z, encoder.apply(params, x.at[3].set(9.0), y, weights), atol=1e-6)
-    assert np.abs(z - encoder.apply(params, x.at[1].set(9.0), y, weights)).max() > 1e-3
+    np.testing.assert_allclose(z, encode(params, x.at[3].set(9.0), y, weights), atol=1e-6)
+    assert np.abs(z - encode(params, x.at[1].set(9.0), y, weights)).max() > 1e-3
     assert regression._weigh_first(jnp.array([[2], [4]]), 4).tolist() == [
         [0.5, 0.5, 0, 0],
         [0.25] * 4,
@@ -70,8 +70,10 @@ def test_errors_are_of_affine_tasks_and_of_sinusoids_each_by_its_name():
     world = draw_world(cfg)
     is_sinusoid = world.known.family == 1
     known = world.known._replace(a=3.0 * is_sinusoid, b=0.0 * is_sinusoid)
-    params = jax.tree.map(jnp.zeros_like, problem.init_params(jax.random.key(0), world))
-    metrics = problem.evaluate(params, world._replace(known=known), jax.random.key(1))['eval']
+    shapes = jax.eval_shape(problem.init_params, jax.random.key(0), world)
+    params = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    evaluate = jax.jit(problem.evaluate)
+    metrics = evaluate(params, world._replace(known=known), jax.random.key(1))['eval']
     grid = np.linspace(-1, 1, regression.POINTS)
     assert metrics['mse_affine'] == 0
     assert metrics['mse_sinusoid'] == pytest.approx(9 * np.mean(np.sin(10 * grid) ** 2), rel=1e-4)

@@ -8,6 +8,7 @@ import pytest
 from flax import linen as nn
 
 from mi.kernels.convolution import convolve
+from tests.motifs.checks import drawn, random
 
 
 @pytest.mark.parametrize(
@@ -27,16 +28,16 @@ from mi.kernels.convolution import convolve
 def test_it_is_the_convolution(size, stride, padding, channels, options):
     make = functools.partial(nn.Conv, 6, (size, size), (stride, stride), padding=padding, **options)
     theirs, ours = make(), make(conv_general_dilated=convolve)
-    x = jax.random.normal(jax.random.key(0), (2, 21, 23, channels))
-    params = ours.init(jax.random.key(1), x)
+    x = random(0, 2, 21, 23, channels)
+    params = drawn(ours, x)
     assert jax.tree.map(np.shape, params) == jax.tree.map(
-        np.shape, theirs.init(jax.random.key(1), x)
+        np.shape, jax.eval_shape(theirs.init, jax.random.key(1), x)
     )
 
     def gradients(conv):
         def loss(params, x):
             y = conv.apply(params, x)
-            return (y * jax.random.normal(jax.random.key(2), y.shape)).sum(), y
+            return (y * random(2, *y.shape)).sum(), y
 
         return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, x)
 

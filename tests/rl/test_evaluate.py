@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -27,7 +28,7 @@ def test_on_the_host_and_compiled_every_game_is_played_and_nothing_compiled_twic
     ):
         on_host._compiled = None
         agent = factory.build_agent(config, compiled.spec)
-        params = factory.init_params(agent, jax.random.key(0))
+        params = jax.jit(functools.partial(factory.init_params, agent))(jax.random.key(0))
         for step in (1, 2):
             for evaluation in (compiled, on_host):
                 measured = evaluation(agent, params, step, 0)['']

@@ -201,7 +201,7 @@ def test_streams_meet_once_per_instruction_where_that_is_less_work(word, m, halv
         z[t] = np.where(is_first[t][:, None], z[t], z[t - 1])
     fuse = fusion.get(word, rank=3, hidden=16)(14)
     every, shared = Meeting(fuse, shared=False), Meeting(fuse, shared=True)
-    variables = shared.init(jax.random.key(0), x, z, is_first)
+    variables = drawn(every, x, z, is_first)
     f, g = (
         lambda v, m=m: (lambda y: ((y**2).sum(), y))(m.apply(v, x, z, is_first))
         for m in (every, shared)
@@ -254,10 +254,10 @@ def test_torsos_are_the_published_layers(reference):
     torso = TORSOS_BY_NAME[reference.__name__](5, PIXELS)
     observation = inputs(PIXELS, length=1).observation
     variables = drawn(torso, observation)
-    features = torso.apply(variables, observation)
+    features = jax.jit(torso.apply)(variables, observation)
     params = variables['params']
     x = observation['pixels'][0].astype(jnp.float32) / 255
-    x = reference(params, x).reshape(B, -1)
+    x = jax.jit(reference)(params, x).reshape(B, -1)
     expected = jnp.maximum(x @ params['out']['V'] + params['out']['b'].reshape(1, -1), 0)
     np.testing.assert_allclose(features[0], expected, rtol=1e-3, atol=1e-3)
 
@@ -266,10 +266,11 @@ def test_the_last_reward_is_seen_between_minus_1_and_1():
     agent = make(sites=(), core=None)
     carry, given = agent.initial_carry(B), inputs()
     variables = drawn(agent, carry, given)
+    apply = jax.jit(agent.apply)
 
     def logits(reward):
         rewards = jnp.full_like(given.reward, reward)
-        return agent.apply(variables, carry, given._replace(reward=rewards))[1].logits
+        return apply(variables, carry, given._replace(reward=rewards))[1].logits
 
     np.testing.assert_array_equal(logits(1.0), logits(5.0))
     np.testing.assert_array_equal(logits(-1.0), logits(-5.0))

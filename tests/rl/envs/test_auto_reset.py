@@ -58,13 +58,19 @@ def from_threads(environment, agent):
 COLLECTED = pytest.mark.parametrize('collected', [from_unroll, from_worker, from_threads])
 
 
-def update(agent, trajectory, discount=GAMMA, statistics=STATISTICS):
+@functools.cache
+def ramp(collected, terminates):
+    """A trajectory and episodes, which no test changes."""
+    return collected(Ramp(terminates), Knows(terminates))
+
+
+def make_update(agent, discount=GAMMA, statistics=STATISTICS):
     """The learner's update on a trajectory with β = 1: μ is then the mean target of each task."""
     h = loss.Hyperparameters(discount=discount, popart=1.0)
     optimizer = optax.sgd(0.0)
     state = learner.LearnerState(PARAMS, optimizer.init(PARAMS), statistics)
     step = functools.partial(learner.update, agent, optimizer, h)
-    return jax.jit(step)(state, trajectory)
+    return functools.partial(jax.jit(step), state)
 
 
 @COLLECTED
@@ -77,12 +83,13 @@ def test_exact_values_leave_nothing_to_learn_where_episodes_end(collected, termi
     """
     agent = Knows(terminates, STATISTICS)
     trajectory, _ = collected(Ramp(terminates), agent)
-    _, measured = update(agent, trajectory)
+    update = make_update(agent)
+    _, measured = update(trajectory)
     np.testing.assert_allclose(measured['baseline'], 0, atol=1e-7)
     np.testing.assert_allclose(measured['advantage'], 0, atol=1e-4)
     inputs = trajectory.inputs
     late = inputs._replace(reward=np.roll(inputs.reward, 1, axis=0))
-    assert update(agent, trajectory._replace(inputs=late))[1]['baseline'] > 1e-4
+    assert update(trajectory._replace(inputs=late))[1]['baseline'] > 1e-4
 
 
 def test_targets_of_a_constant_reward_are_10_up_to_the_limit():
@@ -103,14 +110,16 @@ def test_targets_of_a_constant_reward_are_10_up_to_the_limit():
         trajectory, _ = from_unroll(Constant(terminates), agent)
         outputs = Outputs(jnp.zeros((T + 1, B, 4)), jnp.full((T + 1, B), 10.0))
         h = loss.Hyperparameters(discount=GAMMA)
-        _, terms = loss.impala_loss(outputs, trajectory, popart.init(3), h)
+        _, terms = jax.jit(loss.impala_loss, static_argnums=3)(
+            outputs, trajectory, popart.init(3), h
+        )
         np.testing.assert_allclose(terms.targets[LIMIT - 5 : LIMIT], np.tile(last, (B, 1)).T, 1e-5)
 
 
 @COLLECTED
 @pytest.mark.parametrize('terminates', [False, True])
 def test_episodes_are_counted_once_and_for_their_own_task(collected, terminates):
-    trajectory, episodes = collected(Ramp(terminates), Knows(terminates))
+    trajectory, episodes = ramp(collected, terminates)
     period = LIMIT if terminates else LIMIT + 1  # with the step that is ignored
     assert episodes.number.sum() == B * (T // period)
     np.testing.assert_allclose(episodes.returns, episodes.number * RETURN * np.arange(1, 4))
@@ -126,7 +135,7 @@ def test_episodes_are_counted_once_and_for_their_own_task(collected, terminates)
 @pytest.mark.parametrize('terminates', [False, True])
 def test_the_rows_of_an_episode(collected, terminates):
     """What is ignored, cut and first, step by step."""
-    trajectory, _ = collected(Ramp(terminates), Knows(terminates))
+    trajectory, _ = ramp(collected, terminates)
     period = LIMIT if terminates else LIMIT + 1
     step = np.arange(T)
     ignored = (step % period == LIMIT) & (not terminates)
@@ -192,11 +201,11 @@ def test_the_learner_discounts_by_gamma(discount):
             carry, outputs = super().apply(variables, carry, inputs)
             return carry, outputs._replace(value=jnp.ones_like(outputs.value))
 
-    trajectory, _ = from_unroll(Ramp(), agent)
+    trajectory, _ = ramp(from_unroll, False)
     rows = jax.tree.map(lambda a: a[:2], trajectory._replace(inputs=None, carry={}))
     inputs = jax.tree.map(lambda a: a[:3], trajectory.inputs)
     short = rows._replace(inputs=inputs, carry=agent.initial_carry(B))
-    state, _ = update(One(), short, discount, popart.init(3))
+    state, _ = make_update(One(), discount, popart.init(3))(short)
     scale = np.arange(1, 4)
     last = 2 * scale + discount
     np.testing.assert_allclose(state.statistics.mu, (last + scale + discount * last) / 2, rtol=1e-6)
@@ -264,7 +273,8 @@ def test_evaluations_draw_other_episodes_at_every_step_and_seed(monkeypatch):
 def test_episodes_differ_from_each_other():
     environment = Lottery()
     keys = jax.random.split(jax.random.key(0), 2)
-    state, _ = jax.vmap(functools.partial(auto_reset.reset, environment))(keys, jnp.arange(2))
+    reset = jax.jit(jax.vmap(functools.partial(auto_reset.reset, environment)))
+    state, _ = reset(keys, jnp.arange(2))
     step = jax.jit(jax.vmap(functools.partial(auto_reset.step, environment)))
     rewards, tasks = [], []
     for _ in range(300):
