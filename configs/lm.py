@@ -151,8 +151,9 @@ def data_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.source = 'austen'  # of mi.lm.data.sources: a corpus, file, directory, 'module:read'
     config.path = ''  # where the files of a known corpus are; '' is $MI_DATA/SOURCE
-    config.level = 'byte'  # byte, bpe, word, token
+    config.level = 'byte'  # byte, bpe, word, token, file
     config.vocabulary = 10_000  # at most; bpe, word and token
+    config.tokenizer = ''  # path of a tokenizer.json of the library tokenizers; file
     config.train_tokens = 0  # from the start of the training text; 0 for all
     config.cache = ''  # directory for token files; '' is $MI_CACHE or ~/.cache/mi
     return config

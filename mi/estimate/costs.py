@@ -20,7 +20,7 @@ from mi.fit import factory as fit
 from mi.fit import train as train_fit
 from mi.lm import config as lm_config
 from mi.lm import factory as lm
-from mi.lm.data import sources
+from mi.lm.data import sources, tokenizers
 from mi.lm.data.batches import Batch
 from mi.lm.trainer import Trainer
 from mi.rl import config as rl_config
@@ -74,10 +74,17 @@ def make_lm_setup(config: ml_collections.ConfigDict) -> LMSetup:
     lm_config.validate(config)
     is_multi_domain = config.model.source == 'domain'
     num_domains = _count_domains(config) if is_multi_domain else 0
-    vocabulary = 256 if config.data.level == 'byte' else config.data.vocabulary
+    vocabulary = _count_vocabulary(config)
     config = lm.match_size(config, vocabulary, num_domains)
     trainer = lm.build_trainer(config, vocabulary, num_domains)
     return LMSetup(config, trainer, vocabulary, num_domains)
+
+
+def _count_vocabulary(config: ml_collections.ConfigDict) -> int:
+    if config.data.level == 'file':
+        with lm.name_data_keys():
+            return tokenizers.count_ids(tokenizers.read_tokenizer(config.data.tokenizer))
+    return 256 if config.data.level == 'byte' else config.data.vocabulary
 
 
 def _lm(config: ml_collections.ConfigDict) -> Costs:

@@ -71,6 +71,7 @@ SCHEMA: dict[str, Rule] = {
     'data.path': str,
     'data.level': choice(tokenizers.LEVELS),
     'data.vocabulary': integer(2),
+    'data.tokenizer': str,
     'data.train_tokens': integer(0),
     'data.cache': str,
     'model.core': choice(ChainMap(CORES, cells.CELLS)),
@@ -147,9 +148,25 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f'config.data.vocabulary = {config.data.vocabulary}: expected at least 256, as '
             f"config.data.level = 'bpe' always includes the 256 byte tokens"
         )
+    _check_tokenizer(config)
     _check_model(config)
     _check_training(config)
     _check_evaluation(config)
+
+
+def _check_tokenizer(config: ml_collections.ConfigDict) -> None:
+    """Raise UserError if only one of level and file asks for a tokenizer from a file."""
+    level, file = config.data.level, config.data.tokenizer
+    if level == 'file' and not file:
+        raise UserError(
+            "config.data.tokenizer = '': expected the path of a tokenizer.json, as "
+            "config.data.level = 'file'. Try the level 'bpe', which makes one from the text"
+        )
+    if file and level != 'file':
+        raise UserError(
+            f"config.data.level = {level!r}: expected 'file', as config.data.tokenizer = {file!r} "
+            f'is set. Try --config.data.level=file'
+        )
 
 
 def _check_model(config: ml_collections.ConfigDict) -> None:

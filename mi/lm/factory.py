@@ -37,7 +37,7 @@ def load_corpus(config: ml_collections.ConfigDict) -> Corpus:
     data = config.data
     with name_data_keys():
         corpus = token_store.load(
-            token_store.Recipe(data.source, data.level, data.vocabulary),
+            token_store.Recipe(data.source, data.level, data.vocabulary, tokenizer=data.tokenizer),
             data.cache,
             path=data.path,
             train_tokens=data.train_tokens,
@@ -56,7 +56,9 @@ def name_data_keys() -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        message = re.sub(r'`(source|path|cache|train_tokens)`', r'config.data.\1', str(error))
+        message = re.sub(
+            r'`(source|path|cache|train_tokens|tokenizer)`', r'config.data.\1', str(error)
+        )
         raise UserError(message) from error
 
 

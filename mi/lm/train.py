@@ -55,7 +55,7 @@ def _train(config: ml_collections.ConfigDict, corpus: Corpus, run: run_dir.Run) 
     mesh = sharding.make_mesh(len(seeds), config.train.batch, config.train.fsdp, config.train.mesh)
     trainer = factory.build_trainer(config, *corpus.sizes)
     loader = _make_loader(config, corpus, seeds, mesh)
-    run.write('data.json', {'source': config.data.source, 'sha256': corpus.sha256})
+    run.write('data.json', _describe_data(config, corpus))
     costs = factory.compute_costs(config, *corpus.sizes)
     run.write('cost.json', {'steps': num_steps, **costs})
     token_flops = utilization.UPDATE * costs['flops_per_token']['model']
@@ -113,6 +113,15 @@ def _train(config: ml_collections.ConfigDict, corpus: Corpus, run: run_dir.Run) 
         for split, split_label in (('valid', 'valid_whole'), ('test', 'test')):
             scores = evaluate_split(train_state, split, config.eval.final_tokens)
             log.write_evaluation(num_steps, split_label, scores)
+
+
+def _describe_data(config: ml_collections.ConfigDict, corpus: Corpus) -> dict[str, str]:
+    """Return the content of data.json: the hash of the tokens, and of the file of a tokenizer."""
+    description = {'source': config.data.source, 'sha256': corpus.sha256}
+    if corpus.tokenizer_sha256:
+        description |= {'tokenizer': config.data.tokenizer}
+        description |= {'tokenizer_sha256': corpus.tokenizer_sha256}
+    return description
 
 
 def _make_loader(

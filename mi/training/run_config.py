@@ -12,7 +12,7 @@ import ml_collections
 from mi.config import UserError, describe_difference, flatten
 from mi.training.io import read_json, write_json
 
-ADDED = {'optim.ema': 0.0}
+ADDED: dict[str, Any] = {'data.tokenizer': '', 'optim.ema': 0.0}
 """SECTION.KEY that is younger than the first runs → its value in a run that is older."""
 
 

@@ -6,10 +6,17 @@ import re
 
 import numpy as np
 import tokenizers
-from tokenizers import models
 
 from mi.lm.data.texts import Texts
-from mi.lm.data.tokenizers import count_bytes, mark_line_ends, remove_line_ends, split_pieces
+from mi.lm.data.tokenizers import (
+    UNMARKED,
+    Level,
+    count_bytes,
+    count_id_bytes,
+    mark_line_ends,
+    remove_line_ends,
+    split_pieces,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +35,8 @@ class Corpus:
       domains: names of the domains, sorted; () if there are none.
       starts: split → the position at which each domain starts, [domains]; [0] if there are none.
       tokenizer: the tokenizer; None for bytes.
+      level: level of the tokens.
+      tokenizer_sha256: hash of the file of the tokenizer, at the level 'file'; '' otherwise.
       texts: split → its texts, in the order in which they are read.
     """
 
@@ -41,6 +50,8 @@ class Corpus:
     starts: dict[str, np.ndarray]
     tokenizer: tokenizers.Tokenizer | None
     texts: Texts
+    level: Level
+    tokenizer_sha256: str = ''
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -55,7 +66,7 @@ class Corpus:
         """Return the ids of a text whose last line may continue, [N]."""
         if self.tokenizer is None:
             return np.frombuffer(text.encode(), np.uint8)
-        if not self._is_bpe:
+        if self.level not in UNMARKED:
             text = mark_line_ends(text)
         return np.asarray(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
@@ -64,12 +75,12 @@ class Corpus:
         if self.tokenizer is None:
             return np.asarray(tokens, np.uint8).tobytes().decode(errors='replace')
         text = self.tokenizer.decode(np.asarray(tokens).tolist())
-        return text if self._is_bpe else re.sub(' ?<eos> ?', '\n', text)
+        return text if self.level in UNMARKED else re.sub(' ?<eos> ?', '\n', text)
 
     def count_predicted_bytes(self, split: str, num_predictions: int) -> int:
         """Count the bytes of the text in the tokens after the first one of a split.
 
-        White space before a word belongs to the word; at the level 'bpe' the ids decide.
+        White space before a word belongs to the word; for byte pairs the ids decide.
 
         Args:
           split: 'train', 'valid' or 'test'.
@@ -82,9 +93,9 @@ class Corpus:
             raise ValueError(f'{self.name}: the tokens do not determine the text')
         if self.tokenizer is None:
             return num_predictions
-        if self._is_bpe:
+        if self.level in UNMARKED:
             predicted_ids = self.tokens[split][1 : num_predictions + 1]
-            id_counts = np.bincount(predicted_ids, minlength=self.vocabulary)
+            id_counts = np.bincount(predicted_ids, minlength=len(self._bytes_per_id))
             return int(id_counts @ self._bytes_per_id)
         for num_tokens in (1, num_predictions + 1):
             if (split, num_tokens) not in self._word_ends:
@@ -93,10 +104,11 @@ class Corpus:
 
     @functools.cached_property
     def _bytes_per_id(self) -> np.ndarray:
-        """Bytes of each id at the level 'bpe', [V]; each character of an id's name is a byte."""
+        """Bytes of each id of byte pairs, [V]."""
         assert self.tokenizer is not None
-        token_names = (self.tokenizer.id_to_token(i) or '' for i in range(self.vocabulary))
-        return np.array([len(token_name) for token_name in token_names], np.int64)
+        id_bytes = count_id_bytes(self.tokenizer)
+        assert id_bytes is not None  # otherwise the corpus is not lossless
+        return id_bytes
 
     @functools.cached_property
     def _word_ends(self) -> dict[tuple[str, int], int]:
@@ -117,7 +129,3 @@ class Corpus:
                 num_tokens -= len(word_spans)
                 byte_offset += len(remove_line_ends(piece).encode())
         raise ValueError(f'{self.name}: {split} has fewer tokens than requested')
-
-    @property
-    def _is_bpe(self) -> bool:
-        return self.tokenizer is not None and isinstance(self.tokenizer.model, models.BPE)

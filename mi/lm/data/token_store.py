@@ -5,9 +5,10 @@ A corpus has three splits: train, valid and test, see `mi.lm.data.sources`. Leve
 - 'byte': the bytes of the text;
 - 'bpe': byte pairs, which are lossless;
 - 'word': words and punctuation marks of raw text;
-- 'token': what white space separates, for corpora that come tokenized (WikiText, PTB).
+- 'token': what white space separates, for corpora that come tokenized (WikiText, PTB);
+- 'file': the ids of a tokenizer.json of the library tokenizers, such as a pretrained one.
 
-The last two end each line with <eos>, and replace words outside the vocabulary by <unk>.
+Words and tokens end each line with <eos>, and replace what is outside the vocabulary by <unk>.
 """
 
 import dataclasses
@@ -25,8 +26,17 @@ from mi.lm.data.archives import name_os_errors, write_atomically
 from mi.lm.data.corpus import Corpus
 from mi.lm.data.sources import find_source, get_cache_directory, load_texts
 from mi.lm.data.texts import SPLITS, DataError, Text, Texts
-from mi.lm.data.tokenizers import UNKNOWN, Level, encode, fit_tokenizer
+from mi.lm.data.tokenizers import (
+    UNKNOWN,
+    Level,
+    count_id_bytes,
+    count_ids,
+    encode,
+    fit_tokenizer,
+    read_tokenizer,
+)
 from mi.training import progress
+from mi.training.checkpoint import hash_file
 
 HASHED = 64 * 2**20  # bytes of the token files up to which every load verifies their hash
 _FORMAT = 2  # version of the token files; those of another version are made again
@@ -44,6 +54,7 @@ class Recipe(NamedTuple):
       splits: the splits to tokenize; files of other splits may be missing.
       fit: the splits that the vocabulary is made from. If it excludes train, results are not
         comparable to published numbers.
+      tokenizer: path of a tokenizer.json, for 'file'.
     """
 
     source: str
@@ -51,6 +62,7 @@ class Recipe(NamedTuple):
     vocabulary: int
     splits: tuple[str, ...] = SPLITS
     fit: tuple[str, ...] = ('train',)
+    tokenizer: str = ''
 
     @property
     def name(self) -> str:
@@ -77,8 +89,8 @@ def load(
       verify: whether to verify the hash of token files larger than `HASHED` as well.
 
     Raises:
-      DataError: if a file is missing, empty, ambiguous, damaged or not UTF-8, or if the counts of
-        a known corpus differ from the known ones.
+      DataError: if a file is missing, empty, ambiguous, damaged or not UTF-8, if the counts of a
+        known corpus differ from the known ones, or if `tokenizer` is none.
       ValueError: for unknown splits, no splits, or train_tokens without train.
     """
     # Check the splits, and put them into one order, on which the name of the token files depends.
@@ -98,7 +110,7 @@ def load(
 
 
 def _order_splits(recipe: Recipe) -> Recipe:
-    """Return the recipe with its splits in the order of SPLITS, and none to fit bytes to.
+    """Return the recipe with its splits in the order of SPLITS, and none if nothing is fitted.
 
     Raises:
       ValueError: for unknown splits or no splits.
@@ -108,7 +120,7 @@ def _order_splits(recipe: Recipe) -> Recipe:
     for split in (*recipe.splits, *recipe.fit):
         if split not in SPLITS:
             raise ValueError(f'unknown split {split!r}; {suggest(split, SPLITS)}')
-    fit = () if recipe.level == 'byte' else recipe.fit
+    fit = () if recipe.level in ('byte', 'file') else recipe.fit
     return recipe._replace(
         splits=tuple(split for split in SPLITS if split in recipe.splits),
         fit=tuple(split for split in SPLITS if split in fit),
@@ -140,20 +152,27 @@ def _load(recipe: Recipe, texts: Texts, cache_directory: pathlib.Path, verify: b
             starts={split: np.zeros(1, np.int64) for split in splits},
             tokenizer=None,
             texts=texts,
+            level='byte',
         )
 
     # Token files, named by a hash of all that they depend on.
     known_source = find_source(recipe.source)
     checks = [dict(known_source.num_tokens), known_source.vocabulary]
     versions = [_FORMAT, metadata.version('tokenizers')]
-    options = [recipe.level, recipe.vocabulary, splits, recipe.fit, checks, *versions]
+    tokenizer_sha256 = ''
+    if recipe.level == 'file':
+        read_tokenizer(recipe.tokenizer)  # refuse it before the text is read
+        tokenizer_sha256 = hash_file(pathlib.Path(recipe.tokenizer))
+    vocabulary = tokenizer_sha256 or recipe.vocabulary
+    options = [recipe.level, vocabulary, splits, recipe.fit, checks, *versions]
     text_spans = [text.array() for split_texts in texts.values() for text in split_texts]
     span_lengths = np.array([len(text_span) for text_span in text_spans])
     recipe_key = _compute_sha256(json.dumps(options).encode(), span_lengths, *text_spans)[:16]
     directory = cache_directory / f'{recipe.name}-{recipe.level}-{recipe_key}'
     if not directory.exists():
         _write_token_files(directory, texts, recipe)
-    corpus = _read_token_files(directory, recipe.name, domains, texts, num_bytes)
+    corpus = _read_token_files(directory, recipe, domains, texts, num_bytes)
+    corpus = dataclasses.replace(corpus, tokenizer_sha256=tokenizer_sha256)
     is_small = sum(ids.nbytes for ids in corpus.tokens.values()) <= HASHED
     # Cut files are always noticed. The hash of large files is not verified at every start: reading
     # all of them takes as long as reading the text, and a complete directory only changes if a disk
@@ -171,13 +190,17 @@ def _write_token_files(directory: pathlib.Path, texts: Texts, recipe: Recipe) ->
     """
     # The vocabulary, and the smallest dtype for its ids.
     level = recipe.level
-    tokenizer, num_types = fit_tokenizer(texts, level, recipe.vocabulary, recipe.fit)
-    _check_num_types(recipe, texts, num_types)
-    num_ids = 256 if tokenizer is None else tokenizer.get_vocab_size()
+    if level == 'file':
+        tokenizer: tokenizers.Tokenizer | None = read_tokenizer(recipe.tokenizer)
+    else:
+        tokenizer, num_types = fit_tokenizer(texts, level, recipe.vocabulary, recipe.fit)
+        _check_num_types(recipe, texts, num_types)
+    num_ids = 256 if tokenizer is None else count_ids(tokenizer)
     id_type = np.uint8 if num_ids <= 2**8 else np.uint16 if num_ids <= 2**16 else np.int32
     id_dtype = np.dtype(id_type)
 
     # The ids, some pieces at a time.
+    id_bytes = count_id_bytes(tokenizer) if tokenizer and level == 'file' else None
     lossless, sha256 = level != 'word', hashlib.sha256()
     num_tokens: dict[str, int] = {}
     starts: dict[str, list[int]] = {}
@@ -193,6 +216,8 @@ def _write_token_files(directory: pathlib.Path, texts: Texts, recipe: Recipe) ->
                         if level == 'token' and tokenizer and lossless:
                             num_unknown = int((ids == tokenizer.token_to_id('<unk>')).sum())
                             lossless = num_unknown == len(UNKNOWN.findall(piece))
+                        elif level == 'file':
+                            lossless &= _has_all_bytes(piece, ids, id_bytes)
                         narrow_ids = ids.astype(id_dtype)
                         stream.write(narrow_ids.data)
                         sha256.update(narrow_ids.data)
@@ -215,6 +240,11 @@ def _write_token_files(directory: pathlib.Path, texts: Texts, recipe: Recipe) ->
         (new_directory / 'meta.json').write_text(json.dumps(store_meta, indent=2) + '\n')
 
 
+def _has_all_bytes(piece: str, ids: np.ndarray, id_bytes: np.ndarray | None) -> bool:
+    """Return whether the ids stand for as many bytes as a piece has; False if it is not defined."""
+    return id_bytes is not None and int(id_bytes[ids].sum()) == len(piece.encode())
+
+
 def _write_header(stream: IO[bytes], dtype: np.dtype, length: int) -> None:
     """Write the header of an .npy file; NumPy pads it, so that a longer length overwrites it."""
     header = {'descr': dtype.str, 'fortran_order': False, 'shape': (length,)}
@@ -223,7 +253,7 @@ def _write_header(stream: IO[bytes], dtype: np.dtype, length: int) -> None:
 
 def _read_token_files(
     directory: pathlib.Path,
-    name: str,
+    recipe: Recipe,
     domains: tuple[str, ...],
     texts: Texts,
     num_bytes: dict[str, int],
@@ -253,7 +283,7 @@ def _read_token_files(
     # Sources without domains store the starts of their texts; they are read as one domain.
     starts = store_meta['starts'] if domains else {split: [0] for split in num_bytes}
     return Corpus(
-        name,
+        recipe.name,
         store_meta['vocabulary'],
         tokens,
         num_bytes,
@@ -263,6 +293,7 @@ def _read_token_files(
         {split: np.array(positions) for split, positions in starts.items()},
         tokenizer,
         texts,
+        recipe.level,
     )
 
 

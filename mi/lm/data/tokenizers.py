@@ -1,6 +1,8 @@
-"""Tokenizers of each level: bytes, byte pairs and words."""
+"""Tokenizers of each level: bytes, byte pairs, words, and those of a file."""
 
 import itertools
+import json
+import pathlib
 import re
 from collections.abc import Collection, Iterator
 from typing import Literal, get_args
@@ -9,11 +11,12 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from mi.lm.data.texts import Text, Texts
+from mi.lm.data.texts import DataError, Text, Texts
 from mi.training import progress
 
-Level = Literal['byte', 'bpe', 'word', 'token']
+Level = Literal['byte', 'bpe', 'word', 'token', 'file']
 LEVELS = get_args(Level)
+UNMARKED = ('byte', 'bpe', 'file')  # levels without an <eos> for each line
 
 EOS = ' <eos>'  # before the end of each line, at the levels of words
 UNKNOWN = re.compile(r'(?<!\S)<unk>(?!\S)')
@@ -79,6 +82,57 @@ def _fit_words(
     return tokenizer, len(vocabulary)
 
 
+def read_tokenizer(file: str) -> tokenizers.Tokenizer:
+    """Read a tokenizer.json of the library tokenizers; truncation and padding are disabled.
+
+    Raises:
+      DataError: if the file is missing, is no tokenizer, or has fewer than two ids.
+    """
+    path = pathlib.Path(file)
+    setting = f'`tokenizer` = {file!r}'
+    if not path.is_file():
+        raise DataError(f'{setting}: expected the path of a tokenizer.json (got no file there)')
+    try:
+        description = path.read_text(encoding='utf-8')
+        json.loads(description)
+    except ValueError as error:
+        raise DataError(f'{setting}: expected JSON (got {error})') from error
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(description)
+    except Exception as error:  # the library raises nothing narrower
+        raise DataError(
+            f'{setting}: expected what Tokenizer.save of the library tokenizers writes ({error})'
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if count_ids(tokenizer) < 2:
+        raise DataError(f'{setting}: expected at least 2 ids (got {count_ids(tokenizer)})')
+    return tokenizer
+
+
+def count_ids(tokenizer: tokenizers.Tokenizer) -> int:
+    """Return the number of ids, those between the used ones and added tokens included."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+def count_id_bytes(tokenizer: tokenizers.Tokenizer) -> np.ndarray | None:
+    """Return the bytes of text that each id stands for, [V]; None if they are not defined.
+
+    They are for byte-level BPE, where each character of an id's name is a byte. The name of an
+    added token is its text.
+    """
+    is_byte_level = isinstance(tokenizer.model, models.BPE) and isinstance(
+        tokenizer.decoder, decoders.ByteLevel
+    )
+    if not is_byte_level or tokenizer.normalizer is not None:
+        return None
+    added_ids = tokenizer.get_added_tokens_decoder()
+    id_bytes = np.zeros(count_ids(tokenizer), np.int64)
+    for name, i in tokenizer.get_vocab(with_added_tokens=True).items():
+        id_bytes[i] = len(name.encode()) if i in added_ids else len(name)
+    return id_bytes
+
+
 def encode(
     text: Text, level: Level, tokenizer: tokenizers.Tokenizer | None, split: str
 ) -> Iterator[tuple[str, np.ndarray]]:
@@ -91,19 +145,22 @@ def encode(
     with progress.Work(f'tokenizing {split}', text.size, 'MB', 1e6) as work:
         pieces = split_pieces(text, level, work)
         while piece_batch := list(itertools.islice(pieces, 32)):  # tokenized in parallel
-            encodings = tokenizer.encode_batch_fast(piece_batch, add_special_tokens=False)
+            try:
+                encodings = tokenizer.encode_batch_fast(piece_batch, add_special_tokens=False)
+            except Exception as error:  # the library raises nothing narrower
+                raise DataError(f'`tokenizer` cannot encode the {split} text: {error}') from error
             for piece, encoding in zip(piece_batch, encodings, strict=True):
                 yield piece, np.asarray(encoding.ids, np.int32)
 
 
 def split_pieces(text: Text, level: Level, work: progress.Work | None = None) -> Iterator[str]:
-    """Yield pieces that are tokenized separately, with an <eos> for each line except for 'bpe'."""
+    """Yield pieces that are tokenized separately; levels of words get an <eos> for each line."""
     piece = ''
     for piece in text.pieces():
-        yield piece if level == 'bpe' else mark_line_ends(piece)
+        yield piece if level in UNMARKED else mark_line_ends(piece)
         if work:
             work.done += len(piece.encode())
-    if level != 'bpe' and piece and not piece.endswith('\n'):
+    if level not in UNMARKED and piece and not piece.endswith('\n'):
         yield EOS.strip()
 
 
