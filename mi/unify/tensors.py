@@ -1,0 +1,76 @@
+"""The tensors W, U, V, b of a form of `mi.layers`, from its variables alone."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mi.unify.composition import Variables
+
+
+class Tensors(NamedTuple):
+    """The tensors of f(x, z) = zᵀWx + zᵀU + Vx + b in float64.
+
+    Attributes:
+      W: [m, n, k].
+      U: [m, k], V: [n, k], b: [k]; None for a term that the module does not have.
+    """
+
+    W: np.ndarray
+    U: np.ndarray | None
+    V: np.ndarray | None
+    b: np.ndarray | None
+
+
+def compute_tensors(variables: Variables) -> Tensors:
+    """Return W, U, V and b of a form of `mi.layers`.
+
+    The names and shapes of the parameters tell the forms apart: W [m, n, k] is the full form or
+    `MultiHead`, P, Q, O the low-rank form, and with G the Tucker form; W [g, m, ⌈n/g⌉, ⌈k/g⌉] is
+    the block form, and W [m, n] or [m, 1] the diagonal or the scalar form. A block form without V
+    is taken to have a multiple of g inputs. For other modules use `mi.as_mi`.
+
+    Args:
+      variables: variables of the module, as for `module.apply`.
+
+    Raises:
+      ValueError: if the parameters are those of no form.
+    """
+    params = {
+        name: np.asarray(leaf, np.float64)
+        for name, leaf in variables.get('params', {}).items()
+        if not isinstance(leaf, Mapping)
+    }
+    factors = {name: params[name] for name in ('P', 'Q', 'G', 'O') if name in params}
+    W: Any = params.get('W')
+    if factors.keys() == {'P', 'Q', 'O'}:
+        W = np.einsum('mr,nr,rk->mnk', *factors.values())
+    elif factors.keys() == {'P', 'Q', 'G', 'O'}:
+        W = np.einsum('ma,nb,abc,ck->mnk', *factors.values(), optimize=True)
+    elif W is not None and W.ndim == 4:
+        W = _expand_blocks(params)
+    elif W is not None and W.ndim == 2 and params.keys() == {'W', 'U', 'V', 'b'}:
+        num_features = params['U'].shape[1]
+        identity = np.eye(num_features)
+        W = W[:, :, None] * identity  # a scalar form has one column, which broadcasts
+        params['V'] = params['V'] * identity
+    elif W is None or W.ndim != 3:
+        shapes = {name: array.shape for name, array in params.items()}
+        raise ValueError(
+            f'expected the variables of a form of mi.layers, with W or P, Q, O (got the '
+            f'parameters {shapes or sorted(variables)}). Try mi.as_mi(module, variables, x, z)'
+        )
+    return Tensors(W, params.get('U'), params.get('V'), params.get('b'))
+
+
+def _expand_blocks(params: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return W [m, n, k] of the block form, without the padding of its last block."""
+    num_blocks, context_size, block_inputs, block_outputs = params['W'].shape
+    W = np.zeros((context_size, num_blocks * block_inputs, num_blocks * block_outputs))
+    for index, block in enumerate(params['W']):
+        rows = slice(index * block_inputs, (index + 1) * block_inputs)
+        columns = slice(index * block_outputs, (index + 1) * block_outputs)
+        W[:, rows, columns] = block
+    input_size = params['V'].shape[0] if 'V' in params else W.shape[1]
+    output_sizes = [params[name].shape[-1] for name in 'UVb' if name in params]
+    return W[:, :input_size, : min(output_sizes, default=W.shape[2])]
