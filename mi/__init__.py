@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mi.compress import compress as compress
     from mi.find import find as find
     from mi.fusion import FUSIONS as FUSIONS
     from mi.kernels.bilinear import bilinear as bilinear
@@ -30,6 +31,7 @@ _MODULES = {
     'TuckerMultiplicativeInteraction': 'mi.layers',
     'as_mi': 'mi.unify',
     'bilinear': 'mi.kernels.bilinear',
+    'compress': 'mi.compress',
     'explain': 'mi.unify',
     'find': 'mi.find',
 }

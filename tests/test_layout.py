@@ -21,7 +21,8 @@ LAYERS = [
     ['unify'],
     ['training'],
     ['lm', 'rl', 'fit'],
-    ['main', 'estimate', 'testing'],
+    ['main', 'estimate', 'testing', 'inspect'],
+    ['compress'],
 ]
 LAYER = {package: i for i, packages in enumerate(LAYERS) for package in packages}
 # A report reads run directories and knows nothing of models.

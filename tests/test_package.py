@@ -16,9 +16,10 @@ from tests.conftest import ROOT
 from tools import extras
 
 LATE = ('orbax', 'matplotlib', 'tokenizers', 'tensorboardX', 'chex', 'ml_collections', 'optax')
+LATE += ('scipy.cluster', 'scipy.optimize', 'tensorly')
 LAYER = """
 import sys, jax, mi
-from mi import find, fusion, motifs, unify
+from mi import compress, find, fusion, motifs, unify
 x = jax.numpy.ones((2, 3))
 y, variables = mi.MultiplicativeInteraction(4).init_with_output(jax.random.key(0), x, x)
 apply = mi.MultiplicativeInteraction(4).apply

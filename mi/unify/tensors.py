@@ -1,11 +1,14 @@
 """The tensors W, U, V, b of a form of `mi.layers`, from its variables alone."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from mi.unify.composition import Variables
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
 
 class Tensors(NamedTuple):
@@ -20,6 +23,19 @@ class Tensors(NamedTuple):
     U: np.ndarray | None
     V: np.ndarray | None
     b: np.ndarray | None
+
+    def apply(self, x: 'ArrayLike', z: 'ArrayLike') -> np.ndarray:
+        """Return f(x, z): x [..., n], z [..., m] or ids [...] → [..., k]."""
+        inputs, contexts = np.asarray(x, np.float64), np.asarray(z)
+        if np.issubdtype(contexts.dtype, np.integer):
+            contexts = np.eye(len(self.W))[contexts]
+        contexts = contexts.astype(np.float64)
+        output = np.einsum('...m,mnk,...n->...k', contexts, self.W, inputs, optimize=True)
+        if self.U is not None:
+            output = output + contexts @ self.U
+        if self.V is not None:
+            output = output + inputs @ self.V
+        return output if self.b is None else output + self.b
 
 
 def compute_tensors(variables: Variables) -> Tensors:

@@ -1,0 +1,76 @@
+"""The fit of a compressed layer to the outputs of the trained one."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from mi.layers import MultiplicativeInteraction
+from mi.unify.tensors import Tensors
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+MAX_STEPS = 2000  # of L-BFGS
+TOLERANCE = 1e-14  # relative decrease of the error at which it ends
+
+
+def calibrate(
+    module: MultiplicativeInteraction,
+    params: Mapping[str, np.ndarray],
+    tensors: Tensors,
+    inputs: 'tuple[ArrayLike, ArrayLike]',
+) -> dict[str, np.ndarray]:
+    """Return the parameters with the smallest mean squared error of the outputs, in float64.
+
+    L-BFGS starts from the given parameters and never returns worse ones. For the block form the
+    error is convex and the minimum global.
+
+    Args:
+      module: the compressed layer.
+      params: its parameters.
+      tensors: those of the trained layer, whose outputs are the targets.
+      inputs: x [..., n] and z [..., m], or ids z [...].
+    """
+    from scipy import optimize  # layers do without it
+
+    with jax.enable_x64(True):
+        x, z = (jnp.asarray(stream) for stream in inputs)
+        x = x.astype(jnp.float64)
+        if not jnp.issubdtype(z.dtype, jnp.integer):
+            z = z.astype(jnp.float64)
+        module = module.clone(dtype=jnp.float64, param_dtype=jnp.float64, precision='highest')
+        initial, unravel = ravel_pytree({name: jnp.asarray(params[name]) for name in params})
+        compute_loss = _make_loss(module, unravel, x, z, jnp.asarray(tensors.apply(*inputs)))
+
+        def evaluate(flat: np.ndarray) -> tuple[float, np.ndarray]:
+            loss, grad = compute_loss(jnp.asarray(flat))
+            return float(loss), np.asarray(grad)
+
+        options = {'maxiter': MAX_STEPS, 'maxfun': 2 * MAX_STEPS, 'ftol': TOLERANCE, 'gtol': 1e-12}
+        result = optimize.minimize(
+            evaluate, np.asarray(initial), jac=True, method='L-BFGS-B', options=options
+        )
+        has_improved = result.fun <= evaluate(np.asarray(initial))[0]
+        best = unravel(jnp.asarray(result.x if has_improved else initial))
+        return {name: np.asarray(best[name]) for name in params}
+
+
+def _make_loss(
+    module: MultiplicativeInteraction,
+    unravel: Callable[[jax.Array], Any],
+    x: jax.Array,
+    z: jax.Array,
+    target: jax.Array,
+) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+    """Return flat parameters → squared error over that of zeros, and its gradient."""
+    scale = jnp.maximum(jnp.square(target).sum(), jnp.finfo(target.dtype).tiny)
+
+    def compute_loss(flat: jax.Array) -> jax.Array:
+        output: Any = module.apply({'params': unravel(flat)}, x, z)
+        return jnp.square(output - target).sum() / scale
+
+    return jax.jit(jax.value_and_grad(compute_loss))

@@ -1,0 +1,234 @@
+"""The nearest W [m, n, k] of a cheaper form: CP, Tucker or block-diagonal."""
+
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+from mi.compress.calibration import calibrate
+from mi.config import suggest, suggest_install
+from mi.layers import (
+    BlockMultiplicativeInteraction,
+    LowRankMultiplicativeInteraction,
+    MultiplicativeInteraction,
+    TuckerMultiplicativeInteraction,
+)
+from mi.unify.composition import Variables
+from mi.unify.tensors import Tensors, compute_tensors
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+Form = Literal['cp', 'tucker', 'block']
+Factors = dict[str, np.ndarray]  # the parameters that stand for W in a form, by name
+
+MAX_SWEEPS = 1000  # of alternating least squares
+TOLERANCE = 1e-10  # change of the relative error at which a decomposition ends
+
+
+class Compressed(NamedTuple):
+    """A compressed layer.
+
+    Attributes:
+      module: the layer, of the class in `FORMS`. It takes contexts [..., m] and ids.
+      variables: its variables; module.apply(variables, x, z) is the compressed output.
+      error: ‖Ŵ − W‖ / ‖W‖, or with calibration inputs the same of the outputs.
+    """
+
+    module: MultiplicativeInteraction
+    variables: dict[str, Any]
+    error: float
+
+
+def compress(
+    variables: Variables,
+    *,
+    form: Form = 'cp',
+    rank: int | None = None,
+    blocks: int | None = None,
+    inputs: 'tuple[ArrayLike, ArrayLike] | None' = None,
+) -> Compressed:
+    """Return the layer of a cheaper form whose W or whose outputs are nearest.
+
+        cp      W ≈ Σ_r p_r ⊗ q_r ⊗ o_r, by alternating least squares
+        tucker  W ≈ Σ_abc G_abc p_a ⊗ q_b ⊗ o_c, by higher-order orthogonal iteration
+        block   W ≈ its g blocks on the diagonal over (n, k), exactly the nearest
+
+    Both decompositions are TensorLy's (Kossaifi et al., JMLR 2019) and find local optima. U, V and
+    b are kept. With inputs, all parameters then minimize the mean squared error of the outputs at
+    these inputs by L-BFGS; the error is at most that of the nearest W.
+
+    Args:
+      variables: variables of a full, low-rank, Tucker or block-diagonal form or of `MultiHead`.
+      form: 'cp', 'tucker' or 'block'.
+      rank: r of the forms 'cp' and 'tucker'. From min(mn, mk, nk) on, 'cp' is exact.
+      blocks: g of the form 'block'.
+      inputs: x [..., n] and z [..., m], or ids z [...], on which the outputs are compared.
+
+    Raises:
+      ValueError: if the form is unknown, its size is missing, or `variables` have no W [m, n, k].
+      ImportError: if TensorLy is not installed, for 'cp' and 'tucker'.
+    """
+    # Check the form and its size, and compute W.
+    if form not in FORMS:
+        raise ValueError(f'form = {form!r}: {suggest(form, FORMS)}')
+    size_name, size = ('blocks', blocks) if form == 'block' else ('rank', rank)
+    if size is None or size < 1:
+        raise ValueError(f'{size_name} = {size}: expected at least 1 for form = {form!r}')
+    tensors = compute_tensors(variables)
+    if np.ndim(variables['params'].get('W', 0.0)) == 2:
+        raise ValueError(
+            'expected a form with W [m, n, k] (got a diagonal or scalar form, which is smaller '
+            'than any compressed one)'
+        )
+
+    # Compress, in the dtype of the given parameters.
+    dtype = np.result_type(*(leaf.dtype for leaf in variables['params'].values()))
+    module = make_module(form, size, tensors)
+    factors = _decompose(tensors.W, form, size)
+    kept = {name: array for name, array in tensors._asdict().items() if array is not None}
+    params = {name: kept[name] for name in kept.keys() - {'W'}} | factors
+    if inputs is not None:
+        params = calibrate(module, params, tensors, inputs)
+    params = {name: params[name].astype(dtype) for name in sorted(params)}
+    error = _measure_error(params, tensors, inputs)
+    return Compressed(module, {'params': params}, error)
+
+
+def make_module(form: Form, size: int, tensors: Tensors) -> MultiplicativeInteraction:
+    """Return the module of a form, with the terms that the tensors have."""
+    context_size, _, output_size = tensors.W.shape
+    sizes: dict[str, Any] = {'blocks': size} if form == 'block' else {'rank': size}
+    return FORMS[form](
+        output_size,
+        contexts=context_size,
+        use_U=tensors.U is not None,
+        use_V=tensors.V is not None,
+        use_b=tensors.b is not None,
+        **sizes,
+    )
+
+
+def _decompose(W: np.ndarray, form: Form, size: int) -> Factors:
+    if form == 'block':
+        return {'W': _get_blocks(W, size)}
+    return _decompose_cp(W, size) if form == 'cp' else _decompose_tucker(W, size)
+
+
+def _get_blocks(W: np.ndarray, num_blocks: int) -> np.ndarray:
+    """Return the blocks [g, m, ⌈n/g⌉, ⌈k/g⌉] on the diagonal; the last is padded with zeros."""
+    _, input_size, output_size = W.shape
+    rows, columns = -(-input_size // num_blocks), -(-output_size // num_blocks)
+    padding = (0, 0), (0, num_blocks * rows - input_size), (0, num_blocks * columns - output_size)
+    padded = np.pad(W, padding)
+    return np.stack([
+        padded[:, g * rows : (g + 1) * rows, g * columns : (g + 1) * columns]
+        for g in range(num_blocks)
+    ])  # fmt: skip
+
+
+def _decompose_cp(W: np.ndarray, rank: int) -> Factors:
+    """Return P [m, r], Q [n, r] and O [r, k], whose columns have equal lengths."""
+    factors = _expand_exactly(W, rank)
+    if factors is None:
+        _, factors = _call_tensorly(
+            'parafac',
+            W,
+            rank,
+            init='svd',
+            n_iter_max=MAX_SWEEPS,
+            tol=TOLERANCE,
+            linesearch=True,
+            random_state=0,
+        )
+
+    # Spread the length of each component over its factors, so that none is tiny in f32.
+    lengths = [np.linalg.norm(factor, axis=0) for factor in factors]
+    mean_length = np.prod(lengths, axis=0) ** (1 / 3)
+    P, Q, O = (  # noqa: E741
+        np.divide(factor * mean_length, length, out=np.zeros_like(factor), where=length > 0)
+        for factor, length in zip(factors, lengths, strict=True)
+    )
+    return {'P': P, 'Q': Q, 'O': O.T}
+
+
+def _expand_exactly(W: np.ndarray, rank: int) -> list[np.ndarray] | None:
+    """Return factors [m, r], [n, r], [k, r] of W itself; None if the rank is too low for it.
+
+    For every pair of entries of the two smaller axes there is a component, whose third factor is a
+    row of W. Components beyond them are zero in one factor.
+    """
+    longest = int(np.argmax(W.shape))
+    shorter = [axis for axis in range(3) if axis != longest]
+    first_size, second_size = (W.shape[axis] for axis in shorter)
+    num_components = first_size * second_size
+    if rank < num_components:
+        return None
+    factors = [np.zeros((size, rank)) for size in W.shape]
+    first, second = np.divmod(np.arange(num_components), second_size)
+    factors[shorter[0]][first, np.arange(num_components)] = 1
+    factors[shorter[1]][second, np.arange(num_components)] = 1
+    factors[longest][:, :num_components] = np.moveaxis(W, longest, 0).reshape(-1, num_components)
+    return factors
+
+
+def _decompose_tucker(W: np.ndarray, rank: int) -> Factors:
+    """Return P [m, r], Q [n, r], O [r, k] and the core G [r, r, r].
+
+    An axis shorter than r has zeros in the core. Its remaining columns are random, because with
+    zeros in both, neither would get a gradient.
+    """
+    ranks = [min(rank, size) for size in W.shape]
+    core, factors = _call_tensorly(
+        'tucker', W, ranks, init='svd', n_iter_max=MAX_SWEEPS, tol=TOLERANCE, random_state=0
+    )
+    rng = np.random.default_rng(0)
+    padded = []
+    for factor in factors:
+        extra = rng.normal(size=(len(factor), rank - factor.shape[1])) / np.sqrt(len(factor))
+        padded.append(np.concatenate([factor, extra], axis=1))
+    G = np.pad(core, [(0, rank - size) for size in core.shape])
+    P, Q, O = padded  # noqa: E741
+    return {'P': P, 'Q': Q, 'G': G, 'O': O.T}
+
+
+def _call_tensorly(function_name: str, W: np.ndarray, rank: object, **options: object) -> Any:
+    """Return the decomposition of W by a function of TensorLy, with its NumPy backend."""
+    try:
+        import tensorly
+        import tensorly.decomposition
+    except ImportError as error:
+        raise ImportError(f'TensorLy is not installed. {suggest_install("compress")}') from error
+    if not W.any():  # its stopping rule divides by ‖W‖
+        raise ValueError('W is zero: expected an interaction to compress')
+    decompose = getattr(tensorly.decomposition, function_name)
+    with warnings.catch_warnings(), tensorly.backend_context('numpy', local_threadsafe=True):
+        # An axis shorter than the rank; TensorLy fills the missing columns at random.
+        warnings.filterwarnings('ignore', message='Trying to compute SVD with n_eigenvecs')
+        return decompose(W, rank, **options)
+
+
+def _measure_error(
+    params: Mapping[str, np.ndarray],
+    tensors: Tensors,
+    inputs: 'tuple[ArrayLike, ArrayLike] | None',
+) -> float:
+    """Return the relative error of W, or of the outputs at the inputs."""
+    compressed = compute_tensors({'params': params})
+    if inputs is None:
+        return _compare(compressed.W, tensors.W)
+    return _compare(compressed.apply(*inputs), tensors.apply(*inputs))
+
+
+def _compare(approximation: np.ndarray, target: np.ndarray) -> float:
+    scale = np.linalg.norm(target)
+    return float(np.linalg.norm(approximation - target) / (scale or 1.0))
+
+
+FORMS: dict[str, type[MultiplicativeInteraction]] = {
+    'cp': LowRankMultiplicativeInteraction,
+    'tucker': TuckerMultiplicativeInteraction,
+    'block': BlockMultiplicativeInteraction,
+}
+"""Form → the module of `mi.layers` that has it."""
