@@ -173,20 +173,23 @@ def find_python(version):
 @pytest.mark.parametrize('version', ['3.11', '3.12', '3.13', '3.14'])
 def test_the_wheel_installs_its_layers_and_with_an_extra_its_trainers(tmp_path, dist, version):
     """Away from the clone, in an environment of its own."""
+    # Without PYTHONPATH, in which pip would find the package installed.
+    alone = {'cwd': tmp_path, 'PYTHONPATH': ''}
     assert run(find_python(version), '-m', 'venv', tmp_path / 'env').returncode == 0
     programs = tmp_path / 'env/bin'
     (wheel,) = dist.glob('*.whl')
     lock = ['-c', ROOT / 'requirements/lock.txt']
-    done = run(programs / 'python', '-m', 'pip', 'install', '--quiet', wheel, *lock)
+    done = run(programs / 'python', '-m', 'pip', 'install', '--quiet', wheel, *lock, **alone)
     assert done.returncode == 0, done.stderr
-    alone = {'cwd': tmp_path, 'PYTHONPATH': ''}
     layer = run(programs / 'python', '-c', LAYER, *LATE, **alone)
     assert layer.stdout.strip() == '(2, 4) []', layer.stderr
     refused = run(programs / 'mi-train', **alone)
     assert refused.returncode == 1 and 'is not installed. Try pip install' in refused.stderr
 
     # With the extra, a run of one step, its report, and a sweep that runs nothing.
-    done = run(programs / 'python', '-m', 'pip', 'install', '--quiet', f'{wheel}[sweep]', *lock)
+    done = run(
+        programs / 'python', '-m', 'pip', 'install', '--quiet', f'{wheel}[sweep]', *lock, **alone
+    )
     assert done.returncode == 0, done.stderr
     config = '--config=experiments/expressivity/config.py:fit'
     short = ['--config.train.steps=2', '--workdir=run']
@@ -195,12 +198,34 @@ def test_the_wheel_installs_its_layers_and_with_an_extra_its_trainers(tmp_path, 
     sweep = ['--sweep=experiments/quickstart.py', '--workdir=sweep']
     planned = run(programs / 'mi-sweep', *sweep, '--dry_run', **alone)
     assert planned.returncode == 0 and 'all of it' in planned.stdout, planned.stderr
-    assert run(programs / 'mi-status', '--workdir=.', **alone).returncode == 0
-    assert run(programs / 'mi-report', '--helpshort', **alone).returncode in (0, 1)
+    assert run(programs / 'mi-status', '--workdir=run', **alone).returncode == 0
+    if version == '3.11':
+        use_the_example(programs, alone)
+
+
+def use_the_example(programs, alone):
+    """Install examples/my_fusion beside the wheel; check, sweep and train it from its directory."""
+    example = alone['cwd'] / 'example'
+    shutil.copytree(ROOT / 'examples/my_fusion', example)
+    alone = alone | {'cwd': example}
+    done = run(programs / 'python', '-m', 'pip', 'install', '--quiet', '-e', '.', 'pytest', **alone)
+    assert done.returncode == 0, done.stderr
+    checked = run(programs / 'python', '-m', 'pytest', '-q', **alone)
+    assert checked.returncode == 0 and '2 passed' in checked.stdout, checked.stdout
+    text = (example / 'my_fusion/sweep.py').read_text().replace('60_000', '400')
+    (example / 'short.py').write_text(text.replace('(0, 1, 2, 3, 4, 5)', '(0, 1)'))
+    swept = run(programs / 'mi-sweep', '--sweep=short.py', '--workdir=signs', **alone)
+    assert swept.returncode == 0, swept.stderr
+    assert 'my_fusion.layers:TanhGate' in (example / 'signs/report/table.csv').read_text()
+    model = '--config.model.fusion.name=my_fusion.layers:TanhGate'
+    tiny = ['--config=configs/lm.py:tiny', '--config.train.steps=2', '--workdir=lm']
+    trained = run(programs / 'mi-train', *tiny, model, **alone)
+    assert trained.returncode == 0, trained.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('installer', extras.INSTALLERS)
-def test_every_extra_has_a_solution_with_and_without_the_lock(installer, capsys):
-    extras.main([f'--installers={installer}'])
+def test_every_extra_has_a_solution_with_and_without_the_lock(capsys):
+    """By uv; pip, which is slow at it, for the extra with the most pins."""
+    extras.main(['--installers=uv'])
+    extras.main(['--installers=pip', '--only=benchmark'])
     assert 'FAILED' not in capsys.readouterr().out

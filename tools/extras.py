@@ -5,11 +5,13 @@
     python -m tools.extras --only=sweep,ray --installers=uv --install
 
 An installation is followed by the installer's own check of all requirements, and by an import of
-the layers and of each console script's module that the extra promises. The output is a table of
-seconds; the exit code is 1 if a cell failed, and the installer's output is printed below the table.
+the layers and of the module that the extra promises. The output is a table of seconds, with --jobs
+cells at a time. The exit code is 1 if a cell failed; its output is below the table.
 """
 
 import argparse
+import concurrent.futures
+import itertools
 import pathlib
 import shutil
 import subprocess
@@ -74,20 +76,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument('--only', default=','.join(read_extras()), help='extras, by commas')
     parser.add_argument('--installers', default=','.join(INSTALLERS), help='pip, uv or both')
+    parser.add_argument('--jobs', type=int, default=4, help='installations at a time')
     parser.add_argument('--install', action='store_true', help='install, do not only resolve')
     options = parser.parse_args(arguments)
     columns = [(name, locked) for name in options.installers.split(',') for locked in (False, True)]
     headings = [f'{name}, lock' if locked else name for name, locked in columns]
     print(f'{"extra":12}' + ''.join(f'{heading:>12}' for heading in headings), flush=True)
+    names = options.only.split(',')
     failures: list[str] = []
-    for extra in options.only.split(','):
-        print(f'{extra:12}', end='')
-        for (name, locked), heading in zip(columns, headings, strict=True):
-            seconds, output = try_extra(name, extra, locked=locked, dry=not options.install)
-            print(f'{"FAILED" if output else f"{seconds:.1f} s":>12}', end='', flush=True)
-            if output:
-                failures.append(f'[{extra}] by {heading}:\n{output[-2000:]}')
-        print()
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        results = pool.map(
+            lambda cell: try_extra(cell[1][0], cell[0], locked=cell[1][1], dry=not options.install),
+            itertools.product(names, columns),
+        )
+        for extra in names:
+            print(f'{extra:12}', end='')
+            for heading, (seconds, output) in zip(headings, results, strict=False):
+                print(f'{"FAILED" if output else f"{seconds:.1f} s":>12}', end='', flush=True)
+                if output:
+                    failures.append(f'[{extra}] by {heading}:\n{output[-2000:]}')
+            print()
     if failures:
         sys.exit('\n\n'.join(failures))
 

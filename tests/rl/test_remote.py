@@ -20,12 +20,14 @@ SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2
 @pytest.fixture(scope='module', autouse=True)
 def received():
     """A cluster, and the signals that came to handlers which were set before it was started."""
-    os.environ['PYTHONPATH'] = os.getcwd()  # of the processes, for the package `tests`
     arrived = []
     before = {s: signal.signal(s, lambda number, frame: arrived.append(number)) for s in SIGNALS}
     try:
-        ray_actors.init_ray()
-        yield arrived
+        with pytest.MonkeyPatch.context() as patch:
+            # The processes of the cluster import the package `tests`.
+            patch.setenv('PYTHONPATH', os.getcwd(), prepend=os.pathsep)
+            ray_actors.init_ray()
+            yield arrived
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
