@@ -247,6 +247,13 @@ def test_a_program_of_a_tpu():
     assert found.cycles == 10 * 300 + 2221
 
 
+def test_a_kernel_whose_cycles_a_tpu_does_not_estimate_counts_none():
+    """A v6e offloads scatters to its sparse cores, with the largest int64 as their estimate."""
+    offloaded = TPU.replace('"estimated_cycles":"2221"', f'"estimated_cycles":"{2**63 - 1}"')
+    estimated = program.analyze_text(TPU).cycles
+    assert program.analyze_text(offloaded).cycles == estimated - 2221 > 0
+
+
 # What XLA's compiler wrote for four H100, shortened: cuDNN's convolution and the gradient of its
 # kernel, cuBLAS, a product in a Triton kernel, and asynchronous collectives.
 GPU = """HloModule jit_f, is_scheduled=true, num_partitions=4

@@ -6,15 +6,20 @@ from typing import NamedTuple
 
 from mi.estimate import hlo
 
+NO_ESTIMATE = 2**63 - 1
 SLICES = ('slice', 'dynamic-slice', 'gather')
 # Custom calls that name memory and move nothing.
 NO_TRAFFIC = {'AllocateBuffer', 'Sharding', 'SPMDFullToShardShape', 'SPMDShardToFullShape'}
 
 
 def get_estimated_cycles(instruction: hlo.Instruction) -> int:
-    """Return the cycles that a TPU's compiler estimates for a kernel; 0 without an estimate."""
+    """Return the cycles that a TPU's compiler estimates for a kernel; 0 without an estimate.
+
+    The largest int64 stands for no estimate: a kernel that a v6e offloads to its sparse cores.
+    """
     match = re.search(r'"estimated_cycles":"?(\d+)', instruction.attributes)
-    return int(match[1]) if match else 0
+    cycles = int(match[1]) if match else 0
+    return 0 if cycles == NO_ESTIMATE else cycles
 
 
 class Memory:
