@@ -12,7 +12,7 @@ from jax.test_util import check_grads
 from mi import counting
 from mi.estimate import program, topologies
 from mi.kernels import bilinear, linear
-from tests.motifs.checks import wide
+from tests.motifs.checks import random, wide
 
 M, N, K = 3, 4, 5
 ORDERS = ('outer', 'outer_chunks', 'x_first', 'z_first', 'z_first_chunks')
@@ -27,11 +27,8 @@ LEADING = [
 
 
 def streams(x_lead=(), z_lead=(), dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(0), 3)
-    x = jax.random.normal(keys[0], (*x_lead, N), dtype)
-    z = jax.random.normal(keys[1], (*z_lead, M), dtype)
-    W = jax.random.normal(keys[2], (M, N, K), dtype)
-    return x, z, W
+    shapes = (*x_lead, N), (*z_lead, M), (M, N, K)
+    return tuple(random(seed, *shape).astype(dtype) for seed, shape in enumerate(shapes))
 
 
 def triple_loop(x, z, W):
@@ -50,9 +47,9 @@ def triple_loop(x, z, W):
 @pytest.mark.parametrize('order', [None, *ORDERS])
 @pytest.mark.parametrize('leads', LEADING, ids=str)
 def test_every_order_is_the_triple_loop(leads, order):
-    x, z, W = streams(*leads)
-    y = bilinear.bilinear(x, z, W, order=order)
-    np.testing.assert_allclose(y, triple_loop(x, z, W), rtol=1e-5, atol=1e-5)
+    args = streams(*leads)
+    y = jax.jit(functools.partial(bilinear.bilinear, order=order))(*args)
+    np.testing.assert_allclose(y, triple_loop(*args), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('order', ORDERS)
@@ -141,11 +138,19 @@ def test_plan_of_a_tpu_takes_ids_as_one_product():
 def test_every_order_as_written_for_a_tpu_is_the_triple_loop(leads, order, monkeypatch):
     monkeypatch.setattr(bilinear, 'target_platform', lambda: 'tpu')
     args = streams(*leads)
-    f = functools.partial(bilinear.bilinear, order=order)
-    np.testing.assert_allclose(f(*args), triple_loop(*args), rtol=1e-5, atol=1e-5)
-    gradients = jax.grad(lambda *a: (f(*a) ** 2).sum(), (0, 1, 2))(*args)
+
+    def outputs_and_gradients():
+        def loss(*args):  # another function for each platform, so that each is traced
+            y = bilinear.bilinear(*args, order=order)
+            return (y**2).sum(), y
+
+        gradients, y = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*args)
+        return y, gradients
+
+    y, gradients = outputs_and_gradients()
+    np.testing.assert_allclose(y, triple_loop(*args), rtol=1e-5, atol=1e-5)
     monkeypatch.undo()
-    expected = jax.grad(lambda *a: (f(*a) ** 2).sum(), (0, 1, 2))(*args)
+    _, expected = outputs_and_gradients()
     for got, want in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 

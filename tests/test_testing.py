@@ -18,7 +18,14 @@ from mi.rl.envs.jax.catch import Catch
 OPTIONS = {'rank': 4, 'hidden': 12}
 
 
-@pytest.mark.parametrize('name', FUSIONS)
+# The properties that it checks are those of test_fusion, which checks them of every name.
+@pytest.mark.parametrize(
+    'name',
+    [
+        pytest.param(name, marks=() if name in ('none', 'film', 'multi_head') else pytest.mark.slow)
+        for name in FUSIONS
+    ],
+)
 def test_every_fusion_passes(name):
     testing.check_fusion(
         fusion.get(name, **OPTIONS),
@@ -66,6 +73,12 @@ class FaultyFusion(nn.Module):
         return y
 
 
+def test_modules_with_no_fault_pass():
+    testing.check_fusion(FaultyFusion)
+    testing.check_cell(FaultyCell)
+    testing.check_host_environment(make_faulty_pool, num_steps=30)
+
+
 @pytest.mark.parametrize(
     ('fault', 'message'),
     [
@@ -78,7 +91,6 @@ class FaultyFusion(nn.Module):
     ],
 )
 def test_a_faulty_fusion_is_refused(fault, message):
-    testing.check_fusion(FaultyFusion)
     with pytest.raises(AssertionError, match=message):
         testing.check_fusion(functools.partial(FaultyFusion, fault=fault))
 
@@ -127,7 +139,6 @@ class FaultyCell(nn.Module):
     ],
 )
 def test_a_faulty_cell_is_refused(fault, message):
-    testing.check_cell(FaultyCell)
     with pytest.raises(AssertionError, match=message):
         testing.check_cell(functools.partial(FaultyCell, fault=fault))
 
@@ -192,6 +203,12 @@ class FaultyPool(Batched):
         return self._buffer
 
 
+def make_faulty_pool(suite, *, batch, seed, fault=''):
+    pool = FaultyPool(JAX['catch'](suite), batch, seed)
+    pool.fault = fault
+    return pool
+
+
 @pytest.mark.parametrize(
     ('fault', 'message'),
     [
@@ -201,14 +218,9 @@ class FaultyPool(Batched):
     ],
 )
 def test_a_faulty_pool_is_refused(fault, message):
-    def maker(suite, *, batch, seed, fault=''):
-        pool = FaultyPool(JAX['catch'](suite), batch, seed)
-        pool.fault = fault
-        return pool
-
-    testing.check_host_environment(maker, num_steps=30)
+    make = functools.partial(make_faulty_pool, fault=fault)
     with pytest.raises(AssertionError, match=message):
-        testing.check_host_environment(functools.partial(maker, fault=fault), num_steps=30)
+        testing.check_host_environment(make, num_steps=30)
 
 
 def test_parameters_that_start_at_zero_are_drawn():

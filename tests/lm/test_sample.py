@@ -1,3 +1,4 @@
+import functools
 import itertools
 import json
 import shutil
@@ -26,10 +27,11 @@ def tiny(word='core=lstm', **changes):
     return config.lock()
 
 
-def generate(model, params, prompt, seed, *decoding):
+@functools.partial(jax.jit, static_argnames=('model', 'num_tokens'))
+def generate(model, params, prompt, seed, num_tokens, temperature=1.0, top_p=1.0):
     """Return the tokens of one text."""
-    key = jax.random.key(seed)
-    return sample.generate(model, params, prompt, key, sample.Decoding(*decoding))[0]
+    decoding = sample.Decoding(num_tokens, temperature, top_p)
+    return sample.generate(model, params, prompt, jax.random.key(seed), decoding)[0]
 
 
 @pytest.mark.parametrize('word', ['core=lstm,source=state', 'core=transformer'])
@@ -43,7 +45,7 @@ def test_the_likeliest_tokens_are_those_of_the_whole_text(word):
     prompt = jnp.array([1, 4, 2])
     drawn = generate(model, params, prompt, 0, 12, 0.0, 1.0)
     text = jnp.concatenate([prompt, drawn])
-    _, logits = model.apply({'params': params}, carry, text[:, None])
+    _, logits = jax.jit(model.apply)({'params': params}, carry, text[:, None])
     np.testing.assert_array_equal(drawn, logits[2:-1, 0].argmax(-1))
     again = generate(model, params, prompt, 1, 12, 1.5, 1.0)
     assert (again != drawn).any()
@@ -53,8 +55,8 @@ def uniform(config):
     """A model whose logits are all the same, whatever it reads, and its parameters."""
     model = factory.build_model(config, 11)
     carry = model.initial_carry(1)
-    params = model.init(jax.random.key(3), carry, jnp.zeros((1, 1), int))['params']
-    return model, jax.tree.map(jnp.zeros_like, params)
+    shapes = jax.eval_shape(model.init, jax.random.key(3), carry, jnp.zeros((1, 1), int))['params']
+    return model, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
 
 
 def test_every_token_is_drawn_with_a_key_of_its_own():
@@ -71,7 +73,7 @@ def test_a_transformer_writes_from_no_more_tokens_than_it_was_trained_on():
     config = tiny('core=transformer', **changes)
     model = factory.configure_sampling(factory.build_model(config, 11), config)
     carry = model.initial_carry(1)
-    params = model.init(jax.random.key(3), carry, jnp.zeros((1, 1), int))['params']
+    params = jax.jit(model.init)(jax.random.key(3), carry, jnp.zeros((1, 1), int))['params']
     params = jax.tree.map(lambda a: 3 * a, params)  # far from uniform
 
     def draw(prompt):
@@ -86,9 +88,9 @@ def test_a_transformer_writes_from_no_more_tokens_than_it_was_trained_on():
     prompt = jnp.arange(1, 7, dtype=jnp.int32)
     farther = generate(plain, params, prompt, 0, 12, 0.0).tolist()
     assert farther != drawn  # it would have a part
+    carry, apply = plain.initial_carry(1), jax.jit(plain.apply)
     for i in range(6, len(text)):
-        inputs = jnp.asarray(text[i - 6 : i])[:, None]
-        _, logits = plain.apply({'params': params}, plain.initial_carry(1), inputs)
+        _, logits = apply({'params': params}, carry, jnp.asarray(text[i - 6 : i])[:, None])
         assert text[i] == logits[-1, 0].argmax()
 
 

@@ -1,5 +1,8 @@
 """What every motif's tests share."""
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,9 +26,33 @@ def drawn(module, *inputs, **kwargs):
     return jax.tree.map(lambda a: 0.5 * random(a.size, *a.shape).astype(a.dtype), shapes)
 
 
+def compose(module, variables, *args, **kwargs):
+    """Return `as_mi` of a module, compiled as one program: operation by operation takes ten times
+    as long. A module that is not affine gives NaN there.
+    """
+    arrays = [isinstance(a, np.ndarray | jax.Array | tuple) for a in args]
+    traced_composition = []
+
+    def run(variables, traced):
+        traced = iter(traced)
+        inputs = [next(traced) if is_array else a for a, is_array in zip(args, arrays, strict=True)]
+        composition = as_mi(module, variables, *inputs, **kwargs)
+        traced_composition.append(composition)
+        tensors = [{name: getattr(p, name) for name in 'xzWUVb'} for p in composition.products]
+        return composition.output, tensors
+
+    output, tensors = jax.jit(run)(variables, list(itertools.compress(args, arrays)))
+    (composition,) = traced_composition
+    products = tuple(
+        dataclasses.replace(product, **arrays)
+        for product, arrays in zip(composition.products, tensors, strict=True)
+    )
+    return dataclasses.replace(composition, products=products, output=output)
+
+
 def is_its_composition(module, variables, *args, tolerance=2e-5, **kwargs):
     """The output computed from products of the one equation is the module's; returns it."""
-    composition = as_mi(module, variables, *args, **kwargs)
+    composition = compose(module, variables, *args, **kwargs)
     expected = jax.jit(lambda v: module.apply(v, *args, **kwargs))(variables)
     assert composition.products
     jax.tree.map(

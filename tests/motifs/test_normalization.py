@@ -14,8 +14,7 @@ from mi.motifs.normalization import (
     ConditionalLayerNorm,
     FeatureWiseModulation,
 )
-from mi.unify import as_mi
-from tests.motifs.checks import is_its_composition, random
+from tests.motifs.checks import compose, is_its_composition, random
 
 N, M = 5, 3
 X, Z = 2 * random(0, 2, 3, 4, N) + 1, random(1, 2, 1, 1, M)  # images, one context each
@@ -79,7 +78,7 @@ def test_modulation_is_the_diagonal_form_with_one_added_to_V():
         FeatureWiseModulation().apply(variables, X, Z),
         DiagonalMultiplicativeInteraction().apply({'params': diagonal}, X, Z),
     )
-    W, U, V, b = as_mi(FeatureWiseModulation(), variables, X, Z)
+    W, U, V, b = compose(FeatureWiseModulation(), variables, X, Z)
     same(jnp.einsum('mnn->mn', W), gamma['V'])
     same(V, jnp.diag(1 + gamma['b']))
     same(U, beta['V'])
@@ -119,7 +118,7 @@ def test_in_training_the_conditional_batch_norm_is_its_equation(mask):
     old_stats = numpy(variables['batch_stats']['norm'])
     same(new_stats['batch_stats']['norm']['mean'], 0.8 * old_stats['mean'] + 0.2 * mean)
     same(new_stats['batch_stats']['norm']['var'], 0.8 * old_stats['var'] + 0.2 * variance)
-    same(as_mi(module, variables, X, Z, mask=mask).output, y, 2e-5)
+    same(compose(module, variables, X, Z, mask=mask).output, y, 2e-5)
 
 
 def test_in_evaluation_the_conditional_batch_norm_uses_the_running_statistics():
