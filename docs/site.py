@@ -4,17 +4,24 @@
 
 index.md            README.md
 contributing.md     CONTRIBUTING.md
+notebooks/*.md      the notebooks of docs/notebooks, run, with their figures
 api/*.md            a page per module of mi, from its docstrings
 results/index.md    docs/results/README.md, and a card per page of docs/results
 """
 
+import os
 import pathlib
 import re
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 import griffe
+import nbclient
+import nbconvert
+import nbformat
 from mkdocs.structure.files import File, Files
+from traitlets.config import Config
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent
@@ -23,6 +30,8 @@ ROOT = HERE.parent
 # section of their folder.
 SECTIONS: dict[str, list[str]] = {
     'Tutorials': [
+        'notebooks/layer.md',
+        'notebooks/ablation.md',
         'tutorials/fusion.md',
         'tutorials/cell.md',
         'tutorials/problem.md',
@@ -86,8 +95,11 @@ def on_files(files: Files, config: Any) -> Files:
     pages = {'index.md': make_index(), 'results/index.md': make_gallery()}
     pages['contributing.md'] = (ROOT / 'CONTRIBUTING.md').read_text().replace('](docs/', '](')
     pages |= {f'api/{name}.md': f'# {name}\n\n::: {name}\n' for name in list_modules()}
-    for path, text in pages.items():
-        files.append(File.generated(config, path, content=text))
+    generated: dict[str, str | bytes] = {**pages}
+    for notebook in sorted((HERE / 'notebooks').glob('*.ipynb')):
+        generated |= make_notebook(notebook)
+    for path, content in generated.items():
+        files.append(File.generated(config, path, content=content))
     config.nav = make_navigation([file.src_uri for file in files.documentation_pages()])
     return files
 
@@ -122,6 +134,39 @@ def make_index() -> str:
     text = (ROOT / 'README.md').read_text().replace('](docs/', '](')
     text = text.replace('](results/README.md)', '](results/index.md)')
     return text.replace('](CONTRIBUTING.md)', '](contributing.md)')
+
+
+def make_notebook(path: pathlib.Path) -> dict[str, str | bytes]:
+    """Run a notebook and return its page in Markdown and the figures, by path in the site.
+
+    Raises:
+      nbclient.exceptions.CellExecutionError: if a cell raises.
+    """
+    notebook = run_notebook(path)
+    resources = {'unique_key': f'{path.stem}_figures', 'output_files_dir': f'{path.stem}_figures'}
+    page, resources = nbconvert.MarkdownExporter().from_notebook_node(notebook, resources)
+    page = page.replace('.ipynb)', '.md)').replace('![png](', '![figure](')
+    download = f'[Download this notebook]({path.name}).\n'
+    figures = {f'notebooks/{name}': figure for name, figure in resources['outputs'].items()}
+    return {f'notebooks/{path.stem}.md': f'{page}\n\n{download}', **figures}
+
+
+def run_notebook(path: pathlib.Path) -> nbformat.NotebookNode:
+    """Run a notebook in an empty directory and return it with its outputs."""
+    notebook = nbformat.read(path, as_version=4)
+    python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
+    with tempfile.TemporaryDirectory() as folder:
+        # Sockets in files: a kernel on TCP warns that anyone on the machine could read it.
+        transport = Config({'KernelManager': {'transport': 'ipc', 'ip': f'{folder}/kernel'}})
+        client = nbclient.NotebookClient(
+            notebook,
+            timeout=900,
+            coalesce_streams=True,
+            resources={'metadata': {'path': folder}},
+            config=transport,
+        )
+        client.execute(env={**os.environ, 'PYTHONPATH': python_path})
+    return notebook
 
 
 def list_modules() -> list[str]:
@@ -184,7 +229,8 @@ def make_navigation(pages: list[str]) -> list[Any]:
         if page in known or page.startswith('api/'):
             continue
         folder = page.partition('/')[0]
-        titles = {'results': 'Results', 'motifs': 'Fusions and motifs', 'tutorials': 'Tutorials'}
+        titles = {'results': 'Results', 'motifs': 'Fusions and motifs'}
+        titles |= {'notebooks': 'Tutorials', 'tutorials': 'Tutorials'}
         sections[titles.get(folder, 'Guides')].append(page)
     nav: list[Any] = [{'Home': 'index.md'}]
     for title, section in sections.items():

@@ -43,7 +43,8 @@ from mi.training.lock import is_locked
 from mi.training.progress import track
 from mi.training.run_metric import find_direction
 
-WATCHING_ENGINES = ('local', 'ray', 'pbt')  # they start all members themselves and queue none
+# Engines that start all members themselves and queue none.
+WATCHING_ENGINES = ('local', 'ray', 'pbt', 'optuna')
 
 
 def product(*sweeps: list[Overrides], **values: Sequence[Any]) -> list[Overrides]:

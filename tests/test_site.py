@@ -19,6 +19,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
+    pytest.importorskip('nbclient', reason='the extra docs is not installed')
     folder = tmp_path_factory.mktemp('site')
     environment = {**os.environ, 'NO_MKDOCS_2_WARNING': '1'}
     subprocess.run(

@@ -295,7 +295,8 @@ def test_the_config_of_the_dmlab_tutorial_is_fine(monkeypatch):
 
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
-    pytest.importorskip('mkdocs', reason='the extra docs is not installed')
+    for package in ('mkdocs', 'nbclient'):
+        pytest.importorskip(package, reason='the extra docs is not installed')
     command = [sys.executable, '-m', 'mkdocs', 'build', '--quiet', f'--site-dir={tmp_path}']
     done = subprocess.run(
         command,
