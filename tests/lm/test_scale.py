@@ -28,8 +28,9 @@ def test_the_losses_are_the_same_on_1_2_and_4_devices_and_with_split_parameters(
         assert printed[name]['split'], name
 
 
+@pytest.mark.parametrize('parts', [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('word', ['core=lstm', 'core=transformer'])
-def test_the_gradient_of_parts_is_that_of_the_batch(word):
+def test_the_gradient_of_parts_is_that_of_the_batch(word, parts):
     """With dropout too, whose masks are those of the rows."""
     config = lm.get_config(f'{word},tiny').unlock()
     config.dropout.update({'word': 0.3, 'input': 0.3, 'layer': 0.3, 'output': 0.3})
@@ -43,8 +44,8 @@ def test_the_gradient_of_parts_is_that_of_the_batch(word):
     seed, step = jnp.asarray(0), jnp.asarray(0)
     state = jax.jit(Trainer(model, optimizer, batch_size=4).init)(seed)
     results = []
-    for parts in (1, 2):
-        trainer = Trainer(model, optimizer, batch_size=4, accumulation=parts)
+    for accumulation in (1, parts):
+        trainer = Trainer(model, optimizer, batch_size=4, accumulation=accumulation)
         results.append(jax.jit(trainer.step)(state, Batch(tokens, None, seed, step)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *results)
 

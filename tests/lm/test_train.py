@@ -88,7 +88,14 @@ def test_unknown_and_missing_keys():
 
 @pytest.mark.parametrize(
     'fuse, quantity',
-    [('none', 'flops'), ('film', 'parameters'), ('mi', 'parameters'), ('mi_low_rank', 'flops')],
+    [  # every arm by one quantity in make test, by the other one in make test_slow
+        pytest.param(fuse, quantity, marks=() if quantity == quick else pytest.mark.slow)
+        for quantity in ('parameters', 'flops')
+        for fuse, quick in [
+            *[('none', 'flops'), ('film', 'parameters')],
+            *[('mi', 'parameters'), ('mi_low_rank', 'flops')],
+        ]
+    ],
 )
 def test_matched_arms_cost_what_concat_costs(fuse, quantity):
     kind = 'flops_per_token' if quantity == 'flops' else quantity
