@@ -35,6 +35,7 @@ SECTIONS: dict[str, list[str]] = {
         'tutorials/fusion.md',
         'tutorials/cell.md',
         'tutorials/problem.md',
+        'tutorials/nnx.md',
         'tutorials/slurm.md',
         'tutorials/eight_gpus.md',
         'tutorials/wikitext103.md',
