@@ -49,6 +49,7 @@ SECTIONS: dict[str, list[str]] = {
         'lm.md',
         'rl.md',
         'training.md',
+        'export.md',
         'report.md',
         'data.md',
         'dmlab.md',

@@ -21,7 +21,7 @@ LAYERS = [
     ['unify'],
     ['training'],
     ['lm', 'rl', 'fit'],
-    ['main', 'estimate', 'testing', 'inspect'],
+    ['main', 'estimate', 'export', 'testing', 'inspect'],
     ['compress'],
 ]
 LAYER = {package: i for i, packages in enumerate(LAYERS) for package in packages}

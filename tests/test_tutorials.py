@@ -75,7 +75,11 @@ def source(module):
     return path / '__main__.py' if path.is_dir() else path.with_suffix('.py')
 
 
-RUNS = {'mi.estimate': 'mi.estimate.cli', 'mi.find': 'mi.find.__main__'}  # package → its command
+RUNS = {
+    'mi.estimate': 'mi.estimate.cli',
+    'mi.find': 'mi.find.__main__',
+    'mi.export': 'mi.export.__main__',
+}  # package → its command
 
 
 def known_flags(module, seen=None):

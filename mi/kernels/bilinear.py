@@ -82,6 +82,8 @@ def choose_order(
       platform: the platform that runs the product.
       contexts: m; required if `context` is 'ids'.
     """
+    # A symbolic size counts as 1: a step that is exported for any batch mostly has few rows.
+    x_shape, z_shape = _fix_sizes(x_shape), _fix_sizes(z_shape)
     if context == 'ids':
         return _choose_id_order(x_shape, z_shape, features, platform, contexts)
     x_axes, z_axes = _align_leading_axes(x_shape, z_shape)
@@ -111,6 +113,10 @@ def choose_order(
     if n == k and platform == 'gpu':
         return 'outer'
     return 'x_first' if k <= n else 'outer'
+
+
+def _fix_sizes(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(size if isinstance(size, int) else 1 for size in shape)
 
 
 def _choose_id_order(
@@ -224,7 +230,7 @@ class _Operands(NamedTuple):
 
 def _multiply_dense(x: Array, z: Array, W: Array, order: Order, precision: Precision) -> Array:
     x_axes, z_axes = _align_leading_axes(x.shape, z.shape)
-    output_axes = np.broadcast_shapes(x_axes, z_axes)  # lengths 0 and 1 broadcast to 0
+    output_axes = jnp.broadcast_shapes(x_axes, z_axes)  # lengths 0 and 1 broadcast to 0
     is_tpu = target_platform() == 'tpu'
     if is_tpu and x_axes == z_axes:  # XLA:TPU is slow if rows have more than one axis
         x_axes = z_axes = (math.prod(x_axes),)
@@ -361,7 +367,7 @@ def _sum_chunks(operands: _Operands, multiply_chunk: Callable[..., Array], *chun
     def add_chunk(total: Array, chunk: tuple[Array, ...]) -> tuple[Array, None]:
         return total + multiply_chunk(*chunk), None
 
-    output_axes = np.broadcast_shapes(operands.x_axes, operands.z_axes)
+    output_axes = jnp.broadcast_shapes(operands.x_axes, operands.z_axes)
     shape = *(length for length in output_axes if length != 1), operands.W.shape[2]
     zeros = jnp.zeros(shape, accumulation_dtype(operands.dtype))
     total, _ = jax.lax.scan(jax.checkpoint(add_chunk, prevent_cse=False), zeros, chunks)
@@ -390,13 +396,13 @@ def _multiply_selected_rows(x: Array, ids: Array, W: Array, precision: Precision
     selected = _squeeze_leading(W.astype(jnp.result_type(x, W))[ids], 2)
     product = functools.partial(jnp.einsum, f'{x_labels}n,{id_labels}nk->{output_labels}k')
     output = accumulate(product, _squeeze_leading(x, 1), selected, precision=precision)
-    return output.reshape(*np.broadcast_shapes(x_axes, id_axes), W.shape[2])
+    return output.reshape(*jnp.broadcast_shapes(x_axes, id_axes), W.shape[2])
 
 
 def _multiply_groups(x: Array, ids: Array, W: Array, precision: Precision) -> Array:
     """Compute W[ids] x by groups of rows with the same id: x [..., n], ids [...] → [..., k]."""
     x_axes, id_axes = _align_leading_axes(x.shape, (*ids.shape, 1))
-    output_axes = np.broadcast_shapes(x_axes, id_axes)
+    output_axes = jnp.broadcast_shapes(x_axes, id_axes)
     n, dtype = x.shape[-1], jnp.result_type(x, W)
     ids = jnp.clip(ids, 0, W.shape[0] - 1)
     x = jnp.broadcast_to(x.reshape(*x_axes, n), (*output_axes, n))

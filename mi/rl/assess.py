@@ -58,7 +58,7 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
         with precision.use_config(config), Evaluation(config, config_key) as evaluation:
             if split == 'eval':
                 agent = factory.build_agent(config, evaluation.spec)
-                params, step = _restore_params(config, agent, run_path)
+                params, step = restore_params(config, agent, run_path)
             factory.check_held_out(config, agent.spec, evaluation.spec)
             for seed_index, seed in enumerate(config.seeds):
                 seed_params = jax.tree.map(operator.itemgetter(seed_index), params)
@@ -90,7 +90,7 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
     print(f'{output_dir}: scores.json and {len(frames)} videos')
 
 
-def _restore_params(
+def restore_params(
     config: ml_collections.ConfigDict, agent: Agent, run_path: pathlib.Path
 ) -> tuple[Params, int]:
     """Return the evaluated parameters of all seeds, [S, …], and their step, for any topology."""

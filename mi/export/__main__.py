@@ -1,0 +1,157 @@
+"""Export a trained run.
+
+    python -m mi.export --workdir=runs/first --out=first.safetensors
+    python -m mi.export --workdir=runs/first --program=first.stablehlo --platforms=cpu,cuda
+
+Exit code 0; 1 with one line on stderr on an error.
+"""
+
+import argparse
+import operator
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+from chex import ArrayTree
+
+from mi import precision
+from mi.config import UserError, suggest
+from mi.export import program
+from mi.export.parameters import save_params
+from mi.lm import factory as lm
+from mi.lm.restore import restore
+from mi.rl import envs
+from mi.rl import factory as rl
+from mi.rl.assess import restore_params
+from mi.training import sharding
+from mi.training.host import set_xla_flags
+from mi.training.run_config import read_config
+
+
+class Trained(NamedTuple):
+    """A trained run.
+
+    Attributes:
+      config: config of the run.
+      params: parameters of all seeds that are evaluated, [S, …].
+      about: numbers for the metadata, see `mi.export.parameters.ExportedParams`.
+      make_step: (parameters of one seed, --length) → the step of the model, and its arguments by
+        batch size.
+    """
+
+    config: ml_collections.ConfigDict
+    params: ArrayTree
+    about: dict[str, int]
+    make_step: Callable[[ArrayTree, int], tuple[program.Step, Callable[[int], Any]]]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Write the files that the flags name.
+
+    Raises:
+      UserError: if the flags or the run cannot work.
+    """
+    # Restore the run, and select a seed.
+    options = _parse(argv)
+    set_xla_flags()
+    config = read_config(options.workdir)
+    if config.get('task') not in RESTORE:
+        raise UserError(
+            f'--workdir={options.workdir}: expected a run of the tasks {" or ".join(RESTORE)} (got '
+            f'{config.get("task")!r})'
+        )
+    trained = RESTORE[config.task](config, options.workdir)
+    seeds = list(config.seeds)
+    seed = seeds[0] if options.seed is None else options.seed
+    if seed not in seeds:
+        raise UserError(f'--seed={seed}: expected a seed of the run, one of {seeds}')
+    params = jax.tree.map(operator.itemgetter(seeds.index(seed)), sharding.to_host(trained.params))
+
+    # Write the files.
+    if options.out:
+        about = {'seed': seed, **trained.about}
+        save_params(pathlib.Path(options.out), params, trained.config.to_dict(), about)
+        print(options.out)
+    if options.program:
+        with precision.use_config(trained.config):
+            step, make_args = trained.make_step(params, options.length)
+            exported = program.export_step(step, make_args, options.platforms, options.batch)
+        pathlib.Path(options.program).write_bytes(program.serialize(exported))
+        print(options.program)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the flags.
+
+    Raises:
+      UserError: if no file is named, or a platform is unknown.
+    """
+    parser = argparse.ArgumentParser(
+        prog='python -m mi.export', description='Export a trained run.', allow_abbrev=False
+    )
+    parser.add_argument('--workdir', required=True, help='run directory')
+    parser.add_argument('--out', help='safetensors file for the parameters')
+    parser.add_argument('--program', help='file for the step of the model, by jax.export')
+    parser.add_argument('--seed', type=int, help='seed of the run; its first one otherwise')
+    parser.add_argument('--platforms', default='cpu,cuda,tpu', help='of the program')
+    parser.add_argument('--length', type=int, default=1024, help='tokens of a Transformer')
+    parser.add_argument('--batch', type=int, default=0, help='of the program; 0 for any')
+    options = parser.parse_args(argv)
+    if options.length < 1 or options.batch < 0:
+        raise UserError(
+            f'--length={options.length} --batch={options.batch}: expected a positive length, and a '
+            f'batch of at least 0'
+        )
+    if not (options.out or options.program):
+        raise UserError('expected --out=FILE.safetensors, --program=FILE, or both')
+    options.platforms = tuple(options.platforms.split(','))
+    for platform in options.platforms:
+        if platform not in program.PLATFORMS:
+            raise UserError(f'--platforms: {suggest(platform, program.PLATFORMS)}')
+    return options
+
+
+def _restore_lm(config: ml_collections.ConfigDict, workdir: str) -> Trained:
+    """Restore a language model."""
+    config, corpus, params, step, _ = restore(config, workdir)
+    vocabulary, num_domains = corpus.sizes
+
+    def make_step(params: ArrayTree, length: int) -> tuple[program.Step, Callable[[int], Any]]:
+        if config.model.source == 'domain':
+            raise UserError(
+                "config.model.source = 'domain': expected a model with another context for "
+                '--program, which takes tokens alone'
+            )
+        model = lm.build_model(config, vocabulary, num_domains)
+        return program.make_lm_step(lm.configure_sampling(model, config), params, length)
+
+    about = {'step': step, 'vocabulary': vocabulary, 'domains': num_domains}
+    return Trained(config, params, about, make_step)
+
+
+def _restore_rl(config: ml_collections.ConfigDict, workdir: str) -> Trained:
+    """Restore an agent, for the environment of its run."""
+    env_name, env_options = rl.get_environment_args(config)
+    if envs.is_on_host(env_name):
+        spec = envs.host_spec(env_name, config.actors.batch, env_options)
+    else:
+        spec = envs.make(env_name, env_options).spec
+    agent = rl.build_agent(config, spec)
+    params, step = restore_params(config, agent, pathlib.Path(workdir))
+
+    def make_step(params: ArrayTree, _length: int) -> tuple[program.Step, Callable[[int], Any]]:
+        return program.make_policy_step(agent, params)
+
+    return Trained(config, params, {'step': step}, make_step)
+
+
+RESTORE = {'lm': _restore_lm, 'rl': _restore_rl}
+
+if __name__ == '__main__':
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f'error: {error}')
