@@ -1,6 +1,7 @@
 """Entry point of every run: python -m mi.main --config=configs/lm.py --workdir=runs/first
 
---mode=eval and --mode=sample read the config from the run directory, so --config is optional there.
+A run that exists keeps its config in its directory, so --config is optional to continue, evaluate
+or sample it.
 
 Exit codes: 0 success; 1 a user error, with one line on stderr; 143 stopped by a signal after a
 checkpoint: the same command continues the run.
@@ -24,7 +25,7 @@ from mi.rl import train as rl
 from mi.training import sharding
 from mi.training.host import keep_freed_memory, set_xla_flags
 from mi.training.io import storage_failure
-from mi.training.run_config import read_config
+from mi.training.run_config import has_run, read_config
 from mi.training.run_dir import parse_steps
 
 TASKS = {
@@ -71,8 +72,12 @@ def main(argv: Sequence[str], config_overrides: Sequence[overrides.Override] = (
     if len(argv) > 1:
         raise UserError(f'unexpected argument {argv[1]!r}; flags are --NAME=VALUE')
     mode = flag_values.mode
-    if mode == 'train' and not (flag_values.config and flag_values.workdir):
-        raise UserError('--config=FILE and --workdir=DIRECTORY are both required')
+    has_config = flag_values.config or has_run(flag_values.workdir)
+    if mode == 'train' and not (has_config and flag_values.workdir):
+        raise UserError(
+            '--config=FILE and --workdir=DIRECTORY are both required; only a run that exists '
+            'continues without --config'
+        )
     if not flag_values.workdir:
         raise UserError(f'--mode={mode} requires --workdir=DIRECTORY, the directory of the run')
     if flag_values.config:

@@ -55,6 +55,11 @@ def record_config(file: pathlib.Path, config: ml_collections.ConfigDict) -> None
         write_json(file, resolved_config)
 
 
+def has_run(workdir: str | os.PathLike[str] | None) -> bool:
+    """Return whether a directory is that of a run."""
+    return workdir is not None and (pathlib.Path(workdir) / 'config.json').exists()
+
+
 def read_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:
     """Return the config that a run directory was made with; locked.
 
