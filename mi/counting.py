@@ -100,15 +100,21 @@ def _list_inner_jaxprs(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
     return jaxprs
 
 
-def modules(
-    model: nn.Module, pattern: str, variables: Mapping[str, Any], *args: object
-) -> Iterator[tuple[nn.Module, dict[str, Any], list[jax.ShapeDtypeStruct]]]:
-    """Yield the submodules of a Linen model whose names match a pattern.
+Calls = dict[tuple[str, ...], tuple[nn.Module, list[jax.ShapeDtypeStruct]]]
 
-    Each item is the unbound module, its variables, and the shapes of its inputs in model(*args);
-    variables and args may be shapes only.
+
+def find_calls(
+    model: nn.Module,
+    is_match: Callable[[nn.Module], bool],
+    variables: Mapping[str, Any],
+    *args: object,
+) -> Calls:
+    """Return path → (module, shapes of its inputs) of the submodules that match.
+
+    The modules are unbound and in the order of their first calls in model(*args); variables and
+    args may be shapes only.
     """
-    calls: dict[tuple[str, ...], tuple[nn.Module, list[jax.ShapeDtypeStruct]]] = {}
+    calls: Calls = {}
 
     # Record the inputs of the matching submodules during an abstract call of the model.
     def record(
@@ -118,16 +124,30 @@ def modules(
         context: nn.module.InterceptorContext,
     ) -> object:
         module = context.module
-        is_match = module.name and re.fullmatch(pattern, module.name)
-        if is_match and context.method_name == '__call__':
+        if context.method_name == '__call__' and is_match(module):
             shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in inputs]
             calls[module.path] = module.clone(parent=None), shapes
         return call(*inputs, **options)
 
     with nn.intercept_methods(record):
         jax.eval_shape(model.apply, variables, *args)
+    return calls
 
-    # Select the parameters of each.
+
+def has_name(module: nn.Module, pattern: str) -> bool:
+    """Return whether the name of a submodule matches a pattern."""
+    return bool(module.name and re.fullmatch(pattern, module.name))
+
+
+def modules(
+    model: nn.Module, pattern: str, variables: Mapping[str, Any], *args: object
+) -> Iterator[tuple[nn.Module, dict[str, Any], list[jax.ShapeDtypeStruct]]]:
+    """Yield the submodules of a Linen model whose names match a pattern.
+
+    Each item is the unbound module, its variables, and the shapes of its inputs in model(*args);
+    variables and args may be shapes only.
+    """
+    calls = find_calls(model, lambda module: has_name(module, pattern), variables, *args)
     for path, (module, shapes) in calls.items():
         params = functools.reduce(_get_subtree, path, variables['params'])
         yield module, {'params': params}, shapes

@@ -25,7 +25,7 @@ from mi.rl import envs
 from mi.rl import factory as rl
 from mi.rl import train as train_rl
 from mi.rl.agent import Inputs, forward
-from mi.rl.assess import restore_params
+from mi.rl.restore import restore_params
 from tests.conftest import ROOT
 
 

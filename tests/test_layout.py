@@ -20,7 +20,7 @@ LAYERS = [
     ['cells'],
     ['unify'],
     ['training'],
-    ['lm', 'rl', 'fit'],
+    ['lm', 'rl', 'fit', 'report'],
     ['main', 'estimate', 'export', 'testing', 'inspect'],
     ['compress'],
 ]

@@ -25,7 +25,7 @@ from mi.lm import factory as lm
 from mi.lm.restore import restore
 from mi.rl import envs
 from mi.rl import factory as rl
-from mi.rl.assess import restore_params
+from mi.rl.restore import restore_params
 from mi.training import sharding
 from mi.training.host import set_xla_flags
 from mi.training.run_config import read_config

@@ -6,7 +6,6 @@ import pathlib
 import jax
 import ml_collections
 import numpy as np
-import optax
 import rich.console
 import rich.table
 
@@ -19,12 +18,11 @@ from mi.rl import (
     factory,
     video,
 )
-from mi.rl.agent import Agent, Params
 from mi.rl.envs.spec import Spec
 from mi.rl.episode_metrics import Record
 from mi.rl.evaluate import Evaluation
 from mi.rl.play import Watched
-from mi.training import averaging, checkpoint, optim
+from mi.rl.restore import restore_params
 from mi.training.io import write_json
 from mi.training.run_config import merge_eval_config
 
@@ -88,41 +86,6 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
         file_stem = task_name.replace(' ', '_').replace('/', '_')
         video.write(output_dir / f'{file_stem}.gif', pool.spec, task_name, task_frames)
     print(f'{output_dir}: scores.json and {len(frames)} videos')
-
-
-def restore_params(
-    config: ml_collections.ConfigDict, agent: Agent, run_path: pathlib.Path
-) -> tuple[Params, int]:
-    """Return the evaluated parameters of all seeds, [S, …], and their step, for any topology."""
-    checkpoints = checkpoint.Checkpoints(run_path / 'checkpoints', config.train.keep)
-    newest, meta = checkpoints.newest()
-
-    # Only the topology 'fused' saves an axis of seeds.
-    has_seeds = config.train.topology == 'fused'
-    seed_axis = (len(config.seeds),) if has_seeds else ()
-    on_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-    optimizer = optim.make_optimizer(config.optim, rl_config.count_updates(config))
-
-    def init_learner() -> tuple[Params, optax.OptState]:
-        params = factory.init_params(agent, jax.random.key(0))
-        return params, optimizer.init(params)
-
-    params_shapes, opt_state_shapes = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(seed_axis + a.shape, a.dtype, sharding=on_device),
-        jax.eval_shape(init_learner),
-    )
-    params = averaging.restore_eval_params(
-        checkpoints,
-        newest,
-        params_shapes,
-        opt_state_shapes,
-        prefix='learner.' if has_seeds else '',
-        has_seeds=has_seeds,
-    )
-    if not has_seeds:
-        params = jax.tree.map(lambda a: a[None], params)
-    return params, meta['step']
 
 
 def _print_scores(spec: Spec, split: str, scores: Scores) -> None:

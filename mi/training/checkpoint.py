@@ -176,7 +176,7 @@ class Checkpoints:
         saved_arrays = {
             name.removeprefix(f'.{field_path}'): shape
             for name, shape in _read_meta(checkpoint_dir)['arrays'].items()
-            if name.startswith(f'.{field_path}[') or name == f'.{field_path}'
+            if name.startswith((f'.{field_path}[', f'.{field_path}.')) or name == f'.{field_path}'
         }
         _refuse_other_model(checkpoint_dir, saved_arrays, _describe_arrays(like))
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import rl as configs
-from mi.rl import assess, envs, factory, train
+from mi.rl import assess, envs, factory, restore, train
 from mi.training import checkpoint
 from tests.lm.test_resume import restored
 
@@ -46,7 +46,7 @@ def test_a_run_is_evaluated_at_the_average_of_its_parameters(topology, tmp_path)
 
     # --mode=eval restores it, and the same episodes have the scores of the last record.
     agent = factory.build_agent(config, envs.make('catch').spec)
-    params, step = assess.restore_params(config, agent, tmp_path)
+    params, step = restore.restore_params(config, agent, tmp_path)
     assert step == 20
     leaves, _ = jax.tree.flatten_with_path(params)
     for path, leaf in leaves:

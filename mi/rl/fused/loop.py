@@ -238,7 +238,7 @@ def _train(
     # An environment step is acted on once and learned from once.
     meter = utilization.Meter((1 + utilization.UPDATE) * forward_flops, mesh.devices.flat)
     checkpoints = checkpoint.Checkpoints(run.path / 'checkpoints', config.train.keep)
-    restored, meta, records_end = resume(run, checkpoints, _unwrap_keys(state), len(environments))
+    restored, meta, records_end = resume(run, checkpoints, unwrap_keys(state), len(environments))
     state = state if restored is None else _wrap_keys(restored, state)
     env_steps = np.asarray(meta.get('env_steps', [0] * len(config.seeds)), np.int64)  # [S]
 
@@ -278,7 +278,7 @@ def _train(
             will_evaluate = is_evaluation_due(config, run.step)
             is_stopping = run.should_stop(recorded=True)
             if run.step % config.train.save_every == 0 or will_evaluate or is_stopping:
-                snapshot = Snapshot(_unwrap_keys(state), state.learner, env_steps.tolist())
+                snapshot = Snapshot(unwrap_keys(state), state.learner, env_steps.tolist())
                 save_or_stop(run, checkpoints, log, snapshot, will_evaluate, is_stopping)
             if will_evaluate:
                 splits = make_splits(environments, agent, state.learner, run, mesh)
@@ -344,13 +344,13 @@ def _check_counts(spec: Spec, counts: rollout.UnrollCounts) -> None:
             raise finite.make_error(spec.name, f'{name} that is not finite')
 
 
-def _unwrap_keys(state: TrainState) -> TrainState:
+def unwrap_keys(state: TrainState) -> TrainState:
     """Return the state with random keys as their data, for the checkpoint."""
     return jax.tree.map(lambda a: jax.random.key_data(a) if _is_key(a) else a, state)
 
 
 def _wrap_keys(state: TrainState, like: TrainState) -> TrainState:
-    """Undo `_unwrap_keys`."""
+    """Undo `unwrap_keys`."""
     return jax.tree.map(lambda a, b: jax.random.wrap_key_data(a) if _is_key(b) else a, state, like)
 
 

@@ -1,0 +1,219 @@
+"""Compression of the MI layers of a run into a new run directory."""
+
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from mi import overrides
+from mi.compress.forms import Form, compress
+from mi.config import UserError
+from mi.fusion import FUSIONS
+from mi.inspect.trained import Params, Site, Trained, load
+from mi.layers import MultiplicativeInteraction
+from mi.lm import config as lm_config
+from mi.lm import factory as lm_factory
+from mi.lm.trainer import TrainState
+from mi.options import get_field_defaults, get_options
+from mi.rl import config as rl_config
+from mi.rl import envs
+from mi.rl import factory as rl_factory
+from mi.rl import restore as rl_restore
+from mi.rl.actors import loop as actors_loop
+from mi.rl.evaluate import Evaluation
+from mi.rl.fused import loop as fused_loop
+from mi.training import checkpoint, optim, sharding
+from mi.training.io import write_json
+from mi.training.progress import Work
+from mi.training.run_config import record_config
+
+FUSION_NAMES: dict[Form, str] = {'cp': 'mi_low_rank', 'tucker': 'mi_tucker', 'block': 'mi_block'}
+TERMS = ('use_U', 'use_V', 'use_b')
+
+
+class CompressedSite(NamedTuple):
+    """The result for a site and a seed: its name, the seed, and the relative error of W."""
+
+    site: str
+    seed: int
+    error: float
+
+
+class Start(NamedTuple):
+    """What a new run starts from: the state of its first checkpoint, and the meta beside it."""
+
+    state: Any
+    meta: checkpoint.Meta
+
+
+def compress_run(
+    workdir: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    form: Form,
+    size: int,
+    changes: Sequence[overrides.Override] = (),
+) -> list[CompressedSite]:
+    """Compress every fusion of a run; write a run directory that starts with the result.
+
+    The new run is at step 0 with the evaluated parameters, a new state of the optimizer and, for an
+    agent, the statistics of PopArt. `--mode=eval` evaluates it, and training fine-tunes it for
+    `config.train.steps`. The old run is only read.
+
+    Args:
+      workdir: the run.
+      out: directory of the new run, absent or empty.
+      form: as for `mi.compress`.
+      size: rank of the forms 'cp' and 'tucker'; number of blocks of 'block'.
+      changes: overrides of other config keys, such as the learning rate.
+
+    Raises:
+      UserError: if the fusions are no forms with W [m, n, k], `out` has files, or the config with
+        its changes is invalid.
+    """
+    # Compress the parameters of every seed.
+    out_path = pathlib.Path(out)
+    if out_path.exists() and (not out_path.is_dir() or any(out_path.iterdir())):
+        raise UserError(f'--out={out}: expected a new or empty directory. Name another one')
+    trained = load(workdir)
+    config = _make_config(trained, form, size, changes)
+    params, results = _compress_params(trained, form, size)
+
+    # Write the checkpoint first and config.json last: without it, the directory is no run.
+    make_start = {'lm': _start_lm, 'rl': _start_rl}[config.task]
+    start = make_start(config, params, pathlib.Path(workdir))
+    checkpoints = checkpoint.Checkpoints(out_path / 'checkpoints', config.train.keep)
+    checkpoints.save(0, start.state, start.meta)
+    origin = {'workdir': str(workdir), 'step': trained.step, 'form': form, 'size': size}
+    errors = [result._asdict() for result in results]
+    write_json(out_path / 'compressed.json', {**origin, 'errors': errors})
+    record_config(out_path / 'config.json', config)
+    return results
+
+
+def _make_config(
+    trained: Trained, form: Form, size: int, changes: Sequence[overrides.Override]
+) -> ml_collections.ConfigDict:
+    """Return the config of the new run: that of the old one with the compressed fusion."""
+    # The fusions of a model are of one form, so they have the same terms.
+    module = _check_sites(trained)[0].module
+    options = get_options(trained.config.model.fusion, 'options')
+    known_options = get_field_defaults(FUSIONS[FUSION_NAMES[form]])
+    options = {name: options[name] for name in options if name in known_options}
+    options |= {term: False for term in TERMS if not getattr(module, term)}
+    if form == 'block':
+        options['blocks'] = size
+
+    # The sizes of the model are those of the old run, whatever they were matched to.
+    config = trained.config.copy_and_resolve_references().unlock()
+    config.model.fusion.name = FUSION_NAMES[form]
+    config.model.fusion.options = ml_collections.ConfigDict(options)
+    if form != 'block':
+        config.model.fusion.rank = size
+    if 'match' in config:
+        config.match.by = 'none'
+    config.lock()
+    overrides.apply(config, changes)
+    validate = lm_config.validate if config.task == 'lm' else rl_config.validate
+    validate(config)
+    return config
+
+
+def _check_sites(trained: Trained) -> tuple[Site, ...]:
+    """Return the sites; raise UserError unless all have a W [m, n, k]."""
+    fusion_name = trained.config.model.fusion.name
+    for site in trained.sites:
+        if not isinstance(site.module, MultiplicativeInteraction) or not site.module.use_W:
+            raise UserError(
+                f'config.model.fusion.name = {fusion_name!r}: expected fusions with W [m, n, k] '
+                f'({site.name} is {type(site.module).__name__}). Try a run with mi, multi_head, '
+                f'mi_low_rank, mi_tucker or mi_block'
+            )
+    if not trained.sites:
+        raise UserError(
+            f'config.model.fusion.name = {fusion_name!r}: expected a run with a fusion to compress'
+        )
+    return trained.sites
+
+
+def _compress_params(
+    trained: Trained, form: Form, size: int
+) -> tuple[Params, list[CompressedSite]]:
+    """Return the parameters of all seeds, [S, …], with every site compressed, and the errors."""
+    sizes: dict[str, Any] = {'blocks' if form == 'block' else 'rank': size}
+    results: list[CompressedSite] = []
+    params_by_seed = []
+    for seed_index, seed in enumerate(trained.config.seeds):
+        params = trained.get_seed_params(seed_index)
+        for site in trained.sites:
+            with Work(f'compressing {site.name}, seed {seed}'):
+                variables = {'params': site.get_params(params)}
+                try:
+                    compressed = compress(variables, form=form, **sizes)
+                except (ValueError, ImportError) as error:
+                    raise UserError(f'{site.name}: {error}') from error
+            params = _replace(params, site.path, compressed.variables['params'])
+            results.append(CompressedSite(site.name, seed, compressed.error))
+        params_by_seed.append(params)
+    stacked: Params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params_by_seed)
+    return stacked, results
+
+
+def _replace(params: Params, path: tuple[str, ...], subtree: Mapping[str, Any]) -> Params:
+    """Return parameters with another subtree at a path."""
+    name, *inner = path
+    new = _replace(params[name], tuple(inner), subtree) if inner else dict(subtree)
+    return {**params, name: new}
+
+
+def _start_lm(config: ml_collections.ConfigDict, params: Params, run_path: pathlib.Path) -> Start:
+    corpus = lm_factory.load_corpus(config)
+    seeds = np.asarray(config.seeds, np.int32)
+    mesh = sharding.make_mesh(len(seeds), config.train.batch, config.train.fsdp, config.train.mesh)
+    trainer = lm_factory.build_trainer(config, *corpus.sizes)
+    initial = trainer.init_seeds(seeds, mesh)
+    params = _place(params, initial.params)
+    opt_state = jax.vmap(trainer.optimizer.init)(params)
+    state = TrainState(params, _place(opt_state, initial.opt_state), initial.carry)
+    meta = {'metrics': 0, 'unlogged': [], 'data': corpus.sha256, 'is_evaluated': False}
+    return Start(state, meta)
+
+
+def _start_rl(config: ml_collections.ConfigDict, params: Params, run_path: pathlib.Path) -> Start:
+    with Evaluation(config) as evaluation:
+        agent = rl_factory.build_agent(config, evaluation.spec)
+    optimizer = optim.make_optimizer(config.optim, rl_config.count_updates(config))
+    statistics = rl_restore.restore_statistics(config, agent, run_path)
+    meta: checkpoint.Meta = {'metrics': 0, 'is_evaluated': False}
+    if rl_restore.has_seed_axis(config):
+        environment = envs.make(*rl_factory.get_environment_args(config))
+        mesh = fused_loop.make_mesh(config)
+        initial = fused_loop.init_states(config, environment, agent, optimizer, mesh)
+        learner = initial.learner._replace(
+            params=params, opt_state=jax.vmap(optimizer.init)(params), statistics=statistics
+        )
+        state = initial._replace(learner=_place(learner, initial.learner))
+        return Start(fused_loop.unwrap_keys(state), meta | {'env_steps': [0] * len(config.seeds)})
+
+    # The topologies threads and ray have one seed, without an axis.
+    params = jax.tree.map(lambda a: a[0], params)
+    mesh = sharding.make_mesh(1, config.train.batch, shape=config.train.mesh)
+    first = actors_loop.init_state(agent, optimizer, config.seeds[0], mesh)
+    replaced = first._replace(
+        params=params, opt_state=optimizer.init(params), statistics=statistics
+    )
+    return Start(_place(replaced, first), meta | {'env_steps': 0})
+
+
+def _place(tree: Any, like: Any) -> Any:
+    """Return a tree placed as another; raise ValueError if their structures or shapes differ."""
+    shapes, expected = (jax.tree.map(jnp.shape, each) for each in (tree, like))
+    if shapes != expected:
+        raise ValueError(f'compressed parameters {shapes}: expected {expected}')
+    return jax.tree.map(
+        lambda a, b: jax.device_put(jnp.asarray(a, b.dtype), b.sharding), tree, like
+    )

@@ -1,0 +1,50 @@
+"""Command line of the inspection of a run.
+
+python -m mi.inspect --workdir=runs/first [--seed=1] [--out=DIR]
+
+inspect.html           the page, in one file: table and figures
+LAYER.spectrum         singular values of the unfoldings      .png, .pdf and .svg
+LAYER.outputs          eigenvalues of outputs
+LAYER.contexts         similarity of contexts
+spectrum.csv, singular_values.csv, outputs.csv, contexts.csv, similarity.csv
+                       every digit, of all seeds
+
+The files are in WORKDIR/inspect unless --out names another directory.
+"""
+
+import pathlib
+import sys
+
+import rich.console
+import rich.table
+from absl import app, flags, logging
+
+from mi.config import UserError
+from mi.inspect import report
+
+WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory of a language model or an agent.')
+SEED = flags.DEFINE_integer('seed', None, 'Seed of the figures; the first one by default.')
+OUT = flags.DEFINE_string('out', None, 'Output directory; WORKDIR/inspect by default.')
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        sys.exit(f'error: unknown argument {argv[1]!r}; flags are --NAME=VALUE, see --help')
+    if not WORKDIR.value:
+        sys.exit('error: expected --workdir=DIRECTORY, the directory of a run')
+    logging.set_verbosity(logging.WARNING)  # orbax writes a page per checkpoint
+    out = pathlib.Path(OUT.value or pathlib.Path(WORKDIR.value) / 'inspect')
+    try:
+        header, rows, files = report.write(WORKDIR.value, out, SEED.value)
+    except UserError as error:
+        sys.exit(f'error: {error}')
+    table = rich.table.Table(*header, title=WORKDIR.value)
+    for row in rows:
+        table.add_row(*row)
+    rich.console.Console().print(table)
+    for file in files:
+        print(file)
+
+
+if __name__ == '__main__':
+    app.run(main)

@@ -1,0 +1,43 @@
+"""The report of an inspection: page, figures and tables."""
+
+import os
+import pathlib
+
+from mi.config import UserError
+from mi.inspect import figures, files, layers, page, trained
+from mi.report.files import output_folder
+
+
+def write(
+    workdir: str | os.PathLike[str], out: pathlib.Path, seed: int | None = None
+) -> tuple[list[str], list[list[str]], list[pathlib.Path]]:
+    """Write the page, figures and tables of a run.
+
+    Args:
+      workdir: run directory of a language model or an agent.
+      out: output directory.
+      seed: seed of the figures; None for the first one.
+
+    Returns:
+      Header and rows of the table, and the files.
+
+    Raises:
+      UserError: if the run has no MI layer, no complete checkpoint or no such seed, or the
+        directory cannot be written to.
+    """
+    run = trained.load(workdir)
+    seed = run.config.seeds[0] if seed is None else seed
+    if seed not in run.config.seeds:
+        raise UserError(f'--seed={seed}: expected one of {", ".join(map(str, run.config.seeds))}')
+    analyzed = layers.analyze(run)
+    drawn = [layer for layer in analyzed if layer.seed == seed]
+    with output_folder(out):
+        svg_files = figures.draw_figures(drawn, out)
+        title = pathlib.Path(workdir).absolute().name
+        documents = {'inspect.html': page.render_page(run, title, [*drawn, *(
+            layer for layer in analyzed if layer.seed != seed)], svg_files)}  # fmt: skip
+        documents |= files.make_tables(analyzed)
+        for file_name, text in documents.items():
+            (out / file_name).write_text(text, encoding='utf-8')
+    images = [file for svg_paths in svg_files.values() for file in svg_paths]
+    return *page.make_rows(analyzed), [*(out / name for name in documents), *images]

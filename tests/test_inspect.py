@@ -1,0 +1,231 @@
+"""Inspection and compression of runs: end to end on tiny ones."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from configs import lm as lm_configs
+from configs import rl as rl_configs
+from mi.compress.forms import FORMS
+from mi.compress.runs import FUSION_NAMES, compress_run
+from mi.config import UserError
+from mi.fusion import FUSIONS
+from mi.inspect import report, trained
+from mi.lm import assess as assess_lm
+from mi.lm import train as lm
+from mi.overrides import Override
+from mi.rl import train as rl
+from mi.training.run_config import read_config
+from tests.conftest import ROOT
+
+LM = {
+    'data.source': 'austen-domains',
+    'model.source': 'domain',
+    'train.steps': 2,
+    'train.log_every': 1,
+    'train.eval_every': 2,
+    'train.save_every': 2,
+    'eval.batch': 8,
+    'eval.length': 16,
+    'eval.valid_tokens': 300,
+    'eval.final_tokens': 300,
+    'optim.warmup_steps': 0,
+}
+RL = {
+    'env.name': 'catch',
+    'model.features': 8,
+    'model.hidden': 8,
+    'model.source': 'embedding',
+    'model.context': 3,
+    'model.sites': ('core_input', 'readout'),
+    'train.steps': 40 * 5,
+    'train.log_every': 5,
+    'train.eval_every': 5,
+    'eval.episodes': 2,
+}
+
+
+def make_config(configs, settings, **changes):
+    config = configs.get_config('tiny').unlock()
+    config.update_from_flattened_dict(settings | changes)
+    return config.lock()
+
+
+def read_csv(file):
+    return list(csv.DictReader(file.read_text().splitlines()))
+
+
+def list_files(folder):
+    return {
+        file.relative_to(folder): (file.stat().st_mtime_ns, file.read_bytes())
+        for file in folder.rglob('*')
+        if file.is_file()
+    }
+
+
+@pytest.fixture(scope='module')
+def lm_run(tmp_path_factory):
+    path = tmp_path_factory.mktemp('lm')
+    lm.train(make_config(lm_configs, LM, seeds=(0, 1)), str(path))
+    return path
+
+
+@pytest.mark.slow
+def test_a_language_model_is_inspected(lm_run):
+    header, rows, files = report.write(lm_run, lm_run / 'inspect', seed=1)
+    assert header[:3] == ['layer', 'seed', 'm × n × k'] and len(rows) == 2
+    assert all(file.stat().st_size > 500 for file in files)
+    folder = lm_run / 'inspect'
+    page = (folder / 'inspect.html').read_text()
+    assert page.count('data:image/svg+xml') == 3 and 'http://' not in page
+    assert {file.suffix for file in folder.glob('*.contexts.*')} == {'.png', '.pdf', '.svg'}
+
+    # The numbers are those of the checkpoint, by NumPy.
+    run = trained.load(lm_run)
+    (site,) = run.sites
+    W = np.asarray(site.get_params(run.get_seed_params(1))['W'], np.float64)
+    sigma = np.linalg.svd(W.reshape(len(W), -1), compute_uv=False)
+    share = sigma / sigma.sum()
+    (rank,) = [
+        row
+        for row in read_csv(folder / 'spectrum.csv')
+        if (row['seed'], row['state'], row['unfolding']) == ('1', 'trained', 'z')
+    ]
+    assert float(rank['effective_rank']) == pytest.approx(
+        np.exp(-(share * np.log(share)).sum()), rel=1e-3
+    )
+    norms = {
+        row['context']: float(row['norm_zW'])
+        for row in read_csv(folder / 'contexts.csv')
+        if (row['seed'], row['state']) == ('1', 'trained')
+    }
+    assert len(norms) == len(W) > 1
+    np.testing.assert_allclose(
+        list(norms.values()), np.linalg.norm(W.reshape(len(W), -1), axis=1), rtol=1e-3
+    )
+    outputs = [row for row in read_csv(folder / 'outputs.csv') if row['seed'] == '1']
+    assert float(outputs[0]['norm']) == pytest.approx(np.linalg.norm(W[:, :, 0]), rel=1e-3)
+
+    # Two updates have changed little since the initial parameters.
+    initial = np.asarray(site.get_params(run.init_params(1))['W'])
+    assert 0 < np.linalg.norm(W - initial) < 0.2 * np.linalg.norm(W)
+    with pytest.raises(UserError, match=r'--seed=7: expected one of 0, 1'):
+        report.write(lm_run, lm_run / 'inspect', seed=7)
+
+
+@pytest.mark.slow
+def test_a_language_model_compressed_at_full_rank_evaluates_the_same(lm_run, tmp_path):
+    before = list_files(lm_run)
+    (site,) = trained.load(lm_run).sites
+    m, n = site.z.shape[-1], site.x.shape[-1]
+    changes = [Override('optim.learning_rate', '1e-4')]
+    results = compress_run(lm_run, tmp_path / 'new', 'cp', m * n, changes)
+    assert list_files(lm_run) == before
+    assert [result.seed for result in results] == [0, 1]
+    assert max(result.error for result in results) < 1e-6
+
+    # The config names the form, and evaluation is that of the old run.
+    config = read_config(tmp_path / 'new')
+    assert config.model.fusion.name == 'mi_low_rank' and config.model.fusion.rank == m * n
+    assert config.optim.learning_rate == 1e-4
+    for path in (lm_run, tmp_path / 'new'):
+        assess_lm.assess(read_config(path), str(path))
+    old, new = (
+        json.loads((path / 'evaluation.json').read_text()) for path in (lm_run, tmp_path / 'new')
+    )
+    (lm_run / 'evaluation.json').unlink()
+    assert (old['step'], new['step']) == (2, 0)
+    for split in ('valid', 'test'):
+        for seed in ('0', '1'):
+            nats = new[split][seed]['nats_per_token']
+            assert nats == pytest.approx(old[split][seed]['nats_per_token'], abs=1e-5)
+
+    # Training continues from it, after an evaluation of the compressed model.
+    command = [sys.executable, '-m', 'mi.main', f'--workdir={tmp_path / "new"}']
+    subprocess.run(command, cwd=ROOT, check=True)
+    records = [json.loads(x) for x in (tmp_path / 'new/metrics.jsonl').read_text().splitlines()]
+    assert [r['step'] for r in records if r['split'] == 'valid'] == [0, 0, 2, 2]
+    assert records[0]['nats_per_token'] == pytest.approx(
+        new['valid']['0']['nats_per_token'], abs=1e-5
+    )
+    with pytest.raises(UserError, match=r'--out=.*: expected a new or empty directory'):
+        compress_run(lm_run, tmp_path / 'new', 'cp', 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('topology', ['fused', 'threads'])
+def test_an_agent_is_inspected_compressed_and_trained_on(tmp_path, topology):
+    path, new = tmp_path / 'run', tmp_path / 'new'
+    rl.train(make_config(rl_configs, RL, **{'train.topology': topology}), str(path))
+    _, rows, _ = report.write(path, tmp_path / 'inspect')
+    assert [row[0] for row in rows] == ['core_input', 'readout']
+    compress_run(path, new, 'block', 1)
+    config = read_config(new)
+    assert config.model.fusion.name == 'mi_block'
+    assert config.model.fusion.options.to_dict() == {'blocks': 1}
+
+    # One block is the full form.
+    runs = [trained.load(folder) for folder in (path, new)]
+    for site in runs[0].sites:
+        full, block = (site.get_params(run.get_seed_params(0)) for run in runs)
+        np.testing.assert_array_equal(full.pop('W'), block.pop('W')[0])
+        jax.tree.map(np.testing.assert_array_equal, full, block)
+    rl.train(config, str(new))
+    records = [json.loads(x) for x in (new / 'metrics.jsonl').read_text().splitlines()]
+    assert [r['step'] for r in records if r['split'] == 'eval'] == [0, 5]
+
+
+@pytest.mark.slow
+def test_a_run_without_an_interaction_is_refused(tmp_path):
+    rl.train(make_config(rl_configs, RL, **{'model.fusion.name': 'concat'}), str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, '-m', 'mi.inspect', f'--workdir={tmp_path}'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and 'Traceback' not in done.stderr
+    assert "config.model.fusion.name = 'concat': expected a run with an MI layer" in done.stderr
+    with pytest.raises(UserError, match=r"'concat': expected fusions with W \[m, n, k\]"):
+        compress_run(tmp_path, tmp_path / 'new', 'block', 2)
+
+
+def test_every_form_is_the_fusion_of_its_module():
+    assert FUSION_NAMES.keys() == FORMS.keys()
+    for form, name in FUSION_NAMES.items():
+        constructor = FUSIONS[name]
+        assert getattr(constructor, 'func', constructor) is FORMS[form]
+
+
+@pytest.mark.parametrize(
+    ('command', 'message'),
+    [
+        (['mi.inspect'], 'expected --workdir=DIRECTORY'),
+        (['mi.inspect', '--workdir=nowhere'], 'has no config.json'),
+        (['mi.compress', '--workdir=a'], '--workdir=DIRECTORY and --out=DIRECTORY'),
+        (['mi.compress', '--workdir=a', '--out=b'], '--rank=None: expected at least 1 for'),
+        (['mi.compress', '--workdir=a', '--out=b', '--form=block'], '--blocks=None: expected'),
+    ],
+)
+@pytest.mark.slow
+def test_a_wrong_command_is_one_line(command, message):
+    done = subprocess.run(
+        [sys.executable, '-m', *command], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and message in done.stderr and 'Traceback' not in done.stderr
+
+
+PAGE = (ROOT / 'docs/inspect.md').read_text()
+EXAMPLES = re.findall(r'```python\n(.*?)\n```\n\n```text\n(.*?)\n```', PAGE, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize(('code', 'output'), EXAMPLES, ids=['spectrum', 'compress'])
+def test_an_example_prints_what_the_page_shows(code, output, capsys):
+    exec(compile(code, 'example.py', 'exec'), {'__name__': 'example'})
+    assert capsys.readouterr().out.strip() == output
