@@ -18,6 +18,7 @@ from mi.config import UserError
 from mi.fusion import FUSIONS
 from mi.inspect import report, trained
 from mi.lm import assess as assess_lm
+from mi.lm import factory
 from mi.lm import train as lm
 from mi.overrides import Override
 from mi.rl import train as rl
@@ -117,6 +118,39 @@ def test_a_language_model_is_inspected(lm_run):
     assert 0 < np.linalg.norm(W - initial) < 0.2 * np.linalg.norm(W)
     with pytest.raises(UserError, match=r'--seed=7: expected one of 0, 1'):
         report.write(lm_run, lm_run / 'inspect', seed=7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('source', 'num_contexts'), [('summary', 15), ('state', 0)])
+def test_dense_contexts_are_those_of_the_text_unless_they_are_made_in_a_loop(
+    tmp_path, source, num_contexts
+):
+    settings = {'data.source': 'austen', 'model.source': source, 'train.steps': 1}
+    lm.train(make_config(lm_configs, LM, **settings), str(tmp_path))
+    run = trained.load(tmp_path)
+    (site,) = run.sites
+    contexts = run.get_contexts(site, run.get_seed_params(0))
+    if not num_contexts:
+        assert contexts is None
+        return
+    # Every position of the segment of 16 tokens but the first, which has no token before it.
+    assert len(contexts.names) == num_contexts and contexts.names[0].startswith('1: …')
+    assert contexts.z.shape == (num_contexts, site.z.shape[-1])
+
+    # The context of the summary, by its recursion s_t = λ s_{t−1} + √(1 − λ²) (A x_t + c).
+    params = jax.tree.map(np.asarray, run.get_seed_params(0))
+    corpus = factory.load_corpus(run.config)
+    tokens = np.asarray(corpus.tokens['valid'][:15])
+    model = factory.build_model(run.config, *corpus.sizes)
+    words = model.words(dtype=model.dtype)
+    x = words.apply({'params': params['words']}, tokens[:, None], method='embed')[:, 0]
+    decay = np.exp(-np.exp(-params['context']['log_tau']))
+    inputs = x @ params['context']['input']['V'] + params['context']['input']['b']
+    state, expected = np.zeros(len(decay)), []
+    for row in inputs:
+        state = decay * state + np.sqrt(1 - decay**2) * row
+        expected.append(state)
+    np.testing.assert_allclose(contexts.z, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
