@@ -15,8 +15,6 @@ The files are in WORKDIR/inspect unless --out names another directory.
 import pathlib
 import sys
 
-import rich.console
-import rich.table
 from absl import app, flags, logging
 
 from mi.config import UserError
@@ -38,10 +36,12 @@ def main(argv: list[str]) -> None:
         header, rows, files = report.write(WORKDIR.value, out, SEED.value)
     except UserError as error:
         sys.exit(f'error: {error}')
-    table = rich.table.Table(*header, title=WORKDIR.value)
-    for row in rows:
-        table.add_row(*row)
-    rich.console.Console().print(table)
+
+    # One line for each quantity, because a row of the page's table is wider than a terminal.
+    for name, seed, *cells in rows:
+        print(f'{name}, seed {seed}; in parentheses: initial')
+        for title, cell in zip(header[2:], cells, strict=True):
+            print(f'  {title:<18}{cell}')
     for file in files:
         print(file)
 
