@@ -104,7 +104,7 @@ def _decode_element(space: Space, number: int) -> Element:
 
     match space:
         case gymnasium.spaces.Discrete():
-            return np.int64(number + space.start)
+            return np.int64(number + int(space.start))
         case gymnasium.spaces.MultiDiscrete():
             digits = np.unravel_index(number, space.nvec.flatten())
             return (np.reshape(digits, space.shape) + space.start).astype(space.dtype)
