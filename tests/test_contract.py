@@ -11,7 +11,7 @@ from jax.test_util import check_grads
 
 from mi import counting
 from mi.estimate import program, topologies
-from mi.kernels import bilinear, linear
+from mi.kernels import bilinear, by_id, linear
 from tests.motifs.checks import random, wide
 
 M, N, K = 3, 4, 5
@@ -372,12 +372,13 @@ def test_float64_by_id_and_its_gradient_add_up_in_float64(order):
 
 @pytest.mark.parametrize('order', [None, *bilinear.ID_ORDERS])
 def test_ids_out_of_range_are_the_nearest(order):
-    x, _, W = streams((4,))
-    ids = jnp.array([-1, 0, M - 1, M + 5])
-    expected = bilinear.bilinear(x, jnp.array([0, 0, M - 1, M - 1]), W, order=order)
+    too_large = [M + 5] * (by_id.BLOCK_ROWS + 1)  # more than run over the end of the last group
+    ids = jnp.array([-1, 0, M - 1, *too_large])
+    x, _, W = streams(ids.shape)
+    nearest = jnp.clip(ids, 0, M - 1)
+    expected = bilinear.bilinear(x, nearest, W, order=order)
     np.testing.assert_allclose(bilinear.bilinear(x, ids, W, order=order), expected, rtol=1e-6)
-    rows = linear.linear(ids, W[:, 0])
-    np.testing.assert_array_equal(rows, W[:, 0][jnp.array([0, 0, M - 1, M - 1])])
+    np.testing.assert_array_equal(linear.linear(ids, W[:, 0]), W[nearest, 0])
 
 
 def test_errors_say_what_was_given():

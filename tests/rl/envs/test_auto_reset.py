@@ -261,11 +261,12 @@ def test_evaluations_draw_other_episodes_at_every_step_and_seed(monkeypatch):
 
     written = Written()
     params = jax.tree.map(lambda a: jnp.stack([a, a]), PARAMS)
+    state = learner.LearnerState(params, opt_state=(), statistics=None)
     config = tiny(**{'seeds': (0, 1), 'eval.episodes': 5})
     for step in (1, 2):
         run = types.SimpleNamespace(config=config, step=step, should_stop=lambda recorded: False)
         mesh = sharding.make_mesh(2, 1)
-        splits = fused.make_splits({'eval': Lottery()}, Knows(), params, run, mesh)
+        splits = fused.make_splits({'eval': Lottery()}, Knows(), state, run, mesh)
         evaluate.write_evaluations(splits, run, written, np.ones(2))
     assert len(set(written)) == 4
 
