@@ -271,6 +271,25 @@ def test_evaluations_draw_other_episodes_at_every_step_and_seed(monkeypatch):
     assert len(set(written)) == 4
 
 
+def test_evaluations_on_the_host_act_by_other_keys_at_every_step_and_seed(monkeypatch):
+    def make_pool(suite, *, batch, seed):
+        return Batched(Lottery(), batch, seed)
+
+    rng_keys, real_play = [], evaluate.play
+
+    def play_and_note(pool, policy, params, rng_key, *limits):
+        rng_keys.append(tuple(jax.random.key_data(rng_key).tolist()))
+        return real_play(pool, policy, params, rng_key, *limits)
+
+    monkeypatch.setitem(envs.HOST, 'lottery_on_the_host', make_pool)
+    monkeypatch.setattr(evaluate, 'play', play_and_note)
+    config = tiny(**{'env.name': 'lottery_on_the_host', 'eval.episodes': 2})
+    with evaluate.Evaluation(config) as evaluation:
+        for step, seed in ((1, 0), (1, 0), (2, 0), (1, 1)):
+            evaluation(Knows(), PARAMS, step, seed)
+    assert rng_keys[0] == rng_keys[1] and len(set(rng_keys)) == 3
+
+
 def test_episodes_differ_from_each_other():
     environment = Lottery()
     keys = jax.random.split(jax.random.key(0), 2)
