@@ -26,7 +26,7 @@ from mi.lm import (
 from mi.lm.data import sources
 from mi.lm.data.batches import Batch
 from mi.lm.trainer import Trainer
-from mi.training import optim, progress, run_dir
+from mi.training import optim, progress, run_dir, utilization
 
 
 def tiny(**changes):
@@ -267,7 +267,8 @@ def test_a_continued_run_keeps_the_time_since_the_last_record(tmp_path):
             run_dir.open_run(tmp_path, config) as run,
             run.open_logger(config.train.steps, meta['metrics']) as run_log,
         ):
-            log = train._TrainingLog(config, run_log, meta)
+            meter = utilization.Meter(1.0, jax.devices())
+            log = train._TrainingLog(config, run_log, meta, meter)
             log.add_step(step, {'nats_per_token': jnp.ones(len(config.seeds))})
             time.sleep(0.2)
             if step == 2:
