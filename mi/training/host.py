@@ -41,10 +41,11 @@ YNN_FAULTS_SINCE = (0, 10, 2)  # jaxlib
 def safe_xla_flags(current_flags: str = '', jaxlib: str | None = None) -> str:
     """Return the current XLA flags with those added that avoid known faults of XLA on CPU.
 
-    A current flag keeps its value. From jaxlib 0.10.2 on, one more flag restricts XLA's YNN library
-    to matrix products, at the same speed. Without it, 0.10.2 crashes in reductions on CPUs without
-    AVX-512 (AMD EPYC), and 0.11.0 and 0.12.0.1 compute wrong numbers (Intel Xeon): the mean square
-    of a hypernetwork's output is infinity or 1e23 instead of 1.
+    A current flag keeps its value. From jaxlib 0.10.2 on, one more flag keeps XLA's YNN library
+    from fusing. Without it, 0.10.2 crashes in reductions on CPUs without AVX-512 (AMD EPYC), and
+    0.11.0 and 0.12.0.1 compute wrong numbers (Intel Xeon): the mean square of a hypernetwork's
+    output is infinity or 1e23 instead of 1. Fusions of matrix products alone did the same in 3 of
+    14 processes on a busy machine, and no fusions in none of 26 (0.12.0.1).
 
     Args:
       current_flags: the value of the environment variable XLA_FLAGS.
@@ -53,7 +54,7 @@ def safe_xla_flags(current_flags: str = '', jaxlib: str | None = None) -> str:
     flags = dict(XLA_FLAGS)
     version = re.findall(r'\d+', jaxlib or importlib.metadata.version('jaxlib'))
     if tuple(map(int, version[:3])) >= YNN_FAULTS_SINCE:
-        flags[YNN_FLAG] = 'LIBRARY_FUSION_TYPE_DOT'
+        flags[YNN_FLAG] = ''
     missing_flags = [
         f'{flag_name}={flag_value}'
         for flag_name, flag_value in flags.items()
