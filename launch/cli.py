@@ -105,8 +105,13 @@ def run(
     if QUEUED in states.values():
         return
 
+    finish(file, workdir, states, len(members))
+
+
+def finish(file: str, workdir: pathlib.Path, states: States, num_members: int) -> None:
+    """Write the report; the exit code is 1 if a member is not finished."""
     # Name unfinished members before the sweep file's own report, which may raise.
-    errors = describe_unfinished(states, len(members))
+    errors = describe_unfinished(states, num_members)
     for line in errors:
         print(f'error: {line}', file=sys.stderr)
     report.write(workdir)

@@ -31,7 +31,6 @@ from launch import local, records, search_space, state, sweep, sweep_file
 from launch.members import Member, Overrides, make_command
 from launch.search_space import Choice, Distribution, Integer, Space, Uniform
 from launch.supervision import supervise
-from mi import report
 from mi.config import UserError, format_error, suggest, suggest_install
 from mi.registry import import_object, is_reference
 from mi.training.io import write_json
@@ -338,16 +337,9 @@ def run() -> None:
         phases = supervise(search, local.Slots(resources), resources.retries)
         search.write_sweep()
 
-    # Name unfinished members before the sweep file's own report, which may raise.
     print(search.summary(), file=sys.stderr)
     states = {search.run_dir(name): phase for name, phase in phases.items()}
-    errors = cli.describe_unfinished(states, len(phases))
-    for line in errors:
-        print(f'error: {line}', file=sys.stderr)
-    report.write(workdir)
-    sweep.report(file, workdir)
-    if errors:
-        sys.exit(1)
+    cli.finish(file, workdir, states, len(phases))
 
 
 if __name__ == '__main__':

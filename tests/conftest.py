@@ -61,7 +61,7 @@ def printed_on_devices(count: int, module: str, *arguments: str) -> Any:
 
 
 def pytest_collection_finish() -> None:
-    """Exclude modules and collected tests from garbage collections, each of which visits them."""
+    """Keep the garbage collector from visiting modules and collected tests again and again."""
     gc.freeze()
 
 

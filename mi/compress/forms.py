@@ -87,8 +87,8 @@ def compress(
     dtype = np.result_type(*(leaf.dtype for leaf in variables['params'].values()))
     module = make_module(form, size, tensors)
     factors = _decompose(tensors.W, form, size)
-    kept = {name: array for name, array in tensors._asdict().items() if array is not None}
-    params = {name: kept[name] for name in kept.keys() - {'W'}} | factors
+    term_arrays = {name: array for name, array in tensors._asdict().items() if array is not None}
+    params = {name: term_arrays[name] for name in term_arrays.keys() - {'W'}} | factors
     if inputs is not None:
         params = calibrate(module, params, tensors, inputs)
     params = {name: params[name].astype(dtype) for name in sorted(params)}

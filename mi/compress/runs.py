@@ -211,7 +211,7 @@ def _start_rl(config: ml_collections.ConfigDict, params: Params, run_path: pathl
 
 def _place(tree: Any, like: Any) -> Any:
     """Return a tree placed as another; raise ValueError if their structures or shapes differ."""
-    shapes, expected = (jax.tree.map(jnp.shape, each) for each in (tree, like))
+    shapes, expected = (jax.tree.map(jnp.shape, arrays) for arrays in (tree, like))
     if shapes != expected:
         raise ValueError(f'compressed parameters {shapes}: expected {expected}')
     return jax.tree.map(

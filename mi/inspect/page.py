@@ -79,13 +79,15 @@ def make_rows(layers: list[Layer]) -> tuple[list[str], list[list[str]]]:
         cells += [_compare(trained.norm, initial.norm, 2)]
         cells += [_compare(trained.shared_norm, initial.shared_norm, 2)]
         for kind in ('effective_rank', 'stable_rank'):
-            for after, before in zip(trained.unfoldings, initial.unfoldings, strict=True):
-                value = _compare(getattr(after, kind), getattr(before, kind), 1)
-                cells.append(f'{value} of {after.full_rank}' if 'eff' in kind else value)
+            for unfolding, initial_unfolding in zip(
+                trained.unfoldings, initial.unfoldings, strict=True
+            ):
+                rank = _compare(getattr(unfolding, kind), getattr(initial_unfolding, kind), 1)
+                cells.append(f'{rank} of {unfolding.full_rank}' if 'eff' in kind else rank)
         for kind in ('contexts', 'generated'):
-            after_angle, before_angle = (_get_mean_angle(w, kind) for w in (trained, initial))
-            has_angles = after_angle is not None and before_angle is not None
-            cells.append(_compare(after_angle, before_angle, 0, '°') if has_angles else '—')
+            angle, initial_angle = (_get_mean_angle(state, kind) for state in (trained, initial))
+            has_angles = angle is not None and initial_angle is not None
+            cells.append(_compare(angle, initial_angle, 0, '°') if has_angles else '—')
         rows.append(cells)
     return header, rows
 

@@ -42,7 +42,7 @@ def make_byte_level(path, num_ids=300):
 
 
 def make_words(path):
-    """Lower-cased words with ids up to 9, of which some are not used."""
+    """Lower-cased words; some ids up to 9 are not used."""
     words = {'[UNK]': 0, 'the': 3, 'gate': 4, 'opens': 9}
     tokenizer = tokenizers.Tokenizer(models.WordLevel(words, unk_token='[UNK]'))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -74,7 +74,7 @@ def test_the_ids_are_those_of_the_tokenizer(tmp_path, source):
     assert corpus.decode(corpus.tokens['valid']) == TRAIN[:300]
     assert corpus.encode('It opens\n').tolist() == tokenizer.encode('It opens\n').ids
 
-    # The bytes of the predicted tokens, of which two may share a character.
+    # The bytes of the predicted tokens; two tokens may share a character.
     assert corpus.lossless
     for num_predictions in (1, 7, len(corpus.tokens['valid']) - 1):
         names = map(tokenizer.id_to_token, corpus.tokens['valid'][1 : 1 + num_predictions])
