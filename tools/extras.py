@@ -13,7 +13,6 @@ import argparse
 import concurrent.futures
 import itertools
 import pathlib
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -47,10 +46,10 @@ def make_commands(
         install = [python, '-m', 'pip', 'install', *options, target]
         check = [python, '-m', 'pip', 'check']
     else:
-        uv = shutil.which('uv') or 'uv'
-        make = [uv, 'venv', '--quiet', '--python', sys.executable, str(environment)]
-        install = [uv, 'pip', 'install', '--python', python, *options, target]
-        check = [uv, 'pip', 'check', '--quiet', '--python', python]
+        uv = [sys.executable, '-m', 'uv']  # of the extra test, which need not be on PATH
+        make = [*uv, 'venv', '--quiet', '--python', sys.executable, str(environment)]
+        install = [*uv, 'pip', 'install', '--python', python, *options, target]
+        check = [*uv, 'pip', 'check', '--quiet', '--python', python]
     if dry:
         return [make, install]
     modules = ['mi.layers', *(module for name, module in MODULES.items() if name == extra)]
