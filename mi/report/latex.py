@@ -3,6 +3,7 @@
 import re
 import textwrap
 import unicodedata
+from collections.abc import Collection, Sequence
 
 from mi.report import tables
 from mi.report.analysis import ArmResult
@@ -16,19 +17,7 @@ def to_latex(sweep: Sweep, results: list[ArmResult], notes: list[str]) -> str:
     The second line of a row has the details; the caption has the reasons of states.
     """
     table = tables.make_table(sweep, results)
-    header = ' & '.join(map(_stack, table.header))
-
-    # Write each row on one line, or on two if it has details.
-    table_lines = []
-    for row_index, cells in enumerate(table.body):
-        main_texts = [escape_latex(cell.main) for cell in cells]
-        details = [_small(cell.detail) for cell in cells[:-1]]
-        if row_index in table.best:
-            main_texts[1] = rf'\textbf{{{main_texts[1]}}}'
-        table_lines.append(' & '.join(main_texts) + r' \\')
-        if any(details):
-            table_lines.append(' & '.join([*details, '']) + r' \\')
-    body = '\n'.join(table_lines)
+    body = [[*cells[:-1], Cell(cells[-1].main)] for cells in table.body]
 
     # The caption holds the title, the notes and the reasons.
     reasons = [
@@ -36,26 +25,61 @@ def to_latex(sweep: Sweep, results: list[ArmResult], notes: list[str]) -> str:
         for result in results
         if result.arm.reason
     ]
-    sentences = [sweep.title, *notes, *reasons]
-    caption = ' '.join(f'{escape_latex(sentence.rstrip(".…"))}.' for sentence in sentences)
+    return format_latex(
+        table.header, body, [sweep.title, *notes, *reasons], describe_origin(sweep), table.best
+    )
 
-    # A comment names the commands that made the numbers.
+
+def describe_origin(sweep: Sweep) -> str:
+    """Return the commands that made the numbers of a sweep."""
     origin = f'Made by python -m mi.report --workdir={sweep.path}'
-    if sweep.command:
-        origin += f' from runs of: {sweep.command}'
+    return f'{origin} from runs of: {sweep.command}' if sweep.command else origin
+
+
+def format_latex(
+    header: Sequence[Cell],
+    body: Sequence[Sequence[Cell]],
+    caption: Sequence[str],
+    origin: str,
+    best: Collection[int] = (),
+) -> str:
+    """Return a booktabs table of any cells; the first column is left-aligned, others right.
+
+    Args:
+      header: the cell of each column.
+      body: the cells of each row; a row with details has a second line for them.
+      caption: sentences.
+      origin: what made the numbers, for a comment.
+      best: indices of the rows whose second cell is bold.
+    """
+    # Write each row on one line, or on two if it has details.
+    table_lines = []
+    for row_index, cells in enumerate(body):
+        main_texts = [escape_latex(cell.main) for cell in cells]
+        details = [_small(cell.detail) for cell in cells]
+        if row_index in best:
+            main_texts[1] = rf'\textbf{{{main_texts[1]}}}'
+        table_lines.append(' & '.join(main_texts) + r' \\')
+        if any(details):
+            table_lines.append(' & '.join(details) + r' \\')
+
+    # Frame the rows with the caption and the header.
+    header_line = ' & '.join(map(_stack, header))
+    caption_text = ' '.join(f'{escape_latex(sentence.rstrip(".…"))}.' for sentence in caption)
+    table_body = '\n'.join(table_lines)
     return f"""% {' '.join(origin.split())}
 % Needs \\usepackage{{booktabs,graphicx}}.
 \\begin{{table}}
 \\centering
 \\setlength{{\\tabcolsep}}{{4pt}}
-\\caption{{{caption}}}
+\\caption{{{caption_text}}}
 \\medskip
 \\resizebox{{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}}{{!}}{{%
-\\begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}
+\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}
 \\toprule
-{header} \\\\
+{header_line} \\\\
 \\midrule
-{body}
+{table_body}
 \\bottomrule
 \\end{{tabular}}}}
 \\end{{table}}

@@ -9,7 +9,7 @@ from mi.report import analysis, latex, notes, runs
 from tests.conftest import ROOT
 from tests.report import synthetic
 
-TABLES = sorted((ROOT / 'docs/results').glob('*/table.tex'))
+TABLES = sorted((ROOT / 'docs/results').glob('*/*.tex'))
 ENGINE = shutil.which('pdflatex')
 needs_engine = pytest.mark.skipif(ENGINE is None, reason='no pdflatex is installed')
 # One of each kind: accents, Greek, subscripts, fractions, symbols, control characters, no Latin.
