@@ -13,6 +13,8 @@ The argument after the colon has these parts, in any order:
 
 quickstart         minutes on two cores
 fusion_study       five minutes an arm on one core: experiments/lm_fusion.py
+table              two minutes an arm on one core: experiments/lm_table.py
+table_enwik8       ten minutes an arm, of bytes: experiments/lm_table_enwik8.py
 tiny               seconds, for tests
 fusion=NAME, site=NAME, source=NAME
                    config.model.fusion.name, config.model.site, config.model.source
@@ -47,6 +49,18 @@ COMPARISON: arguments.Settings = {
     'dropout.output': 0.0,
     'match.by': 'parameters',
     'eval.batch': 64,
+}
+# The rows of a table: all arms have the parameters of the LSTM without a context.
+TABLE: arguments.Settings = {
+    **COMPARISON,
+    'seeds': (0, 1, 2, 3, 4),
+    'match.baseline': 'plain',
+    'model.context': 8,  # keeps W of a full MI below a third of the core
+    'train.batch': 16,
+    'train.length': 32,
+    'train.log_every': 50,
+    'train.eval_every': 250,
+    'train.save_every': 250,
 }
 # A minute on a laptop, on Austen's text: the preset `smoke` of configs/lm_*.py.
 SMOKE: arguments.Settings = {
@@ -92,6 +106,30 @@ PRESETS: dict[str, arguments.Settings] = {
         'train.eval_every': 250,
         'train.save_every': 250,
         'eval.length': 256,
+        'eval.valid_tokens': 50_000,
+        'eval.final_tokens': 500_000,
+        'optim.learning_rate': 3e-3,
+    },
+    'table': {  # experiments/lm_table.py
+        **TABLE,
+        'data.level': 'word',
+        'data.vocabulary': 4_000,
+        'model.embed': 64,
+        'model.hidden': 160,
+        'train.steps': 500,
+        'eval.length': 32,
+        'eval.valid_tokens': 10_000,
+        'eval.final_tokens': 50_000,
+        'optim.learning_rate': 4e-3,
+    },
+    'table_enwik8': {  # experiments/lm_table_enwik8.py
+        **TABLE,
+        'data.source': 'enwik8',
+        'data.train_tokens': 10_000_000,
+        'model.embed': 64,
+        'model.hidden': 256,
+        'train.length': 64,
+        'train.steps': 2_500,
         'eval.valid_tokens': 50_000,
         'eval.final_tokens': 500_000,
         'optim.learning_rate': 3e-3,
@@ -227,7 +265,8 @@ def match_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.by = 'none'  # none, parameters, flops (forward, per token)
     config.knob = 'hidden'  # the size that is changed: hidden (H), rank
-    config.target = 0  # the cost to reach; 0 for that of this config with fusion concat
+    config.baseline = 'concat'  # whose cost is reached: fusion concat, or plain, without a fusion
+    config.target = 0  # the cost to reach; 0 for that of the baseline
     return config
 
 

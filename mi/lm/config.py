@@ -37,6 +37,12 @@ CORES.refuse = lambda core: 'it is a cell' if cells.is_cell(core) else ''
 Every name in `mi.cells.CELLS` is a core too. A config file may add to both.
 """
 
+BASELINES: dict[str, dict[str, str]] = {
+    'concat': {'model.fusion.name': 'concat'},
+    'plain': {'model.site': 'none'},
+}
+"""`match.baseline` → the changes of a config that make it the model whose cost is the target."""
+
 RATE = number(0, 0.99)
 SEGMENT = 256  # tokens of a segment in evaluation, if state or a memory is carried
 
@@ -107,6 +113,7 @@ SCHEMA: dict[str, Rule] = {
     'loss.chunk': integer(0),
     'match.by': choice(['none', 'parameters', 'flops']),
     'match.knob': choice(['hidden', 'rank']),
+    'match.baseline': choice(BASELINES),
     'match.target': integer(0),
     'train.steps': integer(1, 2**31 - 1),
     'train.length': integer(1),

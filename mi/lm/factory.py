@@ -14,7 +14,7 @@ from flax import linen as nn
 from mi import cells, counting, fusion
 from mi.config import UserError, has_parameter
 from mi.lm.adaptive_softmax import AdaptiveWords
-from mi.lm.config import CORES
+from mi.lm.config import BASELINES, CORES
 from mi.lm.data import token_store
 from mi.lm.data.corpus import Corpus
 from mi.lm.data.texts import DataError
@@ -218,8 +218,9 @@ def match_size(
 ) -> ml_collections.ConfigDict:
     """Return the config with the size `match.knob` at which `match.by` is nearest to its target.
 
-    The target is `match.target`, or the cost of this config with the fusion 'concat'. The hidden
-    size of a Transformer increases in steps of 2 · heads, its feed-forward layer with it.
+    The target is `match.target`, or the cost of this config as the model that `match.baseline`
+    names: with the fusion 'concat', or 'plain', without a fusion. The hidden size of a Transformer
+    increases in steps of 2 · heads, its feed-forward layer with it.
 
     Raises:
       UserError: if the fusion does not have the size, or no size costs as little as the target.
@@ -237,7 +238,7 @@ def match_size(
         costs = compute_costs(_override(config, changes), vocabulary, num_domains)
         return costs[cost_name]['model']
 
-    target = config.match.target or compute_cost({'model.fusion.name': 'concat'})
+    target = config.match.target or compute_cost(BASELINES[config.match.baseline])
     try:
         matched_size = counting.nearest_size(lambda n: compute_cost(_resize(config, n)), target)
     except ValueError as error:

@@ -46,8 +46,11 @@ class SweepWriter:
     def __init__(self, path, experiment):
         self.path, self._experiment, self._members = path, experiment, []
 
-    def run(self, label, finals, config=None, arrays=None, parameters=10):
-        """finals: {seed: {metric: value}}, arrays: of these seeds, in their order."""
+    def run(self, label, finals, config=None, arrays=None, parameters=10, overrides=None):
+        """finals: {seed: {metric: value}}, arrays: of these seeds, in their order.
+
+        A metric of another split than SPLIT has the name SPLIT:METRIC.
+        """
         name = f'{label}, {len(self._members)}'
         run_dir = self.path / name
         run_dir.mkdir()
@@ -56,16 +59,22 @@ class SweepWriter:
         files = {'config': {'seeds': list(finals), **(config or {})}, 'cost': cost}
         for file, value in (files | {'status': {'state': 'done'}}).items():
             (run_dir / f'{file}.json').write_text(json.dumps(value))
-        records = [
-            {'step': 9, 'seed': seed, 'split': self._experiment.SPLIT, **values}
-            for seed, values in finals.items()
-        ]
+        records = []
+        for seed, values in finals.items():
+            by_split = {}
+            for metric, value in values.items():
+                split, _, metric = metric.rpartition(':')
+                by_split.setdefault(split or self._experiment.SPLIT, {})[metric] = value
+            records += [
+                {'step': 9, 'seed': seed, 'split': split, **metrics}
+                for split, metrics in by_split.items()
+            ]
         for file, lines in ('metrics', records), ('timing', [{'step': 9, 'seconds': 8.0}]):
             contents = ''.join(json.dumps(line) + '\n' for line in lines)
             (run_dir / f'{file}.jsonl').write_text(contents)
         if arrays is not None:
             np.savez(run_dir / 'artefacts.npz', **arrays)
-        self._members.append({'name': name, 'label': label})
+        self._members.append({'name': name, 'label': label, 'overrides': overrides or {}})
 
     def report(self, name):
         """The tables of NAME.md, all cells but those of the lines under the heads."""

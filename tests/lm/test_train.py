@@ -115,6 +115,24 @@ def test_matched_arms_cost_what_concat_costs(fuse, quantity):
         assert miss >= abs(costs[kind]['model'] - target)
 
 
+@pytest.mark.parametrize('site', ['none', 'encoder', 'decoder', 'both'])
+def test_a_plain_baseline_is_the_same_for_every_site(site):
+    """Its parameters are counted here by hand: embedding, LSTM and the map before the softmax."""
+    (V, E, H), changes = (50, 16, 64), {'model.hidden': 64, 'model.context': 4}
+    target = V * E + V + (E + H + 1) * 4 * H + (H + 1) * E
+    changes |= {'match.by': 'parameters', 'match.baseline': 'plain', 'model.fusion.name': 'mi'}
+    matched = factory.match_size(tiny(**changes, **{'model.site': site}), V)
+    costs = factory.compute_costs(matched, V)['parameters']
+    assert costs['model'] == pytest.approx(target, rel=0.03)
+    for offset in (-1, 1):  # no neighbor is nearer
+        near = factory.compute_costs(
+            tiny(**changes | {'model.site': site, 'model.hidden': matched.model.hidden + offset}), V
+        )
+        assert abs(near['parameters']['model'] - target) >= abs(costs['model'] - target)
+    assert (matched.model.hidden == H) == (site == 'none') and matched.model.hidden <= H
+    assert (costs['fusion'] > 0) == (site != 'none')
+
+
 def test_matching_by_rank_and_what_cannot_match():
     changes = {'model.fusion.name': 'mi_low_rank', 'match.by': 'parameters', 'match.knob': 'rank'}
     base = tiny(**changes)
