@@ -1,7 +1,8 @@
 """Members of a sweep: the name, the label and the command of each.
 
 A name is that of a run directory, and a label that of an arm. Both show the values in which members
-differ, with their keys where the values alone are ambiguous.
+differ, with their keys where the values alone are ambiguous. An override `label`, which is no key
+of a config, names the arm instead.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from typing import Any
 from mi.config import UserError
 
 Overrides = dict[str, Any]  # dotted key → value
+LABEL = 'label'  # the override that is no key of a config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Member:
     Attributes:
       name: name of its run directory, made from the values that differ between members.
       label: name of its arm in tables and figures: the values that differ, except seeds and task,
-        with their keys if two arms would have the same values. Members with one label are one arm.
+        with their keys if two arms would have the same values; or the override `label`. Members
+        with one label are one arm.
       command: its command.
       overrides: its overrides of the config.
     """
@@ -50,7 +53,15 @@ def make_members(
       task_key: TASK.
       searched_keys: keys that are shown even if all members have the same value, so that names stay
         the same when more members are drawn.
+
+    Raises:
+      UserError: if two members have the same overrides, or two arms the same label.
     """
+    given_labels = [changes.get(LABEL) for changes in overrides]
+    overrides = [
+        {key: value for key, value in changes.items() if key != LABEL} for changes in overrides
+    ]
+
     # Names and labels show the keys in which members differ; a missing key differs from any value.
     keys = list(dict.fromkeys(key for changes in overrides for key in changes))
     differing_keys = [
@@ -64,6 +75,9 @@ def make_members(
     ]
     names = _make_names(shown_overrides, overrides)
     labels = make_labels(overrides, shown_overrides, task_key)
+    if any(given_labels):
+        labels = [str(given or label) for given, label in zip(given_labels, labels, strict=True)]
+        _refuse_shared_labels(labels, overrides, task_key)
 
     return [
         Member(name, label, make_command(config, changes, workdir / name), changes)
@@ -126,11 +140,8 @@ def make_labels(
 ) -> list[str]:
     """Return the label of each member: its values, with keys if another arm has the same values."""
 
-    def drop_seeds_and_task(changes: Overrides) -> Overrides:
-        return {key: changes[key] for key in changes if key not in ('seeds', task_key)}
-
-    arms = [repr(sorted(drop_seeds_and_task(changes).items())) for changes in overrides]
-    shown_values = [drop_seeds_and_task(changes) for changes in shown_overrides]
+    arms = [_identify_arm(changes, task_key) for changes in overrides]
+    shown_values = [_drop_seeds_and_task(changes, task_key) for changes in shown_overrides]
     labels = [', '.join(map(str, values.values())) or 'only' for values in shown_values]
 
     # Add short keys to labels that two arms share, then whole keys to those that still are shared.
@@ -147,6 +158,29 @@ def make_labels(
             for label, label_with_keys in zip(labels, labels_with_keys, strict=True)
         ]
     return labels
+
+
+def _drop_seeds_and_task(changes: Overrides, task_key: str | None) -> Overrides:
+    return {key: changes[key] for key in changes if key not in ('seeds', task_key)}
+
+
+def _identify_arm(changes: Overrides, task_key: str | None) -> str:
+    """Return a text that the members of an arm share, and no other member has."""
+    return repr(sorted(_drop_seeds_and_task(changes, task_key).items()))
+
+
+def _refuse_shared_labels(
+    labels: list[str], overrides: list[Overrides], task_key: str | None
+) -> None:
+    """Refuse a label that the sweep file gives to members of two arms."""
+    arms: dict[str, str] = {}  # label → its arm
+    for label, changes in zip(labels, overrides, strict=True):
+        arm = _identify_arm(changes, task_key)
+        if arms.setdefault(label, arm) != arm:
+            raise UserError(
+                f'label = {label!r}: expected a label of its own for each arm (got it for '
+                f'{arms[label]} and {arm})'
+            )
 
 
 def _shorten_key(key: str) -> str:

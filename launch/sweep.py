@@ -11,7 +11,8 @@ CURVES = 'valid'                         split of the learning curves; optional.
 TASK = 'env.name'                        key of the task, if each run learns one task; optional
 PROBLEMS = ('problem.system',)           keys that make arms separate problems, which are not ranked
                                          with each other; optional
-def sweep() -> list[dict[str, Any]]      overrides of CONFIG, one dict for each member
+def sweep() -> list[dict[str, Any]]      overrides of CONFIG, one dict for each member; the key
+                                         'label' names its arm, in place of the values that differ
 SPACE, COUNT = {…}, 20                   in place of sweep(): a random search of COUNT members in a
 SEED = 0                                 space (`launch.search_space`), and its seed; optional
 def report(workdir, out) -> None         figures and tables of its own; optional

@@ -49,6 +49,28 @@ def test_runs_of_a_task_each_are_one_arm(tmp_path):
     assert [m['task'] for m in record['members']] == ['a', 'b', 'a', 'b']
 
 
+def test_a_sweep_names_its_arms_where_values_would_not(tmp_path):
+    wide = {'label': 'large concat', 'model.hidden': 32, 'model.embed': 32}
+    overrides = sweep.product([{}, wide], seeds=[(0,), (1,)])
+    file = write_sweep(tmp_path, overrides, baseline='large concat')
+    members = sweep.load(file, tmp_path / 'runs')
+    assert [m.label for m in members][2:] == ['large concat', 'large concat']
+    assert members[0].label == members[1].label != 'large concat'
+    assert not any('label' in m.name for m in members)
+    assert not any('label' in part for m in members for part in m.command)
+    assert members[2].overrides == {'model.hidden': 32, 'model.embed': 32, 'seeds': (0,)}
+    record = json.loads((tmp_path / 'runs/sweep.json').read_text())
+    assert (record['baseline'], record['members'][3]['label']) == ('large concat', 'large concat')
+
+
+def test_a_name_for_two_arms_is_refused(tmp_path):
+    overrides = [{'label': 'wide', 'model.hidden': size} for size in (24, 32)]
+    with pytest.raises(
+        UserError, match=r"label = 'wide': .*'model.hidden', 24.*'model.hidden', 32"
+    ):
+        sweep.load(write_sweep(tmp_path, overrides), tmp_path / 'runs')
+
+
 def test_arms_of_the_same_values_are_told_apart_by_their_keys(tmp_path):
     overrides = [
         {'model.hidden': 24, 'seeds': (0,)},
