@@ -178,7 +178,7 @@ def model_config() -> ml_collections.ConfigDict:
     config.dtype = 'float32'  # of the products: float32, bfloat16
 
     config.sites = ('core_input',)  # instruction, core_input, readout: any of them
-    config.source = 'task'  # the context: task, embedding, inferred, instruction
+    config.source = 'task'  # the context: task, embedding, inferred, instruction, state
     config.context = 32  # m, for all sources but task
     config.fusion = fusion = ml_collections.ConfigDict()
     fusion.name = 'mi'  # a name in mi.fusion.FUSIONS, or 'package.module:Class'

@@ -6,7 +6,7 @@ where they are known.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -27,7 +27,7 @@ from mi.rl.instructions import (
 from mi.rl.torsos import TORSOS_BY_NAME, Shallow
 
 Site = Literal['instruction', 'core_input', 'readout']
-Source = Literal['task', 'embedding', 'inferred', 'instruction']
+Source = Literal['task', 'embedding', 'inferred', 'instruction', 'state']
 Torso = Literal['auto', 'dense', 'conv', 'shallow', 'deep']
 SITES, SOURCES, TORSOS = get_args(Site), get_args(Source), get_args(Torso)
 
@@ -79,6 +79,30 @@ class Context(NamedTuple):
     is_new: Array | None = None
 
 
+class StateContext(nn.Module):
+    """A context of the core's output: c = relu(A₂ relu(A₁h + a₁) + a₂), h [..., H] → c [..., m].
+
+    `he_normal` weights give every layer the mean square of its input, so c starts with that of h.
+
+    Source: c = relu(MLP(h)) at the read-outs is that of Jayakumar et al. (ICLR 2020), as recalled;
+    depth and widths are ours.
+
+    Attributes:
+      features: m, the width of both layers.
+      dtype: dtype of the products.
+    """
+
+    features: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, h: Array) -> Array:
+        for layer in ('hidden', 'out'):
+            V_init = initializers.he_normal()
+            h = nn.relu(Affine(self.features, self.dtype, V_init=V_init, name=layer)(h))
+        return h
+
+
 class Agent(nn.Module):
     """One network for all tasks.
 
@@ -93,8 +117,9 @@ class Agent(nn.Module):
 
     The context z_t is one of: the task's one-hot index ('task'); a learned vector of the task
     ('embedding'); the state of a small LSTM that reads u up to step t and never the task
-    ('inferred'); the encoded instruction ('instruction'). With `use_instruction`, an instruction
-    that is neither at a site nor the context is concatenated to u_t.
+    ('inferred'); the encoded instruction ('instruction'); a function of the core's output h_t
+    ('state', `StateContext`), which only the site 'readout' can have. With `use_instruction`, an
+    instruction that is neither at a site nor the context is concatenated to u_t.
 
     The value then passes an affine map with a gain and a shift for each task, which PopArt rescales
     when its statistics change (`mi.rl.popart`).
@@ -131,7 +156,13 @@ class Agent(nn.Module):
         Args:
           carry: carry from `initial_carry` or the previous call.
           inputs: [T, B, …].
+
+        Raises:
+          ValueError: if the source is unknown, or does not fit the sites.
         """
+        if error := explain_source(self.source, self.sites):
+            raise ValueError(f'source = {self.source!r}: {error}')
+
         # What the agent sees and reads.
         torso = TORSOS_BY_NAME[self._torso_name()]
         v = torso(self.features, self.spec, self.dtype, name='torso')(inputs.observation)
@@ -147,6 +178,9 @@ class Agent(nn.Module):
 
         # Memory and outputs.
         h, core_carry = self._core(carry, u, inputs.is_first)
+        if self.source == 'state':
+            c = StateContext(self.context, self.dtype, name='context')(h)
+            context = Context(c, {'context': 'dense'})
         logits, value = self._readout(h, context, inputs.observation['task'])
         return context_carry | core_carry, Outputs(logits, value)
 
@@ -206,7 +240,10 @@ class Agent(nn.Module):
     def _context(
         self, carry: Carry, u: Array, inputs: Inputs, instruction: Context | None
     ) -> tuple[Context | None, Carry]:
-        """Return the context of the last two sites, and the carry of its LSTM if it has one."""
+        """Return the context of the last two sites, and the carry of its LSTM if it has one.
+
+        A context of the core's output is None before the core has run.
+        """
         task, num_tasks = inputs.observation['task'], len(self.spec.tasks)
         match self.source:
             case 'task' if takes_ids(self.fusion):
@@ -224,6 +261,8 @@ class Agent(nn.Module):
                 return Context(z, {'context': 'dense'}), {'context': next_carry}
             case 'instruction':
                 return instruction, {}
+            case 'state':
+                return None, {}
         raise ValueError(f'source = {self.source!r}: expected one of {", ".join(SOURCES)}')
 
     def _fuse(self, site: Site, features: int, x: Array, context: Context | None) -> Array:
@@ -257,6 +296,17 @@ class Agent(nn.Module):
         shift = self.param('shift', initializers.zeros, (num_tasks,))
         value = gain[task] * outputs[..., -1].astype(jnp.float32) + shift[task]
         return outputs[..., :-1].astype(jnp.float32), value
+
+
+def explain_source(source: Source, sites: Collection[Site]) -> str:
+    """Return why a source of the context does not fit the sites; '' if it does."""
+    if source == 'state' and ('readout' not in sites or 'core_input' in sites):
+        return (
+            f"the context is a function of the core's output: expected the site 'readout' and not "
+            f"'core_input' (got sites {tuple(sites)}). Try sites = ('readout',), or source = "
+            f"'inferred' for a context before the core"
+        )
+    return ''
 
 
 def forward(agent: Agent, params: Params, carry: Carry, inputs: Inputs) -> tuple[Carry, Outputs]:

@@ -21,7 +21,7 @@ from mi.config import (
 )
 from mi.precision import PRECISIONS
 from mi.registry import Registry
-from mi.rl.agent import SITES, SOURCES, TORSOS
+from mi.rl.agent import SITES, SOURCES, TORSOS, explain_source
 from mi.rl.loss import CLIPS, POPART_ORDERS
 from mi.rl.transformer import GatedTransformer
 from mi.training import optim, trackers
@@ -120,6 +120,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f'config.model.fusion.name = {fusion_name!r}: expected one-hot contexts only. Try '
             f"config.model.source = 'task' and no site 'instruction'"
         )
+
+    if error := explain_source(model.source, model.sites):
+        raise UserError(f'config.model.source = {model.source!r}: {error}')
 
     # Evaluations and checkpoints come with a record.
     for field in ('eval_every', 'save_every'):

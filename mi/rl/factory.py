@@ -157,8 +157,8 @@ def check_held_out(config: ml_collections.ConfigDict, trained: Spec, held_out: S
     if config.model.source in ('task', 'embedding') and trained.tasks != held_out.tasks:
         raise UserError(
             f'{setting}: expected the trained tasks, because config.model.source = '
-            f"{config.model.source!r} reads their index. Try config.model.source = 'instruction' "
-            f"or 'inferred'"
+            f"{config.model.source!r} reads their index. Try config.model.source = 'instruction', "
+            f"'inferred' or 'state'"
         )
 
 

@@ -7,11 +7,11 @@ import pytest
 from flax import linen as nn
 
 from mi import FUSIONS, cells, fusion
-from mi.rl.agent import Agent, Inputs
+from mi.rl.agent import SOURCES, Agent, Inputs, StateContext
 from mi.rl.envs.spec import Spec
 from mi.rl.instructions import encode_once_per_instruction, fuse_once_per_instruction
 from mi.rl.torsos import TORSOS_BY_NAME
-from tests.motifs.checks import drawn
+from tests.motifs.checks import drawn, random
 
 T, B, TASKS, VOCABULARY = 4, 3, 5, 7
 GRID = Spec(
@@ -40,6 +40,11 @@ PIXELS = Spec(
 def make(spec=GRID, fuse='mi', **options):
     sizes = {'features': 8, 'core': functools.partial(cells.LSTM, 6), 'context': 4} | options
     return Agent(spec=spec, fusion=fusion.get(fuse, rank=3, hidden=4), **sizes)
+
+
+def sites_of(source):
+    """The sites that a source can have, without the instruction's."""
+    return ('readout',) if source == 'state' else ('core_input', 'readout')
 
 
 def inputs(spec=GRID, seed=0, length=T):
@@ -87,9 +92,23 @@ def test_every_fusion_fits_every_site_and_all_its_parameters_learn(fuse):
     assert not dead
 
 
-@pytest.mark.parametrize('source', ['task', 'embedding', 'inferred', 'instruction'])
+def test_every_parameter_of_a_read_out_by_the_cores_own_output_learns():
+    agent = make(source='state', sites=('instruction', 'readout'))
+    carry, given = agent.initial_carry(B), inputs()
+    variables = drawn(agent, carry, given)
+
+    def objective(variables):
+        _, outputs = agent.apply(variables, carry, given)
+        return (outputs.logits**2).sum() + (outputs.value**2).sum()
+
+    gradients = jax.tree.leaves_with_path(jax.jit(jax.grad(objective))(variables))
+    assert {'hidden', 'out'} == set(variables['params']['context'])
+    assert not [jax.tree_util.keystr(path) for path, g in gradients if not (g != 0).any()]
+
+
+@pytest.mark.parametrize('source', SOURCES)
 def test_the_outputs_depend_on_the_task_where_the_context_is_told_it(source):
-    agent = make(source=source, sites=('core_input', 'readout'), use_instruction=True)
+    agent = make(source=source, sites=sites_of(source), use_instruction=True)
     carry, given = agent.initial_carry(B), inputs()
     variables = drawn(agent, carry, given)
     # gain and shift are of the task by intention: set alike, what is left is the context's
@@ -104,8 +123,9 @@ def test_the_outputs_depend_on_the_task_where_the_context_is_told_it(source):
     assert bool((before.value != after.value).any()) == (source in ('task', 'embedding'))
 
 
-def test_no_output_depends_on_a_later_input_and_the_core_remembers_earlier_ones():
-    agent = make(source='inferred', sites=('instruction', 'core_input', 'readout'))
+@pytest.mark.parametrize('source', ['inferred', 'state'])
+def test_no_output_depends_on_a_later_input_and_the_core_remembers_earlier_ones(source):
+    agent = make(source=source, sites=('instruction', *sites_of(source)))
     carry, given = agent.initial_carry(B), inputs()
     variables = drawn(agent, carry, given)
     apply = jax.jit(agent.apply)
@@ -131,8 +151,10 @@ def test_an_episodes_start_forgets_what_was_before():
     np.testing.assert_allclose(whole.value[2:], alone.value, rtol=1e-5, atol=1e-5)
 
 
-def test_a_step_at_a_time_is_the_whole_sequence():
-    agent = make(source='inferred', sites=('core_input', 'readout'))
+@pytest.mark.parametrize('source', ['inferred', 'state'])
+def test_a_step_at_a_time_is_the_whole_sequence(source):
+    """So the importance ratios of V-trace are 1 where actor and learner have equal parameters."""
+    agent = make(source=source, sites=sites_of(source))
     carry, given = agent.initial_carry(B), inputs()
     variables = drawn(agent, carry, given)
     apply = jax.jit(agent.apply)
@@ -294,3 +316,79 @@ def test_ids_and_one_hot_contexts_are_the_same_agent():
         + p['readout']['b'].reshape(1, 1, -1)
     )
     np.testing.assert_allclose(outputs.logits, logits[..., :-1], rtol=1e-4, atol=1e-4)
+
+
+def read_out_by_equation(p, h):
+    """Raw outputs [..., A + 1] of a read-out whose context is c = relu(A₂ relu(A₁h + a₁) + a₂)."""
+    c = h
+    for layer in ('hidden', 'out'):
+        c = np.maximum(c @ p['context'][layer]['V'] + p['context'][layer]['b'], 0)
+    r = p['readout']
+    interaction = np.einsum('...m,mnk,...n->...k', c, r['W'], h)
+    return interaction + c @ r['U'] + h @ r['V'] + r['b']
+
+
+@functools.cache
+def read_out_of_state():
+    """An agent with a context of the core's output, its parameters, inputs and h [T, B, H]."""
+    agent, given = make(source='state'), inputs()
+    carry = agent.initial_carry(B)
+    params = drawn(agent, carry, given)['params']
+    _, captured = agent.apply({'params': params}, carry, given, capture_intermediates=True)
+    h = captured['intermediates']['core']['__call__'][0][1]
+    return agent, params, given, h
+
+
+def test_a_read_out_by_the_cores_own_output_is_its_equation():
+    agent, params, given, h = read_out_of_state()
+    _, outputs = jax.jit(agent.apply)({'params': params}, agent.initial_carry(B), given)
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    expected = read_out_by_equation(p, np.asarray(h, np.float64))
+    task = given.observation['task']
+    np.testing.assert_allclose(outputs.logits, expected[..., :-1], rtol=1e-5, atol=1e-5)
+    value = p['gain'][task] * expected[..., -1] + p['shift'][task]
+    np.testing.assert_allclose(outputs.value, value, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_a_read_out_by_the_cores_own_output_are_those_of_the_equation():
+    """By central differences in float64: of the context's layers, and of h, which enters twice."""
+    _, params, _, h = read_out_of_state()
+    heads = {name: params[name] for name in ('context', 'readout')}
+    weights = np.random.default_rng(3).normal(size=(T, B, 4))
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), heads)
+
+    def reference(p, h):
+        return (weights * read_out_by_equation(p, h)).sum()
+
+    def by_modules(p, h):
+        context = StateContext(4)
+        c = context.apply({'params': p['context']}, h)
+        y = fusion.get('mi')(4).apply({'params': p['readout']}, h, c)
+        return (weights * y).sum()
+
+    gradients = jax.jit(jax.grad(by_modules, (0, 1)))(heads, h)
+    inputs_64 = (p, np.asarray(h, np.float64))
+    rng = np.random.default_rng(4)
+    leaves, tree = jax.tree.flatten(inputs_64)
+    for leaf_index, (leaf, gradient) in enumerate(
+        zip(leaves, jax.tree.leaves(gradients), strict=True)
+    ):
+        direction = rng.normal(size=leaf.shape)
+        ends = []
+        for step in (1e-6, -1e-6):
+            moved = list(leaves)
+            moved[leaf_index] = leaf + step * direction
+            ends.append(reference(*jax.tree.unflatten(tree, moved)))
+        difference = (ends[0] - ends[1]) / 2e-6
+        np.testing.assert_allclose((gradient * direction).sum(), difference, rtol=1e-3, atol=1e-3)
+
+
+def test_a_context_of_the_cores_output_starts_with_its_mean_square():
+    h = 0.3 * random(5, 200, 64)
+    context = StateContext(128)
+
+    def mean_square(seed):
+        return (context.init_with_output(jax.random.key(seed), h)[0] ** 2).mean()
+
+    moments = jax.jit(jax.vmap(mean_square))(jnp.arange(64))
+    np.testing.assert_allclose(moments.mean(), (h**2).mean(), rtol=0.05)

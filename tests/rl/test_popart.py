@@ -208,7 +208,7 @@ ROW = np.zeros((T + 1, B), np.int32)
 AGENT_TASK = np.tile(np.array([0, 1, 0, 1], np.int32), (T + 1, 1))
 
 
-def agent_and_trajectory(reward):
+def agent_and_trajectory(reward, **options):
     """An agent of two tasks, and a trajectory of it with these rewards [T + 1, B]."""
     spec = Spec(
         name='toy',
@@ -225,7 +225,7 @@ def agent_and_trajectory(reward):
     inputs = Inputs(observation, ROW, np.asarray(reward, np.float32), ROW.astype(bool))
     ones = np.ones((T, B), np.float32)
     trajectory = Trajectory(inputs, ROW[:-1], np.log(ones / 3), ones, ones.astype(bool), {})
-    return Agent(spec=spec, features=4, core=None, sites=()), trajectory
+    return Agent(spec=spec, **{'features': 4, 'core': None, 'sites': ()} | options), trajectory
 
 
 def drawn_rewards():
@@ -275,6 +275,39 @@ def test_the_learner_moves_the_statistics_and_no_value(order):
     assert sigma[0] < 0.95
     assert sigma[1] > 100
     np.testing.assert_allclose(values(state), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('source', ['state', 'task', 'embedding'])
+def test_no_value_moves_with_the_statistics_at_a_fused_read_out(source):
+    """With an optimizer that changes nothing, of which a value in float64 is the judge."""
+    options = {'sites': ('readout',), 'source': source, 'context': 3}
+    agent, trajectory = agent_and_trajectory(drawn_rewards(), **options)
+    params = jax.jit(agent.init)(jax.random.key(0), {}, trajectory.inputs)['params']
+    optimizer, h = optax.set_to_zero(), loss.Hyperparameters(popart=0.1)
+    state = learner.init_learner_state(params, optimizer, len(agent.spec.tasks))
+    step = jax.jit(lambda state: learner.update(agent, optimizer, h, state, trajectory)[0])
+    read = jax.jit(lambda params: forward(agent, params, {}, trajectory.inputs)[1])
+
+    def values(state):
+        params = state.params | {'gain': jnp.ones(2), 'shift': jnp.zeros(2)}
+        raw, one = np.asarray(read(params).value, np.float64), AGENT_TASK
+        gain, shift, mu, sigma = (
+            np.asarray(a, np.float64)[one]
+            for a in (
+                *(state.params['gain'], state.params['shift']),
+                *(state.statistics.mu, popart.sigma(state.statistics)),
+            )
+        )
+        return sigma * (gain * raw + shift) + mu
+
+    before, logits = values(state), read(state.params).logits
+    for _ in range(3):
+        state = step(state)
+    sigma = popart.sigma(state.statistics)
+    assert sigma[0] < 0.95 and sigma[1] > 100
+    size = (sigma + np.abs(state.statistics.mu))[AGENT_TASK]
+    assert (np.abs(values(state) - before) / size).max() < 1e-6
+    np.testing.assert_array_equal(read(state.params).logits, logits)
 
 
 @pytest.mark.parametrize('order', loss.POPART_ORDERS)

@@ -11,6 +11,7 @@ from mi.rl import envs, factory
 from mi.rl.envs.spec import Spec
 
 FEATURES, TASKS = 16, 30
+STATE = {'model.source': 'state', 'model.sites': ('readout',)}
 INPUT = FEATURES + 6 + 1  # what the site core_input sees: features, action, reward
 
 
@@ -66,6 +67,14 @@ def test_no_site_no_cost_of_fusions():
     ('changes', 'said'),
     [
         ({'model.fusion.name': 'multi_head', 'model.source': 'inferred'}, 'one-hot contexts only'),
+        (
+            {
+                'model.fusion.name': 'multi_head',
+                'model.source': 'state',
+                'model.sites': ('readout',),
+            },
+            'one-hot contexts only',
+        ),
         ({'train.eval_every': 7}, 'a multiple of'),
         ({'train.topology': 'threads', 'seeds': (0, 1)}, 'expected one seed'),
         ({'train.topology': 'ray', 'actors.batch': 3}, 'config.actors.batch'),
@@ -75,6 +84,32 @@ def test_no_site_no_cost_of_fusions():
 def test_what_cannot_work_is_refused_with_a_way_out(changes, said):
     with pytest.raises(UserError, match=said):
         rl_config.validate(tiny(**changes))
+
+
+@pytest.mark.parametrize(
+    'sites', [('core_input',), ('core_input', 'readout'), ('instruction',), ()]
+)
+def test_a_context_of_the_cores_output_is_for_the_read_outs_alone(sites):
+    changes = {'model.source': 'state', 'model.sites': sites, 'model.instruction': True}
+    with pytest.raises(UserError, match=r"config\.model\.source = 'state': .*site 'readout'.*got"):
+        rl_config.validate(tiny(**changes))
+    agent = factory.build_agent(tiny(**changes), envs.make('xland').spec)
+    with pytest.raises(ValueError, match=r"source = 'state': .* \('readout',\)"):
+        jax.eval_shape(lambda: factory.init_params(agent, jax.random.key(0)))
+    rl_config.validate(tiny(**changes | {'model.sites': ('instruction', 'readout')}))
+
+
+def test_the_cost_of_a_context_of_the_cores_output_is_that_of_two_layers():
+    changes = {'model.sites': ('readout',), 'model.hidden': 24, 'model.context': 8}
+    given, learned = (
+        costs(tiny(**changes, **{'model.source': source})) for source in ('embedding', 'state')
+    )
+    num_params, hidden_flops = 24 * 8 + 8 + 8 * 8 + 8, 2 * (24 * 8 + 8 * 8)
+    assert learned['parameters']['model'] - given['parameters']['model'] == num_params - TASKS * 8
+    flops = [cost['flops_per_step']['model'] for cost in (given, learned)]
+    assert flops[1] - flops[0] == hidden_flops
+    for cost in (given, learned):  # W, U, V and b of six logits and a value
+        assert cost['parameters']['fusion'] == (8 * 24 + 8 + 24 + 1) * 7
 
 
 def test_an_instruction_that_is_not_there_is_refused():
@@ -90,7 +125,8 @@ def test_held_out_tasks_need_a_context_that_knows_them():
     assert world.tasks != others.tasks
     with pytest.raises(UserError, match=r"config\.model\.source = 'instruction'"):
         factory.check_held_out(tiny(**{'model.source': 'task'}), world, others)
-    factory.check_held_out(tiny(**{'model.source': 'inferred'}), world, others)
+    for source in ('inferred', 'state'):
+        factory.check_held_out(tiny(**{'model.source': source}), world, others)
     # The same tasks with other levels, as procgen/test.
     factory.check_held_out(
         tiny(**{'model.source': 'task'}), world, dataclasses.replace(world, name='again')
