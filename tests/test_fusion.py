@@ -257,6 +257,38 @@ def test_film_starts_as_the_affine_map_and_is_modulated_by_its_equation():
     np.testing.assert_allclose(module.apply({'params': p}, x, z), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('context', ['dense', 'one_hot'])
+@pytest.mark.parametrize('g', [0.25, 1.0])
+def test_film_can_start_at_random_with_unit_variance(context, g):
+    """γ has variance g, and the three terms of y have their shares; over draws of everything."""
+    n, m, k, rows = 17, 5, 24, 40
+    film = fusion.get('film', {'gamma_variance': g})(k, context=context)
+
+    def moments(seed):
+        keys = jax.random.split(jax.random.key(seed, impl='rbg'), 3)
+        x, z = (jax.random.normal(key, (rows, size)) for key, size in zip(keys, (n, m)))  # noqa: B905
+        z = z if context == 'dense' else jax.nn.one_hot(jnp.arange(rows) % m, m)
+        y, variables = film.init_with_output(keys[2], x, z)
+        p = variables['params']
+        gamma, beta, h = z @ p['gamma']['V'], z @ p['beta']['V'], x @ p['x']['V']
+        return jnp.array([(term**2).mean() for term in (gamma, h, gamma * h, beta, y)])
+
+    means = jax.jit(jax.vmap(moments))(jnp.arange(256)).mean(0)
+    share = 1 / (1 + 2 * g)
+    np.testing.assert_allclose(means, [g, share, g * share, g * share, 1], rtol=0.1)
+
+
+def test_film_at_random_has_the_parameters_and_the_equation_of_film():
+    x, z = random(0, 6, N), random(1, 6, M)
+    film, at_random = make('film'), fusion.get('film', {'gamma_variance': 1.0})(K)
+    variables = at_random.init(jax.random.key(2), x, z)
+    shapes = jax.eval_shape(film.init, jax.random.key(2), x, z)
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, shapes)
+    np.testing.assert_array_equal(film.apply(variables, x, z), at_random.apply(variables, x, z))
+    with pytest.raises(ValueError, match=r'gamma_variance = -1\.0: expected 0 or more'):
+        fusion.get('film', {'gamma_variance': -1.0})(K).init(jax.random.key(2), x, z)
+
+
 def test_gate_at_rest_passes_its_input():
     x, z = random(0, 6, N), random(1, 6, M)
     module = make('gate')

@@ -64,24 +64,38 @@ class ConcatMLP(nn.Module):
 class FiLM(nn.Module):
     """Feature-wise linear modulation (Perez et al., 2018): y = (1 + γ(z)) ⊙ (Vx + b) + β(z).
 
-    γ and β are affine in z and start at zero, so y starts as Vx + b.
+    γ and β are affine in z. By default they start at zero, so y starts as Vx + b. With a
+    `gamma_variance` g they start at random: γ has variance g, and of the unit variance of y the
+    terms Vx, γ ⊙ Vx and β have the shares 1, g and g, divided by 1 + 2g.
 
     Attributes:
       features, context, dtype, param_dtype: as in `MultiplicativeInteraction`.
+      gamma_variance: g, initial variance of each entry of γ(z); 0 for the identity.
+
+    Raises:
+      ValueError: if g is negative.
     """
 
     features: int
     context: Context = 'dense'
+    gamma_variance: float = 0.0
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, z: Array) -> Array:
+        if self.gamma_variance < 0:
+            raise ValueError(f'gamma_variance = {self.gamma_variance}: expected 0 or more')
         x, z = align_streams(x, z)
         affine = functools.partial(Affine, self.features, self.dtype, self.param_dtype)
-        gamma = affine(V_init=initializers.zeros, name='gamma')(z)
-        beta = affine(V_init=initializers.zeros, name='beta')(z)
-        return (1 + gamma) * affine(name='x')(x) + beta
+        g, x_variance = self.gamma_variance, 1 / (1 + 2 * self.gamma_variance)
+        gamma_init = beta_init = initializers.zeros
+        if g:
+            gamma_init = context_init(self.context, g)
+            beta_init = context_init(self.context, g * x_variance)
+        gamma = affine(V_init=gamma_init, name='gamma')(z)
+        beta = affine(V_init=beta_init, name='beta')(z)
+        return (1 + gamma) * affine(V_init=input_init(x_variance), name='x')(x) + beta
 
 
 class Gate(nn.Module):
