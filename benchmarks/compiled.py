@@ -23,7 +23,7 @@ from absl import app, flags
 from benchmarks import cluster, scaling, workloads
 from benchmarks.cluster import CHIPS, Work
 from benchmarks.scaling import Table
-from configs import lm_wikitext103, rl, rl_dmlab30
+from configs import lm_wikitext103, rl
 from mi.estimate import costs, deployment, memory, topologies
 from mi.rl.envs.host import dmlab30
 
@@ -78,7 +78,7 @@ def xland(num_chips: int) -> ml_collections.ConfigDict:
 
 def dmlab(num_chips: int) -> ml_collections.ConfigDict:
     """Return the config of a learner with 60 rows per chip."""
-    config = rl_dmlab30.get_config().unlock()
+    config = workloads.dmlab_config().unlock()
     config.train.batch *= num_chips
     return config.lock()
 

@@ -17,7 +17,7 @@ from absl import app, flags
 
 from benchmarks import cluster, measurements, pipeline, workloads
 from benchmarks.cluster import CHIPS, Chip, Job, Step
-from configs import lm_wikitext103, rl_dmlab30
+from configs import lm_wikitext103
 from mi import counting
 from mi.rl.envs.host import dmlab30
 
@@ -134,7 +134,7 @@ def rl_table(chip: Chip, share: float, prices: Prices) -> Table:
     head = ['chips', 'GB', 'update', 'network', 'learner steps/s', 'MB/s', 'cores it wants']
     table_rows = [[*head, 'cores', 'bound by', 'steps/s', 'updates', 'hours', 'cost']]
     job, step_bytes = workloads.dmlab_job(), workloads.trajectory_bytes()
-    rows = rl_dmlab30.get_config().train.batch
+    rows = workloads.dmlab_config().train.batch
     step_core_seconds = core_seconds(has_policy=True)
     for num_chips in NUMBERS:
         step = cluster.estimate_step(job, chip, num_chips, rows * num_chips, share=share)
@@ -179,7 +179,7 @@ def actors_table(chip: Chip, share: float) -> Table:
     head = ['topology', 'actors', 'rows of a group', 'of an update', 'cores', 'steps/s']
     table_rows = [[*head, 'learner busy', 'lag', 'largest', 'dropped', 'hours']]
     job = workloads.dmlab_job()
-    groups = rl_dmlab30.get_config().actors.groups
+    groups = workloads.dmlab_config().actors.groups
     for system in SYSTEMS:
         topology, stages = _make_topology(system), _make_stages(system, job, chip, share)
         # Simulate long enough that every actor's trajectories arrive several times.
@@ -206,7 +206,7 @@ def actors_table(chip: Chip, share: float) -> Table:
 
 
 def _make_topology(system: System) -> pipeline.Topology:
-    config = rl_dmlab30.get_config()
+    config = workloads.dmlab_config()
     has_threads = system.topology == 'threads'
     return pipeline.Topology(
         actors=system.actors,
@@ -222,7 +222,7 @@ def _make_topology(system: System) -> pipeline.Topology:
 
 
 def _make_stages(system: System, job: Job, chip: Chip, share: float) -> pipeline.Stages:
-    config, spec = rl_dmlab30.get_config(), dmlab30.spec_of()
+    config, spec = workloads.dmlab_config(), dmlab30.spec_of()
     if system.topology == 'threads':
         products = workloads.policy_products(config, spec, system.rows)
         policy_seconds = sum(cluster.estimate_roofline(products, chip)) / share

@@ -159,9 +159,21 @@ def rl_work(config: ml_collections.ConfigDict, spec: Spec, rows: int) -> Work:
     return Work(products, saved_bytes(loss, state_shapes.params, trajectory))
 
 
+def dmlab_config() -> ml_collections.ConfigDict:
+    """Return the config of DMLab-30 with full MI at the core's input, and two groups an actor.
+
+    The core's input has the largest fusion, and the second group simulates while the policy acts
+    for the first.
+    """
+    config = rl_dmlab30.get_config().unlock()
+    config.model.sites = ('core_input',)
+    config.actors.groups = 2
+    return config.lock()
+
+
 def dmlab_job() -> Job:
     """Return the job of training on DMLab-30."""
-    config, spec = rl_dmlab30.get_config(), dmlab30.spec_of()
+    config, spec = dmlab_config(), dmlab30.spec_of()
     agent_costs = rl.compute_costs(rl.build_agent(config, spec), 1, config.train.length)
     return Job(
         name='DMLab-30',
@@ -174,7 +186,7 @@ def dmlab_job() -> Job:
 
 def policy_flops() -> int:
     """Return the FLOPs of DMLab-30's policy for one step of one environment."""
-    agent = rl.build_agent(rl_dmlab30.get_config(), dmlab30.spec_of())
+    agent = rl.build_agent(dmlab_config(), dmlab30.spec_of())
     return rl.compute_costs(agent, 1, 1)['flops_per_step']['model']
 
 
@@ -191,7 +203,7 @@ def policy_products(
 
 def trajectory_bytes() -> float:
     """Return the bytes per environment step that an actor of DMLab-30 sends to the learner."""
-    config = rl_dmlab30.get_config()
+    config = dmlab_config()
     rows = config.actors.batch
     trajectory = trajectory_shapes(config, dmlab30.spec_of(), rows)
     total_bytes = sum(
