@@ -1,17 +1,31 @@
 """Thirty goals in one world, one agent: the task by concatenation, by heads of its own, by MI.
 
 Environment: xland (mi/rl/envs/jax/xland.py), where only the task says what is wanted. Arms differ
-in the word of the fusion, at the site `core_input`: what the LSTM reads is the fusion of the
-features with the task's index. The arm none is not told the task. Five seeds, trained together by
-vmap.
+in the fusion at the site `core_input`: what the LSTM reads is the fusion of the features with the
+task's index. The arm none is not told the task. Two arms remove a handicap: concat, large has the
+parameters of mi, by a wider torso and LSTM, and film, random starts with another policy for each
+task, where film starts with one for all. Five seeds, trained together by vmap.
 
     python -m launch.local --sweep=experiments/rl_multitask.py --workdir=runs/rl --parallel=2
+
+By default, learning rate and entropy cost are those of configs/rl.py, found with mi and none. To
+give each arm its own, as experiments/rl_tuning.py chose them, and to report on fresh seeds:
+
+    MI_RL_TUNING=runs/rl_tuning/report/rl_tuning.json python -m launch.local \
+        --sweep=experiments/rl_multitask.py --workdir=runs/rl_tuned --parallel=2
 
 Source: the question is that of Jayakumar et al. (ICLR 2020), section on multi-task RL, which has
 DMLab-30 and other sites; environment, agent and sizes are ours, and none is the paper's.
 """
 
+import os
+import pathlib
+
 from launch.sweep import Overrides, product
+from mi.config import UserError
+from mi.training.io import read_json
+
+TUNING = os.environ.get('MI_RL_TUNING', '')
 
 CONFIG = 'configs/rl.py'
 TITLE = 'Thirty tasks of XLand, IMPALA with an LSTM: how the task comes in'
@@ -23,12 +37,60 @@ BASELINE = 'concat'
 NOTES = [
     'Equal environment steps; the column at equal time has the same wall time instead. 16 episodes '
     'of each task, sampled from the policy, on fresh layouts at every evaluation.',
-    'Sizes of torso and LSTM are the same in all arms, so that the arms differ in parameters: see '
-    'that column.',
+    'Sizes of torso and LSTM are the same in all arms but concat, large, so that the arms differ '
+    'in parameters: see that column. concat, large has those of mi.',
     'none does not know the task, and shows what a policy gets that tries everything in turn.',
+    'Learning rate and entropy cost of each arm were chosen by experiments/rl_tuning.py, on other '
+    'seeds.'
+    if TUNING
+    else 'Learning rate and entropy cost, the same in all arms, were found with mi and none.',
 ]
+SEEDS = (5, 6, 7, 8, 9) if TUNING else (0, 1, 2, 3, 4)
+LARGE = 245  # features and LSTM of a concat agent with the parameters of mi
+ARMS: dict[str, Overrides] = {  # label → overrides
+    **{
+        name: {'model.fusion.name': name} for name in ('mi', 'concat', 'none', 'multi_head', 'film')
+    },
+    'mi_low_rank': {'model.fusion.name': 'mi_low_rank'},
+    'concat, large': {
+        'model.fusion.name': 'concat',
+        'model.features': LARGE,
+        'model.hidden': LARGE,
+    },
+    'film, random': {'model.fusion.name': 'film', 'model.fusion.options.gamma_variance': 1.0},
+}
+TUNED_KEYS = ('optim.learning_rate', 'loss.entropy_cost')
 
 
 def sweep() -> list[Overrides]:
-    fusions = ['mi', 'concat', 'none', 'multi_head', 'film', 'mi_low_rank']
-    return product(**{'model.fusion.name': fusions, 'seeds': [(0, 1, 2, 3, 4)]})
+    choices = read_choices(pathlib.Path(TUNING)) if TUNING else {}
+    arms = [{'label': label} | arm | choices.get(label, {}) for label, arm in ARMS.items()]
+    return product(arms, seeds=[SEEDS])
+
+
+def read_choices(file: pathlib.Path) -> dict[str, Overrides]:
+    """Read the values that experiments/rl_tuning.py chose, label of an arm → overrides.
+
+    Raises:
+      UserError: if there is no such file, it lacks an arm or a value, or it was chosen on a seed of
+        this sweep.
+    """
+    if not file.is_file():
+        raise UserError(
+            f'MI_RL_TUNING={file}: expected the rl_tuning.json that experiments/rl_tuning.py '
+            f'writes in the report of its sweep; there is no such file'
+        )
+    tuning = read_json(file)
+    chosen = tuning.get('chosen', {})
+    missing = [label for label in ARMS if not set(TUNED_KEYS) <= set(chosen.get(label, {}))]
+    if missing:
+        raise UserError(
+            f'MI_RL_TUNING={file}: expected a choice for every arm; it has none for '
+            f'{"; ".join(missing)}. Run the rest of experiments/rl_tuning.py'
+        )
+    if shared := set(tuning.get('seeds', ())) & set(SEEDS):
+        raise UserError(
+            f'MI_RL_TUNING={file}: expected a choice on other seeds than {SEEDS}; it was made on '
+            f'{sorted(shared)}'
+        )
+    return {label: {key: chosen[label][key] for key in TUNED_KEYS} for label in ARMS}

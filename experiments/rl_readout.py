@@ -1,0 +1,171 @@
+"""Read-outs of one agent for thirty goals: a shared head, heads of its own, or an MI with the task.
+
+Environment: xland (mi/rl/envs/jax/xland.py), as in experiments/rl_multitask.py; only the task's
+index says what is wanted. The core never reads the index. Policy and value are a fusion of the
+core's output h with a context, at the site `readout`, and arms differ in fusion and context:
+
+    MI, index            z = the task's index, one-hot
+    concat, index        z = the same
+    single head          no context: what a policy gets that tries everything in turn
+    multi-head           a read-out for each task
+    MI, embedding        z = a vector learned for each task
+    MI, learned context  z = relu(MLP(h)), which sees no index
+
+Five seeds, trained together.
+
+    python -m launch.local --sweep=experiments/rl_readout.py --workdir=runs/rl_readout
+
+The report also has rl_readout.png, .pdf and .md: the learned embeddings of the tasks, and how much
+of their variance kind, color and shape explain.
+
+Source: site and arms are those of Jayakumar et al. (ICLR 2020), section on multi-task RL, as
+recalled. Theirs are on DMLab-30, where what the agent sees says which level it is in; environment,
+agent and sizes are ours. experiments/rl_dmlab30.py has the same arms on these levels.
+"""
+
+import pathlib
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from launch.sweep import Overrides, product
+from mi.inspect import trained
+from mi.report import plots, runs, statistics, tables
+from mi.training.io import read_json
+
+CONFIG = 'configs/rl.py'
+TITLE = 'Thirty tasks of XLand: read-outs of the policy and the value'
+METRIC = 'success'
+SPLIT = 'eval'
+CURVES = 'eval'
+LOWER_IS_BETTER = False
+BASELINE = 'concat, index'
+NOTES = [
+    'Equal environment steps; the column at equal time has the same wall time instead. 16 episodes '
+    'of each task, sampled from the policy, on fresh layouts at every evaluation.',
+    'Torso and LSTM are the same in all arms and never read the task, so that the arms differ in '
+    'the parameters of their read-outs alone: see that column.',
+    'single head and MI, learned context do not know the task: rewards alone tell it, at the end '
+    'of an episode.',
+]
+ARMS: list[Overrides] = [
+    {'label': label, 'model.fusion.name': fusion, 'model.source': source}
+    for label, fusion, source in (
+        ('MI, index', 'mi', 'task'),
+        ('concat, index', 'concat', 'task'),
+        ('single head', 'none', 'task'),
+        ('multi-head', 'multi_head', 'task'),
+        ('MI, embedding', 'mi', 'embedding'),
+        ('MI, learned context', 'mi', 'state'),
+    )
+]
+FACTORS = ('kind', 'color', 'shape')  # the words of a task's name
+COLORS = {'red': plots.PALETTE[1], 'green': plots.PALETTE[2], 'blue': plots.PALETTE[0]}
+SHAPES = {'ball': 'o', 'square': 's', 'pyramid': '^'}
+MARKERS = ('o', 's', '^', 'D', 'v', 'P')
+
+
+def sweep() -> list[Overrides]:
+    return product(ARMS, **{'model.sites': [('readout',)], 'seeds': [(0, 1, 2, 3, 4)]})
+
+
+def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
+    """Draw the learned embeddings of the tasks, and tabulate what explains their variance."""
+    for arm in runs.read_sweep(workdir).arms:
+        if arm.state != 'done' or arm.overrides.get('model.source') != 'embedding':
+            continue
+        names, embeddings = read_embeddings(workdir / _find_run(workdir, arm.label))
+        _draw_embeddings(embeddings[0], names, f'seed {arm.seeds[0]}', out)
+        by_seed = dict(zip(arm.seeds, embeddings, strict=True))
+        (out / 'rl_readout.md').write_text(_tabulate_factors(by_seed, names), encoding='utf-8')
+
+
+def read_embeddings(run_dir: pathlib.Path) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return the names of a run's tasks, and their embeddings [S, tasks, m] for all seeds."""
+    run = trained.load(run_dir)
+    (site,) = (site for site in run.sites if site.name == 'readout')
+    contexts = [
+        run.get_contexts(site, run.get_seed_params(i)) for i in range(len(run.config.seeds))
+    ]
+    return contexts[0].names, np.array([context.z for context in contexts], np.float64)
+
+
+def project(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first two principal components of embeddings [tasks, m].
+
+    Returns:
+      Coordinates [tasks, 2], and the share of the variance along each of the two.
+    """
+    centered = embeddings - embeddings.mean(0)
+    left, singular_values, _ = np.linalg.svd(centered, full_matrices=False)
+    shares = singular_values**2 / np.sum(singular_values**2)
+    return (left * singular_values)[:, :2], shares[:2]
+
+
+def explain_variance(embeddings: np.ndarray, groups: Sequence[str]) -> float:
+    """Return the share of the variance of embeddings [tasks, m] between groups of tasks.
+
+    It is 1 if the tasks of a group have one embedding. For groups drawn at random, its mean is
+    (groups − 1) / (tasks − 1).
+    """
+    centered = embeddings - embeddings.mean(0)
+    labels = np.array(list(groups))
+    between = sum(
+        np.sum(labels == group) * np.sum(centered[labels == group].mean(0) ** 2)
+        for group in set(groups)
+    )
+    return float(between / np.sum(centered**2))
+
+
+def _find_run(workdir: pathlib.Path, label: str) -> str:
+    """Return the name of the run directory of an arm with one run."""
+    members = read_json(workdir / 'sweep.json')['members']
+    (name,) = (member['name'] for member in members if member['label'] == label)
+    return str(name)
+
+
+def _split_names(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Return the factors of tasks: 'hold red ball' has the kind hold."""
+    return dict(zip(FACTORS, zip(*map(str.split, names), strict=True), strict=True))
+
+
+def _draw_embeddings(
+    embeddings: np.ndarray, names: Sequence[str], title: str, out: pathlib.Path
+) -> None:
+    """Draw the principal components of embeddings [tasks, m], a panel for each factor."""
+    points, shares = project(embeddings)
+    with matplotlib.rc_context(plots.STYLE):
+        figure = Figure(figsize=(plots.WIDTH, 2.5), layout='constrained')
+        panels = figure.subplots(1, len(FACTORS), sharex=True, sharey=True)
+        for axes, (factor, groups) in zip(panels, _split_names(names).items(), strict=True):
+            for index, group in enumerate(dict.fromkeys(groups)):
+                x, y = points[[group == other for other in groups]].T
+                color = COLORS.get(group, plots.PALETTE[index])
+                marker = SHAPES.get(group, MARKERS[index])
+                axes.plot(x, y, marker, ms=4, mew=0, color=color, label=group)
+            axes.set_title(f'{title}, by {factor}')
+            axes.legend(
+                loc='upper center', bbox_to_anchor=(0.5, -0.22), ncols=3, frameon=False,
+                handletextpad=0.1, columnspacing=0.8,
+            )  # fmt: skip
+        panels[0].set_ylabel(f'component 2 ({shares[1]:.0%} of the variance)')
+        panels[1].set_xlabel(f'component 1 ({shares[0]:.0%} of the variance)')
+        plots.save(figure, out, 'rl_readout')
+
+
+def _tabulate_factors(embeddings: dict[int, np.ndarray], names: Sequence[str]) -> str:
+    """Tabulate the share of the variance that each factor explains, over {seed: [tasks, m]}."""
+    table_rows = []
+    for factor, groups in _split_names(names).items():
+        shares = {seed: explain_variance(array, groups) for seed, array in embeddings.items()}
+        by_chance = (len(set(groups)) - 1) / (len(groups) - 1)
+        mean = tables.format_interval(statistics.estimate(shares, factor), 3)
+        table_rows.append([factor, str(mean), f'{by_chance:.3f}'])
+    header = ['groups of tasks by', 'share of the variance [95 %]', 'for random groups']
+    table = tables.format_markdown(header, table_rows)
+    return (
+        f'Variance of the learned embeddings between groups of tasks, in all dimensions:\n\n'
+        f'{table}\n'
+    )

@@ -1,0 +1,152 @@
+"""The same small search for every arm of experiments/rl_multitask.py: learning rate × entropy cost.
+
+The values of configs/rl.py were found by hand with mi and none, which favors them. Here every arm
+has the same nine points, three learning rates × three entropy costs with today's in the middle, on
+two seeds of its own and a third of the steps. The report chooses the point with the best mean
+success of the last evaluation, by arm.
+
+    python -m launch.local --sweep=experiments/rl_tuning.py --workdir=runs/rl_tuning --parallel=2
+    MI_RL_TUNING=runs/rl_tuning/report/rl_tuning.json python -m launch.local \
+        --sweep=experiments/rl_multitask.py --workdir=runs/rl_tuned --parallel=2
+
+Budget: for each arm 9 points × 2 seeds × 2 million steps, 36 million steps; the comparison itself
+has 30 million for each arm.
+
+The report also has rl_tuning.json, which the second command reads, and rl_tuning.md: the mean
+success at every point.
+"""
+
+import itertools
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from experiments.rl_multitask import ARMS, TUNED_KEYS
+from launch.sweep import Overrides
+from mi.report import runs, tables
+
+CONFIG = 'configs/rl.py'
+TITLE = 'Thirty tasks of XLand: learning rate and entropy cost of each arm'
+METRIC = 'success'
+SPLIT = 'eval'
+CURVES = 'eval'
+LOWER_IS_BETTER = False
+BASELINE = None
+PROBLEMS = ('model.fusion.name',)
+NOTES = [
+    'A label is the arm, the learning rate and the entropy cost.',
+    'Two seeds and a third of the steps of the comparison: enough to choose a point for an arm, '
+    'and not to rank the arms.',
+]
+SEEDS = (10, 11)
+STEPS = 2_000_000
+LEARNING_RATES = (5e-4, 1e-3, 2e-3)
+ENTROPY_COSTS = (0.005, 0.01, 0.02)
+
+
+class Point(NamedTuple):
+    """A point of the search; the fields are the values of `TUNED_KEYS`."""
+
+    learning_rate: float
+    entropy_cost: float
+
+
+POINTS = [Point(*values) for values in itertools.product(LEARNING_RATES, ENTROPY_COSTS)]
+
+
+def sweep() -> list[Overrides]:
+    common = {'train.steps': STEPS, 'seeds': SEEDS}
+    return [
+        {'label': name_member(arm_label, point)} | arm | _to_overrides(point) | common
+        for arm_label, arm in ARMS.items()
+        for point in POINTS
+    ]
+
+
+def name_member(arm_label: str, point: Point) -> str:
+    """Return the label of an arm of `rl_multitask` at a point."""
+    return f'{arm_label}, {point.learning_rate:g}, {point.entropy_cost:g}'
+
+
+def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
+    """Choose a point for each arm, and write the choices as JSON and a table of all points."""
+    arms = {arm.label: arm for arm in runs.read_sweep(workdir).arms}
+    scores = {
+        arm_label: score_points({
+            point: arms[name_member(arm_label, point)]
+            for point in POINTS
+            if name_member(arm_label, point) in arms
+        })
+        for arm_label in ARMS
+    }  # fmt: skip
+    choices = {arm_label: choose_point(points) for arm_label, points in scores.items()}
+    chosen = {arm_label: point for arm_label, point in choices.items() if point is not None}
+
+    # The file for the comparison.
+    steps = {arm.config['train']['steps'] for arm in arms.values() if 'train' in arm.config}
+    tuning = {
+        'metric': METRIC,
+        'seeds': sorted({seed for arm in arms.values() for seed in arm.seeds}),
+        'steps': sorted(steps),
+        'points': [_to_overrides(point) for point in POINTS],
+        'chosen': {
+            arm_label: _to_overrides(point) | {METRIC: scores[arm_label][point]}
+            for arm_label, point in chosen.items()
+        },
+    }
+    (out / 'rl_tuning.json').write_text(json.dumps(tuning, indent=1) + '\n', encoding='utf-8')
+    (out / 'rl_tuning.md').write_text(_tabulate(scores, choices), encoding='utf-8')
+
+
+def score_points(arms: Mapping[Point, runs.Arm]) -> dict[Point, float]:
+    """Return the mean success over seeds at each point that is done; −∞ if a seed diverged."""
+    scores = {}
+    for point, arm in arms.items():
+        if by_seed := arm.final_values(METRIC, SPLIT):
+            is_finite = all(map(math.isfinite, by_seed.values()))
+            scores[point] = math.fsum(by_seed.values()) / len(by_seed) if is_finite else -math.inf
+    return scores
+
+
+def choose_point(scores: Mapping[Point, float]) -> Point | None:
+    """Return the point with the best score, the first one of several; None before all are done."""
+    if set(scores) != set(POINTS) or max(scores.values()) == -math.inf:
+        return None
+    return max(POINTS, key=scores.__getitem__)
+
+
+def _to_overrides(point: Point) -> Overrides:
+    return dict(zip(TUNED_KEYS, point, strict=True))
+
+
+def _tabulate(
+    scores: Mapping[str, Mapping[Point, float]], choices: Mapping[str, Point | None]
+) -> str:
+    """Tabulate the scores, a row for each arm, and name the choices at the edge of the grid."""
+    header = ['arm', *(f'{point.learning_rate:g}, {point.entropy_cost:g}' for point in POINTS)]
+    table_rows = []
+    for arm_label, points in scores.items():
+        cells = [
+            tables.NONE if point not in points else _format_score(points[point]) for point in POINTS
+        ]
+        chosen = choices[arm_label]
+        if chosen is not None:
+            cells[POINTS.index(chosen)] += ' ←'
+        table_rows.append([arm_label, *cells])
+    at_edge = [
+        arm_label
+        for arm_label, point in choices.items()
+        if point is not None and point != Point(LEARNING_RATES[1], ENTROPY_COSTS[1])
+    ]
+    return (
+        f'Mean success of the last evaluation by learning rate and entropy cost; ← is chosen.\n\n'
+        f'{tables.format_markdown(header, table_rows)}\n\n'
+        f'Chosen at an edge of the grid, beyond which a better value may be: '
+        f'{"; ".join(at_edge) or "none"}.\n'
+    )
+
+
+def _format_score(score: float) -> str:
+    return f'{score:.3f}' if math.isfinite(score) else 'diverged'
