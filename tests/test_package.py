@@ -154,7 +154,8 @@ def test_the_wheel_has_the_packages_and_their_data(dist):
     metadata = {folder for folder in folders if folder.endswith('.dist-info')}
     assert folders - metadata == {'mi', 'launch', 'configs', 'experiments'}
     tracked = run('git', 'ls-files', 'mi', 'launch', 'configs', 'experiments').stdout.split('\n')
-    packed = [name for name in tracked if name.endswith(('.py', '.xz', '.css', '.js', '.typed'))]
+    suffixes = ('.py', '.xz', '.css', '.js', '.csv', '.typed')
+    packed = [name for name in tracked if name.endswith(suffixes)]
     assert set(packed) <= set(names)
 
 

@@ -1,13 +1,16 @@
 """Fit a product of two streams, and targets without one.
 
     product    y = xᵀz
+    bilinear   y = xᵀWz,  W = √d G / ‖G‖, each seed draws G [d, d]
     additive   y = Σᵢ (u(xᵢ) + u(zᵢ)) / √2,  u(a) = (|a| − √(2/π)) / √(1 − 2/π)
     x_only     y = Σᵢ u(xᵢ)
 
-x and z are of dimension d with independent standard Gaussian entries, so that every target has mean
-0 and variance d. The last two have no interaction, so that its parameters are wasted there.
+x and z are of dimension d, and they and G have independent standard Gaussian entries, so that every
+target has mean 0 and variance d. The last two have no interaction, so that its parameters are
+wasted there.
 
-Source: the first is of Jayakumar et al. (ICLR 2020), recalled; the others are ours.
+Source: product and xᵀWz with a fixed W are of Jayakumar et al. (ICLR 2020), expressivity. How W is
+drawn, and the other targets, are ours.
 """
 
 import dataclasses
@@ -32,11 +35,24 @@ def centered_abs(a: Array) -> Array:
     return (jnp.abs(a) - math.sqrt(2 / math.pi)) / math.sqrt(1 - 2 / math.pi)
 
 
+def compute_product(x: Array, z: Array) -> Array:
+    """Return xᵀz."""
+    return jnp.sum(x * z, -1)
+
+
 TARGETS = {
-    'product': lambda x, z: jnp.sum(x * z, -1),
+    'product': compute_product,
+    'bilinear': compute_product,  # of Wᵀx and z
     'additive': lambda x, z: jnp.sum(centered_abs(x) + centered_abs(z), -1) / math.sqrt(2),
     'x_only': lambda x, z: jnp.sum(centered_abs(x), -1),
 }
+
+
+def draw_matrix(key: PRNGKey, dimension: int) -> Array:
+    """Draw W [d, d] with ‖W‖² = d, so that xᵀWz has variance d."""
+    G = jax.random.normal(key, (dimension, dimension))
+    return math.sqrt(dimension) * G / jnp.linalg.norm(G)
+
 
 SCHEMA: dict[str, Rule] = {
     'problem.target': choice(TARGETS),
@@ -53,14 +69,24 @@ class Products(Problem):
     Attributes:
       model: (x, z) [..., d] → [..., 1].
       target: (x, z) [..., d] → [...].
+      is_bilinear: whether the target is that of Wᵀx and z, with a matrix W of the seed.
       dimension: d.
       eval_examples: number of examples in an evaluation.
     """
 
     model: network.FusedMLP
     target: Callable[[Array, Array], Array]
+    is_bilinear: bool
     dimension: int
     eval_examples: int
+
+    def draw_world(self, key: PRNGKey) -> World:
+        """Draw {'W': [d, d]}, or {} for a target without a matrix."""
+        return {'W': draw_matrix(key, self.dimension)} if self.is_bilinear else {}
+
+    def compute_target(self, world: World, x: Array, z: Array) -> Array:
+        """Return the target [...] at x and z [..., d]."""
+        return self.target(x @ world['W'] if self.is_bilinear else x, z)
 
     def init_params(self, key: PRNGKey, world: World) -> Params:
         zeros = jnp.zeros(self.dimension)
@@ -71,16 +97,20 @@ class Products(Problem):
         prediction: Array = self.model.apply(params, x, z)
         return prediction[..., 0]
 
-    def _mean_squared_error(self, params: Params, key: PRNGKey, examples: int) -> Array:
+    def _mean_squared_error(
+        self, params: Params, world: World, key: PRNGKey, examples: int
+    ) -> Array:
         x, z = jax.random.normal(key, (2, examples, self.dimension))
-        return jnp.mean(jnp.square(self.predict(params, x, z) - self.target(x, z)))
+        error = self.predict(params, x, z) - self.compute_target(world, x, z)
+        return jnp.mean(jnp.square(error))
 
     def loss(self, params: Params, world: World, key: PRNGKey) -> tuple[Array, Metrics]:
-        mse = self._mean_squared_error(params, key, self.examples)
+        mse = self._mean_squared_error(params, world, key, self.examples)
         return mse, {'mse': mse}
 
     def evaluate(self, params: Params, world: World, key: PRNGKey) -> dict[str, Metrics]:
-        return {'eval': {'mse': self._mean_squared_error(params, key, self.eval_examples)}}
+        mse = self._mean_squared_error(params, world, key, self.eval_examples)
+        return {'eval': {'mse': mse}}
 
     def costs(self) -> Costs:
         vector = jax.ShapeDtypeStruct((self.dimension,), jnp.float32)
@@ -93,7 +123,7 @@ class Products(Problem):
         coordinates = jnp.linspace(-SURFACE, SURFACE, POINTS)
         mesh = jnp.meshgrid(coordinates, coordinates, indexing='ij')
         z, x = (coordinate[..., None] for coordinate in mesh)
-        return {'surface': self.predict(params, x, z) - self.target(x, z)}
+        return {'surface': self.predict(params, x, z) - self.compute_target(world, x, z)}
 
 
 def make(config: ml_collections.ConfigDict) -> Products:
@@ -102,6 +132,7 @@ def make(config: ml_collections.ConfigDict) -> Products:
         examples=config.train.batch,
         model=network.make(config.model, features=1, context='dense'),
         target=TARGETS[config.problem.target],
+        is_bilinear=config.problem.target == 'bilinear',
         dimension=config.problem.dimension,
         eval_examples=config.problem.examples,
     )

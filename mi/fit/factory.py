@@ -138,13 +138,14 @@ def make_problem(config: ml_collections.ConfigDict) -> Problem:
 
 
 def largest_width(config: ml_collections.ConfigDict) -> int:
-    """Return the largest width of at most `search.parameters`; 1 if there is none.
+    """Return the largest width of at most `search.parameters`.
 
-    Raises:
-      UserError: if the number of parameters does not grow with the width.
+    It is 1 if there is none, and if the number of parameters does not grow with the width, as that
+    of one MI without a hidden layer: a search then says whether this model reaches its target.
     """
     max_params = config.search.parameters
-    if _count_at_width(config, 1) > max_params:
+    smallest = _count_at_width(config, 1)
+    if smallest > max_params or smallest == _count_at_width(config, 2):
         return 1
     width = _nearest_width(config, 'config.search.parameters', max_params)
     return width if _count_at_width(config, width) <= max_params else width - 1
@@ -157,12 +158,9 @@ def _nearest_width(config: ml_collections.ConfigDict, config_key: str, num_param
     except ValueError as error:
         smallest = _count_at_width(config, 1)
         if smallest == _count_at_width(config, 2):
-            expected = 'a model that grows'
-            if config_key == 'config.model.parameters':
-                expected = f'0, or {expected}'
             raise UserError(
                 f'{config_key} = {num_params}: the model has {smallest:,} parameters at any width; '
-                f'expected {expected} with its width, such as config.model.depth = 1'
+                f'expected 0, or a model that grows with its width, such as config.model.depth = 1'
             ) from error
         advice = 'Raise it, or use another fusion.' if smallest > num_params else 'Lower it.'
         raise UserError(f'{config_key} = {num_params}: {error}. {advice}') from error

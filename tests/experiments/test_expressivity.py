@@ -367,11 +367,6 @@ def test_a_resumed_run_is_bit_identical(tmp_path, monkeypatch):
         ('search', {'search.rates': ()}, r'search\.rates.*non-empty tuple of positive numbers'),
         ('search', {'search.at': (1, 0)}, r'search\.at.*tuple of positive integers'),
         ('search', {'search.over': 'model.width'}, r'search\.over'),
-        (
-            'search',
-            {'model.depth': 0},
-            r'search\.parameters = 30000: the model has 3 parameters at any',
-        ),
         ('search', {'model.parameters': 100}, r'= 100: expected 0\. .*search\.parameters'),
         ('search', {'train.eval_every': 333}, r'expected a multiple of config\.train\.log_every'),
         ('search', {'train.steps': 1100}, r'train\.steps = 1100: expected a multiple of .* 250'),
