@@ -21,6 +21,7 @@ from configs import (
 )
 from experiments.attention_conv import config as attention_conv
 from experiments.composition import config as composition
+from experiments.conditional import config as conditional
 from experiments.expressivity import config as expressivity
 from experiments.hamiltonian import config as hamiltonian
 from experiments.regression import config as regression
@@ -41,8 +42,8 @@ pytestmark = [
 LM_CORES = (*cells.CELLS, *lm_setup.CORES)
 RL_CORES = ('none', *cells.CELLS, *rl_setup.CORES)
 FILES = (
-    attention_conv, composition, expressivity, hamiltonian, lm, lm_enwik8, lm_ptb, lm_wikitext103,
-    regression, rl, rl_dmlab30, seq2seq,
+    attention_conv, composition, conditional, expressivity, hamiltonian, lm, lm_enwik8, lm_ptb,
+    lm_wikitext103, regression, rl, rl_dmlab30, seq2seq,
 )  # fmt: skip
 PRESETS = [(file, preset) for file in FILES for preset in getattr(file, 'PRESETS', (None,))]
 

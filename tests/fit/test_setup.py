@@ -10,6 +10,7 @@ import pytest
 
 from experiments.attention_conv import config as attention_conv
 from experiments.composition import config as composition
+from experiments.conditional import config as conditional
 from experiments.expressivity import config as expressivity
 from experiments.hamiltonian import config as hamiltonian
 from experiments.regression import config as regression
@@ -45,6 +46,7 @@ CONFIGS = {
     'experiments.seq2seq.problem': seq2seq.get_config,
     'experiments.attention_conv.problem': attention_conv.get_config,
     'experiments.composition.problem': composition.get_config,
+    'experiments.conditional.problem': conditional.get_config,
     'experiments.regression.problem': regression.get_config,
     'experiments.hamiltonian.phase_space': lambda: hamiltonian.get_config('phase'),
     'experiments.hamiltonian.frames': lambda: hamiltonian.get_config('frames'),
@@ -61,6 +63,7 @@ CONFIGS = {
             'experiments.composition.problem',
             {'problem.context': 'learned', 'problem.coefficients': 'equal'},
         ),
+        ('experiments.conditional.problem', {'model.encodes_context': True}),
         ('experiments.regression.problem', {'problem.context': 'inferred'}),
     ],
 )

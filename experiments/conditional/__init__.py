@@ -1,0 +1,1 @@
+"""Conditional statements and similarity metrics, which the paper names as its motivation."""

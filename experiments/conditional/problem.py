@@ -1,0 +1,240 @@
+"""Fit conditional statements and similarity metrics of two streams.
+
+    conditional        y = A₁x if z₁ > 0 else A₀x
+    choice             y = A_c x,  c = argmax_{j ≤ K} z_j
+    cosine             y = √d xᵀz / (‖x‖ ‖z‖)
+    squared_distance   y = (‖x − z‖² − 2d) / √(8d)
+
+x and z have d independent standard Gaussian entries. Each seed draws its matrices A [d, d], whose
+rows are uniform on the unit sphere. Every output then has mean 0 and variance 1.
+
+Errors are mean squared errors divided by the variance of y, so that 1 is that of the mean. A second
+evaluation multiplies x by `problem.far_scale`: inputs of another norm than in training.
+
+A run trains a network for each target of `problem.targets`. They share the inputs of a batch and
+nothing else; the number of parameters is that of one.
+
+Shapes: x, z [..., d]; y [..., k] with k = d for a statement and 1 for a metric; T targets.
+
+Source: that conditional statements and similarity metrics are what a multiplicative interaction
+suits is the hypothesis of Jayakumar et al. (ICLR 2020). These four functions are ours.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from chex import Array, PRNGKey
+from flax import linen as nn
+
+from mi.config import Rule, UserError, integer, number, suggest
+from mi.fit import network
+from mi.fit.problem import Costs, Metrics, Params, Problem, World
+
+
+def compute_cosine(x: Array, z: Array) -> Array:
+    """Return √d xᵀz / (‖x‖ ‖z‖), [..., 1]."""
+    norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(z, axis=-1)
+    return (math.sqrt(x.shape[-1]) * jnp.sum(x * z, -1) / norms)[..., None]
+
+
+def compute_squared_distance(x: Array, z: Array) -> Array:
+    """Return (‖x − z‖² − 2d) / √(8d), [..., 1]."""
+    dimension = x.shape[-1]
+    distance = jnp.sum(jnp.square(x - z), -1)
+    return ((distance - 2 * dimension) / math.sqrt(8 * dimension))[..., None]
+
+
+def branch_on_sign(z: Array, num_branches: int) -> Array:
+    """Return 1 where z₁ > 0, else 0, [...]."""
+    return (z[..., 0] > 0).astype(jnp.int32)
+
+
+def branch_on_largest(z: Array, num_branches: int) -> Array:
+    """Return which of the first K entries of z is the largest, [...] from 0 to K − 1."""
+    return jnp.argmax(z[..., :num_branches], -1)
+
+
+METRICS: dict[str, Callable[[Array, Array], Array]] = {
+    'cosine': compute_cosine,
+    'squared_distance': compute_squared_distance,
+}
+STATEMENTS: dict[str, Callable[[Array, int], Array]] = {
+    'conditional': branch_on_sign,
+    'choice': branch_on_largest,
+}
+"""Name → (z, K) → the branch that z takes, [...]; a conditional has two branches whatever K is."""
+
+
+def _check_targets(targets: object) -> str:
+    """Describe what was expected, as a rule of `mi.config`; '' if the targets are valid."""
+    if not isinstance(targets, tuple) or not targets or len(set(targets)) < len(targets):
+        return 'a non-empty tuple of distinct targets'
+    known = [*STATEMENTS, *METRICS]
+    if unknown := [target for target in targets if target not in known]:
+        return f'known targets; {suggest(str(unknown[0]), known)}'
+    if len({target in STATEMENTS for target in targets}) > 1:
+        return f'either statements, {", ".join(STATEMENTS)}, or metrics, {", ".join(METRICS)}'
+    return ''
+
+
+SCHEMA: dict[str, Rule] = {
+    'problem.targets': _check_targets,
+    'problem.dimension': integer(1),
+    'problem.branches': integer(2),
+    'problem.examples': integer(2),
+    'problem.far_scale': number(0, exclusive=True),
+    'model.encodes_context': bool,
+    **network.SCHEMA,
+}
+
+
+class Target(NamedTuple):
+    """A function of x and z.
+
+    Attributes:
+      name: a key of STATEMENTS or METRICS.
+      dimension: d.
+      branches: K of a statement, 0 for a metric.
+    """
+
+    name: str
+    dimension: int
+    branches: int
+
+    @property
+    def outputs(self) -> int:
+        """The size of y, k."""
+        return self.dimension if self.branches else 1
+
+    def draw_matrices(self, key: PRNGKey) -> Array:
+        """Draw A [K, d, d] with rows of norm 1."""
+        A = jax.random.normal(key, (self.branches, self.dimension, self.dimension))
+        return A / jnp.linalg.norm(A, axis=-1, keepdims=True)
+
+    def compute(self, A: Array, x: Array, z: Array) -> Array:
+        """Return y [..., k] at x and z [..., d], for the matrices A [K, d, d]."""
+        if not self.branches:
+            return METRICS[self.name](x, z)
+        branch = STATEMENTS[self.name](z, self.branches)
+        return jnp.einsum('...ij,...j->...i', A[branch], x)
+
+
+class ContextMLP(nn.Module):
+    """An MLP of x and c = φ(Ez + e): z passes a hidden layer of its own before it meets x.
+
+    Attributes:
+      mlp: the MLP, with fusions of x and c; c has its width, and φ is its activation.
+    """
+
+    mlp: network.FusedMLP
+
+    @nn.compact
+    def __call__(self, x: Array, z: Array) -> Array:
+        hidden = nn.Dense(self.mlp.width, name='encoder')(z)
+        y: Array = self.mlp(x, network.ACTIVATIONS[self.mlp.activation](hidden))
+        return y
+
+
+@dataclasses.dataclass(frozen=True)
+class Functions(Problem):
+    """Fit functions of x and z, a network for each; every batch is drawn fresh.
+
+    Attributes:
+      model: (x, z) [..., d] → [..., k].
+      targets: what is fitted.
+      eval_examples: number of examples in an evaluation.
+      far_scale: factor on x in the evaluation 'far'.
+    """
+
+    model: nn.Module
+    targets: tuple[Target, ...]
+    eval_examples: int
+    far_scale: float
+
+    @property
+    def dimension(self) -> int:
+        """The size of x and z, d."""
+        return self.targets[0].dimension
+
+    def draw_world(self, key: PRNGKey) -> World:
+        """Draw the matrices [K, d, d] of every target, by its name."""
+        keys = jax.random.split(key, len(self.targets))
+        pairs = zip(self.targets, keys, strict=True)
+        return {target.name: target.draw_matrices(target_key) for target, target_key in pairs}
+
+    def compute_targets(self, world: World, x: Array, z: Array) -> Array:
+        """Return y [T, ..., k] at x and z [..., d]."""
+        return jnp.stack([target.compute(world[target.name], x, z) for target in self.targets])
+
+    def init_params(self, key: PRNGKey, world: World) -> Params:
+        zeros = jnp.zeros(self.dimension)
+        keys = jax.random.split(key, len(self.targets))
+        return jax.vmap(lambda key: self.model.init(key, zeros, zeros))(keys)
+
+    def model_params(self, params: Params) -> Params:
+        """Return the parameters of the first network; all have equally many."""
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params)
+
+    def predict(self, params: Params, x: Array, z: Array) -> Array:
+        """Return the predictions [T, ..., k] of all networks at x and z [..., d]."""
+        predictions: Array = jax.vmap(self.model.apply, in_axes=(0, None, None))(params, x, z)
+        return predictions
+
+    def _compare(
+        self, params: Params, world: World, key: PRNGKey, examples: int, scale: float = 1.0
+    ) -> tuple[Array, Array]:
+        """Return mean squared errors [T] on new examples, and variances of y [T] among them."""
+        x, z = jax.random.normal(key, (2, examples, self.dimension))
+        x = scale * x
+        y = self.compute_targets(world, x, z)
+        errors = jnp.square(self.predict(params, x, z) - y)
+        return errors.mean((1, 2)), y.var(1).mean(-1)
+
+    def loss(self, params: Params, world: World, key: PRNGKey) -> tuple[Array, Metrics]:
+        mse, _ = self._compare(params, world, key, self.examples)
+        return mse.sum(), {'mse': mse.mean()}
+
+    def evaluate(self, params: Params, world: World, key: PRNGKey) -> dict[str, Metrics]:
+        """Return `nmse/TARGET`, error / variance, and their mean, as in training and far."""
+        metrics = {}
+        for split, scale in (('eval', 1.0), ('far', self.far_scale)):
+            mse, variance = self._compare(params, world, key, self.eval_examples, scale)
+            names = [f'nmse/{target.name}' for target in self.targets]
+            by_name = dict(zip(names, mse / variance, strict=True))
+            metrics[split] = {'nmse': jnp.mean(mse / variance)} | by_name
+        return metrics
+
+    def costs(self) -> Costs:
+        vector = jax.ShapeDtypeStruct((self.dimension,), jnp.float32)
+        return network.costs(self.model, vector, vector)
+
+
+def make(config: ml_collections.ConfigDict) -> Functions:
+    """Build the problem of a config.
+
+    Raises:
+      UserError: if z has fewer entries than the choice has branches.
+    """
+    problem = config.problem
+    if 'choice' in problem.targets and problem.branches > problem.dimension:
+        raise UserError(
+            f'config.problem.branches = {problem.branches}: expected at most '
+            f'config.problem.dimension = {problem.dimension}, as each branch has its entry of z'
+        )
+    branches = {'conditional': 2, 'choice': problem.branches}
+    targets = tuple(
+        Target(name, problem.dimension, branches.get(name, 0)) for name in problem.targets
+    )
+    mlp = network.make(config.model, features=targets[0].outputs, context='dense')
+    return Functions(
+        examples=config.train.batch,
+        model=ContextMLP(mlp) if config.model.encodes_context else mlp,
+        targets=targets,
+        eval_examples=problem.examples,
+        far_scale=problem.far_scale,
+    )

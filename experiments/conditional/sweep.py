@@ -1,0 +1,281 @@
+"""Whether a conditional statement or a similarity metric separates concatenation from MI.
+
+Four functions of x and z, each fitted by networks of about 300 and 1,000 parameters that differ in
+how z enters. Errors on inputs as in training, and on inputs x of three times their norm. Five
+seeds, and five others, in one run. Three networks have two other learning rates too.
+
+    XLA_FLAGS=--xla_backend_optimization_level=1 python -m launch.local \
+        --sweep=experiments/conditional/sweep.py --workdir=runs/conditional
+
+Most of a run is compilation, which the flag makes shorter.
+
+The report also has conditional.png, .pdf and .md: both errors, the ratio to the best concatenation,
+and errors by learning rate.
+
+Source: the hypothesis is that of Jayakumar et al. (ICLR 2020); the experiment is ours.
+"""
+
+import pathlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.conditional.config import PRESETS
+from experiments.figures import panels, ratios
+from launch.sweep import Overrides
+from mi.report import plots, runs, tables
+
+CONFIG = 'experiments/conditional/config.py'
+TITLE = 'Error of conditional statements and similarity metrics'
+METRIC = 'nmse'
+SPLIT = CURVES = 'eval'
+BASELINE = None
+PROBLEMS = ('problem.targets', 'model.parameters')
+NOTES = [
+    'Mean squared error divided by the variance of the target, mean of two targets, on 8,192 fresh '
+    'examples after 3,000 steps of 128. The split far has inputs x of three times the norm.',
+    'A label is the targets, the fusion, the hidden layers of x, whether z passes one of its own '
+    'first, the number of parameters that the width is chosen for, and the learning rate.',
+    'The learning rate is 0.01 and falls to 0. Three networks have 0.003 and 0.03 too, at 1,000 '
+    'parameters.',
+]
+
+DRAWS = ((0, 1, 2, 3, 4), (5, 6, 7, 8, 9))  # of the seeds of each run
+SIZES = (300, 1000)
+RATE, OTHER_RATES = 1e-2, (3e-3, 3e-2)
+RATE_SIZE = 1000  # parameters of the networks with other rates
+TARGETS = {
+    'conditional': 'y = A₁x if z₁ > 0 else A₀x',
+    'choice': 'y = A_c x, c = argmax z₁ … z₄',
+    'cosine': 'y = √d cos(x, z)',
+    'squared_distance': 'y = ‖x − z‖², scaled',
+}
+SPLITS = {'eval': 'inputs as in training', 'far': 'x of three times the norm'}
+
+Errors = Mapping[int, float]  # {seed: error}
+ArmByKey = dict[tuple[str, str, int, float], runs.Arm]  # preset, network, parameters, rate →
+
+
+class Network(NamedTuple):
+    """A network of the comparison.
+
+    Attributes:
+      name: its name in tables and figures.
+      fusion: name of the fusion of x with z, the first map of x.
+      depth: number of hidden layers of x.
+      encodes_context: whether z passes a hidden layer of its own first.
+    """
+
+    name: str
+    fusion: str
+    depth: int
+    encodes_context: bool = False
+
+    @property
+    def overrides(self) -> Overrides:
+        """The overrides of the config that make this network."""
+        return {
+            'model.fusion.name': self.fusion,
+            'model.depth': self.depth,
+            'model.encodes_context': self.encodes_context,
+        }
+
+
+CONCAT = (
+    Network('concat, 1 hidden layer', 'concat', 1),
+    Network('concat, 2 hidden layers', 'concat', 2),
+)
+STATEMENT_NETWORKS = (
+    *CONCAT,
+    Network('concat, z encoded', 'concat', 1, True),
+    Network('FiLM, z encoded', 'film', 1, True),
+    Network('gate, z encoded', 'gate', 1, True),
+    Network('MI', 'mi', 1),
+    Network('MI, z encoded', 'mi', 0, True),
+    Network('low-rank MI, z encoded', 'mi_low_rank', 0, True),
+)
+METRIC_NETWORKS = (
+    *CONCAT,
+    Network('FiLM', 'film', 1),
+    Network('MI', 'mi', 1),
+    Network('low-rank MI', 'mi_low_rank', 1),
+)
+NETWORKS = {'statements': STATEMENT_NETWORKS, 'metrics': METRIC_NETWORKS}
+"""Preset of the config → the networks that are compared on its targets."""
+RATE_NETWORKS = ('concat, 1 hidden layer', 'concat, 2 hidden layers', 'MI, z encoded')
+"""Names of the networks that have other learning rates too, on the statements."""
+
+
+def sweep() -> list[Overrides]:
+    def make_member(preset: str, network: Network, size: int, rate: float) -> Overrides:
+        return {
+            'problem.targets': PRESETS[preset],
+            **network.overrides,
+            'model.parameters': size,
+            'optim.learning_rate': rate,
+        }
+
+    return [
+        *(
+            make_member(preset, network, size, RATE)
+            for preset, networks in NETWORKS.items()
+            for size in SIZES
+            for network in networks
+        ),
+        *(
+            make_member('statements', network, RATE_SIZE, rate)
+            for rate in OTHER_RATES
+            for network in STATEMENT_NETWORKS
+            if network.name in RATE_NETWORKS
+        ),
+    ]
+
+
+def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
+    """Draw both errors of each network, and write them with ratios to concat as tables."""
+    sweep = runs.read_sweep(workdir)
+    arms = {_make_key(arm): arm for arm in sweep.arms if arm.finite_values(METRIC, SPLIT)}
+
+    # A row of panels for the statements, and one for the metrics; a column for each of the two.
+    with matplotlib.rc_context(plots.STYLE):
+        figure = Figure(figsize=(plots.WIDTH, 4.2), layout='constrained')
+        heights = [len(networks) for networks in NETWORKS.values()]
+        panel_grid = figure.subplots(len(NETWORKS), 2, sharey='row', height_ratios=heights)
+        for axes_row, (preset, networks) in zip(panel_grid, NETWORKS.items(), strict=True):
+            for axes, target in zip(axes_row, PRESETS[preset], strict=True):
+                _draw_errors(axes, arms, preset, target)
+                axes.set(title=TARGETS[target], xlabel='variance not explained')
+            axes_row[0].set_yticks(range(len(networks)), [network.name for network in networks])
+            axes_row[0].set_ylim(len(networks) - 0.5, -0.5)
+        handles, labels = panel_grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc='outside lower center', ncols=2, frameon=False)
+        plots.save(figure, out, 'conditional')
+
+    sections = [
+        _tabulate_errors(arms, preset, target, split)
+        for preset, targets in PRESETS.items()
+        for target in targets
+        for split in SPLITS
+    ]
+    sections += [_tabulate_rates(arms), sweep.describe_excluded()]
+    contents = '\n\n'.join(filter(None, sections)) + '\n'
+    (out / 'conditional.md').write_text(contents, encoding='utf-8')
+
+
+def _make_key(arm: runs.Arm) -> tuple[str, str, int, float]:
+    overrides = arm.overrides
+    targets = tuple(overrides['problem.targets'])
+    preset = next(preset for preset in PRESETS if PRESETS[preset] == targets)
+    name = next(
+        network.name
+        for network in NETWORKS[preset]
+        if network.overrides.items() <= overrides.items()
+    )
+    return preset, name, overrides['model.parameters'], overrides['optim.learning_rate']
+
+
+def _draw_errors(axes: Axes, arms: ArmByKey, preset: str, target: str) -> None:
+    """Draw a line per network: a mark per size and split at the geometric mean, with intervals."""
+    for split_index, (split, split_title) in enumerate(SPLITS.items()):
+        color = plots.PALETTE[split_index]
+        for size, face_color in zip(SIZES, ('none', color), strict=True):
+            means, positions = [], []
+            for network_index, network in enumerate(NETWORKS[preset]):
+                arm = arms.get((preset, network.name, size, RATE))
+                errors = arm.finite_values(f'{METRIC}/{target}', split) if arm else {}
+                if errors:
+                    means.append(ratios.estimate_geometric_mean(errors, network.name))
+                    positions.append(network_index + 0.2 * (2 * split_index - 1))
+            bars = [
+                [mean.mean - (mean.low or mean.mean) for mean in means],
+                [(mean.high or mean.mean) - mean.mean for mean in means],
+            ]
+            label = f'{split_title}, {size:,} parameters'
+            axes.errorbar(
+                [mean.mean for mean in means], positions, xerr=bars, color=color, mfc=face_color,
+                marker='o', ms=3.5, mew=0.7, ls='', elinewidth=0.8, label=label,
+            )  # fmt: skip
+    axes.set_xscale('log')
+    panels.set_power_ticks(axes.xaxis)
+    axes.tick_params(axis='y', length=0)
+    axes.grid(axis='x', lw=0.3, color=plots.GREY, alpha=0.5)
+
+
+def find_best_concat(errors: Mapping[str, Errors]) -> str | None:
+    """Return the concat network with the lowest geometric mean of {network: {seed: error}}."""
+    means = {
+        name: ratios.estimate_geometric_mean(by_seed, name).mean
+        for name, by_seed in errors.items()
+        if name.startswith('concat')
+    }
+    return min(means, key=means.__getitem__, default=None)
+
+
+def _tabulate_errors(arms: ArmByKey, preset: str, target: str, split: str) -> str:
+    """Tabulate errors by size, and ratios to the best concat of that size; '' without any."""
+    errors: dict[str, dict[int, Errors]] = {network.name: {} for network in NETWORKS[preset]}
+    for (arm_preset, name, size, rate), arm in arms.items():
+        if (arm_preset, rate) == (preset, RATE):
+            errors[name][size] = arm.finite_values(f'{METRIC}/{target}', split)
+    errors = {name: by_size for name, by_size in errors.items() if by_size}
+    if not errors:
+        return ''
+    baselines = {
+        size: find_best_concat(
+            {name: errors[name][size] for name in errors if size in errors[name]}
+        )
+        for size in SIZES
+    }
+
+    # A row for each network: errors, then ratios in each set of seeds.
+    table_rows = []
+    for name, by_size in errors.items():
+        cells = [_format_error(by_size.get(size), name) for size in SIZES]
+        for size in SIZES:
+            baseline = errors.get(baselines[size] or '', {}).get(size, {})
+            cells.append(_format_ratios(by_size.get(size, {}), baseline, name))
+        table_rows.append([name, *cells])
+    header = ['network', *(f'{size:,} parameters [95 %]' for size in SIZES)]
+    header += [f'ratio to the best concat, {size:,}' for size in SIZES]
+    title = f'**{tables.humanize(target)}**, {TARGETS[target]}, {SPLITS[split]}'
+    return f'{title}\n\n{tables.format_markdown(header, table_rows)}'
+
+
+def _format_error(errors: Errors | None, name: str) -> str:
+    if not errors:
+        return tables.NONE
+    return ratios.format_estimate(ratios.estimate_geometric_mean(errors, name))
+
+
+def _format_ratios(errors: Errors, baseline: Errors, name: str) -> str:
+    """Write the ratio to the baseline in each set of seeds; — for the baseline itself."""
+    if not errors or errors is baseline:
+        return tables.NONE
+    cells = []
+    for seeds in DRAWS:
+        draw_errors = {seed: errors[seed] for seed in seeds if seed in errors}
+        cells.append(ratios.format_estimate(ratios.estimate_ratio(draw_errors, baseline, name)))
+    return '; '.join(cells)
+
+
+def _tabulate_rates(arms: ArmByKey) -> str:
+    """Tabulate errors by learning rate of the networks that have several; '' without any."""
+    rates = sorted((RATE, *OTHER_RATES))
+    table_rows = []
+    for target in PRESETS['statements']:
+        for name in RATE_NETWORKS:
+            rate_arms = [arms.get(('statements', name, RATE_SIZE, rate)) for rate in rates]
+            cells = [
+                _format_error(arm and arm.finite_values(f'{METRIC}/{target}', SPLIT), name)
+                for arm in rate_arms
+            ]
+            if any(rate_arms):
+                table_rows.append([target, name, *cells])
+    if not table_rows:
+        return ''
+    header = ['target', 'network', *(f'error at {rate:g} [95 %]' for rate in rates)]
+    table = tables.format_markdown(header, table_rows)
+    return f'**Learning rates**, {RATE_SIZE:,} parameters, {SPLITS[SPLIT]}\n\n{table}'
