@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from mi.find.trace import Meeting, Product
 from mi.find.values import get_sources
@@ -20,7 +20,7 @@ class Candidate:
     Attributes:
       kind: 'concatenation' or 'sum'.
       x, z: the streams of each side, separated by commas.
-      n, m, k: features of x, of z and of the result.
+      n, m, k: features of x, of z and of the results.
       rank: r.
       path: the names of the enclosing modules.
       source: the source line.
@@ -61,20 +61,21 @@ def list_candidates(
             multiplied |= {frozenset((left.root, right.root)) for right in rights}
         for source in (*lefts, *rights):
             multiplied |= {frozenset((root, source.root)) for root in product.roots}
-    candidates: dict[object, Candidate] = {}
+    meetings_by_place: dict[object, list[Meeting]] = {}
     for meeting in meetings:
         pair = frozenset((meeting.left.root, meeting.right.root))
         if pair in multiplied:
             continue
-        place = pair, meeting.scope.path, meeting.source
-        candidates.setdefault(place, _make_candidate(meeting, names))
-    return list(candidates.values())
+        meetings_by_place.setdefault((pair, meeting.scope.path, meeting.source), []).append(meeting)
+    return [_make_candidate(group, names) for group in meetings_by_place.values()]
 
 
-def _make_candidate(meeting: Meeting, names: dict[int, str]) -> Candidate:
+def _make_candidate(group: Sequence[Meeting], names: dict[int, str]) -> Candidate:
+    """Return a candidate for meetings of the same arrays, such as those in four gates."""
+    meeting = group[0]
     n, m = meeting.left.size * meeting.window, meeting.right.size * meeting.window
-    k = meeting.features
-    num_rows = math.prod(meeting.shape) // max(1, k)
+    k = sum(other.features for other in group)
+    num_rows = math.prod(meeting.shape) // max(1, meeting.features)
     rank = min(RANK, n, m, k)
     times = meeting.scope.times or 1
     params = {'full': m * n * k, 'low rank': rank * (m + n + k), 'diagonal': m * k}

@@ -11,7 +11,7 @@
 | gated recurrence | one side is bounded by a sigmoid or tanh, and one depends on the carry of the enclosing loop; or elementwise, and one side is the carry itself |
 | gate | one side is bounded by a sigmoid, or exactly one by a tanh |
 | bilinear pooling | both sides are bounded by a tanh |
-| hypernetwork | a contraction over an axis of an affine map that keeps another axis of the same map: a generated matrix |
+| hypernetwork | a contraction over an axis of an affine map, or of a nonlinearity of one, that keeps another axis of the same map: a generated matrix |
 | bilinear pooling | an outer product, or a contraction of two affine maps |
 | scale | elementwise; one side is 1 + an affine map |
 | gate | elementwise; exactly one side is an activation of an affine map |
@@ -126,10 +126,11 @@ def _mixes_positions(left: Value, right: Value, contraction: Contraction | None)
 
 
 def _is_generated(side: Value, contracted: tuple[int, ...], batch: tuple[int, ...]) -> bool:
-    """Return whether a side is a matrix that an affine map generated."""
+    """Return whether a side is a matrix that an affine map or a nonlinearity of one generated."""
     free = [
         axis
         for axis in side.features
         if axis not in contracted and axis not in batch and side.shape[axis] > 1
     ]
-    return bool(side.linear) and bool(free) and any(axis in side.features for axis in contracted)
+    is_map = bool(side.linear) or side.is_activation
+    return is_map and bool(free) and any(axis in side.features for axis in contracted)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from jax.extend import core
 
-from mi.find import motifs
+from mi.find import kernels, motifs
 from mi.find.motifs import Contraction
 from mi.find.values import (
     NO_IDS,
@@ -33,15 +33,22 @@ IDENTITIES = {
     *('convert_element_type', 'copy', 'copy_p', 'stop_gradient', 'reduce_precision'),
     *('real', 'imag', 'conj'),
     *('device_put', 'sharding_constraint', 'name', 'pvary', 'reshard', 'optimization_barrier'),
-    *('layout_constraint', 'psum_invariant', 'pcast'),
+    *('layout_constraint', 'pcast', 'multiple_of'),
 }
 RESHAPES = {'reshape', 'transpose', 'broadcast_in_dim', 'squeeze', 'expand_dims', 'rev'}
 SLICES = {'slice', 'split', 'dynamic_slice', 'pad', 'unstack'}
-SUMS = {'reduce_sum', 'cumsum', 'psum', 'psum_scatter', 'reduce_window_sum', 'add_any', 'pmean'}
-REDUCTIONS = {
-    *('reduce_max', 'reduce_min', 'reduce_prod', 'reduce_and', 'reduce_or', 'pmax', 'pmin'),
-    *('cummax', 'cummin', 'cumprod', 'cumlogsumexp', 'reduce_window_max', 'reduce_window_min'),
+SUMS = {
+    *('reduce_sum', 'cumsum', 'reduce_window_sum', 'add_any'),
+    *('psum', 'psum_invariant', 'psum_scatter', 'reduce_scatter', 'pmean'),
 }
+REDUCTIONS = {
+    *('reduce_max', 'reduce_min', 'reduce_and', 'reduce_or', 'pmax', 'pmin'),
+    *('cummax', 'cummin', 'cumlogsumexp', 'reduce_window_max', 'reduce_window_min'),
+}
+REDUCTION_PRODUCTS = {'reduce_prod', 'cumprod'}
+SCALED = {'scaled_matmul', 'scaled_matmul_wrapper'}
+REDUCERS = {'reduce', 'reduce_window'}  # with a function of their own
+MOVES = {'ppermute', 'pshuffle', 'all_to_all', 'all_gather', 'all_gather_invariant', 'pbroadcast'}
 CHOICES = {'top_k', 'sort', 'argmax', 'argmin', 'approx_top_k'}
 COMPARISONS = {'eq', 'ne', 'lt', 'le', 'gt', 'ge', 'is_finite', 'and', 'or', 'not', 'xor'}
 SCATTERS = {'scatter', 'scatter-add', 'scatter_add', 'dynamic_update_slice'}
@@ -49,9 +56,10 @@ NOISE = {
     *('random_bits', 'random_wrap', 'random_unwrap', 'random_split', 'random_fold_in'),
     *('random_seed', 'random_gamma', 'random_clone', 'threefry2x32', 'rng_bit_generator'),
 }
-FREE = {*IDENTITIES, *RESHAPES, *SLICES, *SCATTERS, 'gather', 'concatenate', 'iota', 'copy'}
+FREE = {*IDENTITIES, *RESHAPES, *SLICES, *SCATTERS, *MOVES, 'gather', 'concatenate', 'iota'}
+CONTROL = {'cond', 'scan', 'while', 'pallas_call', 'run_scoped', 'custom_linear_solve'}
 SQUASHES = {'logistic': 'sigmoid', 'tanh': 'tanh'}
-OPAQUE = {'pallas_call', 'pure_callback', 'io_callback', 'ffi_call', 'custom_partitioning'}
+OPAQUE = {'pure_callback', 'io_callback', 'ffi_call', 'custom_partitioning'}
 LIBRARIES = ('/jax/', '/jaxlib/', '/flax/', '/haiku/', '/equinox/', '/mi/find/', '/contextlib.py')
 
 
@@ -63,12 +71,14 @@ class Scope(NamedTuple):
       times: how often it runs; None if a while loop decides.
       frame: the source line of the outermost call without a line of its own.
       is_recording: whether products are recorded.
+      num_devices: how many devices of a shard_map execute it.
     """
 
     path: str = ''
     times: int | None = 1
     frame: str = ''
     is_recording: bool = True
+    num_devices: int = 1
 
 
 @dataclasses.dataclass
@@ -136,6 +146,7 @@ class Interpreter:
         self._interned: dict[Hashable, int] = {}
         self._merged: dict[Hashable, int] = {}
         self._live: dict[int, list[core.JaxprEqn]] = {}
+        self._contents: dict[int, Value] = {}  # of references, by id
 
     def make_value(self, shape: Sequence[int], streams: int, has_params: bool = False) -> Value:
         """Return an input of the function."""
@@ -187,13 +198,15 @@ class Interpreter:
 
     def _interpret(self, eqn: core.JaxprEqn, inputs: list[Value], scope: Scope) -> list[Value]:
         name = eqn.primitive.name
-        if name in ('cond', 'scan', 'while'):
+        if name in CONTROL:
             control: Callable[..., list[Value]] = getattr(self, f'_run_{name}')
             return control(eqn, inputs, self._enter(eqn, scope))
-        inner = _find_jaxpr(eqn)
+        if name in kernels.ACCESSES:
+            return self._access(eqn, inputs, scope)
+        inner = None if name in REDUCERS else _find_jaxpr(eqn)
         if inner is not None and name not in OPAQUE:
             return self._run_call(eqn, inner, inputs, scope)
-        shapes = [tuple(getattr(var.aval, 'shape', ())) for var in eqn.outvars]
+        shapes = [_get_shape(var) for var in eqn.outvars]
         self._count_flops(eqn, inputs, shapes, scope)
 
         # What does not depend on data cannot interact; nor can noise.
@@ -223,6 +236,9 @@ class Interpreter:
             return [self._convert(eqn, inputs[0], shape)]
         if name in RESHAPES:
             return [self._reshape(eqn, inputs[0], shape)]
+        if name in MOVES:  # between devices
+            return [self._identify(value._replace(shape=out, features=(), parts=()))
+                    for value, out in zip(inputs, shapes, strict=False)]  # fmt: skip
         if name in SLICES:
             return self._slice(eqn, inputs, shapes, scope)
         if name == 'concatenate':
@@ -245,7 +261,7 @@ class Interpreter:
         # Products over axes, gathers and reductions.
         if name == 'gather':
             return [self._gather(eqn, inputs, shape, scope)]
-        if 'dot' in name:
+        if 'dot' in name or name in SCALED:
             return [self._contract(eqn, inputs, shape, scope)]
         if name == 'conv_general_dilated':
             return [self._convolve(eqn, inputs, shape, scope)]
@@ -254,8 +270,14 @@ class Interpreter:
         if name in SUMS or name in REDUCTIONS:
             return [self._reduce(eqn, value, out) for value, out in zip(inputs, shapes,
                                                                         strict=False)]  # fmt: skip
+        if name in REDUCTION_PRODUCTS:
+            return [self._reduce_product(eqn, inputs[0], shape, scope)]
+        if name in REDUCERS:
+            return self._reduce_by_function(eqn, inputs, shapes, scope)
         if name in CHOICES:
             return self._choose(eqn, inputs, shapes)
+        if name == 'triangular_solve':
+            return [self._solve(eqn, inputs, shape, scope)]
 
         # Anything else is a nonlinear function.
         if len(inputs) == 1 and shapes == [inputs[0].shape]:
@@ -569,6 +591,58 @@ class Interpreter:
             pending=NO_IDS,
         )
 
+    def _reduce_product(
+        self, eqn: core.JaxprEqn, value: Value, shape: tuple[int, ...], scope: Scope
+    ) -> Value:
+        """Return products, or cumulative products, of the entries of an array along axes."""
+        axes = eqn.params.get('axes', (eqn.params.get('axis', 0),))
+        length = math.prod(value.shape[axis] for axis in axes)
+        result = blend([value], shape)._replace(degrees=tuple(length * d for d in value.degrees))
+        if length > 1 and not value.is_mask:
+            entries = value._replace(is_softmax=False)
+            others = self._identify(entries)
+            result = self._record_product(eqn, [entries, others], result, None, scope)
+        else:
+            result = self._identify(result)._replace(is_mask=value.is_mask)
+        return result._replace(reduced=value.reduced | {value.origin})
+
+    def _reduce_by_function(
+        self,
+        eqn: core.JaxprEqn,
+        inputs: list[Value],
+        shapes: list[tuple[int, ...]],
+        scope: Scope,
+    ) -> list[Value]:
+        """Return a reduction by a function of two entries, which runs once per entry."""
+        reducer = _find_jaxpr(eqn)
+        operands = inputs[: len(inputs) // 2]
+        if reducer is None:
+            return self._blur(eqn, inputs, shapes)
+        others = [self._identify(value) for value in operands]
+        window = eqn.params.get('window_dimensions')
+        num_entries = math.prod((*shapes[0], *window) if window else operands[0].shape)
+        times = None if scope.times is None else scope.times * num_entries
+        inner_scope = self._enter_call(eqn, scope)._replace(times=times)
+        outputs = self.run_closed(reducer, [*operands, *others], inner_scope)
+        return [
+            self._identify(blend([output, *inputs], shape))
+            for output, shape in zip(outputs, shapes, strict=True)
+        ]
+
+    def _solve(
+        self, eqn: core.JaxprEqn, inputs: list[Value], shape: tuple[int, ...], scope: Scope
+    ) -> Value:
+        """Return A⁻¹ B, a product if A and B both depend on data."""
+        matrix, target = inputs
+        inverse = matrix._replace(degrees=unbound_degrees([matrix]), linear=())
+        value = blend(inputs, shape)._replace(degrees=add_degrees(inverse, target))
+        if matrix.streams and target.streams:
+            num_axes = len(shape)
+            batch = tuple(range(num_axes - 2))
+            contraction = Contraction((num_axes - 1,), (num_axes - 2,), batch, batch)
+            return self._record_product(eqn, [inverse, target], value, contraction, scope)
+        return self._identify(value)
+
     def _choose(
         self, eqn: core.JaxprEqn, inputs: list[Value], shapes: list[tuple[int, ...]]
     ) -> list[Value]:
@@ -635,6 +709,8 @@ class Interpreter:
         sizes = [
             value for value in group_inputs if value.streams
         ]  # group sizes of a ragged product
+        if not (left.streams or right.streams):  # only the group sizes depend on data
+            return self._identify(blend(inputs, shape))
         if left.streams and not right.streams and sizes:
             right = blend([right, *sizes], right.shape)._replace(is_chosen=True)
         if left.streams and right.streams:
@@ -760,11 +836,11 @@ class Interpreter:
     ) -> int | None:
         """Record a product and return its index; the same two arrays at one place count once."""
         is_index = 'int' in str(getattr(eqn.outvars[0].aval, 'dtype', ''))
-        if not scope.is_recording or is_index:
+        if not scope.is_recording or is_index or 0 in shape:
             return None
         left, right = inputs
         scope = self._enter(eqn, scope)
-        flops = _count_product_flops(eqn, inputs, shape)
+        flops = scope.num_devices * _count_product_flops(eqn, inputs, shape)
         key = motif, scope.path, scope.times, *sorted((left.root, right.root))
         index = self._merged.get(key)
         if index is not None and left.base != right.base and motif != motifs.ACTIVATION:
@@ -808,6 +884,7 @@ class Interpreter:
             return
         shape, sizes, window = geometry
         is_residual = kind == 'sum' and len(left) + len(right) > 2
+        pairs = set()
         for left_source, right_source in itertools.product(left, right):
             union = left_source.streams | right_source.streams
             is_nested = union in (left_source.streams, right_source.streams)
@@ -815,6 +892,10 @@ class Interpreter:
             is_equal = left_source.streams == right_source.streams or (is_residual and is_nested)
             if left_source.root == right_source.root or (is_equal and not is_carried):
                 continue
+            pair = frozenset((left_source.root, right_source.root))
+            if pair in pairs:
+                continue
+            pairs.add(pair)
             place = self._enter(eqn, scope)
             source = _find_line(eqn) or scope.frame
             self.meetings.append(
@@ -836,14 +917,20 @@ class Interpreter:
         self, eqn: core.JaxprEqn, inner: Any, inputs: list[Value], scope: Scope
     ) -> list[Value]:
         num_args = len(getattr(inner, 'jaxpr', inner).invars)
-        shapes = [tuple(getattr(var.aval, 'shape', ())) for var in eqn.outvars]
+        shapes = [_get_shape(var) for var in eqn.outvars]
         if num_args != len(inputs):
             return self._blur(eqn, inputs, shapes)
         inner_scope = self._enter(eqn, scope)
         if scope.is_recording:
             inner_scope = self._enter_call(eqn, scope)
+        if eqn.primitive.name == 'shard_map':  # its shapes are those of one device
+            inputs = [
+                value._replace(shape=_get_shape(var))
+                for value, var in zip(inputs, getattr(inner, 'jaxpr', inner).invars, strict=True)
+            ]
+            num_devices = scope.num_devices * _count_devices(eqn)
+            inner_scope = inner_scope._replace(num_devices=num_devices)
         outputs = self.run_closed(inner, inputs, inner_scope)
-        # Shapes inside a shard_map are those of one device.
         return [output._replace(shape=shape) if len(output.shape) == len(shape) else output
                 for output, shape in zip(outputs, shapes, strict=True)]  # fmt: skip
 
@@ -851,23 +938,29 @@ class Interpreter:
         """Return what any branch may return; all branches are recorded, the costliest counted."""
         predicate, *operands = inputs
         start, costs, branches = self.flops, [], []
+        before, contents = self._contents, []
         for branch in eqn.params['branches']:
-            self.flops = 0
+            self.flops, self._contents = 0, dict(before)
             branches.append(self.run_closed(branch, operands, scope))
             costs.append(self.flops)
+            contents.append(self._contents)
         self.flops = start + max(costs)
+        self._contents = {
+            ref: self._merge([after[ref] for after in contents], predicate) for ref in before
+        }
+        return [self._merge(values, predicate) for values in zip(*branches, strict=True)]
+
+    def _merge(self, values: Sequence[Value], predicate: Value) -> Value:
+        """Return one of several values that a predicate chooses."""
+        if all(value is values[0] for value in values):
+            return values[0]
         chosen = predicate._replace(degrees=unbound_degrees([predicate]))
-        outputs = []
-        for values in zip(*branches, strict=True):
-            merged = blend([*values, chosen], values[0].shape, is_polynomial=True)
-            bases = {value.base for value in values}
-            if not merged.streams:
-                outputs.append(merged)
-            elif len(bases) == 1:
-                outputs.append(values[0]._replace(streams=merged.streams, degrees=merged.degrees))
-            else:
-                outputs.append(self._identify(merged))
-        return outputs
+        merged = blend([*values, chosen], values[0].shape, is_polynomial=True)
+        if not merged.streams:
+            return merged
+        if len({value.base for value in values}) == 1:
+            return values[0]._replace(streams=merged.streams, degrees=merged.degrees)
+        return self._identify(merged)
 
     def _run_scan(self, eqn: core.JaxprEqn, inputs: list[Value], scope: Scope) -> list[Value]:
         num_consts, num_carry = _count_scan_inputs(eqn)
@@ -895,12 +988,18 @@ class Interpreter:
         body_consts, carry = inputs[num_cond : num_cond + num_body], inputs[num_cond + num_body :]
         cond, body = eqn.params['cond_jaxpr'], eqn.params['body_jaxpr']
         scope = scope._replace(times=None, frame=_find_line(eqn) or scope.frame)
+        predicates: list[Value] = []
 
         def step(carry: list[Value], scope: Scope) -> list[Value]:
-            self.run_closed(cond, [*cond_consts, *carry], scope)
+            predicates[:] = self.run_closed(cond, [*cond_consts, *carry], scope)
             return self.run_closed(body, [*body_consts, *carry], scope)
 
-        return self._iterate(step, carry, scope)
+        # Every output depends on the number of iterations, which may be zero.
+        outputs = self._iterate(step, carry, scope)
+        return [
+            self._merge([initial, output], predicates[0])
+            for initial, output in zip(carry, outputs, strict=True)
+        ]
 
     def _iterate(
         self,
@@ -908,7 +1007,54 @@ class Interpreter:
         carry: list[Value],
         scope: Scope,
     ) -> list[Value]:
-        """Iterate what the carry depends on to a fixed point, then record the body once."""
+        """Iterate what the carry depends on to a fixed point, then record the body once.
+
+        The contents of references that the body writes are carried too.
+        """
+        written = self._list_written(step, carry, scope)
+        if not written:
+            return self._iterate_carry(step, carry, scope)
+        num_carry = len(carry)
+        initial = [self._contents[ref] for ref in written]
+
+        def step_with_contents(values: list[Value], scope: Scope) -> list[Value]:
+            self._contents |= dict(zip(written, values[num_carry:], strict=True))
+            outputs = step(values[:num_carry], scope)
+            contents = [self._contents[ref] for ref in written]
+            return [*outputs[:num_carry], *contents, *outputs[num_carry:]]
+
+        outputs = self._iterate_carry(step_with_contents, [*carry, *initial], scope)
+        finals = outputs[num_carry : num_carry + len(written)]
+        for ref, first, final in zip(written, initial, finals, strict=True):
+            last = self._contents[ref]
+            if scope.times is None:  # perhaps never written
+                streams, degrees = first.streams | final.streams, max_degrees([first, final])
+                self._contents[ref] = final._replace(streams=streams, degrees=degrees)
+            elif last.carried:
+                self._contents[ref] = final
+        return [*outputs[:num_carry], *outputs[num_carry + len(written) :]]
+
+    def _list_written(
+        self,
+        step: Callable[[list[Value], Scope], list[Value]],
+        carry: list[Value],
+        scope: Scope,
+    ) -> list[int]:
+        """Return the references that the body of a loop writes."""
+        if not self._contents:
+            return []
+        before, flops = dict(self._contents), self.flops
+        step(carry, scope._replace(is_recording=False))
+        written = [ref for ref, content in before.items() if self._contents[ref] is not content]
+        self._contents, self.flops = before, flops
+        return written
+
+    def _iterate_carry(
+        self,
+        step: Callable[[list[Value], Scope], list[Value]],
+        carry: list[Value],
+        scope: Scope,
+    ) -> list[Value]:
         loop = frozenset([next(self._ids)])
         silent, start = scope._replace(is_recording=False), self.flops
         while True:
@@ -961,6 +1107,146 @@ class Interpreter:
         element = value._replace(shape=value.shape[1:], features=features, parts=())
         return self._identify(element) if value.streams else element
 
+    # ------------------------------------------------------------------------- references
+
+    def _make_reference(self, content: Value) -> Value:
+        """Return a reference to a new mutable array with this content."""
+        ref = next(self._ids)
+        self._contents[ref] = content
+        return Value(content.shape, degrees=self._zeros, ref=ref)
+
+    def _access(self, eqn: core.JaxprEqn, inputs: list[Value], scope: Scope) -> list[Value]:
+        """Create, read or write a reference."""
+        name = eqn.primitive.name
+        shapes = [_get_shape(var) for var in eqn.outvars]
+        if name in ('new_ref', 'empty_ref'):
+            content = inputs[0] if inputs else Value(shapes[0], degrees=self._zeros)
+            return [self._make_reference(content)]
+        content = self._contents[inputs[0].ref]
+        if name == 'free_ref':
+            return []
+        if name == 'freeze':
+            return [content]
+        if name == 'get':
+            return [self._read(eqn, content, inputs[1:], shapes[0], scope)]
+        _, value, *indices = inputs
+        entries = self._read(eqn, content, indices, value.shape, scope)
+        if name == 'addupdate':
+            value = self._add(eqn, [entries, value], value.shape, scope)
+        self._contents[inputs[0].ref] = self._write(content, value, indices)
+        return [entries] if eqn.outvars else []
+
+    def _read(
+        self,
+        eqn: core.JaxprEqn,
+        content: Value,
+        indices: list[Value],
+        shape: tuple[int, ...],
+        scope: Scope,
+    ) -> Value:
+        """Return entries of a reference."""
+        if not indices and shape == content.shape:
+            return content
+        data = [index for index in indices if index.streams]
+        if data and content.streams:
+            return self._look_up(eqn, content, data, shape, scope)
+        if data:
+            chosen = self._identify(blend([content, *data], shape))
+            return chosen._replace(is_chosen=any(index.is_choice for index in data))
+        num_dropped = len(content.shape) - len(shape)
+        features = (axis - num_dropped for axis in content.features)
+        place = str(eqn.params) if not indices else next(self._ids)
+        return content._replace(
+            shape=shape,
+            base=self._intern('base', content.base, 'get', place),
+            origin=self._intern('origin', content.origin, 'get', place),
+            features=tuple(axis for axis in features if axis >= 0),
+            parts=(),
+        )
+
+    def _write(self, content: Value, value: Value, indices: list[Value]) -> Value:
+        """Return the content of a reference after a write."""
+        if not indices and value.shape == content.shape:
+            return value
+        unbound = [index._replace(degrees=unbound_degrees([index])) for index in indices]
+        is_first = not (content.streams or content.has_params)
+        if is_first and not any(index.streams for index in indices):
+            return self._identify(value._replace(shape=content.shape, parts=()))
+        merged = blend([content, value, *unbound], content.shape, is_polynomial=True)
+        return self._identify(merged)._replace(
+            products=content.products | value.products,
+            mapped_products=content.mapped_products | value.mapped_products,
+        )
+
+    def _run_run_scoped(self, eqn: core.JaxprEqn, inputs: list[Value], scope: Scope) -> list[Value]:
+        """Run a program with references that exist in it alone."""
+        jaxpr = eqn.params['jaxpr']
+        refs = [
+            self._make_reference(Value(_get_shape(var), degrees=self._zeros))
+            for var in jaxpr.invars
+        ]
+        return self.run(jaxpr, inputs, refs, scope)
+
+    def _run_pallas_call(
+        self, eqn: core.JaxprEqn, inputs: list[Value], scope: Scope
+    ) -> list[Value]:
+        """Run a kernel, a loop over its grid that reads and writes blocks."""
+        kernel = kernels.read_kernel(eqn)
+        shapes = [_get_shape(var) for var in eqn.outvars]
+        operands = inputs[kernel.num_bounds :] if kernel else inputs
+        chooses_blocks = kernel and any(v.streams for v in operands[: kernel.num_indices])
+        if kernel is None or chooses_blocks or any(value.ref for value in inputs):
+            return self._blur(eqn, inputs, shapes)
+
+        # References to blocks of the operands, then to outputs and scratch.
+        variables = kernel.jaxpr.invars
+        blocks = [
+            self._take_block(value, _get_shape(var))
+            for value, var in zip(operands, variables, strict=False)
+        ]
+        blocks += [
+            Value(_get_shape(var), degrees=self._zeros) for var in variables[len(operands) :]
+        ]
+        refs = [self._make_reference(block) for block in blocks]
+
+        # One step of the grid needs no fixed point.
+        def step(carry: list[Value], scope: Scope) -> list[Value]:
+            return self.run(kernel.jaxpr, [], refs, scope)
+
+        scope = scope._replace(frame=_find_line(eqn) or scope.frame)
+        if kernel.num_steps == 1:
+            step([], scope)
+        else:
+            is_unknown = scope.times is None or kernel.num_steps is None
+            times = None if is_unknown else (scope.times or 1) * (kernel.num_steps or 1)
+            self._iterate(step, [], scope._replace(times=times))
+        outputs = [self._contents[ref.ref] for ref in refs[len(operands) :]]
+        return [
+            self._identify(output._replace(shape=shape, parts=(), features=()))
+            for output, shape in zip(outputs, shapes, strict=False)
+        ]
+
+    def _take_block(self, value: Value, shape: tuple[int, ...]) -> Value:
+        """Return the block of an operand that one step of a grid sees."""
+        if shape == value.shape or not value.streams:
+            return value._replace(shape=shape)
+        num_dropped = len(value.shape) - len(shape)
+        features = (axis - num_dropped for axis in value.features)
+        block = value._replace(
+            shape=shape, features=tuple(axis for axis in features if axis >= 0), parts=()
+        )
+        return self._identify(block)._replace(root=value.root)
+
+    def _run_custom_linear_solve(
+        self, eqn: core.JaxprEqn, inputs: list[Value], scope: Scope
+    ) -> list[Value]:
+        """Run the solver of a linear system with its constants and the right-hand sides."""
+        lengths = eqn.params['const_lengths']
+        start = lengths.matvec + lengths.vecmat
+        consts = inputs[start : start + lengths.solve]
+        targets = inputs[sum(lengths) :]
+        return self.run_closed(eqn.params['jaxprs'].solve, [*consts, *targets], scope)
+
     # ------------------------------------------------------------------------- identities
 
     def _identify(self, value: Value) -> Value:
@@ -995,8 +1281,12 @@ class Interpreter:
         scope: Scope,
     ) -> None:
         if eqn.primitive.name not in FREE and shapes:
-            flops = _count_product_flops(eqn, inputs, shapes[0])
+            flops = scope.num_devices * _count_product_flops(eqn, inputs, shapes[0])
             self.flops += flops * (1 if scope.times is None else scope.times)
+
+
+def _get_shape(var: Any) -> tuple[int, ...]:
+    return tuple(getattr(var.aval, 'shape', ()))
 
 
 def _unite(values: Iterable[Value], field: str) -> frozenset[int]:
@@ -1021,6 +1311,13 @@ def _mark_carry(carry: list[Value], loop: frozenset[int]) -> list[Value]:
         value._replace(carried=value.carried | loop, is_carry=True) if value.streams else value
         for value in carry
     ]
+
+
+def _count_devices(eqn: core.JaxprEqn) -> int:
+    """Return the number of devices among which a shard_map divides its arrays."""
+    mesh = eqn.params['mesh']
+    axes = eqn.params.get('manual_axes', mesh.axis_names)
+    return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def _count_scan_inputs(eqn: core.JaxprEqn) -> tuple[int, int]:
@@ -1053,9 +1350,11 @@ def _count_product_flops(eqn: core.JaxprEqn, inputs: list[Value], shape: tuple[i
             * math.prod(kernel)
             // max(1, kernel[eqn.params['dimension_numbers'].rhs_spec[0]])
         )
-    if 'dot' in name and len(inputs) > 1:
+    if ('dot' in name or name in SCALED) and len(inputs) > 1:
         (left, _), _ = _get_dimension_numbers(eqn, inputs[0], inputs[1])
         return 2 * size * math.prod(inputs[0].shape[axis] for axis in left)
+    if name == 'triangular_solve':  # one multiplication with sum per entry of half the matrix
+        return size * inputs[0].shape[-1]
     if name.startswith('reduce') and inputs:
         return math.prod(inputs[0].shape)
     return size
@@ -1069,6 +1368,8 @@ def _get_dimension_numbers(
     if numbers is None:
         numbers = eqn.params.get('ragged_dot_dimension_numbers')
         numbers = getattr(numbers, 'dot_dimension_numbers', numbers)
+    if eqn.primitive.name in SCALED:  # [B, M, K] · [B, N, K]
+        return ((2,), (2,)), ((0,), (0,))
     if numbers is None:  # the last axis of the left, and the last but one of the right
         numbers = (((len(left.shape) - 1,), (max(0, len(right.shape) - 2),)), ((), ()))
     (a, b), (c, d) = numbers

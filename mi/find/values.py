@@ -57,6 +57,7 @@ class Value(NamedTuple):
       is_carry: whether it is the carry of a loop itself.
       carried: ids of the loops whose carry it depends on.
       pending: ids of softmax divisions that a product may absorb.
+      ref: id of the mutable array that it refers to; 0 if it is no reference.
     """
 
     shape: tuple[int, ...]
@@ -87,6 +88,7 @@ class Value(NamedTuple):
     is_carry: bool = False
     carried: frozenset[int] = NO_IDS
     pending: frozenset[int] = NO_IDS
+    ref: int = 0
 
     @property
     def is_data(self) -> bool:
