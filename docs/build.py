@@ -1,4 +1,4 @@
-"""A generator of docs/fusions.md, docs/motifs/, and tables of other pages.
+"""A generator of docs/fusions.md, docs/gallery.md, docs/motifs/, and tables of other pages.
 
     python -m docs.build
 
@@ -286,6 +286,13 @@ def make_scaling_page() -> str:
     return fill_tables((HERE / 'scaling.md').read_text(), blocks)
 
 
+def make_gallery_page() -> str:
+    """Return the text of docs/gallery.md: what `mi.find` reports on models of other authors."""
+    from docs.gallery import page  # needs Haiku and Equinox
+
+    return page.make_page(page.find_all())
+
+
 def fill_tables(text: str, blocks: dict[str, list[str]]) -> str:
     """Return the text with each block's lines between `<!-- name -->` and `<!-- end -->`."""
     for name, lines in blocks.items():
@@ -344,6 +351,7 @@ def list_files() -> Iterator[tuple[pathlib.Path, Callable[[], str]]]:
     yield HERE / 'fusions.md', make_fusions_page
     yield HERE / 'evaluation.md', make_evaluation_page
     yield HERE / 'scaling.md', make_scaling_page
+    yield HERE / 'gallery.md', make_gallery_page
     for name in list_pages():
         yield HERE / 'motifs' / f'{name}.md', functools.partial(make_page, name)
 

@@ -3,6 +3,7 @@
 import ast
 import functools
 import importlib
+import json
 import re
 import runpy
 import shlex
@@ -20,6 +21,7 @@ from configs import lm as lm_configs
 from configs import rl as rl_configs
 from launch import sweep
 from mi.config import flatten
+from mi.find import find
 from mi.fit import factory as fit
 from mi.fit import train as train_fit
 from mi.lm import config as lm_config
@@ -200,6 +202,63 @@ def test_your_own_fusion_in_ten_lines(tmp_path, monkeypatch, capsys):
         assert '"name": "my_layers:Sine"' in (tmp_path / 'runs' / run / 'config.json').read_text()
     names = runpy.run_path('my_sweep.py')
     assert [m['model.fusion.name'] for m in names['sweep']()] == ['concat', 'my_layers:Sine']
+
+
+def write_find_tutorial(path, monkeypatch):
+    """Write the modules of the page, and return its two snippets that print."""
+    model, candidate, policy, changed, problem, sweep_file = code('find')
+    monkeypatch.chdir(path)
+    monkeypatch.syspath_prepend(path)
+    modules = {'model': model, 'policy': policy, 'problem': problem, 'sweep': sweep_file}
+    for name, text in modules.items():
+        (path / f'my_{name}.py').write_text(text)
+        monkeypatch.delitem(sys.modules, f'my_{name}', raising=False)
+    return candidate, changed
+
+
+def test_from_find_to_an_interaction(tmp_path, monkeypatch, capsys):
+    """The command and the snippets print what the page shows."""
+    candidate, changed = write_find_tutorial(tmp_path, monkeypatch)
+    page = (ROOT / 'docs/tutorials/find.md').read_text()
+    outputs = re.findall(r'```text\n(.*?)\n```', page, flags=re.S)
+    function, params, streams = importlib.import_module('my_model').build()
+    print(find(function, params, **streams))
+    exec(candidate, {})
+    exec(changed, {})
+    assert capsys.readouterr().out.splitlines() == '\n'.join(outputs).splitlines()
+
+    # `concat` with the rows of the model's kernel is the model.
+    names = {}
+    exec((tmp_path / 'my_model.py').read_text(), names)
+    observation, task = (jax.random.normal(jax.random.key(i), (3, n)) for i, n in ((0, 16), (1, 8)))
+    params = names['Policy']().init(jax.random.key(2), observation, task)['params']
+    kernel, bias = params['join']['kernel'], params['join']['bias']
+    split = params | {'join': {'V': kernel[:16], 'U': kernel[16:], 'b': bias}}
+    policy = importlib.import_module('my_policy').Policy()
+    expected = names['Policy']().apply({'params': params}, observation, task)
+    got = policy.apply({'params': split}, observation, task)
+    assert jnp.abs(got - expected).max() < 1e-5
+
+
+@pytest.mark.slow
+def test_the_ablation_after_find(tmp_path, monkeypatch):
+    """Two arms of the sweep, for fewer steps: with the product the loss is smaller."""
+    write_find_tutorial(tmp_path, monkeypatch)
+    members = sweep.load('my_sweep.py', tmp_path / 'runs')
+    assert [member.label for member in members] == [
+        *('concat', 'film', 'mi_low_rank', 'mi', 'concat, 360'),
+    ]  # fmt: skip
+    losses = {}
+    for member in members[:1] + members[3:4]:
+        config = sweep.parse_config(member.command).unlock()
+        config.train.update({'steps': 300, 'save_every': 300, 'eval_every': 300, 'log_every': 300})
+        workdir = tmp_path / 'runs' / member.name
+        train_fit.train(config.lock(), str(workdir))
+        lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+        records = [record for record in map(json.loads, lines) if record['split'] == 'eval']
+        losses[member.label] = [record['loss'] for record in records if record['step'] == 300]
+    assert len(losses['mi']) == len(losses['concat']) == 3
+    assert max(losses['mi']) < min(losses['concat'])
 
 
 def test_the_search_of_the_launch_page_is_drawn(tmp_path):
