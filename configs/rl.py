@@ -15,6 +15,8 @@ The argument after the colon has these parts, in any order:
 fusion=NAME    config.model.fusion.name
 env=NAME       config.env.name, also with a preset that has another
 catch          solved in a minute on two cores
+actuator_inversion
+               eight tasks that permute the actions, solved in a minute on two cores
 cartpole       CartPole-v1 of gymnasium        docs/results/rl_presets.md: what was measured with
 acrobot        Acrobot-v1 of gymnasium         these four, and what was not
 pong           Pong of Atari, EnvPool
@@ -67,6 +69,16 @@ PRESETS: dict[str, arguments.Settings] = {
         'train.steps': 500_000,
         'train.eval_every': 120,
         'train.save_every': 120,
+    },
+    'actuator_inversion': {  # no memory, as the task and the cells determine the best action
+        'env.name': 'actuator_inversion',
+        'model.features': 64,
+        'model.core': 'none',
+        'train.batch': 64,
+        'train.length': 10,
+        'train.steps': 256_000,
+        'train.eval_every': 40,
+        'optim.learning_rate': 3e-3,
     },
     'tiny': {  # seconds, for tests
         'model.features': 16,

@@ -23,7 +23,9 @@ Frame = tuple[Observation, float]
 SHAPES = {
     'xland': {3: 'circle', 4: 'box', 5: 'triangle'},
     'babyai': {4: 'door', 5: 'triangle', 6: 'circle', 7: 'box'},
+    'actuator_inversion': {1: 'circle', 2: 'box'},
 }
+FIRST_PERSON = ('xland', 'babyai')  # the agent is in the middle of the last row, facing up
 EMPTY = {'xland': (0, 1), 'babyai': (0, 1, 3)}  # categories without an object: unseen, empty, floor
 COLORS = {
     'xland': ['white', 'red', 'green', 'blue', 'purple', 'yellow', 'grey', 'black'],
@@ -139,8 +141,8 @@ def _draw_grid(image: Image.Image, spec: Spec, grid: np.ndarray) -> None:
                 shape = shapes.get(category, 'square')
                 _draw_object(draw, shape, colors[color % len(colors)], box, cell_size)
 
-    # The agent, in the middle of the last row, facing up.
-    if env_name in SHAPES:
+    # The agent, where the grid is what it sees.
+    if env_name in FIRST_PERSON:
         left, top = num_columns // 2 * cell_size, (num_rows - 1) * cell_size
         middle, right, bottom = left + cell_size / 2, left + cell_size - 4, top + cell_size - 4
         corners = [(middle, top + 2), (right, bottom), (left + 4, bottom)]

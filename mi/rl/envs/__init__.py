@@ -20,14 +20,18 @@ from mi.options import check_options, get_keyword_defaults
 from mi.registry import Registry, is_reference
 from mi.rl.envs.check import check_environment, check_spec
 from mi.rl.envs.host import atari, babyai, dmlab30, gymnasium, procgen
-from mi.rl.envs.jax import catch, xland
+from mi.rl.envs.jax import actuator_inversion, catch, xland
 from mi.rl.envs.jax.batched import Batched
 from mi.rl.envs.spec import HostEnvironment, JaxEnvironment, Spec
 
 Options = Mapping[str, object]  # of `config.env.options`: argument of the maker → value
 Made = TypeVar('Made')
 
-JAX: Registry[Callable[..., JaxEnvironment]] = Registry(xland=xland.make, catch=catch.make)
+JAX: Registry[Callable[..., JaxEnvironment]] = Registry(
+    xland=xland.make,
+    catch=catch.make,
+    actuator_inversion=actuator_inversion.make,
+)
 HOST: Registry[Callable[..., HostEnvironment]] = Registry(
     babyai=babyai.make,
     atari=atari.make,

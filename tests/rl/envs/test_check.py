@@ -177,7 +177,7 @@ def test_an_environment_without_a_method_is_refused():
         check_environment(Empty())
 
 
-@pytest.mark.parametrize('name', ['catch', 'xland', 'xland/hold_red_ball'])
+@pytest.mark.parametrize('name', ['catch', 'xland', 'xland/hold_red_ball', 'actuator_inversion'])
 def test_our_own_are_what_their_specs_say(name):
     check_environment(envs.make(name))
 
