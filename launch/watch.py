@@ -17,6 +17,8 @@ LINE_INTERVAL = 30.0  # seconds between two lines of progress without a terminal
 class Watch(contextlib.AbstractContextManager['Watch']):
     """A table of the members on a terminal; otherwise a line when one starts or ends.
 
+    When all members are done, the table gives way to a line, so that what follows fits a screen.
+
     Args:
       run_dirs: the run directories of the members.
       interval: seconds between two updates. If updates are slow there are fewer of them, so that
@@ -30,6 +32,7 @@ class Watch(contextlib.AbstractContextManager['Watch']):
         self._start_time = time.monotonic()
         self._next_update, self._next_line = 0.0, 0.0
         self._shown_phases: dict[str, str] = {}
+        self._summary, self._is_done = '', False
         self._live: rich.live.Live | None = None
         if self._console.is_terminal:
             self._live = rich.live.Live(console=self._console, auto_refresh=False)
@@ -57,8 +60,11 @@ class Watch(contextlib.AbstractContextManager['Watch']):
 
     def _show(self, states: dict[str, state.MemberState], is_last: bool) -> None:
         minutes = f'{(time.monotonic() - self._start_time) / 60:.1f} min'
+        self._summary = f'{minutes}, {table.count_phases(states.values())}'
+        self._is_done = all(member_state.phase == 'done' for member_state in states.values())
         if self._live is not None:
-            self._live.update(table.FittedTable(minutes, states), refresh=True)
+            fitted_table = table.FittedTable(minutes, states, table.SHORT_COLUMNS)
+            self._live.update(fitted_table, refresh=True)
             return
         phases = {name: member_state.phase for name, member_state in states.items()}
         changed_names = {
@@ -79,8 +85,12 @@ class Watch(contextlib.AbstractContextManager['Watch']):
 
     def __exit__(self, *exception: object) -> None:
         self.update(is_last=True)
-        if self._live is not None:
-            self._live.stop()
+        if self._live is None:
+            return
+        self._live.transient = self._is_done
+        self._live.stop()
+        if self._is_done and self._run_dirs:
+            self.print(self._summary)
 
 
 def _read_metric(workdir: pathlib.Path) -> str:

@@ -1,13 +1,15 @@
 """Report of a sweep: a page, tables and figures from its run directories.
 
-report.html   the page, in one file         table.csv   every digit
-curves        learning curves               table.md    for a README
-finals        final values                  table.tex   for a paper
-pareto        cost against quality          tasks.csv   each task and seed
-tasks         each task                     draws.md    ranks in each set of seeds
+report.html   the page, in one file         table.csv         every digit
+curves        learning curves               table.md          for a README
+finals        final values                  table.tex         for a paper
+pareto        cost against quality          tasks.csv         each task and seed
+tasks         each task                     draws.md          ranks in each set of seeds
+                                            conclusions.txt   a sentence per comparison
 
 Figures are written as .png, .pdf and .svg. The files of tasks and of seed sets exist where there
-are several, pareto where there are costs. `mi.report.compare` compares two sweeps.
+are several, pareto where there are costs, conclusions where there is a baseline. The terminal
+shows the conclusions, and five columns of the table. `mi.report.compare` compares two sweeps.
 """
 
 import os
@@ -17,6 +19,7 @@ import rich.console
 
 from mi.report import (
     analysis,
+    conclusions,
     csv,
     figures,
     files,
@@ -34,7 +37,7 @@ from mi.training.progress import Work
 def write(
     workdir: str | os.PathLike[str], out: str | os.PathLike[str] | None = None
 ) -> list[pathlib.Path]:
-    """Write the report of a sweep or a single run, print its table, and return the files.
+    """Write the report of a sweep or a single run, print a summary, and return the files.
 
     Args:
       workdir: a sweep directory or a run directory; its runs may still be running.
@@ -66,20 +69,20 @@ def write(
         documents['tasks.csv'] = csv.tasks_to_csv(results)
     if ranking_text := rankings.to_markdown(sweep):
         documents['draws.md'] = ranking_text
+    sentences = conclusions.write_conclusions(sweep, results)
+    if sentences:
+        documents['conclusions.txt'] = '\n  '.join([sweep.title, *sentences]) + '\n'
     with files.output_folder(folder):
         for file_name, contents in documents.items():
             (folder / file_name).write_text(contents, encoding='utf-8')
 
-    # Print the table, the warnings and the names of the files.
+    # Print the table, the conclusions, what is missing, and where the rest is.
     console = terminal.make_console()
-    table = tables.make_table(sweep, results)
-    terminal.print_table(console, table, sweep.title, 'report.html and table.csv')
-    for note in table_notes:
-        console.print(note, markup=False, highlight=False)
+    terminal.print_table(console, tables.make_table(sweep, results), sweep.title)
+    for line in (*sentences, *(remark for result in results for remark in result.remarks)):
+        console.print(line, markup=False, highlight=False)
     error_console = rich.console.Console(stderr=True, soft_wrap=True)
     for warning in warnings:
         error_console.print(f'warning: {warning}', markup=False, highlight=False)
-    paths = [*(folder / file_name for file_name in documents), *figure_files]
-    for path in paths:
-        print(path)
-    return paths
+    print(f'Everything else: {folder / "report.html"}')
+    return [*(folder / file_name for file_name in documents), *figure_files]

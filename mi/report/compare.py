@@ -89,7 +89,7 @@ def compare_sweeps(
 
     # Print the table and the notes.
     console = terminal.make_console()
-    terminal.print_table(console, table, title, markdown_file.name)
+    terminal.print_table(console, table, title)
     for note in notes:
         console.print(note, markup=False, highlight=False)
     print(markdown_file)

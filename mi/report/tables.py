@@ -159,11 +159,11 @@ def _score_columns(sweep: Sweep, results: list[ArmResult], arrow: str) -> list[C
         ),
         Column(
             'verdict', 'verdict', '', lambda result: _verdict_cell(sweep, result),
-            shown_if=has_baseline, terminal=Terminal(priority=4, wraps=True),
+            shown_if=has_baseline, terminal=Terminal(priority=7, wraps=True),
         ),
         Column(
             'p', 'p', 'Holm' if num_tests > 1 else '', lambda result: format_test(result.test),
-            shown_if=has_baseline, terminal=Terminal(priority=5),
+            shown_if=has_baseline, terminal=Terminal(priority=4),
         ),
         Column(
             'median', f'median{arrow}', INTERVAL, _task_cell('median', decimals),
@@ -193,7 +193,7 @@ def _cost_columns(sweep: Sweep, results: list[ArmResult]) -> list[Column[ArmResu
     return [
         Column(
             'parameters', 'parameters', '/ fusion', _parameters_cell,
-            terminal=Terminal(priority=6),
+            terminal=Terminal(priority=5),
         ),
         Column(
             'flops', f'FLOPs per {unit}', '/ fusion', lambda result: _flops_cell(result, unit),
@@ -202,7 +202,7 @@ def _cost_columns(sweep: Sweep, results: list[ArmResult]) -> list[Column[ArmResu
         Column(
             'seconds', 'train seconds', '',
             lambda result: Cell(format_seconds(result.seconds), value=result.seconds),
-            terminal=Terminal(priority=7),
+            terminal=Terminal(priority=6),
         ),
         Column(
             'rate', f'{unit}s/s', '',

@@ -1,9 +1,10 @@
-"""Tables for a terminal: the most important columns that fit, and no broken numbers."""
+"""Tables for a terminal: at most five columns that fit, and no broken numbers."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import rich.box
 import rich.console
 import rich.table
 import rich.text
@@ -11,10 +12,12 @@ from rich.cells import cell_len
 
 from mi.report.tables import Cell, Table
 
+WIDTH = 80  # characters of a usual terminal: columns that do not fit into it are left out
+MAX_COLUMNS = 5
 ALWAYS_SHOWN = 2  # columns, whatever the width
 LONGEST = 24  # characters of a word; longer words may break
-FRAME, GAP = 1, 3  # characters: the left edge; the margins and right edge of a column
-MAX_NAMED = 8  # hidden columns that are named
+GAP = 3  # characters: the margins of a column and the line between two
+LAYOUT = rich.box.HEAVY_HEAD
 
 
 class _Column(NamedTuple):
@@ -59,20 +62,18 @@ def _is_limited(console: rich.console.Console) -> bool:
     return console.is_terminal or 'COLUMNS' in os.environ
 
 
-def print_table(console: rich.console.Console, table: Table, title: str, files: str) -> None:
-    """Print a table, and name the columns that are hidden.
+def print_table(console: rich.console.Console, table: Table, title: str) -> None:
+    """Print a title and the most important columns of a table, at most `MAX_COLUMNS`.
 
-    Where the output is not a terminal and COLUMNS is not set, all columns but secondary metrics are
-    shown, because nothing limits the length of a line.
+    The columns are those that fit into `WIDTH` characters, or into a narrower terminal. A wider
+    terminal shows the same columns with fewer broken words, and a file without COLUMNS none.
 
     Args:
       console: the console.
       table: the table.
       title: a heading for it.
-      files: the files that have the hidden columns.
     """
     # Choose the columns that fit.
-    width_limit = console.width if _is_limited(console) else None
     columns = [
         _Column(
             column.name, table.header[column_index], [cells[column_index] for cells in table.body],
@@ -80,11 +81,11 @@ def print_table(console: rich.console.Console, table: Table, title: str, files: 
         )
         for column_index, column in enumerate(table.columns)
     ]  # fmt: skip
-    widths = _choose_widths(columns, width_limit)
+    widths = _choose_widths(columns, console.width if _is_limited(console) else None)
     visible = [column for column in columns if column.name in widths]
 
     # Lay them out.
-    grid = rich.table.Table(title=rich.text.Text(title), title_justify='left')
+    grid = rich.table.Table(box=LAYOUT, show_edge=False)
     for column_index, column in enumerate(visible):
         grid.add_column(
             rich.text.Text('\n'.join(filter(None, column.header[:2]))),
@@ -100,23 +101,9 @@ def print_table(console: rich.console.Console, table: Table, title: str, files: 
                 for column in visible
             )
         )
-    table_width = FRAME + sum(GAP + column_width for column_width in widths.values())
+    console.print(title, style='bold', markup=False, highlight=False)
+    table_width = sum(GAP + column_width for column_width in widths.values())
     rich.console.Console(file=console.file, width=max(table_width, console.width)).print(grid)
-
-    # Name the hidden columns.
-    hidden_headers = [
-        ' '.join(column.header.main.split()) for column in columns if column.name not in widths
-    ]
-    if hidden_headers:
-        named_columns = hidden_headers[:MAX_NAMED]
-        if len(hidden_headers) > MAX_NAMED:
-            named_columns.append(f'{len(hidden_headers) - MAX_NAMED} more')
-        width_note = f' at {width_limit} columns' if width_limit is not None else ''
-        console.print(
-            f'Not shown{width_note}: {", ".join(named_columns)}; see {files}.',
-            markup=False,
-            highlight=False,
-        )
 
 
 def _to_text(cell: Cell, bold: bool) -> rich.text.Text:
@@ -132,18 +119,20 @@ def _choose_widths(columns: Sequence[_Column], width_limit: int | None) -> Mappi
         (column for column in columns if column.priority is not None),
         key=lambda column: column.priority or 0,
     )
-    if width_limit is None:
-        return {column.name: column.max_width for column in ranked}
 
     # Show the columns that fit at their smallest width, in the order of priority.
     widths: dict[str, int] = {}
-    spare_width = width_limit - FRAME
+    spare_width = min(width_limit or WIDTH, WIDTH)
     for rank, column in enumerate(ranked):
-        if rank < ALWAYS_SHOWN or GAP + column.min_width <= spare_width:
+        fits = len(widths) < MAX_COLUMNS and GAP + column.min_width <= spare_width
+        if rank < ALWAYS_SHOWN or fits:
             widths[column.name] = column.min_width
             spare_width -= GAP + column.min_width
 
-    # Widen them with what is left, in the same order.
+    # Widen them with the rest of the line, in the same order.
+    if width_limit is None:
+        return {column.name: column.max_width for column in ranked if column.name in widths}
+    spare_width += max(width_limit - WIDTH, 0)
     for column in ranked:
         if column.name in widths:
             widening = min(max(spare_width, 0), column.max_width - widths[column.name])

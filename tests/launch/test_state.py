@@ -206,11 +206,11 @@ STATES['arm=298'] = state.MemberState(
 STATES['arm=299'] = state.MemberState('died', 9, 100, reason='its process is gone')
 
 
-def rendered(width, height, states):
+def rendered(width, height, states, columns=table.COLUMNS):
     console = rich.console.Console(
         file=io.StringIO(), width=width, height=height, force_terminal=True, color_system=None
     )
-    console.print(table.FittedTable('2.0 min', states), end='')
+    console.print(table.FittedTable('2.0 min', states, columns), end='')
     return console.file.getvalue().splitlines()
 
 
@@ -241,6 +241,46 @@ def test_a_table_that_fits_is_shown_as_it_is():
     ]
     assert ' more: ' not in ' '.join(lines)
     assert rendered(200, 1, states)  # a screen that is too small still has the counts
+
+
+def test_a_screen_has_five_columns_and_a_reason_in_place_of_a_metric():
+    """At 80 characters every row of these members is one line; a file has all seven columns."""
+    running = state.MemberState('running', 7, 100, '12,345 tokens/s', 75.0, 'loss 1.25 (train)')
+    failed = state.MemberState('failed', 3, 100, metric='loss 2 (train)', reason='ValueError: full')
+    states = {'fusion=mi': running, 'fusion=film': failed}
+    heading, columns, *rows = rendered(80, 24, states, table.SHORT_COLUMNS)
+    assert heading.strip() == '2.0 min, 1 running, 1 failed'
+    assert columns.split() == ['run', 'state', 'step', 'left', 'metric']
+    assert [row.split() for row in rows] == [
+        ['fusion=mi', 'running', '7/100', '00:01:15', 'loss', '1.25', '(train)'],
+        ['fusion=film', 'failed', '3/100', 'ValueError:', 'full'],
+    ]
+    console = rich.console.Console(file=io.StringIO(), width=200)
+    console.print(table.build_table('runs', states))
+    text = console.file.getvalue()
+    assert '12,345 tokens/s' in text and 'loss 2 (train)' in text and 'ValueError: full' in text
+
+
+@pytest.mark.parametrize('last_phase', ['done', 'failed'])
+def test_the_table_of_a_terminal_gives_way_to_a_line_when_all_are_done(
+    tmp_path, monkeypatch, last_phase
+):
+    screen = io.StringIO()
+    console = rich.console.Console(
+        file=screen, width=80, height=24, force_terminal=True, color_system=None
+    )
+    monkeypatch.setattr(watch.rich.console, 'Console', lambda stderr: console)
+    run_dirs = [tmp_path / 'a', tmp_path / 'b']
+    for run_dir, phase in zip(run_dirs, ('done', last_phase), strict=True):
+        make(run_dir, phase, 10, nats=3.0)
+    with watch.Watch(run_dirs):
+        pass
+    *_, after_last_table = screen.getvalue().split('metric')
+    erased_lines = after_last_table.count('\x1b[2K')  # erase in line, ECMA-48
+    if last_phase == 'done':
+        assert erased_lines >= 4 and after_last_table.splitlines()[-1].endswith('0.0 min, 2 done')
+    else:
+        assert erased_lines == 0 and 'no disk' in after_last_table
 
 
 def test_the_more_a_look_takes_the_fewer_there_are(tmp_path, monkeypatch):

@@ -46,8 +46,8 @@ def sweep(tmp_path):
 def test_csv_holds_the_numbers(sweep):
     paths = report.write(sweep)
     figures = {f'{n}.{k}' for n in ('curves', 'finals', 'pareto') for k in ('png', 'pdf', 'svg')}
-    tables = {'report.html', 'table.csv', 'table.md', 'table.tex'}
-    assert len(paths) == 13 and {p.name for p in paths} == figures | tables
+    tables = {'report.html', 'table.csv', 'table.md', 'table.tex', 'conclusions.txt'}
+    assert len(paths) == 14 and {p.name for p in paths} == figures | tables
     assert all(path.stat().st_size > 0 for path in paths)
     rows = read_table(sweep)
     concat, mi = rows['concat'], rows['mi']
@@ -115,8 +115,8 @@ def test_tables_in_words(sweep, capsys):
     assert '412,345 / 20,480 | 2.40 M / 41.0 k | 8.0 | 250 | 3 | done |' in markdown
     assert r'mi & \textbf{2.67} & $-$0.33 & better &' in latex
     printed = capsys.readouterr().out
-    assert '2.67' in printed and str(sweep / 'report' / 'table.tex') in printed
-    for notes in (markdown, latex, read_text(sweep), printed):
+    assert '2.67' in printed and str(sweep / 'report' / 'report.html') in printed
+    for notes in (markdown, latex, read_text(sweep)):
         assert 'treat as descriptive' in ' '.join(notes.split())
         assert 'Too few seeds to call any difference significant' in ' '.join(notes.split())
         assert '3 seeds per arm' in notes
@@ -399,11 +399,11 @@ def test_the_command_needs_no_jax(sweep):
         [sys.executable, '-W', 'error', '-m', 'mi.report', f'--workdir={sweep}'],
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
-    assert done.returncode == 0 and 'table.csv' in done.stdout and 'Traceback' not in done.stderr
+    assert done.returncode == 0 and 'report.html' in done.stdout and 'Traceback' not in done.stderr
 
 
 @pytest.mark.usefixtures('figure_files')
-def test_several_tasks_and_arms_of_unequal_speed(tmp_path, capsys):
+def test_several_tasks_and_arms_of_unequal_speed(tmp_path):
     """concat needs 10 s for its 20 steps, mi 40 s: at equal time it has its record of step 5."""
     members = []
     for arm, gain, seconds in (('concat', 0.0, 5.0), ('mi', 0.25, 20.0)):
@@ -444,7 +444,7 @@ def test_several_tasks_and_arms_of_unequal_speed(tmp_path, capsys):
     for words in ('<h2>Tasks</h2>', 'P(improvement)', 'eval after 10.0 s', 'eval split', 'heat'):
         assert words in page
     assert 'success/easy' not in page
-    assert 'steps/s' in capsys.readouterr().out
+    assert 'steps/s' in read_text(tmp_path, 'table.md')
 
     write_sweep(tmp_path, members, **settings, baseline=None)
     report.write(tmp_path)
