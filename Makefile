@@ -1,5 +1,5 @@
-# make run    the quickstart: concat against MI on real text and on six tasks of an agent, tables
-#             and curves, about ten minutes
+# make run    the quickstart: concat against MI on real text and on eight tasks of an agent, each
+#             with a conclusion, in ten minutes
 # make test   lint, format, types, and the tests that take seconds
 # make test_slow   the tests that train, start programs or compile for other machines
 # make check  lint, format and types
@@ -20,6 +20,8 @@ run: .venv/run
 		--sweep=experiments/quickstart.py --workdir=$(WORKDIR) --parallel=$(PARALLEL)
 	$(BIN)/python -m launch.local \
 		--sweep=experiments/quickstart_rl.py --workdir=$(WORKDIR)_rl --parallel=$(PARALLEL)
+	@echo
+	@cat $(WORKDIR)/report/conclusions.txt $(WORKDIR)_rl/report/conclusions.txt
 
 PYTEST = $(BIN)/python -m pytest -n $(PARALLEL) --dist worksteal --durations=20
 

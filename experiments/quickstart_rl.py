@@ -1,18 +1,22 @@
 """Concatenation against multiplicative interaction where an agent meets its task, in minutes.
 
-Six goals in one world, one IMPALA agent; the task's index comes in by the fusion at what the LSTM
-reads. Three seeds.
+Eight tasks permute what the actions do (mi/rl/envs/jax/actuator_inversion.py), and one IMPALA agent
+learns them; the task's index comes in by the fusion at what the core reads. Eight seeds: if all
+agree in sign, p = 0.008.
 
     make run
 
-experiments/rl_multitask.py is the same with thirty goals, six arms, five seeds and more steps.
+280 updates: about as many as MI needed, in a trial with six seeds, to learn all eight tasks.
+Concatenation learns them as well, in more updates.
+
+experiments/rl_multitask.py has thirty goals, six arms, five seeds and more steps.
 Source: the question is that of Jayakumar et al. (ICLR 2020); environment and sizes are ours.
 """
 
 from launch.sweep import Overrides, product
 
-CONFIG = 'configs/rl.py:env=xland/kinds'
-TITLE = 'Concatenation against multiplicative interaction, six tasks of XLand'
+CONFIG = 'configs/rl.py:actuator_inversion'
+TITLE = 'Eight action permutations: MI against concatenation'
 METRIC = 'success'
 SPLIT = 'eval'
 CURVES = 'eval'
@@ -20,7 +24,9 @@ LOWER_IS_BETTER = False
 BASELINE = 'concat'
 NOTES = [
     'Equal environment steps. 16 episodes of each task, sampled from the policy.',
-    'Sizes of torso and LSTM are the same in both arms, so that they differ in parameters.',
+    'Torso and core have the same sizes in both arms, so that the arms differ in parameters.',
+    'Both arms can represent the best policy, whose success is 1, and 280 updates were chosen as '
+    'about as many as MI needs: the difference is one of speed.',
 ]
 
 
@@ -28,8 +34,7 @@ def sweep() -> list[Overrides]:
     return product(
         **{
             'model.fusion.name': ['mi', 'concat'],
-            'seeds': [(0, 1, 2)],
-            'train.steps': [800_000],
-            'train.eval_every': [40],
+            'seeds': [tuple(range(8))],
+            'train.steps': [280 * 64 * 10],  # updates · environments · steps of each
         }
     )
