@@ -50,8 +50,9 @@ def count(config):
     return sum(map(math.prod, param_shapes(config).values()))
 
 
-def test_arms_of_the_read_outs_differ_in_read_out_and_context_alone(tmp_path):
-    arms = load('rl_readout', tmp_path)
+@pytest.mark.parametrize('is_instructed', [False, True])
+def test_arms_of_the_read_outs_differ_in_read_out_and_context_alone(is_instructed, tmp_path):
+    arms = load('rl_readout_instruction' if is_instructed else 'rl_readout', tmp_path)
     others, heads = {}, {}
     for label, config in arms.items():
         rl_config.validate(config)
@@ -60,6 +61,7 @@ def test_arms_of_the_read_outs_differ_in_read_out_and_context_alone(tmp_path):
         heads[label] = {path: shape for path, shape in shapes.items() if path.startswith(names)}
         others[label] = shapes.items() - heads[label].items()
     assert len({frozenset(shapes) for shapes in others.values()}) == 1
+    assert any('instruction' in path for path, _ in others['single head']) == is_instructed
     H, outputs, tasks, m = 128, 7, 30, 32
     sizes = {label: sum(map(math.prod, shapes.values())) for label, shapes in heads.items()}
     assert sizes == {

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -50,6 +51,27 @@ def test_the_update_lowers_for_accelerators(platform):
         state, Trajectory(inputs, *rows, carry)
     )
     assert exported.platforms == (platform,)
+
+
+@pytest.mark.parametrize('source', ['state', 'task'])
+def test_the_learner_at_a_fused_read_out_is_on_the_policy_that_acted(source):
+    """With equal parameters all ratios of V-trace are 1, so it clips nothing and weighs nothing."""
+    config, environment, agent, _ = parts(
+        **{'env.name': 'catch', 'model.source': source, 'model.sites': ('readout',)}
+    )
+    params = factory.init_params(agent, jax.random.key(0))
+    actor = rollout.init_actor_state(environment, agent, config.train.batch, jax.random.key(1))
+    _, trajectory, _, _ = rollout.unroll(environment, agent, 20, params, actor)
+    assert trajectory.inputs.is_first[1:].any()  # with an episode's start on the way
+
+    def rate(params):
+        _, outputs = agent.apply({'params': params}, trajectory.carry, trajectory.inputs)
+        log_pi = jax.nn.log_softmax(outputs.logits[:-1])
+        return jnp.take_along_axis(log_pi, trajectory.action[..., None], -1)[..., 0]
+
+    np.testing.assert_allclose(jax.jit(rate)(params), trajectory.log_prob, rtol=1e-5, atol=1e-5)
+    other = params | {'readout': jax.tree.map(lambda a: 2 * a + 0.1, params['readout'])}
+    assert (abs(jax.jit(rate)(other) - trajectory.log_prob) > 1e-4).any()
 
 
 @pytest.mark.parametrize('order', ['gradient_first', 'statistics_first'])
