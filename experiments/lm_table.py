@@ -40,7 +40,7 @@ CURVES = 'valid'
 BASELINE = 'none'
 NOTES = [
     'Words of four novels by Jane Austen; validation is Northanger Abbey, test is Persuasion. All '
-    'but the 4,000 most frequent words are one word, so that bits per byte are not defined.',
+    'but the 2,000 most frequent words are one word, so that bits per byte are not defined.',
     'The first 50,000 tokens of each text are read once from a zero state, in 64 parts, with state '
     'carried.',
     'A label is the site, the source of the context and the fusion; none is the LSTM without a '

@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 from tests.experiments.test_reports import SweepWriter
 
 FILES = {
-    'lm_table': (lm_table, 4_000),
+    'lm_table': (lm_table, 2_000),
     'lm_table_enwik8': (lm_table_enwik8, 256),
     'lm_table_wikitext103': (lm_table_wikitext103, 267_735),
 }  # → module and vocabulary
