@@ -45,6 +45,8 @@ SECTIONS: dict[str, list[str]] = {
     'Guides': [
         'install.md',
         'architecture.md',
+        'paper.md',
+        'appendix_b.md',
         'find.md',
         'gallery.md',
         'inspect.md',
@@ -88,6 +90,7 @@ PACKAGES = {
 MOTIFS = {'forms': 'Forms of the equation', 'dynamic_conv': 'Dynamic convolution'}
 FOLDERS = {
     'lm_fusion': 'Fusions in language models',
+    'lm_table': 'Encoder and decoder of an LSTM',
     'rl_again': 'Thirty tasks again',
     'rl_language': 'Instructions in language',
     'rl_multitask': 'Thirty tasks',

@@ -1,7 +1,7 @@
 """Sixteen regressions of each of two families: y = a x + b, and y = a sin(10 x) + b.
 
-Source: the families are those of Jayakumar et al. (ICLR 2020), multi-task regression, recalled;
-every constant is ours, a reconstruction.
+Source: ours, with every constant. Whether Jayakumar et al. (ICLR 2020) have such families is not
+known to us, see docs/paper.md.
 
     python -m mi.main --config=experiments/regression/config.py --workdir=runs/regression
 

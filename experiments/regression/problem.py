@@ -16,7 +16,7 @@ New tasks come with K examples each; `Regression._evaluate_new` says how they ar
 
 Shapes: T tasks, E examples of each; x, y [T, E], z [T, m].
 
-Source: the two families are of Jayakumar et al. (ICLR 2020), recalled; every constant is ours.
+Source: ours, with every constant; see docs/paper.md.
 """
 
 import dataclasses

@@ -12,7 +12,7 @@ seeds, and ten others.
 The report also has regression.png, .pdf and .md, and regression_tasks.png and .pdf: errors against
 examples, and what is learned of single tasks.
 
-Source: the two families are of Jayakumar et al. (ICLR 2020), recalled; the experiment is ours.
+Source: ours; see docs/paper.md.
 """
 
 import json
