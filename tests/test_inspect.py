@@ -7,22 +7,28 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
+import mi
 from configs import lm as lm_configs
 from configs import rl as rl_configs
+from mi.compress import inputs
 from mi.compress.forms import FORMS
 from mi.compress.runs import FUSION_NAMES, compress_run
 from mi.config import UserError
 from mi.fusion import FUSIONS
 from mi.inspect import report, trained
 from mi.lm import assess as assess_lm
+from mi.lm import config as lm_config
 from mi.lm import factory
 from mi.lm import train as lm
 from mi.overrides import Override
 from mi.rl import train as rl
 from mi.training.run_config import read_config
+from mi.unify import compute_tensors
 from tests.conftest import ROOT
 
 LM = {
@@ -215,6 +221,111 @@ def test_an_agent_is_inspected_compressed_and_trained_on(tmp_path, topology):
     assert [r['step'] for r in records if r['split'] == 'eval'] == [0, 5]
 
 
+class Loop(nn.Module):
+    """h ← tanh(MI(x_t, h)) over time, with a fusion of the mean."""
+
+    @nn.compact
+    def __call__(self, x, ids):
+        def step(cell, h, x_t):
+            h = nn.tanh(cell(x_t, h))
+            return h, h
+
+        scan = nn.scan(step, variable_broadcast='params', split_rngs={'params': False})
+        _, h = scan(mi.MultiplicativeInteraction(4, name='cell'), jnp.ones((2, 4)), x)
+        return mi.MultiHead(3, contexts=5, name='head')(h.mean(0), ids)
+
+
+def test_inputs_are_recorded_in_loops_and_with_ids():
+    """In a scan under jit, the context of step t is the output of step t − 1, by NumPy."""
+    model, ids = Loop(), jnp.array([4, 1])
+    x = jax.random.normal(jax.random.key(0), (7, 2, 3))
+    variables = model.init(jax.random.key(1), x, ids)
+    sites = trained.find_sites(model, variables, x, ids)
+    assert [site.name for site in sites] == ['cell', 'head']
+    recorder = inputs.Recorder(sites)
+    apply = jax.jit(model.apply)
+    with recorder.record():
+        apply(variables, x, ids)
+    assert recorder.count() == 2  # of the head
+    rows = recorder.take(100)
+    assert recorder.count() == 0
+
+    params = jax.tree.map(np.asarray, variables['params']['cell'])
+    W, U, V, b = (params[name] for name in 'WUVb')
+    h, contexts = np.ones((2, 4)), []
+    for x_t in np.asarray(x):
+        contexts.append(h)
+        h = np.tanh(np.einsum('bm,mnk,bn->bk', h, W, x_t) + h @ U + x_t @ V + b)
+    by_x = {tuple(np.round(row, 5)): z for row, z in zip(*rows['cell',], strict=True)}
+    for x_t, context in zip(np.asarray(x).reshape(-1, 3), np.reshape(contexts, (-1, 4)),
+                            strict=True):  # fmt: skip
+        np.testing.assert_allclose(by_x[tuple(np.round(x_t.astype(float), 5))], context, atol=1e-5)
+    np.testing.assert_array_equal(rows['head',][1], ids)
+
+    # Rows are evenly spaced.
+    with recorder.record():
+        jax.jit(model.apply)(variables, x, ids)
+    few = recorder.take(4)['cell',][0]
+    assert len(few) == 4
+
+
+@pytest.mark.slow
+def test_the_contexts_of_a_calibration_are_those_of_the_validation_text(lm_run, tmp_path):
+    run = trained.load(lm_run)
+    (site,) = run.sites
+    by_seed = list(inputs.draw_inputs(run, 200))
+    assert len(by_seed) == 2
+    x, z = by_seed[1][site.path]
+    assert x.shape == (200, site.x.shape[-1]) and len(z) == 200
+
+    # One-hot domains of the tokens at the start of each part of the text, in order of time.
+    corpus = factory.load_corpus(run.config)
+    reading = lm_config.get_reading(run.config)
+    part = -(-(len(corpus.tokens['valid']) - 1) // reading.batch)
+    steps = -(-200 // (reading.batch * reading.length)) * reading.length
+    positions = np.arange(steps)[:, None] + np.arange(reading.batch)[None] * part
+    domains = corpus.get_domains('valid', positions).reshape(-1)
+    spaced = np.linspace(0, domains.size - 1, 200).round().astype(int)
+    found = z if z.ndim == 1 else z.argmax(-1)
+    np.testing.assert_array_equal(found, domains[spaced])
+
+    # Fitted there, the outputs are nearer than those of the nearest W.
+    plain = compress_run(lm_run, tmp_path / 'plain', 'block', 2)
+    fitted = compress_run(lm_run, tmp_path / 'fitted', 'block', 2, calibration=200)
+    origin = json.loads((tmp_path / 'fitted/compressed.json').read_text())
+    assert origin['calibration'] == 200
+    for seed_index, (before, after) in enumerate(zip(plain, fitted, strict=True)):
+        rows = by_seed[seed_index][site.path]
+        variables = {'params': site.get_params(run.get_seed_params(seed_index))}
+        target = compute_tensors(variables).apply(*rows)
+        errors = []
+        for name in ('plain', 'fitted'):
+            new = trained.load(tmp_path / name)
+            params = new.sites[0].get_params(new.get_seed_params(seed_index))
+            blocks = new.sites[0].module.apply({'params': params}, *map(jnp.float32, rows))
+            errors.append(np.linalg.norm(blocks - target) / np.linalg.norm(target))
+        assert after.error == pytest.approx(errors[1], rel=1e-3)
+        assert errors[1] < errors[0] and before.error != after.error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('topology', ['fused', 'threads'])
+def test_the_contexts_of_an_agent_s_calibration_are_the_embeddings_of_its_tasks(tmp_path, topology):
+    rl.train(make_config(rl_configs, RL, **{'train.topology': topology}), str(tmp_path))
+    run = trained.load(tmp_path)
+    (rows,) = inputs.draw_inputs(run, 500)
+    embedding = np.asarray(run.get_seed_params(0)['task_embedding'])
+    assert [site.path for site in run.sites] == list(rows)
+    for site in run.sites:
+        x, z = rows[site.path]
+        assert x.shape == (500, site.x.shape[-1])
+        distances = np.abs(z[:, None] - embedding[None]).max(-1)
+        assert distances.min(1).max() < 1e-6
+        counts = np.bincount(distances.argmin(1), minlength=len(embedding))
+        assert counts.min() > 0.5 * counts.max()  # rows are divided evenly among tasks
+        assert len(np.unique(x, axis=0)) > 50  # states, not only starts of episodes
+
+
 @pytest.mark.slow
 def test_a_run_without_an_interaction_is_refused(tmp_path):
     rl.train(make_config(rl_configs, RL, **{'model.fusion.name': 'concat'}), str(tmp_path))
@@ -245,6 +356,10 @@ def test_every_form_is_the_fusion_of_its_module():
         (['mi.compress', '--workdir=a'], '--workdir=DIRECTORY and --out=DIRECTORY'),
         (['mi.compress', '--workdir=a', '--out=b'], '--rank=None: expected at least 1 for'),
         (['mi.compress', '--workdir=a', '--out=b', '--form=block'], '--blocks=None: expected'),
+        (
+            ['mi.compress', '--workdir=a', '--out=b', '--rank=2', '--calibration=-1'],
+            '--calibration=-1: expected at least 0',
+        ),
     ],
 )
 @pytest.mark.slow

@@ -2,6 +2,10 @@
 
 python -m mi.compress --workdir=runs/first --out=runs/first_rank8 --form=cp --rank=8
 python -m mi.compress --workdir=runs/first --out=runs/first_block4 --form=block --blocks=4
+python -m mi.compress --workdir=runs/first --out=runs/first_data8 --rank=8 --calibration=4096
+
+--calibration=N fits the outputs at N inputs of each layer, in place of W: from the validation text
+of a language model, or from the environment of an agent.
 
 --config.KEY=VALUE sets another key of the new run, such as --config.optim.learning_rate=1e-4. Then
 `python -m mi.main --mode=eval --workdir=OUT` evaluates the new run, and
@@ -24,6 +28,9 @@ WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory of a language mode
 OUT = flags.DEFINE_string('out', None, 'Run directory to write, new or empty.')
 FORM = flags.DEFINE_enum('form', 'cp', list(FORMS), 'Form of the compressed layers.')
 RANK = flags.DEFINE_integer('rank', None, 'Rank of the forms cp and tucker.')
+CALIBRATION = flags.DEFINE_integer(
+    'calibration', 0, 'Number of inputs, from the data of the run, at which outputs are fitted.'
+)
 BLOCKS = flags.DEFINE_integer('blocks', None, 'Number of blocks of the form block.')
 
 
@@ -41,9 +48,12 @@ def main(argv: list[str], changes: list[overrides.Override]) -> None:
     size_name, size = ('blocks', BLOCKS.value) if form == 'block' else ('rank', RANK.value)
     if size is None or size < 1:
         raise UserError(f'--{size_name}={size}: expected at least 1 for --form={form}')
+    if CALIBRATION.value < 0:
+        raise UserError(f'--calibration={CALIBRATION.value}: expected at least 0')
     logging.set_verbosity(logging.WARNING)  # orbax writes a page per checkpoint
-    results = compress_run(WORKDIR.value, OUT.value, form, size, changes)
-    table = rich.table.Table('layer', 'seed', 'error of W', title=f'{OUT.value}: {form} {size}')
+    results = compress_run(WORKDIR.value, OUT.value, form, size, changes, CALIBRATION.value)
+    measure = 'error of outputs' if CALIBRATION.value else 'error of W'
+    table = rich.table.Table('layer', 'seed', measure, title=f'{OUT.value}: {form} {size}')
     for result in results:
         table.add_row(result.site, str(result.seed), f'{result.error:.4f}')
     rich.console.Console().print(table)

@@ -1,5 +1,6 @@
 """Compression of the MI layers of a run into a new run directory."""
 
+import itertools
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 
 from mi import overrides
 from mi.compress.forms import Form, compress
+from mi.compress.inputs import draw_inputs
 from mi.config import UserError
 from mi.fusion import FUSIONS
 from mi.inspect.trained import Params, Site, Trained, load
@@ -37,7 +39,10 @@ TERMS = ('use_U', 'use_V', 'use_b')
 
 
 class CompressedSite(NamedTuple):
-    """The result for a site and a seed: its name, the seed, and the relative error of W."""
+    """The result for a site and a seed: its name, the seed, and a relative error.
+
+    The error is that of W, or with calibration that of the outputs at the calibration inputs.
+    """
 
     site: str
     seed: int
@@ -57,6 +62,7 @@ def compress_run(
     form: Form,
     size: int,
     changes: Sequence[overrides.Override] = (),
+    calibration: int = 0,
 ) -> list[CompressedSite]:
     """Compress every fusion of a run; write a run directory that starts with the result.
 
@@ -70,6 +76,8 @@ def compress_run(
       form: as for `mi.compress`.
       size: rank of the forms 'cp' and 'tucker'; number of blocks of 'block'.
       changes: overrides of other config keys, such as the learning rate.
+      calibration: number of inputs of each fusion at which the outputs are to be nearest, drawn by
+        `mi.compress.inputs`; 0 for the nearest W.
 
     Raises:
       UserError: if the fusions are no forms with W [m, n, k], `out` has files, or the config with
@@ -81,7 +89,7 @@ def compress_run(
         raise UserError(f'--out={out}: expected a new or empty directory. Name another one')
     trained = load(workdir)
     config = _make_config(trained, form, size, changes)
-    params, results = _compress_params(trained, form, size)
+    params, results = _compress_params(trained, form, size, calibration)
 
     # Write the checkpoint first and config.json last: without it, the directory is no run.
     make_start = {'lm': _start_lm, 'rl': _start_rl}[config.task]
@@ -89,6 +97,7 @@ def compress_run(
     checkpoints = checkpoint.Checkpoints(out_path / 'checkpoints', config.train.keep)
     checkpoints.save(0, start.state, start.meta)
     origin = {'workdir': str(workdir), 'step': trained.step, 'form': form, 'size': size}
+    origin['calibration'] = calibration
     errors = [result._asdict() for result in results]
     write_json(out_path / 'compressed.json', {**origin, 'errors': errors})
     record_config(out_path / 'config.json', config)
@@ -141,19 +150,23 @@ def _check_sites(trained: Trained) -> tuple[Site, ...]:
 
 
 def _compress_params(
-    trained: Trained, form: Form, size: int
+    trained: Trained, form: Form, size: int, calibration: int
 ) -> tuple[Params, list[CompressedSite]]:
     """Return the parameters of all seeds, [S, …], with every site compressed, and the errors."""
     sizes: dict[str, Any] = {'blocks' if form == 'block' else 'rank': size}
     results: list[CompressedSite] = []
     params_by_seed = []
+    inputs_by_seed = draw_inputs(trained, calibration) if calibration else itertools.repeat({})
     for seed_index, seed in enumerate(trained.config.seeds):
         params = trained.get_seed_params(seed_index)
+        inputs = next(inputs_by_seed)
         for site in trained.sites:
             with Work(f'compressing {site.name}, seed {seed}'):
                 variables = {'params': site.get_params(params)}
                 try:
-                    compressed = compress(variables, form=form, **sizes)
+                    compressed = compress(
+                        variables, form=form, inputs=inputs.get(site.path), **sizes
+                    )
                 except (ValueError, ImportError) as error:
                     raise UserError(f'{site.name}: {error}') from error
             params = _replace(params, site.path, compressed.variables['params'])

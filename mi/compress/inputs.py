@@ -1,0 +1,167 @@
+"""Calibration inputs of a run: the x and z that its fusions get from its own data."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from mi.config import UserError
+from mi.inspect.trained import Params, Site, Trained
+from mi.lm import config as lm_config
+from mi.lm import factory as lm_factory
+from mi.lm.data import streams
+from mi.rl import envs
+from mi.rl import factory as rl_factory
+from mi.rl.actors.worker import Policy
+from mi.rl.agent import Inputs
+
+Rows = tuple[np.ndarray, np.ndarray]
+"""x [N, n] and z [N, m], or ids z [N]."""
+
+MIN_STEPS = 100  # of an agent's environments, so that not all rows are the starts of episodes
+
+
+class Recorder:
+    """Records the inputs of fusions while a model computes, also in loops and under jit.
+
+    Args:
+      sites: the fusions.
+    """
+
+    def __init__(self, sites: Iterable[Site]):
+        self._rows: dict[tuple[str, ...], list[Rows]] = {site.path: [] for site in sites}
+
+    @contextlib.contextmanager
+    def record(self) -> Iterator[None]:
+        """Record the calls of programs that are traced in this context."""
+        with nn.intercept_methods(self._intercept):
+            yield
+
+    def count(self) -> int:
+        """Return the number of rows of the site with the fewest."""
+        jax.effects_barrier()
+        return min((sum(len(x) for x, _ in rows) for rows in self._rows.values()), default=0)
+
+    def take(self, num_rows: int) -> dict[tuple[str, ...], Rows]:
+        """Return at most this many rows of each site, evenly spaced, and forget all."""
+        jax.effects_barrier()
+        taken = {}
+        for path, rows in self._rows.items():
+            x, z = (np.concatenate(arrays) for arrays in zip(*rows, strict=True))
+            indices = np.linspace(0, len(x) - 1, min(num_rows, len(x))).round().astype(int)
+            taken[path] = x[indices], z[indices]
+            rows.clear()
+        return taken
+
+    def _intercept(
+        self,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        path = context.module.path
+        if path in self._rows and context.method_name == '__call__':
+            jax.debug.callback(functools.partial(self._append, path), *args[:2])
+        return call(*args, **kwargs)
+
+    def _append(self, path: tuple[str, ...], x: Any, z: Any) -> None:
+        """Add the rows of one call; leading axes broadcast as in the layer."""
+        x, z = np.asarray(x), np.asarray(z)
+        z_axes = z.shape if np.issubdtype(z.dtype, np.integer) else z.shape[:-1]
+        axes = np.broadcast_shapes(x.shape[:-1], z_axes)
+        x = np.broadcast_to(x, (*axes, x.shape[-1])).reshape(-1, x.shape[-1])
+        z_shape = z.shape[len(z_axes) :]
+        z = np.broadcast_to(z, (*axes, *z_shape)).reshape(-1, *z_shape)
+        self._rows[path].append((x.astype(np.float64), _to_float64(z)))
+
+
+def draw_inputs(trained: Trained, num_rows: int) -> Iterator[dict[tuple[str, ...], Rows]]:
+    """Yield for each seed of a run the inputs of its fusions by path.
+
+    A language model reads its validation text as its evaluation does; an agent acts in its
+    environment, in `config.actors.batch` rows and at least 100 steps.
+
+    Args:
+      trained: the run.
+      num_rows: number of rows of each fusion, fewer if the text is too short.
+
+    Raises:
+      UserError: if no row can be drawn.
+    """
+    draw = {'lm': _read_text, 'rl': _act}[trained.config.task]
+    recorder = Recorder(trained.sites)
+    with draw(trained, recorder) as advance:
+        for seed_index in range(len(trained.config.seeds)):
+            advance(trained.get_seed_params(seed_index), num_rows)
+            if not recorder.count():
+                raise UserError('calibration needs inputs: expected a fusion that is called')
+            yield recorder.take(num_rows)
+
+
+Advance = Callable[[Params, int], None]
+"""Computes with parameters until the recorder has a number of rows."""
+
+
+@contextlib.contextmanager
+def _read_text(trained: Trained, recorder: Recorder) -> Iterator[Advance]:
+    """Return a function that reads the validation text of a language model."""
+    config = trained.config
+    corpus = lm_factory.load_corpus(config)
+    model = lm_factory.build_model(config, *corpus.sizes)
+    tokens = corpus.tokens['valid']
+    reading = lm_config.get_reading(config)
+    batch = min(reading.batch, len(tokens) - 1)
+
+    @jax.jit
+    def read(params: Params, carry: Any, inputs: jax.Array, domains: Any) -> Any:
+        next_carry, _ = model.apply({'params': params}, carry, inputs, None, domains)
+        return next_carry
+
+    def advance(params: Params, num_rows: int) -> None:
+        carry = model.initial_carry(batch)
+        for inputs, _, mask, positions in streams.segments(tokens, batch, reading.length):
+            # The end of the text is padded.
+            if recorder.count() and (recorder.count() >= num_rows or not mask.all()):
+                return
+            uses_domains = model.source == 'domain'
+            domains = corpus.get_domains('valid', positions) if uses_domains else None
+            with recorder.record():
+                carry = read(params, carry, jnp.asarray(inputs), domains)
+
+    yield advance
+
+
+@contextlib.contextmanager
+def _act(trained: Trained, recorder: Recorder) -> Iterator[Advance]:
+    """Return a function that steps the environments of an agent."""
+    config = trained.config
+    env_name, options = rl_factory.get_environment_args(config)
+    batch = config.actors.batch
+    pool = envs.pool(env_name, batch, config.seeds[0], options)
+    policy = Policy(rl_factory.build_agent(config, pool.spec))
+
+    def advance(params: Params, num_rows: int) -> None:
+        step, policy_state = pool.reset(), policy.init(batch, jax.random.key(config.seeds[0]))
+        action, num_steps = jnp.zeros(batch, jnp.int32), 0
+        while num_steps < MIN_STEPS or 0 < recorder.count() < num_rows:
+            inputs = Inputs(step.observation, action, step.reward, step.is_first)
+            with recorder.record():
+                policy_state, action, _ = policy(params, policy_state, inputs)
+            pool.send(np.asarray(action))
+            step, num_steps = pool.recv(), num_steps + 1
+
+    try:
+        yield advance
+    finally:
+        pool.close()
+
+
+def _to_float64(z: np.ndarray) -> np.ndarray:
+    """Return a dense context in float64, and ids as they are."""
+    return z if np.issubdtype(z.dtype, np.integer) else z.astype(np.float64)
