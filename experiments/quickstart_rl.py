@@ -9,7 +9,7 @@ agree in sign, p = 0.008.
 280 updates: about as many as MI needed, in a trial with six seeds, to learn all eight tasks.
 Concatenation learns them as well, in more updates.
 
-experiments/rl_multitask.py has thirty goals, six arms, five seeds and more steps.
+experiments/rl_multitask.py has thirty goals, eight arms, five seeds and more steps.
 Source: the question is that of Jayakumar et al. (ICLR 2020); environment and sizes are ours.
 """
 
