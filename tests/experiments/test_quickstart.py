@@ -23,7 +23,7 @@ LOWER_IS_BETTER, BASELINE, NOTES = full.LOWER_IS_BETTER, full.BASELINE, []
 
 
 def sweep():
-    return [member | {'seeds': (0, 1)} for member in full.sweep()]
+    return [member | {'seeds': (0, 1), 'train.steps': 800} for member in full.sweep()]
 """
 
 
