@@ -68,7 +68,8 @@ MARKERS = ('o', 's', '^', 'D', 'v', 'P')
 
 
 def sweep() -> list[Overrides]:
-    return product(ARMS, **{'model.sites': [('readout',)], 'seeds': [(0, 1, 2, 3, 4)]})
+    common = product(**{'model.sites': [('readout',)], 'seeds': [(0, 1, 2, 3, 4)]})
+    return product(ARMS, common)
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
@@ -86,8 +87,9 @@ def read_embeddings(run_dir: pathlib.Path) -> tuple[tuple[str, ...], np.ndarray]
     """Return the names of a run's tasks, and their embeddings [S, tasks, m] for all seeds."""
     run = trained.load(run_dir)
     (site,) = (site for site in run.sites if site.name == 'readout')
+    seed_params = [run.get_seed_params(i) for i in range(len(run.config.seeds))]
     contexts = [
-        run.get_contexts(site, run.get_seed_params(i)) for i in range(len(run.config.seeds))
+        context for params in seed_params if (context := run.get_contexts(site, params)) is not None
     ]
     return contexts[0].names, np.array([context.z for context in contexts], np.float64)
 
