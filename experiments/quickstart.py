@@ -33,6 +33,8 @@ def sweep() -> list[Overrides]:
         **{
             'model.fusion.name': ['mi', 'concat'],
             'seeds': [tuple(range(7))],
-            'train.eval_every': [100],
+            'train.steps': [320],
+            'train.eval_every': [80],
+            'train.save_every': [80],
         }
     )
