@@ -133,6 +133,10 @@ def test_one_device_does_not_share_as_many_do():
             'INTERNAL: Mosaic failed\nat …',
             'XLA cannot compile the program: INTERNAL: Mosaic failed',
         ),
+        (
+            "INTERNAL: Couldn't find output tile sizes that satisfy hlo: %dot.163",
+            r'hlo: %dot\.163\. Try XLA_FLAGS=--xla_gpu_enable_triton_gemm=false',
+        ),
     ],
 )
 def test_what_is_wrong_with_a_compiler_is_one_line(said, expected):

@@ -185,7 +185,11 @@ def measure(compile_program: Compiler, device: jax.Device, memory_limit: int | N
 
 
 def _report_refusal(error: jax.errors.JaxRuntimeError) -> Report:
-    """Return the report on a program that the compiler refused because of its memory."""
+    """Return the report on a program that the compiler refused because of its memory.
+
+    Raises:
+      UserError: if it refused the program for another reason.
+    """
     message = str(error)
     if 'Unknown opcode' in message:
         raise UserError(
@@ -193,7 +197,13 @@ def _report_refusal(error: jax.errors.JaxRuntimeError) -> Report:
             f'the programs of the installed one. Try {suggest_install("tpu")}'
         ) from error
     if OUT_OF_MEMORY not in message:
-        raise UserError(f'XLA cannot compile the program: {message.splitlines()[0]}') from error
+        # Without a GPU, XLA cannot measure the tilings of a Triton kernel, and guesses one.
+        advice = ''
+        if 'output tile sizes' in message:
+            advice = '. Try XLA_FLAGS=--xla_gpu_enable_triton_gemm=false'
+        raise UserError(
+            f'XLA cannot compile the program: {message.splitlines()[0]}{advice}'
+        ) from error
     field_names = (
         'flops', 'bytes_accessed', 'arguments', 'outputs', 'in_place', 'temporaries', 'peak',
         'collectives', 'bytes_sent', 'kernels', 'seconds', 'unknown_loops', 'uncounted_calls',
