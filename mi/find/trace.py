@@ -958,7 +958,8 @@ class Interpreter:
         merged = blend([*values, chosen], values[0].shape, is_polynomial=True)
         if not merged.streams:
             return merged
-        if len({value.base for value in values}) == 1:
+        has_one_base = len({value.base for value in values}) == 1
+        if has_one_base and values[0].base:  # constants have none
             return values[0]._replace(streams=merged.streams, degrees=merged.degrees)
         return self._identify(merged)
 
@@ -1240,12 +1241,34 @@ class Interpreter:
     def _run_custom_linear_solve(
         self, eqn: core.JaxprEqn, inputs: list[Value], scope: Scope
     ) -> list[Value]:
-        """Run the solver of a linear system with its constants and the right-hand sides."""
+        """Return A⁻¹ b, one product if A and b both depend on data, whatever the solver is."""
         lengths = eqn.params['const_lengths']
+        consts, targets = inputs[: lengths.matvec], inputs[sum(lengths) :]
         start = lengths.matvec + lengths.vecmat
-        consts = inputs[start : start + lengths.solve]
-        targets = inputs[sum(lengths) :]
-        return self.run_closed(eqn.params['jaxprs'].solve, [*consts, *targets], scope)
+        solver_consts = inputs[start : start + lengths.solve]
+
+        # The FLOPs are those of the solver.
+        before = self.flops
+        self.run_closed(eqn.params['jaxprs'].solve, [*solver_consts, *targets],
+                        scope._replace(is_recording=False))  # fmt: skip
+        flops = (self.flops - before) // (scope.times or 1)
+
+        # The product.
+        matrix = self._identify(blend(consts, consts[0].shape)) if consts else None
+        outputs = []
+        for target in targets:
+            if matrix is None or not matrix.streams:
+                outputs.append(self._identify(target._replace(linear=(), squash='')))
+                continue
+            value = blend([matrix, target], target.shape)
+            value = value._replace(degrees=add_degrees(matrix, target))
+            if target.streams:
+                axes = Contraction((0,), (0,), (), ())
+                value = self._record_product(eqn, [matrix, target], value, axes, scope)
+                for index in value.products:
+                    self.products[index].flops = flops
+            outputs.append(self._identify(value) if not target.streams else value)
+        return outputs
 
     # ------------------------------------------------------------------------- identities
 

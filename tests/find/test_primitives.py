@@ -197,7 +197,23 @@ def test_a_linear_system_is_a_product_with_an_inverse():
     assert report.outputs[0].describe() == 'affine in x, not polynomial in z'
 
 
-def test_a_solver_of_one_s_own_is_read():
+def test_a_solver_is_one_product_whatever_it_computes():
+    """LU with pivots has two triangular systems and a permutation that depends on z."""
+
+    def solve(_, x, z):
+        return jnp.linalg.solve(jnp.eye(N) + jnp.diag(z[0]), x[0])
+
+    report = find_in(solve)
+    assert list_products(report) == [('custom_linear_solve', 'x', 'z')]
+    assert report.outputs[0].describe() == 'affine in x, not polynomial in z'
+    assert report.interactions[0].flops > N * N
+    constant = find_in(lambda A, x: jnp.linalg.solve(A, x[0]), spec(N, N), x=X)
+    assert not constant.interactions and constant.outputs[0].describe() == 'affine in x'
+    fixed = find_in(lambda b, z: jnp.linalg.solve(jnp.diag(z[0]), b), spec(N), z=X)
+    assert not fixed.interactions and fixed.outputs[0].describe() == 'not polynomial in z'
+
+
+def test_a_solver_of_one_s_own_is_one_product():
     def solve(params, x, z):
         def matvec(y):
             return y + z * y
@@ -207,7 +223,7 @@ def test_a_solver_of_one_s_own_is_read():
 
         return jax.lax.custom_linear_solve(matvec, x, run, symmetric=True)
 
-    assert list_products(find_in(solve)) == [('div', 'x', 'z')]
+    assert list_products(find_in(solve)) == [('custom_linear_solve', 'x', 'z')]
 
 
 # ------------------------------------------------------------------------------ convolutions
@@ -534,7 +550,14 @@ def test_a_mutable_array_in_a_loop_and_a_branch():
     assert product.times == 3 and {*product.left, *product.right} == {'x', 'z'}
 
 
-# ------------------------------------------------------------------------------ while
+# ------------------------------------------------------------------------------ branches and while
+
+
+def test_numbers_that_branches_choose_are_products_too():
+    def choose(stream):
+        return jax.lax.cond(stream[0, 0] > 0, lambda: 2.0, lambda: 3.0)
+
+    assert sides(find_in(lambda _, x, z: choose(x) * choose(z))) == ['x · z']
 
 
 def test_an_output_depends_on_what_ends_its_loop():
