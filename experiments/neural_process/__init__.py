@@ -1,0 +1,1 @@
+"""How a neural process's decoder should meet its latent."""
