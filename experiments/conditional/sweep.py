@@ -1,16 +1,16 @@
 """Whether a conditional statement or a similarity metric separates concatenation from MI.
 
-Four functions of x and z, each fitted by networks of about 300 and 1,000 parameters that differ in
-how z enters. Errors on inputs as in training, and on inputs x of three times their norm. Five
-seeds, and five others, in one run. Three networks have two other learning rates too.
+Four functions of x and z, each fitted by networks of about 1,000 parameters, and the statements of
+300 too, that differ in how z enters. Errors on inputs as in training, and on inputs x of three
+times their norm. Five seeds, and five others, in one run.
 
     XLA_FLAGS=--xla_backend_optimization_level=1 python -m launch.local \
         --sweep=experiments/conditional/sweep.py --workdir=runs/conditional
 
 Most of a run is compilation, which the flag makes shorter.
 
-The report also has conditional.png, .pdf and .md: both errors, the ratio to the best concatenation,
-and errors by learning rate.
+The report also has conditional.png, .pdf and .md: both errors, and the ratio to the best
+concatenation.
 
 Source: the hypothesis is that of Jayakumar et al. (ICLR 2020); the experiment is ours.
 """
@@ -38,15 +38,13 @@ NOTES = [
     'Mean squared error divided by the variance of the target, mean of two targets, on 8,192 fresh '
     'examples after 3,000 steps of 128. The split far has inputs x of three times the norm.',
     'A label is the targets, the fusion, the hidden layers of x, whether z passes one of its own '
-    'first, the number of parameters that the width is chosen for, and the learning rate.',
-    'The learning rate is 0.01 and falls to 0. Three networks have 0.003 and 0.03 too, at 1,000 '
-    'parameters.',
+    'first, and the number of parameters that the width is chosen for.',
+    'One learning rate, 0.01 and falling to 0, for all.',
 ]
 
 DRAWS = ((0, 1, 2, 3, 4), (5, 6, 7, 8, 9))  # of the seeds of each run
-SIZES = (300, 1000)
-RATE, OTHER_RATES = 1e-2, (3e-3, 3e-2)
-RATE_SIZE = 1000  # parameters of the networks with other rates
+SIZES = {'statements': (300, 1000), 'metrics': (1000,)}  # parameters
+LARGEST = 1000  # of them
 TARGETS = {
     'conditional': 'y = A₁x if z₁ > 0 else A₀x',
     'choice': 'y = A_c x, c = argmax z₁ … z₄',
@@ -56,7 +54,7 @@ TARGETS = {
 SPLITS = {'eval': 'inputs as in training', 'far': 'x of three times the norm'}
 
 Errors = Mapping[int, float]  # {seed: error}
-ArmByKey = dict[tuple[str, str, int, float], runs.Arm]  # preset, network, parameters, rate →
+ArmByKey = dict[tuple[str, str, int], runs.Arm]  # preset, network, parameters →
 
 
 class Network(NamedTuple):
@@ -96,41 +94,24 @@ STATEMENT_NETWORKS = (
     Network('MI', 'mi', 1),
     Network('MI, z encoded', 'mi', 0, True),
     Network('low-rank MI, z encoded', 'mi_low_rank', 0, True),
+    Network('low-rank MI, z encoded, 1 hidden', 'mi_low_rank', 1, True),
 )
 METRIC_NETWORKS = (
     *CONCAT,
-    Network('FiLM', 'film', 1),
     Network('MI', 'mi', 1),
     Network('low-rank MI', 'mi_low_rank', 1),
+    Network('FiLM', 'film', 1),
 )
 NETWORKS = {'statements': STATEMENT_NETWORKS, 'metrics': METRIC_NETWORKS}
 """Preset of the config → the networks that are compared on its targets."""
-RATE_NETWORKS = ('concat, 1 hidden layer', 'concat, 2 hidden layers', 'MI, z encoded')
-"""Names of the networks that have other learning rates too, on the statements."""
 
 
 def sweep() -> list[Overrides]:
-    def make_member(preset: str, network: Network, size: int, rate: float) -> Overrides:
-        return {
-            'problem.targets': PRESETS[preset],
-            **network.overrides,
-            'model.parameters': size,
-            'optim.learning_rate': rate,
-        }
-
     return [
-        *(
-            make_member(preset, network, size, RATE)
-            for preset, networks in NETWORKS.items()
-            for size in SIZES
-            for network in networks
-        ),
-        *(
-            make_member('statements', network, RATE_SIZE, rate)
-            for rate in OTHER_RATES
-            for network in STATEMENT_NETWORKS
-            if network.name in RATE_NETWORKS
-        ),
+        {'problem.targets': PRESETS[preset], **network.overrides, 'model.parameters': size}
+        for preset, networks in NETWORKS.items()
+        for size in SIZES[preset]
+        for network in networks
     ]
 
 
@@ -143,7 +124,9 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(plots.WIDTH, 4.2), layout='constrained')
         heights = [len(networks) for networks in NETWORKS.values()]
-        panel_grid = figure.subplots(len(NETWORKS), 2, sharey='row', height_ratios=heights)
+        panel_grid = figure.subplots(
+            len(NETWORKS), 2, sharex='row', sharey='row', height_ratios=heights
+        )
         for axes_row, (preset, networks) in zip(panel_grid, NETWORKS.items(), strict=True):
             for axes, target in zip(axes_row, PRESETS[preset], strict=True):
                 _draw_errors(axes, arms, preset, target)
@@ -160,12 +143,12 @@ def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
         for target in targets
         for split in SPLITS
     ]
-    sections += [_tabulate_rates(arms), sweep.describe_excluded()]
+    sections.append(sweep.describe_excluded())
     contents = '\n\n'.join(filter(None, sections)) + '\n'
     (out / 'conditional.md').write_text(contents, encoding='utf-8')
 
 
-def _make_key(arm: runs.Arm) -> tuple[str, str, int, float]:
+def _make_key(arm: runs.Arm) -> tuple[str, str, int]:
     overrides = arm.overrides
     targets = tuple(overrides['problem.targets'])
     preset = next(preset for preset in PRESETS if PRESETS[preset] == targets)
@@ -174,17 +157,17 @@ def _make_key(arm: runs.Arm) -> tuple[str, str, int, float]:
         for network in NETWORKS[preset]
         if network.overrides.items() <= overrides.items()
     )
-    return preset, name, overrides['model.parameters'], overrides['optim.learning_rate']
+    return preset, name, overrides['model.parameters']
 
 
 def _draw_errors(axes: Axes, arms: ArmByKey, preset: str, target: str) -> None:
     """Draw a line per network: a mark per size and split at the geometric mean, with intervals."""
     for split_index, (split, split_title) in enumerate(SPLITS.items()):
         color = plots.PALETTE[split_index]
-        for size, face_color in zip(SIZES, ('none', color), strict=True):
+        for size in SIZES[preset]:
             means, positions = [], []
             for network_index, network in enumerate(NETWORKS[preset]):
-                arm = arms.get((preset, network.name, size, RATE))
+                arm = arms.get((preset, network.name, size))
                 errors = arm.finite_values(f'{METRIC}/{target}', split) if arm else {}
                 if errors:
                     means.append(ratios.estimate_geometric_mean(errors, network.name))
@@ -195,7 +178,8 @@ def _draw_errors(axes: Axes, arms: ArmByKey, preset: str, target: str) -> None:
             ]
             label = f'{split_title}, {size:,} parameters'
             axes.errorbar(
-                [mean.mean for mean in means], positions, xerr=bars, color=color, mfc=face_color,
+                [mean.mean for mean in means], positions, xerr=bars, color=color,
+                mfc=color if size == LARGEST else 'none',
                 marker='o', ms=3.5, mew=0.7, ls='', elinewidth=0.8, label=label,
             )  # fmt: skip
     axes.set_xscale('log')
@@ -217,29 +201,30 @@ def find_best_concat(errors: Mapping[str, Errors]) -> str | None:
 def _tabulate_errors(arms: ArmByKey, preset: str, target: str, split: str) -> str:
     """Tabulate errors by size, and ratios to the best concat of that size; '' without any."""
     errors: dict[str, dict[int, Errors]] = {network.name: {} for network in NETWORKS[preset]}
-    for (arm_preset, name, size, rate), arm in arms.items():
-        if (arm_preset, rate) == (preset, RATE):
+    for (arm_preset, name, size), arm in arms.items():
+        if arm_preset == preset:
             errors[name][size] = arm.finite_values(f'{METRIC}/{target}', split)
     errors = {name: by_size for name, by_size in errors.items() if by_size}
     if not errors:
         return ''
+    sizes = SIZES[preset]
     baselines = {
         size: find_best_concat(
             {name: errors[name][size] for name in errors if size in errors[name]}
         )
-        for size in SIZES
+        for size in sizes
     }
 
     # A row for each network: errors, then ratios in each set of seeds.
     table_rows = []
     for name, by_size in errors.items():
-        cells = [_format_error(by_size.get(size), name) for size in SIZES]
-        for size in SIZES:
+        cells = [_format_error(by_size.get(size), name) for size in sizes]
+        for size in sizes:
             baseline = errors.get(baselines[size] or '', {}).get(size, {})
             cells.append(_format_ratios(by_size.get(size, {}), baseline, name))
         table_rows.append([name, *cells])
-    header = ['network', *(f'{size:,} parameters [95 %]' for size in SIZES)]
-    header += [f'ratio to the best concat, {size:,}' for size in SIZES]
+    header = ['network', *(f'{size:,} parameters [95 %]' for size in sizes)]
+    header += [f'ratio to the best concat, {size:,}' for size in sizes]
     title = f'**{tables.humanize(target)}**, {TARGETS[target]}, {SPLITS[split]}'
     return f'{title}\n\n{tables.format_markdown(header, table_rows)}'
 
@@ -259,23 +244,3 @@ def _format_ratios(errors: Errors, baseline: Errors, name: str) -> str:
         draw_errors = {seed: errors[seed] for seed in seeds if seed in errors}
         cells.append(ratios.format_estimate(ratios.estimate_ratio(draw_errors, baseline, name)))
     return '; '.join(cells)
-
-
-def _tabulate_rates(arms: ArmByKey) -> str:
-    """Tabulate errors by learning rate of the networks that have several; '' without any."""
-    rates = sorted((RATE, *OTHER_RATES))
-    table_rows = []
-    for target in PRESETS['statements']:
-        for name in RATE_NETWORKS:
-            rate_arms = [arms.get(('statements', name, RATE_SIZE, rate)) for rate in rates]
-            cells = [
-                _format_error(arm and arm.finite_values(f'{METRIC}/{target}', SPLIT), name)
-                for arm in rate_arms
-            ]
-            if any(rate_arms):
-                table_rows.append([target, name, *cells])
-    if not table_rows:
-        return ''
-    header = ['target', 'network', *(f'error at {rate:g} [95 %]' for rate in rates)]
-    table = tables.format_markdown(header, table_rows)
-    return f'**Learning rates**, {RATE_SIZE:,} parameters, {SPLITS[SPLIT]}\n\n{table}'
