@@ -88,7 +88,7 @@ def compress_run(
     if out_path.exists() and (not out_path.is_dir() or any(out_path.iterdir())):
         raise UserError(f'--out={out}: expected a new or empty directory. Name another one')
     trained = load(workdir)
-    config = _make_config(trained, form, size, changes)
+    config = make_config(trained, form, size, changes)
     params, results = _compress_params(trained, form, size, calibration)
 
     # Write the checkpoint first and config.json last: without it, the directory is no run.
@@ -104,7 +104,7 @@ def compress_run(
     return results
 
 
-def _make_config(
+def make_config(
     trained: Trained, form: Form, size: int, changes: Sequence[overrides.Override]
 ) -> ml_collections.ConfigDict:
     """Return the config of the new run: that of the old one with the compressed fusion."""

@@ -1,0 +1,1 @@
+"""A full MI that is trained and then compressed, against a low-rank one from scratch."""

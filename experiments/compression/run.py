@@ -1,0 +1,263 @@
+"""Is a full MI that is trained and compressed better than a low-rank one from scratch?
+
+A trained run with a full MI gives three arms per rank, measured by the run's own evaluation:
+
+compressed     the layers of the run, compressed
+fine-tuned     the same after a few hundred more steps
+from scratch   the compressed form from its own initial values, for the steps of the run and of the
+               fine-tuning together
+
+    python -m mi.main --config=configs/lm.py:quickstart --config.model.fusion.name=mi \
+        --workdir=runs/lm
+    python -m experiments.compression.run --workdir=runs/lm --out=runs/lm_compression \
+        --ranks=1,2,4,8,16,32 --steps=300 --calibration=4096
+
+--config.KEY=VALUE sets a key of the fine-tuning, such as --config.optim.learning_rate=1e-4. --steps
+has the unit of config.train.steps, updates of a language model and environment steps of an agent.
+Runs that are done are not repeated, so the command continues what was interrupted. OUT/report has
+compression.csv, compression.md, and the figure compression.png, .pdf and .svg.
+
+The question is ours.
+"""
+
+import csv
+import io
+import json
+import pathlib
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+from absl import app, flags, logging
+from matplotlib.figure import Figure
+
+from experiments.figures import panels
+from mi import overrides
+from mi.compress.forms import Form
+from mi.compress.runs import compress_run, make_config
+from mi.config import UserError, format_error
+from mi.inspect.trained import load
+from mi.report import plots, statistics
+from mi.report.records import read_metrics
+from mi.training.io import read_json
+from mi.training.run_config import read_config, record_config
+
+WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory of the full MI.')
+OUT = flags.DEFINE_string('out', None, 'Directory of the runs of this experiment.')
+RANKS = flags.DEFINE_list('ranks', ['1', '2', '4', '8', '16', '32'], 'Ranks, or blocks.')
+FORM = flags.DEFINE_enum('form', 'cp', ['cp', 'tucker', 'block'], 'Form of the compression.')
+STEPS = flags.DEFINE_integer('steps', 300, 'Steps of the fine-tuning.')
+CALIBRATION = flags.DEFINE_integer('calibration', 0, 'Inputs at which outputs are fitted.')
+
+ARMS = ('compressed', 'fine-tuned', 'from scratch')
+FULL = 'full'
+MEASURES = {
+    'lm': ('valid', ('bits_per_byte', 'nats_per_token')),
+    'rl': ('eval', ('success', 'return')),
+}
+"""Task → split, and metrics of which the first that the run records counts."""
+
+Values = dict[str, dict[float, dict[int, float]]]  # arm → rank → seed → value
+
+
+class Settings(NamedTuple):
+    """What is compressed and how.
+
+    Attributes:
+      workdir: run directory of the full MI.
+      out: directory of the runs of this experiment.
+      form: form of the compression.
+      steps: steps of the fine-tuning.
+      calibration: number of inputs at which outputs are fitted; 0 for the nearest W.
+      changes: overrides of the fine-tuning.
+    """
+
+    workdir: pathlib.Path
+    out: pathlib.Path
+    form: Form
+    steps: int
+    calibration: int = 0
+    changes: tuple[overrides.Override, ...] = ()
+
+
+def run(settings: Settings, ranks: Sequence[int]) -> Values:
+    """Run what is not done yet, and return the values of all arms."""
+    base = read_config(settings.workdir)
+    metric = find_metric(settings.workdir)
+    values: Values = {arm: {} for arm in ARMS}
+    values[FULL] = dict.fromkeys(ranks, read_values(settings.workdir, metric, is_last=True))
+    for rank in ranks:
+        tuned, scratch = (
+            settings.out / f'{name}_{settings.form}_{rank}' for name in ('tuned', 'scratch')
+        )
+        if not (tuned / 'config.json').exists():
+            steps = overrides.Override('train.steps', str(settings.steps))
+            compress_run(
+                settings.workdir, tuned, settings.form, rank, [steps, *settings.changes],
+                settings.calibration,
+            )  # fmt: skip
+        if not (scratch / 'config.json').exists():
+            total = overrides.Override('train.steps', str(base.train.steps + settings.steps))
+            config = make_config(load(settings.workdir), settings.form, rank, [total])
+            scratch.mkdir(parents=True, exist_ok=True)
+            record_config(scratch / 'config.json', config)
+        for path in (tuned, scratch):
+            train(path)
+        values['compressed'][rank] = read_values(tuned, metric, is_last=False)
+        values['fine-tuned'][rank] = read_values(tuned, metric, is_last=True)
+        values['from scratch'][rank] = read_values(scratch, metric, is_last=True)
+    return values
+
+
+def train(run_path: pathlib.Path) -> None:
+    """Train a run to its end; nothing if it is done.
+
+    Raises:
+      UserError: if the run fails.
+    """
+    if read_json(run_path / 'status.json', missing={}).get('state') == 'done':
+        return
+    done = subprocess.run([sys.executable, '-m', 'mi.main', f'--workdir={run_path}'], check=False)
+    if done.returncode:
+        raise UserError(f'{run_path} ended with exit code {done.returncode}; see above')
+
+
+def find_metric(run_path: pathlib.Path) -> tuple[str, str]:
+    """Return the split and the metric of a run that count."""
+    split, metrics = MEASURES[read_config(run_path).task]
+    records = [r for r in _read_records(run_path) if r['split'] == split]
+    for metric in metrics:
+        if records and records[-1].get(metric) is not None:
+            return split, metric
+    raise UserError(f'{run_path}: expected records of {" or ".join(metrics)} in the split {split}')
+
+
+def read_values(run_path: pathlib.Path, metric: tuple[str, str], is_last: bool) -> dict[int, float]:
+    """Return the value of each seed at the last evaluation of a run, or at its first."""
+    split, name = metric
+    records = [r for r in _read_records(run_path) if r['split'] == split]
+    steps = [record['step'] for record in records]
+    if not steps or (not is_last and min(steps) != 0):
+        raise UserError(f'{run_path}: expected an evaluation {"" if is_last else "at step 0"}')
+    step = max(steps) if is_last else 0
+    return {record['seed']: float(record[name]) for record in records if record['step'] == step}
+
+
+def _read_records(run_path: pathlib.Path) -> list[dict[str, Any]]:
+    return read_metrics(run_path / 'metrics.jsonl', done=False, warnings=[])
+
+
+def describe_cost(settings: Settings, rank: float) -> tuple[int, float]:
+    """Return the parameters of a compressed model, and the mean error of its layers."""
+    tuned = settings.out / f'tuned_{settings.form}_{rank}'
+    errors = [layer['error'] for layer in read_json(tuned / 'compressed.json')['errors']]
+    return read_json(tuned / 'cost.json')['parameters']['model'], sum(errors) / len(errors)
+
+
+def write_report(settings: Settings, values: Values, metric: tuple[str, str]) -> pathlib.Path:
+    """Write the table as CSV and Markdown, and the figure; return their directory."""
+    report_path = settings.out / 'report'
+    report_path.mkdir(parents=True, exist_ok=True)
+    header = ['rank', 'parameters', 'error', *ARMS, FULL]
+    rows = []
+    for rank in values[FULL]:
+        parameters, error = describe_cost(settings, rank)
+        cells = [_format(values[arm][rank], arm) for arm in (*ARMS, FULL)]
+        rows.append([str(rank), f'{parameters}', f'{error:.4f}', *cells])
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator='\n').writerows(_list_values(values))
+    (report_path / 'compression.csv').write_text(buffer.getvalue())
+    lines = [f'| {" | ".join(cells)} |' for cells in (header, ['---:'] * len(header), *rows)]
+    (report_path / 'compression.md').write_text('\n'.join(lines) + '\n')
+    with matplotlib.rc_context(plots.STYLE):
+        plots.save(draw(values, metric[1], settings.form), report_path, 'compression')
+    (report_path / 'settings.json').write_text(json.dumps(describe(settings), indent=2) + '\n')
+    return report_path
+
+
+def describe(settings: Settings) -> dict[str, Any]:
+    """Return the settings as a JSON object."""
+    changes = {change.key: change.text for change in settings.changes}
+    return settings._asdict() | {
+        'workdir': str(settings.workdir),
+        'out': str(settings.out),
+        'changes': changes,
+    }
+
+
+def draw(values: Values, metric: str, form: str) -> Figure:
+    """Draw the metric against the rank, a line per arm."""
+    figure = Figure(figsize=(5, 3.4), layout='constrained')
+    axes = figure.subplots()
+    styles = panels.assign_styles(ARMS, grey=[FULL])
+    for arm in (*ARMS, FULL):
+        panels.draw_line(axes, values[arm], arm, styles[arm])
+    axes.set_xscale('log', base=2)
+    axes.set_xticks(list(values[FULL]), [str(rank) for rank in values[FULL]])
+    axes.set_xlabel('blocks' if form == 'block' else f'rank of the form {form}')
+    axes.set_ylabel(metric.replace('_', ' '))
+    axes.legend(frameon=False)
+    return figure
+
+
+def _list_values(values: Mapping[str, Mapping[float, Mapping[int, float]]]) -> list[list[Any]]:
+    rows: list[list[Any]] = [['arm', 'rank', 'seed', 'value']]
+    for arm, by_rank in values.items():
+        for rank, by_seed in by_rank.items():
+            rows += [[arm, rank, seed, value] for seed, value in by_seed.items()]
+    return rows
+
+
+def _format(by_seed: Mapping[int, float], arm: str) -> str:
+    """Return a mean with its 95 % interval."""
+    estimate = statistics.estimate(by_seed, arm)
+    if estimate.low is None or estimate.high is None:
+        return f'{estimate.mean:.4f}'
+    return f'{estimate.mean:.4f} [{estimate.low:.4f}, {estimate.high:.4f}]'
+
+
+def main(argv: Sequence[str], changes: Sequence[overrides.Override]) -> None:
+    """Run the experiment that the flags name.
+
+    Raises:
+      UserError: if flags or runs are invalid.
+    """
+    if len(argv) > 1:
+        raise UserError(f'unexpected argument {argv[1]!r}; flags are --NAME=VALUE')
+    if not WORKDIR.value or not OUT.value:
+        raise UserError('--workdir=DIRECTORY and --out=DIRECTORY are both required')
+    if not all(rank.isdigit() and int(rank) for rank in RANKS.value):
+        raise UserError(f'--ranks={",".join(RANKS.value)}: expected numbers of at least 1')
+    logging.set_verbosity(logging.WARNING)  # orbax writes a page per checkpoint
+    form: Any = FORM.value  # absl knows only that it is text
+    settings = Settings(
+        pathlib.Path(WORKDIR.value), pathlib.Path(OUT.value), form, STEPS.value,
+        CALIBRATION.value, tuple(changes),
+    )  # fmt: skip
+    metric = find_metric(settings.workdir)
+    values = run(settings, [int(rank) for rank in RANKS.value])
+    report_path = write_report(settings, values, metric)
+    print((report_path / 'compression.md').read_text() + f'{metric[1]} in the split {metric[0]}')
+
+
+def start() -> None:
+    """Parse the command line and run; a user error ends with one line and exit code 1."""
+    changes: list[overrides.Override] = []
+
+    def parse(argv: list[str]) -> list[str]:
+        other_arguments, changes[:] = overrides.split(argv)
+        try:
+            return flags.FLAGS(other_arguments)
+        except flags.Error as error:
+            raise UserError(format_error(error)) from error
+
+    try:
+        app.run(lambda argv: main(argv, changes), flags_parser=parse)
+    except UserError as error:
+        sys.exit(f'error: {error}')
+
+
+if __name__ == '__main__':
+    start()
