@@ -183,12 +183,12 @@ def draw_scores(arms: Arms, metric: str, metric_title: str) -> Figure:
                     label = title if not row_index else None
                     _draw_arm(axes, row_index + offset, arm, metric, colors[fusion], label)
         axes.set_title(f'context: {source}')
+        axes.set_xlabel(f'test {metric_title}')
         axes.set_yticks(range(len(SITES)), [*SITES.values()])
     panels[0].set_ylim(len(SITES) - 0.5, -0.5)
     handles, labels = panels[0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc='outside lower center', ncols=3, frameon=False)
-    figure.supxlabel(f'test {metric_title}', fontsize='medium')
     return figure
 
 
