@@ -145,7 +145,8 @@ def _draw_scores(arms: Arms, paths: Sequence[str], out: pathlib.Path) -> None:
         axes.set_title(f'{PATHS[path]} neural process')
     for axes in panel_grid[-1]:
         axes.set_xlabel('points of context')
-    roll_outs.draw_legend(figure, columns=3)
+    handles, labels = panel_grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside lower center', ncols=3, frameon=False)
     plots.save(figure, out, 'neural_process')
 
 

@@ -282,6 +282,24 @@ def test_the_report_tabulates_differences_paired_by_seed_beside_the_ceiling():
     assert '1.0' in sections[3].splitlines()[-1] and experiment.CEILING in sections[3]
 
 
+def test_the_figure_names_every_decoder_and_the_ceiling(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(
+        experiment.plots, 'save', lambda figure, out, name: figures.append((name, figure))
+    )
+    arms = {
+        experiment.make_key(arm): arm
+        for arm in (make_arm(member, 0.5) for member in experiment.sweep())
+    }
+    experiment._draw_scores(arms, list(experiment.PATHS), tmp_path)
+    ((name, figure),) = figures
+    assert name == 'neural_process'
+    (legend,) = figure.legends
+    expected = [*experiment.DECODERS.values(), experiment.CEILING]
+    assert sorted(text.get_text() for text in legend.get_texts()) == sorted(expected)
+    assert len(figure.axes) == len(experiment.PANELS) * len(experiment.PATHS)
+
+
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
