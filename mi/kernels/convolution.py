@@ -98,7 +98,7 @@ def _convolve_valid_backward(
     residuals: tuple[Array, Array], cotangent: Array
 ) -> tuple[Array, Array]:
     x, W = residuals
-    _, compute_x_cotangent = jax.vjp(lambda x: _convolve_valid_natively(x, W), x)
+    compute_x_cotangent = jax.linear_transpose(lambda x: _convolve_valid_natively(x, W), x)
     cotangent_rows = cotangent.reshape(-1, cotangent.shape[-1])
     W_cotangent = [
         [window.reshape(-1, window.shape[-1]).T @ cotangent_rows for window in window_row]

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from mi.kernels.convolution import convolve
+from mi import counting
+from mi.kernels.convolution import AXES, convolve
 from tests.motifs.checks import drawn, random
 
 
@@ -45,6 +46,20 @@ def test_it_is_the_convolution(size, stride, padding, channels, options):
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
         gradients(ours), gradients(theirs),
     )  # fmt: skip
+
+
+def test_a_gradient_is_one_product_for_each_factor():
+    """The transposed product has a term for every pixel of the padded input; no other is made."""
+    x, W = random(0, 2, 9, 11, 32), random(1, 3, 3, 32, 6)
+
+    def gradients(x, W):
+        def loss(x, W):
+            return convolve(x, W, (1, 1), 'SAME', dimension_numbers=AXES).sum()
+
+        return jax.grad(loss, argnums=(0, 1))(x, W)
+
+    per_pixel = 2 * 2 * 9 * 32 * 6  # FLOPs of two images
+    assert counting.flops(gradients, x, W) == per_pixel * (9 * 11 + 11 * 13 + 9 * 11)
 
 
 def test_accelerators_keep_their_own():
