@@ -30,7 +30,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from launch.sweep import Overrides, product
+from launch.sweep import Overrides
 from mi.inspect import trained
 from mi.report import plots, runs, statistics, tables
 from mi.training.io import read_json
@@ -68,8 +68,8 @@ MARKERS = ('o', 's', '^', 'D', 'v', 'P')
 
 
 def sweep() -> list[Overrides]:
-    common = product(**{'model.sites': [('readout',)], 'seeds': [(0, 1, 2, 3, 4)]})
-    return product(ARMS, common)
+    common: Overrides = {'model.sites': ('readout',), 'seeds': (0, 1, 2, 3, 4)}
+    return [arm | common for arm in ARMS]
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:
