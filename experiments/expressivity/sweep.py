@@ -11,8 +11,8 @@ best of three learning rates, for each of five seeds; once more with five others
 The report also has expressivity.png, .pdf and .md: parameters against the
 dimension, and the law of their growth.
 
-Source: the question, xᵀz and 0.1 are of Jayakumar et al. (ICLR 2020), recalled; networks, the
-other targets, training and search are ours.
+Source: the question, xᵀz and 0.1 are of Jayakumar et al. (ICLR 2020); networks, the other targets,
+training and search are ours.
 """
 
 import pathlib
