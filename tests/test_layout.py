@@ -87,15 +87,16 @@ def test_every_key_of_the_config_has_a_rule_and_no_rule_is_without_a_key():
 
 
 def defined_flags(folder):
-    """Name of each absl flag that a module of this folder defines, with the module."""
-    for file in (ROOT / folder).rglob('*.py'):
+    """Name of each absl flag that an importable module of this folder defines, with the module."""
+    for file in (ROOT / folder).rglob('[!_]*.py'):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func).startswith('flags.DEFINE_'):
                 yield node.args[0].value, str(file.relative_to(ROOT))
 
 
-def test_benchmarks_and_launchers_can_be_imported_into_one_process():
-    """absl allows one definition of a flag in a process, and tests import both."""
+def test_launchers_benchmarks_and_experiments_can_be_imported_into_one_process():
+    """absl allows one definition of a flag in a process, and tests import them all."""
     launchers, benchmarks = dict(defined_flags('launch')), dict(defined_flags('benchmarks'))
     assert launchers.keys() & benchmarks.keys() == set()
+    assert dict(defined_flags('experiments')) == {}  # problems and sweeps; commands are __main__
     assert 'accelerator' in launchers and 'chip' in benchmarks

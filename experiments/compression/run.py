@@ -9,7 +9,7 @@ from scratch   the compressed form from its own initial values, for the steps of
 
     python -m mi.main --config=configs/lm.py:quickstart --config.model.fusion.name=mi \
         --workdir=runs/lm
-    python -m experiments.compression.run --workdir=runs/lm --out=runs/lm_compression \
+    python -m experiments.compression --workdir=runs/lm --out=runs/lm_compression \
         --ranks=1,2,4,8,16,32 --steps=300 --calibration=4096
 
 --config.KEY=VALUE sets a key of the fine-tuning, such as --config.optim.learning_rate=1e-4. --steps
@@ -30,26 +30,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
-from absl import app, flags, logging
 from matplotlib.figure import Figure
 
 from experiments.figures import panels
 from mi import overrides
 from mi.compress.forms import Form
 from mi.compress.runs import compress_run, make_config
-from mi.config import UserError, format_error
+from mi.config import UserError
 from mi.inspect.trained import load
 from mi.report import plots, statistics
 from mi.report.records import read_metrics
 from mi.training.io import read_json
 from mi.training.run_config import read_config, record_config
-
-WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory of the full MI.')
-OUT = flags.DEFINE_string('out', None, 'Directory of the runs of this experiment.')
-RANKS = flags.DEFINE_list('ranks', ['1', '2', '4', '8', '16', '32'], 'Ranks, or blocks.')
-FORM = flags.DEFINE_enum('form', 'cp', ['cp', 'tucker', 'block'], 'Form of the compression.')
-STEPS = flags.DEFINE_integer('steps', 300, 'Steps of the fine-tuning.')
-CALIBRATION = flags.DEFINE_integer('calibration', 0, 'Inputs at which outputs are fitted.')
 
 ARMS = ('compressed', 'fine-tuned', 'from scratch')
 FULL = 'full'
@@ -216,48 +208,3 @@ def _format(by_seed: Mapping[int, float], arm: str) -> str:
     if estimate.low is None or estimate.high is None:
         return f'{estimate.mean:.4f}'
     return f'{estimate.mean:.4f} [{estimate.low:.4f}, {estimate.high:.4f}]'
-
-
-def main(argv: Sequence[str], changes: Sequence[overrides.Override]) -> None:
-    """Run the experiment that the flags name.
-
-    Raises:
-      UserError: if flags or runs are invalid.
-    """
-    if len(argv) > 1:
-        raise UserError(f'unexpected argument {argv[1]!r}; flags are --NAME=VALUE')
-    if not WORKDIR.value or not OUT.value:
-        raise UserError('--workdir=DIRECTORY and --out=DIRECTORY are both required')
-    if not all(rank.isdigit() and int(rank) for rank in RANKS.value):
-        raise UserError(f'--ranks={",".join(RANKS.value)}: expected numbers of at least 1')
-    logging.set_verbosity(logging.WARNING)  # orbax writes a page per checkpoint
-    form: Any = FORM.value  # absl knows only that it is text
-    settings = Settings(
-        pathlib.Path(WORKDIR.value), pathlib.Path(OUT.value), form, STEPS.value,
-        CALIBRATION.value, tuple(changes),
-    )  # fmt: skip
-    metric = find_metric(settings.workdir)
-    values = run(settings, [int(rank) for rank in RANKS.value])
-    report_path = write_report(settings, values, metric)
-    print((report_path / 'compression.md').read_text() + f'{metric[1]} in the split {metric[0]}')
-
-
-def start() -> None:
-    """Parse the command line and run; a user error ends with one line and exit code 1."""
-    changes: list[overrides.Override] = []
-
-    def parse(argv: list[str]) -> list[str]:
-        other_arguments, changes[:] = overrides.split(argv)
-        try:
-            return flags.FLAGS(other_arguments)
-        except flags.Error as error:
-            raise UserError(format_error(error)) from error
-
-    try:
-        app.run(lambda argv: main(argv, changes), flags_parser=parse)
-    except UserError as error:
-        sys.exit(f'error: {error}')
-
-
-if __name__ == '__main__':
-    start()

@@ -126,6 +126,6 @@ def test_a_run_that_is_done_is_not_repeated(tmp_path):
     ],
 )
 def test_a_wrong_command_is_one_line(flags, message):
-    command = [sys.executable, '-m', 'experiments.compression.run', *flags]
+    command = [sys.executable, '-m', 'experiments.compression', *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and message in done.stderr and 'Traceback' not in done.stderr
