@@ -115,6 +115,14 @@ def config_of(word):
     return module.get_config(argument) if argument else module.get_config()
 
 
+@pytest.fixture(autouse=True)
+def _forget_modules_of_the_reader():
+    """The pages give their own modules the same names."""
+    yield
+    for name in [name for name in sys.modules if name.startswith('my_')]:
+        del sys.modules[name]
+
+
 @pytest.mark.parametrize('line', COMMANDS)
 def test_a_command_names_what_there_is(line):
     line = line.partition(' | ')[0]
@@ -214,7 +222,6 @@ def write_find_tutorial(path, monkeypatch):
     modules = {'model': model, 'policy': policy, 'problem': problem, 'sweep': sweep_file}
     for name, text in modules.items():
         (path / f'my_{name}.py').write_text(text)
-        monkeypatch.delitem(sys.modules, f'my_{name}', raising=False)
     return candidate, changed
 
 
