@@ -12,6 +12,7 @@ the mean and, as σ = σ_min + (1 − σ_min) softplus, the standard deviation.
 Shapes: N points of context, T targets, m features; leading axes are functions.
 """
 
+import warnings
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -116,7 +117,11 @@ class CrossAttention(nn.Module):
             self.heads, qkv_features=self.width, out_features=self.features, name='attention'
         )
         queries, keys = embed(x[..., None]), embed(points.x[..., None])
-        attended = attend(queries, keys, representations, mask=points.mask[..., None, None, :])
+        visible = points.mask[..., None, None, :]
+        with warnings.catch_warnings():
+            # Flax takes values for an old argument, the mask, if they are as many as features.
+            warnings.filterwarnings('ignore', 'You are passing an array', DeprecationWarning)
+            attended = attend(queries, keys, representations, mask=visible)
         return jnp.where(points.mask.any(-1)[..., None, None], attended, 0)
 
 

@@ -337,9 +337,10 @@ def test_more_context_gives_a_higher_likelihood_and_less_error(path, tmp_path):
         for name in ('log_likelihood', 'mse')
     )
     ceiling = finals(tmp_path, 'log_likelihood/8', 'gp_contexts')
+    gain = {'deterministic': 0.2, 'latent': 0.1}[path]  # nats; a latent learns more slowly
     for seed in (0, 1):
         # The prior of a function: that of its values alone, without knowledge of its scale.
-        assert likelihoods[8][seed] > likelihoods[0][seed] + 0.2
+        assert likelihoods[8][seed] > likelihoods[0][seed] + gain
         assert likelihoods[8][seed] > likelihoods[2][seed] > likelihoods[0][seed]
         assert errors[8][seed] < errors[2][seed] < errors[0][seed]
         assert likelihoods[8][seed] < ceiling[seed]
