@@ -76,7 +76,10 @@ def make_members(
     names = _make_names(shown_overrides, overrides)
     labels = make_labels(overrides, shown_overrides, task_key)
     if any(given_labels):
-        labels = [str(given or label) for given, label in zip(given_labels, labels, strict=True)]
+        labels = [
+            str(override_label or label)
+            for override_label, label in zip(given_labels, labels, strict=True)
+        ]
         _refuse_shared_labels(labels, overrides, task_key)
 
     return [

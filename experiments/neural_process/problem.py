@@ -86,7 +86,7 @@ class Examples(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Regression(Problem):
-    """Learn to predict functions from points of context; every batch is drawn anew.
+    """Learn to predict functions from points of context; every batch is drawn fresh.
 
     Attributes:
       model: the neural process.
@@ -109,7 +109,7 @@ class Regression(Problem):
         return self.model.init(key, points, points, points == 0, targets, epsilon)
 
     def split(self, functions: tasks.Functions, counts: Array) -> tuple[Points, Array, Array]:
-        """Return context [F, C], of which the first counts [F] are visible, and targets x, y."""
+        """Return context [F, C] with the first counts [F] visible, and targets x, y."""
         C = self.settings.max_context
         mask = jnp.arange(C)[None] < counts[:, None]
         context = Points(functions.x[:, :C], functions.y[:, :C], mask)

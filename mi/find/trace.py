@@ -938,15 +938,16 @@ class Interpreter:
         """Return what any branch may return; all branches are recorded, the costliest counted."""
         predicate, *operands = inputs
         start, costs, branches = self.flops, [], []
-        before, contents = self._contents, []
+        old_contents, contents = self._contents, []
         for branch in eqn.params['branches']:
-            self.flops, self._contents = 0, dict(before)
+            self.flops, self._contents = 0, dict(old_contents)
             branches.append(self.run_closed(branch, operands, scope))
             costs.append(self.flops)
             contents.append(self._contents)
         self.flops = start + max(costs)
         self._contents = {
-            ref: self._merge([after[ref] for after in contents], predicate) for ref in before
+            ref: self._merge([branch_contents[ref] for branch_contents in contents], predicate)
+            for ref in old_contents
         }
         return [self._merge(values, predicate) for values in zip(*branches, strict=True)]
 
@@ -1248,10 +1249,10 @@ class Interpreter:
         solver_consts = inputs[start : start + lengths.solve]
 
         # The FLOPs are those of the solver.
-        before = self.flops
+        start_flops = self.flops
         self.run_closed(eqn.params['jaxprs'].solve, [*solver_consts, *targets],
                         scope._replace(is_recording=False))  # fmt: skip
-        flops = (self.flops - before) // (scope.times or 1)
+        flops = (self.flops - start_flops) // (scope.times or 1)
 
         # The product.
         matrix = self._identify(blend(consts, consts[0].shape)) if consts else None

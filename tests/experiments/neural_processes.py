@@ -28,7 +28,7 @@ def make_problem(**changes):
 
 
 def init_random(problem, seed=0):
-    """Parameters of which none is zero, so that every part shows in the output."""
+    """Return parameters without a zero, so that every part shows in the output."""
     shapes = jax.eval_shape(problem.init_params, jax.random.key(0), {})
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: jnp.asarray(0.5 * rng.normal(size=leaf.shape), 'f'), shapes)

@@ -145,7 +145,7 @@ def test_a_reduction_by_a_function_of_one_s_own_is_read(is_window):
 
 
 def test_an_associative_scan_over_two_steps_has_one_product():
-    """(a, b) ∘ (a′, b′) = (a a′, a′ b + b′), of which only the second entry is returned."""
+    """(a, b) ∘ (a′, b′) = (a a′, a′ b + b′); only the second entry is returned."""
 
     def run(_, x, z):
         def combine(left, right):

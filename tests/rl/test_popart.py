@@ -279,7 +279,7 @@ def test_the_learner_moves_the_statistics_and_no_value(order):
 
 @pytest.mark.parametrize('source', ['state', 'task', 'embedding'])
 def test_no_value_moves_with_the_statistics_at_a_fused_read_out(source):
-    """With an optimizer that changes nothing, of which a value in float64 is the judge."""
+    """The optimizer changes nothing; the reference is a value in float64."""
     options = {'sites': ('readout',), 'source': source, 'context': 3}
     agent, trajectory = agent_and_trajectory(drawn_rewards(), **options)
     params = jax.jit(agent.init)(jax.random.key(0), {}, trajectory.inputs)['params']
