@@ -9,11 +9,12 @@ import jax
 import numpy as np
 
 from mi.config import suggest
-from mi.find import motifs
+from mi.find import motifs, rules
 from mi.find.candidates import list_candidates
 from mi.find.degree import Output
+from mi.find.interpreter import Interpreter
+from mi.find.records import Product, Scope
 from mi.find.report import Interaction, Report
-from mi.find.trace import Interpreter, Product, Scope
 from mi.find.values import Value
 
 
@@ -58,14 +59,14 @@ def find(function: Callable[..., Any], params: Any, /, **streams: Any) -> Report
     closed, out_shapes = _trace(call, name, params_leaves, stream_leaves)
 
     # Interpret it.
-    interpreter = Interpreter(len(streams))
+    interpreter = Interpreter(len(streams), rules.interpret)
     arrays = [(leaf, 0) for leaf in params_leaves]
     arrays += [(leaf, 1 << bit) for bit, leaves in enumerate(stream_leaves) for leaf in leaves]
     inputs = [
         interpreter.make_value(np.shape(leaf), 0 if _is_key(leaf) else mask, has_params=not mask)
         for leaf, mask in arrays
     ]
-    values = interpreter.run_closed(closed, inputs, Scope())
+    values = interpreter.run(closed, inputs, Scope())
 
     # Describe what was recorded.
     names = list(streams)

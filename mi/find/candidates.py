@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
-from mi.find.trace import Meeting, Product
+from mi.find.records import Meeting, Product
 from mi.find.values import get_sources
 
 RANK = 16  # of the low-rank form, or the smallest size where that is less

@@ -1,4 +1,4 @@
-"""Kernels and references: which jaxprs with references the interpreter can read."""
+"""Pallas kernels: reading their programs, and running them as loops over references."""
 
 import math
 from collections.abc import Iterator
@@ -6,8 +6,12 @@ from typing import Any, NamedTuple
 
 from jax.extend import core
 
-# Primitives with a rule for the contents of a reference.
-ACCESSES = {'get', 'swap', 'addupdate', 'new_ref', 'empty_ref', 'freeze', 'free_ref'}
+from mi.find.control_flow import iterate
+from mi.find.interpreter import Interpreter
+from mi.find.primitives import ACCESSES, get_shape
+from mi.find.records import Equation, Scope
+from mi.find.references import drop_axes, make_reference
+from mi.find.values import Value
 
 
 class Kernel(NamedTuple):
@@ -26,13 +30,54 @@ class Kernel(NamedTuple):
     num_indices: int
 
 
-def read_kernel(eqn: core.JaxprEqn) -> Kernel | None:
+def run_kernel(interpreter: Interpreter, equation: Equation) -> list[Value]:
+    """Run a kernel, a loop over its grid that reads and writes blocks."""
+    kernel, inputs = _read_kernel(equation.eqn), equation.inputs
+    operands = inputs[kernel.num_bounds :] if kernel else inputs
+    chooses_blocks = kernel and any(value.streams for value in operands[: kernel.num_indices])
+    if kernel is None or chooses_blocks or any(value.ref for value in inputs):
+        return interpreter.blur(equation)
+
+    # References to blocks of the operands, then to outputs and scratch.
+    variables = kernel.jaxpr.invars
+    blocks = [
+        _take_block(interpreter, value, get_shape(var))
+        for value, var in zip(operands, variables, strict=False)
+    ]
+    blocks += [interpreter.make_constant(get_shape(var)) for var in variables[len(operands) :]]
+    refs = [make_reference(interpreter, block) for block in blocks]
+
+    # One step of the grid needs no fixed point.
+    def step(carry: list[Value], scope: Scope) -> list[Value]:
+        return interpreter.run(kernel.jaxpr, refs, scope)
+
+    scope = equation.enter_call()
+    if kernel.num_steps == 1:
+        step([], scope)
+    else:
+        iterate(interpreter, step, [], scope.repeat(kernel.num_steps))
+    outputs = [interpreter.contents[ref.ref] for ref in refs[len(operands) :]]
+    return [
+        interpreter.identify(output._replace(shape=shape, parts=(), features=()))
+        for output, shape in zip(outputs, equation.shapes, strict=False)
+    ]
+
+
+def _take_block(interpreter: Interpreter, value: Value, shape: tuple[int, ...]) -> Value:
+    """Return the block of an operand that one step of a grid sees."""
+    if shape == value.shape or not value.streams:
+        return value._replace(shape=shape)
+    block = value._replace(shape=shape, features=drop_axes(value, shape), parts=())
+    return interpreter.identify(block)._replace(root=value.root)
+
+
+def _read_kernel(eqn: core.JaxprEqn) -> Kernel | None:
     """Return the kernel of a pallas_call; None if it has primitives without a rule."""
     jaxpr, mapping = eqn.params.get('jaxpr'), eqn.params.get('grid_mapping')
     grid = getattr(mapping, 'grid', None)
     if not isinstance(jaxpr, core.Jaxpr) or grid is None or jaxpr.constvars:
         return None
-    if find_unreadable(jaxpr):
+    if _find_unreadable(jaxpr):
         return None
     sizes = [size for size in grid if isinstance(size, int)]
     num_bounds = len(grid) - len(sizes)
@@ -40,21 +85,21 @@ def read_kernel(eqn: core.JaxprEqn) -> Kernel | None:
     return Kernel(jaxpr, num_steps, num_bounds, getattr(mapping, 'num_index_operands', 0))
 
 
-def find_unreadable(jaxpr: core.Jaxpr) -> str:
+def _find_unreadable(jaxpr: core.Jaxpr) -> str:
     """Return the first primitive that takes a reference and has no rule; '' if there is none."""
     for eqn in jaxpr.eqns:
         inner = list(_list_jaxprs(eqn))
-        takes_reference = any(is_reference(atom) for atom in eqn.invars)
+        takes_reference = any(_is_reference(atom) for atom in eqn.invars)
         if not inner and takes_reference and eqn.primitive.name not in ACCESSES:
             return eqn.primitive.name
         for nested in inner:
-            name = find_unreadable(nested)
+            name = _find_unreadable(nested)
             if name:
                 return name
     return ''
 
 
-def is_reference(atom: Any) -> bool:
+def _is_reference(atom: Any) -> bool:
     """Return whether a variable of a jaxpr is a reference to a mutable array."""
     return hasattr(atom.aval, 'inner_aval')
 

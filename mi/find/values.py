@@ -1,7 +1,7 @@
 """Abstract values: what is known about an array of a function without computing it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 INFINITY = math.inf
@@ -126,6 +126,11 @@ def blend(values: Sequence[Value], shape: tuple[int, ...], is_polynomial: bool =
             carried |= value.carried
     degrees = max_degrees(values) if is_polynomial else unbound_degrees(values)
     return Value(shape, streams, has_params, degrees, carried=carried, is_choice=is_choice)
+
+
+def unite(values: Iterable[Value], field: str) -> frozenset[int]:
+    """Return the union of one set of ids of each value."""
+    return NO_IDS.union(*(getattr(value, field) for value in values))
 
 
 def get_sources(value: Value) -> tuple[Source, ...]:

@@ -1,0 +1,75 @@
+"""An abstract interpreter of jaxprs that records where two values that depend on data multiply.
+
+Nothing is executed: the interpreter walks the equations once, into nested jaxprs too. What an
+equation does to its operands is in `mi.find.rules`.
+"""
+
+from collections.abc import Callable, Iterable
+
+from jax.extend import core
+
+from mi.find.primitives import get_shape, open_jaxpr
+from mi.find.records import Equation, Scope
+from mi.find.trace import Trace
+from mi.find.values import Value
+
+
+class Interpreter(Trace):
+    """Interprets jaxprs abstractly.
+
+    Attributes:
+      contents: id of a reference → what is in its mutable array.
+    """
+
+    def __init__(
+        self, num_streams: int, interpret: Callable[['Interpreter', Equation], list[Value]]
+    ):
+        """Make an interpreter.
+
+        Args:
+          num_streams: number of the function's streams.
+          interpret: returns the results of an equation, such as `mi.find.rules.interpret`.
+        """
+        super().__init__(num_streams)
+        self.contents: dict[int, Value] = {}
+        self._interpret = interpret
+        self._live: dict[int, list[core.JaxprEqn]] = {}
+
+    def run(
+        self,
+        jaxpr: core.ClosedJaxpr | core.Jaxpr,
+        args: Iterable[Value],
+        scope: Scope,
+        consts: Iterable[Value] | None = None,
+    ) -> list[Value]:
+        """Return the outputs of a jaxpr; constants that are not given do not depend on data."""
+        jaxpr = open_jaxpr(jaxpr)
+        if consts is None:
+            consts = [self.make_constant(get_shape(var)) for var in jaxpr.constvars]
+        env = dict(zip(jaxpr.constvars, consts, strict=True))
+        env.update(zip(jaxpr.invars, args, strict=True))
+
+        def read(atom: core.Var | core.Literal) -> Value:
+            if isinstance(atom, core.Literal):
+                shape = get_shape(atom)
+                return self.make_constant(shape, is_literal=not shape)
+            return env[atom]
+
+        for eqn in self._list_live(jaxpr):
+            inputs = [read(atom) for atom in eqn.invars]
+            equation = Equation(eqn, inputs, scope, [get_shape(var) for var in eqn.outvars])
+            outputs = self._interpret(self, equation)
+            env.update(zip(eqn.outvars, outputs, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _list_live(self, jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
+        """Return the equations that an output needs, or that have side effects."""
+        if id(jaxpr) not in self._live:
+            needed = {var for var in jaxpr.outvars if not isinstance(var, core.Literal)}
+            live = []
+            for eqn in reversed(jaxpr.eqns):
+                if eqn.effects or not needed.isdisjoint(eqn.outvars):
+                    live.append(eqn)
+                    needed |= {var for var in eqn.invars if not isinstance(var, core.Literal)}
+            self._live[id(jaxpr)] = live[::-1]
+        return self._live[id(jaxpr)]
