@@ -18,12 +18,13 @@ from mi.find.values import (
 SQUASHES = {'logistic': 'sigmoid', 'tanh': 'tanh'}
 
 
-def convert(trace: Trace, equation: Equation) -> Value:
-    """Return a value in another type or place; only conversion to integers changes degrees."""
-    value = equation.inputs[0]
+def convert(trace: Trace, equation: Equation) -> list[Value]:
+    """Return values in another type or place; only conversion to integers changes degrees."""
+    shapes = zip(equation.inputs, equation.shapes, strict=False)
+    values = [value._replace(shape=shape) for value, shape in shapes]
     if equation.name == 'convert_element_type' and is_integer(equation.eqn.outvars[0]):
-        return value._replace(degrees=unbound_degrees([value]))
-    return value._replace(shape=equation.shape)
+        return [value._replace(degrees=unbound_degrees([value])) for value in values]
+    return values
 
 
 def negate(trace: Trace, equation: Equation) -> Value:

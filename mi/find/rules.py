@@ -30,7 +30,6 @@ PROGRAMS: Mapping[str, Callable[[Interpreter, Equation], list[Value]]] = {
 
 SINGLE: Mapping[str, Callable[[Interpreter, Equation], Value]] = {
     # Primitives that move or rename elements.
-    **dict.fromkeys(primitives.IDENTITIES, elementwise.convert),
     **dict.fromkeys(primitives.RESHAPES, shapes.reshape),
     'concatenate': shapes.concatenate,
     'gather': shapes.gather,
@@ -50,7 +49,7 @@ SINGLE: Mapping[str, Callable[[Interpreter, Equation], Value]] = {
 """Primitives with one result."""
 
 MULTIPLE: Mapping[str, Callable[[Interpreter, Equation], list[Value]]] = {
-    'optimization_barrier': lambda _, equation: equation.inputs,
+    **dict.fromkeys(primitives.IDENTITIES, elementwise.convert),
     **dict.fromkeys(primitives.MOVES, shapes.move),
     **dict.fromkeys(primitives.SLICES, shapes.slice_array),
     **dict.fromkeys((*primitives.SUMS, *primitives.REDUCTIONS), reductions.reduce),

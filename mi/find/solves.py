@@ -47,7 +47,7 @@ def solve_by_function(interpreter: Interpreter, equation: Equation) -> list[Valu
         if not target.streams:
             outputs.append(interpreter.identify(value))
             continue
-        product = equation._replace(inputs=[matrix, target], shapes=[target.shape], scope=scope)
+        product = equation._replace(inputs=[matrix, target], shapes=[target.shape])
         axes = Contraction((0,), (0,), (), ())
         value = interpreter.record_product(product, value, axes)
         for index in value.products:

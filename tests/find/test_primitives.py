@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax.experimental import pallas as pl
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
@@ -23,6 +24,19 @@ def list_products(report):
     """Return the primitive and the sides of each product, in the order of the computation."""
     return [(i.primitive, *sorted((','.join(i.left), ','.join(i.right)))) for i in
             report.interactions]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------ moved arrays
+
+
+def test_arrays_that_are_put_on_a_device_together_stay_apart():
+    def multiply(params, x, z):
+        left, right = jax.device_put((x, z))
+        return left * right
+
+    report = find_in(multiply)
+    assert list_products(report) == [('mul', 'x', 'z')]
+    assert report.outputs[0].describe() == 'bi-affine in x and z'
 
 
 # ------------------------------------------------------------------------------ ragged and scaled
@@ -224,6 +238,26 @@ def test_a_solver_of_one_s_own_is_one_product():
         return jax.lax.custom_linear_solve(matvec, x, run, symmetric=True)
 
     assert list_products(find_in(solve)) == [('custom_linear_solve', 'x', 'z')]
+
+
+class Solver(nn.Module):
+    """Solves (I + W(z)) y = x for a generated matrix W(z)."""
+
+    @nn.compact
+    def __call__(self, x, z):
+        matrix = jnp.eye(N) + nn.Dense(N * N)(z).reshape(N, N)
+
+        def matvec(y):
+            return matrix @ y
+
+        return jax.lax.custom_linear_solve(matvec, x, lambda _, b: jnp.linalg.inv(matrix) @ b)
+
+
+def test_a_solve_is_in_its_module_once():
+    x, z = spec(N), spec(M)
+    variables = jax.eval_shape(Solver().init, jax.random.key(0), x, z)
+    paths = [i.path for i in find(Solver().apply, variables, x=x, z=z).interactions]
+    assert paths == ['Solver']
 
 
 # ------------------------------------------------------------------------------ convolutions
