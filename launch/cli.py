@@ -52,6 +52,13 @@ CORES = flags.DEFINE_integer(
     'cores', 0, 'CPU cores of each process; 0 for an even share.', lower_bound=0
 )
 RETRIES = flags.DEFINE_integer('retries', 0, 'Restarts of a member that fails.', lower_bound=0)
+CACHE_MEGABYTES = flags.DEFINE_integer(
+    'cache_megabytes',
+    1024,
+    'Size of the compiled programs in WORKDIR/compilation_cache that the members of launch.local, '
+    'launch.pbt and launch.optuna share; 0 shares none.',
+    lower_bound=0,
+)
 
 ASHA = flags.DEFINE_integer(
     'asha', 0, 'Stop members that are behind, from this step on; see launch/asha.py.', lower_bound=0
@@ -66,7 +73,14 @@ ASHA_FACTOR = flags.DEFINE_integer(
 
 def get_resources() -> Resources:
     """Return the resources that the flags name."""
-    return Resources(PARALLEL.value, PROCESSES.value, GPUS.value, CORES.value, RETRIES.value)
+    return Resources(
+        PARALLEL.value,
+        PROCESSES.value,
+        GPUS.value,
+        CORES.value,
+        RETRIES.value,
+        CACHE_MEGABYTES.value,
+    )
 
 
 def run(

@@ -31,6 +31,8 @@ class Resources:
       cores: CPU cores of each process; 0 for an even share.
       retries: restarts of a member that fails. A member that was preempted is always restarted if
         it has progressed.
+      cache_megabytes: size of the compiled programs that members on this machine share; 0 shares
+        none.
     """
 
     parallel: int = 0
@@ -38,6 +40,7 @@ class Resources:
     gpus: int = 0
     cores: int = 0
     retries: int = 0
+    cache_megabytes: int = 1024
 
 
 class Exit(NamedTuple):

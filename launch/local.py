@@ -16,7 +16,7 @@ import re
 
 import jax
 
-from launch import process
+from launch import compilation_cache, process
 from launch.devices import Devices
 from launch.engine import Commands, Resources, Rule, States
 from launch.supervision import SweepMembers, supervise
@@ -80,7 +80,8 @@ class Slots:
         if slot is None:
             raise ValueError(f'no slot is free for {run_dir}')
         num_processes, gpus_per_process = self._resources.processes, self._resources.gpus
-        environments = [{'PYTHONUNBUFFERED': '1'} for _ in range(num_processes)]
+        cache = compilation_cache.prepare(run_dir.parent, self._resources.cache_megabytes)
+        environments = [{'PYTHONUNBUFFERED': '1'} | cache for _ in range(num_processes)]
         if gpus_per_process:
             for process_index, environment in enumerate(environments):
                 first = (slot * num_processes + process_index) * gpus_per_process

@@ -226,3 +226,43 @@ def test_a_schedule_of_one_s_own_follows_the_warmup():
     np.testing.assert_allclose(
         [learning_rate(step) for step in (5, 10, 59, 60)], [0.25 + 0.025, 0.5, 0.5, 0.25]
     )
+
+
+@pytest.mark.parametrize(
+    'values',
+    [
+        *({'name': name} for name in optim.OPTIMIZERS),
+        *({'schedule': schedule} for schedule in optim.SCHEDULES),
+        {'name': 'optax:lion', 'clip_norm': 0.0},
+        {'name': 'optax.contrib:schedule_free_sgd'},
+        {'name': 'adamw', 'weight_decay': 0.1, 'ema': 0.9},
+    ],
+)
+def test_learning_rates_as_an_argument_change_no_bit(values):
+    """A compiled update that takes the rates of a schedule is that of the schedule, exactly."""
+    section, steps = config(**{'learning_rate': 0.03, **values}), 12
+    optimizer = optim.make_optimizer(section, steps)
+    rates = optim.compute_learning_rates(section, steps)
+
+    def run(update, *args):
+        params = {'w': jnp.linspace(-1, 1, 6).reshape(2, 3), 'b': jnp.ones(3)}
+        state, history = optimizer.init(params), []
+        for step in range(steps + 2):  # the last rate holds after the end
+            grads = jax.tree.map(lambda p, step=step: jnp.sin(3 * p + step), params)
+            params, state = update(grads, state, params, *args)
+            history.append(params)
+        return history
+
+    def by_schedule(grads, state, params):
+        moves, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, moves), state
+
+    def by_argument(grads, state, params, rates):
+        moves, state = optim.with_learning_rates(optimizer, rates).update(grads, state, params)
+        return optax.apply_updates(params, moves), state
+
+    expected, history = run(jax.jit(by_schedule))[:steps], run(jax.jit(by_argument), rates)
+    jax.tree.map(np.testing.assert_array_equal, expected, history[:steps])
+    assert not np.array_equal(history[0]['w'], history[1]['w'])
+    halved = run(jax.jit(by_argument), rates / 2)  # without this argument nothing would change
+    assert not np.array_equal(halved[-1]['w'], history[-1]['w'])

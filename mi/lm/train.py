@@ -20,6 +20,7 @@ from mi.training import (
     averaging,
     checkpoint,
     logger,
+    optim,
     progress,
     run_dir,
     sharding,
@@ -71,7 +72,12 @@ def _train(config: ml_collections.ConfigDict, corpus: Corpus, run: run_dir.Run) 
     # The programs: evaluation is compiled when it is first called.
     evaluate_split = _make_evaluation(config, corpus, trainer.model, run, mesh)
     with progress.Work('compiling the training step'):
-        train_step = trainer.compile(train_state, loader.load(0), mesh)
+        # As an argument, so that the members of a sweep of learning rates share the program.
+        learning_rates = sharding.shard_array(
+            np.asarray(optim.compute_learning_rates(config.optim, num_steps)),
+            sharding.replicated(mesh),
+        )
+        train_step = trainer.compile(train_state, loader.load(0), mesh, learning_rates)
     is_synchronous = sharding.platform(mesh) == 'cpu' and mesh.size > 1  # queued steps deadlock
 
     # The loop. A run that ended between a checkpoint and its evaluation evaluates first.
@@ -84,7 +90,7 @@ def _train(config: ml_collections.ConfigDict, corpus: Corpus, run: run_dir.Run) 
         for step in range(run.step + 1, num_steps + 1):
             # Update and log.
             train_state, metrics = run.call_traced(
-                1, train_step, train_state, loader.load(step - 1)
+                1, train_step, train_state, loader.load(step - 1), learning_rates
             )
             if is_synchronous:
                 jax.block_until_ready(metrics)

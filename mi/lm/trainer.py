@@ -23,7 +23,7 @@ from mi.lm.data.batches import Batch
 from mi.lm.loss import Losses
 from mi.lm.model import Carry, LanguageModel, Params
 from mi.rows import get_row_indices, mean_over_rows, select_rows
-from mi.training import sharding
+from mi.training import optim, sharding
 
 Metrics = dict[str, Array]
 
@@ -188,7 +188,11 @@ class Trainer:
         return self.apply_gradient(state, self.compute_gradient(state.params, state.carry, batch))
 
     def compile(
-        self, state: TrainState, batch: Batch, mesh: jax.sharding.Mesh
+        self,
+        state: TrainState,
+        batch: Batch,
+        mesh: jax.sharding.Mesh,
+        learning_rates: Array | None = None,
     ) -> jax.stages.Compiled:
         """Compile the update of all seeds, (state, batch) → (state, metrics), ahead of time.
 
@@ -199,6 +203,8 @@ class Trainer:
           state: state of all seeds, arrays or shapes, placed as `shapes` places them.
           batch: a batch of all seeds, likewise.
           mesh: the devices.
+          learning_rates: rate of each update, f32 [steps], which become a third argument of the
+            program; None for those of the optimizer's schedule.
         """
         # Where each array of the state, the batch and the gradient is placed.
         state_specs = sharding.partition_specs(state)
@@ -224,13 +230,23 @@ class Trainer:
 
         # The optimizer sees whole arrays, so that any is right. The partitioner splits its work as
         # the parameters are split.
-        def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        def update(
+            state: TrainState, batch: Batch, *learning_rates: Array
+        ) -> tuple[TrainState, Metrics]:
             gradient = compute_gradients(state.params, state.carry, batch)
-            return _map_seeds(self.apply_gradient, state, gradient)
+            trainer = self._with_learning_rates(*learning_rates)
+            return _map_seeds(trainer.apply_gradient, state, gradient)
 
         out_shardings = jax.tree.map(lambda a: a.sharding, state), sharding.metrics_sharding(mesh)
         jitted = jax.jit(update, donate_argnums=0, out_shardings=out_shardings)
-        return jitted.lower(state, batch).compile()
+        rates = () if learning_rates is None else (learning_rates,)
+        return jitted.lower(state, batch, *rates).compile()
+
+    def _with_learning_rates(self, *learning_rates: Array) -> 'Trainer':
+        if not learning_rates:
+            return self
+        optimizer = optim.with_learning_rates(self.optimizer, *learning_rates)
+        return dataclasses.replace(self, optimizer=optimizer)
 
 
 def _accumulate(

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
@@ -18,7 +19,9 @@ from mi.rl import loss
 from mi.rl.agent import Agent, Inputs, Params
 from mi.rl.config import CORES, TORSO_INPUTS
 from mi.rl.envs.spec import Spec
+from mi.rl.learner import SweptNumbers
 from mi.rl.torsos import Shallow
+from mi.training import optim, sharding
 
 
 def get_environment_args(
@@ -165,6 +168,16 @@ def check_held_out(config: ml_collections.ConfigDict, trained: Spec, held_out: S
 def get_hyperparameters(config: ml_collections.ConfigDict) -> loss.Hyperparameters:
     """Return the hyperparameters of the loss."""
     return loss.Hyperparameters(**config.loss)
+
+
+def get_swept_numbers(
+    config: ml_collections.ConfigDict, num_updates: int, mesh: jax.sharding.Mesh
+) -> SweptNumbers:
+    """Return the arguments of a training program beside its state, on every device of the mesh."""
+    learning_rates = optim.compute_learning_rates(config.optim, num_updates)
+    numbers = np.asarray(learning_rates), np.asarray(config.loss.entropy_cost, np.float32)
+    replicated = sharding.replicated(mesh)
+    return SweptNumbers(*(sharding.shard_array(number, replicated) for number in numbers))
 
 
 def make_input_shapes(spec: Spec, num_steps: int, batch_size: int) -> Inputs:

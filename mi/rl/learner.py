@@ -21,7 +21,7 @@ from mi.rl.agent import Agent, Outputs, Params, forward
 from mi.rl.loss import Hyperparameters, LossTerms, impala_loss
 from mi.rl.trajectory import Trajectory
 from mi.rows import mean_over_rows
-from mi.training import averaging
+from mi.training import averaging, optim
 
 
 class LearnerState(NamedTuple):
@@ -30,6 +30,34 @@ class LearnerState(NamedTuple):
     params: Params
     opt_state: optax.OptState
     statistics: popart.Statistics
+
+
+class SweptNumbers(NamedTuple):
+    """The numbers that sweeps vary most, as arguments of a program.
+
+    Members of a sweep that differ only in them compile the same program.
+
+    Attributes:
+      learning_rates: rate of each update, f32 [updates], from `optim.compute_learning_rates`.
+      entropy_cost: that of `Hyperparameters`, f32 [].
+    """
+
+    learning_rates: Array
+    entropy_cost: Array
+
+
+def bind_numbers(
+    optimizer: optax.GradientTransformation,
+    hyperparameters: Hyperparameters,
+    numbers: SweptNumbers | None,
+) -> tuple[optax.GradientTransformation, Hyperparameters]:
+    """Return optimizer and hyperparameters with these numbers; None for those that they have."""
+    if numbers is None:
+        return optimizer, hyperparameters
+    return (
+        optim.with_learning_rates(optimizer, numbers.learning_rates),
+        hyperparameters._replace(entropy_cost=numbers.entropy_cost),
+    )
 
 
 def init_learner_state(

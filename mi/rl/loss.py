@@ -47,7 +47,7 @@ class Hyperparameters(NamedTuple):
     lambda_: float = 1.0
     rho_clip: float = 1.0
     c_clip: float = 1.0
-    entropy_cost: float = 0.003
+    entropy_cost: float | Array = 0.003
     baseline_cost: float = 0.5
     reward_clip: str = 'none'
     popart: float = 3e-4

@@ -1,7 +1,9 @@
 """Settings of the host process: memory allocator, XLA flags, description of the machine."""
 
 import ctypes
+import hashlib
 import importlib.metadata
+import json
 import os
 import pathlib
 import platform
@@ -30,6 +32,14 @@ XLA_FLAGS = {
     # This scheduler can deadlock jaxlib 0.10.2 on two cores, in the training step of an LSTM.
     '--xla_cpu_enable_concurrency_optimized_scheduler': 'false',
 }
+
+
+CPU_INFO = pathlib.Path('/proc/cpuinfo')
+# Fields of /proc/cpuinfo that name a model and its instructions, on x86 and on Arm.
+PROCESSOR_FIELDS = (
+    *('vendor_id', 'cpu family', 'model', 'model name', 'flags'),
+    *('CPU implementer', 'CPU architecture', 'CPU variant', 'CPU part', 'Features'),
+)
 
 
 YNN_FLAG = '--xla_cpu_experimental_ynn_fusion_type'
@@ -83,11 +93,24 @@ def describe_machine() -> str:
     return f'{_read_processor_name()}, {len(get_cores())} cores'
 
 
+def hash_processor() -> str:
+    """Return a hash of the CPU's model and features, which decide the code that XLA compiles."""
+    fields = _read_processor_fields()
+    known_fields = {name: fields.get(name, '') for name in PROCESSOR_FIELDS}
+    known_fields |= {'machine': platform.machine(), 'processor': platform.processor()}
+    return hashlib.sha256(json.dumps(known_fields).encode()).hexdigest()[:16]
+
+
 def _read_processor_name() -> str:
     """Return the name of the CPU."""
-    cpu_info = pathlib.Path('/proc/cpuinfo')
-    if cpu_info.exists():
-        for line in cpu_info.read_text().splitlines():
-            if line.startswith('model name'):
-                return line.partition(':')[2].strip()
-    return platform.processor() or platform.machine()
+    name = _read_processor_fields().get('model name', '')
+    return name or platform.processor() or platform.machine()
+
+
+def _read_processor_fields() -> dict[str, str]:
+    """Return the fields of the first CPU in /proc/cpuinfo; {} where there is no such file."""
+    if not CPU_INFO.exists():
+        return {}
+    first_cpu = CPU_INFO.read_text().partition('\n\n')[0]
+    pairs = (line.partition(':') for line in first_cpu.splitlines())
+    return {name.strip(): field.strip() for name, _, field in pairs}

@@ -6,6 +6,7 @@ optim.name, optim.options = 'optax.contrib:muon', {'beta': 0.9}
 optim.schedule = 'my_package.schedules:one_cycle'         # any function of a peak and steps
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
+from jax import Array
 
 from mi.config import Rule, UserError, choice, integer, number, suggest
 from mi.options import check_options, get_options
@@ -204,12 +206,60 @@ def schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup_schedule, decay_schedule], [warmup])
 
 
-def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
+def compute_learning_rates(config: ml_collections.ConfigDict, steps: int) -> Array:
+    """Return the learning rate of each update in a run of `steps` updates, f32 [steps]."""
+    return jax.jit(jax.vmap(schedule(config, steps)))(jnp.arange(steps))
+
+
+def make_optimizer(
+    config: ml_collections.ConfigDict, steps: int
+) -> optax.GradientTransformationExtraArgs:
     """Return the optimizer of a run of `steps` updates, with clipping and the average `ema`.
 
-    RMSProp is TensorFlow's: ε is inside the square root, and the mean square starts at one.
+    RMSProp is TensorFlow's: ε is inside the square root, and the mean square starts at one. The
+    update has an optional argument `learning_rates`, f32 [steps], in place of the schedule; see
+    `with_learning_rates`.
     """
-    learning_rate = schedule(config, steps)
+    optimizer = _chain(config, schedule(config, steps))
+
+    def update(
+        grads: chex.ArrayTree,
+        state: optax.OptState,
+        params: chex.ArrayTree | None = None,
+        *,
+        learning_rates: Array | None = None,
+        **extra_args: object,
+    ) -> tuple[chex.ArrayTree, optax.OptState]:
+        if learning_rates is None:
+            return optimizer.update(grads, state, params)
+        rates: Array = learning_rates
+        return _chain(config, lambda step: jnp.take(rates, step, mode='clip')).update(
+            grads, state, params
+        )
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+
+def with_learning_rates(
+    optimizer: optax.GradientTransformation, learning_rates: Array
+) -> optax.GradientTransformation:
+    """Return an optimizer of `make_optimizer` whose updates have these learning rates.
+
+    If they are an argument of a program, the same program serves every learning rate and schedule,
+    so that the members of a sweep compile it once.
+
+    Args:
+      optimizer: the optimizer.
+      learning_rates: values of `compute_learning_rates`, f32 [steps].
+    """
+    update = functools.partial(optimizer.update, learning_rates=learning_rates)
+    return optax.GradientTransformation(optimizer.init, update)
+
+
+def _chain(
+    config: ml_collections.ConfigDict, learning_rate: optax.Schedule
+) -> optax.GradientTransformation:
+    """Chain clipping and the named optimizer, and average the parameters if the config says so."""
     transforms: list[optax.GradientTransformation] = []
     if config.clip_norm > 0:
         transforms.append(optax.clip_by_global_norm(config.clip_norm))

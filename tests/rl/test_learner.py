@@ -13,7 +13,7 @@ from configs import rl as configs
 from mi.rl import envs, factory, learner
 from mi.rl.fused import rollout
 from mi.rl.trajectory import Trajectory
-from mi.training import averaging, optim
+from mi.training import averaging, optim, sharding
 from tests.conftest import ROOT, forced
 
 COPIES = [
@@ -97,6 +97,35 @@ def test_popart_rescales_the_copies_of_the_parameters(settings, order):
         eval_params,
         state.params,
     )
+
+
+def test_numbers_of_a_sweep_replace_those_of_the_config():
+    settings = {'env.name': 'catch', 'loss.entropy_cost': 0.3, 'optim.learning_rate': 0.02}
+    config, environment, agent, optimizer = parts(**settings)
+    *_, other_optimizer = parts(**{'env.name': 'catch', 'optim.learning_rate': 1e-4})
+    params = factory.init_params(agent, jax.random.key(0))
+    state = learner.init_learner_state(params, optimizer, len(environment.spec.tasks))
+    actor = rollout.init_actor_state(environment, agent, config.train.batch, jax.random.key(1))
+    _, trajectory, _, _ = rollout.unroll(environment, agent, 20, params, actor)
+    hyperparameters = factory.get_hyperparameters(config)
+    other_hyperparameters = hyperparameters._replace(entropy_cost=0.0)
+    numbers = factory.get_swept_numbers(config, 100, sharding.make_mesh(1, config.train.batch))
+
+    @jax.jit
+    def update(state, trajectory, numbers):
+        bound = learner.bind_numbers(other_optimizer, other_hyperparameters, numbers)
+        return learner.update(agent, *bound, state, trajectory)
+
+    expected = jax.jit(functools.partial(learner.update, agent, optimizer, hyperparameters))(
+        state, trajectory
+    )
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7),
+        update(state, trajectory, numbers),
+        expected,
+    )
+    no_cost = update(state, trajectory, numbers._replace(entropy_cost=jnp.float32(0)))
+    assert abs(no_cost[1]['loss'] - expected[1]['loss']) > 1e-3  # the entropy counts
 
 
 MESH = """

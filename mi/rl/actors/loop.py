@@ -99,6 +99,7 @@ def _train(
     optimizer = optim.make_optimizer(config.optim, num_updates)
     mesh = sharding.make_mesh(1, config.train.batch, shape=config.train.mesh)
     update = jit_update(agent, optimizer, factory.get_hyperparameters(config), mesh)
+    numbers = factory.get_swept_numbers(config, num_updates, mesh)
     is_asked_to_stop = functools.partial(run.should_stop, recorded=False)
     meter = utilization.Meter(utilization.UPDATE * write_costs(run, agent), mesh.devices.flat)
 
@@ -126,7 +127,7 @@ def _train(
                 trajectory = concatenate_trajectories([item.trajectory for item in queue_items])
                 with progress.work_if(is_first, 'compiling the update'):
                     state, metrics = run.call_traced(
-                        1, update, state, shard_trajectory(trajectory, mesh)
+                        1, update, state, shard_trajectory(trajectory, mesh), numbers
                     )
                 run.step += 1
                 actors.publish(sharding.to_local(state.params), run.step)
@@ -246,11 +247,12 @@ def init_state(
 ) -> learner.LearnerState:
     """Return the learner's state before the first update, on every device."""
 
-    def init() -> learner.LearnerState:
+    def init(seed: jax.Array) -> learner.LearnerState:
         params = factory.init_params(agent, jax.random.key(seed))
         return learner.init_learner_state(params, optimizer, len(agent.spec.tasks))
 
-    state: learner.LearnerState = sharding.jit_once(init, out_shardings=sharding.replicated(mesh))
+    replicated = sharding.replicated(mesh)
+    state: learner.LearnerState = sharding.jit_once(init, np.int32(seed), out_shardings=replicated)
     return state
 
 
@@ -262,28 +264,39 @@ def jit_update(
 ) -> jax.stages.Wrapped:
     """Return `learner.update` jitted for a mesh: (state, trajectory [T, B]) → (state, metrics).
 
-    Each device computes the gradient of its rows; the devices reduce it and the sums of PopArt.
+    Each device computes the gradient of its rows; the devices reduce it and the sums of PopArt. An
+    optional third argument has the `SweptNumbers` to use in place of those that are given here.
     """
 
-    def update(
-        state: learner.LearnerState, trajectory: Trajectory
+    def update_rows(
+        state: learner.LearnerState,
+        trajectory: Trajectory,
+        numbers: learner.SweptNumbers | None,
     ) -> tuple[learner.LearnerState, dict[str, jax.Array]]:
-        state, metrics = learner.update(agent, optimizer, hyperparameters, state, trajectory)
+        parts = learner.bind_numbers(optimizer, hyperparameters, numbers)
+        state, metrics = learner.update(agent, *parts, state, trajectory)
         return state, mean_over_rows(metrics)
 
     replicated = sharding.replicated(mesh).spec
     steps = sharding.batch_sharding(mesh, axis=1).spec
     carry = sharding.batch_sharding(mesh, axis=0).spec
     trajectory_spec = Trajectory(steps, steps, steps, steps, steps, carry)  # type: ignore[arg-type]
-    return jax.jit(
-        jax.shard_map(
-            update,
-            mesh=mesh,
-            in_specs=(replicated, trajectory_spec),
-            out_specs=replicated,
-            check_vma=False,
-        )
+    sharded = jax.shard_map(
+        update_rows,
+        mesh=mesh,
+        in_specs=(replicated, trajectory_spec, replicated),
+        out_specs=replicated,
+        check_vma=False,
     )
+
+    def update(
+        state: learner.LearnerState,
+        trajectory: Trajectory,
+        numbers: learner.SweptNumbers | None = None,
+    ) -> tuple[learner.LearnerState, dict[str, jax.Array]]:
+        return sharded(state, trajectory, numbers)
+
+    return jax.jit(update)
 
 
 def lower_update(

@@ -99,7 +99,7 @@ def update(
     return TrainState(learner_state, actor), UpdateMetrics(metrics, episodes, counts)
 
 
-SeedUpdate = Callable[[TrainState], tuple[TrainState, UpdateMetrics]]
+SeedUpdate = Callable[[TrainState, learner.SweptNumbers | None], tuple[TrainState, UpdateMetrics]]
 
 
 def make_update(
@@ -108,15 +108,27 @@ def make_update(
     agent: Agent,
     optimizer: optax.GradientTransformation,
 ) -> SeedUpdate:
-    """Return `update` with everything static bound: state of one seed → state and metrics."""
+    """Return `update` with everything static bound: state of one seed → state and metrics.
+
+    The second argument has the `SweptNumbers` to use in place of the config's, or is None.
+    """
     hyperparameters = factory.get_hyperparameters(config)
-    return functools.partial(
-        update, environment, agent, optimizer, hyperparameters, config.train.length
-    )
+
+    def update_once(
+        state: TrainState, numbers: learner.SweptNumbers | None
+    ) -> tuple[TrainState, UpdateMetrics]:
+        learner_parts = learner.bind_numbers(optimizer, hyperparameters, numbers)
+        return update(environment, agent, *learner_parts, config.train.length, state)
+
+    return update_once
 
 
 def compile_updates(
-    update_once: SeedUpdate, state: TrainState, num_updates: int, mesh: jax.sharding.Mesh
+    update_once: SeedUpdate,
+    state: TrainState,
+    num_updates: int,
+    mesh: jax.sharding.Mesh,
+    numbers: learner.SweptNumbers | None = None,
 ) -> jax.stages.Compiled:
     """Compile several updates of all seeds ahead of time: state → state and `UpdateMetrics`.
 
@@ -129,11 +141,17 @@ def compile_updates(
       state: state of all seeds, or its shapes and shardings.
       num_updates: number of updates of a call.
       mesh: mesh of devices.
+      numbers: a second argument of the program and of `update_once`, which all seeds share; None
+        for none.
     """
 
     # All updates of one seed, then the reductions of their metrics over devices.
-    def update_seed(state: TrainState) -> tuple[TrainState, UpdateMetrics]:
-        state, metrics = jax.lax.scan(lambda state, _: update_once(state), state, None, num_updates)
+    def update_seed(
+        state: TrainState, numbers: learner.SweptNumbers | None
+    ) -> tuple[TrainState, UpdateMetrics]:
+        state, metrics = jax.lax.scan(
+            lambda state, _: update_once(state, numbers), state, None, num_updates
+        )
         counts = metrics.counts
         has_failed = jax.tree.map(lambda a: (~a).any(0).astype(jnp.int32), counts.are_finite)
         longest, has_failed = max_over_rows((counts.longest_unfinished.max(0), has_failed))
@@ -149,15 +167,28 @@ def compile_updates(
 
     # Map over the seeds of each device, and compile.
     partition = sharding.partition_specs(state)
-    update_seeds = jax.shard_map(
-        sharding.map_seeds(update_seed, mesh),
-        mesh=mesh,
-        in_specs=(partition,),
-        out_specs=(partition, sharding.seed_sharding(mesh).spec),
-        check_vma=False,
-    )
+
+    def update_seeds(
+        state: TrainState, numbers: learner.SweptNumbers | None = None
+    ) -> tuple[TrainState, UpdateMetrics]:
+        def update_local_seeds(
+            state: TrainState, numbers: learner.SweptNumbers | None
+        ) -> tuple[TrainState, UpdateMetrics]:
+            update_one = functools.partial(update_seed, numbers=numbers)
+            return sharding.map_seeds(update_one, mesh)(state)
+
+        return jax.shard_map(
+            update_local_seeds,
+            mesh=mesh,
+            in_specs=(partition, sharding.replicated(mesh).spec),
+            out_specs=(partition, sharding.seed_sharding(mesh).spec),
+            check_vma=False,
+        )(state, numbers)
+
     shardings = jax.tree.map(lambda a: a.sharding, state), sharding.metrics_sharding(mesh)
-    return jax.jit(update_seeds, donate_argnums=0, out_shardings=shardings).lower(state).compile()
+    jitted = jax.jit(update_seeds, donate_argnums=0, out_shardings=shardings)
+    arguments = (state,) if numbers is None else (state, numbers)
+    return jitted.lower(*arguments).compile()
 
 
 def init_states(
@@ -235,6 +266,7 @@ def _train(
     with progress.Work('drawing the initial parameters and episodes'):
         mesh = make_mesh(config)
         state = init_states(config, environment, agent, optimizer, mesh)
+    numbers = factory.get_swept_numbers(config, num_updates, mesh)
     # An environment step is acted on once and learned from once.
     meter = utilization.Meter((1 + utilization.UPDATE) * forward_flops, mesh.devices.flat)
     checkpoints = checkpoint.Checkpoints(run.path / 'checkpoints', config.train.keep)
@@ -252,12 +284,12 @@ def _train(
             num_new = min(config.train.log_every, num_updates - run.step)
             if num_new not in compiled:
                 with progress.Work(f'compiling {num_new:,} updates'):
-                    compiled[num_new] = compile_updates(update_once, state, num_new, mesh)
+                    compiled[num_new] = compile_updates(update_once, state, num_new, mesh, numbers)
 
             # Train.
             start_time = time.perf_counter()
             with progress.Work(f'updates {run.step + 1:,} to {run.step + num_new:,}'):
-                state, metrics = run.call_traced(num_new, compiled[num_new], state)
+                state, metrics = run.call_traced(num_new, compiled[num_new], state, numbers)
                 metrics, statistics = sharding.to_host((metrics, state.learner.statistics))
             seconds = time.perf_counter() - start_time
 

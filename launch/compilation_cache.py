@@ -1,0 +1,58 @@
+"""The compiled programs that the members of a sweep share, in SWEEP/compilation_cache/PROCESSOR.
+
+Members that differ only in seeds, or in hyperparameters that are arguments of a program, compile
+the same programs. JAX's persistent cache stores each one under a hash of the program, the compiler
+and its options. On CPU that hash does not contain the instruction set, and a program for AVX-512
+crashes without it, so processors of different models or features have directories of their own.
+
+The cache may be deleted at any time. A `JAX_COMPILATION_CACHE_DIR` of the user has precedence.
+"""
+
+import contextlib
+import os
+import pathlib
+import stat
+
+from mi.training import host
+
+DIRECTORY = 'compilation_cache'
+# JAX's own limit, jax_compilation_cache_max_size, is not used: a member that is killed while it
+# stores a program leaves a file without a date, and no member can then store anything.
+MEGABYTE = 2**20
+
+
+def prepare(sweep_dir: pathlib.Path, max_megabytes: int) -> dict[str, str]:
+    """Delete the oldest programs above a size; return the variables of a member that starts.
+
+    Args:
+      sweep_dir: directory of the sweep.
+      max_megabytes: size that the programs may have before the member adds its own; 0 for no cache.
+
+    Returns:
+      Environment variables; none without a cache, or if JAX_COMPILATION_CACHE_DIR is set.
+    """
+    if not max_megabytes or 'JAX_COMPILATION_CACHE_DIR' in os.environ:
+        return {}
+    directory = (sweep_dir / DIRECTORY).absolute()
+    _delete_oldest(directory, max_megabytes * MEGABYTE)
+    # Most programs of a small member compile in less than JAX's minimum of one second.
+    min_seconds = os.environ.get('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+    return {
+        'JAX_COMPILATION_CACHE_DIR': str(directory / host.hash_processor()),
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': min_seconds,
+    }
+
+
+def _delete_oldest(directory: pathlib.Path, max_bytes: int) -> None:
+    """Delete the oldest files below a directory until the rest has at most `max_bytes`."""
+    files = []
+    for file in directory.rglob('*'):
+        with contextlib.suppress(FileNotFoundError):  # deleted by another launcher
+            status = file.stat()
+            if stat.S_ISREG(status.st_mode):
+                files.append((status.st_mtime, status.st_size, file))
+    num_bytes = 0
+    for _, size, file in sorted(files, reverse=True):
+        num_bytes += size
+        if num_bytes > max_bytes:
+            file.unlink(missing_ok=True)
