@@ -63,8 +63,8 @@ def find_stop_reason(
     def loss(arrival: Arrival) -> float:  # NaN is the worst; it does not compare
         return math.inf if math.isnan(arrival.value) else sign * arrival.value
 
-    losses = [loss(other) for other in earlier if other.rung == arrival.rung]
-    num_better = sum(other_loss < loss(arrival) for other_loss in losses)
+    losses = [loss(rival) for rival in earlier if rival.rung == arrival.rung]
+    num_better = sum(rival_loss < loss(arrival) for rival_loss in losses)
     num_continuing = max(1, (len(losses) + 1) // factor)
     if num_better < num_continuing:
         return ''

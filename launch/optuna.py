@@ -283,10 +283,10 @@ def describe_search(file: str, workdir: pathlib.Path, module: types.ModuleType) 
 
     # Continue only the search that the directory holds.
     if (workdir / 'sweep.json').exists():
-        last = state.read_sweep_file(workdir, {'name': str, 'members': list})
+        sweep_file = state.read_sweep_file(workdir, {'name': str, 'members': list})
         comparable = json.loads(json.dumps(description))
         for key in ('engine', 'config', 'base', 'metric', 'split', 'lower_is_better', 'space'):
-            if last.get(key) != comparable[key]:
+            if sweep_file.get(key) != comparable[key]:
                 raise UserError(
                     f'--workdir={workdir} holds another sweep or search: its {key} differs from '
                     f'that of {file}. Name another --workdir'

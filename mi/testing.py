@@ -128,10 +128,10 @@ def check_cell(constructor: Callable[..., nn.Module], features: int = 8) -> None
     middle, first_half = apply(variables, carry, x[:half])
     end, second_half = apply(variables, middle, x[half:])
     _expect_close(jnp.concatenate([first_half, second_half]), hidden, 'two halves and the whole')
-    for name, whole, halves in zip(
+    for name, full_state, state in zip(
         _describe(last), *map(jax.tree.leaves, (last, end)), strict=True
     ):
-        _expect_close(halves, whole, f'carry{name} after two halves and after the whole')
+        _expect_close(state, full_state, f'carry{name} after two halves and after the whole')
     changed = x.at[half:].set(0.0)
     _expect_close(
         apply(variables, carry, changed)[1][:half],

@@ -111,9 +111,9 @@ def train(run_path: pathlib.Path) -> None:
     """
     if read_json(run_path / 'status.json', missing={}).get('state') == 'done':
         return
-    done = subprocess.run([sys.executable, '-m', 'mi.main', f'--workdir={run_path}'], check=False)
-    if done.returncode:
-        raise UserError(f'{run_path} ended with exit code {done.returncode}; see above')
+    command = [sys.executable, '-m', 'mi.main', f'--workdir={run_path}']
+    if exit_code := subprocess.run(command, check=False).returncode:
+        raise UserError(f'{run_path} ended with exit code {exit_code}; see above')
 
 
 def find_metric(run_path: pathlib.Path) -> tuple[str, str]:
@@ -138,7 +138,7 @@ def read_values(run_path: pathlib.Path, metric: tuple[str, str], is_last: bool) 
 
 
 def _read_records(run_path: pathlib.Path) -> list[dict[str, Any]]:
-    return read_metrics(run_path / 'metrics.jsonl', done=False, warnings=[])
+    return read_metrics(run_path / 'metrics.jsonl', is_done=False, warnings=[])
 
 
 def describe_cost(settings: Settings, rank: float) -> tuple[int, float]:

@@ -128,8 +128,8 @@ class PhaseSpace(Problem):
         """Return some states [time, SHOWN, 2d], [q; p], and all scores [time, examples]."""
         true_motion, predicted, curves = self._roll_out(params, key)
         motions = {'true': true_motion, 'predicted': predicted}
-        shown = {name: jnp.concatenate(motion, -1)[:, :SHOWN] for name, motion in motions.items()}
-        return shown | curves
+        states = {name: jnp.concatenate(motion, -1)[:, :SHOWN] for name, motion in motions.items()}
+        return states | curves
 
 
 def make(config: ml_collections.ConfigDict) -> PhaseSpace:

@@ -255,19 +255,19 @@ def _tabulate_differences(by_decoder: Mapping[str, runs.Arm]) -> str:
     baselines = [decoder for decoder in BASELINE_DECODERS if decoder in values]
     tests: dict[str, statistics.SignFlipTest | None] = {}
     for baseline in baselines[:1]:
-        others = [decoder for decoder in values if decoder != baseline]
+        compared = [decoder for decoder in values if decoder != baseline]
         differences = {
             decoder: np.array([
                 values[decoder][seed] - values[baseline][seed]
                 for seed in values[decoder]
                 if seed in values[baseline]
             ])
-            for decoder in others
+            for decoder in compared
         }  # fmt: skip
         corrected = statistics.correct_holm(
-            [statistics.sign_flip_test(differences[decoder]) for decoder in others]
+            [statistics.sign_flip_test(differences[decoder]) for decoder in compared]
         )
-        tests = dict(zip(others, corrected, strict=True))
+        tests = dict(zip(compared, corrected, strict=True))
 
     # A row for each decoder: size, likelihood, differences and the test of the first.
     body = []

@@ -35,7 +35,7 @@ class Output:
         used = {name: degree for name, degree in self.degrees.items() if degree}
         affine = [name for name, degree in used.items() if degree == 1]
         polynomial = {name: degree for name, degree in used.items() if 1 < degree < math.inf}
-        other = [name for name, degree in used.items() if degree == math.inf]
+        unbounded = [name for name, degree in used.items() if degree == math.inf]
         unused = [name for name in self.degrees if name not in used]
 
         # One phrase per kind of stream.
@@ -47,7 +47,7 @@ class Output:
         phrases += [
             f'polynomial of degree ≤ {int(degree)} in {name}' for name, degree in polynomial.items()
         ]
-        phrases += [f'not polynomial in {name}' for name in other]
+        phrases += [f'not polynomial in {name}' for name in unbounded]
         phrases += [f'independent of {name}' for name in unused]
         return ', '.join(phrases)
 

@@ -121,16 +121,16 @@ def _mixes_positions(left: Value, right: Value, contraction: Contraction | None)
     """Return whether a softmax is contracted with an axis that is no feature of an affine map."""
     if contraction is None:
         return False
-    other, axes = (right, contraction.right) if left.is_softmax else (left, contraction.left)
-    return bool(axes) and not any(axis in other.features for axis in axes)
+    operand, axes = (right, contraction.right) if left.is_softmax else (left, contraction.left)
+    return bool(axes) and not any(axis in operand.features for axis in axes)
 
 
 def _is_generated(side: Value, contracted: tuple[int, ...], batch: tuple[int, ...]) -> bool:
     """Return whether a side is a matrix that an affine map or a nonlinearity of one generated."""
-    free = [
+    free_axes = [
         axis
         for axis in side.features
         if axis not in contracted and axis not in batch and side.shape[axis] > 1
     ]
     is_map = bool(side.linear) or side.is_activation
-    return is_map and bool(free) and any(axis in side.features for axis in contracted)
+    return is_map and bool(free_axes) and any(axis in side.features for axis in contracted)

@@ -102,11 +102,11 @@ class Report:
         last_parts: tuple[str, ...] = ()
         for path, group in group_by_path(self.interactions).items():
             parts = tuple(path.split('/')) if path else ()
-            same = _count_common(last_parts, parts)
+            num_common = _count_common(last_parts, parts)
             lines += [
                 _clip('  ' * (depth + 1) + part)
                 for depth, part in enumerate(parts)
-                if depth >= same
+                if depth >= num_common
             ]
             last_parts = parts
             indent = '  ' * (len(parts) + 1)
@@ -180,8 +180,8 @@ class Report:
             if output.is_confirmed is not None:
                 verdict = 'confirmed' if output.is_confirmed else 'not confirmed'
                 text += f' ({verdict} at random points)'
-            used = [d for d in output.degrees.values() if d]
-            if used == [1, 1]:
+            nonzero_degrees = [degree for degree in output.degrees.values() if degree]
+            if nonzero_degrees == [1, 1]:
                 text += '; `as_mi` gives W, U, V, b'
             lines.append(text)
         return lines

@@ -11,9 +11,9 @@ from mi.config import UserError
 Record = dict[str, Any]  # a JSON object
 
 
-def read_metrics(path: pathlib.Path, done: bool, warnings: list[str]) -> list[Record]:
+def read_metrics(path: pathlib.Path, is_done: bool, warnings: list[str]) -> list[Record]:
     """Return the records of metrics.jsonl, with the arguments and errors of `_read_lines`."""
-    records = _read_lines(path, done, warnings)
+    records = _read_lines(path, is_done, warnings)
     for line_number, record in records.items():
         has_position = isinstance(record.get('step'), int) and isinstance(record.get('seed'), int)
         if not has_position or not isinstance(record.get('split'), str):
@@ -21,23 +21,23 @@ def read_metrics(path: pathlib.Path, done: bool, warnings: list[str]) -> list[Re
     return list(records.values())
 
 
-def read_timing(path: pathlib.Path, done: bool, warnings: list[str]) -> list[Record]:
+def read_timing(path: pathlib.Path, is_done: bool, warnings: list[str]) -> list[Record]:
     """Return the records of timing.jsonl, with the arguments and errors of `_read_lines`."""
-    records = _read_lines(path, done, warnings)
+    records = _read_lines(path, is_done, warnings)
     for line_number, record in records.items():
         if not isinstance(record.get('step'), int) or not is_number(record.get('seconds')):
             raise UserError(f'{path}, line {line_number}: expected step and seconds')
     return list(records.values())
 
 
-def _read_lines(path: pathlib.Path, done: bool, warnings: list[str]) -> dict[int, Record]:
+def _read_lines(path: pathlib.Path, is_done: bool, warnings: list[str]) -> dict[int, Record]:
     """Return {line number: record} of a JSON Lines file; {} if it does not exist.
 
     Text after the last newline is a record that is still being written.
 
     Args:
       path: the file.
-      done: whether its run is done, so that a half-written record is an error.
+      is_done: whether its run is done, so that a half-written record is an error.
       warnings: receives a line for each skipped record.
 
     Raises:
@@ -59,7 +59,7 @@ def _read_lines(path: pathlib.Path, done: bool, warnings: list[str]) -> dict[int
         try:
             records[line_number] = _parse_record(unfinished, path, line_number)
         except UserError:
-            if done:
+            if is_done:
                 raise
             warnings.append(f'{path}, line {line_number}: skipped, it is half written')
     return records
