@@ -41,7 +41,7 @@ from mi.rl.envs import auto_reset
 from mi.rl.fused import loop as fused
 from mi.rl.fused import rollout
 from mi.rl.trajectory import Trajectory
-from mi.training import host, optim, sharding
+from mi.training import host, optim, run_mesh, sharding
 
 ROUNDS = flags.DEFINE_integer('rounds', 5, 'Interleaved rounds.', lower_bound=1)
 ONLY = flags.DEFINE_list('only', None, 'Sets; by default all for this device.')
@@ -95,7 +95,7 @@ def fused_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
     environment = envs.make(config.env.name)
     agent = factory.build_agent(config, environment.spec)
     optimizer = optim.make_optimizer(config.optim, 1000)
-    mesh = fused.make_mesh(config)
+    mesh = run_mesh.make_run_mesh(config)
     train_state = fused.init_states(config, environment, agent, optimizer, mesh)
     update = fused.make_update(config, environment, agent, optimizer)
     compiled_update = fused.compile_updates(update, train_state, 1, mesh)

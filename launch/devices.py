@@ -16,7 +16,7 @@ import ml_collections
 from launch import sweep
 from launch.members import Member
 from mi.config import UserError
-from mi.training import placement, sharding
+from mi.training import placement, run_mesh
 
 DEVICE_COUNT_FLAG = '--xla_force_host_platform_device_count'
 
@@ -61,12 +61,9 @@ def describe_waste(config: ml_collections.ConfigDict, devices: Devices) -> str:
 
     # Language models and agents divide seeds and batch over a mesh. Agents that act outside the
     # learner's program train one seed.
-    has_seeds = config.task == 'lm' or config.train.topology == 'fused'
-    seeds = len(config.seeds) if has_seeds else 1
-    batch = config.train.batch
+    seeds, batch = run_mesh.count_mesh_seeds(config), config.train.batch
     try:
-        fsdp = config.train.fsdp if config.task == 'lm' else 1
-        shape = sharding.choose_mesh_shape(seeds, batch, fsdp, config.train.mesh, count)
+        shape = run_mesh.choose_run_mesh_shape(config, count)
     except UserError as error:
         return f'each member will be refused on {count} devices: {error}'
     used_count = math.prod(shape)

@@ -5,6 +5,7 @@ there is to check. Otherwise it is a function, which takes the value and returns
 the expected value, or '' if the value is valid.
 """
 
+import contextlib
 import difflib
 import importlib.metadata
 import inspect
@@ -13,7 +14,7 @@ import pathlib
 import re
 import shlex
 from collections import ChainMap
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from mi.registry import Registry, is_reference
@@ -29,6 +30,32 @@ EXPECTED = {bool: 'True or False', int: 'an integer', float: 'a number', str: 'a
 
 class UserError(Exception):
     """An error that the user can fix, with a one-line message; the exit code is 1."""
+
+
+class ArgumentError(UserError, ValueError):
+    """An error about arguments of a library function, which the message names in backticks.
+
+    A trainer names their config keys instead, with `name_config_keys`.
+    """
+
+
+@contextlib.contextmanager
+def name_config_keys(config_keys: Mapping[str, str]) -> Iterator[None]:
+    """Turn an ArgumentError into a UserError that names config keys.
+
+    Args:
+      config_keys: argument → config key. {'options': 'config.env.options'} also turns
+        `options.length` into config.env.options.length.
+    """
+
+    def name_key(match: re.Match[str]) -> str:
+        argument, fields = match.groups()
+        return config_keys[argument] + fields if argument in config_keys else match[0]
+
+    try:
+        yield
+    except ArgumentError as error:
+        raise UserError(re.sub(r'`(\w+)((?:\.\w+)*)`', name_key, str(error))) from error
 
 
 def format_error(error: BaseException) -> str:
@@ -154,6 +181,11 @@ def find_violation(rule: Rule, value: object) -> str:
     if isinstance(rule, type):
         return '' if isinstance(value, rule) else EXPECTED[rule]
     return rule(value)
+
+
+def any_value(value: object) -> str:
+    """Accept every value: a rule for options that their constructor checks."""
+    return ''
 
 
 def choice(known: Collection[str]) -> Rule:

@@ -88,7 +88,7 @@ def get(
 
     Args:
       fusion_name: a key of FUSIONS, or 'package.module:Class'.
-      options: other fields of the module, `config.model.fusion.options`.
+      options: other fields of the module.
       sizes: `rank` and `hidden`. A config holds those of all fusions, so a size that this fusion
         lacks is ignored.
 
@@ -97,7 +97,7 @@ def get(
 
     Raises:
       ValueError: if the name or a size is unknown; the message names the nearest known one.
-      UserError: if the module has no such option, or one of another type.
+      ArgumentError: if the module has no such option, or one of another type.
     """
     if fusion_name not in FUSIONS:
         raise ValueError(f'unknown fusion {fusion_name!r}; {suggest(fusion_name, FUSIONS)}')
@@ -111,7 +111,7 @@ def get(
     if options:
         defaults = get_field_defaults(constructor)
         known_options = {field: defaults[field] for field in defaults if field not in RESERVED}
-        check_options('config.model.fusion.options', fusion_name, options, known_options)
+        check_options(fusion_name, options, known_options)
         fields |= options
     if has_parameter(constructor, 'context'):
         return functools.partial(constructor, **fields)

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from mi.config import UserError, suggest
+from mi.config import ArgumentError, suggest
 
 if TYPE_CHECKING:
     import ml_collections
@@ -41,29 +41,28 @@ def get_options(config: 'ml_collections.ConfigDict', config_key: str) -> Options
 
 
 def check_options(
-    config_key: str, owner: str, options: Mapping[str, object], defaults: Mapping[str, object]
+    owner: str, options: Mapping[str, object], defaults: Mapping[str, object]
 ) -> None:
     """Refuse options that are unknown, or of another type than their default.
 
     An option whose default is None takes any value.
 
     Args:
-      config_key: the config key of the options, as 'config.env.options'.
       owner: name of the module or environment that takes the options, for errors.
       options: name → value.
       defaults: name → default of all known options.
 
     Raises:
-      UserError: which option, and what is expected.
+      ArgumentError: which of the argument's options, and what is expected.
     """
     for option, setting in options.items():
         if option not in defaults:
             hint = suggest(option, defaults) if defaults else 'it has no options'
-            raise UserError(f'{config_key}.{option} is unknown to {owner!r}; {hint}')
+            raise ArgumentError(f'`options.{option}` is unknown to {owner!r}; {hint}')
         default = defaults[option]
         expected_types = (int, float) if isinstance(default, float) else (type(default),)
         if default is not None and type(setting) not in expected_types:
-            raise UserError(
-                f'{config_key}.{option} = {setting!r}: expected {type(default).__name__}, as its '
+            raise ArgumentError(
+                f'`options.{option}` = {setting!r}: expected {type(default).__name__}, as its '
                 f'default {default!r}'
             )

@@ -14,7 +14,7 @@ from experiments.expressivity import config as expressivity
 from mi.config import UserError
 from mi.estimate import cli, costs, memory
 from mi.rl.fused import loop as fused
-from mi.training import sharding
+from mi.training import run_mesh, sharding
 
 
 def taken(tree):
@@ -69,7 +69,7 @@ def test_an_agent_starts_with_so_many_bytes():
     config = rl.get_config('tiny,env=catch')
     told = memory.estimate_memory(config, compiles=False)
     environment, agent, optimizer, _, _ = costs.make_rl_setup(config)
-    state = fused.init_states(config, environment, agent, optimizer, fused.make_mesh(config))
+    state = fused.init_states(config, environment, agent, optimizer, run_mesh.make_run_mesh(config))
     assert told['checkpoint'] == taken(state) and 'step' not in told
     assert told['parameters'] == taken(state.learner.params)
 

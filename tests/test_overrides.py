@@ -5,7 +5,7 @@ import pytest
 
 from launch import sweep
 from mi import overrides
-from mi.config import UserError
+from mi.config import ArgumentError, UserError, name_config_keys
 from mi.estimate import cli
 
 FILE = """
@@ -201,6 +201,19 @@ def test_options_are_given_as_a_dictionary_or_one_by_one(arguments, expected):
     config = overrides.parse(['--config=configs/rl.py:tiny', *arguments])
     assert config.env.options.to_dict() == expected
     assert config.is_locked
+
+
+def test_a_library_names_arguments_and_a_trainer_the_keys():
+    message = '`batch` = 3 and `options.size`: expected `other`'
+    with (
+        pytest.raises(UserError) as error,
+        name_config_keys({'batch': 'config.train.batch', 'options': 'config.env.options'}),
+    ):
+        raise ArgumentError(message)
+    assert str(error.value) == (
+        'config.train.batch = 3 and config.env.options.size: expected `other`'
+    )
+    assert not isinstance(error.value, ArgumentError)  # no other trainer renames it
 
 
 @pytest.mark.parametrize('group', ['env.options', 'model.core_options', 'model.fusion.options'])

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from configs import lm
 from mi.config import UserError
-from mi.training import sharding
+from mi.training import run_mesh, sharding
 from tests.conftest import printed_on_devices
 
 
@@ -37,14 +38,28 @@ def test_seeds_are_placed_first_and_no_device_is_idle_that_need_not_be(
     [
         (
             (1, 4, 1, (1, 2, 1)),
-            r'config\.train\.mesh = \(1, 2, 1\): expected a product of at most 1',
+            r'^`shape` = \(1, 2, 1\): expected a product of at most 1',
         ),
         ((2, 4, 1, (3, 1, 1)), r'expected a product of at most 1'),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(arguments, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         sharding.make_mesh(*arguments)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'fsdp': 3}, r'config\.train\.fsdp = 3: expected a divisor of config\.train\.batch = 4$'),
+        ({'mesh': (1, 3, 1)}, r'config\.train\.mesh = .* to divide config\.train\.batch = 4$'),
+    ],
+)
+def test_a_run_names_the_config_keys(changes, message):
+    config = lm.get_config('tiny')
+    config.train.update({'batch': 4, **changes})
+    with pytest.raises(UserError, match=message):
+        run_mesh.choose_run_mesh_shape(config, 8)
 
 
 @pytest.mark.slow

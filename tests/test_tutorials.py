@@ -359,8 +359,7 @@ def test_the_config_of_the_dmlab_tutorial_is_fine(monkeypatch):
         return types.SimpleNamespace(spec=dmlab30.spec_of())
 
     monkeypatch.setitem(envs.HOST, 'dmlab30', make)
-    name, options = rl.get_environment_args(config)
-    envs.pool(name, 60, 0, options)
+    rl.make_pool(config, 60, 0)
     assert made == config.env.options.to_dict()
     assert made['renderer'] == 'hardware'
 

@@ -12,7 +12,7 @@ from jax.nn import initializers
 
 from experiments.seq2seq.mixers import MIXERS
 from mi import fusion
-from mi.config import Rule, UserError, choice, integer
+from mi.config import Rule, UserError, any_value, choice, integer, name_config_keys
 from mi.layers import Affine
 from mi.options import get_options
 
@@ -27,7 +27,7 @@ SCHEMA: dict[str, Rule] = {
     'model.positions': choice(POSITIONS),
     'model.ends': choice(ENDS),
     'model.fusion.name': choice(fusion.FUSIONS),
-    'model.fusion.options.*': lambda value: '',  # `fusion.get` checks them against the fields
+    'model.fusion.options.*': any_value,  # `fusion.get` checks them against the fields
     'model.fusion.rank': integer(0),
     'model.fusion.hidden': integer(0),
 }
@@ -97,12 +97,13 @@ def make(model: ml_collections.ConfigDict, outputs: int) -> Transformer:
             f'{model.features}, the channels that the heads share'
         )
     fusion_config = model.fusion
-    make_fusion = fusion.get(
-        fusion_config.name,
-        get_options(fusion_config, 'options'),
-        rank=fusion_config.rank or model.features,
-        hidden=fusion_config.hidden or model.features,
-    )
+    with name_config_keys({'options': 'config.model.fusion.options'}):
+        make_fusion = fusion.get(
+            fusion_config.name,
+            get_options(fusion_config, 'options'),
+            rank=fusion_config.rank or model.features,
+            hidden=fusion_config.hidden or model.features,
+        )
     make_mixer = MIXERS[model.mixer]
     return Transformer(
         outputs,

@@ -15,7 +15,6 @@ from mi.inspect.trained import Params, Site, Trained
 from mi.lm import config as lm_config
 from mi.lm import factory as lm_factory
 from mi.lm.data import streams
-from mi.rl import envs
 from mi.rl import factory as rl_factory
 from mi.rl.actors.worker import Policy
 from mi.rl.agent import Inputs
@@ -141,9 +140,8 @@ def _read_text(trained: Trained, recorder: Recorder) -> Iterator[Advance]:
 def _act(trained: Trained, recorder: Recorder) -> Iterator[Advance]:
     """Return a function that steps the environments of an agent."""
     config = trained.config
-    env_name, options = rl_factory.get_environment_args(config)
     batch = config.actors.batch
-    pool = envs.pool(env_name, batch, config.seeds[0], options)
+    pool = rl_factory.make_pool(config, batch, config.seeds[0])
     policy = Policy(rl_factory.build_agent(config, pool.spec))
 
     def advance(params: Params, num_rows: int) -> None:

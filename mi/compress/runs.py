@@ -23,13 +23,12 @@ from mi.lm import factory as lm_factory
 from mi.lm.trainer import TrainState
 from mi.options import get_field_defaults, get_options
 from mi.rl import config as rl_config
-from mi.rl import envs
 from mi.rl import factory as rl_factory
 from mi.rl import restore as rl_restore
 from mi.rl.actors import loop as actors_loop
 from mi.rl.evaluate import Evaluation
 from mi.rl.fused import loop as fused_loop
-from mi.training import checkpoint, optim, sharding
+from mi.training import checkpoint, optim, run_mesh
 from mi.training.io import write_json
 from mi.training.progress import Work
 from mi.training.run_config import record_config
@@ -179,14 +178,14 @@ def _compress_params(
 def _replace(params: Params, path: tuple[str, ...], subtree: Mapping[str, Any]) -> Params:
     """Return parameters with another subtree at a path."""
     name, *inner = path
-    new = _replace(params[name], tuple(inner), subtree) if inner else dict(subtree)
-    return {**params, name: new}
+    child = _replace(params[name], tuple(inner), subtree) if inner else dict(subtree)
+    return {**params, name: child}
 
 
 def _start_lm(config: ml_collections.ConfigDict, params: Params, run_path: pathlib.Path) -> Start:
     corpus = lm_factory.load_corpus(config)
     seeds = np.asarray(config.seeds, np.int32)
-    mesh = sharding.make_mesh(len(seeds), config.train.batch, config.train.fsdp, config.train.mesh)
+    mesh = run_mesh.make_run_mesh(config)
     trainer = lm_factory.build_trainer(config, *corpus.sizes)
     initial = trainer.init_seeds(seeds, mesh)
     params = _place(params, initial.params)
@@ -203,8 +202,8 @@ def _start_rl(config: ml_collections.ConfigDict, params: Params, run_path: pathl
     statistics = rl_restore.restore_statistics(config, agent, run_path)
     meta: checkpoint.Meta = {'metrics': 0, 'is_evaluated': False}
     if rl_restore.has_seed_axis(config):
-        environment = envs.make(*rl_factory.get_environment_args(config))
-        mesh = fused_loop.make_mesh(config)
+        environment = rl_factory.make_environment(config)
+        mesh = run_mesh.make_run_mesh(config)
         initial = fused_loop.init_states(config, environment, agent, optimizer, mesh)
         learner = initial.learner._replace(
             params=params, opt_state=jax.vmap(optimizer.init)(params), statistics=statistics
@@ -214,7 +213,7 @@ def _start_rl(config: ml_collections.ConfigDict, params: Params, run_path: pathl
 
     # The topologies threads and ray have one seed, without an axis.
     params = jax.tree.map(lambda a: a[0], params)
-    mesh = sharding.make_mesh(1, config.train.batch, shape=config.train.mesh)
+    mesh = run_mesh.make_run_mesh(config)
     first = actors_loop.init_state(agent, optimizer, config.seeds[0], mesh)
     replaced = first._replace(
         params=params, opt_state=optimizer.init(params), statistics=statistics

@@ -15,7 +15,7 @@ import optax
 from jax.typing import DTypeLike
 
 from mi import counting
-from mi.config import UserError, suggest
+from mi.config import UserError, name_config_keys, suggest
 from mi.fit import factory as fit
 from mi.fit import train as train_fit
 from mi.lm import config as lm_config
@@ -82,7 +82,7 @@ def make_lm_setup(config: ml_collections.ConfigDict) -> LMSetup:
 
 def _count_vocabulary(config: ml_collections.ConfigDict) -> int:
     if config.data.level == 'file':
-        with lm.name_data_keys():
+        with name_config_keys(lm.DATA_KEYS):
             return tokenizers.count_ids(tokenizers.read_tokenizer(config.data.tokenizer))
     return 256 if config.data.level == 'byte' else config.data.vocabulary
 
@@ -107,7 +107,7 @@ def _lm(config: ml_collections.ConfigDict) -> Costs:
 def _count_domains(config: ml_collections.ConfigDict) -> int:
     data = config.data
     cache = sources.get_cache_directory(data.cache)
-    with lm.name_data_keys():
+    with name_config_keys(lm.DATA_KEYS):
         documents = sources.load_texts(data.source, data.path, ['train'], cache)['train']
     return len([document for document in documents if document.domain])
 
@@ -128,11 +128,10 @@ def make_rl_setup(config: ml_collections.ConfigDict) -> RLSetup:
     # The environment says what the agent observes and which actions it has.
     batch_size, num_steps = config.train.batch, config.train.length
     environment = None
-    env_name, env_options = rl.get_environment_args(config)
-    if envs.is_on_host(env_name):
-        env_spec = envs.host_spec(env_name, config.actors.batch, env_options)
+    if envs.is_on_host(config.env.name):
+        env_spec = rl.read_spec(config)
     else:
-        environment = envs.make(env_name, env_options)
+        environment = rl.make_environment(config)
         env_spec = environment.spec
     agent = rl.build_agent(config, env_spec)
     optimizer = optim.make_optimizer(config.optim, rl_config.count_updates(config))

@@ -26,7 +26,7 @@ from mi.rl import evaluate as evaluate_rl
 from mi.rl import factory as rl
 from mi.rl.actors import loop as actors_loop
 from mi.rl.fused import loop as fused
-from mi.training import optim, placement, sharding
+from mi.training import optim, placement, run_mesh
 
 Devices = Sequence[jax.Device] | None  # None for the devices that are present
 
@@ -116,8 +116,8 @@ def count_bytes(tree: chex.ArrayTree) -> int:
 
 def _lm(config: ml_collections.ConfigDict, devices: Devices) -> RunPrograms:
     config, trainer, _, num_domains = costs.make_lm_setup(config)
-    batch_size, seeds = config.train.batch, np.asarray(config.seeds, np.int32)
-    mesh = sharding.make_mesh(len(seeds), batch_size, config.train.fsdp, config.train.mesh, devices)
+    seeds = np.asarray(config.seeds, np.int32)
+    mesh = run_mesh.make_run_mesh(config, devices)
     state_shapes = trainer.shapes(seeds, mesh)
     batch_shapes = trainer.batch_shapes(seeds, config.train.length, mesh)
     return RunPrograms(
@@ -145,7 +145,7 @@ def _rl(config: ml_collections.ConfigDict, devices: Devices) -> RunPrograms:
     # Fused: the environment is part of the compiled program.
     if config.train.topology == 'fused':
         assert environment is not None  # validation refuses other environments
-        mesh = fused.make_mesh(config, devices)
+        mesh = run_mesh.make_run_mesh(config, devices)
         state_shapes = fused.get_state_shapes(config, environment, agent, optimizer, mesh)
         num_updates = min(config.train.log_every, rl_config.count_updates(config))
         update_once = fused.make_update(config, environment, agent, optimizer)
@@ -167,7 +167,7 @@ def _rl(config: ml_collections.ConfigDict, devices: Devices) -> RunPrograms:
         )
 
     # Actors: the compiled program is the update; the environments run on hosts.
-    mesh = sharding.make_mesh(1, config.train.batch, shape=config.train.mesh, devices=devices)
+    mesh = run_mesh.make_run_mesh(config, devices)
     update = actors_loop.jit_update(agent, optimizer, rl.get_hyperparameters(config), mesh)
     return RunPrograms(
         {

@@ -23,7 +23,6 @@ from mi.export import program
 from mi.export.parameters import save_params
 from mi.lm import factory as lm
 from mi.lm.restore import restore
-from mi.rl import envs
 from mi.rl import factory as rl
 from mi.rl.restore import restore_params
 from mi.training import sharding
@@ -134,12 +133,7 @@ def _restore_lm(config: ml_collections.ConfigDict, workdir: str) -> Trained:
 
 def _restore_rl(config: ml_collections.ConfigDict, workdir: str) -> Trained:
     """Restore an agent, for the environment of its run."""
-    env_name, env_options = rl.get_environment_args(config)
-    if envs.is_on_host(env_name):
-        spec = envs.host_spec(env_name, config.actors.batch, env_options)
-    else:
-        spec = envs.make(env_name, env_options).spec
-    agent = rl.build_agent(config, spec)
+    agent = rl.build_agent(config, rl.read_spec(config))
     params, step = restore_params(config, agent, pathlib.Path(workdir))
 
     def make_step(params: ArrayTree, _length: int) -> tuple[program.Step, Callable[[int], Any]]:

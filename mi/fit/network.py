@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax import Array
 
 from mi import counting, fusion
-from mi.config import Rule, choice, integer
+from mi.config import Rule, any_value, choice, integer, name_config_keys
 from mi.layers import Context
 from mi.options import get_options
 
@@ -28,7 +28,7 @@ SCHEMA: dict[str, Rule] = {
     'model.site': choice(SITES),
     'model.activation': choice(ACTIVATIONS),
     'model.fusion.name': choice(fusion.FUSIONS),
-    'model.fusion.options.*': lambda value: '',  # `fusion.get` checks them against the fields
+    'model.fusion.options.*': any_value,  # `fusion.get` checks them against the fields
     'model.fusion.rank': integer(0),
     'model.fusion.hidden': integer(0),
 }
@@ -75,7 +75,8 @@ def make(model: ml_collections.ConfigDict, features: int, context: Context) -> F
     """Build the network of a config's section `model`; rank and hidden size 0 mean the width."""
     rank, hidden = (size or model.width for size in (model.fusion.rank, model.fusion.hidden))
     options = get_options(model.fusion, 'options')
-    make_fusion = fusion.get(model.fusion.name, options, rank=rank, hidden=hidden)
+    with name_config_keys({'options': 'config.model.fusion.options'}):
+        make_fusion = fusion.get(model.fusion.name, options, rank=rank, hidden=hidden)
 
     def make_fused_layer(features: int, name: str) -> nn.Module:
         return make_fusion(features, context=context, name=name)

@@ -13,6 +13,7 @@ from mi.config import (
     RUN_SCHEMA,
     Rule,
     UserError,
+    any_value,
     check,
     choice,
     integer,
@@ -103,7 +104,7 @@ SCHEMA: dict[str, Rule] = {
     'model.source': choice(SOURCES),
     'model.context': integer(1),
     'model.fusion.name': choice(fusion.FUSIONS),
-    'model.fusion.options.*': lambda value: '',  # `fusion.get` checks them against the fields
+    'model.fusion.options.*': any_value,  # `fusion.get` checks them against the fields
     'model.fusion.rank': integer(1),
     'model.fusion.hidden': integer(1),
     **{f'dropout.{name}': RATE for name in Rates._fields if name != 'locked'},

@@ -1,9 +1,7 @@
 """Construction of the corpus, the model and the trainer from a config."""
 
-import contextlib
 import functools
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,12 +10,11 @@ import ml_collections
 from flax import linen as nn
 
 from mi import cells, counting, fusion
-from mi.config import UserError, has_parameter
+from mi.config import UserError, has_parameter, name_config_keys
 from mi.lm.adaptive_softmax import AdaptiveWords
 from mi.lm.config import BASELINES, CORES
 from mi.lm.data import token_store
 from mi.lm.data.corpus import Corpus
-from mi.lm.data.texts import DataError
 from mi.lm.dropout import Rates
 from mi.lm.embeddings import Words
 from mi.lm.loss import Objective
@@ -27,6 +24,11 @@ from mi.lm.trainer import Trainer
 from mi.options import get_options
 from mi.training import optim
 
+DATA_KEYS = {
+    name: f'config.data.{name}' for name in ('source', 'path', 'cache', 'train_tokens', 'tokenizer')
+}
+"""Argument of `token_store.load` → its config key."""
+
 
 def load_corpus(config: ml_collections.ConfigDict) -> Corpus:
     """Load the corpus that a config names.
@@ -35,7 +37,7 @@ def load_corpus(config: ml_collections.ConfigDict) -> Corpus:
       UserError: if the corpus cannot be read, or has no domains although the model needs them.
     """
     data = config.data
-    with name_data_keys():
+    with name_config_keys(DATA_KEYS):
         corpus = token_store.load(
             token_store.Recipe(data.source, data.level, data.vocabulary, tokenizer=data.tokenizer),
             data.cache,
@@ -48,18 +50,6 @@ def load_corpus(config: ml_collections.ConfigDict) -> Corpus:
             f"domains. Try the source 'domains' or 'austen-domains'"
         )
     return corpus
-
-
-@contextlib.contextmanager
-def name_data_keys() -> Iterator[None]:
-    """Turn a DataError into a UserError, in which `source` is called config.data.source."""
-    try:
-        yield
-    except DataError as error:
-        message = re.sub(
-            r'`(source|path|cache|train_tokens|tokenizer)`', r'config.data.\1', str(error)
-        )
-        raise UserError(message) from error
 
 
 def build_model(
@@ -80,6 +70,13 @@ def build_model(
     uses_domains = model_config.source == 'domain'
     fusion_options = {'context': 'one_hot'} if uses_domains and fusion_config.name != 'none' else {}
     context = num_domains if uses_domains else model_config.context
+    with name_config_keys({'options': 'config.model.fusion.options'}):
+        make_fusion = fusion.get(
+            fusion_config.name,
+            get_options(fusion_config, 'options'),
+            rank=fusion_config.rank,
+            hidden=fusion_config.hidden,
+        )
 
     # The model, with constructors of its parts.
     return LanguageModel(
@@ -98,15 +95,7 @@ def build_model(
         site=model_config.site,
         source=model_config.source,
         context=0 if fusion_config.name == 'none' else context,
-        fusion=functools.partial(
-            fusion.get(
-                fusion_config.name,
-                get_options(fusion_config, 'options'),
-                rank=fusion_config.rank,
-                hidden=fusion_config.hidden,
-            ),
-            **fusion_options,
-        ),
+        fusion=functools.partial(make_fusion, **fusion_options),
         rates=Rates(**config.dropout),
         dtype=jnp.dtype(model_config.dtype),
     )

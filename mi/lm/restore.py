@@ -7,12 +7,12 @@ import jax
 import ml_collections
 import numpy as np
 
-from mi.config import UserError, describe_difference
+from mi.config import UserError, describe_difference, name_config_keys
 from mi.lm import config as lm_config
 from mi.lm import factory
 from mi.lm.data.corpus import Corpus
 from mi.lm.model import Params
-from mi.training import averaging, checkpoint, sharding
+from mi.training import averaging, checkpoint, run_mesh, sharding
 from mi.training.run_config import merge_eval_config, read_config
 
 OVERRIDABLE = ('eval', 'dynamic', 'sample', 'data', 'tracker')  # sections that an evaluation sets
@@ -59,7 +59,8 @@ def restore(config: ml_collections.ConfigDict, workdir: str) -> Trained:
 
     # The shapes of the parameters, on the present devices.
     seeds = np.asarray(config.seeds, np.int32)
-    mesh = sharding.make_mesh(len(seeds), config.train.batch, config.train.fsdp)
+    with name_config_keys(run_mesh.KEYS):
+        mesh = sharding.make_mesh(len(seeds), config.train.batch, config.train.fsdp)
     shapes = factory.build_trainer(config, *corpus.sizes).shapes(seeds, mesh)
 
     # The parameters, if they were trained on the same tokens.

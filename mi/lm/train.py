@@ -7,7 +7,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from mi.config import UserError
+from mi.config import UserError, name_config_keys
 from mi.lm import config as lm_config
 from mi.lm import factory
 from mi.lm.data.batches import BatchLoader
@@ -23,6 +23,7 @@ from mi.training import (
     optim,
     progress,
     run_dir,
+    run_mesh,
     sharding,
     utilization,
 )
@@ -53,7 +54,7 @@ def _train(config: ml_collections.ConfigDict, corpus: Corpus, run: run_dir.Run) 
     # Devices, batches and the trainer.
     num_steps = config.train.steps
     seeds = np.asarray(config.seeds, np.int32)
-    mesh = sharding.make_mesh(len(seeds), config.train.batch, config.train.fsdp, config.train.mesh)
+    mesh = run_mesh.make_run_mesh(config)
     trainer = factory.build_trainer(config, *corpus.sizes)
     loader = _make_loader(config, corpus, seeds, mesh)
     run.write('data.json', _describe_data(config, corpus))
@@ -141,13 +142,11 @@ def _make_loader(
     Raises:
       UserError: if the batch has more streams than the training text has tokens.
     """
-    try:
+    with name_config_keys({'batch': 'config.train.batch'}):
         streams = [
             Stream(corpus.tokens['train'], config.train.batch, config.train.length, seed)
             for seed in config.seeds
         ]
-    except ValueError as error:
-        raise UserError(f'config.train.{error}') from error
     return BatchLoader(corpus, streams, seeds, config.model.source == 'domain', mesh)
 
 

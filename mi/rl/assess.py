@@ -14,7 +14,6 @@ from mi.rl import (
     config as rl_config,
 )
 from mi.rl import (
-    envs,
     factory,
     video,
 )
@@ -49,11 +48,12 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
 
     # Scores of every split, seed and policy.
     scores: Scores = {}
-    config_keys = {'eval': 'env.name'}
-    if config.eval.held_out:
-        config_keys['held_out'] = 'eval.held_out'
-    for split, config_key in config_keys.items():
-        with precision.use_config(config), Evaluation(config, config_key) as evaluation:
+    for split, config_key in factory.get_environment_keys(config).items():
+        with (
+            precision.use_config(config),
+            factory.name_environment_keys(config_key),
+            Evaluation(config, config_key) as evaluation,
+        ):
             if split == 'eval':
                 agent = factory.build_agent(config, evaluation.spec)
                 params, step = restore_params(config, agent, run_path)
@@ -70,15 +70,10 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
     # Videos of the first seed's greedy policy.
     first_params = jax.tree.map(operator.itemgetter(0), params)
     batch_size = max(config.actors.batch, len(agent.spec.tasks))
-    env_name, options = factory.get_environment_args(config)
-    pool = Watched(
-        envs.pool(env_name, batch_size, config.seeds[0], options),
-        config.actors.timeout,
-        'config.actors.timeout',
-    )
+    pool = Watched(factory.make_pool(config, batch_size, config.seeds[0]), config.actors.timeout)
     try:
         action_key = jax.random.key(config.seeds[0])
-        with precision.use_config(config):
+        with precision.use_config(config), factory.name_environment_keys():
             frames = video.record_episodes(pool, agent, first_params, action_key, greedy=True)
     finally:
         pool.close()

@@ -13,6 +13,7 @@ from mi.config import (
     RUN_SCHEMA,
     Rule,
     UserError,
+    any_value,
     check,
     choice,
     integer,
@@ -55,11 +56,11 @@ SCHEMA: dict[str, Rule] = {
     **RUN_SCHEMA,
     'tracker': trackers.check_tracker,
     'env.name': str,
-    'env.options.*': lambda value: '',  # `mi.rl.envs` checks them against the maker's arguments
+    'env.options.*': any_value,  # `mi.rl.envs` checks them against the maker's arguments
     'model.torso': choice(TORSOS),
     'model.features': integer(1),
     'model.core': choice(ChainMap[str, Any](CORES, cells.CELLS, {'none': None})),
-    'model.core_options.*': lambda value: '',  # `factory` checks them against the core's fields
+    'model.core_options.*': any_value,  # `factory` checks them against the core's fields
     'model.hidden': integer(1),
     'model.instruction': bool,
     'model.dtype': choice(['float32', 'bfloat16']),
@@ -67,7 +68,7 @@ SCHEMA: dict[str, Rule] = {
     'model.source': choice(SOURCES),
     'model.context': integer(1),
     'model.fusion.name': choice(fusion.FUSIONS),
-    'model.fusion.options.*': lambda value: '',  # `fusion.get` checks them against the fields
+    'model.fusion.options.*': any_value,  # `fusion.get` checks them against the fields
     'model.fusion.rank': integer(1),
     'model.fusion.hidden': integer(1),
     'loss.discount': number(0, 1),

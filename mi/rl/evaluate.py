@@ -308,22 +308,17 @@ class Evaluation:
       config_key: the config key that names the environment, 'env.name' or 'eval.held_out'.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, config_key: str = 'env.name'):
+    def __init__(
+        self, config: ml_collections.ConfigDict, config_key: factory.EnvironmentKey = 'env.name'
+    ):
         self._config = config
-        env_name, options = factory.get_environment_args(config, config_key)
-        self._compiled = (
-            None if envs.is_on_host(env_name) else envs.make(env_name, options, config_key)
-        )
+        is_on_host = envs.is_on_host(factory.get_environment_name(config, config_key))
+        self._compiled = None if is_on_host else factory.make_environment(config, config_key)
         batch_size = config.actors.batch
-        if self._compiled is None:
-            batch_size = config.eval.batch or envs.count_evaluation_rows(
-                env_name, batch_size, config.eval.episodes, config_key
-            )
-        self._pool = Watched(
-            envs.pool(env_name, batch_size, config.seeds[0], options, config_key),
-            config.actors.timeout,
-            'config.actors.timeout',
-        )
+        if is_on_host:
+            batch_size = config.eval.batch or factory.count_evaluation_rows(config, config_key)
+        pool = factory.make_pool(config, batch_size, config.seeds[0], config_key)
+        self._pool = Watched(pool, config.actors.timeout)
         self._policies: dict[tuple[Agent, bool], Policy] = {}  # each is compiled once
         self.spec = self._pool.spec
 

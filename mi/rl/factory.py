@@ -1,9 +1,10 @@
-"""Constructors from a config: the agent, its environment's arguments, its inputs and its costs."""
+"""Constructors from a config: the environment, the agent, its inputs and its costs."""
 
+import contextlib
 import functools
 from collections import ChainMap
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,28 +14,109 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from mi import cells, counting, fusion
-from mi.config import UserError
-from mi.options import Options, check_options, get_field_defaults, get_options
-from mi.rl import loss
+from mi.config import UserError, name_config_keys
+from mi.options import check_options, get_field_defaults, get_options
+from mi.rl import envs, loss
 from mi.rl.agent import Agent, Inputs, Params
 from mi.rl.config import CORES, TORSO_INPUTS
-from mi.rl.envs.spec import Spec
+from mi.rl.envs.spec import HostEnvironment, JaxEnvironment, Spec
 from mi.rl.learner import SweptNumbers
 from mi.rl.torsos import Shallow
 from mi.training import optim, sharding
 
+EnvironmentKey = Literal['env.name', 'eval.held_out']
+"""Config keys that name an environment; both have the options `config.env.options`."""
 
-def get_environment_args(
-    config: ml_collections.ConfigDict, config_key: str = 'env.name'
-) -> tuple[str, Options]:
-    """Return name and options of an environment of a config.
 
-    Args:
-      config: config of the run.
-      config_key: the key that names it, 'env.name' or 'eval.held_out'. Both have the same options.
-    """
+def get_environment_keys(config: ml_collections.ConfigDict) -> dict[str, EnvironmentKey]:
+    """Return split of an evaluation → config key of its environment."""
+    config_keys: dict[str, EnvironmentKey] = {'eval': 'env.name'}
+    if config.eval.held_out:
+        config_keys['held_out'] = 'eval.held_out'
+    return config_keys
+
+
+def get_environment_name(
+    config: ml_collections.ConfigDict, config_key: EnvironmentKey = 'env.name'
+) -> str:
+    """Return the name of an environment of a config."""
     env_name: str = config.env.name if config_key == 'env.name' else config.eval.held_out
-    return env_name, get_options(config.env, 'options')
+    return env_name
+
+
+def make_environment(
+    config: ml_collections.ConfigDict, config_key: EnvironmentKey = 'env.name'
+) -> JaxEnvironment:
+    """Make an environment of a config, of pure functions of one row.
+
+    Raises:
+      UserError: if it runs on the host, or `envs.make` refuses it.
+    """
+    env_name = get_environment_name(config, config_key)
+    if envs.is_on_host(env_name):
+        raise UserError(
+            f'config.{config_key} = {env_name!r} runs on the host: expected an environment in '
+            f"JAX for the topology 'fused'. Try config.train.topology = 'threads' or 'ray'"
+        )
+    with name_environment_keys(config_key):
+        return envs.make(env_name, get_options(config.env, 'options'))
+
+
+def make_pool(
+    config: ml_collections.ConfigDict,
+    batch_size: int,
+    seed: int,
+    config_key: EnvironmentKey = 'env.name',
+) -> HostEnvironment:
+    """Make rows of an environment of a config on the host.
+
+    Raises:
+      UserError: if `envs.pool` refuses it.
+    """
+    env_name, options = get_environment_name(config, config_key), get_options(config.env, 'options')
+    with name_environment_keys(config_key):
+        return envs.pool(env_name, batch_size, seed, options)
+
+
+def read_spec(config: ml_collections.ConfigDict) -> Spec:
+    """Return the spec of the environment of a config, without its simulator where that is possible.
+
+    Raises:
+      UserError: if `envs.make` or `envs.host_spec` refuses it.
+    """
+    env_name = get_environment_name(config)
+    if not envs.is_on_host(env_name):
+        return make_environment(config).spec
+    with name_environment_keys():
+        return envs.host_spec(env_name, config.actors.batch, get_options(config.env, 'options'))
+
+
+def count_evaluation_rows(
+    config: ml_collections.ConfigDict, config_key: EnvironmentKey = 'env.name'
+) -> int:
+    """Return the number of rows for evaluation on the host, if `config.eval.batch` is 0.
+
+    Raises:
+      UserError: if the suite is unknown.
+    """
+    env_name = get_environment_name(config, config_key)
+    with name_environment_keys(config_key):
+        return envs.count_evaluation_rows(env_name, config.actors.batch, config.eval.episodes)
+
+
+def name_environment_keys(
+    config_key: EnvironmentKey = 'env.name',
+) -> contextlib.AbstractContextManager[None]:
+    """Name config keys in errors about an environment and its actors."""
+    return name_config_keys(
+        {
+            'env_name': f'config.{config_key}',
+            'options': 'config.env.options',
+            'batch': 'config.actors.batch',
+            'timeout': 'config.actors.timeout',
+            'num_actors': 'config.actors.number',
+        }
+    )
 
 
 def build_agent(config: ml_collections.ConfigDict, spec: Spec) -> Agent:
@@ -46,6 +128,13 @@ def build_agent(config: ml_collections.ConfigDict, spec: Spec) -> Agent:
     model = config.model
     _check_instruction(config, spec)
     _check_torso(config, spec)
+    with name_config_keys({'options': 'config.model.fusion.options'}):
+        make_fusion = fusion.get(
+            model.fusion.name,
+            get_options(model.fusion, 'options'),
+            rank=model.fusion.rank,
+            hidden=model.fusion.hidden,
+        )
     return Agent(
         spec=spec,
         torso=model.torso,
@@ -54,12 +143,7 @@ def build_agent(config: ml_collections.ConfigDict, spec: Spec) -> Agent:
         sites=tuple(model.sites),
         source=model.source,
         context=model.context,
-        fusion=fusion.get(
-            model.fusion.name,
-            get_options(model.fusion, 'options'),
-            rank=model.fusion.rank,
-            hidden=model.fusion.hidden,
-        ),
+        fusion=make_fusion,
         use_instruction=model.instruction,
         dtype=jnp.dtype(model.dtype),
     )
@@ -68,12 +152,12 @@ def build_agent(config: ml_collections.ConfigDict, spec: Spec) -> Agent:
 def _get_core(model: ml_collections.ConfigDict) -> Callable[..., nn.Module] | None:
     """Return the constructor of the core; None for no memory."""
     options = get_options(model, 'core_options')
-    if model.core == 'none':
-        check_options('config.model.core_options', 'none', options, {})
+    constructor = None if model.core == 'none' else ChainMap(CORES, cells.CELLS)[model.core]
+    defaults = {} if constructor is None else get_field_defaults(constructor)
+    with name_config_keys({'options': 'config.model.core_options'}):
+        check_options(model.core, options, defaults)
+    if constructor is None:
         return None
-    constructor = ChainMap(CORES, cells.CELLS)[model.core]
-    defaults = get_field_defaults(constructor)
-    check_options('config.model.core_options', model.core, options, defaults)
     if model.core == 'transformer':
         num_heads = (defaults | options)['heads']
         if model.hidden % num_heads:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mi.config import UserError
+from mi.config import ArgumentError
 from mi.rl.actors.worker import Policy
 from mi.rl.agent import Inputs, Params
 from mi.rl.envs.finite import check_finite
@@ -204,20 +204,13 @@ class Watched:
     Args:
       pool: the environment.
       timeout: longest step or reset, seconds.
-      config_key: the config key of the timeout, for the error.
       stops: returns whether to abort.
     """
 
-    def __init__(
-        self,
-        pool: HostEnvironment,
-        timeout: float,
-        config_key: str,
-        stops: Callable[[], bool] = never,
-    ):
+    def __init__(self, pool: HostEnvironment, timeout: float, stops: Callable[[], bool] = never):
         self.spec, self.batch = pool.spec, pool.batch
         self.stops = stops
-        self._pool, self._timeout, self._config_key = pool, timeout, config_key
+        self._pool, self._timeout = pool, timeout
         self._is_abandoned = False
         self._calls: queue.SimpleQueue[Callable[[], Step] | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Step | BaseException] = queue.SimpleQueue()
@@ -236,7 +229,7 @@ class Watched:
 
         Raises:
           StoppedError: if the run is to end before it comes.
-          UserError: if it does not come within the timeout.
+          ArgumentError: if it does not come within the timeout.
         """
         return self._wait_for(self._pool.recv)
 
@@ -260,9 +253,9 @@ class Watched:
                 self._is_abandoned = True
                 if not is_late:
                     raise StoppedError from None
-                raise UserError(
+                raise ArgumentError(
                     f'{self.spec.name} did not finish a step within {self._timeout:g} s: it hangs '
-                    f'or is slow. If it is slow, raise {self._config_key}'
+                    f'or is slow. If it is slow, raise `timeout`'
                 ) from None
             if isinstance(result, BaseException):
                 raise result

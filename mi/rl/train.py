@@ -10,6 +10,7 @@ Agent, loss and update (`mi.rl.learner`) are the same; the topologies differ in 
 import ml_collections
 
 from mi.rl import config as rl_config
+from mi.rl import factory
 from mi.rl.actors import loop as actors_loop
 from mi.rl.fused import loop as fused
 from mi.training import run_dir
@@ -29,7 +30,8 @@ def train(
       UserError: if the config or the directory cannot work, or the loss is not finite.
     """
     rl_config.validate(config)
-    if config.train.topology == 'fused':
-        fused.train(config, workdir, profile)
-    else:
-        actors_loop.train(config, workdir, profile)
+    with factory.name_environment_keys():
+        if config.train.topology == 'fused':
+            fused.train(config, workdir, profile)
+        else:
+            actors_loop.train(config, workdir, profile)

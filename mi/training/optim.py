@@ -17,8 +17,17 @@ import ml_collections
 import optax
 from jax import Array
 
-from mi.config import Rule, UserError, choice, integer, number, suggest
-from mi.options import check_options, get_options
+from mi.config import (
+    Rule,
+    UserError,
+    any_value,
+    choice,
+    integer,
+    name_config_keys,
+    number,
+    suggest,
+)
+from mi.options import Options, check_options, get_options
 from mi.registry import Registry, import_object, is_reference
 from mi.training import averaging
 
@@ -89,7 +98,7 @@ def check_optimizer(value: object) -> str:
 
 SCHEMA: dict[str, Rule] = {
     'optim.name': check_optimizer,
-    'optim.options.*': lambda value: '',  # `validate` checks them against the function's arguments
+    'optim.options.*': any_value,  # `validate` checks them against the function's arguments
     'optim.learning_rate': number(0, exclusive=True),
     'optim.schedule': choice(SCHEDULES),
     'optim.warmup_steps': integer(-1),
@@ -140,7 +149,7 @@ def validate(config: ml_collections.ConfigDict, steps: int) -> None:
             f'config.optim.options'
         )
     if config.name in OPTIMIZERS:
-        check_options('config.optim.options', config.name, get_options(config, 'options'), {})
+        _check_options(config, {})
     else:
         _check_imported(config, steps)
     if config.ema and averaging.is_schedule_free(get_state_shapes(config, steps)):
@@ -161,7 +170,7 @@ def _check_imported(config: ml_collections.ConfigDict, steps: int) -> None:
     constructor = import_object(name)
     defaults = _get_defaults(constructor)
     del defaults['learning_rate']
-    check_options('config.optim.options', name, options, defaults)
+    _check_options(config, defaults)
     missing = set(_list_required(constructor)) - {'learning_rate', *options}
     if missing:
         raise UserError(
@@ -178,6 +187,12 @@ def _check_imported(config: ml_collections.ConfigDict, steps: int) -> None:
             f'parameters alone (got one whose update needs {", ".join(sorted(needed))} too). Try '
             f"'optax:lion' or 'optax.contrib:muon'"
         )
+
+
+def _check_options(config: ml_collections.ConfigDict, defaults: Options) -> None:
+    """Refuse options that the optimizer does not have, or of another type."""
+    with name_config_keys({'options': 'config.optim.options'}):
+        check_options(config.name, get_options(config, 'options'), defaults)
 
 
 def get_state_shapes(config: ml_collections.ConfigDict, steps: int) -> optax.OptState:

@@ -23,7 +23,7 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mi.config import UserError
+from mi.config import ArgumentError, UserError
 from mi.rows import ROWS, mean_over_rows
 from mi.training import progress
 
@@ -138,11 +138,11 @@ def make_mesh(
       num_seeds: number of seeds that train simultaneously.
       batch_size: rows of a seed's batch.
       fsdp: devices that share one copy of the parameters; fewer if there are fewer devices.
-      shape: `config.train.mesh`, which sets all three axes; () to choose them.
+      shape: all three axes; () to choose them.
       devices: the devices; None for all that are present.
 
     Raises:
-      UserError: if the devices cannot divide the work, or if some devices of several processes
+      ArgumentError: if the devices cannot divide the work, or if some devices of several processes
         would be idle.
     """
     # Several processes have to use all devices, because each one runs the program.
@@ -150,8 +150,8 @@ def make_mesh(
     shape = choose_mesh_shape(num_seeds, batch_size, fsdp, shape, len(devices))
     num_used = math.prod(shape)
     if num_used < len(devices) and len({device.process_index for device in devices}) > 1:
-        raise UserError(
-            f'config.train.batch = {batch_size} and {num_seeds} seeds use {num_used} of '
+        raise ArgumentError(
+            f'`batch_size` = {batch_size} and {num_seeds} seeds use {num_used} of '
             f'{len(devices)} devices, but a run of several processes must use all. '
             f'Try a batch that is a multiple of {len(devices)}'
         )
@@ -166,23 +166,23 @@ def choose_mesh_shape(
     """Return the mesh shape that `make_mesh` uses for a number of devices, present or not.
 
     Raises:
-      UserError: if the devices cannot divide the work.
+      ArgumentError: if the devices cannot divide the work.
     """
     if not shape:
         return _choose_largest_shape(num_seeds, batch_size, fsdp, num_devices)
     shape = tuple(shape)
-    setting = f'config.train.mesh = {shape}'
+    setting = f'`shape` = {shape}'
     if math.prod(shape) > num_devices:
-        raise UserError(
+        raise ArgumentError(
             f'{setting}: expected a product of at most {num_devices}, the number of devices'
         )
     if num_seeds % shape[0]:
-        raise UserError(
+        raise ArgumentError(
             f'{setting}: expected the first entry to divide the number of seeds, {num_seeds}'
         )
     if batch_size % (shape[1] * shape[2]):
-        raise UserError(
-            f'{setting}: expected data · fsdp to divide config.train.batch = {batch_size}'
+        raise ArgumentError(
+            f'{setting}: expected data · fsdp to divide `batch_size` = {batch_size}'
         )
     return shape
 
@@ -193,10 +193,7 @@ def _choose_largest_shape(
     if num_devices < fsdp:
         fsdp = math.gcd(fsdp, num_devices)
     if batch_size % fsdp:
-        raise UserError(
-            f'config.train.fsdp = {fsdp}: expected a divisor of {batch_size}, the rows of '
-            f'config.train.batch'
-        )
+        raise ArgumentError(f'`fsdp` = {fsdp}: expected a divisor of `batch_size` = {batch_size}')
 
     def fill(seed_shards: int) -> tuple[int, int, int]:
         max_data = num_devices // (seed_shards * fsdp)

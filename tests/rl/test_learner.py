@@ -136,7 +136,7 @@ from mi.rl.fused import loop as fused
 
 config, environment, agent, optimiser = parts(seeds=(0, 1))
 config.train.mesh = json.loads(sys.argv[1])
-mesh = fused.make_mesh(config)
+mesh = run_mesh.make_run_mesh(config)
 state = fused.init_states(config, environment, agent, optimiser, mesh)
 update_once = fused.make_update(config, environment, agent, optimiser)
 update = fused.compile_updates(update_once, state, 3, mesh)

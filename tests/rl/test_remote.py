@@ -159,5 +159,5 @@ def test_as_many_actors_fit_on_the_nodes_as_are_asked_for(number, free, share):
 
 
 def test_a_cluster_that_is_full_is_refused():
-    with pytest.raises(UserError, match=r'config\.actors\.number = 3: expected at most 64'):
+    with pytest.raises(UserError, match=r'`num_actors` = 3: expected at most 64'):
         ray_actors.divide_cpus(3, [0.01])

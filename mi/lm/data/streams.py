@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from mi.config import ArgumentError
+
 Piece = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """Inputs, targets, mask, and positions of the inputs, each [T, B]."""
 
@@ -22,13 +24,13 @@ class Stream:
       seed: draws where the first reader starts, so that seeds read in different order.
 
     Raises:
-      ValueError: if the text has fewer tokens than the batch.
+      ArgumentError: if the text has fewer tokens than the batch.
     """
 
     def __init__(self, tokens: np.ndarray, batch: int, length: int, seed: int):
         if len(tokens) < batch + 1:
-            raise ValueError(
-                f'batch = {batch}: expected less than {len(tokens)}, the tokens of the training '
+            raise ArgumentError(
+                f'`batch` = {batch}: expected less than {len(tokens)}, the tokens of the training '
                 f'text'
             )
         self._tokens, self._length = tokens, length

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from mi.config import ArgumentError
+
 SPLITS = ('train', 'valid', 'test')
 
 
-class DataError(ValueError):
+class DataError(ArgumentError):
     """Files or arguments that make no corpus.
 
     The message has one line. It writes the arguments of `mi.lm.data.token_store.load` in backticks,

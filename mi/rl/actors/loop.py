@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from mi.rl import config as rl_config
-from mi.rl import envs, episode_metrics, factory, learner, loss, popart
+from mi.rl import episode_metrics, factory, learner, loss, popart
 from mi.rl.actors import ray as ray_actors
 from mi.rl.actors.threads import Actors, QueueItem
 from mi.rl.actors.window import Window
@@ -35,6 +35,7 @@ from mi.training import (
     optim,
     progress,
     run_dir,
+    run_mesh,
     sharding,
     utilization,
 )
@@ -62,9 +63,8 @@ def make_worker(
     for identifier in (version, index, jax.process_index(), birth):
         worker_key = jax.random.fold_in(worker_key, identifier)
     env_seeds = np.asarray(jax.random.randint(worker_key, (config.actors.groups,), 0, 2**30))
-    env_name, options = factory.get_environment_args(config)
     batch_size = config.actors.batch
-    groups = [envs.pool(env_name, batch_size, int(env_seed), options) for env_seed in env_seeds]
+    groups = [factory.make_pool(config, batch_size, int(env_seed)) for env_seed in env_seeds]
     policy = policy or Policy(factory.build_agent(config, groups[0].spec))
     return Worker(groups, policy, config.train.length, worker_key)
 
@@ -74,12 +74,9 @@ def train(
 ) -> None:
     """Train and evaluate in a run directory, or resume the run that it holds."""
     with contextlib.ExitStack() as stack:
-        config_keys = {'eval': 'env.name'}
-        if config.eval.held_out:
-            config_keys['held_out'] = 'eval.held_out'
         evaluations = {
             split: stack.enter_context(Evaluation(config, config_key))
-            for split, config_key in config_keys.items()
+            for split, config_key in factory.get_environment_keys(config).items()
         }
         agent = factory.build_agent(config, evaluations['eval'].spec)
         for evaluation in evaluations.values():
@@ -97,7 +94,7 @@ def _train(
     """Run the training loop: take trajectories, update, record, save and evaluate."""
     num_updates = rl_config.count_updates(config)
     optimizer = optim.make_optimizer(config.optim, num_updates)
-    mesh = sharding.make_mesh(1, config.train.batch, shape=config.train.mesh)
+    mesh = run_mesh.make_run_mesh(config)
     update = jit_update(agent, optimizer, factory.get_hyperparameters(config), mesh)
     numbers = factory.get_swept_numbers(config, num_updates, mesh)
     is_asked_to_stop = functools.partial(run.should_stop, recorded=False)

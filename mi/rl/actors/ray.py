@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from mi.config import UserError, suggest_install
+from mi.config import ArgumentError, UserError, suggest_install
 from mi.rl.actors.threads import SharedParams
 from mi.rl.actors.worker import Worker
 from mi.rl.agent import Params
@@ -89,7 +89,7 @@ class Remote:
             total_cpus = self._ray.cluster_resources().get('CPU', 0)
             print(
                 f'an actor waits for {self._cpus:g} of a CPU: Ray has {total_cpus:g} CPUs, all in '
-                f'use. Lower config.actors.number, or end what uses them',
+                f'use. Start fewer actors, or end what uses them',
                 file=sys.stderr,
             )
         self._ray.get(worker)
@@ -128,10 +128,7 @@ def init_ray() -> types.ModuleType:
     try:
         import ray
     except ImportError as error:
-        raise UserError(
-            f"config.train.topology = 'ray': expected Ray, which is not installed. "
-            f'Try {suggest_install("ray")}'
-        ) from error
+        raise UserError(f'ray is not installed. Try {suggest_install("ray")}') from error
     if not ray.is_initialized():
         with warnings.catch_warnings(), _signal_handlers():
             # Ray only forks to start another program.
@@ -149,7 +146,7 @@ def compute_cpus_per_actor(num_actors: int) -> float:
     """Return the CPUs that each of the actors can have so that Ray starts all; at most 1.
 
     Raises:
-      UserError: if too few CPUs are free.
+      ArgumentError: if too few CPUs are free.
     """
     ray = init_ray()
     node_cpus = [node['Resources'].get('CPU', 0.0) for node in ray.nodes() if node['Alive']]
@@ -166,8 +163,8 @@ def compute_cpus_per_actor(num_actors: int) -> float:
             time.sleep(0.5)
     if cpu_share < 1:
         print(
-            f'config.actors.number = {num_actors}: Ray has {free_fraction * sum(node_cpus):g} free '
-            f'CPUs, so each actor gets {cpu_share:g} of one',
+            f'{num_actors} actors: Ray has {free_fraction * sum(node_cpus):g} free CPUs, so each '
+            f'actor gets {cpu_share:g} of one',
             file=sys.stderr,
         )
     return cpu_share
@@ -181,13 +178,13 @@ def divide_cpus(num_actors: int, free_cpus: Sequence[float]) -> float:
       free_cpus: free CPUs of each node.
 
     Raises:
-      UserError: if a CPU would have more than MAX_ACTORS_PER_CPU actors.
+      ArgumentError: if a CPU would have more than MAX_ACTORS_PER_CPU actors.
     """
     for actors_per_cpu in range(1, MAX_ACTORS_PER_CPU + 1):
         if sum(int(cpus * actors_per_cpu + 1e-6) for cpus in free_cpus) >= num_actors:
             return int(10_000 / actors_per_cpu) / 10_000  # Ray counts in 1/10,000
-    raise UserError(
-        f'config.actors.number = {num_actors}: expected at most {MAX_ACTORS_PER_CPU} for each of '
+    raise ArgumentError(
+        f'`num_actors` = {num_actors}: expected at most {MAX_ACTORS_PER_CPU} for each of '
         f'the {sum(free_cpus):g} CPUs that Ray has free. Lower it, or end what uses the cluster'
     )
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 from mi import precision
-from mi.config import UserError
+from mi.config import ArgumentError
 from mi.rl.agent import Params
 from mi.rl.trajectory import Episodes, Trajectory
 
@@ -114,7 +114,7 @@ class Actors:
           The trajectory; None if the run is to end and the queue is empty.
 
         Raises:
-          UserError: if there is none within the timeout.
+          ArgumentError: if there is none within the timeout.
         """
         # Wait in short intervals, so that a signal can end the wait.
         deadline = time.monotonic() + self._timeout
@@ -127,9 +127,9 @@ class Actors:
                     return None
                 if time.monotonic() < deadline:
                     continue
-                raise UserError(
+                raise ArgumentError(
                     f'no trajectory in {self._timeout:g} s from {len(self._threads)} actors: an '
-                    f'environment hangs or is slow. Raise config.actors.timeout if it is slow'
+                    f'environment hangs or is slow. Raise `timeout` if it is slow'
                 ) from None
 
         # None marks a worker that failed.

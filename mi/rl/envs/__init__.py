@@ -15,7 +15,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
-from mi.config import UserError, has_parameter, suggest
+from mi.config import ArgumentError, UserError, has_parameter, suggest
 from mi.options import check_options, get_keyword_defaults
 from mi.registry import Registry, is_reference
 from mi.rl.envs.check import check_environment, check_spec
@@ -24,7 +24,7 @@ from mi.rl.envs.jax import actuator_inversion, catch, xland
 from mi.rl.envs.jax.batched import Batched
 from mi.rl.envs.spec import HostEnvironment, JaxEnvironment, Spec
 
-Options = Mapping[str, object]  # of `config.env.options`: argument of the maker → value
+Options = Mapping[str, object]  # argument of the maker → value
 Made = TypeVar('Made')
 
 JAX: Registry[Callable[..., JaxEnvironment]] = Registry(
@@ -58,85 +58,71 @@ CHEAP: dict[str, Callable[[str], tuple[str, ...]]] = {
 MAX_EVALUATION_ROWS = 1024
 
 
-def make(
-    env_name: str, options: Options | None = None, config_key: str = 'env.name'
-) -> JaxEnvironment:
+def make(env_name: str, options: Options | None = None) -> JaxEnvironment:
     """Make an environment of pure functions of one row.
 
     Args:
       env_name: a name in JAX, with its suite behind a slash.
       options: arguments of its maker, by name.
-      config_key: the config key that gives the name.
 
     Raises:
-      UserError: if the name or an option is unknown, if the environment runs on the host, if its
-        maker refuses, or if the environment contradicts its spec.
+      ArgumentError: if the name or an option is unknown, the environment runs on the host, its
+        maker refuses, or the environment contradicts its spec.
     """
-    maker_name = _parse_maker_name(env_name, config_key)
+    maker_name = _parse_maker_name(env_name)
     if maker_name in HOST:
-        raise UserError(
-            f'config.{config_key} = {env_name!r} runs on the host: expected an environment in '
-            f"JAX for the topology 'fused'. Try config.train.topology = 'threads' or 'ray'"
+        raise ArgumentError(
+            f'`env_name` = {env_name!r} runs on the host: expected an environment in JAX. Try '
+            f'mi.rl.envs.pool'
         )
-    return _make_jax(maker_name, env_name, config_key, options or {})
+    return _make_jax(maker_name, env_name, options or {})
 
 
-def pool(
-    env_name: str,
-    batch: int,
-    seed: int,
-    options: Options | None = None,
-    config_key: str = 'env.name',
-) -> HostEnvironment:
+def pool(env_name: str, batch: int, seed: int, options: Options | None = None) -> HostEnvironment:
     """Make `batch` rows of any environment on the host.
 
     Args:
       env_name: a name in JAX or HOST, with its suite behind a slash.
       batch: number of rows.
       seed: seed of everything random in them.
-      options, config_key: as in `make`.
+      options: as in `make`.
 
     Raises:
-      UserError: if the name or an option is unknown, if its maker refuses, or if the environment
+      ArgumentError: if the name or an option is unknown, its maker refuses, or the environment
         contradicts its spec.
     """
-    maker_name, options = _parse_maker_name(env_name, config_key), options or {}
+    maker_name, options = _parse_maker_name(env_name), options or {}
     if maker_name in JAX:
-        return Batched(_make_jax(maker_name, env_name, config_key, options), batch, seed)
+        return Batched(_make_jax(maker_name, env_name, options), batch, seed)
     environment: HostEnvironment = _call_maker(
-        HOST[maker_name], env_name, config_key, options, batch=batch, seed=seed
+        HOST[maker_name], env_name, options, batch=batch, seed=seed
     )
-    with _name_in_errors(env_name, config_key):
+    with _name_in_errors(env_name):
         check_spec(environment.spec)
     return environment
 
 
-def host_spec(
-    env_name: str,
-    batch: int,
-    options: Options | None = None,
-    config_key: str = 'env.name',
-) -> Spec:
+def host_spec(env_name: str, batch: int, options: Options | None = None) -> Spec:
     """Return the spec of an environment on the host, without its simulator where `SPECS` has it.
 
     Args:
       env_name: a name in HOST, with its suite behind a slash.
       batch: number of rows, at least one for each task.
-      options, config_key: as in `make`.
+      options: as in `make`.
 
     Raises:
-      UserError: as in `pool`.
+      ArgumentError: as in `pool`.
     """
     maker_name, _, suite = env_name.partition('/')
     options = options or {}
     if maker_name not in SPECS:
-        with contextlib.closing(pool(env_name, batch, 0, options, config_key)) as environment:
+        with contextlib.closing(pool(env_name, batch, 0, options)) as environment:
             return environment.spec
 
     # Make the spec alone, from the options that change it, with the checks of `pool`.
     _check_options(HOST[maker_name], env_name, options)
     parameters = inspect.signature(SPECS[maker_name]).parameters
-    with _name_in_errors(env_name, config_key):
+    with _name_in_errors(env_name):
         spec = SPECS[maker_name](
             suite,
             **{option: setting for option, setting in options.items() if option in parameters},
@@ -145,8 +131,8 @@ def host_spec(
         if batch < len(spec.tasks):
             raise UserError(
                 f'{spec.name} has {len(spec.tasks)} tasks but the batch has only {batch} '
-                f'environments: expected at least one per task. Raise config.actors.batch '
-                f'or name fewer tasks'
+                f'environments: expected at least one per task. Raise `batch` or '
+                f'name fewer tasks'
             )
     return spec
 
@@ -156,54 +142,45 @@ def is_on_host(env_name: str) -> bool:
     return env_name.partition('/')[0] in HOST
 
 
-def count_evaluation_rows(
-    env_name: str, batch: int, num_episodes: int, config_key: str = 'env.name'
-) -> int:
+def count_evaluation_rows(env_name: str, batch: int, num_episodes: int) -> int:
     """Return the number of rows for evaluation on the host: one per episode if rows are cheap.
 
     Args:
       env_name: name of the environment.
       batch: number of rows if they are not cheap.
       num_episodes: number for each task.
-      config_key: as in `make`.
 
     Raises:
-      UserError: if the suite is unknown.
+      ArgumentError: if the suite is unknown.
     """
     maker_name, _, suite = env_name.partition('/')
     if maker_name not in CHEAP:
         return batch
-    with _name_in_errors(env_name, config_key):
+    with _name_in_errors(env_name):
         num_tasks = len(CHEAP[maker_name](suite))
     return num_tasks * max(1, min(num_episodes, MAX_EVALUATION_ROWS // num_tasks))
 
 
-def _parse_maker_name(env_name: str, config_key: str) -> str:
+def _parse_maker_name(env_name: str) -> str:
     maker_name = env_name.partition('/')[0]
     if maker_name not in JAX and maker_name not in HOST:
         known_names = JAX if is_reference(maker_name) else (*JAX, *HOST)
         hint = suggest(maker_name, known_names)
-        raise UserError(f'config.{config_key} = {env_name!r} is unknown; {hint}')
+        raise ArgumentError(f'`env_name` = {env_name!r} is unknown; {hint}')
     return maker_name
 
 
-def _make_jax(maker_name: str, env_name: str, config_key: str, options: Options) -> JaxEnvironment:
-    environment: JaxEnvironment = _call_maker(JAX[maker_name], env_name, config_key, options)
-    with _name_in_errors(env_name, config_key):
+def _make_jax(maker_name: str, env_name: str, options: Options) -> JaxEnvironment:
+    environment: JaxEnvironment = _call_maker(JAX[maker_name], env_name, options)
+    with _name_in_errors(env_name):
         check_environment(environment)
     return environment
 
 
-def _call_maker(
-    maker: Callable[..., Made],
-    env_name: str,
-    config_key: str,
-    options: Options,
-    **rows: int,
-) -> Made:
-    """Call a maker with the suite and checked options; errors name the config key."""
+def _call_maker(maker: Callable[..., Made], env_name: str, options: Options, **rows: int) -> Made:
+    """Call a maker with the suite and checked options; errors name the environment."""
     _check_options(maker, env_name, options)
-    with _name_in_errors(env_name, config_key):
+    with _name_in_errors(env_name):
         return maker(env_name.partition('/')[2], **rows, **options)
 
 
@@ -215,13 +192,13 @@ def _check_options(maker: Callable[..., object], env_name: str, options: Options
     parameter_kinds = [parameter.kind for parameter in inspect.signature(maker).parameters.values()]
     if inspect.Parameter.VAR_KEYWORD in parameter_kinds:  # the simulator checks them
         options = {option: setting for option, setting in options.items() if option in defaults}
-    check_options('config.env.options', env_name, options, defaults)
+    check_options(env_name, options, defaults)
 
 
 @contextlib.contextmanager
-def _name_in_errors(env_name: str, config_key: str) -> Iterator[None]:
-    """Put the config key that names the environment in front of an error."""
+def _name_in_errors(env_name: str) -> Iterator[None]:
+    """Put the name of the environment in front of an error."""
     try:
         yield
     except UserError as error:
-        raise UserError(f'config.{config_key} = {env_name!r}: {error}') from error
+        raise ArgumentError(f'`env_name` = {env_name!r}: {error}') from error

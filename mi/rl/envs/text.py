@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mi.config import UserError
+from mi.config import ArgumentError, UserError
 
 # In the order of the grammar: actions, articles, colors, objects, places, connectives.
 _GRAMMAR = (
@@ -44,14 +44,15 @@ class Tokenizer:
         """Return read-only tokens.
 
         Raises:
-          UserError: if there are more than `length` words, or `number` refuses a word.
+          ArgumentError: if there are more than `length` words.
+          UserError: if `number` refuses a word.
         """
         if text not in self._known:
             words = re.findall('[a-z0-9]+', text.lower())
             if len(words) > self.length:
-                raise UserError(
+                raise ArgumentError(
                     f'the instruction {text!r} has {len(words)} words: expected at most '
-                    f'{self.length}. Raise config.env.options.length'
+                    f'{self.length}. Raise `options.length`'
                 )
             tokens = np.zeros(self.length, np.int32)
             tokens[: len(words)] = [self.number(word) for word in words]

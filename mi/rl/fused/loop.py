@@ -7,7 +7,7 @@ are divided over them (`mi.training.sharding`); the program is the same.
 import functools
 import operator
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ import optax
 from jax import Array
 
 from mi.rl import config as rl_config
-from mi.rl import envs, episode_metrics, factory, learner, loss, popart
+from mi.rl import episode_metrics, factory, learner, loss, popart
 from mi.rl.agent import Agent
 from mi.rl.checkpointing import Snapshot, is_evaluation_due, resume, save_or_stop, write_costs
 from mi.rl.envs import auto_reset, finite
@@ -40,6 +40,7 @@ from mi.training import (
     optim,
     progress,
     run_dir,
+    run_mesh,
     sharding,
     utilization,
 )
@@ -226,25 +227,15 @@ def get_state_shapes(
     return sharding.with_shardings(state, TrainState(learner_shardings, actor_shardings))
 
 
-def make_mesh(
-    config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
-) -> jax.sharding.Mesh:
-    """Return the mesh of a run of the config, by default on all devices."""
-    num_seeds, batch_size, shape = len(config.seeds), config.train.batch, config.train.mesh
-    return sharding.make_mesh(num_seeds, batch_size, shape=shape, devices=devices)
-
-
 def train(
     config: ml_collections.ConfigDict, workdir: str, profile: run_dir.Steps | None = None
 ) -> None:
     """Train and evaluate in a run directory, or resume the run that it holds."""
-    environment = envs.make(*factory.get_environment_args(config))
+    environment = factory.make_environment(config)
     agent = factory.build_agent(config, environment.spec)
     environments = {'eval': environment}
     if config.eval.held_out:
-        config_key = 'eval.held_out'
-        env_name, options = factory.get_environment_args(config, config_key)
-        environments['held_out'] = envs.make(env_name, options, config_key)
+        environments['held_out'] = factory.make_environment(config, 'eval.held_out')
         factory.check_held_out(config, environment.spec, environments['held_out'].spec)
     with run_dir.open_run(workdir, config, profile) as run:
         _train(config, environments, agent, run)
@@ -264,7 +255,7 @@ def _train(
 
     # A new state, or that of the newest checkpoint.
     with progress.Work('drawing the initial parameters and episodes'):
-        mesh = make_mesh(config)
+        mesh = run_mesh.make_run_mesh(config)
         state = init_states(config, environment, agent, optimizer, mesh)
     numbers = factory.get_swept_numbers(config, num_updates, mesh)
     # An environment step is acted on once and learned from once.

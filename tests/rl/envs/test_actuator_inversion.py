@@ -195,5 +195,5 @@ def test_a_stream_ends_and_restarts_as_its_spec_says():
 
 
 def test_an_unknown_suite_is_refused_with_the_nearest_one():
-    with pytest.raises(UserError, match="inversion' is unknown; did you mean 'inversions'"):
+    with pytest.raises(UserError, match="inversion is unknown; did you mean 'inversions'"):
         actuator_inversion.make('inversion')

@@ -3,12 +3,13 @@ import re
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
 from mi import testing
 from mi.config import UserError
-from mi.rl import envs
+from mi.rl import envs, factory
 from mi.rl.actors.worker import Policy, Worker
 from mi.rl.envs.check import check_environment, check_spec, check_step
 from mi.rl.envs.spec import Step
@@ -155,15 +156,19 @@ def without_task(observation):
     ids=range(12),
 )
 def test_an_environment_that_contradicts_its_spec_is_refused(monkeypatch, environment, said):
-    """In every topology, before anything is compiled, by the key that names it."""
+    """In every topology, before anything is compiled, by the argument or key that names it."""
     monkeypatch.setitem(envs.JAX, 'ramp', lambda suite: environment)
-    said = f"config.env.name = 'ramp': environment 'ramp': {said}"
-    with pytest.raises(UserError, match=said):
+    said = f"= 'ramp': environment 'ramp': {said}"
+    with pytest.raises(ValueError, match=f'^`env_name` {said}'):
         envs.make('ramp')
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(ValueError, match=f'^`env_name` {said}'):
         envs.pool('ramp', 2, 0)
-    with pytest.raises(UserError, match=said.replace('env.name', 'eval.held_out')):
-        envs.make('ramp', config_key='eval.held_out')
+    config = ml_collections.ConfigDict(
+        {'env': {'name': 'ramp', 'options': {}}, 'eval': {'held_out': 'ramp'}}
+    )
+    for config_key in ('env.name', 'eval.held_out'):
+        with pytest.raises(UserError, match=f'^config.{config_key} {said}'):
+            factory.make_environment(config, config_key)
 
 
 def test_an_environment_without_a_method_is_refused():

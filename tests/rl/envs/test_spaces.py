@@ -101,9 +101,7 @@ def test_other_spaces_are_features(space, value, features):
     ids=str,
 )
 def test_an_observation_that_no_network_takes_is_refused(space, said):
-    with pytest.raises(
-        UserError, match=rf"config\.env\.name = '{ID}': .* observation space .*{said}"
-    ):
+    with pytest.raises(UserError, match=rf"^`env_name` = '{ID}': .* observation space .*{said}"):
         envs.pool(ID, 1, 0, {'observation_space': space})
 
 

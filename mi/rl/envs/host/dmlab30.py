@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mi.config import UserError, suggest
+from mi.config import ArgumentError, UserError, suggest
 from mi.rl.envs.spec import Spec, Step
 from mi.rl.envs.text import hashed
 
@@ -236,16 +236,17 @@ class DMLab:
         """Return the step that was sent.
 
         Raises:
-          UserError: if an engine fails, or does not answer within the timeout.
+          ArgumentError: if an engine does not answer within the timeout.
+          UserError: if an engine fails.
         """
         # Wait for all rows until one deadline.
         deadline = time.monotonic() + self._timeout
         for row in np.flatnonzero(~self._is_idle).tolist():
             connection, level = self._connections[row], self._levels[row]
             if not connection.poll(max(0.0, deadline - time.monotonic())):
-                raise UserError(
+                raise ArgumentError(
                     f'{level} did not answer in {self._timeout:g} s; raise '
-                    f'config.env.options.timeout, or try the engine alone as docs/dmlab.md says'
+                    f'`options.timeout`, or try the engine alone as docs/dmlab.md says'
                 )
             try:
                 answer = connection.recv()
@@ -315,9 +316,7 @@ def suite_spec(suite: str, *, actions: str = 'impala', length: int = 16) -> Spec
       UserError: on an unknown word.
     """
     if actions not in ACTIONS:
-        raise UserError(
-            f'config.env.options.actions = {actions!r} is unknown; {suggest(actions, ACTIONS)}'
-        )
+        raise UserError(f'`options.actions` = {actions!r} is unknown; {suggest(actions, ACTIONS)}')
     levels = LEVELS if suite in ('', 'train', 'test') else tuple(suite.split(','))
     for level in levels:
         if level not in SCORES:
@@ -361,7 +360,7 @@ def make(  # noqa: PLR0913 - the options of the environment
     if batch < len(tasks):
         raise UserError(
             f'dmlab30 has {len(tasks)} levels but the batch has only {batch} environments: '
-            f'expected at least one per level. Raise config.actors.batch or name fewer levels'
+            f'expected at least one per level. Raise `batch` or name fewer levels'
         )
     if importlib.util.find_spec('deepmind_lab') is None:
         raise UserError('deepmind_lab is not installed, and pip has none; docs/dmlab.md builds it')

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mi.config import UserError, suggest, suggest_install
+from mi.config import ArgumentError, UserError, suggest, suggest_install
 from mi.rl.envs.spec import Observation, Spec, Step
 from mi.training.host import get_cores
 
@@ -94,7 +94,7 @@ class Pools:
         """Return the step that was sent.
 
         Raises:
-          UserError: if a pool does not answer within the timeout.
+          ArgumentError: if a pool does not answer within the timeout.
         """
         # Join the results of all pools that have rows to step.
         is_idle_by_pool = np.split(self._is_idle, self._ends)
@@ -146,7 +146,7 @@ class Pools:
         """Call the method of each of these pools, in the thread that may wait, and return results.
 
         Raises:
-          UserError: if a pool does not answer within the timeout.
+          ArgumentError: if a pool does not answer within the timeout.
         """
         self._calls.put(
             [getattr(self._pools[pool_index], method_name) for pool_index in pool_indices]
@@ -158,10 +158,10 @@ class Pools:
                 result = self._results.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 task_name = self.spec.tasks[pool_index]
-                raise UserError(
+                raise ArgumentError(
                     f'{self.spec.name}/{task_name} did not answer in {self._timeout:g} s: '
                     f'expected a step of its {self.batch} rows. Raise '
-                    f'config.env.options.timeout, or use fewer rows'
+                    f'`options.timeout`, or use fewer rows'
                 ) from None
             if isinstance(result, Exception):
                 raise result
@@ -255,7 +255,7 @@ def make_pools(
     if batch < len(env_ids):
         raise UserError(
             f'{spec.name} has {len(env_ids)} tasks but the batch has only {batch} environments: '
-            f'expected at least one per task. Raise config.actors.batch or name fewer tasks'
+            f'expected at least one per task. Raise `batch` or name fewer tasks'
         )
 
     # Spread rows and threads evenly; row i has the seed `seed` + i in whichever pool.

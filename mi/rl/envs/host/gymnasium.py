@@ -185,7 +185,7 @@ def _make_probe_env(gymnasium: types.ModuleType, env_id: str, arguments: Argumen
         given_arguments = ' '.join(repr(dict(arguments)).split())
         raise UserError(
             f'gymnasium/{env_id} cannot be made: {type(error).__name__}: {format_error(error)}; '
-            f'the arguments of its constructor are config.env.options = {given_arguments}'
+            f'the arguments of its constructor are `options` = {given_arguments}'
         ) from error
 
 
@@ -216,7 +216,7 @@ def make_vizdoom(suite: str, *, batch: int, seed: int = 0, asynchronous: bool = 
     if batch < len(scenarios):
         raise UserError(
             f'vizdoom has {len(scenarios)} tasks but the batch has only {batch} environments: '
-            f'expected at least one per task. Raise config.actors.batch or name fewer tasks'
+            f'expected at least one per task. Raise `batch` or name fewer tasks'
         )
 
     # Collect the buttons of all tasks.

@@ -147,5 +147,5 @@ def make(suite: str) -> ActuatorInversion:
     suite_name = suite or 'symmetries'
     if suite_name not in SUITES:
         hint = suggest(suite, SUITES)
-        raise UserError(f"config.env.name = 'actuator_inversion/{suite}' is unknown; {hint}")
+        raise UserError(f'actuator_inversion/{suite} is unknown; {hint}')
     return ActuatorInversion(SUITES[suite_name])

@@ -66,5 +66,5 @@ class Catch:
 def make(suite: str) -> Catch:
     """Return the environment; a suite raises UserError."""
     if suite:
-        raise UserError(f"config.env.name = 'catch/{suite}': catch has no suites. Try 'catch'")
+        raise UserError(f"catch/{suite} is unknown: catch has no suites. Try 'catch'")
     return Catch()

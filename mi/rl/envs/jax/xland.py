@@ -301,7 +301,5 @@ def make(suite: str) -> XLand:
     goals = tuple(goal for goal in ALL if goal.name == suite.replace('_', ' '))
     if not goals:
         known_names = [*SUITES, *(goal.name for goal in ALL)]
-        raise UserError(
-            f"config.env.name = 'xland/{suite}' is unknown; {suggest(suite, known_names)}"
-        )
+        raise UserError(f'xland/{suite} is unknown; {suggest(suite, known_names)}')
     return XLand(goals)
