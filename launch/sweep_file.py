@@ -34,6 +34,8 @@ def load_module(file: str) -> types.ModuleType:
             f'--sweep={file}: expected a file of your own or experiments/NAME.py; '
             f'{suggest(sweep_name(path), known_names)}'
         )
+
+    # Run the file, then check what it defines.
     module = create_module(path.stem, str(path))
     assert module.__spec__ is not None and module.__spec__.loader is not None
     with user_errors(file):

@@ -38,6 +38,7 @@ def calibrate(
     from scipy import optimize  # layers do without it
 
     with jax.enable_x64(True):
+        # The error of the outputs as a function of one flat vector of parameters.
         x, z = (jnp.asarray(stream) for stream in inputs)
         x = x.astype(jnp.float64)
         if not jnp.issubdtype(z.dtype, jnp.integer):
@@ -50,6 +51,7 @@ def calibrate(
             loss, grad = compute_loss(jnp.asarray(flat))
             return float(loss), np.asarray(grad)
 
+        # Ties count as improved; NaN does not.
         options = {'maxiter': MAX_STEPS, 'maxfun': 2 * MAX_STEPS, 'ftol': TOLERANCE, 'gtol': 1e-12}
         result = optimize.minimize(
             evaluate, np.asarray(initial), jac=True, method='L-BFGS-B', options=options

@@ -67,6 +67,7 @@ def confirm_outputs(
     params, streams = jax.tree.map(functools.partial(_draw, rng), (params, dict(streams)))
     verdicts = [output.is_confirmed for output in outputs]
     for name in streams:
+        # The highest order that a bounded degree of this stream needs.
         degrees = [output.degrees[name] for output in outputs]
         order = int(max((d for d in degrees if d <= MAX_DEGREE), default=-1)) + 1
         if not order or not _has_floats(streams[name]):
@@ -77,6 +78,7 @@ def confirm_outputs(
             moved = jax.tree.map(lambda x, v: x + step * v, streams[name], direction)
             return jax.tree.leaves(function(params, **{**streams, name: moved}))
 
+        # An output is confirmed if no stream contradicts its degree.
         values = [evaluate(step) for step in range(order + 1)]
         for index, degree in enumerate(degrees):
             if degree <= MAX_DEGREE:

@@ -91,10 +91,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
     Raises:
       UserError: naming the key, what was expected, and what to change.
     """
+    # Each key by its rule; a problem has rules of its own.
     problem_name = flatten(config.to_dict()).get('problem.name')
     schema = {**SCHEMA, **import_problem(problem_name).SCHEMA}
     check(config, schema | (SEARCH if config.task == 'search' else {}))
     optim.validate(config.optim, config.train.steps)
+
+    # Evaluations and checkpoints come with a record.
     for interval_key in ('eval_every', 'save_every'):
         interval = config.train[interval_key]
         if interval % config.train.log_every:
@@ -103,6 +106,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
                 f'config.train.log_every = {config.train.log_every}, the number of steps between '
                 f'records'
             )
+
+    # A search sets widths, scales the updates, and compares the last evaluations.
     if config.task == 'search' and config.model.parameters:
         raise UserError(
             f'config.model.parameters = {config.model.parameters}: expected 0. A '

@@ -271,6 +271,7 @@ def _accumulate(
         total = jax.tree.map(lambda a, b: a + b / num_parts, total, (grads, nats))
         return total, next_carry
 
+    # Rows are axis 0 of the carry and axis 1 of the tokens [T, B]; the scan stacks the carries.
     zeros = jax.tree.map(jnp.zeros_like, (params, jnp.zeros(())))
     parts = (
         _split_rows(carry, num_parts, 0),

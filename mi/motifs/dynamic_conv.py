@@ -226,6 +226,7 @@ def _extract_windows(
     Raises:
       ValueError: if the padding is unknown, or the window is larger than the padded image.
     """
+    # Pad, so that every window is inside of the image.
     if isinstance(padding, str):
         if padding not in ('SAME', 'VALID'):
             raise ValueError(
@@ -238,6 +239,8 @@ def _extract_windows(
         raise ValueError(
             f'the kernel {window_shape} is larger than the padded image {x.shape[1:3]}'
         )
+
+    # One strided slice per position of the kernel, in the order of its entries [kh, kw, C].
     return jnp.concatenate(
         [
             x[:, i : i + last_row + 1 : strides[0], j : j + last_column + 1 : strides[1]]

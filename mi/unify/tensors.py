@@ -57,6 +57,7 @@ def compute_tensors(variables: Variables) -> Tensors:
         for name, leaf in variables.get('params', {}).items()
         if not isinstance(leaf, Mapping)
     }
+    # Expand W where the form does not have all of its entries.
     factors = {name: params[name] for name in ('P', 'Q', 'G', 'O') if name in params}
     W: Any = params.get('W')
     if factors.keys() == {'P', 'Q', 'O'}:

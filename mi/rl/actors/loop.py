@@ -274,6 +274,7 @@ def jit_update(
         state, metrics = learner.update(agent, *parts, state, trajectory)
         return state, mean_over_rows(metrics)
 
+    # A device has its rows of the trajectory, and all of the state.
     replicated = sharding.replicated(mesh).spec
     steps = sharding.batch_sharding(mesh, axis=1).spec
     carry = sharding.batch_sharding(mesh, axis=0).spec
