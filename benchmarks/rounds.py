@@ -5,12 +5,16 @@ see a machine in two states. So each side has its own process, sleeps during the
 and is compared round by round.
 """
 
+import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 from mi.training import host
+
+Result = TypeVar('Result')
 
 PAUSE = 0.3  # seconds until the threads of the previous side have stopped spinning
 
@@ -36,12 +40,22 @@ def serve(step: Callable[[], object], seconds: float = 0.7) -> None:
         print((time.perf_counter() - start_time) / num_steps, flush=True)
 
 
-def race(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[float]]:
+def serve_turns(take_turn: Callable[[], object]) -> None:
+    """Print the result of a turn as JSON for every line on stdin, in the process of a side."""
+    print('ready', flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(take_turn()), flush=True)
+
+
+def race(
+    commands: Mapping[str, Sequence[str]], rounds: int, parse: Callable[[str], Result] = float
+) -> dict[str, list[Result]]:
     """Return the seconds per step by side and round.
 
     Args:
       commands: side → arguments of python that run `serve`.
       rounds: number of rounds.
+      parse: reads the line of a round; `json.loads` for sides that run `serve_turns`.
 
     Raises:
       RuntimeError: if a side ends; its message is on stderr.
@@ -77,7 +91,7 @@ def race(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[f
                 wait_until_ready(side)
 
         # Let the sides take turns; every other round reverses their order.
-        seconds: dict[str, list[float]] = {side: [] for side in commands}
+        results: dict[str, list[Result]] = {side: [] for side in commands}
         for round_index in range(rounds):
             for side in list(commands) if round_index % 2 else list(commands)[::-1]:
                 time.sleep(PAUSE)
@@ -85,8 +99,8 @@ def race(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[f
                 assert worker.stdin is not None
                 worker.stdin.write('\n')
                 worker.stdin.flush()
-                seconds[side].append(float(read_line(side)))
-        return seconds
+                results[side].append(parse(read_line(side)))
+        return results
     finally:
         for worker in workers.values():
             worker.kill()
