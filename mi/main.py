@@ -9,29 +9,73 @@ checkpoint: the same command continues the run.
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import ml_collections
 from absl import app, flags, logging
 
 from mi import overrides
 from mi.config import UserError, format_error
-from mi.fit import search
-from mi.fit import train as fit
-from mi.lm import assess as assess_lm
-from mi.lm import sample
-from mi.lm import train as lm
-from mi.rl import assess as assess_rl
-from mi.rl import train as rl
 from mi.training import sharding
 from mi.training.host import keep_freed_memory, set_xla_flags
 from mi.training.io import storage_failure
 from mi.training.run_config import has_run, read_config
-from mi.training.run_dir import parse_steps
+from mi.training.run_dir import Steps, parse_steps
 
-TASKS = {
-    'train': {'lm': lm.train, 'rl': rl.train, 'fit': fit.train, 'search': search.search},
-    'eval': {'lm': assess_lm.assess, 'rl': assess_rl.assess},
-    'sample': {'lm': sample.sample},
+
+def _train_lm(
+    config: ml_collections.ConfigDict, workdir: str, profile: Steps | None = None
+) -> None:
+    from mi.lm import train
+
+    train.train(config, workdir, profile)
+
+
+def _train_rl(
+    config: ml_collections.ConfigDict, workdir: str, profile: Steps | None = None
+) -> None:
+    from mi.rl import train
+
+    train.train(config, workdir, profile)
+
+
+def _train_fit(
+    config: ml_collections.ConfigDict, workdir: str, profile: Steps | None = None
+) -> None:
+    from mi.fit import train
+
+    train.train(config, workdir, profile)
+
+
+def _search(config: ml_collections.ConfigDict, workdir: str) -> None:
+    from mi.fit import search
+
+    search.search(config, workdir)
+
+
+def _assess_lm(config: ml_collections.ConfigDict, workdir: str) -> None:
+    from mi.lm import assess
+
+    assess.assess(config, workdir)
+
+
+def _assess_rl(config: ml_collections.ConfigDict, workdir: str) -> None:
+    from mi.rl import assess
+
+    assess.assess(config, workdir)
+
+
+def _sample_lm(config: ml_collections.ConfigDict, workdir: str) -> None:
+    from mi.lm import sample
+
+    sample.sample(config, workdir)
+
+
+# Each imports its package when it is called: a language model needs no environments.
+TASKS: dict[str, dict[str, Callable[..., None]]] = {
+    'train': {'lm': _train_lm, 'rl': _train_rl, 'fit': _train_fit, 'search': _search},
+    'eval': {'lm': _assess_lm, 'rl': _assess_rl},
+    'sample': {'lm': _sample_lm},
 }
 
 

@@ -48,6 +48,29 @@ def test_the_package_itself_imports_nothing():
     assert run(sys.executable, '-c', program).stdout == 'False False\n'
 
 
+@pytest.mark.parametrize(
+    'task, others',
+    [
+        ('lm', ('mi.rl', 'mi.fit', 'PIL')),
+        ('rl', ('mi.lm', 'mi.fit', 'tokenizers', 'gymnasium', 'envpool', 'ray')),
+        ('fit', ('mi.lm', 'mi.rl', 'PIL', 'tokenizers')),
+    ],
+)
+def test_a_run_imports_the_packages_of_its_task_alone(task, others):
+    """Importing takes a large share of a small run's time."""
+    program = (
+        'import sys; from mi import main\n'
+        'before = sorted(set(sys.argv[2:]) & sys.modules.keys())\n'
+        'try: main.TASKS["train"][sys.argv[1]]({}, "")\n'
+        'except AttributeError: pass  # the config has no keys\n'
+        'assert f"mi.{sys.argv[1]}.train" in sys.modules\n'
+        'print(before, sorted(set(sys.argv[2:]) & sys.modules.keys()))'
+    )
+    never = ('matplotlib', 'scipy', 'pandas', 'torch', 'tensorflow', 'optuna')
+    done = run(sys.executable, '-c', program, task, *others, *never)
+    assert done.stdout.strip() == '[] []', done.stdout + done.stderr
+
+
 def test_every_import_is_of_a_package_that_an_extra_declares():
     """Imports of mi and launch that are not in a function or under TYPE_CHECKING."""
     project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
