@@ -278,7 +278,7 @@ def test_evaluation_parts_are_contiguous():
 
 
 def test_too_short_a_text():
-    with pytest.raises(ValueError, match='batch = 4: expected less than 3, the tokens'):
+    with pytest.raises(ValueError, match='`batch` = 4: expected less than 3, the tokens'):
         streams.Stream(np.arange(3), 4, 5, seed=0)
 
 
