@@ -93,14 +93,19 @@ class Trainer:
         params = self.model.init(params_key, carry, tokens, None, domains)['params']
         return TrainState(params=params, opt_state=self.optimizer.init(params), carry=carry)
 
+    @functools.cached_property
+    def _init_seeds(self) -> Callable[[np.ndarray], TrainState]:
+        """The function of all seeds; jitted once, so that its shapes and values share a trace."""
+        return jax.jit(jax.vmap(self.init))
+
     def init_seeds(self, seeds: np.ndarray, mesh: jax.sharding.Mesh) -> TrainState:
         """Return the state of all seeds before the first update, [S, …], placed on the mesh."""
         shardings = jax.tree.map(lambda a: a.sharding, self.shapes(seeds, mesh))
-        return sharding.jit_once(jax.vmap(self.init), seeds, out_shardings=shardings)
+        return sharding.jit_once(self._init_seeds, seeds, out_shardings=shardings)
 
     def shapes(self, seeds: np.ndarray, mesh: jax.sharding.Mesh) -> TrainState:
         """Return what `init_seeds` returns as `jax.ShapeDtypeStruct`s with their shardings."""
-        state = jax.eval_shape(jax.vmap(self.init), seeds)
+        state = jax.eval_shape(self._init_seeds, seeds)
         row_sharding = sharding.batch_sharding(mesh, 1, has_seeds=True)
         shardings = TrainState(
             params=sharding.fsdp_sharding(state.params, mesh),

@@ -12,7 +12,7 @@ from mi.lm import config as lm_config
 from mi.lm import factory
 from mi.lm.data.batches import Batch
 from mi.lm.trainer import Trainer
-from mi.training import optim
+from mi.training import optim, sharding
 from tests.conftest import printed_on_devices
 
 
@@ -48,6 +48,22 @@ def test_the_gradient_of_parts_is_that_of_the_batch(word, parts):
         trainer = Trainer(model, optimizer, batch_size=4, accumulation=accumulation)
         results.append(jax.jit(trainer.step)(state, Batch(tokens, None, seed, step)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *results)
+
+
+def test_the_initial_state_is_traced_once(monkeypatch):
+    """Its shapes and its values share a trace, which takes as long as compiling it."""
+    seeds, traced, init = np.array([0, 1], np.int32), [], Trainer.init
+    monkeypatch.setattr(
+        Trainer, 'init', lambda trainer, seed: (traced.append(seed), init(trainer, seed))[1]
+    )
+    config = lm.get_config('tiny')
+    trainer = factory.build_trainer(config, 11)
+    state = trainer.init_seeds(seeds, sharding.make_mesh(2, config.train.batch))
+    assert len(traced) == 1
+    expected = jax.jit(jax.vmap(trainer.init))(seeds)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state, expected
+    )
 
 
 ALL = [

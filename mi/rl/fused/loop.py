@@ -200,11 +200,12 @@ def init_states(
     mesh: jax.sharding.Mesh,
 ) -> TrainState:
     """Return the state of all seeds, [S, …], with seeds and environments sharded."""
+    # Jitted once, so that the shapes and the values of the state share a trace.
     init = functools.partial(init_state, environment, agent, optimizer, config.train.batch)
-    shapes = get_state_shapes(config, environment, agent, optimizer, mesh)
+    init_seeds, seeds = jax.jit(jax.vmap(init)), np.asarray(config.seeds, np.int32)
+    shapes = _shard_state(jax.eval_shape(init_seeds, seeds), mesh)
     shardings = jax.tree.map(lambda a: a.sharding, shapes)
-    seeds = np.asarray(config.seeds, np.int32)
-    state: TrainState = sharding.jit_once(jax.vmap(init), seeds, out_shardings=shardings)
+    state: TrainState = sharding.jit_once(init_seeds, seeds, out_shardings=shardings)
     return state
 
 
@@ -217,9 +218,14 @@ def get_state_shapes(
 ) -> TrainState:
     """Return the shapes and shardings of `init_states`, without computing it."""
     init = functools.partial(init_state, environment, agent, optimizer, config.train.batch)
-    state: TrainState = jax.eval_shape(jax.vmap(init), np.asarray(config.seeds, np.int32))
+    return _shard_state(jax.eval_shape(jax.vmap(init), np.asarray(config.seeds, np.int32)), mesh)
 
-    # The learner, and the key of the actions, are replicated over the devices of a seed.
+
+def _shard_state(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
+    """Return the shapes of a state of all seeds with their shardings.
+
+    The learner, and the key of the actions, are replicated over the devices of a seed.
+    """
     by_seed = sharding.seed_sharding(mesh)
     by_rows = sharding.batch_sharding(mesh, axis=1, has_seeds=True)
     learner_shardings = jax.tree.map(lambda _: by_seed, state.learner)
