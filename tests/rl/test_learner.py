@@ -133,6 +133,7 @@ import json, sys
 import jax
 from tests.rl.test_learner import parts
 from mi.rl.fused import loop as fused
+from mi.training import run_mesh
 
 config, environment, agent, optimiser = parts(seeds=(0, 1))
 config.train.mesh = json.loads(sys.argv[1])
