@@ -51,6 +51,7 @@ NOTES = [
 SITES = {'encoder': 'encoder', 'decoder': 'decoder', 'both': 'encoder and decoder'}
 SOURCES = ('recurrent', 'state')
 FUSIONS = {'concat': 'concatenation', 'mi': 'multiplicative'}
+SEEDS = [(0, 1, 2, 3, 4), (5, 6, 7, 8, 9)]  # two members of each arm
 SPLITS = {'valid_whole': 'validation', 'test': 'test'}
 MEASURES = ('perplexity', 'bits_per_byte')
 
@@ -66,13 +67,17 @@ PLAIN = Place('none', '')
 Arms = Mapping[tuple[Place, str], runs.Arm]  # by place and fusion; the plain LSTM has the fusion ''
 
 
-def sweep() -> list[Overrides]:
+def list_arms() -> list[Overrides]:
     fused = product(**{
         'model.source': SOURCES,
         'model.site': list(SITES),
         'model.fusion.name': list(FUSIONS),
     })  # fmt: skip
     return [{'model.site': 'none'}, *fused]
+
+
+def sweep() -> list[Overrides]:
+    return product(list_arms(), seeds=SEEDS)
 
 
 def report(workdir: pathlib.Path, out: pathlib.Path) -> None:

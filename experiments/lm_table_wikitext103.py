@@ -33,4 +33,4 @@ SEEDS = [(0,), (1,), (2,), (3,), (4,)]  # a member each
 
 def sweep() -> list[Overrides]:
     sizes: Overrides = {'model.context': 16, 'match.by': 'parameters', 'match.baseline': 'plain'}
-    return [arm | sizes for arm in product(lm_table.sweep(), seeds=SEEDS)]
+    return [arm | sizes for arm in product(lm_table.list_arms(), seeds=SEEDS)]
