@@ -1,28 +1,18 @@
-import atexit
 import gc
 import importlib.metadata
 import json
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
-import tempfile
 from typing import Any
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-    # Many tests start the same program in a process of its own: only the first one compiles it. The
-    # process that starts the workers gets here first, and they and theirs inherit what it sets.
-    cache_of_programs = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, cache_of_programs, ignore_errors=True)
-    os.environ['JAX_COMPILATION_CACHE_DIR'] = cache_of_programs
-    os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
-    os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 
 import jax
 import pytest
 
+from launch import compilation_cache
 from mi.lm.data import sources
 from mi.training import host
 
@@ -39,6 +29,13 @@ if os.environ['JAX_PLATFORMS'] != 'cpu':  # f32 products are TF32 on a GPU, bf16
     jax.config.update('jax_default_matmul_precision', 'highest')
 
 ROOT = pathlib.Path(__file__).parents[1]
+
+# Half of a run is compilation, so programs are kept for the next run, and shared with the processes
+# that tests start. The process that starts the workers gets here first; they inherit what it sets.
+CACHE_MEGABYTES = 2048
+for name, value in compilation_cache.prepare(ROOT / '.pytest_cache', CACHE_MEGABYTES).items():
+    os.environ[name] = value
+    jax.config.update(name.lower(), float(value) if name.endswith('SECS') else value)
 
 
 def forced(devices: int) -> str:

@@ -12,6 +12,7 @@ import pytest
 import mi
 from benchmarks import appendix_b
 from mi import counting
+from tests import prng
 from tests.conftest import ROOT
 
 SIMPLE, SAME = re.findall(
@@ -62,7 +63,7 @@ def test_both_have_the_same_outputs_and_gradients(page, shapes, dtype, tolerance
     """Parameters, and their gradients, go from one to the other by the same map."""
     n, m, k = 5, 3, 4
     with jax.enable_x64(True):
-        keys = jax.random.split(jax.random.key(0), 3)
+        keys = jax.random.split(prng.key(0), 3)
         x, z = (
             jax.random.normal(key, (*lead, size), dtype)
             for key, lead, size in zip(keys, shapes, (n, m), strict=False)
@@ -93,7 +94,7 @@ def test_the_variance_of_the_output_grows_with_the_inputs_and_ours_is_one(page, 
     V and b start at zero in the ten lines; U adds 1, or 1/m.
     """
     n, m, k, rows = 64, 32, 128, 512
-    keys = jax.random.split(jax.random.key(0), 3)
+    keys = jax.random.split(prng.key(0), 3)
     x = jax.random.normal(keys[0], (rows, n))
     z = jax.random.normal(keys[1], (rows, m))
     if context == 'one_hot':
@@ -120,7 +121,7 @@ def test_ids_are_read_and_not_multiplied(page):
     x, ids = jnp.ones((rows, n)), jnp.arange(rows)
     z = jax.nn.one_hot(ids, m)
     simple, ours = page['SimpleMI'](k), mi.MultiplicativeInteraction(k, 'one_hot', contexts=m)
-    variables = simple.init(jax.random.key(0), x, z)
+    variables = simple.init(prng.key(0), x, z)
     mapped = {'params': page['map_params'](variables['params'], n, k)}
     np.testing.assert_allclose(
         ours.apply(mapped, x, ids), simple.apply(variables, x, z), rtol=1e-5, atol=1e-5

@@ -10,6 +10,7 @@ from jax.experimental import rnn
 from mi import cells
 from mi.kernels import cudnn
 from mi.kernels import lstm as lstm_kernel
+from tests import prng
 from tests.motifs.checks import assert_float64, drawn, random
 
 T, B, N, H = 7, 3, 4, 5
@@ -17,7 +18,7 @@ T, B, N, H = 7, 3, 4, 5
 
 def inputs(seed=0):
     """carry, x, weights; and reset."""
-    keys = jax.random.split(jax.random.key(seed), 7)
+    keys = jax.random.split(prng.key(seed), 7)
     shapes = (B, H), (B, H), (T, B, N), (N, 4 * H), (H, 4 * H), (4 * H,)
     c, h, *rest = (jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=False))
     x, *weights = rest
@@ -54,7 +55,7 @@ def test_own_backward_pass_is_automatic_differentiation(with_reset, over_seeds):
 
 
 def test_lstm_is_flax_s():
-    keys = jax.random.split(jax.random.key(0), 2)
+    keys = jax.random.split(prng.key(0), 2)
     x = jax.random.normal(keys[0], (T, B, N))
     lstm = cells.LSTM(H)
     params = lstm.init(keys[1], cells.initial_carry(B, H), x)['params']
@@ -113,7 +114,7 @@ def test_two_halves_with_the_carry_are_the_whole():
 
 
 def test_forget_bias_is_one_and_recurrent_weights_orthogonal():
-    params = cells.LSTM(H).init(jax.random.key(0), cells.initial_carry(B, H), jnp.zeros((T, B, N)))[
+    params = cells.LSTM(H).init(prng.key(0), cells.initial_carry(B, H), jnp.zeros((T, B, N)))[
         'params'
     ]
     np.testing.assert_array_equal(params['b'], np.repeat([0, 1, 0, 0], H))
@@ -128,16 +129,16 @@ def test_recurrent_weights_are_decomposed_one_at_a_time():
         args = jnp.zeros((B, H)), jnp.zeros((B, H))
         return cells.LSTM(H).init(key, args, jnp.zeros((T, B, N)))
 
-    seeds = jax.random.split(jax.random.key(0), 3)
+    seeds = jax.random.split(prng.key(0), 3)
     text = jax.jit(jax.vmap(draw)).lower(seeds).as_text()
     batches = re.findall(r'@lapack_s\w+.*num_batch_dims = "(\d+)"', text)
     assert batches == ['0', '0']  # Q R, and Q from it
 
 
 def test_bf16_products_keep_an_f32_state():
-    x = jax.random.normal(jax.random.key(0), (T, B, N))
+    x = jax.random.normal(prng.key(0), (T, B, N))
     lstm = cells.LSTM(H, dtype=jnp.bfloat16)
-    ((c, h), y), variables = lstm.init_with_output(jax.random.key(1), cells.initial_carry(B, H), x)
+    ((c, h), y), variables = lstm.init_with_output(prng.key(1), cells.initial_carry(B, H), x)
     assert (c.dtype, h.dtype, y.dtype) == (jnp.float32, jnp.float32, jnp.bfloat16)
     _, exact = cells.LSTM(H).apply(variables, cells.initial_carry(B, H), x)
     np.testing.assert_allclose(y.astype(jnp.float32), exact, atol=2e-2)
@@ -149,7 +150,7 @@ def test_bf16_products_keep_an_f32_state():
 
 def test_weights_are_packed_as_cudnn_takes_them():
     """By jax's own reference of cuDNN's LSTM, which runs everywhere."""
-    keys = jax.random.split(jax.random.key(0), 3)
+    keys = jax.random.split(prng.key(0), 3)
     x = jax.random.normal(keys[0], (T, B, N))
     (carry, *_), _ = inputs()
     lstm = cells.LSTM(H)
@@ -169,7 +170,7 @@ def test_weights_are_packed_as_cudnn_takes_them():
 @pytest.mark.skipif(jax.default_backend() != 'gpu', reason='needs an NVIDIA GPU')
 @pytest.mark.parametrize('over_seeds', [False, True])
 def test_cudnn_is_the_lstm(over_seeds):
-    keys = jax.random.split(jax.random.key(0), 2)
+    keys = jax.random.split(prng.key(0), 2)
     x = jax.random.normal(keys[0], (2, T, B, N))
     (carry, *_), _ = inputs()
     sides = []
@@ -195,14 +196,14 @@ def test_cudnn_refuses_what_it_has_not():
     carry, x = cells.initial_carry(B, H), jnp.zeros((T, B, N))
     lstm = cells.LSTM(H, impl='cudnn', dtype=jnp.bfloat16)
     with pytest.raises(ValueError, match="use impl='xla'"):
-        lstm.init(jax.random.key(0), carry, x)
+        lstm.init(prng.key(0), carry, x)
 
 
 @pytest.mark.parametrize('word', cells.CELLS)
 def test_each_gate_is_drawn_on_its_own(word):
     """Gates with equal weights would start as one, and differ by their activations alone."""
     cell = cells.CELLS[word](H)
-    key = jax.random.key(0, impl='rbg')
+    key = prng.key(0)
     params = jax.jit(cell.init)(key, cell.initial(B), jnp.zeros((T, B, N)))['params']
     for name in ('W', 'U'):
         gates = np.split(np.asarray(params[name]), 4, axis=1)

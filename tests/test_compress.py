@@ -10,6 +10,7 @@ from scipy import optimize
 
 import mi
 from mi.unify import compute_tensors
+from tests import prng
 
 M, N, K = 4, 7, 6
 
@@ -171,7 +172,7 @@ def test_calibration_never_returns_worse_parameters(monkeypatch):
 def test_terms_that_the_layer_lacks_stay_absent():
     z, x = np.array([0, 3, 1]), normal(3, N)
     module = mi.MultiHead(K, contexts=M)
-    variables = module.init(jax.random.key(0), x, z)
+    variables = module.init(prng.key(0), x, z)
     compressed = mi.compress(variables, rank=M * K)
     assert sorted(compressed.variables['params']) == ['O', 'P', 'Q', 'U']
     expected = module.apply(variables, x, z)
@@ -186,7 +187,7 @@ def test_a_low_rank_form_is_compressed_further():
     pytest.importorskip('tensorly')
     x, z = normal(3, N), normal(3, M)
     module = mi.LowRankMultiplicativeInteraction(K, rank=3)
-    variables = module.init(jax.random.key(0), x, z)
+    variables = module.init(prng.key(0), x, z)
     compressed = mi.compress(variables, form='tucker', rank=3)
     got = compressed.module.apply(compressed.variables, x, z)
     np.testing.assert_allclose(got, module.apply(variables, x, z), atol=1e-5)
@@ -208,7 +209,7 @@ def test_wrong_arguments_are_refused(arguments, message):
 
 def test_forms_without_a_cheaper_one_are_refused():
     x, z = normal(2, N), normal(2, M)
-    variables = mi.DiagonalMultiplicativeInteraction().init(jax.random.key(0), x, z)
+    variables = mi.DiagonalMultiplicativeInteraction().init(prng.key(0), x, z)
     with pytest.raises(ValueError, match=r'got a diagonal or scalar form'):
         mi.compress(variables, rank=2)
     pytest.importorskip('tensorly')

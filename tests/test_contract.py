@@ -12,6 +12,7 @@ from jax.test_util import check_grads
 from mi import counting
 from mi.estimate import program, topologies
 from mi.kernels import bilinear, by_id, linear
+from tests import prng
 from tests.motifs.checks import random, wide
 
 M, N, K = 3, 4, 5
@@ -230,7 +231,7 @@ def test_a_tpu_never_writes_the_outer_product(rows, m, n, k, monkeypatch):
 @pytest.mark.parametrize('lead, ids', [((), ()), ((90,), (90,)), ((3, 40), (3, 1)), ((40,), ())])
 def test_ids_are_one_hot_contexts(order, lead, ids):
     x, _, W = streams(lead)
-    z = jax.random.randint(jax.random.key(3), ids, 0, M)
+    z = jax.random.randint(prng.key(3), ids, 0, M)
     expected = triple_loop(x, jax.nn.one_hot(z, M), W)
     y = bilinear.bilinear(x, z, W, order=order)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
@@ -239,7 +240,7 @@ def test_ids_are_one_hot_contexts(order, lead, ids):
 @pytest.mark.parametrize('ids', [np.zeros(80, int), np.arange(80) % M, np.r_[[2] * 79, 0]])
 def test_gradients_of_groups_are_those_of_the_dense_product(ids):
     x, _, W = streams((80,))
-    ids, dy = jnp.asarray(ids), jax.random.normal(jax.random.key(4), (80, K))
+    ids, dy = jnp.asarray(ids), jax.random.normal(prng.key(4), (80, K))
 
     def compute_grads(z):
         return jax.grad(lambda x, W: (bilinear.bilinear(x, z, W) * dy).sum(), (0, 1))(x, W)
@@ -252,7 +253,7 @@ def test_gradients_of_groups_are_those_of_the_dense_product(ids):
 
 def test_groups_under_vmap():
     x, _, W = streams((2, 70))
-    ids = jax.random.randint(jax.random.key(3), (2, 70), 0, M)
+    ids = jax.random.randint(prng.key(3), (2, 70), 0, M)
     one = jax.vmap(lambda x, z: bilinear.bilinear(x, z, W, order='groups'))
     expected = triple_loop(x, jax.nn.one_hot(ids, M), W)
     np.testing.assert_allclose(one(x, ids), expected, rtol=1e-5, atol=1e-5)
@@ -280,7 +281,7 @@ def test_forward_mode_of_every_dense_order():
 
 @pytest.mark.parametrize('order', ORDERS)
 def test_bf16_accumulates_in_f32(order):
-    keys = jax.random.split(jax.random.key(1), 3)
+    keys = jax.random.split(prng.key(1), 3)
     x = jax.random.normal(keys[0], (64, 128), jnp.bfloat16)
     z = jax.random.normal(keys[1], (64, 96), jnp.bfloat16)
     W = jax.random.normal(keys[2], (96, 128, 32), jnp.bfloat16)
@@ -305,8 +306,8 @@ def test_parts_in_bf16_add_up_in_f32(order, monkeypatch):
 
 
 def test_linear_is_the_matrix_product():
-    x = jax.random.normal(jax.random.key(0), (2, 3, N))
-    V = jax.random.normal(jax.random.key(1), (N, K))
+    x = jax.random.normal(prng.key(0), (2, 3, N))
+    V = jax.random.normal(prng.key(1), (N, K))
     np.testing.assert_allclose(linear.linear(x, V), np.asarray(x) @ np.asarray(V), rtol=1e-5)
 
 

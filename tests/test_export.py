@@ -26,6 +26,7 @@ from mi.rl import factory as rl
 from mi.rl import train as train_rl
 from mi.rl.agent import Inputs, forward
 from mi.rl.restore import restore_params
+from tests import prng
 from tests.conftest import ROOT
 
 
@@ -57,7 +58,7 @@ def test_the_step_of_a_language_model_has_its_bits_for_any_batch(changes):
     config = make_lm(**changes)
     model = lm.configure_sampling(lm.build_model(config, 256), config)
     tokens = np.random.default_rng(0).integers(0, 256, (4, 3)).astype(np.int32)
-    params = model.init(jax.random.key(0), model.initial_carry(3), tokens)['params']
+    params = model.init(prng.key(0), model.initial_carry(3), tokens)['params']
     step, make_args = program.make_lm_step(model, params, len(tokens))
     exported = program.export_step(step, make_args, ('cpu', 'cuda', 'tpu'))
     assert exported.platforms == ('cpu', 'cuda', 'tpu')
@@ -78,7 +79,7 @@ def test_the_step_of_a_language_model_has_its_bits_for_any_batch(changes):
 def test_the_step_of_a_policy_has_its_bits(name):
     config = rl_configs.get_config(f'tiny,env={name}')
     agent = rl.build_agent(config, envs.make(config.env.name).spec)
-    params = rl.init_params(agent, jax.random.key(0))
+    params = rl.init_params(agent, prng.key(0))
     step, make_args = program.make_policy_step(agent, params)
     exported = program.export_step(step, make_args, ('cpu', 'tpu'))
     for batch_size in (1, 3):
@@ -97,7 +98,7 @@ def test_the_step_of_a_policy_has_its_bits(name):
 def test_a_fixed_batch_is_in_the_program():
     config = rl_configs.get_config('tiny,env=catch')
     agent = rl.build_agent(config, envs.make('catch').spec)
-    params = rl.init_params(agent, jax.random.key(0))
+    params = rl.init_params(agent, prng.key(0))
     exported = program.export_step(*program.make_policy_step(agent, params), ('cpu',), 4)
     assert {a.shape[0] for a in exported.in_avals} == {4}
 

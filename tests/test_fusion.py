@@ -10,6 +10,7 @@ import pytest
 from mi import FUSIONS, fusion
 from mi.config import has_parameter
 from mi.unify import as_mi
+from tests import prng
 from tests.motifs.checks import assert_float64, compose, drawn, random, wide
 
 N, M, K = 12, 8, 16
@@ -45,7 +46,7 @@ def make_apply(name, features=K):
 def contexts(name, *lead):
     """[..., M]: what the word takes."""
     if name in fusion.ONE_HOT:
-        return jax.nn.one_hot(jax.random.randint(jax.random.key(1), lead, 0, M), M)
+        return jax.nn.one_hot(jax.random.randint(prng.key(1), lead, 0, M), M)
     return random(1, *lead, M)
 
 
@@ -141,7 +142,7 @@ def test_unit_variance_at_initialization(name, context):
     n, m, k, rows = 17, 5, 24, 40
 
     def second_moment(seed):
-        keys = jax.random.split(jax.random.key(seed, impl='rbg'), 3)
+        keys = jax.random.split(prng.key(seed), 3)
         x, z = (jax.random.normal(key, (rows, size)) for key, size in zip(keys, (n, m)))  # noqa: B905
         z = z if context == 'dense' else jax.nn.one_hot(jnp.arange(rows) % m, m)
         module = make(name, k, context=context)
@@ -157,7 +158,7 @@ def test_a_gate_has_logits_of_unit_variance_for_either_kind_of_context(context):
     m, k = 16, 4096
     z = random(1, m, m) if context == 'dense' else jnp.eye(m)
     module = make('gate', k, context=context)
-    variables = module.init(jax.random.key(0, impl='rbg'), jnp.ones((m, N)), z)
+    variables = module.init(prng.key(0), jnp.ones((m, N)), z)
     logits = z @ variables['params']['gate']['V']
     size = (z**2).sum(-1).mean() / (m if context == 'dense' else 1)
     np.testing.assert_allclose((logits**2).mean(), size, rtol=0.05)
@@ -177,7 +178,7 @@ def test_bf16_is_close_to_f32(name):
 def test_the_context_of_zeros_gives_finite_values_and_gradients(name):
     x, z = random(0, 6, N), jnp.zeros((6, M))
     apply, _ = make_apply(name)
-    variables = jax.jit(make(name).init)(jax.random.key(0, impl='unsafe_rbg'), x, z)
+    variables = jax.jit(make(name).init)(prng.key(0), x, z)
     y = apply(variables, x, z)
     gradients = jax.jit(jax.grad(lambda *a: apply(*a).sum(), (0, 1, 2)))(variables, x, z)
     assert all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves((y, gradients)))
@@ -247,7 +248,7 @@ def test_lowers_for(name, platform):
 def test_film_starts_as_the_affine_map_and_is_modulated_by_its_equation():
     x, z = random(0, 6, N), random(1, 6, M)
     module = make('film')
-    y, variables = module.init_with_output(jax.random.key(2), x, z)
+    y, variables = module.init_with_output(prng.key(2), x, z)
     p = variables['params']
     h = x @ p['x']['V']
     np.testing.assert_allclose(y, h, rtol=1e-5, atol=1e-5)
@@ -265,7 +266,7 @@ def test_film_can_start_at_random_with_unit_variance(context, g):
     film = fusion.get('film', {'gamma_variance': g})(k, context=context)
 
     def moments(seed):
-        keys = jax.random.split(jax.random.key(seed, impl='rbg'), 3)
+        keys = jax.random.split(prng.key(seed), 3)
         x, z = (jax.random.normal(key, (rows, size)) for key, size in zip(keys, (n, m)))  # noqa: B905
         z = z if context == 'dense' else jax.nn.one_hot(jnp.arange(rows) % m, m)
         y, variables = film.init_with_output(keys[2], x, z)
@@ -281,18 +282,18 @@ def test_film_can_start_at_random_with_unit_variance(context, g):
 def test_film_at_random_has_the_parameters_and_the_equation_of_film():
     x, z = random(0, 6, N), random(1, 6, M)
     film, at_random = make('film'), fusion.get('film', {'gamma_variance': 1.0})(K)
-    variables = at_random.init(jax.random.key(2), x, z)
+    variables = at_random.init(prng.key(2), x, z)
     shapes = jax.eval_shape(film.init, jax.random.key(2), x, z)
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, shapes)
     np.testing.assert_array_equal(film.apply(variables, x, z), at_random.apply(variables, x, z))
     with pytest.raises(ValueError, match=r'gamma_variance = -1\.0: expected 0 or more'):
-        fusion.get('film', {'gamma_variance': -1.0})(K).init(jax.random.key(2), x, z)
+        fusion.get('film', {'gamma_variance': -1.0})(K).init(prng.key(2), x, z)
 
 
 def test_gate_at_rest_passes_its_input():
     x, z = random(0, 6, N), random(1, 6, M)
     module = make('gate')
-    p = module.init(jax.random.key(2), x, z)['params']
+    p = module.init(prng.key(2), x, z)['params']
     closed_gate = {**p, 'gate': jax.tree.map(jnp.zeros_like, p['gate'])}
     np.testing.assert_allclose(
         module.apply({'params': closed_gate}, x, z), x @ p['x']['V'], rtol=1e-5, atol=1e-5

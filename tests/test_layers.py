@@ -9,6 +9,7 @@ import pytest
 from jax.test_util import check_grads
 
 import mi
+from tests import prng
 from tests.motifs.checks import drawn, random
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / 'golden/bilinear.json').read_text())
@@ -56,7 +57,7 @@ def test_without_W_it_is_a_dense_layer_on_the_concatenation():
 def test_one_hot_context_is_a_multi_head_read_out():
     x, task = random(0, 6, 4), jnp.array([0, 2, 1, 1, 0, 2])
     layer = mi.MultiplicativeInteraction(5, context='one_hot')
-    params = layer.init(jax.random.key(2), x, jax.nn.one_hot(task, 3))['params']
+    params = layer.init(prng.key(2), x, jax.nn.one_hot(task, 3))['params']
     heads = jnp.einsum('bn,bnk->bk', x, params['W'][task] + params['V'][None])
     heads += params['U'][task]
     y = layer.apply({'params': params}, x, jax.nn.one_hot(task, 3))
@@ -102,7 +103,7 @@ def test_the_sum_of_the_terms_has_the_variance_of_a_dense_layer(form, context):
     n, m, batch, draws = 64, 32, 256, 64
 
     def output_and_dense(seed):
-        key, x_grad, z_grad = jax.random.split(jax.random.key(seed, impl='rbg'), 3)
+        key, x_grad, z_grad = jax.random.split(prng.key(seed), 3)
         x = jax.random.normal(x_grad, (batch, n))
         if context == 'dense':
             z = jax.random.normal(z_grad, (batch, m))
@@ -156,7 +157,7 @@ def is_the_full_form(layer, params, x, z, W, U, V, b):
 @pytest.mark.parametrize('lead, ids', [((90,), (90,)), ((3, 40), (3, 1)), ((40,), ())], ids=str)
 @pytest.mark.parametrize('form', FORMS)
 def test_integers_are_one_hot_contexts(form, lead, ids):
-    x, z = random(0, *lead, 4), jax.random.randint(jax.random.key(1), ids, 0, 3)
+    x, z = random(0, *lead, 4), jax.random.randint(prng.key(1), ids, 0, 3)
     layer = FORMS[form](4, context='one_hot', contexts=3)
     variables = drawn(layer, x, z)
     y = jax.jit(layer.apply)(variables, x, z)
@@ -167,7 +168,7 @@ def test_integers_are_one_hot_contexts(form, lead, ids):
 def test_multi_head_computes_the_chosen_head_alone():
     x, ids = random(0, 64, 16), jnp.arange(64) % 30
     layer = mi.MultiHead(8, contexts=30)
-    y, variables = layer.init_with_output(jax.random.key(2), x, ids)
+    y, variables = layer.init_with_output(prng.key(2), x, ids)
     p = variables['params']
     assert set(p) == {'W', 'U'}
     expected = np.einsum('bn,bnk->bk', x, np.asarray(p['W'])[ids]) + np.asarray(p['U'])[ids]
@@ -182,9 +183,9 @@ def test_multi_head_computes_the_chosen_head_alone():
 def test_integers_need_the_number_of_contexts_and_heads_need_one_hot_contexts():
     x, ids = random(0, 6, 4), jnp.arange(6) % 3
     with pytest.raises(ValueError, match=r'z is int32.*contexts=m'):
-        mi.MultiplicativeInteraction(5).init(jax.random.key(0), x, ids)
+        mi.MultiplicativeInteraction(5).init(prng.key(0), x, ids)
     with pytest.raises(ValueError, match=r"MultiHead\.context = 'dense': expected 'one_hot'"):
-        mi.MultiHead(5, context='dense').init(jax.random.key(0), x, random(1, 6, 3))
+        mi.MultiHead(5, context='dense').init(prng.key(0), x, random(1, 6, 3))
 
 
 @pytest.mark.parametrize('form', FORMS)
@@ -212,7 +213,7 @@ def test_context_shared_over_time_equals_the_context_at_each_step(form):
 def test_parameters_are_f32_and_the_computation_bf16(form):
     x, z = random(0, 64, 16), random(1, 64, 8)
     layer = FORMS[form](16, dtype=jnp.bfloat16)
-    y, variables = layer.init_with_output(jax.random.key(2), x, z)
+    y, variables = layer.init_with_output(prng.key(2), x, z)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
     assert y.dtype == jnp.bfloat16
     exact = FORMS[form](16).apply(variables, x, z)
@@ -236,9 +237,9 @@ def test_a_term_that_is_switched_off_is_gone(use):
 def test_streams_that_do_not_fit_are_refused():
     layer = mi.MultiplicativeInteraction(5)
     with pytest.raises(ValueError, match=r'x \(6, 4\) and z \(5, 3\) do not broadcast'):
-        layer.init(jax.random.key(0), random(0, 6, 4), random(1, 5, 3))
+        layer.init(prng.key(0), random(0, 6, 4), random(1, 5, 3))
     with pytest.raises(ValueError, match=r'x must be \[..., n\]'):
-        layer.init(jax.random.key(0), jnp.float32(1), random(1, 3))
+        layer.init(prng.key(0), jnp.float32(1), random(1, 3))
 
 
 @pytest.mark.parametrize('form', FORMS)
@@ -270,4 +271,4 @@ def test_an_unknown_context_is_refused_before_it_decides_a_scale():
         mi.DiagonalMultiplicativeInteraction('onehot'),
     ):
         with pytest.raises(ValueError, match="unknown context 'onehot'; did you mean 'one_hot'"):
-            layer.init(jax.random.key(0), x, z)
+            layer.init(prng.key(0), x, z)

@@ -8,6 +8,7 @@ from experiments.neural_process import config as configs
 from experiments.neural_process import problem as neural_process
 from experiments.neural_process import tasks
 from experiments.neural_process.network import Points
+from tests import prng
 from tests.fit.runs import edited
 
 SMALL = {
@@ -48,4 +49,4 @@ def draw_points(num_points, seed=0, num_visible=None):
 def make_functions(num_functions, **changes):
     distribution = neural_process.make(config(**(SMALL | changes))).distribution
     draw = jax.jit(tasks.draw_functions, static_argnums=(1, 2, 3))
-    return draw(jax.random.key(1), distribution, num_functions, 11)
+    return draw(prng.key(1), distribution, num_functions, 11)

@@ -14,6 +14,7 @@ from experiments.attention_conv import network as vision
 from experiments.attention_conv import problem as digits
 from mi.config import UserError
 from mi.fit import factory, train
+from tests import prng
 from tests.fit.runs import edited, finals
 
 
@@ -28,7 +29,7 @@ def noise(seed, *shape):
 def test_edge_convolution_matches_lax_on_an_edge_padded_image():
     for K in (3, 4):
         x, module = noise(0, 2, 6, 5, 3), vision.EdgeConvolution(K, 4)
-        y, variables = jax.jit(module.init_with_output)(jax.random.key(K), x)
+        y, variables = jax.jit(module.init_with_output)(prng.key(K), x)
         sides = (K - 1) // 2, K // 2
         padded = jnp.pad(x, [(0, 0), sides, sides, (0, 0)], mode='edge')
         expected = jax.lax.conv_general_dilated(
@@ -47,7 +48,7 @@ def construction():
     model = config(**{'model.layer': 'convolution', 'model.width': 6, 'model.depth': 2}).model
     alphas = (2.0, 4.0, 5.0, 6.0, 30.0)
     images = noise(1, 8, 24, 24, 1)
-    params = jax.jit(vision.make(model, digits.NUM_CLASSES).init)(jax.random.key(0), images)
+    params = jax.jit(vision.make(model, digits.NUM_CLASSES).init)(prng.key(0), images)
     compare = jax.jit(functools.partial(digits.compare_construction, model=model, alphas=alphas))
     return alphas, compare(params, images=images, labels=jnp.zeros(8, int))
 
@@ -74,7 +75,7 @@ def test_a_grid_of_sharp_heads_is_a_convolution():
     changes = {'model.centres': 'grid', 'model.alpha': 50.0, 'model.depth': 1, 'model.width': 3}
     x = noise(2, 2, 8, 8, 1)
     attention = vision.make(config(**changes).model, 10)
-    params = jax.jit(attention.init)(jax.random.key(0), x)
+    params = jax.jit(attention.init)(prng.key(0), x)
     convolution = vision.make(config(**changes | {'model.layer': 'convolution'}).model, 10)
     layer, out = params['params']['layer_0'], params['params']['out']
     kernel = {'V': layer['V'].reshape(3, 3, 1, 3), 'b': layer['b']}
@@ -87,7 +88,7 @@ def test_each_seed_splits_the_digits_and_fixed_centers_have_no_gradient():
     assert images.shape == (digits.NUM_IMAGES, 8, 8, 1) and labels.shape == (digits.NUM_IMAGES,)
     assert abs(images.mean()) < 1e-5 and images.std() == pytest.approx(1, abs=1e-5)
     problem = factory.make_problem(config(**SMALL | {'model.centres': 'fixed'}))
-    worlds = [problem.draw_world(jax.random.key(seed)) for seed in (0, 1)]
+    worlds = [problem.draw_world(prng.key(seed)) for seed in (0, 1)]
     orders = [np.asarray(world.image_ids) for world in worlds]
     assert all(sorted(order) == list(range(digits.NUM_IMAGES)) for order in orders)
     assert np.mean(orders[0] == orders[1]) < 0.01
@@ -97,7 +98,7 @@ def test_each_seed_splits_the_digits_and_fixed_centers_have_no_gradient():
         params = problem.init_params(key, worlds[0])
         return jax.grad(lambda p: problem.loss(p, worlds[0], key)[0])(params)
 
-    layer = compute_gradient(jax.random.key(2))['params']['layer_0']
+    layer = compute_gradient(prng.key(2))['params']['layer_0']
     assert not np.any(layer['Delta']) and not np.any(layer['alpha']) and np.any(layer['V'])
 
 

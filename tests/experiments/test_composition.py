@@ -16,6 +16,7 @@ from mi.config import UserError
 from mi.fit import factory, train, transfer
 from mi.report.arms import Arm
 from mi.training import sharding
+from tests import prng
 from tests.fit.runs import edited, finals
 
 
@@ -57,7 +58,7 @@ def test_every_module_is_trained_and_no_support_contains_a_tested_pair(modules):
 
 def test_the_teacher_is_its_equation_and_has_outputs_of_variance_1():
     problem = composition.make(config(**{'problem.inputs': 40, 'problem.hidden': 300}))
-    teacher = problem.draw_world(jax.random.key(0))
+    teacher = problem.draw_world(prng.key(0))
     rng = np.random.default_rng(0)
     c = rng.normal(size=(3, 6))
     c /= np.linalg.norm(c, axis=-1, keepdims=True)
@@ -73,7 +74,7 @@ def test_the_teacher_is_its_equation_and_has_outputs_of_variance_1():
 
 
 def test_the_error_is_0_for_the_teacher_and_1_for_the_means_of_the_tasks():
-    y = jax.random.normal(jax.random.key(0), (3, 50, 2)) + jnp.arange(3.0)[:, None, None]
+    y = jax.random.normal(prng.key(0), (3, 50, 2)) + jnp.arange(3.0)[:, None, None]
     assert composition.compute_unexplained(y, y) == 0
     means = jnp.broadcast_to(y.mean(1, keepdims=True), y.shape)
     assert composition.compute_unexplained(y, means) == pytest.approx(1)
@@ -84,19 +85,19 @@ def test_an_mi_with_the_modules_of_the_teacher_solves_every_combination():
     """The form of the teacher: W its modules, U, V and b zero, and the readout."""
     cfg = config(**{'model.width': 16, 'model.parameters': 0})
     problem = composition.make(cfg)
-    teacher = problem.draw_world(jax.random.key(0))
+    teacher = problem.draw_world(prng.key(0))
     shapes = jax.eval_shape(problem.init_params, jax.random.key(1), teacher)
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
     params['network']['fusion_0']['W'] = teacher.modules / 6**0.5  # z = √6 c
     params['network']['affine_1']['kernel'] = teacher.readout
-    metrics = jax.jit(problem.evaluate)(params, teacher, jax.random.key(2))
+    metrics = jax.jit(problem.evaluate)(params, teacher, prng.key(2))
     assert metrics.keys() == {'seen', 'unseen'}
     assert all(split['error'] < 1e-8 for split in metrics.values())
 
 
 def test_transfer_recovers_the_hidden_context_of_an_affine_map():
     hidden = jnp.array([2.0, -1.0, 0.5])
-    x = jax.random.normal(jax.random.key(0), (30, 3))
+    x = jax.random.normal(prng.key(0), (30, 3))
 
     def loss(z):
         return jnp.mean(jnp.square(x @ z - x @ hidden))
@@ -143,9 +144,9 @@ def test_learning_contexts_lowers_the_error_on_unseen_pairs():
 
     def evaluate_after(steps):
         problem = composition.make(config(**settings, **{'transfer.steps': steps}))
-        teacher = problem.draw_world(jax.random.key(0))
-        params = problem.init_params(jax.random.key(1), teacher)
-        return problem.evaluate(params, teacher, jax.random.key(2))['unseen']['error']
+        teacher = problem.draw_world(prng.key(0))
+        params = problem.init_params(prng.key(1), teacher)
+        return problem.evaluate(params, teacher, prng.key(2))['unseen']['error']
 
     initial_error, final_error = (
         sharding.jit_once(lambda steps=steps: evaluate_after(steps)) for steps in (1, 100)

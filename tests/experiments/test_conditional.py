@@ -12,6 +12,7 @@ from experiments.conditional import problem as functions
 from experiments.conditional import sweep as experiment
 from mi.config import UserError
 from mi.fit import factory, train
+from tests import prng
 from tests.fit.runs import edited, finals
 
 ENCODED_MI = {'model.fusion.name': 'mi', 'model.depth': 0, 'model.encodes_context': True}
@@ -27,7 +28,7 @@ def config(preset='statements', **changes):
 def draw(*targets, **changes):
     """A problem with networks of the config's width, and the matrices of its first seed."""
     problem = functions.make(config(**{'problem.targets': targets} | changes))
-    return problem, problem.draw_world(jax.random.key(0))
+    return problem, problem.draw_world(prng.key(0))
 
 
 def stack(params):
@@ -64,7 +65,7 @@ def test_targets_are_their_equations_with_mean_0_and_variance_1(target):
 
 def test_each_seed_and_each_target_has_its_own_matrices():
     problem, world = draw('conditional', 'choice')
-    other_world = problem.draw_world(jax.random.key(1))
+    other_world = problem.draw_world(prng.key(1))
     assert np.abs(world['choice'] - other_world['choice']).min() > 1e-6
     assert np.abs(world['choice'][:2] - world['conditional']).min() > 1e-6
 
@@ -101,7 +102,7 @@ def test_an_mi_of_a_step_of_z_is_the_conditional_for_x_of_any_norm_and_concat_is
     mi, world = draw('conditional', **ENCODED_MI, **{'problem.dimension': d, 'model.width': 2})
     concat_changes = {'model.fusion.name': 'concat', 'model.width': 4 * d, 'problem.dimension': d}
     concat, _ = draw('conditional', **concat_changes)
-    x, z = jax.random.normal(jax.random.key(3), (2, 2000, d))
+    x, z = jax.random.normal(prng.key(3), (2, 2000, d))
     z = z.at[:, 0].set(jnp.where(jnp.abs(z[:, 0]) < 0.2, 0.5, z[:, 0]))  # away from the step
     errors = {}
     for name, problem, params in (
@@ -123,11 +124,11 @@ def test_errors_are_relative_to_the_variance_of_the_target_on_near_and_far_input
     problem, world = draw(
         'conditional', **ENCODED_MI, **{'problem.far_scale': 7.0, 'model.width': 2}
     )
-    params = jax.tree.map(jnp.zeros_like, problem.init_params(jax.random.key(0), world))
+    params = jax.tree.map(jnp.zeros_like, problem.init_params(prng.key(0), world))
     layer = params['params']['mlp']['fusion_0']
 
     def evaluate():
-        metrics = problem.evaluate(params, world, jax.random.key(1))
+        metrics = problem.evaluate(params, world, prng.key(1))
         return {split: float(values['nmse/conditional']) for split, values in metrics.items()}
 
     # The answer 1 has the error 1 + variance, and the variance is 7² far away.
@@ -143,8 +144,8 @@ def test_errors_are_relative_to_the_variance_of_the_target_on_near_and_far_input
 def test_an_encoder_sees_z_alone_and_the_mlp_sees_z_through_it():
     changes = {'model.fusion.name': 'film', 'model.encodes_context': True, 'model.width': 6}
     problem, world = draw('choice', **changes)
-    params = problem.init_params(jax.random.key(0), world)
-    x, z = jax.random.normal(jax.random.key(1), (2, 8))
+    params = problem.init_params(prng.key(0), world)
+    x, z = jax.random.normal(prng.key(1), (2, 8))
     (prediction,) = problem.predict(params, x, z)
     params = jax.tree.map(lambda leaf: leaf[0], params)
     encoder = params['params']['encoder']
@@ -159,7 +160,7 @@ def test_an_encoder_sees_z_alone_and_the_mlp_sees_z_through_it():
 def test_networks_of_a_run_learn_alone():
     """The gradient of each is that of its own target, whatever the other is."""
     both, world = draw('conditional', 'choice', **{'model.width': 3})
-    params, key = both.init_params(jax.random.key(1), world), jax.random.key(2)
+    params, key = both.init_params(prng.key(1), world), prng.key(2)
     gradient = jax.grad(both.loss, has_aux=True)(params, world, key)[0]
     for index, target in enumerate(('conditional', 'choice')):
         alone, _ = draw(target, **{'model.width': 3})

@@ -23,6 +23,7 @@ from mi.fit import (
 )
 from mi.report import runs
 from mi.training.run_dir import PREEMPTED
+from tests import prng
 from tests.fit.runs import edited, finals, records
 
 
@@ -60,7 +61,7 @@ def test_an_mi_network_is_any_relu_network_if_W_is_0(word, site, depth):
     shape = {'model.depth': depth, 'model.width': 7, 'model.site': site}
     relu_network = model(**shape, **{'model.fusion.name': word})
     mi_network = model(**shape, **{'model.fusion.name': 'mi'})
-    x, z = jax.random.normal(jax.random.key(0), (2, 50, 5))
+    x, z = jax.random.normal(prng.key(0), (2, 50, 5))
     relu_params = jax.eval_shape(relu_network.init, jax.random.key(1), x, z)
     fused_layers = {'first': [0], 'last': [depth], 'all': [*range(depth + 1)]}[site]
     fused = [name for name in relu_params['params'] if name.startswith('fusion')]
@@ -95,8 +96,8 @@ def test_an_mi_network_is_any_relu_network_if_W_is_0(word, site, depth):
 @pytest.mark.parametrize('d', [1, 3, 64])
 def test_an_mi_with_the_identity_for_W_is_the_product(d):
     layer = model(**{'model.depth': 0, 'model.fusion.name': 'mi'})
-    x, z = jax.random.normal(jax.random.key(0), (2, 1000, d))
-    params = jax.tree.map(jnp.zeros_like, layer.init(jax.random.key(1), x, z))
+    x, z = jax.random.normal(prng.key(0), (2, 1000, d))
+    params = jax.tree.map(jnp.zeros_like, layer.init(prng.key(1), x, z))
     params['params']['fusion_0']['W'] = jnp.eye(d)[..., None]
     exact = np.sum(np.asarray(x, np.float64) * np.asarray(z, np.float64), -1)
     scale = np.sum(np.abs(np.asarray(x) * np.asarray(z)), -1).max()
@@ -169,7 +170,7 @@ def test_relu_networks_on_a_line_have_the_error_of_their_pieces_as_a_tight_bound
         assert fit_last_layer(kinks, rng.choice([-1, 1], w)) >= bound * (1 - 1e-9)
     assert fit_last_layer(equal_kinks, np.sign(equal_kinks)) == pytest.approx(bound, rel=1e-3)
     mi_network = model(**{'model.depth': 0, 'model.fusion.name': 'mi'})
-    params = jax.tree.map(jnp.zeros_like, mi_network.init(jax.random.key(0), DIAGONAL, DIAGONAL))
+    params = jax.tree.map(jnp.zeros_like, mi_network.init(prng.key(0), DIAGONAL, DIAGONAL))
     params['params']['fusion_0']['W'] = jnp.ones((1, 1, 1))
     assert parabola_error(mi_network, params) < 1e-9 * bound
 
@@ -331,8 +332,8 @@ def test_the_surface_is_the_error_at_each_point(fitted):
     assert surface.shape == (2, products.POINTS, products.POINTS)
     cfg = config('fit', **{'problem.dimension': 1, 'model.width': 5})
     problem = products.make(cfg)
-    params = problem.init_params(jax.random.key(3), {})
-    surface = problem.artifacts(params, {}, jax.random.key(4))['surface']
+    params = problem.init_params(prng.key(3), {})
+    surface = problem.artifacts(params, {}, prng.key(4))['surface']
     x, z = 1.5, -0.75  # three quarters and three eighths of the way
     prediction = network.make(cfg.model, 1, 'dense').apply(params, jnp.array([x]), jnp.array([z]))[
         0

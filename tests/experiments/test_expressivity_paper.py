@@ -13,6 +13,7 @@ from experiments.expressivity import problem as products
 from experiments.expressivity import sweep_paper as experiment
 from mi.fit import factory, search
 from mi.training import optim
+from tests import prng
 from tests.fit.runs import edited, records
 
 BARE = {'model.fusion.name': 'mi', 'model.depth': 0}
@@ -27,7 +28,7 @@ def draw(target, dimension, seed=0, **changes):
     problem = products.make(
         config(**{'problem.target': target, 'problem.dimension': dimension} | changes)
     )
-    return problem, jax.tree.map(np.asarray, problem.draw_world(jax.random.key(seed)))
+    return problem, jax.tree.map(np.asarray, problem.draw_world(prng.key(seed)))
 
 
 def test_a_bilinear_target_is_that_of_numpy_with_a_matrix_of_its_seed():
@@ -55,23 +56,23 @@ def test_the_variance_of_both_targets_is_the_dimension(dimension):
 def test_one_unit_of_mi_with_the_matrix_of_the_target_has_no_error():
     """W of the layer is [m, n, k], context first: the transpose of the target's."""
     problem, world = draw('bilinear', 6, **BARE)
-    params = jax.tree.map(jnp.zeros_like, problem.init_params(jax.random.key(0), world))
+    params = jax.tree.map(jnp.zeros_like, problem.init_params(prng.key(0), world))
     params['params']['fusion_0']['W'] = jnp.asarray(world['W'].T[..., None])
-    assert problem.evaluate(params, world, jax.random.key(1))['eval']['mse'] < 1e-9
+    assert problem.evaluate(params, world, prng.key(1))['eval']['mse'] < 1e-9
     params['params']['fusion_0']['W'] = jnp.asarray(world['W'][..., None])
-    assert problem.evaluate(params, world, jax.random.key(1))['eval']['mse'] > 1
+    assert problem.evaluate(params, world, prng.key(1))['eval']['mse'] > 1
 
 
 def test_an_mi_with_a_read_out_has_a_bilinear_form_above_minus_its_bias():
     """relu(xᵀWz + b) − b = xᵀWz wherever that is above −b."""
     problem, world = draw('bilinear', 6, **{'model.fusion.name': 'mi', 'model.width': 1})
-    params = jax.tree.map(jnp.zeros_like, problem.init_params(jax.random.key(0), world))
+    params = jax.tree.map(jnp.zeros_like, problem.init_params(prng.key(0), world))
     layer, read_out = params['params']['fusion_0'], params['params']['affine_1']
     layer['W'] = jnp.asarray(world['W'].T[..., None])
     read_out['kernel'] = jnp.ones((1, 1))
     for bias, is_exact in ((64.0, True), (1.0, False)):
         layer['b'], read_out['bias'] = jnp.full(1, bias), jnp.full(1, -bias)
-        mse = problem.evaluate(params, world, jax.random.key(1))['eval']['mse']
+        mse = problem.evaluate(params, world, prng.key(1))['eval']['mse']
         assert (mse < 1e-9) == is_exact
 
 

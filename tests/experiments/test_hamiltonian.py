@@ -21,6 +21,7 @@ from experiments.hamiltonian import (
 from experiments.hamiltonian.mechanics import SYSTEMS
 from mi.config import UserError
 from mi.fit import factory, train
+from tests import prng
 from tests.fit.runs import edited, records
 
 
@@ -55,7 +56,7 @@ def symplectic_error(step, q, p):
 
 
 def draw_states(d=2):
-    return 0.6 * jax.random.normal(jax.random.key(0), (2, d))
+    return 0.6 * jax.random.normal(prng.key(0), (2, d))
 
 
 def test_leapfrog_of_an_oscillator_is_its_matrix():
@@ -99,7 +100,7 @@ def test_energy_oscillates_within_the_square_of_the_step_and_does_not_drift():
 
 def test_leapfrog_is_symplectic_and_reversible_where_the_energy_separates():
     system = SYSTEMS['two_body']
-    q, p = (array[0] for array in system.draw(jax.random.key(1), 1))
+    q, p = (array[0] for array in system.draw(prng.key(1), 1))
     step = integrators.leapfrog(system.energy, 0.3)
     assert symplectic_error(step, q, p) < 1e-5
     returned = jax.jit(integrators.leapfrog(system.energy, -0.3))(*step(q, p))
@@ -143,7 +144,7 @@ def test_leapfrog_iterates_both_implicit_lines_as_often_as_it_says(iterations):
 
 def test_motions_are_those_of_closed_forms():
     spring, pendulum, bodies = (SYSTEMS[name] for name in ('mass_spring', 'pendulum', 'two_body'))
-    q, p = spring.draw(jax.random.key(0), 20)
+    q, p = spring.draw(prng.key(0), 20)
     qs, ps = spring.motion(q, p, 100)
     q, p = np.asarray(q), np.asarray(p)
     angle = 2 * 0.2 * np.arange(101)[:, None, None]  # ω = √(k/m) = 2, and m ω = 1
@@ -175,7 +176,7 @@ def test_motions_are_those_of_closed_forms():
 @pytest.mark.parametrize('name', SYSTEMS)
 def test_a_motion_keeps_its_energy_and_stays_in_view(name):
     system = SYSTEMS[name]
-    q, p = system.draw(jax.random.key(2), 30)
+    q, p = system.draw(prng.key(2), 30)
     qs, ps = system.motion(q, p, 300)
     H = system.energy(qs, ps)
     np.testing.assert_allclose(H, jnp.broadcast_to(H[0], H.shape), atol=2e-4)
@@ -189,7 +190,7 @@ def test_a_motion_keeps_its_energy_and_stays_in_view(name):
 
 
 def test_discs_are_located_at_their_bodies():
-    places = jax.random.uniform(jax.random.key(0), (50, 2, 2), minval=-0.8, maxval=0.8)
+    places = jax.random.uniform(prng.key(0), (50, 2, 2), minval=-0.8, maxval=0.8)
     discs = rendering.render(places)
     np.testing.assert_allclose(rendering.locate(discs), places, atol=2e-3)
     corner_frame = rendering.render(jnp.array([[[0.9, 0.9], [-0.9, -0.9]]]))[0]
@@ -225,7 +226,7 @@ def test_the_true_law_has_no_error(name, monkeypatch):
     monkeypatch.setattr(
         dynamics.Law, '__call__', lambda self, q, p: SYSTEMS[name].energy(q, p), raising=True
     )
-    metrics = problem.evaluate({}, None, jax.random.key(0))['eval']
+    metrics = problem.evaluate({}, None, prng.key(0))['eval']
     assert metrics['derivative'] < 1e-12
     assert metrics['error_long'] < 1e-3 and metrics['drift'] < 0.01 and metrics['valid'] == 1
     assert metrics['drift'] == pytest.approx(float(metrics['drift_learnt']), rel=1e-4)
@@ -236,11 +237,11 @@ def test_a_quadratic_mi_of_the_state_is_the_energy_of_a_spring():
     law = dynamics.make(
         config(**{'model.form': 'square', 'model.depth': 0, 'model.fusion.name': 'mi'}).model
     )
-    params = jax.tree.map(jnp.zeros_like, dynamics.init_params(law, jax.random.key(0), 1))
+    params = jax.tree.map(jnp.zeros_like, dynamics.init_params(law, prng.key(0), 1))
     (fused,) = params['params']['FusedMLP_0'].values()
     fused['W'] = jnp.diag(jnp.array([1.0, 1.0]))[..., None]
     system = SYSTEMS['mass_spring']
-    q, p = system.draw(jax.random.key(1), 30)
+    q, p = system.draw(prng.key(1), 30)
     np.testing.assert_allclose(
         dynamics.compute_energy(law, params, q, p), system.energy(q, p), rtol=1e-6, atol=1e-6
     )
@@ -253,8 +254,8 @@ def test_a_quadratic_mi_of_the_state_is_the_energy_of_a_spring():
 def test_second_derivatives_of_each_form(form):
     """Which second derivatives of the energy there are, and that a field is free of one."""
     law = dynamics.make(config(**{'model.form': form, 'model.fusion.name': 'mi'}).model)
-    params = dynamics.init_params(law, jax.random.key(0), 2)
-    q, p = jax.random.normal(jax.random.key(1), (2, 2))
+    params = dynamics.init_params(law, prng.key(0), 2)
+    q, p = jax.random.normal(prng.key(1), (2, 2))
     field = dynamics.make_field(law, params)
     J = jacobian(field, q, p)
     by_q_p = np.abs(J[:2, :2]).max()  # ∂²H/∂q∂p
@@ -319,9 +320,9 @@ def test_the_loss_of_frames_is_the_evidence_lower_bound():
     cfg = small_config(**{'problem.decoded': 4, 'problem.early': 3 / 7, 'train.batch': 1})
     cfg.problem.trajectories = 1
     problem = frames.make(cfg)
-    world = problem.draw_world(jax.random.key(0))
-    params = jax.jit(problem.init_params)(jax.random.key(1), world)
-    key = jax.random.key(2)
+    world = problem.draw_world(prng.key(0))
+    params = jax.jit(problem.init_params)(prng.key(1), world)
+    key = prng.key(2)
     loss, metrics = jax.jit(problem.loss)(params, world, key)
     true_frames = jax.jit(rendering.render)(world)  # [7, 1, …]
     encoder, decoder, law = (
@@ -348,13 +349,13 @@ def test_the_loss_of_frames_is_the_evidence_lower_bound():
 
 def test_the_encoder_depends_only_on_the_frames_that_it_sees():
     problem = frames.make(small_config(**{'problem.decoded': 1}))
-    places = jax.random.uniform(jax.random.key(0), (7, 20, 2, 2), minval=-0.5, maxval=0.5)
-    params = jax.jit(problem.init_params)(jax.random.key(1), places)
+    places = jax.random.uniform(prng.key(0), (7, 20, 2, 2), minval=-0.5, maxval=0.5)
+    params = jax.jit(problem.init_params)(prng.key(1), places)
     changed_later = places.at[3:].set(0.2)
     loss = jax.jit(problem.loss)
 
     def compute_kl(world):
-        return float(loss(params, world, jax.random.key(2))[1]['kl'])
+        return float(loss(params, world, prng.key(2))[1]['kl'])
 
     assert compute_kl(places) == compute_kl(changed_later)
     assert compute_kl(places) != compute_kl(places.at[2:].set(0.2))

@@ -17,6 +17,7 @@ from experiments.neural_process.network import Points
 from mi.config import UserError
 from mi.fit import factory, train
 from mi.report.arms import Arm
+from tests import prng
 from tests.experiments.neural_processes import (
     ATTENTIVE,
     NOISE,
@@ -36,7 +37,7 @@ from tests.fit.runs import finals, records
 @pytest.mark.parametrize('family', tasks.FAMILIES)
 def test_values_have_the_covariance_of_their_kernel_and_noise(family):
     kernel, x = make_kernel(family), jnp.array([-1.5, -0.2, 0.0, 0.9])
-    keys = jax.random.split(jax.random.key(0), 40_000)
+    keys = jax.random.split(prng.key(0), 40_000)
     draw = jax.jit(jax.vmap(lambda key: tasks.draw_values(key, kernel, x, jnp.full(4, 0.5))))
     y = np.asarray(draw(keys), np.float64)
     d = np.subtract.outer(*[np.asarray(x, np.float64)] * 2)
@@ -149,7 +150,7 @@ def test_a_conditional_neural_process_is_its_equation():
 def test_the_loss_is_the_negative_bound_per_target_of_hidden_points(changes):
     """Recomputed from the model's parts, with the functions, counts and z that the key draws."""
     problem = make_problem(**changes, **{'train.batch': 3})
-    params, key = init_random(problem), jax.random.key(3)
+    params, key = init_random(problem), prng.key(3)
     loss, metrics = jax.jit(problem.loss)(params, {}, key)
     function_key, count_key, z_key = jax.random.split(key, 3)
     functions = tasks.draw_functions(function_key, problem.distribution, 3, 11)
@@ -183,8 +184,8 @@ def test_a_latent_that_is_ignored_has_the_scores_of_its_prediction():
     """With zeros for parameters z changes nothing, so that all bounds are the likelihood itself."""
     problem = make_problem(**{'model.paths': 'latent'})
     params = jax.tree.map(jnp.zeros_like, init_random(problem))
-    metrics = jax.jit(problem.evaluate)(params, {}, jax.random.key(0))
-    function_key, _ = jax.random.split(jax.random.key(0))
+    metrics = jax.jit(problem.evaluate)(params, {}, prng.key(0))
+    function_key, _ = jax.random.split(prng.key(0))
     functions = tasks.draw_functions(function_key, problem.distribution, 12, 11)
     std = 0.05 + 0.95 * math.log(2)
     for split, first, stride in (('eval', 0, 1), ('rbf', 0, 3), ('sinusoid', 2, 3)):
@@ -206,12 +207,12 @@ def test_the_bound_of_an_evaluation_is_below_the_likelihood_and_above_the_elbo()
     params = jax.tree.map(lambda leaf: 0.6 * leaf, init_random(problem))
     functions = make_functions(6)
     score = jax.jit(problem.score)
-    bound = score(params, functions, jax.random.key(0), 3).log_likelihood
+    bound = score(params, functions, prng.key(0), 3).log_likelihood
     context, x, y = problem.split(functions, jnp.full(6, 3))
     prior, posterior = problem.infer_both(params, context, x, y)
 
     def average(gaussian, combine):
-        keys = jax.random.split(jax.random.key(1), 4000)
+        keys = jax.random.split(prng.key(1), 4000)
 
         def evaluate(key):
             z = likelihood.draw_gaussian(key, gaussian)

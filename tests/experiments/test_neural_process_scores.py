@@ -10,6 +10,7 @@ from scipy import integrate, stats
 
 from experiments.neural_process import gp, likelihood, scores, tasks
 from experiments.neural_process.likelihood import Gaussian
+from tests import prng
 from tests.experiments.neural_processes import (
     NOISE,
     draw_points,
@@ -64,7 +65,7 @@ def test_without_context_the_ceiling_is_the_prior():
 def test_draws_given_the_context_have_the_mean_and_the_variance_of_the_ceiling():
     kernel, context, targets = make_kernel('rbf'), draw_points(4, 0, 3), draw_points(5, 1)
     draw = jax.vmap(lambda key: gp.draw_posterior(key, kernel, NOISE, context, targets.x))
-    samples = np.asarray(jax.jit(draw)(jax.random.split(jax.random.key(0), 20_000)))
+    samples = np.asarray(jax.jit(draw)(jax.random.split(prng.key(0), 20_000)))
     predictive = gp.predict(kernel, NOISE, context, targets.x)
     expected = predictive.covariance - (NOISE**2 - gp.JITTER**2) * np.eye(5)
     np.testing.assert_allclose(samples.mean(0), predictive.mean, atol=0.04)
@@ -108,7 +109,7 @@ def test_the_elbo_is_that_of_a_case_by_hand():
 def draw_linear_gaussian(num_samples, q_mean, q_std, seed=0):
     """Weights of z ~ q for z ~ N(0, 1), y = z + N(0, 0.5²) and y = 1, and log p(y), by hand."""
     q = Gaussian(jnp.full(num_samples, q_mean), jnp.full(num_samples, q_std))
-    z = likelihood.draw_gaussian(jax.random.key(seed), q)
+    z = likelihood.draw_gaussian(prng.key(seed), q)
     zeros, ones = jnp.zeros_like(z), jnp.ones_like(z)
     log_density = likelihood.compute_log_density(ones, Gaussian(z, 0.5 * ones))
     log_weights = log_density + likelihood.compute_log_density(z, Gaussian(zeros, ones))

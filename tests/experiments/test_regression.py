@@ -14,6 +14,7 @@ from mi.config import UserError
 from mi.fit import factory, train
 from mi.report.arms import Arm
 from mi.training import sharding
+from tests import prng
 from tests.fit.runs import edited, finals
 
 
@@ -22,7 +23,7 @@ def config(**changes):
 
 
 def draw_world(cfg, seed=0):
-    return sharding.jit_once(lambda: regression.make(cfg).draw_world(jax.random.key(seed)))
+    return sharding.jit_once(lambda: regression.make(cfg).draw_world(prng.key(seed)))
 
 
 def test_tasks_are_by_turns_affine_and_sinusoids_with_noise_on_their_examples():
@@ -49,9 +50,9 @@ def test_the_parameters_of_a_task_are_linear_in_its_descriptor_up_to_noise():
 
 def test_an_inferred_context_takes_examples_as_a_set_and_only_those_with_weight():
     encoder = regression.Encoder(3, 8)
-    x, y = jax.random.normal(jax.random.key(0), (2, 5))
+    x, y = jax.random.normal(prng.key(0), (2, 5))
     weights = jnp.array([0.5, 0.5, 0, 0, 0])
-    params, encode = jax.jit(encoder.init)(jax.random.key(1), x, y, weights), jax.jit(encoder.apply)
+    params, encode = jax.jit(encoder.init)(prng.key(1), x, y, weights), jax.jit(encoder.apply)
     z = encode(params, x, y, weights)
     reversed_z = encode(params, x[::-1], y[::-1], weights[::-1])
     np.testing.assert_allclose(z, reversed_z, atol=1e-6)
@@ -73,7 +74,7 @@ def test_errors_are_of_affine_tasks_and_of_sinusoids_each_by_its_name():
     shapes = jax.eval_shape(problem.init_params, jax.random.key(0), world)
     params = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
     evaluate = jax.jit(problem.evaluate)
-    metrics = evaluate(params, world._replace(known=known), jax.random.key(1))['eval']
+    metrics = evaluate(params, world._replace(known=known), prng.key(1))['eval']
     grid = np.linspace(-1, 1, regression.POINTS)
     assert metrics['mse_affine'] == 0
     assert metrics['mse_sinusoid'] == pytest.approx(9 * np.mean(np.sin(10 * grid) ** 2), rel=1e-4)

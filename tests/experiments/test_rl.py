@@ -15,6 +15,7 @@ from mi import counting
 from mi.config import UserError, flatten
 from mi.rl import config as rl_config
 from mi.rl import envs, factory, restore, train
+from tests import prng
 from tests.conftest import ROOT
 
 TINY = {
@@ -98,7 +99,7 @@ def test_film_at_random_begins_with_a_policy_for_each_task(tmp_path):
         shapes = factory.make_input_shapes(spec, 1, 30)
         inputs = jax.tree.map(lambda a: np.ones(a.shape, a.dtype), shapes)
         inputs.observation['task'] = np.arange(30, dtype=np.int32)[None]
-        params = jax.jit(lambda: factory.init_params(agent, jax.random.key(0)))()
+        params = jax.jit(lambda: factory.init_params(agent, prng.key(0)))()
         _, outputs = jax.jit(agent.apply)({'params': params}, agent.initial_carry(30), inputs)
         return float(outputs.logits[0].std(0).max())
 

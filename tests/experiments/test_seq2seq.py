@@ -14,6 +14,7 @@ from mi import fusion
 from mi.config import UserError
 from mi.fit import factory, train
 from mi.motifs.attention import Attention
+from tests import prng
 from tests.fit.runs import edited, finals
 
 N, D, TAU = 5, 2, 0.5
@@ -77,7 +78,7 @@ def test_the_additive_floor_of_a_small_sample_is_unbiased():
         X, X_other = jax.random.uniform(key, (2, 4, 2, 1), minval=-1)
         return sequences.compute_additive_floor(product, X, X_other)
 
-    floors = jax.vmap(compute_floor)(jax.random.split(jax.random.key(0), 20_000))
+    floors = jax.vmap(compute_floor)(jax.random.split(prng.key(0), 20_000))
     assert floors.mean() == pytest.approx(1 / 9, rel=0.03)
 
 
@@ -123,7 +124,7 @@ def test_the_equivariant_floor_is_the_variance_over_all_orders():
 def test_which_mixers_commute_with_permutations(word):
     x = jnp.asarray(np.random.default_rng(4).normal(size=(3, N, 8)), jnp.float32)
     module = make_mixer(word)
-    y, variables = jax.jit(module.init_with_output)(jax.random.key(0), x)
+    y, variables = jax.jit(module.init_with_output)(prng.key(0), x)
     order = np.array([3, 0, 4, 1, 2])
     difference = jnp.abs(jax.jit(module.apply)(variables, x[:, order]) - y[:, order]).max()
     if word in ('attention', 'pairs', 'summary'):
@@ -134,7 +135,7 @@ def test_which_mixers_commute_with_permutations(word):
 
 def test_attention_matches_that_of_the_motifs():
     x = jnp.asarray(np.random.default_rng(5).normal(size=(3, N, 8)), jnp.float32)
-    y, variables = jax.jit(make_mixer('attention', heads=4).init_with_output)(jax.random.key(1), x)
+    y, variables = jax.jit(make_mixer('attention', heads=4).init_with_output)(prng.key(1), x)
     attention = Attention(4)
     shapes = jax.tree.map(jnp.shape, jax.eval_shape(attention.init, jax.random.key(2), x))
     assert jax.tree.map(jnp.shape, variables) == shapes
@@ -145,7 +146,7 @@ def test_pairs_and_fixed_match_sums_by_loops():
     x = np.random.default_rng(6).normal(size=(N, 8)).astype(np.float32)
     for word in ('pairs', 'fixed'):
         module = make_mixer(word)
-        y, variables = jax.jit(module.init_with_output)(jax.random.key(1), x)
+        y, variables = jax.jit(module.init_with_output)(prng.key(1), x)
         params = jax.tree.map(np.asarray, variables['params'])
         value = x @ params['value']['V'] + params['value']['b']
         mixed = np.zeros((N, 8))
@@ -168,7 +169,7 @@ def test_one_fixed_mixing_at_the_end_is_a_sum_over_tokens_and_attention_is_not(w
     changes = {'model.mixer': word, 'model.depth': 1, 'model.ends': 'mixer'}
     network = transformer.make(config(**changes).model, D)
     a, b = np.asarray(draw_sequences(7, 1)[0]), np.asarray(draw_sequences(8, 1)[0])
-    params = jax.jit(network.init)(jax.random.key(3), a)
+    params = jax.jit(network.init)(prng.key(3), a)
     apply = jax.jit(network.apply)
 
     def with_tokens(first, second):

@@ -13,6 +13,7 @@ from mi.lm import dynamic_evaluation, evaluate, factory
 from mi.lm.data import token_store
 from mi.lm.data.token_store import Recipe
 from mi.training import sharding
+from tests import prng
 
 
 def tiny(word='core=lstm', **changes):
@@ -86,7 +87,7 @@ def with_params(word='core=lstm', **changes):
     config = tiny(word, **{'data.level': 'byte'} | changes)
     model = factory.build_model(config, 256)
     row = jnp.zeros((1, 1), jnp.int32)
-    key = jax.random.key(1, impl='rbg')
+    key = prng.key(1)
     params = jax.jit(lambda: model.init(key, model.initial_carry(1), row))()['params']
     return config, model, jax.tree.map(lambda a: 3 * a, params)
 

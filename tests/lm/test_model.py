@@ -15,6 +15,7 @@ from mi.lm.dropout import Rates
 from mi.lm.embeddings import Words
 from mi.lm.recurrent import Recurrent
 from mi.lm.transformer import Transformer
+from tests import prng
 
 V, T, B, D = 19, 6, 3, 4
 EVERY = [
@@ -86,7 +87,7 @@ def run(model, tokens, seed=0):
 @pytest.fixture
 def tokens():
     """All different, so that each row of the embedding is one place in the text."""
-    return jax.random.permutation(jax.random.key(0), V)[: T * B].reshape(T, B)
+    return jax.random.permutation(prng.key(0), V)[: T * B].reshape(T, B)
 
 
 @pytest.mark.parametrize('core, site, source', fast(EVERY))
@@ -94,7 +95,7 @@ def test_no_logit_depends_on_later_tokens_and_each_on_all_before(core, site, sou
     """By gradient: that of the logits at t with respect to the embedding of every token."""
     model = make(core, site, source, tied=False, layers=2)
     variables, carry, domains = run(model, tokens)
-    weights = jax.random.normal(jax.random.key(1), (T, B, V))
+    weights = jax.random.normal(prng.key(1), (T, B, V))
 
     def weighted(table):
         params = variables['params'] | {
@@ -210,7 +211,7 @@ def test_dropout_is_for_training_alone(core, tokens):
 
     @jax.jit
     def apply(key):
-        key = jax.random.key(key, impl='rbg')
+        key = prng.key(key)
         rngs = {'dropout': key, 'state': key}
         return model.apply(variables, carry, tokens, train=True, rngs=rngs)[1]
 
@@ -233,7 +234,7 @@ def test_locked_dropout_drops_the_same_features_at_all_steps(source, tokens):
         layer['W'][:, 12:24] = 0
         layer['b'][12:24] = -100  # and c is forgotten
     alike = jnp.full_like(tokens, 3)
-    rngs = {'dropout': jax.random.key(0), 'state': jax.random.key(1)}
+    rngs = {'dropout': prng.key(0), 'state': prng.key(1)}
     apply = jax.jit(functools.partial(model.apply, train=True))
     _, logits = apply(variables, carry, alike, rngs=rngs)
     np.testing.assert_allclose(logits, jnp.broadcast_to(logits[:1], logits.shape), rtol=1e-5)
@@ -246,7 +247,7 @@ def test_locked_dropout_of_a_transformer_drops_the_same_features_at_all_steps(to
     model = make('transformer', 'none', rates=rates, layers=2, memory=0)
     variables, carry, _ = run(model, tokens)
     alike = jnp.full_like(tokens, 3)
-    rngs = {'dropout': jax.random.key(0), 'state': jax.random.key(1)}
+    rngs = {'dropout': prng.key(0), 'state': prng.key(1)}
     apply = jax.jit(functools.partial(model.apply, train=True))
     _, logits = apply(variables, carry, alike, rngs=rngs)
     same = jnp.broadcast_to(logits[:1], logits.shape)
@@ -331,9 +332,9 @@ def test_a_summary_is_the_decaying_mean_of_what_came_before():
     from mi.lm.context import Summary
 
     summary = Summary(4, longest=16.0)
-    x = jax.random.normal(jax.random.key(0), (T, B, 5))
-    s = jax.random.normal(jax.random.key(1), (B, 4))
-    params = summary.init(jax.random.key(2), s, x)
+    x = jax.random.normal(prng.key(0), (T, B, 5))
+    s = jax.random.normal(prng.key(1), (B, 4))
+    params = summary.init(prng.key(2), s, x)
     after, z = summary.apply(params, s, x)
     decay = np.exp(-1 / np.geomspace(1, 16, 4))
     V, b = (np.asarray(params['params']['input'][name]) for name in ('V', 'b'))

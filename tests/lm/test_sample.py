@@ -19,6 +19,7 @@ from mi.lm import (
     train,
 )
 from mi.lm.data.token_store import Recipe, load
+from tests import prng
 
 
 def tiny(word='core=lstm', **changes):
@@ -31,7 +32,7 @@ def tiny(word='core=lstm', **changes):
 def generate(model, params, prompt, seed, num_tokens, temperature=1.0, top_p=1.0):
     """Return the tokens of one text."""
     decoding = sample.Decoding(num_tokens, temperature, top_p)
-    return sample.generate(model, params, prompt, jax.random.key(seed), decoding)[0]
+    return sample.generate(model, params, prompt, prng.key(seed), decoding)[0]
 
 
 @pytest.mark.parametrize('word', ['core=lstm,source=state', 'core=transformer'])
@@ -40,7 +41,7 @@ def test_the_likeliest_tokens_are_those_of_the_whole_text(word):
     config = tiny(word, **{'model.memory': 0})
     model = factory.build_model(config, 11)
     carry = model.initial_carry(1)
-    params = jax.jit(model.init)(jax.random.key(3), carry, jnp.zeros((1, 1), int))['params']
+    params = jax.jit(model.init)(prng.key(3), carry, jnp.zeros((1, 1), int))['params']
     params = jax.tree.map(lambda a: 2 * a, params)  # far from uniform
     prompt = jnp.array([1, 4, 2])
     drawn = generate(model, params, prompt, 0, 12, 0.0, 1.0)
@@ -73,7 +74,7 @@ def test_a_transformer_writes_from_no_more_tokens_than_it_was_trained_on():
     config = tiny('core=transformer', **changes)
     model = factory.configure_sampling(factory.build_model(config, 11), config)
     carry = model.initial_carry(1)
-    params = jax.jit(model.init)(jax.random.key(3), carry, jnp.zeros((1, 1), int))['params']
+    params = jax.jit(model.init)(prng.key(3), carry, jnp.zeros((1, 1), int))['params']
     params = jax.tree.map(lambda a: 3 * a, params)  # far from uniform
 
     def draw(prompt):
@@ -97,7 +98,7 @@ def test_a_transformer_writes_from_no_more_tokens_than_it_was_trained_on():
 def test_nucleus_and_temperature_draw_from_the_distribution_they_say():
     p = jnp.array([0.05, 0.5, 0.15, 0.3])
     draw = jax.vmap(sample.draw, (None, 0, None, None))
-    keys = jax.random.split(jax.random.key(0), 20_000)
+    keys = jax.random.split(prng.key(0), 20_000)
 
     def shares(temperature, top_p):
         return np.bincount(draw(jnp.log(p), keys, temperature, top_p), minlength=4) / len(keys)
@@ -115,7 +116,7 @@ def test_dynamic_evaluation_is_the_update_written_out(texts):
     corpus = load(Recipe(texts, 'byte', 256))
     model = factory.build_model(config, 256)
     carry = model.initial_carry(1)
-    params = jax.jit(model.init)(jax.random.key(0), carry, jnp.zeros((1, 1), int))['params']
+    params = jax.jit(model.init)(prng.key(0), carry, jnp.zeros((1, 1), int))['params']
     adaptation = dynamic_evaluation.Adaptation(
         tokens=25, length=6, learning_rate=1e-2, decay=0.5, epsilon=1e-8, statistics=4
     )

@@ -13,6 +13,7 @@ from mi.lm import factory
 from mi.lm.data.batches import Batch
 from mi.lm.trainer import Trainer
 from mi.training import optim, sharding
+from tests import prng
 from tests.conftest import printed_on_devices
 
 
@@ -40,7 +41,7 @@ def test_the_gradient_of_parts_is_that_of_the_batch(word, parts):
         config.dropout.attention = 0.3
     config.optim.name = 'sgd'
     model, optimizer = factory.build_model(config, 11), optim.make_optimizer(config.optim, 10)
-    tokens = jax.random.randint(jax.random.key(0), (9, 4), 0, 11)
+    tokens = jax.random.randint(prng.key(0), (9, 4), 0, 11)
     seed, step = jnp.asarray(0), jnp.asarray(0)
     state = jax.jit(Trainer(model, optimizer, batch_size=4).init)(seed)
     results = []

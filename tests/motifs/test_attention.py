@@ -15,6 +15,7 @@ from mi.motifs.attention import (
 )
 from mi.motifs.convolutional_attention import ConvolutionalSelfAttention, convert_convolution
 from mi.unify import as_mi
+from tests import prng
 from tests.motifs.checks import is_its_composition
 
 
@@ -27,7 +28,7 @@ X, Z = random(0, B, T, N), random(1, B, S, M)
 LONG = random(2, B, S, N)
 GRID = random(3, B, 4, 5, 3)
 MASK = random(4, B, T, S) < 0.3
-KEY = jax.random.key(5)
+KEY = prng.key(5)
 
 SETTINGS = {
     'plain': {},

@@ -10,6 +10,7 @@ from mi.motifs.dynamic_conv import (
     LightweightConvolution,
     convolve,
 )
+from tests import prng
 from tests.motifs.checks import is_its_composition
 
 
@@ -21,7 +22,7 @@ B, T, C, H, M = 2, 7, 6, 3, 4
 X, Z = random(0, B, T, C), random(1, B, T, M)
 IMAGES, TASKS = random(2, 3, 5, 6, 4), random(3, 3, M)
 MASK = jnp.arange(T)[None] < jnp.array([T, 4])[:, None]
-KEY = jax.random.key(4, impl='rbg')  # compiles in a fifth of the time
+KEY = prng.key(4)
 
 
 def run(module, variables, *inputs, **options):

@@ -5,6 +5,7 @@ import pytest
 from flax import linen as nn
 
 from mi.motifs.experts import DenseMixture, RoutedMixture, assign_blocks
+from tests import prng
 from tests.motifs.checks import is_its_composition
 
 
@@ -15,7 +16,7 @@ def random(seed, *shape):
 R, T, N, M, K, E, HIDDEN = 2, 6, 5, 3, 4, 4, 7
 X, Z = random(0, R, T, N), random(1, R, T, M)
 MASK = jnp.arange(T)[None] < jnp.array([T, 2])[:, None]
-KEY = jax.random.key(2, impl='rbg')  # compiles in a fifth of the time
+KEY = prng.key(2)
 
 
 def run(module, variables, *inputs):

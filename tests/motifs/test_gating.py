@@ -14,12 +14,13 @@ from mi.motifs.gating import (
     SqueezeExcitation,
 )
 from mi.unify import as_mi
+from tests import prng
 from tests.motifs.checks import is_its_composition, random
 
 N, M, K = 5, 3, 4
 X, Z = random(0, 2, 6, N), random(1, 2, 1, M)
 IMAGES = random(2, 2, 3, 4, K)
-KEY = jax.random.key(3)
+KEY = prng.key(3)
 
 SCALAR = {
     'sigmoid': lambda a: 1 / (1 + math.exp(-a)),

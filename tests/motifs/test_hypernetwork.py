@@ -8,6 +8,7 @@ import mi.unify.hypernetwork
 from mi import MultiplicativeInteraction
 from mi.layers import Affine
 from mi.motifs.hypernetwork import Hypernetwork, LinearHypernetwork, MLPHypernetwork
+from tests import prng
 from tests.motifs.checks import is_its_composition
 
 
@@ -17,7 +18,7 @@ def random(seed, *shape):
 
 R, T, N, M, K = 2, 5, 4, 3, 6
 X, Z = random(0, R, T, N), random(1, R, M)
-KEY = jax.random.key(2, impl='rbg')  # compiles in a fifth of the time
+KEY = prng.key(2)
 
 
 def run(module, variables, *inputs):

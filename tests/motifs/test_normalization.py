@@ -14,12 +14,13 @@ from mi.motifs.normalization import (
     ConditionalLayerNorm,
     FeatureWiseModulation,
 )
+from tests import prng
 from tests.motifs.checks import compose, is_its_composition, random
 
 N, M = 5, 3
 X, Z = 2 * random(0, 2, 3, 4, N) + 1, random(1, 2, 1, 1, M)  # images, one context each
 MASK = random(2, 2, 3, 4) > -0.5
-KEY = jax.random.key(3)
+KEY = prng.key(3)
 
 
 def numpy(tree):

@@ -11,6 +11,7 @@ from jax.test_util import check_grads
 
 from mi.motifs.pooling import BLOCK, MFB, MLB, MUTAN, CompactBilinear
 from mi.unify import as_mi
+from tests import prng
 from tests.motifs.checks import is_its_composition
 
 N, M, K = 5, 3, 6
@@ -129,7 +130,7 @@ def test_normalized_mfb_is_its_composition():
 
 @functools.cache
 def draws(count):
-    return jax.random.split(jax.random.key(0, impl='rbg'), count)  # rbg compiles in half the time
+    return jax.random.split(prng.key(0), count)
 
 
 @all_modules
@@ -242,9 +243,7 @@ def test_mfb_drops_factors_before_the_sum():
     factors = (2 * (z @ p['P']) * (x @ p['Q'])).reshape(2, 4, K, 3)
     subsets = np.array(list(itertools.product([0, 1], repeat=3)))
     possible = np.einsum('btkf,sf->btks', factors, subsets)  # [2, 4, K, 8]
-    dropped = module.apply(
-        variables, x, z, deterministic=False, rngs={'dropout': jax.random.key(0)}
-    )
+    dropped = module.apply(variables, x, z, deterministic=False, rngs={'dropout': prng.key(0)})
     off = np.abs(np.asarray(dropped)[..., None] - possible)
     np.testing.assert_allclose(off.min(-1), 0, atol=1e-5)
     assert len(np.unique(off.argmin(-1))) > 4
@@ -283,4 +282,4 @@ def test_bad_input_is_refused(name):
 @pytest.mark.parametrize('blocks', [0, 4])
 def test_blocks_that_do_not_divide_the_hidden_features_are_refused(blocks):
     with pytest.raises(ValueError, match=f'blocks={blocks} must divide hidden=6'):
-        BLOCK(6, rank=2, blocks=blocks).init(jax.random.key(0), np.zeros(N), np.zeros(M))
+        BLOCK(6, rank=2, blocks=blocks).init(prng.key(0), np.zeros(N), np.zeros(M))

@@ -11,6 +11,7 @@ from jax.test_util import check_vjp
 
 from mi import cells
 from mi.unify import as_mi
+from tests import prng
 from tests.motifs.checks import is_its_composition
 
 T, B, N, H, G = 4, 3, 6, 5, 3  # N > H > G, so that the columns of every weight can be orthogonal
@@ -49,7 +50,7 @@ def drawn(name, seed=0):
 def initial_parameters(name, param_dtype=jnp.float32):
     module = MODULES[name].clone(param_dtype=param_dtype)
     init = jax.jit(lambda key: module.init(key, module.initial(B), jnp.zeros((T, B, N))))
-    return init(jax.random.key(1, impl='unsafe_rbg'))['params']  # compiles fast
+    return init(prng.key(1))['params']
 
 
 def assert_close(a, b, tolerance=1e-5):
@@ -360,4 +361,4 @@ def test_shapes_that_do_not_fit_are_refused(name):
 def test_a_mogrifier_refuses_rounds_or_a_rank_that_cannot_be(options):
     module = cells.MogrifierLSTM(H, **options)
     with pytest.raises(ValueError, match='rounds must be at least 0 and rank at least 1'):
-        module.init(jax.random.key(0), module.initial(B), jnp.zeros((T, B, N)))
+        module.init(prng.key(0), module.initial(B), jnp.zeros((T, B, N)))

@@ -8,6 +8,7 @@ import pytest
 from mi.rl import evaluate, factory
 from mi.rl.actors.worker import Policy
 from mi.rl.envs.jax.catch import Catch
+from tests import prng
 from tests.rl.ramp import Ramp
 from tests.rl.test_train import tiny
 
@@ -28,7 +29,7 @@ def test_on_the_host_and_compiled_every_game_is_played_and_nothing_compiled_twic
     ):
         on_host._compiled = None
         agent = factory.build_agent(config, compiled.spec)
-        params = jax.jit(functools.partial(factory.init_params, agent))(jax.random.key(0))
+        params = jax.jit(functools.partial(factory.init_params, agent))(prng.key(0))
         for step in (1, 2):
             for evaluation in (compiled, on_host):
                 measured = evaluation(agent, params, step, 0)['']

@@ -14,6 +14,7 @@ from mi.rl import envs, factory, learner
 from mi.rl.fused import rollout
 from mi.rl.trajectory import Trajectory
 from mi.training import averaging, optim, sharding
+from tests import prng
 from tests.conftest import ROOT, forced
 
 COPIES = [
@@ -36,9 +37,7 @@ def test_the_update_lowers_for_accelerators(platform):
     config, environment, agent, optimiser = parts()
     B, T = config.train.batch, config.train.length
     state = jax.eval_shape(
-        lambda: learner.init_learner_state(
-            factory.init_params(agent, jax.random.key(0)), optimiser, 30
-        )
+        lambda: learner.init_learner_state(factory.init_params(agent, prng.key(0)), optimiser, 30)
     )
     carry = jax.eval_shape(lambda: agent.initial_carry(B))
     inputs = factory.make_input_shapes(environment.spec, T + 1, B)
@@ -58,8 +57,8 @@ def test_the_learner_at_a_fused_read_out_is_on_the_policy_that_acted():
     config, environment, agent, _ = parts(
         **{'env.name': 'catch', 'model.source': 'state', 'model.sites': ('readout',)}
     )
-    params = factory.init_params(agent, jax.random.key(0))
-    actor = rollout.init_actor_state(environment, agent, config.train.batch, jax.random.key(1))
+    params = factory.init_params(agent, prng.key(0))
+    actor = rollout.init_actor_state(environment, agent, config.train.batch, prng.key(1))
     _, trajectory, _, _ = rollout.unroll(environment, agent, 20, params, actor)
     assert trajectory.inputs.is_first[1:].any()  # with an episode's start on the way
 
@@ -82,9 +81,9 @@ def test_popart_rescales_the_copies_of_the_parameters(settings, order):
         **{'env.name': 'catch', 'loss.popart': 0.5, 'loss.popart_order': order},
         **{'optim.learning_rate': 1e-30, **settings},
     )
-    params = factory.init_params(agent, jax.random.key(0))
+    params = factory.init_params(agent, prng.key(0))
     state = learner.init_learner_state(params, optimizer, len(environment.spec.tasks))
-    actor = rollout.init_actor_state(environment, agent, config.train.batch, jax.random.key(1))
+    actor = rollout.init_actor_state(environment, agent, config.train.batch, prng.key(1))
     _, trajectory, _, _ = rollout.unroll(environment, agent, 20, params, actor)
     hyperparameters = factory.get_hyperparameters(config)
     update = functools.partial(learner.update, agent, optimizer, hyperparameters)
@@ -103,9 +102,9 @@ def test_numbers_of_a_sweep_replace_those_of_the_config():
     settings = {'env.name': 'catch', 'loss.entropy_cost': 0.3, 'optim.learning_rate': 0.02}
     config, environment, agent, optimizer = parts(**settings)
     *_, other_optimizer = parts(**{'env.name': 'catch', 'optim.learning_rate': 1e-4})
-    params = factory.init_params(agent, jax.random.key(0))
+    params = factory.init_params(agent, prng.key(0))
     state = learner.init_learner_state(params, optimizer, len(environment.spec.tasks))
-    actor = rollout.init_actor_state(environment, agent, config.train.batch, jax.random.key(1))
+    actor = rollout.init_actor_state(environment, agent, config.train.batch, prng.key(1))
     _, trajectory, _, _ = rollout.unroll(environment, agent, 20, params, actor)
     hyperparameters = factory.get_hyperparameters(config)
     other_hyperparameters = hyperparameters._replace(entropy_cost=0.0)

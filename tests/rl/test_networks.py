@@ -11,6 +11,7 @@ from mi.rl.agent import SOURCES, Agent, Inputs, StateContext
 from mi.rl.envs.spec import Spec
 from mi.rl.instructions import encode_once_per_instruction, fuse_once_per_instruction
 from mi.rl.torsos import TORSOS_BY_NAME
+from tests import prng
 from tests.motifs.checks import drawn, random
 
 T, B, TASKS, VOCABULARY = 4, 3, 5, 7
@@ -388,7 +389,7 @@ def test_a_context_of_the_cores_output_starts_with_its_mean_square():
     context = StateContext(128)
 
     def mean_square(seed):
-        return (context.init_with_output(jax.random.key(seed), h)[0] ** 2).mean()
+        return (context.init_with_output(prng.key(seed), h)[0] ** 2).mean()
 
     moments = jax.jit(jax.vmap(mean_square))(jnp.arange(64))
     np.testing.assert_allclose(moments.mean(), (h**2).mean(), rtol=0.05)

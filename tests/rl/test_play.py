@@ -9,6 +9,7 @@ from mi.rl import evaluate
 from mi.rl.actors.worker import Policy
 from mi.rl.envs.jax.catch import Catch
 from mi.rl.play import Limits, StoppedError, Watched, divide_episodes, play
+from tests import prng
 from tests.rl.catch_late import CatchLate, Knows
 
 POLICY = Policy(Knows())
@@ -65,7 +66,7 @@ class Counts:
 
 
 def played_by(pool, episodes, stops=lambda: False, **limits):
-    return play(pool, POLICY, {}, jax.random.key(0), Limits(episodes, **limits), stops)
+    return play(pool, POLICY, {}, prng.key(0), Limits(episodes, **limits), stops)
 
 
 @pytest.mark.parametrize(

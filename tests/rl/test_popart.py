@@ -14,6 +14,7 @@ from mi.rl.envs.spec import Spec
 from mi.rl.popart import Statistics
 from mi.rl.trajectory import Trajectory
 from mi.training import checkpoint
+from tests import prng
 
 TASKS = 3
 SCALES = np.array([1e-2, 1.0, 1e3], np.float32)
@@ -236,7 +237,7 @@ def drawn_rewards():
 @functools.cache
 def initial_params():
     agent, trajectory = agent_and_trajectory(np.zeros((T + 1, B)))
-    return jax.jit(agent.init)(jax.random.key(0), {}, trajectory.inputs)['params']
+    return jax.jit(agent.init)(prng.key(0), {}, trajectory.inputs)['params']
 
 
 def learner_state(agent, optimiser):
@@ -282,7 +283,7 @@ def test_no_value_moves_with_the_statistics_at_a_fused_read_out(source):
     """The optimizer changes nothing; the reference is a value in float64."""
     options = {'sites': ('readout',), 'source': source, 'context': 3}
     agent, trajectory = agent_and_trajectory(drawn_rewards(), **options)
-    params = jax.jit(agent.init)(jax.random.key(0), {}, trajectory.inputs)['params']
+    params = jax.jit(agent.init)(prng.key(0), {}, trajectory.inputs)['params']
     optimizer, h = optax.set_to_zero(), loss.Hyperparameters(popart=0.1)
     state = learner.init_learner_state(params, optimizer, len(agent.spec.tasks))
     step = jax.jit(lambda state: learner.update(agent, optimizer, h, state, trajectory)[0])

@@ -9,6 +9,7 @@ from mi.config import UserError
 from mi.rl.actors import ray as ray_actors
 from mi.rl.actors.threads import Actors
 from mi.rl.actors.worker import Policy, Worker
+from tests import prng
 from tests.rl.catch_late import CatchLate, Knows
 from tests.rl.test_worker import learnt
 
@@ -39,7 +40,7 @@ def make(**options):
         del birth
         agent = Knows()
         groups = [CatchLate(**options)]
-        return Worker(groups, Policy(agent), 25, jax.random.key(0))
+        return Worker(groups, Policy(agent), 25, prng.key(0))
 
     return maker
 

@@ -1,7 +1,6 @@
 import threading
 import time
 
-import jax
 import numpy as np
 import pytest
 
@@ -10,6 +9,7 @@ from mi.rl.actors import loop as actors_loop
 from mi.rl.actors.threads import Actors, QueueItem
 from mi.rl.actors.worker import Policy, Worker
 from mi.rl.trajectory import Episodes
+from tests import prng
 from tests.rl.catch_late import CatchLate, Knows
 from tests.rl.test_train import tiny
 
@@ -18,7 +18,7 @@ POLICY = Policy(AGENT)
 
 
 def worker(**options):
-    return lambda: Worker([CatchLate(**options)], POLICY, 5, jax.random.key(0))
+    return lambda: Worker([CatchLate(**options)], POLICY, 5, prng.key(0))
 
 
 class Counts:

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from mi.rl.transformer import GatedTransformer
+from tests import prng
 from tests.motifs.checks import drawn
 
 B, H, M = 3, 8, 4
@@ -64,7 +65,7 @@ def test_it_sees_its_episode_as_far_as_the_memory_goes_and_nothing_else(case):
 def test_a_fresh_layer_is_close_to_the_identity(case):
     module, _, x, reset = case
     x = np.random.default_rng(1).normal(size=(6, B, H)).astype(np.float32)
-    variables = jax.jit(module.init)(jax.random.key(0), module.initial(B), x, reset[:6])
+    variables = jax.jit(module.init)(prng.key(0), module.initial(B), x, reset[:6])
     _, h = jax.jit(module.apply)(variables, module.initial(B), x, np.zeros((6, B), bool))
     params = variables['params']['input']
     before = x @ params['V'] + params['b'].reshape(1, 1, H)

@@ -21,6 +21,7 @@ from mi.rl.actors.worker import Policy, Worker, concatenate_trajectories
 from mi.rl.envs.jax.batched import Batched
 from mi.rl.envs.jax.catch import Catch
 from mi.rl.fused import rollout
+from tests import prng
 from tests.rl import test_networks
 from tests.rl.catch_late import GAMMA, CatchLate, Knows
 from tests.rl.test_train import tiny
@@ -41,13 +42,13 @@ def learnt(trajectory, shift=0):
 
 def fused():
     environment = Catch()
-    state = rollout.init_actor_state(environment, AGENT, 8, jax.random.key(0))
+    state = rollout.init_actor_state(environment, AGENT, 8, prng.key(0))
     unrolled = jax.jit(lambda state: rollout.unroll(environment, AGENT, 25, {}, state))(state)
     return unrolled[1:3]
 
 
 def from_worker(*groups):
-    worker = Worker(groups, Policy(AGENT), 25, jax.random.key(1))
+    worker = Worker(groups, Policy(AGENT), 25, prng.key(1))
     collected = worker.collect({})
     trajectory = concatenate_trajectories([trajectory for trajectory, _ in collected])
     return trajectory, jax.tree.map(lambda *a: sum(a), *[episodes for _, episodes in collected])
@@ -63,7 +64,7 @@ def one_step_later():
 
 def from_threads():
     def maker(seed):
-        return Worker([CatchLate(4, seed)], Policy(AGENT), 25, jax.random.key(1))
+        return Worker([CatchLate(4, seed)], Policy(AGENT), 25, prng.key(1))
 
     makers = [functools.partial(maker, 0), functools.partial(maker, 1)]
     with Actors(makers, {}, version=0, capacity=1, timeout=60.0) as actors:
@@ -95,7 +96,7 @@ def test_exact_values_and_their_own_policy_leave_nothing_to_learn(collected):
 
 def test_trajectories_follow_each_other():
     """The last row of one is the first of the next, and so is the agent's state."""
-    worker = Worker([CatchLate(3, 5)], Policy(AGENT), 7, jax.random.key(1))
+    worker = Worker([CatchLate(3, 5)], Policy(AGENT), 7, prng.key(1))
     (first, _), (second, _) = worker.collect({})[0], worker.collect({})[0]
     for a, b in zip(jax.tree.leaves(first.inputs), jax.tree.leaves(second.inputs), strict=True):
         np.testing.assert_array_equal(a[-1], b[0])
@@ -107,7 +108,7 @@ def test_trajectories_follow_each_other():
 
 def test_a_worker_closes_its_environments():
     groups = [CatchLate(), CatchLate()]
-    Worker(groups, Policy(AGENT), 3, jax.random.key(1)).close()
+    Worker(groups, Policy(AGENT), 3, prng.key(1)).close()
     assert all(group.closed for group in groups)
 
 
@@ -128,7 +129,7 @@ def test_groups_take_turns():
             log.append(('recv', self.name))
             return super().recv()
 
-    worker = Worker([Logged('a'), Logged('b')], Policy(AGENT), 2, jax.random.key(0))
+    worker = Worker([Logged('a'), Logged('b')], Policy(AGENT), 2, prng.key(0))
     worker.collect({})
     turns = [('send', 'a'), ('send', 'b'), ('recv', 'a')]
     assert log[:3] == turns
@@ -148,9 +149,9 @@ def test_an_instruction_is_encoded_where_it_or_the_parameters_are_new():
     observation = {**many.observation, 'instruction': tokens.astype(np.int32)}
     given = many._replace(observation=observation, is_first=first)
     init = jax.jit(agent.init)
-    params = [init(jax.random.key(i), {}, given)['params'] for i in range(2)]
+    params = [init(prng.key(i), {}, given)['params'] for i in range(2)]
     policy, reference = Policy(agent), jax.jit(functools.partial(rollout.act, agent))
-    acting = policy.init(rows, jax.random.key(2))
+    acting = policy.init(rows, prng.key(2))
     compared = set()
     for t in range(steps):
         now, row = params[t > 3], jax.tree.map(lambda a, t=t: a[t], given)
@@ -184,10 +185,10 @@ def test_an_instruction_may_change_within_an_episode():
         first[0] = True
         observation = {**given.observation, 'instruction': tokens}
         inputs = given._replace(observation=observation, is_first=first)
-        params = init(jax.random.key(0), carry, inputs)['params']
+        params = init(prng.key(0), carry, inputs)['params']
         learner = one({'params': params}, carry, inputs)[1]
         policy, state = Policy(agent), carry
-        acting = policy.init(rows, jax.random.key(1))
+        acting = policy.init(rows, prng.key(1))
         for t in range(steps):
             row = jax.tree.map(lambda a, t=t: a[t], inputs)
             state, truth = one({'params': params}, state, jax.tree.map(lambda a: a[None], row))
@@ -202,7 +203,7 @@ def test_the_worker_that_replaces_a_dead_one_has_other_episodes():
     firsts = []
     for birth in (0, 0, 1):
         worker = actors_loop.make_worker(config, 0, 0, birth=birth)
-        params = factory.init_params(factory.build_agent(config, Catch.spec), jax.random.key(0))
+        params = factory.init_params(factory.build_agent(config, Catch.spec), prng.key(0))
         firsts.append(worker.collect(params)[0][0])
         worker.close()
     for a, b in zip(*map(jax.tree.leaves, firsts[:2]), strict=True):
@@ -246,7 +247,7 @@ def test_an_environment_that_returns_what_is_not_finite_is_named(what, value):
                 return step._replace(observation={**observation, 'features': number})
             return step._replace(observation=observation, **{what: number[:, 1]})
 
-    worker = Worker([Broken()], Policy(AGENT), 10, jax.random.key(0))
+    worker = Worker([Broken()], Policy(AGENT), 10, prng.key(0))
     said = f"environment catch, task 'other', returned a .*{what}.* of {value}"
     with pytest.raises(UserError, match=said):
         worker.collect({})

@@ -13,6 +13,7 @@ from mi.config import UserError
 from mi.rl.envs import auto_reset
 from mi.rl.envs.jax import actuator_inversion
 from mi.rl.envs.jax.actuator_inversion import SIZE, STEPS, State
+from tests import prng
 
 MOVES = {'up': (-1, 0), 'right': (0, 1), 'down': (1, 0), 'left': (0, -1)}
 CELLS = list(itertools.product(range(SIZE), repeat=2))
@@ -168,7 +169,7 @@ def test_the_return_of_the_random_policy_is_exact():
 
 def test_starts_and_goals_are_different_and_uniform():
     environment = actuator_inversion.make('')
-    keys = jax.random.split(jax.random.key(0), 60_000)
+    keys = jax.random.split(prng.key(0), 60_000)
     states, _ = jax.jit(jax.vmap(environment.reset))(keys, jnp.zeros(len(keys), jnp.int32))
     starts, goals = (np.asarray(cells) @ [SIZE, 1] for cells in (states.position, states.goal))
     counts = np.zeros((SIZE**2, SIZE**2), int)
@@ -182,7 +183,7 @@ def test_starts_and_goals_are_different_and_uniform():
 def test_a_stream_ends_and_restarts_as_its_spec_says():
     testing.check_environment(actuator_inversion.make(''))
     environment = actuator_inversion.make('inversions')
-    key = jax.random.key(0)
+    key = prng.key(0)
     state, _ = jax.jit(functools.partial(auto_reset.reset, environment))(key, jnp.int32(0))
     at_wall = make_states([0], [(0, 0)], [(4, 4)])
     state = state._replace(env_state=jax.tree.map(lambda leaf: leaf[0], at_wall))

@@ -24,6 +24,7 @@ from mi.rl.envs.spec import Transition
 from mi.rl.fused import loop as fused
 from mi.rl.fused import rollout
 from mi.training import sharding
+from tests import prng
 from tests.rl.ramp import GAMMA, LIMIT, PARAMS, RETURN, TASKS, Knows, Ramp
 from tests.rl.test_train import tiny
 
@@ -34,7 +35,7 @@ STATISTICS = popart.init(3)._replace(
 
 
 def from_unroll(environment, agent):
-    state = rollout.init_actor_state(environment, agent, B, jax.random.key(0))
+    state = rollout.init_actor_state(environment, agent, B, prng.key(0))
     unroll = functools.partial(rollout.unroll, environment, agent, T)
     _, trajectory, episodes, counts = jax.jit(unroll)(PARAMS, state)
     assert counts.transitions == trajectory.valid.sum()
@@ -42,14 +43,12 @@ def from_unroll(environment, agent):
 
 
 def from_worker(environment, agent):
-    worker = Worker([Batched(environment, B, 0)], Policy(agent), T, jax.random.key(1))
+    worker = Worker([Batched(environment, B, 0)], Policy(agent), T, prng.key(1))
     return worker.collect(PARAMS)[0]
 
 
 def from_threads(environment, agent):
-    make = functools.partial(
-        Worker, [Batched(environment, B, 0)], Policy(agent), T, jax.random.key(1)
-    )
+    make = functools.partial(Worker, [Batched(environment, B, 0)], Policy(agent), T, prng.key(1))
     with Actors([make], PARAMS, version=0, capacity=1, timeout=60.0) as actors:
         item = actors.get()
     return item.trajectory, item.episodes
@@ -154,7 +153,7 @@ def test_the_rows_of_an_episode(collected, terminates):
 def test_an_unroll_continues_where_the_one_before_ended():
     """Also on the last observation of an episode that was truncated."""
     environment, agent = Ramp(), Knows()
-    state = rollout.init_actor_state(environment, agent, B, jax.random.key(0))
+    state = rollout.init_actor_state(environment, agent, B, prng.key(0))
     whole = jax.jit(functools.partial(rollout.unroll, environment, agent, LIMIT + 5))(PARAMS, state)
     first = jax.jit(functools.partial(rollout.unroll, environment, agent, LIMIT))(PARAMS, state)
     second = jax.jit(functools.partial(rollout.unroll, environment, agent, 5))(PARAMS, first[0])
@@ -181,7 +180,7 @@ def test_what_both_terminates_and_truncates_has_terminated():
 
 def test_every_action_is_drawn_with_a_key_of_its_own():
     agent = Knows()
-    state = rollout.init_actor_state(Ramp(), agent, 1, jax.random.key(0))
+    state = rollout.init_actor_state(Ramp(), agent, 1, prng.key(0))
     unroll = jax.jit(functools.partial(rollout.unroll, Ramp(), agent, 200))
     after, first, *_ = unroll(PARAMS, state)
     _, second, *_ = unroll(PARAMS, after)
@@ -292,7 +291,7 @@ def test_evaluations_on_the_host_act_by_other_keys_at_every_step_and_seed(monkey
 
 def test_episodes_differ_from_each_other():
     environment = Lottery()
-    keys = jax.random.split(jax.random.key(0), 2)
+    keys = jax.random.split(prng.key(0), 2)
     reset = jax.jit(jax.vmap(functools.partial(auto_reset.reset, environment)))
     state, _ = reset(keys, jnp.arange(2))
     step = jax.jit(jax.vmap(functools.partial(auto_reset.step, environment)))
@@ -345,7 +344,7 @@ class Broken(Ramp):
 @pytest.mark.parametrize('what', ['reward', 'observation'])
 def test_the_unroll_says_what_is_not_finite(what):
     agent = Knows()
-    state = rollout.init_actor_state(Broken(what), agent, B, jax.random.key(0))
+    state = rollout.init_actor_state(Broken(what), agent, B, prng.key(0))
     *_, counts = jax.jit(functools.partial(rollout.unroll, Broken(what), agent, T))(PARAMS, state)
     named = {'reward': 'reward', 'observation': "observation 'features'"}[what]
     assert [name for name, value in counts.are_finite.items() if not value] == [named]

@@ -13,6 +13,7 @@ from mi.rl import envs, factory
 from mi.rl.actors.worker import Policy, Worker
 from mi.rl.envs.check import check_environment, check_spec, check_step
 from mi.rl.envs.spec import Step
+from tests import prng
 from tests.conftest import ROOT
 from tests.rl.catch_late import CatchLate, Knows
 from tests.rl.ramp import Ramp
@@ -207,7 +208,7 @@ def test_a_worker_refuses_a_pool_that_contradicts_its_spec():
             return {**seen, 'grid': seen['grid'][:, :-1]}
 
     with pytest.raises(UserError, match=r"'catch': reset returned observation\['grid'\] as int32"):
-        Worker([Wrong()], Policy(Knows()), 3, jax.random.key(0))
+        Worker([Wrong()], Policy(Knows()), 3, prng.key(0))
 
 
 def test_the_environment_of_the_docs(monkeypatch, tmp_path):
@@ -218,7 +219,7 @@ def test_the_environment_of_the_docs(monkeypatch, tmp_path):
     environment = envs.make('my_walk:make')
     testing.check_environment(environment)
     for task, terminates in ((0, True), (1, False)):
-        state, observation = environment.reset(jax.random.key(0), jnp.int32(task))
+        state, observation = environment.reset(prng.key(0), jnp.int32(task))
         start = round(float(observation['features'][0]) * 5)
         ends = []
         for _ in range(5 - start if terminates else 50):
