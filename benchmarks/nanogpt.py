@@ -47,7 +47,7 @@ from mi.training import host, sharding
 DATA = flags.DEFINE_string('data', '', "Text file; '' for the novels that the package has.")
 STEPS = flags.DEFINE_integer('steps', 2000, 'Updates of each side.', lower_bound=1)
 TURNS = flags.DEFINE_integer('turns', 20, 'Turns that divide the updates.', lower_bound=1)
-SEED = flags.DEFINE_integer('seed', 0, 'Seed of parameters and batches.')
+SEED = flags.DEFINE_integer('init_seed', 0, 'Seed of parameters and batches.')
 COMPILE = flags.DEFINE_bool('compile', False, 'Also race torch.compile.')
 SIDE = flags.DEFINE_string('side', None, 'For the workers: the side.')
 JSON = flags.DEFINE_string('json', None, 'JSON file to write the figures to.')

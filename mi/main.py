@@ -8,10 +8,10 @@ checkpoint: the same command continues the run.
 """
 
 import functools
+import pkgutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import ml_collections
 from absl import app, flags, logging
 
 from mi import overrides
@@ -20,62 +20,18 @@ from mi.training import sharding
 from mi.training.host import keep_freed_memory, set_xla_flags
 from mi.training.io import storage_failure
 from mi.training.run_config import has_run, read_config
-from mi.training.run_dir import Steps, parse_steps
+from mi.training.run_dir import parse_steps
 
-
-def _train_lm(
-    config: ml_collections.ConfigDict, workdir: str, profile: Steps | None = None
-) -> None:
-    from mi.lm import train
-
-    train.train(config, workdir, profile)
-
-
-def _train_rl(
-    config: ml_collections.ConfigDict, workdir: str, profile: Steps | None = None
-) -> None:
-    from mi.rl import train
-
-    train.train(config, workdir, profile)
-
-
-def _train_fit(
-    config: ml_collections.ConfigDict, workdir: str, profile: Steps | None = None
-) -> None:
-    from mi.fit import train
-
-    train.train(config, workdir, profile)
-
-
-def _search(config: ml_collections.ConfigDict, workdir: str) -> None:
-    from mi.fit import search
-
-    search.search(config, workdir)
-
-
-def _assess_lm(config: ml_collections.ConfigDict, workdir: str) -> None:
-    from mi.lm import assess
-
-    assess.assess(config, workdir)
-
-
-def _assess_rl(config: ml_collections.ConfigDict, workdir: str) -> None:
-    from mi.rl import assess
-
-    assess.assess(config, workdir)
-
-
-def _sample_lm(config: ml_collections.ConfigDict, workdir: str) -> None:
-    from mi.lm import sample
-
-    sample.sample(config, workdir)
-
-
-# Each imports its package when it is called: a language model needs no environments.
-TASKS: dict[str, dict[str, Callable[..., None]]] = {
-    'train': {'lm': _train_lm, 'rl': _train_rl, 'fit': _train_fit, 'search': _search},
-    'eval': {'lm': _assess_lm, 'rl': _assess_rl},
-    'sample': {'lm': _sample_lm},
+# Imported when they are called: a language model needs no environments.
+TASKS = {
+    'train': {
+        'lm': 'mi.lm.train:train',
+        'rl': 'mi.rl.train:train',
+        'fit': 'mi.fit.train:train',
+        'search': 'mi.fit.search:search',
+    },
+    'eval': {'lm': 'mi.lm.assess:assess', 'rl': 'mi.rl.assess:assess'},
+    'sample': {'lm': 'mi.lm.sample:sample'},
 }
 
 
@@ -149,7 +105,7 @@ def main(argv: Sequence[str], config_overrides: Sequence[overrides.Override] = (
     set_xla_flags()
     sharding.initialize(flag_values.distributed)
     try:
-        tasks[task](config, flag_values.workdir, **profile_arguments)
+        pkgutil.resolve_name(tasks[task])(config, flag_values.workdir, **profile_arguments)
     except UserError as error:
         if flag_values.config or not str(error).startswith('config.'):
             raise

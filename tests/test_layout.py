@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 
+from mi import main
 from mi.config import flatten
 from mi.lm.config import SCHEMA, check
 from tests.conftest import ROOT
@@ -70,7 +71,8 @@ def test_config_dicts_end_at_the_trainers(module):
 
 
 def test_four_files_from_main_to_the_layer():
-    path = ['main', 'lm/train', 'lm/model', 'layers']
+    assert main.TASKS['train']['lm'] == 'mi.lm.train:train'
+    path = ['lm/train', 'lm/model', 'layers']
     for above, below in itertools.pairwise(path):
         modules = list(imported_modules(ROOT / f'mi/{above}.py'))
         assert any(m.startswith('mi.' + below.replace('/', '.')) for m in modules), (above, below)
