@@ -77,6 +77,10 @@ def half_a_manifest(path):
     (path / 'manifest.json').write_text(text[: len(text) // 2])
 
 
+def make_manifest(text):
+    return lambda path: (path / 'manifest.json').write_text(text)
+
+
 @pytest.mark.parametrize(
     'damage, said',
     [
@@ -85,6 +89,8 @@ def half_a_manifest(path):
         (lose_a_file, 'is missing'),
         (lose_the_manifest, 'has no manifest.json'),
         (half_a_manifest, 'is not JSON'),
+        (make_manifest('{}'), 'has no hash of meta.json'),
+        (make_manifest('["meta.json"]'), 'has no hash of meta.json'),
     ],
 )
 def test_a_damaged_one_is_set_aside_for_the_one_before(tmp_path, damage, said, capsys):

@@ -5,8 +5,9 @@
     checkpoints/00000500/manifest.json   SHA-256 of every file above
 
 Orbax restores flipped bits silently, and a killed process leaves a half-written directory.
-Therefore a step is written to a hidden directory, gets its manifest, and is renamed last. Restoring
-compares every hash. A damaged step is renamed to NAME.damaged, and the newest intact one is used.
+Therefore a step is written to a hidden directory, gets its manifest, and is renamed last. `restore`
+and `newest` compare every hash, before they read anything else, and use the newest intact step.
+`restore` renames a damaged one to NAME.damaged.
 
 Every process writes its own arrays; all of them have to call `save` and share a file system. The
 primary process does everything else.
@@ -164,6 +165,9 @@ class Checkpoints:
     def restore_part(self, checkpoint_dir: pathlib.Path, field_path: str, like: Tree) -> Tree:
         """Restore one part of a checkpoint's state and ignore the rest.
 
+        No hash is compared here: `newest` has compared all of them before it returned the path, and
+        a caller that restores several parts would pay for each comparison.
+
         Args:
           checkpoint_dir: path from `newest`.
           field_path: path of fields, such as 'learner.params'.
@@ -300,6 +304,8 @@ def find_damage(checkpoint_dir: pathlib.Path) -> str:
     except ValueError:
         return 'its manifest.json is not JSON'
     for file_name, expected_hash in manifest.items():
+    if not isinstance(manifest, dict) or 'meta.json' not in manifest:
+        return 'its manifest.json has no hash of meta.json'
         try:
             if hash_file(checkpoint_dir / file_name) != expected_hash:
                 return f'{file_name} does not match its SHA-256'
