@@ -16,6 +16,7 @@ import mi
 from configs import lm as lm_configs
 from configs import rl as rl_configs
 from mi.compress import inputs
+from mi.compress import runs as compress_runs
 from mi.compress.forms import FORMS
 from mi.compress.runs import FUSION_NAMES, compress_run
 from mi.config import UserError
@@ -339,6 +340,15 @@ def test_a_run_without_an_interaction_is_refused(tmp_path):
     assert "config.model.fusion.name = 'concat': expected a run with an MI layer" in done.stderr
     with pytest.raises(UserError, match=r"'concat': expected fusions with W \[m, n, k\]"):
         compress_run(tmp_path, tmp_path / 'new', 'block', 2)
+
+
+def test_the_first_array_of_another_shape_is_named():
+    like = {'a': jnp.zeros(2), 'b': [jnp.zeros(3), jnp.zeros((4, 5))]}
+    tree = {'a': np.ones(2), 'b': [np.ones(3), np.ones((4, 6))]}
+    with pytest.raises(ValueError, match=r"state\['b'\]\[1\]: expected \(4, 5\), got \(4, 6\)$"):
+        compress_runs._place(tree, like)
+    with pytest.raises(ValueError, match=r"state\['b'\]\[1\]: .* got no such array"):
+        compress_runs._place(tree | {'b': [np.ones(3)]}, like)
 
 
 def test_every_form_is_the_fusion_of_its_module():

@@ -85,7 +85,7 @@ def compress_run(
     # Compress the parameters of every seed.
     out_path = pathlib.Path(out)
     if out_path.exists() and (not out_path.is_dir() or any(out_path.iterdir())):
-        raise UserError(f'--out={out}: expected a new or empty directory. Name another one')
+        raise UserError(f'--out={out}: expected a new or empty directory. Use another one')
     trained = load(workdir)
     config = make_config(trained, form, size, changes)
     params, results = _compress_params(trained, form, size, calibration)
@@ -223,9 +223,16 @@ def _start_rl(config: ml_collections.ConfigDict, params: Params, run_path: pathl
 
 def _place(tree: Any, like: Any) -> Any:
     """Return a tree placed as another; raise ValueError if their structures or shapes differ."""
-    shapes, expected = (jax.tree.map(jnp.shape, arrays) for arrays in (tree, like))
-    if shapes != expected:
-        raise ValueError(f'compressed parameters {shapes}: expected {expected}')
+    shapes, expected = (
+        {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(a)}
+        for a in (tree, like)
+    )
+    for name in sorted(shapes | expected):
+        if shapes.get(name) != expected.get(name):
+            raise ValueError(
+                f'compressed state{name}: expected {expected.get(name, "no such array")}, got '
+                f'{shapes.get(name, "no such array")}'
+            )
     return jax.tree.map(
         lambda a, b: jax.device_put(jnp.asarray(a, b.dtype), b.sharding), tree, like
     )
