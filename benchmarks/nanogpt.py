@@ -1,4 +1,4 @@
-"""A small Transformer on characters beside one of nanoGPT's CPU recipe in PyTorch.
+"""Train a small character Transformer in mi and in PyTorch, with nanoGPT's CPU recipe.
 
     pip install -e '.[benchmark]' && python -m benchmarks.nanogpt --data=input.txt --compile
 
@@ -65,10 +65,11 @@ class Recipe(NamedTuple):
       layers, heads, width: sizes of the model: n_layer, n_head, n_embd.
       length: T, tokens of a window: block_size.
       batch: B, windows of an update: batch_size.
-      steps: updates: max_iters, lr_decay_iters.
+      steps: number of updates (nanoGPT's max_iters and lr_decay_iters).
       warmup: updates of linear warm-up: warmup_iters.
       learning_rate, final_rate: highest and last learning rate: learning_rate, min_lr.
-      b2, weight_decay, clip_norm: of AdamW: beta2, weight_decay, grad_clip.
+      b2, weight_decay: of AdamW: beta2, weight_decay.
+      clip_norm: highest global norm of the gradient: grad_clip.
     """
 
     layers: int = 4
@@ -112,19 +113,36 @@ class Side(NamedTuple):
     count: int
 
 
-def load_text(file: str) -> Text:
+def load_text(file: str, length: int) -> Text:
     """Read a text file, '' for the package's novels; the last tenth is for validation.
 
+    Args:
+      file: path of the file.
+      length: T, the length of a window, which must fit into both parts.
+
     Raises:
-      UserError: if there is no such file.
+      UserError: if there is no such file, or it is not in UTF-8 or too short.
     """
+    place = f'--data={file}: '
     try:
         content = pathlib.Path(file).read_bytes() if file else sources.load_austen()['train'][0][1]
     except OSError as error:
-        raise UserError(f'--data={file}: {error.strerror}. Try without --data') from error
-    codes = np.array([ord(character) for character in content.decode()])
+        raise UserError(f'{place}{error.strerror}. Try without --data') from error
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f'{place}expected text in UTF-8, got {content[error.start]:#04x} as byte '
+            f'{error.start}. Convert the file, or try without --data'
+        ) from error
+    codes = np.array([ord(character) for character in text])
     characters, ids = np.unique(codes, return_inverse=True)
     split = int(0.9 * len(ids))
+    if len(ids) - split <= length:  # a window has T + 1 characters
+        raise UserError(
+            f'{place}expected more than {10 * length} characters, got {len(ids)}. Try without '
+            f'--data'
+        )
     return Text(ids[:split].astype(np.int32), ids[split:].astype(np.int32), len(characters))
 
 
@@ -291,7 +309,13 @@ def make_side(name: str, recipe: Recipe, vocabulary: int, seed: int) -> Side:
 
 
 def list_turns(steps: int, turns: int) -> list[range]:
-    """Return the updates of each turn, in order: as many in all turns as divide evenly."""
+    """Split the updates into consecutive turns whose sizes differ by at most one.
+
+    Raises:
+      UserError: if there are more turns than updates.
+    """
+    if turns > steps:
+        raise UserError(f'--turns={turns}: expected at most --steps={steps}')
     bounds = [steps * turn // turns for turn in range(turns + 1)]
     return [range(first, last) for first, last in itertools.pairwise(bounds)]
 
@@ -371,12 +395,12 @@ def print_table(
 def main(argv: Sequence[str]) -> None:
     """Race the sides, or serve as one of them."""
     del argv
+    all_turns = list_turns(STEPS.value, TURNS.value)
     recipe = Recipe(steps=STEPS.value)
-    text = load_text(DATA.value)
+    text = load_text(DATA.value, recipe.length)
     if SIDE.value:
         side = make_side(SIDE.value, recipe, text.vocabulary, SEED.value)
-        turns = list_turns(STEPS.value, TURNS.value)
-        rounds.serve_turns(train_in_turns(side, text, recipe, SEED.value, turns))
+        rounds.serve_turns(train_in_turns(side, text, recipe, SEED.value, all_turns))
         return
     print(f'{host.describe_machine()}, jax {jax.__version__}; {DATA.value or "novels"}')
     print(f'{len(text.train):,} characters to train on, {text.vocabulary} different')

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import nanogpt
 from mi.config import UserError
+from mi.lm import factory
 
 TOY = nanogpt.Recipe(layers=2, heads=2, width=16, length=8, batch=3, steps=12, warmup=4)
 V = 11
@@ -23,7 +24,7 @@ def test_our_model_has_the_parameters_of_the_recipe():
     recipe = nanogpt.Recipe()
     assert count_recipe(recipe, 65) == 804_096  # "0.80M", which omits the positions
     for vocabulary in (65, 81):
-        costs = nanogpt.factory.compute_costs(nanogpt.make_config(recipe), vocabulary)
+        costs = factory.compute_costs(nanogpt.make_config(recipe), vocabulary)
         expected = count_recipe(recipe, vocabulary)
         assert costs['parameters']['model'] == pytest.approx(expected, rel=0.01)
 
@@ -39,7 +40,7 @@ def test_learning_rates_rise_linearly_and_fall_as_a_cosine():
 def test_windows_are_of_the_text_and_the_same_for_all_sides(tmp_path):
     file = tmp_path / 'input.txt'
     file.write_text('abcdefghij' * 30 + 'é')
-    text = nanogpt.load_text(str(file))
+    text = nanogpt.load_text(str(file), TOY.length)
     assert (len(text.train), len(text.valid), text.vocabulary) == (270, 31, V)
     first = nanogpt.draw_batch(text.train, TOY, 0, 5)
     assert first.shape == (3, 9) and first.dtype == np.int32
@@ -47,11 +48,31 @@ def test_windows_are_of_the_text_and_the_same_for_all_sides(tmp_path):
     np.testing.assert_array_equal(first, nanogpt.draw_batch(text.train, TOY, 0, 5))
     assert not np.array_equal(first, nanogpt.draw_batch(text.train, TOY, 0, 6))
     with pytest.raises(UserError, match=r'--data=.*missing.*Try without'):
-        nanogpt.load_text(str(tmp_path / 'missing'))
+        nanogpt.load_text(str(tmp_path / 'missing'), TOY.length)
+
+
+@pytest.mark.parametrize(
+    'content, message',
+    [
+        (b'caf\xe9' * 100, r'expected text in UTF-8, got 0xe9 as byte 3\. Convert the file'),
+        (b'abcd' * 20, r'expected more than 80 characters, got 80\. Try without'),
+        (b'', r'expected more than 80 characters, got 0\. Try without'),
+    ],
+)
+def test_a_text_that_has_no_windows_is_refused(tmp_path, content, message):
+    file = tmp_path / 'input.txt'
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=f'^--data={file}: {message}'):
+        nanogpt.load_text(str(file), TOY.length)
+    file.write_bytes(b'abcd' * 20 + b'e')
+    assert len(nanogpt.load_text(str(file), TOY.length).valid) == TOY.length + 1
 
 
 def test_turns_divide_the_updates():
     assert nanogpt.list_turns(10, 3) == [range(0, 3), range(3, 6), range(6, 10)]
+    assert nanogpt.list_turns(2, 2) == [range(0, 1), range(1, 2)]
+    with pytest.raises(UserError, match=r'^--turns=4: expected at most --steps=3$'):
+        nanogpt.list_turns(3, 4)
 
 
 def test_the_loss_at_equal_seconds_is_interpolated():
