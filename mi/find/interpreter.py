@@ -1,7 +1,8 @@
-"""An abstract interpreter of jaxprs that records where two values that depend on data multiply.
+"""An abstract interpreter of jaxprs that records where values that depend on data are multiplied.
 
-Nothing is executed: the interpreter walks the equations once, into nested jaxprs too. What an
-equation does to its operands is in `mi.find.rules`.
+No array is computed. Equations are visited in order and nested jaxprs entered; loop bodies are
+revisited until their carry stops changing. What an equation does to its operands is in
+`mi.find.rules`.
 """
 
 from collections.abc import Callable, Iterable
@@ -28,12 +29,13 @@ class Interpreter(Trace):
 
         Args:
           num_streams: number of the function's streams.
-          interpret: returns the results of an equation, such as `mi.find.rules.interpret`.
+          interpret: returns the results of an equation: `mi.find.rules.interpret`. It is an
+            argument because that module imports this one.
         """
         super().__init__(num_streams)
         self.contents: dict[int, Value] = {}
         self._interpret = interpret
-        self._live: dict[int, list[core.JaxprEqn]] = {}
+        self._live_equations: dict[core.Jaxpr, list[core.JaxprEqn]] = {}
 
     def run(
         self,
@@ -42,7 +44,7 @@ class Interpreter(Trace):
         scope: Scope,
         consts: Iterable[Value] | None = None,
     ) -> list[Value]:
-        """Return the outputs of a jaxpr; constants that are not given do not depend on data."""
+        """Return the results of a jaxpr; constants that are not given do not depend on data."""
         jaxpr = open_jaxpr(jaxpr)
         if consts is None:
             consts = [self.make_constant(get_shape(var)) for var in jaxpr.constvars]
@@ -58,18 +60,18 @@ class Interpreter(Trace):
         for eqn in self._list_live(jaxpr):
             inputs = [read(atom) for atom in eqn.invars]
             equation = Equation(eqn, inputs, scope, [get_shape(var) for var in eqn.outvars])
-            outputs = self._interpret(self, equation)
-            env.update(zip(eqn.outvars, outputs, strict=True))
+            results = self._interpret(self, equation)
+            env.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
     def _list_live(self, jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
-        """Return the equations that an output needs, or that have side effects."""
-        if id(jaxpr) not in self._live:
+        """Return the equations that a result needs, or that have side effects."""
+        if jaxpr not in self._live_equations:
             needed = {var for var in jaxpr.outvars if not isinstance(var, core.Literal)}
             live = []
             for eqn in reversed(jaxpr.eqns):
                 if eqn.effects or not needed.isdisjoint(eqn.outvars):
                     live.append(eqn)
                     needed |= {var for var in eqn.invars if not isinstance(var, core.Literal)}
-            self._live[id(jaxpr)] = live[::-1]
-        return self._live[id(jaxpr)]
+            self._live_equations[jaxpr] = live[::-1]
+        return self._live_equations[jaxpr]

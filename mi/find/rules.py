@@ -17,7 +17,7 @@ from mi.find.interpreter import Interpreter
 from mi.find.records import Equation
 from mi.find.values import Value
 
-PROGRAMS: Mapping[str, Callable[[Interpreter, Equation], list[Value]]] = {
+PROGRAM_RULES: Mapping[str, Callable[[Interpreter, Equation], list[Value]]] = {
     'cond': control_flow.run_cond,
     'scan': control_flow.run_scan,
     'while': control_flow.run_while,
@@ -28,7 +28,7 @@ PROGRAMS: Mapping[str, Callable[[Interpreter, Equation], list[Value]]] = {
 }
 """Primitives that run programs or have side effects, with or without data."""
 
-SINGLE: Mapping[str, Callable[[Interpreter, Equation], Value]] = {
+ONE_RESULT_RULES: Mapping[str, Callable[[Interpreter, Equation], Value]] = {
     # Primitives that move or rename elements.
     **dict.fromkeys(primitives.RESHAPES, shapes.reshape),
     'concatenate': shapes.concatenate,
@@ -48,7 +48,7 @@ SINGLE: Mapping[str, Callable[[Interpreter, Equation], Value]] = {
 }
 """Primitives with one result."""
 
-MULTIPLE: Mapping[str, Callable[[Interpreter, Equation], list[Value]]] = {
+MANY_RESULTS_RULES: Mapping[str, Callable[[Interpreter, Equation], list[Value]]] = {
     **dict.fromkeys(primitives.IDENTITIES, elementwise.convert),
     **dict.fromkeys(primitives.MOVES, shapes.move),
     **dict.fromkeys(primitives.SLICES, shapes.slice_array),
@@ -61,33 +61,34 @@ MULTIPLE: Mapping[str, Callable[[Interpreter, Equation], list[Value]]] = {
 
 def interpret(interpreter: Interpreter, equation: Equation) -> list[Value]:
     """Return the results of an equation, and record what it multiplies."""
-    # Programs.
     eqn, name, inputs = equation.eqn, equation.name, equation.inputs
-    if name in PROGRAMS:
-        return PROGRAMS[name](interpreter, equation)
+
+    # Programs.
+    if name in PROGRAM_RULES:
+        return PROGRAM_RULES[name](interpreter, equation)
     jaxpr = None if name in primitives.REDUCERS else primitives.find_jaxpr(eqn)
     if jaxpr is not None and name not in primitives.OPAQUE:
         return control_flow.run_call(interpreter, equation, jaxpr)
     _count_flops(interpreter, equation)
 
-    # What does not depend on data cannot interact; nor can noise.
+    # Constants and random numbers do not interact.
     if name in primitives.NOISE or not any(value.streams for value in inputs):
         return _make_constants(interpreter, equation)
     if name in primitives.OPAQUE:
         return interpreter.blur(equation)
 
-    # Data.
-    if name in MULTIPLE:
-        return MULTIPLE[name](interpreter, equation)
-    if name in SINGLE:
-        return [SINGLE[name](interpreter, equation)]
+    # Values that depend on data.
+    if name in MANY_RESULTS_RULES:
+        return MANY_RESULTS_RULES[name](interpreter, equation)
+    if name in ONE_RESULT_RULES:
+        return [ONE_RESULT_RULES[name](interpreter, equation)]
     if primitives.is_product(name):
         return [contractions.contract(interpreter, equation)]
     return elementwise.apply_nonlinear(interpreter, equation)
 
 
 def _count_flops(interpreter: Interpreter, equation: Equation) -> None:
-    """Add the FLOPs of an equation, of one iteration of a while loop."""
+    """Add an equation's FLOPs; the body of a while loop counts as one iteration."""
     if equation.name in primitives.FREE or not equation.shapes:
         return
     scope = equation.scope
