@@ -16,13 +16,13 @@ import stat
 from mi.training import host
 
 DIRECTORY = 'compilation_cache'
-# JAX's own limit, jax_compilation_cache_max_size, is not used: a member that is killed while it
-# stores a program leaves a file without a date, and no member can then store anything.
 MEGABYTE = 2**20
 
 
 def prepare(sweep_dir: pathlib.Path, max_megabytes: int) -> dict[str, str]:
-    """Delete the oldest programs above a size; return the variables of a member that starts.
+    """Make space in the cache of a sweep, and return the environment of a member that starts.
+
+    The programs that were written first are deleted until the rest has at most `max_megabytes`.
 
     Args:
       sweep_dir: directory of the sweep.
@@ -35,6 +35,11 @@ def prepare(sweep_dir: pathlib.Path, max_megabytes: int) -> dict[str, str]:
         return {}
     directory = (sweep_dir / DIRECTORY).absolute()
     _delete_oldest(directory, max_megabytes * MEGABYTE)
+    return _make_variables(directory)
+
+
+def _make_variables(directory: pathlib.Path) -> dict[str, str]:
+    """Return the environment variables by which JAX uses a cache."""
     # Most programs of a small member compile in less than JAX's minimum of one second.
     min_seconds = os.environ.get('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
     return {
@@ -44,7 +49,12 @@ def prepare(sweep_dir: pathlib.Path, max_megabytes: int) -> dict[str, str]:
 
 
 def _delete_oldest(directory: pathlib.Path, max_bytes: int) -> None:
-    """Delete the oldest files below a directory until the rest has at most `max_bytes`."""
+    """Delete files below a directory, the oldest by time of writing first, down to `max_bytes`.
+
+    JAX's own limit, jax_compilation_cache_max_size, is not used: it keeps the time of the last use
+    of each program in a file NAME-atime. A member that is killed before it has written that file
+    leaves a program without it, and no member can then store anything.
+    """
     files = []
     for file in directory.rglob('*'):
         with contextlib.suppress(FileNotFoundError):  # deleted by another launcher

@@ -13,15 +13,6 @@ from mi.training import host
 from tests.conftest import ROOT
 from tests.launch.sweep_files import read_status
 
-AVX2 = """processor : 0
-vendor_id\t: AuthenticAMD
-model name\t: AMD EPYC
-cpu MHz\t\t: {clock}
-flags\t\t: fma avx avx2{features}
-
-processor : 1
-model name\t: the other core
-"""
 VARIABLES = ('JAX_COMPILATION_CACHE_DIR', 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS')
 
 
@@ -42,18 +33,6 @@ def test_members_share_a_directory_of_their_sweep_and_processor(tmp_path, monkey
     assert compilation_cache.prepare(tmp_path, 1) == variables | {VARIABLES[1]: '0.5'}
     monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', '/elsewhere')
     assert compilation_cache.prepare(tmp_path, 1) == {}
-
-
-def test_only_the_model_and_the_features_tell_processors_apart(tmp_path, monkeypatch):
-    hashes = []
-    for clock, features in ((2400, ''), (3100.5, ''), (2400, ' avx512f')):
-        monkeypatch.setattr(host, 'CPU_INFO', tmp_path / 'cpuinfo')
-        host.CPU_INFO.write_text(AVX2.format(clock=clock, features=features))
-        hashes.append(host.hash_processor())
-    assert hashes[0] == hashes[1] != hashes[2]
-    assert host._read_processor_name() == 'AMD EPYC'
-    monkeypatch.setattr(host, 'CPU_INFO', tmp_path / 'none')  # as on macOS
-    assert host.hash_processor() not in hashes
 
 
 def test_the_oldest_programs_are_deleted_above_the_size(tmp_path):
