@@ -4,6 +4,9 @@ There are two kinds of environment. A `JaxEnvironment` consists of pure function
 environment, which the caller vmaps and compiles. A `HostEnvironment` is a batch of environments on
 the host, in NumPy.
 
+A config names an environment 'package.module:maker', so Python must be able to import the module:
+from the directory of the command, or by PYTHONPATH.
+
 A `JaxEnvironment` plays one episode. It reports how the episode ended and returns its last
 observation; `mi.rl.envs.auto_reset` begins the next episode:
 
@@ -51,7 +54,8 @@ class Spec:
       observation: name → shape and dtype of one observation's entries. 'grid' [h, w, layers] are
         small integers, each layer a category below `categories`; 'pixels' [h, w, c] uint8;
         'features' [n] float32; 'task' [] int32, the index into `tasks`; 'instruction' [L] int32,
-        tokens below `vocabulary`, 0 for padding.
+        tokens below `vocabulary`, 0 for padding. 'task' is required, and at least one of 'grid',
+        'pixels' and 'features'.
       actions: number of actions.
       tasks: name of each task, by index.
       random, reference: mean episode return for each task of the uniform random policy, and of a
