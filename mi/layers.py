@@ -250,7 +250,7 @@ class LowRankMultiplicativeInteraction(MultiplicativeInteraction, kw_only=True):
 
 
 class TuckerMultiplicativeInteraction(MultiplicativeInteraction, kw_only=True):
-    """The Tucker form: W = Σ_abc G_abc p_a ⊗ q_b ⊗ o_c, a small full form between three maps.
+    """The Tucker form: W = Σ_abc G_abc p_a ⊗ q_b ⊗ o_c, an r × r × r core between linear maps.
 
         zᵀWx = Oᵀ((zᵀP) G (xᵀQ)),   P [m, r], Q [n, r], G [r, r, r], O [r, k]
 
@@ -351,8 +351,8 @@ class MultiHead(MultiplicativeInteraction):
 class DiagonalMultiplicativeInteraction(nn.Module):
     """The diagonal form: f(x, z) = a(z) ⊙ x + c(z), a = zᵀW + V, c = zᵀU + b.
 
-    W [m, n] and V [n] are the diagonals over (n, k) of the full form's W and V, so k = n; U [m, n],
-    b [n]. Every entry of V starts at √(1/3), so that its term has the variance of the others.
+    W [m, n] and V [n] hold the diagonals of the full form's W [m, n, n] and V [n, n]. U is [m, n],
+    b is [n]. Every entry of V starts at √(1/3), so that its term has the variance of the others.
 
     Attributes:
       context, contexts, dtype, param_dtype, precision: as in `MultiplicativeInteraction`.

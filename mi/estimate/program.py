@@ -40,7 +40,7 @@ NO_KERNEL = {
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Equal collectives of a program.
+    """A collective of a program and its number of executions; identical ones are counted together.
 
     Attributes:
       kind: kind of the collective, one of `KINDS`.

@@ -100,10 +100,10 @@ def make_policy_step(agent: Agent, params: ArrayTree) -> tuple[Step, Callable[[i
 def export_step(
     step: Step, make_args: Callable[[int], Any], platforms: Sequence[str], batch_size: int = 0
 ) -> export.Exported:
-    """Export a step, lowered for all platforms.
+    """Export a step, lowered for each of `platforms`.
 
     Args:
-      step: the step.
+      step: function to export.
       make_args: returns its arguments for a batch size.
       platforms: some of PLATFORMS.
       batch_size: B; 0 for a symbolic one.

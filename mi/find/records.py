@@ -65,7 +65,7 @@ class Equation(NamedTuple):
         return self.shapes[0] if self.shapes else ()
 
     def enter(self) -> Scope:
-        """Return the scope with the modules that this equation is in."""
+        """Return the scope, with its path extended by the equation's enclosing modules."""
         names = str(self.eqn.source_info.name_stack).split('/')
         names = [name for name in names if name and '->' not in name]  # jnp.einsum adds its own
         return self.scope._replace(path='/'.join(filter(None, [self.scope.path, *names])))

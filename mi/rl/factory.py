@@ -29,7 +29,7 @@ EnvironmentKey = Literal['env.name', 'eval.held_out']
 
 
 def get_environment_keys(config: ml_collections.ConfigDict) -> dict[str, EnvironmentKey]:
-    """Return split of an evaluation → config key of its environment."""
+    """Return the config key of each evaluation split's environment, by split."""
     config_keys: dict[str, EnvironmentKey] = {'eval': 'env.name'}
     if config.eval.held_out:
         config_keys['held_out'] = 'eval.held_out'

@@ -4,8 +4,8 @@ van Hasselt et al., Learning values across many orders of magnitude, 2016; for m
 et al., Multi-task Deep Reinforcement Learning with PopArt, 2019. Pure functions; a value v of a
 task is n in its units, v = σ n + μ.
 
-The moments are corrected for their start as Adam's are (Kingma and Ba, 2015), which the papers do
-not do. With β = 3e-4 the initial units would otherwise last for thousands of updates.
+`update` can correct the moments for their start as Adam does (Kingma and Ba, 2015), which the
+papers do not do. Uncorrected, with β = 3e-4, the initial units last for thousands of updates.
 """
 
 import functools
@@ -22,10 +22,10 @@ LARGEST_TARGET = 1e3 * HIGHEST  # magnitude up to which a target moves the momen
 
 
 class Statistics(NamedTuple):
-    """Moments of each task's targets, corrected for their start.
+    """Mean and variance of each task's targets; `update` can correct their bias as in Adam.
 
     The papers keep the second moment ν, and the variance is ν − μ². Here the variance itself is
-    kept, because in f32 that difference is lost where μ is some hundred times σ.
+    kept, because in f32 that difference is lost where μ is several hundred times σ.
 
     Attributes:
       mu, variance: [tasks] f32.
@@ -38,7 +38,7 @@ class Statistics(NamedTuple):
 
 
 def init(num_tasks: int) -> Statistics:
-    """Return μ = 0 and σ = 1, which the first targets replace."""
+    """Return μ = 0 and σ = 1; with the correction, the first targets replace them."""
     return Statistics(jnp.zeros(num_tasks), jnp.ones(num_tasks), jnp.zeros(num_tasks, jnp.int32))
 
 

@@ -90,7 +90,10 @@ def convert_feature_attention(
 
 
 def convert_same_width(module: SameWidth, variables: Variables, x: Array, z: Array) -> Composition:
-    """Convert the inner module after the affine map of x; one product if it is affine."""
+    """Apply the affine map to x and convert the inner module.
+
+    An affine inner module gives a single product.
+    """
     params = variables['params']
     if module.module is not ConditionalLayerNorm:
         return convert_affine(module, variables, x, z)

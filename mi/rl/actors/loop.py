@@ -261,8 +261,9 @@ def jit_update(
 ) -> jax.stages.Wrapped:
     """Return `learner.update` jitted for a mesh: (state, trajectory [T, B]) → (state, metrics).
 
-    Each device computes the gradient of its rows; the devices reduce it and the sums of PopArt. An
-    optional third argument has the `SweptNumbers` to use in place of those that are given here.
+    Each device computes the gradient of its rows. Over the devices, the gradient is averaged and
+    the sums of PopArt are added. An optional third argument, `SweptNumbers`, replaces the learning
+    rates of `optimizer` and the entropy cost of `hyperparameters`.
     """
 
     def update_rows(

@@ -68,11 +68,11 @@ class State(NamedTuple):
 
 
 class ActuatorInversion:
-    """A `JaxEnvironment`: a new start and goal for every episode, and one of the tasks.
+    """A `JaxEnvironment` that draws start and goal for each episode.
 
     Observation: 'grid' [5, 5, 1], 1 where the agent is, 2 at the goal and 0 elsewhere; 'task'.
 
-    Reward 1 when the agent reaches the goal, which terminates the episode; after 8 steps it is
+    Reaching the goal gives reward 1 and terminates the episode; after 8 steps the episode is
     truncated. A policy that knows the task always gets 1.
 
     Args:

@@ -27,7 +27,7 @@ class State(NamedTuple):
 
 
 class Catch:
-    """A `JaxEnvironment`."""
+    """The game of Catch as a `JaxEnvironment`; see the module."""
 
     spec = Spec(
         name='catch',
