@@ -96,7 +96,7 @@ def run(
     file, workdir = get_paths()
     members = sweep.load(file, workdir, name, dry=DRY_RUN.value)
     if CHECK.value and not DRY_RUN.value:
-        raise UserError('--check: expected --dry_run with it, as it runs nothing')
+        raise UserError('--check: expected --dry_run with it, because it runs nothing')
     if DRY_RUN.value:
         dry_run(members, workdir, find_devices(get_resources()))
         return
@@ -177,7 +177,7 @@ def lock_sweep(workdir: pathlib.Path) -> Iterator[None]:
     with open(workdir / 'launcher', 'a') as lock:
         if not process.try_lock(lock):
             raise UserError(
-                f'--workdir={workdir}: another launcher controls this sweep; wait for it to '
+                f'--workdir={workdir}: another launcher controls this sweep. Wait for it to '
                 'finish, or stop it'
             )
         yield

@@ -54,8 +54,8 @@ class Slots:
         self.count = resources.parallel or num_fitting
         if gpus_per_member and self.count > num_fitting:
             raise UserError(
-                f'--parallel={self.count}: expected at most {num_fitting}, as this machine has '
-                f'{len(self._gpus)} GPUs'
+                f'--parallel={self.count}: expected at most {num_fitting}, because this machine '
+                f'has {len(self._gpus)} GPUs'
             )
 
     def has_room(self) -> bool:

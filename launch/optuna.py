@@ -272,8 +272,8 @@ def describe_search(file: str, workdir: pathlib.Path, module: types.ModuleType) 
         raise UserError(f'--sweep={file}: expected SPACE and COUNT, and no sweep(), for a search')
     if module.BASELINE is not None:
         raise UserError(
-            f'--sweep={file}: BASELINE = {module.BASELINE!r}: expected None, as a search has no '
-            f'arm that is known before'
+            f'--sweep={file}: BASELINE = {module.BASELINE!r}: expected None, because the arms of a '
+            f'search are not known before it runs'
         )
     members = draw_members(workdir, module)[:1]
     configs = {member.name: sweep.parse_config(member.command) for member in members}
@@ -289,7 +289,7 @@ def describe_search(file: str, workdir: pathlib.Path, module: types.ModuleType) 
             if sweep_file.get(key) != comparable[key]:
                 raise UserError(
                     f'--workdir={workdir} holds another sweep or search: its {key} differs from '
-                    f'that of {file}. Name another --workdir'
+                    f'that of {file}. Use another --workdir'
                 )
     return description
 

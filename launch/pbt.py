@@ -134,8 +134,8 @@ def choose_fitness_split(
             return split
     raise UserError(
         f'METRIC = {metric!r}: expected a number that is recorded before the last step, in SPLIT '
-        f'or CURVES ({", ".join(dict.fromkeys(splits))}), as otherwise no member has a fitness. '
-        f'Try a smaller config.train.eval_every'
+        f'or CURVES ({", ".join(dict.fromkeys(splits))}), because otherwise no member has a '
+        f'fitness. Try a smaller config.train.eval_every'
     )
 
 

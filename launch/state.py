@@ -270,7 +270,7 @@ def read_sweep_file(workdir: pathlib.Path, fields: Fields) -> dict[str, Any]:
         field_name = invalid_fields[0]
         raise UserError(
             f'{file}: {field_name} = {sweep.get(field_name)!r}: expected what a launcher writes. '
-            f'Restore the file, or name another --workdir'
+            f'Restore the file, or use another --workdir'
         )
     return sweep
 

@@ -150,7 +150,7 @@ def write_description(workdir: pathlib.Path, description: dict[str, Any], *, dry
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(sweep_file, description)
     except OSError as error:
-        raise UserError(f'--workdir={workdir}: {error.strerror}; name another directory') from error
+        raise UserError(f'--workdir={workdir}: {error.strerror}. Use another directory') from error
 
 
 def parse_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
@@ -250,7 +250,7 @@ def _refuse_changes(
     if changes:
         details = '; '.join(f'{_shorten(names)}: {change}' for change, names in changes.items())
         raise UserError(
-            f'{workdir} holds another sweep, {last_sweep["name"]} ({details}); name another '
+            f'{workdir} holds another sweep, {last_sweep["name"]} ({details}). Use another '
             f'--workdir'
         )
 
@@ -279,7 +279,7 @@ def _refuse_repeated_seeds(
             if first_name != member.name:
                 raise UserError(
                     f'{first_name} and {member.name} both train seed {seed} of {member.label!r}, '
-                    f'and are one arm; give them different seeds'
+                    f'and are one arm. Give them different seeds'
                 )
 
 

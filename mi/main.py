@@ -97,7 +97,7 @@ def main(argv: Sequence[str], config_overrides: Sequence[overrides.Override] = (
     if profile_arguments and (mode != 'train' or task == 'search'):
         raise UserError(
             f'--profile={flag_values.profile} only applies to --mode=train of the tasks lm, rl '
-            f'and fit; remove it'
+            f'and fit. Remove it'
         )
 
     # Configure the process, then run.
@@ -133,7 +133,7 @@ def run() -> None:
         sys.exit(f'error: {error}')
     except OSError as error:  # outside of an open run directory
         if failure := storage_failure(error):
-            sys.exit(f'error: {failure}; free some space, then run the same command again')
+            sys.exit(f'error: {failure}. Free some space, then run the same command again')
         raise
 
 

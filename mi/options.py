@@ -53,7 +53,7 @@ def check_options(
       defaults: name → default of all known options.
 
     Raises:
-      ArgumentError: which of the argument's options, and what is expected.
+      ArgumentError: if an option is unknown, or of another type.
     """
     for option, setting in options.items():
         if option not in defaults:
@@ -63,6 +63,6 @@ def check_options(
         expected_types = (int, float) if isinstance(default, float) else (type(default),)
         if default is not None and type(setting) not in expected_types:
             raise ArgumentError(
-                f'`options.{option}` = {setting!r}: expected {type(default).__name__}, as its '
-                f'default {default!r}'
+                f'`options.{option}` = {setting!r}: expected {type(default).__name__}, like '
+                f'its default {default!r}'
             )

@@ -68,7 +68,7 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[Override]]:
         if flag_match['no']:
             if override_text is not None:
                 raise UserError(
-                    f'{argument}: expected no value; use --config.{flag_match["key"]}=VALUE'
+                    f'{argument}: expected no value. Use --config.{flag_match["key"]}=VALUE'
                 )
             override_text = 'False'
         elif override_text is None and arguments and not arguments[0].startswith('--'):

@@ -46,7 +46,7 @@ def check_fusion(
       uses_context: whether y depends on z; False for a baseline without context.
 
     Raises:
-      AssertionError: what was expected and what the module returned.
+      AssertionError: if a check fails, with what was expected and what the module returned.
     """
     module: Any = constructor(OUTPUTS)
     variables = randomize(module, jnp.zeros((1, FEATURES)), _draw_context(1, is_one_hot))
@@ -106,7 +106,7 @@ def check_cell(constructor: Callable[..., nn.Module], features: int = 8) -> None
       features: H.
 
     Raises:
-      AssertionError: what was expected and what the cell returned.
+      AssertionError: if a check fails, with what was expected and what the cell returned.
     """
     cell: Any = constructor(features)
     x, carry = _normal(0, STEPS, ROWS, FEATURES), cell.initial(ROWS)
@@ -174,7 +174,7 @@ def check_environment(environment: Any, num_rows: int = 8, seed: int = 0) -> Non
 
     Raises:
       UserError: if a type contradicts the spec.
-      AssertionError: what was expected and what the environment returned.
+      AssertionError: if a check fails, with what was expected and what the environment returned.
     """
     from mi.rl.envs import check
 
@@ -235,7 +235,7 @@ def check_host_environment(
 
     Raises:
       UserError: if a type contradicts the spec.
-      AssertionError: what was expected and what the environment returned.
+      AssertionError: if a check fails, with what was expected and what the environment returned.
     """
     from mi.rl.envs import check
 

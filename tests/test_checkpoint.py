@@ -119,7 +119,7 @@ def test_who_only_reads_leaves_a_damaged_one_where_it_is_and_says_so(tmp_path, c
     assert sorted(p.name for p in tmp_path.iterdir()) == ['00000005', '00000010']
     flip_one_bit(tmp_path / '00000005')
     with pytest.raises(
-        UserError, match=r'no checkpoint in .* is intact: restore one from a backup'
+        UserError, match=r'no checkpoint in .* is intact\. Restore one from a backup'
     ):
         Checkpoints(tmp_path).newest()
     assert sorted(p.name for p in tmp_path.iterdir()) == ['00000005', '00000010']
@@ -130,7 +130,7 @@ def test_who_only_reads_leaves_a_damaged_one_where_it_is_and_says_so(tmp_path, c
 
 
 def test_who_only_reads_is_told_where_there_is_none(tmp_path):
-    with pytest.raises(UserError, match=f'{tmp_path} has no checkpoint yet: train it first'):
+    with pytest.raises(UserError, match=rf'{tmp_path} has no checkpoint\. Train the run first'):
         Checkpoints(tmp_path / 'checkpoints').newest()
 
 
@@ -163,7 +163,8 @@ def test_a_part_is_restored_whatever_the_rest_is(tmp_path):
     restored = checkpoints.restore_part(path, 'learner.learner', like)
     jax.tree.map(np.testing.assert_array_equal, restored, params)
     other = like | {'b': jnp.zeros(4)}
-    with pytest.raises(UserError, match=r"\['b'\] was float32\[3\] and is float32\[4\]"):
+    change = r"\['b'\] is float32\[3\] in the checkpoint and float32\[4\] in the model"
+    with pytest.raises(UserError, match=change):
         checkpoints.restore_part(path, 'learner.learner', other)
 
 
@@ -189,7 +190,8 @@ def test_all_damaged_is_an_error_that_deletes_nothing(tmp_path):
 def test_another_model_is_refused(tmp_path):
     save(tmp_path, 5)
     other = {**state(0), 'W': jnp.zeros((64, 32))}
-    with pytest.raises(UserError, match=r"\['W'\] was float32\[64, 64\] and is float32\[64, 32\]"):
+    change = r"\['W'\] is float32\[64, 64\] in the checkpoint and float32\[64, 32\] in the model"
+    with pytest.raises(UserError, match=change):
         Checkpoints(tmp_path).restore(other)
 
 

@@ -50,7 +50,7 @@ def test_a_file_without_the_lines_of_the_checkpoint_is_refused_as_it_is(tmp_path
     file = tmp_path / 'metrics.jsonl'
     if left is not None:
         file.write_bytes(left)
-    with pytest.raises(UserError, match=f'{said}.*; restore it, or name another --workdir'):
+    with pytest.raises(UserError, match=rf'{said}.*\. Restore it, or use another --workdir'):
         logger.MetricsWriter(tmp_path, 27, 2)
     assert (file.read_bytes() if file.exists() else None) == left
     assert list(tmp_path.iterdir()) == ([] if left is None else [file])

@@ -129,7 +129,7 @@ def test_members_of_a_sweep_and_the_table_of_costs_read_flags_in_the_same_way(fi
         ('--config.model.rate=fast', "config.model.rate = 'fast': expected a number"),
         ('--config.model.rate=', "config.model.rate = '': expected a number"),
         ('--config.model.tied=maybe', "config.model.tied = 'maybe': expected True or False"),
-        ('--noconfig.model.tied=1', 'expected no value; use --config.model.tied=VALUE'),
+        ('--noconfig.model.tied=1', 'expected no value. Use --config.model.tied=VALUE'),
         ('--noconfig.model.hidden', "config.model.hidden = 'False': expected an integer"),
         ('--config.seeds=(0,1', "config.seeds = '(0,1': expected a tuple, such as '(0, 1)'"),
         ('--config.seeds=0,1)', "config.seeds = '0,1)': expected a tuple"),

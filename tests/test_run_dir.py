@@ -65,7 +65,7 @@ def test_another_config_is_refused_and_named(tmp_path):
         pytest.raises(
             UserError,
             match=r'extra was absent and is 1 now, model\.width was 3 and is 4 now, '
-            r'seeds was \[0\] and is \[1\] now; name another',
+            r'seeds was \[0\] and is \[1\] now\. Use another',
         ),
         run_dir.open_run(tmp_path, config(model={'width': 4}, seeds=(1,), extra=1)),
     ):
@@ -73,12 +73,18 @@ def test_another_config_is_refused_and_named(tmp_path):
     assert (tmp_path / 'config.json').read_bytes() == before
 
 
-@pytest.mark.parametrize('damaged', [b'', b'[]', b'{"seeds": [0', b'\xff\xfe'])
-def test_a_damaged_config_is_named(tmp_path, damaged):
+@pytest.mark.parametrize(
+    'damaged, message',
+    [
+        (b'', r' is not JSON \(.*\)\.'),
+        (b'[]', r': expected a JSON object, got list\.'),
+        (b'{"seeds": [0', r' is not JSON \(.*\)\.'),
+        (b'\xff\xfe', r' is not JSON \(.*\)\.'),
+    ],
+)
+def test_a_damaged_config_is_named(tmp_path, damaged, message):
     (tmp_path / 'config.json').write_bytes(damaged)
-    said = pytest.raises(
-        UserError, match=r'config\.json is not.* JSON.*; restore it, or name another'
-    )
+    said = pytest.raises(UserError, match=rf'config\.json{message} Restore it, or use another --w')
     with said, run_dir.open_run(tmp_path, config()):
         pass
     with said:
@@ -100,7 +106,7 @@ def test_a_run_is_evaluated_with_its_own_config_and_what_evaluation_may_change(t
         'train': {'batch': 8},
         'eval': {'length': 6, 'new': 2},
     }
-    said = r'config\.model\.width = 5: .* was trained with 3; remove it, or name the --workdir of'
+    said = r'config\.model\.width = 5: .* was trained with 3\. Remove it, or use the --workdir of'
     with pytest.raises(UserError, match=said):
         run_config.merge_eval_config(tmp_path, config(model={'width': 5}), **parts)
     with pytest.raises(UserError, match=r'config\.seeds = \(1,\): .* was trained with \(0,\)'):
@@ -120,7 +126,7 @@ def test_signals_ask_once_and_handlers_come_back(tmp_path):
 
 def test_a_lock_that_cannot_be_written(tmp_path):
     (tmp_path / 'lock').mkdir()  # as good as read-only, also for root
-    said = pytest.raises(UserError, match=r'/lock: Is a directory; name another --workdir')
+    said = pytest.raises(UserError, match=r'/lock: Is a directory\. Use another --workdir')
     with said, run_dir.open_run(tmp_path, config()):
         pass
 
@@ -128,7 +134,7 @@ def test_a_lock_that_cannot_be_written(tmp_path):
 def test_a_file_in_the_way(tmp_path):
     (tmp_path / 'taken').write_text('')
     with (
-        pytest.raises(UserError, match='name another directory'),
+        pytest.raises(UserError, match='Use another directory'),
         run_dir.open_run(tmp_path / 'taken', config()),
     ):
         pass
@@ -292,7 +298,7 @@ def test_settings_that_give_other_numbers_are_refused_when_a_run_is_continued(
         with run_dir.open_run(tmp_path, config()):
             pass
         jax.config.update(setting, before)
-        said = f'{setting} = {before!r}: .* computed with {other!r}.*set {setting.upper()}={other}'
+        said = f'{setting} = {before!r}: .* computed with {other!r}.*Set {setting.upper()}={other}'
         with pytest.raises(UserError, match=said), run_dir.open_run(tmp_path, config()):
             pass
     finally:

@@ -224,7 +224,8 @@ def make(config: ml_collections.ConfigDict) -> Functions:
     if 'choice' in problem.targets and problem.branches > problem.dimension:
         raise UserError(
             f'config.problem.branches = {problem.branches}: expected at most '
-            f'config.problem.dimension = {problem.dimension}, as each branch has its entry of z'
+            f'config.problem.dimension = {problem.dimension}, because each branch '
+            f'has its entry of z'
         )
     branches = {'conditional': 2, 'choice': problem.branches}
     targets = tuple(

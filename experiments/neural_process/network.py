@@ -219,8 +219,8 @@ def make(model: ml_collections.ConfigDict) -> NeuralProcess:
     """
     if model.paths == 'latent' and model.cross_attention:
         raise UserError(
-            f'config.model.cross_attention = {model.cross_attention}: expected 0, as there is one '
-            f"z for all targets. Try config.model.paths = 'both'"
+            f'config.model.cross_attention = {model.cross_attention}: expected 0, because there is '
+            f"one z for all targets. Try config.model.paths = 'both'"
         )
     for key in ('self_attention', 'cross_attention'):
         if model[key] and model.encoder_width % model[key]:
@@ -231,7 +231,7 @@ def make(model: ml_collections.ConfigDict) -> NeuralProcess:
     if model.fusion.name in fusion.ONE_HOT:
         raise UserError(
             f'config.model.fusion.name = {model.fusion.name!r}: expected a fusion for dense '
-            f"contexts, as r and z are no ids. Try 'mi'"
+            f"contexts, because r and z are no ids. Try 'mi'"
         )
     return NeuralProcess(
         decoder=network.make(model, features=2, context='dense'),

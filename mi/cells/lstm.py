@@ -61,7 +61,7 @@ class LSTM(nn.Module):
             if x.dtype != jnp.float32 or reset is not None or keep is not None:
                 raise ValueError(
                     f"impl = 'cudnn': expected f32 without reset and keep (got {x.dtype}, reset "
-                    f"{reset is not None}, keep {keep is not None}); use impl='xla'"
+                    f"{reset is not None}, keep {keep is not None}). Try impl='xla'"
                 )
             return cudnn.lstm(carry, x, LSTMWeights(W, U, b))
 

@@ -185,7 +185,7 @@ def main(argv: Sequence[str]) -> None:
             raise UserError('expected --config=FILE; the other flags are --config.KEY=VALUE, '
                             '--topology, --eval, --json and --nocompile')  # fmt: skip
         if (topology.value or evaluates.value) and not compiles.value:
-            raise UserError('--nocompile: --topology and --eval compile; remove it')
+            raise UserError('--nocompile: --topology and --eval compile. Remove it')
         if topology.value:
             topologies.prepare_process()
         config = overrides.load(config_file.value, changes)

@@ -51,7 +51,7 @@ def check_preset(config_file: str, preset: str, presets: Collection[str] = ()) -
     """Refuse an argument of a config file that is not one of its presets.
 
     Raises:
-      UserError: naming the file, the argument and the presets.
+      UserError: if the file has no such preset.
     """
     if presets and preset not in presets:
         expected = f'expected a preset; {suggest(preset, presets)}'

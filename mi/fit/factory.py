@@ -89,7 +89,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     """Check a config before anything is built.
 
     Raises:
-      UserError: naming the key, what was expected, and what to change.
+      UserError: if a value is invalid, or contradicts another.
     """
     # Each key by its rule; a problem has rules of its own.
     problem_name = flatten(config.to_dict()).get('problem.name')
@@ -118,8 +118,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     ):
         raise UserError(
             f'config.optim.name = {config.optim.name!r}, config.optim.ema = {config.optim.ema}: '
-            f'expected an optimizer whose parameters are evaluated as they are trained, as a '
-            f"search scales the updates by config.search.rates. Try 'adam' and 0"
+            f'expected an optimizer whose parameters are evaluated as they are trained, '
+            f"because a search scales the updates by config.search.rates. Try 'adam' and 0"
         )
     if config.task == 'search' and config.train.steps % config.train.eval_every:
         raise UserError(

@@ -147,13 +147,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
     """Check a config before anything is built.
 
     Raises:
-      UserError: which key is wrong, what was expected and what to try.
+      UserError: if a value is invalid, or contradicts another.
     """
     check(config, SCHEMA)
     optim.validate(config.optim, config.train.steps)
     if config.data.level == 'bpe' and config.data.vocabulary < 256:
         raise UserError(
-            f'config.data.vocabulary = {config.data.vocabulary}: expected at least 256, as '
+            f'config.data.vocabulary = {config.data.vocabulary}: expected at least 256, because '
             f"config.data.level = 'bpe' always includes the 256 byte tokens"
         )
     _check_tokenizer(config)
@@ -167,13 +167,13 @@ def _check_tokenizer(config: ml_collections.ConfigDict) -> None:
     level, file = config.data.level, config.data.tokenizer
     if level == 'file' and not file:
         raise UserError(
-            "config.data.tokenizer = '': expected the path of a tokenizer.json, as "
+            "config.data.tokenizer = '': expected the path of a tokenizer.json, because "
             "config.data.level = 'file'. Try the level 'bpe', which makes one from the text"
         )
     if file and level != 'file':
         raise UserError(
-            f"config.data.level = {level!r}: expected 'file', as config.data.tokenizer = {file!r} "
-            f'is set. Try --config.data.level=file'
+            f"config.data.level = {level!r}: expected 'file', because config.data.tokenizer = "
+            f'{file!r} is set. Try --config.data.level=file'
         )
 
 
@@ -207,7 +207,7 @@ def _check_model(config: ml_collections.ConfigDict) -> None:
     if is_transformer and model.hidden // model.heads % 2:
         raise UserError(
             f'config.model.hidden / config.model.heads = {model.hidden // model.heads}: expected '
-            f'an even number, as position embeddings rotate pairs of features'
+            f'an even number, because position embeddings rotate pairs of features'
         )
 
     # Implementations and losses.
@@ -221,7 +221,7 @@ def _check_model(config: ml_collections.ConfigDict) -> None:
     if model.cutoffs and (config.loss.label_smoothing or config.loss.z_loss):
         raise UserError(
             f'config.model.cutoffs = {tuple(model.cutoffs)}: expected () with label smoothing or a '
-            f'z-loss, as an adaptive softmax computes no full distribution. Try '
+            f'z-loss, because an adaptive softmax computes no full distribution. Try '
             f'config.loss.label_smoothing = 0 and config.loss.z_loss = 0'
         )
 

@@ -56,8 +56,8 @@ def sample(config: ml_collections.ConfigDict, workdir: str) -> None:
     config, corpus, params, step, _ = restore(config, workdir)
     if config.model.source == 'domain':
         raise UserError(
-            "config.model.source = 'domain': expected a model with another context, as a sampled "
-            'text has no domain. Try --mode=eval'
+            "config.model.source = 'domain': expected a model with another context, because a "
+            'sampled text has no domain. Try --mode=eval'
         )
     options = config.sample
     prompt = corpus.encode(options.prompt)

@@ -70,7 +70,7 @@ def align_tokens(x: Array, z: Array) -> tuple[Array, Array]:
     except ValueError as error:
         raise ValueError(
             f'the leading axes (all but the last two) of x {x.shape} and z {z.shape} do not '
-            f'broadcast; give a stream length 1 along an axis over which it is shared'
+            f'broadcast. Give a stream length 1 along an axis over which it is shared'
         ) from error
     ndim = max(x.ndim, z.ndim)
     return expand_rank(x, ndim), expand_rank(z, ndim)
@@ -202,7 +202,7 @@ class Attention(nn.Module):
             raise ValueError(f'kv_heads = {kv_heads}: expected a divisor of heads = {heads}')
         if self.head_features is None and features % heads:
             raise ValueError(
-                f'{features} features do not divide into {heads} heads; give head_features'
+                f'{features} features do not divide into {heads} heads. Give head_features'
             )
         head_features = self.head_features or features // heads
         if self.positions not in get_args(Positions):

@@ -69,7 +69,7 @@ def compare_sweeps(
         if actual != expected:
             raise UserError(
                 f'--candidate={candidate}: {field_name} = {actual!r}: expected {expected!r}, as '
-                'in the baseline; compare sweeps that measure the same'
+                'in the baseline. Compare sweeps that measure the same'
             )
     comparisons = compare_arms(*sweeps)
     table = _make_table(sweeps.candidate, comparisons)

@@ -107,7 +107,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     """Refuse a config that cannot work, before anything is built.
 
     Raises:
-      UserError: which key, what was expected, and what to change.
+      UserError: if a value is invalid, or contradicts another.
     """
     check(config, SCHEMA)
     optim.validate(config.optim, count_updates(config))

@@ -160,7 +160,7 @@ class Checkpoints:
                     _warn(f'checkpoint {checkpoint_dir} is damaged ({damage})')
         if checkpoint_dirs or self._list_damaged():
             raise UserError(self._describe_damage())
-        raise UserError(f'{self._directory.parent} has no checkpoint yet: train it first')
+        raise UserError(f'{self._directory.parent} has no checkpoint. Train the run first')
 
     def restore_part(self, checkpoint_dir: pathlib.Path, field_path: str, like: Tree) -> Tree:
         """Restore one part of a checkpoint's state and ignore the rest.
@@ -221,8 +221,8 @@ class Checkpoints:
     def _describe_damage(self) -> str:
         suffix = '; they are kept as *.damaged' if self._list_damaged() else ''
         return (
-            f'no checkpoint in {self._directory} is intact{suffix}: restore one from a backup, '
-            f'or name another --workdir to start over'
+            f'no checkpoint in {self._directory} is intact{suffix}. Restore one from a '
+            f'backup, or use another --workdir to start over'
         )
 
     def _list_steps(self) -> list[pathlib.Path]:
@@ -256,8 +256,9 @@ def _refuse_other_model(
         saved_shape = saved_arrays.get(array_name, 'absent')
         expected_shape = expected_arrays.get(array_name, 'absent')
         raise UserError(
-            f'checkpoint {checkpoint_dir} is of another model: {array_name} was {saved_shape} and '
-            f'is {expected_shape} now; did the code change since? Name another --workdir'
+            f'checkpoint {checkpoint_dir} does not match the model: {array_name} is {saved_shape} '
+            f'in the checkpoint and {expected_shape} in the model. Use the code that wrote it, or '
+            f'another --workdir'
         )
 
 
@@ -303,9 +304,9 @@ def find_damage(checkpoint_dir: pathlib.Path) -> str:
         return 'it has no manifest.json'
     except ValueError:
         return 'its manifest.json is not JSON'
-    for file_name, expected_hash in manifest.items():
     if not isinstance(manifest, dict) or 'meta.json' not in manifest:
         return 'its manifest.json has no hash of meta.json'
+    for file_name, expected_hash in manifest.items():
         try:
             if hash_file(checkpoint_dir / file_name) != expected_hash:
                 return f'{file_name} does not match its SHA-256'
@@ -322,5 +323,5 @@ def _choose_damaged_name(checkpoint_dir: pathlib.Path) -> pathlib.Path:
         if not damaged_dir.exists():
             return damaged_dir
     raise UserError(
-        f'{checkpoint_dir.parent} holds 999 damaged copies of {checkpoint_dir.name}; delete them'
+        f'{checkpoint_dir.parent} holds 999 damaged copies of {checkpoint_dir.name}. Delete them'
     )

@@ -62,11 +62,12 @@ def read_json(path: pathlib.Path, missing: dict[str, Any] | None = None) -> dict
         contents = json.loads(path.read_bytes())
     except ValueError as error:  # also for bytes that are not text
         raise UserError(
-            f'{path} is not JSON ({error}); restore it, or name another --workdir'
+            f'{path} is not JSON ({error}). Restore it, or use another --workdir'
         ) from error
     if not isinstance(contents, dict):
         raise UserError(
-            f'{path} is not a JSON object: expected {{…}}; restore it, or name another --workdir'
+            f'{path}: expected a JSON object, got {type(contents).__name__}. Restore it, or use '
+            f'another --workdir'
         )
     return contents
 

@@ -28,7 +28,7 @@ def hold_lock(lock: pathlib.Path, run_path: pathlib.Path) -> Iterator[None]:
     try:
         opened = open(lock, 'a+')  # noqa: SIM115
     except OSError as error:
-        raise UserError(f'{lock}: {error.strerror}; name another --workdir') from error
+        raise UserError(f'{lock}: {error.strerror}. Use another --workdir') from error
     with opened as file:
         # Try for a second, because `is_locked` takes the lock for an instant as well.
         for attempt in range(ATTEMPTS):
@@ -42,7 +42,7 @@ def hold_lock(lock: pathlib.Path, run_path: pathlib.Path) -> Iterator[None]:
                 file.seek(0)
                 holder = file.read().strip() or 'another process'
                 raise UserError(
-                    f'{run_path} is in use by {holder}; wait for it or name another --workdir'
+                    f'{run_path} is in use by {holder}. Wait for it, or use another --workdir'
                 ) from error
         # Record the holder for the error message above.
         file.truncate(0)

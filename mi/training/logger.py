@@ -197,16 +197,16 @@ def _refuse_cut(file: pathlib.Path, position: int) -> None:
     if position == 0:
         return
     file_size = file.stat().st_size if file.exists() else 0
-    advice = 'restore it, or name another --workdir'
+    advice = 'Restore it, or use another --workdir'
     if file_size < position:
         raise UserError(
-            f'{file} has {file_size} bytes and the checkpoint needs {position}; {advice}'
+            f'{file} has {file_size} bytes and the checkpoint needs {position}. {advice}'
         )
     with open(file, 'rb') as stream:
         stream.seek(position - 1)
         if stream.read(1) != b'\n':
             raise UserError(
-                f'{file} has no line that ends at byte {position}, where the checkpoint continues; '
+                f'{file} has no line that ends at byte {position}, where the checkpoint continues. '
                 f'{advice}'
             )
 
@@ -248,7 +248,7 @@ def refuse_non_finite(seeds: Sequence[int], step: int, measured: dict[str, np.nd
       measured: name → values [S].
 
     Raises:
-      UserError: naming the metric and the seed.
+      UserError: if a metric of a seed is not finite.
     """
     for metric_name, values_by_seed in measured.items():
         if not np.isfinite(values_by_seed).all():
@@ -273,7 +273,7 @@ def refuse_broken_state(
       parts: name → tree of arrays.
 
     Raises:
-      UserError: naming the part and the seed.
+      UserError: if a part of a seed's state is not finite, or too large.
     """
     for part_name, tree in parts.items():
         limit = math.sqrt(np.finfo(np.float32).max) if part_name == 'parameters' else math.inf

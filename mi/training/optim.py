@@ -135,7 +135,7 @@ def validate(config: ml_collections.ConfigDict, steps: int) -> None:
     """Refuse a section `optim` that does not fit a run of `steps` updates.
 
     Raises:
-      UserError: which key, what was expected, what to change.
+      UserError: if a value contradicts another, or does not fit the run.
     """
     if config.warmup_steps >= steps:
         raise UserError(
@@ -144,8 +144,8 @@ def validate(config: ml_collections.ConfigDict, steps: int) -> None:
         )
     if config.weight_decay and config.name not in WITH_DECAY:
         raise UserError(
-            f'config.optim.weight_decay = {config.weight_decay}: expected 0, as '
-            f"config.optim.name = {config.name!r} has no weight decay of this key. Try 'adamw', or "
+            f'config.optim.weight_decay = {config.weight_decay}: expected 0, because '
+            f"config.optim.name = {config.name!r} does not use this key. Try 'adamw', or set it in "
             f'config.optim.options'
         )
     if config.name in OPTIMIZERS:
@@ -154,8 +154,9 @@ def validate(config: ml_collections.ConfigDict, steps: int) -> None:
         _check_imported(config, steps)
     if config.ema and averaging.is_schedule_free(get_state_shapes(config, steps)):
         raise UserError(
-            f'config.optim.ema = {config.ema}: expected 0, as config.optim.name = {config.name!r} '
-            f"averages the parameters itself. Try 0, or 'adamw'"
+            f'config.optim.ema = {config.ema}: expected 0, because config.optim.name = '
+            f'{config.name!r} averages the parameters itself. Try config.optim.ema = 0, or '
+            f"config.optim.name = 'adamw'"
         )
 
 
@@ -163,7 +164,8 @@ def _check_imported(config: ml_collections.ConfigDict, steps: int) -> None:
     """Refuse options that do not fit the function, and optimizers that need more than a gradient.
 
     Raises:
-      UserError: which option, or what the optimizer needs.
+      UserError: if an option is unknown, missing or of another type, or if the update needs more
+        than gradients and parameters.
     """
     # The options, by the arguments of the function; the learning rate is a config key of its own.
     name, options = config.name, get_options(config, 'options')
@@ -174,8 +176,8 @@ def _check_imported(config: ml_collections.ConfigDict, steps: int) -> None:
     missing = set(_list_required(constructor)) - {'learning_rate', *options}
     if missing:
         raise UserError(
-            f'config.optim.options has no {" and no ".join(sorted(missing))}: expected a value, as '
-            f"{name!r} has no default. Try 'optax:lion' or 'optax.contrib:muon'"
+            f'config.optim.options has no {" and no ".join(sorted(missing))}: expected a value, '
+            f"because {name!r} has no default. Try 'optax:lion' or 'optax.contrib:muon'"
         )
 
     # What the update needs beside gradients, state and parameters.

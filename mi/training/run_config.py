@@ -40,7 +40,7 @@ def record_config(file: pathlib.Path, config: ml_collections.ConfigDict) -> None
     difference = describe_difference(recorded_values, current_values)
     if describe_difference(recorded_values | added_values, current_values):
         raise UserError(
-            f'{file.parent} was made with another config: {difference}; name another --workdir'
+            f'{file.parent} was made with another config: {difference}. Use another --workdir'
         )
 
     # Record the added keys too.
@@ -122,8 +122,8 @@ def merge_eval_config(
         trained, requested = trained_values[config_key], requested_values[config_key]
         if is_in_sections(config_key, fixed) and _to_plain(trained) != _to_plain(requested):
             raise UserError(
-                f'config.{config_key} = {requested!r}: {workdir} was trained with {trained!r}; '
-                f'remove it, or name the --workdir of another run'
+                f'config.{config_key} = {requested!r}: {workdir} was trained with {trained!r}. '
+                f'Remove it, or use the --workdir of another run'
             )
 
     # Take everything that evaluation may not change from the run.

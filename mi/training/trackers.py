@@ -40,8 +40,8 @@ class Wandb:
             )
         except wandb.errors.Error as error:
             raise UserError(
-                f"config.tracker = 'wandb': {' '.join(str(error).split())}; run wandb login, or "
-                f'set WANDB_MODE=offline'
+                f"config.tracker = 'wandb': {' '.join(str(error).split())}. Run `wandb login`, "
+                f'or set WANDB_MODE=offline'
             ) from error
         self._run.define_metric('*', step_metric='step')
 

@@ -72,8 +72,8 @@ def compare(file: pathlib.Path, step: int | None) -> dict[str, object]:
         if setting_name in previous and previous[setting_name] != current[setting_name]:
             raise UserError(
                 f'{setting_name} = {current[setting_name]!r}: {file.parent} was computed with '
-                f'{previous[setting_name]!r}, so its numbers would change; set '
-                f'{setting_name.upper()}={previous[setting_name]}, or name another --workdir'
+                f'{previous[setting_name]!r}, so its numbers would change. Set '
+                f'{setting_name.upper()}={previous[setting_name]}, or use another --workdir'
             )
     if difference := describe_difference(previous, current):
         print(f'warning: {file.parent} is continued with another {difference}', file=sys.stderr)

@@ -56,7 +56,7 @@ def convert_attention(  # noqa: PLR0913 - `as_mi` passes the arguments of the mo
     The parameters are those of the module's call.
 
     Raises:
-      ValueError: with `decode` or with dropout.
+      ValueError: if `decode` is set, or dropout is active.
     """
     if decode or (module.dropout and not deterministic):
         raise ValueError(

@@ -162,7 +162,7 @@ def test_damaged_files_of_a_member_cost_nothing_but_what_they_say(tmp_path):
     for damaged in (b'', b'[1]', b'\xff\xfe', b'{"metric": "loss"}', b'{"members": [{}]}'):
         (runs / 'sweep.json').write_bytes(damaged)
         for reads in (lambda: state.read_sweep_states(runs), lambda: sweep.load(sweep_file, runs)):
-            with pytest.raises(UserError, match=r'(?i)restore (it|the file), or name another'):
+            with pytest.raises(UserError, match=r'(?i)restore (it|the file), or use another'):
                 reads()
 
 

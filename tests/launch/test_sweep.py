@@ -92,7 +92,7 @@ def test_arms_of_the_same_values_are_told_apart_by_their_keys(tmp_path):
 
 def test_a_seed_of_an_arm_is_trained_once(tmp_path):
     arms = sweep.product(**{'model.site': ['none'], 'seeds': [(0, 1), (1, 2)]})
-    with pytest.raises(UserError, match=r"seed 1 of 'only'.*; give them different seeds"):
+    with pytest.raises(UserError, match=r"seed 1 of 'only'.*\. Give them different seeds"):
         sweep.load(write_sweep(tmp_path, arms), tmp_path / 'runs')
     configured = [{}, {'seeds': (0,)}]  # the first has the config's own
     with pytest.raises(UserError, match=r'only and seeds=\(0,\) both train seed 0'):
@@ -362,7 +362,7 @@ def test_a_name_that_no_file_can_have_is_shortened_and_only_that(tmp_path):
 def test_a_directory_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / 'file').write_text('')
     for workdir in (tmp_path / 'file', tmp_path / 'file/runs', pathlib.Path('/proc/runs')):
-        with pytest.raises(UserError, match=f'--workdir={workdir}: .*; name another directory'):
+        with pytest.raises(UserError, match=rf'--workdir={workdir}: .*\. Use another directory'):
             sweep.load(write_sweep(tmp_path, [{'model.site': 'none'}]), workdir)
 
 

@@ -107,7 +107,7 @@ def test_tokens_are_kept_and_checked(tmp_path):
     with open(file, 'r+b') as stream:
         stream.seek(1000)
         stream.write(b'\xff')
-    with pytest.raises(DataError, match='damaged; delete that directory'):
+    with pytest.raises(DataError, match=r'damaged\. Delete that directory'):
         token_store.load(Recipe('austen', 'byte', 256), cache)
 
 

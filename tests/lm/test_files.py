@@ -208,7 +208,7 @@ def test_token_files_that_lack_something_are_damaged(name, text, tmp_path):
     load(tmp_path / 'text', tmp_path / 'cache', 'bpe')
     [file] = (tmp_path / 'cache').rglob(name)
     file.write_text(text)
-    assert 'are damaged; delete that directory' in refusal(
+    assert 'are damaged. Delete that directory' in refusal(
         tmp_path / 'text', tmp_path / 'cache', 'bpe'
     )
 

@@ -329,8 +329,8 @@ def test_the_context_may_be_the_domain(tmp_path):
         ({'source': 'ptb'}, "config.data.path = '': expected the place of 'ptb', or its parent "),
         (
             {'source': 'austen', 'path': 'x'},
-            "config.data.path = 'x': expected '', as config.data.source = 'austen' is itself a "
-            "place. Try config.data.path = ''",
+            "config.data.path = 'x': expected '', because config.data.source = 'austen' is itself "
+            "a place. Try config.data.path = ''",
         ),
         (
             {'source': 'austen', 'train_tokens': 10**9},

@@ -174,7 +174,7 @@ def test_a_missing_directory_is_named_by_its_flag(sweeps, tmp_path):
 
 def test_a_comparison_that_cannot_be_written_is_one_line(sweeps, tmp_path):
     (tmp_path / 'out' / 'compare.md').mkdir(parents=True)
-    with pytest.raises(UserError, match=r'--out=.*/out: Is a directory; name another'):
+    with pytest.raises(UserError, match=r'--out=.*/out: Is a directory\. Use another'):
         compare.compare_sweeps(*sweeps, tmp_path / 'out')
 
 

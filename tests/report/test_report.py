@@ -377,11 +377,11 @@ def test_a_directory_without_sweep_or_run_is_refused(tmp_path):
 @pytest.mark.parametrize('name', ['table.md', 'finals.pdf'])
 def test_a_directory_that_cannot_be_written_to_is_one_line(sweep, tmp_path, name):
     (tmp_path / 'out' / name).mkdir(parents=True)  # root may write to what is read-only
-    with pytest.raises(UserError, match=r'--out=.*/out: Is a directory; name another') as raised:
+    with pytest.raises(UserError, match=r'--out=.*/out: Is a directory\. Use another') as raised:
         report.write(sweep, tmp_path / 'out')
     assert '\n' not in str(raised.value)
     (tmp_path / 'file').touch()
-    with pytest.raises(UserError, match=r'--out=.*/file: File exists; name another'):
+    with pytest.raises(UserError, match=r'--out=.*/file: File exists\. Use another'):
         report.write(sweep, tmp_path / 'file')
 
 

@@ -112,7 +112,7 @@ def load_texts(source: str, path: str, splits: Collection[str], cache: pathlib.P
       cache: directory for unpacked files and downloads from the hub.
 
     Raises:
-      DataError: which file is missing, ambiguous or wrong, and where to get it.
+      DataError: if a file is missing, ambiguous or wrong.
     """
     # The place of the corpus.
     known_source = find_source(source)
@@ -129,8 +129,8 @@ def load_texts(source: str, path: str, splits: Collection[str], cache: pathlib.P
         corpus_path = path or os.path.join(data_root, source)
     elif path:
         raise DataError(
-            f"`path` = {path!r}: expected '', as `source` = {source!r} is itself a place. Try "
-            f"`path` = ''"
+            f"`path` = {path!r}: expected '', because `source` = {source!r} is itself a "
+            f"place. Try `path` = ''"
         )
 
     # The texts.

@@ -298,7 +298,7 @@ def _read_token_files(
 
 
 def _make_damage_error(directory: pathlib.Path) -> DataError:
-    return DataError(f'the token files in {directory} are damaged; delete that directory')
+    return DataError(f'the token files in {directory} are damaged. Delete that directory')
 
 
 def _shorten(corpus: Corpus, num_tokens: int, level: Level) -> Corpus:

@@ -28,7 +28,7 @@ def check_spec(spec: Spec) -> None:
     """Refuse a spec that contradicts itself.
 
     Raises:
-      UserError: which field, and what is expected.
+      UserError: if a field is invalid, or contradicts another.
     """
     if not isinstance(spec, Spec):
         raise UserError(f'environment.spec = {spec!r}: expected a Spec; {PROTOCOL}')
@@ -102,7 +102,7 @@ def check_environment(environment: JaxEnvironment) -> None:
     Traces `reset` and `step` without running them.
 
     Raises:
-      UserError: what was returned, and what is expected.
+      UserError: if the spec is invalid, or a method is missing or contradicts it.
     """
     for method_name in ('spec', 'reset', 'step'):
         if not hasattr(environment, method_name):
@@ -149,7 +149,7 @@ def check_step(spec: Spec, batch: int, step: Step) -> None:
     """Refuse a first step of a pool, [B, …], that contradicts the spec.
 
     Raises:
-      UserError: what was returned, and what is expected.
+      UserError: if it has another shape or dtype than the spec.
     """
     _check_observation(spec, 'reset', step.observation, (batch,))
     for field_name in ('reward', 'discount', 'is_first', 'is_last', 'success'):

@@ -10,7 +10,7 @@ def check_finite(spec: Spec, step: Step) -> None:
     """Refuse a reward or an observation that is NaN or infinite, before it is learned from.
 
     Raises:
-      UserError: which environment, task and entry.
+      UserError: if one is not finite, with its environment, task and entry.
     """
     task_indices = np.asarray(step.observation['task'])
     named_arrays = {'reward': step.reward, 'discount': step.discount, **step.observation}

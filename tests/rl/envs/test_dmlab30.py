@@ -67,7 +67,7 @@ def test_what_the_engine_refuses_is_the_users_to_read(fake):
 def test_a_silent_engine_is_named_after_the_timeout(fake):
     environment = dmlab30.make('rooms_watermaze', batch=1, timeout=0.2)
     with pytest.raises(
-        UserError, match=r'rooms_watermaze did not answer in 0\.2 s; raise `options\.timeout`'
+        UserError, match=r'rooms_watermaze did not answer in 0\.2 s\. Raise `options\.timeout`'
     ):
         environment.recv()  # nothing was sent, so that nothing comes
     environment.close()

@@ -150,7 +150,7 @@ def test_other_actions_are_refused(space, said):
 @pytest.mark.parametrize(
     ('name', 'said'),
     [
-        ('nomod:Foo-v0', "No module named 'nomod'.*install it"),
+        ('nomod:Foo-v0', "No module named 'nomod'.*Install it"),
         ('tests.rl.envs.foreign:Raises-v0', 'RuntimeError: no display is there'),
         ('tests.rl.envs.foreign:Wants-v0', 'TypeError: .*size'),
         ('Foreignn-v0', 'is unknown; .*my_module:MyEnv-v0'),

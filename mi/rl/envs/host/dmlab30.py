@@ -245,7 +245,7 @@ class DMLab:
             connection, level = self._connections[row], self._levels[row]
             if not connection.poll(max(0.0, deadline - time.monotonic())):
                 raise ArgumentError(
-                    f'{level} did not answer in {self._timeout:g} s; raise '
+                    f'{level} did not answer in {self._timeout:g} s. Raise '
                     f'`options.timeout`, or try the engine alone as docs/dmlab.md says'
                 )
             try:

@@ -178,7 +178,7 @@ def _make_probe_env(gymnasium: types.ModuleType, env_id: str, arguments: Argumen
         ) from error
     except ModuleNotFoundError as error:
         raise UserError(
-            f'gymnasium/{env_id}: {format_error(error).rstrip(".")}; install it, or put its '
+            f'gymnasium/{env_id}: {format_error(error).rstrip(".")}. Install it, or put its '
             f'directory on PYTHONPATH'
         ) from error
     except Exception as error:  # foreign code may raise anything
