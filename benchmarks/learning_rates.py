@@ -1,0 +1,21 @@
+"""A sweep of eight members that differ in the learning rate alone: what sharing programs saves.
+
+    time python -m launch.local --sweep=benchmarks/learning_rates.py --workdir=runs/rates \
+        --parallel=2
+
+With --cache_megabytes=0 each member compiles its own programs.
+"""
+
+from launch.sweep import Overrides, product
+
+CONFIG = 'configs/lm.py:tiny'
+TITLE = 'Eight learning rates of a small language model'
+METRIC = 'bits_per_byte'
+BASELINE = None
+SPLIT = 'test'
+NOTES: list[str] = []
+
+
+def sweep() -> list[Overrides]:
+    rates = [step * 1e-3 for step in range(1, 9)]
+    return product(**{'optim.learning_rate': rates, 'train.steps': [20]})
