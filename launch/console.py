@@ -29,7 +29,7 @@ def report() -> None:
 
 
 def sweep() -> None:
-    """Run `launch.ENGINE`; exit with one line if the first argument is no engine."""
+    """Run `launch.ENGINE`; exit with one line if the first argument is not an engine."""
     engine = 'local'
     if len(sys.argv) > 1 and not sys.argv[1].startswith('-'):
         engine = sys.argv.pop(1)

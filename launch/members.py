@@ -1,8 +1,8 @@
 """Members of a sweep: the name, the label and the command of each.
 
 A name is that of a run directory, and a label that of an arm. Both show the values in which members
-differ, with their keys where the values alone are ambiguous. An override `label`, which is no key
-of a config, names the arm instead.
+differ, with their keys where the values alone are ambiguous. An override `label`, which is not
+a key of a config, names the arm instead.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from typing import Any
 from mi.config import UserError
 
 Overrides = dict[str, Any]  # dotted key → value
-LABEL = 'label'  # the override that is no key of a config
+LABEL = 'label'  # the override that is not a key of a config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -191,14 +191,14 @@ class Population:
         """Return the hyperparameters of a run that may change.
 
         Raises:
-          UserError: if its config has one of them not.
+          UserError: if its config lacks one of them, or if one is not a nonzero float.
         """
         config = read_flat_config(run_dir)
         for key in self._perturb:
             if key not in config or not is_scalable(config[key]):
                 raise UserError(
-                    f'--perturb={key}: expected a number with a decimal point, other than 0, in '
-                    f'the config of {run_dir}'
+                    f'--perturb={key}: expected a key whose value is a nonzero float, such as 0.1, '
+                    f'in the config of {run_dir}'
                 )
         return {key: config[key] for key in self._perturb}
 

@@ -316,8 +316,8 @@ class BlockMultiplicativeInteraction(MultiplicativeInteraction, kw_only=True):
 class MultiHead(MultiplicativeInteraction):
     """A read-out for each of m one-hot contexts: f(x, e_i) = W_i x + U_i.
 
-    It is the full form with V = b = 0, because V and b are redundant if z is one-hot. Only row i is
-    computed.
+    It is the full form with V = b = 0, because V and b are redundant if z is one-hot. Only the
+    W_i x + U_i of the given context is computed.
 
     Attributes:
       features, …: as in `MultiplicativeInteraction`; `context` must be 'one_hot'.
@@ -410,8 +410,8 @@ def _prepare_inputs(module: _HasContexts, x: Array, z: Array) -> tuple[Array, Ar
     has_ids = jnp.issubdtype(z.dtype, jnp.integer)
     if has_ids and module.contexts is None:
         raise ValueError(
-            f'z is {z.dtype}, ids of one-hot contexts: expected the field contexts=m. Try '
-            f'contexts=m, or z in a float dtype'
+            f'z is {z.dtype} and so holds ids of one-hot contexts: expected the field `contexts`. '
+            f'Try contexts=m for ids below m, or a z with a float dtype'
         )
     x, z = align_streams(x, z, ids=True)
     dtype = module.dtype or jnp.result_type(x, *([] if has_ids else [z]), module.param_dtype)

@@ -225,13 +225,13 @@ def make(model: ml_collections.ConfigDict) -> NeuralProcess:
     for key in ('self_attention', 'cross_attention'):
         if model[key] and model.encoder_width % model[key]:
             raise UserError(
-                f'config.model.{key} = {model[key]}: expected a divisor of '
-                f'config.model.encoder_width = {model.encoder_width}'
+                f'config.model.{key} = {model[key]}: expected a number of heads that '
+                f'divides config.model.encoder_width = {model.encoder_width}'
             )
     if model.fusion.name in fusion.ONE_HOT:
         raise UserError(
             f'config.model.fusion.name = {model.fusion.name!r}: expected a fusion for dense '
-            f"contexts, because r and z are no ids. Try 'mi'"
+            f"contexts, because r and z are vectors, not ids. Try 'mi'"
         )
     return NeuralProcess(
         decoder=network.make(model, features=2, context='dense'),

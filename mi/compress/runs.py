@@ -79,7 +79,7 @@ def compress_run(
         `mi.compress.inputs`; 0 for the nearest W.
 
     Raises:
-      UserError: if the fusions are no forms with W [m, n, k], `out` has files, or the config with
+      UserError: if the fusions are not forms with W [m, n, k], `out` has files, or the config with
         its changes is invalid.
     """
     # Compress the parameters of every seed.
@@ -90,7 +90,7 @@ def compress_run(
     config = make_config(trained, form, size, changes)
     params, results = _compress_params(trained, form, size, calibration)
 
-    # Write the checkpoint first and config.json last: without it, the directory is no run.
+    # Write the checkpoint first and config.json last: without it, the directory is not a run.
     make_start = {'lm': _start_lm, 'rl': _start_rl}[config.task]
     start = make_start(config, params, pathlib.Path(workdir))
     checkpoints = checkpoint.Checkpoints(out_path / 'checkpoints', config.train.keep)

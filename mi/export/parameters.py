@@ -61,7 +61,7 @@ def load_params(file: str | pathlib.Path) -> ExportedParams:
     try:
         with safetensors.safe_open(str(path), 'numpy') as stream:
             metadata = stream.metadata() or {}
-            for name in stream.keys():  # noqa: SIM118, it is no dict
+            for name in stream.keys():  # noqa: SIM118, it is not a dict
                 *parents, leaf = name.split(SEPARATOR)
                 node = params
                 for parent in parents:

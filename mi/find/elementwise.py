@@ -178,7 +178,10 @@ def raise_power(trace: Trace, equation: Equation) -> Value:
 
 
 def select(trace: Trace, equation: Equation) -> Value:
-    """Return a selection among values; constants among them leave the tags of the rest."""
+    """Return a selection among values.
+
+    Properties such as `squash` and `is_mask` come only from the cases that depend on a stream.
+    """
     inputs, is_nonlinear = equation.inputs, equation.name != 'select_n'
     predicates, cases = ([], inputs) if is_nonlinear else (inputs[:1], inputs[1:])
     candidates = [case for case in cases if case.streams]
@@ -189,7 +192,7 @@ def select(trace: Trace, equation: Equation) -> Value:
     if not candidates:  # one-hot codes and masks
         return trace.identify(value)._replace(is_mask=True)
 
-    # Tags that all candidates share, and records that any of them has.
+    # Properties that all candidates share, and records that any of them has.
     value = trace.inherit_identity(value, candidates)
     squashes = {case.squash for case in candidates}
     return value._replace(
@@ -211,7 +214,7 @@ def select(trace: Trace, equation: Equation) -> Value:
 
 
 def apply_nonlinear(trace: Trace, equation: Equation) -> list[Value]:
-    """Return the results of any function that is no polynomial."""
+    """Return the results of any function that is not a polynomial."""
     name, inputs, shapes = equation.name, equation.inputs, equation.shapes
     if len(inputs) == 1 and shapes == [inputs[0].shape]:
         return [_squash(name, inputs[0])]

@@ -19,7 +19,7 @@
 | scale | elementwise; exactly one side is an affine map |
 | unnamed | everything else |
 
-Activations are recorded apart: they are no meeting of two streams. A product by a mask that a
+Activations are recorded apart: two streams do not meet there. A product by a mask that a
 comparison made is a selection and is not recorded.
 """  # noqa: E501 - a table
 
@@ -118,7 +118,7 @@ def is_statistic(scale: Value, value: Value) -> bool:
 
 
 def _mixes_positions(left: Value, right: Value, contraction: Contraction | None) -> bool:
-    """Return whether a softmax is contracted with an axis that is no feature of an affine map."""
+    """Return whether a softmax is contracted with an axis other than a feature of an affine map."""
     if contraction is None:
         return False
     operand, axes = (right, contraction.right) if left.is_softmax else (left, contraction.left)

@@ -44,7 +44,7 @@ class Value(NamedTuple):
       is_mask: whether its entries are zeros and ones that a comparison made.
       is_choice: whether it depends on indices that a top-k, a sort or an argmax chose.
       is_chosen: whether it holds parameters that were selected by such indices.
-      linear: the arrays that it is an affine map of; empty if it is no affine map.
+      linear: the arrays that it is an affine map of; empty if it is not an affine map.
       features: for such a map, the axes that come from the parameters.
       is_shifted: whether it is an affine map plus a constant number, as in 1 + γ(z).
       is_activation: whether it is an elementwise nonlinear function of an affine map.
@@ -57,7 +57,7 @@ class Value(NamedTuple):
       is_carry: whether it is the carry of a loop itself.
       carried: ids of the loops whose carry it depends on.
       pending: ids of softmax divisions that a product may absorb.
-      ref: id of the mutable array that it refers to; 0 if it is no reference.
+      ref: id of the mutable array that it refers to; 0 if it is not a reference.
     """
 
     shape: tuple[int, ...]
@@ -111,7 +111,7 @@ def add_degrees(left: Value, right: Value) -> tuple[float, ...]:
 
 
 def unbound_degrees(values: Sequence[Value]) -> tuple[float, ...]:
-    """Return the degrees of a function that is no polynomial."""
+    """Return the degrees of a function that is not a polynomial."""
     return tuple(INFINITY if degree else 0 for degree in max_degrees(values))
 
 

@@ -73,7 +73,7 @@ def import_problem(problem_name: object) -> ProblemMaker:
     )
     try:
         if not isinstance(problem_name, str):
-            raise ValueError('it is no name')
+            raise ValueError('it is not a name')
         is_object = is_reference(problem_name)
         maker = import_object(problem_name) if is_object else importlib.import_module(problem_name)
     except (ImportError, ValueError) as error:

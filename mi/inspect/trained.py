@@ -100,7 +100,7 @@ def load(workdir: str | os.PathLike[str]) -> Trained:
     """Load the newest checkpoint of a run of a language model or an agent.
 
     Raises:
-      UserError: if it is no such run, or has no complete checkpoint.
+      UserError: if it is not such a run, or has no complete checkpoint.
     """
     config = read_config(workdir)
     loaders = {'lm': _load_lm, 'rl': _load_rl}

@@ -64,7 +64,11 @@ def _csv_costs(sweep: Sweep, result: ArmResult) -> dict[str, object]:
 
 
 def tasks_to_csv(results: list[ArmResult]) -> str:
-    """Return every final score of every task, in the order of the seeds that have all tasks."""
+    """Return the final scores as CSV, by arm, task and seed.
+
+    Seeds without a finite score in every task, and arms with fewer than two tasks, are left out;
+    `number` counts the remaining seeds from 0.
+    """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator='\n')
     writer.writerow(['arm', 'task', 'number', 'score'])

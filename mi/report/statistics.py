@@ -266,12 +266,12 @@ class SignFlipTest:
 
 
 def sign_flip_test(differences: np.ndarray) -> SignFlipTest | None:
-    """Run the permutation test of n paired differences; None for fewer than two.
+    """Return the permutation test of n paired differences; None if there are fewer than two.
 
     If two arms do not differ, each difference is as probable with the opposite sign. All 2ⁿ choices
-    of signs are then equally likely, and p is the share whose mean is at least as far from zero.
-    Nothing is assumed about the distribution over seeds. The test is exact up to 16 pairs; for more
-    pairs, signs are sampled.
+    of signs are then equally likely, and p is the share of them whose mean is at least as far from
+    zero as the observed mean. Nothing is assumed about the distribution over seeds. The test is
+    exact up to 16 pairs; for more pairs, signs are sampled.
 
     Args:
       differences: [seeds], or [seeds, tasks] where each task has separate runs: each task of each

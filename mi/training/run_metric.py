@@ -60,7 +60,10 @@ def find_direction(metric: str) -> bool | None:
     direction = getattr(import_metric(metric), 'lower_is_better', None)
     if direction is None or isinstance(direction, bool):
         return direction
-    raise UserError(f'METRIC = {metric!r}: lower_is_better = {direction!r}: expected True or False')
+    raise UserError(
+        f'METRIC = {metric!r}: expected its attribute lower_is_better to be True or False, not '
+        f'{direction!r}'
+    )
 
 
 class MetricAppender:

@@ -108,7 +108,7 @@ def restart_refusal(run_dir: pathlib.Path) -> str:
 
 
 def last_line(log: pathlib.Path) -> str:
-    """Return the last line of a log that is not blank; '' if there is none."""
+    """Return the last non-blank line of a log; '' if there is none."""
     try:
         with open(log, 'rb') as log_file:
             log_file.seek(max(0, log_file.seek(0, 2) - LOG_TAIL))

@@ -182,7 +182,8 @@ def choose_mesh_shape(
         )
     if batch_size % (shape[1] * shape[2]):
         raise ArgumentError(
-            f'{setting}: expected data · fsdp to divide `batch_size` = {batch_size}'
+            f'{setting}: expected the product of the last two entries to divide '
+            f'`batch_size` = {batch_size}'
         )
     return shape
 
@@ -190,10 +191,12 @@ def choose_mesh_shape(
 def _choose_largest_shape(
     num_seeds: int, batch_size: int, fsdp: int, num_devices: int
 ) -> tuple[int, int, int]:
+    setting = f'`fsdp` = {fsdp}'
     if num_devices < fsdp:
         fsdp = math.gcd(fsdp, num_devices)
+        setting += f', which is {fsdp} on {num_devices} devices'
     if batch_size % fsdp:
-        raise ArgumentError(f'`fsdp` = {fsdp}: expected a divisor of `batch_size` = {batch_size}')
+        raise ArgumentError(f'{setting}: expected a divisor of `batch_size` = {batch_size}')
 
     def fill(seed_shards: int) -> tuple[int, int, int]:
         max_data = num_devices // (seed_shards * fsdp)

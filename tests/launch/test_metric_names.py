@@ -146,9 +146,9 @@ def test_hyperparameters_are_by_default_those_of_the_task():
     [
         (LM, 'loss.entropy_cost', 'no such key'),
         (LM, 'optim.learning_rat', "did you mean 'optim.learning_rate'"),
-        (LM, 'model.hidden', r'a number with a decimal point.* of a \(got \d+\); '),
+        (LM, 'model.hidden', r'a nonzero float.* of a \(got \d+\); '),
         (LM, 'model.tied', r'in the config of a \(got True\)'),
-        (LM, 'optim.weight_decay', r'other than 0, in the config of a \(got 0.0\)'),
+        (LM, 'optim.weight_decay', r'nonzero float.*in the config of a \(got 0.0\)'),
         (LM, 'optim.name', "'adam'"),
         (SEARCH, 'optim.learning_rate', "config.task = 'search' of a"),
     ],

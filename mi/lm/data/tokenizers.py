@@ -86,7 +86,7 @@ def read_tokenizer(file: str) -> tokenizers.Tokenizer:
     """Read a tokenizer.json of the library tokenizers; truncation and padding are disabled.
 
     Raises:
-      DataError: if the file is missing, is no tokenizer, or has fewer than two ids.
+      DataError: if the file is missing, is not a tokenizer, or has fewer than two ids.
     """
     path = pathlib.Path(file)
     setting = f'`tokenizer` = {file!r}'

@@ -29,9 +29,9 @@ begins in one of two ways, and a stream may use both:
   for episodes that terminate. Every `JaxEnvironment` restarts this way after `terminated`;
 - one step later: the step that ends the episode, `is_last`, has the last observation, and discount
   0 if the episode terminated, 1 if it was truncated. The action that follows is ignored. It leads
-  to the first observation of the next episode, `is_first`, with reward 0, and is no transition: the
-  learner leaves it out and bootstraps from the last observation. Every `JaxEnvironment` restarts
-  this way after `truncated`, and so do most pools of the host.
+  to the first observation of the next episode, `is_first`, with reward 0, and is not a transition:
+  the learner leaves it out and bootstraps from the last observation. Every `JaxEnvironment`
+  restarts this way after `truncated`, and so do most pools of the host.
 """
 
 import dataclasses

@@ -173,8 +173,8 @@ def _make_probe_env(gymnasium: types.ModuleType, env_id: str, arguments: Argumen
     except (gymnasium.error.NameNotFound, gymnasium.error.NamespaceNotFound) as error:
         known_ids = [known_id for known_id in gymnasium.registry if '/' not in known_id]
         raise UserError(
-            f"gymnasium/{env_id} is unknown; {suggest(env_id, known_ids)}. An id of one's own has "
-            f"its module in front, as 'my_module:MyEnv-v0'"
+            f'gymnasium/{env_id} is unknown; {suggest(env_id, known_ids)}. To use an id of your '
+            f"own, put its module in front, as in 'my_module:MyEnv-v0'"
         ) from error
     except ModuleNotFoundError as error:
         raise UserError(

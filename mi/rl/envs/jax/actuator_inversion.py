@@ -133,7 +133,7 @@ class ActuatorInversion:
 
 
 def name_task(permutation: Permutation) -> str:
-    """Return where the actions 0 to 3 move, in words: 'down right up left'."""
+    """Return where actions 0 to 3 move the agent, such as 'down right up left'."""
     words = tuple(DIRECTIONS)
     return ' '.join(words[direction] for direction in permutation)
 

@@ -1,9 +1,9 @@
 """Catch: a ball falls, and a paddle catches it or not. One task, solved if every return is 1.
 
-The game of bsuite (Osband et al., 2020), after Mnih et al. (2014): a board of 10 × 5, the ball
-starts in a column of the top row drawn at random, the paddle in the middle of the bottom row;
-actions left, stay, right; reward 1 or −1 when the ball reaches the bottom row, which ends the
-episode after 9 steps.
+The game of bsuite (Osband et al., 2020), after Mnih et al. (2014), on a board of 10 × 5. The ball
+starts in a random column of the top row, the paddle in the middle of the bottom row. The actions
+are left, stay and right. After 9 steps the ball reaches the bottom row, which gives reward 1 or −1
+and ends the episode.
 """
 
 from typing import NamedTuple
