@@ -6,7 +6,7 @@
 
 What is known of the learner, and how well:
 
-[paper]     Jayakumar et al. (ICLR 2020) train all thirty levels at once, with 5 actors for each
+[paper]     Jayakumar et al. (ICLR 2020) train all thirty levels together, with 5 actors for each
             level, 150 in all, and one learner on 4 GPUs.
 [sources]   The agent is IMPALA (Espeholt et al., 2018) with PopArt (Hessel et al., 2019). The
             public code of IMPALA has a deep residual torso, an LSTM of 256, unrolls of 100, γ 0.99,

@@ -40,7 +40,7 @@ def test_gpus_are_dealt_out_so_that_no_two_members_share_one(tmp_path, monkeypat
     assert {read_starts(path)[0]['cuda'] for path in paths[2:]} <= {first, second}
     with pytest.raises(UserError, match=r'at most the 4 GPUs of this machine .* Try fewer'):
         local.submit(commands, engine.Resources(gpus=5))
-    with pytest.raises(UserError, match='expected at most 2, as'):
+    with pytest.raises(UserError, match='expected at most 2, because'):
         local.submit(commands, engine.Resources(gpus=2, parallel=3))
 
 
