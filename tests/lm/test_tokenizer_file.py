@@ -155,7 +155,7 @@ def make_config(source, file, **changes):
 
 def test_level_and_file_go_together(tmp_path, source):
     config = make_config(source, tmp_path / 'none.json', **{'data.level': 'bpe'})
-    with pytest.raises(UserError, match=r"config\.data\.level = 'bpe': expected 'file', as"):
+    with pytest.raises(UserError, match=r"config\.data\.level = 'bpe': expected 'file', because"):
         lm_config.validate(config)
     with pytest.raises(UserError, match=r"config\.data\.tokenizer = '': expected the path of a"):
         lm_config.validate(make_config(source, ''))
