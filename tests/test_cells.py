@@ -195,7 +195,7 @@ def test_cudnn_is_the_lstm(over_seeds):
 def test_cudnn_refuses_what_it_has_not():
     carry, x = cells.initial_carry(B, H), jnp.zeros((T, B, N))
     lstm = cells.LSTM(H, impl='cudnn', dtype=jnp.bfloat16)
-    with pytest.raises(ValueError, match="use impl='xla'"):
+    with pytest.raises(ValueError, match="Try impl='xla'"):
         lstm.init(prng.key(0), carry, x)
 
 
