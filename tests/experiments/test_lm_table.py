@@ -193,7 +193,7 @@ def test_the_sweep_runs_from_end_to_end(tmp_path):
         'from experiments.lm_table import *\n'
         'from experiments.lm_table import report\n'
         'def sweep():\n'
-        f'    return [arm | {TOY!r} for arm in lm_table.sweep() if is_chosen(arm)]\n'
+        f'    return [arm | {TOY!r} for arm in lm_table.list_arms() if is_chosen(arm)]\n'
         'def is_chosen(arm):\n'
         "    place = arm['model.site'], arm.get('model.source')\n"
         "    return place in [('none', None), ('both', 'recurrent'), ('decoder', 'state')]\n"
