@@ -42,9 +42,16 @@ def _make_variables(directory: pathlib.Path) -> dict[str, str]:
     """Return the environment variables by which JAX uses a cache."""
     # Most programs of a small member compile in less than JAX's minimum of one second.
     min_seconds = os.environ.get('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+    # On Intel, jaxlib 0.10 logs an error of 4 kB for each program that it loads: a preference of
+    # its compiler, prefer-no-gather, is no feature of a processor. 3 logs fatal errors only; the
+    # others reach Python as exceptions.
+    log_level = os.environ.get('TF_CPP_MIN_LOG_LEVEL', '1')
+    if log_level == '1':  # which `import jax` sets where the user does not
+        log_level = '3'
     return {
         'JAX_COMPILATION_CACHE_DIR': str(directory / host.hash_processor()),
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': min_seconds,
+        'TF_CPP_MIN_LOG_LEVEL': log_level,
     }
 
 

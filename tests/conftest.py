@@ -35,7 +35,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 CACHE_MEGABYTES = 2048
 for name, value in compilation_cache.prepare(ROOT / '.pytest_cache', CACHE_MEGABYTES).items():
     os.environ[name] = value
-    jax.config.update(name.lower(), float(value) if name.endswith('SECS') else value)
+    if name.startswith('JAX_'):
+        jax.config.update(name.lower(), float(value) if name.endswith('SECS') else value)
 
 
 def forced(devices: int) -> str:

@@ -6,6 +6,7 @@ no case depends on how fast the machine is.
 """
 
 import json
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -74,7 +75,7 @@ def command(case, texts):
 def train(arguments, workdir):
     """What the command does, in this process."""
     config = overrides.parse(arguments)
-    main.TASKS['train'][config.task](config, str(workdir))
+    pkgutil.resolve_name(main.TASKS['train'][config.task])(config, str(workdir))
 
 
 def wait_for(file, process):

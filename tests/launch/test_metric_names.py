@@ -1,6 +1,7 @@
 """What a sweep compares is looked up before it starts, in what its runs will record."""
 
 import json
+import pkgutil
 
 import pytest
 
@@ -203,7 +204,8 @@ def test_what_is_said_to_be_recorded_is(tmp_path, texts, config, values):
     if config == LM:
         values = values | {'data.source': str(texts), 'data.cache': str(tmp_path / 'cache')}
     config_object = parsed(config, **values)
-    main.TASKS['train'][config_object.task](config_object, str(tmp_path / 'run'))
+    train = pkgutil.resolve_name(main.TASKS['train'][config_object.task])
+    train(config_object, str(tmp_path / 'run'))
     lines = (tmp_path / 'run/metrics.jsonl').read_text().splitlines()
     written, steps = {}, {}
     for record in map(json.loads, lines):
