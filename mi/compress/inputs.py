@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.extend.core import get_opaque_trace_state
 
 from mi.config import UserError
 from mi.inspect.trained import Params, Site, Trained
@@ -34,6 +35,7 @@ class Recorder:
 
     def __init__(self, sites: Iterable[Site]):
         self._rows: dict[tuple[str, ...], list[Rows]] = {site.path: [] for site in sites}
+        self._model_trace: Any = None  # JAX's trace of the call of the whole model
 
     @contextlib.contextmanager
     def record(self) -> Iterator[None]:
@@ -65,9 +67,26 @@ class Recorder:
         context: nn.module.InterceptorContext,
     ) -> Any:
         path = context.module.path
-        if path in self._rows and context.method_name == '__call__':
-            jax.debug.callback(functools.partial(self._append, path), *args[:2])
-        return call(*args, **kwargs)
+        if not path:
+            self._model_trace = get_opaque_trace_state()
+        if path not in self._rows or context.method_name != '__call__':
+            return call(*args, **kwargs)
+        append = functools.partial(self._append, path)
+        if self._model_trace == get_opaque_trace_state():
+            jax.debug.callback(append, *args[:2])
+            return call(*args, **kwargs)
+
+        # Within a loop, Flax refuses an effect that depends on the step (since 0.12.12, with jax
+        # 0.12). There, the callback is a term of the output.
+        def append_and_return_zero(x: Any, z: Any) -> np.ndarray:
+            append(x, z)
+            return np.zeros((), output.dtype)
+
+        output = call(*args, **kwargs)
+        zero = jax.ShapeDtypeStruct((), output.dtype)
+        return output + jax.pure_callback(
+            append_and_return_zero, zero, *args[:2], vmap_method='sequential'
+        )
 
     def _append(self, path: tuple[str, ...], x: Any, z: Any) -> None:
         """Add the rows of one call; leading axes broadcast as in the layer."""
