@@ -1,1 +1,1 @@
-"""Multi-task reinforcement learning: IMPALA, whose fusion of task and instruction is one word."""
+"""Multi-task reinforcement learning: IMPALA with a choice of fusions for task and instruction."""

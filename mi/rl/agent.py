@@ -1,8 +1,8 @@
-"""The agent: torso → [instruction] → [core input] → core → [read-out], a fusion at each site.
+"""The agent: torso → [instruction] → [core input] → core → [read-out], with optional fusion sites.
 
-Shapes: T steps, B environments, tokens L, A actions, H core features, m context. All inputs and
-outputs are [T, B, …]; for an actor's step T = 1. Default sizes are those of public IMPALA code,
-where they are known.
+Shapes: T steps, B environments, L tokens, A actions, H core features, m context features. All
+inputs and outputs are [T, B, …], with T = 1 for a step of an actor. Default sizes are those of the
+public IMPALA code where they are known.
 """
 
 import functools
@@ -39,11 +39,11 @@ class Inputs(NamedTuple):
     """Inputs of the agent at each step, [T, B, …].
 
     Attributes:
-      observation: name → array, as in the environment's `Spec.observation`; 'instruction' as
-        tokens, or encoded by `encode_instruction`.
+      observation: name → array, as in `Spec.observation` of the environment. 'instruction' holds
+        tokens or their encoding from `encode_instruction`.
       action: int32, the previous action; ignored where `is_first`.
       reward: float32, the reward of the previous action; ignored where `is_first`.
-      is_first: bool, whether an episode starts here; the core's state is reset there.
+      is_first: bool, whether an episode starts at this step, which resets the state of the core.
     """
 
     observation: Mapping[str, Array]
@@ -56,8 +56,8 @@ class Outputs(NamedTuple):
     """Outputs of the agent at each step.
 
     Attributes:
-      logits: [T, B, A] of the policy, f32.
-      value: [T, B] in the units of the task's PopArt statistics, f32.
+      logits: logits of the policy, f32 [T, B, A].
+      value: value in the units of the task's PopArt statistics, f32 [T, B].
     """
 
     logits: Array
@@ -70,8 +70,8 @@ class Context(NamedTuple):
     Attributes:
       z: [T, B, m], or int32 [T, B] if the fusion takes the index of a one-hot context.
       options: arguments of the fusion's constructor that describe z.
-      is_new: bool [T, B] if z is an instruction: whether it differs from the previous step's, or an
-        episode starts. None for other contexts.
+      is_new: bool [T, B], whether z, an instruction, differs from that of the previous step or an
+        episode starts. None if z is not an instruction.
     """
 
     z: Array
@@ -80,15 +80,16 @@ class Context(NamedTuple):
 
 
 class StateContext(nn.Module):
-    """A context of the core's output: c = relu(A₂ relu(A₁h + a₁) + a₂), h [..., H] → c [..., m].
+    """A context computed from the core's output h, c = relu(A₂ relu(A₁h + a₁) + a₂).
 
-    `he_normal` weights give every layer the mean square of its input, so c starts with that of h.
+    Maps h [..., H] to c [..., m]. With `he_normal` weights each layer preserves the mean square of
+    its input, so c and h initially have the same mean square.
 
-    Source: c = relu(MLP(h)) at the read-outs is that of Jayakumar et al. (ICLR 2020), as recalled;
-    depth and widths are ours.
+    Source: Jayakumar et al. (ICLR 2020) use c = relu(MLP(h)) at the read-outs (recalled). Depth and
+    widths are ours.
 
     Attributes:
-      features: m, the width of both layers.
+      features: width of both layers, m.
       dtype: dtype of the products.
     """
 
@@ -115,25 +116,28 @@ class Agent(nn.Module):
         h_t = core(u_t, h_{t−1})                             [H]
         logits_t, value_t = fuse(h_t, z_t)                         site 'readout', otherwise affine
 
-    The context z_t is one of: the task's one-hot index ('task'); a learned vector of the task
-    ('embedding'); the state of a small LSTM that reads u up to step t and never the task
-    ('inferred'); the encoded instruction ('instruction'); a function of the core's output h_t
-    ('state', `StateContext`), which only the site 'readout' can have. With `use_instruction`, an
-    instruction that is neither at a site nor the context is concatenated to u_t.
+    The context z_t depends on `source`:
 
-    The value then passes an affine map with a gain and a shift for each task, which PopArt rescales
-    when its statistics change (`mi.rl.popart`).
+        'task'          the one-hot index of the task
+        'embedding'     a learned vector for each task
+        'inferred'      the state of a small LSTM that reads u up to step t and never the task
+        'instruction'   the encoded instruction
+        'state'         a function of h_t (`StateContext`), only for the site 'readout'
+
+    With `use_instruction`, an instruction that is neither fused at a site nor the context is
+    concatenated to u_t. The value finally passes through an affine map with a gain and a shift for
+    each task, which PopArt rescales when its statistics change (`mi.rl.popart`).
 
     Attributes:
-      spec: the environment's.
+      spec: spec of the environment.
       torso: a name in `TORSOS`. 'auto' is 'dense' for grids and features; for pixels it is
         'shallow', or 'deep' if the picture is smaller than `Shallow.min_side`.
-      features: F, 256 as in IMPALA.
-      core: constructor of a cell of `mi.cells`; None for no memory.
-      sites: places of fusion; any subset of `SITES`.
+      features: number of torso features, F; 256 as in IMPALA.
+      core: constructor of a cell from `mi.cells`; None for no memory.
+      sites: sites with a fusion, a subset of `SITES`.
       source: source of the context, one of `SOURCES`.
-      context: m, for all sources but 'task'.
-      fusion: constructor of the module (x, z) → y, one of `mi.fusion.FUSIONS`.
+      context: number of context features, m; unused if `source` is 'task'.
+      fusion: constructor of the module (x, z) → y, such as an entry of `mi.fusion.FUSIONS`.
       use_instruction: whether to encode instructions.
       dtype: dtype of the products; parameters, state and outputs are f32.
     """
@@ -185,7 +189,7 @@ class Agent(nn.Module):
         return context_carry | core_carry, Outputs(logits, value)
 
     def initial_carry(self, batch_size: int) -> Carry:
-        """Return the carry before the first step of an episode: zeros."""
+        """Return the carry before the first step of an episode, which is all zeros."""
         carry: Carry = {}
         if self.core is not None:
             carry['core'] = self.core(parent=None).initial(batch_size)
@@ -203,9 +207,9 @@ class Agent(nn.Module):
         return 'shallow' if min(height, width) >= Shallow.min_side else 'deep'
 
     def _encode_instruction(self, inputs: Inputs) -> Context | None:
-        """Return the encoded instructions as a context; None if the agent reads none.
+        """Return the encoded instructions as a context, or None if the agent does not read them.
 
-        Instructions that are encoded already, as a `Policy` does, are returned as they are.
+        Instructions that are already encoded, for example by a `Policy`, are used as they are.
         """
         if not is_instructed(self):
             return None
@@ -226,7 +230,7 @@ class Agent(nn.Module):
         return Context(instruction, {'context': 'dense'}, is_new)
 
     def _core_input(self, v: Array, inputs: Inputs, instruction: Context | None) -> Array:
-        """Concatenate the previous action and reward, and an instruction that is used nowhere."""
+        """Append the previous action, the reward, and an instruction not used elsewhere."""
         is_first = inputs.is_first[..., None]
         action = jax.nn.one_hot(inputs.action, self.spec.actions, dtype=self.dtype)
         action = jnp.where(is_first, 0, action)
@@ -240,9 +244,9 @@ class Agent(nn.Module):
     def _context(
         self, carry: Carry, u: Array, inputs: Inputs, instruction: Context | None
     ) -> tuple[Context | None, Carry]:
-        """Return the context of the last two sites, and the carry of its LSTM if it has one.
+        """Return the context for the last two sites, and the carry of its LSTM if there is one.
 
-        A context of the core's output is None before the core has run.
+        A context computed from the core's output is None before the core has run.
         """
         task, num_tasks = inputs.observation['task'], len(self.spec.tasks)
         match self.source:
@@ -266,10 +270,10 @@ class Agent(nn.Module):
         raise ValueError(f'source = {self.source!r}: expected one of {", ".join(SOURCES)}')
 
     def _fuse(self, site: Site, features: int, x: Array, context: Context | None) -> Array:
-        """Fuse x [T, B, n] with the context at a site, [T, B, features]."""
+        """Fuse x [T, B, n] with the context at a site into [T, B, features]."""
         if context is None:
             raise ValueError(
-                f'site {site!r} needs an instruction, but this agent reads none. Try '
+                f'site {site!r} needs an instruction, but this agent does not read any. Try '
                 f'use_instruction=True'
             )
         fusion = self.fusion(features, dtype=self.dtype, **context.options, name=site)
@@ -286,7 +290,7 @@ class Agent(nn.Module):
         return h, {'core': next_carry}
 
     def _readout(self, h: Array, context: Context | None, task: Array) -> tuple[Array, Array]:
-        """Return logits [T, B, A] and value [T, B], the latter through PopArt's affine map."""
+        """Return logits [T, B, A] and value [T, B], after PopArt's affine map of the value."""
         num_outputs, num_tasks = self.spec.actions + 1, len(self.spec.tasks)
         if 'readout' in self.sites:
             outputs = self._fuse('readout', num_outputs, h, context)
@@ -299,7 +303,7 @@ class Agent(nn.Module):
 
 
 def explain_source(source: Source, sites: Collection[Site]) -> str:
-    """Return why a source of the context does not fit the sites; '' if it does."""
+    """Return why a context source does not fit the sites, or '' if it does."""
     if source == 'state' and ('readout' not in sites or 'core_input' in sites):
         return (
             f"the context is a function of the core's output: expected the site 'readout' and not "
@@ -315,18 +319,18 @@ def forward(agent: Agent, params: Params, carry: Carry, inputs: Inputs) -> tuple
 
 
 def is_instructed(agent: Agent) -> bool:
-    """Return whether the agent encodes instructions."""
+    """Return whether the agent reads instructions."""
     return bool(agent.spec.vocabulary) and agent.use_instruction
 
 
 def encode_instruction(agent: Agent, params: Params, tokens: Array) -> Array:
-    """Encode tokens [..., L], [..., hidden]; the agent's inputs may hold the result instead."""
+    """Encode tokens [..., L] as [..., hidden], which may replace the tokens in `Inputs`."""
     encoder = InstructionEncoder(agent.spec.vocabulary, dtype=agent.dtype)
     return encoder.apply({'params': params['instruction_encoder']}, tokens)  # type: ignore[return-value,unused-ignore]
 
 
 def takes_ids(constructor: Callable[..., nn.Module]) -> bool:
-    """Return whether a fusion takes indices of one-hot contexts, which is many times cheaper."""
+    """Return whether a fusion accepts indices of one-hot contexts, which is many times cheaper."""
     while isinstance(constructor, functools.partial):
         constructor = constructor.func
     return 'contexts' in getattr(constructor, '__dataclass_fields__', {})

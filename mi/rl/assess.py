@@ -1,4 +1,4 @@
-"""Evaluation of a trained agent: scores of every task, greedy and sampled, and videos."""
+"""Evaluation of a trained agent: sampled and greedy scores for every task, and videos."""
 
 import operator
 import pathlib
@@ -32,13 +32,13 @@ Scores = dict[str, dict[str, Record]]  # split and policy, as 'eval_greedy' → 
 
 
 def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
-    """Evaluate the newest checkpoint of a run directory, and write into its evaluation/.
+    """Evaluate the newest checkpoint of a run, and write the results to WORKDIR/evaluation.
 
-        scores.json    records of metrics.jsonl, by split and policy ('eval_greedy', …) and seed
-        TASK.gif       the greedy policy of the first seed
+        scores.json    scores by split and policy (such as 'eval_greedy') and by seed
+        TASK.gif       an episode of the greedy policy of the first seed
 
     Raises:
-      UserError: if the directory has no complete checkpoint, or belongs to another config.
+      UserError: if the directory has no complete checkpoint, or belongs to a different config.
     """
     # The config of the run, with the evaluation's own keys.
     rl_config.validate(config)
@@ -84,9 +84,9 @@ def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
 
 
 def _print_scores(spec: Spec, split: str, scores: Scores) -> None:
-    """Print a row for each task: mean return and success over seeds, sampled and greedy.
+    """Print the mean scores over seeds, with a row for each task.
 
-    If the environment does not define success, the greedy column has the return.
+    The greedy column shows success, or the return if the environment does not define success.
     """
     score_name = 'success' if spec.has_success else 'return'
     columns = ['task', 'return', '± 2 s.e.', *(['success'] if spec.has_success else [])]

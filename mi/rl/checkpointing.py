@@ -1,4 +1,4 @@
-"""Steps of the training loop that all topologies share: cost, resume, save and stop a run."""
+"""Parts of the training loop that all topologies share: costs, resuming, saving and stopping."""
 
 from typing import Generic, NamedTuple
 
@@ -13,13 +13,13 @@ from mi.training.sharding import Tree
 
 
 class Resumed(NamedTuple, Generic[Tree]):
-    """Where a run continues.
+    """The point from which a run continues.
 
     Attributes:
       state: state from the newest checkpoint; None for a new run.
-      meta: meta that was saved with it.
-      records_end: offset at which metrics.jsonl continues, bytes; None if the evaluation of this
-        step is missing, because the run ended between the checkpoint and the evaluation.
+      meta: metadata of the checkpoint.
+      records_end: byte offset at which metrics.jsonl continues. None if the evaluation of this step
+        is missing because the run ended between the checkpoint and the evaluation.
     """
 
     state: Tree | None
@@ -33,7 +33,7 @@ class Snapshot(NamedTuple):
     Attributes:
       state: the arrays to save.
       learner: the learner's part of the arrays, which must be finite.
-      env_steps: environment steps so far, of each seed or of the only one.
+      env_steps: environment steps so far; a list if there can be several seeds.
     """
 
     state: chex.ArrayTree
@@ -42,9 +42,10 @@ class Snapshot(NamedTuple):
 
 
 def write_costs(run: run_dir.Run, agent: Agent) -> int:
-    """Write cost.json: the number of updates, and parameters and FLOPs of the agent.
+    """Write the number of updates and the agent's parameters and FLOPs to cost.json.
 
-    Return the FLOPs of a forward pass per environment step.
+    Returns:
+      The FLOPs of a forward pass per environment step.
     """
     num_updates, training = count_updates(run.config), run.config.train
     costs = factory.compute_costs(agent, training.batch, training.length)
@@ -60,8 +61,8 @@ def resume(
     Args:
       run: the open run.
       checkpoints: checkpoints of the run.
-      like: a state with the structure and the shardings to restore.
-      num_splits: number of environments that are evaluated.
+      like: a state with the same structure and shardings as the one to restore.
+      num_splits: number of environments in which the agent is evaluated.
     """
     state, meta = checkpoints.restore(like) or (None, {'step': 0, 'metrics': 0})
     run.step = meta['step']
@@ -76,7 +77,7 @@ def resume(
 
 
 def is_evaluation_due(config: ml_collections.ConfigDict, step: int) -> bool:
-    """Return whether to evaluate after this many updates."""
+    """Return whether to evaluate after `step` updates."""
     return step % config.train.eval_every == 0 or step == count_updates(config)
 
 
@@ -88,10 +89,10 @@ def save_or_stop(
     will_evaluate: bool,
     is_stopping: bool,
 ) -> None:
-    """Save a checkpoint, and end the run if it is asked to stop.
+    """Save a checkpoint, and end the run if a stop is requested.
 
-    The checkpoint comes before the evaluation, which may take long and be interrupted. A run that
-    is complete is not stopped.
+    The checkpoint precedes the evaluation, which may take long and be interrupted. A complete run
+    is not stopped.
 
     Raises:
       UserError: if the learner's state is not finite.

@@ -1,4 +1,4 @@
-"""Checks of an RL config: a rule for each key, and what several keys have to agree on."""
+"""Validation of RL configs: a rule for each key, and conditions on several keys together."""
 
 from collections import ChainMap
 from collections.abc import Callable
@@ -44,7 +44,7 @@ TOPOLOGIES = ('fused', 'threads', 'ray')
 
 
 def check_sites(sites: Any) -> str:
-    """Accept a tuple of distinct sites."""
+    """Return '' for a tuple of distinct sites, otherwise a description of what was expected."""
     is_tuple = isinstance(sites, tuple | list)
     if is_tuple and len(set(sites)) == len(sites) and all(site in SITES for site in sites):
         return ''
@@ -104,10 +104,10 @@ SCHEMA: dict[str, Rule] = {
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Refuse a config that cannot work, before anything is built.
+    """Check that a config can work, before anything is built.
 
     Raises:
-      UserError: if a value is invalid, or contradicts another.
+      UserError: if a value is invalid or contradicts another one.
     """
     check(config, SCHEMA)
     optim.validate(config.optim, count_updates(config))
@@ -118,8 +118,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     is_one_hot = model.source == 'task' and 'instruction' not in model.sites
     if fusion_name in fusion.ONE_HOT and not is_one_hot:
         raise UserError(
-            f'config.model.fusion.name = {fusion_name!r}: expected one-hot contexts only. Try '
-            f"config.model.source = 'task' and no site 'instruction'"
+            f'config.model.fusion.name = {fusion_name!r}: expected one-hot contexts, which this '
+            f"fusion needs. Try config.model.source = 'task' and no site 'instruction'"
         )
 
     if error := explain_source(model.source, model.sites):
@@ -151,5 +151,5 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 
 def count_updates(config: ml_collections.ConfigDict) -> int:
-    """Return the number of updates of a run."""
+    """Return the number of updates in a run."""
     return max(1, config.train.steps // (config.train.batch * config.train.length))

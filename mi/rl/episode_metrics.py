@@ -1,4 +1,4 @@
-"""Records of episodes and of PopArt's statistics, as a run of any topology writes them."""
+"""Metrics of episodes and PopArt statistics, in the format in which all topologies log them."""
 
 from collections.abc import Iterable, Sequence
 
@@ -13,10 +13,10 @@ Record = dict[str, float | None]
 def summarize_episodes(
     episodes: Episodes, tasks: Sequence[str], has_success: bool = True
 ) -> Record:
-    """Return means over episodes, by task and over all tasks.
+    """Return mean episode results for each task and over all tasks.
 
-    The mean over all tasks weights the tasks with an episode equally. None means unknown: no
-    episode ended, or the environment does not define success.
+    The mean over all tasks gives equal weight to each task in which an episode ended. A value is
+    None if it is unknown, because no episode ended or the environment does not define success.
     """
     num_episodes, *sums = (np.asarray(task_sums, np.float64) for task_sums in episodes)
     has_ended = num_episodes > 0
@@ -34,7 +34,7 @@ def summarize_episodes(
 
 
 def make_note(record: Record) -> str:
-    """Return a record's success, or its return if that is unknown, for the progress line."""
+    """Return the success in a record, or the return if it has none, for the progress line."""
     for metric_name in ('success', 'return'):
         mean = record.get(metric_name)
         if mean is not None:
@@ -43,7 +43,7 @@ def make_note(record: Record) -> str:
 
 
 def summarize_statistics(statistics: popart.Statistics, tasks: Sequence[str]) -> Record:
-    """Return μ and σ of PopArt by task."""
+    """Return PopArt's μ and σ for each task."""
     mu, sigma = np.asarray(statistics.mu), np.asarray(popart.sigma(statistics))
     record: Record = {}
     for task, task_name in enumerate(tasks):
@@ -53,5 +53,5 @@ def summarize_statistics(statistics: popart.Statistics, tasks: Sequence[str]) ->
 
 
 def add_episodes(episodes: Iterable[Episodes]) -> Episodes:
-    """Sum the episodes of several trajectories."""
+    """Add up the episodes of several trajectories."""
     return Episodes(*(np.sum(np.stack(sums), axis=0) for sums in zip(*episodes, strict=True)))

@@ -1,6 +1,7 @@
-"""Evaluation: the scores of a policy on whole episodes of each task, greedy or sampled.
+"""Evaluation of sampled and greedy policies on whole episodes of each task.
 
-Environments in JAX are played by one compiled program for all seeds, others on the host.
+In JAX environments, one compiled program plays the episodes of all seeds. Other environments are
+played on the host.
 """
 
 import functools
@@ -27,7 +28,7 @@ from mi.training import logger, progress, run_dir, sharding
 
 
 class Simulation(NamedTuple):
-    """An agent in a JAX environment, divided over the devices of a mesh; hashable."""
+    """An agent, a JAX environment, and the mesh whose devices share the work; hashable."""
 
     environment: JaxEnvironment
     agent: Agent
@@ -35,7 +36,7 @@ class Simulation(NamedTuple):
 
 
 class EpisodeArrays(NamedTuple):
-    """Returns, successes and lengths of one seed's episodes, one array per task."""
+    """Returns, successes and lengths of the episodes of one seed, with an array for each task."""
 
     returns: list[np.ndarray]
     success: list[np.ndarray]
@@ -43,7 +44,7 @@ class EpisodeArrays(NamedTuple):
 
 
 def make_evaluation_keys(seeds: Sequence[int], step: int) -> np.ndarray:
-    """Return the seed and the step for each seed, [S, 2] int32: data of the random keys."""
+    """Return int32 [S, 2] with each seed and the step, from which random keys are derived."""
     return np.array([[seed, step] for seed in seeds], np.int32)
 
 
@@ -59,8 +60,8 @@ def play_episodes(
     Args:
       simulation: environment, agent and mesh.
       params: parameters of the agent, [S, …].
-      evaluation_keys: random keys from `make_evaluation_keys`.
-      num_episodes: number for each task.
+      evaluation_keys: key data from `make_evaluation_keys`.
+      num_episodes: number of episodes for each task.
       greedy: whether to take the most likely action instead of sampling.
 
     Raises:
@@ -89,7 +90,7 @@ def compile_episodes(
     Args:
       simulation: environment, agent and mesh.
       params: shapes of the parameters of all seeds, placed on the mesh.
-      num_episodes: number for each task.
+      num_episodes: number of episodes for each task.
     """
     num_seeds = jax.tree.leaves(params)[0].shape[0]
     by_seed = sharding.seed_sharding(simulation.mesh)
@@ -101,9 +102,9 @@ def compile_episodes(
 
 @functools.cache
 def make_program(simulation: Simulation, num_episodes: int, greedy: bool) -> jax.stages.Wrapped:
-    """Return the program (params, evaluation keys) → return, success and length of rows, [S, rows].
+    """Return the program (params, evaluation keys) → (return, success, length), [S, rows] each.
 
-    The devices do not communicate: each ends with the longest episode of its rows.
+    The devices do not communicate, so each one stops after the longest of its own episodes.
     """
     environment, agent, mesh = simulation
     num_rows = len(environment.spec.tasks) * num_episodes
@@ -131,12 +132,12 @@ def make_program(simulation: Simulation, num_episodes: int, greedy: bool) -> jax
 
 
 class _EvaluationState(NamedTuple):
-    """The rows of an evaluation between two steps; all but `actor` are [rows].
+    """The state of an evaluation between two steps; all arrays except `actor` are [rows].
 
     Attributes:
-      actor: the actor's state.
-      is_alive: whether the row's episode is still running.
-      returns, success, length: of the row's episode so far.
+      actor: state of the actor.
+      is_alive: whether the episode of a row is still running.
+      returns, success, length: results of the episode of a row so far.
     """
 
     actor: ActorState
@@ -154,9 +155,9 @@ def _play_rows(
     is_played: Array,
     greedy: bool,
 ) -> tuple[Array, Array, Array]:
-    """Play one episode in each row that is played; return its return, success and length, [rows].
+    """Play an episode in each row where `is_played`; return its return, success and length, [rows].
 
-    The program runs one step longer than an episode may be, which reveals a longer one.
+    The program runs for one step more than the maximum length, so that longer episodes are noticed.
     """
     num_rows = len(is_played)
     env_step = jax.vmap(functools.partial(auto_reset.step, environment))
@@ -197,12 +198,12 @@ def summarize(
     success: Sequence[np.ndarray],
     length: Sequence[np.ndarray],
 ) -> Record:
-    """Summarize episodes as means over tasks, by task, and as normalized scores.
+    """Summarize episodes by mean results, for each task and over tasks, and by normalized scores.
 
     Success is None if the environment does not define it. The normalized score of a task is
-    (s − random) / (reference − random), if the spec has both; the capped one is at most 1.
-    `stderr/…` is the standard error of a task's mean return, and `episodes_per_task` the smallest
-    number of episodes of a task.
+    (s − random) / (reference − random) if the spec has both scores; the capped score is at most 1.
+    `stderr/…` is the standard error of a task's mean return, and `episodes_per_task` is the
+    smallest number of episodes in any task.
 
     Args:
       spec: spec of the environment.
@@ -244,18 +245,19 @@ def evaluate_seeds(
     config: ml_collections.ConfigDict,
     stops: Callable[[], bool] = never,
 ) -> list[dict[str, Record]]:
-    """Evaluate all seeds in an environment in JAX.
+    """Evaluate all seeds in a JAX environment.
 
     Args:
       simulation, params, evaluation_keys: as in `play_episodes`.
-      config: config of the evaluation, config.eval.
-      stops: called before each policy is evaluated; returns whether to abort.
+      config: the section config.eval.
+      stops: function called before each policy is evaluated that returns whether to abort.
 
     Returns:
-      For each seed, the records of the sampled policy '' and, with `config.greedy`, of '_greedy'.
+      For each seed, suffix → record: '' for the sampled policy and, with `config.greedy`, '_greedy'
+      for the greedy one.
 
     Raises:
-      StoppedError: if the run is to end.
+      StoppedError: if `stops` returns True.
     """
     seed_records: list[dict[str, Record]] = [{} for _ in evaluation_keys]
     for greedy in (False, True) if config.greedy else (False,):
@@ -277,12 +279,12 @@ def write_evaluations(
     log: logger.RunLogger,
     env_steps: Sequence[int] | np.ndarray,
 ) -> None:
-    """Write a record for each split, seed and policy; end the run if it is asked to stop.
+    """Evaluate and write a record for each split, seed and policy; end the run if asked to stop.
 
     Args:
       splits: split → function that takes `stops` and returns the records of each seed.
       run: the open run.
-      log: its logger.
+      log: logger of the run.
       env_steps: environment steps of each seed so far.
     """
     stops = functools.partial(run.should_stop, recorded=False)
@@ -301,7 +303,7 @@ def write_evaluations(
 
 
 class Evaluation:
-    """Evaluation of one seed in any environment, with rows of its own; a context manager.
+    """An evaluation of one seed at a time, in any environment; a context manager.
 
     Args:
       config: config of the run.
@@ -336,16 +338,20 @@ class Evaluation:
         seed: int,
         stops: Callable[[], bool] = never,
     ) -> dict[str, Record]:
-        """Return the records of the sampled policy '' and, with config.eval.greedy, of '_greedy'.
+        """Evaluate one seed.
 
         Args:
-          agent, params: agent and parameters of one seed.
+          agent, params: agent and parameters of the seed.
           step: number of updates so far.
           seed: a seed of the run. Seed and step determine the episodes.
-          stops: returns whether to abort.
+          stops: function that returns whether to abort.
+
+        Returns:
+          Suffix → record: '' for the sampled policy and, with config.eval.greedy, '_greedy' for the
+          greedy one.
 
         Raises:
-          StoppedError: if the run is to end before the evaluation is over.
+          StoppedError: if `stops` returns True before the evaluation is over.
         """
         if self._compiled is not None:
             return self._evaluate_compiled(agent, params, make_evaluation_keys([seed], step), stops)
@@ -366,7 +372,7 @@ class Evaluation:
     def _evaluate_compiled(
         self, agent: Agent, params: Params, evaluation_keys: np.ndarray, stops: Callable[[], bool]
     ) -> dict[str, Record]:
-        """Evaluate on all devices of this process."""
+        """Evaluate in a JAX environment, on all devices of this process."""
         assert self._compiled is not None
         devices = jax.local_devices()
         mesh = sharding.make_mesh(1, len(devices), devices=devices)
@@ -379,7 +385,7 @@ class Evaluation:
     def _play(
         self, policy: Policy, params: Params, rng_key: Array, stops: Callable[[], bool]
     ) -> Record:
-        """Play on the host, within the limits of the config."""
+        """Play episodes on the host, within the limits of the config."""
         config = self._config.eval
         limits = Limits(config.episodes, config.steps, config.seconds)
         self._pool.stops = stops

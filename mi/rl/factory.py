@@ -1,4 +1,4 @@
-"""Constructors from a config: the environment, the agent, its inputs and its costs."""
+"""Constructors that build environments and agents from a config."""
 
 import contextlib
 import functools
@@ -29,7 +29,7 @@ EnvironmentKey = Literal['env.name', 'eval.held_out']
 
 
 def get_environment_keys(config: ml_collections.ConfigDict) -> dict[str, EnvironmentKey]:
-    """Return the config key of each evaluation split's environment, by split."""
+    """Return evaluation split → config key that names its environment."""
     config_keys: dict[str, EnvironmentKey] = {'eval': 'env.name'}
     if config.eval.held_out:
         config_keys['held_out'] = 'eval.held_out'
@@ -39,7 +39,7 @@ def get_environment_keys(config: ml_collections.ConfigDict) -> dict[str, Environ
 def get_environment_name(
     config: ml_collections.ConfigDict, config_key: EnvironmentKey = 'env.name'
 ) -> str:
-    """Return the name of an environment of a config."""
+    """Return the name of an environment in a config."""
     env_name: str = config.env.name if config_key == 'env.name' else config.eval.held_out
     return env_name
 
@@ -47,10 +47,10 @@ def get_environment_name(
 def make_environment(
     config: ml_collections.ConfigDict, config_key: EnvironmentKey = 'env.name'
 ) -> JaxEnvironment:
-    """Make an environment of a config, of pure functions of one row.
+    """Make a JAX environment from a config.
 
     Raises:
-      UserError: if it runs on the host, or `envs.make` refuses it.
+      UserError: if the environment runs on the host, or `envs.make` raises an error.
     """
     env_name = get_environment_name(config, config_key)
     if envs.is_on_host(env_name):
@@ -68,10 +68,10 @@ def make_pool(
     seed: int,
     config_key: EnvironmentKey = 'env.name',
 ) -> HostEnvironment:
-    """Make rows of an environment of a config on the host.
+    """Make a batch of environments on the host from a config.
 
     Raises:
-      UserError: if `envs.pool` refuses it.
+      UserError: if `envs.pool` raises an error.
     """
     env_name, options = get_environment_name(config, config_key), get_options(config.env, 'options')
     with name_environment_keys(config_key):
@@ -79,10 +79,10 @@ def make_pool(
 
 
 def read_spec(config: ml_collections.ConfigDict) -> Spec:
-    """Return the spec of the environment of a config, without its simulator where that is possible.
+    """Return the spec of the environment in a config, without its simulator where possible.
 
     Raises:
-      UserError: if `envs.make` or `envs.host_spec` refuses it.
+      UserError: if `envs.make` or `envs.host_spec` raises an error.
     """
     env_name = get_environment_name(config)
     if not envs.is_on_host(env_name):
@@ -94,7 +94,7 @@ def read_spec(config: ml_collections.ConfigDict) -> Spec:
 def count_evaluation_rows(
     config: ml_collections.ConfigDict, config_key: EnvironmentKey = 'env.name'
 ) -> int:
-    """Return the number of rows for evaluation on the host, if `config.eval.batch` is 0.
+    """Return the number of environments for evaluation on the host if `config.eval.batch` is 0.
 
     Raises:
       UserError: if the suite is unknown.
@@ -107,7 +107,7 @@ def count_evaluation_rows(
 def name_environment_keys(
     config_key: EnvironmentKey = 'env.name',
 ) -> contextlib.AbstractContextManager[None]:
-    """Name config keys in errors about an environment and its actors."""
+    """Replace argument names by config keys in errors about an environment and its actors."""
     return name_config_keys(
         {
             'env_name': f'config.{config_key}',
@@ -123,7 +123,7 @@ def build_agent(config: ml_collections.ConfigDict, spec: Spec) -> Agent:
     """Build the agent of a config for an environment.
 
     Raises:
-      UserError: if the environment does not provide what the agent reads.
+      UserError: if the environment lacks an observation that the agent reads.
     """
     model = config.model
     _check_instruction(config, spec)
@@ -150,7 +150,7 @@ def build_agent(config: ml_collections.ConfigDict, spec: Spec) -> Agent:
 
 
 def _get_core(model: ml_collections.ConfigDict) -> Callable[..., nn.Module] | None:
-    """Return the constructor of the core; None for no memory."""
+    """Return the constructor of the core, or None for an agent without memory."""
     options = get_options(model, 'core_options')
     constructor = None if model.core == 'none' else ChainMap(CORES, cells.CELLS)[model.core]
     defaults = {} if constructor is None else get_field_defaults(constructor)
@@ -169,26 +169,31 @@ def _get_core(model: ml_collections.ConfigDict) -> Callable[..., nn.Module] | No
 
 
 def _check_instruction(config: ml_collections.ConfigDict, spec: Spec) -> None:
-    """Refuse an agent that reads an instruction where there is none, or does not read its own."""
+    """Check that the agent and the environment provide the instructions that the config uses."""
     model = config.model
     is_fused = 'instruction' in model.sites or model.source == 'instruction'
     if is_fused and not (model.instruction and spec.vocabulary):
         problem = 'has no instructions' if model.instruction else 'does not read them'
         subject = 'the environment' if model.instruction else 'the agent'
+        advice = (
+            'Choose another environment, or other sites and source'
+            if model.instruction
+            else 'Try config.model.instruction = True'
+        )
         raise UserError(
             f'config.model.sites = {tuple(model.sites)} and config.model.source = '
-            f'{model.source!r} use the instruction, but {subject} {problem}: config.env.name = '
-            f'{spec.name!r}, config.model.instruction = {model.instruction}'
+            f'{model.source!r} use the instruction, but {subject} {problem} (config.env.name = '
+            f'{spec.name!r}, config.model.instruction = {model.instruction}). {advice}'
         )
     if model.instruction and not spec.vocabulary:
         raise UserError(
-            f'config.model.instruction = True: expected an environment with instructions, and '
+            f'config.model.instruction = True: expected an environment with instructions, but '
             f'config.env.name = {config.env.name!r} has none. Set it to False'
         )
 
 
 def _check_torso(config: ml_collections.ConfigDict, spec: Spec) -> None:
-    """Refuse a torso that does not read the environment's observation."""
+    """Check that the torso can read the observations of the environment."""
     torso, env_name = config.model.torso, config.env.name
     entries = TORSO_INPUTS.get(torso, ())
     if entries and not spec.observation.keys() & set(entries):
@@ -204,18 +209,18 @@ def _check_torso(config: ml_collections.ConfigDict, spec: Spec) -> None:
         height, width, _ = spec.observation['pixels'].shape
         if min(height, width) < Shallow.min_side:
             raise UserError(
-                f"config.model.torso = 'shallow': expected pictures of at least "
+                f"config.model.torso = 'shallow': expected images of at least "
                 f'{Shallow.min_side} × {Shallow.min_side} pixels (got {height} × {width} from '
                 f"config.env.name = {env_name!r}). Try 'deep'"
             )
 
 
 def check_held_out(config: ml_collections.ConfigDict, trained: Spec, held_out: Spec) -> None:
-    """Refuse a held-out environment in which the agent cannot act.
+    """Check that the agent can act in the held-out environment.
 
     Raises:
       UserError: if its observations or actions differ from those in training, or if its tasks
-        differ and the agent reads the task's index.
+        differ and the agent reads the index of the task.
     """
 
     # What the shapes of the agent's parameters depend on.
@@ -250,14 +255,14 @@ def check_held_out(config: ml_collections.ConfigDict, trained: Spec, held_out: S
 
 
 def get_hyperparameters(config: ml_collections.ConfigDict) -> loss.Hyperparameters:
-    """Return the hyperparameters of the loss."""
+    """Return the hyperparameters of the loss from a config."""
     return loss.Hyperparameters(**config.loss)
 
 
 def get_swept_numbers(
     config: ml_collections.ConfigDict, num_updates: int, mesh: jax.sharding.Mesh
 ) -> SweptNumbers:
-    """Return the arguments of a training program beside its state, on every device of the mesh."""
+    """Return the numbers to pass to a training program, replicated over the mesh."""
     learning_rates = optim.compute_learning_rates(config.optim, num_updates)
     numbers = np.asarray(learning_rates), np.asarray(config.loss.entropy_cost, np.float32)
     replicated = sharding.replicated(mesh)
@@ -265,7 +270,7 @@ def get_swept_numbers(
 
 
 def make_input_shapes(spec: Spec, num_steps: int, batch_size: int) -> Inputs:
-    """Return the shapes of an agent's inputs [T, B, …], without allocating memory."""
+    """Return the shapes of an agent's inputs, [T, B, …]."""
 
     def add_rows(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         return jax.ShapeDtypeStruct((num_steps, batch_size, *shape), dtype)
@@ -290,7 +295,7 @@ def init_params(agent: Agent, rng_key: jax.Array) -> Params:
 
 
 def compute_costs(agent: Agent, batch_size: int, num_steps: int) -> dict[str, dict[str, int]]:
-    """Count parameters, and forward FLOPs per environment step, of the agent and its fusions."""
+    """Count the parameters and forward FLOPs per environment step of an agent and its fusions."""
     # The whole agent.
     inputs = make_input_shapes(agent.spec, num_steps, batch_size)
     carry = jax.eval_shape(lambda: agent.initial_carry(batch_size))

@@ -1,6 +1,7 @@
-"""The instruction encoder, and helpers that run it and the fusions once per distinct instruction.
+"""The instruction encoder, and functions that avoid repeated work on equal instructions.
 
-An instruction seldom changes within an unroll, so most of its rows repeat the previous one.
+Instructions seldom change within an unroll, so most steps repeat the instruction of the previous
+step.
 """
 
 from collections.abc import Callable
@@ -23,8 +24,8 @@ def encode_once_per_instruction(
 ) -> Array:
     """Return encode(tokens), [T, B, …], for tokens [T, B, L] that change only where `is_new`.
 
-    If no environment has more than `MAX_INSTRUCTIONS` of them, each is encoded once: for T = 20 a
-    fifth of the work. Otherwise every row is encoded, and also if that is less work.
+    If no environment has more than `MAX_INSTRUCTIONS` instructions, each is encoded once; for
+    T = 20 this is a fifth of the work. Otherwise, or if T or L is small, every row is encoded.
     """
     T, _, L = tokens.shape
     if 2 * MAX_INSTRUCTIONS >= T or MAX_INSTRUCTIONS >= L:
@@ -41,9 +42,10 @@ def encode_once_per_instruction(
 def fuse_once_per_instruction(fusion: nn.Module, x: Array, z: Array, is_new: Array) -> Array:
     """Return fusion(x, z), [T, B, k], for x [T, B, n] and z [T, B, m] that changes where `is_new`.
 
-    As in `encode_once_per_instruction`, but every x is fused with each of the few z of its
-    environment, and each step selects its own result. A full form contracts z first and so does a
-    quarter of the work for T = 20. Unless the work is at least halved, each row is fused once.
+    Like `encode_once_per_instruction`, but each x is fused with every distinct z of its
+    environment, and each step selects the result for its own z. A full form contracts z first,
+    which takes a quarter of the work for T = 20. Unless the work is at least halved, each row is
+    fused with its own z only.
     """
     is_short = len(x) <= 2 * MAX_INSTRUCTIONS
     if fusion.is_initializing() or is_short or not _halves_flops(fusion, x, z):
@@ -60,7 +62,7 @@ def fuse_once_per_instruction(fusion: nn.Module, x: Array, z: Array, is_new: Arr
 
 
 def _halves_flops(fusion: nn.Module, x: Array, z: Array) -> bool:
-    """Return whether fusing x with `MAX_INSTRUCTIONS` z costs at most half of one z per step."""
+    """Return whether fusing with `MAX_INSTRUCTIONS` distinct z at least halves the FLOPs."""
     (T, B, n), m, dtype = x.shape, z.shape[-1], x.dtype
     apply, variables = fusion.clone(parent=None, name=None).apply, fusion.variables
 
@@ -73,15 +75,15 @@ def _halves_flops(fusion: nn.Module, x: Array, z: Array) -> bool:
 
 
 def index_instructions(is_new: Array) -> tuple[Array, Array, Array]:
-    """Assign numbers to the instructions of each environment.
+    """Assign an index to each instruction of each environment.
 
     Args:
-      is_new: bool [T, B], whether a step has another instruction than the previous one.
+      is_new: bool [T, B], whether the instruction differs from that of the previous step.
 
     Returns:
-      instruction_index: [T, B], the step's instruction, from 0.
-      starts: [MAX_INSTRUCTIONS, B], the first step of each instruction.
-      is_few: bool [], whether no environment has more than `MAX_INSTRUCTIONS`.
+      instruction_index: [T, B], index of the instruction of each step, from 0.
+      starts: [MAX_INSTRUCTIONS, B], first step of each instruction.
+      is_few: bool [], whether no environment has more than `MAX_INSTRUCTIONS` instructions.
     """
     changes = is_new & (jnp.arange(len(is_new)) > 0).reshape(-1, 1)
     instruction_index = jnp.cumsum(changes, axis=0)
@@ -90,10 +92,10 @@ def index_instructions(is_new: Array) -> tuple[Array, Array, Array]:
 
 
 class InstructionEncoder(nn.Module):
-    """Tokens [..., L], 0 for padding → the LSTM's state after the last token, [..., hidden].
+    """An LSTM that maps tokens [..., L], with 0 for padding, to its last state [..., hidden].
 
-    Embedding size 20 and hidden size 64 are those of IMPALA's public code. Without any token the
-    encoding is zero.
+    The embedding size of 20 and the hidden size of 64 are those of IMPALA's public code. An
+    instruction without tokens is encoded as zero.
     """
 
     vocabulary: int

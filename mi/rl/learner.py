@@ -1,11 +1,12 @@
-"""The learner: one update from trajectories, the same for every topology.
+"""The learner, which computes an update from trajectories in the same way for every topology.
+
+`Hyperparameters.popart_order` selects the order of an update:
 
     gradient_first    V-trace targets → loss in units of PopArt → optimizer → PopArt statistics
     statistics_first  V-trace targets → PopArt statistics → loss in units of PopArt → optimizer
 
-The statistics move with the targets of this batch. The values' gain and shift are rescaled with
-them, so that no value changes, unless `Hyperparameters.popart_preserve` is False. The order is
-`Hyperparameters.popart_order`.
+The statistics move with the targets of the batch. The gain and shift of the values are rescaled
+accordingly, so that no value changes, unless `Hyperparameters.popart_preserve` is False.
 """
 
 import functools
@@ -25,7 +26,7 @@ from mi.training import averaging, optim
 
 
 class LearnerState(NamedTuple):
-    """The state that an update changes."""
+    """The state of the learner."""
 
     params: Params
     opt_state: optax.OptState
@@ -33,13 +34,14 @@ class LearnerState(NamedTuple):
 
 
 class SweptNumbers(NamedTuple):
-    """The numbers that sweeps vary most, as arguments of a program.
+    """The numbers that sweeps vary most, passed to a training program as arguments.
 
-    Members of a sweep that differ only in them compile the same program.
+    Members of a sweep that differ only in these numbers compile the same program.
 
     Attributes:
-      learning_rates: rate of each update, f32 [updates], from `optim.compute_learning_rates`.
-      entropy_cost: that of `Hyperparameters`, f32 [].
+      learning_rates: learning rate of each update, f32 [updates], from
+        `optim.compute_learning_rates`.
+      entropy_cost: entropy cost, f32 [], which replaces that of `Hyperparameters`.
     """
 
     learning_rates: Array
@@ -51,7 +53,7 @@ def bind_numbers(
     hyperparameters: Hyperparameters,
     numbers: SweptNumbers | None,
 ) -> tuple[optax.GradientTransformation, Hyperparameters]:
-    """Return optimizer and hyperparameters with these numbers; None for those that they have."""
+    """Return the optimizer and the hyperparameters with the given numbers; None changes nothing."""
     if numbers is None:
         return optimizer, hyperparameters
     return (
@@ -63,12 +65,12 @@ def bind_numbers(
 def init_learner_state(
     params: Params, optimizer: optax.GradientTransformation, num_tasks: int
 ) -> LearnerState:
-    """Return the state before the first update."""
+    """Initialize the state of the learner."""
     return LearnerState(params, optimizer.init(params), popart.init(num_tasks))
 
 
 def name_parts(state: LearnerState) -> dict[str, chex.ArrayTree]:
-    """Return the parts of a state that must be finite when it is saved, by name in an error."""
+    """Return name → part of a state that must be finite when saved; errors use these names."""
     return {
         'parameters': state.params,
         'moments of the optimizer': state.opt_state,
@@ -83,14 +85,14 @@ def update(
     state: LearnerState,
     trajectory: Trajectory,
 ) -> tuple[LearnerState, dict[str, Array]]:
-    """Update the learner once on trajectories [T, B].
+    """Update the learner once on trajectories [T, B]; a pure function.
 
-    A pure function. Under `jax.shard_map` the trajectory has this device's rows of the batch, and
-    all other arguments are replicated. The gradient and the sums of PopArt are reduced over all
-    devices; the metrics describe this device's rows, except for the norm of the gradient.
+    Under `jax.shard_map`, `trajectory` has this device's rows of the batch, and all other arguments
+    are replicated. The gradient and the sums for PopArt are reduced over all devices. The metrics
+    describe this device's rows, except for the norm of the gradient.
 
     Returns:
-      The new state, and metrics by name, [].
+      The new state, and name → metric [].
     """
     params, statistics = state.params, state.statistics
     uses_popart = hyperparameters.popart > 0
@@ -143,7 +145,7 @@ def update(
 
 
 def _make_metrics(loss: Array, terms: LossTerms, num_steps: int) -> dict[str, Array]:
-    """Return the loss per step and its diagnostics, by name."""
+    """Return the loss per step and its diagnostics as name → metric []."""
     return {
         'loss': loss / num_steps,
         'policy': terms.policy.mean() / num_steps,
@@ -163,9 +165,9 @@ def _update_popart(
     opt_state: optax.OptState,
     statistics: popart.Statistics,
 ) -> tuple[Params, optax.OptState, popart.Statistics]:
-    """Move the statistics towards the targets, and rescale gain and shift so that values stay.
+    """Move the statistics towards the targets, and rescale gain and shift to preserve the values.
 
-    The copies of the parameters in the state of the optimizer are rescaled with them.
+    Copies of the parameters in the state of the optimizer are rescaled too.
     """
     task = trajectory.inputs.observation['task'][:-1]
     next_statistics = popart.update(

@@ -1,4 +1,4 @@
-"""The loss of IMPALA, with values in the units of PopArt, and its hyperparameters."""
+"""IMPALA's loss with values in the units of PopArt, and its hyperparameters."""
 
 import functools
 from collections.abc import Callable
@@ -34,13 +34,13 @@ class Hyperparameters(NamedTuple):
       lambda_, rho_clip, c_clip: λ, ρ̄ and c̄ of V-trace.
       entropy_cost, baseline_cost: weights relative to the policy gradient.
       reward_clip: a name in `CLIPS`.
-      popart: β, the step size of the statistics; 0 for plain values.
-      popart_corrected: whether to correct the statistics for their start, see `popart.update`.
-      popart_order: whether the loss is in the units before or after the update of the statistics.
-        'statistics_first' is the order of van Hasselt et al. (2016): the targets of a batch then
-        bound the normalized errors of that batch.
-      popart_preserve: whether the values stay the same when the statistics move. Otherwise only
-        the targets are normalized: n stays, and σ n + μ follows the returns.
+      popart: step size of the PopArt statistics, β; 0 disables PopArt.
+      popart_corrected: whether to correct the initial bias of the statistics; see `popart.update`.
+      popart_order: 'gradient_first' or 'statistics_first', whether the loss uses the units before
+        or after the update of the statistics. The latter is the order of van Hasselt et al. (2016),
+        in which the targets of a batch bound the normalized errors of that batch.
+      popart_preserve: whether values stay the same when the statistics move. Otherwise only the
+        targets are normalized: n stays the same, and σ n + μ follows the returns.
     """
 
     discount: float = 0.99
@@ -57,14 +57,14 @@ class Hyperparameters(NamedTuple):
 
 
 class LossTerms(NamedTuple):
-    """Terms of the loss of one trajectory, and diagnostics.
+    """Terms and diagnostics of the loss of one trajectory.
 
     Attributes:
-      policy, baseline, entropy: sums over the T transitions, without their costs: −Σ log π(a) A,
-        ½ Σ (v − V)² in the units of PopArt, and the policy's entropy Σ H.
-      targets: [T], of V-trace, in the units of the rewards.
-      kl: mean of log μ(a) − log π(a) over the valid transitions; it estimates how far the learner
-        is from the policy that acted.
+      policy, baseline, entropy: sums over the T transitions, before they are multiplied by their
+        costs: −Σ log π(a) A, ½ Σ (v − V)² in the units of PopArt, and the entropy Σ H.
+      targets: V-trace targets [T], in the units of the rewards.
+      kl: mean of log μ(a) − log π(a) over the valid transitions, which estimates how far the
+        learner is from the policy that acted.
       clip_fraction: fraction of the valid transitions whose ρ was clipped.
       advantage: mean |A| over the valid transitions, in the units of PopArt.
     """
@@ -79,10 +79,12 @@ class LossTerms(NamedTuple):
 
 
 def clip_reward(reward: Array, clip_name: str) -> Array:
-    """Clip rewards before they are learned from.
+    """Clip rewards for the learner.
 
-    'none'; 'unit' to [−1, 1]; and the two versions published with IMPALA:
-    'paper', 0.3 · min(tanh r, 0) + 5 · max(tanh r, 0); 'code', 5 · tanh(r / 5), × 0.3 below zero.
+        none    r
+        unit    r clipped to [−1, 1]
+        paper   0.3 min(tanh r, 0) + 5 max(tanh r, 0), as in the paper on IMPALA
+        code    5 tanh(r / 5), multiplied by 0.3 if negative, as in IMPALA's public code
 
     Raises:
       ValueError: if the name is unknown.
@@ -98,18 +100,18 @@ def impala_loss(
     statistics: popart.Statistics,
     hyperparameters: Hyperparameters,
 ) -> tuple[Array, LossTerms]:
-    """Compute the loss of B trajectories: summed over time, averaged over B.
+    """Compute the loss of B trajectories, summed over time and averaged over B.
 
-    The IMPALA code sums over time too.
+    The public code of IMPALA also sums over time.
 
     Args:
       outputs: outputs of the learner, [T + 1, B, …].
-      trajectory: [T, B, …].
-      statistics: statistics of PopArt.
+      trajectory: trajectories [T, B, …].
+      statistics: PopArt statistics.
       hyperparameters: hyperparameters of the loss.
 
     Returns:
-      The loss [], and its terms, [B] each but `targets` [T, B].
+      The loss [], and its terms, which are [B] except for `targets` [T, B].
     """
     chex.assert_rank([outputs.logits, outputs.value], [3, 2])
     chex.assert_rank([trajectory.action, trajectory.log_prob, trajectory.valid], 2)
@@ -134,15 +136,15 @@ def compute_terms(
 ) -> LossTerms:
     """Compute the terms of one trajectory's loss.
 
-    V-trace runs in the units of the rewards, on values v = σ n + μ. Targets and advantages are then
-    normalized by task: n is regressed to (v_t − μ) / σ and the policy gradient uses A / σ, so that
-    the scale of a task's rewards does not decide the size of its gradient (Hessel et al., 2019).
-    With μ = 0 and σ = 1 it is plain IMPALA.
+    V-trace is computed in the units of the rewards, on values v = σ n + μ. Targets and advantages
+    are then normalized by task: n is regressed to (v_t − μ) / σ, and the policy gradient uses
+    A / σ. The size of a task's gradient then does not depend on the scale of its rewards (Hessel et
+    al., 2019). With μ = 0 and σ = 1, the loss is that of plain IMPALA.
 
     Args:
       outputs: logits [T + 1, A] and values n [T + 1] of the learner, in the units of the task.
-      trajectory: [T, …], of one environment; its carry is ignored.
-      statistics: statistics of PopArt.
+      trajectory: trajectory [T, …] of one environment; its carry is ignored.
+      statistics: PopArt statistics.
       hyperparameters: hyperparameters of the loss.
     """
     # The actions that were taken, under the learner's policy.

@@ -1,7 +1,7 @@
-"""Whole episodes on the host, within limits, for evaluation.
+"""A loop that plays whole episodes on the host for evaluation, within limits.
 
 Each row plays a share of its task's episodes that is fixed in advance, so that short episodes are
-not preferred. A row that has played its share is skipped, if the environment can skip rows
+not favored. A row that has played its share is skipped if the environment supports this
 (`spec.SkipsRows`).
 """
 
@@ -25,20 +25,20 @@ POLL = 0.1  # seconds between two checks of whether the run is to end
 
 
 def never() -> bool:
-    """Return False: the run is not to end."""
+    """Return False, so that nothing is stopped."""
     return False
 
 
 class StoppedError(Exception):
-    """The run is to end before its episodes are over."""
+    """Raised when the run should end before all episodes have been played."""
 
 
 class Limits(NamedTuple):
-    """Limits of an evaluation. An episode cut by a limit counts with its return so far.
+    """Limits of an evaluation; an episode cut by a limit counts with its return so far.
 
     Attributes:
-      episodes: complete episodes of each task.
-      steps: maximum steps of one episode.
+      episodes: number of episodes to complete in each task.
+      steps: maximum number of steps in an episode.
       seconds: maximum duration of all episodes together.
     """
 
@@ -48,13 +48,13 @@ class Limits(NamedTuple):
 
 
 class Played(NamedTuple):
-    """Episodes of each task.
+    """The episodes that `play` has played.
 
     Attributes:
       returns, success, length: an array for each task, with an entry for each episode.
       cut: number of episodes that were cut by a limit.
-      steps_needed: sum of the episodes' lengths.
-      steps_taken: number of steps that the environments made.
+      steps_needed: sum of the lengths of these episodes.
+      steps_taken: number of steps that the environments took.
     """
 
     returns: list[np.ndarray]
@@ -66,12 +66,12 @@ class Played(NamedTuple):
 
 
 def divide_episodes(tasks: np.ndarray, num_tasks: int, episodes: int) -> np.ndarray:
-    """Return the number of episodes of each row, [B], so that each task has `episodes` in all.
+    """Return the number of episodes for each row, [B], such that each task has `episodes` in total.
 
     Args:
       tasks: task of each row, [B].
       num_tasks: number of tasks.
-      episodes: number for each task.
+      episodes: number of episodes for each task.
     """
     row_episodes = np.zeros(len(tasks), np.int64)
     for task in range(num_tasks):
@@ -92,15 +92,15 @@ def play(
     """Play complete episodes of every task, unless a limit cuts them.
 
     Args:
-      pool: environments, at least one of each task.
-      policy: selects the actions.
+      pool: environments, at least one for each task.
+      policy: policy that selects the actions.
       params: parameters of the agent.
-      rng_key: random key of the actions.
-      limits: episodes per task, maximum steps per episode and seconds in total.
-      stops: called before every step; returns whether to abort.
+      rng_key: random key for the actions.
+      limits: number of episodes per task, and limits on steps and time.
+      stops: function called before every step that returns whether to abort.
 
     Raises:
-      StoppedError: if the run is to end.
+      StoppedError: if `stops` returns True.
       UserError: if a reward or an observation is not finite.
     """
     batch_size, action = pool.batch, jnp.zeros(pool.batch, jnp.int32)
@@ -136,11 +136,11 @@ def play(
 
 
 class _Tally:
-    """The tally of `play`: each row's share of episodes, and the episodes so far.
+    """A count of the episodes that each row has played and has yet to play.
 
     Attributes:
-      remaining: number of episodes that each row has to play, [B].
-      steps_taken: number of steps that the environments made.
+      remaining: number of episodes that each row has yet to play, [B].
+      steps_taken: number of steps that the environments took.
     """
 
     def __init__(self, tasks: np.ndarray, num_tasks: int, limits: Limits):
@@ -152,12 +152,12 @@ class _Tally:
         self._episodes: list[list[tuple[float, bool, int]]] = [[] for _ in range(num_tasks)]
 
     def add(self, prev_step: Step, step: Step, is_late: bool) -> None:
-        """Add a step, and the episodes that it ended or that a limit cuts.
+        """Add a step, and the episodes that end with it or are cut by a limit.
 
         Args:
-          prev_step: the step before.
+          prev_step: the previous step.
           step: the step.
-          is_late: whether the time is over, so that running episodes are cut.
+          is_late: whether the time limit has passed, so that running episodes are cut.
         """
         is_ignored = np.asarray(prev_step.is_last)
         self._returns = np.where(is_ignored, 0, self._returns + step.reward)
@@ -196,15 +196,15 @@ class _Tally:
 
 
 class Watched:
-    """A `HostEnvironment` with a timeout, whose waiting ends when the run is to end.
+    """A `HostEnvironment` with a timeout, which stops waiting when the run should end.
 
-    A thread waits for the environment, and is abandoned with it if it hangs. The caller's thread
-    can handle signals meanwhile.
+    A separate thread waits for the environment, so that the caller's thread can handle signals. If
+    the environment hangs, both are abandoned.
 
     Args:
       pool: the environment.
-      timeout: longest step or reset, seconds.
-      stops: returns whether to abort.
+      timeout: maximum duration of a step or reset, in seconds.
+      stops: function that returns whether to abort.
     """
 
     def __init__(self, pool: HostEnvironment, timeout: float, stops: Callable[[], bool] = never):
@@ -225,11 +225,11 @@ class Watched:
         self._pool.send(actions)
 
     def recv(self) -> Step:
-        """Receive the step that was sent.
+        """Wait for the step that was sent, and return it.
 
         Raises:
-          StoppedError: if the run is to end before it comes.
-          ArgumentError: if it does not come within the timeout.
+          StoppedError: if the run should end before the step arrives.
+          ArgumentError: if the step does not arrive within the timeout.
         """
         return self._wait_for(self._pool.recv)
 
@@ -240,7 +240,7 @@ class Watched:
             self._pool.close()
 
     def _wait_for(self, method: Callable[[], Step]) -> Step:
-        """Call a method of the environment in the thread, and wait for its result."""
+        """Call a method of the environment in the waiting thread, and wait for its result."""
         self._calls.put(method)
         deadline = time.monotonic() + self._timeout
         while True:

@@ -1,11 +1,11 @@
-"""PopArt for each task: values are learned in units in which all tasks' targets are alike.
+"""PopArt, which normalizes the targets of each task so that values are learned on a common scale.
 
-van Hasselt et al., Learning values across many orders of magnitude, 2016; for many tasks: Hessel
-et al., Multi-task Deep Reinforcement Learning with PopArt, 2019. Pure functions; a value v of a
-task is n in its units, v = σ n + μ.
+Sources: van Hasselt et al., Learning values across many orders of magnitude, 2016; for many tasks,
+Hessel et al., Multi-task Deep Reinforcement Learning with PopArt, 2019. All functions are pure. A
+value v of a task is represented as n in units of the task, with v = σ n + μ.
 
-`update` can correct the moments for their start as Adam does (Kingma and Ba, 2015), which the
-papers do not do. Uncorrected, with β = 3e-4, the initial units last for thousands of updates.
+Unlike in the papers, `update` can correct the initial bias of the moments as Adam does (Kingma and
+Ba, 2015). Without the correction, the initial units last for thousands of updates at β = 3e-4.
 """
 
 import functools
@@ -22,14 +22,14 @@ LARGEST_TARGET = 1e3 * HIGHEST  # magnitude up to which a target moves the momen
 
 
 class Statistics(NamedTuple):
-    """Mean and variance of each task's targets; `update` can correct their bias as in Adam.
+    """Mean and variance of the targets of each task.
 
-    The papers keep the second moment ν, and the variance is ν − μ². Here the variance itself is
-    kept, because in f32 that difference is lost where μ is several hundred times σ.
+    The papers store the second moment ν and compute the variance as ν − μ². Here the variance
+    itself is stored, because f32 loses this difference where μ is several hundred times σ.
 
     Attributes:
-      mu, variance: [tasks] f32.
-      updates: [tasks] int32, the number of updates in which the task had targets.
+      mu, variance: mean and variance, f32 [tasks].
+      updates: number of updates in which the task had targets, int32 [tasks].
     """
 
     mu: Array
@@ -38,22 +38,22 @@ class Statistics(NamedTuple):
 
 
 def init(num_tasks: int) -> Statistics:
-    """Return μ = 0 and σ = 1; with the correction, the first targets replace them."""
+    """Return μ = 0 and σ = 1, which the first targets replace if `update` corrects the bias."""
     return Statistics(jnp.zeros(num_tasks), jnp.ones(num_tasks), jnp.zeros(num_tasks, jnp.int32))
 
 
 def sigma(statistics: Statistics) -> Array:
-    """Return σ [tasks], the root of the variance, clipped to [1e-4, 1e6]."""
+    """Return the standard deviation σ [tasks], clipped to [1e-4, 1e6]."""
     return jnp.sqrt(jnp.clip(statistics.variance, LOWEST**2, HIGHEST**2))
 
 
 def normalize(statistics: Statistics, values: Array, task: Array) -> Array:
-    """Normalize values to the units of their tasks: (v − μ) / σ; all arrays of one shape."""
+    """Convert values v to the units of their tasks, n = (v − μ) / σ; `task` has the same shape."""
     return (values - statistics.mu[task]) / sigma(statistics)[task]
 
 
 def unnormalize(statistics: Statistics, values: Array, task: Array) -> Array:
-    """Undo `normalize`: σ n + μ; all arrays of one shape."""
+    """Convert normalized values n back, v = σ n + μ; `task` has the same shape."""
     return sigma(statistics)[task] * values + statistics.mu[task]
 
 
@@ -69,26 +69,28 @@ def update(
 
         μ ← (1 − β_k) μ + β_k mean(v),   ν ← (1 − β_k) ν + β_k mean(v²),   β_k = β / (1 − (1 − β)^k)
 
-    k counts the updates in which the task had targets. These are the published moving averages, of
-    step β from zero, divided by 1 − (1 − β)^k: β_1 = 1, so that μ = 0 and σ = 1 are forgotten.
+    k is the number of updates in which the task had targets. This equals the published moving
+    averages with step size β, started from zero and divided by 1 − (1 − β)^k. Since β_1 = 1, the
+    initial μ = 0 and σ = 1 are forgotten.
 
-    The code computes the second, without the difference ν − μ², as
+    To avoid the difference ν − μ², the code updates the variance instead of ν:
 
         variance ← (1 − β_k) variance + β_k var(v) + β_k (1 − β_k) (mean(v) − μ)²
 
-    The *means* over a task's targets are used once an update: a step for each target, or their sum,
-    diverges at the batches of an actor-learner. A task without targets keeps its moments.
+    Each update makes one step with the *mean* over a task's targets. A step for each target, or
+    with their sum, diverges at the batch sizes of an actor-learner. A task without targets keeps
+    its moments.
 
-    The moments stay finite under any target: one beyond ±`LARGEST_TARGET` counts as that, and sets
-    σ to its upper bound. A larger μ would leave the values, σ n + μ, no digits.
+    The moments stay finite for any target. A target beyond ±`LARGEST_TARGET` is clipped and sets σ
+    to its upper bound. With a larger μ, the values σ n + μ would have no digits left.
 
     Args:
-      targets: [...], in the units of the rewards.
-      task: [...], the task of each.
-      weight: [...], 1 or True for targets that count, 0 for others.
-      beta: β, the step.
-      is_corrected: whether β_k is as above; False for β_k = β, the published moving averages from
-        μ = 0 and σ = 1.
+      targets: targets [...], in the units of the rewards.
+      task: task of each target, [...].
+      weight: 1 or True for targets that count, 0 for others, [...].
+      beta: step size β.
+      is_corrected: whether β_k is as above. Otherwise β_k = β, which gives the published moving
+        averages, started from μ = 0 and σ = 1.
     """
     mu, variance, updates = statistics
     task, weight = task.ravel(), weight.astype(jnp.float32).ravel()
@@ -96,7 +98,7 @@ def update(
     bounded_targets = jnp.clip(targets, -LARGEST_TARGET, LARGEST_TARGET)
 
     def sum_weighted(*values: Array) -> tuple[Array, ...]:
-        """Sum over each task's targets, on all devices that share the batch."""
+        """Sum over the targets of each task, on all devices that share the batch."""
         sum_by_task = functools.partial(jax.ops.segment_sum, segment_ids=task, num_segments=len(mu))
         return sum_over_rows(tuple(sum_by_task(weight * value) for value in values))
 
@@ -127,19 +129,19 @@ def _correct_beta(beta: float, updates: Array) -> Array:
 
 
 def rescale(values: Array, task: Array, old: Statistics, new: Statistics) -> Array:
-    """Return normalized values in the units of new statistics: (σ n + μ − μ') / σ'."""
+    """Convert normalized values n to the units of new statistics, (σ n + μ − μ') / σ'."""
     offset = (old.mu - new.mu)[task]
     return (sigma(old)[task] * values + offset) / sigma(new)[task]
 
 
 def preserve(gain: Array, shift: Array, old: Statistics, new: Statistics) -> tuple[Array, Array]:
-    """Return gain and shift of the values' last affine map with which no value changes.
+    """Return the gain and the shift with which no value changes under the new statistics.
 
         gain ← gain σ / σ',   shift ← (σ shift + μ − μ') / σ'
 
     Args:
-      gain, shift: [tasks], n = gain · raw + shift in the units of the task.
-      old, new: statistics before and after their update.
+      gain, shift: parameters of the last affine map of the values, n = gain · raw + shift, [tasks].
+      old, new: statistics before and after the update.
     """
     old_sigma, new_sigma = sigma(old), sigma(new)
     new_shift = (old_sigma * shift + old.mu - new.mu) / new_sigma

@@ -1,4 +1,4 @@
-"""Restoring a trained agent from its run directory, for any topology."""
+"""Functions that restore a trained agent from its run directory, for any topology."""
 
 import pathlib
 
@@ -16,10 +16,10 @@ from mi.training.sharding import Tree
 def restore_params(
     config: ml_collections.ConfigDict, agent: Agent, run_path: pathlib.Path
 ) -> tuple[Params, int]:
-    """Return the evaluated parameters of all seeds, [S, …], and their step.
+    """Return the parameters for evaluation of all seeds, [S, …], and their step.
 
     Raises:
-      UserError: if the directory has no complete checkpoint, or one of another agent.
+      UserError: if the directory has no complete checkpoint, or that of a different agent.
     """
     checkpoints = checkpoint.Checkpoints(run_path / 'checkpoints', config.train.keep)
     newest, meta = checkpoints.newest()
@@ -47,10 +47,10 @@ def restore_params(
 def restore_statistics(
     config: ml_collections.ConfigDict, agent: Agent, run_path: pathlib.Path
 ) -> popart.Statistics:
-    """Return the statistics of PopArt as the topology saves them, which only 'fused' does by seed.
+    """Return the PopArt statistics, with a leading axis of seeds if the topology is 'fused'.
 
     Raises:
-      UserError: as `restore_params`.
+      UserError: under the same conditions as `restore_params`.
     """
     checkpoints = checkpoint.Checkpoints(run_path / 'checkpoints', config.train.keep)
     shapes = jax.eval_shape(lambda: popart.init(len(agent.spec.tasks)))
@@ -62,7 +62,7 @@ def restore_statistics(
 
 
 def init_seed_params(config: ml_collections.ConfigDict, agent: Agent, seed: int) -> Params:
-    """Return the parameters of a seed before the first update."""
+    """Return the initial parameters of a seed."""
     rng_key = jax.random.key(seed)
     if has_seed_axis(config):
         rng_key, _ = jax.random.split(rng_key)
@@ -76,7 +76,7 @@ def has_seed_axis(config: ml_collections.ConfigDict) -> bool:
 
 
 def _place_shapes(config: ml_collections.ConfigDict, shapes: Tree) -> Tree:
-    """Return shapes with the axis of seeds, if there is one, on the first device."""
+    """Place shapes on the first device, and add the axis of seeds if there is one."""
     seed_axis = (len(config.seeds),) if has_seed_axis(config) else ()
     on_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed: Tree = jax.tree.map(

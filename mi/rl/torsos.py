@@ -1,6 +1,6 @@
-"""Torsos, which map an observation to features: dense, convolutional and residual.
+"""Torsos, which map an observation to features.
 
-Every torso is called on name → array [T, B, …] and returns [T, B, F].
+A torso maps an observation, name → array [T, B, …], to features [T, B, F].
 """
 
 import functools
@@ -26,8 +26,8 @@ class Dense(nn.Module):
 
         v = relu(A₂ relu(A₁ [onehot(grid), features] + c₁) + c₂)
 
-    The default for grids: on XLA's CPU backend the gradient of a convolution inside a scan is an
-    order of magnitude slower.
+    This is the default for grids, because on XLA's CPU backend the gradient of a convolution inside
+    a scan is an order of magnitude slower.
     """
 
     features: int
@@ -69,7 +69,8 @@ class Shallow(nn.Module):
 
         v = relu(A [relu(W₃ ∗ relu(W₂ ∗ relu(W₁ ∗ pixels / 255))), features] + c)
 
-    W₁ has 32 channels of 8 × 8 with stride 4, W₂ 64 of 4 × 4 with stride 2, W₃ 64 of 3 × 3.
+    W₁ has 32 channels of 8 × 8 with stride 4, W₂ has 64 of 4 × 4 with stride 2, and W₃ has 64 of
+    3 × 3.
     """
 
     min_side: ClassVar[int] = 36  # pixels; a smaller picture leaves the last convolution nothing
@@ -100,7 +101,7 @@ class Deep(nn.Module):
         section(x) = block(block(pool(conv(x))))
         v = relu(A [relu(section₃(section₂(section₁(pixels / 255)))), features] + c)
 
-    Convolutions and pools are 3 × 3; the max pool has stride 2.
+    Convolutions and max pooling are 3 × 3; the pooling has stride 2.
     """
 
     features: int
@@ -131,7 +132,7 @@ TORSOS_BY_NAME: dict[str, Callable[..., nn.Module]] = {
 
 
 def affine(features: int, dtype: DTypeLike, name: str) -> Affine:
-    """Return a dense layer initialized for a ReLU behind it."""
+    """Return a dense layer initialized for a subsequent ReLU."""
     return Affine(features, dtype, V_init=initializers.he_normal(), name=name)
 
 
@@ -165,7 +166,7 @@ def merge_time_and_batch(images: Array) -> Array:
 def project(
     images: Array, observation: Mapping[str, Array], features: int, dtype: DTypeLike
 ) -> Array:
-    """Map the last feature maps and the observation's features through a dense layer, [T, B, F]."""
+    """Map feature maps and the features of an observation to [T, B, F] with a dense layer."""
     vectors = images.reshape(*observation['task'].shape, -1)
     if 'features' in observation:
         vectors = jnp.concatenate([vectors, observation['features'].astype(dtype)], axis=-1)

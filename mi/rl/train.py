@@ -1,10 +1,10 @@
-"""The entry point of training: it validates a config and runs the loop of its topology.
+"""The entry point of training, which validates a config and runs the loop of its topology.
 
-Agent, loss and update (`mi.rl.learner`) are the same; the topologies differ in what feeds them:
+Agent, loss and update (`mi.rl.learner`) are the same in all topologies; the actors differ:
 
-    fused     the environment is in JAX: acting and learning are one program   mi.rl.fused
-    threads   environments on the host, in threads with batched inference       mi.rl.actors.loop
-    ray       the same workers in Ray processes, on any host                    mi.rl.actors.loop
+    fused     JAX environments; acting and learning are one program           mi.rl.fused
+    threads   environments on the host, in threads with batched inference     mi.rl.actors.loop
+    ray       the same workers in Ray processes, on any host                  mi.rl.actors.loop
 """
 
 import ml_collections
@@ -19,15 +19,15 @@ from mi.training import run_dir
 def train(
     config: ml_collections.ConfigDict, workdir: str, profile: run_dir.Steps | None = None
 ) -> None:
-    """Train and evaluate in a run directory, or resume the run that it holds.
+    """Train and evaluate an agent in a run directory, or resume the run stored there.
 
     Args:
       config: config of the run.
       workdir: the run directory.
-      profile: first and last update to profile; None for none.
+      profile: first and last update to profile; None disables profiling.
 
     Raises:
-      UserError: if the config or the directory cannot work, or the loss is not finite.
+      UserError: if the config is invalid, the directory cannot be used, or the loss is not finite.
     """
     rl_config.validate(config)
     with factory.name_environment_keys():

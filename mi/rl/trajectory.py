@@ -1,14 +1,14 @@
 """Trajectories and episode statistics, which actors send to the learner.
 
-    row t of inputs     what the agent sees before action t; row T only bootstraps
-    action[t]           the action taken there, with log_prob[t] under the policy that acted
+    row t of inputs     what the agent sees before action t; row T is only for bootstrapping
+    action[t]           action t, with log_prob[t] under the policy that acted
     inputs.reward[t+1], discount[t]
                         reward and discount of action t
-    carry               the agent's state before row 0
+    carry               state of the agent before row 0
 
-The reward of action t is in row t + 1 of the inputs, where the agent sees it too. Where an episode
-was truncated, its last observation has a row too. The action there is ignored and not valid, and
-the next row is the first of another episode (`mi.rl.envs.spec`).
+The reward of action t is in row t + 1 of the inputs, where the agent also sees it. The last
+observation of a truncated episode has its own row. The action in this row is ignored and marked as
+not valid, and the next row is the first of a new episode (`mi.rl.envs.spec`).
 """
 
 import functools
@@ -26,11 +26,11 @@ class Trajectory(NamedTuple):
     """T transitions of B environments.
 
     Attributes:
-      inputs: [T + 1, B, …].
-      action: int32 [T, B].
-      log_prob: float32 [T, B].
+      inputs: inputs of the agent, [T + 1, B, …].
+      action: actions, int32 [T, B].
+      log_prob: log-probabilities of the actions, float32 [T, B].
       discount: float32 [T, B], 0 where the action terminated the episode, 1 elsewhere.
-      valid: bool [T, B], false where the action was ignored because the episode had ended.
+      valid: bool [T, B], False where the action was ignored because the episode had ended.
       carry: carry of the agent before row 0.
     """
 
@@ -43,7 +43,7 @@ class Trajectory(NamedTuple):
 
 
 class Episodes(NamedTuple):
-    """Number of episodes that ended, and sums over them, by task, [tasks] float32."""
+    """The number of episodes that ended in each task, and sums over them, float32 [tasks]."""
 
     number: chex.Array
     returns: chex.Array
@@ -65,7 +65,7 @@ def sum_episodes(
     success: Array,
     num_tasks: int,
 ) -> Episodes:
-    """Sum the episodes that ended in this step by task; all arguments but the last are [B]."""
+    """Sum the episodes that ended in a step for each task; all arguments but the last are [B]."""
     sum_by_task = functools.partial(jax.ops.segment_sum, segment_ids=task, num_segments=num_tasks)
     weight = is_over.astype(jnp.float32)
     return Episodes(

@@ -21,17 +21,17 @@ class GatedTransformer(nn.Module):
                    (1 − s) ⊙ x + s ⊙ h
 
     A step attends to itself and to the M previous steps of its episode, with relative positions.
-    Steps that are computed together give the same result as one at a time. The gate starts almost
-    closed, with b = 2, so that a new layer is close to the identity.
+    Computing several steps together gives the same result as one at a time. Initially the gate is
+    almost closed (b = 2), so that a new layer is close to the identity.
 
-    It has the interface of a cell of `mi.cells`. The gate multiplies functions of x and y, so it is
-    a multiplicative interaction itself.
+    The module has the interface of a cell in `mi.cells`. Its gate multiplies functions of x and y,
+    and is therefore itself a multiplicative interaction.
 
     Attributes:
-      features: H.
-      layers: L.
-      heads: number of heads of the attention; a divisor of H.
-      memory: M, steps.
+      features: number of features, H.
+      layers: number of layers, L.
+      heads: number of attention heads; a divisor of H.
+      memory: number of previous steps in memory, M.
       dtype: dtype of the products; the memory is f32.
     """
 
@@ -43,7 +43,7 @@ class GatedTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, carry: Carry, x: Array, reset: Array) -> tuple[Carry, Array]:
-        """Return the next memory [B, M, …] and h [T, B, H], for x [T, B, n] and reset [T, B]."""
+        """Return the next memory [B, M, …] and h [T, B, H] for x [T, B, n] and reset [T, B]."""
         T, M = reset.shape[0], self.memory
         hidden = Affine(self.features, self.dtype, name='input')(x).swapaxes(0, 1)  # [B, T, H]
         resets = reset.swapaxes(0, 1).astype(jnp.int32)
@@ -98,7 +98,7 @@ class _Layer(nn.Module):
 
 
 class _Gate(nn.Module):
-    """g(x, y) of `GatedTransformer`."""
+    """The gate g(x, y) of `GatedTransformer`."""
 
     dtype: DTypeLike | None
 

@@ -1,4 +1,4 @@
-"""Videos: an episode of each task as a GIF, with the instruction and the return so far."""
+"""Videos of an episode of each task as GIFs, with the instruction and the return so far."""
 
 import pathlib
 from collections.abc import Sequence
@@ -41,12 +41,12 @@ def record_episodes(
     greedy: bool,
     max_steps: int = 500,
 ) -> dict[str, list[Frame]]:
-    """Return the frames of an episode of each task: observation and return so far.
+    """Play an episode of each task, and return its frames: observations and returns so far.
 
     Args:
-      pool: environments, at least one of each task.
-      agent, params: whose actions are played.
-      rng_key: random key of the actions.
+      pool: environments, at least one for each task.
+      agent, params: the agent that acts, and its parameters.
+      rng_key: random key for the actions.
       greedy: whether to take the most likely action instead of sampling.
       max_steps: number of steps after which an episode is cut.
     """
@@ -97,7 +97,7 @@ def write(path: pathlib.Path, spec: Spec, task_name: str, frames: Sequence[Frame
 def draw_frame(
     spec: Spec, task_name: str, observation: Observation, episode_return: float, step: int
 ) -> Image.Image:
-    """Draw an observation; below it are instruction or task name, step and return."""
+    """Draw an observation, with the instruction or task name, the step and the return below it."""
     image = Image.new('RGB', (SIDE, SIDE + CAPTION), 'black')
     if 'pixels' in observation:
         pixels = observation['pixels']
@@ -112,7 +112,7 @@ def draw_frame(
 
 
 def get_instruction(spec: Spec, task_name: str, observation: Observation) -> str:
-    """Return the instruction in words if they are known, otherwise the task's name."""
+    """Return the instruction as text if its words are known, otherwise the name of the task."""
     tokens = observation.get('instruction')
     if tokens is None or not spec.words:
         return task_name
@@ -120,7 +120,7 @@ def get_instruction(spec: Spec, task_name: str, observation: Observation) -> str
 
 
 def _draw_grid(image: Image.Image, spec: Spec, grid: np.ndarray) -> None:
-    """Draw a grid's cells: the first layer determines the shape, the second the color."""
+    """Draw the cells of a grid, whose first layer gives the shape and second layer the color."""
     env_name = spec.name.partition('/')[0]
     shapes, empty_categories = SHAPES.get(env_name, {}), EMPTY.get(env_name, (0,))
     colors = COLORS.get(env_name, ['white'])
@@ -156,7 +156,7 @@ def _draw_object(
     box: tuple[float, float, float, float],
     cell_size: float,
 ) -> None:
-    """Draw an object into a cell: box (left, top, right, bottom), all in pixels."""
+    """Draw an object into a cell, given by its box (left, top, right, bottom) in pixels."""
     left, top, right, bottom = box
     margin = cell_size / 5
     inner = left + margin, top + margin, right - margin, bottom - margin

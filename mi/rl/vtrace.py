@@ -1,7 +1,7 @@
-"""V-trace: off-policy targets and advantages.
+"""V-trace targets and advantages for off-policy trajectories.
 
-Espeholt et al., IMPALA: Scalable Distributed Deep-RL with Importance Weighted Actor-Learner
-Architectures, 2018. One trajectory, time first; the caller vmaps.
+Source: Espeholt et al., IMPALA: Scalable Distributed Deep-RL with Importance Weighted Actor-Learner
+Architectures, 2018. The functions apply to one trajectory; vmap them over a batch.
 """
 
 from typing import NamedTuple
@@ -17,9 +17,9 @@ class VTrace(NamedTuple):
     """Targets and advantages of T transitions; no gradient flows through them.
 
     Attributes:
-      targets: [T], v_t, to which the values are regressed.
-      advantages: [T], for the policy gradient, min(ρ̄, ρ_t) included.
-      is_clipped: bool [T], whether ρ_t exceeded ρ̄ by more than rounding.
+      targets: targets v_t for the values, [T].
+      advantages: advantages for the policy gradient, multiplied by min(ρ̄, ρ_t), [T].
+      is_clipped: whether ρ_t exceeded ρ̄ by more than a rounding error, bool [T].
     """
 
     targets: Array
@@ -43,17 +43,18 @@ def vtrace(  # noqa: PLR0913 - the arguments of rlax's
         v_t − V_t = δ_t + γ_t c_t (v_{t+1} − V_{t+1}),   v_T = V_T
         advantage_t = min(ρ̄, ρ_t) (r_t + γ_t v_{t+1} − V_t)
 
-    Where `valid_t` is false, the action was ignored because the episode had already ended: there
+    Where `valid_t` is False, the action was ignored because the episode had already ended. There
     δ_t = 0 and the trace is cut, so that v_t = V_t and the advantage is 0. An episode cut by its
-    time limit therefore bootstraps from the value of its last observation; one that terminated
-    does not.
+    time limit therefore bootstraps from the value of its last observation, whereas one that
+    terminated does not.
 
     Args:
-      values: [T + 1], V of every observation; the last one bootstraps.
-      reward_t: [T], of the action at observation t.
-      discount_t: [T], γ, or 0 where that action terminated the episode.
-      log_rho_t: [T], log π(a_t) − log μ(a_t), with π the learner's policy and μ the one that acted.
-      valid_t: bool [T], false where the action was ignored.
+      values: V of every observation, [T + 1]; the last one is for bootstrapping.
+      reward_t: reward of the action at observation t, [T].
+      discount_t: γ, or 0 where the action terminated the episode, [T].
+      log_rho_t: log π(a_t) − log μ(a_t), [T], with the learner's policy π and the policy that
+        acted, μ.
+      valid_t: bool [T], False where the action was ignored.
       lambda_, rho_clip, c_clip: λ, ρ̄ and c̄.
 
     Raises:
@@ -64,7 +65,7 @@ def vtrace(  # noqa: PLR0913 - the arguments of rlax's
     if values.shape != (num_steps + 1,) or any(shape != (num_steps,) for shape in other_shapes):
         raise ValueError(
             f'values.shape = {values.shape}: expected [T + 1], and [T] for the other arguments '
-            f'(got {other_shapes}). Vmap over the batch'
+            f'(got {other_shapes}). Use jax.vmap for a batch'
         )
 
     # Temporal differences and traces.

@@ -242,7 +242,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path, topol
             'Try a suite of the same environment',
         ),
         ({'model.source': 'instruction'}, 'use the instruction, but'),
-        ({'env.name': 'catch/hard'}, 'catch has no suites'),
+        ({'env.name': 'catch/hard'}, 'because catch has none'),
         ({'model.sites': ('readuot',)}, 'a tuple of distinct sites out of instruction'),
         ({'model.fusion.name': 'multi_head', 'model.source': 'embedding'}, 'one-hot contexts'),
         ({'train.save_every': 7}, 'a multiple of config.train.log_every = 5'),

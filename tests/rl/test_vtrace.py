@@ -180,5 +180,5 @@ def test_a_batch_is_each_trajectory_alone():
 
 def test_a_batch_that_is_not_vmapped_is_refused():
     a = drawn()
-    with pytest.raises(ValueError, match='Vmap over the batch'):
+    with pytest.raises(ValueError, match='for the other arguments'):
         vtrace(**a | {'values': np.zeros((T + 1, 2), np.float32)})

@@ -1,1 +1,1 @@
-"""Actors that feed a learner through a queue: threads or Ray processes (Sebulba)."""
+"""Actors in threads or Ray processes that feed a learner through a queue (Sebulba)."""

@@ -1,8 +1,8 @@
-"""Topologies 'threads' and 'ray': actors feed a bounded queue to the learner.
+"""The training loop of the topologies 'threads' and 'ray', whose actors fill a bounded queue.
 
-The learner's state is saved and resumed exactly; the environments restart. The lag of a trajectory
-is the number of updates since the parameters that acted. Trajectories with a lag above
-`config.actors.max_lag` are dropped and counted.
+A resumed run restores the exact state of the learner and restarts the environments. The lag of a
+trajectory is the number of updates since its parameters were published. Trajectories with a lag
+above `config.actors.max_lag` are dropped and counted.
 """
 
 import contextlib
@@ -55,8 +55,8 @@ def make_worker(
       config: config of the run.
       version: number of updates when the run was started or resumed.
       index: index of the worker.
-      policy: policy to share; None to make one.
-      birth: number of workers at this index that died. It changes the episodes.
+      policy: policy shared with other workers; if None, a new one is made.
+      birth: number of workers at this index that have died. Each birth draws different episodes.
     """
     # Each start of the run, worker, process and birth draws episodes of its own.
     worker_key = jax.random.key(config.seeds[0])
@@ -72,7 +72,7 @@ def make_worker(
 def train(
     config: ml_collections.ConfigDict, workdir: str, profile: run_dir.Steps | None = None
 ) -> None:
-    """Train and evaluate in a run directory, or resume the run that it holds."""
+    """Train and evaluate an agent in a run directory, or resume the run stored there."""
     with contextlib.ExitStack() as stack:
         evaluations = {
             split: stack.enter_context(Evaluation(config, config_key))
@@ -91,7 +91,7 @@ def _train(
     agent: Agent,
     run: run_dir.Run,
 ) -> None:
-    """Run the training loop: take trajectories, update, record, save and evaluate."""
+    """Run the training loop: take trajectories, update, log, save and evaluate."""
     num_updates = rl_config.count_updates(config)
     optimizer = optim.make_optimizer(config.optim, num_updates)
     mesh = run_mesh.make_run_mesh(config)
@@ -149,11 +149,11 @@ def _train(
 
 
 class _Recorder:
-    """The writer of a run's records.
+    """A writer for the records of a run.
 
     Attributes:
       run: the open run.
-      log: its logger.
+      log: logger of the run.
       env_steps: environment steps of all processes so far.
     """
 
@@ -175,13 +175,13 @@ class _Recorder:
         actors: Actors,
         is_complete: bool,
     ) -> None:
-        """Write the record of a window of updates and its timing, and show the progress.
+        """Write the metrics and the timing of a window of updates, and show the progress.
 
         Args:
-          window: the updates, and the trajectories that they learned from.
-          statistics: statistics of PopArt after the last update.
-          actors: the actors, whose queue is measured.
-          is_complete: as in `Window.take`.
+          window: measurements of the updates and their trajectories.
+          statistics: PopArt statistics after the last update.
+          actors: the actors, for the length of their queue.
+          is_complete: see `Window.take`.
 
         Raises:
           UserError: if a metric is not finite.
@@ -209,7 +209,7 @@ class _Recorder:
         episodes: Episodes,
         statistics: popart.Statistics,
     ) -> episode_metrics.Record:
-        """Return the means of the values, with the episodes and the statistics by task."""
+        """Return the mean of each value, with episodes and PopArt statistics by task."""
         means = {name: array.mean(keepdims=True) for name, array in values.items()}
         logger.refuse_non_finite(self.run.config.seeds, self.run.step, means)
         record: episode_metrics.Record = {name: float(mean[0]) for name, mean in means.items()}
@@ -225,7 +225,7 @@ def _evaluate(
     state: learner.LearnerState,
     recorder: _Recorder,
 ) -> None:
-    """Evaluate every split in the first process, or end the run if it is asked to stop."""
+    """Evaluate every split in the first process; end the run if a stop is requested."""
     if not sharding.is_primary():
         return
     run = recorder.run
@@ -261,9 +261,10 @@ def jit_update(
 ) -> jax.stages.Wrapped:
     """Return `learner.update` jitted for a mesh: (state, trajectory [T, B]) → (state, metrics).
 
-    Each device computes the gradient of its rows. Over the devices, the gradient is averaged and
-    the sums of PopArt are added. An optional third argument, `SweptNumbers`, replaces the learning
-    rates of `optimizer` and the entropy cost of `hyperparameters`.
+    Each device computes the gradient of its own rows. Gradients are averaged over devices, and the
+    sums for PopArt are added up. The jitted function accepts an optional third argument of type
+    `SweptNumbers`, which replaces the learning rates of `optimizer` and the entropy cost of
+    `hyperparameters`.
     """
 
     def update_rows(
@@ -304,7 +305,7 @@ def lower_update(
     trajectory: Trajectory,
     mesh: jax.sharding.Mesh,
 ) -> jax.stages.Lowered:
-    """Lower a `jit_update` for the shapes of a state and a trajectory."""
+    """Lower the function from `jit_update` for the shapes of a state and a trajectory."""
 
     def add_sharding(shapes: Tree, leaf_sharding: jax.sharding.NamedSharding) -> Tree:
         return sharding.with_shardings(shapes, jax.tree.map(lambda _: leaf_sharding, shapes))
@@ -318,7 +319,7 @@ def lower_update(
 def start_actors(
     config: ml_collections.ConfigDict, agent: Agent, params: Params, version: int
 ) -> Actors:
-    """Return the actors of the config's topology, which start when the context is entered."""
+    """Return the actors for the topology in the config; entering their context starts them."""
     make_indexed = functools.partial(make_worker, config, version)
     worker_indices = range(config.actors.number)
     connect = functools.partial(
@@ -347,9 +348,10 @@ def take_batch(
     window: Window,
     stops: Callable[[], bool] = never,
 ) -> list[QueueItem] | None:
-    """Return this process's trajectories of one update; None if the run is to end.
+    """Return this process's trajectories for one update, or None if the run should end.
 
-    Trajectories of parameters that are too old are dropped. The window counts them and the wait.
+    Trajectories whose parameters are too old are dropped. `window` counts them and the time spent
+    waiting.
     """
     queue_items: list[QueueItem] = []
     start_time = time.perf_counter()

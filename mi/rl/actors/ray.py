@@ -1,7 +1,7 @@
-"""Workers in Ray processes, on this host or any other, that are restarted when they die.
+"""Workers in Ray processes, on this host or on others, which are restarted when they die.
 
-RAY_ADDRESS names the cluster to connect to; without it, Ray starts on this host. Parameters are
-shared through Ray's object store, once for each update; trajectories return the same way.
+RAY_ADDRESS names the cluster to connect to; without it, Ray starts on this host. Ray's object store
+carries the parameters to the workers, once per update, and the trajectories back.
 """
 
 import contextlib
@@ -32,13 +32,13 @@ MAX_ACTORS_PER_CPU = 64
 class Remote:
     """A `Worker` in another process, with the same interface.
 
-    An exception of its environments is raised here. A process that dies (out of memory, a lost
-    host, kill -9) is replaced, with new environments.
+    Exceptions in the environments are raised in this process too. If the process dies (out of
+    memory, a lost host, kill -9), a new one with new environments replaces it.
 
     Args:
-      make_worker: constructor of the worker in the process; its argument `birth` counts the earlier
-        processes.
-      cpus: CPUs of the process; Ray starts it on a node where they are free.
+      make_worker: constructor of the worker, called in the other process. Its argument `birth` is
+        the number of earlier processes.
+      cpus: CPUs of the process; Ray starts it on a node that has them free.
     """
 
     def __init__(self, make_worker: Callable[..., Worker], cpus: float = 1.0):
@@ -48,7 +48,7 @@ class Remote:
         self._is_started = False
 
     def collect(self, params: SharedParams) -> list[tuple[Trajectory, Episodes]]:
-        """Collect trajectories as `Worker.collect`, with parameters from `share`.
+        """Collect trajectories like `Worker.collect`, with parameters from `share`.
 
         Raises:
           UserError: if the process dies repeatedly.
@@ -67,11 +67,12 @@ class Remote:
                 # A UserError says everything; for other exceptions the traceback helps.
                 raise cause from None if isinstance(cause, UserError) else error
         raise UserError(
-            f'an actor died {MAX_DEATHS} times before it had a trajectory; the last time: {death}'
+            f'an actor died {MAX_DEATHS} times before it returned a trajectory. The last error '
+            f'was: {death}'
         )
 
     def pid(self) -> int:
-        """Return the process id, on its host."""
+        """Return the process id on the host of the process."""
         return self._ray.get(self._process.pid.remote())
 
     def close(self) -> None:
@@ -83,7 +84,7 @@ class Remote:
         return self._ray.remote(_Process).options(num_cpus=self._cpus).remote(make_worker)
 
     def _wait_for_start(self) -> None:
-        """Wait until the worker is made; print a message if Ray has no CPUs for its process."""
+        """Wait until the worker exists; print a message if Ray has no free CPUs for its process."""
         pid, worker = self._process.pid.remote(), self._process.make.remote()
         if not self._ray.wait([pid], timeout=PATIENCE)[0]:
             total_cpus = self._ray.cluster_resources().get('CPU', 0)
@@ -97,7 +98,10 @@ class Remote:
 
 
 class _Process:
-    """A worker in its process. `make` makes it: Ray treats an error in a constructor as a death."""
+    """The Ray actor that holds a worker.
+
+    `make` constructs the worker, because Ray treats an error in a constructor as a death.
+    """
 
     def __init__(self, make_worker: Callable[[], Worker]):
         self._make_worker = make_worker
@@ -120,10 +124,10 @@ def share(params: Params) -> SharedParams:
 
 
 def init_ray() -> types.ModuleType:
-    """Return the module ray, initialized.
+    """Initialize Ray and return its module.
 
     Raises:
-      UserError: if it is not installed.
+      UserError: if Ray is not installed.
     """
     try:
         import ray
@@ -143,7 +147,7 @@ def init_ray() -> types.ModuleType:
 
 
 def compute_cpus_per_actor(num_actors: int) -> float:
-    """Return the CPUs that each of the actors can have so that Ray starts all; at most 1.
+    """Return the CPUs per actor, at most 1, with which Ray can start all actors.
 
     Raises:
       ArgumentError: if too few CPUs are free.
@@ -171,7 +175,7 @@ def compute_cpus_per_actor(num_actors: int) -> float:
 
 
 def divide_cpus(num_actors: int, free_cpus: Sequence[float]) -> float:
-    """Return the largest CPU share 1/k at which the actors fit on the nodes.
+    """Return the largest share of a CPU, 1/k, with which all actors fit on the nodes.
 
     Args:
       num_actors: number of actors.
@@ -185,7 +189,7 @@ def divide_cpus(num_actors: int, free_cpus: Sequence[float]) -> float:
             return int(10_000 / actors_per_cpu) / 10_000  # Ray counts in 1/10,000
     raise ArgumentError(
         f'`num_actors` = {num_actors}: expected at most {MAX_ACTORS_PER_CPU} for each of '
-        f'the {sum(free_cpus):g} CPUs that Ray has free. Lower it, or end what uses the cluster'
+        f'the {sum(free_cpus):g} CPUs that Ray has free. Lower it, or free CPUs'
     )
 
 
@@ -193,8 +197,8 @@ def divide_cpus(num_actors: int, free_cpus: Sequence[float]) -> float:
 def _signal_handlers() -> Iterator[None]:
     """Restore the signal handlers that Ray replaces in Python and in C++.
 
-    The run's handlers save a checkpoint; Ray's abort the process. Handlers that were not set from
-    Python (None) are left alone.
+    The handlers of the run save a checkpoint, whereas those of Ray abort the process. Handlers that
+    were not set from Python (None) are left alone.
     """
     catchable = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
     handlers = {signal_number: signal.getsignal(signal_number) for signal_number in catchable}

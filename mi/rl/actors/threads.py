@@ -7,8 +7,8 @@
 
 A thread takes the newest parameters before each trajectory and waits while the queue is full. An
 exception in a worker ends the run: the learner raises it at its next `get`. The workers run in this
-process (topology 'threads') or in processes of Ray (`mi.rl.actors.ray`); queue and learner are the
-same.
+process (topology 'threads') or in Ray processes (`mi.rl.actors.ray`), with the same queue and
+learner.
 """
 
 import queue
@@ -32,7 +32,7 @@ SharedParams = Any  # parameters as workers take them: Ray's reference, or the a
 
 
 class Collector(Protocol):
-    """The interface that a thread uses of a `Worker`, here or in another process."""
+    """The part of the interface of a `Worker` that a thread uses, in this process or another."""
 
     def collect(self, params: SharedParams) -> list[tuple[Trajectory, Episodes]]: ...
 
@@ -43,9 +43,9 @@ class QueueItem(NamedTuple):
     """One trajectory of one group.
 
     Attributes:
-      trajectory: [T, B, …], NumPy.
-      episodes: the episodes that ended in it.
-      version: version of the parameters that acted.
+      trajectory: the trajectory, NumPy arrays [T, B, …].
+      episodes: statistics of the episodes that ended in the trajectory.
+      version: version of the parameters that chose the actions.
       wait_seconds: time that the thread waited to put its previous trajectory into the queue.
     """
 
@@ -56,15 +56,15 @@ class QueueItem(NamedTuple):
 
 
 class Actors:
-    """Threads and their queue; a context manager that starts and ends them.
+    """A context manager that starts and ends the actor threads and their queue.
 
     Args:
       makers: constructors of the workers, each called in its own thread.
-      params: the first parameters.
-      version: number of updates that they have had.
-      capacity: number of trajectories in the queue.
-      timeout: longest wait of `get`, seconds.
-      share: converts parameters for the workers.
+      params: initial parameters.
+      version: number of updates behind `params`.
+      capacity: maximum number of trajectories in the queue.
+      timeout: maximum time that `get` waits, in seconds.
+      share: function that converts parameters for the workers.
     """
 
     def __init__(
@@ -105,16 +105,16 @@ class Actors:
         self._latest = self._share(params), version
 
     def get(self, stops: Callable[[], bool] = lambda: False) -> QueueItem | None:
-        """Wait for the next trajectory; raise the exception of a worker.
+        """Wait for the next trajectory; if a worker has failed, raise its exception.
 
         Args:
-          stops: called while the queue is empty; returns whether to end the run.
+          stops: function called while the queue is empty that returns whether to end the run.
 
         Returns:
-          The trajectory; None if the run is to end and the queue is empty.
+          The trajectory, or None if the run should end and the queue is empty.
 
         Raises:
-          ArgumentError: if there is none within the timeout.
+          ArgumentError: if no trajectory arrives within the timeout.
         """
         # Wait in short intervals, so that a signal can end the wait.
         deadline = time.monotonic() + self._timeout
@@ -143,7 +143,7 @@ class Actors:
         return self._queue.qsize()
 
     def _run_worker(self, make_worker: Callable[[], Collector]) -> None:
-        """Make a worker and collect until the run is over; keep its exception for `get`."""
+        """Make a worker and collect until the run is over; store any exception for `get`."""
         try:
             worker = make_worker()
             try:
@@ -165,7 +165,7 @@ class Actors:
                 wait_seconds = time.perf_counter() - start_time
 
     def _put(self, queue_item: QueueItem | None) -> None:
-        """Put an item into the queue as soon as it has space, unless the run is over."""
+        """Put an item into the queue as soon as there is space, unless the run is over."""
         while not self._is_over.is_set():
             try:
                 self._queue.put(queue_item, timeout=POLL)

@@ -1,4 +1,4 @@
-"""Measurements of the learner between two records, in topologies with actors."""
+"""Measurements of a learner with actors between two records."""
 
 import time
 
@@ -17,7 +17,7 @@ class Window:
       updates: number of updates.
       transitions: number of valid transitions learned from in this process.
       lags: lags of the trajectories, in updates.
-      dropped: number of trajectories that were too old.
+      dropped: number of trajectories dropped because they were too old.
       wait_seconds: time that the learner waited for trajectories.
     """
 
@@ -32,7 +32,7 @@ class Window:
         self.wait_seconds = 0.0
 
     def add(self, metrics: dict[str, jax.Array], queue_items: list[QueueItem]) -> None:
-        """Add an update and the trajectories that it learned from."""
+        """Add the metrics of an update and the trajectories it was computed from."""
         self.updates += 1
         self._metrics.append(metrics)
         self._episodes += [item.episodes for item in queue_items]
@@ -40,10 +40,10 @@ class Window:
         self.transitions += sum(int(item.trajectory.valid.sum()) for item in queue_items)
 
     def take(self, is_complete: bool) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-        """Return the values of the updates, [updates], and their timing in seconds.
+        """Return the metrics of the updates, [updates] each, and their timing in seconds.
 
-        Unless `is_complete`, the newest of several updates is left out, because the learner would
-        have to wait for it.
+        Unless `is_complete`, the metrics of the newest update are left out if there are others,
+        because the learner would have to wait for them.
         """
         skips_newest = not is_complete and self.updates > 1
         update_metrics = jax.device_get(self._metrics[:-1] if skips_newest else self._metrics)
@@ -65,5 +65,5 @@ class Window:
         return values, timing
 
     def episodes(self) -> Episodes:
-        """Return the sums over the episodes that ended."""
+        """Return the sums over all episodes that ended."""
         return episode_metrics.add_episodes(self._episodes)

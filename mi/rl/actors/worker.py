@@ -1,12 +1,12 @@
-"""Workers: trajectories from environments that are stepped on the host.
+"""Workers, which collect trajectories from environments stepped on the host.
 
-A worker has several groups of rows. While one group simulates, the policy serves another:
+A worker has several groups of environments. While one group simulates, the policy serves another:
 
     group 0   simulate ........ policy  simulate ........ policy
     group 1   policy  simulate ........ policy  simulate ........
 
-Its trajectories are those of `mi.rl.fused.rollout`. Steps whose action was ignored, after the end
-of an episode, are included and not valid.
+Trajectories have the same layout as those of `mi.rl.fused.rollout`. They include the steps after
+the end of an episode, whose actions are ignored, and mark them as not valid.
 """
 
 import functools
@@ -41,7 +41,7 @@ class PolicyState(NamedTuple):
       key: random key of the actions.
       carry: carry of the agent.
       tokens, instruction: newest instruction of each row, [B, L], and its encoding, [B, …]; None if
-        the agent reads no instructions.
+        the agent does not read instructions.
     """
 
     key: Array
@@ -53,8 +53,8 @@ class PolicyState(NamedTuple):
 class Policy:
     """An agent that acts in B environments, one step at a time.
 
-    Encodings of instructions are cached: only new instructions are encoded, and all of them after a
-    change of the parameters.
+    Encodings of instructions are cached: only new instructions are encoded, and all of them when
+    the parameters change.
     """
 
     def __init__(self, agent: Agent, greedy: bool = False):
@@ -81,13 +81,13 @@ class Policy:
         inputs: Inputs,
         has_new_params: bool = False,
     ) -> tuple[PolicyState, Array, Array]:
-        """Return the next state, and actions [B] with their log-probabilities [B].
+        """Return the next state, the actions [B] and their log-probabilities [B].
 
         Args:
           params: parameters of the agent.
           policy_state: state after the previous step.
           inputs: inputs of the agent, [B, …].
-          has_new_params: whether the parameters changed since the previous step.
+          has_new_params: whether the parameters have changed since the previous step.
         """
         return self._step(params, policy_state, inputs, has_new_params)
 
@@ -118,7 +118,7 @@ def _update_encodings(
 ) -> Array:
     """Return `encodings` with encode(tokens) in the outdated rows.
 
-    If at most an eighth of the rows is outdated, only that many are encoded; otherwise all are.
+    If at most an eighth of the rows are outdated, only that many are encoded; otherwise all are.
     """
     batch_size = len(tokens)
     max_rows = -(-batch_size // 8)
@@ -134,13 +134,14 @@ def _update_encodings(
 
 
 class Worker:
-    """Groups of environments under one policy.
+    """Groups of environments that share one policy.
 
     Args:
-      groups: batches of environments, which it closes; with two, simulation and policy overlap.
-      policy: the policy; the workers of a process share it.
-      num_steps: T.
-      rng_key: random key of the actions.
+      groups: batches of environments, which the worker closes at its end. With two or more, the
+        simulation of one overlaps with the policy of another.
+      policy: the policy, shared by all workers of a process.
+      num_steps: number of steps in a trajectory, T.
+      rng_key: random key for the actions.
     """
 
     def __init__(
@@ -158,7 +159,7 @@ class Worker:
         ]
 
     def collect(self, params: Params) -> list[tuple[Trajectory, Episodes]]:
-        """Collect T transitions of each group in NumPy, and the episodes that ended."""
+        """Collect T transitions from each group, as NumPy arrays, and the episodes that ended."""
         for group in self._groups:
             group.begin_trajectory()
 
@@ -179,11 +180,11 @@ class Worker:
 
 
 class _TrajectoryBuilder:
-    """The rows of a trajectory so far, and the episodes that ended in it, by task.
+    """A trajectory under construction, and the episodes that ended in it, by task.
 
     Attributes:
-      carry: carry of the agent before the first row.
-      inputs: T + 1 rows in the end; the other lists have T.
+      carry: carry of the agent before the first step.
+      inputs: inputs of each step; T + 1 entries when complete, whereas the other lists have T.
     """
 
     def __init__(self, carry: Carry, num_tasks: int):
@@ -196,7 +197,7 @@ class _TrajectoryBuilder:
         self.episodes = np.zeros((4, num_tasks), np.float32)
 
     def build(self) -> tuple[Trajectory, Episodes]:
-        """Stack the rows."""
+        """Stack the steps into a trajectory."""
         trajectory = Trajectory(
             inputs=jax.tree.map(lambda *rows: np.stack(rows), *self.inputs),
             action=_stack(self.actions),
@@ -213,7 +214,7 @@ def _stack(rows: Sequence[np.ndarray]) -> Any:
 
 
 class _Group:
-    """A batch of environments with the state of its policy and the trajectory in progress."""
+    """A batch of environments, the state of its policy and its current trajectory."""
 
     def __init__(self, environment: HostEnvironment, policy: Policy, rng_key: Array):
         self._environment, self._policy = environment, policy
@@ -230,12 +231,12 @@ class _Group:
         self._builder = self._make_builder()
 
     def begin_trajectory(self) -> None:
-        """Start a trajectory, whose parameters may be new."""
+        """Start a trajectory, possibly with new parameters."""
         self._builder = self._make_builder()
         self._has_new_params = True
 
     def receive(self) -> None:
-        """Receive the result of the last action, and append the next row of the inputs."""
+        """Receive the result of the last action, and append the next inputs."""
         if self._is_sent:
             prev_step, step = self._step, self._environment.recv()
             self._is_sent = False
@@ -268,7 +269,7 @@ class _Group:
         return _TrajectoryBuilder(self._policy_state.carry, len(self._environment.spec.tasks))
 
     def _count_episodes(self, prev_step: Step, step: Step) -> None:
-        """Add the episodes that ended with this step to the sums by task."""
+        """Add the episodes that ended with this step to the sums for each task."""
         is_valid = ~np.asarray(prev_step.is_last)
         self._returns = np.where(is_valid, self._returns + step.reward, 0).astype(np.float32)
         self._lengths = np.where(is_valid, self._lengths + 1, 0).astype(np.float32)
@@ -287,7 +288,7 @@ class _Group:
 
 
 def concatenate_trajectories(trajectories: Sequence[Trajectory]) -> Trajectory:
-    """Concatenate trajectories of several groups along B."""
+    """Concatenate the trajectories of several groups along B."""
     carries = [trajectory.carry for trajectory in trajectories]
     carry = jax.tree.map(lambda *arrays: np.concatenate(arrays), *carries)
     steps = [trajectory._replace(carry={}) for trajectory in trajectories]

@@ -1,7 +1,7 @@
-"""Registries of environments, JAX and HOST, and functions that make one by name.
+"""The environment registries JAX and HOST, and functions that make an environment by name.
 
-A name is a key of a registry or 'package.module:maker'. It may have a suite behind a slash, as in
-'babyai/goto' or 'my_package.rooms:make/small', which the maker parses:
+A name is a key of a registry or 'package.module:maker'. It may end with a slash and a suite, as in
+'babyai/goto' or 'my_package.rooms:make/small', which is passed to the maker:
 
     JAX    maker(suite, **options) → JaxEnvironment
     HOST   maker(suite, *, batch, seed, **options) → HostEnvironment
@@ -59,15 +59,15 @@ MAX_EVALUATION_ROWS = 1024
 
 
 def make(env_name: str, options: Options | None = None) -> JaxEnvironment:
-    """Make an environment of pure functions of one row.
+    """Make a JAX environment.
 
     Args:
-      env_name: a name in JAX, with its suite behind a slash.
-      options: arguments of its maker, by name.
+      env_name: a name in `JAX`, optionally followed by a slash and a suite.
+      options: keyword arguments for the maker.
 
     Raises:
       ArgumentError: if the name or an option is unknown, the environment runs on the host, its
-        maker refuses, or the environment contradicts its spec.
+        maker raises an error, or the environment contradicts its spec.
     """
     maker_name = _parse_maker_name(env_name)
     if maker_name in HOST:
@@ -79,17 +79,17 @@ def make(env_name: str, options: Options | None = None) -> JaxEnvironment:
 
 
 def pool(env_name: str, batch: int, seed: int, options: Options | None = None) -> HostEnvironment:
-    """Make `batch` rows of any environment on the host.
+    """Make a batch of environments on the host, from either registry.
 
     Args:
-      env_name: a name in JAX or HOST, with its suite behind a slash.
-      batch: number of rows.
-      seed: seed of everything random in them.
-      options: as in `make`.
+      env_name: a name in `JAX` or `HOST`, optionally followed by a slash and a suite.
+      batch: number of environments.
+      seed: seed for all random numbers in the environments.
+      options: keyword arguments for the maker.
 
     Raises:
-      ArgumentError: if the name or an option is unknown, its maker refuses, or the environment
-        contradicts its spec.
+      ArgumentError: if the name or an option is unknown, the maker raises an error, or the
+        environment contradicts its spec.
     """
     maker_name, options = _parse_maker_name(env_name), options or {}
     if maker_name in JAX:
@@ -103,15 +103,15 @@ def pool(env_name: str, batch: int, seed: int, options: Options | None = None) -
 
 
 def host_spec(env_name: str, batch: int, options: Options | None = None) -> Spec:
-    """Return the spec of an environment on the host, without its simulator where `SPECS` has it.
+    """Return the spec of a host environment; names in `SPECS` do not start their simulator.
 
     Args:
-      env_name: a name in HOST, with its suite behind a slash.
-      batch: number of rows, at least one for each task.
-      options: as in `make`.
+      env_name: a name in `HOST`, optionally followed by a slash and a suite.
+      batch: number of environments, at least one for each task.
+      options: keyword arguments for the maker.
 
     Raises:
-      ArgumentError: as in `pool`.
+      ArgumentError: under the same conditions as `pool`.
     """
     maker_name, _, suite = env_name.partition('/')
     options = options or {}
@@ -132,23 +132,25 @@ def host_spec(env_name: str, batch: int, options: Options | None = None) -> Spec
             raise UserError(
                 f'{spec.name} has {len(spec.tasks)} tasks but the batch has only {batch} '
                 f'environments: expected at least one per task. Raise `batch` or '
-                f'name fewer tasks'
+                f'choose fewer tasks'
             )
     return spec
 
 
 def is_on_host(env_name: str) -> bool:
-    """Return whether an environment is stepped on the host, outside of JAX's programs."""
+    """Return whether an environment is stepped on the host rather than in a JAX program."""
     return env_name.partition('/')[0] in HOST
 
 
 def count_evaluation_rows(env_name: str, batch: int, num_episodes: int) -> int:
-    """Return the number of rows for evaluation on the host: one per episode if rows are cheap.
+    """Return the number of environments for an evaluation on the host.
+
+    For cheap environments this is one per episode, up to `MAX_EVALUATION_ROWS`.
 
     Args:
       env_name: name of the environment.
-      batch: number of rows if they are not cheap.
-      num_episodes: number for each task.
+      batch: number to return for environments that are not cheap.
+      num_episodes: number of episodes for each task.
 
     Raises:
       ArgumentError: if the suite is unknown.
@@ -178,14 +180,14 @@ def _make_jax(maker_name: str, env_name: str, options: Options) -> JaxEnvironmen
 
 
 def _call_maker(maker: Callable[..., Made], env_name: str, options: Options, **rows: int) -> Made:
-    """Call a maker with the suite and checked options; errors name the environment."""
+    """Check the options and call the maker; add the environment's name to errors."""
     _check_options(maker, env_name, options)
     with _name_in_errors(env_name):
         return maker(env_name.partition('/')[2], **rows, **options)
 
 
 def _check_options(maker: Callable[..., object], env_name: str, options: Options) -> None:
-    """Refuse options that the maker does not have, or of another type."""
+    """Raise an error if the maker does not have an option, or it has a different type."""
     defaults = get_keyword_defaults(maker)
     for reserved_option in ('batch', 'seed'):  # config keys of their own
         defaults.pop(reserved_option, None)
@@ -197,7 +199,7 @@ def _check_options(maker: Callable[..., object], env_name: str, options: Options
 
 @contextlib.contextmanager
 def _name_in_errors(env_name: str) -> Iterator[None]:
-    """Put the name of the environment in front of an error."""
+    """Prefix errors with the name of the environment."""
     try:
         yield
     except UserError as error:

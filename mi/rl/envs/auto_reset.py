@@ -1,8 +1,8 @@
-"""A `JaxEnvironment` as a stream of episodes: each end starts the next episode.
+"""Automatic resets, which turn a `JaxEnvironment` into a stream of episodes.
 
-Functions of one environment, which the caller vmaps. After `terminated` the next episode begins
-with the same step; after `truncated` one step later, so that the learner sees the last observation
-(see `mi.rl.envs.spec`).
+The functions apply to one environment; vmap them over a batch. When an episode terminates, the same
+step begins the next one. When it is truncated, the next one begins a step later, so that the
+learner sees the last observation (see `mi.rl.envs.spec`).
 """
 
 from typing import NamedTuple
@@ -17,12 +17,12 @@ from mi.rl.envs.spec import JaxEnvironment, Spec, Step
 
 
 class StreamState(NamedTuple):
-    """One environment, and the random key of its next episodes.
+    """The state of an environment and the random key of its next episodes.
 
     Attributes:
       env_state: state of the environment.
-      key: random key; with `episode` it determines the next episode.
-      episode: int32, number of the current episode.
+      key: random key; together with `episode` it determines the next episode.
+      episode: int32, index of the current episode.
       length: int32, steps of the current episode so far; 0 if it has ended.
       is_last: bool, whether the last step truncated it, so that the next step restarts.
     """
@@ -37,7 +37,7 @@ class StreamState(NamedTuple):
 def reset(
     environment: JaxEnvironment, rng_key: Array, task_index: Array
 ) -> tuple[StreamState, Step]:
-    """Begin a stream with an episode of a task; later episodes draw their tasks uniformly."""
+    """Begin a stream with an episode of the given task; later episodes draw tasks uniformly."""
     reset_key, rng_key = jax.random.split(rng_key)
     env_state, observation = environment.reset(reset_key, task_index)
     zero_steps, no_flag = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
@@ -49,7 +49,7 @@ def reset(
 def step(
     environment: JaxEnvironment, state: StreamState, action: Array
 ) -> tuple[StreamState, Step]:
-    """Step the stream; if its episode was truncated, ignore the action and begin the next."""
+    """Step the stream; after a truncation, ignore the action and begin the next episode."""
     env_state, transition = environment.step(state.env_state, action)
     terminated = transition.terminated & ~state.is_last
     truncated = transition.truncated & ~(terminated | state.is_last)
@@ -78,25 +78,25 @@ def step(
 
 
 def _without_weak_type(array: Array) -> Array:
-    """Return the array with a strong type, so that a loop's state keeps its type."""
+    """Return the array without a weak type, so that the state of a loop keeps its type."""
     array = jnp.asarray(array)
     is_key = jnp.issubdtype(array.dtype, jax.dtypes.extended)
     return array if is_key else array.astype(array.dtype)
 
 
 def check_length(spec: Spec, unfinished: int) -> None:
-    """Refuse an episode that is longer than its spec allows.
+    """Check that an episode is not longer than the spec allows.
 
     Args:
       spec: spec of the environment.
       unfinished: length of an episode that has not ended.
 
     Raises:
-      UserError: if an episode may not be longer than that.
+      UserError: if the episode should have ended by now.
     """
     if unfinished >= spec.episode:
         raise UserError(
-            f'Spec.episode = {spec.episode} of environment {spec.name!r}: expected the most steps '
-            f'of an episode (got a longer one). Raise it, or return truncated=True after '
+            f'Spec.episode = {spec.episode} of environment {spec.name!r}: expected the maximum '
+            f'length of an episode (got a longer one). Raise it, or return truncated=True after '
             f'{spec.episode} steps'
         )

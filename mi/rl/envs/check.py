@@ -25,10 +25,10 @@ ENTRIES: dict[str, tuple[int, DTypeLike, str]] = {
 
 
 def check_spec(spec: Spec) -> None:
-    """Refuse a spec that contradicts itself.
+    """Check that a spec is valid and consistent.
 
     Raises:
-      UserError: if a field is invalid, or contradicts another.
+      UserError: if a field is invalid or contradicts another one.
     """
     if not isinstance(spec, Spec):
         raise UserError(f'environment.spec = {spec!r}: expected a Spec; {PROTOCOL}')
@@ -57,8 +57,8 @@ def check_spec(spec: Spec) -> None:
             and (spec.vocabulary > 0) == ('instruction' in spec.observation),
             "the number of tokens of observation['instruction'], and 0 without one",
         ),
-        ('words', len(spec.words) in (0, num_words), f'() or {num_words}, of the tokens 1, 2, …'),
-        ('episode', _is_count(spec.episode), 'the most steps of an episode, or 0 where unknown'),
+        ('words', len(spec.words) in (0, num_words), f'() or {num_words} words for tokens 1, 2, …'),
+        ('episode', _is_count(spec.episode), 'the maximum length of an episode, or 0 if unknown'),
     ]
     for field_name, is_valid, expected in rules:
         if not is_valid:
@@ -73,13 +73,13 @@ def check_spec(spec: Spec) -> None:
                 _refuse(
                     spec,
                     f'Spec.reference of task {task_name!r} = {reference_score}: expected a score '
-                    f'other than that of Spec.random',
+                    f'different from that in Spec.random',
                 )
     _check_entries(spec)
 
 
 def _check_entries(spec: Spec) -> None:
-    """Refuse a spec whose observation no agent can read."""
+    """Check that an agent can read the observation of a spec."""
     if 'task' not in spec.observation or not spec.observation.keys() & set(AGENT_ENTRIES):
         _refuse(
             spec,
@@ -97,9 +97,9 @@ def _check_entries(spec: Spec) -> None:
 
 
 def check_environment(environment: JaxEnvironment) -> None:
-    """Refuse an environment whose functions contradict its spec.
+    """Check that `reset` and `step` of an environment agree with its spec.
 
-    Traces `reset` and `step` without running them.
+    The two methods are traced but not run.
 
     Raises:
       UserError: if the spec is invalid, or a method is missing or contradicts it.
@@ -110,7 +110,7 @@ def check_environment(environment: JaxEnvironment) -> None:
     spec = environment.spec
     check_spec(spec)
     if spec.episode == 0:
-        _refuse(spec, 'Spec.episode = 0: expected the most steps of an episode, for its evaluation')
+        _refuse(spec, 'Spec.episode = 0: expected the maximum length of an episode, for evaluation')
 
     # Trace `reset`.
     rng_key, task_index = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0)))
@@ -146,10 +146,10 @@ def check_environment(environment: JaxEnvironment) -> None:
 
 
 def check_step(spec: Spec, batch: int, step: Step) -> None:
-    """Refuse a first step of a pool, [B, …], that contradicts the spec.
+    """Check that the first step of a pool, [B, …], agrees with its spec.
 
     Raises:
-      UserError: if it has another shape or dtype than the spec.
+      UserError: if a shape or dtype differs from the spec.
     """
     _check_observation(spec, 'reset', step.observation, (batch,))
     for field_name in ('reward', 'discount', 'is_first', 'is_last', 'success'):
@@ -161,7 +161,7 @@ def check_step(spec: Spec, batch: int, step: Step) -> None:
 def _check_observation(
     spec: Spec, function: str, observation: Observation, rows: tuple[int, ...] = ()
 ) -> None:
-    """Refuse an observation that differs from the spec."""
+    """Check that an observation has the entries, shapes and dtypes of the spec."""
     is_mapping = isinstance(observation, Mapping)
     if not is_mapping or observation.keys() != spec.observation.keys():
         actual = _list_names(observation) if is_mapping else _describe_class(observation)
@@ -182,7 +182,7 @@ def _check_observation(
 
 
 def _check_scalars(spec: Spec, transition: Transition) -> None:
-    """Refuse rewards and flags that are not scalars of their type."""
+    """Check that the reward and the flags are scalars of the right type."""
     for field_name in ('reward', 'terminated', 'truncated', 'success'):
         field_value = getattr(transition, field_name)
         is_real = jnp.issubdtype(field_value.dtype, jnp.floating) or jnp.issubdtype(
@@ -222,26 +222,26 @@ def _list_names(observation: Mapping[str, object]) -> str:
 
 
 def _describe_type(array: chex.ArrayNumpy | jax.Array | jax.ShapeDtypeStruct) -> str:
-    """Return shape and type as 'float32[3,2]'."""
+    """Return the dtype and shape of an array, for example 'float32[3,2]'."""
     typed_array = array if hasattr(array, 'dtype') else np.asarray(array)
     return f'{_name_dtype(typed_array.dtype)}[{",".join(map(str, typed_array.shape))}]'
 
 
 def _name_dtype(dtype: DTypeLike) -> str:
-    """Return the name of a dtype, or 'key<fry>' of random keys."""
+    """Return the name of a dtype, for example 'float32', or 'key<fry>' for random keys."""
     is_key = jnp.issubdtype(dtype, jax.dtypes.prng_key)
     return str(dtype) if is_key else jnp.dtype(dtype).name
 
 
 def _describe_class(value: object) -> str:
-    """Return the name of a value's class, or of the classes in a tuple, as '(State, Step)'."""
+    """Return the class name of a value, or of each tuple element: '(State, Step)'."""
     if type(value) is tuple:
         return f'({", ".join(type(element).__name__ for element in value)})'
     return type(value).__name__
 
 
 def _describe_leaves(tree: chex.ArrayTree) -> dict[str, str]:
-    """Return path → shape and type of a state's arrays."""
+    """Return path → dtype and shape for the arrays of a state."""
     paths_and_leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {
         jax.tree_util.keystr(key_path): _describe_type(leaf) for key_path, leaf in paths_and_leaves

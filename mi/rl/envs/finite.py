@@ -7,10 +7,10 @@ from mi.rl.envs.spec import Spec, Step
 
 
 def check_finite(spec: Spec, step: Step) -> None:
-    """Refuse a reward or an observation that is NaN or infinite, before it is learned from.
+    """Check that rewards and observations are finite, before the learner uses them.
 
     Raises:
-      UserError: if one is not finite, with its environment, task and entry.
+      UserError: if one is not finite; the message names the environment, the task and the entry.
     """
     task_indices = np.asarray(step.observation['task'])
     named_arrays = {'reward': step.reward, 'discount': step.discount, **step.observation}
@@ -34,7 +34,7 @@ def check_finite(spec: Spec, step: Step) -> None:
 
 
 def make_error(description: str, value: str) -> UserError:
-    """Return the error about a value that is not finite."""
+    """Return the error to raise for a value that is not finite."""
     return UserError(
         f'the environment {description} returned a {value}: expected finite float32 numbers. Fix '
         f'or wrap the environment; no optimizer setting helps'

@@ -1,10 +1,13 @@
-"""Conversion of Gymnasium's spaces: observations to features or pixels, actions to a number.
+"""Conversion of Gymnasium spaces: observations to features or pixels, actions to numbers.
 
-Box [h, w, c], [c, h, w] or [h, w]      'pixels' uint8, if its numbers are a picture's
-Box of other shapes, Discrete, MultiBinary, MultiDiscrete, Dict and Tuple of them
-                                        'features' float32, flat; one-hot where discrete
-actions Discrete, MultiDiscrete, MultiBinary, Dict and Tuple of them
-                                        numbered from 0
+Observation space                       entry
+Box [h, w, c], [c, h, w] or [h, w]      'pixels' uint8, if the values are those of an image
+other Box, Discrete, MultiBinary, MultiDiscrete, and Dict or Tuple of these
+                                        'features' float32, flattened; one-hot if discrete
+
+Action space                            number
+Discrete, MultiDiscrete, MultiBinary, and Dict or Tuple of these
+                                        counted from 0
 """
 
 import math
@@ -25,10 +28,10 @@ Convert = Callable[[Element], Element]
 
 
 def observation(space: Space) -> tuple[str, tuple[int, ...], Convert]:
-    """Return the entry of an observation, its shape, and the conversion to it.
+    """Return 'pixels' or 'features', the shape of this entry, and the conversion to it.
 
     Raises:
-      UserError: if neither features nor pixels can hold the space.
+      UserError: if the space fits neither features nor pixels.
     """
     import gymnasium
 
@@ -37,7 +40,7 @@ def observation(space: Space) -> tuple[str, tuple[int, ...], Convert]:
         return 'pixels', *_describe_picture(space)
     if _has_picture(space):
         raise UserError(
-            f'the observation space {space} has images among its entries: expected a single '
+            f'the observation space {space} has images among other entries: expected a single '
             f'image, or no images. Register an id whose constructor wraps it, as with '
             f'gymnasium.wrappers.TransformObservation'
         )
@@ -66,7 +69,7 @@ def actions(space: Space) -> tuple[int, Convert]:
     """Return the number of actions, and the conversion of a number to an action.
 
     Raises:
-      UserError: if actions are continuous, or too many.
+      UserError: if actions are continuous, or there are too many.
     """
     num_actions = _count_elements(space)
     if num_actions is None:
@@ -99,7 +102,7 @@ def _count_elements(space: Space) -> int | None:
 
 
 def _decode_element(space: Space, number: int) -> Element:
-    """Return the element of a discrete space with this number; the last part counts fastest."""
+    """Return the element of a discrete space with this number; the last part varies fastest."""
     import gymnasium
 
     match space:
@@ -130,7 +133,7 @@ def _list_fields(space: Space) -> list[Space]:
 
 
 def _is_picture(space: Space) -> bool:
-    """Return whether a space is a Box with 3 axes and channels, or with 2 axes and bytes."""
+    """Return whether a space is an image: a Box with 3 axes and channels, or 2 axes of bytes."""
     import gymnasium
 
     if not isinstance(space, gymnasium.spaces.Box) or 0 in space.shape:
@@ -153,7 +156,7 @@ def _has_picture(space: Space) -> bool:
 
 
 def _describe_picture(space: Space) -> tuple[tuple[int, ...], Convert]:
-    """Return the shape [h, w, c] of a picture, and the conversion to it, in bytes."""
+    """Return the shape [h, w, c] of an image, and the conversion to it, as bytes."""
     picture_shape = space.shape if len(space.shape) == 3 else (*space.shape, 1)
     is_channels_first = picture_shape[-1] not in CHANNELS and picture_shape[0] < min(
         picture_shape[1:]
@@ -166,7 +169,7 @@ def _describe_picture(space: Space) -> tuple[tuple[int, ...], Convert]:
         picture = np.asarray(element)
         if space.dtype != np.uint8:
             if not np.isfinite(picture).all():
-                raise UserError('a pixel of an observation is not finite. Fix the environment')
+                raise UserError('an observation has non-finite pixels. Fix the environment')
             picture = np.clip(np.rint((picture - low_values) * scale), 0, 255).astype(np.uint8)
         picture = picture.reshape(picture_shape)
         return np.ascontiguousarray(np.moveaxis(picture, 0, -1)) if is_channels_first else picture

@@ -4,8 +4,8 @@ There are two kinds of environment. A `JaxEnvironment` consists of pure function
 environment, which the caller vmaps and compiles. A `HostEnvironment` is a batch of environments on
 the host, in NumPy.
 
-A config names an environment 'package.module:maker', so Python must be able to import the module:
-from the directory of the command, or by PYTHONPATH.
+A config can name an environment 'package.module:maker'. Python must be able to import this module,
+either from the current directory or through PYTHONPATH.
 
 A `JaxEnvironment` plays one episode. It reports how the episode ended and returns its last
 observation; `mi.rl.envs.auto_reset` begins the next episode:
@@ -24,14 +24,15 @@ Actors and learner see a stream of episodes, which consists of `Step`s. `Step.re
 `Step.discount` belong to the previous action, and `Step.observation` is its result. A new episode
 begins in one of two ways, and a stream may use both:
 
-- with the step that ends an episode: it has the episode's last reward, discount 0, and the first
-  observation of the next episode, `is_first`. The last observation is never seen, so this is only
-  for episodes that terminate. Every `JaxEnvironment` restarts this way after `terminated`;
-- one step later: the step that ends the episode, `is_last`, has the last observation, and discount
-  0 if the episode terminated, 1 if it was truncated. The action that follows is ignored. It leads
-  to the first observation of the next episode, `is_first`, with reward 0, and is not a transition:
-  the learner leaves it out and bootstraps from the last observation. Every `JaxEnvironment`
-  restarts this way after `truncated`, and so do most pools of the host.
+- With the step that ends an episode. This step has the episode's last reward, discount 0, and the
+  first observation of the next episode, with `is_first`. The last observation is never seen, so
+  this is only for episodes that terminate. Every `JaxEnvironment` restarts this way after
+  `terminated`.
+- One step later. The step that ends the episode, with `is_last`, has the last observation, and
+  discount 0 if the episode terminated or 1 if it was truncated. The next action is ignored, and
+  leads to the first observation of the next episode, with `is_first` and reward 0. The learner
+  skips this step and bootstraps from the last observation. Every `JaxEnvironment` restarts this way
+  after `truncated`, and so do most host environments.
 """
 
 import dataclasses
@@ -50,23 +51,23 @@ class Spec:
     """The constants of an environment.
 
     Attributes:
-      name: name of the environment, as 'xland'.
-      observation: name → shape and dtype of one observation's entries. 'grid' [h, w, layers] are
-        small integers, each layer a category below `categories`; 'pixels' [h, w, c] uint8;
-        'features' [n] float32; 'task' [] int32, the index into `tasks`; 'instruction' [L] int32,
-        tokens below `vocabulary`, 0 for padding. 'task' is required, and at least one of 'grid',
-        'pixels' and 'features'.
+      name: name of the environment, such as 'xland'.
+      observation: name → shape and dtype of the entries of an observation. 'grid' [h, w, layers]
+        has integers, in each layer below its entry in `categories`; 'pixels' [h, w, c] is uint8;
+        'features' [n] is float32; 'task' [] is an int32 index into `tasks`; 'instruction' [L] has
+        int32 tokens below `vocabulary`, with 0 for padding. 'task' and at least one of 'grid',
+        'pixels' and 'features' are required.
       actions: number of actions.
       tasks: name of each task, by index.
-      random, reference: mean episode return for each task of the uniform random policy, and of a
-        reference (a human, a solved task); None if unknown.
+      random, reference: mean episode return in each task of the uniform random policy, and of a
+        reference such as a human or an optimal policy; None if unknown.
       sources: sources of these scores, as text.
       categories: number of categories of each layer of 'grid'.
       vocabulary: number of tokens of 'instruction', padding included; 0 if there is none.
       words: words of the tokens 1, 2, …; empty if unknown.
-      episode: most steps of an episode, after which it has terminated or been truncated. Required
-        of a `JaxEnvironment`, because its evaluation is one compiled program; otherwise 0 means
-        unknown.
+      episode: maximum length of an episode, which must have terminated or been truncated by then.
+        Required for a `JaxEnvironment`, because its evaluation is one compiled program; otherwise
+        0 means unknown.
       has_success: whether the environment defines success. If not, success is unknown, not 0.
     """
 
@@ -85,15 +86,16 @@ class Spec:
 
 
 class Transition(NamedTuple):
-    """The result of an action in a `JaxEnvironment`; arrays of one environment.
+    """The result of an action in one `JaxEnvironment`.
 
     Attributes:
-      observation: name → array, of the next state; the episode's last observation if it ended.
-      reward: float32.
+      observation: name → array, the observation of the next state; the last one if the episode
+        ended.
+      reward: float32, reward of the action.
       terminated: bool, whether the episode ended by its rules, so that no reward can follow.
-      truncated: bool, whether the episode was cut although it could continue, as by a time limit.
-        An episode that is both has terminated.
-      success: bool, whether the episode reached its goal; only read at its end.
+      truncated: bool, whether the episode was cut although it could have continued, for example by
+        a time limit. If both flags are set, the episode counts as terminated.
+      success: bool, whether the episode reached its goal; only read when the episode ends.
     """
 
     observation: Observation
@@ -104,11 +106,11 @@ class Transition(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One step of a stream of episodes; arrays of one environment, or [B, …] of a batch.
+    """One step of a stream of episodes, for one environment or a batch [B, …].
 
     Attributes:
       observation: name → array.
-      reward: float32, of the previous action; 0 at the start.
+      reward: float32, reward of the previous action; 0 at the start.
       discount: float32, 0 if the episode terminated and 1 otherwise; the learner multiplies it by
         γ.
       is_first: whether the observation is the first of an episode.
@@ -125,24 +127,25 @@ class Step(NamedTuple):
 
 
 class JaxEnvironment(Protocol):
-    """One episode as pure functions; reset and step return states of the same structure and types.
+    """An environment that plays one episode, as pure functions.
 
-    After the last step of an episode `step` may be called again; the result is dropped.
+    `reset` and `step` must return states of the same structure and types. `step` may be called
+    again after the last step of an episode; the result is not used.
     """
 
     spec: Spec
 
     def reset(self, key: jax.Array, task: jax.Array) -> tuple[chex.ArrayTree, Observation]:
-        """Return state and first observation of a new episode of a task, its index int32 []."""
+        """Begin an episode of a task, int32 [], and return its state and first observation."""
         ...
 
     def step(self, state: chex.ArrayTree, action: jax.Array) -> tuple[chex.ArrayTree, Transition]:
-        """Return the state after an action, int32 [], and its result."""
+        """Return the state after an action, int32 [], and the result of the action."""
         ...
 
 
 class HostEnvironment(Protocol):
-    """B environments on the host, stepped together; each row keeps its task."""
+    """A batch of B environments on the host, stepped together."""
 
     spec: Spec
     batch: int
@@ -152,7 +155,7 @@ class HostEnvironment(Protocol):
         ...
 
     def send(self, actions: np.ndarray) -> None:
-        """Start a step of all rows, int32 [B]; return immediately if the simulator can."""
+        """Start a step with actions int32 [B]; return immediately if the simulator can."""
         ...
 
     def recv(self) -> Step:
@@ -166,7 +169,7 @@ class SkipsRows(HostEnvironment, Protocol):
     """A `HostEnvironment` that can skip rows, for evaluation."""
 
     def skip(self, rows: np.ndarray) -> None:
-        """Leave the rows, bool [B], alone until `reset`, from the next `send` on.
+        """Skip the rows marked in bool [B], from the next `send` until `reset`.
 
         For these rows `recv` returns their last observation, reward 0 and discount 1.
         """

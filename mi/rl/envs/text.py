@@ -1,8 +1,8 @@
-"""Instructions as tokens: [L] int32 below a vocabulary, padded with 0 at the end.
+"""Tokenizers that map instructions to int32 tokens [L], padded with 0 at the end.
 
-Words are lower-case runs of letters and digits; punctuation is left out. Two ways to number them:
-the closed vocabulary of BabyAI's grammar (Chevalier-Boisvert et al., 2019), and hashing for text
-that is not known in advance, as in IMPALA (Espeholt et al., 2018).
+Words are lower-case runs of letters and digits; punctuation is ignored. There are two ways to
+number words: the closed vocabulary of BabyAI's grammar (Chevalier-Boisvert et al., 2019), and
+hashing for unknown vocabularies, as in IMPALA (Espeholt et al., 2018).
 """
 
 import re
@@ -28,11 +28,11 @@ _BABYAI_TOKENS = {word: token for token, word in enumerate(BABYAI_WORDS, start=1
 
 
 class Tokenizer:
-    """Tokenizer: text → tokens [length] int32, cached for each distinct text.
+    """A function from text to int32 tokens [length], with a cache of all distinct texts.
 
     Attributes:
-      number: word → token, at least 1.
-      length: L.
+      number: function from a word to its token, at least 1.
+      length: number of tokens, L.
     """
 
     def __init__(self, number: Callable[[str], int], length: int):
@@ -41,11 +41,11 @@ class Tokenizer:
         self._known: dict[str, np.ndarray] = {}
 
     def __call__(self, text: str) -> np.ndarray:
-        """Return read-only tokens.
+        """Return the tokens of a text as a read-only array.
 
         Raises:
           ArgumentError: if there are more than `length` words.
-          UserError: if `number` refuses a word.
+          UserError: if `number` raises it for a word.
         """
         if text not in self._known:
             words = re.findall('[a-z0-9]+', text.lower())
@@ -62,19 +62,19 @@ class Tokenizer:
 
 
 def babyai(length: int = BABYAI_LENGTH) -> Tokenizer:
-    """Return the tokenizer of BabyAI; a word outside its grammar raises UserError."""
+    """Return BabyAI's tokenizer, which raises UserError for words outside the grammar."""
 
     def number(word: str) -> int:
         if word not in _BABYAI_TOKENS:
-            raise UserError(f'{word!r} is not in BabyAI; expected one of {" ".join(BABYAI_WORDS)}')
+            raise UserError(f'{word!r}: expected a word of BabyAI, one of {" ".join(BABYAI_WORDS)}')
         return _BABYAI_TOKENS[word]
 
     return Tokenizer(number, length)
 
 
 def hashed(buckets: int, length: int) -> Tokenizer:
-    """Return a tokenizer with tokens 1 + CRC-32 of the word modulo `buckets`, on any machine.
+    """Return a tokenizer that maps a word to 1 + its CRC-32 modulo `buckets`.
 
-    The published agent uses another hash function, so its buckets differ.
+    The published agent uses a different hash function, so its buckets differ.
     """
     return Tokenizer(lambda word: 1 + zlib.crc32(word.encode()) % buckets, length)

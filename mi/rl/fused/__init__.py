@@ -1,1 +1,1 @@
-"""Rollout and update in one program (Anakin)."""
+"""The topology 'fused', which compiles rollouts and updates into one program (Anakin)."""

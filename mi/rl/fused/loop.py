@@ -1,7 +1,7 @@
-"""Topology 'fused': acting and learning in one program, deterministic, for all seeds of a run.
+"""The training loop of the topology 'fused', where one program acts and learns for all seeds.
 
-Arrays with a leading axis of seeds are marked [S, …]. With several devices, seeds and environments
-are divided over them (`mi.training.sharding`); the program is the same.
+Arrays with a leading axis of seeds are marked [S, …]. The same program divides seeds and
+environments over several devices (`mi.training.sharding`). Training is deterministic.
 """
 
 import functools
@@ -47,18 +47,18 @@ from mi.training import (
 
 
 class TrainState(NamedTuple):
-    """The state that an update changes; in a run every array has a leading axis of seeds."""
+    """The state of training; in a run, every array has a leading axis of seeds."""
 
     learner: learner.LearnerState
     actor: rollout.ActorState
 
 
 class UpdateMetrics(NamedTuple):
-    """Metrics of one update, or of several.
+    """Metrics of one or several updates.
 
     Attributes:
       learner: name → mean over the updates.
-      episodes: the episodes that ended.
+      episodes: statistics of the episodes that ended.
       counts: counts of the unrolls.
     """
 
@@ -74,7 +74,7 @@ def init_state(
     batch: int,
     seed: Array,
 ) -> TrainState:
-    """Return the state of one seed before the first update."""
+    """Initialize the state of one seed."""
     params_key, actor_key = jax.random.split(jax.random.key(seed))
     params = factory.init_params(agent, params_key)
     num_tasks = len(environment.spec.tasks)
@@ -109,9 +109,10 @@ def make_update(
     agent: Agent,
     optimizer: optax.GradientTransformation,
 ) -> SeedUpdate:
-    """Return `update` with everything static bound: state of one seed → state and metrics.
+    """Return `update` with all static arguments bound: (state, numbers) → (state, metrics).
 
-    The second argument has the `SweptNumbers` to use in place of the config's, or is None.
+    The state is that of one seed. `numbers` are `SweptNumbers` that replace those of the config, or
+    None.
     """
     hyperparameters = factory.get_hyperparameters(config)
 
@@ -133,17 +134,17 @@ def compile_updates(
 ) -> jax.stages.Compiled:
     """Compile several updates of all seeds ahead of time: state → state and `UpdateMetrics`.
 
-    Each device steps its environments and computes the gradient of their rows. In each update the
-    devices reduce the gradient and the sums of PopArt; after the last, they reduce the metrics. The
-    state is donated.
+    Each device steps its environments and computes the gradient for their rows. In each update, the
+    gradient and the sums for PopArt are reduced over devices; after the last update, so are the
+    metrics. The state is donated.
 
     Args:
       update_once: update of one seed, from `make_update`.
       state: state of all seeds, or its shapes and shardings.
-      num_updates: number of updates of a call.
+      num_updates: number of updates per call.
       mesh: mesh of devices.
-      numbers: a second argument of the program and of `update_once`, which all seeds share; None
-        for none.
+      numbers: second argument of the program and of `update_once`, shared by all seeds. If None,
+        the program has only one argument.
     """
 
     # All updates of one seed, then the reductions of their metrics over devices.
@@ -199,7 +200,7 @@ def init_states(
     optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
 ) -> TrainState:
-    """Return the state of all seeds, [S, …], with seeds and environments sharded."""
+    """Initialize the state of all seeds, [S, …], with seeds and environments sharded."""
     # Jitted once, so that the shapes and the values of the state share a trace.
     init = functools.partial(init_state, environment, agent, optimizer, config.train.batch)
     init_seeds, seeds = jax.jit(jax.vmap(init)), np.asarray(config.seeds, np.int32)
@@ -216,15 +217,15 @@ def get_state_shapes(
     optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
 ) -> TrainState:
-    """Return the shapes and shardings of `init_states`, without computing it."""
+    """Return the shapes and shardings of the result of `init_states` without computing it."""
     init = functools.partial(init_state, environment, agent, optimizer, config.train.batch)
     return _shard_state(jax.eval_shape(jax.vmap(init), np.asarray(config.seeds, np.int32)), mesh)
 
 
 def _shard_state(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
-    """Return the shapes of a state of all seeds with their shardings.
+    """Return the shapes and shardings of a state of all seeds.
 
-    The learner, and the key of the actions, are replicated over the devices of a seed.
+    The learner and the random key for actions are replicated over the devices of a seed.
     """
     by_seed = sharding.seed_sharding(mesh)
     by_rows = sharding.batch_sharding(mesh, axis=1, has_seeds=True)
@@ -236,7 +237,7 @@ def _shard_state(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
 def train(
     config: ml_collections.ConfigDict, workdir: str, profile: run_dir.Steps | None = None
 ) -> None:
-    """Train and evaluate in a run directory, or resume the run that it holds."""
+    """Train and evaluate an agent in a run directory, or resume the run stored there."""
     environment = factory.make_environment(config)
     agent = factory.build_agent(config, environment.spec)
     environments = {'eval': environment}
@@ -253,7 +254,7 @@ def _train(
     agent: Agent,
     run: run_dir.Run,
 ) -> None:
-    """Run the training loop, in the environment of the split 'eval'."""
+    """Run the training loop; `environments` maps evaluation splits to environments."""
     num_updates, environment = rl_config.count_updates(config), environments['eval']
     optimizer = optim.make_optimizer(config.optim, num_updates)
     update_once = make_update(config, environment, agent, optimizer)
@@ -321,7 +322,7 @@ def make_splits(
     run: run_dir.Run,
     mesh: jax.sharding.Mesh,
 ) -> dict[str, Evaluate]:
-    """Return split → evaluation of a state, [S, …], for `write_evaluations`."""
+    """Return split → function that evaluates a state, [S, …], for `write_evaluations`."""
     params = averaging.get_seeds_eval_params(state.opt_state, state.params)
     evaluation_keys = make_evaluation_keys(run.config.seeds, run.step)
     return {
@@ -344,7 +345,7 @@ def _write_records(
     metrics: UpdateMetrics,
     statistics: popart.Statistics,
 ) -> str:
-    """Write a record for each seed; return a note about all seeds for the progress line."""
+    """Write a record for each seed; return a summary of all seeds for the progress line."""
     for seed_index, seed in enumerate(run.config.seeds):
         learner_metrics, episodes, seed_statistics = jax.tree.map(
             operator.itemgetter(seed_index), (metrics.learner, metrics.episodes, statistics)
@@ -362,7 +363,7 @@ def _write_records(
 
 
 def _check_counts(spec: Spec, counts: rollout.UnrollCounts) -> None:
-    """Refuse an environment that contradicts its spec, before anything is recorded.
+    """Check that the environment agreed with its spec, before anything is logged.
 
     Raises:
       UserError: if an episode is too long, or if a reward or an observation is not finite.
@@ -374,7 +375,7 @@ def _check_counts(spec: Spec, counts: rollout.UnrollCounts) -> None:
 
 
 def unwrap_keys(state: TrainState) -> TrainState:
-    """Return the state with random keys as their data, for the checkpoint."""
+    """Replace random keys in a state by their data, for checkpoints."""
     return jax.tree.map(lambda a: jax.random.key_data(a) if _is_key(a) else a, state)
 
 

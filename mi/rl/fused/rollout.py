@@ -1,4 +1,4 @@
-"""The actor of the fused topology: T steps of B environments under one policy, in JAX."""
+"""The actor of the topology 'fused', which unrolls T steps of B environments in JAX."""
 
 import functools
 from typing import NamedTuple
@@ -21,8 +21,8 @@ class ActorState(NamedTuple):
       environment: states of B environments, [B, …].
       inputs: next inputs of the agent, [B, …].
       carry: carry of the agent.
-      key: random key of the actions.
-      episode_return: return of each running episode so far, [B] float32.
+      key: random key for the actions.
+      episode_return: return so far of each running episode, float32 [B].
     """
 
     environment: auto_reset.StreamState
@@ -39,7 +39,7 @@ class UnrollCounts(NamedTuple):
     """Counts and checks of an unroll.
 
     Attributes:
-      transitions: int32, the number of valid ones.
+      transitions: int32, number of valid transitions.
       longest_unfinished: int32, length of the longest episode that has not ended.
       are_finite: name → bool, whether all rewards, or all entries of an observation, were finite.
     """
@@ -52,7 +52,7 @@ class UnrollCounts(NamedTuple):
 def init_actor_state(
     environment: JaxEnvironment, agent: Agent, batch_size: int, rng_key: Array
 ) -> ActorState:
-    """Start B episodes with evenly assigned tasks: row i of the batch has task i % num_tasks."""
+    """Start B episodes with evenly assigned tasks; row i of the batch has task i % num_tasks."""
     action_key, env_key = jax.random.split(rng_key)
     tasks = get_row_indices(batch_size) % len(environment.spec.tasks)
     reset = functools.partial(auto_reset.reset, environment)
@@ -65,7 +65,7 @@ def init_actor_state(
 def unroll(
     environment: JaxEnvironment, agent: Agent, num_steps: int, params: Params, state: ActorState
 ) -> tuple[ActorState, Trajectory, Episodes, UnrollCounts]:
-    """Unroll T = `num_steps` steps of this device's environments."""
+    """Unroll this device's environments for T = `num_steps` steps."""
     num_tasks = len(environment.spec.tasks)
     env_step = jax.vmap(functools.partial(auto_reset.step, environment))
 
@@ -114,7 +114,7 @@ def unroll(
 def act(
     agent: Agent, params: Params, carry: Carry, inputs: Inputs, rng_key: Array, greedy: bool = False
 ) -> tuple[Carry, Array, Array]:
-    """Return carry, actions int32 [B] and their log-probabilities of one step, inputs [B, …]."""
+    """Return the next carry, actions int32 [B] and their log-probabilities for inputs [B, …]."""
     carry, outputs = forward(agent, params, carry, jax.tree.map(lambda a: a[None], inputs))
     logits = outputs.logits[0]
     if greedy:
@@ -127,7 +127,7 @@ def act(
 
 
 def _are_finite(step: Step) -> dict[str, Array]:
-    """Return whether the reward, and each float entry of the observation, is finite, by name."""
+    """Return, by name, whether the reward and each float entry of the observation are finite."""
     entries = {f'observation {name!r}': array for name, array in step.observation.items()}
     arrays = {'reward': step.reward} | entries
     return {

@@ -307,7 +307,7 @@ def test_episodes_differ_from_each_other():
 
 @pytest.mark.parametrize('episode', [1, LIMIT - 1])
 def test_an_episode_longer_than_its_spec_says_is_refused(episode):
-    said = f"Spec.episode = {episode} of environment 'ramp': expected the most steps"
+    said = f"Spec.episode = {episode} of environment 'ramp': expected the maximum length"
     environment, agent = Ramp(episode=episode), Knows()
     with pytest.raises(UserError, match=said):
         play(environment, agent, 2)

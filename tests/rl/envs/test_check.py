@@ -44,7 +44,7 @@ TASK = array(dtype=jnp.int32)
         ),
         ({'vocabulary': 4}, 'Spec.vocabulary = 4: expected the number of tokens'),
         ({'words': ('go',)}, r"Spec.words = \('go',\): expected \(\) or 0"),
-        ({'episode': -1}, 'Spec.episode = -1: expected the most steps of an episode'),
+        ({'episode': -1}, 'Spec.episode = -1: expected the maximum length of an episode'),
         ({'episode': 7.5}, 'Spec.episode = 7.5'),
         ({'observation': {'features': array((1,))}}, "'features': expected 'task' and at least"),
         ({'observation': {'task': TASK}}, 'at least one of grid, pixels, features'),
@@ -105,7 +105,7 @@ def without_task(observation):
 @pytest.mark.parametrize(
     ('environment', 'said'),
     [
-        (Changed(episode=0), 'Spec.episode = 0: expected the most steps of an episode'),
+        (Changed(episode=0), 'Spec.episode = 0: expected the maximum length of an episode'),
         (
             Changed(reset=lambda state, seen: (state, Step(seen, 0.0, 1.0, True, False, False))),
             r'reset returned \(State, Step\): expected the state and the first observation',

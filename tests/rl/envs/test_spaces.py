@@ -155,7 +155,7 @@ def test_other_actions_are_refused(space, said):
         ('tests.rl.envs.foreign:Wants-v0', 'TypeError: .*size'),
         ('Foreignn-v0', 'is unknown; .*my_module:MyEnv-v0'),
         ('CartPole-v99', 'cannot be made: VersionNotFound'),
-        ('', 'needs an id'),
+        ('', 'expected an id'),
     ],
 )
 def test_an_environment_that_cannot_be_made_is_one_line(name, said):

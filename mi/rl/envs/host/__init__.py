@@ -1,1 +1,1 @@
-"""Environments that run on the host."""
+"""Environments that run on the host, outside of JAX."""

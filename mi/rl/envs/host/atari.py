@@ -75,7 +75,7 @@ GAMES = GameSuite(
 
 
 def parse_suite(suite: str) -> tuple[str, ...]:
-    """Return the games of a suite of `make`.
+    """Return the games in a suite, as named in `make`.
 
     Raises:
       UserError: if a game is unknown.
@@ -84,10 +84,10 @@ def parse_suite(suite: str) -> tuple[str, ...]:
 
 
 def make_spec(suite: str) -> Spec:
-    """Return the spec for a suite that `make` accepts; a single game requires envpool.
+    """Return the spec of a suite, as named in `make`; a single game requires envpool.
 
     Raises:
-      UserError: if a game is unknown, or envpool is needed and not installed.
+      UserError: if a game is unknown, or envpool is required but not installed.
     """
     games = parse_suite(suite)
     if len(games) > 1:
@@ -105,10 +105,10 @@ def make(
     timeout: float = 60.0,
     sticky: float = 0.0,
 ) -> Pools:
-    """Make B rows of Atari games, preprocessed as for DQN (Mnih et al., 2015).
+    """Make a batch of Atari games, preprocessed as for DQN (Mnih et al., 2015).
 
-    Observations: 'pixels' [84, 84, 4] uint8, the last four gray frames, the newest last. Every
-    action is repeated 4 times. An episode is a game, not a life, and rewards are not clipped.
+    Observations: 'pixels' [84, 84, 4] uint8, the last four grayscale frames, the newest last.
+    Every action is repeated 4 times. An episode is a game, not a life, and rewards are not clipped.
     A single game has its minimal action set; several games have all 18 actions.
 
     Args:

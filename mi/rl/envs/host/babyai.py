@@ -28,7 +28,7 @@ CATEGORIES = (11, 6, 3)
 
 
 class _ObservationReader:
-    """EnvPool's observation of all rows → 'grid', 'features' and 'instruction'.
+    """A function from EnvPool's observation to 'grid', 'features' and 'instruction'.
 
     Missions are tokenized only in the first step of an episode.
     """
@@ -51,7 +51,7 @@ class _ObservationReader:
 
 
 def parse_levels(suite: str) -> tuple[str, ...]:
-    """Return the levels of a suite of `make`.
+    """Return the levels in a suite, as named in `make`.
 
     Raises:
       UserError: if a name is unknown, or envpool is not installed.
@@ -70,7 +70,7 @@ def parse_levels(suite: str) -> tuple[str, ...]:
 
 
 def _list_level_ids() -> dict[str, str]:
-    """Return level → EnvPool's id, as 'GoToLocal' → 'BabyAI-GoToLocal-v0'."""
+    """Return level → EnvPool id, for example 'GoToLocal' → 'BabyAI-GoToLocal-v0'."""
     env_ids = import_envpool().list_all_envs()
     return {env_id[7:-3]: env_id for env_id in env_ids if env_id.startswith('BabyAI-')}
 
@@ -84,20 +84,21 @@ def make(
     timeout: float = 60.0,
     length: int = 0,
 ) -> Pools:
-    """Make B rows of BabyAI, which has 96 levels.
+    """Make a batch of BabyAI environments, from any of 96 levels.
 
     Observations: 'grid' [7, 7, 3] uint8, the agent's view as minigrid encodes it, indexed [column,
     row] with the agent at [3, 6] facing row 0; 'features' [4], the one-hot direction (right, down,
     left, up); 'instruction' [length]. Actions: left, right, forward, pick up, drop, toggle, done.
-    The reward is 1 − 0.9 t / limit at success and 0 elsewhere.
+    The reward is 1 − 0.9 t / limit at success and 0 otherwise.
 
     Args:
-      suite: a name in `SUITES`, a level as 'GoToLocal', or several joined by commas; '' is 'all'.
-      batch: B, at least one row for each level.
+      suite: a name in `SUITES`, a level such as 'GoToLocal', or several joined by commas; '' is
+        'all'.
+      batch: number of environments, B; at least one for each level.
       seed: seed of row 0; row i has seed + i.
-      threads: number of threads in all, at least one for each level; 0 for one per core.
-      timeout: longest step, seconds.
-      length: longest instruction, words; 0 for the longest that the levels' grammar makes.
+      threads: total number of threads, at least one for each level; 0 for one per core.
+      timeout: maximum duration of a step, in seconds.
+      length: maximum length of an instruction, in words; 0 for the longest in the grammar.
 
     Raises:
       UserError: if a name is unknown, there are too few rows, or envpool is not installed.

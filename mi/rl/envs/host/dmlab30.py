@@ -1,11 +1,11 @@
 """DMLab-30: thirty levels of DeepMind Lab (Beattie et al., 2016), one task each.
 
-The engine, `deepmind_lab`, is built with bazel and installed by hand: docs/dmlab.md. One engine
-runs per process, so that a batch of B rows is B spawned processes.
+The engine, `deepmind_lab`, is built with bazel and installed by hand (docs/dmlab.md). A process can
+run only one engine, so a batch of B rows consists of B spawned processes.
 
 Observations: 'pixels' [72, 96, 3] uint8; 'instruction' [L], words hashed to 1000 tokens above the
-padding; 'task'. Every action is repeated 4 times. The engine has no observation once an episode is
-over, and its episodes end by their time: as in scalable_agent, a new one starts immediately.
+padding; 'task'. Every action is repeated 4 times. Episodes end when their time is up, and the
+engine has no observation after that. As in scalable_agent, a new episode starts immediately.
 
 Levels, scores, the nine actions and the test levels are those of scalable_agent's dmlab30.py and
 environments.py (Espeholt et al., 2018; read at commit cd66d00); the fifteen actions are those of
@@ -109,12 +109,13 @@ HEIGHT, WIDTH = 72, 96
 
 
 def capped_score(returns: Mapping[str, float]) -> float:
-    """Return the mean capped human-normalized score: mean of min(100, 100 (s − r)/(h − r)), in %.
+    """Return the mean capped human-normalized score in %.
 
-    s is the mean return of a level, r and h its random and human scores (Espeholt et al., 2018).
+    This is the mean over levels of min(100, 100 (s − r)/(h − r)), where s is the mean return in a
+    level, and r and h are its random and human scores (Espeholt et al., 2018).
 
     Args:
-      returns: training level → mean return; all thirty.
+      returns: training level → mean return, for all thirty levels.
 
     Raises:
       ValueError: if a level is missing or unknown.
@@ -122,7 +123,7 @@ def capped_score(returns: Mapping[str, float]) -> float:
     if set(returns) != set(LEVELS):
         missing = sorted(set(LEVELS) - set(returns))
         unknown = sorted(set(returns) - set(LEVELS))
-        raise ValueError(f'returns must have all levels: missing {missing}, unknown {unknown}')
+        raise ValueError(f'returns: expected all levels (missing {missing}, unknown {unknown})')
     scores = [
         min(100.0, 100 * (returns[level] - random_score) / (human_score - random_score))
         for level, (random_score, human_score) in SCORES.items()
@@ -138,7 +139,7 @@ class LevelCache:
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def fetch(self, key: str, pk3_path: str) -> bool:
-        """Copy the map of this key to the path; return whether there is one."""
+        """Copy the map with this key to the path; return whether the cache has it."""
         try:
             shutil.copyfile(self._folder / key, pk3_path)
         except FileNotFoundError:
@@ -146,7 +147,7 @@ class LevelCache:
         return True
 
     def write(self, key: str, pk3_path: str) -> None:
-        """Store the map at the path atomically, for processes that share the folder."""
+        """Store the map at the path atomically, because several processes may share the folder."""
         file_descriptor, temporary_path = tempfile.mkstemp(dir=self._folder)
         os.close(file_descriptor)
         shutil.copyfile(pk3_path, temporary_path)
@@ -156,7 +157,7 @@ class LevelCache:
 def _serve_engine(
     connection: Connection, lab_arguments: LabArguments, seed: int, actions: np.ndarray
 ) -> None:
-    """Run an engine: None resets it, an action steps it; errors are sent as text."""
+    """Run an engine that None resets and an action steps; send errors as text."""
     try:
         import deepmind_lab
 
@@ -183,7 +184,7 @@ def _serve_engine(
 
 
 class DMLab:
-    """A `HostEnvironment`, row i an engine of the level of task i modulo the number of tasks."""
+    """A `HostEnvironment` with an engine per row; row i plays task i modulo the number of tasks."""
 
     def __init__(
         self,
@@ -193,7 +194,7 @@ class DMLab:
         seed: int,
         timeout: float,
     ):
-        """Start an engine for each row: `engines` has its Lab's arguments and cache folder."""
+        """Start an engine per row; `engines` has the arguments of each Lab and its cache folder."""
         # The levels and tasks of the rows.
         self.spec = spec
         self.batch = len(engines)
@@ -226,7 +227,7 @@ class DMLab:
         return self.recv()._replace(discount=np.ones(self.batch, np.float32))
 
     def skip(self, rows: np.ndarray) -> None:
-        """As in `SkipsRows`."""
+        """Skip rows until `reset`; see `SkipsRows`."""
         self._is_idle = np.array(rows)
 
     def send(self, actions: np.ndarray) -> None:
@@ -246,7 +247,7 @@ class DMLab:
             if not connection.poll(max(0.0, deadline - time.monotonic())):
                 raise ArgumentError(
                     f'{level} did not answer in {self._timeout:g} s. Raise '
-                    f'`options.timeout`, or try the engine alone as docs/dmlab.md says'
+                    f'`options.timeout`, or test the engine alone as described in docs/dmlab.md'
                 )
             try:
                 answer = connection.recv()
@@ -291,7 +292,7 @@ class DMLab:
 
 
 def spec_of(tasks: tuple[str, ...] = LEVELS, actions: str = 'impala', length: int = 16) -> Spec:
-    """Return the spec of levels, which needs no engine; the arguments are those of `make`."""
+    """Return the spec for some levels without the engine; see `make` for the arguments."""
     return Spec(
         name='dmlab30',
         observation={
@@ -310,10 +311,10 @@ def spec_of(tasks: tuple[str, ...] = LEVELS, actions: str = 'impala', length: in
 
 
 def suite_spec(suite: str, *, actions: str = 'impala', length: int = 16) -> Spec:
-    """Return the spec of a suite, which needs no engine; the arguments are those of `make`.
+    """Return the spec of a suite without the engine; see `make` for the arguments.
 
     Raises:
-      UserError: on an unknown word.
+      UserError: if a level or an action set is unknown.
     """
     if actions not in ACTIONS:
         raise UserError(f'`options.actions` = {actions!r} is unknown; {suggest(actions, ACTIONS)}')
@@ -337,22 +338,23 @@ def make(  # noqa: PLR0913 - the options of the environment
     length: int = 16,
     timeout: float = 600.0,
 ) -> DMLab:
-    """Make B rows of DMLab-30; row i has level i modulo their number.
+    """Make a batch of DMLab-30 levels; row i plays level i modulo the number of levels.
 
     Args:
-      suite: 'train' or '' for the thirty levels, 'test' for them with the held-out variants,
-        or levels joined by commas.
-      batch: B, at least one row for each level.
+      suite: 'train' or '' for the thirty levels, 'test' for the same with held-out variants where
+        they exist, or levels joined by commas.
+      batch: number of environments, B; at least one for each level.
       seed: seed of the engines.
-      actions: 'impala' (9) or 'extended' (15).
+      actions: action set, 'impala' (9 actions) or 'extended' (15).
       renderer: 'software' or 'hardware'.
-      cache: a folder for compiled maps.
-      dataset: folder of the images of two psychlab levels, `datasetPath` of the engine.
-      length: most words of an instruction.
-      timeout: most seconds of a step; compiling a map takes long.
+      cache: folder for compiled maps.
+      dataset: folder with the images of two psychlab levels, `datasetPath` of the engine.
+      length: maximum length of an instruction, in words.
+      timeout: maximum duration of a step, in seconds; compiling a map takes long.
 
     Raises:
-      UserError: on an unknown word, too few rows, or if the engine is not installed.
+      UserError: if a level or action set is unknown, `batch` is too small, or the engine is not
+        installed.
     """
     # Check the batch and the installation.
     spec = suite_spec(suite, actions=actions, length=length)
@@ -360,10 +362,10 @@ def make(  # noqa: PLR0913 - the options of the environment
     if batch < len(tasks):
         raise UserError(
             f'dmlab30 has {len(tasks)} levels but the batch has only {batch} environments: '
-            f'expected at least one per level. Raise `batch` or name fewer levels'
+            f'expected at least one per level. Raise `batch` or choose fewer levels'
         )
     if importlib.util.find_spec('deepmind_lab') is None:
-        raise UserError('deepmind_lab is not installed, and pip has none; docs/dmlab.md builds it')
+        raise UserError('deepmind_lab is not installed. Build it as described in docs/dmlab.md')
 
     # The settings of an engine for each row.
     lab_settings = {'width': str(WIDTH), 'height': str(HEIGHT), 'logLevel': 'WARN'}

@@ -1,8 +1,8 @@
 """EnvPool (Weng et al., 2022): environments simulated in C++ threads.
 
-One pool per task, the rows spread evenly over them, task by task: each row keeps its task. A new
-episode starts one step later (see `spec`): EnvPool ignores the action after the last observation
-and answers it with the first observation of the next episode and reward 0.
+There is one pool per task, and the rows are divided evenly among the pools, so each row keeps its
+task. A new episode starts one step later (see `spec`): EnvPool ignores the action after the last
+observation, and returns the first observation of the next episode with reward 0.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ Reader = Callable[[EnvPoolObservation, np.ndarray], Observation]
 
 
 class Pools:
-    """A `HostEnvironment` of EnvPool's pools, stepped together."""
+    """A `HostEnvironment` that steps several EnvPool pools together."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Pools:
           pools: pools of the gymnasium interface, with batch_size = num_envs.
           reader: (EnvPool's observation of all rows, is_first [B]) → observation, without 'task'.
           rewards_success: whether a positive last reward of an episode means success.
-          timeout: longest wait of `recv` and `reset`, seconds.
+          timeout: maximum time that `recv` and `reset` wait, in seconds.
         """
         # The rows of each pool: one task after another.
         pool_sizes = [pool.config['num_envs'] for pool in pools]
@@ -75,7 +75,7 @@ class Pools:
         return Step(self._read(~no_flag), zero_reward, zero_reward + 1, ~no_flag, no_flag, no_flag)
 
     def skip(self, rows: np.ndarray) -> None:
-        """Leave rows alone, as in `SkipsRows`: EnvPool steps the rows that it gets actions for."""
+        """Skip rows, see `SkipsRows`. EnvPool steps only the rows that it receives actions for."""
         self._is_idle = np.array(rows)
 
     def send(self, actions: np.ndarray) -> None:
@@ -143,7 +143,7 @@ class Pools:
         return {**self._reader(self._observation, is_first), 'task': self._task}
 
     def _call(self, method_name: str, pool_indices: Iterable[int]) -> list[PoolResult]:
-        """Call the method of each of these pools, in the thread that may wait, and return results.
+        """Call a method of the given pools in the waiting thread, and return the results.
 
         Raises:
           ArgumentError: if a pool does not answer within the timeout.
@@ -169,7 +169,7 @@ class Pools:
         return results
 
     def _serve(self) -> None:
-        """Run calls until there is None."""
+        """Run calls from the queue until it yields None."""
         while (methods := self._calls.get()) is not None:
             for method in methods:
                 try:
@@ -193,15 +193,15 @@ def import_envpool() -> types.ModuleType:
 
 @dataclasses.dataclass(frozen=True)
 class GameSuite:
-    """Games of one kind, which EnvPool simulates and the agent sees as pixels.
+    """A suite of games that EnvPool simulates and the agent sees as pixels.
 
     Attributes:
-      name: name of the environment, as 'atari'.
+      name: name of the environment, such as 'atari'.
       scores: game → mean return of a random policy, and of a reference.
       sources: sources of the scores, as text.
       pixels: shape [h, w, c] of an observation.
       num_actions: number of actions.
-      max_steps: most steps of an episode.
+      max_steps: maximum length of an episode.
     """
 
     name: str
@@ -212,7 +212,7 @@ class GameSuite:
     max_steps: int
 
     def parse_games(self, games: str) -> tuple[str, ...]:
-        """Return the games of a comma-separated list; all known ones for '' or 'all'.
+        """Return the games in a comma-separated list, or all games for '' or 'all'.
 
         Raises:
           UserError: if a game is unknown.
@@ -227,7 +227,7 @@ class GameSuite:
         return parsed_games
 
     def make_spec(self, games: tuple[str, ...], num_actions: int | None = None) -> Spec:
-        """Return the spec of some games, which may have fewer actions than the suite."""
+        """Return the spec for some games, which may have fewer actions than the suite."""
         return Spec(
             name=self.name,
             observation={
@@ -247,7 +247,7 @@ class GameSuite:
 def make_pools(
     spec: Spec, env_ids: Sequence[str], batch: int, seed: int, threads: int, **env_options: object
 ) -> list[Pool]:
-    """Make a pool of each id, with batch // len(env_ids) rows or one more.
+    """Make a pool for each id, with batch // len(env_ids) rows or one more.
 
     Raises:
       UserError: if there are fewer rows than `env_ids`, or envpool is not installed.
@@ -255,7 +255,7 @@ def make_pools(
     if batch < len(env_ids):
         raise UserError(
             f'{spec.name} has {len(env_ids)} tasks but the batch has only {batch} environments: '
-            f'expected at least one per task. Raise `batch` or name fewer tasks'
+            f'expected at least one per task. Raise `batch` or choose fewer tasks'
         )
 
     # Spread rows and threads evenly; row i has the seed `seed` + i in whichever pool.
@@ -280,7 +280,7 @@ def make_pools(
 
 
 def read_pixels(observation: np.ndarray, is_first: np.ndarray) -> Observation:
-    """Move the channels of EnvPool's pictures last."""
+    """Move the channels of EnvPool's images to the last axis."""
     del is_first
     return {'pixels': np.ascontiguousarray(np.moveaxis(observation, 1, -1))}
 
@@ -288,7 +288,7 @@ def read_pixels(observation: np.ndarray, is_first: np.ndarray) -> Observation:
 def _update_rows(
     observation: EnvPoolObservation, new_values: EnvPoolObservation, rows: np.ndarray
 ) -> EnvPoolObservation:
-    """Return an observation of all rows with new values in some of them."""
+    """Return the observation of all rows, with new values in the given rows."""
     if isinstance(observation, dict):
         return {
             entry_name: _update_rows(entry, new_values[entry_name], rows)
@@ -300,7 +300,7 @@ def _update_rows(
 
 
 def _scatter_rows(values: np.ndarray, rows: np.ndarray, batch: int) -> np.ndarray:
-    """Return [B] with the values in these rows and 0 elsewhere."""
+    """Return an array [B] with the values in the given rows and 0 elsewhere."""
     scattered = np.zeros(batch, values.dtype)
     scattered[rows] = values
     return scattered

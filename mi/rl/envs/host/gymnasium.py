@@ -41,7 +41,7 @@ EnvStep = tuple[chex.ArrayTree, SupportsFloat, bool, bool, Info]
 
 
 class GymVector:
-    """A `HostEnvironment` of B gymnasium environments with the same spaces."""
+    """A `HostEnvironment` made of B gymnasium environments with the same spaces."""
 
     def __init__(
         self,
@@ -52,7 +52,10 @@ class GymVector:
         seed: int,
         asynchronous: bool,
     ):
-        """One maker and one task for each row; `spec.observation` has one entry beside 'task'."""
+        """Make the environments, from one maker and one task for each row.
+
+        `spec.observation` must have exactly one entry besides 'task'.
+        """
         import gymnasium
 
         self.spec = spec
@@ -83,7 +86,7 @@ class GymVector:
         )
 
     def skip(self, rows: np.ndarray) -> None:
-        """As in `SkipsRows`."""
+        """Skip rows until `reset`; see `SkipsRows`."""
         self._skips = bool(rows.any())
         self._vector.set_attr('is_idle', rows.tolist())
         self._was_last = self._was_last & ~rows
@@ -122,20 +125,21 @@ class GymVector:
 def make_gym(
     suite: str, *, batch: int, seed: int = 0, asynchronous: bool = False, **env_arguments: Any
 ) -> GymVector:
-    """Make B rows of one gymnasium id, as 'CartPole-v1' or 'module:Id-v0'.
+    """Make a batch of gymnasium environments with one id, such as 'CartPole-v1' or 'module:Id-v0'.
 
-    A module is imported first, so that it can register ids of its own. What is seen is 'pixels' or
-    'features', and actions are numbered from 0: see `mi.rl.envs.spaces`.
+    A module before the colon is imported first, so that it can register its own ids. Observations
+    become 'pixels' or 'features', and actions are numbered from 0; see `mi.rl.envs.spaces`.
 
     Args:
       suite: the id.
-      batch: B.
+      batch: number of environments, B.
       seed: seed of row 0; row i has seed + i.
-      asynchronous: whether each row runs in a process of its own.
-      arguments: arguments of the environment's own constructor.
+      asynchronous: whether each row runs in its own process.
+      env_arguments: arguments of the environment's constructor.
 
     Raises:
-      UserError: if the environment cannot be made, has other spaces, or gymnasium is not installed.
+      UserError: if the environment cannot be made, its spaces are not supported, or gymnasium is
+        not installed.
     """
     # Read the spaces from one environment.
     gymnasium = _import_gymnasium('gym')
@@ -165,16 +169,16 @@ def make_gym(
 
 
 def _make_probe_env(gymnasium: types.ModuleType, env_id: str, arguments: Arguments) -> Env:
-    """Make an environment by its id; an error of its module or constructor becomes one line."""
+    """Make an environment by its id; reduce an error in its module or constructor to one line."""
     if not env_id:
-        raise UserError("gymnasium needs an id, as in 'gymnasium/CartPole-v1'")
+        raise UserError("'gymnasium': expected an id after a slash, as in 'gymnasium/CartPole-v1'")
     try:
         return _make_env(env_id, **arguments)
     except (gymnasium.error.NameNotFound, gymnasium.error.NamespaceNotFound) as error:
         known_ids = [known_id for known_id in gymnasium.registry if '/' not in known_id]
         raise UserError(
-            f'gymnasium/{env_id} is unknown; {suggest(env_id, known_ids)}. To use an id of your '
-            f"own, put its module in front, as in 'my_module:MyEnv-v0'"
+            f'gymnasium/{env_id} is unknown; {suggest(env_id, known_ids)}. To use your own id, '
+            f"add its module, as in 'my_module:MyEnv-v0'"
         ) from error
     except ModuleNotFoundError as error:
         raise UserError(
@@ -184,25 +188,26 @@ def _make_probe_env(gymnasium: types.ModuleType, env_id: str, arguments: Argumen
     except Exception as error:  # foreign code may raise anything
         given_arguments = ' '.join(repr(dict(arguments)).split())
         raise UserError(
-            f'gymnasium/{env_id} cannot be made: {type(error).__name__}: {format_error(error)}; '
-            f'the arguments of its constructor are `options` = {given_arguments}'
+            f'gymnasium/{env_id} cannot be made: {type(error).__name__}: {format_error(error)}. '
+            f'Check the arguments of its constructor, `options` = {given_arguments}'
         ) from error
 
 
 def make_vizdoom(suite: str, *, batch: int, seed: int = 0, asynchronous: bool = False) -> GymVector:
-    """Make scenarios of ViZDoom (Kempka et al., 2016) as tasks, through its gymnasium wrappers.
+    """Make a batch of ViZDoom scenarios (Kempka et al., 2016), one task each.
 
     Observations: 'pixels' [60, 80, 3] uint8, the screen of 320 × 240 averaged over 4 × 4 pixels.
-    Every action is repeated 4 times. Action 0 presses nothing; the others press one button each:
-    those that any of the tasks has, by name. Where a task lacks the button, nothing is pressed.
+    Every action is repeated 4 times. Action 0 presses nothing. Each other action presses one of the
+    buttons that any of the tasks has, or nothing in a task without that button.
 
     Args:
-      suite: names in SCENARIOS joined by commas; 'all' or '' for all.
-      batch: B, at least one row for each task; row i has task i modulo their number.
+      suite: names in `SCENARIOS` joined by commas; 'all' or '' for all.
+      batch: number of environments, B; at least one for each task. Row i has task i modulo the
+        number of tasks.
       seed, asynchronous: as in `make_gym`.
 
     Raises:
-      UserError: on an unknown word, too few rows, or if vizdoom is not installed.
+      UserError: if a scenario is unknown, `batch` is too small, or vizdoom is not installed.
     """
     # Check the tasks and the batch.
     _import_gymnasium('vizdoom')
@@ -216,7 +221,7 @@ def make_vizdoom(suite: str, *, batch: int, seed: int = 0, asynchronous: bool = 
     if batch < len(scenarios):
         raise UserError(
             f'vizdoom has {len(scenarios)} tasks but the batch has only {batch} environments: '
-            f'expected at least one per task. Raise `batch` or name fewer tasks'
+            f'expected at least one per task. Raise `batch` or choose fewer tasks'
         )
 
     # Collect the buttons of all tasks.
@@ -243,7 +248,7 @@ def make_vizdoom(suite: str, *, batch: int, seed: int = 0, asynchronous: bool = 
 
 
 class _GymMaker:
-    """A picklable maker of an environment by its id, with the agent's spaces."""
+    """A picklable function that makes an environment by its id, with the agent's spaces."""
 
     def __init__(self, env_id: str, arguments: Arguments):
         self.env_id, self.arguments = env_id, dict(arguments)
@@ -266,7 +271,10 @@ class _GymMaker:
 
 
 class _SkippableMaker:
-    """A picklable maker of an environment that repeats its last observation while `is_idle`."""
+    """A picklable function that makes an environment that can be skipped.
+
+    While `is_idle`, the environment repeats its last observation.
+    """
 
     def __init__(self, env_maker: EnvMaker):
         self.env_maker = env_maker
@@ -295,7 +303,7 @@ class _SkippableMaker:
 
 
 class _ScenarioMaker:
-    """A picklable maker of a scenario with the pixels and buttons that all tasks share."""
+    """A picklable function that makes a scenario with the pixels and buttons of all tasks."""
 
     def __init__(self, scenario: str, buttons: tuple[str, ...]):
         self.scenario, self.buttons = scenario, buttons
@@ -328,11 +336,11 @@ class _ScenarioMaker:
 
 
 def _report_truncation(env: Env) -> Env:
-    """Wrap ViZDoom's environment so that its episodes end as gymnasium's do.
+    """Wrap a ViZDoom environment so that its episodes end as in gymnasium.
 
-    Its own wrapper returns a black screen after the last step, from which a truncated episode would
-    bootstrap: this one returns the previous screen. It also reports episodes that the time limit
-    cut as truncated only, not as terminated.
+    ViZDoom's own wrapper returns a black screen after the last step, from which a truncated episode
+    would bootstrap. This one returns the previous screen. It also reports episodes that end at the
+    time limit as truncated only, not as terminated.
     """
     import gymnasium
 
@@ -375,7 +383,7 @@ def _make_env(env_id: str, **arguments: Any) -> Env:
 
 
 def _register_vizdoom() -> None:
-    """Register ViZDoom's ids."""
+    """Register ViZDoom's ids with gymnasium."""
     try:
         import vizdoom.gymnasium_wrapper  # noqa: F401
     except ImportError as error:

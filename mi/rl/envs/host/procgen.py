@@ -1,4 +1,4 @@
-"""Procgen (Cobbe et al., 2020) through EnvPool: games whose levels are made from a seed."""
+"""Procgen (Cobbe et al., 2020) through EnvPool: games with procedurally generated levels."""
 
 from mi.config import UserError, suggest
 from mi.rl.envs.host.envpool import GameSuite, Pools, make_pools, read_pixels
@@ -35,7 +35,7 @@ GAMES = GameSuite(
 
 
 def parse_suite(suite: str) -> tuple[str, ...]:
-    """Return the games of a suite of `make`.
+    """Return the games in a suite, as named in `make`.
 
     Raises:
       UserError: if a name is unknown.
@@ -44,7 +44,7 @@ def parse_suite(suite: str) -> tuple[str, ...]:
 
 
 def make_spec(suite: str) -> Spec:
-    """Return the spec of a suite of `make`; an unknown one raises UserError."""
+    """Return the spec of a suite, as named in `make`; raise UserError if it is unknown."""
     return GAMES.make_spec(parse_suite(suite))
 
 
@@ -56,13 +56,13 @@ def make(
     threads: int = 0,
     timeout: float = 60.0,
 ) -> Pools:
-    """Make B rows of the 16 games of Procgen, in the easy mode.
+    """Make a batch of Procgen's 16 games, in the easy mode.
 
-    Observations: 'pixels' [64, 64, 3] uint8. 15 actions.
+    Observations are 'pixels' [64, 64, 3] uint8, and there are 15 actions.
 
     Args:
       suite: 'train' (or '') for levels 0 to 199 of all games, 'test' for all levels; either may be
-        followed by games, as 'test/Coinrun,Maze'.
+        followed by games, as in 'test/Coinrun,Maze'.
       batch, seed, threads, timeout: as in `mi.rl.envs.host.babyai.make`.
 
     Raises:
@@ -86,7 +86,7 @@ def make(
 
 
 def _split_suite(suite: str) -> tuple[str, tuple[str, ...]]:
-    """Return the split, 'train' or 'test', and the games of a suite."""
+    """Return the split of a suite, 'train' or 'test', and its games."""
     split, _, games = (suite or 'train').partition('/')
     if split not in ('train', 'test'):
         raise UserError(

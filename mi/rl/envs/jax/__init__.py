@@ -1,1 +1,1 @@
-"""Environments in JAX."""
+"""Environments written in JAX."""

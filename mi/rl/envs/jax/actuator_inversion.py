@@ -1,23 +1,23 @@
 """Actuator inversion: an agent walks to a goal, and the task decides what its actions do.
 
-A room of 5 × 5 cells. Agent and goal start in two different cells, drawn at random for every
-episode. Each of the four actions moves the agent by one cell; at a wall it stays. The task is a
-permutation p of the directions 0 up, 1 right, 2 down and 3 left: action a moves in direction p[a].
-The observation has the cells and the index of the task, but not p. So the same cells ask for
-another action in every task:
+The room has 5 × 5 cells. Agent and goal start in two different cells, drawn at random for every
+episode. Each of the four actions moves the agent by one cell, unless a wall is in the way. The task
+is a permutation p of the directions 0 up, 1 right, 2 down and 3 left: action a moves the agent in
+direction p[a]. The observation contains the cells and the index of the task, but not p. The same
+cells therefore require a different action in each task:
 
     optimal action = p⁻¹[direction towards the goal]
 
 The suites:
 
-    symmetries    the 8 symmetries of the square: p[a] = r + a or r − a (mod 4), r = 0 … 3. Opposite
-                  actions stay opposite. The default
-    inversions    4 of them, which invert neither axis, one, or both
+    symmetries    the 8 symmetries of the square, the default: p[a] = r + a or r − a (mod 4), with
+                  r = 0 … 3; opposite actions stay opposite
+    inversions    4 of the symmetries, which invert neither axis, one, or both
     permutations  all 24
 
-Source: name and question are those of the Actuator Inversion Benchmark (Benad et al., 2026, arXiv
+Source: the name and the idea come from the Actuator Inversion Benchmark (Benad et al., 2026, arXiv
 2602.06550), in which a binary context inverts the actuators of continuous control tasks. Room,
-tasks and sizes are ours, and here the context is observed.
+tasks and sizes are ours. Unlike there, the context is observed.
 """
 
 import itertools
@@ -58,7 +58,7 @@ class State(NamedTuple):
     Attributes:
       task: int32, index into the tasks.
       position, goal: int32 [2], the cells of agent and goal as (y, x).
-      time: int32, steps of the episode.
+      time: int32, number of steps so far.
     """
 
     task: Array
@@ -68,12 +68,12 @@ class State(NamedTuple):
 
 
 class ActuatorInversion:
-    """A `JaxEnvironment` that draws start and goal for each episode.
+    """A `JaxEnvironment` that draws a start and a goal for each episode.
 
-    Observation: 'grid' [5, 5, 1], 1 where the agent is, 2 at the goal and 0 elsewhere; 'task'.
+    Observations: 'grid' [5, 5, 1], which is 1 at the agent, 2 at the goal and 0 elsewhere; 'task'.
 
-    Reaching the goal gives reward 1 and terminates the episode; after 8 steps the episode is
-    truncated. A policy that knows the task always gets 1.
+    Reaching the goal gives reward 1 and terminates the episode, which is truncated after 8 steps.
+    The optimal policy always reaches the goal.
 
     Args:
       permutations: the tasks, in the order of their indices: action → direction.
@@ -133,7 +133,7 @@ class ActuatorInversion:
 
 
 def name_task(permutation: Permutation) -> str:
-    """Return where actions 0 to 3 move the agent, such as 'down right up left'."""
+    """Return the name of a task: the directions of actions 0 to 3, such as 'down right up left'."""
     words = tuple(DIRECTIONS)
     return ' '.join(words[direction] for direction in permutation)
 

@@ -1,4 +1,4 @@
-"""A `HostEnvironment` made of B rows of a `JaxEnvironment`, for actors with a queue."""
+"""A batch of JAX environments as a `HostEnvironment`, for the topologies with actors."""
 
 import functools
 
@@ -10,12 +10,14 @@ from mi.rl.envs.spec import JaxEnvironment, Step
 
 
 class Batched:
-    """B rows of a `JaxEnvironment`, with evenly assigned first tasks.
+    """A `HostEnvironment` made of B copies of a `JaxEnvironment`.
+
+    The first tasks are assigned evenly to the rows.
 
     Args:
-      environment: pure functions of one row.
-      batch: B.
-      seed: seed of everything random.
+      environment: the environment to copy.
+      batch: number of copies, B.
+      seed: seed for all random numbers.
     """
 
     def __init__(self, environment: JaxEnvironment, batch: int, seed: int):
@@ -42,4 +44,4 @@ class Batched:
         return jax.tree.map(np.asarray, self._result)
 
     def close(self) -> None:
-        """Do nothing: there is nothing to release."""
+        """Do nothing, because there is nothing to release."""

@@ -1,9 +1,9 @@
-"""Catch: a ball falls, and a paddle catches it or not. One task, solved if every return is 1.
+"""Catch, a game with one task: catch a falling ball with a paddle.
 
-The game of bsuite (Osband et al., 2020), after Mnih et al. (2014), on a board of 10 × 5. The ball
-starts in a random column of the top row, the paddle in the middle of the bottom row. The actions
-are left, stay and right. After 9 steps the ball reaches the bottom row, which gives reward 1 or −1
-and ends the episode.
+This is the game of bsuite (Osband et al., 2020), after Mnih et al. (2014), on a board of 10 × 5.
+The ball starts in a random column of the top row, and the paddle in the middle of the bottom row.
+The actions are left, stay and right. After 9 steps the ball reaches the bottom row, and the episode
+ends with reward 1 if the paddle catches it, otherwise −1. The game is solved if every return is 1.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ ROWS, COLUMNS = 10, 5
 
 
 class State(NamedTuple):
-    """Positions of ball and paddle, int32."""
+    """Positions of the ball and the paddle, int32."""
 
     row: Array
     column: Array
@@ -27,7 +27,7 @@ class State(NamedTuple):
 
 
 class Catch:
-    """The game of Catch as a `JaxEnvironment`; see the module."""
+    """The game of Catch as a `JaxEnvironment`; see the module docstring."""
 
     spec = Spec(
         name='catch',
@@ -64,7 +64,7 @@ class Catch:
 
 
 def make(suite: str) -> Catch:
-    """Return the environment; a suite raises UserError."""
+    """Return the environment; raise UserError if `suite` is not empty."""
     if suite:
-        raise UserError(f"catch/{suite} is unknown: catch has no suites. Try 'catch'")
+        raise UserError(f"catch/{suite}: expected no suite, because catch has none. Try 'catch'")
     return Catch()

@@ -1,22 +1,24 @@
-"""XLand-MiniGrid with many goals in one world; the task selects the goal.
+"""XLand-MiniGrid with many goals in one world, where the task selects the goal.
 
-Source: Nikulin et al., XLand-MiniGrid (NeurIPS 2024), package `xminigrid`: tiles, actions, field of
-view, goals and reward are its own, and tests/rl/envs/test_xland.py runs both side by side. What is
-rewritten is the step, for speed: tiles are one number each, all actions are one expression, only
-the goals in use are checked, and an episode's layout is drawn without a sort. There are no rules.
-The tasks are ours; it is none of the package's benchmarks, which would be downloads.
+Source: Nikulin et al., XLand-MiniGrid (NeurIPS 2024), package `xminigrid`. Tiles, actions, field of
+view, goals and reward are those of the package; tests/rl/envs/test_xland.py runs both side by side.
+Only the step is rewritten, for speed: each tile is one number, all actions are one expression, only
+the goals in use are checked, and the layout of an episode is drawn without sorting. There are no
+rules. The tasks are ours and not one of the package's benchmarks, which require downloads.
 
-The world: a 9 × 9 grid with walls around, nine objects (ball, square, pyramid; red, green, blue)
-and the agent, at places drawn at random for every episode. The tasks, kind × color × shape:
+The world is a 9 × 9 grid surrounded by walls. It contains nine objects (ball, square and pyramid,
+in red, green and blue) and the agent, at random places in every episode. A task consists of a kind,
+a color and a shape. The kinds are:
 
-    hold    it has just picked the object up
-    near    it has just moved to a place beside the object
+    hold    the agent has just picked up the object
+    near    the agent has just moved next to the object
     up, right, down, left
-            it has just moved, or put down, so that the object is above it, to its right, …
+            the agent has just moved or put something down, and the object is above it, to its
+            right, below it, or to its left
 
-Every object is in every episode, whatever the task. 54 tasks; 24 of them are held out ('test'), so
-that each kind, color and shape is in both parts, and the other 30 are the default. 'kinds' is a
-small suite that is learned in minutes: the six kinds, all with the red ball.
+All objects are present in every episode. Of the 54 tasks, 24 are held out ('test') such that both
+parts contain each kind, color and shape. The other 30 are the default. The small suite 'kinds' has
+the six kinds with the red ball, and is learned in minutes.
 """
 
 import itertools
@@ -56,7 +58,7 @@ _EMPTY_ROOM[_FLOOR_CELLS] = FLOOR
 
 
 def _view_offsets() -> np.ndarray:
-    """Return [4 directions, view · view, 2], offsets (y, x) from the agent to what it sees."""
+    """Return offsets (y, x) from the agent to the cells it sees, [4 directions, view · view, 2]."""
     row_offsets, column_offsets = np.mgrid[-VIEW + 1 : 1, -(VIEW // 2) : VIEW // 2 + 1]
     steps_ahead, steps_aside = -row_offsets.ravel(), column_offsets.ravel()
     right_directions = np.roll(_DIRECTIONS, -1, axis=0)
@@ -72,7 +74,7 @@ _VIEW_OFFSETS = _view_offsets()
 
 
 class Goal(NamedTuple):
-    """A task: a kind of goal and its object."""
+    """A task, given by the kind of goal and its object."""
 
     kind: str
     paint: str
@@ -84,9 +86,9 @@ class Goal(NamedTuple):
 
 
 def _is_held_out(kind_index: int, paint_index: int, shape_index: int) -> bool:
-    """Return whether a goal is held out: 4 of 9 objects for each kind.
+    """Return whether a goal is held out, which holds for 4 of the 9 objects of each kind.
 
-    They are two diagonals of the colors × shapes, less one of 6.
+    In the matrix of colors and shapes these are one diagonal and one entry of another.
     """
     diagonal = (paint_index + shape_index + kind_index) % 3
     return diagonal == 0 or (diagonal == 1 and paint_index == kind_index % 3)
@@ -110,8 +112,8 @@ class State(NamedTuple):
       task: int32, index into the tasks.
       grid: uint8 [size · size], tile · 12 + color.
       y, x, direction: int32; 0 is up, 1 right, 2 down, 3 left.
-      pocket: uint8, what is carried, as in `grid`; 0 for nothing.
-      time: int32, steps of the episode.
+      pocket: uint8, the carried object, encoded as in `grid`; 0 for none.
+      time: int32, number of steps so far.
     """
 
     task: Array
@@ -124,15 +126,15 @@ class State(NamedTuple):
 
 
 class XLand:
-    """A `JaxEnvironment`: a new random layout for every episode, and one of the tasks.
+    """A `JaxEnvironment` with a task and a random layout for each episode.
 
-    Observation: 'grid' [5, 5, 2] the tiles and colors in the field of view, nothing hidden by
-    walls; 'features' [5] the direction, one-hot, and whether something is carried; 'task';
-    'instruction' [3] the goal as the tokens of kind, color and shape.
+    Observations: 'grid' [5, 5, 2], the tiles and colors in the field of view, which walls do not
+    block; 'features' [5], the one-hot direction and whether the agent carries an object; 'task';
+    'instruction' [3], the goal as tokens for kind, color and shape.
 
-    Reward 1 − 0.9 t / 40 when the goal is reached after t steps, which terminates the episode;
-    after 40 steps it is truncated. Actions: forward, turn clockwise, turn counterclockwise, pick
-    up, put down, toggle (without effect: there is no door).
+    Reaching the goal after t steps gives the reward 1 − 0.9 t / 40 and terminates the episode,
+    which is truncated after 40 steps. Actions: forward, turn clockwise, turn counterclockwise, pick
+    up, put down, toggle (which has no effect, because there are no doors).
 
     Args:
       goals: the tasks, in the order of their indices.
@@ -168,7 +170,7 @@ class XLand:
         )
 
     def reset(self, key: Array, task: Array) -> tuple[State, Observation]:
-        """Place nine objects and the agent in ten different places, with one draw."""
+        """Place the nine objects and the agent at ten different places, with one draw."""
         # Ten places without repetition, and the direction of the agent.
         draws = jax.random.bits(key, (len(OBJECTS) + 2,))
         cells_drawn = jnp.asarray(_FLOOR_CELLS)[distinct(draws[:-1], len(_FLOOR_CELLS))]
@@ -215,7 +217,7 @@ class XLand:
 
 
 def act(state: State, action: Array) -> State:
-    """Return the state after an action: the package's `take_action`, without doors."""
+    """Return the state after an action, like the package's `take_action` but without doors."""
     # The cell in front of the agent.
     step_ahead = jnp.asarray(_DIRECTIONS)[state.direction]
     ahead_y, ahead_x = state.y + step_ahead[0], state.x + step_ahead[1]
@@ -245,9 +247,9 @@ def act(state: State, action: Array) -> State:
 
 
 def reaches(state: State, action: Array, kind: Array, tile: Array) -> Array:
-    """Return whether the action that led to `state` reached the goal (kind in `KINDS`, a tile).
+    """Return whether the action that led to `state` reached the goal, given by a kind and a tile.
 
-    As in the package, a move that a wall stopped counts as a move.
+    As in the package, a move blocked by a wall counts as a move.
     """
     neighbor_offsets = jnp.asarray(_DIRECTIONS @ np.array([SIZE, 1]))
     is_beside = state.grid[state.y * SIZE + state.x + neighbor_offsets] == tile  # [4]
@@ -259,7 +261,10 @@ def reaches(state: State, action: Array, kind: Array, tile: Array) -> Array:
 
 
 def field_of_view(state: State) -> Array:
-    """Return uint8 [view, view], the agent in the middle of the last row; 0 beyond the walls."""
+    """Return what the agent sees from the middle of the last row, uint8 [view, view].
+
+    Cells beyond the walls are 0.
+    """
     view_offsets = jnp.asarray(_VIEW_OFFSETS)[state.direction]
     seen_y, seen_x = state.y + view_offsets[:, 0], state.x + view_offsets[:, 1]
     is_inside = (seen_y >= 0) & (seen_y < SIZE) & (seen_x >= 0) & (seen_x < SIZE)
@@ -268,9 +273,9 @@ def field_of_view(state: State) -> Array:
 
 
 def distinct(draws: Array, bound: int) -> Array:
-    """Return k different numbers below `bound` from k random uint32, every sequence equally likely.
+    """Return k distinct numbers below `bound` from k random uint32, every sequence equally likely.
 
-    The i-th is a number below bound − i, which is the rank among those that are left.
+    The i-th draw, modulo bound − i, is the rank of the i-th number among the remaining ones.
     """
     sorted_numbers: list[Array] = []  # in order
     numbers = []
@@ -289,9 +294,11 @@ def distinct(draws: Array, bound: int) -> Array:
 
 
 def make(suite: str) -> XLand:
-    """Make an environment: 'train' (the 30 tasks, also ''), 'test', 'all', 'kinds', or one task.
+    """Make the environment for a suite or a single task.
 
-    'kinds' has the six kinds with one object; a single task is named as 'hold red ball'.
+    Args:
+      suite: 'train' or '' for the default 30 tasks; 'test', 'all' or 'kinds'; or a task such as
+        'hold red ball'.
 
     Raises:
       UserError: if the suite or task is unknown.
