@@ -1,1 +1,1 @@
-"""Engines that run a sweep's members, each an ordinary `python -m mi.main …` command."""
+"""Engines that run the members of a sweep, each with an ordinary `python -m mi.main …` command."""

@@ -1,10 +1,10 @@
-"""Asynchronous successive halving: members that are behind are stopped early.
+"""Asynchronous successive halving, which stops members early if others are better.
 
-At steps r, r·η, r·η², … (the rungs) the value of a member is compared with the values that other
-members had there. It continues if it is among the best 1/η of those that have arrived so far,
-including itself, or is the best one. Otherwise it saves and is stopped for good. No member waits
-for another, so decisions depend on the order of arrival. WORKDIR/asha.jsonl records them in that
-order, and a launcher that is started again decides no rung twice.
+At steps r, r·η, r·η², … (the rungs), the metric of a member is compared with the values of all
+members that have reached the same rung. The member continues if it is the best one or among the
+best 1/η. Otherwise it saves and is stopped for good. No member waits for another, so decisions
+depend on the order of arrival. WORKDIR/asha.jsonl records them in this order, so that a restarted
+launcher does not repeat a decision.
 
 Source: Li et al., *A System for Massively Parallel Hyperparameter Tuning* (MLSys 2020), in the
 variant that stops members instead of promoting them.
@@ -30,7 +30,7 @@ class Arrival:
     Attributes:
       rung: step of the rung.
       name: name of the member.
-      value: metric of the member at the rung, averaged over seeds.
+      value: metric of the member at this step, averaged over seeds.
     """
 
     rung: int
@@ -39,7 +39,7 @@ class Arrival:
 
 
 def list_rungs(first: int, factor: int, num_steps: int) -> list[int]:
-    """Return the steps at which members are compared, all before the last one."""
+    """Return the steps at which members are compared, all before the last step."""
     rungs = []
     while first < num_steps:
         rungs.append(first)
@@ -50,10 +50,10 @@ def list_rungs(first: int, factor: int, num_steps: int) -> list[int]:
 def find_stop_reason(
     earlier: Iterable[Arrival], arrival: Arrival, factor: int, lower_is_better: bool
 ) -> str:
-    """Return why a member is stopped at its rung; '' if it continues.
+    """Return why a member is stopped at its rung, or '' if it continues.
 
     Args:
-      earlier: earlier arrivals at any rung.
+      earlier: earlier arrivals of all members, at any rung.
       arrival: the arrival of the member.
       factor: η.
       lower_is_better: whether a lower metric is better.
@@ -75,13 +75,13 @@ def find_stop_reason(
 def refuse_idle(
     configs: Iterable[ml_collections.ConfigDict], first: int, metric: str, split: str
 ) -> None:
-    """Refuse a rule that would compare no member.
+    """Check that the rule would compare at least one member.
 
     Args:
       configs: configs of the members.
       first: the first rung.
-      metric: the metric that is compared.
-      split: the split that is compared.
+      metric: metric to compare.
+      split: split whose records are compared.
 
     Raises:
       UserError: if no member records the metric between the first rung and its last step.
@@ -102,16 +102,16 @@ def refuse_idle(
     if not schedules:
         return
     num_steps, interval = schedules[0]
-    frequency = f'every {interval} steps' if interval else 'at the last step alone'
+    frequency = f'every {interval} steps' if interval else 'only at the last step'
     raise UserError(
-        f'--asha={first}: expected a step at which members can be compared; they record {metric} '
+        f'--asha={first}: expected a step at which members can be compared. They record {metric} '
         f'of the {split} split {frequency}, and have {num_steps} steps. Try a smaller step, or a '
-        f'config that records it more often'
+        f'config that records the metric more often'
     )
 
 
 class Asha:
-    """The rule, which an engine calls repeatedly on the members of a sweep.
+    """The rule of successive halving, which an engine calls repeatedly on the members of a sweep.
 
     Args:
       workdir: directory of the sweep.
@@ -142,7 +142,7 @@ class Asha:
         self._finished: set[pathlib.Path] = set()  # compared at every rung, or stopped
 
     def __call__(self, run_dirs: Sequence[pathlib.Path]) -> None:
-        """Compare members that have reached a rung, and mark those that are to stop."""
+        """Compare the members that have reached a rung, and mark those that must stop."""
         compared = {(arrival.rung, arrival.name) for arrival in self._arrivals}
         for run_dir in run_dirs:
             if run_dir in self._finished:
@@ -172,18 +172,18 @@ class Asha:
                 self._curves.pop(run_dir, None)
 
     def summary(self) -> str:
-        """Return the decisions in a line, which also shows that no member was compared."""
+        """Summarize the decisions in one line, even if no member was compared."""
         names = {arrival.name for arrival in self._arrivals}
         if not names:
             return (
-                f'asha: no member was compared, as none recorded {self._metric} of the '
+                f'asha: no member was compared, because none recorded {self._metric} of the '
                 f'{self._split} split from step {self._first} on'
             )
         num_stopped = sum((self._workdir / name / STOP_MARK).exists() for name in names)
         return f'asha: {len(names)} members were compared, {num_stopped} of them stopped'
 
     def _read_num_steps(self, run_dir: pathlib.Path) -> int:
-        """Return the number of steps in a run; 0 until it is known."""
+        """Return the number of steps in a run, or 0 while it is unknown."""
         if not self._num_steps.get(run_dir):
             cost = read_object(run_dir / 'cost.json')
             self._num_steps[run_dir] = records.get_int(cost, 'steps')

@@ -1,4 +1,4 @@
-"""The command line of `python -m launch.ENGINE`: flags, and the way from a sweep to a report."""
+"""The command line of `python -m launch.ENGINE`, which runs a sweep and writes its report."""
 
 import contextlib
 import dataclasses
@@ -72,7 +72,7 @@ ASHA_FACTOR = flags.DEFINE_integer(
 
 
 def get_resources() -> Resources:
-    """Return the resources that the flags name."""
+    """Return the resources given by the flags."""
     return Resources(
         PARALLEL.value,
         PROCESSES.value,
@@ -86,17 +86,19 @@ def get_resources() -> Resources:
 def run(
     name: str, submit: Submit, watches: bool, find_devices: Callable[[Resources], Devices]
 ) -> None:
-    """Run `python -m launch.NAME`; the exit code is 1 if a member is not finished.
+    """Run `python -m launch.NAME`; exit with code 1 if a member is not finished.
 
-    The report is written unless the members are only queued.
+    A report is written unless members are only queued.
     """
     # Check the flags and the sweep.
     if ASHA.value and not watches:
-        raise UserError(f'--asha: launch.{name} does not watch its members. Try local or ray')
+        raise UserError(
+            f'--asha: launch.{name} does not watch its members. Try launch.local or launch.ray'
+        )
     file, workdir = get_paths()
     members = sweep.load(file, workdir, name, dry=DRY_RUN.value)
     if CHECK.value and not DRY_RUN.value:
-        raise UserError('--check: expected --dry_run with it, because it runs nothing')
+        raise UserError('--check: expected --dry_run too, because it does not run the sweep')
     if DRY_RUN.value:
         dry_run(members, workdir, find_devices(get_resources()))
         return
@@ -123,7 +125,7 @@ def run(
 
 
 def finish(file: str, workdir: pathlib.Path, states: States, num_members: int) -> None:
-    """Write the report; the exit code is 1 if a member is not finished."""
+    """Write the report; exit with code 1 if a member is not finished."""
     # Name unfinished members before the sweep file's own report, which may raise.
     errors = describe_unfinished(states, num_members)
     for line in errors:
@@ -137,7 +139,7 @@ def finish(file: str, workdir: pathlib.Path, states: States, num_members: int) -
 def dry_run(members: Sequence[Member], workdir: pathlib.Path, devices: Devices) -> None:
     """Print what would run and which devices would be idle; with --check, compile one member.
 
-    The exit code is 1 if the member that is checked does not fit.
+    Exit with code 1 if the checked member does not fit on its devices.
     """
     if ACCELERATOR.value and not devices.topology:
         devices = dataclasses.replace(devices, topology=f'{ACCELERATOR.value}:{devices.count}')
@@ -149,7 +151,7 @@ def dry_run(members: Sequence[Member], workdir: pathlib.Path, devices: Devices) 
 
 
 def describe_unfinished(states: States, num_members: int) -> list[str]:
-    """Return a line for the members that failed, and one for those that are not finished."""
+    """Return a line about the failed members, and a line about the unfinished ones."""
     failed = [run_dir.name for run_dir, phase in states.items() if phase in ('failed', 'died')]
     unfinished = [
         f'{run_dir.name} ({phase})'
@@ -169,10 +171,10 @@ def describe_unfinished(states: States, num_members: int) -> list[str]:
 
 @contextlib.contextmanager
 def lock_sweep(workdir: pathlib.Path) -> Iterator[None]:
-    """Lock a sweep directory for a launcher that decides which of its members continue.
+    """Lock a sweep directory, for launchers that decide which members continue.
 
     Raises:
-      UserError: if another launcher has locked it.
+      UserError: if another launcher holds the lock.
     """
     with open(workdir / 'launcher', 'a') as lock:
         if not process.try_lock(lock):
@@ -184,10 +186,10 @@ def lock_sweep(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def get_paths() -> tuple[str, pathlib.Path]:
-    """Return --sweep and --workdir.
+    """Return the values of --sweep and --workdir.
 
     Raises:
-      UserError: if one of them is missing.
+      UserError: if one of the flags is missing.
     """
     if not SWEEP.value or not WORKDIR.value:
         raise UserError('--sweep=FILE and --workdir=DIRECTORY are both required')
@@ -201,19 +203,20 @@ def main(
     *,
     watches: bool = False,
 ) -> None:
-    """Run an engine as a program; called at the end of its file.
+    """Run an engine as a program; its module calls this at the end.
 
     Args:
-      name: name of its module.
-      submit: submit function of the engine; an engine that watches its members also takes a `Rule`.
-      find_devices: returns the devices of a member.
+      name: name of the engine's module.
+      submit: submit function of the engine, which also takes a `Rule` if the engine watches its
+        members.
+      find_devices: function from resources to the devices of a member.
       watches: whether the engine watches its members.
     """
     start(lambda: run(name, submit, watches, find_devices))
 
 
 def start(program: Callable[[], None]) -> None:
-    """Parse the flags and run a program; a `UserError` ends it with one line."""
+    """Parse the flags and run a program; on a `UserError`, exit with its message."""
 
     def parse_and_run(argv: Sequence[str]) -> None:
         if not flags.FLAGS['verbosity'].present:

@@ -1,11 +1,12 @@
-"""The compiled programs that the members of a sweep share, in SWEEP/compilation_cache/PROCESSOR.
+"""A cache of compiled programs for the members of a sweep, in SWEEP/compilation_cache/PROCESSOR.
 
 Members that differ only in seeds, or in hyperparameters that are arguments of a program, compile
-the same programs. JAX's persistent cache stores each one under a hash of the program, the compiler
-and its options. On CPU that hash does not contain the instruction set, and a program for AVX-512
-crashes without it, so processors of different models or features have directories of their own.
+the same programs. JAX's persistent cache stores a program under a hash of the program, the compiler
+and its options. On CPU this hash does not cover the instruction set, and a program for AVX-512
+crashes on a processor without it. Each processor model and set of features therefore has its own
+directory.
 
-The cache may be deleted at any time. A `JAX_COMPILATION_CACHE_DIR` of the user has precedence.
+The cache may be deleted at any time. If `JAX_COMPILATION_CACHE_DIR` is set, it takes precedence.
 """
 
 import contextlib
@@ -20,16 +21,16 @@ MEGABYTE = 2**20
 
 
 def prepare(sweep_dir: pathlib.Path, max_megabytes: int) -> dict[str, str]:
-    """Make space in the cache of a sweep, and return the environment of a member that starts.
+    """Make space in the cache of a sweep, and return environment variables for a new member.
 
-    The programs that were written first are deleted until the rest has at most `max_megabytes`.
+    The oldest programs are deleted until the rest take up at most `max_megabytes`.
 
     Args:
       sweep_dir: directory of the sweep.
-      max_megabytes: size that the programs may have before the member adds its own; 0 for no cache.
+      max_megabytes: maximum size of the cache before the member adds its programs; 0 for no cache.
 
     Returns:
-      Environment variables; none without a cache, or if JAX_COMPILATION_CACHE_DIR is set.
+      Environment variables; empty without a cache, or if JAX_COMPILATION_CACHE_DIR is set.
     """
     if not max_megabytes or 'JAX_COMPILATION_CACHE_DIR' in os.environ:
         return {}
@@ -39,7 +40,7 @@ def prepare(sweep_dir: pathlib.Path, max_megabytes: int) -> dict[str, str]:
 
 
 def _make_variables(directory: pathlib.Path) -> dict[str, str]:
-    """Return the environment variables by which JAX uses a cache."""
+    """Return the environment variables that make JAX use a cache."""
     # Most programs of a small member compile in less than JAX's minimum of one second.
     min_seconds = os.environ.get('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
     # On Intel, jaxlib 0.10 logs an error of 4 kB for each program that it loads: a preference of
@@ -56,11 +57,11 @@ def _make_variables(directory: pathlib.Path) -> dict[str, str]:
 
 
 def _delete_oldest(directory: pathlib.Path, max_bytes: int) -> None:
-    """Delete files below a directory, the oldest by time of writing first, down to `max_bytes`.
+    """Delete the files in a directory that were written first, until `max_bytes` remain.
 
-    JAX's own limit, jax_compilation_cache_max_size, is not used: it keeps the time of the last use
-    of each program in a file NAME-atime. A member that is killed before it has written that file
-    leaves a program without it, and no member can then store anything.
+    JAX's own limit, jax_compilation_cache_max_size, is not used, because it stores the time of the
+    last use of each program in a file NAME-atime. A member that is killed before it writes this
+    file leaves a program without it, and no member can store a program after that.
     """
     files = []
     for file in directory.rglob('*'):

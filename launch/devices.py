@@ -1,7 +1,7 @@
-"""The devices of a member, and whether its config gives all of them work.
+"""Checks that the config of a member uses all of its devices.
 
-`find_warnings` compiles nothing and is part of every dry run. `check_member` runs
-`python -m mi.estimate` on one member, which compiles its training step for those devices.
+`find_warnings` is part of every dry run and does not compile anything. `check_member` runs
+`python -m mi.estimate` on one member, which compiles its training step for its devices.
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ class Devices:
     """The devices of a member.
 
     Attributes:
-      count: devices of all its processes; 0 if unknown.
-      processes: processes of the member.
-      topology: their name in `mi.estimate.topologies`, such as 'v5e:4x4'; '' if unknown.
+      count: number of devices of all processes; 0 if unknown.
+      processes: number of processes of the member.
+      topology: name of the devices in `mi.estimate.topologies`, such as 'v5e:4x4'; '' if unknown.
     """
 
     count: int
@@ -37,7 +37,7 @@ class Devices:
 
 
 def find_warnings(members: Sequence[Member], devices: Devices) -> list[str]:
-    """Return a line for each kind of member that leaves devices without work of their own.
+    """Return a line for each way in which members leave devices idle or repeat work.
 
     Args:
       members: the members of a sweep.
@@ -53,7 +53,7 @@ def find_warnings(members: Sequence[Member], devices: Devices) -> list[str]:
 
 
 def describe_waste(config: ml_collections.ConfigDict, devices: Devices) -> str:
-    """Describe devices that would idle or repeat work, and the remedy; '' if there are none."""
+    """Describe how devices would be idle or repeat work, and the remedy; '' if they would not."""
     # Fit problems divide only seeds.
     count = devices.count
     if config.task in ('fit', 'search'):
@@ -65,7 +65,7 @@ def describe_waste(config: ml_collections.ConfigDict, devices: Devices) -> str:
     try:
         shape = run_mesh.choose_run_mesh_shape(config, count)
     except UserError as error:
-        return f'each member will be refused on {count} devices: {error}'
+        return f'each member will fail on {count} devices: {error}'
     used_count = math.prod(shape)
     if used_count == count:
         return ''
@@ -75,7 +75,7 @@ def describe_waste(config: ml_collections.ConfigDict, devices: Devices) -> str:
     consequence = f'{idle_count} of {count} devices will be idle'
     if devices.processes > 1:
         consequence = (
-            f'each member will be refused, as {idle_count} of {count} devices would be idle'
+            f'each member will fail, because {idle_count} of {count} devices would be idle'
         )
     runs = '1 seed' if seeds == 1 else f'{seeds} seeds'
     return (
@@ -85,7 +85,10 @@ def describe_waste(config: ml_collections.ConfigDict, devices: Devices) -> str:
 
 
 def _describe_idle_seeds(config: ml_collections.ConfigDict, devices: Devices) -> str:
-    """Describe the waste of a fit problem, which divides seeds, or of a search, with rates too."""
+    """Describe idle devices of a fit problem, which divides its seeds, or of a search.
+
+    A search divides the pairs of a seed and a learning rate.
+    """
     runs, kind = len(config.seeds), 'seeds'
     if config.task == 'search':
         runs, kind = runs * len(config.search.rates), 'pairs of a seed and a learning rate'
@@ -102,10 +105,10 @@ def _describe_idle_seeds(config: ml_collections.ConfigDict, devices: Devices) ->
 
 
 def check_member(member: Member, devices: Devices) -> bool:
-    """Print the output of `mi.estimate` for a member; return whether it fits its devices.
+    """Print the output of `mi.estimate` for a member; return whether it fits on its devices.
 
-    Without a topology, as many CPU devices are used instead. The share of the FLOPs and the bytes
-    sent are the same, but whether the member fits is not checked.
+    Without a topology, the same number of CPU devices is used instead. The FLOPs and the bytes sent
+    per device are the same, but it is not checked whether the member fits.
 
     Raises:
       UserError: if the number of devices is unknown.

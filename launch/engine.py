@@ -1,7 +1,7 @@
 """The interface of an engine: submit(commands, resources) → states.
 
-A command is an ordinary `python -m mi.main …` with a run directory of its own. The engine learns
-how a run is doing from that directory (`launch.state`) and from its exit code: 0 is done, 143 is
+A command is an ordinary `python -m mi.main …` with its own run directory. The engine learns the
+state of a run from this directory (`launch.state`) and from the exit code: 0 means done, 143 means
 stopped and saved, and anything else is a failure. The same command restarts a run.
 """
 
@@ -25,14 +25,14 @@ class Resources:
     """The resources of a member.
 
     Attributes:
-      parallel: members that run simultaneously; 0 for as many as fit.
-      processes: processes of each member, joined by jax.distributed.
-      gpus: GPUs of each process; 0 for no assignment of GPUs.
-      cores: CPU cores of each process; 0 for an even share.
-      retries: restarts of a member that fails. A member that was preempted is always restarted if
-        it has progressed.
-      cache_megabytes: size of the compiled programs that members on this machine share; 0 shares
-        none.
+      parallel: number of members that run simultaneously; 0 for as many as fit.
+      processes: number of processes of each member, joined by jax.distributed.
+      gpus: number of GPUs per process; 0 does not assign GPUs.
+      cores: number of CPU cores per process; 0 for an even share.
+      retries: number of restarts of a member that fails. A preempted member is always restarted if
+        it has made progress.
+      cache_megabytes: maximum size of the cache of compiled programs that members on this machine
+        share; 0 disables the cache.
     """
 
     parallel: int = 0
@@ -44,12 +44,12 @@ class Resources:
 
 
 class Exit(NamedTuple):
-    """How an attempt at running a member ended.
+    """The end of an attempt to run a member.
 
     Attributes:
       phase: phase of the member.
-      is_restarted: whether the member runs again.
-      message: text for the user; '' for nothing.
+      is_restarted: whether the member will be restarted.
+      message: message for the user; '' for none.
     """
 
     phase: str
@@ -58,9 +58,10 @@ class Exit(NamedTuple):
 
 
 class Attempts:
-    """A count of attempts that decides which members are restarted.
+    """A count of attempts, which decides whether members are restarted.
 
-    Preempted members are restarted while they progress, and failed ones as often as configured.
+    Preempted members are restarted as long as they make progress, and failed ones up to `retries`
+    times.
     """
 
     def __init__(self, retries: int):
@@ -68,9 +69,9 @@ class Attempts:
         self._failures: Counter[pathlib.Path] = Counter()
 
     def end(self, run_dir: pathlib.Path, exit_code: int) -> Exit:
-        """Return what follows from an exit code.
+        """Return the outcome of an attempt that ended with an exit code.
 
-        A member that is preempted twice without progress has failed; see `launch.restarts`.
+        A member that is preempted twice without progress counts as failed; see `launch.restarts`.
         """
         if exit_code == 0 or state.is_finished(run_dir):
             is_done = state.read_status(run_dir).get('state') == 'done'

@@ -1,4 +1,4 @@
-"""Renders a sweep for Kubernetes: a JobSet for each unfinished member, as YAML on standard output.
+"""Print a JobSet in YAML for each unfinished member of a sweep, to run it on Kubernetes.
 
     python -m launch.k8s --sweep=experiments/lm_fusion.py --workdir=/runs/lm_fusion \\
         --image=registry.example/mi:1 --claim=runs --gpus=8 --processes=2 --retries=3 \\
@@ -6,19 +6,20 @@
     python -m launch.k8s … --tpu=tpu-v5-lite-podslice --topology=4x4
 
 The cluster needs the JobSet controller (jobset.x-k8s.io/v1alpha2), an image with the repository as
-its working directory, and a volume at `--mount` that all pods can write to and that holds the sweep
-directory. Run this command where the same path exists, so that it skips finished members and
-`launch.status` works. A TPU slice determines the hosts of a member and the chips of each host
-(`launch.tpu`); --gpus chooses if GKE offers the slice with larger and with smaller hosts.
+its working directory, and a volume at `--mount` that all pods can write to and that contains the
+sweep directory. Run this command where the volume is mounted at the same path, so that it can skip
+finished members and `launch.status` works. A TPU slice determines the number of hosts of a member
+and the chips of each host (`launch.tpu`). If GKE offers a slice with hosts of several sizes, --gpus
+selects one.
 
 A pod that is evicted or preempted, or exits with 143 because it saved, is restarted as long as it
-progresses (`launch.restarts`, which the containers run). A pod that fails is restarted --retries
-times. All processes of a member restart together and resume from the checkpoint.
+makes progress (`launch.restarts`, which the containers run). A pod that fails is restarted up to
+--retries times. All processes of a member restart together and resume from the checkpoint.
 
-The same command again leaves out members that are finished or running. A member that has failed for
-good gets a JobSet with a new name, because Kubernetes ignores a JobSet that it knows and refuses a
-changed one. `kubectl delete jobset --selector=sweep=…` removes old JobSets; do so before you change
-options of members that have not begun.
+If you repeat the command, it leaves out members that are finished or running. A member that has
+failed for good gets a JobSet with a new name, because Kubernetes ignores a known JobSet and rejects
+a changed one. Before you change the options of members that have not begun, remove old JobSets with
+`kubectl delete jobset --selector=sweep=…`.
 """
 
 import dataclasses
@@ -55,7 +56,7 @@ GRACE_PERIOD = 120  # seconds that a pod has to save after SIGTERM
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Options of the pods, as the flags of the same names."""
+    """Options of the pods, with the same names as the flags."""
 
     image: str | None = None
     claim: str | None = None
@@ -69,7 +70,7 @@ class Options:
 def make_jobset(
     run_dir: pathlib.Path, command: list[str], resources: Resources, options: Options
 ) -> dict[str, Any]:
-    """Return the JobSet of one member: one job with a pod for each process."""
+    """Return the JobSet of a member, which has one job with a pod for each process."""
     jobset_name = make_dns_name(run_dir.parent.name, run_dir.name, *identify_failure(run_dir))
     pod_spec = _make_pod(run_dir, command, jobset_name, resources, options)
 
@@ -176,9 +177,10 @@ def _make_pod(
 
 
 def identify_failure(run_dir: pathlib.Path) -> list[str]:
-    """Return what tells the failure of a member from any other; [] if it has not failed.
+    """Return strings that identify the last failure of a member; [] if it has not failed.
 
-    It comes from files of its processes, so that the same failure always gives the same name.
+    They come from files written by the processes of the member, so that the same failure always
+    gives the same name.
     """
     if read_run_state(run_dir).phase not in ('failed', 'died'):
         return []
@@ -191,7 +193,7 @@ def identify_failure(run_dir: pathlib.Path) -> list[str]:
 
 
 def make_dns_name(*parts: str, max_length: int = 40) -> str:
-    """Return a name that Kubernetes accepts; different parts give different names."""
+    """Join parts into a name that Kubernetes accepts; different parts give different names."""
     plain_name = re.sub(r'[^a-z0-9]+', '-', '-'.join(parts).lower()).strip('-')
     digest = hashlib.sha256('/'.join(parts).encode()).hexdigest()[:8]
     prefix = '' if plain_name[:1].isalpha() else 's-'
@@ -226,13 +228,13 @@ def make_manifests(
 
 
 def find_slice(resources: Resources, options: Options) -> tpu.Slice | None:
-    """Return the TPU slice of each member; None if it has no TPU.
+    """Return the TPU slice of each member, or None if no TPU is requested.
 
     Raises:
-      UserError: if GKE has no such slice, or no such hosts for it.
+      UserError: if GKE does not offer the slice, or not with these hosts.
     """
     if bool(options.tpu) != bool(options.topology):
-        raise UserError('--tpu=KIND and --topology=SHAPE go together')
+        raise UserError('--tpu=KIND and --topology=SHAPE: expected both or neither')
     if not options.tpu:
         return None
     num_hosts = resources.processes if resources.processes > 1 else 0
@@ -243,7 +245,7 @@ def find_devices(resources: Resources) -> Devices:
     """Return the devices of a member.
 
     Raises:
-      UserError: if GKE has no such slice.
+      UserError: if GKE does not offer the TPU slice.
     """
     options = get_options()
     if tpu_slice := find_slice(resources, options):
@@ -252,7 +254,7 @@ def find_devices(resources: Resources) -> Devices:
 
 
 def get_options() -> Options:
-    """Return the options that the flags name."""
+    """Return the options given by the flags."""
     return Options(
         image=IMAGE.value,
         claim=CLAIM.value,
@@ -265,7 +267,7 @@ def get_options() -> Options:
 
 
 def submit(commands: Commands, resources: Resources) -> States:
-    """Print the JobSets of members that are not running; nothing is sent anywhere."""
+    """Print the JobSets of members that are not running, without submitting them."""
     options = get_options()
     phases = {run_dir: read_run_state(run_dir).phase for run_dir in commands}
     idle_commands = {

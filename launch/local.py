@@ -1,13 +1,13 @@
-"""Runs a sweep on this machine and writes its report.
+"""Run a sweep on this machine and write its report.
 
     python -m launch.local --sweep=experiments/quickstart.py --workdir=runs/quickstart --parallel=2
     python -m launch.local --sweep=… --workdir=… --gpus=1 --retries=2
     python -m launch.local --sweep=… --workdir=… --dry_run
 
-It skips finished members and resumes interrupted ones, so the same command is safe to run again at
-any time. After a `kill -9` of the launcher, the next one waits for the members that still run. A
-member that fails does not stop the others; the exit code is then 1. Ctrl-C or SIGTERM lets the
-running members save, and exits with 143.
+The launcher skips finished members and resumes interrupted ones, so it is safe to run the same
+command again at any time. If a launcher was killed with `kill -9`, the next one waits for the
+members that are still running. If a member fails, the others continue, and the exit code is 1. On
+Ctrl-C or SIGTERM, the running members save, and the exit code is 143.
 """
 
 import os
@@ -26,13 +26,13 @@ from mi.training.lock import is_locked
 
 
 def submit(commands: Commands, resources: Resources, rule: Rule | None = None) -> States:
-    """Run members to their ends, several simultaneously; return the phase of each."""
+    """Run members to completion, several at a time; return the phase of each."""
     phases = supervise(SweepMembers(commands), Slots(resources), resources.retries, rule)
     return {run_dir: phases[run_dir.name] for run_dir in commands}
 
 
 class Slots:
-    """The parts of this machine that members take: a share of the cores, and GPUs of their own.
+    """The slots for members on this machine, each with a share of the cores and its own GPUs.
 
     Raises:
       UserError: if the machine has too few GPUs.
@@ -55,7 +55,7 @@ class Slots:
         if gpus_per_member and self.count > num_fitting:
             raise UserError(
                 f'--parallel={self.count}: expected at most {num_fitting}, because this machine '
-                f'has {len(self._gpus)} GPUs'
+                f'has {len(self._gpus)} GPUs. Try --parallel=0'
             )
 
     def has_room(self) -> bool:
@@ -78,7 +78,7 @@ class Slots:
         """
         slot = self._find_free_slot()
         if slot is None:
-            raise ValueError(f'no slot is free for {run_dir}')
+            raise ValueError(f'{run_dir}: expected a free slot, but all {self.count} are taken')
         num_processes, gpus_per_process = self._resources.processes, self._resources.gpus
         cache = compilation_cache.prepare(run_dir.parent, self._resources.cache_megabytes)
         environments = [{'PYTHONUNBUFFERED': '1'} | cache for _ in range(num_processes)]
@@ -104,12 +104,12 @@ class Slots:
             member.wait()
 
     def _find_free_slot(self) -> int | None:
-        """Return the first free slot; a member whose slot is unknown takes one too."""
+        """Return the first free slot, or None; a member whose slot is unknown also occupies one."""
         free_slots = set(range(self.count)) - set(self._slots.values())
         return min(free_slots) if free_slots and len(self._slots) < self.count else None
 
     def _choose_cores(self, slot: int) -> set[int]:
-        """Return the cores of a slot: small programs run best on few cores of their own."""
+        """Return the cores of a slot; small programs run best on a few dedicated cores."""
         cores = get_cores()
         if self._resources.cores:
             num_cores = self._resources.cores * self._resources.processes
@@ -118,13 +118,13 @@ class Slots:
 
 
 def find_devices(resources: Resources) -> Devices:
-    """Return the devices of a member: its GPUs, or all that its processes see."""
+    """Return the devices of a member, which are its GPUs or all devices that its processes see."""
     devices_per_process = resources.gpus or len(find_gpus()) or jax.local_device_count()
     return Devices(resources.processes * devices_per_process, resources.processes)
 
 
 def find_gpus() -> list[str]:
-    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the GPUs that this process may use, named as in CUDA_VISIBLE_DEVICES."""
     visible = os.environ.get('CUDA_VISIBLE_DEVICES')
     if visible is not None:
         return [name for name in visible.split(',') if name]

@@ -1,8 +1,8 @@
-"""Members of a sweep: the name, the label and the command of each.
+"""Names, labels and commands of the members of a sweep.
 
-A name is that of a run directory, and a label that of an arm. Both show the values in which members
-differ, with their keys where the values alone are ambiguous. An override `label`, which is not
-a key of a config, names the arm instead.
+A member is named after its run directory and labeled with its arm. Both texts show the values in
+which members differ, with their keys where the values alone are ambiguous. The override `label`,
+which is not a config key, sets the label instead.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ class Member:
     """One run of a sweep.
 
     Attributes:
-      name: name of its run directory, made from the values that differ between members.
-      label: name of its arm in tables and figures: the values that differ, except seeds and task,
-        with their keys if two arms would have the same values; or the override `label`. Members
-        with one label are one arm.
-      command: its command.
-      overrides: its overrides of the config.
+      name: name of the run directory, made from the values that differ between members.
+      label: name of the arm in tables and figures. It is the override `label` or shows the values
+        that differ, except seeds and task, with their keys if two arms would have the same values.
+        Members with the same label belong to one arm.
+      command: command that runs the member.
+      overrides: overrides of the config.
     """
 
     name: str
@@ -47,12 +47,12 @@ def make_members(
     """Return the members with their names, labels and commands.
 
     Args:
-      overrides: the overrides of each member.
-      config: CONFIG.
+      overrides: overrides of each member.
+      config: CONFIG of the sweep.
       workdir: directory of the sweep.
-      task_key: TASK.
-      searched_keys: keys that are shown even if all members have the same value, so that names stay
-        the same when more members are drawn.
+      task_key: TASK of the sweep.
+      searched_keys: keys to show even if all members have the same value, so that names stay the
+        same when more members are drawn.
 
     Raises:
       UserError: if two members have the same overrides, or two arms the same label.
@@ -99,10 +99,11 @@ def _to_flags(changes: Overrides) -> list[str]:
 
 
 def _make_names(shown_overrides: list[Overrides], overrides: list[Overrides]) -> list[str]:
-    """Return a name of a run directory for each member, without repetitions.
+    """Return a unique name of a run directory for each member.
 
-    A name has the values that differ. If an earlier member has that name, as 'a/b' has that of
-    'a_b', the keys are spelled out; if that is not enough, a hash of the overrides is added.
+    A name shows the values that differ between members. If an earlier member already has the name,
+    for example because 'a/b' and 'a_b' give the same one, it also shows the keys. If this is still
+    ambiguous, a hash of the overrides is added.
 
     Raises:
       UserError: if two members have the same overrides.
@@ -131,7 +132,7 @@ def _make_names(shown_overrides: list[Overrides], overrides: list[Overrides]) ->
 
 
 def _to_file_name(name: str, max_bytes: int = 255) -> str:
-    """Return the name; its beginning and a hash if it is too long for a file system."""
+    """Shorten a name that is too long for a file system to its beginning and a hash."""
     if len(name.encode()) <= max_bytes:
         return name
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
@@ -141,7 +142,7 @@ def _to_file_name(name: str, max_bytes: int = 255) -> str:
 def make_labels(
     overrides: list[Overrides], shown_overrides: list[Overrides], task_key: str | None
 ) -> list[str]:
-    """Return the label of each member: its values, with keys if another arm has the same values."""
+    """Return the label of each member, which shows keys if another arm has the same values."""
 
     arms = [_identify_arm(changes, task_key) for changes in overrides]
     shown_values = [_drop_seeds_and_task(changes, task_key) for changes in shown_overrides]
@@ -168,24 +169,24 @@ def _drop_seeds_and_task(changes: Overrides, task_key: str | None) -> Overrides:
 
 
 def _identify_arm(changes: Overrides, task_key: str | None) -> str:
-    """Return a text that the members of an arm share, and no other member has."""
+    """Return a text that is the same for all members of an arm, and different for others."""
     return repr(sorted(_drop_seeds_and_task(changes, task_key).items()))
 
 
 def _refuse_shared_labels(
     labels: list[str], overrides: list[Overrides], task_key: str | None
 ) -> None:
-    """Refuse a label that the sweep file gives to members of two arms."""
+    """Raise an error if the sweep file gives the same label to two arms."""
     arms: dict[str, str] = {}  # label → its arm
     for label, changes in zip(labels, overrides, strict=True):
         arm = _identify_arm(changes, task_key)
         if arms.setdefault(label, arm) != arm:
             raise UserError(
-                f'label = {label!r}: expected a label of its own for each arm (got it for '
+                f'label = {label!r}: expected a different label for each arm (got it for '
                 f'{arms[label]} and {arm})'
             )
 
 
 def _shorten_key(key: str) -> str:
-    """Return the part of a key that identifies it: model.fusion.name → fusion."""
+    """Return the part of a key that identifies it, such as 'fusion' in 'model.fusion.name'."""
     return '.'.join(part for part in key.split('.')[1:] if part != 'name') or key

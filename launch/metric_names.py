@@ -1,10 +1,10 @@
-"""The numbers that a run of a config will record in metrics.jsonl, and how often.
+"""The names of the metrics that a run will record in metrics.jsonl, and their intervals.
 
-They are known before the run starts, so that a sweep whose METRIC has a typo is refused
-immediately. The names of language models and agents are declared here, except the names of tasks: a
-JAX environment has them in its specification, and an environment on the host has them only once it
-is made. The names of a problem of `mi.fit` come from tracing it. A METRIC by reference is a
-function of these numbers, and is called once on made-up ones.
+The names are known before a run starts, so that a typo in the METRIC of a sweep is found
+immediately. The metrics of language models and agents are declared here, except for the names of
+tasks: those of a JAX environment are in its spec, and those of a host environment are unknown until
+it is made. The metrics of a problem of `mi.fit` are found by tracing it. If METRIC refers to a
+function of the metrics, it is called once with made-up values.
 """
 
 import difflib
@@ -44,9 +44,9 @@ class Split(NamedTuple):
     """The records of a split.
 
     Attributes:
-      names: names of the numbers in each record.
-      interval: steps between two records; 0 if there is only one, at the end.
-      prefixes: prefixes of more names, which are known only once the run has started.
+      names: names of the metrics in each record.
+      interval: number of steps between two records; 0 if there is only one record, at the end.
+      prefixes: prefixes of further names, which are not known until the run has started.
     """
 
     names: Collection[str]
@@ -54,7 +54,7 @@ class Split(NamedTuple):
     prefixes: tuple[str, ...] = ()
 
     def has(self, name: str) -> bool:
-        """Return whether a number with this name is recorded."""
+        """Return whether a metric with this name is recorded."""
         return name in self.names or name.startswith(self.prefixes)
 
 
@@ -62,10 +62,10 @@ Splits = dict[str, Split]
 
 
 def find_splits(config: ml_collections.ConfigDict) -> Splits:
-    """Return what a run of a config records.
+    """Return the records of each split in a run.
 
     Raises:
-      UserError: on a config that cannot work.
+      UserError: if the config is invalid.
     """
     if config.task not in TASKS:
         raise UserError(f'config.task = {config.task!r}: {suggest(str(config.task), TASKS)}')
@@ -73,7 +73,7 @@ def find_splits(config: ml_collections.ConfigDict) -> Splits:
 
 
 def count_steps(config: ml_collections.ConfigDict) -> int:
-    """Return the number of steps in a run of a config, as its records count them."""
+    """Return the number of steps in a run, as counted in its records."""
     if config.task == 'search':
         return len(config.search.at)
     return rl_config.count_updates(config) if config.task == 'rl' else int(config.train.steps)
@@ -113,12 +113,12 @@ def _find_rl_splits(config: ml_collections.ConfigDict) -> Splits:
 
 
 class EnvironmentInfo(NamedTuple):
-    """What is known about an environment before one on the host is made.
+    """Facts about an environment that are known before it is made.
 
     Attributes:
-      tasks: names of its tasks; None if unknown.
-      has_success: whether its episodes have a goal; True if unknown.
-      has_scores: whether its best and random scores are known; True if unknown.
+      tasks: names of the tasks; None if unknown.
+      has_success: whether episodes have a goal; True if unknown.
+      has_scores: whether best and random scores are known; True if this is unknown.
     """
 
     tasks: tuple[str, ...] | None
@@ -126,7 +126,7 @@ class EnvironmentInfo(NamedTuple):
     has_scores: bool
 
     def split(self, names: set[str], prefixes: tuple[str, ...], interval: int) -> Split:
-        """Return the records of a split: `names`, and the names of its episodes and tasks."""
+        """Return the records of a split, with `names` and the metrics of episodes and tasks."""
         names = names | EPISODE_NAMES
         if not self.has_success:
             names -= {'success'}
@@ -138,7 +138,7 @@ class EnvironmentInfo(NamedTuple):
 
 
 def describe_environment(name: str) -> EnvironmentInfo:
-    """Return what is known about an environment before one on the host is made."""
+    """Return the facts about an environment that are known before it is made."""
     if envs.is_on_host(name):
         suite = name.partition('/')[0]
         has_success, has_scores = (
@@ -186,11 +186,11 @@ TASKS: dict[str, Callable[[ml_collections.ConfigDict], Splits]] = {
 
 
 class Finder:
-    """A cache of `find_splits`, shared by members that differ only in sizes.
+    """A cache for `find_splits`, in which members that differ only in sizes share an entry.
 
     Args:
-      metric: the metric of the sweep. Unless it belongs to a single task, the numbers in a problem,
-        such as the number of tasks, do not matter either.
+      metric: metric of the sweep. Unless it belongs to a single task, members that differ only in
+        the numbers of a problem, such as the number of tasks, also share an entry.
     """
 
     def __init__(self, metric: str):
@@ -199,7 +199,7 @@ class Finder:
         self._cache: dict[str, Splits] = {}
 
     def find(self, config: ml_collections.ConfigDict) -> Splits:
-        """Return what a run of a config records."""
+        """Return the records of each split in a run of a config."""
         values = sorted(flatten(config.to_dict()).items())
         cache_key = repr([(key, value) for key, value in values if self._matters(key, value)])
         if cache_key not in self._cache:
@@ -210,12 +210,12 @@ class Finder:
         return self._cache[cache_key]
 
     def _add_reference(self, name: str, split: Split) -> Split:
-        """Return a split with the metric among its numbers, if the function accepts its records."""
+        """Add the metric to a split if its function accepts the records of the split."""
         refusal = find_refusal(self._metric, name, split.names, has_more_names=bool(split.prefixes))
         return split if refusal else split._replace(names={*split.names, self._metric})
 
     def _matters(self, key: str, value: Any) -> bool:
-        """Return whether a config key can change what is recorded."""
+        """Return whether a config key can change the names of metrics or their intervals."""
         section = key.partition('.')[0]
         if section == 'train':
             return key in ('train.log_every', 'train.eval_every', 'train.topology')
@@ -225,16 +225,16 @@ class Finder:
 
 
 def find_error(metric: str, key: str, split: str, splits: Splits) -> str:
-    """Return what is wrong with the metric of a sweep; '' if nothing is.
+    """Return the error in the metric of a sweep, or '' if there is none.
 
     Args:
-      metric: METRIC.
+      metric: METRIC of the sweep.
       key: 'SPLIT' or 'CURVES'.
-      split: the value of that key.
-      splits: split → numbers that a member records.
+      split: value of this key.
+      splits: name → records of the splits of a member.
     """
     if split not in splits:
-        return f'{key} = {split!r}: expected a split of its records; {suggest(split, splits)}'
+        return f'{key} = {split!r}: expected a recorded split; {suggest(split, splits)}'
     if splits[split].has(metric):
         return ''
     if is_reference(metric):
@@ -254,16 +254,16 @@ def find_error(metric: str, key: str, split: str, splits: Splits) -> str:
     if splits_with_metric := [name for name, records in splits.items() if records.has(metric)]:
         hint = f'it is recorded in {", ".join(splits_with_metric)}. '
     return (
-        f'METRIC = {metric!r}: expected a number of the records of {key} = {split!r}; '
+        f'METRIC = {metric!r}: expected a metric recorded in {key} = {split!r}; '
         f'{hint}known: {", ".join(sorted(plain_names))}{task_names}'
     )
 
 
 def choose_curves(metric: str, split: str, member_splits: Sequence[Splits]) -> str:
-    """Return the split of the learning curves if a sweep names none.
+    """Return the split for learning curves in a sweep that does not set CURVES.
 
-    That is 'valid' if all runs record the metric there during training, else the split that is
-    compared, else any other split in which they do.
+    This is the first split in which all runs record the metric during training: 'valid', the split
+    that is compared, or any other.
     """
 
     def is_curve(name: str) -> bool:

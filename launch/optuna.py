@@ -1,17 +1,18 @@
-"""Searches the space of a sweep with Optuna on this machine: each trial is one run.
+"""Search the space of a sweep with Optuna on this machine, with one run per trial.
 
     python -m launch.optuna --sweep=my_search.py --workdir=runs/search --parallel=2
     python -m launch.optuna --sweep=… --workdir=… --sampler=CmaEsSampler --gpus=1 --retries=1
 
-It needs the extra `optuna`. The sweep file has SPACE and COUNT, as for a random search. Whenever
-there is room, Optuna is asked for the next trial, a member trial=0000, trial=0001, …, and when a
-member is done it is told the METRIC of SPLIT at the end, averaged over seeds. A member that is done
-without a finite value counts as failed, and Optuna draws on it no more.
+Install the extra `optuna` first. The sweep file has SPACE and COUNT, as for a random search.
+Whenever a slot is free, the launcher asks Optuna for the next trial, which becomes the member
+trial=0000, trial=0001, …. When a member is done, it tells Optuna the last METRIC of SPLIT, averaged
+over seeds. A trial without a finite value counts as failed, and Optuna ignores it.
 
-WORKDIR/optuna.jsonl is Optuna's journal. The same command continues a killed search: asked trials
-keep their values, unfinished ones resume, and results that Optuna was not told are told. A larger
-COUNT continues a finished search. The draws of a trial depend on SEED, its index and the results so
-far, so that with `--parallel=1` a killed search has the trials of one that was never killed.
+WORKDIR/optuna.jsonl is Optuna's journal. If a search was killed, the same command continues it:
+trials keep their values, unfinished members resume, and Optuna is told any missing results. To
+continue a finished search, raise COUNT. The values of a trial depend on SEED, its index and the
+results so far. With `--parallel=1`, a search that was killed and continued therefore has the same
+trials as one that was never killed.
 
 Source: Akiba et al., *Optuna* (KDD 2019).
 """
@@ -57,7 +58,7 @@ def import_optuna() -> types.ModuleType:
     """Import Optuna.
 
     Raises:
-      UserError: if it is not installed.
+      UserError: if Optuna is not installed.
     """
     try:
         return importlib.import_module('optuna')
@@ -68,10 +69,10 @@ def import_optuna() -> types.ModuleType:
 
 
 def make_sampler(name: str, seed: int) -> 'BaseSampler':
-    """Build a sampler by the name of its class.
+    """Make a sampler by the name of its class.
 
     Raises:
-      UserError: if there is no such class, or it cannot be built with a seed alone.
+      UserError: if there is no such class, or its constructor needs more than a seed.
     """
     samplers = import_optuna().samplers
     if is_reference(name):
@@ -87,13 +88,13 @@ def make_sampler(name: str, seed: int) -> 'BaseSampler':
         sampler: BaseSampler = constructor(seed=seed)
     except (ImportError, TypeError) as error:
         raise UserError(
-            f'--sampler={name}: expected a class that is built with a seed ({format_error(error)})'
+            f'--sampler={name}: expected a class that needs only a seed ({format_error(error)})'
         ) from error
     return sampler
 
 
 def make_distributions(space: Space) -> 'dict[str, BaseDistribution]':
-    """Return the distributions of a space as Optuna's; a choice is one of `repr(value)`."""
+    """Convert the distributions of a space to Optuna's; a choice becomes `repr(value)`."""
     distributions = import_optuna().distributions
 
     def convert(entry: Distribution) -> 'BaseDistribution':
@@ -109,7 +110,7 @@ def make_distributions(space: Space) -> 'dict[str, BaseDistribution]':
 
 
 def make_overrides(space: Space, params: Mapping[str, Any]) -> Overrides:
-    """Return the overrides of a trial: its values, and the constants of the space."""
+    """Return the overrides of a trial, which are its values and the constants of the space."""
     overrides = {}
     for key, entry in space.items():
         if isinstance(entry, Choice):
@@ -122,7 +123,7 @@ def make_overrides(space: Space, params: Mapping[str, Any]) -> Overrides:
 
 
 def read_objective(run_dir: pathlib.Path, metric: str, split: str) -> float:
-    """Return the last value of a run, averaged over seeds; NaN if a seed has none or diverged."""
+    """Return the last metric of a run, averaged over seeds; NaN if a seed has none or diverged."""
     file = run_dir / 'metrics.jsonl'
     rows = records.read_records(file, records.METRICS, tail=records.WHOLE_FILE)
     finals = {
@@ -140,10 +141,10 @@ class Search:
     Args:
       workdir: directory of the sweep.
       description: content of sweep.json without members.
-      space: SPACE.
-      seed: SEED.
-      count: COUNT.
-      sampler: name of the sampler.
+      space: SPACE of the sweep file.
+      seed: SEED of the sweep file.
+      count: COUNT of the sweep file.
+      sampler: class name of the sampler.
     """
 
     def __init__(
@@ -174,7 +175,7 @@ class Search:
         return self._make_member(name).command
 
     def prepare(self, name: str) -> None:
-        """Ask for the trial of a member, unless that was done before the launcher was killed."""
+        """Ask Optuna for the trial of a member, unless an earlier launcher already did."""
         self.tell_results()
         if name in self._trials:
             return
@@ -195,7 +196,7 @@ class Search:
         self.tell_results()
 
     def tell_results(self) -> None:
-        """Tell Optuna the result of each member that is done, unless it knows it."""
+        """Tell Optuna the results of members that are done, except for those it already knows."""
         metric, split = self._description['metric'], self._description['split']
         for name, trial in self._trials.items():
             is_done = state.read_status(self.run_dir(name)).get('state') == 'done'
@@ -214,7 +215,7 @@ class Search:
         write_json(self._workdir / 'sweep.json', {**self._description, 'members': members})
 
     def summary(self) -> str:
-        """Return the number of trials with a result and the best one, in a line."""
+        """Summarize the number of trials with a result and the best trial in one line."""
         results = {
             name: trial.value
             for name, trial in self._trials.items()
@@ -236,19 +237,19 @@ class Search:
         return Member(name, f'{name.partition("=")[2]}: {values}', command, overrides)
 
     def _refresh(self) -> None:
-        """Read the trials that have a member, in the order in which they were asked."""
+        """Read the trials that have a member, in the order in which Optuna made them."""
         trials = self._study.get_trials(deepcopy=False)
         self._trials = {t.user_attrs[MEMBER]: t for t in trials if MEMBER in t.user_attrs}
 
     def _close_unnamed_trials(self) -> None:
-        """Close trials without a member: a launcher was killed before it had all their values."""
+        """Close trials that a killed launcher has left without a member."""
         for trial in self._study.get_trials(deepcopy=False):
             if MEMBER not in trial.user_attrs and not trial.state.is_finished():
                 self._study.tell(trial.number, state=import_optuna().trial.TrialState.FAIL)
 
 
 def open_study(workdir: pathlib.Path, lower_is_better: bool) -> 'Study':
-    """Return the study in the journal of a sweep directory, new or to be continued."""
+    """Open the study in the journal of a sweep directory, or create it."""
     optuna = import_optuna()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     journal = optuna.storages.journal.JournalFileBackend(str(workdir / JOURNAL))
@@ -262,14 +263,14 @@ def open_study(workdir: pathlib.Path, lower_is_better: bool) -> 'Study':
 
 
 def describe_search(file: str, workdir: pathlib.Path, module: types.ModuleType) -> dict[str, Any]:
-    """Check a sweep file for a search and return the content of sweep.json without members.
+    """Check the sweep file of a search, and return the content of sweep.json without members.
 
     Raises:
-      UserError: if it has no SPACE and COUNT or has sweep(), the runs will not record METRIC, or
-        the directory holds another sweep.
+      UserError: if the file lacks SPACE or COUNT or defines sweep(), if the runs will not record
+        METRIC, or if the directory holds a different sweep.
     """
     if hasattr(module, 'sweep') or not hasattr(module, 'SPACE') or not hasattr(module, 'COUNT'):
-        raise UserError(f'--sweep={file}: expected SPACE and COUNT, and no sweep(), for a search')
+        raise UserError(f'--sweep={file}: expected SPACE and COUNT without sweep(), for a search')
     if module.BASELINE is not None:
         raise UserError(
             f'--sweep={file}: BASELINE = {module.BASELINE!r}: expected None, because the arms of a '
@@ -288,14 +289,14 @@ def describe_search(file: str, workdir: pathlib.Path, module: types.ModuleType) 
         for key in ('engine', 'config', 'base', 'metric', 'split', 'lower_is_better', 'space'):
             if sweep_file.get(key) != comparable[key]:
                 raise UserError(
-                    f'--workdir={workdir} holds another sweep or search: its {key} differs from '
+                    f'--workdir={workdir} holds a different sweep or search, whose {key} is not '
                     f'that of {file}. Use another --workdir'
                 )
     return description
 
 
 def draw_members(workdir: pathlib.Path, module: types.ModuleType) -> Sequence[Member]:
-    """Return members drawn at random, as many as there will be trials."""
+    """Draw as many random members as there will be trials, for a dry run."""
     drawn = search_space.sample(module.SPACE, module.COUNT, getattr(module, 'SEED', 0))
     members = []
     for index, changes in enumerate(map(sweep_file.to_plain, drawn)):
@@ -306,15 +307,15 @@ def draw_members(workdir: pathlib.Path, module: types.ModuleType) -> Sequence[Me
 
 
 def run() -> None:
-    """Run `python -m launch.optuna`; it ends with the report and the best trial."""
+    """Run `python -m launch.optuna`, which ends with the best trial and the report."""
     from launch import cli
 
     # Check the flags and the sweep.
     import_optuna()
     if cli.ASHA.value:
         raise UserError(
-            '--asha: launch.optuna compares trials at their ends. Try launch.local, which draws '
-            'the members of SPACE at random'
+            '--asha: launch.optuna compares trials only when they are done. Try launch.local, '
+            'which draws random members from SPACE'
         )
     file, workdir = cli.get_paths()
     module = sweep_file.load_module(file)
@@ -322,7 +323,7 @@ def run() -> None:
     seed = getattr(module, 'SEED', 0)
     make_sampler(SAMPLER.value, seed)
     if cli.DRY_RUN.value:
-        print('members drawn at random, in place of trials, which depend on results')
+        print('random members, in place of trials, which depend on results')
         members = draw_members(workdir, module)
         cli.dry_run(members, workdir, local.find_devices(cli.get_resources()))
         return

@@ -1,22 +1,21 @@
-"""Population based training on this machine: the members of a sweep learn from each other.
+"""Run population based training on this machine, with the members of a sweep as the population.
 
     python -m launch.pbt --sweep=… --workdir=runs/population --interval=2000 --parallel=8 --gpus=1
 
-Every `--interval` steps a member saves, stops, and compares itself with one other member drawn at
-random. If that member's fitness is better by more than `--margin`, it continues from that member's
-newest checkpoint and with its hyperparameters. Then each hyperparameter of `--perturb` is, with
-probability 1/3, multiplied or divided by 1.2, unless the config refuses the new value. No member
-waits for another. The fitness is the newest value of the sweep's METRIC in its SPLIT, or in its
-CURVES if SPLIT is evaluated only at the end.
+Every `--interval` steps, a member saves, stops, and is compared with another member drawn at
+random. If the other one's fitness is better by more than `--margin`, the member continues from its
+newest checkpoint with its hyperparameters. Then each hyperparameter in `--perturb` is multiplied or
+divided by 1.2 with probability 1/3, unless the new value is invalid. No member waits for another.
+The fitness is the newest value of METRIC in SPLIT, or in CURVES if SPLIT is evaluated only at the
+end.
 
-A member that changes continues in a new run directory, NAME.1, NAME.2, …, which begins as a copy of
-its parent; `fork.json` in it names the parent and the changes. So every run directory still belongs
-to one config. Decisions are recorded in WORKDIR/pbt.jsonl, and the same command continues from
-there.
+A member that changes continues in a new run directory, NAME.1, NAME.2, …, which starts as a copy of
+its parent and contains `fork.json` with the parent and the changes. Every run directory thus has
+only one config. Decisions are recorded in WORKDIR/pbt.jsonl, from which the same command continues.
 
-Source: Espeholt et al., *IMPALA* (ICML 2018): the fitness is the mean capped score, the margin 5 %
-absolute, and learning rate, entropy cost and RMSProp's ε are perturbed, whether a copy was made or
-not. These values and the defaults are recalled.
+Source: Espeholt et al., *IMPALA* (ICML 2018). There, the fitness is the mean capped score, the
+margin is 5 % absolute, and learning rate, entropy cost and RMSProp's ε are perturbed, whether or
+not a copy was made. These values and the defaults are recalled.
 """
 
 import pathlib
@@ -51,17 +50,17 @@ Configs = Mapping[str, ml_collections.ConfigDict]  # name of a member → its co
 
 
 def choose_hyperparameters(configs: Configs, keys: Sequence[str] | None) -> list[str]:
-    """Return the config keys that change: `keys`, or the defaults that all configs have.
+    """Return the config keys to perturb: `keys`, or the defaults that all configs have.
 
     Raises:
-      UserError: if a member cannot be trained in intervals, or a factor cannot change one of the
-        keys in its config.
+      UserError: if a member cannot be trained in intervals, or one of the keys cannot be multiplied
+        by a factor in its config.
     """
     for member_name, config in configs.items():
         if config.task not in DEFAULT_PERTURB:
             raise UserError(
                 f'config.task = {config.task!r} of {member_name}: expected one of '
-                f'{", ".join(DEFAULT_PERTURB)}, which save checkpoints that others can resume from'
+                f'{", ".join(DEFAULT_PERTURB)}, whose checkpoints other members can resume from'
             )
     flat_configs = {
         member_name: flatten(config.to_dict()) for member_name, config in configs.items()
@@ -101,13 +100,13 @@ def choose_fitness_split(
     """Return the first split in which all members record the metric before their last step.
 
     Args:
-      configs: name → config of the members.
-      metric: METRIC.
-      splits: SPLIT and CURVES.
-      interval: steps between two comparisons.
+      configs: name → config of each member.
+      metric: METRIC of the sweep.
+      splits: SPLIT and CURVES of the sweep.
+      interval: number of steps between two comparisons.
 
     Raises:
-      UserError: if there is none, or a member would never compare itself.
+      UserError: if there is no such split, or a member would never be compared.
     """
     # Refuse members whose first comparison is not before their last step.
     finder = metric_names.Finder(metric)
@@ -117,9 +116,9 @@ def choose_fitness_split(
         first_comparison = -(-interval // save_interval) * save_interval
         if first_comparison >= num_steps:
             raise UserError(
-                f'--interval={interval}: expected a comparison before the last step; {name} has '
-                f'{num_steps} steps and config.train.save_every = {save_interval}. Try smaller '
-                f'values'
+                f'--interval={interval}: expected a comparison before the last step, but {name} '
+                f'has {num_steps} steps and config.train.save_every = {save_interval}. Try '
+                f'smaller values'
             )
 
     # Find a split that all members record often enough.
@@ -133,14 +132,14 @@ def choose_fitness_split(
                 continue
             return split
     raise UserError(
-        f'METRIC = {metric!r}: expected a number that is recorded before the last step, in SPLIT '
-        f'or CURVES ({", ".join(dict.fromkeys(splits))}), because otherwise no member has a '
+        f'METRIC = {metric!r}: expected a metric that SPLIT or CURVES '
+        f'({", ".join(dict.fromkeys(splits))}) records before the last step, because it is the '
         f'fitness. Try a smaller config.train.eval_every'
     )
 
 
 class _PopulationMembers:
-    """The members of a population as `supervise` runs them.
+    """The members of a population, for `supervise`.
 
     A member stops when its next comparison is due, and restarts after the decision.
     """
@@ -170,18 +169,18 @@ class _PopulationMembers:
 
 
 def train(population: Population, interval: int, resources: Resources) -> dict[str, str]:
-    """Run all members to their last step; return the phase of each."""
+    """Train all members to their last step; return the phase of each."""
     members = _PopulationMembers(population, interval)
     return supervise(members, local.Slots(resources), resources.retries)
 
 
 def run() -> None:
-    """Run `python -m launch.pbt`; it ends by printing the run directory of each member."""
+    """Run `python -m launch.pbt`, which prints the final run directory of each member."""
     from launch import cli
 
     # Check the flags and the sweep.
     if not INTERVAL.value:
-        raise UserError('--interval: expected the number of steps between two comparisons')
+        raise UserError('--interval=STEPS is required: expected the steps between two comparisons')
     file, workdir = cli.get_paths()
     members = sweep.load(file, workdir, 'pbt', dry=cli.DRY_RUN.value)
     configs = {member.name: sweep.parse_config(member.command) for member in members}

@@ -1,4 +1,4 @@
-"""The plan of a sweep: what would run and what it costs, before anything runs."""
+"""The plan of a sweep, which shows what would run and what it would cost."""
 
 import pathlib
 import shlex
@@ -28,12 +28,12 @@ SCHEDULE_KEYS = ('steps', 'log_every', 'eval_every', 'save_every', 'keep')
 def show(
     members: Sequence[Member], workdir: pathlib.Path, speed: float | None = None
 ) -> list[float]:
-    """Print what would run and what it costs; return the FLOPs of a step of each member.
+    """Print what would run and what it would cost; return the FLOPs per step of each member.
 
     Args:
       members: the members of the sweep.
-      workdir: directory of the sweep; it need not exist.
-      speed: FLOP/s of one member; None to measure it on members that have run.
+      workdir: directory of the sweep, which need not exist.
+      speed: FLOP/s of one member; if None, it is measured on members that have run.
     """
     # Count the FLOPs of each member in all of its training.
     member_costs = count_costs([sweep.parse_config(member.command) for member in members])
@@ -73,10 +73,10 @@ def show(
 
 
 def count_costs(configs: Sequence[ml_collections.ConfigDict]) -> list[costs.Costs]:
-    """Return the cost of a run of each config; those with equal shapes are traced once.
+    """Return the cost of a run with each config; configs with equal shapes are traced once.
 
     Raises:
-      UserError: on a config that cannot work.
+      UserError: if a config is invalid.
     """
     traced: dict[str, costs.Costs] = {}
     config_costs = []
@@ -91,13 +91,13 @@ def count_costs(configs: Sequence[ml_collections.ConfigDict]) -> list[costs.Cost
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Refuse a config that cannot work, without tracing anything."""
+    """Check that a config is valid, without tracing anything."""
     if config.task in VALIDATE:
         VALIDATE[config.task](config)
 
 
 def _shape_key(config: ml_collections.ConfigDict) -> str:
-    """Return a string of all that the FLOPs of a step depend on."""
+    """Return a string that identifies everything that determines the FLOPs of a step."""
     values = {}
     for key, value in flatten(config.to_dict()).items():
         section, _, name = key.partition('.')
@@ -111,7 +111,7 @@ def _shape_key(config: ml_collections.ConfigDict) -> str:
 def measure_speed(
     members: Sequence[Member], member_costs: Sequence[costs.Costs], workdir: pathlib.Path
 ) -> float:
-    """Return the FLOP/s of the members that have run, from timing.jsonl; 0 if none has."""
+    """Return the FLOP/s of the members that have run, from timing.jsonl; 0 if there are none."""
     flops = seconds = 0.0
     for member, cost in zip(members, member_costs, strict=True):
         timing = records.read_records(workdir / member.name / 'timing.jsonl', records.TIMING)

@@ -1,6 +1,6 @@
 """A population of members that copy each other's checkpoints and perturb hyperparameters.
 
-`launch.pbt` describes the algorithm and runs the members.
+See `launch.pbt`, which runs the members, for the algorithm.
 """
 
 import contextlib
@@ -30,13 +30,13 @@ COPY_ATTEMPTS = 10  # tries to copy a checkpoint from a run that deletes old one
 def exploit(
     fitness: Mapping[str, float], member: str, margin: float, rng: random.Random
 ) -> str | None:
-    """Return the member that a member copies; None if it continues as it is.
+    """Return the member to copy, or None if `member` should continue unchanged.
 
     Args:
       fitness: member → fitness, where larger is better. Members without records are absent.
-      member: the member that compares itself.
-      margin: minimum lead of the drawn member in fitness.
-      rng: draws the member to compare with.
+      member: the member to compare.
+      margin: minimum lead in fitness of the member to copy.
+      rng: random generator that draws the other member.
     """
     candidates = sorted(fitness.keys() - {member})
     if member not in fitness or not candidates:
@@ -46,7 +46,7 @@ def exploit(
 
 
 def explore(hyperparameters: Mapping[str, float], rng: random.Random) -> dict[str, float]:
-    """Multiply each value by 1.2 or 1/1.2 with probability 1/3; return the new values."""
+    """Return new values, each multiplied by 1.2 or 1/1.2 with probability 1/3."""
     perturbed = dict(hyperparameters)
     for key in hyperparameters:
         if rng.random() < PERTURB_PROBABILITY:
@@ -55,18 +55,18 @@ def explore(hyperparameters: Mapping[str, float], rng: random.Random) -> dict[st
 
 
 def is_scalable(value: Any) -> bool:
-    """Return whether a factor can change a hyperparameter: an integer is a size, and 0 stays 0."""
+    """Return whether a hyperparameter can be scaled, which excludes integers (sizes) and 0."""
     return isinstance(value, float) and math.isfinite(value) and value != 0
 
 
 class Population:
     """The run directories of the members, and the decisions about them.
 
-    All of it is stored in the sweep directory, so that a new launcher continues from there.
+    The sweep directory stores both, so that a new launcher can continue.
 
     Args:
       workdir: directory of the sweep.
-      members: the members of the sweep; they are the first generation.
+      members: the members of the sweep, which are the first generation.
       margin, perturb, seed: values of these flags of `launch.pbt`.
       split: split of the fitness; '' for SPLIT.
     """
@@ -127,7 +127,7 @@ class Population:
         return [*command, f'--workdir={run_dir}']
 
     def decide(self, member: str) -> None:
-        """Decide what a member that has saved does next, and fork its run directory if needed."""
+        """Decide how a member that has saved continues, and fork its run directory if needed."""
         # Compare with a member drawn at random; the draw depends only on seed, member and step.
         run_dir = self.run_dir(member)
         rng = random.Random(f'{self._seed} {member} {last_saved_step(run_dir)}')
@@ -157,7 +157,7 @@ class Population:
         self._fork(decision)
 
     def summary(self) -> str:
-        """Return the decisions in a line, which also shows that no member was compared."""
+        """Summarize the decisions in one line, even if no member was compared."""
         comparisons = [
             decision
             for decision in self._decisions
@@ -165,14 +165,14 @@ class Population:
         ]
         if not comparisons:
             return (
-                f'pbt: no member was compared, as none recorded {self._metric} of the '
+                f'pbt: no member was compared, because none recorded {self._metric} of the '
                 f'{self._split} split before its first comparison'
             )
         copies = sum(bool(decision.get('copied')) for decision in comparisons)
         return f'pbt: {len(comparisons)} comparisons, {copies} copies'
 
     def _measure_fitness(self) -> dict[str, float]:
-        """Return the newest value of each member that has one and has saved; larger is better."""
+        """Return the fitness of each member that has a value and has saved; larger is better."""
         fitness = {}
         for member in self._members:
             curve = records.read_curve(self.run_dir(member), self._metric, self._split)
@@ -181,17 +181,17 @@ class Population:
         return fitness
 
     def _next_name(self, member: str) -> str:
-        """Return NAME.1, NAME.2, …, unless another member has that name, as 'x=0.1' may."""
+        """Return NAME.1, NAME.2, …, with more zeros if another member already has the name."""
         generation = 1 + sum(decision['member'] == member for decision in self._decisions)
         used_names = {*self._members, *(decision['to'] for decision in self._decisions)}
         names = (f'{member}.{"0" * zeros}{generation}' for zeros in itertools.count())
         return next(name for name in names if name not in used_names)
 
     def _read_hyperparameters(self, run_dir: pathlib.Path) -> dict[str, float]:
-        """Return the hyperparameters of a run that may change.
+        """Return the hyperparameters of a run that may be perturbed.
 
         Raises:
-          UserError: if its config lacks one of them, or if one is not a nonzero float.
+          UserError: if one is missing from the config or is not a nonzero float.
         """
         config = read_flat_config(run_dir)
         for key in self._perturb:
@@ -208,7 +208,7 @@ class Population:
         hyperparameters: Mapping[str, float],
         new_hyperparameters: Mapping[str, float],
     ) -> dict[str, float]:
-        """Return the new values, except those that the config refuses, such as a rate above 1."""
+        """Return the new values, but the old ones where the new ones are invalid."""
         rules = find_rules(read_flat_config(run_dir))
         refused_keys = [
             key
@@ -218,7 +218,7 @@ class Population:
         return {**new_hyperparameters, **{key: hyperparameters[key] for key in refused_keys}}
 
     def _fork(self, decision: Mapping[str, Any]) -> None:
-        """Make the run directory of a decision, if it does not exist."""
+        """Make the run directory of a decision if it does not exist."""
         parent, child = (self._workdir / decision[key] for key in ('from', 'to'))
         if child.exists():
             return
@@ -231,10 +231,12 @@ class Population:
         temporary.rename(child)
 
     def _copy_checkpoint(self, parent: pathlib.Path, child: pathlib.Path) -> pathlib.Path:
-        """Copy the newest complete checkpoint of a run, which may be deleting old ones; return it.
+        """Copy the newest complete checkpoint of a run, and return the directory of the copy.
+
+        The run may delete old checkpoints meanwhile.
 
         Raises:
-          UserError: if it has none.
+          UserError: if there is no complete checkpoint.
         """
         for _ in range(COPY_ATTEMPTS):
             for step in list_saved_steps(parent):
@@ -262,7 +264,7 @@ def last_saved_step(run_dir: pathlib.Path) -> int:
 
 
 def read_flat_config(run_dir: pathlib.Path) -> dict[str, Any]:
-    """Return the flat config of a run; for a copy that has not begun, the one it will have."""
+    """Return the flat config of a run, even if the run is a copy that has not begun."""
     if (run_dir / 'config.json').exists():
         return flatten(read_json(run_dir / 'config.json'))
     fork = read_json(run_dir / 'fork.json')

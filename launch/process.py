@@ -1,8 +1,8 @@
-"""Processes of one run on this machine, with its log and the lock that they hold.
+"""The processes of a run on this machine, with its log and the lock that they hold.
 
-The lock file `launched` in the run directory is locked before the processes start, and they inherit
-it. So the lock is held from the first instruction of a run to its end, whatever happens to the
-launcher, and a launcher that was killed and started again can tell which runs are still alive.
+The launcher locks the file `launched` in the run directory before it starts the processes, which
+inherit the lock. The lock is therefore held as long as the run is alive, whatever happens to the
+launcher, and a restarted launcher can tell which runs are still alive.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ POLL_INTERVAL = 0.1  # seconds
 
 
 class Process:
-    """A run that this launcher has started; made by `start`."""
+    """A run that this launcher has started with `start`."""
 
     def __init__(self, processes: list[subprocess.Popen[bytes]]):
         self._processes = processes
@@ -38,10 +38,10 @@ class Process:
         self._is_stopping = False
 
     def poll(self) -> int | None:
-        """Return the exit code; None while it is running.
+        """Return the exit code, or None while the run is in progress.
 
-        If there are several processes, return the code of one that failed, if any. When one has
-        ended, the others must follow, and are killed if they do not.
+        If there are several processes and one has failed, return its exit code. When one process
+        has ended, the others must end soon, and are killed if they do not.
         """
         poll_results = [process.poll() for process in self._processes]
         exit_codes = [exit_code for exit_code in poll_results if exit_code is not None]
@@ -58,13 +58,13 @@ class Process:
         return None
 
     def stop(self) -> None:
-        """Ask the run to save and end; only once, as a second signal ends it immediately."""
+        """Ask the run to save and end; send only one signal, because a second one would kill it."""
         if not self._is_stopping:
             self._is_stopping = True
             self._send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """Kill the run; it does not save."""
+        """Kill the run without saving."""
         self._send_signal(signal.SIGKILL)
 
     def wait(self) -> int:
@@ -80,7 +80,7 @@ class Process:
 
 
 class AdoptedProcess:
-    """A running run that another launcher has started."""
+    """A run in progress that another launcher has started."""
 
     def __init__(self, lock: pathlib.Path):
         self._lock = lock
@@ -88,7 +88,7 @@ class AdoptedProcess:
         self._is_stopping = False
 
     def poll(self) -> int | None:
-        """Return the exit code, as far as the run directory shows it; None while it is running."""
+        """Return the exit code implied by the run directory; None while the run is in progress."""
         if is_locked(self._lock):
             return None
         return {'done': 0, 'preempted': PREEMPTED}.get(read_run_state(self._run_dir).phase, 1)
@@ -114,13 +114,14 @@ class AdoptedProcess:
 
 @dataclasses.dataclass(frozen=True)
 class ProcessOptions:
-    """How the processes of a run start.
+    """Options for starting the processes of a run.
 
     Attributes:
-      processes: number of processes; each of several also gets --distributed with its index.
-      environments: variables to add to the environment of each process.
+      processes: number of processes. If there are several, each one also gets --distributed with
+        its index.
+      environments: environment variables to add for each process.
       cores: CPU cores to run on; () for all.
-      slot: the slot that the run takes, for `read_slot` in a later launcher.
+      slot: the slot that the run occupies, for `read_slot` in a later launcher.
       cwd: working directory; None for the current one.
       lock_name: name of the lock file. Processes of a run that are started separately need
         different names.
@@ -176,7 +177,7 @@ def start(
 
 @contextlib.contextmanager
 def _kill_on_error(started: list[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Kill the started processes if the others cannot be started; no one would know of them."""
+    """Kill the started processes if the others cannot be started, because nothing else would."""
     try:
         yield
     except BaseException:  # including Ctrl-C: no process may be left behind; it is raised again
@@ -188,10 +189,10 @@ def _kill_on_error(started: list[subprocess.Popen[bytes]]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _pin_to_cores(cores: Collection[int]) -> Iterator[None]:
-    """Run processes that are started in the block on these cores.
+    """Pin processes that are started in the block to these cores; do nothing on macOS.
 
-    They inherit the cores of the thread that starts them. Setting the cores in the child with
-    `preexec_fn` is not safe in a process that has threads. macOS has no such setting.
+    The processes inherit the cores of the thread that starts them. It is not safe to set the cores
+    in the child with `preexec_fn` if the parent has threads.
     """
     if not hasattr(os, 'sched_setaffinity'):
         yield
@@ -207,13 +208,13 @@ def _pin_to_cores(cores: Collection[int]) -> Iterator[None]:
 def run(
     path: str, command: list[str], cwd: str, address: str = '', processes: int = 1, index: int = 0
 ) -> int:
-    """Start a run, or one process of several, and wait for it; return its exit code.
+    """Start a run, or one of its processes, and wait for it; return the exit code.
 
-    An interrupt or a stop mark makes it save and end.
+    After an interrupt or a stop mark, the run saves and ends.
 
     Args:
       path: the run directory.
-      command: the command.
+      command: command of the run.
       cwd: working directory of the command.
       address: 'HOST:PORT' at which the first of several processes listens.
       processes: number of processes.
@@ -243,10 +244,10 @@ def run(
 
 @contextlib.contextmanager
 def _note_interrupts() -> Iterator[threading.Event]:
-    """Note interrupts in an event instead of raising KeyboardInterrupt.
+    """Record interrupts in an event instead of raising KeyboardInterrupt.
 
     Ray repeats its cancellations, and users press Ctrl-C twice. An exception could end this process
-    between two statements, before its run has saved.
+    at any statement, before the run has saved.
     """
     is_interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # only it gets signals
@@ -260,9 +261,10 @@ def _note_interrupts() -> Iterator[threading.Event]:
 
 
 def try_lock(lock: IO[str]) -> bool:
-    """Lock a file; return whether that succeeded.
+    """Try to lock a file for half a second, and return whether this succeeded.
 
-    It tries for half a second, as `mi.training.lock.is_locked` takes the lock briefly to test it.
+    One attempt is not enough, because `mi.training.lock.is_locked` briefly takes the lock to test
+    it.
     """
     for _ in range(10):
         try:
@@ -274,14 +276,14 @@ def try_lock(lock: IO[str]) -> bool:
 
 
 def read_slot(run_dir: pathlib.Path) -> int:
-    """Return the slot of a running run; −1 if it is unknown or on another machine."""
+    """Return the slot of a run in progress; −1 if it is unknown or on another machine."""
     lock_note = read_object(run_dir / 'launched')
     is_local = lock_note.get('host') == socket.gethostname()
     return int(lock_note.get('slot', -1)) if is_local else -1
 
 
 def find_free_port() -> int:
-    """Return a port that is free now; another process may take it before it is used."""
+    """Return a free port, which another process may take before it is used."""
     with socket.socket() as probe:
         probe.bind(('', 0))
         return int(probe.getsockname()[1])

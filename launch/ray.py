@@ -1,13 +1,13 @@
-"""Runs a sweep on a Ray cluster and writes its report; needs the extra `ray`.
+"""Run a sweep on a Ray cluster and write its report; needs the extra `ray`.
 
     python -m launch.ray --sweep=experiments/lm_fusion.py --workdir=runs/lm_fusion \\
         --address=auto --gpus=1 --cores=8 --retries=1
 
-Each member is a task that starts its ordinary command in this directory and waits for it; no code
-is sent. So the nodes need the repository, its Python and the sweep directory under the same paths.
-Ray places each task by its cores and GPUs, and asks an autoscaling cluster for more nodes. A member
-whose node is lost counts as failed, and `--retries` resumes it from its checkpoint. Without
-`--address`, a Ray of this machine runs for the time of the sweep.
+Each member is a task that starts its ordinary command in this directory and waits for it. No code
+is sent, so the nodes need the repository, its Python environment and the sweep directory at the
+same paths. Ray places each task by its cores and GPUs, and asks an autoscaling cluster for more
+nodes. A member whose node is lost counts as failed, and with `--retries` it resumes from its
+checkpoint. Without `--address`, a local Ray is started for the duration of the sweep.
 """
 
 import logging
@@ -35,11 +35,11 @@ ADDRESS = flags.DEFINE_string(
 
 
 def submit(commands: Commands, resources: Resources, rule: Rule | None = None) -> States:
-    """Run members to their ends, as many simultaneously as fit; return the phase of each.
+    """Run members to completion, as many at a time as fit; return the phase of each.
 
     Raises:
-      UserError: if Ray is not installed, the cluster cannot be reached, or this machine is too
-        small.
+      UserError: if Ray is not installed, the cluster cannot be reached, or this machine has too few
+        cores or GPUs.
     """
     try:
         import ray
@@ -70,7 +70,7 @@ def submit(commands: Commands, resources: Resources, rule: Rule | None = None) -
     ):
         available = ray.cluster_resources().get(resource, 0)
         if amount * resources.processes > available and not ADDRESS.value:
-            raise UserError(f'--{flag}={amount}: Ray finds {available:.0f} of them on this machine')
+            raise UserError(f'--{flag}={amount}: Ray finds only {available:.0f} on this machine')
 
     # Run the members.
     max_members = resources.parallel or len(commands)
@@ -88,11 +88,11 @@ def find_devices(resources: Resources) -> Devices:
 
 
 class ClusterPlaces:
-    """The nodes of a Ray cluster, which places the members itself.
+    """The nodes of a Ray cluster, on which Ray places the members.
 
     Args:
       resources: resources of each member.
-      max_members: members that run simultaneously.
+      max_members: maximum number of members that run simultaneously.
     """
 
     def __init__(self, resources: Resources, max_members: int):
@@ -103,7 +103,7 @@ class ClusterPlaces:
         return len(self._running) < self._max_members
 
     def adopt(self, run_dir: pathlib.Path) -> None:
-        """Return None: a task that finds its run directory locked adopts the run on its node."""
+        """Return None, because a task with a locked run directory adopts the run on its node."""
 
     def start(self, run_dir: pathlib.Path, command: list[str]) -> 'ClusterMember':
         self._running[run_dir] = member = ClusterMember(run_dir, command, self._resources)
@@ -113,10 +113,10 @@ class ClusterPlaces:
         del self._running[run_dir]
 
     def stop_all(self) -> None:
-        """Ask the members to save, and wait for a limited time until they have.
+        """Ask the members to save and end, and wait for a limited time.
 
-        Ray may report a task as cancelled before the process that it started has ended, so the
-        locks of the run directories decide.
+        Ray may report a task as cancelled before the process that it started has ended. Therefore
+        this waits for the locks of the run directories.
         """
         import ray
 
@@ -136,7 +136,7 @@ class ClusterPlaces:
 
 
 class ClusterMember:
-    """A member on the cluster: one task, or several that are placed together and join each other.
+    """A member on the cluster, made of one task or several tasks that are placed together.
 
     Attributes:
       tasks: the tasks, one for each process.
@@ -176,7 +176,7 @@ class ClusterMember:
         ]
 
     def poll(self) -> int | None:
-        """Return the exit code; None while a task is running. A task that Ray lost has failed."""
+        """Return the exit code, or None while a task is running; a lost task counts as failed."""
         import ray
 
         num_tasks = len(self.tasks)
@@ -200,7 +200,7 @@ class ClusterMember:
         )
 
     def stop(self) -> None:
-        """Do nothing: `process.run` stops a member with a stop mark on its own node."""
+        """Do nothing, because `process.run` stops a member with a stop mark on its own node."""
 
 
 def _find_address() -> str:

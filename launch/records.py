@@ -1,4 +1,4 @@
-"""Readers for files with one JSON object per line, which runs and launchers append to."""
+"""Readers for JSONL files, to which runs and launchers append records."""
 
 import json
 import os
@@ -23,10 +23,10 @@ class RecordReader:
     """A reader that returns the records added to a file since its last call.
 
     Args:
-      file: the file; it need not exist.
-      fields: required fields of a record. Other records, damaged lines and an unfinished last line
-        are skipped.
-      tail: bytes at the end of the file that the first call reads.
+      file: the file, which need not exist.
+      fields: required fields of a record. Records without them, damaged lines and an unfinished
+        last line are skipped.
+      tail: number of bytes at the end of the file that the first call reads.
     """
 
     def __init__(self, file: pathlib.Path, fields: Fields, tail: int = TAIL):
@@ -37,8 +37,8 @@ class RecordReader:
     def read(self) -> tuple[list[Record], bool]:
         """Return the new records, and whether they replace all earlier ones.
 
-        They replace them at the first call and if the file was truncated or replaced, as when a run
-        resumes from a checkpoint.
+        This is the case at the first call, and if the file was truncated or replaced, for example
+        because a run resumed from a checkpoint.
         """
         stamp = read_stamp(self._file)
         if stamp == self._stamp:
@@ -63,12 +63,12 @@ class RecordReader:
 
 
 class CurveReader:
-    """A reader for the learning curve of a run: step → metric, averaged over seeds.
+    """A reader for the learning curve of a run, step → metric averaged over seeds.
 
     Args:
       run_dir: the run directory.
       metric: name of the metric, or 'package.module:function'.
-      split: split whose records count.
+      split: split whose records are read.
     """
 
     def __init__(self, run_dir: pathlib.Path, metric: str, split: str):
@@ -78,7 +78,7 @@ class CurveReader:
         self._values: dict[int, list[float]] = {}
 
     def read(self) -> dict[int, float]:
-        """Return the curve so far; only what was added since the last call is read."""
+        """Return the curve so far, reading only what was added since the last call."""
         new_records, is_replaced = self._records.read()
         if is_replaced:
             self._values = {}
@@ -91,7 +91,7 @@ class CurveReader:
 
 
 class FileStamp(NamedTuple):
-    """What changes when a file does."""
+    """Properties of a file that change when the file does."""
 
     inode: int
     size: int
@@ -99,7 +99,7 @@ class FileStamp(NamedTuple):
 
 
 def read_stamp(file: pathlib.Path) -> FileStamp | None:
-    """Return the stamp of a file; None if there is no file."""
+    """Return the stamp of a file, or None if the file does not exist."""
     try:
         stat = os.stat(file)
     except FileNotFoundError:
@@ -108,17 +108,17 @@ def read_stamp(file: pathlib.Path) -> FileStamp | None:
 
 
 def read_records(file: pathlib.Path, fields: Fields, tail: int = TAIL) -> list[Record]:
-    """Return the newest records of a file, as the first call of `RecordReader.read` does."""
+    """Return the newest records of a file, like the first call of `RecordReader.read`."""
     return RecordReader(file, fields, tail).read()[0]
 
 
 def read_curve(run_dir: pathlib.Path, metric: str, split: str) -> dict[int, float]:
-    """Return the learning curve of a run, as `CurveReader.read` does."""
+    """Return the learning curve of a run, like `CurveReader.read`."""
     return CurveReader(run_dir, metric, split).read()
 
 
 def append_record(file: pathlib.Path, record: Mapping[str, Any]) -> None:
-    """Append a record to a file that only this process writes; an unfinished last line is cut."""
+    """Append a record to a file that only this process writes; remove an unfinished last line."""
     with open(file, 'ab') as stream:
         stream.truncate(complete_size(file))
         stream.write(json.dumps(record).encode() + b'\n')
@@ -132,12 +132,12 @@ def has_fields(record: Any, fields: Fields) -> bool:
 
 
 def get_int(record: Mapping[str, Any], field_name: str) -> int:
-    """Return an integer field of a record; 0 if it is missing."""
+    """Return an integer field of a record, or 0 if it is missing."""
     return record[field_name] if isinstance(record.get(field_name), int) else 0
 
 
 def _read_tail(file: pathlib.Path, max_bytes: int) -> tuple[bytes, int]:
-    """Return the last complete lines within `size` bytes of the end, and their offset."""
+    """Return the lines within the last `max_bytes` bytes, and the offset where they begin."""
     try:
         with open(file, 'rb') as stream:
             file_size = stream.seek(0, 2)
@@ -150,7 +150,7 @@ def _read_tail(file: pathlib.Path, max_bytes: int) -> tuple[bytes, int]:
 
 
 def _parse(json_line: bytes) -> Any:
-    """Return the value of a line of JSON; None if it is damaged."""
+    """Return the value of a line of JSON, or None if it is damaged."""
     try:
         return json.loads(json_line)
     except ValueError:  # also raised for bytes that are not UTF-8

@@ -1,16 +1,16 @@
-"""Rules for restarting a run that was stopped: only if it has progressed since its last stop.
+"""Rules that restart a stopped run only if it has made progress since its last stop.
 
-Exit code 143 means that a run was stopped and has saved, and every engine restarts such a run. A
-run that is stopped before it can save, as in a job with too short a time limit, also exits with
-143, and would be restarted forever. So every engine checks here first. `launch.engine` does so in
-its own process; the batch script of Slurm and the containers of Kubernetes use the command line:
+Exit code 143 means that a run was stopped and has saved. Every engine restarts such a run. But a
+run that is stopped before it can save, for example because its time limit is too short, also exits
+with 143 and would be restarted forever. Every engine therefore checks these rules first.
+`launch.engine` does so in its own process. The batch script for Slurm and the containers for
+Kubernetes use the command line:
 
-    python -m launch.restarts RUN_DIR                 exit code 0 if it is restarted, else 1
-    python -m launch.restarts RUN_DIR -- COMMAND …    runs the command; 143 only if it progressed
+    python -m launch.restarts RUN_DIR                 exit with 0 if the run is restarted, else 1
+    python -m launch.restarts RUN_DIR -- COMMAND …    run a command; exit with 143 only on progress
 
-The decision is noted in the run directory, so that it holds for the next engine too, and
-`launch.status` shows it. This module does not import JAX, so that it starts fast on a node whose
-time is nearly up.
+The decision is stored in the run directory, where `launch.status` and the next engine find it. This
+module does not import JAX, so that it starts quickly on a node whose time is nearly up.
 """
 
 import json
@@ -29,12 +29,12 @@ PREEMPTED = 143  # as in mi.training.run_dir, which imports JAX
 
 
 def note_stop(run_dir: pathlib.Path, process: int = 0) -> bool:
-    """Note how far a run with exit code 143 has got; return whether it is restarted.
+    """Store the progress of a run that exited with 143; return whether to restart it.
 
     Args:
       run_dir: the run directory.
-      process: index of the process that asks. Each has a note of its own, as all may ask
-        simultaneously.
+      process: index of the calling process. Each process has its own note, because all of them may
+        call this simultaneously.
     """
     stop_note, progress = _read_note(run_dir, process), saved_progress(run_dir)
     last_progress = stop_note.get('saved')
@@ -47,7 +47,7 @@ def note_stop(run_dir: pathlib.Path, process: int = 0) -> bool:
 
 
 def note_failure(run_dir: pathlib.Path, exit_code: int, process: int = 0) -> None:
-    """Note a failure, for launchers that are not running when it happens."""
+    """Store a failure, for launchers that are not running when it happens."""
     stop_note = _read_note(run_dir, process)
     new_fields = {
         'failures': count_failures(run_dir, process) + 1,
@@ -58,15 +58,15 @@ def note_failure(run_dir: pathlib.Path, exit_code: int, process: int = 0) -> Non
 
 
 def count_failures(run_dir: pathlib.Path, process: int = 0) -> int:
-    """Return how many failures were noted."""
+    """Return the number of stored failures."""
     num_failures = _read_note(run_dir, process).get('failures')
     return num_failures if isinstance(num_failures, int) else 0
 
 
 def run(run_dir: pathlib.Path, command: Sequence[str], process: int = 0) -> int:
-    """Run a command to its end; return its exit code, or 1 for a 143 without progress.
+    """Run a command to completion; return its exit code, or 1 if it is 143 without progress.
 
-    SIGTERM and SIGINT are passed on, because only the first process of a container gets them.
+    SIGTERM and SIGINT are passed on, because only the first process of a container receives them.
     """
     received_signals: list[int] = []
     children: list[subprocess.Popen[bytes]] = []
@@ -106,7 +106,7 @@ def _read_note(run_dir: pathlib.Path, process: int) -> dict[str, Any]:
 
 
 def _write_note(run_dir: pathlib.Path, process: int, note: dict[str, Any]) -> None:
-    """Write a note whole or not at all."""
+    """Write a note atomically."""
     temporary = run_dir / f'.{_note_name(process)}.{os.getpid()}'
     temporary.write_text(json.dumps(note) + '\n')
     os.replace(temporary, run_dir / _note_name(process))

@@ -1,11 +1,11 @@
-"""Search spaces: config keys with the distributions of their values, and random search in them.
+"""Search spaces, which map config keys to distributions, and random search in them.
 
 SPACE = {
     'optim.learning_rate': log_uniform(1e-4, 1e-1),
     'dropout.word': uniform(0.0, 0.5),
     'model.hidden': integer(32, 512, log=True),
     'model.fusion.name': choice('concat', 'mi'),
-    'seeds': (0, 1, 2),                              # any other value: the same in every member
+    'seeds': (0, 1, 2),                              # any other value is the same in every member
 }
 
 Source: Bergstra & Bengio, *Random Search for Hyper-Parameter Optimization* (JMLR 2012).
@@ -29,12 +29,12 @@ class Distribution(abc.ABC):
 
     @abc.abstractmethod
     def quantile(self, probability: float) -> Any:
-        """Return the value below which a draw falls with this probability in [0, 1)."""
+        """Return the value below which draws fall with the given probability in [0, 1)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Uniform(Distribution):
-    """A float in [low, high], uniform in its logarithm if `log`, else in itself."""
+    """The uniform distribution of a float in [low, high], or of its logarithm if `log`."""
 
     low: float
     high: float
@@ -51,9 +51,9 @@ class Uniform(Distribution):
 
 @dataclasses.dataclass(frozen=True)
 class Integer(Distribution):
-    """An integer in [low, high], uniform in its logarithm if `log`, else in itself.
+    """The uniform distribution of an integer in [low, high], or of its logarithm if `log`.
 
-    With `log` it is a float, log-uniform in [low − 1/2, high + 1/2], rounded.
+    With `log`, a float that is log-uniform in [low − 1/2, high + 1/2] is rounded.
     """
 
     low: int
@@ -71,7 +71,7 @@ class Integer(Distribution):
 
 @dataclasses.dataclass(frozen=True)
 class Choice(Distribution):
-    """One of several values, each with the same probability."""
+    """The distribution that draws one of several values with equal probability."""
 
     values: tuple[Any, ...]
 
@@ -86,7 +86,7 @@ def uniform(low: float, high: float) -> Uniform:
     """Return the distribution of a float that is uniform in [low, high].
 
     Raises:
-      UserError: unless low < high, both finite.
+      UserError: unless low < high and both are finite.
     """
     _check_bounds('uniform', low, high)
     return Uniform(float(low), float(high))
@@ -96,17 +96,17 @@ def log_uniform(low: float, high: float) -> Uniform:
     """Return the distribution of a float whose logarithm is uniform in [log low, log high].
 
     Raises:
-      UserError: unless 0 < low < high, both finite.
+      UserError: unless 0 < low < high and both are finite.
     """
     _check_bounds('log_uniform', low, high, above=0)
     return Uniform(float(low), float(high), log=True)
 
 
 def integer(low: int, high: int, *, log: bool = False) -> Integer:
-    """Return the distribution of an integer in [low, high], both included; see `Integer`.
+    """Return the distribution of an integer in [low, high], including both bounds; see `Integer`.
 
     Raises:
-      UserError: unless both are integers with low < high, and with `log` 0 < low.
+      UserError: unless both are integers with low < high, and 0 < low if `log`.
     """
     if not (isinstance(low, int) and isinstance(high, int)):
         raise UserError(f'integer({low!r}, {high!r}): expected two integers. Try uniform')
@@ -115,10 +115,10 @@ def integer(low: int, high: int, *, log: bool = False) -> Integer:
 
 
 def choice(*values: Any) -> Choice:
-    """Return the distribution of one of these values: choice('concat', 'mi').
+    """Return the distribution over several values, as in choice('concat', 'mi').
 
     Raises:
-      UserError: unless there are two or more, all different.
+      UserError: unless there are at least two values, and all differ.
     """
     if len({repr(value) for value in values}) < max(2, len(values)):
         raise UserError(f'choice{values!r}: expected two or more different values')
@@ -126,10 +126,11 @@ def choice(*values: Any) -> Choice:
 
 
 def sample(space: Space, count: int, seed: int = 0) -> list[Overrides]:
-    """Draw the members of a random search: sample(SPACE, 20, seed=0).
+    """Draw the members of a random search, as in sample(SPACE, 20, seed=0).
 
-    A value depends on the seed, the index of its member and its key. So the first members stay the
-    same if there are more of them, and other keys keep their values if one is added.
+    A value depends only on the seed, the index of the member and the key. The first members
+    therefore stay the same if `count` is raised, and the other keys keep their values if a key is
+    added.
 
     Raises:
       UserError: if the count is less than 1, or nothing in the space has a distribution.
@@ -138,7 +139,8 @@ def sample(space: Space, count: int, seed: int = 0) -> list[Overrides]:
         raise UserError(f'sample: count = {count!r}: expected 1 or more members')
     if not list_searched_keys(space):
         raise UserError(
-            'sample: expected a distribution in the space, such as log_uniform(1e-4, 1e-1)'
+            'sample: expected at least one distribution in the space, such as '
+            'log_uniform(1e-4, 1e-1)'
         )
     return [
         {key: _draw(entry, f'{seed} {index} {key}') for key, entry in space.items()}
@@ -147,7 +149,7 @@ def sample(space: Space, count: int, seed: int = 0) -> list[Overrides]:
 
 
 def round_float(drawn: float, distribution: Uniform) -> float:
-    """Return a draw with `DIGITS` significant digits, within the bounds."""
+    """Round a draw to `DIGITS` significant digits, within the bounds."""
     return min(max(float(f'{drawn:.{DIGITS}g}'), distribution.low), distribution.high)
 
 
@@ -157,12 +159,12 @@ def derive_seed(seed: int, name: str) -> int:
 
 
 def list_searched_keys(space: Space) -> list[str]:
-    """Return the keys of a space that have a distribution."""
+    """Return the keys of a space whose values are distributions."""
     return [key for key, entry in space.items() if isinstance(entry, Distribution)]
 
 
 def describe_space(space: Space) -> dict[str, str]:
-    """Return key → distribution or constant in words, for sweep.json."""
+    """Return key → text for its distribution or constant, for sweep.json."""
     return {key: repr(entry) for key, entry in space.items()}
 
 

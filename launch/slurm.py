@@ -1,17 +1,17 @@
-"""Submits a sweep to Slurm, as one array of jobs.
+"""Submit a sweep to Slurm as an array of jobs.
 
     python -m launch.slurm --sweep=experiments/lm_fusion.py --workdir=runs/lm_fusion \\
         --partition=gpu --gpus=1 --cores=8 --time=4:00:00 --parallel=16 --retries=1
 
-It returns when the jobs are in the queue. `launch.status` shows how they are doing, and `--wait`
-waits for them and writes the report. The same command submits members again that are neither
-finished nor in the queue. The nodes must see the repository and the sweep directory under the same
-paths. WORKDIR/slurm/sweep.sh is the complete batch script.
+The command returns when the jobs are in the queue. `launch.status` shows their progress; with
+`--wait`, the command waits for them and writes the report. If you repeat the command, it resubmits
+members that are neither finished nor in the queue. The nodes must see the repository and the sweep
+directory at the same paths. The complete batch script is WORKDIR/slurm/sweep.sh.
 
-A job that nears its time limit is warned, saves, and goes back to the queue, as long as it
-progresses (`launch.restarts`). A job that Slurm preempts, requeues, or loses with its node saves if
-it can, and Slurm queues it again. All of them resume from their checkpoints, to the same bits.
-`scancel` ends a job for good.
+A job that nears its time limit receives a warning, saves, and returns to the queue as long as it
+makes progress (`launch.restarts`). If Slurm preempts or requeues a job, or loses its node, the job
+saves if it can, and Slurm queues it again. A resumed job continues from its checkpoint with
+identical results. `scancel` ends a job for good.
 """
 
 import dataclasses
@@ -86,7 +86,7 @@ exit $code
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Options of the jobs, as the flags of the same names."""
+    """Options of the jobs, with the same names as the flags."""
 
     partition: str = ''
     time: str = ''
@@ -96,12 +96,12 @@ class Options:
 
 
 def parse_time_limit(limit: str) -> float:
-    """Return a time limit of Slurm in seconds; inf for no limit.
+    """Convert a Slurm time limit to seconds; inf means no limit.
 
-    Slurm reads MINUTES[:SECONDS], HOURS:MINUTES:SECONDS and DAYS-HOURS[:MINUTES[:SECONDS]].
+    Slurm accepts MINUTES[:SECONDS], HOURS:MINUTES:SECONDS and DAYS-HOURS[:MINUTES[:SECONDS]].
 
     Raises:
-      UserError: if it is not a time limit.
+      UserError: if the text is not a time limit.
     """
     if limit.upper() in ('UNLIMITED', 'INFINITE', '-1'):
         return math.inf
@@ -119,10 +119,10 @@ def parse_time_limit(limit: str) -> float:
 
 
 def refuse_short(options: Options) -> None:
-    """Refuse jobs that would be warned before they have begun.
+    """Check that jobs are not warned about their time limit before they have begun.
 
     Raises:
-      UserError: if the time limit is not above the warning.
+      UserError: if the time limit is not longer than the warning.
     """
     limits = [('--time=', options.time)] if options.time else []
     for option in options.sbatch:
@@ -140,13 +140,13 @@ def refuse_short(options: Options) -> None:
 def write_script(
     commands: Commands, resources: Resources, options: Options, folder: pathlib.Path
 ) -> str:
-    """Return the batch script of an array of jobs, in the order of the commands.
+    """Return the batch script of an array of jobs, one for each command in order.
 
     Args:
       commands: run directory → command.
       resources: resources of each member.
       options: other options of sbatch.
-      folder: directory for the output of the jobs themselves.
+      folder: directory for the output of the batch script.
     """
     # List the options of sbatch and of srun.
     array_limit = f'%{resources.parallel}' if resources.parallel else ''
@@ -193,10 +193,10 @@ def write_script(
 
 
 def submit(commands: Commands, resources: Resources) -> States:
-    """Submit members that are not in the queue; return immediately, unless --wait.
+    """Submit the members that are not in the queue; with --wait, wait for them.
 
     Raises:
-      UserError: if Slurm is not installed, or refuses.
+      UserError: if Slurm is not installed, or rejects the jobs.
     """
     if not commands:
         return {}
@@ -241,7 +241,7 @@ def submit(commands: Commands, resources: Resources) -> States:
 
 
 def find_devices(resources: Resources) -> Devices:
-    """Return the devices of a member, as far as the flags determine them."""
+    """Return the devices of a member, to the extent that the flags determine them."""
     devices_per_process = resources.gpus or 1
     if GRES.value:  # it counts GPUs of a node, and Slurm chooses the number of nodes
         match = re.search(r'gpu(?::[^:,]+)?(?::(\d+))?', GRES.value)
@@ -252,12 +252,12 @@ def find_devices(resources: Resources) -> Devices:
 
 
 def read_queue() -> set[str]:
-    """Return the user's jobs that wait or run, as ARRAY_INDEX."""
+    """Return the user's waiting and running jobs, as ARRAY_INDEX."""
     return set(run_slurm('squeue', '--me', '--array', '--noheader', '--format=%i').split())
 
 
 def run_slurm(*command: str) -> str:
-    """Run a command of Slurm; return its output.
+    """Run a Slurm command; return its output.
 
     Raises:
       UserError: if Slurm is not installed, or the command fails.
@@ -265,7 +265,7 @@ def run_slurm(*command: str) -> str:
     try:
         result = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError as error:
-        raise UserError(f'{command[0]}: not found. Run launch.slurm on a node of Slurm') from error
+        raise UserError(f'{command[0]}: not found. Run launch.slurm on a Slurm node') from error
     if result.returncode:
         raise UserError(f'{command[0]}: {" ".join(result.stderr.split())}')
     return result.stdout

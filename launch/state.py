@@ -32,13 +32,13 @@ class MemberState(NamedTuple):
 
     Attributes:
       phase: a phase of `mi.training.run_state.RunState`.
-      step: the newest step; 0 if unknown.
-      num_steps: the number of steps in the run; 0 if unknown.
-      rate: speed in words, such as '1,200 tokens/s'.
-      seconds_left: time to the last step at the pace of the newest record; None unless it is
-        running.
-      metric: the newest value of the sweep's metric, in words.
-      reason: why it failed, died or was stopped.
+      step: newest step; 0 if unknown.
+      num_steps: number of steps in the run; 0 if unknown.
+      rate: speed as text, such as '1,200 tokens/s'.
+      seconds_left: time to the last step at the pace of the newest record; None unless the member
+        is running.
+      metric: newest value of the sweep's metric, as text.
+      reason: why the member failed, died or was stopped.
     """
 
     phase: str
@@ -54,20 +54,20 @@ def read_member_state(run_dir: pathlib.Path, metric: str = '') -> MemberState:
     """Return the state of a member.
 
     Args:
-      run_dir: its run directory; it need not exist.
-      metric: the metric to show; '' for the first number of the newest record.
+      run_dir: run directory of the member, which need not exist.
+      metric: metric to show; '' for the first number of the newest record.
     """
     return StateReader(metric).read(run_dir)
 
 
 class StateReader:
-    """A reader for the states of many members that reads only what has changed.
+    """A reader for the states of many members that reads only changes.
 
-    It checks whether a file has changed before it reads it, reads record files from where it
-    stopped, and caches the state of members that are done or stopped.
+    It reads a file only if the file has changed, continues record files where it stopped, and
+    caches the states of members that are done or stopped.
 
     Args:
-      metric: as in `read_member_state`.
+      metric: see `read_member_state`.
     """
 
     def __init__(self, metric: str = ''):
@@ -76,7 +76,7 @@ class StateReader:
         self._final_states: dict[pathlib.Path, MemberState] = {}
 
     def read(self, run_dir: pathlib.Path) -> MemberState:
-        """Return the state of a member, whose run directory need not exist."""
+        """Return the state of a member; its run directory need not exist."""
         if run_dir in self._final_states:
             return self._final_states[run_dir]
         if run_dir not in self._members:
@@ -91,7 +91,7 @@ class StateReader:
 
 
 class _MemberReader:
-    """The reader for one run directory, which exists."""
+    """A reader for one run directory, which must exist."""
 
     def __init__(self, run_dir: pathlib.Path, metric: str):
         self._run_dir, self._metric = run_dir, metric
@@ -141,7 +141,7 @@ class _MemberReader:
 
 
 def _format_rates(timing: Record) -> str:
-    """Return the rates in a record of timing.jsonl: '1,200 tokens/s'."""
+    """Format the rates in a record of timing.jsonl, for example '1,200 tokens/s'."""
     rates = {
         field_name.removesuffix(RATE_SUFFIX): value
         for field_name, value in timing.items()
@@ -151,9 +151,9 @@ def _format_rates(timing: Record) -> str:
 
 
 class _MetricSummary:
-    """The newest value of a metric, in words.
+    """A summary of the newest value of a metric.
 
-    If the metric has no value, the summary says so and shows another number.
+    If the metric has no value, the summary says so and shows another metric.
     """
 
     def __init__(self, metric: str):
@@ -171,7 +171,7 @@ class _MetricSummary:
             newest.append(record)
 
     def format(self, is_over: bool) -> str:
-        """Return the mean over seeds at the newest step: 'bits_per_byte 2.1 (valid)'."""
+        """Format the mean over seeds at the newest step, such as 'bits_per_byte 2.1 (valid)'."""
         if self._with_metric:
             return _format_mean(self._metric, self._with_metric)
         record = self._without_metric[-1] if self._without_metric else {}
@@ -187,7 +187,7 @@ class _MetricSummary:
 
 
 def _format_mean(metric: str, records: Sequence[Record]) -> str:
-    """Return the mean of a number over the records with the split of the last one."""
+    """Format the mean of a metric over the records with the same split as the last one."""
     split = records[-1]['split']
     values = [
         record[metric]
@@ -198,7 +198,7 @@ def _format_mean(metric: str, records: Sequence[Record]) -> str:
 
 
 class _CachedObject:
-    """A JSON object that is read again when its file has changed."""
+    """A JSON object that is read again when its file changes."""
 
     def __init__(self, file: pathlib.Path):
         self._file = file
@@ -215,11 +215,11 @@ class _CachedObject:
 def read_sweep_states(
     workdir: pathlib.Path, reader: StateReader | None = None
 ) -> dict[str, MemberState]:
-    """Return the states of the members of a sweep by name, in its order; or of a single run.
+    """Return name → state for the members of a sweep, in order, or for a single run.
 
     Args:
-      workdir: directory of a sweep or of a run.
-      reader: the reader of earlier calls, so that only changes are read.
+      workdir: directory of a sweep or a run.
+      reader: reader of earlier calls, to read only changes.
 
     Raises:
       UserError: if the directory is neither a sweep nor a run.
@@ -230,7 +230,7 @@ def read_sweep_states(
 
 
 def find_members(workdir: pathlib.Path) -> tuple[str, list[pathlib.Path]]:
-    """Return the metric and the run directories of a sweep; '' and the directory itself for a run.
+    """Return the metric and run directories of a sweep, or '' and the directory itself for a run.
 
     Raises:
       UserError: if the directory is neither a sweep nor a run.
@@ -269,17 +269,17 @@ def read_sweep_file(workdir: pathlib.Path, fields: Fields) -> dict[str, Any]:
     if invalid_fields:
         field_name = invalid_fields[0]
         raise UserError(
-            f'{file}: {field_name} = {sweep.get(field_name)!r}: expected what a launcher writes. '
-            f'Restore the file, or use another --workdir'
+            f'{file}: {field_name} = {sweep.get(field_name)!r}: expected a value written by a '
+            f'launcher. Restore the file, or use another --workdir'
         )
     return sweep
 
 
 def is_finished(run_dir: pathlib.Path) -> bool:
-    """Return whether nothing is left to run: all steps are done, or a rule has stopped the run."""
+    """Return whether a run is finished, because all steps are done or a rule has stopped it."""
     return (run_dir / STOP_MARK).exists() or read_status(run_dir).get('state') == 'done'
 
 
 def read_status(run_dir: pathlib.Path) -> Record:
-    """Return the content of a run's status.json; {} if it has not been written yet."""
+    """Return the content of a run's status.json, or {} if it has not been written yet."""
     return read_object(run_dir / 'status.json')

@@ -1,11 +1,11 @@
-"""Shows how the members of a sweep are doing; works for every engine.
+"""Show the state and progress of the members of a sweep, for any engine.
 
     python -m launch.status --workdir=runs/quickstart
 
-On a terminal the table is live until no member is running; Ctrl-C ends it. Elsewhere it is printed
-once. A run whose status is 'running' and whose lock is free has died: its process or its machine
-was killed. If members run on other machines, the file system must share locks: NFS does, and Lustre
-if mounted with `flock`.
+On a terminal, the table is updated until no member is running, or until you press Ctrl-C.
+Otherwise it is printed once. A run whose status is 'running' but whose lock is free has died,
+because its process or its machine was killed. If members run on other machines, the file system
+must share locks. NFS does, and so does Lustre if it is mounted with `flock`.
 """
 
 import pathlib
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise UserError(f'unexpected argument {argv[1]!r}: expected flags as --NAME=VALUE')
     if not WORKDIR.value:
-        raise UserError('--workdir: expected the directory of a sweep or a run')
+        raise UserError('--workdir is required: expected the directory of a sweep or a run')
     workdir = pathlib.Path(WORKDIR.value)
     console = rich.console.Console()
     if not console.is_terminal:

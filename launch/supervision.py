@@ -1,4 +1,4 @@
-"""The loop that runs the members of a sweep to their ends, and stops them if it is interrupted."""
+"""The loop that runs the members of a sweep to completion, and stops them on an interrupt."""
 
 import contextlib
 import pathlib
@@ -22,37 +22,37 @@ class Running(Protocol):
     """A running member."""
 
     def poll(self) -> int | None:
-        """Return the exit code; None while it is running."""
+        """Return the exit code, or None while the member is running."""
 
     def stop(self) -> None:
-        """Ask it to save and end; further calls do nothing."""
+        """Ask the member to save and end; further calls do nothing."""
 
 
 class Members(Protocol):
-    """The members that `supervise` runs, by name."""
+    """The members that `supervise` runs, which are identified by name."""
 
     def names(self) -> list[str]:
-        """Return the names, in the order in which they start."""
+        """Return the names of the members, in the order in which they start."""
 
     def run_dir(self, name: str) -> pathlib.Path:
-        """Return the run directory; it stays the same while the member runs."""
+        """Return the run directory of a member, which must not change while the member runs."""
 
     def command(self, name: str) -> list[str]:
-        """Return the command that starts or continues the member."""
+        """Return the command that starts or continues a member."""
 
     def prepare(self, name: str) -> None:
-        """Do what is due before the member starts; its run directory may change."""
+        """Prepare a member before it starts; its run directory may change."""
 
     def should_stop(self, name: str) -> bool:
-        """Return whether the running member has to save and end."""
+        """Return whether a running member must save and end."""
 
     def handle_exit(self, name: str, phase: str, had_to_stop: bool) -> None:
-        """Handle the end of the member; its run directory may change.
+        """Handle the end of a member; its run directory may change.
 
         Args:
-          name: the member.
+          name: name of the member.
           phase: phase in which the member ended.
-          had_to_stop: the last value of `should_stop`.
+          had_to_stop: last value of `should_stop`.
         """
 
 
@@ -63,7 +63,7 @@ class Places(Protocol):
         """Return whether another member can start."""
 
     def adopt(self, run_dir: pathlib.Path) -> Running | None:
-        """Return the member that a killed launcher has left running; None if there is none."""
+        """Return the member if a killed launcher has left it running, otherwise None."""
 
     def start(self, run_dir: pathlib.Path, command: list[str]) -> Running:
         """Start a member."""
@@ -76,10 +76,10 @@ class Places(Protocol):
 
 
 class SweepMembers:
-    """The members of a sweep with one command and one run directory each.
+    """The members of a sweep, each with a fixed command and run directory.
 
     Args:
-      commands: run directory → command. The run directories are named differently.
+      commands: run directory → command. The names of the run directories must differ.
     """
 
     def __init__(self, commands: Commands):
@@ -108,13 +108,13 @@ class SweepMembers:
 def supervise(
     members: Members, places: Places, retries: int, rule: Rule | None = None
 ) -> dict[str, str]:
-    """Run members to their ends, several simultaneously; return the phase of each by name.
+    """Run members to completion, several at a time; return name → phase.
 
     Args:
       members: the members.
       places: places for the members to run.
-      retries: restarts of a member that fails.
-      rule: marks members that are to be stopped for good.
+      retries: number of restarts of a member that fails.
+      rule: function that marks members to be stopped for good.
     """
     names, attempts = members.names(), Attempts(retries)
     waiting, phases = list(names), dict[str, str]()
@@ -162,18 +162,19 @@ def supervise(
 
 
 class Stop(BaseException):
-    """SIGTERM or SIGINT was received."""
+    """Raised when SIGTERM or SIGINT was received."""
 
 
 @contextlib.contextmanager
 def stop_on_error(watch: Watch, stop_all: Callable[[], None]) -> Iterator[Callable[[], None]]:
-    """Run members in the block; if it raises anything, stop them and wait before it propagates.
+    """Stop all members and wait for them if the block raises an exception.
 
-    Yield the function of `defer_signals`. `Stop` ends the launcher with exit code 143.
+    Yields the function from `defer_signals`. After `Stop`, the launcher exits with code 143; other
+    exceptions are raised again.
 
     Args:
-      watch: the display of the members.
-      stop_all: asks all running members to save, and waits for them.
+      watch: display of the members.
+      stop_all: function that asks all running members to save, and waits for them.
     """
     try:
         with watch, defer_signals() as check_signals:
@@ -190,9 +191,9 @@ def stop_on_error(watch: Watch, stop_all: Callable[[], None]) -> Iterator[Callab
 
 @contextlib.contextmanager
 def defer_signals() -> Iterator[Callable[[], None]]:
-    """Hold back SIGTERM and SIGINT in the block, so that none interrupts the start of a member.
+    """Defer SIGTERM and SIGINT in the block, so that they do not interrupt the start of a member.
 
-    Yield a function that raises `Stop` if a signal has come. Signals after the block end the
+    Yields a function that raises `Stop` if a signal was received. After the block, signals end the
     launcher immediately.
     """
     received_signals: list[int] = []

@@ -1,4 +1,4 @@
-"""Sweeps as data: a Python file with the config, the overrides, and what to compare.
+"""Sweep files, which are Python files that define the config, the overrides and the comparison.
 
 CONFIG = 'configs/lm.py:quickstart'      with TITLE, METRIC, SPLIT, BASELINE and NOTES
 METRIC = 'bits_per_byte'                 a number that the runs record in SPLIT, or a function of
@@ -49,13 +49,13 @@ WATCHING_ENGINES = ('local', 'ray', 'pbt', 'optuna')
 
 
 def product(*sweeps: list[Overrides], **values: Sequence[Any]) -> list[Overrides]:
-    """Return every combination: product(**{'model.fusion.name': ['mi', 'film'], …}).
+    """Return all combinations, as in product(**{'model.fusion.name': ['mi', 'film'], …}).
 
-    The last key varies fastest. Sweeps as positional arguments are multiplied too:
+    The last key varies fastest. Positional arguments are sweeps to combine with the values, as in
     product(zip_(…), seeds=[(0,), (1,)]).
 
     Raises:
-      UserError: if two of them set the same key.
+      UserError: if two arguments set the same key.
     """
     factors = [
         *sweeps,
@@ -65,7 +65,7 @@ def product(*sweeps: list[Overrides], **values: Sequence[Any]) -> list[Overrides
 
 
 def zip_(**values: Sequence[Any]) -> list[Overrides]:
-    """Return the i-th values together: zip_(**{'model.width': [64, 128], 'seeds': [(0,), (1,)]}).
+    """Combine the i-th values, as in zip_(**{'model.width': [64, 128], 'seeds': [(0,), (1,)]}).
 
     Raises:
       UserError: if the keys have different numbers of values.
@@ -77,7 +77,7 @@ def zip_(**values: Sequence[Any]) -> list[Overrides]:
 
 
 def chain(*sweeps: list[Overrides]) -> list[Overrides]:
-    """Return the members of all sweeps in order, without repetitions."""
+    """Return the members of all sweeps in order, without duplicates."""
     members = itertools.chain(*sweeps)
     return list(
         {json.dumps(member, sort_keys=True, default=repr): member for member in members}.values()
@@ -88,7 +88,7 @@ def _merge_overrides(parts: Sequence[Overrides]) -> Overrides:
     merged: Overrides = {}
     for part in parts:
         if repeated_keys := merged.keys() & part.keys():
-            raise UserError(f'product: two of its sweeps set {", ".join(sorted(repeated_keys))}')
+            raise UserError(f'product: two arguments set {", ".join(sorted(repeated_keys))}')
         merged |= part
     return merged
 
@@ -98,19 +98,19 @@ def load(
 ) -> list[Member]:
     """Read a sweep file and write workdir/sweep.json, which the report reads.
 
-    A directory that holds the sweep already may get more members. Members that have not begun may
-    change; the others must keep their configs.
+    If the directory already holds the sweep, members may be added. Members that have begun must
+    keep their configs; the others may change.
 
     Args:
       file: the sweep file.
       workdir: directory of the sweep.
-      engine: name of the engine that will run it.
-      dry: whether nothing is written, because nothing will run.
+      engine: name of the engine that will run the sweep.
+      dry: whether to skip writing, because nothing will run.
 
     Raises:
       UserError: if the file is not a sweep; a member sets a key that the config does not have;
         BASELINE is not an arm; the runs will not record METRIC in SPLIT and CURVES; two members
-        train the same seed of an arm; or the directory holds another sweep.
+        train the same seed of an arm; or the directory holds a different sweep.
     """
     # Read the members and check them.
     module = load_module(file)
@@ -135,10 +135,10 @@ def load(
 
 
 def write_description(workdir: pathlib.Path, description: dict[str, Any], *, dry: bool) -> None:
-    """Write sweep.json unless `dry`, if its directory may hold this sweep.
+    """Check the sweep directory, and write sweep.json unless `dry`.
 
     Raises:
-      UserError: if the directory holds another sweep, or cannot be written.
+      UserError: if the directory holds a different sweep, or cannot be written.
     """
     sweep_file = workdir / 'sweep.json'
     if sweep_file.exists():
@@ -154,10 +154,10 @@ def write_description(workdir: pathlib.Path, description: dict[str, Any], *, dry
 
 
 def parse_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
-    """Return the config that `mi.main` makes of --config=FILE and --config.KEY=VALUE.
+    """Return the config that `mi.main` parses from --config=FILE and --config.KEY=VALUE.
 
     Raises:
-      UserError: if there is no such file or key, or a value has the wrong type.
+      UserError: if the file or a key does not exist, or a value has the wrong type.
     """
     try:
         return parse_arguments(arguments)
@@ -196,23 +196,25 @@ def describe(
 
 
 def describe_command(file: str, workdir: pathlib.Path, engine: str) -> dict[str, str]:
-    """Return the part of sweep.json that says how the sweep was started."""
+    """Return the part of sweep.json that records how the sweep was started."""
     command = f'python -m launch.{engine} --sweep={file} --workdir={workdir}'
     return {'engine': engine, 'command': command}
 
 
 def _choose_direction(file: str, module: types.ModuleType) -> bool:
-    """Return LOWER_IS_BETTER, or its default: that of a METRIC by reference, else True.
+    """Return LOWER_IS_BETTER, or its default.
+
+    If METRIC refers to a function, the default is the function's attribute, otherwise True.
 
     Raises:
-      UserError: if LOWER_IS_BETTER and the function of METRIC disagree.
+      UserError: if LOWER_IS_BETTER and the attribute disagree.
     """
     declared = getattr(module, 'LOWER_IS_BETTER', None)
     by_function = find_direction(module.METRIC) if is_reference(module.METRIC) else None
     if None not in (declared, by_function) and declared != by_function:
         raise UserError(
             f'--sweep={file}: LOWER_IS_BETTER = {declared!r}: expected {by_function!r}, the '
-            f'attribute lower_is_better of METRIC = {module.METRIC!r}. Remove one of them'
+            f'attribute lower_is_better of METRIC = {module.METRIC!r}. Remove one of the two'
         )
     return next(direction for direction in (declared, by_function, True) if direction is not None)
 
@@ -228,7 +230,7 @@ def describe_member(member: Member, task_key: str | None) -> dict[str, Any]:
 def _refuse_changes(
     last_sweep: dict[str, Any], new_sweep: dict[str, Any], workdir: pathlib.Path
 ) -> None:
-    """Refuse to change or remove members that have begun."""
+    """Raise an error if members that have begun were changed or removed."""
     new_members = {member['name']: member['overrides'] for member in new_sweep['members']}
     new_base = flatten(new_sweep['base'])
     may_be_queued = last_sweep.get('engine') not in WATCHING_ENGINES  # absent in old files
@@ -250,8 +252,8 @@ def _refuse_changes(
     if changes:
         details = '; '.join(f'{_shorten(names)}: {change}' for change, names in changes.items())
         raise UserError(
-            f'{workdir} holds another sweep, {last_sweep["name"]} ({details}). Use another '
-            f'--workdir'
+            f'--workdir={workdir} holds a different sweep, {last_sweep["name"]} ({details}). Use '
+            f'another --workdir'
         )
 
 
@@ -260,7 +262,7 @@ def _shorten(names: list[str]) -> str:
 
 
 def report(file: str, workdir: pathlib.Path) -> None:
-    """Add the sweep file's own figures and tables to workdir/report, if it has any."""
+    """Add the sweep file's own figures and tables to workdir/report if it defines any."""
     draw = getattr(load_module(file), 'report', None)
     if draw is not None:
         draw(workdir, workdir / 'report')
@@ -269,7 +271,7 @@ def report(file: str, workdir: pathlib.Path) -> None:
 def _refuse_repeated_seeds(
     members: list[Member], configs: Mapping[str, ml_collections.ConfigDict], task_key: str | None
 ) -> None:
-    """Refuse two runs of the same seed in an arm: the report would not know which one counts."""
+    """Raise an error if two members of an arm train the same seed, which would be ambiguous."""
     first_names: dict[tuple[str, str, int], str] = {}  # label, task and seed → member
     for member in members:
         values = flatten(configs[member.name].to_dict())
@@ -278,15 +280,15 @@ def _refuse_repeated_seeds(
             first_name = first_names.setdefault((member.label, task, seed), member.name)
             if first_name != member.name:
                 raise UserError(
-                    f'{first_name} and {member.name} both train seed {seed} of {member.label!r}, '
-                    f'and are one arm. Give them different seeds'
+                    f'{first_name} and {member.name} both train seed {seed} of the arm '
+                    f'{member.label!r}. Give them different seeds'
                 )
 
 
 def _choose_curves(
     file: str, module: types.ModuleType, configs: Mapping[str, ml_collections.ConfigDict]
 ) -> str:
-    """Return CURVES, or its default given what the members record.
+    """Return CURVES, or its default for the records of the members.
 
     Raises:
       UserError: if a member will not record METRIC in SPLIT or CURVES.

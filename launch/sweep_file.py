@@ -1,4 +1,4 @@
-"""Sweep files as modules: their names, their members' overrides, and the user's errors in them."""
+"""Sweep files as Python modules: loading, names, overrides, and errors in them."""
 
 import contextlib
 import pathlib
@@ -21,7 +21,7 @@ def load_module(file: str) -> types.ModuleType:
     """Import a sweep file.
 
     Raises:
-      UserError: if there is no such file, it raises, or it does not define what it must.
+      UserError: if the file does not exist, raises an exception, or lacks a required definition.
     """
     path = pathlib.Path(find_file(file, ('experiments',))).absolute()
     if not path.is_file():
@@ -42,9 +42,9 @@ def load_module(file: str) -> types.ModuleType:
         module.__spec__.loader.exec_module(module)
     for name in ('CONFIG', 'TITLE', 'METRIC', 'SPLIT', 'BASELINE', 'NOTES'):
         if not hasattr(module, name):
-            raise UserError(f'--sweep={file}: it does not define {name}')
+            raise UserError(f'--sweep={file}: expected it to define {name}')
     if not hasattr(module, 'sweep') and not (hasattr(module, 'SPACE') and hasattr(module, 'COUNT')):
-        raise UserError(f'--sweep={file}: it does not define sweep, or SPACE and COUNT')
+        raise UserError(f'--sweep={file}: expected it to define sweep, or SPACE and COUNT')
     if not isinstance(get_space(module), Mapping):
         raise UserError(
             f'--sweep={file}: SPACE = {module.SPACE!r}: expected a dictionary, config key → '
@@ -72,16 +72,16 @@ def user_errors(file: str) -> Iterator[None]:
 
 
 def to_plain(changes: Overrides) -> Overrides:
-    """Return overrides with NumPy's numbers and arrays as Python's, for JSON and flags.
+    """Convert NumPy numbers and arrays in overrides to Python values, for JSON and flags.
 
     Raises:
-      UserError: if a value is anything else than a number, a string or a tuple of them.
+      UserError: if a value is not a number, a string or a tuple of them.
     """
     return {config_key: _to_plain(config_key, value) for config_key, value in changes.items()}
 
 
 def _to_plain(key: str, value: Any) -> Any:
-    """Return a value with NumPy's numbers and arrays as Python's, for JSON and flags."""
+    """Convert NumPy numbers and arrays in a value to Python values."""
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     if isinstance(value, tuple | list):
@@ -92,7 +92,7 @@ def _to_plain(key: str, value: Any) -> Any:
 
 
 def sweep_name(file: pathlib.Path) -> str:
-    """Return the name of a sweep: 'regression' for regression/sweep.py as for regression.py."""
+    """Return the name of a sweep: 'regression' for regression/sweep.py or regression.py."""
     prefix, _, variant = file.stem.partition('_')
     if prefix != 'sweep':
         return file.stem
@@ -100,13 +100,13 @@ def sweep_name(file: pathlib.Path) -> str:
 
 
 def get_space(module: types.ModuleType) -> Space:
-    """Return SPACE of a sweep file; {} without one."""
+    """Return SPACE of a sweep file, or {} if it is not defined."""
     space: Space = getattr(module, 'SPACE', {})
     return space
 
 
 def list_overrides(file: str, module: types.ModuleType) -> list[Overrides]:
-    """Return the overrides of sweep(), or of a random search in SPACE."""
+    """Return the overrides from sweep(), or from a random search in SPACE."""
     with user_errors(file):
         if hasattr(module, 'sweep'):
             overrides = module.sweep()

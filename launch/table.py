@@ -1,4 +1,4 @@
-"""Tables of the members of a sweep, for a terminal."""
+"""Terminal tables of the members of a sweep."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,12 +24,13 @@ def build_table(
     max_rows: int | None = None,
     columns: Sequence[str] = COLUMNS,
 ) -> rich.table.Table:
-    """Return a table of members, with running and failed ones first and their counts on top.
+    """Return a table of members, with counts in the title and running and failed members first.
 
     Args:
       title: text before the counts.
       states: label → state.
-      max_rows: rows to show, with long reasons cut; None for all. The caption counts the others.
+      max_rows: maximum number of rows, in which long reasons are cut; None for all. The caption
+        counts the other members.
       columns: `COLUMNS` or `SHORT_COLUMNS`.
     """
     # Sort the members by phase.
@@ -59,19 +60,19 @@ def build_table(
 
 
 def format_row(label: str, state: MemberState) -> tuple[str, ...]:
-    """Return the cells of a member's row in `build_table`."""
+    """Return the cells of a member in the table from `build_table`."""
     steps = f'{state.step}/{state.num_steps}' if state.num_steps else ''
     time_left = '' if state.seconds_left is None else format_duration(state.seconds_left)
     return label, state.phase, steps, state.rate, time_left, state.metric, state.reason
 
 
 class FittedTable:
-    """The table of `build_table` with as many rows as fit on the screen.
+    """The table from `build_table` with as many rows as fit on the screen.
 
     Args:
       title: text before the counts.
       states: label → state.
-      columns: as in `build_table`.
+      columns: see `build_table`.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class FittedTable:
 
 
 def count_phases(states: Iterable[MemberState]) -> str:
-    """Return the number of members in each phase: '2 running, 1 failed'."""
+    """Return the number of members in each phase as text, such as '2 running, 1 failed'."""
     counts = Counter(state.phase for state in states)
     known_phases = [phase for phase in PHASES if phase in counts]
     phases = [*known_phases, *(counts.keys() - {*known_phases})]

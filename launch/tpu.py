@@ -1,8 +1,8 @@
 """The TPU slices that GKE offers, with their hosts and the chips of each host.
 
 Source: "Plan TPUs in GKE", https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus, and
-the pages of each generation beside it, https://docs.cloud.google.com/tpu/docs/v5e and so on. The
-v5p slice of two chips and the largest v4 slice are recalled.
+the page of each generation, such as https://docs.cloud.google.com/tpu/docs/v5e. The v5p slice of
+two chips and the largest v4 slice are recalled.
 """
 
 import dataclasses
@@ -21,10 +21,11 @@ class Generation:
     """A generation of TPUs.
 
     Attributes:
-      name: name in the topologies of `mi.estimate`, as 'v5e' in 'v5e:4x4'.
-      machines: machine type → its topologies. The last number in the type counts chips.
-      max_chips: chips of the largest slice made of cubes; 0 if `machines` has all topologies.
-      devices_per_chip: devices of a chip, as JAX counts them.
+      name: name in the topologies of `mi.estimate`, such as 'v5e' in 'v5e:4x4'.
+      machines: machine type → topologies. The last number in a machine type is its number of chips.
+      max_chips: number of chips in the largest slice made of cubes; 0 if `machines` lists all
+        topologies.
+      devices_per_chip: number of JAX devices per chip.
     """
 
     name: str
@@ -33,7 +34,7 @@ class Generation:
     devices_per_chip: int = 1
 
     def describe_topologies(self) -> str:
-        """Return the topologies in words."""
+        """Return the topologies as text."""
         machines = self.machines.values()
         names = list(dict.fromkeys(name for topologies in machines for name in topologies))
         if not self.max_chips:
@@ -87,10 +88,10 @@ class Slice:
 
     Attributes:
       topology: name of the topology in `mi.estimate`, such as 'v5e:4x4'.
-      machine: machine type of its hosts.
+      machine: machine type of the hosts.
       hosts: number of hosts.
-      chips_per_host: chips of each host.
-      devices: devices of the slice, as JAX counts them.
+      chips_per_host: number of chips per host.
+      devices: number of JAX devices.
     """
 
     topology: str
@@ -101,16 +102,16 @@ class Slice:
 
 
 def find_slice(kind: str, topology: str, chips_per_host: int = 0, num_hosts: int = 0) -> Slice:
-    """Return a slice that GKE offers, with the fewest hosts if several machine types offer it.
+    """Return a slice that GKE offers, with as few hosts as possible.
 
     Args:
       kind: a key of `GENERATIONS`.
       topology: a topology such as '4x4'.
-      chips_per_host: chips of each host; 0 for any number.
+      chips_per_host: number of chips per host; 0 for any number.
       num_hosts: number of hosts; 0 for any number.
 
     Raises:
-      UserError: if GKE has no such slice; the message names those it has.
+      UserError: if GKE does not offer this slice; the message names the available ones.
     """
     generation = GENERATIONS.get(kind)
     if generation is None:
@@ -123,7 +124,7 @@ def find_slice(kind: str, topology: str, chips_per_host: int = 0, num_hosts: int
         machines = [machine for machine, topologies in offers if topologies == TOPOLOGIES_3D]
     if not machines:
         raise UserError(
-            f'--topology={topology}: expected a slice of {kind} that GKE has: '
+            f'--topology={topology}: expected a slice of {kind} that GKE offers: '
             f'{generation.describe_topologies()}'
         )
 
@@ -152,14 +153,14 @@ def find_slice(kind: str, topology: str, chips_per_host: int = 0, num_hosts: int
             for candidate in slices
         )
         raise UserError(
-            f'{" ".join(flags)}: expected {choices}, the hosts and the chips of each of a '
-            f'{topology} slice of {kind}. Try leaving both out'
+            f'{" ".join(flags)}: expected {choices}, the number of hosts and of chips per host '
+            f'in a {topology} slice of {kind}. Try leaving out both flags'
         )
     return min(fitting, key=lambda candidate: candidate.hosts)
 
 
 def count_chips(machine: str) -> int:
-    """Return the chips of a machine type: 'ct5lp-hightpu-4t' → 4."""
+    """Return the number of chips of a machine type, such as 4 for 'ct5lp-hightpu-4t'."""
     return int(machine.rpartition('-')[2].removesuffix('t'))
 
 

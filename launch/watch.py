@@ -1,4 +1,4 @@
-"""A display of the members of a sweep while they run."""
+"""A display of the members of a sweep while they are running."""
 
 import contextlib
 import pathlib
@@ -15,13 +15,14 @@ LINE_INTERVAL = 30.0  # seconds between two lines of progress without a terminal
 
 
 class Watch(contextlib.AbstractContextManager['Watch']):
-    """A table of the members on a terminal; otherwise a line when one starts or ends.
+    """A live table of the members on a terminal, or a line when a member starts or ends.
 
-    When all members are done, the table gives way to a line, so that what follows fits a screen.
+    When all members are done, a single line replaces the table, so that the output after it fits on
+    the screen.
 
     Args:
-      run_dirs: the run directories of the members.
-      interval: seconds between two updates. If updates are slow there are fewer of them, so that
+      run_dirs: run directories of the members.
+      interval: seconds between two updates. If updates are slow, there are fewer of them, so that
         they take at most a twentieth of the time.
     """
 
@@ -39,7 +40,7 @@ class Watch(contextlib.AbstractContextManager['Watch']):
             self._live.start()
 
     def follow(self, run_dirs: list[pathlib.Path]) -> None:
-        """Show these run directories from now on."""
+        """Change the run directories to show."""
         self._run_dirs = run_dirs
 
     def print(self, line: str) -> None:
@@ -47,7 +48,7 @@ class Watch(contextlib.AbstractContextManager['Watch']):
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def update(self, rule: Rule | None = None, *, is_last: bool = False) -> None:
-        """Apply the rule and show the members, unless the last update was a moment ago."""
+        """Apply the rule and show the members, unless the last update was very recent."""
         start_time = time.monotonic()
         if start_time < self._next_update and not is_last:
             return
@@ -94,7 +95,7 @@ class Watch(contextlib.AbstractContextManager['Watch']):
 
 
 def _read_metric(workdir: pathlib.Path) -> str:
-    """Return the metric of a sweep; '' if the directory is not that of a sweep."""
+    """Return the metric of a sweep, or '' if the directory does not hold a sweep."""
     if not (workdir / 'sweep.json').exists():
         return ''
     return str(state.read_sweep_file(workdir, {'metric': str})['metric'])

@@ -96,7 +96,7 @@ def test_a_member_is_judged_by_its_value_at_the_rung_however_far_it_is(tmp_path)
         text = ''.join(json.dumps(record) + '\n' for record in records)
         (tmp_path / name / 'metrics.jsonl').write_text(text)
     rule = asha.Asha(tmp_path, 10, 3)
-    assert 'no member was compared, as none recorded loss of the valid split' in rule.summary()
+    assert 'no member was compared, because none recorded loss of the valid split' in rule.summary()
     rule([tmp_path / name for name in curves])
     decided = [json.loads(line) for line in (tmp_path / 'asha.jsonl').read_text().splitlines()]
     assert [(d['rung'], d['name'], d['value']) for d in decided] == [

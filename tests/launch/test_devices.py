@@ -49,9 +49,9 @@ def test_devices_that_neither_seeds_nor_rows_reach_are_idle(batch, seeds, count,
 
 def test_several_processes_refuse_what_leaves_one_of_them_idle():
     warning = devices.describe_waste(language(**{'train.batch': 6}), Devices(8, processes=2))
-    assert warning.startswith('each member will be refused, as 2 of 8 devices would be idle')
+    assert warning.startswith('each member will fail, because 2 of 8 devices would be idle')
     warning = devices.describe_waste(language(**{'train.batch': 6, 'train.fsdp': 4}), Devices(8))
-    assert warning.startswith('each member will be refused on 8 devices: config.train.fsdp = 4')
+    assert warning.startswith('each member will fail on 8 devices: config.train.fsdp = 4')
 
 
 def test_a_learner_apart_from_its_actors_divides_rows_alone():
@@ -108,7 +108,7 @@ def test_every_engine_knows_the_devices_of_a_member(monkeypatch):
 @pytest.mark.slow
 def test_a_check_needs_a_dry_run_and_a_number_of_devices(tmp_path):
     result = launch(tmp_path, 'local', '--check')
-    assert result.returncode == 1 and '--check: expected --dry_run with it' in result.stderr
+    assert result.returncode == 1 and '--check: expected --dry_run too' in result.stderr
     result = launch(tmp_path, 'slurm', '--check', '--dry_run', '--gres=gpu:4', '--processes=2')
     assert result.returncode == 1 and '--check: expected a known number of devices' in result.stderr
 
@@ -121,7 +121,7 @@ def test_a_check_compiles_the_dearest_member_for_its_devices(tmp_path):
     assert 'all of it' in listed
     assert checked.startswith('batch=8,fusion=mi\npython -m mi.estimate ')
     assert '1/4 = 0.250 is ideal' in checked
-    assert 'warning: each member will be refused, as 1 of 4 devices would be idle' in result.stderr
+    assert 'warning: each member will fail, because 1 of 4 devices would be idle' in result.stderr
 
 
 def launch(folder, engine, *more):

@@ -108,7 +108,7 @@ def test_a_rule_that_would_compare_no_member_is_refused():
     for members, first in (([never], 1), ([rarely], 31), ([often], 40), ([often], 31)):
         with pytest.raises(UserError, match=f'--asha={first}: expected a step at which'):
             asha.refuse_idle(members, first, 'bits_per_byte', 'valid')
-    with pytest.raises(UserError, match='at the last step alone, and have 40'):
+    with pytest.raises(UserError, match='only at the last step, and have 40'):
         asha.refuse_idle([often], 10, 'bits_per_byte', 'test')
 
 

@@ -192,7 +192,7 @@ class Fixed(optuna.samplers.RandomSampler):
     [
         ('TPESampeler', "did you mean 'TPESampler'"),
         ('no_such.module:Sampler', 'expected an importable module'),
-        ('optuna.samplers:GridSampler', 'expected a class that is built with a seed'),
+        ('optuna.samplers:GridSampler', 'expected a class that needs only a seed'),
     ],
 )
 def test_a_sampler_that_cannot_be_built_is_refused(sampler, message):
@@ -215,7 +215,7 @@ def write_search(folder, count=4, steps=40, every=20, more=''):
 @pytest.mark.parametrize(
     ('more', 'message'),
     [
-        ('def sweep():\n    return []', r'expected SPACE and COUNT, and no sweep\(\)'),
+        ('def sweep():\n    return []', r'expected SPACE and COUNT without sweep\(\)'),
         ("BASELINE = 'concat'", 'BASELINE = .concat.: expected None'),
         ("METRIC = 'mes'", "did you mean 'mse'"),
         ("SPACE['model.widht'] = 3", 'did you mean config.model.width'),
@@ -234,7 +234,7 @@ def test_another_search_in_the_same_directory_is_refused_and_a_longer_one_is_not
 
     (tmp_path / 'sweep.json').write_text(json.dumps({**describe(), 'members': []}))
     assert describe(count=9)['space']['train.steps'] == '40'
-    with pytest.raises(UserError, match='holds another sweep or search: its space differs'):
+    with pytest.raises(UserError, match='holds a different sweep or search, whose space is not'):
         describe(more="SPACE['model.width'] = integer(2, 32)")
 
 

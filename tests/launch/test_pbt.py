@@ -148,7 +148,7 @@ def test_what_a_killed_launcher_has_left_keeps_its_slot_and_is_waited_for(tmp_pa
     adopted = process.start(path, [*commands['second'], f'--workdir={path}'])
     members = [Member(name, name, command, {}) for name, command in commands.items()]
     population = Population(tmp_path, members, 0.05, [], 0)
-    assert population.summary().startswith('pbt: no member was compared, as none recorded loss')
+    assert population.summary().startswith('pbt: no member was compared, because none recorded')
     states = pbt.train(population, 10**9, engine.Resources(parallel=1))
     assert states == {'first': 'done', 'second': 'done'} and adopted.wait() == 0
     begun, ended = tmp_path / 'first/starts.jsonl', path / 'status.json'

@@ -119,7 +119,7 @@ def test_helpers_make_the_members_they_say():
     assert sweep.chain(first, widths, first) == [*first, *widths]
     with pytest.raises(UserError, match=r'model\.width 2, seeds 1'):
         sweep.zip_(**{'model.width': [1, 2], 'seeds': [(0,)]})
-    with pytest.raises(UserError, match=r'two of its sweeps set model\.width, optim'):
+    with pytest.raises(UserError, match=r'two arguments set model\.width, optim'):
         sweep.product(widths, widths)
 
 
@@ -132,7 +132,7 @@ def begin_members(runs, *names):
 def test_another_sweep_in_the_same_directory_is_refused(tmp_path):
     sweep.load(write_sweep(tmp_path, [{'model.site': 'none'}]), tmp_path / 'runs')
     begin_members(tmp_path / 'runs', 'site=none')
-    with pytest.raises(UserError, match='holds another sweep'):
+    with pytest.raises(UserError, match='holds a different sweep'):
         sweep.load(write_sweep(tmp_path, [{'model.site': 'both'}]), tmp_path / 'runs')
 
 
@@ -193,7 +193,7 @@ def test_what_has_not_begun_may_change_and_a_dry_run_claims_nothing(tmp_path):
     sweep.load(write_sweep(tmp_path, other_overrides), runs)
 
     sweep.load(write_sweep(tmp_path, overrides), tmp_path / 'queued', 'slurm')
-    with pytest.raises(UserError, match='holds another sweep'):  # a job may be in the queue
+    with pytest.raises(UserError, match='holds a different sweep'):  # a job may be in the queue
         sweep.load(write_sweep(tmp_path, changed), tmp_path / 'queued', 'slurm')
 
 
@@ -370,7 +370,7 @@ def test_what_is_no_sweep_is_refused(tmp_path):
     with pytest.raises(UserError, match='expected a file of your own'):
         sweep.load(str(tmp_path / 'none.py'), tmp_path / 'runs')
     (tmp_path / 'empty.py').write_text('')
-    with pytest.raises(UserError, match='does not define CONFIG'):
+    with pytest.raises(UserError, match='expected it to define CONFIG'):
         sweep.load(str(tmp_path / 'empty.py'), tmp_path / 'runs')
     with pytest.raises(UserError, match='the same overrides'):
         sweep.load(write_sweep(tmp_path, [{'model.site': 'none'}] * 2), tmp_path / 'runs')

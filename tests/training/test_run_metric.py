@@ -179,7 +179,7 @@ def test_a_sweep_takes_its_direction_and_its_curves_from_the_function(tmp_path):
             r"KeyError: bits_per_bite\); SPLIT = 'valid' has bits_per_byte",
         ),
         ('greatest', 'train', r"KeyError: bits_per_byte\); SPLIT = 'train' has nats_per_token "),
-        ('greatest', 'vald', "SPLIT = 'vald': expected a split of its records; did you mean"),
+        ('greatest', 'vald', "SPLIT = 'vald': expected a recorded split; did you mean"),
         ('no_such', 'valid', "METRIC = .* has no attribute 'no_such'"),
     ],
 )
