@@ -1,4 +1,4 @@
-"""Benchmarks: one command per table, each with its peer beside it."""
+"""Benchmarks, each with one command that prints a table of our code beside its peers."""
 
 import os
 

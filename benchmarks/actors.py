@@ -1,12 +1,12 @@
-"""The simulation of `benchmarks.pipeline` against the real topology `threads`, on this machine.
+"""A comparison of the simulation in `benchmarks.pipeline` with the topology 'threads'.
 
     pip install -e '.[sweep,envpool]' && python -m benchmarks.actors
 
-A training run consists of the parts of `mi.rl.actors.loop`: its actors, queue, `take` and update,
-with a clock at every stage. The simulation takes the seconds of the stages from that run, and its
-rate, lag, learner and queue are compared with those of the run. This checks what the simulation
-adds: who waits for whom. It does not predict how stages slow each other down on shared cores, which
-is part of the measured seconds.
+A training run uses the actors, the queue and the update of `mi.rl.actors.loop`, and times every
+stage. The simulation draws the duration of each stage from that run. Its rate, lag, learner
+utilization and queue are then compared with those of the run. This tests how the simulation models
+which stage waits for which. It does not test how stages slow each other down on shared cores,
+because the measured durations include this effect.
 
     catch     Catch, B = 64, T = 20
     babyai    four levels of BabyAI with instructions, EnvPool, B = 128, T = 20
@@ -51,23 +51,23 @@ LEVELS = 'babyai/GoToRedBallGrey,GoToLocal,PickupLoc,PutNextLocal'
 
 
 class Stopwatch:
-    """Seconds of a repeated stage."""
+    """The durations of a repeated stage, in seconds."""
 
     def __init__(self) -> None:
         self._stages: list[tuple[float, float]] = []  # end, seconds
 
     def add(self, start_time: float) -> None:
-        """Add a stage that ends now."""
+        """Add the duration of a stage that ends now."""
         end_time = time.perf_counter()
         self._stages.append((end_time, end_time - start_time))
 
     def since(self, start_time: float) -> list[float]:
-        """Return the seconds of all stages that ended after a time."""
+        """Return the durations of all stages that ended after `start_time`."""
         return [seconds for end_time, seconds in self._stages if end_time >= start_time]
 
 
 class ClockedEnvironment:
-    """A `HostEnvironment` that simulates in its own thread and times its steps."""
+    """A `HostEnvironment` that steps in its own thread and times its steps."""
 
     def __init__(self, environment: HostEnvironment):
         self.spec, self.batch = environment.spec, environment.batch
@@ -101,7 +101,7 @@ class ClockedEnvironment:
 
 
 class ClockedPolicy(Policy):
-    """A policy that times its calls, without the wait for its parameters."""
+    """A policy that times its calls, excluding the time spent waiting for parameters."""
 
     def __init__(self, agent: Agent):
         super().__init__(agent)
@@ -141,7 +141,10 @@ class ClockedWorker(Worker):
 
 
 class UpdateClock:
-    """Seconds of each update on the device, from its dispatch or the end of the previous update."""
+    """The durations of updates on the device, in seconds.
+
+    An update starts when it is dispatched or when the previous one ends, whichever is later.
+    """
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -151,11 +154,11 @@ class UpdateClock:
         self._thread.start()
 
     def add(self, result: chex.ArrayTree) -> None:
-        """Time an update that was just dispatched."""
+        """Time an update that has just been dispatched."""
         self._queue.put((time.perf_counter(), result))
 
     def wait(self) -> None:
-        """Wait until all updates are computed."""
+        """Wait until all updates have been computed."""
         self._queue.put(None)
         self._thread.join()
 
@@ -169,7 +172,7 @@ class UpdateClock:
 
 
 def make_config(set_name: str, num_actors: int) -> ml_collections.ConfigDict:
-    """Return the config of a set."""
+    """Return the config for 'catch' or 'babyai'."""
     if set_name == 'catch':
         config = configs.get_config('catch').unlock()
     else:
@@ -183,7 +186,7 @@ def make_config(set_name: str, num_actors: int) -> ml_collections.ConfigDict:
 
 
 def make_topology(config: ml_collections.ConfigDict) -> pipeline.Topology:
-    """Return the topology that a config describes."""
+    """Return the simulated topology for a config."""
     actors = config.actors
     return pipeline.Topology(
         actors=actors.number,
@@ -198,7 +201,7 @@ def make_topology(config: ml_collections.ConfigDict) -> pipeline.Topology:
 
 
 class ClockedTeam:
-    """The actors of a config, with a clock at each of their stages."""
+    """The actors of a config, which time each of their stages."""
 
     def __init__(self, config: ml_collections.ConfigDict, agent: Agent):
         self._config, self._agent = config, agent
@@ -221,7 +224,7 @@ class ClockedTeam:
         return worker
 
     def simulations(self, start_time: float) -> list[float]:
-        """Return the seconds of the steps of all environments after a time."""
+        """Return the durations of all environment steps after `start_time`."""
         return [
             seconds
             for worker in self._workers
@@ -230,7 +233,7 @@ class ClockedTeam:
         ]
 
     def policy_calls(self, start_time: float) -> tuple[list[float], list[float]]:
-        """Return the seconds of policy calls after a time: with old and with new parameters."""
+        """Return the durations of policy calls after `start_time`, with old and new parameters."""
         calls = [seconds for policy in self._policies for seconds in policy.calls.since(start_time)]
         first_calls = [
             seconds for policy in self._policies for seconds in policy.first_calls.since(start_time)
@@ -247,7 +250,7 @@ class ClockedTeam:
 
 
 class LearnerClock:
-    """Stages and statistics of the learner after the warm-up."""
+    """Durations and statistics of the learner after the warm-up."""
 
     def __init__(self) -> None:
         self.updates = UpdateClock()
@@ -259,7 +262,7 @@ class LearnerClock:
 
 
 def train(config: ml_collections.ConfigDict, num_updates: int) -> tuple[ClockedTeam, LearnerClock]:
-    """Train with the loop of `mi.rl.actors.loop`; return its clocks."""
+    """Train with the parts of `mi.rl.actors.loop`, and return the measured durations."""
     # Make the learner.
     pool = envs.pool(config.env.name, config.actors.batch, 0)
     agent = factory.build_agent(config, pool.spec)
@@ -296,12 +299,12 @@ def train(config: ml_collections.ConfigDict, num_updates: int) -> tuple[ClockedT
 
 
 class Measurement(NamedTuple):
-    """Stages and statistics of a run.
+    """The results of a training run.
 
     Attributes:
-      stages: distributions of the seconds per stage.
-      outcome: statistics, as the simulation has them.
-      medians: median seconds by stage.
+      stages: distribution of the duration of each stage.
+      outcome: statistics of the run, in the same form as those of the simulation.
+      medians: stage → median duration in seconds.
     """
 
     stages: pipeline.Stages
@@ -310,7 +313,7 @@ class Measurement(NamedTuple):
 
 
 def measure(config: ml_collections.ConfigDict, num_updates: int) -> Measurement:
-    """Train for a number of updates after the warm-up, and time every stage."""
+    """Train for `num_updates` updates after the warm-up, and measure every stage."""
     team, clock = train(config, num_updates)
 
     # Collect the times after the warm-up; a call of the policy includes its share of the overhead.
@@ -349,7 +352,7 @@ def measure(config: ml_collections.ConfigDict, num_updates: int) -> Measurement:
 
 
 def _collection_overhead(policy: ClockedPolicy, worker: ClockedWorker, start_time: float) -> float:
-    """Return seconds per collection in which the thread neither acts nor waits."""
+    """Return the seconds per collection in which the thread neither acts nor waits."""
     stopwatches = [policy.calls, policy.first_calls, policy.params_wait]
     stopwatches += [environment.caller_wait for environment in worker.environments]
     collections = worker.collections.since(start_time)
@@ -358,7 +361,7 @@ def _collection_overhead(policy: ClockedPolicy, worker: ClockedWorker, start_tim
 
 
 def compare(set_name: str, num_actors: int) -> dict[str, Any]:
-    """Measure and simulate a set; print both and return the figure for the JSON file."""
+    """Measure and simulate one set; print both and return an entry for the JSON file."""
     config = make_config(set_name, num_actors)
     stages, measured, medians = measure(config, UPDATES.value)
     simulated = pipeline.simulate(make_topology(config), stages, updates=400, warmup=50)
@@ -385,7 +388,7 @@ def compare(set_name: str, num_actors: int) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measure and simulate every set; print both."""
+    """Measure, simulate and print every set."""
     del argv
     host.keep_freed_memory()
     host.set_xla_flags()

@@ -1,14 +1,15 @@
-"""The MI layer in ten lines, beside `mi.MultiplicativeInteraction`: time and memory.
+"""Time and memory of an MI layer in ten lines, beside `mi.MultiplicativeInteraction`.
 
     taskset -c 0 python -m benchmarks.appendix_b
 
-Two linear maps of z generate W'(z) and b'(z), and W'(z) multiplies x. Both sides compute the same
-function of the same parameters in f32; docs/appendix_b.md has the map between them. The pass 'f' is
-the forward pass, 'fb' adds the gradients of all parameters, of x, and of z where it is not an id.
+In the ten lines, two linear maps of z generate W'(z) and b'(z), and W'(z) multiplies x. Both layers
+compute the same function of the same parameters in f32; see docs/appendix_b.md for the mapping. The
+pass 'f' is the forward pass. 'fb' adds the gradients of all parameters, of x, and of z unless it is
+an id.
 
-A time is the CPU time of the fastest call, summed over cores, which other work on the machine
-disturbs least; the sides take turns in one process. Memory is that of the temporary arrays of the
-compiled program (XLA's buffer assignment), so it does not vary.
+A time is the CPU time of the fastest call, summed over cores, because other work on the machine
+affects it least. The layers take turns in one process. Memory is the size of the temporary arrays
+in the compiled program (XLA's buffer assignment), so it does not vary between runs.
 """
 
 import functools
@@ -31,7 +32,7 @@ MIN_SECONDS = 0.1  # CPU seconds of a turn
 
 
 class SimpleMI(nn.Module):
-    """f(x, z) by generated weights: y = W'(z) x + b'(z)."""
+    """The layer with generated weights, y = W'(z) x + b'(z)."""
 
     features: int
 
@@ -44,12 +45,12 @@ class SimpleMI(nn.Module):
 
 
 class Regime(NamedTuple):
-    """Shapes of a comparison.
+    """The shapes of a comparison.
 
     Attributes:
-      title: what the contexts are.
+      title: description of the contexts.
       x, z: leading axes of x and z.
-      n, m, k: features of x, z and y.
+      n, m, k: numbers of features of x, z and y.
       ids: whether the contexts are ids of m one-hot vectors.
     """
 
@@ -72,7 +73,7 @@ REGIMES = (
 
 
 class Figures(NamedTuple):
-    """CPU milliseconds of the fastest call, and MiB of its temporary arrays."""
+    """CPU time of the fastest call in milliseconds, and size of its temporary arrays in MiB."""
 
     milliseconds: float
     mebibytes: float
@@ -89,7 +90,7 @@ def map_params(params: dict[str, dict[str, Array]], n: int, k: int) -> dict[str,
 
 
 def make_sides(regime: Regime) -> dict[str, tuple[Callable[..., Array], tuple[Any, ...]]]:
-    """Return the function of parameters, x and z of each side, and its arguments."""
+    """Return name → function of (parameters, x, z) and its arguments, for both layers."""
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (*regime.x, regime.n))
     z = jax.random.normal(keys[1], (*regime.z, regime.m))
@@ -113,7 +114,7 @@ def make_sides(regime: Regime) -> dict[str, tuple[Callable[..., Array], tuple[An
 def compile_pass(
     function: Callable[..., Array], arguments: tuple[Any, ...], has_gradient: bool
 ) -> jax.stages.Compiled:
-    """Compile the forward pass, or the gradients of Σ y² with respect to all float arguments."""
+    """Compile the forward pass, or the value and gradients of Σ y² for all float arguments."""
     if not has_gradient:
         return jax.jit(function).lower(*arguments).compile()
     argnums = [i for i, argument in enumerate(arguments) if _is_float(argument)]
@@ -129,7 +130,7 @@ def _is_float(tree: Any) -> bool:
 
 
 def measure(regime: Regime, has_gradient: bool) -> dict[str, Figures]:
-    """Return the figures of each side, whose turns alternate."""
+    """Return name → time and memory for both layers, which take turns."""
     calls: dict[str, Callable[[], object]] = {}
     mebibytes: dict[str, float] = {}
     for side, (function, arguments) in make_sides(regime).items():
@@ -151,7 +152,7 @@ def _call_and_wait(compiled: jax.stages.Compiled, arguments: tuple[Any, ...]) ->
 
 
 def _time_turn(call: Callable[[], object]) -> float:
-    """Return the CPU seconds of the fastest call in a turn."""
+    """Return the CPU time of the fastest call in a turn, in seconds."""
     fastest, end_time = math.inf, time.process_time() + MIN_SECONDS
     while fastest == math.inf or time.process_time() < end_time:
         start_time = time.process_time()

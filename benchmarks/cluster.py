@@ -1,13 +1,13 @@
-"""An analytic model of one training step on many chips: products, optimizer, network, memory.
+"""An analytic model of the time and memory of a training step on many chips.
 
-    products    Σ times · max(FLOPs / peak, bytes / bandwidth), divided by the share of it reached
-    optimizer   bytes of parameters, gradients and moments that a step reads and writes / bandwidth
+    products    Σ times · max(FLOPs / peak, bytes / bandwidth), divided by the share reached
+    optimizer   bytes of parameters, gradients and moments read and written, divided by bandwidth
     network     ring all-reduce over D replicas, gather and scatter over the F chips of a replica
 
-There are N = D · F chips. Parameters, gradients and moments are f32 (4 bytes) and split over F
-(`train.fsdp`). A ring over n chips sends (n − 1)/n of an array to gather or to scatter it, and
-twice that to reduce it everywhere. `Step.seconds` assumes that nothing overlaps. If everything did,
-a step would take as long as its largest part.
+There are N = D · F chips. Parameters, gradients and moments are f32 (4 bytes) and sharded over F
+chips (`train.fsdp`). In a ring of n chips, each sends (n − 1)/n of an array to gather or scatter
+it, and twice as much to all-reduce it. `Step.seconds` assumes that nothing overlaps. With perfect
+overlap, a step would take as long as its largest part.
 """
 
 import dataclasses
@@ -24,19 +24,19 @@ STORED_COPIES = 4  # parameter, gradient, two moments
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A vendor's figures for an accelerator.
+    """The specification of an accelerator, as published by its vendor.
 
     Attributes:
-      name: part of the device kind that JAX reports.
+      name: substring of the device kind that JAX reports.
       flops: peak FLOP/s of dense bf16 products.
       flops_f32: peak FLOP/s of dense f32 products at JAX's default precision.
-      memory: bytes.
-      bandwidth: bytes per second from memory.
-      link: bytes per second to all chips of its node together.
-      node: chips per node, or per slice whose chips are wired to each other.
-      network: bytes per second to other nodes.
-      cores: host processor cores per chip.
-      source: where the figures come from.
+      memory: memory size in bytes.
+      bandwidth: memory bandwidth in bytes per second.
+      link: total bandwidth to the other chips of the node, in bytes per second.
+      node: number of chips per node, or per slice of directly connected chips.
+      network: bandwidth to other nodes, in bytes per second.
+      cores: number of host processor cores per chip.
+      source: source of the numbers.
     """
 
     name: str
@@ -89,10 +89,10 @@ LATENCY = 3e-6  # seconds of one message of a ring; assumed, not measured
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """One chip's part of a training step.
+    """The work of one chip in a training step.
 
     Attributes:
-      products: forward and backward.
+      products: products of the forward and backward pass.
       activations: bytes that the forward pass saves for the backward pass.
     """
 
@@ -106,10 +106,10 @@ class Job:
 
     Attributes:
       name: title for tables.
-      parameters: number of parameters, P.
-      units: tokens or environment steps that one row contributes to a step.
-      total: units in the run.
-      work: rows on a chip → work of the chip.
+      parameters: number of parameters.
+      units: number of tokens or environment steps that a row contributes to a training step.
+      total: number of tokens or environment steps in the run.
+      work: function from the number of rows on a chip to the work of the chip.
     """
 
     name: str
@@ -121,18 +121,18 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One step on N chips, with seconds and bytes per chip.
+    """The cost of one training step on N chips; seconds and bytes are per chip.
 
     Attributes:
-      chips: N.
-      rows: rows in the batch over all chips.
+      chips: number of chips, N.
+      rows: number of rows in the batch, over all chips.
       memory: bytes in use.
-      arithmetic: seconds in products that FLOPs bound.
-      reading: seconds in products that memory bandwidth bounds.
+      arithmetic: seconds in products limited by FLOP/s.
+      reading: seconds in products limited by memory bandwidth.
       optimizer: seconds in the optimizer.
       traffic: bytes sent.
-      network: seconds of sending.
-      units: tokens or environment steps over all chips.
+      network: seconds spent sending.
+      units: number of tokens or environment steps, over all chips.
     """
 
     chips: int
@@ -147,16 +147,16 @@ class Step:
 
     @property
     def seconds(self) -> float:
-        """Time per step if nothing overlaps."""
+        """Seconds per step if nothing overlaps."""
         return sum(self.parts().values())
 
     @property
     def rate(self) -> float:
-        """Units per second."""
+        """Tokens or environment steps per second."""
         return self.units / self.seconds
 
     def parts(self) -> dict[str, float]:
-        """Return the seconds that each part takes."""
+        """Return part → seconds."""
         return {
             'arithmetic': self.arithmetic,
             'memory': self.reading,
@@ -166,7 +166,7 @@ class Step:
 
     @property
     def bottleneck(self) -> str:
-        """Name of the part that takes longest."""
+        """Name of the part that takes the most time."""
         parts = self.parts()
         return max(parts, key=lambda part: parts[part])
 
@@ -174,7 +174,7 @@ class Step:
 def estimate_roofline(
     products: Sequence[Product], chip: Chip, f32: bool = False
 ) -> tuple[float, float]:
-    """Return the seconds in products that FLOPs bound, and in those that memory bounds."""
+    """Return the seconds in products limited by FLOP/s, and in those limited by bandwidth."""
     arithmetic_seconds = reading_seconds = 0.0
     peak = chip.flops_f32 if f32 else chip.flops
     for product in products:
@@ -187,10 +187,10 @@ def estimate_roofline(
 
 
 def compute_traffic(parameters: int, replicas: int, fsdp: int) -> tuple[float, float]:
-    """Return the bytes that a chip sends per step within its replica and between replicas.
+    """Return the bytes that a chip sends per step, within its replica and between replicas.
 
     Within a replica, parameters are gathered for the forward and for the backward pass, and
-    gradients are scattered. Between replicas, each chip's part of the gradient is reduced.
+    gradients are scattered. Between replicas, the gradient shard of each chip is all-reduced.
     """
     param_bytes = FLOAT_BYTES * parameters
     inner_bytes = 3 * (fsdp - 1) / fsdp * param_bytes
@@ -199,10 +199,10 @@ def compute_traffic(parameters: int, replicas: int, fsdp: int) -> tuple[float, f
 
 
 def ring_bandwidth(chip: Chip, span: int) -> float:
-    """Return bytes per second of a ring over `span` adjacent chips.
+    """Return the bandwidth of a ring over `span` adjacent chips, in bytes per second.
 
-    A ring that spans nodes consists of one ring per chip of a node, so that it uses all network
-    cards. It is no faster than the links inside a node.
+    A ring that spans several nodes consists of one ring for each chip of a node, so that it uses
+    all network cards. It is not faster than the links inside a node.
     """
     return chip.link if span <= chip.node else min(chip.link, chip.network * chip.node)
 
@@ -215,18 +215,18 @@ def estimate_step(
     Args:
       job: the training run.
       chip: the accelerator.
-      chips: N.
-      rows: rows in the batch; a multiple of N.
-      fsdp: F, chips that share one copy of the parameters; a divisor of N.
-      share: fraction of the roofline's speed that products reach on one chip.
+      chips: number of chips, N.
+      rows: number of rows in the batch; a multiple of N.
+      fsdp: number of chips that share one copy of the parameters, F; a divisor of N.
+      share: fraction of the roofline that products reach on one chip.
 
     Raises:
       ValueError: if `chips` does not divide `rows`, or `fsdp` does not divide `chips`.
     """
     if rows % chips or chips % fsdp:
         raise ValueError(
-            f'{rows} rows on {chips} chips, fsdp = {fsdp}: expected rows to be a multiple of '
-            f'chips, and chips of fsdp'
+            f'rows = {rows}, chips = {chips}, fsdp = {fsdp}: expected rows to be a multiple of '
+            f'chips, and chips to be a multiple of fsdp'
         )
     chip_work = job.work(rows // chips)
     arithmetic, reading = estimate_roofline(chip_work.products, chip)
@@ -247,5 +247,5 @@ def estimate_step(
 
 
 def estimate_hours(job: Job, step: Step) -> float:
-    """Return the hours that a run takes at the rate of a step."""
+    """Return the duration of a run in hours, at the rate of the given step."""
     return job.total / step.rate / 3600

@@ -1,13 +1,14 @@
-"""Training steps on WikiText-103, XLand-30 and DMLab-30, compiled for 1 to 256 described chips.
+"""Training steps on WikiText-103, XLand-30 and DMLab-30, compiled for 1 to 256 absent chips.
 
     pip install -e '.[sweep,tpu]' && python -m benchmarks.compiled --families=v5e,v6e
     python -m benchmarks.compiled --tables
 
-No chip is needed: XLA's own compiler compiles the training step of each job for those chips
-(`mi.estimate.topologies`), and `mi.estimate.program` reads FLOPs of products, memory and bytes sent
-per chip from the program. Nothing runs. The first command writes a record as soon as it is
-compiled, and compiles only missing ones when it is repeated. The second makes the tables: times by
-arithmetic, and a comparison with the analytic model (`benchmarks.cluster`).
+No chip is needed. XLA compiles the training step of each job for a description of the chips
+(`mi.estimate.topologies`), and `mi.estimate.program` reads the FLOPs of products, the memory and
+the bytes sent per chip from the program, which is never run. The first command writes a record for
+each program as soon as it is compiled, and compiles only missing programs when it is repeated. The
+second prints tables of calculated times and a comparison with the analytic model
+(`benchmarks.cluster`).
 """
 
 import functools
@@ -50,10 +51,10 @@ class Job(NamedTuple):
 
     Attributes:
       title: title for tables.
-      config: number of chips → config.
-      rows: number of chips → rows in the batch over all chips.
-      paper: config and rows on a chip → its work in the analytic model; None if the model does not
-        cover the job.
+      config: function from the number of chips to the config.
+      rows: function from the number of chips to the number of rows in the batch, over all chips.
+      paper: function from the config and the rows on a chip to the chip's work in the analytic
+        model; None if the model does not cover the job.
     """
 
     title: str
@@ -63,33 +64,33 @@ class Job(NamedTuple):
 
 
 def wikitext(core: str, num_chips: int) -> ml_collections.ConfigDict:
-    """Return the config of a language model with 256 rows on any number of chips."""
+    """Return the config of a language model, with 256 rows for any number of chips."""
     config = lm_wikitext103.get_config(core).unlock()
     config.train.batch = 256
     return config.lock()
 
 
 def xland(num_chips: int) -> ml_collections.ConfigDict:
-    """Return the config of 1,024 environments on any number of chips."""
+    """Return the config of XLand-30, with 1,024 environments for any number of chips."""
     config = rl.get_config().unlock()
     config.train.batch = 1024
     return config.lock()
 
 
 def dmlab(num_chips: int) -> ml_collections.ConfigDict:
-    """Return the config of a learner with 60 rows per chip."""
+    """Return the config of DMLab-30, with 60 rows per chip."""
     config = workloads.dmlab_config().unlock()
     config.train.batch *= num_chips
     return config.lock()
 
 
 def lm_paper(config: ml_collections.ConfigDict, rows: int) -> Work:
-    """Return the work of a chip that trains a language model."""
+    """Return the work of a chip for a language model, in the analytic model."""
     return workloads.lm_work(config, config.data.vocabulary, rows)
 
 
 def rl_paper(config: ml_collections.ConfigDict, rows: int) -> Work:
-    """Return the work of a chip that trains on DMLab-30."""
+    """Return the work of a chip for DMLab-30, in the analytic model."""
     return workloads.rl_work(config, dmlab30.spec_of(), rows)
 
 
@@ -112,12 +113,12 @@ JOBS = {
 
 
 def topology_name(family: str, num_chips: int) -> str:
-    """Return the name for `mi.estimate.topologies` of a number of chips."""
+    """Return the name of a number of chips in `mi.estimate.topologies`."""
     return f'{family}:{num_chips if family == "h100" else SLICES[num_chips]}'
 
 
 def compile_record(job_name: str, family: str, num_chips: int) -> Record:
-    """Compile the training step of a job; return its record, per chip and update."""
+    """Compile the training step of a job; return a record of its costs per chip and update."""
     config = JOBS[job_name].config(num_chips)
     devices = topologies.describe(topology_name(family, num_chips))
     memory_limit = topologies.get_memory(devices[0])
@@ -154,12 +155,12 @@ def compile_record(job_name: str, family: str, num_chips: int) -> Record:
 
 
 def read_records(path: pathlib.Path) -> list[Record]:
-    """Return the records of a file; none if it does not exist."""
+    """Return the records in a file, or [] if it does not exist."""
     return json.loads(path.read_text())['records'] if path.exists() else []
 
 
 def write_records(path: pathlib.Path, records: Sequence[Record], tables: Mapping[str, Any]) -> None:
-    """Write records, sorted, and tables to a file."""
+    """Write sorted records and tables to a file."""
     contents = {'records': sorted(records, key=_sort_key), 'tables': tables}
     path.write_text(json.dumps(contents, indent=1, ensure_ascii=False) + '\n')
 
@@ -170,15 +171,16 @@ def _sort_key(record: Record) -> tuple[int, int, int]:
 
 
 def record_key(record: Record) -> tuple[str, str, int]:
-    """Return job, family and number of chips of a record."""
+    """Return the job, the family and the number of chips of a record."""
     return record['job'], record['family'], record['chips']
 
 
 def estimate_seconds(record: Record) -> tuple[float, float]:
-    """Estimate the seconds per update in computing and in sending.
+    """Estimate the seconds per update for computing and for sending.
 
-    For a TPU, computing is XLA's estimate for its kernels. For other chips it is the longer of
-    FLOPs over peak and bytes over bandwidth. Sending is bytes over the slowest link of a ring.
+    For a TPU, the time for computing is XLA's estimate for its kernels. For other chips it is the
+    maximum of FLOPs over peak and bytes over bandwidth. The time for sending is the number of bytes
+    over the bandwidth of a ring.
     """
     chip = CHIPS[CHIP_OF[record['family']]]
     compute_seconds = record['seconds']
@@ -189,7 +191,10 @@ def estimate_seconds(record: Record) -> tuple[float, float]:
 
 
 def batch_flops(record: Record, records: Mapping[tuple[str, str, int], Record]) -> float:
-    """Return the FLOPs per update of the batch: on one chip, else by the model or the jaxpr."""
+    """Return the FLOPs per update of the whole batch.
+
+    They come from the program for one chip, otherwise from the analytic model or the jaxpr.
+    """
     single_record = records.get((record['job'], record['family'], 1))
     if single_record is not None and single_record['flops'] is not None:
         return single_record['flops'] * record['rows'] / single_record['rows']
@@ -200,7 +205,7 @@ def batch_flops(record: Record, records: Mapping[tuple[str, str, int], Record]) 
 
 
 def programs_table(records: Sequence[Record], job_name: str) -> Table:
-    """Return FLOPs, memory and bytes sent per chip of a job's compiled programs."""
+    """Return a table of FLOPs, memory and bytes sent per chip for a job's compiled programs."""
     records_by_key = {record_key(record): record for record in records}
     table_rows = [
         ['chip', 'chips', 'rows', 'GFLOP', '× chips / whole', 'GB', 'fits', 'MB sent', 'by']
@@ -232,7 +237,7 @@ def programs_table(records: Sequence[Record], job_name: str) -> Table:
 
 
 def summarize_collectives(record: Record) -> str:
-    """Return the number of collectives per update by kind, as text."""
+    """Return the number of collectives of each kind per update, as text."""
     kind_counts: dict[str, float] = {}
     for collective in record['collectives']:
         kind = collective['kind']
@@ -241,7 +246,7 @@ def summarize_collectives(record: Record) -> str:
 
 
 def times_table(records: Sequence[Record]) -> Table:
-    """Return milliseconds per update if nothing overlaps, and the speed-up."""
+    """Return a table of the milliseconds per update if nothing overlaps, and the speed-up."""
     table_rows = [['job', 'chip', 'chips', 'computing', 'sending', 'sum', 'rows/s', 'of linear']]
     single_rates: dict[tuple[str, str], float] = {}  # rows/s per chip with the fewest chips
     for record in sorted(records, key=_sort_key):
@@ -267,7 +272,10 @@ def times_table(records: Sequence[Record]) -> Table:
 
 
 def paper_table(records: Sequence[Record]) -> Table:
-    """Return model over compiled program, per chip; * where they differ by more than a tenth."""
+    """Return a table of ratios of the analytic model to the compiled program, per chip.
+
+    A * marks ratios that differ from 1 by more than a tenth.
+    """
     table_rows = [['job', 'chip', 'chips', 'FLOPs', 'memory', 'bytes sent']]
     for record in records:
         work = compute_work(record['job'], record['chips'])
@@ -293,13 +301,13 @@ def paper_table(records: Sequence[Record]) -> Table:
 
 @functools.cache
 def compute_work(job_name: str, num_chips: int) -> Work | None:
-    """Return the work per chip in the analytic model; None if it does not cover the job."""
+    """Return the work per chip in the analytic model, or None if it does not cover the job."""
     job = JOBS[job_name]
     return job.paper(job.config(num_chips), job.rows(num_chips) // num_chips) if job.paper else None
 
 
 def format_ratio(analytic: float, compiled: float) -> str:
-    """Return the ratio of model and program as text, with * if it is off by a tenth."""
+    """Format the ratio of model to program, with * if it differs from 1 by more than a tenth."""
     if not analytic and not compiled:
         return '0 and 0'
     if not compiled:
@@ -309,7 +317,7 @@ def format_ratio(analytic: float, compiled: float) -> str:
 
 
 def tables(records: Sequence[Record]) -> Iterator[tuple[str, str, Table]]:
-    """Yield name, heading and rows of every table."""
+    """Yield the name, the heading and the rows of each table."""
     for job_name, job in JOBS.items():
         if not any(record['job'] == job_name for record in records):
             continue
@@ -322,7 +330,7 @@ def tables(records: Sequence[Record]) -> Iterator[tuple[str, str, Table]]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Compile missing records, or print and write the tables."""
+    """Compile the programs without a record, or print and write the tables."""
     del argv
     path = pathlib.Path(RECORDS.value)
     if TABLES.value:

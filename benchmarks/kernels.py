@@ -1,4 +1,4 @@
-"""Kernels, traffic and temporaries of a training step on a GPU, beside plain Flax code.
+"""Kernels, memory traffic and temporary memory of training steps on a GPU, beside plain Flax code.
 
     pip install -e '.[benchmark]' && python -m benchmarks.kernels --gpu_topology=h100:1
     python -m benchmarks.kernels                     # on the GPU of this machine, with times
@@ -10,11 +10,12 @@
     rl            one update of the fused program on XLand, 30 tasks; the peer is the plain loop of
                   `benchmarks.plain_rl`
 
-With a topology, XLA's compiler for that GPU makes the program and nothing runs. The program has one
-launch per kernel of the optimized HLO, loops multiplied out (`mi.estimate.program`). Sizes, batch,
-loss, clipping and Adam are equal on all sides of a set; the fusion `mi` adds its own products.
+With a topology, XLA compiles the program for that GPU without running it. Each kernel of the
+optimized HLO counts as one launch, multiplied by the number of loop iterations
+(`mi.estimate.program`). All sides of a set have the same sizes, batch, loss, clipping and Adam; the
+fusion `mi` adds its own products.
 
-`--where=SET/SIDE` lists the launches of one program by the code that they come from.
+`--where=SET/SIDE` lists the launches of one program by the source code that they come from.
 """
 
 import functools
@@ -63,11 +64,11 @@ VOCABULARY = 256
 
 
 class Side(NamedTuple):
-    """A compiled update of one side.
+    """A compiled program of one side.
 
     Attributes:
       compiled: the program.
-      updates: training steps in one call of it.
+      updates: number of updates in one call of the program.
     """
 
     compiled: jax.stages.Compiled
@@ -75,7 +76,7 @@ class Side(NamedTuple):
 
 
 class PlainLstm(nn.Module):
-    """An LSTM language model as Flax's documentation would write it: [B, T] → logits."""
+    """An LSTM language model in the style of Flax's documentation, [B, T] → logits."""
 
     embed: int
     hidden: int
@@ -88,7 +89,7 @@ class PlainLstm(nn.Module):
 
 
 class PlainTransformer(nn.Module):
-    """A pre-norm Transformer as Flax's documentation would write it: [B, T] → logits, bf16."""
+    """A pre-norm bf16 Transformer in the style of Flax's documentation, [B, T] → logits."""
 
     embed: int
     hidden: int
@@ -116,7 +117,7 @@ class PlainTransformer(nn.Module):
 
 
 def lm_config(core: str, fusion: str) -> ml_collections.ConfigDict:
-    """Return the config of our language model; the fusion 'none' has no site."""
+    """Return the config of our language model; with the fusion 'none' there is no fusion site."""
     config = lm_configs.get_config(f'core={core}').unlock()
     for rate in ('input', 'layer', 'output'):
         config.dropout[rate] = 0.0
@@ -132,9 +133,9 @@ def lm_config(core: str, fusion: str) -> ml_collections.ConfigDict:
 
 
 def make_plain_lm(core: str) -> tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]:
-    """Return a plain training step, and the initializer of its arguments.
+    """Return a plain training step, and a function that initializes its arguments.
 
-    The step computes loss and gradient, clips it, and applies Adam.
+    The step computes the loss and its gradient, clips the gradient, and applies Adam.
     """
     config = lm_config(core, 'none')
     net: nn.Module
@@ -168,7 +169,7 @@ def make_plain_lm(core: str) -> tuple[Callable[..., Any], Callable[[], tuple[Any
 
 
 def compile_rl(side: str, device: jax.Device) -> Side:
-    """Compile an update of the fused program, ours or the plain loop's with concat."""
+    """Compile an update of our fused program, or of the plain loop with concat."""
     config = rl_configs.get_config().unlock()
     config.model.sites = ('readout',)  # where the plain loop has its fusion
     if side == 'plain':
@@ -188,7 +189,7 @@ def compile_ours(config: ml_collections.ConfigDict, device: jax.Device) -> Side:
 def compile_for(
     device: jax.Device, function: Callable[..., object], arguments: object, donate: tuple[int, ...]
 ) -> Side:
-    """Compile one update for a device, present or described."""
+    """Compile an update for a device, which may be only described."""
     sharding = jax.sharding.SingleDeviceSharding(device)
     shapes = jax.tree.map(
         lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), arguments
@@ -198,7 +199,7 @@ def compile_for(
 
 
 def compile_side(set_name: str, side: str, device: jax.Device) -> Side:
-    """Compile the update of a side of a set."""
+    """Compile the update of a side."""
     if set_name == 'rl':
         return compile_rl(side, device)
     if side == 'plain':
@@ -208,7 +209,7 @@ def compile_side(set_name: str, side: str, device: jax.Device) -> Side:
 
 
 def make_step(set_name: str, side: str) -> Callable[[], object]:
-    """Return a function that runs an update of a side on the devices of this machine."""
+    """Return a function that runs an update of a side on this machine."""
     if set_name == 'rl':
         from benchmarks import rl
 
@@ -235,7 +236,7 @@ def make_step(set_name: str, side: str) -> Callable[[], object]:
 
 
 def measure_side(set_name: str, side: str, device: jax.Device) -> dict[str, Any]:
-    """Compile a side; return its figures per update."""
+    """Compile a side; return its kernels, FLOPs, traffic and temporary memory per update."""
     compiled, updates = compile_side(set_name, side, device)
     costs, sizes = program.analyze(compiled), memory.measure(compiled)
     return {
@@ -254,9 +255,9 @@ def measure_side(set_name: str, side: str, device: jax.Device) -> dict[str, Any]
 
 
 def print_sources(figures: dict[str, Any], limit: int = 40) -> None:
-    """Print the kernels of a program by the code that they come from, most bytes first.
+    """Print the kernels of a program by the source code that they come from, most bytes first.
 
-    Layers of the same name but another number are one entry.
+    Layers whose names differ only in a number share an entry.
     """
     launches: Counter[str] = Counter()
     traffic: Counter[str] = Counter()
@@ -269,7 +270,7 @@ def print_sources(figures: dict[str, Any], limit: int = 40) -> None:
 
 
 def print_table(set_name: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Print the figures of the sides of a set."""
+    """Print a row for each side of a set."""
     print(f'\n{set_name}')
     print(f'{"":<10}{"kernels":>10}{"GFLOP":>10}{"MB moved":>12}{"MB temporary":>14}{"ms":>10}')
     for row in rows:
@@ -283,7 +284,10 @@ def print_table(set_name: str, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Compile and, without a topology, race the sides of every set; or serve as one of them."""
+    """Compile and compare the sides of every set, or serve as one of the workers.
+
+    Without a topology, the sides are also timed.
+    """
     del argv
     host.set_xla_flags()
     if WORKER.value:

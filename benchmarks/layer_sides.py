@@ -1,4 +1,4 @@
-"""Implementations of a layer that `benchmarks.layers` compares: ours, naive ones, PyTorch's."""
+"""Implementations of layers for `benchmarks.layers`: ours, naive ones, and PyTorch's."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Side = Callable[[Arrays], Tensor]
 
 
 def jax_sides(regime: Regime) -> dict[str, Side]:
-    """Return functions of all arrays but dy by name, ours first."""
+    """Return name → JAX function of all arrays except dy, with ours first."""
     module: nn.Module
     # FiLM.
     if regime.form == 'film':
@@ -66,7 +66,7 @@ def jax_sides(regime: Regime) -> dict[str, Side]:
 
 
 def _apply(module: nn.Module, param_names: str) -> Side:
-    """Return the module as a function of arrays; `param_names` are letters."""
+    """Return a function that applies the module to arrays; each letter names a parameter."""
 
     def apply(a: Arrays) -> Tensor:
         return module.apply({'params': {name: a[name] for name in param_names}}, a['x'], a['z'])
@@ -75,7 +75,7 @@ def _apply(module: nn.Module, param_names: str) -> Side:
 
 
 def torch_sides(regime: Regime) -> dict[str, Side]:
-    """Return PyTorch's own layer and hand-written orders as functions of all arrays but dy."""
+    """Return name → torch function of all arrays except dy: PyTorch's layer, and orders by hand."""
     import torch
 
     F = torch.nn.functional

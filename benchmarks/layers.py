@@ -1,17 +1,17 @@
-"""A race of the layers against PyTorch, naive einsum and the peak of the machine's products.
+"""A comparison of our layers with PyTorch, naive einsum and the machine's peak speed.
 
     pip install -e '.[benchmark]' && python -m benchmarks.layers
 
-Every regime is timed in f32 with all terms (zᵀU, Vx and b too). The pass 'f' is the forward pass,
-'fb' adds the gradients of x, z and all parameters. JAX and PyTorch have a process each, with the
-same allocator settings, and take turns. A turn starts with an untimed call, except for calls of
-more than a second.
+Every regime is timed in f32 with all terms, including zᵀU, Vx and b. The pass 'f' is the forward
+pass. 'fb' adds the gradients of x, z and all parameters. JAX and PyTorch run in separate processes
+with the same allocator settings, and take turns. A turn starts with an untimed call, unless a call
+takes more than a second.
 
-The tables have medians over the rounds. `share` is useful operations per second over those of the
-fastest product of two 2048 × 2048 matrices in the same run. A ratio above 1 means that ours is
-faster. Memory, for R1 to R6, is the peak resident size above the inputs in one call of a fresh
-process. The error is that of the output against float64, with products in f32 on every device.
-`--orders` compares `choose_order` with every order on random shapes.
+The tables show medians over the rounds. `share` is the rate of useful operations, divided by that
+of the fastest product of two 2048 × 2048 matrices in the same run. A ratio above 1 means that ours
+is faster. Memory, for R1 to R6, is the peak resident size above the inputs, in one call of a fresh
+process. The error is the relative error of the output against float64, with f32 products on every
+device. `--orders` compares `choose_order` with all orders on random shapes.
 """
 
 import ctypes
@@ -53,7 +53,7 @@ Figure = dict[str, Any]  # a row of a table, for the JSON file
 
 
 def prepare(library: str, regime: Regime) -> tuple[dict[SidePhase, Call], Facts]:
-    """Return a call per side and phase, and facts by side."""
+    """Return a call for each side and phase, and the compile time and error of each side."""
     arrays = regime.draw_arrays()
     if library == 'torch':
         return _prepare_torch(regime, arrays), {}
@@ -125,7 +125,7 @@ def _call_and_wait(compiled: jax.stages.Compiled, *arguments: Tensor) -> Tensor:
 
 
 def serve(library: str, has_memory: bool) -> None:
-    """Answer requests of `Worker` on stdin: a regime's index, then sides and phases to measure."""
+    """Answer requests from `Worker` on stdin: the index of a regime, then sides and phases."""
     if not has_memory:
         host.keep_freed_memory()
     regimes = REGIMES + random_regimes()
@@ -146,11 +146,11 @@ def serve(library: str, has_memory: bool) -> None:
 
 
 def measure_seconds(call: Call, wait: Callable[[object], object] = lambda result: result) -> float:
-    """Return the mean seconds per call of a series.
+    """Return the mean seconds per call over a series of calls.
 
     Args:
-      call: the call.
-      wait: waits for a result, if calls return before they end.
+      call: function to time.
+      wait: function that waits for a result, for calls that return before they end.
     """
     start_time = time.perf_counter()
     wait(call())
@@ -166,7 +166,7 @@ def measure_seconds(call: Call, wait: Callable[[object], object] = lambda result
 
 
 def measure_memory(call: Call) -> float:
-    """Return the peak resident bytes of a call above those at its start; Linux only."""
+    """Return the peak resident bytes of a call, minus those at its start; Linux only."""
     call()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -196,7 +196,7 @@ def measure_peak(library: str) -> float:
 
 
 class Worker:
-    """A process that runs one library."""
+    """A process that runs JAX or PyTorch."""
 
     def __init__(self, library: str, has_memory: bool = False):
         self._process = subprocess.Popen(
@@ -213,7 +213,7 @@ class Worker:
         stdin.flush()
         answer_line = stdout.readline()
         if not answer_line:
-            raise RuntimeError(f'the worker ended at {request}')
+            raise RuntimeError(f'the worker ended during the request {request}')
         return json.loads(answer_line)
 
     def close(self) -> None:
@@ -227,7 +227,7 @@ Times = dict[tuple[str, str, str], list[float]]  # library, side, phase → seco
 def measure(
     workers: Mapping[str, Worker], index: int, rounds: int
 ) -> tuple[Times, dict[str, Facts]]:
-    """Time all sides of a regime in turns; return the times, and facts by library and side."""
+    """Time all sides of a regime in turns; return the times, and library → facts by side."""
     answers = {library: worker.ask(regime=index) for library, worker in workers.items()}
     times: Times = {}
     slow_sides = set()
@@ -247,7 +247,7 @@ def measure(
 
 
 def peak_memory(index: int, sides: Sequence[tuple[str, str]]) -> dict[tuple[str, str], float]:
-    """Return the peak resident bytes of both passes by library and side."""
+    """Return (library, side) → peak resident bytes of the forward and backward pass."""
     peak_bytes = {}
     for library, side in sides:
         worker = Worker(library, has_memory=True)
@@ -258,13 +258,13 @@ def peak_memory(index: int, sides: Sequence[tuple[str, str]]) -> dict[tuple[str,
 
 
 class Comparison(NamedTuple):
-    """Median seconds of one phase in a regime.
+    """Median times of one phase in a regime.
 
     Attributes:
-      ours: of our layer.
-      naive: name of the naive side of JAX.
-      naive_seconds: its seconds.
-      by_torch: side of torch → its seconds.
+      ours: seconds of our layer.
+      naive: name of the naive JAX side.
+      naive_seconds: seconds of the naive JAX side.
+      by_torch: torch side → seconds.
     """
 
     ours: float
@@ -274,12 +274,12 @@ class Comparison(NamedTuple):
 
     @property
     def best_torch(self) -> str:
-        """Name of torch's fastest side."""
+        """Name of the fastest torch side."""
         return min(self.by_torch, key=lambda side: self.by_torch[side])
 
 
 def compare(times: Times, phase: str) -> Comparison:
-    """Return the medians of one phase."""
+    """Return the median times of one phase."""
     medians = {
         (library, side): statistics.median(rounds)
         for (library, side, timed_phase), rounds in times.items()
@@ -298,7 +298,7 @@ def compare(times: Times, phase: str) -> Comparison:
 
 
 def race(indices: Sequence[int]) -> list[Figure]:
-    """Race all sides of the regimes with these indices; print and return a figure per phase."""
+    """Compare all sides of the given regimes; print and return a row for each phase."""
     workers = {library: Worker(library) for library in ('jax', 'torch')}
     print(
         f'{"regime":<16}{"ph":<3}{"mi ms":>9}{"share":>7}{"einsum":>8}{"best torch":>22}'
@@ -330,7 +330,7 @@ def race(indices: Sequence[int]) -> list[Figure]:
 
 
 def make_figure(index: int, phase: str, comparison: Comparison, peak: float) -> Figure:
-    """Return a row of the table: times, share of the peak, ratios and memory."""
+    """Return a row of the table, with times, share of the peak, ratios and memory."""
     regime = (REGIMES + random_regimes())[index]
     best_torch = comparison.best_torch
     sides = [('jax', 'mi'), ('jax', comparison.naive), ('torch', best_torch)]
@@ -362,7 +362,7 @@ def _forward_and_gradient(
 
 
 def compile_orders(regime: Regime) -> tuple[kernels.Order, dict[kernels.Order, Call]]:
-    """Return the planned order, and forward and backward calls of all that fit into memory."""
+    """Return the chosen order, and forward and backward calls of all orders that fit in memory."""
     arrays = {name: jnp.asarray(array) for name, array in regime.draw_arrays().items()}
     inputs, output_grad = (arrays['x'], arrays['z'], arrays['W']), arrays['dy']
     platform: Any = jax.default_backend()
@@ -379,7 +379,7 @@ def compile_orders(regime: Regime) -> tuple[kernels.Order, dict[kernels.Order, C
 
 
 def race_orders() -> list[Figure]:
-    """Race the planned order against all others; print and return a figure per random shape."""
+    """Compare the chosen order with all others; print and return a row for each random shape."""
     host.keep_freed_memory()
     print(f'{"B, m, n, k":<22}{"plan":>15}{"best":>16}{"plan/best":>11}   all, ms')
     figures = []
@@ -407,7 +407,7 @@ def race_orders() -> list[Figure]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the race, or serve as one of its workers."""
+    """Run the comparison, or serve as one of its workers."""
     del argv
     if WORKER.value:
         serve(WORKER.value, MEMORY.value)
@@ -420,7 +420,7 @@ def main(argv: Sequence[str]) -> None:
         for prefix in ONLY.value:
             if not any(known.startswith(prefix) for known in regime_names):
                 known_names = ', '.join(regime_names)
-                raise app.UsageError(f'--only: unknown regime {prefix!r}; known: {known_names}')
+                raise app.UsageError(f'--only={prefix}: expected one of {known_names}')
         prefixes = tuple(ONLY.value) or ('',)
         figures = race([i for i, name in enumerate(regime_names) if name.startswith(prefixes)])
     if JSON.value:

@@ -1,16 +1,17 @@
-"""Compiler estimates of the layers on TPUs. Nothing is executed.
+"""Compiler estimates for the layers on TPUs.
 
     pip install -e '.[sweep,tpu]' && python -m benchmarks.layers_tpu
 
-No TPU is needed: programs are compiled for one described chip. The shapes are R1 to R6 of
-`benchmarks.layers` and those of the configs. Every order is compiled forward (f) and forward with
-the gradients of all arrays (fb). The order of `mi.kernels.bilinear.choose_order` is bold.
+No TPU is needed, because programs are compiled for a description of a chip and not executed. The
+shapes are R1 to R6 of `benchmarks.layers` and those of the configs. Every order is compiled for the
+forward pass (f), and with the gradients of all arrays (fb). The order that
+`mi.kernels.bilinear.choose_order` selects is bold.
 
-kernels   cycles that the compiler estimates for its kernels, loops included, over the chip's clock
-bound     the compiler's `optimal_seconds`, the time at the peaks of memory and products; programs
-          with loops have none
-share     operations of the products in the cheapest order, times three for fb, over `kernels` and
-          the chip's bf16 peak
+kernels   the compiler's estimate of cycles in kernels, including loops, over the chip's clock rate
+bound     the compiler's `optimal_seconds`, the time at peak memory and compute speed; unknown for
+          programs with loops
+share     operations of the products in the cheapest order (times three for fb), divided by
+          `kernels` and the chip's bf16 peak
 """
 
 import functools
@@ -50,14 +51,14 @@ MAX_BYTES = 2**34  # a larger intermediate array does not fit
 
 
 def select_regimes() -> list[Regime]:
-    """Return R1 to R6, one of them with ids, and the shapes of the configs."""
+    """Return the regimes R1 to R6, one of them with ids, and those of the configs."""
     dense = [regime for regime in REGIMES if regime.name[:2] in ('R1', 'R2', 'R3', 'R5', 'R6')]
     by_id = [regime for regime in REGIMES if regime.name == 'R4 ids random']
     return [*dense, *by_id, *PRESETS]
 
 
 def select_orders(regime: Regime) -> Sequence[Any]:
-    """Return the orders of a regime that fit into memory; [None] if it has no choice."""
+    """Return the orders of a regime that fit in memory; [None] if there is no choice."""
     if regime.form not in ('full', 'ids'):
         return [None]
     B, m, n, k = math.prod(regime.rows), regime.m, regime.n, regime.k
@@ -78,12 +79,12 @@ def select_orders(regime: Regime) -> Sequence[Any]:
 def compile_pass(
     function: Callable[..., Tensor], has_gradient: bool, mesh: Mesh, shapes: Sequence[ArrayShape]
 ) -> jax.stages.Compiled:
-    """Compile a function, alone or with the gradients of all arrays, for a mesh.
+    """Compile a function, with or without the gradients of all arrays, for a mesh.
 
     Args:
-      function: takes all arrays.
-      has_gradient: compute the gradients of the floating-point arrays too.
-      mesh: a mesh of one chip.
+      function: function of all arrays.
+      has_gradient: whether to compute the gradients of the floating-point arrays too.
+      mesh: mesh of one chip.
       shapes: shapes of the arrays.
     """
     float_indices = [
@@ -117,7 +118,7 @@ def compile_pass(
 def read_estimates(
     compiled: jax.stages.Compiled, clock: float
 ) -> tuple[float | None, float | None]:
-    """Return the seconds in kernels and at the peaks of the chip; None where unknown."""
+    """Return the estimated seconds in kernels and at peak speed; None where unknown."""
     try:
         analysis, hlo_text = program.analyze(compiled), compiled.as_text() or ''
     except jax.errors.JaxRuntimeError:  # jaxlib cannot read programs of a newer libtpu
@@ -130,7 +131,7 @@ def read_estimates(
 
 
 def make_function(regime: Regime, order: Any) -> tuple[Callable[..., Tensor], list[str]]:
-    """Return the layer, or its product in one order, and the names of its arrays."""
+    """Return the layer, or its product in a given order, and the names of its arrays."""
     if order is not None:
         return functools.partial(bilinear, order=order), ['x', 'z', 'W']
     layer = jax_sides(regime)['mi']
@@ -143,7 +144,7 @@ def make_function(regime: Regime, order: Any) -> tuple[Callable[..., Tensor], li
 
 
 def make_rows(regime: Regime, dtype: str, chip: str) -> Iterator[str]:
-    """Yield a row of the table for each order and pass."""
+    """Yield a table row for each order and pass."""
     mesh = jax.make_mesh(
         (1,), ('data',), axis_types=(AxisType.Auto,), devices=topologies.describe(f'{chip}:1x1')[:1]
     )
@@ -181,7 +182,7 @@ def make_rows(regime: Regime, dtype: str, chip: str) -> Iterator[str]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print the table of all regimes, a row as soon as it is compiled."""
+    """Print the table of all regimes, with each row as soon as it is compiled."""
     topologies.prepare_process()
     versions = {package: importlib.metadata.version(package) for package in ('jax', 'libtpu')}
     print(f'Estimates of the compiler, nothing is executed: {versions}\n')

@@ -1,9 +1,9 @@
-"""A sweep of eight members that differ in the learning rate alone: what sharing programs saves.
+r"""A sweep over eight learning rates, to measure how much time shared programs save.
 
     time python -m launch.local --sweep=benchmarks/learning_rates.py --workdir=runs/rates \
         --parallel=2
 
-With --cache_megabytes=0 each member compiles its own programs.
+With --cache_megabytes=0, each member compiles its own programs.
 """
 
 from launch.sweep import Overrides, product

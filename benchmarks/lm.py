@@ -1,25 +1,25 @@
-"""A race of language models' training steps against PyTorch, in tokens per second.
+"""A comparison of language-model training steps with PyTorch, in tokens per second.
 
     pip install -e '.[benchmark]' && python -m benchmarks.lm
 
     lstm          embedding → one LSTM layer → affine H → E → affine E → V, against nn.LSTM. `plain`
-                  differentiates our recurrence automatically; `products` computes only the six
+                  uses automatic differentiation of our recurrence; `products` computes only the six
                   products of the layer, as if its gates cost nothing
-    transformer   pre-norm blocks, RMSNorm, rotary positions, SwiGLU, against the same in torch
-                  with scaled_dot_product_attention, eager and compiled
+    transformer   pre-norm blocks with RMSNorm, rotary positions and SwiGLU, against the same in
+                  torch with scaled_dot_product_attention, eager and compiled
     cells         every cell of mi.cells against the plain LSTM
-    fusions       every fusion at the encoder, at the decoder and at both, against concat there, all
-                  with the parameters of concat
-    loop          a run of the trainer, with data, records and checkpoints, against steps alone
+    fusions       every fusion at the encoder, at the decoder and at both, against concat at the
+                  same site; all have as many parameters as concat
+    loop          a run of the trainer with data, logs and checkpoints, against training steps alone
 
 All sides have mean cross-entropy, gradients through T steps with carried state, global-norm
 clipping and Adam, in f32 on all cores with the same allocator settings. They take turns
-(`benchmarks.rounds`) and wait for every step. The table has medians over the rounds, and the median
-of the rounds' ratios to the first side.
+(`benchmarks.rounds`) and wait for every step. The table shows medians over the rounds, and the
+median over rounds of the ratio to the first side.
 
-A GPU gets larger sizes. torch's LSTM is cuDNN's there, and so is ours in the side `cudnn`
-(`config.model.impl`). Products in f32 are TF32 on both sides. The Transformers are bf16 with f32
-parameters on both (autocast in torch).
+Sizes are larger on a GPU. There, torch's LSTM is cuDNN's, and so is ours in the side `cudnn`
+(`config.model.impl`). Both sides use TF32 for f32 products. Both Transformers are bf16 with f32
+parameters (autocast in torch).
 """
 
 import json
@@ -189,7 +189,7 @@ def torch_transformer(sizes: Sequence[int], is_compiled: bool) -> Callable[[], o
 
 
 def _apply_gradient(model: Any, optimizer: Any, loss: Any) -> None:
-    """Clip the gradient of a loss, update the parameters of a torch model, and wait for it."""
+    """Update a torch model with the clipped gradient of a loss, and wait for the result."""
     import torch
 
     optimizer.zero_grad()
@@ -210,7 +210,7 @@ def _torch_device() -> str:
 def products_alone(
     carry: Carry, x: Array, weights: LSTMWeights, reset: None, keep: None
 ) -> tuple[Carry, Array]:
-    """Compute only the products of `mi.kernels.lstm.lstm`; the result has no meaning."""
+    """Compute only the products of `mi.kernels.lstm.lstm`; the result is meaningless."""
     return _products_forward(carry, x, weights, reset, keep)[0]
 
 
@@ -250,7 +250,7 @@ products_alone.defvjp(_products_forward, _products_backward)
 
 
 def make_config(set_name: str, size_name: str, side: str) -> ml_collections.ConfigDict:
-    """Return the config of one of our sides."""
+    """Return the config of a side that uses our code."""
     config = configs.get_config().unlock()
     sizes = SIZES[set_name][size_name]
     config.model.update({'site': 'none', 'tied': False})
@@ -278,7 +278,7 @@ def make_config(set_name: str, size_name: str, side: str) -> ml_collections.Conf
 
 
 def mi_step(config: ml_collections.ConfigDict, vocabulary: int) -> Callable[[], object]:
-    """Return the update of `mi.lm.trainer`, compiled for one seed."""
+    """Return a function that runs an update of `mi.lm.trainer` for one seed."""
     config = factory.match_size(config, vocabulary)
     num_steps, batch_size = config.train.length, config.train.batch
     config.train.steps = 1000
@@ -302,9 +302,9 @@ def mi_step(config: ml_collections.ConfigDict, vocabulary: int) -> Callable[[], 
 
 
 def trainer_run(config: ml_collections.ConfigDict) -> Callable[[], object]:
-    """Return a function that runs the trainer and returns its steps.
+    """Return a function that runs the trainer and returns a number of steps.
 
-    The steps are scaled up so that the time per step has no set-up and no evaluation.
+    The number is scaled up such that the time per step excludes set-up and evaluation.
     """
     config.train.update({'steps': 150, 'log_every': 50, 'eval_every': 150, 'save_every': 150})
     config.eval.update({'valid_tokens': 2, 'final_tokens': 2})
@@ -323,7 +323,7 @@ def trainer_run(config: ml_collections.ConfigDict) -> Callable[[], object]:
 
 
 def make_step(set_name: str, size_name: str, side: str) -> Callable[[], object]:
-    """Return a training step of a side."""
+    """Return a function that runs a training step of a side."""
     sizes = SIZES[set_name][size_name]
     if side == 'torch' and set_name == 'lstm':
         return torch_lstm(*sizes)
@@ -343,11 +343,11 @@ def make_step(set_name: str, size_name: str, side: str) -> Callable[[], object]:
 def print_ratios(
     seconds: Mapping[str, Sequence[float]], tokens_per_step: int
 ) -> list[dict[str, Any]]:
-    """Print a row for each side, and return a figure for each.
+    """Print and return a row for each side.
 
     Args:
-      seconds: side → seconds per step by round, with the peer of the ratios first.
-      tokens_per_step: tokens of a step.
+      seconds: side → seconds per step in each round; the first side is the reference of ratios.
+      tokens_per_step: number of tokens in a step.
     """
     peer = next(iter(seconds))
     figures = []
@@ -374,7 +374,7 @@ def print_ratios(
 
 
 def main(argv: Sequence[str]) -> None:
-    """Race the sides of every set, or serve as one of them."""
+    """Compare the sides of every set, or serve as one of them."""
     del argv
     if SIDE.value:
         rounds.serve(make_step(*SIDE.value.split('/')))

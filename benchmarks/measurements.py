@@ -1,4 +1,4 @@
-"""Speeds that were measured, from the records in benchmarks/results."""
+"""Measured speeds, read from the records in benchmarks/results."""
 
 import functools
 import json
@@ -34,11 +34,11 @@ Seconds = Callable[[Sequence[counting.Product]], float]  # of products, at some 
 
 
 class Share(NamedTuple):
-    """Fraction of the roofline's speed that products reach.
+    """The fraction of the roofline that products reach.
 
     Attributes:
-      value: in (0, 1].
-      source: where it comes from.
+      value: fraction in (0, 1].
+      source: source of the value, as text.
     """
 
     value: float
@@ -46,7 +46,7 @@ class Share(NamedTuple):
 
 
 def read_record(file_name: str) -> dict[str, Any]:
-    """Return the content of a file in benchmarks/results; empty if it does not exist."""
+    """Return the content of a file in benchmarks/results, or {} if it does not exist."""
     record_file = RESULTS / file_name
     return dict(json.loads(record_file.read_text())) if record_file.exists() else {}
 
@@ -57,14 +57,17 @@ def count_cores(record: Mapping[str, Any]) -> int:
 
 
 def core_flops() -> float:
-    """Return the f32 FLOP/s of one core: the median peak in benchmarks.layers over its cores."""
+    """Return the f32 FLOP/s per core, from the median peak in the record of benchmarks.layers."""
     layers = read_record('layers_cpu.json')
     peaks = [figure['peak_gflops'] for figure in layers['figures']]
     return 1e9 * statistics.median(peaks) / count_cores(layers)
 
 
 def policy_call_seconds() -> float:
-    """Return the host's seconds per policy call: Catch's policy computes next to nothing."""
+    """Return the host's overhead per policy call in seconds.
+
+    This is the time of a call in Catch, whose policy computes next to nothing.
+    """
     figures = read_record('actors_cpu.json')['figures']
     return min(figure['seconds']['act'] for figure in figures if figure['set'] == 'catch')
 
@@ -72,13 +75,13 @@ def policy_call_seconds() -> float:
 def lm_share(
     record: Mapping[str, Any], set_name: str, sizes: Mapping[str, tuple[int, ...]], seconds: Seconds
 ) -> float:
-    """Return the median share of a bound that training steps reach in a record of benchmarks.lm.
+    """Return the median fraction of a bound that training steps reach, from benchmarks.lm.
 
     Args:
-      record: content of the file.
-      set_name: lstm or transformer.
-      sizes: shapes of that set.
-      seconds: time of products at the bound.
+      record: record of benchmarks.lm.
+      set_name: 'lstm' or 'transformer'.
+      sizes: name → shapes of the set.
+      seconds: function from products to their time at the bound.
     """
     shares = []
     for figure in record['figures']:
@@ -105,7 +108,7 @@ def lm_share(
 
 
 def roofline_shares(chip: Chip) -> dict[str, Share]:
-    """Return the measured share of the roofline by kind of model; 1 where nothing was measured."""
+    """Return kind of model → measured share of the roofline, which is 1 if it was not measured."""
     datasheet_bound = Share(1.0, f'not measured on {chip.name}: datasheet roofline, a bound')
     shares = dict.fromkeys(('lstm', 'transformer', 'agent'), datasheet_bound)
 

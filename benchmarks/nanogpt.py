@@ -1,22 +1,22 @@
-"""Train a small character Transformer in mi and in PyTorch, with nanoGPT's CPU recipe.
+"""A comparison of a small character Transformer in mi and in PyTorch, with nanoGPT's CPU recipe.
 
     pip install -e '.[benchmark]' && python -m benchmarks.nanogpt --data=input.txt --compile
 
     torch             blocks of LayerNorm, causal attention and a GELU layer of 4 H features,
                       learned positions, tied embeddings, no biases
-    torch compiled    the same by torch.compile, with --compile
+    torch compiled    the same with torch.compile; requires --compile
     mi                the Transformer of configs/lm.py: RMSNorm, rotary positions, SwiGLU
 
-`--data` is the text of tiny Shakespeare (github.com/karpathy/char-rnn), or any other; without it,
-the novels that the package has. As in the recipe, the last tenth of the text is for validation. All
-sides have 0.8 million parameters, the same batches and learning rates, AdamW with weight decay on
-matrices, a clipped global norm, and f32 on all cores. They take turns (`benchmarks.rounds`): in
-each, a side trains for a share of its steps and waits for every step, and then computes the loss on
-validation windows, which is not timed. The table has medians over the turns, with ranges, the
-losses after equal steps, and the losses when the fastest side has finished.
+`--data` is a text file, such as tiny Shakespeare (github.com/karpathy/char-rnn); the default is the
+novels in the package. As in the recipe, the last tenth of the text is for validation. All sides
+have 0.8 million parameters, the same batches and learning rates, AdamW with weight decay on
+matrices, clipping by global norm, and f32 on all cores. They take turns (`benchmarks.rounds`). In a
+turn, a side trains for a share of its steps, waiting for every step. It then computes the loss on
+validation windows, which is not timed. The table shows medians over the turns with ranges, the
+losses after equal numbers of steps, and the losses at the time when the fastest side has finished.
 
-Source: the README of github.com/karpathy/nanoGPT, `train_shakespeare_char` on a CPU; the torch side
-is written here from its description.
+Source: the README of github.com/karpathy/nanoGPT, `train_shakespeare_char` on a CPU. The torch side
+was written from that description.
 """
 
 import itertools
@@ -59,17 +59,17 @@ VALIDATION_SEED = 2**31  # the same windows for all sides and seeds
 
 
 class Recipe(NamedTuple):
-    """Sizes and optimizer of the recipe; the fields have its names where ours differ.
+    """The sizes and the optimizer of the recipe, with nanoGPT's names in parentheses.
 
     Attributes:
-      layers, heads, width: sizes of the model: n_layer, n_head, n_embd.
-      length: T, tokens of a window: block_size.
-      batch: B, windows of an update: batch_size.
-      steps: number of updates (nanoGPT's max_iters and lr_decay_iters).
-      warmup: updates of linear warm-up: warmup_iters.
-      learning_rate, final_rate: highest and last learning rate: learning_rate, min_lr.
-      b2, weight_decay: of AdamW: beta2, weight_decay.
-      clip_norm: highest global norm of the gradient: grad_clip.
+      layers, heads, width: sizes of the model (n_layer, n_head, n_embd).
+      length: number of tokens in a window, T (block_size).
+      batch: number of windows in an update, B (batch_size).
+      steps: number of updates (max_iters, lr_decay_iters).
+      warmup: number of updates of linear warm-up (warmup_iters).
+      learning_rate, final_rate: highest and last learning rate (learning_rate, min_lr).
+      b2, weight_decay: hyperparameters of AdamW (beta2, weight_decay).
+      clip_norm: maximum global norm of the gradient (grad_clip).
     """
 
     layers: int = 4
@@ -87,10 +87,10 @@ class Recipe(NamedTuple):
 
 
 class Text(NamedTuple):
-    """The characters of a text as ids.
+    """A text, with its characters as ids.
 
     Attributes:
-      train, valid: ids.
+      train, valid: ids for training and validation.
       vocabulary: number of different characters.
     """
 
@@ -103,8 +103,8 @@ class Side(NamedTuple):
     """A model in training.
 
     Attributes:
-      update: (tokens [B, T + 1], step) → None, after the update has been computed.
-      evaluate: tokens [B, T + 1] → mean loss, nats per character.
+      update: function (tokens [B, T + 1], step) → None that computes an update and waits for it.
+      evaluate: function from tokens [B, T + 1] to the mean loss in nats per character.
       count: number of parameters.
     """
 
@@ -114,14 +114,14 @@ class Side(NamedTuple):
 
 
 def load_text(file: str, length: int) -> Text:
-    """Read a text file, '' for the package's novels; the last tenth is for validation.
+    """Read a text, whose last tenth is for validation.
 
     Args:
-      file: path of the file.
-      length: T, the length of a window, which must fit into both parts.
+      file: path of a text file; '' for the novels in the package.
+      length: length of a window, T, which must fit into both parts.
 
     Raises:
-      UserError: if there is no such file, or it is not in UTF-8 or too short.
+      UserError: if the file does not exist, is not in UTF-8, or is too short.
     """
     place = f'--data={file}: '
     try:
@@ -147,14 +147,14 @@ def load_text(file: str, length: int) -> Text:
 
 
 def draw_batch(ids: np.ndarray, recipe: Recipe, *seeds: int) -> np.ndarray:
-    """Return windows of a text that start anywhere, int32 [B, T + 1]."""
+    """Draw windows from a text at random positions, int32 [B, T + 1]."""
     rng = np.random.default_rng(seeds)
     starts = rng.integers(len(ids) - recipe.length, size=recipe.batch)
     return ids[starts[:, None] + np.arange(recipe.length + 1)]
 
 
 def compute_learning_rates(recipe: Recipe) -> np.ndarray:
-    """Return the learning rate of each update, f32 [steps]: linear warm-up, then a cosine."""
+    """Return the learning rates of all updates, linear warm-up and then a cosine, f32 [steps]."""
     steps = np.arange(recipe.steps)
     progress = (steps - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
     cosine = 0.5 * (1 + np.cos(np.pi * progress))
@@ -164,7 +164,7 @@ def compute_learning_rates(recipe: Recipe) -> np.ndarray:
 
 
 def make_torch_model(recipe: Recipe, vocabulary: int) -> Any:
-    """Return the model in torch: ids [B, T] → logits [B, T, V]."""
+    """Return the torch model, ids [B, T] → logits [B, T, V]."""
     import torch
     from torch import nn
 
@@ -209,7 +209,7 @@ def make_torch_model(recipe: Recipe, vocabulary: int) -> Any:
 
 
 def make_torch_side(recipe: Recipe, vocabulary: int, seed: int, is_compiled: bool) -> Side:
-    """Return the side in torch."""
+    """Return the torch side."""
     import torch
 
     torch.manual_seed(seed)
@@ -265,7 +265,7 @@ def make_config(recipe: Recipe) -> ml_collections.ConfigDict:
 
 
 def make_mi_side(recipe: Recipe, vocabulary: int, seed: int) -> Side:
-    """Return our side: the update of `mi.lm.trainer`, and its model."""
+    """Return our side, which uses the model and the update of `mi.lm.trainer`."""
     trainer = factory.build_trainer(make_config(recipe), vocabulary)
     mesh = sharding.make_mesh(1, recipe.batch)
     seeds = np.array([seed], np.int32)
@@ -323,7 +323,7 @@ def list_turns(steps: int, turns: int) -> list[range]:
 def train_in_turns(
     side: Side, text: Text, recipe: Recipe, seed: int, turns: Sequence[range]
 ) -> Callable[[], dict[str, float]]:
-    """Return a function that runs the next turn of a side: its steps, seconds and loss after it."""
+    """Return a function that runs the next turn of a side, and returns its steps, time and loss."""
     windows = [
         draw_batch(text.valid, recipe, VALIDATION_SEED, index)
         for index in range(VALIDATION_BATCHES)
@@ -345,7 +345,10 @@ def train_in_turns(
 
 
 def find_loss(turns: Sequence[Mapping[str, float]], seconds: float) -> float:
-    """Return the loss after some seconds of training, interpolated between turns; NaN before."""
+    """Return the loss after some seconds of training, interpolated between turns.
+
+    The loss is NaN before the end of the first turn.
+    """
     times = np.cumsum([turn['seconds'] for turn in turns])
     losses = [turn['loss'] for turn in turns]
     return float(np.interp(seconds, times, losses, left=np.nan))
@@ -354,10 +357,10 @@ def find_loss(turns: Sequence[Mapping[str, float]], seconds: float) -> float:
 def print_table(
     results: Mapping[str, Sequence[Mapping[str, float]]], recipe: Recipe
 ) -> list[dict[str, Any]]:
-    """Print a row for each side, and return its figures.
+    """Print and return a row for each side.
 
     Args:
-      results: side → its turns.
+      results: side → results of its turns.
       recipe: the recipe.
     """
     tokens_per_step = recipe.batch * recipe.length
@@ -393,7 +396,7 @@ def print_table(
 
 
 def main(argv: Sequence[str]) -> None:
-    """Race the sides, or serve as one of them."""
+    """Compare the sides, or serve as one of them."""
     del argv
     all_turns = list_turns(STEPS.value, TURNS.value)
     recipe = Recipe(steps=STEPS.value)

@@ -1,18 +1,20 @@
-"""A simulation of actors, a bounded queue and a learner: the topology of `mi.rl.actors.threads`.
+"""A simulation of the actors, the bounded queue and the learner of `mi.rl.actors.threads`.
 
     actor: newest parameters → T times (receive, act, send) for each group → pack → put
     learner: take batch / rows trajectories → join → dispatch the update → publish immediately
 
-Nothing is trained. The duration of every stage is a random draw. The model adds who waits for whom:
+Nothing is trained. The duration of every stage is drawn at random. The simulation models which
+stage waits for which:
 
 - A group simulates while its thread acts for the other groups. The thread serves the groups in turn
   and waits for each.
-- The queue is bounded. Threads that meet a full queue wait, first come, first served.
-- The learner dispatches updates without waiting for them. It publishes a version before it is
-  computed, so the first action with it waits for its update. At most `max_in_flight` updates are
-  pending.
-- On one accelerator (`one_device`) policy and updates run one at a time, in the order of dispatch.
-  On a CPU they run side by side and slow each other down: measure the stages where both run.
+- The queue is bounded. Threads wait while it is full; the first to wait is served first.
+- The learner dispatches updates without waiting for them. It publishes parameters before they are
+  computed, so the first action with new parameters waits for their update. At most `max_in_flight`
+  updates are pending.
+- On one accelerator (`one_device`), policy calls and updates run one at a time, in the order of
+  dispatch. On a CPU they run simultaneously and slow each other down, so the stages must be
+  measured while both run.
 
 Shapes: N actors, G groups of b rows each, T steps, B rows per update.
 """
@@ -31,30 +33,30 @@ PARKED = float('inf')
 
 
 def constant(seconds: float) -> Distribution:
-    """Return the distribution that always draws the same seconds."""
+    """Return the distribution of a constant duration."""
     return lambda random: seconds
 
 
 def exponential(mean: float) -> Distribution:
-    """Return an exponential distribution of seconds."""
+    """Return an exponential distribution of durations."""
     return lambda random: float(random.exponential(mean))
 
 
 def empirical(seconds: Sequence[float]) -> Distribution:
-    """Return the uniform distribution over measured seconds."""
+    """Return the uniform distribution over measured durations."""
     measured_seconds = np.asarray(seconds, float)
     return lambda random: float(measured_seconds[random.integers(len(measured_seconds))])
 
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """A simulator of one environment, on one core.
+    """The timing of a simulator of one environment, on one core.
 
     Attributes:
       step: mean seconds per step.
-      spread: standard deviation of the logarithm of a step's seconds, which is normal.
+      spread: standard deviation of the logarithm of the step time, which has a normal distribution.
       reset: seconds that a new episode adds.
-      episode_length: mean steps per episode.
+      episode_length: mean number of steps per episode.
     """
 
     step: float
@@ -64,10 +66,10 @@ class Engine:
 
 
 def engine_group(rows: int, cores: int, engine: Engine) -> Distribution:
-    """Return the seconds per step of a group of engines, which waits for its slowest core.
+    """Return the distribution of the step time of a group, which waits for its slowest core.
 
     Args:
-      rows: number of engines, spread evenly over the cores.
+      rows: number of engines, distributed evenly over the cores.
       cores: number of cores, which do nothing else.
       engine: timing of one engine.
     """
@@ -85,19 +87,19 @@ def engine_group(rows: int, cores: int, engine: Engine) -> Distribution:
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Sizes of actors, queue and learner, named as in `config.actors` and `config.train`.
+    """The sizes of actors, queue and learner, named as in `config.actors` and `config.train`.
 
     Attributes:
-      actors: N.
-      groups: G, groups per actor.
-      rows: b, rows per group, `actors.batch`.
-      batch: B, rows per update; a multiple of b.
-      length: T.
-      queue: capacity in trajectories.
-      max_lag: updates; the learner drops older trajectories.
-      max_in_flight: pending updates when the learner takes the next trajectories. XLA has 32 on a
-        CPU (`max_inflight_computations_per_device`); 0 waits for each update.
-      one_device: policy and updates take turns on one device.
+      actors: number of actors, N.
+      groups: number of groups per actor, G.
+      rows: number of rows per group, b (`actors.batch`).
+      batch: number of rows per update, B; a multiple of b.
+      length: number of steps in a trajectory, T.
+      queue: capacity of the queue in trajectories.
+      max_lag: maximum lag in updates; the learner drops older trajectories.
+      max_in_flight: maximum number of pending updates when the learner takes the next trajectories.
+        On a CPU, XLA allows 32 (`max_inflight_computations_per_device`). 0 waits for each update.
+      one_device: whether policy calls and updates take turns on one device.
     """
 
     actors: int
@@ -117,15 +119,15 @@ class Topology:
 
 @dataclasses.dataclass(frozen=True)
 class Stages:
-    """Distributions of the seconds that each stage takes.
+    """Distributions of the durations of the stages.
 
     Attributes:
-      simulate: a step of a group's environments.
-      act: the thread's work for one step of a group: copies, policy, sending.
+      simulate: a step of the environments of a group.
+      act: the work of a thread for one step of a group: copies, policy, sending.
       first_act: the same for the first step with new parameters, which may take longer.
       pack: combining steps into a trajectory.
-      join: the learner thread's work before it dispatches an update.
-      update: the update on the device.
+      join: the work of the learner's thread before it dispatches an update.
+      update: an update on the device.
     """
 
     simulate: Distribution
@@ -138,16 +140,16 @@ class Stages:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Statistics of a run, without the warm-up.
+    """Statistics of a run, excluding the warm-up.
 
     Attributes:
-      steps_per_second: environment steps that the learner consumes.
-      utilization: share of the time in which the learner computes an update.
+      steps_per_second: environment steps per second that the learner consumes.
+      utilization: fraction of the time in which the device computes an update.
       queue_wait: mean seconds that a trajectory spends in the queue.
-      actor_wait: mean seconds per trajectory that a thread waits for a full queue.
-      lag: mean age of trajectories in updates.
-      lag_max: largest age.
-      dropped: trajectories that exceeded `max_lag`.
+      actor_wait: mean seconds per trajectory that a thread waits because the queue is full.
+      lag: mean lag of trajectories in updates.
+      lag_max: largest lag.
+      dropped: number of trajectories that exceeded `max_lag`.
     """
 
     steps_per_second: float
@@ -166,7 +168,7 @@ class _Trajectory:
 
 
 class _System:
-    """The state that the processes share, and the event queue that runs them."""
+    """The state shared by the simulated processes, and the event queue that runs them."""
 
     def __init__(self, topology: Topology, stages: Stages, seed: int):
         self.topology, self.stages = topology, stages
@@ -201,7 +203,7 @@ class _System:
                 self._schedule(resume_time, process)
 
     def actor(self) -> Process:
-        """Collect and put trajectories, as `Actors._run` and `Worker.collect`."""
+        """Collect and enqueue trajectories, like `Actors._run_worker` and `Worker.collect`."""
         topology, stages = self.topology, self.stages
         simulated_times = [0.0] * topology.groups
         while True:
@@ -230,7 +232,7 @@ class _System:
                 self._wake(self._blocked_learners)
 
     def learner(self) -> Process:
-        """Take trajectories, update and publish, as `mi.rl.actors.loop` does."""
+        """Take trajectories, update and publish, like `mi.rl.actors.loop`."""
         topology, stages = self.topology, self.stages
         while True:
             # Take a batch of trajectories that are not too old.
@@ -277,7 +279,7 @@ class _System:
 def simulate(
     topology: Topology, stages: Stages, updates: int = 200, warmup: int = 50, seed: int = 0
 ) -> Outcome:
-    """Simulate `updates` updates; return the statistics of those after the first `warmup`."""
+    """Simulate `updates` updates; return statistics that exclude the first `warmup`."""
     system = _System(topology, stages, seed)
     system.run(updates)
 
@@ -300,8 +302,8 @@ def simulate(
 def compute_collection_time(topology: Topology, simulate: float, act: float) -> float:
     """Return the seconds per collection of an actor with constant stages, in closed form.
 
-    A round over the groups takes max(G · act, act + simulate). Either the thread never waits, and
-    the last group simulates alone at the end, or it waits for the simulators in every round.
+    A round over the groups takes max(G · act, act + simulate). Either the thread waits for the
+    simulators in every round, or it waits only for the last group at the end.
     """
     G, T = topology.groups, topology.length
     if G * act >= act + simulate:
@@ -312,7 +314,7 @@ def compute_collection_time(topology: Topology, simulate: float, act: float) -> 
 def compute_rates(
     topology: Topology, simulate: float, act: float, pack: float, update: float
 ) -> tuple[float, float]:
-    """Return environment steps per second of the actors alone and of the learner alone."""
+    """Return the environment steps per second of the actors alone and of the learner alone."""
     actor_steps = topology.groups * topology.rows * topology.length
     seconds = compute_collection_time(topology, simulate, act) + topology.groups * pack
     return topology.actors * actor_steps / seconds, topology.batch * topology.length / update

@@ -1,9 +1,9 @@
-"""Straightforward training loops that `benchmarks.rl` compares ours with.
+"""Straightforward training loops, with which `benchmarks.rl` compares ours.
 
-Loss, optimizer and sizes are ours, so that the work is the same. The loops use XLand-MiniGrid's own
-step, one-hot contexts in dense products and the textbook LSTM cell in `nn.scan`. They encode the
-instruction at every step, have one group of environments, and alternate between acting and
-learning.
+Loss, optimizer and sizes are the same as ours, so that the work is comparable. The loops use
+XLand-MiniGrid's own step, one-hot contexts in dense products, and a textbook LSTM cell in
+`nn.scan`. They encode the instruction at every step, have one group of environments, and alternate
+between acting and learning.
 """
 
 import functools
@@ -41,7 +41,7 @@ GOALS = {
 
 
 def lstm(hidden_size: int, carry: Carry, inputs: Array, is_first: Array) -> tuple[Carry, Array]:
-    """Run a textbook LSTM along the first axis; each episode starts from zeros."""
+    """Apply a textbook LSTM along the first axis; each episode starts from a state of zeros."""
 
     def step(
         cell: nn.OptimizedLSTMCell, carry: Carry, timestep: tuple[Array, Array]
@@ -55,7 +55,7 @@ def lstm(hidden_size: int, carry: Carry, inputs: Array, is_first: Array) -> tupl
 
 
 class Net(nn.Module):
-    """A network from grid, action and reward through an LSTM to policy and value.
+    """A network that maps grid, action and reward to policy and value through an LSTM.
 
     The task is concatenated or multiplied at the read-out. Instructions are encoded at every step
     and concatenated to the observation.
@@ -117,7 +117,7 @@ class Net(nn.Module):
 
 
 class LoopState(NamedTuple):
-    """The state of all environments and their agent between two steps."""
+    """The state of all environments and the agent between two steps."""
 
     time_step: TimeStep
     task: Array
@@ -126,7 +126,7 @@ class LoopState(NamedTuple):
 
 
 class PlainXLand:
-    """Our tasks in XLand-MiniGrid's own environment."""
+    """Our tasks in the environment of XLand-MiniGrid."""
 
     def __init__(self) -> None:
         self._environment = XLandMiniGrid()
@@ -150,7 +150,7 @@ class PlainXLand:
         self._tiles = jnp.stack(list(tiles.values()))
 
     def reset(self, reset_key: chex.PRNGKey) -> tuple[TimeStep, Array]:
-        """Begin an episode of a random task; return its first time step and the task."""
+        """Begin an episode of a random task; return the first time step and the task."""
         task_key, reset_key = jax.random.split(reset_key)
         task = jax.random.randint(task_key, (), 0, len(xland.TRAIN))
         rules = RuleSet(
@@ -161,7 +161,7 @@ class PlainXLand:
     def step(
         self, time_step: TimeStep, task: Array, action: Array, reset_key: chex.PRNGKey
     ) -> tuple[TimeStep, Array, Array]:
-        """Step all environments; return time steps, tasks and discounts. Episodes restart."""
+        """Step all environments, restarting ended ones; return time steps, tasks and discounts."""
         step = jax.vmap(self._environment.step, (None, 0, 0))
         next_step = step(self._params, time_step, action)
         is_last = next_step.step_type == 2
@@ -177,7 +177,7 @@ class PlainXLand:
 
 
 def make_inputs(time_step: TimeStep, task: Array, action: Array) -> Inputs:
-    """Return the agent's inputs at time steps of XLand-MiniGrid."""
+    """Convert time steps of XLand-MiniGrid to inputs of the agent."""
     direction = jax.nn.one_hot(time_step.state.agent.direction, 4)
     has_object = (time_step.state.agent.pocket[:, :1] > 0).astype(jnp.float32)
     features = jnp.concatenate([direction, has_object], -1)
@@ -188,7 +188,7 @@ def make_inputs(time_step: TimeStep, task: Array, action: Array) -> Inputs:
 def act(
     network: Net, params: Params, carry: Carry, inputs: Inputs, action_key: chex.PRNGKey
 ) -> tuple[Carry, Array, Array]:
-    """Return the next carry, and actions [B] with their log-probabilities [B]."""
+    """Return the next carry, the actions [B] and their log-probabilities [B]."""
     carry, outputs = network.apply(
         {'params': params}, carry, jax.tree.map(lambda array: array[None], inputs)
     )
@@ -200,9 +200,9 @@ def act(
 def make_xland_update(
     config: ml_collections.ConfigDict, fusion: Literal['concat', 'mi']
 ) -> tuple[Callable[..., Any], tuple[learner.LearnerState, LoopState, chex.PRNGKey]]:
-    """Return an update of the plain fused loop on our tasks, and its first arguments.
+    """Return an update of the plain fused loop on our tasks, and its initial arguments.
 
-    The update maps learner state, loop state and key to the next states and the loss.
+    The update maps learner state, loop state and random key to the next states and the loss.
     """
     batch_size, num_steps = config.train.batch, config.train.length
     environment = PlainXLand()
@@ -278,7 +278,10 @@ def xland_step(
 
 
 def host_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
-    """Return an update of the plain loop on host environments; pixels use our network."""
+    """Return a function that runs an update of the plain loop on host environments.
+
+    Pixel environments use our network.
+    """
     batch_size, num_steps = config.train.batch, config.train.length
     # Make environments, agent and learner.
     pool = envs.pool(config.env.name, batch_size, 0)

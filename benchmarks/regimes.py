@@ -1,4 +1,4 @@
-"""Layers and sizes that `benchmarks.layers` and `benchmarks.layers_tpu` measure."""
+"""The layers and sizes that `benchmarks.layers` and `benchmarks.layers_tpu` measure."""
 
 import dataclasses
 import math
@@ -12,15 +12,15 @@ class Regime:
     """A layer and its sizes.
 
     Attributes:
-      name: title.
-      form: full, ids, film or low_rank.
+      name: title for tables.
+      form: 'full', 'ids', 'film' or 'low_rank'.
       rows: leading axes of x, [B] or [S, T].
-      m: features of z, or number of ids.
-      n: features of x.
-      k: features of y.
-      shared: z is [S, 1, m] and shared along T.
-      rank: rank of the form low_rank.
-      ids: distribution of the form ids: balanced, random or skewed.
+      m: number of features of z, or number of ids.
+      n: number of features of x.
+      k: number of features of y.
+      shared: whether z is [S, 1, m] and shared along T.
+      rank: rank, for the form 'low_rank'.
+      ids: distribution of the ids, for the form 'ids': 'balanced', 'random' or 'skewed'.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Regime:
     ids: str = ''
 
     def count_operations(self) -> int:
-        """Return the forward operations of the products in the cheapest order."""
+        """Return the number of operations in the forward products, in the cheapest order."""
         B, m, n, k, r = math.prod(self.rows), self.m, self.n, self.k, self.rank
         if self.form == 'film':
             return 4 * B * m * n
@@ -102,7 +102,7 @@ REGIMES = [
 
 
 def random_regimes() -> list[Regime]:
-    """Return a dozen shapes, the same in every run; a GPU gets larger ones too."""
+    """Return a dozen random regimes, the same in every run; some are larger on a GPU."""
     rng = np.random.default_rng(20_200_426)
     octaves, max_operations = (11, 2e10) if jax.default_backend() == 'cpu' else (16, 1e12)
     regimes: list[Regime] = []
@@ -115,7 +115,7 @@ def random_regimes() -> list[Regime]:
 
 
 def relative_error(regime: Regime, arrays: dict[str, np.ndarray], output: np.ndarray) -> float:
-    """Return ‖output − exact‖ / ‖exact‖ on the first 16 rows, with exact in float64."""
+    """Return ‖output − exact‖ / ‖exact‖ over the first 16 rows, where exact is in float64."""
     terms = {
         name: array.astype(np.float64) for name, array in arrays.items() if array.dtype != np.int32
     }

@@ -1,20 +1,20 @@
-"""A race of the RL trainer against plain loops and RLlib, in environment steps per second.
+"""A comparison of the RL trainer with plain loops and RLlib, in environment steps per second.
 
     pip install -e '.[benchmark]' && python -m benchmarks.rl
 
     xland     30 tasks, topology 'fused', LSTM-128, B = 128, T = 20: every fusion at the read-out,
-              and the plain fused loop with concat and with the full mi
-    babyai    4 levels, topology 'threads', instructions concatenated to observations, against the
-              plain loop and RLlib; and with the full mi of both
+              and the plain fused loop with concat and with full mi
+    babyai    4 levels, topology 'threads', instructions concatenated to observations or fused by
+              full mi, against the plain loop and RLlib
     pong      the convolutions of DQN, topology 'threads', against the plain loop and RLlib
     parts     each part of a fused update, compiled and timed alone
-    seeds     for a GPU: xland with 4,096 environments, one seed or eight in a program
+    seeds     for a GPU: xland with 4,096 environments, one or eight seeds in a program
     conv      an update with the convolutions of DQN, against PyTorch's forward and backward pass of
-              these alone: XLA's CPU backend is many times slower at them inside a scan
+              the convolutions alone. XLA's CPU backend is many times slower at them inside a scan
 
 The sides take turns (`benchmarks.rounds`). The peers are in `benchmarks.plain_rl` and
-`benchmarks.rllib`. The table has medians over the rounds, and the median of the rounds' ratios to
-the peer.
+`benchmarks.rllib`. The table shows medians over the rounds, and the median over rounds of the ratio
+to the peer.
 """
 
 import functools
@@ -91,7 +91,7 @@ def count_steps(set_name: str, side: str) -> int:
 
 
 def fused_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
-    """Return an update of the topology 'fused'."""
+    """Return a function that runs an update of the topology 'fused'."""
     environment = envs.make(config.env.name)
     agent = factory.build_agent(config, environment.spec)
     optimizer = optim.make_optimizer(config.optim, 1000)
@@ -109,7 +109,7 @@ def fused_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
 
 
 def threads_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
-    """Return an update of the topology 'threads', with its actors running."""
+    """Return a function that runs an update of the topology 'threads', with running actors."""
     pool = envs.pool(config.env.name, config.actors.batch, 0)
     agent = factory.build_agent(config, pool.spec)
     optimizer = optim.make_optimizer(config.optim, 1000)
@@ -134,7 +134,7 @@ def threads_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
 
 
 def parts_step(config: ml_collections.ConfigDict, part_name: str) -> Callable[[], object]:
-    """Return one part of an update: environment, policy or learning."""
+    """Return a function that runs a part of an update: 'environment', 'policy' or 'learning'."""
     # Initialize environments, agent and learner.
     environment = envs.make(config.env.name)
     agent = factory.build_agent(config, environment.spec)
@@ -180,7 +180,7 @@ def parts_step(config: ml_collections.ConfigDict, part_name: str) -> Callable[[]
 
 
 def conv_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
-    """Return a learner's update on random frames."""
+    """Return a function that runs an update of the learner on random frames."""
     pool = envs.pool(config.env.name, 1, 0)
     agent = factory.build_agent(config, pool.spec)
     optimizer = optim.make_optimizer(config.optim, 1000)
@@ -214,7 +214,7 @@ def conv_step(config: ml_collections.ConfigDict) -> Callable[[], object]:
 
 
 def torch_convolutions(config: ml_collections.ConfigDict) -> Callable[[], object]:
-    """Return forward and backward pass of the convolutions in torch."""
+    """Return a function that runs the forward and backward pass of the convolutions in torch."""
     import torch
 
     convolutions = torch.nn.Sequential(
@@ -231,7 +231,7 @@ def torch_convolutions(config: ml_collections.ConfigDict) -> Callable[[], object
 
 
 def make_step(set_name: str, side: str) -> Callable[[], object]:
-    """Return an update of a side."""
+    """Return a function that runs an update of a side."""
     config = make_config(set_name)
     if side.startswith('plain'):
         from benchmarks import plain_rl
@@ -258,11 +258,11 @@ def make_step(set_name: str, side: str) -> Callable[[], object]:
 
 
 def print_ratios(set_name: str, seconds: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-    """Print a row for each side of a set, and return a figure for each.
+    """Print and return a row for each side of a set.
 
     Args:
       set_name: name of the set.
-      seconds: side → seconds per update by round, with the peer of the ratios first.
+      seconds: side → seconds per update in each round; the first side is the reference of ratios.
     """
     peer = next(iter(seconds))
     figures = []
@@ -290,7 +290,7 @@ def print_ratios(set_name: str, seconds: Mapping[str, Sequence[float]]) -> list[
 
 
 def main(argv: Sequence[str]) -> None:
-    """Race the sides of every set, or serve as one of them."""
+    """Compare the sides of every set, or serve as one of them."""
     del argv
     if SIDE.value:
         set_name, side = SIDE.value.split('/')

@@ -1,9 +1,9 @@
 """RLlib's IMPALA on the environments of `benchmarks.rl`, in an ordinary configuration.
 
-Each of RLlib's sub-environments is one EnvPool game or level. Pong has the convolutions of DQN and
-512 features, as ours. RLlib's models cannot encode instructions: for BabyAI the network gets the
-one-hot grid and a bag of the instruction's words, two dense layers and an LSTM-128. That is less
-work than ours.
+Each of RLlib's sub-environments is one EnvPool game or level. For Pong, the network has the
+convolutions of DQN and 512 features, like ours. RLlib's models cannot encode instructions, so for
+BabyAI the network reads the one-hot grid and a bag of the instruction's words through two dense
+layers and an LSTM-128. That is less work than ours.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from mi.rl.envs.spec import Step
 
 
 class Pong(gymnasium.Env[np.ndarray, int]):
-    """One game of EnvPool, frames [84, 84, 4] in [0, 1]."""
+    """One EnvPool game of Pong, with frames [84, 84, 4] in [0, 1]."""
 
     def __init__(self, config: Any):
         del config
@@ -43,7 +43,7 @@ class Pong(gymnasium.Env[np.ndarray, int]):
 
 
 class BabyAI(gymnasium.Env[np.ndarray, int]):
-    """One environment of our BabyAI pools; instances take the levels in turn."""
+    """One BabyAI environment from our pools; successive instances cycle through the levels."""
 
     instances = itertools.count()
 
@@ -82,7 +82,10 @@ class BabyAI(gymnasium.Env[np.ndarray, int]):
 
 
 def make_step(set_name: str, config: ml_collections.ConfigDict) -> Callable[[], float]:
-    """Return a function that trains once and returns the number of updates of our size."""
+    """Return a function that trains until the next update and returns the number of updates.
+
+    The number is in units of our batches.
+    """
     import ray
     from ray.rllib.algorithms.impala import IMPALAConfig
     from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig

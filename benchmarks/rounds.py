@@ -1,8 +1,8 @@
-"""A race between the sides of a comparison, in processes that take turns.
+"""A timed comparison of several sides, in processes that take turns.
 
-In one process the threads of two frameworks would disturb each other. Two consecutive runs would
-see a machine in two states. So each side has its own process, sleeps during the turns of the rest,
-and is compared round by round.
+A side is one of the implementations to compare. In one process, the threads of two frameworks would
+disturb each other, and the state of the machine may change between two runs. Therefore each side
+has its own process, sleeps while the others run, and is compared round by round.
 """
 
 import json
@@ -20,11 +20,11 @@ PAUSE = 0.3  # seconds until the threads of the previous side have stopped spinn
 
 
 def serve(step: Callable[[], object], seconds: float = 0.7) -> None:
-    """Time steps for every line on stdin, in the process of a side.
+    """Time a round of steps for every line on stdin, in the process of a side.
 
     Args:
-      step: runs one step, or returns the number of steps that it ran, as a float.
-      seconds: approximate length of a round.
+      step: function that runs one step, or runs several and returns their number as a float.
+      seconds: approximate duration of a round.
     """
     step()  # compile
     num_calls, start_time = 0, time.perf_counter()
@@ -41,7 +41,7 @@ def serve(step: Callable[[], object], seconds: float = 0.7) -> None:
 
 
 def serve_turns(take_turn: Callable[[], object]) -> None:
-    """Print the result of a turn as JSON for every line on stdin, in the process of a side."""
+    """Run a turn for every line on stdin and print its result as JSON, in the process of a side."""
     print('ready', flush=True)
     for _ in sys.stdin:
         print(json.dumps(take_turn()), flush=True)
@@ -50,15 +50,16 @@ def serve_turns(take_turn: Callable[[], object]) -> None:
 def race(
     commands: Mapping[str, Sequence[str]], rounds: int, parse: Callable[[str], Result] = float
 ) -> dict[str, list[Result]]:
-    """Return the seconds per step by side and round.
+    """Run all sides in turns, and return side → result of each round (seconds per step).
 
     Args:
-      commands: side → arguments of python that run `serve`.
+      commands: side → arguments with which python runs `serve`.
       rounds: number of rounds.
-      parse: reads the line of a round; `json.loads` for sides that run `serve_turns`.
+      parse: function that parses the output of a round; `json.loads` for sides that run
+        `serve_turns`.
 
     Raises:
-      RuntimeError: if a side ends; its message is on stderr.
+      RuntimeError: if a process ends early; its message is on stderr.
     """
     workers: dict[str, subprocess.Popen[str]] = {}
 
@@ -67,7 +68,7 @@ def race(
         assert worker.stdout is not None
         answer = worker.stdout.readline()
         if not answer:
-            raise RuntimeError(f'{side} ended with exit code {worker.wait()}')
+            raise RuntimeError(f'{side} ended early with exit code {worker.wait()}')
         return answer
 
     def wait_until_ready(side: str) -> None:

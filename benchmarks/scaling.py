@@ -1,11 +1,11 @@
-"""Estimates of WikiText-103 and DMLab-30 on 1, 8, 64 and 512 chips: the tables of docs/scaling.md.
+"""Estimates for WikiText-103 and DMLab-30 on 1, 8, 64 and 512 chips, the tables of docs/scaling.md.
 
     pip install -e '.[sweep]' && python -m benchmarks.scaling
     python -m benchmarks.scaling --chip='TPU v5p' --price=4 --core_price=0.03
 
-Measured speeds come from benchmarks/results. Without lm_gpu.json and rl_gpu.json, products run at
-the chip's roofline, and the table says that this is a bound. Everything else is a constant with its
-source, here and in `benchmarks.cluster`.
+Measured speeds come from benchmarks/results. Without lm_gpu.json and rl_gpu.json, products are
+assumed to reach the chip's roofline, and the table marks this as a bound. All other inputs are
+constants with sources, in this module and in `benchmarks.cluster`.
 """
 
 import json
@@ -50,8 +50,8 @@ class Prices(NamedTuple):
     """Prices per hour, in any currency.
 
     Attributes:
-      chip: price per chip.
-      core: price per processor core beyond those of the chips' hosts.
+      chip: price of a chip.
+      core: price of a processor core beyond those of the chips' hosts.
     """
 
     chip: float
@@ -62,10 +62,10 @@ class System(NamedTuple):
     """A set of actors for one learner.
 
     Attributes:
-      topology: threads or ray.
-      rows: environments per group.
-      cores: cores per group.
-      batch: rows per update.
+      topology: 'threads' or 'ray'.
+      rows: number of environments per group.
+      cores: number of cores per group.
+      batch: number of rows per update.
       actors: number of actors.
     """
 
@@ -85,7 +85,10 @@ SYSTEMS = (
 
 
 def lm_table(job: Job, chip: Chip, share: float, price: float, is_weak: bool) -> Table:
-    """Return a row per number of chips: the same batch on all, or the same rows on each if weak."""
+    """Return a table with a row for each number of chips and of FSDP shards.
+
+    The batch has the same size on all numbers of chips, or the same rows per chip if `is_weak`.
+    """
     head = ['chips', 'FSDP', 'rows', 'GB', 'products', 'optimizer', 'MB', 'network', 'step']
     table_rows = [[*head, 'bound by', 'k tokens/s', 'of linear', 'updates', 'hours', 'cost']]
     single_rate = cluster.estimate_step(job, chip, 1, WIKITEXT_BATCH, share=share).rate
@@ -122,7 +125,7 @@ def _lm_row(job: Job, step: Step, fsdp: int, efficiency: float, price: float) ->
 
 
 def core_seconds(has_policy: bool) -> float:
-    """Return core seconds per environment step: the engine, and the policy if it runs there."""
+    """Return the core seconds per environment step of the engine, and of the policy if included."""
     engine_seconds = ENGINE.step + ENGINE.reset / ENGINE.episode_length
     if not has_policy:
         return engine_seconds
@@ -130,7 +133,7 @@ def core_seconds(has_policy: bool) -> float:
 
 
 def rl_table(chip: Chip, share: float, prices: Prices) -> Table:
-    """Return a row per number of chips: the learner's rate, and the cores that feed it."""
+    """Return a table of the learner's rate and the cores that supply it, by number of chips."""
     head = ['chips', 'GB', 'update', 'network', 'learner steps/s', 'MB/s', 'cores it wants']
     table_rows = [[*head, 'cores', 'bound by', 'steps/s', 'updates', 'hours', 'cost']]
     job, step_bytes = workloads.dmlab_job(), workloads.trajectory_bytes()
@@ -171,10 +174,11 @@ def rl_table(chip: Chip, share: float, prices: Prices) -> Table:
 
 
 def actors_table(chip: Chip, share: float) -> Table:
-    """Return a row per system of actors for one learner on one chip, from simulations.
+    """Return a table of simulated systems of actors, for one learner on one chip.
 
-    Threads share the chip, and the interpreter's lock, with the learner. Ray's actors act on the
-    cores of their engines, and their learner waits for each update because it has to send it.
+    Threads share the chip and the interpreter's lock with the learner. Ray's actors act on the
+    cores of their engines, and their learner waits for each update because it has to send the
+    parameters.
     """
     head = ['topology', 'actors', 'rows of a group', 'of an update', 'cores', 'steps/s']
     table_rows = [[*head, 'learner busy', 'lag', 'largest', 'dropped', 'hours']]
@@ -242,7 +246,7 @@ def _make_stages(system: System, job: Job, chip: Chip, share: float) -> pipeline
 
 
 def check_table() -> Table:
-    """Return the simulation next to a real run, from actors_cpu.json."""
+    """Return a table of simulations beside real runs, from actors_cpu.json."""
     record = measurements.read_record('actors_cpu.json')
     table_rows = [['set', 'actors', '', 'steps/s', 'learner busy', 'lag', 'largest', 'actor waits']]
     for figure in record['figures']:
@@ -264,7 +268,7 @@ def check_table() -> Table:
 
 
 def wikitext_jobs() -> dict[str, Job]:
-    """Return the jobs on WikiText-103 by name of their model."""
+    """Return name of the model → job on WikiText-103."""
     jobs = {}
     for model_name in ('lstm', 'transformer'):
         config = lm_wikitext103.get_config(model_name).unlock()
@@ -274,7 +278,7 @@ def wikitext_jobs() -> dict[str, Job]:
 
 
 def inputs_table(chip: Chip) -> Table:
-    """Return the measured and the derived inputs of the other tables."""
+    """Return a table of the measured and derived inputs of the other tables."""
     cpu_record = measurements.read_record('lm_cpu.json')
     num_cores, core_peak = measurements.count_cores(cpu_record), measurements.core_flops()
 
@@ -305,7 +309,7 @@ def inputs_table(chip: Chip) -> Table:
 
 
 def tables(chip: Chip, prices: Prices) -> Iterator[tuple[str, str, Table]]:
-    """Yield name, heading and rows of every table."""
+    """Yield the name, the heading and the rows of each table."""
     shares = measurements.roofline_shares(chip)
     yield 'inputs', 'Inputs', inputs_table(chip)
     for model_name, job in wikitext_jobs().items():
@@ -333,7 +337,7 @@ def print_table(heading: str, table: Table) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print every table, and write them where --write says."""
+    """Print every table, and write them to the file given by --write."""
     del argv
     chip = CHIPS[CHIP.value]
     print(f'{chip.name}: {chip.source}')

@@ -1,11 +1,11 @@
-"""A soak test of the topology 'threads': memory, rate, lag, queue, and a clean stop.
+"""A soak test of the topology 'threads', which tracks memory, speed, lag and the queue.
 
     pip install -e '.[sweep,envpool]' && python -m benchmarks.soak --minutes=10
 
-Run training on four levels of BabyAI in a process, and print a row per minute: resident memory,
-environment steps per second, mean and largest lag of the trajectories in updates, dropped
-trajectories, and trajectories in the queue. At the end the process gets SIGTERM; it must save and
-exit with 143.
+The test trains on four levels of BabyAI in a subprocess, and prints a row per minute: resident
+memory, environment steps per second, mean and largest lag of the trajectories in updates, dropped
+trajectories, and trajectories in the queue. At the end it sends SIGTERM to the subprocess, which
+must save and exit with 143.
 """
 
 import json
@@ -33,7 +33,7 @@ def resident_memory(pid: int) -> float:
 
 
 def read_records(path: pathlib.Path) -> list[dict[str, float]]:
-    """Return the records of a JSONL file; none if it does not exist."""
+    """Return the records in a JSONL file, or [] if it does not exist."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def watch(process: subprocess.Popen[bytes], workdir: pathlib.Path) -> None:
-    """Print a row per minute from the first record on, then stop the run with SIGTERM."""
+    """Print a row per minute after the first record, then stop the run with SIGTERM."""
     # Wait for the first record.
     while process.poll() is None and not read_records(workdir / 'timing.jsonl'):
         time.sleep(0.5)

@@ -1,6 +1,6 @@
 """Products, activations and parameters of the training jobs in `benchmarks.scaling`.
 
-Everything is traced abstractly: no array is allocated.
+Everything is traced abstractly, without allocating arrays.
 """
 
 import collections
@@ -34,11 +34,11 @@ DMLAB_FRAMES = 10e9  # four per environment step
 
 
 class Training(NamedTuple):
-    """Model, optimizer and the shapes of the training state.
+    """A model, its optimizer and the shapes of its training state.
 
     Attributes:
       model: language model or agent.
-      optimizer: its optimizer.
+      optimizer: optimizer of the model.
       state: shapes of the training state.
     """
 
@@ -48,20 +48,20 @@ class Training(NamedTuple):
 
 
 def lm_training(config: ml_collections.ConfigDict, vocabulary: int, rows: int) -> Training:
-    """Return model, optimizer and state shapes of a language model."""
+    """Return a language model, its optimizer and the shapes of its training state."""
     trainer = make_lm_trainer(config, vocabulary, rows)
     state_shapes = jax.eval_shape(trainer.init, jax.ShapeDtypeStruct((), jnp.int32))
     return Training(trainer.model, trainer.optimizer, state_shapes)
 
 
 def make_lm_trainer(config: ml_collections.ConfigDict, vocabulary: int, rows: int) -> Trainer:
-    """Return the trainer of a batch of `rows` sequences, which are not divided into parts."""
+    """Return the trainer for batches of `rows` sequences, without gradient accumulation."""
     trainer = lm.build_trainer(config, vocabulary)
     return dataclasses.replace(trainer, batch_size=rows, accumulation=1)
 
 
 def lm_work(config: ml_collections.ConfigDict, vocabulary: int, rows: int) -> Work:
-    """Return the work of a training step; counts every block of an adaptive softmax."""
+    """Return the work of a training step, including all blocks of an adaptive softmax."""
     model, _, state_shapes = lm_training(config, vocabulary, rows)
     scalar: Any = jax.ShapeDtypeStruct((), jnp.int32)
     tokens: Any = jax.ShapeDtypeStruct((config.train.length + 1, rows), jnp.int32)
@@ -81,7 +81,7 @@ def lm_work(config: ml_collections.ConfigDict, vocabulary: int, rows: int) -> Wo
 
 
 def lm_job(name: str, config: ml_collections.ConfigDict, total: float) -> Job:
-    """Return the job of training a language model on `total` tokens."""
+    """Return the job that trains a language model on `total` tokens."""
     vocabulary = config.data.vocabulary
     return Job(
         name=name,
@@ -97,7 +97,7 @@ def saved_bytes(
 ) -> int:
     """Return the bytes that reverse-mode differentiation of loss(params, …) saves.
 
-    Parameters do not count. XLA saves less where it fuses or recomputes.
+    Parameters are not counted. XLA saves less where it fuses or recomputes.
     """
 
     def pull_back(params: chex.ArrayTree, *args: chex.ArrayTree) -> chex.ArrayTree:
@@ -116,7 +116,7 @@ def saved_bytes(
 
 
 def rl_training(config: ml_collections.ConfigDict, spec: Spec) -> Training:
-    """Return agent, optimizer and the shapes of the learner's state."""
+    """Return an agent, its optimizer and the shapes of the learner's state."""
     agent = rl.build_agent(config, spec)
     optimizer = optim.make_optimizer(config.optim, 1000)
 
@@ -128,7 +128,7 @@ def rl_training(config: ml_collections.ConfigDict, spec: Spec) -> Training:
 
 
 def trajectory_shapes(config: ml_collections.ConfigDict, spec: Spec, rows: int) -> Trajectory:
-    """Return the shapes of a trajectory of `rows` environments."""
+    """Return the shapes of a trajectory from `rows` environments."""
     num_steps = config.train.length
     agent = rl.build_agent(config, spec)
     integers, floats, booleans = (
@@ -146,7 +146,7 @@ def trajectory_shapes(config: ml_collections.ConfigDict, spec: Spec, rows: int) 
 
 
 def rl_work(config: ml_collections.ConfigDict, spec: Spec, rows: int) -> Work:
-    """Return the work of an update on `rows` environments."""
+    """Return the work of an update with trajectories from `rows` environments."""
     agent, optimizer, state_shapes = rl_training(config, spec)
     trajectory = trajectory_shapes(config, spec, rows)
     update = functools.partial(learner.update, agent, optimizer, rl.get_hyperparameters(config))
@@ -160,10 +160,10 @@ def rl_work(config: ml_collections.ConfigDict, spec: Spec, rows: int) -> Work:
 
 
 def dmlab_config() -> ml_collections.ConfigDict:
-    """Return the config of DMLab-30 with full MI at the core's input, and two groups an actor.
+    """Return the config of DMLab-30 with full MI at the core's input and two groups per actor.
 
-    The core's input has the largest fusion, and the second group simulates while the policy acts
-    for the first.
+    The fusion at the core's input is the largest one. The second group simulates while the policy
+    acts for the first.
     """
     config = rl_dmlab30.get_config().unlock()
     config.model.sites = ('core_input',)
@@ -172,7 +172,7 @@ def dmlab_config() -> ml_collections.ConfigDict:
 
 
 def dmlab_job() -> Job:
-    """Return the job of training on DMLab-30."""
+    """Return the job that trains on DMLab-30."""
     config, spec = dmlab_config(), dmlab30.spec_of()
     agent_costs = rl.compute_costs(rl.build_agent(config, spec), 1, config.train.length)
     return Job(
@@ -185,7 +185,7 @@ def dmlab_job() -> Job:
 
 
 def policy_flops() -> int:
-    """Return the FLOPs of DMLab-30's policy for one step of one environment."""
+    """Return the FLOPs of the policy for DMLab-30, for one step of one environment."""
     agent = rl.build_agent(dmlab_config(), dmlab30.spec_of())
     return rl.compute_costs(agent, 1, 1)['flops_per_step']['model']
 
@@ -193,7 +193,7 @@ def policy_flops() -> int:
 def policy_products(
     config: ml_collections.ConfigDict, spec: Spec, rows: int
 ) -> list[counting.Product]:
-    """Return the products of one step of the policy in `rows` environments."""
+    """Return the products of the policy for one step of `rows` environments."""
     agent, _, state_shapes = rl_training(config, spec)
     carry = jax.eval_shape(lambda: agent.initial_carry(rows))
     policy = functools.partial(learner.forward, agent)
@@ -213,7 +213,7 @@ def trajectory_bytes() -> float:
 
 
 def pong_update() -> Work:
-    """Return the work of an update in the set conv of benchmarks.rl."""
+    """Return the work of an update in the set 'conv' of benchmarks.rl."""
     config = rl_configs.get_config().unlock()
     config.model.update({'core': 'none', 'sites': (), 'features': 512})
     pixels = jax.ShapeDtypeStruct((84, 84, 4), jnp.uint8)

@@ -1,6 +1,6 @@
-"""The argument of a config file: presets and KEY=VALUE in any order, as `quickstart,fusion=concat`.
+"""Arguments of config files: presets and KEY=VALUE in any order, as in `quickstart,fusion=concat`.
 
-An argument is parsed before anything is built from it, so that its order cannot matter.
+The whole argument is parsed before anything is built from it, so that the order does not matter.
 """
 
 from collections.abc import Collection, Mapping
@@ -15,9 +15,9 @@ class Argument(NamedTuple):
     """A parsed argument.
 
     Attributes:
-      text: `FILE.py:ARGUMENT`, for messages.
-      presets: names.
-      values: config key → value, of the parts KEY=VALUE.
+      text: `FILE.py:ARGUMENT`, for error messages.
+      presets: names of presets.
+      values: config key → value, from the parts KEY=VALUE.
     """
 
     text: str
@@ -25,7 +25,7 @@ class Argument(NamedTuple):
     values: dict[str, str]
 
     def merge(self, preset_settings: Mapping[str, Settings]) -> Settings:
-        """Return the settings of all presets, config key → value.
+        """Return config key → value, merged from all presets.
 
         Raises:
           UserError: if two presets set a key to different values.
@@ -45,12 +45,12 @@ class Argument(NamedTuple):
 
 
 def parse(file: str, text: str, presets: Collection[str], keys: Mapping[str, str]) -> Argument:
-    """Return the presets and values that an argument names.
+    """Parse the argument of a config file.
 
     Args:
-      file: path of the config file, for messages.
-      text: the argument, as the user gave it.
-      presets: names of the file's presets.
+      file: path of the config file, for error messages.
+      text: the argument.
+      presets: names of the presets in the file.
       keys: KEY of `KEY=VALUE` → config key that it sets.
 
     Raises:
@@ -63,7 +63,7 @@ def parse(file: str, text: str, presets: Collection[str], keys: Mapping[str, str
         if equals and short_key in keys:
             if values.setdefault(keys[short_key], value) != value:
                 raise UserError(
-                    f'--config={file}:{text}: expected one value of {short_key} '
+                    f'--config={file}:{text}: expected one value for {short_key} '
                     f'(got {values[keys[short_key]]!r} and {value!r})'
                 )
         elif part in presets:

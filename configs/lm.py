@@ -1,24 +1,23 @@
-"""Language models: an LSTM or a Transformer with a fusion of the token stream with a context.
+"""Language models: an LSTM or a Transformer that fuses the token stream with a context.
 
-Source: the question is that of Jayakumar et al. (ICLR 2020), section on language modelling; every
-size here is ours, chosen for a laptop, and none is the paper's. configs/lm_*.py have the settings
-of known benchmarks.
+Source: the question is that of Jayakumar et al. (ICLR 2020), section on language modelling. All
+sizes are ours, chosen for a laptop. See configs/lm_*.py for the settings of known benchmarks.
 
     python -m mi.main --config=configs/lm.py --workdir=runs/lm
     python -m mi.main --config=configs/lm.py:quickstart,fusion=concat --workdir=runs/concat
     python -m mi.main --config=configs/lm.py:core=transformer,site=attention --workdir=runs/xl
     python -m mi.main --config=configs/lm.py --config.optim.learning_rate=5e-4 --workdir=runs/slow
 
-The argument after the colon has these parts, in any order:
+The argument after the colon consists of these parts, in any order:
 
 quickstart         minutes on two cores
-fusion_study       five minutes an arm on one core: experiments/lm_fusion.py
-table              a minute an arm on one core: experiments/lm_table.py
-table_enwik8       ten minutes an arm, of bytes: experiments/lm_table_enwik8.py
+fusion_study       five minutes per arm on one core, for experiments/lm_fusion.py
+table              a minute per arm on one core, for experiments/lm_table.py
+table_enwik8       ten minutes per arm on bytes, for experiments/lm_table_enwik8.py
 tiny               seconds, for tests
 fusion=NAME, site=NAME, source=NAME
-                   config.model.fusion.name, config.model.site, config.model.source
-core=NAME          config.model.core; core=transformer sets sizes too, which presets override
+                   set config.model.fusion.name, config.model.site or config.model.source
+core=NAME          set config.model.core; core=transformer also sets sizes, which presets override
 """
 
 import ml_collections
@@ -181,13 +180,13 @@ def get_config(arg: str = 'default') -> ml_collections.ConfigDict:
 
 
 def set_values(config: ml_collections.ConfigDict, argument: arguments.Argument) -> None:
-    """Set the values that an argument has for KEYS, and the sizes of its core."""
+    """Set the values in an argument, and the sizes of its core."""
     config.update_from_flattened_dict(CORES.get(argument.values.get('model.core', ''), {}))
     config.update_from_flattened_dict(argument.values)
 
 
 def data_config() -> ml_collections.ConfigDict:
-    """Return the section `data`: corpus and tokens."""
+    """Return the section `data`, with corpus and tokens."""
     config = ml_collections.ConfigDict()
     config.source = 'austen'  # of mi.lm.data.sources: a corpus, file, directory, 'module:read'
     config.path = ''  # where the files of a known corpus are; '' is $MI_DATA/SOURCE
@@ -200,7 +199,7 @@ def data_config() -> ml_collections.ConfigDict:
 
 
 def model_config() -> ml_collections.ConfigDict:
-    """Return the section `model`: core, fusion site, context and fusion."""
+    """Return the section `model`, with core, fusion site, context and fusion."""
     config = ml_collections.ConfigDict()
     config.core = 'lstm'  # a name in mi.cells.CELLS, or transformer
     config.embed = 128  # E
@@ -241,7 +240,7 @@ def model_config() -> ml_collections.ConfigDict:
 
 
 def dropout_config() -> ml_collections.ConfigDict:
-    """Return the section `dropout`: rates, see mi.lm.dropout."""
+    """Return the section `dropout`, with rates; see mi.lm.dropout."""
     config = ml_collections.ConfigDict()
     config.word = 0.0
     config.input = 0.1
@@ -263,7 +262,7 @@ def loss_config() -> ml_collections.ConfigDict:
 
 
 def match_config() -> ml_collections.ConfigDict:
-    """Return the section `match`: one size of the model sets the cost of every arm."""
+    """Return the section `match`, which sets one model size such that all arms have equal cost."""
     config = ml_collections.ConfigDict()
     config.by = 'none'  # none, parameters, flops (forward, per token)
     config.knob = 'hidden'  # the size that is changed: hidden (H), rank
@@ -273,7 +272,7 @@ def match_config() -> ml_collections.ConfigDict:
 
 
 def train_config() -> ml_collections.ConfigDict:
-    """Return the section `train`: steps, batch, devices and records."""
+    """Return the section `train`, with steps, batch, devices and logging."""
     config = ml_collections.ConfigDict()
     config.steps = 5_000
     config.batch = 32  # B: streams read in parallel, a seed, over all devices
@@ -290,7 +289,7 @@ def train_config() -> ml_collections.ConfigDict:
 
 
 def evaluation_config() -> ml_collections.ConfigDict:
-    """Return the section `eval`: segments and how many tokens are read."""
+    """Return the section `eval`, with segments and numbers of tokens."""
     config = ml_collections.ConfigDict()
     config.batch = 32
     # Tokens of a segment; -1: train.length for a Transformer without memory, which has seen no
@@ -304,7 +303,7 @@ def evaluation_config() -> ml_collections.ConfigDict:
 
 
 def dynamic_config() -> ml_collections.ConfigDict:
-    """Return the section `dynamic`: dynamic evaluation, with --mode=eval."""
+    """Return the section `dynamic`, for dynamic evaluation with --mode=eval."""
     config = ml_collections.ConfigDict()
     config.tokens = 0  # of each text; 0 for none of it
     config.length = 5  # tokens between two updates
@@ -316,7 +315,7 @@ def dynamic_config() -> ml_collections.ConfigDict:
 
 
 def sample_config() -> ml_collections.ConfigDict:
-    """Return the section `sample`: generated text, with --mode=sample."""
+    """Return the section `sample`, for text generation with --mode=sample."""
     config = ml_collections.ConfigDict()
     config.prompt = 'It is a truth universally acknowledged,'
     config.texts = 1  # of each seed

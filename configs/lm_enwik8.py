@@ -1,21 +1,21 @@
-"""enwik8, bytes: the Mogrifier LSTM, and a Transformer with a memory.
+"""enwik8 at the byte level: the Mogrifier LSTM, and a Transformer with a memory.
 
     python -m mi.main --config=configs/lm_enwik8.py --config.data.path=FILE --workdir=runs/enwik8
     python -m mi.main --config=configs/lm_enwik8.py:transformer --config.data.path=FILE …
     python -m mi.main --config=configs/lm_enwik8.py:smoke --workdir=runs/smoke
 
-FILE is enwik8, plain or packed: 90, 5 and 5 million bytes.
+FILE is enwik8, plain or compressed, which is split into 90, 5 and 5 million bytes.
 
 mogrifier_48m, mogrifier_96m  Melis et al. (2020): two layers, capped input gates, 5 rounds of rank
-             61 (tuned for 96M parameters), segments of 70 bytes; test bits per byte 1.122 at 96M.
-             The layer sizes are ours, with 45 and 88 million parameters; so are dropout, optimizer
-             and batch, which the paper tunes by search.
+             61 (tuned for 96M parameters), segments of 70 bytes; 1.122 bits per byte in test at
+             96M. Layer sizes (45 and 88 million parameters), dropout, optimizer and batch are ours;
+             the paper tunes the latter three by search.
 transformer  12 layers of 512, 8 heads, feed-forward 2048, segment and memory of 512: the sizes of
              Transformer-XL's small enwik8 model (Dai et al., 2019; 1.06), with rotary positions,
-             SwiGLU and RMSNorm; batch and optimizer ours.
-smoke        a minute on a laptop, on Austen's bytes; config.data.source overrides them.
+             SwiGLU and RMSNorm. Batch and optimizer are ours.
+smoke        a minute on a laptop, on Austen's bytes unless config.data.source is set.
 
-Nothing here was measured by us: no machine of ours has trained it.
+We have not trained these models, so there are no measurements of ours.
 """
 
 import ml_collections
@@ -96,7 +96,7 @@ def get_config(arg: str = 'mogrifier_96m') -> ml_collections.ConfigDict:
 
 
 def _shrink(config: ml_collections.ConfigDict) -> None:
-    """Set the sizes of a run of a minute, whatever the model."""
+    """Set sizes for a run of a minute, for any model."""
     config.update_from_flattened_dict(lm.SMOKE)
     config.model.layers = min(2, config.model.layers)
     config.model.embed = config.model.hidden = 64

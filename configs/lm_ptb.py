@@ -1,21 +1,21 @@
-"""Penn Treebank, word level (Mikolov's preprocessing): a regularized LSTM and the Mogrifier.
+"""Penn Treebank at the word level (Mikolov's preprocessing): a regularized LSTM and the Mogrifier.
 
     python -m mi.main --config=configs/lm_ptb.py --config.data.path=DIR --workdir=runs/ptb
     python -m mi.main --config=configs/lm_ptb.py:mogrifier --config.data.path=DIR …
     python -m mi.main --config=configs/lm_ptb.py:smoke --workdir=runs/smoke
 
-DIR holds ptb.train.txt, ptb.valid.txt and ptb.test.txt, 929,589 training tokens.
+DIR contains ptb.train.txt, ptb.valid.txt and ptb.test.txt, with 929,589 training tokens.
 
-awd        after AWD-LSTM (Merity et al., 2018; test perplexity 57.3, 52.8 with a continuous cache):
-           three layers, E = 400, dropout of words 0.1, of inputs 0.4, between layers 0.25, of
-           outputs 0.4, segments of 70, batch 20. Where it drops recurrent weights (0.5) this drops
-           the state (0.25); all layers are of one size; Adam instead of averaged SGD; no penalties
-           on activations. So it is not AWD-LSTM, so do not expect its number.
+awd        based on AWD-LSTM (Merity et al., 2018; test perplexity 57.3, and 52.8 with a continuous
+           cache): three layers, E = 400, dropout of words 0.1, of inputs 0.4, between layers 0.25
+           and of outputs 0.4, segments of 70, batch 20. Unlike AWD-LSTM, it drops the state (0.25)
+           instead of recurrent weights (0.5), has layers of equal size, uses Adam instead of
+           averaged SGD, and does not penalize activations. So do not expect AWD-LSTM's perplexity.
 mogrifier  Melis et al. (2020): two layers, 24 million parameters, 5 rounds of rank 84, capped input
-           gates. Dropout and optimizer are ours, the paper tunes them by search.
+           gates. Dropout and optimizer are ours; the paper tunes them by search.
 smoke      a minute on a laptop, on Austen's words.
 
-Nothing here was measured by us: the text needs a license.
+We have not trained these models, because the text requires a license.
 """
 
 import ml_collections

@@ -1,26 +1,28 @@
-"""WikiText-103, word level: the LSTM of the paper's question, and Transformer-XL base.
+"""WikiText-103 at the word level: the LSTM of the paper's question, and Transformer-XL base.
 
     python -m mi.main --config=configs/lm_wikitext103.py --config.data.path=DIR --workdir=runs/wt103
     python -m mi.main --config=configs/lm_wikitext103.py:rae_2018 --config.data.path=DIR …
     python -m mi.main --config=configs/lm_wikitext103.py:transformer --config.data.path=DIR …
     python -m mi.main --config=configs/lm_wikitext103.py:smoke --workdir=runs/smoke
 
-DIR holds wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens, 103,227,021 training tokens.
+DIR contains wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens, with 103,227,021 training
+tokens.
 
-lstm         Jayakumar et al. (ICLR 2020) train an LSTM on WikiText-103 with multiplicative encoder,
-             decoder or both, recalled. Its sizes are not known to us: H = 2048, E = 512 and an
-             adaptive softmax are those of a strong LSTM (Rae et al., 2018, test perplexity 36.4),
-             recalled; optimizer, dropout and the context are ours.
+lstm         Jayakumar et al. (ICLR 2020) train an LSTM on WikiText-103 with a multiplicative
+             encoder, decoder or both (recalled). We do not know its sizes. H = 2048, E = 512 and an
+             adaptive softmax are those of a strong LSTM (Rae et al., 2018, test perplexity 36.4;
+             recalled). Optimizer, dropout and context are ours.
 rae_2018     the same LSTM with the optimizer of that baseline: Adam with β₁ = 0, β₂ = 0.999 and
-             batch 64, on 8 GPUs. Grade 'sources': independent public sources agree. Learning rate,
-             schedule and clipping are ours. docs/paper.md explains the grades.
-transformer  Transformer-XL base (Dai et al., 2019, test perplexity 24.0): 16 layers of 410, 10
-             heads of 41, here 40 as rotary and relative positions go in pairs and 400 features;
-             feed-forward 2100 with relu, segment and memory of 150, batch 60, dropout 0.1, adaptive
-             softmax with the cutoffs of its code. Norms are before the layers here, RMSNorm.
-smoke        a minute on a laptop, on Austen's words: shows that everything runs.
+             batch 64, on 8 GPUs (grade 'sources': independent public sources agree; docs/paper.md
+             explains the grades). Learning rate, schedule and clipping are ours.
+transformer  Transformer-XL base (Dai et al., 2019, test perplexity 24.0): 16 layers of 410
+             features, 10 heads of 41, feed-forward 2100 with relu, segment and memory of 150, batch
+             60, dropout 0.1, and an adaptive softmax with the cutoffs of its code. Here there are
+             400 features and heads of 40, because rotary and relative positions need pairs, and
+             RMSNorm before the layers.
+smoke        a minute on a laptop, on Austen's words, to show that everything runs.
 
-Nothing here was measured by us: no machine of ours has trained it.
+We have not trained these models, so there are no measurements of ours.
 """
 
 import ml_collections
@@ -102,7 +104,7 @@ def get_config(arg: str = 'lstm') -> ml_collections.ConfigDict:
 
 
 def _shrink(config: ml_collections.ConfigDict) -> None:
-    """Set the sizes of a run of a minute, whatever the model."""
+    """Set sizes for a run of a minute, for any model."""
     config.update_from_flattened_dict(lm.SMOKE)
     config.data.level = 'word'
     config.data.vocabulary = 8_000

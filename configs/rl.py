@@ -1,24 +1,24 @@
-"""Reinforcement learning by IMPALA, with a fusion for task and instruction.
+"""Reinforcement learning with IMPALA and a fusion of task or instruction.
 
-Source: the question is that of Jayakumar et al. (ICLR 2020), section on multi-task RL, which has
-DMLab-30; every size here is ours, and none is the paper's.
+Source: the question is that of Jayakumar et al. (ICLR 2020), section on multi-task RL, which uses
+DMLab-30. All sizes are ours.
 
     python -m mi.main --config=configs/rl.py --workdir=runs/rl
     python -m mi.main --config=configs/rl.py:fusion=concat --workdir=runs/concat
 
-The defaults learn 30 goals of XLand in minutes on two cores. They have a short horizon (γ = 0.9, as
-episodes have 40 steps), and enough entropy that the policy does not settle, in the first million
-steps, on what serves every task a little.
+The defaults learn 30 goals of XLand in minutes on two cores. They have a short horizon (γ = 0.9,
+because episodes have 40 steps), and enough entropy to keep the policy from settling on a compromise
+between all tasks in the first million steps.
 
-The argument after the colon has these parts, in any order:
+The argument after the colon consists of these parts, in any order:
 
-fusion=NAME    config.model.fusion.name
-env=NAME       config.env.name, also with a preset that has another
+fusion=NAME    set config.model.fusion.name
+env=NAME       set config.env.name, which overrides that of a preset
 catch          solved in a minute on two cores
 actuator_inversion
                eight tasks that permute the actions, solved in a minute on two cores
-cartpole       CartPole-v1 of gymnasium        docs/results/rl_presets.md: what was measured with
-acrobot        Acrobot-v1 of gymnasium         these four, and what was not
+cartpole       CartPole-v1 of gymnasium        see docs/results/rl_presets.md for the measurements
+acrobot        Acrobot-v1 of gymnasium         with these four presets
 pong           Pong of Atari, EnvPool
 babyai_goto    34 levels of BabyAI, EnvPool
 tiny           seconds, for tests
@@ -178,7 +178,7 @@ def env_config() -> ml_collections.ConfigDict:
 
 
 def model_config() -> ml_collections.ConfigDict:
-    """Return the section `model`: torso, core, fusion sites, context and fusion."""
+    """Return the section `model`, with torso, core, fusion sites, context and fusion."""
     config = ml_collections.ConfigDict()
     config.torso = 'auto'  # auto, dense, conv, shallow, deep
     config.features = 128  # F
@@ -202,7 +202,7 @@ def model_config() -> ml_collections.ConfigDict:
 
 
 def loss_config() -> ml_collections.ConfigDict:
-    """Return the section `loss`: V-trace, its costs, and PopArt."""
+    """Return the section `loss`, with V-trace, costs and PopArt."""
     config = ml_collections.ConfigDict()
     config.discount = 0.9
     config.lambda_ = 0.95
@@ -221,7 +221,7 @@ def loss_config() -> ml_collections.ConfigDict:
 
 
 def train_config() -> ml_collections.ConfigDict:
-    """Return the section `train`: steps, batch, devices and records."""
+    """Return the section `train`, with steps, batch, devices and logging."""
     config = ml_collections.ConfigDict()
     config.topology = 'fused'  # fused, threads, ray
     config.steps = 6_000_000  # of the environments, a seed
@@ -237,7 +237,7 @@ def train_config() -> ml_collections.ConfigDict:
 
 
 def actors_config() -> ml_collections.ConfigDict:
-    """Return the section `actors`, of the topologies threads and ray."""
+    """Return the section `actors`, for the topologies 'threads' and 'ray'."""
     config = ml_collections.ConfigDict()
     config.number = 1  # threads, or processes
     config.groups = 2  # of each: one simulates while the policy serves another

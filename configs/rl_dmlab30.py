@@ -1,36 +1,37 @@
-"""DMLab-30: thirty levels of DeepMind Lab, one IMPALA agent; the engine is built by hand.
+"""DMLab-30: one IMPALA agent on thirty levels of DeepMind Lab, whose engine is built by hand.
 
     python -m mi.main --config=configs/rl_dmlab30.py --workdir=runs/dmlab30
     python -m mi.main --config=configs/rl_dmlab30.py:fusion=concat --workdir=runs/concat
     python -m mi.main --config=configs/rl_dmlab30.py:smoke --workdir=runs/smoke
 
-What is known of the learner, and how well:
+The settings have these sources:
 
 [paper]     Jayakumar et al. (ICLR 2020) train all thirty levels together, with 5 actors for each
-            level, 150 in all, and one learner on 4 GPUs.
+            level, 150 in total, and one learner on 4 GPUs.
 [sources]   The agent is IMPALA (Espeholt et al., 2018) with PopArt (Hessel et al., 2019). The
             public code of IMPALA has a deep residual torso, an LSTM of 256, unrolls of 100, γ 0.99,
             an action repeat of 4, a batch of 32, learning rate 3.1867e-4, entropy cost 3.339e-3,
             baseline cost 0.5, and RMSProp with decay 0.99, ε 0.1 and no momentum. PopArt's step
             is 3e-4.
-[recalled]  The fusion is at the read-outs of the policy and the value; its arms are those of
+[recalled]  The fusion is at the read-outs of the policy and the value, with the arms of
             experiments/rl_dmlab30.py. The reward clipping is that of the paper on IMPALA.
 [ours]      Full MI with the task's one-hot index, the decay of the learning rate, 10 billion
-            frames, bfloat16 products, and the batch of 60. The paper's is not known.
+            frames, bfloat16 products, and the batch of 60. The paper's batch is not known.
 
-An actor of IMPALA is one engine. Here an actor is a thread with groups of engines, and a group has
-a row for each level. So 150 engines are five actors with one group of thirty each: five engines of
-every level, and a process for each. While one thread waits for its engines, the policy serves
-another. A trajectory in the queue has the thirty rows of a group, and an update takes two of them:
-60 rows, 15 on each of 4 GPUs.
+In IMPALA, an actor is one engine. Here, an actor is a thread with groups of engines, and a group
+has a row for each level. The 150 engines are thus five actors with one group of thirty engines
+each, and every engine has its own process. While one thread waits for its engines, the policy
+serves another. A trajectory in the queue has the thirty rows of a group. An update takes two
+trajectories, which are 60 rows, or 15 on each of 4 GPUs.
 
-The public code sums the loss over its batch, and ours is a mean. For gradients 32 g and ε = 0.1
-under the root, RMSProp makes the steps that it makes for g and ε = 0.1 / 32², the value here.
+The public code sums the loss over its batch of 32, whereas ours is a mean. With ε under the root,
+RMSProp makes the same steps for gradients 32 g and ε = 0.1 as for g and ε = 0.1 / 32², the value
+used here.
 
-default      10 billion frames, 2.5 billion steps of 4 frames
-smoke        a minute on a laptop, on Catch instead of the engine: shows that everything runs
+default      10 billion frames, which are 2.5 billion steps of 4 frames
+smoke        a minute on a laptop, on Catch instead of the engine, to show that everything runs
 
-Nothing here was measured by us: no machine of ours has the engine. docs/tutorials/dmlab30.md.
+We have not trained this agent, because we do not have the engine; see docs/tutorials/dmlab30.md.
 """
 
 import ml_collections

@@ -1,8 +1,8 @@
-"""A generator of docs/fusions.md, docs/gallery.md, docs/motifs/, and tables of other pages.
+"""A generator for docs/fusions.md, docs/gallery.md, docs/motifs/ and the tables of other pages.
 
     python -m docs.build
 
-Sizes are tiny and parameters random; nothing is trained.
+The modules are tiny and have random parameters; nothing is trained.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ B, T, M, N, K = 2, 5, 4, 6, 8
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A module with inputs, on a page."""
+    """A module and its inputs, for a page."""
 
     module: nn.Module
     inputs: tuple[jax.Array, ...]
@@ -45,8 +45,8 @@ class Page:
     """A page of docs/motifs.
 
     Attributes:
-      source: Python module that it documents.
-      examples: motifs of that module.
+      source: Python module that the page documents.
+      examples: motifs in this module.
     """
 
     source: types.ModuleType
@@ -54,17 +54,17 @@ class Page:
 
 
 def draw_normal(seed: int, *shape: int) -> jax.Array:
-    """Draw standard normal numbers."""
+    """Draw standard normal numbers of a shape."""
     return jax.random.normal(jax.random.key(seed), shape)
 
 
 def make_cell_example(module: Any) -> Example:
-    """Return an example of a cell with one step."""
+    """Return an example of a cell that runs for one step."""
     return Example(module, (module.initial(B), draw_normal(0, 1, B, N)))
 
 
 def list_pages() -> dict[str, Page]:
-    """Return the pages of docs/motifs by name."""
+    """Return name → page of docs/motifs."""
     return _layer_pages() | _fusion_pages() | _sequence_pages()
 
 
@@ -192,7 +192,7 @@ def make_page(name: str) -> str:
 
 
 def format_equation(module: mi.MultiplicativeInteraction) -> str:
-    """Return the equation of a module with the terms that it has."""
+    """Return the equation of a module, with only the terms that it has."""
     terms = {'zᵀWx': module.use_W, 'zᵀU': module.use_U, 'Vx': module.use_V, 'b': module.use_b}
     return 'f(x, z) = ' + ' + '.join(term for term, is_used in terms.items() if is_used)
 
@@ -287,14 +287,14 @@ def make_scaling_page() -> str:
 
 
 def make_gallery_page() -> str:
-    """Return the text of docs/gallery.md: what `mi.find` reports on models of other authors."""
+    """Return the text of docs/gallery.md, with reports of `mi.find` on models of other authors."""
     from docs.gallery import page  # needs Haiku and Equinox
 
     return page.make_page(page.find_all())
 
 
 def fill_tables(text: str, blocks: dict[str, list[str]]) -> str:
-    """Return the text with each block's lines between `<!-- name -->` and `<!-- end -->`."""
+    """Replace the text between `<!-- name -->` and `<!-- end -->` by the lines of each block."""
     for name, lines in blocks.items():
         pattern = f'(?s)(<!-- {name} -->\n).*?(<!-- end -->)'
         table = '\n' + '\n'.join(lines) + '\n\n'
@@ -307,7 +307,7 @@ def _format_number(value: float, unit: str = '', digits: int = 0) -> str:
 
 
 def init_variables(example: Example) -> Any:
-    """Return variables of the module, perturbed because some are initialized to zero."""
+    """Return variables of the module, perturbed because some of them are initialized to zero."""
     initial = example.module.init(jax.random.key(5), *example.inputs)
     return jax.tree.map(
         lambda p: p + 0.3 * draw_normal(p.size, *p.shape) if p.dtype == jnp.float32 else p, initial
@@ -315,7 +315,7 @@ def init_variables(example: Example) -> Any:
 
 
 def draw_figure(example: Example) -> Any:
-    """Draw |W| of every product: a row each, with its slices along z side by side."""
+    """Draw |W| of every product in a row, with the slices along z side by side."""
     from matplotlib.figure import Figure
 
     # Lay out the rows.
@@ -347,7 +347,7 @@ def draw_figure(example: Example) -> Any:
 
 
 def list_files() -> Iterator[tuple[pathlib.Path, Callable[[], str]]]:
-    """Yield every generated file with the function that makes its text."""
+    """Yield the path of each generated file, and the function that makes its text."""
     yield HERE / 'fusions.md', make_fusions_page
     yield HERE / 'evaluation.md', make_evaluation_page
     yield HERE / 'scaling.md', make_scaling_page

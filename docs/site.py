@@ -1,12 +1,12 @@
-"""MkDocs hooks for generated pages, links that leave docs/, and the navigation.
+"""MkDocs hooks for generated pages, links to files outside docs/, and the navigation.
 
     make docs     or: mkdocs build
 
 index.md            README.md
 contributing.md     CONTRIBUTING.md
-notebooks/*.md      the notebooks of docs/notebooks, run, with their figures
-api/*.md            a page per module of mi, from its docstrings
-results/index.md    docs/results/README.md, and a card per page of docs/results
+notebooks/*.md      the notebooks of docs/notebooks, with outputs and figures of a new run
+api/*.md            a page for each module of mi, from its docstrings
+results/index.md    docs/results/README.md, and a card for each page of docs/results
 """
 
 import os
@@ -115,9 +115,11 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Point links to folders at their reports; turn the rest, and links out of docs/, into text.
+    """Rewrite the links of a page.
 
-    Exclude tables of results from the search, where every number would be a hit.
+    Links to folders with a report point at the report. Links to other folders and to files outside
+    docs/ become plain text. Pages with tables of results are excluded from the search, where every
+    number would be a hit.
     """
     if page.file.src_uri.endswith('/table.md'):
         page.meta['search'] = {'exclude': True}
@@ -147,7 +149,7 @@ def make_index() -> str:
 
 
 def make_notebook(path: pathlib.Path) -> dict[str, str | bytes]:
-    """Run a notebook and return its page in Markdown and the figures, by path in the site.
+    """Run a notebook; return path in the site → content, for its Markdown page and figures.
 
     Raises:
       nbclient.exceptions.CellExecutionError: if a cell raises.
@@ -187,7 +189,7 @@ def list_modules() -> list[str]:
 
 
 def make_gallery() -> str:
-    """Return a card per page of results: claim, first figure, machine and command."""
+    """Return a card for each page of results, with claim, first figure, machine and command."""
     cards = [
         (HERE / 'results/README.md').read_text().strip(),
         '<div class="gallery" markdown>',
@@ -209,10 +211,10 @@ def make_gallery() -> str:
 
 
 def _read_card(path: pathlib.Path) -> list[str]:
-    """Return title, claim, command, measurement line and figure of a page of results.
+    """Return the title, claim, command, measurement line and figure of a page of results.
 
     Raises:
-      ValueError: if the page lacks one of them.
+      ValueError: if one of these parts is missing.
     """
     text = path.read_text()
     patterns = {
@@ -232,7 +234,7 @@ def _read_card(path: pathlib.Path) -> list[str]:
 
 
 def make_navigation(pages: list[str]) -> list[Any]:
-    """Return MkDocs' nav, with every page under a unique title."""
+    """Return the navigation for MkDocs, with a unique title for each page."""
     known = {page for section in SECTIONS.values() for page in section} | {'index.md'}
     sections = {title: [p for p in section if p in pages] for title, section in SECTIONS.items()}
     for page in sorted(pages):
@@ -250,14 +252,14 @@ def make_navigation(pages: list[str]) -> list[Any]:
 
 
 def has_title(page: str) -> bool:
-    """Return whether the navigation has a title for a page instead of its heading."""
+    """Return whether the navigation uses a title other than the heading of the page."""
     return page.startswith(('results/', 'motifs/')) and page != 'results/index.md'
 
 
 def make_title(page: str) -> str:
     """Return the title of a page of results or motifs in the navigation.
 
-    Pages in a folder of results have the folder in their title, as 'Composition: draws'.
+    For pages in a folder of results, the title starts with the folder, as in 'Composition: draws'.
     """
     path = pathlib.PurePosixPath(page)
     if page.startswith('motifs/'):
@@ -282,7 +284,10 @@ def _group_modules(pages: list[str]) -> Iterator[dict[str, list[str]]]:
 
 
 class Layout(griffe.Extension):
-    """A griffe extension for our docstrings: columns become code, 'a, b: …' an entry per name."""
+    """A griffe extension for our docstrings.
+
+    Columns become code blocks, and an entry 'a, b: …' becomes one entry for each name.
+    """
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring:
@@ -290,7 +295,7 @@ class Layout(griffe.Extension):
 
 
 def split_entries(text: str) -> str:
-    """Split entries of several names into one entry per name."""
+    """Split entries with several names into one entry for each name."""
     entry = re.compile(r'^( +)(\w+(?:, \w+)+)(: .*(?:\n\1 +.*)*)', flags=re.M)
     section = re.compile(r'^(?:Attributes|Args|Returns):\n(?:(?: .*)?\n?)*', flags=re.M)
 
@@ -302,7 +307,7 @@ def split_entries(text: str) -> str:
 
 
 def fence_columns(text: str) -> str:
-    """Turn paragraphs with two or more lines in columns into code blocks."""
+    """Turn paragraphs with at least two lines in columns into code blocks."""
     paragraphs = re.split(r'\n{2,}', text)
     return '\n\n'.join(f'```text\n{p}\n```' if _has_columns(p) else p for p in paragraphs)
 

@@ -59,7 +59,7 @@ def test_a_value_overrides_that_of_a_preset():
         (lm_ptb, 'awd,mogrifier', r"config\.model\.core = 'lstm' in 'awd'"),
         (lm_wikitext103, 'transformer,lstm', r"config\.model\.core = 'lstm' in 'lstm'"),
         (rl, 'pong,cartpole', r"config\.env\.name = .*'cartpole' and 'atari/Pong' in 'pong'"),
-        (lm, 'core=lstm,core=mogrifier', 'expected one value of core'),
+        (lm, 'core=lstm,core=mogrifier', 'expected one value for core'),
         (lm, 'quickstar', "did you mean 'quickstart'"),
         (rl_dmlab30, 'env=catch', 'expected fusion=… or a preset'),
     ],

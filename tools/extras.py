@@ -1,12 +1,12 @@
-"""Install every extra in fresh environments, by pip and by uv, with and without the lock.
+"""Install every extra in new environments with pip and with uv, with and without the lock file.
 
-    python -m tools.extras                     # resolve all, install nothing
-    python -m tools.extras --install           # install them as well: about 20 GB of downloads
+    python -m tools.extras                     # resolve all extras, but install nothing
+    python -m tools.extras --install           # also install them, with downloads of about 20 GB
     python -m tools.extras --only=sweep,ray --installers=uv --install
 
-An installation is followed by the installer's own check of all requirements, and by an import of
-the layers and of the module that the extra promises. The output is a table of seconds, with --jobs
-cells at a time. The exit code is 1 if a cell failed; its output is below the table.
+After an installation, the installer checks all requirements, and the layers and the module that
+the extra enables are imported. The output is a table of durations in seconds; --jobs cells run at a
+time. If a cell fails, its output is printed below the table, and the exit code is 1.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def read_extras() -> dict[str, list[str]]:
 def make_commands(
     installer: str, environment: pathlib.Path, extra: str, *, locked: bool, dry: bool
 ) -> list[list[str]]:
-    """Return the commands that make an environment and install, or only resolve, an extra in it."""
+    """Return the commands that make an environment and install or only resolve an extra."""
     python = str(environment / 'bin/python')
     options = ['--quiet', *(['--dry-run'] if dry else []), *(['-c', LOCK] if locked else [])]
     target = f'.[{extra}]'
@@ -57,7 +57,7 @@ def make_commands(
 
 
 def try_extra(installer: str, extra: str, *, locked: bool, dry: bool) -> tuple[float, str]:
-    """Return the seconds that an extra took, and the output of what failed, or ''."""
+    """Return the seconds that an extra took, and the output of a failed command or ''."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         environment = pathlib.Path(folder) / 'environment'

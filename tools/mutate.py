@@ -1,11 +1,11 @@
-"""Put small faults into the code, one at a time, and see whether a test notices.
+"""Insert small faults into the code, one at a time, and check that a test notices.
 
-    python -m tools.mutate                      # every fault of tools/faults/*.toml
-    python -m tools.mutate --only=rl/ --jobs=2  # those whose area/name matches
-    python -m tools.mutate --check              # only whether every fault can be applied
+    python -m tools.mutate                      # every fault in tools/faults/*.toml
+    python -m tools.mutate --only=rl/ --jobs=2  # faults whose area/name matches
+    python -m tools.mutate --check              # only check that every fault can be applied
 
-A tool for maintainers, not part of `make test`, as every fault starts pytest once. A fault is an
-entry of a TOML file, whose name is its area:
+This tool is for maintainers and not part of `make test`, because every fault starts pytest once. A
+fault is an entry in a TOML file, whose name is the area of the fault:
 
     [[fault]]
     name = 'IQM rounds up'
@@ -14,18 +14,18 @@ entry of a TOML file, whose name is its area:
     new = '-(-n // 4)'
     tests = ['tests/report/test_statistics.py', '-k', 'iqm']  # pytest arguments
 
-Each job works in a copy of the tracked files: it applies a fault, runs its tests until the first
-one fails, and takes the fault back. At the end the tests that failed run on the unchanged code,
-where they must pass. Results:
+Each job works in a copy of the tracked files. It applies a fault, runs its tests until the first
+one fails, and reverts the fault. At the end, the tests that failed are run on the unchanged code,
+where they must pass. The possible results are:
 
 noticed    a test fails or crashes, or the run takes longer than --timeout (a hang)
 survived   all tests pass
-invalid    nothing was shown: the fault breaks an import, no test was selected, or the test that
-           failed fails without the fault as well
+invalid    the result says nothing about the tests: the fault breaks an import, no test was
+           selected, or the test that failed also fails without the fault
 
-Results are kept in --results by the content of the fault, its file and its tests, so a killed run
-continues, and only what changed runs again. The exit code is 1 if fewer than --least percent were
-noticed.
+Results are stored in --results under a hash of the fault, its file and its tests. A killed run
+therefore continues, and only changed faults run again. The exit code is 1 if fewer than --least
+percent of the faults were noticed.
 """
 
 import argparse
@@ -54,14 +54,14 @@ FAILED = re.compile(r'^(?:FAILED|ERROR) (\S+::.+?)(?: - .*)?$', re.MULTILINE)
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """One change of one file, and the tests that ought to fail with it.
+    """A change to a file, and the tests that should fail with it.
 
     Attributes:
-      area: the name of the TOML file without its suffix.
-      name: what is wrong in the changed code.
+      area: name of the TOML file without its suffix.
+      name: description of the fault.
       file: path of the changed file, relative to the root.
-      old, new: the text that occurs exactly once, and what takes its place.
-      tests: arguments of pytest.
+      old, new: text that occurs exactly once, and its replacement.
+      tests: arguments for pytest.
     """
 
     area: str
@@ -76,14 +76,15 @@ class Fault:
         return f'{self.area}/{self.name}'
 
     def mutate(self, source: str) -> str:
-        """Return the source with the fault; ValueError if it cannot be applied."""
+        """Return the source with the fault; raise ValueError if it cannot be applied."""
         num_occurrences = source.count(self.old)
         if num_occurrences != 1:
             raise ValueError(
-                f'{self.label}: old text occurs {num_occurrences} times in {self.file}, not once'
+                f'{self.label}: old text occurs {num_occurrences} times in {self.file}: expected '
+                f'it once'
             )
         if self.old == self.new:
-            raise ValueError(f'{self.label}: old and new text are the same')
+            raise ValueError(f'{self.label}: expected new text that differs from the old text')
         mutated_source = source.replace(self.old, self.new)
         if self.file.endswith('.py'):
             try:
@@ -93,7 +94,7 @@ class Fault:
         return mutated_source
 
     def digest(self, root: pathlib.Path) -> str:
-        """Return a hash of the fault, of the file that it changes and of its test files."""
+        """Return a hash of the fault, the file that it changes and its test files."""
         fault_hash = hashlib.sha256(json.dumps(dataclasses.astuple(self)).encode())
         test_files = [argument.partition('::')[0] for argument in self.tests]
         for file_name in (self.file, *test_files):
@@ -103,7 +104,7 @@ class Fault:
 
 
 def load_faults(folder: pathlib.Path) -> list[Fault]:
-    """Read every fault of a folder's TOML files, in the order of their names."""
+    """Read all faults from the TOML files in a folder, in the order of the file names."""
     faults = []
     for toml_file in sorted(folder.glob('*.toml')):
         for fault_fields in tomllib.loads(toml_file.read_text())['fault']:
@@ -113,7 +114,7 @@ def load_faults(folder: pathlib.Path) -> list[Fault]:
 
 
 def invalid_faults(faults: Iterable[Fault], root: pathlib.Path) -> list[str]:
-    """Return one line for each fault that cannot be applied or names a missing test file."""
+    """Return a line for each fault that cannot be applied or names a missing test file."""
     problems = []
     label_counts: collections.Counter[str] = collections.Counter()
     for fault in faults:
@@ -132,7 +133,7 @@ def invalid_faults(faults: Iterable[Fault], root: pathlib.Path) -> list[str]:
 
 
 def copy_tracked(root: pathlib.Path, target: pathlib.Path) -> None:
-    """Copy the files that git tracks, as they are in the working tree."""
+    """Copy the files that git tracks, with their content in the working tree."""
     command = ['git', '-C', str(root), 'ls-files', '-z']
     command += ['--cached', '--others', '--exclude-standard']
     for file_name in subprocess.run(command, check=True, capture_output=True).stdout.split(b'\0'):
@@ -144,7 +145,7 @@ def copy_tracked(root: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def run_tests(tree: pathlib.Path, tests: Sequence[str], timeout: float) -> tuple[int | None, str]:
-    """Run pytest in a tree; return its exit code, None for a timeout, and its output."""
+    """Run pytest in a tree; return the exit code, or None after a timeout, and the output."""
     search_path = os.pathsep.join(filter(None, [str(tree), os.environ.get('PYTHONPATH')]))
     environment = os.environ | {'PYTHONPATH': search_path, 'PYTHONDONTWRITEBYTECODE': '1'}
     process = subprocess.Popen(
@@ -168,14 +169,14 @@ def run_tests(tree: pathlib.Path, tests: Sequence[str], timeout: float) -> tuple
 
 @dataclasses.dataclass
 class Result:
-    """What became of a fault: noticed, survived or invalid, and the test that failed."""
+    """The result for a fault: 'noticed', 'survived' or 'invalid', and the test that failed."""
 
     verdict: str
     test: str = ''
 
 
 def try_fault(tree: pathlib.Path, fault: Fault, timeout: float) -> tuple[Result, str]:
-    """Run the fault's tests in a tree that has it; return the result and pytest's output."""
+    """Apply a fault to a tree and run its tests; return the result and the output of pytest."""
     mutated_file = tree / fault.file
     source = mutated_file.read_text()
     mutated_file.write_text(fault.mutate(source))
@@ -194,7 +195,7 @@ def try_fault(tree: pathlib.Path, fault: Fault, timeout: float) -> tuple[Result,
 
 
 class Results:
-    """Results by digest, in a JSON file that is written after every fault."""
+    """The results by digest, stored in a JSON file that is updated after every fault."""
 
     def __init__(self, path: pathlib.Path):
         self._path = path
@@ -215,7 +216,7 @@ class Results:
 def run_faults(
     faults: Sequence[Fault], root: pathlib.Path, results: Results, jobs: int, timeout: float
 ) -> dict[Fault, Result]:
-    """Return the result of each fault; prints a line for each as it ends."""
+    """Return the result of each fault, and print a line as soon as it is known."""
     digests = {fault: fault.digest(root) for fault in faults}
     outcomes = {
         fault: known_result
@@ -247,7 +248,7 @@ def run_faults(
 def discount_failing_tests(
     outcomes: dict[Fault, Result], root: pathlib.Path, timeout: float
 ) -> None:
-    """Mark a fault invalid where the test that noticed it fails on the unchanged code as well."""
+    """Mark faults as invalid if the test that noticed them also fails on the unchanged code."""
     noticing_tests = sorted({result.test for result in outcomes.values() if result.test})
     failing_tests = set()
     while noticing_tests:
@@ -265,7 +266,7 @@ def discount_failing_tests(
 
 
 def table(outcomes: dict[Fault, Result]) -> str:
-    """Return a Markdown table by area, and the list of what was not noticed."""
+    """Return a Markdown table of results by area, and a list of faults that were not noticed."""
     table_lines = [
         '| area | faults | noticed | survived | invalid |',
         '| --- | ---: | ---: | ---: | ---: |',

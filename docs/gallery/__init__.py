@@ -1,1 +1,1 @@
-"""Models of other authors for docs/gallery.md: factories for `python -m mi.find`, and the page."""
+"""Models of other authors for docs/gallery.md, as factories for `python -m mi.find`."""

@@ -1,4 +1,4 @@
-"""Attention: Flax's module, a vision Transformer in Equinox, Perceiver in Haiku."""
+"""Models with attention: Flax's module, a vision Transformer in Equinox, and Perceiver in Haiku."""
 
 from typing import Any
 
@@ -12,18 +12,18 @@ Built = tuple[Any, Any, dict[str, Any]]  # function, params and streams
 
 
 def describe_array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-    """Return a shape that stands for an array of data."""
+    """Return the shape and dtype of an input, in place of an array."""
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def build_flax(module: nn.Module, **streams: Any) -> Built:
-    """Return a Linen module with the shapes of its variables."""
+    """Return the function of a Linen module and the shapes of its variables."""
     variables = jax.eval_shape(module.init, jax.random.key(0), **streams)
     return module.apply, variables, streams
 
 
 def build_haiku(function: Any, **streams: Any) -> Built:
-    """Return a function that calls Haiku modules, with the shapes of their parameters."""
+    """Return a function that calls Haiku modules, and the shapes of their parameters."""
     transformed = hk.without_apply_rng(hk.transform(function))
     params = jax.eval_shape(transformed.init, jax.random.key(0), **streams)
     return transformed.apply, params, streams
@@ -33,7 +33,7 @@ def build_haiku(function: Any, **streams: Any) -> Built:
 
 
 def build_flax_attention() -> Built:
-    """Build Flax's attention of 8 heads on 256 tokens of 512 features."""
+    """Build Flax's attention with 8 heads, on 256 tokens of 512 features."""
     attention = nn.MultiHeadDotProductAttention(num_heads=8)
     tokens = describe_array(1, 256, 512)
     variables = jax.eval_shape(attention.init, jax.random.key(0), tokens)
@@ -44,7 +44,7 @@ def build_flax_attention() -> Built:
 
 
 class AttentionBlock(eqx.Module):
-    """A block of the vision Transformer, without dropout; one norm is applied twice."""
+    """A block of the vision Transformer, without dropout; both norms share parameters."""
 
     norm: eqx.nn.LayerNorm
     attention: eqx.nn.MultiheadAttention
@@ -66,7 +66,7 @@ class AttentionBlock(eqx.Module):
 
 
 class VisionTransformer(eqx.Module):
-    """Patches of an image [3, 32, 32], six blocks, and a classifier on the class token."""
+    """A vision Transformer with six blocks that classifies an image [3, 32, 32]."""
 
     embed: eqx.nn.Linear
     positions: jax.Array
@@ -105,12 +105,12 @@ def build_equinox_transformer() -> Built:
 
 
 def norm(x: jax.Array) -> jax.Array:
-    """Apply a layer norm of its own."""
+    """Apply a new layer norm."""
     return hk.LayerNorm(axis=-1, create_scale=True, create_offset=True)(x)
 
 
 class Attention(hk.Module):
-    """Attention with as many channels as `channels` and the output of the queries."""
+    """Attention with `channels` features, projected to the number of features of the queries."""
 
     def __init__(self, heads: int, channels: int, name: str | None = None):
         super().__init__(name)
@@ -144,7 +144,7 @@ class SelfAttention(hk.Module):
 
 
 def build_perceiver() -> Built:
-    """Build Perceiver's first cross-attention and self-attention at its sizes for ImageNet."""
+    """Build Perceiver's first cross-attention and self-attention, with its sizes for ImageNet."""
 
     def encode(pixels: jax.Array) -> jax.Array:
         latents = hk.get_parameter('latents', (512, 1024), init=jnp.zeros)

@@ -1,4 +1,4 @@
-"""Conditioning: a DiT block in Flax, QMIX and a pooling head for questions in plain JAX."""
+"""Models with conditioning: a DiT block in Flax, and QMIX and a VQA head in plain JAX."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ Params = dict[str, Any]
 
 
 class DiTBlock(nn.Module):
-    """A block of a diffusion Transformer with adaLN-Zero on x [B, T, d] and c [B, d]."""
+    """A block of a diffusion Transformer with adaLN-Zero, for x [B, T, d] and c [B, d]."""
 
     heads: int
 
@@ -34,7 +34,7 @@ class DiTBlock(nn.Module):
 
 
 def build_dit_block() -> Built:
-    """Build a block of DiT-XL/2 on 256 patches."""
+    """Build a block of DiT-XL/2, on 256 patches."""
     return build_flax(DiTBlock(16), x=describe_array(1, 256, 1152), c=describe_array(1, 1152))
 
 
@@ -48,7 +48,7 @@ def map_affinely(layer: tuple[jax.Array, jax.Array], x: jax.Array) -> jax.Array:
 
 
 def mix_values(params: Params, values: jax.Array, state: jax.Array) -> jax.Array:
-    """Return the joint action value of QMIX from values [B, N] of agents and the state [B, s]."""
+    """Return the joint action value of QMIX from agents' values [B, N] and the state [B, s]."""
     affine = {name: map_affinely(layer, state) for name, layer in params['hyper'].items()}
     W_1 = jnp.abs(affine['W_1']).reshape(*values.shape, -1)
     hidden = jax.nn.elu(jnp.einsum('bn,bnk->bk', values, W_1) + affine['b_1'])
@@ -72,9 +72,9 @@ def build_qmix() -> Built:
 
 
 def answer(params: Params, question: jax.Array, image: jax.Array) -> jax.Array:
-    """Return logits of answers by MLB from a question [B, q] and an image's cells [B, S, v].
+    """Return MLB's logits of answers, from a question [B, q] and image features [B, S, v].
 
-    Two attention maps are computed by low-rank bilinear pooling; so is the answer.
+    Low-rank bilinear pooling computes two attention maps and the answer.
     """
 
     pooled = jnp.tanh(map_affinely(params['query'], question))[:, None] * jnp.tanh(
@@ -88,7 +88,7 @@ def answer(params: Params, question: jax.Array, image: jax.Array) -> jax.Array:
 
 
 def build_vqa_head() -> Built:
-    """Build the head of MLB: 2400 question features, 14 × 14 cells of 2048, 2000 answers."""
+    """Build MLB's head for 2400 question features, 14 × 14 image cells and 2000 answers."""
     q, v, d, glimpses, answers = 2400, 2048, 1200, 2, 2000
     sizes = {
         'query': (q, d),

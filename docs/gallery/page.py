@@ -1,6 +1,6 @@
-"""The page docs/gallery.md: what `mi.find` reports on models of other authors.
+"""The page docs/gallery.md, with reports of `mi.find` on models of other authors.
 
-`python -m docs.build` writes the page. It needs Haiku and Equinox, of the extra `test`.
+`python -m docs.build` writes the page. It needs Haiku and Equinox from the extra `test`.
 """
 
 import dataclasses
@@ -34,11 +34,11 @@ class Entry:
     """A section of the page.
 
     Attributes:
-      title: its heading.
-      library: in which library the model is written.
-      source: where the model is from, in Markdown.
-      equations: its products and where they come from, one line each.
-      build: the factory.
+      title: heading of the section.
+      library: library in which the model is written.
+      source: source of the model, in Markdown.
+      equations: the products of the model and their operands, one per line.
+      build: factory of the model.
     """
 
     title: str
@@ -49,11 +49,11 @@ class Entry:
 
     @property
     def reference(self) -> str:
-        """Return the name of the factory for `python -m mi.find`."""
+        """Name of the factory for `python -m mi.find`."""
         return f'{self.build.__module__}:{self.build.__name__}'
 
     def find(self) -> Report:
-        """Return the report on the model."""
+        """Return the report of `mi.find` on the model."""
         function, params, streams = self.build()
         return find(function, params, **streams)
 
@@ -190,7 +190,7 @@ logits = (tanh(qW) ⊙ tanh(v̂X)) Y""",
 
 
 def find_all() -> dict[str, Report]:
-    """Return the reports of all models by title."""
+    """Return title → report for all models."""
     return {entry.title: entry.find() for entry in ENTRIES}
 
 
@@ -217,7 +217,7 @@ def _make_summary(reports: dict[str, Report]) -> str:
 
 
 def _make_section(entry: Entry, report: Report) -> str:
-    """Return source, equations, interactions and candidates of a model."""
+    """Return the section of a model, with source, equations, interactions and candidates."""
     streams = ', '.join(
         f'{name} {" ".join(str(list(shape)) for shape in shapes)}'
         for name, shapes in report.streams.items()
@@ -245,7 +245,7 @@ def _make_section(entry: Entry, report: Report) -> str:
 
 
 def _list_candidates(report: Report) -> list[str]:
-    """Return the places where streams meet without a product, equal ones in one line."""
+    """List the places where streams meet without a product, with equal ones in one line."""
     lines: Counter[str] = Counter()
     for candidate in report.candidates:
         place = f' in `{candidate.path}`' if candidate.path else ''

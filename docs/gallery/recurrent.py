@@ -1,4 +1,4 @@
-"""Recurrence: Flax's LSTM cells, Haiku's IMPALA agent, RG-LRU in Flax, Mamba in Equinox."""
+"""Recurrent models: Flax's LSTM cells, Haiku's IMPALA agent, RG-LRU in Flax, Mamba in Equinox."""
 
 from typing import Any
 
@@ -14,12 +14,12 @@ from docs.gallery.attention import Built, build_haiku, describe_array
 
 
 def build_flax_lstm() -> Built:
-    """Build Flax's LSTM of 256 units on sequences of 100 steps."""
+    """Build Flax's LSTM with 256 units, on sequences of 100 steps."""
     return _build_rnn(nn.OptimizedLSTMCell(256), describe_array(32, 100, 128))
 
 
 def build_flax_conv_lstm() -> Built:
-    """Build Flax's convolutional LSTM on 10 frames of 16 × 16."""
+    """Build Flax's convolutional LSTM, on 10 frames of 16 × 16."""
     return _build_rnn(nn.ConvLSTMCell(64, (3, 3)), describe_array(8, 10, 16, 16, 32))
 
 
@@ -33,7 +33,7 @@ def _build_rnn(cell: Any, x: jax.ShapeDtypeStruct) -> Built:
 
 
 class ResidualBlock(hk.Module):
-    """x + Conv(relu(Conv(relu(x))))."""
+    """A residual block, x + Conv(relu(Conv(relu(x))))."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = hk.Conv2D(x.shape[-1], 3)(jax.nn.relu(x))
@@ -41,7 +41,7 @@ class ResidualBlock(hk.Module):
 
 
 class Torso(hk.Module):
-    """The deep network of IMPALA on frames of 0 to 255."""
+    """The deep network of IMPALA, for frames with values from 0 to 255."""
 
     def __call__(self, frames: jax.Array) -> jax.Array:
         x = frames / 255.0
@@ -53,7 +53,7 @@ class Torso(hk.Module):
 
 
 def build_impala() -> Built:
-    """Build the unroll of IMPALA: 20 steps of 32 Atari environments with 18 actions."""
+    """Build IMPALA's unroll of 20 steps in 32 Atari environments with 18 actions."""
 
     def unroll(frames: jax.Array, is_first: jax.Array, carry: Any) -> tuple[jax.Array, jax.Array]:
         x = hk.BatchApply(Torso())(frames)
@@ -73,7 +73,7 @@ def build_impala() -> Built:
 
 
 class BlockDiagonal(nn.Module):
-    """An affine map with a matrix per block of features."""
+    """An affine map with a separate matrix for each block of features."""
 
     blocks: int
 
@@ -87,7 +87,7 @@ class BlockDiagonal(nn.Module):
 
 
 class RGLRU(nn.Module):
-    """Real-gated linear recurrent unit, with the constant c = 8."""
+    """The real-gated linear recurrent unit, with the constant c = 8."""
 
     heads: int
 
@@ -123,7 +123,7 @@ class RecurrentBlock(nn.Module):
 
 
 def build_rg_lru() -> Built:
-    """Build a recurrent block of width 2560 on 1024 tokens."""
+    """Build a recurrent block of width 2560, on 1024 tokens."""
     block, x = RecurrentBlock(2560, heads=10), describe_array(1, 1024, 2560)
     variables = jax.eval_shape(block.init, jax.random.key(0), x)
     return (lambda variables, x: block.apply(variables, x)), variables, {'x': x}
@@ -133,7 +133,7 @@ def build_rg_lru() -> Built:
 
 
 class Mamba(eqx.Module):
-    """The block of Mamba on a sequence x [T, 768]: convolution, selective scan, gate."""
+    """Mamba's block of convolution, selective scan and gate, for a sequence x [T, 768]."""
 
     expand: eqx.nn.Linear
     convolve: eqx.nn.Conv1d
@@ -175,6 +175,6 @@ class Mamba(eqx.Module):
 
 
 def build_mamba() -> Built:
-    """Build a block of Mamba-130M on 1024 tokens."""
+    """Build a block of Mamba-130M, on 1024 tokens."""
     model = eqx.filter_eval_shape(Mamba)
     return (lambda model, x: model(x)), model, {'x': describe_array(1024, 768)}

@@ -1,1 +1,1 @@
-"""A fusion, an environment and a sweep that `mi` finds by their names."""
+"""A fusion, an environment and a sweep, which `mi` imports by name."""

@@ -1,8 +1,8 @@
 """An environment in which the task decides what an observation means.
 
-Each of eight steps shows a number x in [−1, 1]. Action 1 is right where s x > 0, action 0
-elsewhere; the sign s is −1 for the task 'flipped' and 1 for 'plain'. The best policy depends on the
-product of x and the task. A policy that ignores the task is right half of the time.
+Each of eight steps shows a number x in [−1, 1]. Action 1 is right if s x > 0, otherwise action 0
+is. The sign s is −1 in the task 'flipped' and 1 in 'plain'. The best policy therefore depends on
+the product of x and the task. A policy that ignores the task is right half of the time.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ TASKS = ('plain', 'flipped')
 
 
 class State(NamedTuple):
-    """One episode: the key of the next number, the number, the task and the steps so far."""
+    """The state of an episode: random key, number x, task, steps and right answers so far."""
 
     key: Array
     x: Array
@@ -29,7 +29,7 @@ class State(NamedTuple):
 
 
 class Signs:
-    """A `mi.rl.envs.spec.JaxEnvironment`."""
+    """The environment, a `mi.rl.envs.spec.JaxEnvironment`."""
 
     spec = Spec(
         name='signs',
@@ -51,7 +51,7 @@ class Signs:
         return self._draw(State(key, jnp.zeros(()), task, zero, zero))
 
     def step(self, state: State, action: Array) -> tuple[State, Transition]:
-        """Reward an action, and show the next number."""
+        """Return the reward of an action and the next number."""
         sign = jnp.where(state.task == 1, -1.0, 1.0)
         is_right = (action == 1) == (sign * state.x > 0)
         time, num_right = state.time + 1, state.num_right + is_right
@@ -71,7 +71,7 @@ class Signs:
 
 
 def make(suite: str) -> Signs:
-    """Return the environment; its only suite is 'two', the default."""
+    """Return the environment; the only suite is 'two', the default."""
     if suite not in ('', 'two'):
         raise UserError(f"config.env.name = 'my_fusion.environment:make/{suite}': expected 'two'")
     return Signs()

@@ -1,4 +1,4 @@
-"""The gate against concatenation and MI where the task flips a sign.
+"""A comparison of the gate with concatenation and MI, where the task flips a sign.
 
 python -m launch.local --sweep=my_fusion/sweep.py --workdir=runs/signs --parallel=2
 """
@@ -18,7 +18,7 @@ NOTES = ['Equal environment steps, eight steps an episode, success is eight righ
 
 
 def sweep() -> list[dict[str, Any]]:
-    """Return three fusions, with six seeds each."""
+    """Return a member for each of three fusions, with six seeds."""
     return product(
         **{
             'env.name': ['my_fusion.environment:make/two'],

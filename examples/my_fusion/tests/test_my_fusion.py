@@ -1,4 +1,4 @@
-"""The checks that the modules of mi pass."""
+"""Tests of the fusion with the checks that the modules of mi pass."""
 
 from my_fusion.environment import make
 from my_fusion.layers import TanhGate
