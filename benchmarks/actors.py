@@ -209,7 +209,7 @@ class ClockedTeam:
         self._workers: list[ClockedWorker] = []
 
     def make_worker(self, index: int) -> ClockedWorker:
-        """Make the worker of an actor, with its own environments, policy and key."""
+        """Make the worker of an actor, with its own environments, policy and random key."""
         actors = self._config.actors
         first_seed = 100 * index
         pools = [

@@ -99,7 +99,7 @@ SIDES: dict[str, tuple[str, ...]] = {
 
 
 def torch_lstm(V: int, E: int, H: int, T: int, B: int) -> Callable[[], object]:
-    """Return a training step of torch's LSTM."""
+    """Return a function that runs a training step of torch's LSTM."""
     import torch
 
     class Model(torch.nn.Module):
@@ -130,7 +130,7 @@ def torch_lstm(V: int, E: int, H: int, T: int, B: int) -> Callable[[], object]:
 
 
 def torch_transformer(sizes: Sequence[int], is_compiled: bool) -> Callable[[], object]:
-    """Return a training step of a Transformer in torch."""
+    """Return a function that runs a training step of a Transformer in torch."""
     import torch
     from torch.nn import functional
 

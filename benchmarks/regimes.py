@@ -46,7 +46,7 @@ class Regime:
         return 2 * (S * m * n * k + S * m * k + B * n * k * (2 if self.shared else 1))
 
     def z_rows(self) -> tuple[int, ...]:
-        """Return the leading axes of z."""
+        """Leading axes of z."""
         return (self.rows[0], 1) if self.shared else self.rows
 
     def draw_arrays(self) -> dict[str, np.ndarray]:

@@ -38,7 +38,7 @@ def read_records(path: pathlib.Path) -> list[dict[str, float]]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Start the run and watch it."""
+    """Start the training run and watch it."""
     del argv
     with tempfile.TemporaryDirectory() as temporary_dir:
         workdir = pathlib.Path(temporary_dir) / 'run'

@@ -219,9 +219,9 @@ def _read_card(path: pathlib.Path) -> list[str]:
     text = path.read_text()
     patterns = {
         'a title "# Results: …"': r'\A# Results: (.+)',
-        'a claim, its first paragraph': r'\A# .+\n\n((?:(?!Measured on)\S.*\n)+)',
+        'a claim in the first paragraph': r'\A# .+\n\n((?:(?!Measured on)\S.*\n)+)',
         'a command, in ```': r'```\n(.+?)\n```',
-        'where it was "Measured on"': r'(?m)^(Measured on (?:.+\n)+)',
+        'a paragraph "Measured on …"': r'(?m)^(Measured on (?:.+\n)+)',
         'a figure': r'(!\[[^\]]*\]\([^)]+\))',
     }
     texts = []

@@ -131,8 +131,8 @@ def _make_pod(
 
     Args:
       path: the run directory.
-      command: the command of the member.
-      name: name of its JobSet.
+      command: command of the member.
+      name: name of the JobSet.
       resources: resources of each member.
       options: options of the pods.
     """

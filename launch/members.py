@@ -125,7 +125,9 @@ def _make_names(shown_overrides: list[Overrides], overrides: list[Overrides]) ->
             _to_file_name(name) for name in (short_name, long_name, f'{long_name},{digest}')
         ]
         if flags in used_flags:
-            raise UserError(f'two members of the sweep have the same overrides: {candidates[0]}')
+            raise UserError(
+                f'two members of the sweep have the same overrides: {candidates[0]}. Remove one'
+            )
         used_flags.add(flags)
         used_names.append(next(name for name in candidates if name not in used_names))
     return used_names

@@ -210,7 +210,7 @@ class Search:
         self._refresh()
 
     def write_sweep(self) -> None:
-        """Write sweep.json with the members so far, which the report reads."""
+        """Write the members so far to sweep.json, which the report reads."""
         members = [sweep.describe_member(self._make_member(name), None) for name in self._trials]
         write_json(self._workdir / 'sweep.json', {**self._description, 'members': members})
 

@@ -259,7 +259,7 @@ def list_saved_steps(run_dir: pathlib.Path) -> list[int]:
 
 
 def last_saved_step(run_dir: pathlib.Path) -> int:
-    """Return the step of the newest checkpoint of a run; 0 if it has none."""
+    """Return the step of the newest checkpoint of a run, or 0 if it has none."""
     return next(iter(list_saved_steps(run_dir)), 0)
 
 

@@ -204,7 +204,7 @@ class ClusterMember:
 
 
 def _find_address() -> str:
-    """Return 'HOST:PORT' of this node for a process that is about to start."""
+    """Return 'HOST:PORT' on this node, for a process that is about to start."""
     import ray
 
     return f'{ray.util.get_node_ip_address()}:{process.find_free_port()}'

@@ -25,7 +25,7 @@ DIGITS = 6  # significant digits of a float that is drawn, so that it can be par
 
 
 class Distribution(abc.ABC):
-    """The distribution of a value, given by its quantile function."""
+    """A distribution of values, defined by its quantile function."""
 
     @abc.abstractmethod
     def quantile(self, probability: float) -> Any:

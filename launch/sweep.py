@@ -4,7 +4,7 @@ CONFIG = 'configs/lm.py:quickstart'      with TITLE, METRIC, SPLIT, BASELINE and
 METRIC = 'bits_per_byte'                 a number that the runs record in SPLIT, or a function of
                                          their records, 'package.module:function', as described in
                                          `mi.training.run_metric`
-LOWER_IS_BETTER = True                   optional; a function may have it as an attribute
+LOWER_IS_BETTER = True                   optional; may be an attribute of the function instead
 CURVES = 'valid'                         split of the learning curves; optional. The default is
                                          'valid' if the runs record METRIC there during training,
                                          else SPLIT
@@ -12,10 +12,10 @@ TASK = 'env.name'                        key of the task, if each run learns one
 PROBLEMS = ('problem.system',)           keys that make arms separate problems, which are not ranked
                                          with each other; optional
 def sweep() -> list[dict[str, Any]]      overrides of CONFIG, one dict for each member; the key
-                                         'label' names its arm, in place of the values that differ
+                                         'label' names the arm, in place of the values that differ
 SPACE, COUNT = {…}, 20                   in place of sweep(): a random search of COUNT members in a
 SEED = 0                                 space (`launch.search_space`), and its seed; optional
-def report(workdir, out) -> None         figures and tables of its own; optional
+def report(workdir, out) -> None         adds figures and tables to the report; optional
 """
 
 import itertools

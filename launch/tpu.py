@@ -165,7 +165,7 @@ def count_chips(machine: str) -> int:
 
 
 def _consists_of_cubes(topology: str, max_chips: int) -> bool:
-    """Return whether a topology consists of cubes and has at most `max_chips` chips."""
+    """Return whether a topology is made of cubes and has at most `max_chips` chips."""
     sides = [int(side) if side.isdecimal() else 0 for side in topology.split('x')]
     return (
         len(sides) == 3

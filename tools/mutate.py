@@ -257,7 +257,7 @@ def discount_failing_tests(
         if exit_code == 0:
             break
         if not failed_test:
-            raise RuntimeError(f'the tests do not run on the unchanged code:\n{output[-2000:]}')
+            raise RuntimeError(f'the tests cannot run on the unchanged code:\n{output[-2000:]}')
         failing_tests.add(failed_test[1])
         noticing_tests = [test for test in noticing_tests if test not in failing_tests]
     for fault, result in outcomes.items():

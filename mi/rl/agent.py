@@ -159,7 +159,7 @@ class Agent(nn.Module):
 
         Args:
           carry: carry from `initial_carry` or the previous call.
-          inputs: [T, B, …].
+          inputs: inputs of the agent, [T, B, …].
 
         Raises:
           ValueError: if the source is unknown, or does not fit the sites.
@@ -198,7 +198,7 @@ class Agent(nn.Module):
         return carry
 
     def _torso_name(self) -> str:
-        """Resolve 'auto'."""
+        """Return the name of the torso, after resolving 'auto'."""
         if self.torso != 'auto':
             return self.torso
         if 'pixels' not in self.spec.observation:
@@ -314,7 +314,7 @@ def explain_source(source: Source, sites: Collection[Site]) -> str:
 
 
 def forward(agent: Agent, params: Params, carry: Carry, inputs: Inputs) -> tuple[Carry, Outputs]:
-    """Apply the agent with these parameters to inputs [T, B, …]."""
+    """Apply an agent with the given parameters to inputs [T, B, …]."""
     return agent.apply({'params': params}, carry, inputs)  # type: ignore[return-value,unused-ignore]
 
 

@@ -130,7 +130,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         if training[field] % training.log_every:
             raise UserError(
                 f'config.train.{field} = {training[field]}: expected a multiple of '
-                f'config.train.log_every = {training.log_every}, the updates of one record'
+                f'config.train.log_every = {training.log_every}, the number of updates per record'
             )
 
     # Actors: one seed, and batches of whole trajectories.
@@ -146,7 +146,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         scope = f', in each of {num_processes} processes' if num_processes > 1 else ''
         raise UserError(
             f'config.train.batch = {training.batch}: expected a multiple of config.actors.batch = '
-            f'{actors.batch}, the rows of one trajectory in the queue{scope}'
+            f'{actors.batch}, the rows of a trajectory in the queue{scope}'
         )
 
 

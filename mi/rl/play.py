@@ -186,7 +186,7 @@ class _Tally:
         self._returns[is_over], self._lengths[is_over] = 0, 0
 
     def summarize(self) -> Played:
-        """Return the episodes so far."""
+        """Return all episodes so far."""
         returns, success, lengths = (
             [np.array([episode[column] for episode in episodes]) for episodes in self._episodes]
             for column in range(3)

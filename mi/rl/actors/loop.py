@@ -242,7 +242,7 @@ def _evaluate(
 def init_state(
     agent: Agent, optimizer: optax.GradientTransformation, seed: int, mesh: jax.sharding.Mesh
 ) -> learner.LearnerState:
-    """Return the learner's state before the first update, on every device."""
+    """Initialize the state of the learner on every device."""
 
     def init(seed: jax.Array) -> learner.LearnerState:
         params = factory.init_params(agent, jax.random.key(seed))
@@ -371,7 +371,7 @@ def take_batch(
 
 
 def shard_trajectory(trajectory: Trajectory, mesh: jax.sharding.Mesh) -> Trajectory:
-    """Divide the rows of this process's trajectory over its devices."""
+    """Divide the rows of this process's trajectory over the devices of the mesh."""
     carry = sharding.shard_batch(trajectory.carry, mesh, axis=0)
     steps: Trajectory = sharding.shard_batch(trajectory._replace(carry={}), mesh, axis=1)
     return steps._replace(carry=carry)

@@ -101,7 +101,7 @@ class Actors:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def publish(self, params: Params, version: int) -> None:
-        """Give the workers new parameters, which must not be donated afterwards."""
+        """Send new parameters to the workers; they must not be donated afterwards."""
         self._latest = self._share(params), version
 
     def get(self, stops: Callable[[], bool] = lambda: False) -> QueueItem | None:

@@ -62,7 +62,7 @@ class Policy:
         self._step: jax.stages.Wrapped = jax.jit(self._act)
 
     def init(self, batch_size: int, rng_key: Array) -> PolicyState:
-        """Return the state before the first step of B episodes."""
+        """Return the initial policy state for B episodes."""
         carry = self._agent.initial_carry(batch_size)
         if not is_instructed(self._agent):
             return PolicyState(rng_key, carry)
@@ -250,7 +250,7 @@ class _Group:
         self._builder.inputs.append(jax.tree.map(np.array, inputs))  # a copy
 
     def send(self, params: Params) -> None:
-        """Send the policy's action for the newest inputs."""
+        """Choose actions for the newest inputs, and send them to the environments."""
         self._policy_state, action, log_prob = self._policy(
             params, self._policy_state, self._builder.inputs[-1], self._has_new_params
         )

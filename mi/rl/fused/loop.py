@@ -380,7 +380,7 @@ def unwrap_keys(state: TrainState) -> TrainState:
 
 
 def _wrap_keys(state: TrainState, like: TrainState) -> TrainState:
-    """Undo `unwrap_keys`."""
+    """Replace the data of random keys in a state by keys, which undoes `unwrap_keys`."""
     return jax.tree.map(lambda a, b: jax.random.wrap_key_data(a) if _is_key(b) else a, state, like)
 
 

@@ -234,7 +234,7 @@ class DMLab:
         self._send(actions.tolist())
 
     def recv(self) -> Step:
-        """Return the step that was sent.
+        """Wait for the step that was sent, and return it.
 
         Raises:
           ArgumentError: if an engine does not answer within the timeout.

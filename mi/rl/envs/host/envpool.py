@@ -91,7 +91,7 @@ class Pools:
                 pool.send(pool_actions[~is_idle], np.flatnonzero(~is_idle).astype(np.int32))
 
     def recv(self) -> Step:
-        """Return the step that was sent.
+        """Wait for the step that was sent, and return it.
 
         Raises:
           ArgumentError: if a pool does not answer within the timeout.
@@ -160,7 +160,7 @@ class Pools:
                 task_name = self.spec.tasks[pool_index]
                 raise ArgumentError(
                     f'{self.spec.name}/{task_name} did not answer in {self._timeout:g} s: '
-                    f'expected a step of its {self.batch} rows. Raise '
+                    f'expected a step of {self.batch} rows. Raise '
                     f'`options.timeout`, or use fewer rows'
                 ) from None
             if isinstance(result, Exception):
@@ -179,10 +179,10 @@ class Pools:
 
 
 def import_envpool() -> types.ModuleType:
-    """Return the module envpool.
+    """Import and return the module envpool.
 
     Raises:
-      UserError: if it is not installed.
+      UserError: if envpool is not installed.
     """
     try:
         import envpool

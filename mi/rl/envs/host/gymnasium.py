@@ -1,4 +1,4 @@
-"""Gymnasium (Towers et al., 2024): environments with discrete actions, and ViZDoom's scenarios.
+"""Gymnasium environments (Towers et al., 2024) with discrete actions, and ViZDoom's scenarios.
 
 A new episode starts one step later (see `spec`), as in gymnasium's AutoresetMode.NEXT_STEP.
 """

@@ -97,7 +97,7 @@ class ActuatorInversion:
         )
 
     def reset(self, key: Array, task: Array) -> tuple[State, Observation]:
-        """Place agent and goal in two different cells, every pair equally likely."""
+        """Place agent and goal in two different cells, with equal probability for every pair."""
         agent_key, goal_key = jax.random.split(key)
         num_cells = SIZE * SIZE
         agent_cell = jax.random.randint(agent_key, (), 0, num_cells, jnp.int32)
