@@ -22,7 +22,7 @@ transformer  Transformer-XL base (Dai et al., 2019, test perplexity 24.0): 16 la
              RMSNorm before the layers.
 smoke        a minute on a laptop, on Austen's words, to show that everything runs.
 
-We have not trained these models, so there are no measurements of ours.
+We have not trained these models.
 """
 
 import ml_collections

@@ -315,7 +315,7 @@ def init_variables(example: Example) -> Any:
 
 
 def draw_figure(example: Example) -> Any:
-    """Draw |W| of every product in a row, with the slices along z side by side."""
+    """Draw |W| with a row for each product and the slices along z side by side."""
     from matplotlib.figure import Figure
 
     # Lay out the rows.

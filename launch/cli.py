@@ -98,7 +98,7 @@ def run(
     file, workdir = get_paths()
     members = sweep.load(file, workdir, name, dry=DRY_RUN.value)
     if CHECK.value and not DRY_RUN.value:
-        raise UserError('--check: expected --dry_run too, because it does not run the sweep')
+        raise UserError('--check: expected --dry_run too, because --check does not run the sweep')
     if DRY_RUN.value:
         dry_run(members, workdir, find_devices(get_resources()))
         return

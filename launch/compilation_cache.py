@@ -57,7 +57,7 @@ def _make_variables(directory: pathlib.Path) -> dict[str, str]:
 
 
 def _delete_oldest(directory: pathlib.Path, max_bytes: int) -> None:
-    """Delete the files in a directory that were written first, until `max_bytes` remain.
+    """Delete the oldest files in a directory until at most `max_bytes` remain.
 
     JAX's own limit, jax_compilation_cache_max_size, is not used, because it stores the time of the
     last use of each program in a file NAME-atime. A member that is killed before it writes this

@@ -31,7 +31,7 @@ def load_module(file: str) -> types.ModuleType:
             if 'CONFIG = ' in path.read_text()
         )
         raise UserError(
-            f'--sweep={file}: expected a file of your own or experiments/NAME.py; '
+            f'--sweep={file}: expected your own sweep file or experiments/NAME.py; '
             f'{suggest(sweep_name(path), known_names)}'
         )
 

@@ -367,7 +367,7 @@ def test_a_directory_that_cannot_be_written_is_one_line(tmp_path):
 
 
 def test_what_is_no_sweep_is_refused(tmp_path):
-    with pytest.raises(UserError, match='expected a file of your own'):
+    with pytest.raises(UserError, match='expected your own sweep file'):
         sweep.load(str(tmp_path / 'none.py'), tmp_path / 'runs')
     (tmp_path / 'empty.py').write_text('')
     with pytest.raises(UserError, match='expected it to define CONFIG'):

@@ -1,4 +1,4 @@
-"""Measurements of a learner with actors between two records."""
+"""Measurements between two log records, for topologies with actors."""
 
 import time
 
