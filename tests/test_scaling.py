@@ -67,7 +67,7 @@ def test_the_bottleneck_moves_to_the_network():
     small = job(10**8, lambda rows: Work([Product(rows * 10**10, 10**6, 1)], 0))
     bounds = [cluster.estimate_step(small, CHIP, n, 64).bottleneck for n in (1, 4, 64)]
     assert bounds == ['arithmetic', 'arithmetic', 'network']
-    with pytest.raises(ValueError, match='8 rows on 3 chips'):
+    with pytest.raises(ValueError, match='rows = 8, chips = 3'):
         cluster.estimate_step(small, CHIP, 3, 8)
 
 

@@ -124,9 +124,9 @@ def test_population_without_fitness_or_looks_is_refused():
     for interval, save_every in ((40, 10), (31, 10), (10, 40)):
         with pytest.raises(UserError, match=f'--interval={interval}: expected a comparison'):
             split(interval, **{'train.save_every': save_every})
-    with pytest.raises(UserError, match='recorded before the last step, in SPLIT or CURVES'):
+    with pytest.raises(UserError, match='expected a metric that SPLIT or CURVES'):
         split(20, ['test'])
-    with pytest.raises(UserError, match='recorded before the last step'):
+    with pytest.raises(UserError, match='records before the last step'):
         split(20, **{'train.eval_every': 40})
 
 

@@ -92,7 +92,7 @@ def test_arms_of_the_same_values_are_told_apart_by_their_keys(tmp_path):
 
 def test_a_seed_of_an_arm_is_trained_once(tmp_path):
     arms = sweep.product(**{'model.site': ['none'], 'seeds': [(0, 1), (1, 2)]})
-    with pytest.raises(UserError, match=r"seed 1 of 'only'.*\. Give them different seeds"):
+    with pytest.raises(UserError, match=r"seed 1 of the arm 'only'.*\. Give them different seeds"):
         sweep.load(write_sweep(tmp_path, arms), tmp_path / 'runs')
     configured = [{}, {'seeds': (0,)}]  # the first has the config's own
     with pytest.raises(UserError, match=r'only and seeds=\(0,\) both train seed 0'):
@@ -275,7 +275,7 @@ def test_the_sweeps_and_configs_of_the_package_are_found_from_another_directory(
     monkeypatch.chdir(tmp_path)
     members = sweep.load('experiments/quickstart.py', tmp_path / 'runs', dry=True)
     assert '--config=configs/lm.py:quickstart' in members[0].command
-    with pytest.raises(UserError, match=r"expected a file .* did you mean 'quickstart'"):
+    with pytest.raises(UserError, match=r"expected your own sweep .* did you mean 'quickstart'"):
         sweep.load('experiments/quickstrat.py', tmp_path / 'runs')
     with pytest.raises(UserError, match=r"no such file; expected .* did you mean 'lm'"):
         sweep.parse_config(['--config=configs/lmm.py:tiny'])

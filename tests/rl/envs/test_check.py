@@ -40,7 +40,7 @@ TASK = array(dtype=jnp.int32)
         ({'reference': (1.0, 2.0, float('nan'))}, 'Spec.reference'),
         (
             {'random': (0.0, 1.0, 0.0), 'reference': (1.0, 1.0, 1.0)},
-            "Spec.reference of task 'two' = 1.0: expected a score other than that",
+            "Spec.reference of task 'two' = 1.0: expected a score different from that",
         ),
         ({'vocabulary': 4}, 'Spec.vocabulary = 4: expected the number of tokens'),
         ({'words': ('go',)}, r"Spec.words = \('go',\): expected \(\) or 0"),
