@@ -45,7 +45,7 @@ from mi.training import host
 TOPOLOGY = flags.DEFINE_string(
     'gpu_topology',
     None,
-    'GPU of mi.estimate.topologies to compile for, as h100:1; None to run here.',
+    'GPU in mi.estimate.topologies to compile for, such as h100:1; None to run here.',
 )
 SETS = flags.DEFINE_list('sets', None, 'Sets: lstm, transformer, rl; all by default.')
 WHERE = flags.DEFINE_string('where', None, 'SET/SIDE whose launches are listed by their source.')

@@ -61,7 +61,7 @@ CACHE_MEGABYTES = flags.DEFINE_integer(
 )
 
 ASHA = flags.DEFINE_integer(
-    'asha', 0, 'Stop members that are behind, from this step on; see launch/asha.py.', lower_bound=0
+    'asha', 0, 'First step at which weak members are stopped; see launch/asha.py.', lower_bound=0
 )
 ASHA_FACTOR = flags.DEFINE_integer(
     'asha_factor',

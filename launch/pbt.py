@@ -32,7 +32,7 @@ from launch.supervision import supervise
 from mi.config import UserError, flatten, suggest
 
 INTERVAL = flags.DEFINE_integer('interval', 0, 'Steps between two comparisons.', lower_bound=0)
-MARGIN = flags.DEFINE_float('margin', 0.05, 'By how much another must be better, absolute.')
+MARGIN = flags.DEFINE_float('margin', 0.05, 'Minimum absolute lead in fitness of a member to copy.')
 PERTURB = flags.DEFINE_list(
     'perturb',
     None,

@@ -72,8 +72,8 @@ class ActuatorInversion:
 
     Observations: 'grid' [5, 5, 1], which is 1 at the agent, 2 at the goal and 0 elsewhere; 'task'.
 
-    Reaching the goal gives reward 1 and terminates the episode, which is truncated after 8 steps.
-    The optimal policy always reaches the goal.
+    Reaching the goal gives reward 1 and terminates the episode. Otherwise it is truncated after 8
+    steps. A policy that knows the task can always reach the goal.
 
     Args:
       permutations: the tasks, in the order of their indices: action → direction.

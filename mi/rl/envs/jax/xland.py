@@ -132,9 +132,9 @@ class XLand:
     block; 'features' [5], the one-hot direction and whether the agent carries an object; 'task';
     'instruction' [3], the goal as tokens for kind, color and shape.
 
-    Reaching the goal after t steps gives the reward 1 − 0.9 t / 40 and terminates the episode,
-    which is truncated after 40 steps. Actions: forward, turn clockwise, turn counterclockwise, pick
-    up, put down, toggle (which has no effect, because there are no doors).
+    Reaching the goal after t steps gives the reward 1 − 0.9 t / 40 and terminates the episode.
+    Otherwise it is truncated after 40 steps. Actions: forward, turn clockwise, turn
+    counterclockwise, pick up, put down, toggle (which has no effect, because there are no doors).
 
     Args:
       goals: the tasks, in the order of their indices.
