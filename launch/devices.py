@@ -107,8 +107,8 @@ def _describe_idle_seeds(config: ml_collections.ConfigDict, devices: Devices) ->
 def check_member(member: Member, devices: Devices) -> bool:
     """Print the output of `mi.estimate` for a member; return whether it fits on its devices.
 
-    Without a topology, the same number of CPU devices is used instead. The FLOPs and the bytes sent
-    per device are the same, but it is not checked whether the member fits.
+    Without a topology, the same number of CPU devices is used instead. The share of the FLOPs and
+    the bytes sent are the same, but it is not checked whether the member fits.
 
     Raises:
       UserError: if the number of devices is unknown.

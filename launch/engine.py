@@ -31,8 +31,8 @@ class Resources:
       cores: number of CPU cores per process; 0 for an even share.
       retries: number of restarts of a member that fails. A preempted member is always restarted if
         it has made progress.
-      cache_megabytes: maximum size of the cache of compiled programs that members on this machine
-        share; 0 disables the cache.
+      cache_megabytes: size limit, whenever a member starts, for the cache of compiled programs that
+        members on this machine share; 0 disables the cache.
     """
 
     parallel: int = 0

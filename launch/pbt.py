@@ -3,11 +3,11 @@
     python -m launch.pbt --sweep=… --workdir=runs/population --interval=2000 --parallel=8 --gpus=1
 
 Every `--interval` steps, a member saves, stops, and is compared with another member drawn at
-random. If the other one's fitness is better by more than `--margin`, the member continues from its
-newest checkpoint with its hyperparameters. Then each hyperparameter in `--perturb` is multiplied or
-divided by 1.2 with probability 1/3, unless the new value is invalid. No member waits for another.
-The fitness is the newest value of METRIC in SPLIT, or in CURVES if SPLIT is evaluated only at the
-end.
+random. If the other's fitness is better by more than `--margin`, the member continues from the
+other's newest checkpoint and hyperparameters. Then each hyperparameter in `--perturb` is multiplied
+or divided by 1.2 with probability 1/3, unless the new value is invalid. No member waits for
+another. The fitness is the newest value of METRIC in SPLIT, or in CURVES if SPLIT is evaluated only
+at the end.
 
 A member that changes continues in a new run directory, NAME.1, NAME.2, …, which starts as a copy of
 its parent and contains `fork.json` with the parent and the changes. Every run directory thus has
