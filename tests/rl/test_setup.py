@@ -66,14 +66,14 @@ def test_no_site_no_cost_of_fusions():
 @pytest.mark.parametrize(
     ('changes', 'said'),
     [
-        ({'model.fusion.name': 'multi_head', 'model.source': 'inferred'}, 'expected one-hot contexts'),
+        ({'model.fusion.name': 'multi_head', 'model.source': 'inferred'}, 'one-hot contexts'),
         (
             {
                 'model.fusion.name': 'multi_head',
                 'model.source': 'state',
                 'model.sites': ('readout',),
             },
-            'expected one-hot contexts',
+            'one-hot contexts',
         ),
         ({'train.eval_every': 7}, 'a multiple of'),
         ({'train.topology': 'threads', 'seeds': (0, 1)}, 'expected one seed'),
