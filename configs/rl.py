@@ -17,11 +17,13 @@ env=NAME       set config.env.name, which overrides that of a preset
 catch          solved in a minute on two cores
 actuator_inversion
                eight tasks that permute the actions, solved in a minute on two cores
-cartpole       CartPole-v1 of gymnasium        see docs/results/rl_presets.md for the measurements
-acrobot        Acrobot-v1 of gymnasium         with these four presets
+cartpole       CartPole-v1 of gymnasium
+acrobot        Acrobot-v1 of gymnasium
 pong           Pong of Atari, EnvPool
 babyai_goto    34 levels of BabyAI, EnvPool
 tiny           seconds, for tests
+
+See docs/results/rl_presets.md for measurements with cartpole, acrobot, pong and babyai_goto.
 """
 
 import ml_collections
