@@ -41,5 +41,5 @@ __all__ = list(_MODULES)
 def __getattr__(name: str) -> Any:
     """Import a public name on first use, so that `python -m mi.report` starts without jax."""
     if name not in _MODULES:
-        raise AttributeError(f'module mi has no attribute {name!r}')
+        raise AttributeError(f"module 'mi' has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULES[name]), name)

@@ -1,8 +1,8 @@
-"""Checking a config against a schema before anything is built from it.
+"""Validation of a config against a schema, before anything is built from it.
 
-A schema maps every dotted key to a rule. A rule is the type of the key's default if that is all
-there is to check. Otherwise it is a function, which takes the value and returns a description of
-the expected value, or '' if the value is valid.
+A schema maps every dotted key to a rule. A rule is either the type that the value must have, or a
+function that takes the value and returns '' if it is valid, or else a description of the expected
+value.
 """
 
 import contextlib
@@ -29,23 +29,23 @@ EXPECTED = {bool: 'True or False', int: 'an integer', float: 'a number', str: 'a
 
 
 class UserError(Exception):
-    """An error that the user can fix, with a one-line message; the exit code is 1."""
+    """An error that the user can fix; commands print its one-line message and exit with code 1."""
 
 
 class ArgumentError(UserError, ValueError):
-    """An error about arguments of a library function, which the message names in backticks.
+    """An invalid argument of a library function; the message names the argument in backticks.
 
-    A trainer names their config keys instead, with `name_config_keys`.
+    Trainers use `name_config_keys` to replace the argument's name with its config key.
     """
 
 
 @contextlib.contextmanager
 def name_config_keys(config_keys: Mapping[str, str]) -> Iterator[None]:
-    """Turn an ArgumentError into a UserError that names config keys.
+    """Convert an ArgumentError into a UserError that names the config keys of the arguments.
 
     Args:
-      config_keys: argument → config key. {'options': 'config.env.options'} also turns
-        `options.length` into config.env.options.length.
+      config_keys: config keys by argument name. {'options': 'config.env.options'} also replaces
+        `options.length` with config.env.options.length.
     """
 
     def name_key(match: re.Match[str]) -> str:
@@ -59,7 +59,7 @@ def name_config_keys(config_keys: Mapping[str, str]) -> Iterator[None]:
 
 
 def format_error(error: BaseException) -> str:
-    """Return the message of an error in one line, without the quotes of a KeyError."""
+    """Return an error's message on one line, without the quotes that KeyError adds."""
     message: object = error
     while isinstance(message, KeyError | AttributeError) and message.args:
         message = message.args[0]  # ml_collections nests these errors
@@ -69,9 +69,8 @@ def format_error(error: BaseException) -> str:
 def suggest_install(extra: str) -> str:
     """Return the command that installs the packages of an extra.
 
-    The project is not on PyPI. In a clone the command installs the clone with the extra; otherwise
-    it installs the packages that the project's metadata lists for the extra, and for the extras
-    that it includes.
+    In a clone, the command installs the clone with the extra. Elsewhere it installs the packages
+    that the extra requires, because the project itself is not on PyPI.
     """
     clone = pathlib.Path(__file__).resolve().parent.parent
     if (clone / 'setup.py').exists():
@@ -81,7 +80,7 @@ def suggest_install(extra: str) -> str:
 
 
 def _list_requirements(extra: str) -> list[str]:
-    """Return what an extra installs, without the extras of this project that it names."""
+    """Return the packages of an extra, expanding other extras of this project that it includes."""
     requirements = importlib.metadata.requires('multiplicative-interactions') or []
     pattern = re.compile(rf'(.+?) *; *extra == [\'"]{extra}[\'"]')
     names: list[str] = []
@@ -96,9 +95,10 @@ def _list_requirements(extra: str) -> list[str]:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Return a hint for an unknown name: the closest known name, if any is close, and all names.
+    """Return a hint for an unknown name: the closest match, if there is one, and all known names.
 
-    For 'package.module:Object' in a registry, return why it cannot be imported.
+    For a reference 'package.module:Object' into a registry, the hint says why it cannot be
+    imported.
     """
     tables = known.maps if isinstance(known, ChainMap) else [known]
     registries = [table for table in tables if isinstance(table, Registry)]
@@ -129,7 +129,7 @@ def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 def describe_difference(
     old_config: Mapping[str, object], new_config: Mapping[str, object], max_keys: int = 8
 ) -> str:
-    """Describe the keys that differ, 'model.width was 3 and is 4 now, …'; '' if none differ."""
+    """Describe the keys that differ, such as 'model.width was 3 and is 4 now'; '' if none do."""
     old_leaves, new_leaves = flatten(old_config), flatten(new_config)
 
     def format_leaf(leaves: Mapping[str, object], config_key: str) -> str:
@@ -177,30 +177,30 @@ def check(config: 'ml_collections.ConfigDict', schema: Mapping[str, Rule]) -> No
 
 
 def find_violation(rule: Rule, value: object) -> str:
-    """Return the values that a rule expects, '' if it accepts this one."""
+    """Return a description of the values that a rule accepts, or '' if it accepts this value."""
     if isinstance(rule, type):
         return '' if isinstance(value, rule) else EXPECTED[rule]
     return rule(value)
 
 
 def any_value(value: object) -> str:
-    """Accept every value: a rule for options that their constructor checks."""
+    """Accept any value; a rule for options that are validated by their constructor."""
     return ''
 
 
 def choice(known: Collection[str]) -> Rule:
-    """Return a rule for the names in `known`, which may grow before the config is checked."""
+    """Return a rule that accepts the names in `known` at the time when the config is checked."""
 
     def check_choice(value: object) -> str:
         if isinstance(value, str) and value in known:
             return ''
-        return f'one of the known words; {suggest(str(value), known)}'
+        return f'a known name; {suggest(str(value), known)}'
 
     return check_choice
 
 
 def integer(low: int, high: float = math.inf) -> Callable[[object], str]:
-    """Return a rule for integers in [low, high]."""
+    """Return a rule that accepts the integers in [low, high]."""
     bounds = f'an integer of at least {low}' + ('' if math.isinf(high) else f', at most {high}')
 
     def check_integer(value: object) -> str:
@@ -216,9 +216,10 @@ def _is_integer(value: object) -> TypeGuard[int]:
 def number(
     low: float, high: float = math.inf, *, exclusive: bool = False, below: float = math.inf
 ) -> Callable[[object], str]:
-    """Return a rule for numbers in [low, high], or (low, high] if exclusive, less than `below`.
+    """Return a rule that accepts the numbers in [low, high] that are less than `below`.
 
-    In float32 the number must be finite, and nonzero unless it is 0.
+    With `exclusive`, it rejects `low` itself. It also rejects numbers that overflow or underflow in
+    float32.
     """
     bounds = f'a finite number {"above" if exclusive else "of at least"} {low}'
     bounds += '' if math.isinf(high) else f', at most {high}'
@@ -231,7 +232,9 @@ def number(
         if not (exceeds_low and value <= high and value < below and math.isfinite(value)):
             return bounds
         is_float32 = value == 0 or SMALLEST <= abs(value) <= LARGEST
-        return '' if is_float32 else f'{bounds}, from {SMALLEST:.1g} to {LARGEST:.1g} in size'
+        return (
+            '' if is_float32 else f'{bounds}, with a magnitude from {SMALLEST:.1g} to {LARGEST:.1g}'
+        )
 
     return check_number
 
@@ -251,11 +254,11 @@ def mesh_shape(value: object) -> str:
     is_valid = (
         isinstance(value, tuple | list) and len(value) in (0, 3) and not any(map(integer(1), value))
     )
-    return '' if is_valid else 'a tuple (seed, data, fsdp) of numbers of devices, or ()'
+    return '' if is_valid else 'a tuple (seed, data, fsdp) of device counts, or ()'
 
 
 def tuple_of(rule: Callable[[object], str], description: str) -> Rule:
-    """Return a rule for non-empty tuples whose entries pass `rule`."""
+    """Return a rule that accepts non-empty tuples whose entries all pass `rule`."""
 
     def check_entries(value: object) -> str:
         is_valid = isinstance(value, tuple | list) and len(value) > 0 and not any(map(rule, value))

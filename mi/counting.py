@@ -1,6 +1,6 @@
-"""Counts of parameters and FLOPs from shapes alone, and the model size that meets a target.
+"""Parameter and FLOP counts from shapes alone, and a search for the size that meets a target.
 
-Nothing is allocated or compiled: shapes come from `jax.eval_shape`, FLOPs from the jaxpr. The
+Nothing is allocated or compiled: shapes come from `jax.eval_shape`, and FLOPs from the jaxpr. The
 command `python -m mi.estimate --config=FILE` prints the cost of a run.
 """
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def parameters(tree: 'chex.ArrayTree') -> int:
-    """Count the entries of a tree of arrays or of `jax.ShapeDtypeStruct`s."""
+    """Count the entries in a tree of arrays or `jax.ShapeDtypeStruct`s."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
@@ -27,8 +27,8 @@ class Product(NamedTuple):
     """A matrix product or convolution in a function.
 
     Attributes:
-      flops: 2·a·b·c for [a, b] and [b, c].
-      bytes: bytes of both factors and of the result.
+      flops: FLOPs of one execution, which are 2·a·b·c for factors [a, b] and [b, c].
+      bytes: total size of the factors and the result, in bytes.
       times: number of executions.
     """
 
@@ -38,9 +38,10 @@ class Product(NamedTuple):
 
 
 def products(function: Callable[..., object], *args: object) -> list[Product]:
-    """Return the products and convolutions of function(*args); args may be shapes only.
+    """Return the matrix products and convolutions that function(*args) computes.
 
-    The body of a loop counts once per iteration; of a branch, the side with more FLOPs counts.
+    The body of a scan counts once per iteration, and a conditional counts as its most expensive
+    branch. The arguments can be arrays or shapes.
     """
     return _find_products(jax.make_jaxpr(function)(*args).jaxpr, 1)
 
@@ -48,9 +49,10 @@ def products(function: Callable[..., object], *args: object) -> list[Product]:
 def flops(function: Callable[..., object], *args: object) -> int:
     """Count the floating-point operations of the products in function(*args).
 
-    A product of [a, b] and [b, c] counts 2·a·b·c. Additions, activations and look-ups count
-    nothing. The body of a loop counts once per iteration, whereas `compiled.cost_analysis()` counts
-    it once; of a branch, the more expensive side counts. The args may be shapes only.
+    A product of [a, b] and [b, c] counts 2·a·b·c. Additions, activations and look-ups are not
+    counted. The body of a scan counts once per iteration, whereas `compiled.cost_analysis()` counts
+    it only once. A conditional counts as its most expensive branch. The arguments can be arrays or
+    shapes.
     """
     return _sum_flops(products(function, *args))
 
@@ -60,7 +62,7 @@ def _sum_flops(matmuls: list[Product]) -> int:
 
 
 def _find_products(jaxpr: core.Jaxpr, times: int) -> list[Product]:
-    """Return the products of a jaxpr that is executed `times` times."""
+    """Return the products of a jaxpr that runs `times` times."""
     matmuls: list[Product] = []
     for eqn in jaxpr.eqns:
         shapes: list[tuple[int, ...]] = [getattr(var.aval, 'shape', ()) for var in eqn.invars]
@@ -90,7 +92,7 @@ def _count_bytes(eqn: core.JaxprEqn) -> int:
 
 
 def _list_inner_jaxprs(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
-    """Return the jaxprs that an equation calls: the body of a scan, the function of a jit."""
+    """Return the jaxprs that an equation calls, such as the body of a scan."""
     jaxprs = []
     for param in eqn.params.values():
         if isinstance(param, core.ClosedJaxpr):
@@ -109,10 +111,10 @@ def find_calls(
     variables: Mapping[str, Any],
     *args: object,
 ) -> Calls:
-    """Return path → (module, shapes of its inputs) of the submodules that match.
+    """Find the submodules that match, by path, with the shapes of their inputs.
 
-    The modules are unbound and in the order of their first calls in model(*args); variables and
-    args may be shapes only.
+    The modules are unbound and ordered by their first call in model(*args). `variables` and `args`
+    can be arrays or shapes.
     """
     calls: Calls = {}
 
@@ -144,8 +146,8 @@ def modules(
 ) -> Iterator[tuple[nn.Module, dict[str, Any], list[jax.ShapeDtypeStruct]]]:
     """Yield the submodules of a Linen model whose names match a pattern.
 
-    Each item is the unbound module, its variables, and the shapes of its inputs in model(*args);
-    variables and args may be shapes only.
+    Each item is the unbound module, its variables, and the shapes of its inputs in model(*args).
+    `variables` and `args` can be arrays or shapes.
     """
     calls = find_calls(model, lambda module: has_name(module, pattern), variables, *args)
     for path, (module, shapes) in calls.items():
@@ -154,21 +156,27 @@ def modules(
 
 
 def _get_subtree(params: Mapping[str, Any], module_name: str) -> Mapping[str, Any]:
-    """Return the parameters of a submodule, none for one without parameters."""
+    """Return the parameters of a submodule, or {} if it has none."""
     subtree: Mapping[str, Any] = params.get(module_name, {})
     return subtree
 
 
 def nearest_size(cost: Callable[[int], int], target: int, smallest: int = 1) -> int:
-    """Return the size ≥ smallest whose cost is nearest to the target; cost must not fall with size.
+    """Return the size whose cost is nearest to the target.
+
+    Args:
+      cost: returns the cost of a size; it must not decrease with the size.
+      target: the desired cost.
+      smallest: the smallest size to consider.
 
     Raises:
-      ValueError: if even the smallest size costs over a tenth more than the target.
+      ValueError: if the smallest size costs over 10 % more than the target, or no size reaches it.
     """
     smallest_cost = cost(smallest)
     if smallest_cost > 1.1 * target:
         raise ValueError(
-            f'the smallest size, {smallest}, costs {smallest_cost:,}, the target is {target:,}'
+            f'the smallest size, {smallest}, costs {smallest_cost:,}, more than the target '
+            f'of {target:,}'
         )
 
     # Double the size until it reaches the target, then bisect.
@@ -176,7 +184,7 @@ def nearest_size(cost: Callable[[int], int], target: int, smallest: int = 1) -> 
     while cost(upper_bound) < target:
         lower_bound, upper_bound = upper_bound, 2 * upper_bound
         if upper_bound > 2**24:
-            raise ValueError(f'no size up to {lower_bound:,} reaches the target {target:,}')
+            raise ValueError(f'no size up to {lower_bound:,} reaches the target of {target:,}')
     while upper_bound - lower_bound > 1:
         middle = (lower_bound + upper_bound) // 2
         if cost(middle) < target:

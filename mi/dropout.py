@@ -1,4 +1,4 @@
-"""Dropout with a mask per row, so each device draws the masks of its own rows."""
+"""Dropout with one mask per row, so that each device only draws the masks of its own rows."""
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +9,16 @@ from mi import rows
 
 
 class RowDropout(nn.Module):
-    """Dropout, x ⊙ m / (1 − rate) with m ~ Bernoulli(1 − rate).
+    """Dropout, x ⊙ m / (1 − rate) with a mask m ~ Bernoulli(1 − rate).
 
-    The mask of a row depends on the random key and on the row's index in the full batch. Thus it
-    does not depend on the number of devices, and each device draws only the masks of its rows.
+    The mask of a row depends only on the random key and on the row's index in the full batch, not
+    on the number of devices. Each device only draws the masks of its own rows.
 
     Attributes:
       rate: probability that an entry is zero.
-      row_axis: axis of x with the rows; None if x has no rows and all devices share a mask.
+      row_axis: axis of x that holds the rows; None if all devices share one mask.
       shared_axes: axes along which the mask is constant.
-      collection: name of the random key.
+      collection: name of the RNG stream that the mask is drawn from.
     """
 
     rate: float
@@ -28,7 +28,7 @@ class RowDropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, deterministic: bool) -> Array:
-        """Return x [..., rows, ...] with entries dropped, unchanged if `deterministic`."""
+        """Return x [..., rows, ...] with dropout applied, or unchanged if `deterministic`."""
         if deterministic or self.rate == 0:
             return x
         rng_key, keep_rate = self.make_rng(self.collection), 1 - self.rate

@@ -1,13 +1,14 @@
-"""FUSIONS: a config name → a module that fuses an input x with a context z, (x, z) → y.
+"""The table FUSIONS of the modules that fuse an input x with a context z, by config name.
 
-To add a fusion, write a Linen module with the fields `features` and `dtype`, and `context`, `rank`
-or `hidden` if it uses them. Its call takes x [..., n] and z [..., m] with broadcastable leading
-axes and returns y [..., features]. A config names it 'package.module:Class', and `fusion.options`
-are its other fields; `mi.testing.check_fusion` checks it.
+To add a fusion, write a Linen module with the fields `features` and `dtype`, and with `context`,
+`rank` or `hidden` if it uses them. Its `__call__` takes x [..., n] and z [..., m] with
+broadcastable leading axes and returns y [..., features]. Test the module with
+`mi.testing.check_fusion`. A config refers to it as 'package.module:Class' and sets its other fields
+in `fusion.options`.
 
-From `none` to `swiglu`, and for the forms `mi…`, x passes its own affine map Vx + b, so two of
-these fusions differ only in how z enters. Fusions that preserve the number of features have that
-map only if n differs. Bilinear pooling has no such map, as published.
+The fusions from `none` to `swiglu` and those named `mi…` apply an affine map Vx + b to x, so they
+differ only in how z enters. Fusions that preserve the number of features apply this map only if n ≠
+features. Bilinear pooling has no such map, as published.
 """
 
 import functools
@@ -84,20 +85,20 @@ RESERVED = (*OPTIONS, 'features', 'context', 'contexts')  # the trainer sets the
 def get(
     fusion_name: str, options: Mapping[str, object] | None = None, **sizes: int | None
 ) -> Callable[..., nn.Module]:
-    """Return the constructor FUSIONS[fusion_name] with its sizes and options.
+    """Return the constructor FUSIONS[fusion_name] with its sizes and options bound.
 
     Args:
       fusion_name: a key of FUSIONS, or 'package.module:Class'.
-      options: other fields of the module.
-      sizes: `rank` and `hidden`. A config holds those of all fusions, so a size that this fusion
-        lacks is ignored.
+      options: values of other fields of the module.
+      sizes: `rank` and `hidden`. A config sets both for every fusion, so a size that this fusion
+        does not have is ignored.
 
     Returns:
-      A constructor whose argument `context` a module without such a field does not see.
+      A constructor that accepts `context`, and ignores it if the module has no such field.
 
     Raises:
       ValueError: if the name or a size is unknown; the message names the nearest known one.
-      ArgumentError: if the module has no such option, or one of another type.
+      ArgumentError: if an option is not a field of the module, or has another type than the field.
     """
     if fusion_name not in FUSIONS:
         raise ValueError(f'unknown fusion {fusion_name!r}; {suggest(fusion_name, FUSIONS)}')
@@ -121,10 +122,10 @@ def get(
 def _construct_without_context(
     constructor: Callable[..., nn.Module], features: int, *, context: str = 'dense', **fields: Any
 ) -> nn.Module:
-    """Construct a module that has no field for the kind of context."""
+    """Construct a module that has no field `context`, ignoring this argument."""
     return constructor(features, **fields)
 
 
 def get_options(fusion_name: str) -> tuple[str, ...]:
-    """Return the names in OPTIONS for which FUSIONS[fusion_name] has a field."""
+    """Return the names in OPTIONS that are fields of FUSIONS[fusion_name]."""
     return tuple(option for option in OPTIONS if has_parameter(FUSIONS[fusion_name], option))

@@ -2,13 +2,13 @@
 
     f(x, z) = zᵀWx + zᵀU + Vx + b
 
-Shapes: x [..., n] the input, z [..., m] the context, y [..., k] the output; W [m, n, k], U [m, k],
-V [n, k], b [k]. Leading axes of x and z broadcast. Source of the equation and of its forms:
-Jayakumar et al., Multiplicative Interactions and Where to Find Them, ICLR 2020.
+Shapes: input x [..., n], context z [..., m], output y [..., k]; W [m, n, k], U [m, k], V [n, k],
+b [k]. The leading axes of x and z broadcast. The equation and its forms are from Jayakumar et al.,
+Multiplicative Interactions and Where to Find Them, ICLR 2020.
 
-Initialization is ours: for unit-variance x the *sum* of the terms has unit variance, as in a Dense
-layer with `lecun_normal` weights. Each term contributes an equal share. The context has
-unit-variance entries ('dense'), or one entry that is 1 and zeros otherwise ('one_hot').
+The initialization is not from the paper. For unit-variance x, the *sum* of the terms has unit
+variance, as in a Dense layer with `lecun_normal` weights, and each term contributes an equal share.
+This assumes a context with unit-variance entries ('dense') or a one-hot context ('one_hot').
 """
 
 import functools
@@ -30,13 +30,13 @@ Context = Literal['dense', 'one_hot']
 
 
 def check_context(context: str) -> None:
-    """Raise ValueError unless `context` is a value of `Context`."""
+    """Raise ValueError unless `context` is 'dense' or 'one_hot'."""
     if context not in get_args(Context):
         raise ValueError(f'unknown context {context!r}; {suggest(context, get_args(Context))}')
 
 
 def context_init(context: Context, variance: float = 1.0) -> Initializer:
-    """Return an initializer for U [m, k]: each entry of zᵀU has this variance."""
+    """Return an initializer for U [m, k] that gives each entry of zᵀU this variance."""
     check_context(context)
     if context == 'one_hot':  # zᵀU is a row of U: the fan-in is 1
         return initializers.variance_scaling(
@@ -46,19 +46,19 @@ def context_init(context: Context, variance: float = 1.0) -> Initializer:
 
 
 def input_init(variance: float = 1.0) -> Initializer:
-    """Return an initializer for V [n, k]: each entry of Vx has this variance."""
+    """Return an initializer for V [n, k] that gives each entry of Vx this variance."""
     return initializers.variance_scaling(variance, 'fan_in', 'truncated_normal')
 
 
 def stacked_init(variance: float = 1.0, num_axes: int = 1) -> Initializer:
-    """Return an initializer for maps [..., n, k], stacked over this many axes: as `input_init`."""
+    """Return an initializer like `input_init` for maps [..., n, k] stacked over `num_axes` axes."""
     return initializers.variance_scaling(
         variance, 'fan_in', 'truncated_normal', batch_axis=tuple(range(num_axes))
     )
 
 
 def interaction_init(context: Context, variance: float = 1.0) -> Initializer:
-    """Return an initializer for W [m, n, k]: each entry of zᵀWx has this variance."""
+    """Return an initializer for W [m, n, k] that gives each entry of zᵀWx this variance."""
     check_context(context)
     if context == 'one_hot':
         return initializers.variance_scaling(
@@ -70,21 +70,21 @@ def interaction_init(context: Context, variance: float = 1.0) -> Initializer:
 
 
 def check_dense(z: Array) -> None:
-    """Raise ValueError if z holds integer ids, which the calling module does not accept."""
+    """Raise ValueError if z holds integer ids; for modules that do not accept them."""
     if jnp.issubdtype(z.dtype, jnp.integer):
         raise ValueError(
-            f'z is {z.dtype} {z.shape}: expected a context [..., m] in a float dtype; this '
-            f'module does not accept context ids. Try jax.nn.one_hot(z, m)'
+            f'z is {z.dtype} {z.shape}: expected a float context [..., m], because this '
+            'module does not accept context ids. Try jax.nn.one_hot(z, m)'
         )
 
 
 def one_hot(ids: Array, contexts: int, dtype: DTypeLike) -> Array:
-    """Return the one-hot contexts [..., m] for ids [...]; ids out of range are clipped."""
+    """Return one-hot contexts [..., m] for ids [...]; out-of-range ids are clipped."""
     return jax.nn.one_hot(jnp.clip(ids, 0, contexts - 1), contexts, dtype=dtype)
 
 
 def expand_rank(array: Array, ndim: int) -> Array:
-    """Return `array` with axes of length 1 in front, so that it has `ndim` axes."""
+    """Return `array` with leading axes of length 1 added, so that it has `ndim` axes."""
     return array.reshape((1,) * (ndim - array.ndim) + array.shape)
 
 
@@ -94,16 +94,16 @@ def add_bias(y: Array, b: Array) -> Array:
 
 
 def align_streams(x: Array, z: Array, *, ids: bool = False) -> tuple[Array, Array]:
-    """Return x [..., n] and z [..., m] with equally many leading axes.
+    """Return x [..., n] and z [..., m] with the same number of leading axes.
 
     Args:
-      x: [..., n].
-      z: [..., m], or integers [...], each the id of a one-hot context.
-      ids: whether integers are accepted.
+      x: the input, [..., n].
+      z: the context, [..., m], or integer ids [...] of one-hot contexts.
+      ids: whether to accept integer ids.
 
     Raises:
-      ValueError: if a stream is a scalar, their leading axes do not broadcast, or z holds integers
-        that are not accepted.
+      ValueError: if x or z is a scalar, their leading axes do not broadcast, or z holds ids that
+        are not accepted.
     """
     if not ids and z is not x:
         check_dense(z)
@@ -115,8 +115,8 @@ def align_streams(x: Array, z: Array, *, ids: bool = False) -> tuple[Array, Arra
         jnp.broadcast_shapes(x.shape[:-1], z_axes)
     except ValueError as error:
         raise ValueError(
-            f'the leading axes of x {x.shape} and z {z.shape} do not broadcast; '
-            f'give z an axis of length 1 where it is shared'
+            f'the leading axes of x {x.shape} and z {z.shape} do not broadcast. Give z an '
+            'axis of length 1 where it is shared'
         ) from error
     num_axes = max(x.ndim - 1, len(z_axes))
     z_ndim = num_axes if has_ids else num_axes + 1
@@ -124,13 +124,13 @@ def align_streams(x: Array, z: Array, *, ids: bool = False) -> tuple[Array, Arra
 
 
 class Affine(nn.Module):
-    """An affine map Vx + b, [..., n] → [..., k]: `nn.Dense`, but bf16 inputs accumulate in f32.
+    """An affine map Vx + b: `nn.Dense`, but with products of bf16 inputs accumulated in f32.
 
     Attributes:
-      features: k.
+      features: k, the number of output features.
       dtype, param_dtype, precision: as in `MultiplicativeInteraction`.
-      V_init: `lecun_normal`.
-      b_init: zeros.
+      V_init: initializer of V [n, k]; `lecun_normal` by default.
+      b_init: initializer of b [k]; zeros by default.
     """
 
     features: int
@@ -153,18 +153,18 @@ class MultiplicativeInteraction(nn.Module):
 
     With `use_W=False` it is a Dense layer on the concatenation of x and z. With a one-hot context
     it is a multi-head read-out. Written as (zᵀW + V) x + (zᵀU + b), it is a linear hypernetwork.
-    The subclasses differ only in W, for which they have fewer parameters.
+    The subclasses differ only in W, which they represent with fewer parameters.
 
     Attributes:
-      features: k.
+      features: k, the number of output features.
       context: 'dense' or 'one_hot'; determines the initial scale of W and U.
-      contexts: m; required if contexts are integers.
+      contexts: m, the number of contexts; required if z holds integer ids.
       use_W, use_U, use_V, use_b: whether to include each term.
-      dtype: dtype of the computation; None for the promoted dtype of inputs and parameters.
+      dtype: dtype of the computation; by default the promoted dtype of inputs and parameters.
       param_dtype: dtype of the parameters.
       precision: as in `jax.lax.dot_general`.
-      W_init, U_init, V_init: None for equal shares of a unit variance.
-      b_init: zeros.
+      W_init, U_init, V_init: initializers; by default, each term has an equal share of variance 1.
+      b_init: initializer of b; zeros by default.
     """
 
     features: int
@@ -184,10 +184,10 @@ class MultiplicativeInteraction(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array) -> Array:
-        """Return f(x, z): x [..., n], z [..., m] → [..., k].
+        """Return f(x, z) [..., k] for x [..., n] and z [..., m].
 
-        z may also hold integers [...] in [0, m), the ids of one-hot contexts. Only the rows of W
-        and U with these ids are read and multiplied. The field `contexts` gives m.
+        z can also hold integer ids [...] in [0, contexts), which stand for one-hot contexts. Then
+        only the rows of W and U with these ids are read and multiplied.
 
         Raises:
           ValueError: if the leading axes do not broadcast, or z holds integers and `contexts` is
@@ -221,7 +221,7 @@ class MultiplicativeInteraction(nn.Module):
         return jnp.broadcast_to(output, (*output_axes, self.features))
 
     def _compute_interaction(self, x: Array, z: Array, context_size: int, variance: float) -> Array:
-        """Return zᵀWx; at initialization each entry has this variance."""
+        """Return zᵀWx, initialized so that each entry has this variance."""
         W_init = self.W_init or interaction_init(self.context, variance)
         W = self.param('W', W_init, (context_size, x.shape[-1], self.features), self.param_dtype)
         return bilinear(x, z, W.astype(x.dtype), precision=self.precision)
@@ -233,7 +233,7 @@ class LowRankMultiplicativeInteraction(MultiplicativeInteraction, kw_only=True):
         zᵀWx = Oᵀ(zᵀP ⊙ xᵀQ),   P [m, r], Q [n, r], O [r, k]
 
     Attributes:
-      rank: r.
+      rank: r, the number of components.
       features, …: as in `MultiplicativeInteraction`.
     """
 
@@ -255,7 +255,7 @@ class TuckerMultiplicativeInteraction(MultiplicativeInteraction, kw_only=True):
         zᵀWx = Oᵀ((zᵀP) G (xᵀQ)),   P [m, r], Q [n, r], G [r, r, r], O [r, k]
 
     Attributes:
-      rank: r.
+      rank: r, the size of the core along each axis.
       features, …: as in `MultiplicativeInteraction`.
     """
 
@@ -274,14 +274,14 @@ class TuckerMultiplicativeInteraction(MultiplicativeInteraction, kw_only=True):
 
 
 class BlockMultiplicativeInteraction(MultiplicativeInteraction, kw_only=True):
-    """The block-diagonal form: W maps each of the g blocks of x to the same block of y.
+    """The block-diagonal form: W maps each of the g blocks of x to one block of y.
 
         y_i = zᵀW_i x_i,   i = 1…g,   W [g, m, ⌈n/g⌉, ⌈k/g⌉]
 
     If g does not divide n or k, the last block is truncated.
 
     Attributes:
-      blocks: g.
+      blocks: g, the number of blocks.
       features, …: as in `MultiplicativeInteraction`.
     """
 
@@ -316,8 +316,8 @@ class BlockMultiplicativeInteraction(MultiplicativeInteraction, kw_only=True):
 class MultiHead(MultiplicativeInteraction):
     """A read-out for each of m one-hot contexts: f(x, e_i) = W_i x + U_i.
 
-    It is the full form with V = b = 0, because V and b are redundant if z is one-hot. Only the
-    W_i x + U_i of the given context is computed.
+    It is the full form without V and b, which are redundant if z is one-hot. Only the read-out of
+    the given context is computed.
 
     Attributes:
       features, …: as in `MultiplicativeInteraction`; `context` must be 'one_hot'.
@@ -329,10 +329,10 @@ class MultiHead(MultiplicativeInteraction):
 
     @nn.compact
     def __call__(self, x: Array, z: Array) -> Array:
-        """Return f(x, z): x [..., n], z one-hot [..., m], or integers [...] → [..., k].
+        """Return f(x, z) [..., k] for x [..., n] and one-hot z [..., m] or integer ids z [...].
 
-        If z is in a float dtype, only its largest entry is used. The output is zᵀWx + zᵀU if the
-        other entries are zero, and a context of zeros gives zeros.
+        If z is a float array, only its largest entry is used. The output is zᵀWx + zᵀU if the
+        other entries are zero, and zero if all entries are zero.
 
         Raises:
           ValueError: if `context` is not 'one_hot', or as in `MultiplicativeInteraction`.
@@ -352,7 +352,8 @@ class DiagonalMultiplicativeInteraction(nn.Module):
     """The diagonal form: f(x, z) = a(z) ⊙ x + c(z), a = zᵀW + V, c = zᵀU + b.
 
     W [m, n] and V [n] hold the diagonals of the full form's W [m, n, n] and V [n, n]. U is [m, n],
-    b is [n]. Every entry of V starts at √(1/3), so that its term has the variance of the others.
+    b is [n]. Every entry of V starts at √(1/3), so that the three terms in x and z have equal
+    variance.
 
     Attributes:
       context, contexts, dtype, param_dtype, precision: as in `MultiplicativeInteraction`.
@@ -366,7 +367,7 @@ class DiagonalMultiplicativeInteraction(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array) -> Array:
-        """Return f(x, z): x [..., n], z [..., m] or integers [...] → [..., n].
+        """Return f(x, z) [..., n] for x [..., n] and z [..., m] or integer ids z [...].
 
         Raises:
           ValueError: as in `MultiplicativeInteraction`.
@@ -390,7 +391,7 @@ class DiagonalMultiplicativeInteraction(nn.Module):
 class ScalarMultiplicativeInteraction(DiagonalMultiplicativeInteraction):
     """The scalar form: f(x, z) = s(z) x + c(z), s = zᵀW + V, c = zᵀU + b.
 
-    The diagonal form with one scale for all features: W [m, 1], V [1], U [m, n], b [n].
+    It is the diagonal form with one scale for all features: W [m, 1], V [1], U [m, n], b [n].
     """
 
     def _count_scales(self, num_features: int) -> int:
@@ -406,12 +407,12 @@ class _HasContexts(Protocol):
 
 
 def _prepare_inputs(module: _HasContexts, x: Array, z: Array) -> tuple[Array, Array, int]:
-    """Return x and z, aligned and in the dtype of the computation, and m."""
+    """Align x and z and cast them to the dtype of the computation; return them and m."""
     has_ids = jnp.issubdtype(z.dtype, jnp.integer)
     if has_ids and module.contexts is None:
         raise ValueError(
-            f'z is {z.dtype} and so holds ids of one-hot contexts: expected the field `contexts`. '
-            f'Try contexts=m for ids below m, or a z with a float dtype'
+            f'z is {z.dtype}: expected the field `contexts`, because z holds ids of one-hot '
+            'contexts. Try contexts=m for ids below m, or a float z'
         )
     x, z = align_streams(x, z, ids=True)
     dtype = module.dtype or jnp.result_type(x, *([] if has_ids else [z]), module.param_dtype)

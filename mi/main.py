@@ -1,10 +1,10 @@
 """Entry point of every run: python -m mi.main --config=configs/lm.py --workdir=runs/first
 
-A run that exists keeps its config in its directory, so --config is optional to continue, evaluate
-or sample it.
+An existing run stores its config in its directory, so --config is optional when you continue,
+evaluate or sample it.
 
-Exit codes: 0 success; 1 a user error, with one line on stderr; 143 stopped by a signal after a
-checkpoint: the same command continues the run.
+Exit codes: 0 for success; 1 for a user error, with one line on stderr; 143 if a signal stopped the
+run after a checkpoint, in which case the same command continues it.
 """
 
 import functools
@@ -36,7 +36,7 @@ TASKS = {
 
 
 def define_flags() -> None:
-    """Define the flags; not at import, because a launcher that imports this module has its own."""
+    """Define the flags; not on import, because launchers that import this module have their own."""
     flags.DEFINE_string(
         'config', None, 'Config file, FILE.py or FILE.py:ARGUMENT; --config.KEY=VALUE sets a key.'
     )
@@ -59,11 +59,11 @@ def main(argv: Sequence[str], config_overrides: Sequence[overrides.Override] = (
     """Run the task and mode that the flags name.
 
     Args:
-      argv: the arguments that are not flags.
+      argv: the program's name, and any arguments that are not flags.
       config_overrides: overrides of the config.
 
     Raises:
-      UserError: if flags or config are invalid.
+      UserError: if the flags or the config are invalid.
     """
     # Check the flags, and load the config.
     flag_values = flags.FLAGS
@@ -75,8 +75,8 @@ def main(argv: Sequence[str], config_overrides: Sequence[overrides.Override] = (
     has_config = flag_values.config or has_run(flag_values.workdir)
     if mode == 'train' and not (has_config and flag_values.workdir):
         raise UserError(
-            '--config=FILE and --workdir=DIRECTORY are both required; only a run that exists '
-            'continues without --config'
+            '--config=FILE and --workdir=DIRECTORY are both required; --config is optional '
+            'only if the run exists'
         )
     if not flag_values.workdir:
         raise UserError(f'--mode={mode} requires --workdir=DIRECTORY, the directory of the run')
@@ -110,13 +110,13 @@ def main(argv: Sequence[str], config_overrides: Sequence[overrides.Override] = (
         if flag_values.config or not str(error).startswith('config.'):
             raise
         raise UserError(
-            f'{error}; the config is that of the run; --config=FILE adds newer keys and what FILE '
-            f'registers'
+            f'{error}; this config was read from --workdir. Try --config=FILE, which adds '
+            'newer keys and the names that FILE registers'
         ) from error
 
 
 def run() -> None:
-    """Parse the command line and run; a user error ends with one line and exit code 1."""
+    """Parse the command line and run; report a user error on one line and exit with code 1."""
     define_flags()
     config_overrides: list[overrides.Override] = []
 

@@ -1,4 +1,4 @@
-"""Checks of a config's options against the arguments of the constructor that takes them."""
+"""Validation of a config's options against the arguments of the constructor that takes them."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ Options: TypeAlias = dict[str, Any]  # name → value, of the types that a confi
 
 
 def get_keyword_defaults(maker: Callable[..., object]) -> Options:
-    """Return name → default of the keyword-only arguments of a function."""
+    """Return the defaults of a function's keyword-only arguments, by name."""
     return {
         parameter.name: parameter.default
         for parameter in inspect.signature(maker).parameters.values()
@@ -22,9 +22,9 @@ def get_keyword_defaults(maker: Callable[..., object]) -> Options:
 
 
 def get_field_defaults(module: Callable[..., object]) -> Options:
-    """Return name → default of the fields of a Flax module, or of a partial of one.
+    """Return the defaults of the fields of a Flax module, or of a partial of one, by name.
 
-    Fields without a default, Flax's own and the dtypes, which have a config key, are left out.
+    This omits fields without a default, Flax's own fields, and the dtypes, which have a config key.
     """
     reserved = ('parent', 'name', 'dtype', 'param_dtype')
     return {
@@ -35,7 +35,7 @@ def get_field_defaults(module: Callable[..., object]) -> Options:
 
 
 def get_options(config: 'ml_collections.ConfigDict', config_key: str) -> Options:
-    """Return the options under a key; none for a config.json from before the key existed."""
+    """Return the options under a config key, or {} for an older config that lacks the key."""
     options = config.get(config_key)
     return options.to_dict() if options else {}
 
@@ -43,17 +43,17 @@ def get_options(config: 'ml_collections.ConfigDict', config_key: str) -> Options
 def check_options(
     owner: str, options: Mapping[str, object], defaults: Mapping[str, object]
 ) -> None:
-    """Refuse options that are unknown, or of another type than their default.
+    """Check that every option is known and has the type of its default.
 
     An option whose default is None takes any value.
 
     Args:
-      owner: name of the module or environment that takes the options, for errors.
-      options: name → value.
-      defaults: name → default of all known options.
+      owner: name of the module or environment that takes the options, for error messages.
+      options: the values of the options, by name.
+      defaults: the defaults of all known options, by name.
 
     Raises:
-      ArgumentError: if an option is unknown, or of another type.
+      ArgumentError: if an option is unknown or has another type than its default.
     """
     for option, setting in options.items():
         if option not in defaults:
@@ -63,6 +63,6 @@ def check_options(
         expected_types = (int, float) if isinstance(default, float) else (type(default),)
         if default is not None and type(setting) not in expected_types:
             raise ArgumentError(
-                f'`options.{option}` = {setting!r}: expected {type(default).__name__}, like '
-                f'its default {default!r}'
+                f'`options.{option}` = {setting!r}: expected {type(default).__name__}, the type '
+                f'of the default {default!r}'
             )

@@ -1,8 +1,8 @@
 """Config files, and the flags --config.KEY=VALUE that override their values.
 
-As in ml_collections' config_flags, a value is parsed as the type of its key. Unlike there, the last
-value of a key also wins for tuples, flags may come in any order, and an error is one line that
-names the key.
+As in ml_collections' config_flags, a value is parsed as the type of its key. In contrast to
+config_flags, the last value of a key also wins for tuples, flags can come in any order, and errors
+are one line that names the key.
 """
 
 import ast
@@ -33,7 +33,7 @@ PARSERS: dict[type, flags.ArgumentParser] = {
 
 
 class Override(NamedTuple):
-    """One flag --config.KEY=TEXT; the text is None for --config.KEY."""
+    """A flag --config.KEY=TEXT; `text` is None for a bare --config.KEY."""
 
     key: str
     text: str | None
@@ -92,7 +92,7 @@ def load(file: str, overrides: Sequence[Override] = ()) -> ml_collections.Config
 
 
 def parse(arguments: Sequence[str]) -> ml_collections.ConfigDict:
-    """Load the config that `mi.main` builds from its arguments, ignoring other flags.
+    """Load the config that `mi.main` would build from these arguments; ignore all other flags.
 
     Raises:
       UserError: if the file or a key does not exist, or a value does not have the type of its key.
@@ -104,7 +104,7 @@ def parse(arguments: Sequence[str]) -> ml_collections.ConfigDict:
         if re.match('--?config=', argument)
     ]
     if not config_files:
-        raise UserError('--config: expected --config=FILE')
+        raise UserError('--config is missing: expected --config=FILE')
     return load(config_files[-1], overrides)
 
 
@@ -112,8 +112,8 @@ def apply(config: ml_collections.ConfigDict, overrides: Sequence[Override]) -> N
     """Apply the overrides to a config; the last override of a key wins.
 
     Raises:
-      UserError: if a key does not exist, a value does not have the type of its key, or the task
-        changes, which determines the keys.
+      UserError: if a key does not exist, a value does not have the type of its key, or an override
+        changes the task, which would need other keys.
     """
     for override in overrides:
         key, text = override
@@ -140,7 +140,8 @@ def _find_field(
 ) -> tuple[ml_collections.ConfigDict, str]:
     """Return the section and the field that an override sets.
 
-    A group of options, such as `env.options`, has any fields; what takes them checks their names.
+    A group of options, such as `env.options`, accepts any field; the names are checked later, by
+    the module or environment that takes the options.
 
     Raises:
       UserError: if the key does not exist, or is a section.
@@ -162,14 +163,14 @@ def _find_field(
         keys = [f'config.{key}.{leaf}' for leaf in flatten(section[field_name].to_dict())]
         example = next((leaf for leaf in keys if leaf.endswith('.name')), keys[0])
         raise UserError(
-            f'config.{key}{_format_text(text)}: it is a section, of {", ".join(keys)}; '
-            f'try --{example}={text or "VALUE"}'
+            f'config.{key}{_format_text(text)}: expected a key of this section, one of '
+            f'{", ".join(keys)}. Try --{example}={text or "VALUE"}'
         )
     return section, field_name
 
 
 def _is_group(field_name: str) -> bool:
-    """Return whether a section is a group of options, `options` or `core_options`."""
+    """Return whether a section is a group of options, such as `options` or `core_options`."""
     return field_name == 'options' or field_name.endswith('_options')
 
 
@@ -177,7 +178,7 @@ def _parse_group(key: str, text: str | None) -> ml_collections.ConfigDict:
     """Parse a dictionary of options.
 
     Raises:
-      UserError: if the text is another literal, or none.
+      UserError: if the text is not a dictionary with string keys.
     """
     options = None if text is None else _parse_literal(text)
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
@@ -219,14 +220,15 @@ def _parse_entries(key: str, text: str) -> tuple[object, ...]:
             entries = ['']
         if not any(entries):
             raise UserError(
-                f"config.{key}{_format_text(text)}: expected a tuple, such as '(0, 1)'; () for none"
+                f"config.{key}{_format_text(text)}: expected a tuple such as '(0, 1)', or () "
+                'for an empty one'
             ) from None
         return tuple(_parse_literal(entry) for entry in entries if entry)
     return tuple(literal) if isinstance(literal, tuple | list) else (literal,)
 
 
 def _parse_literal(entry: str) -> object:
-    """Parse a Python literal; text that is none stays text."""
+    """Parse a Python literal; return any other text unchanged."""
     try:
         return ast.literal_eval(entry)
     except (SyntaxError, ValueError):
@@ -238,7 +240,7 @@ def _format_text(text: str | None) -> str:
 
 
 def _describe_unknown_key(config: ml_collections.ConfigDict, key: str) -> str:
-    """Describe an unknown key, with the nearest key or the keys of its section."""
+    """Return an error for an unknown key that suggests the nearest key, or lists its section."""
     section, section_path = config, 'config'
     for field_name in key.split('.'):
         if field_name not in section:
@@ -275,8 +277,9 @@ def _get_config(file: str) -> ml_collections.ConfigDict:
             config.stem for config in CONFIGS.glob('*.py') if config.stem != '__init__'
         )
         raise UserError(
-            f'--config={file}: {problem}; expected FILE.py or FILE.py:ARGUMENT, a file of yours '
-            f'or configs/NAME.py; {suggest(pathlib.Path(file_path).stem, config_names)}'
+            f'--config={file}: {problem}; expected FILE.py or FILE.py:ARGUMENT, where '
+            'FILE.py is your own file or configs/NAME.py; '
+            f'{suggest(pathlib.Path(file_path).stem, config_names)}'
         )
 
     # Execute it.
@@ -291,8 +294,8 @@ def _get_config(file: str) -> ml_collections.ConfigDict:
         raise UserError(f'--config={file}{location}: {_describe_error(error)}') from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(
-            f'--config={file}: get_config() returns a {type(config).__name__}; expected an '
-            f'ml_collections.ConfigDict'
+            f'--config={file}: get_config() returned a {type(config).__name__}; expected an '
+            'ml_collections.ConfigDict'
         )
     return config.lock()
 
@@ -304,10 +307,10 @@ def _create_module(file_path: str) -> types.ModuleType:
 
 
 def create_module(name: str, file_path: str) -> types.ModuleType:
-    """Create the module of a user's file, for `module.__spec__.loader.exec_module(module)`.
+    """Create a module for a user's file; `module.__spec__.loader.exec_module(module)` runs it.
 
-    Python's cache of bytecode is not used. It would be stale for a file that was edited twice
-    within a second and has the same size.
+    Python's bytecode cache is not used, because it would be stale for a file that was edited twice
+    within a second without changing its size.
     """
     absolute_path = str(pathlib.Path(file_path).absolute())
     loader = _UncachedLoader(name, absolute_path)
@@ -317,14 +320,14 @@ def create_module(name: str, file_path: str) -> types.ModuleType:
 
 
 class _UncachedLoader(importlib.machinery.SourceFileLoader):
-    """A loader that compiles the source at every import."""
+    """A loader that compiles the source on every import."""
 
     def get_code(self, fullname: str) -> types.CodeType:
         return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def _locate_error(error: Exception, file_path: str) -> str:
-    """Return the line of the config file that raised an error, as a suffix of the file."""
+    """Return ', line N' for the line of the config file that raised the error, if there is one."""
     frames = traceback.extract_tb(error.__traceback__)
     absolute_path = str(pathlib.Path(file_path).absolute())
     line_numbers = [frame.lineno for frame in frames if frame.filename == absolute_path]

@@ -8,7 +8,7 @@ precision     TPU                                   NVIDIA          CPU
 `highest`     six passes in bf16: f32, 24 bits      f32             f32
 ============  ====================================  ==============  ======
 
-Sums are in f32 at every precision. Products of bf16 inputs are exact and do not change.
+Sums are in f32 at every precision. Products of bf16 inputs are exact at every precision.
 """
 
 import contextlib
@@ -29,10 +29,11 @@ _Result = TypeVar('_Result')
 
 @contextlib.contextmanager
 def use_config(config: 'ml_collections.ConfigDict') -> Iterator[None]:
-    """Trace with the precision `config.train.matmul_precision`.
+    """Set the precision of matrix products to `config.train.matmul_precision`.
 
-    It applies to programs that this thread traces and lowers. 'default', or a config without the
-    key, keeps JAX's setting, which JAX_DEFAULT_MATMUL_PRECISION may have changed.
+    The setting applies to programs that this thread traces and lowers while the context is open.
+    'default', or a config without the key, keeps JAX's setting, which the environment variable
+    JAX_DEFAULT_MATMUL_PRECISION may have changed.
     """
     has_precision = 'train' in config and 'matmul_precision' in config.train
     if has_precision and config.train.matmul_precision != 'default':
@@ -43,13 +44,13 @@ def use_config(config: 'ml_collections.ConfigDict') -> Iterator[None]:
 
 
 def get_current() -> str | None:
-    """Return the matmul precision of this thread; None for JAX's default."""
+    """Return the matmul precision of this thread, or None for JAX's default."""
     precision: str | None = getattr(jax.config, 'jax_default_matmul_precision')  # noqa: B009
     return precision
 
 
 def use_highest(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Decorate a function so that its products are as precise as f32 on every device."""
+    """Decorate a function so that its matrix products have f32 precision on every device."""
 
     @functools.wraps(function)
     def precise_function(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:

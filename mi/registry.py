@@ -1,10 +1,10 @@
-"""Registries: a name in a config → an object of this package, or of the user's own.
+"""Registries, which map a name in a config to an object of this package or of the user.
 
     FUSIONS['film']                      # an entry
     FUSIONS['my_fusion.layers:Gate2']    # any importable object, 'package.module:Object'
 
-Thus a config reaches a user's fusion, cell, core, environment, corpus, optimizer, schedule or
-tracker without an entry here, in every trainer, sweep, launcher and report.
+The second form lets a config name a user's own fusion, cell, core, environment, corpus, optimizer,
+schedule or tracker without an entry here. It works in every trainer, sweep, launcher and report.
 """
 
 import functools
@@ -26,11 +26,11 @@ def is_reference(name: object) -> bool:
 
 
 def import_object(reference: str) -> Any:
-    """Import the object that 'package.module:Object' names; Object may have dots.
+    """Import the object named by 'package.module:Object'; Object can be a dotted path.
 
     Raises:
-      ValueError: if the name has another form, its module cannot be imported, or the module has no
-        such object. Other errors of the module pass through.
+      ValueError: if the name does not have this form, its module cannot be imported, or the module
+        has no such object. Other errors that the import raises propagate.
     """
     if not is_reference(reference):
         raise ValueError(f"{reference!r}: expected 'package.module:Object'")
@@ -49,8 +49,8 @@ def import_object(reference: str) -> Any:
 class Registry(dict[str, Entry]):
     """A dict from names to objects that also imports 'package.module:Object'.
 
-    `in` and `[]` accept such names; iteration and `len` cover the entries alone. An attribute
-    `refuse`, set by the owner, says what is wrong with an imported object, '' if nothing is.
+    `in` and `[]` accept such references, whereas iteration and `len` only see the entries. The
+    owner can set `refuse`, a function that returns why an imported object is unsuitable, or ''.
     """
 
     refuse: Callable[[Any], str] = staticmethod(lambda entry: '')
@@ -67,7 +67,7 @@ class Registry(dict[str, Entry]):
         return is_reference(name) and not self.explain(str(name))
 
     def explain(self, name: str) -> str:
-        """Return why a reference cannot be imported; '' for an entry and where it can."""
+        """Return why a reference cannot be used, or '' if it can be, or is an entry."""
         if super().__contains__(name):
             return ''
         try:

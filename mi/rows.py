@@ -31,19 +31,19 @@ def _get_row_axes() -> tuple[str, ...]:
 
 
 def sum_over_rows(tree: Tree) -> Tree:
-    """Return the sum over the devices that share a batch, of values that each has for its rows."""
+    """Sum values over the devices that share a batch."""
     row_axes = _get_row_axes()
     return jax.lax.psum(tree, row_axes) if row_axes else tree
 
 
 def mean_over_rows(tree: Tree) -> Tree:
-    """Return the mean over the devices that share a batch; each has equally many rows."""
+    """Average values over the devices that share a batch; all have the same number of rows."""
     row_axes = _get_row_axes()
     return jax.lax.pmean(tree, row_axes) if row_axes else tree
 
 
 def max_over_rows(tree: Tree) -> Tree:
-    """Return the maximum over the devices that share a batch."""
+    """Return the elementwise maximum of values over the devices that share a batch."""
     row_axes = _get_row_axes()
     return jax.lax.pmax(tree, row_axes) if row_axes else tree
 
@@ -61,10 +61,10 @@ def get_row_indices(num_rows: int) -> Array:
 
 @contextlib.contextmanager
 def select_rows(indices: Array) -> Iterator[None]:
-    """Trace a computation for these rows only, as one of several parts of the batch.
+    """Make `get_row_indices` return these indices, to compute a batch in several parts.
 
     Args:
-      indices: indices of the rows in the full batch, [rows] int32.
+      indices: indices of the part's rows in the full batch, [rows] int32.
     """
     reset_token = _selected_rows.set(indices)
     try:

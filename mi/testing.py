@@ -1,4 +1,4 @@
-"""Checks for a user's own modules, the ones that the modules of this package pass.
+"""Checks for user-defined modules; the modules of this package pass the same checks.
 
     from mi import testing
 
@@ -8,9 +8,9 @@
     def test_my_environment():
         testing.check_environment(make_my_environment(''))
 
-Each check raises AssertionError with a sentence that says what was expected and what was returned.
-What passes them works in every trainer, topology and sweep of this package. Importing this module
-needs the extra `train`.
+Each check raises AssertionError with the expected and the actual result. Modules that pass work in
+every trainer, topology and sweep of this package. Importing `mi.testing` requires the extra
+`train`.
 """
 
 from collections.abc import Callable
@@ -32,21 +32,21 @@ TOLERANCE = 2e-5
 def check_fusion(
     constructor: Callable[..., nn.Module], *, is_one_hot: bool = False, uses_context: bool = True
 ) -> None:
-    """Check the module of a fusion, (x, z) → y, as `mi.fusion.FUSIONS` describes it.
+    """Check that a module (x, z) → y meets the requirements of `mi.fusion`.
 
-    - y is [..., features] for every broadcastable pair of leading axes, and a z that broadcasts
-      gives what the repeated z gives;
-    - each row of y depends on its own row of x and z alone, and `jit` and `vmap` change nothing;
-    - every parameter, x and z get a finite gradient, and some of it is nonzero;
+    - y is [..., features] for all broadcastable leading axes, and broadcasting z is equivalent to
+      repeating it;
+    - each row of y depends only on its own row of x and z, and `jit` and `vmap` do not change it;
+    - the gradients of every parameter, of x and of z are finite and not all zero;
     - `dtype` is the dtype of y, and parameters stay in `param_dtype`.
 
     Args:
-      constructor: called with `features` and, by keyword, `dtype`.
+      constructor: constructor of the module, called with `features` and, by keyword, `dtype`.
       is_one_hot: whether z is one-hot, as for the names in `mi.fusion.ONE_HOT`.
       uses_context: whether y depends on z; False for a baseline without context.
 
     Raises:
-      AssertionError: if a check fails, with what was expected and what the module returned.
+      AssertionError: if a check fails; the message has the expected and the actual result.
     """
     module: Any = constructor(OUTPUTS)
     variables = randomize(module, jnp.zeros((1, FEATURES)), _draw_context(1, is_one_hot))
@@ -66,11 +66,11 @@ def check_fusion(
     # Rows are independent, compiled or not.
     x, z = _normal(0, 6, FEATURES), _draw_context(6, is_one_hot)
     y = apply(variables, x, z)
-    _expect_close(module.apply(variables, x, z), y, 'the call with and without jit', TOLERANCE)
-    _expect_close(jax.vmap(apply, (None, 0, 0))(variables, x, z), y, 'the call and vmap', TOLERANCE)
+    _expect_close(module.apply(variables, x, z), y, 'calls with and without jit', TOLERANCE)
     _expect_close(
-        apply(variables, x[::-1], z[::-1])[::-1], y, 'y and y of reversed rows', TOLERANCE
+        jax.vmap(apply, (None, 0, 0))(variables, x, z), y, 'calls with and without vmap', TOLERANCE
     )
+    _expect_close(apply(variables, x[::-1], z[::-1])[::-1], y, 'rows in either order', TOLERANCE)
 
     # Gradients.
     gradient = jax.jit(jax.grad(lambda *inputs: (module.apply(*inputs) ** 2).sum(), (0, 1, 2)))
@@ -95,18 +95,18 @@ def check_fusion(
 def check_cell(constructor: Callable[..., nn.Module], features: int = 8) -> None:
     """Check a recurrent cell, (carry, x [T, B, n], reset, keep) → (carry, h [T, B, H]).
 
-    - shapes, and a carry whose structure and types a step does not change;
-    - two halves of a sequence, with the carry handed over, give what the whole gives;
-    - h_t depends on no later x, and on no other row;
-    - `reset` before a step gives what a new sequence gives; `keep` of ones changes nothing;
-    - every parameter and x get a finite gradient, and some of it is nonzero.
+    - h has shape [T, B, H], and a call preserves the structure, shapes and dtypes of the carry;
+    - running a sequence in two halves gives the same result as running it in one call;
+    - h_t does not depend on later steps of x or on other rows;
+    - `reset` before a step is equivalent to a new sequence, and a `keep` of ones has no effect;
+    - the gradients of every parameter and of x are finite and not all zero.
 
     Args:
-      constructor: called with `features`.
-      features: H.
+      constructor: constructor of the cell, called with `features`.
+      features: H, the number of state features.
 
     Raises:
-      AssertionError: if a check fails, with what was expected and what the cell returned.
+      AssertionError: if a check fails; the message has the expected and the actual result.
     """
     cell: Any = constructor(features)
     x, carry = _normal(0, STEPS, ROWS, FEATURES), cell.initial(ROWS)
@@ -120,33 +120,37 @@ def check_cell(constructor: Callable[..., nn.Module], features: int = 8) -> None
     first_types, last_types = _describe(carry), _describe(last)
     _expect(
         first_types == last_types,
-        f'expected a carry as before the step, {first_types}, got {last_types}',
+        f'expected a carry with the types of the initial carry, {first_types}, got {last_types}',
     )
 
     # Time: continuation, causality, reset.
     half = STEPS // 2
     middle, first_half = apply(variables, carry, x[:half])
     end, second_half = apply(variables, middle, x[half:])
-    _expect_close(jnp.concatenate([first_half, second_half]), hidden, 'two halves and the whole')
+    _expect_close(
+        jnp.concatenate([first_half, second_half]),
+        hidden,
+        'a sequence in two halves and in one call',
+    )
     for name, full_state, state in zip(
         _describe(last), *map(jax.tree.leaves, (last, end)), strict=True
     ):
-        _expect_close(state, full_state, f'carry{name} after two halves and after the whole')
+        _expect_close(state, full_state, f'carry{name} after two halves and after one call')
     changed = x.at[half:].set(0.0)
     _expect_close(
         apply(variables, carry, changed)[1][:half],
         hidden[:half],
-        f'h before step {half} if x changes',
+        f'h before step {half} when later x change',
     )
     reset = jnp.zeros((STEPS, ROWS), bool).at[half].set(True)
     _, restarted = apply(variables, carry, x, reset)
     fresh = apply(variables, cell.initial(ROWS), x[half:])[1]
-    _expect_close(restarted[half:], fresh, 'h after a reset and of a new sequence')
+    _expect_close(restarted[half:], fresh, 'h after a reset and at the start of a sequence')
 
     # Rows.
     row = jax.tree.map(lambda leaf: leaf[:1], carry)
     alone = apply(variables, row, x[:, :1])[1]
-    _expect_close(alone, hidden[:, :1], 'a row alone and in its batch')
+    _expect_close(alone, hidden[:, :1], 'a row by itself and in a batch')
     undropped = apply(variables, carry, x, None, jnp.ones((ROWS, features)))[1]
     _expect_close(undropped, hidden, 'h with keep = 1 and without keep')
 
@@ -161,20 +165,21 @@ def check_cell(constructor: Callable[..., nn.Module], features: int = 8) -> None
 def check_environment(environment: Any, num_rows: int = 8, seed: int = 0) -> None:
     """Check a `mi.rl.envs.spec.JaxEnvironment`: its spec, and episodes of a random policy.
 
-    - `mi.rl.envs.check.check_environment`: types of reset and step against the spec;
+    - the types of reset and step match the spec (`mi.rl.envs.check.check_environment`);
     - equal keys and actions give equal episodes, with `jit` and `vmap`;
-    - observations are finite and inside their categories, vocabulary and tasks; rewards are finite;
+    - observations are finite and within the spec's categories, vocabulary and tasks;
+    - rewards are finite;
     - the task of an observation is the task of the episode;
     - every episode ends within `Spec.episode` steps.
 
     Args:
       environment: the environment.
-      num_rows: episodes that are played at the same time.
-      seed: seed of actions and episodes.
+      num_rows: number of episodes that run in parallel.
+      seed: seed of the actions and the episodes.
 
     Raises:
       UserError: if a type contradicts the spec.
-      AssertionError: if a check fails, with what was expected and what the environment returned.
+      AssertionError: if a check fails; the message has the expected and the actual result.
     """
     from mi.rl.envs import check
 
@@ -204,14 +209,14 @@ def check_environment(environment: Any, num_rows: int = 8, seed: int = 0) -> Non
             if is_over.all():
                 return steps
         raise AssertionError(
-            f'expected every episode to end within Spec.episode = {spec.episode} steps; of '
-            f'{num_rows} episodes {num_rows - is_over.sum()} did not'
+            f'expected every episode to end within Spec.episode = {spec.episode} steps; '
+            f'{num_rows - is_over.sum()} of {num_rows} episodes did not'
         )
 
     # Episodes of a random policy, twice.
     first, second = play(), play()
     _check_observations(spec, first[0], np.ones(num_rows, bool), np.asarray(tasks))
-    chex.assert_trees_all_equal(first, second, custom_message='two episodes of one key')
+    chex.assert_trees_all_equal(first, second, custom_message='two episodes with the same key')
 
 
 @jax.numpy_rank_promotion('allow')
@@ -220,22 +225,22 @@ def check_host_environment(
 ) -> None:
     """Check a `mi.rl.envs.spec.HostEnvironment` with a random policy.
 
-    - spec and first step (`mi.rl.envs.check`);
-    - every step has the shapes and types of the first, finite rewards, and observations inside
-      their categories, vocabulary and tasks;
+    - the spec and the first step are valid (`mi.rl.envs.check`);
+    - every step has the shapes and dtypes of the first, finite rewards, and observations within the
+      spec's categories, vocabulary and tasks;
     - each row keeps its task; `is_first` follows `is_last`, with reward 0;
     - equal seeds and actions give equal steps;
-    - `recv` does not overwrite the step before.
+    - `recv` does not overwrite the previous step.
 
     Args:
       maker: maker(suite, *, batch, seed) → environment, as in `mi.rl.envs.HOST`.
-      suite: the part of the name behind the slash.
-      num_rows: rows; at least one for each task.
-      num_steps: steps that are played.
+      suite: the part of the environment's name after the slash.
+      num_rows: number of rows; at least one for each task.
+      num_steps: number of steps of the random policy.
 
     Raises:
       UserError: if a type contradicts the spec.
-      AssertionError: if a check fails, with what was expected and what the environment returned.
+      AssertionError: if a check fails; the message has the expected and the actual result.
     """
     from mi.rl.envs import check
 
@@ -257,7 +262,7 @@ def check_host_environment(
                 chex.assert_trees_all_equal(
                     jax.tree.map(np.asarray, previous),
                     previous_copy,
-                    custom_message='recv overwrote the step that it returned before',
+                    custom_message='recv overwrote the step that it had returned',
                 )
                 chex.assert_trees_all_equal_shapes_and_dtypes(
                     jax.tree.map(np.asarray, step), previous_copy
@@ -269,11 +274,11 @@ def check_host_environment(
         finally:
             pool.close()
 
-    chex.assert_trees_all_equal(play(), play(), custom_message='two pools of one seed')
+    chex.assert_trees_all_equal(play(), play(), custom_message='two pools with the same seed')
 
 
 def randomize(module: nn.Module, *inputs: Any, scale: float = 0.3) -> Any:
-    """Initialize a module with random values, so that no parameter is zero by its initializer."""
+    """Draw random variables for a module, so that zero initializers have no effect."""
     variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
     leaves, structure = jax.tree.flatten(variables)
     keys = jax.random.split(jax.random.key(1), max(1, len(leaves)))
@@ -285,7 +290,7 @@ def randomize(module: nn.Module, *inputs: Any, scale: float = 0.3) -> Any:
 
 
 def _check_stream(previous: Any, step: Any) -> None:
-    """Check how an episode follows the one before, in a step of a pool."""
+    """Check a step of a pool: its rewards, its discounts, and the start of new episodes."""
     is_restart = np.asarray(previous.is_last)
     _expect(
         bool(np.all(np.asarray(step.is_first)[is_restart])),
@@ -301,7 +306,7 @@ def _check_stream(previous: Any, step: Any) -> None:
 
 
 def _check_observations(spec: Any, observation: Any, is_running: np.ndarray, tasks: Any) -> None:
-    """Check that the observations of running rows are possible ones of their tasks."""
+    """Check that the observations of running rows are valid for their tasks."""
     limits = {'task': len(spec.tasks), 'instruction': spec.vocabulary}
     for name, array in observation.items():
         values = np.asarray(array)[is_running]
@@ -343,7 +348,7 @@ def _normal(seed: int, *shape: int) -> Array:
 
 
 def _draw_context(rows: int | tuple[int, ...], is_one_hot: bool) -> Array:
-    """Return a context [*rows, m], normal or one-hot."""
+    """Draw a context [*rows, m], either normally distributed or one-hot."""
     shape = (rows,) if isinstance(rows, int) else rows
     if not is_one_hot:
         return _normal(1, *shape, CONTEXT)
@@ -351,7 +356,7 @@ def _draw_context(rows: int | tuple[int, ...], is_one_hot: bool) -> Array:
 
 
 def _describe(tree: Any) -> dict[str, str]:
-    """Return path → dtype and shape of the leaves."""
+    """Return the dtype and shape of every leaf, by path."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path): f'{leaf.dtype}{list(leaf.shape)}' for path, leaf in leaves}
 
@@ -360,7 +365,7 @@ def _expect_close(actual: Any, expected: Any, subject: str, tolerance: float = T
     try:
         np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
     except AssertionError as error:
-        raise AssertionError(f'expected equality of {subject}{error}') from error
+        raise AssertionError(f'expected equal results for {subject}{error}') from error
 
 
 def _expect(is_met: bool, message: str) -> None:

@@ -131,11 +131,11 @@ class FaultyCell(nn.Module):
     ('fault', 'message'),
     [
         ('future', 'two halves'),
-        ('rows', 'row alone'),
+        ('rows', 'a row by itself'),
         ('reset', 'after a reset'),
         ('keep', 'keep = 1'),
         ('carry', 'two halves'),
-        ('types', 'carry as before'),
+        ('types', 'carry with the types'),
     ],
 )
 def test_a_faulty_cell_is_refused(fault, message):
@@ -213,7 +213,7 @@ def make_faulty_pool(suite, *, batch, seed, fault=''):
     ('fault', 'message'),
     [
         ('overwrites', 'overwrote'),
-        ('random', 'two pools of one seed|expected reward 0'),
+        ('random', 'two pools with the same seed|expected reward 0'),
         ('discount', 'discounts 0 or 1'),
     ],
 )
