@@ -1,22 +1,22 @@
-"""Recurrent cells that run over a sequence, and the table of their names.
+"""Recurrent cells that run over whole sequences, and the table CELLS of their names.
 
 Shapes: T steps, B sequences, n input features, H state features; sequences are [T, B, n].
 
-Every cell is a Linen module with the fields `features` (H), `dtype` and `param_dtype`, called
+Every cell is a Linen module with the fields `features` (H), `dtype` and `param_dtype`. Call it as
 
     carry, h = cell(carry, x, reset, keep)
     x [T, B, n], reset [T, B] bool or None, keep [B, H] or None → h [T, B, H]
 
 - `reset` zeroes the state before a step.
-- `keep` multiplies h_{t−1} at every step, before anything reads it: a mask of state dropout, the
-  same for all steps (Gal & Ghahramani, 2016).
+- `keep` is a mask for state dropout, which multiplies h_{t−1} before every step. It is the same for
+  all steps (Gal & Ghahramani, 2016).
 - The carry is a tuple of arrays that starts with c and h, each [B, H]. `cell.initial(batch)` is the
-  carry before the first step; the returned carry continues the sequence in the next call.
-- `dtype` is the dtype of the products with the weights. Their sums, the gates and the state are
-  f32, or f64 if `dtype` is f64.
-- Products that depend on x alone are computed for the whole sequence before the loop.
-- The four gates are concatenated in the order i, f, o, j. W are weights of x, U of h, and the
-  forget gate's bias starts at 1.
+  carry before the first step. Pass the returned carry to the next call to continue the sequence.
+- `dtype` is the dtype of the products with the weights. Their sums, the gates and the state are in
+  f32, or in f64 if `dtype` is f64.
+- Products that only depend on x are computed for the whole sequence before the loop.
+- The four gates are concatenated in the order i, f, o, j. W holds the weights of x and U those of
+  h. The bias of the forget gate starts at 1.
 
     name           class                 options
     'lstm'         LSTM                  impl
@@ -25,8 +25,8 @@ Every cell is a Linen module with the fields `features` (H), `dtype` and `param_
     'mogrifier'    MogrifierLSTM         rounds, rank, capped
     'hyper_lstm'   HyperLSTM             hyper_features, embedding, layer_norm
 
-A config of either trainer names another cell 'package.module:Class', and `mi.testing.check_cell`
-checks it. A config file can also add an entry: `CELLS['mine'] = MyCell`.
+To use your own cell, set the config key to 'package.module:Class', or add an entry in the config
+file: `CELLS['mine'] = MyCell`. Test the cell with `mi.testing.check_cell`.
 """
 
 import functools
@@ -53,11 +53,11 @@ CELLS: Registry[Callable[..., nn.Module]] = Registry(
     mogrifier=MogrifierLSTM,
     hyper_lstm=HyperLSTM,
 )
-CELLS.refuse = lambda cell: '' if is_cell(cell) else 'its call has no argument reset'
+CELLS.refuse = lambda cell: '' if is_cell(cell) else 'its __call__ has no argument reset'
 
 
 def is_cell(constructor: Callable[..., nn.Module]) -> bool:
-    """Return whether a module, or a partial of one, is called with an argument `reset`."""
+    """Return whether the call of a module, or of a partial of one, has an argument `reset`."""
     module: Any = constructor
     while isinstance(module, functools.partial):
         module = module.func
@@ -65,10 +65,10 @@ def is_cell(constructor: Callable[..., nn.Module]) -> bool:
 
 
 def get(cell_name: str, **options: object) -> Callable[..., nn.Module]:
-    """Return the constructor of CELLS[cell_name], with those options that it has a field for.
+    """Return the constructor CELLS[cell_name], with the options that are fields of the cell bound.
 
     Raises:
-      ValueError: for an unknown name, with the nearest known one.
+      ValueError: if the name is unknown; the message suggests the nearest known name.
     """
     if cell_name not in CELLS:
         raise ValueError(f'unknown cell {cell_name!r}; {suggest(cell_name, CELLS)}')

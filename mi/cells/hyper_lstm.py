@@ -31,20 +31,23 @@ class HyperLSTM(nn.Module):
         i, f, o, j = α_x(z_x) ⊙ x_t W + α_h(z_h) ⊙ h_{t−1} U + β(z_b) + b
         c_t = σ(f) ⊙ c_{t−1} + σ(i) ⊙ tanh(j),   h_t = σ(o) ⊙ tanh(c_t)
 
-    α_x, α_h and β are linear and separate for each gate: D_x, D_h, D_b [4, E, H]; Z_x, Z_h, Z_b
-    [G, 4E]. The small LSTM has the weights hyper_W of x, hyper_U of h and hyper_V of ĥ. The paper
-    computes the z from ĥ_{t−1}, the authors' code and this one from ĥ_t.
+    α_x, α_h and β are linear maps, one for each gate, with weights D_x, D_h, D_b [4, E, H]. Z_x,
+    Z_h and Z_b are [G, 4E]. The small LSTM has the weights hyper_W of x, hyper_U of h and hyper_V
+    of ĥ. The paper computes z from ĥ_{t−1}; the authors' code and this module compute it from ĥ_t.
 
-    Initialization as published: W, U and the small LSTM's weights orthogonal; Z_x = Z_h = 0,
-    z_x⁰ = z_h⁰ = 1 and D_x = D_h = 0.1/E, so that α_x = α_h = 0.1; Z_b normal of deviation 0.01,
-    D_b = 0, so that β = 0. The forget gates' bias of 1 is that of the code; the paper's is 0.
+    The initialization is as published. W, U and the weights of the small LSTM are orthogonal. Z_x =
+    Z_h = 0, z_x⁰ = z_h⁰ = 1 and D_x = D_h = 0.1/E, so that α_x = α_h = 0.1. Z_b is normal with
+    standard deviation 0.01, and D_b = 0, so that β = 0. The bias of the forget gates is 1, as in
+    the authors' code, and 0 in the paper.
 
     Attributes:
       features, dtype, param_dtype: as in `LSTM`.
-      hyper_features: G; 128 on characters of Penn Treebank, 256 on enwik8.
-      embedding: E; 4 on Penn Treebank, 64 on enwik8.
-      layer_norm: whether i, f, o, j and the c inside tanh(c) are each normalized over their
-        features, with a gain and a shift, in both LSTMs. The forget gates' 1 is in the shift then.
+      hyper_features: G, the features of the small LSTM. The paper uses 128 on the characters of
+        Penn Treebank, and 256 on enwik8.
+      embedding: E, the size of each z. The paper uses 4 on Penn Treebank, and 64 on enwik8.
+      layer_norm: whether to normalize i, f, o, j and the c inside tanh(c) over their features in
+        both LSTMs, each with a gain and a shift. The shift of the forget gates then starts at 1
+        instead of their bias.
 
     The paper's recurrent dropout is not implemented.
     """
@@ -64,7 +67,7 @@ class HyperLSTM(nn.Module):
         reset: Array | None = None,
         keep: Array | None = None,
     ) -> tuple[HyperCarry, Array]:
-        """Map (c, h, ĉ, ĥ) and x [T, B, n] to the last carry and h of every step [T, B, H]."""
+        """Return the last carry (c, h, ĉ, ĥ), and h of every step [T, B, H]."""
         H, G, E = self.features, self.hyper_features, self.embedding
         check_shapes(carry, x, reset, keep, (H, H, G, G))
         input_size = x.shape[-1]
@@ -117,7 +120,7 @@ class HyperLSTM(nn.Module):
         return carry, hiddens.astype(x.dtype)
 
     def _make_norm(self, name: str, groups: int, size: int) -> Callable[[Array], Array]:
-        """Return the layer norm of gates or of c, each with its parameters; or the identity."""
+        """Return a layer norm with parameters of its own, or the identity without `layer_norm`."""
         if not self.layer_norm:
             return lambda array: array
         shape = (groups * size,)
@@ -127,7 +130,7 @@ class HyperLSTM(nn.Module):
         return functools.partial(_normalize_groups, gain=gain, shift=shift, groups=groups)
 
     def initial(self, batch: int) -> HyperCarry:
-        """Return the zero state of both LSTMs."""
+        """Return the carry before the first step, which is zero in both LSTMs."""
         dtype = self.dtype or self.param_dtype
         return *initial_carry(batch, self.features, dtype), *initial_carry(
             batch, self.hyper_features, dtype

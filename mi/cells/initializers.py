@@ -1,4 +1,4 @@
-"""Initializers of the weights and biases of the gates."""
+"""Initializers for the weights and biases of the gates."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 
 
 def orthogonal_gates(key: Array, shape: tuple[int, int], dtype: DTypeLike) -> Array:
-    """Draw [n, 4H], an orthogonal matrix [n, H] for each gate."""
+    """Draw weights [n, 4H] with an orthogonal matrix [n, H] for each gate."""
     gate_shape = shape[0], shape[1] // 4
     gate_keys = jax.random.split(key, 4)
     gates = jax.vmap(lambda gate_key: orthogonal(gate_key, gate_shape, dtype))(gate_keys)
@@ -16,11 +16,11 @@ def orthogonal_gates(key: Array, shape: tuple[int, int], dtype: DTypeLike) -> Ar
 
 
 def orthogonal(key: Array, shape: tuple[int, int], dtype: DTypeLike) -> Array:
-    """Draw an orthogonal matrix of any dtype, decomposed in f32.
+    """Draw an orthogonal matrix of any dtype; the decomposition is computed in f32.
 
-    Under vmap the matrices are drawn one after another. On CPU, jaxlib decomposes a batch in a
-    thread of XLA that waits for other threads, so that two simultaneous decompositions, as on two
-    devices, can deadlock.
+    Under vmap, the matrices are drawn one after another. On CPU, jaxlib decomposes a batch in an
+    XLA thread that waits for other threads, so simultaneous decompositions on two devices can
+    deadlock.
     """
 
     @jax.custom_batching.sequential_vmap
@@ -31,7 +31,7 @@ def orthogonal(key: Array, shape: tuple[int, int], dtype: DTypeLike) -> Array:
 
 
 def forget_bias(key: Array, shape: tuple[int], dtype: DTypeLike) -> Array:
-    """Return the bias [4H] of i, f, o, j: 1 for f, 0 for the others."""
+    """Return the bias [4H] of i, f, o, j, which is 1 for f and 0 for the others."""
     del key
     hidden_size = shape[0] // 4
     return jnp.zeros(shape, dtype).at[hidden_size : 2 * hidden_size].set(1)

@@ -1,4 +1,4 @@
-"""The LSTM, with its own backward pass or by cuDNN."""
+"""The LSTM, with a custom backward pass or cuDNN's kernel."""
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -19,14 +19,14 @@ class LSTM(nn.Module):
         i, f, o, j = x_t W + h_{t−1} U + b
         c_t = σ(f) ⊙ c_{t−1} + σ(i) ⊙ tanh(j),   h_t = σ(o) ⊙ tanh(c_t)
 
-    W [n, 4H] is applied to all steps in one product, U [H, 4H] in the loop; the four gates are
-    concatenated in this order. The forget gate's bias starts at 1.
+    W [n, 4H] is applied to all steps in one product, and U [H, 4H] in the loop. The four gates are
+    concatenated in this order. The bias of the forget gate starts at 1.
 
     Attributes:
-      features: H.
-      impl: 'xla', or 'cudnn' for NVIDIA's kernel, which needs an NVIDIA GPU and f32 and has neither
-        reset nor keep.
-      dtype: dtype of the products with W and U; gates and state are at least f32.
+      features: H, the number of state features.
+      impl: 'xla', or 'cudnn' for NVIDIA's kernel, which requires an NVIDIA GPU and f32, and
+        supports neither `reset` nor `keep`.
+      dtype: dtype of the products with W and U; the gates and the state are in at least f32.
       param_dtype: dtype of the parameters.
     """
 
@@ -39,11 +39,11 @@ class LSTM(nn.Module):
     def __call__(
         self, carry: Carry, x: Array, reset: Array | None = None, keep: Array | None = None
     ) -> tuple[Carry, Array]:
-        """Map (c, h) and x [T, B, n] to the last (c, h) and h of every step [T, B, H].
+        """Return the last carry (c, h), and h of every step [T, B, H].
 
         Raises:
-          ValueError: if the shapes of carry, x, reset and keep do not match, as in all cells, or if
-            cuDNN does not support the dtype, reset or keep.
+          ValueError: if the shapes of carry, x, reset and keep do not match, or cuDNN does not
+            support the dtype, reset or keep.
         """
         hidden_size = self.features
         check_shapes(carry, x, reset, keep, (hidden_size, hidden_size))
@@ -73,5 +73,5 @@ class LSTM(nn.Module):
         return carry, hiddens.astype(x.dtype)
 
     def initial(self, batch: int) -> Carry:
-        """Return the zero state."""
+        """Return the carry before the first step, which is zero."""
         return initial_carry(batch, self.features, self.dtype or self.param_dtype)

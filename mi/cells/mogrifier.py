@@ -1,4 +1,4 @@
-"""The Mogrifier LSTM: x and h gate one another before the LSTM."""
+"""The Mogrifier LSTM, in which x and h gate each other before the LSTM."""
 
 import functools
 
@@ -21,24 +21,25 @@ from mi.kernels.lstm import (
 
 
 class MogrifierLSTM(nn.Module):
-    """Mogrifier LSTM (Melis et al., 2020): x and h gate one another before the LSTM reads them.
+    """Mogrifier LSTM (Melis et al., 2020): x and h gate each other before the LSTM reads them.
 
         for round i = 1 … r:   x ← 2σ(h Q_i + q_i) ⊙ x   for odd i
                                h ← 2σ(x R_i + r_i) ⊙ h   for even i
         i, f, o, j = x W + h U + b
         c_t = σ(f) ⊙ c_{t−1} + σ(i) ⊙ tanh(j),   h_t = σ(o) ⊙ tanh(c_t)
 
-    starting from x_t and h_{t−1}; Q_i [H, n], R_i [n, H], the LSTM's weights as in `LSTM`. With a
-    rank, Q_i = Q_i_left Q_i_right, [H, rank] and [rank, n], and R_i likewise. The biases q_i [n]
-    and r_i [H] are those of the released code; the paper's equations have none. They start at 0.
+    The rounds start from x_t and h_{t−1}. Q_i is [H, n], R_i is [n, H], and the weights of the LSTM
+    are as in `LSTM`. With a `rank`, Q_i is the product of Q_i_left [H, rank] and Q_i_right [rank,
+    n], and likewise for R_i. The biases q_i [n] and r_i [H] start at 0. They are from the authors'
+    code; the paper's equations have no biases.
 
-    Nothing can be computed before the loop, as the first round needs h_{t−1}.
+    No product can be computed before the loop, because the first round needs h_{t−1}.
 
     Attributes:
       features, dtype, param_dtype: as in `LSTM`.
-      rounds: r; 0 for the LSTM.
+      rounds: r, the number of rounds; 0 for the LSTM.
       rank: rank of every Q_i and R_i; None for full matrices.
-      capped: whether the input gate is min(1 − σ(f), σ(i)), which keeps c in [−1, 1].
+      capped: whether to limit the input gate to min(1 − σ(f), σ(i)), which keeps c in [−1, 1].
     """
 
     features: int
@@ -52,7 +53,7 @@ class MogrifierLSTM(nn.Module):
     def __call__(
         self, carry: Carry, x: Array, reset: Array | None = None, keep: Array | None = None
     ) -> tuple[Carry, Array]:
-        """Map (c, h) and x [T, B, n] to the last (c, h) and h of every step [T, B, H].
+        """Return the last carry (c, h), and h of every step [T, B, H].
 
         Raises:
           ValueError: if rounds < 0 or rank < 1, or the shapes do not match.
@@ -61,8 +62,8 @@ class MogrifierLSTM(nn.Module):
         check_shapes(carry, x, reset, keep, (hidden_size, hidden_size))
         if self.rounds < 0 or (self.rank is not None and self.rank < 1):
             raise ValueError(
-                f'rounds must be at least 0 and rank at least 1, or None for full matrices; '
-                f'got rounds={self.rounds}, rank={self.rank}'
+                f'rounds = {self.rounds}, rank = {self.rank}: expected rounds of at least 0, '
+                'and a rank of at least 1 or None for full matrices'
             )
 
         # The parameters of the LSTM.
@@ -99,7 +100,7 @@ class MogrifierLSTM(nn.Module):
         return carry, hiddens.astype(dtype)
 
     def _make_factors(self, name: str, num_rows: int, num_columns: int) -> list[Array]:
-        """Return the parameters whose product is the matrix of a round: one, or two of a rank."""
+        """Return the one or two parameters whose product is the matrix of a round."""
         lecun_normal = initializers.lecun_normal()
         if self.rank is None:
             return [self.param(name, lecun_normal, (num_rows, num_columns), self.param_dtype)]
@@ -109,5 +110,5 @@ class MogrifierLSTM(nn.Module):
         ]
 
     def initial(self, batch: int) -> Carry:
-        """Return the zero state."""
+        """Return the carry before the first step, which is zero."""
         return initial_carry(batch, self.features, self.dtype or self.param_dtype)

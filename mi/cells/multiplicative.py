@@ -24,8 +24,8 @@ class MultiplicativeLSTM(nn.Module):
         i, f, o, j = x_t W + m_t U + b
         c_t = σ(f) ⊙ c_{t−1} + σ(i) ⊙ tanh(j),   h_t = σ(o) ⊙ tanh(c_t)
 
-    W_m [n, H], U_m [H, H], W [n, 4H], U [H, 4H]. It is the LSTM whose recurrent weights depend on
-    the input: h_{t−1} U becomes h_{t−1} U_m diag(x_t W_m) U.
+    The parameters are W_m [n, H], U_m [H, H], W [n, 4H], U [H, 4H] and b [4H]. This is an LSTM
+    whose recurrent weights depend on the input: h_{t−1} U becomes h_{t−1} U_m diag(x_t W_m) U.
 
     Attributes:
       features, dtype, param_dtype: as in `LSTM`.
@@ -39,7 +39,7 @@ class MultiplicativeLSTM(nn.Module):
     def __call__(
         self, carry: Carry, x: Array, reset: Array | None = None, keep: Array | None = None
     ) -> tuple[Carry, Array]:
-        """Map (c, h) and x [T, B, n] to the last (c, h) and h of every step [T, B, H]."""
+        """Return the last carry (c, h), and h of every step [T, B, H]."""
         hidden_size, input_size = self.features, x.shape[-1]
         check_shapes(carry, x, reset, keep, (hidden_size, hidden_size))
 
@@ -64,7 +64,7 @@ class MultiplicativeLSTM(nn.Module):
         return carry, hiddens.astype(x.dtype)
 
     def initial(self, batch: int) -> Carry:
-        """Return the zero state."""
+        """Return the carry before the first step, which is zero."""
         return initial_carry(batch, self.features, self.dtype or self.param_dtype)
 
 
@@ -74,11 +74,12 @@ class MILSTM(nn.Module):
         i, f, o, j = α ⊙ Wx ⊙ Uh + β₁ ⊙ Uh + β₂ ⊙ Wx + b,   Wx = x_t W, Uh = h_{t−1} U
         c_t = σ(f) ⊙ c_{t−1} + σ(i) ⊙ tanh(j),   h_t = σ(o) ⊙ tanh(c_t)
 
-    W [n, 4H], U [H, 4H]; α, β₁, β₂, b [4H]. With α = 0 and β₁ = β₂ = 1 it is the LSTM.
+    The parameters are W [n, 4H], U [H, 4H], and α, β₁, β₂, b [4H]. With α = 0 and β₁ = β₂ = 1, this
+    is the LSTM.
 
-    α starts at 1 and β₁, β₂ at ½. These values are recalled from the paper, where they differ
-    between experiments, and not checked against it; public code uses 1, 1, 1 too. The paper's b
-    starts at 0; the forget gate's 1 is ours.
+    α starts at 1, and β₁ and β₂ at ½. In the paper, the initial values differ between experiments;
+    these were not checked against it, and other public code uses 1, 1, 1. b starts at 1 for the
+    forget gate, and at 0 in the paper.
 
     Attributes:
       features, dtype, param_dtype: as in `LSTM`.
@@ -96,7 +97,7 @@ class MILSTM(nn.Module):
     def __call__(
         self, carry: Carry, x: Array, reset: Array | None = None, keep: Array | None = None
     ) -> tuple[Carry, Array]:
-        """Map (c, h) and x [T, B, n] to the last (c, h) and h of every step [T, B, H]."""
+        """Return the last carry (c, h), and h of every step [T, B, H]."""
         hidden_size, input_size = self.features, x.shape[-1]
         check_shapes(carry, x, reset, keep, (hidden_size, hidden_size))
 
@@ -126,5 +127,5 @@ class MILSTM(nn.Module):
         return carry, hiddens.astype(x.dtype)
 
     def initial(self, batch: int) -> Carry:
-        """Return the zero state."""
+        """Return the carry before the first step, which is zero."""
         return initial_carry(batch, self.features, self.dtype or self.param_dtype)

@@ -1,4 +1,4 @@
-"""The state of the cells: the carry before the first step, and checks of its shape."""
+"""The initial state of the cells, and checks of the shapes of their inputs."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from mi.kernels.lstm import Carry
 
 
 def initial_carry(batch: int, features: int, dtype: DTypeLike = jnp.float32) -> Carry:
-    """Return the zero state (c, h) of an LSTM with products of this dtype, each [B, H]."""
+    """Return zeros (c, h), each [B, H], for an LSTM whose products have this dtype."""
     state_dtype = accumulation_dtype(dtype)
     return jnp.zeros((batch, features), state_dtype), jnp.zeros((batch, features), state_dtype)
 
@@ -26,14 +26,14 @@ def check_shapes(
     """Raise ValueError if the shapes do not match.
 
     Args:
-      carry: arrays [B, H], with an H of `features` each.
-      x: [T, B, n].
+      carry: arrays [B, H], where H can differ between the arrays.
+      x: the inputs, [T, B, n].
       reset: [T, B], or None.
-      keep: [B, H] of the second array of the carry, or None.
-      features: H of each array of the carry.
+      keep: None, or an array with the shape of the carry's second array.
+      features: H of each array in the carry.
     """
     if x.ndim != 3:
-        raise ValueError(f'x must be [T, B, n]; got {x.shape}; one step is x[None]')
+        raise ValueError(f'x must be [T, B, n]; got {x.shape}. For a single step, try x[None]')
     batch_size = x.shape[1]
     expected_shapes = [(batch_size, hidden_size) for hidden_size in features]
     shapes = [array.shape for array in carry]

@@ -1,1 +1,1 @@
-"""Kernels: pure functions with their own order of evaluation or backward pass."""
+"""Kernels: pure functions with an optimized order of evaluation or backward pass."""

@@ -2,11 +2,11 @@
 
 Shapes: x [..., n], z [..., m], W [m, n, k] → [..., k]; leading axes of x and z broadcast.
 
-If x and z vary together, every order of evaluation costs about 2·B·m·n·k operations. The orders
-differ in the intermediate array that is written and read back. If one stream is shared over an axis
-along which the other varies, contracting the shared stream first does its part once instead of once
-per position. If the context is one of m choices, given as integers, only W[i] x is computed, which
-takes m times fewer operations. docs/evaluation.md has the measurements.
+If x and z vary along the same axes, every order of evaluation costs about 2·B·m·n·k operations, and
+the orders differ only in the intermediate array that they write and read back. If one stream is
+shared along an axis, contracting that stream first does this part of the work once instead of once
+per position. If the context is given as integer ids, only W[i] x is computed, which takes m times
+fewer operations. docs/evaluation.md has the measurements.
 """
 
 import functools
@@ -68,19 +68,20 @@ def choose_order(
     `one_hot`         as a dense order, with m times the operations of `rows` and `groups`
     ================  =================  ====================================  ===================
 
-    The chunked orders recompute their intermediate in the backward pass. If a stream is shared over
-    some axis, the order with fewer operations is chosen. Otherwise the smallest intermediate
-    decides, by thresholds that were measured on two x86 cores and on one H200 in f32 (TF32 on the
-    H200) and bf16. On a TPU the order is `outer`, which its compiler fuses, unless k is narrow;
-    that compiler's cost estimates set the threshold. The order affects speed and never the value.
+    The chunked orders recompute their intermediate in the backward pass. If a stream is shared
+    along some axis, this returns the order with the fewest operations. Otherwise it returns the
+    order with the smallest intermediate, with thresholds that were measured on two x86 cores and on
+    one H200, in f32 (TF32 on the H200) and bf16. On a TPU it returns `outer`, which the compiler
+    fuses, unless k is small; this threshold comes from the compiler's cost estimates. The order
+    affects the speed but not the result.
 
     Args:
-      x_shape: [..., n].
-      z_shape: [..., m]; the shape of the integers, [...], if `context` is 'ids'.
-      features: k.
-      context: 'dense', or 'ids' for integers in [0, m).
-      platform: the platform that runs the product.
-      contexts: m; required if `context` is 'ids'.
+      x_shape: shape of x, [..., n].
+      z_shape: shape of z: [..., m], or [...] if `context` is 'ids'.
+      features: k, the number of output features.
+      context: 'dense', or 'ids' for integer ids in [0, m).
+      platform: the platform that the product runs on.
+      contexts: m, the number of contexts; required if `context` is 'ids'.
     """
     # A symbolic size counts as 1: a step that is exported for any batch mostly has few rows.
     x_shape, z_shape = _fix_sizes(x_shape), _fix_sizes(z_shape)
@@ -142,22 +143,22 @@ def bilinear(
     order: Order | None = None,
     precision: Precision = None,
 ) -> Array:
-    """Compute zᵀWx, that is y_k = Σ_m Σ_n z_m W_mnk x_n.
+    """Compute y = zᵀWx, i.e. y_k = Σ_m Σ_n z_m W_mnk x_n.
 
-    Products accumulate in f32 at least, whatever the dtype of the inputs.
+    Products accumulate in at least f32, whatever the dtype of the inputs.
 
     Args:
-      x: [..., n], the input.
-      z: [..., m], the context. Its leading axes broadcast against those of x. A missing axis or an
-        axis of length 1 is contracted once, not once per position. Integers [...] in [0, m) are
-        also accepted; each is the id of a one-hot context. Ids out of range are clipped.
-      W: [m, n, k].
-      order: an order from `choose_order`; None for the choice of that function. 'groups' has no
-        forward-mode derivative.
+      x: the input, [..., n].
+      z: the context, [..., m], or integer ids [...] of one-hot contexts. Its leading axes broadcast
+        against those of x. A missing axis or an axis of length 1 is contracted once, not once per
+        position. Ids outside of [0, m) are clipped.
+      W: the weights, [m, n, k].
+      order: one of the orders that `choose_order` lists; by default, the one that it chooses.
+        'groups' does not support forward-mode differentiation.
       precision: as in `jax.lax.dot_general`.
 
     Returns:
-      [..., k] in the promoted dtype of x, z and W.
+      zᵀWx, [..., k], in the promoted dtype of x, z and W.
 
     Raises:
       ValueError: if the shapes do not match, or the order is unknown or unsuitable for z.
@@ -193,18 +194,18 @@ def _check_operands(x: Array, z: Array, W: Array, order: Order | None) -> None:
     if order is not None and order not in known_orders:
         context_kind = 'integer ids' if has_ids else 'a dense context'
         raise ValueError(
-            f'order = {order!r} does not support {context_kind} (z is {z.dtype}). '
-            f'Try {", ".join(known_orders)}'
+            f'order = {order!r}: expected an order for {context_kind}, because z is '
+            f'{z.dtype}. Try {", ".join(known_orders)}'
         )
 
 
 class _Operands(NamedTuple):
-    """Operands of zᵀWx for einsum, without leading axes of length 1.
+    """The operands of zᵀWx for einsum, without leading axes of length 1.
 
     Attributes:
-      x, z, W: [X…, n], [Z…, m] and [m, n, k].
+      x, z, W: the operands, [X…, n], [Z…, m] and [m, n, k].
       x_labels, z_labels, output_labels: one letter for each leading axis of x, z and the output.
-      x_axes, z_axes: the leading axes with those of length 1, equally many.
+      x_axes, z_axes: lengths of the leading axes before axes of length 1 were removed.
       precision: as in `jax.lax.dot_general`.
     """
 
@@ -223,7 +224,7 @@ class _Operands(NamedTuple):
         return jnp.result_type(self.x, self.z, self.W)
 
     def label(self, equation: str) -> str:
-        """Replace X, Z and Y by the letters of the leading axes of x, z and the output."""
+        """Replace X, Z and Y with the labels of the leading axes of x, z and the output."""
         labels = {'X': self.x_labels, 'Z': self.z_labels, 'Y': self.output_labels}
         return ''.join(labels.get(letter, letter) for letter in equation)
 
@@ -302,9 +303,9 @@ def _evaluate_z_first_chunks(operands: _Operands) -> Array:
 def _evaluate_outer_on_tpu(operands: _Operands) -> Array:
     """Compute `outer` so that neither z ⊗ x nor its gradient is written to memory.
 
-    XLA:TPU fuses a product with the elementwise operations that make its inputs and with the sums
-    over its output, unless a reshape of the last two axes lies between them. An einsum for z ⊗ x
-    would turn these sums into products.
+    XLA:TPU fuses a matrix product with the elementwise operations before it and the sums after it,
+    unless they are separated by a reshape of the last two axes. An einsum for z ⊗ x would turn
+    these sums into matrix products.
     """
     accumulator = accumulation_dtype(operands.dtype)
 
@@ -348,7 +349,7 @@ def _einsum(
     right: Array,
     out_dtype: DTypeLike | None = None,
 ) -> Array:
-    """Compute an einsum of two arrays, accumulated in f32 at least; X, Z, Y as in `label`."""
+    """Compute an einsum of two arrays in at least f32; X, Z and Y are replaced as in `label`."""
     return accumulate(
         functools.partial(jnp.einsum, operands.label(equation)),
         left,
@@ -359,9 +360,9 @@ def _einsum(
 
 
 def _sum_chunks(operands: _Operands, multiply_chunk: Callable[..., Array], *chunks: Array) -> Array:
-    """Return Σ multiply_chunk(*chunk), accumulated in f32 at least.
+    """Return Σ multiply_chunk(*chunk), accumulated in at least f32.
 
-    The backward pass computes each chunk again.
+    The backward pass recomputes each chunk.
     """
 
     def add_chunk(total: Array, chunk: tuple[Array, ...]) -> tuple[Array, None]:
@@ -375,7 +376,7 @@ def _sum_chunks(operands: _Operands, multiply_chunk: Callable[..., Array], *chun
 
 
 def _split_axis(array: Array, axis: int, chunk_size: int) -> Array:
-    """Return the chunks of this size along an axis, stacked along a new first axis."""
+    """Split an axis into chunks of this size, and stack them along a new first axis."""
     axis %= array.ndim
     leading, length, trailing = array.shape[:axis], array.shape[axis], array.shape[axis + 1 :]
     chunks = array.reshape(*leading, length // chunk_size, chunk_size, *trailing)
@@ -383,13 +384,13 @@ def _split_axis(array: Array, axis: int, chunk_size: int) -> Array:
 
 
 def _find_divisor(size: int, limit: int) -> int:
-    """Return the largest divisor of `size` up to `limit`, and 1 for a size of 0."""
+    """Return the largest divisor of `size` that is at most `limit`, or 1 if `size` is 0."""
     candidates = range(min(size, limit), 0, -1)
     return next((divisor for divisor in candidates if size % divisor == 0), 1)
 
 
 def _multiply_selected_rows(x: Array, ids: Array, W: Array, precision: Precision) -> Array:
-    """Compute W[ids] x with a copy of W[i] per id: x [..., n], ids [...] → [..., k]."""
+    """Compute W[ids] x [..., k] for x [..., n] and ids [...] from a copy of W[i] for every id."""
     x_axes, id_axes = _align_leading_axes(x.shape, (*ids.shape, 1))
     x_labels, id_labels, output_labels = _label_axes(x_axes, id_axes)
     ids = jnp.clip(ids, 0, W.shape[0] - 1).reshape(id_axes)
@@ -400,7 +401,7 @@ def _multiply_selected_rows(x: Array, ids: Array, W: Array, precision: Precision
 
 
 def _multiply_groups(x: Array, ids: Array, W: Array, precision: Precision) -> Array:
-    """Compute W[ids] x by groups of rows with the same id: x [..., n], ids [...] → [..., k]."""
+    """Compute W[ids] x [..., k] for x [..., n] and ids [...] in groups of rows with the same id."""
     x_axes, id_axes = _align_leading_axes(x.shape, (*ids.shape, 1))
     output_axes = jnp.broadcast_shapes(x_axes, id_axes)
     n, dtype = x.shape[-1], jnp.result_type(x, W)
@@ -412,9 +413,9 @@ def _multiply_groups(x: Array, ids: Array, W: Array, precision: Precision) -> Ar
 
 
 def _label_axes(x_axes: Sequence[int], z_axes: Sequence[int]) -> tuple[str, str, str]:
-    """Return one letter for each leading axis of x, z and the output, and none for length 1.
+    """Return one letter for each leading axis of x, z and the output that is longer than 1.
 
-    Without the axes of length 1, each einsum of two operands is one dot_general.
+    Without the axes of length 1, every einsum of two operands is a single dot_general.
     """
     letters = string.ascii_uppercase[: len(x_axes)]
 
@@ -427,7 +428,7 @@ def _label_axes(x_axes: Sequence[int], z_axes: Sequence[int]) -> tuple[str, str,
 
 
 def _squeeze_leading(array: Array, num_trailing: int) -> Array:
-    """Return an array without axes of length 1 among all but the last `num_trailing` axes."""
+    """Remove axes of length 1 from all but the last `num_trailing` axes of an array."""
     leading, trailing = array.shape[:-num_trailing], array.shape[-num_trailing:]
     return array.reshape(*(length for length in leading if length != 1), *trailing)
 
@@ -435,7 +436,7 @@ def _squeeze_leading(array: Array, num_trailing: int) -> Array:
 def _align_leading_axes(
     x_shape: Sequence[int], z_shape: Sequence[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the leading axes of both streams, padded with 1 on the left to equal length."""
+    """Return the leading axes of both streams, padded on the left with ones to equal rank."""
     x_axes, z_axes = tuple(x_shape[:-1]), tuple(z_shape[:-1])
     ndim = max(len(x_axes), len(z_axes))
     x_axes = (1,) * (ndim - len(x_axes)) + x_axes

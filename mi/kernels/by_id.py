@@ -1,4 +1,4 @@
-"""The kernel for W[ids] x: rows with the same id are multiplied together, a block at a time.
+"""The kernel for W[ids] x, which multiplies rows with the same id together, in blocks.
 
 Shapes: x [B, n], ids [B], W [m, n, k] → [B, k].
 """
@@ -16,7 +16,7 @@ BLOCK_ROWS = 32  # rows with the same id that are multiplied together
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def multiply_by_id(x: Array, ids: Array, W: Array, precision: Precision) -> Array:
-    """Compute W[ids] x for rows x [B, n], which are sorted by id internally; reverse mode only."""
+    """Compute W[ids] x for rows x [B, n], sorting them by id internally; reverse mode only."""
     permutation, group_sizes, group_starts = _sort_by_id(ids, W.shape[0])
     sorted_x = _append_zero_block(x[permutation])
     outputs = _multiply_sorted(sorted_x, group_sizes, group_starts, W, precision)
@@ -74,7 +74,7 @@ multiply_by_id.defvjp(_multiply_by_id_forward, _multiply_by_id_backward)
 
 
 def _sort_by_id(ids: Array, num_ids: int) -> tuple[Array, Array, Array]:
-    """Return the permutation that sorts the ids, and the size and start of each id's group."""
+    """Return the permutation that sorts the ids, and the size and start of the group of each id."""
     group_sizes = jnp.bincount(ids, length=num_ids)
     return jnp.argsort(ids), group_sizes, jnp.cumsum(group_sizes) - group_sizes
 
@@ -86,9 +86,9 @@ def _append_zero_block(rows: Array) -> Array:
 def _multiply_sorted(
     x: Array, group_sizes: Array, group_starts: Array, W: Array, precision: Precision
 ) -> Array:
-    """Multiply rows that are sorted by id and padded by a block, [B + BLOCK_ROWS, n] → [B, k].
+    """Multiply rows [B + BLOCK_ROWS, n], sorted by id and padded by one block, and return [B, k].
 
-    The last block of a group runs over the group's end; the next groups overwrite those rows.
+    The last block of a group can extend into the next groups, which then overwrite those rows.
     """
 
     def multiply_group(outputs: Array, group: tuple[Array, Array, Array]) -> tuple[Array, None]:

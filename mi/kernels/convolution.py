@@ -1,11 +1,11 @@
-"""A convolution of images whose gradient is fast on XLA's CPU backend too.
+"""A convolution of images whose gradient is also fast on XLA's CPU backend.
 
     y[h, w] = Σ_ij x[s·h + i, s·w + j] W[i, j],   x [N, H, W, c], W [i, j, c, k]
 
-On that backend ∂y/∂W is slower than one matrix product for each i, j, and strides make ∂y/∂x slow.
-So each block of s × s pixels becomes one pixel with s²·c channels, which leaves stride 1, and ∂W is
-computed by products. Other backends use their own convolutions. `benchmarks.rl`, row conv, measures
-both.
+On that backend, computing ∂W is slower than one matrix product for each (i, j), and strides make ∂x
+slow. Therefore each block of s × s pixels becomes one pixel with s²·c channels, which leaves a
+stride of 1, and ∂W is computed by matrix products. Other backends use their own convolutions. The
+row `conv` of `benchmarks.rl` measures both.
 """
 
 import functools
@@ -60,7 +60,7 @@ def convolve(  # noqa: PLR0913 - nn.Conv calls it as jax.lax.conv_general_dilate
 
 
 def _merge_blocks(x: Array, W: Array, block_height: int, block_width: int) -> tuple[Array, Array]:
-    """Return x and W with each block of pixels as one pixel."""
+    """Return x and W with each block of pixels merged into one pixel."""
     num_images, height, width, channels = x.shape
     kernel_height, kernel_width, _, features = W.shape
     block_channels = block_height * block_width * channels
@@ -115,7 +115,7 @@ def _convolve_valid_natively(x: Array, W: Array) -> Array:
 
 
 def _list_windows(x: Array, W: Array) -> list[list[Array]]:
-    """Return the window of x that each W[i, j] multiplies, [N, h, w, c]."""
+    """Return the windows of x, [N, h, w, c] each, that W[i, j] multiplies for each i and j."""
     kernel_height, kernel_width = W.shape[:2]
     height, width = x.shape[1] - kernel_height + 1, x.shape[2] - kernel_width + 1
     return [

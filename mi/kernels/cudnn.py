@@ -1,4 +1,4 @@
-"""The LSTM of NVIDIA's cuDNN, through `jax.experimental.rnn`: one call for all steps.
+"""The LSTM of NVIDIA's cuDNN, which runs all steps in one call of `jax.experimental.rnn`.
 
 Shapes: T steps, B sequences, n input features, H state features.
 """
@@ -16,11 +16,12 @@ from mi.kernels.lstm import Carry, LSTMWeights
 
 
 class _Residuals(NamedTuple):
-    """What the backward pass reads.
+    """The arrays that the backward pass reads.
 
     Attributes:
-      call: residuals of `rnn.lstm_fwd`; the first is x [B, T, n].
-      unpack_weights: transpose of `pack_weights`.
+      call: residuals of `rnn.lstm_fwd`, the first of which is x [B, T, n].
+      unpack_weights: the transpose of `pack_weights`, which maps its cotangent to those of W, U and
+        b.
     """
 
     call: tuple[Array, ...]
@@ -29,25 +30,25 @@ class _Residuals(NamedTuple):
 
 @jax.custom_vjp
 def lstm(carry: Carry, x: Array, weights: LSTMWeights) -> tuple[Carry, Array]:
-    """Compute `mi.cells.LSTM` in f32; under vmap one call after another. Reverse mode only.
+    """Compute `mi.cells.LSTM` in f32; sequential under vmap, and reverse mode only.
 
-    Like XLA's, cuDNN's products are TF32 unless jax_default_matmul_precision is 'highest'.
+    As with XLA, products are in TF32 unless jax_default_matmul_precision is 'highest'.
 
     Args:
-      carry: (c, h), each [B, H], f32.
-      x: [T, B, n].
+      carry: the initial (c, h), each f32 [B, H].
+      x: the inputs, [T, B, n].
       weights: as in `mi.kernels.lstm.lstm`.
 
     Returns:
-      (c, h) after the last step and h of every step [T, B, H].
+      (c, h) after the last step, and h of every step [T, B, H].
     """
     return _forward(carry, x, weights)[0]
 
 
 def pack_weights(W: Array, U: Array, b: Array) -> Array:
-    """Return the vector of weights that cuDNN reads, with gates in the order i, f, j, o.
+    """Return the weights as the vector that cuDNN expects, with the gates in the order i, f, j, o.
 
-    Matrices are flattened with their outputs first, and the second bias is zero.
+    Each matrix is flattened with its output axis first. cuDNN's second bias is zero.
     """
 
     def flatten(array: Array) -> Array:
@@ -96,7 +97,7 @@ def _backward(
 
 
 def _describe_layer(input_size: int, hidden_size: int) -> tuple[int, int, int, float, bool, None]:
-    """Return sizes, layers, dropout, directions, and None for JAX's current precision."""
+    """Return cuDNN's description of the layer: sizes, layers, dropout, directions and precision."""
     return input_size, hidden_size, 1, 0.0, False, None
 
 

@@ -1,4 +1,4 @@
-"""The kernel for Vx, and the accumulation in f32 that all products share."""
+"""The kernel for Vx, and the f32 accumulation that all products share."""
 
 import functools
 import math
@@ -19,9 +19,9 @@ NARROW_FEATURES = 512  # up to this many, an input is transposed for the gradien
 def target_platform() -> Platform:
     """Return the platform that the current function is traced for.
 
-    It is the platform of the devices in the enclosing `jax.set_mesh` or `jax.shard_map`. These
-    devices may be absent, as for a topology that is only compiled for. Without a mesh it is JAX's
-    default backend.
+    This is the platform of the mesh in the enclosing `jax.set_mesh` or `jax.shard_map`, whose
+    devices need not be present when a program is only compiled for them. Without a mesh, it is
+    JAX's default backend.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform  # type: ignore[return-value]
@@ -34,12 +34,13 @@ def linear(
     out_dtype: DTypeLike | None = None,
     precision: Precision = None,
 ) -> Array:
-    """Compute Vx, [..., n] and [n, k] → [..., k], accumulated in f32 at least.
+    """Compute Vx [..., k] for x [..., n] and V [n, k], accumulated in at least f32.
 
-    Integers x [...] select rows of V; out of range they are clipped, as in `bilinear`.
+    Integers x [...] select rows of V. As in `bilinear`, out-of-range integers are clipped.
 
-    Leading axes are flattened so that the product and both gradients are plain matrix products:
-    XLA on CPU takes twice as long for the gradient of a [T, B, n] by [n, k] product.
+    Leading axes are flattened, so that the product and both gradients are plain matrix products.
+    Without flattening, XLA on CPU takes twice as long for the gradient of a [T, B, n] by [n, k]
+    product.
     """
     if jnp.issubdtype(x.dtype, jnp.integer):
         return V[jnp.clip(x, 0, len(V) - 1)].astype(out_dtype or V.dtype)
@@ -60,11 +61,11 @@ def _matmul_jvp(
     primals: tuple[Array, Array],
     tangents: tuple[Array, Array],
 ) -> tuple[Array, Array]:
-    """Write x dV as (dVᵀ xᵀ)ᵀ with xᵀ in memory, if that makes its transpose ∂V faster.
+    """Write x dV as (dVᵀ xᵀ)ᵀ with xᵀ in memory if that makes its transpose, ∂V, faster.
 
-    XLA on CPU has no fast product that contracts the first axes of both operands, as xᵀ dy does;
-    for a narrow x, the transpose costs less than it saves. The barrier around dV keeps XLA from
-    transposing the product back if V itself is a transpose, as an output embedding is.
+    XLA on CPU does not have a fast product that contracts the first axes of both operands, as xᵀ dy
+    does. For a narrow x, transposing it costs less than this saves. The barrier around dV prevents
+    XLA from transposing the product back if V is itself a transpose, such as an output embedding.
     """
     (x, V), (x_tangent, V_tangent) = primals, tangents
     multiply = functools.partial(accumulate, out_dtype=out_dtype, precision=precision)
@@ -79,7 +80,7 @@ def _matmul_jvp(
 
 
 def accumulation_dtype(*operands: ArrayLike | DTypeLike) -> jnp.dtype:
-    """Return the dtype in which products of these arrays or dtypes accumulate: f32 at least."""
+    """Return the dtype in which products of these arrays or dtypes accumulate, at least f32."""
     return jnp.promote_types(jnp.result_type(*operands), jnp.float32)
 
 
@@ -91,9 +92,9 @@ def accumulate(
     out_dtype: DTypeLike | None = None,
     precision: Precision = None,
 ) -> Array:
-    """Return product(left, right), accumulated in f32 at least and rounded once.
+    """Return product(left, right), accumulated in at least f32 and rounded once.
 
-    The output dtype is by default the promoted dtype of the operands.
+    By default, the output has the promoted dtype of the operands.
     """
     dtype = jnp.result_type(left, right)
     accumulator = accumulation_dtype(dtype)

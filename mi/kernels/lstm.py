@@ -1,4 +1,4 @@
-"""The LSTM over time, with a backward pass that forms the weight gradients in one product."""
+"""The LSTM over time, with a backward pass that computes each weight gradient in one product."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeVar
@@ -23,9 +23,9 @@ class LSTMWeights(NamedTuple):
     """The weights of an LSTM, with the gates in the order i, f, o, j.
 
     Attributes:
-      W: [n, 4H], the weights of x.
-      U: [H, 4H], the weights of h.
-      b: [4H], the bias.
+      W: the weights of x, [n, 4H].
+      U: the weights of h, [H, 4H].
+      b: the bias, [4H].
     """
 
     W: Array
@@ -60,14 +60,14 @@ def scan_lstm(
     keep: Array | None,
     dtype: DTypeLike,
 ) -> tuple[_CellCarry, Array]:
-    """Apply a step to the inputs of each time step, arrays [T, …].
+    """Scan a cell's step over the inputs of all time steps, arrays [T, …].
 
     Args:
-      step: (carry, inputs) → (carry, h).
+      step: function (carry, inputs) → (carry, h).
       carry: tuple of arrays that starts with c and h, each [B, H].
-      inputs: inputs of the steps.
-      reset: [T, B] bool, where the carry is zeroed before the step; None for nowhere.
-      keep: [B, H], which multiplies h before the step; None for no dropout.
+      inputs: inputs of all steps.
+      reset: bool [T, B], True where the carry is zeroed before the step; None for no resets.
+      keep: dropout mask [B, H] that multiplies h before every step; None for no dropout.
       dtype: dtype of the products in the step.
     """
     carry, keep = widen((carry, keep), dtype)
@@ -94,13 +94,13 @@ def update_carry(
     capped: bool = False,
     normalize: Callable[[Array], Array] = lambda cell: cell,
 ) -> Carry:
-    """Return the next (c, h), given c and the gates i, f, o, j [B, 4H] before their activations.
+    """Return the next (c, h) for the state c and the pre-activations of the gates.
 
     Args:
-      cell: the state c [B, H].
-      gates: pre-activations.
-      capped: whether the input gate is at most 1 − f.
-      normalize: function of c inside tanh(c).
+      cell: the state c, [B, H].
+      gates: the pre-activations of i, f, o and j, [B, 4H].
+      capped: whether to limit the input gate to 1 − f.
+      normalize: function that is applied to c inside tanh(c).
     """
     i, f, o, j = jnp.split(gates, 4, axis=-1)
     i, f = nn.sigmoid(i), nn.sigmoid(f)
@@ -109,17 +109,17 @@ def update_carry(
 
 
 def multiply(vectors: Array, W: Array) -> Array:
-    """Multiply vectors by W in the dtype of W; the result is in at least f32."""
+    """Multiply vectors by W in the dtype of W; return the result in at least f32."""
     return linear(vectors.astype(W.dtype), W, out_dtype=accumulation_dtype(W))
 
 
 def broadcast_row(b: Array, ndim: int, dtype: DTypeLike) -> Array:
-    """Return b [k] with `ndim` axes, in the dtype of the sums of products of this dtype."""
+    """Return b [k] with `ndim` axes, in the accumulation dtype of `dtype`."""
     return b.reshape((1,) * (ndim - 1) + b.shape).astype(accumulation_dtype(dtype))
 
 
 def widen(tree: _Tree, dtype: DTypeLike) -> _Tree:
-    """Cast arrays to the accumulation dtype of products of this dtype, at least f32."""
+    """Cast arrays to the accumulation dtype of `dtype`, at least f32."""
     state_dtype = accumulation_dtype(dtype)
     return jax.tree.map(lambda array: array.astype(state_dtype), tree)
 
@@ -132,39 +132,39 @@ def lstm(
     reset: Array | None = None,
     keep: Array | None = None,
 ) -> tuple[Carry, Array]:
-    """Compute `mi.cells.LSTM` as a function with its own backward pass; reverse mode only.
+    """Compute `mi.cells.LSTM` with a custom backward pass; reverse mode only.
 
-    Five choices make it faster than `lstm_reference` on CPU, as measured by benchmarks/lm.py:
+    Five choices make this faster than `lstm_reference` on CPU, as measured by benchmarks/lm.py:
 
-    - Arrays have the features first and the batch last. Uᵀ h needs no repacking of U at every step,
-      and xᵀ, hᵀ and ∂gatesᵀ are in the layout of the products for ∂W, ∂U and ∂x.
-    - σ(a) = ½ tanh(½a) + ½, so that one tanh over the array makes all gates. XLA vectorizes it, but
-      not activations of slices.
+    - Arrays have the features first and the batch last. Then Uᵀ h does not repack U at every step,
+      and xᵀ, hᵀ and ∂gatesᵀ already have the layout of the products for ∂W, ∂U and ∂x.
+    - Since σ(a) = ½ tanh(½a) + ½, a single tanh computes all gates. XLA vectorizes this tanh, but
+      not separate activations of slices.
     - i, f, o, j overwrite their pre-activations, and ∂gates overwrites i, f, o, j. This saves two
       arrays [T, 4H, B].
-    - (∂c, ∂c, ∂h, ∂c) is a selection by gate, as XLA does not vectorize a concatenation.
-    - The backward loop computes only what depends on the step after it. The factors of ∂gates are
-      computed for all steps before it; ∂W and ∂U are one product each over all steps after it.
+    - (∂c, ∂c, ∂h, ∂c) is computed by a selection, because XLA does not vectorize a concatenation.
+    - The backward loop only computes values that depend on later steps. The factors of ∂gates are
+      computed for all steps before the loop, and ∂W and ∂U by one product each after the loop.
 
     Args:
-      carry: (c, h), each [B, H], f32; f64 if W is f64.
-      x: [T, B, n], in the dtype of W.
+      carry: the initial (c, h), each [B, H], in f32, or in f64 if W is f64.
+      x: the inputs, [T, B, n], in the dtype of W.
       weights: W and U in the dtypes of their products with x and h; b in the dtype of the carry.
-      reset: [T, B] bool, or None.
-      keep: [B, H], or None; it is not differentiated.
+      reset: bool [T, B], True where the carry is zeroed before the step; None for no resets.
+      keep: dropout mask [B, H] of h, which is not differentiated; None for no dropout.
 
     Returns:
-      (c, h) after the last step and h of every step [T, B, H].
+      (c, h) after the last step, and h of every step [T, B, H].
     """
     return _lstm_forward(carry, x, weights, reset, keep)[0]
 
 
 class _Residuals(NamedTuple):
-    """What the backward pass reads.
+    """The arrays that the backward pass reads.
 
     Attributes:
-      carry, x, weights, reset, keep: arguments of `lstm`.
-      gates: i, f, o, j of every step after their activations, [T, 4H, B].
+      carry, x, weights, reset, keep: the arguments of `lstm`.
+      gates: the activated i, f, o, j of every step, [T, 4H, B].
       cells: c of every step, [T, H, B].
       hiddens: h of every step, [T, H, B].
     """
@@ -276,7 +276,7 @@ lstm.defvjp(_lstm_forward, _lstm_backward)
 def _multiply_steps(
     residuals: _Residuals, prev_hiddens: Array, gate_cotangents: Array
 ) -> tuple[Array, LSTMWeights]:
-    """Return the gradients of x and of the weights, one product each over all steps."""
+    """Return the gradients of x and of the weights, by one product each over all steps."""
     x, (W, U, _) = residuals.x, residuals.weights
     (T, B, n), H = x.shape, U.shape[0]
     gate_columns, hidden_columns, x_columns = jax.lax.optimization_barrier(
@@ -294,7 +294,7 @@ def _multiply_steps(
 
 
 def _get_previous_states(residuals: _Residuals, resets: Array | None) -> tuple[Array, Array]:
-    """Return c and h as each step reads them, after resets and dropout, [T, H, B]."""
+    """Return the c and h [T, H, B] that each step reads, i.e. after resets and dropout."""
     prev_cells, prev_hiddens = (
         jnp.concatenate([first.T[None], later[:-1]])
         for first, later in zip(residuals.carry, (residuals.cells, residuals.hiddens), strict=True)
@@ -308,19 +308,19 @@ def _get_previous_states(residuals: _Residuals, resets: Array | None) -> tuple[A
 
 
 def _multiply_rows(equation: str, left: Array, right: Array) -> Array:
-    """Compute a product of left's dtype in at least f32; r is the axis of the T · B rows."""
+    """Multiply in the dtype of `left`, accumulated in at least f32; r labels the T · B rows."""
     return jnp.einsum(
         equation, left, right.astype(left.dtype), preferred_element_type=accumulation_dtype(left)
     )
 
 
 def _add_row_axis(reset: Array | None) -> Array | None:
-    """Reshape [T, B] to [T, 1, B], which broadcasts to the [H, B] of a step."""
+    """Reshape [T, B] to [T, 1, B], which broadcasts to the shape [H, B] of a step."""
     return None if reset is None else reset[:, None, :]
 
 
 def zero_where_reset(carry: Carry, reset: Array | None) -> Carry:
-    """Return the carry, zero where reset [1, B]."""
+    """Return the carry with zeros where `reset` [1, B] is True."""
     if reset is None:
         return carry
     return jnp.where(reset, 0, carry[0]), jnp.where(reset, 0, carry[1])

@@ -360,5 +360,5 @@ def test_shapes_that_do_not_fit_are_refused(name):
 @pytest.mark.parametrize('options', [{'rounds': -1}, {'rank': 0}])
 def test_a_mogrifier_refuses_rounds_or_a_rank_that_cannot_be(options):
     module = cells.MogrifierLSTM(H, **options)
-    with pytest.raises(ValueError, match='rounds must be at least 0 and rank at least 1'):
+    with pytest.raises(ValueError, match='expected rounds of at least 0, and a rank of at least 1'):
         module.init(prng.key(0), module.initial(B), jnp.zeros((T, B, N)))
