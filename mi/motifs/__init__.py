@@ -1,5 +1,5 @@
-"""Linen modules for the common motifs that are multiplicative interactions.
+"""Linen modules for common motifs of neural networks that are multiplicative interactions.
 
-Each is a special case of f(x, z) = zᵀWx + zᵀU + Vx + b, possibly with nonlinearities around it.
-`mi.unify` computes the exact tensors.
+Each motif is a special case of f(x, z) = zᵀWx + zᵀU + Vx + b, possibly with nonlinearities around
+it. `mi.unify` computes the exact tensors.
 """

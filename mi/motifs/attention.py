@@ -1,10 +1,11 @@
 """Attention and its variants as Linen modules.
 
-Two products are multiplicative interactions: the scores multiply two tokens, and the mix multiplies
-weights and values. Shapes: x [..., T, n] are the query tokens, z [..., S, m] the key tokens;
-leading axes broadcast. There are H heads of d features each. Scores, masks and softmax are in f32
-at least, sums in f32, outputs in the compute dtype. `jax.nn.dot_product_attention` is not used: it
-has no dropout, and it returns the mean of the values for a query that sees no key.
+Two products are multiplicative interactions: the scores, which multiply two tokens, and the mix,
+which multiplies weights and values. Shapes: x [..., T, n] are the query tokens and z [..., S, m]
+the key tokens; leading axes broadcast. There are H heads with d features each. Scores, masks and
+softmax are in at least f32, sums in f32, and outputs in the compute dtype.
+`jax.nn.dot_product_attention` is not used because it does not support dropout, and returns the mean
+of the values for a query that sees no key.
 """
 
 import functools
@@ -29,13 +30,13 @@ Positions = Literal['none', 'rotary', 'relative']
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def masked_softmax(scores: Array, mask: Array, dtype: DTypeLike | None = None) -> Array:
-    """Return the softmax over the last axis where the mask is True; fully masked rows are zero.
+    """Return the softmax over the unmasked entries of the last axis; fully masked rows are zero.
 
     Args:
       scores: [..., T, S]; the softmax is computed in their dtype.
-      mask: bool, broadcastable to the scores.
-      dtype: dtype of the result; None for that of the scores. The backward pass keeps the result
-        alone, so the weights of bf16 attention take two bytes each, not the four of f32 scores.
+      mask: bool, broadcastable to the scores; False entries are masked.
+      dtype: dtype of the result; defaults to that of the scores. The backward pass only keeps the
+        result, so bf16 attention stores two bytes per weight instead of the four of an f32 score.
     """
     lowest_score = jnp.finfo(scores.dtype).min
     weights = jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, lowest_score)), 0)
@@ -46,7 +47,7 @@ def masked_softmax(scores: Array, mask: Array, dtype: DTypeLike | None = None) -
 def _differentiate_softmax(
     dtype: DTypeLike | None, primals: tuple[Array, Array], tangents: tuple[Array, Array]
 ) -> tuple[Array, Array]:
-    """Return p and its tangent p ⊙ (ṡ − Σ p ⊙ ṡ), in the dtype of the scores s."""
+    """Return the softmax p and its tangent p ⊙ (ṡ − Σ p ⊙ ṡ) in the dtype of the scores s."""
     scores, mask = primals
     weights = masked_softmax(scores, mask, dtype)
     wide_weights, score_tangents = weights.astype(scores.dtype), tangents[0]
@@ -55,7 +56,7 @@ def _differentiate_softmax(
 
 
 def align_tokens(x: Array, z: Array) -> tuple[Array, Array]:
-    """Return x [..., T, n] and z [..., S, m] with equally many axes.
+    """Return x [..., T, n] and z [..., S, m] with the same number of axes.
 
     Raises:
       ValueError: if x or z has fewer than two axes, their leading axes do not broadcast, or z holds
@@ -70,7 +71,7 @@ def align_tokens(x: Array, z: Array) -> tuple[Array, Array]:
     except ValueError as error:
         raise ValueError(
             f'the leading axes (all but the last two) of x {x.shape} and z {z.shape} do not '
-            f'broadcast. Give a stream length 1 along an axis over which it is shared'
+            'broadcast. Try axes of length 1 where a stream is shared'
         ) from error
     ndim = max(x.ndim, z.ndim)
     return expand_rank(x, ndim), expand_rank(z, ndim)
@@ -82,33 +83,33 @@ class Attention(nn.Module):
         q = A_q x_t + c_q,   k = A_k z_s + c_k,   v = A_v z_s + c_v   per head
         p_t = softmax_s(qᵀk / √d),   y_t = A_o [Σ_s p_ts v_s of every head] + c_o
 
-    Query t has position t + S − T, so the T queries are the last T of the S positions. Thus
-    z = [memory, x] gives the recurrence of Transformer-XL. A query that sees no key has zero
-    weights, and y_t = c_o.
+    Query t has position t + S − T, so the T queries are the last T of the S positions, and z =
+    [memory, x] gives the recurrence of Transformer-XL. A query that sees no key has zero weights,
+    so y_t = c_o.
 
-    Positions: 'rotary' rotates q and k by their positions (Su et al., 2021), see `rotate`.
-    'relative' is the scheme of Transformer-XL (Dai et al., 2019). Its r [n] are the sinusoids of
-    the distance from key to query, R is [n, kv_heads · d], and the biases u and v [H, d] start at
-    zero:
+    With `positions='rotary'`, q and k are rotated by their positions, see `rotate` (Su et al.,
+    2021). With 'relative', the scores are those of Transformer-XL (Dai et al., 2019), where r [n]
+    are the sinusoids of the distance from key to query, R is [n, kv_heads · d], and the biases u
+    and v [H, d] start at zero:
 
         score = ((q + u)ᵀk + (q + v)ᵀ R r) / √d
 
-    Decoding: initialize with `decode=True` and an x of the full length. The collection 'cache' then
-    has space for that many keys and values. Each call with `decode=True`, the cache and
-    `mutable=['cache']` takes the next T ≥ 1 tokens. A call that exceeds the cache returns NaN,
-    because an error cannot depend on a traced position.
+    To decode, initialize the module with `decode=True` and an x of the full length. The collection
+    'cache' then has space for that many keys and values. Each call with `decode=True`, the cache
+    and `mutable=['cache']` takes the next T ≥ 1 tokens. A call that exceeds the cache returns NaN,
+    because the position is traced and cannot raise an error.
 
     Attributes:
-      heads: H.
-      features: k of the output; None for n.
-      head_features: d; None for k / H.
-      kv_heads: heads of keys and values, each shared by H / kv_heads consecutive heads of queries
-        (grouped-query attention, Ainslie et al., 2023); None for H.
-      causal: whether a query sees only its own and earlier positions.
+      heads: H, the number of heads of the queries.
+      features: k, the number of output features; defaults to n.
+      head_features: d, the number of features per head; defaults to k / H.
+      kv_heads: number of heads of the keys and values, each shared by H / kv_heads consecutive
+        query heads (grouped-query attention, Ainslie et al., 2023); defaults to H.
+      causal: whether a query only sees its own and earlier positions.
       positions: 'none', 'rotary' or 'relative'.
-      window: a query sees positions closer than this, including its own; None for all.
-      dropout: rate at which weights are dropped; needs the rng 'dropout'.
-      dtype: dtype of the computation; None for the promoted dtype of inputs and parameters.
+      window: a query only sees positions closer than this, including its own; None for no limit.
+      dropout: dropout rate of the weights; requires the rng 'dropout'.
+      dtype: dtype of the computation; by default the promoted dtype of inputs and parameters.
       param_dtype: dtype of the parameters.
     """
 
@@ -133,16 +134,16 @@ class Attention(nn.Module):
         decode: bool = False,
         deterministic: bool = True,
     ) -> Array:
-        """Return attention of x to z: x [..., T, n], z [..., S, m] → [..., T, k].
+        """Return the attention of x to z, [..., T, k].
 
         Args:
-          x: the query tokens.
-          z: the key tokens; None for x.
-          mask: bool, True where a query may see a key: [..., T, S] with as many axes as x or z and
-            length 1 along shared axes. A padding mask of keys is [..., 1, S]. With a cache, S is
-            the length of the cache.
+          x: the query tokens, [..., T, n].
+          z: the key tokens, [..., S, m]; defaults to x.
+          mask: bool [..., T, S], True where a query may see a key. It has as many axes as x or z,
+            of length 1 where it is shared. A padding mask for the keys is [..., 1, S]. With a
+            cache, S is the length of the cache.
           decode: whether x continues the tokens in the cache.
-          deterministic: whether dropout is off.
+          deterministic: whether to disable dropout.
 
         Raises:
           ValueError: if sizes or shapes do not match, `positions` is unknown, or the cache is
@@ -195,24 +196,27 @@ class Attention(nn.Module):
         return jnp.where(last_position < num_keys, output, jnp.nan) if decode else output
 
     def _check_sizes(self, input_size: int) -> tuple[int, int, int]:
-        """Return features, kv_heads and head_features for x [..., n] after checking all fields."""
+        """Check all fields, and return features, kv_heads and head_features for x [..., n]."""
         heads, kv_heads = self.heads, self.kv_heads or self.heads
         features = self.features or input_size
         if heads % kv_heads:
             raise ValueError(f'kv_heads = {kv_heads}: expected a divisor of heads = {heads}')
         if self.head_features is None and features % heads:
             raise ValueError(
-                f'{features} features do not divide into {heads} heads. Give head_features'
+                f'features = {features}: expected a multiple of heads = {heads}, or a value for '
+                'head_features'
             )
         head_features = self.head_features or features // heads
         if self.positions not in get_args(Positions):
             hint = suggest(self.positions, get_args(Positions))
             raise ValueError(f'unknown positions {self.positions!r}; {hint}')
         if self.positions == 'rotary' and head_features % 2:
-            raise ValueError(f'rotary positions need an even head_features (got {head_features})')
+            raise ValueError(
+                f'head_features = {head_features}: expected an even number for rotary positions'
+            )
         if self.positions == 'relative' and input_size % 2:
             raise ValueError(
-                f'relative positions need an even number of features (got x [..., {input_size}])'
+                f'x has {input_size} features: expected an even number for relative positions'
             )
         if self.window is not None and self.window < 1:
             raise ValueError(f'window = {self.window}: expected at least 1, or None')
@@ -235,13 +239,13 @@ class Attention(nn.Module):
     def _compute_scores(
         self, queries: Array, keys: Array, last_position: Array, input_size: int
     ) -> Array:
-        """Return √d times the scores [..., kv_heads, group, T, S], in f32 at least.
+        """Return √d times the scores [..., kv_heads, group, T, S] in at least f32.
 
         Args:
           queries: [..., T, kv_heads, group, d].
           keys: [..., S, kv_heads, d].
           last_position: position of the last query.
-          input_size: features of a token.
+          input_size: number of features of a token.
         """
         if self.positions != 'relative':
             return einsum('...tkgd,...skd->...kgts', queries, keys)
@@ -275,11 +279,11 @@ class Attention(nn.Module):
         return key_scores + shift_relative(distance_scores, num_keys)
 
     def _get_cache(self, keys: Array, values: Array) -> dict[str, nn.Variable]:
-        """Return the cache after checking that it has space for the new keys."""
+        """Return the cache after checking that its shape fits the new keys."""
         if not (self.has_variable('cache', 'filled') or self.is_initializing()):
             raise ValueError(
-                f'decode = True: expected a cache for keys {keys.shape}. Try init with decode=True '
-                f'and an x of the full length'
+                f'decode = True: expected a cache for keys {keys.shape}. Initialize the module '
+                'with decode=True and an x of the full length'
             )
         cache = {
             'keys': self.variable('cache', 'keys', jnp.zeros, keys.shape, keys.dtype),
@@ -289,14 +293,14 @@ class Attention(nn.Module):
         cache_shape = cache['keys'].value.shape
         if keys.shape[:-3] != cache_shape[:-3] or keys.shape[-3] > cache_shape[-3]:
             raise ValueError(
-                f'the cache {cache_shape} cannot hold keys {keys.shape}; '
-                f'initialize it with this batch and the full length'
+                f'the cache {cache_shape} cannot hold keys {keys.shape}. Initialize it with '
+                'this batch and the full length'
             )
         return cache
 
 
 def _append(cache: dict[str, nn.Variable], keys: Array, values: Array) -> tuple[Array, Array]:
-    """Write the new keys and values into the cache, and return everything in it."""
+    """Write the new keys and values to the cache, and return the keys and values in it."""
     for variable_name, update in (('keys', keys), ('values', values)):
         buffer = cache[variable_name]
         buffer.value = jax.lax.dynamic_update_slice_in_dim(
@@ -310,28 +314,28 @@ def _append(cache: dict[str, nn.Variable], keys: Array, values: Array) -> tuple[
 
 
 def _check_mask(mask: Array, shape: tuple[int, ...]) -> Array:
-    """Return the mask if it is bool and broadcasts to this shape from equally many axes."""
+    """Check that the mask is bool, of this rank, and broadcastable to this shape; return it."""
     is_broadcastable = mask.ndim == len(shape) and all(
         size in (1, full_size) for size, full_size in zip(mask.shape, shape, strict=True)
     )
     if not is_broadcastable or mask.dtype != bool:
         raise ValueError(
-            f'mask must be bool {shape}, with axes of length 1 where it is shared; '
-            f'got {mask.dtype} {mask.shape}'
+            f'mask must be bool {shape}, with axes of length 1 where it is shared; got '
+            f'{mask.dtype} {mask.shape}'
         )
     return mask
 
 
 def einsum(equation: str, *operands: Array) -> Array:
-    """Return the einsum, accumulated and returned in f32 at least."""
+    """Compute an einsum that accumulates and returns at least f32."""
     return jnp.einsum(equation, *operands, preferred_element_type=accumulation_dtype(*operands))
 
 
 class GatedCrossAttention(nn.Module):
     """Gated cross-attention (Alayrac et al., 2022, Flamingo): y = x + tanh(a) Attention(x, z).
 
-    The scalar a starts at 0, so the module starts as the identity. The caller adds the norm of x
-    and the gated feed-forward layer of the paper's block.
+    The scalar a starts at 0, so the module starts as the identity. The norm of x and the gated
+    feed-forward layer of the paper's block are not included.
 
     Attributes:
       heads, head_features, kv_heads, dropout, dtype, param_dtype: as in `Attention`.
@@ -348,7 +352,7 @@ class GatedCrossAttention(nn.Module):
     def __call__(
         self, x: Array, z: Array, mask: Array | None = None, *, deterministic: bool = True
     ) -> Array:
-        """Return y [..., T, n] for x [..., T, n], z [..., S, m]; mask as in `Attention`."""
+        """Return y [..., T, n] for x [..., T, n] and z [..., S, m]; `mask` is as in `Attention`."""
         mixture = _make_attention(self)(x, z, mask, deterministic=deterministic)
         a = self.param('a', initializers.zeros, (), self.param_dtype)
         x = expand_rank(x.astype(mixture.dtype), mixture.ndim)
@@ -358,15 +362,16 @@ class GatedCrossAttention(nn.Module):
 class LatentCrossAttention(nn.Module):
     """The cross-attention of the Perceiver (Jaegle et al., 2021): y = x + Attention(x, z).
 
-    The queries x [L, d] are learned latents, so the cost is linear in the length of z. The caller
-    adds the norms and the feed-forward layer of the paper's block.
+    The queries x [L, d] are learned latents, so the cost is linear in the length of z. The norms
+    and the feed-forward layer of the paper's block are not included.
 
     Attributes:
-      latents: L.
-      features: d of the latents and the output.
+      latents: L, the number of latents.
+      features: d, the number of features of the latents and of the output.
       heads: number of heads; 1 in the paper.
       head_features, kv_heads, dropout, dtype, param_dtype: as in `Attention`.
-      latents_init: by default a normal with standard deviation 0.02, truncated at two.
+      latents_init: initializer of the latents; by default a normal with standard deviation 0.02,
+        truncated at two standard deviations.
     """
 
     latents: int
@@ -381,7 +386,7 @@ class LatentCrossAttention(nn.Module):
 
     @nn.compact
     def __call__(self, z: Array, mask: Array | None = None, *, deterministic: bool = True) -> Array:
-        """Return y [..., L, d] for z [..., S, m]; mask as in `Attention`."""
+        """Return y [..., L, d] for z [..., S, m]; `mask` is as in `Attention`."""
         latents_shape = self.latents, self.features
         x = self.param('latents', self.latents_init, latents_shape, self.param_dtype)
         x, z = align_tokens(x, z)
@@ -390,7 +395,7 @@ class LatentCrossAttention(nn.Module):
 
 
 def _make_attention(module: GatedCrossAttention | LatentCrossAttention) -> Attention:
-    """Return the submodule 'attention', with the fields that the module shares with it."""
+    """Return the submodule 'attention' with the attention fields of the module."""
     return Attention(
         module.heads,
         head_features=module.head_features,

@@ -1,6 +1,6 @@
-"""Modules that combine an input x with a context z: concatenation, FiLM, gates, feature attention.
+"""Modules that fuse an input x with a context z: concatenation, FiLM, gates, feature attention.
 
-Shapes: x [..., n] the input, z [..., m] the context, y [..., k] the output. Leading axes of x and z
+Shapes: input x [..., n], context z [..., m], output y [..., k]. The leading axes of x and z
 broadcast.
 """
 
@@ -36,7 +36,7 @@ class ConcatMLP(nn.Module):
 
     Attributes:
       features, context, dtype, param_dtype: as in `MultiplicativeInteraction`.
-      hidden: width of the hidden layer; None for `features`.
+      hidden: width of the hidden layer; defaults to `features`.
     """
 
     features: int
@@ -65,12 +65,12 @@ class FiLM(nn.Module):
     """Feature-wise linear modulation (Perez et al., 2018): y = (1 + γ(z)) ⊙ (Vx + b) + β(z).
 
     γ and β are affine in z. By default they start at zero, so y starts as Vx + b. With a
-    `gamma_variance` g they start at random: γ has variance g, and of the unit variance of y the
-    terms Vx, γ ⊙ Vx and β have the shares 1, g and g, divided by 1 + 2g.
+    `gamma_variance` of g, they start at random: γ has variance g, and the terms Vx, γ ⊙ Vx and β
+    have variances 1, g and g, divided by 1 + 2g so that y has unit variance.
 
     Attributes:
       features, context, dtype, param_dtype: as in `MultiplicativeInteraction`.
-      gamma_variance: g, initial variance of each entry of γ(z); 0 for the identity.
+      gamma_variance: g, the initial variance of each entry of γ(z); 0 for γ(z) = 0.
 
     Raises:
       ValueError: if g is negative.
@@ -85,7 +85,7 @@ class FiLM(nn.Module):
     @nn.compact
     def __call__(self, x: Array, z: Array) -> Array:
         if self.gamma_variance < 0:
-            raise ValueError(f'gamma_variance = {self.gamma_variance}: expected 0 or more')
+            raise ValueError(f'gamma_variance = {self.gamma_variance}: expected at least 0')
         x, z = align_streams(x, z)
         affine = functools.partial(Affine, self.features, self.dtype, self.param_dtype)
         g, x_variance = self.gamma_variance, 1 / (1 + 2 * self.gamma_variance)
@@ -101,8 +101,8 @@ class FiLM(nn.Module):
 class Gate(nn.Module):
     """A sigmoid gate: y = 2σ(zᵀG + g) ⊙ (Vx + b).
 
-    The factor 2 is from the Mogrifier (Melis et al., 2020): with a zero logit, the gate is 1. The
-    initial variance of V compensates for the gate, so y has unit variance.
+    The factor 2 is from the Mogrifier (Melis et al., 2020) and makes the gate 1 for a logit of
+    zero. The initial variance of V compensates for the gate, so that y has unit variance.
 
     Attributes:
       features, context, dtype, param_dtype: as in `MultiplicativeInteraction`.
@@ -126,8 +126,8 @@ class Gate(nn.Module):
 class FeatureAttention(nn.Module):
     """Attention over features: y = k · softmax(m) ⊙ (Ax + a), m = zᵀWx + zᵀU + Vx + b.
 
-    Jayakumar et al. (2020) have m = f(x, z) and y = softmax(m) ⊙ x. Three changes are ours: x
-    passes an affine map to k features first, W has low rank, and the factor k makes uniform
+    Jayakumar et al. (2020) define m = f(x, z) and y = softmax(m) ⊙ x. This module differs in three
+    ways: an affine map first takes x to k features, W has low rank, and the factor k makes uniform
     attention the identity.
 
     Attributes:
@@ -175,10 +175,10 @@ def _softmax_moment(k: int) -> float:
 
 
 class SameWidth(nn.Module):
-    """A module whose output is as wide as x, after an affine map to `features` if n differs.
+    """A width-preserving module, applied after an affine map of x if n ≠ features.
 
     Attributes:
-      module: class of that module.
+      module: class of the module.
       features, context, contexts, dtype, param_dtype: as in `MultiplicativeInteraction`.
     """
 

@@ -1,4 +1,4 @@
-"""Self-attention on a grid that can express a convolution, and the parameters that make it one."""
+"""Self-attention on a grid that can express a convolution, and a converter of convolutions."""
 
 import jax
 import jax.numpy as jnp
@@ -19,22 +19,22 @@ class ConvolutionalSelfAttention(nn.Module):
         y_q = Σ_h Σ_p softmax_p(v_hᵀ r_δ) V_h x_p + b,   δ = p − q
         v_h = −α_h (1, −2Δ_h1, −2Δ_h2),   r_δ = (‖δ‖², δ_1, δ_2)
 
-    Source: Cordonnier et al., 2020. Up to a constant v_hᵀ r_δ is −α_h ‖δ − Δ_h‖²: head h attends
-    to the offset Δ_h, more sharply for larger α_h. V_h [n, k] is the product of the paper's value
-    and output matrices for head h.
+    Source: Cordonnier et al., 2020. Up to a constant, v_hᵀ r_δ is −α_h ‖δ − Δ_h‖². Thus head h
+    attends to the offset Δ_h, more sharply for a larger α_h. V_h [n, k] is the product of the
+    paper's value and output matrices for head h.
 
-    The score is a sum over the two axes of the grid. Thus the softmax is the product of a softmax
-    over rows and a softmax over columns, and the weights of all pairs are never formed.
+    Since the score is a sum over the two axes of the grid, the softmax is the product of a softmax
+    over rows and a softmax over columns. The weights of all pairs are never computed.
 
-    If the offset leaves the grid, the head attends to the nearest position inside. With a large α
-    the module is a convolution with edge padding, see `convert_convolution`.
+    If the offset leaves the grid, the head attends to the nearest position on the grid. With a
+    large α, the module is a convolution with edge padding; see `convert_convolution`.
 
     Attributes:
-      heads: H; K² for a K × K convolution.
-      features: k.
+      heads: H, the number of heads; K² for a K × K convolution.
+      features: k, the number of output features.
       dtype, param_dtype: as in `Attention`.
-      Delta_init: initializer of Δ [H, 2]; by default N(0, 2) for every entry.
-      alpha_init: initializer of α [H]; by default ones.
+      Delta_init: initializer of Δ [H, 2]; by default, N(0, 2) for every entry.
+      alpha_init: initializer of α [H]; by default, ones.
     """
 
     heads: int
@@ -46,7 +46,7 @@ class ConvolutionalSelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Return y: x [..., rows, columns, n] → [..., rows, columns, k].
+        """Return y [..., rows, columns, k] for x [..., rows, columns, n].
 
         Raises:
           ValueError: if x has fewer than three axes.
@@ -71,7 +71,7 @@ class ConvolutionalSelfAttention(nn.Module):
 
 
 def _compute_axis_weights(num_positions: int, Delta: Array, alpha: Array) -> Array:
-    """Return the softmax over keys of −α (δ² − 2Δδ), [H, query, key] in f32 at least."""
+    """Return the softmax over keys of −α (δ² − 2Δδ), [H, query, key], in at least f32."""
     sum_dtype = accumulation_dtype(Delta)
     Delta, alpha = (param.astype(sum_dtype)[:, None, None] for param in (Delta, alpha))
     positions = jnp.arange(num_positions)
@@ -82,20 +82,20 @@ def _compute_axis_weights(num_positions: int, Delta: Array, alpha: Array) -> Arr
 def convert_convolution(
     kernel: Array, b: Array | None = None, alpha: float | Array = 100.0
 ) -> dict[str, Array]:
-    """Return parameters that make `ConvolutionalSelfAttention` this convolution (Theorem 1).
+    """Return parameters with which `ConvolutionalSelfAttention` is this convolution (Theorem 1).
 
     Head h = K_2 i + j attends to (i − (K_1 − 1) // 2, j − (K_2 − 1) // 2), the offset of the kernel
-    entry under 'SAME' padding. The grid is padded with its edge, not with zeros, so the two agree
-    at positions where the kernel stays inside. The weights of a head's other positions are at most
-    exp(−alpha).
+    entry (i, j) under 'SAME' padding. The grid is padded with its edge instead of zeros, so the
+    outputs agree wherever the kernel stays inside the grid. The weights of all other positions of a
+    head are at most exp(−alpha).
 
     Args:
-      kernel: [K_1, K_2, n, k], as in `flax.linen.Conv`.
-      b: [k]; None for zeros.
+      kernel: the kernel, [K_1, K_2, n, k], as in `flax.linen.Conv`.
+      b: the bias, [k]; None for zeros.
       alpha: α of all heads.
 
     Returns:
-      The collection 'params' for heads = K_1 K_2 and features = k.
+      The collection 'params' of the module with heads = K_1 K_2 and features = k.
 
     Raises:
       ValueError: if the kernel does not have four axes.

@@ -1,7 +1,7 @@
-"""Convolutions with a softmax kernel, possibly a different kernel per position or per example.
+"""Convolutions with a softmax kernel, or with a different kernel per position or example.
 
 Shapes: x [..., T, C] has T positions with C channels. H is the number of heads, K the width of a
-kernel, m the width of the context z. Images are x [B, height, width, C].
+kernel, and m the width of the context z. Images are x [B, height, width, C].
 """
 
 import functools
@@ -26,20 +26,20 @@ class LightweightConvolution(nn.Module):
 
         y_tc = Σ_j softmax(W_h)_j x_{t+j−l, c},   h the head of channel c,  W [H, K]
 
-    l = K − 1 for a causal kernel and ⌊K/2⌋ for a centered kernel. Beyond the ends x is zero, as in
-    the authors' code, so part of the kernel's mass is lost near an end. The affine maps and the GLU
-    of the paper are not included. Source: Wu et al., Pay Less Attention with Lightweight and
-    Dynamic Convolutions, 2019.
+    l is K − 1 for a causal kernel and ⌊K/2⌋ for a centered kernel. As in the authors' code, x is
+    zero beyond its ends, so part of the kernel's mass is lost near an end. The affine maps and the
+    GLU of the paper's block are not included. Source: Wu et al., Pay Less Attention with
+    Lightweight and Dynamic Convolutions, 2019.
 
     Attributes:
-      heads: H; a divisor of C.
-      width: K.
-      causal: whether y_t depends only on x_t and earlier positions; otherwise the kernel is
+      heads: H, the number of heads; must divide C.
+      width: K, the width of the kernel.
+      causal: whether y_t only depends on x_t and earlier positions; otherwise the kernel is
         centered.
-      dropconnect: rate at which entries of the softmax kernel are dropped. The other entries are
-        divided by 1 − rate. Needs the rng 'dropout'.
-      dtype: dtype of the computation; None for the promoted dtype of inputs and parameters. The
-        softmax and the sum over the kernel are in f32 at least.
+      dropconnect: rate at which entries of the softmax kernel are dropped; the other entries are
+        divided by 1 − rate. Requires the rng 'dropout'.
+      dtype: dtype of the computation; by default the promoted dtype of inputs and parameters. The
+        softmax and the sum over the kernel are in at least f32.
       param_dtype: dtype of the parameters.
     """
 
@@ -56,8 +56,9 @@ class LightweightConvolution(nn.Module):
 
         Args:
           x: the input.
-          mask: [..., T], True where x is valid; elsewhere x counts as zero. None for all valid.
-          deterministic: whether DropConnect is off.
+          mask: [..., T], True where x is valid; elsewhere x is treated as zero. None if all
+            positions are valid.
+          deterministic: whether to disable DropConnect.
 
         Raises:
           ValueError: if the shapes do not match or the heads do not divide the channels.
@@ -77,12 +78,12 @@ class DynamicConvolution(nn.Module):
 
         y_tc = Σ_j softmax(z_tᵀQ_h)_j x_{t+j−l, c},   z_t = x_t if no z is given
 
-    Q is [m, H·K]. See `LightweightConvolution` for the source, l and the ends. Memory is
-    O(T · (C + H · K)), because no windows of x are stored.
+    Q is [m, H·K]. The source, l and the ends are as in `LightweightConvolution`. Memory is O(T · (C
+    + H · K)), because windows of x are not stored.
 
     Attributes:
-      heads, width, causal, dropconnect, dtype, param_dtype: as in `LightweightConvolution`; with
-        DropConnect, each position drops its own entries.
+      heads, width, causal, dropconnect, dtype, param_dtype: as in `LightweightConvolution`, except
+        that DropConnect draws a mask for each position.
     """
 
     heads: int
@@ -104,11 +105,11 @@ class DynamicConvolution(nn.Module):
 
         Args:
           x: the sequence that is convolved.
-          z: [..., T, m], or [..., 1, m] for the same kernel at all positions; leading axes
-            broadcast against those of x. None to use x.
-          mask: [..., T], True where x is valid; elsewhere x counts as zero. None if all positions
-            are valid.
-          deterministic: whether DropConnect is off.
+          z: the context, [..., T, m], or [..., 1, m] for the same kernel at all positions. Its
+            leading axes broadcast against those of x. Defaults to x.
+          mask: [..., T], True where x is valid; elsewhere x is treated as zero. None if all
+            positions are valid.
+          deterministic: whether to disable DropConnect.
 
         Raises:
           ValueError: if the shapes do not match or the heads do not divide the channels.
@@ -117,8 +118,8 @@ class DynamicConvolution(nn.Module):
         x, z = align_streams(x, x if z is None else z)
         if z.shape[-2] not in (1, x.shape[-2]):
             raise ValueError(
-                f'z {z.shape} has {z.shape[-2]} positions: expected {x.shape[-2]}, as in '
-                f'x {x.shape}, or 1'
+                f'z {z.shape}: expected {x.shape[-2]} positions, as in x {x.shape}, or 1; got '
+                f'{z.shape[-2]}'
             )
         Q_shape = z.shape[-1], self.heads * self.width
         Q = self.param('Q', initializers.glorot_uniform(), Q_shape, self.param_dtype)
@@ -134,18 +135,19 @@ class ConditionalConvolution(nn.Module):
 
         y = (Σ_i g_i K_i) ∗ x + Σ_i g_i b_i,   g = σ(zᵀG + a),   by default z = the mean of x
 
-    K [E, kh, kw, C, k], b [E, k], G [m, E], a [E]. G starts small (zᵀG has variance 1/100), so g
-    starts near ½. The experts are independent, each with variance 4 / (E · kh · kw · C). Away from
-    the padding, y has unit variance for unit-variance x. Source: Yang et al., CondConv:
-    Conditionally Parameterized Convolutions for Efficient Inference, 2019.
+    The parameters are K [E, kh, kw, C, k], b [E, k], G [m, E] and a [E]. G starts small, with a
+    variance of 1/100 for zᵀG, so g starts near ½. The experts are independent, each with variance 4
+    / (E · kh · kw · C), so that y has unit variance for unit-variance x, except near the padding.
+    Source: Yang et al., CondConv: Conditionally Parameterized Convolutions for Efficient Inference,
+    2019.
 
     Attributes:
-      features: k.
+      features: k, the number of output channels.
       kernel_size: (kh, kw), or one number for both.
-      experts: E.
-      strides: (sh, sw), or one number for both.
+      experts: E, the number of experts.
+      strides: strides along the height and the width, or one number for both.
       padding: 'SAME', 'VALID', or a pair (before, after) for each axis.
-      context, dtype, param_dtype: as in `MultiplicativeInteraction`; routing is in f32 at least.
+      context, dtype, param_dtype: as in `MultiplicativeInteraction`; routing is in at least f32.
     """
 
     features: int
@@ -159,7 +161,7 @@ class ConditionalConvolution(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array | None = None) -> Array:
-        """Return y [B, height', width', k] for x [B, height, width, C] and z [B, m] or None.
+        """Return y [B, height', width', k] for x [B, height, width, C] and z [B, m].
 
         Raises:
           ValueError: if the shapes do not match or the padding is unknown.
@@ -170,7 +172,7 @@ class ConditionalConvolution(nn.Module):
             z = x.mean((1, 2), dtype=accumulation_dtype(x))
         check_dense(z)
         if z.ndim != 2 or z.shape[0] != x.shape[0]:
-            raise ValueError(f'z must be [B, m] with B = {x.shape[0]} as in x; got {z.shape}')
+            raise ValueError(f'z must be [B, m] with B = {x.shape[0]}, as in x; got {z.shape}')
 
         # Parameters.
         window_shape, strides = _make_pair(self.kernel_size), _make_pair(self.strides)
@@ -199,10 +201,10 @@ class ConditionalConvolution(nn.Module):
 @functools.partial(jax.jit, static_argnums=2)
 @functools.partial(jax.checkpoint, static_argnums=2)
 def convolve(x: Array, kernel: Array, causal: bool) -> Array:
-    """Compute y_tc = Σ_j kernel_thj x_{t+j−l, c}: x [..., T, C], kernel [..., T or 1, H, K].
+    """Compute y_tc = Σ_j kernel_thj x_{t+j−l, c} for x [..., T, C] and kernel [..., T or 1, H, K].
 
-    The sum runs over shifted copies of x, which XLA fuses and the backward pass recomputes. It is
-    in the dtype of the kernel, f32 at least, and the output has the dtype of x.
+    The sum runs over shifted copies of x, which XLA fuses and the backward pass recomputes. The sum
+    has the dtype of the kernel, which is at least f32; the output has the dtype of x.
     """
     num_positions, num_channels = x.shape[-2:]
     heads, width = kernel.shape[-2:]
@@ -221,7 +223,7 @@ def _extract_windows(
     strides: tuple[int, int],
     padding: str | Sequence[tuple[int, int]],
 ) -> Array:
-    """Return the window of every output: [B, height, width, C] → [B, height', width', kh · kw · C].
+    """Return the window of x for every output position, [B, height', width', kh · kw · C].
 
     Raises:
       ValueError: if the padding is unknown, or the window is larger than the padded image.
@@ -237,7 +239,8 @@ def _extract_windows(
     last_row, last_column = x.shape[1] - window_shape[0], x.shape[2] - window_shape[1]
     if last_row < 0 or last_column < 0:
         raise ValueError(
-            f'the kernel {window_shape} is larger than the padded image {x.shape[1:3]}'
+            f'kernel_size = {window_shape}: expected at most the size of the padded image, '
+            f'{x.shape[1:3]}'
         )
 
     # One strided slice per position of the kernel, in the order of its entries [kh, kw, C].
@@ -256,8 +259,8 @@ def _check_sizes(heads: int, width: int, x: Array) -> None:
         raise ValueError(f'x must be [..., T, C]; got {x.shape}')
     if heads < 1 or x.shape[-1] % heads:
         raise ValueError(
-            f'heads = {heads}: expected a positive divisor of {x.shape[-1]}, the number of '
-            f'channels of x {x.shape}'
+            f'heads = {heads}: expected a positive divisor of the {x.shape[-1]} channels of '
+            f'x {x.shape}'
         )
     if width < 1:
         raise ValueError(f'width = {width}: expected at least 1')

@@ -1,8 +1,8 @@
-"""Mixtures of experts: a context weighs, or selects, maps of the input.
+"""Mixtures of experts, in which a context weighs or selects maps of the input.
 
-Shapes: x [..., n] the input, z [..., m] the context, y [..., k] the output. E is the number of
-experts, N the number of tokens (the product of all leading axes), S the number of experts per token
-and h the hidden width of an expert.
+Shapes: input x [..., n], context z [..., m], output y [..., k]. E is the number of experts, N the
+number of tokens (the product of all leading axes), S the number of experts per token, and h the
+hidden width of an expert.
 """
 
 import functools
@@ -24,16 +24,16 @@ from mi.layers import Context, align_streams, check_dense, context_init, stacked
 class DenseMixture(nn.Module):
     """A mixture of linear experts: y = Σ_i g_i (E_i x + e_i), g = softmax(zᵀG).
 
-    With g in place of z, it is the multiplicative interaction with W = E [E, n, k] and U = e
-    [E, k]. G [m, E] starts small (zᵀG has variance 1/100), so y starts near the mean of the
-    experts. The experts are independent, each with E times the variance of a single layer, so y has
-    unit variance for unit-variance x. Source: Jacobs et al., Adaptive Mixtures of Local Experts,
-    1991.
+    This is a multiplicative interaction of x and g, with W = E [E, n, k] and U = e [E, k]. G [m, E]
+    starts small, with a variance of 1/100 for zᵀG, so y starts near the mean of the experts. The
+    experts are independent, each with E times the variance of a single layer, so that y has unit
+    variance for unit-variance x. Source: Jacobs et al., Adaptive Mixtures of Local Experts, 1991.
 
     Attributes:
-      features: k.
-      experts: E.
-      context, dtype, param_dtype: as in `MultiplicativeInteraction`; softmax in f32 at least.
+      features: k, the number of output features.
+      experts: E, the number of experts.
+      context, dtype, param_dtype: as in `MultiplicativeInteraction`; the softmax is in at least
+        f32.
     """
 
     features: int
@@ -57,35 +57,36 @@ class DenseMixture(nn.Module):
 
 
 class RoutedMixture(nn.Module):
-    """A sparse mixture of experts: each token passes the S experts with the largest router weight.
+    """A sparse mixture of experts: each token uses the S experts with the largest router weights.
 
         y = Σ_{i ∈ top S} g_i (A_i act(V_i x + b_i) + a_i),   p = softmax(zᵀG),   by default z = x
 
-    V [E, n, h], b [E, h], A [E, h, k], a [E, k], G [m, E]. g is p, normalized over the top S, which
-    equals the softmax of their logits (Shazeer et al., Outrageously Large Neural Networks,
-    2017, without their noise). For S = 1 that would be 1 and give the router no gradient, so g = p,
-    as in Fedus et al., Switch Transformers, 2022.
+    The parameters are V [E, n, h], b [E, h], A [E, h, k], a [E, k] and G [m, E]. g is p normalized
+    over the top S, which equals the softmax of their logits (Shazeer et al., Outrageously Large
+    Neural Networks, 2017, but without noise). For S = 1 this would be 1 and the router would have
+    no gradient, so g = p instead, as in Fedus et al., Switch Transformers, 2022.
 
-    Two unscaled losses are sown into 'losses', each a tuple with one scalar per call:
+    The module sows two unscaled losses into 'losses', each a tuple with one scalar per call:
       `load_balance`: E · Σ_i f_i P_i, where f_i is the share of assignments to expert i and P_i the
-        mean of p_i. It is 1 if both are uniform (Fedus et al.; their weight is 0.01).
-      `router_z`: the mean of logsumexp(zᵀG)² (Zoph et al., ST-MoE, 2022; their weight is 0.001).
+        mean of p_i. It is 1 if both are uniform. Fedus et al. weigh it by 0.01.
+      `router_z`: the mean of logsumexp(zᵀG)². Zoph et al., ST-MoE, 2022, weigh it by 0.001.
 
-    By default no token is dropped, whatever the routing. The assignments, sorted by expert, fill
-    fewer than 2 E blocks of ⌈N · S / E⌉ rows, with one expert per block. Thus the products and the
-    gathered weights are at most twice those of a uniform routing. With a capacity, an expert takes
-    ⌈capacity_factor · N · S / E⌉ tokens: first choices before second choices, and earlier tokens
-    before later ones. The terms of further tokens are zero.
+    By default, no token is dropped, whatever the routing. The assignments, sorted by expert, fill
+    fewer than 2 E blocks of ⌈N · S / E⌉ rows, with one expert per block, so that the products and
+    the gathered weights are at most twice those of a uniform routing. With a capacity factor, an
+    expert takes ⌈capacity_factor · N · S / E⌉ tokens: first choices before second choices, and
+    earlier tokens before later ones. For the other tokens, its term is zero.
 
     Attributes:
-      features: k.
-      experts: E.
-      hidden: h.
-      top_k: S.
-      capacity_factor: None to drop nothing.
+      features: k, the number of output features.
+      experts: E, the number of experts.
+      hidden: h, the hidden width of an expert.
+      top_k: S, the number of experts per token.
+      capacity_factor: limit of the tokens per expert, relative to a uniform routing; None for no
+        limit.
       activation: activation of the hidden layer.
       context: 'dense' or 'one_hot'; determines the initial scale of G.
-      dtype, param_dtype: as in `MultiplicativeInteraction`; the router is in f32 at least.
+      dtype, param_dtype: as in `MultiplicativeInteraction`; the router is in at least f32.
     """
 
     features: int
@@ -104,9 +105,9 @@ class RoutedMixture(nn.Module):
 
         Args:
           x: the input.
-          z: [..., m], the router's input; its leading axes broadcast to those of x. None for x.
-          mask: [...], True where there is a token. Elsewhere y is zero, and neither the capacity
-            nor the losses count the position. None for all True.
+          z: the router's input, [..., m]. Its leading axes broadcast to those of x. Defaults to x.
+          mask: [...], True where there is a token. Elsewhere y is zero, and the position counts
+            neither for the capacity nor for the losses. None if all positions are tokens.
 
         Raises:
           ValueError: if the shapes do not match, or top_k or the capacity factor is out of range.
@@ -117,7 +118,8 @@ class RoutedMixture(nn.Module):
             )
         if self.capacity_factor is not None and self.capacity_factor <= 0:
             raise ValueError(
-                f'capacity_factor = {self.capacity_factor}: expected above 0, or None for no limit'
+                f'capacity_factor = {self.capacity_factor}: expected a positive number, or None '
+                'for no limit'
             )
 
         # Parameters.
@@ -162,8 +164,8 @@ class RoutedMixture(nn.Module):
         """Return the gates and the experts of each token [N, S], and sow the losses.
 
         Args:
-          logits: [N, E].
-          valid: [N], whether a row is a token; the others choose the expert E, which is none.
+          logits: logits of the router, [N, E].
+          valid: [N], whether a row is a token; other rows get the expert E, which does not exist.
         """
         num_experts, top_k = self.experts, self.top_k
         p = jax.nn.softmax(logits)
@@ -187,16 +189,16 @@ def assign_blocks(choices: Array, experts: int, capacity: int | None) -> tuple[A
     """Assign tokens to B blocks of R rows, with one expert per block.
 
     Args:
-      choices: [N, S], the experts of each token, all different; `experts` for none.
-      experts: E.
-      capacity: the largest number of tokens per expert; None for no limit. Without a limit, R is
-        ⌈N · S / E⌉, and B is the largest number of blocks that any assignment needs, fewer than
-        2 E. With a limit, each expert has one block of `capacity` rows.
+      choices: [N, S], the experts of each token, all different. E stands for no expert.
+      experts: E, the number of experts.
+      capacity: maximum number of tokens per expert; None for no limit. Without a limit, R is
+        ⌈N · S / E⌉, and B is the largest number of blocks that any assignment needs, which is less
+        than 2 E. With a limit, each expert has one block of at most `capacity` rows.
 
-    Returns:
-      slot [N, S]: the row of each assignment, out of B · R; B · R for none.
-      row_token [B, R]: the token in each row; N for none.
-      block_expert [B]: the expert of each block.
+      Returns:
+        slot [N, S]: the row of each assignment in the B · R rows, or B · R if it has no row.
+        row_token [B, R]: the token in each row, or N if the row is empty.
+        block_expert [B]: the expert of each block.
     """
     num_tokens, top_k = choices.shape
     num_assignments = num_tokens * top_k
@@ -234,7 +236,7 @@ def assign_blocks(choices: Array, experts: int, capacity: int | None) -> tuple[A
 
 
 def _multiply_blocks(x: Array, W: Array) -> Array:
-    """Multiply [B, R, n] by [B, n, k] per block, accumulated in f32 at least."""
+    """Multiply [B, R, n] by [B, n, k] block by block, accumulated in at least f32."""
     product = jnp.einsum('brn,bnk->brk', x, W, preferred_element_type=accumulation_dtype(x, W))
     return product.astype(x.dtype)
 

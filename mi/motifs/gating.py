@@ -1,7 +1,7 @@
-"""Gates: the elementwise product of one stream and an activation of the other.
+"""Gates, which multiply one stream elementwise by an activation of the other.
 
-Shapes: x [..., n] the input, z [..., m] the context that controls the gate. Leading
-axes of x and z broadcast.
+Shapes: input x [..., n] and context z [..., m], which controls the gate. Leading axes of x and z
+broadcast.
 """
 
 import functools
@@ -32,14 +32,14 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def get_activation(activation: str) -> Callable[[Array], Array]:
-    """Return the function of this name; raise ValueError if the name is unknown."""
+    """Return the activation function of this name; raise ValueError if the name is unknown."""
     if activation not in ACTIVATIONS:
         raise ValueError(f'unknown activation {activation!r}; {suggest(activation, ACTIVATIONS)}')
     return ACTIVATIONS[activation]
 
 
 def expand_mask(x: Array, mask: Array | None) -> Array:
-    """Return the mask of x [..., C] as bool [..., 1]; all True for None.
+    """Return the mask of x [..., C] as bool [..., 1]; None gives all True.
 
     Raises:
       ValueError: if the mask does not broadcast to the leading axes of x.
@@ -50,8 +50,8 @@ def expand_mask(x: Array, mask: Array | None) -> Array:
         valid = jnp.broadcast_to(jnp.asarray(mask, bool), x.shape[:-1])
     except ValueError as error:
         raise ValueError(
-            f'the mask {mask.shape} does not match x {x.shape}: '
-            f'expected one entry per position, {x.shape[:-1]}'
+            f'mask {mask.shape}: expected one entry per position, {x.shape[:-1]}, to match '
+            f'x {x.shape}'
         ) from error
     return valid[..., None]
 
@@ -65,12 +65,12 @@ class GatedLinearUnit(nn.Module):
     rank k.
 
     Attributes:
-      features: k.
+      features: k, the number of output features.
       activation: 'sigmoid', 'gelu', 'silu', 'relu', 'tanh' or 'identity'.
       use_bias: whether to include a and b.
       context, dtype, param_dtype: as in `MultiplicativeInteraction`.
-      B_init: by default `lecun_normal`; a larger scale compensates for the variance that the
-        activation removes.
+      B_init: initializer of B, by default `lecun_normal`. A larger scale compensates for the
+        variance that the activation removes.
     """
 
     features: int
@@ -83,7 +83,7 @@ class GatedLinearUnit(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array | None = None) -> Array:
-        """Return y [..., k] for x [..., n] and z [..., m]; None for z = x.
+        """Return y [..., k] for x [..., n] and z [..., m]; z defaults to x.
 
         Raises:
           ValueError: if the activation is unknown or the leading axes do not broadcast.
@@ -105,12 +105,13 @@ class GatedLinearUnit(nn.Module):
 class GatedFeedForward(nn.Module):
     """The gated feed-forward layer of Transformers (Shazeer, 2020): y = (act(xA) ⊙ xB) C.
 
-    A and B are [n, h], C is [h, k]. Biases are a and b [h] inside and c [k] outside. With two
-    thirds of the hidden width, it has as many parameters as a feed-forward layer without a gate.
+    A and B are [n, h], and C is [h, k]. With `use_bias`, A and B have biases a and b [h], and C has
+    a bias c [k]. With two thirds of the hidden width, the layer has as many parameters as a
+    feed-forward layer without a gate.
 
     Attributes:
-      hidden: h.
-      features: k; None for n.
+      hidden: h, the hidden width.
+      features: k, the number of output features; defaults to n.
       activation: as in `GatedLinearUnit`.
       use_bias: whether to include a, b and c; the paper has no biases.
       dropout: dropout rate of the hidden units.
@@ -130,8 +131,8 @@ class GatedFeedForward(nn.Module):
         """Return y [..., k] for x [..., n].
 
         Args:
-          x: [..., n].
-          deterministic: False enables dropout, which needs the rng 'dropout'.
+          x: the input, [..., n].
+          deterministic: whether to disable dropout, which requires the rng 'dropout'.
 
         Raises:
           ValueError: if the activation is unknown.
@@ -158,12 +159,12 @@ class GatedFeedForward(nn.Module):
 class Highway(nn.Module):
     """The highway layer (Srivastava et al., 2015): y = T ⊙ H + (1 − T) ⊙ x.
 
-    H = act(V_H x + b_H) is the transform, T = σ(V_T z + b_T) the gate; in the paper z = x. If the
-    gate is 0, x passes unchanged.
+    H = act(V_H x + b_H) is the transform, and T = σ(V_T z + b_T) is the gate. The paper has z = x.
+    Where the gate is 0, x passes unchanged.
 
     Attributes:
       activation: activation of H, as in `GatedLinearUnit`.
-      gate_bias: initial value of b_T; negative, such as −1 or −3 in the paper.
+      gate_bias: initial value of b_T. The paper uses negative values, such as −1 or −3.
       context, dtype, param_dtype: as in `MultiplicativeInteraction`.
     """
 
@@ -175,7 +176,7 @@ class Highway(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array | None = None) -> Array:
-        """Return y [..., n] for x [..., n] and z [..., m]; None for z = x.
+        """Return y [..., n] for x [..., n] and z [..., m]; z defaults to x.
 
         Raises:
           ValueError: if the activation is unknown or the leading axes do not broadcast.
@@ -201,8 +202,8 @@ class SqueezeExcitation(nn.Module):
     biases, as in the paper's equation.
 
     Attributes:
-      ratio: r, the reduction in the bottleneck.
-      axes: the spatial axes, (-3, -2) for images [..., H, W, C], (-2,) for sequences [..., T, C].
+      ratio: r, by which the bottleneck reduces the number of channels.
+      axes: the spatial axes: (-3, -2) for images [..., H, W, C], (-2,) for sequences [..., T, C].
       dtype, param_dtype: as in `MultiplicativeInteraction`.
     """
 
@@ -217,24 +218,24 @@ class SqueezeExcitation(nn.Module):
 
         Args:
           x: the feature map.
-          mask: [..., H, W], True at positions that count for the mean; None for all. The mean over
-            no position is 0.
+          mask: [..., H, W], True at positions that count for the mean; None if all do. The mean
+            over no positions is 0.
 
         Raises:
-          ValueError: if r does not divide C, an axis is duplicate or not a spatial axis of x, or
+          ValueError: if r does not divide C, an axis is repeated or is not a spatial axis of x, or
             the mask does not match x.
         """
         num_channels = x.shape[-1]
         if self.ratio < 1 or num_channels % self.ratio:
             raise ValueError(
-                f'ratio {self.ratio} does not divide the {num_channels} channels of x {x.shape}: '
-                f'expected a divisor'
+                f'ratio = {self.ratio}: expected a divisor of the {num_channels} channels of x '
+                f'{x.shape}'
             )
         axes = {axis % x.ndim for axis in self.axes if -x.ndim <= axis < x.ndim}
         if not axes or len(axes) < len(self.axes) or x.ndim - 1 in axes:
             raise ValueError(
-                f'axes {self.axes} are not axes of space in x {x.shape}: '
-                f'expected distinct axes without the last, which is C'
+                f'axes = {self.axes}: expected distinct spatial axes of x {x.shape}, without '
+                'the last axis, C'
             )
         W1_shape = num_channels, num_channels // self.ratio
         W1 = self.param('W1', input_init(), W1_shape, self.param_dtype)
@@ -246,7 +247,7 @@ class SqueezeExcitation(nn.Module):
 
 
 def _masked_mean(x: Array, axes: tuple[int, ...], valid: Array) -> Array:
-    """Return the mean over valid positions in f32 at least; the axes remain, with length 1."""
+    """Return the mean over valid positions in at least f32, keeping the axes with length 1."""
     dtype = accumulation_dtype(x)
     total = jnp.sum(x, axes, dtype, keepdims=True, where=valid)
     return total / jnp.maximum(jnp.sum(valid, axes, dtype, keepdims=True), 1)

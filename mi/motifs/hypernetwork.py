@@ -1,7 +1,7 @@
-"""Hypernetworks: a context z generates the weights of the network that x passes.
+"""Hypernetworks, in which a context z generates the weights of a network that is applied to x.
 
-Shapes: x [..., n] the input, z [..., m] the context, y [..., k] the output; W'(z) [..., n, k] and
-b'(z) [..., k] the generated weights. Source: Ha et al., HyperNetworks, 2017.
+Shapes: input x [..., n], context z [..., m], output y [..., k]; generated weights W'(z) [..., n, k]
+and b'(z) [..., k]. Source: Ha et al., HyperNetworks, 2017.
 """
 
 import functools
@@ -45,9 +45,9 @@ Shape = Sequence[int]
 class LinearHypernetwork(nn.Module):
     """A linear hypernetwork: y = W'(z)x + b'(z), W'(z) = zᵀW + V, b'(z) = zᵀU + b.
 
-    It is the same function of the same parameters as `MultiplicativeInteraction` (Jayakumar et al.,
-    2020), but always generates W'(z) first. This order suits many inputs that share a context:
-    W'(z) is generated once per row of z, with n · k entries each.
+    This is the same function of the same parameters as `MultiplicativeInteraction` (Jayakumar et
+    al., 2020), but it always generates W'(z) first. This order is suited to many inputs that share
+    a context, because W'(z), with n · k entries, is generated once per row of z.
 
     Attributes:
       features, context, dtype, param_dtype: as in `MultiplicativeInteraction`.
@@ -77,30 +77,32 @@ class MLPHypernetwork(nn.Module):
 
         W'(z) = hᵀW + V,   b'(z) = hᵀU + b
 
-    The head is the `MultiplicativeInteraction` of x and h, which forms W'(z) only if that is the
-    cheapest order. V and b start at zero. The initial scale of W and U gives y the variance of a
-    layer that is not generated (Chang et al., Principled Weight Initialization for Hypernetworks,
-    2020):
+    The head is a `MultiplicativeInteraction` of x and h, which only computes W'(z) if that is the
+    cheapest order. V and b start at zero. The initial scale of W and U gives y the same variance as
+    a layer whose weights are not generated (Chang et al., Principled Weight Initialization for
+    Hypernetworks, 2020):
 
         hyperfan-in:   Var W = 1 / (2 n · d · E[h²])    Var U = 1 / (2 d · E[h²])
         hyperfan-out:  Var W = 1 / (k · d · E[h²])      Var U = max(0, 1 − n/k) / (d · E[h²])
 
-    This is their c / (c_b · fan_in · d · Var h), with c_b = 2 because y also has a generated bias,
-    and c = 1 because no relu follows. With hyperfan-in, y has unit variance for unit-variance x and
-    z. With hyperfan-out, the gradient of x has the variance of the gradient of y, and y has unit
-    variance for n ≤ k. E[h²] is for a unit-variance Gaussian through the activation. The hidden
-    layers keep their inputs at unit variance.
+    This is c / (c_b · fan_in · d · Var h) in the paper, with c_b = 2 because y also has a generated
+    bias, and c = 1 because no relu follows. With hyperfan-in, y has unit variance for unit-variance
+    x and z. With hyperfan-out, the gradients of x and y have the same variance, and y has unit
+    variance for n ≤ k. E[h²] is the second moment of the activation of a unit-variance Gaussian.
+    The initialization of the hidden layers gives each activation unit-variance inputs.
 
-    With `chunk` the head is small: W is [d, chunk] and generates W'(z) chunk by chunk. Each chunk
+    With `chunk`, the head is small: W is [d, chunk] and generates W'(z) chunk by chunk. Each chunk
     has its own h, a function of z and of a learned embedding of the chunk (von Oswald et al.,
     Continual Learning with Hypernetworks, 2020). The embedding is a second input of the first
-    hidden layer: e [chunks + 1, hidden[0]] includes that layer's weights. The last is for b'(z).
+    hidden layer. Its parameter e [chunks + 1, hidden[0]] already includes the layer's weights, and
+    its last row is for b'(z).
 
     Attributes:
-      features: k.
-      hidden: widths of the hidden layers, or one number for one layer; None for one of width k.
+      features: k, the number of output features.
+      hidden: widths of the hidden layers, or a number for a single layer; defaults to one layer of
+        width k.
       activation: activation of the hidden layers.
-      hyperfan: 'in' or 'out'.
+      hyperfan: 'in' or 'out', the initialization above.
       chunk: number of entries of W'(z) in a chunk; None for no chunks.
       context: 'dense' or 'one_hot'; determines the initial scale of the first layer.
       dtype, param_dtype: as in `MultiplicativeInteraction`.
@@ -163,20 +165,21 @@ class MLPHypernetwork(nn.Module):
 class Hypernetwork(nn.Module):
     """A hypernetwork for any module: y = target(x; θ(z)), θ(z) = hᵀW + V, h = MLP(z).
 
-    θ are all P parameters of the target, concatenated. V starts as the target's own initialization
-    and W [d, P] at zero, so the target starts in its own initial state for every z. `jax.vmap`
-    applies a different set of parameters per context.
+    θ is the concatenation of all P parameters of the target. V starts as the target's own
+    initialization and W [d, P] at zero, so the target initially has the same parameters for every
+    z. `jax.vmap` applies the target with different parameters for each context.
 
     With `chunk`, W is [d, chunk] and generates θ(z) chunk by chunk, as in `MLPHypernetwork`.
 
     Attributes:
-      target: the module, called with one array. It may have parameters, but no other variables and
-        no random numbers.
-      hidden: widths of the hidden layers, or one number for one layer.
+      target: the module, called with one array. It can have parameters, but no other variables, and
+        it must not draw random numbers.
+      hidden: widths of the hidden layers, or a number for a single layer.
       activation: activation of the hidden layers.
       chunk: number of entries of θ(z) in a chunk; None for no chunks.
       context: as in `MLPHypernetwork`.
-      dtype: dtype of the hidden layers; θ(z) has the dtype of V, and the target its own.
+      dtype: dtype of the hidden layers. θ(z) has the dtype of V, and the target computes in its own
+        dtype.
       param_dtype: dtype of the parameters other than V.
     """
 
@@ -190,7 +193,7 @@ class Hypernetwork(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array) -> 'chex.ArrayTree':
-        """Apply the target to each row: x [*rows, ...], z [*rows, m] → [*rows, ...].
+        """Apply the target to each row of x [*rows, ...], with the parameters for its z [*rows, m].
 
         Raises:
           ValueError: if x does not start with the leading axes of z, the target has variables other
@@ -200,8 +203,8 @@ class Hypernetwork(nn.Module):
         rows = z.shape[:-1]
         if x.shape[: len(rows)] != rows:
             raise ValueError(
-                f'x {x.shape} must begin with the axes {rows} of z {z.shape}, because each '
-                f'context has its parameters. Try to broadcast z'
+                f'x {x.shape} must begin with the leading axes {rows} of z {z.shape}, because '
+                'every context has its own parameters. Try broadcasting z'
             )
 
         # The target's parameters V, and the hidden layers.
@@ -229,7 +232,7 @@ class Hypernetwork(nn.Module):
 
 
 class _Hidden(nn.Module):
-    """The hidden layers, z [..., m] → [..., d] or, with embeddings, [..., embeddings, d]."""
+    """The hidden layers, z [..., m] → [..., d], or [..., embeddings, d] with embeddings."""
 
     hidden: int | Sequence[int]
     activation: Activation
@@ -262,7 +265,7 @@ def _compute_hidden(
     widths: int | Sequence[int],
     embeddings: int,
 ) -> Array:
-    """Apply a submodule 'hidden' with these widths; its other fields come from the module."""
+    """Apply a submodule 'hidden' with these widths and with the other fields of the module."""
     layers = _Hidden(
         hidden=widths,
         activation=module.activation,
@@ -276,18 +279,18 @@ def _compute_hidden(
 
 
 def _map_affine(x: Array, W: Array, b: Array) -> Array:
-    """Return Wx + b for x [..., n], W [..., n, k], b [..., k], accumulated in f32 at least."""
+    """Return Wx + b for x [..., n], W [..., n, k], b [..., k], accumulated in at least f32."""
     product = jnp.einsum('...n,...nk->...k', x, W, preferred_element_type=accumulation_dtype(x, W))
     return product.astype(x.dtype) + b
 
 
 def _join_chunks(chunks: Array, num_weights: int) -> Array:
-    """Concatenate [..., chunks, chunk] to [..., num_weights], and truncate the last chunk."""
+    """Concatenate [..., chunks, chunk] to [..., num_weights], truncating the last chunk."""
     return chunks.reshape(*chunks.shape[:-2], -1)[..., :num_weights]
 
 
 def _count_chunks(num_weights: int, chunk: int | None) -> int:
-    """Return the number of chunks for this many weights, and 0 without chunks."""
+    """Return the number of chunks for this many weights, or 0 if `chunk` is None."""
     if chunk is not None and chunk < 1:
         raise ValueError(f'chunk = {chunk}: expected at least 1, or None for no chunks')
     return 0 if chunk is None else math.ceil(num_weights / chunk)
@@ -298,7 +301,7 @@ def _check_widths(hidden: int | Sequence[int]) -> tuple[int, ...]:
     if not widths or min(widths) < 1:
         raise ValueError(
             f'hidden = {hidden!r}: expected one or more widths of at least 1. Try '
-            f'LinearHypernetwork, which is without hidden layers'
+            'LinearHypernetwork, which has no hidden layers'
         )
     return widths
 
@@ -314,7 +317,7 @@ def _compute_hyperfan(hyperfan: Hyperfan, input_size: int, features: int) -> tup
 
 
 def _compensate(activation: Activation, init: Initializer) -> Initializer:
-    """Return `init` divided by the root of E[activation(a)²], a ~ N(0, 1), by quadrature."""
+    """Return `init` divided by the root of E[activation(a)²] for a ~ N(0, 1), by quadrature."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(64)
 
     def scaled_init(
@@ -338,7 +341,7 @@ def _init_target(
     variables = target.init(rng_key, jnp.zeros(input_spec.shape, input_spec.dtype))
     if set(variables) != {'params'}:
         raise ValueError(
-            f'{type(target).__name__} has the variables {sorted(variables)}: '
-            f'expected a target that has only parameters'
+            f'target = {type(target).__name__}: expected a module with only parameters, got '
+            f'the collections {sorted(variables)}'
         )
     return variables['params']

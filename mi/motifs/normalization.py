@@ -1,7 +1,7 @@
-"""Feature-wise modulation, and normalization layers that get scale and shift from a context.
+"""Feature-wise modulation, and normalization layers whose scale and shift come from a context.
 
-Shapes: x [..., n] the input, z [..., m] the context. Leading axes of x and z broadcast; give
-a context [B, m] for images [B, H, W, n] as [B, 1, 1, m].
+Shapes: input x [..., n], context z [..., m]. Leading axes of x and z broadcast. For images [B, H,
+W, n], reshape a context [B, m] to [B, 1, 1, m].
 """
 
 import functools
@@ -73,11 +73,12 @@ class ConditionalBatchNorm(nn.Module):
     under 'norm'.
 
     Attributes:
-      use_running_average: whether to normalize by the running statistics; set here or in the call.
-      momentum: decay of the running statistics, r ← momentum · r + (1 − momentum) · batch.
+      use_running_average: whether to normalize by the running statistics; set it here or in the
+        call.
+      momentum: decay of the running statistics r: r ← momentum · r + (1 − momentum) · batch.
       epsilon: added to the variance.
-      axis_name: name of the mapped axis over which statistics are averaged, as in `nn.BatchNorm`;
-        all shards have equal weight, whatever their masks.
+      axis_name: name of the mapped axis over which statistics are averaged, as in `nn.BatchNorm`.
+        All shards have equal weight, whatever their masks.
       dtype, param_dtype: as in `MultiplicativeInteraction`.
     """
 
@@ -102,12 +103,13 @@ class ConditionalBatchNorm(nn.Module):
         Args:
           x: the input.
           z: the context.
-          use_running_average: set either here or in the field.
-          mask: [...], True at positions that count for the statistics, at least one; None for all.
+          use_running_average: set it either here or in the field.
+          mask: [...], True at positions that count for the statistics. At least one must be True.
+            None if all positions count.
 
         Raises:
           ValueError: if the leading axes do not broadcast, the mask does not match x, or
-            `use_running_average` is set neither here nor in the field, or in both.
+            `use_running_average` is set in neither place, or in both.
         """
         norm = nn.BatchNorm(
             use_running_average=self.use_running_average,
@@ -131,12 +133,12 @@ class AdaLNZero(nn.Module):
 
         y = x + g(z) ⊙ F(LN(x) ⊙ (1 + s(z)) + b(z))
 
-    One affine map of silu(z) gives the shift b, the scale s and the gate g, [n] each and in this
-    order. It starts at zero, so the block starts as the identity. LN is as in
+    A single affine map of silu(z) gives the shift b, the scale s and the gate g, in this order and
+    [n] each. It starts at zero, so the block starts as the identity. LN is as in
     `ConditionalLayerNorm`.
 
     Attributes:
-      F: [..., n] → [..., n], a module or a function; the module's parameters are under 'F'.
+      F: a module or function [..., n] → [..., n]. The parameters of a module are under 'F'.
       epsilon: added to the variance.
       dtype, param_dtype: as in `MultiplicativeInteraction`; F has its own dtypes.
     """
@@ -168,8 +170,8 @@ class AdaLNZero(nn.Module):
         update = self.F(inner, *args, **kwargs)
         if update.shape != inner.shape:
             raise ValueError(
-                f'F maps {inner.shape} to {update.shape}: expected the same shape, because x is '
-                f'added'
+                f'F maps {inner.shape} to {update.shape}: expected the same shape, because its '
+                'output is added to x'
             )
         return x + gate * update.astype(inner.dtype)
 

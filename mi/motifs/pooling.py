@@ -1,11 +1,12 @@
-"""Bilinear pooling: zᵀWx with a factorized W, or with a random W that is never formed.
+"""Bilinear pooling: zᵀWx with a factorized W, or with a random W that is never materialized.
 
-Shapes: x [..., n], z [..., m] → y [..., k]; leading axes broadcast. Every module has the fields
-`features` (k), `context`, `dtype` and `param_dtype` of `mi.layers.MultiplicativeInteraction`, and
-its call takes (x, z). In the papers x and z are an image and a question. No module has the terms
-zᵀU and Vx.
+Shapes: input x [..., n], context z [..., m], output y [..., k]; leading axes broadcast. Every
+module has the fields `features` (k), `context`, `dtype` and `param_dtype` of
+`mi.layers.MultiplicativeInteraction` and is called with (x, z). In the papers, x is an image and z
+a question. None of the modules has the terms zᵀU and Vx.
 
-Initialization is ours: for inputs of unit variance, or a one-hot z, the output has unit variance.
+The initialization is not from the papers. It gives the output unit variance for inputs of unit
+variance, or for a one-hot z.
 """
 
 import jax
@@ -38,7 +39,7 @@ class MLB(nn.Module):
 
     Attributes:
       features, context, dtype, param_dtype: as in `MultiplicativeInteraction`.
-      rank: r.
+      rank: r, the rank of W.
     """
 
     features: int
@@ -62,15 +63,15 @@ class MLB(nn.Module):
 class MFB(nn.Module):
     """Multimodal factorized bilinear pooling (Yu et al., 2017).
 
-        y = sum over each window of f of (Pᵀz ⊙ Qᵀx),   P [m, k·f], Q [n, k·f]
+        y_i = sum of the i-th window of f entries of Pᵀz ⊙ Qᵀx,   P [m, k·f], Q [n, k·f]
 
-    Every slice W[:, :, i] has rank f. With `normalize`, y ← sign(y) √|y| and y ← y / ‖y‖₂ follow,
-    as published. The output then has length 1 instead of unit variance.
+    Every slice W[:, :, i] has rank f. With `normalize`, y ← sign(y) √|y| and then y ← y / ‖y‖₂, as
+    published, so that the output has length 1 instead of unit variance.
 
     Attributes:
       features, context, dtype, param_dtype: as in `MultiplicativeInteraction`.
-      factors: f.
-      normalize: whether to take the signed root and divide by the length.
+      factors: f, the number of factors per output feature.
+      normalize: whether to take the signed square root and divide by the length.
       dropout: dropout rate of Pᵀz ⊙ Qᵀx, before the sum.
     """
 
@@ -89,7 +90,7 @@ class MFB(nn.Module):
         Args:
           x: the input.
           z: the context.
-          deterministic: False enables dropout, which needs the rng 'dropout'.
+          deterministic: whether to disable dropout, which requires the rng 'dropout'.
 
         Raises:
           ValueError: as in `MLB`.
@@ -113,13 +114,14 @@ class MUTAN(nn.Module):
 
         y = Oᵀ Σ_r (M_rᵀ Pᵀz) ⊙ (N_rᵀ Qᵀx) + b
 
-    P [m, h], Q [n, h], M and N [R, h, h], O [h, k]: every slice [:, :, i] of the core [h, h, h] has
-    rank R. The authors' code applies tanh to Pᵀz and Qᵀx. Without it, y is one product.
+    The parameters are P [m, h], Q [n, h], M and N [R, h, h], and O [h, k]. Every slice [:, :, i] of
+    the core [h, h, h] has rank R. The authors' code applies tanh to Pᵀz and Qᵀx; without it, y is a
+    single product zᵀWx.
 
     Attributes:
       features, context, dtype, param_dtype: as in `MultiplicativeInteraction`.
-      rank: R.
-      hidden: h; None for `features`.
+      rank: R, the rank of every slice of the core.
+      hidden: h, the size of the core; defaults to `features`.
     """
 
     features: int
@@ -141,15 +143,15 @@ class BLOCK(nn.Module):
         Pᵀz = [p_1; …; p_C],   Qᵀx = [q_1; …; q_C]
         y = Oᵀ[s_1; …; s_C] + b,   s_c = Σ_r (M_crᵀ p_c) ⊙ (N_crᵀ q_c)
 
-    P [m, h], Q [n, h], M and N [C, R, h/C, h/C], O [h, k]: the core [h, h, h] is zero outside the
-    C cubes on its diagonal. The authors' code takes the signed root of every s_c and divides it by
-    its length. Without these operations, y is one product.
+    The parameters are P [m, h], Q [n, h], M and N [C, R, h/C, h/C], and O [h, k]. The core [h, h,
+    h] is zero outside the C cubes on its diagonal. The authors' code takes the signed square root
+    of every s_c and divides it by its length; without these operations, y is a single product zᵀWx.
 
     Attributes:
       features, context, dtype, param_dtype: as in `MultiplicativeInteraction`.
-      rank: R.
-      blocks: C, a divisor of h.
-      hidden: h; None for `features`.
+      rank: R, the rank of every slice of a cube.
+      blocks: C, the number of cubes; must divide h.
+      hidden: h, the size of the core; defaults to `features`.
     """
 
     features: int
@@ -171,20 +173,20 @@ class BLOCK(nn.Module):
 
 
 class CompactBilinear(nn.Module):
-    """Compact bilinear pooling (Gao et al., 2016; of two streams: Fukui et al., 2016).
+    """Compact bilinear pooling (Gao et al., 2016; for two streams, Fukui et al., 2016).
 
         y = √(k / mn) · ψ_z(z) * ψ_x(x),   ψ(a)_i = Σ_{j: hash_j = i} sign_j a_j
 
-    Here * is the circular convolution, computed by FFT. y is the count sketch of z ⊗ x: up to the
-    factor, its inner products are those of z ⊗ x in expectation. The factor is ours and gives y
-    unit variance; for a one-hot z it is √(k / n).
+    Here * is the circular convolution, computed by FFT. y is a count sketch of z ⊗ x: up to the
+    factor, inner products of sketches equal those of z ⊗ x in expectation. The factor is not from
+    the papers and gives y unit variance; for a one-hot z it is √(k / n).
 
-    The module has no parameters. The hashes in 0 … k − 1 and the signs ±1 are constants of the
-    program, drawn from the field `seed` and the number of features.
+    The module has no parameters. The hashes in 0 … k − 1 and the signs ±1 are constants that depend
+    only on the field `seed` and the numbers of features.
 
     Attributes:
-      features, context, dtype, param_dtype: as in `MultiplicativeInteraction`; sketches and FFT are
-        in f32 at least, and there are no parameters.
+      features, context, dtype, param_dtype: as in `MultiplicativeInteraction`. Sketches and FFTs
+        are in at least f32, and `param_dtype` has no effect.
       seed: seed of the hashes and signs.
     """
 
@@ -227,7 +229,7 @@ def _compute_spectrum(stream: Array, hashes: np.ndarray, signs: np.ndarray, feat
 
 
 def _prepare_streams(x: Array, z: Array, context: str) -> tuple[Array, Array]:
-    """Check `context` and align the streams."""
+    """Check `context`, and align the leading axes of the streams."""
     check_context(context)
     return align_streams(x, z)
 
@@ -235,9 +237,9 @@ def _prepare_streams(x: Array, z: Array, context: str) -> tuple[Array, Array]:
 def _prepare_factors(
     module: MLB | MFB | MUTAN | BLOCK, x: Array, z: Array, width: int, variance: float = 1.0
 ) -> tuple[Array, Array, Array, Array]:
-    """Return x, z, and the parameters P [m, width] and Q [n, width], in the computation's dtype.
+    """Return x, z and the parameters P [m, width] and Q [n, width] in the dtype of the computation.
 
-    At initialization, each entry of Pᵀz has variance 1, and each entry of Qᵀx has this variance.
+    At initialization, each entry of Pᵀz has variance 1, and each entry of Qᵀx the given variance.
     """
     x, z = _prepare_streams(x, z, module.context)
     P_init, Q_init = context_init(module.context), input_init(variance)
@@ -256,7 +258,8 @@ def _fuse_blocks(module: MUTAN | BLOCK, x: Array, z: Array, blocks: int | None) 
     num_blocks = 1 if blocks is None else blocks
     if num_blocks < 1 or hidden_size % num_blocks:
         raise ValueError(
-            f'blocks={blocks} must divide hidden={hidden_size}, which is features if hidden is None'
+            f'blocks = {blocks}: expected a divisor of hidden = {hidden_size}, which '
+            'defaults to features'
         )
 
     # Parameters.
@@ -283,7 +286,7 @@ def _fuse_blocks(module: MUTAN | BLOCK, x: Array, z: Array, blocks: int | None) 
 
 
 def _map_output(module: MLB | MUTAN | BLOCK, joint: Array, variance: float) -> Array:
-    """Return Oᵀs + b for the joint s, with O initialized so that Var(Oᵀs) = variance · Var(s)."""
+    """Return Oᵀs + b, with O initialized so that Var(Oᵀs) = variance · Var(s)."""
     O_shape = joint.shape[-1], module.features
     O = module.param('O', input_init(variance), O_shape, module.param_dtype)  # noqa: E741
     b = module.param('b', initializers.zeros, O_shape[1:], module.param_dtype)

@@ -1,4 +1,4 @@
-"""Pure functions for positions in attention: visibility, rotary and relative embeddings.
+"""Pure functions for positions in attention: visibility, and rotary and relative embeddings.
 
 Angles are computed in f32 at least, whatever the dtype of the tokens.
 """
@@ -14,12 +14,12 @@ BASE = 10_000.0
 
 
 def is_visible(distance: Array, causal: bool, window: int | None) -> Array:
-    """Return whether a query sees a key at distance t − s, elementwise.
+    """Return whether a query at position t sees a key at position s, elementwise.
 
     Args:
-      distance: [...], position of the query minus position of the key.
-      causal: whether keys after the query are invisible.
-      window: keys at this distance or farther are invisible; None for no limit.
+      distance: t − s, [...].
+      causal: whether to hide keys after the query.
+      window: keys at this distance or farther are hidden; None for no limit.
     """
     visible = jnp.ones(distance.shape, bool)
     if causal:
@@ -30,11 +30,11 @@ def is_visible(distance: Array, causal: bool, window: int | None) -> Array:
 
 
 def compute_angles(positions: Array, features: int, dtype: DTypeLike = jnp.float32) -> Array:
-    """Return the angles position · BASE^(−2j / features), j = 0, 1, …: [..., features / 2].
+    """Return the angles position · BASE^(−2j / features) for j = 0, 1, …, [..., features / 2].
 
     Args:
-      positions: [...].
-      features: number of token features, even.
+      positions: the positions, [...].
+      features: number of token features, which must be even.
       dtype: dtype of the tokens.
     """
     angle_dtype = accumulation_dtype(dtype)
@@ -43,18 +43,18 @@ def compute_angles(positions: Array, features: int, dtype: DTypeLike = jnp.float
 
 
 def rotate(tokens: Array, positions: Array) -> Array:
-    """Apply the rotary position embedding (Su et al., 2021): rotate pairs of entries by angles.
+    """Apply rotary position embeddings (Su et al., 2021), which rotate pairs of entries.
 
-    The inner product of a rotated query and a rotated key depends on their positions only through
-    their distance. Entry j is paired with entry j + d/2, not with its neighbor as in the paper.
-    The two pairings differ by a permutation of the d entries.
+    The inner product of a rotated query and a rotated key only depends on their distance, not on
+    their absolute positions. Entry j is paired with entry j + d/2, whereas the paper pairs
+    neighbors. The two pairings differ by a permutation of the d entries.
 
     Args:
-      tokens: [..., T, heads, d], queries or keys; d is even.
-      positions: [T].
+      tokens: queries or keys, [..., T, heads, d], with an even d.
+      positions: position of each token, [T].
 
     Returns:
-      [..., T, heads, d] in the dtype of the tokens.
+      The rotated tokens, [..., T, heads, d], in their dtype.
     """
     angles = compute_angles(positions, tokens.shape[-1], tokens.dtype)[:, None]
     angles = expand_rank(angles, tokens.ndim)
@@ -65,22 +65,22 @@ def rotate(tokens: Array, positions: Array) -> Array:
 
 
 def compute_sinusoids(positions: Array, features: int, dtype: DTypeLike = jnp.float32) -> Array:
-    """Return all sines, then all cosines of positions [...]: [..., features] (Dai et al., 2019)."""
+    """Return the sines, then the cosines of positions [...] (Dai et al., 2019), [..., features]."""
     angles = compute_angles(positions, features, dtype)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
 def shift_relative(scores: Array, num_keys: int) -> Array:
-    """Convert scores per distance to scores per key without gathering pairs (Dai et al., 2019).
+    """Convert scores per distance to scores per key, without gathering pairs (Dai et al., 2019).
 
     Args:
-      scores: [..., T, L]. Entry (t, l) belongs to query t and a distance that is l less than the
-        largest, which is between the last query and the first key.
-      num_keys: S, at most L.
+      scores: [..., T, L]. Entry (t, l) is the score of query t for the distance D − l, where D is
+        the largest distance, between the last query and the first key.
+      num_keys: S, the number of keys; at most L.
 
     Returns:
-      [..., T, S]: entry (t, s) is entry (t, T − 1 − t + s) of `scores`. If L < T + S − 1, this
-      index can reach L; such entries hold unrelated scores, and the caller must mask them.
+      [..., T, S], where entry (t, s) is entry (t, T − 1 − t + s) of `scores`. If L < T + S − 1,
+      this index can reach L; such entries hold unrelated scores, and the caller must mask them.
     """
     *leading, num_queries, num_distances = scores.shape
     padded = jnp.pad(scores, [(0, 0)] * (scores.ndim - 1) + [(1, 0)])

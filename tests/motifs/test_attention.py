@@ -336,7 +336,7 @@ def test_a_cache_that_does_not_fit_is_refused():
         call(X, params)
     with pytest.raises(ValueError, match=r'cannot hold keys \(2, 6, 4, 2\)'):
         call(LONG, {**params, 'cache': cache})
-    with pytest.raises(ValueError, match='initialize it with this batch'):
+    with pytest.raises(ValueError, match='Initialize it with this batch'):
         call(X[:1], {**params, 'cache': cache})
 
 
@@ -524,10 +524,10 @@ def test_in_bf16_decoding_is_the_whole_pass_and_the_cache_is_bf16():
 @pytest.mark.parametrize(
     ('fields', 'inputs', 'message'),
     [
-        ({'heads': 3}, (X,), '8 features do not divide into 3 heads'),
+        ({'heads': 3}, (X,), 'features = 8: expected a multiple of heads = 3'),
         ({'heads': 4, 'kv_heads': 3}, (X,), 'kv_heads = 3: expected a divisor of heads = 4'),
-        ({'heads': 8, 'positions': 'rotary'}, (X,), r'even head_features \(got 1\)'),
-        ({'heads': 1, 'positions': 'relative'}, (Z,), r'got x \[..., 5\]'),
+        ({'heads': 8, 'positions': 'rotary'}, (X,), 'head_features = 1: expected an even number'),
+        ({'heads': 1, 'positions': 'relative'}, (Z,), 'x has 5 features: expected an even number'),
         ({'heads': 4, 'positions': 'rotery'}, (X,), "did you mean 'rotary'"),
         ({'heads': 4, 'window': 0}, (X,), 'window = 0'),
         ({'heads': 4}, (X[0, 0],), r'x must be \[..., T, n\]'),

@@ -260,11 +260,15 @@ def test_the_conditional_convolution_starts_at_unit_variance_with_experts_drawn_
         (LightweightConvolution(H, 3), (X[0, 0],), r'x must be \[..., T, C\]'),
         (LightweightConvolution(H, 3), (X, MASK[:, 1:]), 'one entry per position'),
         (DynamicConvolution(H, 3), (X, Z[:, :2]), 'do not broadcast'),
-        (DynamicConvolution(H, 3), (X[:, :1], Z), 'positions: expected 1, as in x'),
+        (DynamicConvolution(H, 3), (X[:, :1], Z), 'expected 1 positions, as in x'),
         (ConditionalConvolution(5, 3), (X,), r'x must be \[B, height'),
         (ConditionalConvolution(5, 3), (IMAGES, TASKS[:2]), 'with B = 3'),
         (ConditionalConvolution(5, 3, padding='FULL'), (IMAGES,), "'FULL'"),
-        (ConditionalConvolution(5, 7, padding='VALID'), (IMAGES,), 'larger'),
+        (
+            ConditionalConvolution(5, 7, padding='VALID'),
+            (IMAGES,),
+            'at most the size of the padded',
+        ),
     ],
 )
 def test_bad_input_is_refused_in_words(module, inputs, message):

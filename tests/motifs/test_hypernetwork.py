@@ -273,11 +273,11 @@ def test_a_bf16_target_of_a_bf16_hypernetwork_is_close_to_f32():
     'module, x, z, message',
     [
         (LinearHypernetwork(K), X, Z, 'do not broadcast'),
-        (MLPHypernetwork(K, ()), X, Z[0], 'without hidden layers'),
+        (MLPHypernetwork(K, ()), X, Z[0], 'has no hidden layers'),
         (MLPHypernetwork(K, hyperfan='fan_in'), X, Z[0], "unknown hyperfan 'fan_in'; known: in"),
         (MLPHypernetwork(K, chunk=0), X, Z[0], 'chunk = 0'),
         (Hypernetwork(nn.Dense(K), chunk=-1), X, Z, 'chunk = -1'),
-        (Hypernetwork(nn.Dense(K)), X, Z[:1], r'must begin with the axes \(1,\) of z'),
+        (Hypernetwork(nn.Dense(K)), X, Z[:1], r'must begin with the leading axes \(1,\) of z'),
         (Hypernetwork(nn.BatchNorm(True)), X, Z, "'batch_stats'"),
     ],
 )

@@ -281,5 +281,5 @@ def test_bad_input_is_refused(name):
 
 @pytest.mark.parametrize('blocks', [0, 4])
 def test_blocks_that_do_not_divide_the_hidden_features_are_refused(blocks):
-    with pytest.raises(ValueError, match=f'blocks={blocks} must divide hidden=6'):
+    with pytest.raises(ValueError, match=f'blocks = {blocks}: expected a divisor of hidden = 6'):
         BLOCK(6, rank=2, blocks=blocks).init(prng.key(0), np.zeros(N), np.zeros(M))
