@@ -200,11 +200,11 @@ def test_what_is_no_exported_file_is_refused(tmp_path):
     from mi.export import load_params
 
     file = tmp_path / 'a.safetensors'
-    with pytest.raises(UserError, match=r'expected a file of `python -m mi\.export'):
+    with pytest.raises(UserError, match=r'expected a file written by `python -m mi\.export'):
         load_params(file)
     file.write_text(json.dumps({}))
-    with pytest.raises(UserError, match='expected a file of safetensors'):
+    with pytest.raises(UserError, match='expected a safetensors file'):
         load_params(file)
     safetensors.numpy.save_file({'w': np.zeros(2)}, str(file))
-    with pytest.raises(UserError, match='expected the metadata config and about'):
+    with pytest.raises(UserError, match='expected a file with the metadata `config` and `about`'):
         load_params(pathlib.Path(file))

@@ -286,7 +286,7 @@ def test_film_at_random_has_the_parameters_and_the_equation_of_film():
     shapes = jax.eval_shape(film.init, jax.random.key(2), x, z)
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, shapes)
     np.testing.assert_array_equal(film.apply(variables, x, z), at_random.apply(variables, x, z))
-    with pytest.raises(ValueError, match=r'gamma_variance = -1\.0: expected 0 or more'):
+    with pytest.raises(ValueError, match=r'gamma_variance = -1\.0: expected at least 0'):
         fusion.get('film', {'gamma_variance': -1.0})(K).init(prng.key(2), x, z)
 
 

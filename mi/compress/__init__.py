@@ -1,9 +1,9 @@
-"""`mi.compress`: a trained MI as a low-rank, Tucker or block-diagonal one.
+"""`mi.compress`: convert a trained MI layer to a low-rank, Tucker or block-diagonal form.
 
     module, variables, error = mi.compress(variables, form='cp', rank=8)
     y = module.apply(variables, x, z)
 
-The package is callable, so that `mi.compress(…)` and `from mi.compress import Compressed` both
+The package itself is callable, so `mi.compress(…)` and `from mi.compress import Compressed` both
 work. `python -m mi.compress` compresses the layers of a run.
 """
 
@@ -17,7 +17,7 @@ from mi.compress.forms import compress as compress
 
 
 class _CallablePackage(types.ModuleType):
-    """A package that calls `compress`: importing it replaces the attribute `mi.compress`."""
+    """A callable package: importing it replaces the function `mi.compress` with the package."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Compressed:
         return compress(*args, **kwargs)

@@ -1,11 +1,11 @@
-"""Command line of `mi.compress` for runs.
+"""Command line that compresses the layers of a run.
 
 python -m mi.compress --workdir=runs/first --out=runs/first_rank8 --form=cp --rank=8
 python -m mi.compress --workdir=runs/first --out=runs/first_block4 --form=block --blocks=4
 python -m mi.compress --workdir=runs/first --out=runs/first_data8 --rank=8 --calibration=4096
 
---calibration=N fits the outputs at N inputs of each layer, in place of W: from the validation text
-of a language model, or from the environment of an agent.
+--calibration=N fits the outputs of each layer at N inputs instead of W. The inputs come from the
+validation text of a language model, or from the environment of an agent.
 
 --config.KEY=VALUE sets another key of the new run, such as --config.optim.learning_rate=1e-4. Then
 `python -m mi.main --mode=eval --workdir=OUT` evaluates the new run, and
@@ -35,10 +35,10 @@ BLOCKS = flags.DEFINE_integer('blocks', None, 'Number of blocks of the form bloc
 
 
 def main(argv: list[str], changes: list[overrides.Override]) -> None:
-    """Compress the run that the flags name.
+    """Compress the run given by the flags.
 
     Raises:
-      UserError: if flags or run are invalid.
+      UserError: if the flags or the run are invalid.
     """
     if len(argv) > 1:
         raise UserError(f'unexpected argument {argv[1]!r}; flags are --NAME=VALUE')
@@ -60,7 +60,7 @@ def main(argv: list[str], changes: list[overrides.Override]) -> None:
 
 
 def run() -> None:
-    """Parse the command line and run; a user error ends with one line and exit code 1."""
+    """Parse the command line and run; report a user error on one line and exit with code 1."""
     changes: list[overrides.Override] = []
 
     def parse(argv: list[str]) -> list[str]:

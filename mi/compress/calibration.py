@@ -1,4 +1,4 @@
-"""The fit of a compressed layer to the outputs of the trained one."""
+"""Calibration of a compressed layer, which fits its outputs to those of the trained layer."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -24,16 +24,16 @@ def calibrate(
     tensors: Tensors,
     inputs: 'tuple[ArrayLike, ArrayLike]',
 ) -> dict[str, np.ndarray]:
-    """Return the parameters with the smallest mean squared error of the outputs, in float64.
+    """Return the parameters that minimize the mean squared error of the outputs, in float64.
 
-    L-BFGS starts from the given parameters and never returns worse ones. For the block form the
-    error is convex and the minimum global.
+    L-BFGS starts from the given parameters and never returns worse ones. For the block form, the
+    error is convex, so the minimum is global.
 
     Args:
       module: the compressed layer.
-      params: its parameters.
-      tensors: those of the trained layer, whose outputs are the targets.
-      inputs: x [..., n] and z [..., m], or ids z [...].
+      params: the initial parameters of the compressed layer.
+      tensors: the tensors of the trained layer, whose outputs are the targets.
+      inputs: x [..., n] and z [..., m], or integer ids z [...].
     """
     from scipy import optimize  # layers do without it
 
@@ -68,7 +68,7 @@ def _make_loss(
     z: jax.Array,
     target: jax.Array,
 ) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
-    """Return flat parameters → squared error over that of zeros, and its gradient."""
+    """Return a function of flat parameters: the relative squared error, and its gradient."""
     scale = jnp.maximum(jnp.square(target).sum(), jnp.finfo(target.dtype).tiny)
 
     def compute_loss(flat: jax.Array) -> jax.Array:

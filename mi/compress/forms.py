@@ -1,4 +1,4 @@
-"""The nearest W [m, n, k] of a cheaper form: CP, Tucker or block-diagonal."""
+"""Approximation of W [m, n, k] by a cheaper form: CP, Tucker or block-diagonal."""
 
 import warnings
 from collections.abc import Mapping
@@ -31,9 +31,11 @@ class Compressed(NamedTuple):
     """A compressed layer.
 
     Attributes:
-      module: the layer, of the class in `FORMS`. It takes contexts [..., m] and ids.
-      variables: its variables; module.apply(variables, x, z) is the compressed output.
-      error: ‖Ŵ − W‖ / ‖W‖, or with calibration inputs the same of the outputs.
+      module: the compressed layer, an instance of a class in `FORMS`. It takes contexts [..., m] or
+        integer ids [...].
+      variables: the variables of the module; module.apply(variables, x, z) is the compressed
+        output.
+      error: relative error ‖Ŵ − W‖ / ‖W‖, or that of the outputs if there are calibration inputs.
     """
 
     module: MultiplicativeInteraction
@@ -49,22 +51,24 @@ def compress(
     blocks: int | None = None,
     inputs: 'tuple[ArrayLike, ArrayLike] | None' = None,
 ) -> Compressed:
-    """Return the layer of a cheaper form whose W or whose outputs are nearest.
+    """Approximate an MI layer by a layer of a cheaper form.
 
         cp      W ≈ Σ_r p_r ⊗ q_r ⊗ o_r, by alternating least squares
         tucker  W ≈ Σ_abc G_abc p_a ⊗ q_b ⊗ o_c, by higher-order orthogonal iteration
-        block   W ≈ its g blocks on the diagonal over (n, k), exactly the nearest
+        block   W ≈ its g blocks on the diagonal over (n, k), which is the nearest W of this form
 
-    Both decompositions are TensorLy's (Kossaifi et al., JMLR 2019) and find local optima. U, V and
-    b are kept. With inputs, all parameters then minimize the mean squared error of the outputs at
-    these inputs by L-BFGS; the error is at most that of the nearest W.
+    The first two are decompositions by TensorLy (Kossaifi et al., JMLR 2019), which find local
+    optima. U, V and b are unchanged. If `inputs` are given, L-BFGS then fits all parameters to
+    minimize the mean squared error of the outputs at these inputs, starting from the approximation
+    of W.
 
     Args:
-      variables: variables of a full, low-rank, Tucker or block-diagonal form or of `MultiHead`.
+      variables: variables of the full, low-rank, Tucker or block-diagonal form, or of `MultiHead`.
       form: 'cp', 'tucker' or 'block'.
-      rank: r of the forms 'cp' and 'tucker'. From min(mn, mk, nk) on, 'cp' is exact.
-      blocks: g of the form 'block'.
-      inputs: x [..., n] and z [..., m], or ids z [...], on which the outputs are compared.
+      rank: r, the rank of 'cp' and 'tucker'. 'cp' is exact for r ≥ min(mn, mk, nk).
+      blocks: g, the number of blocks of 'block'.
+      inputs: calibration inputs x [..., n] and z [..., m], or integer ids z [...]; None to
+        approximate W.
 
     Raises:
       ValueError: if the form is unknown, its size is missing, or `variables` have no W [m, n, k].
@@ -72,7 +76,7 @@ def compress(
     """
     # Check the form and its size, and compute W.
     if form not in FORMS:
-        raise ValueError(f'form = {form!r}: {suggest(form, FORMS)}')
+        raise ValueError(f'form = {form!r} is unknown; {suggest(form, FORMS)}')
     size_name, size = ('blocks', blocks) if form == 'block' else ('rank', rank)
     if size is None or size < 1:
         raise ValueError(f'{size_name} = {size}: expected at least 1 for form = {form!r}')
@@ -97,7 +101,7 @@ def compress(
 
 
 def make_module(form: Form, size: int, tensors: Tensors) -> MultiplicativeInteraction:
-    """Return the module of a form, with the terms that the tensors have."""
+    """Return a module of this form that has the same terms as the tensors."""
     context_size, _, output_size = tensors.W.shape
     sizes: dict[str, Any] = {'blocks': size} if form == 'block' else {'rank': size}
     return FORMS[form](
@@ -117,7 +121,7 @@ def _decompose(W: np.ndarray, form: Form, size: int) -> Factors:
 
 
 def _get_blocks(W: np.ndarray, num_blocks: int) -> np.ndarray:
-    """Return the blocks [g, m, ⌈n/g⌉, ⌈k/g⌉] on the diagonal; the last is padded with zeros."""
+    """Return the diagonal blocks [g, m, ⌈n/g⌉, ⌈k/g⌉]; the last one is padded with zeros."""
     _, input_size, output_size = W.shape
     rows, columns = -(-input_size // num_blocks), -(-output_size // num_blocks)
     padding = (0, 0), (0, num_blocks * rows - input_size), (0, num_blocks * columns - output_size)
@@ -129,7 +133,7 @@ def _get_blocks(W: np.ndarray, num_blocks: int) -> np.ndarray:
 
 
 def _decompose_cp(W: np.ndarray, rank: int) -> Factors:
-    """Return P [m, r], Q [n, r] and O [r, k], whose columns have equal lengths."""
+    """Return P [m, r], Q [n, r] and O [r, k]; the factors of each component have equal norms."""
     factors = _expand_exactly(W, rank)
     if factors is None:
         _, factors = _call_tensorly(
@@ -154,10 +158,10 @@ def _decompose_cp(W: np.ndarray, rank: int) -> Factors:
 
 
 def _expand_exactly(W: np.ndarray, rank: int) -> list[np.ndarray] | None:
-    """Return factors [m, r], [n, r], [k, r] of W itself; None if the rank is too low for it.
+    """Return factors [m, r], [n, r], [k, r] that equal W exactly; None if the rank is too low.
 
-    For every pair of entries of the two smaller axes there is a component, whose third factor is a
-    row of W. Components beyond them are zero in one factor.
+    There is one component for each pair of indices along the two smaller axes, and its third factor
+    is the vector of W at these indices. Further components are zero.
     """
     longest = int(np.argmax(W.shape))
     shorter = [axis for axis in range(3) if axis != longest]
@@ -176,8 +180,8 @@ def _expand_exactly(W: np.ndarray, rank: int) -> list[np.ndarray] | None:
 def _decompose_tucker(W: np.ndarray, rank: int) -> Factors:
     """Return P [m, r], Q [n, r], O [r, k] and the core G [r, r, r].
 
-    An axis shorter than r has zeros in the core. Its remaining columns are random, because with
-    zeros in both, neither would get a gradient.
+    Along an axis shorter than r, the core is padded with zeros and the factor with random columns.
+    If both were zero, neither would get a gradient.
     """
     ranks = [min(rank, size) for size in W.shape]
     core, factors = _call_tensorly(
@@ -194,7 +198,7 @@ def _decompose_tucker(W: np.ndarray, rank: int) -> Factors:
 
 
 def _call_tensorly(function_name: str, W: np.ndarray, rank: object, **options: object) -> Any:
-    """Return the decomposition of W by a function of TensorLy, with its NumPy backend."""
+    """Decompose W with a function of TensorLy, on its NumPy backend."""
     try:
         import tensorly
         import tensorly.decomposition
@@ -214,7 +218,7 @@ def _measure_error(
     tensors: Tensors,
     inputs: 'tuple[ArrayLike, ArrayLike] | None',
 ) -> float:
-    """Return the relative error of W, or of the outputs at the inputs."""
+    """Return the relative error of W, or of the outputs if there are inputs."""
     compressed = compute_tensors({'params': params})
     if inputs is None:
         return _compare(compressed.W, tensors.W)

@@ -1,4 +1,4 @@
-"""Calibration inputs of a run: the x and z that its fusions get from its own data."""
+"""Calibration inputs of a run: the x and z that its fusions receive on the run's own data."""
 
 import contextlib
 import functools
@@ -27,10 +27,10 @@ MIN_STEPS = 100  # of an agent's environments, so that not all rows are the star
 
 
 class Recorder:
-    """Records the inputs of fusions while a model computes, also in loops and under jit.
+    """A recorder of the inputs of fusions while a model runs; it also works in loops and under jit.
 
     Args:
-      sites: the fusions.
+      sites: the fusions to record.
     """
 
     def __init__(self, sites: Iterable[Site]):
@@ -39,17 +39,17 @@ class Recorder:
 
     @contextlib.contextmanager
     def record(self) -> Iterator[None]:
-        """Record the calls of programs that are traced in this context."""
+        """Record the calls in programs that are traced in this context."""
         with nn.intercept_methods(self._intercept):
             yield
 
     def count(self) -> int:
-        """Return the number of rows of the site with the fewest."""
+        """Return the smallest number of rows of any site."""
         jax.effects_barrier()
         return min((sum(len(x) for x, _ in rows) for rows in self._rows.values()), default=0)
 
     def take(self, num_rows: int) -> dict[tuple[str, ...], Rows]:
-        """Return at most this many rows of each site, evenly spaced, and forget all."""
+        """Return at most this many rows of each site, evenly spaced, and clear the recorder."""
         jax.effects_barrier()
         taken = {}
         for path, rows in self._rows.items():
@@ -89,7 +89,7 @@ class Recorder:
         )
 
     def _append(self, path: tuple[str, ...], x: Any, z: Any) -> None:
-        """Add the rows of one call; leading axes broadcast as in the layer."""
+        """Add the rows of one call; leading axes are broadcast as in the layer."""
         x, z = np.asarray(x), np.asarray(z)
         z_axes = z.shape if np.issubdtype(z.dtype, np.integer) else z.shape[:-1]
         axes = np.broadcast_shapes(x.shape[:-1], z_axes)
@@ -100,17 +100,17 @@ class Recorder:
 
 
 def draw_inputs(trained: Trained, num_rows: int) -> Iterator[dict[tuple[str, ...], Rows]]:
-    """Yield for each seed of a run the inputs of its fusions by path.
+    """Yield the inputs of a run's fusions by path, for one seed after the other.
 
-    A language model reads its validation text as its evaluation does; an agent acts in its
-    environment, in `config.actors.batch` rows and at least 100 steps.
+    A language model reads its validation text as in an evaluation. An agent acts in its
+    environment, in `config.actors.batch` rows, for at least 100 steps.
 
     Args:
       trained: the run.
-      num_rows: number of rows of each fusion, fewer if the text is too short.
+      num_rows: number of rows for each fusion; there are fewer if the text is too short.
 
     Raises:
-      UserError: if no row can be drawn.
+      UserError: if the run does not call its fusions.
     """
     draw = {'lm': _read_text, 'rl': _act}[trained.config.task]
     recorder = Recorder(trained.sites)
@@ -118,7 +118,10 @@ def draw_inputs(trained: Trained, num_rows: int) -> Iterator[dict[tuple[str, ...
         for seed_index in range(len(trained.config.seeds)):
             advance(trained.get_seed_params(seed_index), num_rows)
             if not recorder.count():
-                raise UserError('calibration needs inputs: expected a fusion that is called')
+                raise UserError(
+                    '--calibration: expected a run that calls its fusions; none of them received '
+                    'an input'
+                )
             yield recorder.take(num_rows)
 
 
@@ -128,7 +131,7 @@ Advance = Callable[[Params, int], None]
 
 @contextlib.contextmanager
 def _read_text(trained: Trained, recorder: Recorder) -> Iterator[Advance]:
-    """Return a function that reads the validation text of a language model."""
+    """Yield a function that reads the validation text of a language model."""
     config = trained.config
     corpus = lm_factory.load_corpus(config)
     model = lm_factory.build_model(config, *corpus.sizes)
@@ -157,7 +160,7 @@ def _read_text(trained: Trained, recorder: Recorder) -> Iterator[Advance]:
 
 @contextlib.contextmanager
 def _act(trained: Trained, recorder: Recorder) -> Iterator[Advance]:
-    """Return a function that steps the environments of an agent."""
+    """Yield a function that steps the environments of an agent."""
     config = trained.config
     batch = config.actors.batch
     pool = rl_factory.make_pool(config, batch, config.seeds[0])
@@ -180,5 +183,5 @@ def _act(trained: Trained, recorder: Recorder) -> Iterator[Advance]:
 
 
 def _to_float64(z: np.ndarray) -> np.ndarray:
-    """Return a dense context in float64, and ids as they are."""
+    """Convert a dense context to float64; return ids unchanged."""
     return z if np.issubdtype(z.dtype, np.integer) else z.astype(np.float64)

@@ -1,4 +1,4 @@
-"""Compression of the MI layers of a run into a new run directory."""
+"""Compression of a run's MI layers into a new run directory."""
 
 import itertools
 import os
@@ -38,9 +38,9 @@ TERMS = ('use_U', 'use_V', 'use_b')
 
 
 class CompressedSite(NamedTuple):
-    """The result for a site and a seed: its name, the seed, and a relative error.
+    """The relative error of the compressed layer at a site, for one seed.
 
-    The error is that of W, or with calibration that of the outputs at the calibration inputs.
+    The error is that of W, or that of the outputs at the calibration inputs if there are any.
     """
 
     site: str
@@ -49,7 +49,7 @@ class CompressedSite(NamedTuple):
 
 
 class Start(NamedTuple):
-    """What a new run starts from: the state of its first checkpoint, and the meta beside it."""
+    """The state of a new run's first checkpoint, and its metadata."""
 
     state: Any
     meta: checkpoint.Meta
@@ -63,29 +63,29 @@ def compress_run(
     changes: Sequence[overrides.Override] = (),
     calibration: int = 0,
 ) -> list[CompressedSite]:
-    """Compress every fusion of a run; write a run directory that starts with the result.
+    """Compress every fusion of a run, and write a new run directory that starts from the result.
 
-    The new run is at step 0 with the evaluated parameters, a new state of the optimizer and, for an
+    The new run is at step 0. It has the compressed parameters, a new optimizer state and, for an
     agent, the statistics of PopArt. `--mode=eval` evaluates it, and training fine-tunes it for
-    `config.train.steps`. The old run is only read.
+    `config.train.steps`. The old run is not modified.
 
     Args:
-      workdir: the run.
-      out: directory of the new run, absent or empty.
-      form: as for `mi.compress`.
-      size: rank of the forms 'cp' and 'tucker'; number of blocks of 'block'.
+      workdir: directory of the run.
+      out: directory of the new run; must be empty or not exist.
+      form: as in `mi.compress`.
+      size: rank of the forms 'cp' and 'tucker', or number of blocks of 'block'.
       changes: overrides of other config keys, such as the learning rate.
-      calibration: number of inputs of each fusion at which the outputs are to be nearest, drawn by
-        `mi.compress.inputs`; 0 for the nearest W.
+      calibration: number of calibration inputs of each fusion, at which the outputs are fitted.
+        They are drawn by `mi.compress.inputs`. 0 approximates W instead.
 
     Raises:
-      UserError: if the fusions are not forms with W [m, n, k], `out` has files, or the config with
-        its changes is invalid.
+      UserError: if a fusion does not have a W [m, n, k], `out` is not empty, or the config with its
+        changes is invalid.
     """
     # Compress the parameters of every seed.
     out_path = pathlib.Path(out)
     if out_path.exists() and (not out_path.is_dir() or any(out_path.iterdir())):
-        raise UserError(f'--out={out}: expected a new or empty directory. Use another one')
+        raise UserError(f'--out={out}: expected a new or empty directory. Try another one')
     trained = load(workdir)
     config = make_config(trained, form, size, changes)
     params, results = _compress_params(trained, form, size, calibration)
@@ -106,7 +106,7 @@ def compress_run(
 def make_config(
     trained: Trained, form: Form, size: int, changes: Sequence[overrides.Override]
 ) -> ml_collections.ConfigDict:
-    """Return the config of the new run: that of the old one with the compressed fusion."""
+    """Return the config of the new run, which is the old config with the compressed fusion."""
     # The fusions of a model are of one form, so they have the same terms.
     module = _check_sites(trained)[0].module
     options = get_options(trained.config.model.fusion, 'options')
@@ -132,7 +132,7 @@ def make_config(
 
 
 def _check_sites(trained: Trained) -> tuple[Site, ...]:
-    """Return the sites; raise UserError unless all have a W [m, n, k]."""
+    """Return the sites of a run; raise UserError unless all have a W [m, n, k]."""
     fusion_name = trained.config.model.fusion.name
     for site in trained.sites:
         if not isinstance(site.module, MultiplicativeInteraction) or not site.module.use_W:
@@ -151,7 +151,7 @@ def _check_sites(trained: Trained) -> tuple[Site, ...]:
 def _compress_params(
     trained: Trained, form: Form, size: int, calibration: int
 ) -> tuple[Params, list[CompressedSite]]:
-    """Return the parameters of all seeds, [S, …], with every site compressed, and the errors."""
+    """Compress every site; return the parameters of all seeds, [S, …], and the errors."""
     sizes: dict[str, Any] = {'blocks' if form == 'block' else 'rank': size}
     results: list[CompressedSite] = []
     params_by_seed = []
@@ -176,7 +176,7 @@ def _compress_params(
 
 
 def _replace(params: Params, path: tuple[str, ...], subtree: Mapping[str, Any]) -> Params:
-    """Return parameters with another subtree at a path."""
+    """Return the parameters with the subtree at a path replaced."""
     name, *inner = path
     child = _replace(params[name], tuple(inner), subtree) if inner else dict(subtree)
     return {**params, name: child}
@@ -222,7 +222,7 @@ def _start_rl(config: ml_collections.ConfigDict, params: Params, run_path: pathl
 
 
 def _place(tree: Any, like: Any) -> Any:
-    """Return a tree placed as another; raise ValueError if their structures or shapes differ."""
+    """Place a tree on devices like another one; raise ValueError if structures or shapes differ."""
     shapes, expected = (
         {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(a)}
         for a in (tree, like)

@@ -3,7 +3,7 @@
     python -m mi.export --workdir=runs/first --out=first.safetensors
     python -m mi.export --workdir=runs/first --program=first.stablehlo --platforms=cpu,cuda
 
-Exit code 0; 1 with one line on stderr on an error.
+The exit code is 0, or 1 with one line on stderr on an error.
 """
 
 import argparse
@@ -35,10 +35,10 @@ class Trained(NamedTuple):
 
     Attributes:
       config: config of the run.
-      params: parameters of all seeds that are evaluated, [S, …].
+      params: evaluated parameters of all seeds, [S, …].
       about: numbers for the metadata, see `mi.export.parameters.ExportedParams`.
-      make_step: (parameters of one seed, --length) → the step of the model, and its arguments by
-        batch size.
+      make_step: function of the parameters of one seed and of --length that returns the step of the
+        model, and a function from the batch size to the step's arguments.
     """
 
     config: ml_collections.ConfigDict
@@ -48,10 +48,10 @@ class Trained(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> None:
-    """Write the files that the flags name.
+    """Write the files given by the flags.
 
     Raises:
-      UserError: if the flags or the run cannot work.
+      UserError: if the flags are invalid, or the run cannot be exported.
     """
     # Restore the run, and select a seed.
     options = _parse(argv)
@@ -59,8 +59,8 @@ def main(argv: Sequence[str]) -> None:
     config = read_config(options.workdir)
     if config.get('task') not in RESTORE:
         raise UserError(
-            f'--workdir={options.workdir}: expected a run of the tasks {" or ".join(RESTORE)} (got '
-            f'{config.get("task")!r})'
+            f'--workdir={options.workdir}: expected a run with config.task = '
+            f'{" or ".join(RESTORE)} (got {config.get("task")!r})'
         )
     trained = RESTORE[config.task](config, options.workdir)
     seeds = list(config.seeds)
@@ -83,33 +83,37 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the flags.
+    """Parse the flags.
 
     Raises:
-      UserError: if no file is named, or a platform is unknown.
+      UserError: if no output file is given, or a flag has an invalid value.
     """
     parser = argparse.ArgumentParser(
         prog='python -m mi.export', description='Export a trained run.', allow_abbrev=False
     )
     parser.add_argument('--workdir', required=True, help='run directory')
     parser.add_argument('--out', help='safetensors file for the parameters')
-    parser.add_argument('--program', help='file for the step of the model, by jax.export')
-    parser.add_argument('--seed', type=int, help='seed of the run; its first one otherwise')
-    parser.add_argument('--platforms', default='cpu,cuda,tpu', help='of the program')
-    parser.add_argument('--length', type=int, default=1024, help='tokens of a Transformer')
-    parser.add_argument('--batch', type=int, default=0, help='of the program; 0 for any')
+    parser.add_argument('--program', help="file for the model's step, exported with jax.export")
+    parser.add_argument('--seed', type=int, help='seed to export; the first one by default')
+    parser.add_argument('--platforms', default='cpu,cuda,tpu', help='platforms of the program')
+    parser.add_argument(
+        '--length', type=int, default=1024, help='tokens that a Transformer can read'
+    )
+    parser.add_argument('--batch', type=int, default=0, help='batch size of the program; 0 for any')
     options = parser.parse_args(argv)
     if options.length < 1 or options.batch < 0:
         raise UserError(
-            f'--length={options.length} --batch={options.batch}: expected a positive length, and a '
-            f'batch of at least 0'
+            f'--length={options.length}, --batch={options.batch}: expected a length of at '
+            'least 1, and a batch of at least 0'
         )
     if not (options.out or options.program):
-        raise UserError('expected --out=FILE.safetensors, --program=FILE, or both')
+        raise UserError('no output file: expected --out=FILE.safetensors, --program=FILE, or both')
     options.platforms = tuple(options.platforms.split(','))
     for platform in options.platforms:
         if platform not in program.PLATFORMS:
-            raise UserError(f'--platforms: {suggest(platform, program.PLATFORMS)}')
+            raise UserError(
+                f'--platforms: {platform!r} is unknown; {suggest(platform, program.PLATFORMS)}'
+            )
     return options
 
 
@@ -121,8 +125,8 @@ def _restore_lm(config: ml_collections.ConfigDict, workdir: str) -> Trained:
     def make_step(params: ArrayTree, length: int) -> tuple[program.Step, Callable[[int], Any]]:
         if config.model.source == 'domain':
             raise UserError(
-                "config.model.source = 'domain': expected a model with another context for "
-                '--program, which takes tokens alone'
+                "config.model.source = 'domain': --program does not support this context, "
+                'because the exported step only takes tokens. Try --out alone'
             )
         model = lm.build_model(config, vocabulary, num_domains)
         return program.make_lm_step(lm.configure_sampling(model, config), params, length)
@@ -132,7 +136,7 @@ def _restore_lm(config: ml_collections.ConfigDict, workdir: str) -> Trained:
 
 
 def _restore_rl(config: ml_collections.ConfigDict, workdir: str) -> Trained:
-    """Restore an agent, for the environment of its run."""
+    """Restore an agent for the environment of its run."""
     agent = rl.build_agent(config, rl.read_spec(config))
     params, step = restore_params(config, agent, pathlib.Path(workdir))
 

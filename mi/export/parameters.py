@@ -1,4 +1,4 @@
-"""Parameters of one seed as a safetensors file, with the config in its metadata."""
+"""Export of one seed's parameters to a safetensors file, with the config in its metadata."""
 
 import json
 import pathlib
@@ -19,10 +19,10 @@ class ExportedParams(NamedTuple):
     """The content of an exported file.
 
     Attributes:
-      params: nested parameters, as NumPy arrays, for `model.apply({'params': params}, …)`.
+      params: nested dict of NumPy arrays, for `model.apply({'params': params}, …)`.
       config: config of the run.
-      about: 'step', the number of updates; 'seed'; for language models 'vocabulary' and 'domains',
-        the sizes that `mi.lm.factory.build_model` takes beside the config.
+      about: 'step', the number of updates, and 'seed'. For a language model also 'vocabulary' and
+        'domains', the sizes that `mi.lm.factory.build_model` takes in addition to the config.
     """
 
     params: dict[str, Any]
@@ -33,7 +33,7 @@ class ExportedParams(NamedTuple):
 def save_params(
     file: pathlib.Path, params: chex.ArrayTree, config: Mapping[str, Any], about: Mapping[str, int]
 ) -> None:
-    """Write the parameters of one seed; the name of an array is its path, 'core/layer_0/kernel'.
+    """Write the parameters of one seed; arrays are named by path, such as 'core/layer_0/kernel'.
 
     Raises:
       UserError: if safetensors is not installed.
@@ -48,14 +48,17 @@ def save_params(
 
 
 def load_params(file: str | pathlib.Path) -> ExportedParams:
-    """Read a file that `python -m mi.export --out=FILE` wrote.
+    """Read a file written by `python -m mi.export --out=FILE`.
 
     Raises:
-      UserError: if the file is missing or of another program, or safetensors is not installed.
+      UserError: if the file does not exist or was not written by `mi.export`, or safetensors is not
+        installed.
     """
     path = pathlib.Path(file)
     if not path.is_file():
-        raise UserError(f'{path}: expected a file of `python -m mi.export --out=…` (got none)')
+        raise UserError(
+            f'{path}: file not found; expected a file written by `python -m mi.export --out=FILE`'
+        )
     safetensors = _import_safetensors()
     params: dict[str, Any] = {}
     try:
@@ -68,16 +71,17 @@ def load_params(file: str | pathlib.Path) -> ExportedParams:
                     node = node.setdefault(parent, {})
                 node[leaf] = stream.get_tensor(name)
     except safetensors.SafetensorError as error:
-        raise UserError(f'{path}: expected a file of safetensors (got {error})') from error
+        raise UserError(f'{path}: expected a safetensors file (got {error})') from error
     if not {'config', 'about'} <= metadata.keys():
         raise UserError(
-            f'{path}: expected the metadata config and about. Try `python -m mi.export --out=…`'
+            f'{path}: expected a file with the metadata `config` and `about`. Write it with '
+            '`python -m mi.export --out=FILE`'
         )
     return ExportedParams(params, json.loads(metadata['config']), json.loads(metadata['about']))
 
 
 def _import_safetensors() -> types.ModuleType:
-    """Import safetensors, which is an extra."""
+    """Import safetensors, an optional dependency."""
     try:
         import safetensors
         import safetensors.numpy

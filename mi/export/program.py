@@ -1,6 +1,6 @@
-"""A step of a trained model as a StableHLO program, which needs jax but not this package.
+"""Export of a trained model's step to a StableHLO program, which runs without this package.
 
-The parameters are constants of the program. Its batch size is symbolic unless it is fixed.
+The parameters are constants of the program. The batch size is symbolic unless it is given.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,17 +26,17 @@ PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 def make_lm_step(
     model: LanguageModel, params: ArrayTree, length: int
 ) -> tuple[Step, Callable[[int], Any]]:
-    """Return the step of a language model, and its first arguments for a batch size B.
+    """Return the step of a language model, and a function that makes its first arguments.
 
         (state, tokens int32 [B]) → (state, logits [B, V] of the next token)
 
-    The state has the carry, and the cached keys and values of a Transformer. It is zero before the
-    first token. After `length` tokens a Transformer's logits are NaN.
+    The state holds the carry, and for a Transformer the cached keys and values. It is zero before
+    the first token. After `length` tokens, the logits of a Transformer are NaN.
 
     Args:
-      model: the model; a Transformer with a memory.
-      params: its parameters, of one seed.
-      length: tokens of a text that a Transformer's state has space for.
+      model: the language model; a Transformer must have a memory.
+      params: its parameters for one seed.
+      length: maximum number of tokens that a Transformer can read.
     """
     model, params = model.decoder(), jax.tree.map(jnp.asarray, params)
 
@@ -59,17 +59,17 @@ def make_lm_step(
 
 
 def make_policy_step(agent: Agent, params: ArrayTree) -> tuple[Step, Callable[[int], Any]]:
-    """Return the step of a policy, and its first arguments for a batch size B.
+    """Return the step of a policy, and a function that makes its first arguments.
 
         (carry, observation, action [B], reward [B], is_first [B]) → (carry, logits [B, A],
         value [B])
 
-    Action and reward are those of the step before, and do not matter where an episode starts. The
-    value is in the units of PopArt. The carry is zero before the first step.
+    The action and the reward are those of the previous step, and are ignored where an episode
+    starts. The value is in the units of PopArt. The carry is zero before the first step.
 
     Args:
       agent: the agent.
-      params: its parameters, of one seed.
+      params: its parameters for one seed.
     """
     params = jax.tree.map(jnp.asarray, params)
 
@@ -103,13 +103,13 @@ def export_step(
     """Export a step, lowered for each of `platforms`.
 
     Args:
-      step: function to export.
-      make_args: returns its arguments for a batch size.
-      platforms: some of PLATFORMS.
-      batch_size: B; 0 for a symbolic one.
+      step: the function to export.
+      make_args: function that returns the arguments of the step for a batch size.
+      platforms: platforms to lower for, from PLATFORMS.
+      batch_size: B, or 0 for a symbolic batch size.
 
     Raises:
-      UserError: if the step has no symbolic batch size.
+      UserError: if the step does not support a symbolic batch size.
     """
     if batch_size:
         args = jax.eval_shape(lambda: make_args(batch_size))

@@ -1,1 +1,1 @@
-"""`python -m mi.inspect --workdir=RUN`: what the MI layers of a trained run have learned."""
+"""Inspection of the MI layers of a trained run, by `python -m mi.inspect --workdir=RUN`."""

@@ -1,15 +1,15 @@
-"""Command line of the inspection of a run.
+"""Command line that inspects the MI layers of a run.
 
 python -m mi.inspect --workdir=runs/first [--seed=1] [--out=DIR]
 
-inspect.html           the page, in one file: table and figures
+inspect.html           a self-contained page with the table and the figures
 LAYER.spectrum         singular values of the unfoldings      .png, .pdf and .svg
 LAYER.outputs          eigenvalues of outputs
 LAYER.contexts         similarity of contexts
 spectrum.csv, singular_values.csv, outputs.csv, contexts.csv, similarity.csv
-                       every digit, of all seeds
+                       full precision, for all seeds
 
-The files are in WORKDIR/inspect unless --out names another directory.
+The files are written to WORKDIR/inspect unless --out gives another directory.
 """
 
 import pathlib

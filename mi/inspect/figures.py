@@ -24,7 +24,7 @@ def draw_figures(layers: list[Layer], out: pathlib.Path) -> dict[str, list[pathl
     """Write the figures of the layers of one seed as PNG, PDF and SVG.
 
     Returns:
-      Name of a layer → the SVG files of its figures.
+      The SVG files of the figures, by name of the layer.
     """
     files: dict[str, list[pathlib.Path]] = {}
     with matplotlib.rc_context(plots.STYLE):
@@ -40,7 +40,7 @@ def draw_figures(layers: list[Layer], out: pathlib.Path) -> dict[str, list[pathl
 
 
 def _draw_spectrum(layer: Layer) -> Figure:
-    """Draw the singular values of each unfolding over the largest, trained and initial."""
+    """Draw the singular values of each unfolding relative to the largest, trained and initial."""
     figure = Figure(figsize=(WIDTH, 2.2), layout='constrained')
     panels = figure.subplots(1, 3, sharey=True)
     for axis, axes in enumerate(panels):
@@ -90,7 +90,7 @@ def _draw_outputs(layer: Layer) -> Figure:
 
 
 def _draw_contexts(layer: Layer) -> Figure:
-    """Draw the cosines of zᵀW between contexts in the order of their clusters, and the clusters."""
+    """Draw the clusters of the contexts, and in their order the cosines between the zᵀW."""
     trained, initial = (layer.states[state].contexts for state in ('trained', 'initial'))
     assert trained is not None and initial is not None
     clusters = cluster_contexts(trained.cosines)

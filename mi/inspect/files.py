@@ -1,4 +1,4 @@
-"""The tables of an inspection as CSV, with every digit."""
+"""The tables of an inspection as CSV files, in full precision."""
 
 import csv
 import io
@@ -13,12 +13,12 @@ Row = dict[str, object]
 
 
 def make_tables(layers: list[Layer]) -> dict[str, str]:
-    """Return file name → CSV.
+    """Return the CSV tables by file name.
 
     spectrum.csv         effective and stable rank of each unfolding
-    singular_values.csv  of each unfolding
+    singular_values.csv  singular values of each unfolding
     outputs.csv          norm, effective rank and largest eigenvalue of each output
-    contexts.csv         norm of what each context generates
+    contexts.csv         norm of the weights that each context generates
     similarity.csv       cosine and angle of each pair of contexts
     """
     tables = {
@@ -63,7 +63,7 @@ def _list_singular_values(layers: Iterable[Layer]) -> Iterator[Row]:
 
 
 def _list_outputs(layers: Iterable[Layer]) -> Iterator[Row]:
-    """List the outputs; the norm of a slice is √2 that of its eigenvalues ±σ/2."""
+    """List the outputs. The norm of a slice is √2 times the norm of its eigenvalues ±σ/2."""
     for layer in layers:
         for state, weights in layer.states.items():
             for output, eigenvalues in enumerate(weights.eigenvalues):
@@ -109,7 +109,7 @@ def _identify(layer: Layer, state: str) -> Row:
 
 
 def _to_csv(rows: Iterable[Row]) -> str:
-    """Return rows with equal keys as CSV; '' without a row."""
+    """Format rows with equal keys as CSV; return '' if there are no rows."""
     buffer = io.StringIO()
     writer: csv.DictWriter[str] | None = None
     for row in rows:

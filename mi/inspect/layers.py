@@ -1,4 +1,4 @@
-"""The analysis of every product of a run: trained and initial, for each seed."""
+"""Analysis of every product of a run, with trained and initial weights, for each seed."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -25,16 +25,16 @@ STATES = ('trained', 'initial')
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """The analysis of one W [m, n, k].
+    """The analysis of a tensor W [m, n, k].
 
     Attributes:
-      shape: m, n, k.
+      shape: the shape of W, (m, n, k).
       norm: ‖W‖_F.
-      shared_norm: ‖V‖_F, 0 without V.
-      unfoldings: along z, x and y.
-      eigenvalues: of each output, [k, d], see `mi.unify.compute_output_eigenvalues`.
-      contexts: comparison of zᵀW; None without contexts.
-      generated: comparison of W′(z) = zᵀW + V; None without contexts.
+      shared_norm: ‖V‖_F, or 0 without V.
+      unfoldings: the unfoldings of W along z, x and y.
+      eigenvalues: eigenvalues of each output, [k, d], see `mi.unify.compute_output_eigenvalues`.
+      contexts: comparison of zᵀW between contexts; None if the run has no finite set of contexts.
+      generated: the same for W′(z) = zᵀW + V.
     """
 
     shape: tuple[int, ...]
@@ -48,13 +48,13 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A product of a site, for one seed.
+    """The analysis of one product at a site, for one seed.
 
     Attributes:
-      name: path of the site, and the product if the site has several.
+      name: path of the site, and the name of the product if the site has several.
       seed: the seed.
-      names: names of the contexts, () without any.
-      states: 'trained' and 'initial' → the analysis.
+      names: names of the contexts; () if there are none.
+      states: analysis of the 'trained' and the 'initial' weights.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Layer:
 
 
 def analyze(trained: Trained) -> list[Layer]:
-    """Analyze all products of all sites and seeds.
+    """Analyze the products of all sites for all seeds.
 
     Raises:
       UserError: if no site has an interaction, or a fusion is not affine and has no converter.
@@ -112,7 +112,7 @@ def _analyze_seed(trained: Trained, seed_index: int, seed: int) -> Iterator[Laye
 
 
 def convert_site(site: Site, params: Mapping[str, Any]) -> tuple[Product, ...]:
-    """Return the products of a site with the parameters of the model.
+    """Return the products of a site for these parameters of the model.
 
     Raises:
       UserError: if the fusion is not affine and has no converter.
@@ -128,7 +128,7 @@ def convert_site(site: Site, params: Mapping[str, Any]) -> tuple[Product, ...]:
         return as_mi(site.module, {'params': site.get_params(params)}, x, z).products
     except ValueError as error:
         raise UserError(
-            f'{site.name}: expected a fusion that is a multiplicative interaction; {error}'
+            f'{site.name}: expected a fusion that is a multiplicative interaction. {error}'
         ) from error
 
 

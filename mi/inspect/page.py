@@ -1,4 +1,4 @@
-"""The page of an inspection: one HTML file that fetches nothing, in the look of the reports."""
+"""The page of an inspection, a self-contained HTML file in the style of the reports."""
 
 import base64
 import importlib.resources
@@ -41,9 +41,9 @@ def render_page(
 
     Args:
       trained: the run.
-      title: the heading.
+      title: the heading of the page.
       layers: all layers of all seeds.
-      figures: name of a layer → SVG files to embed.
+      figures: the SVG files to embed, by name of the layer.
     """
     look = importlib.resources.files('mi').joinpath('report', 'page.css')
     notes = ''.join(f'<li>{escape(note)}</li>\n' for note in NOTES)
@@ -68,7 +68,7 @@ def render_page(
 
 
 def make_rows(layers: list[Layer]) -> tuple[list[str], list[list[str]]]:
-    """Return the header and the cells of the table, as text."""
+    """Return the header and the rows of the table as text."""
     header = ['layer', 'seed', 'm × n × k', '‖W‖', '‖V‖']
     header += [f'{kind} rank {axis}' for kind in ('effective', 'stable') for axis in 'zxy']
     header += ['angle', 'angle with V']
@@ -118,7 +118,7 @@ def _render_table(layers: list[Layer]) -> str:
 
 
 def _render_figure(name: str, file: pathlib.Path) -> str:
-    """Return a figure with the file inside of the page."""
+    """Return a figure that embeds the file in the page."""
     kind = file.stem.rpartition('.')[2]
     data = base64.b64encode(file.read_bytes()).decode()
     return (
@@ -133,7 +133,7 @@ def _compare(trained: float | None, initial: float | None, digits: int, unit: st
 
 
 def _get_mean_angle(weights: Weights, kind: str) -> float | None:
-    """Return the mean angle over pairs of contexts in degrees; None without two contexts."""
+    """Return the mean angle between two contexts in degrees; None for fewer than two contexts."""
     comparison = getattr(weights, kind)
     if comparison is None or len(comparison.norms) < 2:
         return None

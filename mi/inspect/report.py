@@ -1,4 +1,4 @@
-"""The report of an inspection: page, figures and tables."""
+"""The report of an inspection, which has a page, figures and tables."""
 
 import os
 import pathlib
@@ -19,7 +19,7 @@ def write(
       seed: seed of the figures; None for the first one.
 
     Returns:
-      Header and rows of the table, and the files.
+      The header and the rows of the table, and the files that were written.
 
     Raises:
       UserError: if the run has no MI layer, no complete checkpoint or no such seed, or the

@@ -1,4 +1,4 @@
-"""The interaction layers of a run, with their trained and their initial parameters."""
+"""The MI layers of a run, with their trained and their initial parameters."""
 
 import dataclasses
 import os
@@ -35,8 +35,8 @@ class Site:
     """A module of a model that fuses x with z.
 
     Attributes:
-      path: names of the enclosing modules and its own, such as ('core', 'fuse_encoder').
-      module: the module, unbound.
+      path: names of the enclosing modules and of the module, such as ('core', 'fuse_encoder').
+      module: the unbound module.
       x, z: shapes and dtypes of its inputs.
     """
 
@@ -47,11 +47,11 @@ class Site:
 
     @property
     def name(self) -> str:
-        """Path of the site, joined by slashes."""
+        """The path of the site, joined by slashes."""
         return '/'.join(self.path)
 
     def get_params(self, params: Params) -> dict[str, Any]:
-        """Return the parameters of the site among those of the model."""
+        """Return the parameters of the site from those of the model."""
         subtree: Any = params
         for name in self.path:
             subtree = subtree.get(name, {})
@@ -59,11 +59,11 @@ class Site:
 
 
 class Contexts(NamedTuple):
-    """Contexts that are compared.
+    """The contexts to compare.
 
     Attributes:
-      z: [C, m].
-      names: [C].
+      z: the contexts, [C, m].
+      names: their names, [C].
     """
 
     z: np.ndarray
@@ -76,11 +76,12 @@ class Trained:
 
     Attributes:
       config: config of the run.
-      sites: its fusions.
+      sites: fusions of the model.
       params: evaluated parameters of all seeds, [S, …].
       step: number of updates.
-      init_params: seed → parameters before the first update.
-      get_contexts: (site, parameters of a seed) → contexts; None if the run has no finite set.
+      init_params: function from a seed to its parameters before the first update.
+      get_contexts: function from a site and the parameters of a seed to the contexts; returns None
+        if the run has no finite set of contexts.
     """
 
     config: ml_collections.ConfigDict
@@ -100,7 +101,7 @@ def load(workdir: str | os.PathLike[str]) -> Trained:
     """Load the newest checkpoint of a run of a language model or an agent.
 
     Raises:
-      UserError: if it is not such a run, or has no complete checkpoint.
+      UserError: if the run has another task, or no complete checkpoint.
     """
     config = read_config(workdir)
     loaders = {'lm': _load_lm, 'rl': _load_rl}
@@ -113,9 +114,9 @@ def load(workdir: str | os.PathLike[str]) -> Trained:
 
 
 def find_sites(model: nn.Module, variables: Any, *inputs: Any) -> tuple[Site, ...]:
-    """Return the fusions of a model, and its other MI layers, in the order of their calls.
+    """Return the fusions and the other MI layers of a model, in the order of their calls.
 
-    A module inside of a fusion is part of it. Variables and inputs may be shapes.
+    Modules inside a fusion are not listed separately. Variables and inputs can be shapes.
     """
 
     def is_fusion(module: nn.Module) -> bool:
@@ -173,7 +174,7 @@ def _load_lm(config: ml_collections.ConfigDict, run_path: pathlib.Path) -> Train
 def _record_context(
     model: nn.Module, site: Site, params: Params, inputs: Sequence[Any]
 ) -> np.ndarray | None:
-    """Return z [T, m] of one stream at a site; None inside of a loop, where it has no value."""
+    """Return z [T, m] of one sequence at a site; None inside a loop, where z has no value."""
     contexts: list[Any] = []
 
     def record(

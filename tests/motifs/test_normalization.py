@@ -261,7 +261,7 @@ def test_in_bf16_the_batch_statistics_are_those_of_f32():
         (AdaLNZero(jnp.sum), {}, r'F maps \(2, 3, 4, 5\) to \(\)'),
         (ConditionalBatchNorm(), {}, 'use_running_average'),
         (ConditionalBatchNorm(True), {'use_running_average': True}, 'use_running_average'),
-        (ConditionalBatchNorm(True), {'mask': MASK[:, :2]}, r'the mask \(2, 2, 4\)'),
+        (ConditionalBatchNorm(True), {'mask': MASK[:, :2]}, r'mask \(2, 2, 4\): expected'),
     ],
 )
 def test_bad_input_raises(module, options, message):
