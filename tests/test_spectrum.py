@@ -178,7 +178,7 @@ def test_tensors_from_variables_are_those_of_as_mi(form):
         (lambda: decompose_output(normal(M, N, K), [1.0]), r'or a direction \[4\]'),
         (
             lambda: decompose_output(normal(M, N, K), 0, is_same_stream=True),
-            r'expected m = n for one stream',
+            r'expected m = n, because x and z are the same',
         ),
         (lambda: compare_contexts(normal(M, N, K), [3]), r'expected ids in \[0, 3\)'),
         (lambda: compare_contexts(normal(M, N, K), normal(2, 2)), r'expected \[C, 3\]'),

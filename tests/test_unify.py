@@ -68,7 +68,7 @@ def test_a_composition_of_several_products_has_no_tensors_of_its_own():
     x, z = random(0, 7, N), random(1, 7, M)
     module = Gate(K)
     variables = drawn(module, x, z)
-    with pytest.raises(ValueError, match=r'use \.products'):
+    with pytest.raises(ValueError, match=r'Try \.products'):
         list(as_mi(module, variables, x, z))
 
 
@@ -305,7 +305,7 @@ def test_a_module_that_needs_a_rank_and_inputs_without_rows_are_fine():
 @pytest.mark.parametrize(
     'module, message',
     [
-        (Affine(lambda y, x, z: (y, y)), 'one array .*shapes'),
+        (Affine(lambda y, x, z: (y, y)), 'a single array .*shapes'),
         (Affine(lambda y, x, z: y.sum(-1)), r'output \[..., k\]'),
         (Affine(lambda y, x, z: y.sum(0)), r'output \[..., k\]'),
         (Affine(lambda y, x, z: y > 0), 'float dtype; got bool'),

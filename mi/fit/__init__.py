@@ -1,1 +1,1 @@
-"""Small functions fitted, for claims about networks: problems, one trainer, a search for sizes."""
+"""Small supervised problems that test claims about networks, with a trainer and a size search."""

@@ -1,4 +1,4 @@
-"""The config keys that small problems share, for a config file to start from."""
+"""The config keys that all small problems share, as a starting point for config files."""
 
 from collections.abc import Collection
 
@@ -9,11 +9,11 @@ from mi.training import optim
 
 
 def get_base_config(problem_name: str) -> ml_collections.ConfigDict:
-    """Return a config with the keys that every problem has, to be extended and then locked.
+    """Return an unlocked config with the keys that every problem has.
 
     Args:
-      problem_name: the problem's module, such as 'experiments.regression.problem', or an object
-        'package.module:Object' with SCHEMA and make.
+      problem_name: the problem's module, such as 'experiments.regression.problem', or a reference
+        'package.module:Object' to an object with SCHEMA and make.
     """
     config = ml_collections.ConfigDict()
     config.task = 'fit'  # fit, search
@@ -48,7 +48,7 @@ def get_fused_mlp_config() -> ml_collections.ConfigDict:
 
 
 def check_preset(config_file: str, preset: str, presets: Collection[str] = ()) -> None:
-    """Refuse an argument of a config file that is not one of its presets.
+    """Check that the argument of a config file is one of its presets.
 
     Raises:
       UserError: if the file has no such preset.

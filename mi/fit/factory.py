@@ -1,4 +1,4 @@
-"""Check a config and build its problem, with a model of the wanted size."""
+"""Validation of a config, and construction of its problem with a model of the requested size."""
 
 import functools
 import importlib
@@ -51,21 +51,21 @@ SEARCH: dict[str, Rule] = {
 
 
 class ProblemMaker(Protocol):
-    """A problem by name: a module, or a class or another object with these two names."""
+    """A maker of a problem: a module, a class or another object with SCHEMA and make."""
 
     @property
     def SCHEMA(self) -> Mapping[str, Rule]:  # noqa: N802
-        """The rules of its config keys."""
+        """The rules for the problem's config keys."""
 
     def make(self, config: ml_collections.ConfigDict) -> Problem:
         """Build the problem of a config."""
 
 
 def import_problem(problem_name: object) -> ProblemMaker:
-    """Import what makes a problem: 'package.module', or 'package.module:Object'.
+    """Import the maker of a problem, 'package.module' or 'package.module:Object'.
 
     Raises:
-      UserError: if there is no such module or object, or if it lacks SCHEMA or make(config).
+      UserError: if the module or object does not exist, or lacks SCHEMA or make(config).
     """
     expected = (
         "expected a module with SCHEMA and make, such as 'experiments.regression.problem', or "
@@ -73,23 +73,23 @@ def import_problem(problem_name: object) -> ProblemMaker:
     )
     try:
         if not isinstance(problem_name, str):
-            raise ValueError('it is not a name')
+            raise ValueError('it is not a string')
         is_object = is_reference(problem_name)
         maker = import_object(problem_name) if is_object else importlib.import_module(problem_name)
     except (ImportError, ValueError) as error:
         raise UserError(f'config.problem.name = {problem_name!r}: {expected} ({error})') from error
     if missing := [name for name in ('SCHEMA', 'make') if not hasattr(maker, name)]:
         raise UserError(
-            f'config.problem.name = {problem_name!r}: {expected} (no {" and no ".join(missing)})'
+            f'config.problem.name = {problem_name!r}: {expected} (missing: {" and ".join(missing)})'
         )
     return cast(ProblemMaker, maker)
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Check a config before anything is built.
+    """Validate a config before anything is built.
 
     Raises:
-      UserError: if a value is invalid, or contradicts another.
+      UserError: if a value is invalid or conflicts with another.
     """
     # Each key by its rule; a problem has rules of its own.
     problem_name = flatten(config.to_dict()).get('problem.name')
@@ -110,16 +110,17 @@ def validate(config: ml_collections.ConfigDict) -> None:
     # A search sets widths, scales the updates, and compares the last evaluations.
     if config.task == 'search' and config.model.parameters:
         raise UserError(
-            f'config.model.parameters = {config.model.parameters}: expected 0. A '
-            f'search sets the width; config.search.parameters is its limit'
+            f'config.model.parameters = {config.model.parameters}: expected 0, because a '
+            'search sets the width itself. Try config.search.parameters, which limits its '
+            'size'
         )
     if config.task == 'search' and averaging.has_eval_params(
         optim.get_state_shapes(config.optim, config.train.steps)
     ):
         raise UserError(
             f'config.optim.name = {config.optim.name!r}, config.optim.ema = {config.optim.ema}: '
-            f'expected an optimizer whose parameters are evaluated as they are trained, '
-            f"because a search scales the updates by config.search.rates. Try 'adam' and 0"
+            'expected an optimizer that does not average parameters for evaluation, because a '
+            "search scales the updates by config.search.rates. Try 'adam' and 0"
         )
     if config.task == 'search' and config.train.steps % config.train.eval_every:
         raise UserError(
@@ -130,10 +131,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 
 def make_problem(config: ml_collections.ConfigDict) -> Problem:
-    """Build the problem of a config, with the width nearest to `model.parameters` if that is not 0.
+    """Build the problem of a config.
+
+    If `model.parameters` is not 0, the model gets the width with the nearest number of parameters.
 
     Raises:
-      UserError: on an invalid config, or if no width comes near that number of parameters.
+      UserError: if the config is invalid, or no width is near that number of parameters.
     """
     validate(config)
     num_params = config.model.parameters
@@ -143,10 +146,11 @@ def make_problem(config: ml_collections.ConfigDict) -> Problem:
 
 
 def largest_width(config: ml_collections.ConfigDict) -> int:
-    """Return the largest width of at most `search.parameters`.
+    """Return the largest width with at most `search.parameters` parameters.
 
-    It is 1 if there is none, and if the number of parameters does not grow with the width, as that
-    of one MI without a hidden layer: a search then says whether this model reaches its target.
+    It is 1 if there is no such width, or if the number of parameters does not depend on the width,
+    as for a single MI layer without a hidden layer. A search then only tests whether this model
+    reaches the target.
     """
     max_params = config.search.parameters
     smallest = _count_at_width(config, 1)
@@ -157,17 +161,19 @@ def largest_width(config: ml_collections.ConfigDict) -> int:
 
 
 def _nearest_width(config: ml_collections.ConfigDict, config_key: str, num_params: int) -> int:
-    """Return the width whose number of parameters is nearest to that of `config_key`."""
+    """Return the width whose number of parameters is nearest to `num_params`."""
     try:
         return counting.nearest_size(functools.partial(_count_at_width, config), num_params)
     except ValueError as error:
         smallest = _count_at_width(config, 1)
         if smallest == _count_at_width(config, 2):
             raise UserError(
-                f'{config_key} = {num_params}: the model has {smallest:,} parameters at any width; '
-                f'expected 0, or a model that grows with its width, such as config.model.depth = 1'
+                f'{config_key} = {num_params}: expected 0, or a model whose size depends on its '
+                f'width; this one always has {smallest:,} parameters. Try config.model.depth = 1'
             ) from error
-        advice = 'Raise it, or use another fusion.' if smallest > num_params else 'Lower it.'
+        advice = (
+            'Try a larger value or another fusion' if smallest > num_params else 'Try a lower value'
+        )
         raise UserError(f'{config_key} = {num_params}: {error}. {advice}') from error
 
 
@@ -176,7 +182,7 @@ def _count_at_width(config: ml_collections.ConfigDict, width: int) -> int:
 
 
 def count_parameters(problem: Problem) -> int:
-    """Count the parameters of a problem's model."""
+    """Count the parameters of the problem's model."""
 
     def init_params(rng_key: PRNGKey) -> Params:
         return problem.init_params(rng_key, problem.draw_world(rng_key))

@@ -1,6 +1,6 @@
-"""The network of the small problems: affine maps with ReLU between them, some fused with a context.
+"""The network of the small problems: an MLP in which some layers are fusions with a context.
 
-Shapes: x [..., n] the input, z [..., m] the context, y [..., k] the output.
+Shapes: input x [..., n], context z [..., m], output y [..., k].
 """
 
 from collections.abc import Callable
@@ -35,16 +35,16 @@ SCHEMA: dict[str, Rule] = {
 
 
 class FusedMLP(nn.Module):
-    """y = A_d(φ(… φ(A_0(x)))), where the A at the site are fusions with z and the others affine.
+    """An MLP with fusions: y = A_d(φ(… φ(A_0(x)))), where A_i is a fusion with z or an affine map.
 
-    With the fusion 'concat' at the site 'first' it is the MLP of the concatenation [x; z].
+    With the fusion 'concat' at the site 'first', this is an MLP on the concatenation [x; z].
 
     Attributes:
-      features: k.
+      features: k, the number of output features.
       width: width of the hidden layers.
       depth: d, the number of hidden layers.
-      fusion: features → module (x, z) → y.
-      site: 'first', 'last' or 'all': which of the d + 1 maps meet z.
+      fusion: constructor of a fusion module, called with `features` and `name`.
+      site: which of the d + 1 maps are fusions: 'first', 'last' or 'all'.
       activation: φ, a key of ACTIVATIONS.
     """
 
@@ -72,7 +72,7 @@ class FusedMLP(nn.Module):
 
 
 def make(model: ml_collections.ConfigDict, features: int, context: Context) -> FusedMLP:
-    """Build the network of a config's section `model`; rank and hidden size 0 mean the width."""
+    """Build the network of the config section `model`; a rank or hidden of 0 means the width."""
     rank, hidden = (size or model.width for size in (model.fusion.rank, model.fusion.hidden))
     options = get_options(model.fusion, 'options')
     with name_config_keys({'options': 'config.model.fusion.options'}):
@@ -89,11 +89,12 @@ def make(model: ml_collections.ConfigDict, features: int, context: Context) -> F
 def costs(
     model: nn.Module, *inputs: jax.ShapeDtypeStruct, fusion_pattern: str = r'fusion.*'
 ) -> dict[str, dict[str, int]]:
-    """Count parameters and FLOPs per example of a network and of its fusions.
+    """Count the parameters and the FLOPs per example, of a network and of its fusions.
 
     Args:
-      inputs: the shapes of one example.
-      fusion_pattern: the names of the modules that count as fusions, a regular expression.
+      model: the network.
+      *inputs: shapes of the inputs of one example.
+      fusion_pattern: regular expression for the names of the modules that count as fusions.
     """
     variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
     fusion_modules = list(counting.modules(model, fusion_pattern, variables, *inputs))

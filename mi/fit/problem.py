@@ -1,8 +1,8 @@
-"""A small supervised problem and the model that learns it.
+"""The interface of a small supervised problem and its model.
 
-To add a problem, write a module with `SCHEMA`, the rules of its config keys, and `make(config)`,
-which returns a `Problem`, and give its path as `config.problem.name`. A class with both, or another
-object, has the name 'package.module:Object'.
+To add a problem, write a module with `SCHEMA`, the rules for its config keys, and `make(config)`,
+which returns a `Problem`. Set `config.problem.name` to the path of the module, or to
+'package.module:Object' for a class or another object with both.
 """
 
 import abc
@@ -20,7 +20,7 @@ Costs = dict[str, dict[str, int]]
 
 @dataclasses.dataclass(frozen=True)
 class Problem(abc.ABC):
-    """Pure functions of one seed; the trainer maps them over all seeds.
+    """A problem, as pure functions for one seed that the trainer maps over all seeds.
 
     Attributes:
       examples: number of examples in a batch.
@@ -29,7 +29,7 @@ class Problem(abc.ABC):
     examples: int
 
     def draw_world(self, key: PRNGKey) -> World:
-        """Draw what stays fixed for a seed, such as its tasks and their data."""
+        """Draw the data that is fixed for a seed, such as its tasks."""
         return {}
 
     @abc.abstractmethod
@@ -38,26 +38,26 @@ class Problem(abc.ABC):
 
     @abc.abstractmethod
     def loss(self, params: Params, world: World, key: PRNGKey) -> tuple[Array, Metrics]:
-        """Return the loss and the metrics of the batch that the key draws."""
+        """Return the loss and the metrics of a batch drawn with the key."""
 
     @abc.abstractmethod
     def evaluate(self, params: Params, world: World, key: PRNGKey) -> dict[str, Metrics]:
-        """Return scalar metrics by split, `metric/TASK` for those of one task.
+        """Return scalar metrics by split; metrics of a single task are named `metric/TASK`.
 
-        Every evaluation of a seed has the same key.
+        The key is the same for every evaluation of a seed.
         """
 
     @abc.abstractmethod
     def costs(self) -> Costs:
         """Count 'parameters' and 'flops_per_example', each {'model': …, 'fusion': …}.
 
-        They are those of one network if a seed trains several.
+        If a seed trains several networks, these are the counts of one of them.
         """
 
     def artifacts(self, params: Params, world: World, key: PRNGKey) -> Metrics:
-        """Return arrays to keep at the end of training, such as the data of a figure."""
+        """Return arrays to save at the end of training, such as the data of a figure."""
         return {}
 
     def model_params(self, params: Params) -> Params:
-        """Return the parameters that count as the model's, those of all its networks."""
+        """Return the parameters that count towards the model's size, those of all its networks."""
         return params

@@ -1,12 +1,13 @@
-"""Find the smallest width at which a network reaches a target error, by bisection, for each seed.
+"""Search for the smallest width at which a network reaches a target error, for each seed.
 
-A search repeats for every value of one number of the config, such as the problem's dimension.
-Widths come from a geometric grid. At each width that is tried, every seed trains with each learning
-rate; its error is the lowest at any evaluation with any of them, and it reaches the target if that
-error is not above it. Training at a width ends early once all seeds have reached the target.
+The search is repeated for every value of one config key, such as the dimension of the problem. It
+bisects a geometric grid of widths. At each width, every seed is trained with each learning rate,
+and its error is the lowest at any evaluation with any of these rates. The seed reaches the target
+if this error is at most the target. Training at a width ends early once all seeds have reached the
+target.
 
-Noisy training need not be monotone in the width: the result is a width that reaches the target next
-to one that does not.
+Since training is noisy, the error need not be monotone in the width. The result is a width that
+reaches the target, while the next smaller width in the grid does not.
 """
 
 import functools
@@ -33,7 +34,7 @@ Probes = dict[int, list[logger.Record]]  # place in the grid → a record of eac
 
 
 def make_grid(max_width: int, per_octave: int) -> list[int]:
-    """Return the integers 2^(i / per_octave), i = 0, 1, …, up to `max_width`, and `max_width`."""
+    """Return the rounded 2^(i / per_octave) up to `max_width`, and `max_width` itself."""
     widths = {1, max_width}
     i = 0
     while (width := round(2 ** (i / per_octave))) <= max_width:
@@ -43,12 +44,12 @@ def make_grid(max_width: int, per_octave: int) -> list[int]:
 
 
 def find_brackets(reached: dict[int, list[bool]], num_seeds: int, num_places: int) -> list[Bracket]:
-    """Return (lower, upper] for each seed, which contains its smallest place in the grid.
+    """Return an interval (lower, upper] for each seed that contains its smallest place in the grid.
 
     Args:
-      reached: place → whether each seed reached the target there.
+      reached: whether each seed reached the target, by place in the grid.
       num_seeds: number of seeds.
-      num_places: number of places; the upper end if no place is known to reach the target.
+      num_places: number of places, which is the upper end if no place is known to reach the target.
     """
     brackets = []
     for seed in range(num_seeds):
@@ -60,10 +61,10 @@ def find_brackets(reached: dict[int, list[bool]], num_seeds: int, num_places: in
 
 
 def next_place(brackets: list[Bracket], num_places: int, guess: int, octave: int) -> int | None:
-    """Return the place to try next; None when every bracket is closed.
+    """Return the place to try next, or None if every bracket is closed.
 
-    The first is the guess. From there the search goes up or down in octaves, as a width that is too
-    large costs most, and then to the middle of the widest bracket once that has two ends.
+    The search starts from the guess and moves up or down in octaves, because a width that is too
+    large is expensive. Once the widest bracket has two ends, the next place is in its middle.
     """
     lower_place, upper_place = max(brackets, key=lambda bracket: bracket[1] - bracket[0])
     if upper_place - lower_place <= 1:
@@ -78,19 +79,20 @@ def next_place(brackets: list[Bracket], num_places: int, guess: int, octave: int
 
 
 def fit_exponent(values: Sequence[float], parameters: Sequence[float]) -> float | None:
-    """Fit p of parameters = a · valueᵖ, by least squares of logarithms; None under two values."""
+    """Fit p of parameters = a · valueᵖ by log-log least squares; None for fewer than two values."""
     if len(values) < 2:
         return None
     return float(np.polynomial.polynomial.polyfit(np.log(values), np.log(parameters), 1)[1])
 
 
 def search(config: ml_collections.ConfigDict, workdir: str) -> None:
-    """Search and write a run directory; resume it if there is one.
+    """Run a search in a run directory, resuming it if it exists.
 
-    metrics.jsonl has a record 'probe' of each seed, value and width tried, and at the end an 'eval'
-    of each seed: `parameters/VALUE`, `width/VALUE`, `mse/VALUE` and `learning_rate/VALUE` of the
-    smallest network that reached the target, if one did, and the `exponent` of their growth over
-    the values that all seeds of the run reached, if these are two or more.
+    metrics.jsonl gets a record 'probe' for each seed, value and width, and finally a record 'eval'
+    for each seed. The latter has `parameters/VALUE`, `width/VALUE`, `mse/VALUE` and
+    `learning_rate/VALUE` of the smallest network that reached the target, if there is one. It also
+    has the `exponent` of the growth of the parameters, fitted if all seeds reached the target at
+    two or more values.
     """
     factory.validate(config)
     grids = {}
@@ -109,7 +111,7 @@ def _set_value(config: ml_collections.ConfigDict, config_value: int) -> ml_colle
 
 
 class _Search:
-    """The search of a run; its probes are saved after each one, and read again on a resume."""
+    """The search of a run; it saves its probes after each one and reads them when it resumes."""
 
     def __init__(
         self, config: ml_collections.ConfigDict, grids: dict[int, list[int]], run: run_dir.Run
@@ -155,7 +157,7 @@ class _Search:
     def _search_value(
         self, log: logger.RunLogger, step: int, config_value: int, guess: int
     ) -> list[Bracket]:
-        """Train at one width after the other until the bracket of every seed is closed."""
+        """Train at one width after another until the bracket of every seed is closed."""
         config, run, widths = self._config, self._run, self._grids[config_value]
         probes = self._probes.setdefault(config_value, {})
         seconds = 0.0  # sum over all probes of the value; the last record of a step is what counts
@@ -187,7 +189,7 @@ class _Search:
 
 
 def _guess(highest_places: list[int]) -> int:
-    """Guess a place: as far above that of the last value as that was above its predecessor."""
+    """Guess the next place by linear extrapolation from those of the last two values."""
     if len(highest_places) < 2:
         return highest_places[-1] if highest_places else 0
     return max(0, 2 * highest_places[-1] - highest_places[-2])
@@ -204,7 +206,7 @@ def _brackets_of_probes(
 
 
 def _summarize(records: dict[int, logger.Record], fitted: list[int]) -> logger.Record:
-    """Summarize one seed: its smallest network at each value, and the law of those `fitted`."""
+    """Summarize a seed: its smallest network at each value, and the exponent over `fitted`."""
     exponent = fit_exponent(fitted, [records[value]['parameters'] for value in fitted])
     summary: logger.Record = {'exponent': exponent}
     for field_name in ('parameters', 'width', 'mse', 'learning_rate'):
@@ -215,14 +217,14 @@ def _summarize(records: dict[int, logger.Record], fitted: list[int]) -> logger.R
 
 
 def probe(config: ml_collections.ConfigDict, width: int) -> list[logger.Record]:
-    """Train all seeds at a width with every learning rate; return what the best gave each seed.
+    """Train all seeds at a width with every learning rate; return each seed's best result.
 
-    Pairs of a seed and a rate are placed over the devices and know nothing of each other. They
-    train until all seeds have reached the target. As every device has to see the errors of all for
-    that, the loop over evaluations is on the host. Were each device to end on its own pairs, the
-    lowest error of a seed would depend on what else is on its device, and so on their number.
+    Pairs of a seed and a rate are distributed over the devices and are independent. They train
+    until all seeds have reached the target. This requires the errors of all pairs, so the loop over
+    evaluations runs on the host. If each device stopped on its own, the lowest error of a seed
+    would depend on the other pairs on its device, and thus on the number of devices.
 
-    An error that is not finite, of a learning rate that is too high, counts as infinite.
+    A non-finite error, as from a learning rate that is too high, counts as infinite.
     """
     problem = factory.make_problem(factory.set_width(config, width))
     num_steps, eval_every = config.train.steps, config.train.eval_every

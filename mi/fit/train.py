@@ -1,7 +1,7 @@
-"""The loop that fits a problem: all seeds of a run in one program; deterministic.
+"""The deterministic training loop of a problem, with all seeds of a run in one program.
 
-Seeds are placed over the devices, and each device maps over its own by vmap. Nothing is
-communicated, and a checkpoint holds the seeds alone, so that it moves between numbers of devices.
+Seeds are distributed over the devices, and each device maps over its own seeds by vmap. Devices do
+not communicate. A checkpoint only holds the seeds, so it can be restored on any number of devices.
 Arrays with a leading axis of seeds are marked [S, …].
 """
 
@@ -34,7 +34,7 @@ from mi.training import (
 
 
 class TrainState(NamedTuple):
-    """The state of one seed; in a run every array has a leading axis of seeds."""
+    """The training state of one seed; in a run, every array has a leading axis of seeds."""
 
     params: Params
     opt_state: optax.OptState
@@ -42,7 +42,7 @@ class TrainState(NamedTuple):
 
 
 def split_keys(seed: Array) -> tuple[Array, Array, Array, Array]:
-    """Return the keys of the world, the initial parameters, the batches and the evaluations."""
+    """Return the keys for the world, the initial parameters, the batches and the evaluations."""
     world_key, init_key, batch_key, eval_key = jax.random.split(jax.random.key(seed), 4)
     return world_key, init_key, batch_key, eval_key
 
@@ -64,7 +64,7 @@ def train_steps(
     seed: Array,
     update_scale: Array | float = 1.0,
 ) -> tuple[TrainState, Metrics]:
-    """Take steps of one seed and average their metrics; `update_scale` multiplies the updates."""
+    """Take training steps for one seed and average their metrics; `update_scale` scales updates."""
     world_key, _, batch_key, _ = split_keys(seed)
     world = problem.draw_world(world_key)
 
@@ -92,11 +92,11 @@ def evaluate(problem: Problem, params: Params, seed: Array) -> dict[str, Metrics
 def shapes(
     problem: Problem, optimizer: optax.GradientTransformation, num_seeds: int, mesh: Mesh
 ) -> tuple[TrainState, Array]:
-    """Return the shapes of the state and the numbers of `num_seeds` seeds, placed on a mesh.
+    """Return the shapes of the states and the seeds, [S, …], with their placement on a mesh.
 
     Args:
       problem, optimizer: the problem to train on, and its optimizer.
-      num_seeds: S.
+      num_seeds: S, the number of seeds.
       mesh: mesh from `placement.seed_mesh`.
     """
     seed_shapes = jax.ShapeDtypeStruct(placement.padded_indices(num_seeds, mesh).shape, jnp.int32)
@@ -119,8 +119,8 @@ def compile_steps(
 
     Args:
       problem, optimizer: the problem to train on, and its optimizer.
-      num_steps: steps of one call.
-      train_state, seeds: placed on the mesh, or their `shapes`.
+      num_steps: number of steps per call.
+      train_state, seeds: arrays placed on the mesh, or their `shapes`.
       mesh: mesh from `placement.seed_mesh`.
     """
     program = placement.shard_map_seeds(
@@ -132,7 +132,7 @@ def compile_steps(
 def train(
     config: ml_collections.ConfigDict, workdir: str, profile: run_dir.Steps | None = None
 ) -> None:
-    """Train and evaluate all seeds, and write a run directory; resume it if there is one."""
+    """Train and evaluate all seeds in a run directory, resuming the run if it exists."""
     problem = factory.make_problem(config)
     with run_dir.open_run(workdir, config, profile) as run:
         _train(config, problem, run)
@@ -210,7 +210,7 @@ def _restore_or_init(
     num_seeds: int,
     mesh: Mesh,
 ) -> tuple[TrainState, checkpoint.Meta]:
-    """Return the state of all seeds and its meta, of a checkpoint or drawn on their devices."""
+    """Return the state of all seeds and its metadata, from a checkpoint or newly initialized."""
     state_shapes, _ = shapes(problem, optimizer, num_seeds, mesh)
     restored = checkpoints.restore(placement.gathered_shapes(state_shapes, num_seeds))
     if restored is not None:
@@ -228,7 +228,7 @@ def write_records(
     seeds: Sequence[int],
     metrics: dict[str, dict[str, np.ndarray]],
 ) -> None:
-    """Write a record for each seed and split, of metrics [S]; None for what is not finite."""
+    """Write a record of the metrics [S] for each seed and split; non-finite values become None."""
     for split, split_metrics in metrics.items():
         for seed_index, seed in enumerate(seeds):
             seed_metrics = {name: float(array[seed_index]) for name, array in split_metrics.items()}
@@ -242,7 +242,7 @@ def write_records(
 def _write_artifacts(
     problem: Problem, run: run_dir.Run, train_state: TrainState, seeds: Array, mesh: Mesh
 ) -> None:
-    """Write the problem's artefacts, [S, …] each, to artefacts.npz."""
+    """Write the problem's artifacts, [S, …] each, to artefacts.npz."""
 
     def draw_one(params: Params, seed: Array) -> Metrics:
         world_key, _, _, eval_key = split_keys(seed)

@@ -1,4 +1,4 @@
-"""Learn a new task from a few of its examples."""
+"""Transfer to a new task, which is learned from a few of its examples."""
 
 from collections.abc import Callable
 
@@ -18,10 +18,10 @@ SCHEMA: dict[str, Rule] = {
 def fit(
     loss: Callable[[Params], Array], params: Params, steps: int, learning_rate: float
 ) -> Params:
-    """Minimize a loss by Adam, with a learning rate that falls to 0 as a cosine.
+    """Minimize a loss with Adam and a cosine learning-rate schedule that ends at 0.
 
     Args:
-      loss: params → scalar.
+      loss: function from the parameters to a scalar.
       params: initial parameters.
       steps: number of steps of Adam.
       learning_rate: learning rate of the first step.

@@ -1,6 +1,7 @@
-"""Any motif as f(x, z) = zᵀWx + zᵀU + Vx + b, and the analysis of its tensors.
+"""Conversion of any motif to f(x, z) = zᵀWx + zᵀU + Vx + b, and analysis of its tensors.
 
-`as_mi` computes W, U, V, b; `explain` reports them. `compute_spectrum` and its neighbors analyze W.
+`as_mi` computes W, U, V and b, and `explain` describes them. `compute_spectrum` and the other
+functions of `mi.unify.spectrum` analyze W.
 """
 
 from mi.unify.composition import Composition as Composition

@@ -1,4 +1,4 @@
-"""Converters of attention: scores multiply tokens, and the mix multiplies weights and values."""
+"""Converters for attention, which multiplies tokens, and then weights and values."""
 
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ SOFTMAX = 'the softmax of the scores, and the affine maps of values and output'
 
 
 class _TokenMap(NamedTuple):
-    """Tokens [..., n] and their affine map for each head, A [n, H, d] and c [H, d]."""
+    """Tokens [..., n] and an affine map of them for each head, A [n, H, d] and c [H, d]."""
 
     description: str
     tokens: Array
@@ -43,24 +43,26 @@ def convert_attention(  # noqa: PLR0913 - `as_mi` passes the arguments of the mo
     decode: bool = False,
     deterministic: bool = True,
 ) -> Composition:
-    """Convert attention to the products of its scores and of its mix.
+    """Convert attention to the product of its scores and the product of its mix.
 
-    Scores: x is the key token, z the query token, with one output per head and W_h = A_q A_kᵀ / √d.
-    The biases of queries and keys give U, V and b; u is part of the query bias. 'relative' has a
-    second product of the query token and the sinusoids of the distance, W_h = A_q Rᵀ / √d, with v.
-    With 'rotary', W would depend on the distance. Its streams are therefore the rotated key and
-    query of each head, and W is their inner product divided by √d.
+    In the scores, x is the key token and z the query token. There is one output per head, with W_h
+    = A_q A_kᵀ / √d. The biases of queries and keys give U, V and b. With 'relative' positions, u is
+    part of the query bias, and there is a second product of the query token and the sinusoids of
+    the distance, with W_h = A_q Rᵀ / √d and the bias v. With 'rotary' positions, W would depend on
+    the distance, so the streams are the rotated key and query of each head instead, and W is their
+    inner product divided by √d.
 
-    Mix: x [d, S] are the values of a head, z [S] its weights, and W is their inner product.
+    In the mix, x [d, S] holds the values of a head, z [S] its weights, and W is their inner
+    product.
 
-    The parameters are those of the module's call.
+    The arguments are those of the module's call.
 
     Raises:
       ValueError: if `decode` is set, or dropout is active.
     """
     if decode or (module.dropout and not deterministic):
         raise ValueError(
-            f'as_mi needs a full pass without dropout (got decode={decode}, '
+            f'as_mi requires a full pass without dropout (got decode={decode}, '
             f'deterministic={deterministic}). Try the defaults'
         )
     products, output = _compute_products(
@@ -79,7 +81,7 @@ def convert_gated_cross_attention(
     *,
     deterministic: bool = True,
 ) -> Composition:
-    """Convert to the products of the attention, and tanh(a) times its output (W the identity)."""
+    """Convert to the products of the attention, and the product of tanh(a) and its output."""
     params = variables['params']
     inner = _convert_inner(module, params, x, z, mask, deterministic)
     gate = Product(
@@ -114,7 +116,7 @@ def convert_latent_cross_attention(
 def convert_convolutional_self_attention(
     module: ConvolutionalSelfAttention, variables: Variables, x: Array
 ) -> Composition:
-    """Convert to scores with x = r_δ and z = v of a head, and a mix over all positions."""
+    """Convert to the scores, where x = r_δ and z = v_h, and to the mix over all positions."""
     params = variables['params']
     Delta, alpha = params['Delta'], params['alpha']
     *leading, num_rows, num_columns, input_size = x.shape
@@ -212,7 +214,7 @@ def _compute_scores(
 
 
 def _get_positions(x: Array, z: Array) -> tuple[Array, Array]:
-    """Return the positions of the queries and of the keys; the last query is at the last key."""
+    """Return the positions of queries and keys; the last query and the last key coincide."""
     num_queries, num_keys = x.shape[-2], z.shape[-2]
     return jnp.arange(num_queries) + num_keys - num_queries, jnp.arange(num_keys)
 
@@ -224,7 +226,7 @@ def _get_head_map(params: Params, num_maps: int, heads: int) -> tuple[Array, Arr
 
 
 def _split_heads(matrix: Array, num_maps: int, heads: int) -> Array:
-    """Return [..., H, d] for [..., num_maps · d]; H / num_maps heads share a map."""
+    """Split [..., num_maps · d] into [..., H, d], where H / num_maps heads share each map."""
     maps = matrix.reshape(*matrix.shape[:-1], num_maps, -1)
     return jnp.repeat(maps, heads // num_maps, axis=-2)
 
@@ -262,7 +264,7 @@ def _make_score_product(name: str, x_map: _TokenMap, z_map: _TokenMap) -> Produc
 
 
 def _make_mix_product(weights: Array, values: Array) -> Product:
-    """Return Σ_s p_s v_s [..., H, T, d, 1] for weights [..., H, T, S], values [..., H, d, S]."""
+    """Return the product Σ_s p_s v_s of weights [..., H, T, S] and values [..., H, d, S]."""
     return Product(
         name='mix',
         x_is='one feature of the values, at all positions',

@@ -1,7 +1,7 @@
-"""Converters of one step of every cell in `mi.cells`.
+"""Converters for one step of every cell in `mi.cells`.
 
-Each function takes the arguments of the cell's call with T = 1. In a longer sequence, every step is
-the same composition with a different carry. f, i, o are the gates after their sigmoid.
+Each function takes the arguments of the cell's call, with T = 1. In a longer sequence, every step
+is the same composition with a different carry. f, i and o are the gates after the sigmoid.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ _NO_NORMS: Params = MappingProxyType({})
 def convert_lstm(
     module: LSTM, variables: Variables, carry: Carry, x: Array, reset: Array | None = None
 ) -> Composition:
-    """Convert to the three gates."""
+    """Convert to the products of the three gates."""
     params = variables['params']
     (c, h), x_t = _take_step(carry, x, reset)
     gate_inputs = x_t @ params['W'] + h @ params['U'] + params['b'][None]
@@ -44,7 +44,7 @@ def convert_mlstm(
     x: Array,
     reset: Array | None = None,
 ) -> Composition:
-    """Convert to m, a low-rank form of x and h, and the three gates."""
+    """Convert to m, a low-rank form of x and h, and the products of the three gates."""
     params = variables['params']
     (c, h), x_t = _take_step(carry, x, reset)
     intermediate = Product(
@@ -63,7 +63,7 @@ def convert_mlstm(
 def convert_mi_lstm(
     module: MILSTM, variables: Variables, carry: Carry, x: Array, reset: Array | None = None
 ) -> Composition:
-    """Convert to the gates before activation, which have all four terms, and the three gates."""
+    """Convert to the pre-activations, which have all four terms, and the products of the gates."""
     params = variables['params']
     (c, h), x_t = _take_step(carry, x, reset)
     gate_inputs = Product(
@@ -84,7 +84,7 @@ def convert_mi_lstm(
 def convert_mogrifier(
     module: MogrifierLSTM, variables: Variables, carry: Carry, x: Array, reset: Array | None = None
 ) -> Composition:
-    """Convert to one pointwise product per round, and the three gates."""
+    """Convert to one pointwise product per round, and the products of the three gates."""
     params = variables['params']
     (c, h), x_t = _take_step(carry, x, reset)
     # Rounds alternate: h gates x in odd rounds, x gates h in even ones.
@@ -117,7 +117,7 @@ def convert_mogrifier(
 def convert_hyper_lstm(
     module: HyperLSTM, variables: Variables, carry: HyperCarry, x: Array, reset: Array | None = None
 ) -> Composition:
-    """Convert to the hypernetworks α(z) ⊙ x W and α(z) ⊙ h U, and the gates of both LSTMs."""
+    """Convert to the hypernetworks α(z) ⊙ x W and α(z) ⊙ h U, and the products of all gates."""
     params = variables['params']
     (c, h, hyper_c, hyper_h), x_t = _take_step(carry, x, reset)
     embedding_size, features = module.embedding, module.features
@@ -165,9 +165,9 @@ def convert_hyper_lstm(
 
 
 def _take_step(carry: Sequence[Array], x: Array, reset: Array | None) -> tuple[list[Array], Array]:
-    """Return the carry, zero where reset, and x_t [B, n], the only step of the sequence."""
+    """Return the carry, with zeros where `reset`, and x_t [B, n], the only step of the sequence."""
     if x.shape[0] != 1:
-        raise ValueError(f'as_mi of a cell needs one step, x [1, B, n] (got {x.shape})')
+        raise ValueError(f'as_mi converts one step of a cell: expected x [1, B, n], got {x.shape}')
     if reset is not None:
         carry = [jnp.where(reset[0][:, None], 0, state) for state in carry]
     return list(carry), x[0]
@@ -182,13 +182,13 @@ def _apply_gates(
     prefix: str = '',
     name: str = '',
 ) -> tuple[Carry, tuple[Product, ...]]:
-    """Return (c, h) after the step and the products of its three gates.
+    """Return (c, h) after the step, and the products of its three gates.
 
     Args:
-      c: [B, H], the cell state before the step.
-      gate_inputs: [B, 4H], the gates i, f, o and the candidate j before activation.
-      capped: whether the input gate is at most 1 − f.
-      norms: parameters, which may have a gain and a shift for the gates and for c.
+      c: the cell state before the step, [B, H].
+      gate_inputs: the pre-activations of the gates i, f, o and the candidate j, [B, 4H].
+      capped: whether to limit the input gate to 1 − f.
+      norms: parameters, which can include a gain and a shift for the gates and for c.
       prefix: prefix of the names of these parameters.
       name: prefix of the names of the products.
     """

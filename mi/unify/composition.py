@@ -24,11 +24,11 @@ class Product:
 
     Attributes:
       name: name of the result, such as 'gate' or 'scores'.
-      x_is, z_is: descriptions of the streams in words.
-      x: [..., n], the input of the product.
-      z: [..., m], the context of the product; leading axes broadcast.
-      W: [m, n, k].
-      U: [m, k], V: [n, k], b: [k]; None for zeros.
+      x_is, z_is: descriptions of the streams.
+      x: the input of the product, [..., n].
+      z: the context of the product, [..., m]; leading axes broadcast.
+      W: the tensor of the interaction, [m, n, k].
+      U, V, b: the other terms, [m, k], [n, k] and [k]; None for zeros.
     """
 
     name: str
@@ -57,15 +57,16 @@ class Product:
 
 @dataclasses.dataclass(frozen=True)
 class Composition:
-    """A module's output, recomputed from products of the form f(x, z) = zᵀWx + zᵀU + Vx + b.
+    """The output of a module, computed from products f(x, z) = zᵀWx + zᵀU + Vx + b.
 
-    If the module is a single product and nothing else, W, U, V, b = composition gives its tensors.
+    If the module is a single product and nothing else, it can be unpacked as
+    W, U, V, b = composition.
 
     Attributes:
-      products: the products, in the order of the computation.
+      products: the products in the order of the computation.
       output: the output of the module.
       around: a description of the operations around the products, such as 'softmax of the scores';
-        '' if the module is a product and nothing else.
+        '' if there are none.
     """
 
     products: tuple[Product, ...]
@@ -80,8 +81,8 @@ class Composition:
         """
         if self.around or len(self.products) != 1:
             raise ValueError(
-                f'the module is not one product alone: there is {self.around or "more than one"}; '
-                f'use .products and .output'
+                'the module is not a single product: there is '
+                f'{self.around or "more than one"}. Try .products and .output'
             )
         (product,) = self.products
         context_size, input_size, output_size = product.W.shape
@@ -93,7 +94,7 @@ class Composition:
 
 
 def map_affine(params: Params, x: Array) -> Array:
-    """Return Vx + b for the parameters of an `Affine`."""
+    """Return Vx + b for the parameters of an `Affine` module."""
     return add_bias(x @ params['V'], params['b'])
 
 

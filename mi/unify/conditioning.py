@@ -1,4 +1,4 @@
-"""Converters of the fusions that are not affine in both streams."""
+"""Converters for the fusions that are not affine in both streams."""
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -13,7 +13,7 @@ from mi.unify.normalization import convert_conditional_layer_norm
 
 
 def convert_gate(module: Gate, variables: Variables, x: Array, z: Array) -> Composition:
-    """Convert to the product of the gate with an affine map of x."""
+    """Convert to the product of the gate and an affine map of x."""
     params = variables['params']
     x, z = align_streams(x, z)
     gate = 2 * nn.sigmoid(map_affine(params['gate'], z))
@@ -31,7 +31,7 @@ def convert_gate(module: Gate, variables: Variables, x: Array, z: Array) -> Comp
 
 
 def convert_concat_mlp(module: ConcatMLP, variables: Variables, x: Array, z: Array) -> Composition:
-    """Convert the hidden layer, whose W is zero."""
+    """Convert the pre-activations of the hidden layer to a product with W = 0."""
     params = variables['params']
     hidden = params['hidden']
     W_shape = z.shape[-1], x.shape[-1], hidden['b'].shape[0]
@@ -51,7 +51,7 @@ def convert_concat_mlp(module: ConcatMLP, variables: Variables, x: Array, z: Arr
 
 
 def convert_multi_head(module: MultiHead, variables: Variables, x: Array, z: Array) -> Composition:
-    """Convert to the full form; z is one-hot, or integers."""
+    """Convert to the full form; z is one-hot, or holds integer ids."""
     params = variables['params']
     if jnp.issubdtype(z.dtype, jnp.integer):
         z = one_hot(z, params['U'].shape[0], x.dtype)
@@ -90,7 +90,7 @@ def convert_feature_attention(
 
 
 def convert_same_width(module: SameWidth, variables: Variables, x: Array, z: Array) -> Composition:
-    """Apply the affine map to x and convert the inner module.
+    """Apply the affine map to x, and convert the inner module.
 
     An affine inner module gives a single product.
     """

@@ -1,4 +1,4 @@
-"""The conversion of modules that are affine in x and affine in z, by their derivatives at zero."""
+"""Conversion of modules that are affine in x and affine in z, by their derivatives at zero."""
 
 import dataclasses
 import functools
@@ -26,10 +26,10 @@ _PROBE_SCALES = (0.0, 1.0, 1e2, 1e4)
 def convert_affine(
     module: nn.Module, variables: Variables, *args: Any, **kwargs: Any
 ) -> Composition:
-    """Convert a module (x, z) → y that is affine in x and in z, as `as_mi` does.
+    """Convert a module (x, z) → y that is affine in x and in z, for `as_mi`.
 
-    Integers z are ids of one-hot contexts, as in `mi.layers`. A module whose field `dtype` is less
-    precise than f32 is differentiated in f32.
+    Integers z are ids of one-hot contexts, as in `mi.layers`. If the field `dtype` of the module is
+    less precise than f32, the module is differentiated in f32.
     """
     module_name = type(module).__name__
     function, x, z = _get_function(module, variables, args, kwargs)
@@ -38,9 +38,9 @@ def convert_affine(
         contexts = getattr(module, 'contexts', None)
         if contexts is None:
             raise ValueError(
-                f'{module_name}: z is {z.dtype}, and as_mi differentiates with respect to z: '
-                f'expected a float dtype, or a module with a field `contexts`. Try '
-                f'jax.nn.one_hot(z, m)'
+                f'{module_name}: z is {z.dtype}; expected a float dtype, because as_mi '
+                'differentiates with respect to z, or a module with a field `contexts`. Try '
+                'jax.nn.one_hot(z, m)'
             )
         z = one_hot(z, contexts, accumulation_dtype(x))
     if x.ndim < 1 or z.ndim < 1:
@@ -76,9 +76,9 @@ def convert_affine(
         return Composition((dataclasses.replace(product, **tensors),), output + nan)
     if not error <= tolerance:
         raise ValueError(
-            f'{module_name} is not affine in x and in z: the equation with its derivatives at zero '
-            f'has a relative error of {float(error):.2g}. Try a converter: '
-            f'mi.unify.CONVERTERS[{module_name}] = …'
+            f'{module_name} is not affine in x and in z: its derivatives at zero predict '
+            f'its output with a relative error of {float(error):.2g}. Try registering a '
+            f'converter: mi.unify.CONVERTERS[{module_name}] = …'
         )
     return Composition((product,), output)
 
@@ -105,7 +105,7 @@ def _differentiate(
 
 
 def _make_row_function(function: Function, x_ndim: int, z_ndim: int) -> Function:
-    """Return the function of single rows, x [n] and z [m] → [k]."""
+    """Return a function of single rows, x [n] and z [m] → [k]."""
 
     def row_function(x: Array, z: Array) -> Array:
         return function(expand_rank(x, x_ndim), expand_rank(z, z_ndim)).reshape(-1)
@@ -119,12 +119,12 @@ def _get_function(
     """Return the module as a function of its two streams, and the streams.
 
     Raises:
-      ValueError: if `module` is not a Linen module, or does not get two streams.
+      ValueError: if `module` is not a Linen module, or is not called with two streams.
     """
     if not isinstance(module, nn.Module):
         raise ValueError(
-            f'as_mi takes a Linen module; got {getattr(module, "__name__", module)!r}. Try a '
-            f'module whose __call__(x, z) calls it'
+            f'as_mi expects a Linen module; got {getattr(module, "__name__", module)!r}. '
+            'Try a module whose __call__(x, z) calls it'
         )
     parameters = list(inspect.signature(type(module).__call__).parameters)[1:3]  # without self
     unfilled = parameters[len(args) :]
@@ -146,12 +146,12 @@ def _get_function(
 
 
 def _check_output(module_name: str, output: object, x: Array, z: Array) -> None:
-    """Raise ValueError unless the output is one float array [..., k] with the leading axes."""
+    """Raise ValueError unless the output is a float array with the leading axes of the streams."""
     leading = np.broadcast_shapes(x.shape[:-1], z.shape[:-1])
     if not isinstance(output, jax.ShapeDtypeStruct):
         shapes = jax.tree.map(lambda leaf: leaf.shape, output)
         raise ValueError(
-            f'{module_name}: expected one array as its output; got the shapes {shapes}'
+            f'{module_name}: expected a single array as output; got the shapes {shapes}'
         )
     if output.ndim != len(leading) + 1 or output.shape[:-1] != leading:
         raise ValueError(
@@ -163,7 +163,7 @@ def _check_output(module_name: str, output: object, x: Array, z: Array) -> None:
 
 
 def _draw_probes(input_size: int, context_size: int, dtype: DTypeLike) -> tuple[Array, Array]:
-    """Return random x [R, n] and z [R, m] at several scales, because kinks can be far from zero."""
+    """Draw x [R, n] and z [R, m] at several scales, because kinks can be far from zero."""
     rng = np.random.default_rng(0)
     scale_pairs = [pair for pair in itertools.product(_PROBE_SCALES, repeat=2) for _ in range(4)]
     scales = np.asarray(scale_pairs)
@@ -173,9 +173,9 @@ def _draw_probes(input_size: int, context_size: int, dtype: DTypeLike) -> tuple[
 
 
 def _measure_error(product: Product, expected: Array) -> Array:
-    """Return the largest error of a row of the product, relative to the row's largest term.
+    """Return the largest error of any row of the product, relative to the largest term of the row.
 
-    Relative to the output, terms that cancel would leave their rounding errors.
+    The error is not relative to the output, because of the rounding errors of terms that cancel.
     """
     x, z = align_streams(product.x, product.z)
     no_x, no_z = jnp.zeros_like(x), jnp.zeros_like(z)

@@ -1,4 +1,4 @@
-"""Converters of convolutions: a window of the input times a kernel that depends on the context."""
+"""Converters for convolutions, which multiply a window of the input by a kernel."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def convert_lightweight_convolution(
     mask: Array | None = None,
     deterministic: bool = True,
 ) -> Composition:
-    """Convert to window · kernel, with the same kernel at all positions and without DropConnect."""
+    """Convert to window · kernel, with the same kernel at all positions; ignores DropConnect."""
     kernel = jax.nn.softmax(variables['params']['W'])
     kernel = expand_rank(kernel, x.ndim + 1)
     return _multiply_windows(module, x, kernel, mask, 'the kernel of the head, a parameter')
@@ -35,7 +35,7 @@ def convert_dynamic_convolution(
     mask: Array | None = None,
     deterministic: bool = True,
 ) -> Composition:
-    """Convert to window · kernel, the kernel a function of the context, without DropConnect."""
+    """Convert to window · kernel, where the kernel depends on the context; ignores DropConnect."""
     source = 'the input' if z is None else 'the context'
     z_is = f'the kernel of the position, a softmax of a linear map of {source} there'
     x, z = align_streams(x, x if z is None else z)
@@ -47,7 +47,7 @@ def convert_dynamic_convolution(
 def convert_conditional_convolution(
     module: ConditionalConvolution, variables: Variables, x: Array, z: Array | None = None
 ) -> Composition:
-    """Convert to gᵀK window + gᵀb: W stacks the experts, U their biases."""
+    """Convert to gᵀK window + gᵀb, where W stacks the experts and U their biases."""
     params = variables['params']
     z = x.mean((1, 2)) if z is None else z
     g = nn.sigmoid(z @ params['G'] + params['a'][None])
@@ -79,7 +79,7 @@ def _multiply_windows(
     mask: Array | None,
     z_is: str,
 ) -> Composition:
-    """Return the product of kernel [..., T or 1, H, K] and the windows of x [..., T, C]."""
+    """Return the product of a kernel [..., T or 1, H, K] and the windows of x [..., T, C]."""
     if mask is not None:
         x = jnp.where(mask[..., None], x, 0)
     num_positions, num_channels = x.shape[-2:]

@@ -1,4 +1,4 @@
-"""Converters of mixtures of experts: W stacks the experts, z holds their weights."""
+"""Converters for mixtures of experts, where W stacks the experts and z holds their weights."""
 
 import math
 
@@ -14,7 +14,7 @@ from mi.unify.composition import Composition, Product, Variables
 def convert_dense_mixture(
     module: DenseMixture, variables: Variables, x: Array, z: Array
 ) -> Composition:
-    """Convert to gᵀEx + gᵀe."""
+    """Convert to gᵀEx + gᵀe, where g are the weights of the experts."""
     params = variables['params']
     x, z = align_streams(x, z)
     product = Product(
@@ -36,7 +36,7 @@ def convert_routed_mixture(
     z: Array | None = None,
     mask: Array | None = None,
 ) -> Composition:
-    """Convert to gᵀAh + gᵀa, with the hidden units h of all experts and g = 0 if not chosen."""
+    """Convert to gᵀAh + gᵀa, where h are the hidden units, and g = 0 for unused experts."""
     params = variables['params']
     num_experts, hidden_size, output_size = params['A'].shape
     leading = x.shape[:-1]

@@ -1,4 +1,4 @@
-"""A report about a module: its products, their form, and their cost."""
+"""A text report on a module: its products, their forms, and its cost."""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 
 @use_highest
 def explain(module: nn.Module, variables: Variables, *args: Any, **kwargs: Any) -> str:
-    """Report the products of a module and its costs as text.
+    """Return a text report on the products of a module and its cost.
 
-    For every product, the report has the streams, the sizes m, n, k, the nonzero terms, the form of
-    W, and the numerical ranks of its three unfoldings m × nk, n × mk and k × mn. It ends with the
-    number of parameters, the FLOPs of the products in the module's call, and the bytes of
-    parameters, inputs and outputs.
+    For every product, the report lists the streams, the sizes m, n, k, the nonzero terms, the form
+    of W, and the numerical ranks of its three unfoldings m × nk, n × mk and k × mn. It ends with
+    the number of parameters, the FLOPs of the products in the module's call, and the size of the
+    parameters, inputs and outputs in bytes.
 
     Args:
       module, variables, *args, **kwargs: as for `mi.unify.as_mi`.
 
     Raises:
-      ValueError: as `mi.unify.as_mi`.
+      ValueError: as in `mi.unify.as_mi`, or if the parameters are traced.
     """
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((variables, args))):
-        raise ValueError('explain needs concrete parameters. Try it outside of jax.jit')
+        raise ValueError('explain requires concrete parameters. Try calling it outside of jax.jit')
     composition = as_mi(module, variables, *args, **kwargs)
     lines = [type(module).__name__ + (f': {composition.around}' if composition.around else '')]
     for product in composition.products:
@@ -94,7 +94,7 @@ def _describe_product(product: Product) -> list[str]:
 
 
 def _compute_ranks(W: np.ndarray) -> list[tuple[int, int]]:
-    """Return the rank of each unfolding of W, and the largest rank that its shape allows."""
+    """Return the rank of each unfolding of W, with the largest rank that its shape allows."""
     ranks = []
     for axis in range(3):
         unfolded = np.moveaxis(np.asarray(W, np.float64), axis, 0).reshape(W.shape[axis], -1)
@@ -104,7 +104,7 @@ def _compute_ranks(W: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _count_blocks(is_nonzero: np.ndarray) -> int:
-    """Return the number of equal blocks if the mask [n, k] is block-diagonal, else 0."""
+    """Return the number of equal blocks if the mask [n, k] is block-diagonal, or 0 otherwise."""
     input_size, output_size = is_nonzero.shape
     for num_blocks in range(min(is_nonzero.shape), 1, -1):
         if input_size % num_blocks == 0 and output_size % num_blocks == 0:

@@ -1,4 +1,4 @@
-"""Converters of gates: W is diagonal, or has low rank if affine maps are multiplied in."""
+"""Converters for gates, whose W is diagonal, or low-rank if affine maps are multiplied into it."""
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -28,7 +28,7 @@ def convert_gated_linear_unit(
 ) -> Composition:
     """Convert (zᵀA + a) ⊙ (xᵀB + b): W_mnk = A_mk B_nk, U = A ⊙ b, V = B ⊙ a, b = a ⊙ b.
 
-    With an activation, z is act(Az + a), A = 1 and a = 0.
+    With an activation, act(Az + a) takes the place of z, with A = 1 and a = 0.
     """
     params = variables['params']
     product = _make_gate_product(params, module.activation, x, z)
@@ -41,11 +41,12 @@ def convert_gated_feed_forward(
     """Convert to the product of the gated linear unit, with C multiplied into W, U, V and b.
 
     Raises:
-      ValueError: if dropout is on, because its mask cannot be drawn again.
+      ValueError: if dropout is enabled, because its mask cannot be drawn again.
     """
     if module.dropout and not deterministic:
         raise ValueError(
-            f'the mask of dropout {module.dropout} cannot be drawn again. Try deterministic=True'
+            f'dropout = {module.dropout}: expected a call without dropout, because its mask '
+            'cannot be drawn again. Try deterministic=True'
         )
     params = variables['params']
     inner = _make_gate_product(params['glu'], module.activation, x, None)

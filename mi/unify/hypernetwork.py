@@ -1,4 +1,4 @@
-"""Converters of hypernetworks: W'(z)x + b'(z) is zᵀWx + zᵀU + Vx + b."""
+"""Converters for hypernetworks, which use that W'(z)x + b'(z) = zᵀWx + zᵀU + Vx + b."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ LAYERS: dict[type[nn.Module], tuple[str, str]] = {Affine: ('V', 'b'), nn.Dense: 
 def convert_linear_hypernetwork(
     module: LinearHypernetwork, variables: Variables, x: Array, z: Array
 ) -> Composition:
-    """Convert to one product, whose W, U, V and b are the parameters."""
+    """Convert to a single product, whose W, U, V and b are the parameters."""
     params = variables['params']
     product = Product(
         'generated layer',
@@ -47,7 +47,7 @@ def convert_linear_hypernetwork(
 def convert_mlp_hypernetwork(
     module: MLPHypernetwork, variables: Variables, x: Array, z: Array
 ) -> Composition:
-    """Convert to the head's product; with chunks, z is the h of all chunks and W a band matrix."""
+    """Convert to the product of the head; with chunks, z is the h of all chunks and W is banded."""
     params = variables['params']
     x, z = align_streams(x, z)
     hidden = _compute_hidden(params['hidden'], module.activation, z)
@@ -68,7 +68,7 @@ def convert_mlp_hypernetwork(
 def convert_hypernetwork(
     module: Hypernetwork, variables: Variables, x: Array, z: Array
 ) -> Composition:
-    """Convert to one product per Dense or Affine layer of the target.
+    """Convert to one product for each Dense or Affine layer of the target.
 
     Raises:
       ValueError: if the target has no such layer.
@@ -111,7 +111,8 @@ def convert_hypernetwork(
         row_products.append(products)
     if not row_products[0]:
         raise ValueError(
-            f'{type(target).__name__} has no Dense or Affine layer to write as a product'
+            f'target = {type(target).__name__}: expected a target with a Dense or Affine '
+            'layer, which can be written as a product'
         )
 
     # Stack the outputs and the products of the rows.
@@ -133,7 +134,7 @@ def _stack_rows(rows: tuple[int, ...], *leaves: Array) -> Array:
 
 
 def _make_layer_product(layer: nn.Module, x: Array, hidden: Array, W: Params, V: Params) -> Product:
-    """Return the product that a layer of the target is, with its parameters in W and V."""
+    """Return a layer of the target as a product, using its entries in W and V."""
     weight, bias = LAYERS[type(layer)]
     z_term, constant = _get_branch(W, layer.path), _get_branch(V, layer.path)
     return Product(
@@ -163,6 +164,6 @@ def _compute_hidden(params: Params, activation: Callable[[Array], Array], z: Arr
 
 
 def _make_band(W: Array, size: int) -> Array:
-    """Return the matrix [pieces · d, size] that applies W [d, chunk] to the h of each piece."""
+    """Return the matrix [pieces · d, size] that applies W [d, chunk] to the h of every piece."""
     num_pieces = -(-size // W.shape[1])
     return jnp.kron(jnp.eye(num_pieces), W)[:, :size]

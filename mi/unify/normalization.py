@@ -1,4 +1,4 @@
-"""Converters of modulations: W is diagonal over input and output, V = 1 + the bias of γ."""
+"""Converters for modulations, where W is diagonal over (n, k), and V is 1 + the bias of γ."""
 
 import functools
 from typing import Any
@@ -22,7 +22,7 @@ from mi.unify.composition import Composition, Params, Product, Variables, make_d
 def convert_feature_wise_modulation(
     module: FeatureWiseModulation, variables: Variables, x: Array, z: Array
 ) -> Composition:
-    """Convert (1 + γ(z)) ⊙ x + β(z): W and V are diagonal, U and b are those of β."""
+    """Convert (1 + γ(z)) ⊙ x + β(z), where W and V are diagonal, and U and b are those of β."""
     product = _make_modulation(variables['params'], 'the input', x, z)
     return Composition((product,), product())
 
@@ -30,7 +30,7 @@ def convert_feature_wise_modulation(
 def convert_conditional_layer_norm(
     module: ConditionalLayerNorm, variables: Variables, x: Array, z: Array
 ) -> Composition:
-    """Convert to the modulation of x, normalized over its features."""
+    """Convert to the modulation of x after normalization over its features."""
     product = _make_modulation(
         variables['params']['modulation'],
         'the input, normalized over its features',
@@ -49,7 +49,7 @@ def convert_conditional_batch_norm(
     *,
     mask: Array | None = None,
 ) -> Composition:
-    """Convert to the modulation of x, normalized by batch statistics on one device."""
+    """Convert to the modulation of x after normalization by running or single-device statistics."""
     if nn.merge_param('use_running_average', module.use_running_average, use_running_average):
         running = variables['batch_stats']['norm']
         statistics = (running['mean'], running['var'])

@@ -1,4 +1,4 @@
-"""CONVERTERS: a module class → the function that writes it as products; `as_mi` calls it."""
+"""The table CONVERTERS of functions that write a module as products, and `as_mi`, which uses it."""
 
 from collections.abc import Callable
 
@@ -92,15 +92,15 @@ def as_mi(module: nn.Module, variables: Variables, *args: object, **kwargs: obje
     """Write module.apply(variables, *args, **kwargs) as products f(x, z) = zᵀWx + zᵀU + Vx + b.
 
     A module that is affine in x and affine in z needs no converter. Its tensors are its derivatives
-    at zero, W = ∂²f/∂z∂x, U = ∂f/∂z, V = ∂f/∂x, b = f(0, 0), which are exact for such a function.
-    This property is checked row by row, at the inputs and at random points with entries up to about
-    1e4. The tolerance is 1e-4 of the largest term in a row. Inside `jax.jit` the check cannot
-    raise; the tensors and the output are NaN instead.
+    at zero, W = ∂²f/∂z∂x, U = ∂f/∂z, V = ∂f/∂x and b = f(0, 0), which are exact for such a
+    function. The property is checked row by row, at the inputs and at random points with entries up
+    to about 1e4. The tolerance is 1e-4 of the largest term in a row. Inside `jax.jit` the check
+    cannot raise an error, so the tensors and the output are NaN if it fails.
 
     Args:
       module: any motif of `mi`, or your own module (x [..., n], z [..., m]) → [..., k].
-      variables: as for `module.apply`.
-      *args, **kwargs: the inputs.
+      variables: variables of the module, as for `module.apply`.
+      *args, **kwargs: inputs of the module, as for `module.apply`.
 
     Returns:
       The products with their W, U, V and b, and the output computed from them.

@@ -1,11 +1,11 @@
-"""The spectrum of W [m, n, k]: ranks, eigenvectors of outputs, and what contexts change.
+"""Spectral analysis of W [m, n, k]: ranks, eigenvectors of outputs, and similarity of contexts.
 
     W, U, V, b = mi.as_mi(module, variables, x, z)
     for unfolding in compute_spectrum(W):
         print(unfolding.stream, unfolding.effective_rank, 'of', unfolding.full_rank)
 
-W comes from `mi.as_mi`, from variables by `mi.unify.compute_tensors`, or from the checkpoint of a
-run, which `python -m mi.inspect` reads. Everything here is NumPy in float64.
+W can come from `mi.as_mi`, or from variables by `mi.unify.compute_tensors`. `python -m mi.inspect`
+applies this analysis to a run. All computations are in NumPy in float64.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ STREAMS: tuple[Stream, ...] = ('z', 'x', 'y')
 def compute_effective_rank(singular_values: 'ArrayLike') -> float:
     """Return exp(H(p)) with p = σ / Σσ and H(p) = −Σ p log p, the effective rank.
 
-    It is r for r equal singular values and zeros beside them, and 0 for a matrix of zeros. Source:
-    Roy & Vetterli, The effective rank, EUSIPCO 2007.
+    It is r if r singular values are equal and the others are zero, and 0 for a matrix of zeros.
+    Source: Roy & Vetterli, The effective rank, EUSIPCO 2007.
     """
     sigma = np.asarray(singular_values, np.float64)
     sigma = sigma[sigma > 0]
@@ -47,11 +47,11 @@ def compute_stable_rank(singular_values: 'ArrayLike') -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Unfolding:
-    """The matrix that has one axis of W as its rows and the two others as its columns.
+    """A matrix with one axis of W as its rows, and the two other axes as its columns.
 
     Attributes:
-      stream: 'z' for m × nk, 'x' for n × mk, 'y' for k × mn.
-      singular_values: [min(rows, columns)], descending.
+      stream: 'z' for m × nk, 'x' for n × mk, or 'y' for k × mn.
+      singular_values: the singular values in descending order, [min(rows, columns)].
     """
 
     stream: Stream
@@ -64,12 +64,12 @@ class Unfolding:
 
     @property
     def effective_rank(self) -> float:
-        """As `compute_effective_rank`."""
+        """The effective rank, see `compute_effective_rank`."""
         return compute_effective_rank(self.singular_values)
 
     @property
     def stable_rank(self) -> float:
-        """As `compute_stable_rank`."""
+        """The stable rank, see `compute_stable_rank`."""
         return compute_stable_rank(self.singular_values)
 
 
@@ -96,8 +96,8 @@ class Eigen(NamedTuple):
     """An eigendecomposition, with the eigenvalues of largest magnitude first.
 
     Attributes:
-      values: [d].
-      vectors: [d, d]; column i belongs to value i.
+      values: the eigenvalues, [d].
+      vectors: the eigenvectors, [d, d]; column i belongs to value i.
     """
 
     values: np.ndarray
@@ -107,22 +107,23 @@ class Eigen(NamedTuple):
 def decompose_output(
     W: 'ArrayLike', output: 'int | ArrayLike', *, is_same_stream: bool = False
 ) -> Eigen:
-    """Return eigenvalues and eigenvectors of the symmetrized slice of an output.
+    """Return the eigenvalues and eigenvectors of the symmetrized slice of an output.
 
-    For the output u, the slice is A = Σ_c u_c W[:, :, c]. If x and z are the same stream, the
-    quadratic form is xᵀSx with S = (A + Aᵀ) / 2, as d = n. If they are different streams, the form
-    of the stacked stream s = [z; x] is zᵀAx = sᵀSs with S = ½ [[0, A], [Aᵀ, 0]], and d = m + n. Its
-    eigenvalues are ±σ/2 for the singular values σ of A, with eigenvectors [±u; v] / √2, and zeros.
-    Source: Pearce et al., Bilinear MLPs enable weight-based mechanistic interpretability, ICLR
-    2025, which has the case of one stream.
+    For an output direction u, the slice is A = Σ_c u_c W[:, :, c]. If x and z are the same stream,
+    the quadratic form is xᵀSx with S = (A + Aᵀ) / 2, and d = n. If they are different streams, the
+    form of the stacked stream s = [z; x] is zᵀAx = sᵀSs with S = ½ [[0, A], [Aᵀ, 0]], and d = m +
+    n. The eigenvalues of this S are zeros and ±σ/2 for the singular values σ of A, with
+    eigenvectors [±u; v] / √2 for its singular vectors u and v. Source: Pearce et al., Bilinear MLPs
+    enable weight-based mechanistic interpretability, ICLR 2025, who treat the case of a single
+    stream.
 
     Args:
-      W: [m, n, k].
+      W: the tensor, [m, n, k].
       output: index of an output, or a direction u [k] in the space of the outputs.
       is_same_stream: whether x and z are the same stream, which needs m = n.
 
     Raises:
-      ValueError: if the output does not exist, or m ≠ n for one stream.
+      ValueError: if the output does not exist, or m ≠ n for a single stream.
     """
     tensor = _check_tensor(W)
     output_size = tensor.shape[2]
@@ -134,7 +135,7 @@ def decompose_output(
         direction = np.eye(output_size)[index]
     if direction.shape != (output_size,):
         raise ValueError(
-            f'output {direction.shape}: expected an index, or a direction [{output_size}]'
+            f'output has shape {direction.shape}: expected an index, or a direction [{output_size}]'
         )
     symmetric = _symmetrize(tensor @ direction, is_same_stream)
     values, vectors = np.linalg.eigh(symmetric)
@@ -143,10 +144,10 @@ def decompose_output(
 
 
 def compute_output_eigenvalues(W: 'ArrayLike', *, is_same_stream: bool = False) -> np.ndarray:
-    """Return the eigenvalues of every output, as `decompose_output`, without the vectors.
+    """Return the eigenvalues of every output, as in `decompose_output`, without the eigenvectors.
 
-    The eigenvalues [k, d] have d = n for one stream. For two streams d = 2 min(m, n), because the
-    other eigenvalues are zero.
+    The result is [k, d], with d = n for a single stream. For two streams, d = 2 min(m, n), because
+    the other eigenvalues are zero.
     """
     tensor = _check_tensor(W)
     slices = np.moveaxis(tensor, 2, 0)
@@ -159,13 +160,13 @@ def compute_output_eigenvalues(W: 'ArrayLike', *, is_same_stream: bool = False) 
 
 
 class ContextComparison(NamedTuple):
-    """How the generated weights W′(z) = zᵀW + V of C contexts differ.
+    """A comparison of the weights W′(z) = zᵀW + V that C contexts generate.
 
     Attributes:
       norms: ‖W′(z)‖_F of each context, [C].
-      cosines: ⟨W′(z_a), W′(z_b)⟩ / (‖W′(z_a)‖ ‖W′(z_b)‖), [C, C]; 0 for a context whose W′ is zero,
-        except with itself.
-      angles: their angles in degrees, [C, C].
+      cosines: ⟨W′(z_a), W′(z_b)⟩ / (‖W′(z_a)‖ ‖W′(z_b)‖), [C, C]. They are 0 for a context whose W′
+        is zero, except with itself.
+      angles: the corresponding angles in degrees, [C, C].
     """
 
     norms: np.ndarray
@@ -179,12 +180,12 @@ def compare_contexts(
     """Compare the weights W′(z) = zᵀW + V [n, k] that contexts generate.
 
     Args:
-      W: [m, n, k].
-      contexts: z [C, m], or integers [C], the ids of one-hot contexts such as tasks.
-      V: [n, k]; None to compare what depends on the context alone, zᵀW.
+      W: the tensor, [m, n, k].
+      contexts: z [C, m], or integer ids [C] of one-hot contexts, such as tasks.
+      V: the shared weights, [n, k]; None to compare zᵀW, which only depends on the context.
 
     Raises:
-      ValueError: if the shapes do not fit, or an id is not in [0, m).
+      ValueError: if the shapes do not match, or an id is not in [0, m).
     """
     tensor = _check_tensor(W)
     context_size = len(tensor)
@@ -207,11 +208,11 @@ def compare_contexts(
 
 
 class Clusters(NamedTuple):
-    """A hierarchy of contexts.
+    """A hierarchical clustering of contexts.
 
     Attributes:
-      linkage: [C − 1, 4], the merges, as `scipy.cluster.hierarchy.linkage` returns them.
-      order: [C], the contexts in the order of the leaves, in which similar ones are neighbors.
+      linkage: the merges, [C − 1, 4], in the format of `scipy.cluster.hierarchy.linkage`.
+      order: the contexts in the order of the leaves, [C], so that similar contexts are adjacent.
     """
 
     linkage: np.ndarray
@@ -219,10 +220,10 @@ class Clusters(NamedTuple):
 
 
 def cluster_contexts(cosines: 'ArrayLike') -> Clusters:
-    """Cluster contexts hierarchically, by average linkage of the distances 1 − cosine.
+    """Cluster contexts hierarchically, by average linkage with the distance 1 − cosine.
 
     Args:
-      cosines: [C, C], from `compare_contexts`, with C of at least 2.
+      cosines: the cosines from `compare_contexts`, [C, C], with C ≥ 2.
 
     Raises:
       ValueError: if there are fewer than two contexts.
@@ -233,7 +234,7 @@ def cluster_contexts(cosines: 'ArrayLike') -> Clusters:
 
     similarity = np.asarray(cosines, np.float64)
     if len(similarity) < 2:
-        raise ValueError(f'cosines {similarity.shape}: expected at least two contexts')
+        raise ValueError(f'cosines {similarity.shape}: expected [C, C] with at least two contexts')
     distances = np.maximum(1 - (similarity + similarity.T) / 2, 0)
     np.fill_diagonal(distances, 0)
     condensed = distance.squareform(distances, checks=False)
@@ -244,14 +245,14 @@ def cluster_contexts(cosines: 'ArrayLike') -> Clusters:
 def _check_tensor(W: 'ArrayLike') -> np.ndarray:
     tensor = np.asarray(W, np.float64)
     if tensor.ndim != 3:
-        raise ValueError(f'W {tensor.shape}: expected [m, n, k]')
+        raise ValueError(f'W {tensor.shape}: expected three axes, [m, n, k]')
     if not np.isfinite(tensor).all():
         raise ValueError(f'W {tensor.shape}: expected finite entries')
     return tensor
 
 
 def _check_contexts(contexts: 'ArrayLike', context_size: int) -> np.ndarray:
-    """Return contexts [C, m] in float64 from vectors or ids."""
+    """Convert vectors or ids to contexts [C, m] in float64."""
     z = np.asarray(contexts)
     if np.issubdtype(z.dtype, np.integer) and z.ndim == 1:
         if ((z < 0) | (z >= context_size)).any():
@@ -263,12 +264,15 @@ def _check_contexts(contexts: 'ArrayLike', context_size: int) -> np.ndarray:
 
 
 def _symmetrize(slices: np.ndarray, is_same_stream: bool) -> np.ndarray:
-    """Return the symmetric matrix [..., d, d] of slices [..., m, n], as `decompose_output`."""
+    """Return the symmetric matrices [..., d, d] of slices [..., m, n], as in `decompose_output`."""
     *leading, context_size, input_size = slices.shape
     transposed = np.swapaxes(slices, -1, -2)
     if is_same_stream:
         if context_size != input_size:
-            raise ValueError(f'W [{context_size}, {input_size}, …]: expected m = n for one stream')
+            raise ValueError(
+                f'W [{context_size}, {input_size}, …]: expected m = n, because x and z are the '
+                'same stream'
+            )
         return (slices + transposed) / 2
     symmetric = np.zeros((*leading, context_size + input_size, context_size + input_size))
     symmetric[..., :context_size, context_size:] = slices / 2

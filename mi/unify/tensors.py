@@ -1,4 +1,4 @@
-"""The tensors W, U, V, b of a form of `mi.layers`, from its variables alone."""
+"""Conversion of the variables of a form of `mi.layers` to its tensors W, U, V and b."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,8 +15,9 @@ class Tensors(NamedTuple):
     """The tensors of f(x, z) = zᵀWx + zᵀU + Vx + b in float64.
 
     Attributes:
-      W: [m, n, k].
-      U: [m, k], V: [n, k], b: [k]; None for a term that the module does not have.
+      W: the tensor of the interaction, [m, n, k].
+      U, V, b: the other terms, [m, k], [n, k] and [k]; None for a term that the module does not
+        have.
     """
 
     W: np.ndarray
@@ -25,7 +26,7 @@ class Tensors(NamedTuple):
     b: np.ndarray | None
 
     def apply(self, x: 'ArrayLike', z: 'ArrayLike') -> np.ndarray:
-        """Return f(x, z): x [..., n], z [..., m] or ids [...] → [..., k]."""
+        """Return f(x, z) [..., k] for x [..., n] and z [..., m] or integer ids z [...]."""
         inputs, contexts = np.asarray(x, np.float64), np.asarray(z)
         if np.issubdtype(contexts.dtype, np.integer):
             contexts = np.eye(len(self.W))[contexts]
@@ -41,16 +42,17 @@ class Tensors(NamedTuple):
 def compute_tensors(variables: Variables) -> Tensors:
     """Return W, U, V and b of a form of `mi.layers`.
 
-    The names and shapes of the parameters tell the forms apart: W [m, n, k] is the full form or
-    `MultiHead`, P, Q, O the low-rank form, and with G the Tucker form; W [g, m, ⌈n/g⌉, ⌈k/g⌉] is
-    the block form, and W [m, n] or [m, 1] the diagonal or the scalar form. A block form without V
-    is taken to have a multiple of g inputs. For other modules use `mi.as_mi`.
+    The form is inferred from the names and shapes of the parameters. W [m, n, k] is the full form
+    or `MultiHead`, W [g, m, ⌈n/g⌉, ⌈k/g⌉] the block form, W [m, n] the diagonal form, and W [m, 1]
+    the scalar form. P, Q and O are the low-rank form, or the Tucker form if there is also a G. A
+    block form without V is assumed to have a multiple of g inputs. For other modules, use
+    `mi.as_mi`.
 
     Args:
       variables: variables of the module, as for `module.apply`.
 
     Raises:
-      ValueError: if the parameters are those of no form.
+      ValueError: if the parameters do not match any form.
     """
     params = {
         name: np.asarray(leaf, np.float64)

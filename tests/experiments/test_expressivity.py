@@ -368,23 +368,23 @@ def test_a_resumed_run_is_bit_identical(tmp_path, monkeypatch):
         ('search', {'search.rates': ()}, r'search\.rates.*non-empty tuple of positive numbers'),
         ('search', {'search.at': (1, 0)}, r'search\.at.*tuple of positive integers'),
         ('search', {'search.over': 'model.width'}, r'search\.over'),
-        ('search', {'model.parameters': 100}, r'= 100: expected 0\. .*search\.parameters'),
+        ('search', {'model.parameters': 100}, r'= 100: expected 0, because .*search\.parameters'),
         ('search', {'train.eval_every': 333}, r'expected a multiple of config\.train\.log_every'),
         ('search', {'train.steps': 1100}, r'train\.steps = 1100: expected a multiple of .* 250'),
         (
             'fit',
             {'model.parameters': 3},
-            r'model\.parameters = 3: the smallest size, 1, .* Raise it',
+            r'model\.parameters = 3: the smallest size, 1, .* Try a larger value',
         ),
         (
             'fit',
             {'model.parameters': 10**14},
-            r'model\.parameters = 10+: no size up to .* Lower it',
+            r'model\.parameters = 10+: no size up to .* Try a lower value',
         ),
         (
             'fit',
             {'model.parameters': 100, 'model.depth': 0, 'model.fusion.name': 'mi'},
-            r'= 100: the model has 25 parameters at any width; expected 0, or',
+            r'= 100: expected 0, or a model .* always has 25 parameters',
         ),
     ],
 )

@@ -113,8 +113,8 @@ def test_a_problem_of_one_s_own_is_named_by_its_class(tmp_path):
     [
         (f'{__name__}:Naemd', "no attribute 'Naemd'"),
         ('no_such.module:Named', "No module named 'no_such'"),
-        (f'{__name__}:Draws', 'no SCHEMA and no make'),
-        ('mi.fit.problem', 'no SCHEMA and no make'),
+        (f'{__name__}:Draws', 'missing: SCHEMA and make'),
+        ('mi.fit.problem', 'missing: SCHEMA and make'),
     ],
 )
 def test_a_problem_that_cannot_be_imported_says_why(problem_name, message):

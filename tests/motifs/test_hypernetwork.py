@@ -288,5 +288,7 @@ def test_bad_input_is_refused_in_words(module, x, z, message):
 
 def test_a_target_with_no_layer_to_write_as_a_product_is_refused_by_as_mi():
     module = Hypernetwork(nn.LayerNorm(), 7)
-    with pytest.raises(ValueError, match='LayerNorm has no Dense or Affine layer'):
+    with pytest.raises(
+        ValueError, match='target = LayerNorm: expected a target with a Dense or Affine layer'
+    ):
         mi.unify.as_mi(module, parameters(module, X, Z), X, Z)

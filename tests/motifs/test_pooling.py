@@ -122,7 +122,7 @@ def test_it_is_its_composition(name):
 def test_normalized_mfb_is_its_composition():
     _, variables, x, z = drawn('mfb')
     composition = is_its_composition(MFB(K, factors=3, normalize=True), variables, x, z)
-    with pytest.raises(ValueError, match='not one product alone'):
+    with pytest.raises(ValueError, match='not a single product'):
         list(composition)
     with pytest.raises(ValueError, match='without dropout'):
         as_mi(MFB(K, factors=3, dropout=0.5), variables, x, z, deterministic=False)
