@@ -92,7 +92,7 @@ def test_a_full_cp_rank_needs_no_decomposition(monkeypatch):
     for rank in (M * K, M * K + 3):
         compressed = mi.compress(variables, rank=rank)
         is_exact(compressed, variables, normal(9, N), normal(9, M))
-    with pytest.raises(ImportError, match=r'TensorLy is not installed\. pip install'):
+    with pytest.raises(ImportError, match=r'TensorLy is not installed\. Try pip install'):
         mi.compress(variables, rank=M * K - 1)
 
 

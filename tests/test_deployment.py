@@ -128,7 +128,7 @@ def test_one_device_does_not_share_as_many_do():
 @pytest.mark.parametrize(
     ('said', 'expected'),
     [
-        ('INVALID_ARGUMENT: Unknown opcode: mulhi', r'expected the libtpu of jax'),
+        ('INVALID_ARGUMENT: Unknown opcode: mulhi', r'expected the version of libtpu for jax'),
         (
             'INTERNAL: Mosaic failed\nat …',
             'XLA cannot compile the program: INTERNAL: Mosaic failed',
@@ -152,8 +152,8 @@ def test_what_is_wrong_with_a_compiler_is_one_line(said, expected):
     ('flags', 'said'),
     [
         (['--topology=v5e:3x3'], '--topology=v5e:3x3: expected one of 1x1'),
-        (['--topology=v5e:2x2', '--nocompile'], '--nocompile: --topology and --eval compile'),
-        (['--eval', '--nocompile'], '--nocompile: --topology and --eval compile'),
+        (['--topology=v5e:2x2', '--nocompile'], '--nocompile: expected no --topology or --eval'),
+        (['--eval', '--nocompile'], '--nocompile: expected no --topology or --eval'),
     ],
 )
 def test_flags_that_do_not_go_together(monkeypatch, flags, said):

@@ -203,7 +203,9 @@ def _call_tensorly(function_name: str, W: np.ndarray, rank: object, **options: o
         import tensorly
         import tensorly.decomposition
     except ImportError as error:
-        raise ImportError(f'TensorLy is not installed. {suggest_install("compress")}') from error
+        raise ImportError(
+            f'TensorLy is not installed. Try {suggest_install("compress")}'
+        ) from error
     if not W.any():  # its stopping rule divides by ‖W‖
         raise ValueError('W is zero: expected an interaction to compress')
     decompose = getattr(tensorly.decomposition, function_name)

@@ -1,1 +1,1 @@
-"""The cost and the memory of a config, without running it."""
+"""Estimates of the cost and the memory of a config's run, without running it."""

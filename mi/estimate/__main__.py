@@ -1,4 +1,4 @@
-"""python -m mi.estimate."""
+"""Entry point of `python -m mi.estimate`."""
 
 import sys
 

@@ -4,7 +4,7 @@
     python -m mi.estimate --config=configs/rl.py --nocompile
     python -m mi.estimate --config=configs/lm_wikitext103.py --topology=v5e:4x4 --eval --json
 
-Exit code 0; 1 if a program does not fit into the memory of a device, and on an error.
+The exit code is 0, or 1 if a program does not fit into the memory of a device, or on an error.
 """
 
 import json
@@ -31,7 +31,7 @@ Row = tuple[str, str, str]
 
 
 def format_estimate(estimate: Costs) -> list[str]:
-    """Return the costs of a run as a table, one line per cost."""
+    """Format the costs of a run as a table, with one line per cost."""
     unit = next(unit for unit in ('token', 'step', 'example') if f'flops_per_{unit}' in estimate)
     plural = {'token': 'tokens', 'step': 'environment steps', 'example': 'examples'}[unit]
     parameters, forward = estimate['parameters'], estimate[f'flops_per_{unit}']
@@ -77,7 +77,7 @@ def format_estimate(estimate: Costs) -> list[str]:
 
 
 def _make_deployment_rows(estimate: Costs) -> list[Row]:
-    """Return the rows of the programs, per device."""
+    """Return the table rows of the programs, with costs per device."""
     devices = estimate['devices']
     mesh_text = ' × '.join(f'{axis} {size}' for axis, size in devices['mesh'].items())
     idle_note = f', {devices["idle"]} of them idle' if devices['idle'] else ''
@@ -92,7 +92,7 @@ def _make_deployment_rows(estimate: Costs) -> list[Row]:
 
 
 def make_program_rows(program: Report, memory_limit: int | None) -> list[Row]:
-    """Return the lines of a program of `deployment.report`, for a memory of `limit` bytes."""
+    """Return the table rows of one program in a `deployment.report`."""
     if program['flops'] is None:
         return [('memory', 'does not fit', program['error'])]
 
@@ -140,7 +140,7 @@ def make_program_rows(program: Report, memory_limit: int | None) -> list[Row]:
 
 
 def format_seconds(value: float) -> str:
-    """Format with three significant digits and a unit: 0.0123 → '12.3 ms'."""
+    """Format seconds with three significant digits and a unit: 0.0123 as '12.3 ms'."""
     for unit, unit_seconds in (('s', 1), ('ms', 1e-3)):
         if value >= unit_seconds:
             return f'{value / unit_seconds:.3g} {unit}'
@@ -148,7 +148,7 @@ def format_seconds(value: float) -> str:
 
 
 def format_scaled(value: float) -> str:
-    """Format with three significant digits and an SI prefix: 2400000 → '2.4 M'."""
+    """Format a number with three significant digits and an SI prefix: 2400000 as '2.4 M'."""
     exponent = next((power for power in PREFIXES if abs(value) >= 10**power), 0)
     return f'{value / 10**exponent:.3g} {PREFIXES.get(exponent, "")}'
 
@@ -185,7 +185,9 @@ def main(argv: Sequence[str]) -> None:
             raise UserError('expected --config=FILE; the other flags are --config.KEY=VALUE, '
                             '--topology, --eval, --json and --nocompile')  # fmt: skip
         if (topology.value or evaluates.value) and not compiles.value:
-            raise UserError('--nocompile: --topology and --eval compile. Remove it')
+            raise UserError(
+                '--nocompile: expected no --topology or --eval, which need compilation. Remove it'
+            )
         if topology.value:
             topologies.prepare_process()
         config = overrides.load(config_file.value, changes)

@@ -1,7 +1,7 @@
-"""What a run of a config will cost, from shapes alone: no data is read and nothing is trained.
+"""Estimates of a run's cost from shapes alone: no data is read, and nothing is trained.
 
-The counterpart of a run's cost.json, for `python -m launch.local --dry_run` and the like. What it
-takes in memory, which needs a compilation, is `mi.estimate.memory`.
+The estimates correspond to a run's cost.json and serve commands such as `python -m launch.local
+--dry_run`. `mi.estimate.memory` estimates the memory, which requires compilation.
 """
 
 import functools
@@ -38,28 +38,30 @@ def estimate_costs(config: ml_collections.ConfigDict) -> Costs:
     """Return the cost of a config's run.
 
     - 'parameters': {'model': …, 'fusion': …} of one seed, as in cost.json;
-    - 'flops_per_token', '…_step' (of an environment) or '…_example': the same for a forward pass;
+    - 'flops_per_token', '…_step' (of an environment) or '…_example': likewise, for a forward pass;
     - 'steps': number of training steps; 'seeds': number of seeds that train simultaneously;
     - 'units': tokens, environment steps or examples per training step and seed;
     - 'flops': FLOPs per training step and seed, forward and backward, plus acting in RL.
 
-    A search (task 'search') chooses the sizes of its models itself, so it only has 'steps' and
-    'seeds'. Evaluations are not counted.
+    A search (task 'search') chooses the sizes of its models itself, so its costs are only 'steps'
+    and 'seeds'. Evaluations are not counted.
 
-    The vocabulary of a model of words or byte pairs is `data.vocabulary`; a run uses fewer entries
-    if its text has fewer.
+    For words or byte pairs, the vocabulary is assumed to have `data.vocabulary` entries. A run has
+    fewer if its text does.
 
     Raises:
       UserError: if the config is invalid.
     """
     task = config.task
     if task not in TASKS:
-        raise UserError(f'config.task = {task!r}: {suggest(str(task), TASKS)}')
+        raise UserError(
+            f'config.task = {task!r}: expected a known task; {suggest(str(task), TASKS)}'
+        )
     return TASKS[task](config)
 
 
 class LMSetup(NamedTuple):
-    """The language model of a config, without its text."""
+    """A config's language model, without its text."""
 
     config: ml_collections.ConfigDict
     trainer: Trainer
@@ -68,7 +70,7 @@ class LMSetup(NamedTuple):
 
 
 def make_lm_setup(config: ml_collections.ConfigDict) -> LMSetup:
-    """Return the language model of a config, with its optimizer and sizes."""
+    """Build the language model of a config, with its trainer and sizes."""
     config = config.copy_and_resolve_references()
     config.model.impl = 'xla'  # FLOPs of cuDNN calls cannot be counted
     lm_config.validate(config)
@@ -113,7 +115,7 @@ def _count_domains(config: ml_collections.ConfigDict) -> int:
 
 
 class RLSetup(NamedTuple):
-    """The agent of a config, and its environment if it is written in JAX."""
+    """A config's agent, and its environment if that is written in JAX."""
 
     environment: JaxEnvironment | None
     agent: Agent
@@ -123,7 +125,7 @@ class RLSetup(NamedTuple):
 
 
 def make_rl_setup(config: ml_collections.ConfigDict) -> RLSetup:
-    """Return the agent of a config, with its optimizer and the shapes of one update."""
+    """Build the agent of a config, with its optimizer and the shapes of one update."""
     rl_config.validate(config)
     # The environment says what the agent observes and which actions it has.
     batch_size, num_steps = config.train.batch, config.train.length

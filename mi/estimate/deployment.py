@@ -1,10 +1,10 @@
-"""Report on the programs of a config per device, for present or described devices.
+"""Reports on a config's programs per device, for devices that are present or only described.
 
     devices = topologies.describe('v5e:4x4')
     report(config, devices, single_device=topologies.describe_one('v5e:4x4'))
 
-Each program is compiled twice, for all devices and for one. The ratio of their FLOPs shows how well
-the program divides its work. Nothing is run.
+Each program is compiled twice, for all devices and for a single one. The ratio of their FLOPs shows
+how well the program divides its work. Nothing is executed.
 """
 
 import re
@@ -37,21 +37,21 @@ def report(
 ) -> Report:
     """Return a report on the training step per device and, optionally, on the evaluation.
 
-    - 'devices': 'kind', 'count', 'hosts', 'idle' (devices without work), 'mesh' (axis → devices),
+    - 'devices': 'kind', 'count', 'hosts', 'idle' (devices without work), 'mesh' (devices per axis),
       'memory' (bytes per device; None if unknown, as on a CPU);
-    - 'fits': whether all programs fit into the memory; None if it is unknown;
-    - 'programs': 'step' and 'evaluation' → the result of `measure`, with these additions. 'share'
-      is the ratio of the FLOPs to those on one device; the ideal is 1 / 'parts'. 'one_device' is
-      the program that it is compared with. The step's 'updates' is the number of updates per call.
+    - 'fits': whether all programs fit into the memory; None if unknown;
+    - 'programs': results of `measure` for 'step' and 'evaluation', with these additions. 'share' is
+      the ratio of the FLOPs to those on one device, ideally 1 / 'parts'. 'one_device' describes the
+      program on one device. For 'step', 'updates' is the number of updates per call.
 
     Args:
       config: a config of any task but 'search'.
       devices: the devices that divide the work.
-      single_device: a device of the same kind to compare with; None for the first device.
+      single_device: a device of the same kind to compare with; defaults to the first device.
       evaluates: whether to include 'evaluation'.
 
     Raises:
-      UserError: if the devices cannot run the config.
+      UserError: if these devices cannot run the config.
     """
     single_device = devices[0] if single_device is None else single_device
     training = memory.make_programs(config, devices)
@@ -64,7 +64,10 @@ def report(
     compilers = {'step': (training.compile, undivided.compile)}
     if evaluates:
         if training.compile_evaluation is None or undivided.compile_evaluation is None:
-            raise UserError(f'--eval: config.task = {config.task!r} compiles no evaluation here')
+            raise UserError(
+                f'--eval: config.task = {config.task!r} does not have a compiled evaluation '
+                'here. Remove it'
+            )
         compilers['evaluation'] = training.compile_evaluation, undivided.compile_evaluation
 
     # Compare each program with that of one device.
@@ -93,7 +96,7 @@ def _measure_programs(
     single_device: jax.Device,
     memory_limit: int | None,
 ) -> dict[str, tuple[Report, Report]]:
-    """Return the costs of each program on all devices and on one; equal compilers run once."""
+    """Measure each program on all devices and on one; if both are the same, it is compiled once."""
     measurements = {}
     # Two threads, because a compiler keeps about one core busy.
     with futures.ThreadPoolExecutor(2) as threads:
@@ -110,7 +113,7 @@ def _measure_programs(
 
 
 def _describe_devices(devices: Sequence[jax.Device], mesh: jax.sharding.Mesh) -> Report:
-    """Return 'devices' of `report`; devices that the mesh leaves out are idle."""
+    """Return the entry 'devices' of `report`; devices outside of the mesh are idle."""
     return {
         'kind': devices[0].device_kind,
         'count': len(devices),
@@ -122,7 +125,7 @@ def _describe_devices(devices: Sequence[jax.Device], mesh: jax.sharding.Mesh) ->
 
 
 def on_one_device(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Return the config without its options for dividing the work over devices."""
+    """Return the config without its options for dividing work among devices."""
     config = config.copy_and_resolve_references().unlock()
     if 'fsdp' in config.train:
         config.train.fsdp = 1
@@ -135,16 +138,17 @@ def measure(compile_program: Compiler, device: jax.Device, memory_limit: int | N
     """Compile a program and return the cost of one call per device.
 
     - 'flops', 'bytes_accessed', 'kernels', 'bytes_sent', 'unknown_loops', 'uncounted_calls': see
-      `program.Program`; 'collectives': a list with 'kind', 'count', 'bytes' of one, 'group' and
-      'bytes_sent' by all;
+      `program.Program`;
+    - 'collectives': a list with the 'kind', 'count', 'group' and 'bytes' of each collective, and
+      the 'bytes_sent' by all its executions;
     - 'arguments', 'outputs', 'in_place', 'temporaries', 'peak': bytes, as in `memory.measure`;
-    - 'fits': whether peak ≤ memory_limit. If the compiler refuses the program, it is False,
-      'error' is the compiler's message, and all numbers are None;
-    - 'seconds': time of the kernels as the compiler of a TPU estimates it, without waiting for
+    - 'fits': whether peak ≤ memory_limit. If the program does not fit, the compiler can refuse it;
+      then 'error' is the compiler's message, and all numbers are None;
+    - 'seconds': time of the kernels, as estimated by a TPU's compiler, without waiting for
       collectives; None on other devices, whose compilers do not estimate it.
 
     Args:
-      compile_program: returns the program.
+      compile_program: function that compiles the program and returns it.
       device: one of the program's devices.
       memory_limit: bytes of memory per device; None if unknown.
     """
@@ -185,16 +189,17 @@ def measure(compile_program: Compiler, device: jax.Device, memory_limit: int | N
 
 
 def _report_refusal(error: jax.errors.JaxRuntimeError) -> Report:
-    """Return the report on a program that the compiler refused because of its memory.
+    """Return the report on a program that does not compile because it needs too much memory.
 
     Raises:
-      UserError: if it refused the program for another reason.
+      UserError: if the program does not compile for another reason.
     """
     message = str(error)
     if 'Unknown opcode' in message:
         raise UserError(
-            f'--topology: expected the libtpu of jax {jax.__version__}; jaxlib cannot read '
-            f'the programs of the installed one. Try {suggest_install("tpu")}'
+            f'--topology: expected the version of libtpu for jax {jax.__version__}; jaxlib '
+            'cannot read the programs of the installed version. Try '
+            f'{suggest_install("tpu")}'
         ) from error
     if OUT_OF_MEMORY not in message:
         # Without a GPU, XLA cannot measure the tilings of a Triton kernel, and guesses one.

@@ -1,4 +1,4 @@
-"""Parser of optimized HLO, `compiled.as_text()`, and the trip counts of its loops."""
+"""A parser for optimized HLO, as in `compiled.as_text()`, which also finds loop trip counts."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ OPERAND = re.compile(r'%([\w.\-]+)')
 
 
 class Shape(NamedTuple):
-    """One array; on a TPU, `space` 0 is its main memory, 1 the vector memory of the core."""
+    """An array; on a TPU, `space` is 0 for main memory and 1 for the core's vector memory."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -39,14 +39,14 @@ class Shape(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """One line of a computation.
+    """An instruction, one line of a computation.
 
     Attributes:
       name: name of the instruction, unique in its computation.
-      result: the result type as HLO text; parenthesized if it is a tuple.
+      result: the result type as HLO text, in parentheses if it is a tuple.
       opcode: 'dot', 'fusion', 'all-gather-start', …
       operands: names of the operands.
-      arguments: the text between the parentheses, for constants and parameters.
+      arguments: the text between the parentheses; used for constants and parameters.
       attributes: the text after the closing parenthesis.
     """
 
@@ -59,7 +59,7 @@ class Instruction(NamedTuple):
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
-        """Return the arrays of the result; for an asynchronous start, those of its final result."""
+        """Return the arrays of the result; for an asynchronous start, of the final result."""
         result = self.result
         if self.opcode == 'copy-start':
             result = split_tuple(result)[0]
@@ -74,17 +74,17 @@ class Instruction(NamedTuple):
 
     @property
     def operation(self) -> str | None:
-        """Return the JAX operation with its modules, 'jit(step)/core/dot_general', if known."""
+        """Return the JAX operation with its modules, as in 'jit(step)/core/dot_general', if known."""
         match = re.search(r'op_name="([^"]*)"', self.attributes)
         return match[1] if match else None
 
     @property
     def label(self) -> str:
-        """Return the name and, if the text has it, the operation of the source."""
+        """Return the name and, if known, the JAX operation."""
         return self.name if self.operation is None else f'{self.name} ({self.operation})'
 
     def called(self, attribute: str) -> tuple[str, ...]:
-        """Return the computations of an attribute: body=%b, branch_computations={%b, %c}."""
+        """Return the computations in an attribute, as in branch_computations={%b, %c}."""
         match = re.search(rf'\b{attribute}=(\{{[^}}]*\}}|%?[\w.\-]+)', self.attributes)
         return tuple(re.findall(r'[\w.\-]+', match[1])) if match else ()
 
@@ -96,18 +96,18 @@ class Instruction(NamedTuple):
         )
 
     def option(self, attribute: str) -> str:
-        """Return the text of a plain attribute, such as direction=LT or index=3; '' if absent."""
+        """Return the value of a simple attribute, such as direction=LT or index=3; '' if absent."""
         match = re.search(rf'\b{attribute}="?([^,"\s]*)', self.attributes)
         return match[1] if match else ''
 
     def dims(self, attribute: str) -> tuple[int, ...]:
-        """Return the numbers of an attribute: lhs_contracting_dims={1,2}."""
+        """Return the numbers in an attribute such as lhs_contracting_dims={1,2}."""
         match = re.search(rf'\b{attribute}=\{{([\d,]*)\}}', self.attributes)
         return _integers(match[1]) if match else ()
 
 
 class Computation(NamedTuple):
-    """A function of a module: instructions in order, the last one named is its result."""
+    """A function of a module, with its instructions in order and the name of its result, `root`."""
 
     name: str
     instructions: dict[str, Instruction]
@@ -123,7 +123,7 @@ class Module(NamedTuple):
     """An HLO module: the program that each device runs.
 
     Attributes:
-      computations: name → computation.
+      computations: the computations by name.
       entry: name of the entry computation.
       num_devices: number of devices that run the program (partitions × replicas).
     """
@@ -137,7 +137,7 @@ def parse(hlo_text: str) -> Module:
     """Parse the text of an optimized module.
 
     Raises:
-      ValueError: if there is no entry computation.
+      ValueError: if the text has no entry computation.
     """
     # The header has the devices that run the module.
     header = hlo_text[: hlo_text.find('\n')]
@@ -160,7 +160,7 @@ def parse(hlo_text: str) -> Module:
             instructions[instruction.name] = instruction
             root_name = instruction.name if match[1] or not root_name else root_name
     if not entry_name:
-        raise ValueError('text: expected optimized HLO with an ENTRY computation')
+        raise ValueError('expected the text of optimized HLO with an ENTRY computation')
     num_devices = device_counts.get('partitions', 1) * device_counts.get('replicas', 1)
     return Module(computations, entry_name, num_devices)
 
@@ -187,7 +187,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def split_tuple(text: str) -> list[str]:
-    """Return the elements of a tuple's text: '((f32[2], s32[]), f32[3,4])' has two."""
+    """Return the elements of a tuple's text; for example, '((f32[2], s32[]), f32[3,4])' has two."""
     if not text.startswith('('):
         return [text]
     elements, depth = [''], 0
@@ -201,7 +201,7 @@ def split_tuple(text: str) -> list[str]:
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:
-    """Return the arrays of a type's text; bounds of dynamic sizes count as sizes."""
+    """Return the arrays in the text of a type; dynamic sizes are replaced by their bounds."""
     shapes = []
     for dtype, dims, layout in ARRAY.findall(text):
         space = re.search(r'S\((\d+)\)', layout)
@@ -215,7 +215,7 @@ def _integers(text: str) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Counter:
-    """A scalar of a loop: element `index` of the state that its body is called with, + offset."""
+    """A scalar in a loop: element `index` of the state that its body is called with, + `offset`."""
 
     index: int
     offset: int
@@ -305,10 +305,10 @@ class Constants:
         return tuple(value if update == counter else None for value, counter, update in pairs)
 
     def trip_count(self, loop: Instruction, state: Value) -> int | None:
-        """Return how often the body of a `while` runs, or None if that depends on data.
+        """Return how often the body of a `while` runs, or None if this depends on data.
 
-        It takes the compiler's own count if the text has it. Otherwise the condition has to compare
-        a counter with a bound, both known at the start.
+        This uses the compiler's own count if the text has one. Otherwise the condition must compare
+        a counter with a bound, both with known initial values.
         """
         if match := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(match[1])
@@ -328,7 +328,7 @@ class Constants:
         return _iterations(condition.direction, lhs[0] - rhs[0], lhs[1] - rhs[1])
 
     def _step(self, loop: Instruction, size: int) -> tuple[tuple[Value, ...], Value]:
-        """Return the elements of a loop's state as counters, and the result of its body."""
+        """Return a loop's state as counters, and the result of the body for them."""
         counters = tuple(Counter(index, 0) for index in range(size))
         return counters, self.result(loop.called('body')[0], [counters])
 
@@ -336,7 +336,7 @@ class Constants:
 def _progress(
     value: Value, state: tuple[Value, ...], following: tuple[Value, ...]
 ) -> tuple[int, int] | None:
-    """Return the number that a condition reads first, and its increment per iteration."""
+    """Return the first value that a condition reads, and its increment per iteration."""
     if isinstance(value, int):
         return value, 0
     if not isinstance(value, Counter):
@@ -358,7 +358,7 @@ def _add(left: Value, right: Value, sign: int = 1) -> Value:
 
 
 def _iterations(direction: str, difference: int, step: int) -> int | None:
-    """Count the steps for which `difference`, growing by `step`, compares with 0."""
+    """Count the iterations for which `difference`, growing by `step`, compares true with 0."""
     # Turn each direction into LT or NE.
     if direction in ('GT', 'GE'):
         direction = {'GT': 'LT', 'GE': 'LE'}[direction]

@@ -1,4 +1,4 @@
-"""Costs of single instructions of optimized HLO: FLOPs of products, bytes of kernels."""
+"""Costs of single instructions of optimized HLO: FLOPs of products and bytes of kernels."""
 
 import math
 import re
@@ -13,9 +13,10 @@ NO_TRAFFIC = {'AllocateBuffer', 'Sharding', 'SPMDFullToShardShape', 'SPMDShardTo
 
 
 def get_estimated_cycles(instruction: hlo.Instruction) -> int:
-    """Return the cycles that a TPU's compiler estimates for a kernel; 0 without an estimate.
+    """Return a TPU compiler's estimate of the cycles of a kernel, or 0 if there is none.
 
-    The largest int64 stands for no estimate: a kernel that a v6e offloads to its sparse cores.
+    The compiler writes the largest int64 for kernels without an estimate, such as those that a v6e
+    offloads to its sparse cores.
     """
     match = re.search(r'"estimated_cycles":"?(\d+)', instruction.attributes)
     cycles = int(match[1]) if match else 0
@@ -23,7 +24,7 @@ def get_estimated_cycles(instruction: hlo.Instruction) -> int:
 
 
 class Memory:
-    """Counter of the main-memory bytes that a module's kernels read and write."""
+    """A counter of the main-memory bytes that a module's kernels read and write."""
 
     def __init__(self, module: hlo.Module) -> None:
         self.computations = module.computations
@@ -41,7 +42,7 @@ class Memory:
     def _read(
         self, computation: hlo.Computation, operand: str, user: hlo.Instruction, position: int
     ) -> int:
-        """Return the bytes of an operand that one of its users reads."""
+        """Return the bytes of an operand that a user of it reads."""
         source = computation.instructions[operand]
         operand_bytes = _size(source.shapes)
         # Slices and updates touch a part of it, a fusion what its own instructions read.
@@ -94,12 +95,12 @@ class Memory:
 
 
 def _size(shapes: tuple[hlo.Shape, ...], anywhere: bool = False) -> int:
-    """Return the bytes of arrays in main memory, or `anywhere`."""
+    """Return the total bytes of arrays in main memory, or in any memory if `anywhere`."""
     return sum(shape.bytes for shape in shapes if anywhere or shape.is_in_main_memory)
 
 
 def count_product_flops(computation: hlo.Computation, instruction: hlo.Instruction) -> int | None:
-    """Return the FLOPs of a dot, a convolution or its library call; None for other calls."""
+    """Return the FLOPs of a dot, a convolution, or a library call for one; None for other calls."""
     operand_shapes = computation.operand_shapes(instruction)
     target = instruction.target
     if instruction.opcode == 'dot':
@@ -130,14 +131,14 @@ def _matmul_flops(instruction: hlo.Instruction, lhs: hlo.Shape, contracted: tupl
 
 
 def _convolution_flops(instruction: hlo.Instruction, lhs: hlo.Shape, output: hlo.Shape) -> int:
-    """Return the FLOPs of a convolution, without padding and the holes of dilation.
+    """Return the FLOPs of a convolution, not counting padding and the holes of dilation.
 
-    A TPU writes products as convolutions, with batch axes as dilated spatial ones; so counted they
-    have the FLOPs of the product.
+    A TPU represents matrix products as convolutions, with batch axes as dilated spatial axes.
+    Counted this way, they have the FLOPs of the product.
     """
     dim_labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', instruction.attributes)
     if dim_labels is None:
-        raise ValueError('convolution: expected dim_labels')
+        raise ValueError('expected a convolution with dim_labels')
     # Axes are named by letters: b and f for batch and features, digits for space.
     spatial = [label for label in dim_labels[3] if label.isdigit()]
     window = _window(instruction.attributes, len(spatial))
@@ -157,7 +158,7 @@ def _convolution_flops(instruction: hlo.Instruction, lhs: hlo.Shape, output: hlo
 
 
 class Taps(NamedTuple):
-    """The window of a convolution along one axis."""
+    """The window of a convolution along a single axis."""
 
     size: int = 1
     stride: int = 1
@@ -166,11 +167,11 @@ class Taps(NamedTuple):
     rhs_dilate: int = 1
 
     def pairs(self, inputs: int, outputs: int) -> int:
-        """Count the (output, tap) pairs that read an entry of the input."""
+        """Count the pairs of an output and a tap that read an entry of the input."""
         return sum(self._outputs(tap, inputs, outputs) for tap in range(self.size))
 
     def _outputs(self, tap: int, inputs: int, outputs: int) -> int:
-        """Count the outputs o with o·stride + shift = i·lhs_dilate for an input i in range."""
+        """Count the outputs o where o·stride + shift = i·lhs_dilate for an input i in range."""
         shift = tap * self.rhs_dilate - self.pad
         divisor = math.gcd(self.stride, self.lhs_dilate)
         if shift % divisor:

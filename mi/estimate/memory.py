@@ -1,8 +1,8 @@
-"""Memory of a config's run: the state of all seeds, and its compiled programs.
+"""Estimates of a run's memory: the state of all seeds, and the compiled programs.
 
 Nothing is allocated or run: states are shapes, and programs are compiled for the present devices or
-for those that `mi.estimate.topologies` describes. The estimate is the compiler's report on a
-training step. Data, other programs and the runtime of the device add to it.
+for those that `mi.estimate.topologies` describes. The estimate for a training step is the
+compiler's own report. Data, other programs and the device's runtime need additional memory.
 """
 
 import functools
@@ -35,11 +35,11 @@ class RunPrograms(NamedTuple):
     """The state of a run as shapes, and functions that compile its programs.
 
     Attributes:
-      state: 'parameters', 'optimizer' and 'other' → trees of all seeds; a checkpoint holds them.
+      state: the trees 'parameters', 'optimizer' and 'other' of all seeds, which a checkpoint holds.
       mesh: the devices of the programs.
-      updates: updates per call of the compiled training program.
-      compile: () → the compiled training program: one step, or all steps of one record.
-      compile_evaluation: () → the compiled evaluation program; None if there is none.
+      updates: number of updates per call of the compiled training program.
+      compile: function that compiles the training program: one step, or all steps of one record.
+      compile_evaluation: function that compiles the evaluation program; None if there is none.
     """
 
     state: dict[str, chex.ArrayTree]
@@ -54,12 +54,12 @@ def estimate_memory(config: ml_collections.ConfigDict, compiles: bool = True) ->
 
     - 'parameters', 'optimizer', 'other': the state of all seeds;
     - 'checkpoint': their sum, before compression;
-    - 'step': {'arguments', 'outputs', 'in_place', 'temporaries', 'peak'} of the compiled step per
-      device, if `compiles`. Arguments that outputs overwrite are in place; peak = arguments +
-      outputs − in_place + temporaries.
+    - 'step': {'arguments', 'outputs', 'in_place', 'temporaries', 'peak'} per device of the compiled
+      step, if `compiles`. 'in_place' are the arguments that are overwritten by outputs, and
+      peak = arguments + outputs − in_place + temporaries.
 
     Raises:
-      UserError: if the config is invalid, or that of a search, whose models the run chooses.
+      UserError: if the config is invalid, or is a search, which chooses its models during the run.
     """
     training = make_programs(config)
     estimate: costs.Costs = {name: count_bytes(tree) for name, tree in training.state.items()}
@@ -78,12 +78,12 @@ def make_programs(config: ml_collections.ConfigDict, devices: Devices = None) ->
       devices: the devices that divide the work, present or described.
 
     Raises:
-      UserError: if the config is invalid, or that of a search, whose models the run chooses.
+      UserError: if the config is invalid, or is a search, which chooses its models during the run.
     """
     if config.task not in PROGRAMS:
         raise UserError(
-            f'config.task = {config.task!r}: expected one of {", ".join(PROGRAMS)}; a search '
-            f'chooses its models during the run'
+            f'config.task = {config.task!r}: expected one of {", ".join(PROGRAMS)}, because '
+            'a search chooses its models during the run'
         )
     training = PROGRAMS[config.task](config, devices)
     # Compile with the run's precision of matrix products.
@@ -96,7 +96,7 @@ def make_programs(config: ml_collections.ConfigDict, devices: Devices = None) ->
 
 
 def measure(compiled: jax.stages.Compiled) -> dict[str, int] | None:
-    """Return the bytes of a program per device, as in `estimate_memory`; None if unknown."""
+    """Return the memory of a program per device, as in `estimate_memory`; None if unknown."""
     analysis = compiled.memory_analysis()
     if analysis is None:
         return None
@@ -110,7 +110,7 @@ def measure(compiled: jax.stages.Compiled) -> dict[str, int] | None:
 
 
 def count_bytes(tree: chex.ArrayTree) -> int:
-    """Return the bytes of a tree of arrays, or of their shapes."""
+    """Count the bytes of a tree of arrays or shapes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 

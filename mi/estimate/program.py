@@ -4,9 +4,9 @@
     program = analyze(compiled)
     program.flops, program.collectives, program.bytes_sent
 
-The source is the optimized HLO of one device, `compiled.as_text()`, on a CPU, a TPU or a GPU. The
-body of a loop counts once per iteration, whereas `compiled.cost_analysis()` counts it once; of a
-conditional, the most expensive branch counts.
+The analysis reads the optimized HLO of one device, `compiled.as_text()`, for a CPU, a TPU or a GPU.
+The body of a loop counts once per iteration, whereas `compiled.cost_analysis()` counts it only
+once. A conditional counts as its most expensive branch.
 """
 
 import dataclasses
@@ -40,13 +40,13 @@ NO_KERNEL = {
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """A collective of a program and its number of executions; identical ones are counted together.
+    """A collective of a program, with its number of executions; identical ones are merged.
 
     Attributes:
       kind: kind of the collective, one of `KINDS`.
-      count: executions in one run of the program.
-      bytes: size of the output on each device in one execution.
-      group: devices that communicate with each other.
+      count: number of executions in one run of the program.
+      bytes: size of the output of one execution on each device.
+      group: number of devices that communicate with each other.
     """
 
     kind: str
@@ -61,7 +61,7 @@ class Collective:
 
     @property
     def bytes_sent(self) -> int:
-        """Return the bytes that each device sends in all executions, on a ring."""
+        """Return the bytes that each device sends in all executions, assuming a ring."""
         return self.count * count_ring_bytes(self.kind, self.bytes, self.group)
 
 
@@ -70,16 +70,17 @@ class Program:
     """The cost of one run of a compiled program per device.
 
     Attributes:
-      flops: FLOPs of products and convolutions, 2·a·b·c for [a, b] and [b, c]. A product that the
-        compiler turns into elementwise operations, as with a vector, counts nothing.
+      flops: FLOPs of products and convolutions, 2·a·b·c for [a, b] and [b, c]. Products that the
+        compiler turns into elementwise operations, such as those with a vector, are not counted.
       bytes_accessed: bytes of main memory that kernels read and write. A kernel that slices an
-        array reads the slice; arrays in the vector memory of a TPU count nothing.
-      cycles: cycles of kernels as the compiler of a TPU estimates them; None on other devices.
-      collectives: largest total first; a group of one device sends nothing and is omitted.
-      kernels: opcode → launches of instructions that are not part of another: 'fusion',
-        'custom-call', 'dot', 'copy', …
-      sources: JAX operation with its modules → launches of the kernels that end in it, and the
-        bytes that these read and write.
+        array only reads the slice. Arrays in the vector memory of a TPU are not counted.
+      cycles: cycles of all kernels, as estimated by a TPU's compiler; None on other devices.
+      collectives: the collectives, sorted by total size, largest first. Those of a single device
+        send nothing and are omitted.
+      kernels: number of launches by opcode ('fusion', 'custom-call', 'dot', 'copy', …), not
+        counting instructions inside other kernels.
+      sources: number of launches, and bytes read and written, of the kernels that end in each JAX
+        operation, by the name of the operation with its modules.
       unknown_loops: loops whose trip count depends on data; their bodies count once.
       uncounted_calls: targets of custom calls whose products, if any, are not in `flops`.
     """
@@ -95,15 +96,15 @@ class Program:
 
     @property
     def bytes_sent(self) -> int:
-        """Return the bytes that each device sends to others, on rings."""
+        """Return the bytes that each device sends to others, assuming rings."""
         return sum(collective.bytes_sent for collective in self.collectives)
 
 
 def count_ring_bytes(kind: str, size: int, group: int) -> int:
     """Return the bytes that each of `group` devices sends for an output of `size` bytes.
 
-    An array travels on the ring in `group` parts. An all-gather forwards each part `group` − 1
-    times, as does a reduce-scatter; an all-reduce is one of each.
+    An array travels around the ring in `group` parts. An all-gather and a reduce-scatter forward
+    each part `group` − 1 times. An all-reduce is a reduce-scatter followed by an all-gather.
     """
     if kind == 'all-reduce':
         return 2 * (group - 1) * size // group
@@ -122,7 +123,7 @@ def analyze(compiled: jax.stages.Compiled) -> Program:
     """
     hlo_text = compiled.as_text()
     if hlo_text is None:
-        raise ValueError('compiled: expected an executable with an HLO text')
+        raise ValueError('expected an executable that provides its HLO as text')
     return analyze_text(hlo_text)
 
 
@@ -149,7 +150,7 @@ def analyze_text(hlo_text: str) -> Program:
 
 @dataclasses.dataclass
 class _Tally:
-    """Sums over the instructions of a computation, called ones included."""
+    """Sums over the instructions of a computation and of the computations that it calls."""
 
     flops: int = 0
     bytes_accessed: int = 0
@@ -178,7 +179,7 @@ class _Tally:
 
     @property
     def price(self) -> tuple[int, int, int]:
-        """Return the sort key of a branch: FLOPs, then bytes of collectives, then kernels."""
+        """Return the sort key of branches: FLOPs, then bytes of collectives, then kernels."""
         bytes_moved = sum(
             count * output_bytes for (_, output_bytes, _), count in self.collectives.items()
         )
@@ -186,7 +187,7 @@ class _Tally:
 
 
 class _Reader:
-    """A walk through the computations of a module in the order of execution."""
+    """A reader that walks through the computations of a module in the order of execution."""
 
     def __init__(self, module: hlo.Module) -> None:
         self.module = module
@@ -197,12 +198,12 @@ class _Reader:
     def read(
         self, computation_name: str, arguments: tuple[hlo.Value, ...], is_fused: bool = False
     ) -> _Tally:
-        """Sum over a computation that is called with these arguments.
+        """Return the sums over a computation that is called with these arguments.
 
         Args:
           computation_name: name of the computation.
           arguments: known values of its arguments.
-          is_fused: part of one kernel, so that its instructions launch none.
+          is_fused: whether it is part of a kernel, so that its instructions are not kernels.
         """
         # Known arguments decide how often loops run, so each combination is counted separately.
         call_key = computation_name, arguments, is_fused
@@ -269,7 +270,7 @@ class _Reader:
 def _collectives(
     module: hlo.Module, computation: hlo.Computation, instruction: hlo.Instruction
 ) -> dict[tuple[str, int, int], int]:
-    """(kind, bytes of the output, devices of a group) → 1; empty for a group of one."""
+    """Return {(kind, output bytes, group size): 1}, or {} for a group of one device."""
     kind = instruction.opcode.removesuffix('-start')
     output_bytes = sum(shape.bytes for shape in instruction.shapes)
     group_size = _group(instruction, module.num_devices)
@@ -299,7 +300,7 @@ def _group(instruction: hlo.Instruction, num_devices: int) -> int:
 
 
 def _is_continued(computation: hlo.Computation, instruction: hlo.Instruction) -> bool:
-    """Return whether a TPU continues a collective here that started elsewhere."""
+    """Return whether a TPU only continues a collective here, which started elsewhere."""
     if 'async_collective_fusion_config' not in instruction.attributes:
         return False
     calls = computation.instructions.values()

@@ -1,12 +1,12 @@
-"""Absent devices to compile for: slices of TPUs and hosts of NVIDIA GPUs, by name.
+"""Devices to compile for that need not be present: TPU slices and hosts of NVIDIA GPUs, by name.
 
     devices = topologies.describe('v5e:4x4')
     mesh = parallel.mesh(seeds, batch, devices=devices)
     jax.jit(step).lower(*shapes_on_that_mesh).compile()
 
-XLA's compilers run without the devices. A program of theirs cannot run here, but says how much
-memory it takes, what it sends and which kernels it launches. TPUs need the package libtpu, of the
-extra `tpu`, and GPUs the plugin of CUDA, of the extra `cuda`.
+XLA's compilers run without the devices. The compiled programs cannot be executed here, but they
+show how much memory they need, what they send, and which kernels they launch. TPUs require the
+package libtpu, from the extra `tpu`, and GPUs the CUDA plugin, from the extra `cuda`.
 """
 
 import contextlib
@@ -32,11 +32,11 @@ class Tpu(NamedTuple):
     """A generation of TPUs.
 
     Attributes:
-      kind: name of its devices in jax.
-      memory: bytes of a device that a program can have.
-      clock: cycles a second, of those that the compiler estimates for a kernel.
-      largest: chips of the largest slice.
-      options: options of the description of a slice.
+      kind: `device_kind` of its devices in JAX.
+      memory: bytes of a device's memory that a program can use.
+      clock: cycles per second, in the units of the compiler's estimates for kernels.
+      largest: number of chips of the largest slice.
+      options: options for `get_topology_desc`.
     """
 
     kind: str
@@ -50,15 +50,15 @@ class Gpu(NamedTuple):
     """A kind of NVIDIA GPU, with the properties that XLA's compiler needs.
 
     Attributes:
-      kind: name of its devices in jax.
-      memory: bytes of a device.
-      bandwidth: memory bandwidth, bytes a second.
-      cores: streaming multiprocessors.
-      fpus: units for f32 of a core.
-      clock: GHz.
+      kind: `device_kind` of its devices in JAX.
+      memory: bytes of memory.
+      bandwidth: memory bandwidth in bytes per second.
+      cores: number of streaming multiprocessors.
+      fpus: number of f32 units per multiprocessor.
+      clock: clock rate in GHz.
       capability: major compute capability.
-      shared_memory: bytes of a core.
-      l2_cache: bytes.
+      shared_memory: bytes of shared memory per multiprocessor.
+      l2_cache: bytes of L2 cache.
     """
 
     kind: str
@@ -98,10 +98,11 @@ GPUS = {
 
 
 def prepare_process() -> None:
-    """Keep a process that compiles for described devices off the real ones.
+    """Prevent a process that compiles for described devices from using the real ones.
 
-    To be called before anything else of jax. Arrays of the process stay on the CPU, so that it
-    takes no TPU from a run; programs stay out of the persistent cache, which could not read them.
+    Call this before any other function of JAX. Arrays of the process stay on the CPU, so that it
+    does not take a TPU from a run. Programs are not written to the persistent cache, which could
+    not read them.
     """
     jax.config.update('jax_platforms', 'cpu')
     jax.config.update('jax_enable_compilation_cache', False)
@@ -110,14 +111,14 @@ def prepare_process() -> None:
 def describe(name: str) -> list[jax.Device]:
     """Return the devices of a named topology.
 
-    They need not be present: programs can be compiled for them but not run.
+    The devices need not be present: programs can be compiled for them but not executed.
 
     Args:
-      name: 'v5e:4x4', 'v5p:2x2x2', … for a slice of TPUs, 'h100:8' for GPUs; more than 8 are
-        divided into hosts of 8.
+      name: a TPU slice, such as 'v5e:4x4' or 'v5p:2x2x2', or GPUs, such as 'h100:8'. More than 8
+        GPUs are divided into hosts of 8.
 
     Raises:
-      UserError: if there is no such topology, or if its compiler is not installed.
+      UserError: if the topology does not exist, or its compiler is not installed.
     """
     family, size = _parse(name)
     if family in TPUS:
@@ -126,7 +127,7 @@ def describe(name: str) -> list[jax.Device]:
 
 
 def describe_one(name: str) -> jax.Device:
-    """Return a single device of the kind that a name describes."""
+    """Return a single device of the kind in a named topology."""
     family, _ = _parse(name)
     if family in TPUS:
         return _describe_tpus(family, '1x1' if _is_flat(family) else '1x1x1')[0]
@@ -134,7 +135,7 @@ def describe_one(name: str) -> jax.Device:
 
 
 def get_memory(device: jax.Device) -> int | None:
-    """Return the memory of a program on a device in bytes; None if unknown, as on a CPU."""
+    """Return the bytes of a device's memory for programs; None if unknown, as on a CPU."""
     chips: list[Tpu | Gpu] = [*TPUS.values(), *GPUS.values()]
     for chip in chips:
         if chip.kind == device.device_kind:
@@ -146,7 +147,7 @@ def get_memory(device: jax.Device) -> int | None:
 
 
 def get_clock(device: jax.Device) -> float | None:
-    """Return the clock of a TPU in cycles per second, as XLA counts; None for other devices."""
+    """Return the clock of a TPU in XLA's cycles per second; None for other devices."""
     clocks = {tpu.kind: tpu.clock for tpu in TPUS.values()}
     return clocks.get(device.device_kind)
 
@@ -156,10 +157,12 @@ def _is_flat(family: str) -> bool:
 
 
 def _parse(name: str) -> tuple[str, str]:
-    """Return the family and the size of an existing topology."""
+    """Parse a name into the family and the size of an existing topology."""
     family, _, size = name.partition(':')
     if family not in (*TPUS, *GPUS):
-        raise UserError(f'--topology={name}: {suggest(family, (*TPUS, *GPUS))}')
+        raise UserError(
+            f'--topology={name}: {family!r} is unknown; {suggest(family, (*TPUS, *GPUS))}'
+        )
     if family in GPUS:
         expected_sizes = f'1, 2, 4 or a multiple of {HOST} devices'
         is_size = re.fullmatch(r'[1-9]\d*', size) is not None
@@ -187,7 +190,9 @@ def _parse(name: str) -> tuple[str, str]:
 
 def _describe_tpus(family: str, size: str) -> list[jax.Device]:
     if importlib.util.find_spec('libtpu') is None:
-        raise UserError(f'--topology={family}:{size}: expected libtpu. {suggest_install("tpu")}')
+        raise UserError(
+            f'--topology={family}:{size}: libtpu is not installed. Try {suggest_install("tpu")}'
+        )
     dims = [int(dim) for dim in size.split('x')]
     # A host has up to 2 × 2 chips.
     host_bounds = [min(2, dims[0]), min(2, dims[1]), 1]
@@ -216,7 +221,7 @@ def _describe_gpus(family: str, num_devices: int) -> list[jax.Device]:
     plugins = ('jax_plugins.xla_cuda13', 'jax_plugins.xla_cuda12')
     if not any(_has_module(plugin) for plugin in plugins):
         raise UserError(
-            f'--topology={topology_name}: expected the CUDA plugin of jax. '
+            f'--topology={topology_name}: the CUDA plugin of JAX is not installed. Try '
             f'{suggest_install("cuda")}'
         )
     num_hosts = max(1, num_devices // HOST)
@@ -240,7 +245,7 @@ def _has_module(module_name: str) -> bool:
 
 @contextlib.contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set unset environment variables while the context is open."""
+    """Set those environment variables that are unset, while the context is open."""
     added = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(added)
     try:

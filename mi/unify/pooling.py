@@ -68,7 +68,7 @@ def convert_block(module: BLOCK, variables: Variables, x: Array, z: Array) -> Co
 def convert_compact_bilinear(
     module: CompactBilinear, variables: Variables, x: Array, z: Array
 ) -> Composition:
-    """Convert to W[i, j, k] = scale · sign_i sign_j if hash_i + hash_j ≡ k (mod features), else 0."""
+    """Convert to W[i, j, k] = scale · sign_i sign_j where hash_i + hash_j ≡ k, and 0 elsewhere."""
     features = module.features
     hash_z, sign_z, hash_x, sign_x = module.draw_hashes(z.shape[-1], x.shape[-1])
     is_target = jax.nn.one_hot((hash_z[:, None] + hash_x[None, :]) % features, features)
