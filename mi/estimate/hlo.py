@@ -74,7 +74,7 @@ class Instruction(NamedTuple):
 
     @property
     def operation(self) -> str | None:
-        """Return the JAX operation with its modules, as in 'jit(step)/core/dot_general', if known."""
+        """Return the JAX operation with its modules, 'jit(step)/core/dot_general', or None."""
         match = re.search(r'op_name="([^"]*)"', self.attributes)
         return match[1] if match else None
 

@@ -1,9 +1,9 @@
-"""`mi.find`: where values that depend on data are multiplied, in any JAX function.
+"""`mi.find`: find where a JAX function multiplies values that depend on data.
 
     report = mi.find(model.apply, variables, x=x, z=z)
     print(report)
 
-The package is callable, so that `mi.find(…)` and `from mi.find import Report` both work.
+The package itself is callable, so `mi.find(…)` and `from mi.find import Report` both work.
 """
 
 import sys
@@ -18,7 +18,7 @@ from mi.find.report import Report as Report
 
 
 class _CallablePackage(types.ModuleType):
-    """A package that calls `find`: importing it replaces the attribute `mi.find`."""
+    """A callable package: importing it replaces the function `mi.find` with the package."""
 
     def __call__(self, *args: Any, **streams: Any) -> Report:
         return find(*args, **streams)

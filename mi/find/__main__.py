@@ -1,9 +1,10 @@
-"""Command line of `mi.find`.
+"""Command line that runs `mi.find` on the function that a factory returns.
 
 python -m mi.find my_package.model:build [--out=report.html]
 
-The factory takes no argument and returns (function, params, streams), streams a dict. The report is
-printed; --out also writes it, as HTML, Markdown or text by the end of the name.
+The factory takes no arguments and returns (function, params, streams), where `streams` is a dict.
+The command prints the report. --out also writes it to a file, as HTML, Markdown or text depending
+on the suffix.
 """
 
 import sys
@@ -34,13 +35,14 @@ def main(argv: list[str]) -> None:
 
 
 def analyze(reference: str) -> Report:
-    """Return the report on what a factory builds."""
+    """Return the report on the function that a factory returns."""
     built = import_object(reference)()
     is_triple = isinstance(built, tuple) and len(built) == 3 and isinstance(built[2], dict)
     if not is_triple:
         raise UserError(
-            f'{reference} returned {type(built).__name__}: expected (function, params, streams) '
-            f'with streams a dict. Try return model.apply, variables, {{"x": x}}'
+            f'{reference} returned {type(built).__name__}: expected (function, params, '
+            'streams), where streams is a dict. Try return model.apply, variables, '
+            f'{{"x": x}}'
         )
     function, params, streams = built
     return find(function, params, **streams)

@@ -1,4 +1,4 @@
-"""`find`: from a function and its arguments to a report."""
+"""The function `find`, which analyzes a function and its arguments and returns a report."""
 
 import functools
 import inspect
@@ -19,20 +19,20 @@ from mi.find.values import Value
 
 
 def find(function: Callable[..., Any], params: Any, /, **streams: Any) -> Report:
-    """Find every product of two values that depend on data in function(params, **streams).
+    """Find all products in function(params, **streams) whose two factors both depend on data.
 
-    The function is traced, not executed, so arrays may be `jax.ShapeDtypeStruct`s. It can be any
-    JAX function: `module.apply` of Linen or Haiku, `lambda module, x: module(x)` for Equinox, or
+    The function is traced but not executed, so arrays can be `jax.ShapeDtypeStruct`s. It can be any
+    JAX function: `module.apply` for Linen or Haiku, `lambda module, x: module(x)` for Equinox, or
     `lambda state, x: nnx.merge(graphdef, state)(x)` for NNX.
 
     Args:
-      function: the function.
-      params: its parameters, a tree of arrays; other leaves, as in Equinox modules, stay static.
-      **streams: name → array or tree of arrays. Each name is a stream.
+      function: the function to analyze.
+      params: its parameters, a tree of arrays. Other leaves, as in Equinox modules, are static.
+      **streams: the inputs by name, each an array or a tree of arrays. Each name is a stream.
 
     Raises:
-      ValueError: if a stream is not an argument of the function or holds no array, or the function
-        cannot be traced.
+      ValueError: if a stream is not an argument of the function or contains no array, or the
+        function cannot be traced.
     """
     name = _get_name(function)
     _check_streams(function, name, streams)
@@ -42,7 +42,7 @@ def find(function: Callable[..., Any], params: Any, /, **streams: Any) -> Report
         if not leaves:
             raise ValueError(
                 f'stream {stream} = {streams[stream]!r}: expected an array or a tree of arrays. '
-                f'Try functools.partial for options'
+                'Try functools.partial to pass options'
             )
 
     # Trace with every array as an argument.
@@ -93,9 +93,9 @@ def find(function: Callable[..., Any], params: Any, /, **streams: Any) -> Report
 
 
 def _check_streams(function: Callable[..., Any], name: str, streams: Mapping[str, Any]) -> None:
-    """Refuse a stream that the signature does not have."""
+    """Raise ValueError if a stream is not in the signature of the function."""
     if not streams:
-        raise ValueError('find needs at least one stream. Try find(function, params, x=x)')
+        raise ValueError('find requires at least one stream. Try find(function, params, x=x)')
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):  # a builtin
@@ -111,14 +111,14 @@ def _check_streams(function: Callable[..., Any], name: str, streams: Mapping[str
 def _trace(
     call: Callable[..., Any], name: str, params_leaves: list[Any], stream_leaves: list[list[Any]]
 ) -> tuple[Any, Any]:
-    """Return the jaxpr and the shapes of the outputs."""
+    """Trace a call, and return its jaxpr and the shapes of its outputs."""
     try:
         return jax.make_jaxpr(call, return_shape=True)(params_leaves, stream_leaves)
     except jax.errors.JAXTypeError as error:
         reason = str(error).strip().partition('\n')[0]
         raise ValueError(
-            f'{name} cannot be traced: {reason} Try jax.numpy and jax.lax in place of numpy, if '
-            f'and while on arrays'
+            f'{name} cannot be traced: {reason} Try jax.numpy instead of numpy, and jax.lax instead '
+            f'of if and while on arrays'
         ) from error
     except TypeError as error:
         message = str(error).strip().partition('\n')[0]
@@ -128,7 +128,7 @@ def _trace(
 
 
 def _split(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """Return the arrays of a tree, and a function that puts others in their places."""
+    """Return the arrays of a tree, and a function that replaces them with others."""
     leaves, treedef = jax.tree.flatten(tree)
     is_array = [_is_array(leaf) for leaf in leaves]
 
@@ -147,12 +147,12 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _is_key(leaf: Any) -> bool:
-    """Return whether a leaf is a random key, which makes noise and no data."""
+    """Return whether a leaf is a random key, which generates noise instead of data."""
     return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _get_name(function: Callable[..., Any]) -> str:
-    """Return the name of a function, with the class of a bound method."""
+    """Return the name of a function, prefixed with the class for a bound method."""
     while isinstance(function, functools.partial):
         function = function.func
     owner = getattr(function, '__self__', None)

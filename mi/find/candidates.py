@@ -1,4 +1,4 @@
-"""Candidates: streams that are concatenated or added, an MI with W = 0, and the cost of W."""
+"""Candidates for an MI: streams that are concatenated or added, and the cost of adding W."""
 
 import dataclasses
 import math
@@ -12,21 +12,22 @@ RANK = 16  # of the low-rank form, or the smallest size where that is less
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A place where two streams meet parameters without a product.
+    """A place where two streams are combined by an affine map without a product.
 
-    The cost of W is in addition to the present affine map, for W [m, n, k], for factors of rank r,
-    and for a diagonal W, (zᵀa) ⊙ (Vx) with a [m, k]. FLOPs count two per multiplication with sum.
+    The costs are those of adding W to the existing affine map: for the full W [m, n, k], for
+    factors of rank r, and for a diagonal W, i.e. (zᵀa) ⊙ (Vx) with a [m, k]. A multiplication and
+    an addition count as two FLOPs.
 
     Attributes:
       kind: 'concatenation' or 'sum'.
       x, z: the streams of each side, separated by commas.
-      n, m, k: features of x, of z and of the results.
-      rank: r.
+      n, m, k: numbers of features of x, of z and of the results.
+      rank: r, the rank of the factors.
       path: the names of the enclosing modules.
       source: the source line.
-      times: executions per call; None if a while loop decides.
-      params: parameters of the forms 'full', 'low rank' and 'diagonal'.
-      flops: FLOPs of these forms per call, one iteration of a while loop.
+      times: number of executions per call; None if it depends on a while loop.
+      params: number of parameters of the forms 'full', 'low rank' and 'diagonal'.
+      flops: FLOPs of these forms per call, counting one iteration of a while loop.
     """
 
     kind: str
@@ -46,11 +47,11 @@ class Candidate:
 def list_candidates(
     meetings: Iterable[Meeting], products: Iterable[Product], names: dict[int, str]
 ) -> list[Candidate]:
-    """Return the meetings of arrays that no recorded product multiplies.
+    """List the meetings of arrays that are not multiplied by any recorded product.
 
     Args:
-      meetings, products: from the interpreter.
-      names: the text of a bit mask of streams.
+      meetings, products: records of the interpreter.
+      names: the names of the streams in each bit mask.
     """
     # Pairs of arrays that a product multiplies, directly or after an affine map; and a product with
     # its own factors, as in zᵀWx + zᵀU.
@@ -71,7 +72,7 @@ def list_candidates(
 
 
 def _make_candidate(group: Sequence[Meeting], names: dict[int, str]) -> Candidate:
-    """Return a candidate for meetings of the same arrays, such as those in four gates."""
+    """Return one candidate for all meetings of the same arrays, such as those in four gates."""
     meeting = group[0]
     n, m = meeting.left.size * meeting.window, meeting.right.size * meeting.window
     k = sum(other.features for other in group)

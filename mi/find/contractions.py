@@ -1,4 +1,4 @@
-"""Rules of contractions and convolutions: products of two streams, or affine maps of one."""
+"""Rules for contractions and convolutions, which are products or affine maps."""
 
 import math
 
@@ -11,9 +11,9 @@ from mi.find.values import Source, Value, add_degrees, blend, get_sources
 
 
 def contract(trace: Trace, equation: Equation) -> Value:
-    """Return a product that sums over axes of both sides.
+    """Return the result of a product that sums over axes of both sides.
 
-    A ragged product has the sizes of its groups as a third operand.
+    A ragged product has a third operand, the sizes of its groups.
     """
     left, right, *groups = equation.inputs
     axes, batch = get_dimension_numbers(equation.eqn, left, right)
@@ -44,7 +44,7 @@ def contract(trace: Trace, equation: Equation) -> Value:
 
 
 def _contract_data(trace: Trace, equation: Equation, contraction: Contraction) -> Value:
-    """Return a product of two sides that both depend on data."""
+    """Return the result of a product whose two sides both depend on data."""
     left, right, *_ = equation.inputs
     value = blend(equation.inputs, equation.shape)._replace(degrees=add_degrees(left, right))
     product = equation._replace(inputs=[left, right])
@@ -60,7 +60,7 @@ def _contract_data(trace: Trace, equation: Equation, contraction: Contraction) -
 
 
 def convolve(trace: Trace, equation: Equation) -> Value:
-    """Return a convolution, an affine map unless its kernel depends on data."""
+    """Return a convolution, which is an affine map unless its kernel depends on data."""
     left, right = equation.inputs
     if left.streams and right.streams:
         value = blend(equation.inputs, equation.shape)._replace(degrees=add_degrees(left, right))
@@ -82,7 +82,7 @@ def convolve(trace: Trace, equation: Equation) -> Value:
 def _map_affine(
     trace: Trace, equation: Equation, operands: tuple[Value, Value], geometry: Geometry
 ) -> Value:
-    """Return an affine map of a value by weights that do not depend on data."""
+    """Return the result of an affine map whose weights do not depend on data."""
     value, weights = operands
     size = math.prod(value.shape[axis] for axis in geometry.contracted) * geometry.window
     source = Source(value.root, value.streams, size, bool(value.carried))
@@ -101,7 +101,7 @@ def _map_affine(
 
 
 def map_linearly(trace: Trace, equation: Equation) -> Value:
-    """Return a Fourier transform, a scattered update, or a complex number of two parts."""
+    """Return the result of a linear map: a Fourier transform, a scatter, or a complex number."""
     inputs, shape = equation.inputs, equation.shape
     value = trace.identify(blend(inputs, shape, is_polynomial=True))
     data = [operand for operand in inputs if operand.streams]

@@ -1,7 +1,7 @@
-"""Rules of calls, conditionals and loops.
+"""Rules for calls, conditionals and loops.
 
-The carry of a loop is iterated to a fixed point with recording off; then the body is recorded once,
-with the number of its iterations.
+The carry of a loop is first iterated to a fixed point without recording. Then the body is recorded
+once, with the number of its iterations.
 """
 
 import math
@@ -21,7 +21,7 @@ Step = Callable[[list[Value], Scope], list[Value]]
 def run_call(
     interpreter: Interpreter, equation: Equation, jaxpr: core.ClosedJaxpr | core.Jaxpr
 ) -> list[Value]:
-    """Return the results of a called jaxpr, such as that of a jitted function."""
+    """Return the results of a call of a jaxpr, such as that of a jitted function."""
     inputs, variables = equation.inputs, open_jaxpr(jaxpr).invars
     if len(variables) != len(inputs):
         return interpreter.blur(equation)
@@ -42,7 +42,7 @@ def run_call(
 
 
 def run_cond(interpreter: Interpreter, equation: Equation) -> list[Value]:
-    """Return what any branch may return; all branches are recorded, the costliest counted."""
+    """Merge the results of all branches; all are recorded, but only the costliest is counted."""
     predicate, *operands = equation.inputs
     scope = equation.enter()
     start_flops, start_contents = interpreter.flops, interpreter.contents
@@ -61,7 +61,7 @@ def run_cond(interpreter: Interpreter, equation: Equation) -> list[Value]:
 
 
 def merge(interpreter: Interpreter, values: Sequence[Value], predicate: Value) -> Value:
-    """Return one of several values that a predicate chooses."""
+    """Return a value that is one of several, chosen by a predicate."""
     if all(value is values[0] for value in values):
         return values[0]
     chosen = predicate._replace(degrees=unbound_degrees([predicate]))
@@ -78,7 +78,7 @@ def merge(interpreter: Interpreter, values: Sequence[Value], predicate: Value) -
 
 
 def run_scan(interpreter: Interpreter, equation: Equation) -> list[Value]:
-    """Return the last carry of a scan, and its stacked outputs."""
+    """Return the final carry of a scan, and its stacked outputs."""
     inputs, body, length = equation.inputs, equation.params['jaxpr'], equation.params['length']
     num_consts, num_carry = count_scan_inputs(equation.eqn)
     consts, carry = inputs[:num_consts], inputs[num_consts : num_consts + num_carry]
@@ -97,14 +97,14 @@ def run_scan(interpreter: Interpreter, equation: Equation) -> list[Value]:
 
 
 def _take_element(interpreter: Interpreter, value: Value) -> Value:
-    """Return the element of an array that one iteration of a scan sees."""
+    """Return the element of an array that a single iteration of a scan sees."""
     features = tuple(axis - 1 for axis in value.features if axis > 0)
     element = value._replace(shape=value.shape[1:], features=features, parts=())
     return interpreter.identify(element) if value.streams else element
 
 
 def run_while(interpreter: Interpreter, equation: Equation) -> list[Value]:
-    """Return the last carry of a while loop."""
+    """Return the final carry of a while loop."""
     inputs, params = equation.inputs, equation.params
     num_cond, num_body = params['cond_nconsts'], params['body_nconsts']
     cond_consts = inputs[:num_cond]
@@ -124,9 +124,9 @@ def run_while(interpreter: Interpreter, equation: Equation) -> list[Value]:
 
 
 def iterate(interpreter: Interpreter, step: Step, carry: list[Value], scope: Scope) -> list[Value]:
-    """Return the outputs of a loop, whose body is recorded once.
+    """Return the outputs of a loop, recording its body once.
 
-    The contents of references that the body writes are carried too.
+    The contents of references that the body writes are part of the carry.
     """
     written = _list_written(interpreter, step, carry, scope)
     if not written:
@@ -154,7 +154,7 @@ def iterate(interpreter: Interpreter, step: Step, carry: list[Value], scope: Sco
 def _list_written(
     interpreter: Interpreter, step: Step, carry: list[Value], scope: Scope
 ) -> list[int]:
-    """Return the references that the body of a loop writes."""
+    """List the references that the body of a loop writes."""
     if not interpreter.contents:
         return []
     contents, flops = dict(interpreter.contents), interpreter.flops
@@ -167,7 +167,7 @@ def _list_written(
 def _iterate_carry(
     interpreter: Interpreter, step: Step, carry: list[Value], scope: Scope
 ) -> list[Value]:
-    """Iterate what the carry depends on to a fixed point, then record the body once."""
+    """Iterate the dependencies of the carry to a fixed point, then record the body once."""
     loop = frozenset([interpreter.make_id()])
     flops = interpreter.flops
     while True:
@@ -202,7 +202,7 @@ def _iterate_carry(
 
 
 def _mark_carry(carry: list[Value], loop: frozenset[int]) -> list[Value]:
-    """Mark what the body of a loop carries."""
+    """Mark the values that depend on data as the carry of this loop."""
     return [
         value._replace(carried=value.carried | loop, is_carry=True) if value.streams else value
         for value in carry
@@ -210,12 +210,12 @@ def _mark_carry(carry: list[Value], loop: frozenset[int]) -> list[Value]:
 
 
 def _get_dependence(value: Value) -> tuple[int, bool, tuple[float, ...], bool]:
-    """Return what the fixed point of a carry compares."""
+    """Return the properties that are compared to detect the fixed point of a carry."""
     return value.streams, value.has_params, value.degrees, value.is_choice
 
 
 def _widen(previous: Value, value: Value) -> Value:
-    """Return what both allow; a degree that grows per iteration is unbounded."""
+    """Merge a value of the carry with its next value; degrees that grow become unbounded."""
     degrees = tuple(
         previous_degree
         if degree <= previous_degree

@@ -1,4 +1,4 @@
-"""Degrees of outputs: affine, bi-affine or polynomial in each stream, or none of these."""
+"""Polynomial degrees of the outputs in each stream."""
 
 import dataclasses
 import functools
@@ -19,10 +19,10 @@ class Output:
     """An output of the function.
 
     Attributes:
-      name: its path in the tree of outputs; '' if there is one array.
-      shape: its shape.
-      degrees: for each stream an upper bound of the polynomial degree; infinite if there is none.
-      is_confirmed: whether differences at random points agree; None if they were not computed.
+      name: path of the output in the tree of outputs; '' if the output is a single array.
+      shape: shape of the output.
+      degrees: upper bound of the polynomial degree for each stream; infinite if there is none.
+      is_confirmed: whether finite differences at random points agree; None if not computed.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Output:
     is_confirmed: bool | None = None
 
     def describe(self) -> str:
-        """Return its form in words, such as 'bi-affine in x and z'."""
+        """Describe the form of the output, such as 'bi-affine in x and z'."""
         used = {name: degree for name, degree in self.degrees.items() if degree}
         affine = [name for name, degree in used.items() if degree == 1]
         polynomial = {name: degree for name, degree in used.items() if 1 < degree < math.inf}
@@ -59,9 +59,9 @@ def confirm_outputs(
     outputs: list[Output],
     seed: int = 0,
 ) -> list[Output]:
-    """Check degrees by finite differences along random lines; the function is executed.
+    """Check degrees by finite differences along random lines, which executes the function.
 
-    A polynomial of degree d along a line has zero differences of order d + 1.
+    Along a line, the differences of order d + 1 of a polynomial of degree d are zero.
     """
     rng = np.random.default_rng(seed)
     params, streams = jax.tree.map(functools.partial(_draw, rng), (params, dict(streams)))
@@ -92,7 +92,7 @@ def confirm_outputs(
 
 
 def _is_zero_difference(terms: list[Any]) -> bool:
-    """Return whether Σ (−1)^i C(n, i) f_i is zero beside its largest term."""
+    """Return whether Σ (−1)^i C(n, i) f_i is negligible relative to its largest term."""
     order = len(terms) - 1
     weighted = [
         (-1) ** i * math.comb(order, i) * np.asarray(term, np.float64)
@@ -104,7 +104,7 @@ def _is_zero_difference(terms: list[Any]) -> bool:
 
 
 def _draw(rng: np.random.Generator, leaf: Any) -> Any:
-    """Replace a shape by random numbers, and keep an array."""
+    """Replace a shape with random numbers; return an array unchanged."""
     if not isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
     if jnp.issubdtype(leaf.dtype, jnp.inexact):

@@ -1,4 +1,4 @@
-"""Rules of elementwise primitives: sums, products, powers, selections and nonlinear functions."""
+"""Rules for elementwise primitives: sums, products, powers, selections, nonlinear functions."""
 
 from mi.find import motifs
 from mi.find.primitives import COMPARISONS, is_integer
@@ -19,7 +19,7 @@ SQUASHES = {'logistic': 'sigmoid', 'tanh': 'tanh'}
 
 
 def convert(trace: Trace, equation: Equation) -> list[Value]:
-    """Return values in another type or place; only conversion to integers changes degrees."""
+    """Return values with another dtype or placement; degrees change only for integers."""
     shapes = zip(equation.inputs, equation.shapes, strict=False)
     values = [value._replace(shape=shape) for value, shape in shapes]
     if equation.name == 'convert_element_type' and is_integer(equation.eqn.outvars[0]):
@@ -28,7 +28,7 @@ def convert(trace: Trace, equation: Equation) -> list[Value]:
 
 
 def negate(trace: Trace, equation: Equation) -> Value:
-    """Return −x, which is as bounded as x."""
+    """Return −x, which has the same bounds as x."""
     return equation.inputs[0]._replace(is_mask=False, is_exp=False)
 
 
@@ -36,7 +36,7 @@ def negate(trace: Trace, equation: Equation) -> Value:
 
 
 def add(trace: Trace, equation: Equation) -> Value:
-    """Return x + y or x − y, and record it where two affine maps meet."""
+    """Return x + y or x − y, and record a meeting if both are affine maps."""
     inputs, shape = equation.inputs, equation.shape
     left, right = inputs
     if not (left.streams and right.streams):
@@ -59,7 +59,7 @@ def add(trace: Trace, equation: Equation) -> Value:
 
 
 def _shift(trace: Trace, equation: Equation) -> Value:
-    """Return the sum of a value and of something that does not depend on data."""
+    """Return the sum of a value and a constant, which does not depend on data."""
     left, right = equation.inputs
     value, constant = (left, right) if left.streams else (right, left)
     value = trace.broadcast(value, equation.shape)
@@ -81,7 +81,7 @@ def _shift(trace: Trace, equation: Equation) -> Value:
 
 
 def multiply(trace: Trace, equation: Equation) -> Value:
-    """Return x · y, x / y or x ** y, and record it if both depend on data."""
+    """Return x · y, x / y or x ** y, and record a product if both depend on data."""
     left, right = equation.inputs
     name = equation.name
     if name != 'mul' and right.streams and not left.streams:  # c / x, c ** x
@@ -95,7 +95,7 @@ def multiply(trace: Trace, equation: Equation) -> Value:
 
 
 def _scale(trace: Trace, equation: Equation) -> Value:
-    """Return the product of a value and of something that does not depend on data."""
+    """Return the product of a value and a constant, which does not depend on data."""
     left, right = equation.inputs
     value, constant = (left, right) if left.streams else (right, left)
     value = trace.broadcast(value, equation.shape)
@@ -139,7 +139,7 @@ def _multiply_data(trace: Trace, equation: Equation) -> Value:
 
 
 def _normalize(trace: Trace, equation: Equation, value: Value) -> Value:
-    """Return x · s, where s is a function of statistics of x."""
+    """Return x · s or x / s, where s is a function of statistics of x."""
     left, right = equation.inputs
     normalized = left if left.origin in right.reduced else right
     result = value._replace(
@@ -163,7 +163,7 @@ def _normalize(trace: Trace, equation: Equation, value: Value) -> Value:
 
 
 def raise_power(trace: Trace, equation: Equation) -> Value:
-    """Return xⁿ; with an integer n > 1 it is a product of x with itself."""
+    """Return xⁿ, and record a product of x with itself if n is an integer above 1."""
     name, value = equation.name, equation.inputs[0]
     power = 2 if name == 'square' else equation.params.get('y')
     result = _squash(name, value)
@@ -178,9 +178,9 @@ def raise_power(trace: Trace, equation: Equation) -> Value:
 
 
 def select(trace: Trace, equation: Equation) -> Value:
-    """Return a selection among values.
+    """Return one of several values, selected elementwise.
 
-    Properties such as `squash` and `is_mask` come only from the cases that depend on a stream.
+    Properties such as `squash` and `is_mask` are derived only from cases that depend on a stream.
     """
     inputs, is_nonlinear = equation.inputs, equation.name != 'select_n'
     predicates, cases = ([], inputs) if is_nonlinear else (inputs[:1], inputs[1:])
@@ -214,7 +214,7 @@ def select(trace: Trace, equation: Equation) -> Value:
 
 
 def apply_nonlinear(trace: Trace, equation: Equation) -> list[Value]:
-    """Return the results of any function that is not a polynomial."""
+    """Return the results of a function that is not a polynomial."""
     name, inputs, shapes = equation.name, equation.inputs, equation.shapes
     if len(inputs) == 1 and shapes == [inputs[0].shape]:
         return [_squash(name, inputs[0])]
@@ -227,7 +227,7 @@ def apply_nonlinear(trace: Trace, equation: Equation) -> list[Value]:
 
 
 def _squash(name: str, value: Value) -> Value:
-    """Return a nonlinear elementwise function of one value."""
+    """Return the result of a nonlinear elementwise function of one value."""
     is_exp = name in ('exp', 'exp2')
     return value._replace(
         degrees=unbound_degrees([value]),

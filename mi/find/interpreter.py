@@ -1,8 +1,8 @@
-"""An abstract interpreter of jaxprs that records where values that depend on data are multiplied.
+"""An abstract interpreter for jaxprs that records products of values that depend on data.
 
-No array is computed. Equations are visited in order and nested jaxprs entered; loop bodies are
-revisited until their carry stops changing. What an equation does to its operands is in
-`mi.find.rules`.
+No array is computed. The interpreter visits equations in order and enters nested jaxprs. It
+revisits the body of a loop until its carry stops changing. `mi.find.rules` defines the result of
+each equation.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,21 +16,21 @@ from mi.find.values import Value
 
 
 class Interpreter(Trace):
-    """Interprets jaxprs abstractly.
+    """An abstract interpreter for jaxprs.
 
     Attributes:
-      contents: id of a reference → what is in its mutable array.
+      contents: the content of each reference's mutable array, by id of the reference.
     """
 
     def __init__(
         self, num_streams: int, interpret: Callable[['Interpreter', Equation], list[Value]]
     ):
-        """Make an interpreter.
+        """Initialize the interpreter.
 
         Args:
           num_streams: number of the function's streams.
-          interpret: returns the results of an equation: `mi.find.rules.interpret`. It is an
-            argument because that module imports this one.
+          interpret: function that returns the results of an equation. It is always
+            `mi.find.rules.interpret`, passed as an argument because that module imports this one.
         """
         super().__init__(num_streams)
         self.contents: dict[int, Value] = {}
@@ -44,7 +44,7 @@ class Interpreter(Trace):
         scope: Scope,
         consts: Iterable[Value] | None = None,
     ) -> list[Value]:
-        """Return the results of a jaxpr; constants that are not given do not depend on data."""
+        """Return the results of a jaxpr; by default, its constants do not depend on data."""
         jaxpr = open_jaxpr(jaxpr)
         if consts is None:
             consts = [self.make_constant(get_shape(var)) for var in jaxpr.constvars]
@@ -65,7 +65,7 @@ class Interpreter(Trace):
         return [read(atom) for atom in jaxpr.outvars]
 
     def _list_live(self, jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
-        """Return the equations that a result needs, or that have side effects."""
+        """List the equations that a result depends on, or that have side effects."""
         if jaxpr not in self._live_equations:
             needed = {var for var in jaxpr.outvars if not isinstance(var, core.Literal)}
             live = []

@@ -1,4 +1,4 @@
-"""Pallas kernels: reading their programs, and running them as loops over references."""
+"""Rules for Pallas kernels, which are interpreted as loops over references."""
 
 import math
 from collections.abc import Iterator
@@ -18,10 +18,11 @@ class Kernel(NamedTuple):
     """A Pallas kernel.
 
     Attributes:
-      jaxpr: its program; the arguments are references to indices, inputs, outputs and scratch.
-      num_steps: number of steps of its grid; None if an operand decides.
+      jaxpr: the kernel's program, whose arguments are references to indices, inputs, outputs and
+        scratch.
+      num_steps: number of steps of the grid; None if it depends on an operand.
       num_bounds: number of operands that are sizes of the grid.
-      num_indices: number of operands that choose blocks.
+      num_indices: number of operands that select blocks.
     """
 
     jaxpr: core.Jaxpr
@@ -31,7 +32,7 @@ class Kernel(NamedTuple):
 
 
 def run_kernel(interpreter: Interpreter, equation: Equation) -> list[Value]:
-    """Run a kernel, a loop over its grid that reads and writes blocks."""
+    """Run a kernel as a loop over its grid that reads and writes blocks."""
     kernel, inputs = _read_kernel(equation.eqn), equation.inputs
     operands = inputs[kernel.num_bounds :] if kernel else inputs
     chooses_blocks = kernel and any(value.streams for value in operands[: kernel.num_indices])
@@ -64,7 +65,7 @@ def run_kernel(interpreter: Interpreter, equation: Equation) -> list[Value]:
 
 
 def _take_block(interpreter: Interpreter, value: Value, shape: tuple[int, ...]) -> Value:
-    """Return the block of an operand that one step of a grid sees."""
+    """Return the block of an operand that a single step of the grid sees."""
     if shape == value.shape or not value.streams:
         return value._replace(shape=shape)
     block = value._replace(shape=shape, features=drop_axes(value, shape), parts=())
@@ -72,7 +73,7 @@ def _take_block(interpreter: Interpreter, value: Value, shape: tuple[int, ...]) 
 
 
 def _read_kernel(eqn: core.JaxprEqn) -> Kernel | None:
-    """Return the kernel of a pallas_call; None if it has primitives without a rule."""
+    """Return the kernel of a pallas_call, or None if it uses primitives without a rule."""
     jaxpr, mapping = eqn.params.get('jaxpr'), eqn.params.get('grid_mapping')
     grid = getattr(mapping, 'grid', None)
     if not isinstance(jaxpr, core.Jaxpr) or grid is None or jaxpr.constvars:
@@ -86,7 +87,7 @@ def _read_kernel(eqn: core.JaxprEqn) -> Kernel | None:
 
 
 def _find_unreadable(jaxpr: core.Jaxpr) -> str:
-    """Return the first primitive that takes a reference and has no rule; '' if there is none."""
+    """Return the first primitive that takes a reference but has no rule; '' if there is none."""
     for eqn in jaxpr.eqns:
         inner = list(_list_jaxprs(eqn))
         takes_reference = any(_is_reference(atom) for atom in eqn.invars)

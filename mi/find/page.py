@@ -1,4 +1,4 @@
-"""The HTML page of a report: one file that fetches nothing, in the look of the reports on runs."""
+"""The HTML page of a report, a self-contained file in the style of the reports on runs."""
 
 import importlib.resources
 from html import escape
@@ -55,7 +55,7 @@ def render_page(report: 'Report') -> str:
 
 
 def _render_filter(report: 'Report') -> str:
-    """Return a check box per motif."""
+    """Return a checkbox for each motif."""
     labels = ''.join(
         f'<label><input type="checkbox" value="{escape(motif)}" checked> '
         f'{escape(motif)} ({number})</label>'
@@ -65,7 +65,7 @@ def _render_filter(report: 'Report') -> str:
 
 
 def _render_tree(report: 'Report') -> str:
-    """Return the interactions below their modules."""
+    """Return the interactions as a tree of modules."""
     from mi.find.report import group_by_path
 
     rows = []
@@ -104,7 +104,7 @@ def _render_row(interaction: 'Interaction', times: int | None) -> str:
 
 
 def _render_candidates(report: 'Report') -> str:
-    """Return the candidates with the parameters and FLOPs of three forms of W."""
+    """Return the candidates, with the parameters and FLOPs of three forms of W."""
     from mi.find.report import shorten_source
 
     if not report.candidates:

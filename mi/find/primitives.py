@@ -1,4 +1,4 @@
-"""Primitives by what they do to a value, and what the parameters of an equation say."""
+"""Groups of primitives by their effect on a value, and helpers for the parameters of equations."""
 
 import math
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ def is_product(name: str) -> bool:
 
 
 def find_line(eqn: core.JaxprEqn) -> str:
-    """Return 'file.py:12' for the innermost line outside JAX and the libraries of modules."""
+    """Return 'file.py:12', the innermost source line outside of JAX and module libraries."""
     traceback = eqn.source_info.traceback
     frames: Sequence[Any] = traceback.frames if traceback is not None else ()
     for frame in frames:
@@ -74,7 +74,7 @@ def find_line(eqn: core.JaxprEqn) -> str:
 
 
 def find_jaxpr(eqn: core.JaxprEqn) -> core.ClosedJaxpr | core.Jaxpr | None:
-    """Return the jaxpr that an equation calls; None if it calls none."""
+    """Return the jaxpr that an equation calls, or None if it does not call one."""
     for name in ('jaxpr', 'call_jaxpr', 'fun_jaxpr'):
         inner = eqn.params.get(name)
         if isinstance(inner, core.ClosedJaxpr | core.Jaxpr):
@@ -88,14 +88,14 @@ def open_jaxpr(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> core.Jaxpr:
 
 
 def count_devices(eqn: core.JaxprEqn) -> int:
-    """Return the number of devices among which a shard_map divides its arrays."""
+    """Return the number of devices that a shard_map divides its arrays among."""
     mesh = eqn.params['mesh']
     axes = eqn.params.get('manual_axes', mesh.axis_names)
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def count_scan_inputs(eqn: core.JaxprEqn) -> tuple[int, int]:
-    """Return the number of constants and of carried arrays among the inputs of a scan."""
+    """Return the numbers of constants and of carried arrays among the inputs of a scan."""
     if 'num_carry' in eqn.params:
         return eqn.params['num_consts'], eqn.params['num_carry']
     consts, carry, *_ = eqn.params['ft_in'].unpack()  # jax 0.12
@@ -105,7 +105,7 @@ def count_scan_inputs(eqn: core.JaxprEqn) -> tuple[int, int]:
 def get_dimension_numbers(
     eqn: core.JaxprEqn, left: Value, right: Value
 ) -> tuple[tuple[Axes, Axes], tuple[Axes, Axes]]:
-    """Return the contracted and the shared axes of both sides of a product."""
+    """Return the contracted axes and the batch axes of both sides of a product."""
     numbers = eqn.params.get('dimension_numbers')
     if numbers is None:
         numbers = eqn.params.get('ragged_dot_dimension_numbers')
@@ -119,7 +119,7 @@ def get_dimension_numbers(
 
 
 def count_flops(eqn: core.JaxprEqn, inputs: Sequence[Value], shape: tuple[int, ...]) -> int:
-    """Count two FLOPs per multiplication with sum, and one per entry of an elementwise result."""
+    """Count two FLOPs per multiply-add of a product, and one per entry of any other result."""
     name, size = eqn.primitive.name, math.prod(shape)
     if name == 'conv_general_dilated':
         kernel_shape = inputs[1].shape

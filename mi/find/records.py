@@ -1,4 +1,4 @@
-"""What the interpreter reads and records: equations, products and meetings, and where they are."""
+"""Records of the interpreter: equations, products, meetings, and their scopes."""
 
 import dataclasses
 import math
@@ -11,14 +11,14 @@ from mi.find.values import Source, Value
 
 
 class Scope(NamedTuple):
-    """Where a jaxpr is.
+    """The place of a jaxpr in the program.
 
     Attributes:
       path: the names of the enclosing modules.
-      times: how often it runs; None if a while loop decides.
-      frame: the source line of the outermost call without a line of its own.
+      times: number of times that it runs; None if it depends on a while loop.
+      frame: the source line of the enclosing call, for equations without a line of their own.
       is_recording: whether products are recorded.
-      num_devices: how many devices of a shard_map execute it.
+      num_devices: number of devices of a shard_map that execute it.
     """
 
     path: str = ''
@@ -28,20 +28,20 @@ class Scope(NamedTuple):
     num_devices: int = 1
 
     def repeat(self, times: int | None) -> 'Scope':
-        """Return the scope of a loop's body; times is None if the number is unknown."""
+        """Return the scope of a loop's body; `times` is None if the trip count is unknown."""
         if self.times is None or times is None:
             return self._replace(times=None)
         return self._replace(times=self.times * times)
 
 
 class Equation(NamedTuple):
-    """An equation of a jaxpr and the values of its operands.
+    """An equation of a jaxpr, with the values of its operands.
 
     Attributes:
-      eqn: the equation.
-      inputs: its operands.
-      scope: where its jaxpr is.
-      shapes: shapes of its results.
+      eqn: the equation of the jaxpr.
+      inputs: the operands.
+      scope: the place of the jaxpr.
+      shapes: shapes of the results.
     """
 
     eqn: core.JaxprEqn
@@ -65,18 +65,18 @@ class Equation(NamedTuple):
         return self.shapes[0] if self.shapes else ()
 
     def enter(self) -> Scope:
-        """Return the scope, with its path extended by the equation's enclosing modules."""
+        """Return the scope with its path extended by the modules that enclose the equation."""
         names = str(self.eqn.source_info.name_stack).split('/')
         names = [name for name in names if name and '->' not in name]  # jnp.einsum adds its own
         return self.scope._replace(path='/'.join(filter(None, [self.scope.path, *names])))
 
     def enter_call(self) -> Scope:
-        """Return the scope of a jaxpr that this equation runs; only records need the line."""
+        """Return the scope of a jaxpr that this equation calls; only recording needs its line."""
         scope = self.enter()
         return scope._replace(frame=self.find_line()) if scope.is_recording else scope
 
     def find_line(self) -> str:
-        """Return the source line of the equation, or of the call around it."""
+        """Return the source line of the equation, or that of the enclosing call."""
         return find_line(self.eqn) or self.scope.frame
 
 
@@ -84,9 +84,9 @@ class Geometry(NamedTuple):
     """The axes of an affine map.
 
     Attributes:
-      shape: shape of its result.
+      shape: shape of the result.
       features: the axes of the result that come from the parameters.
-      contracted: the axes of the operand that it sums over.
+      contracted: the axes of the operand that the map sums over.
       window: number of positions of a convolution's kernel.
     """
 
@@ -107,14 +107,14 @@ class Product:
 
     Attributes:
       primitive: name of the primitive.
-      motif: from `mi.find.motifs`.
-      left, right: its sides.
+      motif: name of the motif, from `mi.find.motifs`.
+      left, right: the two sides.
       shape: shape of the result.
-      flops: of one execution.
-      scope, source: where it is.
-      count: how many equations make it, such as the terms of a convolution by shifts.
+      flops: FLOPs of one execution.
+      scope, source: the place in the program, and the source line.
+      count: number of equations that form it, such as the terms of a convolution by shifts.
       is_absorbed: whether another product includes it.
-      roots: ids of its results, one per equation, and of affine maps of them.
+      roots: ids of the results, one per equation, and of affine maps of them.
     """
 
     primitive: str
@@ -132,15 +132,15 @@ class Product:
 
 @dataclasses.dataclass
 class Meeting:
-    """Two streams that are concatenated or added and then meet parameters.
+    """Two streams that are concatenated or added in an affine map.
 
     Attributes:
       kind: 'concatenation' or 'sum'.
       left, right: the arrays that meet.
       shape: shape of the affine map's result.
-      features: number of its features.
+      features: number of features of the result.
       window: number of positions of a convolution's kernel.
-      scope, source: where it is.
+      scope, source: the place in the program, and the source line.
     """
 
     kind: str

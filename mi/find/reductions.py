@@ -1,4 +1,4 @@
-"""Rules of reductions: sums, extremes, products, functions of two entries, and choices."""
+"""Rules for reductions: sums, extremes, products, custom reductions, and choices."""
 
 import math
 
@@ -10,7 +10,7 @@ from mi.find.values import NO_IDS, Value, blend, unbound_degrees
 
 
 def reduce(trace: Trace, equation: Equation) -> list[Value]:
-    """Return sums or extremes of arrays along axes: statistics of them."""
+    """Return sums or extremes of arrays along axes, which are statistics of them."""
     return [
         _reduce(trace, equation, value, shape)
         for value, shape in zip(equation.inputs, equation.shapes, strict=False)
@@ -18,7 +18,7 @@ def reduce(trace: Trace, equation: Equation) -> list[Value]:
 
 
 def _reduce(trace: Trace, equation: Equation, value: Value, shape: tuple[int, ...]) -> Value:
-    """Return a statistic of one array."""
+    """Return a statistic of a single array."""
     is_sum = equation.name in SUMS
     is_linear = is_sum and not equation.name.startswith('cum')
     reduced_axes = equation.params.get('axes', ())
@@ -41,7 +41,7 @@ def _reduce(trace: Trace, equation: Equation, value: Value, shape: tuple[int, ..
 
 
 def reduce_product(trace: Trace, equation: Equation) -> Value:
-    """Return products, or cumulative products, of the entries of an array along axes."""
+    """Return products or cumulative products of the entries of an array along axes."""
     value = equation.inputs[0]
     axes = equation.params.get('axes', (equation.params.get('axis', 0),))
     length = math.prod(value.shape[axis] for axis in axes)
@@ -57,7 +57,7 @@ def reduce_product(trace: Trace, equation: Equation) -> Value:
 
 
 def reduce_by_function(interpreter: Interpreter, equation: Equation) -> list[Value]:
-    """Return a reduction by a function of two entries, which runs once per entry."""
+    """Return the result of a reduction by a custom function, which runs once per entry."""
     reducer = find_jaxpr(equation.eqn)
     if reducer is None:
         return interpreter.blur(equation)
@@ -75,7 +75,7 @@ def reduce_by_function(interpreter: Interpreter, equation: Equation) -> list[Val
 
 
 def choose(trace: Trace, equation: Equation) -> list[Value]:
-    """Return the results of a top-k, a sort or an argmax: entries, and indices."""
+    """Return the entries and indices that a top-k, a sort or an argmax selects."""
     first = equation.inputs[0]
     outputs = []
     for var, shape in zip(equation.eqn.outvars, equation.shapes, strict=True):

@@ -1,4 +1,4 @@
-"""Rules of references to mutable arrays: their creation, reads and writes."""
+"""Rules for references to mutable arrays: creation, reads and writes."""
 
 from mi.find.elementwise import add
 from mi.find.interpreter import Interpreter
@@ -63,7 +63,7 @@ def _read(
 
 
 def _write(interpreter: Interpreter, content: Value, value: Value, indices: list[Value]) -> Value:
-    """Return the content of a reference after a write."""
+    """Return the new content of a reference after a write."""
     if not indices and value.shape == content.shape:
         return value
     unbound = [index._replace(degrees=unbound_degrees([index])) for index in indices]
@@ -78,7 +78,7 @@ def _write(interpreter: Interpreter, content: Value, value: Value, indices: list
 
 
 def run_scoped(interpreter: Interpreter, equation: Equation) -> list[Value]:
-    """Run a program with references that exist in it alone."""
+    """Run a jaxpr with references that only exist within it."""
     jaxpr = equation.params['jaxpr']
     refs = [
         make_reference(interpreter, interpreter.make_constant(get_shape(var)))
@@ -88,6 +88,6 @@ def run_scoped(interpreter: Interpreter, equation: Equation) -> list[Value]:
 
 
 def drop_axes(value: Value, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the feature axes of a value whose leading axes are indexed away."""
+    """Return the feature axes of a value after indexing has removed its leading axes."""
     num_dropped = len(value.shape) - len(shape)
     return tuple(axis - num_dropped for axis in value.features if axis >= num_dropped)

@@ -18,14 +18,14 @@ class Interaction:
     """A product of two values that both depend on data.
 
     Attributes:
-      motif: its name, from `mi.find.motifs`.
-      primitive: the JAX primitive.
+      motif: name of the motif, from `mi.find.motifs`.
+      primitive: name of the JAX primitive.
       left, right: the streams that each side depends on, such as ('x', 'z').
       left_shape, right_shape, shape: shapes of the sides and of the result.
       path: the names of the enclosing modules, such as 'block_0/attention'.
-      source: the source line, 'file.py:12'.
-      times: executions per call; None if a while loop decides.
-      flops: FLOPs per call, one iteration of a while loop.
+      source: the source line, such as 'file.py:12'.
+      times: number of executions per call; None if it depends on a while loop.
+      flops: FLOPs per call, counting one iteration of a while loop.
       share: share of the function's FLOPs.
     """
 
@@ -55,17 +55,17 @@ class Interaction:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What `mi.find` found.
+    """The report of `mi.find`.
 
     Attributes:
       name: name of the function.
-      streams: name → shapes of its arrays.
+      streams: shapes of the arrays of each stream, by name.
       interactions: products of two values that depend on data, in the order of the computation.
       activations: elementwise products of an array with itself, as in SiLU; not interactions.
-      candidates: places where streams are concatenated or added and then meet parameters.
+      candidates: places where streams are concatenated or added in an affine map.
       outputs: the outputs with their degrees.
       flops: FLOPs of the function.
-      notes: what the analysis could not see, and streams that no output depends on.
+      notes: operations that could not be analyzed, and streams that no output depends on.
       call: the function and its arguments, for `confirm`.
     """
 
@@ -80,13 +80,13 @@ class Report:
     call: tuple[Callable[..., Any], Any, Mapping[str, Any]] = dataclasses.field(repr=False)
 
     def count(self) -> dict[str, int]:
-        """Return the number of interactions of each motif."""
+        """Count the interactions of each motif."""
         return dict(Counter(interaction.motif for interaction in self.interactions))
 
     def confirm(self, seed: int = 0) -> 'Report':
         """Return the report with degrees checked by finite differences; executes the function.
 
-        Shapes among the arguments are replaced by random numbers.
+        Arguments that are given as shapes are replaced with random numbers.
         """
         function, params, streams = self.call
         outputs = degree.confirm_outputs(function, params, streams, list(self.outputs), seed)
@@ -97,7 +97,7 @@ class Report:
         return [dataclasses.asdict(interaction) for interaction in self.interactions]
 
     def __str__(self) -> str:
-        """Return a tree by module path, at most 100 columns wide."""
+        """Return the report as a tree of modules, at most 100 columns wide."""
         lines = [*_wrap(self._summarize()), *([''] if self.interactions else [])]
         last_parts: tuple[str, ...] = ()
         for path, group in group_by_path(self.interactions).items():
@@ -162,18 +162,18 @@ class Report:
         return '\n'.join(lines) + '\n'
 
     def to_html(self) -> str:
-        """Return the report as one HTML page that fetches nothing."""
+        """Return the report as a self-contained HTML page."""
         return page.render_page(self)
 
     def save(self, path: str | pathlib.Path) -> None:
-        """Write the report: HTML for a name that ends in .html, Markdown for .md, else text."""
+        """Write the report as HTML or Markdown for a suffix of .html or .md, or else as text."""
         path = pathlib.Path(path)
         writers = {'.html': self.to_html, '.md': self.to_markdown}
         text = writers.get(path.suffix, lambda: f'{self}\n')()
         path.write_text(text, encoding='utf-8')
 
     def describe_outputs(self) -> list[str]:
-        """Return a line per output with its degrees."""
+        """Return one line per output, with its degrees."""
         lines = []
         for output in self.outputs:
             text = f'output{output.name} {list(output.shape)}: {output.describe()}'
@@ -217,10 +217,10 @@ class Report:
 def group_interactions(
     interactions: Sequence[Interaction],
 ) -> list[tuple[Interaction, int | None]]:
-    """Join interactions that differ in nothing, such as the steps of an unrolled loop.
+    """Merge interactions that are identical, such as the steps of an unrolled loop.
 
     Returns:
-      One of each group with the FLOPs and the share of all, and how often it runs.
+      One interaction per group, with the total FLOPs and share, and its number of executions.
     """
     groups: dict[Interaction, list[Interaction]] = {}
     for interaction in interactions:
@@ -237,7 +237,7 @@ def group_interactions(
 def group_by_path(
     interactions: Sequence[Interaction],
 ) -> dict[str, list[tuple[Interaction, int | None]]]:
-    """Return the groups of interactions by module path."""
+    """Return the merged interactions by module path."""
     paths: dict[str, list[tuple[Interaction, int | None]]] = {}
     for interaction, times in group_interactions(interactions):
         paths.setdefault(interaction.path, []).append((interaction, times))
@@ -245,27 +245,27 @@ def group_by_path(
 
 
 def format_shapes(interaction: Interaction) -> str:
-    """Return the shapes of both sides."""
+    """Format the shapes of both sides."""
     return f'{list(interaction.left_shape)} · {list(interaction.right_shape)}'
 
 
 def format_times(times: int | None) -> str:
-    """Return the number of executions."""
+    """Format the number of executions."""
     return 'while' if times is None else f'{times:,}'
 
 
 def format_share(share: float) -> str:
-    """Return a share in percent."""
+    """Format a share in percent."""
     return f'{100 * share:.1f} %' if share == 0 or share >= 0.001 else '< 0.1 %'
 
 
 def shorten_source(source: str) -> str:
-    """Return the file and line without the directory."""
+    """Return the file name and line, without the directory."""
     return source.rpartition('/')[2]
 
 
 def _format_line(indent: str, interaction: Interaction, times: int | None) -> str:
-    """Return one line of the tree: motif and streams to the left, cost and source to the right."""
+    """Format a line of the tree: motif and streams on the left, cost and source on the right."""
     repeats = '' if times == 1 else f' × {format_times(times)}'
     left = f'{indent}{interaction.motif}: {interaction.streams}  {format_shapes(interaction)}'
     right = f'{repeats}  {format_share(interaction.share)}  {shorten_source(interaction.source)}'
@@ -294,7 +294,7 @@ def _clip(text: str, width: int = WIDTH) -> str:
 
 
 def _wrap(text: str, indent: str = '') -> list[str]:
-    """Break a text into lines of at most 100 columns."""
+    """Wrap a text to lines of at most 100 columns."""
     lines, line = [], indent
     for word in text.split(' '):
         if len(line) + len(word) + 1 > WIDTH and line.strip():

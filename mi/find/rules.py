@@ -1,4 +1,4 @@
-"""The rule of each primitive: its name → the function that returns its results."""
+"""Tables of the rules, functions that return the results of a primitive, by its name."""
 
 from collections.abc import Callable, Mapping
 
@@ -60,7 +60,7 @@ MANY_RESULTS_RULES: Mapping[str, Callable[[Interpreter, Equation], list[Value]]]
 
 
 def interpret(interpreter: Interpreter, equation: Equation) -> list[Value]:
-    """Return the results of an equation, and record what it multiplies."""
+    """Return the results of an equation, and record its product if it has one."""
     eqn, name, inputs = equation.eqn, equation.name, equation.inputs
 
     # Programs.
@@ -98,7 +98,7 @@ def _count_flops(interpreter: Interpreter, equation: Equation) -> None:
 
 
 def _make_constants(interpreter: Interpreter, equation: Equation) -> list[Value]:
-    """Return results that depend on no stream."""
+    """Return results that do not depend on any stream."""
     inputs = equation.inputs
     has_params = any(value.has_params for value in inputs)
     is_literal = bool(inputs) and all(value.is_literal for value in inputs)

@@ -1,4 +1,4 @@
-"""Rules of primitives that move elements: reshapes, slices, concatenations and gathers."""
+"""Rules for primitives that move elements: reshapes, slices, concatenations and gathers."""
 
 from collections.abc import Iterator, Mapping
 
@@ -11,7 +11,7 @@ from mi.find.values import Source, Value, blend, max_degrees, unbound_degrees, u
 
 
 def move(trace: Trace, equation: Equation) -> list[Value]:
-    """Return arrays that go to other devices."""
+    """Return arrays that are moved to other devices."""
     return [
         trace.identify(value._replace(shape=shape, features=(), parts=()))
         for value, shape in zip(equation.inputs, equation.shapes, strict=False)
@@ -22,7 +22,7 @@ def move(trace: Trace, equation: Equation) -> list[Value]:
 
 
 def reshape(trace: Trace, equation: Equation) -> Value:
-    """Return the same elements in another shape or order."""
+    """Return a value with the same elements in another shape or order."""
     name, value, shape = equation.name, equation.inputs[0], equation.shape
     if shape == value.shape and name not in ('transpose', 'rev'):
         return value
@@ -41,7 +41,7 @@ def reshape(trace: Trace, equation: Equation) -> Value:
 def _map_parts_axis(
     value: Value, shape: tuple[int, ...], axis_map: Mapping[int, tuple[int, ...]]
 ) -> int:
-    """Return the axis of concatenated arrays after a reshape; 0 if it is no longer one axis."""
+    """Return the axis of concatenation after a reshape, or 0 if it is no longer a single axis."""
     if not value.parts:
         return 0
     axes = axis_map.get(len(value.shape) + value.parts_axis, ())
@@ -54,7 +54,7 @@ def _map_parts_axis(
 def _map_axes(
     eqn: core.JaxprEqn, in_shape: tuple[int, ...], out_shape: tuple[int, ...]
 ) -> dict[int, tuple[int, ...]]:
-    """Return for each axis of an operand the axes of the result that it becomes."""
+    """Return the axes of the result that each axis of the operand becomes."""
     name, params = eqn.primitive.name, eqn.params
     if name == 'transpose':
         return {axis: (i,) for i, axis in enumerate(params['permutation'])}
@@ -73,7 +73,7 @@ def _map_axes(
 def _group_axes(
     in_shape: tuple[int, ...], out_shape: tuple[int, ...]
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield the smallest groups of axes of a reshape that have equal sizes."""
+    """Yield the smallest groups of input and output axes of a reshape that have equal sizes."""
     i = j = 0
     while i < len(in_shape) and j < len(out_shape):
         axes, outs = [i], [j]
@@ -90,7 +90,7 @@ def _group_axes(
 
 
 def _format_params(params: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
-    """Return parameters of a primitive as a key of a dict."""
+    """Return the parameters of a primitive in a hashable form."""
     return tuple((key, str(param)) for key, param in sorted(params.items()))
 
 
@@ -98,7 +98,7 @@ def _format_params(params: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
 
 
 def slice_array(trace: Trace, equation: Equation) -> list[Value]:
-    """Return parts of an array, or an array with padding."""
+    """Return slices of an array, or a padded array."""
     name, value, *operands = equation.name, *equation.inputs
     indices = [operand for operand in operands if operand.streams]
     if name == 'dynamic_slice' and indices and value.streams:
@@ -125,7 +125,7 @@ def slice_array(trace: Trace, equation: Equation) -> list[Value]:
 
 
 def _is_window(name: str, in_shape: tuple[int, ...], out_shape: tuple[int, ...]) -> bool:
-    """Return whether a slice takes most of an axis, so that several of them overlap."""
+    """Return whether a slice takes most of an axis, so that several such slices overlap."""
     if name not in ('slice', 'dynamic_slice') or len(in_shape) != len(out_shape):
         return False
     pairs = zip(in_shape, out_shape, strict=True)
@@ -133,7 +133,7 @@ def _is_window(name: str, in_shape: tuple[int, ...], out_shape: tuple[int, ...])
 
 
 def concatenate(trace: Trace, equation: Equation) -> Value:
-    """Return concatenated arrays, which an affine map takes apart again."""
+    """Return concatenated arrays, keeping track of the parts for affine maps."""
     inputs, shape = equation.inputs, equation.shape
     data = [value for value in inputs if value.streams]
     squashes = {operand.squash for operand in data}
@@ -196,7 +196,7 @@ def gather(trace: Trace, equation: Equation) -> Value:
 
 
 def look_up(trace: Trace, equation: Equation, value: Value, indices: list[Value]) -> Value:
-    """Record and return entries of data that data selects."""
+    """Record and return entries of data that are selected by data."""
     chosen = trace.identify(blend([value, *indices], equation.shape))
     unbound = [index._replace(degrees=unbound_degrees([index])) for index in indices]
     trace.record(equation._replace(inputs=[value, indices[0]]), motifs.ROUTING)

@@ -1,4 +1,4 @@
-"""Rules of linear solves: A⁻¹ b is a product if A and b both depend on data."""
+"""Rules for linear solves: A⁻¹ b is a product if A and b both depend on data."""
 
 from mi.find.interpreter import Interpreter
 from mi.find.motifs import Contraction
@@ -21,7 +21,7 @@ def solve_triangular(trace: Trace, equation: Equation) -> Value:
 
 
 def solve_by_function(interpreter: Interpreter, equation: Equation) -> list[Value]:
-    """Return A⁻¹ b of a custom_linear_solve, one product whatever its solver does."""
+    """Return A⁻¹ b for a custom_linear_solve, which is one product whatever its solver does."""
     lengths = equation.params['const_lengths']
     inputs = equation.inputs
     consts, targets = inputs[: lengths.matvec], inputs[sum(lengths) :]

@@ -1,4 +1,4 @@
-"""The identities of values, and the records of products and meetings, while a function is read."""
+"""The state of an analysis: identities of values, and records of products and meetings."""
 
 import itertools
 from collections.abc import Hashable, Sequence
@@ -11,12 +11,12 @@ from mi.find.values import Source, Value, blend
 
 
 class Trace:
-    """Gives ids to values and collects products, meetings, FLOPs and notes.
+    """The state of an analysis, which assigns ids to values and collects records and notes.
 
     Attributes:
       products, meetings: the records, in the order of the equations.
-      notes: what could not be read, as the keys of a dict.
-      flops: FLOPs so far, one iteration of a while loop.
+      notes: operations that could not be analyzed, as the keys of a dict.
+      flops: FLOPs so far, counting one iteration of a while loop.
     """
 
     def __init__(self, num_streams: int):
@@ -36,36 +36,36 @@ class Trace:
         return next(self._ids)
 
     def make_value(self, shape: Sequence[int], streams: int, has_params: bool = False) -> Value:
-        """Return an input of the function."""
+        """Return the value of an input of the function."""
         degrees = tuple(float(streams >> bit & 1) for bit in range(self._num_streams))
         return self.identify(Value(tuple(shape), streams, has_params, degrees))
 
     def make_constant(
         self, shape: tuple[int, ...], has_params: bool = False, is_literal: bool = False
     ) -> Value:
-        """Return a value that depends on no stream."""
+        """Return a value that does not depend on any stream."""
         degrees = (0.0,) * self._num_streams
         return Value(shape, 0, has_params, degrees, is_literal=is_literal)
 
     def identify(self, value: Value) -> Value:
-        """Return the value as an array of its own."""
+        """Return the value with a new identity, as a separate array."""
         return value.identify(self.make_id())
 
     def intern(self, *key: Hashable) -> int:
-        """Return the id of a key, the same one for equal keys."""
+        """Return the id of a key; equal keys have the same id."""
         if key not in self._interned:
             self._interned[key] = self.make_id()
         return self._interned[key]
 
     def broadcast(self, value: Value, shape: tuple[int, ...]) -> Value:
-        """Return a value in the shape of an elementwise result."""
+        """Broadcast a value to the shape of an elementwise result."""
         if value.shape == shape:
             return value
         base = self.intern('base', value.base, 'broadcast', shape)
         return value._replace(shape=shape, base=base, parts=())
 
     def inherit_identity(self, value: Value, inputs: Sequence[Value]) -> Value:
-        """Give a value the identity of its input, if it is an elementwise function of one."""
+        """Give a value the identity of its input, if it is an elementwise function of one array."""
         data = [operand for operand in inputs if operand.streams]
         first = data[0]
         for operand in data[1:]:
@@ -79,7 +79,7 @@ class Trace:
         return value._replace(base=first.base, origin=first.origin, root=first.root)
 
     def blur(self, equation: Equation) -> list[Value]:
-        """Return conservative outputs of a call that cannot be read, and note it."""
+        """Return conservative results of a call that cannot be analyzed, and add a note."""
         self.notes[f'{equation.name}: its products cannot be read'] = None
         return [self.identify(blend(equation.inputs, shape)) for shape in equation.shapes]
 
@@ -88,10 +88,10 @@ class Trace:
     def record_product(
         self, equation: Equation, value: Value, contraction: Contraction | None = None
     ) -> Value:
-        """Name and record a product, name its logits, and return its result.
+        """Record a product, update the records that it includes, and return its result.
 
         Args:
-          equation: the equation, with the two sides as its inputs.
+          equation: the equation, whose inputs are the two sides.
           value: what is known about the result.
           contraction: the axes of the product; None for an elementwise product.
         """
@@ -108,7 +108,7 @@ class Trace:
         return self.finish_product(value, index)
 
     def finish_product(self, value: Value, index: int | None) -> Value:
-        """Return the result of a product; its record gets the id of the result."""
+        """Return the result of a product, adding its id to the record."""
         value = self.identify(value)
         if index is None:
             return value
@@ -118,7 +118,8 @@ class Trace:
     def record(self, equation: Equation, motif: str) -> int | None:
         """Record the product of two inputs and return its index.
 
-        The same two arrays at one place count once. Products of indices are not recorded.
+        Products of the same two arrays at the same place are merged. Products of integers are not
+        recorded.
         """
         eqn, inputs, shape = equation.eqn, equation.inputs, equation.shape
         if not equation.scope.is_recording or is_integer(eqn.outvars[0]) or 0 in shape:
@@ -150,7 +151,7 @@ class Trace:
     # ------------------------------------------------------------------------- meetings
 
     def record_parts(self, equation: Equation, value: Value, geometry: Geometry) -> None:
-        """Record the pairs of concatenated arrays that an affine map takes."""
+        """Record the pairs of concatenated arrays that are combined by an affine map."""
         for left, right in itertools.combinations(value.parts, 2):
             self.record_meetings(equation, 'concatenation', ((left,), (right,)), geometry)
 
@@ -161,13 +162,13 @@ class Trace:
         sides: tuple[tuple[Source, ...], tuple[Source, ...]],
         geometry: Geometry,
     ) -> None:
-        """Record the pairs of arrays, one from each side, that meet in an affine map.
+        """Record the pairs of arrays, one from each side, that are combined by an affine map.
 
         Args:
-          equation: the affine map, or the sum of two.
+          equation: the affine map, or the sum of two affine maps.
           kind: 'concatenation' or 'sum'.
           sides: the arrays of each side.
-          geometry: axes of the result.
+          geometry: axes of the affine map.
         """
         if not equation.scope.is_recording:
             return
@@ -185,9 +186,9 @@ class Trace:
 
 
 def _are_different(left: Source, right: Source, is_residual: bool) -> bool:
-    """Return whether two arrays depend on different streams, or one of them on a loop's carry.
+    """Return whether two arrays depend on different streams, or one of them on the carry of a loop.
 
-    In a residual sum a side that depends on all streams of the other is not different.
+    In a residual sum, arrays do not count as different if one depends on all streams of the other.
     """
     if left.root == right.root:
         return False

@@ -1,4 +1,4 @@
-"""Abstract values: what is known about an array of a function without computing it."""
+"""Abstract values, which hold the known properties of an array without its entries."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -10,13 +10,13 @@ NO_IDS: frozenset[int] = frozenset()
 
 
 class Source(NamedTuple):
-    """An array that parameters or constants map linearly.
+    """An array that is mapped linearly by parameters or constants.
 
     Attributes:
-      root: the id of the array.
-      streams: the streams that it depends on.
-      size: the number of its features that the map contracts.
-      is_carried: whether it depends on the carry of an enclosing loop.
+      root: id of the array.
+      streams: bit mask of the streams that the array depends on.
+      size: number of features that the map contracts.
+      is_carried: whether the array depends on the carry of an enclosing loop.
     """
 
     root: int
@@ -29,34 +29,34 @@ class Value(NamedTuple):
     """An abstract array.
 
     Attributes:
-      shape: its shape.
-      streams: the streams that it depends on.
+      shape: shape of the array.
+      streams: bit mask of the streams that it depends on.
       has_params: whether it depends on parameters.
-      degrees: for each stream an upper bound of its polynomial degree; infinite if there is none.
-      base: elementwise functions of the same array, entry by entry, have the same base.
-      origin: like `base`, but also kept by reshapes, transposes and broadcasts.
-      root: like `origin`, but also kept by slices.
-      reduced: the origins whose statistics it is a function of.
-      squash: 'sigmoid' or 'tanh' if it is bounded by one, else ''.
+      degrees: upper bound of its polynomial degree in each stream; infinite if there is none.
+      base: id of the array that it is an elementwise function of, entry by entry.
+      origin: like `base`, but preserved by reshapes, transposes and broadcasts.
+      root: like `origin`, but also preserved by slices.
+      reduced: the origins of the arrays whose statistics it is a function of.
+      squash: 'sigmoid' or 'tanh' if it is bounded by one, or else ''.
       is_exp: whether it is the exponential of something.
       is_softmax: whether it is a softmax.
       is_literal: whether it is a constant whose entries are equal.
-      is_mask: whether its entries are zeros and ones that a comparison made.
-      is_choice: whether it depends on indices that a top-k, a sort or an argmax chose.
+      is_mask: whether its entries are the zeros and ones of a comparison.
+      is_choice: whether it depends on indices from a top-k, a sort or an argmax.
       is_chosen: whether it holds parameters that were selected by such indices.
       linear: the arrays that it is an affine map of; empty if it is not an affine map.
-      features: for such a map, the axes that come from the parameters.
-      is_shifted: whether it is an affine map plus a constant number, as in 1 + γ(z).
+      features: axes of the affine map that come from the parameters.
+      is_shifted: whether it is an affine map plus a constant, as in 1 + γ(z).
       is_activation: whether it is an elementwise nonlinear function of an affine map.
-      is_window: whether it is a slice over most of an axis, as a convolution by shifts takes it.
-      num_windows: the number of such slices that were concatenated.
+      is_window: whether it is a slice over most of an axis, as in a convolution by shifts.
+      num_windows: number of such slices that were concatenated.
       parts: the arrays that were concatenated along `parts_axis`.
-      parts_axis: an axis from the end, negative.
-      products: ids of the products that reach it through elementwise operations and sums.
-      mapped_products: ids of those that reach it through one affine map more.
-      is_carry: whether it is the carry of a loop itself.
+      parts_axis: axis of the concatenation, counted from the end and negative.
+      products: indices of the products that reach it through elementwise operations and sums.
+      mapped_products: indices of the products that reach it through one more affine map.
+      is_carry: whether it is itself the carry of a loop.
       carried: ids of the loops whose carry it depends on.
-      pending: ids of softmax divisions that a product may absorb.
+      pending: indices of the softmax divisions that a later product can absorb.
       ref: id of the mutable array that it refers to; 0 if it is not a reference.
     """
 
@@ -101,12 +101,12 @@ class Value(NamedTuple):
 
 
 def max_degrees(values: Sequence[Value]) -> tuple[float, ...]:
-    """Return the degrees of a sum."""
+    """Return the degrees of a sum, the largest of each stream."""
     return tuple(max(column) for column in zip(*(value.degrees for value in values), strict=True))
 
 
 def add_degrees(left: Value, right: Value) -> tuple[float, ...]:
-    """Return the degrees of a product."""
+    """Return the degrees of a product, the sum for each stream."""
     return tuple(a + b for a, b in zip(left.degrees, right.degrees, strict=True))
 
 
@@ -116,7 +116,7 @@ def unbound_degrees(values: Sequence[Value]) -> tuple[float, ...]:
 
 
 def blend(values: Sequence[Value], shape: tuple[int, ...], is_polynomial: bool = False) -> Value:
-    """Return an array of this shape that depends on what the values depend on, and no more."""
+    """Return an array of this shape of which only the dependencies on these values are known."""
     streams, has_params, is_choice, carried = 0, False, False, NO_IDS
     for value in values:
         streams |= value.streams
@@ -129,12 +129,12 @@ def blend(values: Sequence[Value], shape: tuple[int, ...], is_polynomial: bool =
 
 
 def unite(values: Iterable[Value], field: str) -> frozenset[int]:
-    """Return the union of one set of ids of each value."""
+    """Return the union of a field of all values, which is a set of ids."""
     return NO_IDS.union(*(getattr(value, field) for value in values))
 
 
 def get_sources(value: Value) -> tuple[Source, ...]:
-    """Return the arrays that a value is an affine map of; the value itself if it is none."""
+    """Return the arrays that a value is an affine map of, or the value itself if it is not one."""
     if value.linear:
         return value.linear
     size = value.shape[-1] if value.shape else 1
