@@ -117,8 +117,8 @@ def _trace(
     except jax.errors.JAXTypeError as error:
         reason = str(error).strip().partition('\n')[0]
         raise ValueError(
-            f'{name} cannot be traced: {reason} Try jax.numpy instead of numpy, and jax.lax instead '
-            f'of if and while on arrays'
+            f'{name} cannot be traced: {reason} Try jax.numpy instead of numpy, and jax.lax '
+            f'instead of if and while on arrays'
         ) from error
     except TypeError as error:
         message = str(error).strip().partition('\n')[0]
