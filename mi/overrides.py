@@ -84,7 +84,7 @@ def load(file: str, overrides: Sequence[Override] = ()) -> ml_collections.Config
       The locked config.
 
     Raises:
-      UserError: if the file cannot be read or raises, or an override is invalid.
+      UserError: if the file cannot be read or raises an error, or an override is invalid.
     """
     config = _get_config(file)
     apply(config, overrides)

@@ -77,9 +77,9 @@ class MILSTM(nn.Module):
     The parameters are W [n, 4H], U [H, 4H], and α, β₁, β₂, b [4H]. With α = 0 and β₁ = β₂ = 1, this
     is the LSTM.
 
-    α starts at 1, and β₁ and β₂ at ½. In the paper, the initial values differ between experiments;
-    these were not checked against it, and other public code uses 1, 1, 1. b starts at 1 for the
-    forget gate, and at 0 in the paper.
+    By default, α starts at 1, and β₁ and β₂ at ½. These values have not been checked against the
+    paper, where they differ between experiments; other public code uses 1 for all. b starts at 1
+    for the forget gate and at 0 otherwise; in the paper it starts at 0.
 
     Attributes:
       features, dtype, param_dtype: as in `LSTM`.

@@ -83,8 +83,8 @@ def compress(
     tensors = compute_tensors(variables)
     if np.ndim(variables['params'].get('W', 0.0)) == 2:
         raise ValueError(
-            'expected a form with W [m, n, k] (got a diagonal or scalar form, which is smaller '
-            'than any compressed one)'
+            'expected a layer with W [m, n, k]; got a diagonal or scalar form, which is already '
+            'smaller than any compressed one'
         )
 
     # Compress, in the dtype of the given parameters.

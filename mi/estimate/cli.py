@@ -186,7 +186,8 @@ def main(argv: Sequence[str]) -> None:
                             '--topology, --eval, --json and --nocompile')  # fmt: skip
         if (topology.value or evaluates.value) and not compiles.value:
             raise UserError(
-                '--nocompile: expected no --topology or --eval, which need compilation. Remove it'
+                '--nocompile: expected no --topology or --eval, which require compilation. '
+                'Remove --nocompile'
             )
         if topology.value:
             topologies.prepare_process()

@@ -46,7 +46,7 @@ def report(
 
     Args:
       config: a config of any task but 'search'.
-      devices: the devices that divide the work.
+      devices: the devices that share the work.
       single_device: a device of the same kind to compare with; defaults to the first device.
       evaluates: whether to include 'evaluation'.
 
@@ -65,8 +65,8 @@ def report(
     if evaluates:
         if training.compile_evaluation is None or undivided.compile_evaluation is None:
             raise UserError(
-                f'--eval: config.task = {config.task!r} does not have a compiled evaluation '
-                'here. Remove it'
+                f'--eval: config.task = {config.task!r} has no compiled evaluation to measure. '
+                'Remove --eval'
             )
         compilers['evaluation'] = training.compile_evaluation, undivided.compile_evaluation
 

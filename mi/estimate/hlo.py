@@ -328,7 +328,7 @@ class Constants:
         return _iterations(condition.direction, lhs[0] - rhs[0], lhs[1] - rhs[1])
 
     def _step(self, loop: Instruction, size: int) -> tuple[tuple[Value, ...], Value]:
-        """Return a loop's state as counters, and the result of the body for them."""
+        """Return a loop's state as counters, and the state after one iteration in terms of them."""
         counters = tuple(Counter(index, 0) for index in range(size))
         return counters, self.result(loop.called('body')[0], [counters])
 

@@ -75,7 +75,7 @@ def make_programs(config: ml_collections.ConfigDict, devices: Devices = None) ->
 
     Args:
       config: a config of any task but 'search'.
-      devices: the devices that divide the work, present or described.
+      devices: the devices that share the work, which need not be present; None for those present.
 
     Raises:
       UserError: if the config is invalid, or is a search, which chooses its models during the run.

@@ -256,7 +256,7 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 def _target(gpu: Gpu) -> str:
-    """Return a GPU as a `stream_executor.GpuTargetConfigProto` in text."""
+    """Return a GPU as a `stream_executor.GpuTargetConfigProto` in text format."""
     block_memory = gpu.shared_memory - 1024  # a block can have all of a core's but 1 kB
     return f"""
 gpu_device_info {{

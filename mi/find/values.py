@@ -96,7 +96,7 @@ class Value(NamedTuple):
         return self.streams != 0
 
     def identify(self, value_id: int) -> 'Value':
-        """Return the value as an array of its own."""
+        """Return the value with `value_id` as its identity, as a separate array."""
         return self._replace(base=value_id, origin=value_id, root=value_id)
 
 

@@ -192,7 +192,7 @@ def count_parameters(problem: Problem) -> int:
 
 
 def set_width(config: ml_collections.ConfigDict, width: int) -> ml_collections.ConfigDict:
-    """Return the config with another `model.width`."""
+    """Return a copy of the config with a different `model.width`."""
     config = config.copy_and_resolve_references()
     config.model.width = width
     return config

@@ -72,7 +72,7 @@ class FusedMLP(nn.Module):
 
 
 def make(model: ml_collections.ConfigDict, features: int, context: Context) -> FusedMLP:
-    """Build the network of the config section `model`; a rank or hidden of 0 means the width."""
+    """Build the network of the config section `model`; rank = 0 and hidden = 0 mean the width."""
     rank, hidden = (size or model.width for size in (model.fusion.rank, model.fusion.hidden))
     options = get_options(model.fusion, 'options')
     with name_config_keys({'options': 'config.model.fusion.options'}):

@@ -203,8 +203,8 @@ class Attention(nn.Module):
             raise ValueError(f'kv_heads = {kv_heads}: expected a divisor of heads = {heads}')
         if self.head_features is None and features % heads:
             raise ValueError(
-                f'features = {features}: expected a multiple of heads = {heads}, or a value for '
-                'head_features'
+                f'features = {features}: expected a multiple of heads = {heads}. Try setting '
+                f'head_features'
             )
         head_features = self.head_features or features // heads
         if self.positions not in get_args(Positions):
@@ -395,7 +395,7 @@ class LatentCrossAttention(nn.Module):
 
 
 def _make_attention(module: GatedCrossAttention | LatentCrossAttention) -> Attention:
-    """Return the submodule 'attention' with the attention fields of the module."""
+    """Return the submodule 'attention', configured by the fields of the module."""
     return Attention(
         module.heads,
         head_features=module.head_features,

@@ -151,7 +151,7 @@ def convert_convolutional_self_attention(
 def _compute_products(
     module: Attention, params: Params, x: Array, z: Array, mask: Array | None
 ) -> tuple[tuple[Product, ...], Array]:
-    """Return the products and the output."""
+    """Return the products of the attention, and its output."""
     x, z = align_tokens(x, z)
     score_products, scores = _compute_scores(module, params, x, z)
 

@@ -81,8 +81,8 @@ class Composition:
         """
         if self.around or len(self.products) != 1:
             raise ValueError(
-                'the module is not a single product: there is '
-                f'{self.around or "more than one"}. Try .products and .output'
+                f'the module is not a single product; it has {self.around or "several products"}. '
+                f'Try .products and .output'
             )
         (product,) = self.products
         context_size, input_size, output_size = product.W.shape

@@ -38,9 +38,9 @@ def convert_affine(
         contexts = getattr(module, 'contexts', None)
         if contexts is None:
             raise ValueError(
-                f'{module_name}: z is {z.dtype}; expected a float dtype, because as_mi '
-                'differentiates with respect to z, or a module with a field `contexts`. Try '
-                'jax.nn.one_hot(z, m)'
+                f'{module_name}: z is {z.dtype}: expected a float dtype, or a module with a field '
+                f'`contexts`, because as_mi differentiates with respect to z. Try '
+                f'jax.nn.one_hot(z, m)'
             )
         z = one_hot(z, contexts, accumulation_dtype(x))
     if x.ndim < 1 or z.ndim < 1:
