@@ -28,7 +28,7 @@ def convert(trace: Trace, equation: Equation) -> list[Value]:
 
 
 def negate(trace: Trace, equation: Equation) -> Value:
-    """Return −x, which has the same bounds as x."""
+    """Return −x; unlike x, it is neither a mask nor an exponential."""
     return equation.inputs[0]._replace(is_mask=False, is_exp=False)
 
 

@@ -11,7 +11,7 @@ from mi.find.values import Source, Value, blend
 
 
 class Trace:
-    """The state of an analysis, which assigns ids to values and collects records and notes.
+    """A trace of the analysis, which assigns ids to values and collects products and notes.
 
     Attributes:
       products, meetings: the records, in the order of the equations.

@@ -116,7 +116,7 @@ def unbound_degrees(values: Sequence[Value]) -> tuple[float, ...]:
 
 
 def blend(values: Sequence[Value], shape: tuple[int, ...], is_polynomial: bool = False) -> Value:
-    """Return an array of this shape of which only the dependencies on these values are known."""
+    """Return an array of this shape that depends on the values in an unknown way."""
     streams, has_params, is_choice, carried = 0, False, False, NO_IDS
     for value in values:
         streams |= value.streams

@@ -1,6 +1,6 @@
 """Pure functions for positions in attention: visibility, and rotary and relative embeddings.
 
-Angles are computed in f32 at least, whatever the dtype of the tokens.
+Angles are computed in at least f32, whatever the dtype of the tokens.
 """
 
 import jax.numpy as jnp

@@ -111,11 +111,11 @@ def decompose_output(
 
     For an output direction u, the slice is A = Σ_c u_c W[:, :, c]. If x and z are the same stream,
     the quadratic form is xᵀSx with S = (A + Aᵀ) / 2, and d = n. If they are different streams, the
-    form of the stacked stream s = [z; x] is zᵀAx = sᵀSs with S = ½ [[0, A], [Aᵀ, 0]], and d = m +
-    n. The eigenvalues of this S are zeros and ±σ/2 for the singular values σ of A, with
-    eigenvectors [±u; v] / √2 for its singular vectors u and v. Source: Pearce et al., Bilinear MLPs
-    enable weight-based mechanistic interpretability, ICLR 2025, who treat the case of a single
-    stream.
+    form of the stacked stream s = [z; x] is zᵀAx = sᵀSs with S = ½ [[0, A], [Aᵀ, 0]], and
+    d = m + n. The eigenvalues of this S are zeros and ±σ/2 for the singular values σ of A. The
+    eigenvectors of ±σ/2 are [±p; q] / √2 for the left and right singular vectors p and q of A.
+    Source: Pearce et al., Bilinear MLPs enable weight-based mechanistic interpretability, ICLR
+    2025, who treat the case of a single stream.
 
     Args:
       W: the tensor, [m, n, k].
