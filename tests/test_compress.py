@@ -196,7 +196,7 @@ def test_a_low_rank_form_is_compressed_further():
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ({'form': 'pc', 'rank': 2}, "form = 'pc': known: block, cp, tucker"),
+        ({'form': 'pc', 'rank': 2}, "form = 'pc' is unknown; known: block, cp, tucker"),
         ({'form': 'cp'}, r"rank = None: expected at least 1 for form = 'cp'"),
         ({'form': 'block', 'rank': 2}, r'blocks = None: expected at least 1'),
         ({'form': 'tucker', 'rank': 0}, r'rank = 0: expected at least 1'),

@@ -172,7 +172,10 @@ def test_tensors_from_variables_are_those_of_as_mi(form):
 @pytest.mark.parametrize(
     ('call', 'message'),
     [
-        (lambda: compute_spectrum(np.ones((2, 3))), r'W \(2, 3\): expected \[m, n, k\]'),
+        (
+            lambda: compute_spectrum(np.ones((2, 3))),
+            r'W \(2, 3\): expected three axes, \[m, n, k\]',
+        ),
         (lambda: compute_spectrum(np.full((1, 1, 1), np.nan)), 'expected finite entries'),
         (lambda: decompose_output(normal(M, N, K), K), r'output = 4: expected an index below k'),
         (lambda: decompose_output(normal(M, N, K), [1.0]), r'or a direction \[4\]'),

@@ -254,8 +254,8 @@ def test_the_conditional_convolution_starts_at_unit_variance_with_experts_drawn_
 @pytest.mark.parametrize(
     'module, inputs, message',
     [
-        (LightweightConvolution(4, 3), (X,), 'expected a positive divisor of 6'),
-        (DynamicConvolution(4, 3), (X,), 'expected a positive divisor of 6'),
+        (LightweightConvolution(4, 3), (X,), 'expected a positive divisor of the 6'),
+        (DynamicConvolution(4, 3), (X,), 'expected a positive divisor of the 6'),
         (LightweightConvolution(H, 0), (X,), 'width = 0'),
         (LightweightConvolution(H, 3), (X[0, 0],), r'x must be \[..., T, C\]'),
         (LightweightConvolution(H, 3), (X, MASK[:, 1:]), 'one entry per position'),
