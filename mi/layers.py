@@ -335,7 +335,7 @@ class MultiHead(MultiplicativeInteraction):
         other entries are zero, and zero if all entries are zero.
 
         Raises:
-          ValueError: if `context` is not 'one_hot', or as in `MultiplicativeInteraction`.
+          ValueError: if `context` is not 'one_hot', and as in `MultiplicativeInteraction`.
         """
         if self.context != 'one_hot':
             raise ValueError(

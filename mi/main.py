@@ -75,8 +75,8 @@ def main(argv: Sequence[str], config_overrides: Sequence[overrides.Override] = (
     has_config = flag_values.config or has_run(flag_values.workdir)
     if mode == 'train' and not (has_config and flag_values.workdir):
         raise UserError(
-            '--config=FILE and --workdir=DIRECTORY are both required; --config is optional '
-            'only if the run exists'
+            '--config=FILE and --workdir=DIRECTORY are both required, unless --workdir holds an '
+            'existing run, which has a config'
         )
     if not flag_values.workdir:
         raise UserError(f'--mode={mode} requires --workdir=DIRECTORY, the directory of the run')

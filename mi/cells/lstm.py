@@ -60,8 +60,8 @@ class LSTM(nn.Module):
         if self.impl == 'cudnn':
             if x.dtype != jnp.float32 or reset is not None or keep is not None:
                 raise ValueError(
-                    f"impl = 'cudnn': expected f32 without reset and keep (got {x.dtype}, reset "
-                    f"{reset is not None}, keep {keep is not None}). Try impl='xla'"
+                    f"impl = 'cudnn': expected f32, and neither reset nor keep (got {x.dtype}, "
+                    f"reset: {reset is not None}, keep: {keep is not None}). Try impl='xla'"
                 )
             return cudnn.lstm(carry, x, LSTMWeights(W, U, b))
 

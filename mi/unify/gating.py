@@ -62,7 +62,7 @@ def convert_gated_feed_forward(
 def convert_highway(
     module: Highway, variables: Variables, x: Array, z: Array | None = None
 ) -> Composition:
-    """Convert to T ⊙ H, and to (1 − T) ⊙ x with W = −1 on the diagonal and V = 1."""
+    """Convert to T ⊙ H, and to (1 − T) ⊙ x, whose W and V have −1 and 1 on the diagonal."""
     params = variables['params']
     x, z = align_streams(x, x if z is None else z)
     pointwise = make_pointwise(x.shape[-1])
