@@ -1,6 +1,6 @@
-"""The adaptive softmax, and the embedding that shares its tables.
+"""The adaptive softmax and the embedding that shares its tables.
 
-Shapes: y [..., E], targets [...]; V words in clusters of c_0, c_1, …
+Shapes: y [..., E], targets [...], logits [..., V] for a vocabulary of V words.
 """
 
 import itertools
@@ -17,20 +17,21 @@ from mi.lm.loss import Losses, even_size
 
 
 class AdaptiveWords(nn.Module):
-    """Words in clusters by frequency, with fewer features for rarer words (Grave et al., 2017).
+    """An adaptive softmax and its embedding, with fewer features for rarer words.
 
-    Ids are sorted by frequency, descending. Cutoffs (a, b, …) make the head 0 … a − 1 and the tails
-    a … b − 1, b … V − 1. Tail i has e_w of D = E / divisor^i features and a matrix P_i [D, E].
+    Word ids are sorted by descending frequency. The cutoffs (a, b, …) divide them into a head,
+    0 … a − 1, and tails, a … b − 1, b … V − 1 (Grave et al., 2017). In tail i, the embedding e_w
+    has D = E / divisor^i features, and a matrix P_i [D, E] projects it to E features.
 
-        p(w) = p_head(w),   p_head(tail i) · p_i(w) in tail i
-        logits of the head y · o_w + b_w, and y · t_i + c_i for each tail; of tail i (y P_iᵀ) · o_w
-        x = √E e_w in the head,   √E e_w P_i in tail i
+        head:     x = √E e_w,      p(w) = p_head(w),                  logits y · o_w + b_w
+        tail i:   x = √E e_w P_i,  p(w) = p_head(tail i) · p_i(w),    logits (y P_iᵀ) · o_w + b_w
 
-    If tied, o_w = e_w and the same P_i serve both (Baevski & Auli, 2019).
+    The head also has one logit y · t_i + c_i for each tail. With `tied`, o_w = e_w, and input and
+    output share P_i (Baevski & Auli, 2019).
 
-    A tail's logits are computed for its tokens alone. These are gathered into blocks of a fixed
-    size; blocks without a token are skipped, and no token is ever dropped. Under vmap every block
-    is computed.
+    The logits of a tail are computed only for tokens in that tail. These tokens are gathered into
+    blocks of a fixed size, and empty blocks are skipped. No token is dropped. Under vmap every
+    block is computed.
 
     Attributes:
       vocabulary: V.
@@ -38,8 +39,8 @@ class AdaptiveWords(nn.Module):
       cutoffs: first id of each tail.
       divisor: ratio of the features of one cluster to those of the next.
       tied: whether input and output share their tables.
-      chunk: tokens of a block, and tokens whose logits of the head are in memory simultaneously; 0
-        for an eighth of the tokens and for all tokens.
+      chunk: maximum number of tokens in a block, both for the head and for the tails. 0 puts all
+        tokens into one block for the head, and an eighth of them into each block of a tail.
       dtype: dtype of the products; parameters and losses are f32.
     """
 
@@ -56,8 +57,8 @@ class AdaptiveWords(nn.Module):
         E, cluster_edges = self.features, [0, *self.cutoffs, self.vocabulary]
         if sorted(set(cluster_edges)) != cluster_edges:
             raise ValueError(
-                f'cutoffs = {self.cutoffs}: expected increasing integers above 0 and below the '
-                f'vocabulary of {self.vocabulary}'
+                f'cutoffs = {self.cutoffs}: expected increasing integers between 1 and '
+                f'{self.vocabulary - 1}, one less than the vocabulary size'
             )
         self.clusters = list(itertools.pairwise(cluster_edges))
         widths = [max(1, E // self.divisor**i) for i in range(len(self.clusters))]
@@ -89,7 +90,7 @@ class AdaptiveWords(nn.Module):
         ]
 
     def embed(self, tokens: Array) -> Array:
-        """Return x [..., E] of ids [...]."""
+        """Return the embeddings x [..., E] of ids [...]."""
         x = jnp.zeros((*tokens.shape, self.features), self.dtype)
         for cluster, (first_id, end_id) in enumerate(self.clusters):
             is_inside = (tokens >= first_id) & (tokens < end_id)
@@ -101,7 +102,7 @@ class AdaptiveWords(nn.Module):
         return x
 
     def losses(self, y: Array, targets: Array) -> Losses:
-        """Return the losses of targets [...], given y [..., E]."""
+        """Compute the losses of targets [...] from y [..., E]."""
         flat_features = jnp.asarray(y, self.dtype).reshape(-1, y.shape[-1])
         flat_targets = jnp.asarray(targets).reshape(-1)
         nats = self._compute_head_nats(flat_features, flat_targets)
@@ -113,7 +114,7 @@ class AdaptiveWords(nn.Module):
         return Losses(nats, nats)
 
     def logits(self, y: Array) -> Array:
-        """Return ln p of every word, [..., V] in f32, given y [..., E]."""
+        """Compute the log-probabilities of all words, [..., V] in f32, from y [..., E]."""
         y = y.astype(self.dtype)
         head_log_probs = jax.nn.log_softmax(self._head_logits(y))
         head_size = self.clusters[0][1]
@@ -151,12 +152,12 @@ class AdaptiveWords(nn.Module):
         return jax.lax.map(compute_block, blocks).reshape(-1)[:num_tokens]
 
     def _compute_tail_nats(self, tail: int, y: Array, tail_targets: Array) -> Array:
-        """Compute −ln p_i of the tokens in tail i, with 0 for the other tokens.
+        """Compute −ln p_i of the tokens in tail i, and 0 for all other tokens.
 
         Args:
-          tail: number of the tail, from 1.
-          y: [N, E].
-          tail_targets: positions of the words in the tail, [N]; −1 for tokens outside the tail.
+          tail: index of the tail, starting at 1.
+          y: features [N, E].
+          tail_targets: index of each target within the tail, [N]; −1 for tokens outside the tail.
         """
         num_tokens = len(tail_targets)
         block_size = even_size(num_tokens, self.chunk or -(-num_tokens // 8))
@@ -180,7 +181,7 @@ class AdaptiveWords(nn.Module):
 
 
 def _split_blocks(array: Array, block_size: int) -> Array:
-    """Split [N, …] into [blocks, size, …]; row 0 pads the last block."""
+    """Split an array [N, …] into [blocks, size, …]; the last block is padded with row 0."""
     num_blocks = -(-len(array) // block_size)
     row_index = jnp.arange(num_blocks * block_size)
     row_index = jnp.where(row_index < len(array), row_index, 0)

@@ -1,4 +1,4 @@
-"""Evaluation of a trained language model by any protocol (`--mode=eval`)."""
+"""Evaluation of a trained language model (`--mode=eval`)."""
 
 import pathlib
 
@@ -21,13 +21,17 @@ SPLITS = ('valid', 'test')
 
 
 def assess(config: ml_collections.ConfigDict, workdir: str) -> None:
-    """Evaluate the newest checkpoint of a run directory as `config.eval` and `config.dynamic` set.
+    """Evaluate the newest checkpoint in a run directory.
 
     Print a table and write evaluation.json to the directory. Dynamic evaluation has its own row.
 
+    Args:
+      config: config whose sections `eval` and `dynamic` choose the protocol.
+      workdir: run directory.
+
     Raises:
-      UserError: if the directory has no complete checkpoint or another config, or dynamic
-        evaluation diverges.
+      UserError: if the directory has no complete checkpoint, if its config does not match, or if
+        dynamic evaluation diverges.
     """
     # The model.
     run_path = pathlib.Path(workdir)
@@ -68,19 +72,19 @@ def _evaluate_dynamically(
     split: str,
     adaptation: dynamic_evaluation.Adaptation,
 ) -> list[Scores]:
-    """Return the metrics of dynamic evaluation; raise UserError if it diverges."""
+    """Run dynamic evaluation and return its metrics; raise UserError if it diverges."""
     try:
         return dynamic_evaluation.evaluate(model, params, corpus, split, adaptation)
     except FloatingPointError as error:
         raise UserError(
-            f'{error}. Try a lower config.dynamic.learning_rate than {adaptation.learning_rate}, a '
-            f'higher config.dynamic.epsilon than {adaptation.epsilon}, or more '
-            f'config.dynamic.statistics'
+            f'{error}. Try a config.dynamic.learning_rate below {adaptation.learning_rate}, a '
+            f'config.dynamic.epsilon above {adaptation.epsilon}, or a config.dynamic.statistics '
+            f'above {adaptation.statistics}'
         ) from error
 
 
 def _format_mean(seed_scores: list[Scores], column: str) -> str:
-    """Format the mean over seeds, with the standard deviation of several seeds."""
+    """Format the mean over seeds, and the standard deviation if there are several seeds."""
     if seed_scores[0][column] is None:
         return ''
     values = np.array([score[column] for score in seed_scores])

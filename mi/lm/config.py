@@ -1,4 +1,4 @@
-"""Rules for the keys of a language-model config, and checks across keys."""
+"""Validation of language-model configs: a rule for each key, and checks across keys."""
 
 from collections import ChainMap
 from collections.abc import Callable
@@ -49,7 +49,7 @@ SEGMENT = 256  # tokens of a segment in evaluation, if state or a memory is carr
 
 
 def check_cutoffs(value: object) -> str:
-    """Return what `model.cutoffs` must be; '' for a valid value."""
+    """Return a description of valid `model.cutoffs`, or '' if the value is valid."""
     is_valid = (
         isinstance(value, tuple | list)
         and not any(map(integer(1), value))
@@ -59,13 +59,16 @@ def check_cutoffs(value: object) -> str:
 
 
 def check_token_count(value: object) -> str:
-    """Return what a number of evaluated tokens must be; the first one is not predicted."""
+    """Return a description of valid token counts, or '' if the value is valid.
+
+    One token is too few, because evaluation does not predict the first token.
+    """
     is_valid = not integer(0)(value) and value != 1
     return '' if is_valid else 'an integer of at least 2, or 0'
 
 
 def check_segment(value: object) -> str:
-    """Return what `eval.length` must be; '' for a valid value."""
+    """Return a description of valid values of `eval.length`, or '' if the value is valid."""
     is_valid = value == -1 or not integer(1)(value)
     return '' if is_valid else 'an integer of at least 1, or -1'
 
@@ -144,10 +147,10 @@ SCHEMA: dict[str, Rule] = {
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Check a config before anything is built.
+    """Validate a config.
 
     Raises:
-      UserError: if a value is invalid, or contradicts another.
+      UserError: if a value is invalid or contradicts another value.
     """
     check(config, SCHEMA)
     optim.validate(config.optim, config.train.steps)
@@ -163,12 +166,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_tokenizer(config: ml_collections.ConfigDict) -> None:
-    """Raise UserError if only one of level and file asks for a tokenizer from a file."""
+    """Raise UserError if `data.level` and `data.tokenizer` contradict each other."""
     level, file = config.data.level, config.data.tokenizer
     if level == 'file' and not file:
         raise UserError(
             "config.data.tokenizer = '': expected the path of a tokenizer.json, because "
-            "config.data.level = 'file'. Try the level 'bpe', which makes one from the text"
+            "config.data.level = 'file'. Try config.data.level = 'bpe', which trains a tokenizer"
         )
     if file and level != 'file':
         raise UserError(
@@ -178,14 +181,14 @@ def _check_tokenizer(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_model(config: ml_collections.ConfigDict) -> None:
-    """Raise UserError if keys of the model contradict each other."""
+    """Raise UserError if options of the model contradict each other."""
     # Sites and sources that the core does not have.
     model = config.model
     is_transformer = model.core == 'transformer'
     if model.core in CORES and model.source == 'state':
         raise UserError(
             f"config.model.source = 'state': config.model.core = {model.core!r} has no "
-            f"per-step recurrent state. Try 'recurrent' or 'summary'"
+            f"recurrent state per step. Try config.model.source = 'recurrent' or 'summary'"
         )
     if model.site == 'attention' and not is_transformer:
         raise UserError(
@@ -201,13 +204,17 @@ def _check_model(config: ml_collections.ConfigDict) -> None:
     # Sizes of a Transformer.
     head_counts = {'heads': model.heads, 'kv_heads': model.kv_heads or model.heads}
     for key, num_heads in head_counts.items():
-        dividend = model.hidden if key == 'heads' else model.heads
+        dividend_key = 'hidden' if key == 'heads' else 'heads'
+        dividend = model[dividend_key]
         if is_transformer and dividend % num_heads:
-            raise UserError(f'config.model.{key} = {num_heads}: expected a divisor of {dividend}')
+            raise UserError(
+                f'config.model.{key} = {num_heads}: expected a divisor of '
+                f'config.model.{dividend_key} = {dividend}'
+            )
     if is_transformer and model.hidden // model.heads % 2:
         raise UserError(
             f'config.model.hidden / config.model.heads = {model.hidden // model.heads}: expected '
-            f'an even number, because position embeddings rotate pairs of features'
+            f'an even number, because position embeddings need an even head dimension'
         )
 
     # Implementations and losses.
@@ -216,18 +223,19 @@ def _check_model(config: ml_collections.ConfigDict) -> None:
         if not fits or jax.default_backend() != 'gpu':
             raise UserError(
                 "config.model.impl = 'cudnn': expected an NVIDIA GPU, config.model.core = 'lstm', "
-                "config.model.dtype = 'float32' and config.dropout.state = 0. Try 'xla'"
+                "config.model.dtype = 'float32' and config.dropout.state = 0. Try "
+                "config.model.impl = 'xla'"
             )
     if model.cutoffs and (config.loss.label_smoothing or config.loss.z_loss):
         raise UserError(
             f'config.model.cutoffs = {tuple(model.cutoffs)}: expected () with label smoothing or a '
-            f'z-loss, because an adaptive softmax computes no full distribution. Try '
+            f'z-loss, because an adaptive softmax does not compute the full distribution. Try '
             f'config.loss.label_smoothing = 0 and config.loss.z_loss = 0'
         )
 
 
 def _check_training(config: ml_collections.ConfigDict) -> None:
-    """Raise UserError if a batch cannot be divided into parts."""
+    """Raise UserError if `train.accumulate` does not divide the batch size."""
     training = config.train
     if training.batch % training.accumulate:
         raise UserError(
@@ -237,36 +245,37 @@ def _check_training(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_evaluation(config: ml_collections.ConfigDict) -> None:
-    """Raise UserError if a text cannot be read as `config.eval` and `config.dynamic` set."""
+    """Raise UserError if `eval` or `dynamic` sets a protocol that the model cannot follow."""
     is_transformer = config.model.core == 'transformer'
     if config.eval.memory >= 0 and not is_transformer:
         raise UserError(
             f'config.eval.memory = {config.eval.memory}: expected -1 for '
-            f'config.model.core = {config.model.core!r}, whose state is carried through the text'
+            f'config.model.core = {config.model.core!r}, because the key only applies to a '
+            f'Transformer'
         )
     length = get_reading(config).length
     if not 0 <= config.eval.stride <= length:
         raise UserError(
-            f'config.eval.stride = {config.eval.stride}: expected at most {length}, the tokens of '
-            f'a window. Try a longer config.eval.length'
+            f'config.eval.stride = {config.eval.stride}: expected at most {length}, the length of '
+            f'a window. Try a larger config.eval.length'
         )
     if is_transformer:
         _refuse_unseen_positions(config)
 
 
 def _refuse_unseen_positions(config: ml_collections.ConfigDict) -> None:
-    """Raise UserError if evaluation has distances between tokens that training does not have.
+    """Raise UserError if evaluation would use distances between tokens never seen in training.
 
-    If training and evaluation both have a memory, its length is free: recurrence over segments is
+    If both training and evaluation use a memory, it may have any length: segment recurrence is
     designed for that.
     """
     trained_memory, length = config.model.memory, config.train.length
     memory = trained_memory if config.eval.memory < 0 else config.eval.memory
     if memory and not trained_memory and memory >= length:
         raise UserError(
-            f'config.eval.memory = {memory}: expected at most {length - 1}, because training has '
-            f'only config.train.length = {length} positions and no memory. Lower it, or train with '
-            f'config.model.memory'
+            f'config.eval.memory = {memory}: expected at most {length - 1}, because the model was '
+            f'trained on config.train.length = {length} positions without memory. Try a smaller '
+            f'memory, or train with config.model.memory > 0'
         )
     if memory:
         return
@@ -277,14 +286,18 @@ def _refuse_unseen_positions(config: ml_collections.ConfigDict) -> None:
     for key, num_tokens in lengths.items():
         if num_tokens > max_length:
             raise UserError(
-                f'config.{key} = {num_tokens}: expected at most {max_length}, the positions of '
-                f'training, for a Transformer that is evaluated without memory. Try '
-                f'config.{key} = {max_length}, or config.model.memory'
+                f'config.{key} = {num_tokens}: expected at most {max_length}, the number of '
+                f'positions in training, because the Transformer is evaluated without memory. Try '
+                f'config.{key} = {max_length}, or train with config.model.memory > 0'
             )
 
 
 def get_reading(config: ml_collections.ConfigDict) -> Reading:
-    """Return how a text is read; `eval.length` = −1 is the longest segment that training allows."""
+    """Return the evaluation protocol that `config.eval` sets.
+
+    `eval.length` = −1 means the training length for a Transformer without memory, and SEGMENT
+    otherwise.
+    """
     length = config.eval.length
     if length < 0:
         is_bounded = config.model.core == 'transformer' and not config.model.memory

@@ -1,9 +1,9 @@
-"""Sources of the context z_t of a language model, which depends on the tokens before t alone.
+"""Sources of the context z_t of a language model, which depends only on tokens before t.
 
     recurrent   the state of a small LSTM over the embedded tokens
     summary     a decaying mean of the embedded tokens, with one decay for each feature
-    domain      the domain of the document, one-hot
-    state       the state of the recurrent core, see mi.lm.recurrent
+    domain      the domain of the document, as a one-hot vector
+    state       the state of the recurrent core (see mi.lm.recurrent)
 
 Shapes: T steps, B sequences, E embedding, m context.
 """
@@ -24,7 +24,7 @@ SOURCES = get_args(Source)
 
 
 class RecurrentContext(nn.Module):
-    """z_t = h_{t−1} of an LSTM over the embedded tokens.
+    """The state of an LSTM over the embedded tokens: z_t = h_{t−1}.
 
     Attributes:
       features: m.
@@ -46,14 +46,16 @@ class RecurrentContext(nn.Module):
 
 
 class Summary(nn.Module):
-    """z_t = s_{t−1},   s_t = λ ⊙ s_{t−1} + √(1 − λ²) ⊙ (A x_t + c).
+    """A decaying mean of the embedded tokens.
 
-    The factor keeps the variance of white inputs. λ = exp(−1/τ) is learned. τ, the number of steps
-    that a feature remembers, starts between 1 and `longest`, spaced evenly in log τ.
+        z_t = s_{t−1},   s_t = λ ⊙ s_{t−1} + √(1 − λ²) ⊙ (A x_t + c)
+
+    The factor √(1 − λ²) preserves the variance of white inputs. The decay λ = exp(−1/τ) is learned.
+    The time constants τ are initialized evenly in log τ, from 1 to `longest` steps.
 
     Attributes:
       features: m.
-      longest: largest initial τ, in steps.
+      longest: largest initial time constant τ, in steps.
       dtype: dtype of the product; the sums are f32.
     """
 
@@ -93,5 +95,5 @@ NETWORKS: dict[str, type[RecurrentContext] | type[Summary]] = {
 
 
 def previous(first: Array, h: Array) -> Array:
-    """Shift h [T, B, …] by one step: row t becomes h[t − 1], row 0 `first` [B, …]."""
+    """Shift h [T, B, …] by one step: row t becomes h[t − 1], and row 0 becomes `first` [B, …]."""
     return jnp.concatenate([first[None].astype(h.dtype), h[:-1]])

@@ -8,18 +8,20 @@ from mi.dropout import RowDropout
 
 
 class Rates(NamedTuple):
-    """Dropout rates.
+    """Dropout rates of a language model.
 
     Attributes:
-      word: rate of words, dropped at all their positions in a segment (Gal & Ghahramani, 2016).
-      input: rate of the core's input features.
-      layer: rate of the features between recurrent layers, or of a Transformer's residual branches.
-      state: rate of the features of h_{t−1} in recurrent layers; a segment drops the same ones at
-        all steps.
-      attention: rate of the attention weights.
-      output: rate of the core's output features.
-      locked: whether input, layer and output drop the same features at all steps of a segment, as
-        in AWD-LSTM (Merity et al., 2018).
+      word: rate for words. A dropped word is dropped at all its positions in a segment (Gal &
+        Ghahramani, 2016).
+      input: rate for the input features of the core.
+      layer: rate for the features between recurrent layers, or for the residual branches of a
+        Transformer.
+      state: rate for the features of h_{t−1} in recurrent layers. All steps of a segment drop the
+        same features.
+      attention: rate for the attention weights.
+      output: rate for the output features of the core.
+      locked: whether `input`, `layer` and `output` drop the same features at all steps of a
+        segment, as in AWD-LSTM (Merity et al., 2018).
     """
 
     word: float = 0.0
@@ -32,13 +34,13 @@ class Rates(NamedTuple):
 
 
 def drop(rate: float, rates: Rates, x: Array, train: bool, time: int = 0) -> Array:
-    """Return x with features dropped; if locked, the same ones at all steps.
+    """Apply dropout to the features of x.
 
     Args:
-      rate: share of the features.
-      rates: rates of the model; only `locked` is used.
-      x: [T, B, features], or [B, T, features] with `time` 1.
-      train: whether to drop features.
+      rate: fraction of the features to drop.
+      rates: dropout rates of the model, of which only `locked` is used.
+      x: array [T, B, features], or [B, T, features] if `time` is 1.
+      train: whether to drop features; x is returned unchanged otherwise.
       time: axis of the steps.
     """
     shared_axes = (time,) if rates.locked else ()

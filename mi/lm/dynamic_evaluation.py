@@ -1,14 +1,15 @@
-"""Dynamic evaluation, in which the parameters keep learning from the text they have predicted.
+"""Dynamic evaluation, in which the model keeps learning from the text that it has predicted.
 
-The RMS variant of Krause et al. (2018). After the loss of a segment has been counted,
+This is the RMS variant of Krause et al. (2018). After the loss of a segment has been recorded, the
+parameters θ are updated by
 
     θ ← θ − η g / (√MS + ε) + λ ⊙ (θ₀ − θ),   λ = min(1, decay · √MS / mean(√MS))
 
-with g the gradient of the segment's mean loss, MS the mean of g² over segments of the training
-text, and θ₀ the trained parameters. The text is one stream, and every segment is read once.
+where g is the gradient of the segment's mean loss, MS is the mean of g² over segments of the
+training text, and θ₀ are the trained parameters. The text is read once, as a single stream.
 
-The defaults are those of the authors' code, recalled from memory; MS is a mean there too. With
-η = 2e-3, which fits another scale of MS, small LSTMs diverged on Austen.
+The default hyperparameters follow the authors' code, as recalled from memory, in which MS is also a
+mean. Small LSTMs diverged on the Austen corpus with η = 2e-3, which suits a different scale of MS.
 """
 
 import functools
@@ -30,14 +31,14 @@ from mi.training import placement, progress, sharding
 
 
 class Adaptation(NamedTuple):
-    """How the parameters keep learning.
+    """Options of dynamic evaluation.
 
     Attributes:
-      tokens: number of tokens from the start of the text.
-      length: tokens of a segment.
+      tokens: number of tokens to evaluate, from the start of the text.
+      length: number of tokens in a segment.
       learning_rate: η.
-      decay, epsilon: decay and ε of the update.
-      statistics: number of segments of the training text that MS is the mean over.
+      decay, epsilon: `decay` and ε of the update.
+      statistics: number of segments of the training text over which MS is the mean.
     """
 
     tokens: int
@@ -49,12 +50,12 @@ class Adaptation(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """Segments of T tokens: one, each array [T, 1], or several, with a leading axis.
+    """One segment of T tokens, with arrays [T, 1], or several, with arrays [segments, T, 1].
 
     Attributes:
-      inputs: ids.
-      targets: ids of the tokens that follow.
-      mask: 1 for targets that count.
+      inputs: ids of the inputs.
+      targets: ids of the next tokens.
+      mask: 1 for targets that are scored, 0 for padding.
       domains: domain of each input; None for a model that does not use domains.
     """
 
@@ -65,7 +66,7 @@ class Segments(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """The numbers of an update: η, decay and ε."""
+    """Hyperparameters of the update: η, `decay` and ε."""
 
     learning_rate: Array | np.float32
     decay: Array | np.float32
@@ -82,16 +83,19 @@ def evaluate(
     split: str,
     adaptation: Adaptation,
 ) -> list[Scores]:
-    """Return the metrics of each seed on the first `adaptation.tokens` tokens of a split.
+    """Evaluate each seed dynamically on the first `adaptation.tokens` tokens of a split.
 
-    The text is one stream, so that devices can share the seeds but not the text.
+    Devices divide the seeds but not the text, because the text is a single stream.
 
     Args:
       model: the model.
-      params: its parameters, [S, …].
+      params: parameters of the model, [S, …].
       corpus: the corpus.
       split: 'valid' or 'test'.
-      adaptation: rule by which the parameters learn.
+      adaptation: options of dynamic evaluation.
+
+    Returns:
+      The metrics of each seed.
 
     Raises:
       FloatingPointError: if the loss becomes non-finite.
@@ -138,7 +142,7 @@ def evaluate(
 def _read_rounds(
     corpus: Corpus, split: str, tokens: np.ndarray, model: LanguageModel, length: int
 ) -> Iterator[Segments]:
-    """Yield consecutive `Segments`, at most ROUND of them at a time."""
+    """Yield the segments of a text in groups of at most ROUND consecutive segments."""
     segments: list[Segments] = []
     for inputs, targets, mask, positions in streams.segments(tokens, 1, length):
         domains = corpus.get_domains(split, positions) if model.source == 'domain' else None
@@ -153,7 +157,7 @@ def _read_rounds(
 def _compute_gradient(
     model: LanguageModel, params: Params, carry: Carry, segment: Segments
 ) -> tuple[Params, Carry, Array]:
-    """Compute the gradient of a segment's mean loss, the carry after the segment and Σ nats."""
+    """Compute the gradient of a segment's mean loss, the carry after it, and its total nats."""
 
     def compute_loss(params: Params) -> tuple[Array, tuple[Carry, Array]]:
         losses: Losses
@@ -171,7 +175,7 @@ def _compute_gradient(
 def _compile_programs(
     model: LanguageModel, mesh: jax.sharding.Mesh
 ) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped, jax.stages.Wrapped]:
-    """Return `_init_state`, `_add_squares` and `_adapt` for all seeds, which the devices share."""
+    """Compile `_init_state`, `_add_squares` and `_adapt` for all seeds, divided over devices."""
     seed_spec, replicated_spec = sharding.seed_sharding(mesh).spec, sharding.replicated(mesh).spec
 
     def compile_seeds(function: Callable[..., chex.ArrayTree]) -> jax.stages.Wrapped:
@@ -192,7 +196,7 @@ def _compile_programs(
 
 
 def _init_state(model: LanguageModel, seeded: tuple[Params], shared: None) -> tuple[Carry, Params]:
-    """Return the carry before the first token, and zeros for Σ g²."""
+    """Return the carry before the first token, and the initial Σ g², which is zero."""
     (params,) = seeded
     return model.initial_carry(1), jax.tree.map(jnp.zeros_like, params)
 
@@ -200,7 +204,7 @@ def _init_state(model: LanguageModel, seeded: tuple[Params], shared: None) -> tu
 def _add_squares(
     model: LanguageModel, seeded: tuple[Params, Carry, Params], segments: Segments
 ) -> tuple[Carry, Params]:
-    """Return the carry after the segments, and Σ g² with theirs added."""
+    """Return the carry after the segments, and Σ g² including their gradients."""
     params, carry, square_sums = seeded
 
     def step(
@@ -219,12 +223,17 @@ def _adapt(
     seeded: tuple[Params, Params, Params, Carry],
     shared: tuple[Array, Rates, Segments],
 ) -> tuple[Params, Carry, Array]:
-    """Return parameters and carry after the segments, and Σ nats of the segments.
+    """Adapt the parameters to each segment in turn.
 
     Args:
       model: the model.
-      seeded: trained parameters, Σ g², and the parameters and carry before the segments.
-      shared: number of segments in Σ g², the rates, and the segments.
+      seeded: arrays of one seed: the trained parameters, Σ g², and the parameters and the carry
+        before the segments.
+      shared: arrays that all seeds share: the number of segments in Σ g², the hyperparameters of
+        the update, and the segments.
+
+    Returns:
+      The parameters and the carry after the segments, and the total nats of the segments.
     """
     trained_params, square_sums, params, carry = seeded
     num_segments, rates, segments = shared

@@ -1,4 +1,4 @@
-"""The embedding of the tokens, and the softmax that predicts the next one."""
+"""The embedding of the tokens, and the softmax that predicts the next token."""
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -11,9 +11,9 @@ from mi.lm.loss import Losses, Objective, softmax_losses
 
 
 class Words(nn.Module):
-    """An embedding e_w of every word, and the softmax over all words.
+    """An embedding e_w for every word, and a softmax over all words.
 
-        x = √E e_w,   logits = y · o_w + b_w,   o_w = e_w if tied
+        x = √E e_w,   logits = y · o_w + b_w,   where o_w = e_w if tied
 
     Attributes:
       vocabulary: V.
@@ -37,16 +37,16 @@ class Words(nn.Module):
         self.bias = self.param('bias', initializers.zeros, (V,))
 
     def embed(self, tokens: Array) -> Array:
-        """Return x [..., E] of ids [...]."""
+        """Return the embeddings x [..., E] of ids [...]."""
         return (self.embedding[tokens] * self.features**0.5).astype(self.dtype)
 
     def logits(self, y: Array) -> Array:
-        """Return the logits [..., V] of y [..., E], in f32."""
+        """Compute the logits [..., V] of all words, in f32, from y [..., E]."""
         table = self.embedding if self.tied else self.output
         logits = linear(y, table.T.astype(self.dtype), out_dtype=jnp.float32)
         return logits + self.bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
     def losses(self, y: Array, targets: Array) -> Losses:
-        """Return the losses of targets [...], given y [..., E]."""
+        """Compute the losses of targets [...] from y [..., E]."""
         table = self.embedding if self.tied else self.output
         return softmax_losses(y, table, self.bias, targets, self.objective)

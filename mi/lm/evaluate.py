@@ -1,13 +1,13 @@
-"""Evaluation of a language model on a held-out text; each token is predicted once.
+"""Evaluation of a language model on a held-out text.
 
-There are three protocols, and the results name theirs:
+Each token is predicted once, by one of three protocols. Results record which protocol was used.
 
-- Carried state: the text in contiguous parts, in segments one after another. The recurrent state
-  or the Transformer's memory is carried from segment to segment.
-- Sliding window (`stride`): a window of `length` tokens that advances by `stride` tokens and
-  predicts these. Every token but the first ones sees at least length − stride tokens; nothing is
-  carried.
-- Dynamic: see `mi.lm.dynamic_evaluation`.
+- Carried state: the text is divided into contiguous parts, and each part is read in consecutive
+  segments. The recurrent state or the Transformer's memory is carried from segment to segment.
+- Sliding window (`stride` > 0): a window of `length` tokens advances by `stride` tokens, which are
+  the predicted ones. After the first window, every prediction sees at least length − stride
+  earlier tokens. No state is carried.
+- Dynamic evaluation: see `mi.lm.dynamic_evaluation`.
 """
 
 import functools
@@ -33,12 +33,12 @@ Scores = dict[str, Any]
 
 
 class Reading(NamedTuple):
-    """How a text is read.
+    """The protocol by which a text is read.
 
     Attributes:
-      batch: number of parts, or windows, that are read in parallel.
-      length: tokens of a segment or a window.
-      stride: tokens that a window advances by; 0 to carry state from segment to segment instead.
+      batch: number of parts or windows that are read in parallel.
+      length: number of tokens in a segment or a window.
+      stride: number of tokens by which a window advances; 0 to carry state between segments.
     """
 
     batch: int
@@ -52,7 +52,7 @@ class Excerpt(NamedTuple):
     Attributes:
       corpus: the corpus.
       split: 'valid' or 'test'.
-      num_tokens: tokens from the start of the text; 0 for all.
+      num_tokens: number of tokens from the start of the text; 0 for all.
     """
 
     corpus: Corpus
@@ -61,17 +61,18 @@ class Excerpt(NamedTuple):
 
     @property
     def tokens(self) -> np.ndarray:
-        """Ids of the excerpt, [N]."""
+        """The ids of the excerpt, [N]."""
         tokens = self.corpus.tokens[self.split]
         return tokens[: self.num_tokens or len(tokens)]
 
 
 @functools.cache
 def segment_program(model: LanguageModel, mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
-    """Return the program that evaluates a segment with every seed.
+    """Return a jitted program that evaluates a segment with every seed.
 
-    (params, carry, inputs [T, B], targets, mask, domains) → (carry, Σ nats [S]). Each device has
-    its seeds and rows. The sums are the only communication if parameters are not split.
+    The program maps (params, carry, inputs [T, B], targets, mask, domains) to the new carry and the
+    total nats of each seed, [S]. Each device computes its own seeds and rows. Unless the parameters
+    are sharded, the sums over rows are the only communication.
     """
     row_spec = sharding.batch_sharding(mesh, 1).spec
     seed_spec = sharding.seed_sharding(mesh).spec
@@ -115,19 +116,19 @@ def evaluate(
     mesh: jax.sharding.Mesh,
     check: Callable[[], None] = lambda: None,
 ) -> list[Scores]:
-    """Return the metrics of each seed on a held-out text.
+    """Evaluate each seed on a held-out text.
 
     Args:
       model: the model.
-      params: its parameters, [S, …].
+      params: parameters of the model, [S, …].
       excerpt: the text.
       reading: protocol by which the text is read.
-      mesh: the devices, which share the seeds and the batch.
-      check: called before each segment; an exception that it raises ends the evaluation.
+      mesh: mesh of devices, which divide the seeds and the batch.
+      check: function called before each segment; it may raise an exception to end the evaluation.
 
     Returns:
-      For each seed: nats_per_token, perplexity, bits_per_byte (None where the tokens do not
-      determine the text), and how they were measured.
+      The metrics of each seed: nats_per_token, perplexity, bits_per_byte (None if the tokens do not
+      determine the text), and the protocol.
     """
     # Sizes: idle rows without a token give every device the same number of rows.
     corpus, split, _ = excerpt
@@ -173,14 +174,16 @@ def compile_segment(
     has_domains: bool,
     mesh: jax.sharding.Mesh,
 ) -> jax.stages.Compiled:
-    """Compile the program that `evaluate` calls for each segment of a text that is long enough.
+    """Compile the program that `evaluate` calls for each segment.
+
+    The program is for texts that are long enough to fill a batch.
 
     Args:
       model: the model.
-      params: shapes of the parameters of all seeds, placed on the mesh.
+      params: shapes and shardings of the parameters of all seeds.
       reading: protocol by which the text is read.
       has_domains: whether the model uses the domain of each token.
-      mesh: the devices.
+      mesh: mesh of devices.
     """
     # The shapes of the carry, and of a segment.
     batch_size = reading.batch + -reading.batch % (mesh.size // mesh.shape['seed'])
@@ -204,7 +207,7 @@ def compile_segment(
 def _place_initial_carry(
     model: LanguageModel, num_seeds: int, batch: int, mesh: jax.sharding.Mesh
 ) -> Carry:
-    """Return the carry of all seeds before the first token, each device with its part."""
+    """Return the initial carry of all seeds, sharded over the devices."""
     carry_sharding = sharding.batch_sharding(mesh, 1, has_seeds=True)
     return jax.tree.map(
         lambda a: sharding.shard_array(np.broadcast_to(a, (num_seeds, *a.shape)), carry_sharding),
@@ -213,7 +216,7 @@ def _place_initial_carry(
 
 
 def _read_pieces(tokens: np.ndarray, batch: int, reading: Reading) -> Iterator[streams.Piece]:
-    """Return the segments or windows of a text."""
+    """Yield the segments or windows of a text."""
     if reading.stride:
         return streams.windows(tokens, batch, reading.length, reading.stride)
     return streams.segments(tokens, batch, reading.length)
@@ -222,16 +225,16 @@ def _read_pieces(tokens: np.ndarray, batch: int, reading: Reading) -> Iterator[s
 def compute_metrics(
     nats_per_token: float, corpus: Corpus, split: str, protocol: Mapping[str, Any]
 ) -> Scores:
-    """Return the metrics that follow from the mean loss of the first tokens of a split.
+    """Compute metrics from the mean loss of the first tokens of a split.
 
-    Bits per byte use the bytes of the predicted tokens, as the bytes per token of an excerpt and of
-    the whole text differ.
+    Bits per byte only count the bytes of the predicted tokens, because an excerpt and the whole
+    text differ in bytes per token.
 
     Args:
       nats_per_token: mean loss.
       corpus: the corpus.
       split: 'valid' or 'test'.
-      protocol: protocol of the measurement; 'predictions' is the number of predicted tokens.
+      protocol: protocol of the evaluation, including 'predictions', the number of predicted tokens.
     """
     num_predictions = protocol['predictions']
     predicted_bytes = corpus.count_predicted_bytes(split, num_predictions) if corpus.lossless else 0

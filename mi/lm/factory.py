@@ -1,4 +1,4 @@
-"""Construction of the corpus, the model and the trainer from a config."""
+"""Constructors of the corpus, the model and the trainer from a config."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -34,7 +34,7 @@ def load_corpus(config: ml_collections.ConfigDict) -> Corpus:
     """Load the corpus that a config names.
 
     Raises:
-      UserError: if the corpus cannot be read, or has no domains although the model needs them.
+      UserError: if the corpus cannot be read, or if it lacks the domains that the model needs.
     """
     data = config.data
     with name_config_keys(DATA_KEYS):
@@ -46,8 +46,9 @@ def load_corpus(config: ml_collections.ConfigDict) -> Corpus:
         )
     if config.model.source == 'domain' and not corpus.domains:
         raise UserError(
-            f"config.model.source = 'domain': config.data.source = {data.source!r} has no "
-            f"domains. Try the source 'domains' or 'austen-domains'"
+            f"config.model.source = 'domain': expected a corpus with domains, but "
+            f'config.data.source = {data.source!r} has none. Try config.data.source = '
+            f"'austen-domains' or 'domains'"
         )
     return corpus
 
@@ -55,12 +56,12 @@ def load_corpus(config: ml_collections.ConfigDict) -> Corpus:
 def build_model(
     config: ml_collections.ConfigDict, vocabulary: int, num_domains: int = 0
 ) -> LanguageModel:
-    """Build the model of a config; below this function there are typed fields and no config.
+    """Build the model that a config describes.
 
     Args:
       config: config of a run.
       vocabulary: number of token ids.
-      num_domains: number of domains, for the source 'domain'.
+      num_domains: number of domains, for `model.source` = 'domain'.
 
     Raises:
       UserError: if a cutoff of the adaptive softmax is not below the vocabulary.
@@ -104,14 +105,14 @@ def build_model(
 def _get_words(
     config: ml_collections.ConfigDict, vocabulary: int
 ) -> Callable[..., Words | AdaptiveWords]:
-    """Return the constructor of the embedding and the softmax."""
+    """Return a constructor of the embedding and the softmax."""
     objective, cutoffs = Objective(**config.loss), tuple(config.model.cutoffs)
     if not cutoffs:
         return functools.partial(Words, objective=objective)
     if cutoffs[-1] >= vocabulary:
         raise UserError(
-            f'config.model.cutoffs = {cutoffs}: expected integers below the vocabulary size, '
-            f'{vocabulary}'
+            f'config.model.cutoffs = {cutoffs}: expected integers below {vocabulary}, the '
+            f'vocabulary size'
         )
     return functools.partial(
         AdaptiveWords, cutoffs=cutoffs, divisor=config.model.divisor, chunk=objective.chunk
@@ -119,7 +120,7 @@ def _get_words(
 
 
 def _get_core(model: ml_collections.ConfigDict) -> Callable[..., nn.Module]:
-    """Return the constructor of the core, with those options that it has a field for."""
+    """Return a constructor of the core, with the options for which the core has a field."""
     if model.core in CORES:
         module = CORES[model.core]
         options = {
@@ -140,7 +141,7 @@ def _get_core(model: ml_collections.ConfigDict) -> Callable[..., nn.Module]:
 def build_trainer(
     config: ml_collections.ConfigDict, vocabulary: int, num_domains: int = 0
 ) -> Trainer:
-    """Build the trainer of a config, with its model and its optimizer; see `build_model`."""
+    """Build the trainer that a config describes, including its model and its optimizer."""
     return Trainer(
         model=build_model(config, vocabulary, num_domains),
         optimizer=optim.make_optimizer(config.optim, config.train.steps),
@@ -150,14 +151,14 @@ def build_trainer(
 
 
 def configure_evaluation(model: LanguageModel, config: ml_collections.ConfigDict) -> LanguageModel:
-    """Return the model with the memory that `config.eval.memory` sets."""
+    """Return the model with the memory size that `config.eval.memory` sets."""
     if config.model.core != 'transformer' or config.eval.memory < 0:
         return model
     return model.clone(core=functools.partial(model.core, memory=config.eval.memory))
 
 
 def configure_sampling(model: LanguageModel, config: ml_collections.ConfigDict) -> LanguageModel:
-    """Return the model whose tokens attend as far back as in training, however long the text."""
+    """Return the model with an attention window as long as in training, for texts of any length."""
     if config.model.core != 'transformer' or config.model.memory:
         return model
     memory = max(1, config.train.length - 1)
@@ -167,9 +168,9 @@ def configure_sampling(model: LanguageModel, config: ml_collections.ConfigDict) 
 def compute_costs(
     config: ml_collections.ConfigDict, vocabulary: int, num_domains: int = 0
 ) -> dict[str, dict[str, int]]:
-    """Compute the parameters and the forward FLOPs per token, of the model and of its fusions.
+    """Count the parameters and the forward FLOPs per token of the model and of its fusions.
 
-    FLOPs are those of the products.
+    FLOPs count only matrix products.
     """
     # The shapes of a call of the model, with XLA's LSTM in place of cuDNN's, whose FLOPs cannot be
     # counted.
@@ -205,21 +206,22 @@ def compute_costs(
 def match_size(
     config: ml_collections.ConfigDict, vocabulary: int, num_domains: int = 0
 ) -> ml_collections.ConfigDict:
-    """Return the config with the size `match.knob` at which `match.by` is nearest to its target.
+    """Return the config with the size `match.knob` whose cost `match.by` is nearest to a target.
 
-    The target is `match.target`, or the cost of this config as the model that `match.baseline`
-    names: with the fusion 'concat', or 'plain', without a fusion. The hidden size of a Transformer
-    increases in steps of 2 · heads, its feed-forward layer with it.
+    The target is `match.target`, or the cost of the baseline `match.baseline`: the same config with
+    the fusion 'concat', or without a fusion ('plain'). The hidden size of a Transformer increases
+    in steps of 2 · heads, and its feed-forward layers grow in proportion.
 
     Raises:
-      UserError: if the fusion does not have the size, or no size costs as little as the target.
+      UserError: if the fusion does not have this size, or if every size costs more than the target.
     """
     if config.match.by == 'none':
         return config
     if config.match.knob == 'rank' and 'rank' not in fusion.get_options(config.model.fusion.name):
         raise UserError(
-            f"config.match.knob = 'rank': the fusion {config.model.fusion.name!r} has no rank. "
-            f"Try 'hidden'"
+            f"config.match.knob = 'rank': expected a fusion with a rank, but "
+            f'config.model.fusion.name = {config.model.fusion.name!r} has none. Try '
+            f"config.match.knob = 'hidden'"
         )
     cost_name = 'parameters' if config.match.by == 'parameters' else 'flops_per_token'
 
@@ -236,7 +238,7 @@ def match_size(
 
 
 def _resize(config: ml_collections.ConfigDict, size: int) -> dict[str, int]:
-    """Return the changes that give a config a size, see `match_size`."""
+    """Return the config changes that set the matched size, see `match_size`."""
     model = config.model
     if config.match.knob == 'rank':
         return {'model.fusion.rank': size}

@@ -14,12 +14,15 @@ ACTIVATIONS = ('swiglu', 'relu', 'gelu')
 
 
 class FeedForward(nn.Module):
-    """y = A₂ (silu(Gx + g) ⊙ f(x, z)) + a,   or   y = A₂ act(f(x, z)) + a.
+    """A feed-forward layer whose first product may be a fusion.
 
-    f is an affine map to `hidden` features, or a fusion. The first form is SwiGLU (Shazeer, 2020).
+        y = A₂ (silu(Gx + g) ⊙ f(x, z)) + a    for the activation 'swiglu' (Shazeer, 2020)
+        y = A₂ act(f(x, z)) + a                for all others
+
+    f is a fusion, or an affine map of x, to `hidden` features.
 
     Attributes:
-      hidden: F.
+      hidden: number of features of f.
       activation: name of an activation in ACTIVATIONS.
       fusion: constructor of f; None for an affine map of x.
       dtype: dtype of the products.
@@ -32,7 +35,7 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, z: Array | None) -> Array:
-        """Map x [..., n] and z [..., m] to y [..., n]; only a fusion reads z."""
+        """Map x [..., n] and z [..., m] to y [..., n]; z is only used by a fusion."""
         if self.fusion is None:
             hidden = Affine(self.hidden, self.dtype, name='hidden')(x)
         else:

@@ -1,4 +1,4 @@
-"""The losses of a softmax over a vocabulary, computed from the features before the logits.
+"""Losses of a softmax over a vocabulary, computed from the features y before the logits.
 
 Shapes: y [..., E], output embedding [V, E], bias [V], targets [...].
 """
@@ -15,11 +15,11 @@ from mi.kernels.linear import linear
 
 
 class Losses(NamedTuple):
-    """The losses of each token.
+    """Losses of each token.
 
     Attributes:
-      nats: −ln p(target), which is reported.
-      objective: the loss that is minimized.
+      nats: the reported loss, −ln p(target).
+      objective: the minimized loss.
     """
 
     nats: Array
@@ -30,9 +30,10 @@ class Objective(NamedTuple):
     """Options of the loss, see `softmax_losses`.
 
     Attributes:
-      label_smoothing, z_loss: weights of the terms beside −ln p(target).
-      chunk: tokens whose logits are in memory simultaneously; 0 for all. The backward pass then
-        recomputes the logits, which is one more product.
+      label_smoothing: weight s of label smoothing.
+      z_loss: weight w of the z-loss.
+      chunk: maximum number of tokens whose logits are in memory simultaneously; 0 for all tokens.
+        With chunks, the backward pass recomputes the logits at the cost of one more product.
     """
 
     label_smoothing: float = 0.0
@@ -41,7 +42,7 @@ class Objective(NamedTuple):
 
 
 def nats(logits: Array, targets: Array) -> Array:
-    """Compute −ln p(target) of each token, in nats: logits [..., V], targets [...] → [...]."""
+    """Compute −ln p(target) of each token from logits [..., V] and targets [...]."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
 
@@ -51,10 +52,10 @@ def bits_per_byte(nats_per_token: float, num_tokens: int, num_bytes: int) -> flo
 
 
 def even_size(num_tokens: int, max_size: int) -> int:
-    """Return the size of equal parts with at most `max_size` tokens, as few of them as possible.
+    """Return the size of the fewest equal parts that have at most `max_size` tokens each.
 
-    The last part is padded. Parts of exactly `max_size` tokens would waste work on a device that
-    has few more tokens than one part.
+    The last part is padded. Equal parts keep the padding small: parts of exactly `max_size` tokens
+    would waste almost a whole part on a device that has slightly more than `max_size` tokens.
     """
     return -(-num_tokens // -(-num_tokens // max_size))
 
@@ -66,19 +67,19 @@ def softmax_losses(
     targets: Array,
     objective: Objective,
 ) -> Losses:
-    """Compute the losses of a softmax over all words, with products in y's dtype.
+    """Compute the losses of a softmax over all words, with products in the dtype of y.
 
         logits = y · tableᵀ + bias
         objective = (1 − s) nats + s mean_v(−ln p(v)) + w (ln Z)²
 
-    with s the label smoothing (Szegedy et al., 2016), w the z-loss (Chowdhery et al., 2022) and Z
-    the sum of the exponentials of the logits.
+    where s is the label smoothing (Szegedy et al., 2016), w the weight of the z-loss (Chowdhery et
+    al., 2022), and Z the sum of the exponentials of the logits.
 
     Args:
-      y: [..., E].
-      table: [V, E].
-      bias: [V].
-      targets: ids [...].
+      y: features [..., E].
+      table: output embedding [V, E].
+      bias: bias of the logits [V].
+      targets: ids of the targets [...].
       objective: s, w and the chunk size.
     """
     num_tokens, chunk_size = targets.size, objective.chunk

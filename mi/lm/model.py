@@ -1,6 +1,7 @@
-"""The language model: a token stream and a context, fused at one site.
+"""The language model, which fuses a token stream with a context at one site.
 
-Shapes: T steps, B sequences, E embedding, H hidden, m context, V vocabulary; tokens are [T, B].
+Shapes: T steps, B sequences, E embedding features, H hidden features, m context features, V words.
+Tokens are [T, B].
 """
 
 import functools
@@ -32,30 +33,31 @@ Params = ArrayTree  # parameters of a model, one array for each
 
 
 class LanguageModel(nn.Module):
-    """Words → [encoder fusion] → core → decoder fusion or affine map → words.
+    """A language model: words → [encoder fusion] → core → decoder fusion or affine map → words.
 
         e_t = embedding of token t                       [E]
-        x_t = fuse(e_t, z_t)  or  e_t                    [E]   site 'encoder', 'both'
-        h_t = core(x_≤t)                                 [H]   the other sites are in the core
-        y_t = fuse(h_t, z_t)  or  an affine map of h_t   [E]   site 'decoder', 'both'
-        logits_t = y_t · output embedding + bias         [V]   predicts token t + 1
+        x_t = fuse(e_t, z_t)  or  e_t                    [E]   sites 'encoder' and 'both'
+        h_t = core(x_≤t)                                 [H]   other sites are inside the core
+        y_t = fuse(h_t, z_t)  or  an affine map of h_t   [E]   sites 'decoder' and 'both'
+        logits_t = y_t · output embedding + bias         [V]   prediction of token t + 1
 
-    At the decoder the logits are a multiplicative interaction of h and z, bilinear in both, whose W
-    is factored through the E features of the output embedding: it has m·H·E entries, not m·H·V.
+    The context z_t [m] depends only on tokens before t, see `mi.lm.context`.
 
-    The context z_t [m] depends on the tokens before t alone, see `mi.lm.context`.
+    With a fusion at the decoder, the logits are a multiplicative interaction of h and z, bilinear
+    in both. Its W is factored through the E features of the output embedding, so that it has m·H·E
+    entries instead of m·H·V.
 
-    With the source 'state' and a site before the decoder, x_t depends on h_{t−1}: fusion and input
-    projection run inside the loop over time. In all other cases they are one product for all steps.
+    With the source 'state' and a site before the decoder, x_t depends on h_{t−1}, so that fusion
+    and input projection run inside the loop over time. In all other cases, one product computes
+    all steps.
 
     Attributes:
-      words: constructor of the embedding of E features and the softmax, `Words` or
-        `AdaptiveWords`.
+      words: constructor of `Words` or `AdaptiveWords`, the embedding of E features and the softmax.
       core: constructor of `Recurrent` or `Transformer`.
       site: position of the fusion; 'none' for a plain model.
-      source: origin of the context.
-      context: m; 0 for no context, which the fusion 'none' needs.
-      fusion: constructor of the module (x, z) → y, one of `mi.fusion.FUSIONS`.
+      source: source of the context, as in `mi.lm.context`.
+      context: m; 0 for no context, which the fusion 'none' requires.
+      fusion: constructor of a module (x, z) → y, one of `mi.fusion.FUSIONS`.
       rates: dropout rates.
       dtype: dtype of the products; parameters, state and logits are f32.
     """
@@ -78,21 +80,21 @@ class LanguageModel(nn.Module):
         domains: Array | None = None,
         train: bool = False,
     ) -> tuple[Carry, Array | Losses]:
-        """Return the carry after the last token, and the prediction of the tokens that follow.
+        """Predict the token that follows each of the given tokens.
 
         Args:
-          carry: carry from `initial_carry`, or from the call on the tokens before these.
-          tokens: ids [T, B]; the prediction at t is of the token after tokens[t].
-          targets: ids of those tokens, [T, B]; None for logits in place of losses.
+          carry: carry from `initial_carry`, or from the call on the preceding tokens.
+          tokens: ids [T, B].
+          targets: ids of the tokens to predict, [T, B]; None to return logits instead of losses.
           domains: domain of each token, [T, B], for the source 'domain'.
-          train: whether dropout is on; needs the rngs 'dropout' and 'state'.
+          train: whether to apply dropout, which requires the rngs 'dropout' and 'state'.
 
         Returns:
-          The carry, and logits [T, B, V] in f32 (log-probabilities of an adaptive softmax), or the
-          losses of the targets, each [T, B].
+          The carry after the last token, and either the logits [T, B, V] in f32 (log-probabilities
+          for an adaptive softmax) or the losses of the targets, each [T, B].
 
         Raises:
-          ValueError: for the source 'domain' without domains.
+          ValueError: if the source is 'domain' and `domains` is None.
         """
         # x_t and h_t.
         words = self.words(dtype=self.dtype, name='words')
@@ -113,14 +115,14 @@ class LanguageModel(nn.Module):
         return carry
 
     def decoder(self) -> 'LanguageModel':
-        """Return the same model with cached keys and values, see `Transformer.decode`."""
+        """Return the same model with a cache of keys and values, see `Transformer.decode`."""
         if self.memory is None:
             return self
         return self.clone(core=functools.partial(self.core, decode=True))
 
     @property
     def memory(self) -> int | None:
-        """Tokens that a Transformer remembers from segment to segment; None for another core."""
+        """The number of tokens in a Transformer's memory; None for other cores."""
         return getattr(self._make_core(parent=None), 'memory', None)
 
     @property
@@ -129,11 +131,11 @@ class LanguageModel(nn.Module):
 
     @property
     def _fuses_state_in_core(self) -> bool:
-        """Whether the context of a step is the core's own state of the step before."""
+        """Whether the context of a step is the core's own state after the previous step."""
         return self._has_context and self.source == 'state' and self.site != 'decoder'
 
     def _embed(self, words: Words | AdaptiveWords, tokens: Array, train: bool) -> Array:
-        """Return the embedded tokens [T, B, E], with dropout of whole words and of features."""
+        """Embed tokens as [T, B, E], with dropout of whole words and of features."""
         x = words.embed(tokens)
         if train and self.rates.word:
             keep = RowDropout(self.rates.word, row_axis=None)(jnp.ones(words.vocabulary), False)
@@ -143,7 +145,7 @@ class LanguageModel(nn.Module):
     def _run_step_by_step(
         self, carry: Carry, x: Array, domains: Array | None, train: bool
     ) -> tuple[Carry, Array, Array]:
-        """Run the core in a loop over time, in which it makes z_t from its own h_{t−1}."""
+        """Run the core in a loop over time, in which it computes z_t from its own h_{t−1}."""
         del domains  # the source is 'state'
 
         def step(
@@ -163,7 +165,7 @@ class LanguageModel(nn.Module):
     def _run_sequence(
         self, carry: Carry, x: Array, domains: Array | None, train: bool
     ) -> tuple[Carry, Array, Array]:
-        """Compute z of all steps, then run the core on all of them."""
+        """Compute z for all steps, then run the core on the whole sequence."""
         core = self._make_core(name='core')
         next_carry, z = self._compute_context(carry, x, domains)
         next_carry['core'], h, _ = core(carry['core'], x, z, train)
@@ -176,12 +178,14 @@ class LanguageModel(nn.Module):
     def _compute_context(
         self, carry: Carry, x: Array, domains: Array | None
     ) -> tuple[Carry, Array | None]:
-        """Return the carry of the context network, and z; None if z is made from the states."""
+        """Compute the carry of the context network, and z; z is None for the source 'state'."""
         if not self._has_context:
             return {}, jnp.zeros((1, x.shape[1], 0), self.dtype)
         if self.source == 'domain':
             if domains is None:
-                raise ValueError("source = 'domain': expected domains [T, B] (got None)")
+                raise ValueError(
+                    "domains = None: expected the domain of each token for source = 'domain'"
+                )
             return {}, jax.nn.one_hot(domains, self.context, dtype=self.dtype)
         if self.source == 'state':
             return {}, None
@@ -190,7 +194,7 @@ class LanguageModel(nn.Module):
         return {'context': network_state}, z
 
     def _decode(self, features: int, h: Array, z: Array) -> Array:
-        """Return y [T, B, E], which the logits are linear in."""
+        """Compute the features y [T, B, E] from which the logits are computed."""
         if self.site in ('decoder', 'both'):
             return self.fusion(features, dtype=self.dtype, name='fuse_decoder')(h, z)
         return Affine(features, dtype=self.dtype, name='decoder')(h)

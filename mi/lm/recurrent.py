@@ -1,4 +1,4 @@
-"""The recurrent core: layers of a cell of `mi.cells`, with the sites of a fusion."""
+"""The recurrent core: layers of a cell from `mi.cells`, with several fusion sites."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,24 +18,24 @@ Carry = list[Any]  # the state of each layer
 
 
 class Recurrent(nn.Module):
-    """L recurrent layers, x_t → h_t, with the sites at which x and z are fused.
+    """A stack of L recurrent layers, x_t → h_t, which can fuse x with z at one site:
 
         encoder      the input of the first layer becomes fuse(x, z)
         input_gate   the input of each layer becomes fuse(x, z), as the Mogrifier gates its input
         norm         the input of each layer becomes fuse(x / rms(x), z)
         ffn          each layer is followed by h + FeedForward(h), whose first product is the fusion
 
-    For the source 'state', z is None and is made here, an affine map of the top layer's h_{t−1}.
-    T is 1 then, and the loop over time is outside this module.
+    For the source 'state', z is None, and this module computes it as an affine map of the top
+    layer's h_{t−1}. In that case T is 1, and the loop over time is outside this module.
 
     Attributes:
-      features: H of every layer.
-      layers: L.
+      features: H, the number of features of every layer.
+      layers: L, the number of layers.
       cell: constructor of a cell, one of `mi.cells.CELLS`.
-      hidden: hidden features of the feed-forward layers.
-      site: position of the fusion, from the list above; any other value for no fusion.
-      fusion: constructor of (x, z) → y.
-      context: m, if the context is made here; 0 otherwise.
+      hidden: number of hidden features of the feed-forward layers.
+      site: position of the fusion, from the list above; any other value for no fusion here.
+      fusion: constructor of a module (x, z) → y.
+      context: m if this module computes the context; 0 otherwise.
       rates: dropout rates.
       dtype: dtype of the products.
     """
@@ -54,7 +54,7 @@ class Recurrent(nn.Module):
     def __call__(
         self, carry: Carry, x: Array, z: Array | None, train: bool = False
     ) -> tuple[Carry, Array, Array | None]:
-        """Map states, x [T, B, E] and z [T, B, m] to new states, h [T, B, H] and the fused z."""
+        """Map the states, x [T, B, E] and z [T, B, m] to new states, h [T, B, H] and z."""
         if z is None and self.context:
             z = Affine(self.context, dtype=self.dtype, name='context')(carry[-1][1][None])
         if self.site in ('encoder', 'both'):

@@ -1,4 +1,4 @@
-"""Restoring a trained language model from its run directory."""
+"""Restoration of a trained language model from its run directory."""
 
 import pathlib
 from typing import NamedTuple
@@ -20,14 +20,14 @@ FIXED = ('task', 'model', 'seeds')  # sections that must be those of the run
 
 
 class Trained(NamedTuple):
-    """The newest complete checkpoint of a run, with all that an evaluation needs.
+    """A model restored from the newest complete checkpoint of a run.
 
     Attributes:
       config: config of the run, with the requested values of the sections in OVERRIDABLE.
-      corpus: tokens that the model was trained on, wherever the text is now.
-      params: parameters of all seeds that are evaluated, [S, …]; see `mi.training.averaging`.
+      corpus: the corpus on which the model was trained.
+      params: parameters to evaluate, for all seeds, [S, …]; see `mi.training.averaging`.
       step: number of updates.
-      mesh: devices that the parameters are on.
+      mesh: mesh of devices that hold the parameters.
     """
 
     config: ml_collections.ConfigDict
@@ -38,14 +38,15 @@ class Trained(NamedTuple):
 
 
 def restore(config: ml_collections.ConfigDict, workdir: str) -> Trained:
-    """Restore the parameters of a run directory.
+    """Restore a trained model from a run directory.
 
-    The text may have moved: the SHA-256 of its tokens identifies it. Values that evaluation does
-    not use, such as the optimizer, the batch size or the number of devices, may differ.
+    The text may have moved since training, because the SHA-256 of its tokens identifies it. Values
+    that evaluation does not use, such as the optimizer, the batch size or the number of devices,
+    may differ from those of training.
 
     Raises:
-      UserError: if the directory has no complete checkpoint, or has another model, other seeds or
-        other tokens.
+      UserError: if the directory has no complete checkpoint, or if the model, the seeds or the
+        tokens of the run differ from those of the config.
     """
     # The config of the run; if sizes were matched, the recorded model has the matched size.
     lm_config.validate(config)
@@ -72,9 +73,9 @@ def restore(config: ml_collections.ConfigDict, workdir: str) -> Trained:
         )
         difference = describe_difference(trained_data, current_data)
         raise UserError(
-            f'{run_path} was trained on other tokens than {config.data.source} has now'
-            f'{f" ({difference})" if difference else ""}. Try restoring the text, or name it by '
-            f'--config.data.source'
+            f'config.data.source = {config.data.source!r}: expected the tokens that {run_path} was '
+            f'trained on, but the text differs{f" ({difference})" if difference else ""}. Try '
+            f'restoring the original text, or set config.data.source to its path'
         )
     params = averaging.restore_eval_params(checkpoints, newest, shapes.params, shapes.opt_state)
     return Trained(config, corpus, params, checkpoint_meta['step'], mesh)

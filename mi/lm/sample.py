@@ -25,15 +25,14 @@ GenerationState = tuple[Carry, ArrayTree, Array]
 
 
 class Decoding(NamedTuple):
-    """How texts are drawn from the distribution of a model.
+    """Options for sampling texts from a model.
 
     Attributes:
-      num_tokens: tokens of a text.
-      temperature: divisor of the logits; 0 for the most likely token.
-      top_p: tokens are drawn from the fewest most likely ones that have this probability together
-        (nucleus sampling, Holtzman et al., 2020).
-      num_texts: texts of each seed; each text has its own random keys, which depend on its number
-        alone.
+      num_tokens: number of tokens in a text.
+      temperature: divisor of the logits; 0 always selects the most likely token.
+      top_p: total probability of the nucleus, the smallest set of most likely tokens from which
+        tokens are drawn (Holtzman et al., 2020).
+      num_texts: number of texts per seed. The random keys of a text depend only on its index.
     """
 
     num_tokens: int
@@ -43,20 +42,20 @@ class Decoding(NamedTuple):
 
 
 def sample(config: ml_collections.ConfigDict, workdir: str) -> None:
-    """Continue `config.sample.prompt` with the newest checkpoint of each seed of a run.
+    """Generate continuations of `config.sample.prompt` with the newest checkpoint of a run.
 
-    Print the texts and write them to samples.json in the run directory.
+    Print the texts of each seed, and write them to samples.json in the run directory.
 
     Raises:
-      UserError: if the directory has no complete checkpoint or another config, or the prompt is
-        empty.
+      UserError: if the directory has no complete checkpoint, if its config does not match, or if
+        the prompt is empty.
     """
     # The model and the prompt.
     run_path = pathlib.Path(workdir)
     config, corpus, params, step, _ = restore(config, workdir)
     if config.model.source == 'domain':
         raise UserError(
-            "config.model.source = 'domain': expected a model with another context, because a "
+            "config.model.source = 'domain': expected a model with a different context, because a "
             'sampled text has no domain. Try --mode=eval'
         )
     options = config.sample
@@ -88,15 +87,18 @@ def generate_all(
     decoding: Decoding,
     devices: Sequence[jax.Device] | None = None,
 ) -> np.ndarray:
-    """Return the tokens of all texts of all seeds, [S, texts, tokens]; the devices share the texts.
+    """Generate texts with all seeds, divided over devices.
 
     Args:
       model: the model.
-      params: its parameters, [S, …].
+      params: parameters of the model, [S, …].
       prompt: ids [P], at least one.
-      seeds: S seeds, which decide what is drawn.
-      decoding: rule by which the texts are drawn.
-      devices: devices to use; None for those of this process.
+      seeds: S random seeds.
+      decoding: sampling options.
+      devices: devices to use; None for the local devices of this process.
+
+    Returns:
+      The tokens that follow the prompt, [S, texts, tokens].
     """
     # Devices divide the seeds, then the texts.
     params = sharding.to_host(params)
@@ -133,17 +135,20 @@ def generate_all(
 def generate(
     model: LanguageModel, params: Params, prompt: Array, key: PRNGKey, decoding: Decoding
 ) -> Array:
-    """Return tokens that continue the prompt [P], [texts, tokens].
+    """Generate texts with one seed.
 
-    The carry of a recurrent core, or the cached keys and values of a Transformer, hold the text
-    before a token, so that every token costs the same.
+    The carry of a recurrent core, or the cached keys and values of a Transformer, represent the
+    preceding text, so that every token costs the same.
 
     Args:
       model: the model.
-      params: its parameters, of one seed.
-      prompt: ids, at least one.
+      params: parameters of the model, for one seed.
+      prompt: ids [P], at least one.
       key: random key.
-      decoding: rule by which the texts are drawn.
+      decoding: sampling options.
+
+    Returns:
+      The tokens that follow the prompt, [texts, tokens].
     """
     # An empty cache for all tokens.
     model = model.decoder()

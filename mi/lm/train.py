@@ -32,15 +32,16 @@ from mi.training import (
 def train(
     config: ml_collections.ConfigDict, workdir: str, profile: run_dir.Steps | None = None
 ) -> None:
-    """Train and evaluate a model; continue the run if the directory has one.
+    """Train and evaluate a model; resume the run if the directory already has one.
 
     Args:
       config: config of the run.
       workdir: run directory.
-      profile: first and last of the steps that the profiler records; None for none.
+      profile: first and last step to record with the profiler; None for no profile.
 
     Raises:
-      UserError: for a config, corpus or directory that cannot work, and for a non-finite loss.
+      UserError: if the config, the corpus or the directory is invalid, or if the loss becomes
+        non-finite.
     """
     lm_config.validate(config)
     corpus = factory.load_corpus(config)
@@ -123,7 +124,7 @@ def _train(config: ml_collections.ConfigDict, corpus: Corpus, run: run_dir.Run) 
 
 
 def _describe_data(config: ml_collections.ConfigDict, corpus: Corpus) -> dict[str, str]:
-    """Return the content of data.json: the hash of the tokens, and of the file of a tokenizer."""
+    """Return the content of data.json, which identifies the tokens and any tokenizer file."""
     description = {'source': config.data.source, 'sha256': corpus.sha256}
     if corpus.tokenizer_sha256:
         description |= {'tokenizer': config.data.tokenizer}
@@ -137,7 +138,7 @@ def _make_loader(
     seeds: np.ndarray,
     mesh: jax.sharding.Mesh,
 ) -> BatchLoader:
-    """Return the loader of the training batches of all seeds.
+    """Create the loader of training batches for all seeds.
 
     Raises:
       UserError: if the batch has more streams than the training text has tokens.
@@ -157,7 +158,7 @@ def _make_evaluation(
     run: run_dir.Run,
     mesh: jax.sharding.Mesh,
 ) -> Callable[[TrainState, str, int], list[Scores]]:
-    """Return (state, split, number of tokens) → the metrics of each seed."""
+    """Return a function (state, split, number of tokens) → metrics of each seed."""
     model = factory.configure_evaluation(model, config)
     reading = lm_config.get_reading(config)
 
@@ -174,9 +175,9 @@ def _make_evaluation(
 
 
 def _skip_finished_evaluation(run: run_dir.Run, meta: checkpoint.Meta, num_seeds: int) -> bool:
-    """Return whether the evaluation of the checkpoint's step is missing.
+    """Return whether the evaluation that belongs to the checkpoint is missing.
 
-    If all its records are in metrics.jsonl, move the position in `meta` to their end.
+    If metrics.jsonl has all records of that evaluation, move the position in `meta` to their end.
     """
     num_missing = num_seeds if meta.get('is_evaluated') is False else 0
     position = logger.find_records_end(run.path, meta['metrics'], run.step, num_missing)
@@ -193,32 +194,33 @@ def _restore_state(
     run: run_dir.Run,
     initial_state: TrainState,
 ) -> tuple[TrainState, checkpoint.Meta]:
-    """Return state and meta of the newest checkpoint, or those before the first update.
+    """Restore the state and the meta of the newest checkpoint, or return the initial ones.
 
     Raises:
-      UserError: if the checkpoint was trained on other tokens than those of the corpus.
+      UserError: if the checkpoint was trained on tokens that differ from those of the corpus.
     """
     new_meta: checkpoint.Meta = {'step': 0, 'metrics': 0, 'unlogged': [], 'data': corpus.sha256}
     train_state, meta = checkpoints.restore(initial_state) or (initial_state, new_meta)
     if meta['data'] != corpus.sha256:
         raise UserError(
-            f'{run.path} was trained on other tokens than {config.data.source} has now. Try '
-            f'restoring the text, or another --workdir'
+            f'config.data.source = {config.data.source!r}: expected the tokens that {run.path} was '
+            f'trained on, but the text differs. Try restoring the original text, or another '
+            f'--workdir'
         )
     return train_state, meta
 
 
 class _TrainingLog:
-    """The metrics of the loop, on their way to the log of the run.
+    """A buffer between the training loop and the logger of the run.
 
-    The metrics of a step are read while the next step runs, so that the device never waits. A value
-    that is not finite ends the run before its state is saved.
+    The metrics of a step are read while the next step runs, so that the device never waits. A
+    non-finite value ends the run before its state is saved.
 
     Args:
       config: config of the run.
-      log: the open log of the run.
-      meta: content of the checkpoint beside the state.
-      meter: utilization of the devices by tokens per second.
+      log: logger of the run.
+      meta: metadata of the checkpoint from which the run continues.
+      meter: meter of device utilization, in tokens per second.
     """
 
     def __init__(
@@ -238,13 +240,13 @@ class _TrainingLog:
         self._clock = time.perf_counter()
 
     def add_step(self, step: int, metrics: Metrics) -> None:
-        """Take the metrics of a step that may still run, and read those of the step before."""
+        """Store the metrics of a step that may still be running, and read the previous ones."""
         self._read()
         self._unread = step, metrics
         self._steps += 1
 
     def write_training(self, step: int) -> None:
-        """Write each seed's mean loss since the last record, and how long the steps took."""
+        """Write each seed's mean loss and the speed of the steps since the last record."""
         self.stop_clock()
         nats_per_seed = np.mean(self._unlogged, axis=0).tolist()
         self._unlogged.clear()
@@ -260,13 +262,13 @@ class _TrainingLog:
         self.resume_clock()
 
     def write_evaluation(self, step: int, split: str, scores: list[Scores]) -> None:
-        """Write each seed's metrics of a held-out split."""
+        """Write the metrics of each seed on a held-out split."""
         for seed, score in zip(self._seeds, scores, strict=True):
             self._log.write(step, seed, split, score)
         self.resume_clock()
 
     def get_position(self) -> checkpoint.Meta:
-        """Return what a checkpoint needs to continue the log from here."""
+        """Return the metadata that a checkpoint needs to continue the log from here."""
         self.stop_clock()
         return {
             'metrics': self._log.position(),
@@ -275,16 +277,16 @@ class _TrainingLog:
         }
 
     def stop_clock(self) -> None:
-        """Wait for the steps that still run; stop counting time until `resume_clock`."""
+        """Wait for running steps, and stop measuring time until `resume_clock` is called."""
         self._read()
         self._seconds += time.perf_counter() - self._clock
 
     def resume_clock(self) -> None:
-        """Count time as training time again."""
+        """Resume measuring training time."""
         self._clock = time.perf_counter()
 
     def _read(self) -> None:
-        """Wait for the metrics of the newest step, and check them."""
+        """Wait for the metrics of the newest step, and check that they are finite."""
         if self._unread is None:
             return
         step, metrics = self._unread

@@ -1,7 +1,7 @@
-"""The update of a language model: its state, its gradient and the program of all seeds.
+"""The training step of a language model, for one seed and for all seeds of a run.
 
-One program updates all seeds of a run, vmapped over them; arrays with a leading axis of seeds are
-marked [S, …]. Several devices divide seeds, batches and, with `config.train.fsdp`, parameters, see
+One program updates all seeds, vmapped over a leading axis of seeds; such arrays are marked [S, …].
+Several devices divide the seeds, the batches and, with `config.train.fsdp`, the parameters; see
 `mi.training.sharding`.
 """
 
@@ -32,12 +32,12 @@ Result = TypeVar('Result')  # arrays of one seed, or of all seeds
 
 @flax.struct.dataclass
 class TrainState:
-    """What an update changes; in a run every array has a leading axis of seeds.
+    """State of training; in a run, every array has a leading axis of seeds.
 
     Attributes:
       params: parameters of the model.
       opt_state: state of the optimizer.
-      carry: state of the model after the last token of the batch before.
+      carry: state of the model after the last token of the previous batch.
     """
 
     params: Params
@@ -46,7 +46,7 @@ class TrainState:
 
 
 def name_parts(train_state: TrainState) -> dict[str, ArrayTree]:
-    """Return the parts that have to be finite, by their names in messages."""
+    """Return the parts of the state that must be finite, by their names in messages."""
     return {
         'parameters': train_state.params,
         'moments of the optimizer': train_state.opt_state,
@@ -54,7 +54,7 @@ def name_parts(train_state: TrainState) -> dict[str, ArrayTree]:
 
 
 class Gradient(NamedTuple):
-    """The gradient of a batch's mean loss.
+    """Gradient of the mean loss of a batch.
 
     Attributes:
       grads: gradients, one array for each parameter.
@@ -69,14 +69,14 @@ class Gradient(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """The updates of a model by an optimizer.
+    """A trainer, which updates a model with an optimizer.
 
     Attributes:
       model: the model.
       optimizer: the optimizer.
-      batch_size: B, the streams of one seed.
-      accumulation: parts that a batch is divided into. Their gradients are computed one after
-        another, so that the activations of one part are in memory at a time.
+      batch_size: number of token streams of one seed, B.
+      accumulation: number of parts into which a batch is divided. Their gradients are computed one
+        after another, so that only the activations of one part are in memory at a time.
     """
 
     model: LanguageModel
@@ -95,7 +95,7 @@ class Trainer:
 
     @functools.cached_property
     def _init_seeds(self) -> Callable[[np.ndarray], TrainState]:
-        """The function of all seeds; jitted once, so that its shapes and values share a trace."""
+        """The jitted `init` of all seeds, whose trace `shapes` and `init_seeds` share."""
         return jax.jit(jax.vmap(self.init))
 
     def init_seeds(self, seeds: np.ndarray, mesh: jax.sharding.Mesh) -> TrainState:
@@ -104,7 +104,7 @@ class Trainer:
         return sharding.jit_once(self._init_seeds, seeds, out_shardings=shardings)
 
     def shapes(self, seeds: np.ndarray, mesh: jax.sharding.Mesh) -> TrainState:
-        """Return what `init_seeds` returns as `jax.ShapeDtypeStruct`s with their shardings."""
+        """Return the shapes and shardings of `init_seeds`, as `jax.ShapeDtypeStruct`s."""
         state = jax.eval_shape(self._init_seeds, seeds)
         row_sharding = sharding.batch_sharding(mesh, 1, has_seeds=True)
         shardings = TrainState(
@@ -115,12 +115,12 @@ class Trainer:
         return sharding.with_shardings(state, shardings)
 
     def batch_shapes(self, seeds: np.ndarray, length: int, mesh: jax.sharding.Mesh) -> Batch:
-        """Return a batch of all seeds as `jax.ShapeDtypeStruct`s with their shardings.
+        """Return the shapes and shardings of a batch of all seeds, as `jax.ShapeDtypeStruct`s.
 
         Args:
           seeds: the seeds, int32 [S].
-          length: T, the tokens of each stream that are predicted.
-          mesh: the devices.
+          length: number of predicted tokens of each stream, T.
+          mesh: mesh of devices.
         """
         tokens: Any = jax.ShapeDtypeStruct(
             (len(seeds), length + 1, self.batch_size),
@@ -138,14 +138,14 @@ class Trainer:
     ) -> Gradient:
         """Compute the gradient of one seed; a pure function.
 
-        Under `jax.shard_map` the batch holds this device's rows, and the mean is over all devices
-        that share the batch.
+        Under `jax.shard_map`, the batch has the rows of this device, and the gradient is averaged
+        over all devices that share the batch.
 
         Args:
-          params: this device's part of the parameters.
+          params: shard of the parameters on this device.
           carry: state of the model before the first token.
           batch: inputs and targets.
-          partition: division of the parameters, see `mi.training.sharding.gather_params`.
+          partition: partition of the parameters, see `mi.training.sharding.gather_params`.
         """
         # Random keys depend on the seed and the step alone, so that a resumed run draws the same.
         _, dropout_key = jax.random.split(jax.random.key(batch.seed))
@@ -179,7 +179,7 @@ class Trainer:
         return Gradient(sharding.mean_gradients(grads, partition), mean_over_rows(nats), carry)
 
     def apply_gradient(self, state: TrainState, gradient: Gradient) -> tuple[TrainState, Metrics]:
-        """Update one seed; return its new state and the metrics of the update."""
+        """Update one seed with a gradient; return the new state and the metrics of the update."""
         updates, opt_state = self.optimizer.update(gradient.grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
@@ -201,15 +201,15 @@ class Trainer:
     ) -> jax.stages.Compiled:
         """Compile the update of all seeds, (state, batch) → (state, metrics), ahead of time.
 
-        An array of another shape is then an error and not another compilation. The state is
-        donated.
+        An array of an unexpected shape raises an error instead of triggering a recompilation. The
+        state is donated.
 
         Args:
-          state: state of all seeds, arrays or shapes, placed as `shapes` places them.
-          batch: a batch of all seeds, likewise.
-          mesh: the devices.
-          learning_rates: rate of each update, f32 [steps], which become a third argument of the
-            program; None for those of the optimizer's schedule.
+          state: arrays or shapes of the state of all seeds, sharded as in `shapes`.
+          batch: arrays or shapes of a batch of all seeds, sharded as in `batch_shapes`.
+          mesh: mesh of devices.
+          learning_rates: learning rate of each update, f32 [steps], which becomes a third argument
+            of the program; None for the learning rates of the optimizer's schedule.
         """
         # Where each array of the state, the batch and the gradient is placed.
         state_specs = sharding.partition_specs(state)
@@ -261,10 +261,10 @@ def _accumulate(
     token_rows: tuple[Array, Array | None],
     num_parts: int,
 ) -> tuple[Params, Array, Carry]:
-    """Average gradient and loss over parts of the batch, one part after another.
+    """Average the gradient and the loss over parts of the batch, one part at a time.
 
     Returns:
-      The gradient, the loss in nats per token and the carry of all rows.
+      The gradient, the loss in nats per token, and the carry of all rows.
     """
 
     def add_part(
@@ -289,7 +289,7 @@ def _accumulate(
 
 
 def _split_rows(tree: ArrayTree, num_parts: int, axis: int) -> ArrayTree:
-    """Split arrays […, B, …] to [parts, …, B / parts, …]; row i goes to part i % parts."""
+    """Split arrays […, B, …] into [parts, …, B / parts, …]; row i goes to part i % parts."""
 
     def split(array: Array) -> Array:
         row_parts = array.reshape(*array.shape[:axis], -1, num_parts, *array.shape[axis + 1 :])
@@ -299,7 +299,7 @@ def _split_rows(tree: ArrayTree, num_parts: int, axis: int) -> ArrayTree:
 
 
 def _map_seeds(function: Callable[..., Result], *args: ArrayTree) -> Result:
-    """Apply a function to each seed; to a single one without vmap, whose products are slower."""
+    """Apply a function to each seed; a single seed avoids vmap, whose products are slower."""
     if len(jax.tree.leaves(args)[0]) > 1:
         return jax.vmap(function)(*args)
     result = function(*jax.tree.map(lambda a: a[0], args))

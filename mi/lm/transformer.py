@@ -1,4 +1,4 @@
-"""The Transformer core: a decoder with a memory of earlier segments and the sites of a fusion."""
+"""The Transformer core, with a memory of earlier segments and several fusion sites."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Carry = dict[str, Array]  # the memory: 'inputs' [B, M, L, H], 'filled' [B]; {} 
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
-    """Options of a block; the fields are those of `Transformer`."""
+    """Options of a block; see the fields of the same names in `Transformer`."""
 
     heads: int
     kv_heads: int | None
@@ -34,7 +34,7 @@ class BlockConfig:
 
 
 class Transformer(nn.Module):
-    """L pre-norm blocks, x_t → h_t, with the sites at which x and z are fused.
+    """A stack of L pre-norm blocks, x_t → h_t, which can fuse x with z at one site.
 
         x ← x + attention(n, n),   n = norm(x)
         x ← x + FeedForward(norm(x))
@@ -42,30 +42,30 @@ class Transformer(nn.Module):
 
         encoder      the input of the first block becomes fuse(x, z)
         input_gate   before each block, x ← x + fuse(norm(x), z)
-        attention    the queries are made from fuse(n, z): scores are products of x_t, z_t and x_s
+        attention    queries are computed from fuse(n, z): scores are products of x_t, z_t and x_s
         ffn          the first product of each feed-forward layer is the fusion
-        norm         every norm(x) becomes fuse(x / rms(x), z); AdaLN with the fusion 'film'
+        norm         every norm(x) becomes fuse(x / rms(x), z), which is AdaLN for the fusion 'film'
 
     Norms are RMSNorm (Zhang & Sennrich, 2019). With a memory of M > 0 tokens, a token attends to
     itself and to the M tokens before it, in this segment or in earlier ones (Transformer-XL, Dai et
     al., 2019). No gradient flows into the memory, and segment boundaries have no effect on the
-    result. Without a memory, a token attends to its segment alone.
+    result. Without a memory, a token only attends to its own segment.
 
     Attributes:
-      features: H.
-      layers: L.
-      heads, kv_heads: attention heads, see `mi.motifs.attention.Attention`; kv_heads None for
-        as many as heads.
-      hidden: hidden features of the feed-forward layers.
+      features: H, the number of features.
+      layers: L, the number of blocks.
+      heads, kv_heads: number of attention heads, see `mi.motifs.attention.Attention`; kv_heads is
+        None for the same number as heads.
+      hidden: number of hidden features of the feed-forward layers.
       activation: activation of the feed-forward layers: 'swiglu', 'relu' or 'gelu'.
       positions: 'rotary' or 'relative'.
-      memory: M, in tokens.
-      site: position of the fusion, from the list above; any other value for no fusion.
-      fusion: constructor of (x, z) → y.
+      memory: M, the size of the memory in tokens.
+      site: position of the fusion, from the list above; any other value for no fusion here.
+      fusion: constructor of a module (x, z) → y.
       rates: dropout rates.
       remat: whether the backward pass recomputes the activations of each block.
-      decode: whether a call continues the tokens in the collection 'cache', see `Attention`. The
-        memory is not used then.
+      decode: whether a call continues the tokens in the collection 'cache', see `Attention`. If so,
+        the memory is not used.
       dtype: dtype of the products; the memory is f32.
     """
 
@@ -139,7 +139,7 @@ class Transformer(nn.Module):
         }
 
     def _make_block_config(self) -> BlockConfig:
-        """Return the options of a block: the fields of the same names."""
+        """Return the options of a block, from the fields of the same names."""
         field_names = [field.name for field in dataclasses.fields(BlockConfig)]
         return BlockConfig(**{name: getattr(self, name) for name in field_names})
 
@@ -208,7 +208,7 @@ class _Block(nn.Module):
 
 
 def _normalize(config: BlockConfig, name: str, x: Array, z: Array | None) -> Array:
-    """Normalize x; at the site 'norm', fuse the result with z."""
+    """Normalize x; at the site 'norm', also fuse the result with z."""
     if config.site != 'norm':
         return nn.RMSNorm(dtype=config.dtype, name=name)(x)
     assert config.fusion is not None

@@ -96,7 +96,7 @@ def test_a_packed_file_is_unpacked_by_its_name_or_its_first_bytes(name, pack, tm
         ('a.rar', b'Rar!\x1a\x07\x01', 'rar'),
         ('a.tar', b'a'.ljust(257, b'\0') + b'ustar\x0000', 'tar archive'),
         ('a.tgz', gzip.compress(b'a'.ljust(257, b'\0') + b'ustar  ', mtime=0), 'tar archive'),
-        ('a.gz.gz', gzip.compress(gzip.compress(LINES.encode()), mtime=0), 'packed as .gz'),
+        ('a.gz.gz', gzip.compress(gzip.compress(LINES.encode()), mtime=0), 'compressed as .gz'),
         ('a.parquet', b'PAR1', 'Parquet'),
         ('a.pdf', b'%PDF-1.7', 'PDF'),
         ('a.txt', 'text'.encode('utf-16'), 'UTF-16'),
@@ -107,7 +107,7 @@ def test_other_formats_are_not_read_as_bytes(name, head, kind, tmp_path):
     packed = name.endswith(('.tgz', '.gz'))
     (tmp_path / name).write_bytes(head if packed else head.ljust(2_000, b'x\n'[:1]))
     message = refusal(tmp_path / name, tmp_path / 'cache')
-    assert message.startswith(f'{tmp_path / name}: expected text in UTF-8') and kind in message
+    assert message.startswith(f'{tmp_path / name}: expected UTF-8 text') and kind in message
 
 
 def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
@@ -134,7 +134,7 @@ def test_zips_that_cannot_be_unpacked_are_refused(tmp_path):
     for where in (6, whole.rindex(b'PK\x01\x02') + 8):  # the flag 'encrypted', in both headers
         whole[where] |= 1
     file.write_bytes(whole)
-    assert 'a.zip: expected a zip without password' in refusal(file, tmp_path / 'cache')
+    assert 'a.zip: expected a zip file without a password' in refusal(file, tmp_path / 'cache')
     for where in (6, whole.rindex(b'PK\x01\x02') + 8):
         whole[where] &= 0xFE
     for where in (8, whole.rindex(b'PK\x01\x02') + 10):  # the method: one that Python has not
@@ -166,7 +166,10 @@ def test_backup_files_are_not_data(tmp_path):
 def test_a_file_of_two_splits_is_refused_and_words_go_before_parts_of_words(tmp_path):
     both = directory(tmp_path / 'both', ['train-test.txt', 'valid.txt'])
     message = refusal(both, tmp_path / 'cache')
-    assert "train-test.txt: the name contains both 'train' and 'test'" in message
+    assert (
+        "train-test.txt: expected one split in the file name, but found both 'train' and 'test'"
+        in message
+    )
     names = ['train.txt', 'constrained.txt', 'my_validation.txt', 'invalid.txt', 'latest.txt',
              'Test.txt']  # fmt: skip
     found = sources.load_texts(
@@ -267,5 +270,5 @@ def test_other_counts_of_a_known_corpus_make_its_tokens_again(tmp_path, monkeypa
         )
 
     assert len(load_with(6).tokens['train']) == 6
-    with pytest.raises(DataError, match='expected 7 tokens including <eos>, found 6'):
+    with pytest.raises(DataError, match='expected 7 tokens including <eos>, but found 6'):
         load_with(7)

@@ -186,7 +186,7 @@ def test_a_run_is_evaluated_in_other_ways_and_sampled(word, tmp_path, texts, cap
     again = json.loads((tmp_path / 'evaluation.json').read_text())['test']
     assert again['0']['nats_per_token'] == pytest.approx(test[0]['nats_per_token'], rel=1e-6)
     (moved / 'valid.txt').write_text('another text. ' * 100)
-    with pytest.raises(UserError, match=r'was trained on other tokens.*data\.source was'):
+    with pytest.raises(UserError, match=r'expected the tokens .* was trained on.*data\.source was'):
         sample.sample(tiny(word, **{**source, **elsewhere}), str(tmp_path))
     sample.sample(tiny(word, **source, **{'sample.tokens': 5}), str(tmp_path))
     texts_drawn = json.loads((tmp_path / 'samples.json').read_text())['texts']
@@ -209,5 +209,5 @@ def test_dynamic_evaluation_as_it_is_set_helps_a_trained_model_or_says_that_it_d
 
     assert nats() < nats(learning_rate=0.0) - 0.01
     config.dynamic.tokens, config.dynamic.learning_rate = 3_000, 1e30
-    with pytest.raises(UserError, match=r'not finite\. Try a lower config\.dynamic\.learning'):
+    with pytest.raises(UserError, match=r'not finite\. Try a config\.dynamic\.learning'):
         assess.assess(config, str(tmp_path))

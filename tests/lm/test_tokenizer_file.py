@@ -122,10 +122,10 @@ def test_tokens_are_cached_under_the_hash_of_the_file(tmp_path, source):
 @pytest.mark.parametrize(
     ('content', 'message'),
     [
-        (None, r'`tokenizer` = .*: expected the path of a tokenizer\.json \(got no file there\)'),
-        ('merges', r'`tokenizer` = .*: expected JSON'),
-        ('{"model": {}}', r'expected what Tokenizer\.save of the library tokenizers writes'),
-        ('one id', r'expected at least 2 ids \(got 1\)'),
+        (None, r'`tokenizer` = .*: expected the path of a tokenizer\.json, but found no file'),
+        ('merges', r'`tokenizer` = .*: expected a JSON file'),
+        ('{"model": {}}', r'expected a file written by tokenizers\.Tokenizer\.save'),
+        ('one id', r'expected at least 2 ids, but found 1'),
     ],
 )
 def test_what_is_no_tokenizer_is_refused(content, message, tmp_path, source):
@@ -142,7 +142,7 @@ def test_a_text_outside_the_vocabulary_is_refused(tmp_path, source):
     tokenizer = tokenizers.Tokenizer(models.WordLevel({'the': 0, 'gate': 1}, unk_token='[UNK]'))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(tmp_path / 'tokenizer.json'))
-    with pytest.raises(DataError, match=r'`tokenizer` cannot encode the train text: .*UNK'):
+    with pytest.raises(DataError, match=r'`tokenizer`: expected .* for the train text, .*UNK'):
         load(source, tmp_path / 'cache', tmp_path / 'tokenizer.json')
 
 

@@ -1,4 +1,4 @@
-"""Plain and packed text files: packed ones are unpacked once, into the cache."""
+"""Plain and compressed text files; compressed files are unpacked once, into the cache."""
 
 import bz2
 import contextlib
@@ -43,7 +43,7 @@ _BYTE_ORDER_MARK = b'\xef\xbb\xbf'  # UTF-8's; not part of the text
 
 
 def open_text(file: pathlib.Path, cache: pathlib.Path) -> Text:
-    """Return the text of a file, which is unpacked into the cache if it is packed.
+    """Return the text of a file, after unpacking it into the cache if it is compressed.
 
     Raises:
       DataError: if the file is damaged or is not text.
@@ -65,25 +65,25 @@ def open_text(file: pathlib.Path, cache: pathlib.Path) -> Text:
 
 
 def find_first(files: list[pathlib.Path], expected: str) -> pathlib.Path:
-    """Return the first of the files that exists, plain or packed.
+    """Return the first of the files that exists, plain or compressed.
 
     Args:
-      files: plain names, in order of preference.
-      expected: start of the error message, up to the names.
+      files: files without a compression suffix, in order of preference.
+      expected: beginning of the error message, which states the expected files.
 
     Raises:
-      DataError: if none exists.
+      DataError: if none of the files exists.
     """
     for file in files:
         for packed_suffix in ('', *PACKED):
             candidate = file.with_name(file.name + packed_suffix)
             if candidate.is_file():
                 return candidate
-    raise DataError(f'{expected} (or one of these as {", ".join(PACKED)}), found none')
+    raise DataError(f'{expected}, plain or compressed ({", ".join(PACKED)}), but found none')
 
 
 def is_data(name: str) -> bool:
-    """Return whether a file name is not one of those that editors and downloads leave behind."""
+    """Return whether a file is data, judged by its name, and not hidden, a backup or temporary."""
     return not (
         name.startswith(('.', '#', '~'))
         or name.endswith(('~', '.bak', '.orig', '.swo', '.swp', '.tmp', '.part', '.crdownload'))
@@ -93,7 +93,7 @@ def is_data(name: str) -> bool:
 
 @contextlib.contextmanager
 def write_atomically(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yield a place to write a file or directory, which is moved to `path` when complete."""
+    """Yield a temporary path for a file or directory, and move it to `path` when complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='.building-', dir=path.parent) as directory:
         new_path = pathlib.Path(directory) / path.name
@@ -107,17 +107,17 @@ def write_atomically(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def name_os_errors(cache: pathlib.Path) -> Iterator[None]:
-    """Turn errors of the operating system into a DataError that names the file.
+    """Convert an OSError in the context into a DataError that names the file.
 
     Args:
-      cache: directory of token files and unpacked files.
+      cache: directory for token files and unpacked files.
     """
     try:
         yield
     except OSError as error:
         file = pathlib.Path(os.fsdecode(error.filename or cache))
         is_in_cache = file == cache or cache in file.parents or file in cache.parents
-        hint = 'another file, or change who may read it for `source`'
+        hint = 'changing its permissions, or another file for `source`'
         if is_in_cache:
             hint = 'another directory for `cache`'
         reason = error.strerror or str(error)
@@ -134,7 +134,7 @@ def _hash_file(file: pathlib.Path) -> str:
 
 
 def _detect_packing(file: pathlib.Path) -> str:
-    """Return the entry of `PACKED` that a file's name or first bytes indicate; '' for none."""
+    """Detect a file's compression by its name or first bytes; return a PACKED suffix or ''."""
     if file.suffix in PACKED:
         return file.suffix
     with open(file, 'rb') as stream:
@@ -143,21 +143,23 @@ def _detect_packing(file: pathlib.Path) -> str:
 
 
 def _refuse_binary(file: pathlib.Path, first_bytes: bytes) -> None:
-    """Raise DataError if unpacked bytes start like those of another format than text."""
-    format_names = _NOT_TEXT | {magic: f'packed as {packing}' for magic, packing in _MAGIC.items()}
+    """Raise DataError if the first bytes of an unpacked file belong to a non-text format."""
+    format_names = _NOT_TEXT | {
+        magic: f'compressed as {packing}' for magic, packing in _MAGIC.items()
+    }
     matches = (name for magic, name in format_names.items() if first_bytes.startswith(magic))
     format_name = next(matches, '')
     if first_bytes[257:262] == b'ustar':
         format_name = 'a tar archive'
     if format_name:
         raise DataError(
-            f'{file}: expected text in UTF-8, plain or packed once as {", ".join(PACKED)}, found '
-            f'{format_name}. Try unpacking or converting it'
+            f'{file}: expected UTF-8 text, plain or compressed once ({", ".join(PACKED)}), but '
+            f'found {format_name}. Try unpacking or converting the file'
         )
 
 
 def _unpack(file: pathlib.Path, packing: str, target: pathlib.Path) -> None:
-    """Write the contents of a packed file to the target."""
+    """Unpack a compressed file into the target file."""
     packed_size = file.stat().st_size
     try:
         with (
@@ -172,7 +174,7 @@ def _unpack(file: pathlib.Path, packing: str, target: pathlib.Path) -> None:
     except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
         raise DataError(f'{file} is damaged: {error}') from error
     except NotImplementedError as error:  # from zipfile
-        raise DataError(f'{file}: {error}. Try unpacking it') from error
+        raise DataError(f'{file}: {error}. Try unpacking the file yourself') from error
     except OSError as error:
         if error.errno is not None:  # from the operating system; those of gzip and bz2 have none
             raise
@@ -182,7 +184,7 @@ def _unpack(file: pathlib.Path, packing: str, target: pathlib.Path) -> None:
 def _open_packed(
     file: pathlib.Path, packing: str, packed_stream: IO[bytes]
 ) -> contextlib.AbstractContextManager[IO[bytes]]:
-    """Return the unpacked bytes of an open packed file."""
+    """Return a stream of the unpacked bytes of an open compressed file."""
     if packing == '.gz':
         return cast(IO[bytes], gzip.open(packed_stream))
     if packing == '.xz':
@@ -197,7 +199,9 @@ def _open_packed(
     ]
     if len(members) != 1:
         member_names = ', '.join(member.filename for member in members) or 'none'
-        raise DataError(f'{file}: expected one file in it, found {member_names}')
+        raise DataError(f'{file}: expected an archive of one file, but found {member_names}')
     if members[0].flag_bits & 1:
-        raise DataError(f'{file}: expected a zip without password. Try unpacking it')
+        raise DataError(
+            f'{file}: expected a zip file without a password. Try unpacking it yourself'
+        )
     return archive.open(members[0])

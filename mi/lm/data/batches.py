@@ -1,4 +1,4 @@
-"""Batches of tokens for training: what one update reads, and the loader that places it."""
+"""Batches of tokens for training, and the loader that places them on devices."""
 
 import functools
 from collections.abc import Callable
@@ -14,15 +14,15 @@ from mi.training import sharding
 
 
 class Batch(NamedTuple):
-    """What one update reads: T + 1 tokens of B streams.
+    """The input of one update: T + 1 tokens from each of B streams.
 
-    Every array but `step` has a leading axis of seeds if the batch is that of all seeds, [S, …].
+    In a batch for all seeds, every array except `step` has a leading axis of seeds, [S, …].
 
     Attributes:
       tokens: ids [T + 1, B]; rows 0 … T − 1 are the inputs, rows 1 … T the targets.
       domains: domain of each token, [T + 1, B]; None for a model that does not use domains.
       seed: seed of the run, int32.
-      step: number of updates before this one, int32; decides with the seed what dropout drops.
+      step: number of updates before this one, int32. Dropout depends on `seed` and `step`.
     """
 
     tokens: Array
@@ -32,14 +32,14 @@ class Batch(NamedTuple):
 
 
 class BatchLoader:
-    """The batches of all seeds, [S, …]; each device gets its own seeds and rows.
+    """A loader of batches for all seeds, [S, …]; each device gets its own seeds and rows.
 
     Args:
       corpus: the corpus, whose training text is read.
       streams: token streams, one for each seed.
       seeds: the seeds, int32 [S].
-      has_domains: whether a batch holds the domain of each token.
-      mesh: the devices.
+      has_domains: whether batches include the domain of each token.
+      mesh: mesh of devices.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class BatchLoader:
         self._sharding = sharding.batch_sharding(mesh, 2, has_seeds=True)
 
     def load(self, step: int) -> Batch:
-        """Return the batch that is read after `step` updates."""
+        """Return the batch for the update that follows `step` updates."""
         train_tokens = self._corpus.tokens['train']
         tokens = self._place(step, lambda positions: train_tokens[positions].astype(np.int32))
         domains = None
@@ -65,7 +65,7 @@ class BatchLoader:
         return Batch(tokens, domains, self._seeds, np.int32(step))
 
     def _place(self, step: int, look_up: Callable[[np.ndarray], np.ndarray]) -> Array:
-        """Give each device the values that `look_up` returns for its positions in the text."""
+        """Place on each device the values that `look_up` returns for its positions in the text."""
 
         def load_shard(shard_index: tuple[slice, ...] | None) -> np.ndarray:
             assert shard_index is not None

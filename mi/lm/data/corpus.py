@@ -1,4 +1,4 @@
-"""The corpus: token ids of three splits, their domains, and the text that they stand for."""
+"""The corpus: token ids of three splits, their domains, and the original text."""
 
 import dataclasses
 import functools
@@ -25,19 +25,19 @@ class Corpus:
 
     Attributes:
       name: name of the corpus, for messages.
-      vocabulary: number of token ids. Ids of words are sorted by frequency, descending; an <unk>
-        that does not occur in the text comes last.
+      vocabulary: number of token ids. Word ids are sorted by descending frequency; an <unk> that
+        does not occur in the text comes last.
       tokens: split → ids [N].
-      num_bytes: split → length of its text in UTF-8; without train if `train_tokens` shortens it
-        at another level than 'byte'.
+      num_bytes: split → length of its text in UTF-8. 'train' is missing if `train_tokens` shortens
+        the split, except at the level 'byte'.
       lossless: whether the tokens determine the text, so that bits per byte are defined.
-      sha256: hash of the tokens of all splits; a run only continues on the same tokens.
-      domains: names of the domains, sorted; () if there are none.
+      sha256: hash of the tokens of all splits; a run can only be resumed on the same tokens.
+      domains: sorted names of the domains; () if there are none.
       starts: split → the position at which each domain starts, [domains]; [0] if there are none.
       tokenizer: the tokenizer; None for bytes.
-      level: level of the tokens.
-      tokenizer_sha256: hash of the file of the tokenizer, at the level 'file'; '' otherwise.
-      texts: split → its texts, in the order in which they are read.
+      level: level of the tokens, as in `mi.lm.data.token_store`.
+      tokenizer_sha256: hash of the tokenizer file at the level 'file'; '' at other levels.
+      texts: split → its texts in reading order.
     """
 
     name: str
@@ -59,11 +59,11 @@ class Corpus:
         return self.vocabulary, len(self.domains)
 
     def get_domains(self, split: str, positions: np.ndarray) -> np.ndarray:
-        """Return the index in `domains` of the tokens at these positions, int32, same shape."""
+        """Return the domain index of the tokens at these positions, int32 of the same shape."""
         return (np.searchsorted(self.starts[split], positions, 'right') - 1).astype(np.int32)
 
     def encode(self, text: str) -> np.ndarray:
-        """Return the ids of a text whose last line may continue, [N]."""
+        """Encode a text to ids [N], without an <eos> after an unfinished last line."""
         if self.tokenizer is None:
             return np.frombuffer(text.encode(), np.uint8)
         if self.level not in UNMARKED:
@@ -71,26 +71,30 @@ class Corpus:
         return np.asarray(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def decode(self, tokens: np.ndarray) -> str:
-        """Decode ids [N] to text; tokens of the levels word and token are joined by spaces."""
+        """Decode ids [N] to text; at the levels 'word' and 'token', spaces join the tokens."""
         if self.tokenizer is None:
             return np.asarray(tokens, np.uint8).tobytes().decode(errors='replace')
         text = self.tokenizer.decode(np.asarray(tokens).tolist())
         return text if self.level in UNMARKED else re.sub(' ?<eos> ?', '\n', text)
 
     def count_predicted_bytes(self, split: str, num_predictions: int) -> int:
-        """Count the bytes of the text in the tokens after the first one of a split.
+        """Count the bytes of text in the predicted tokens, which exclude a split's first token.
 
-        White space before a word belongs to the word; for byte pairs the ids decide.
+        White space before a word counts as part of the word. At the levels 'bpe' and 'file', each
+        id has a fixed number of bytes.
 
         Args:
           split: 'train', 'valid' or 'test'.
-          num_predictions: number of tokens after the first.
+          num_predictions: number of tokens, counted from the second one.
 
         Raises:
           ValueError: if the tokens do not determine the text.
         """
         if not self.lossless:
-            raise ValueError(f'{self.name}: the tokens do not determine the text')
+            raise ValueError(
+                f'{self.name}: expected lossless tokens to count bytes, but the tokens do not '
+                f'determine the text'
+            )
         if self.tokenizer is None:
             return num_predictions
         if self.level in UNMARKED:
@@ -104,7 +108,7 @@ class Corpus:
 
     @functools.cached_property
     def _bytes_per_id(self) -> np.ndarray:
-        """Bytes of each id of byte pairs, [V]."""
+        """The number of bytes of each id, [V]."""
         assert self.tokenizer is not None
         id_bytes = count_id_bytes(self.tokenizer)
         assert id_bytes is not None  # otherwise the corpus is not lossless
@@ -112,11 +116,11 @@ class Corpus:
 
     @functools.cached_property
     def _word_ends(self) -> dict[tuple[str, int], int]:
-        """Split and count → result of `_find_word_end`, which every evaluation needs."""
+        """A cache of `_find_word_end`: (split, token count) → byte offset."""
         return {}
 
     def _find_word_end(self, split: str, num_tokens: int) -> int:
-        """Return the byte at which the first `num_tokens` tokens of the level 'token' end."""
+        """Return the offset in bytes at which the first `num_tokens` tokens end."""
         assert self.tokenizer is not None
         if num_tokens == len(self.tokens[split]):
             return self.num_bytes[split]
@@ -128,4 +132,4 @@ class Corpus:
                     return byte_offset + count_bytes(piece, word_spans[num_tokens - 1][1])
                 num_tokens -= len(word_spans)
                 byte_offset += len(remove_line_ends(piece).encode())
-        raise ValueError(f'{self.name}: {split} has fewer tokens than requested')
+        raise ValueError(f'{self.name}: the split {split!r} has fewer tokens than requested')

@@ -46,15 +46,15 @@ _AUSTEN = {  # title line in the file → split
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """How a corpus is read, and its known properties.
+    """A reader of a corpus, and the known properties of the corpus.
 
     Attributes:
-      read: (path, splits, cache) → texts, of at least these splits.
-      origin: source of the download; '' if unknown.
+      read: function (path, splits, cache) → texts of at least these splits.
+      origin: where to download the corpus; '' if unknown.
       is_bundled: whether the corpus is part of the package, so that it needs no path.
-      hub: its name as a source on the Hugging Face hub; '' if it has none.
-      num_tokens: split → number of tokens of the level 'token', with an <eos> for each line.
-      vocabulary: number of different tokens in train; 0 if unknown.
+      hub: name of the corpus as a source on the Hugging Face hub; '' if it is not there.
+      num_tokens: split → number of tokens at the level 'token', including an <eos> for each line.
+      vocabulary: number of distinct tokens in train; 0 if unknown.
     """
 
     read: Callable[[pathlib.Path, Collection[str], pathlib.Path], Texts]
@@ -65,17 +65,16 @@ class Source:
     vocabulary: int = 0
 
     def make_error(self, problem: str) -> DataError:
-        """Return the error that states a problem of the files and where to get the right ones."""
-        return DataError(f'{problem}; get it from {self.origin}' if self.origin else problem)
+        """Return an error that states the problem and where to download the corpus."""
+        return DataError(f'{problem}. Download it from {self.origin}' if self.origin else problem)
 
 
 def find_source(source: str) -> Source:
-    """Return how to read a corpus.
+    """Return the `Source` that reads a corpus.
 
     Args:
-      source: a name of `CORPORA`, a name on the hub, a text file or directory, or
-        'package.module:corpus'. That is a `Source`, or a function like `Source.read`, whose first
-        argument is `path`.
+      source: a name in `CORPORA`, 'hub:OWNER/NAME', a text file or directory, or
+        'package.module:corpus', which refers to a `Source` or to a function like `Source.read`.
 
     Raises:
       DataError: if 'package.module:corpus' cannot be imported.
@@ -90,7 +89,7 @@ def find_source(source: str) -> Source:
 
 
 def _is_reference(source: str) -> bool:
-    """Return whether a source is 'package.module:corpus', and no dataset of the hub."""
+    """Return whether a source has the form 'package.module:corpus', and is not on the hub."""
     return is_reference(source) and not source.startswith(HUB)
 
 
@@ -103,18 +102,18 @@ def _import_source(reference: str) -> Source:
 
 
 def load_texts(source: str, path: str, splits: Collection[str], cache: pathlib.Path) -> Texts:
-    """Return the texts of a corpus; check the known sizes and hashes of its files.
+    """Load the texts of a corpus, and verify the known sizes and hashes of its files.
 
     Args:
-      source: a name, see `find_source`.
-      path: path of the files for a name of `CORPORA`; '' for $MI_DATA/SOURCE.
+      source: the corpus, see `find_source`.
+      path: path of the files if `source` is a name in `CORPORA`; '' for $MI_DATA/SOURCE.
       splits: the splits to read; files of other splits may be missing.
       cache: directory for unpacked files and downloads from the hub.
 
     Raises:
-      DataError: if a file is missing, ambiguous or wrong.
+      DataError: if a file is missing, or the files are ambiguous or not the expected ones.
     """
-    # The place of the corpus.
+    # The path of the corpus.
     known_source = find_source(source)
     corpus_path = path if _is_reference(source) else path or source
     if _is_reference(source) and known_source.is_bundled:
@@ -123,14 +122,14 @@ def load_texts(source: str, path: str, splits: Collection[str], cache: pathlib.P
         data_root = os.environ.get('MI_DATA', '')
         if not path and not data_root:
             raise known_source.make_error(
-                f"`path` = '': expected the place of {source!r}, or its parent directory in "
-                f'$MI_DATA'
+                f"`path` = '': expected the path of {source!r}. Try setting `path`, or setting "
+                f'$MI_DATA to its parent directory'
             )
         corpus_path = path or os.path.join(data_root, source)
     elif path:
         raise DataError(
-            f"`path` = {path!r}: expected '', because `source` = {source!r} is itself a "
-            f"place. Try `path` = ''"
+            f"`path` = {path!r}: expected '', because `source` = {source!r} already says where the "
+            f"text is. Try `path` = ''"
         )
 
     # The texts.
@@ -143,17 +142,18 @@ def load_texts(source: str, path: str, splits: Collection[str], cache: pathlib.P
 
 
 def get_cache_directory(cache: str) -> pathlib.Path:
-    """Return the directory of that name; '' for $MI_CACHE or ~/.cache/mi."""
+    """Return the cache directory; '' means $MI_CACHE, or ~/.cache/mi if that is not set."""
     return pathlib.Path(cache or os.environ.get('MI_CACHE') or '~/.cache/mi').expanduser()
 
 
 def load_austen() -> dict[str, list[tuple[str, bytes]]]:
-    """Return six novels by Jane Austen, which are in the public domain.
+    """Load six public-domain novels by Jane Austen.
 
-    Northanger Abbey is valid, Persuasion is test, and the other four are train.
+    Northanger Abbey is the valid split, Persuasion the test split, and the other four novels are
+    the train split.
 
     Returns:
-      Split → one pair of a domain, '', and the bytes of its text.
+      A dict from split to a list with one pair: the domain '' and the bytes of the text.
     """
     texts = load_texts('austen', '', SPLITS, get_cache_directory(''))
     contents = {
@@ -175,7 +175,7 @@ def _read_austen_domains(path: pathlib.Path, splits: Collection[str], cache: pat
 
 
 def _find_novels(cache: pathlib.Path) -> list[tuple[str, Text]]:
-    """Return split and text of each novel, in the order of the file, which is alphabetical."""
+    """Return the split and the text of each novel in alphabetical order."""
     file_text = open_text(pathlib.Path(__file__).parents[2] / 'data/austen.txt.xz', cache)
     byte_offset, titles = 0, []
     for line in file_text.array().tobytes().splitlines(keepends=True):
@@ -191,12 +191,12 @@ def _find_novels(cache: pathlib.Path) -> list[tuple[str, Text]]:
 
 
 def _read_local(path: pathlib.Path, splits: Collection[str], cache: pathlib.Path) -> Texts:
-    """Read a text file, split by lines, or a directory with a file for each split."""
+    """Read a text file, which is split by lines, or a directory with one file for each split."""
     if path.is_file():
         return split_by_lines(open_text(path, cache))
     if not path.is_dir():
         raise DataError(
-            f'`source` = {str(path)!r}: no such file or directory, and no known corpus; '
+            f'`source` = {str(path)!r}: no such file or directory, and not the name of a corpus; '
             f'{suggest(str(path), CORPORA)}, {HUB}OWNER/NAME'
         )
 
@@ -211,13 +211,13 @@ def _read_local(path: pathlib.Path, splits: Collection[str], cache: pathlib.Path
         if len(matches) != 1:
             file_names = ', '.join(file.name for file in matches) or 'none'
             raise DataError(
-                f'{path}: expected one file with {split!r} in its name, found {file_names}'
+                f'{path}: expected one file with {split!r} in its name, but found {file_names}'
             )
         file = matches[0]
         if file in split_of_file:
             raise DataError(
-                f'{file}: the name contains both {split_of_file[file]!r} and {split!r}: expected '
-                f'one file per split. Rename the file'
+                f'{file}: expected one split in the file name, but found both '
+                f'{split_of_file[file]!r} and {split!r}. Try renaming the file'
             )
         split_of_file[file] = split
         texts[split] = [open_text(file, cache)]
@@ -225,12 +225,15 @@ def _read_local(path: pathlib.Path, splits: Collection[str], cache: pathlib.Path
 
 
 def _has_split(file_name: str, split: str) -> bool:
-    """Return whether a name has a split as a word: 'my-test.txt' has 'test', 'latest.txt' not."""
+    """Return whether a file name contains a split as a word, as in 'my-test.txt'.
+
+    A split inside a longer word does not count, as in 'latest.txt'.
+    """
     return bool(re.search(rf'(?<![a-z]){_SPLIT_PATTERNS[split]}(?![a-z])', file_name.lower()))
 
 
 def _read_domains(path: pathlib.Path, splits: Collection[str], cache: pathlib.Path) -> Texts:
-    """Read a directory in which every file or directory is a domain, except hidden and backups."""
+    """Read a directory in which every file or subdirectory is one domain; see `is_data`."""
     entries: dict[str, pathlib.Path] = {}
     for entry in sorted(path.iterdir()) if path.is_dir() else ():
         if not is_data(entry.name):
@@ -239,11 +242,14 @@ def _read_domains(path: pathlib.Path, splits: Collection[str], cache: pathlib.Pa
         domain = entry.name if entry.is_dir() else unpacked_name.stem
         if domain in entries:
             raise DataError(
-                f'{path}: {entries[domain].name} and {entry.name} are both domain {domain}'
+                f'{path}: expected one file or directory for each domain, but '
+                f'{entries[domain].name} and {entry.name} both have the domain {domain!r}'
             )
         entries[domain] = entry
     if not entries:
-        raise DataError(f'{path}: expected a directory with a text file or directory for a domain')
+        raise DataError(
+            f'{path}: expected a directory with a text file or subdirectory for each domain'
+        )
     domain_texts = []
     for domain, entry in sorted(entries.items()):
         texts = _read_local(entry, splits, cache)
@@ -263,7 +269,7 @@ def _read_split_files(
     splits: Collection[str],
     cache: pathlib.Path,
 ) -> Texts:
-    """Read a directory with files STEM.SPLIT.ENDING; the first name that exists is used."""
+    """Read a directory with files STEM.SPLIT.ENDING, and use the first name that exists."""
     texts = {}
     for split in splits:
         files = [path / f'{stem}.{split}{ending}' for stem in stems for ending in endings]
@@ -280,21 +286,21 @@ def _read_bytes(
     splits: Collection[str],
     cache: pathlib.Path,
 ) -> Texts:
-    """Read a file, or a directory with it; its last tenth is valid and test."""
+    """Read a file of known size and hash; its last tenth becomes valid and test."""
     file = path / name if path.is_dir() else path
     text = open_text(find_first([file], f'{file.parent}: expected {file.name}'), cache)
     if text.stop != size:
-        raise DataError(f'{text.origin}: {text.stop:,} bytes, expected {size:,}')
+        raise DataError(f'{text.origin}: expected {size:,} bytes, but found {text.stop:,}')
     md5_of_text = hashlib.md5(text.array().data, usedforsecurity=False).hexdigest()
     if md5_of_text != md5:
-        raise DataError(f'{text.origin}: md5 {md5_of_text}, expected {md5}')
+        raise DataError(f'{text.origin}: expected the MD5 hash {md5}, but found {md5_of_text}')
     return split_at(text, [size * 90 // 100, size * 95 // 100])
 
 
 def _read_hub(
     source: str, path: pathlib.Path, splits: Collection[str], cache: pathlib.Path
 ) -> Texts:
-    """Read a dataset of the hub, which is copied to text files on first use."""
+    """Read a dataset from the hub; it is downloaded to text files on first use."""
     name_parts = source.removeprefix(HUB).split('/')
     if len(name_parts) not in (2, 3) or not all(name_parts):
         raise DataError(
@@ -307,12 +313,12 @@ def _read_hub(
 
 
 def _download_dataset(source: str, name_parts: list[str]) -> Any:
-    """Return the splits of a dataset of the hub, by their names there."""
+    """Download a dataset from the hub, and return its splits by their names on the hub."""
     try:
         import datasets
     except ImportError as error:
         raise DataError(
-            f'`source` = {source!r} needs the package datasets, which is not installed. Try '
+            f'`source` = {source!r}: expected the package datasets to be installed. Try '
             f'{suggest_install("hub")}'
         ) from error
     try:
@@ -323,7 +329,7 @@ def _download_dataset(source: str, name_parts: list[str]) -> Any:
 
 
 def _copy_dataset(source: str, dataset: Any, local_copy: pathlib.Path) -> None:
-    """Write the column 'text' of every split to a text file, a line for each row."""
+    """Write the column 'text' of every split to a text file, with one row per line."""
     with write_atomically(local_copy) as new_directory:
         new_directory.mkdir()
         for split, split_names in _HUB_SPLITS.items():
@@ -332,7 +338,7 @@ def _copy_dataset(source: str, dataset: Any, local_copy: pathlib.Path) -> None:
                 columns = {name: hub_split.column_names for name, hub_split in dataset.items()}
                 raise DataError(
                     f'`source` = {source!r}: expected the splits train, validation and test, each '
-                    f"with a column 'text'; found {columns}"
+                    f"with a column 'text', but found {columns}"
                 )
             num_rows = getattr(hub_split, 'num_rows', 0)
             work = progress.Work(f'copying {split} of {source}', num_rows, 'rows')
@@ -350,8 +356,7 @@ def _make_wikitext(name: str, vocabulary: int, num_train_tokens: int) -> Source:
     hub = f'{HUB}Salesforce/wikitext/{name}-v1'
     return Source(
         functools.partial(_read_split_files, ('wiki', name), ('.tokens', '.txt', '.raw')),
-        origin=f'https://huggingface.co/datasets/Salesforce/wikitext, or let `source` = {hub!r} '
-        f'do it',
+        origin=f'https://huggingface.co/datasets/Salesforce/wikitext, or try `source` = {hub!r}',
         hub=hub,
         num_tokens={'train': num_train_tokens, 'valid': 217_646, 'test': 245_569},
         vocabulary=vocabulary,

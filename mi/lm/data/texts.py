@@ -12,22 +12,22 @@ SPLITS = ('train', 'valid', 'test')
 
 
 class DataError(ArgumentError):
-    """Files or arguments that make no corpus.
+    """An error in the files of a corpus, or in the arguments that name them.
 
-    The message has one line. It writes the arguments of `mi.lm.data.token_store.load` in backticks,
-    so that a caller can give them the names that its own user knows.
+    The message has one line. It puts the arguments of `mi.lm.data.token_store.load` in backticks,
+    so that a caller can replace them by the names of its own options.
     """
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Bytes `start` to `stop` of a plain file.
+    """A text: bytes `start` to `stop` of an uncompressed file.
 
     Attributes:
-      file: the plain file.
-      start, stop: span in bytes.
-      origin: the file that the user named, plain or packed, for messages.
-      domain: name of its domain; '' if the corpus has no domains.
+      file: the uncompressed file.
+      start, stop: span of the text, in bytes.
+      origin: the file that the user named, plain or compressed, for messages.
+      domain: name of the domain; '' if the corpus has no domains.
     """
 
     file: pathlib.Path
@@ -38,7 +38,7 @@ class Text:
 
     @property
     def size(self) -> int:
-        """Length in bytes."""
+        """The length in bytes."""
         return self.stop - self.start
 
     def array(self) -> np.ndarray:
@@ -50,8 +50,8 @@ class Text:
     def pieces(self, size: int = 2**16) -> Iterator[str]:
         """Yield the text in pieces of up to `size` bytes, each as long as possible.
 
-        A piece ends with a line. In a line that is longer, it ends before a space; a word that is
-        longer is not divided.
+        A piece ends at the end of a line. If the line is longer than `size`, the piece ends before
+        a space. A word longer than `size` is not divided.
 
         Raises:
           DataError: if the text is not UTF-8.
@@ -69,7 +69,10 @@ class Text:
                 piece = block[:piece_end].decode()
             except UnicodeDecodeError as error:
                 bad_byte = self.start + position + error.start
-                raise DataError(f'{self.origin} is not UTF-8 text (byte {bad_byte})') from error
+                raise DataError(
+                    f'{self.origin}: expected UTF-8 text, but byte {bad_byte} is invalid. Try '
+                    f'converting the file to UTF-8'
+                ) from error
             yield piece
             position, block_size = position + piece_end, size
 
@@ -78,9 +81,9 @@ Texts = dict[str, list[Text]]  # split → its texts, in order; with domains, on
 
 
 def split_by_lines(text: Text) -> Texts:
-    """Split a text: nine tenths of the lines to train, a twentieth to valid, the rest to test.
+    """Split a text by lines: 90 % for train, 5 % for valid and 5 % for test.
 
-    If a text has too few lines, these shares of its bytes are cut after a word.
+    A text with too few lines is split by bytes in the same proportions, at the end of a word.
     """
     text_bytes, block_size = text.array(), 2**24
     line_ends = [
@@ -96,9 +99,9 @@ def split_by_lines(text: Text) -> Texts:
 
 
 def _find_word_end(text_bytes: np.ndarray, position: int) -> int:
-    """Return the byte after the first white space at or after a position.
+    """Return the offset of the byte that follows the next white space.
 
-    If a fortieth of the text has no white space, return the start of the next letter.
+    If the next fortieth of the text has no white space, return the start of the next character.
     """
     window = text_bytes[position : position + len(text_bytes) // 40]
     spaces = np.flatnonzero(np.isin(window, np.frombuffer(b'\t\n\r ', np.uint8)))
@@ -110,7 +113,7 @@ def _find_word_end(text_bytes: np.ndarray, position: int) -> int:
 
 
 def split_at(text: Text, cuts: Sequence[int]) -> Texts:
-    """Return the three splits of a text, given the bytes at which valid and test start."""
+    """Split a text at the two offsets in bytes at which valid and test start."""
     split_edges = [text.start, *(text.start + cut for cut in cuts), text.stop]
     return {
         split: [dataclasses.replace(text, start=start, stop=stop)]
@@ -119,5 +122,5 @@ def split_at(text: Text, cuts: Sequence[int]) -> Texts:
 
 
 def join_texts(corpora: Sequence[Texts]) -> Texts:
-    """Return the texts of all parts, split by split."""
+    """Concatenate the texts of several corpora in each split."""
     return {split: [text for corpus in corpora for text in corpus[split]] for split in corpora[0]}

@@ -1,14 +1,16 @@
 """The token store: corpora are tokenized once, into files that later runs map into memory.
 
-A corpus has three splits: train, valid and test, see `mi.lm.data.sources`. Levels:
+A corpus has three splits: train, valid and test (see `mi.lm.data.sources`). The level of its tokens
+is one of:
 
-- 'byte': the bytes of the text;
-- 'bpe': byte pairs, which are lossless;
-- 'word': words and punctuation marks of raw text;
-- 'token': what white space separates, for corpora that come tokenized (WikiText, PTB);
-- 'file': the ids of a tokenizer.json of the library tokenizers, such as a pretrained one.
+- 'byte': the bytes of the text.
+- 'bpe': byte pairs, which are lossless.
+- 'word': words and punctuation marks of raw text.
+- 'token': words separated by white space, for pretokenized corpora (WikiText, PTB).
+- 'file': the ids of a tokenizer.json of the tokenizers library, such as a pretrained tokenizer.
 
-Words and tokens end each line with <eos>, and replace what is outside the vocabulary by <unk>.
+The levels 'word' and 'token' end each line with <eos>, and replace words outside the vocabulary by
+<unk>.
 """
 
 import dataclasses
@@ -43,18 +45,18 @@ _FORMAT = 2  # version of the token files; those of another version are made aga
 
 
 class Recipe(NamedTuple):
-    """What the tokens of a corpus are made from.
+    """The text of a corpus, and how to tokenize it.
 
     Attributes:
       source: a name in `mi.lm.data.sources.CORPORA`; 'hub:OWNER/NAME/CONFIG'; a text file, whose
         last tenth of lines becomes valid and test; or a directory with one file for each of
-        *train*, *valid* and *test*. Files may be packed: .bz2, .gz, .xz, .zip.
-      level: level of the tokens, see above.
-      vocabulary: largest number of ids, for 'bpe', 'word' and 'token'.
+        *train*, *valid* and *test*. Files may be compressed: .bz2, .gz, .xz or .zip.
+      level: level of the tokens, one of those above.
+      vocabulary: maximum number of ids at the levels 'bpe', 'word' and 'token'.
       splits: the splits to tokenize; files of other splits may be missing.
-      fit: the splits that the vocabulary is made from. If it excludes train, results are not
+      fit: the splits from which the vocabulary is built. If it excludes train, results are not
         comparable to published numbers.
-      tokenizer: path of a tokenizer.json, for 'file'.
+      tokenizer: path of a tokenizer.json, for the level 'file'.
     """
 
     source: str
@@ -66,7 +68,7 @@ class Recipe(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Name of the corpus without its directory."""
+        """The name of the corpus, without its directory."""
         return pathlib.Path(self.source).name
 
 
@@ -78,26 +80,29 @@ def load(
     train_tokens: int = 0,
     verify: bool = False,
 ) -> Corpus:
-    """Load a corpus; tokenize it on first use. Plain bytes are mapped where they are.
+    """Load a corpus, and tokenize it on first use.
+
+    The bytes of uncompressed files are mapped into memory directly, without token files.
 
     Args:
-      recipe: the text, and how it is tokenized.
+      recipe: the text, and how to tokenize it.
       cache: directory for token files; '' for $MI_CACHE or ~/.cache/mi.
-      path: path of the files for a name in `CORPORA`; '' for $MI_DATA/SOURCE.
-      train_tokens: number of tokens from the start of train; 0 for all. The vocabulary is made from
-        all of train.
-      verify: whether to verify the hash of token files larger than `HASHED` as well.
+      path: path of the files if `source` is a name in `CORPORA`; '' for $MI_DATA/SOURCE.
+      train_tokens: number of tokens to keep from the start of train; 0 for all. The vocabulary is
+        always built from all of train.
+      verify: whether to verify the hashes of token files larger than `HASHED` too.
 
     Raises:
-      DataError: if a file is missing, empty, ambiguous, damaged or not UTF-8, if the counts of a
-        known corpus differ from the known ones, or if `tokenizer` is none.
-      ValueError: for unknown splits, no splits, or train_tokens without train.
+      DataError: if a file is missing, empty, ambiguous, damaged or not UTF-8, if a well-known
+        corpus has unexpected token counts, or if `tokenizer` is not a valid tokenizer file.
+      ValueError: if `splits` is empty or has an unknown split, or if `train_tokens` is set and
+        `splits` has no 'train'.
     """
     # Check the splits, and put them into one order, on which the name of the token files depends.
     recipe = _order_splits(recipe)
     if train_tokens and 'train' not in recipe.splits:
         raise ValueError(
-            f"train_tokens = {train_tokens}: expected 'train' in splits (got {recipe.splits})"
+            f"train_tokens = {train_tokens}: expected 'train' in splits, but got {recipe.splits}"
         )
 
     # Read the token files, or make them.
@@ -110,16 +115,18 @@ def load(
 
 
 def _order_splits(recipe: Recipe) -> Recipe:
-    """Return the recipe with its splits in the order of SPLITS, and none if nothing is fitted.
+    """Return the recipe with its splits in the order of SPLITS, and with a canonical `fit`.
+
+    `fit` becomes () at levels that do not fit a vocabulary.
 
     Raises:
-      ValueError: for unknown splits or no splits.
+      ValueError: if there are no splits, or if a split is unknown.
     """
     if not recipe.splits:
         raise ValueError(f'splits = (): expected at least one of {SPLITS}')
     for split in (*recipe.splits, *recipe.fit):
         if split not in SPLITS:
-            raise ValueError(f'unknown split {split!r}; {suggest(split, SPLITS)}')
+            raise ValueError(f'splits: unknown split {split!r}; {suggest(split, SPLITS)}')
     fit = () if recipe.level in ('byte', 'file') else recipe.fit
     return recipe._replace(
         splits=tuple(split for split in SPLITS if split in recipe.splits),
@@ -128,7 +135,7 @@ def _order_splits(recipe: Recipe) -> Recipe:
 
 
 def _load(recipe: Recipe, texts: Texts, cache_directory: pathlib.Path, verify: bool) -> Corpus:
-    """Map the bytes of plain texts, or the token files, which are written if they are missing."""
+    """Map uncompressed bytes or token files into memory; write missing token files first."""
     splits = recipe.splits
     domains = tuple(text.domain for text in texts[splits[0]] if text.domain)
     num_bytes = {split: sum(text.size for text in texts[split]) for split in splits}
@@ -183,10 +190,10 @@ def _load(recipe: Recipe, texts: Texts, cache_directory: pathlib.Path, verify: b
 
 
 def _write_token_files(directory: pathlib.Path, texts: Texts, recipe: Recipe) -> None:
-    """Make the vocabulary and write the ids of each split; the directory appears when complete.
+    """Build the vocabulary, and write the ids of each split to a new directory atomically.
 
     Raises:
-      DataError: if the counts of a known corpus differ from the known ones.
+      DataError: if a well-known corpus has unexpected token counts.
     """
     # The vocabulary, and the smallest dtype for its ids.
     level = recipe.level
@@ -241,12 +248,12 @@ def _write_token_files(directory: pathlib.Path, texts: Texts, recipe: Recipe) ->
 
 
 def _has_all_bytes(piece: str, ids: np.ndarray, id_bytes: np.ndarray | None) -> bool:
-    """Return whether the ids stand for as many bytes as a piece has; False if it is not defined."""
+    """Return whether the ids represent every byte of a piece; False if `id_bytes` is None."""
     return id_bytes is not None and int(id_bytes[ids].sum()) == len(piece.encode())
 
 
 def _write_header(stream: IO[bytes], dtype: np.dtype, length: int) -> None:
-    """Write the header of an .npy file; NumPy pads it, so that a longer length overwrites it."""
+    """Write the header of an .npy file; NumPy pads it, so that a new length fits in place."""
     header = {'descr': dtype.str, 'fortran_order': False, 'shape': (length,)}
     np.lib.format.write_array_header_1_0(stream, header)
 
@@ -258,10 +265,10 @@ def _read_token_files(
     texts: Texts,
     num_bytes: dict[str, int],
 ) -> Corpus:
-    """Map what `_write_token_files` wrote.
+    """Map the files that `_write_token_files` wrote into memory.
 
     Raises:
-      DataError: if a file is missing or cut.
+      DataError: if a file is missing or truncated.
     """
     # Any file that is missing, cut or edited counts as damage.
     try:
@@ -269,7 +276,7 @@ def _read_token_files(
         tokens = {split: np.load(directory / f'{split}.npy', mmap_mode='r') for split in num_bytes}
         required_keys = {'vocabulary', 'lossless', 'sha256', 'starts'}
         if not isinstance(store_meta, dict) or required_keys - store_meta.keys():
-            raise ValueError('meta.json lacks keys')
+            raise ValueError('meta.json does not have all required keys')
         tokenizer_file, tokenizer = directory / 'tokenizer.json', None
         if tokenizer_file.exists():
             description = tokenizer_file.read_text()
@@ -302,13 +309,13 @@ def _make_damage_error(directory: pathlib.Path) -> DataError:
 
 
 def _shorten(corpus: Corpus, num_tokens: int, level: Level) -> Corpus:
-    """Return the corpus with the first `num_tokens` tokens of train."""
+    """Return the corpus with only the first `num_tokens` tokens of train."""
     train_tokens, domain_starts = corpus.tokens['train'], corpus.starts['train']
     if not domain_starts[-1] < num_tokens <= len(train_tokens):
-        minimum = f'more than {domain_starts[-1]:,}, so that no domain is left out, and '
+        minimum = f'more than {domain_starts[-1]:,}, so that every domain is included, and '
         raise DataError(
             f'`train_tokens` = {num_tokens}: expected 0 for all, or '
-            f'{minimum if corpus.domains else ""}at most {len(train_tokens):,}, the tokens of train'
+            f'{minimum if corpus.domains else ""}at most {len(train_tokens):,}, the size of train'
         )
     num_bytes = {split: size for split, size in corpus.num_bytes.items() if split != 'train'}
     if level == 'byte':
@@ -322,23 +329,23 @@ def _shorten(corpus: Corpus, num_tokens: int, level: Level) -> Corpus:
 
 
 def _check_num_types(recipe: Recipe, texts: Texts, num_types: int) -> None:
-    """Raise DataError if the whole vocabulary of a known corpus has another size than known."""
+    """Raise DataError if the full vocabulary of a well-known corpus has an unexpected size."""
     known_size = find_source(recipe.source).vocabulary
     is_whole = recipe.fit == ('train',) and recipe.vocabulary >= known_size > 0
     if recipe.level == 'token' and is_whole and num_types != known_size:
         raise find_source(recipe.source).make_error(
-            f'{texts["train"][0].origin}: {num_types:,} different tokens with <eos>, expected '
-            f'{known_size:,}'
+            f'{texts["train"][0].origin}: expected {known_size:,} distinct tokens including <eos>, '
+            f'but found {num_types:,}'
         )
 
 
 def _check_num_tokens(recipe: Recipe, split: str, text: Text, num_tokens: int) -> None:
-    """Raise DataError if a split of a known corpus has another number of tokens than known."""
+    """Raise DataError if a split of a well-known corpus has an unexpected number of tokens."""
     source = find_source(recipe.source)
     expected = source.num_tokens.get(split, num_tokens)
     if recipe.level == 'token' and num_tokens != expected:
         raise source.make_error(
-            f'{text.origin}: expected {expected:,} tokens including <eos>, found {num_tokens:,}'
+            f'{text.origin}: expected {expected:,} tokens including <eos>, but found {num_tokens:,}'
         )
 
 
@@ -352,7 +359,7 @@ def _check_length(recipe: Recipe, split: str, text: Text, num_tokens: int) -> No
 
 
 def _compute_sha256(*buffers: bytes | np.ndarray) -> str:
-    """Return the hash of the bytes of all buffers."""
+    """Compute the SHA-256 hash of the bytes of all buffers."""
     digest, block_size = hashlib.sha256(), 2**22
     views = [
         np.ascontiguousarray(buffer).reshape(-1).view(np.uint8).data

@@ -1,4 +1,4 @@
-"""Tokenizers of each level: bytes, byte pairs, words, and those of a file."""
+"""Tokenizers for bytes, byte pairs and words, and tokenizers loaded from a file."""
 
 import itertools
 import json
@@ -28,7 +28,8 @@ def fit_tokenizer(
     """Fit a tokenizer to the splits `fit`.
 
     Returns:
-      The tokenizer, None for bytes, and the number of different words, 0 if the level has none.
+      The tokenizer, or None for bytes, and the number of distinct words, or 0 at levels other than
+      'word' and 'token'.
     """
     if level == 'byte':
         return None, 0
@@ -61,7 +62,7 @@ def _fit_bpe(vocab_size: int, pieces: Iterator[str]) -> tokenizers.Tokenizer:
 def _fit_words(
     level: Level, vocab_size: int, pieces: Iterator[str]
 ) -> tuple[tokenizers.Tokenizer, int]:
-    """Fit the `vocab_size` most frequent words; <unk> is one of them, or replaces the rarest."""
+    """Fit the `vocab_size` most frequent words; <unk> replaces the rarest if not among them."""
     tokenizer = tokenizers.Tokenizer(models.WordLevel({}, unk_token='<unk>'))
     if level == 'token':
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -83,7 +84,7 @@ def _fit_words(
 
 
 def read_tokenizer(file: str) -> tokenizers.Tokenizer:
-    """Read a tokenizer.json of the library tokenizers; truncation and padding are disabled.
+    """Read a tokenizer.json of the tokenizers library, and disable truncation and padding.
 
     Raises:
       DataError: if the file is missing, is not a tokenizer, or has fewer than two ids.
@@ -91,35 +92,36 @@ def read_tokenizer(file: str) -> tokenizers.Tokenizer:
     path = pathlib.Path(file)
     setting = f'`tokenizer` = {file!r}'
     if not path.is_file():
-        raise DataError(f'{setting}: expected the path of a tokenizer.json (got no file there)')
+        raise DataError(f'{setting}: expected the path of a tokenizer.json, but found no file')
     try:
         description = path.read_text(encoding='utf-8')
         json.loads(description)
     except ValueError as error:
-        raise DataError(f'{setting}: expected JSON (got {error})') from error
+        raise DataError(f'{setting}: expected a JSON file, but parsing failed: {error}') from error
     try:
         tokenizer = tokenizers.Tokenizer.from_str(description)
     except Exception as error:  # the library raises nothing narrower
         raise DataError(
-            f'{setting}: expected what Tokenizer.save of the library tokenizers writes ({error})'
+            f'{setting}: expected a file written by tokenizers.Tokenizer.save, but loading failed: '
+            f'{error}'
         ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if count_ids(tokenizer) < 2:
-        raise DataError(f'{setting}: expected at least 2 ids (got {count_ids(tokenizer)})')
+        raise DataError(f'{setting}: expected at least 2 ids, but found {count_ids(tokenizer)}')
     return tokenizer
 
 
 def count_ids(tokenizer: tokenizers.Tokenizer) -> int:
-    """Return the number of ids, those between the used ones and added tokens included."""
+    """Return the largest id plus one, including added tokens and unused ids."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def count_id_bytes(tokenizer: tokenizers.Tokenizer) -> np.ndarray | None:
-    """Return the bytes of text that each id stands for, [V]; None if they are not defined.
+    """Return the number of bytes of text that each id represents, [V].
 
-    They are for byte-level BPE, where each character of an id's name is a byte. The name of an
-    added token is its text.
+    Only byte-level BPE defines these numbers; None is returned for any other tokenizer. Each
+    character of a token's name represents one byte. The name of an added token is its text.
     """
     is_byte_level = isinstance(tokenizer.model, models.BPE) and isinstance(
         tokenizer.decoder, decoders.ByteLevel
@@ -136,7 +138,7 @@ def count_id_bytes(tokenizer: tokenizers.Tokenizer) -> np.ndarray | None:
 def encode(
     text: Text, level: Level, tokenizer: tokenizers.Tokenizer | None, split: str
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield pieces of a text and their ids; for bytes the piece is ''."""
+    """Yield pieces of a text with their ids; at the level 'byte', the pieces are ''."""
     if tokenizer is None:
         text_bytes, block_size = text.array(), 2**24
         for block_start in range(0, len(text_bytes), block_size):
@@ -148,13 +150,16 @@ def encode(
             try:
                 encodings = tokenizer.encode_batch_fast(piece_batch, add_special_tokens=False)
             except Exception as error:  # the library raises nothing narrower
-                raise DataError(f'`tokenizer` cannot encode the {split} text: {error}') from error
+                raise DataError(
+                    f'`tokenizer`: expected a tokenizer for the {split} text, but encoding failed: '
+                    f'{error}'
+                ) from error
             for piece, encoding in zip(piece_batch, encodings, strict=True):
                 yield piece, np.asarray(encoding.ids, np.int32)
 
 
 def split_pieces(text: Text, level: Level, work: progress.Work | None = None) -> Iterator[str]:
-    """Yield pieces that are tokenized separately; levels of words get an <eos> for each line."""
+    """Yield pieces to tokenize separately; at the levels 'word' and 'token', lines get an <eos>."""
     piece = ''
     for piece in text.pieces():
         yield piece if level in UNMARKED else mark_line_ends(piece)
@@ -170,14 +175,14 @@ def mark_line_ends(text: str) -> str:
 
 
 def remove_line_ends(piece: str) -> str:
-    """Undo `mark_line_ends` on a piece or a prefix of one; a lone <eos> becomes ''."""
+    """Undo `mark_line_ends` in a piece or a prefix of a piece; a lone <eos> becomes ''."""
     return '' if piece == EOS.strip() else piece.replace(f'{EOS}\n', '\n')
 
 
 def count_bytes(piece: str, word_end: int) -> int:
-    """Count the bytes of text in a piece up to the word that ends at `word_end`.
+    """Count the bytes of text in a piece, up to and including the word that ends at `word_end`.
 
-    The end of a line belongs to its <eos>.
+    The newline at the end of a line counts as part of its <eos>.
     """
     if piece[:word_end].endswith(EOS) and piece[word_end : word_end + 1] == '\n':
         word_end += 1
